@@ -94,16 +94,14 @@ fmt: install ## format and fix what can be fixed
 type: install ## types only
 	$(VENV)/bin/mypy
 
-bench: install ## where we stand: the short form of every goal this machine can show, under 12 minutes (FULL=1: hours, for publishing)
+bench: install ## the short form of every goal this machine can show, under 12 minutes (FULL=1: hours, for publishing)
 	$(PY) -m benchmarks bench $(if $(FULL),--full) --out $(or $(RESULTS),bench-results)
 
 bench-gpu: $(if $(filter file,$(origin PY)),install) ## the benchmarks of a CUDA device, JSON in OUT=gpu-results (PART=1 to 5 for one of them; started again it continues)
 	$(PY) -m benchmarks.gpu $(if $(PART),--part $(PART)) --out $(GPU_OUT)
 
 docs: install ## write docs/openapi.json, docs/openapi.md and docs/metrics.md from the application, docs/performance.md from the results
-	$(PY) -m stable_audio_serve.cli openapi --out docs/openapi.json
-	$(PY) -m stable_audio_serve.cli routes --out docs/openapi.md
-	$(PY) -m stable_audio_serve.cli metrics --out docs/metrics.md
+	$(PY) -m docs.reference
 	$(PY) -m benchmarks.page
 
 playground-assets: ## fetch the playground's drawing of sound (wavesurfer.js) again, as it was published

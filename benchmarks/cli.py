@@ -1,154 +1,187 @@
-"""`python -m benchmarks CASE --out DIR`: run one case or all, write JSON files, print their tables. `run` compares our
-server with what people would run instead; `bench` is the short form of everything, with a line per goal.
+"""`python -m benchmarks CASE --out DIR`: run one case, write its JSON file, print its table. `run` compares our server
+with what people would run instead; `bench` measures the short form of every goal and prints a line per goal.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import importlib
 import signal
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from benchmarks.bench import BENCH_CASES, run_bench
-from benchmarks.cases.run import DIALECT_NAMES, RunRequest
-from benchmarks.compare.outputs import VoidError
-from benchmarks.compare.pieces import OtherRunError
-from benchmarks.compare.run import OutOfTimeError, SideFailedError
-from benchmarks.registry import CASES, MODES, measure_case, measure_comparison
-from benchmarks.report import format_table
+from benchmarks.cases import run
+from benchmarks.cases.run import RunRequest
+from benchmarks.compare import SideFailedError, VoidError
+from benchmarks.goals import GOALS, has_missed, read_standings
+from benchmarks.pieces import OtherRunError, OutOfTimeError
+from benchmarks.report import format_table, write_report
 from benchmarks.settings import CaseSettings
 from benchmarks.sides.servers import SIDES
 from benchmarks.workload import MIXES
 from stable_audio_serve.core.errors import StableAudioError
 
-_SETTINGS = frozenset(field.name for field in fields(CaseSettings))
-_RUN = frozenset(field.name for field in fields(RunRequest))
-# What needs no traceback: the words say what to do.
+Rows = list[dict[str, object]]
+
+MODES = ("strict", "fast")
+_DIALECTS = ("sa3", "saos", "vllm", "aiml", "fal")  # of `dialects`, which needs more packages
+# Errors whose message is enough: no traceback.
 _TOLD = (VoidError, OutOfTimeError, OtherRunError, SideFailedError, StableAudioError, ValueError, OSError)
 _INTERRUPTED = 130
-# Options of `run` that change nothing unless another one is there too.
-_NEEDS = {
-    "dialect": "--url",
-    "url_model": "--url",
-    "url_key": "--url",
-    "mode": "--against",
-    "threads": "--against",
-    "engine_only": "--against",
-    "device": "--engine-only",
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """`module` of `benchmarks.cases` has a coroutine function `run_MODULE(settings)`, which returns results, and
+    `rows(results)`, their table. `options`: the settings that it follows. `by_mode`: both modes are measured unless one
+    was asked for.
+    """
+
+    module: str
+    options: str
+    by_mode: bool = False
+
+
+CASES: Mapping[str, Case] = {
+    "engine": Case("engine", "model device mode threads rounds", by_mode=True),
+    "http": Case("http", "model device threads rounds full"),
+    "overload": Case("overload", "model threads rounds full"),
+    "scale": Case("scale", "model threads rounds full"),
+    "routing": Case("routing", "model threads rounds full"),
+    "cold-start": Case("cold_start", "model device threads rounds"),
+    "memory": Case("memory", "model device mode threads full"),
+    "threads": Case("threads", "model rounds"),
+    "edits": Case("edits", "device threads rounds"),
+    "simulate": Case("simulate", "full"),
 }
+_SIDES = ("lock", "static", "ours-strict", "ours-fast")
+_SHORT_RUNS = (
+    RunRequest("demo-wide", _SIDES, count=30, goodput_trials=3, goodput_of=("lock", "ours-fast")),
+    RunRequest("demo-fast", _SIDES, count=40, goodput_trials=0),
+)
+_FULL_RUNS = (RunRequest("demo-wide", _SIDES), RunRequest("demo-fast", _SIDES))
+_BENCH_CASES = ("simulate", "memory", "http", "scale", "routing", "overload", "cold-start")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse and run."""
-    command = parser()
-    given = vars(command.parse_args(arguments))
-    case, out = given.pop("case"), given.pop("out", Path("bench-results"))
-    for name in given:
-        if refusal := refuse(case, name, given=given):
-            command.error(refusal)
-    signal.signal(signal.SIGTERM, _end)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["gpu"]:
+        from benchmarks.gpu.__main__ import main as run_gpu
+
+        raise SystemExit(run_gpu(words[1:]))
+    given = vars(parser().parse_args(words))
+    case, out = given.pop("case"), given.pop("out")
+    settings = CaseSettings(
+        **{field.name: given.pop(field.name) for field in fields(CaseSettings) if field.name in given}
+    )
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # stops the servers too
     try:
         out.mkdir(parents=True, exist_ok=True)
-        raise SystemExit(_run_case(case, given, out=out))
+        if case == "bench":
+            raise SystemExit(run_bench(settings, out=out))
+        measure = (
+            partial(measure_comparison, request=RunRequest(**given)) if case == "run" else partial(measure_case, case)
+        )
+        print(format_table(measure(settings=settings, out=out)))
     except _TOLD as error:
         raise SystemExit(str(error)) from error
     except KeyboardInterrupt:
         raise SystemExit(_INTERRUPTED) from None
 
 
-def _run_case(case: str, given: Mapping[str, object], *, out: Path) -> int:
-    """Returns the exit status. Raises what is to be told and what is a fault."""
-    values: dict[str, Any] = dict(given)
-    settings = CaseSettings(**{name: value for name, value in values.items() if name in _SETTINGS})
-    if case == "bench":
-        return run_bench(settings, rounds=values.get("rounds"), out=out)
-    if case == "run":
-        asked = {name: value for name, value in values.items() if name in _RUN}
-        print(format_table(measure_comparison(settings, _run_request(**asked), out=out)))
-        return 0
-    for name in _chosen(case, given=given):
-        print(f"\n{name}")
-        print(format_table(measure_case(name, settings, out=out)))
-    return 0
+def measure_case(name: str, settings: CaseSettings, *, out: Path) -> Rows:
+    """Run a case, write a JSON file per mode, return its table."""
+    case = CASES[name]
+    module = importlib.import_module(f"benchmarks.cases.{case.module}")
+    table: Rows = []
+    for mode in MODES if case.by_mode and settings.mode is None else (settings.mode,):
+        own = replace(settings, mode=mode)
+        results = asyncio.run(getattr(module, f"run_{case.module}")(own))
+        write_report(out, f"{name}-{mode}" if case.by_mode else name, settings=asdict(own), results=results)
+        table += module.rows(results)
+    return table
 
 
-def _end(number: int, frame: FrameType | None) -> None:
-    """As Ctrl-C does: servers that were started are stopped."""
-    interrupt = signal.getsignal(signal.SIGINT)
-    if not callable(interrupt):  # ignored, as in the background of a shell
-        raise KeyboardInterrupt
-    interrupt(signal.SIGINT, frame)
+def measure_comparison(settings: CaseSettings, request: RunRequest, *, out: Path) -> Rows:
+    """Run the case `run`: JSON, the lists of arrivals and every request's record."""
+    name = f"run-{request.mix}"
+    results = asyncio.run(run.run_comparison(settings, request, folder=out / name))
+    write_report(out, name, settings=asdict(settings), results=results)
+    return run.rows(results)
 
 
-def refuse(case: str, option: str, *, given: Mapping[str, object]) -> str | None:
-    """Returns what to say of an option that would change nothing, None for one that is used."""
-    flag = "--" + option.replace("_", "-")
-    if case == "run":
-        has_sides = bool(given["against"]) if "against" in given else "url" not in given
-        met = {"--url": "url" in given, "--against": has_sides, "--engine-only": "engine_only" in given}
-        needed = _NEEDS.get(option)
-        return None if needed is None or met[needed] else f"run does not use {flag} without {needed}"
-    if case == "all" and option == "engine_only":
-        return None
-    names = BENCH_CASES if case == "bench" else _chosen(case, given=given)
-    used = {option for name in names for option in CASES[name].options.split()}
-    return None if option in used else f"{case} does not use {flag}"
+def run_bench(settings: CaseSettings, *, out: Path) -> int:
+    """Measure every goal that this machine can show; a case that fails does not end the rest.
 
-
-def _chosen(case: str, *, given: Mapping[str, object]) -> list[str]:
-    if case != "all":
-        return [case]
-    return [name for name in CASES if CASES[name].is_bare or "engine_only" not in given]
-
-
-def _run_request(mix: str = "demo-wide", *, against: tuple[str, ...] | None = None, **asked: object) -> RunRequest:
-    if against is None:
-        against = () if "url" in asked else ("lock", "static", "ours")
-    return RunRequest(mix, against, **asked)  # type: ignore[arg-type]  # as parsed
+    Returns the exit status: 1 if a goal is missed by its whole interval, is void, or a case failed.
+    """
+    runs, rounds = (_FULL_RUNS, (3, 3)) if settings.full else (_SHORT_RUNS, (2, 1))
+    steps: dict[str, Callable[[], Rows]] = {}
+    for request in runs:
+        steps[f"run {request.mix}"] = partial(measure_comparison, replace(settings, rounds=rounds[0]), request, out=out)
+    for name in _BENCH_CASES:
+        steps[name] = partial(measure_case, name, replace(settings, rounds=rounds[1]), out=out)
+    failed = []
+    for number, (name, measure) in enumerate(steps.items(), start=1):
+        started_at = time.monotonic()
+        try:
+            table = format_table(measure())
+        except Exception:  # noqa: BLE001 - the other cases are worth having
+            traceback.print_exc()
+            failed.append(name)
+            continue
+        print(f"\n{number}/{len(steps)} {name}, {time.monotonic() - started_at:.0f} s\n{table}", flush=True)
+    standings = read_standings(out, GOALS)
+    lines = "\n".join(map(str, standings))
+    (out / "goals.txt").write_text(lines + "\n")
+    print("\n".join(["", lines, *(f"{name} failed" for name in failed)]))
+    return 1 if failed or has_missed(standings) else 0
 
 
 def parser() -> argparse.ArgumentParser:
-    """A parser that returns nothing but what was given."""
-    command = argparse.ArgumentParser(
-        prog="python -m benchmarks", description=__doc__, argument_default=argparse.SUPPRESS
-    )
-    command.add_argument("case", choices=("bench", "run", *CASES, "all"))
-    command.add_argument("--out", type=Path, help="folder for the results; default: bench-results")
-    command.add_argument("--model", help="registered name or checkpoint folder; default: the demo model")
-    command.add_argument("--device", help="default: cpu")
-    command.add_argument("--mode", choices=MODES, help="default: both")
-    command.add_argument("--threads", type=_positive, help="model threads; default: 1")
-    command.add_argument("--rounds", type=_positive, help="default: 3; of bench without --full: 1 or 2, by case")
-    command.add_argument("--full", action="store_true", help="as many requests as published figures need")
-    command.add_argument(
-        "--engine-only", action="store_true", help="of run and all: only what needs no Ray and no HTTP"
-    )
-    run = command.add_argument_group("run")
-    run.add_argument("--mix", choices=tuple(MIXES), help="default: demo-wide")
-    run.add_argument("--against", type=_parse_sides, help=f"sides, the reference first: {','.join(SIDES)}")
-    run.add_argument("--url", help="a running server, as a further side or alone")
-    run.add_argument("--dialect", choices=DIALECT_NAMES, help="how that server is asked; default: sa3")
-    run.add_argument("--url-model", help="the model that server is asked for; default: its own choice")
-    run.add_argument("--url-key", help="sent to it as a bearer token")
-    run.add_argument("--count", type=_positive, help="requests of each list")
-    run.add_argument("--goodput-trials", type=_count, help="steps of the search for the highest good rate; 0: none")
-    run.add_argument("--budget-s", type=float, help="after this no new measurement begins")
+    """Returns the parser, whose result has only the options given. Each case takes the options that it follows."""
+    command = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    cases = command.add_subparsers(dest="case", required=True)
+    cases.add_parser("gpu", help="what a CUDA device does: python -m benchmarks gpu --help", add_help=False)
+    _add(cases, "bench", options="model threads full")
+    for name, case in CASES.items():
+        _add(cases, name, options=case.options)
+    own = _add(cases, "run", options="model device mode threads rounds full")
+    own.add_argument("--mix", choices=tuple(MIXES), help="default: demo-wide")
+    own.add_argument("--against", type=_parse_sides, help=f"sides, the reference first: {','.join(SIDES)}")
+    own.add_argument("--engine-only", action="store_true", help="the sides in this process, without Ray and HTTP")
+    own.add_argument("--url", help="a running server, as a further side or alone")
+    own.add_argument("--dialect", choices=_DIALECTS, help="how that server is asked; default: sa3")
+    own.add_argument("--url-model", help="the model that server is asked for; default: its own choice")
+    own.add_argument("--url-key", help="sent to it as a bearer token")
+    own.add_argument("--count", type=int, help="requests of each list")
+    own.add_argument("--goodput-trials", type=int, help="steps of the search for the highest good rate; 0: none")
+    own.add_argument("--budget-s", type=float, help="after this no new measurement begins; start again to go on")
     return command
 
 
-def _positive(text: str) -> int:
-    if (value := _count(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return value
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} is no number of things")
-    return int(text)
+def _add(cases: Any, name: str, *, options: str) -> argparse.ArgumentParser:
+    case: argparse.ArgumentParser = cases.add_parser(name, argument_default=argparse.SUPPRESS)
+    case.add_argument("--out", type=Path, default=Path("bench-results"), help="folder; default: bench-results")
+    known: dict[str, dict[str, Any]] = {
+        "model": {"help": "registered name or checkpoint folder; default: the demo model"},
+        "device": {"help": "default: cpu"},
+        "mode": {"choices": MODES, "help": "default: both, or the device's own"},
+        "threads": {"type": int, "help": "model threads; default: 1"},
+        "rounds": {"type": int, "help": "default: 3"},
+        "full": {"action": "store_true", "help": "as many requests as published figures need"},
+    }
+    for option in options.split():
+        case.add_argument(f"--{option}", **known[option])
+    return case
 
 
 def _parse_sides(text: str) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-_LEAST_EXPONENT = -4  # of ten; what is smaller would be all zeros
+_LEAST_EXPONENT = -4  # of ten; smaller values would be all zeros
 
 
 def describe_environment(settings: Mapping[str, object]) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def describe_environment(settings: Mapping[str, object]) -> dict[str, Any]:
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     return {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=12"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu_name(),
@@ -33,7 +33,7 @@ def describe_environment(settings: Mapping[str, object]) -> dict[str, Any]:
         "gpu": gpu.name if gpu else None,
         "gpu_memory_bytes": gpu.total_memory if gpu else None,
         "cuda": torch.version.cuda,
-        "driver": _driver_version() if gpu else None,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
         "torch_threads": torch.get_num_threads(),
         "versions": {name: _version(name) for name in ("torch", "transformers", "numpy", "ray", "fastapi")},
         "settings": dict(settings),
@@ -41,7 +41,7 @@ def describe_environment(settings: Mapping[str, object]) -> dict[str, Any]:
 
 
 def hash_sources() -> str:
-    """Returns what tells two states of the code apart, also where no commit is known or files were changed."""
+    """Returns a hash of the code, which also shows changes that are not committed."""
     digest = hashlib.sha256()
     root = Path(__file__).parents[1]
     for folder in ("stable_audio_serve", "benchmarks"):
@@ -78,27 +78,13 @@ def format_cell(value: object) -> str:
     return f"{rounded}e{int(exponent)}" if int(exponent) < _LEAST_EXPONENT else f"{value:.{2 - int(exponent)}f}"
 
 
-def _commit() -> str | None:
+def _output(*command: str) -> str | None:
+    """Returns a program's output, None if it cannot be run."""
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return described.stdout.strip()
-
-
-def _driver_version() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+        ran = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
         return None
-    return shown.splitlines()[0].strip() if shown else None
+    return ran.stdout.strip()
 
 
 def _cpu_name() -> str:

@@ -1,4 +1,4 @@
-"""What every case needs to know."""
+"""The settings that every case takes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class CaseSettings:
-    """`model` is a registered name or a checkpoint folder, None the demo model or else a tiny one; `threads` are the
-    model's; `mode` strict, fast or None for the device's default. `full`: as many requests as published figures need,
-    otherwise as many as show the same in minutes.
+    """`model` is a registered name or a checkpoint folder; None means the demo model, or a tiny one without it.
+    `threads` are the model's. `mode` is strict, fast or None for the device's default. `full` measures as many requests
+    as published figures need, otherwise as many as show the same within minutes.
     """
 
     model: str | None = None

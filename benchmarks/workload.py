@@ -1,16 +1,21 @@
-"""What is asked for: named mixes of requests, and a fixed set of eight unlike ones. Knows no clock and no model."""
+"""Named mixes of requests, and lists of arrivals that depend on (mix, rate, count, seed) only, so that every side and
+every later run gets the same list.
+"""
 
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
+
+Value = TypeVar("Value")
 
 _ADJECTIVES = ("low", "bright", "soft", "distant", "rough", "slow", "sharp", "warm", "short", "long")
 _SOUNDS = (
@@ -18,27 +23,23 @@ _SOUNDS = (
     "bird song", "organ", "click", "noise burst", "drone", "flute", "guitar string", "cymbal", "sea", "footsteps",
 )  # fmt: skip
 PROMPTS = tuple(f"a {adjective} {sound}" for adjective, sound in itertools.product(_ADJECTIVES, _SOUNDS))
-_SPREAD = 0.3  # durations vary by +-30 %, so that exact matches are rare
 
-Mode = Literal["text-to-audio", "variation", "inpaint"]
+_NOISE_SHARE = 0.6  # of variations
+_ZIPF_EXPONENT = 1.1  # of prompts
+_CFG_SCALE = 4.0  # of guided requests
+_GUIDED_FROM = 50  # steps
 
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """Values with their weights: durations in seconds, step counts (guided from `guided_from` on), modes and formats.
-
-    Arrivals are Poisson at the rate asked for, or come in bursts: `on_s` seconds at a higher rate, `off_s` at none.
+    """Values with their weights: durations in seconds, step counts. Durations vary by `spread`, so that exact
+    matches are rare; arrivals are Poisson.
     """
 
     name: str
     durations_s: tuple[tuple[float, float], ...]
     steps: tuple[tuple[int, float], ...]
-    guided_from: int = 50
-    spread: float = _SPREAD
-    modes: tuple[tuple[Mode, float], ...] = (("text-to-audio", 1.0),)
-    formats: tuple[tuple[str, float], ...] = (("wav", 1.0),)
-    on_s: float = 0.0
-    off_s: float = 0.0
+    spread: float = 0.3
 
 
 _SMALL = ((5.0, 0.5), (30.0, 0.35), (92.0, 0.15))
@@ -46,7 +47,6 @@ _MEDIUM = ((5.0, 0.4), (30.0, 0.3), (92.0, 0.2), (290.0, 0.1))
 _DEMO = ((1.0, 0.5), (4.0, 0.35), (10.0, 0.15))
 _EIGHT = ((8, 1.0),)
 _MIXED_STEPS = ((8, 0.7), (50, 0.2), (100, 0.1))
-_FORMATS = (("wav", 0.4), ("flac", 0.2), ("mp3", 0.3), ("opus", 0.1))
 
 MIXES = {
     mix.name: mix
@@ -57,22 +57,86 @@ MIXES = {
         Mix("medium-8", _MEDIUM, _EIGHT),
         Mix("medium-mixed", _MEDIUM, _MIXED_STEPS),
         Mix("sao-100", ((47.0, 1.0),), ((100, 1.0),), spread=0.0),
-        Mix("edit", _SMALL, _EIGHT, modes=(("text-to-audio", 0.5), ("variation", 0.25), ("inpaint", 0.25))),
-        Mix("formats", _SMALL, _EIGHT, formats=_FORMATS),
-        Mix("bursty", _SMALL, _MIXED_STEPS, on_s=5.0, off_s=10.0),
-        Mix("overload", _SMALL, _EIGHT),
         Mix("demo-fast", _DEMO, _EIGHT),
         Mix("demo-wide", _DEMO, ((8, 0.7), (50, 0.3))),
     )
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One request, due `at_s` seconds after the start, in terms that every dialect has."""
+
+    at_s: float
+    prompt: str
+    duration_s: float
+    seed: int
+    steps: int
+    cfg_scale: float = 1.0
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether a step takes two network rows."""
+        return self.cfg_scale != 1.0
+
+
+def draw_arrivals(
+    mix: Mix | str, *, rate_hz: float | None, count: int, seed: int, max_duration_s: float
+) -> tuple[Arrival, ...]:
+    """Returns `count` requests of a mix in order of their arrival, durations cut to `max_duration_s`; `rate_hz` None:
+    all at once.
+
+    The requests depend on (mix, count, seed) only; another rate only moves their arrivals.
+    """
+    mix = MIXES[mix] if isinstance(mix, str) else mix
+    rng = random.Random(f"{mix.name}/{count}/{seed}")
+    asked = [
+        _draw_request(mix, rng, seed=seed * 100_000 + index, max_duration_s=max_duration_s) for index in range(count)
+    ]
+    due_s = [0.0] * count
+    if rate_hz is not None:
+        clock = random.Random(f"poisson/{mix.name}/{count}/{seed}")
+        due_s = list(itertools.accumulate(clock.expovariate(1.0) / rate_hz for _ in range(count)))
+    return tuple(replace(arrival, at_s=at_s) for arrival, at_s in zip(asked, due_s, strict=True))
+
+
+def _draw_request(mix: Mix, rng: random.Random, *, seed: int, max_duration_s: float) -> Arrival:
+    steps = _choose(rng, mix.steps)
+    duration_s = _choose(rng, mix.durations_s) * rng.uniform(1 - mix.spread, 1 + mix.spread)
+    prompt = rng.choices(PROMPTS, [1.0 / rank**_ZIPF_EXPONENT for rank in range(1, len(PROMPTS) + 1)])[0]
+    rng.random(), rng.random()  # two values that earlier lists drew here, so that lists stay the same
+    return Arrival(
+        at_s=0.0,
+        prompt=prompt,
+        duration_s=min(duration_s, max_duration_s),
+        seed=seed,
+        steps=steps,
+        cfg_scale=_CFG_SCALE if steps >= _GUIDED_FROM else 1.0,
+    )
+
+
+def _choose(rng: random.Random, weighted: Sequence[tuple[Value, float]]) -> Value:
+    return rng.choices([value for value, _ in weighted], [weight for _, weight in weighted])[0]
+
+
+def to_request(arrival: Arrival) -> GenerationRequest:
+    """Returns the request for an engine."""
+    return GenerationRequest(
+        prompt=arrival.prompt,
+        duration_s=arrival.duration_s,
+        seed=arrival.seed,
+        steps=arrival.steps,
+        cfg_scale=arrival.cfg_scale,
+    )
+
+
 def eight_mixed_requests(card: ModelCard) -> list[GenerationRequest]:
-    """Eight requests that differ in length, steps, sampler, guidance, source and mask, scaled to the model."""
+    """Returns requests that differ in length, steps, sampler, guidance, source and mask, scaled to the model."""
     first, second = ("euler", "dpmpp") if "euler" in card.samplers else ("k-heun", "dpmpp-2m-sde")
-    level = card.noise_level(0.6, sampler=None)
+    level = card.noise_level(_NOISE_SHARE, sampler=None)
     longest_s = min(card.max_duration_s, 30.0)
-    clip = noise_audio(card.channels, duration_s=longest_s / 4, sample_rate_hz=card.sample_rate_hz)
+    noise = np.random.default_rng(0).uniform(-0.3, 0.3, (card.channels, int(longest_s / 4 * card.sample_rate_hz)))
+    clip = SourceAudio(noise.astype(np.float32), card.sample_rate_hz)
     fields: Sequence[dict[str, object]] = (
         {"duration_s": longest_s / 16},
         {"duration_s": longest_s / 2, "sampler": first, "steps": 10},
@@ -83,7 +147,7 @@ def eight_mixed_requests(card: ModelCard) -> list[GenerationRequest]:
             "duration_s": longest_s / 4,
             "inpaint_audio": clip,
             "inpaint_regions_s": ((longest_s / 16, longest_s / 8),),
-            "keep": "model",  # the sides that are compared by their audio know nothing else
+            "keep": "model",  # the only way that all compared sides have
         },
         {"duration_s": longest_s, "steps": 6},
         {"duration_s": longest_s / 8, "cfg_scale": 5.0, "steps": 12, "sampler": first},
@@ -92,10 +156,3 @@ def eight_mixed_requests(card: ModelCard) -> list[GenerationRequest]:
         GenerationRequest(prompt=PROMPTS[7 * index], seed=index, **{"steps": 8, **field})  # type: ignore[arg-type]
         for index, field in enumerate(fields)
     ]
-
-
-def noise_audio(channels: int, *, duration_s: float, sample_rate_hz: int, seed: int = 0) -> SourceAudio:
-    """Returns white noise (channels, S) to edit; the same for the same arguments."""
-    shape = (channels, int(duration_s * sample_rate_hz))
-    samples = np.random.default_rng(seed).uniform(-0.3, 0.3, shape)
-    return SourceAudio(samples.astype(np.float32), sample_rate_hz)

@@ -10,7 +10,7 @@ import soundfile
 
 
 def pcm_of(wav: bytes) -> bytes:
-    """The samples of a WAV file, without what stands before and behind them."""
+    """Returns the samples of a WAV file without the chunks before and after them."""
     with wave.open(io.BytesIO(wav)) as reader:
         return reader.readframes(reader.getnframes())
 

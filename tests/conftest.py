@@ -1,4 +1,4 @@
-"""For all tests: one thread per process, because parallel maths on shared cores is slower and varies; no time limit per
+"""For all tests: one thread per process, because parallel maths on shared cores is slower and varies. No time limit per
 Hypothesis example, because a busy machine is not a bug.
 """
 
@@ -25,19 +25,19 @@ from tests.databases import postgres, postgres_url
 __all__ = ["postgres", "postgres_url"]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-_SHARING = ("/served", "/one_ray", "/playground")  # one server, one Ray, one browser for all files of the folder
+_SHARING = ("/served", "/one_ray", "/playground")  # each folder's files share one server, one Ray or one browser
 settings.register_profile("default", deadline=None, max_examples=20, derandomize=True)
 settings.register_profile("long", deadline=None, max_examples=500)  # `make test-all`
 settings.load_profile("default")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes longest: the shared server, then other tests that start programs."""
+    """Start with the longest tests: the shared server, then other tests that start programs."""
     items.sort(key=lambda item: (not item.nodeid.startswith("tests/served/"), not item.get_closest_marker("server")))
 
 
 def pytest_collection_finish() -> None:
-    """Search less often for garbage, and not among what was loaded: it took a fifth of the time of tests of the API."""
+    """Collect garbage less often and exclude loaded modules: it took a fifth of the time of the API tests."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(5000, 10, 30)
@@ -45,7 +45,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """`--dist loadfile`, but the files of some folders go to one process."""
+    """Use `--dist loadfile`, but send all files of some folders to one process."""
     if config.getoption("dist") != "loadfile":
         return None
     from xdist.scheduler import LoadFileScheduling
@@ -56,7 +56,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return folder if folder.endswith(_SHARING) else super()._split_scope(nodeid)
 
         def _reschedule(self, node: Any) -> None:
-            # A process gets its next file when one test is left of its last, not two, which may take minutes.
+            # A process gets its next file when one test of its last file is left; xdist waits for two, maybe minutes.
             if self._pending_of(self.assigned_work[node]) <= 1:
                 super()._reschedule(node)
 
@@ -65,7 +65,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def _logs_as_they_were(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Undo what commands and replicas do to the logs of their process. Cached loggers would keep a configuration."""
+    """Restore logging after commands and replicas configure it. Cached loggers would keep a configuration."""
     configure = structlog.configure
 
     def configure_uncached(*processors: Any, **options: Any) -> None:
@@ -90,21 +90,21 @@ def _object_storage() -> Iterator[ObjectStorage]:
 
 @pytest.fixture
 def object_storage(_object_storage: ObjectStorage) -> Iterator[ObjectStorage]:
-    """An S3 service over HTTP, with a proxy in front that spares everything until a test sets its `faults`."""
+    """An S3 service over HTTP behind a proxy, which passes all requests until a test sets its `faults`."""
     yield _object_storage
     _object_storage.proxy.reset()
 
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
+    """Yields a mounted file system of 1 MiB."""
     with _mounted(tmp_path / "disk", num_mib=1) as folder:
         yield folder
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 8 MiB, in which there is room for a job database."""
+    """Yields a mounted file system of 8 MiB, large enough for a job database."""
     with _mounted(tmp_path / "small-disk", num_mib=8) as folder:
         yield folder
 

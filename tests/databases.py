@@ -1,6 +1,6 @@
-"""A real PostgreSQL from this machine's packages: one server per test process, a fresh empty database per test.
+"""A real PostgreSQL from this machine's packages: one server per test process, a new empty database per test.
 
-Where it cannot run the tests that need it are skipped with a loud line; under CI=true they fail.
+Where it cannot run, its tests are skipped with a visible message; with CI=true they fail.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import pytest
 
 from tests.patience import PATIENCE_S
 
-_PACKAGES = Path("/usr/lib/postgresql")  # Debian and Ubuntu keep versions side by side, and none of them on PATH
+_PACKAGES = Path("/usr/lib/postgresql")  # Debian and Ubuntu install versions side by side, outside of PATH
 _SYSTEM_USER = "postgres"  # the server refuses to run as root
-_START_ATTEMPTS = 3  # somebody else may take the port between finding and using it
+_START_ATTEMPTS = 3  # another process may take the free port before the server does
 
 __all__ = ["PostgresServer", "postgres", "postgres_url", "running_postgres"]
 
@@ -35,8 +35,8 @@ class UnavailableError(Exception):
 
 @dataclass(frozen=True)
 class PostgresServer:
-    """A running server, reached over TCP with a password, as in production. What was committed survives a crash of the
-    server, but not of the machine.
+    """A running server with TCP and password access, as in production. Committed data survives a crash of the server
+    but not of the machine.
     """
 
     programs: Path
@@ -46,34 +46,33 @@ class PostgresServer:
     password: str
 
     def url(self, database: str = "postgres") -> str:
-        """Where a database is."""
+        """Returns the URL of a database."""
         return f"postgresql://{self.user}:{self.password}@127.0.0.1:{self.port}/{database}"
 
     def create_database(self) -> str:
-        """The URL of a new empty database."""
+        """Returns the URL of a new empty database."""
         name = f"test_{secrets.token_hex(8)}"
         self.execute(f"CREATE DATABASE {name}")
         return self.url(name)
 
     def drop_database(self, url: str) -> None:
-        """Remove it, whoever is connected."""
+        """Drop a database, even if clients are connected."""
         self.execute(f"DROP DATABASE IF EXISTS {url.rpartition('/')[2]} WITH (FORCE)")
 
     def execute(self, statement: str) -> None:
-        """Run one statement as the superuser, outside of any test's database."""
+        """Run one statement as the superuser, outside of all test databases."""
         with psycopg.connect(self.url(), autocommit=True) as connection:
             connection.execute(statement.encode())
 
     def stop(self, mode: Literal["fast", "immediate"] = "fast") -> None:
-        """End every connection and stop; `immediate` is a crash, from which the next start recovers."""
+        """Close all connections and stop; `immediate` simulates a crash, from which the next start recovers."""
         self._control("stop", "--mode", mode)
 
     def start(self) -> None:
-        """Start again after `stop`, on the same port, with what was committed."""
+        """Start again after `stop`, on the same port with the committed data."""
         self._control("start", "--log", str(self.folder / "log"), "--options", f"-p {self.port}")
 
     def restart(self, mode: Literal["fast", "immediate"] = "fast") -> None:
-        """Stop and start."""
         self.stop(mode)
         self.start()
 
@@ -84,7 +83,7 @@ class PostgresServer:
 
 @contextmanager
 def running_postgres() -> Iterator[PostgresServer]:
-    """A new server in a temporary folder; both are gone afterwards, also if this process is killed.
+    """A new server in a temporary folder. Both are removed afterwards, even if this process is killed.
 
     Raises UnavailableError.
     """
@@ -99,7 +98,7 @@ def running_postgres() -> Iterator[PostgresServer]:
     with _cleaned_up(programs, folder):
         user, password = "tester", secrets.token_hex(8)
         (folder / "password").write_text(password)
-        (folder / "password").chmod(0o644)  # for the user the server runs as; the folder itself is private
+        (folder / "password").chmod(0o644)  # readable by the server's user; the folder itself is private
         access = ("--username", user, "--pwfile", "password", "--auth-local", "trust", "--auth-host", "scram-sha-256")
         encoding = ("--encoding", "UTF8", "--locale", "C")
         _run(folder, programs / "initdb", "--no-sync", "--pgdata", "data", *access, *encoding)
@@ -111,7 +110,7 @@ def running_postgres() -> Iterator[PostgresServer]:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[PostgresServer]:
-    """The one server of this test process."""
+    """The server of this test process."""
     try:
         with running_postgres() as server:
             yield server
@@ -123,7 +122,7 @@ def postgres() -> Iterator[PostgresServer]:
 
 @pytest.fixture
 def postgres_url(postgres: PostgresServer) -> Iterator[str]:
-    """A new empty database."""
+    """The URL of a new empty database."""
     url = postgres.create_database()
     yield url
     postgres.drop_database(url)
@@ -156,7 +155,7 @@ def _start(programs: Path, folder: Path, *, user: str, password: str) -> Postgre
 
 @contextmanager
 def _cleaned_up(programs: Path, folder: Path) -> Iterator[None]:
-    """A process that outlives this one stops the server and removes the folder when our end of its pipe closes."""
+    """A process that outlives this one stops the server and removes the folder once our end of its pipe closes."""
     stop = f"'{programs}/pg_ctl' stop --pgdata data --mode immediate --wait"
     script = f"cat >/dev/null; if [ -e data/postmaster.pid ]; then {stop}; fi; rm -rf '{folder}'"
     keeper = subprocess.Popen(
@@ -164,7 +163,7 @@ def _cleaned_up(programs: Path, folder: Path) -> Iterator[None]:
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C is for the tests, not for it
+        start_new_session=True,  # Ctrl-C should stop only the tests
         **_as_system_user(folder),
     )
     try:
@@ -175,7 +174,7 @@ def _cleaned_up(programs: Path, folder: Path) -> Iterator[None]:
 
 
 def _run(folder: Path, *command: str | Path) -> None:
-    """Run one of PostgreSQL's programs. Raises UnavailableError with what it said."""
+    """Run a PostgreSQL program. Raises UnavailableError with its output."""
     with (folder / "output").open("w+b") as output:  # a pipe would stay open as long as the server runs
         try:
             done = subprocess.run(
@@ -183,16 +182,16 @@ def _run(folder: Path, *command: str | Path) -> None:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                timeout=PATIENCE_S + 60,  # it gives up first
+                timeout=PATIENCE_S + 60,  # the program has a shorter timeout
                 check=False,
                 **_as_system_user(folder),
             )
         except (OSError, subprocess.SubprocessError) as error:
             raise UnavailableError(f"{Path(command[0]).name} cannot run: {error}") from error
         output.seek(0)
-        said = output.read().decode(errors="replace").strip()
+        printed = output.read().decode(errors="replace").strip()
     if done.returncode:
-        raise UnavailableError(f"{Path(command[0]).name} failed with status {done.returncode}: {said[-500:]}")
+        raise UnavailableError(f"{Path(command[0]).name} failed with status {done.returncode}: {printed[-500:]}")
 
 
 def _as_system_user(folder: Path) -> dict[str, Any]:

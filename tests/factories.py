@@ -1,7 +1,7 @@
-"""A tiny model with real tensor maths and makers of requests: what engine tests use instead of a checkpoint.
+"""A tiny model with real tensor maths, and factories of requests: engine tests use them instead of a checkpoint.
 
-Neighbours, padding and window edges could leak through it: attention runs over frames with a key mask, the decoder
-reaches over its neighbours, and both autoencoder directions can draw noise.
+The model would expose leaks from neighbours, padding and window edges: attention runs over frames with a key mask, the
+decoder reads adjacent frames, and both autoencoder directions can draw noise.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _WINDOW, _OVERLAP, _HALO = 32, 8, 2
 class ToyModel:
     """Implements DiffusionModel. `on_call(name, items)` runs before every device method and may raise.
 
-    It conditions on the mask of what is kept, unless it `blends`.
+    It conditions on the keep mask, unless it `blends`.
     """
 
     def __init__(
@@ -235,7 +235,7 @@ class ToyModel:
 
     def _attend(self, hidden: Tensor, valid: Tensor) -> Tensor:
         query, key, value = (hidden @ self._qkv.T).chunk(3, dim=-1)
-        # Invalid frames are no keys; what they get as queries is overwritten.
+        # Invalid frames are not keys; their own results are overwritten.
         mask = valid[:, None, :].expand(-1, hidden.shape[1], -1)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
@@ -249,7 +249,7 @@ class ToyModel:
 
 
 def make_windows(frames: int, *, window: int = _WINDOW, overlap: int = _OVERLAP) -> tuple[WindowSpan, ...]:
-    """Windows with a hard cut in the middle of each overlap; the last is anchored to the end."""
+    """Returns windows with a hard cut in the middle of each overlap; the last one is aligned to the end."""
     if frames <= window:
         return (WindowSpan(0, frames, 0, frames),)
     starts = list(range(0, frames - window + 1, window - overlap))
@@ -268,7 +268,7 @@ def make_windows(frames: int, *, window: int = _WINDOW, overlap: int = _OVERLAP)
 
 
 def make_audio(duration_s: float = 0.3, *, sample_rate_hz: int = 800, channels: int = 2, seed: int = 1) -> SourceAudio:
-    """Noise of half scale."""
+    """Returns noise at half scale."""
     samples = np.random.default_rng(seed).uniform(-0.5, 0.5, (channels, int(duration_s * sample_rate_hz)))
     return SourceAudio(samples.astype(np.float32), sample_rate_hz)
 
@@ -276,13 +276,13 @@ def make_audio(duration_s: float = 0.3, *, sample_rate_hz: int = 800, channels: 
 def make_request(
     prompt: str = "a bell", *, duration_s: float = 0.4, seed: int = 1, **fields: object
 ) -> GenerationRequest:
-    """A request with any field replaced. The model makes all of an edit: source samples in it would hide faults."""
+    """Returns a request with any fields replaced. `keep` is model, because kept source samples would hide faults."""
     request = GenerationRequest(prompt=prompt, duration_s=duration_s, seed=seed, keep="model")
     return replace(request, **fields)  # type: ignore[arg-type]
 
 
 def make_unlike_requests() -> list[GenerationRequest]:
-    """Seven requests that differ in length, steps, guidance, sampler, sources and masks."""
+    """Returns seven requests that differ in length, steps, guidance, sampler, sources and masks."""
     return [
         make_request("rain", duration_s=0.15, seed=11, steps=2),
         make_request("a long low drone", duration_s=1.9, seed=12, steps=7, sampler="euler"),
@@ -297,7 +297,7 @@ def make_unlike_requests() -> list[GenerationRequest]:
 
 
 class FakeClock:
-    """Time that passes only when told to."""
+    """A clock that advances only when a test sets it."""
 
     def __init__(self) -> None:
         self.now = 1000.0

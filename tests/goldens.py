@@ -1,4 +1,4 @@
-"""Reference numbers for the tests: where they lie and how they are read. Every folder is loaded at most once."""
+"""Stored reference numbers: their folders and how to read them. Every folder is loaded at most once."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ class Goldens:
 
 @cache
 def load_goldens(name: str) -> Goldens:
-    """The folder `name` of the Stable Audio 3 goldens: common, sharp-s, sharp-l, tiny-s or tiny-l."""
+    """Returns a folder of the Stable Audio 3 numbers: common, sharp-s, sharp-l, tiny-s or tiny-l."""
     return _load(SA3_GOLDENS / name, stem="common" if name == "common" else "golden")
 
 
 @cache
 def load_open_goldens(name: str) -> Goldens:
-    """The folder `name` of the Stable Audio Open goldens."""
+    """Returns a folder of the Stable Audio Open numbers."""
     return _load(OPEN_GOLDENS / name, stem="golden")
 
 
 def _load(folder: Path, *, stem: str) -> Goldens:
-    from safetensors.torch import load_file  # seconds of torch, which most tests do without: they need a folder's path
+    from safetensors.torch import load_file  # imports torch, which takes seconds; most tests need only a folder's path
 
     facts = json.loads((folder / f"{stem}.json").read_text())
     return Goldens(folder=folder, facts=facts, tensors=load_file(folder / f"{stem}.safetensors"))

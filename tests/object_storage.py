@@ -1,6 +1,6 @@
-"""An S3 service over HTTP (moto's server), behind a proxy that answers errors, cuts connections, delays or is down.
+"""An S3 service over HTTP (moto's server), behind a proxy that injects errors, cut connections, delays and downtime.
 
-Everything in one process shares moto's memory: a test makes a bucket of its own.
+All servers in a process share moto's memory, so each test creates a bucket.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from stable_audio_serve.core.settings import StorageSettings
 
 ACCESS_KEY_ID, SECRET_ACCESS_KEY = "test-key", "test-secret"
 
-# Every client reads and parses the description of S3 anew, but those of one loader.
+# Every client parses the description of S3 again, unless clients share a loader.
 botocore.session.create_loader = functools.cache(botocore.loaders.create_loader)
 
 _ANSWERS = ((500, "InternalError"), (503, "SlowDown"))
@@ -44,41 +44,41 @@ _UPSTREAM_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """What befalls requests; errors and cuts as shares of all of them, drawn once per request."""
+    """Injected faults; errors and cuts are shares of all requests, drawn once per request."""
 
-    errors: float = 0.0  # 500 InternalError or 503 SlowDown; every second one although the request was carried out
-    cuts: float = 0.0  # connection reset in the middle of the request, or of the answer to one that was carried out
-    delay_s: float = 0.0  # before a request is carried out
-    answer: tuple[int, str] | None = None  # status and S3 error code that every request gets instead
-    only: str = ""  # spares requests without this text in `METHOD /path?query`
+    errors: float = 0.0  # 500 InternalError or 503 SlowDown; every second one after the request was executed
+    cuts: float = 0.0  # connection reset during the request, or during the response of an executed one
+    delay_s: float = 0.0  # before a request is executed
+    answer: tuple[int, str] | None = None  # status and S3 error code returned to every request
+    only: str = ""  # affects only requests with this text in `METHOD /path?query`
     is_down: bool = False  # every connection is reset
-    is_silent: bool = False  # requests are taken and never answered
+    is_silent: bool = False  # requests are accepted and never answered
 
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients may go away: that is no news."""
+        """Ignore clients that disconnect."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handle_error(request, client_address)
 
 
 class FaultyProxy:
-    """Stands before one HTTP server. `faults` may be replaced at any time and applies to the next request.
+    """A proxy in front of one HTTP server. `faults` may be replaced at any time and apply to the next request.
 
-    `fates` are for single requests: the first one with the text in `METHOD /path?query` gets `error`, `error-after`,
-    `cut`, `cut-answer`, `deny` (403) or `lost` (carried out, and answered with NoSuchUpload as if it had been before).
+    `fates` apply to single requests: the first one with the text in `METHOD /path?query` gets `error`, `error-after`,
+    `cut`, `cut-answer`, `deny` (403) or `lost` (executed, but answered with NoSuchUpload as if it were a repetition).
     """
 
     def __init__(self, port: int, *, seed: int = 0) -> None:
-        """Before the server on `port` of this machine."""
+        """`port` is the server's port on this machine."""
         self.faults = Faults()
         self.fates: dict[str, str] = {}
         self.num_requests = 0
         self.num_errors = 0
         self.num_cuts = 0
-        self.requests: list[str] = []  # `METHOD /path?query` of each
+        self.requests: list[str] = []  # `METHOD /path?query`
         self._upstream_port = port
         self._uploads: dict[bytes, datetime] = {}
         self._random = random.Random(seed)
@@ -87,7 +87,7 @@ class FaultyProxy:
         self._thread = threading.Thread(target=self._server.serve_forever, args=(_POLL_S,), daemon=True)
 
     def reset(self) -> None:
-        """Let everything pass again, and forget what passed."""
+        """Remove all faults and clear the recorded requests."""
         self.faults = Faults()
         self.fates.clear()
         self.requests.clear()
@@ -105,7 +105,7 @@ class FaultyProxy:
         self._server.server_close()
 
     def draw(self, request: str) -> str:
-        """What is to happen to the next request: `pass`, `error`, `error-after`, `cut`, `cut-answer`."""
+        """Returns the next request's fate: `pass`, `error`, `error-after`, `cut` or `cut-answer`."""
         faults = self.faults
         with self._lock:
             self.num_requests += 1
@@ -123,12 +123,12 @@ class FaultyProxy:
             return "cut-answer" if is_after else "cut"
 
     def pick_answer(self) -> tuple[int, str]:
-        """An error to answer with."""
+        """Returns an injected error as status and code."""
         with self._lock:
             return self._random.choice(_ANSWERS)
 
     def forward(self, method: str, path: str, headers: list[tuple[str, str]], body: bytes) -> tuple[int, Any, bytes]:
-        """Status, headers and body of the server's answer."""
+        """Forward a request. Returns status, headers and body of the server's response."""
         connection = http.client.HTTPConnection("127.0.0.1", self._upstream_port, timeout=_UPSTREAM_TIMEOUT_S)
         try:
             connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
@@ -143,7 +143,7 @@ class FaultyProxy:
             connection.close()
 
     def _dated(self, answer: bytes) -> bytes:
-        """The answer with the times at which multipart uploads began, where moto says 2010."""
+        """Replace moto's constant date of 2010 by the times at which multipart uploads began."""
         upload_ids = re.findall(rb"<UploadId>([^<]+)</UploadId>", answer[:1_000_000])
         for upload_id in upload_ids:
             begun_at = self._uploads.setdefault(upload_id, datetime.now(UTC))
@@ -161,7 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
         super().__init__(*args)
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
     def _serve(self) -> None:
         proxy, request = self.proxy, f"{self.command} {self.path}"
@@ -205,7 +205,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
-        if is_cut:  # not by a reset, so that what was sent still arrives
+        if is_cut:  # close without a reset, so that the sent part arrives
             self.close_connection = True
 
     def _answer_error(self, status: int, code: str) -> None:
@@ -214,7 +214,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))], body, False)
 
     def _cut(self) -> None:
-        """Reset the connection, so that whoever reads or writes fails at once."""
+        """Reset the connection, so that the client's reads and writes fail at once."""
         self.close_connection = True
         self.wfile.flush()
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -223,11 +223,11 @@ class _Handler(BaseHTTPRequestHandler):
 
 @dataclass
 class ObjectStorage:
-    """The service: to be used through `proxy`, and looked into past it."""
+    """The service: stores use it through `proxy`; tests inspect it directly."""
 
     proxy: FaultyProxy
     server_url: str
-    client: Any = field(init=False)  # boto3's, past the proxy
+    client: Any = field(init=False)  # a boto3 client without the proxy
 
     def __post_init__(self) -> None:
         self.client = self._connect("s3")
@@ -243,20 +243,20 @@ class ObjectStorage:
         )
 
     def make_bucket(self) -> str:
-        """A new, empty one."""
+        """Create an empty bucket and return its name."""
         name = f"bucket-{next(_NUMBERS)}"
         self.client.create_bucket(Bucket=name)
         return name
 
     def settings(self, bucket: str, **overrides: Any) -> StorageSettings:
-        """Settings with which a store keeps its files in `bucket`, through the proxy."""
+        """Returns settings that store files in `bucket`, through the proxy."""
         settings = {"bucket": bucket, "endpoint_url": self.proxy.url}
         settings |= {"access_key_id": ACCESS_KEY_ID, "secret_access_key": SECRET_ACCESS_KEY}
         return StorageSettings.model_validate(settings | overrides)
 
     @contextmanager
     def requiring_keys(self, *actions: str) -> Iterator[tuple[str, str]]:
-        """Let the service check signatures and permissions; an access key that may do `actions`, and its secret."""
+        """Make the service check signatures and permissions. Yields an access key for `actions` and its secret."""
         iam = self._connect("iam")
         user = f"user-{next(_NUMBERS)}"
         iam.create_user(UserName=user)
@@ -272,7 +272,7 @@ class ObjectStorage:
             httpx.post(url, content="inf")
 
     def environ(self, bucket: str, **variables: str) -> dict[str, str]:
-        """Variables with which a server keeps its files in `bucket`, through the proxy."""
+        """Returns environment variables that make a server store files in `bucket`, through the proxy."""
         return {
             "STABLE_AUDIO_STORAGE_BUCKET": bucket,
             "STABLE_AUDIO_STORAGE_ENDPOINT_URL": self.proxy.url,
@@ -282,22 +282,22 @@ class ObjectStorage:
         }
 
     def keys(self, bucket: str) -> list[str]:
-        """Of every object in a bucket, sorted."""
+        """Returns the keys of all objects in a bucket, sorted."""
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket)
         return sorted(item["Key"] for page in pages for item in page.get("Contents", ()))
 
     def read(self, bucket: str, key: str) -> bytes:
-        """The bytes of one object."""
+        """Returns the bytes of one object."""
         return self.client.get_object(Bucket=bucket, Key=key)["Body"].read()
 
     def unfinished(self, bucket: str) -> list[str]:
-        """Keys of multipart uploads that were begun and neither completed nor aborted."""
+        """Returns the keys of multipart uploads that are neither completed nor aborted."""
         return [upload["Key"] for upload in self.client.list_multipart_uploads(Bucket=bucket).get("Uploads", ())]
 
 
 @contextmanager
 def running_object_storage(*, seed: int = 0) -> Iterator[ObjectStorage]:
-    """The service on free ports of this machine, for the length of the context."""
+    """Run the service on free local ports within this context."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     try:

@@ -1,4 +1,4 @@
-"""Long lists of parameters, of which `make test` runs some."""
+"""Long parameter lists, of which `make test` runs a part."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 def some(values: Iterable[Any], always: Collection[Any]) -> list[Any]:
-    """Mark all values but those in `always` as slow. A tuple is one value per argument."""
+    """Mark all values except those in `always` as slow. A tuple is one value per argument."""
     return [value if value in always else slow(*_arguments(value)) for value in values]
 
 

@@ -1,6 +1,6 @@
-"""How long a test waits for what must come: a server that starts, a job that ends, a process that says its last line.
+"""How long a test waits for an event that must happen: a server start, a job's end, a process's last line.
 
-What a test demands of the product never depends on it.
+The product's own time bounds in tests never depend on it.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-# The longest of these waits take about half a minute on an idle machine; one with slow cores, shared with others, takes
-# five times as long, and twice that is nobody's luck. Only what will never come is waited for to the end. Pytest's own
-# limit for a test is several times this one.
+# The longest of these waits take about 30 s on an idle machine, and five times as long on a machine with slow, shared
+# cores; the limit is twice that. Only an event that never happens reaches it. Pytest's limit per test is several times
+# higher.
 PATIENCE_S = 300.0
 
 _Found = TypeVar("_Found")
 
 
 def wait_until(condition: Callable[[], _Found], *, every_s: float = 0.05) -> _Found:
-    """The first true thing that the condition says."""
+    """Returns the condition's first true result."""
     deadline = time.monotonic() + PATIENCE_S
     while not (found := condition()):
         assert time.monotonic() < deadline, f"still {found!r} after {PATIENCE_S:g} s"
@@ -28,8 +28,8 @@ def wait_until(condition: Callable[[], _Found], *, every_s: float = 0.05) -> _Fo
 
 
 async def until(condition: Callable[[], _Found], *, every_s: float = 0.005) -> _Found:
-    """The same, while this event loop goes on with other things."""
+    """Like `wait_until`, without blocking the event loop."""
     async with asyncio.timeout(PATIENCE_S):
-        while not (found := condition()):  # noqa: ASYNC110  what is waited for is not ours to signal
+        while not (found := condition()):  # noqa: ASYNC110  there is no event to wait for
             await asyncio.sleep(every_s)
         return found

@@ -1,5 +1,5 @@
-"""Makes building an application several times as fast, for tests that build hundreds: FastAPI prepares the models of
-all documented answers and of all parameters anew for each application, and reads the signature of each handler twice.
+"""Speeds up building applications for tests that build hundreds. For each application, FastAPI prepares the models of
+all documented responses and parameters again, and reads the signature of each handler twice.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _made: dict[tuple[Any, str], Any] = {}
 
 
 def _create_once(name: str, type_: Any, *, mode: str = "validation", **others: Any) -> Any:
-    """One for every type and mode, each time under the name that is asked for."""
+    """Cache by type and mode; the result gets the requested name."""
     if others:
         return _create(name=name, type_=type_, mode=mode, **others)
     if (key := (type_, mode)) not in _made:
@@ -34,7 +34,7 @@ _adapters: dict[tuple[Any, str, str], TypeAdapter[Any]] = {}
 
 
 def _adapt_once(annotated: Any, *, config: ConfigDict | None = None) -> TypeAdapter[Any]:
-    """One for every type and what is said of it. It keeps alive whatever functions that names by their addresses."""
+    """Cache by type and annotations. Keeps functions alive that the key contains by address."""
     key = (annotated.__origin__, repr(annotated.__metadata__), repr(config))
     if key not in _adapters:
         _adapters[key] = TypeAdapter(annotated, config=config)
@@ -46,7 +46,7 @@ _dependants: dict[tuple[Any, frozenset[str], str], Dependant] = {}
 
 
 def _read_once(*, path: str, call: Callable[..., Any], **options: Any) -> Dependant:
-    """One for a router's route and for the same route in the application; earlier applications are forgotten."""
+    """Cache per route of a router and of the application; earlier applications are dropped."""
     key = (call, frozenset(get_path_param_names(path)), repr(options))
     if key not in _dependants:
         if len(_dependants) > 200:
@@ -57,7 +57,7 @@ def _read_once(*, path: str, call: Callable[..., Any], **options: Any) -> Depend
 
 
 def build_quickly() -> None:
-    """For the rest of this process."""
+    """Enable the caches for the rest of this process."""
     v2.TypeAdapter = _adapt_once
     routing.get_dependant = _read_once
     routing.create_model_field = _create_once

@@ -1,4 +1,4 @@
-"""Applications behind a real socket of this machine."""
+"""Runs applications behind a real local socket."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.patience import until
 
 @asynccontextmanager
 async def listening(app: ASGIApp, **options: Any) -> AsyncIterator[int]:
-    """A uvicorn server, with `options` of its own, on a free port."""
+    """Run a uvicorn server with `options` on a free port. Yields the port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1, **options)
         server = uvicorn.Server(config)

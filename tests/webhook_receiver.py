@@ -1,4 +1,4 @@
-"""A real HTTP server for webhooks, which keeps what it was sent."""
+"""A real HTTP server for webhooks that records its requests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass
 class Receiver:
-    """Answers every request alike."""
+    """Gives the same response to every request."""
 
     answer: bytes = b"HTTP/1.1 204 No Content\r\n\r\n"
     delay_s: float = 0.0

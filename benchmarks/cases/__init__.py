@@ -1,1 +1,1 @@
-"""One module per case: what it measures, and nothing about files or the command line."""
+"""One module per case. None of them writes files or reads the command line."""

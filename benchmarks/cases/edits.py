@@ -32,11 +32,15 @@ _CLIP_S = 3.0
 _SEEDS_PER_ROUND = 1000
 
 
-async def run_edits_case(settings: CaseSettings) -> dict[str, Any]:
+async def run_edits(settings: CaseSettings) -> dict[str, Any]:
     """Each round varies every tone once with other seeds; all schedules start from the same noise."""
     model = load_model(resolve_entry("demo"), device=settings.device)
     options = EngineOptions(mode="strict", torch_threads=settings.threads, max_queue_s=math.inf)
-    rate_hz, requests = model.spec.card.sample_rate_hz, _tones()
+    rate_hz = model.spec.card.sample_rate_hz
+    requests = [
+        GenerationRequest(prompt=f"a held {_VOICES[number % len(_VOICES)]} on {note}", duration_s=_CLIP_S, seed=number)
+        for number, note in enumerate(_NOTES)
+    ]
     async with Engine(model, options) as engine:
         sources = await _play(engine, requests)
         pitches_hz = [strongest_hz(source) for source in sources]
@@ -65,38 +69,26 @@ async def run_edits_case(settings: CaseSettings) -> dict[str, Any]:
     }
 
 
-def _tones() -> list[GenerationRequest]:
-    return [
-        GenerationRequest(prompt=f"a held {_VOICES[number % len(_VOICES)]} on {note}", duration_s=_CLIP_S, seed=number)
-        for number, note in enumerate(_NOTES)
-    ]
-
-
 async def _play(engine: Engine, requests: Sequence[GenerationRequest]) -> list[Audio]:
     results = await asyncio.gather(*map(engine.generate, requests))
     return [result.audio[0] for result in results]
 
 
 def _judge(clips: Sequence[Audio], pitches_hz: Sequence[float]) -> dict[str, float]:
-    """Returns how many clips have the pitch of their tone; the tones come again in every round."""
+    """Returns how many clips have the pitch of their tone; every round has the same tones."""
     wanted = [pitches_hz[number % len(pitches_hz)] for number in range(len(clips))]
-    cents = [_distance_cents(strongest_hz(clip), hertz) for clip, hertz in zip(clips, wanted, strict=True)]
+    found = map(strongest_hz, clips)
+    cents = [abs(1200.0 * math.log2(hz / own)) if hz > 0 else math.inf for hz, own in zip(found, wanted, strict=True)]
     return {"clips": len(clips), "kept": sum(one <= _CENTS for one in cents), "median_cents": median(cents)}
 
 
-def _distance_cents(found_hz: float, wanted_hz: float) -> float:
-    return abs(1200.0 * math.log2(found_hz / wanted_hz)) if found_hz > 0 else math.inf
-
-
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
-    """Kept pitches by schedule and level."""
+    """One schedule and level per row."""
     return [
         {
             "schedule": name.split()[0],
-            "init_noise_level": name.split()[1],
-            "kept_pitch": f"{figures['kept']} of {figures['clips']}",
-            "kept_ratio": figures["kept"] / figures["clips"],
-            "median_cents": figures["median_cents"],
+            "noise level": name.split()[1],
+            "kept pitch": f"{figures['kept']} of {figures['clips']}",
         }
         for name, figures in results["by_schedule"].items()
     ]

@@ -1,21 +1,22 @@
-"""The engine by itself: eight unlike requests at once against the same eight one after another, in one process."""
+"""The engine alone: eight unlike requests at once against the same eight one after another, in one process."""
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Awaitable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import numpy as np
 
-from benchmarks.client import Run, send_one_after_another, send_together
-from benchmarks.metrics import Finished, audio_s_per_s, summarize, throughput_rps, worst_ratio
+from benchmarks.figures import summarize, worst_ratio
+from benchmarks.load import send_in_flight
 from benchmarks.settings import CaseSettings
 from benchmarks.workload import eight_mixed_requests
-from stable_audio_serve.core.generation import GenerationResult, Mode
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Mode
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.protocol import DiffusionModel
@@ -24,48 +25,39 @@ from stable_audio_serve.models.registry import BUILT_IN, ModelEntry, resolve_ent
 _FALLBACK = Path(__file__).parents[2] / "tests" / "data" / "goldens" / "sa3" / "sharp-s"
 # Above this, as a share of the peak, the two sides did not make the same audio and their times mean nothing.
 _LARGEST_DIFFERENCE = {"strict": 0.0, "fast": 1e-2}
-
-
-_SIDES = {"one_after_another": send_one_after_another, "together": send_together}
-
-
-@dataclass(frozen=True, slots=True)
-class _Timed:
-    """One run of one side; processor time tells the truth on a machine that others use too."""
-
-    finished: Sequence[Finished]
-    cpu_s: float
+_SIDES = {"one_after_another": 1, "together": 8}  # requests in flight
 
 
 def load(settings: CaseSettings) -> DiffusionModel:
-    """The model to measure, on its device."""
+    """Returns the model to measure, on its device."""
     return load_model(resolve_model(settings.model), device=settings.device)
 
 
 def resolve_model(name: str | None) -> ModelEntry:
-    """The entry to measure; without a name the demo model if it is packaged, else the tiny test checkpoint."""
+    """Returns the entry to measure; without a name the demo model if it is packaged, else the tiny test checkpoint."""
     if name is not None:
         return resolve_entry(Path(name).name, path=name) if Path(name).is_dir() else resolve_entry(name)
     demo = Path(BUILT_IN["demo"].folder or "")
     return resolve_entry("demo") if demo.is_dir() else resolve_entry("tiny", path=str(_FALLBACK))
 
 
-async def run_engine_case(model: DiffusionModel, settings: CaseSettings) -> dict[str, Any]:
-    """Sides in the order A B A B, three rounds; the worse round counts. Raises RuntimeError if the audio differs."""
+async def run_engine(settings: CaseSettings) -> dict[str, Any]:
+    """Sides in the order A B A B; the worse round counts. Raises RuntimeError if the audio differs."""
+    model = load(settings)
     options = EngineOptions(mode=settings.mode, torch_threads=settings.threads)  # type: ignore[arg-type]
     async with Engine(model, options) as engine:
         requests = eight_mixed_requests(model.spec.card)
-        alone, _ = await send_one_after_another(engine.generate, requests)
-        together, _ = await send_together(engine.generate, requests)
+        alone = [await engine.generate(request) for request in requests]
+        together = await asyncio.gather(*map(engine.generate, requests))
         difference = compare_audio(alone, together, mode=engine.mode)
         rounds = []
         for _ in range(settings.rounds):
-            sides: dict[str, list[_Timed]] = {name: [] for name in _SIDES}
+            runs: dict[str, list[dict[str, float]]] = {name: [] for name in _SIDES}
             for name in (*_SIDES, *_SIDES):
-                sides[name].append(await _timed(_SIDES[name](engine.generate, requests)))
-            rounds.append({name: _figures(runs) for name, runs in sides.items()})
+                runs[name].append(await _time(engine, requests, num_in_flight=_SIDES[name]))
+            rounds.append({name: {key: mean(run[key] for run in own) for key in own[0]} for name, own in runs.items()})
         return {
-            "model": describe_model(model),
+            "model": {"device": str(model.device), **asdict(model.spec)},
             "mode": engine.mode,
             "largest_difference": difference,
             "rounds": rounds,
@@ -73,24 +65,19 @@ async def run_engine_case(model: DiffusionModel, settings: CaseSettings) -> dict
         }
 
 
-async def _timed(run: Awaitable[Run]) -> _Timed:
-    started_s = time.process_time()
-    _, finished = await run
-    return _Timed(finished, time.process_time() - started_s)
-
-
-def _figures(runs: Sequence[_Timed]) -> dict[str, float]:
-    latencies_ms = [request.latency_ms for run in runs for request in run.finished]
+async def _time(engine: Engine, requests: Sequence[GenerationRequest], *, num_in_flight: int) -> dict[str, float]:
+    """Returns throughput, latencies from the start of all, and processor time, which is true on a busy machine too."""
+    used_s = time.process_time()
+    ended_at = await send_in_flight(engine.generate, requests, num_in_flight=num_in_flight)
     return {
-        "throughput_rps": mean(throughput_rps(run.finished) for run in runs),
-        "audio_s_per_s": mean(audio_s_per_s(run.finished) for run in runs),
-        "cpu_s": mean(run.cpu_s for run in runs),
-        **asdict(summarize(latencies_ms)),
+        "throughput_rps": len(requests) / ended_at[-1],
+        "cpu_s": time.process_time() - used_s,
+        **summarize([1000.0 * ended for ended in ended_at]),
     }
 
 
 def _ratios(rounds: Sequence[dict[str, dict[str, float]]]) -> dict[str, float]:
-    """Together over one after another, worse round."""
+    """Returns together over one after another, worse round."""
 
     def pairs(figure: str) -> list[tuple[float, float]]:
         return [(sides["together"][figure], sides["one_after_another"][figure]) for sides in rounds]
@@ -99,7 +86,6 @@ def _ratios(rounds: Sequence[dict[str, dict[str, float]]]) -> dict[str, float]:
         "throughput_ratio": worst_ratio(pairs("throughput_rps"), larger_is_better=True),
         "cpu_time_ratio": worst_ratio(pairs("cpu_s"), larger_is_better=False),
         "mean_latency_ratio": worst_ratio(pairs("mean_ms"), larger_is_better=False),
-        "p50_latency_ratio": worst_ratio(pairs("p50_ms"), larger_is_better=False),
     }
 
 
@@ -112,25 +98,13 @@ def compare_audio(left: Sequence[GenerationResult], right: Sequence[GenerationRe
     return difference
 
 
-def describe_model(model: DiffusionModel) -> dict[str, Any]:
-    """Its device and everything fixed about it."""
-    return {"device": str(model.device), **asdict(model.spec)}
-
-
-async def run_engine(settings: CaseSettings) -> dict[str, Any]:
-    """`run_engine_case` on the model of these settings."""
-    return await run_engine_case(load(settings), settings)
-
-
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
     """One mode."""
     return [
         {
             "mode": results["mode"],
-            "model": results["model"]["card"]["name"],
-            "throughput_ratio": results["throughput_ratio"],
-            "cpu_time_ratio": results["cpu_time_ratio"],
-            "mean_latency_ratio": results["mean_latency_ratio"],
-            "largest_difference": f"{results['largest_difference']:.1e}",
+            "throughput": results["throughput_ratio"],
+            "processor time": results["cpu_time_ratio"],
+            "mean latency": results["mean_latency_ratio"],
         }
     ]

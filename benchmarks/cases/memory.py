@@ -1,81 +1,61 @@
-"""How much memory the engine's process takes after many requests, in a process of its own: any other would still hold
-what earlier cases left behind.
-"""
+"""Whether the engine takes more memory after many requests, in a fresh process."""
 
 from __future__ import annotations
 
 import asyncio
 import ctypes
 import gc
+import multiprocessing
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arrivals import draw_arrivals, to_request
 from benchmarks.cases.engine import load
-from benchmarks.client import another_process, send_in_flight
+from benchmarks.load import send_in_flight
 from benchmarks.settings import CaseSettings
+from benchmarks.workload import draw_arrivals, to_request
 from stable_audio_serve.engine import Engine, EngineOptions
-from stable_audio_serve.models.protocol import DiffusionModel
 
 _IN_FLIGHT = 8
 
 
-@dataclass(frozen=True, slots=True)
-class MemorySizes:
-    """One list of `requests` again and again; memory is read every time from the `settled`th to the last time."""
-
-    requests: int = 40
-    settled: int = 5
-    times: int = 25
+# Requests of the list, and the first and last time it is played that memory is read: short, full.
+_SIZES = ((20, 3, 15), (40, 5, 25))
 
 
-FULL = MemorySizes()
-SHORT = MemorySizes(requests=20, settled=3, times=15)
+async def run_memory(settings: CaseSettings) -> dict[str, Any]:
+    """Measure in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return await asyncio.get_running_loop().run_in_executor(pool, _run, settings)
 
 
-def run_memory_case(settings: CaseSettings, *, sizes: MemorySizes | None = None) -> dict[str, Any]:
-    """The growth of a fresh process."""
-    sizes = sizes or (FULL if settings.full else SHORT)
-    with another_process() as pool:
-        return pool.submit(_run, settings, sizes=sizes).result()
+def _run(settings: CaseSettings) -> dict[str, Any]:
+    return asyncio.run(_measure(settings))
 
 
-def _run(settings: CaseSettings, *, sizes: MemorySizes) -> dict[str, Any]:
-    return asyncio.run(measure_growth(load(settings), settings, sizes=sizes))
-
-
-async def measure_growth(
-    model: DiffusionModel,
-    settings: CaseSettings,
-    *,
-    sizes: MemorySizes,
-    read_bytes: Callable[[], int] | None = None,
-) -> dict[str, Any]:
-    """Requests of the mix `demo-fast`, eight in flight; memory is read when none is. `read_bytes` None: the resident
-    memory of this process.
+async def _measure(settings: CaseSettings) -> dict[str, Any]:
+    """Requests of the mix `demo-fast`, eight in flight; memory is read when none is.
 
     The list is the same every time, because what a process holds also depends on the last few clips.
     """
-    read_bytes = read_bytes or resident_bytes
+    count, settled, times = _SIZES[settings.full]
+    model = load(settings)
     options = EngineOptions(mode=settings.mode, torch_threads=settings.threads)  # type: ignore[arg-type]
     card = model.spec.card
-    arrivals = draw_arrivals(
-        "demo-fast", rate_hz=None, count=sizes.requests, seed=1, max_duration_s=card.max_duration_s
-    )
-    requests = [to_request(arrival, card) for arrival in arrivals]
+    arrivals = draw_arrivals("demo-fast", rate_hz=None, count=count, seed=1, max_duration_s=card.max_duration_s)
+    requests = [to_request(arrival) for arrival in arrivals]
     held: list[int] = []
     async with Engine(model, options) as engine:
-        for index in range(sizes.times):
+        for index in range(times):
             await send_in_flight(engine.generate, requests, num_in_flight=_IN_FLIGHT)
-            if index + 1 >= sizes.settled:
+            if index + 1 >= settled:
                 gc.collect()
-                held.append(read_bytes())
+                held.append(resident_bytes())
     return {
-        "memory_requests": [sizes.requests * sizes.settled, sizes.requests * sizes.times],
+        "memory_requests": [count * settled, count * times],
         "memory_rss_mib": [count / 2**20 for count in held],
         "memory_rss_growth_share": growth_share(held),
     }
@@ -84,15 +64,15 @@ async def measure_growth(
 def growth_share(held: Sequence[int]) -> float:
     """Returns how much more is held at the least in the second half than in the first.
 
-    Single readings go up and down by up to 7 % with what the last requests left behind; what is never given back
-    raises the least one too. A steady leak shows by half of it.
+    Single readings go up and down by up to 7 % with what the last requests left behind; a leak raises the
+    lowest one too. A steady leak shows by half of it.
     """
     middle = len(held) // 2
     return min(held[middle:]) / min(held[:middle]) - 1.0
 
 
 def resident_bytes() -> int:
-    """Physical memory of this process without what its allocator holds free, which goes up and down; Linux only."""
+    """Returns the physical memory of this process without what its allocator holds free; Linux only."""
     with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -101,4 +81,5 @@ def resident_bytes() -> int:
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
     """Memory after so many requests."""
-    return [{"requests": results["memory_requests"], "rss_growth": results["memory_rss_growth_share"]}]
+    first, last = results["memory_requests"]
+    return [{"from request": first, "to request": last, "growth": results["memory_rss_growth_share"]}]

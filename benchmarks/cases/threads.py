@@ -5,7 +5,6 @@ The bytes must be the same, or the comparison is void.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -16,9 +15,8 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.settings import CaseSettings
-from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
+from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.engine import Engine, EngineOptions
-from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.models.sa3.random_weights import build_random_model
 
 _MODEL = "small-music"
@@ -26,7 +24,7 @@ _COUNTS = (1, 2)
 _REQUEST = GenerationRequest(prompt="warm analog pad, slow attack", duration_s=10.0, seed=7)
 
 
-def run_threads_case(settings: CaseSettings) -> dict[str, Any]:
+async def run_threads(settings: CaseSettings) -> dict[str, Any]:
     """One thread and two in turn, `rounds` clips each; the best counts, because others can only take time away.
 
     Raises RuntimeError if the audio differs.
@@ -36,9 +34,11 @@ def run_threads_case(settings: CaseSettings) -> dict[str, Any]:
     audio: list[npt.NDArray[np.float32]] = []
     for _ in range(settings.rounds):
         for count in _COUNTS:
-            result, taken_s = asyncio.run(_generate(model, count))
-            seconds[count].append(taken_s)
-            audio.append(result.audio[0])
+            options = EngineOptions(mode="strict", torch_threads=count, warmup_budget_s=0.0)
+            async with Engine(model, options) as engine:
+                started_at = time.perf_counter()
+                audio.append((await engine.generate(_REQUEST)).audio[0])
+                seconds[count].append(time.perf_counter() - started_at)
     if not all(np.array_equal(audio[0], other) for other in audio[1:]):
         raise RuntimeError("the audio differs between the numbers of threads: the comparison is void")
     work_s = {count: min(taken) / _REQUEST.duration_s for count, taken in seconds.items()}
@@ -52,17 +52,9 @@ def run_threads_case(settings: CaseSettings) -> dict[str, Any]:
     }
 
 
-async def _generate(model: Sa3Model, num_threads: int) -> tuple[GenerationResult, float]:
-    """The audio, and the seconds it took."""
-    async with Engine(model, EngineOptions(mode="strict", torch_threads=num_threads, warmup_budget_s=0.0)) as engine:
-        started_at = time.perf_counter()
-        result = await engine.generate(_REQUEST)
-        return result, time.perf_counter() - started_at
-
-
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
-    """What a second CPU thread is worth at the official size."""
+    """One number of threads per row."""
     return [
-        {"threads": count, "work_s_per_audio_s": value, "speedup": results["speedup"][count]}
+        {"threads": count, "work per second of audio (s)": value, "speedup": results["speedup"][count]}
         for count, value in results["work_s_per_audio_s"].items()
     ]

@@ -1,70 +1,75 @@
-"""`python -m benchmarks.gpu --part N --out DIR`: measure one part, or all, on the first CUDA device; start it again to
+"""`python -m benchmarks gpu --part N --out DIR`: measure one part, or all, on the first CUDA device; start it again to
 continue. STABLE_AUDIO_TEST_DEVICE=cpu tries everything out on tiny checkpoints.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.goals import read_standings
+from benchmarks.gpu import busy, lone, mixes, precision
+from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.goals import GPU_GOALS
-from benchmarks.gpu.parts import PARTS
-from benchmarks.gpu.record import Record
-from benchmarks.gpu.subjects import Bench
-from benchmarks.gpu.tracing import prepare
-from benchmarks.report import describe_environment, hash_sources
+from benchmarks.gpu.trace import trace
+from benchmarks.pieces import OtherRunError, Pieces
+from benchmarks.report import describe_environment, hash_sources, write_report
 
 _BUDGET_S = 450.0
+
+
+_Measure = Callable[[Bench, Pieces], Awaitable[dict[str, Any]]]
+PARTS: Mapping[int, tuple[str, _Measure]] = {
+    1: ("lone", lone.measure),
+    2: ("busy", busy.measure),
+    3: ("small", partial(mixes.measure, mixes=mixes.SMALL)),
+    4: ("medium", partial(mixes.measure, mixes=mixes.MEDIUM)),
+    5: ("precision", precision.measure),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0, also when something is left; 1 if a measurement failed; 2 for files of another commit or device."""
     options = _parser().parse_args(arguments)
     torch.set_num_threads(1 if options.device.type == "cpu" else torch.get_num_threads())
-    prepare(options.device)
-    has_failed = False
-    for number in [options.part] if options.part else PARTS:
-        bench = Bench.on(options.device)
-        part = PARTS[number]
-        environment = describe_environment(
-            {"device": str(options.device), "models_are_tiny": bench.is_tiny, "sources_sha256": hash_sources()}
-        )
-        try:
-            record = Record(options.out / f"gpu-{number}-{part.name}.json", environment=environment)
-        except ValueError as error:
-            print(error, file=sys.stderr)
-            return 2
-        print(f"part {number}, {part.name}", flush=True)
-        try:
-            left = record.run(
-                part.measurements(bench, record.done),
-                summarize=part.summarize,
-                budget_s=options.budget_s,
-                say=_SayWithTime(),
-            )
-        finally:
-            bench.close()
-        has_failed |= bool(record.failed)
-        if left:
-            print(f"part {number}: time is up; start it again for {', '.join(left)}")
+    try:
+        has_failed = [asyncio.run(_run(number, options)) for number in ([options.part] if options.part else PARTS)]
+    except OtherRunError as error:
+        print(error, file=sys.stderr)
+        return 2
     if options.device.type == "cuda":
-        print("\n".join(str(standing) for standing in read_standings(options.out, GPU_GOALS)))
-    return int(has_failed)
+        print("\n".join(map(str, read_standings(options.out, GPU_GOALS))))
+    return int(any(has_failed))
 
 
-class _SayWithTime:
-    def __init__(self) -> None:
-        self._started_at = time.monotonic()
-
-    def __call__(self, line: str) -> None:
-        print(f"  {time.monotonic() - self._started_at:6.1f} s  {line}", flush=True)
+async def _run(number: int, options: argparse.Namespace) -> bool:
+    """Measure one part and write its file. Returns whether a measurement failed."""
+    bench, (part, measure) = Bench(options.device), PARTS[number]
+    name = f"gpu-{number}-{part}"
+    about = {"device": str(options.device), "models_are_tiny": bench.is_tiny, "sources_sha256": hash_sources()}
+    environment = describe_environment(about)
+    same = about | {key: environment[key] for key in ("gpu", "cpu", "versions")}
+    pieces = Pieces(options.out / name, same, ends_at=time.monotonic() + options.budget_s)
+    print(f"part {number}, {part}", flush=True)
+    await trace(options.device, partial(asyncio.sleep, 0.0))  # loads the profiler
+    try:
+        results = await measure(bench, pieces)
+    finally:
+        await bench.drop()
+    results |= {"left": pieces.left, "failed": pieces.failed}
+    write_report(options.out, name, settings=about, results=results)
+    if pieces.left:
+        print(f"part {number}: time is up; start it again for {', '.join(pieces.left)}")
+    return bool(pieces.failed)
 
 
 def _device(name: str) -> torch.device:
@@ -75,7 +80,7 @@ def _device(name: str) -> torch.device:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=__doc__)
     parser.add_argument("--part", type=int, choices=PARTS, help="all of them without")
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder of the JSON files")
     parser.add_argument(

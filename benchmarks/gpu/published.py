@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+FLOPS = 790e12  # sustained, half precision
+
 
 @dataclass(frozen=True, slots=True)
 class ClipRow:

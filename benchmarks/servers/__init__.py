@@ -1,1 +1,1 @@
-"""The servers that are measured: how they are started, and engines that stand in for real ones."""
+"""The servers that are measured, as child processes, and their replicas."""

@@ -8,22 +8,26 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import httpx
 import psutil
 import yaml
 
+from benchmarks.dialects import OverHttp, open_clients
 from stable_audio_serve.models.registry import ModelEntry
 
 _READY_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 30.0
-_SAID = "cold start:"
-_READY = (_SAID, "INFO:     Uvicorn running on")
+_IN_PROGRESS = 10_000  # no bound of ours may refuse a burst
+_SAID = "cold start:"  # when the server is ready
 _STAGE = re.compile(r"(\w+) ([0-9.]+) s")
 
 
@@ -37,7 +41,6 @@ class Server:
     url: str
     pid: int = 0
     ready_s: float = 0.0
-    stopped_s: float = 0.0
     lines: list[str] = field(default_factory=list)
 
     @property
@@ -61,57 +64,54 @@ def write_config(
     deployments: Sequence[Mapping[str, object]] = (),
     **args: object,
 ) -> Path:
-    """A serve config with one model in one replica, and what else `args` say. `deployments` overrule what the
-    application says of its deployments, see Ray Serve.
+    """Write a serve config with one model in one replica, and what else `args` say. `deployments` overrule
+    the application's own, see Ray Serve.
     """
     model = {"name": entry.card.name, "threads": threads, "replicas": {"max_replicas": 1}}
-    if not entry.card.is_demo and entry.folder:
-        model["path"] = str(Path(entry.folder).resolve())
+    if not entry.card.is_demo:
+        model |= _source(entry)
     application = {
         "name": "benchmark",
         "route_prefix": "/",
         "import_path": import_path,
         "args": {"models": [model], "output_dir": str(folder / "outputs"), **args},
-        "deployments": [dict(deployment) for deployment in deployments],
+        "deployments": list(deployments),
     }
     path = folder / "serve_config.yaml"
     path.write_text(yaml.safe_dump({"applications": [application]}))
     return path
 
 
-def model_args(entry: ModelEntry, *, name: str, threads: int, replicas: int = 1) -> dict[str, object]:
-    """Returns what a serve config says of a model under another name, with a fixed number of replicas."""
-    source = {"path": str(Path(entry.folder).resolve())} if entry.folder else {"repo_id": entry.repo_id}
-    return {
-        "name": name,
-        **source,
-        "threads": threads,
-        "replicas": {"min_replicas": replicas, "max_replicas": replicas},
-    }
+def _source(entry: ModelEntry) -> dict[str, object]:
+    return {"path": str(Path(entry.folder).resolve())} if entry.folder else {"repo_id": entry.repo_id}
+
+
+@asynccontextmanager
+async def serving(
+    entry: ModelEntry, names: Mapping[str, Mapping[str, object]], *, threads: int, **args: Any
+) -> AsyncIterator[Mapping[str, OverHttp]]:
+    """Serve one model under several names, each with further fields of its entry. Gives an asker for each name, once
+    all replicas are up. `args` as for `write_config`. Only the models themselves refuse requests.
+    """
+    one = {**_source(entry), "threads": threads, "replicas": {"min_replicas": 1, "max_replicas": 1}}
+    models: list[dict[str, Any]] = [{"name": name, **one, **own} for name, own in names.items()]
+    ingress = {"max_ongoing_requests": _IN_PROGRESS}
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_config(Path(folder), entry, threads=threads, models=models, ingress=ingress, **args)
+        with running_server(path) as server:
+            _wait_for_replicas(server, {model["name"]: model["replicas"]["min_replicas"] for model in models})
+            async with open_clients(server.url) as clients:
+                yield {name: OverHttp(clients, model=name) for name in names}
 
 
 @contextmanager
 def running_server(config: Path) -> Iterator[Server]:
-    """Start, wait until it says it is ready, stop with Ctrl-C. Raises RuntimeError with its output if it never is."""
+    """Start, wait until it is ready, stop with Ctrl-C. Raises RuntimeError with its output if it never is."""
     port = _free_port()
     command = ("-m", "stable_audio_serve.cli", "serve", "--config", str(config), "--port", str(port))
-    with _running(command, port=port) as server:
-        yield server
-
-
-@contextmanager
-def running_instant_app() -> Iterator[Server]:
-    """The API on uvicorn alone, around an engine that takes no time. Raises RuntimeError if it does not start."""
-    port = _free_port()
-    with _running(("-m", "benchmarks.servers.instant", str(port)), port=port) as server:
-        yield server
-
-
-@contextmanager
-def _running(arguments: Sequence[str], *, port: int) -> Iterator[Server]:
     started_at = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, *arguments],
+        [sys.executable, *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -124,7 +124,7 @@ def _running(arguments: Sequence[str], *, port: int) -> Iterator[Server]:
     def read() -> None:
         for line in process.stdout or ():
             server.lines.append(line.rstrip())
-            if line.startswith(_READY):
+            if line.startswith(_SAID):
                 server.ready_s = time.perf_counter() - started_at
                 ready.set()
         ready.set()
@@ -132,34 +132,30 @@ def _running(arguments: Sequence[str], *, port: int) -> Iterator[Server]:
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     try:
-        with _interruptible():
-            ready.wait(_READY_TIMEOUT_S)
+        ready.wait(_READY_TIMEOUT_S)
         if not server.ready_s:
             raise RuntimeError("the server did not start:\n" + "\n".join(server.lines[-30:]))
         yield server
     finally:
-        stopping_at = time.perf_counter()
-        with _interruptible():
-            _stop(process)
-        server.stopped_s = time.perf_counter() - stopping_at
+        _stop(process)
         reader.join(5.0)
 
 
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Within it Ctrl-C ends a wait at once; an event loop that is held up by the wait would only notice it later."""
-    if threading.current_thread() is not threading.main_thread() or not callable(signal.getsignal(signal.SIGINT)):
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+def _wait_for_replicas(server: Server, counts: Mapping[str, int]) -> None:
+    """Wait until every model has so many replicas. Raises RuntimeError if that takes too long."""
+    ends_at = time.monotonic() + _READY_TIMEOUT_S
+    while True:
+        models = httpx.get(f"{server.url}/health", trust_env=False).raise_for_status().json()["models"]
+        missing = [name for name, count in counts.items() if models[name]["num_replicas"] < count]
+        if not missing:
+            return
+        if time.monotonic() > ends_at:
+            raise RuntimeError(f"not all replicas of {missing} came up within {_READY_TIMEOUT_S:.0f} s")
+        time.sleep(0.5)
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
-    """As an operator would; by force what is left after that, or at once if somebody is impatient."""
+    """Stop the server as Ctrl-C does, then kill the processes that are left."""
     processes = _descendants(process.pid)
     process.send_signal(signal.SIGINT)
     try:
@@ -173,7 +169,7 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 
 def _descendants(pid: int) -> list[psutil.Process]:
-    """A process and all that began with it."""
+    """Returns a process and its descendants."""
     try:
         first = psutil.Process(pid)
         return [first, *first.children(recursive=True)]

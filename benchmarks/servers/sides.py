@@ -4,31 +4,30 @@ replica behind each name. `build` is its import path.
 
 from __future__ import annotations
 
-import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ray
 from ray import serve
 
+from benchmarks.servers.timed import StandInReplica
 from benchmarks.sides.servers import BATCH_WAIT_S, MAX_BATCH, open_side
 from stable_audio_serve.core.errors import StableAudioError
-from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
 from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.engine import EngineOptions
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.serving.app import assemble
 from stable_audio_serve.serving.cores import choose_threads
 from stable_audio_serve.serving.engines import first_device
-from stable_audio_serve.serving.model_states import ReplicaStatus
 from stable_audio_serve.serving.placement import model_entry
 from stable_audio_serve.serving.replica import ModelReplica
 
 _OTHERS = ("lock", "eager-lock", "static")
 
 
-class SideReplica:
-    """Answers like `serving.replica.ModelReplica` with the side that the model is called after."""
+class SideReplica(StandInReplica):
+    """Answers with the side that the model is called after."""
 
     def __init__(self, settings: Settings, model: ModelSettings) -> None:
         loaded = load_model(
@@ -36,7 +35,7 @@ class SideReplica:
         )
         cluster_gpus = ray.cluster_resources().get("GPU", 0.0)
         threads = choose_threads(settings, model, device=loaded.device.type, cluster_gpus=cluster_gpus)
-        self._device = str(loaded.device)
+        self.device = str(loaded.device)
         self._side = open_side(
             model.name,
             loaded,
@@ -45,42 +44,12 @@ class SideReplica:
         )
 
     async def generate(self, request: GenerationRequest) -> GenerationResult | StableAudioError:
-        """Run one request; errors of ours are returned, as the real replica does."""
         try:
             return await self._side.generate(request)
         except StableAudioError as error:
             return error
 
-    async def generate_reporting(
-        self, request: GenerationRequest
-    ) -> AsyncIterator[Progress | GenerationResult | StableAudioError]:
-        """The same for a streaming handle."""
-        yield Progress("denoising", 0.0)
-        yield await self.generate(request)
-
-    async def status(self) -> ReplicaStatus:
-        """Ready; nothing is counted."""
-        counts = dict.fromkeys(("in_flight", "finished", "cancelled", "expired", "failed"), 0)
-        return ReplicaStatus(device=self._device, start_s={}, backlog_ms=0.0, quality=None, **counts)
-
 
 def build(args: Settings | Mapping[str, Any]) -> serve.Application:
     """The application of `serving.app` with a replica of each side."""
     return assemble(args, replica=ModelReplica, by_name=dict.fromkeys(_OTHERS, SideReplica))
-
-
-def side_models(
-    sides: tuple[str, ...], *, path: str, padding_s: float, threads: int, mode: str | None
-) -> list[dict[str, object]]:
-    """Returns the `models` section of a config that serves one checkpoint once per side; `mode` of those without."""
-    return [
-        {
-            "name": side,
-            "path": os.path.abspath(path),
-            "duration_padding_s": padding_s,
-            "threads": threads,
-            "replicas": {"min_replicas": 1, "max_replicas": 1},
-            "mode": side.removeprefix("ours-") if side.startswith("ours-") else mode,
-        }
-        for side in sides
-    ]

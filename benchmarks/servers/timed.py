@@ -1,6 +1,6 @@
-"""The whole server around a device that is only a clock: each replica holds one that does one thing at a time, for as
-long as a device model says, and answers a clip that is there already. So routing, Ray and HTTP are measured with more
-replicas than this machine has cores. Must not import torch or transformers, as replicas of it never do.
+"""The whole server around a device that is only a clock: each replica's device does one thing at a time, for as long as
+a formula says, and the clip is there already. So routing, Ray and HTTP are measured with more replicas than this
+machine has cores. Must not import torch or transformers, as replicas of it never do.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import replace
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, ClassVar
 
-from benchmarks.servers.instant import make_result
-from benchmarks.simulate.devices import DeviceModel, LinearDevice
-from stable_audio_serve.core.clock import Clock, SystemClock
+import numpy as np
+
 from stable_audio_serve.core.errors import OverloadedError, StableAudioError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, StageTimings
 from stable_audio_serve.core.pricing import Prices
@@ -27,148 +27,62 @@ _RATE_HZ, _HOP = 44_100, 4096
 _DEFAULT_STEPS = 8
 
 
-DEVICE = LinearDevice(
-    text_fixed_ms=4.0,
-    step_fixed_ms=10.0,
-    step_per_frame_ms=0.1,
-    coding_fixed_ms=6.0,
-    coding_per_frame_ms=0.2,
-)
+@dataclass(frozen=True, slots=True)
+class LinearDevice:
+    """Every call costs something fixed and something per row and latent frame, in milliseconds."""
+
+    text_ms: float = 4.0
+    step_ms: float = 10.0
+    step_per_frame_ms: float = 0.1
+    decode_ms: float = 6.0
+    decode_per_frame_ms: float = 0.2
+
+    def stages(self, request: GenerationRequest) -> StageTimings:
+        """Returns what a request takes on an idle device: text, `steps` steps and the decoder for each
+        variation, with two rows a step where it is guided. Latent frames are Stable Audio 3's.
+        """
+        rows = 1 if request.cfg_scale in (None, 1.0) else 2
+        frames = math.ceil(request.duration_s * _RATE_HZ / _HOP)
+        evaluations = request.batch_size * (request.steps or _DEFAULT_STEPS)
+        denoise_ms = evaluations * (self.step_ms + self.step_per_frame_ms * rows * frames)
+        decode_ms = request.batch_size * (self.decode_ms + self.decode_per_frame_ms * frames)
+        total_ms = self.text_ms + denoise_ms + decode_ms
+        return StageTimings(text_ms=self.text_ms, denoise_ms=denoise_ms, decode_ms=decode_ms, total_ms=total_ms)
+
+    @property
+    def prices(self) -> Prices:
+        """What work costs here; a guided step costs a little less."""
+        frames_per_s = _RATE_HZ / _HOP
+        return Prices(
+            row_ms=self.text_ms + self.decode_ms,
+            evaluation_ms=self.step_ms,
+            evaluated_second_ms=self.step_per_frame_ms * frames_per_s,
+            audio_second_ms=self.decode_per_frame_ms * frames_per_s,
+            default_steps=_DEFAULT_STEPS,
+        )
+
+
+DEVICE = LinearDevice()
 # For clips of a tenth of the length, and eight times as fast: the same work in an eighth of the time, in fewer bytes.
 SHORTENED = 10.0
 SHORTENING_DEVICE = LinearDevice(
-    text_fixed_ms=DEVICE.text_fixed_ms / 8,
-    step_fixed_ms=DEVICE.step_fixed_ms / 8,
+    text_ms=DEVICE.text_ms / 8,
+    step_ms=DEVICE.step_ms / 8,
     step_per_frame_ms=SHORTENED * DEVICE.step_per_frame_ms / 8,
-    coding_fixed_ms=DEVICE.coding_fixed_ms / 8,
-    coding_per_frame_ms=SHORTENED * DEVICE.coding_per_frame_ms / 8,
+    decode_ms=DEVICE.decode_ms / 8,
+    decode_per_frame_ms=SHORTENED * DEVICE.decode_per_frame_ms / 8,
 )
 
 
-class TimedDevice:
-    """One device that serves requests one after another in order of their arrival, and knows neither deadlines nor
-    priorities. While work is waiting it is never idle, however late this process wakes up: only the clock counts.
-    """
+class StandInReplica:
+    """What every stand-in answers like `serving.replica.ModelReplica`."""
 
-    def __init__(
-        self,
-        times: DeviceModel = DEVICE,
-        *,
-        max_queue_s: float = float("inf"),
-        clock: Clock = SystemClock(),
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-    ) -> None:
-        self._times = times
-        self._max_ms = max_queue_s * 1000.0
-        self._clock = clock
-        self._sleep = sleep
-        self._turn = asyncio.Lock()  # handed on in order
-        self._waiting_ms = 0.0
-        self._accepted_ms = 0.0  # device time of everything ever accepted
-        self._num_waiting = 0
-        self._free_at = float("-inf")
-
-    @property
-    def backlog_ms(self) -> float:
-        """Device time of everything accepted that is not spent yet."""
-        return self._waiting_ms + max(0.0, self._free_at - self._clock.monotonic()) * 1000.0
-
-    @property
-    def busy_s(self) -> float:
-        """How long it has worked, seconds."""
-        return (self._accepted_ms - self.backlog_ms) / 1000.0
-
-    async def run(self, request: GenerationRequest) -> StageTimings:
-        """Returns the stages once the device has done them. A cancelled request frees it at once.
-
-        Raises OverloadedError when more than `max_queue_s` of work is ahead, as an engine does.
-        """
-        arrived_at = self._clock.monotonic()
-        self._require_room()
-        stages = predict_stages(self._times, request)
-        self._accepted_ms += stages.total_ms
-        await self._wait_for_turn(stages.total_ms)
-        started_at = max(arrived_at, self._free_at)
-        self._free_at = started_at + stages.total_ms / 1000.0
-        try:
-            while (left_s := self._free_at - self._clock.monotonic()) > 0:
-                await self._sleep(left_s)
-        except asyncio.CancelledError:
-            self._free_at = self._clock.monotonic()
-            raise
-        finally:
-            self._turn.release()
-        queue_ms = (started_at - arrived_at) * 1000.0
-        return replace(stages, queue_ms=queue_ms, total_ms=stages.total_ms + queue_ms)
-
-    def _require_room(self) -> None:
-        excess_s = (self.backlog_ms - self._max_ms) / 1000.0
-        if excess_s > 0:
-            raise OverloadedError("the device's queue is full", retry_after_s=max(excess_s, _LEAST_RETRY_S))
-
-    async def _wait_for_turn(self, work_ms: float) -> None:
-        self._waiting_ms += work_ms
-        self._num_waiting += 1
-        try:
-            await self._turn.acquire()
-        finally:
-            self._num_waiting -= 1
-            self._waiting_ms = self._waiting_ms - work_ms if self._num_waiting else 0.0  # no rest of rounding
-
-
-def predict_stages(times: DeviceModel, request: GenerationRequest) -> StageTimings:
-    """Returns what a request takes on an idle device: text, `steps` steps and the decoder for each variation by itself,
-    with two rows a step where it is guided. Latent frames are Stable Audio 3's.
-    """
-    rows = 1 if request.cfg_scale in (None, 1.0) else 2
-    frames = math.ceil(request.duration_s * _RATE_HZ / _HOP)
-    text_ms = times.text_ms(1)
-    denoise_ms = request.batch_size * (request.steps or _DEFAULT_STEPS) * times.step_ms(rows, frames)
-    decode_ms = request.batch_size * times.decode_ms(1, frames)
-    total_ms = text_ms + denoise_ms + decode_ms
-    return StageTimings(text_ms=text_ms, denoise_ms=denoise_ms, decode_ms=decode_ms, total_ms=total_ms)
-
-
-def prices_of(times: LinearDevice) -> Prices:
-    """Returns what work costs on a device; a guided step costs a little less."""
-    frames_per_s = _RATE_HZ / _HOP
-    return Prices(
-        row_ms=times.text_fixed_ms + times.coding_fixed_ms,
-        evaluation_ms=times.step_fixed_ms,
-        evaluated_second_ms=times.step_per_frame_ms * frames_per_s,
-        audio_second_ms=times.coding_per_frame_ms * frames_per_s,
-        default_steps=_DEFAULT_STEPS,
-    )
-
-
-class TimedReplica:
-    """Answers like `serving.replica.ModelReplica`, when its device has had the time."""
-
-    times: ClassVar[LinearDevice] = DEVICE
-
-    def __init__(self, settings: Settings, model: ModelSettings) -> None:
-        self._model = model.name
-        self._device = TimedDevice(self.times, max_queue_s=model.max_queue_s)
-        self._looked_at = time.monotonic(), 0.0
-        self._waiting = 0.0, float("-inf")
-        self._outcomes = dict.fromkeys(("in_flight", "finished", "cancelled", "expired", "failed"), 0)
+    device = "timed"
+    backlog_s = 0.0
 
     async def generate(self, request: GenerationRequest) -> GenerationResult | StableAudioError:
-        """A clip of the length asked for, or the refusal."""
-        self._outcomes["in_flight"] += 1
-        outcome = "failed"
-        try:
-            timings = await self._device.run(request)
-            outcome = "finished"
-            return replace(make_result(self._model, request), timings=timings)
-        except asyncio.CancelledError:
-            outcome = "cancelled"
-            raise
-        except OverloadedError as error:
-            return error
-        finally:
-            self._outcomes["in_flight"] -= 1
-            self._outcomes[outcome] += 1
+        """Returns the audio, or an error of ours, as the real replica does."""
+        raise NotImplementedError
 
     async def generate_reporting(
         self, request: GenerationRequest
@@ -177,39 +91,90 @@ class TimedReplica:
         yield Progress("denoising", 0.0)
         yield await self.generate(request)
 
+    async def status(self) -> object:
+        """Ready; nothing is counted."""
+        from stable_audio_serve.serving.model_states import ReplicaStatus
+
+        counts = dict.fromkeys(("in_flight", "finished", "cancelled", "expired", "failed"), 0)
+        return ReplicaStatus(device=self.device, start_s={}, backlog_ms=1000.0 * self.backlog_s, quality=None, **counts)
+
+
+class TimedReplica(StandInReplica):
+    """Answers when its device has had the time.
+
+    The device serves requests one after another in order of their arrival. While work is waiting it is never idle,
+    however late this process wakes up: only the clock counts. The time of a cancelled request is spent all the same.
+    """
+
+    times: ClassVar[LinearDevice] = DEVICE
+
+    def __init__(self, settings: Settings, model: ModelSettings) -> None:
+        self._model = model.name
+        self._max_queue_s = model.max_queue_s
+        self._accepted_s = 0.0  # device time of everything ever accepted
+        self._free_at = time.monotonic()
+        self._looked_at = time.monotonic(), 0.0
+        self._waiting = 0.0, float("-inf")
+
+    @property
+    def backlog_s(self) -> float:  # type: ignore[override]
+        """Device time of everything accepted that is not spent yet."""
+        return max(0.0, self._free_at - time.monotonic())
+
+    async def generate(self, request: GenerationRequest) -> GenerationResult | StableAudioError:
+        """Returns a clip of the length asked for, or the refusal where too much work is ahead."""
+        waiting_s = self.backlog_s
+        if waiting_s > self._max_queue_s:
+            retry_s = max(waiting_s - self._max_queue_s, _LEAST_RETRY_S)
+            return OverloadedError("the device's queue is full", retry_after_s=retry_s)
+        stages = self.times.stages(request)
+        self._accepted_s += stages.total_ms / 1000.0
+        self._free_at = ended_at = max(time.monotonic(), self._free_at) + stages.total_ms / 1000.0
+        await asyncio.sleep(max(0.0, ended_at - time.monotonic()))
+        queue_ms = 1000.0 * waiting_s
+        timings = replace(stages, queue_ms=queue_ms, total_ms=stages.total_ms + queue_ms)
+        return replace(make_result(self._model, request), timings=timings)
+
     def record_routing_stats(self) -> dict[str, Any]:
         """Called by Serve."""
-        return ReplicaWork.now(self._device.backlog_ms, prices_of(self.times)).to_dict()
+        return ReplicaWork.now(1000.0 * self.backlog_s, self.times.prices).to_dict()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """As the real one."""
-        now, busy_s = time.monotonic(), self._device.busy_s
+        """Called by Serve."""
+        now, busy_s = time.monotonic(), self._accepted_s - self.backlog_s
         before, busy_before_s = self._looked_at
         self._looked_at = now, busy_s
         waiting_s, told_at = self._waiting
         return replica_stats(
-            work_s=self._device.backlog_ms / 1000.0,
+            work_s=self.backlog_s,
             busy_share=min(1.0, max(0.0, busy_s - busy_before_s) / max(now - before, 0.1)),
             waiting_s=waiting_s if now - told_at < 5.0 else 0.0,
         )
 
     async def note_waiting(self, seconds: float, is_kept: bool = False) -> None:
-        """As the real one."""
+        """Called by job runners."""
         self._waiting = seconds, time.monotonic()
-
-    async def status(self) -> object:
-        """Returns what it has done and what its device still has to do."""
-        from stable_audio_serve.serving.model_states import ReplicaStatus
-
-        return ReplicaStatus(
-            device="timed", start_s={}, backlog_ms=self._device.backlog_ms, quality=None, **self._outcomes
-        )
 
 
 class ShorteningReplica(TimedReplica):
     """For clips of a tenth of the length."""
 
     times = SHORTENING_DEVICE
+
+
+def make_result(model: str, request: GenerationRequest) -> GenerationResult:
+    """Returns a clip of the length asked for, stereo at 44.1 kHz."""
+    clip = _clip(int(request.duration_s * _RATE_HZ))
+    seeds = tuple(request.seed + index for index in range(request.batch_size))
+    return GenerationResult((clip,) * request.batch_size, _RATE_HZ, model, seeds)
+
+
+@lru_cache(maxsize=4)
+def _clip(samples: int) -> Any:
+    """Returns (2, samples) float32: a chord under a little noise."""
+    chord = sum(np.sin(2 * np.pi * hz * np.arange(samples) / _RATE_HZ) for hz in (110, 277, 659))
+    noise = np.random.default_rng(0).normal(0.0, 0.02, (2, samples))
+    return np.ascontiguousarray(0.2 * chord + noise, dtype=np.float32)
 
 
 def build(args: Settings) -> Any:

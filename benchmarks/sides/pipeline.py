@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
@@ -14,9 +15,9 @@ from typing import get_args
 
 import torch
 
-from benchmarks.sides.captures import Captures
 from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Priority
+from stable_audio_serve.core.metrics import NullMetrics
 from stable_audio_serve.engine import EngineOptions
 from stable_audio_serve.engine.build import resolve_mode
 from stable_audio_serve.engine.calls.executor import Executor
@@ -34,7 +35,40 @@ from stable_audio_serve.engine.scheduling.work import Phase
 from stable_audio_serve.models.protocol import DiffusionModel, RowPlan
 from stable_audio_serve.sampling.noise import SeededNoise
 
+_SETTLED_S = 1.0  # an idle engine that captured nothing for so long has nothing left to capture
 _ALL_WINDOWS = 2**30  # nothing waits between two of them
+
+
+class Captures(NullMetrics):
+    """The sink of one side's metrics. `changed_at` on the monotonic clock, in seconds."""
+
+    def __init__(self) -> None:
+        self._captured: Counter[str] = Counter()  # by kind of call
+        self.num_misses = 0
+        self.num_steps = 0
+        self.changed_at = float("-inf")
+
+    @property
+    def num_captured(self) -> int:
+        """Of all kinds of calls."""
+        return self._captured.total()
+
+    def gauge(self, name: str, value: float, **labels: str) -> None:
+        if name == "engine_graphs":
+            self._captured[labels["kind"]], self.changed_at = int(value), time.monotonic()
+
+    def increment(self, name: str, value: float = 1.0, **labels: str) -> None:
+        if name == "engine_graph_misses":
+            self.num_misses, self.changed_at = self.num_misses + int(value), time.monotonic()
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        self.num_steps += name == "engine_rows_per_step"
+
+
+async def wait_for_captures(captures: Captures) -> None:
+    """Return once an idle engine has no calls left to capture."""
+    while time.monotonic() < captures.changed_at + _SETTLED_S:  # noqa: ASYNC110 - another thread captures
+        await asyncio.sleep(0.05)
 
 
 class Pipeline:
@@ -95,11 +129,11 @@ class Pipeline:
         while not self._num_asked and await loop.run_in_executor(self._thread, self._capture):
             pass
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Wait for the call in progress."""
         if self._settling is not None:
             self._settling.cancel()
-        self._thread.shutdown()
+        await asyncio.to_thread(self._thread.shutdown)
 
     async def _run_now(self, requests: Sequence[GenerationRequest], submitted_at: float) -> list[GenerationResult]:
         loop = asyncio.get_running_loop()

@@ -6,14 +6,11 @@ served; `static` on batches of like requests; `ours` is the engine. Where the en
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from benchmarks.sides.batcher import Batcher
-from benchmarks.sides.captures import Captures
-from benchmarks.sides.pipeline import Pipeline
+from benchmarks.sides.pipeline import Captures, Pipeline, wait_for_captures
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.engine.hardware.device import Device
@@ -23,18 +20,15 @@ from stable_audio_serve.models.protocol import DiffusionModel
 
 MAX_BATCH = 32
 BATCH_WAIT_S = 0.01
-_SETTLED_S = (
-    1.0  # an engine that has captured nothing for so long, while nothing was asked, has nothing left to capture
-)
 _BUCKET_FRAMES = {"cpu": 16, "cuda": 64}  # latent frames; narrower on a CPU, where padding costs as much as sound
 
 BatchKey = tuple[object, ...]
 Batched = Callable[[GenerationRequest], Awaitable[GenerationResult]]
-RunBatch = Callable[[list[GenerationRequest]], Awaitable[Sequence[GenerationResult]]]
+RunBatch = Callable[[Sequence[GenerationRequest]], Awaitable[Sequence[GenerationResult]]]
 
 
 class Side(Protocol):
-    """What is compared."""
+    """One of the compared servers."""
 
     captures: Captures
 
@@ -62,7 +56,7 @@ class OneCall:
         rows, frames = sum(lane.branches for lane in lanes), max(lane.frames for lane in lanes)
         return [Call(tuple(range(len(lanes))), self.shapes.least(rows), self.padded(frames))]
 
-    def crowd(self, branches: int, frames: int) -> int:
+    def typical_rows(self, branches: int, frames: int) -> int:
         return branches
 
     def padded(self, frames: int) -> int:
@@ -70,8 +64,8 @@ class OneCall:
 
 
 def one_call(model: DiffusionModel) -> Callable[[Device], BatchPolicy]:
-    """Returns what chooses a device's policy. Captured calls must come again, so there they have the engine's shapes,
-    for as many rows as a batch may have."""
+    """Returns a function from a device to its policy. Only repeated calls can be captured, so they have the engine's
+    shapes, for as many rows as a batch may have."""
 
     def choose(device: Device) -> BatchPolicy:
         if not device.can_capture:
@@ -82,60 +76,45 @@ def one_call(model: DiffusionModel) -> Callable[[Device], BatchPolicy]:
     return choose
 
 
-class LockServer:
+class LockServer(Pipeline):
     """The pipeline behind a mutex: what a handler around a model does."""
 
     def __init__(self, model: DiffusionModel, options: EngineOptions, *, captures_calls: bool = True) -> None:
         captured = one_call(model)
-        self._pipeline = Pipeline(
+        super().__init__(
             model,
             options,
             policy=lambda device: captured(device) if device.can_capture else OneRowPerCall(),
             together=1,
             captures_calls=captures_calls,
         )
-        self.captures = self._pipeline.captures
 
     async def generate(self, request: GenerationRequest) -> GenerationResult:
-        return (await self._pipeline.run([request]))[0]
-
-    async def settle(self) -> None:
-        await self._pipeline.settle()
-
-    async def close(self) -> None:
-        await asyncio.to_thread(self._pipeline.close)
+        return (await self.run([request]))[0]
 
 
-class StaticServer:
+class StaticServer(Pipeline):
     """Batches of requests with identical length bucket, steps and guidance, one batch at a time on the device."""
 
     def __init__(
         self, model: DiffusionModel, options: EngineOptions, *, collect: Callable[[RunBatch], Batched]
     ) -> None:
-        """`collect` turns a function over a batch into one over a request: `@serve.batch`, or `collect_here`."""
-        self._model = model
-        self._pipeline = Pipeline(model, replace(options, mode="fast"), policy=one_call(model), together=MAX_BATCH)
-        self.captures = self._pipeline.captures
+        """`collect` turns a function over a batch into one over a request: `@serve.batch`, or `Batcher`."""
+        super().__init__(model, replace(options, mode="fast"), policy=one_call(model), together=MAX_BATCH)
         self._collect = collect
         self._queues: dict[BatchKey, Batched] = {}
 
     async def generate(self, request: GenerationRequest) -> GenerationResult:
         key = batch_key(self._model, request)
         if key not in self._queues:
-            self._queues[key] = self._collect(self._run)
+            self._queues[key] = self._collect(self.run)
         return await self._queues[key](request)
-
-    async def settle(self) -> None:
-        await self._pipeline.settle()
 
     async def close(self) -> None:
         for queue in self._queues.values():
             if isinstance(queue, Batcher):
                 queue.close()
-        await asyncio.to_thread(self._pipeline.close)
-
-    async def _run(self, requests: list[GenerationRequest]) -> Sequence[GenerationResult]:
-        return await self._pipeline.run(requests)
+        await super().close()
 
 
 def batch_key(model: DiffusionModel, request: GenerationRequest) -> BatchKey:
@@ -150,9 +129,47 @@ def batch_key(model: DiffusionModel, request: GenerationRequest) -> BatchKey:
     return bucket, request.steps, request.cfg_scale, request.sampler, request.negative_prompt is None, *is_edit
 
 
-def collect_here(run: RunBatch) -> Batched:
-    """Batches without Ray."""
-    return Batcher(run, max_size=MAX_BATCH, wait_s=BATCH_WAIT_S)
+class Batcher:
+    """Collects calls into batches as `@serve.batch` does, for machines without Ray: a batch waits shortly for company
+    after its first call; the next one forms while it runs. A batch's error is raised in each of its calls."""
+
+    def __init__(self, run: RunBatch) -> None:
+        self._run = run
+        self._waiting: asyncio.Queue[tuple[GenerationRequest, asyncio.Future[GenerationResult]]] = asyncio.Queue()
+        self._worker: asyncio.Task[None] | None = None
+
+    async def __call__(self, request: GenerationRequest) -> GenerationResult:
+        """Returns this request's result."""
+        if self._worker is None:
+            self._worker = asyncio.create_task(self._work())
+        future: asyncio.Future[GenerationResult] = asyncio.get_running_loop().create_future()
+        self._waiting.put_nowait((request, future))
+        return await future
+
+    def close(self) -> None:
+        """Stop; calls that wait are never answered."""
+        if self._worker is not None:
+            self._worker.cancel()
+
+    async def _work(self) -> None:
+        while True:
+            batch = [await self._waiting.get()]
+            try:
+                async with asyncio.timeout(BATCH_WAIT_S):
+                    while len(batch) < MAX_BATCH:
+                        batch.append(await self._waiting.get())
+            except TimeoutError:
+                pass
+            try:
+                results = await self._run([item for item, _ in batch])
+            except Exception as error:  # noqa: BLE001 - belongs to the callers
+                for _, future in batch:
+                    if not future.done():
+                        future.set_exception(error)
+                continue
+            for (_, future), result in zip(batch, results, strict=True):
+                if not future.done():
+                    future.set_result(result)
 
 
 class OurServer:
@@ -172,17 +189,11 @@ class OurServer:
         await self._engine.close()
 
 
-async def wait_for_captures(captures: Captures) -> None:
-    """Return once an engine of which nothing is asked has captured what it wants to."""
-    while time.monotonic() < captures.changed_at + _SETTLED_S:  # noqa: ASYNC110 - another thread captures
-        await asyncio.sleep(0.05)
-
-
 SIDES = ("lock", "eager-lock", "static", "ours", "ours-strict", "ours-fast")
 
 
 def open_side(
-    name: str, model: DiffusionModel, *, options: EngineOptions, collect: Callable[[RunBatch], Batched] = collect_here
+    name: str, model: DiffusionModel, *, options: EngineOptions, collect: Callable[[RunBatch], Batched] = Batcher
 ) -> Side:
     """Returns the side of this name over a loaded model. Raises ValueError for another name."""
     if name in {"lock", "eager-lock"}:

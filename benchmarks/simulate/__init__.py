@@ -1,1 +1,1 @@
-"""The engine and its rivals on a virtual clock, against a model of a device: nothing here touches torch."""
+"""The engine's own scheduling on a virtual clock, with a formula in place of the GPU."""

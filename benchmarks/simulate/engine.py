@@ -1,65 +1,97 @@
-"""The engine on a virtual clock: the product's own scheduler, batching, predictions and cost model; the device is a
-formula. A turn is that of `engine.loop.EngineLoop`: text of rows that start and the next decode windows, beside one
-evaluation where the device has two queues.
+"""The engine on a virtual clock: the product's own scheduler, batching, predictions and cost model; the GPU is a
+formula. A turn is that of `engine.loop.EngineLoop`: the text of rows that start and the next decode windows, beside one
+denoising step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
-from benchmarks.arrivals import Arrival
-from benchmarks.simulate.devices import DeviceModel
-from benchmarks.simulate.queues import Queues
-from benchmarks.simulate.requests import Outcome, Shape
-from stable_audio_serve.core.generation import Mode
+from benchmarks.load import Record
+from benchmarks.simulate.device import Gpu, Network
+from benchmarks.workload import Arrival
 from stable_audio_serve.engine import EngineOptions
-from stable_audio_serve.engine.build import resolve_mode, resolve_policy
-from stable_audio_serve.engine.calls.coding_calls import captured_prompts, captured_windows
+from stable_audio_serve.engine.build import resolve_policy
 from stable_audio_serve.engine.calls.warmup import DURATION_SHARES, step_shapes
+from stable_audio_serve.engine.hardware.device import CudaDevice
 from stable_audio_serve.engine.prediction import Predictor
-from stable_audio_serve.engine.scheduling.batching import BatchPolicy, Call, OneRowPerCall
-from stable_audio_serve.engine.scheduling.call_shapes import PackedShapes, round_up
+from stable_audio_serve.engine.scheduling.batching import Call
+from stable_audio_serve.engine.scheduling.call_shapes import PackedShapes
 from stable_audio_serve.engine.scheduling.cost import CostModel, Measurement
 from stable_audio_serve.engine.scheduling.pacing import WindowPace
 from stable_audio_serve.engine.scheduling.scheduler import RowId, Scheduler, SchedulerLimits
 from stable_audio_serve.engine.scheduling.windows import count_fitting, window_lengths
 from stable_audio_serve.engine.scheduling.work import Phase, RowWork
-from stable_audio_serve.models.windows import LONGEST_FRAMES, WINDOW_GRID, cut_windows
+from stable_audio_serve.models.protocol import WindowRule
+from stable_audio_serve.models.windows import LONGEST_FRAMES, audible_windows, cut_windows
 
-_PROBE_WINDOW = 128
+_PROBE_WINDOW = 128  # frames
 _CALLS_AHEAD = 2  # of the host, as in `engine.pacing`
 
 
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """What suits a kind of device, as in `engine.device`."""
-
-    default_mode: Mode
-    frame_grid: int
-    shares_calls: bool
-    prefers_packed: bool = False
-    has_second_queue: bool = False
+def work_of(arrival: Arrival, network: Network) -> RowWork:
+    """Returns a request's device work: a guided step takes two network rows, decoding the product's windows."""
+    frames = network.frames(arrival.duration_s)
+    windows = audible_windows(frames, num_audible=frames, rule=WindowRule(network.halo_frames))
+    branches = [2 if arrival.is_guided else 1] * arrival.steps
+    return RowWork(frames, branches=branches, decode_left=window_lengths(windows))
 
 
-CPU = Kind("strict", frame_grid=1, shares_calls=False, prefers_packed=True)
-GPU = Kind("fast", frame_grid=64, shares_calls=True, has_second_queue=True)
+def record_of(arrival: Arrival, ended_ms: float) -> Record:
+    """Returns the record of a request that ended then."""
+    return Record(0, arrival.at_s, ended_ms / 1000.0, arrival.duration_s, arrival.steps)
 
 
 @dataclass(slots=True)
-class Counts:
-    """What the turns were like: tokens are latent frames of network rows; `shapes` of calls that a graph is captured
-    of: (rows, frames) of padded ones, (rows, longest, tokens) of packed ones."""
+class _Beside:
+    """A call of the GPU's second queue, at whose end the audio of `arrivals` is ready."""
 
-    turns: int = 0
-    calls: int = 0
-    rows: int = 0
-    tokens: int = 0
-    padded_tokens: int = 0
-    shapes: set[tuple[int, ...]] = field(default_factory=set)
-    text_shapes: set[int] = field(default_factory=set)  # prompts
-    decode_shapes: set[tuple[int, int]] = field(default_factory=set)  # (windows, frames)
+    number: int
+    left_ms: float
+    arrivals: tuple[Arrival, ...]
+
+
+class _Queues:
+    """The GPU's two queues. The second goes first; the first queue gets the rest of the GPU's time."""
+
+    def __init__(self) -> None:
+        self.now_ms = 0.0
+        self.num_asked = 0  # calls of the second queue
+        self.records: list[Record] = []
+        self._second: deque[_Beside] = deque()
+
+    def run(self, ms: float) -> None:
+        """Run a call of the first queue to its end."""
+        self.wait(self.num_asked)
+        self.now_ms += ms
+
+    def ask(self, ms: float, *arrivals: Arrival) -> int:
+        """Add a call to the second queue. Returns its number."""
+        self.num_asked += 1
+        self._second.append(_Beside(self.num_asked, ms, arrivals))
+        return self.num_asked
+
+    def wait(self, number: int) -> None:
+        """Let the first queue wait for the end of that call of the second."""
+        while not self.has_ended(number):
+            self.rest(self.now_ms + self._second[0].left_ms)
+
+    def rest(self, until_ms: float) -> None:
+        """Leave the first queue empty until then."""
+        while self._second and self.now_ms + self._second[0].left_ms <= until_ms:
+            call = self._second.popleft()
+            self.now_ms += call.left_ms
+            self.records += [record_of(arrival, self.now_ms) for arrival in call.arrivals]
+        if self._second and until_ms > self.now_ms:
+            self._second[0].left_ms -= until_ms - self.now_ms
+        self.now_ms = max(self.now_ms, until_ms)
+
+    def has_ended(self, number: int) -> bool:
+        """Whether that call of the second queue has ended."""
+        return not self._second or self._second[0].number > number
 
 
 @dataclass(slots=True)
@@ -72,65 +104,43 @@ class _Row:
 
 
 class SimulatedEngine:
-    """One engine. Outcomes are in order of their ends; the clock goes on between two calls of `run`."""
+    """One engine on one GPU, to run once."""
 
-    def __init__(
-        self,
-        device: DeviceModel,
-        shape: Shape,
-        *,
-        longest_frames: int,
-        options: EngineOptions = EngineOptions(mode="fast"),
-        kind: Kind = GPU,
-        pack: Callable[[Call], float] | None = None,
-        prefix_tokens: int = 0,
-        gap_ms: float = 0.0,
-    ) -> None:
-        """`longest_frames`: latent frames of the model's longest clip. With `pack`, which prices packed calls, rows may
-        be packed, with `prefix_tokens` tokens before each row's frames; without they share padded calls. `gap_ms`: of
-        each step, for which windows beside it have the device as well; without, they take of a step's time what they
-        take alone.
-        """
-        self._gap_ms = gap_ms
-        self._device = device
-        self._shape = shape
-        self._pack = pack
-        is_strict = resolve_mode(options, kind) == "strict"
-        self._together = 1 if is_strict else options.slots
+    def __init__(self, gpu: Gpu) -> None:
+        network, options = gpu.network, EngineOptions(mode="fast")
+        longest_frames = network.frames(network.longest_s)
+        self._gpu = gpu
+        self._together = options.slots
         self._cost = CostModel()
-        self._policy: BatchPolicy = resolve_policy(
+        self._policy = resolve_policy(
             options,
-            kind,
+            CudaDevice,  # type: ignore[arg-type]  # the class has what suits a GPU
             cost=self._cost,
-            packs_rows=pack is not None,
-            packed=PackedShapes(prefix_tokens, longest_frames) if pack else None,
+            packs_rows=True,
+            packed=PackedShapes(network.prefix_tokens, longest_frames),
         )
-        self._pace = WindowPace(self._cost, turn_frames=options.turn_frames, is_fixed=is_strict)
+        self._pace = WindowPace(self._cost, is_fixed=False)
         limits = SchedulerLimits(
             max_started=options.max_rows,
-            max_tokens=0 if isinstance(self._policy, OneRowPerCall) else options.max_step_tokens,
-            slack=options.slack,
-            max_slack_s=options.max_slack_s,
+            max_tokens=options.max_step_tokens,
             batch_share=options.batch_share,
         )
-        fit_cost(self._cost, device, policy=self._policy, longest_frames=longest_frames, limits=limits)
+        self._fit_cost(longest_frames, max_tokens=limits.max_tokens)
         self._predictor = Predictor(self._cost, self._policy, turn_frames=self._pace.turn_frames)
         self._scheduler = Scheduler(
             limits,
-            knee_tokens=lambda frames: frames * self._policy.crowd(1, frames),
+            knee_tokens=lambda frames: frames * self._policy.typical_rows(1, frames),
             step_ms=self._predictor.step_ms,
-            has_second_queue=kind.has_second_queue,
+            has_second_queue=True,
         )
-        self._has_second_queue = kind.has_second_queue
-        self._queues: Queues[Arrival] = Queues()
+        self._queues = _Queues()
         self._rows: dict[RowId, _Row] = {}
         self._prompts: set[str] = set()
         self._last_text = 0
         self._windows: list[int] = []  # the second queue's calls
-        self.counts = Counts()
 
-    def run(self, arrivals: Iterable[Arrival]) -> list[Outcome]:
-        """Returns what became of the arrivals, which are due in this order, none before the end of the last call."""
+    def run(self, arrivals: Iterable[Arrival]) -> list[Record]:
+        """Returns a record of each arrival in order of their ends. Arrivals must be sorted by time."""
         queues, coming = self._queues, list(arrivals)
         num_taken = 0
         while num_taken < len(coming) or self._rows:
@@ -141,12 +151,20 @@ class SimulatedEngine:
                 num_taken += 1
             self._turn()
         queues.wait(queues.num_asked)
-        outcomes = [Outcome(arrival, ended_ms / 1000.0) for arrival, ended_ms in queues.ended]
-        queues.ended.clear()
-        return outcomes
+        return queues.records
+
+    def _fit_cost(self, longest_frames: int, *, max_tokens: int) -> None:
+        """Fit the cost model to what the engine's warm-up measures."""
+        lengths = {max(int(longest_frames * share), 1) for share in DURATION_SHARES}
+        shapes = {shape for frames in lengths for shape in step_shapes(self._policy, frames, max_tokens=max_tokens)}
+        windows = {min(frames, _PROBE_WINDOW) for frames in lengths}
+        gpu = self._gpu
+        self._cost.fit("text", [Measurement(count, 0, gpu.prompt_ms) for count in (1, 2, 4, 8)])
+        self._cost.fit("denoise", [Measurement(rows, n, gpu.step_ms([n] * rows)) for rows, n in shapes])
+        self._cost.fit("decode", [Measurement(1, frames, gpu.decode_ms(1, frames)) for frames in windows])
 
     def _receive(self, row_id: RowId, arrival: Arrival) -> None:
-        work = self._shape.work(arrival)
+        work = work_of(arrival, self._gpu.network)
         self._rows[row_id] = _Row(arrival, work)
         alone_s = self._predictor.alone_ms(work) / 1000.0
         self._scheduler.add(row_id, work, arrived_at=arrival.at_s, alone_s=alone_s)
@@ -167,7 +185,6 @@ class SimulatedEngine:
             self._denoise(stepping)
         else:
             self._queues.wait(self._queues.num_asked - _CALLS_AHEAD)
-        self.counts.turns += 1
         for row_id in ids:
             if self._rows[row_id].work.phase is Phase.DONE:
                 self._scheduler.remove(row_id)
@@ -185,45 +202,29 @@ class SimulatedEngine:
                 row.text = None
 
     def _encode_prompts(self, rows: Sequence[_Row]) -> None:
-        missing = list(dict.fromkeys(r.arrival.prompt for r in rows if r.arrival.prompt not in self._prompts))
-        for start in range(0, len(missing), self._together):
-            num_prompts = len(missing[start : start + self._together])
-            self._last_text = self._ask(self._device.text_ms(num_prompts))
-            self.counts.text_shapes.add(captured_prompts(num_prompts))
-        self._prompts.update(missing)
+        missing = {row.arrival.prompt for row in rows} - self._prompts
+        for _ in range(0, len(missing), self._together):
+            self._last_text = self._queues.ask(self._gpu.prompt_ms)
+        self._prompts |= missing
         for row in rows:
             row.has_started = True
             row.text = self._last_text
 
     def _denoise(self, rows: Sequence[_Row]) -> None:
-        lanes = [row.work.lane for row in rows]
-        self.counts.rows += len(rows)
-        self.counts.tokens += sum(lane.branches * lane.frames for lane in lanes)
-        calls = self._policy.split(lanes)
+        calls = self._policy.split([row.work.lane for row in rows])
         ms = sum(map(self._call_ms, calls))
         groups = [call.groups for call in calls]
         self._cost.correct("denoise", groups, measured_ms=ms)
-        self._pace.saw_step(sum(self._cost.groups_ms("denoise", own) for own in groups))
-        self._queues.run(ms, gap_ms=self._gap_ms)
-        self.counts.calls += len(calls)
-        self.counts.padded_tokens += sum(
-            sum(call.lengths) + call.num_spare if call.lengths else call.rows * call.frames for call in calls
-        )
-        self.counts.shapes.update(
-            (call.rows, call.frames, *((call.room.tokens,) if call.room else ()))
-            for call in calls
-            if call.room or not call.lengths
-        )
+        self._pace.record_step(sum(self._cost.groups_ms("denoise", own) for own in groups))
+        self._queues.run(ms)
         for row in rows:
             row.work.finish_evaluation()
 
     def _call_ms(self, call: Call) -> float:
-        if self._pack and call.lengths:
-            return self._pack(call)
-        return self._device.step_ms(call.rows, call.frames)
+        return self._gpu.step_ms(call.lengths or [call.frames] * call.rows, num_spare=call.num_spare)
 
     def _decode(self, rows: Sequence[_Row]) -> None:
-        """Each row's next windows; windows of one length share a call, as in `engine.executor`."""
+        """Decode each row's next windows; windows of one length share a call, as in `engine.executor`."""
         lengths: list[int] = []
         others_wait = any(row.work.phase is not Phase.DECODE for row in self._rows.values())
         most = self._pace.decode_frames(len(rows), others_wait=others_wait)
@@ -237,42 +238,13 @@ class SimulatedEngine:
         for frames, group in groupby(sorted(lengths)):
             windows = len(list(group))
             for start in range(0, windows, self._together):
-                num_windows = min(windows - start, self._together)
-                ms += self._device.decode_ms(num_windows, frames)
-                self._count_windows(num_windows, frames)
+                ms += self._gpu.decode_ms(min(windows - start, self._together), frames)
         ended = [row.arrival for row in rows if row.work.phase is Phase.DONE]
-        self._windows.append(self._ask(ms, *ended))
-
-    def _count_windows(self, num_windows: int, frames: int) -> None:
-        """Count a call as if clips had the headroom into which the product lengthens a last window."""
-        padded = round_up(frames, WINDOW_GRID)
-        if captured := captured_windows(num_windows, frames=padded):
-            self.counts.decode_shapes.add((captured, padded))
+        self._windows.append(self._queues.ask(ms, *ended))
 
     def _cut(self, row: _Row, *, longest: int) -> None:
-        """Cut what is left of the row's clip anew, as `engine.windows.AudioAssembly`; the first window is taken."""
-        if self._shape.rule is None or self._pace.is_fixed:
-            return
-        frames = row.work.frames
-        spans = cut_windows(row.frames_decoded, frames=frames, rule=self._shape.rule, longest=longest)
+        """Cut the rest of the row's clip again, as `engine.windows.AudioAssembly` does; the first window is taken."""
+        rule = WindowRule(self._gpu.network.halo_frames)
+        spans = cut_windows(row.frames_decoded, frames=row.work.frames, rule=rule, longest=longest)
         row.work.decode_left = window_lengths(spans)
         row.frames_decoded = spans[0].keep_stop
-
-    def _ask(self, ms: float, *ended: Arrival) -> int:
-        """Ask for work beside the next step, or before it where the device has one queue. Returns its number."""
-        number = self._queues.ask(ms, *ended)
-        if not self._has_second_queue:
-            self._queues.wait(number)
-        return number
-
-
-def fit_cost(
-    cost: CostModel, device: DeviceModel, *, policy: BatchPolicy, longest_frames: int, limits: SchedulerLimits
-) -> None:
-    """Fit `cost`, which `policy` reads, to what the warm-up measures."""
-    lengths = {max(int(longest_frames * share), 1) for share in DURATION_SHARES}
-    shapes = {shape for frames in lengths for shape in step_shapes(policy, frames, max_tokens=limits.max_tokens)}
-    windows = {min(frames, _PROBE_WINDOW) for frames in lengths}
-    cost.fit("text", [Measurement(n, 0, device.text_ms(n)) for n in (1, 2, 4, 8)])
-    cost.fit("denoise", [Measurement(n, frames, device.step_ms(n, frames)) for n, frames in shapes])
-    cost.fit("decode", [Measurement(1, frames, device.decode_ms(1, frames)) for frames in windows])

@@ -23,6 +23,7 @@ from stable_audio_serve.api.middleware.key_limits import KeyLimiter
 from stable_audio_serve.api.middleware.key_ring import KeyRing
 from stable_audio_serve.api.middleware.readiness import Readiness
 from stable_audio_serve.api.streams import EventStreams, StreamLimits
+from stable_audio_serve.audio import workers
 from stable_audio_serve.audio.encode import EncodedFile
 from stable_audio_serve.audio.finish import FileOrder, FinishedFile, finish
 from stable_audio_serve.audio.recipe import Recipe
@@ -195,8 +196,8 @@ class Service:
         if self._num_generating >= self.settings.ingress.max_ongoing_requests:
             message = "too many requests are in progress (ingress.max_ongoing_requests)"
             raise OverloadedError(message, retry_after_s=_BUSY_RETRY_S)
-        if self._source_bytes and self._source_bytes + num_bytes > self.settings.api.max_source_bytes:
-            message = "audio: too much source audio is in progress (api.max_source_bytes)"
+        if self._source_bytes and self._source_bytes + num_bytes > workers.MAX_SOURCE_BYTES:
+            message = "audio: too much source audio is in progress"
             raise OverloadedError(message, retry_after_s=_BUSY_RETRY_S)
         self._num_generating += 1
         self._source_bytes += num_bytes

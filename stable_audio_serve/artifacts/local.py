@@ -1,4 +1,8 @@
-"""Files in one local folder: written under a temporary name in the same folder, flushed to disk, then renamed."""
+"""Files in one local folder: written under a temporary name in the same folder, flushed to disk, then renamed.
+
+The folder must stay the same folder after its first use. If it was moved, or its disk is not mounted, the path leads to
+another folder or to nothing. New files would be lost there, and existing files would seem to be deleted.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,8 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from stable_audio_serve.artifacts.folder import Folder
+import structlog
+
 from stable_audio_serve.artifacts.keys import FOLDERS, OWNER_KEY, QUALITY_FOLDER, is_ours, upload_key
 from stable_audio_serve.artifacts.store import (
     MAX_LISTED,
@@ -25,14 +30,18 @@ from stable_audio_serve.artifacts.store import (
     ObjectPage,
     StoredFile,
     StoredObject,
+    StoreThreads,
+    require_size,
+    until_stopped,
+    verified,
 )
-from stable_audio_serve.artifacts.threads import StoreThreads, until_stopped
-from stable_audio_serve.artifacts.verified import require_size, verified
-from stable_audio_serve.core.errors import ConfigError, StorageError, StorageFullError
+from stable_audio_serve.core.errors import ConfigError, StorageError, StorageFullError, StoreMovedError
 from stable_audio_serve.core.failpoints import failpoint
 from stable_audio_serve.core.ids import ArtifactKey
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
-from stable_audio_serve.core.private_files import open_private
+from stable_audio_serve.core.private_files import make_private_folder, open_private
+
+log = structlog.get_logger("stable_audio_serve.artifacts")
 
 _NUM_THREADS = 8
 _CHUNK_BYTES = 1_048_576
@@ -40,6 +49,60 @@ _RETRY_S = 5.0
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _MAX_PARTS = 3
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}\.partial")
+
+
+class Folder:
+    """One folder, found by its path."""
+
+    def __init__(self, path: Path, *, may_make: bool) -> None:
+        """Does no I/O. With `may_make` the first file creates a missing folder."""
+        self.path = path
+        self._may_make = may_make
+        self._known: tuple[int, int] | None = None  # device and inode
+        self._owner: bytes | None = None
+        self._is_missed = False
+        self._lock = threading.Lock()
+
+    def require(self) -> None:
+        """Raise StoreMovedError for a folder other than before, or for a missing one without `may_make`."""
+        with self._lock:
+            self._require()
+
+    def make(self) -> None:
+        """Like `require`, but creates the folder if it has never existed. Raises StoreMovedError, OSError."""
+        with self._lock:
+            if self._known is None and self._may_make:
+                make_private_folder(self.path)
+            self._require()
+
+    def _require(self) -> None:
+        found = self._identify()
+        if self._known is None and found is not None:
+            self._known, self._owner = found, self._read_owner()
+        is_in_place = found == self._known if self._known else self._may_make
+        if not is_in_place and found and self._owner and self._read_owner() == self._owner:
+            self._known, is_in_place = found, True  # the same owner: mounted again, or copied back
+        if is_in_place == self._is_missed:  # log each change once
+            self._is_missed = not is_in_place
+            if is_in_place:
+                log.warning("the files folder is back", folder=str(self.path))
+            else:
+                log.error("the files folder was moved or replaced", folder=str(self.path))
+        if not is_in_place:
+            raise StoreMovedError("the files folder was moved or replaced", retry_after_s=_RETRY_S)
+
+    def _identify(self) -> tuple[int, int] | None:
+        try:
+            found = os.stat(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return found.st_dev, found.st_ino
+
+    def _read_owner(self) -> bytes | None:
+        try:
+            return (self.path / OWNER_KEY).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
 
 class LocalArtifacts:
@@ -207,7 +270,7 @@ class LocalArtifacts:
 
 
 def _write(path: Path, chunks: Chunks, *, stop: threading.Event) -> tuple[int, str]:
-    """Returns size and SHA-256 of the written bytes. Raises StorageError, StoppedError."""
+    """Returns size and SHA-256 of the file. Raises StorageError, StoppedError."""
     digest = hashlib.sha256()
     num_bytes = 0
     partial_path = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.partial")

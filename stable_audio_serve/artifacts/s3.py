@@ -14,8 +14,14 @@ from urllib.parse import quote
 import structlog
 
 from stable_audio_serve.artifacts.keys import OWNER_KEY, is_ours, upload_key
-from stable_audio_serve.artifacts.s3_check import check_bucket
-from stable_audio_serve.artifacts.s3_client import is_missing, make_client, s3_errors, status_of, storage_errors
+from stable_audio_serve.artifacts.s3_client import (
+    check_bucket,
+    is_missing,
+    make_client,
+    s3_errors,
+    status_of,
+    storage_errors,
+)
 from stable_audio_serve.artifacts.store import (
     MAX_LISTED,
     PROBE_BYTES,
@@ -24,9 +30,11 @@ from stable_audio_serve.artifacts.store import (
     ObjectPage,
     StoredFile,
     StoredObject,
+    StoreThreads,
+    require_size,
+    until_stopped,
+    verified,
 )
-from stable_audio_serve.artifacts.threads import StoreThreads, until_stopped
-from stable_audio_serve.artifacts.verified import require_size, verified
 from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.core.failpoints import failpoint
 from stable_audio_serve.core.file_names import content_disposition

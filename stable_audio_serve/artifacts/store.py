@@ -1,14 +1,34 @@
-"""The interface of file stores. Only `artifacts.keys` creates keys, never clients."""
+"""The interface of file stores, and their shared parts.
+
+Each store has its own worker threads, so that a slow disk or service delays only its own callers. Files are verified
+while they are read. Only `artifacts.keys` creates keys, never clients.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Iterable
+import asyncio
+import hashlib
+import threading
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from functools import partial
+from typing import Literal, Protocol, TypeVar
 
+import structlog
+
+from stable_audio_serve.core.errors import DamagedFileError, StorageError
 from stable_audio_serve.core.generation import MadeOn
 from stable_audio_serve.core.ids import ArtifactKey
+from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.core.sound import ClipFacts
+
+log = structlog.get_logger("stable_audio_serve.artifacts")
+
+T = TypeVar("T")
+
+_WIND_DOWN_S = 1.0  # time that a cancelled caller waits for the undo, which continues after it
 
 BackendName = Literal["local", "s3"]
 
@@ -24,7 +44,7 @@ Chunks = Callable[[], Iterable[bytes]]
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """A stored file, as it was when it was put. `sha256` is hexadecimal. `clips` are measurements of its audio and
+    """A stored file, unchanged since it was put. `sha256` is hexadecimal. `clips` are measurements of its audio and
     `made_on` is the device that generated it, both if known.
     """
 
@@ -132,3 +152,100 @@ class ArtifactStore(Protocol):
         Raises StorageError.
         """
         ...
+
+
+class StoppedError(Exception):
+    """The work was stopped and left nothing behind."""
+
+
+def until_stopped(chunks: Iterable[bytes], stop: threading.Event) -> Iterator[bytes]:
+    """Yields `chunks` until `stop` is set, then raises StoppedError."""
+    for chunk in chunks:
+        if stop.is_set():
+            raise StoppedError
+        yield chunk
+
+
+class StoreThreads:
+    """Runs blocking work on threads. Cancelling the caller undoes the work."""
+
+    def __init__(self, num_threads: int, *, name: str) -> None:
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
+
+    async def run(self, work: Callable[[threading.Event], T], *, undo: Callable[[], None]) -> T:
+        """Returns the result of `work`.
+
+        When the caller is cancelled, sets the event. Work that finishes anyway is undone.
+        """
+        stop = threading.Event()
+        future = self._pool.submit(work, stop)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            stop.set()
+            if not future.cancel():
+                undoing = self._pool.submit(_undo, future, undo)
+                await asyncio.wait([asyncio.wrap_future(undoing)], timeout=_WIND_DOWN_S)
+            raise
+
+    async def call(self, work: Callable[[], T]) -> T:
+        """Returns the result of `work`. The work continues when the caller is cancelled."""
+        return await asyncio.wrap_future(self._pool.submit(work))
+
+    async def stream(self, chunks: Generator[bytes]) -> AsyncGenerator[bytes]:
+        """Yields `chunks`, each produced on a thread. Always closes the generator at the end."""
+        future: Future[bytes | None] | None = None
+        try:
+            while True:
+                future = self._pool.submit(partial(next, chunks, None))
+                chunk = await asyncio.wrap_future(future)
+                if chunk is None:
+                    return
+                yield chunk
+        finally:
+            if future is not None:  # a thread may still be inside the generator
+                future.add_done_callback(lambda _: chunks.close())
+
+    def close(self) -> None:
+        """Stop accepting work."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _undo(future: Future[T], undo: Callable[[], None]) -> None:
+    if future.exception() is None:
+        try:
+            undo()
+        except StorageError as error:
+            log.warning("an abandoned file remains until the next sweep", error=error.message)
+
+
+def verified(file: StoredFile, chunks: Generator[bytes], *, metrics: Metrics) -> Generator[bytes]:
+    """Yields `chunks`. Yields the last one only if the whole matches the size and SHA-256 of `file`.
+
+    Otherwise raises DamagedFileError before the announced length is reached, so that every reader notices.
+    """
+    digest = hashlib.sha256()
+    num_bytes = 0
+    held = b""
+    with closing(chunks):
+        for chunk in chunks:
+            digest.update(chunk)
+            num_bytes += len(chunk)
+            if num_bytes > file.num_bytes:
+                break
+            if held:
+                yield held
+            held = chunk
+    if num_bytes != file.num_bytes or digest.hexdigest() != file.sha256:
+        log.error("a stored file is damaged", key=file.key, num_bytes=num_bytes, expected_num_bytes=file.num_bytes)
+        metrics.increment("damaged_files")
+        raise DamagedFileError("the stored file is damaged")
+    if held:
+        yield held
+
+
+def require_size(data: bytes, max_bytes: int) -> bytes:
+    """Returns `data`. Raises DamagedFileError when it is larger."""
+    if len(data) > max_bytes:
+        raise DamagedFileError(f"the stored file is larger than {max_bytes} bytes, the most allowed")
+    return data

@@ -1,1 +1,1 @@
-"""All work on samples: decoding uploads, resampling, treating peaks, encoding files. No models, no HTTP."""
+"""Processing of audio samples: decoding uploads, resampling, treating peaks, encoding files. No models, no HTTP."""

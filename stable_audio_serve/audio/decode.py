@@ -1,7 +1,7 @@
-"""Decodes uploaded audio and reads the text in it. Files may be hostile, so a separate process reads them.
+"""Decodes uploaded audio and reads the text embedded in it, in a separate process, because files may be hostile.
 
-The process is a plain child with its own environment, and inherits no threads, devices or sockets. When it crashes or
-hangs, it is replaced.
+The child process has a minimal environment and inherits no threads, devices or sockets. If it crashes or hangs, it is
+replaced.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 _MAX_VALUES = 80_000_000  # kept samples x channels, 320 MB: 410 s of stereo at 96 kHz
 _START_TIMEOUT_S = 30.0
 _START_RETRY_S = 5.0
-_ATTEMPTS = 2  # a process may also die of something other than the file, for example when memory is short
+_ATTEMPTS = 2  # a process may also die for other reasons than the file, for example when memory is short
 
 
 class AudioDecoder:
-    """A decoding process, started when first needed. `decode` blocks: call it from worker threads."""
+    """A decoding process, started on first use. `decode` blocks: call it from worker threads."""
 
     def __init__(
         self,
@@ -41,9 +41,9 @@ class AudioDecoder:
         own_rates_hz: Collection[int] = (),
         start_process: Callable[[], DecodeProcess] | None = None,
     ) -> None:
-        """`timeout_s` bounds the decoding of one file, seconds. `own_rates_hz` are accepted besides 8-192 kHz.
+        """`timeout_s` bounds the decoding of one file, in seconds. `own_rates_hz` are accepted besides 8-192 kHz.
 
-        `start_process` is `DecodeProcess.start` unless a test gives its own.
+        `start_process` defaults to `DecodeProcess.start`; tests replace it.
         """
         self._start_process = start_process or DecodeProcess.start
         self._limits = {"max_values": _MAX_VALUES, "own_rates_hz": sorted(own_rates_hz)}
@@ -52,16 +52,16 @@ class AudioDecoder:
         self._idle.put(None)
 
     def decode(self, file: IO[bytes], *, max_s: float, field: str = "audio") -> SourceAudio:
-        """Returns the first `max_s` seconds of `file`, which needs a `fileno`: at its own rate, at most stereo.
+        """Returns the first `max_s` seconds of `file`, which needs a `fileno`, at the file's rate, at most stereo.
 
-        Raises InvalidUploadError naming `field`, OverloadedError when no decoding process can be started.
+        Raises InvalidUploadError naming `field`, and OverloadedError if no decoding process can be started.
         """
         answer, payload = self._ask(file, self._limits | {"max_s": max_s}, field=field)
         interleaved = payload.view(np.float32).reshape(answer["frames"], answer["channels"])
         return SourceAudio(np.ascontiguousarray(interleaved.T), answer["rate_hz"])
 
     def read_text(self, file: IO[bytes], *, field: str = "audio") -> str | None:
-        """Returns what `embedded_text.extract` finds in `file`, which needs a `fileno`. Raises as `decode` does."""
+        """Returns the result of `embedded_text.extract` for `file`, which needs a `fileno`. Raises as `decode` does."""
         answer, payload = self._ask(file, None, field=field)
         return payload.tobytes().decode() if answer["has_text"] else None
 
@@ -106,23 +106,23 @@ class AudioDecoder:
 
 
 class _FileRefusedError(Exception):
-    """The process cannot use the file; the text says why."""
+    """The process cannot use the file; the message says why."""
 
 
 class _WorkerLostError(Exception):
-    """The process died while it decoded a file."""
+    """The process died while decoding a file."""
 
 
 @dataclass(slots=True)
 class DecodeProcess:
-    """One decoding process and the socket to it. Start it with `start`."""
+    """One decoding process and its socket. Create it with `start`."""
 
     process: subprocess.Popen[bytes]
     channel: socket.socket
 
     @classmethod
     def start(cls) -> DecodeProcess:
-        """Returns a process that is ready. Raises OverloadedError when none can be started."""
+        """Start a process and wait until it is ready. Raises OverloadedError if none can be started."""
         ours, theirs = socket.socketpair()
         environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
         environment |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OPENBLAS_NUM_THREADS": "1"}
@@ -136,7 +136,7 @@ class DecodeProcess:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
-                    start_new_session=True,  # Ctrl-C in the terminal is for the server, which stops this process itself
+                    start_new_session=True,  # Ctrl-C goes to the server only, which then stops this process
                 )
             worker = cls(process, ours)
             worker._read_line(time.monotonic() + _START_TIMEOUT_S)
@@ -158,9 +158,9 @@ class DecodeProcess:
     def ask(
         self, descriptor: int, limits: dict[str, Any] | None, *, timeout_s: float
     ) -> tuple[dict[str, Any], npt.NDArray[np.uint8]]:
-        """Returns the answer of `audio.decode_worker` and the bytes after it; without `limits`, about the file's text.
+        """Returns the response of `audio.decode_worker` and the bytes after it. Reads the text without `limits`.
 
-        Raises TimeoutError, or _WorkerLostError when the process died; stop it after either.
+        Raises TimeoutError, or _WorkerLostError if the process died; stop it after either.
         """
         deadline_at = time.monotonic() + timeout_s
         task = json.dumps(limits).encode()

@@ -1,9 +1,9 @@
-"""The process that reads hostile audio files. Started with `python -m`; talks to `audio.decode` over one socket.
+"""The process that reads hostile audio files. Started with `python -m`; communicates with `audio.decode` by a socket.
 
-It imports as little as possible, limits its own memory, and may crash: its parent then starts another.
+It imports little, limits its memory and may crash; its parent then starts another.
 
-In one exchange the parent sends the arguments of `read` as JSON, or null for `read_text`, and the file's descriptor;
-the answer is a JSON line with `num_bytes`, and so many bytes after it: float32 samples (S, C), or the text in UTF-8.
+The parent sends the arguments of `read` as JSON, or null for `read_text`, and the file's descriptor. The response is a
+JSON line with `num_bytes`, followed by that many bytes: float32 samples (S, C), or the text in UTF-8.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ if TYPE_CHECKING:
 
 _BLOCK_VALUES = 1 << 18
 _MEMORY_BYTES = 2 << 30
-_NICENESS = 5  # requests are answered on the same cores
+_NICENESS = 5  # requests are served on the same cores
 _RATES_HZ = (8_000, 192_000)
-_MAX_LEVEL = 1_000.0  # full scale is 1
-_MAX_FILE_VALUES = 1 << 31  # samples x channels that a header may declare: three hours of stereo at 96 kHz
+_MAX_LEVEL = 1_000.0  # relative to full scale
+_MAX_FILE_VALUES = 1 << 31  # samples x channels in a header: three hours of stereo at 96 kHz
 _FORMATS = "WAV, FLAC, MP3, Ogg (Vorbis, Opus, FLAC), AIFF, CAF, AU, W64 or RF64"
 _CONTAINERS = frozenset({"WAV", "WAVEX", "RF64", "W64", "AIFF", "CAF", "AU", "FLAC", "OGG", "MP3"})
 _MAGIC = (b"fLaC", b"OggS", b".snd", b"caff", b"ID3", b"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb")
 _RIFF_FORMS = frozenset({(b"RIFF", b"WAVE"), (b"RF64", b"WAVE"), (b"FORM", b"AIFF"), (b"FORM", b"AIFC")})
 
-# The side of each channel, for 3 to 8 in the order of WAV files: left, right, centre, or - for the bass, not mixed in.
+# The side of each channel, for 3 to 8 channels in the order of WAV files: left, right, centre; "-" is LFE, omitted.
 _SPEAKERS = {3: "lrc", 4: "lrlr", 5: "lrclr", 6: "lrc-lr", 7: "lrc-clr", 8: "lrc-lrlr"}
-_SURROUND_GAIN = 0.5**0.5  # of all but front left and front right, ITU-R BS.775
+_SURROUND_GAIN = 0.5**0.5  # of all channels except front left and right, ITU-R BS.775
 
 
 class Refused(Exception):
-    """The file cannot be used; the text is safe to show."""
+    """The file cannot be used; the message is safe to show."""
 
 
 def sniff(head: bytes) -> None:
-    """Raise Refused unless `head`, the first bytes of a file, belongs to a format we read."""
+    """Raise Refused unless `head`, the first bytes of a file, belongs to a supported format."""
     if not head:
         raise Refused("the file is empty")
-    # An MPEG frame: 11 set bits, then a version and a layer that exist (layer 0 is AAC's).
+    # An MPEG frame: 11 set bits, then a valid version and layer (layer 0 is AAC).
     is_mpeg = len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0 and head[1] & 0x18 != 0x08 and head[1] & 0x06
     if not is_mpeg and not head.startswith(_MAGIC) and (head[:4], head[8:12]) not in _RIFF_FORMS:
         raise Refused(f"not an audio file that can be decoded; allowed: {_FORMATS}")
@@ -58,7 +58,7 @@ def read(
 ) -> tuple[npt.NDArray[np.float32], int]:
     """Returns the first `max_s` seconds as (S, C) float32, at most stereo, and the rate in Hz. Raises Refused.
 
-    `own_rates_hz` are the served models' rates, so that every file made here is accepted again.
+    `own_rates_hz` are the served models' rates, so that every generated file is accepted as input.
     """
     import soundfile
 
@@ -79,7 +79,7 @@ def read(
 
 
 def read_text(descriptor: int) -> str | None:
-    """Returns the text in a file, see `embedded_text.extract`. Raises Refused."""
+    """Returns the text embedded in a file, see `embedded_text.extract`. Raises Refused."""
     sniff(os.pread(descriptor, 16, 0))
     with os.fdopen(descriptor, "rb", closefd=False) as file:
         try:
@@ -95,7 +95,7 @@ def check_rate(rate_hz: int) -> None:
 
 
 def check_header(container: str, *, channels: int, frames: int) -> None:
-    """Raise Refused for a container, channel count or length that is never accepted."""
+    """Raise Refused for a container, channel count or length that is not supported."""
     if container not in _CONTAINERS:
         raise Refused(f"{container} files are not accepted; allowed: {_FORMATS}")
     if not 1 <= channels <= max(_SPEAKERS):
@@ -105,7 +105,7 @@ def check_header(container: str, *, channels: int, frames: int) -> None:
 
 
 def mix_down(block: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Returns (S, C), 1 to 8 channels in the order of WAV files, as (S, 1) or (S, 2) with no higher peak."""
+    """Mix (S, C), 1 to 8 channels in the order of WAV files, to (S, 1) or (S, 2) without raising the peak."""
     if block.shape[1] <= 2:
         return block
     return block @ _mix_matrix(block.shape[1])
@@ -113,14 +113,14 @@ def mix_down(block: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 def _mix_matrix(channels: int) -> npt.NDArray[np.float32]:
     """Returns gains (C, 2) whose columns sum to one."""
-    gains = np.array([[who in "lc", who in "rc"] for who in _SPEAKERS[channels]], dtype=np.float32)
+    gains = np.array([[side in "lc", side in "rc"] for side in _SPEAKERS[channels]], dtype=np.float32)
     gains[2:] *= _SURROUND_GAIN
     normal: npt.NDArray[np.float32] = gains / gains.sum(axis=0)
     return normal
 
 
 def _read_blocks(file: Any, limit: int) -> npt.NDArray[np.float32]:
-    """Returns up to `limit` frames, fewer when the file ends early."""
+    """Returns up to `limit` frames, fewer if the file ends early."""
     blocks: list[npt.NDArray[np.float32]] = []
     left = limit
     while left > 0:
@@ -139,7 +139,7 @@ def _read_blocks(file: Any, limit: int) -> npt.NDArray[np.float32]:
 
 
 def _answer(descriptor: int, limits: dict[str, Any] | None) -> tuple[dict[str, Any], bytes | memoryview]:
-    """Returns the answer to a message, and what follows it. Raises Refused."""
+    """Returns the response to a message and the bytes that follow it. Raises Refused."""
     if limits is None:
         text = read_text(descriptor)
         return {"has_text": text is not None}, (text or "").encode()

@@ -1,8 +1,7 @@
-"""Puts a text, a JSON object, into an encoded audio file, where players ignore it, and reads it again.
+"""Embeds a text, a JSON object, in an encoded audio file, where players ignore it, and reads it back.
 
-FLAC, Ogg Vorbis, Opus and MP3 files have it as their comment, which libsndfile writes and reads. WAV files have an
-ID3v2.4 tag with a TXXX frame in a chunk behind the samples: libsndfile puts text in front of them and loses what is
-longer than 4 kB.
+In FLAC, Ogg Vorbis, Opus and MP3 files it is the comment, which libsndfile reads and writes. In WAV files it is an
+ID3v2.4 tag with a TXXX frame, in a chunk after the samples: libsndfile would put it first and truncate it to 4 kB.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ MOST_TEXT_BYTES = 1_048_576
 
 _NAME = b"STABLE_AUDIO_RECIPE"
 _UTF8 = b"\3"
-_CHUNK_NAMES = {b"id3 ", b"ID3 "}  # some editors write the second
+_CHUNK_NAMES = {b"id3 ", b"ID3 "}  # some editors write the upper-case name
 _MOST_CHUNKS = 256
 _FRAME_HEADER_BYTES = 10
 _FRAME = re.compile(rb"TXXX([\x00-\x7f]{4}).." + _UTF8 + _NAME + rb"\0", re.DOTALL)
@@ -30,10 +29,10 @@ def make_wav_chunk(text: str) -> bytes:
 
 
 def extract(file: BinaryIO) -> str | None:
-    """Returns the text in an audio file, None when there is none that begins as a JSON object does.
+    """Returns the text in an audio file; None if there is none that begins like a JSON object.
 
-    It may come from another program, but libsndfile reads it: open hostile files with `AudioDecoder.read_text`.
-    Raises ValueError for what is no audio file, and for a text of more than 1 MiB.
+    The text may come from another program. libsndfile reads the file, so open hostile files with
+    `AudioDecoder.read_text`. Raises ValueError if the file is not audio or the text exceeds 1 MiB.
     """
     import soundfile
 
@@ -71,7 +70,7 @@ def _read_wav_chunk(file: BinaryIO) -> str | None:
 
 
 def _to_syncsafe(size: int) -> bytes:
-    """Returns a size as ID3v2.4 writes it, seven bits a byte."""
+    """Encode a size as in ID3v2.4, seven bits per byte."""
     return bytes((size >> shift) & 0x7F for shift in (21, 14, 7, 0))
 
 

@@ -1,6 +1,6 @@
-"""Turns float audio into files: WAV, FLAC, MP3, Vorbis and Opus, and ZIP archives of several of them.
+"""Encodes float audio as files: WAV, FLAC, MP3, Vorbis, Opus, and ZIP archives of several of them.
 
-Knows nothing of HTTP. Every function is CPU work for a worker thread, never for an event loop.
+CPU work for worker threads, never for an event loop. Independent of HTTP.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from stable_audio_serve.audio.embedded_text import make_wav_chunk
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-_BLOCK = 16_384  # samples converted or written at once: fits the cache, and long Vorbis writes crash libsndfile
+_BLOCK = 16_384  # samples converted or written at once: fits the cache; longer Vorbis writes crash libsndfile
 _CHUNK_BYTES = 1_048_576
 _MP3_RATES_HZ = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 _OPUS_RATE_HZ = 48_000
-_OPUS_TAIL = 960  # silent samples behind an Opus clip, cut off again: libsndfile extrapolates the end, with a click
-MOST_OPUS_TEXT_CHARS = 40_000  # libsndfile 1.2.2 writes files that nobody can read above some 51,000
+_OPUS_TAIL = 960  # silent samples after an Opus clip, trimmed again: libsndfile extrapolates the end, with a click
+MOST_OPUS_TEXT_CHARS = 40_000  # libsndfile 1.2.2 writes unreadable files above about 51,000
 _OGG_SERIAL = 1
 _OGG_HEADER_BYTES = 27
 _REVERSED_BITS = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
 
 
 class AudioFormat(StrEnum):
-    """Files we write; `ogg` is Vorbis, `opus` is Opus in an Ogg container."""
+    """File formats for output; `ogg` is Vorbis, `opus` is Opus in an Ogg container."""
 
     WAV = "wav"
     FLAC = "flac"
@@ -50,7 +50,7 @@ class AudioFormat(StrEnum):
 
 @cache
 def name_codecs() -> str:
-    """Returns the libraries that read audio files and write all but WAV, with their versions: bytes depend on them."""
+    """Returns the libraries, with versions, that read audio and write all but WAV: output bytes depend on them."""
     import soundfile
     import soxr
 
@@ -59,7 +59,7 @@ def name_codecs() -> str:
 
 @dataclass(frozen=True, slots=True)
 class EncodedFile:
-    """A finished file as buffers that are sent one after another."""
+    """A finished file as a sequence of buffers."""
 
     media_type: str
     buffers: tuple[bytes | memoryview, ...]
@@ -69,7 +69,7 @@ class EncodedFile:
         return sum(len(buffer) for buffer in self.buffers)
 
     def chunks(self) -> Iterator[bytes]:
-        """Yields the file in pieces of at most 1 MiB."""
+        """Yield the file in pieces of at most 1 MiB."""
         for buffer in self.buffers:
             for start in range(0, len(buffer), _CHUNK_BYTES):
                 yield bytes(buffer[start : start + _CHUNK_BYTES])
@@ -82,7 +82,7 @@ class EncodedFile:
 def to_pcm16(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:
     """Returns `audio` (C, S) float32, clamped to -1..1, as interleaved 16-bit samples (S, C).
 
-    These are exactly what libsndfile writes for PCM_16: floor(x * 32768), full scale clipped to 32767.
+    The values equal those that libsndfile writes for PCM_16: floor(x * 32768), with full scale clipped to 32767.
     """
     channels, samples = audio.shape
     out = np.empty((samples, channels), dtype=np.int16)
@@ -102,7 +102,7 @@ def to_pcm16(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:
 def to_full_scale_pcm16(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:
     """Returns `audio` (C, S) float32 at full scale as interleaved 16-bit samples (S, C).
 
-    It is divided by its own peak, multiplied by 32767 and truncated towards zero. Silence stays silence.
+    Samples are divided by the peak, multiplied by 32767 and truncated towards zero. Silence stays silence.
     """
     peak = np.abs(audio).max(initial=0.0)
     scaled = np.divide(audio.T, peak or 1.0, dtype=np.float32, order="C")
@@ -112,10 +112,10 @@ def to_full_scale_pcm16(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]
 def encode_audio(
     audio: npt.NDArray[np.float32], sample_rate_hz: int, *, file_format: AudioFormat, text: str | None = None
 ) -> EncodedFile:
-    """Returns a file of `audio` (C, S) float32 in -1..1. WAV and FLAC hold 16-bit samples at the given rate.
+    """Returns a file of `audio` (C, S) float32 in -1..1. WAV and FLAC have 16-bit samples at the given rate.
 
-    MP3 and Opus have few rates; other audio is resampled to the next higher one, or to the highest. `text`, not empty,
-    is what `embedded_text.extract` finds in the file; Opus takes `MOST_OPUS_TEXT_CHARS`.
+    MP3 and Opus support few rates; other audio is resampled to the next higher one, or to the highest. `text`, not
+    empty, is embedded for `embedded_text.extract`; Opus takes at most `MOST_OPUS_TEXT_CHARS`.
     """
     if file_format is AudioFormat.WAV:
         return encode_wav(to_pcm16(audio), sample_rate_hz, text=text)
@@ -136,11 +136,11 @@ def encode_pcm(audio: npt.NDArray[np.float32]) -> EncodedFile:
 
 
 def make_zip(files: Iterable[tuple[str, EncodedFile]]) -> EncodedFile:
-    """Returns a deflated archive of named files; the same files give the same bytes."""
+    """Returns a deflated archive of named files. Equal files give equal bytes."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, file in files:
-            entry = zipfile.ZipInfo(name)  # dated 1980, so that the bytes depend on the content only
+            entry = zipfile.ZipInfo(name)  # dated 1980, so that the bytes depend only on the content
             entry.compress_type = zipfile.ZIP_DEFLATED
             entry.file_size = file.num_bytes
             with archive.open(entry, "w") as member:
@@ -150,7 +150,7 @@ def make_zip(files: Iterable[tuple[str, EncodedFile]]) -> EncodedFile:
 
 
 def encode_wav(pcm: npt.NDArray[np.int16], sample_rate_hz: int, *, text: str | None = None) -> EncodedFile:
-    """Returns a WAV file of interleaved samples (S, C), with `text` behind them."""
+    """Returns a WAV file of interleaved samples (S, C), with `text` after them."""
     channels = pcm.shape[1]
     data = _little_endian(pcm)
     frame_bytes = 2 * channels
@@ -206,9 +206,9 @@ def _encode_with_libsndfile(
 
 
 def _rewrite_ogg(data: bytearray, *, trim_samples: int) -> None:
-    """Give every page of `data` the same serial and cut `trim_samples` from its end.
+    """Set the same serial in every page of `data` and trim `trim_samples` from its end.
 
-    libsndfile takes a random serial, and its end is exact only behind samples that are cut off again. Page layout and
+    libsndfile writes a random serial, and its end is exact only before samples that are trimmed again. Page layout and
     checksum: RFC 3533. The end trimming of Opus: RFC 7845, section 4.4.
     """
     start = 0

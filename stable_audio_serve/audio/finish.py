@@ -1,4 +1,4 @@
-"""Makes the file for a client from a model's audio: treats peaks, measures facts, encodes a file or ZIP. CPU work."""
+"""Turns a model's audio into a client's file: treats peaks, measures facts, encodes a file or ZIP. CPU work."""
 
 from __future__ import annotations
 
@@ -33,32 +33,32 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True, slots=True)
 class FileOrder:
-    """Which file a client wants. `origin` is what its recipe begins with; None = there is no recipe."""
+    """The file that a client wants. Its recipe is based on `origin`; None: no recipe."""
 
     peaks: Peaks
     file_format: AudioFormat = AudioFormat.WAV
     stem: str = "audio"
     with_manifest: bool = False  # in the ZIP
-    origin: TakeOrigin | None = None
+    origin: ClipOrigin | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class TakeOrigin:
-    """A request, with the hashes of the files that its source audio is from; the audio itself may be gone."""
+class ClipOrigin:
+    """A request with the hashes of its source files; the audio itself need not be in memory."""
 
     request: GenerationRequest
     sources: Mapping[Role, RecipeSource]
 
     @classmethod
-    def of(cls, request: GenerationRequest) -> TakeOrigin | None:
-        """Returns the origin of a request, None where a source is from no file alone."""
+    def of(cls, request: GenerationRequest) -> ClipOrigin | None:
+        """Returns the origin of a request; None if a source does not come from a single file."""
         sources = sources_of(request)
         return None if sources is None else cls(request, sources)
 
 
 @dataclass(frozen=True, slots=True)
 class FinishedFile:
-    """A file to deliver, and the facts of each variation in it; their recipes, if they have any."""
+    """A file to deliver, the facts of each variation in it, and their recipes, if any."""
 
     file: EncodedFile
     clips: tuple[ClipFacts, ...]
@@ -73,14 +73,15 @@ def finish_clip(
     peaks: Peaks,
     generated: Sequence[GeneratedSpan] | None = None,
 ) -> tuple[npt.NDArray[np.float32], ClipFacts]:
-    """Returns a whole clip (C, S) float32, of which a model made all or what is `generated`, as it is delivered, in
-    -1..1, and its facts."""
+    """Returns a clip (C, S) float32 as delivered, in -1..1, and its facts. `generated` are the spans that the model
+    made; None: all of it.
+    """
     finished = treat_peaks(audio, sample_rate_hz, peaks=peaks, generated=generated)
     return finished, describe_clip(finished, sample_rate_hz, seed=seed)
 
 
 def finish(result: GenerationResult, order: FileOrder) -> FinishedFile:
-    """Returns the file of one variation, or for several a ZIP of `<stem>-01.<format>`, `<stem>-02.<format>`, ..."""
+    """Returns the file of one variation, or a ZIP of `<stem>-01.<format>`, `<stem>-02.<format>`, ... for several."""
     finished = [
         finish_clip(audio, result.sample_rate_hz, seed=seed, peaks=order.peaks, generated=generated)
         for audio, seed, generated in zip(
@@ -105,14 +106,14 @@ def finish(result: GenerationResult, order: FileOrder) -> FinishedFile:
 
 
 def _text_of(recipe: Recipe | None, *, file_format: AudioFormat) -> str | None:
-    """Returns the recipe that a file carries, None if it is longer than such a file can carry."""
+    """Returns the recipe to embed in a file; None if it is too long for the format."""
     text = None if recipe is None else recipe.to_json()
     most = MOST_OPUS_TEXT_CHARS if file_format is AudioFormat.OPUS else MOST_BYTES
     return None if text is None or len(text) > most else text
 
 
 def _recipes_of(result: GenerationResult, order: FileOrder) -> tuple[Recipe, ...]:
-    """Returns the recipe of each variation, none if the order is for none."""
+    """Returns the recipe of each variation; none if the order has no origin."""
     if order.origin is None:
         return ()
     return write_recipes(
@@ -126,11 +127,12 @@ def _recipes_of(result: GenerationResult, order: FileOrder) -> tuple[Recipe, ...
     )
 
 
-def finish_window(result: GenerationResult, *, num_samples: int | None, origin: TakeOrigin | None) -> FinishedFile:
-    """Returns a WAV file as the Open Small server makes it: the whole generation is divided by its own peak, then cut
-    to `num_samples`."""
+def finish_window(result: GenerationResult, *, num_samples: int | None, origin: ClipOrigin | None) -> FinishedFile:
+    """Returns a WAV file as the Open Small server makes it: the whole generation is divided by its peak, then cut to
+    `num_samples`.
+    """
     pcm = to_full_scale_pcm16(result.audio[0])[:num_samples]
-    audio = np.divide(pcm.T, np.float32(32767), dtype=np.float32, order="C")  # as all audio: channel after channel
+    audio = np.divide(pcm.T, np.float32(32767), dtype=np.float32, order="C")  # channel-major, as all audio here
     facts = describe_clip(audio, result.sample_rate_hz, seed=result.seeds[0])
     if origin is None:
         return FinishedFile(encode_wav(pcm, result.sample_rate_hz), (facts,))
@@ -149,7 +151,7 @@ def finish_window(result: GenerationResult, *, num_samples: int | None, origin: 
 
 
 def clip_dict(clip: ClipFacts) -> dict[str, Any]:
-    """Returns the facts that clients see as JSON values: the peak rounded to 4 decimals, LUFS to 1."""
+    """Returns the facts for clients as JSON values: the peak rounded to 4 decimals, LUFS to 1."""
     loudness = None if clip.loudness_lufs is None else round(clip.loudness_lufs, 1)
     return {"seed": clip.seed, "peak": round(clip.peak, 4), "loudness": loudness, "silent": clip.is_silent}
 

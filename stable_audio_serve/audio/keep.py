@@ -1,8 +1,8 @@
-"""Puts a source's own samples back around the regions that an edit regenerated. Knows no model and no file.
+"""Restores a source's samples outside the regions that an edit regenerated. Independent of models and files.
 
-Generated audio and source fade into each other linearly, within the region, where there is source to fade to: 30 ms, or
-half of a region that is shorter than two fades. A region that continues the source has none of it, so it fades in over
-the last 30 ms of the source.
+Generated audio and source cross-fade linearly within the region, for 30 ms, or half of a region that is shorter than
+two fades. A region that continues the source contains no source to fade to, so it fades in over the source's last
+30 ms.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Span:
 def plan_spans(
     regions_s: Sequence[tuple[float, float]], *, num_source: int, num_samples: int, sample_rate_hz: int
 ) -> tuple[Span, ...]:
-    """Returns what to take from the model in an edit of `num_samples` whose source has `num_source`, in order.
+    """Returns the spans to take from the model in an edit of `num_samples`, in order.
 
-    That is the regions, [start, end) in seconds, and all behind the source.
+    They are the regions, [start, end) in seconds, and everything after the source, which has `num_source` samples.
     """
     fade, source_end = round(FADE_S * sample_rate_hz), min(num_source, num_samples)
     starts = [int(start_s * sample_rate_hz) for start_s, _ in regions_s]
@@ -59,15 +59,15 @@ def plan_spans(
 
 
 def is_continuation(start: int, stop: int, *, source_end: int, sample_rate_hz: int) -> bool:
-    """Whether the region [start, stop), in samples, goes on behind the end of a source.
+    """Whether the region [start, stop), in samples, continues past the end of a source.
 
-    A gap between them that is shorter than a crossfade does not count: times of clients are rounded.
+    A gap shorter than a crossfade between source and region is allowed, because clients round times.
     """
     return start < source_end + round(FADE_S * sample_rate_hz) and stop > source_end
 
 
 def _merge(regions: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Returns the union of regions in order, without empty ones."""
+    """Returns the union of the regions in order, without empty ones."""
     merged: list[tuple[int, int]] = []
     for start, stop in sorted(region for region in regions if region[0] < region[1]):
         if merged and start <= merged[-1][1]:
@@ -86,23 +86,23 @@ def _fade_inside(start: int, stop: int, *, fade: int, source_end: int) -> Span:
 def keep_source(
     audio: npt.NDArray[np.float32], source: npt.NDArray[np.float32], *, spans: Sequence[Span]
 ) -> tuple[GeneratedSpan, ...]:
-    """Put `source` (C, >= S), silent behind its end, in place of all of `audio` (C, S) float32 but `spans`.
+    """Replace all of `audio` (C, S) float32 except `spans` by `source` (C, >= S), which is silent after its end.
 
-    Returns what of the audio is the model's.
+    Returns the generated spans.
     """
     generated = []
     for span in spans:
         fading_in = slice(span.start, span.start + span.fade_in)
         fading_out = slice(span.stop - span.fade_out, span.stop)
         generated.append(GeneratedSpan(span.start, span.stop, audio[:, fading_in].copy(), audio[:, fading_out].copy()))
-        audio[:, fading_in] += (1 - rise(span.fade_in)) * (source[:, fading_in] - audio[:, fading_in])
-        audio[:, fading_out] += rise(span.fade_out) * (source[:, fading_out] - audio[:, fading_out])
+        audio[:, fading_in] += (1 - fade_ramp(span.fade_in)) * (source[:, fading_in] - audio[:, fading_in])
+        audio[:, fading_out] += fade_ramp(span.fade_out) * (source[:, fading_out] - audio[:, fading_out])
     edges = [0, *(edge for span in spans for edge in (span.start, span.stop)), audio.shape[1]]
     for start, stop in zip(edges[::2], edges[1::2], strict=True):
         audio[:, start:stop] = source[:, start:stop]
     return tuple(generated)
 
 
-def rise(num_samples: int) -> npt.NDArray[np.float32]:
-    """Returns the model's share of each sample while it fades in, above 0 and below 1."""
+def fade_ramp(num_samples: int) -> npt.NDArray[np.float32]:
+    """Returns the model's share of each sample during a fade-in, above 0 and below 1."""
     return (np.arange(num_samples, dtype=np.float32) + np.float32(0.5)) / np.float32(max(num_samples, 1))

@@ -1,6 +1,6 @@
 """The arithmetic of loops: the tempo in a prompt, the bars that fit into a window, and a length exact to the sample.
 
-Knows no audio and no dialect.
+Independent of audio and dialects.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ BEATS_PER_BAR = 4
 BAR_COUNTS = (1, 2, 4, 8)
 
 _OVERHANG_S = 1.0  # how far explicit bars may exceed the window before they are halved
-# Matches only from the start of a run of digits and never backtracks, so that hostile text takes linear time. No tempo
-# has 19 digits.
+# Matches only at the start of a run of digits and never backtracks, so hostile text takes linear time. 18 digits are
+# more than any tempo has.
 _TEMPO = re.compile(r"(?<!\d)(\d{1,18}+)\s*+bpm", re.IGNORECASE)
 
 
@@ -26,21 +26,21 @@ class Loop:
 
     @property
     def bar_s(self) -> float:
-        """Length of one bar, seconds."""
+        """Length of one bar in seconds."""
         return BEATS_PER_BAR * 60 / self.tempo_bpm
 
     @property
     def duration_s(self) -> float:
-        """Length, seconds."""
+        """Length in seconds."""
         return self.bars * BEATS_PER_BAR * 60 / self.tempo_bpm
 
     def num_samples(self, sample_rate_hz: int) -> int:
-        """Returns the length in whole samples, rounded down. Exact: products of floats could be just too small."""
+        """Returns the length in whole samples, rounded down. Integer arithmetic, because a float could be too small."""
         return self.bars * BEATS_PER_BAR * 60 * sample_rate_hz // self.tempo_bpm
 
 
 def read_tempo(prompt: str) -> int | None:
-    """Returns beats per minute: the first digits before "bpm", in any case; None without any, or when they are 0."""
+    """Returns beats per minute: the first digits before "bpm", in any case; None if there are none or they are 0."""
     found = _TEMPO.search(prompt)
     return int(found[1]) or None if found else None
 
@@ -48,8 +48,8 @@ def read_tempo(prompt: str) -> int | None:
 def plan_loop(tempo_bpm: int, *, bars: int | None, window_s: float) -> Loop:
     """Returns the loop to cut from a window of `window_s` seconds.
 
-    Without `bars` it has the most of 8, 4, 2 and 1 bars that fit, and 1 when none does. Given `bars` are halved once,
-    to at least 1, when they exceed the window by more than a second; the caller cuts what is still too long.
+    Without `bars` it has the most of 8, 4, 2 and 1 bars that fit, or 1 if none fits. Given `bars` that exceed the
+    window by more than a second are halved once, to at least 1; the caller cuts a loop that is still too long.
     """
     if bars is None:
         fitting = (count for count in reversed(BAR_COUNTS) if Loop(tempo_bpm, count).duration_s <= window_s)

@@ -1,7 +1,7 @@
-"""How loud a finished clip is: its peak, its integrated loudness, and whether it is silent. CPU work.
+"""Measures a finished clip: its peak, its integrated loudness, and whether it is silent. CPU work.
 
-Loudness is computed here and not by a library because every client waits for it: a filter that goes through the
-samples one by one takes longer than all other work on a WAV file. The tests compare it with pyloudnorm.
+Every client waits for the loudness, so it is computed here instead of by a library: a filter that processes samples one
+by one takes longer than all other work on a WAV file. The tests compare it with pyloudnorm.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     _Section = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 
 _SILENCE = 10 ** (-70 / 20)  # -70 dBFS
-_LEAST_RATE_HZ = 8000  # below this rate the standard's filters lose their shape
+_LEAST_RATE_HZ = 8000  # below it the standard's filters lose their shape
 _STEP_S = 0.1
 _STEPS_PER_BLOCK = 4  # loudness is not defined for a clip shorter than a block
 _OFFSET_LUFS = -0.691
 _ABSOLUTE_GATE_LUFS = -70.0
 _RELATIVE_GATE = 10 ** (-10 / 10)  # -10 LU
 _NEGLIGIBLE = 1e-9
-# Measured: half or twice of each is slower. Products with more rows would start threads of BLAS, which wait for each
-# other on a busy machine; chunks fit the cache.
+# Measured: half or twice of each is slower. Larger products would start BLAS threads, which wait for each other on a
+# busy machine; chunks fit the cache.
 _FRAME = 32  # samples filtered by one row of a matrix product
 _GROUP = 128  # rows of one product
 _CHUNK = 16 * _GROUP * _FRAME  # samples filtered at a time
@@ -44,10 +44,10 @@ def describe_clip(audio: npt.NDArray[np.float32], sample_rate_hz: int, *, seed: 
 
 
 def measure_loudness(audio: npt.NDArray[np.float32], sample_rate_hz: int) -> float | None:
-    """Returns the integrated loudness (ITU-R BS.1770-4) of mono or stereo `audio` (C, S) in LUFS, None if undefined."""
+    """Returns the integrated loudness (ITU-R BS.1770-4) of mono or stereo `audio` (C, S) in LUFS; None if undefined."""
     if sample_rate_hz < _LEAST_RATE_HZ or audio.shape[1] < _STEP_S * _STEPS_PER_BLOCK * sample_rate_hz:
         return None
-    with np.errstate(over="ignore", invalid="ignore"):  # samples that are not finite, or too large to square
+    with np.errstate(over="ignore", invalid="ignore"):  # samples that are not finite or overflow when squared
         weighted = _apply(_make_k_weighting(sample_rate_hz), audio)
         steps = _step_powers(weighted, round(_STEP_S * sample_rate_hz))
     powers = np.convolve(steps, np.full(_STEPS_PER_BLOCK, 1 / _STEPS_PER_BLOCK), mode="valid")
@@ -60,7 +60,7 @@ def measure_loudness(audio: npt.NDArray[np.float32], sample_rate_hz: int) -> flo
 def _step_powers(weighted: npt.NDArray[np.float32], step: int) -> npt.NDArray[np.float64]:
     """Returns the mean square of every `step` samples, summed over channels.
 
-    A last step that is more than half full counts as if silence followed, as in pyloudnorm.
+    A last step that is more than half full counts as if followed by silence, as in pyloudnorm.
     """
     num_steps, rest = divmod(weighted.shape[1], step)
     whole, last = weighted[:, : num_steps * step], weighted[:, num_steps * step :]
@@ -75,8 +75,8 @@ class _FrameFilter(NamedTuple):
     """A linear filter that processes `_FRAME` samples at once, with a state of N numbers between frames.
 
     `response` (_FRAME + N, _FRAME) maps a frame's samples and the state before it to the filtered frame. `update`
-    (_FRAME, N) maps the samples to what they add to the state. Both are float32. `decays` (N, N) float64 map a state
-    to what is left of it after 1, 2, 4, ... frames, until nothing is.
+    (_FRAME, N) maps the samples to their contribution to the state. Both are float32. `decays` (N, N) float64 map a
+    state to its remainder after 1, 2, 4, ... frames, until it is negligible.
     """
 
     response: npt.NDArray[np.float32]
@@ -85,7 +85,7 @@ class _FrameFilter(NamedTuple):
 
 
 def _apply(frame_filter: _FrameFilter, audio: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Returns `audio` (C, S) filtered, with silence before it."""
+    """Filter `audio` (C, S), with silence before it."""
     channels, num_samples = audio.shape
     filtered = np.empty_like(audio)
     frames = np.empty((channels, _CHUNK // _FRAME, len(frame_filter.response)), np.float32)
@@ -99,7 +99,7 @@ def _apply(frame_filter: _FrameFilter, audio: npt.NDArray[np.float32]) -> npt.ND
         frames[:, :, :_FRAME] = chunk.reshape(channels, -1, _FRAME)
         states[:, 0] = states[:, -1]
         states[:, 1:] = (groups[..., :_FRAME] @ frame_filter.update).reshape(channels, -1, states.shape[2])
-        for doubling, decay in enumerate(frame_filter.decays):  # each time, states include twice as many frames
+        for doubling, decay in enumerate(frame_filter.decays):  # each pass doubles the number of frames in each state
             distance = 2**doubling
             states[:, distance:] += states[:, :-distance] @ decay
         frames[:, :, _FRAME:] = states[:, :-1]
@@ -109,7 +109,7 @@ def _apply(frame_filter: _FrameFilter, audio: npt.NDArray[np.float32]) -> npt.ND
 
 @cache
 def _make_k_weighting(sample_rate_hz: int) -> _FrameFilter:
-    """Returns the standard's high shelf and high pass, built from their response to each sample and state alone."""
+    """Returns the standard's high shelf and high pass, built from their responses to unit samples and unit states."""
     signals = np.eye(_FRAME + 4, _FRAME)
     states = np.eye(_FRAME + 4, 4, k=-_FRAME)
     for section, (b, a) in enumerate(_k_weighting_sections(sample_rate_hz)):
@@ -128,7 +128,7 @@ def _k_weighting_sections(sample_rate_hz: int) -> tuple[_Section, _Section]:
     """Returns (b, a) of the high shelf and of the high pass.
 
     De Man derived them from analogue filters ("Evaluation of implementations of the EBU R128 loudness measurement", AES
-    145); at 48 kHz they are the standard's own coefficients.
+    145); at 48 kHz they equal the standard's coefficients.
     """
     k, q = math.tan(math.pi * 1681.974450955533 / sample_rate_hz), 0.7071752369554196
     high = 10 ** (3.999843853973347 / 20)

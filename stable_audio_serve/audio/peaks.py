@@ -1,8 +1,8 @@
-"""Brings clips that exceed full scale back into it: by a look-ahead limiter, or in one of the references' two ways.
+"""Brings clips that exceed full scale back into it, with a look-ahead limiter or as one of the two references does.
 
 The limiter's gain follows Hämäläinen, "Smoothing of the control signal without clipped output in digital peak
-limiters" (DAFx-02): a running maximum of the needed reduction, then an average that is no longer than the look-ahead of
-that maximum, and so never below the needed reduction. Between the two, the reduction decays exponentially. CPU work.
+limiters" (DAFx-02): a running maximum of the needed reduction, then an average no longer than the maximum's look-ahead,
+so that the gain never reduces less than needed. Between the two, the reduction decays exponentially. CPU work.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stable_audio_serve.audio.keep import rise
+from stable_audio_serve.audio.keep import fade_ramp
 from stable_audio_serve.core.generation import GeneratedSpan
 from stable_audio_serve.core.sound import Peaks
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-# Where Stability AI's own decoders limit; leaves 0.2 dB for what lossy encoders add.
+# The ceiling of Stability AI's own decoders; leaves 0.2 dB of headroom for lossy encoders.
 CEILING = np.float32(0.977)
 
-_BLOCK = 16  # samples between two points of the gain curve, which is linear between them
+_BLOCK = 16  # samples between two points of the piecewise linear gain curve
 _ATTACK_S = 0.005
-_HOLD_S = 0.012  # longer than half a period of tones above 42 Hz, so that the gain does not follow their waves
+_HOLD_S = 0.012  # longer than half a period above 42 Hz, so that the gain does not follow the waveform of a tone
 _RELEASE_S = 0.1  # time constant
-_LEAST_REDUCTION = 1e-4  # less counts as none, so that samples far from any peak stay unchanged
+_LEAST_REDUCTION = 1e-4  # a smaller reduction counts as none, so that samples far from any peak stay unchanged
 
 
 def treat_peaks(
@@ -38,7 +38,7 @@ def treat_peaks(
 ) -> npt.NDArray[np.float32]:
     """Returns `audio` (C, S) float32 of any loudness with its peaks treated, in -1..1. Does not change `audio`.
 
-    Where only some of it is `generated`, the limiter changes nothing else; what no file can hold is cut off.
+    If only some spans are `generated`, the limiter changes only those; samples beyond -1..1 are clipped elsewhere.
     """
     if peaks == "limit" and generated is not None:
         return limit_spans(audio, sample_rate_hz, spans=generated)
@@ -50,7 +50,7 @@ def treat_peaks(
 
 
 def scale(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Returns `audio` (C, S) divided by its own peak, which may make it louder; silence stays silence."""
+    """Returns `audio` (C, S) divided by its peak, which may make it louder; silence stays silence."""
     peak = find_peak(audio)
     return audio / np.float32(peak) if peak else audio
 
@@ -58,7 +58,7 @@ def scale(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 def limit(audio: npt.NDArray[np.float32], sample_rate_hz: int) -> npt.NDArray[np.float32]:
     """Returns `audio` (C, S) with no sample above CEILING.
 
-    That is the same array where no sample is; otherwise all channels get one smooth gain.
+    Returns the same array if no sample exceeds it; otherwise all channels get one smooth gain.
     """
     if find_peak(audio) <= CEILING:
         return audio
@@ -75,7 +75,7 @@ def limit(audio: npt.NDArray[np.float32], sample_rate_hz: int) -> npt.NDArray[np
 def limit_spans(
     audio: npt.NDArray[np.float32], sample_rate_hz: int, *, spans: Sequence[GeneratedSpan]
 ) -> npt.NDArray[np.float32]:
-    """Returns `audio` (C, S), in -1..1, with each span limited by itself before it fades from and to the rest."""
+    """Returns `audio` (C, S), in -1..1, with each span limited separately before it cross-fades with the rest."""
     if find_peak(audio) <= CEILING:
         return audio
     finished = audio.copy()
@@ -84,14 +84,14 @@ def limit_spans(
         num_in, fade_out = span.head.shape[1], own.shape[1] - span.tail.shape[1]
         own[:, :num_in], own[:, fade_out:] = span.head, span.tail
         change = limit(own, sample_rate_hz) - own
-        change[:, :num_in] *= rise(num_in)
-        change[:, fade_out:] *= rise(span.tail.shape[1])[::-1]
+        change[:, :num_in] *= fade_ramp(num_in)
+        change[:, fade_out:] *= fade_ramp(span.tail.shape[1])[::-1]
         finished[:, span.start : span.stop] += change
     return np.clip(finished, np.float32(-1), np.float32(1), out=finished)
 
 
 def find_peak(audio: npt.NDArray[np.float32]) -> float:
-    """Returns the largest absolute sample, 0 when there are no samples."""
+    """Returns the largest absolute sample; 0 if there are no samples."""
     return float(max(audio.max(initial=0.0), -audio.min(initial=0.0)))
 
 
@@ -103,7 +103,7 @@ def _needed_reduction(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]
 
 
 def _smooth_reduction(needed: npt.NDArray[np.float64], *, points_per_s: float) -> npt.NDArray[np.float32]:
-    """Returns the reduction at all edges of the blocks, nowhere less than a block beside the edge needs."""
+    """Returns the reduction at all block edges, at each edge at least what its adjacent blocks need."""
     attack, hold = (max(2, round(seconds * points_per_s)) for seconds in (_ATTACK_S, _HOLD_S))
     padded = np.pad(needed, (hold + attack - 1, attack + 1))
     peaks = np.lib.stride_tricks.sliding_window_view(padded, hold + attack + 1).max(axis=1)
@@ -111,7 +111,7 @@ def _smooth_reduction(needed: npt.NDArray[np.float64], *, points_per_s: float) -
 
 
 def _decay(levels: npt.NDArray[np.float64], *, points_per_s: float) -> npt.NDArray[np.float64]:
-    """Returns, for each level, the largest of it and those before it, which decay by a factor e in _RELEASE_S."""
+    """Returns, for each level, the maximum of it and the earlier ones, which decay by a factor e in _RELEASE_S."""
     elapsed = np.arange(len(levels)) / (points_per_s * _RELEASE_S)
     with np.errstate(divide="ignore"):
         decayed = np.exp(np.maximum.accumulate(np.log(levels) + elapsed) - elapsed)

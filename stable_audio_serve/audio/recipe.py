@@ -1,7 +1,7 @@
-"""A take's recipe: everything that made one audio file, and nothing that differs between two equal requests.
+"""A clip's recipe: everything that determines one audio file, and nothing that differs between equal requests.
 
-Knows neither HTTP nor models. A recipe that comes from outside is hostile input: what it may say at all is checked
-here, what the server and its models allow is checked by whoever replays it.
+Recipes from outside are hostile input. This module checks their form; the replaying code checks them against the limits
+of the server and its models. Independent of HTTP and models.
 """
 
 from __future__ import annotations
@@ -29,26 +29,27 @@ MOST_REGIONS = 100
 _LONG = ("prompt", "negative_prompt", "inpaint_regions")
 
 
-def _to_whole(value: object) -> object:
-    """JSON has one kind of number: 8.0 is a whole one."""
+def _to_int(value: object) -> object:
+    """Convert 8.0 to 8: JSON has one kind of number."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-_WHOLE = BeforeValidator(_to_whole)
+_WHOLE = BeforeValidator(_to_int)
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-_Word = Annotated[str, Field(min_length=1, max_length=200)]
-_S = Annotated[float, Field(ge=0, le=1e6)]  # seconds
-_Start = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # seconds; models cut it to what they know
+_ShortText = Annotated[str, Field(min_length=1, max_length=200)]
+_Seconds = Annotated[float, Field(ge=0, le=1e6)]  # seconds
+_Region = tuple[_Seconds, _Seconds]  # start, end
+_Start = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # seconds; models clamp it to their range
 FileFormat = Literal["wav", "flac", "mp3", "ogg", "opus"]  # of `audio.encode.AudioFormat`
 
 
 def _unset(description: str | None = None) -> Any:
-    """A field that is left out where it is not set."""
+    """Returns a field that is omitted from the output if unset."""
     return Field(None, description=description, exclude_if=lambda value: value is None)
 
 
 class _Part(BaseModel):
-    """Refuses unknown keys, other types and what is not finite; leaves out what is not set."""
+    """Refuses unknown keys, other types and non-finite numbers; omits unset fields."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=(), title=None
@@ -56,37 +57,39 @@ class _Part(BaseModel):
 
 
 class RecipeSource(_Part):
-    """Audio that a take was made from."""
+    """Source audio of a clip."""
 
-    sha256: _Sha256 = Field(description="Of the file as it was sent.")
-    is_mixed: Literal[True] | None = _unset("Whether its channels were mixed to one.")
+    sha256: _Sha256 = Field(description="Hash of the uploaded file.")
+    is_mixed: Literal[True] | None = _unset("Whether its channels were mixed to mono.")
 
 
 class RecipeMaker(_Part):
-    """What made the take: the last bits of its audio depend on it. What is not known is left out."""
+    """The software and hardware that made the clip, which affect its last bits. Unknown values are omitted."""
 
-    version: _Word | None = _unset("Of stable-audio-serve.")
-    torch: _Word | None = _unset("Version of PyTorch.")
-    transformers: _Word | None = _unset("Version of Transformers, which reads the prompt.")
-    device: _Word = Field(description="cuda, mps or cpu.")
-    processor: _Word | None = _unset("Instructions of the CPU, such as AVX512, or the name of the GPU.")
-    dtype: _Word = Field(description="Precision of the denoiser: float32, float16 or bfloat16.")
-    decode_precision: _Word | None = _unset("Precision of the decoder.")
-    networks: _Word | None = _unset("Whose networks: native, stable_audio_tools.")
+    version: _ShortText | None = _unset("Version of stable-audio-serve.")
+    torch: _ShortText | None = _unset("Version of PyTorch.")
+    transformers: _ShortText | None = _unset("Version of Transformers, which reads the prompt.")
+    device: _ShortText = Field(description="cuda, mps or cpu.")
+    processor: _ShortText | None = _unset("Instruction sets of the CPU, such as AVX512, or the name of the GPU.")
+    dtype: _ShortText = Field(description="Precision of the denoiser: float32, float16 or bfloat16.")
+    decode_precision: _ShortText | None = _unset("Precision of the decoder.")
+    networks: _ShortText | None = _unset("Network implementation: native or stable_audio_tools.")
     mode: Mode | None = _unset("strict = the bytes do not depend on other requests; fast = they may.")
     threads: Annotated[int, Field(ge=1, le=4096), _WHOLE] | None = _unset(
-        "CPU threads of a call; only on a CPU, in fast mode or if not AMD made it."
+        "CPU threads of a call; only on a CPU, in fast mode or on processors not from AMD."
     )
     slots: Annotated[int, Field(ge=1, le=4096), _WHOLE] | None = _unset("Rows of a call; only in strict mode on a GPU.")
-    is_compiled: bool | None = _unset("Whether torch.compile compiled it.")
-    codecs: _Word | None = _unset("What read its sources and wrote its file; not of WAV without sources.")
+    is_compiled: bool | None = _unset("Whether the networks were compiled with torch.compile.")
+    codecs: _ShortText | None = _unset(
+        "Libraries that read the sources and wrote the file; unset for WAV without sources."
+    )
 
 
 class Recipe(_Part):
-    """What made one audio file, under the names of our own API where it has them; as JSON with sorted keys."""
+    """The recipe of one audio file, with field names as in the native API; its JSON has sorted keys."""
 
-    recipe: Annotated[Literal[1], _WHOLE] = Field(description="Version of this form.")
-    model: _Word
+    recipe: Annotated[Literal[1], _WHOLE] = Field(description="Version of the recipe format.")
+    model: _ShortText
     checkpoint: _Sha256 | None = _unset("Hash of config, weights and text encoder.")
     prompt: Annotated[str, Field(max_length=100_000)]
     negative_prompt: str | None = _unset()
@@ -94,7 +97,7 @@ class Recipe(_Part):
     seed: Annotated[int, Field(ge=0, lt=SEED_LIMIT), _WHOLE]
     steps: Annotated[int, Field(ge=1, le=1000), _WHOLE] | None = _unset()
     cfg_scale: Annotated[float, Field(ge=0, le=1000)] | None = _unset()
-    sampler: _Word | None = _unset()
+    sampler: _ShortText | None = _unset()
     apg_scale: Annotated[float, Field(ge=0, le=10)] | None = _unset()
     scale_phi: Annotated[float, Field(ge=0, le=1)] | None = _unset()
     cfg_norm_threshold: Annotated[float, Field(ge=0, le=1e6)] | None = _unset()
@@ -103,24 +106,24 @@ class Recipe(_Part):
     rho: Annotated[float, Field(ge=0.01, le=100)] | None = _unset()
     duration_padding_sec: Annotated[float, Field(ge=0, le=30)] | None = _unset()
     chunked_decode: bool | None = _unset()
-    seconds_start: _Start | None = _unset("Where the clip starts in a longer piece; for models that know it.")
-    seconds_total: _S | None = _unset("Length of that piece as the model was told it.")
+    seconds_start: _Start | None = _unset("Start of the clip in a longer piece; for models with this conditioning.")
+    seconds_total: _Seconds | None = _unset("Length of that piece.")
     init_audio: RecipeSource | None = _unset("Source of a variation.")
     init_noise_level: Annotated[float, Field(ge=0, le=1000)] | None = _unset(
-        "Share of noise; of samplers over sigma, the sigma."
+        "Share of noise; for samplers over sigma, the sigma."
     )
     edit_schedule: EditSchedule | None = _unset()
-    inpaint_audio: RecipeSource | None = _unset("Source whose regions were made anew.")
-    inpaint_regions: Annotated[tuple[tuple[_S, _S], ...], Field(strict=False, max_length=MOST_REGIONS)] | None = _unset(
+    inpaint_audio: RecipeSource | None = _unset("Source whose regions were regenerated.")
+    inpaint_regions: Annotated[tuple[_Region, ...], Field(strict=False, max_length=MOST_REGIONS)] | None = _unset(
         "[start, end) of each region, seconds."
     )
-    keep: Keep | None = _unset("What is outside of them; unset = model, as before there was a choice.")
-    response_format: FileFormat = Field(description="Kind of file.")
+    keep: Keep | None = _unset("Audio outside the regions: source or model; unset = model.")
+    response_format: FileFormat = Field(description="File format.")
     peaks: Peaks | Literal["full"] = Field(
-        description="What became of its peaks; full = the whole was brought to full scale, then cut to its `samples`."
+        description="Treatment of peaks; full = the whole generation was scaled to full scale, then cut to `samples`."
     )
     samples: Annotated[int, Field(ge=1, le=2**31), _WHOLE] | None = _unset(
-        "How many of the first samples are kept; only with full."
+        "Number of samples kept from the start; only with full."
     )
     made_on: RecipeMaker
 
@@ -140,17 +143,18 @@ class Recipe(_Part):
 
     @property
     def hashes(self) -> tuple[str, ...]:
-        """Those of the sources that are needed, each once."""
+        """The SHA-256 hashes of the required sources, without duplicates."""
         return tuple(dict.fromkeys(source.sha256 for source in (self.init_audio, self.inpaint_audio) if source))
 
     @property
     def num_prompt_chars(self) -> int:
-        """Characters of both prompts, which as JSON take from one to six bytes each."""
+        """Characters of both prompts; as JSON they take one to six bytes each."""
         return len(self.prompt) + len(self.negative_prompt or "")
 
     def to_request(self, *, sources: Mapping[str, SourceAudio], request_id: str) -> GenerationRequest:
-        """Returns the request that repeats the take, with the sources by their hashes. Only the weights that it names
-        may make it, on nothing but the model's own replicas."""
+        """Returns the request that repeats the clip, with sources by their hashes. It runs only on replicas of the
+        recipe's model with the recipe's weights.
+        """
         return GenerationRequest(
             prompt=self.prompt,
             duration_s=self.duration,
@@ -180,18 +184,18 @@ class Recipe(_Part):
         )
 
     def to_json(self) -> str:
-        """Returns the one text of this recipe: printable ASCII without spaces between parts, with sorted keys."""
+        """Returns the canonical text of this recipe: printable ASCII, no spaces between tokens, sorted keys."""
         return _to_text(self.model_dump())
 
     def to_short_json(self) -> str:
-        """Returns it without what may be long, which `left_out` names: no recipe that can be replayed."""
+        """Returns the recipe without long fields, which `left_out` lists. It cannot be replayed."""
         left_out = [name for name in _LONG if getattr(self, name) is not None]
         return _to_text({**self.model_dump(exclude={*left_out}), "left_out": left_out})
 
 
 def _to_text(recipe: Mapping[str, Any]) -> str:
     text = json.dumps(recipe, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return text.replace("\x7f", "\\u007f")  # the one control character that JSON leaves as it is
+    return text.replace("\x7f", "\\u007f")  # the only control character that JSON does not escape
 
 
 def write_recipes(
@@ -205,7 +209,7 @@ def write_recipes(
     peaks: Peaks | Literal["full"],
     samples: int | None = None,
 ) -> tuple[Recipe, ...]:
-    """Returns the recipe of each variation of a request, with its seed. `sources` are the files they were made from."""
+    """Returns the recipe of each variation of a request, with its seed. `sources` are the request's source files."""
     making = made_on.making
     init, inpaint = sources.get("init"), sources.get("inpaint")
     first = Recipe.model_construct(
@@ -217,20 +221,20 @@ def write_recipes(
         duration=float(request.duration_s),
         seed=seeds[0],
         steps=making.steps if making else request.steps,
-        cfg_scale=_real(making.cfg_scale if making else request.cfg_scale),
+        cfg_scale=_to_float(making.cfg_scale if making else request.cfg_scale),
         sampler=making.sampler if making else request.sampler,
-        apg_scale=_real(making.apg_scale if making else request.apg_scale),
+        apg_scale=_to_float(making.apg_scale if making else request.apg_scale),
         scale_phi=request.cfg_rescale or None,
         cfg_norm_threshold=request.cfg_norm_threshold or None,
         sigma_min=request.sigma_min,
         sigma_max=request.sigma_max,
         rho=request.rho,
-        duration_padding_sec=_real(making.duration_padding_s if making else request.duration_padding_s),
+        duration_padding_sec=_to_float(making.duration_padding_s if making else request.duration_padding_s),
         chunked_decode=request.chunked_decode,
-        seconds_start=_real(request.start_s) or None,
-        seconds_total=_real(request.conditioned_total_s),
+        seconds_start=_to_float(request.start_s) or None,
+        seconds_total=_to_float(request.conditioned_total_s),
         init_audio=init,
-        init_noise_level=_real(request.init_noise_level) if init else None,
+        init_noise_level=_to_float(request.init_noise_level) if init else None,
         edit_schedule=making.edit_schedule if making else request.edit_schedule,
         inpaint_audio=inpaint,
         inpaint_regions=tuple((float(start), float(end)) for start, end in request.inpaint_regions_s)
@@ -246,7 +250,7 @@ def write_recipes(
 
 
 def sources_of(request: GenerationRequest) -> dict[Role, RecipeSource] | None:
-    """Returns the files that a request's source audio was decoded from, None if it is from no file alone."""
+    """Returns the files that a request's sources were decoded from; None if a source has no single file."""
     given: dict[Role, SourceAudio | None] = {"init": request.init_audio, "inpaint": request.inpaint_audio}
     found = {role: source for role, source in given.items() if source is not None}
     if not all(source.sha256 for source in found.values()):
@@ -255,7 +259,7 @@ def sources_of(request: GenerationRequest) -> dict[Role, RecipeSource] | None:
 
 
 def write_maker(made_on: MadeOn, *, codecs: str | None) -> RecipeMaker:
-    """Returns what made a take and, where they had a part in it, with which `codecs`, as its recipe says it."""
+    """Returns the recipe's description of the engine; `codecs` None: no codec was involved."""
     making = made_on.making
     if making is None:
         return RecipeMaker(device=made_on.device, dtype=made_on.dtype)
@@ -285,8 +289,10 @@ def _codecs_of(file_format: FileFormat, sources: Collection[str]) -> str | None:
 
 
 def is_exact(recipe: Recipe, made_on: MadeOn) -> bool:
-    """Whether audio that was now made by a recipe has the bytes of the first time: only if strict mode made both, with
-    the same weights, on the same kind of device and processor, by the same versions and with the same precisions."""
+    """Whether a replay of a recipe has the same bytes as the first run.
+
+    True only if both ran in strict mode with the same weights, kind of device, processor, versions and precisions.
+    """
     now = made_on.making
     codecs = _codecs_of(recipe.response_format, recipe.hashes)
     return (
@@ -298,6 +304,6 @@ def is_exact(recipe: Recipe, made_on: MadeOn) -> bool:
     )
 
 
-def _real(value: float | None) -> float | None:
-    """Numbers that are equal must look equal: 2 and 2.0 do not."""
+def _to_float(value: float | None) -> float | None:
+    """Convert to float, because equal numbers must have equal JSON: 2 and 2.0 do not."""
     return None if value is None else float(value)

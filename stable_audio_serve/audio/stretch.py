@@ -1,4 +1,4 @@
-"""Makes audio faster or slower without changing its pitch, through the Signalsmith stretch library."""
+"""Changes the speed of audio without changing its pitch, with the Signalsmith stretch library."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
 
 _BLOCK_S = 0.1
 _BLOCKS_OVERLAPPING = 6
-_MARGIN_S = 0.25  # silence around the clip, so that the library's fades at both ends stay outside it
-_MAX_FACTOR = 2.0  # beyond this the library drops phases and smears attacks; several smaller passes keep them
+_MARGIN_S = 0.25  # silence around the clip, so that the library's fades fall outside it
+_MAX_FACTOR = 2.0  # beyond it the library smears attacks; several smaller passes keep them
 
 
 def time_stretch(audio: npt.NDArray[np.float32], sample_rate_hz: int, *, speed: float) -> npt.NDArray[np.float32]:
     """Returns `audio` (C, S) float32 played `speed` times as fast at the same pitch: (C, round(S / speed)) float32.
 
-    Audio that is not empty keeps at least one sample. Sample n moves to n / speed. Channels share their phase
-    decisions, so a stereo image is kept. Peaks may exceed those of the input. The same input gives the same samples.
-    Raises ValueError unless `speed` is positive and finite.
+    Non-empty audio keeps at least one sample. Sample n moves to n / speed. Channels share their phase decisions, which
+    preserves the stereo image. Peaks may exceed those of the input. Equal inputs give equal outputs. Raises ValueError
+    unless `speed` is positive and finite.
     """
     if not (math.isfinite(speed) and speed > 0):
         raise ValueError(f"speed must be positive and finite, not {speed}")

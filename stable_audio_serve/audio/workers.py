@@ -1,6 +1,6 @@
-"""Threads and processes for audio: they decode uploads and make files, so that the event loop does not.
+"""Threads and processes that decode uploads and encode files, off the event loop.
 
-Knows neither requests nor where files are kept.
+Independent of requests and of where files are stored.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from stable_audio_serve.core.generation import SourceAudio
 
 T = TypeVar("T")
 
-MAX_DECODE_S = 20.0  # of one file
+MAX_DECODE_S = 20.0  # per file
+MAX_SOURCE_BYTES = 2**30  # decoded source audio of the requests or jobs in progress, per process
 _NICENESS = 5
 
 
 class AudioWorkers:
-    """Decodes one upload and encodes two clips at a time; others wait."""
+    """Decodes one upload and encodes two clips at a time; further calls wait."""
 
     def __init__(self, *, own_rates_hz: Collection[int]) -> None:
         """`own_rates_hz` are accepted besides the usual rates, see `AudioDecoder`. Starts no process yet."""
@@ -35,15 +36,15 @@ class AudioWorkers:
         self._encode_threads = ThreadPoolExecutor(2, thread_name_prefix="audio-encode", initializer=_yield_to_others)
 
     async def decode(self, file: IO[bytes], *, max_s: float, field: str = "audio") -> SourceAudio:
-        """Returns the first `max_s` seconds of an open file with its hash, see `AudioDecoder.decode`."""
+        """Returns the first `max_s` seconds of an open file, and its hash; see `AudioDecoder.decode`."""
         return await self.run_decoding(lambda: self._decode(file, max_s=max_s, field=field))
 
     async def read_text(self, file: IO[bytes], *, field: str) -> str | None:
-        """Returns the text in an open file, see `AudioDecoder.read_text`."""
+        """Returns the text in an open file; see `AudioDecoder.read_text`."""
         return await self.run_decoding(lambda: self._decoder.read_text(file, field=field))
 
     async def decode_path(self, path: Path, *, max_s: float) -> SourceAudio:
-        """Returns the first `max_s` seconds of the file at `path`, see `AudioDecoder.decode`. Raises OSError too."""
+        """Returns the first `max_s` seconds of the file at `path`; see `AudioDecoder.decode`. Also raises OSError."""
 
         def decode() -> SourceAudio:
             with path.open("rb") as file:
@@ -60,7 +61,7 @@ class AudioWorkers:
         return await asyncio.get_running_loop().run_in_executor(self._decode_threads, function)
 
     async def run_encoding(self, function: Callable[[], T]) -> T:
-        """Call `function`, which makes a file, on an encoding thread. Returns its result."""
+        """Call `function`, which encodes a file, on an encoding thread. Returns its result."""
         return await asyncio.get_running_loop().run_in_executor(self._encode_threads, function)
 
     async def close(self) -> None:
@@ -71,16 +72,16 @@ class AudioWorkers:
 
 
 def hash_file(file: IO[bytes]) -> str:
-    """Returns the SHA-256 of an open file, which recipes know it by. CPU work."""
+    """Returns the SHA-256 of an open file, which identifies it in recipes. CPU work."""
     file.seek(0)
     return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # any binary file will do
 
 
 def _yield_to_others() -> None:
-    """Give this thread less priority than the event loop and the models, where threads have one of their own.
+    """Lower this thread's priority below the event loop and the models, on systems with priorities per thread.
 
-    On two cores with MP3 for everybody the engine steps 1.08 times as fast and the event loop waits 0.6 times as long
-    for a core. With twice as much the files are what waits.
+    With MP3 encoding for all requests on two cores, the engine steps 1.08 times as fast and the event loop waits 0.6
+    times as long for a core. With twice the load, encoding becomes the bottleneck.
     """
     if sys.platform == "linux":
         thread = threading.get_native_id()

@@ -1,5 +1,5 @@
-"""`stable-audio-serve admin`: changes a running server, with a key that has the scope `admin`. Its `jobs` need the
-store only.
+"""`stable-audio-serve admin`: changes a running server, with a key that has the scope `admin`; its `jobs` need only the
+store.
 
 Imports what a command needs only when it runs.
 """
@@ -15,8 +15,8 @@ from urllib.parse import quote
 import typer
 
 from stable_audio_serve.cli import store_jobs
-from stable_audio_serve.cli.endings import Ending, fail
-from stable_audio_serve.cli.remote import KeyFileOption, UrlOption, ask, connected
+from stable_audio_serve.cli.messages import Ending, fail
+from stable_audio_serve.cli.remote import JsonOption, KeyFileOption, UrlOption, ask, connected
 
 if TYPE_CHECKING:
     from stable_audio_serve.client import Client
@@ -26,25 +26,18 @@ _LETTERS = f"{_PREFIX}/dead-letters"
 _PAGE = 500
 _POLL_S = 0.5
 
-app = typer.Typer(no_args_is_help=True, help="Load models, drain the server, see to dead letters.")
-letters = typer.Typer(no_args_is_help=True, help="Jobs that failed by no fault of their own.")
-app.add_typer(letters, name="dead-letters")
+app = typer.Typer(no_args_is_help=True, help="Load models, drain the server, handle dead letters.")
 app.add_typer(store_jobs.app, name="jobs")
 
 _Model = Annotated[str, typer.Argument(metavar="MODEL", help="Its name or one of its aliases.")]
 _Wait = Annotated[float, typer.Option("--wait", min=0, max=86_400, help="Longest time to wait for it, seconds.")]
-_Json = Annotated[bool, typer.Option("--json", help="As JSON, with everything there is.")]
-_Number = Annotated[int, typer.Argument(metavar="NUMBER", min=0, help="As `list` shows it.")]
-_Numbers = Annotated[list[int] | None, typer.Argument(metavar="NUMBER", min=0, help="As `list` shows them.")]
-_All = Annotated[bool, typer.Option("--all", help="All there are, or all of --model.")]
-_OfModel = Annotated[str | None, typer.Option("--model", help="Only those of this model, by its canonical name.")]
 
 
 @app.command()
 def load(model: _Model, wait: _Wait = 0.0, *, url: UrlOption = None, key_file: KeyFileOption = None) -> None:
     """Keep one replica of a model until `unload`.
 
-    It stays whatever the load is. With --wait, the command ends when it is ready.
+    It stays without load, too. With --wait the command ends when it is ready.
     """
     with connected(url, key_file) as client:
         kept = ask(client, f"POST {_PREFIX}/models/{quote(model, safe='')}/load")
@@ -64,7 +57,7 @@ def load(model: _Model, wait: _Wait = 0.0, *, url: UrlOption = None, key_file: K
 def unload(model: _Model, *, url: UrlOption = None, key_file: KeyFileOption = None) -> None:
     """Let an idle model go to zero replicas again.
 
-    It goes once it has had nothing to do for its `downscale_delay_s`.
+    It goes after its `downscale_delay_s` without work.
     """
     with connected(url, key_file) as client:
         kept = ask(client, f"POST {_PREFIX}/models/{quote(model, safe='')}/unload")
@@ -75,18 +68,18 @@ def unload(model: _Model, *, url: UrlOption = None, key_file: KeyFileOption = No
 def drain(wait: _Wait = 3600.0, *, url: UrlOption = None, key_file: KeyFileOption = None) -> None:
     """Drain the server: finish current work, accept no more.
 
-    /ready answers 503, and jobs that wait are left to other servers. The command ends when the work is finished.
-    Afterwards stop the server, or let it go on with `resume`. Exit code 6: not done in time, it goes on draining.
+    /ready answers 503, and waiting jobs are left to other servers. The command ends when the work is finished.
+    Afterwards stop the server, or let it accept work with `resume`. Exit code 6: not finished in time; it still drains.
     """
     with connected(url, key_file) as client:
         state = ask(client, f"POST {_PREFIX}/drain")
         deadline = time.monotonic() + wait
-        told = None
+        printed = None
         while state["state"] != "drained" and time.monotonic() < deadline:
             left = _left(state)
-            if left != told:
+            if left != printed:
                 typer.echo(left)
-                told = left
+                printed = left
             time.sleep(_POLL_S)
             state = ask(client, "GET /v1/status")["draining"]
     if state["state"] != "drained":
@@ -96,79 +89,63 @@ def drain(wait: _Wait = 3600.0, *, url: UrlOption = None, key_file: KeyFileOptio
 
 @app.command()
 def resume(*, url: UrlOption = None, key_file: KeyFileOption = None) -> None:
-    """Take new work again after `drain`."""
+    """Accept new work again after `drain`."""
     with connected(url, key_file) as client:
         ask(client, f"DELETE {_PREFIX}/drain")
-    typer.echo("takes new work again")
+    typer.echo("accepts new work again")
 
 
-@letters.command("list")
-def list_letters(
-    limit: Annotated[int, typer.Option(min=1, max=100_000, help="Most to list.")] = 50,
+@app.command("dead-letters")
+def dead_letters(
+    numbers: Annotated[
+        list[int] | None, typer.Argument(metavar="NUMBER", min=0, help="Only these, with their events.")
+    ] = None,
     *,
-    model: _OfModel = None,
-    as_json: _Json = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Queue them again, with new attempts.")] = False,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete them and the files they started from.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="With --retry or --delete: all of them.")] = False,
+    model: Annotated[str | None, typer.Option("--model", help="Only those of this model, by canonical name.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=100_000, help="Maximum number to list.")] = 50,
+    as_json: JsonOption = False,
     url: UrlOption = None,
     key_file: KeyFileOption = None,
 ) -> None:
-    """Dead letters of all clients, newest first."""
+    """List, show, retry or delete dead letters.
+
+    Dead letters are jobs of all clients that used up their attempts. Without NUMBER list them, newest first.
+    """
+    if retry and delete:
+        raise fail("either --retry or --delete")
     with connected(url, key_file) as client:
+        if retry or delete:
+            chosen = _choose(client, numbers, everything=everything, model=model)
+            _act(client, chosen, action="retry" if retry else "delete", done="queued again" if retry else "deleted")
+        elif everything:
+            raise fail("--all needs --retry or --delete")
+        else:
+            _show(client, numbers, model=model, limit=limit, as_json=as_json)
+
+
+def _show(client: Client, numbers: Sequence[int] | None, *, model: str | None, limit: int, as_json: bool) -> None:
+    from stable_audio_serve.cli import tables
+
+    if numbers:
+        found = [ask(client, f"GET {_LETTERS}/{number}") for number in numbers]
+    else:
         found = [letter for page in _pages(client, model=model, most=limit) for letter in page]
     if as_json:
         typer.echo(json.dumps(found, indent=2))
+    elif numbers:
+        for letter in found:
+            tables.print_details(letter)
     else:
-        from stable_audio_serve.cli.letter_report import print_letters
-
-        print_letters(found)
-
-
-@letters.command()
-def show(number: _Number, *, as_json: _Json = False, url: UrlOption = None, key_file: KeyFileOption = None) -> None:
-    """One dead letter and what happened to it."""
-    with connected(url, key_file) as client:
-        found = ask(client, f"GET {_LETTERS}/{number}")
-    if as_json:
-        typer.echo(json.dumps(found, indent=2))
-    else:
-        from stable_audio_serve.cli.letter_report import print_letter
-
-        print_letter(found)
-
-
-@letters.command()
-def retry(
-    numbers: _Numbers = None,
-    *,
-    everything: _All = False,
-    model: _OfModel = None,
-    url: UrlOption = None,
-    key_file: KeyFileOption = None,
-) -> None:
-    """Let dead letters wait again, with new attempts."""
-    with connected(url, key_file) as client:
-        chosen = _choose(client, numbers, everything=everything, model=model)
-        _act(client, chosen, action="retry", said="queued again")
-
-
-@letters.command()
-def delete(
-    numbers: _Numbers = None,
-    *,
-    everything: _All = False,
-    model: _OfModel = None,
-    url: UrlOption = None,
-    key_file: KeyFileOption = None,
-) -> None:
-    """Forget dead letters and the files they started from."""
-    with connected(url, key_file) as client:
-        chosen = _choose(client, numbers, everything=everything, model=model)
-        _act(client, chosen, action="delete", said="deleted")
+        tables.print_dead_letters(found)
 
 
 def _choose(
     client: Client, numbers: Sequence[int] | None, *, everything: bool, model: str | None
 ) -> Iterator[Sequence[int]]:
-    """The numbers to act on, in pages. Those that become dead letters meanwhile are not among them."""
+    """The numbers to act on, in pages. Leaves out later dead letters."""
     if bool(numbers) == (everything or model is not None):
         raise fail("name dead letters by their numbers, or --all, or --model")
     if numbers:
@@ -176,13 +153,13 @@ def _choose(
     return ([letter["number"] for letter in page] for page in _pages(client, model=model, most=None))
 
 
-def _act(client: Client, chosen: Iterator[Sequence[int]], *, action: str, said: str) -> None:
+def _act(client: Client, chosen: Iterator[Sequence[int]], *, action: str, done: str) -> None:
     num_done, missing = 0, []
     for numbers in chosen:
         outcome = ask(client, f"POST {_LETTERS}/{action}", json={"numbers": list(numbers)})
         num_done += len(outcome["done"])
         missing += outcome["not_found"]
-    typer.echo(f"{num_done} {said}")
+    typer.echo(f"{num_done} {done}")
     if missing:
         raise fail(f"no dead letters: {', '.join(map(str, missing[:20]))}{' ...' if missing[20:] else ''}")
 

@@ -1,9 +1,7 @@
-"""How every command finds its configuration and says which one it is: `--config`, the file here, the packaged one."""
+"""Which configuration a command uses: `--config`, `serve_config.yaml` in this folder, or the packaged file."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,12 +18,12 @@ ConfigOption = Annotated[
 
 
 def read_configuration(asked: Path | None) -> ServeFile:
-    """Returns the configuration in use; its name goes to standard error. Raises ConfigError."""
+    """Returns the configuration and prints its name to standard error. Raises ConfigError."""
     from stable_audio_serve.serving.serve_file import PACKAGED_FILE, find_serve_file, read_serve_file
 
     path = find_serve_file(asked)
     if path == PACKAGED_FILE:
-        say("the packaged one, which serves the demo model; `stable-audio-serve init` writes it here, to be changed")
+        say("the packaged one, which serves the demo model; `stable-audio-serve init` writes it here to be edited")
     else:
         say(str(path))
     return read_serve_file(path)
@@ -44,17 +42,5 @@ def load_configured(asked: Path | None) -> Settings:
 
 
 def say(which: str) -> None:
-    """Say on standard error which configuration is in use: standard output is for programs."""
+    """Print to standard error which configuration is in use; standard output is for programs."""
     typer.echo(f"configuration: {which}", err=True)
-
-
-@contextmanager
-def refusing() -> Iterator[None]:
-    """End the command with one sentence and exit code 2 for settings that cannot be used."""
-    from stable_audio_serve.core.errors import ConfigError
-
-    try:
-        yield
-    except ConfigError as error:
-        typer.echo(f"error: {error.message}", err=True)
-        raise typer.Exit(2) from error

@@ -1,4 +1,4 @@
-"""`stable-audio-serve jobs`: work that a server does later, for whoever's key asks.
+"""`stable-audio-serve jobs`: work that a server does later, for the client of the key.
 
 Imports what a command needs only when it runs.
 """
@@ -10,21 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from stable_audio_serve.cli.endings import Ending, fail, said_plainly
-from stable_audio_serve.cli.remote import KeyFileOption, UrlOption, open_client
+from stable_audio_serve.cli.messages import Ending, fail, plain_errors
+from stable_audio_serve.cli.remote import JsonOption, KeyFileOption, UrlOption, open_client
 from stable_audio_serve.cli.sound_options import Keep, Prompt, SoundOptions, with_options
 from stable_audio_serve.core.errors import ConflictError, NotFoundError
 
 if TYPE_CHECKING:
     from stable_audio_serve.client import Job
 
-app = typer.Typer(no_args_is_help=True, help="Submit, list, watch, fetch and cancel jobs of a server.")
+app = typer.Typer(no_args_is_help=True, help="Submit, list, show, fetch and cancel jobs of a server.")
 
 _ENDINGS = {"succeeded": Ending.DONE, "failed": Ending.FAILED, "cancelled": Ending.INTERRUPTED}
 
 _Id = Annotated[str, typer.Argument(metavar="ID", help="As `submit` printed it.")]
 _Ids = Annotated[list[str], typer.Argument(metavar="ID", help="As `submit` printed them.")]
-_Json = Annotated[bool, typer.Option("--json", help="As JSON, with everything there is.")]
 
 
 @app.command()
@@ -45,9 +44,9 @@ def submit(
 ) -> None:
     """Submit a job and print its id."""
     from stable_audio_serve.cli import makers
-    from stable_audio_serve.cli.sound import check_inputs, parse_region, read_audio
+    from stable_audio_serve.cli.sound_files import check_inputs, parse_region, read_audio, read_prompt
 
-    with said_plainly(), open_client(options.url, options.key_file) as client:
+    with plain_errors(), open_client(options.url, options.key_file) as client:
         check_inputs(prompt, audio)
         if audio is None and (regions or noise is not None):
             raise ValueError("--region and --noise need --audio")
@@ -59,7 +58,7 @@ def submit(
         fields = {**options.controls, "init_noise_level": noise, "keep": keep, "webhook_url": webhook}
         order = makers.Order(
             "generate" if audio is None else "inpaint" if spans else "vary",
-            typer.get_text_stream("stdin").read().strip() if prompt == "-" else prompt,
+            read_prompt(prompt),
             audio=None if audio is None else read_audio(audio),
             regions=spans,
             controls={name: value for name, value in fields.items() if value is not None},
@@ -71,18 +70,19 @@ def submit(
 @app.command("list")
 def list_jobs(
     status: Annotated[
-        Literal["queued", "running", "succeeded", "failed", "cancelled"] | None, typer.Option(help="Only such jobs.")
+        Literal["queued", "running", "succeeded", "failed", "cancelled"] | None,
+        typer.Option(help="Only jobs in this state."),
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, max=100_000, help="Most jobs to list.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, max=100_000, help="Maximum number to list.")] = 20,
     *,
-    as_json: _Json = False,
+    as_json: JsonOption = False,
     url: UrlOption = None,
     key_file: KeyFileOption = None,
 ) -> None:
-    """Your jobs, newest first."""
+    """List your jobs, newest first."""
     found: list[Job] = []
     cursor = None
-    with said_plainly(), open_client(url, key_file) as client:
+    with plain_errors(), open_client(url, key_file) as client:
         while limit > len(found):
             page = client.jobs.list(status=status, limit=min(100, limit - len(found)), cursor=cursor)
             found += page.jobs
@@ -92,29 +92,34 @@ def list_jobs(
     if as_json:
         typer.echo(json.dumps([dict(job.sent) for job in found], indent=2))
     else:
-        _print_jobs(found)
+        from stable_audio_serve.cli.tables import print_own_jobs
+
+        print_own_jobs(found)
 
 
 @app.command()
-def show(job_id: _Id, *, url: UrlOption = None, key_file: KeyFileOption = None) -> None:
-    """One job as JSON."""
-    with said_plainly(), open_client(url, key_file) as client:
-        typer.echo(json.dumps(dict(client.jobs.get(job_id).sent), indent=2))
+def show(
+    job_id: _Id,
+    watch: Annotated[bool, typer.Option("--watch", help="Show progress until it is over.")] = False,
+    *,
+    url: UrlOption = None,
+    key_file: KeyFileOption = None,
+) -> None:
+    """Show a job as JSON.
 
-
-@app.command()
-def watch(job_id: _Id, *, url: UrlOption = None, key_file: KeyFileOption = None) -> None:
-    """Show a job's progress until it is over.
-
-    Exit code 0: it succeeded. 1: it failed. 130: it was cancelled.
+    Exit code with --watch: 0 if it succeeded, 1 if it failed, 130 if it was cancelled.
     """
-    from stable_audio_serve.cli.progress import shown
+    from stable_audio_serve.cli.tables import progress_line
 
-    with said_plainly(), open_client(url, key_file) as client, shown(quiet=False) as show_progress:
-        job = client.jobs.wait(job_id, on_progress=show_progress)
-    if job.status != "succeeded":
+    with plain_errors(), open_client(url, key_file) as client:
+        if watch:
+            with progress_line(quiet=False) as show_progress:
+                job = client.jobs.wait(job_id, on_progress=show_progress)
+        else:
+            job = client.jobs.get(job_id)
+    typer.echo(json.dumps(dict(job.sent), indent=2))
+    if watch and job.status != "succeeded":
         raise fail(job.error or f"the job was {job.status}", _ENDINGS[job.status])
-    typer.echo(job.status)
 
 
 @app.command()
@@ -122,22 +127,21 @@ def fetch(
     job_id: _Id,
     out: Annotated[str, typer.Option("--out", "-o", help="File or folder to write, - for standard output.")] = ".",
     *,
-    as_json: _Json = False,
+    as_json: JsonOption = False,
     url: UrlOption = None,
     key_file: KeyFileOption = None,
 ) -> None:
     """Wait for a job's end and write its audio."""
-    from stable_audio_serve.cli.progress import shown
-    from stable_audio_serve.cli.saving import save
-    from stable_audio_serve.cli.sound import check_outputs, report
+    from stable_audio_serve.cli.sound_files import check_outputs, report, save
+    from stable_audio_serve.cli.tables import progress_line
 
-    with said_plainly(), open_client(url, key_file) as client:
+    with plain_errors(), open_client(url, key_file) as client:
         check_outputs(out, as_json=as_json)
-        with shown(quiet=False) as show_progress:
+        with progress_line(quiet=False) as show_progress:
             job = client.jobs.wait(job_id, on_progress=show_progress)
         take = client.jobs.fetch(job)
-        told = take.clips[0].recipe or {}
-        files = save(take, out, prompt=str(told.get("prompt") or job.id))
+        recipe = take.clips[0].recipe or {}
+        files = save(take, out, prompt=str(recipe.get("prompt") or job.id))
     report(take, files, as_json=as_json)
 
 
@@ -145,9 +149,9 @@ def fetch(
 def cancel(job_ids: _Ids, *, url: UrlOption = None, key_file: KeyFileOption = None) -> None:
     """Cancel jobs.
 
-    Those that wait end at once, those that run within one step.
+    Waiting jobs end at once, running ones within one step.
     """
-    with said_plainly(), open_client(url, key_file) as client:
+    with plain_errors(), open_client(url, key_file) as client:
         faults = []
         for job_id in job_ids:
             try:
@@ -158,13 +162,3 @@ def cancel(job_ids: _Ids, *, url: UrlOption = None, key_file: KeyFileOption = No
                 typer.echo(f"{job.id}: {'cancelled' if job.is_over else 'asked to stop'}")
         if faults:
             raise fail("; ".join(faults))
-
-
-def _print_jobs(jobs: list[Job]) -> None:
-    from stable_audio_serve.cli.job_report import new_table, plain, print_wide
-
-    table = new_table("Job", "Status", "Model", "Seconds", "Created", "Error")
-    for job in jobs:
-        created = f"{job.created_at.astimezone():%Y-%m-%d %H:%M:%S}"
-        table.add_row(job.id, job.status, job.model, f"{job.duration_s:g}", created, plain(job.error or ""))
-    print_wide(table)

@@ -1,4 +1,4 @@
-"""`stable-audio-serve keys`: makes API keys, and checks a file of them before a server reads it. Changes no file."""
+"""`stable-audio-serve keys`: makes API keys, and checks a file of keys before a server reads it. Changes no file."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from stable_audio_serve.cli.configuration import refusing
-from stable_audio_serve.core.errors import ConfigError
+from stable_audio_serve.cli.messages import fail, plain_errors
 from stable_audio_serve.core.keys import (
     SCOPES,
     ApiKey,
@@ -20,32 +19,30 @@ from stable_audio_serve.core.keys import (
     parse_key_hash,
 )
 
-app = typer.Typer(no_args_is_help=True, help="Make API keys, and check a file of them.")
+app = typer.Typer(no_args_is_help=True, help="Make API keys, and check a file of keys.")
 
-_SCOPE_HELP = f"What it may do: {', '.join(SCOPES)}; several times for several; unset = generate and jobs."
+_SCOPE_HELP = f"Permission: {', '.join(SCOPES)}; may be repeated; default: generate and jobs."
 
 
 @app.command()
 def new(
     name: Annotated[
         str | None,
-        typer.Argument(help="The client it belongs to: a client's next key finds the jobs of its last one."),
+        typer.Argument(help="Its client: a client's next key finds the jobs of its last one."),
     ] = None,
     *,
     scope: Annotated[list[str] | None, typer.Option(metavar="SCOPE", help=_SCOPE_HELP)] = None,
     audio_seconds_per_minute: Annotated[
-        float | None, typer.Option(help="Most seconds of audio in any minute; unset = no limit.")
+        float | None, typer.Option(help="Limit of audio seconds in any minute.")
     ] = None,
-    concurrency: Annotated[
-        int | None, typer.Option(help="Most synchronous requests at a time; unset = no limit.")
-    ] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Limit of synchronous requests at a time.")] = None,
 ) -> None:
     """Make a key.
 
-    Prints its line, which the server needs, to standard output, and the key itself to standard error.
+    Prints the server's line to standard output, and the key itself to standard error.
 
-    The line belongs into the file of `api.key_file` (STABLE_AUDIO_API_KEY_FILE). Its first word alone, without scopes
-    and limits, may also stand in `api.key_hashes` (STABLE_AUDIO_API_KEY_HASHES).
+    Add the line to the file of `api.key_file` (STABLE_AUDIO_API_KEY_FILE), or its first word, without scopes and
+    limits, to `api.key_hashes` (STABLE_AUDIO_API_KEY_HASHES).
     """
     made = make_key()
     entry = f"{name}:{hash_key(made)}" if name is not None else hash_key(made)
@@ -53,12 +50,9 @@ def new(
     words += [f"scope={','.join(scope)}"] if scope else []
     words += [] if audio_seconds_per_minute is None else [f"audio-seconds-per-minute={audio_seconds_per_minute}"]
     words += [] if concurrency is None else [f"concurrency={concurrency}"]
-    with refusing():
-        try:
-            parse_key_hash(entry)
-            line = format_key(parse_key(" ".join(words)), is_named=name is not None)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+    with plain_errors():
+        parse_key_hash(entry)
+        line = format_key(parse_key(" ".join(words)), is_named=name is not None)
     typer.echo(f"key:  {made}", err=True)
     typer.echo(line)
 
@@ -67,17 +61,16 @@ def new(
 def check(file: Annotated[Path, typer.Argument(help="File of keys.")]) -> None:
     """Check a file of keys.
 
-    Prints whose they are and what they may do. Exit code 2: the message names the line at fault.
+    Prints client, scopes and limits of each key. Exit code 2: the message names the invalid line.
     """
     from stable_audio_serve.core.key_file import load_key_file
 
-    with refusing():
-        try:
-            _, keys = load_key_file(str(file))
-        except OSError as error:
-            raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
-        except ValueError as error:
-            raise ConfigError(f"{file}: {error}") from error
+    try:
+        _, keys = load_key_file(str(file))
+    except OSError as error:
+        raise fail(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise fail(f"{file}: {error}") from error
     for key in keys:
         typer.echo(_describe(key))
 

@@ -1,4 +1,4 @@
-"""Where a sound is made: by a server, as a job whose progress is shown, or by the engine in this process."""
+"""Makes the sound of a command: by a server, as a job with progress, or by the engine in this process."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Order:
 
 
 def make_by_server(order: Order, client: Client, *, on_progress: OnProgress) -> Take:
-    """Returns the take of a job, which is cancelled on Ctrl-C; of a loop or a replay, which are no jobs, at once.
+    """Returns the take of a job, which Ctrl-C cancels. Loops and replays are single requests.
 
     Raises errors of `core.errors`.
     """
@@ -69,14 +69,17 @@ def make_by_server(order: Order, client: Client, *, on_progress: OnProgress) -> 
         job = submit(order, client, key=key)
         return client.jobs.fetch(client.jobs.wait(job.id, on_progress=on_progress))
     except KeyboardInterrupt:
-        job = submit(order, client, key=key)  # it may not have been told its id yet
+        job = submit(order, client, key=key)  # its id may not have arrived yet
         with suppress(ConflictError):  # it has ended
             client.jobs.cancel(job.id)
         raise
 
 
 def submit(order: Order, client: Client, *, key: str | None) -> Job:
-    """Returns the job of an order that is no loop; with the same key the same one. Raises errors of `core.errors`."""
+    """Returns the job of an order that is no loop or replay; the same `key` gives the same job.
+
+    Raises errors of `core.errors`.
+    """
     arguments, more = order.arguments()
     jobs = client.jobs
     submits: dict[str, Callable[..., Job]] = {
@@ -88,7 +91,7 @@ def submit(order: Order, client: Client, *, key: str | None) -> Job:
 
 
 def make_here(order: Order, *, config: Path | None, on_progress: OnProgress) -> Take:
-    """Returns the take of the same application in this process, over an engine for the asked model only.
+    """Returns the take of the same application in this process, over an engine for the order's model only.
 
     Raises errors of `core.errors`.
     """
@@ -115,7 +118,7 @@ async def _make_here(order: Order, settings: Settings, *, on_progress: OnProgres
     plan = plan_deployments(settings)
     name = order.model(plan.catalog, dialects=settings.dialects)
     (model,) = (model for model in plan.settings.models if plan.catalog.resolve(model.name).name == name)
-    # For one take it is not worth measuring first how fast the model is.
+    # Measuring the model's speed first does not pay for one take.
     model = model.model_copy(update={"engine": model.engine.model_copy(update={"warmup_budget_s": 0.0})})
     on_progress(JobProgress("loading", 0.0, None, None))
     engine = load_named_engine(plan.settings, model)
@@ -124,18 +127,18 @@ async def _make_here(order: Order, settings: Settings, *, on_progress: OnProgres
         open_to_us = settings.api.model_copy(update={"key_hashes": (), "key_file": None})
         alone = Chosen(output_dir=folder, api=open_to_us, audio=settings.audio, dialects=settings.dialects)
         async with LocalBackend(plan.catalog, {name: engine}) as backend:
-            app = create_app(_Telling(backend, on_progress), alone)
+            app = create_app(_Reporting(backend, on_progress), alone)
             http = httpx.AsyncClient(transport=httpx.ASGITransport(app), timeout=None)
             async with AsyncClient("http://localhost", http=http) as client:
                 return await getattr(client, order.kind)(*arguments, **more)
 
 
 @dataclass(frozen=True, slots=True)
-class _Telling:
-    """A backend whose progress is told to this process, too."""
+class _Reporting:
+    """A backend that also reports progress to this process."""
 
     backend: Backend
-    tell: OnProgress
+    report: OnProgress
 
     @property
     def catalog(self) -> ModelCatalog:
@@ -144,12 +147,12 @@ class _Telling:
     async def generate(
         self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
     ) -> GenerationResult:
-        def told(progress: Progress) -> None:
-            self.tell(JobProgress(progress.stage, progress.fraction, None, progress.queue_position))
+        def report(progress: Progress) -> None:
+            self.report(JobProgress(progress.stage, progress.fraction, None, progress.queue_position))
             if on_progress is not None:
                 on_progress(progress)
 
-        return await self.backend.generate(model, request, on_progress=told)
+        return await self.backend.generate(model, request, on_progress=report)
 
     async def status(self) -> Mapping[str, ModelStatus]:
         return await self.backend.status()

@@ -1,58 +1,53 @@
-"""`stable-audio-serve quality`: the reports that new replicas are compared with, beside a running server or without.
+"""`stable-audio-serve quality`: the reports that new replicas are compared with. Needs no running server.
 
 Imports what a command needs only when it runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stable_audio_serve.cli.configuration import ConfigOption, load_configured
-from stable_audio_serve.cli.endings import said_plainly
+from stable_audio_serve.cli.messages import plain, plain_errors
 
 if TYPE_CHECKING:
     from stable_audio_serve.core.settings import Settings
     from stable_audio_serve.verification.quality.archive import ReportArchive
 
-app = typer.Typer(no_args_is_help=True, help="Reports that new replicas are compared with.")
 
-_MODEL = Annotated[str, typer.Argument(metavar="MODEL", help="A model's name in the configuration.")]
-_ID = Annotated[str, typer.Argument(metavar="ID", help="32 hexadecimal digits, as `list` prints it.")]
+def quality(
+    name: Annotated[str | None, typer.Argument(metavar="MODEL", help="Model of the configuration to check.")] = None,
+    *,
+    forget: Annotated[
+        str | None, typer.Option(metavar="ID", help="Remove this report: the next replica makes a new one.")
+    ] = None,
+    file: ConfigOption = None,
+) -> None:
+    """List quality reports, or check a model.
 
-
-@app.command("list")
-def list_reports(*, file: ConfigOption = None) -> None:
-    """List reports and every model's last good weights."""
-    with said_plainly():
-        _run(_list(load_configured(file)))
-
-
-@app.command()
-def check(name: _MODEL, *, file: ConfigOption = None) -> None:
-    """Check a configured model as a new replica is.
-
-    It is loaded here. What passes has a report from then on, whose id `quality_report` can name. Exit code 1: it fails.
+    Without MODEL list the reports that new replicas are compared with, and the last good weights of each model. With
+    MODEL load it here and check it as a new replica is checked: if it passes, `quality_report` can name its report, if
+    not, the exit code is 1.
     """
-    with said_plainly():
-        _run(_check(load_configured(file), name))
+    import asyncio
 
-
-@app.command()
-def forget(report_id: _ID, *, file: ConfigOption = None) -> None:
-    """Remove a report.
-
-    The next replica with these weights makes a new one.
-    """
-    with said_plainly():
-        _run(_forget(load_configured(file), report_id))
+    with plain_errors():
+        if name is not None and forget is not None:
+            raise ValueError("either MODEL or --forget")
+        settings = load_configured(file)
+        if forget is not None:
+            asyncio.run(_forget(settings, forget))
+        elif name is not None:
+            asyncio.run(_check(settings, name))
+        else:
+            asyncio.run(_list(settings))
 
 
 async def _list(settings: Settings) -> None:
-    from stable_audio_serve.cli.job_report import plain
     from stable_audio_serve.core.errors import QualityReportError
     from stable_audio_serve.verification.quality.report import last_good_id
 
@@ -63,7 +58,7 @@ async def _list(settings: Settings) -> None:
                 line = await _describe(archive, name, last_good_of=goods.get(name))
             except QualityReportError as error:
                 line = error.message
-            typer.echo(plain(line, limit=None))
+            typer.echo(plain(line))
 
 
 async def _describe(archive: ReportArchive, name: str, *, last_good_of: str | None) -> str:
@@ -98,7 +93,7 @@ async def _check(settings: Settings, name: str) -> None:
         raise ConfigError(f"no model is called {name[:80]!r}; configured: {names}", field="models")
 
     async def others_answer() -> bool:
-        return True  # a failure is what is asked for, not older weights
+        return True  # show the failure instead of falling back to older weights
 
     artifacts = open_artifacts(settings)
     load = partial(load_engine, settings, model)
@@ -138,9 +133,3 @@ async def _opened(settings: Settings) -> AsyncIterator[ReportArchive]:
         yield ReportArchive(artifacts)
     finally:
         await artifacts.close()
-
-
-def _run(work: Coroutine[Any, Any, None]) -> None:
-    import asyncio
-
-    asyncio.run(work)

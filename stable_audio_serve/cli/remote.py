@@ -1,10 +1,11 @@
-"""What the commands that ask a running server have in common: which server, which key, and how they fail.
+"""Shared by commands that call a running server: its address, the key, and messages while the server is silent.
 
 The key comes from the environment or a file, never from the command line, which every user of the machine can read.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stable_audio_serve.cli.configuration import refusing
-from stable_audio_serve.cli.endings import fail, said_plainly
-from stable_audio_serve.cli.patience import Patience
-from stable_audio_serve.cli.wording import describe_os_error
+from stable_audio_serve.cli.messages import describe_os_error, fail, plain, plain_errors
 
 if TYPE_CHECKING:
+    import httpx
+
     from stable_audio_serve.client import Client
+    from stable_audio_serve.core.errors import StableAudioError
 
 UrlOption = Annotated[
     str | None, typer.Option("--url", help="The server; default: STABLE_AUDIO_URL, else http://127.0.0.1:8000.")
@@ -27,15 +28,47 @@ UrlOption = Annotated[
 KeyFileOption = Annotated[
     Path | None, typer.Option("--key-file", help="File with an API key; default: the key in STABLE_AUDIO_API_KEY.")
 ]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
 
 _TIMEOUT_S = 10.0
-_MOST_REFUSED = 2  # a server that is started again may listen a moment later
+_MOST_REFUSED = 2  # a server that restarts listens again within seconds
+_SILENT_S = 1.5
+
+
+class Patience:
+    """Messages on standard error: after 1.5 s without an answer, and before each retry."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._timer: threading.Timer | None = None
+
+    def begin(self, request: httpx.Request) -> None:
+        """Called with each request."""
+        self.end()
+        server = request.url.copy_with(path="/", query=None)
+        self._timer = threading.Timer(_SILENT_S, self._print, [f"waiting for the server {server}"])
+        self._timer.daemon = True
+        self._timer.start()
+
+    def end(self, _: httpx.Response | None = None) -> None:
+        """Called with the headers of each answer, and at the end."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def retry(self, failure: StableAudioError, pause_s: float) -> None:
+        """Called before the pause before a retry."""
+        self.end()
+        self._print(f"{failure.message}; trying again in {pause_s:.1f} s")
+
+    def _print(self, sentence: str) -> None:
+        if not self._quiet:
+            typer.echo(plain(sentence), err=True)
 
 
 @contextmanager
 def connected(url: str | None, key_file: Path | None) -> Iterator[Client]:
-    """A client that tries once, for what operators ask. What goes wrong is one sentence and an exit code."""
-    with said_plainly(), open_client(url, key_file, most_retries=0, timeout_s=_TIMEOUT_S) as client:
+    """A client for operators' commands, which tries once. Expected errors end the command."""
+    with plain_errors(), open_client(url, key_file, most_retries=0, timeout_s=_TIMEOUT_S) as client:
         yield client
 
 
@@ -48,34 +81,37 @@ def open_client(
     most_retries: int | None = None,
     timeout_s: float | None = None,
 ) -> Iterator[Client]:
-    """A client of the server, which says on standard error what keeps it waiting, unless it is to be quiet."""
+    """A client of the server that reports waiting and retries on standard error unless `quiet`."""
     import httpx
 
     from stable_audio_serve.client import Client, Retries
-    from stable_audio_serve.client.connection import TIMEOUT
+    from stable_audio_serve.client.operations import TIMEOUT
 
     load_dotenv()
-    with Patience(quiet=quiet) as patience:
-        retries = Retries(most_refused=_MOST_REFUSED, on_pause=patience.retry)
-        if most_retries is not None:
-            retries = replace(retries, most=most_retries)
-        http = httpx.Client(
-            timeout=timeout_s or TIMEOUT, event_hooks={"request": [patience.begin], "response": [patience.end]}
-        )
-        try:
-            client = Client(url, api_key=_read_key(key_file), retries=retries, http=http)
-        except ValueError as error:
-            raise fail(f"--url (STABLE_AUDIO_URL): {error}") from error
+    patience = Patience(quiet=quiet)
+    retries = Retries(most_refused=_MOST_REFUSED, on_pause=patience.retry)
+    if most_retries is not None:
+        retries = replace(retries, most=most_retries)
+    http = httpx.Client(
+        timeout=timeout_s or TIMEOUT, event_hooks={"request": [patience.begin], "response": [patience.end]}
+    )
+    try:
+        client = Client(url, api_key=_read_key(key_file), retries=retries, http=http)
+    except ValueError as error:
+        raise fail(f"--url (STABLE_AUDIO_URL): {error}") from error
+    try:
         with client:
             yield client
+    finally:
+        patience.end()
 
 
 def ask(client: Client, what: str, **options: Any) -> Any:
-    """Returns the JSON of a successful answer to `what`, a method and a path. Raises errors of `core.errors`."""
+    """Returns the JSON of the answer to `what`, a method and a path. Raises errors of `core.errors`."""
     from stable_audio_serve.client.calls import Call
 
     method, path = what.split()
-    return client.send(Call(method, path, **options)).json()
+    return client.send(Call(method, path, lambda answer: answer.json(), options))
 
 
 def load_dotenv() -> None:
@@ -84,7 +120,7 @@ def load_dotenv() -> None:
 
     from stable_audio_serve.core.settings_sources import load_environment
 
-    with refusing():
+    with plain_errors():
         load_environment(os.environ)
 
 
@@ -95,8 +131,8 @@ def _read_key(file: Path | None) -> str | None:
         key = file.read_text(encoding="utf-8").strip()
     except OSError as error:
         raise fail(f"--key-file: {describe_os_error(error)}") from error
-    except UnicodeDecodeError as error:
-        raise fail(f"--key-file: {file} holds no API key") from error
+    except UnicodeDecodeError:
+        key = ""
     if not key or not key.isascii() or not key.isprintable():
         raise fail(f"--key-file: {file} holds no API key")
     return key

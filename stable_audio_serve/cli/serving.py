@@ -1,18 +1,114 @@
-"""What the commands that serve have in common."""
+"""The commands around the start of a server: `init`, `config`, `serve`, and the program `stable-audio-api`.
+
+Imports what a command needs only when it runs.
+"""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+from stable_audio_serve.cli.configuration import ConfigOption, load_configured, read_configuration, say
+from stable_audio_serve.cli.messages import fail, plain_errors
 
 if TYPE_CHECKING:
     from stable_audio_serve.core.setting_types import ProxyKind
     from stable_audio_serve.serving.serve_file import ServeFile
 
+_Host = Annotated[str | None, typer.Option(help="Address to listen on; default: the file's, else 127.0.0.1.")]
+_Port = Annotated[int | None, typer.Option(min=1, max=65535, help="Port; default: the file's, else 8000.")]
+_MetricsPort = Annotated[
+    int | None, typer.Option(min=1, max=65535, help="Port of the metrics; default: the file's, else a free one.")
+]
+_Proxy = Annotated[
+    Literal["auto", "haproxy", "python"] | None,
+    typer.Option(help="Accepts connections; auto = HAProxy where it runs; default: the setting proxy.kind."),
+]
 
-def run_server(
+stable_audio_api = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+def init(
+    file: Annotated[Path, typer.Argument(help="File to write.")] = Path("serve_config.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+) -> None:
+    """Write a configuration to start from.
+
+    It serves the demo model and shows in comments how to serve others.
+    """
+    from stable_audio_serve.serving.serve_file import PACKAGED_FILE
+
+    try:
+        with file.open("w" if force else "x", encoding="utf-8") as written:
+            written.write(PACKAGED_FILE.read_text(encoding="utf-8"))
+    except FileExistsError as error:
+        raise fail(f"{file} exists already; --force replaces it") from error
+    except OSError as error:
+        raise fail(f"{file} cannot be written: {error.strerror}") from error
+    option = "" if file == Path("serve_config.yaml") else f" --config {file}"
+    typer.echo(f"wrote {file}; start the server with: stable-audio-serve serve{option}")
+
+
+def config(file: ConfigOption = None) -> None:
+    """Print the effective settings, secrets hidden.
+
+    They are merged from defaults, file, .env and environment.
+    """
+    import yaml
+
+    from stable_audio_serve.serving.placement import plan_deployments
+
+    with plain_errors():
+        settings = load_configured(file)
+        plan_deployments(settings)
+    typer.echo(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False), nl=False)
+
+
+def serve(
+    file: ConfigOption = None,
+    host: _Host = None,
+    *,
+    port: _Port = None,
+    metrics_port: _MetricsPort = None,
+    proxy: _Proxy = None,
+) -> None:
+    """Serve the models of a config file until Ctrl-C.
+
+    Starts Ray on this machine and stops it at the end.
+    """
+    with plain_errors():
+        found = read_configuration(file)
+    _run_server(found, host=host, port=port, metrics_port=metrics_port, proxy=proxy)
+
+
+@stable_audio_api.command()
+def serve_as_stable_audio_3(
+    host: _Host = None,
+    port: _Port = None,
+    *,
+    reload: Annotated[bool, typer.Option("--reload", help="Refused: restart the server instead.")] = False,
+) -> None:
+    """Serve serve_config.yaml if it is here, else the models of the Stable Audio 3 server, until Ctrl-C.
+
+    A `.env` and the environment variables of that server keep their meaning.
+    """
+    from stable_audio_serve.serving.serve_file import PACKAGED_FILE, find_serve_file, official_models
+
+    if reload:
+        raise fail("--reload: not supported; restart the server after a change")
+    with plain_errors():
+        if find_serve_file(None) == PACKAGED_FILE:
+            say("no serve_config.yaml here: small-sfx, small-music and medium, as the Stable Audio 3 server has them")
+            file = official_models()
+        else:
+            file = read_configuration(None)
+    _run_server(file, host=host, port=port)
+
+
+def _run_server(
     file: ServeFile,
     *,
     host: str | None,
@@ -20,11 +116,10 @@ def run_server(
     metrics_port: int | None = None,
     proxy: ProxyKind | None = None,
 ) -> None:
-    """Serve until Ctrl-C; exit code 2 when the server cannot start, which it has said by then."""
+    """Serve until Ctrl-C; exit code 2 if the server cannot start, after its own message."""
     from stable_audio_serve.core.errors import StableAudioError
     from stable_audio_serve.launcher import launch
 
-    print_error = partial(typer.echo, err=True)
     try:
         launch.serve(
             file,
@@ -33,7 +128,7 @@ def run_server(
             metrics_port=metrics_port,
             proxy=proxy,
             report=typer.echo,
-            print_error=print_error,
+            print_error=partial(typer.echo, err=True),
         )
     except StableAudioError as error:
         raise typer.Exit(2) from error

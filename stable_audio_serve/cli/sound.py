@@ -1,31 +1,24 @@
-"""`stable-audio-serve generate` and the other commands that make sound: against a server, or with --local here.
+"""`stable-audio-serve generate` and the other commands that make sound: by a server, or with --local in this process.
 
 Imports what a command needs only when it runs.
 """
 
 from __future__ import annotations
 
-import codecs
-import io
 import json
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from stable_audio_serve.cli.endings import said_plainly
-from stable_audio_serve.cli.remote import KeyFileOption, UrlOption, open_client
+from stable_audio_serve.cli.messages import plain_errors
+from stable_audio_serve.cli.remote import JsonOption, KeyFileOption, UrlOption, open_client
 from stable_audio_serve.cli.sound_options import Keep, Prompt, SoundOptions, Source, with_options
 
 if TYPE_CHECKING:
     from stable_audio_serve.cli.makers import Order
-    from stable_audio_serve.client import Take
 
 app = typer.Typer()
-
-STDIN = "-"  # and standard output
 
 _Regions = Annotated[
     list[str], typer.Option("--region", "-r", metavar="START:END", help="Part to regenerate, seconds; may be repeated.")
@@ -65,7 +58,9 @@ def inpaint(audio: Source, prompt: Prompt, *, regions: _Regions, keep: Keep = No
 
     The rest keeps its samples. A crossfade of 30 ms inside each region joins the two.
     """
-    with said_plainly():
+    from stable_audio_serve.cli.sound_files import parse_region
+
+    with plain_errors():
         spans = [parse_region(region) for region in regions]
     _make("inpaint", prompt, audio=audio, regions=spans, more={"keep": keep}, options=options)
 
@@ -87,10 +82,12 @@ def continue_audio(
 
     The source keeps its samples, but for a crossfade over its last 30 ms.
     """
-    with said_plainly():
+    from stable_audio_serve.cli.sound_files import check_inputs, length_s, read_audio
+
+    with plain_errors():
         check_inputs(prompt, audio)
         content = read_audio(audio)
-        kept_s = _length_s(content) if start is None else start
+        kept_s = length_s(content) if start is None else start
         if until <= kept_s:
             what = "the source" if start is None else "--from"
             raise ValueError(f"--until {until:g} is not longer than {what} ({kept_s:g} s)")
@@ -101,19 +98,17 @@ def continue_audio(
 @app.command()
 @with_options(without=_LOOP_HAS_NOT)
 def loop(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to hear, with a tempo such as 120bpm.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Description with a tempo such as 120bpm.")],
     *,
     bars: Annotated[Literal["1", "2", "4", "8"] | None, typer.Option(help="Default: as many as fit.")] = None,
-    kind: Annotated[Literal["auto", "drums", "instruments"], typer.Option(help="What the loop is of.")] = "auto",
-    audio: Annotated[
-        str | None, typer.Option(help="Make it in the prompt's style from this; - is standard input.")
-    ] = None,
+    kind: Annotated[Literal["auto", "drums", "instruments"], typer.Option(help="Kind of loop.")] = "auto",
+    audio: Annotated[str | None, typer.Option(help="Apply the prompt's style to this; - is standard input.")] = None,
     strength: Annotated[float | None, typer.Option(help="With --audio: low keeps more of it.")] = None,
     options: SoundOptions,
 ) -> None:
     """Make a loop of whole bars.
 
-    A model for loops makes it: see `dialects.saos_model` of the server.
+    The server's model for loops (`dialects.saos_model`) makes it.
     """
     more = {"bars": None if bars is None else int(bars), "loop_type": kind, "style_strength": strength}
     _make("loop", prompt, audio=audio, more=more, options=options)
@@ -134,8 +129,9 @@ def replay(
 ) -> None:
     """Recreate a clip from its recipe."""
     from stable_audio_serve.cli.makers import Order
+    from stable_audio_serve.cli.sound_files import STDIN, read_audio, read_recipe
 
-    with said_plainly():
+    with plain_errors():
         if [take, *(source or ())].count(STDIN) > 1:
             raise ValueError("only one file can be standard input")
         recipe = read_recipe(read_audio(take))
@@ -148,23 +144,17 @@ def models(
     url: UrlOption = None,
     key_file: KeyFileOption = None,
     *,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """List the models that a server serves."""
-    from stable_audio_serve.cli.job_report import new_table, print_wide
-
-    with said_plainly(), open_client(url, key_file) as client:
+    with plain_errors(), open_client(url, key_file) as client:
         found = client.models()
     if as_json:
         typer.echo(json.dumps([dict(model.sent) for model in found], indent=2))
         return
-    table = new_table("Model", "Longest", "Rate", "Channels", "Steps", "Guidance", "Aliases")
-    for model in found:
-        name = f"{model.name} (default)" if model.is_default else model.name
-        rate, longest = f"{model.sample_rate_hz:,} Hz", f"{model.max_duration_s:g} s"
-        guidance, aliases = f"{model.default_cfg_scale:g}", ", ".join(model.aliases)
-        table.add_row(name, longest, rate, str(model.channels), str(model.default_steps), guidance, aliases)
-    print_wide(table)
+    from stable_audio_serve.cli.tables import print_models
+
+    print_models(found)
 
 
 def _make(
@@ -178,11 +168,12 @@ def _make(
     names: Mapping[str, str] | None = None,
 ) -> None:
     from stable_audio_serve.cli.makers import Order
+    from stable_audio_serve.cli.sound_files import check_inputs, check_outputs, read_audio, read_prompt
 
-    with said_plainly():
+    with plain_errors():
         check_inputs(prompt, audio)
         check_outputs(options.out, as_json=options.as_json)
-        prompt = sys.stdin.read().strip() if prompt == STDIN else prompt
+        prompt = read_prompt(prompt)
         source = read_audio(audio) if isinstance(audio, str) else audio
         fields = {**options.controls, **(more or {})}
         controls = {name: value for name, value in fields.items() if value is not None}
@@ -192,14 +183,14 @@ def _make(
 
 
 def _carry_out(order: Order, *, options: SoundOptions, names: Mapping[str, str] | None = None) -> None:
-    """Make what is ordered, write it and say so; `names` are for messages, see `said_plainly`."""
+    """Carry out an order and write its files; `names` are for messages, see `plain_errors`."""
     from stable_audio_serve.cli.makers import make_by_server, make_here
-    from stable_audio_serve.cli.progress import shown
-    from stable_audio_serve.cli.saving import save
+    from stable_audio_serve.cli.sound_files import check_outputs, report, save
+    from stable_audio_serve.cli.tables import progress_line
 
-    with said_plainly(names):
+    with plain_errors(names):
         check_outputs(options.out, as_json=options.as_json)
-        with shown(quiet=options.quiet) as show:
+        with progress_line(quiet=options.quiet) as show:
             if options.local:
                 take = make_here(order, config=options.config, on_progress=show)
             else:
@@ -207,88 +198,3 @@ def _carry_out(order: Order, *, options: SoundOptions, names: Mapping[str, str] 
                     take = make_by_server(order, client, on_progress=show)
         files = save(take, options.out, prompt=order.prompt or str(order.recipe.get("prompt", "")))
     report(take, files, as_json=options.as_json)
-
-
-def check_inputs(prompt: str, audio: str | bytes | None) -> None:
-    """Raises ValueError if two are standard input."""
-    if prompt == STDIN == audio:
-        raise ValueError("either the prompt or the audio can be standard input")
-
-
-def check_outputs(out: str, *, as_json: bool) -> None:
-    """Raises ValueError if two are standard output."""
-    if as_json and out == STDIN:
-        raise ValueError("--json and --out - would both write to standard output")
-
-
-def report(take: Take, files: list[Path], *, as_json: bool) -> None:
-    """Say what was written, on standard output, and on standard error what of the request had no effect."""
-    for warning in take.warnings:
-        typer.echo(f"warning: {warning}", err=True)
-    if not as_json:
-        for file in files:
-            typer.echo(str(file))
-        if take.replay == "close":
-            typer.echo(
-                "close: made on another device or version than the first time, the last bits may differ", err=True
-            )
-        return
-    clips = [
-        {
-            "file": str(file),
-            "seed": clip.seed,
-            "peak": clip.peak,
-            "loudness": clip.loudness_lufs,
-            "silent": clip.is_silent,
-        }
-        for file, clip in zip(files, take.clips, strict=True)
-    ]
-    told = {} if take.replay is None else {"replay": take.replay}
-    typer.echo(json.dumps({"model": take.model, "sample_rate": take.sample_rate_hz, **told, "clips": clips}, indent=2))
-
-
-def read_audio(audio: str) -> bytes:
-    """Returns the content of source audio. Raises OSError."""
-    return sys.stdin.buffer.read() if audio == "-" else Path(audio).read_bytes()
-
-
-def read_recipe(content: bytes) -> dict[str, Any]:
-    """Returns the recipe that a file is, or that an audio file carries. Raises ValueError."""
-    text: str | bytes | None = content
-    if not content:
-        raise ValueError("the file is empty")
-    if content.removeprefix(codecs.BOM_UTF8).lstrip()[:1] != b"{":
-        from stable_audio_serve.audio.embedded_text import extract
-
-        text = extract(io.BytesIO(content))
-    if text is None:
-        raise ValueError("the file carries no recipe")
-    try:
-        recipe = json.loads(text)
-    except RecursionError as error:
-        raise ValueError("the recipe is nested too deeply") from error
-    if not isinstance(recipe, dict):
-        raise ValueError("the recipe is no JSON object")
-    return recipe
-
-
-def _length_s(content: bytes) -> float:
-    """Returns the length of an audio file. Raises ValueError."""
-    import soundfile
-
-    try:
-        return float(soundfile.info(io.BytesIO(content)).duration)
-    except soundfile.LibsndfileError as error:
-        raise ValueError(f"the audio cannot be read: {error}; --from says how much of it to keep") from error
-
-
-def parse_region(text: str) -> tuple[float, float]:
-    """Returns [start, end) in seconds. Raises ValueError."""
-    start, _, end = text.partition(":")
-    try:
-        start_s, end_s = float(start), float(end)
-    except ValueError as error:
-        raise ValueError(f"--region: {text!r} is not START:END in seconds, such as 2:4.5") from error
-    if not start_s < end_s:
-        raise ValueError(f"--region {text}: the start must be before the end")
-    return start_s, end_s

@@ -13,13 +13,13 @@ import typer
 
 from stable_audio_serve.cli.remote import KeyFileOption, UrlOption
 
-Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="What to hear; - reads it from standard input.")]
+Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="Description of the sound; - for standard input.")]
 Source = Annotated[str, typer.Argument(metavar="AUDIO", help="Source audio; - reads it from standard input.")]
 
 Keep = Annotated[
     Literal["source", "model"] | None,
     typer.Option(
-        help="Outside the regions: the source's own samples (default), or what the model makes of them.",
+        help="Outside the regions: the source's own samples (default) or the model's.",
         show_default=False,
     ),
 ]
@@ -27,7 +27,7 @@ Keep = Annotated[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SoundOptions:
-    """What is not said is the server's or the model's default."""
+    """Options that are not given are the server's or the model's defaults."""
 
     model: Annotated[str | None, typer.Option("--model", "-m", help="Name of a served model.")] = None
     duration: Annotated[float | None, typer.Option("--duration", "-d", help="Length, seconds.")] = None
@@ -73,7 +73,7 @@ class SoundOptions:
 
 
 def with_options(*, without: Sequence[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command the shared options, all but some, behind its own; they arrive as its argument `options`."""
+    """Adds the shared options except `without` to a command, which gets them as its argument `options`."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         shared = [field for field in fields(SoundOptions) if field.name not in without]

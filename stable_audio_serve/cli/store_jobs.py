@@ -1,4 +1,4 @@
-"""`stable-audio-serve admin jobs`: an operator's look at the job store, beside a running server or without one.
+"""`stable-audio-serve admin jobs`: jobs in the configured store, with or without a running server.
 
 Imports what a command needs only when it runs.
 """
@@ -8,79 +8,74 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from stable_audio_serve.cli.configuration import ConfigOption, load_configured
-from stable_audio_serve.cli.endings import Ending, fail, said_plainly
+from stable_audio_serve.cli.messages import Ending, fail, plain, plain_errors
+from stable_audio_serve.cli.remote import JsonOption
 
 if TYPE_CHECKING:
     from stable_audio_serve.core.settings import Settings
-    from stable_audio_serve.jobs.job import Job
+    from stable_audio_serve.jobs.job import Job, JobEvent
     from stable_audio_serve.jobs.store.job_store import JobStore
 
 app = typer.Typer(no_args_is_help=True, help="List, show, cancel and retry jobs in the configured store.")
 
-_Limit = Annotated[int, typer.Option(min=1, max=10_000, help="Most jobs to list.")]
-_Json = Annotated[bool, typer.Option("--json", help="As JSON, with everything there is.")]
 _State = Annotated[
-    Literal["queued", "running", "succeeded", "failed", "cancelled"] | None, typer.Option(help="Only such jobs.")
+    Literal["queued", "running", "succeeded", "failed", "cancelled"] | None,
+    typer.Option(help="Only jobs in this state."),
 ]
 _Name = Annotated[
     str, typer.Argument(metavar="ID", help="A job's id; sa3/ID, aiml/ID or fal/ID where it is not unique.")
 ]
-_Client = Annotated[str | None, typer.Option("--client", help="Whose job, where several clients chose its id.")]
-_Names = Annotated[list[str], typer.Argument(metavar="ID", help="Jobs' ids, as of `show`.")]
+_Client = Annotated[str | None, typer.Option("--client", help="Its client, where several clients chose its id.")]
+_Names = Annotated[list[str], typer.Argument(metavar="ID", help="Ids of jobs, as for `show`.")]
 
 
 @app.command("list")
-def list_jobs(state: _State = None, limit: _Limit = 50, *, as_json: _Json = False, file: ConfigOption = None) -> None:
-    """Everybody's jobs, newest first."""
-    from stable_audio_serve.cli import job_report
+def list_jobs(
+    state: _State = None,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="Maximum number to list.")] = 50,
+    *,
+    dead: Annotated[bool, typer.Option("--dead-letters", help="Only jobs that used up their attempts.")] = False,
+    as_json: JsonOption = False,
+    file: ConfigOption = None,
+) -> None:
+    """List the jobs of all clients, newest first."""
+    from stable_audio_serve.cli import tables
 
     with _opened(file) as (store, _):
-        jobs, counts = store.operators.list_all(state=state, limit=limit), store.operators.counts()
+        jobs = [_as_json(job) for job in store.operators.list_all(state=state, dead_letters=dead, limit=limit)]
+        counts = store.operators.counts()
     if as_json:
-        _print_json([job_report.as_dict(job) for job in jobs])
+        _print_json(jobs)
+    elif dead:
+        tables.print_dead_letters(jobs)
     else:
-        job_report.print_jobs(jobs, counts)
-
-
-@app.command("dead-letters")
-def list_dead_letters(limit: _Limit = 50, as_json: _Json = False, *, file: ConfigOption = None) -> None:
-    """List jobs that failed by no fault of their own.
-
-    They are not tried again by themselves.
-    """
-    from stable_audio_serve.cli import job_report
-
-    with _opened(file) as (store, _):
-        jobs = store.operators.list_all(dead_letters=True, limit=limit)
-    if as_json:
-        _print_json([job_report.as_dict(job) for job in jobs])
-    else:
-        job_report.print_dead_letters(jobs)
+        tables.print_jobs(jobs, counts)
 
 
 @app.command()
-def show(name: _Name, client: _Client = None, *, as_json: _Json = False, file: ConfigOption = None) -> None:
-    """One job and its events."""
-    from stable_audio_serve.cli import job_report
+def show(name: _Name, client: _Client = None, *, as_json: JsonOption = False, file: ConfigOption = None) -> None:
+    """Show a job and its events."""
+    from stable_audio_serve.cli import tables
 
     with _opened(file) as (store, _):
         job = _find(store, name, client=client)
-        events = store.clients.events(job.spec.ref)
+        found = _as_json(job) | {"events": [_event_as_json(event) for event in store.clients.events(job.spec.ref)]}
     if as_json:
-        _print_json(job_report.as_dict(job) | {"events": [job_report.event_as_dict(event) for event in events]})
+        _print_json(found)
     else:
-        job_report.print_job(job, events)
+        tables.print_details(found)
 
 
 @app.command()
 def cancel(names: _Names, client: _Client = None, *, file: ConfigOption = None) -> None:
-    """End jobs that wait, and ask those that run to stop."""
+    """Cancel waiting jobs, and stop running ones."""
     import asyncio
 
     from stable_audio_serve.jobs.open import open_artifacts
@@ -100,7 +95,7 @@ def cancel(names: _Names, client: _Client = None, *, file: ConfigOption = None) 
 
 @app.command()
 def retry(names: _Names, client: _Client = None, *, file: ConfigOption = None) -> None:
-    """Let dead letters wait again, with new attempts."""
+    """Queue dead letters again, with new attempts."""
     with _opened(file) as (store, _):
 
         def retry_one(job: Job) -> str:
@@ -112,13 +107,11 @@ def retry(names: _Names, client: _Client = None, *, file: ConfigOption = None) -
 
 
 class _RefusalError(Exception):
-    """A refused command; the text says why."""
+    """A refused command, with the reason."""
 
 
 def _do_each(store: JobStore, names: Sequence[str], *, client: str | None, act: Callable[[Job], str]) -> None:
-    """Do the same with several jobs; exit 2 after the last one when it could not be done with all of them."""
-    from stable_audio_serve.cli.job_report import plain
-
+    """Call `act` with each job; exit code 2 at the end if some were refused."""
     num_refused = 0
     for name in names:
         try:
@@ -131,7 +124,7 @@ def _do_each(store: JobStore, names: Sequence[str], *, client: str | None, act: 
 
 
 def _find(store: JobStore, name: str, *, client: str | None) -> Job:
-    """The job that an operator names, with or without its contract and client. Raises _RefusalError."""
+    """Returns the job of an id, with or without its contract and client. Raises _RefusalError."""
     from typing import get_args
 
     from stable_audio_serve.core.ids import JobId
@@ -154,12 +147,12 @@ def _find(store: JobStore, name: str, *, client: str | None) -> Job:
 
 @contextmanager
 def _opened(file: Path | None) -> Iterator[tuple[JobStore, Settings]]:
-    """The configured store. What goes wrong with it is one sentence and an exit code."""
+    """The configured store. Expected errors end the command."""
     from stable_audio_serve.core.errors import ConfigError
     from stable_audio_serve.jobs.open import open_store
 
     _silence_logs()
-    with said_plainly():
+    with plain_errors():
         settings = load_configured(file)
         store = open_store(settings)
         database = store.database
@@ -175,7 +168,7 @@ def _opened(file: Path | None) -> Iterator[tuple[JobStore, Settings]]:
 
 
 def _silence_logs() -> None:
-    """Keep a server's log lines out of the tables; errors end in one sentence."""
+    """Keep a server's log lines out of the tables."""
     import logging
 
     import structlog
@@ -186,3 +179,55 @@ def _silence_logs() -> None:
 
 def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2))  # ASCII: no control character reaches the terminal
+
+
+def _as_json(job: Job) -> dict[str, Any]:
+    """Returns a job as JSON values; times in ISO 8601."""
+    spec, result, error = job.spec, job.result, job.error
+    return {
+        "contract": spec.contract,
+        "id": spec.id,
+        "state": job.state,
+        "is_dead_letter": job.is_dead_letter,
+        "model": spec.model,
+        "mode": spec.mode,
+        "prompt": spec.request.prompt,
+        "duration_s": spec.request.duration_s,
+        "batch_size": spec.request.batch_size,
+        "seed": spec.request.seed,
+        "priority": spec.request.priority,
+        "client": spec.client,
+        "idempotency_key": spec.idempotency_key,
+        "webhook_url": spec.webhook_url,
+        "created_at": _iso(job.created_at),
+        "started_at": _iso(job.started_at),
+        "completed_at": _iso(job.completed_at),
+        "attempts": job.attempts,
+        "cancel_requested": job.cancel_requested,
+        "stage": job.stage,
+        "fraction": job.fraction,
+        "eta_s": job.eta_s,
+        "owner": job.lease.owner if job.lease else None,
+        "fence": job.lease.fence if job.lease else None,
+        "error": {"code": error.code, "message": error.message, "field": error.field} if error else None,
+        "upload_key": spec.upload.file.key if spec.upload else None,
+        "artifact_key": result.file.key if result else None,
+        "artifact_bytes": result.file.num_bytes if result else None,
+        "artifact_sha256": result.file.sha256 if result else None,
+    }
+
+
+def _event_as_json(event: JobEvent) -> dict[str, Any]:
+    """Returns an event as JSON values."""
+    return {
+        "id": event.id,
+        "at": _iso(event.at),
+        "stage": event.stage,
+        "fraction": event.fraction,
+        "eta_s": event.eta_s,
+        "message": event.message,
+    }
+
+
+def _iso(at: datetime | None) -> str | None:
+    return None if at is None else at.isoformat()

@@ -6,8 +6,8 @@ Needs httpx and httpx-sse only. Knows the HTTP API from outside, and of this pro
 from __future__ import annotations
 
 from stable_audio_serve.client.answers import Clip, Job, JobPage, JobProgress, Model, Take
-from stable_audio_serve.client.asynchronous import AsyncClient
 from stable_audio_serve.client.calls import Audio, Recipe
+from stable_audio_serve.client.clients import AsyncClient, Client
 from stable_audio_serve.client.controls import (
     Controls,
     EditControls,
@@ -17,8 +17,7 @@ from stable_audio_serve.client.controls import (
     JobInpaintControls,
     LoopControls,
 )
-from stable_audio_serve.client.retrying import Retries
-from stable_audio_serve.client.synchronous import Client
+from stable_audio_serve.client.failures import Retries
 
 __all__ = [
     "AsyncClient",

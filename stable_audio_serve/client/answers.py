@@ -1,30 +1,34 @@
-"""What the server answers, as values. Keys that a newer server adds are ignored; times are aware datetimes."""
+"""What the server answers, as values, and how they are read. Ignores keys that it does not know; times have a zone."""
 
 from __future__ import annotations
 
 import io
 import json
+import re
 import zipfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from datetime import datetime
+from email.message import Message
 from pathlib import Path
 from typing import Any
 
 import httpx
+import httpx_sse
 
-from stable_audio_serve.client.headers import read_file_name, read_recipes, read_timings, read_values, read_warnings
 from stable_audio_serve.core.errors import CancelledRequestError, ConflictError, GenerationError
 
-MANIFEST = "manifest.json"
+_MANIFEST = "manifest.json"
+_WARNING = re.compile(r'299 \S+ "((?:[^"\\]|\\.)*)"')  # of a header: 299 - "sentence", 299 - "sentence"
 
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """One variation: an audio file with its seed and what it sounds like.
+    """One variation: an audio file with its seed and measurements.
 
-    `peak` is the largest absolute sample, 1 = full scale; `loudness_lufs` is None under 0.4 s and without sound.
-    `recipe` is what made it, for `replay`; None where the server did not tell it, but the file may carry it.
+    `peak` is the largest absolute sample, 1 = full scale; `loudness_lufs` is None under 0.4 s and for silence. `recipe`
+    is for `replay`; it is None where the server's answer has none, but the file may still carry it.
     """
 
     file_name: str
@@ -46,9 +50,9 @@ class Clip:
 class Take:
     """The audio of one request or job: one clip per variation.
 
-    `timings_ms` has the milliseconds of each stage; it and `request_id` are empty for a job. `replay` is set of a take
-    that was made again: exact = the bytes of the first time, close = made on something else. `warnings` are sentences
-    about what of the request had no effect, such as the end of a prompt that is longer than the model reads.
+    `timings_ms` has the milliseconds of each stage; it and `request_id` are empty for a job. `replay` is set for a
+    replay: "exact" = the original bytes, "close" = made on another device or version. `warnings` are sentences about
+    parts of the request that had no effect, such as the end of a prompt that is longer than the model reads.
     """
 
     clips: tuple[Clip, ...]
@@ -67,7 +71,7 @@ class Take:
 
     @property
     def seed(self) -> int:
-        """The seed of the first variation, with which the same request gives the same audio."""
+        """The seed of the first variation; the same request with this seed gives the same audio."""
         return self.clips[0].seed
 
     def save(self, path: str | Path) -> Path:
@@ -77,7 +81,7 @@ class Take:
 
 @dataclass(frozen=True, slots=True)
 class JobProgress:
-    """How far a job is: `fraction` in 0..1. `message` is a line for a log, with what arrives as an event."""
+    """The progress of a job: `fraction` in 0..1. Events carry a `message`, a line for a log."""
 
     stage: str
     fraction: float
@@ -88,7 +92,7 @@ class JobProgress:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A job as the server last described it. `sent` has everything that it said."""
+    """A job as the server last described it. `sent` is the whole description."""
 
     id: str
     status: str
@@ -108,12 +112,12 @@ class Job:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing will happen to it any more by itself."""
+        """Whether its status is final."""
         return self.status in {"succeeded", "failed", "cancelled"}
 
     @property
     def bucket_url(self) -> str | None:
-        """The link to its audio that leads past the server, to an object store; None where there is none."""
+        """The link to its audio in an object store; None where the server itself sends the audio."""
         url = self.download_url
         if self.sent.get("storage_backend") != "s3" or url is None or url.endswith(f"/jobs/{self.id}/audio"):
             return None
@@ -122,7 +126,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class JobPage:
-    """A page of the caller's jobs, newest first; `next_cursor` leads to the next one, None on the last."""
+    """A page of the caller's jobs, newest first; `next_cursor` leads to the next page, None on the last."""
 
     jobs: tuple[Job, ...]
     next_cursor: str | None
@@ -130,7 +134,7 @@ class JobPage:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A served model. `sent` has everything that the server said of it."""
+    """A served model. `sent` is the server's whole description."""
 
     name: str
     aliases: tuple[str, ...]
@@ -145,25 +149,39 @@ class Model:
 
 
 def read_take(response: httpx.Response) -> Take:
-    """Returns the take of a successful answer. Raises GenerationError if that is not one of this API."""
-    try:
-        return _read_take(response)
-    except (KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise GenerationError(f"the server's answer cannot be understood: {error}") from error
+    """Returns the take of a successful answer. Raises GenerationError if it is not an answer of this API."""
+    headers = response.headers
+    with _understood("the server's answer"):
+        seeds = _values(headers.get("x-seeds") or headers["x-seed"])
+        # A recipe that lacks a long prompt cannot be replayed.
+        recipes = [None if "left_out" in recipe else recipe for recipe in _values(headers.get("x-recipe", ""))]
+        measured = [_values(headers[f"x-audio-{name}"]) for name in ("peak", "loudness", "silent")]
+        facts = zip(seeds, *measured, recipes or [None] * len(seeds), strict=True)
+        clips, manifest = _read_clips(response.content, headers["content-disposition"], facts=list(facts))
+        stages = (entry.strip().partition(";dur=") for entry in headers["server-timing"].split(","))
+        return Take(
+            clips,
+            headers["x-model"],
+            int(headers["x-sample-rate"]),
+            request_id=headers["x-request-id"],
+            timings_ms={name: float(duration_ms) for name, _, duration_ms in stages},
+            manifest=manifest,
+            replay=headers.get("x-replay"),
+            warnings=tuple(re.sub(r"\\(.)", r"\1", text) for text in _WARNING.findall(headers.get("warning", ""))),
+        )
 
 
 def read_job_take(job: Job, content: bytes, *, disposition: str) -> Take:
-    """Returns the take that a job's file is. Raises GenerationError if it does not fit the job."""
-    try:
-        facts = [(clip["seed"], clip["peak"], clip["loudness"], clip["silent"]) for clip in job.sent["clips"]]
-        recipes = job.sent.get("recipes") or [None] * len(facts)
-        clips = [(*clip, recipe) for clip, recipe in zip(facts, recipes, strict=True)]
-        take = _make_take(
-            content, read_file_name(disposition), clips=clips, model=job.model, rate_hz=job.sent["sample_rate"]
-        )
-        return replace(take, warnings=tuple(job.sent.get("warnings", ())))
-    except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
-        raise GenerationError(f"the job's file cannot be understood: {error}") from error
+    """Returns the take in a job's file. Raises GenerationError if it does not fit the job."""
+    with _understood("the job's file"):
+        sent = job.sent["clips"]
+        facts = [
+            (clip["seed"], clip["peak"], clip["loudness"], clip["silent"], recipe)
+            for clip, recipe in zip(sent, job.sent.get("recipes") or [None] * len(sent), strict=True)
+        ]
+        clips, manifest = _read_clips(content, disposition, facts=facts)
+        warnings = tuple(job.sent.get("warnings", ()))
+        return Take(clips, job.model, job.sent["sample_rate"], manifest=manifest, warnings=warnings)
 
 
 def read_job(sent: Mapping[str, Any]) -> Job:
@@ -181,9 +199,33 @@ def read_job(sent: Mapping[str, Any]) -> Job:
         completed_at=_time(sent["completed_at"]),
         error=sent["error"],
         download_url=sent["download_url"],
-        progress=read_progress(sent["progress"]),
+        progress=_read_progress(sent["progress"]),
         seeds=tuple(sent["seeds"]),
         sent=sent,
+    )
+
+
+def read_news(event: httpx_sse.ServerSentEvent) -> JobProgress | Job | None:
+    """Returns the progress in an event, or the job that is over; None for other events. Raises GenerationError."""
+    with _understood("an event of the job"):
+        if event.event == "progress":
+            return _read_progress(json.loads(event.data))
+        if event.event == "end":
+            return read_job(json.loads(event.data))
+    return None
+
+
+def read_page(sent: Mapping[str, Any]) -> JobPage:
+    """Returns the page that a JSON object describes."""
+    return JobPage(tuple(read_job(job) for job in sent["jobs"]), sent["next_cursor"])
+
+
+def read_models(sent: Mapping[str, Any]) -> tuple[Model, ...]:
+    """Returns the models of the list in a JSON object."""
+    same = {each.name for each in fields(Model)} - {"name", "aliases", "sent"}  # names here and in the API
+    return tuple(
+        Model(name=model["id"], aliases=tuple(model["aliases"]), sent=model, **{name: model[name] for name in same})
+        for model in sent["data"]
     )
 
 
@@ -197,91 +239,51 @@ def require_success(job: Job) -> None:
         raise ConflictError(f"the job {job.id} has no audio yet: it is {job.status}", code="job_is_not_over")
 
 
-def read_progress(sent: Mapping[str, Any]) -> JobProgress:
-    """Returns the progress that a JSON object describes."""
-    return JobProgress(
-        stage=sent["stage"],
-        fraction=sent["fraction"],
-        eta_s=sent["eta_seconds"],
-        queue_position=sent["queue_position"],
-        message=sent.get("message"),
-    )
-
-
 def place_file(response: httpx.Response, path: Path) -> Path:
-    """Returns where a downloaded file belongs: `path`, or where that is a folder, in it by the server's name for it."""
+    """Returns the path of a downloaded file: `path`, or if that is a folder, the server's name for it in there."""
     if not path.is_dir():
         return path
     disposition = response.headers.get("content-disposition")
-    return path / (read_file_name(disposition) if disposition else Path(response.url.path).name)
+    return path / (_file_name(disposition) if disposition else Path(response.url.path).name)
 
 
-def read_page(sent: Mapping[str, Any]) -> JobPage:
-    """Returns the page that a JSON object describes."""
-    return JobPage(tuple(read_job(job) for job in sent["jobs"]), sent["next_cursor"])
+@contextmanager
+def _understood(what: str) -> Iterator[None]:
+    """Raises GenerationError in place of the errors of reading `what`."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise GenerationError(f"{what} cannot be understood: {error}") from error
 
 
-def read_models(sent: Mapping[str, Any]) -> tuple[Model, ...]:
-    """Returns the models of the list that a JSON object is."""
-    return tuple(
-        Model(
-            name=model["id"],
-            aliases=tuple(model["aliases"]),
-            description=model["description"],
-            is_default=model["is_default"],
-            max_duration_s=model["max_duration_s"],
-            sample_rate_hz=model["sample_rate_hz"],
-            channels=model["channels"],
-            default_steps=model["default_steps"],
-            default_cfg_scale=model["default_cfg_scale"],
-            sent=model,
-        )
-        for model in sent["data"]
-    )
+def _read_clips(
+    content: bytes, disposition: str, *, facts: Sequence[tuple[Any, ...]]
+) -> tuple[tuple[Clip, ...], Mapping[str, Any] | None]:
+    """Returns the clips and the manifest of a file. `facts` per variation: seed, peak, loudness, is silent, recipe."""
+    files, manifest = {_file_name(disposition): content}, None
+    if len(facts) > 1:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            files = {name: archive.read(name) for name in archive.namelist()}
+        manifest = files.pop(_MANIFEST, None)
+    clips = tuple(Clip(name, file, *clip) for (name, file), clip in zip(files.items(), facts, strict=True))
+    return clips, None if manifest is None else json.loads(manifest)
 
 
-def _read_take(response: httpx.Response) -> Take:
-    headers = response.headers
-    seeds = read_values(headers.get("x-seeds") or headers["x-seed"])
-    clips = zip(
-        seeds,
-        read_values(headers["x-audio-peak"]),
-        read_values(headers["x-audio-loudness"]),
-        read_values(headers["x-audio-silent"]),
-        read_recipes(headers.get("x-recipe", "")) or [None] * len(seeds),
-        strict=True,
-    )
-    take = _make_take(
-        response.content,
-        read_file_name(headers["content-disposition"]),
-        clips=list(clips),
-        model=headers["x-model"],
-        rate_hz=int(headers["x-sample-rate"]),
-    )
-    return replace(
-        take,
-        request_id=headers["x-request-id"],
-        timings_ms=read_timings(headers["server-timing"]),
-        replay=headers.get("x-replay"),
-        warnings=read_warnings(headers.get("warning", "")),
-    )
+def _values(header: str) -> list[Any]:
+    """Returns the JSON values of a header, which commas separate."""
+    return json.loads(f"[{header}]")
 
 
-def _make_take(content: bytes, file_name: str, *, clips: Sequence[tuple[Any, ...]], model: str, rate_hz: int) -> Take:
-    """`clips` are the facts of each variation: seed, peak, loudness, whether it is silent, recipe."""
-    files, manifest = {file_name: content}, None
-    if len(clips) > 1:
-        files, manifest = _unzip(content)
-    made = tuple(Clip(name, file, *facts) for (name, file), facts in zip(files.items(), clips, strict=True))
-    return Take(made, model, rate_hz, manifest=manifest)
+def _file_name(disposition: str) -> str:
+    """Returns the last part of the name in a Content-Disposition header: never a folder of this machine."""
+    message = Message()
+    message["content-disposition"] = disposition
+    return Path(message.get_filename("audio")).name
 
 
-def _unzip(content: bytes) -> tuple[dict[str, bytes], Mapping[str, Any] | None]:
-    """Returns the files of a ZIP in its order, and its manifest if it has one."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        files = {name: archive.read(name) for name in archive.namelist()}
-    manifest = files.pop(MANIFEST, None)
-    return files, None if manifest is None else json.loads(manifest)
+def _read_progress(sent: Mapping[str, Any]) -> JobProgress:
+    progress = (sent["stage"], sent["fraction"], sent["eta_seconds"], sent["queue_position"])
+    return JobProgress(*progress, message=sent.get("message"))
 
 
 def _time(text: str | None) -> datetime | None:

@@ -1,134 +1,175 @@
-"""What the server is asked, as values: each function returns the HTTP call of one operation. Sends nothing."""
+"""The HTTP calls of the server's operations as values, and the server that they are sent to. Sends nothing."""
 
 from __future__ import annotations
 
 import json
+import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Generic, Literal, TypeVar
 
-from stable_audio_serve.client.answers import Clip
+import httpx
+
+from stable_audio_serve.client import answers
+from stable_audio_serve.client.answers import Clip, Job, JobPage, Model, Take
 
 # Source audio: a file's path or its bytes, an opened file, or a clip that was generated before.
 Audio = bytes | str | Path | BinaryIO | Clip
-Recipe = Mapping[str, Any]  # of a take, as the server tells it
+Recipe = Mapping[str, Any]  # of a take, as the server sends it
 Regions = Sequence[tuple[float, float]]  # [start, end) in seconds
+T = TypeVar("T")
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+URL_VARIABLE = "STABLE_AUDIO_URL"
+KEY_VARIABLE = "STABLE_AUDIO_API_KEY"
+_LAST_PORT = 65535
+_USER_AGENT = "stable-audio-serve-client"
+_TAKES = {
+    "generate": "/v1/audio/generations",
+    "vary": "/v1/audio/variations",
+    "inpaint": "/v1/audio/inpaint",
+    "loop": "/saos/generate/loop",
+}
+_JOBS = {"generate": "/jobs", "vary": "/jobs/variations", "inpaint": "/jobs/inpaint"}
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """One HTTP request. Sending any of them twice does no harm: submissions carry a key that makes them one job."""
+class Call(Generic[T]):
+    """One HTTP request, and how its successful answer is read.
+
+    Sending it twice does no harm: a submission carries a key, and the server makes one job of the same key.
+    """
 
     method: str
     path: str
-    params: Mapping[str, str] = field(default_factory=dict)
-    headers: Mapping[str, str] = field(default_factory=dict)
-    json: Mapping[str, Any] | None = None
-    form: Mapping[str, str] | None = None
-    files: Sequence[tuple[str, tuple[str, bytes]]] | None = None
+    read: Callable[[httpx.Response], T]
+    options: Mapping[str, Any] = field(default_factory=dict)  # more arguments of httpx's `request`
 
 
-def generate(prompt: str, controls: Mapping[str, Any]) -> Call:
-    """Text to audio."""
-    return Call("POST", "/v1/audio/generations", json=_body(prompt, controls))
+def make(
+    kind: Literal["generate", "vary", "inpaint", "loop"],
+    prompt: str,
+    *,
+    controls: Mapping[str, Any],
+    audio: Audio | None = None,
+    regions: Regions | None = None,
+) -> Call[Take]:
+    """Audio from text and perhaps from audio. Raises OSError if the audio cannot be read."""
+    body = _body(
+        prompt, controls=controls, regions=regions, audio=audio, part="audio_file" if kind == "loop" else "audio"
+    )
+    return Call("POST", _TAKES[kind], answers.read_take, body)
 
 
-def vary(audio: Audio, prompt: str, *, controls: Mapping[str, Any]) -> Call:
-    """Audio to audio. Raises OSError if the file cannot be read."""
-    return _upload("/v1/audio/variations", audio, fields=_body(prompt, controls))
+def submit(
+    kind: Literal["generate", "vary", "inpaint"],
+    prompt: str,
+    *,
+    controls: Mapping[str, Any],
+    key: str | None,
+    audio: Audio | None = None,
+    regions: Regions | None = None,
+) -> Call[str]:
+    """The same as a job, whose id is the answer. Raises OSError."""
+    headers = {"Idempotency-Key": key or uuid.uuid4().hex}  # sent again, it finds the job of the first time
+    body = _body(prompt, controls=controls, regions=regions, audio=audio)
+    return Call("POST", _JOBS[kind], lambda answer: str(answer.json()["id"]), {**body, "headers": headers})
 
 
-def inpaint(audio: Audio, prompt: str, *, regions: Regions, controls: Mapping[str, Any]) -> Call:
-    """Regenerate regions of the source, and what lies behind its end. Raises OSError."""
-    return _upload("/v1/audio/inpaint", audio, fields=_body(prompt, controls) | _times(regions))
-
-
-def loop(prompt: str, *, audio: Audio | None, controls: Mapping[str, Any]) -> Call:
-    """A loop of whole bars at the tempo that the prompt names. Raises OSError."""
-    fields = _body(prompt, controls)
-    if audio is None:
-        return Call("POST", "/saos/generate/loop", json=fields)
-    return _upload("/saos/generate/loop", audio, fields=fields, name="audio_file")
-
-
-def replay(take: Audio | Recipe, *, sources: Sequence[Audio]) -> Call:
+def replay(take: Audio | Recipe, *, sources: Sequence[Audio]) -> Call[Take]:
     """A take again, by its recipe or by its file, which carries one. Raises OSError."""
     files = [("audio", _read(source)) for source in sources]
+    body: dict[str, Any]
     if not isinstance(take, Mapping):
-        return Call("POST", "/v1/audio/replay", files=[("file", _read(take)), *files])
-    if not files:
-        return Call("POST", "/v1/audio/replay", json=take)
-    recipe = ("recipe.json", json.dumps(take).encode())  # as a file: fields of forms have at most 512 KiB
-    return Call("POST", "/v1/audio/replay", files=[("recipe", recipe), *files])
+        body = {"files": [("file", _read(take)), *files]}
+    elif files:  # the recipe is a file, too: fields of forms have at most 512 KiB
+        body = {"files": [("recipe", ("recipe.json", json.dumps(take).encode())), *files]}
+    else:
+        body = {"json": take}
+    return Call("POST", "/v1/audio/replay", answers.read_take, body)
 
 
-def submit(prompt: str, controls: Mapping[str, Any], *, key: str | None) -> Call:
-    """Text to audio, later."""
-    return Call("POST", "/jobs", headers=_idempotency(key), json=_body(prompt, controls))
-
-
-def submit_variation(audio: Audio, prompt: str, *, controls: Mapping[str, Any], key: str | None) -> Call:
-    """Audio to audio, later. Raises OSError."""
-    return _upload("/jobs/variations", audio, fields=_body(prompt, controls), headers=_idempotency(key))
-
-
-def submit_inpaint(
-    audio: Audio, prompt: str, *, regions: Regions, controls: Mapping[str, Any], key: str | None
-) -> Call:
-    """Regenerate regions of the source, later. Raises OSError."""
-    fields = _body(prompt, controls) | _times(regions)
-    return _upload("/jobs/inpaint", audio, fields=fields, headers=_idempotency(key))
-
-
-def show_job(job_id: str) -> Call:
+def show_job(job_id: str) -> Call[Job]:
     """One job."""
-    return Call("GET", job_path(job_id))
+    return Call("GET", job_path(job_id), lambda answer: answers.read_job(answer.json()))
 
 
-def cancel_job(job_id: str) -> Call:
+def cancel_job(job_id: str) -> Call[Job]:
     """Cancel a job."""
-    return Call("DELETE", job_path(job_id))
+    return Call("DELETE", job_path(job_id), lambda answer: answers.read_job(answer.json()))
 
 
-def list_jobs(*, status: str | None, limit: int, cursor: str | None) -> Call:
+def list_jobs(*, status: str | None, limit: int, cursor: str | None) -> Call[JobPage]:
     """A page of the caller's jobs."""
     params = {"status": status, "limit": str(limit), "cursor": cursor}
-    return Call("GET", "/jobs", params={name: value for name, value in params.items() if value is not None})
+    given = {name: value for name, value in params.items() if value is not None}
+    return Call("GET", "/jobs", lambda answer: answers.read_page(answer.json()), {"params": given})
 
 
-def models() -> Call:
+def models() -> Call[tuple[Model, ...]]:
     """The served models."""
-    return Call("GET", "/v1/models")
+    return Call("GET", "/v1/models", lambda answer: answers.read_models(answer.json()))
 
 
 def job_path(job_id: str, *below: str) -> str:
-    """Returns the path of a job, or of something below it. Raises ValueError for what is no id."""
-    return "/".join(("/jobs", str(uuid.UUID(hex=job_id).hex), *below))
+    """Returns the path of a job, or of something below it. Raises ValueError for a malformed id."""
+    return "/".join(("/jobs", uuid.UUID(hex=job_id).hex, *below))
 
 
-def _body(prompt: str, controls: Mapping[str, Any]) -> dict[str, Any]:
-    return {"prompt": prompt} | {name: value for name, value in controls.items() if value is not None}
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """A server's address and the caller's key, which is sent to this server only."""
+
+    base_url: httpx.URL
+    api_key: str | None
+
+    @classmethod
+    def choose(cls, base_url: str | None, api_key: str | None) -> Connection:
+        """Returns the connection to a server that is named here or in the environment. Raises ValueError."""
+        text = base_url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
+        try:
+            url = httpx.URL(text)
+            is_server = url.scheme in {"http", "https"} and url.host and (url.port or 0) <= _LAST_PORT
+        except (httpx.InvalidURL, UnicodeError) as error:
+            raise ValueError(f"{text!r} is no URL: {error}") from error
+        if not is_server:
+            raise ValueError(f"{text!r} is no URL of a server, such as {DEFAULT_URL}")
+        url = url.copy_with(path=url.path.rstrip("/") + "/", query=None, fragment=None)
+        key = api_key or os.environ.get(KEY_VARIABLE) or None
+        if key is not None and not (key.isascii() and key.isprintable() and key == key.strip()):
+            raise ValueError("the API key has white space around it, or characters that no header can carry")
+        return cls(url, key)
+
+    def request(self, call: Call[Any]) -> dict[str, Any]:
+        """Returns the arguments of httpx's `request` for a call."""
+        headers = self.headers(call.options.get("headers"))
+        return {"method": call.method, "url": self.url(call.path), **call.options, "headers": headers}
+
+    def url(self, path: str) -> httpx.URL:
+        """Returns the URL of a path of the API; the server's own URL may have a path, too."""
+        return self.base_url.join(path.lstrip("/"))
+
+    def headers(self, more: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Returns the headers of a request to this server."""
+        key = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        return {"User-Agent": _USER_AGENT, **key, **(more or {})}
 
 
-def _times(regions: Regions) -> dict[str, Any]:
-    return {
-        "inpaint_start_seconds": [start_s for start_s, _ in regions],
-        "inpaint_end_seconds": [end_s for _, end_s in regions],
-    }
-
-
-def _upload(
-    path: str,
-    audio: Audio,
-    *,
-    fields: Mapping[str, Any],
-    headers: Mapping[str, str] | None = None,
-    name: str = "audio",
-) -> Call:
+def _body(
+    prompt: str, *, controls: Mapping[str, Any], regions: Regions | None, audio: Audio | None, part: str = "audio"
+) -> dict[str, Any]:
+    """Returns the body as arguments of httpx: JSON, or with audio a form with the audio as its `part`."""
+    fields: dict[str, Any] = {"prompt": prompt}
+    fields |= {name: value for name, value in controls.items() if value is not None}
+    if regions is not None:
+        fields["inpaint_start_seconds"] = [start_s for start_s, _ in regions]
+        fields["inpaint_end_seconds"] = [end_s for _, end_s in regions]
+    if audio is None:
+        return {"json": fields}
     form = {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
-    return Call("POST", path, headers=headers or {}, form=form, files=[(name, _read(audio))])
+    return {"data": form, "files": [(part, _read(audio))]}
 
 
 def _read(audio: Audio) -> tuple[str, bytes]:
@@ -141,8 +182,3 @@ def _read(audio: Audio) -> tuple[str, bytes]:
         case str() | Path():
             return Path(audio).name, Path(audio).read_bytes()
     return "audio", audio.read()
-
-
-def _idempotency(key: str | None) -> dict[str, str]:
-    """Returns the header that makes sending a submission again find the job of the first time."""
-    return {"Idempotency-Key": key or uuid.uuid4().hex}

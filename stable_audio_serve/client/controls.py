@@ -1,6 +1,6 @@
-"""The optional fields of requests: what each means, and how methods take them as keyword parameters.
+"""The optional fields of requests, and how methods take them as keyword parameters.
 
-The names are those of the HTTP API, in whose description their ranges stand.
+Names and ranges are the HTTP API's.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Controls(TypedDict, total=False):
     response_format: Annotated[str | None, "Kind of file: wav, flac, mp3, ogg or opus."]
     deadline_s: Annotated[float | None, "Time budget, seconds; then DeadlineExceededError."]
     priority: Annotated[Literal["interactive", "batch"] | None, "Batch work lets interactive work go first."]
-    peaks: Annotated[str | None, "What becomes of peaks: limit, scale or clip."]
+    peaks: Annotated[str | None, "How peaks are treated: limit, scale or clip."]
     manifest: Annotated[bool | None, "Adds a manifest to the files of several variations."]
     sampler_kwargs: Annotated[
         Mapping[str, str | float | bool | None] | None, "Options of the sampler, such as `sampler_type`."
@@ -53,7 +53,7 @@ class InpaintControls(Controls, total=False):
 
     keep: Annotated[
         Literal["source", "model"] | None,
-        "What is outside the regions: the source's own samples (the default) or what the model makes of them.",
+        "Outside the regions: the source's own samples (default) or the model's.",
     ]
 
 
@@ -83,9 +83,9 @@ class JobInpaintControls(JobControls, InpaintControls, total=False):
 
 
 def takes(controls: type, *, without: Collection[str] = ()) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Gives a method the fields of `controls` as keyword parameters of its own, in its signature and its docstring.
+    """Gives a method the fields of `controls` as keyword parameters, in its signature and its docstring.
 
-    Python does not check what a `**controls: Unpack[...]` is given: an unknown name raises TypeError here.
+    Python does not check the names in `**controls: Unpack[...]`: here an unknown one raises TypeError.
     """
 
     def decorate(method: Callable[P, R]) -> Callable[P, R]:

@@ -1,16 +1,19 @@
-"""Which error of `core.errors` a failed answer or connection is."""
+"""Which error of `core.errors` a failed answer or connection is, and when a failed call is sent again."""
 
 from __future__ import annotations
 
+import random
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
 from stable_audio_serve.core import errors
+from stable_audio_serve.core.errors import StableAudioError
 
-_BY_STATUS: Mapping[int, type[errors.StableAudioError]] = {
+_BY_STATUS: dict[int, type[StableAudioError]] = {
     400: errors.InvalidRequestError,
     401: errors.UnauthorizedError,
     403: errors.ForbiddenError,
@@ -25,61 +28,112 @@ _BY_STATUS: Mapping[int, type[errors.StableAudioError]] = {
     504: errors.DeadlineExceededError,
     507: errors.StorageFullError,
 }
+_PASSING = (
+    errors.OverloadedError,
+    errors.ModelUnavailableError,
+    errors.StoppingError,
+    errors.StorageError,
+    errors.UnreachableError,
+)
 
 
-def _all_below(base: type[errors.StableAudioError]) -> Iterator[type[errors.StableAudioError]]:
+def _all_below(base: type[StableAudioError]) -> Iterator[type[StableAudioError]]:
     for error in base.__subclasses__():
         yield error
         yield from _all_below(error)
 
 
-# The first of a kind is the general one.
-_BY_KIND = {error.kind: error for error in reversed(list(_all_below(errors.StableAudioError)))}
+# Several classes may share a kind: the first one is the general one.
+_BY_KIND = {error.kind: error for error in reversed(list(_all_below(StableAudioError)))}
 
 
-def read_failure(response: httpx.Response) -> errors.StableAudioError:
-    """Returns the error of an answer that is none of success; its content must have been read."""
+def read_failure(response: httpx.Response) -> StableAudioError:
+    """Returns the error of an unsuccessful answer, whose content must have been read."""
     kind = _BY_KIND.get(response.headers.get("x-error-kind", ""))
-    kind = kind or _BY_STATUS.get(response.status_code, errors.StableAudioError)
-    body = _json(response)
+    kind = kind or _BY_STATUS.get(response.status_code, StableAudioError)
+    try:
+        body = response.json()
+    except ValueError:
+        body = {}
+    body = body if isinstance(body, dict) else {}
     message, field = _read_detail(body.get("detail", body.get("error")))
     message = message or f"the server answered {response.status_code} {response.reason_phrase}".rstrip()
     if issubclass(kind, errors.ConflictError):
         return kind(message, code=str(body.get("code", "conflict")), field=field)
-    return kind(message, field=field, retry_after_s=_retry_after(response))
+    pause = response.headers.get("retry-after", "")
+    return kind(message, field=field, retry_after_s=float(pause) if pause.isascii() and pause.isdigit() else None)
 
 
-def read_lost_connection(error: httpx.HTTPError) -> errors.StableAudioError:
-    """Returns the error of a call that brought no answer."""
-    make: Callable[[str], errors.StableAudioError] = errors.UnreachableError
+def read_lost_connection(error: httpx.HTTPError) -> StableAudioError:
+    """Returns the error of a call without an answer. It names the server, never the URL, which may be a secret link."""
+    make: Callable[[str], StableAudioError] = errors.UnreachableError
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
         make = errors.NotConnectedError
     elif isinstance(error, httpx.TimeoutException):
         make = errors.DeadlineExceededError
+    try:
+        server = f"the server {error.request.url.scheme}://{error.request.url.netloc.decode()}"
+    except RuntimeError:  # the error has no request
+        server = "the server"
     reason = re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
-    return make(f"{_server_of(error)} did not answer: {reason}")
+    return make(f"{server} did not answer: {reason}")
 
 
-def _server_of(error: httpx.HTTPError) -> str:
-    """Returns the server that was asked. Never what was asked for, which may be a link that is a secret."""
-    try:
-        url = error.request.url
-    except RuntimeError:
-        return "the server"
-    return f"the server {url.scheme}://{url.netloc.decode()}"
+@dataclass(frozen=True, slots=True)
+class Retries:
+    """How often and how long to try. `most_wait_s` bounds the sum of one call's pauses, seconds.
+
+    A pause is as long as the server asks for with Retry-After, and a little longer, so that clients which were refused
+    together do not retry together; without Retry-After it doubles from `first_pause_s` on. `most_refused` bounds
+    the attempts after refused connections. `on_pause` is called before each pause, with the failure and the length of
+    the pause in seconds.
+    """
+
+    most: int = 5
+    most_wait_s: float = 120.0
+    first_pause_s: float = 0.5
+    most_refused: int | None = None
+    on_pause: Callable[[StableAudioError, float], None] | None = None
 
 
-def _json(response: httpx.Response) -> Mapping[str, Any]:
-    try:
-        body = response.json()
-    except ValueError:
-        return {}
-    return body if isinstance(body, dict) else {}
+class Attempts:
+    """The attempts of one call."""
+
+    def __init__(self, retries: Retries, *, jitter: Callable[[], float] = random.random) -> None:
+        self._retries = retries
+        self._jitter = jitter
+        self._num_failed = 0
+        self._waited_s = 0.0
+
+    @property
+    def are_several(self) -> bool:
+        """Whether an attempt came before the last one; the server may have carried it out."""
+        return self._num_failed > 1
+
+    def pause_s(self, failure: StableAudioError) -> float:
+        """Returns how long to wait before the next attempt, seconds. Raises the failure if there is no next one."""
+        doubling_s = self._retries.first_pause_s * 2.0**self._num_failed
+        asked_s = failure.retry_after_s if failure.retry_after_s is not None else doubling_s / 2.0
+        pause_s = asked_s + doubling_s / 2.0 * self._jitter()
+        self._num_failed += 1
+        passes = isinstance(failure, _PASSING) and not isinstance(failure, errors.StorageFullError)
+        if not passes or self._num_failed > self._most(failure):
+            raise failure
+        if self._waited_s + pause_s > self._retries.most_wait_s:
+            raise failure
+        self._waited_s += pause_s
+        if self._retries.on_pause is not None:
+            self._retries.on_pause(failure, pause_s)
+        return pause_s
+
+    def _most(self, failure: StableAudioError) -> int:
+        most, refused = self._retries.most, self._retries.most_refused
+        return most if refused is None or not isinstance(failure, errors.NotConnectedError) else min(most, refused)
 
 
 def _read_detail(detail: Any) -> tuple[str, str | None]:
-    """Returns the message and, if one is at fault, the field of a body of our own API, or of the one for loops."""
-    if isinstance(detail, dict):  # as the routes answer that are shared with vLLM-Omni
+    """Returns the message of a failure's body, and the field at fault if it names one."""
+    if isinstance(detail, dict):  # of the routes that are shared with vLLM-Omni
         return str(detail.get("message", "")), detail.get("param")
     if not isinstance(detail, list):
         return str(detail or ""), None
@@ -87,8 +141,3 @@ def _read_detail(detail: Any) -> tuple[str, str | None]:
     names = [str(fault.get("loc", [""])[-1]) for fault in faults]
     texts = [f"{name}: {fault.get('msg')}" for name, fault in zip(names, faults, strict=True)]
     return "; ".join(texts), names[0] if names else None
-
-
-def _retry_after(response: httpx.Response) -> float | None:
-    text = response.headers.get("retry-after", "")
-    return float(text) if text.isascii() and text.isdigit() else None

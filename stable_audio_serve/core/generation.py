@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -32,6 +32,10 @@ class SourceAudio:
     sample_rate_hz: int
     sha256: str = ""
     is_mixed: bool = False
+
+    def to_mono(self) -> SourceAudio:
+        """Returns the mean of all channels as one."""
+        return replace(self, samples=self.samples.mean(axis=0, keepdims=True), is_mixed=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,11 @@ class Metric:
     is_rare: bool = False
 
 
+def exported_name(metric: Metric) -> str:
+    """Returns its name in Prometheus."""
+    return f"ray_stable_audio_{metric.name}{'_total' if metric.kind == 'counter' else ''}"
+
+
 _HTTP = (
     Metric(
         "http_requests", "counter", "Answered requests; status 499 = the client left.", ("route", "method", "status")
@@ -117,9 +122,7 @@ _ENGINE = (
 _JOBS = (
     Metric("jobs", "counter", "Ended jobs.", ("state", "contract")),
     Metric("job_wait_ms", "histogram", "From a job's submission to its start, milliseconds.", ("model",)),
-    Metric("job_run_ms", "histogram", "From a job's start to its end, milliseconds.", ("model",)),
     Metric("jobs_by_state", "gauge", "Jobs in the database; the same from every runner.", ("state",)),
-    Metric("jobs_queued", "gauge", "Queued jobs; the same from every runner."),
     Metric("jobs_running", "gauge", "Jobs that run in this runner."),
     Metric("job_queue_age_s", "gauge", "Time since the next job became due, seconds; the same from every runner."),
     Metric(
@@ -136,12 +139,7 @@ _JOBS = (
         "Jobs that this runner lost to another one because its lease expired.",
         is_rare=True,
     ),
-    Metric(
-        "jobs_reclaimed", "counter", "Jobs reclaimed from a runner that stopped reporting.", ("state",), is_rare=True
-    ),
     Metric("webhooks", "counter", "Webhook deliveries: delivered, failed or given_up.", ("outcome",), is_rare=True),
-    Metric("sweep_ms", "histogram", "One sweep of expired jobs and files, milliseconds.", is_rare=True),
-    Metric("swept_files", "counter", "Removed files: expired, orphaned or unfinished.", ("kind",), is_rare=True),
     Metric("damaged_files", "counter", "Stored files whose content no longer matches their digest.", is_rare=True),
 )
 

@@ -48,9 +48,6 @@ class ApiSettings(Section):
     max_bodies_bytes: int = Field(
         4_294_967_296, ge=1, description="Total size of request bodies in progress, bytes, per ingress replica."
     )
-    max_source_bytes: int = Field(
-        1_073_741_824, ge=1, description="Total size of decoded source audio in progress, bytes, per ingress replica."
-    )
     default_deadline_s: Seconds = Field(900.0, description="Time budget of a request without one, seconds.")
     max_deadline_s: Seconds = Field(3600.0, description="Largest time budget of a request, seconds.")
     key_hashes: Annotated[tuple[str, ...], BeforeValidator(split_commas), AfterValidator(check_key_hashes), Hidden] = (

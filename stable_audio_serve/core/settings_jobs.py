@@ -24,12 +24,6 @@ class JobSettings(Section):
     max_queued_per_key: int = Field(1000, ge=1, description="Most queued jobs of one API key.")
     runners: int = Field(1, ge=1, description="Job runner processes.")
     max_running: int = Field(64, ge=1, description="Most running jobs of each priority, per runner.")
-    work_ahead_s: Seconds = Field(
-        30.0,
-        description="Predicted interactive work that a runner sends ahead to each model replica, seconds; at least one "
-        "job.",
-    )
-    batch_ahead_s: Seconds = Field(5.0, description="The same for batch work; interactive work overtakes it.")
     lease_s: float = Field(15.0, ge=1, le=3600, description="Time after which a silent runner loses its jobs, seconds.")
     max_attempts: int = Field(3, ge=1, description="Attempts per job; invalid requests are not retried.")
     retention_s: Seconds = Field(604_800.0, description="How long ended jobs and their files are kept, seconds.")

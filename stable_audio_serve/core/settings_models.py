@@ -60,9 +60,6 @@ class EngineSettings(Section):
         le=128,
         description="Rows per call in strict mode on CUDA; guidance takes two rows. Unused rows cost time.",
     )
-    batch_share: float = Field(
-        0.125, ge=0, le=100, description="Device time for batch work, as a share of the time for interactive work."
-    )
     warmup_budget_s: float = Field(
         2.0, ge=0, le=3600, description="Time for measuring speed before the first request, seconds; 0 = none."
     )
@@ -77,6 +74,12 @@ class ModelSettings(Section):
     revision: str | None = Field(None, min_length=1, description="Branch, tag or commit of the repository.")
     aliases: tuple[ModelName, ...] = Field((), description="Further names that requests may use.")
     max_duration_s: Seconds | None = Field(None, description="Longest clip, seconds; unset = the model's own limit.")
+    duration_padding_s: float | None = Field(
+        None,
+        ge=0,
+        le=30,
+        description="Audio generated past the end of a clip and cut off, seconds; unset = the model's default.",
+    )
     edit_schedule: EditSchedule | None = Field(
         None,
         description="Time steps of a flow model's edits: even in log-SNR, scaled by the noise level, or reference = "

@@ -1,4 +1,4 @@
-"""Decides which rows step together on one device and runs them. Knows neither Ray nor HTTP."""
+"""Batches rows into denoising steps on one device and runs them. Independent of Ray and HTTP."""
 
 from stable_audio_serve.engine.engine import Engine
 from stable_audio_serve.engine.options import EngineOptions

@@ -1,11 +1,11 @@
-"""The bound on accepted work, in seconds until it is done: work above it is refused at once, with a time to retry.
-That is the predicted device time at the pace at which predicted work was done lately: other programs and what answers
-clients take their share of a machine.
+"""Bounds the accepted work, in seconds until it is done. A request above the bound is refused at once with a retry
+time. The seconds are predicted device time, scaled by the recent pace: other programs and the sending of responses slow
+the machine down.
 
-Interactive work is compared with other interactive work only, so that batch work never causes its refusal; batch work
-is compared with all work. One client's work is at most three quarters of the bound, and while the queue is full, those
-who hold less than others still find room, so that one client with many or long requests shuts nobody out. Thread-safe
-bookkeeping; knows no rows and no tensors.
+Interactive requests count interactive work only, so batch work never causes their refusal; batch requests count all
+work. One client may hold at most three quarters of the bound. While the queue is full, clients with less work than
+others still find room, so one client with many or long requests cannot shut out the rest. Thread-safe bookkeeping,
+independent of rows and tensors.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from stable_audio_serve.core.generation import Priority
 
 _LEAST_RETRY_S = 0.1
 _CLIENT_SHARE = 0.75  # of the bound, for one client
-_RESERVE_SHARE = 0.25  # of the bound, above it, for clients who hold less than those who fill the queue
+_RESERVE_SHARE = 0.25  # of the bound, on top of it, for clients with less work than those that fill the queue
 _MOST_REFUSED_MS = 600_000.0
-_MOST_CLIENTS = 1000  # whose refused work is counted
-_WINDOW_MS = 1000.0  # of being busy, between two looks at the pace
+_MOST_CLIENTS = 1000  # clients whose refused work is counted
+_WINDOW_MS = 1000.0  # busy time between two updates of the pace
 _NEWEST_WEIGHT = 0.3
 _PACE_RANGE = (0.5, 4.0)
-_MANY = 4  # requests: of fewer the device may not have enough rows to share its calls
+_MANY = 4  # requests; with fewer, the device may not have enough rows to share its calls
 
 
 class _Refused(NamedTuple):
-    """Refused work that is expected to come again."""
+    """Refused work that the client is expected to send again."""
 
     work_ms: float
     at: float
 
     def left_ms(self, now: float) -> float:
-        """Returns the work minus the time since then, in ms."""
+        """Returns the work minus the time since `at`, in ms."""
         return max(0.0, self.work_ms - (now - self.at) * 1000.0)
 
 
@@ -46,23 +46,25 @@ _NOTHING_REFUSED = _Refused(0.0, 0.0)
 
 
 class Pace:
-    """In how much time a millisecond of predicted work is done while there is much of it."""
+    """The ratio of measured to predicted time, averaged over periods with a long queue."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._looked_at: float | None = None  # None: there was nothing to do
+        self._measured_at: float | None = None  # None: the queue was too short to measure
         self._busy_ms = self._done_ms = 0.0
         self.value = 1.0
 
-    def saw(self, *, done_ms: float, is_deep: bool) -> None:
-        """Note that so much predicted work was done since the last call. Until the next one nothing counts unless
-        `is_deep`: else there is so little left that the device may wait, or have too few rows to share its calls.
+    def record(self, *, done_ms: float, is_deep: bool) -> None:
+        """Record predicted work that was done since the last call.
+
+        The time until the next call counts only if `is_deep`. With a short queue the device may idle, or have too few
+        rows to share its calls.
         """
         now = self._clock.monotonic()
-        if self._looked_at is not None:
-            self._busy_ms += (now - self._looked_at) * 1000.0
+        if self._measured_at is not None:
+            self._busy_ms += (now - self._measured_at) * 1000.0
             self._done_ms += done_ms
-        self._looked_at = now if is_deep else None
+        self._measured_at = now if is_deep else None
         if self._busy_ms >= _WINDOW_MS:
             low, high = _PACE_RANGE
             measured = min(max(self._busy_ms / max(self._done_ms, 1e-3), low), high)
@@ -79,7 +81,7 @@ class Admission:
         self._clock = clock
         self._pace = Pace(clock)
         self._refused: dict[str, _Refused] = {}  # by client
-        self._refused_once = _NOTHING_REFUSED  # of all clients, one request each
+        self._refused_once = _NOTHING_REFUSED  # one request of each client
         self._batch_share = batch_share
         self._work_ms: dict[Priority, dict[int, float]] = {"interactive": {}, "batch": {}}
         self._clients: dict[int, str] = {}  # by request
@@ -87,14 +89,14 @@ class Admission:
 
     @property
     def backlog_ms(self) -> float:
-        """Predicted device time of everything accepted and unfinished, in milliseconds."""
+        """Predicted device time of all accepted, unfinished requests, in milliseconds."""
         with self._lock:
             return sum(map(self._sum_ms, self._work_ms))
 
     def check(self, priority: Priority = "interactive", *, client: str = "") -> None:
-        """Raises OverloadedError with the time until there is room if any request of this client would be refused now.
+        """Raises OverloadedError, with the time until there is room, if any request of this client would be refused.
 
-        `client` "" is nobody in particular, for whom the whole queue is.
+        An empty `client` means an anonymous client: its limit is the whole queue.
         """
         self._require_room(priority, client, work_ms=0.0)
 
@@ -104,10 +106,10 @@ class Admission:
             self._require_room(priority, client, work_ms=work_ms)
             self._work_ms[priority][request_id] = work_ms
             self._clients[request_id] = client
-            self._look(done_ms=0.0)
+            self._update_pace(done_ms=0.0)
 
     def _require_room(self, priority: Priority, client: str, *, work_ms: float) -> None:
-        """Raises OverloadedError. Work of no client may fill the queue; a client that holds nothing may begin."""
+        """Raises OverloadedError. Anonymous clients may fill the queue; a client without work may always start some."""
         max_ms = self._max_ms
         with self._lock:
             ahead_ms, pace = self._ahead(priority)
@@ -128,10 +130,10 @@ class Admission:
             )
 
     def _count_refused(self, client: str, work_ms: float) -> float:
-        """Count a refused request, which its client sends again later. Returns the refused work ahead of it, in ms.
+        """Count a refused request that the client is expected to retry. Returns the refused work ahead of it, in ms.
 
-        Refused work of a client counts in full for that client and once for the others, so a client that ignores
-        Retry-After lengthens its own times only. Time takes off what the device could have done meanwhile.
+        A client's refused work counts in full for that client, and as one request for the others. A client that
+        ignores Retry-After therefore lengthens only its own wait. Refused work expires at the rate of elapsed time.
         """
         if not client:
             return 0.0
@@ -148,7 +150,7 @@ class Admission:
         return max(own_ms, all_ms)
 
     def _held_ms(self, priority: Priority) -> Mapping[str, float]:
-        """Returns the work ahead, at the pace of lately, by client."""
+        """Returns the work ahead by client, in ms at the current pace."""
         works = [self._work_ms["interactive"]]
         if priority == "batch":
             works.append(self._work_ms["batch"])
@@ -158,7 +160,7 @@ class Admission:
         return held
 
     def _ahead(self, priority: Priority) -> tuple[float, float]:
-        """Returns the work ahead, at the pace of lately, in ms, and the time a second of it takes."""
+        """Returns the work ahead, in ms at the current pace, and the factor by which batch work slows it."""
         ahead_ms = self._sum_ms("interactive")
         is_shared = priority == "interactive" and bool(self._work_ms["batch"])
         if priority == "batch":
@@ -166,25 +168,25 @@ class Admission:
         return ahead_ms * self._pace.value, 1.0 + self._batch_share if is_shared else 1.0
 
     def update(self, request_id: int, work_ms: float) -> None:
-        """Replace an admitted request's work by what is left of it."""
+        """Set the remaining work of an admitted request."""
         with self._lock:
             for works in self._work_ms.values():
                 if request_id in works:
                     done_ms = works[request_id] - work_ms
                     works[request_id] = work_ms
-                    self._look(done_ms=done_ms)
+                    self._update_pace(done_ms=done_ms)
 
     def release(self, request_id: int, *, is_done: bool = False) -> None:
-        """Remove an ended request; `is_done` if all its work was done. A second call does nothing."""
+        """Remove an ended request. `is_done`: all its work was done. A second call does nothing."""
         with self._lock:
             self._clients.pop(request_id, None)
             for works in self._work_ms.values():
                 if (left_ms := works.pop(request_id, None)) is not None:
-                    self._look(done_ms=left_ms if is_done else 0.0)
+                    self._update_pace(done_ms=left_ms if is_done else 0.0)
 
-    def _look(self, *, done_ms: float) -> None:
+    def _update_pace(self, *, done_ms: float) -> None:
         is_deep = len(self._work_ms["interactive"]) >= _MANY and self._sum_ms("interactive") > self._max_ms / 2
-        self._pace.saw(done_ms=done_ms, is_deep=is_deep)
+        self._pace.record(done_ms=done_ms, is_deep=is_deep)
 
     @property
     def _num_held(self) -> int:

@@ -1,7 +1,7 @@
-"""Chooses an engine's mode and batch policy, and builds the thread that uses the device with all that works on it.
+"""Chooses an engine's mode and batch policy, and builds its thread with everything that runs on it.
 
-Knows no requests and no event loop. It never sees the engine, so that an engine nobody holds is freed and its thread
-ends.
+Independent of requests and event loops. Nothing here refers to the engine: when the last user drops the engine, it is
+freed and its thread ends.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from stable_audio_serve.sampling.noise import NoiseSource
 
 
 class DeviceKind(Protocol):
-    """The preferences of a device, as in `engine.hardware.device.Device`."""
+    """The preferences of `engine.hardware.device.Device`."""
 
     @property
     def default_mode(self) -> Mode: ...
@@ -68,7 +68,7 @@ class DeviceKind(Protocol):
 
 
 def resolve_mode(options: EngineOptions, device: DeviceKind) -> Mode:
-    """Returns the mode of `options`, else the device's own."""
+    """Returns the mode of `options`; the default is the device's."""
     return options.mode or device.default_mode
 
 
@@ -81,10 +81,11 @@ def resolve_policy(
     packs_rows: bool = False,
     packed: PackedShapes | None = None,
 ) -> BatchPolicy:
-    """Returns how steps are split into device calls in this mode on this device; `pads_rows`, `packs_rows` as in
-    ModelSpec, `packed` the shapes of packed calls that graphs can be captured of, if there are any.
+    """Returns the policy that splits steps into device calls for this mode and device.
 
-    A grid that the options name is kept. Where calls are not shared, no graph needs a number of rows.
+    `pads_rows` and `packs_rows` are as in ModelSpec. `packed` lists the packed call shapes that graphs can be captured
+    for, if any. An explicit `options.frame_grid` always applies. On a device that does not share calls, row counts are
+    not rounded up to graph shapes.
     """
     grid = (options.frame_grid or device.frame_grid) if pads_rows else 1
     if resolve_mode(options, device) == "strict":
@@ -107,8 +108,8 @@ def resolve_policy(
 
 @dataclass(frozen=True, slots=True)
 class Machinery:
-    """What an engine's methods use of it: they put requests into `inbox`, which `thread` takes; `drawers` draw noise,
-    and closing them is the engine's.
+    """The parts that an engine's methods use. The methods put requests into `inbox`, and `thread` takes them out.
+    `drawers` draw noise; the engine shuts them down.
     """
 
     thread: EngineThread
@@ -130,9 +131,9 @@ def build_machinery(
     clock: Clock,
     metrics: Metrics,
 ) -> Machinery:
-    """Returns the machinery of one engine, whose thread is not started; arguments as those of `Engine`.
+    """Returns the machinery of one engine, its thread not yet started. The arguments are as in `Engine`.
 
-    Raises ConfigError where the device's memory cannot be what the options say.
+    Raises ConfigError if the options ask for more memory than the device has.
     """
     cost = CostModel()
     builder = _Builder(
@@ -215,7 +216,7 @@ class _Builder:
         )
         return Scheduler(
             limits,
-            knee_tokens=lambda frames: frames * self.policy.crowd(1, frames),
+            knee_tokens=lambda frames: frames * self.policy.typical_rows(1, frames),
             step_ms=predictor.step_ms,
             has_second_queue=self.device.has_second_queue,
         )
@@ -256,10 +257,10 @@ class _Builder:
 
     @property
     def _max_tokens(self) -> int:
-        """0: the scheduler picks one row at a time."""
+        """0 makes the scheduler pick one row at a time."""
         return 0 if isinstance(self.policy, OneRowPerCall) else self.options.max_step_tokens
 
     @property
     def _max_prompts(self) -> int:
-        """Prompts of one call of the text encoder."""
+        """The most prompts in one call of the text encoder."""
         return 1 if self.is_strict else self.options.slots

@@ -1,5 +1,5 @@
-"""The engine's public class: asyncio methods around one engine thread. Accepts, plans and bounds requests; starts and
-stops the engine thread. Knows neither Ray nor HTTP, nor what works on that thread (`build`).
+"""The engine's public class: asyncio methods around one engine thread. It plans and admits requests and starts and
+stops the thread; `build` assembles everything that runs on the thread. Independent of Ray and HTTP.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import get_args
 import torch
 
 from stable_audio_serve.audio.keep import keep_source, plan_spans
-from stable_audio_serve.audio.resample import resampled_length
+from stable_audio_serve.audio.prepare import resampled_length
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.errors import ConfigError, ModelUnavailableError, OverloadedError
 from stable_audio_serve.core.generation import (
@@ -29,7 +29,7 @@ from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.pricing import Prices
 from stable_audio_serve.engine.admission import Admission
 from stable_audio_serve.engine.build import build_machinery, resolve_mode
-from stable_audio_serve.engine.calls.request_state import UNAVAILABLE, Reply, RequestState, late
+from stable_audio_serve.engine.calls.request_state import UNAVAILABLE, Reply, RequestState, deadline_error
 from stable_audio_serve.engine.calls.rows import row_work
 from stable_audio_serve.engine.hardware.device import Device, open_device
 from stable_audio_serve.engine.making import describe_engine, require_checkpoint, settle
@@ -41,16 +41,16 @@ from stable_audio_serve.engine.thread import EngineHeartbeat
 from stable_audio_serve.models.protocol import DiffusionModel, ModelSpec, RowPlan
 from stable_audio_serve.sampling.noise import NoiseSource, SeededNoise
 
-_STOP_TIMEOUT_S = 30.0  # closing does not wait for a longer step
+_STOP_TIMEOUT_S = 30.0  # `close` does not wait longer for the current step
 _EXIT_TIMEOUT_S = 2.0
 
 
 class Engine:
     """Generates audio with one model; rows of all requests share the device step by step.
 
-    `await Engine(model).generate(request)` starts the engine when needed; `async with Engine(model) as engine` also
-    waits for the warm-up and closes at the end. Methods may be called from several event loops. Runs in one process,
-    with one thread that uses the device.
+    `await Engine(model).generate(request)` starts the engine if needed. `async with Engine(model) as engine` also waits
+    for the warm-up and closes the engine at the end. Methods may be called from several event loops. All device work
+    runs on one thread of this process.
     """
 
     def __init__(
@@ -65,9 +65,8 @@ class Engine:
         device: Device | None = None,
         loaded: Loaded = Loaded(),
     ) -> None:
-        """`noise_factory` makes a row's noise from its seed; `policy` None: the one for these options and device.
-
-        `device` None: the model's. `loaded` describes the model's files in results.
+        """`noise_factory` makes a row's noise source from its seed. `policy` defaults to the batch policy for these
+        options and this device, `device` to the model's device. `loaded` describes the model's files in results.
         """
         self._model = model
         self._device = device or open_device(model.device, clock=clock)
@@ -113,8 +112,8 @@ class Engine:
     async def start(self) -> None:
         """Start the engine thread and wait for its warm-up.
 
-        Raises ModelUnavailableError if the model fails in it, or if the engine was closed, and ConfigError where its
-        memory holds no request.
+        Raises ModelUnavailableError if the warm-up fails or the engine is closed, and ConfigError if its memory cannot
+        hold the shortest request.
         """
         self._ensure_started()
         if self._is_closing:
@@ -154,9 +153,9 @@ class Engine:
     ) -> GenerationResult:
         """Returns the audio of one request, variations in order of their seeds.
 
-        `on_progress` is called on this event loop. `frames` sets the latent length (for a row of a reference batch).
-        Cancelling the awaiting task ends the rows at the next step boundary. Raises InvalidRequestError,
-        OverloadedError, DeadlineExceededError, GenerationError, ModelUnavailableError.
+        `on_progress` is called on this event loop. `frames` overrides the latent length, to reproduce a row of a
+        reference batch. If the awaiting task is cancelled, the rows end at the next step boundary. Raises
+        InvalidRequestError, OverloadedError, DeadlineExceededError, GenerationError, ModelUnavailableError.
         """
         self._ensure_started()
         if self._is_closing:
@@ -188,7 +187,6 @@ class Engine:
 
     @property
     def device(self) -> torch.device:
-        """The device that holds the model."""
         return self._model.device
 
     @property
@@ -197,29 +195,29 @@ class Engine:
         return str(self.spec.dtype).removeprefix("torch.")
 
     def name_checkpoint(self, checkpoint: str) -> None:
-        """Say which weights were loaded, once their hash is known; requests for others are refused from then on."""
+        """Record the hash of the loaded weights. From then on, requests that name other weights are refused."""
         self._making = replace(self._making, loaded=replace(self._making.loaded, checkpoint=checkpoint))
 
     @property
     def backlog_ms(self) -> float:
-        """Predicted device time of everything accepted and unfinished."""
+        """Predicted device time of all accepted, unfinished requests."""
         return self._admission.backlog_ms
 
     def prices(self) -> Prices:
-        """Returns what work costs on this engine now, for those who have a request but no engine."""
+        """Returns what work costs on this engine now, for processes that price requests without an engine."""
         return self._price_list.current()
 
     @property
     def busy_s(self) -> float:
-        """How long the engine has had something to do, seconds since its start."""
+        """Seconds during which the engine had work, since it started."""
         return self._thread.busy_s
 
     def heartbeat(self) -> EngineHeartbeat:
-        """Returns whether the engine thread is alive and how old its last turn is."""
+        """Returns whether the engine thread is alive and the age of its last turn."""
         return self._thread.heartbeat()
 
     def check_health(self, *, max_silence_s: float = 300.0) -> None:
-        """Raises ModelUnavailableError if a started engine's thread ended or has not turned for `max_silence_s`."""
+        """Raises ModelUnavailableError if the started thread has ended or begun no turn for `max_silence_s`."""
         beat = self.heartbeat()
         if self._is_started and (not beat.is_alive or beat.age_s > max_silence_s):
             raise ModelUnavailableError(UNAVAILABLE)
@@ -227,7 +225,7 @@ class Engine:
     async def _accept(
         self, request: GenerationRequest, on_progress: ProgressCallback | None, *, frames: int | None
     ) -> RequestState:
-        """Plan a request, admit it and pass it to the engine thread."""
+        """Plan and admit a request, then put it into the engine thread's inbox."""
         submitted_at = self._clock.monotonic()
         priority = request.priority
         self._admission.check(priority, client=request.client)
@@ -236,7 +234,7 @@ class Engine:
                 plans = await self._planners[priority].plan(request, frames=frames)
         except TimeoutError:
             self._metrics.increment("engine_requests", outcome="expired")
-            raise late(request) from None
+            raise deadline_error(request) from None
         works = [row_work(plan, hop=self.spec.hop) for plan in plans]
         state = RequestState(
             next(self._request_ids),
@@ -247,7 +245,7 @@ class Engine:
             submitted_at=submitted_at,
         )
         if any(work.encode_left for work in works):
-            state.clock.mark("source", self._clock.monotonic())  # most of its planning was resampling
+            state.clock.mark("source", self._clock.monotonic())  # planning mostly resampled the source
         work_ms = sum(map(self._predictor.share_ms, works))
         self._admission.admit(state.id, work_ms, priority=priority, client=request.client)
         try:
@@ -265,7 +263,7 @@ class Engine:
 
 
 def _keep_source(result: GenerationResult, request: GenerationRequest, *, plan: RowPlan) -> GenerationResult:
-    """Returns the result with the source's own samples where the request keeps them. Changes the result's audio."""
+    """Copy the kept parts of the source into the result's audio, in place, and return the result."""
     given, source = request.inpaint_audio, plan.inpaint_source
     if given is None or source is None or request.keep == "model" or not request.inpaint_regions_s:
         return result

@@ -1,5 +1,5 @@
-"""The engine's loop, run by the one thread that uses the device. Between steps it receives new requests and ends
-cancelled and late ones; then it picks rows, advances each by one phase and returns finished audio. Knows no model.
+"""The engine's loop, run by the thread that uses the device. Each turn receives new requests, ends cancelled and late
+ones, picks rows, advances each by one phase and returns finished audio. Independent of the model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ from stable_audio_serve.core.errors import (
 from stable_audio_serve.core.generation import GenerationResult, Progress
 from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.engine.admission import Admission
-from stable_audio_serve.engine.calls.request_state import UNAVAILABLE, Inbox, RequestState, late, late_start
+from stable_audio_serve.engine.calls.request_state import (
+    UNAVAILABLE,
+    Inbox,
+    RequestState,
+    deadline_error,
+    start_timeout_error,
+)
 from stable_audio_serve.engine.calls.rows import Decoding, Encoding, Failures, Row, Stepping, Waiting
 from stable_audio_serve.engine.calls.stages import Stages
 from stable_audio_serve.engine.hardware.device import DEVICE_LOST
@@ -34,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 class EngineLoop:
-    """All rows and requests from arrival to end. Used by the engine thread only."""
+    """Holds every row and request from arrival to end. Used by the engine thread only."""
 
     def __init__(
         self,
@@ -64,10 +70,10 @@ class EngineLoop:
         self._queue_changed = False
 
     def turn(self) -> bool:
-        """Run one round. Returns False if there was nothing to do."""
+        """Run one round. Returns False if there was no work."""
         for request in self._inbox.take():
             self._receive(request)
-        self._end_unwanted()
+        self._end_cancelled_and_late()
         self._report_positions()
         ids = self._scheduler.pick(beside=self._stages.has_room_beside) or self._scheduler.pick()
         picked = [self._rows[row_id] for row_id in ids]
@@ -116,7 +122,7 @@ class EngineLoop:
             )
         self._queue_changed = True
 
-    def _end_unwanted(self) -> None:
+    def _end_cancelled_and_late(self) -> None:
         """End cancelled and late requests, between two steps."""
         now = self._clock.monotonic()
         for request in list(self._requests.values()):
@@ -125,10 +131,10 @@ class EngineLoop:
                 request.reply.fail(CancelledRequestError("the request was cancelled"))
             elif request.deadline_at is not None and now >= request.deadline_at:
                 self._end(request, outcome="expired")
-                request.reply.fail(late(request.request))
+                request.reply.fail(deadline_error(request.request))
             elif request.start_by is not None and not request.is_started and now >= request.start_by:
                 self._end(request, outcome="expired")
-                request.reply.fail(late_start(request.request))
+                request.reply.fail(start_timeout_error(request.request))
 
     def _work(self, picked: Sequence[Row]) -> None:
         """Run one phase of every picked row."""
@@ -143,7 +149,7 @@ class EngineLoop:
         self._begin([row for row in stepping if isinstance(row.phase, Encoding)])
         self._fail(self._stages.start(new))
         others_wait = any(row.work.phase in (Phase.ENCODE, Phase.DENOISE) for row in self._rows.values())
-        # What runs beside a step must be asked for before it.
+        # Work that runs beside a step must be queued before the step.
         for phase, run in (
             (Phase.ENCODE, self._stages.encode),
             (Phase.DECODE, partial(self._stages.decode, others_wait=others_wait)),
@@ -151,31 +157,33 @@ class EngineLoop:
             rows = [row for row in picked if phases[row.id] is phase and row.id in self._rows]
             if rows:
                 self._fail(run(rows))
-        self._hand_over(picked)
-        self._deliver()  # where the host waited for the windows, their rows need not wait for the step
+        self._unschedule_finished(picked)
+        self._deliver()  # rows whose windows the host waited for need not wait for the step too
         self._begin(stepping, at_once=not any(isinstance(row.phase, Stepping) for row in stepping))
         rows = [row for row in stepping if isinstance(row.phase, Stepping)]
         if rows:
             self._fail(self._stages.denoise(rows))
-        self._hand_over(rows)
+        self._unschedule_finished(rows)
         self._stages.keep_pace()
         self._stages.capture(is_idle=False)
 
-    def _hand_over(self, rows: Sequence[Row]) -> None:
-        """Leave rows that are all asked for to the device."""
+    def _unschedule_finished(self, rows: Sequence[Row]) -> None:
+        """Stop scheduling rows whose remaining work is all queued on the device."""
         for row in rows:
             if row.id in self._scheduler and row.work.phase is Phase.DONE:
                 self._scheduler.remove(row.id)
                 self._stages.deliver(row)
 
     def _begin(self, rows: Sequence[Row], *, at_once: bool = True) -> None:
-        """Let rows step that can; new ones wait for the next turn rather than let others wait for their text."""
+        """Start stepping the rows that are ready. Without `at_once`, rows whose text is not ready wait for the next
+        turn, so that they do not delay the others.
+        """
         waiting = [row for row in rows if isinstance(row.phase, Encoding)]
         if waiting:
             self._fail(self._stages.begin(waiting, at_once=at_once))
 
     def _deliver(self, *, wait: bool = False) -> bool:
-        """Finish the rows whose audio has arrived. Returns whether there are any."""
+        """Finish the rows whose audio has arrived on the host. Returns whether there were any."""
         arrived, failures = self._stages.delivered(wait=wait)
         self._fail(failures)
         for row in arrived:
@@ -240,12 +248,12 @@ class EngineLoop:
 
     def _drop(self, row: Row) -> None:
         del self._rows[row.id]
-        if row.id in self._scheduler:  # which knows no row that only waits for its audio
+        if row.id in self._scheduler:  # a row that waits only for its audio was removed earlier
             self._scheduler.remove(row.id)
         row.release()
 
     def _report(self, picked: Sequence[Row]) -> None:
-        """Send the remaining work to admission and progress to callers that asked for it."""
+        """Update admission with the remaining work, and send progress to callers that want it."""
         for request in {row.request.id: row.request for row in picked}.values():
             if request.id in self._requests:
                 left_ms = sum(self._predictor.share_ms(row.work) for row in request.rows if row.id in self._rows)
@@ -255,7 +263,7 @@ class EngineLoop:
         self._metrics.gauge("engine_backlog_ms", self._admission.backlog_ms)
 
     def _report_positions(self) -> None:
-        """Report to waiting callers how many rows are ahead of them, if that changed."""
+        """Report the number of rows ahead to waiting callers, if it changed."""
         if not self._queue_changed:
             return
         self._queue_changed = False

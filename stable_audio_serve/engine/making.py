@@ -1,4 +1,4 @@
-"""How an engine makes audio, as it stands in a take's recipe: what its last bits depend on besides the request."""
+"""Describes how an engine makes audio, for a clip's recipe: everything besides the request that can change its bits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stable_audio_serve.models.sa3.planning import DEFAULT_APG_SCALE
 
 
 def name_processor(device: torch.device) -> str:
-    """Returns which instructions a CPU computes with, such as `AVX512 AMX`, or the name of a GPU."""
+    """Returns a CPU's instruction sets, such as `AVX512 AMX`, or a GPU's name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
@@ -32,13 +32,13 @@ def name_processor(device: torch.device) -> str:
 def describe_engine(
     spec: ModelSpec, options: EngineOptions, *, device: torch.device, mode: Mode, loaded: Loaded
 ) -> Making:
-    """Returns what all of an engine's audio has in common."""
+    """Returns the part of the description that all of an engine's audio shares."""
     is_cpu, is_fast = device.type == "cpu", mode == "fast"
-    # MKL, which multiplies where oneDNN does not, and AMX divide a large product among threads by their number.
+    # MKL, used where oneDNN is not, and AMX split large products by the thread count.
     depends_on_threads = is_cpu and (is_fast or not is_amd())
     return Making(
         version=__version__,
-        torch=str(torch.__version__),  # a class of its own, which its readers would load torch for
+        torch=str(torch.__version__),  # a str subclass; unpickling it would import torch
         mode=mode,
         processor=name_processor(device),
         loaded=loaded,
@@ -50,7 +50,7 @@ def describe_engine(
 
 
 def settle(making: Making, request: GenerationRequest, *, spec: ModelSpec, prompts: Prompts | None) -> Making:
-    """Returns how an engine made the audio of a request, with what that left to the model and what was read of it."""
+    """Complete the description with one request's defaults and the number of prompt characters read."""
     card = spec.card
     edits_by_time = request.init_audio is not None and card.objective != "v"
     is_sa3 = card.family == SA3_FAMILY
@@ -70,7 +70,7 @@ def settle(making: Making, request: GenerationRequest, *, spec: ModelSpec, promp
 
 
 def require_checkpoint(request: GenerationRequest, *, spec: ModelSpec, loaded: Loaded) -> None:
-    """Raises InvalidRequestError where a request is for other weights than those that were loaded."""
+    """Raises InvalidRequestError if a request names other weights than the loaded ones."""
     if request.checkpoint is None or loaded.checkpoint in (None, request.checkpoint):
         return
     message = f"checkpoint: the model {spec.card.name} has the weights {loaded.checkpoint}, not {request.checkpoint}"

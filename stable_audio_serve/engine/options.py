@@ -1,4 +1,4 @@
-"""The options of one engine: one frozen value, checked at construction. Knows no settings file and no environment."""
+"""The options of one engine: a frozen value, checked at construction. Independent of settings files and environment."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from stable_audio_serve.core.generation import Mode
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """All options of one engine; `None` means that the model's device decides.
+    """All options of one engine. `None` leaves the choice to the model's device.
 
-    `mode` strict (default on a CPU): a request's bytes never depend on its neighbours. `fast` (default on CUDA): rows
-    of different lengths share device calls, and results differ slightly (1.2e-5 at most on the reference checkpoints;
-    the last bit of 16-bit audio is 3e-5). Raises ConfigError naming a bad value.
+    `mode` strict (default on a CPU): a request's bytes never depend on other requests. `fast` (default on CUDA): rows
+    of different lengths share device calls, and results differ slightly (at most 1.2e-5 on the reference checkpoints;
+    one unit of 16-bit audio is 3e-5). Raises ConfigError naming a bad value.
     """
 
     mode: Mode | None = None
-    max_rows: int = 64  # rows holding device state at once, three quarters of them batch rows; others wait as plans
+    max_rows: int = 64  # rows that hold device state, at most three quarters of them batch rows; others wait
     max_queue_s: float = 120.0  # predicted work that may wait; above it new requests are refused, batch ones first
     batch_share: float = 0.125  # time for batch rows while interactive ones run, as a share of interactive time
-    fixed_share: float = 0.15  # a step is large enough when its fixed cost is at most this share of it
+    fixed_share: float = 0.15  # a step is large enough once its fixed cost is at most this share of it
     max_step_tokens: int = 16_384  # latent frames of one step, all rows together
-    slots: int = 8  # rows of one strict call on CUDA, dummies included
-    frame_grid: int | None = None  # rows are padded to a multiple of this; 64 on CUDA, on a CPU 1 or, in fast, packed
-    max_memory_bytes: int | None = None  # of rows in progress; on CUDA most of what is free, on a CPU no bound
+    slots: int = 8  # rows of a strict call on CUDA, dummies included
+    frame_grid: int | None = None  # pad rows to a multiple of it; None: 64 on CUDA, 1 on a CPU (packed in fast mode)
+    max_memory_bytes: int | None = None  # of rows in progress; None: most of the free memory on CUDA, no bound on a CPU
     prompt_cache_bytes: int = 256 * 2**20
-    planning_threads: int = 1  # for requests of each priority
-    max_planning: int = 1024  # requests of each priority being planned at once
-    torch_threads: int | None = None  # for one call on a CPU; None: torch's default; strict bytes do not depend on it
-    warmup_budget_s: float = 2.0  # of timed calls, besides the first run of each kind; 0 skips the warm-up
+    planning_threads: int = 1  # per priority
+    max_planning: int = 1024  # requests being planned at once, per priority
+    torch_threads: int | None = None  # per call on a CPU; None: torch's default; does not change strict results
+    warmup_budget_s: float = 2.0  # for timed calls, besides the first run of each kind; 0 skips the warm-up
 
     def __post_init__(self) -> None:
         if self.mode not in (None, "strict", "fast"):

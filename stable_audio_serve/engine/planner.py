@@ -1,5 +1,5 @@
-"""Plans requests (lengths, schedules, resampling) on a bounded number of worker threads, so that neither an event loop
-nor the engine thread does it. Usable from several event loops. Knows no rows and no device.
+"""Plans requests (lengths, schedules, resampling) on a bounded number of worker threads, off the event loop and the
+engine thread. Usable from several event loops. Independent of rows and devices.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ log = logging.getLogger(__name__)
 
 
 class Planner:
-    """Plans at most `max_pending` requests at once, waiting ones included, on `num_threads` threads."""
+    """Plans at most `max_pending` requests at once, queued ones included, on `num_threads` threads."""
 
     def __init__(self, model: DiffusionModel, *, num_threads: int, max_pending: int, clock: Clock) -> None:
         self._model = model
         self._clock = clock
         self._num_threads = num_threads
         self._max_pending = max_pending
-        # One thread each, because the results of resampling must not depend on the number of cores.
+        # One torch thread each: the results of resampling must not depend on the number of cores.
         one_thread = partial(torch.set_num_threads, 1)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="planning", initializer=one_thread)
         self._lock = threading.Lock()
@@ -40,8 +40,8 @@ class Planner:
     async def plan(self, request: GenerationRequest, *, frames: int | None) -> tuple[RowPlan, ...]:
         """Returns the model's plans, one per variation.
 
-        Raises OverloadedError at the bound, ModelUnavailableError once closed, the model's own refusals, and
-        GenerationError if the model fails.
+        Raises OverloadedError at the bound, ModelUnavailableError once closed, the model's StableAudioErrors, and
+        GenerationError if the model fails in another way.
         """
         with self._lock:
             if self._closed:
@@ -55,7 +55,7 @@ class Planner:
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
-        """Fail the requests that wait to be planned; running ones finish."""
+        """Fail queued requests; running ones finish."""
         with self._lock:
             self._closed = True
         self._pool.shutdown(wait=False)

@@ -1,5 +1,5 @@
-"""Predicts how long rows take alone and as a share of full steps, from the cost model and the batch policy; and
-publishes these predictions as prices, for processes that have a request but no engine.
+"""Predicts how long rows take, alone and as a share of full steps, from the cost model and the batch policy. Publishes
+the predictions as prices for processes that have no engine.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from stable_audio_serve.engine.scheduling.windows import count_fitting
 from stable_audio_serve.engine.scheduling.work import Phase, RowWork
 from stable_audio_serve.models.protocol import DiffusionModel
 
-# Shares of the longest clip between which the prices are near: the longest has no room for the headroom behind it.
+# Fractions of the longest clip at which prices are sampled. The longest clip itself has no headroom, so it is atypical.
 _SHORT, _LONG = 0.125, 0.75
 _FEW_STEPS, _MANY_STEPS = 8, 16
 
 
 class PriceList:
-    """Prices that follow the engine's predictions. Usable from any thread."""
+    """Prices from the engine's current predictions. Thread-safe."""
 
     def __init__(self, model: DiffusionModel, predictor: Predictor) -> None:
         card = model.spec.card
@@ -40,7 +40,7 @@ class PriceList:
         }
 
     def current(self) -> Prices:
-        """Returns what work costs now, if it shares its calls with other work."""
+        """Returns the price of work that shares its calls with other work."""
         ms = {shape: self._predictor.share_ms(work) for shape, work in self._works.items()}
         text_ms = self._predictor.text_ms(1)
         short_s, long_s = self._seconds
@@ -64,22 +64,22 @@ def _plan(model: DiffusionModel, *, seconds: float, steps: int) -> RowWork:
 
 
 def _line(x0: float, y0: float, x1: float, y1: float) -> tuple[float, float]:  # noqa: PLR0917 - two points
-    """Returns (value at 0, slope) of the line through two points, both at least 0."""
+    """Returns the line through two points as (value at 0, slope), both clamped to at least 0."""
     slope = max(0.0, (y1 - y0) / (x1 - x0))
     return max(0.0, y0 - slope * x0), slope
 
 
 class Predictor:
-    """Predictions for scheduling (alone) and for admission and routing (share). Usable from any thread."""
+    """Predictions for scheduling (row alone) and for admission and routing (share of a full step). Thread-safe."""
 
     def __init__(self, cost: CostModel, policy: BatchPolicy, *, turn_frames: int = 1) -> None:
-        """Each turn encodes or decodes `turn_frames` latent frames of a row, at least one window."""
+        """Each turn encodes or decodes up to `turn_frames` latent frames of a row, at least one window."""
         self._cost = cost
         self._policy = policy
         self._turn_frames = turn_frames
 
     def text_ms(self, num_prompts: int) -> float:
-        """Returns the time of encoding so many new prompts at once."""
+        """Returns the time to encode this many new prompts in one call."""
         return self._cost.call_ms("text", rows=num_prompts, frames=0)
 
     def alone_ms(self, work: RowWork) -> float:
@@ -100,7 +100,7 @@ class Predictor:
         return total
 
     def _coding_ms(self, kind: Work, lengths: Sequence[int]) -> float:
-        """Returns the time of one row's next windows."""
+        """Returns the time of the windows that one row runs in the next turn."""
         return sum(
             self._cost.call_ms(kind, rows=1, frames=frames)
             for frames in lengths[: count_fitting(lengths, self._turn_frames)]
@@ -112,5 +112,5 @@ class Predictor:
 
     def _shared_evaluation_ms(self, branches: int, frames: int) -> float:
         padded = self._policy.padded(frames)
-        crowd = self._policy.crowd(branches, padded)
-        return self._cost.call_ms("denoise", rows=crowd, frames=padded) * branches / crowd
+        rows = self._policy.typical_rows(branches, padded)
+        return self._cost.call_ms("denoise", rows=rows, frames=padded) * branches / rows

@@ -1,4 +1,4 @@
-"""Runs the engine thread: warm-up, then turns until stopped. However it ends, every waiting request gets an answer."""
+"""Runs the engine thread: warm-up, then turns until stopped. Every waiting request gets an answer when it ends."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _IDLE_BEAT_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class EngineHeartbeat:
-    """Whether the engine thread is alive, and `age_s` since its last turn began (it grows during a long step)."""
+    """Whether the engine thread is alive, and `age_s`, the time since its last turn began."""
 
     is_alive: bool
     age_s: float
 
 
 class EngineThread:
-    """Runs `prepare`, then the loop's turns. Never restarts: a thread that ended stays ended."""
+    """Runs `prepare`, then the loop's turns. A thread that has ended is never restarted."""
 
     def __init__(
         self,
@@ -39,21 +39,20 @@ class EngineThread:
         prepare: Callable[[], None],
         clock: Clock,
     ) -> None:
-        """All work runs within `sharing`, which sets the number of threads of each operation."""
+        """All work runs within the `sharing` context, which sets the thread count of each operation."""
         self._loop = loop
         self._inbox = inbox
         self._sharing = sharing
         self._prepare = prepare
         self._clock = clock
         self._beat_at = clock.monotonic()
-        self.busy_s = 0.0  # how long it has had something to do
+        self.busy_s = 0.0  # seconds spent in turns that did work
         self._stopping = False
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self.error: BaseException | None = None  # the error that ended the thread, if one did
+        self.error: BaseException | None = None  # the error that ended the thread, if any
 
     def start(self) -> None:
-        """Start the thread. May be called once only."""
         self._thread.start()
 
     def wait_ready(self) -> None:
@@ -61,14 +60,14 @@ class EngineThread:
         self._ready.wait()
 
     def stop(self, *, timeout_s: float) -> None:
-        """End after the current turn; unfinished requests fail as unavailable. Waits at most `timeout_s`."""
+        """End after the current turn and fail unfinished requests as unavailable. Waits at most `timeout_s`."""
         self._stopping = True
         self._inbox.wake()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(timeout_s)
 
     def heartbeat(self) -> EngineHeartbeat:
-        """Returns whether the thread is alive and how old its last turn is."""
+        """Returns whether the thread is alive and the age of its last turn."""
         return EngineHeartbeat(self._thread.is_alive(), self._clock.monotonic() - self._beat_at)
 
     def _run(self) -> None:

@@ -1,1 +1,1 @@
-"""Turns a model name into callable networks; the only folder that knows what a checkpoint looks like."""
+"""Loads models by name as callable networks. Only this folder knows checkpoint formats."""

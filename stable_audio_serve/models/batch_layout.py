@@ -1,4 +1,4 @@
-"""How the rows of a step's batch lie in the tokens of a denoiser. Knows no family."""
+"""The layout of a step batch's rows in a denoiser's tokens, for every model family."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from stable_audio_serve.models.blocks import Layout, Packed, PackedSegments
 from stable_audio_serve.models.blocks.varlen import find_varlen
 from stable_audio_serve.models.protocol import StepBatch
 
-CONTEXT = "context"  # among a branch's constants: every layer's keys and values
+CONTEXT = "context"  # the branch constant with every layer's cross-attention keys and values
 
 
 def packed_layout(batch: StepBatch, *, num_prefix: int) -> Layout | None:
-    """Returns the layout of a packed batch, of rows with `num_prefix` tokens before their frames; None if it is padded.
+    """Returns the layout of a packed batch with `num_prefix` tokens before each row's frames; None if it is padded.
 
-    Raises RuntimeError for segments where torch has no attention for them.
+    Raises RuntimeError for segments if the installed torch has no attention for them.
     """
     if batch.segments is not None:
         varlen = find_varlen()

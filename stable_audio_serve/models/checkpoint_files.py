@@ -1,6 +1,6 @@
-"""Which files a checkpoint consists of: config, weights, text encoder, tokenizer; and whether they are complete.
+"""Lists the files of a checkpoint (config, weights, text encoder, tokenizer) and checks that they are complete.
 
-Looks at names and headers only and imports no torch, so that a server can check them before it starts anything.
+Reads names and headers only and imports no torch, so that a server can check them before it starts anything.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from stable_audio_serve.models.config_reader import ConfigReader, read_config
 WEIGHTS_FILE = "model.safetensors"
 _USUAL_WEIGHTS = (WEIGHTS_FILE, "model.ckpt")
 _WEIGHT_TYPES = (".safetensors", ".ckpt")
-_NO_WEIGHTS = ("golden.safetensors",)  # numbers to verify a checkpoint against, beside it
+_NO_WEIGHTS = ("golden.safetensors",)  # reference values for verifying a checkpoint, stored beside it
 _MOST_NAMED = 5
 TEXT_ENCODER_FOLDER = "t5gemma-b-b-ul2"
 _SHARD_INDEX = "model.safetensors.index.json"
-# By type of conditioner: the config's keys that name the encoder, and the folder where it lies if none does.
+# By conditioner type: the config keys that name the encoder, and the default folder.
 _ENCODER_KEYS = {
     "t5gemma": (("model_path", "subfolder", "model_name"), TEXT_ENCODER_FOLDER),
     "t5": (("t5_model_name",), "t5"),
@@ -30,9 +30,9 @@ _ENCODER_FILES = ((WEIGHTS_FILE, _SHARD_INDEX), ("tokenizer.json", "tokenizer.mo
 
 @dataclass(frozen=True, slots=True)
 class FileList:
-    """The files of a checkpoint's folder or repository; errors call it `place`.
+    """The files of a checkpoint's folder or repository; error messages call it `place`.
 
-    `has` tells whether there is a file of a relative path; `names` are those that lie in no folder below.
+    `has` returns whether a relative path is a file. `names` are the files at the top level.
     """
 
     place: Path | str
@@ -40,14 +40,14 @@ class FileList:
     names: frozenset[str]
 
     def require(self, *alternatives: str, folder: str | None = None) -> None:
-        """Raise CheckpointError when none of these files of a folder is there."""
+        """Raise CheckpointError unless at least one of these files exists in the folder."""
         if not any(self.has(f"{folder}/{name}" if folder else name) for name in alternatives):
             place = f"{self.place}/{folder}" if folder else self.place
             raise CheckpointError(f"{place} holds no {' or '.join(alternatives)}")
 
 
 def list_folder(folder: Path) -> FileList:
-    """Returns what lies in a folder, nothing if there is none."""
+    """Returns the files of a folder; an empty list if it does not exist."""
     paths = folder.iterdir() if folder.is_dir() else ()
     return FileList(
         folder, lambda name: (folder / name).is_file(), frozenset(path.name for path in paths if path.is_file())
@@ -55,19 +55,19 @@ def list_folder(folder: Path) -> FileList:
 
 
 def list_repository(repo_id: str, paths: Collection[str]) -> FileList:
-    """Returns what a repository with these files holds."""
+    """Returns the file list of a repository that has these paths."""
     return FileList(repo_id, frozenset(paths).__contains__, frozenset(path for path in paths if "/" not in path))
 
 
 def find_weights(folder: Path) -> Path:
-    """Returns a folder's weight file. Raises CheckpointError when there is none, or when it could be any of several."""
+    """Returns a folder's weight file. Raises CheckpointError if there is none or the choice is ambiguous."""
     return folder / choose_weights(list_folder(folder))
 
 
 def choose_weights(files: FileList) -> str:
-    """Returns the name of the weight file: the usual one, else the only one there is, safetensors before pickles.
+    """Returns the name of the weight file: a usual name, else the only candidate; safetensors before pickles.
 
-    Fine-tunes call theirs as they like. Raises CheckpointError when there is none, or when it could be any of several.
+    Fine-tunes use arbitrary names. Raises CheckpointError if there is none or the choice is ambiguous.
     """
     for name in _USUAL_WEIGHTS:
         if name in files.names:
@@ -86,31 +86,31 @@ def choose_weights(files: FileList) -> str:
 
 
 def find_text_encoder(folder: Path) -> Path | None:
-    """Returns the encoder's folder: where the config points, else beside the weights; None if it lies elsewhere.
+    """Returns the text encoder's folder: from the config, else beside the weights; None if a repository holds it.
 
-    Raises CheckpointError naming the places looked at.
+    Raises CheckpointError naming the searched places.
     """
     encoder = _encoder_folder(read_config(folder), list_folder(folder))
     return None if encoder is None else folder / encoder
 
 
 def text_encoder_repository(config: ConfigReader) -> str:
-    """Returns the repository of the text encoder that a config names and its checkpoint does not hold."""
+    """Returns the repository of a text encoder that the config names and the checkpoint does not contain."""
     conditioner = _text_conditioner(config)
     name = conditioner.section("config", optional=True).text("t5_model_name", default="t5-base")
     return name if "/" in name else f"google-t5/{name}"
 
 
 def is_open_family(config: ConfigReader) -> bool:
-    """Whether a config is one of the Stable Audio Open family: its prompts go through a T5, not through a T5Gemma."""
+    """Whether the checkpoint is of the Stable Audio Open family, which encodes prompts by T5 instead of T5Gemma."""
     return _text_conditioner(config).text("type") == "t5"
 
 
 def check_layout(config: ConfigReader, files: FileList) -> str | None:
-    """Returns the text encoder's folder, relative to the checkpoint, when every file that loading needs is there.
+    """Check that every file needed for loading exists. Returns the text encoder's folder relative to the checkpoint.
 
-    None stands for an encoder in a repository of its own (`text_encoder_repository`). Raises CheckpointError naming
-    the first one missing.
+    Returns None if the encoder has a separate repository (`text_encoder_repository`). Raises CheckpointError naming the
+    first missing file.
     """
     choose_weights(files)
     encoder = _encoder_folder(config, files)
@@ -120,13 +120,13 @@ def check_layout(config: ConfigReader, files: FileList) -> str | None:
 
 
 def check_encoder(files: FileList, *, folder: str | None = None) -> None:
-    """Raise CheckpointError when a file of the text encoder in `folder`, or right here, is missing."""
+    """Raise CheckpointError if a text encoder file is missing in `folder`, or at the top level."""
     for alternatives in _ENCODER_FILES:
         files.require(*alternatives, folder=folder)
 
 
 def check_folder(folder: Path) -> None:
-    """Raise CheckpointError when a file of a checkpoint folder is missing or is cut short."""
+    """Raise CheckpointError if a file of a checkpoint folder is missing or truncated."""
     try:
         encoder = check_layout(read_config(folder), list_folder(folder))
         weights = [find_weights(folder), *(() if encoder is None else encoder_weights(folder / encoder))]
@@ -138,7 +138,7 @@ def check_folder(folder: Path) -> None:
 
 
 def damaged(path: Path, error: Exception) -> CheckpointError:
-    """Returns the error for a weight file that is not whole."""
+    """Returns the error for a corrupt or truncated weight file."""
     return CheckpointError(f"{path} is corrupt or incomplete ({error}); fetch it again")
 
 
@@ -152,7 +152,7 @@ def _encoder_folder(config: ConfigReader, files: FileList) -> str | None:
 
 
 def _text_conditioner(config: ConfigReader) -> ConfigReader:
-    """Returns the conditioner that encodes prompts. Raises CheckpointError when there is none."""
+    """Returns the conditioner that encodes prompts. Raises CheckpointError if there is none."""
     conditioning = config.section("model").section("conditioning")
     for item in conditioning.sections("configs"):
         if item.text("type") in _ENCODER_KEYS:
@@ -161,7 +161,7 @@ def _text_conditioner(config: ConfigReader) -> ConfigReader:
 
 
 def _encoder_names(conditioner: ConfigReader) -> tuple[str, ...]:
-    """Returns where a text conditioner may keep its encoder, relative to the checkpoint, best first."""
+    """Returns the possible folders of the text encoder, relative to the checkpoint, best first."""
     keys, usual = _ENCODER_KEYS[conditioner.text("type")]
     config = conditioner.section("config", optional=True)
     names = [config.text(key) for key in keys if key in config]
@@ -169,7 +169,7 @@ def _encoder_names(conditioner: ConfigReader) -> tuple[str, ...]:
 
 
 def encoder_weights(folder: Path) -> Iterator[Path]:
-    """Yields the encoder's weight file, or all that its index names. Raises CheckpointError when one is missing."""
+    """Yield the encoder's weight file, or all files of its index. Raises CheckpointError if one is missing."""
     if (folder / WEIGHTS_FILE).is_file():
         yield folder / WEIGHTS_FILE
         return
@@ -187,7 +187,7 @@ def _check_header(path: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="numpy"):  # compares the size of the file with what its header says
+        with safe_open(path, framework="numpy"):  # compares the file size with the header
             pass
     except SafetensorError as error:
         raise damaged(path, error) from error

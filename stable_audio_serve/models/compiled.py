@@ -1,5 +1,5 @@
-"""Compiles a denoiser's layers by `torch.compile`: only the block that repeats, so that one compilation serves all of
-them. Owns where compiled kernels are kept. Knows no engine.
+"""Compiles a denoiser's layers with `torch.compile`. Only the repeated block is compiled, so that all layers share one
+compilation. Also sets the folder of compiled kernels. Independent of the engine.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from stable_audio_serve.models.protocol import DiffusionModel, ModelSpec
 from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.models.sao.model import SaoModel
 
-KERNELS = Path("~/.cache/stable-audio-serve/compiled")  # compiled ones, found again by later processes
-_MOST_VARIANTS = 64  # of a layer: one row or several, with a text or without, ...; torch's own bound of 8 is too low
+KERNELS = Path("~/.cache/stable-audio-serve/compiled")  # compiled kernels, reused by later processes
+_MOST_VARIANTS = 64  # compilations per layer (one row or several, with or without text, ...); torch allows 8 by default
 
 
 class CompiledModel(ForwardingModel):
-    """A model whose layers are compiled when they are first called."""
+    """A model whose layers are compiled on their first call."""
 
     @property
     def spec(self) -> ModelSpec:
-        """On a CPU rows do not go packed, where each mixture of lengths would be compiled anew, and nowhere by
-        segments, which no compiled layer was tried with."""
+        """The model's spec without packing: packed rows on a CPU would compile each mixture of lengths, and compiled
+        layers are untested with segments.
+        """
         spec = self._model.spec
         return replace(
             spec, is_compiled=True, packs_rows=spec.packs_rows and self.device.type != "cpu", packs_segments=False
@@ -35,10 +36,10 @@ class CompiledModel(ForwardingModel):
 
 
 def compile_layers(model: DiffusionModel, *, folder: Path = KERNELS, backend: str = "inductor") -> CompiledModel:
-    """Returns the model with layers that will be compiled; numbers of rows and of frames share one compilation.
+    """Returns the model with compiled layers. One compilation serves all row counts and frame counts.
 
-    Compiled kernels are kept in `folder` and found again by later processes. Raises ConfigError, naming `compile`,
-    where nothing can be compiled, and for a folder that others could write to: it holds programs.
+    Compiled kernels are cached in `folder` for later processes. Raises ConfigError, naming `compile`, if the machine
+    cannot compile, or if other users can write to the folder: it contains programs.
     """
     if not isinstance(model, Sa3Model | SaoModel):
         raise ConfigError("compile needs the networks of `backend: native`", field="compile")
@@ -52,7 +53,7 @@ def compile_layers(model: DiffusionModel, *, folder: Path = KERNELS, backend: st
 
 
 def _keep_kernels(folder: Path) -> None:
-    """Tell torch where compiled kernels are: its own place is one in /tmp that another user may have made before."""
+    """Set torch's kernel cache folder. Torch's default is in /tmp, where another user may have created it first."""
     folder = folder.expanduser().absolute()
     try:
         make_private_folder(folder)
@@ -64,7 +65,7 @@ def _keep_kernels(folder: Path) -> None:
 
 
 def _require_compiler(device: torch.device, backend: str) -> None:
-    """Compile something small: the one way to know that compiler, headers and, on CUDA, Triton are all there."""
+    """Compile a small function: the only reliable check for a compiler, headers and, on CUDA, Triton."""
     probe = torch.compile(_probe, fullgraph=True, dynamic=False, backend=backend)
     try:
         with torch.inference_mode():

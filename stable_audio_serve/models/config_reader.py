@@ -1,4 +1,4 @@
-"""Reads a checkpoint's `model_config.json` key by key; an unusable value is named with its full path."""
+"""Reads a checkpoint's `model_config.json` key by key. Errors name the full path of the unusable key."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 from stable_audio_serve.core.errors import CheckpointError
 
 CONFIG_FILE = "model_config.json"
-# Keeps a damaged file from building a network that exhausts the memory before its weights are compared.
+# Limits that keep a damaged file from building a network that exhausts memory before its weights are checked.
 MAX_SIZE = 2**16
 MAX_DEPTH = 2**10
 MAX_SAMPLES = 2**40
 
 
 class ConfigReader:
-    """A JSON object and its place in the file. Every getter raises CheckpointError naming the key.
+    """A JSON object and its path in the file. Every getter raises CheckpointError naming the key.
 
-    A getter without `default` requires the key; an explicit null counts as absent. All readers of a file remember
-    together which keys were read, so that `refuse_unread` can tell what nobody has looked at.
+    A getter without `default` requires the key; an explicit null counts as absent. All readers of a file share a record
+    of the keys read, from which `refuse_unread` finds the unread ones.
     """
 
     def __init__(self, values: Mapping[str, Any], *, path: str = "", seen: set[str] | None = None) -> None:
@@ -97,12 +97,12 @@ class ConfigReader:
         return tuple(value)
 
     def plain(self, key: str) -> Mapping[str, Any] | None:
-        """Returns the object under `key` unchanged, or None."""
+        """Returns the raw object under `key`, or None."""
         self._seen |= {self.name(key), self.name(key) + ".*"}
         return self.section(key)._values if key in self else None
 
     def require(self, **supported: Any) -> None:
-        """Raise CheckpointError for a key whose value differs from the only supported one; an absent key passes."""
+        """Raise CheckpointError if a key differs from its only supported value; an absent key passes."""
         for key, value in supported.items():
             self._seen.add(self.name(key))
             if key in self and self._values[key] != value:
@@ -110,9 +110,9 @@ class ConfigReader:
                 raise CheckpointError(f"{CONFIG_FILE}: {self.name(key)} = {found} is not supported; only {only} is")
 
     def refuse_unread(self, *, inert: Collection[str]) -> None:
-        """Refuse the first key of this object and of all within it that no getter has asked for.
+        """Raise CheckpointError for the first key, here or nested, that no getter has read.
 
-        `inert` names keys, at any depth, that change nothing at inference whatever they hold.
+        `inert` lists keys, at any depth, that have no effect on inference.
         """
         for key, value in self._values.items():
             if value is None or key in inert:
@@ -125,7 +125,7 @@ class ConfigReader:
                 reader.refuse_unread(inert=inert)
 
     def _within(self, key: str) -> list[ConfigReader]:
-        """Returns readers of the objects under `key`, but for an object that was taken as it is."""
+        """Returns readers of the objects under `key`, except for objects read by `plain`."""
         value = self._values[key]
         if self.name(key) + ".*" in self._seen:
             return []
@@ -135,13 +135,13 @@ class ConfigReader:
         return self.sections(key) if is_list else []
 
     def refuse_unknown(self, known: Collection[str]) -> None:
-        """Refuse the first key with a value that is not in `known`."""
+        """Raise CheckpointError for the first key with a value that is not in `known`."""
         unknown = sorted(key for key in self._values if key in self and key not in known)
         if unknown:
             raise CheckpointError(f"{CONFIG_FILE}: {self.name(unknown[0])} is not known to this model family")
 
     def unusable(self, key: str, expected: str) -> CheckpointError:
-        """Returns the error for `key`, saying what was expected and what was found."""
+        """Returns the error for `key`, with the expected and the found value."""
         found = json.dumps(self._values[key], default=str)[:80] if key in self else "nothing"
         return CheckpointError(f"{CONFIG_FILE}: {self.name(key)} must be {expected}, found {found}")
 
@@ -160,7 +160,7 @@ class ConfigReader:
 
 
 def read_config(folder: Path) -> ConfigReader:
-    """Returns the config of a checkpoint folder. Raises CheckpointError when it is missing or not a JSON object."""
+    """Returns the config of a checkpoint folder. Raises CheckpointError if it is missing or not a JSON object."""
     path = folder / CONFIG_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

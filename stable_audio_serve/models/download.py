@@ -1,7 +1,7 @@
-"""Fetches a registry entry's files through huggingface_hub; every failure becomes one sentence that says what to do.
+"""Downloads a registry entry's files with huggingface_hub. Every failure becomes one sentence that says what to do.
 
-Token, cache folder, endpoint and offline mode are the library's own settings (HF_TOKEN, HF_HOME, HF_ENDPOINT,
-HF_HUB_OFFLINE). Knows nothing of what is in the files.
+The library reads token, cache folder, endpoint and offline mode from its environment variables (HF_TOKEN, HF_HOME,
+HF_ENDPOINT, HF_HUB_OFFLINE). Independent of the files' contents.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,  # of whichever HTTP client this version uses
+    HTTPError,  # from the HTTP client of the installed version
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -48,15 +48,15 @@ from stable_audio_serve.models.checkpoint_files import (
 from stable_audio_serve.models.config_reader import CONFIG_FILE, read_config
 from stable_audio_serve.models.registry import ModelEntry, text_encoder_entry
 
-# ValueError: a token that is no valid header, or an answer that does not come from a hub.
-_FAULTS = (HTTPError, OSError, HFValidationError, getattr(errors, "XetDownloadError", OSError), ValueError)
-_ANSWER_S = 4.0  # for one answer of the hub, downloads excepted
+# ValueError: a token with invalid characters, or a response that is not from a hub.
+_ERRORS = (HTTPError, OSError, HFValidationError, getattr(errors, "XetDownloadError", OSError), ValueError)
+_REQUEST_TIMEOUT_S = 4.0  # timeout of one hub request, except downloads
 
 
 def download_entry(entry: ModelEntry, *, token: str | None = None, cache_dir: Path | None = None) -> Path:
-    """Returns the folder with all of the entry's files; does not ask the hub when they are in the cache.
+    """Returns the folder with all of the entry's files. Sends no request if they are cached.
 
-    Without `token` the library's own is used. Raises CheckpointError when the files cannot be downloaded.
+    Without `token` the library's own applies. Raises CheckpointError if the files cannot be downloaded.
     """
     repo_id = _repository(entry)
     cached = find_cached(entry, cache_dir=cache_dir)
@@ -66,15 +66,15 @@ def download_entry(entry: ModelEntry, *, token: str | None = None, cache_dir: Pa
     _require_config(repo_id, list_folder(folder).names)
     if not (folder / WEIGHTS_FILE).is_file():
         weights = _find_in_repository(entry, token=token, cache_dir=cache_dir)
-        folder = _download(_with(entry, weights), token=token, cache_dir=cache_dir)
+        folder = _download(_with_weights(entry, weights), token=token, cache_dir=cache_dir)
     check_folder(folder)
     return folder
 
 
 def download_text_encoder(folder: Path, *, token: str | None = None, cache_dir: Path | None = None) -> Path:
-    """Returns the folder of a checkpoint's text encoder: within it, else its own repository's, fetched if need be.
+    """Returns the folder of a checkpoint's text encoder: inside the checkpoint, else a download of its repository.
 
-    Raises CheckpointError when it cannot be downloaded.
+    Raises CheckpointError if it cannot be downloaded.
     """
     within = find_text_encoder(folder)
     if within is not None:
@@ -89,7 +89,7 @@ def download_text_encoder(folder: Path, *, token: str | None = None, cache_dir: 
 
 
 def find_cached(entry: ModelEntry, *, cache_dir: Path | None = None) -> Path | None:
-    """Returns the folder with the entry's files when the cache holds them all, else None. Never asks the hub.
+    """Returns the folder with the entry's files if the cache has all of them, else None. Sends no request.
 
     Raises CheckpointError for damaged files and for an invalid name.
     """
@@ -99,15 +99,15 @@ def find_cached(entry: ModelEntry, *, cache_dir: Path | None = None) -> Path | N
     try:
         check_layout(read_config(folder), list_folder(folder))
     except CheckpointError:
-        return None  # the rest of a download that was cut short
+        return None  # an interrupted download
     check_folder(folder)
     return folder
 
 
 def check_access(entry: ModelEntry, *, token: str | None = None, cache_dir: Path | None = None) -> None:
-    """Raise CheckpointError unless the entry's files are here or can be expected to come; fetches the config at most.
+    """Raise CheckpointError unless the entry's files are available or downloadable. Downloads at most the config.
 
-    Sends the hub a few short requests, each once, so that a server learns within seconds what it cannot access.
+    Sends a few short requests without retries, so that a server learns within seconds which files it cannot access.
     """
     if entry.folder is not None:
         check_folder(Path(entry.folder))
@@ -125,47 +125,52 @@ def check_access(entry: ModelEntry, *, token: str | None = None, cache_dir: Path
 
 
 def _check_repository(entry: ModelEntry, *, token: str | None, cache_dir: Path | None) -> tuple[Path, str | None]:
-    """Returns the folder with the config and the text encoder's folder, if it lies in the same repository."""
+    """Returns the folder with the config, and the text encoder's folder if the same repository contains it."""
     repo_id = _repository(entry)
     if constants.is_offline_mode():
-        raise CheckpointError(not_here(entry, cache_dir=cache_dir))
+        raise CheckpointError(describe_incomplete_cache(entry, cache_dir=cache_dir))
     try:
-        info = _ask(entry, token)
+        info = _fetch_info(entry, token)
         listed = _files_of(info, entry)
         _require_config(repo_id, listed.names)
         weights = choose_weights(listed)
         _require_readable(repo_id, weights, info=info, token=token)
         config_file = hf_hub_download(
-            repo_id, CONFIG_FILE, revision=entry.revision, token=token, cache_dir=cache_dir, etag_timeout=_ANSWER_S
-        )  # by the entry's own revision, under which the cache is asked for it from now on
+            repo_id,
+            CONFIG_FILE,
+            revision=entry.revision,
+            token=token,
+            cache_dir=cache_dir,
+            etag_timeout=_REQUEST_TIMEOUT_S,
+        )  # with the entry's own revision, because later cache lookups use it
         folder = Path(config_file).parent
         encoder = check_layout(read_config(folder), listed)
         if encoder is not None:
             _require_readable(repo_id, f"{encoder}/config.json", info=info, token=token)
-    except _FAULTS as error:
+    except _ERRORS as error:
         raise CheckpointError(_explain(error, entry, cache_dir=cache_dir)) from error
-    _require_space(_with(entry, weights), info, cache_dir=cache_dir)
+    _require_space(_with_weights(entry, weights), info, cache_dir=cache_dir)
     return folder, encoder
 
 
 def _check_text_encoder(entry: ModelEntry, *, token: str | None, cache_dir: Path | None) -> None:
     repo_id = _repository(entry)
     if constants.is_offline_mode():
-        raise CheckpointError(not_here(entry, cache_dir=cache_dir))
+        raise CheckpointError(describe_incomplete_cache(entry, cache_dir=cache_dir))
     try:
-        info = _ask(entry, token)
+        info = _fetch_info(entry, token)
         check_encoder(_files_of(info, entry))
         _require_readable(repo_id, "config.json", info=info, token=token)
-    except _FAULTS as error:
+    except _ERRORS as error:
         raise CheckpointError(_explain(error, entry, cache_dir=cache_dir)) from error
     _require_space(entry, info, cache_dir=cache_dir)
 
 
 def _find_in_repository(entry: ModelEntry, *, token: str | None, cache_dir: Path | None) -> str:
-    """Returns the name of a repository's weight file, whatever it is called."""
+    """Returns the name of a repository's weight file."""
     try:
-        info = _ask(entry, token)
-    except _FAULTS as error:
+        info = _fetch_info(entry, token)
+    except _ERRORS as error:
         raise CheckpointError(_explain(error, entry, cache_dir=cache_dir)) from error
     return choose_weights(_files_of(info, entry))
 
@@ -174,19 +179,21 @@ def _files_of(info: ModelInfo, entry: ModelEntry) -> FileList:
     return list_repository(_repository(entry), {file.rfilename for file in info.siblings or ()})
 
 
-def _with(entry: ModelEntry, weights: str) -> ModelEntry:
-    """Returns the entry whose files to download include its weights under their own name."""
+def _with_weights(entry: ModelEntry, weights: str) -> ModelEntry:
+    """Returns the entry with the weight file added to the files to download."""
     return replace(entry, files=tuple(dict.fromkeys((*entry.files, weights))))
 
 
-def _ask(entry: ModelEntry, token: str | None) -> ModelInfo:
-    """Returns what the hub says of a repository and its files; raises the library's own errors."""
+def _fetch_info(entry: ModelEntry, token: str | None) -> ModelInfo:
+    """Returns the hub's information about a repository and its files. Raises the library's errors."""
     revision = entry.revision or constants.DEFAULT_REVISION
-    return HfApi(token=token).model_info(_repository(entry), revision=revision, timeout=_ANSWER_S, files_metadata=True)
+    return HfApi(token=token).model_info(
+        _repository(entry), revision=revision, timeout=_REQUEST_TIMEOUT_S, files_metadata=True
+    )
 
 
 def _cached_text_encoder(entry: ModelEntry, *, cache_dir: Path | None) -> Path | None:
-    """Returns the folder of a text encoder's repository when the cache holds all of it, else None."""
+    """Returns the folder of a text encoder's repository if the cache has all of it, else None."""
     folder = _snapshot(entry, cache_dir=cache_dir)
     if folder is None:
         return None
@@ -206,13 +213,13 @@ def _download(entry: ModelEntry, *, token: str | None, cache_dir: Path | None) -
             cache_dir=cache_dir,
             allow_patterns=list(entry.files),
         )
-    except _FAULTS as error:
+    except _ERRORS as error:
         raise CheckpointError(_explain(error, entry, cache_dir=cache_dir)) from error
     return Path(folder)
 
 
 def _snapshot(entry: ModelEntry, *, cache_dir: Path | None) -> Path | None:
-    """Returns the folder of what the cache holds of a repository, complete or not; None for nothing at all."""
+    """Returns the cache folder of a repository, complete or not; None if nothing is cached."""
     try:
         folder = snapshot_download(
             _repository(entry),
@@ -223,7 +230,7 @@ def _snapshot(entry: ModelEntry, *, cache_dir: Path | None) -> Path | None:
         )
     except LocalEntryNotFoundError:
         return None
-    except _FAULTS as error:
+    except _ERRORS as error:
         raise CheckpointError(_explain(error, entry, cache_dir=cache_dir)) from error
     return Path(folder)
 
@@ -240,8 +247,8 @@ def _require_config(repo_id: str, names: Iterable[str]) -> None:
 
 
 def _require_readable(repo_id: str, name: str, *, info: ModelInfo, token: str | None) -> None:
-    """Raise for a file that this token may not read; the list of files of a gated repository is public."""
-    get_hf_file_metadata(hf_hub_url(repo_id, name, revision=info.sha), token=token, timeout=_ANSWER_S)
+    """Raise an error if the token may not read a file. The file list of a gated repository is public."""
+    get_hf_file_metadata(hf_hub_url(repo_id, name, revision=info.sha), token=token, timeout=_REQUEST_TIMEOUT_S)
 
 
 def _require_space(entry: ModelEntry, info: ModelInfo, *, cache_dir: Path | None) -> None:
@@ -263,7 +270,7 @@ def _require_space(entry: ModelEntry, info: ModelInfo, *, cache_dir: Path | None
 
 def _explain(error: Exception, entry: ModelEntry, *, cache_dir: Path | None) -> str:
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
-        error = error.__cause__  # the hub answered, so an empty cache is not the reason
+        error = error.__cause__  # the hub responded, so the empty cache is not the cause
     repo_id, place = entry.repo_id, cache_dir or Path(constants.HF_HUB_CACHE)
     page = f"{constants.ENDPOINT}/{repo_id}"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
@@ -283,7 +290,7 @@ def _explain(error: Exception, entry: ModelEntry, *, cache_dir: Path | None) -> 
         case HfHubHTTPError():
             return f"{constants.ENDPOINT} answered {status} to {error.response.url.path}; see {page}"
         case LocalEntryNotFoundError() | HTTPError():
-            return not_here(entry, cache_dir=cache_dir)
+            return describe_incomplete_cache(entry, cache_dir=cache_dir)
         case OSError():
             return f"{repo_id} could not be stored in {place}: {_first_line(error)}"
         case UnicodeEncodeError():
@@ -292,8 +299,8 @@ def _explain(error: Exception, entry: ModelEntry, *, cache_dir: Path | None) -> 
             return f"{constants.ENDPOINT} gave no answer of a model hub for {repo_id}: {_first_line(error)}"
 
 
-def not_here(entry: ModelEntry, *, cache_dir: Path | None = None) -> str:
-    """Returns the message for an incomplete cache when the hub may not be asked or does not answer."""
+def describe_incomplete_cache(entry: ModelEntry, *, cache_dir: Path | None = None) -> str:
+    """Returns the message for an incomplete cache in offline mode or without a connection."""
     lacking = f"{entry.repo_id} is not complete in {cache_dir or constants.HF_HUB_CACHE} and"
     if constants.is_offline_mode():
         return f"{lacking} offline mode is on: unset HF_HUB_OFFLINE to fetch it"

@@ -1,4 +1,4 @@
-"""Loads a registry entry: finds or downloads its files, then loads the family. Registers every part by importing it."""
+"""Loads a registry entry: finds or downloads its files and calls the family's loader. Importing it registers parts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class _Load(Protocol):
 
 
 _LOADERS: Mapping[str, _Load] = {SA3_FAMILY: load_sa3, OPEN_FAMILY: load_sao}
-_REGISTERED = (oscillator_parts, timeline)  # imported so that checkpoints may name the types they register
+_REGISTERED = (oscillator_parts, timeline)  # imported to register the types that checkpoints may name
 
 
 def load_model(
@@ -53,13 +53,14 @@ def load_model(
     token: str | None = None,
     check_size: Callable[[int], None] | None = None,
 ) -> DiffusionModel:
-    """Load `entry` onto `device`; `dtype` is the denoiser's precision (see `resolve_dtype`), `decode_precision` that of
-    the decoder's products (tf32 by default on CUDA, else float32). With `compile` the denoiser's layers are
-    compiled. `check_size` gets the bytes that the weights will take before they are loaded, and may
-    raise.
+    """Load `entry` onto `device`.
+
+    `dtype` is the denoiser's precision (see `resolve_dtype`), `decode_precision` the precision of the decoder's
+    products (default tf32 on CUDA, else float32). `compile` compiles the denoiser's layers. `check_size` receives the
+    size of the weights in bytes before they are loaded, and may raise.
 
     Takes seconds to minutes; downloads missing files. Raises CheckpointError with one sentence that says what to do,
-    ConfigError for a device or precision that cannot be used.
+    and ConfigError for a device or precision that cannot be used.
     """
     target = resolve_device(device)
     precision, decoding = resolve_dtype(target, dtype), resolve_decode_precision(target, decode_precision)
@@ -76,7 +77,7 @@ def load_model(
 
 
 def find_files(entry: ModelEntry, *, token: str | None = None) -> tuple[Path, Path]:
-    """Returns the folders of an entry's checkpoint and of its text encoder; downloads what is missing.
+    """Returns the folders of an entry's checkpoint and of its text encoder; downloads missing files.
 
     Raises CheckpointError with one sentence that says what to do.
     """
@@ -85,7 +86,7 @@ def find_files(entry: ModelEntry, *, token: str | None = None) -> tuple[Path, Pa
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """Returns the device as torch names it. Raises ConfigError when this machine cannot use it."""
+    """Returns the device in torch's normal form. Raises ConfigError if this machine cannot use it."""
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -1,4 +1,4 @@
-"""A model that does what another one does, for who changes or watches a part of it. Knows no family."""
+"""A wrapper that forwards every call to another model: the base of wrappers that change or observe a part of it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from stable_audio_serve.models.protocol import (
 
 
 class ForwardingModel:
-    """Implements DiffusionModel around another; subclasses override what they change."""
+    """Implements DiffusionModel by forwarding to another model; subclasses override what they change."""
 
     def __init__(self, model: DiffusionModel) -> None:
         self._model = model

@@ -1,7 +1,7 @@
-"""Conditioners without weights that describe every latent frame to the denoiser, built from a config by their `type`.
+"""Conditioners without weights that compute features of every latent frame, built from a config by their `type`.
 
-A family with local conditioning builds them by type and knows none of them by name. A module registers its type when
-it is imported, which `models/families.py` does.
+A family with local conditioning builds them through this registry. A module registers its type when it is imported;
+`models/families.py` imports them all.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from stable_audio_serve.models.config_reader import ConfigReader
 
 
 class FrameConditioner(Protocol):
-    """Turns numbers of a request into features of its frames."""
+    """Converts numbers of a request into features of its frames."""
 
     num_features: int
 
@@ -34,7 +34,7 @@ _BUILDERS: dict[str, FrameConditionerBuilder] = {}
 
 
 def register_frame_conditioner(type_: str) -> Callable[[FrameConditionerBuilder], FrameConditionerBuilder]:
-    """Register the decorated function as builder of `type_`; it is given the conditioner's own `config` section."""
+    """Register the decorated function as builder of `type_`; it receives the conditioner's `config` section."""
 
     def register(builder: FrameConditionerBuilder) -> FrameConditionerBuilder:
         _BUILDERS[type_] = builder

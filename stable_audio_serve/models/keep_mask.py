@@ -1,4 +1,4 @@
-"""Which latent frames of a source an edit keeps, for every family. Knows no model and no sampler."""
+"""Computes which latent frames of a source an edit keeps, for every family. Independent of models and samplers."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 from stable_audio_serve.audio.keep import is_continuation
-from stable_audio_serve.audio.resample import resampled_length
+from stable_audio_serve.audio.prepare import resampled_length
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest
 
 
 def plan_keep_mask(request: GenerationRequest, *, frames: int, hop: int, sample_rate_hz: int) -> Tensor | None:
-    """Returns (frames,) float32, 1 where the source's latent is kept: the frame's first sample lies in no region.
+    """Returns (frames,) float32, 1 where the source's latent is kept: the frame's first sample is outside every region.
 
-    Everything after the clip's end is generated; without regions nothing is kept, as in the references. None without a
-    source. `hop` is the number of samples per frame. Raises InvalidRequestError naming the field.
+    Everything after the clip's end is generated. Without regions nothing is kept, as in the references. Returns None
+    without a source. `hop` is the number of samples per frame. Raises InvalidRequestError naming the field.
 
-    Where the source's own samples are kept, a region that continues it begins with the frame in which it ends: the
-    latent of that frame would be of a source that goes silent, and the continuation with it, for up to a frame.
+    With `keep="source"`, a region that continues the source begins at the frame in which the source ends. The latent of
+    that frame would encode the silence after the source, and the continuation would start with up to a frame of it.
     """
     field = "inpaint_start_seconds"
     if request.inpaint_audio is None:

@@ -1,7 +1,7 @@
-"""Linear layers on a CPU, multiplied by oneDNN in float32 where torch's own way is slower. Knows no family.
+"""Linear layers on a CPU that oneDNN multiplies in float32 where it is faster than torch's default.
 
-Torch multiplies float32 matrices by MKL, which leaves half of an AMD processor's AVX-512 unused. oneDNN, which comes
-with torch, too, does not.
+Torch multiplies float32 matrices with MKL, which leaves half of an AMD processor's AVX-512 unused. The oneDNN build
+inside torch uses all of it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from stable_audio_serve.core.processor import is_amd
 
-_LEAST_PRODUCTS = 2**21  # multiplications; oneDNN takes 11 us before it begins
+_LEAST_PRODUCTS = 2**21  # multiplications; each oneDNN call has 11 us of overhead
 
 
 class OneDnnLinear(nn.Linear):
-    """A linear layer for inference on a CPU; with gradients, compiled and for small products it is torch's own."""
+    """A linear layer for CPU inference. With gradients, when compiled and for small products it is torch's own."""
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.numel() * self.out_features < _LEAST_PRODUCTS:
@@ -26,10 +26,10 @@ class OneDnnLinear(nn.Linear):
 
 
 def use_onednn(network: nn.Module) -> None:
-    """Let oneDNN multiply in the linear layers of a network on a CPU, in place, where that is faster.
+    """Use oneDNN in the linear layers of a network on a CPU, in place, where it is faster.
 
-    Weights, keys and hooks stay as they are. Which library multiplies depends on the shapes and the processor alone,
-    so that all replicas on a machine make the same bytes.
+    Weights, keys and hooks are unchanged. The choice depends only on shapes and processor, so that all replicas on a
+    machine produce the same bytes.
     """
     if not _is_faster():
         return
@@ -39,21 +39,21 @@ def use_onednn(network: nn.Module) -> None:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: PLR0917  # as torch's function
-    """Returns `x @ weight.T + bias` as torch's function does, without gradients. Torch-function modes see it."""
+    """Returns `x @ weight.T + bias` like `F.linear`, without gradients. Torch-function modes see the call."""
     if has_torch_function_unary(x):
         return handle_torch_function(linear, (x,), x, weight, bias)
-    if not takes_onednn(x, weight):
+    if not supports_onednn(x, weight):
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 
-def takes_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN can multiply these two: float32 on a CPU, and nothing asks for another precision."""
+def supports_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN can multiply these two: float32 on a CPU, without autocast."""
     is_exact = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     return is_exact and x.device.type == "cpu"
 
 
 def _is_faster() -> bool:
-    """Whether oneDNN was measured to be faster on such a processor, and this torch offers its product."""
+    """Whether oneDNN was measured to be faster on this kind of processor, and this torch exposes its product."""
     has_product = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return has_product and torch.backends.cpu.get_cpu_capability() == "AVX512" and is_amd()

@@ -1,7 +1,7 @@
-"""What an audio autoencoder is put together from: four kinds of parts, each built from its config by its `type`.
+"""The four kinds of parts of an audio autoencoder, each built from its config by its `type`.
 
-Another module adds a type with `register_part(kind, type)` on a function from its config to a module, and is named in
-`stable_audio_serve/models/families.py` so that it is imported before any checkpoint is built.
+To add a type, decorate a function from config to module with `register_part(kind, type)`, and import its module in
+`stable_audio_serve/models/families.py`, so that it is registered before any checkpoint is built.
 Shapes: B windows, C channels, S samples, P frame channels (the pretransform's), N frames, D latent channels, F latent
 frames.
 """
@@ -24,7 +24,7 @@ PartBuilder = Callable[[ConfigReader], nn.Module]
 
 @dataclass(frozen=True, slots=True)
 class WindowNoise:
-    """The draws of one window of one row: `stage` is decode, init or inpaint, `start` its first latent frame."""
+    """The noise of one window of one row: `stage` is decode, init or inpaint, `start` its first latent frame."""
 
     source: NoiseSource
     stage: str
@@ -35,31 +35,31 @@ class WindowNoise:
         return self.source.window(f"{self.stage}/{name}", self.start, shape=shape, frame_axis=frame_axis, device=device)
 
 
-Noises = Sequence[WindowNoise] | None  # one per window of a batch, or None for no noise at all
+Noises = Sequence[WindowNoise] | None  # one per window of a batch; None: no noise
 
 
 class Pretransform(Protocol):
-    """Turns audio into frames and back."""
+    """Converts audio to frames and back."""
 
     samples_per_frame: int
     halo_frames: int  # frames on each side that can influence a frame's audio
-    is_placed: bool  # `decode` computes on the host where a window begins, which its noise tells
+    is_placed: bool  # `decode` depends on the window's start, which it reads on the host from the noise
 
     def encode(self, audio: Tensor) -> Tensor:
         """Audio (B, C, S) -> frames (B, P, ceil(S / samples_per_frame))."""
         ...
 
     def decode(self, frames: Tensor, noise: Noises) -> Tensor:
-        """Frames (B, P, N) -> audio (B, C, N * samples_per_frame). `noise` starts at a latent frame's edge."""
+        """Frames (B, P, N) -> audio (B, C, N * samples_per_frame). `noise` starts at a latent frame boundary."""
         ...
 
 
 class Encoder(Protocol):
-    """Turns frames into raw latents."""
+    """Encodes frames to raw latents."""
 
     frames_per_latent: int
     latent_multiple: int  # windows start and end at multiples of this many latents
-    noisy: bool  # draws noise when given some
+    noisy: bool  # uses noise if given
 
     def __call__(self, frames: Tensor, noise: Noises) -> Tensor:
         """(B, P, N) -> (B, D, F); N is padded at the end to whole latents."""
@@ -67,7 +67,7 @@ class Encoder(Protocol):
 
 
 class Decoder(Protocol):
-    """Turns latents that left the bottleneck into frames."""
+    """Decodes latents from the bottleneck to frames."""
 
     frames_per_latent: int
     latent_multiple: int
@@ -79,7 +79,7 @@ class Decoder(Protocol):
 
 
 class Bottleneck(Protocol):
-    """Turns raw latents into those the denoiser works on, and back."""
+    """Converts raw latents to the denoiser's latents and back."""
 
     def encode(self, raw: Tensor) -> Tensor:
         """(B, D, F) -> (B, D, F)."""
@@ -94,7 +94,7 @@ _BUILDERS: dict[tuple[PartKind, str], PartBuilder] = {}
 
 
 def register_part(kind: PartKind, *types: str) -> Callable[[PartBuilder], PartBuilder]:
-    """Register the decorated function as builder of `types`; it is given the part's own `config` section."""
+    """Register the decorated function as builder of `types`; it receives the part's `config` section."""
 
     def register(builder: PartBuilder) -> PartBuilder:
         for type_ in types:

@@ -1,6 +1,6 @@
-"""In which precision a decoder's products run: around the decoder only, everything else of a process stays exact.
+"""The precision of a decoder's products. It applies within the decoder only; all other computation stays exact.
 
-Knows devices and torch's layers, no family and no request.
+Depends on devices and torch's layers, not on families or requests.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from stable_audio_serve.models.switches import (
     tf32_products,
 )
 
-Products = Callable[[], AbstractContextManager[None]]  # makes the context around a decoder's products
-Product = Callable[..., Tensor]  # (layer, x, weight, **options) -> their product without bias, float32
+Products = Callable[[], AbstractContextManager[None]]  # creates the context for a decoder's products
+Product = Callable[..., Tensor]  # (layer, x, weight, **options) -> the product without bias, float32
 
 _FACTORS = ("input", "weight", "bias")
-_ARGUMENTS: Mapping[Any, tuple[str, ...]] = {  # of the layers that are split, in order
+_ARGUMENTS: Mapping[Any, tuple[str, ...]] = {  # the parameters of the split layers, in order
     F.linear: _FACTORS,
     F.conv1d: (*_FACTORS, "stride", "padding", "dilation", "groups"),
     F.conv_transpose1d: (*_FACTORS, "stride", "padding", "output_padding", "groups", "dilation"),
@@ -40,28 +40,28 @@ _FIRST_WITH_TF32 = 8  # CUDA compute capability, major
 
 
 def resolve_decode_precision(device: torch.device, precision: str | None) -> DecodePrecision:
-    """Returns `precision`; without one tf32 on a CUDA device that has it, else float32.
+    """Returns `precision`; the default is tf32 on a CUDA device that supports it, else float32.
 
-    Raises ConfigError for what the device cannot do, or does no faster than float32.
+    Raises ConfigError for a precision that the device does not support or that is no faster than float32.
     """
-    able = _able(device)
+    supported = _supported(device)
     if precision is None:
-        return "tf32" if "tf32" in able else "float32"
-    for choice in able:
+        return "tf32" if "tf32" in supported else "float32"
+    for choice in supported:
         if choice == precision:
             return choice
     what = "cannot be used on" if precision in get_args(DecodePrecision) else "is unknown; on"
-    allowed = ", ".join(able)
+    allowed = ", ".join(supported)
     message = f"decode_precision {precision!r} {what} {_name(device)}; allowed: {allowed}"
     raise ConfigError(message, field="decode_precision", allowed=allowed)
 
 
-def _able(device: torch.device) -> tuple[DecodePrecision, ...]:
+def _supported(device: torch.device) -> tuple[DecodePrecision, ...]:
     if device.type == "cuda":
         has_tf32 = torch.cuda.get_device_capability(device)[0] >= _FIRST_WITH_TF32
         return ("float32", "split", "tf32", "half") if has_tf32 else ("float32", "half")
     if device.type == "cpu" and has_native_bfloat16():
-        # Three products with AVX512-bf16 take 1.9 times one of float32.
+        # With AVX512-bf16, the three products of "split" take 1.9 times as long as one float32 product.
         return ("float32", "split", "half") if has_matrix_bfloat16() else ("float32", "half")
     return ("float32",)
 
@@ -73,7 +73,7 @@ def _name(device: torch.device) -> str:
 
 
 def decoder_products(precision: DecodePrecision, device: torch.device) -> Products:
-    """Returns the context in which a decoder's products run in `precision` on `device`."""
+    """Returns the context in which a decoder's products run with `precision` on `device`."""
     match precision:
         case "tf32":
             return _tf32
@@ -93,7 +93,7 @@ def _tf32() -> Iterator[None]:
 
 @contextmanager
 def _half(device: torch.device) -> Iterator[None]:
-    """Products and attention in half precision, their sums, norms, softmax and angles in float32."""
+    """Products and attention in half precision; sums, norms, softmax and angles in float32."""
     with PROCESS.shared(), torch.autocast(device.type, dtype=_half_dtype(device), cache_enabled=False):
         yield
 
@@ -109,10 +109,10 @@ def _half_dtype(device: torch.device) -> torch.dtype:
 
 
 def stored_dtypes(decoder: nn.Module, device: torch.device) -> dict[str, torch.dtype]:
-    """Returns the dtype of the layers, by name, that the precision half stores in it, or every call would cast them.
+    """Returns, by name, the layers that the precision half stores in half precision to avoid a cast on every call.
 
-    These are the layers with a matrix or a kernel of their own. Norms, learned tokens and what a kernel is computed
-    from stay in float32.
+    These are the layers with a matrix or kernel as a direct parameter. Norms, learned tokens and the factors of
+    computed kernels stay in float32.
     """
     half = _half_dtype(device)
     weights = {name: getattr(part, "weight", None) for name, part in decoder.named_modules()}
@@ -120,25 +120,25 @@ def stored_dtypes(decoder: nn.Module, device: torch.device) -> dict[str, torch.d
 
 
 def store_half(decoder: nn.Module, device: torch.device) -> None:
-    """Cast a decoder's layers once, in place."""
+    """Convert a decoder's layers to half precision, in place."""
     for name, dtype in stored_dtypes(decoder, device).items():
         for parameter in decoder.get_submodule(name).parameters(recurse=False):
             parameter.data = parameter.data.to(dtype)
 
 
 class SplitProducts(TorchFunctionMode):
-    """Every float32 linear layer and convolution is three products of bfloat16 parts, added in float32.
+    """Computes each float32 linear layer and convolution as three products of bfloat16 parts, added in float32.
 
-    A factor's parts are its rounding to bfloat16 and what that left, so that 16 of its bits count; the product of both
-    rests is left out.
+    A factor's parts are its rounding to bfloat16 and the remainder, 16 bits together. The product of the two remainders
+    is omitted.
     """
 
     def __init__(self, product: Product) -> None:
-        """`product` rounds its factors to bfloat16, or less."""
+        """`product` may round its factors to bfloat16."""
         super().__init__()
         self._product = product
 
-    def __torch_function__(  # noqa: PLR0917  # as torch calls it
+    def __torch_function__(  # noqa: PLR0917  # torch's signature
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -163,13 +163,13 @@ def _parts(factor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _bfloat16_product(layer: Callable[..., Tensor], x: Tensor, weight: Tensor, **options: Any) -> Tensor:  # noqa: PLR0917
-    """On a processor."""
+    """The product on a CPU."""
     with switched(bfloat16_processor_products()):
         return layer(x, weight, **options)
 
 
 def _cuda_product(layer: Callable[..., Tensor], x: Tensor, weight: Tensor, **options: Any) -> Tensor:  # noqa: PLR0917
-    """Linear layers multiply bfloat16; convolutions, which would return bfloat16 of it, multiply TF32."""
+    """The product on CUDA: bfloat16 for linear layers, TF32 for convolutions, whose bfloat16 output is too coarse."""
     if layer is not F.linear:
         with switched(tf32_convolutions()):
             return layer(x, weight, **options)

@@ -1,4 +1,4 @@
-"""The protocol between the engine and a model, with the values they exchange. Knows no family and no request queue.
+"""The protocol between the engine and a model, and the values that they exchange. Independent of families and queues.
 
 Alphabet: B batch rows, C channels, S audio samples, F latent frames, D latent channels, T text tokens.
 """
@@ -22,8 +22,8 @@ from stable_audio_serve.sampling.plan import Guidance, SamplerPlan
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """Facts about a loaded model: its card, which the checkpoint's own config has filled in, and what only the engine
-    needs to know.
+    """Facts about a loaded model: its card, completed from the checkpoint's config, and values that only the engine
+    needs.
     """
 
     card: ModelCard
@@ -31,32 +31,32 @@ class ModelSpec:
     max_frames: int  # latent frames of the longest window, headroom included
     default_sampler: str
     noisy_source_encoder: bool  # encoding a source draws noise, so each row needs its own encoding
-    tail_samples: int = 0  # of the longest window behind its last whole frame: a source's last latents depend on them
-    pads_rows: bool = True  # the network leaves invalid frames out; otherwise rows of equal length only share a call
-    packs_rows: bool = False  # the network takes packed batches
-    packs_segments: bool = False  # ... whose lengths only the device knows, and is fast at it
-    num_prefix: int = 0  # tokens of the network's own before each row's frames
-    is_compiled: bool = False  # the first call of a kind takes seconds, and calls of another shape may round otherwise
+    tail_samples: int = 0  # samples after the longest window's last whole frame; a source's last latents depend on them
+    pads_rows: bool = True  # the network masks invalid frames; if False, only rows of equal length share a call
+    packs_rows: bool = False  # the network accepts packed batches
+    packs_segments: bool = False  # the network accepts segments (row lengths on the device) and is fast with them
+    num_prefix: int = 0  # tokens that the network puts before each row's frames
+    is_compiled: bool = False  # the first call of a kind takes seconds, and results may depend on the call's shape
     dtype: torch.dtype = torch.float32  # of the denoiser
-    captures_decode: bool = False  # decoding is device work only, of latents and draws, wherever a window begins
+    captures_decode: bool = False  # decoding is device work only and does not depend on the window's start
 
 
 @dataclass(frozen=True, slots=True)
 class PromptTokens:
-    """Prompts as tokens: `told` is ids and mask, (B, 2, T) int64 on the host, mask 1 for real tokens.
+    """Prompts as tokens. `ids_and_mask` is (B, 2, T) int64 on the host; the mask is 1 for real tokens.
 
-    `chars_read` is how many of each prompt's first characters they stand for, None = all.
+    `chars_read` is the number of leading characters of each prompt that the tokens cover; None: all.
     """
 
-    told: Tensor
+    ids_and_mask: Tensor
     chars_read: tuple[int | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class TextEmbedding:
-    """One encoded prompt: `tokens` (T, width) on the model's device, `mask` (T,) bool, true for real tokens.
+    """One encoded prompt: `tokens` (T, width) on the model's device; `mask` (T,) bool, true for real tokens.
 
-    `chars_read` is how many of the prompt's first characters the tokens stand for, None = all.
+    `chars_read` is the number of leading characters of the prompt that the tokens cover; None: all.
     """
 
     prompt: str
@@ -68,9 +68,9 @@ class TextEmbedding:
     def each(
         cls, prompts: Sequence[str], tokens: Tensor, *, mask: Tensor, chars_read: Sequence[int | None]
     ) -> list[TextEmbedding]:
-        """Returns the prompts' own parts of tokens (B, T, width) and mask (B, T), where B may be larger."""
+        """Split tokens (B, T, width) and mask (B, T) by prompt; B may exceed the number of prompts."""
         real = mask.bool()
-        # Cloned, so that a cached prompt does not hold the whole batch's memory.
+        # Clone, so that a cached prompt does not keep the whole batch in memory.
         return [
             cls(prompt, tokens[i].clone(), real[i].clone(), chars)
             for i, (prompt, chars) in enumerate(zip(prompts, chars_read, strict=True))
@@ -78,13 +78,13 @@ class TextEmbedding:
 
     @property
     def num_bytes(self) -> int:
-        """Memory held by the tensors."""
+        """Memory of the tensors in bytes."""
         return self.tokens.nbytes + self.mask.nbytes
 
 
 @dataclass(frozen=True, slots=True)
 class WindowSpan:
-    """A window over latent frames [start, stop) of which only [keep_start, keep_stop) is written to the output."""
+    """A window over latent frames [start, stop), of which only [keep_start, keep_stop) is written to the output."""
 
     start: int
     stop: int
@@ -94,8 +94,9 @@ class WindowSpan:
 
 @dataclass(frozen=True, slots=True)
 class WindowRule:
-    """How latents may be cut into windows of any length that join to the whole: `halo` frames beside those that are
-    kept, the first frame a multiple of `multiple`. The halo is such a multiple, too.
+    """Constraints for cutting latents into windows of any length whose joined result equals the whole.
+
+    `halo` frames surround the kept ones; the first frame is a multiple of `multiple`, and so is the halo.
     """
 
     halo: int
@@ -104,14 +105,15 @@ class WindowRule:
 
 @dataclass(frozen=True, slots=True)
 class SourcePlan:
-    """Source audio made ready for the encoder: `samples` (C, S) float32 on the CPU at the model's rate, padded or
-    cropped to the row's frames and the window's tail; `windows` in latent frames."""
+    """Source audio prepared for the encoder: `samples` (C, S) float32 on the CPU at the model's rate, padded or cropped
+    to the row's frames and the window's tail. `windows` are in latent frames.
+    """
 
     samples: Tensor
     windows: tuple[WindowSpan, ...]
 
     def cut(self, span: WindowSpan, *, hop: int) -> Tensor:
-        """Returns one window's samples (C, S_window); the last one also has what follows the last whole frame."""
+        """Returns one window's samples (C, S_window). The last window includes the tail after its last whole frame."""
         stop = None if span is self.windows[-1] else span.stop * hop
         return self.samples[:, span.start * hop : stop]
 
@@ -120,12 +122,12 @@ class SourcePlan:
 class RowPlan:
     """Everything about one variation that is decided before it reaches the device.
 
-    `frames` is the row's own latent length with headroom, of which the first `valid_frames` take part in attention.
-    `output_samples` is the exact length of the result. `negative_prompt` is None unless some evaluation is guided
-    with one; `negative_numbers` None are those of the prompt. `keep_mask` (F,) float32, 1 = keep the source's latent,
-    0 = generate, or None without inpainting. A model that conditions on the mask gets it in `condition`; one that does
-    not blends its `sampler` (`sampling/blend.py`), and the engine keeps the frames. With a `decode_rule` the engine may
-    cut the frames that `decode_windows` cover otherwise.
+    `frames` is the row's latent length with headroom; the first `valid_frames` take part in attention.
+    `output_samples` is the exact length of the result. `negative_prompt` is None unless an evaluation is guided with
+    one; `negative_numbers` None means the prompt's numbers. `keep_mask` (F,) float32 is 1 to keep the source's latent,
+    0 to generate; None without inpainting. A model conditioned on the mask gets it in `condition`. For other models
+    the `sampler` blends (`sampling/blend.py`), and the engine restores the kept frames. With a `decode_rule` the engine
+    may replace `decode_windows` by other windows over the same frames.
     """
 
     seed: int
@@ -166,11 +168,11 @@ class DecodeWindow:
 
 @dataclass(frozen=True, slots=True)
 class BranchConditioning:
-    """Per-request constants of one denoiser input, by names that mean something to the model only.
+    """Per-request constants of one denoiser input, by names that only the model interprets.
 
-    `constants` have the same shape for every request; `by_frame` are (channels, F) with the row's own F. A name that a
-    branch leaves out stands for zeros, and takes nothing where all leave it out. So an adapter's low-rank terms,
-    stacked to one rank, can be constants: another adapter is another value, for which no call is captured again.
+    `constants` have the same shape for every request; `by_frame` are (channels, F) with the row's F. A missing name
+    means zeros; a name missing in all branches of a call takes no memory. An adapter's low-rank terms, padded to one
+    rank, can therefore be constants: another adapter is another value, and no call is captured again.
     """
 
     constants: Mapping[str, Tensor]
@@ -178,15 +180,15 @@ class BranchConditioning:
 
     @property
     def num_bytes(self) -> int:
-        """Device memory of all values."""
+        """Device memory of all values in bytes."""
         return sum(value.nbytes for value in (*self.constants.values(), *self.by_frame.values()))
 
 
 @dataclass(frozen=True, slots=True)
 class RowConditioning:
-    """The conditional branch and, when some evaluation is guided, the unconditional (or negative) one.
+    """The conditional branch and, if some evaluation is guided, the unconditional or negative branch.
 
-    A tensor that both branches have is kept once.
+    A tensor shared by both branches is stored once.
     """
 
     conditional: BranchConditioning
@@ -197,18 +199,18 @@ class RowConditioning:
 class StepBatch:
     """Rows that step together; a guided row appears twice, once per branch.
 
-    Padded: `x` (B, D, F) float32 (already scaled), `t` (B,) float32, `valid` (B, F) bool: invalid frames are neither
+    Padded: `x` (B, D, F) float32 (already scaled), `t` (B,) float32, `valid` (B, F) bool. Invalid frames are neither
     queries nor keys, and their output is unspecified. F is at least every row's frames.
 
-    Packed, for a model whose spec says `packs_rows`: `x` (1, D, N) holds the rows' `frames` one after another, of which
-    each row's first `valid_frames` are valid; `valid` is None. Equal lengths side by side are faster.
+    Packed, for a model with `packs_rows`: `x` (1, D, N) holds the rows' `frames` one after another; each row's first
+    `valid_frames` are valid, and `valid` is None. Adjacent rows of equal length are faster.
 
-    Either way `constants` (B, ...) and `by_frame` (B, channels, F) hold the branches' values by name; a name that no
-    branch has is missing.
+    In both cases `constants` (B, ...) and `by_frame` (B, channels, F) hold the branches' values by name, without the
+    names that no branch has.
 
-    With `segments`, for a model whose spec says `packs_segments`: `x` (1, D, N) and `by_frame` (1, channels, N) are by
-    token, zeros where no latent frame is. `constants` (S, ...) are whole memories of such values, and `slots` (B,)
-    int32 by name say which is each row's.
+    With `segments`, for a model with `packs_segments`: `x` (1, D, N) and `by_frame` (1, channels, N) are indexed by
+    token, with zeros at prefix tokens. `constants` (S, ...) are whole memories of values, and `slots` (B,) int32, by
+    name, give each row's index into them.
     """
 
     x: Tensor
@@ -223,7 +225,7 @@ class StepBatch:
 
     @classmethod
     def of(cls, x: Tensor, *, t: Tensor, valid: Tensor, branches: Sequence[BranchConditioning]) -> StepBatch:
-        """Returns a padded batch of rows with their own conditioning each, for callers that keep none on the device."""
+        """Returns a padded batch of rows with separate conditioning, for callers that keep none on the device."""
         constants = {name: _stack([branch.constants.get(name) for branch in branches]) for name in _names(branches)}
         padded = [
             {name: F.pad(value, (0, x.shape[-1] - value.shape[-1])) for name, value in branch.by_frame.items()}
@@ -240,28 +242,26 @@ def _names(branches: Sequence[BranchConditioning]) -> set[str]:
 
 
 def _stack(values: Sequence[Tensor | None]) -> Tensor:
-    """Returns the values, zeros for missing ones, with a batch axis in front."""
+    """Stack the values along a new batch axis, with zeros for missing ones."""
     like = next(value for value in values if value is not None)
     return torch.stack([torch.zeros_like(like) if value is None else value for value in values])
 
 
 class DiffusionModel(Protocol):
-    """A loaded model. All calls but `plan` happen on the engine's thread; `plan` is pure and runs anywhere."""
+    """A loaded model. All calls except `plan` run on the engine's thread; `plan` is pure and runs on any thread."""
 
     @property
-    def spec(self) -> ModelSpec:
-        """Facts about the model."""
-        ...
+    def spec(self) -> ModelSpec: ...
 
     @property
     def device(self) -> torch.device:
-        """Where tensors given to and returned by the other methods live."""
+        """The device of all tensor arguments and results, unless stated otherwise."""
         ...
 
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
-        """Returns one plan per variation. `frames` forces the latent length (a row that shares a reference batch).
+        """Returns one plan per variation. `frames` overrides the latent length (for a row of a reference batch).
 
-        Raises InvalidRequestError naming the field for what the model cannot do.
+        Raises InvalidRequestError naming the field for a request that the model cannot serve.
         """
         ...
 
@@ -270,7 +270,7 @@ class DiffusionModel(Protocol):
         ...
 
     def encode_audio(self, windows: Sequence[EncodeWindow]) -> list[Tensor]:
-        """Returns latents (D, F_window) float32 of windows that have one length; row-independent."""
+        """Returns latents (D, F_window) float32 of windows of equal length; row-independent."""
         ...
 
     def condition(
@@ -281,34 +281,36 @@ class DiffusionModel(Protocol):
         negative: TextEmbedding | None,
         inpaint_latents: Tensor | None,
     ) -> RowConditioning:
-        """Returns per-request constants of a row; `inpaint_latents` (D, frames), None without any or with a blend."""
+        """Returns a row's per-request constants. `inpaint_latents` is (D, frames); None without inpainting or if the
+        sampler blends.
+        """
         ...
 
     def denoise(self, batch: StepBatch) -> Tensor:
-        """Returns network output (B, D, F) float32, velocity or v as the plan's sampler expects; row-independent.
+        """Returns the network output (B, D, F) float32, velocity or v as the plan's sampler expects; row-independent.
 
-        Of a packed batch (1, D, N).
+        For a packed batch it is (1, D, N).
         """
         ...
 
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
-        """Returns audio (C, hop * F_window) float32 of windows that have one length, not clamped; row-independent."""
+        """Returns audio (C, hop * F_window) float32 of windows of equal length, not clamped; row-independent."""
         ...
 
 
 @runtime_checkable
 class TokenModel(Protocol):
-    """A model whose `encode_text` is host work, then device work only: `tokenize`, then `embed_tokens`."""
+    """A model whose `encode_text` splits into host work, `tokenize`, and device work, `embed_tokens`."""
 
     @property
     def text_size(self) -> tuple[int, int]:
-        """Tokens T of every prompt, padding included, and the width of their embeddings."""
+        """The number of tokens T per prompt, padding included, and the width of their embeddings."""
         ...
 
     def tokenize(self, prompts: Sequence[str]) -> PromptTokens:
-        """Returns the prompts' tokens, cut or padded to T."""
+        """Returns the prompts' tokens, truncated or padded to T."""
         ...
 
-    def embed_tokens(self, told: Tensor) -> Tensor:
-        """Returns tokens (B, T, width) float32 of ids and mask (B, 2, T) on the device; row-independent."""
+    def embed_tokens(self, ids_and_mask: Tensor) -> Tensor:
+        """Returns embeddings (B, T, width) float32 of ids and mask (B, 2, T) on the device; row-independent."""
         ...

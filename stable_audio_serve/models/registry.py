@@ -1,6 +1,6 @@
-"""Which models there are: the official ones by name, the packaged demo, and what an operator adds.
+"""The known models: the official ones by name, the packaged demo, and those that an operator adds.
 
-Knows files and facts, never weights: importing this module imports no torch, so that an ingress can use it.
+Handles files and facts, not weights. Importing this module imports no torch, so that an ingress can use it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ OFFICIAL_FILES = (CONFIG_FILE, WEIGHTS_FILE, f"{TEXT_ENCODER_FOLDER}/*")
 OPERATOR_FILES = (CONFIG_FILE, WEIGHTS_FILE, "*/*.json", "*/*.safetensors", "*/*.model")
 TEXT_ENCODER_FILES = ("config.json", "model*.safetensors*", "tokenizer*", "spiece.model", "special_tokens*")
 
-# Default steps and guidance of each objective: distilled models in few steps, base models with guidance.
+# Default steps and guidance by objective: few steps for distilled models, guidance for base models.
 OBJECTIVE_DEFAULTS: Mapping[str, tuple[int, float]] = {
     "rf_denoiser": (8, 1.0),
     "rectified_flow": (50, 7.0),
@@ -37,10 +37,10 @@ OBJECTIVE_DEFAULTS: Mapping[str, tuple[int, float]] = {
 
 @dataclass(frozen=True, slots=True)
 class ModelEntry:
-    """One model that can be loaded, and its card: from `folder` when set, else from `repo_id` at `revision`.
+    """One model that can be loaded, and its card. Files come from `folder` if set, else from `repo_id` at `revision`.
 
-    `files` are the patterns to download. `cap_s` is the longest duration that is allowed whatever the
-    checkpoint can do; None leaves it to the checkpoint. `backend` is whose networks it runs on.
+    `files` are the patterns to download. `cap_s` limits the duration below the checkpoint's own limit; None: no cap.
+    `backend` selects the network implementation.
     """
 
     card: ModelCard
@@ -120,7 +120,7 @@ BUILT_IN: Mapping[str, ModelEntry] = {
 
 
 def text_encoder_entry(repo_id: str) -> ModelEntry:
-    """Returns what to download of a text encoder that has a repository of its own."""
+    """Returns the download entry of a text encoder with a separate repository."""
     return ModelEntry(ModelCard(repo_id, "text-encoder"), repo_id=repo_id, files=TEXT_ENCODER_FILES)
 
 
@@ -132,13 +132,15 @@ def resolve_entry(
     revision: str | None = None,
     aliases: tuple[str, ...] = (),
     max_duration_s: float | None = None,
+    duration_padding_s: float | None = None,
     edit_schedule: EditSchedule | None = None,
     backend: NetworkBackend = "native",
 ) -> ModelEntry:
-    """Returns the entry of an operator's choice: a built-in name, a local folder (`path`) or a repository (`repo_id`).
+    """Returns the entry that an operator configured: a built-in name, a local folder (`path`) or a repository
+    (`repo_id`).
 
-    A built-in name with a folder or repository keeps its facts and loads those files. Reads no file: `describe_entry`
-    does. Raises ConfigError for an unknown name without a place to load from.
+    A built-in name with a folder or repository keeps its facts and loads those files. Reads no file; see
+    `describe_entry`. Raises ConfigError for an unknown name without a folder or repository.
     """
     base = BUILT_IN.get(name)
     if base is None and path is None and repo_id is None:
@@ -155,6 +157,9 @@ def resolve_entry(
         aliases=tuple(dict.fromkeys((*entry.card.aliases, *aliases))),
         max_duration_s=max_duration_s or entry.card.max_duration_s,
         edit_schedule=edit_schedule,
+        default_duration_padding_s=(
+            entry.card.default_duration_padding_s if duration_padding_s is None else duration_padding_s
+        ),
     )
     return replace(
         entry,
@@ -166,10 +171,11 @@ def resolve_entry(
 
 
 def describe_entry(entry: ModelEntry) -> ModelEntry:
-    """Returns the entry with family, rate, channels, length and objective from its config, if that is on this machine.
+    """Returns the entry with family, rate, channels, length and objective from its config, if available locally.
 
-    It is in the entry's folder, or in the hub's cache; no hub is asked. A built-in entry keeps its own steps and
-    guidance; every entry keeps a cap that is lower. Raises CheckpointError for a folder without a usable config.
+    The config is read from the entry's folder or the hub's cache, never from the hub. A built-in entry keeps its own
+    steps and guidance, and a cap below the config's length stays. Raises CheckpointError for a folder without a usable
+    config.
     """
     folder = _config_folder(entry)
     if folder is None:
@@ -192,7 +198,7 @@ def _config_folder(entry: ModelEntry) -> Path | None:
 
     try:
         found = try_to_load_from_cache(entry.repo_id, CONFIG_FILE, revision=entry.revision)
-    except (OSError, ValueError):  # no valid name, which whoever asks the hub explains
+    except (OSError, ValueError):  # an invalid name; the download reports it
         return None
     return Path(found).parent if isinstance(found, str) else None
 
@@ -213,14 +219,14 @@ def _sa3_card(card: ModelCard, config: ConfigReader, *, cap_s: float | None) -> 
 
 
 def open_card(card: ModelCard, config: ConfigReader, *, cap_s: float | None) -> ModelCard:
-    """Returns the card with what the config of a Stable Audio Open checkpoint says; `cap_s` is a lower cap, if any.
+    """Returns the card completed from the config of a Stable Audio Open checkpoint; `cap_s` is a lower cap, if any.
 
     Raises CheckpointError naming the key that cannot be used.
     """
     rate = config.integer("sample_rate", at_most=MAX_SAMPLES)
     model = config.section("model")
     hop = model.section("pretransform").section("config").integer("downsampling_ratio")
-    longest_s = config.integer("sample_size", at_most=MAX_SAMPLES) // hop * hop / rate  # the rest of a frame is cut
+    longest_s = config.integer("sample_size", at_most=MAX_SAMPLES) // hop * hop / rate  # whole frames only
     objective = model.section("diffusion").choice("diffusion_objective", tuple(OBJECTIVE_DEFAULTS), default="v")
     ids = [item.text("id") for item in model.section("conditioning").sections("configs")]
     return replace(
@@ -231,7 +237,7 @@ def open_card(card: ModelCard, config: ConfigReader, *, cap_s: float | None) -> 
         latent_channels=model.integer("io_channels"),
         objective=objective,
         max_duration_s=min(cap_s or longest_s, longest_s),
-        default_duration_padding_s=0.0,  # the window is always made as a whole
+        default_duration_padding_s=0.0,  # the whole window is always generated
         samplers=V_SAMPLERS if objective == "v" else FLOW_SAMPLERS,
         conditions_on_start="seconds_start" in ids,
     )

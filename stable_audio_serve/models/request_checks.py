@@ -1,4 +1,4 @@
-"""What every family asks of a request before it plans it: real text, finite numbers, at least one variation."""
+"""Checks that every family makes before planning a request: valid text, finite numbers, at least one variation."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from stable_audio_serve.core.generation import GenerationRequest
 
 
 def check_request(request: GenerationRequest) -> None:
-    """Raise InvalidRequestError naming the field whose value no model could use."""
+    """Raise InvalidRequestError naming a field whose value no model can use."""
     for field, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")):
         try:
-            text.encode()  # refuses lone surrogates, which JSON escapes can make: a tokenizer takes Unicode text only
+            text.encode()  # rejects lone surrogates, which JSON escapes can contain and tokenizers cannot read
         except UnicodeEncodeError:
             raise InvalidRequestError(f"{field} is not valid Unicode text", field=field) from None
     if request.batch_size < 1:

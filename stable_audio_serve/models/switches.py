@@ -1,4 +1,4 @@
-"""Torch's process-wide switches for rounded float32 products, changed by one thread at a time. Knows no network."""
+"""Torch's process-wide switches for rounded float32 products, changed by one thread at a time."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Switch = tuple[Any, str, object]  # torch's object, the attribute, the value tha
 
 
 class Process:
-    """Who changes switches is alone, others compute beside each other: several engines may live in one process.
+    """A readers-writer lock: changing a switch is exclusive, computing is shared by the engines of a process.
 
-    Who waits to be alone holds up those that come later, so that it waits for the calls in progress only.
+    A thread that waits for exclusive access blocks later ones, so it waits only for calls already in progress.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Process:
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """Inside, nobody changes a switch."""
+        """Returns a context in which no other thread changes a switch."""
         with self._turn, self._left:
             self._num_inside += 1
         try:
@@ -40,7 +40,7 @@ class Process:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Inside, nobody else computes."""
+        """Returns a context in which no other thread computes."""
         with self._turn:
             with self._left:
                 while self._num_inside:
@@ -52,7 +52,7 @@ PROCESS = Process()
 
 
 def exact(method: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Decorate a model's method whose float32 products are exact, whatever other models of this process do."""
+    """Decorate a model's method so that its float32 products are exact, whatever other models of the process do."""
 
     @functools.wraps(method)
     def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
@@ -64,7 +64,7 @@ def exact(method: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
 
 @contextmanager
 def switched(switches: Sequence[Switch]) -> Iterator[None]:
-    """Inside, products round; call it alone in the process."""
+    """Returns a context in which the switches are set; requires exclusive access."""
     before = [getattr(owner, name) for owner, name, _ in switches]
     try:
         for owner, name, value in switches:
@@ -81,15 +81,15 @@ def tf32_convolutions() -> list[Switch]:
 
 
 def tf32_products() -> list[Switch]:
-    """Returns the switches of convolutions and of cuBLAS's products, which fused attention reads, too.
+    """Returns the switches of convolutions and of cuBLAS's products, which fused attention also reads.
 
-    The names that torch has had from the start also set those of 2.9 (`fp32_precision`); the other way round, whoever
-    reads the older ones meets an error.
+    These old names also set the `fp32_precision` of torch 2.9. Setting only the new ones makes reading the old ones
+    raise an error.
     """
     return [(torch.backends.cuda.matmul, "allow_tf32", True), *tf32_convolutions()]
 
 
 def bfloat16_processor_products() -> list[Switch]:
-    """Returns the switches by which oneDNN rounds factors to bfloat16 and adds in float32 (torch 2.9 and later)."""
+    """Returns the switches that make oneDNN round factors to bfloat16 and add in float32 (torch 2.9 and later)."""
     mkldnn: Any = torch.backends.mkldnn
     return [(part, "fp32_precision", "bf16") for part in (mkldnn.matmul, mkldnn.conv)]

@@ -1,6 +1,6 @@
-"""Text encoders of checkpoints: a tokenizer and the network of a second repository, loaded from a folder.
+"""Text encoders of checkpoints: a tokenizer and a network from a separate repository, loaded from a folder.
 
-Which network that is each family decides; what comes out of it means nothing here.
+Each family chooses its network and interprets the output.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.protocol import PromptTokens
 
-# From a folder to the network and transformers' report of the loading (`output_loading_info`).
+# (folder) -> the network and transformers' loading report (`output_loading_info`)
 NetworkLoader = Callable[[Path], tuple[nn.Module, Mapping[str, Any]]]
 
 
 class TextEncoder:
-    """A tokenizer and an encoder whose hidden states are `width` wide; not part of the checkpoint's own weights."""
+    """A tokenizer and an encoder with hidden states of size `width`; not part of the checkpoint's weights."""
 
     def __init__(self, tokenizer: Any, encoder: nn.Module, *, width: int, max_length: int) -> None:
         self.tokenizer = tokenizer
@@ -29,24 +29,24 @@ class TextEncoder:
         self.max_length = max_length
 
     def tokenize(self, prompts: Sequence[str]) -> PromptTokens:
-        """Returns tokens with T = `max_length`, cut or padded on the right.
+        """Returns tokens with T = `max_length`, truncated or padded on the right.
 
-        Of an empty prompt a T5Gemma has no real token, a T5 one, which ends the text.
+        An empty prompt has no real token with T5Gemma, and one with T5, the end of the text.
         """
         encoded = self.tokenizer(
             list(prompts), truncation=True, max_length=self.max_length, padding="max_length", return_tensors="pt"
         )
-        told = torch.stack((encoded["input_ids"], encoded["attention_mask"]), dim=1)
-        return PromptTokens(told, chars_read(encoded, num_prompts=len(prompts)))
+        ids_and_mask = torch.stack((encoded["input_ids"], encoded["attention_mask"]), dim=1)
+        return PromptTokens(ids_and_mask, chars_read(encoded, num_prompts=len(prompts)))
 
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Returns hidden states (B, T, width) float32; padded positions are never keys, their values arbitrary.
+        """Returns hidden states (B, T, width) float32. Padding is never a key, and its values are arbitrary.
 
-        Device work only: the host is asked for nothing and waits for nothing.
+        Device work only; the host does not wait.
         """
         dtype = next(self.encoder.parameters()).dtype
-        # Given two axes, the library asks the device whether there is padding, and waits; it takes four as they are.
-        # Not minus infinity: a prompt without a real token must not become NaN.
+        # With a 2D mask, transformers checks on the host whether there is padding, and waits; it passes a 4D mask on.
+        # Not minus infinity: a prompt without real tokens would become NaN.
         added = torch.zeros(len(mask), 1, 1, mask.shape[1], device=mask.device, dtype=dtype)
         added.masked_fill_(mask[:, None, None, :] == 0, torch.finfo(dtype).min)
         hidden: Tensor = self.encoder(input_ids=ids, attention_mask=added).last_hidden_state
@@ -54,9 +54,9 @@ class TextEncoder:
 
 
 def chars_read(encoded: Any, *, num_prompts: int) -> tuple[int | None, ...]:
-    """Returns how many of each prompt's first characters a tokenizer's answer stands for, None = all.
+    """Returns how many leading characters of each prompt the tokens cover; None: all.
 
-    None also where the tokenizer is not one of the `tokenizers` package, which alone knows.
+    None also for tokenizers outside the `tokenizers` package, which do not report it.
     """
     if not encoded.is_fast:
         return (None,) * num_prompts
@@ -64,9 +64,9 @@ def chars_read(encoded: Any, *, num_prompts: int) -> tuple[int | None, ...]:
 
 
 def load_tokenizer_and_network(folder: Path, load_network: NetworkLoader) -> tuple[Any, nn.Module]:
-    """Returns the tokenizer of a folder and its network, ready for inference.
+    """Returns the tokenizer and network of a folder, ready for inference.
 
-    Raises CheckpointError when anything is missing; a weight absent from the files would be random.
+    Raises CheckpointError if anything is missing: transformers would fill a missing weight with random numbers.
     """
     from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging

@@ -1,6 +1,6 @@
-"""Reads weight files, safetensors and pickles of tensors, without holding a whole file in memory.
+"""Reads weight files (safetensors, and pickles of tensors) without holding a whole file in memory.
 
-Tensors are mapped: their numbers are read from the file when they are first used. Knows no network and no device.
+Files are memory-mapped: a tensor's values are read on first use. Independent of networks and devices.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.checkpoint_files import damaged
 
 TRAINING_PREFIXES = ("diffusion.", "diffusion_ema.")
-MAPPED_BYTES = 128 * 2**20  # what has been read of a mapped file counts as this process's memory until it is unmapped
+MAPPED_BYTES = 128 * 2**20  # read pages of a mapped file count as this process's memory until it is unmapped
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Returns all tensors of a file by key, on the CPU. Pickles are read by the unpickler that builds only tensors.
+    """Returns all tensors of a file by key, on the CPU. Pickles are loaded with `weights_only`.
 
-    Raises CheckpointError when the file is missing, corrupt, cut short, or a raw training checkpoint.
+    Raises CheckpointError if the file is missing, corrupt, truncated, or a raw training checkpoint.
     """
     weights = _read_pickle(path) if path.suffix == ".ckpt" else _read_safetensors(path)
     if any(key.startswith(TRAINING_PREFIXES) for key in weights):
@@ -37,15 +37,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def drain_weights(
     path: Path, weights: dict[str, Tensor], *, kept: Collection[str] = ()
 ) -> Iterator[tuple[str, Tensor]]:
-    """Empty `weights`, just read from `path`; yields every key with its tensor, most in the order of the file.
+    """Empty `weights`, just read from `path`: yield every key with its tensor, mostly in the order of the file.
 
-    First come those that the caller has `kept` mapped and does not read yet. For the others the file is mapped anew
-    every `MAPPED_BYTES`, so that no more of them stays in memory. Raises CheckpointError when the file has changed.
+    Keys in `kept` come first; the caller keeps them mapped and does not read them yet. For the others the file is
+    mapped again after every `MAPPED_BYTES`, which bounds the memory. Raises CheckpointError if the file changes.
     """
     identity = _identity(path)
     for key in kept:
         yield key, weights.pop(key)
-    read_bytes = MAPPED_BYTES if kept else 0  # not from their mapping, which would stay in memory with what they need
+    read_bytes = MAPPED_BYTES if kept else 0  # map again first, so that the `kept` mapping holds only what is kept
     for key in sorted(weights, key=lambda key: weights[key].data_ptr()):
         if read_bytes >= MAPPED_BYTES and _is_mapped(path):
             left = set(weights)
@@ -69,7 +69,7 @@ def _identity(path: Path) -> tuple[int, ...]:
 
 
 def _is_mapped(path: Path) -> bool:
-    """Whether reading a file maps it; pickles of before torch 1.6 are no archives and are read as a whole."""
+    """Whether a file can be mapped. Pickles from before torch 1.6 are not zip archives and are read completely."""
     return path.suffix != ".ckpt" or zipfile.is_zipfile(path)
 
 

@@ -1,7 +1,7 @@
-"""Which weights a checkpoint's files hold: one hash of every byte that shapes its sound. Reads files, builds nothing.
+"""Identifies a checkpoint's weights: one hash over every byte that affects its sound. Reads files, builds nothing.
 
-Sizes, times and samples of a file all miss a tensor that was replaced by another of its shape, so every byte is read:
-at the speed of SHA-256 (0.5 to 2 GB/s of a core), mostly beside the loading, which reads the same bytes from the disk.
+Every byte is read, because sizes, times and samples would miss a tensor replaced by another of its shape. Hashing runs
+at the speed of SHA-256 (0.5 to 2 GB/s per core), mostly while the same bytes are loaded from disk.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 def hash_weights(folder: Path, text_encoder: Path) -> str:
     """Returns 64 hexadecimal digits: SHA-256 of the names and digests of config, weights and text encoder.
 
-    The hub's cache calls large files by their SHA-256. Raises CheckpointError for one that has another content, and for
-    one that cannot be read.
+    The hub's cache names large files by their SHA-256. Raises CheckpointError if a file's content does not match its
+    name, or if a file cannot be read.
     """
     whole = hashlib.sha256()
     for name, path in _files(folder, text_encoder):
@@ -32,7 +32,7 @@ def hash_weights(folder: Path, text_encoder: Path) -> str:
 
 
 def _files(folder: Path, text_encoder: Path) -> Iterator[tuple[str, Path]]:
-    """Yields every file with the name it counts under, which does not depend on where it lies."""
+    """Yield every file with a name for the hash that does not depend on its folder."""
     yield "config", folder / CONFIG_FILE
     yield "weights", find_weights(folder)
     for path in sorted(text_encoder.iterdir()):

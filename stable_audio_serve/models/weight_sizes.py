@@ -1,4 +1,4 @@
-"""How many bytes a checkpoint's weights will take once they are loaded, by the shapes in its files; reads no weight."""
+"""Computes the size of a checkpoint's weights in memory from the shapes in its files, without reading the weights."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from stable_audio_serve.models.config_reader import read_config
 from stable_audio_serve.models.weight_files import read_weights
 
 _DENOISER_KEYS = "model.model."  # in both families
-_UNUSED = ("decoder.", "lm_head.")  # of a text encoder's files that hold a whole language model
-_OPEN_TEXT_BYTES = 2  # float16, whatever the files have
+_UNUSED = ("decoder.", "lm_head.")  # in text encoder files that contain a whole language model
+_OPEN_TEXT_BYTES = 2  # loaded as float16, whatever the file's dtype
 
 
 def weight_bytes(folder: Path, *, text_encoder: Path, dtype: torch.dtype) -> int:
-    """Returns the bytes of a checkpoint's networks and its text encoder's, the denoiser in `dtype`.
+    """Returns the bytes of a checkpoint's networks and its text encoder, with the denoiser in `dtype`.
 
     Raises CheckpointError for damaged files.
     """

@@ -1,6 +1,6 @@
-"""Fills modules from weight files, strictly: whatever does not fit the network is an error naming the key.
+"""Fills modules from weight files, strictly: a key that does not fit the network is an error that names it.
 
-Knows keys and modules, not families: a key's prefix tells which module it belongs to.
+A key's prefix selects the module. Independent of families.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def resolve_dtype(device: torch.device, dtype: str | torch.dtype | None, *, cpu_facts: Path = CPU_FACTS) -> torch.dtype:
-    """Returns the denoiser's precision; None is float16 on CUDA and float32 elsewhere.
+    """Returns the denoiser's precision; the default is float16 on CUDA and float32 elsewhere.
 
-    Autoencoder and conditioners stay in float32, the text encoder in the dtype of its files. Raises ConfigError naming
-    a precision that the device cannot compute in, or not faster: a CPU needs bfloat16 of its own, and has no float16.
+    Autoencoder and conditioners stay in float32; the text encoder keeps the dtype of its files. Raises ConfigError for
+    a precision that the device cannot compute, or not faster: a CPU needs native bfloat16 and does not run float16.
     """
     if dtype is None:
         return torch.float16 if device.type == "cuda" else torch.float32
@@ -45,9 +45,9 @@ def resolve_dtype(device: torch.device, dtype: str | torch.dtype | None, *, cpu_
 
 
 def require_exact_float32() -> None:
-    """Switch off what CUDA libraries do to speed up float32 and half precision by rounding, for the whole process.
+    """Disable, for the whole process, the CUDA libraries' rounding shortcuts for float32 and half precision.
 
-    Convolutions would otherwise run in TF32, whose 10 bits the autoencoder and every parity bound would notice.
+    Convolutions would otherwise round to the 10 bits of TF32, an error above the parity bounds.
     """
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -57,7 +57,7 @@ def require_exact_float32() -> None:
 
 @contextmanager
 def skipping_random_weights() -> Iterator[None]:
-    """Modules built inside are left uninitialised where torch would draw random weights; fill them before use."""
+    """Leave modules built inside uninitialised where torch would draw random weights; fill them before use."""
     with _SkipDraws():
         yield
 
@@ -65,7 +65,7 @@ def skipping_random_weights() -> Iterator[None]:
 class _SkipDraws(TorchFunctionMode):
     DRAWS = (Tensor.uniform_, Tensor.normal_)
 
-    def __torch_function__(  # noqa: PLR0917  # as torch calls it
+    def __torch_function__(  # noqa: PLR0917  # torch's signature
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         return args[0] if func in self.DRAWS else func(*args, **(kwargs or {}))
@@ -78,12 +78,11 @@ def load_weights(
     device: torch.device,
     dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
 ) -> None:
-    """Fill `modules` (by key prefix), which may be built on the meta device, from a weight file, one tensor at a time.
+    """Fill `modules` (by key prefix), which may be on the meta device, from a weight file, one tensor at a time.
 
-    Every parameter and stored buffer goes to `device` as the file has it and becomes float32 there, a parameter whose
-    key begins with one of `dtypes` what `cast_network` would make of it. On a CPU a tensor that needs no cast stays
-    mapped to the file. Raises CheckpointError naming the first key that is unknown, missing or of another shape, and
-    how many there are.
+    Every parameter and stored buffer is copied to `device` and becomes float32. Parameters whose key begins with one of
+    `dtypes` get that dtype, as with `cast_network`. On a CPU a tensor that needs no cast stays memory-mapped. Raises
+    CheckpointError with the first key that is unknown, missing or of another shape, and the number of such keys.
     """
     weights = read_weights(path)
     _check(modules, weights, source=path)
@@ -95,14 +94,14 @@ def load_weights(
 def assign_weights(modules: Mapping[str, nn.Module], weights: Mapping[str, Tensor], *, source: Path) -> None:
     """Set every parameter and stored buffer of `modules` (by key prefix) to its tensor, float32 and without gradient.
 
-    Raises CheckpointError as `load_weights` does; `source` is where the tensors are from.
+    Raises CheckpointError like `load_weights`; `source` is named in errors.
     """
     _check(modules, weights, source=source)
     _fill(modules, weights.items(), source=source, device=None, casts=_casts(modules, {}))
 
 
 def _casts(modules: Mapping[str, nn.Module], dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
-    """Returns what every key's tensor is to become."""
+    """Returns the target dtype of every key."""
     casts = {prefix + key: torch.float32 for prefix, module in modules.items() for key in module.state_dict()}
     parameters = [prefix + key for prefix, module in modules.items() for key, _ in module.named_parameters()]
     return casts | {key: dtype for prefix, dtype in dtypes.items() for key in parameters if key.startswith(prefix)}
@@ -150,7 +149,7 @@ def _fill(
 
 
 def _empty(module: nn.Module) -> list[str]:
-    """Returns the names of tensors that are still on the meta device: those that a module does not store."""
+    """Returns the names of tensors still on the meta device, which the module does not store."""
     return [
         f"{name}.{attribute}".lstrip(".")
         for name, part in module.named_modules()
@@ -160,6 +159,6 @@ def _empty(module: nn.Module) -> list[str]:
 
 
 def cast_network(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast a network's weights to `dtype`, in place. Buffers stay in float32: rotary angles are float32 arithmetic."""
+    """Cast a network's weights to `dtype`, in place. Buffers stay in float32 because rotary angles need it."""
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)

@@ -1,4 +1,4 @@
-"""Windows over latent frames, in which an autoencoder encodes and decodes what is long. Pure arithmetic, no tensors."""
+"""Windows over latent frames, for encoding and decoding long clips in parts. Pure arithmetic, no tensors."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from dataclasses import replace
 from stable_audio_serve.models.protocol import WindowRule, WindowSpan
 
 WINDOW_FRAMES, OVERLAP_FRAMES = 128, 32  # windows of the references' chunked encoding and decoding
-LONGEST_FRAMES = 512  # of a window that follows a rule
-_REDUNDANT_SHARE = 0.05  # what a planned window may decode beside the frames that it keeps, as a share of them
-WINDOW_GRID = 16  # clips of nearly one length decode windows of one length, which share calls
+LONGEST_FRAMES = 512  # of a window cut by a rule
+_REDUNDANT_SHARE = 0.05  # frames that a planned window may decode in addition to its kept ones, as a share of them
+WINDOW_GRID = 16  # windows of clips of similar length get equal lengths and share calls
 
 
 def whole_window(frames: int) -> tuple[WindowSpan, ...]:
-    """Returns one window over everything."""
+    """Returns a single window over all frames."""
     return (WindowSpan(0, frames, 0, frames),)
 
 
 def chunked_windows(frames: int, *, size: int = WINDOW_FRAMES, overlap: int = OVERLAP_FRAMES) -> tuple[WindowSpan, ...]:
-    """Returns windows of `size` frames every `size - overlap`, the last one anchored to the end.
+    """Returns windows of `size` frames every `size - overlap`; the last one is aligned to the end.
 
-    Joints are hard cuts half an overlap inside a window; where windows overlap further, the later one is kept. The
-    kept parts tile the frames exactly. Fewer than `size` frames are one window.
+    Joints are hard cuts half an overlap inside a window; where windows overlap more, the later one is used. The kept
+    parts tile the frames exactly. With fewer than `size` frames there is one window.
     """
     if frames <= size:
         return whole_window(frames)
@@ -32,11 +32,10 @@ def chunked_windows(frames: int, *, size: int = WINDOW_FRAMES, overlap: int = OV
 
 
 def halo_windows(frames: int, *, halo: int, kept: int = WINDOW_FRAMES, multiple: int = 1) -> tuple[WindowSpan, ...]:
-    """Returns windows of one length, in which `halo` frames beside those that are written are cut again.
+    """Returns windows of equal length that overlap by `2 * halo` frames; each keeps the frames outside its halos.
 
-    Their length is a multiple of `multiple`. As few as keep `kept` frames at most each (the outermost ones `halo`
-    more), and no longer than they have to be. Exact where a frame's result depends on no more than `halo` frames to
-    each side.
+    The length is a multiple of `multiple`. Uses the fewest windows that keep at most `kept` frames each (the outermost
+    ones `halo` more), as short as possible. Exact if a frame's result depends on at most `halo` frames on each side.
     """
     overlap = 2 * halo
     num_windows = max(math.ceil((frames - overlap) / kept), 1)
@@ -45,23 +44,23 @@ def halo_windows(frames: int, *, halo: int, kept: int = WINDOW_FRAMES, multiple:
 
 
 def audible_windows(frames: int, *, num_audible: int, rule: WindowRule) -> tuple[WindowSpan, ...]:
-    """Returns windows over the first `num_audible` of `frames` frames and a halo; nothing behind them can be heard.
+    """Returns windows over the first `num_audible` of `frames` frames plus a halo. Later frames are not audible.
 
-    The cut depends on these lengths alone. Few frames are decoded twice, so the windows are longer where halos are.
-    All windows of a clip have one length: on a GPU calls of one length share graphs, so long ones are on a fine grid.
+    The windows depend only on these lengths. Larger halos give longer windows, so that few frames are decoded twice.
+    All windows of a clip have one length. Long ones are on a fine grid, so that calls of equal length share GPU graphs.
     """
-    heard = min(frames, _round_up(num_audible + rule.halo, multiple=WINDOW_GRID))
+    num_decoded = min(frames, _round_up(num_audible + rule.halo, multiple=WINDOW_GRID))
     kept = _round_up(math.ceil(2 * rule.halo / _REDUNDANT_SHARE), multiple=rule.multiple)
     kept = min(max(kept, WINDOW_FRAMES), LONGEST_FRAMES - 2 * rule.halo)
     grid = WINDOW_GRID // 2 if kept > WINDOW_FRAMES else 1
-    spans = halo_windows(heard, halo=rule.halo, kept=kept, multiple=math.lcm(rule.multiple, grid))
+    spans = halo_windows(num_decoded, halo=rule.halo, kept=kept, multiple=math.lcm(rule.multiple, grid))
     return tuple(_aligned(span, rule) for span in spans)
 
 
 def cut_windows(first: int, *, frames: int, rule: WindowRule, longest: int) -> list[WindowSpan]:
-    """Returns windows that keep [first, frames), `longest` frames each but the last; `first` is a multiple or 0.
+    """Returns windows that keep [first, frames), each `longest` frames except the last. `first` is 0 or a multiple.
 
-    Their lengths are few: the last one is on a grid where it can be, by beginning earlier.
+    The last window's length is on a grid where possible, by starting earlier, so that few lengths occur.
     """
     longest = max(shortest_window(rule), longest // rule.multiple * rule.multiple)
     spans: list[WindowSpan] = []
@@ -77,12 +76,12 @@ def cut_windows(first: int, *, frames: int, rule: WindowRule, longest: int) -> l
 
 
 def shortest_window(rule: WindowRule) -> int:
-    """Returns the least length of a window that is cut: it keeps half of its frames, or more."""
+    """Returns the shortest window length for cutting, which keeps at least half of its frames."""
     return _round_up(max(4 * rule.halo, WINDOW_GRID), multiple=rule.multiple)
 
 
 def _aligned(span: WindowSpan, rule: WindowRule) -> WindowSpan:
-    """Returns the window, begun at a multiple."""
+    """Returns the window with its start moved back to a multiple."""
     return replace(span, start=span.start // rule.multiple * rule.multiple)
 
 

@@ -1,7 +1,7 @@
-"""One Brownian path over noise levels, as the references draw it, to replay their runs in verification.
+"""A Brownian path over noise levels, drawn as in the references, to replay their runs for verification.
 
-Generation does not need it: the steps of a sampler do not overlap, so the path's increments over them are independent
-and one normal draw per step has the same distribution. Knows nothing of samplers.
+Generation does not need it: a sampler's steps do not overlap, so the path's increments over them are independent, and
+one normal draw per step has the same distribution. Independent of samplers.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 
 _DECIMALS = 6  # levels are rounded to 1e-6
 _POOL_SIZE = 24
-MAX_ENTROPY = 2**63 - 1  # a run draws its path's integer below this
+MAX_ENTROPY = 2**63 - 1  # the exclusive bound of a path's random integer
 
 
 class BrownianTree:
-    """A path W on `start`..`end` that is a pure function of `entropy`, computed by bisection.
+    """A path W on `start`..`end`, computed by bisection as a pure function of `entropy`.
 
-    An increment depends on its two levels alone, not on earlier calls. Levy's construction of Brownian motion, with
+    An increment depends only on its two levels, not on earlier calls. Uses Levy's construction of Brownian motion with
     the seeds of torchsde's tree ("Efficient and Accurate Gradients for Neural SDEs", arXiv 2105.13493).
     """
 
@@ -36,7 +36,7 @@ class BrownianTree:
         self._total = math.sqrt(end - start) * self._normal(int(words[0]))
 
     def increment(self, low: float, high: float) -> Tensor:
-        """Returns W(high) - W(low), `shape`, float32 on the CPU; levels beyond the ends count as the ends."""
+        """Returns W(high) - W(low), `shape`, float32 on the CPU; levels are clamped to the ends."""
         return (self._value(high) - self._value(low)).float()
 
     def _value(self, level: float) -> Tensor:
@@ -66,9 +66,9 @@ class BrownianTree:
 
 
 def brownian_steps(entropy: int, sigmas: Sequence[float], *, shape: tuple[int, ...]) -> list[Tensor]:
-    """Returns the path's unit-variance noise for each pair of adjacent positive levels of the falling `sigmas`.
+    """Returns the path's unit-variance noise for each pair of adjacent positive levels of the descending `sigmas`.
 
-    For the step from s to n: `-(W(s) - W(n)) / sqrt(s - n)`, `shape`, float32 on the CPU.
+    For the step from s to n it is `-(W(s) - W(n)) / sqrt(s - n)`, `shape`, float32 on the CPU.
     """
     levels = [sigma for sigma in sigmas if sigma > 0.0]
     tree = BrownianTree(entropy, start=min(levels), end=max(levels), shape=shape)
@@ -77,9 +77,9 @@ def brownian_steps(entropy: int, sigmas: Sequence[float], *, shape: tuple[int, .
 
 @dataclass(frozen=True, slots=True)
 class ReplayPath:
-    """The Brownian path of a reference run over the whole batch's `shape`: one integer drawn, then a path in `sigmas`.
+    """The Brownian path of a reference run over the batch's `shape`: draws one integer, then a path over `sigmas`.
 
-    Serves the sampler's draws 0, 1, ... ("step"), one per step between two positive levels.
+    Provides the sampler's draws 0, 1, ... ("step"), one per step between two positive levels.
     """
 
     sigmas: tuple[float, ...]

@@ -1,4 +1,4 @@
-"""DDIM for networks trained for v, over their own time: v = alpha eps - beta x0 with alpha = cos(pi t/2), beta = sin.
+"""DDIM for networks trained for v, over the network's time: v = alpha eps - beta x0, alpha = cos(pi t/2), beta = sin.
 
 "Denoising Diffusion Implicit Models" (arXiv 2010.02502) without noise, in the v form of arXiv 2202.00512.
 """
@@ -18,12 +18,12 @@ _X = register(0)
 
 
 def ddim(steps: int, level: float, *, guidance: Guidance, has_source: bool) -> SamplerPlan:
-    """Returns the plan of DDIM from time `level` (above 1 counts as 1) to 0; all noise is from the guided output."""
+    """Returns the plan of DDIM from time `level` (clamped to 1) to 0; all noise comes from the guided output."""
     return _plan(steps, level, guidance=guidance, has_source=has_source, renoise=VELOCITY)
 
 
 def ddim_cfgpp(steps: int, level: float, *, guidance: Guidance, has_source: bool) -> SamplerPlan:
-    """Returns the plan of DDIM with a guided clean estimate; where guidance is on, noise is from the unguided branch.
+    """Returns the plan of DDIM with a guided clean estimate; in guided steps, noise comes from the unguided branch.
 
     "CFG++: Manifold-constrained Classifier Free Guidance for Diffusion Models" (arXiv 2406.08070).
     """
@@ -31,7 +31,7 @@ def ddim_cfgpp(steps: int, level: float, *, guidance: Guidance, has_source: bool
 
 
 def _plan(steps: int, level: float, *, guidance: Guidance, has_source: bool, renoise: Terms) -> SamplerPlan:
-    """Returns a plan of one register. The result is the last clean estimate; times and shares are float32 values."""
+    """Returns a plan with one register. The result is the last clean estimate; times and weights are float32 values."""
     check_steps(steps)
     times = torch.linspace(min(level, 1.0), 0, steps + 1, dtype=torch.float32)[:-1]
     alphas: list[float] = torch.cos(times * math.pi / 2).tolist()

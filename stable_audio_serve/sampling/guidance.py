@@ -1,8 +1,8 @@
-"""Guidance between the network and the sampler: classifier-free, adaptive projected (APG), norm threshold, rescale.
+"""Guidance between network and sampler: classifier-free, adaptive projected (APG), norm threshold, rescale.
 
-Row-independent to the last bit: every row has its own parameters, and sums are trees whose shape depends only on the
-model's channels and on the frame index, so neither neighbours nor padding change how a row's values are added. Knows
-nothing of networks.
+Row-independent to the last bit: every row has separate parameters. Sums are trees whose shape depends only on the
+model's channels and on the frame index, so neither neighbours nor padding change the order in which a row's values are
+added. Independent of networks.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from stable_audio_serve.sampling.plan import Guidance
 
 NUM_GUIDANCE = 4
 
-# Adds up each row of (B, D, F): (B, 1, 1).
+# Sums each row of (B, D, F): (B, 1, 1).
 RowSum = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class GuidanceUse:
-    """Which of the optional parts any row uses, known without looking at the device; the others are skipped."""
+    """The optional parts that at least one row uses, known on the host; the others are skipped."""
 
     apg: bool = True
     norm_threshold: bool = True
@@ -31,7 +31,7 @@ class GuidanceUse:
 
     @classmethod
     def of(cls, rows: Sequence[Guidance]) -> GuidanceUse:
-        """Returns the use of guided rows."""
+        """Returns the parts that these guided rows use."""
         return cls(
             apg=any(row.apg_scale != 0.0 for row in rows),
             norm_threshold=any(row.norm_threshold > 0.0 for row in rows),
@@ -80,19 +80,19 @@ def guidance_values(row: Guidance) -> tuple[float, float, float, float]:
 
 @dataclass(frozen=True, slots=True)
 class PagedRows:
-    """N rows cut into B pages of as many frames, a power of two: how to add up a row as if it lay in one piece."""
+    """N rows cut into B pages of equal length, a power of two, so that each row can be summed as if it were whole."""
 
-    pages: Tensor  # (N, P): each row's pages, in order; B for those that it does not have
+    pages: Tensor  # (N, P): each row's pages, in order; B marks missing ones
     rows: Tensor  # (B,): each page's row
 
     def sum(self, values: Tensor) -> Tensor:
-        """Returns each page's row's sum (B, 1, 1) of (B, D, F), to the bit what an uncut row gives."""
+        """Sum (B, D, F) over each page's row: (B, 1, 1), bit-identical to the sum of an uncut row."""
         own = torch.nn.functional.pad(row_sum(values).flatten(), (0, 1))
         return _tree_sum(own[self.pages][..., None]).index_select(0, self.rows)
 
 
 def row_sum(values: Tensor) -> Tensor:
-    """Returns the sum of each row of (B, D, F): (B, 1, 1)."""
+    """Sum each row of (B, D, F): (B, 1, 1)."""
     return _tree_sum(_tree_sum(values).transpose(1, 2))
 
 
@@ -108,13 +108,12 @@ def guide(
 ) -> Tensor:
     """Returns the guided output (B, D, F) float32 of rows at `x` (B, D, F), `times` (B,).
 
-    `conditional` and `unconditional` (B, D, F) are the network's, any float type. Plain guidance and rescale hold for
-    any output that is linear in the clean estimate; the projection and the threshold, which are defined on that
-    estimate, for velocities (x - t v). The formula divides by no time, so it is exact down to t = 0:
-    v_c - (s - 1) d, with d = v_u - v_c after projection and threshold. Statistics use only frames where `valid`
-    (B, F) bool is true, all of them if it is None; elsewhere the result is unspecified. `add_up` differs where a row is
-    in several pieces. A part that no row uses is
-    skipped, which changes no bit of the others: its weight would be exactly 0 or 1.
+    `conditional` and `unconditional` (B, D, F) are the network's outputs in any float type. Plain guidance and rescale
+    hold for any output that is linear in the clean estimate. The projection and the threshold are defined on the clean
+    estimate x - t v, so they require velocities. The formula never divides by a time, so it is exact down to t = 0:
+    v_c - (s - 1) d, with d = v_u - v_c after projection and threshold. Statistics use only frames where `valid` (B, F)
+    bool is true, None: all; elsewhere the result is unspecified. `add_up` is replaced for rows in several pieces.
+    Parts that no row uses are skipped, which changes no bit of the result.
     """
     x, t = x.float(), times.float()[:, None, None]
     v_cond = conditional.float()
@@ -134,9 +133,9 @@ def guide(
 def _limit_norm(
     difference: Tensor, valid: Tensor | None, *, times: Tensor, threshold: Tensor, add_up: RowSum
 ) -> Tensor:
-    """Returns the difference of velocities, scaled in rows where the clean estimates' would exceed L2 norm `threshold`.
+    """Scale the difference of velocities in rows where the clean estimates' difference exceeds L2 norm `threshold`.
 
-    Clean estimates differ by t times as much; 0 is no threshold.
+    The clean estimates' difference is t times as large. A threshold of 0 means no limit.
     """
     norm = times * add_up(_valid_only(difference * difference, valid)).sqrt()
     limited = difference * (threshold / norm).clamp(max=1.0)
@@ -144,19 +143,19 @@ def _limit_norm(
 
 
 def _orthogonal_part(difference: Tensor, clean: Tensor, *, valid: Tensor | None, add_up: RowSum) -> Tensor:
-    """Returns `difference` without its projection on `clean`; 0 on invalid frames.
+    """Subtract from `difference` its projection on `clean`; the result is 0 in invalid frames.
 
     Reference: "Eliminating Oversaturation and Artifacts of High Guidance Scales" (arXiv 2410.02416), without momentum.
     """
     clean = _valid_only(clean, valid)
-    floor = 1e-12 if valid is None else 1e-8  # the references' two variants
+    floor = 1e-12 if valid is None else 1e-8  # the two variants in the references
     direction = clean / add_up(clean * clean).sqrt().clamp(min=floor)
     along = add_up(_valid_only(difference * direction, valid))
     return _valid_only(difference - along * direction, valid)
 
 
 def _rescale(velocity: Tensor, v_cond: Tensor, *, amount: Tensor) -> Tensor:
-    """Returns the velocity, blended towards the conditional one's standard deviation over channels, per frame."""
+    """Blend the velocity towards the conditional velocity's standard deviation over channels, per frame."""
     matched = velocity * _channel_std(v_cond) / _channel_std(velocity)
     return torch.where(amount == 0.0, velocity, amount * matched + (1.0 - amount) * velocity)
 
@@ -169,12 +168,12 @@ def _channel_std(values: Tensor) -> Tensor:
 
 
 def _valid_only(values: Tensor, valid: Tensor | None) -> Tensor:
-    """Returns the values with 0 in invalid frames, even where they hold NaN."""
+    """Set invalid frames to 0, even if they are NaN."""
     return values if valid is None else torch.where(valid[:, None, :], values, 0.0)
 
 
 def _tree_sum(values: Tensor) -> Tensor:
-    """Returns the sum over axis 1 (kept), added pairwise so that zeros appended to the axis change no bit."""
+    """Sum over axis 1 (kept), added pairwise, so that appended zeros do not change the result."""
     while (count := values.shape[1]) > 1:
         paired = values[:, 0 : count - 1 : 2] + values[:, 1::2]
         values = torch.cat((paired, values[:, -1:]), dim=1) if count % 2 else paired

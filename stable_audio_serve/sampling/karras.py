@@ -1,7 +1,7 @@
-"""Noise levels of the models that are sampled over sigma: Karras, exponential and polyexponential grids.
+"""Noise levels for models sampled over sigma: Karras, exponential and polyexponential grids.
 
 All arithmetic is float32 in the references' order of operations, because the network's time features amplify the last
-bit of a level. Knows nothing of samplers or of how a level becomes a time.
+bit of a level. Independent of samplers and of the conversion from level to time.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ MAX_RHO = 100.0
 
 @dataclass(frozen=True, slots=True)
 class SigmaRange:
-    """A row's highest and lowest noise level and the spacing of the levels between (`rho` 1: evenly in ln sigma).
+    """A row's highest and lowest noise level, and the spacing of the levels between (`rho` 1: even in ln sigma).
 
-    Raises InvalidRequestError on `sigma_min`, `sigma_max` (which must be the larger) and `rho`.
+    Raises InvalidRequestError on `sigma_min`, `sigma_max` (which must be larger) and `rho`.
     """
 
     sigma_min: float
@@ -46,34 +46,35 @@ class SigmaRange:
 def polyexponential_sigmas(steps: int, span: SigmaRange) -> Tensor:
     """Returns exp(r (ln max - ln min) + ln min) with r = linspace(1, 0)**rho, then 0; (steps + 1,) float32.
 
-    The grid of Stable Audio Open. Raises InvalidRequestError on `steps`, and on `rho` where two levels coincide.
+    This is the grid of Stable Audio Open. Raises InvalidRequestError on `steps`, and on `rho` if two levels coincide.
     """
     check_steps(steps)
     ramp = torch.linspace(1, 0, steps, dtype=torch.float32) ** span.rho
     low, high = math.log(span.sigma_min), math.log(span.sigma_max)
-    return _ended(torch.exp(ramp * (high - low) + low))
+    return _append_zero(torch.exp(ramp * (high - low) + low))
 
 
 def exponential_sigmas(steps: int, span: SigmaRange) -> Tensor:
     """Returns levels evenly spaced in ln sigma, then 0; (steps + 1,) float32. Ignores `rho`."""
     check_steps(steps)
     low, high = math.log(span.sigma_min), math.log(span.sigma_max)
-    return _ended(torch.linspace(high, low, steps, dtype=torch.float32).exp())
+    return _append_zero(torch.linspace(high, low, steps, dtype=torch.float32).exp())
 
 
 def karras_sigmas(steps: int, span: SigmaRange) -> Tensor:
     """Returns levels evenly spaced in sigma**(1 / rho), then 0; (steps + 1,) float32.
 
-    Equation 5 of "Elucidating the Design Space of Diffusion-Based Generative Models" (arXiv 2206.00364), rho 7 there.
+    Equation 5 of "Elucidating the Design Space of Diffusion-Based Generative Models" (arXiv 2206.00364), with rho 7
+    there.
     """
     check_steps(steps)
     ramp = torch.linspace(0, 1, steps, dtype=torch.float32)
     low, high = span.sigma_min ** (1 / span.rho), span.sigma_max ** (1 / span.rho)
-    return _ended((high + ramp * (low - high)) ** span.rho)
+    return _append_zero((high + ramp * (low - high)) ** span.rho)
 
 
-def _ended(levels: Tensor) -> Tensor:
-    """Returns the levels and a final 0. Raises InvalidRequestError if two are equal: their step has no slope."""
+def _append_zero(levels: Tensor) -> Tensor:
+    """Append a final 0. Raises InvalidRequestError if two levels are equal, because their step has no slope."""
     if not (levels[:-1] > levels[1:]).all():
         message = f"these sigma_min, sigma_max and rho leave two equal noise levels in {len(levels)} steps"
         raise InvalidRequestError(message, field="rho")

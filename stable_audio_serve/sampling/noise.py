@@ -1,7 +1,6 @@
 """Sources of randomness, one per row, so that neighbours, windows and devices cannot change a row's draws.
 
-`SeededNoise` is used for generation; `ReplayNoise` repeats a reference run's draws for verification. Knows nothing of
-models.
+`SeededNoise` serves generation. `ReplayNoise` repeats a reference run's draws for verification. Independent of models.
 """
 
 from __future__ import annotations
@@ -45,14 +44,15 @@ class NoiseSource(Protocol):
 
 
 class SeededNoise:
-    """The noise of a row, from its seed alone.
+    """The noise of a row, determined by its seed.
 
-    Latents draw from one CPU generator, in the order and shape of a single-row reference run with that seed. Windows
-    draw in blocks of 32 latent frames from generators derived from (seed, stage, block) on the model's device.
+    Latents are drawn from one CPU generator, in the order and shape of a single-row reference run with that seed.
+    Windows are drawn in blocks of 32 latent frames, from generators derived from (seed, stage, block) on the model's
+    device.
     """
 
     def __init__(self, seed: int) -> None:
-        """`seed` is any integer; seeds that differ by a multiple of 2**64 give the same noise."""
+        """`seed` is any integer; seeds equal modulo 2**64 give the same noise."""
         self._seed = seed % 2**64
         self._generator = torch.Generator(device=_CPU).manual_seed(self._seed)
 
@@ -82,9 +82,9 @@ class SeededNoise:
 
 @dataclass(frozen=True, slots=True)
 class ReplayDraw:
-    """One draw of a reference run, of `shape` over the whole batch.
+    """One draw of a reference run; `shape` covers the whole batch.
 
-    `stage` is "initial", "step" or a window's; `index` is the number of the step or the window's first latent frame.
+    `stage` is "initial", "step" or a window's stage; `index` is the step's number or the window's first latent frame.
     """
 
     stage: str
@@ -92,16 +92,16 @@ class ReplayDraw:
     shape: tuple[int, ...]
 
     def make(self, generator: torch.Generator) -> dict[tuple[str, int], Tensor]:
-        """Returns the draw by its stage and index."""
+        """Returns the draw under its stage and index."""
         return {(self.stage, self.index): torch.randn(self.shape, generator=generator, dtype=torch.float32)}
 
 
 class ReplayNoise:
     """The draws of a reference run over `num_rows` rows, from one CPU generator in the script's order.
 
-    Neither the order of calls nor their thread matters: before a draw, all draws before it in the script are made,
-    each once, and each row gets its part. A draw as large as one row's is shared by all (source audio is
-    encoded once per run).
+    The result does not depend on the order or thread of calls: before a draw, all earlier draws of the script are made,
+    each once, and each row gets its part. A draw of one row's size is shared by all rows (source audio is encoded once
+    per run).
     """
 
     def __init__(self, seed: int, script: Sequence[ReplayDraw | ReplayPath], *, num_rows: int) -> None:
@@ -116,7 +116,7 @@ class ReplayNoise:
         return _ReplayRow(self, index)
 
     def draw(self, stage: str, index: int) -> Tensor:
-        """Returns the draw of the whole batch, float32 on the CPU. Raises GenerationError if the script has none."""
+        """Returns the whole batch's draw, float32 on the CPU. Raises GenerationError if the script has none."""
         with self._lock:
             while (stage, index) not in self._made:
                 if not self._pending:
@@ -125,7 +125,7 @@ class ReplayNoise:
             return self._made[stage, index]
 
     def share(self, stage: str, index: int, *, row: int, shape: tuple[int, ...]) -> Tensor:
-        """Returns the part of row `row` in a draw, in `shape`. Raises GenerationError if the sizes do not match."""
+        """Returns row `row`'s part of a draw, in `shape`. Raises GenerationError if the sizes do not match."""
         drawn = self.draw(stage, index)
         size = torch.Size(shape).numel()
         if drawn.numel() == size:

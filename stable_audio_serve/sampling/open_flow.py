@@ -1,7 +1,7 @@
-"""The flow samplers of the Stable Audio Open family, where they differ from those of Stable Audio 3.
+"""The flow samplers of the Stable Audio Open family where they differ from those of Stable Audio 3.
 
-Euler and ping-pong differ only in their times; DPM-Solver++ has no lower bound of the log-SNR, so its second step
-from pure noise does not extrapolate; RK4 runs on even times down to 0. Knows nothing of networks or requests.
+Euler and ping-pong differ only in their times. DPM-Solver++ has no lower bound of the log-SNR, so its second step from
+pure noise does not extrapolate. RK4 uses even times down to 0. Independent of networks and requests.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _X, _PREVIOUS, _TOTAL = register(0), register(1), register(2)
 def open_flow_times(sampler: str, steps: int, *, level: float, shift: TimestepShift, length: float) -> Tensor:
     """Returns the times of `sampler` from `level` to 0, (steps + 1,) float32, for a row of `length` latent frames.
 
-    RK4's times are evenly spaced, then warped by `shift`. The others' are evenly spaced in log-SNR; if `level` is below
-    about 0.12, times between rise above it, as in the references. Raises InvalidRequestError on `steps` and
+    RK4's times are evenly spaced, then warped by `shift`. Other samplers' times are evenly spaced in log-SNR; if
+    `level` is below about 0.12, inner times exceed it, as in the references. Raises InvalidRequestError on `steps` and
     `init_noise_level`.
     """
     check_steps(steps)
@@ -45,8 +45,8 @@ def build_open_flow_plan(
 ) -> SamplerPlan:
     """Returns the plan of `sampler` on one row's `times` (steps + 1,) float32, ending at 0.
 
-    With a source, the initial latent is (1 - level) source + level noise, else it is the noise. `level` is the first
-    time by default; RK4's first time may be another, because the shift of the times does not move the mixture. Raises
+    With a source, the initial latent is (1 - level) source + level noise, otherwise it is the noise. `level` defaults
+    to the first time; for RK4 it may differ, because the shift of the times does not change the mixture. Raises
     InvalidRequestError on `sampler_type`.
     """
     if sampler in ("euler", "pingpong"):
@@ -61,8 +61,8 @@ def build_open_flow_plan(
 def _dpmpp(times: Tensor, guidance: Guidance) -> PlanWriter:
     """DPM-Solver++(2M) (arXiv 2211.01095) with lambda = ln((1 - t) / t): x = (t'/t) x + (1 - t')(1 - e^-h) d'.
 
-    Registers: x, the clean estimate d = x - t v of the step before. d' extrapolates from it, except in the last step;
-    from t = 1, where lambda is -inf, the difference has weight 0.
+    Registers: x, the previous clean estimate d = x - t v. d' extrapolates from it, except in the last step. From t = 1,
+    where lambda is -inf, the extrapolation has weight 0.
     """
     writer, guided = PlanWriter(2), guided_times(guidance)
     values: list[float] = times.tolist()
@@ -81,9 +81,9 @@ def _dpmpp(times: Tensor, guidance: Guidance) -> PlanWriter:
 
 
 def _rk4(times: Tensor, guidance: Guidance) -> PlanWriter:
-    """The classical Runge-Kutta method of order 4; its last call is at t' itself, which may be 0.
+    """The classical Runge-Kutta method of order 4; its last network call is at t' itself, which may be 0.
 
-    Registers: x, the point the network sees next, x plus the weighted slopes so far.
+    Registers: x, the network's next input, x plus the weighted slopes so far.
     """
     writer, guided = PlanWriter(3), guided_times(guidance)
     for current, following in itertools.pairwise(times):

@@ -1,7 +1,7 @@
-"""A sampler as data. A plan describes, for each evaluation, the network's input and how the row's registers change, so
+"""A sampler as data. A plan lists, for each evaluation, the network's input and the update of the row's registers, so
 that rows with different samplers at different steps share one fused update.
 
-Knows nothing of networks, devices or requests.
+Independent of networks, devices and requests.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Blend:
-    """In the kept frames, register `register` becomes `source z + noise eps'` (see `sampling/blend.py`)."""
+    """Sets register `register` to `source z + noise eps'` in the kept frames (see `sampling/blend.py`)."""
 
     register: int
     source: float
@@ -24,9 +24,8 @@ class Evaluation:
 
     With registers r_0..r_{R-1}, guided output v, unguided output v_u and fresh noise eps:
     `r'_i = sum_j a[i][j] r_j + b[i] v + b_uncond[i] v_u + c[i] eps`. A zero coefficient skips its term.
-    `t` and `sigma` are float32 values held in Python floats. With `draws_noise`, a noise tensor is drawn at
-    this evaluation even if every c is 0 (as the references do in ping-pong's last step). `blend` comes after the
-    update.
+    `t` and `sigma` are float32 values in Python floats. With `draws_noise`, a noise tensor is drawn even if every c is
+    0 (as the references do in ping-pong's last step). `blend` is applied after the update.
     """
 
     t: float
@@ -46,10 +45,10 @@ class Evaluation:
 class SamplerPlan:
     """A sampler bound to a schedule: R <= 5 registers, all zero at the start except `start_register`.
 
-    The initial latent, `source_scale * source + noise_scale * noise`, goes to `start_register`; after the last
-    evaluation the result is read from `result_register`. `step_ends` holds the number of evaluations after which
-    each of the requested steps is complete (progress is counted in steps, cost in evaluations). `start_blend`
-    applies to the initial latent; a plan has it if and only if its evaluations have theirs.
+    The initial latent, `source_scale * source + noise_scale * noise`, goes to `start_register`; the result is
+    `result_register` after the last evaluation. `step_ends` holds, for each requested step, the number of evaluations
+    after which it is complete (progress counts steps, cost counts evaluations). `start_blend` applies to the initial
+    latent; it is set if and only if the evaluations have blends.
     """
 
     num_registers: int
@@ -64,7 +63,7 @@ class SamplerPlan:
 
 @dataclass(frozen=True, slots=True)
 class Guidance:
-    """Per-row guidance parameters (formulas in `sampling/guidance.py`); plain CFG is `apg_scale` 0."""
+    """Per-row guidance parameters (formulas in `sampling/guidance.py`); `apg_scale` 0 is plain CFG."""
 
     cfg_scale: float = 1.0
     apg_scale: float = 1.0

@@ -1,7 +1,7 @@
 """Samplers as data: each turns one row's schedule into a plan of network calls and linear register updates.
 
-Coefficients are float64 from the float32 sigmas. In the formulas v is the network's velocity at (x, t), the clean
-estimate is D = x - t v, and t' is the next time. Knows nothing of networks, lengths or requests.
+Coefficients are float64, computed from float32 sigmas. In the formulas v is the network's velocity at (x, t), the clean
+estimate is D = x - t v, and t' is the next time. Independent of networks, lengths and requests.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.sampling.plan import Evaluation, Guidance, SamplerPlan
 
-# Samplers of other programs whose step sizes depend on the data, so that no plan can be written in advance.
+# Samplers of other programs with data-dependent step sizes: no plan can be made in advance.
 DATA_DEPENDENT = ("k-dpm-adaptive", "dpm-adaptive")
 
-_TINY = 1e-10  # the references' lower bound of 1 - t' and t
+_TINY = 1e-10  # the references' lower bound of 1 - t' and of t
 _LAST_RK4_TIME = 1e-5  # the network is never called at t = 0
 
 _Guided = Callable[[float], bool]
@@ -29,8 +29,8 @@ _Plan = tuple[int, Sequence[Evaluation], Sequence[int]]  # registers, evaluation
 def build_plan(sampler: str, sigmas: Tensor, *, guidance: Guidance, has_source: bool) -> SamplerPlan:
     """Returns the plan of `sampler` on one row's schedule `sigmas` (steps + 1,) float32, ending at 0.
 
-    With a source, the initial latent is (1 - sigma_0) source + sigma_0 noise, else it is the noise. Guidance is
-    on wherever `cfg_scale` is not 1 and the time lies in the interval, compared in float32 as the references do.
+    With a source, the initial latent is (1 - sigma_0) source + sigma_0 noise, otherwise it is the noise. Guidance is on
+    if `cfg_scale` is not 1 and the time is in the interval, compared in float32 as in the references.
     Raises InvalidRequestError on `sampler_type`.
     """
     times = sigmas.to(torch.float32)
@@ -48,7 +48,7 @@ def build_plan(sampler: str, sigmas: Tensor, *, guidance: Guidance, has_source: 
 
 
 def resolve_sampler(name: str) -> Callable[[Tensor, _Guided], _Plan]:
-    """Returns the function that plans sampler `name`. Raises InvalidRequestError naming the valid samplers."""
+    """Returns the function that plans sampler `name`. Raises InvalidRequestError listing the valid samplers."""
     builder = _BUILDERS.get(name)
     if builder is not None:
         return builder
@@ -56,7 +56,7 @@ def resolve_sampler(name: str) -> Callable[[Tensor, _Guided], _Plan]:
 
 
 def refused_sampler(name: str, samplers: Sequence[str]) -> InvalidRequestError:
-    """Returns the error for a name that is not one of `samplers`: unknown, or known to be impossible to plan."""
+    """Returns the error for a name outside `samplers`: an unknown or a data-dependent sampler."""
     valid = ", ".join(samplers)
     if name in DATA_DEPENDENT:
         message = f"sampler_type {name!r} chooses its steps from the data and is not offered; valid: {valid}"
@@ -81,10 +81,10 @@ def _pingpong(times: Tensor, guided: _Guided) -> _Plan:
 
 
 def _dpmpp(times: Tensor, guided: _Guided) -> _Plan:
-    """DPM-Solver++ of second order in its flow form; registers x and the previous D.
+    """DPM-Solver++ of second order in its flow form. Registers: x, the previous D.
 
-    x' = (t'/t) x - (1 - t') c D~ with c = (t' - t) / ((1 - t') t); D~ extrapolates from the previous D, except on the
-    first step, on the last, and where two earlier times coincide.
+    x' = (t'/t) x - (1 - t') c D~ with c = (t' - t) / ((1 - t') t). D~ extrapolates from the previous D, except in the
+    first step, in the last step, and where two earlier times coincide.
     """
     evaluations: list[Evaluation] = []
     previous: float | None = None
@@ -108,7 +108,7 @@ def _dpmpp(times: Tensor, guided: _Guided) -> _Plan:
 
 
 def _rk4(times: Tensor, guided: _Guided) -> _Plan:
-    """The classical method; registers x, the point the network sees next, and x plus the weighted slopes so far."""
+    """The classical Runge-Kutta method. Registers: x, the network's next input, x plus the weighted slopes so far."""
     evaluations: list[Evaluation] = []
     for current, following in itertools.pairwise(times):
         step = following - current
@@ -163,7 +163,7 @@ def _pairs(times: Tensor) -> list[tuple[float, float]]:
 
 
 def guided_times(guidance: Guidance) -> _Guided:
-    """Returns a function of a flow model's time: whether guidance is on, compared in float32 as in the references."""
+    """Returns a predicate of a flow model's time: whether guidance is on, compared in float32 as in the references."""
     low, high = torch.tensor(guidance.interval, dtype=torch.float32).tolist()
     return lambda time: guidance.cfg_scale != 1.0 and low <= time <= high
 

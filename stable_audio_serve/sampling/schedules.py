@@ -1,7 +1,7 @@
 """Timestep schedules of the flow models: a uniform grid warped towards noisy times, per row and per length.
 
-All arithmetic is float32 in the references' order of operations: the network's time features amplify the last bit of
-a time by 1e5, so a more exact schedule would give different audio. Knows nothing of samplers.
+All arithmetic is float32 in the references' order of operations. The network's time features amplify the last bit of a
+time by 1e5, so a more exact schedule would give different audio. Independent of samplers.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from stable_audio_serve.core.errors import CheckpointError, InvalidRequestError
 from stable_audio_serve.core.generation import EditSchedule, ScheduleShift
 
 MAX_STEPS = 1000
-MIN_NOISE_LEVEL = 0.01  # of an edit: below, the first step would divide by a time near 0
-_LAST_TIME = 1 / (1 + math.exp(2.0))  # log-SNR 2, where the references' schedules end before they drop to 0
+MIN_NOISE_LEVEL = 0.01  # of an edit: below it, the first step would divide by a time near 0
+_LAST_TIME = 1 / (1 + math.exp(2.0))  # log-SNR 2, the references' last time before 0
 CONFIG_KEY = "sampling_distribution_shift_options"
 
 
 class _BadOption(ValueError):
-    """A shift option that cannot be used. The caller raises its own error from it."""
+    """A shift option that cannot be used. The caller converts it to its own error."""
 
 
 def _require(condition: bool, name: str, *, allowed: str) -> None:
@@ -33,7 +33,7 @@ def _require(condition: bool, name: str, *, allowed: str) -> None:
 
 
 class TimestepShift(Protocol):
-    """A monotone warp of times in 0..1 that may depend on the row's length."""
+    """A monotone warp of times in 0..1; it may depend on the row's length."""
 
     def warp(self, times: Tensor, length: Tensor) -> Tensor:
         """Returns `times` (N,) float32, warped for a row of `length` latent frames (0-dim float32, at least 1)."""
@@ -52,7 +52,7 @@ class NoShift:
 
 @dataclass(frozen=True, slots=True)
 class LogSnrShift:
-    """Even steps in log-SNR, from `anchor_logsnr` (less `rate` per doubling of the length) to `logsnr_end`."""
+    """Even steps in log-SNR, from `anchor_logsnr` (minus `rate` per doubling of the length) to `logsnr_end`."""
 
     kind: ClassVar[str] = "logsnr"
     anchor_length: float = 2000.0
@@ -64,7 +64,7 @@ class LogSnrShift:
         _require(self.anchor_length > 0, "anchor_length", allowed="above 0")
 
     def warp(self, times: Tensor, length: Tensor) -> Tensor:
-        """Returns sigmoid(-logsnr); exactly 0 or 1 for times at or beyond 0 or 1."""
+        """Returns sigmoid(-logsnr); exactly 0 for times <= 0 and exactly 1 for times >= 1."""
         start = self.anchor_logsnr - self.rate * torch.log2(length / self.anchor_length)
         logsnr = self.logsnr_end - times * (self.logsnr_end - start)
         warped = torch.sigmoid(-logsnr)
@@ -89,7 +89,7 @@ class FluxShift:
         _require(self.alpha_max > 0, "alpha_max", allowed="above 0")
 
     def warp(self, times: Tensor, length: Tensor) -> Tensor:
-        """Lengths outside min_length..max_length count as the nearer end."""
+        """Lengths are clamped to min_length..max_length."""
         low, high = math.log(self.min_length), math.log(self.max_length)
         span = (high - low) or 1e-8  # the references' guard for a constant alpha
         fraction = (torch.log(length.clamp(self.min_length, self.max_length)) - low) / span
@@ -100,7 +100,7 @@ class FluxShift:
 
 @dataclass(frozen=True, slots=True)
 class FullShift:
-    """1 - e^mu / (e^mu + t / (1 - t)) with mu linear in the length; with `use_sine`, sin(pi / 2 times that)."""
+    """1 - e^mu / (e^mu + t / (1 - t)) with mu linear in the length; with `use_sine`, the sine of pi / 2 times that."""
 
     kind: ClassVar[str] = "full"
     base_shift: float = 0.5
@@ -113,7 +113,7 @@ class FullShift:
         _require(self.max_length > self.min_length, "max_length", allowed="above min_length")
 
     def warp(self, times: Tensor, length: Tensor) -> Tensor:
-        """Lengths outside min_length..max_length count as the nearer end."""
+        """Lengths are clamped to min_length..max_length."""
         length = length.clamp(self.min_length, self.max_length)
         slope = self.max_shift - self.base_shift
         mu = -(self.base_shift + slope * (length - self.min_length) / (self.max_length - self.min_length))
@@ -121,7 +121,7 @@ class FullShift:
         return torch.sin(warped * math.pi / 2) if self.use_sine else warped
 
 
-# The shift of checkpoints without options of their own: independent of the length.
+# The shift of checkpoints without shift options: independent of the length.
 DEFAULT_SHIFT = LogSnrShift(rate=0.0)
 
 _KINDS: Mapping[str, type[NoShift | LogSnrShift | FluxShift | FullShift]] = {
@@ -131,7 +131,7 @@ SHIFT_KINDS = tuple(_KINDS)
 
 
 def shift_from_config(options: Mapping[str, object] | None, *, key: str = CONFIG_KEY) -> TimestepShift:
-    """Returns the warp of a checkpoint's config: `options` with a `type` (default "full"), or None for the default.
+    """Returns the warp of a checkpoint's config: `options` with a `type` (default "full"); None means the default warp.
 
     Raises CheckpointError naming `key` and the problem.
     """
@@ -147,7 +147,7 @@ def shift_from_config(options: Mapping[str, object] | None, *, key: str = CONFIG
 
 
 def shift_from_override(shift: ScheduleShift) -> TimestepShift:
-    """Returns the warp of a request, which replaces the model's own. Raises InvalidRequestError on `schedule_shift`."""
+    """Returns a request's warp, which replaces the model's warp. Raises InvalidRequestError on `schedule_shift`."""
     try:
         return _build(shift.kind, dict(shift.options))
     except _BadOption as error:
@@ -158,7 +158,7 @@ def shift_from_override(shift: ScheduleShift) -> TimestepShift:
 def build_sigmas(steps: int, shift: TimestepShift, *, length: float, sigma_max: float = 1.0) -> Tensor:
     """Returns noise levels (steps + 1,) float32 from `sigma_max` to 0 for a row of `length` latent frames.
 
-    The grid linspace(sigma_max, 0) is warped, then element 0 is set to `sigma_max` again; if that is below about
+    The grid linspace(sigma_max, 0) is warped, then element 0 is reset to `sigma_max`. If `sigma_max` is below about
     0.7, inner levels may therefore exceed it, as in the references. Raises InvalidRequestError on `steps` outside
     1..1000 and `init_noise_level` outside 0.01..1 (a schedule from 0 would divide by 0).
     """
@@ -175,10 +175,10 @@ def build_sigmas(steps: int, shift: TimestepShift, *, length: float, sigma_max: 
 def edit_times(build: Callable[[float], Tensor], level: float, *, schedule: EditSchedule) -> Tensor:
     """Returns the times of an edit, from `level` to 0; `build(level)` is the references' schedule from a level.
 
-    "even" spaces the times evenly in log-SNR; "scaled" multiplies those of a run from pure noise by `level`, which puts
-    half of them within 5 % of it; "reference" warps the shorter range, after which Stable Audio 3's inner times exceed
-    the level. Of 144 variations of held tones without a prompt 130, 112 and 96 kept their pitch at level 0.25, and
-    116, 91 and 49 at 0.4 (docs/performance.md). At level 1 all are the same. Raises InvalidRequestError on
+    "even" spaces the times evenly in log-SNR. "scaled" multiplies the times of a run from pure noise by `level`, which
+    puts half of them within 5 % of it. "reference" warps the shorter range; Stable Audio 3's inner times then exceed
+    the level. Of 144 variations of held tones without a prompt, 130, 112 and 96 kept their pitch at level 0.25, and
+    116, 91 and 49 at 0.4 (docs/performance.md). At level 1 all three are equal. Raises InvalidRequestError on
     `init_noise_level` outside 0.01..1.
     """
     check_level(level)
@@ -189,8 +189,9 @@ def edit_times(build: Callable[[float], Tensor], level: float, *, schedule: Edit
 
 
 def _even_times(steps: int, *, level: float) -> Tensor:
-    """Returns times (steps + 1,) float32 from `level` to 0; the inner ones fall towards the level's share of the last
-    time of a run from pure noise. A model's own warp has no part in it.
+    """Returns times (steps + 1,) float32 from `level` to 0, evenly spaced in log-SNR.
+
+    The last time before 0 is `level` times that of a run from pure noise. The model's warp does not apply.
     """
     first, last = (math.log((1 - time) / time) for time in (level, level * _LAST_TIME))
     times = torch.sigmoid(-torch.linspace(first, last, steps + 1, dtype=torch.float32))

@@ -1,7 +1,7 @@
-"""Samplers over sigma with several calls of the network within a step and nothing kept between steps.
+"""Samplers over sigma with several network calls per step, which keep nothing between steps.
 
-In the formulas s is the step's noise level, n the next one, d the clean estimate D(x, s), k = (x - d) / s the slope
-dx/dsigma. Each function writes all its steps. Levels are float32 values; intermediate ones are computed in float32 in
+In the formulas s is the step's noise level, n the next one, d the clean estimate D(x, s), and k = (x - d) / s the slope
+dx/dsigma. Each function writes all its steps. Levels are float32 values; intermediate levels are computed in float32 in
 the references' order of operations.
 """
 
@@ -23,9 +23,9 @@ _X, _AHEAD, _FIRST_SLOPE = register(0), register(1), register(2)
 
 
 def heun(network: VNetwork, sigmas: Sequence[float]) -> None:
-    """Heun's method, algorithm 1 of arXiv 2206.00364 without churn: the mean of the slopes at s and at n.
+    """Heun's method, algorithm 1 of arXiv 2206.00364 without churn: uses the mean of the slopes at s and n.
 
-    Registers: x with half a step taken, the point at n. The last step, to 0, is Euler's.
+    Registers: x with half a step taken, the point at n. The last step, to 0, is an Euler step.
     """
     for s, n in itertools.pairwise(sigmas):
         k = network.slope(s)
@@ -33,14 +33,14 @@ def heun(network: VNetwork, sigmas: Sequence[float]) -> None:
             network.evaluate(s, network.denoised(s))
         else:
             network.evaluate(s, _X + k * (0.5 * (n - s)), _X + k * (n - s))
-            network.evaluate(n, _X + network.slope(n, see=1) * (0.5 * (n - s)), see=1)
+            network.evaluate(n, _X + network.slope(n, input_register=1) * (0.5 * (n - s)), input_register=1)
         network.end_step()
 
 
 def dpm_2(network: VNetwork, sigmas: Sequence[float]) -> None:
-    """DPM-Solver-2 as in k-diffusion (arXiv 2206.00927): the slope at the geometric mean of s and n.
+    """DPM-Solver-2 as in k-diffusion (arXiv 2206.00927): uses the slope at the geometric mean of s and n.
 
-    Registers: x, the point at the mean. The last step, to 0, is Euler's.
+    Registers: x, the point at the mean. The last step, to 0, is an Euler step.
     """
     for s, n in itertools.pairwise(sigmas):
         if n == 0.0:
@@ -49,14 +49,14 @@ def dpm_2(network: VNetwork, sigmas: Sequence[float]) -> None:
             levels = torch.tensor([s, n], dtype=torch.float32).log()
             middle = float(levels[0].lerp(levels[1], 0.5).exp())
             network.evaluate(s, _X, _X + network.slope(s) * (middle - s))
-            network.evaluate(middle, _X + network.slope(middle, see=1) * (n - s), see=1)
+            network.evaluate(middle, _X + network.slope(middle, input_register=1) * (n - s), input_register=1)
         network.end_step()
 
 
 def dpmpp_2s_ancestral(network: VNetwork, sigmas: Sequence[float]) -> None:
     """DPM-Solver++(2S) (arXiv 2211.01095) to a level below n, then fresh noise up to n.
 
-    Registers: x, the point at the geometric mean. Draws at every step but the last, which is Euler's.
+    Registers: x, the point at the geometric mean. Draws at every step except the last, which is an Euler step.
     """
     for s, n in itertools.pairwise(sigmas):
         down, up = _ancestral_levels(s, n)
@@ -68,15 +68,15 @@ def dpmpp_2s_ancestral(network: VNetwork, sigmas: Sequence[float]) -> None:
             h = float(end - start)
             middle = float(_levels(start + 0.5 * (end - start)))
             network.evaluate(s, _X, _X * math.exp(-0.5 * h) - d * math.expm1(-0.5 * h))
-            ahead = network.denoised(middle, see=1)
-            network.evaluate(middle, _X * (down / s) - ahead * math.expm1(-h) + NOISE * up, see=1)
+            ahead = network.denoised(middle, input_register=1)
+            network.evaluate(middle, _X * (down / s) - ahead * math.expm1(-h) + NOISE * up, input_register=1)
         network.end_step()
 
 
 def _ancestral_levels(s: float, n: float) -> tuple[float, float]:
-    """Returns the level that a step from s goes down to, and the noise that brings it up to n.
+    """Returns the level that a step from s to n descends to, and the noise that raises it to n.
 
-    Computed in float32, where a long step ends at 0, because down is n**2 / s, much less than n.
+    Computed in float32. For a long step the level is 0, because n**2 / s is much smaller than n.
     """
     start, end = torch.tensor([s, n], dtype=torch.float32)
     up = torch.minimum(end, (end**2 * (start**2 - end**2) / start**2) ** 0.5)
@@ -84,10 +84,10 @@ def _ancestral_levels(s: float, n: float) -> tuple[float, float]:
 
 
 def dpm_fast(network: VNetwork, steps: int, *, span: SigmaRange) -> None:
-    """DPM-Solver-fast (arXiv 2206.00927): pieces of third order in -ln sigma; `steps` counts calls of the network.
+    """DPM-Solver-fast (arXiv 2206.00927): pieces of third order in -ln sigma; `steps` is the number of network calls.
 
-    The last pieces are of lower order, so that there are exactly `steps` calls. Ends at `span.sigma_min`, not at 0.
-    Registers: x, the point ahead, the slope at the piece's start.
+    The last pieces have a lower order, so that there are exactly `steps` calls. Ends at `span.sigma_min`, not at 0.
+    Registers: x, the next point, the slope at the piece's start.
     """
     check_steps(steps)
     ends = torch.tensor([span.sigma_max, span.sigma_min], dtype=torch.float32).log().neg()
@@ -107,15 +107,15 @@ def _first_order(network: VNetwork, start: Tensor, *, end: Tensor) -> None:
 
 
 def _second_order(network: VNetwork, start: Tensor, *, end: Tensor) -> None:
-    """Evaluates at the middle; the slopes' difference over half the piece extrapolates to its end."""
+    """Evaluates the middle; the difference of the two slopes extrapolates to the end of the piece."""
     h = float(end - start)
     s, middle, n = (float(_levels(time)) for time in (start, start + 0.5 * (end - start), end))
     first = network.slope(s)
     network.evaluate(s, _X, _X - first * (middle * math.expm1(0.5 * h)), first)
     network.end_step()
-    second = network.slope(middle, see=1)
+    second = network.slope(middle, input_register=1)
     growth = n * math.expm1(h)
-    network.evaluate(middle, _X - _FIRST_SLOPE * growth - (second - _FIRST_SLOPE) * growth, see=1)
+    network.evaluate(middle, _X - _FIRST_SLOPE * growth - (second - _FIRST_SLOPE) * growth, input_register=1)
     network.end_step()
 
 
@@ -128,12 +128,12 @@ def _third_order(network: VNetwork, start: Tensor, *, end: Tensor) -> None:
     network.evaluate(s, _X, _X - first * (third * math.expm1(h / 3)), first)
     network.end_step()
     growth = math.expm1(2 * h / 3)
-    bend = (network.slope(third, see=1) - _FIRST_SLOPE) * (2.0 * (growth / (2 * h / 3) - 1.0))
-    network.evaluate(third, _X, _X - (_FIRST_SLOPE * growth + bend) * two_thirds, _FIRST_SLOPE, see=1)
+    bend = (network.slope(third, input_register=1) - _FIRST_SLOPE) * (2.0 * (growth / (2 * h / 3) - 1.0))
+    network.evaluate(third, _X, _X - (_FIRST_SLOPE * growth + bend) * two_thirds, _FIRST_SLOPE, input_register=1)
     network.end_step()
     growth = math.expm1(h)
-    bend = (network.slope(two_thirds, see=1) - _FIRST_SLOPE) * (1.5 * (growth / h - 1.0))
-    network.evaluate(two_thirds, _X - (_FIRST_SLOPE * growth + bend) * n, see=1)
+    bend = (network.slope(two_thirds, input_register=1) - _FIRST_SLOPE) * (1.5 * (growth / h - 1.0))
+    network.evaluate(two_thirds, _X - (_FIRST_SLOPE * growth + bend) * n, input_register=1)
     network.end_step()
 
 

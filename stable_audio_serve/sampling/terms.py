@@ -1,7 +1,7 @@
 """Turns sampler formulas, written as in papers, into the coefficients of a plan.
 
-A `Terms` is a sum over a row's registers, the network's outputs and fresh noise; a `PlanWriter` collects one new sum
-per register and evaluation. Coefficients are float64. Knows nothing of schedules or of any sampler.
+A `Terms` is a sum over a row's registers, the network's outputs and fresh noise. A `PlanWriter` collects one new sum
+per register and evaluation. Coefficients are float64. Independent of schedules and samplers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _VELOCITY, _UNCONDITIONAL, _NOISE = -1, -2, -3
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """A linear combination: weights by register number; negative numbers are for outputs of the network and noise."""
+    """A linear combination: weights by register number. Negative keys are the network's outputs and noise."""
 
     weights: dict[int, float]
 
@@ -37,7 +37,7 @@ class Terms:
         return Terms({key: weight / divisor for key, weight in self.weights.items()})
 
     def of(self, key: int) -> float:
-        """Returns the weight of one term, 0 if it has none."""
+        """Returns the weight of one term; 0 if absent."""
         return self.weights.get(key, 0.0)
 
 
@@ -47,7 +47,7 @@ def register(index: int) -> Terms:
 
 
 VELOCITY = Terms({_VELOCITY: 1.0})  # the network's guided output
-UNCONDITIONAL = Terms({_UNCONDITIONAL: 1.0})  # the other branch's output, where guidance is on
+UNCONDITIONAL = Terms({_UNCONDITIONAL: 1.0})  # the unconditional branch's output, if guidance is on
 NOISE = Terms({_NOISE: 1.0})  # fresh unit normal noise
 
 
@@ -68,9 +68,9 @@ class PlanWriter:
         input_register: int = 0,
         input_scale: float = 1.0,
     ) -> None:
-        """Add one call of the network, after which register i becomes `targets[i]` and other registers become 0.
+        """Add one network call, after which register i becomes `targets[i]` and other registers become 0.
 
-        A noise tensor is drawn where a target has a NOISE term, whatever its weight.
+        Noise is drawn if a target has a NOISE term, whatever its weight.
         """
         indices = range(self._num_registers)
         rows = [*targets, *[Terms({})] * (self._num_registers - len(targets))]
@@ -90,11 +90,11 @@ class PlanWriter:
         )
 
     def end_step(self) -> None:
-        """End one of the requested steps after the evaluations so far."""
+        """Mark the end of a requested step after the evaluations so far."""
         self._step_ends.append(len(self._evaluations))
 
     def plan(self, *, source_scale: float, noise_scale: float) -> SamplerPlan:
-        """Returns the plan; register 0 starts with the initial latent and ends with the result."""
+        """Returns the plan; register 0 holds the initial latent at the start and the result at the end."""
         return SamplerPlan(
             num_registers=self._num_registers,
             start_register=0,

@@ -1,4 +1,4 @@
-"""Copies from the host to a device for which the host does not wait."""
+"""Copies from the host to a device without making the host wait."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
-    """Returns a host tensor's values on `device`: the tensor itself on a CPU, else a copy through pinned memory.
+    """Returns a host tensor on `device`: the tensor itself on a CPU, otherwise a copy through pinned memory.
 
-    A copy from memory that is not pinned makes the host wait until the device has done everything before it.
+    A copy from unpinned memory would block the host until the device has done all earlier work.
     """
     if device.type in ("cpu", "mps"):
         return host.to(device)

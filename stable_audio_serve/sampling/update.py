@@ -1,8 +1,8 @@
-"""The fused register update: one call advances a batch whose rows each have their own sampler, step and coefficients,
-and some of which keep frames of a source.
+"""The fused register update: one call advances a batch of rows, each with its own sampler, step and coefficients. Rows
+may keep frames of a source.
 
-Row-independent to the last bit: an element-wise multiply-add chain in a fixed order, never a matrix product, where a
-zero coefficient leaves the sum untouched (0 x NaN is NaN). Knows nothing of networks or schedules.
+Row-independent to the last bit: an element-wise multiply-add chain in a fixed order, never a matrix product. A zero
+coefficient skips its term, because 0 x NaN is NaN. Independent of networks and schedules.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ NUM_VALUES = _UPDATE + 7
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What a row with a blended plan keeps: frames where `mask` (F,) bool is true have the latents `source` (D, F).
+    """The kept frames of a row with a blended plan: where `mask` (F,) bool is true, the latents are `source` (D, F).
 
-    `noise` (D, F) is the eps' of the blend; both float32. For B rows together every tensor has B in front.
+    `noise` (D, F) is the eps' of the blend; both are float32. For B rows every tensor has a leading axis B.
     """
 
     mask: Tensor
@@ -39,7 +39,7 @@ class Kept:
 class StepNumbers:
     """All numbers of one evaluation, in the order in which `StepTerms` reads them.
 
-    `used` holds the places of the update's weights that are not 0.
+    `used` holds the positions of the update's nonzero weights.
     """
 
     values: tuple[float, ...]
@@ -61,9 +61,9 @@ class StepNumbers:
 
 @dataclass(frozen=True, slots=True)
 class TermUse:
-    """What the rows of a step use, known without looking at the device; what no row uses is skipped.
+    """The terms that the rows of a step use, known on the host; unused terms are skipped.
 
-    `somewhere` and `everywhere` are places among the weights that are not 0 in some row, and in every row.
+    `somewhere` and `everywhere` are the positions of weights that are nonzero in at least one row, and in every row.
     """
 
     somewhere: frozenset[int]
@@ -73,7 +73,7 @@ class TermUse:
 
     @classmethod
     def of(cls, rows: Sequence[StepNumbers]) -> TermUse:
-        """Returns the use of these rows, at least one."""
+        """Returns the terms that these rows use; at least one row."""
         users = [row.used for row in rows]
         return cls(
             somewhere=users[0].union(*users),
@@ -84,7 +84,7 @@ class TermUse:
 
     @classmethod
     def of_any(cls, num_registers: int, *, guides: bool, blends: bool) -> TermUse:
-        """Returns the use of whatever rows with so many registers may do; without `guides` none is guided."""
+        """Returns the terms that rows with this many registers can use; without `guides`, no row is guided."""
         outputs = [term for term in range(MAX_REGISTERS, _NUM_TERMS) if guides or term != _UNCONDITIONAL]
         terms = [*range(num_registers), *outputs]
         places = frozenset(target * _NUM_TERMS + term for target in range(num_registers) for term in terms)
@@ -115,7 +115,7 @@ class StepTerms:
         return self.weight(_GUIDED) != 0.0
 
     def weight(self, place: int) -> Tensor:
-        """One value of each row, (B, 1, 1)."""
+        """Returns one value of each row, (B, 1, 1)."""
         return self.values[:, place, None, None]
 
 
@@ -157,10 +157,10 @@ def advance(
 ) -> Tensor:
     """Returns the new registers of B rows after one evaluation each.
 
-    `state` (B, R, D, F) float32, R at least every row's number of registers (the others stay 0). `velocity` (B, D, F)
-    is the guided network output, `unconditional` the other branch's (needed only where `b_uncond` is not 0), `noise`
-    unit normal (needed only where `c` is not 0), `kept` what blends keep; rows that do not use a term may hold
-    anything there.
+    `state` is (B, R, D, F) float32, with R at least every row's number of registers; unused registers stay 0.
+    `velocity` (B, D, F) is the guided network output, `unconditional` the unconditional branch's output (needed where
+    `b_uncond` is not 0), `noise` unit normal (needed where `c` is not 0), and `kept` the blends' inputs. Rows that do
+    not use a term may have arbitrary values there, even NaN.
     """
     num_registers = state.shape[1]
     missing = [None] * (MAX_REGISTERS - num_registers)
@@ -183,7 +183,7 @@ def advance(
 def _add_weighted(total: Tensor, part: Tensor, *, weight: Tensor, in_every_row: bool = False) -> None:
     """Add `part` (B, D, F), weighted per row by `weight` (B, 1, 1), to `total` in place; weight 0 skips a row.
 
-    `total` must begin as +0: adding the +0 of a row that skips a term then changes no bit.
+    `total` must start as +0, so that adding the +0 of a skipped row changes no bit.
     """
     product = part.float() * weight
     if not in_every_row:
@@ -192,7 +192,7 @@ def _add_weighted(total: Tensor, part: Tensor, *, weight: Tensor, in_every_row: 
 
 
 def _blend(registers: Tensor, terms: StepTerms, *, kept: Kept) -> None:
-    """Replace, in place, the kept frames of each row's blended register; `registers` (B, R, D, F)."""
+    """Blend the kept frames of each row's register in place; `registers` (B, R, D, F)."""
     noised = torch.zeros_like(kept.source)
     _add_weighted(noised, kept.source, weight=terms.weight(_BLEND_SOURCE))
     _add_weighted(noised, kept.noise, weight=terms.weight(_BLEND_NOISE))

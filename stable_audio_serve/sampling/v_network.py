@@ -2,7 +2,7 @@
 
 With F the network, `D(x, sigma) = x / (sigma**2 + 1) - F(x / sqrt(sigma**2 + 1), 2/pi atan sigma) sigma / sqrt(sigma**2
 + 1)`: "Progressive Distillation for Fast Sampling of Diffusion Models" (arXiv 2202.00512) in the terms of "Elucidating
-the Design Space of Diffusion-Based Generative Models" (arXiv 2206.00364). Knows nothing of samplers.
+the Design Space of Diffusion-Based Generative Models" (arXiv 2206.00364). Independent of samplers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from stable_audio_serve.sampling.terms import VELOCITY, PlanWriter, Terms, regis
 
 
 def sigma_to_time(sigmas: Tensor) -> Tensor:
-    """Returns 2/pi atan sigma, in the references' order of operations; float32 in and out, any shape."""
+    """Returns 2/pi atan sigma in the references' order of operations; float32 in and out, any shape."""
     return sigmas.atan() / math.pi * 2
 
 
@@ -28,19 +28,19 @@ class VNetwork:
         self._writer = writer
         self._guidance = guidance
 
-    def denoised(self, sigma: float, *, see: int = 0) -> Terms:
-        """Returns D(register `see`, sigma)."""
+    def denoised(self, sigma: float, *, input_register: int = 0) -> Terms:
+        """Returns D(x, sigma), with x in `input_register`."""
         variance = sigma * sigma + 1.0
-        return register(see) / variance - VELOCITY * (sigma / math.sqrt(variance))
+        return register(input_register) / variance - VELOCITY * (sigma / math.sqrt(variance))
 
-    def slope(self, sigma: float, *, see: int = 0) -> Terms:
-        """Returns (x - D(x, sigma)) / sigma with x the register `see`: dx/dsigma, which is also the predicted noise."""
-        return (register(see) - self.denoised(sigma, see=see)) / sigma
+    def slope(self, sigma: float, *, input_register: int = 0) -> Terms:
+        """Returns (x - D(x, sigma)) / sigma: dx/dsigma, which equals the predicted noise; x is in `input_register`."""
+        return (register(input_register) - self.denoised(sigma, input_register=input_register)) / sigma
 
-    def evaluate(self, sigma: float, *targets: Terms, see: int = 0) -> None:
-        """Add one call of the network on register `see`, after which the registers become `targets`.
+    def evaluate(self, sigma: float, *targets: Terms, input_register: int = 0) -> None:
+        """Add one network call on `input_register`, after which the registers become `targets`.
 
-        `sigma` is a float32 value; the network's time is the float32 one of the references.
+        `sigma` is a float32 value; the network's time is computed in float32 as in the references.
         """
         level = torch.tensor(sigma, dtype=torch.float32)
         time = float(sigma_to_time(level))
@@ -50,17 +50,17 @@ class VNetwork:
             t=time,
             sigma=sigma,
             guided=is_v_guided(self._guidance, time),
-            input_register=see,
+            input_register=input_register,
             input_scale=scale,
         )
 
     def end_step(self) -> None:
-        """End one of the requested steps after the evaluations so far."""
+        """Mark the end of a requested step after the evaluations so far."""
         self._writer.end_step()
 
 
 def is_v_guided(guidance: Guidance, time: float) -> bool:
-    """Returns whether guidance is on: sin(pi t / 2) lies in the interval, compared in float32 as the references do."""
+    """Returns whether guidance is on: sin(pi t / 2) is in the interval, compared in float32 as in the references."""
     low, high = torch.tensor(guidance.interval, dtype=torch.float32).tolist()
     noise_share = float(torch.sin(torch.tensor(time, dtype=torch.float32) * math.pi / 2))
     return guidance.cfg_scale != 1.0 and low <= noise_share <= high

@@ -1,6 +1,6 @@
 """The samplers of models trained for v, by name: builds a row's plan from its noise levels and steps.
 
-The names are those of stable-audio-tools; the formulas are in `multistep`, `singlestep` and `ddim`.
+The names are from stable-audio-tools; the formulas are in `multistep`, `singlestep` and `ddim`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from stable_audio_serve.sampling.samplers import refused_sampler
 from stable_audio_serve.sampling.terms import PlanWriter
 from stable_audio_serve.sampling.v_network import VNetwork
 
-# Name: the row's registers and the function that writes its steps.
+# By name: the number of registers and the function that writes the steps.
 _OVER_SIGMA: dict[str, tuple[int, Callable[[VNetwork, Sequence[float]], None]]] = {
     "dpmpp-3m-sde": (3, multistep.dpmpp_3m_sde),
     "dpmpp-2m-sde": (2, multistep.dpmpp_2m_sde),
@@ -31,15 +31,15 @@ V_SAMPLERS = (*_OVER_SIGMA, _FAST, *OVER_TIME)
 
 
 def v_path(sampler: str) -> NoisePath:
-    """Returns what the plans of `sampler` sample over, for `blend_plan`."""
+    """Returns the noise path of `sampler`'s plans, for `blend_plan`."""
     return angle_path if sampler in OVER_TIME else sigma_path
 
 
 def build_v_plan(sampler: str, steps: int, *, span: SigmaRange, guidance: Guidance, has_source: bool) -> SamplerPlan:
     """Returns the plan of `sampler` with `steps` steps over `span`.
 
-    Over sigma the initial latent is the source, if any, plus `sigma_max` times noise, so that `sigma_max` is the level
-    of an edit; `v-ddim` and `v-ddim-cfgpp` read `sigma_max` as a time (above 1 counts as 1) and ignore the rest.
+    Over sigma, the initial latent is the source, if any, plus `sigma_max` times noise, so `sigma_max` is the level of
+    an edit. `v-ddim` and `v-ddim-cfgpp` use `sigma_max` as a time (clamped to 1) and ignore the rest of `span`.
     Raises InvalidRequestError on `sampler_type`, `steps` and `rho`.
     """
     if sampler in OVER_TIME:

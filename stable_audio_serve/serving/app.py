@@ -26,12 +26,12 @@ from stable_audio_serve.jobs.open import open_queue, prepare_stores
 from stable_audio_serve.jobs.store.operator_settings import OperatorSettings
 from stable_audio_serve.serving import ray_internals
 from stable_audio_serve.serving.backend import RayBackend
+from stable_audio_serve.serving.cores import yield_to_engines
 from stable_audio_serve.serving.draining import replaced
 from stable_audio_serve.serving.haproxy import address_header
 from stable_audio_serve.serving.job_runner import JobRunnerReplica, RunnerBell
 from stable_audio_serve.serving.logs import configure_logging
 from stable_audio_serve.serving.metrics import RayMetrics
-from stable_audio_serve.serving.niceness import yield_to_engines
 from stable_audio_serve.serving.operations import DrainProgress, RayOperations, open_operator_store
 from stable_audio_serve.serving.placement import (
     INGRESS_NAME,
@@ -59,7 +59,7 @@ _LOOK_S = 0.5  # how soon a replica that is being replaced sends readers of even
 class Ingress:
     """Speaks HTTP; the ASGI application is made inside the replica because it holds the model handles."""
 
-    def __init__(  # noqa: PLR0917 - Ray passes what was bound, in this order
+    def __init__(  # noqa: PLR0917 - Ray passes the bound arguments in this order
         self,
         plan: Plan,
         handles: Mapping[str, DeploymentHandle],
@@ -81,8 +81,11 @@ class Ingress:
             wake=RunnerBell(runner).ring,
             metrics=self._metrics,
         )
-        self._operator_store = open_operator_store(self._jobs.store.database, application)
-        self._operations = RayOperations(self._backend, self._operator_store, ingress=ingress, runner=runner)
+        store = self._jobs.store
+        self._operator_store = open_operator_store(store.database, application)
+        self._operations = RayOperations(
+            self._backend, jobs=store, settings=self._operator_store, ingress=ingress, runner=runner
+        )
 
     def __serve_build_asgi_app__(self) -> Any:  # the name Ray Serve looks for
         app = create_app(
@@ -95,7 +98,7 @@ class Ingress:
         )
         app.add_middleware(_LeaveRequestIdToServe)
         self._draining: Draining = app.state.draining
-        with suppress(StorageError):  # it is heard of as soon as the database answers
+        with suppress(StorageError):  # `follow` reads it as soon as the database answers
             self._follow_operators(self._operator_store.read())
         loop = asyncio.get_running_loop()
         work = (self._leave_when_replaced(), self._operator_store.follow(self._follow_operators))

@@ -1,6 +1,7 @@
-"""How many replicas a model has: what they publish each second, and the policy that Ray Serve's controller calls.
+"""How many replicas a model has: the figures that they publish each second, and the policy that Ray Serve's controller
+calls.
 
-Replicas are wanted for two reasons. Work that waits: the predicted seconds of everything accepted, and of jobs that no
+There are two reasons for replicas. Work that waits: the predicted seconds of everything accepted, and of jobs that no
 runner has started, over the wait that the operator aims at. Work that is done: the busy shares of the replicas, of
 which none should be above four fifths, or requests that come at random wait long. Without the second a well used
 deployment, which has no backlog, would shrink. Serve's own delays say how long more or fewer must be wanted.
@@ -23,12 +24,12 @@ if TYPE_CHECKING:
 
 _USED_SHARE = 0.8
 _SHOW_S = 2.0  # between two samples of the metric
-_EPSILON = 1e-6  # what is less is what rounding left
+_EPSILON = 1e-6  # less than this is left by rounding
 _WORK, _BUSY, _WAITING, _KEPT = "work_s", "busy_share", "waiting_s", "is_kept"
 
 
 def replica_stats(*, work_s: float, busy_share: float, waiting_s: float, is_kept: bool = False) -> dict[str, float]:
-    """Returns what a replica's `record_autoscaling_stats` returns: predicted seconds of what it has accepted, the share
+    """Returns what a replica's `record_autoscaling_stats` returns: predicted seconds of its accepted work, the share
     of the last second in which its device worked, predicted seconds of the jobs that wait for its model, and whether an
     operator keeps the model loaded.
     """
@@ -59,7 +60,7 @@ class WorkPolicy:
             return context.target_num_replicas, state
 
     def _decide(self, context: AutoscalingContext) -> int:
-        """Serve keeps what was published for `look_back_period_s`; a replica's busiest second in it counts."""
+        """Serve keeps published figures for `look_back_period_s`; a replica's busiest second in it counts."""
         published = context.raw_metrics or {}
         work = {str(replica): series[-1].value for replica, series in published.get(_WORK, {}).items() if series}
         waiting_s = max((series[-1].value for series in _series(published, _WAITING)), default=0.0)
@@ -69,7 +70,7 @@ class WorkPolicy:
         if is_kept or context.total_num_requests > 0:  # also a request that is held because there is no replica
             wanted = max(wanted, 1)
         self._show(context, wanted)
-        if any(str(replica) not in work for replica in context.running_replicas):  # it has yet to say what it does
+        if any(str(replica) not in work for replica in context.running_replicas):  # it has not published yet
             wanted = max(wanted, context.target_num_replicas)
         return wanted
 

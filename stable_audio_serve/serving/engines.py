@@ -105,7 +105,6 @@ def engine_options(model: ModelSettings, *, threads: int | None) -> EngineOption
         torch_threads=threads,
         max_step_tokens=engine.max_step_tokens,
         slots=engine.slots,
-        batch_share=engine.batch_share,
         warmup_budget_s=engine.warmup_budget_s,
     )
 

@@ -21,10 +21,10 @@ from stable_audio_serve.jobs.store.outbox import Outbox
 from stable_audio_serve.jobs.store.waiting import Waiting
 from stable_audio_serve.jobs.webhooks.notifier import Notifier
 from stable_audio_serve.serving.backend import RayBackend
+from stable_audio_serve.serving.cores import yield_to_engines
 from stable_audio_serve.serving.logs import configure_logging
 from stable_audio_serve.serving.metrics import RayMetrics
 from stable_audio_serve.serving.model_states import last_prices, reports
-from stable_audio_serve.serving.niceness import yield_to_engines
 from stable_audio_serve.serving.operations import DrainProgress, open_operator_store, predicted_s
 from stable_audio_serve.serving.placement import Plan
 
@@ -60,7 +60,7 @@ class JobRunnerReplica:
             store, artifacts, backend=backend, settings=settings, notifier=notifier, metrics=metrics, prices=last_prices
         )
         self._operator_store = open_operator_store(store.database, application)
-        with suppress(StorageError):  # it is heard of as soon as the database answers
+        with suppress(StorageError):  # `follow` reads it as soon as the database answers
             self._follow_operators(await asyncio.to_thread(self._operator_store.read))
         await self._runner.start()
         work = (self._operator_store.follow(self._follow_operators), self._tell_models())
@@ -74,21 +74,16 @@ class JobRunnerReplica:
         """Put jobs back into the queue, because the server stops. Returns how many are still held."""
         return self._runner.drain()
 
-    async def waiting_jobs(self) -> Mapping[str, Waiting] | None:
-        """Returns what waits for each model in the job database, as of a second ago; None while that is not known."""
-        waiting = self._runner.waiting_work()
-        return None if waiting is None else {model: waiting.get(model, Waiting()) for model in self._models}
-
     async def _tell_models(self) -> None:
-        """Tell each model once a second, for its autoscaling policy, what waits for it and whether an operator keeps it
-        loaded; once more when an operator has let it go.
+        """Send each model once a second, for its autoscaling policy, the work that waits for it and whether an operator
+        keeps it loaded; once more when an operator has let it go.
         """
         kept: frozenset[str] = frozenset()
         while True:
             kept_before, kept = kept, self._operator_store.current.kept_models
-            waiting = await self.waiting_jobs() or {}
+            waiting = self._runner.waiting_work()
             for model in self._models:
-                jobs = waiting.get(model, Waiting())
+                jobs = (waiting or {}).get(model, Waiting())
                 telling = self._telling.get(model)
                 needs_replica = jobs.num_jobs > 0 or model in kept
                 if telling is not None and not telling.done():
@@ -96,7 +91,7 @@ class JobRunnerReplica:
                         telling.cancel()  # it may still ask for a first replica
                 elif needs_replica or model in kept_before:
                     self._telling[model] = asyncio.create_task(self._tell(model, jobs, is_kept=model in kept))
-                if model in waiting:
+                if waiting is not None:
                     self._metrics.gauge("waiting_work_ms", 1000.0 * (predicted_s(model, jobs) or 0.0), model=model)
             await asyncio.sleep(_TELL_S)
 
@@ -115,7 +110,7 @@ class JobRunnerReplica:
                     response.cancel()
                     raise
         except (TimeoutError, RayError, RayServeException) as error:
-            logger.debug("model %s did not hear of its jobs: %s", model, error)
+            logger.debug("model %s could not be sent its waiting work: %s", model, error)
 
     async def drain_progress(self) -> DrainProgress:
         """Returns how many jobs are left to finish, when an operator takes the server out."""
@@ -146,22 +141,20 @@ class RunnerBell:
     def __init__(self, runner: DeploymentHandle) -> None:
         self._runner = runner
         self._ringing: asyncio.Task[None] | None = None
-        self._again = False
+        self._is_asked = False
 
     def ring(self) -> None:
-        """Call every runner, now or, soon after another call, once for all that asked meanwhile."""
-        if self._ringing is not None and not self._ringing.done():
-            self._again = True
-            return
-        self._ringing = asyncio.create_task(self._ring())
+        """Call every runner: now or, soon after another call, once for all rings since then."""
+        self._is_asked = True
+        if self._ringing is None or self._ringing.done():
+            self._ringing = asyncio.create_task(self._ring())
 
     async def _ring(self) -> None:
-        self._again = True
-        while self._again:
-            self._again = False
+        while self._is_asked:
+            self._is_asked = False
             response = self._runner.broadcast("wake")
             try:
                 await response.results_async(timeout_s=_WAKE_TIMEOUT_S, return_exceptions=True)
             except (TimeoutError, RayError, RayServeException) as error:
-                logger.debug("a job runner did not hear: %s", error)
+                logger.debug("a job runner could not be woken: %s", error)
             await asyncio.sleep(_PAUSE_S)

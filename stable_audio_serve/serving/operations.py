@@ -1,25 +1,27 @@
-"""`core.operations.Operations` over Ray Serve, in an ingress replica: what is known here already, never a question to
-the models. While somebody looks, one question a second to a job runner, and while the server drains to the processes
-that have something to finish. What operators set is kept by `jobs.store.operator_settings`.
+"""`core.operations.Operations` over Ray Serve, in an ingress replica. It never asks the models: replicas publish their
+state. While a client reads the status, it asks the job database once a second, and while the server drains the ingress
+replicas and job runners. `jobs.store.operator_settings` stores the settings of operators.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import ray
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
+from stable_audio_serve.core.clock import Clock, SystemClock
+from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.core.operations import DrainReport, ModelReport, ServerReport
 from stable_audio_serve.jobs.store.database import Database
+from stable_audio_serve.jobs.store.job_store import JobStore
 from stable_audio_serve.jobs.store.operator_settings import OperatorStore
 from stable_audio_serve.jobs.store.waiting import Waiting
-from stable_audio_serve.serving.asked import Asked
 from stable_audio_serve.serving.backend import RayBackend
 from stable_audio_serve.serving.model_states import last_prices, reports
 
@@ -28,8 +30,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _OLD_S = 5.0
 _ASK_TIMEOUT_S = 2.0
+_ASK_EVERY_S = 1.0
+_PATIENCE_S = 1.0  # then the older answer is returned
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +49,7 @@ class DrainProgress:
 def open_operator_store(database: Database, application: str) -> OperatorStore:
     """Returns what operators set for the application of this Ray cluster.
 
-    Its name outlives Ray's head where that has Redis; a server that is started anew has another one.
+    The name outlives Ray's head where that has Redis; a server that is stopped and started has another name.
     """
     return OperatorStore(database, f"{ray.get_runtime_context().get_session_name()}/{application}")
 
@@ -52,9 +58,16 @@ class RayOperations:
     """One per ingress replica, used on its event loop."""
 
     def __init__(
-        self, backend: RayBackend, settings: OperatorStore, *, ingress: DeploymentHandle, runner: DeploymentHandle
+        self,
+        backend: RayBackend,
+        *,
+        jobs: JobStore,
+        settings: OperatorStore,
+        ingress: DeploymentHandle,
+        runner: DeploymentHandle,
     ) -> None:
         self._backend = backend
+        self._jobs = jobs
         self._settings = settings
         self._ingress = ingress
         self._runner = runner
@@ -74,7 +87,7 @@ class RayOperations:
                     status,
                     is_kept=name in kept_models,
                     replicas=reports(name) if status.states else (),
-                    waiting_jobs_s=predicted_s(name, (waiting or {}).get(name)),
+                    waiting_jobs_s=None if waiting is None else predicted_s(name, waiting.get(name, Waiting())),
                 )
                 for name, status in statuses.items()
             },
@@ -92,7 +105,7 @@ class RayOperations:
         await asyncio.to_thread(self._settings.release, model)
 
     async def drain(self) -> None:
-        """See `Operations.drain`. Every process hears of it within half a second."""
+        """See `Operations.drain`. Every process reads it within half a second."""
         await asyncio.to_thread(self._settings.drain)
         self._drain.forget()
 
@@ -111,22 +124,14 @@ class RayOperations:
         return DrainReport("drained" if is_done else "draining", _sum(requests), _sum(jobs))
 
     async def _ask_for_waiting(self) -> Mapping[str, Waiting] | None:
-        """What any of the runners says: each knows of the whole job database."""
-        response = self._runner.waiting_jobs.remote()
         try:
-            async with asyncio.timeout(_ASK_TIMEOUT_S):
-                waiting: Mapping[str, Waiting] | None = await response
-                return waiting
-        except (TimeoutError, RayError, RayServeException) as error:
-            response.cancel()
-            logger.debug("no job runner answers: %s", error)
+            return await asyncio.to_thread(self._jobs.waiting.by_model)
+        except StorageError:
             return None
 
 
-def predicted_s(model: str, jobs: Waiting | None) -> float | None:
-    """Returns the device time of jobs that wait for a model; None while they or its prices are not known."""
-    if jobs is None:
-        return None
+def predicted_s(model: str, jobs: Waiting) -> float | None:
+    """Returns the device time of jobs that wait for a model; None before a replica of it has told its prices."""
     if not jobs.num_jobs:
         return 0.0
     prices = last_prices(model)
@@ -134,7 +139,7 @@ def predicted_s(model: str, jobs: Waiting | None) -> float | None:
 
 
 async def _progress_of(deployment: DeploymentHandle) -> Sequence[DrainProgress | None]:
-    """What each of its replicas says, None for one that cannot be asked."""
+    """The progress of each of its replicas, None for a replica that does not answer."""
     try:
         answers = await deployment.broadcast("drain_progress").results_async(
             timeout_s=_ASK_TIMEOUT_S, return_exceptions=True
@@ -146,6 +151,42 @@ async def _progress_of(deployment: DeploymentHandle) -> Sequence[DrainProgress |
 
 
 def _sum(progress: Sequence[DrainProgress | None]) -> int | None:
-    """Returns what all have to finish; None while one is silent, or has yet to hear of the drain."""
+    """Returns what all have to finish; None while a process does not answer or has not begun to drain."""
     known = [one.num_left for one in progress if one is not None and one.has_begun]
     return sum(known) if len(known) == len(progress) else None
+
+
+class Asked(Generic[T]):
+    """The last answer to one question. Used on one event loop."""
+
+    def __init__(self, ask: Callable[[], Awaitable[T]], *, first: T, clock: Clock = SystemClock()) -> None:
+        """`ask` does not raise; `first` is the answer while there is none, or only an old one."""
+        self._ask = ask
+        self._clock = clock
+        self._first = self._answer = first
+        self._asked_at = float("-inf")
+        self._asking: asyncio.Task[None] | None = None
+
+    async def answer(self) -> T:
+        """Returns an answer about a second old; a few seconds where a newer one is late."""
+        if self._asking is None or self._asking.done():
+            if self._age_s < _ASK_EVERY_S:
+                return self._answer
+            self._asking = asyncio.create_task(self._renew())
+        await asyncio.wait({self._asking}, timeout=_PATIENCE_S)
+        return self._answer if self._age_s < _OLD_S else self._first
+
+    def forget(self) -> None:
+        """Ask anew next time, because the answer is another one now; one that is on its way does not count."""
+        self._asked_at = float("-inf")
+        if self._asking is not None:
+            self._asking.cancel()
+            self._asking = None
+
+    @property
+    def _age_s(self) -> float:
+        return self._clock.monotonic() - self._asked_at
+
+    async def _renew(self) -> None:
+        self._answer = await self._ask()
+        self._asked_at = self._clock.monotonic()

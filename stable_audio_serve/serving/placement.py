@@ -128,6 +128,7 @@ def model_entry(model: ModelSettings) -> ModelEntry:
         revision=model.revision,
         aliases=model.aliases,
         max_duration_s=model.max_duration_s,
+        duration_padding_s=model.duration_padding_s,
         edit_schedule=model.edit_schedule,
         backend=model.backend,
     )

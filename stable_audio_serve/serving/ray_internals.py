@@ -1,6 +1,6 @@
 """What this package uses of Ray beyond its public API, in one place. Tested with the versions in `TESTED`.
 
-`require` is called at the start: with a Ray that lacks one of these, the server says so instead of failing later.
+`require` is called at the start: with a Ray that lacks one of these, the server stops with that message.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def deploy(schema: ServeDeploySchema) -> None:
 
 
 def application_details(name: str) -> Mapping[str, Any] | None:
-    """Returns what the controller says of an application; None where Serve or the application does not run.
+    """Returns the controller's details of an application; None where Serve or the application does not run.
 
     Blocking. Raises RayError where the controller does not answer.
     """

@@ -23,7 +23,7 @@ from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.jobs.open import open_artifacts
 from stable_audio_serve.serving.autoscaling import replica_stats
 from stable_audio_serve.serving.logs import configure_logging
-from stable_audio_serve.serving.meters import RecentSum
+from stable_audio_serve.serving.metrics import RayMetrics, RecentSum, StepMeter
 from stable_audio_serve.serving.model_states import ReplicaStatus, ReplicaWords, read_application
 from stable_audio_serve.serving.work_ledger import ReplicaWork
 
@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 
 _MINUTE_S = 60
 _LEAST_LOOK_S = 0.1
-_WAITING_OLD_S = 5.0  # what a runner said longer ago about jobs is not believed
-_KEPT_OLD_S = 60.0  # the same of a model that stays loaded: a runner that died is replaced meanwhile
+_WAITING_OLD_S = 5.0  # after that, the last report of waiting jobs no longer counts
+_KEPT_OLD_S = 60.0  # the same for a model that operators keep: long enough to replace a runner
 _PROGRESS_INTERVAL_S = 0.25  # each item of a stream costs both processes about half a millisecond
 
 
@@ -50,7 +50,8 @@ class ModelReplica:
         self._finished = RecentSum(_MINUTE_S)
         self._start_s: dict[str, float] = {}
         self._looked_at = time.monotonic(), 0.0  # when, and how long the engine had been busy by then
-        self._waiting_s, self._is_kept, self._told_at = 0.0, False, float("-inf")  # what runners said last, and when
+        # The last report of a job runner, and when it came.
+        self._waiting_s, self._is_kept, self._told_at = 0.0, False, float("-inf")
         try:
             self._engine, self._quality = await self._start(settings, model)
         except StableAudioError as error:
@@ -62,8 +63,6 @@ class ModelReplica:
     async def _start(self, settings: Settings, model: ModelSettings) -> tuple[Engine, ModelQuality]:
         with self._stage("import"):
             from stable_audio_serve.serving.engines import hash_model, load_engine
-            from stable_audio_serve.serving.meters import StepMeter
-            from stable_audio_serve.serving.metrics import RayMetrics
             from stable_audio_serve.serving.trial import Trial
         metrics = self._meter = StepMeter(RayMetrics(model=model.name))
         quiet = QuietMetrics(metrics)
@@ -121,7 +120,7 @@ class ModelReplica:
                 yield progress
             yield await working
         finally:
-            working.cancel()  # nobody listens any more; nothing happens when it is done
+            working.cancel()  # the caller is gone; no effect on work that is done
 
     async def _generate(
         self, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
@@ -145,7 +144,7 @@ class ModelReplica:
             self._outcomes[outcome] += 1
 
     async def status(self) -> ReplicaStatus:
-        """Returns where this replica runs and what it has done."""
+        """Returns where this replica runs and the outcomes of its requests."""
         return ReplicaStatus(
             device=str(self._engine.device),
             start_s=self._start_s,
@@ -155,7 +154,7 @@ class ModelReplica:
         )
 
     def record_routing_stats(self) -> dict[str, Any]:
-        """Called by Serve every second; the routers of this model's callers hear of it, and through them operators."""
+        """Called by Serve every second, which sends it to the routers of this model's callers; the status shows it."""
         words = ReplicaWords(
             device=str(self._engine.device),
             dtype=self._engine.dtype,
@@ -201,7 +200,7 @@ class ModelReplica:
 
 
 async def _others_answer(*, surge: bool) -> bool:
-    """Whether older replicas go on while this one fails: those that an update stops last.
+    """Whether older replicas go on while this one fails: an update stops them last.
 
     Without surge they are stopped one after another however the new ones do, so each new one must serve something.
     """

@@ -1,5 +1,5 @@
 """Checks a checkpoint on this machine against stored reference numbers, component by component and end to end."""
 
-from stable_audio_serve.verification.run import verify
+from stable_audio_serve.verification.verify import verify
 
 __all__ = ["verify"]

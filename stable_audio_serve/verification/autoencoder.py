@@ -1,164 +1,191 @@
-"""Compares an audio autoencoder with stored encodings and decodings: quiet or seeded, whole or in windows."""
+"""Checks of the autoencoders: stored encodings and decodings, with and without noise, whole and in windows; the outputs
+of their modules; and that long audio coded in windows equals long audio coded in one piece.
+"""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from stable_audio_serve.audio.prepare import prepare_source
-from stable_audio_serve.core.generation import SourceAudio
-from stable_audio_serve.models.parts import Noises, WindowNoise
-from stable_audio_serve.models.protocol import WindowSpan
-from stable_audio_serve.models.sa3.autoencoder import AudioAutoencoder
-from stable_audio_serve.models.sa3.same import SameEncoder
-from stable_audio_serve.models.windows import chunked_windows, whole_window
-from stable_audio_serve.verification.goldens import Goldens
-from stable_audio_serve.verification.report import Report
+from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
+from stable_audio_serve.models.parts import WindowNoise
+from stable_audio_serve.models.protocol import DecodeWindow, EncodeWindow, WindowSpan
+from stable_audio_serve.models.sao.model import SaoModel
+from stable_audio_serve.models.windows import WINDOW_FRAMES, chunked_windows, cut_windows, whole_window
+from stable_audio_serve.sampling import SeededNoise
+from stable_audio_serve.verification.checks import Check, Found, Subject
+from stable_audio_serve.verification.denoiser import watch
+from stable_audio_serve.verification.runs import RowNoise
 
-PREFIX = "ae/"
-_INPUT = re.compile(r"(?:audio|latents)(?:_[a-z0-9]+)?|[a-z0-9]+_audio")
-_RUN = re.compile(
-    r"(?P<way>encode|decode)(?:_(?P<input>(?!seed)[a-z0-9]+?))??(?:_(?P<window>full|c\d+_o\d+))?_(?P<noise>quiet|seed\d+)"
+_Code = Callable[[Tensor, int], Tensor]  # a part of a network's input and its first frame -> its output
+_RUN = (
+    r"ae/(?P<way>encode|decode)(?:_(?P<input>[a-z0-9]+))??(?:_full|_c(?P<size>\d+)_o(?P<overlap>\d+))?"
+    r"_(?:quiet|seed(?P<seed>\d+))"
 )
-_CLIP = re.compile(r"(?P<input>[a-z0-9]+)_(?:encode_quiet|preprocessed)")
-_DRAW = re.compile(r"(?P<run>\w+_seed(?P<seed>\d+))_draw_(?P<index>\d+)")
 
 
-class CallOrderNoise:
-    """Draws from one seeded generator in the order of the calls: one window after another, as the reference does."""
+class CallOrderNoise(SeededNoise):
+    """Draws for windows, too, in the order of the calls, as the reference does."""
 
     def __init__(self, seed: int) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
+        super().__init__(seed)
         self.drawn: list[Tensor] = []
-
-    def initial(self, shape: tuple[int, ...]) -> Tensor:
-        self.drawn.append(torch.randn(shape, generator=self._generator))
-        return self.drawn[-1]
-
-    step = initial
 
     def window(
         self, stage: str, start: int, *, shape: tuple[int, ...], frame_axis: int, device: torch.device
     ) -> Tensor:
-        return self.initial(shape).to(device)
+        self.drawn.append(self.step(shape))
+        return self.drawn[-1].to(device)
 
 
-def compare_autoencoder(report: Report, goldens: Goldens, *, net: AudioAutoencoder, sample_rate_hz: int) -> None:
-    """Compare every tensor below ae/ that is an output, and windows with the whole."""
-    with report.guard("decoder halo"):
-        _compare_halo(report, net=net)
-    for name in goldens.names(PREFIX):
-        key = PREFIX + name
-        with report.guard("autoencoder", key):
-            if _INPUT.fullmatch(name):
-                goldens.mark(key)
-            elif name in _STAGES:
-                report.compare("autoencoder", key, actual=_STAGES[name](net, goldens), expected=goldens[key])
-            elif match := _DRAW.fullmatch(name):
-                _compare_draw(report, goldens, net=net, match=match)
-            elif match := _RUN.fullmatch(name):
-                output, _ = _run(net, goldens, match=match)
-                report.compare("autoencoder", key, actual=output, expected=goldens[key])
-            elif match := _CLIP.fullmatch(name):
-                clip = _prepare(net, goldens[f"{PREFIX}{match['input']}_audio"], sample_rate_hz=sample_rate_hz)
-                output = clip if name.endswith("preprocessed") else net.encode(clip)
-                report.compare("autoencoder", key, actual=output, expected=goldens[key])
+def join_windows(spans: Sequence[WindowSpan], run: Callable[[WindowSpan], Tensor], *, unit: int) -> Tensor:
+    """Returns the kept parts of the windows' results, joined; `unit` values of the last axis are a frame."""
+    kept = [slice((span.keep_start - span.start) * unit, (span.keep_stop - span.start) * unit) for span in spans]
+    return torch.cat([run(span)[..., part] for span, part in zip(spans, kept, strict=True)], dim=-1)
 
 
-def _compare_halo(report: Report, *, net: AudioAutoencoder) -> None:
-    """Compare decoding in windows that have the decoder's halo beside them with decoding as a whole, without noise."""
-    halo, multiple = net.decoder_halo_latents, net.latent_multiple
-    kept = 3 * multiple
-    frames = 2 * halo + 4 * kept
-    latents = torch.randn(1, net.latent_channels, frames, generator=torch.Generator().manual_seed(0))
-    whole = net.decode(latents)[..., : frames * net.hop]
-    for first in range(0, frames, kept):
-        start, stop, last = max(first - halo, 0), min(first + kept + halo, frames), min(first + kept, frames)
-        window = net.decode(latents[..., start:stop])[..., (first - start) * net.hop : (last - start) * net.hop]
-        expected = whole[..., first * net.hop : last * net.hop]
-        report.compare("decoder halo", f"{halo} latents, window at {first}", actual=window, expected=expected)
-
-
-def _encoder_block(net: AudioAutoencoder, goldens: Goldens) -> Tensor:
-    """Returns the input of the encoder's last projection, (B, E, F)."""
-    encoder = net.encoder
-    if not isinstance(encoder, SameEncoder):
-        raise TypeError("this encoder has no resampling block")
-    seen: list[Tensor] = []
-    handle = encoder.layers["2"].register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].clone()))
-    try:
-        net.encode(goldens[PREFIX + "audio"])
-    finally:
-        handle.remove()
-    return seen[0].transpose(1, 2)
-
-
-_STAGES: dict[str, Callable[[AudioAutoencoder, Goldens], Tensor]] = {
-    "patched": lambda net, goldens: net.pretransform.encode(goldens[PREFIX + "audio"]),
-    "encoder_block_out_quiet": _encoder_block,
-    "encoder_out_quiet": lambda net, goldens: net.encoder(net.pretransform.encode(goldens[PREFIX + "audio"]), None),
-    "decoder_out_quiet": lambda net, goldens: net.decoder(
-        net.bottleneck.decode(goldens[PREFIX + "latents"], None), None
-    ),
-}
-
-
-def _run(net: AudioAutoencoder, goldens: Goldens, *, match: re.Match[str]) -> tuple[Tensor, CallOrderNoise | None]:
-    """Encode or decode a stored input as the result's name says. Returns the noise that was used, too."""
-    decoding = match["way"] == "decode"
-    base = PREFIX + ("latents" if decoding else "audio")
-    value = goldens[f"{base}_{match['input']}" if match["input"] else base]
-    source = None if match["noise"] == "quiet" else CallOrderNoise(int(match["noise"].removeprefix("seed")))
-    if source is not None and len(value) > 1:
+def _run(it: Subject, match: re.Match[str]) -> tuple[Tensor, list[Tensor]]:
+    """Returns a stored input encoded or decoded as the name says, and the random draws of that."""
+    net, decodes = it.model.autoencoder, match["way"] == "decode"
+    value = it.goldens["_".join(("ae/latents" if decodes else "ae/audio", *filter(None, [match["input"]])))]
+    noise = CallOrderNoise(int(match["seed"] or 0))
+    if match["seed"] and len(value) > 1:
         raise ValueError("seeded noise is only known for a batch of one")
-    hop = net.hop
-    num_frames = value.shape[-1] if decoding else -(-value.shape[-1] // hop)
-    spans = _windows(match["window"], num_frames)
-    if len(spans) == 1:
-        return _window(net, value, source=source, start=0, decoding=decoding), source
-    parts = []
-    for span in spans:
-        cut = value[..., span.start : span.stop] if decoding else value[..., span.start * hop : span.stop * hop]
-        output = _window(net, cut, source=source, start=span.start, decoding=decoding)
-        scale = hop if decoding else 1
-        parts.append(output[..., (span.keep_start - span.start) * scale : (span.keep_stop - span.start) * scale])
-    return torch.cat(parts, dim=-1), source
+    unit_in, unit_out = (1, net.hop) if decodes else (net.hop, 1)
+
+    def run(span: WindowSpan) -> Tensor:
+        cut = _cut(value, span, unit=unit_in)
+        drawn = [WindowNoise(noise, match["way"], span.start)] if match["seed"] else None
+        return net.decode(cut, drawn) if decodes else net.encode(cut, drawn)
+
+    frames = -(-value.shape[-1] // unit_in)
+    if match["size"] is None:
+        return run(whole_window(frames)[0]), noise.drawn
+    spans = chunked_windows(frames, size=int(match["size"]), overlap=int(match["overlap"]))
+    return join_windows(spans, run, unit=unit_out), noise.drawn
 
 
-def _window(
-    net: AudioAutoencoder, value: Tensor, *, source: CallOrderNoise | None, start: int, decoding: bool
-) -> Tensor:
-    stage = "decode" if decoding else "init"
-    noise: Noises = None if source is None else [WindowNoise(source, stage, start)]
-    return net.decode(value, noise) if decoding else net.encode(value, noise)
+def _draw(it: Subject, match: re.Match[str]) -> Tensor:
+    return _run(it, match)[1][int(match["draw"])].reshape(it.goldens[match[0]].shape)
 
 
-def _windows(name: str | None, num_frames: int) -> Sequence[WindowSpan]:
-    """Returns the windows of a name like c128_o32 (latents, overlap), or one over everything."""
-    if name is None or name == "full":
-        return whole_window(num_frames)
-    size, overlap = (int(part[1:]) for part in name.split("_"))
-    return chunked_windows(num_frames, size=size, overlap=overlap)
+def _clip(it: Subject, match: re.Match[str]) -> Tensor:
+    """A clip with the model's channels, right-padded to whole latents (1, C, S), or its encoding."""
+    net, samples = it.model.autoencoder, torch.atleast_2d(it.goldens[f"ae/{match[1]}_audio"])
+    rate_hz, num_samples = it.model.spec.card.sample_rate_hz, -(-samples.shape[-1] // net.hop) * net.hop
+    source = SourceAudio(samples.numpy(), rate_hz)
+    clip = prepare_source(source, sample_rate_hz=rate_hz, channels=net.channels, num_samples=num_samples)[None]
+    return clip if match[2] == "preprocessed" else net.encode(clip)
 
 
-def _compare_draw(report: Report, goldens: Goldens, *, net: AudioAutoencoder, match: re.Match[str]) -> None:
-    """Compare a stored draw of a seeded run with what that run drew here."""
-    key = PREFIX + match[0]
-    run = _RUN.fullmatch(match["run"])
-    if run is None:
-        raise ValueError("belongs to no known run")
-    _, source = _run(net, goldens, match=run)
-    drawn = source.drawn if source is not None else []
-    report.compare("draws", key, actual=drawn[int(match["index"])].reshape(goldens[key].shape), expected=goldens[key])
+def _inside(it: Subject, path: str) -> tuple[Tensor, Tensor]:
+    """Returns what a module of the autoencoder is given and makes in a quiet run."""
+    net, wave = it.model.autoencoder, it.goldens.find("ae/wave")
+    if wave is not None:
+        run = partial(net.encoder, wave)
+    elif path.startswith("decoder"):
+        run = partial(net.decode, it.goldens["ae/latents"])
+    else:
+        run = partial(net.encode, it.goldens["ae/audio"])
+    return watch([net.get_submodule(path)], run)[0][0]
 
 
-def _prepare(net: AudioAutoencoder, clip: Tensor, *, sample_rate_hz: int) -> Tensor:
-    """Returns the clip as (1, C, S): with the model's channels, right-padded to whole latents."""
-    samples = torch.atleast_2d(clip)
-    source = SourceAudio(samples.numpy(), sample_rate_hz)
-    num_samples = -(-samples.shape[-1] // net.hop) * net.hop
-    prepared = prepare_source(source, sample_rate_hz=sample_rate_hz, channels=net.channels, num_samples=num_samples)
-    return prepared[None]
+def _open_decode(it: Subject, match: re.Match[str]) -> Tensor:
+    net, latents = it.model.autoencoder, it.goldens[f"ae/{match[1] or ''}z"]
+    spans = whole_window(latents.shape[-1])
+    if match[2]:
+        spans = chunked_windows(latents.shape[-1], size=int(match[2]), overlap=int(match[3]))
+    return join_windows(spans, lambda span: net.decode(_cut(latents, span, unit=1)), unit=net.config.hop)
+
+
+def _open_encode(it: Subject, match: re.Match[str]) -> Tensor:
+    net, wave = it.model.autoencoder, it.goldens["ae/wave"]
+    shape = (len(wave), net.config.latent_channels, wave.shape[-1] // net.config.hop)
+    return net.encode(wave, torch.randn(shape, generator=torch.Generator().manual_seed(int(match[1]))))
+
+
+def _kernel(it: Subject, match: re.Match[str]) -> Tensor:
+    path = "encoder.layers.0" if match[1] == "conv" else it.goldens.facts["ae"]["first_upsample_module"]
+    return it.model.autoencoder.get_submodule(path).kernel()
+
+
+def _windows(it: Subject, _: object) -> Iterator[Found]:
+    """Long audio decoded in windows as the engine cuts them while others wait; and where encoding is exact, encoded.
+
+    A long source's noise is one draw over all frames, of which each window takes its part.
+    """
+    model, hop, rate_hz = it.model, it.model.spec.hop, it.model.spec.card.sample_rate_hz
+    generator, frames = torch.Generator().manual_seed(0), 3 * WINDOW_FRAMES
+    latents = torch.randn(model.spec.card.latent_channels, frames, generator=generator)
+    audio = 0.3 * torch.randn(model.spec.card.channels, frames * hop, generator=generator)
+    source = SourceAudio(audio.numpy(), rate_hz)
+    request = GenerationRequest(prompt="", duration_s=frames * hop / rate_hz, seed=0, init_audio=source)
+    plan, is_exact = model.plan(request, frames=frames)[0], isinstance(model, SaoModel)
+    noise = RowNoise(SeededNoise(0), torch.randn(latents.shape, generator=generator) if is_exact else None)
+
+    def decode(cut: Tensor, start: int) -> Tensor:
+        return model.decode([DecodeWindow(cut, start, noise)])[0]
+
+    def encode(cut: Tensor, start: int) -> Tensor:
+        return model.encode_audio([EncodeWindow(cut, start, "init", noise)])[0]
+
+    if plan.decode_rule is not None or is_exact:  # a config may ask for decoding in one piece
+        spans = cut_windows(0, frames=frames, rule=plan.decode_rule, longest=WINDOW_FRAMES)
+        yield _in_windows(decode, latents, spans=spans, units=(1, hop))
+    if is_exact:
+        yield _beyond_windows(decode, latents, spans=spans, units=(1, hop))
+        yield _in_windows(encode, audio, spans=plan.init_source.windows, units=(hop, 1))
+        yield _beyond_windows(encode, audio, spans=plan.init_source.windows, units=(hop, 1))
+
+
+def _in_windows(code: _Code, value: Tensor, *, spans: Sequence[WindowSpan], units: tuple[int, int]) -> Found:
+    """Whether joined windows are the whole; `units` are values of input and output per frame."""
+    if len(spans) < 2:
+        raise ValueError("long audio is one window")
+    made = join_windows(spans, lambda span: code(_cut(value, span, unit=units[0]), span.start), unit=units[1])
+    return Found(f"{code.__name__} in {len(spans)} windows", made, code(value, 0))
+
+
+def _beyond_windows(code: _Code, value: Tensor, *, spans: Sequence[WindowSpan], units: tuple[int, int]) -> Found:
+    """Whether the kept frames are finite even where everything beyond a window is not a number."""
+
+    def run(span: WindowSpan) -> Tensor:
+        spoilt = torch.full_like(value, math.nan)
+        _cut(spoilt, span, unit=units[0])[:] = _cut(value, span, unit=units[0])
+        return _cut(code(spoilt, 0), span, unit=units[1])
+
+    finite = join_windows(spans, run, unit=units[1]).isfinite().all()
+    return Found(f"{code.__name__} beyond {len(spans)} windows", finite, torch.tensor(True))
+
+
+def _cut(value: Tensor, span: WindowSpan, *, unit: int) -> Tensor:
+    return value[..., span.start * unit : span.stop * unit]
+
+
+SA3_AUTOENCODER = (
+    Check("inputs", "ae/((audio|latents)(_[a-z0-9]+)?|[a-z0-9]+_audio)", lambda *_: ()),
+    Check("autoencoder", "ae/patched", lambda it, _: it.model.autoencoder.pretransform.encode(it.goldens["ae/audio"])),
+    Check(
+        "autoencoder", "ae/encoder_block_out_quiet", lambda it, _: _inside(it, "encoder.layers.2")[0].transpose(1, 2)
+    ),
+    Check("autoencoder", "ae/(encoder|decoder)_out_quiet", lambda it, match: _inside(it, match[1])[1]),
+    Check("autoencoder", _RUN, lambda it, match: _run(it, match)[0]),
+    Check("draws", _RUN + r"_draw_(?P<draw>\d+)", _draw),
+    Check("autoencoder", "ae/([a-z0-9]+)_(encode_quiet|preprocessed)", _clip),
+    Check("decoder halo", "windows", _windows, over="once"),
+)
+OPEN_AUTOENCODER = (
+    Check("inputs", "ae/(wave|z|long_z)", lambda *_: ()),
+    Check("autoencoder", "ae/encoder_out", lambda it, _: _inside(it, "encoder")[1]),
+    Check("autoencoder", r"ae/encoder_stage(\d+)", lambda it, match: _inside(it, f"encoder.layers.{match[1]}")[1]),
+    Check("autoencoder", r"ae/(long_)?decode(?:_chunked_(\d+)_(\d+))?", _open_decode),
+    Check("autoencoder", r"ae/encode_seed(\d+)", _open_encode),
+    Check("autoencoder", "ae/resolved_first_(conv|upsample)", _kernel),
+    Check("decoder halo", "windows", _windows, over="once"),
+)

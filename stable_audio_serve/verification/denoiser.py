@@ -1,209 +1,203 @@
-"""Compares a diffusion transformer with stored forward passes: plain, guided, padded, and values in between."""
+"""Checks of the conditioners and the denoiser: stored embeddings, forward passes, guided outputs, outputs of modules.
+
+Some rows of the tables are for one family only: the folders of the other one do not have these numbers.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stable_audio_serve.models.sa3.denoiser import Denoiser, DenoiserConditioning
+from stable_audio_serve.models.sao.conditioners import load_text_encoder
+from stable_audio_serve.models.sao.denoiser import Denoiser as OpenDenoiser
 from stable_audio_serve.sampling import Guidance, GuidanceBatch, guide
-from stable_audio_serve.verification.bounds import Component
-from stable_audio_serve.verification.goldens import Goldens, as_bool
-from stable_audio_serve.verification.report import Report
+from stable_audio_serve.verification.checks import Check, Found, Subject
 
-PREFIX = "dit/"
-_INPUTS = ("x", "t", "cross_attn_cond", "global_cond", "local_add_cond", "padding_mask")
-_NOT_NEEDED = ("cross_attn_mask",)  # cross-attention takes no mask
-_GUIDED = re.compile(
-    r"cfg(?P<cfg>\d+)_(?P<branch>neg|null)_apg(?P<apg>\d+)(?:_norm(?P<norm>\d+))?(?:_phi(?P<phi>\d+))?"
-    r"(?P<padding>_pad_(?:vzero|keymask))?"
-)
-_INTERVAL = re.compile(r"cfg(?P<cfg>\d+)_interval_\w+")
-_LAYER_VALUE = re.compile(
-    r"layer(?P<at>\d+)_(?P<part>self_attn|cross_attn|ff)_out"
-    r"|layer(?P<local>\d+)_local_embed"
-    r"|hidden_after_layer_(?P<after>\d+)"
-)
+_PHI = 0.7  # of the Stable Audio Open family's numbers, whose names do not have the value
 
 
-@dataclass(frozen=True, slots=True)
-class _Inputs:
-    """Inputs of the wrapped network: x (B, D, F), t (B,), context, global, local, valid (B, F) or None."""
-
-    x: Tensor
-    t: Tensor
-    context: Tensor
-    global_cond: Tensor
-    local: Tensor | None
-    valid: Tensor | None
-
-    @classmethod
-    def read(cls, goldens: Goldens) -> _Inputs:
-        mask = goldens.find(PREFIX + "padding_mask")
-        return cls(
-            x=goldens[PREFIX + "x"],
-            t=goldens[PREFIX + "t"],
-            context=goldens[PREFIX + "cross_attn_cond"],
-            global_cond=goldens[PREFIX + "global_cond"],
-            local=goldens.find(PREFIX + "local_add_cond"),
-            valid=None if mask is None else as_bool(mask),
-        )
-
-    def condition(self, net: Denoiser) -> DenoiserConditioning:
-        return net.condition(self.context, self.global_cond, local=self.local)
-
-
-def compare_denoiser(report: Report, goldens: Goldens, *, net: Denoiser) -> None:
-    """Compare every tensor below dit/ that is an output."""
-    inputs = _Inputs.read(goldens)
-    for name in _INPUTS + _NOT_NEEDED:
-        goldens.mark(PREFIX + name)
-    value_zeroed = 0
-    for name in goldens.names(PREFIX):
-        with report.guard("denoiser", PREFIX + name):
-            if name in _PLAIN:
-                output = net(inputs.x, inputs.t, conditioning=_PLAIN[name](net, inputs))
-                report.compare("denoiser", PREFIX + name, actual=output, expected=goldens[PREFIX + name])
-            elif name == "out_pad_keymask":
-                output = net(inputs.x, inputs.t, conditioning=inputs.condition(net), valid=inputs.valid)
-                _compare_padded(report, goldens, name=name, output=output, valid=inputs.valid)
-            elif _INTERVAL.fullmatch(name):
-                _compare_interval(report, goldens, net=net, inputs=inputs, name=name)
-            elif name.endswith("_pad_vzero"):
-                goldens.mark(PREFIX + name)
-                value_zeroed += 1
-            elif match := _GUIDED.fullmatch(name):
-                _compare_guided(report, goldens, net=net, inputs=inputs, match=match)
-    _compare_values_between(report, goldens, net=net, inputs=inputs)
-    if value_zeroed:
-        report.skip("denoiser padding", f"{value_zeroed} value-zeroed outputs: padding is key-masked here")
-
-
-def _zero_local(net: Denoiser, inputs: _Inputs) -> DenoiserConditioning:
-    local = None if inputs.local is None else torch.zeros_like(inputs.local)
-    return net.condition(inputs.context, inputs.global_cond, local=local)
-
-
-def _no_local(net: Denoiser, inputs: _Inputs) -> DenoiserConditioning:
-    return net.condition(inputs.context, inputs.global_cond, local=None)
-
-
-_PLAIN = {
-    "out": lambda net, inputs: inputs.condition(net),
-    "out_zero_local": _zero_local,
-    "out_no_local": _no_local,
-}
-
-
-def _compare_padded(report: Report, goldens: Goldens, *, name: str, output: Tensor, valid: Tensor | None) -> None:
-    only = None if valid is None else valid[:, None]
-    report.compare("denoiser padding", PREFIX + name, actual=output, expected=goldens[PREFIX + name], only=only)
-
-
-def _compare_guided(report: Report, goldens: Goldens, *, net: Denoiser, inputs: _Inputs, match: re.Match[str]) -> None:
-    """Compare a guided output, whose name says scale, branch, projection, norm threshold, rescale and padding."""
-    name = match[0]
-    valid = inputs.valid if match["padding"] else None
-    guidance = Guidance(
-        cfg_scale=_number(match["cfg"]),
-        apg_scale=_number(match["apg"]),
-        norm_threshold=_number(match["norm"] or "0"),
-        rescale=_number(match["phi"] or "0"),
-    )
-    conditional = inputs.condition(net)
-    unconditional = (
-        _negative(goldens, net, inputs=inputs) if match["branch"] == "neg" else conditional.without_context()
-    )
-    output = guide(
-        inputs.x,
-        inputs.t,
-        conditional=net(inputs.x, inputs.t, conditioning=conditional, valid=valid),
-        unconditional=net(inputs.x, inputs.t, conditioning=unconditional, valid=valid),
-        valid=valid,
-        rows=GuidanceBatch.of([guidance] * len(inputs.x)),
-    )
-    only = None if valid is None else valid[:, None]
-    report.compare("denoiser guidance", PREFIX + name, actual=output, expected=goldens[PREFIX + name], only=only)
-
-
-def _negative(goldens: Goldens, net: Denoiser, *, inputs: _Inputs) -> DenoiserConditioning:
-    """Returns the negative branch, whose padded tokens are zeros, unlike the positive side's learned padding."""
-    tokens, mask = goldens[PREFIX + "negative_cross_attn_cond"], goldens.find(PREFIX + "negative_cross_attn_mask")
-    if mask is not None:
-        tokens = torch.where(as_bool(mask)[..., None], tokens, 0.0)
-    return net.condition(tokens, inputs.global_cond, local=inputs.local)
-
-
-def _compare_interval(report: Report, goldens: Goldens, *, net: Denoiser, inputs: _Inputs, name: str) -> None:
-    """Compare an output whose guidance is switched off by its interval.
-
-    The reference decides by row 0 for all rows, so rows whose own time says otherwise are left out.
-    """
-    inside = torch.arange(len(inputs.t)) > 0  # where the facts do not say, only row 0 is known to lie outside
-    if interval := goldens.component("dit").get(name):
-        low, high = (float(edge) for edge in interval)
-        inside = (inputs.t >= low) & (inputs.t <= high)
-    output = net(inputs.x, inputs.t, conditioning=inputs.condition(net))
-    same = ~inside[:, None, None]
-    report.compare("denoiser guidance", PREFIX + name, actual=output, expected=goldens[PREFIX + name], only=same)
-
-
-def _compare_values_between(report: Report, goldens: Goldens, *, net: Denoiser, inputs: _Inputs) -> None:
-    """Compare the outputs of modules inside the plain forward pass."""
-    prefix = PREFIX + "mid/"
-    modules = {name: module for name in goldens.names(prefix) if (module := _module(net, name)) is not None}
-    with report.guard("denoiser", prefix), _recorded(modules) as seen:
-        net(inputs.x, inputs.t, conditioning=inputs.condition(net))
-    for name, value in seen.items():
-        component: Component = "denoiser time features" if name == "timestep_features" else "denoiser"
-        with report.guard(component, prefix + name):
-            report.compare(component, prefix + name, actual=value, expected=goldens[prefix + name])
-
-
-def _module(net: Denoiser, name: str) -> nn.Module | None:
-    """Returns the module that made a stored value, or None when the name is unknown."""
-    known: dict[str, nn.Module] = {
-        "timestep_features": net.timestep_features,
-        "timestep_embed": net.to_timestep_embed,
-        "context": net.to_cond_embed,
-        "global_embed": net.to_global_embed,
-        "adaln_modulation": net.transformer.global_cond_embedder,
-        "project_in": net.transformer.project_in,
-    }
-    match = _LAYER_VALUE.fullmatch(name)
-    if match is None:
-        return known.get(name)
-    index = int(next(found for found in (match["at"], match["local"], match["after"]) if found is not None))
-    if index >= len(net.transformer.layers):
-        return None
-    layer = net.transformer.layers[index]
-    if match["after"]:
-        return layer
-    return layer.get_submodule("to_local_embed" if match["local"] else match["part"])
-
-
-@contextmanager
-def _recorded(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Record what the modules return while the block runs, by name."""
-    seen: dict[str, Tensor] = {}
-
-    def keep(_module: nn.Module, _inputs: object, output: Tensor, *, name: str) -> None:
-        seen[name] = output.clone()
-
-    handles = [module.register_forward_hook(partial(keep, name=name)) for name, module in modules.items()]
+def watch(modules: Sequence[nn.Module], run: Callable[[], object]) -> list[list[tuple[Tensor, Tensor]]]:
+    """Returns the first input and the output of every call of each module while `run` runs."""
+    seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in modules]
+    handles = [
+        module.register_forward_hook(lambda _, given, made, calls=calls: calls.append((given[0].clone(), made.clone())))
+        for module, calls in zip(modules, seen, strict=True)
+    ]
     try:
-        yield seen
+        run()
     finally:
         for handle in handles:
             handle.remove()
+    return seen
+
+
+def _prompts(it: Subject) -> Any:
+    return (it.goldens.section("components", "text") or it.goldens.section("cond_t5"))["prompts"]
+
+
+def _told(it: Subject) -> list[Tensor]:
+    """Returns ids and mask (B, T) of the stored prompts."""
+    return list(it.model.text.tokenize(_prompts(it)).told.unbind(1))
+
+
+def _text(it: Subject, _: object) -> Tensor:
+    return torch.stack([embedding.tokens for embedding in it.model.encode_text(_prompts(it))])
+
+
+def _last_hidden_state(it: Subject, match: re.Match[str]) -> Iterator[Found]:
+    ids, mask = _told(it)
+    yield Found(match[0], it.model.text.encode(ids, mask), it.goldens[match[0]], mask.bool()[..., None])
+
+
+def _exact_text(it: Subject, _: object) -> Tensor:
+    """The prompts through the encoder in float32; otherwise it computes in float16."""
+    text, (ids, mask) = it.model.text, _told(it)
+    place = Path(str(text.encoder.config._name_or_path))
+    exact = load_text_encoder(place, max_length=text.max_length, device=it.model.device, dtype=torch.float32)
+    return it.model.prompt(exact.encode(ids, mask), mask.bool())
+
+
+def _negative_text(it: Subject, match: re.Match[str]) -> Iterator[Found]:
+    """The prompt's part of the negative context; numbers have the rest."""
+    config = it.model.config
+    before = config.context_ids.index(config.prompt.id)
+    tokens = it.model.encode_text([it.goldens.facts["dit"]["negative_prompt"]])[0].tokens
+    stored = it.goldens[match[0]][:, before : before + len(tokens)]
+    yield Found(match[0], tokens.expand_as(stored), stored)
+
+
+def _numbers(it: Subject, match: re.Match[str]) -> Tensor:
+    """Embeddings of the stated values, some beyond the conditioner's range."""
+    facts = it.goldens.section("components", "number")
+    values = torch.tensor(facts["values"] if facts else it.goldens.facts["cond_number_values"], dtype=torch.float32)
+    return it.model.numbers[match[1] or facts.get("id", "seconds_total")](values)[:, None]
+
+
+class _Pass:
+    """The stored inputs of one forward pass of all rows: x (B, D, F), t (B,), local conditioning, valid frames."""
+
+    def __init__(self, it: Subject) -> None:
+        self.net, self._goldens = it.model.denoiser, it.goldens
+        self.x, self.t = it.goldens["dit/x"], it.goldens["dit/t"]
+        self.local, valid = it.goldens.find("dit/local_add_cond"), it.goldens.find("dit/padding_mask")
+        self.valid = None if valid is None else valid.bool()
+
+    def condition(self, context: Tensor | None = None) -> Any:
+        """Returns the conditioning of the stored context or of another (B, T, width)."""
+        if isinstance(self.net, OpenDenoiser):
+            stored, vector = self._goldens["cond/inputs_cross_attn_cond"], self._goldens["cond/inputs_global_cond"]
+            return self.net.condition(stored if context is None else context, vector)
+        stored, vector = self._goldens["dit/cross_attn_cond"], self._goldens["dit/global_cond"]
+        return self.net.condition(stored if context is None else context, vector, local=self.local)
+
+    def run(self, conditioning: Any = None, *, valid: Tensor | None = None) -> Tensor:
+        """Returns the output (B, D, F) for the stored conditioning or another."""
+        return self.net(self.x, self.t, conditioning=conditioning or self.condition(), valid=valid)
+
+    def negative(self) -> Any:
+        """Returns the conditioning of the negative branch: padded tokens are zeros, not the learned padding."""
+        mask = self._goldens["dit/negative_cross_attn_mask"].bool()[..., None]
+        return self.condition(torch.where(mask, self._goldens["dit/negative_cross_attn_cond"], 0.0))
+
+    def made_by(self, path: str) -> Tensor:
+        """Returns what a module inside the network makes in a plain pass."""
+        return watch([self.net.get_submodule(path)], self.run)[0][-1][1]
+
+
+def _output(it: Subject, match: re.Match[str]) -> Iterator[Found]:
+    """An output, whose name says local conditioning, guidance scale, branch, projection, norm threshold, rescale,
+    interval and padding.
+
+    Row 0 decides about the interval for all rows of the reference: outside it in one run, inside in another, whose rows
+    are swapped.
+    """
+    inputs, component = _Pass(it), "denoiser padding" if match["padding"] else "denoiser"
+    valid = inputs.valid if match["padding"] else None
+    if match["local"]:
+        inputs.local = torch.zeros_like(inputs.local) if match["local"] == "zero" and inputs.local is not None else None
+    wanted = inputs.condition()
+    found = inputs.run(wanted, valid=valid)
+    if match["cfg"]:
+        component = "denoiser guidance"
+        cfg, apg, norm, phi = (_number(match[part] or "0") for part in ("cfg", "apg", "norm", "phi"))
+        guidance = Guidance(cfg, apg_scale=apg, norm_threshold=norm, rescale=_PHI if match["phi"] == "" else phi)
+        if guidance.cfg_scale != 1.0 and match["interval"] != "off":
+            other = inputs.run(inputs.negative() if match["negative"] else wanted.without_context(), valid=valid)
+            rows = GuidanceBatch.of([guidance] * len(inputs.x))
+            found = guide(inputs.x, inputs.t, conditional=found, unconditional=other, valid=valid, rows=rows)
+    found = found.flip(0) if match["interval"] == "swapped" else found
+    yield Found(match[0], found, it.goldens[match[0]], None if valid is None else valid[:, None], component)
 
 
 def _number(digits: str) -> float:
     """Returns the number that the digits of a name mean: with a leading 0 they are decimals, 05 = 0.5."""
     return float(f"0.{digits[1:]}") if digits.startswith("0") and len(digits) > 1 else float(digits)
+
+
+def _beside_padding(it: Subject, _: object) -> Iterator[Found]:
+    """The plain output, computed beside frames that are not valid."""
+    inputs = _Pass(it)
+    plain, frames = inputs.run(), inputs.x.shape[-1]
+    inputs.x = torch.cat([inputs.x, torch.full_like(inputs.x, 5.0)], dim=-1)
+    valid = (torch.arange(2 * frames) < frames).expand(len(inputs.x), -1)
+    yield Found("dit/out padded", inputs.run(valid=valid)[..., :frames], plain)
+
+
+def _hidden(it: Subject, _: object) -> Tensor:
+    layers = len(it.model.denoiser.transformer.layers)
+    return torch.stack([_Pass(it).made_by(f"transformer.layers.{layer}") for layer in range(layers)])
+
+
+_OUTPUT = (
+    r"dit/(?:out_?)?(?:(?P<local>zero|no)_local)?(?:cfg(?P<cfg>\d+))?(?:_null|(?P<negative>_neg(?:ative)?))?"
+    r"(?:_apg(?P<apg>\d+))?(?:_norm(?P<norm>\d+))?(?:_phi(?P<phi>\d*))?(?:_interval_(?P<interval>\w+))?"
+    r"(?P<padding>_?pad_keymask)?"
+)
+# The module of the denoiser that makes a stored value.
+_MODULES = {
+    "dit/(?:mid/)?timestep_features": "timestep_features",
+    "dit/(?:mid/)?timestep_embed": "to_timestep_embed",
+    "dit/(?:mid/)?global_embed": "to_global_embed",
+    "dit/(?:mid/context|cond_embed)": "to_cond_embed",
+    "dit/mid/adaln_modulation": "transformer.global_cond_embedder",
+    "dit/mid/project_in": "transformer.project_in",
+    r"dit/mid/hidden_after_layer_(\d+)": r"transformer.layers.\1",
+    r"dit/mid/layer(\d+)_(self_attn|cross_attn|ff)_out": r"transformer.layers.\1.\2",
+    r"dit/mid/layer(\d+)_local_embed": r"transformer.layers.\1.to_local_embed",
+}
+
+
+def _module_check(pattern: str, path: str) -> Check:
+    component = "denoiser time features" if path == "timestep_features" else "denoiser"
+    return Check(component, pattern, lambda it, match: _Pass(it).made_by(match.expand(path)))
+
+
+CONDITIONERS = (
+    Check("inputs", "cond/inputs_cross_attn_mask", lambda *_: ()),
+    Check("text tokens", "(text|cond)/input_ids", lambda it, _: _told(it)[0]),
+    Check("text tokens", "(text/attention|cond/attention|cond/t5)_mask", lambda it, _: _told(it)[1]),
+    Check("text", "text/last_hidden_state", _last_hidden_state),
+    Check("text", "text/embeddings", _text),
+    Check("text", "cond/t5_fp32", _exact_text),
+    Check("text in float16", "cond/t5", _text),
+    Check("number", r"number/embeddings|cond/(seconds_\w+)", _numbers),
+)
+SA3_DENOISER = (
+    Check(
+        "inputs", "dit/(x|t|(negative_)?cross_attn_(cond|mask)|global_cond|local_add_cond|padding_mask)", lambda *_: ()
+    ),
+    Check("denoiser", _OUTPUT, _output),
+    *(_module_check(pattern, path) for pattern, path in _MODULES.items()),
+    Check("denoiser padding", "dit/.*_pad_vzero", lambda *_: ["value-zeroed outputs: padding is key-masked here"]),
+)
+OPEN_DENOISER = (
+    *SA3_DENOISER,
+    Check("denoiser", "dit/hidden", _hidden),
+    Check("denoiser padding", "dit/out padded", _beside_padding, over="once"),
+    Check("text in float16", "dit/negative_cross_attn_cond", _negative_text),
+)

@@ -1,118 +1,287 @@
-"""Compares whole cases, run through the real engine: draws, lengths, schedules, latents and audio."""
+"""Checks of whole runs through the real engine: lengths, schedules, draws, conditions, steps, latents and audio; and of
+the frames that a masked edit keeps.
+
+Runs of the Stable Audio Open family take the stored prompt tokens, because the reference's text encoder computes in
+float16, whose last bits differ from machine to machine; the encoder has its own checks.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stable_audio_serve.models.protocol import RowPlan
-from stable_audio_serve.verification.bounds import Component
-from stable_audio_serve.verification.cases import Case, parse_case, skip_reason
+from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
+from stable_audio_serve.models.protocol import (
+    EncodeWindow,
+    RowConditioning,
+    RowPlan,
+    StepBatch,
+    TextEmbedding,
+    WindowSpan,
+)
+from stable_audio_serve.models.sao.build import build_spec
+from stable_audio_serve.models.sao.model import SaoComponents, SaoModel
+from stable_audio_serve.sampling import GuidanceBatch, ReplayDraw, ReplayNoise, SeededNoise, guide
+from stable_audio_serve.verification.autoencoder import join_windows
+from stable_audio_serve.verification.checks import Check, Found, Subject, same
+from stable_audio_serve.verification.denoiser import watch
 from stable_audio_serve.verification.goldens import Goldens
-from stable_audio_serve.verification.observed import RowResult, Runner
-from stable_audio_serve.verification.report import Report
+from stable_audio_serve.verification.runs import (
+    SOURCE_DRAW,
+    Case,
+    RowNoise,
+    RowResult,
+    draw_script,
+    parse_case,
+    parse_open_case,
+    plan_case,
+    replay_rows,
+    run_case,
+    skip_reason,
+)
+from stable_audio_serve.verification.samplers import (
+    Script,
+    StepPoint,
+    compare_script,
+    compare_steps,
+    step_levels,
+    walk_plan,
+)
 
-_KEY_MASKED, _SILENT = "_keymask", "_ae_noise_off"
-_OUTPUTS: Mapping[Component, str] = {"end-to-end latents": "latents", "end-to-end audio": "audio"}
-
-
-@dataclass(frozen=True, slots=True)
-class _Target:
-    """Stored output of a run (B, ...) and the rows of it that are compared."""
-
-    component: Component
-    key: str
-    expected: Tensor
-    rows: Sequence[int]
-
-
-def compare_end_to_end(report: Report, goldens: Goldens, *, runner: Runner, chunked: bool) -> None:
-    """Compare every case below gen/: with the reference's noise, and without the autoencoder's where that is stored.
-
-    `chunked` says whether the model's config asks for windows.
-    """
-    asyncio.run(_compare_cases(report, goldens, runner=runner, chunked=chunked))
-
-
-async def _compare_cases(report: Report, goldens: Goldens, *, runner: Runner, chunked: bool) -> None:
-    skipped: Counter[str] = Counter()
-    try:
-        for name, facts in goldens.cases().items():
-            for key in goldens.names(f"{name}/"):
-                goldens.mark(f"{name}/{key}")
-            if reason := skip_reason(facts["args"]):
-                report.skip("end-to-end", f"{name}: {reason}")
-                continue
-            with report.guard("end-to-end", name):
-                case = parse_case(name, facts, goldens=goldens, chunked=chunked)
-                _compare_plans(report, runner, case=case, facts=facts)
-                if targets := _find_targets(goldens, case, plans=runner.plan(case), suffix="", skipped=skipped):
-                    _compare_rows(report, await runner.run(case), targets=targets)
-                if targets := _find_targets(goldens, case, plans=runner.plan(case), suffix=_SILENT, skipped=skipped):
-                    _compare_rows(report, await runner.run_silent(case), targets=targets)
-                if (local := goldens.find(key := f"{name}/local_add_cond{_SILENT}")) is not None:
-                    report.compare("autoencoder", key, actual=runner.silent_inpaint_conditioning(case), expected=local)
-    finally:
-        await runner.close()
-    for reason, count in (+skipped).items():
-        report.skip("end-to-end", f"{count} {reason}")
+_SILENT = "_ae_noise_off"
 
 
-def _compare_plans(report: Report, runner: Runner, *, case: Case, facts: Mapping[str, Any]) -> None:
-    """Compare lengths, noise levels and the order of the random draws, where the case states them."""
-    plans = runner.plan(case)
+def _run(it: Subject, match: re.Match[str]) -> Iterator[Found | str]:
+    """A run with all rows of its batch: with the reference's noise, and without the autoencoder's if that is stored."""
+    goldens, name, facts = it.goldens, match[0], it.goldens.section("cases", match[0])
+    goldens.matching(re.escape(name) + "/.*")
+    model, texts, is_open = it.model, {}, isinstance(it.model, SaoModel)
+    if is_open:
+        model = _with_objective(model, objective_of(name, goldens, trained=model.config.objective))
+        case = parse_open_case(name, facts, goldens=goldens, card=model.spec.card)
+    else:
+        case = parse_case(name, facts, goldens=goldens, chunked=model.config.chunked)
+    if reason := skip_reason(facts["args"]):
+        yield f"{name}: {reason}"
+        return
+    plans, script, sampler = plan_case(model, case), draw_script(model, case), case.requests[0].sampler or ""
+    if is_open:
+        texts = _stored_texts(goldens, case, model=model)
+        yield from _compare_length(model, case, goldens=goldens)
+        yield from _compare_conditions(model, plans, goldens=goldens, prefix=f"{name}/")
+    yield from compare_script(name, script, facts=facts, sampler=sampler)
+    yield from _compare_plans(name, plans, facts=facts)
+    if (sigmas := facts.get("trace_sigma")) is not None:
+        points = _walk(model, case, script=script, texts=texts)
+        steps = compare_steps(points, f"{name}/trace_", sampler=sampler, sigmas=sigmas, goldens=goldens)
+        yield from (step._replace(component="end-to-end steps") for step in steps)
+    windows = [draw for draw in script if isinstance(draw, ReplayDraw) and "/" in draw.stage]
+    silent = replay_rows(case, [draw for draw in script if draw not in windows])
+    for suffix, noise in (("", replay_rows(case, script)), (_SILENT, [RowNoise(row) for row in silent])):
+        run = cache(partial(run_case, model, case, noise=noise, texts=texts))
+        yield from _compare_rows(goldens, name, suffix=suffix, plans=plans, run=run, clips=not is_open)
+    if (local := goldens.find(key := f"{name}/local_add_cond{_SILENT}")) is not None:
+        yield Found(key, _silent_conditioning(model, plans[0]), local, component="autoencoder")
+
+
+def _compare_plans(name: str, plans: Sequence[RowPlan], *, facts: Mapping[str, Any]) -> Iterator[Found]:
+    """Lengths and noise levels, where the case states them."""
     for plan, valid in zip(plans, facts.get("valid_latents", ()), strict=False):
-        report.note("lengths", f"{case.name}/valid_latents", difference=abs(plan.valid_frames - int(valid)))
+        yield same(f"{name}/valid_latents", int(valid), found=plan.valid_frames, component="lengths")
     if shape := facts.get("latent_shape"):
-        report.note("lengths", f"{case.name}/latent_shape", difference=abs(plans[0].frames - int(shape[-1])))
+        yield same(f"{name}/latent_shape", int(shape[-1]), found=plans[0].frames, component="lengths")
+    levels = torch.stack([step_levels(plan.sampler) for plan in plans])
     if stated := facts.get("sigmas"):
-        expected = torch.tensor(stated, dtype=torch.float32).reshape(-1, len(plans[0].sampler.step_ends) + 1)
-        for plan, sigmas in zip(plans, expected.expand(len(plans), -1), strict=True):
-            starts = [0, *plan.sampler.step_ends[:-1]]
-            actual = torch.tensor([*(plan.sampler.evaluations[start].sigma for start in starts), 0.0])
-            report.compare("schedules", f"{case.name}/sigmas", actual=actual, expected=sigmas)
-    if case.draws:
-        agrees = tuple(draw.shape for draw in runner.script(case)) == case.draws
-        report.note("draws", f"{case.name} number and shapes", difference=0.0 if agrees else math.inf)
+        found, expected = torch.nn.functional.pad(levels, (0, 1)), torch.tensor(stated, dtype=torch.float32)
+        yield Found(f"{name}/sigmas", found, expected.expand_as(found), component="schedules")
+    if stated := facts.get("trace_sigma"):
+        expected = torch.tensor(stated)
+        size = expected.clamp(min=1.0)  # levels reach 500
+        yield Found(f"{name}/trace_sigma", levels[0] / size, expected / size, component="schedules")
 
 
-def _find_targets(
-    goldens: Goldens, case: Case, *, plans: Sequence[RowPlan], suffix: str, skipped: Counter[str]
-) -> list[_Target]:
-    """Returns what of a run is compared: the key-masked numbers, or without those the rows that have no padding."""
-    targets = []
-    for component, name in _OUTPUTS.items():
-        key, plain = f"{case.name}/{name}{_KEY_MASKED}{suffix}", f"{case.name}/{name}{suffix}"
-        if (expected := goldens.find(key)) is not None:
-            skipped["value-zeroed numbers: their key-masked twins are compared"] += goldens.find(plain) is not None
-            targets.append(_Target(component, key, expected, range(len(plans))))
-        elif (expected := goldens.find(plain)) is not None:
-            unpadded = [row for row, plan in enumerate(plans) if plan.valid_frames == plan.frames]
-            skipped["padded rows of value-zeroed numbers: no key-masked twin"] += len(plans) - len(unpadded)
-            targets += [_Target(component, plain, expected, unpadded)] if unpadded else []
-    return targets
+def _compare_rows(
+    goldens: Goldens,
+    name: str,
+    *,
+    suffix: str,
+    plans: Sequence[RowPlan],
+    run: Callable[[], Sequence[RowResult]],
+    clips: bool,
+) -> Iterator[Found | str]:
+    """Latents inside each row's valid frames, and audio, which is stored as long as the longest of the batch.
 
-
-def _compare_rows(report: Report, results: Sequence[RowResult], *, targets: Sequence[_Target]) -> None:
-    """Compare latents inside each row's valid frames and audio over its own length.
-
-    The audio of a batch of different durations is stored as long as the longest.
+    The key-masked numbers are compared, or without those the rows that have no padding; `run` is called for these only.
     """
-    unlike = len({result.plan.output_samples for result in results}) > 1
-    for target in targets:
-        for row in target.rows:
-            result, expected, key = results[row], target.expected[row], f"{target.key}[{row}]"
-            if target.component == "end-to-end latents":
-                valid = torch.arange(result.plan.frames) < result.plan.valid_frames
-                report.compare(target.component, key, actual=result.latents, expected=expected, only=valid)
+    one_length = len({plan.output_samples for plan in plans}) == 1
+    for output in ("latents", "audio"):
+        key = f"{name}/{output}_keymask{suffix}"
+        stored, zeroed = goldens.find(key), goldens.find(f"{name}/{output}{suffix}")
+        is_masked = stored is not None
+        if is_masked and zeroed is not None:
+            yield "value-zeroed numbers: their key-masked twins are compared"
+        elif zeroed is not None:
+            stored, key = zeroed, f"{name}/{output}{suffix}"
+        for row, expected in enumerate([] if stored is None else stored):
+            plan = plans[row]
+            if not is_masked and plan.valid_frames < plan.frames:
+                yield "padded rows of value-zeroed numbers: no key-masked twin"
+            elif output == "latents":
+                valid = torch.arange(plan.frames) < plan.valid_frames
+                yield Found(f"{key}[{row}]", run()[row].latents, expected, valid, "end-to-end latents")
             else:
-                stored = expected[:, : result.audio.shape[1]] if unlike else expected
-                heard = result.audio.clip(-1.0, 1.0)  # as the reference delivers it
-                report.compare(target.component, key, actual=heard, expected=stored)
+                audio = run()[row].audio.clip(-1.0, 1.0) if clips else run()[row].audio
+                heard = expected if one_length else expected[:, : plan.output_samples]
+                yield Found(f"{key}[{row}]", audio, heard, component="end-to-end audio")
+
+
+def _silent_conditioning(model: Any, plan: RowPlan) -> Tensor:
+    """Returns a row's local conditioning: mask, then kept latents, encoded without noise (1, 1 + D, F)."""
+    source, mask = plan.inpaint_source, plan.keep_mask
+    if source is None or mask is None:
+        return torch.zeros(1, 1 + model.spec.card.latent_channels, plan.frames)
+
+    def encode(span: WindowSpan) -> Tensor:
+        samples, noise = source.cut(span, hop=model.spec.hop), RowNoise(SeededNoise(0))
+        return model.encode_audio([EncodeWindow(samples, span.start, "inpaint", noise)])[0].cpu()
+
+    return torch.cat([mask[None], join_windows(source.windows, encode, unit=1) * mask])[None]
+
+
+def objective_of(name: str, goldens: Goldens, *, trained: str) -> str:
+    """Returns the objective that a run had: `trained`, or another where the facts name the run or a pattern of it."""
+    stated = goldens.facts.get("rectified_flow_cases", ())
+    patterns = [word for word in stated.split() if "/" in word] if isinstance(stated, str) else stated
+    return "rectified_flow" if any(fnmatchcase(name, pattern) for pattern in patterns) else trained
+
+
+def _with_objective(model: SaoModel, objective: str) -> SaoModel:
+    """Returns the same networks, sampled as if they had been trained for `objective`."""
+    if objective == model.config.objective:
+        return model
+    config = replace(model.config, objective=objective)
+    spec = build_spec(replace(model.spec.card, objective=objective), config)
+    parts = SaoComponents(model.text, model.prompt, model.numbers, model.denoiser, model.autoencoder)
+    return SaoModel(parts, config=config, spec=spec, device=model.device)
+
+
+def _compare_length(model: SaoModel, case: Case, *, goldens: Goldens) -> Iterator[Found]:
+    """The frames of a run as long as the model's window, planned without being told."""
+    if case.sample_size == model.config.sample_size:
+        request, cap_s = case.requests[0], model.spec.card.max_duration_s  # less where a frame is left over
+        planned = model.plan(replace(request, duration_s=min(request.duration_s, cap_s)))[0].frames
+        key = f"{case.name}/latents"
+        yield same(key, goldens[key].shape[-1], found=planned, component="lengths")
+
+
+def _assembly(it: Subject, _: object) -> Iterator[Found]:
+    """The conditions of inputs that the facts list."""
+    rows = it.goldens.facts["cond_inputs_batch"]
+    args = {"conditioning": rows, "batch_size": len(rows), "sample_size": it.model.spec.hop, "steps": 2, "seed": 0}
+    case = parse_open_case("cond/inputs", {"args": args}, goldens=it.goldens, card=it.model.spec.card)
+    return _compare_conditions(it.model, plan_case(it.model, case), goldens=it.goldens, prefix="cond/inputs_")
+
+
+def _compare_conditions(model: SaoModel, plans: Sequence[RowPlan], *, goldens: Goldens, prefix: str) -> Iterator[Found]:
+    """The context, the negative's if any, and the global vector that each row's network is given."""
+    for row, plan in enumerate(plans):
+        prompts = {plan.prompt, plan.negative_prompt or plan.prompt}
+        texts = {prompt: model.encode_text([prompt])[0] for prompt in prompts}
+        entries = [model.denoiser.to_cond_embed, model.denoiser.to_global_embed]
+        contexts, vectors = watch(entries, partial(_condition, model, plan, texts=texts))
+        for index, (context, _) in enumerate(contexts):
+            key = f"{prefix}{'negative_' * index}cross_attn_cond"
+            yield Found(f"{key}[{row}]", context, goldens[key][row : row + 1], component="text in float16")
+        key = f"{prefix}global_cond"
+        yield Found(f"{key}[{row}]", vectors[0][0], goldens[key][row : row + 1], component="number")
+
+
+def _condition(model: SaoModel, plan: RowPlan, *, texts: Mapping[str, TextEmbedding]) -> RowConditioning:
+    negative = None if plan.negative_prompt is None else texts[plan.negative_prompt]
+    return model.condition(plan, prompt=texts[plan.prompt], negative=negative, inpaint_latents=None)
+
+
+def _stored_texts(goldens: Goldens, case: Case, *, model: SaoModel) -> dict[str, TextEmbedding]:
+    """Returns the prompts as the stored contexts hold them, where tokens that are all zero are padding."""
+    before = model.config.context_ids.index(model.config.prompt.id)
+    part = slice(before, before + model.config.prompt.max_length)
+    contexts = goldens[f"{case.name}/cross_attn_cond"]
+    tokens = {request.prompt: contexts[row, part] for row, request in enumerate(case.requests)}
+    if (away := goldens.find(f"{case.name}/negative_cross_attn_cond")) is not None:
+        tokens |= {request.negative_prompt or "": away[row, part] for row, request in enumerate(case.requests)}
+    return {prompt: TextEmbedding(prompt, stored, (stored != 0).any(dim=-1)) for prompt, stored in tokens.items()}
+
+
+def _walk(model: SaoModel, case: Case, *, script: Script, texts: Mapping[str, TextEmbedding]) -> list[StepPoint]:
+    """Returns the steps of a run outside the engine."""
+    plans = plan_case(model, case)
+    rows = [_condition(model, plan, texts=texts) for plan in plans]
+    terms = GuidanceBatch.of([plan.guidance for plan in plans])
+    guided_times = {call.t for call in plans[0].sampler.evaluations if call.guided}
+    replay = ReplayNoise(case.seed, script, num_rows=len(plans))
+    noise, source = replay.draw("initial", 0), None
+    if plans[0].init_source is not None:
+        samples = plans[0].init_source.samples[None].float()
+        source = model.autoencoder.encode(samples, replay.draw(SOURCE_DRAW, 0)).expand(len(plans), -1, -1)
+
+    def run(x: Tensor, t: float, *, branch: str) -> Tensor:
+        times, valid = torch.full((len(x),), t), torch.ones(len(x), x.shape[-1], dtype=torch.bool)
+        return model.denoise(StepBatch.of(x, t=times, valid=valid, branches=[getattr(row, branch) for row in rows]))
+
+    def unguided(x: Tensor, t: float) -> Tensor:
+        return run(x, t, branch="unconditional")
+
+    def guided(x: Tensor, t: float) -> Tensor:
+        plain, times = run(x, t, branch="conditional"), torch.full((len(x),), t)
+        if t not in guided_times:
+            return plain
+        return guide(x, times, conditional=plain, unconditional=unguided(x, t), valid=None, rows=terms)
+
+    return walk_plan(plans[0].sampler, replay, noise=noise, source=source, network=guided, unguided=unguided)
+
+
+def _edit(it: Subject, match: re.Match[str]) -> Iterator[Found]:
+    """Edits of the middle fifth of the sources whose encoding is stored, with and without a start from the source.
+
+    The reference has no masked editing of these models. What such an edit keeps needs no run of it: in the end, frames
+    outside the regions are the source's latents.
+    """
+    waves, stored, spec = it.goldens["ae/wave"], it.goldens[match[0]], it.model.spec
+    rate_hz, num_samples = spec.card.sample_rate_hz, waves.shape[-1]
+    fifth_s = num_samples // spec.hop // 5 * spec.hop / rate_hz
+    draws = torch.randn(stored.shape, generator=torch.Generator().manual_seed(int(match[1])))
+    edits = [
+        GenerationRequest(
+            prompt="",
+            duration_s=num_samples / rate_hz,
+            seed=row,
+            steps=3,
+            init_noise_level=spec.card.noise_level(0.5, sampler=None),
+            inpaint_audio=SourceAudio(wave.numpy(), rate_hz),
+            inpaint_regions_s=((2 * fifth_s, 3 * fifth_s),),
+        )
+        for row, wave in enumerate(waves)
+    ]
+    variations = [replace(edit, init_audio=edit.inpaint_audio) for edit in edits]
+    for name, requests in (("an edit", edits), ("a variation", variations)):
+        noise = [RowNoise(SeededNoise(row), draw) for row, draw in enumerate(draws)]
+        case = Case(match[0], tuple(requests), 0, num_samples)
+        for row, result in enumerate(run_case(it.model, case, noise=noise)):
+            if result.plan.keep_mask is None:
+                raise ValueError("no mask was planned")
+            yield Found(f"{match[0]} kept by {name}[{row}]", result.latents, stored[row], result.plan.keep_mask.bool())
+
+
+RUNS = Check("end-to-end", ".*", _run, over="cases")
+OPEN_RUNS = (
+    Check("number", "cond/inputs_cross_attn_cond", _assembly),
+    RUNS,
+    Check("end-to-end latents", r"ae/encode_seed(\d+)", _edit),
+)

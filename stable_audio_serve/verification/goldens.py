@@ -6,11 +6,10 @@ Knows the files and their layout, not what the numbers mean. Everything missing 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -36,22 +35,12 @@ class Goldens:
         path = folder / FACTS_FILE
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
+            path = folder / TENSORS_FILE
+            return cls(dict(facts), load_file(path))
         except FileNotFoundError as error:
             raise CheckpointError(f"{path}: file not found. {_WHERE}") from error
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise CheckpointError(f"{path} cannot be read as JSON: {reason}") from error
-        if not isinstance(facts, dict):
-            raise CheckpointError(f"{path} must hold a JSON object")
-        path = folder / TENSORS_FILE
-        try:
-            tensors = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
-        return cls(facts, tensors)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._tensors
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
 
     def __getitem__(self, key: str) -> Tensor:
         """Returns the tensor `key`; integers keep their type, everything else is float32."""
@@ -64,80 +53,32 @@ class Goldens:
     def find(self, key: str) -> Tensor | None:
         return self[key] if key in self._tensors else None
 
-    def names(self, prefix: str) -> list[str]:
-        """Returns the names below `prefix`, without it."""
-        return sorted(key.removeprefix(prefix) for key in self._tensors if key.startswith(prefix))
+    def matching(self, pattern: str) -> list[re.Match[str]]:
+        """Returns the tensors whose keys are `pattern`, a regular expression, sorted; they count as read."""
+        matches = [match for key in sorted(self._tensors) if (match := re.fullmatch(pattern, key))]
+        self._used |= {match[0] for match in matches}
+        return matches
 
-    def component(self, name: str) -> dict[str, Any]:
-        """Returns what the facts say about a component, empty if absent."""
-        found = self.section("components").get(name, {})
-        if not isinstance(found, dict):
-            raise CheckpointError(f"{FACTS_FILE}: components.{name} must be an object")
+    def section(self, *path: str) -> dict[str, Any]:
+        """Returns an object of the facts, or one inside it, empty if absent."""
+        found = self.facts
+        for part in path:
+            found = found.get(part, {})
+            if not isinstance(found, dict):
+                raise CheckpointError(f"{FACTS_FILE}: {'.'.join(path)} must be an object")
         return found
-
-    def rounding(self) -> dict[str, float]:
-        """Returns how far rounding of the weights moves a stored number, by its key, where that is stated."""
-        for place, stated in (
-            ("components.rounding.max_abs", self.component("rounding").get("max_abs", {})),
-            ("rounding.worst_cases", self.section("rounding").get("worst_cases", {})),
-        ):
-            if not isinstance(stated, dict) or not all(isinstance(value, int | float) for value in stated.values()):
-                raise CheckpointError(f"{FACTS_FILE}: {place} must be an object of numbers")
-            if stated:
-                return {key: float(value) for key, value in stated.items()}
-        return {}
-
-    def listed(self, name: str) -> list[dict[str, Any]]:
-        """Returns a list of objects among the components, empty if absent."""
-        found = self.section("components").get(name, [])
-        if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
-            raise CheckpointError(f"{FACTS_FILE}: components.{name} must be a list of objects")
-        return found
-
-    def cases(self) -> dict[str, dict[str, Any]]:
-        """Returns the end-to-end cases by name."""
-        cases = self.section("cases")
-        for name, case in cases.items():
-            if not isinstance(case, dict) or not isinstance(case.get("args"), dict):
-                raise CheckpointError(f"{FACTS_FILE}: {name} has no arguments")
-        return cases
-
-    def mark(self, key: str) -> None:
-        """Count a tensor as read."""
-        self._used.add(key)
 
     def lacking(self) -> list[str]:
-        """Returns tensors that the facts list and the file does not hold, or holds in another shape.
+        """Returns tensors that the facts list and the file does not hold.
 
         Cases and padding variants are left out: a folder need not hold all of them.
         """
-        return [
-            key
-            for key, stated in self.section("tensors").items()
-            if not (key.startswith("gen/") or "_pad_" in key)
-            and (key not in self._tensors or list(self._tensors[key].shape) != _stated_shape(stated))
-        ]
+        listed = (key for key in self.section("tensors") if not key.startswith("gen/") and "_pad_" not in key)
+        return [key for key in listed if key not in self._tensors]
 
-    def unused(self) -> Iterator[tuple[str, list[str]]]:
-        """Yields each group that has tensors which were never read, with their names."""
+    def unused(self) -> dict[str, list[str]]:
+        """Returns the tensors that were never read, by their group."""
         groups: dict[str, list[str]] = {}
         for key in sorted(self._tensors.keys() - self._used):
             groups.setdefault(key.split("/")[0], []).append(key)
-        yield from groups.items()
-
-    def section(self, name: str) -> dict[str, Any]:
-        """Returns an object of the facts, empty if absent."""
-        found = self.facts.get(name, {})
-        if not isinstance(found, dict):
-            raise CheckpointError(f"{FACTS_FILE}: {name} must be an object")
-        return found
-
-
-def _stated_shape(stated: Any) -> list[int]:
-    """Returns the shape that the facts state of a tensor: {"shape": ...}, or a dtype and a shape."""
-    return list(stated["shape"] if isinstance(stated, dict) else stated[1])
-
-
-def as_bool(mask: Tensor) -> Tensor:
-    """Returns a stored mask (uint8, int64 or float) as bool."""
-    return mask.to(torch.bool)
+        return groups

@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from stable_audio_serve.api.app import create_app
 from stable_audio_serve.api.middleware.limits import ClientTimes, LimitsMiddleware
+from stable_audio_serve.audio import workers
 from stable_audio_serve.core.settings import ApiSettings, Settings
 from tests.audio_files import make_audio_file, pcm_of
 from tests.backends import ToneBackend
@@ -314,12 +315,13 @@ async def test_too_many_generations_are_refused_while_health_responds() -> None:
     assert sum(answer.status_code == 200 for answer in answers) == 20
 
 
-async def test_too_much_decoded_audio_is_refused_until_some_is_done() -> None:
+async def test_too_much_decoded_audio_is_refused_until_some_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "MAX_SOURCE_BYTES", 500_000)
     backend = ToneBackend()
     backend.released.clear()
     form = {"prompt": "a", "duration": "0.1"}
     files = {"audio": make_audio_file(duration_s=1.0)}  # 353 kB when decoded
-    async with connect(backend, max_source_bytes=500_000) as client:
+    async with connect(backend) as client:
         first = asyncio.create_task(client.post("/v1/audio/variations", data=form, files=files))
         await until(lambda: backend.num_running == 1)
         second = await client.post("/v1/audio/variations", data=form, files=files)

@@ -1,4 +1,4 @@
-"""Limits over several processes that share a database: each is a `KeyLimiter` with connections of its own."""
+"""Limits over several processes that share a database: each is a `KeyLimiter` with separate connections."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ async def test_a_client_that_goes_away_leaves_its_place_and_pays(pair: tuple[Key
     assert await admit(pair[1], key) is not None
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    await pair[0].close()  # by then all is told
+    await pair[0].close()  # waits until the place is free
     assert await admit(pair[1], key, 6) is None
     assert await admit(pair[1], key, 1) is not None
 
@@ -172,7 +172,7 @@ async def test_while_the_database_is_away_each_process_keeps_the_limits(
             while sink.values["key_limits_alone"]:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         assert await admit(limiter, other) is not None  # its place in the database was kept
-    assert await admit(limiter, key, 20) is None  # the database begins anew
+    assert await admit(limiter, key, 20) is None  # the database has counted none of it
     await limiter.close()
     postgres.drop_database(url)
 
@@ -226,7 +226,7 @@ async def test_a_database_that_hangs_delays_requests_once(store_url: str, monkey
     async with asyncio.timeout(PATIENCE_S):
         while sink.values["key_limits_alone"]:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
-    assert await admit(limiter, key, 19) is None  # all but what was granted late, which counts
+    assert await admit(limiter, key, 19) is None  # the one second that was admitted late counts
     assert await admit(limiter, key, 1) is not None
     await limiter.close()
 

@@ -23,7 +23,7 @@ import transformers
 
 from stable_audio_serve.api.app import create_app
 from stable_audio_serve.audio.embedded_text import extract
-from stable_audio_serve.cli.sound import read_recipe
+from stable_audio_serve.cli.sound_files import read_recipe
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.runner.runner import JobRunner
 from stable_audio_serve.serving.engines import load_named_engine

@@ -20,7 +20,7 @@ from botocore.retries.standard import ExponentialBackoff
 
 from stable_audio_serve.artifacts.keys import FOLDERS, artifact_key, upload_key
 from stable_audio_serve.artifacts.s3 import S3Artifacts
-from stable_audio_serve.artifacts.s3_check import check_bucket
+from stable_audio_serve.artifacts.s3_client import check_bucket
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.errors import ConfigError, StorageError, StorageFullError
 from stable_audio_serve.core.settings import StorageSettings

@@ -41,7 +41,7 @@ def as_file(data: bytes) -> IO[bytes]:
 
 
 def claim_flac_samples(samples: int) -> bytes:
-    """A FLAC file of one second whose header promises more."""
+    """Returns a FLAC file of one second whose header declares more."""
     data = bytearray(make_audio_file(container="FLAC"))
     data[21] = data[21] & 0xF0 | samples >> 32
     data[22:26] = (samples & 0xFFFFFFFF).to_bytes(4, "big")
@@ -63,7 +63,7 @@ def claim_flac_samples(samples: int) -> bytes:
         ("W64", "PCM_16"),
     ],
 )
-def test_every_format_is_read_whole(decoder: AudioDecoder, container: str, subtype: str) -> None:
+def test_every_format_is_read_completely(decoder: AudioDecoder, container: str, subtype: str) -> None:
     data = make_audio_file(container=container, subtype=subtype, rate_hz=48000)
     source = decoder.decode(as_file(data), max_s=60)
     expected, rate_hz = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
@@ -78,14 +78,15 @@ def test_up_to_eight_channels_are_mixed_down_to_two(decoder: AudioDecoder, chann
     source = decoder.decode(as_file(make_audio_file(channels=channels)), max_s=60)
     mono = decoder.decode(as_file(make_audio_file(channels=1)), max_s=60)
     assert source.samples.shape == (kept, 44100)
-    np.testing.assert_allclose(source.samples, np.tile(mono.samples, (kept, 1)), atol=1e-6)  # the same on all: as loud
+    # All channels are equal, so the mix has the same level.
+    np.testing.assert_allclose(source.samples, np.tile(mono.samples, (kept, 1)), atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("loud", "left", "right"),
     [(0, 1.0, 0.0), (1, 0.0, 1.0), (2, 0.5**0.5, 0.5**0.5), (3, 0.0, 0.0), (4, 0.5**0.5, 0.0), (5, 0.0, 0.5**0.5)],
 )
-def test_each_speaker_of_a_surround_file_is_heard_where_it_stands(loud: int, left: float, right: float) -> None:
+def test_each_surround_speaker_keeps_its_side(loud: int, left: float, right: float) -> None:
     block = np.zeros((10, 6), dtype=np.float32)
     block[:, loud] = 1.0
     weight = 1.0 + 2 * 0.5**0.5  # front, centre and back of one side
@@ -106,18 +107,18 @@ def test_each_speaker_of_a_surround_file_is_heard_where_it_stands(loud: int, lef
         (b"ID3\x04\x00\x00" + b"\x7f" * 4 + make_audio_file(container="MP3"), "cannot be decoded"),
     ],
 )
-def test_a_header_is_enough_to_refuse(decoder: AudioDecoder, upload: bytes, words: str) -> None:
-    with pytest.raises(InvalidUploadError, match=words):  # what takes too long is refused in other words
+def test_a_bad_header_is_refused(decoder: AudioDecoder, upload: bytes, words: str) -> None:
+    with pytest.raises(InvalidUploadError, match=words):  # a timeout has another message
         decoder.decode(as_file(upload), max_s=60)
 
 
 @pytest.mark.parametrize("rate_hz", [8000, 192_000])
-def test_the_ends_of_the_range_of_rates_are_read(decoder: AudioDecoder, rate_hz: int) -> None:
+def test_the_limits_of_the_rate_range_are_accepted(decoder: AudioDecoder, rate_hz: int) -> None:
     source = decoder.decode(as_file(make_audio_file(rate_hz=rate_hz, duration_s=0.5)), max_s=60)
     assert (source.sample_rate_hz, source.samples.shape) == (rate_hz, (2, rate_hz // 2))
 
 
-def test_what_is_too_long_to_keep_is_refused_not_cut() -> None:
+def test_too_long_audio_is_refused_instead_of_cut() -> None:
     with tempfile.TemporaryFile() as file:
         file.write(make_audio_file(duration_s=2.0, rate_hz=8000))
         with pytest.raises(Refused, match="at 8000 Hz it must not be longer than 1 s"):
@@ -127,27 +128,27 @@ def test_what_is_too_long_to_keep_is_refused_not_cut() -> None:
 
 
 @pytest.mark.parametrize("container", ["FLAC", "OGG", "MP3", "AIFF", "CAF", "AU", "W64", "RF64", "WAV"])
-def test_half_a_file_gives_what_it_has_or_is_refused(decoder: AudioDecoder, container: str) -> None:
+def test_a_truncated_file_is_read_as_far_as_possible_or_refused(decoder: AudioDecoder, container: str) -> None:
     data = make_audio_file(container=container)
     try:
         samples = decoder.decode(as_file(data[: len(data) // 2]), max_s=60).samples
     except InvalidUploadError as error:
-        assert "cannot be decoded" in error.message  # noqa: PT017  either is right, a crash is not
+        assert "cannot be decoded" in error.message  # noqa: PT017  both outcomes are valid, a crash is not
     else:
         assert 10_000 < samples.shape[1] < 30_000
 
 
 @pytest.mark.parametrize("file_format", list(AudioFormat))
-def test_the_text_in_a_file_is_read_by_the_process(decoder: AudioDecoder, file_format: AudioFormat) -> None:
+def test_the_process_reads_a_files_text(decoder: AudioDecoder, file_format: AudioFormat) -> None:
     audio, text = np.zeros((1, 480), dtype=np.float32), '{"a":"' + "x" * 30_000 + '"}'
-    told, plain = (encode_audio(audio, 48_000, file_format=file_format, text=given) for given in (text, None))
-    assert decoder.read_text(as_file(told.to_bytes())) == text
+    tagged, plain = (encode_audio(audio, 48_000, file_format=file_format, text=given) for given in (text, None))
+    assert decoder.read_text(as_file(tagged.to_bytes())) == text
     assert decoder.read_text(as_file(plain.to_bytes())) is None
     with pytest.raises(InvalidUploadError, match=r"audio: (not an audio file|the audio cannot be decoded)"):
-        decoder.read_text(as_file(told.to_bytes()[:20]))
+        decoder.read_text(as_file(tagged.to_bytes()[:20]))
 
 
-def test_too_long_a_text_is_refused_by_name(decoder: AudioDecoder) -> None:
+def test_a_too_long_text_is_refused_by_field(decoder: AudioDecoder) -> None:
     audio = np.zeros((1, 480), dtype=np.float32)
     file = encode_audio(audio, 48_000, file_format=AudioFormat.FLAC, text="{" * 1_048_577).to_bytes()
     with pytest.raises(InvalidUploadError, match="file: the text in the file is longer than 1048576 bytes"):
@@ -160,21 +161,21 @@ def test_a_chain_of_ogg_files_is_read_at_one_rate(decoder: AudioDecoder) -> None
     assert (source.sample_rate_hz, source.samples.shape) == (44100, (2, 44100))
 
 
-def test_only_the_seconds_asked_for_are_read(decoder: AudioDecoder) -> None:
+def test_only_the_requested_seconds_are_read(decoder: AudioDecoder) -> None:
     source = decoder.decode(as_file(make_audio_file(duration_s=30, rate_hz=8000)), max_s=2.5)
     assert source.samples.shape == (2, 20_001)
 
 
-def test_an_hour_of_mp3_is_bounded(decoder: AudioDecoder) -> None:
+def test_a_long_mp3_is_read_only_to_the_limit(decoder: AudioDecoder) -> None:
     minute = make_audio_file(duration_s=60, rate_hz=8000, channels=1, container="MP3", subtype="MPEG_LAYER_III")
     file = as_file(minute * 60)
     source = decoder.decode(file, max_s=10)
     assert source.samples.shape == (1, 80_001)
-    assert os.lseek(file.fileno(), 0, os.SEEK_CUR) < len(minute)  # the rest was not even read
+    assert os.lseek(file.fileno(), 0, os.SEEK_CUR) < len(minute)  # the rest was not read
 
 
 @pytest.mark.parametrize("data", [b"", b"x", b"not audio at all", b"RIFF", make_audio_file()[:44]])
-def test_what_is_not_audio_is_refused_by_name(decoder: AudioDecoder, data: bytes) -> None:
+def test_files_that_are_not_audio_are_refused_by_field(decoder: AudioDecoder, data: bytes) -> None:
     with pytest.raises(InvalidUploadError) as caught:
         decoder.decode(as_file(data), max_s=10, field="audio_file")
     assert caught.value.field == "audio_file"
@@ -182,10 +183,10 @@ def test_what_is_not_audio_is_refused_by_name(decoder: AudioDecoder, data: bytes
 
 
 def decoders_of(parent: int) -> set[int]:
-    """Process ids of the decoders that a process has started."""
+    """Returns the ids of the decoding processes that a process has started."""
     pids = set()
     for children in Path(f"/proc/{parent}/task").glob("*/children"):
-        with suppress(OSError):  # a thread, or a process, that has just ended
+        with suppress(OSError):  # a thread or process that has just ended
             pids |= {p for p in map(int, children.read_text().split()) if b"decode_worker" in read_command_line(p)}
     return pids
 
@@ -196,12 +197,12 @@ def read_command_line(pid: int) -> bytes:
 
 @pytest.fixture
 def own_pids() -> Callable[[], list[int]]:
-    """The decoders that this test has started: other tests of this process may have left theirs."""
+    """Returns the decoding processes of this test; other tests may have left theirs."""
     others = decoders_of(os.getpid())
     return lambda: sorted(decoders_of(os.getpid()) - others)
 
 
-def test_a_crash_costs_one_file_only(own_pids: Callable[[], list[int]]) -> None:
+def test_a_crash_affects_one_file_only(own_pids: Callable[[], list[int]]) -> None:
     decoder = AudioDecoder()
     decoder.decode(as_file(make_audio_file()), max_s=10)
     first = own_pids()
@@ -212,7 +213,7 @@ def test_a_crash_costs_one_file_only(own_pids: Callable[[], list[int]]) -> None:
     decoder.close()
 
 
-def test_a_process_killed_at_work_is_replaced_and_the_file_read(own_pids: Callable[[], list[int]]) -> None:
+def test_a_killed_process_is_replaced_and_the_file_read(own_pids: Callable[[], list[int]]) -> None:
     decoder = AudioDecoder()
     decoder.decode(as_file(make_audio_file()), max_s=10)
     (pid,) = own_pids()
@@ -223,7 +224,7 @@ def test_a_process_killed_at_work_is_replaced_and_the_file_read(own_pids: Callab
     decoder.close()
 
 
-def test_a_file_that_kills_every_process_is_given_up() -> None:
+def test_a_file_that_kills_every_process_is_refused() -> None:
     killed: list[int] = []
 
     def start_two_doomed() -> DecodeProcess:
@@ -243,7 +244,7 @@ def test_a_file_that_kills_every_process_is_given_up() -> None:
     decoder.close()
 
 
-def test_a_machine_without_room_for_a_process_is_busy_not_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_to_start_a_process_is_an_overload(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = AudioDecoder()
     with monkeypatch.context() as patch:
         patch.setattr(sys, "executable", "/bin/false")
@@ -255,11 +256,11 @@ def test_a_machine_without_room_for_a_process_is_busy_not_broken(monkeypatch: py
 
 
 @pytest.mark.server
-def test_a_file_that_takes_too_long_is_given_up(own_pids: Callable[[], list[int]]) -> None:
+def test_a_file_that_takes_too_long_is_refused(own_pids: Callable[[], list[int]]) -> None:
     began_at = time.monotonic()
     with closing(AudioDecoder(timeout_s=PATIENCE_S)) as first:
         first.decode(as_file(make_audio_file()), max_s=10)
-    decoder = AudioDecoder(timeout_s=5 * (time.monotonic() - began_at))  # enough for this machine to start another
+    decoder = AudioDecoder(timeout_s=5 * (time.monotonic() - began_at))  # long enough to start another process
     decoder.decode(as_file(make_audio_file()), max_s=10)
     (pid,) = own_pids()
     os.kill(pid, signal.SIGSTOP)
@@ -292,14 +293,14 @@ def test_the_process_ends_with_its_parent() -> None:
 
 
 @pytest.mark.server
-def test_the_process_starts_quickly_and_knows_no_heavy_package() -> None:
+def test_the_process_starts_quickly_without_heavy_packages() -> None:
     script = "import sys, stable_audio_serve.audio.decode_worker; print(sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     for package in ("torch", "ray", "fastapi", "pydantic", "transformers"):
         assert f"'{package}'" not in loaded
 
 
-def test_a_served_models_own_rate_is_taken_however_unusual() -> None:
+def test_a_served_models_rate_is_always_accepted() -> None:
     file = as_file(make_audio_file(rate_hz=1000))
     usual, with_own = AudioDecoder(), AudioDecoder(own_rates_hz={1000})
     with pytest.raises(InvalidUploadError, match="1000 Hz"):

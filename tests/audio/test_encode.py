@@ -22,7 +22,7 @@ def make_tone(*, duration_s: float = 0.5, rate_hz: int = 44100, channels: int = 
 
 
 @given(arrays(np.float32, (2, 300), elements=st.floats(-2, 2, width=32)))
-def test_pcm16_is_what_libsndfile_writes(audio: npt.NDArray[np.float32]) -> None:
+def test_pcm16_equals_libsndfiles(audio: npt.NDArray[np.float32]) -> None:
     stream = io.BytesIO()
     soundfile.write(stream, audio.T, 44100, format="WAV", subtype="PCM_16")
     expected = soundfile.read(io.BytesIO(stream.getvalue()), dtype="int16")[0]
@@ -30,7 +30,7 @@ def test_pcm16_is_what_libsndfile_writes(audio: npt.NDArray[np.float32]) -> None
 
 
 @given(arrays(np.float32, (2, 300), elements=st.floats(-2, 2, width=32)))
-def test_full_scale_is_what_torch_computes(audio: npt.NDArray[np.float32]) -> None:
+def test_full_scale_equals_torchs_result(audio: npt.NDArray[np.float32]) -> None:
     pcm = to_full_scale_pcm16(audio)
     assert pcm.flags.c_contiguous
     if not audio.any():
@@ -42,7 +42,7 @@ def test_full_scale_is_what_torch_computes(audio: npt.NDArray[np.float32]) -> No
     assert np.abs(pcm.astype(int)).max() == 32767
 
 
-def test_pcm16_is_right_across_blocks_and_for_strided_input() -> None:
+def test_pcm16_is_correct_across_blocks_and_for_strided_input() -> None:
     audio = np.random.default_rng(0).uniform(-1.2, 1.2, (50_000, 2)).astype(np.float32).T
     expected = np.clip(np.floor(audio.astype(np.float64) * 32768), -32768, 32767).T
     np.testing.assert_array_equal(to_pcm16(audio), expected)
@@ -89,7 +89,7 @@ def test_lossy_files_sound_like_the_original(file_format: str, rate_hz: int, exp
     for channel in range(2):
         spectrum = np.abs(np.fft.rfft(read[: rate // 1, channel]))
         assert spectrum.argmax() == pytest.approx(110 * (channel + 1), abs=1)
-    assert np.abs(read).max() == pytest.approx(0.5, abs=0.05)  # a click at the ends would stand out
+    assert np.abs(read).max() == pytest.approx(0.5, abs=0.05)  # a click at the ends would exceed it
 
 
 def test_opus_keeps_the_exact_length() -> None:
@@ -118,7 +118,7 @@ def test_a_long_vorbis_file_does_not_crash() -> None:
     assert soundfile.info(io.BytesIO(file.to_bytes())).frames == 44100 * 120
 
 
-def test_zip_is_deflated_named_and_repeatable() -> None:
+def test_zip_is_deflated_named_and_reproducible() -> None:
     files = [(f"clip-{i}.wav", encode_audio(make_tone(channels=i), 44100, file_format=AudioFormat.WAV)) for i in (1, 2)]
     first, second = make_zip(files), make_zip(files)
     assert first.to_bytes() == second.to_bytes()

@@ -1,4 +1,4 @@
-"""An edit's audio is its source's outside the regions, and fades from and to it within them."""
+"""An edit's audio equals the source outside the regions, and cross-fades with it inside them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stable_audio_serve.audio.keep import Span, keep_source, plan_spans, rise
+from stable_audio_serve.audio.keep import Span, fade_ramp, keep_source, plan_spans
 
 RATE_HZ, FADE = 1000, 30
 
@@ -36,7 +36,7 @@ def plan(*regions_s: tuple[float, float], source: int = 3000, samples: int = 300
         ([(2.98, 3.0)], [Span(2980, 3000, 20, 0)]),
     ],
 )
-def test_fades_lie_inside_regions_and_meet_in_short_ones(regions_s: Regions, spans: list[Span]) -> None:
+def test_fades_are_inside_regions_and_meet_in_short_ones(regions_s: Regions, spans: list[Span]) -> None:
     assert plan(*regions_s) == tuple(spans)
 
 
@@ -44,7 +44,7 @@ def test_fades_lie_inside_regions_and_meet_in_short_ones(regions_s: Regions, spa
     ("regions_s", "spans"),
     [
         ([(3.0, 5.0)], [Span(2970, 5000, FADE)]),
-        ([(3.002, 5.0)], [Span(2970, 5000, FADE)]),  # the source is a little shorter than its client thinks
+        ([(3.002, 5.0)], [Span(2970, 5000, FADE)]),  # the source is slightly shorter than its client assumes
         ([(2.99, 5.0)], [Span(2970, 5000, FADE)]),
         ([(2.97, 5.0)], [Span(2970, 5000, FADE)]),
         ([(2.9, 5.0)], [Span(2900, 5000, FADE)]),
@@ -57,13 +57,13 @@ def test_a_continuation_fades_within_its_source(regions_s: Regions, spans: list[
     assert plan(*regions_s, samples=5000) == tuple(spans)
 
 
-def test_a_short_source_is_kept_whole_unless_it_is_continued() -> None:
+def test_a_short_source_is_kept_completely_unless_continued() -> None:
     assert plan((1.0, 2.0), samples=5000) == (Span(1000, 2000, FADE, FADE), Span(3000, 5000, FADE))
     assert plan((4.0, 5.0), samples=5000) == (Span(3000, 5000, FADE),)
     assert plan((0.01, 1.0), source=10, samples=1000) == (Span(0, 1000, 10),)
 
 
-def test_what_of_a_source_lies_behind_the_clip_is_not_there() -> None:
+def test_the_source_after_the_clips_end_is_ignored() -> None:
     assert plan((1.0, 2.0), source=9000, samples=2000) == (Span(1000, 2000, FADE, 0),)
     assert plan((2.5, 2.6), source=9000, samples=2000) == ()
 
@@ -80,7 +80,7 @@ _MOMENTS = st.integers(0, 700).map(lambda n: n / RATE_HZ)
     source=st.integers(1, 800),
     samples=st.integers(1, 600),
 )
-def test_any_regions_leave_every_other_sample_as_it_was(regions_s: Regions, source: int, samples: int) -> None:
+def test_samples_outside_the_regions_are_unchanged(regions_s: Regions, source: int, samples: int) -> None:
     spans = plan(*regions_s, source=source, samples=samples)
     kept = make_noise(max(source, samples), seed=1)
     kept[:, source:] = 0
@@ -109,4 +109,4 @@ def test_fades_are_linear() -> None:
     keep_source(audio, np.zeros((1, 1000), np.float32), spans=[Span(100, 400, 30, 20)])
     np.testing.assert_allclose(audio[0, 100:130], (np.arange(30) + 0.5) / 30, atol=1e-6)
     np.testing.assert_allclose(audio[0, 380:400], (np.arange(20)[::-1] + 0.5) / 20, atol=1e-6)
-    assert rise(0).shape == (0,)
+    assert fade_ramp(0).shape == (0,)

@@ -1,4 +1,4 @@
-"""Tempo, bars and lengths against a second formulation in exact fractions and plain string handling."""
+"""Tempo, bars and lengths against a second implementation with exact fractions and plain string handling."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def test_tempo_of_a_prompt(prompt: str, tempo: int | None) -> None:
 
 
 @pytest.mark.parametrize("prompt", ["1" * 100_000, "1 " * 50_000, "1" + " " * 100_000, ("1" * 17 + " ") * 5_000 + "b"])
-def test_hostile_prompts_take_no_time(prompt: str) -> None:
+def test_hostile_prompts_are_scanned_quickly(prompt: str) -> None:
     started_at = time.thread_time()
     assert read_tempo(prompt) is None
-    assert time.thread_time() - started_at < 2  # of this thread; a quadratic search takes far longer
+    assert time.thread_time() - started_at < 2  # CPU time of this thread; a quadratic search takes far longer
 
 
 def scan_tempo(prompt: str) -> int | None:
-    """The first "bpm" with digits right before it, white space aside."""
+    """Returns the first "bpm" with digits directly before it, ignoring white space."""
     lowered = prompt.lower()
     at = lowered.find("bpm")
     while at >= 0:
@@ -76,7 +76,7 @@ def test_tempo_agrees_with_a_plain_scan(parts: list[str]) -> None:
 
 
 def plan_exactly(tempo: int, bars: int | None, window_s: float) -> tuple[int, Fraction]:
-    """Bars and seconds, in fractions."""
+    """Returns bars and seconds as fractions."""
     window = Fraction(window_s)
     if bars is None:
         bars = max((count for count in (1, 2, 4, 8) if Fraction(240 * count, tempo) <= window), default=1)
@@ -102,7 +102,7 @@ def test_bars_and_lengths_are_exact(tempo: int, bars: int | None, window_s: floa
     assert loop.bar_s * loop.bars == pytest.approx(loop.duration_s, rel=1e-12)
 
 
-def test_every_usual_tempo_is_what_the_original_computes_in_floats() -> None:
+def test_usual_tempos_match_the_original_float_arithmetic() -> None:
     for tempo in range(1, 401):
         for bars in (1, 2, 4, 8):
             assert Loop(tempo, bars).num_samples(44_100) == int(60.0 / tempo * 4 * bars * 44_100)
@@ -121,7 +121,7 @@ def test_the_usual_tempos(tempo: int, bars: int, samples: int) -> None:
     ("tempo", "asked", "given_bars"),
     [
         (170, 8, 8),  # fits
-        (150, 8, 8),  # 12.8 s, a second is forgiven
+        (150, 8, 8),  # 12.8 s, within the tolerance of a second
         (148, 8, 4),  # 12.97 s
         (60, 8, 4),  # halved once only: 16 s
         (60, 4, 2),

@@ -1,4 +1,4 @@
-"""Loudness against the test signals of EBU Tech 3341, whose results the document states, and against pyloudnorm."""
+"""Loudness of the test signals of EBU Tech 3341, whose results the document states, and against pyloudnorm."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make_tones(rate_hz: int, *parts: tuple[float, float]) -> npt.NDArray[np.floa
         ([(-72, 10), (-36, 10), (-23, 60), (-36, 10), (-72, 10)], -23.0),
     ],
 )
-def test_the_compliance_signals(rate_hz: int, parts: list[tuple[float, float]], expected: float) -> None:
+def test_loudness_of_the_compliance_signals(rate_hz: int, parts: list[tuple[float, float]], expected: float) -> None:
     assert measure_loudness(make_tones(rate_hz, *parts), rate_hz) == pytest.approx(expected, abs=0.1)
 
 
@@ -41,7 +41,7 @@ def test_the_compliance_signals(rate_hz: int, parts: list[tuple[float, float]], 
         ((8000, 3.33, 1), (44_100, 0.4, 2), (44_100, 0.44, 2), (44_100, 0.46, 1), (96_000, 1.0, 2)),
     ),
 )
-def test_pyloudnorm_measures_the_same(rate_hz: int, seconds: float, channels: int) -> None:
+def test_loudness_matches_pyloudnorm(rate_hz: int, seconds: float, channels: int) -> None:
     rng = np.random.default_rng(0)
     meter = pyloudnorm.Meter(rate_hz, filter_class="DeMan")
     noise = rng.uniform(-1, 1, (channels, round(seconds * rate_hz)))
@@ -58,7 +58,7 @@ def test_pyloudnorm_measures_the_same(rate_hz: int, seconds: float, channels: in
         assert measure_loudness(audio.astype(np.float32), rate_hz) == pytest.approx(expected, abs=0.005)
 
 
-def test_loudness_needs_four_tenths_of_a_second() -> None:
+def test_loudness_needs_400_ms() -> None:
     assert measure_loudness(make_tones(44_100, (-20, 1))[:, :17_639], 44_100) is None
     assert measure_loudness(make_tones(44_100, (-20, 1))[:, :17_640], 44_100) == pytest.approx(-20, abs=0.2)
 
@@ -73,19 +73,19 @@ def test_silence_is_below_70_dbfs(level: float, is_silent: bool, has_loudness: b
     assert (facts.is_silent, facts.loudness_lufs is not None) == (is_silent, has_loudness)
 
 
-def test_a_rate_that_the_filters_are_not_made_for_has_no_loudness() -> None:
+def test_loudness_is_undefined_at_very_low_rates() -> None:
     noise = np.random.default_rng(0).uniform(-1, 1, (2, 10_000)).astype(np.float32)
     assert describe_clip(noise, 1000, seed=0).loudness_lufs is None
 
 
-def test_nothing_and_nothing_but_zeros() -> None:
+def test_empty_and_zero_audio_is_silent() -> None:
     for num_samples in (0, 100, 44_100):
         facts = describe_clip(np.zeros((2, num_samples), np.float32), 44_100, seed=0)
         assert (facts.peak, facts.loudness_lufs, facts.is_silent) == (0.0, None, True)
 
 
 @pytest.mark.parametrize("sample", [np.nan, np.inf])
-def test_samples_that_are_not_finite_do_not_count(sample: float) -> None:
+def test_non_finite_samples_do_not_count(sample: float) -> None:
     audio = make_tones(44_100, (-23, 20))
     audio[0, 44_100] = sample
     assert measure_loudness(audio, 44_100) == pytest.approx(-23, abs=0.1)

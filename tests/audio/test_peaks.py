@@ -1,4 +1,4 @@
-"""What becomes of loud clips, against sines whose distortion can be measured and the references' formulas."""
+"""The treatment of loud clips, checked with the distortion of sines and with the references' formulas."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def make_sine(hertz: float, *, level: float, duration_s: float = 2.0) -> Audio:
 
 
 def distortion_db(audio: Audio) -> float:
-    """Power of everything but the strongest tone over that tone's, decibels."""
+    """Returns the power of everything except the strongest tone, relative to that tone, in decibels."""
     windowed = audio.astype(np.float64) * np.hanning(len(audio))
     power = np.abs(np.fft.rfft(windowed)) ** 2
     strongest = int(power.argmax())
@@ -38,7 +38,7 @@ def distortion_db(audio: Audio) -> float:
     arrays(np.float32, st.tuples(st.integers(1, 3), st.integers(0, 400)), elements=st.floats(-50, 50, width=32)),
     st.sampled_from([800, 16_000, 44_100, 48_000]),
 )
-def test_nothing_is_above_the_ceiling_and_nothing_is_added(audio: Audio, rate_hz: int) -> None:
+def test_limited_audio_stays_below_the_ceiling_and_gains_nothing(audio: Audio, rate_hz: int) -> None:
     before = audio.copy()
     limited = limit(audio, rate_hz)
     np.testing.assert_array_equal(audio, before)
@@ -50,7 +50,7 @@ def test_nothing_is_above_the_ceiling_and_nothing_is_added(audio: Audio, rate_hz
 
 
 @pytest.mark.parametrize("level", [0.1, 0.976, CEILING])
-def test_a_clip_that_is_not_too_loud_stays_bit_for_bit(level: float) -> None:
+def test_a_clip_below_the_ceiling_is_unchanged(level: float) -> None:
     audio = make_sine(440, level=1.0)
     audio *= np.float32(level) / np.abs(audio).max()
     np.testing.assert_array_equal(limit(audio, RATE_HZ), audio)
@@ -58,7 +58,7 @@ def test_a_clip_that_is_not_too_loud_stays_bit_for_bit(level: float) -> None:
 
 @pytest.mark.parametrize("hertz", [40, 100, 440, 1000, 5000])
 def test_a_steady_tone_stays_a_pure_tone(hertz: float) -> None:
-    """3 dB over: cutting it off instead gives -20 dB of distortion."""
+    """3 dB over full scale: clipping would give -20 dB of distortion."""
     audio = make_sine(hertz, level=10 ** (3 / 20))
     middle = limit(audio, RATE_HZ)[0, RATE_HZ // 2 : -RATE_HZ // 2]
     assert distortion_db(np.clip(audio[0], -1, 1)) > -30
@@ -66,13 +66,13 @@ def test_a_steady_tone_stays_a_pure_tone(hertz: float) -> None:
     assert middle.max() > CEILING - 0.001
 
 
-def test_the_gain_moves_without_steps_and_comes_back() -> None:
-    """A single peak in a quiet tone: the gain is down where the peak is, and nowhere else in a hurry."""
+def test_the_gain_is_smooth_and_recovers() -> None:
+    """A single peak in a quiet tone: the gain falls at the peak and changes slowly elsewhere."""
     audio = make_sine(997, level=0.4)
     audio[0, RATE_HZ // 2] = 3.0
     with np.errstate(invalid="ignore"):
         gain = limit(audio, RATE_HZ)[1].astype(np.float64) / audio[1]
-    gain = gain[np.abs(audio[1]) > 0.2]  # of the other channel, where it can be told
+    gain = gain[np.abs(audio[1]) > 0.2]  # of the other channel, where it is measurable
     assert gain.min() == pytest.approx(CEILING / 3, abs=0.01)
     assert np.abs(np.diff(gain)).max() < 0.1  # it takes 5 ms, five of these half-waves
     np.testing.assert_array_equal(limit(audio, RATE_HZ)[:, : RATE_HZ // 2 - 300], audio[:, : RATE_HZ // 2 - 300])
@@ -86,13 +86,13 @@ def test_both_channels_share_one_gain() -> None:
     np.testing.assert_allclose(limited[1], limited[0] * 0.25, atol=1e-6)
 
 
-def test_a_clip_does_not_depend_on_what_is_far_from_it() -> None:
+def test_samples_far_from_a_peak_are_unchanged() -> None:
     loud = np.random.default_rng(3).normal(0, 0.5, (2, RATE_HZ)).astype(np.float32)
     far = np.concatenate([loud, np.zeros((2, 4 * RATE_HZ), np.float32), loud], axis=1)
     np.testing.assert_array_equal(limit(far, RATE_HZ)[:, :RATE_HZ], limit(loud, RATE_HZ))
 
 
-def test_the_references_ways() -> None:
+def test_scale_and_clip_match_the_references() -> None:
     audio = make_sine(440, level=1.5)
     np.testing.assert_array_equal(treat_peaks(audio, RATE_HZ, peaks="clip"), np.clip(audio, -1, 1))
     for level in (0.1, 1.5):
@@ -109,7 +109,7 @@ def make_edit(model: Audio, source: Audio, *, regions_s: list[tuple[float, float
     return audio, keep_source(audio, source, spans=spans)
 
 
-def test_a_loud_generation_changes_no_sample_of_the_source() -> None:
+def test_limiting_a_loud_region_changes_no_source_sample() -> None:
     source = make_sine(440, level=0.99)
     audio, generated = make_edit(make_sine(220, level=1.7), source, regions_s=[(0.5, 1.0), (1.2, 1.3)])
     finished = treat_peaks(audio, RATE_HZ, peaks="limit", generated=generated)
@@ -123,7 +123,7 @@ def test_a_loud_generation_changes_no_sample_of_the_source() -> None:
     assert distortion_db(middle) < -45
 
 
-def test_a_source_above_full_scale_is_cut_off_and_lowers_nothing() -> None:
+def test_a_source_above_full_scale_is_clipped_not_limited() -> None:
     source, model = make_sine(440, level=1.5), make_sine(220, level=0.5)
     audio, generated = make_edit(model, source, regions_s=[(0.5, 1.0)])
     finished = treat_peaks(audio, RATE_HZ, peaks="limit", generated=generated)

@@ -49,13 +49,13 @@ def test_channels_for_a_mono_model_are_averaged_and_too_few_are_refused() -> Non
     wanted=st.integers(1, 3000),
     channels=st.integers(1, 2),
 )
-def test_a_source_of_any_rate_and_length_is_exactly_as_long_as_wanted(
+def test_a_source_of_any_rate_gets_the_exact_length(
     rate_hz: int, model_rate_hz: int, num_samples: int, wanted: int, channels: int
 ) -> None:
     source = SourceAudio(np.full((channels, num_samples), 0.5, dtype=np.float32), rate_hz)
     prepared = prepare_source(source, sample_rate_hz=model_rate_hz, channels=2, num_samples=wanted)
     assert prepared.shape == (2, wanted)
     assert prepared.isfinite().all()
-    heard = -(-num_samples * model_rate_hz // rate_hz)  # ceil: what is behind it is silence
-    assert not prepared[:, heard:].any()
-    assert prepared[:, : min(heard, wanted)].any()
+    length = -(-num_samples * model_rate_hz // rate_hz)  # rounded up; silence follows
+    assert not prepared[:, length:].any()
+    assert prepared[:, : min(length, wanted)].any()

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from stable_audio_serve.audio.resample import resample
+from stable_audio_serve.audio.prepare import resample
 from tests.goldens import load_goldens
 
 COMMON = load_goldens("common").tensors
@@ -38,7 +38,7 @@ def test_equals_the_formula_written_out(from_hz: int, to_hz: int, length: int) -
     torch.testing.assert_close(result.double(), samples.double() @ kernel.T, rtol=0, atol=2e-6)
 
 
-def test_near_coprime_rates_stay_small_and_right() -> None:
+def test_near_coprime_rates_are_correct_and_need_little_memory() -> None:
     tone = torch.sin(2 * math.pi * 440 * torch.arange(44101) / 44101)[None].float()
     result = resample(tone, 44101, to_hz=44100)
     expected = torch.sin(2 * math.pi * 440 * torch.arange(44100) / 44100)

@@ -42,7 +42,7 @@ def test_pitch_level_and_length_are_kept(speed: float, frequency_hz: float) -> N
 
 
 @pytest.mark.parametrize("speed", some(SPEEDS, (0.25, 1.1, 4.0)))
-def test_attacks_stay_where_they_belong(speed: float) -> None:
+def test_attacks_keep_their_place(speed: float) -> None:
     positions = [0, 30_000, 66_150, 110_250, 150_000]
     audio = np.zeros((2, 4 * RATE_HZ), np.float32)
     audio[:, positions] = 1.0
@@ -83,6 +83,6 @@ def test_any_length_is_exact_and_finite(samples: int, channels: int, speed: floa
 
 
 @pytest.mark.parametrize("speed", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_speed_that_is_none_is_refused(speed: float) -> None:
+def test_an_invalid_speed_is_refused(speed: float) -> None:
     with pytest.raises(ValueError, match="speed"):
         time_stretch(make_sine(440, duration_s=0.1), RATE_HZ, speed=speed)

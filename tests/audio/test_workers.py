@@ -22,7 +22,7 @@ async def workers() -> AsyncIterator[AudioWorkers]:
     await workers.close()
 
 
-async def test_as_many_files_are_made_at_a_time_as_may_and_no_more(workers: AudioWorkers) -> None:
+async def test_at_most_two_files_are_encoded_at_once(workers: AudioWorkers) -> None:
     pair = threading.Barrier(2)
     num_running = most_running = 0
     lock = threading.Lock()
@@ -40,7 +40,7 @@ async def test_as_many_files_are_made_at_a_time_as_may_and_no_more(workers: Audi
     assert most_running == 2
 
 
-async def test_files_to_decode_wait_for_the_one_before_and_not_for_those_being_made(workers: AudioWorkers) -> None:
+async def test_decoding_waits_for_earlier_decoding_not_for_encoding(workers: AudioWorkers) -> None:
     started, released = threading.Event(), threading.Event()
     order: list[str] = []
 
@@ -72,7 +72,7 @@ async def test_a_file_on_disk_is_decoded(workers: AudioWorkers, tmp_path: Path) 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
-async def test_making_files_yields_to_the_event_loop(workers: AudioWorkers) -> None:
+async def test_encoding_threads_have_lower_priority(workers: AudioWorkers) -> None:
     def niceness() -> int:
         return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 

@@ -10,32 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from benchmarks.arrivals import Arrival, draw_arrivals, to_request
-from benchmarks.cases.engine import resolve_model
-from benchmarks.compare.asking import Answer, Asker, Audio, InProcess
-from benchmarks.compare.outputs import VoidError, compare, difference
-from benchmarks.compare.pieces import Pieces
-from benchmarks.compare.run import Run, RunOptions
+from benchmarks.compare import Run, RunOptions, VoidError, compare, difference
+from benchmarks.load import Answer, Asker, InProcess
+from benchmarks.pieces import OtherRunError, OutOfTimeError, Pieces
 from benchmarks.sides.servers import batch_key, open_side
-from benchmarks.sides.timed_model import TimedModel
-from benchmarks.simulate.devices import LinearDevice
-from benchmarks.workload import eight_mixed_requests
+from benchmarks.workload import Arrival, draw_arrivals, eight_mixed_requests
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
 from stable_audio_serve.engine import EngineOptions
-from stable_audio_serve.models.families import load_model
-from stable_audio_serve.models.protocol import DiffusionModel
-from stable_audio_serve.models.weights import cast_network
 from tests.factories import ToyModel, make_request
-from tests.goldens import SA3_GOLDENS
 
 pytestmark = pytest.mark.server
 
 STRICT = EngineOptions(mode="strict", torch_threads=1, warmup_budget_s=0.0)
-QUICK = LinearDevice(
-    text_fixed_ms=0.2, step_fixed_ms=0.3, step_per_frame_ms=0.001, coding_fixed_ms=0.5, coding_per_frame_ms=0.001
-)
 
 
 async def generate(name: str, requests: list[GenerationRequest]) -> list[GenerationResult]:
@@ -71,17 +58,12 @@ def test_a_static_batch_holds_only_like_requests() -> None:
 
 def test_both_sides_get_the_same_list_of_requests() -> None:
     first, again, other = (
-        draw_arrivals("edit", rate_hz=4.0, count=60, seed=seed, max_duration_s=20.0) for seed in (1, 1, 2)
+        draw_arrivals("small-mixed", rate_hz=4.0, count=60, seed=seed, max_duration_s=20.0) for seed in (1, 1, 2)
     )
     assert first == again
     assert first != other
-    model = ToyModel()
-    drawn = draw_arrivals("edit", rate_hz=None, count=40, seed=3, max_duration_s=model.spec.card.max_duration_s)
-    for arrival in drawn:
-        plan = model.plan(to_request(arrival, model.spec.card))[0]
-        assert plan.seed == arrival.seed
-        assert (plan.init_source is not None) == (arrival.mode == "variation")
-        assert (plan.keep_mask is not None) == (arrival.mode == "inpaint")
+    faster = draw_arrivals("small-mixed", rate_hz=8.0, count=60, seed=1, max_duration_s=20.0)
+    assert [replace(arrival, at_s=2 * arrival.at_s) for arrival in faster] == list(first)
 
 
 def test_unlike_clips_differ() -> None:
@@ -91,31 +73,9 @@ def test_unlike_clips_differ() -> None:
     for other in (clip[:, :-1], clip * np.nan):
         assert difference(other, clip) == float("inf")
     assert difference(clip, 0 * clip) == float("inf")
-    assert compare([clip], {"same": [clip.copy()]})["same"].num_identical == 1
+    assert compare([clip], {"same": [clip.copy()]})["same"]["num_identical"] == 1
     with pytest.raises(VoidError, match="other is void"):
         compare([clip, clip], {"other": [clip, clip * np.float32(1.1)]})
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["float16 steps", "half decode", "a step fewer of a hundred"])
-async def test_less_exact_work_is_void(precision: str) -> None:
-    entry = resolve_model(str(SA3_GOLDENS / "sharp-s"))
-    other = load_model(entry, decode_precision="half" if "decode" in precision else "float32")
-    if "float16" in precision:
-        cast_network(other.denoiser, torch.float16)  # type: ignore[attr-defined]
-    steps = 100 if "hundred" in precision else 8
-    exact = await make_clip(load_model(entry), steps=steps)
-    less = await make_clip(other, steps=steps - ("fewer" in precision))
-    compare([exact], {"the same": [await make_clip(load_model(entry), steps=steps)]})
-    with pytest.raises(VoidError):
-        compare([exact], {"less": [less]})
-
-
-async def make_clip(model: DiffusionModel, *, steps: int) -> Audio:
-    side = open_side("lock", model, options=EngineOptions(mode="strict", torch_threads=1))
-    result = await side.generate(make_request("a low bell", duration_s=1.0, seed=3, steps=steps))
-    await side.close()
-    return result.audio[0]
 
 
 class OneStepFewer:
@@ -127,20 +87,29 @@ class OneStepFewer:
     async def ask(self, arrival: Arrival) -> Answer:
         return await self._asker.ask(replace(arrival, steps=arrival.steps - 1))
 
-
-def in_process(name: str, model: TimedModel) -> Asker:
-    options = EngineOptions(mode="fast", torch_threads=1, frame_grid=64, warmup_budget_s=0.2)
-    return InProcess(open_side(name, model, options=options), model.spec.card)
+    async def settle(self) -> None:
+        """Nothing to wait for."""
 
 
-def make_run(folder: Path, askers: Mapping[str, Asker]) -> Run:
-    options = RunOptions("demo-wide", tuple(askers), max_duration_s=10.0, count=10, rounds=2, goodput_trials=2)
-    return Run(dict(askers), options, pieces=Pieces(folder, {"options": str(options)}), is_watched=False)
+def in_process(name: str) -> Asker:
+    return InProcess(open_side(name, ToyModel(), options=EngineOptions(mode="fast", torch_threads=1)))
+
+
+def make_run(folder: Path, askers: Mapping[str, Asker], *, ends_at: float = float("inf")) -> Run:
+    options = RunOptions(
+        "demo-wide",
+        tuple(askers),
+        max_duration_s=ToyModel().spec.card.max_duration_s,
+        count=10,
+        rounds=2,
+        goodput_trials=2,
+    )
+    pieces = Pieces(folder, {"options": str(options)}, ends_at=ends_at)
+    return Run(dict(askers), options, pieces=pieces, is_watched=False)
 
 
 async def test_a_side_that_saves_a_step_is_void(tmp_path: Path) -> None:
-    model = TimedModel(QUICK, max_duration_s=10.0)
-    askers = {"lock": in_process("lock", model), "fewer": OneStepFewer(in_process("lock", model))}
+    askers = {"lock": in_process("lock"), "fewer": OneStepFewer(in_process("lock"))}
     with pytest.raises(VoidError, match="fewer is void"):
         await make_run(tmp_path, askers).measure()
     assert not os.listdir(tmp_path)
@@ -148,8 +117,8 @@ async def test_a_side_that_saves_a_step_is_void(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 async def test_one_run_states_every_figure_of_every_side(tmp_path: Path) -> None:
-    model = TimedModel(QUICK, max_duration_s=10.0)
-    results = await make_run(tmp_path, {name: in_process(name, model) for name in ("lock", "static", "ours")}).measure()
+    askers = {name: in_process(name) for name in ("lock", "static", "ours")}
+    results = await make_run(tmp_path, askers).measure()
     assert results["outputs"]["ours"]["largest_difference"] <= 1e-4
     for side in results["sides"].values():
         assert len(side["capacity_rps"]) == 2
@@ -158,3 +127,19 @@ async def test_one_run_states_every_figure_of_every_side(tmp_path: Path) -> None
     ratios = results["ratios"]["ours"]["lock"]
     assert {"capacity", "p50", "p95", "p95_8", "p95_50", "goodput"} == set(ratios)
     assert all(ratio["low"] <= ratio["value"] <= ratio["high"] for ratio in ratios.values())
+    assert await make_run(tmp_path, askers, ends_at=0.0).measure() == results, "all pieces are there"
+
+
+async def test_a_cut_run_goes_on_with_the_same_options_only(tmp_path: Path) -> None:
+    async def measure() -> list[float]:
+        return [1.5]
+
+    assert await Pieces(tmp_path, {"count": 1}).take("one", measure) == [1.5]
+    cut = Pieces(tmp_path, {"count": 1}, ends_at=0.0)
+    assert await cut.take("one", measure) == [1.5]
+    with pytest.raises(OutOfTimeError, match="out of time before two"):
+        await cut.take("two", measure)
+    assert await cut.attempt("two", measure) is None
+    assert cut.left == ["two"]
+    with pytest.raises(OtherRunError, match="count"):
+        Pieces(tmp_path, {"count": 2})

@@ -3,74 +3,94 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 import numpy as np
 import pytest
 
-from benchmarks.arrivals import Arrival
-from benchmarks.compare.asking import Answer
-from benchmarks.compare.figures import (
+from benchmarks.cases.overload import summarize_overload, summarize_returns
+from benchmarks.figures import (
     Bracket,
     capacity_rps,
-    describe_bursts,
-    describe_replays,
     fit_alone_ms,
     is_good,
+    percentile,
     ratio_of_brackets,
     ratio_of_medians,
     ratio_of_pooled_p95,
     steady_latencies_ms,
+    summarize,
+    summarize_sides,
+    worst_ratio,
 )
-from benchmarks.compare.playing import Record, play
-from benchmarks.metrics import Finished, percentile, steady, summarize, throughput_rps, worst_ratio
+from benchmarks.goals import Goal, Standing
+from benchmarks.gpu.trace import summarize_trace
+from benchmarks.load import Answer, Record, RefusedError, play, play_until_served
+from benchmarks.workload import Arrival
 from tests.patience import PATIENCE_S
 
 
 def record(due_at: float, latency_s: float, *, steps: int = 8, audio_s: float = 1.0, refused: bool = False) -> Record:
-    return Record(0, due_at, due_at + latency_s, audio_s, steps, {}, refused)
+    outcome = "refused" if refused else "finished"
+    return Record(0, due_at, due_at + latency_s, audio_s, steps, outcome)
+
+
+class Answering:
+    """A side whose answers a test decides."""
+
+    def __init__(self, ask: Callable[[Arrival], Awaitable[None]]) -> None:
+        self._ask = ask
+
+    async def ask(self, arrival: Arrival) -> Answer:
+        await self._ask(arrival)
+        return Answer({}, 1, lambda: np.zeros((2, 1), dtype=np.float32))
+
+    async def settle(self) -> None:
+        """Nothing to wait for."""
 
 
 async def test_open_loop_arrivals_do_not_wait_for_answers() -> None:
     asked: list[int] = []
     are_all_asked = asyncio.Event()
 
-    class AnsweringNobodyBeforeTheLastArrives:
-        async def ask(self, arrival: Arrival) -> Answer:
-            asked.append(arrival.seed)
-            if len(asked) == 3:
-                are_all_asked.set()
-            await are_all_asked.wait()
-            return Answer({}, lambda: np.zeros((2, 1), dtype=np.float32))
+    async def answer_nobody_before_the_last_arrives(arrival: Arrival) -> None:
+        asked.append(arrival.seed)
+        if len(asked) == 3:
+            are_all_asked.set()
+        await are_all_asked.wait()
 
     arrivals = [Arrival(0.02 * seed, "a bell", 1.0, seed=seed, steps=8) for seed in range(3)]
     async with asyncio.timeout(PATIENCE_S):
-        records = await play(AnsweringNobodyBeforeTheLastArrives(), arrivals)
+        records = await play(Answering(answer_nobody_before_the_last_arrives), arrivals)
     assert asked == [0, 1, 2]
     assert [one.due_at for one in records] == [0.0, 0.02, 0.04]
     assert records[0].latency_ms >= 40.0  # it waited for the last arrival, which did not wait for it
 
 
+async def test_clients_come_again_when_they_are_told() -> None:
+    asked: list[int] = []
+
+    async def refuse_twice(arrival: Arrival) -> None:
+        asked.append(arrival.seed)
+        if asked.count(1) < 3 and arrival.seed == 1:
+            raise RefusedError("full", retry_after_s=0.05)
+        if arrival.seed == 2:
+            raise RuntimeError("broken")
+
+    arrivals = [Arrival(0.0, "a bell", 1.0, seed=seed, steps=8) for seed in (1, 2)]
+    first, second = await play_until_served(Answering(refuse_twice), arrivals)
+    assert [one.outcome for one in first] == ["refused", "refused", "finished"]
+    assert first[1].due_at == pytest.approx(first[0].ended_at + 0.05)
+    assert [one.outcome for one in second] == ["failed"]
+    returns = summarize_returns([first, second])
+    assert (returns["never_served"], returns["most_attempts"]) == (1, 3)
+    assert returns["served_within_four_tries_share"] == 0.5
+
+
 def test_percentiles_interpolate() -> None:
-    assert percentile([10.0, 20.0], 0.5) == 15.0
-    assert percentile([3.0], 0.99) == 3.0
+    assert percentile([10.0, 20.0], 50) == 15.0
     latency = summarize([float(value) for value in range(101)])
-    assert (latency.p50_ms, latency.p95_ms, latency.p99_ms) == pytest.approx((50.0, 95.0, 99.0))
-    with pytest.raises(ValueError, match="values"):
-        percentile([], 0.5)
-
-
-def test_the_steady_part_drops_the_ends_but_never_everything() -> None:
-    for count in (1, 19, 20, 200):
-        kept = steady([Finished(float(i), i + 1.0, 1.0) for i in range(count)])
-        assert kept
-        if count >= 20:
-            assert kept[0].due_at == float(int(0.15 * count))
-            assert len(kept) == count - int(0.15 * count) - int(0.05 * count)
-
-
-def test_throughput_spans_the_first_arrival_to_the_last_end() -> None:
-    assert throughput_rps([Finished(0.0, 1.0, 1.0), Finished(1.0, 4.0, 1.0)]) == 0.5
-    assert Finished(due_at=1.0, ended_at=3.5, audio_s=2.0).latency_ms == 2500.0
+    assert list(latency.values()) == pytest.approx([50.0, 95.0, 99.0, 50.0])
 
 
 def test_the_worse_round_counts() -> None:
@@ -84,11 +104,12 @@ def test_figures_by_hand() -> None:
     kept = steady_latencies_ms(listed)
     assert kept == pytest.approx([100.0 * (i + 1) for i in range(3, 19)])  # without the first 15 and last 5 %
     assert steady_latencies_ms(listed, steps=50) == pytest.approx([100.0 * (i + 1) for i in range(4, 19, 2)])
-    capacity = ratio_of_medians([3.0, 4.0, 9.0], [2.0, 2.0, 3.0], larger_is_better=True)
-    assert (capacity.value, capacity.low, capacity.high, capacity.worst) == (2.0, 1.5, 3.0, 1.5)
+    assert steady_latencies_ms(listed[:1]) == pytest.approx([100.0])
+    capacity = ratio_of_medians([3.0, 4.0, 9.0], [2.0, 2.0, 3.0])
+    assert (capacity.value, capacity.low, capacity.high) == (2.0, 1.5, 3.0)
     p95 = ratio_of_pooled_p95([[1.0, 1.0], [2.0, 2.0]], [[2.0, 2.0], [2.0, 2.0]])
     assert p95 is not None
-    assert (p95.value, p95.low, p95.high, p95.worst) == (1.0, 0.5, 1.0, 1.0)
+    assert (p95.value, p95.low, p95.high) == (1.0, 0.5, 1.0)
     assert ratio_of_pooled_p95([[], [1.0]], [[1.0], [1.0]]) is None
     goodput = ratio_of_brackets(Bracket(2.0, 2.5), Bracket(1.0, 1.25))
     assert (goodput.value, goodput.low, goodput.high) == (2.0, 1.6, 2.5)
@@ -98,9 +119,9 @@ def test_what_was_refused_is_no_work_and_no_latency() -> None:
     burst = [record(0.0, 1.0), record(0.0, 0.01, refused=True), record(0.0, 4.0), record(0.0, 0.01, refused=True)]
     assert capacity_rps(burst) == 0.5
     assert steady_latencies_ms(burst) == [1000.0, 4000.0]
-    described = describe_replays([burst], step_classes=(8,))
-    assert (described["num_requests"], described["refused"]) == (2, 2)
-    assert describe_bursts([burst])["refused_at_once"] == [2]
+    rounds = [{"lock": burst}]
+    side = summarize_sides(("lock",), bursts=rounds, replays=rounds, brackets={})["sides"]["lock"]
+    assert (side["num_requests"], side["refused"], side["refused_at_once"]) == (2, 2, [2])
 
 
 def test_a_rate_is_good_while_nineteen_of_twenty_end_in_time() -> None:
@@ -110,3 +131,38 @@ def test_a_rate_is_good_while_nineteen_of_twenty_end_in_time() -> None:
     assert is_good([*in_time, record(0, 1.1, audio_s=1.0)], alone_ms=alone_ms)
     assert is_good([*in_time, record(0, 0.0, refused=True)], alone_ms=alone_ms)
     assert not is_good([*in_time, record(0, 1.1, audio_s=1.0), record(0, 0.0, refused=True)], alone_ms=alone_ms)
+
+
+def test_goodput_counts_what_ended_in_time_while_requests_came() -> None:
+    # Due at 0 to 3 s: in time, too late, refused, and ended after the last arrival.
+    records = [record(0.0, 0.5), record(1.0, 1.6), record(2.0, 0.01, refused=True), record(3.0, 0.5)]
+    figures = summarize_overload(records, work_ms=[100.0] * 4, peak_work_ms_per_s=100.0)
+    assert figures["goodput_over_peak_ratio"] == pytest.approx(1 / 3)
+    assert figures["finished_over_peak_ratio"] == pytest.approx(2 / 3)
+
+
+def test_a_goal_is_missed_by_its_whole_interval() -> None:
+    goal = Goal("P4", "p95", "run", (), 0.7)
+    assert Standing(goal).verdict == "not measured"
+    assert [Standing(goal, 0.8, low, 0.9).verdict for low in (0.65, 0.75)] == ["close", "MISS"]
+    assert Standing(goal, 0.6, 0.5, 0.9).verdict == "ok"
+    assert Standing(goal, 0.6, 0.5, 0.9, is_void=True).verdict == "void"
+
+
+def test_a_trace_is_busy_while_anything_runs() -> None:
+    def event(name: str, start_us: float, took_us: float, *, kind: str = "kernel") -> dict[str, object]:
+        return {"ph": "X", "cat": kind, "name": name, "ts": start_us, "dur": took_us}
+
+    figures = summarize_trace(
+        [
+            event("gemm", 0.0, 40.0),
+            event("norm", 20.0, 30.0),  # beside the first
+            event("Memcpy HtoD", 80.0, 20.0, kind="gpu_memcpy"),
+            event("cudaLaunchKernel", 0.0, 1.0, kind="cuda_runtime"),
+            event("cudaMemcpyAsync", 0.0, 1.0, kind="cuda_runtime"),
+            event("cudaStreamSynchronize", 0.0, 1.0, kind="cuda_runtime"),
+        ]
+    )
+    assert figures["busy_share"] == pytest.approx(0.7)
+    assert [figures[name] for name in ("kernels", "host_launches", "waits", "copies_to_device")] == [2, 1, 1, 1]
+    assert summarize_trace([])["busy_share"] is None

@@ -14,7 +14,8 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from stable_audio_serve import __version__
-from stable_audio_serve.cli import app, stable_audio_api
+from stable_audio_serve.cli import app
+from stable_audio_serve.cli.serving import stable_audio_api
 from tests.patience import PATIENCE_S
 from tests.serving.launched import free_port
 
@@ -155,7 +156,7 @@ def test_the_version_is_an_option(run: Run) -> None:
 
 @pytest.mark.server
 @pytest.mark.parametrize(
-    ("typed", "completed"), [("se", "serve"), ("admin jobs dead", "dead-letters"), ("serve --pro", "--proxy")]
+    ("typed", "completed"), [("se", "serve"), ("admin dead", "dead-letters"), ("serve --pro", "--proxy")]
 )
 def test_the_shell_completes_commands_and_options(typed: str, completed: str) -> None:
     words = {"COMP_WORDS": f"stable-audio-serve {typed}", "COMP_CWORD": str(typed.count(" ") + 1)}
@@ -185,7 +186,7 @@ def test_the_stable_audio_3_servers_command_serves_that_servers_models(run: Run,
         [
             sys.executable,
             "-c",
-            "from stable_audio_serve.cli import stable_audio_api as it; it.app()",
+            "from stable_audio_serve.cli.serving import stable_audio_api; stable_audio_api()",
             "--host",
             "127.0.0.1",
             "--port",
@@ -205,9 +206,9 @@ def test_the_stable_audio_3_servers_command_serves_that_servers_models(run: Run,
 
 def test_the_stable_audio_3_servers_command_takes_the_file_here_and_refuses_to_reload(run: Run, tmp_path: Path) -> None:
     write_faulty(tmp_path / "serve_config.yaml")
-    result = CliRunner().invoke(stable_audio_api.app, ["--host", "0.0.0.0", "--port", "8000"])
+    result = CliRunner().invoke(stable_audio_api, ["--host", "0.0.0.0", "--port", "8000"])
     assert result.stderr == "configuration: serve_config.yaml\nerror: modles: unknown; did you mean models?\n"
-    refused = CliRunner().invoke(stable_audio_api.app, ["--reload"])
+    refused = CliRunner().invoke(stable_audio_api, ["--reload"])
     assert (refused.exit_code, refused.stderr) == (
         2,
         "error: --reload: not supported; restart the server after a change\n",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from stable_audio_serve.cli.endings import Ending, said_plainly
+from stable_audio_serve.cli.messages import Ending, plain_errors
 from stable_audio_serve.cli.remote import connected
 from stable_audio_serve.core import errors
 
@@ -17,7 +17,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 
 
 def as_sound_does(error: Exception) -> None:
-    with said_plainly():
+    with plain_errors():
         raise error
 
 

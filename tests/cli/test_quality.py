@@ -38,37 +38,37 @@ def run(*arguments: str) -> Result:
 
 @pytest.mark.server  # loads a model six times
 def test_a_report_from_its_making_to_its_end(folder: Path) -> None:
-    assert run("list").stdout == ""
-    made = run("check", "tiny")
+    assert run().stdout == ""
+    made = run("tiny")
     assert made.exit_code == 0, made.output
     report_id = made.stdout.partition("quality report ")[2][:32]
-    report, record = run("list").stdout.splitlines()
+    report, record = run().stdout.splitlines()
     assert report.startswith(f"{report_id} tiny weights ")
     assert "last good weights of tiny" in record
     spoil(folder / "model", partial(scale, factor=2.0))
-    failed = run("check", "tiny")
+    failed = run("tiny")
     assert failed.exit_code == 1
     assert "+6.02 dB" in failed.output
     spoil(folder / "model", partial(scale, factor=0.75))
-    assert run("check", "tiny").exit_code == 0  # 3.5 dB: other weights may
+    assert run("tiny").exit_code == 0  # 3.5 dB: other weights may
     configure(folder, quality_report=report_id)
-    assert run("check", "tiny").exit_code == 1  # but not those of this report
-    assert run("forget", report_id).exit_code == 0
-    assert report_id not in run("list").stdout
-    missing = run("check", "tiny")
+    assert run("tiny").exit_code == 1  # but not those of this report
+    assert run("--forget", report_id).exit_code == 0
+    assert report_id not in run().stdout
+    missing = run("tiny")
     assert (missing.exit_code, report_id in missing.output) == (1, True)
 
 
 def test_wrong_names_are_one_sentence(folder: Path) -> None:
-    unknown = run("check", "nobody")
+    unknown = run("nobody")
     assert (unknown.exit_code, "configured: tiny" in unknown.output) == (2, True)
-    assert run("forget", "../../etc/passwd").exit_code == 1
+    assert run("--forget", "../../etc/passwd").exit_code == 1
 
 
 def test_a_broken_file_is_listed_by_its_name(folder: Path) -> None:
     (folder / "outputs" / "quality").mkdir(parents=True)
     (folder / "outputs" / "quality" / ("0" * 32)).write_text("\x1b[2Jnot a report")
-    listed = run("list")
+    listed = run()
     assert listed.exit_code == 0
     assert "0" * 32 in listed.stdout
     assert "\x1b" not in listed.stdout

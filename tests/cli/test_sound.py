@@ -21,9 +21,8 @@ from typer.testing import CliRunner
 from stable_audio_serve.audio.embedded_text import extract
 from stable_audio_serve.audio.encode import AudioFormat, encode_audio
 from stable_audio_serve.cli import app
-from stable_audio_serve.cli.saving import slug
-from stable_audio_serve.cli.sound import read_recipe
-from stable_audio_serve.client.retrying import Attempts
+from stable_audio_serve.cli.sound_files import read_recipe, slug
+from stable_audio_serve.client.failures import Attempts
 from stable_audio_serve.core.errors import GenerationError, OverloadedError
 from stable_audio_serve.models.registry import BUILT_IN
 from tests.api.compat.serving import serve_app
@@ -228,9 +227,9 @@ async def test_jobs_from_submission_to_file(shell: Shell) -> None:
     shell.backend.released.clear()
     job_id = (await shell.run("jobs", "submit", "rain", "-d", "0.5", "-s", "7", "-n", "2")).decode().strip()
     assert (await shell.run("jobs", "list", COLUMNS="200")).decode().count(job_id) == 1
-    watching = asyncio.create_task(shell.run("jobs", "watch", job_id))
+    watching = asyncio.create_task(shell.run("jobs", "show", job_id, "--watch"))
     shell.backend.released.set()
-    assert await watching == b"succeeded\n"
+    assert json.loads(await watching)["status"] == "succeeded"
     written = (await shell.run("jobs", "fetch", job_id, "-o", "rain/")).decode().split()
     assert written == ["rain/rain-7.wav", "rain/rain-8.wav"]
     assert frames(await shell.read(written[1])) == RATE_HZ // 2
@@ -246,11 +245,11 @@ async def test_jobs_are_cancelled_and_found_again(shell: Shell) -> None:
     assert await shell.run(*submit, stdin=take) == first
     job_id = first.decode().strip()
     await shell.run("jobs", "cancel", job_id)
-    assert "cancelled" in (await shell.run("jobs", "watch", job_id, code=130)).decode()
+    assert "cancelled" in (await shell.run("jobs", "show", job_id, "--watch", code=130)).decode()
     assert "over" in (await shell.run("jobs", "cancel", job_id, code=2)).decode()
     other = (await shell.run("jobs", "submit", "rain", "-d", "1")).decode().strip()
     assert job_id in (await shell.run("jobs", "cancel", job_id, "x", other, code=2)).decode()
-    await shell.run("jobs", "watch", other, code=130)
+    await shell.run("jobs", "show", other, "--watch", code=130)
     assert "cancelled" in (await shell.run("jobs", "fetch", job_id, code=130)).decode()
     assert "not found" in (await shell.run("jobs", "show", "0" * 32, code=2)).decode()
     assert "--audio" in (await shell.run("jobs", "submit", "rain", "-r", "1:2", code=2)).decode()

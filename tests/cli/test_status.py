@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from stable_audio_serve.api.app import create_app
 from stable_audio_serve.api.offline import OfflineBackend
-from stable_audio_serve.cli import app, letter_report, status_report
+from stable_audio_serve.cli import app, tables
 from stable_audio_serve.core.settings import Settings
 
 HOSTILE = "\x1b]0;owned\x07\x1b[31mred [bold]b[/bold]\r\nnext"
@@ -54,7 +54,7 @@ def example() -> dict[str, Any]:
 
 
 def shown(found: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> str:
-    status_report.show(found)
+    tables.print_status(found)
     return capsys.readouterr().out
 
 
@@ -80,9 +80,9 @@ def test_nothing_reaches_the_terminal_as_its_command(capsys: pytest.CaptureFixtu
     letter = {"number": 1, "id": HOSTILE, "contract": "sa3", "client": HOSTILE, "model": "m", "failed_at": None}
     letter |= {"attempts": 3, "error": {"code": "x", "message": HOSTILE}, "prompt": HOSTILE}
     text = shown(found, capsys)
-    letter_report.print_letters([letter])
+    tables.print_dead_letters([letter])
     event = {"at": HOSTILE, "stage": HOSTILE, "fraction": 0.5, "message": HOSTILE}
-    letter_report.print_letter(letter | {"events": [event]})
+    tables.print_details(letter | {"events": [event]})
     text += capsys.readouterr().out
     assert "owned" in text
     assert "[bold]" in text
@@ -92,7 +92,7 @@ def test_nothing_reaches_the_terminal_as_its_command(capsys: pytest.CaptureFixtu
 def test_watching_prints_one_answer_below_the_other_where_there_is_no_terminal(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with status_report.live() as show:
+    with tables.live_status() as show:
         show(example())
         show({"error": "the server did not answer"})
     text = capsys.readouterr().out
@@ -100,7 +100,16 @@ def test_watching_prints_one_answer_below_the_other_where_there_is_no_terminal(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["retry"], ["delete"], ["retry", "1", "--all"], ["delete", "1", "--model", "m"], ["retry", "-1"]]
+    "arguments",
+    [
+        ["--retry"],
+        ["--delete"],
+        ["1", "--retry", "--all"],
+        ["1", "--delete", "--model", "m"],
+        ["--retry", "--", "-1"],
+        ["1", "--retry", "--delete"],
+        ["--all"],
+    ],
 )
 def test_dead_letters_are_named_one_way(arguments: list[str]) -> None:
     result = CliRunner().invoke(app, ["admin", "dead-letters", *arguments])

@@ -111,15 +111,15 @@ def test_a_list_has_a_limit(store: JobStore, run: Run) -> None:
 
 def test_an_empty_store(store: JobStore, run: Run) -> None:
     expect(run("list"), "no jobs")
-    expect(run("dead-letters"), "no dead letters")
+    expect(run("list", "--dead-letters"), "no dead letters")
     assert load(run("list", "--json")) == []
 
 
 def test_dead_letters_say_what_they_died_of(store: JobStore, run: Run) -> None:
     dead = add_one_of_each(store)["dead"]
-    output = expect(run("dead-letters"), f"sa3/{dead.spec.id}", DEAD.message)
+    output = expect(run("list", "--dead-letters"), f"sa3/{dead.spec.id}", DEAD.message)
     assert output.count("sa3/") == 1
-    (letter,) = load(run("dead-letters", "--json"))
+    (letter,) = load(run("list", "--dead-letters", "--json"))
     assert (letter["id"], letter["is_dead_letter"], letter["error"]["code"]) == (dead.spec.id, True, "unavailable")
 
 
@@ -140,7 +140,7 @@ def test_one_job_and_what_happened_to_it(store: JobStore, run: Run) -> None:
 def test_what_clients_wrote_does_not_reach_the_terminal_raw(store: JobStore, run: Run) -> None:
     job = add(store, request=GenerationRequest(prompt=HOSTILE, duration_s=1.0, seed=7))
     store.runners.fail(lease(store), JobError("invalid", "\x1b[2Jno \x07"), is_dead_letter=True)
-    for arguments in (("list",), ("dead-letters",), ("show", job.spec.id)):
+    for arguments in (("list",), ("list", "--dead-letters"), ("show", job.spec.id)):
         output = expect(run(*arguments), "[bold]b[/bold] :smile: next")
         assert "long " * 20 not in output
     (listed,) = load(run("list", "--json"))
@@ -209,7 +209,7 @@ def test_only_a_dead_letter_can_be_tried_again(store: JobStore, run: Run) -> Non
     expect(run("retry", jobs["dead"].spec.id), "queued again")
     again = find(store, jobs["dead"])
     assert (again.state, again.attempts, again.error) == ("queued", 0, None)
-    expect(run("dead-letters"), "no dead letters")
+    expect(run("list", "--dead-letters"), "no dead letters")
 
 
 def test_those_that_can_be_are_also_when_others_cannot(store: JobStore, run: Run) -> None:

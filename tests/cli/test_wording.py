@@ -14,9 +14,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from stable_audio_serve.cli import app, patience, remote
+from stable_audio_serve.cli import app, remote
+from stable_audio_serve.cli.messages import OPTIONS, describe_os_error, in_options
 from stable_audio_serve.cli.sound_options import SoundOptions
-from stable_audio_serve.cli.wording import OPTIONS, describe_os_error, in_options
 from stable_audio_serve.launcher.launch import _ready_text
 
 DEAD = "http://127.0.0.1:9"  # nothing listens there
@@ -120,7 +120,7 @@ def test_a_dead_server_is_noticed_soon() -> None:
 
 
 def test_a_server_that_hangs_is_named_while_it_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "_SILENT_S", 0.1)
+    monkeypatch.setattr(remote, "_SILENT_S", 0.1)
     monkeypatch.setattr(remote, "_TIMEOUT_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as hanging:
         url = f"http://127.0.0.1:{hanging.getsockname()[1]}"
@@ -131,7 +131,7 @@ def test_a_server_that_hangs_is_named_while_it_is_waited_for(monkeypatch: pytest
 
 
 def test_the_first_line_comes_within_two_seconds() -> None:
-    assert patience._SILENT_S < 2
+    assert remote._SILENT_S < 2
 
 
 def test_a_quiet_command_says_its_end_only() -> None:

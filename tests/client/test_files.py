@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from stable_audio_serve.client.files import whole_file
+from stable_audio_serve.client.operations import whole_file
 
 
 def test_a_file_replaces_the_former_one_and_has_the_rights_of_any_new_file(tmp_path: Path) -> None:

@@ -13,9 +13,8 @@ import pytest
 import soundfile
 from starlette.types import Receive, Scope, Send
 
-from stable_audio_serve.client import Job, JobProgress
+from stable_audio_serve.client import Job, JobProgress, operations
 from stable_audio_serve.client.answers import read_job
-from stable_audio_serve.client.following import Following
 from stable_audio_serve.core import errors
 from tests.audio_files import make_audio_file
 from tests.client.conftest import IN_ONE_LOOP, POLLS, Caller, Served, serve
@@ -245,9 +244,34 @@ async def test_a_stream_that_breaks_goes_on_where_it_was(served: Served, connect
     assert len(set(last_ids)) == len(last_ids)
 
 
-async def test_three_streams_without_news_are_enough() -> None:
-    following = Following()
-    assert [following.pause_s() for _ in range(3)] == [0.5, 0.5, None]
+async def test_three_streams_without_events_are_enough(
+    served: Served, connect: Callable[..., Caller], *, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proxy that lets no event through."""
+    num_streams = 0
+    monkeypatch.setattr(operations, "_POLL_S", 0.01)
+    async with httpx.AsyncClient(base_url=served.url, timeout=PATIENCE_S) as upstream:
+
+        async def proxy(scope: Scope, receive: Receive, send: Send) -> None:
+            nonlocal num_streams
+            start = {"type": "http.response.start", "status": 200}
+            if scope["path"].endswith("/events"):
+                num_streams += 1
+                await send(start | {"headers": [(b"content-type", b"text/event-stream")]})
+                await send({"type": "http.response.body"})
+                return
+            answer = await upstream.get(scope["path"])
+            await send(start | {"headers": [(b"content-type", b"application/json")]})
+            await send({"type": "http.response.body", "body": answer.content})
+            served.backend.released.set()
+
+        served.backend.released.clear()
+        job = await connect(served.url)("jobs.submit", "rain", duration=0.1)
+        async with listening(proxy, lifespan="off") as port:
+            heard = await connect(f"http://127.0.0.1:{port}")("jobs.follow", job.id)
+    assert num_streams == 3
+    assert [type(each) for each in heard[:1]] == [JobProgress]
+    assert heard[-1].status == "succeeded"
 
 
 async def test_an_upload_link_gets_no_key(served: Served, tmp_path: Path, connect: Callable[..., Caller]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from stable_audio_serve.client import Retries
-from stable_audio_serve.client.retrying import Attempts
+from stable_audio_serve.client.failures import Attempts
 from stable_audio_serve.core import errors
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
 from tests.backends import ToneBackend

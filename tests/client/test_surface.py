@@ -3,8 +3,10 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from collections.abc import Iterator
 from operator import attrgetter
 
+import httpx
 import pytest
 
 from stable_audio_serve.api.native import schemas
@@ -83,7 +85,7 @@ def test_importing_it_loads_nothing_heavy() -> None:
 
 
 def test_the_environment_names_server_and_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    from stable_audio_serve.client.connection import Connection
+    from stable_audio_serve.client.calls import Connection
 
     monkeypatch.setenv("STABLE_AUDIO_URL", "https://audio.example.com/sound")
     monkeypatch.setenv("STABLE_AUDIO_API_KEY", "secret")
@@ -104,3 +106,29 @@ def test_what_is_no_key_is_refused_and_not_repeated(key: str) -> None:
     with pytest.raises(ValueError, match="API key") as caught:
         Client("http://a", api_key=key)
     assert key.strip() not in str(caught.value)
+
+
+class Events(httpx.SyncByteStream):
+    """Two events of a job."""
+
+    is_closed = False
+
+    def __iter__(self) -> Iterator[bytes]:
+        for fraction in (0.25, 0.5):
+            data = f'{{"stage": "denoise", "fraction": {fraction}, "eta_seconds": null, "queue_position": null}}'
+            yield f"event: progress\ndata: {data}\n\n".encode()
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+async def test_client_works_inside_an_event_loop() -> None:
+    """As in a notebook; a consumer that leaves early closes the stream."""
+    stream, headers = Events(), {"content-type": "text/event-stream"}
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, headers=headers, stream=stream))
+    with Client("http://a", http=httpx.Client(transport=transport)) as client:
+        following = client.jobs.follow("0" * 32)
+        assert (next(following).fraction, next(following).fraction) == (0.25, 0.5)
+        assert not stream.is_closed
+        following.close()
+        assert stream.is_closed

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from stable_audio_serve.cli.metrics_page import exported_name
-from stable_audio_serve.core.metrics import METRICS
+from stable_audio_serve.core.metrics import METRICS, exported_name
 from stable_audio_serve.serving.placement import INGRESS_NAME
 from tests.cluster.tools import CLUSTER, run_program
 

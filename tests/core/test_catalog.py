@@ -19,7 +19,7 @@ def test_the_first_model_is_the_default_unless_named() -> None:
     assert ModelCatalog([A, B], default="B").default is B
 
 
-def test_the_demo_is_the_default_only_where_nothing_else_is() -> None:
+def test_the_demo_is_the_default_only_without_other_models() -> None:
     demo = ModelCard("demo", "family", is_demo=True)
     assert ModelCatalog([demo, A, B]).default is A
     assert ModelCatalog([demo]).default is demo
@@ -33,7 +33,7 @@ def test_an_unknown_name_lists_the_valid_ones() -> None:
     assert len(caught.value.message) < 300
 
 
-def test_what_cannot_be_served_stops_the_start() -> None:
+def test_an_unservable_model_stops_the_start() -> None:
     with pytest.raises(ConfigError, match="STABLE_AUDIO_DEFAULT_MODEL"):
         ModelCatalog([A, B], default="c")
     with pytest.raises(ConfigError, match="two models have the name"):

@@ -1,4 +1,4 @@
-"""Which model is the default, and what an operator is told about why."""
+"""Which model is the default, and the logged reason."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DEMO, SFX, MUSIC = (ModelCard(name, "f", is_demo=name == "demo") for name in ("d
         ),
     ],
 )
-def test_the_reason_is_what_decided(
+def test_the_log_names_why_a_model_is_the_default(
     tmp_path: Path, cards: list[ModelCard], environ: dict[str, str], expected: str
 ) -> None:
     settings = load_settings(environ=environ, directory=tmp_path)
@@ -34,7 +34,7 @@ def test_the_reason_is_what_decided(
     assert f"{catalog.default.name}: {explain_default(settings, catalog, environ=environ)}" == expected
 
 
-def test_the_file_may_name_it(tmp_path: Path) -> None:
+def test_the_settings_file_may_set_the_default(tmp_path: Path) -> None:
     settings = load_settings({"default_model": "small-music"}, environ={}, directory=tmp_path)
     catalog = ModelCatalog([SFX, MUSIC], default=settings.default_model)
     assert explain_default(settings, catalog, environ={}) == "named by default_model"

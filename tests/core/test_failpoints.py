@@ -25,12 +25,12 @@ def run(failpoints: str) -> int:
 @pytest.mark.parametrize(
     ("failpoints", "code"), [("", 0), ("after_commit=kill", 0), ("mid_upload=kill", -signal.SIGKILL)]
 )
-def test_a_process_dies_where_it_is_told_to(failpoints: str, code: int) -> None:
+def test_a_process_exits_at_the_configured_failpoint(failpoints: str, code: int) -> None:
     assert run(failpoints) == code
 
 
 @pytest.mark.server
-def test_with_a_file_it_dies_once(tmp_path: Path) -> None:
+def test_a_failpoint_with_a_file_fires_once(tmp_path: Path) -> None:
     markers = [tmp_path / name for name in ("a", "b")]
     failpoints = f"after_lease=kill@{markers[0]}, mid_upload=kill@{markers[1]}"
     assert [run(failpoints) for _ in range(3)] == [-signal.SIGKILL, -signal.SIGKILL, 0]
@@ -38,6 +38,6 @@ def test_with_a_file_it_dies_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["nowhere=kill", "mid_upload", "mid_upload=explode"])
-def test_what_it_cannot_read_is_said_at_once(text: str) -> None:
+def test_an_invalid_failpoint_is_refused_at_once(text: str) -> None:
     with pytest.raises(ValueError, match=VARIABLE):
         activate(text)

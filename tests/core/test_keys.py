@@ -1,4 +1,4 @@
-"""Lines of keys, files of them, and the commands that make and check both."""
+"""Lines of keys, key files, and the commands that create and check them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_line_may_hold_name_scopes_and_limits_in_any_order() -> None:
     st.none() | st.integers(1, 10**6).map(float),
     st.none() | st.integers(1, 10**6),
 )
-def test_what_is_written_is_read(scopes: frozenset[str], rate: float | None, concurrency: int | None) -> None:
+def test_a_written_line_is_read_back(scopes: frozenset[str], rate: float | None, concurrency: int | None) -> None:
     key = ApiKey("a.b_C-9", ONE, scopes, KeyLimits(rate, concurrency))  # type: ignore[arg-type]
     assert parse_key(format_key(key)) == key
 
@@ -89,19 +89,19 @@ def test_a_bad_line_is_named_by_its_number_and_not_shown(line: str, complaint: s
         ),
     ],
 )
-def test_a_file_that_cannot_be_meant_is_refused(data: bytes, complaint: str) -> None:
+def test_an_ambiguous_key_file_is_refused(data: bytes, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         parse_key_file(data)
 
 
-def test_comments_empty_lines_and_a_byte_order_mark_say_nothing() -> None:
+def test_comments_empty_lines_and_a_byte_order_mark_are_ignored() -> None:
     assert parse_key_file(b"# nobody\n") == ()
     keys = parse_key_file(f"\ufeffalice:{ONE} # hers\r\n\r\n   # none\r\n\tbob:{TWO} scope=admin\r\n".encode())
     assert [(key.client, sorted(key.scopes)) for key in keys] == [("alice", sorted(DEFAULT_SCOPES)), ("bob", ["admin"])]
 
 
-def test_what_is_no_file_of_keys_is_refused_at_once(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")  # nobody writes to it
+def test_a_path_that_is_not_a_key_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # has no writer
     with pytest.raises(ValueError, match="not a regular file"):
         load_key_file(str(tmp_path / "pipe"))
     with pytest.raises(OSError, match="directory"):
@@ -117,7 +117,7 @@ def test_ten_thousand_keys_are_read() -> None:
     assert (len(keys), keys[-1].client, keys[-1].limits.concurrency) == (10_000, "client-9999", 10_000)
 
 
-def test_the_files_line_counts_and_its_limits_hold_for_all_keys_of_a_name() -> None:
+def test_limits_in_the_file_apply_to_all_keys_of_a_name() -> None:
     configured = [parse_key_hash(text) for text in (f"alice:{ONE}", f"bob:{TWO}", THREE)]
     merged = merge_keys(configured, parse_key_file(f"alice:{'0' * 64} concurrency=2\nbob:{TWO} scope=admin\n".encode()))
     assert {key.client for key in merged.values()} == {"alice", "bob", THREE[:16]}
@@ -125,7 +125,7 @@ def test_the_files_line_counts_and_its_limits_hold_for_all_keys_of_a_name() -> N
     assert merged[TWO].scopes == {"admin"}
 
 
-def test_the_command_prints_a_line_for_the_file_and_the_key_apart(tmp_path: Path) -> None:
+def test_the_command_prints_the_file_line_and_the_key_separately(tmp_path: Path) -> None:
     options = ["--scope", "admin", "--scope", "jobs", "--audio-seconds-per-minute", "600", "--concurrency", "4"]
     result = CliRunner().invoke(app, ["keys", "new", "alice", *options])
     key = result.stderr.split()[1]
@@ -138,7 +138,7 @@ def test_the_command_prints_a_line_for_the_file_and_the_key_apart(tmp_path: Path
 
 
 @pytest.mark.parametrize("arguments", [["a b"], [""], ["-x"], ["a", "--scope", "root"], ["a", "--concurrency", "0"]])
-def test_the_command_refuses_what_the_server_would(arguments: list[str]) -> None:
+def test_the_command_refuses_keys_that_the_server_refuses(arguments: list[str]) -> None:
     result = CliRunner().invoke(app, ["keys", "new", *arguments])
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr

@@ -1,5 +1,5 @@
-"""The declared metrics are what the code measures and what the page lists; what a real run exports is in
-`tests/served/test_jobs.py`.
+"""The declared metrics are those that the code measures and the docs list. `tests/served/test_jobs.py` checks what a
+real run exports.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import stable_audio_serve
-from stable_audio_serve.cli.metrics_page import draw_page, exported_name
-from stable_audio_serve.core.metrics import METRICS, NullMetrics
+from docs.reference import draw_metrics
+from stable_audio_serve.core.metrics import METRICS, NullMetrics, exported_name
 
 PACKAGE = Path(stable_audio_serve.__file__).parent
 PAGE = PACKAGE.parent / "docs" / "metrics.md"
@@ -22,7 +22,7 @@ KINDS = {"increment": "counter", "gauge": "gauge", "observe": "histogram"}
 
 @functools.cache
 def trees() -> list[ast.Module]:
-    """Of the modules in which a metric's name or a way to measure one stands."""
+    """Returns the syntax trees of the modules that name or measure metrics."""
     texts = (path.read_text() for path in PACKAGE.rglob("*.py") if path != PACKAGE / "core" / "metrics.py")
     return [ast.parse(text) for text in texts if any(word in text for word in (*KINDS, *METRICS))]
 
@@ -43,19 +43,19 @@ def test_every_sample_is_declared_with_its_kind_and_labels() -> None:
 
 def test_every_declared_metric_is_measured_somewhere() -> None:
     texts = {node.value for tree in trees() for node in ast.walk(tree) if isinstance(node, ast.Constant)}
-    stages = {f"engine_{stage}_ms" for stage in ("text", "encode", "denoise", "decode")}  # put together in the code
+    stages = {f"engine_{stage}_ms" for stage in ("text", "encode", "denoise", "decode")}  # f-strings in the code
     assert set(METRICS) - texts - stages == set()
     assert stages <= set(METRICS)
 
 
-def test_the_page_lists_them_all() -> None:
+def test_the_docs_page_lists_all_metrics() -> None:
     page = PAGE.read_text()
-    assert page == draw_page(), "make docs writes it"
+    assert page == draw_metrics(), "make docs writes it"
     for metric in METRICS.values():
         assert f"| `{exported_name(metric)}`" in page
 
 
-def test_other_pages_name_metrics_as_they_are_exported() -> None:
+def test_other_pages_use_the_exported_metric_names() -> None:
     pages = [PAGE.parent.parent / "README.md", *PAGE.parent.rglob("*.md"), *PACKAGE.parent.glob("cluster/*.md")]
     named = {name for page in pages for name in re.findall(r"ray_stable_audio_\w*[a-z0-9]\b", page.read_text())}
     assert len(named) >= len(METRICS)
@@ -65,7 +65,7 @@ def test_other_pages_name_metrics_as_they_are_exported() -> None:
     assert named <= exported | parts
 
 
-def test_names_are_unique_and_carry_their_unit() -> None:
+def test_names_are_unique_and_contain_their_unit() -> None:
     for name, metric in METRICS.items():
         assert metric.description.endswith(".")
         assert metric.kind != "histogram" or name.endswith(("_ms", "_per_step"))
@@ -79,6 +79,6 @@ def test_names_are_unique_and_carry_their_unit() -> None:
         lambda metrics: metrics.observe("http_request_ms", 1.0, colour="red"),
     ],
 )
-def test_what_is_not_declared_is_an_error_even_where_nobody_collects(sample: object) -> None:
+def test_undeclared_metrics_raise_even_without_a_collector(sample: object) -> None:
     with pytest.raises(ValueError, match="metric"):
         sample(NullMetrics())  # type: ignore[operator]

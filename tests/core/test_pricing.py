@@ -1,4 +1,4 @@
-"""A request's size and price, counted by hand."""
+"""A request's size and price, computed by hand."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def request(**fields: object) -> GenerationRequest:
         ({"batch_size": 3, "cfg_scale": 4.0}, WorkSize(3, 48, 192.0, 12.0), 3 * (10 + 32 + 32 + 12)),
     ],
 )
-def test_price_is_the_sum_of_what_a_request_is_made_of(fields: dict[str, object], size: WorkSize, ms: float) -> None:
+def test_price_is_the_sum_of_a_requests_parts(fields: dict[str, object], size: WorkSize, ms: float) -> None:
     assert WorkSize.of(request(**fields), model=PRICES) == size
     assert PRICES.of_request(request(**fields)) == PRICES.of(size) == ms
 
@@ -36,7 +36,7 @@ def test_a_model_that_guides_by_default_costs_twice_the_steps() -> None:
     assert WorkSize.of(request(cfg_scale=1.0), model=model).evaluations == 100
 
 
-def test_prices_survive_the_way_as_plain_numbers() -> None:
+def test_prices_survive_serialisation() -> None:
     assert Prices.from_dict(PRICES.to_dict() | {"of_a_later_version": 1.0}) == PRICES
     with pytest.raises(KeyError, match="row_ms"):
         Prices.from_dict({})

@@ -17,7 +17,7 @@ from stable_audio_serve.core.processor import has_matrix_bfloat16, has_native_bf
         ("", False, False),
     ],
 )
-def test_the_processors_flags_tell(tmp_path: Path, flags: str, is_native: bool, by_matrices: bool) -> None:
+def test_cpu_flags_determine_bfloat16_support(tmp_path: Path, flags: str, is_native: bool, by_matrices: bool) -> None:
     facts = tmp_path / "cpuinfo"
     facts.write_text(
         f"processor\t: 0\nmodel name\t: avx512_bf16\nflags\t\t: {flags}\n\nprocessor\t: 1\nflags\t: avx512_bf16\n"
@@ -26,12 +26,12 @@ def test_the_processors_flags_tell(tmp_path: Path, flags: str, is_native: bool, 
     assert has_matrix_bfloat16(facts) is by_matrices
 
 
-def test_where_nothing_tells_there_is_none(tmp_path: Path) -> None:
+def test_bfloat16_is_unsupported_without_cpu_flags(tmp_path: Path) -> None:
     assert not has_native_bfloat16(tmp_path / "missing")
     assert not has_matrix_bfloat16(tmp_path / "missing")
 
 
-def test_the_maker_of_a_processor_is_read(tmp_path: Path) -> None:
+def test_the_vendor_of_a_processor_is_read(tmp_path: Path) -> None:
     facts = tmp_path / "facts"
     assert not is_amd(facts)
     for vendor, expected in (("AuthenticAMD", True), ("GenuineIntel", False)):

@@ -39,7 +39,7 @@ async def test_within_a_stage_only_the_latest_arrives_once_per_interval() -> Non
             received[progress.fraction] = progress
 
     async def has_received(*fractions: float) -> None:
-        while tuple(received) != fractions:  # noqa: ASYNC110 - a feed has no event for what was read from it
+        while tuple(received) != fractions:  # noqa: ASYNC110 - a feed has no event for received progress
             await asyncio.sleep(0.001)
 
     async with asyncio.timeout(PATIENCE_S):
@@ -48,16 +48,16 @@ async def test_within_a_stage_only_the_latest_arrives_once_per_interval() -> Non
         await has_received(0.1)
         for fraction in (0.2, 0.3, 0.4):
             feed.put(make_progress(fraction))
-            await asyncio.sleep(0.02)  # the feed looks again meanwhile; by its clock no time has passed
+            await asyncio.sleep(0.02)  # the feed polls in this time, but its clock does not advance
         assert tuple(received) == (0.1,)
         clock.now += 0.02
-        await has_received(0.1, 0.4)  # nothing newer follows, and it arrives nevertheless
+        await has_received(0.1, 0.4)  # arrives although no newer progress follows
         feed.close()
         await receiving
     assert tuple(received) == (0.1, 0.4)
 
 
-async def test_what_is_left_at_the_end_is_handed_out_without_waiting() -> None:
+async def test_pending_progress_is_delivered_at_the_end_without_waiting() -> None:
     feed = ProgressFeed[Progress](3600.0)
     for progress in (make_progress(0.1), make_progress(0.2), make_progress(0.3, "decoding")):
         feed.put(progress)
@@ -66,7 +66,7 @@ async def test_what_is_left_at_the_end_is_handed_out_without_waiting() -> None:
         assert await collect(feed) == [make_progress(0.2), make_progress(0.3, "decoding")]
 
 
-async def test_a_feed_that_was_told_nothing_just_ends() -> None:
+async def test_a_feed_without_progress_ends() -> None:
     feed = ProgressFeed[Progress](1.0)
     feed.close()
     async with asyncio.timeout(PATIENCE_S):

@@ -43,7 +43,7 @@ def test_the_environment_beats_the_dotenv_file_which_beats_arguments(tmp_path: P
     assert args == {"api": {"max_steps": 10, "max_duration_s": 100, "max_batch_size": 2}}
 
 
-def test_validated_arguments_are_overlaid_like_raw_ones(tmp_path: Path) -> None:
+def test_validated_arguments_are_merged_like_raw_ones(tmp_path: Path) -> None:
     args = Settings.model_validate({"api": {"max_steps": 10}, "models": [{"name": "demo", "path": "x"}]})
     settings = load_settings(args, environ={"STABLE_AUDIO_MAX_BATCH_SIZE": "3"}, directory=tmp_path)
     assert (settings.api.max_steps, settings.api.max_batch_size, settings.models[0].path) == (10, 3, "x")
@@ -65,7 +65,7 @@ def test_the_newer_default_model_name_wins(tmp_path: Path) -> None:
     assert both.default_model == "small-music"
 
 
-def test_a_model_may_be_asked_for_its_own_default_steps_unless_the_operator_sets_a_limit(tmp_path: Path) -> None:
+def test_default_steps_are_allowed_unless_the_operator_sets_a_limit(tmp_path: Path) -> None:
     assert load(tmp_path).api.most_steps(100) == 100
     assert load(tmp_path, STABLE_AUDIO_MAX_STEPS="20").api.most_steps(100) == 20
 
@@ -82,7 +82,7 @@ def test_other_empty_variables_count_as_not_set(tmp_path: Path) -> None:
     assert settings.storage.prefix == ""
 
 
-def test_the_hub_token_is_taken_under_both_names(tmp_path: Path) -> None:
+def test_the_hub_token_is_read_from_both_names(tmp_path: Path) -> None:
     environ = {"HUGGING_FACE_HUB_TOKEN": "old"}
     settings = load_settings(environ=environ, directory=tmp_path)
     assert environ["HF_TOKEN"] == "old"
@@ -143,7 +143,7 @@ def test_every_variable_takes_effect(tmp_path: Path, name: str, value: str, path
         ("STABLE_AUDIO_STORAGE_REGION", "AWS_REGION", "AWS_DEFAULT_REGION"),
     ],
 )
-def test_our_own_name_of_a_variable_wins(tmp_path: Path, names: tuple[str, ...]) -> None:
+def test_our_name_of_a_variable_wins(tmp_path: Path, names: tuple[str, ...]) -> None:
     storage = load(tmp_path, **{name: f"https://{index}.example" for index, name in enumerate(names)}).storage
     assert "https://0.example" in (storage.bucket, storage.endpoint_url, storage.region)
 
@@ -156,7 +156,7 @@ def test_our_own_name_of_a_variable_wins(tmp_path: Path, names: tuple[str, ...])
         ("STABLE_AUDIO_MAX_DURATION", "0"),
         ("STABLE_AUDIO_MAX_STEPS", "8.5"),
         ("STABLE_AUDIO_MAX_STEPS", "-1"),
-        ("STABLE_AUDIO_MAX_STEPS", "1001"),  # more than any sampler is planned for
+        ("STABLE_AUDIO_MAX_STEPS", "1001"),  # above the samplers' limit
         ("STABLE_AUDIO_MAX_BATCH_SIZE", "many"),
         ("STABLE_AUDIO_MAX_UPLOAD_BYTES", "100MB"),
         ("STABLE_AUDIO_PRESIGNED_URL_EXPIRES", "soon"),
@@ -193,7 +193,7 @@ def test_a_bad_key_is_named(tmp_path: Path, args: dict[str, Any], key: str) -> N
         load(tmp_path, args)
 
 
-def test_unknown_model_names_stop_the_start() -> None:
+def test_an_unknown_model_name_stops_the_start() -> None:
     catalog = ModelCatalog([ModelCard("small-sfx", "stable-audio-3", aliases=("stable-audio-3-small-sfx",))])
     check_model_names(Settings(default_model="stable-audio-3-small-sfx", preload_models=("small-sfx",)), catalog)
     with pytest.raises(ConfigError, match=r"STABLE_AUDIO_DEFAULT_MODEL or STABLE_AUDIO_MODEL.*'huge'.*small-sfx"):
@@ -204,14 +204,14 @@ def test_unknown_model_names_stop_the_start() -> None:
         check_model_names(Settings.model_validate({"dialects": {"fal_model": "huge"}}), catalog)
 
 
-def test_the_default_model_is_preloaded_unless_told_otherwise() -> None:
+def test_the_default_model_is_preloaded_by_default() -> None:
     catalog = ModelCatalog([ModelCard("a", "f", aliases=("x",)), ModelCard("b", "f")], default="b")
     assert preloaded_names(Settings(), catalog) == ("b",)
     assert preloaded_names(Settings(preload_models=()), catalog) == ()
     assert preloaded_names(Settings(preload_models=("X", "b", "a")), catalog) == ("a", "b")
 
 
-def test_every_key_is_described_and_every_variable_lands_on_one() -> None:
+def test_every_key_is_described_and_every_variable_sets_one() -> None:
     pending: list[type[BaseModel]] = [Settings, ModelSettings]
     while pending:
         section = pending.pop()
@@ -248,7 +248,7 @@ def test_a_plain_key_where_a_hash_belongs_is_refused_but_not_shown(tmp_path: Pat
 @pytest.mark.parametrize(
     ("entries", "complaint"),
     [
-        ([f"{'a' * 16}:{hash_key('x')}"], "16 hexadecimal digits"),  # what a key without a name is called
+        ([f"{'a' * 16}:{hash_key('x')}"], "16 hexadecimal digits"),  # the form of a key id without a name
         *(
             ([f"{name}:{hash_key('x')}"], "64 letters")
             for name in ("", "a b", "a/b", "-a", "a" * 65, "ä", "a:b", "a\n")
@@ -276,7 +276,7 @@ def test_a_key_hash_that_cannot_be_used_is_refused_but_not_shown(
         *(("allowed_hosts", [host]) for host in ("a.example:8000", "http://a.example", "*.example", "", "a b", "::1")),
     ],
 )
-def test_origins_and_hosts_that_cannot_be_met_are_refused(tmp_path: Path, key: str, entries: list[str]) -> None:
+def test_origins_and_hosts_that_cannot_match_are_refused(tmp_path: Path, key: str, entries: list[str]) -> None:
     with pytest.raises(ConfigError, match=f"api.{key}"):
         load(tmp_path, {"api": {key: entries}})
 
@@ -290,7 +290,7 @@ def test_origins_and_hosts_may_be_comma_lists(tmp_path: Path) -> None:
     assert (api.cors_origins, api.allowed_hosts) == (("https://a.example", "null"), ("a.example", "[::1]"))
 
 
-def test_two_keys_may_have_one_name_and_a_plain_key_that_is_listed_keeps_its_name(tmp_path: Path) -> None:
+def test_keys_may_share_a_name_and_listed_plain_keys_keep_theirs(tmp_path: Path) -> None:
     entries = [f"alice:{hash_key('old')}", f"alice:{hash_key('new')}", hash_key("x"), f"a.b_C-9:{hash_key('y')}"]
     assert load(tmp_path, {"api": {"key_hashes": entries}}, VLLM_API_KEY="new").api.key_hashes == tuple(entries)
     assert load(tmp_path, STABLE_AUDIO_API_KEY_HASHES=", ".join(entries)).api.key_hashes == tuple(entries)
@@ -307,7 +307,7 @@ def test_two_keys_may_have_one_name_and_a_plain_key_that_is_listed_keeps_its_nam
             | {"R2_ACCESS_KEY_ID": "c", "R2_SECRET_ACCESS_KEY": "d"},
             ("a", "b", "t"),
         ),
-        # Half a pair is none, and a token belongs to AWS's.
+        # Half a pair is not a pair, and a session token is only valid with AWS keys.
         ({"AWS_ACCESS_KEY_ID": "a", "R2_ACCESS_KEY_ID": "c", "R2_SECRET_ACCESS_KEY": "d"}, ("c", "d", None)),
         ({"AWS_SESSION_TOKEN": "t", "R2_ACCESS_KEY_ID": "c", "R2_SECRET_ACCESS_KEY": "d"}, ("c", "d", None)),
         ({"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": " "}, (None, None, None)),
@@ -348,7 +348,7 @@ def test_a_prefix_that_clients_would_change_in_links_is_refused(tmp_path: Path, 
         ("models.0.path", {"models": [{"name": "tiny", "path": "a\0b"}]}),
     ],
 )
-def test_a_folder_that_no_system_can_have_is_refused(tmp_path: Path, field: str, args: dict[str, Any]) -> None:
+def test_an_impossible_folder_is_refused(tmp_path: Path, field: str, args: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"^{field}: "):
         load(tmp_path, args)
 
@@ -409,13 +409,13 @@ def test_no_part_of_a_database_password_is_printed(url: str) -> None:
 
 
 @pytest.mark.parametrize("secret", ["whsec_c2hvcnQ=", "not base64!", "whsec_" + "QUFB" * 40])
-def test_a_secret_that_cannot_sign_stops_the_start_and_is_not_repeated(secret: str) -> None:
+def test_an_invalid_signing_secret_is_refused_and_not_shown(secret: str) -> None:
     with pytest.raises(ConfigError, match=r"STABLE_AUDIO_WEBHOOK_SECRET: .*whsec_ followed by") as caught:
         load_settings(environ={"STABLE_AUDIO_WEBHOOK_SECRET": secret})
     assert secret not in str(caught.value)
 
 
-def test_a_secret_that_can_sign_is_taken_and_hidden() -> None:
+def test_a_valid_signing_secret_is_accepted_and_hidden() -> None:
     secret = "whsec_" + "QUFB" * 8
     settings = load_settings(environ={"STABLE_AUDIO_WEBHOOK_SECRET": secret})
     assert settings.jobs.webhook_secret is not None

@@ -1,4 +1,4 @@
-"""Errors about settings name the path or variable and what is allowed there."""
+"""Errors about settings name the path or variable and the allowed values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def complaint(folder: Path, args: dict[str, Any] | None = None, **environ: str) 
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "error"),
     [
         ({"modles": []}, "modles: unknown; did you mean models?"),
         ({"models": [{"name": "a", "num_gpu": 1}]}, "models.0.num_gpu: unknown; did you mean num_gpus?"),
@@ -38,12 +38,12 @@ def complaint(folder: Path, args: dict[str, Any] | None = None, **environ: str) 
         ),
     ],
 )
-def test_an_unknown_key_is_told_the_nearest_one(tmp_path: Path, args: dict[str, Any], said: str) -> None:
-    assert complaint(tmp_path, args) == said
+def test_an_unknown_key_names_the_nearest_one(tmp_path: Path, args: dict[str, Any], error: str) -> None:
+    assert complaint(tmp_path, args) == error
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "error"),
     [
         ({"api": {"max_steps": 5000}}, "api.max_steps: Input should be less than or equal to 1000 (got 5000)"),
         ({"api": {"max_duration_s": 0}}, "api.max_duration_s: Input should be greater than 0 (got 0)"),
@@ -68,14 +68,14 @@ def test_an_unknown_key_is_told_the_nearest_one(tmp_path: Path, args: dict[str, 
         ),
     ],
 )
-def test_a_value_out_of_range_is_told_the_range(tmp_path: Path, args: dict[str, Any], said: str) -> None:
-    assert complaint(tmp_path, args) == said
+def test_a_value_out_of_range_names_the_range(tmp_path: Path, args: dict[str, Any], error: str) -> None:
+    assert complaint(tmp_path, args) == error
 
 
-def test_a_value_of_a_variable_is_told_in_its_name(tmp_path: Path) -> None:
-    said = complaint(tmp_path, STABLE_AUDIO_MAX_STEPS="8.5")
-    assert said.startswith("STABLE_AUDIO_MAX_STEPS: Input should be a valid integer")
-    assert said.endswith("(got '8.5')")
+def test_a_bad_value_of_a_variable_names_the_variable(tmp_path: Path) -> None:
+    error = complaint(tmp_path, STABLE_AUDIO_MAX_STEPS="8.5")
+    assert error.startswith("STABLE_AUDIO_MAX_STEPS: Input should be a valid integer")
+    assert error.endswith("(got '8.5')")
     assert complaint(tmp_path, STABLE_AUDIO_MAX_STEPS="0") == (
         "STABLE_AUDIO_MAX_STEPS: Input should be greater than or equal to 1 (got '0')"
     )
@@ -86,27 +86,27 @@ def test_a_value_of_a_variable_is_told_in_its_name(tmp_path: Path) -> None:
     "storage",
     [{"secret_access_key": ["hush"]}, ["hush"], {"endpoint_url": "https://me:hush@s3.example"}],
 )
-def test_what_may_hold_a_secret_is_not_shown(tmp_path: Path, storage: object) -> None:
-    said = complaint(tmp_path, {"storage": storage})
-    assert "storage" in said
-    assert "hush" not in said
+def test_values_that_may_be_secret_are_not_shown(tmp_path: Path, storage: object) -> None:
+    error = complaint(tmp_path, {"storage": storage})
+    assert "storage" in error
+    assert "hush" not in error
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "error"),
     [
         ("STABLE_AUDIO_DEFUALT_MODEL", "STABLE_AUDIO_DEFUALT_MODEL: unknown; did you mean STABLE_AUDIO_DEFAULT_MODEL?"),
         ("STABLE_AUDIO_MAX_STEP", "STABLE_AUDIO_MAX_STEP: unknown; did you mean STABLE_AUDIO_MAX_STEPS?"),
         ("STABLE_AUDIO_QQQQ", "STABLE_AUDIO_QQQQ: unknown variable"),
     ],
 )
-def test_a_variable_with_our_prefix_that_is_none_of_ours_is_refused(tmp_path: Path, name: str, said: str) -> None:
-    assert complaint(tmp_path, **{name: "x"}) == said
+def test_an_unknown_variable_with_our_prefix_is_refused(tmp_path: Path, name: str, error: str) -> None:
+    assert complaint(tmp_path, **{name: "x"}) == error
     (tmp_path / ".env").write_text(f"{name}=x\n")
-    assert complaint(tmp_path) == said
+    assert complaint(tmp_path) == error
 
 
-def test_what_kubernetes_sets_for_a_service_named_like_us_is_left_alone(tmp_path: Path) -> None:
+def test_kubernetes_service_variables_are_ignored(tmp_path: Path) -> None:
     given = {
         "STABLE_AUDIO_SERVICE_HOST": "10.0.0.1",
         "STABLE_AUDIO_SERVICE_PORT": "8000",
@@ -117,14 +117,14 @@ def test_what_kubernetes_sets_for_a_service_named_like_us_is_left_alone(tmp_path
         "STABLE_AUDIO_SERVE_SERVICE_HOST": "10.0.0.1",
     }
     load_settings(environ=dict(given), directory=tmp_path)
-    said = complaint(tmp_path, **given | {"STABLE_AUDIO_PORT": "8000"})
-    assert said.startswith("STABLE_AUDIO_PORT: unknown")
+    error = complaint(tmp_path, **given | {"STABLE_AUDIO_PORT": "8000"})
+    assert error.startswith("STABLE_AUDIO_PORT: unknown")
 
 
-def test_every_variable_of_ours_is_accepted_and_none_is_too_far_from_its_misspelling(tmp_path: Path) -> None:
+def test_misspelt_variables_name_the_nearest_one(tmp_path: Path) -> None:
     for name in (name for names in VARIABLES.values() for name in names if name.startswith("STABLE_AUDIO_")):
-        said = complaint(tmp_path, **{name[:-2] + name[-1]: "1"})
-        assert f"did you mean {name}?" in said
+        error = complaint(tmp_path, **{name[:-2] + name[-1]: "1"})
+        assert f"did you mean {name}?" in error
 
 
 def test_no_complaint_shows_a_pattern() -> None:

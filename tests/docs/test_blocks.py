@@ -20,8 +20,7 @@ import yaml
 from kubernetes_validate import validate
 
 from stable_audio_serve.audio.recipe import Recipe
-from stable_audio_serve.cli.metrics_page import exported_name
-from stable_audio_serve.core.metrics import METRICS
+from stable_audio_serve.core.metrics import METRICS, exported_name
 from stable_audio_serve.core.settings import Settings
 from tests.api.compat.serving import serve_app
 from tests.docs.blocks import DOCS, ROOT, Block, all_blocks, pages, text_of

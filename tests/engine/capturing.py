@@ -1,4 +1,4 @@
-"""A device without graphs that captures by remembering what to do, and metrics that tell of it."""
+"""A device without graphs that "captures" by recording the function to run, and metrics that count captures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stable_audio_serve.core.metrics import NullMetrics
 from stable_audio_serve.engine.hardware.device import WaitingDevice
 from tests.engine.late_device import LateDevice
 
-MOST_ROUNDS = 60  # of a load until its calls are captured
+MOST_ROUNDS = 60  # repetitions of a load until its calls are captured
 
 
 class _Capturing:
@@ -32,7 +32,7 @@ class _Capturing:
 
 
 class RecordingDevice(_Capturing, WaitingDevice):
-    """Everything but captures is as on a CPU."""
+    """Like a CPU device, except for captures."""
 
     def __init__(self, clock: Clock = SystemClock()) -> None:
         super().__init__(torch.device("cpu"), clock=clock)
@@ -40,7 +40,7 @@ class RecordingDevice(_Capturing, WaitingDevice):
 
 
 class LateRecordingDevice(_Capturing, LateDevice):
-    """Its second queue works as late as it may."""
+    """Its second queue runs as late as possible."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class LateRecordingDevice(_Capturing, LateDevice):
 
 
 class GraphCounts(NullMetrics):
-    """How many graphs there are and how many calls ran without one, by kind."""
+    """The number of graphs, and of calls without one, by kind."""
 
     def __init__(self) -> None:
         self.graphs: Counter[str] = Counter()
@@ -56,10 +56,10 @@ class GraphCounts(NullMetrics):
         self._changed = Condition()
 
     async def are_captured(self, *kinds: str) -> bool:
-        """Returns whether there is a graph of each kind, after a while in which an idle engine can capture.
+        """Returns whether there is a graph of each kind, after giving an idle engine time to capture.
 
-        Which requests share a call, and so which shapes come twice, differs with the pace of the machine: repeat the
-        load until this is true.
+        Which requests share a call, and so which shapes repeat, depends on the speed of the machine: repeat the load
+        until this is true.
         """
 
         def wait() -> bool:

@@ -1,7 +1,7 @@
-"""Many unlike requests to one engine of the demo model, some of them cancelled: are the answers right, what is left?
+"""Sends many different requests to one engine of the demo model and cancels some. Checks results and leftovers.
 
-A few cases are answered alone first. Then they come in any order, eight at a time, directly and over HTTP in this
-process, and each answer must be the bytes that the case gave alone.
+Each of a few cases runs alone first. Then cases run in random order, eight at a time, directly and over HTTP in this
+process, and each result must have the bytes that the case gave alone.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ CANCEL_SHARE = 0.05
 RATE_HZ = 44_100
 STEPS = (4, 8)
 
-# Sends a case and returns a digest of its answer; the function is told of progress where there is any.
+# Sends a case and returns a digest of its result; calls the function with progress, if there is any.
 Send = Callable[[Callable[[Progress], None]], Awaitable[str]]
-Told = Callable[[int], None]
+OnDone = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One request that may come again and again."""
+    """One request that may be sent repeatedly."""
 
     kind: str
     send: Send
@@ -51,17 +51,17 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What became of the requests, and what the process held whenever nothing was in flight."""
+    """The requests' outcomes, and the memory of the process whenever no request was in flight."""
 
     answered: Counter[str] = field(default_factory=Counter)
     wrong: Counter[str] = field(default_factory=Counter)
     cancelled: Counter[str] = field(default_factory=Counter)
-    resident: list[tuple[int, int]] = field(default_factory=list)  # requests so far, bytes
-    kept: list[Counter[str]] = field(default_factory=list)  # tensors and objects of the engine, by class
+    resident: list[tuple[int, int]] = field(default_factory=list)  # (requests so far, bytes)
+    kept: list[Counter[str]] = field(default_factory=list)  # tensors and engine objects, by class
 
 
-async def soak(*, num_requests: int, seed: int, output_dir: Path, told: Told = lambda done: None) -> Outcome:
-    """Send `num_requests`; all are waited for and memory is read half-way and at the end, at least every hundred."""
+async def soak(*, num_requests: int, seed: int, output_dir: Path, on_done: OnDone = lambda done: None) -> Outcome:
+    """Send `num_requests`. At least every hundred, half-way and at the end, wait for all and read the memory."""
     outcome, order = Outcome(), random.Random(seed)
     async with run_server(output_dir) as (engine, client):
         cases = draw_cases(engine, client, seed=seed)
@@ -75,17 +75,17 @@ async def soak(*, num_requests: int, seed: int, output_dir: Path, told: Told = l
             assert engine.backlog_ms == 0
             outcome.kept.append(count_kept())
             outcome.resident.append((done, resident_bytes()))
-            told(done)
+            on_done(done)
     return outcome
 
 
 @asynccontextmanager
 async def run_server(output_dir: Path) -> AsyncIterator[tuple[Engine, httpx.AsyncClient]]:
-    """Yields the engine of the demo model, strict, and a client of the API over it."""
+    """Yields a strict engine of the demo model and a client of the API in front of it."""
     settings = Settings.model_validate(
         {
             "models": [{"name": "demo", "mode": "strict", "threads": 1, "engine": {"warmup_budget_s": 0}}],
-            "dialects": {"saos_window_s": 4.0},  # a loop is cut from a clip of this length
+            "dialects": {"saos_window_s": 4.0},  # loops are cut from a clip of this length
             "output_dir": str(output_dir),
         }
     )
@@ -100,7 +100,7 @@ async def run_server(output_dir: Path) -> AsyncIterator[tuple[Engine, httpx.Asyn
 
 
 def draw_cases(engine: Engine, client: httpx.AsyncClient, *, seed: int) -> tuple[Case, ...]:
-    """Returns 24 cases: texts, variations, inpaintings and loops of one to four seconds; six are sent over HTTP."""
+    """Returns 24 cases: texts, variations, inpainting and loops of one to four seconds; six are sent over HTTP."""
     draw = random.Random(f"cases {seed}")
     noise = np.random.default_rng(seed)
 
@@ -150,7 +150,7 @@ async def _send_http(
 ) -> str:
     sending = asyncio.ensure_future(client.post(path, **body))  # type: ignore[arg-type]
     try:
-        for index in range(STEPS[0]):  # this answer has no reports on its way, which decide when a request is cancelled
+        for index in range(STEPS[0]):  # these requests report no progress, which would trigger cancellation
             await asyncio.sleep(0.001)
             on_progress(Progress("queued", 0.0, steps_done=index))
         response = await sending
@@ -165,14 +165,14 @@ def _digest(*parts: bytes) -> str:
 
 
 def _draw(cases: Sequence[Case], size: int, *, order: random.Random) -> list[Case]:
-    """Returns `size` cases, each as often as any other, in any order."""
+    """Returns `size` cases in random order, each equally often."""
     drawn = [case for _ in range(-(-size // len(cases))) for case in order.sample(cases, len(cases))][:size]
     order.shuffle(drawn)
     return drawn
 
 
 async def _send_all(cases: Sequence[Case], *, right: dict[Case, str], order: random.Random, outcome: Outcome) -> None:
-    """Send cases eight at a time; one in twenty is cancelled at one of its first reports, if it is not answered yet."""
+    """Send cases eight at a time. Cancel one in twenty at one of its first progress reports, unless it has finished."""
     num_cancels = max(1, round(CANCEL_SHARE * len(cases)))
     cancels = {index: order.randrange(STEPS[0]) for index in order.sample(range(len(cases)), num_cancels)}
     waiting = iter(enumerate(cases))
@@ -205,7 +205,7 @@ async def _send_one(case: Case, *, right: str, cancel_at: int | None, outcome: O
 
 
 def count_kept() -> Counter[str]:
-    """Returns how many tensors and how many objects of each class of the engine this process holds."""
+    """Returns the number of tensors and of engine objects of each class in this process."""
     gc.collect()
     kept: Counter[str] = Counter()
     for cls, count in Counter(map(type, gc.get_objects())).items():

@@ -1,4 +1,4 @@
-"""Arenas and rows of a model outside any engine, as its tests of single steps need them."""
+"""Arenas and rows of a model without an engine, for tests of single steps."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ REQUESTS = {
 
 
 class Bench:
-    """Arenas and rows of one model, as the engine keeps them."""
+    """Arenas and rows of one model, as in the engine."""
 
     def __init__(self, model: DiffusionModel) -> None:
         self.model = model
@@ -62,8 +62,8 @@ class Bench:
         channels = self.model.spec.card.latent_channels
         return StepShape.of(rows, network_rows=NETWORK_ROWS, frames=PADDED, latent_channels=channels)
 
-    def step(self, shape: StepShape, told: Tensor) -> None:
-        run_step(self.model.denoise, StepInputs.read(told, shape), memories=self.memories, frames=PADDED)
+    def step(self, shape: StepShape, buffer: Tensor) -> None:
+        run_step(self.model.denoise, StepInputs.read(buffer, shape), memories=self.memories, frames=PADDED)
 
     def results(self, rows: Sequence[StepRow]) -> list[bytes]:
         pages = [[page for part in row.held.parts for page in part] for row in rows]
@@ -105,5 +105,5 @@ class Bench:
 
 
 def tensors_of(memories: Memories) -> list[Tensor]:
-    """All of them, in order."""
+    """Returns all memories in order."""
     return [memories.registers, *memories.constants.values(), *memories.by_frame.values()]

@@ -1,4 +1,4 @@
-"""The bound on accepted work, and when refused callers may return."""
+"""The bound on accepted work, and the retry times of refused clients."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_admission_refuses_above_the_bound_and_says_when_to_return() -> None:
     assert admission.backlog_ms == pytest.approx(9_001.0)
 
 
-def test_one_client_leaves_room_for_those_who_hold_less() -> None:
+def test_one_client_leaves_room_for_clients_with_less_work() -> None:
     admission = Admission(max_queue_s=20.0)
     for number in range(3):
         admission.admit(number, 5_000.0, client="greedy")
@@ -39,7 +39,7 @@ def test_one_client_leaves_room_for_those_who_hold_less() -> None:
     admission.admit(3, 5_000.0, client="greedy")
 
 
-def test_a_request_longer_than_the_queue_does_not_shut_others_out() -> None:
+def test_a_request_longer_than_the_queue_does_not_block_others() -> None:
     admission = Admission(max_queue_s=20.0)
     admission.admit(1, 500_000.0, client="greedy")
     with pytest.raises(OverloadedError):
@@ -49,9 +49,9 @@ def test_a_request_longer_than_the_queue_does_not_shut_others_out() -> None:
     admission.admit(3, 1_000.0, client="other")
 
 
-def test_many_equal_clients_cannot_fill_the_queue_without_end() -> None:
+def test_many_equal_clients_cannot_exceed_the_queue() -> None:
     admission = Admission(max_queue_s=20.0)
-    for number in range(21):  # the last begins when the work ahead is at the bound
+    for number in range(21):  # the last one is admitted with the work ahead at the bound
         admission.admit(number, 1_000.0, client=f"client {number}")
     with pytest.raises(OverloadedError) as refusal:
         admission.admit(21, 1_000.0, client="client 21")
@@ -76,7 +76,7 @@ def test_jobs_and_requests_of_one_client_count_together_for_its_jobs() -> None:
         admission.admit(2, 5_000.0, priority="batch", client="greedy")
     assert refusal.value.message.startswith("this client's share")
     admission.admit(3, 5_000.0, priority="batch", client="other")
-    admission.admit(4, 1_000.0, client="greedy")  # batch work is never ahead of it
+    admission.admit(4, 1_000.0, client="greedy")  # batch work is never ahead of interactive work
 
 
 def test_idle_engine_admits_work_of_any_size() -> None:
@@ -89,8 +89,8 @@ def test_idle_engine_admits_work_of_any_size() -> None:
 
 
 @pytest.mark.parametrize("pace", [0.7, 1.0, 1.4])
-def test_bound_and_retry_after_follow_the_pace_at_which_predicted_work_is_done(pace: float) -> None:
-    """One request after another, 100 ms each by prediction, for a minute; then how long a refused caller waits."""
+def test_bound_and_retry_after_follow_the_measured_pace(pace: float) -> None:
+    """Runs one request after another, each predicted at 100 ms, for a minute; then checks a refused caller's wait."""
     clock = FakeClock()
     admission = Admission(max_queue_s=2.0, clock=clock)
     waiting: list[int] = []
@@ -112,7 +112,7 @@ def test_bound_and_retry_after_follow_the_pace_at_which_predicted_work_is_done(p
     assert advice_s <= max(0.1, 0.1 * pace) * 1.05
 
 
-def test_refused_requests_of_a_client_are_told_to_come_one_after_another() -> None:
+def test_retry_times_of_one_client_are_spaced_by_its_requests() -> None:
     clock = FakeClock()
     admission = Admission(max_queue_s=10.0, clock=clock)
     admission.admit(0, 12_000.0, client="full")
@@ -128,7 +128,7 @@ def test_refused_requests_of_a_client_are_told_to_come_one_after_another() -> No
     assert wait_s("full") == pytest.approx(first_s + 1.0)
 
 
-def test_a_client_that_does_not_wait_lengthens_its_own_times_only() -> None:
+def test_a_client_that_ignores_retry_after_delays_only_itself() -> None:
     admission = Admission(max_queue_s=10.0, clock=FakeClock())
     for number in range(20):
         with suppress(OverloadedError):
@@ -139,11 +139,11 @@ def test_a_client_that_does_not_wait_lengthens_its_own_times_only() -> None:
             with pytest.raises(OverloadedError) as refusal:
                 admission.admit(99, 1_000.0, client=client)
         waits[client] = refusal.value.retry_after_s or 0.0
-    assert waits["last"] == pytest.approx(waits["first"] + 2.0)  # one request of 1 s of each client before it
+    assert waits["last"] == pytest.approx(waits["first"] + 2.0)  # one request of 1 s from each earlier client
     assert waits["hammering"] > 400.0
 
 
-def test_refused_clients_with_one_request_each_come_one_after_another() -> None:
+def test_retry_times_of_different_clients_are_spaced() -> None:
     admission = Admission(max_queue_s=10.0, clock=FakeClock())
     for number in range(20):
         with suppress(OverloadedError):
@@ -156,10 +156,10 @@ def test_refused_clients_with_one_request_each_come_one_after_another() -> None:
     assert waits == pytest.approx([waits[0] + 3.0 * number for number in range(4)])
 
 
-def test_pace_is_not_learned_from_a_few_requests() -> None:
+def test_a_few_requests_do_not_change_the_pace() -> None:
     clock = FakeClock()
     admission = Admission(max_queue_s=2.0, clock=clock)
-    for number in range(60):  # each takes far longer than predicted, because it has the device to itself
+    for number in range(60):  # each takes far longer than predicted, because it runs alone
         admission.admit(number, 1_900.0)
         clock.now += 6.0
         admission.release(number, is_done=True)

@@ -1,4 +1,4 @@
-"""Pages of an arena: what was written is read, nothing else is, and a row may be shorter than its call."""
+"""Pages of an arena: reads return exactly what was written, also for rows shorter than their call."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def table_of(held: HeldFrames, *, frames: int, num_parts: int) -> Tensor:
     dropped=st.sets(st.integers(0, 11)),
     seed=st.integers(0, 100),
 )
-def test_what_a_row_holds_survives_its_neighbours_and_growth(
+def test_pages_of_a_row_survive_neighbours_and_growth(
     rows: list[tuple[int, int]], dropped: set[int], seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -54,20 +54,20 @@ def test_what_a_row_holds_survives_its_neighbours_and_growth(
         longer, more = own.frames + 70, len(own.parts) + 1
         found = read(arena.memory, table_of(own, frames=longer, num_parts=more), frames=longer)[0]
         assert torch.equal(found[:-1, :, : own.frames], values[0])
-        assert not found[:-1, :, own.frames :].any()  # behind the row's own frames
-        assert not found[-1].any()  # a part that it does not have
+        assert not found[:-1, :, own.frames :].any()  # after the row's frames
+        assert not found[-1].any()  # a part that the row lacks
     in_use = sum(pages_of(own.frames) * len(own.parts) for own, _ in held.values())
     assert arena.num_free == len(arena.memory) - in_use - (ANYWHERE + 1)
 
 
-def test_what_is_written_without_a_page_is_dropped() -> None:
+def test_writes_without_a_page_are_dropped() -> None:
     arena = FrameArena(CHANNELS, device=torch.device("cpu"), num_pages=4)
     nowhere = torch.zeros(1, 2, dtype=torch.int32)
     write(arena.memory, nowhere, values=torch.full((1, CHANNELS, 2 * PAGE_FRAMES), float("nan")))
     assert not read(arena.memory, nowhere, frames=2 * PAGE_FRAMES).any()
 
 
-def test_the_memory_stays_where_it_is_until_the_arena_grows() -> None:
+def test_memory_moves_only_when_the_arena_grows() -> None:
     arena = FrameArena(CHANNELS, device=torch.device("cpu"), num_pages=4)
     place = arena.memory.data_ptr()
     first = HeldFrames.take(arena, frames=2 * PAGE_FRAMES, num_parts=1)

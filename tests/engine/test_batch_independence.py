@@ -1,4 +1,4 @@
-"""The same request gives the same audio, alone or in any crowd."""
+"""The same request gives the same audio, alone and with any other requests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stable_audio_serve.engine.scheduling.batching import FixedSlots
 from tests.factories import ToyModel, make_audio, make_request, make_unlike_requests
 from tests.patience import PATIENCE_S
 
-# Largest difference seen in fast mode with the toy model on a CPU: 3e-7. PCM16's last bit is 3e-5.
+# Largest difference observed in fast mode with the toy model on a CPU: 3e-7. One unit of 16-bit audio is 3e-5.
 FAST_TOLERANCE = 1e-5
 
 SUBJECTS = {
@@ -30,7 +30,7 @@ SUBJECTS = {
 def make_options(mode: str, **fields: object) -> EngineOptions:
     if mode == "packed":
         mode, fields = "fast", {"fixed_share": 0.001, **fields}
-    elif mode == "fast":  # one length for all and a high knee, so that the whole crowd shares every call
+    elif mode == "fast":  # one padded length and a high knee, so that all rows share every call
         fields = {"frame_grid": 256, "fixed_share": 0.001, **fields}
     return EngineOptions(mode=mode, warmup_budget_s=0.0, torch_threads=1, **fields)  # type: ignore[arg-type]
 
@@ -47,7 +47,7 @@ async def run_alone(request: GenerationRequest, *, options: EngineOptions, mode:
 async def run_after_some_steps(
     engine: Engine, crowd: Sequence[GenerationRequest]
 ) -> list[asyncio.Task[GenerationResult]]:
-    """Start the crowd. Returns its tasks once the engine has stepped some of its rows."""
+    """Start several requests. Returns their tasks once the engine has run some of their steps."""
     moving = asyncio.Event()
     tasks = [
         asyncio.create_task(engine.generate(r, lambda progress: moving.set() if progress.steps_done else None))
@@ -82,7 +82,7 @@ def assert_all_same(mode: str, results: Sequence[GenerationResult], alone: Seque
         assert_same(mode, result, own)
 
 
-async def test_a_crowd_of_unlike_neighbours_changes_nothing(mode: str) -> None:
+async def test_different_neighbours_do_not_change_the_audio(mode: str) -> None:
     async with Engine(make_model(mode), make_options(mode)) as engine:
         crowd = make_unlike_requests()
         results = await asyncio.gather(*map(engine.generate, [*crowd[:4], *SUBJECTS.values(), *crowd[4:]]))
@@ -97,7 +97,7 @@ async def test_late_joiners_get_the_same_audio_as_alone(mode: str) -> None:
     assert_all_same(mode, results, await run_each_alone(mode))
 
 
-async def test_neighbours_cancelled_mid_way_change_nothing(mode: str) -> None:
+async def test_cancelled_neighbours_do_not_change_the_audio(mode: str) -> None:
     async with Engine(make_model(mode), make_options(mode)) as engine:
         tasks = await run_after_some_steps(engine, make_unlike_requests())
         own = [asyncio.create_task(engine.generate(subject)) for subject in SUBJECTS.values()]
@@ -110,7 +110,7 @@ async def test_neighbours_cancelled_mid_way_change_nothing(mode: str) -> None:
 
 
 async def test_priority_does_not_change_the_audio(mode: str) -> None:
-    """Rows join the steps of others, wait for others and have separate steps."""
+    """Rows join the steps of others, wait for others and run alone."""
     fields = {"max_rows": 4, "batch_share": 0.5}
     own = [replace(subject, priority="batch") for subject in SUBJECTS.values()]
     batch = [replace(request, priority="batch") for request in make_unlike_requests()]
@@ -157,8 +157,8 @@ async def test_variations_equal_single_requests_with_their_seeds(noisy_source_en
         np.testing.assert_array_equal(together.audio[index], single.audio[0])
 
 
-async def test_strict_slots_as_on_cuda_change_no_byte() -> None:
-    """The fixed-slot policy, run on a CPU: dummies and neighbours of the same length do not matter."""
+async def test_fixed_slots_change_no_byte() -> None:
+    """The fixed-slot policy on a CPU: dummies and neighbours of the same length do not matter."""
     policy = FixedSlots(slots=4, grid=16)
     async with Engine(make_model(), make_options("strict"), policy=policy) as engine:
         alone = await engine.generate(SUBJECTS["guided"])

@@ -1,4 +1,4 @@
-"""How a step is split into device calls."""
+"""The splitting of a step into device calls."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ lanes = st.lists(
 
 @pytest.mark.parametrize("policy", POLICIES)
 @given(step=lanes)
-def test_every_lane_is_in_one_call_that_holds_it(policy: str, step: list[Lane]) -> None:
+def test_every_lane_fits_into_exactly_one_call(policy: str, step: list[Lane]) -> None:
     calls = POLICIES[policy]().split(step)
     assert sorted(i for call in calls for i in call.members) == list(range(len(step)))
     for call in calls:
@@ -64,7 +64,7 @@ def test_every_lane_is_in_one_call_that_holds_it(policy: str, step: list[Lane]) 
 
 
 @given(step=lanes)
-def test_strict_shapes_depend_on_the_lane_alone(step: list[Lane]) -> None:
+def test_strict_call_shapes_depend_only_on_the_lane(step: list[Lane]) -> None:
     for policy in (POLICIES["one row"](), POLICIES["slots"]()):
         for call in policy.split(step):
             for i in call.members:
@@ -99,12 +99,12 @@ def test_calls_have_the_row_counts_of_graphs_and_stay_within_the_budget(
         (30, 1000, [16, 12, 2]),  # 17 rows would exceed the budget
     ],
 )
-def test_rows_are_padded_or_cut_whichever_is_faster(num_rows: int, frames: int, sizes: list[int]) -> None:
+def test_rows_are_padded_or_split_whichever_is_faster(num_rows: int, frames: int, sizes: list[int]) -> None:
     calls = MergedGrid(call_ms, knee_tokens, GraphShapes()).split([Lane(1, frames)] * num_rows)
     assert sorted((call.rows for call in calls), reverse=True) == sizes
 
 
-def test_rows_of_graphs_are_padded_on_a_grid_that_grows_with_them() -> None:
+def test_graph_rows_are_padded_on_a_grid_that_coarsens() -> None:
     padded = MergedGrid(call_ms, knee_tokens, GraphShapes()).padded
     assert [padded(frames) for frames in (1, 500, 1000, 1025, 2049, 4092)] == [64, 512, 1024, 1152, 2304, 4096]
 
@@ -123,21 +123,21 @@ def test_merging_is_never_slower_than_not_merging(policy: str, step: list[Lane])
     assert ms <= sum(call_ms(lane.branches, merged.padded(lane.frames)) for lane in step) + 1e-9
 
 
-def test_similar_lengths_merge_and_unlike_ones_do_not() -> None:
+def test_similar_lengths_share_a_call_and_different_ones_do_not() -> None:
     calls = MergedGrid(call_ms, knee_tokens, GraphShapes()).split(
         [Lane(1, 100), Lane(1, 1900), Lane(1, 150), Lane(1, 2000)]
     )
     assert [(call.members, call.rows, call.frames) for call in calls] == [((0, 2), 2, 192), ((1, 3), 2, 2048)]
 
 
-def test_packed_rows_share_one_call_with_equal_lengths_side_by_side() -> None:
+def test_packed_rows_share_one_call_sorted_by_length() -> None:
     (call,) = Packed(knee_tokens=lambda frames: 1000).split([Lane(1, 100), Lane(2, 430), Lane(1, 40), Lane(2, 100)])
     assert (call.members, call.rows, call.frames) == ((2, 0, 3, 1), 6, 430)
     assert call.lengths == (40, 100, 100, 100, 430, 430)
     assert call.groups == ((1, 40), (3, 100), (2, 430))
 
 
-def test_rows_are_packed_in_fast_mode_on_a_cpu_unless_a_grid_is_asked_for() -> None:
+def test_fast_mode_on_a_cpu_packs_rows_unless_a_grid_is_set() -> None:
     def choose(device: str, mode: Mode, grid: int | None = None) -> type[BatchPolicy]:
         options = EngineOptions(mode=mode, frame_grid=grid)
         return type(resolve_policy(options, open_on(device), cost=CostModel(), packs_rows=True))
@@ -149,7 +149,7 @@ def test_rows_are_packed_in_fast_mode_on_a_cpu_unless_a_grid_is_asked_for() -> N
 
 @pytest.mark.parametrize("mode", ["strict", "fast"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_rows_of_a_network_without_a_mask_are_never_padded(mode: Mode, device: str) -> None:
+def test_rows_are_not_padded_for_a_network_without_a_mask(mode: Mode, device: str) -> None:
     options = EngineOptions(mode=mode, frame_grid=64)
     policy = resolve_policy(options, open_on(device), cost=CostModel(), pads_rows=False)
     step = [Lane(1, 100), Lane(2, 430), Lane(1, 100), Lane(2, 101)]
@@ -157,6 +157,6 @@ def test_rows_of_a_network_without_a_mask_are_never_padded(mode: Mode, device: s
         assert {step[i].frames for i in call.members} == {call.frames}
 
 
-def test_rows_of_one_length_share_a_call_without_a_mask() -> None:
+def test_rows_of_equal_length_share_a_call_without_a_mask() -> None:
     calls = EqualLengths(call_ms, knee_tokens, AnyRows()).split([Lane(1, 100), Lane(2, 430), Lane(2, 100)])
     assert [(call.members, call.rows, call.frames) for call in calls] == [((0, 2), 3, 100), ((1,), 2, 430)]

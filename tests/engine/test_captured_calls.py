@@ -1,4 +1,4 @@
-"""Text and windows come out the same whether a call runs as it is, or was recorded once and runs on other values."""
+"""Text and decode calls give the same result whether they run eagerly or are replayed with other values."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 
 class RecordedDevice(RecordingDevice):
-    """Captures what every operation does to which memory, as a graph would."""
+    """Records each operation with its memory, like a graph."""
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         recorded = make_fx(run)()
@@ -73,7 +73,7 @@ def same(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
 
 
 @pytest.mark.server
-def test_recorded_text_with_other_prompts_equals_their_own_call_to_the_bit(model: Any) -> None:
+def test_replayed_text_call_is_bit_identical_for_other_prompts(model: Any) -> None:
     device, metrics = RecordedDevice(), GraphCounts()
     graphs = Graphs(device, clock=SystemClock(), metrics=metrics)
     calls = TextCalls(model, device=device, graphs=graphs)
@@ -94,12 +94,12 @@ def test_recorded_text_with_other_prompts_equals_their_own_call_to_the_bit(model
 
 
 @pytest.mark.server
-def test_recorded_windows_with_other_latents_equal_their_own_call_to_the_bit(model: Any) -> None:
+def test_replayed_decode_call_is_bit_identical_for_other_latents(model: Any) -> None:
     device = RecordedDevice()
     graphs = Graphs(device, clock=SystemClock(), metrics=GraphCounts())
     calls = DecodeCalls(model, device=device, graphs=graphs)
     with torch.inference_mode():
-        for _ in range(3):  # the first call of a length tells what it draws
+        for _ in range(3):  # the first call of a length records its draws
             expected = calls.decode(windows_of(model, 1, 2, 3))
         assert graphs.capture_next(is_idle=True)
         before = addresses(graphs)
@@ -112,7 +112,7 @@ def test_recorded_windows_with_other_latents_equal_their_own_call_to_the_bit(mod
 
 
 @pytest.mark.slow
-def test_fewer_windows_or_prompts_than_were_recorded_are_unharmed_by_what_is_left_over() -> None:
+def test_unused_places_of_a_replayed_call_do_not_matter() -> None:
     model, device = load("sharp-s"), RecordedDevice()
     graphs = Graphs(device, clock=SystemClock(), metrics=GraphCounts())
     decoder, text = DecodeCalls(model, device=device, graphs=graphs), TextCalls(model, device=device, graphs=graphs)
@@ -137,7 +137,7 @@ def test_fewer_windows_or_prompts_than_were_recorded_are_unharmed_by_what_is_lef
     ("name", "make_device"),
     [slow("sharp-s", RecordingDevice), slow("tiny-1.0", RecordingDevice), ("sharp-s", LateRecordingDevice)],
 )
-async def test_an_engine_that_captures_text_and_windows_gives_the_same_bytes(
+async def test_captured_text_and_decode_calls_change_no_byte(
     name: str, make_device: type[RecordingDevice | LateRecordingDevice]
 ) -> None:
     model = load(name)

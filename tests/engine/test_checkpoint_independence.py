@@ -1,4 +1,4 @@
-"""Real networks, tiny checkpoints: the same request gives the same audio alone and in a crowd."""
+"""Real networks, tiny checkpoints: the same request gives the same audio alone and with others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.patience import PATIENCE_S
 
 MODES = ("strict", "fast", "packed")
 
-# Largest differences seen in fast mode on a CPU: sharp-s 3.9e-6, sharp-l 1.2e-5. PCM16's last bit is 3e-5.
+# Largest differences observed in fast mode on a CPU: sharp-s 3.9e-6, sharp-l 1.2e-5. One unit of 16-bit audio is 3e-5.
 FAST_TOLERANCE = 1e-4
 
 CLIP = make_audio(1.2, sample_rate_hz=1000)
@@ -51,7 +51,7 @@ def load(name: str) -> DiffusionModel:
 
 
 def make_engine(name: str, mode: str) -> Engine:
-    # A busy machine makes work look longer; the queue must not be full even then.
+    # On a busy machine work is predicted to take longer; the queue must not be full even then.
     fields = {"max_queue_s": 1e6} | {
         "strict": {"mode": "strict"},
         "fast": {"mode": "fast", "frame_grid": 64, "fixed_share": 0.001},
@@ -64,7 +64,7 @@ def make_engine(name: str, mode: str) -> Engine:
     ("name", "mode"),
     [("sharp-s", "strict"), *(slow(*one) for one in product(SHARP, MODES) if one != ("sharp-s", "strict"))],
 )
-async def test_a_crowd_that_is_joined_and_left_changes_nothing(name: str, mode: str) -> None:
+async def test_rows_that_join_and_leave_do_not_change_the_audio(name: str, mode: str) -> None:
     alone = []
     for subject in SUBJECTS.values():
         async with make_engine(name, mode) as engine:

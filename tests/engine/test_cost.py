@@ -39,16 +39,16 @@ curves = st.builds(
 
 
 def disturbed(truth_ms: float, rng: random.Random) -> float:
-    """The best of three runs, each up to 5 % longer than alone, the first two often hit by another program."""
+    """The best of three runs, each up to 5 % slower than alone; another program often disturbs the first two."""
     runs = [truth_ms * rng.uniform(1.0, 1.05) * rng.choice([1.0, rng.uniform(1.0, 20.0)]) for _ in range(2)]
     return min(*runs, truth_ms * rng.uniform(1.0, 1.05))
 
 
 @given(truth=curves, shapes=PROBES, seed=st.integers(0, 10_000))
-def test_fit_of_a_disturbed_machine_is_near_the_truth(
+def test_fit_on_a_disturbed_machine_is_near_the_true_cost(
     truth: CallCost, shapes: list[tuple[int, int]], seed: int
 ) -> None:
-    """Within a quarter at every probe; within a factor of two at twice the rows or frames, if growth can be seen."""
+    """Within a quarter at every probe, and within a factor of two at twice the rows or frames, if growth is visible."""
     rng = random.Random(seed)
     fitted = fit_call_cost([Measurement(*shape, disturbed(truth.call_ms(*shape), rng)) for shape in shapes])
     for shape in shapes:
@@ -67,15 +67,15 @@ measured = st.lists(
 
 
 @given(measured)
-def test_more_work_never_costs_less_whatever_was_measured(measurements: list[Measurement]) -> None:
+def test_more_work_never_costs_less_after_any_fit(measurements: list[Measurement]) -> None:
     fitted = fit_call_cost(measurements)
     assert min(fitted.fixed_ms, fitted.per_row_ms, fitted.per_square_ms, fitted.floor_ms) >= 0
-    assert fitted.per_frame_ms > 0  # else every deadline would be the same
+    assert fitted.per_frame_ms > 0  # otherwise all deadlines would be equal
     for rows, frames in SHAPES:
         assert fitted.call_ms(rows, frames) <= fitted.call_ms(rows + 1, frames)
         assert fitted.call_ms(rows, frames) <= fitted.call_ms(rows, frames + 64)
     most_rows, largest = max(m.rows for m in measurements), max(m.rows * m.frames for m in measurements)
-    for rows, frames in SHAPES:  # a floor ends where the measurements do, or soon after
+    for rows, frames in SHAPES:  # a floor ends at or soon after the largest measured shape
         more_rows = rows + 16 * max(most_rows, largest // frames)
         assert fitted.call_ms(more_rows, frames) > fitted.call_ms(rows, frames)
 
@@ -87,25 +87,25 @@ def test_fit_of_exact_times_finds_floor_and_slope() -> None:
     assert fitted.call_ms(1, 8) == pytest.approx(4.0)
 
 
-def test_a_timing_above_that_of_a_larger_call_is_corrected() -> None:
+def test_a_timing_above_a_larger_calls_timing_is_corrected() -> None:
     truth = CallCost(fixed_ms=2.0, per_frame_ms=0.01)
     spiked = [replace(m, ms=50.0) if (m.rows, m.frames) == (2, 64) else m for m in measure(truth)]
     assert fit_call_cost(spiked).call_ms(1, 64) == pytest.approx(truth.call_ms(1, 64), rel=0.1)
 
 
-def test_calls_that_take_equally_long_grow_beyond_what_was_measured() -> None:
+def test_equal_timings_still_grow_beyond_the_measured_shapes() -> None:
     fitted = fit_call_cost([Measurement(rows, frames, 12.0) for rows, frames in SHAPES])
     assert all(fitted.call_ms(rows, frames) == pytest.approx(12.0) for rows, frames in SHAPES)
     assert 12.0 < fitted.call_ms(8, 1024) < 24.0
 
 
-def test_prompts_have_a_cost_each() -> None:
+def test_each_prompt_has_a_cost() -> None:
     cost = CostModel()
     cost.fit("text", [Measurement(count, 0, 3.0 + 0.5 * count) for count in (1, 2, 4, 8)])
     assert cost.call_ms("text", rows=6, frames=0) == pytest.approx(6.0)
 
 
-def test_one_measurement_is_taken_as_proportional() -> None:
+def test_a_single_measurement_scales_proportionally() -> None:
     fitted = fit_call_cost([Measurement(1, 100, 5.0)])
     assert fitted.call_ms(1, 200) == pytest.approx(10.0)
 
@@ -119,7 +119,7 @@ def test_scale_follows_a_slower_device() -> None:
     assert cost.call_ms("denoise", rows=1, frames=500) == pytest.approx(2.0 * before, rel=0.01)
 
 
-def test_first_measurement_of_an_unfitted_kind_is_believed() -> None:
+def test_first_measurement_of_an_unfitted_kind_sets_the_scale() -> None:
     cost = CostModel()
     cost.correct("decode", [((1, 100),)], measured_ms=500.0)
     assert cost.call_ms("decode", rows=1, frames=100) == pytest.approx(500.0)
@@ -127,8 +127,9 @@ def test_first_measurement_of_an_unfitted_kind_is_believed() -> None:
 
 @given(st.lists(st.floats(0.1, 1000.0), min_size=1, max_size=20))
 def test_a_few_disturbed_calls_do_not_change_the_order_of_work(disturbances: list[float]) -> None:
-    """Each of 20 calls in a row that another program makes up to 1,000 times longer moves predictions by a bounded
-    factor, and as many undisturbed calls again bring most of it back."""
+    """Each of 20 consecutive calls that another program slows down by up to 1,000 times moves predictions by a bounded
+    factor. As many undisturbed calls undo most of it.
+    """
     cost = CostModel()
     cost.fit("denoise", measure(CallCost(1.0, 0.0, 0.01)))
     before = cost.call_ms("denoise", rows=1, frames=500)
@@ -141,14 +142,14 @@ def test_a_few_disturbed_calls_do_not_change_the_order_of_work(disturbances: lis
     assert cost.call_ms("denoise", rows=1, frames=500) == pytest.approx(before, rel=0.5)
 
 
-def test_knee_is_where_the_fixed_cost_is_its_share() -> None:
+def test_knee_is_where_the_fixed_cost_falls_to_its_share() -> None:
     cost = CostModel()
     cost.fit("denoise", measure(CallCost(2.0, 0.0, 0.01)))
     tokens = cost.knee_tokens(100, 0.15)
     assert 2.0 / cost.call_ms("denoise", rows=1, frames=int(tokens)) == pytest.approx(0.15, rel=0.01)
 
 
-def test_knee_of_a_floor_is_where_its_share_goes_unused() -> None:
+def test_knee_of_a_floor_is_where_its_unused_part_falls_to_its_share() -> None:
     cost = CostModel()
     cost.fit("denoise", measure(CallCost(0.1, 0.0, 0.01, floor_ms=12.0)))
     assert cost.knee_tokens(100, 0.15) == pytest.approx(0.85 * 12.0 / 0.01, rel=0.02)
@@ -159,7 +160,7 @@ def test_free_rows_have_a_finite_knee() -> None:
     cost.fit("denoise", [Measurement(1, 64, 1.0), Measurement(8, 640, 1.0), Measurement(16, 1280, 1.0)])
     for shapes in (AnyRows(), GraphShapes()):
         policy = MergedGrid(lambda rows, frames: 1.0, lambda frames: cost.knee_tokens(frames, 0.15), shapes)
-        assert 1 <= policy.crowd(1, 64) <= 16_384 / 64
+        assert 1 <= policy.typical_rows(1, 64) <= 16_384 / 64
 
 
 def make_predictor(cost: CallCost, *, shared: bool) -> Predictor:
@@ -177,7 +178,7 @@ def make_predictor(cost: CallCost, *, shared: bool) -> Predictor:
     )
 
 
-def test_guided_steps_cost_two_rows_and_done_steps_nothing() -> None:
+def test_guided_steps_cost_two_rows_and_finished_steps_nothing() -> None:
     predictor = make_predictor(CallCost(0.0, 0.0, 0.01), shared=False)
     work = RowWork(100, branches=[2, 2, 1, 1])
     assert predictor.share_ms(work) == pytest.approx(6.0)

@@ -1,4 +1,4 @@
-"""The engine from its asyncio side: start, end, cancellation, deadlines, overload, failures, progress, timings."""
+"""The engine through its asyncio API: start, close, cancellation, deadlines, overload, failures, progress, timings."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def make_engine(
 
 
 class Gate:
-    """Counts device calls by name and holds the engine thread before denoiser call number `at` until opened."""
+    """Counts device calls by name, and holds the engine thread before denoiser call number `at` until opened."""
 
     def __init__(self, at: int = 1) -> None:
         self.calls: Counter[str] = Counter()
@@ -66,7 +66,7 @@ class Gate:
             assert self._open.wait(PATIENCE_S)
 
     def arm(self) -> None:
-        """From here on, hold the next denoiser call."""
+        """Hold the next denoiser call."""
         self.calls.clear()
         self._at = 1
 
@@ -78,7 +78,7 @@ class Gate:
 
 
 class SlowPlanner(ToyModel):
-    """Plans nothing before `released` is set; `is_planning` is set once it was asked to."""
+    """Blocks planning until `released` is set. Sets `is_planning` when planning begins."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class SlowPlanner(ToyModel):
 async def submit(
     engine: Engine, request: GenerationRequest, *, on_progress: Callable[[Progress], None] | None = None
 ) -> asyncio.Task[GenerationResult]:
-    """Returns the request's task once the engine has accepted the request."""
+    """Submit a request. Returns its task once the engine has accepted it."""
     backlog_ms = engine.backlog_ms
     task = asyncio.create_task(engine.generate(request, on_progress))
     await until(lambda: engine.backlog_ms > backlog_ms)
@@ -101,7 +101,7 @@ async def submit(
 
 
 class PoisonedNoise(SeededNoise):
-    """The noise of the row that is to fail, so that windows of that row can be recognised."""
+    """The noise of the row that should fail; it identifies the row's windows."""
 
 
 def make_noise(seed: int) -> SeededNoise:
@@ -110,7 +110,7 @@ def make_noise(seed: int) -> SeededNoise:
 
 @pytest.mark.server
 async def test_results_are_read_without_torch() -> None:
-    """Ingress and job runner get them pickled; torch alone takes longer to load than most requests take."""
+    """Ingress and job runner unpickle results. Importing torch would take longer than most requests."""
     progress: list[Progress] = []
     async with make_engine() as engine:
         result = await engine.generate(make_request(), progress.append)
@@ -121,7 +121,7 @@ async def test_results_are_read_without_torch() -> None:
         assert reader.returncode == 0
 
 
-async def test_works_without_being_started() -> None:
+async def test_generate_starts_the_engine() -> None:
     result = await Engine(ToyModel(), EngineOptions(torch_threads=1)).generate(make_request(batch_size=2, seed=4))
     assert result.seeds == (4, 5)
     assert result.sample_rate_hz == 800
@@ -150,7 +150,7 @@ async def test_warm_up_predicts_the_first_request_within_a_tenth() -> None:
         assert predicted_ms == pytest.approx((await task).timings.total_ms, rel=0.1)
 
 
-async def test_200_concurrent_submits_all_get_their_own_audio() -> None:
+async def test_200_concurrent_requests_each_get_their_audio() -> None:
     requests = [make_request(f"sound {i % 9}", duration_s=0.1 + 0.01 * (i % 7), seed=i, steps=2) for i in range(200)]
     async with make_engine() as engine:
         results = await asyncio.gather(*map(engine.generate, requests))
@@ -171,7 +171,7 @@ async def test_source_is_encoded_once_for_all_variations() -> None:
     gate = Gate(at=0)
     async with make_engine(gate) as engine:
         await engine.generate(make_request(batch_size=3, init_audio=make_audio(), init_noise_level=0.5))
-    assert gate.calls["encode_audio"] == 2  # its two windows
+    assert gate.calls["encode_audio"] == 2  # the source's two windows
     assert gate.calls["condition"] == 1
 
 
@@ -223,7 +223,7 @@ async def test_deadline_ends_running_and_waiting_requests(waiting: bool) -> None
 
 
 @pytest.mark.parametrize("waiting", [False, True])
-async def test_a_time_to_start_in_ends_only_what_waits(waiting: bool) -> None:
+async def test_start_timeout_ends_only_waiting_requests(waiting: bool) -> None:
     clock, gate = FakeClock(), Gate()
     async with make_engine(gate, clock=clock, max_rows=2) as engine:
         ahead = [asyncio.create_task(engine.generate(make_request(steps=2)))] if waiting else []
@@ -241,7 +241,7 @@ async def test_a_time_to_start_in_ends_only_what_waits(waiting: bool) -> None:
         await asyncio.gather(*ahead)
 
 
-async def test_full_queue_refuses_at_once_with_an_honest_retry() -> None:
+async def test_full_queue_refuses_at_once_with_a_realistic_retry_time() -> None:
     gate = Gate(at=5)
     async with make_engine(gate, max_queue_s=0.001) as engine:
         running = asyncio.create_task(engine.generate(make_request(steps=100, duration_s=2.0)))
@@ -265,7 +265,7 @@ async def test_planning_is_bounded() -> None:
     assert [isinstance(outcome, OverloadedError) for outcome in outcomes] == [False] * 3 + [True] * 7
 
 
-async def test_deadline_counts_while_others_are_planned() -> None:
+async def test_deadline_includes_the_wait_for_planning() -> None:
     model = SlowPlanner()
     async with Engine(model, EngineOptions(torch_threads=1, warmup_budget_s=0.0)) as engine:
         tasks = [asyncio.create_task(engine.generate(make_request(deadline_s=0.05))) for _ in range(3)]
@@ -275,7 +275,7 @@ async def test_deadline_counts_while_others_are_planned() -> None:
         assert (await engine.generate(make_request(deadline_s=30.0))).seeds == (1,)
 
 
-async def test_closing_fails_what_is_being_planned_as_unavailable() -> None:
+async def test_closing_fails_requests_in_planning_as_unavailable() -> None:
     model = SlowPlanner()
     engine = Engine(model, EngineOptions(torch_threads=1, warmup_budget_s=0.0))
     tasks = [asyncio.create_task(engine.generate(make_request(seed=i))) for i in range(3)]
@@ -296,7 +296,7 @@ async def test_a_closed_engine_does_not_start(started: bool) -> None:
         await asyncio.wait_for(engine.start(), PATIENCE_S)
 
 
-async def test_invalid_request_is_refused_as_the_model_says() -> None:
+async def test_invalid_request_raises_the_models_error() -> None:
     async with make_engine() as engine:
         with pytest.raises(InvalidRequestError) as refusal:
             await engine.generate(make_request(duration_s=1e6))
@@ -304,7 +304,7 @@ async def test_invalid_request_is_refused_as_the_model_says() -> None:
 
 
 def break_on(prompt: str, stage: str) -> OnCall:
-    """Fail whenever `stage` meets the poisoned prompt, whatever else is in the call."""
+    """Fail whenever a call of `stage` contains the poisoned prompt."""
     poisoned: list[object] = []
 
     def on_call(name: str, items: Sequence[object]) -> None:
@@ -378,7 +378,7 @@ async def test_row_that_turns_non_finite_fails_alone(mode: str, where: str) -> N
     class Unstable(ToyModel):
         def denoise(self, batch):  # type: ignore[no-untyped-def]
             velocity = super().denoise(batch)
-            rows = batch.valid.sum(-1) == 70  # the poisoned request's own length
+            rows = batch.valid.sum(-1) == 70  # the poisoned request's length
             if where == "denoise":
                 velocity[rows] = float("nan")
             return velocity
@@ -411,7 +411,7 @@ async def test_planning_failure_is_a_generation_error() -> None:
 
 
 @pytest.mark.skipif(not hasattr(torch, "AcceleratorError"), reason="this torch cannot tell a lost device")
-async def test_lost_device_fails_everybody_as_unavailable_and_health_says_so() -> None:
+async def test_lost_device_fails_all_requests_and_the_health_check() -> None:
     def on_call(name: str, items: Sequence[object]) -> None:
         if name == "denoise":
             raise torch.AcceleratorError("the device is gone")
@@ -427,7 +427,7 @@ async def test_lost_device_fails_everybody_as_unavailable_and_health_says_so() -
             await engine.generate(make_request())
 
 
-async def test_model_that_breaks_in_warm_up_does_not_start() -> None:
+async def test_start_fails_if_the_warm_up_fails() -> None:
     def on_call(name: str, items: Sequence[object]) -> None:
         raise RuntimeError("no such kernel")
 
@@ -435,7 +435,7 @@ async def test_model_that_breaks_in_warm_up_does_not_start() -> None:
         await Engine(ToyModel(on_call=on_call), EngineOptions(torch_threads=1)).start()
 
 
-async def test_health_notices_silence() -> None:
+async def test_health_check_fails_after_a_long_silence() -> None:
     clock, gate = FakeClock(), Gate()
     async with make_engine(gate, clock=clock) as engine:
         task = asyncio.create_task(engine.generate(make_request()))
@@ -474,14 +474,14 @@ async def test_queue_position_counts_the_rows_ahead() -> None:
     gate, seen = Gate(), [list[Progress]() for _ in range(4)]
     async with make_engine(gate) as engine:
         tasks = [asyncio.create_task(engine.generate(make_request(steps=2)))]
-        await gate.reached()  # the engine receives no request before it opens
+        await gate.reached()  # the engine receives no request until the gate opens
         tasks += [await submit(engine, make_request(), on_progress=reports.append) for reports in seen]
         gate.open()
         await asyncio.gather(*tasks)
     assert [(reports[0].stage, reports[0].queue_position) for reports in seen] == [("queued", i) for i in (1, 2, 3, 4)]
 
 
-async def test_broken_progress_callback_fails_no_request() -> None:
+async def test_failing_progress_callback_does_not_fail_the_request() -> None:
     def broken(progress: Progress) -> None:
         raise RuntimeError("listener")
 
@@ -505,7 +505,7 @@ async def test_stages_sum_to_the_total() -> None:
     assert sum(result.timings.source_ms > 0 for result in results) == 2
 
 
-async def test_waiting_for_others_is_told_apart_from_own_steps() -> None:
+async def test_timings_separate_stalls_from_denoising() -> None:
     clock, gate = FakeClock(), Gate(at=2)
 
     def on_call(name: str, items: Sequence[object]) -> None:
@@ -522,7 +522,7 @@ async def test_waiting_for_others_is_told_apart_from_own_steps() -> None:
         assert (await short).timings.queue_ms == pytest.approx(100.0)
 
 
-async def test_closing_refuses_new_work_and_fails_what_waits() -> None:
+async def test_closing_refuses_new_work_and_fails_waiting_requests() -> None:
     gate = Gate()
     engine = Engine(ToyModel(on_call=gate), EngineOptions(torch_threads=1, warmup_budget_s=0.0))
     running = asyncio.create_task(engine.generate(make_request(steps=1000)))
@@ -546,7 +546,7 @@ async def test_draining_lets_accepted_work_finish() -> None:
     assert all(task.result().audio for task in tasks)
 
 
-def test_engine_serves_several_event_loops_and_survives_one_that_dies() -> None:
+def test_engine_serves_several_event_loops_and_survives_a_closed_one() -> None:
     gate = Gate(at=2)
     engine = Engine(ToyModel(on_call=gate), EngineOptions(torch_threads=1, warmup_budget_s=0.0))
 
@@ -569,7 +569,7 @@ def test_engine_serves_several_event_loops_and_survives_one_that_dies() -> None:
     asyncio.run(engine.close())
 
 
-def test_request_forgotten_by_a_dead_event_loop_stops() -> None:
+def test_request_of_a_closed_event_loop_is_cancelled() -> None:
     gate = Gate(at=2)
     engine = Engine(ToyModel(on_call=gate), EngineOptions(torch_threads=1, warmup_budget_s=0.0))
     dying = asyncio.new_event_loop()
@@ -585,7 +585,7 @@ def test_request_forgotten_by_a_dead_event_loop_stops() -> None:
     asyncio.run(engine.close())
 
 
-async def test_forgotten_engine_ends_its_thread() -> None:
+async def test_thread_ends_when_the_engine_is_garbage_collected() -> None:
     others = set(threading.enumerate())
     engine = Engine(ToyModel(), EngineOptions(torch_threads=1, warmup_budget_s=0.0))
     await engine.generate(make_request())

@@ -1,4 +1,4 @@
-"""Which shapes are captured, and when: on a clock that only captures move."""
+"""Which shapes are captured, and when. Only captures advance the clock."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stable_audio_serve.engine.hardware.graphs import CallMemory, Graphs, Kind
 from tests.engine.capturing import GraphCounts, RecordingDevice
 from tests.factories import FakeClock
 
-RATE_MS = 0.1  # of a capture, per latent frame
+RATE_MS = 0.1  # time of a capture per latent frame
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class AnyShape:
 
 
 class Bench:
-    """Graphs on a device whose captures take time; `taken_ms` are those that happened, by size."""
+    """Graphs on a device whose captures take time; `taken_ms` records them by size."""
 
     def __init__(self) -> None:
         self.clock, self.metrics = FakeClock(), GraphCounts()
@@ -43,12 +43,12 @@ class Bench:
         self.clock.now += self.taken_ms[shape.size] / 1000.0
 
     def ask(self, *sizes: int, times: int = 1, kind: Kind = "denoise") -> list[bool]:
-        """Whether each shape is captured already."""
+        """Returns for each shape whether it is captured."""
         shapes = [AnyShape(size, kind) for size in sizes]
         return [self.graphs.find(shape, self.run) is not None for _ in range(times) for shape in shapes]
 
     def capture_all(self) -> list[int]:
-        """What an idle engine captures, in order."""
+        """Returns the captures of an idle engine, in order."""
         before = len(self.taken_ms)
         while self.graphs.capture_next(is_idle=True):
             pass
@@ -61,7 +61,7 @@ class _SlowDevice(RecordingDevice):
         return lambda: None
 
 
-def test_the_largest_shape_that_came_twice_is_captured_first() -> None:
+def test_largest_shape_with_two_misses_is_captured_first() -> None:
     bench = Bench()
     bench.ask(100, 300, 200, times=2)
     bench.ask(400)
@@ -70,15 +70,15 @@ def test_the_largest_shape_that_came_twice_is_captured_first() -> None:
     assert (bench.metrics.graphs, bench.metrics.misses) == ({"denoise": 3}, {"denoise": 8})
 
 
-def test_nothing_is_captured_beside_traffic_before_it_is_known_how_long_that_takes() -> None:
+def test_no_capture_beside_traffic_before_capture_times_are_known() -> None:
     bench = Bench()
     bench.ask(100, times=99)
     assert not bench.graphs.capture_next(is_idle=False)
-    bench.ask(100)  # it is missed so often that a delay is the lesser evil
+    bench.ask(100)  # now so many misses that a capture is worth the delay
     assert bench.graphs.capture_next(is_idle=False)
 
 
-def test_a_capture_beside_traffic_delays_nobody_by_more_than_200_ms() -> None:
+def test_a_capture_beside_traffic_delays_steps_by_at_most_200_ms() -> None:
     bench = Bench()
     bench.ask(1000, times=2)  # 100 ms
     bench.capture_all()
@@ -94,7 +94,7 @@ def test_a_capture_beside_traffic_delays_nobody_by_more_than_200_ms() -> None:
     assert bench.capture_all() == [2100]
 
 
-def test_captures_have_a_tenth_of_the_time_while_others_wait() -> None:
+def test_captures_take_a_tenth_of_the_time_while_rows_wait() -> None:
     bench = Bench()
     bench.ask(1000, times=2)
     bench.capture_all()
@@ -107,7 +107,7 @@ def test_captures_have_a_tenth_of_the_time_while_others_wait() -> None:
     assert sum(taken) / 1000.0 == pytest.approx(0.1 * (bench.clock.now - began), rel=0.15)
 
 
-def test_kinds_are_told_apart() -> None:
+def test_capture_times_are_kept_per_kind() -> None:
     bench = Bench()
     bench.ask(100, times=2)
     bench.ask(100, times=3, kind="text")
@@ -146,7 +146,7 @@ def test_calls_of_a_kind_share_their_memory() -> None:
     assert small.memory.inputs.data_ptr() == large.memory.inputs.data_ptr()
 
 
-def test_a_shape_that_cannot_be_captured_is_tried_once() -> None:
+def test_a_failed_capture_is_not_repeated() -> None:
     bench = Bench()
 
     def fail(shape: AnyShape, memory: CallMemory) -> None:
@@ -159,13 +159,13 @@ def test_a_shape_that_cannot_be_captured_is_tried_once() -> None:
     assert len(bench.taken_ms) == 1
 
 
-def test_what_was_asked_for_long_ago_matters_less(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_uses_of_a_shape_weigh_less(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs_module, "MOST_GRAPHS", 1)
-    monkeypatch.setattr(graphs_module, "_USES_TO_AGE", 100)
+    monkeypatch.setattr(graphs_module, "_CALLS_TO_HALVE", 100)
     bench = Bench()
     bench.ask(100, times=90)
     bench.capture_all()
-    bench.ask(200, times=40)  # 45 uses of the first are left after the 100th, 22 after the 200th
+    bench.ask(200, times=40)  # the first shape has 45 uses after the 100th call, 22 after the 200th
     assert bench.capture_all() == []
     bench.ask(200, times=90)
     assert bench.capture_all() == [200]

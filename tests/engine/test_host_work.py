@@ -1,5 +1,5 @@
-"""An engine's step starts one copy and waits for nothing, counted on a stand-in device. The bounds are what is needed
-today, to be lowered whenever a change needs less.
+"""A step of the engine starts one copy and never waits, counted on a stand-in device. The bounds are today's counts;
+lower them when a change needs less.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks.counting.host_work import Setting, count, run_apart
+from tests.engine.host_work import Setting, count, run_apart
 
 pytestmark = [pytest.mark.slow, pytest.mark.server]
 
-# Launches of the worst step, by kind of request of the sampler pingpong.
+# Launches of the slowest step, by kind of request, with the sampler pingpong.
 DENOISE = {
     "plain": 197,
     "guided": 245,
@@ -35,13 +35,13 @@ Counted = dict[Setting, dict[str, Any]]
 
 @pytest.fixture(scope="module", params=["few", pytest.param("all", marks=pytest.mark.slow)])
 def counted(request: pytest.FixtureRequest) -> Counted:
-    """The worst call of each kind, counted in a process of its own."""
+    """The slowest call of each kind, counted in a separate process."""
     few = [FAST, IN_STRICT, Setting("guided", "fast", "float32", "open")]
     settings = few if request.param == "few" else [*STEPS, IN_STRICT]
     return dict(zip(settings, run_apart(count, settings), strict=True))
 
 
-def test_a_step_waits_for_nothing_and_makes_one_copy(counted: Counted) -> None:
+def test_a_step_makes_one_copy_and_never_waits(counted: Counted) -> None:
     failures = []
     for setting in STEPS.keys() & counted:
         work, most_launches = counted[setting]["denoise"], STEPS[setting]
@@ -50,7 +50,7 @@ def test_a_step_waits_for_nothing_and_makes_one_copy(counted: Counted) -> None:
     assert not failures
 
 
-def test_other_calls_wait_for_nothing(counted: Counted) -> None:
+def test_other_calls_never_wait(counted: Counted) -> None:
     failures = []
     for setting, bounds in ((FAST, OTHERS), (IN_STRICT, STRICT)):
         for call, most_launches in bounds.items():
@@ -60,7 +60,7 @@ def test_other_calls_wait_for_nothing(counted: Counted) -> None:
     assert not failures
 
 
-def test_no_call_mixes_devices_or_copies_while_it_waits(counted: Counted) -> None:
+def test_no_call_mixes_devices_or_copies_synchronously(counted: Counted) -> None:
     assert not [
         (setting, call, work["origins"])
         for setting, calls in counted.items()

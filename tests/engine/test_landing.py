@@ -1,4 +1,4 @@
-"""What comes back from a device lands in a ring of pinned memory of one size and arrives whole."""
+"""Copies from a device go through a fixed ring of pinned memory and arrive complete."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stable_audio_serve.engine.hardware.landing import LandingRing
 
 
 class SlowCopies:
-    """Copies that are carried out when they are waited for, in order."""
+    """Copies that run when waited for, in order."""
 
     def __init__(self) -> None:
         self.asked: deque[Callable[[], object]] = deque()
@@ -45,7 +45,7 @@ class SlowPoint:
 
 
 class Postponed(TorchDispatchMode):
-    """Puts off every asynchronous copy within its context."""
+    """Postpones every asynchronous copy within its context."""
 
     def __init__(self, copies: SlowCopies) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -67,7 +67,7 @@ def make_ring(copies: SlowCopies, *, num_bytes: int) -> LandingRing:
     num_bytes=st.sampled_from([256, 1024, 4096]),
     every=st.integers(1, 9),
 )
-def test_everything_arrives_whatever_its_size_and_however_late(sizes: list[int], num_bytes: int, every: int) -> None:
+def test_copies_of_any_size_and_delay_arrive(sizes: list[int], num_bytes: int, every: int) -> None:
     copies = SlowCopies()
     ring = make_ring(copies, num_bytes=num_bytes)
     sources = [torch.rand(size) for size in sizes]
@@ -90,11 +90,11 @@ def test_a_full_ring_waits_for_its_oldest_copy(count: int, num_waits: int) -> No
     ring = make_ring(copies, num_bytes=1024)
     with Postponed(copies):
         for _ in range(count):
-            ring.land(torch.rand(64), torch.zeros(64))  # a quarter of it
+            ring.land(torch.rand(64), torch.zeros(64))  # a quarter of the ring
     assert copies.num_waits == num_waits
 
 
-def test_nothing_is_moved_before_it_arrives() -> None:
+def test_collect_moves_only_finished_copies() -> None:
     copies = SlowCopies()
     ring = make_ring(copies, num_bytes=1024)
     target = torch.zeros(4)

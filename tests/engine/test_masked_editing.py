@@ -1,4 +1,4 @@
-"""Masked editing with a model that does not know about masks: the engine keeps the frames of a source."""
+"""Masked editing with a model without a mask input: the engine keeps a source's frames."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OPTIONS = EngineOptions(mode="strict", warmup_budget_s=0.0, torch_threads=1)
 
 
 class Watched(ToyModel):
-    """Remembers what it encodes and decodes, by first frame."""
+    """Records encoded and decoded windows by first frame."""
 
     def __init__(self) -> None:
         super().__init__(noisy_source_encoder=True, blends=True)
@@ -60,7 +60,7 @@ def mode(request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("variation", [False, True])
-async def test_kept_frames_are_the_source_s_latents_exactly(sampler: str, variation: bool) -> None:
+async def test_kept_frames_equal_the_sources_latents(sampler: str, variation: bool) -> None:
     fields = {"init_audio": make_audio(0.5), "init_noise_level": 0.5} if variation else {}
     model = Watched()
     async with Engine(model, OPTIONS) as engine:
@@ -73,7 +73,7 @@ async def test_kept_frames_are_the_source_s_latents_exactly(sampler: str, variat
     assert (result != source)[:, generated].all()
 
 
-async def test_a_mask_that_generates_everything_gives_text_to_audio() -> None:
+async def test_a_mask_that_keeps_nothing_equals_text_to_audio() -> None:
     async with Engine(make_model(), OPTIONS) as engine:
         for sampler in SAMPLERS:
             edited = await engine.generate(make_edit(sampler, (0.0, 10.0)))
@@ -81,7 +81,7 @@ async def test_a_mask_that_generates_everything_gives_text_to_audio() -> None:
             np.testing.assert_array_equal(edited.audio[0], plain.audio[0])
 
 
-async def test_a_mask_that_keeps_everything_gives_the_source_again() -> None:
+async def test_a_mask_that_keeps_everything_returns_the_source() -> None:
     model = Watched()
     async with Engine(model, OPTIONS) as engine:
         results = [await engine.generate(make_edit(sampler, steps=3)) for sampler in SAMPLERS]

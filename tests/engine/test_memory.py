@@ -1,4 +1,4 @@
-"""The memory of rows: counted by hand, measured on a real engine's model, and rows that wait for it."""
+"""The memory of rows: computed by hand, measured on a real model, and rows that wait for memory."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from tests.models.loaded import loaded
 MB = 1_000_000
 
 
-def test_a_row_is_its_registers_its_branches_and_its_largest_call() -> None:
+def test_row_memory_is_registers_branches_and_largest_call() -> None:
     use = MemoryUse(branch=1000.0, branch_frame=10.0, denoise_frame=50.0, encode_frame=7.0, decode_frame=200.0)
     shape = RowShape(frames=100, num_registers=2, num_branches=2, encode_window=100, decode_window=64)
-    # Two pages of 64 frames each; an arena that doubles is three times what it must hold, while it is copied.
+    # Two pages of 64 frames each. An arena that doubles takes three times its contents while it is copied.
     registers = 3 * 4 * 8 * 128 * 2  # float32, 8 latent channels
     branches = 3 * 2 * (1000 + 10 * 128)
     beside = 4 * 8 * 100 * 2  # noise and latents
@@ -46,16 +46,16 @@ def test_a_row_is_its_registers_its_branches_and_its_largest_call() -> None:
     assert use.row_bytes(replace(shape, decode_window=10), latent_channels=8) == kept + 2 * 100 * 50
 
 
-def test_temporaries_that_live_together_count_together() -> None:
+def test_simultaneous_temporaries_add_up() -> None:
     x = torch.zeros(1000)
 
     def run() -> torch.Tensor:
         a = x + 1  # 4000 bytes
-        b = a * 2  # 8000 with it
+        b = a * 2  # 8000 in total
         del a
-        view = b[:10]  # nothing new
+        view = b[:10]  # no new memory
         view.add_(1)
-        c = torch.cat([b, b])  # 12000 with b
+        c = torch.cat([b, b])  # 12000 together with b
         return c.sum() + x.sum()
 
     assert 12_000 <= peak_bytes(run) <= 12_100
@@ -63,25 +63,25 @@ def test_temporaries_that_live_together_count_together() -> None:
 
 
 @pytest.mark.parametrize("name", ["linear", "conv"])
-def test_a_layer_takes_what_it_returns(name: str) -> None:
+def test_memory_of_a_layer_is_its_output(name: str) -> None:
     layer = torch.nn.Linear(8, 16) if name == "linear" else torch.nn.Conv1d(8, 16, 3, padding=1)
     x = torch.zeros(1, 50, 8) if name == "linear" else torch.zeros(1, 8, 50)
     with torch.inference_mode():
         assert 4 * 16 * 50 <= peak_bytes(lambda: layer(x)) <= 3 * 4 * 16 * 50
 
 
-def test_the_toy_takes_what_its_arithmetic_says() -> None:
+def test_memory_of_the_toy_model_matches_its_arithmetic() -> None:
     model = ToyModel(width=16, latent_channels=4, hop=8)
     with torch.inference_mode():
         use = measure_use(model, SeededNoise(0))
-    assert use.branch == pytest.approx(4 * 16)  # its context
-    assert use.branch_frame == pytest.approx(4 * 16)  # its local additions
-    assert use.decode_frame >= 4 * 2 * 8  # its audio: float32, two channels, eight samples
+    assert use.branch == pytest.approx(4 * 16)  # the context
+    assert use.branch_frame == pytest.approx(4 * 16)  # the local additions
+    assert use.decode_frame >= 4 * 2 * 8  # the audio: float32, two channels, eight samples
     assert use.denoise_frame >= 4 * 3 * 16  # queries, keys and values
 
 
 @pytest.mark.parametrize("name", SHARP)
-def test_what_a_checkpoint_s_small_window_takes_tells_of_long_ones(name: str) -> None:
+def test_memory_of_small_windows_predicts_long_ones(name: str) -> None:
     model = loaded(name)
     latents = torch.zeros(model.spec.card.latent_channels, 256)
     with torch.inference_mode():
@@ -117,7 +117,7 @@ def add(scheduler: Scheduler, row_id: int, num_bytes: int, *, at: float = 0.0, p
     )
 
 
-def test_rows_start_while_their_memory_is_free() -> None:
+def test_rows_start_while_there_is_memory() -> None:
     scheduler = make_scheduler(100)
     for row_id in range(4):
         add(scheduler, row_id, 40, at=row_id)
@@ -126,7 +126,7 @@ def test_rows_start_while_their_memory_is_free() -> None:
     assert scheduler.pick() == [1, 2]
 
 
-def test_small_rows_do_not_overtake_one_that_waits_for_memory() -> None:
+def test_small_rows_do_not_overtake_a_row_waiting_for_memory() -> None:
     scheduler = make_scheduler(100)
     add(scheduler, 0, 60)
     add(scheduler, 1, 90, at=1.0)
@@ -139,7 +139,7 @@ def test_small_rows_do_not_overtake_one_that_waits_for_memory() -> None:
     assert scheduler.pick() == [2, 3]
 
 
-def test_batch_rows_that_hold_memory_go_on_until_others_fit() -> None:
+def test_batch_rows_that_hold_memory_continue_until_others_fit() -> None:
     scheduler = make_scheduler(100)
     add(scheduler, 0, 60, priority="batch")
     add(scheduler, 1, 60, priority="batch")
@@ -182,7 +182,7 @@ def make_engine(max_bytes: int, on_call: Callable[..., None] = lambda name, item
     return Engine(ToyModel(on_call=on_call), options)
 
 
-async def test_rows_wait_for_memory_rather_than_fail() -> None:
+async def test_rows_wait_for_memory_instead_of_failing() -> None:
     requests = [make_request(duration_s=1.5, seed=seed) for seed in range(6)]
     most = 0
 
@@ -200,7 +200,7 @@ async def test_rows_wait_for_memory_rather_than_fail() -> None:
         np.testing.assert_allclose(waited.audio[0], ran.audio[0], atol=1e-5)
 
 
-async def test_what_never_fits_is_refused_with_what_does() -> None:
+async def test_a_clip_that_never_fits_is_refused_with_the_range_that_does() -> None:
     most = bytes_of(make_request(duration_s=1.0))
     async with make_engine(most) as engine:
         with pytest.raises(InvalidRequestError, match="max_memory_bytes") as refusal:
@@ -211,7 +211,7 @@ async def test_what_never_fits_is_refused_with_what_does() -> None:
         await engine.generate(make_request(duration_s=longest_s - 0.02))
 
 
-def test_a_fixed_cut_holds_its_own_windows_only() -> None:
+def test_fixed_windows_count_only_planned_windows_as_memory() -> None:
     (plan,) = ToyModel().plan(make_request(duration_s=2.0))
     assert row_shape(plan, is_fixed=True).decode_window == 32
     assert row_shape(plan, is_fixed=False).decode_window == plan.frames

@@ -1,4 +1,4 @@
-"""Rows of the Stable Audio Open family in one engine: every sampler, guidance, sources and edits beside each other."""
+"""Rows of the Stable Audio Open family in one engine: all samplers, guidance, sources and edits at once."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from tests.parameters import slow
 from tests.patience import PATIENCE_S
 
 CLIP = make_audio(9.0, sample_rate_hz=1000)
-FAST_TOLERANCE = 2e-4  # several times what was seen: tiny-1.0 4.2e-5, tiny-small 6e-6
+FAST_TOLERANCE = 2e-4  # several times the observed differences: tiny-1.0 4.2e-5, tiny-small 6e-6
 SAMPLERS = {"tiny-1.0": V_SAMPLERS, "tiny-small": FLOW_SAMPLERS}
 
 
 def make_requests(name: str) -> list[GenerationRequest]:
-    """One for each sampler; guidance, negative prompts, sources, edits and steps take turns."""
+    """One request per sampler; guidance, negative prompts, sources, edits and steps vary."""
     level = 2.0 if name == "tiny-1.0" else 0.7
     variants: list[dict[str, object]] = [
         {"cfg_scale": 1.0},
@@ -75,7 +75,7 @@ def make_engine(name: str, mode: str) -> Engine:
     ],
 )
 @pytest.mark.server
-async def test_a_crowd_of_every_sampler_changes_nothing(name: str, mode: str) -> None:
+async def test_rows_of_other_samplers_do_not_change_the_audio(name: str, mode: str) -> None:
     requests = make_requests(name)
     num_early = len(requests) // 2
     alone = []

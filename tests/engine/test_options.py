@@ -1,4 +1,4 @@
-"""Options that an engine cannot work with are refused when they are made."""
+"""Invalid engine options are refused at construction."""
 
 from __future__ import annotations
 

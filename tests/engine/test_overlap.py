@@ -1,4 +1,4 @@
-"""Text and windows beside the steps of other rows: the same audio, however late they are."""
+"""Text and decode calls that run beside steps, however late, do not change the audio."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.server
 
-FAST_TOLERANCE = 1e-5  # as in tests of a crowd's bytes
+FAST_TOLERANCE = 1e-5  # as in the tests of batch independence
 PATIENCES = (None, 1)
 
 
@@ -39,7 +39,7 @@ def make_options(mode: str, **fields: object) -> EngineOptions:
 
 
 def make_crowd() -> list[GenerationRequest]:
-    """Unlike rows twice, the second time with prompts that are known by then."""
+    """Different rows twice; the second time their prompts are cached."""
     crowd = make_unlike_requests()
     again = [replace(request, seed=request.seed + 100) for request in crowd]
     edits = [
@@ -51,7 +51,7 @@ def make_crowd() -> list[GenerationRequest]:
 
 
 def make_model(mode: str) -> ToyModel:
-    """In fast mode rows have their own source encodings, in strict mode the rows of a request share them."""
+    """In fast mode each row has a separate source encoding; in strict mode the rows of a request share one."""
     return ToyModel(noisy_source_encoder=mode == "fast")
 
 
@@ -72,7 +72,7 @@ def assert_same(mode: str, results: Sequence[GenerationResult], expected: Sequen
     ("mode", "patience"),
     [("strict", PATIENCES[0]), slow("fast", PATIENCES[1]), slow("strict", PATIENCES[1]), slow("fast", PATIENCES[0])],
 )
-async def test_a_second_queue_that_is_late_changes_nothing(mode: str, patience: int | None) -> None:
+async def test_a_late_second_queue_does_not_change_the_audio(mode: str, patience: int | None) -> None:
     crowd = make_crowd()
     expected = await run_alone(crowd, mode=mode)
     device = LateDevice(patience=patience)
@@ -83,7 +83,7 @@ async def test_a_second_queue_that_is_late_changes_nothing(mode: str, patience: 
 
 
 class PoisonedNoise(SeededNoise):
-    """The noise of the row that is to fail, by which its windows are known."""
+    """The noise of the row that should fail; it identifies the row's windows."""
 
 
 def make_noise(seed: int) -> SeededNoise:
@@ -104,7 +104,7 @@ def break_poisoned(name: str, items: Sequence[object]) -> None:
     ],
     ids=["text", "decode", "encode"],
 )
-async def test_a_row_that_breaks_beside_the_steps_of_others_fails_alone(poison: GenerationRequest) -> None:
+async def test_a_row_that_fails_beside_steps_fails_alone(poison: GenerationRequest) -> None:
     crowd = make_unlike_requests()
     expected = await run_alone(crowd, mode="fast")
     model = ToyModel(noisy_source_encoder=True, on_call=break_poisoned)
@@ -115,7 +115,7 @@ async def test_a_row_that_breaks_beside_the_steps_of_others_fails_alone(poison: 
 
 
 @pytest.mark.parametrize("mode", ["strict", slow("fast")])
-async def test_rows_cancelled_in_the_second_queue_change_nothing(mode: str) -> None:
+async def test_rows_cancelled_in_the_second_queue_do_not_affect_others(mode: str) -> None:
     crowd = make_crowd()
     expected = await run_alone(crowd, mode=mode)
     decoding = asyncio.Event()
@@ -135,7 +135,7 @@ async def test_rows_cancelled_in_the_second_queue_change_nothing(mode: str) -> N
     assert_same(mode, [result for result, _ in kept], [alone for _, alone in kept])
 
 
-async def test_closing_ends_what_is_in_the_second_queue() -> None:
+async def test_closing_ends_work_in_the_second_queue() -> None:
     decoding = threading.Event()
     model = ToyModel(on_call=lambda name, items: decoding.set() if name == "decode" else None)
     async with Engine(model, make_options("fast"), device=LateDevice()) as engine:
@@ -152,13 +152,13 @@ _STEP_MS = 20.0
 
 
 def take_ms(name: str, items: Sequence[object]) -> float:
-    """A clip of 2.4 s takes 60 ms to decode: three steps."""
+    """Decoding a clip of 2.4 s takes 60 ms: three steps."""
     if name == "decode":
         return 1.0 + 0.25 * sum(item.latents.shape[-1] for item in items if isinstance(item, DecodeWindow))
     return {"denoise": _STEP_MS, "encode_text": 4.0, "condition": 0.0}.get(name, 1.0)
 
 
-async def test_a_long_clip_decoded_beside_steps_delays_none_by_more_than_one_window() -> None:
+async def test_decoding_a_long_clip_delays_steps_by_at_most_one_window() -> None:
     clock = FakeClock()
     device = TwoQueues(clock)
     names: list[str] = []
@@ -189,7 +189,7 @@ async def test_a_long_clip_decoded_beside_steps_delays_none_by_more_than_one_win
     assert len(windows) >= 3
     assert longest_ms <= 1.1 * _STEP_MS
     assert max(steps_ms) <= _STEP_MS + longest_ms + 0.001
-    # The device does nothing twice and never waits: its time is the sum of both queues' work.
+    # The device does no work twice and never waits: its time is the sum of both queues' work.
     total_ms = sum(take_ms(name, ()) for name, _, _ in calls if name != "decode")
     total_ms += sum(1000.0 * (ended_at - began_at) for began_at, ended_at in windows)
     first, last = min(began_at for _, began_at, _ in calls), max(ended_at for _, _, ended_at in calls)

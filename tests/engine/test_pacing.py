@@ -1,4 +1,4 @@
-"""How much of a row is decoded in one turn: much where nobody waits, no more than a step's time where somebody does."""
+"""How much of a row is decoded per turn: much if no other row waits, otherwise at most a step's time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from stable_audio_serve.engine.scheduling.pacing import WindowPace
 
 
 def make_pace(*, turn_frames: int = 512, is_fixed: bool = False) -> WindowPace:
-    """Decoding takes 2 ms and a tenth of a millisecond per latent frame."""
+    """Decoding takes 2 ms plus 0.1 ms per latent frame."""
     cost = CostModel()
     cost.fit("decode", [Measurement(1, frames, 2.0 + frames / 10) for frames in (10, 100)])
     return WindowPace(cost, is_fixed=is_fixed, turn_frames=turn_frames)
@@ -22,22 +22,22 @@ def test_a_row_alone_decodes_a_whole_turn() -> None:
 @pytest.mark.parametrize(
     ("step_ms", "num_rows", "frames"),
     [
-        (0.0, 1, 64),  # 10 ms hold 80 frames
-        (12.0, 1, 96),  # 12 ms hold 100
+        (0.0, 1, 64),  # 10 ms is enough for 80 frames
+        (12.0, 1, 96),  # 12 ms for 100
         (30.0, 1, 256),  # 280
         (30.0, 3, 64),  # three rows of 93
-        (22.0, 3, 64),  # of 66: what a call costs besides is paid once
-        (30.0, 100, 32),  # never less
-        (1000.0, 1, 512),  # never more
+        (22.0, 3, 64),  # three of 66: the call's fixed cost is paid once
+        (30.0, 100, 32),  # the minimum
+        (1000.0, 1, 512),  # the maximum
     ],
 )
-def test_windows_take_no_longer_than_a_step_while_others_wait(step_ms: float, num_rows: int, frames: int) -> None:
+def test_windows_take_at_most_a_step_while_other_rows_wait(step_ms: float, num_rows: int, frames: int) -> None:
     pace = make_pace()
-    pace.saw_step(step_ms)
+    pace.record_step(step_ms)
     assert pace.decode_frames(num_rows, others_wait=True) == frames
 
 
-def test_fixed_windows_depend_on_nobody() -> None:
+def test_fixed_windows_do_not_depend_on_other_rows() -> None:
     pace = make_pace(is_fixed=True)
-    pace.saw_step(30.0)
+    pace.record_step(30.0)
     assert pace.decode_frames(1, others_wait=True) == pace.decode_frames(9, others_wait=False) == 1

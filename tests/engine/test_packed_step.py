@@ -1,4 +1,4 @@
-"""A step of packed rows, whose lengths are tensors, equals the padded one; recorded once, it serves other rows."""
+"""A step of packed rows, whose lengths are tensors, equals the padded step; a recorded step serves other rows."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from stable_audio_serve.engine.calls.step import Memories, StepRow
 from stable_audio_serve.engine.hardware.arena import ANYWHERE
 from stable_audio_serve.engine.scheduling.batching import Call, Lane, MergedGrid, PackedOrGrid
 from stable_audio_serve.engine.scheduling.call_shapes import GraphShapes, PackedRoom, PackedShapes
-from stable_audio_serve.models.blocks.varlen import is_varlen_right
+from stable_audio_serve.models.blocks.varlen import is_varlen_correct
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.models.registry import resolve_entry
-from stable_audio_serve.verification.bounds import BOUNDS
+from stable_audio_serve.verification.report import BOUNDS
 from tests.engine.capturing import MOST_ROUNDS, GraphCounts, RecordingDevice
 from tests.engine.step_bench import DEVICE, REQUESTS, Bench, tensors_of
 from tests.factories import make_audio, make_request
@@ -34,7 +34,7 @@ from tests.parameters import slow
 
 ROOM = PackedRoom(tokens=768, rows=16, longest=120)
 TOLERANCE = BOUNDS["denoiser"]
-FAST_TOLERANCE = 2e-4  # of a whole request, as in the other modes
+FAST_TOLERANCE = 2e-4  # for a whole request, as in the other modes
 
 
 @cache
@@ -56,8 +56,8 @@ def pack(bench: Bench, rows: Sequence[StepRow]) -> PackedShape:
     return PackedShape(bench.shape(rows), ROOM, bench.model.spec.num_prefix)
 
 
-def step(bench: Bench, shape: PackedShape, told: Tensor) -> None:
-    run_packed_step(bench.model.denoise, PackedInputs.read(told, shape), memories=bench.memories, shape=shape)
+def step(bench: Bench, shape: PackedShape, buffer: Tensor) -> None:
+    run_packed_step(bench.model.denoise, PackedInputs.read(buffer, shape), memories=bench.memories, shape=shape)
 
 
 def registers(bench: Bench, rows: Sequence[StepRow]) -> Tensor:
@@ -90,18 +90,16 @@ def test_a_packed_step_equals_the_padded_one(bench: Bench, kind: str) -> None:
     ],
 )
 @pytest.mark.server
-def test_a_recorded_packed_step_with_other_rows_equals_their_own_step_to_the_bit(
-    bench: Bench, kinds: tuple[str, str]
-) -> None:
+def test_replayed_packed_step_is_bit_identical_for_other_rows(bench: Bench, kinds: tuple[str, str]) -> None:
     with torch.inference_mode():
         first, second = (bench.rows(REQUESTS[kind], evaluation=evaluation) for evaluation, kind in enumerate(kinds))
         general = pack(bench, first).general()
-        bench.registers.memory.nan_to_num_()  # pages that nobody took hold anything
+        bench.registers.memory.nan_to_num_()  # unused pages may contain any value
         memories = bench.memories
         addresses = [memory.data_ptr() for memory in tensors_of(memories)]
 
-        def run(told: Tensor, registers: Tensor, constants: dict[str, Tensor], by_frame: dict[str, Tensor]) -> None:
-            inputs = PackedInputs.read(told, general)
+        def run(buffer: Tensor, registers: Tensor, constants: dict[str, Tensor], by_frame: dict[str, Tensor]) -> None:
+            inputs = PackedInputs.read(buffer, general)
             run_packed_step(
                 bench.model.denoise, inputs, memories=Memories(registers, constants, by_frame), shape=general
             )
@@ -115,7 +113,7 @@ def test_a_recorded_packed_step_with_other_rows_equals_their_own_step_to_the_bit
         expected, untouched = bench.results(second), bench.results(first)
 
         bench.registers.memory.copy_(before)
-        recorded(general.write(first, DEVICE), *tensors)  # what it leaves behind must not matter
+        recorded(general.write(first, DEVICE), *tensors)  # its leftovers must not matter
         bench.registers.memory.copy_(before)
         recorded(general.write(second, DEVICE), *tensors)
         assert bench.results(second) == expected
@@ -124,7 +122,7 @@ def test_a_recorded_packed_step_with_other_rows_equals_their_own_step_to_the_bit
         assert [memory.data_ptr() for memory in tensors_of(bench.memories)] == addresses
 
 
-def test_a_step_without_rows_touches_no_register(bench: Bench) -> None:
+def test_a_step_without_rows_writes_no_register(bench: Bench) -> None:
     with torch.inference_mode():
         rows = bench.rows(REQUESTS["guided"], evaluation=0)
         before = bench.registers.memory.clone()
@@ -135,10 +133,10 @@ def test_a_step_without_rows_touches_no_register(bench: Bench) -> None:
         assert torch.equal(bench.registers.memory.view(torch.int32), before.view(torch.int32))
 
 
-def test_the_written_out_kernel_passes_the_check_of_the_real_one_and_wrong_ones_do_not() -> None:
+def test_kernel_check_accepts_the_reference_and_rejects_wrong_ones() -> None:
     def check(varlen: Callable[..., Tensor]) -> bool:
         heads = {"num_heads": 4, "num_key_heads": 2, "head_width": 16}
-        return is_varlen_right(varlen, device=torch.device("cpu"), dtype=torch.float32, **heads)
+        return is_varlen_correct(varlen, device=torch.device("cpu"), dtype=torch.float32, **heads)
 
     def ignoring_keys(*args: Tensor, seqused_k: Tensor, **kwargs: bool) -> Tensor:
         return attend_varlen(*args, seqused_k=args[3].diff() if args[3] is args[4] else seqused_k, **kwargs)
@@ -152,7 +150,7 @@ def test_the_written_out_kernel_passes_the_check_of_the_real_one_and_wrong_ones_
 
 
 class Packing:
-    """All rows are packed into calls of fixed shape."""
+    """Packs all rows into calls of fixed shape."""
 
     def __init__(self, model: DiffusionModel) -> None:
         grid = MergedGrid(lambda rows, frames: 1.0, lambda frames: 1e9, GraphShapes())
@@ -165,8 +163,8 @@ class Packing:
     def padded(self, frames: int) -> int:
         return self._own.padded(frames)
 
-    def crowd(self, branches: int, frames: int) -> int:
-        return self._own.crowd(branches, frames)
+    def typical_rows(self, branches: int, frames: int) -> int:
+        return self._own.typical_rows(branches, frames)
 
 
 CLIP = make_audio(1.2, sample_rate_hz=1000)
@@ -189,8 +187,8 @@ async def generate(model: DiffusionModel, requests: Sequence[GenerationRequest],
     "name",
     ["tiny-small", slow("sharp-s"), slow("tiny-1.0")],
 )
-async def test_a_packed_crowd_sounds_as_its_rows_do_alone_captured_or_not(name: str) -> None:
-    """The Open family shares heads of its context, and what an edit keeps is blended into its registers."""
+async def test_packed_rows_sound_as_alone_captured_or_not(name: str) -> None:
+    """The Open family shares context heads, and edits blend kept frames into the registers."""
     model = loaded(name) if name.startswith("sharp") else load_open(name)
     alone = [(await generate(model, [request]))[0] for request in CROWD]
     device, metrics = RecordingDevice(), GraphCounts()

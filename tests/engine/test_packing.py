@@ -1,4 +1,4 @@
-"""Rows lose their padding before the network and get zeros for it afterwards."""
+"""Rows lose their padding before the network and get zero padding after it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from stable_audio_serve.engine.calls.executor import denoise_packed, pack, unpac
 from stable_audio_serve.models.protocol import StepBatch
 
 
-def test_rows_are_joined_without_their_padding_and_come_back_padded_with_zeros() -> None:
+def test_pack_removes_padding_and_unpack_restores_zeros() -> None:
     x = torch.tensor([[[1.0, 2.0, float("nan")]], [[3.0, 4.0, 5.0]], [[6.0, float("nan"), float("nan")]]])
     packed = pack(x, [2, 3, 1])
     assert packed.tolist() == [[[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]]]
@@ -19,7 +19,7 @@ def test_rows_are_joined_without_their_padding_and_come_back_padded_with_zeros()
     ]
 
 
-def test_the_network_gets_one_sequence_and_each_rows_lengths() -> None:
+def test_the_network_gets_one_sequence_and_the_row_lengths() -> None:
     seen: list[StepBatch] = []
 
     class Doubling:

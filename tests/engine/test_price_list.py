@@ -1,4 +1,4 @@
-"""Prices against the predictions that they stand for, and against arithmetic by hand."""
+"""Prices agree with the predictions they are made from, and with arithmetic by hand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CARD = MODEL.spec.card
 
 @pytest.fixture
 def cost() -> CostModel:
-    """Linear: a step of a row takes 3 ms and half a millisecond per latent frame, of which a second has 100."""
+    """Linear: a step of one row takes 3 ms plus 0.5 ms per latent frame; a second has 100 frames."""
     cost = CostModel()
     cost.fit("text", [Measurement(rows, 0, 2.0 + 5.0 * rows) for rows in (1, 2, 4)])
     for work, fixed_ms, frame_ms in (("denoise", 3.0, 0.5), ("decode", 0.5, 0.25)):
@@ -32,9 +32,9 @@ def predict_ms(cost: CostModel, request: GenerationRequest) -> float:
     return predictor.text_ms(len(works)) + sum(predictor.share_ms(work) for work in works)
 
 
-def test_an_evaluation_costs_its_frames_and_those_of_the_headroom(cost: CostModel) -> None:
+def test_price_of_an_evaluation_includes_the_headroom(cost: CostModel) -> None:
     prices = PriceList(MODEL, Predictor(cost, OneRowPerCall())).current()
-    # A tenth of a second of headroom; lengths are rounded up to even ones, at most two frames more.
+    # 0.1 s of headroom; lengths are rounded up to even ones, which adds at most two frames.
     assert 0.0 <= prices.evaluation_ms - (3.0 + 0.5 * 100 * 0.1) <= 2 * 0.5 * 1.25
     assert prices.evaluated_second_ms == pytest.approx(0.5 * 100, rel=0.02)
     assert (prices.default_steps, prices.default_cfg_scale) == (CARD.default_steps, CARD.default_cfg_scale)
@@ -43,13 +43,13 @@ def test_an_evaluation_costs_its_frames_and_those_of_the_headroom(cost: CostMode
 @pytest.mark.parametrize("duration_s", [0.1, 0.4, 1.3, 2.0, 2.56])
 @pytest.mark.parametrize("fields", [{}, {"steps": 1}, {"steps": 100}, {"cfg_scale": 4.0}, {"batch_size": 3}])
 def test_a_price_is_near_the_prediction(cost: CostModel, duration_s: float, fields: dict[str, object]) -> None:
-    """Not the same: the two rows of a guided step may share what a call costs besides them."""
+    """Not equal: the two rows of a guided step may share the call's fixed cost."""
     prices = PriceList(MODEL, Predictor(cost, OneRowPerCall())).current()
     request = make_request(duration_s=duration_s, **fields)
     assert prices.of_request(request) == pytest.approx(predict_ms(cost, request), rel=0.25)
 
 
-def test_prices_follow_what_is_measured(cost: CostModel) -> None:
+def test_prices_follow_measured_times(cost: CostModel) -> None:
     prices = PriceList(MODEL, Predictor(cost, OneRowPerCall()))
     before = prices.current()
     for _ in range(200):

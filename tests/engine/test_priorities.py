@@ -1,4 +1,4 @@
-"""Interactive requests in an engine full of batch work: next at every step, never refused for it, never starving it."""
+"""Interactive requests in an engine full of batch work: they run at every step and are not refused for it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CALL_S = 0.01
 
 
 class Device:
-    """What the engine runs on: a call takes a hundredth of a second, and half of that more for every further row.
+    """A device on which a call takes 10 ms, and 5 ms more for every further row.
 
     Holds the engine before a denoiser call from `hold` to `release`.
     """
@@ -60,7 +60,7 @@ def make_batch(seed: int, *, steps: int = _STEPS) -> GenerationRequest:
 
 
 async def hand_over(engine: Engine, requests: Sequence[GenerationRequest]) -> list[asyncio.Task[GenerationResult]]:
-    """Submit these one after the other. Returns their tasks once all are accepted."""
+    """Submit the requests one after another. Returns their tasks once all are accepted."""
     tasks = []
     for request in requests:
         backlog_ms = engine.backlog_ms
@@ -72,14 +72,14 @@ async def hand_over(engine: Engine, requests: Sequence[GenerationRequest]) -> li
 
 
 @pytest.mark.parametrize("mode", ["strict", slow("fast")])
-async def test_an_interactive_request_takes_little_longer_than_alone_behind_thirty_batch_jobs(mode: str) -> None:
+async def test_thirty_batch_jobs_hardly_delay_an_interactive_request(mode: str) -> None:
     device = Device()
     async with make_engine(device, mode=mode, max_rows=8) as engine:
         request = make_request(duration_s=1.0, steps=_STEPS)
         alone = (await engine.generate(request)).timings
         device.hold()
         jobs = await hand_over(engine, [make_batch(seed) for seed in range(30)])
-        await device.reached()  # the engine is in the middle of a step of theirs
+        await device.reached()  # a batch step is running
         (behind,) = await hand_over(engine, [request])
         device.release()
         timings = (await behind).timings
@@ -87,7 +87,7 @@ async def test_an_interactive_request_takes_little_longer_than_alone_behind_thir
     assert timings.total_ms <= 1.5 * alone.total_ms + 2 * 1000 * _CALL_S
 
 
-async def test_batch_rows_go_on_beside_an_endless_stream_of_interactive_requests() -> None:
+async def test_batch_rows_progress_under_continuous_interactive_load() -> None:
     device = Device()
     async with make_engine(device, mode="strict") as engine:
         num_requests = 0
@@ -106,7 +106,7 @@ async def test_batch_rows_go_on_beside_an_endless_stream_of_interactive_requests
     assert num_requests >= 4
 
 
-async def test_batch_work_takes_no_room_from_interactive_requests() -> None:
+async def test_batch_work_does_not_fill_the_interactive_queue() -> None:
     device = Device()
     async with make_engine(device, max_queue_s=0.001) as engine:
         device.hold()
@@ -124,7 +124,7 @@ async def test_batch_work_takes_no_room_from_interactive_requests() -> None:
         await asyncio.gather(*jobs)
 
 
-async def test_planning_batch_requests_holds_up_no_interactive_one() -> None:
+async def test_planning_of_batch_requests_does_not_delay_interactive_ones() -> None:
     released = threading.Event()
 
     class SlowPlanner(ToyModel):
@@ -141,17 +141,17 @@ async def test_planning_batch_requests_holds_up_no_interactive_one() -> None:
 
 
 async def test_positions_count_rows_of_higher_priority_first() -> None:
-    device, told = Device(), dict[str, list[Progress]]()
+    device, reports = Device(), dict[str, list[Progress]]()
     async with make_engine(device, mode="strict") as engine:
         device.hold()
         tasks = await hand_over(engine, [make_batch(1)])
         await device.reached()
         for name, request in (("batch", make_batch(2)), ("interactive", make_request(steps=_STEPS))):
-            backlog_ms, told[name] = engine.backlog_ms, []
-            tasks.append(asyncio.create_task(engine.generate(request, told[name].append)))
+            backlog_ms, reports[name] = engine.backlog_ms, []
+            tasks.append(asyncio.create_task(engine.generate(request, reports[name].append)))
             async with asyncio.timeout(PATIENCE_S):
                 while engine.backlog_ms == backlog_ms:  # noqa: ASYNC110
                     await asyncio.sleep(0.002)
         device.release()
         await asyncio.gather(*tasks)
-    assert [told[name][0].queue_position for name in ("interactive", "batch")] == [0, 2]
+    assert [reports[name][0].queue_position for name in ("interactive", "batch")] == [0, 2]

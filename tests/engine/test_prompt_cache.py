@@ -1,4 +1,4 @@
-"""The cache of encoded prompts stays within its memory and drops the least recently used."""
+"""The prompt cache stays within its memory and drops the least recently used prompts."""
 
 from __future__ import annotations
 

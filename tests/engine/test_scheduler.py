@@ -1,4 +1,4 @@
-"""Which rows step next: order, budget and bounds; every row ends, whatever arrives or is cancelled."""
+"""Which rows step next: order, budget and bounds. Every row ends, whatever arrives or is cancelled."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def make_work(*, frames: int = 100, steps: int = 8, guided: int = 0) -> RowWork:
 
 
 def step_ms(works: Sequence[RowWork], num_new: int = 0) -> float:
-    """A step costs a tenth of a millisecond per latent frame."""
+    """A step takes 0.1 ms per latent frame."""
     return sum(work.tokens for work in works) / 10
 
 
@@ -46,18 +46,18 @@ def add(
     return row_work
 
 
-def test_nothing_waits_nothing_is_picked() -> None:
+def test_pick_is_empty_without_rows() -> None:
     assert make_scheduler().pick() == []
 
 
 def let_decode(work: RowWork, *, frames: int = 100) -> None:
-    """Finish all evaluations; windows of so many latent frames are left."""
+    """Finish all evaluations, so that windows of `frames` latent frames remain."""
     while work.num_done < len(work.branches):
         work.finish_evaluation()
     work.decode_left = (frames,)
 
 
-def test_rows_that_decode_beside_a_step_take_nothing_of_its_budget() -> None:
+def test_rows_that_decode_beside_a_step_do_not_use_its_budget() -> None:
     for has_second_queue, picked in ((False, [0, 1, 2]), (True, [0, 1, 2, 3, 4])):
         scheduler = make_scheduler(knee=300, has_second_queue=has_second_queue)
         works = [add(scheduler, row_id, at=0.001 * row_id) for row_id in range(9)]
@@ -67,7 +67,7 @@ def test_rows_that_decode_beside_a_step_take_nothing_of_its_budget() -> None:
         assert scheduler.pick() == picked
 
 
-def test_without_room_beside_only_a_step_is_picked() -> None:
+def test_only_a_step_is_picked_without_room_beside() -> None:
     scheduler = make_scheduler(has_second_queue=True)
     works = [add(scheduler, row_id, at=0.001 * row_id) for row_id in range(2)]
     scheduler.pick()
@@ -90,12 +90,12 @@ def test_a_row_that_waits_for_room_beside_keeps_its_place() -> None:
     assert scheduler.pick() == [0, 1]
 
 
-def test_batch_rows_pay_for_what_they_decode_beside_interactive_steps() -> None:
+def test_batch_rows_pay_for_decoding_beside_interactive_steps() -> None:
     scheduler = make_scheduler(has_second_queue=True, batch_share=0.125)
     let_decode(add(scheduler, 0, priority="batch"), frames=100)
     assert scheduler.pick() == [0]  # alone
     add(scheduler, 1, at=1.0, frames=200, steps=99)
-    # a turn of 20 ms lends 2.5 ms: windows of 10 ms are paid for by the fourth
+    # A turn of 20 ms lends 2.5 ms, so four turns pay for windows of 10 ms.
     assert [scheduler.pick() for _ in range(4)] == [[1], [1], [1], [1, 0]]
 
 
@@ -112,7 +112,7 @@ def test_equal_rows_run_first_come_to_completion() -> None:
     assert order == [0] * 3 + [1] * 3 + [2] * 3
 
 
-def test_short_row_passes_long_one_that_came_first() -> None:
+def test_short_row_overtakes_an_earlier_long_one() -> None:
     scheduler = make_scheduler(max_tokens=0)
     add(scheduler, 0, at=0.0, alone_s=10.0)
     assert scheduler.pick() == [0]
@@ -120,7 +120,7 @@ def test_short_row_passes_long_one_that_came_first() -> None:
     assert scheduler.pick() == [1]
 
 
-def test_long_row_is_not_passed_for_ever() -> None:
+def test_long_row_is_not_overtaken_forever() -> None:
     scheduler = make_scheduler(max_tokens=0, slack=5.0)
     add(scheduler, 0, at=0.0, alone_s=10.0)
     add(scheduler, 1, at=50.0, alone_s=0.1)
@@ -141,20 +141,20 @@ def test_step_fills_up_to_the_knee_and_no_further() -> None:
     assert scheduler.pick() == [0, 1, 2]
 
 
-def test_step_takes_a_quarter_of_what_waits() -> None:
+def test_step_takes_a_quarter_of_the_waiting_frames() -> None:
     scheduler = make_scheduler(knee=250)
     for row_id in range(40):
         add(scheduler, row_id, frames=100)
     assert len(scheduler.pick()) == 10
 
 
-def test_the_quarter_follows_the_work_that_is_left() -> None:
+def test_the_quarter_follows_the_remaining_work() -> None:
     scheduler = make_scheduler(knee=250)
     works = [add(scheduler, row_id, frames=100, guided=1) for row_id in range(40)]
     picked = scheduler.pick()
     assert len(picked) == 10  # of 40 x 200 frames
     for row_id in picked:
-        works[row_id].finish_evaluation()  # from here on 100 frames
+        works[row_id].finish_evaluation()  # 100 frames from here on
     assert len(scheduler.pick()) == 14  # ten of 100, four of 200: a quarter of 10 x 100 + 30 x 200
     for row_id in range(14, 40):
         scheduler.remove(RowId(row_id))
@@ -178,12 +178,12 @@ def test_guided_evaluation_counts_twice() -> None:
     assert scheduler.pick() == [0, 1]
 
 
-def test_no_row_starts_while_the_most_are_started() -> None:
+def test_no_row_starts_at_the_limit_of_started_rows() -> None:
     scheduler = make_scheduler(max_started=2, knee=150)
     for row_id in (1, 2):
         add(scheduler, row_id, at=1.0)
     assert scheduler.pick() == [1, 2]
-    add(scheduler, 3, at=0.0, alone_s=0.01)  # earliest deadline, but no room
+    add(scheduler, 3, at=0.0, alone_s=0.01)  # the earliest deadline, but no room
     assert scheduler.pick() == [1, 2]
     scheduler.remove(RowId(1))
     assert scheduler.pick() == [3, 2]
@@ -207,7 +207,7 @@ def test_interactive_row_passes_batch_rows_at_the_next_step() -> None:
     assert [scheduler.pick() for _ in range(7)] == [[3]] * 7
 
 
-def test_batch_rows_hold_no_slot_that_an_interactive_row_needs() -> None:
+def test_batch_rows_leave_slots_for_interactive_rows() -> None:
     scheduler = make_scheduler(max_started=4, max_tokens=100_000, knee=100_000)
     for row_id in range(10):
         add(scheduler, row_id, priority="batch")
@@ -216,7 +216,7 @@ def test_batch_rows_hold_no_slot_that_an_interactive_row_needs() -> None:
     assert scheduler.pick() == [10]
 
 
-def test_interactive_rows_leave_a_batch_row_its_slot() -> None:
+def test_interactive_rows_leave_a_slot_for_a_batch_row() -> None:
     scheduler = make_scheduler(max_started=3, max_tokens=100_000, knee=100_000)
     for row_id in range(10):
         add(scheduler, row_id)
@@ -224,7 +224,7 @@ def test_interactive_rows_leave_a_batch_row_its_slot() -> None:
     assert scheduler.pick() == [0, 1]
 
 
-def test_batch_rows_ride_along_where_they_cost_nothing() -> None:
+def test_batch_rows_join_a_step_if_they_cost_nothing() -> None:
     free = Scheduler(SchedulerLimits(), knee_tokens=lambda frames: 0, step_ms=lambda works, num_new: 5.0)
     add(free, 0)
     for row_id in range(1, 4):
@@ -278,7 +278,7 @@ def test_batch_rows_get_their_share_of_a_busy_engine_and_no_more(
 
 
 class EngineSimulation(RuleBasedStateMachine):
-    """Rows arrive, step and are cancelled in any order on a fake clock."""
+    """Rows arrive, step and are cancelled in random order on a fake clock."""
 
     limits = SchedulerLimits(max_started=4, max_tokens=1200, slack=5.0, max_slack_s=30.0)
 
@@ -330,14 +330,14 @@ class EngineSimulation(RuleBasedStateMachine):
         assert len(set(picked)) == len(picked)
         tokens = [self.works[row_id].tokens for row_id in picked]
         assert len(picked) <= 1 or sum(tokens) <= self.limits.max_tokens
-        # No row waits forever: of the rows of a priority that may run, the earliest deadline runs first.
+        # No row waits forever: among the rows of a priority that may run, the earliest deadline runs first.
         batch = {row_id for row_id in self.works if self.priorities[row_id] == "batch"}
         interactive = set(self.works) - batch
         room = self.limits.max_started - len(started)
         self.check_order(picked, interactive, interactive & started, room - (bool(batch) and not started & batch))
         places = min(room - len(set(picked) - batch - started), 3 - len(started & batch))
         if interactive - started and not interactive.intersection(picked):
-            # A step lent to batch rows: interactive rows that start in the next one may hold the places.
+            # A step lent to batch rows: interactive rows that start in the next step may take the free places.
             places = 0 if started.intersection(picked) else places
         self.check_order(picked, batch, batch & started, places)
         self.clock.now += 0.01 * sum(tokens) / 100
@@ -350,7 +350,9 @@ class EngineSimulation(RuleBasedStateMachine):
         return self.deadlines[row_id], row_id
 
     def check_order(self, picked: list[RowId], line: set[int], started: set[int], places: int) -> None:
-        """The earliest deadline of a priority is picked: of all its rows if there are places, else of the started."""
+        """The earliest deadline of a priority is picked: among all its rows if there are free places, else among the
+        started ones.
+        """
         if line.intersection(picked):
             assert min(line if places > 0 else started, key=self.order) in picked
 
@@ -366,7 +368,7 @@ class EngineSimulation(RuleBasedStateMachine):
         assert len(set(self.ended)) == len(self.ended)
 
     def teardown(self) -> None:
-        """Whatever happened, what is left ends, each row once, in a bounded number of steps."""
+        """Finally all remaining rows end, each once, in a bounded number of steps."""
         steps_left = sum(len(work.branches) - work.num_done for work in self.works.values())
         for _ in range(steps_left):
             self.step()

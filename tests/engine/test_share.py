@@ -1,4 +1,4 @@
-"""A process that has a share of a device's memory keeps within it: by hand, and on an engine with such a device."""
+"""A process with a share of a device's memory stays within it: by hand, and on an engine with such a device."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CARD = 80 * GB
 
 
 class SharedDevice(RecordingDevice):
-    """A device on the CPU with memory of its own, of which this process has a share; `held` is what it has taken."""
+    """A CPU device with simulated memory, of which this process has a share; `held` is the allocated part."""
 
     def __init__(self, total: int, *, share: float = 1.0, held: int = 0, free: int | None = None) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class SharedDevice(RecordingDevice):
         return super().capture(run)
 
 
-def test_four_quarters_and_their_contexts_are_one_card() -> None:
+def test_four_quarter_shares_with_contexts_fill_one_gpu() -> None:
     quarter = allowed_bytes(CARD, share=0.25)
     assert quarter == 20 * GB - CONTEXT_BYTES
     assert 4 * (quarter + CONTEXT_BYTES) == CARD
@@ -57,13 +57,13 @@ def test_four_quarters_and_their_contexts_are_one_card() -> None:
     assert allowed_bytes(CONTEXT_BYTES, share=0.5) == 0
 
 
-def test_what_is_left_is_the_share_s_or_the_card_s_whichever_is_less() -> None:
+def test_remaining_memory_is_bounded_by_share_and_gpu() -> None:
     assert DeviceMemory(80, allowed=20, held=5, free=60).left == 15
-    assert DeviceMemory(80, allowed=20, held=5, free=3).left == 3  # others have taken more than was theirs
+    assert DeviceMemory(80, allowed=20, held=5, free=3).left == 3  # other processes have exceeded their share
     assert DeviceMemory(80, allowed=20, held=25, free=60).left == 0
 
 
-def test_weights_and_prompts_come_off_the_share_and_captures_get_the_rest() -> None:
+def test_share_is_split_into_weights_prompts_rows_and_captures() -> None:
     memory = DeviceMemory(CARD, allowed=20 * GB, held=4 * GB, free=70 * GB)
     plan = plan_memory(memory, max_rows_bytes=None, prompt_cache_bytes=1 * GB)
     assert plan.rows == pytest.approx(0.85 * 15 * GB, abs=1)
@@ -72,7 +72,7 @@ def test_weights_and_prompts_come_off_the_share_and_captures_get_the_rest() -> N
     assert plan.setting == "memory_share"
 
 
-def test_the_operator_s_bound_holds_where_it_can_be_met() -> None:
+def test_the_operators_bound_applies_if_it_fits() -> None:
     memory = DeviceMemory(CARD, allowed=20 * GB, held=4 * GB, free=70 * GB)
     plan = plan_memory(memory, max_rows_bytes=15 * GB, prompt_cache_bytes=1 * GB)
     assert (plan.rows, plan.captures, plan.setting) == (15 * GB, 0, "max_memory_bytes")
@@ -83,14 +83,14 @@ def test_the_operator_s_bound_holds_where_it_can_be_met() -> None:
     assert caught.value.allowed == f"1..{15 * GB}"
 
 
-def test_a_device_without_memory_of_its_own_has_the_bound_it_is_given() -> None:
+def test_a_cpu_has_only_the_operators_bound() -> None:
     device = open_device(torch.device("cpu"), clock=SystemClock(), share=0.25)
     assert device.memory() is None
     assert plan_memory(None, max_rows_bytes=None, prompt_cache_bytes=5).rows is None
     assert plan_memory(None, max_rows_bytes=123, prompt_cache_bytes=5).rows == 123
 
 
-def test_a_share_too_small_for_the_weights_says_which_is_not() -> None:
+def test_a_too_small_share_is_refused_with_the_least_one() -> None:
     memory = DeviceMemory(10 * GB, allowed=allowed_bytes(10 * GB, share=0.25), held=0, free=10 * GB)
     require_share(memory, name="sfx", weights_bytes=memory.allowed, share=0.25)
     with pytest.raises(ConfigError) as refusal:
@@ -102,7 +102,7 @@ def test_a_share_too_small_for_the_weights_says_which_is_not() -> None:
     assert allowed_bytes(10 * GB, share=0.36) >= 3 * GB > allowed_bytes(10 * GB, share=0.35)
 
 
-def test_weights_that_fit_no_card_need_a_larger_one() -> None:
+def test_weights_larger_than_the_gpu_need_a_larger_gpu() -> None:
     memory = DeviceMemory(10 * GB, allowed=10 * GB, held=0, free=10 * GB)
     with pytest.raises(ConfigError, match="a larger GPU"):
         require_share(memory, name="sfx", weights_bytes=11 * GB, share=1.0)
@@ -115,13 +115,13 @@ def make_engine(device: SharedDevice, on_call: Callable[..., None] = lambda name
 
 
 def device_for(rows_bytes: int, *, share: float) -> SharedDevice:
-    """A device whose share leaves this much for variations in progress."""
+    """A device whose share leaves this much for rows in progress."""
     total = int((rows_bytes / 0.85 + CONTEXT_BYTES) / share) + 2
     return SharedDevice(total, share=share)
 
 
-async def test_an_engine_admits_what_its_share_holds_and_lets_others_wait() -> None:
-    """The card has room for eight, the quarter for two."""
+async def test_an_engine_runs_the_rows_that_fit_its_share() -> None:
+    """The GPU has room for eight rows, the quarter share for two."""
     requests = [make_request(duration_s=1.5, seed=seed) for seed in range(6)]
     most = 0
 
@@ -141,7 +141,7 @@ async def test_an_engine_admits_what_its_share_holds_and_lets_others_wait() -> N
         np.testing.assert_allclose(waited.audio[0], ran.audio[0], atol=1e-5)
 
 
-async def test_what_never_fits_the_share_is_refused_by_name() -> None:
+async def test_a_clip_that_never_fits_the_share_names_the_setting() -> None:
     async with make_engine(device_for(bytes_of(make_request(duration_s=1.0)) + 9, share=0.5)) as engine:
         with pytest.raises(InvalidRequestError, match="memory_share leaves") as refusal:
             await engine.generate(make_request(duration_s=2.0))
@@ -149,14 +149,14 @@ async def test_what_never_fits_the_share_is_refused_by_name() -> None:
         await engine.generate(make_request(duration_s=1.0))
 
 
-async def test_a_share_that_holds_no_request_stops_the_start_and_says_what_is_missing() -> None:
+async def test_start_fails_if_the_share_holds_no_request() -> None:
     engine = make_engine(device_for(1000, share=0.5))
     with pytest.raises(ConfigError, match=r"memory_share leaves 1e-06 GB .* \d+ bytes are missing"):
         await engine.start()
     await engine.close()
 
 
-def test_calls_are_captured_while_their_part_of_the_share_lasts() -> None:
+def test_captures_stop_when_their_part_of_the_share_is_used() -> None:
     device, metrics = SharedDevice(CARD, share=0.25), GraphCounts()
     device.capture_bytes = 100
     graphs = Graphs(device, clock=FakeClock(), metrics=metrics, max_bytes=250)
@@ -165,12 +165,12 @@ def test_calls_are_captured_while_their_part_of_the_share_lasts() -> None:
             assert graphs.find(AnyShape(size), lambda shape, memory: None) is None
     while graphs.capture_next(is_idle=True):
         pass
-    assert metrics.graphs == {"denoise": 3}  # the third reaches 300
+    assert metrics.graphs == {"denoise": 3}  # the third capture reaches 300 bytes
     assert device.held == 300
 
 
-def test_the_allocator_on_cuda_is_given_the_share_as_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch is asked for, on a machine that need not have a GPU."""
+def test_the_cuda_allocator_is_limited_to_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks the calls to torch, on a machine that may have no GPU."""
     fences: list[tuple[float, torch.device]] = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * GB, CARD))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5 * GB)

@@ -1,4 +1,4 @@
-"""An engine under many mixed requests and cancels ends as it began. `make soak` sends 2,000 instead of 48."""
+"""An engine is unchanged after many mixed requests and cancellations. `make soak` sends 2,000 instead of 48."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from tests.patience import PATIENCE_S
 
 REQUESTS = int(os.environ.get("SOAK_REQUESTS", "48"))
 SEED = int(os.environ.get("SOAK_SEED", "0"))
-SETTLED = 200  # requests until everything that is kept on purpose is there
+SETTLED = 200  # requests until all intended caches are full
 MOST_GROWTH = 0.02
-TENSORS_OF_A_ROW = 64  # at most, most of them keys and values of each layer
+TENSORS_OF_A_ROW = 64  # upper bound; most are keys and values of each layer
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +37,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
                 num_requests=REQUESTS,
                 seed=SEED,
                 output_dir=tmp_path_factory.mktemp("outputs"),
-                told=lambda done: progress.update(bar, completed=done),
+                on_done=lambda done: progress.update(bar, completed=done),
             )
         )
     ends_at = time.monotonic() + PATIENCE_S
@@ -48,20 +48,20 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     return outcome
 
 
-def test_every_answer_is_that_of_the_request_alone(outcome: Outcome) -> None:
+def test_every_result_equals_that_of_the_request_alone(outcome: Outcome) -> None:
     assert not outcome.wrong
     assert outcome.answered.total() + outcome.cancelled.total() == REQUESTS
     assert len(outcome.answered) == 6
 
 
 def test_one_request_in_twenty_is_cancelled(outcome: Outcome) -> None:
-    """Hardly any of them is answered before."""
+    """Hardly any of them finishes first."""
     drawn = round(CANCEL_SHARE * REQUESTS)
     assert drawn / 2 <= outcome.cancelled.total() <= drawn
 
 
-def test_nothing_of_a_request_stays_in_the_engine(outcome: Outcome) -> None:
-    """The engine's thread may still name the request that it saw last, with the two variations it has at most."""
+def test_the_engine_keeps_nothing_of_finished_requests(outcome: Outcome) -> None:
+    """The engine's thread may still refer to the last request, with at most two variations."""
     first, *later = outcome.kept
     for kept in later:
         more = {name: count - first[name] for name, count in kept.items() if count > first[name]}
@@ -69,7 +69,7 @@ def test_nothing_of_a_request_stays_in_the_engine(outcome: Outcome) -> None:
         assert all(count <= IN_FLIGHT for count in more.values()), more
 
 
-def test_memory_is_flat(outcome: Outcome) -> None:
+def test_memory_does_not_grow(outcome: Outcome) -> None:
     held = [size for done, size in outcome.resident if done >= SETTLED]
     if len(held) < 4:
         pytest.skip("too few requests: `make soak`")

@@ -1,4 +1,4 @@
-"""A step is the same whether it runs for the rows it has, or was recorded once for any rows and runs again."""
+"""A recorded step that is replayed for other rows equals a step recorded for exactly those rows."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ LONG = [one for one in product(("sharp-s", "sharp-l"), KINDS) if one not in SHOR
 
 @pytest.mark.parametrize(("name", "kinds"), [*SHORT, *starmap(slow, LONG)])
 @pytest.mark.server
-def test_a_recorded_step_with_other_rows_equals_their_own_step_to_the_bit(name: str, kinds: tuple[str, str]) -> None:
+def test_replayed_step_is_bit_identical_for_other_rows(name: str, kinds: tuple[str, str]) -> None:
     bench = Bench(ToyModel() if name == "toy" else loaded(name))
     with torch.inference_mode():
         first, second = (bench.rows(REQUESTS[kind], evaluation=evaluation) for evaluation, kind in enumerate(kinds))
         general = bench.shape(first).general()
         addresses = [memory.data_ptr() for memory in tensors_of(bench.memories)]
 
-        def step(told: Tensor, registers: Tensor, constants: dict[str, Tensor], by_frame: dict[str, Tensor]) -> None:
-            inputs = StepInputs.read(told, general)
+        def step(buffer: Tensor, registers: Tensor, constants: dict[str, Tensor], by_frame: dict[str, Tensor]) -> None:
+            inputs = StepInputs.read(buffer, general)
             memories = Memories(registers, constants, by_frame)
             run_step(bench.model.denoise, inputs, memories=memories, frames=PADDED)
 
@@ -61,8 +61,8 @@ def test_a_recorded_step_with_other_rows_equals_their_own_step_to_the_bit(name: 
 
 
 class AdaptedModel(ToyModel):
-    """Adds low-rank terms to what it predicts: a branch has those of its request's adapter, stacked to one rank, among
-    its constants, and without an adapter none.
+    """Adds low-rank terms to its prediction. The terms of a request's adapter, padded to one rank, are constants of its
+    branches; without an adapter they are missing.
     """
 
     RANK = 3
@@ -88,16 +88,16 @@ class AdaptedModel(ToyModel):
         return output + out.transpose(1, 2) @ (into @ batch.x)
 
 
-def test_another_adapter_is_a_write_and_not_a_capture() -> None:
-    """The place of low-rank terms: constants of a branch, found by a number in what the step is told."""
+def test_another_adapter_needs_no_new_capture() -> None:
+    """Low-rank terms are branch constants, which the step addresses by slot number."""
     bench = Bench(AdaptedModel())
     first = (make_request("as a choir", duration_s=0.6, seed=1), make_request(duration_s=0.4, seed=2))
     second = (make_request(duration_s=0.5, seed=3), make_request("as a band", duration_s=0.8, seed=4, cfg_scale=3.0))
     with torch.inference_mode():
         rows, others = (bench.rows(requests, evaluation=0) for requests in (first, second))
         general = replace(bench.shape([*rows, *others]).general(), rows=NETWORK_ROWS)
-        told = general.write(rows, DEVICE)
-        recorded: Callable[[], None] = make_fx(lambda: bench.step(general, told))()
+        buffer = general.write(rows, DEVICE)
+        recorded: Callable[[], None] = make_fx(lambda: bench.step(general, buffer))()
         slot = others[1].branches[0].slots["adapter.out"]
         outcomes = []
         for name in ("as a band", "as a bell"):
@@ -107,22 +107,22 @@ def test_another_adapter_is_a_write_and_not_a_capture() -> None:
             bench.step(bench.shape(others), bench.shape(others).write(others, DEVICE))
             expected = bench.results(others)
             bench.registers.memory.copy_(before)
-            told.copy_(general.write(others, DEVICE))
+            buffer.copy_(general.write(others, DEVICE))
             recorded()
             assert bench.results(others) == expected
             bench.registers.memory.copy_(before)
             outcomes.append(expected)
-        assert outcomes[0][0] == outcomes[1][0]  # a row without an adapter
+        assert outcomes[0][0] == outcomes[1][0]  # the row without an adapter
         assert outcomes[0][1] != outcomes[1][1]
 
 
-def test_without_adapters_a_step_is_told_nothing_of_them() -> None:
+def test_steps_without_adapters_have_no_adapter_inputs() -> None:
     bench = Bench(AdaptedModel())
     rows = bench.rows((make_request(duration_s=0.5, seed=3),), evaluation=0)
     assert bench.shape(rows).constants == ("context",)
 
 
-async def test_replayed_steps_give_the_same_audio_and_misses_are_counted() -> None:
+async def test_replayed_steps_give_the_same_audio_and_count_misses() -> None:
     options = EngineOptions(mode="strict", warmup_budget_s=0.0, torch_threads=1)
     requests = make_unlike_requests()
     async with Engine(ToyModel(), options) as engine:
@@ -131,7 +131,7 @@ async def test_replayed_steps_give_the_same_audio_and_misses_are_counted() -> No
     async with Engine(ToyModel(), options, device=device, metrics=metrics) as engine:
         await asyncio.gather(*map(engine.generate, requests))
         num_graphs = -1
-        while num_graphs != metrics.graphs.total():  # an idle engine captures one shape after another
+        while num_graphs != metrics.graphs.total():  # an idle engine captures shapes one by one
             num_graphs = metrics.graphs.total()
             await asyncio.sleep(0.3)
         before = device.num_replays, metrics.misses.total()
@@ -143,7 +143,7 @@ async def test_replayed_steps_give_the_same_audio_and_misses_are_counted() -> No
             np.testing.assert_array_equal(left, right)
 
 
-async def test_captures_are_forgotten_when_memory_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_captures_are_dropped_when_memory_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     arenas: list[FrameArena] = []
 
     class NotedArena(FrameArena):

@@ -37,7 +37,7 @@ PRECISIONS = (torch.float32, torch.bfloat16)
 
 
 def make_requests(sample_rate_hz: int) -> dict[str, GenerationRequest]:
-    """Returns requests that are plain, guided in every way, from a source, and with a region to generate again."""
+    """Returns requests: plain, guided in every way, from a source, and with a region to regenerate."""
     source = make_audio(1.0, sample_rate_hz=sample_rate_hz)
     region = {"inpaint_audio": source, "inpaint_regions_s": ((0.2, 0.6),)}
     fields: dict[str, dict[str, Any]] = {
@@ -62,7 +62,7 @@ async def generate(
 
 @cache
 def make_wide_model() -> Sa3Model:
-    """The layers of small-music at their real widths with random weights, one of each kind, on a tiny text encoder."""
+    """One layer of each kind of small-music at its real width, with random weights, on a tiny text encoder."""
     raw = official_config("small-music")
     networks = raw["model"]
     networks["diffusion"]["config"]["depth"] = 1
@@ -90,14 +90,14 @@ def make_wide_model() -> Sa3Model:
 async def test_the_number_of_threads_changes_no_byte(name: str) -> None:
     model = make_wide_model() if name.startswith("wide") else loaded(name)
     requests = make_requests(model.spec.card.sample_rate_hz)
-    if name.startswith("wide"):  # whose requests are slow
+    if name.startswith("wide"):  # its requests are slow
         names = ("inpainting",) if name == "wide" else ("plain", "guided")
         requests = {kind: replace(requests[kind], duration_padding_s=1.0, batch_size=1) for kind in names}
     await _check_threads(model, requests)
 
 
 @pytest.mark.slow
-async def test_nor_does_it_in_bfloat16() -> None:
+async def test_the_number_of_threads_changes_no_byte_in_bfloat16() -> None:
     model = make_wide_model.__wrapped__()
     cast_network(model.denoiser, torch.bfloat16)
     request = replace(make_requests(model.spec.card.sample_rate_hz)["guided"], duration_padding_s=1.0, batch_size=1)
@@ -115,7 +115,7 @@ async def _check_threads(model: Sa3Model, requests: Mapping[str, GenerationReque
 
 
 @pytest.mark.parametrize(("is_made_by_amd", "threads"), [(True, None), (False, 3)])
-def test_a_recipe_names_the_threads_where_bytes_depend_on_them(
+def test_a_recipe_names_the_threads_if_bytes_depend_on_them(
     monkeypatch: pytest.MonkeyPatch, *, is_made_by_amd: bool, threads: int | None
 ) -> None:
     monkeypatch.setattr(making, "is_amd", lambda: is_made_by_amd)
@@ -125,7 +125,7 @@ def test_a_recipe_names_the_threads_where_bytes_depend_on_them(
 
 
 def long_form(values: Iterable[tuple[Any, ...]], *, short: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """Parameters of which those that `short` does not name are slow."""
+    """Returns the parameters; those missing in `short` are marked slow."""
     return [value if value in short else slow(*value) for value in values]
 
 
@@ -165,15 +165,15 @@ def test_attention_is_the_same_on_any_number_of_threads(queries: int, is_masked:
 
 @pytest.mark.parametrize("rows", [87, 173])
 @pytest.mark.parametrize("function", [F.silu, torch.sigmoid, torch.sum, torch.mean, F.gelu, torch.tanh])
-def test_what_would_differ_runs_on_one_thread(rows: int, function: Callable[[Tensor], Tensor]) -> None:
+def test_thread_dependent_operations_run_on_one_thread(rows: int, function: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(rows, 4097)
     with torch.inference_mode():
         one, three = (_within(num_threads, lambda: function(x)) for num_threads in (1, 3))
     torch.testing.assert_close(three, one, rtol=0, atol=0)
 
 
-async def test_the_large_products_do_run_on_several_threads() -> None:
-    """Checks the number of threads that torch has set when it computes each of the denoiser's kinds of layers."""
+async def test_large_products_run_on_several_threads() -> None:
+    """Checks torch's number of threads during each kind of the denoiser's layers."""
     counts: dict[str, set[int]] = {}
 
     class Watch(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""What the warm-up measures, how long it may take, and what it ignores."""
+"""What the warm-up measures, how long it may take, and which times it ignores."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from tests.factories import FakeClock, ToyModel
 
 
 class Timed:
-    """A toy model whose calls take a time on a fake clock: one of rows and frames, longer when disturbed."""
+    """A toy model whose calls take time on a fake clock, depending on rows and frames, and longer if disturbed."""
 
     def __init__(self, *, lazy_s: float = 0.0, disturbed: Sequence[int] = (), slower: float = 1.0) -> None:
-        """`lazy_s`: what the first call of each kind takes besides; `disturbed`: numbers of calls that take 1 s."""
+        """`lazy_s`: extra time of the first call of each kind; `disturbed`: numbers of calls that take 1 s longer."""
         self.clock = FakeClock()
         self.calls: list[str] = []
         self._lazy_s, self._disturbed, self._slower = lazy_s, disturbed, slower
         self.model = ToyModel(on_call=self._take)
 
     def _take(self, name: str, items: Sequence[object]) -> None:
-        if name == "condition":  # on the host, before the probes
+        if name == "condition":  # runs on the host, before the probes
             return
         self.clock.now += 0.001 * self._slower * (2.0 + len(items))
         self.clock.now += self._lazy_s if name not in self.calls else 0.0
@@ -61,7 +61,7 @@ def test_lazy_initialisation_counts_neither_as_cost_nor_as_budget() -> None:
         assert first == pytest.approx(second)
 
 
-def test_the_best_of_three_runs_counts() -> None:
+def test_the_fastest_of_three_runs_counts() -> None:
     disturbed = Timed(disturbed=range(1, 1000, 3)).warm_up(budget_s=1000.0)
     alone = Timed().warm_up(budget_s=1000.0)
     for rows in (1, 2):
@@ -69,15 +69,15 @@ def test_the_best_of_three_runs_counts() -> None:
         assert calls[0] == pytest.approx(calls[1])
 
 
-def test_no_run_starts_after_the_budget_but_each_kind_is_measured() -> None:
+def test_the_budget_limits_runs_but_each_kind_is_measured_once() -> None:
     timed = Timed(slower=1000.0)
     cost = timed.warm_up(budget_s=5.0)
     assert set(timed.calls) == {"encode_text", "denoise", "decode", "encode_audio"}
-    assert timed.clock.now - 1000.0 < 2 * 4 * 4.0  # an untimed and a timed run of each, of 4 s at most
+    assert timed.clock.now - 1000.0 < 2 * 4 * 4.0  # one untimed and one timed run of each kind, at most 4 s each
     assert cost.call_ms("denoise", rows=1, frames=64) > 1000.0
 
 
-def test_steps_are_measured_alone_guided_and_up_to_a_whole_one() -> None:
+def test_steps_are_measured_alone_guided_and_in_groups() -> None:
     options = EngineOptions(mode="fast", max_step_tokens=2048)
     cpu = open_device(torch.device("cpu"), clock=FakeClock())
     assert step_shapes(resolve_policy(options, cpu, cost=CostModel()), 64, max_tokens=2048) == {
@@ -102,5 +102,5 @@ def test_warm_up_compiles_every_kind_of_call_before_timing_any() -> None:
     plain, timed.model.spec = len(numbers_of_rows), replace(timed.model.spec, is_compiled=True)
     numbers_of_rows.clear()
     timed.warm_up(budget_s=0.0)
-    assert numbers_of_rows[:4] == [1, 2, 1, 2]  # without a source and with one
+    assert numbers_of_rows[:4] == [1, 2, 1, 2]  # without and with a source
     assert len(numbers_of_rows) == plain + 4

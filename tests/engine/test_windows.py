@@ -1,4 +1,4 @@
-"""Windows of sources and of audio: cut, joined, trimmed and checked."""
+"""Windows of sources and of audio: cutting, joining, trimming and checking."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_source_windows_join_without_seams(frames: int, chunk: int) -> None:
 @given(
     frames=st.integers(1, 200), valid_share=st.floats(0, 1), length_share=st.floats(0.01, 1), chunk=st.integers(1, 100)
 )
-def test_audio_windows_join_trim_and_fall_silent(
+def test_audio_windows_are_joined_trimmed_and_padded_with_silence(
     frames: int, valid_share: float, length_share: float, chunk: int
 ) -> None:
     hop, valid = 4, int(frames * valid_share)
@@ -48,12 +48,12 @@ def test_audio_windows_join_trim_and_fall_silent(
     np.testing.assert_array_equal(audio.audio(), expected[:, :samples])
 
 
-def test_windows_behind_the_result_are_not_decoded() -> None:
+def test_windows_after_the_end_of_the_clip_are_not_decoded() -> None:
     audio = AudioAssembly(make_windows(200), device=DEVICE, channels=2, hop=4, valid_frames=200, output_samples=50)
     assert audio.lengths_left == (32,)
 
 
-def test_audio_keeps_its_level_and_non_numbers_are_noticed() -> None:
+def test_audio_keeps_its_level_and_non_finite_audio_is_detected() -> None:
     audio = AudioAssembly(make_windows(2), device=DEVICE, channels=1, hop=2, valid_frames=2, output_samples=4)
     audio.put(torch.tensor([[-3.0, 0.5, 3.0, float("nan")]]))
     np.testing.assert_array_equal(audio.audio()[:, :3], [[-3.0, 0.5, 3.0]])

@@ -1,4 +1,4 @@
-"""A device with two queues on a virtual clock. Knows no engine."""
+"""A device with two queues on a virtual clock. Independent of the engine."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from tests.patience import PATIENCE_S
 
 
 class TwoQueues(WaitingDevice):
-    """Two queues on a virtual clock. The second goes first where both have work; it begins after what the first was
-    asked for before. What a model takes of the current queue, it tells by `take`.
+    """Two queues on a virtual clock. If both have work, the second runs first; its work begins after the first queue's
+    earlier work. A model reports its time on the current queue with `take`.
     """
 
     def __init__(self, clock: FakeClock) -> None:
         super().__init__(torch.device("cpu"), clock=clock)
         self.has_second_queue = True
         self.default_mode = "fast"
-        self.calls: list[tuple[bool, float, float]] = []  # whether beside, begin and end in seconds
+        self.calls: list[tuple[bool, float, float]] = []  # (is beside, begin, end), in seconds
         self.gate = threading.Event()
         self.gate.set()
         self.is_asked = threading.Event()
@@ -32,7 +32,7 @@ class TwoQueues(WaitingDevice):
         self._is_beside = False
 
     def take(self, took_s: float) -> None:
-        """Ask the current queue for work of so many seconds, once the gate is open."""
+        """Queue work of `took_s` seconds on the current queue, once the gate is open."""
         self.is_asked.set()
         assert self.gate.wait(PATIENCE_S)
         if self._is_beside:

@@ -1,7 +1,7 @@
-"""Where the tests of this folder run: the first CUDA device, or STABLE_AUDIO_TEST_DEVICE (`cpu` tries them out).
+"""Selects the device for this folder's tests: the first CUDA device, or STABLE_AUDIO_TEST_DEVICE (`cpu` to try them).
 
-The folder is a test suite of its own for machines that have torch, transformers and pytest but none of our other
-packages: pytest.ini stands here, and neither this file nor any test needs pytest-asyncio or the conftest above.
+The folder is a separate test suite for machines that have torch, transformers and pytest but none of our other
+packages. It has its own pytest.ini, and neither this file nor any test needs pytest-asyncio or tests/conftest.py.
 """
 
 from __future__ import annotations

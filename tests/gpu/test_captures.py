@@ -1,4 +1,4 @@
-"""Steps that are captured make the same bytes as steps that are not, in every order and crowd."""
+"""Captured steps give the same bytes as eager steps, in every order and with any other rows."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.sides.captures import Captures
-from benchmarks.sides.servers import wait_for_captures
+from benchmarks.sides.pipeline import Captures, wait_for_captures
 from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.core.generation import GenerationResult
 from stable_audio_serve.engine import Engine, EngineOptions
@@ -45,7 +44,7 @@ def test_captured_steps_make_the_same_bytes(device: torch.device, name: str, dty
 
     async def run() -> list[list[GenerationResult]]:
         async with Engine(load_on(device, name, dtype), OPTIONS, metrics=captures) as engine:
-            for in_crowd in (True, False):  # the crowd first: memory that grows drops all captures
+            for in_crowd in (True, False):  # with other rows first: growing memory drops all captures
                 await play(engine, in_crowd=in_crowd)
                 await play(engine, in_crowd=in_crowd)
                 await asyncio.wait_for(wait_for_captures(captures), 90.0)

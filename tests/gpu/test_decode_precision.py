@@ -1,4 +1,4 @@
-"""Every precision that this device's decoder has, against exact float32; the rest of the model stays exact."""
+"""Every decode precision of this device against exact float32; the rest of the model stays exact."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def precision(request: pytest.FixtureRequest, device: torch.device) -> DecodePre
 
 @torch.inference_mode()
 def decode(device: torch.device, name: str, **products: Any) -> Tensor:
-    """The audio of a checkpoint's stored latents (B, C, S), on the CPU."""
+    """Returns the audio of a checkpoint's stored latents (B, C, S), on the CPU."""
     net = load_on(device, name).autoencoder
     return net.decode(load_goldens(name).tensors["ae/latents"].to(device), **products).cpu()
 

@@ -1,4 +1,4 @@
-"""What the engine relies on when it does not wait for the device: memory, order and captured work."""
+"""The engine's assumptions about asynchronous work: memory, order and captured work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stable_audio_serve.engine.hardware.device import Device, open_device
 pytestmark = pytest.mark.gpu
 
 _NUMBERS, _TIMES = 20_000, 40
-_BUSY_CYCLES = 200_000_000  # about a tenth of a second, in which the host is far ahead
+_BUSY_CYCLES = 200_000_000  # about 0.1 s, in which the host runs far ahead
 
 
 @pytest.fixture
@@ -36,11 +36,11 @@ def filled(opened: Device, value: float) -> Tensor:
     return opened.host_buffer(_NUMBERS, dtype=torch.float32).fill_(value)
 
 
-def test_host_memory_is_not_used_again_before_its_copy_is_done(opened: Device) -> None:
+def test_host_memory_is_not_reused_before_its_copy_is_done(opened: Device) -> None:
     there = torch.zeros(_TIMES, _NUMBERS, device=opened.torch_device)
     keep_busy(opened)
     uploaded = []
-    for turn in range(_TIMES):  # each buffer is forgotten at once, its memory free for the next one
+    for turn in range(_TIMES):  # each buffer is dropped at once, so the next one may get its memory
         uploaded.append(opened.upload(filled(opened, turn)))
         there[turn].copy_(filled(opened, -turn), non_blocking=True)
         there[turn, 1:].copy_(filled(opened, turn)[1:], non_blocking=True)
@@ -50,18 +50,18 @@ def test_host_memory_is_not_used_again_before_its_copy_is_done(opened: Device) -
         assert there[turn, 1:].unique().tolist() == [turn]
 
 
-def test_memory_that_is_not_pinned_is_copied_before_it_changes(opened: Device) -> None:
+def test_unpinned_memory_is_copied_before_it_changes(opened: Device) -> None:
     keep_busy(opened)
     uploaded = []
     for turn in range(_TIMES):
         host = torch.full((_NUMBERS,), float(turn))
         uploaded.append(opened.upload(host[1:] if turn % 2 else host))
-        if opened.torch_device.type == "cuda":  # elsewhere the values may be the host's own
+        if opened.torch_device.type == "cuda":  # elsewhere the values may share the host's memory
             host.zero_()
     assert [values.unique().tolist() for values in uploaded] == [[turn] for turn in range(_TIMES)]
 
 
-def test_what_was_downloaded_is_there_at_the_next_moment(opened: Device) -> None:
+def test_downloads_are_complete_at_the_next_moment(opened: Device) -> None:
     target = torch.zeros(2, _NUMBERS)
     keep_busy(opened)
     source = torch.arange(_NUMBERS, dtype=torch.float32, device=opened.torch_device)
@@ -75,7 +75,7 @@ def test_what_was_downloaded_is_there_at_the_next_moment(opened: Device) -> None
     assert not target[:, _NUMBERS // 2 :].any()
 
 
-def test_more_than_the_ring_holds_arrives_whole(opened: Device) -> None:
+def test_downloads_larger_than_the_ring_are_complete(opened: Device) -> None:
     source = torch.arange(2**20, dtype=torch.float32, device=opened.torch_device)  # 4 MiB
     targets = torch.zeros(40, len(source))
     for turn, target in enumerate(targets):
@@ -86,7 +86,7 @@ def test_more_than_the_ring_holds_arrives_whole(opened: Device) -> None:
         assert torch.equal(target, torch.arange(2**20).float() + turn)
 
 
-def test_the_second_queue_follows_the_first_and_is_followed_by_it(opened: Device) -> None:
+def test_the_queues_follow_each_other(opened: Device) -> None:
     device = opened.torch_device
     for turn in range(_TIMES):
         given = torch.zeros(_NUMBERS, device=device)
@@ -96,14 +96,14 @@ def test_the_second_queue_follows_the_first_and_is_followed_by_it(opened: Device
             keep_busy(opened) if turn % 10 == 5 else None
             made = given * 2.0
             moment = opened.mark()
-        del given  # its memory is free for the first queue, but not before the second has read it
+        del given  # frees its memory for the first queue, but only after the second queue has read it
         others = [torch.full((_NUMBERS,), -1.0, device=device) for _ in range(4)]
         opened.follow(moment)
         assert (made + 1.0).unique().tolist() == [2.0 * turn + 1.0]
         assert all(bool((other == -1.0).all()) for other in others)
 
 
-def test_moments_tell_the_devices_own_time(opened: Device) -> None:
+def test_moments_measure_device_time(opened: Device) -> None:
     began = opened.mark()
     keep_busy(opened)
     ended = opened.mark()
@@ -118,7 +118,7 @@ def test_captured_work_follows_its_inputs_in_order(capturing: Device) -> None:
         state.mul_(0.5).add_(inputs.sin())
 
     replay = capturing.capture(run)
-    again = capturing.capture(run)  # shares memory with the first
+    again = capturing.capture(run)  # shares memory with the first capture
     state.zero_()
     expected = torch.zeros_like(state)
     keep_busy(capturing)
@@ -130,7 +130,7 @@ def test_captured_work_follows_its_inputs_in_order(capturing: Device) -> None:
     assert torch.equal(state, expected)
 
 
-def test_work_that_waits_for_the_device_is_refused_and_nothing_is_lost(capturing: Device) -> None:
+def test_capturing_work_that_waits_for_the_device_is_refused(capturing: Device) -> None:
     device = capturing.torch_device
     values, current = torch.ones(8, device=device), torch.cuda.current_stream(device)
     with pytest.raises(RuntimeError, match="cannot be captured"):
@@ -138,11 +138,11 @@ def test_work_that_waits_for_the_device_is_refused_and_nothing_is_lost(capturing
     assert torch.cuda.current_stream(device) == current
     values.fill_(1.0)
     capturing.capture(lambda: values.mul_(2.0))()  # type: ignore[arg-type, return-value]
-    # Once before the capture and once by the replay.
+    # Once before the capture and once in the replay.
     assert values.tolist() == [4.0] * 8
 
 
-def test_work_is_captured_again_after_all_that_was_captured_is_dropped(capturing: Device) -> None:
+def test_captures_work_after_all_earlier_ones_are_dropped(capturing: Device) -> None:
     values = torch.ones(8, device=capturing.torch_device)
     for _ in range(3):
         replay = capturing.capture(lambda: values.mul_(2.0))  # type: ignore[arg-type, return-value]

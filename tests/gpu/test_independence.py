@@ -1,4 +1,4 @@
-"""Batches on CUDA: identical bytes in strict mode, close in fast mode, the CPU's noise in both."""
+"""Batches on CUDA: identical bytes in strict mode, close results in fast mode, the CPU's noise in both."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from tests.gpu.loaded import load_on
 
 pytestmark = pytest.mark.gpu
 
-# Largest difference to the same request alone; strict is exact in every precision. One step of float16 is 8000 times
-# one of float32, whose largest difference with CPU kernels is 1.2e-5.
+# Largest difference from the same request alone; strict mode is exact in every precision. The float16 epsilon is 8000
+# times that of float32, whose largest difference with CPU kernels is 1.2e-5.
 FAST = {torch.float32: 1e-3, torch.float16: 0.1}
 ACROSS_DEVICES = 5e-3
 
 
 class Quiet(SeededNoise):
-    """The latents' noise only: the autoencoder's differs between kinds of device by design."""
+    """Draws only the latents' noise: the autoencoder's noise differs between kinds of device by design."""
 
     def window(
         self, stage: str, start: int, *, shape: tuple[int, ...], frame_axis: int, device: torch.device
@@ -41,7 +41,7 @@ async def generate_alone(engine: Engine) -> list[GenerationResult]:
 
 
 async def generate_crowded(engine: Engine) -> list[GenerationResult]:
-    """With unlike neighbours that came before, and one that leaves."""
+    """Generate with different requests that arrived earlier, one of which is cancelled."""
     neighbours = [asyncio.create_task(engine.generate(request)) for request in make_neighbours()]
     leaving = asyncio.create_task(engine.generate(make_request("gone", duration_s=3.0, steps=100)))
     crowded = asyncio.gather(*map(engine.generate, SUBJECTS.values()))
@@ -56,7 +56,7 @@ Result = TypeVar("Result")
 
 
 def in_engine(engine: Engine, use: Callable[[Engine], Awaitable[Result]]) -> Result:
-    """Returns what `use` returns; the engine is closed afterwards."""
+    """Returns the result of `use` and closes the engine."""
 
     async def run() -> Result:
         async with engine:
@@ -65,7 +65,7 @@ def in_engine(engine: Engine, use: Callable[[Engine], Awaitable[Result]]) -> Res
     return asyncio.run(run())
 
 
-def test_the_memory_of_the_device_is_told(device: torch.device) -> None:
+def test_results_report_the_devices_memory(device: torch.device) -> None:
     engine = Engine(load_on(device, SHARP[0], torch.float32), EngineOptions(warmup_budget_s=0.0))
     use = in_engine(engine, lambda engine: engine.generate(make_request(duration_s=1.0, steps=1))).device
     assert use.kind == device.type
@@ -84,7 +84,7 @@ def largest_difference(left: list[GenerationResult], right: list[GenerationResul
 @pytest.mark.parametrize("name", SHARP)
 @pytest.mark.parametrize("dtype", FAST, ids=str)
 @pytest.mark.parametrize("mode", ["strict", "fast"])
-def test_crowd_changes_nothing(device: torch.device, name: str, dtype: torch.dtype, mode: str) -> None:
+def test_other_requests_do_not_change_the_audio(device: torch.device, name: str, dtype: torch.dtype, mode: str) -> None:
     model, options = load_on(device, name, dtype), EngineOptions(mode=mode, warmup_budget_s=0.0)  # type: ignore[arg-type]
     alone = in_engine(Engine(model, options), generate_alone)
     crowded = in_engine(Engine(model, options), generate_crowded)
@@ -93,7 +93,7 @@ def test_crowd_changes_nothing(device: torch.device, name: str, dtype: torch.dty
 
 
 @pytest.mark.parametrize("name", SHARP)
-def test_same_seed_means_the_same_sound_on_every_device(device: torch.device, name: str) -> None:
+def test_the_same_seed_gives_the_same_sound_on_every_device(device: torch.device, name: str) -> None:
     results = [
         in_engine(Engine(load_on(where, name), noise_factory=Quiet), generate_alone)  # warmed up, in its default mode
         for where in (device, torch.device("cpu"))
@@ -101,7 +101,7 @@ def test_same_seed_means_the_same_sound_on_every_device(device: torch.device, na
     assert largest_difference(*results) <= ACROSS_DEVICES
 
 
-def test_window_noise_belongs_to_its_frame(device: torch.device) -> None:
+def test_window_noise_depends_only_on_the_frame(device: torch.device) -> None:
     whole = SeededNoise(3).window("decode/tokens", 0, shape=(100, 16, 4), frame_axis=0, device=device)
     part = SeededNoise(3).window("decode/tokens", 40, shape=(50, 16, 4), frame_axis=0, device=device)
     assert whole.device.type == device.type

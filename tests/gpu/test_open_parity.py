@@ -1,5 +1,6 @@
-"""Reference numbers of the Stable Audio Open family on CUDA: float32 near the CPU's bounds, half precision within
-wider ones."""
+"""Reference numbers of the Stable Audio Open family on CUDA: float32 near the CPU's bounds, half precision within wider
+ones.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +23,12 @@ from tests.models.sao.tiny import TINY
 
 pytestmark = pytest.mark.gpu
 
-# Other kernels add in another order: ten times what the CPU is held to.
+# Other kernels add in another order: ten times the CPU's bounds.
 NETWORK, GUIDED, AUTOENCODER = 2e-4, 5e-4, 2e-4
-# The prompt's T5 rounds to float16 on every device; in float32 it moves whole runs by 3.3e-2. A wrong formula: 0.1.
+# The prompt's T5 uses float16 on every device; float32 would change whole runs by 3.3e-2. A wrong formula: 0.1.
 WHOLE_RUN = 5e-2
 WHOLE = [(name, case) for name, case in CASES if not case.startswith("gen/rf_")]  # those need another config
-# Relative root mean square of one denoiser call. Seen with CPU kernels: float16 0.0017, bfloat16 0.013.
+# Relative root mean square of one denoiser call. Observed with CPU kernels: float16 0.0017, bfloat16 0.013.
 HALF = {torch.float16: 0.01, torch.bfloat16: 0.05}
 
 
@@ -37,7 +38,7 @@ def load_on(device: torch.device, name: str, dtype: torch.dtype = torch.float32)
     model = load_model(entry, device=device, dtype=own, decode_precision="float32")
     assert isinstance(model, SaoModel)
     if device.type != "cuda":
-        cast_network(model.denoiser, dtype)  # of which the product refuses some there
+        cast_network(model.denoiser, dtype)  # also to precisions that the product refuses on some devices
     return model
 
 
@@ -84,7 +85,7 @@ def test_autoencoder(device: torch.device, name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "case"), WHOLE, ids=["-".join(case) for case in WHOLE])
-def test_whole_runs(device: torch.device, name: str, case: str) -> None:
+def test_runs_match_the_reference(device: torch.device, name: str, case: str) -> None:
     goldens, model = load_open_goldens(name), load_on(device, name)
     facts, latents = goldens.facts["cases"][case], goldens.tensors[f"{case}/latents"]
     noise = make_noise(name, facts["args"], tuple(latents.shape))

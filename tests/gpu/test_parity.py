@@ -9,20 +9,18 @@ import torch
 from torch import Tensor
 
 from stable_audio_serve.sampling import Guidance, GuidanceBatch, guide
-from stable_audio_serve.verification.bounds import BOUNDS
-from stable_audio_serve.verification.end_to_end import compare_end_to_end
 from stable_audio_serve.verification.goldens import Goldens
-from stable_audio_serve.verification.report import Report
-from stable_audio_serve.verification.sa3 import make_runner
+from stable_audio_serve.verification.report import BOUNDS, Report
+from stable_audio_serve.verification.verify import compare
 from tests.goldens import SHARP, load_goldens
 from tests.gpu.loaded import load_on
 from tests.models.loaded import assert_near
 
 pytestmark = pytest.mark.gpu
 
-# Other kernels add in another order: ten times what the CPU is held to.
+# Other kernels add in another order: ten times the CPU's bounds.
 WIDER = 10.0
-# Relative root mean square of one denoiser call. Seen with CPU kernels: float16 0.0013, bfloat16 0.0098.
+# Relative root mean square of one denoiser call. Observed with CPU kernels: float16 0.0013, bfloat16 0.0098.
 HALF = {torch.float16: 0.01, torch.bfloat16: 0.05}
 
 
@@ -36,7 +34,7 @@ def stored(name: str, keys: Sequence[str], device: torch.device) -> list[Tensor]
 
 
 def denoise(device: torch.device, name: str, dtype: torch.dtype, *, guided: bool = False) -> Tensor:
-    """The stored inputs through the network, padding masked unless guided; (B, D, F) float32 on the CPU."""
+    """Run the network on the stored inputs, padding masked unless guided. Returns (B, D, F) float32 on the CPU."""
     net = load_on(device, name, dtype).denoiser
     keys = ("x", "t", "cross_attn_cond", "global_cond", "local_add_cond", "padding_mask", "negative_cross_attn_cond")
     x, t, context, glob, local, valid, negative = stored(name, [f"dit/{key}" for key in keys], device)
@@ -87,10 +85,10 @@ def test_autoencoder(device: torch.device, name: str) -> None:
     assert_near(decoded, tensors["ae/decode_quiet"], within=WIDER * BOUNDS["autoencoder"])
 
 
-def test_whole_runs(device: torch.device, name: str) -> None:
+def test_runs_match_the_reference(device: torch.device, name: str) -> None:
     report = Report(say=lambda line: None, bounds={component: WIDER * bound for component, bound in BOUNDS.items()})
     model, goldens = load_on(device, name), Goldens.load(load_goldens(name).folder)
-    compare_end_to_end(report, goldens, runner=make_runner(model), chunked=model.config.chunked)
+    compare(report, goldens, model=model, only={"end-to-end"})
     missed = [comparison for comparison in report.comparisons if comparison.missed]
     assert not missed
     assert not report.failures

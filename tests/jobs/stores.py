@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import psycopg
 import pytest
+import sqlalchemy as sa
 
 from stable_audio_serve.artifacts.store import StoredFile
 from stable_audio_serve.core.settings import JobSettings
@@ -18,7 +20,7 @@ from stable_audio_serve.jobs.store.database import Database, database_url
 from stable_audio_serve.jobs.store.job_store import JobStore
 from stable_audio_serve.jobs.store.outbox import Notice, Outbox
 from stable_audio_serve.jobs.store.runner_jobs import Report
-from stable_audio_serve.jobs.store.tables import METADATA
+from stable_audio_serve.jobs.store.tables import JOBS, METADATA
 from tests.databases import PostgresServer
 from tests.jobs.conftest import make_spec
 
@@ -111,6 +113,23 @@ def add_spec(store: JobStore, spec: JobSpec) -> Job:
     added = store.clients.add(spec)
     assert added.is_new
     return added.job
+
+
+def fill(store: JobStore, count: int, *, state: str, client: str = "") -> None:
+    """Add `count` jobs in one statement."""
+    template = store.clients.add(make_spec(model="demo", client=client)).job.spec.id
+    copied = [column for column in JOBS.c if column.name not in ("seq", "id", "state", "completed_at")]
+    number = sa.select(sa.literal(1).label("n")).cte("numbers", recursive=True)
+    number = number.union_all(sa.select(number.c.n + 1).where(number.c.n < count))
+    own = {
+        "id": sa.literal(f"{uuid.uuid4().hex}-") + sa.cast(number.c.n, sa.Text),
+        "state": sa.literal(state),
+        "completed_at": sa.null() if state == "queued" else JOBS.c.created_at + number.c.n * 1e-6,
+    }
+    rows = sa.select(*copied, *own.values()).select_from(JOBS.join(number, sa.true())).where(JOBS.c.id == template)
+    with store.database.writing() as connection:
+        connection.execute(sa.insert(JOBS).from_select([*(column.name for column in copied), *own], rows))
+        connection.execute(sa.delete(JOBS).where(JOBS.c.id == template))
 
 
 def ref(job_id: str, *, contract: Contract = "sa3", client: str = "") -> JobRef:

@@ -1,4 +1,4 @@
-"""A local HTTP server that answers like the model hub, for repositories given as dictionaries of files."""
+"""A local HTTP server that imitates the model hub for repositories given as dictionaries of files."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Repo:
-    """Files by path. `gated` repositories list their files to everybody and give them to bearers of `token` only;
-    without `gated`, a `token` hides the repository from everybody else. `refused` files are listed and get 403.
+    """Files by path. A `gated` repository lists its files publicly and serves them only to bearers of `token`. Without
+    `gated`, a `token` hides the repository from all others. `refused` files are listed but get status 403.
     """
 
     files: Mapping[str, bytes]
     gated: bool = False
     token: str | None = None
     revisions: tuple[str, ...] = ("main",)
-    status: int | None = None  # answer everything with this
+    status: int | None = None  # answer every request with this status
     refused: tuple[str, ...] = ()
-    sizes: Mapping[str, int] = field(default_factory=dict)  # what the listing says of files, where it is not the truth
+    sizes: Mapping[str, int] = field(default_factory=dict)  # false file sizes for the listing
 
 
 @dataclass
 class Hub:
-    """A running server; `fetched` are the files handed out so far, `requests` counts what was asked."""
+    """A running server. `fetched` lists the served files, `requests` counts the requests."""
 
     url: str = ""
     fetched: list[str] = field(default_factory=list)
@@ -45,29 +45,29 @@ class Hub:
 
 
 def checkpoint_files(folder: Path) -> dict[str, bytes]:
-    """The files of a checkpoint folder, as a repository has them."""
+    """Returns the files of a checkpoint folder for a repository."""
     paths = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("golden")]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def hub_environment(endpoint: str, home: Path) -> dict[str, str]:
-    """This process's environment with another hub and cache, without any other setting of the hub's library."""
+    """Returns this process's environment with another hub and cache, and no other settings of the hub's library."""
     mine = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    told = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home)}
-    return mine | told | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1"}
+    variables = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home)}
+    return mine | variables | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1"}
 
 
 @contextmanager
 def pointing_library_at(
     endpoint: str, home: Path, *, token: str | None = None, is_offline: bool = False
 ) -> Iterator[None]:
-    """The hub's library within this process, as if it had been imported with such an environment."""
+    """Configure the hub's library in this process as if it had been imported with such an environment."""
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("HF_")]:
             patch.delenv(name)
         if token is not None:
             patch.setenv("HF_TOKEN", token)
-        told = {
+        variables = {
             "ENDPOINT": endpoint,
             "HUGGINGFACE_CO_URL_TEMPLATE": endpoint + "/{repo_id}/resolve/{revision}/{filename}",
             "HF_HUB_CACHE": str(home / "hub"),
@@ -76,21 +76,21 @@ def pointing_library_at(
             "HF_HUB_DISABLE_XET": True,
             "HF_HUB_DISABLE_PROGRESS_BARS": True,
         }
-        for name, value in told.items():
+        for name, value in variables.items():
             patch.setattr(constants, name, value)
         yield
     close_session()
 
 
 def fill_cache(home: Path, repo_id: str, folder: Path) -> None:
-    """Download the checkpoint in `folder`, called `repo_id`, to the cache below `home`; then its hub is gone."""
+    """Download the checkpoint in `folder`, named `repo_id`, to the cache below `home`, then stop its hub."""
     with running_hub({repo_id: Repo(checkpoint_files(folder))}) as hub, pointing_library_at(hub.url, home):
         snapshot_download(repo_id)
 
 
 @contextmanager
 def silent_hub() -> Iterator[str]:
-    """The URL of a server that accepts connections and never answers."""
+    """Yields the URL of a server that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 

@@ -17,12 +17,12 @@ FAMILY = [*SHARP, *map(slow, TINY)]
 
 @cache
 def loaded(name: str) -> Sa3Model:
-    """A reference checkpoint on the CPU."""
+    """Returns a reference checkpoint on the CPU."""
     model = load_model(resolve_entry(name, path=str(load_goldens(name).folder)))
     assert isinstance(model, Sa3Model)
     return model
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor, *, within: float) -> None:
-    """Largest absolute difference of two tensors of one shape."""
+    """Check the largest absolute difference of two tensors of equal shape."""
     torch.testing.assert_close(actual, expected, atol=within, rtol=0)

@@ -1,6 +1,6 @@
-"""Loads a checkpoint folder in a process of its own and prints how much memory that added at its highest, in bytes.
+"""Loads a checkpoint folder in a separate process and prints the peak of the additional memory in bytes.
 
-Without a text encoder, which another library loads: importing that takes longer than everything else here.
+The text encoder is omitted: importing its library takes longer than everything else here.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ CPU = torch.device("cpu")
 
 
 def measure(folder: Path, small: Path, *, dtype: torch.dtype) -> int:
-    """Returns the bytes that loading `folder` added; `small` is loaded before, so that no library is new to memory."""
+    """Returns the bytes that loading `folder` added. `small` is loaded first, so that libraries do not count."""
     weight_files.MAPPED_BYTES = 16 * 2**20
     build.load_text_encoder = lambda *_, **__: TextEncoder(None, nn.Identity(), width=768, max_length=8)
     load(small, dtype=dtype)
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = read_status("VmRSS")
     load(folder, dtype=dtype)
     return read_status("VmHWM") - before
 
 
 def load(folder: Path, *, dtype: torch.dtype) -> None:
-    """Load with the denoiser in `dtype`, which the policy of a server may not choose on a CPU, and use every weight."""
+    """Load with the denoiser in `dtype`, even if a server refuses it on this CPU, and read every weight."""
     card = ModelCard("measured", "stable-audio-3")
     model = build.load_sa3(card, folder, text_encoder=folder, device=CPU, dtype=dtype, decode_precision="float32")
     assert model.denoiser.dtype == dtype
-    for network in (model.denoiser, model.autoencoder):  # what is mapped counts once it is used
+    for network in (model.denoiser, model.autoencoder):  # mapped memory counts once it is read
         sum(float(tensor.sum()) for tensor in network.state_dict().values())
 
 
 def read_status(name: str) -> int:
-    """Returns a size of this process, bytes."""
+    """Returns a memory size of this process in bytes."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
 

@@ -1,5 +1,5 @@
-"""Packed rows for tests: rows of several lengths through a network as one sequence, on a CPU and as on CUDA, with its
-kernel written out.
+"""Packed rows for tests: runs rows of several lengths through a network as one sequence, with the CPU layout and with
+the CUDA layout over a plain implementation of its kernel.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def attend_varlen(
     seqused_k: Tensor | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """What `torch.nn.attention.varlen.varlen_attn` is documented to do: (tokens, H, E) each, offsets int32.
+    """Implements the documentation of `torch.nn.attention.varlen.varlen_attn`: (tokens, H, E) each, offsets int32.
 
     Tokens of no row become NaN.
     """
@@ -77,7 +77,7 @@ def _(query: Tensor, *_args: object, **_kwargs: object) -> Tensor:
 
 
 def make_segments(frames: Sequence[int], valid_frames: Sequence[int], *, num_prefix: int) -> Segments:
-    """With more room than the rows need."""
+    """Returns segments with more room than the rows need."""
     return Segments.of(
         torch.tensor([*frames, *[0] * SPARE_ROWS], dtype=torch.int32),
         torch.tensor([*valid_frames, *[0] * SPARE_ROWS], dtype=torch.int32),
@@ -88,7 +88,7 @@ def make_segments(frames: Sequence[int], valid_frames: Sequence[int], *, num_pre
 
 
 def to_tokens(rows: Sequence[Tensor], segments: Segments) -> Tensor:
-    """Rows (..., channels, F) each, one after another, and 0 at tokens that are no frames: (..., channels, N)."""
+    """Join rows (..., channels, F) to (..., channels, N), with 0 at tokens that are not frames."""
     joined = torch.cat(list(rows), dim=-1)
     tokens = joined.new_zeros(*joined.shape[:-1], len(segments.rows))
     tokens[..., segments.is_frame] = joined
@@ -104,7 +104,7 @@ def run_packed_with(
     way: str,
     slots: Tensor,
 ) -> list[Tensor]:
-    """What `run`, given packed rows and their layout, makes of each of `rows` (1, D, F)."""
+    """Run `rows` (1, D, F) as one packed sequence through `run`. Returns each row's result."""
     frames = [row.shape[-1] for row in rows]
     seen = valid_frames or frames
     if way == "row by row":
@@ -126,12 +126,12 @@ def run_packed(
     valid_frames: Sequence[int] | None = None,
     way: str = "row by row",
 ) -> list[Tensor]:
-    """The network's output (1, D, F) of each of `rows` (1, D, F), which run as one sequence."""
+    """Run `rows` (1, D, F) as one sequence. Returns the network's output (1, D, F) of each."""
     frames, num_prefix = [row.shape[-1] for row in rows], net.config.num_memory_tokens
     branches = [to_branch(condition) for condition in conditions]
     padded = torch.zeros(len(rows), 1, max(frames))
     batch = StepBatch.of(padded, t=times, valid=padded[:, 0] > 0, branches=branches)
-    memory = len(rows) - torch.arange(len(rows), dtype=torch.int32)  # the other way round, behind one that nobody reads
+    memory = len(rows) - torch.arange(len(rows), dtype=torch.int32)  # reversed, after an unused entry
     if way == "row by row":
         packed, t = replace(batch, frames=tuple(frames)), times
     else:

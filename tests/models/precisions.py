@@ -1,12 +1,12 @@
-"""How far a decoder's precisions may be from exact float32 on the reference checkpoints."""
+"""How far a decoder's precisions may differ from exact float32 on the reference checkpoints."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Signal over error in decibels. Seen on a CPU, tf32 and split by emulated rounding: tf32 53.4 and 62.0, split 89.1 and
-# 99.5, float16 52.0 and 57.9, bfloat16 34.7 and 39.2.
+# Signal over error in decibels. Observed on a CPU, tf32 and split by emulated rounding: tf32 53.4 and 62.0, split 89.1
+# and 99.5, float16 52.0 and 57.9, bfloat16 34.7 and 39.2.
 LEAST_DB = {
     "tf32": {"sharp-s": 52.0, "sharp-l": 60.0},
     "split": {"sharp-s": 85.0, "sharp-l": 95.0},

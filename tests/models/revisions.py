@@ -1,4 +1,4 @@
-"""A hub's cache with several revisions of a checkpoint, as the hub's library lays it out, and ways to spoil weights."""
+"""A hub's cache with several revisions of a checkpoint, in the hub library's layout, and ways to damage weights."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _LAST = "pretransform.model.decoder.layers.3.mapping."
 
 
 def scale(weights: dict[str, Tensor], *, factor: float) -> None:
-    """Multiply the audio by a factor: the decoder's last layer has a gain and a bias."""
+    """Scale the audio: multiplies the gain and bias of the decoder's last layer."""
     for name in ("weight_g", "bias"):
         weights[_LAST + name] = weights[_LAST + name] * factor
 
 
 def not_numbers(weights: dict[str, Tensor]) -> None:
-    """One value of one tensor in the middle of the denoiser."""
+    """Set one value in the middle of the denoiser to NaN."""
     name = next(name for name in weights if name.startswith("model.") and name.endswith("to_out.weight"))
     weights[name].view(-1)[0] = torch.nan
 
 
 def of_another_model(weights: dict[str, Tensor]) -> None:
-    """Weights of the same shapes and spreads that another training may have led to."""
+    """Replace weights by others of the same shapes and deviations, as from another training."""
     generator = torch.Generator().manual_seed(1)
     for name, tensor in weights.items():
         if tensor.ndim > 1 and "denoiser" not in name and "rope" not in name:
@@ -48,13 +48,13 @@ def spoil(folder: Path, change: Spoil) -> None:
 
 
 def copy_checkpoint(source: str | Path, folder: Path) -> Path:
-    """Returns `folder`, to which the checkpoint in `source` was copied without its reference numbers."""
+    """Copy the checkpoint in `source` without its reference values to `folder`. Returns `folder`."""
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("golden*"))
     return folder
 
 
 def fill_revisions(cache: Path, repo_id: str, folders: Mapping[str, Path], *, main: str) -> None:
-    """Write the cache of a repository: its snapshots by commit, and which of them is `main`."""
+    """Write a repository's cache: its snapshots by commit, and the commit of `main`."""
     place = cache / f"models--{repo_id.replace('/', '--')}"
     (place / "refs").mkdir(parents=True)
     (place / "blobs").mkdir()

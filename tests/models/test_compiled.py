@@ -1,4 +1,4 @@
-"""Compiled layers: parity with plain ones for every kind of call, one compilation for all, and what is refused."""
+"""Compiled layers: parity with plain ones for every kind of call, one compilation for all, and refused cases."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TRACED = "eager"  # traces the layers and needs no compiler
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
-        monkeypatch.setenv(name, "")  # so that both are afterwards as before
+        monkeypatch.setenv(name, "")  # so that both are restored afterwards
         monkeypatch.delenv(name)
     yield
     torch._dynamo.reset()
@@ -42,7 +42,7 @@ def load(name: str) -> DiffusionModel:
 
 
 def branches(model: DiffusionModel, *, seconds: float) -> tuple[int, list[BranchConditioning]]:
-    """The frames of a row, and its branches: with a prompt, without, and with a source."""
+    """Returns the frames of a row, and its branches: with a prompt, without, and with a source."""
     request = GenerationRequest(prompt="a bell", duration_s=seconds, seed=0, cfg_scale=2.0, steps=2)
     plan = model.plan(request)[0]
     prompt = model.encode_text(["a bell"])[0]
@@ -63,7 +63,7 @@ def run(model: DiffusionModel, own: list[BranchConditioning], *, frames: int) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FOLDERS)
-def test_calls_of_every_kind_are_as_without(name: str, tmp_path: Path) -> None:
+def test_compiled_calls_equal_plain_ones(name: str, tmp_path: Path) -> None:
     plain, model = load(name), compile_layers(load(name), folder=tmp_path / "kernels", backend=TRACED)
     assert model.spec.is_compiled
     for seconds in (0.5, 0.9):
@@ -87,7 +87,7 @@ def test_layers_and_lengths_share_a_compilation(tmp_path: Path) -> None:
         frames, (with_prompt, *_) = branches(model, seconds=seconds)
         for num_rows in (1, 2, 3):
             run(model, [with_prompt] * num_rows, frames=frames)
-    assert len(counted) == 2  # of one row and of several
+    assert len(counted) == 2  # for one row and for several
 
 
 @pytest.mark.server
@@ -109,7 +109,7 @@ def test_an_engine_serves_a_compiled_model_in_fast_mode(tmp_path: Path) -> None:
     torch.testing.assert_close(asyncio.run(generate(model)), asyncio.run(generate(load("sharp-s"))), rtol=0, atol=2e-4)
 
 
-def test_kernels_are_kept_where_nobody_else_can_write(tmp_path: Path) -> None:
+def test_compiled_kernels_are_stored_in_a_private_folder(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "kernels"
     compile_layers(load("sharp-s"), folder=folder, backend=TRACED)
     assert folder.stat().st_mode & 0o777 == 0o700
@@ -124,7 +124,7 @@ def test_kernels_are_kept_where_nobody_else_can_write(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_cannot_be_compiled_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_compiled_is_refused(tmp_path: Path) -> None:
     without = {"cpp.cxx": (None, "no-such-compiler"), "fx_graph_cache": False}
     with (
         torch._inductor.config.patch(without),
@@ -133,7 +133,7 @@ def test_what_cannot_be_compiled_is_refused_by_name(tmp_path: Path) -> None:
         compile_layers(load("sharp-s"), folder=tmp_path)
 
 
-def test_a_compiler_that_fails_is_named(tmp_path: Path) -> None:
+def test_a_failing_compiler_is_named(tmp_path: Path) -> None:
     def fail(*_: object) -> Any:
         raise RuntimeError("no such compiler")
 
@@ -155,9 +155,9 @@ def test_settings_that_exclude_each_other_are_refused(other: dict[str, Any]) -> 
 
 @pytest.mark.slow
 @pytest.mark.server
-def test_kernels_of_this_machine_are_kept(tmp_path: Path) -> None:
+def test_compiled_kernels_are_stored_on_this_machine(tmp_path: Path) -> None:
     try:
-        compile_layers(load("sharp-s"), folder=tmp_path)  # compiles something small for real
+        compile_layers(load("sharp-s"), folder=tmp_path)  # compiles a small function with the real compiler
     except ConfigError as error:
         pytest.skip(str(error))
     assert any(tmp_path.rglob("*.so"))

@@ -1,4 +1,4 @@
-"""Downloads from a hub on this machine, with the hub's library pointed at it."""
+"""Downloads from a local hub, with the hub's library pointed at it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run(
     token: str | None = None,
     is_offline: bool = False,
 ) -> list[dict[str, str]]:
-    """What each action gives: a `folder` or an error's `message`."""
+    """Returns each action's result: a `folder` or an error's `message`."""
     entry = ModelEntry(ModelCard("model", "stable-audio-3"), files=OPERATOR_FILES, repo_id=repo_id, revision=revision)
     results: list[dict[str, str]] = []
     with pointing_library_at(endpoint, home / "hub", token=token, is_offline=is_offline):
@@ -63,16 +63,16 @@ def download(tmp_path: Path, **settings: Any) -> dict[str, str]:
 
 
 def check(tmp_path: Path, **settings: Any) -> str | None:
-    """What is wrong with the access to the files, None when nothing is."""
+    """Returns the error of the access check; None if it passes."""
     (result,) = run("check", tmp_path, **settings)
     return result.get("message")
 
 
-def refusal(tmp_path: Path, said: str, **settings: Any) -> str:
-    """What is told before anything starts, and by the download itself in the same words."""
+def refusal(tmp_path: Path, named: str, **settings: Any) -> str:
+    """Returns the error of the access check, after checking that the download raises the same one."""
     early, late = (result["message"] for result in run("check download", tmp_path, **settings))
-    assert said in early
-    assert said in late
+    assert named in early
+    assert named in late
     return early
 
 
@@ -80,7 +80,7 @@ def without(name: str) -> dict[str, bytes]:
     return {path: content for path, content in FILES.items() if path != name}
 
 
-def test_only_what_is_needed_is_fetched_and_only_once(tmp_path: Path) -> None:
+def test_needed_files_are_fetched_once(tmp_path: Path) -> None:
     with running_hub({"lab/model": Repo(FILES, revisions=("main", "v1"))}) as hub:
         assert check(tmp_path, endpoint=hub.url, revision="v1") is None
         assert hub.fetched == ["model_config.json"]
@@ -99,23 +99,23 @@ def test_only_what_is_needed_is_fetched_and_only_once(tmp_path: Path) -> None:
 def test_cached_files_serve_without_a_network(tmp_path: Path) -> None:
     with running_hub({"lab/model": Repo(FILES)}) as hub:
         online = download(tmp_path, endpoint=hub.url)
-    assert download(tmp_path, endpoint=hub.url) == online  # nobody listens any more
+    assert download(tmp_path, endpoint=hub.url) == online  # the hub is stopped
     assert download(tmp_path, endpoint=hub.url, is_offline=True) == online
     assert check(tmp_path, endpoint=hub.url, is_offline=True) is None
 
 
 @pytest.mark.parametrize("revision", [COMMIT, slow("main"), slow("v1")])
-def test_a_check_fetches_what_a_config_tells_of_its_model(tmp_path: Path, revision: str) -> None:
+def test_an_access_check_fetches_the_config(tmp_path: Path, revision: str) -> None:
     with running_hub({"lab/model": Repo(FILES, revisions=("main", "v1"))}) as hub:
-        told = run("rate check rate", tmp_path, endpoint=hub.url, revision=revision)
+        results = run("rate check rate", tmp_path, endpoint=hub.url, revision=revision)
         assert hub.fetched == ["model_config.json"]
         assert "folder" in download(tmp_path, endpoint=hub.url, revision=revision)
     own = json.loads(FILES["model_config.json"])["sample_rate"]
-    assert [result["folder"] for result in told] == ["44100", "None", str(own)]
+    assert [result["folder"] for result in results] == ["44100", "None", str(own)]
 
 
 @pytest.mark.parametrize("lost", [slow("model.safetensors"), "t5gemma/tokenizer.json"])
-def test_a_cache_that_is_not_complete_is_not_used(tmp_path: Path, lost: str) -> None:
+def test_an_incomplete_cache_is_not_used(tmp_path: Path, lost: str) -> None:
     with running_hub({"lab/model": Repo(FILES)}) as hub:
         folder = Path(download(tmp_path, endpoint=hub.url)["folder"])
         (folder / lost).unlink()
@@ -131,16 +131,16 @@ def test_a_cache_that_is_not_complete_is_not_used(tmp_path: Path, lost: str) -> 
     assert f"and {hub.url} cannot be reached" in unreachable
 
 
-def test_a_cached_file_that_was_cut_short_is_named(tmp_path: Path) -> None:
+def test_a_truncated_cached_file_is_named(tmp_path: Path) -> None:
     with running_hub({"lab/model": Repo(FILES)}) as hub:
         weights = Path(download(tmp_path, endpoint=hub.url)["folder"]) / "model.safetensors"
-        os.truncate(weights, 1000)  # the file itself: the snapshot links to it
+        os.truncate(weights, 1000)  # truncates the blob that the snapshot links to
         message = check(tmp_path, endpoint=hub.url)
     assert message is not None
     assert message.startswith(f"{weights} is corrupt or incomplete")
 
 
-def test_a_gated_repository_needs_a_token_of_somebody_who_accepted(tmp_path: Path) -> None:
+def test_a_gated_repository_needs_a_token_with_accepted_terms(tmp_path: Path) -> None:
     with running_hub({"lab/model": Repo(FILES, gated=True, token="good")}) as hub:
         message = refusal(tmp_path, "lab/model is gated", endpoint=hub.url)
         assert f"{hub.url}/lab/model" in message
@@ -161,25 +161,25 @@ def test_missing_revision(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "named"),
     [
         ("model_config.json", "lab/model holds no model_config.json"),
         (ENCODER_WEIGHTS, "t5gemma holds no model.safetensors"),
         ("t5gemma/config.json", "text encoder was not found"),
     ],
 )
-def test_missing_file(tmp_path: Path, name: str, said: str) -> None:
+def test_missing_file(tmp_path: Path, name: str, named: str) -> None:
     with running_hub({"lab/model": Repo(without(name))}) as hub:
-        refusal(tmp_path, said, endpoint=hub.url)
+        refusal(tmp_path, named, endpoint=hub.url)
 
 
 def renamed(*names: str) -> dict[str, bytes]:
-    """The checkpoint with its weights under other names, a copy under each, and no other weights beside them."""
+    """Returns the checkpoint with its weights under other names, one copy per name, and no other weights."""
     files = {path: content for path, content in NEEDED.items() if path != "model.safetensors"}
     return files | dict.fromkeys(names, NEEDED["model.safetensors"])
 
 
-def test_a_fine_tune_s_weights_may_have_any_name(tmp_path: Path) -> None:
+def test_weights_of_a_fine_tune_may_have_any_name(tmp_path: Path) -> None:
     with running_hub({"lab/model": Repo(renamed("Foundation_1.safetensors"))}) as hub:
         assert check(tmp_path, endpoint=hub.url) is None
         folder = Path(download(tmp_path, endpoint=hub.url)["folder"])
@@ -190,7 +190,7 @@ def test_a_fine_tune_s_weights_may_have_any_name(tmp_path: Path) -> None:
     assert sorted(hub.fetched) == fetched == sorted(renamed("Foundation_1.safetensors"))
 
 
-def test_pickled_weights_are_fetched_where_there_are_no_others(tmp_path: Path) -> None:
+def test_pickled_weights_are_fetched_if_there_are_no_others(tmp_path: Path) -> None:
     files = renamed("one.ckpt")
     with running_hub({"lab/model": Repo(files)}) as hub:
         assert check(tmp_path, endpoint=hub.url) is None
@@ -198,7 +198,7 @@ def test_pickled_weights_are_fetched_where_there_are_no_others(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("names", "said"),
+    ("names", "named"),
     [
         ((), "lab/model holds no weights; expected model.safetensors"),
         (
@@ -207,27 +207,29 @@ def test_pickled_weights_are_fetched_where_there_are_no_others(tmp_path: Path) -
         ),
     ],
 )
-def test_weights_that_cannot_be_told(tmp_path: Path, names: tuple[str, ...], said: str) -> None:
+def test_ambiguous_weights_are_refused(tmp_path: Path, names: tuple[str, ...], named: str) -> None:
     with running_hub({"lab/model": Repo(renamed(*names))}) as hub:
-        refusal(tmp_path, said, endpoint=hub.url)
+        refusal(tmp_path, named, endpoint=hub.url)
         assert not [path for path in hub.fetched if path.endswith(".ckpt")]
 
 
-def test_a_disk_without_room_for_weights_of_another_name_is_named(tmp_path: Path) -> None:
+def test_a_full_disk_for_renamed_weights_is_named(tmp_path: Path) -> None:
     with running_hub({"lab/model": Repo(renamed("one.ckpt"), sizes={"one.ckpt": 10**15})}) as hub:
         assert "lab/model takes 1000000.00 GB" in (check(tmp_path, endpoint=hub.url) or "")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "t5gemma/config.json"])
-def test_a_file_that_the_hub_does_not_give(tmp_path: Path, name: str) -> None:
+def test_a_file_that_the_hub_refuses(tmp_path: Path, name: str) -> None:
     with running_hub({"lab/model": Repo(FILES, refused=(name,))}) as hub:
         refusal(tmp_path, "access to lab/model was refused (403)", endpoint=hub.url)
 
 
-@pytest.mark.parametrize(("status", "said"), [(403, "was refused (403)"), (500, "answered 500"), (429, "answered 429")])
-def test_a_hub_that_refuses(tmp_path: Path, status: int, said: str) -> None:
+@pytest.mark.parametrize(
+    ("status", "named"), [(403, "was refused (403)"), (500, "answered 500"), (429, "answered 429")]
+)
+def test_a_hub_that_refuses_access(tmp_path: Path, status: int, named: str) -> None:
     with running_hub({"lab/model": Repo(FILES, status=status)}) as hub:
-        assert said in (check(tmp_path, endpoint=hub.url) or "")
+        assert named in (check(tmp_path, endpoint=hub.url) or "")
 
 
 def test_a_hub_that_fails(tmp_path: Path) -> None:
@@ -243,39 +245,39 @@ def test_offline_mode_without_a_cache(tmp_path: Path) -> None:
     refusal(tmp_path, "unset HF_HUB_OFFLINE", endpoint="http://127.0.0.1:9", is_offline=True)
 
 
-def test_a_name_that_is_none(tmp_path: Path) -> None:
+def test_an_invalid_repository_name(tmp_path: Path) -> None:
     refusal(tmp_path, "no valid repository name", endpoint="http://127.0.0.1:9", repo_id="a/b/c")
 
 
-def test_a_token_that_is_none(tmp_path: Path) -> None:
+def test_an_invalid_token(tmp_path: Path) -> None:
     with running_hub({"lab/model": Repo(FILES)}) as hub:
         assert "HF_TOKEN" in (check(tmp_path, endpoint=hub.url, token="hf_t\xf3ken") or "")
 
 
-def test_something_else_than_a_hub(tmp_path: Path) -> None:
+def test_a_server_that_is_not_a_hub(tmp_path: Path) -> None:
     with running_hub({"lab/model": Repo(FILES)}) as hub:
         assert "no answer of a model hub" in (check(tmp_path, endpoint=f"{hub.url}/elsewhere") or "")
 
 
-def test_a_silent_hub_is_given_up_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert downloading._ANSWER_S < 5.0
-    monkeypatch.setattr(downloading, "_ANSWER_S", 0.1)
+def test_a_silent_hub_times_out_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert downloading._REQUEST_TIMEOUT_S < 5.0
+    monkeypatch.setattr(downloading, "_REQUEST_TIMEOUT_S", 0.1)
     started_at = time.monotonic()
     with silent_hub() as url:
         message = check(tmp_path, endpoint=url)
-    assert time.monotonic() - started_at < 8.0  # the library alone waits ten seconds for each answer
+    assert time.monotonic() - started_at < 8.0  # the library alone waits ten seconds per response
     assert message is not None
     assert f"{url} cannot be reached" in message
 
 
-def test_a_disk_without_room_is_named_before_anything_is_fetched(tmp_path: Path) -> None:
+def test_a_full_disk_is_named_before_the_download(tmp_path: Path) -> None:
     with running_hub({"lab/model": Repo(FILES, sizes={"model.safetensors": 10**15})}) as hub:
         message = check(tmp_path, endpoint=hub.url)
     assert message is not None
     assert message.startswith(f"lab/model takes 1000000.00 GB of {tmp_path / 'hub' / 'hub'}, where ")
 
 
-def test_a_disk_that_fills_while_files_arrive_is_named(tmp_path: Path, tiny_disk: Path) -> None:
+def test_a_disk_that_fills_during_the_download_is_named(tmp_path: Path, tiny_disk: Path) -> None:
     with running_hub({"lab/model": Repo(FILES)}) as hub:
         message = download(tiny_disk, endpoint=hub.url)["message"]
     assert message.startswith(f"lab/model could not be stored in {tiny_disk / 'hub' / 'hub'}: ")
@@ -287,7 +289,7 @@ T5_REPO = "google-t5/t5-base"
 
 
 def load_open(home: Path, endpoint: str, **fields: str) -> list[str]:
-    """What the check before the start and the loading itself give."""
+    """Returns the results of the check before the start and of the loading."""
     entry = resolve_entry("open", **fields)
     actions: tuple[Callable[[ModelEntry], object], ...] = (check_access, load_model)
     results = []

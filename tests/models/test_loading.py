@@ -29,7 +29,7 @@ GAMMA = "model.model.transformer.layers.0.pre_norm.gamma"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A checkpoint folder that may be spoilt."""
+    """Yields a checkpoint folder that tests may damage."""
     copy = tmp_path / "checkpoint"
     copy.mkdir()
     source = load_goldens("sharp-s").folder
@@ -88,7 +88,7 @@ def test_wrong_shape(folder: Path) -> None:
     assert f"{GAMMA} has shape [71], the network needs [72]" in failure(folder)
 
 
-def test_integers_are_no_weights(folder: Path) -> None:
+def test_integer_weights_are_refused(folder: Path) -> None:
     rewrite(folder, lambda weights: weights.update({GAMMA: torch.zeros(72, dtype=torch.int64)}))
     assert f"{GAMMA} holds torch.int64" in failure(folder)
 
@@ -127,13 +127,15 @@ def test_pickles_of_tensors_load(folder: Path) -> None:
 
 
 class _Trap:
-    """Unpickling it would run code."""
+    """Runs code when unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Path.touch, (Path("trap-was-sprung"),))
 
 
-def test_pickles_with_code_are_refused_unrun(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pickles_with_code_are_refused_without_running_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (folder / "model.safetensors").unlink()
     torch.save({"state_dict": _Trap()}, folder / "model.ckpt")
@@ -180,7 +182,7 @@ def test_corrupt_text_encoder_files(folder: Path, spoilt: str) -> None:
 
 
 def test_text_encoder_inside_a_whole_encoder_decoder_model(folder: Path) -> None:
-    """The official folder holds the full model; the decoder is not used."""
+    """The official folder contains the full model; the decoder is not used."""
     from transformers import AutoConfig, T5GemmaForConditionalGeneration
 
     target = folder / "t5gemma"
@@ -254,12 +256,12 @@ def test_unusable_config_names_the_key(folder: Path, path: str, value: Any) -> N
     assert path.rsplit(".", 1)[-1] in message
 
 
-def test_parts_that_do_not_fit_each_other_are_found_before_any_request(folder: Path) -> None:
+def test_parts_that_do_not_fit_are_refused_when_loading(folder: Path) -> None:
     configure(folder, "model.pretransform.config.pretransform.config.channels", 4)
     assert "model.pretransform.config describes parts that do not fit each other" in failure(folder)
 
 
-def test_loading_forbids_rounded_float32(folder: Path) -> None:
+def test_loading_disables_rounded_float32(folder: Path) -> None:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     load(folder)
     assert not torch.backends.cudnn.allow_tf32
@@ -267,7 +269,7 @@ def test_loading_forbids_rounded_float32(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\x00"])
-def test_config_that_is_no_object(folder: Path, text: str) -> None:
+def test_config_that_is_not_an_object(folder: Path, text: str) -> None:
     (folder / "model_config.json").write_text(text)
     assert "model_config.json" in failure(folder)
 
@@ -276,7 +278,7 @@ CPU_WITH_BFLOAT16 = "processor\t: 0\nflags\t\t: fpu avx512f avx512_bf16 avx2\n"
 CPU_WITHOUT = "processor\t: 0\nflags\t\t: fpu avx512f avx2\n"
 
 
-def test_the_precision_follows_the_device_unless_one_is_asked_for() -> None:
+def test_the_default_precision_depends_on_the_device() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
     assert resolve_dtype(cpu, None) is torch.float32
     assert resolve_dtype(cuda, None) is torch.float16
@@ -284,7 +286,7 @@ def test_the_precision_follows_the_device_unless_one_is_asked_for() -> None:
     assert resolve_dtype(cpu, torch.float32) is torch.float32
 
 
-def test_bfloat16_on_a_cpu_needs_a_processor_that_computes_in_it(tmp_path: Path) -> None:
+def test_bfloat16_on_a_cpu_needs_a_processor_with_native_support(tmp_path: Path) -> None:
     facts = tmp_path / "cpuinfo"
     facts.write_text(CPU_WITH_BFLOAT16)
     assert resolve_dtype(torch.device("cpu"), "bfloat16", cpu_facts=facts) is torch.bfloat16
@@ -307,7 +309,7 @@ def test_a_precision_that_a_device_lacks_is_refused_by_name(device: str, dtype: 
         resolve_dtype(torch.device(device), dtype)
 
 
-def test_a_device_that_does_not_exist_is_refused_by_name() -> None:
+def test_a_missing_device_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="tpu"):
         resolve_device("tpu")
 
@@ -323,13 +325,13 @@ def test_half_precision_denoiser_stays_near_the_float32_one(folder: Path) -> Non
     assert relative < 0.03
 
 
-def test_entry_facts_reach_the_spec(folder: Path) -> None:
-    entry = resolve_entry("mine", path=str(folder), max_duration_s=5.0)
+def test_the_spec_contains_the_entrys_facts(folder: Path) -> None:
+    entry = resolve_entry("mine", path=str(folder), max_duration_s=5.0, duration_padding_s=0.5)
     spec = load_model(entry).spec
-    assert (spec.card.name, spec.card.max_duration_s) == ("mine", 5.0)
+    assert (spec.card.name, spec.card.max_duration_s, spec.card.default_duration_padding_s) == ("mine", 5.0, 0.5)
 
 
-def test_a_downloaded_model_has_the_defaults_of_its_own_objective(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_downloaded_model_has_its_objectives_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     base = load_goldens("sharp-l").folder  # rectified flow
     monkeypatch.setattr(families, "download_entry", lambda entry, token: base)
     card = load_model(resolve_entry("mine", repo_id="lab/base")).spec.card
@@ -339,9 +341,7 @@ def test_a_downloaded_model_has_the_defaults_of_its_own_objective(monkeypatch: p
 
 @pytest.mark.parametrize("key", ["mask_padding_attention", "use_effective_length_for_schedule"])
 @pytest.mark.parametrize("value", [False, ...])
-def test_padding_is_masked_and_schedules_see_the_clip_whatever_the_config_says(
-    folder: Path, key: str, value: Any
-) -> None:
+def test_padding_is_masked_whatever_the_config_says(folder: Path, key: str, value: Any) -> None:
     configure(folder, f"model.diffusion.{key}", value)
     request = GenerationRequest(prompt="rain", duration_s=0.5, seed=1, duration_padding_s=0.1)
     plan, usual = load(folder).plan(request)[0], loaded("sharp-s").plan(request)[0]
@@ -374,7 +374,7 @@ def test_a_text_encoder_without_a_length_reads_128_tokens(folder: Path) -> None:
         ("model.conditioning.default_keys", {"seconds_total": "seconds_start"}),
     ],
 )
-def test_keys_that_ask_for_another_model_are_refused_by_name(folder: Path, path: str, value: Any) -> None:
+def test_keys_of_unsupported_models_are_refused_by_name(folder: Path, path: str, value: Any) -> None:
     (folder / "model_config.json").write_text(json.dumps(with_sections(folder, path)))
     configure(folder, path, value)
     named = path.replace("configs.0", "configs[0]").replace("configs.1", "configs[1]")
@@ -382,7 +382,7 @@ def test_keys_that_ask_for_another_model_are_refused_by_name(folder: Path, path:
 
 
 def with_sections(folder: Path, path: str) -> Any:
-    """The config, with empty objects where the path leads through nothing."""
+    """Returns the config with empty objects added along the path."""
     config = json.loads((folder / "model_config.json").read_text())
     place = config
     for part in path.split(".")[:-1]:
@@ -404,7 +404,7 @@ def with_sections(folder: Path, path: str) -> Any:
         ("model.conditioning.configs.0.config.repo_id", "lab/other"),
     ],
 )
-def test_keys_that_change_nothing_pass(folder: Path, path: str, value: Any) -> None:
+def test_keys_without_effect_are_accepted(folder: Path, path: str, value: Any) -> None:
     (folder / "model_config.json").write_text(json.dumps(with_sections(folder, path)))
     configure(folder, path, value)
     load(folder)

@@ -1,4 +1,4 @@
-"""Linear layers by oneDNN: the same products, whatever the number of threads and of other rows."""
+"""Linear layers with oneDNN: the same products for any number of threads and other rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from stable_audio_serve.models import onednn
-from stable_audio_serve.models.onednn import OneDnnLinear, linear, takes_onednn, use_onednn
+from stable_audio_serve.models.onednn import OneDnnLinear, linear, supports_onednn, use_onednn
 
 needs_it = pytest.mark.skipif(not onednn._is_faster(), reason="oneDNN multiplies nothing on this processor")
 pytestmark = pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch without oneDNN")
@@ -38,9 +38,7 @@ def make_layer(width_in: int, width_out: int, *, bias: bool = True) -> nn.Linear
 @needs_it
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("width_in", "width_out"), [(192, 576), (1024, 3072), (65, 320), (512, 65)])
-def test_products_equal_those_of_float64_and_do_not_depend_on_threads_or_neighbours(
-    width_in: int, width_out: int, bias: bool
-) -> None:
+def test_products_are_exact_and_independent_of_threads_and_rows(width_in: int, width_out: int, bias: bool) -> None:
     layer = make_layer(width_in, width_out, bias=bias)
     x = torch.randn(1, 160, width_in)
     with torch.inference_mode():
@@ -55,7 +53,7 @@ def test_products_equal_those_of_float64_and_do_not_depend_on_threads_or_neighbo
 
 
 @needs_it
-def test_views_in_another_order_are_multiplied_alike() -> None:
+def test_transposed_views_give_the_same_products() -> None:
     layer, x = make_layer(192, 576), torch.randn(2, 192, 54)
     with torch.inference_mode():
         assert torch.equal(layer(x.transpose(1, 2)), layer(x.transpose(1, 2).contiguous()))
@@ -67,11 +65,11 @@ def test_gradients_reach_the_weights() -> None:
     assert all(weight.grad is not None for weight in layer.parameters())
 
 
-def test_small_products_and_other_precisions_are_torchs_own() -> None:
+def test_small_products_and_other_precisions_use_torch() -> None:
     layer, small, wide = make_layer(192, 576), torch.randn(1, 192), torch.randn(54, 192)
     weight = layer.weight
-    assert takes_onednn(wide, weight)
-    assert not takes_onednn(wide.bfloat16(), weight.bfloat16())
+    assert supports_onednn(wide, weight)
+    assert not supports_onednn(wide.bfloat16(), weight.bfloat16())
     with torch.inference_mode():
         assert torch.equal(layer(small), F.linear(small, weight, layer.bias))
         with torch.autocast("cpu", torch.bfloat16):
@@ -79,7 +77,7 @@ def test_small_products_and_other_precisions_are_torchs_own() -> None:
             assert layer(wide).dtype == torch.bfloat16
 
 
-def test_a_network_elsewhere_or_on_another_processor_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_networks_on_other_devices_or_processors_are_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.device("meta"):
         elsewhere = nn.Sequential(nn.Linear(192, 576))
     use_onednn(elsewhere)
@@ -91,7 +89,7 @@ def test_a_network_elsewhere_or_on_another_processor_is_left_alone(monkeypatch: 
     assert type(other[0]) is nn.Linear
 
 
-def test_modes_see_the_products() -> None:
+def test_torch_function_modes_see_the_products() -> None:
     class Seen(TorchFunctionMode):
         def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
             names.append(func)

@@ -1,4 +1,4 @@
-"""The precision of a decoder's products: what a device allows, what stays exact around it, and how near float32 is."""
+"""The precision of a decoder's products: what a device allows, what stays exact, and the distance from float32."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 Around = Callable[[], AbstractContextManager[Any]]
 
 
-def test_each_device_has_its_default_and_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_device_has_a_default_and_refuses_other_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_decode_precision(CPU, None) == "float32"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     assert resolve_decode_precision(CUDA, None) == "tf32"
@@ -58,32 +58,32 @@ def test_each_device_has_its_default_and_refuses_what_it_cannot_do(monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    ("is_native", "by_matrices", "told"),
+    ("is_native", "by_matrices", "expected"),
     [
         (False, False, "which has no bfloat16; allowed: float32"),
         (True, False, "this processor; allowed: float32, half"),
         (True, True, "this processor; allowed: float32, split, half"),
     ],
 )
-def test_a_processor_has_what_its_bfloat16_makes_faster(
-    is_native: bool, by_matrices: bool, told: str, monkeypatch: pytest.MonkeyPatch
+def test_a_processor_offers_precisions_that_its_bfloat16_speeds_up(
+    is_native: bool, by_matrices: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "has_native_bfloat16", lambda: is_native)
     monkeypatch.setattr(precision, "has_matrix_bfloat16", lambda: by_matrices)
-    with pytest.raises(ConfigError, match=f"{told}$"):
+    with pytest.raises(ConfigError, match=f"{expected}$"):
         resolve_decode_precision(CPU, "tf32")
-    for choice in told.split("allowed: ")[1].split(", "):
+    for choice in expected.split("allowed: ")[1].split(", "):
         assert resolve_decode_precision(CPU, choice) == choice
 
 
-def test_the_setting_reaches_the_loader() -> None:
+def test_the_loader_uses_the_setting() -> None:
     entry = resolve_entry("mine", path=str(load_goldens("tiny-s").folder))
     with pytest.raises(ConfigError, match="decode_precision 'tf32'"):
         load_model(entry, decode_precision="tf32")
 
 
 def model_in(choice: Any, name: str = "tiny-s") -> Sa3Model:
-    """A loaded checkpoint whose decoder computes so."""
+    """Returns a loaded checkpoint whose decoder uses this precision."""
     model = loaded(name)
     parts = Sa3Components(
         text=model.text,
@@ -96,7 +96,7 @@ def model_in(choice: Any, name: str = "tiny-s") -> Sa3Model:
 
 
 def switches() -> list[object]:
-    """What is allowed to round, by torch's older names and by those of 2.9 where it has them."""
+    """Returns the rounding switches by torch's older names and, if it has them, by those of 2.9."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     values: list[object] = [matmul.allow_tf32, cudnn.allow_tf32]
     if hasattr(cudnn, "conv"):
@@ -106,7 +106,7 @@ def switches() -> list[object]:
 
 @contextmanager
 def watching(modules: dict[str, nn.Module], seen: dict[str, list[object]]) -> Iterator[None]:
-    """Notes the switches that each module finds when it is called."""
+    """Record the switches that are set when each module is called."""
 
     def note(name: str, *_: object) -> None:
         seen[name] = switches()
@@ -120,7 +120,7 @@ def watching(modules: dict[str, nn.Module], seen: dict[str, list[object]]) -> It
 
 
 def run_everything(model: Sa3Model) -> None:
-    """One call of each of the model's networks."""
+    """Call each of the model's networks once."""
     goldens = load_goldens("tiny-s").tensors
     prompt = model.encode_text(["a bell"])[0]
     noise = SeededNoise(0)
@@ -138,7 +138,7 @@ def request() -> GenerationRequest:
     return GenerationRequest(prompt="a bell", duration_s=1.0, seed=0)
 
 
-def test_tf32_is_on_for_the_decoder_only() -> None:
+def test_only_the_decoder_uses_tf32() -> None:
     model, seen = model_in("tf32"), dict[str, list[object]]()
     parts: dict[str, Any] = {
         "decoder": model.autoencoder.decoder,
@@ -156,14 +156,14 @@ def test_tf32_is_on_for_the_decoder_only() -> None:
     assert switches() == before
 
 
-def test_a_decoder_that_fails_leaves_products_exact() -> None:
+def test_products_are_exact_after_a_failed_decode() -> None:
     model, before = model_in("tf32"), switches()
     with suppress(RuntimeError):
         model.decode([DecodeWindow(torch.zeros(3, 4), 0, SeededNoise(0))])
     assert switches() == before
 
 
-def test_exact_calls_of_another_thread_never_meet_a_changed_switch() -> None:
+def test_exact_calls_of_other_threads_never_see_a_changed_switch() -> None:
     process, before = Process(), switches()
     met: list[list[object]] = []
     done = threading.Event()
@@ -190,9 +190,9 @@ NUM_FACTORS = {F.linear: 2, F.conv1d: 2, F.conv_transpose1d: 2, F.scaled_dot_pro
 
 
 class RoundedFactors(TorchFunctionMode):
-    """TF32 without the hardware: factors of every product keep 10 bits behind the leading one, sums are float32."""
+    """Emulates TF32: factors of every product keep 10 mantissa bits, sums are float32."""
 
-    def __torch_function__(  # as torch calls it
+    def __torch_function__(  # torch's signature
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         count = NUM_FACTORS.get(F.linear if func is linear else func, 0)
@@ -200,13 +200,13 @@ class RoundedFactors(TorchFunctionMode):
 
 
 def round_to_tf32(x: Tensor) -> Tensor:
-    """To nearest, ties to even, at 13 of float32's 23 bits."""
+    """Round to nearest, ties to even, dropping 13 of float32's 23 mantissa bits."""
     bits = x.contiguous().view(torch.int32)
     return ((bits + 0x0FFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
 
 
 def multiply_parts(layer: Callable[..., Tensor], x: Tensor, weight: Tensor, **options: Any) -> Tensor:
-    """What bfloat16 hardware computes: exact products of the rounded parts, added in float32."""
+    """Computes what bfloat16 hardware does: exact products of the rounded parts, added in float32."""
     return layer(x.bfloat16().float(), weight.bfloat16().float(), **options)
 
 
@@ -220,7 +220,7 @@ AROUND: dict[str, Around] = {
 
 @torch.inference_mode()
 def decoded_db(name: str, around: Around) -> float:
-    """The audio of a reference checkpoint's own latents, over its distance from float32."""
+    """Returns the signal over error of a checkpoint's decoded audio against float32, in decibels."""
     net, latents = loaded(name).autoencoder, load_goldens(name).tensors["ae/latents"]
     audio = net.decode(latents, products=around)
     assert audio.dtype == torch.float32
@@ -252,7 +252,7 @@ def test_convolutions_are_split(name: str) -> None:
 
 
 @torch.inference_mode()
-def test_half_stores_the_decoder_s_linear_layers_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_stores_only_the_decoders_linear_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "has_native_bfloat16", lambda: True)
     entry = resolve_entry("mine", path=str(load_goldens("sharp-s").folder))
     model = load_model(entry, decode_precision="half")
@@ -278,5 +278,5 @@ def test_half_stores_the_convolutions_of_an_open_decoder(monkeypatch: pytest.Mon
     assert {parameter.dtype for parameter in model.autoencoder.encoder.parameters()} == {torch.float32}
     latents = torch.randn(8, 9, generator=torch.Generator().manual_seed(1))
     (audio,) = model.decode([DecodeWindow(latents, 0, SeededNoise(0))])
-    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # which casts the kernels in every call
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # casts the kernels in every call
         assert torch.equal(audio, exact.autoencoder.decode(latents[None])[0].float())

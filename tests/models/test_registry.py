@@ -1,4 +1,4 @@
-"""Names, aliases, caps and defaults, known without loading anything."""
+"""Names, aliases, caps and defaults, available without loading anything."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ OFFICIAL = ("small-sfx", "small-music", "medium", "small-sfx-base", "small-music
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_official_models_answer_to_all_their_names(name: str) -> None:
     catalog = ModelCatalog(BUILT_IN[other].card for other in OFFICIAL)
-    for said in (name, f"stable-audio-3-{name}", f" Stabilityai/Stable-Audio-3-{name} ".upper()):
-        card = catalog.resolve(said)
+    for alias in (name, f"stable-audio-3-{name}", f" Stabilityai/Stable-Audio-3-{name} ".upper()):
+        card = catalog.resolve(alias)
         assert card.name == name
         assert card.max_duration_s == (380.0 if name.startswith("medium") else 120.0)
         defaults = (card.default_steps, card.default_cfg_scale, card.default_duration_padding_s)
@@ -31,7 +31,7 @@ def test_official_models_answer_to_all_their_names(name: str) -> None:
         assert card.latent_channels == 256
 
 
-def test_a_folder_describes_itself() -> None:
+def test_an_entry_is_completed_from_its_folders_config() -> None:
     distilled = describe_entry(
         resolve_entry("mine", path=str(load_goldens("sharp-s").folder), aliases=("my-model",))
     ).card
@@ -48,7 +48,7 @@ def test_a_local_copy_of_a_built_in_model_keeps_its_facts() -> None:
     entry = describe_entry(resolve_entry("medium", path=str(load_goldens("sharp-s").folder)))
     assert entry.repo_id is None
     assert "stable-audio-3-medium" in entry.card.aliases
-    assert entry.card.max_duration_s == 16.384  # what the folder can do is less than the name's cap
+    assert entry.card.max_duration_s == 16.384  # the folder's limit is below the name's cap
 
 
 @pytest.mark.parametrize(
@@ -59,20 +59,20 @@ def test_a_local_copy_of_a_built_in_model_keeps_its_facts() -> None:
         (OPEN_GOLDENS / "tiny-small", "reference"),
     ],
 )
-def test_each_family_has_its_own_schedule_of_edits(folder: Path, own: str) -> None:
+def test_each_family_has_a_default_edit_schedule(folder: Path, own: str) -> None:
     assert describe_entry(resolve_entry("mine", path=str(folder))).card.default_edit_schedule == own
     chosen = describe_entry(resolve_entry("mine", path=str(folder), edit_schedule="scaled")).card
     assert chosen.default_edit_schedule == "scaled"
 
 
-def test_an_operator_may_pin_and_limit() -> None:
-    entry = resolve_entry("small-sfx", revision="abc", max_duration_s=30.0)
-    assert (entry.revision, entry.card.max_duration_s) == ("abc", 30.0)
+def test_an_operator_may_pin_a_revision_and_limit_the_duration() -> None:
+    entry = resolve_entry("small-sfx", revision="abc", max_duration_s=30.0, duration_padding_s=0.0)
+    assert (entry.revision, entry.card.max_duration_s, entry.card.default_duration_padding_s) == ("abc", 30.0, 0.0)
     fork = resolve_entry("small-sfx", repo_id="someone/fork")
     assert (fork.repo_id, fork.card.max_duration_s) == ("someone/fork", 120.0)
 
 
-def test_unknown_names_without_a_place_are_refused() -> None:
+def test_unknown_names_without_a_source_are_refused() -> None:
     with pytest.raises(ConfigError, match="small-sfx"):
         resolve_entry("large")
 
@@ -84,7 +84,7 @@ def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def filled_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of the hub's own library that holds the revision `main` of lab/open; no hub is there any more."""
+    """Returns a cache of the hub's library with the revision `main` of lab/open; the hub is stopped."""
     home = tmp_path_factory.mktemp("home")
     fill_cache(home, "lab/open", OPEN_GOLDENS / "tiny-1.0")
     return home / "hub"
@@ -98,10 +98,10 @@ def cache(filled_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.usefixtures("cache")
-def test_a_repository_in_the_cache_describes_itself() -> None:
+def test_an_entry_is_completed_from_the_cached_config() -> None:
     entry = describe_entry(resolve_entry("mine", repo_id="lab/open", aliases=("my-loops",)))
     local = describe_entry(resolve_entry("mine", path=str(OPEN_GOLDENS / "tiny-1.0"), aliases=("my-loops",)))
-    assert (entry.folder, entry.repo_id) == (None, "lab/open")  # a replica fetches it itself
+    assert (entry.folder, entry.repo_id) == (None, "lab/open")  # a replica downloads it
     assert entry.card == local.card
     assert (entry.card.family, entry.card.samplers) == (OPEN_FAMILY, V_SAMPLERS)
     assert (entry.card.default_steps, entry.card.default_cfg_scale) == (100, 7.0)
@@ -113,7 +113,7 @@ def test_a_repository_in_the_cache_describes_itself() -> None:
 @pytest.mark.parametrize(
     "place", [{"repo_id": "lab/other"}, {"repo_id": "lab/open", "revision": "v2"}, {"repo_id": "a/b/c"}]
 )
-def test_a_repository_that_is_not_in_the_cache_stays_as_it_is(place: dict[str, str]) -> None:
+def test_an_entry_without_a_cached_config_is_unchanged(place: dict[str, str]) -> None:
     entry = resolve_entry("mine", **place)
     assert describe_entry(entry) == entry
 

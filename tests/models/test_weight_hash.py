@@ -1,4 +1,4 @@
-"""The hash of a checkpoint's weights: the same wherever they lie, another one for every change that could be heard."""
+"""The hash of a checkpoint's weights: independent of their folder, different for every audible change."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def hash_of(folder: Path) -> str:
     return hash_weights(folder, folder / "t5gemma")
 
 
-def test_weights_have_one_hash_in_every_place(tmp_path: Path) -> None:
+def test_the_hash_does_not_depend_on_the_folder(tmp_path: Path) -> None:
     copy = copy_checkpoint(TINY, tmp_path / "copy")
     fill_revisions(tmp_path, "lab/tiny", {GOOD: copy}, main=GOOD)
     snapshot = tmp_path / "models--lab--tiny" / "snapshots" / GOOD
@@ -28,7 +28,7 @@ def test_weights_have_one_hash_in_every_place(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "t5gemma/model.safetensors", "t5gemma/tokenizer.json"])
 @pytest.mark.parametrize("place", [0.01, 0.37, 0.999])
-def test_one_changed_bit_anywhere_is_another_hash(tmp_path: Path, name: str, place: float) -> None:
+def test_any_changed_bit_changes_the_hash(tmp_path: Path, name: str, place: float) -> None:
     copy = copy_checkpoint(TINY, tmp_path / "copy")
     data = bytearray((copy / name).read_bytes())
     data[int(place * len(data))] ^= 1
@@ -36,7 +36,7 @@ def test_one_changed_bit_anywhere_is_another_hash(tmp_path: Path, name: str, pla
     assert hash_of(copy) != hash_of(TINY)
 
 
-def test_a_changed_config_is_another_hash(tmp_path: Path) -> None:
+def test_a_changed_config_changes_the_hash(tmp_path: Path) -> None:
     copy = copy_checkpoint(TINY, tmp_path / "copy")
     with (copy / "model_config.json").open("a") as file:
         file.write("\n")

@@ -1,4 +1,4 @@
-"""What weights will take is what they take once they are loaded."""
+"""The predicted size of weights equals their size once loaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.goldens import OPEN_GOLDENS, SA3_GOLDENS
 
 
 @pytest.mark.parametrize("folder", [SA3_GOLDENS / "tiny-s", SA3_GOLDENS / "tiny-l", OPEN_GOLDENS / "tiny-1.0"], ids=str)
-def test_sizes_by_header_are_those_of_the_loaded_networks(folder: Path) -> None:
+def test_sizes_from_headers_equal_the_loaded_networks(folder: Path) -> None:
     sizes: list[int] = []
     model = load_model(resolve_entry("tiny", path=str(folder)), check_size=sizes.append)
     networks = (model.text.encoder, model.prompt, *model.numbers.values(), model.denoiser, model.autoencoder)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Weights go from the file to their place one at a time: right numbers, little memory, nothing left empty."""
+"""Weights are loaded one by one: correct values, little memory, nothing left empty."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Net(nn.Module):
-    """A layer and a norm that are cast, frequencies that are not."""
+    """A layer and a norm, which are cast, and frequencies, which are not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def load(path: Path, *, dtype: torch.dtype = torch.float32) -> Net:
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_every_number_of_a_checkpoint_is_in_its_place(name: str) -> None:
+def test_every_tensor_of_a_checkpoint_is_loaded_unchanged(name: str) -> None:
     model, folder = loaded(name), load_goldens(name).folder
     modules = {
         "conditioner.conditioners.prompt.": model.prompt,
@@ -83,7 +83,7 @@ def test_every_number_of_a_checkpoint_is_in_its_place(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny-1.0", "tiny-small"])
-def test_kernels_are_folded_from_the_file_s_numbers(name: str) -> None:
+def test_kernels_are_computed_from_the_files_weights(name: str) -> None:
     folder = load_open_goldens(name).folder
     model = load_model(ModelEntry(ModelCard(name, "stable-audio-open"), folder=str(folder)))
     assert isinstance(model, SaoModel)
@@ -95,16 +95,16 @@ def test_kernels_are_folded_from_the_file_s_numbers(name: str) -> None:
         norm = direction.flatten(1).square().sum(dim=1).sqrt()[:, None, None]
         assert conv.weight is not None
         torch.testing.assert_close(conv.weight.detach(), length * direction / norm, rtol=1e-5, atol=1e-6)
-        assert len(list(conv.parameters())) <= 2  # with a bias: what the kernel follows from is let go
+        assert len(list(conv.parameters())) <= 2  # kernel and bias; the stored factors are released
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
-def test_one_at_a_time_gives_what_casting_the_whole_network_gives(
+def test_casting_one_by_one_equals_casting_the_whole_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, suffix: str, stored: torch.dtype, wanted: torch.dtype
 ) -> None:
-    monkeypatch.setattr(weight_files, "MAPPED_BYTES", 40)  # the file is mapped anew between tensors
+    monkeypatch.setattr(weight_files, "MAPPED_BYTES", 40)  # the file is mapped again between tensors
     path = tmp_path / f"weights{suffix}"
     weights = write(path, dtype=stored)
     net, expected = load(path, dtype=wanted), Net()
@@ -119,7 +119,7 @@ def test_one_at_a_time_gives_what_casting_the_whole_network_gives(
         assert torch.equal(net.state_dict()[key], value)
 
 
-def test_a_precision_may_be_of_some_layers(tmp_path: Path) -> None:
+def test_a_precision_may_apply_to_some_layers(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     weights = write(path)
     with torch.device("meta"):
@@ -129,14 +129,14 @@ def test_a_precision_may_be_of_some_layers(tmp_path: Path) -> None:
     assert net.norm.gamma.dtype == net.rotary.inv_freq.dtype == torch.float32
 
 
-def test_a_pickle_of_before_archives_loads(tmp_path: Path) -> None:
+def test_a_pickle_in_the_old_format_loads(tmp_path: Path) -> None:
     path = tmp_path / "weights.ckpt"
     weights = write(path)
     torch.save(weights, path, _use_new_zipfile_serialization=False)
     assert torch.equal(load(path).linear.weight, weights["net.linear.weight"])
 
 
-def test_tensors_come_in_the_order_of_the_file_and_are_let_go(tmp_path: Path) -> None:
+def test_tensors_come_in_file_order_and_are_released(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     weights = write(path)
     pending = read_weights(path)
@@ -168,7 +168,7 @@ def test_a_file_that_changes_while_it_is_loaded_is_refused(
 
 
 @pytest.mark.parametrize("kept", ["buffer", "attribute"])
-def test_a_tensor_that_no_file_holds_is_named_instead_of_left_empty(tmp_path: Path, kept: str) -> None:
+def test_a_tensor_missing_in_the_file_is_named(tmp_path: Path, kept: str) -> None:
     path = tmp_path / "weights.safetensors"
     write(path)
     with torch.device("meta"):
@@ -181,7 +181,7 @@ def test_a_tensor_that_no_file_holds_is_named_instead_of_left_empty(tmp_path: Pa
         load_weights({"net.": net}, path, device=CPU)
 
 
-def test_weights_that_a_text_encoder_shares_stay_one(tmp_path: Path) -> None:
+def test_shared_text_encoder_weights_stay_shared(tmp_path: Path) -> None:
     folder = load_open_goldens("tiny-1.0").folder / "t5"
     text = load_text_encoder(folder, max_length=8, device=CPU, dtype=torch.float16)
     assert text.encoder.shared.weight is text.encoder.encoder.embed_tokens.weight
@@ -207,8 +207,8 @@ def make_large_checkpoint(folder: Path) -> int:
 
 @pytest.mark.server
 @pytest.mark.slow
-def test_loading_adds_hardly_more_memory_than_the_tensors_take(tmp_path: Path) -> None:
-    """A file of twice the size, as a whole in memory beside its cast tensors, would add 2.1 times as much."""
+def test_loading_needs_little_more_memory_than_the_tensors(tmp_path: Path) -> None:
+    """A whole file of twice the size in memory beside its cast tensors would add 2.1 times as much."""
     final_bytes = make_large_checkpoint(tmp_path)
     assert 150e6 < final_bytes < 250e6
     small = load_goldens("sharp-s").folder

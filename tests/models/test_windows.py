@@ -1,4 +1,4 @@
-"""Decode windows that follow a rule: they tile what can be heard, keep their halo and decode little twice."""
+"""Decode windows cut by a rule: they tile the audible frames, keep their halo and decode few frames twice."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def assert_tiles(spans: Sequence[WindowSpan], *, first: int, end: int, frames: i
 
 
 @given(rule=RULES, count=st.integers(1, 700), share=st.floats(0.01, 1))
-def test_planned_windows_tile_what_is_heard(rule: WindowRule, count: int, share: float) -> None:
+def test_planned_windows_tile_the_audible_frames(rule: WindowRule, count: int, share: float) -> None:
     frames = count * rule.multiple
     audible = max(1, int(share * frames))
     spans = audible_windows(frames, num_audible=audible, rule=rule)
-    heard = spans[-1].stop
-    assert_tiles(spans, first=0, end=audible, frames=heard, rule=rule)
-    assert heard == frames or heard >= audible + rule.halo
+    covered = spans[-1].stop
+    assert_tiles(spans, first=0, end=audible, frames=covered, rule=rule)
+    assert covered == frames or covered >= audible + rule.halo
     assert max(span.stop - span.start for span in spans) <= LONGEST_FRAMES
 
 
 @given(rule=RULES, count=st.integers(1, 700), begun=st.floats(0, 0.99), longest=st.integers(1, 600))
-def test_windows_cut_from_anywhere_tile_the_rest(rule: WindowRule, count: int, begun: float, longest: int) -> None:
+def test_windows_cut_from_any_frame_tile_the_rest(rule: WindowRule, count: int, begun: float, longest: int) -> None:
     frames = count * rule.multiple
     first = int(begun * count) * rule.multiple
     spans = cut_windows(first, frames=frames, rule=rule, longest=longest)
@@ -47,7 +47,7 @@ def test_windows_cut_from_anywhere_tile_the_rest(rule: WindowRule, count: int, b
 
 
 def redundant(spans: Sequence[WindowSpan], audible: int) -> float:
-    """Latents decoded for each that can be heard."""
+    """Returns the number of decoded latents per audible one."""
     return sum(span.stop - span.start for span in spans) / audible
 
 
@@ -62,10 +62,10 @@ def redundant(spans: Sequence[WindowSpan], audible: int) -> float:
         (MEDIUM, 380, 1.345, 1.056),
     ],
 )
-def test_little_is_decoded_twice(rule: WindowRule, seconds: int, before: float, after: float) -> None:
-    """Latents decoded for each that is heard, in windows of 128 that overlap by 32 over the row, and by the rule."""
-    heard = math.ceil(seconds * 44_100 / 4096)
+def test_few_frames_are_decoded_twice(rule: WindowRule, seconds: int, before: float, after: float) -> None:
+    """Decoded latents per audible one: `before` with windows of 128 that overlap by 32, `after` with the rule."""
+    audible = math.ceil(seconds * 44_100 / 4096)
     row = min(math.ceil((seconds + 6) * 44_100 / 4096 / 2) * 2, 4096)
-    chunked = [span for span in chunked_windows(row) if span.keep_start < heard]
-    for spans, share in ((chunked, before), (audible_windows(row, num_audible=heard, rule=rule), after)):
-        assert sum(span.stop - span.start for span in spans) / heard == pytest.approx(share, abs=5e-4)
+    chunked = [span for span in chunked_windows(row) if span.keep_start < audible]
+    for spans, share in ((chunked, before), (audible_windows(row, num_audible=audible, rule=rule), after)):
+        assert sum(span.stop - span.start for span in spans) / audible == pytest.approx(share, abs=5e-4)

@@ -61,7 +61,7 @@ def make_kept(mask: Tensor | None = None) -> Kept:
 
 
 def mixing_network(x: Tensor, t: float) -> Tensor:
-    """Every frame's output depends on all frames."""
+    """A network whose output at every frame depends on all frames."""
     return 0.5 * x + 0.2 * torch.sin(x.mean(dim=-1, keepdim=True) + t)
 
 
@@ -72,7 +72,7 @@ def run(
     network: Callable[[Tensor, float], Tensor] = mixing_network,
     before: Callable[[Tensor, int], Tensor] = lambda state, index: state,
 ) -> Tensor:
-    """Returns the result (D, F) of a row with fixed draws; `before` may change the registers before an evaluation."""
+    """Run a row with fixed draws. Returns the result (D, F). `before` may change the registers before an evaluation."""
     noise = SeededNoise(8)
     shape = (CHANNELS, FRAMES) if kept is None else tuple(kept.source.shape)
     source = torch.full(shape, 0.4)
@@ -89,7 +89,7 @@ def run(
 
 @pytest.mark.parametrize("has_source", [False, True])
 @pytest.mark.parametrize(("family", "sampler"), CASES)
-def test_the_network_sees_the_kept_frames_at_its_own_noise_level(family: str, sampler: str, has_source: bool) -> None:
+def test_the_network_sees_kept_frames_at_the_current_noise_level(family: str, sampler: str, has_source: bool) -> None:
     kept = make_kept()
     plan = blend(make_plan(family, sampler, has_source=has_source), family, sampler)
 
@@ -109,7 +109,7 @@ def test_the_network_sees_the_kept_frames_at_its_own_noise_level(family: str, sa
 
 
 @pytest.mark.parametrize(("family", "sampler"), CASES)
-def test_nothing_kept_is_text_to_audio_bit_for_bit(family: str, sampler: str) -> None:
+def test_keeping_nothing_equals_text_to_audio_bit_for_bit(family: str, sampler: str) -> None:
     plan = make_plan(family, sampler)
     nothing = make_kept(torch.zeros(FRAMES, dtype=torch.bool))
     result = run(blend(plan, family, sampler), nothing)
@@ -117,7 +117,7 @@ def test_nothing_kept_is_text_to_audio_bit_for_bit(family: str, sampler: str) ->
 
 
 @pytest.mark.parametrize(("family", "sampler"), CASES)
-def test_everything_kept_is_the_source_whatever_the_network_says(family: str, sampler: str) -> None:
+def test_keeping_everything_returns_the_source(family: str, sampler: str) -> None:
     everything = make_kept(torch.ones(FRAMES, dtype=torch.bool))
     plan = blend(make_plan(family, sampler), family, sampler)
     result = run(plan, everything, network=lambda x, _: torch.full_like(x, float("nan")))
@@ -126,7 +126,7 @@ def test_everything_kept_is_the_source_whatever_the_network_says(family: str, sa
 
 @pytest.mark.parametrize(("family", "sampler"), CASES)
 def test_kept_frames_of_registers_that_are_not_blended_do_not_matter(family: str, sampler: str) -> None:
-    """Earlier estimates and half-taken steps need no blend: only what the network sees next does."""
+    """Earlier estimates and intermediate points need no blend: only the network's next input does."""
     kept = make_kept()
     plan = blend(make_plan(family, sampler, 7), family, sampler)
 
@@ -140,7 +140,7 @@ def test_kept_frames_of_registers_that_are_not_blended_do_not_matter(family: str
     assert torch.equal(run(plan, kept, before=scramble), run(plan, kept))
 
 
-def test_the_last_evaluation_needs_no_noise_of_kept_frames() -> None:
+def test_the_last_blend_needs_no_noise() -> None:
     kept = replace(make_kept(), noise=torch.full((CHANNELS, FRAMES), float("nan")))
     last = blend(make_plan("v", "k-dpm-fast"), "v", "k-dpm-fast").evaluations[-1]
     batch = Kept(kept.mask[None], kept.source[None], kept.noise[None])
@@ -159,12 +159,12 @@ def test_a_blend_without_a_source_is_an_error() -> None:
 
 
 def make_pairs(z: Tensor, noise: Tensor) -> Kept:
-    """Pairs of frames (D, 2) of which the first is kept: `z` and `noise` (D,)."""
+    """Returns pairs of frames (D, 2), the first of which is kept: `z` and `noise` (D,)."""
     return Kept(mask=torch.tensor([True, False]), source=z[:, None].repeat(1, 2), noise=noise[:, None].repeat(1, 2))
 
 
 def pair_velocity(x: Tensor, alpha: float, beta: float, *, flow: bool) -> Tensor:
-    """The exact output for pairs of frames that are normal with unit variance and a correlation: x (B, D, 2)."""
+    """The exact output for pairs of correlated normal frames with unit variance: x (B, D, 2)."""
     covariance = torch.tensor([[1.0, CORRELATION], [CORRELATION, 1.0]], dtype=torch.float64)
     noisy = alpha**2 * covariance + beta**2 * torch.eye(2, dtype=torch.float64)
     clean = x.double() @ (alpha * covariance @ torch.linalg.inv(noisy))
@@ -181,11 +181,11 @@ def pair_network(*, flow: bool) -> Callable[[Tensor, float], Tensor]:
 
 
 def beside_kept(kept: Kept, start: Tensor, *, sigma: float, pull: float) -> Tensor:
-    """The mean of the second frame at level 0, from sigma times `start` (D,), beside z + sigma eps'.
+    """Returns the mean of the second frame at level 0, from sigma times `start` (D,), with z + sigma eps' beside it.
 
     With u = 1 + sigma^2, w = u^2 - r^2 and r the correlation, (x - D) / sigma is
-    x sigma u / w - r sigma (z + sigma eps') / w. Times `pull`, its homogeneous solution is w^(pull / 4): 1 is the
-    probability flow, 2 the reverse diffusion, which also adds noise.
+    x sigma u / w - r sigma (z + sigma eps') / w. Times `pull`, its homogeneous solution is w^(pull / 4). `pull` 1 is
+    the probability flow; 2 is the reverse diffusion, which also adds noise.
     """
     levels = torch.logspace(-6, math.log10(sigma), 40_001, dtype=torch.float64)
     w = (1 + levels**2) ** 2 - CORRELATION**2
@@ -209,7 +209,7 @@ def beside_kept(kept: Kept, start: Tensor, *, sigma: float, pull: float) -> Tens
         ("stable-audio-3", "dpmpp", 500, 5e-3),
     ],
 )
-def test_deterministic_samplers_follow_the_exact_flow_beside_a_kept_frame(
+def test_deterministic_samplers_follow_the_exact_flow_beside_kept(
     family: str, sampler: str, steps: int, tolerance: float
 ) -> None:
     flow = family != "v"
@@ -227,7 +227,7 @@ def test_deterministic_samplers_follow_the_exact_flow_beside_a_kept_frame(
 
 
 @pytest.mark.parametrize("sampler", [slow("dpmpp-2m-sde"), "dpmpp-3m-sde", slow("k-dpmpp-2s-ancestral")])
-def test_stochastic_samplers_follow_the_exact_diffusion_beside_a_kept_frame(sampler: str) -> None:
+def test_stochastic_samplers_follow_the_exact_diffusion_beside_kept(sampler: str) -> None:
     span = SigmaRange(0.01, 80.0)
     plan = build_v_plan(sampler, 150, span=span, guidance=Guidance(), has_source=False)
     num = 20_000
@@ -239,8 +239,8 @@ def test_stochastic_samplers_follow_the_exact_diffusion_beside_a_kept_frame(samp
     assert float(made.std()) == pytest.approx(math.sqrt(variance), rel=0.03)
 
 
-def test_pingpong_generates_towards_what_is_kept() -> None:
-    """Its noise is all new at every step, so it comes close to the conditional mean, 0.8 of what is kept."""
+def test_pingpong_generates_towards_the_kept_frames() -> None:
+    """Its noise is new at every step, so it converges to the conditional mean, 0.8 of the kept frame."""
     plan = build_plan("pingpong", torch.linspace(1, 0, 101), guidance=Guidance(), has_source=False)
     kept = make_pairs(torch.full((5_000,), 1.5), torch.randn(5_000, generator=torch.Generator().manual_seed(6)))
     made = run(blend_plan(plan, flow_path), kept, network=pair_network(flow=True))[:, 1]
@@ -248,7 +248,7 @@ def test_pingpong_generates_towards_what_is_kept() -> None:
     assert 0.4 < float(made.std()) < 0.6
 
 
-def test_the_paths_keep_the_variance_of_unit_data_where_they_should() -> None:
+def test_variance_preserving_paths_keep_unit_variance() -> None:
     evaluation = replace(make_plan("open", "euler").evaluations[0], t=0.3, sigma=2.0)
     assert sigma_path(evaluation) == (1.0, 2.0)
     assert flow_path(evaluation) == (0.7, 0.3)

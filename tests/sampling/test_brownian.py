@@ -21,7 +21,7 @@ def as_float32(value: float) -> float:
 
 
 @pytest.mark.parametrize("index", range(len(TREE["spans"])))
-def test_increments_are_the_reference_s(index: int) -> None:
+def test_increments_match_the_reference(index: int) -> None:
     ends = as_float32(TREE["t0"]), as_float32(TREE["t1"])
     tree = BrownianTree(int(TREE["entropy"]), start=ends[0], end=ends[1], shape=tuple(TREE["shape"]))
     low, high = map(as_float32, TREE["spans"][index])
@@ -30,20 +30,20 @@ def test_increments_are_the_reference_s(index: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["sampler_f32", "sampler_one_row"])
-def test_step_noise_is_the_reference_s(name: str) -> None:
+def test_step_noise_matches_the_reference(name: str) -> None:
     expected = COMMON.tensors[f"brownian/{name}"]
     drawn = torch.stack(brownian_steps(SAMPLER["seed"], SIGMAS, shape=tuple(expected.shape[1:])))
     torch.testing.assert_close(drawn, expected, rtol=0, atol=TOLERANCE)
 
 
-def test_a_path_per_row_is_the_reference_s() -> None:
+def test_paths_per_row_match_the_reference() -> None:
     expected = COMMON.tensors["brownian/sampler_seed_list"]
     for row, seed in enumerate(SAMPLER["seed_list"]):
         drawn = torch.stack(brownian_steps(seed, SIGMAS, shape=tuple(expected.shape[2:])))
         torch.testing.assert_close(drawn, expected[:, row], rtol=0, atol=TOLERANCE)
 
 
-def test_increments_add_up_and_do_not_depend_on_what_was_asked_before() -> None:
+def test_increments_add_up_and_do_not_depend_on_earlier_calls() -> None:
     tree, other = (BrownianTree(7, start=0.3, end=500.0, shape=(3, 4)) for _ in range(2))
     levels = [0.3, 0.7, 3.25, 41.0, 500.0]
     parts = [tree.increment(low, high) for low, high in itertools.pairwise(levels)]
@@ -59,7 +59,7 @@ def test_step_noise_is_unit_normal_and_uncorrelated_between_steps() -> None:
     assert abs(float((first * second).mean())) < 0.01
 
 
-def test_replay_draws_one_integer_and_serves_the_path_s_steps() -> None:
+def test_replay_draws_one_integer_and_returns_the_paths_steps() -> None:
     script = [ReplayDraw("initial", 0, (2, 3, 5)), ReplayPath((8.0, 2.0, 0.5, 0.0), (2, 3, 5))]
     torch.manual_seed(5)
     torch.randn(2, 3, 5)

@@ -1,4 +1,4 @@
-"""What prices take a sampler to ask of the network is what its plans ask."""
+"""The number of network calls assumed by prices equals the number in the samplers' plans."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from stable_audio_serve.sampling import SAMPLERS, V_SAMPLERS, Guidance, SigmaRan
 
 @pytest.mark.parametrize("sampler", dict.fromkeys([*SAMPLERS, *V_SAMPLERS]))
 @pytest.mark.parametrize("steps", [8, 100])
-def test_prices_know_how_often_a_sampler_asks_the_network(sampler: str, steps: int) -> None:
+def test_prices_count_a_samplers_network_calls(sampler: str, steps: int) -> None:
     if sampler in V_SAMPLERS:
         plan = build_v_plan(sampler, steps, span=SigmaRange(0.3, 500.0), guidance=Guidance(), has_source=False)
     else:
         plan = build_plan(sampler, torch.linspace(1, 0, steps + 1), guidance=Guidance(), has_source=False)
     per_step = EVALUATIONS_PER_STEP.get(sampler, 1)
-    assert (steps - 1) * per_step < len(plan.evaluations) <= steps * per_step  # the last step may ask less often
+    assert (steps - 1) * per_step < len(plan.evaluations) <= steps * per_step  # the last step may have fewer calls
 
 
-def test_prices_know_no_other_samplers() -> None:
+def test_prices_cover_exactly_the_known_samplers() -> None:
     assert EVALUATIONS_PER_STEP.keys() <= {*SAMPLERS, *V_SAMPLERS}

@@ -26,7 +26,7 @@ def make_inputs(rows: int, *, channels: int = 5, frames: int = 9, seed: int = 0)
 
 
 def numpy_guide(x: np.ndarray, t: float, v_c: np.ndarray, v_u: np.ndarray, row: Guidance) -> np.ndarray:
-    """One row (D, F) of valid frames only, in double precision, straight from the definitions."""
+    """Guides one row (D, F) of valid frames in float64, directly from the definitions."""
     clean = x - t * v_c
     delta = clean - (x - t * v_u)
     if row.norm_threshold > 0:
@@ -55,7 +55,7 @@ def test_matches_an_independent_formulation(valid_frames: int) -> None:
 
 
 @pytest.mark.parametrize("time", [0.0, 1e-5, 1e-3])
-def test_guidance_is_exact_down_to_the_end_of_time(time: float) -> None:
+def test_guidance_is_exact_down_to_time_zero(time: float) -> None:
     inputs = make_inputs(len(GUIDANCES)) | {"times": torch.full((len(GUIDANCES),), time)}
     result = guide(**inputs, valid=None, rows=GuidanceBatch.of(GUIDANCES))
     for index, row in enumerate(GUIDANCES):
@@ -84,7 +84,7 @@ def test_unmasked_equals_all_frames_valid() -> None:
     padding=st.integers(0, 30),
     seed=st.integers(0, 2**20),
 )
-def test_a_row_s_bits_depend_on_nothing_but_the_row(
+def test_a_rows_bits_depend_only_on_the_row(
     order: list[int], channels: int, frames: int, padding: int, seed: int
 ) -> None:
     rows = [GUIDANCES[index] for index in order]

@@ -20,10 +20,10 @@ POLYEXPONENTIAL = sorted(name for name in COMMON.facts["schedules"] if name.star
 
 
 @pytest.mark.parametrize("name", POLYEXPONENTIAL)
-def test_polyexponential_levels_are_the_reference_s_to_the_bit(name: str) -> None:
+def test_polyexponential_levels_match_the_reference_bit_for_bit(name: str) -> None:
     case = COMMON.facts["schedules"][name]
     span = SigmaRange(case["sigma_min"], case["sigma_max"], case["rho"])
-    rtol = 0.0 if is_amd() else 2.5e-7  # exp differs in its last bits between processors
+    rtol = 0.0 if is_amd() else 2.5e-7  # the last bits of exp differ between processors
     torch.testing.assert_close(polyexponential_sigmas(case["steps"], span), COMMON.tensors[name], rtol=rtol, atol=0)
 
 

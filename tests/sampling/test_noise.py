@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("seed", [0, 42, 2**31, 2**63 + 5, -1])
-def test_latent_draws_are_those_of_a_lone_reference_run(seed: int) -> None:
+def test_latent_draws_match_a_single_row_reference_run(seed: int) -> None:
     source = SeededNoise(seed)
     torch.manual_seed(seed)
     assert torch.equal(source.initial((4, 33)), torch.randn(1, 4, 33)[0])
@@ -38,7 +38,7 @@ def test_window_noise_depends_on_the_frame_only(start: int, length: int, axis: i
     assert torch.equal(drawn, window(0, start + length).narrow(axis, start, length))
 
 
-def test_window_noise_differs_by_stage_seed_and_block_and_ignores_the_sampler_s_draws() -> None:
+def test_window_noise_depends_on_stage_seed_and_block_only() -> None:
     source = SeededNoise(1)
     first = source.window("decode/bottleneck", 0, shape=(3, 64), frame_axis=1, device=CPU)
     source.step((3, 64))
@@ -61,7 +61,7 @@ SCRIPT = (
 )
 
 
-def test_replay_gives_the_reference_s_draws_whatever_the_order_of_calls() -> None:
+def test_replay_returns_the_references_draws_in_any_order() -> None:
     torch.manual_seed(9)
     expected = [torch.randn(draw.shape) for draw in SCRIPT]
     replay = ReplayNoise(9, SCRIPT, num_rows=2)
@@ -78,7 +78,7 @@ def test_replay_gives_the_reference_s_draws_whatever_the_order_of_calls() -> Non
         assert torch.equal(row.window("init/tokens", 0, shape=(8, 1, 5), frame_axis=0, device=CPU), expected[1])
 
 
-def test_replay_may_be_asked_from_several_threads() -> None:
+def test_replay_is_thread_safe() -> None:
     script = [ReplayDraw("step", step, (2, 64, 50)) for step in range(200)]
     expected = ReplayNoise(3, script, num_rows=2).draw("step", 199)
     for _ in range(5):
@@ -88,7 +88,7 @@ def test_replay_may_be_asked_from_several_threads() -> None:
         assert torch.equal(found[0], expected)
 
 
-def test_replay_names_a_draw_the_reference_did_not_make() -> None:
+def test_replay_names_a_missing_draw() -> None:
     row = ReplayNoise(9, SCRIPT, num_rows=2).row(0)
     with pytest.raises(GenerationError, match="inpaint/tokens"):
         row.window("inpaint/tokens", 0, shape=(8, 1, 5), frame_axis=0, device=CPU)

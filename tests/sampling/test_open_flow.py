@@ -18,7 +18,7 @@ from stable_audio_serve.sampling import (
     shift_from_config,
     start_state,
 )
-from stable_audio_serve.verification.sao_common import flow_output
+from stable_audio_serve.verification.samplers import flow_output
 from tests.goldens import load_open_goldens
 from tests.sampling.toys import run_plan
 
@@ -38,7 +38,7 @@ def make_plan(sampler: str, steps: int, *, level: float = 1.0, guidance: Guidanc
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_times_are_the_reference_s_to_the_bit(name: str) -> None:
+def test_times_match_the_reference_bit_for_bit(name: str) -> None:
     case = COMMON.facts["schedules"][name]
     for sampler in ("euler", "dpmpp", "pingpong"):
         times = open_flow_times(sampler, case["steps"], level=case["sigma_max"], shift=SHIFT, length=12)
@@ -113,7 +113,7 @@ def test_source_is_mixed_by_the_noise_level(sampler: str) -> None:
     torch.testing.assert_close(state[0], 0.7 * source + 0.3 * noise)
 
 
-def test_source_is_mixed_by_the_level_asked_for_where_a_shift_moves_the_first_time() -> None:
+def test_source_is_mixed_by_the_requested_level_despite_a_shift() -> None:
     noise, source = torch.randn(2, 3, 5)
     times = open_flow_times("rk4", 3, level=0.6, shift=SHIFT, length=1024)
     plan = build_open_flow_plan("rk4", times, guidance=Guidance(), has_source=True, level=0.6)
@@ -126,7 +126,7 @@ def test_order_of_convergence_on_a_linear_equation(sampler: str, order: int, ste
     start = torch.tensor([[1.0, -0.4]])
 
     def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
-        """Data normal around 0 with deviation 0.5: the flow takes unit noise to half of it."""
+        """For data that is normal around 0 with deviation 0.5, the flow maps unit noise to half of it."""
         return (t - 0.25 * (1 - t)) / (0.25 * (1 - t) ** 2 + t**2) * x
 
     errors = []

@@ -38,7 +38,7 @@ def test_sampler_matches_the_reference(key: str) -> None:
         torch.testing.assert_close(result, expected[row], rtol=0, atol=TOLERANCE)
 
 
-def test_rk4_follows_each_row_s_own_schedule() -> None:
+def test_rk4_follows_each_rows_schedule() -> None:
     x0 = COMMON["sampler/x0"]
     for start, sigmas in zip(x0, COMMON["sampler/schedule_per_element"], strict=True):
         plan = build_plan("rk4", sigmas, guidance=Guidance(), has_source=False)
@@ -85,7 +85,7 @@ def test_guidance_is_decided_per_evaluation_in_float32() -> None:
     assert not any(evaluation.guided for evaluation in off.evaluations)
 
 
-def test_what_the_api_takes_for_samplers_are_the_samplers() -> None:
+def test_the_api_accepts_exactly_the_known_samplers() -> None:
     assert ModelCard("m", "stable-audio-3").samplers == SAMPLERS
 
 

@@ -36,7 +36,7 @@ def test_schedule_matches_the_reference(folder: str, case: dict[str, Any]) -> No
         torch.testing.assert_close(sigmas, values, rtol=0, atol=TOLERANCE)
 
 
-def test_config_without_options_gives_the_length_free_default() -> None:
+def test_config_without_options_gives_the_default_shift() -> None:
     assert shift_from_config(None) == DEFAULT_SHIFT
     short, long = (build_sigmas(8, DEFAULT_SHIFT, length=length) for length in (1, 4000))
     assert torch.equal(short, long)
@@ -101,13 +101,13 @@ def test_a_scaled_schedule_never_rises_above_the_level_of_its_edit(level: float,
     assert scaled[0] == torch.tensor(level)
     assert (scaled[1:] <= scaled[:-1]).all()
     assert torch.equal(edit_times(build, level, schedule="reference"), build(level))
-    if steps == 8 and level == 0.4:  # what the reference's does instead
+    if steps == 8 and level == 0.4:  # the reference's schedule, in contrast
         assert build(level)[1:].max() > 1.5 * level
 
 
 @pytest.mark.parametrize("level", [0.01, 0.1, 0.25, 0.69, 0.999])
 @pytest.mark.parametrize("steps", [1, 8, 50, 1000])
-def test_an_even_schedule_falls_from_the_level_in_equal_steps_of_log_snr(level: float, steps: int) -> None:
+def test_an_even_schedule_has_equal_steps_of_log_snr(level: float, steps: int) -> None:
     def build(start: float) -> torch.Tensor:
         return build_sigmas(steps, DEFAULT_SHIFT, length=40, sigma_max=start)
 
@@ -115,7 +115,7 @@ def test_an_even_schedule_falls_from_the_level_in_equal_steps_of_log_snr(level: 
     assert (times[0], times[-1]) == (torch.tensor(level), 0.0)
     assert (times[1:] < times[:-1]).all()
     log_snr = torch.log((1 - times[:-1].double()) / times[:-1].double())
-    end = math.log(1 / (level / (1 + math.exp(2.0))) - 1)  # of the level's share of sigmoid(-2)
+    end = math.log(1 / (level / (1 + math.exp(2.0))) - 1)  # `level` times sigmoid(-2)
     expected = torch.linspace(math.log(1 / level - 1), end, steps + 1, dtype=torch.float64)[:-1]
     torch.testing.assert_close(log_snr, expected, rtol=1e-4, atol=1e-4)
 

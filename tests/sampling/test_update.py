@@ -57,7 +57,7 @@ def test_a_row_in_a_batch_equals_the_row_alone_bit_for_bit(rows, seed: int) -> N
     )
     for index, (plan, _) in enumerate(rows):
         if plan.start_blend is None:
-            kept.source[index] = float("nan")  # a row without a blend may hold anything
+            kept.source[index] = float("nan")  # a row without a blend may have any values here
     evaluations = [plan.evaluations[at] for plan, at in rows]
     together = advance(
         state, StepTerms.of(evaluations), velocity=velocity, unconditional=unconditional, noise=noise, kept=kept
@@ -74,7 +74,7 @@ def test_a_row_in_a_batch_equals_the_row_alone_bit_for_bit(rows, seed: int) -> N
         assert torch.equal(network_input(own, StepTerms.of(evaluations[one])), inputs[one])
 
 
-def test_a_neighbour_s_nan_and_unused_terms_do_not_spread() -> None:
+def test_nan_of_neighbours_and_unused_terms_does_not_spread() -> None:
     euler, pingpong = make_plan("euler", 2).evaluations[0], make_plan("pingpong", 2).evaluations[0]
     last = make_plan("pingpong", 2).evaluations[-1]
     state = torch.ones(3, 1, CHANNELS, FRAMES)

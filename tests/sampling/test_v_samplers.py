@@ -20,7 +20,7 @@ from stable_audio_serve.sampling import (
     start_state,
 )
 from stable_audio_serve.sampling.karras import polyexponential_sigmas
-from stable_audio_serve.verification.sao_common import v_output
+from stable_audio_serve.verification.samplers import v_output
 from tests.goldens import load_open_goldens
 from tests.sampling.toys import linear_v_velocity, run_plan
 
@@ -35,7 +35,7 @@ CASES = sorted(
 
 
 def loosest(sampler: str) -> float:
-    """The goldens' own bounds, per size of the largest value."""
+    """Returns the stored error bound, relative to the largest value."""
     return 1e-6 if "ddim" in sampler else 1e-3 if sampler == "k-heun" else 1e-5
 
 
@@ -57,7 +57,7 @@ def test_sampler_matches_the_reference(name: str) -> None:
     noise, expected = COMMON.tensors["sampler/noise"], COMMON.tensors[f"{name}/out"]
     source = COMMON.tensors["sampler/init"] if name.endswith("_init") else None
     span = SigmaRange(arguments["sigma_min"], arguments["sigma_max"])
-    # The analytic model's other branch is 0.9 of the guided output.
+    # The analytic model's unconditional output is 0.9 of the guided output.
     guidance = Guidance(cfg_scale=2.0) if sampler == "v-ddim-cfgpp" else Guidance()
     plan = build_v_plan(sampler, arguments["steps"], span=span, guidance=guidance, has_source=source is not None)
     bound = loosest(sampler) * max(1.0, float(COMMON.tensors[f"{name}/x"].abs().max()))
@@ -98,7 +98,7 @@ def test_order_of_convergence_on_a_linear_equation(sampler: str, order: int) -> 
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp-2m-sde", "dpmpp-3m-sde", "k-dpmpp-2s-ancestral"])
-def test_plain_draws_give_the_data_s_distribution(sampler: str) -> None:
+def test_plain_draws_give_the_distribution_of_the_data(sampler: str) -> None:
     values = run_linear(sampler, 60, SigmaRange(0.01, 80.0), SeededNoise(3).initial((1, 20_000)), seed=4)
     assert abs(float(values.std()) / 0.5 - 1.0) < 0.03
     assert abs(float(values.mean())) < 0.02
@@ -151,7 +151,7 @@ def test_guidance_is_decided_per_evaluation_over_the_share_of_noise() -> None:
     assert 0 < sum(evaluation.guided for evaluation in plan.evaluations) < 30
 
 
-def test_cfgpp_needs_no_other_branch_where_guidance_is_off() -> None:
+def test_cfgpp_needs_one_branch_without_guidance() -> None:
     off, plain = (
         build_v_plan(sampler, 4, span=CARD, guidance=Guidance(), has_source=False)
         for sampler in ("v-ddim-cfgpp", "v-ddim")
@@ -159,11 +159,11 @@ def test_cfgpp_needs_no_other_branch_where_guidance_is_off() -> None:
     assert off == plain
 
 
-def test_no_sampler_of_this_family_is_offered_elsewhere() -> None:
+def test_v_samplers_are_not_offered_for_other_families() -> None:
     assert not set(V_SAMPLERS) & set(SAMPLERS)
 
 
-def test_the_adaptive_sampler_is_refused_with_its_reason() -> None:
+def test_the_adaptive_sampler_is_refused_with_a_reason() -> None:
     with pytest.raises(InvalidRequestError, match="chooses its steps from the data") as caught:
         build_v_plan("k-dpm-adaptive", 10, span=CARD, guidance=Guidance(), has_source=False)
     assert (caught.value.field, caught.value.allowed) == ("sampler_type", ", ".join(V_SAMPLERS))

@@ -12,13 +12,13 @@ from stable_audio_serve.sampling import NoiseSource, SamplerPlan, StepTerms, adv
 
 
 def toy_velocity(x: Tensor, times: Tensor) -> Tensor:
-    """The velocity of the sampler goldens: x (B, D, F), times (B,)."""
+    """The velocity of the stored sampler runs: x (B, D, F), times (B,)."""
     t = times.reshape(-1, *[1] * (x.dim() - 1))
     return 0.7 * x + 0.3 * t * torch.tanh(x) + 0.1 * torch.cos(3 * t)
 
 
 def linear_v_velocity(x: Tensor, t: float, *, deviation: float = 0.5) -> Tensor:
-    """The exact v for data that is normal around 0, `x` (B, D, F): its flow and its noising have closed solutions."""
+    """The exact v for data that is normal around 0, `x` (B, D, F). Flow and diffusion have closed-form solutions."""
     alpha, beta = math.cos(math.pi * t / 2), math.sin(math.pi * t / 2)
     variance = deviation**2
     return alpha * beta * (1 - variance) / (alpha**2 * variance + beta**2) * x
@@ -34,7 +34,7 @@ def run_plan(
 ) -> Tensor:
     """Run every evaluation of `plan` from the row's registers `state` (R, D, F). Returns the result (D, F).
 
-    `network` gives the guided output of (x, t), `unguided` the other branch's.
+    `network` returns the guided output of (x, t), `unguided` the unconditional branch's output.
     """
     batch = state[None]
     for evaluation in plan.evaluations:

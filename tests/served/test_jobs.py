@@ -15,8 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from stable_audio_serve.cli.metrics_page import exported_name
-from stable_audio_serve.core.metrics import METRICS
+from stable_audio_serve.core.metrics import METRICS, exported_name
 from tests.audio_files import make_audio_file
 from tests.patience import PATIENCE_S, wait_until
 from tests.served.conftest import OVER, make_body, make_long_body, submit, wait

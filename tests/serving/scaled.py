@@ -20,7 +20,7 @@ from ray.cluster_utils import Cluster
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ServeDeploySchema
 
-from benchmarks.servers.timed import DEVICE, TimedReplica, predict_stages
+from benchmarks.servers.timed import DEVICE, TimedReplica
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.open import open_store
@@ -120,7 +120,7 @@ def load_is_steady(backend: RayBackend, observer: Observer) -> list[int]:
     the last part, which is longer than what the policy looks back on and two delays.
     """
     request = GenerationRequest(prompt="", duration_s=1.0, steps=40, seed=0)
-    pause_s = predict_stages(DEVICE, request).total_ms / 1000.0 / (0.8 * 2)
+    pause_s = DEVICE.stages(request).total_ms / 1000.0 / (0.8 * 2)
     counts = observer.seen["busy"].counts
 
     async def run() -> list[int]:

@@ -155,7 +155,7 @@ def test_a_dead_letter_is_tried_again_once(operated: LaunchedServer, run: Run) -
     ticket = operated.client.post("/jobs", json=_BODY | {"model": "broken"}).json()
 
     def letters() -> list[dict[str, Any]]:
-        listed: list[dict[str, Any]] = json.loads(run("admin", "dead-letters", "list", "--json"))
+        listed: list[dict[str, Any]] = json.loads(run("admin", "dead-letters", "--json"))
         return listed
 
     (letter,) = wait_until(letters)
@@ -164,13 +164,13 @@ def test_a_dead_letter_is_tried_again_once(operated: LaunchedServer, run: Run) -
     assert status_of(operated)["models"]["broken"]["stage"] == "failed"
     assert "it is failed now" in run("admin", "load", "broken", "--wait", str(PATIENCE_S), code=1)
     run("admin", "unload", "broken")
-    assert "1 queued again" in run("admin", "dead-letters", "retry", number)
-    assert "no dead letters: 999" in run("admin", "dead-letters", "retry", "999", code=2)
+    assert "1 queued again" in run("admin", "dead-letters", number, "--retry")
+    assert "no dead letters: 999" in run("admin", "dead-letters", "999", "--retry", code=2)
     wait_until(letters)
-    shown = run("admin", "dead-letters", "show", number)
+    shown = run("admin", "dead-letters", number)
     assert shown.count("tried again by an operator") == 1
     assert sum(line.split()[-1:] == ["started"] for line in shown.splitlines()) == 2  # it has run once more
-    assert "1 deleted" in run("admin", "dead-letters", "delete", "--all")
+    assert "1 deleted" in run("admin", "dead-letters", "--delete", "--all")
     assert letters() == []
     wait_until(lambda: status_of(operated)["jobs"]["dead_letters"] == 0)
 

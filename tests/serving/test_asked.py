@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from stable_audio_serve.serving import asked as module
-from stable_audio_serve.serving.asked import Asked
+from stable_audio_serve.serving import operations as module
+from stable_audio_serve.serving.operations import Asked
 from tests.factories import FakeClock
 
 

@@ -20,7 +20,6 @@ from stable_audio_serve.serving.serve_file import read_serve_file
 KNOBS: dict[str, tuple[float, tuple[float, ...]]] = {
     "max_step_tokens": (4096, (0, 63, 2**21)),
     "slots": (4, (0, 1, 129)),
-    "batch_share": (0.5, (-0.1, 101)),
     "warmup_budget_s": (0.0, (-1, float("nan"))),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stable_audio_serve.core.metrics import NullMetrics
-from stable_audio_serve.serving.meters import RecentSum, StepMeter
+from stable_audio_serve.serving.metrics import RecentSum, StepMeter
 
 
 @dataclass

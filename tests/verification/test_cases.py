@@ -7,8 +7,8 @@ import torch
 
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.core.generation import ScheduleShift
-from stable_audio_serve.verification.cases import parse_case, skip_reason
 from stable_audio_serve.verification.goldens import Goldens
+from stable_audio_serve.verification.runs import parse_case, skip_reason
 
 CLIP = torch.randn(2, 50)
 

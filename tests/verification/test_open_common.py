@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from stable_audio_serve.sampling import brownian, multistep, open_flow, v_network
-from stable_audio_serve.verification import sao_common
-from stable_audio_serve.verification.bounds import REQUIRED_WITHOUT_MODEL
+from stable_audio_serve.verification import samplers
+from stable_audio_serve.verification.verify import REQUIRED_WITHOUT_MODEL
 from tests.goldens import OPEN_GOLDENS, load_open_goldens
 from tests.parameters import slow
 from tests.verification.folders import Answer, add_to_first, edit_facts, edit_tensors, run_verify
@@ -74,7 +74,7 @@ def lms_of_a_lower_order(patch: pytest.MonkeyPatch) -> None:
 
 
 def other_branch_as_the_guided_one(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(sao_common, "_UNGUIDED_SHARE", 1.0)
+    patch.setattr(samplers, "_UNGUIDED_SHARE", 1.0)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ import torch
 
 from stable_audio_serve.models.protocol import BranchConditioning
 from stable_audio_serve.models.sao import conditioners, denoiser, model, planning, receptive_field
+from stable_audio_serve.verification.end_to_end import objective_of
 from stable_audio_serve.verification.goldens import Goldens
-from stable_audio_serve.verification.sao_requests import ReplayedRow, objective_of
+from stable_audio_serve.verification.runs import RowNoise
 from tests.goldens import OPEN_GOLDENS, load_open_goldens
 from tests.parameters import slow
 from tests.verification.folders import add_to_first, edit_facts, edit_tensors, run_verify
@@ -140,8 +141,8 @@ def negative_without_seconds(patch: pytest.MonkeyPatch) -> None:
 
 
 def every_window_takes_the_first_frames_noise(patch: pytest.MonkeyPatch) -> None:
-    exact = ReplayedRow.window
-    patch.setattr(ReplayedRow, "window", lambda self, stage, start, **rest: exact(self, stage, 0, **rest))
+    exact = RowNoise.window
+    patch.setattr(RowNoise, "window", lambda self, stage, start, **rest: exact(self, stage, 0, **rest))
 
 
 def edits_without_a_mask(patch: pytest.MonkeyPatch) -> None:

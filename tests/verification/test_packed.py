@@ -6,24 +6,26 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from stable_audio_serve.engine import EngineOptions
-from stable_audio_serve.verification import observed
+from stable_audio_serve.models.protocol import StepBatch
+from stable_audio_serve.verification import runs
 from tests.parameters import slow
 from tests.verification.folders import make_quick_copy, run_verify
 
 
 @pytest.mark.parametrize("name", ["sharp-s", slow("sharp-l")])
 def test_packed_rows_pass_the_command(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(observed, "EngineOptions", partial(EngineOptions, mode="fast"))
+    monkeypatch.setattr(runs, "EngineOptions", partial(EngineOptions, mode="fast"))
     packed: list[bool] = []
-    denoise = observed.ObservedModel.denoise
+    denoise = runs.ObservedModel.denoise
 
-    def noted(self: observed.ObservedModel, batch: observed.StepBatch) -> observed.Tensor:
+    def noted(self: runs.ObservedModel, batch: StepBatch) -> Tensor:
         packed.append(bool(batch.frames))
         return denoise(self, batch)
 
-    monkeypatch.setattr(observed.ObservedModel, "denoise", noted)
+    monkeypatch.setattr(runs.ObservedModel, "denoise", noted)
     answer = run_verify(make_quick_copy(tmp_path / name, name=name))
     assert answer.exit_code == 0, "\n".join(answer.lines)
     assert packed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shutil
 from pathlib import Path
@@ -17,17 +16,22 @@ from stable_audio_serve.models.registry import resolve_entry
 from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.sampling import ReplayNoise
 from stable_audio_serve.verification.autoencoder import CallOrderNoise
-from stable_audio_serve.verification.cases import Case, parse_case
 from stable_audio_serve.verification.goldens import Goldens
-from stable_audio_serve.verification.observed import RowResult
-from stable_audio_serve.verification.replay import SilentWindows
-from stable_audio_serve.verification.sa3 import make_runner
+from stable_audio_serve.verification.runs import (
+    Case,
+    RowNoise,
+    draw_script,
+    parse_case,
+    plan_case,
+    replay_rows,
+    run_case,
+)
 from tests.goldens import SA3_GOLDENS
 from tests.models.loaded import assert_near
 
 pytestmark = pytest.mark.server
 
-SILENT = SilentWindows(ReplayNoise(0, (), num_rows=1).row(0))
+SILENT = RowNoise(ReplayNoise(0, (), num_rows=1).row(0))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +58,7 @@ def test_long_audio_is_coded_in_one_piece(folder: Path, model: Sa3Model) -> None
     stored, source = Goldens.load(folder), {"sample_rate": 1000, "tensor": "ae/audio_long"}
     tensors = {"ae/audio_long": stored["ae/audio_long"][0]}
     case = make_case(model, tensors, seed=3, duration=9.6, duration_padding_sec=0, sample_size=9600, init_audio=source)
-    (plan,) = make_runner(model).plan(case)
+    (plan,) = plan_case(model, case)
     assert plan.init_source is not None
     assert [(span.start, span.stop) for span in plan.init_source.windows] == [(0, 150)]
     assert [(span.start, span.stop) for span in plan.decode_windows] == [(0, 150)]
@@ -67,19 +71,13 @@ def test_long_audio_is_coded_in_one_piece(folder: Path, model: Sa3Model) -> None
 def test_a_run_decodes_with_the_noise_of_one_piece(folder: Path, model: Sa3Model) -> None:
     """The reference draws the start noise, one per step of pingpong, then the decoder's."""
     stored = Goldens.load(folder)
-    args, latents = stored.cases()["gen/t2a_default"]["args"], stored["gen/t2a_default/latents_keymask"]
+    args, latents = stored.facts["cases"]["gen/t2a_default"]["args"], stored["gen/t2a_default/latents_keymask"]
     noise = CallOrderNoise(args["seed"])
     for _ in range(1 + args["steps"]):
         noise.initial(tuple(latents.shape))
     (expected,) = model.decode([DecodeWindow(latents[0], 0, noise)])
 
-    async def run() -> list[RowResult]:
-        runner = make_runner(model)
-        try:
-            return await runner.run(make_case(model, {}, **args))
-        finally:
-            await runner.close()
-
-    (made,) = asyncio.run(run())
+    case = make_case(model, {}, **args)
+    (made,) = run_case(model, case, noise=replay_rows(case, draw_script(model, case)))
     assert made.audio.shape == (2, 2337)
     assert_near(made.audio, expected[:, :2337], within=1e-4)

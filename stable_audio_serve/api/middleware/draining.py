@@ -1,7 +1,7 @@
 """The end of a process, or a rest: new work is refused, event streams end so that clients reconnect, answers in flight
 are counted.
 
-Does not know who ends it: the launcher stops the whole server, an operator takes it out for a while, Ray Serve replaces
+There are three causes: the launcher stops the whole server, an operator takes it out for a while, Ray Serve replaces
 one replica by another.
 """
 
@@ -24,16 +24,15 @@ _READING = frozenset({"GET", "HEAD"})
 
 
 class Draining:
-    """One per application, used on its event loop. Neither `leave` nor `stop` can be undone."""
+    """One per application, used on its event loop. `leave` and `stop` cannot be undone."""
 
     def __init__(self, readiness: Readiness) -> None:
         self._readiness = readiness
         self._leaving = asyncio.Event()
         self._is_replaced = False
-        self._is_stopping = False
-        self._is_resting = False
+        self._refusal: str | None = None  # why new work is refused
         self._in_flight: set[object] = set()
-        self._from_before: set[object] = set()
+        self._at_rest: frozenset[object] | None = None  # in flight when the rest began
 
     @property
     def num_in_flight(self) -> int:
@@ -42,8 +41,8 @@ class Draining:
 
     @property
     def num_from_before(self) -> int:
-        """Those of them that were there when the rest began: what it has to finish."""
-        return len(self._from_before)
+        """The requests in flight that arrived before the rest began, which it has to finish."""
+        return len(self._in_flight & (self._at_rest or set()))
 
     @property
     def is_leaving(self) -> bool:
@@ -51,19 +50,14 @@ class Draining:
         return self._leaving.is_set()
 
     @property
-    def is_stopping(self) -> bool:
-        """Whether the whole server ends, so that new requests are refused."""
-        return self._is_stopping
-
-    @property
     def is_resting(self) -> bool:
         """Whether an operator takes the whole server out, so that new work is refused."""
-        return self._is_resting
+        return self._at_rest is not None
 
     @property
     def refuses_some(self) -> bool:
         """Whether requests count only once they are admitted."""
-        return self._is_stopping or self._is_resting
+        return self._refusal is not None
 
     def leave(self) -> None:
         """Another process takes over: end the event streams, which would keep this one. The rest is still answered."""
@@ -72,55 +66,52 @@ class Draining:
 
     def stop(self) -> None:
         """No other process takes over: refuse new requests from now on, too."""
-        self._is_stopping = True
-        self._readiness.block(_CAUSE, _STOPPING)
+        self._refuse(_STOPPING)
         self.leave()
 
     def rest(self) -> None:
-        """Refuse new work until `resume`: what only reads is answered, so that clients get what was begun here."""
-        if self._is_resting or self._is_stopping:
-            return
-        self._is_resting = True
-        self._from_before = set(self._in_flight)
-        self._readiness.block(_CAUSE, _RESTING)
-        self._leaving.set()
+        """Refuse new work until `resume`. Reading is allowed, so that clients get the results of work begun here."""
+        if self._refusal is None:
+            self._at_rest = frozenset(self._in_flight)
+            self._refuse(_RESTING)
+            self._leaving.set()
 
     def resume(self) -> None:
         """Take new work again, unless the server stops."""
-        if not self._is_resting or self._is_stopping:
-            return
-        self._is_resting = False
-        self._from_before = set()
-        self._readiness.clear(_CAUSE)
-        if not self._is_replaced:
-            self._leaving.clear()
+        if self._refusal == _RESTING:
+            self._refusal = self._at_rest = None
+            self._readiness.clear(_CAUSE)
+            if not self._is_replaced:
+                self._leaving.clear()
 
     def admit(self, scope: Scope) -> None:
         """Let a request in that is no probe. Raises StoppingError for what this server does not take any more."""
-        if self._is_stopping:
-            raise StoppingError(_STOPPING, retry_after_s=_RETRY_AFTER_S)
-        if self._is_resting and scope["method"] not in _READING:
-            raise StoppingError(_RESTING, retry_after_s=_RETRY_AFTER_S)
+        refusal = self._refusal
+        if refusal == _STOPPING or (refusal is not None and scope["method"] not in _READING):
+            raise StoppingError(refusal, retry_after_s=_RETRY_AFTER_S)
         if "visit" in scope:  # a request that came before counts already
             self._in_flight.add(scope["visit"])
 
     def begin(self) -> object:
         """Count a request from now on, unless it must be admitted first. Returns it."""
         visit = object()
-        if not self.refuses_some:
+        if self._refusal is None:
             self._in_flight.add(visit)
         return visit
 
     def end(self, visit: object) -> None:
         """Its answer is complete."""
         self._in_flight.discard(visit)
-        self._from_before.discard(visit)
 
     async def pause(self, duration_s: float) -> None:
         """Sleep, at most until this process has to leave."""
         with suppress(TimeoutError):
             async with asyncio.timeout(duration_s):
                 await self._leaving.wait()
+
+    def _refuse(self, sentence: str) -> None:
+        self._refusal = sentence
+        self._readiness.block(_CAUSE, sentence)
 
 
 class DrainingMiddleware:

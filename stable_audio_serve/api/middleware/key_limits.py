@@ -87,7 +87,7 @@ class KeyLimiter:
     async def admitted(self, key: ApiKey, *, audio_s: float, takes_place: bool) -> AsyncIterator[Admission]:
         """Charge `audio_s` to the key's client, and hold a place of it for the length of the block.
 
-        The audio does not count when the block raises, unless it ran out of its own time or its client went away.
+        The audio does not count when the block raises, unless the request ran out of time or its client went away.
         Raises QuotaError, and ForbiddenError for more audio than the key may have in a whole minute.
         """
         admission = Admission()

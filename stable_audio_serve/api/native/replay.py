@@ -26,8 +26,7 @@ from stable_audio_serve.api.native.routes import AUDIO_RESPONSES, TAG
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.audio.encode import AudioFormat
-from stable_audio_serve.audio.finish import FileOrder, FinishedFile, TakeOrigin, finish, finish_window
-from stable_audio_serve.audio.mix import to_mono
+from stable_audio_serve.audio.finish import ClipOrigin, FileOrder, FinishedFile, finish, finish_window
 from stable_audio_serve.audio.recipe import MOST_BYTES, MOST_REGIONS, Recipe, RecipeMaker, RecipeSource, is_exact
 from stable_audio_serve.audio.workers import hash_file
 from stable_audio_serve.core.catalog import ModelCard
@@ -112,7 +111,7 @@ def build_router(service: Service) -> APIRouter:
             result = await service.generate(card, generation, caller=request.state.caller, started_at=started_at)
         except InvalidRequestError as error:
             raise _fault(error.field or "recipe", error.message) from error
-        output = await service.finish_by(result, lambda: _finish(result, recipe, origin=TakeOrigin.of(generation)))
+        output = await service.finish_by(result, lambda: _finish(result, recipe, origin=ClipOrigin.of(generation)))
         note(request.scope, num_bytes=output.file.num_bytes)
         response = audio_answer(request, output, file_format=AudioFormat(recipe.response_format))
         response.headers[REPLAY] = "exact" if is_exact(recipe, result.made_on) else "close"
@@ -121,7 +120,7 @@ def build_router(service: Service) -> APIRouter:
     return router
 
 
-def _finish(result: GenerationResult, recipe: Recipe, *, origin: TakeOrigin | None) -> FinishedFile:
+def _finish(result: GenerationResult, recipe: Recipe, *, origin: ClipOrigin | None) -> FinishedFile:
     """Returns the file that a recipe describes. CPU work."""
     if recipe.peaks == "full":
         return finish_window(result, num_samples=recipe.samples, origin=origin)
@@ -230,7 +229,7 @@ async def _find_sources(
     sources = {sha256: await service.decode(found[sha256], card, padding_s=padding_s) for sha256 in recipe.hashes}
     mixed = {source.sha256 for source in (recipe.init_audio, recipe.inpaint_audio) if source and source.is_mixed}
     return await service.compute(
-        lambda: {key: to_mono(audio) if key in mixed else audio for key, audio in sources.items()}
+        lambda: {key: audio.to_mono() if key in mixed else audio for key, audio in sources.items()}
     )
 
 

@@ -1,5 +1,5 @@
-"""Calls of the text encoder and of the audio decoder, which may be captured as graphs: their inputs are then written to
-fixed tensors. A decoder call takes several windows of one length. Knows no rows.
+"""Calls of the text encoder and the audio decoder. They may replay captured graphs, whose inputs are fixed tensors. One
+decoder call takes several windows of equal length. Independent of rows.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from stable_audio_serve.sampling.noise import NoiseSource
 
 
 def captured_prompts(num_prompts: int) -> int:
-    """Returns how many prompts the call has that is captured for these; 0: none is."""
+    """Returns the batch size of the captured call for this many prompts; 0 if none can hold them."""
     return GRAPH_ROWS[bisect_left(GRAPH_ROWS, num_prompts)] if num_prompts <= GRAPH_ROWS[-1] else 0
 
 
 @dataclass(frozen=True, slots=True)
 class TextShape:
-    """A call over `prompts` prompts of T tokens each, whose embeddings are `width` wide."""
+    """A call over `prompts` prompts of T tokens each; embeddings have `width` values per token."""
 
     prompts: int
     tokens: int
@@ -48,12 +48,12 @@ class TextShape:
     def num_outputs(self) -> int:
         return self.size * self.width
 
-    def told(self, inputs: Tensor) -> Tensor:
-        """Returns ids and mask (B, 2, T) as a view."""
+    def ids_and_mask(self, inputs: Tensor) -> Tensor:
+        """Returns token ids and mask (B, 2, T) as a view of the input memory."""
         return inputs.view(self.prompts, 2, self.tokens)
 
     def embeddings(self, outputs: Tensor) -> Tensor:
-        """Returns tokens (B, T, width) float32 as a view."""
+        """Returns embeddings (B, T, width) float32 as a view of the output memory."""
         return outputs.view(self.prompts, self.tokens, self.width)
 
 
@@ -66,38 +66,38 @@ class TextCalls:
         self._graphs = graphs
 
     def embed(self, prompts: Sequence[str]) -> list[TextEmbedding]:
-        """Returns the prompts' embeddings, from one call."""
+        """Embed the prompts in one call."""
         model = self._model
         if not isinstance(model, TokenModel):
             return model.encode_text(prompts)
         tokens = model.tokenize(prompts)
-        told, read = tokens.told, tokens.chars_read
+        ids_and_mask, read = tokens.ids_and_mask, tokens.chars_read
         if self._device.can_capture and (num_prompts := captured_prompts(len(prompts))):
             shape = TextShape(num_prompts, *model.text_size)
             if captured := self._graphs.find(shape, self._run):
                 buffer = self._device.host_buffer(shape.prompts, 2, shape.tokens, dtype=torch.int64)
-                buffer[: len(told)] = told
-                buffer[len(told) :] = 0  # prompts of padding
-                there = shape.told(captured.memory.inputs)
-                there.copy_(buffer, non_blocking=True)
+                buffer[: len(ids_and_mask)] = ids_and_mask
+                buffer[len(ids_and_mask) :] = 0  # padding prompts
+                on_device = shape.ids_and_mask(captured.memory.inputs)
+                on_device.copy_(buffer, non_blocking=True)
                 captured.replay()
                 embeddings = shape.embeddings(captured.memory.outputs)
-                return TextEmbedding.each(prompts, embeddings, mask=there[:, 1], chars_read=read)
-        there = self._device.upload(told)
-        return TextEmbedding.each(prompts, model.embed_tokens(there), mask=there[:, 1], chars_read=read)
+                return TextEmbedding.each(prompts, embeddings, mask=on_device[:, 1], chars_read=read)
+        on_device = self._device.upload(ids_and_mask)
+        return TextEmbedding.each(prompts, model.embed_tokens(on_device), mask=on_device[:, 1], chars_read=read)
 
     def _run(self, shape: TextShape, memory: CallMemory) -> None:
         assert isinstance(self._model, TokenModel)
-        shape.embeddings(memory.outputs).copy_(self._model.embed_tokens(shape.told(memory.inputs)))
+        shape.embeddings(memory.outputs).copy_(self._model.embed_tokens(shape.ids_and_mask(memory.inputs)))
 
 
-# A call over more takes the device so much longer than the host that there is nothing to win, and a graph keeps the
-# memory of the largest call.
+# Above this size the device needs so much longer than the host that a graph saves nothing, and the pool keeps the
+# memory of its largest graph.
 _MOST_LATENTS = 512
 
 
 def captured_windows(num_windows: int, *, frames: int) -> int:
-    """Returns how many windows of so many latents the call has that is captured for these; 0: none is."""
+    """Returns the batch size of the captured call for this many windows of `frames` latents; 0: run without a graph."""
     if num_windows > GRAPH_ROWS[-1]:
         return 0
     padded = GRAPH_ROWS[bisect_left(GRAPH_ROWS, num_windows)]
@@ -106,7 +106,7 @@ def captured_windows(num_windows: int, *, frames: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """What a window is given of `NoiseSource.window`: float32 of this shape."""
+    """One call of `NoiseSource.window` that decoding a window makes; it returns float32 of this shape."""
 
     stage: str
     shape: tuple[int, ...]
@@ -115,7 +115,7 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class DecodeShape:
-    """A call over `windows` windows of latents (D, F) each, which become audio (C, S)."""
+    """A call over `windows` windows: latents (D, F) each, decoded to audio (C, S) each."""
 
     windows: int
     latents: tuple[int, int]
@@ -158,35 +158,35 @@ class DecodeCalls:
         self._model = model
         self._device = device
         self._graphs = graphs
-        self._draws: dict[int, tuple[Draw, ...]] = {}  # of a window of so many latents
+        self._draws: dict[int, tuple[Draw, ...]] = {}  # by the window's latent frames
 
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
-        """Returns the audio (C, S_window) float32 of windows of one length, from one call."""
+        """Decode windows of equal length in one call. Returns their audio (C, S_window) float32."""
         model, num_frames = self._model, windows[0].latents.shape[-1]
         count = captured_windows(len(windows), frames=num_frames)
         if not (count and self._device.can_capture and model.spec.captures_decode):
             return model.decode(windows)
         if num_frames not in self._draws:
-            watched = _WatchedNoise(windows[0].noise)
-            audio = model.decode([replace(windows[0], noise=watched), *windows[1:]])
-            self._draws[num_frames] = tuple(dict.fromkeys(watched.draws))
-            self._graphs.find(self._shape(count, num_frames), self._run)  # one more miss
+            recording = _RecordingNoise(windows[0].noise)
+            audio = model.decode([replace(windows[0], noise=recording), *windows[1:]])
+            self._draws[num_frames] = tuple(dict.fromkeys(recording.draws))
+            self._graphs.find(self._shape(count, num_frames), self._run)  # counts this call as a miss
             return audio
         shape = self._shape(count, num_frames)
         captured = self._graphs.find(shape, self._run)
         if captured is None:
             return model.decode(windows)
-        self._tell(windows, shape=shape, inputs=captured.memory.inputs)
+        self._write_inputs(windows, shape=shape, inputs=captured.memory.inputs)
         captured.replay()
         return list(captured.memory.outputs.view(count, *shape.audio)[: len(windows)].clone())
 
     def _run(self, shape: DecodeShape, memory: CallMemory) -> None:
         latents, *drawn = shape.read(memory.inputs)
         names = [draw.stage for draw in shape.draws]
-        noises = [_GivenNoise(dict(zip(names, own, strict=True))) for own in zip(*drawn, strict=True)]
+        noises = [_StoredNoise(dict(zip(names, own, strict=True))) for own in zip(*drawn, strict=True)]
         windows = [
             DecodeWindow(own, start=0, noise=noise)
-            for own, noise in zip(latents, noises or [_GivenNoise({})] * shape.windows, strict=True)
+            for own, noise in zip(latents, noises or [_StoredNoise({})] * shape.windows, strict=True)
         ]
         torch.stack(self._model.decode(windows), out=memory.outputs.view(shape.windows, *shape.audio))
 
@@ -199,20 +199,20 @@ class DecodeCalls:
             draws=self._draws[frames],
         )
 
-    def _tell(self, windows: Sequence[DecodeWindow], *, shape: DecodeShape, inputs: Tensor) -> None:
-        """Write the windows' latents and noise; what is left over are older ones."""
+    def _write_inputs(self, windows: Sequence[DecodeWindow], *, shape: DecodeShape, inputs: Tensor) -> None:
+        """Write the windows' latents and noise. Unused places keep old values."""
         latents, *drawn = shape.read(inputs)
         torch.stack([window.latents for window in windows], out=latents[: len(windows)])
-        for draw, there in zip(shape.draws, drawn, strict=True):
-            for window, target in zip(windows, there, strict=False):
+        for draw, targets in zip(shape.draws, drawn, strict=True):
+            for window, target in zip(windows, targets, strict=False):
                 noise = window.noise.window(
                     draw.stage, window.start, shape=draw.shape, frame_axis=draw.frame_axis, device=self._model.device
                 )
                 target.copy_(noise)
 
 
-class _WatchedNoise:
-    """A row's noise; `draws` are what it was asked for."""
+class _RecordingNoise:
+    """Wraps a row's noise and records each window draw in `draws`."""
 
     def __init__(self, noise: NoiseSource) -> None:
         self._noise = noise
@@ -231,8 +231,8 @@ class _WatchedNoise:
         return self._noise.window(stage, start, shape=shape, frame_axis=frame_axis, device=device)
 
 
-class _GivenNoise:
-    """Draws that are there already, by stage."""
+class _StoredNoise:
+    """Returns noise that was drawn before, by stage."""
 
     def __init__(self, drawn: Mapping[str, Tensor]) -> None:
         self._drawn = drawn

@@ -1,5 +1,5 @@
-"""Where the constants of the rows' denoiser inputs are kept on the device: each once, however many rows share it, and
-where a call finds it by a number. Knows no rows and no model.
+"""Keeps the constant denoiser inputs of rows on the device. Rows that share a value share one copy, which a call
+addresses by number. Independent of rows and models.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from stable_audio_serve.models.protocol import BranchConditioning, RowConditioni
 
 @dataclass(frozen=True, slots=True)
 class HeldBranch:
-    """Where one branch's values are, by name; a name that is missing means zeros."""
+    """The slots and pages of one branch's values, by name. A missing name means zeros."""
 
     slots: Mapping[str, int]
     pages: Mapping[str, Pages]
@@ -24,7 +24,7 @@ class HeldBranch:
 
 @dataclass(slots=True)
 class HeldConditioning:
-    """What `ConditioningArena.hold` keeps for one or more users: `share` adds one, `free` ends one's use."""
+    """Conditioning kept by `ConditioningArena.hold`, counted by users: `share` adds one, `free` removes one."""
 
     conditional: HeldBranch
     unconditional: HeldBranch | None
@@ -32,20 +32,20 @@ class HeldConditioning:
     _num_users: int = 1
 
     def share(self) -> HeldConditioning:
-        """Returns the same value for one more user."""
+        """Add a user and return the same value."""
         self._num_users += 1
         return self
 
     def free(self) -> None:
-        """End one use; after the last one the memory is given back."""
+        """Remove a user. The last one frees the memory."""
         self._num_users -= 1
         if self._num_users == 0:
-            self._arena.give_back(self)
+            self._arena.free(self)
 
 
 @dataclass(slots=True)
 class ConditioningArena:
-    """All conditioning of one engine. Arenas are made when a name is first seen. Used by one thread."""
+    """All conditioning of one engine. An arena is created when its name is first used. Used by one thread."""
 
     device: Device
     slots: dict[str, SlotArena] = field(default_factory=dict)
@@ -53,12 +53,12 @@ class ConditioningArena:
 
     @property
     def num_moves(self) -> int:
-        """How often memory that was in use has moved."""
+        """How often memory in use has moved."""
         slots, frames = self.slots.values(), self.frames.values()
         return sum(arena.num_moves for arena in slots) + sum(arena.num_moves for arena in frames)
 
     def hold(self, conditioning: RowConditioning) -> HeldConditioning:
-        """Keep both branches; a tensor that both have is kept once."""
+        """Copy both branches to the device; a tensor that both share is copied once."""
         slots: dict[int, int] = {}
         pages: dict[int, Pages] = {}
 
@@ -83,10 +83,10 @@ class ConditioningArena:
         other = conditioning.unconditional
         return HeldConditioning(keep(conditioning.conditional), None if other is None else keep(other), self)
 
-    def give_back(self, held: HeldConditioning) -> None:
-        """Let others use the memory of a value without users."""
+    def free(self, held: HeldConditioning) -> None:
+        """Free the slots and pages of a value that has no users."""
         branches = [branch for branch in (held.conditional, held.unconditional) if branch is not None]
         for name, slot in {(name, slot) for branch in branches for name, slot in branch.slots.items()}:
-            self.slots[name].give_back(slot)
+            self.slots[name].free(slot)
         for name, pages in {(name, pages) for branch in branches for name, pages in branch.pages.items()}:
-            self.frames[name].give_back(pages)
+            self.frames[name].free(pages)

@@ -1,7 +1,7 @@
-"""Turns rows and windows into calls of the model and hides how those run: as they are, packed (rows of
-different lengths one after another, without padding), or as captured graphs.
+"""Turns rows and windows into model calls. A call runs eagerly, packed (rows of different lengths one after another,
+without padding) or as a captured graph; callers see no difference.
 
-A call that raises runs again item by item, so that only the item that causes the error fails.
+If a call raises, its items run again one by one, so that only the faulty item fails.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ from stable_audio_serve.models.protocol import (
 def denoise_packed(
     model: DiffusionModel, batch: StepBatch, *, frames: Sequence[int], valid_frames: Sequence[int]
 ) -> Tensor:
-    """Returns the network output (B, D, F) float32 of a padded batch, which runs packed; 0 behind each row's `frames`.
+    """Run a padded batch packed. Returns the network output (B, D, F) float32, 0 after each row's `frames`.
 
-    Nothing of the padding is read. For a model whose spec says `packs_rows`.
+    Padding is never read. Requires a model whose spec sets `packs_rows`.
     """
     packed = replace(batch, x=pack(batch.x, frames), valid=None, frames=tuple(frames), valid_frames=tuple(valid_frames))
     return unpack(model.denoise(packed), frames, padded=batch.x.shape[-1])
 
 
 def pack(x: Tensor, frames: Sequence[int]) -> Tensor:
-    """Returns the first `frames` of each row of x (B, D, F), one row after another: (1, D, N)."""
+    """Concatenate the first `frames` of each row of x (B, D, F) to (1, D, N)."""
     return torch.cat([row[:, :count] for row, count in zip(x, frames, strict=True)], dim=1)[None]
 
 
 def unpack(x: Tensor, frames: Sequence[int], *, padded: int) -> Tensor:
-    """Returns the rows of x (1, D, N), padded with zeros: (B, D, padded)."""
+    """Split x (1, D, N) into rows and pad them with zeros: (B, D, padded)."""
     rows = x.new_zeros(len(frames), x.shape[1], padded)
     for target, row in zip(rows, x[0].split(list(frames), dim=1), strict=True):
         target[:, : row.shape[1]] = row
@@ -66,7 +66,7 @@ Result = TypeVar("Result")
 class Executor:
     """Runs device work for the engine thread. Results are in the order of the inputs.
 
-    Up to `together` windows or prompts of equal shape share a call; 1 (strict mode) gives each a separate call.
+    Up to `together` windows or prompts of equal shape share a call. In strict mode it is 1: one call for each.
     """
 
     def __init__(
@@ -92,11 +92,10 @@ class Executor:
 
     @cached_property
     def arena(self) -> FrameArena:
-        """The rows' registers. Memory is taken on the engine's thread, with the first row."""
+        """The rows' registers. Allocated on the engine's thread with the first row."""
         return FrameArena(self._model.spec.card.latent_channels, device=self._model.device)
 
     def embed(self, prompts: Sequence[str]) -> list[TextEmbedding | Exception]:
-        """Returns the prompts' embeddings."""
         outcomes: list[TextEmbedding | Exception] = []
         for start in range(0, len(prompts), self._together):
             outcomes += run_isolated(prompts[start : start + self._together], self._text.embed)
@@ -115,7 +114,7 @@ class Executor:
         return self._policy.split([row.lane for row in rows])
 
     def hold(self, parts: Tensor) -> HeldFrames:
-        """Returns where the parts (N, D, F) float32 of one row are kept: its registers, then what a blend keeps."""
+        """Copy one row's parts (N, D, F) float32 to the device: its registers, then the blend inputs if it blends."""
         num_parts, _, frames = parts.shape
         held = HeldFrames.take(self.arena, frames=frames, num_parts=num_parts)
         table = torch.tensor(held.parts, dtype=torch.int32)
@@ -123,7 +122,7 @@ class Executor:
         return held
 
     def release(self, held: HeldFrames, *, part: int) -> Tensor:
-        """Returns one part (D, F) of what was held, and gives all of it back."""
+        """Free a row's pages. Returns one part (D, F) of them."""
         table = self._device.upload(torch.tensor(held.parts[part], dtype=torch.int32))
         latents = read(self.arena.memory, table, frames=held.frames)
         held.free()
@@ -132,7 +131,7 @@ class Executor:
     def denoise(self, rows: Sequence[Row], calls: Sequence[Call]) -> list[tuple[Row, Exception]]:
         """Run one evaluation of every row: network, guidance, update. Returns the rows that failed.
 
-        A row's registers, draws and work all advance, or none of them does.
+        For each row, registers, draws and work advance together or not at all.
         """
         failures: list[tuple[Row, Exception]] = []
         for call in calls:
@@ -162,28 +161,28 @@ class Executor:
         return [outcomes[i] for i in range(len(windows))]
 
     def _evaluate(self, rows: Sequence[Row], *, call: Call) -> Sequence[Row]:
-        """Advance the registers of every row by one evaluation, from one call of the network. Returns the rows."""
-        told = [_step_row(row) for row in rows]
+        """Advance every row's registers by one evaluation in one network call. Returns the rows."""
+        step_rows = [_step_row(row) for row in rows]
         is_packed_by_host = bool(call.lengths) and call.room is None
         own = StepShape.of(
-            told,
-            network_rows=sum(len(row.branches) for row in told) if is_packed_by_host else call.rows,
+            step_rows,
+            network_rows=sum(len(row.branches) for row in step_rows) if is_packed_by_host else call.rows,
             frames=call.frames,
             latent_channels=self._model.spec.card.latent_channels,
         )
         shape = own if call.room is None else PackedShape(own, call.room, self._model.spec.num_prefix)
         if is_packed_by_host:
-            plans = [row.plan for row, known in zip(rows, told, strict=True) for _ in known.branches]
+            plans = [row.plan for row, step_row in zip(rows, step_rows, strict=True) for _ in step_row.branches]
             frames, seen = [plan.frames for plan in plans], [plan.valid_frames for plan in plans]
-            inputs = StepInputs.read(self._device.upload(own.write(told, self._device)), own)
+            inputs = StepInputs.read(self._device.upload(own.write(step_rows, self._device)), own)
             denoise = partial(denoise_packed, self._model, frames=frames, valid_frames=seen)
             run_step(denoise, inputs, memories=self._memories(), frames=own.frames)
-        elif not self._device.can_capture or not self._replay(shape.general(), told):
-            self._run(shape, self._device.upload(shape.write(told, self._device)))
+        elif not self._device.can_capture or not self._replay(shape.general(), step_rows):
+            self._run(shape, self._device.upload(shape.write(step_rows, self._device)))
         return rows
 
     def _replay(self, shape: StepShape | PackedShape, rows: Sequence[StepRow]) -> bool:
-        """Run a captured step. Returns whether it is captured."""
+        """Replay the captured step of this shape. Returns False if there is none."""
         if self._moves != (moves := self.arena.num_moves + self.conditioning.num_moves):
             self._graphs.forget("denoise")
             self._moves = moves
@@ -195,7 +194,7 @@ class Executor:
         return True
 
     def capture_next(self, *, is_idle: bool) -> bool:
-        """Capture one more shape of calls; few and quick ones while others wait. Returns whether there was one."""
+        """Capture one more call shape; while rows wait, only rare, quick captures. Returns whether one was captured."""
         return self._graphs.capture_next(is_idle=is_idle)
 
     def _run(self, shape: StepShape | PackedShape, inputs: Tensor) -> None:
@@ -206,7 +205,7 @@ class Executor:
             run_step(denoise, StepInputs.read(inputs, shape), memories=memories, frames=shape.frames)
 
     def _run_on(self, shape: StepShape | PackedShape, memory: CallMemory) -> None:
-        """What a step makes is written to the arenas."""
+        """Run a step for capture. It writes its results to the arenas, not to `memory.outputs`."""
         self._run(shape, memory.inputs)
 
     def _memories(self) -> Memories:
@@ -218,9 +217,9 @@ class Executor:
 
 
 def run_isolated(items: Sequence[Item], run: Callable[[Sequence[Item]], Sequence[Result]]) -> list[Result | Exception]:
-    """Returns one result per item from `run(items)`; if that raises, each item runs alone and may yield its exception.
+    """Returns one result per item from `run(items)`. If that raises, each item runs alone and may yield its exception.
 
-    `run` must have no effect when it raises. Errors in DEVICE_LOST are raised, since no item caused them.
+    `run` must have no effect when it raises. Errors in DEVICE_LOST are re-raised, since no single item caused them.
     """
     try:
         return list(run(items))

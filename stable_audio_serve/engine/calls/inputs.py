@@ -1,5 +1,5 @@
-"""What rows need before their first evaluation: noise, prompt embeddings, encoded sources. Each prompt and each source
-is encoded once for all rows that share it. Knows no registers and no later phase.
+"""The inputs of a row's first evaluation: noise, prompt embeddings and encoded sources. Each prompt and each source is
+encoded once for all rows that share it. Independent of registers and later phases.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class PromptCache:
         self._embeddings: OrderedDict[str, TextEmbedding] = OrderedDict()
 
     def get(self, prompt: str) -> TextEmbedding | None:
-        """Returns the embedding of exactly this prompt, or None."""
+        """Returns the embedding of this exact prompt, or None."""
         embedding = self._embeddings.get(prompt)
         if embedding is not None:
             self._embeddings.move_to_end(prompt)
         return embedding
 
     def put(self, embedding: TextEmbedding) -> None:
-        """Keep an embedding and drop the least recently used ones. An embedding above the bound is not kept."""
+        """Add an embedding and drop the least recently used ones. An embedding larger than the cache is skipped."""
         if embedding.num_bytes > self._max_bytes or embedding.prompt in self._embeddings:
             return
         self._embeddings[embedding.prompt] = embedding
@@ -59,7 +59,7 @@ class PromptCache:
 
 
 class RowInputs:
-    """Takes rows from waiting through encoding. Used by the engine thread only; returns the rows that failed."""
+    """Takes rows from waiting through encoding; methods return the rows that failed. Used by the engine thread only."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class RowInputs:
         self._pace = pace
         self._clock = clock
         self._metrics = metrics
-        self._ready: Moment | None = None  # all that rows share and that was asked for so far
+        self._ready: Moment | None = None  # after the shared device work queued so far
 
     def start(self, rows: Sequence[Row]) -> Failures:
         """Open the rows' noise and sources and set their prompts. Rows without sources are complete afterwards."""
@@ -129,13 +129,13 @@ class RowInputs:
         return failures
 
     def _encode(self, windows: Sequence[EncodeWindow]) -> Sequence[Tensor | Exception]:
-        if not windows:  # other rows of the request had them encoded
+        if not windows:  # another row of the request has already encoded them
             return []
         calls = [((1, window.samples.shape[-1] // self._model.spec.hop),) for window in windows]
         return self._times.time("encode", calls, run=lambda: self._executor.encode(windows))
 
     def _embed(self, rows: Sequence[Row]) -> Failures:
-        """Set the rows' prompt embeddings: cached ones, and all new ones of this turn encoded together."""
+        """Set the rows' prompt embeddings. Prompts missing from the cache are encoded together."""
         rows = [row for row in rows if row.request.shared.prompts is None]
         prompts = dict.fromkeys(prompt for row in rows for prompt in _prompts(row))
         known: dict[str, TextEmbedding | Exception] = {
@@ -174,7 +174,7 @@ class RowInputs:
         noises[row.id] = RowNoise(source, row.plan.sampler, shape=shape, drawer=drawer)
 
     def _open_sources(self, row: Row, encoding: Encoding) -> None:
-        """Set up the encodings of a row's sources; the request's rows share them unless the encoder draws noise."""
+        """Set up the encodings of a row's sources. Rows of a request share them unless the encoder draws noise."""
         shared = {} if self._model.spec.noisy_source_encoder else row.request.shared.sources
         for stage, plan in (("init", row.plan.init_source), ("inpaint", row.plan.inpaint_source)):
             if plan is not None:
@@ -186,11 +186,11 @@ class RowInputs:
 
 
 def _prompts(row: Row) -> list[str]:
-    """Returns the row's prompt and, if it has one, its negative prompt."""
+    """Returns the row's prompt and its negative prompt, if any."""
     negative = row.plan.negative_prompt
     return [row.plan.prompt] if negative is None else [row.plan.prompt, negative]
 
 
 def _lengths_left(sources: Mapping[str, SourceEncoding]) -> tuple[int, ...]:
-    """Returns the latent frames of each source window still to encode."""
+    """Returns the latent frames of each source window that is not encoded yet."""
     return tuple(frames for source in sources.values() for frames in source.lengths_left)

@@ -1,5 +1,5 @@
-"""Draws each row's latent noise on one side thread, a step before the engine needs it, so that the device never waits
-for random numbers. A row's draws stay in order; rows share only the thread. Knows nothing of models.
+"""Draws each row's latent noise on one side thread, one step ahead, so that the device never waits for random numbers.
+The draws of a row stay in order. Independent of models.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from stable_audio_serve.sampling.plan import SamplerPlan
 
 
 class RowNoise:
-    """The draws of one row, used by the engine thread; `source` also serves the row's windows.
+    """The draws of one row, used by the engine thread. `source` also serves the row's windows.
 
-    `drawer` must run one task at a time in order. Draws after the last one with a non-zero weight are skipped. The
-    noise of kept frames has a stream of its own, so that it does not change the others.
+    `drawer` must run one task at a time, in order. Draws after the last one with a non-zero weight are skipped. The
+    noise of kept frames has a separate stream, so that it does not change the other draws.
     """
 
     def __init__(self, source: NoiseSource, plan: SamplerPlan, *, shape: tuple[int, int], drawer: Executor) -> None:
-        """`shape` is the row's own latent (D, F). The initial draw starts at once."""
+        """`shape` is the row's latent shape (D, F). The initial draw starts at once."""
         self.source = source
         self._shape = shape
         self._drawer = drawer
@@ -37,24 +37,24 @@ class RowNoise:
         return self._initial.result()
 
     def kept(self) -> Tensor:
-        """Returns the noise of kept frames (D, F) float32 on the CPU. Raises RuntimeError if the plan keeps none."""
+        """Returns the noise of kept frames (D, F) float32 on the CPU. Raises RuntimeError if the plan has no blend."""
         if self._kept is None:
             raise RuntimeError("a row that keeps no frames asked for their noise")
         return self._kept.result()
 
     def current(self) -> Tensor | None:
-        """Returns the current evaluation's draw (D, F) float32 on the CPU, or None if no further draw has a weight.
+        """Returns the current evaluation's draw (D, F) float32 on the CPU; None if no draw from here on has a weight.
 
         Returns the same tensor until `advance`, so that a failed step can run again.
         """
         return self._next.result() if self._next else None
 
     def advance(self) -> None:
-        """Drop the draw of the finished evaluation and start the next."""
+        """Drop the current draw and start the next one."""
         self._draw_next()
 
     def cancel(self) -> None:
-        """Stop drawing, because the row ended."""
+        """Stop drawing because the row ended."""
         self._num_left = 0
         if self._next:
             self._next.cancel()

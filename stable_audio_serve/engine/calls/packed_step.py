@@ -1,6 +1,6 @@
-"""One evaluation of packed rows whose lengths only the device knows: what the host tells it, in one copy, and what it
-does then. As `step`, but nothing is padded to the longest row: registers are read and written page by page, and the
-network sees the rows' frames one after another. Knows no queue.
+"""One evaluation of packed rows whose lengths are data on the device: the host's input buffer, sent in one copy, and
+the device work. Like `step`, but without padding to the longest row: registers are read and written page by page, and
+the network gets the rows' frames one after another. Independent of the queue.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from stable_audio_serve.models.segments import Segments
 from stable_audio_serve.sampling.guidance import NUM_GUIDANCE, GuidanceBatch, PagedRows, guidance_values, guide
 from stable_audio_serve.sampling.update import NUM_VALUES, Kept, StepTerms, advance, network_input
 
-_NUM_FLOAT_SECTIONS = 2  # of the buffer: the first ones
+_NUM_FLOAT_SECTIONS = 2  # the first sections of the buffer
 
 
 @dataclass(frozen=True, slots=True)
 class PackedShape:
-    """All that a captured call of packed rows has fixed. Of `own`, whose frames are the longest row's, everything but
-    its buffer holds here, too. Each row has `num_prefix` tokens of the network's own.
+    """Everything that is fixed in a captured call of packed rows.
 
-    Below N are rows, B network rows, and G pages of 64 frames, all of them room for as many or fewer.
+    `own` is the shape of the same rows padded to the longest; all but its buffer layout applies here too. The network
+    adds `num_prefix` tokens to each row. N rows, B network rows and G pages of 64 frames are capacities: a call may use
+    fewer.
     """
 
     own: StepShape
@@ -39,7 +40,7 @@ class PackedShape:
     num_prefix: int
 
     def general(self) -> PackedShape:
-        """Returns the shape that takes any rows which need no more memory than these: what is worth capturing."""
+        """Returns the shape to capture: it takes any rows that need no more memory than these."""
         return replace(self, own=self.own.general())
 
     @property
@@ -52,7 +53,7 @@ class PackedShape:
 
     @property
     def inputs(self) -> tuple[int, torch.dtype]:
-        """Zeros are a step without rows."""
+        """Size and dtype of the input buffer. A buffer of zeros is a step without rows."""
         return sum(self.sizes), torch.float32
 
     @property
@@ -61,12 +62,12 @@ class PackedShape:
 
     @property
     def num_pages(self) -> int:
-        """Rows that fit into the tokens cannot have more pages than this."""
+        """The most pages that rows of this many tokens can have."""
         return self.room.tokens // PAGE_FRAMES + self.own.rows
 
     @property
     def sizes(self) -> list[int]:
-        """How many values of 4 bytes each section of the buffer has, in the order of `PackedInputs.read`."""
+        """The number of 4-byte values in each section of the buffer, in the order of `PackedInputs.read`."""
         own, pages, network_rows = self.own, self.num_pages, self.room.rows
         return [
             own.rows * NUM_VALUES,
@@ -83,7 +84,7 @@ class PackedShape:
         ]
 
     def write(self, rows: Sequence[StepRow], device: Device) -> Tensor:
-        """Returns a host buffer that tells the device all about these rows, to be copied there at once."""
+        """Returns a host buffer with all inputs of these rows, ready for one copy to the device."""
         sizes = self.sizes
         buffer = device.host_buffer(sum(sizes), dtype=torch.float32)
         branches = [len(row.branches) for row in rows]
@@ -139,7 +140,7 @@ class PackedShape:
 
 
 def _by_page(rows: Sequence[Sequence[Pages]], counts: Sequence[int], *, num_parts: int) -> list[int]:
-    """Returns the pages of each row's parts, those of the same frames together, `NOTHING` for parts that it lacks."""
+    """Returns the pages of each row's parts, grouped by page; `NOTHING` for missing parts."""
     return [
         parts[part][page] if part < len(parts) else NOTHING
         for parts, count in zip(rows, counts, strict=True)
@@ -150,15 +151,16 @@ def _by_page(rows: Sequence[Sequence[Pages]], counts: Sequence[int], *, num_part
 
 @dataclass(frozen=True, slots=True)
 class PackedInputs:
-    """What the device is told; whole numbers are int32. What is not there is 0: a row without frames, a page that is
-    only read where nothing is, and written where nobody reads."""
+    """The step's inputs on the device; integers are int32. Unused entries are 0: rows of 0 frames, and page `NOTHING`,
+    which reads as zeros and is never written.
+    """
 
     values: Tensor  # (N, NUM_VALUES)
     guidance: Tensor  # (N, NUM_GUIDANCE)
     frames: Tensor  # (N,)
     valid_frames: Tensor  # (N,)
-    first_page: Tensor  # (N,) of the pages here
-    conditional: Tensor  # (N,) the network rows of each row, the same one twice if it is not guided
+    first_page: Tensor  # (N,) index into the G pages
+    conditional: Tensor  # (N,) network row of each row; equal to `unconditional` if the row is not guided
     unconditional: Tensor
     lanes: Tensor  # (B,) the row of each network row
     lane_frames: Tensor  # (B,)
@@ -169,11 +171,11 @@ class PackedInputs:
     kept: Tensor  # (G, 3, 1), or nothing
     slots: Tensor  # (names, B)
     by_frame: Tensor  # (names, B, P) pages of the arenas of these names
-    noise: Tensor  # (G, D, 64) float32, anything where a row uses none; or nothing
+    noise: Tensor  # (G, D, 64) float32, arbitrary for rows that use none; or empty
 
     @classmethod
     def read(cls, buffer: Tensor, shape: PackedShape) -> PackedInputs:
-        """Returns views of a buffer that `shape` wrote."""
+        """Returns views of a buffer written by `shape.write`."""
         own = shape.own
         values, guidance, *whole, noise = buffer.split(shape.sizes)
         (
@@ -213,7 +215,7 @@ class PackedInputs:
 def run_packed_step(
     denoise: Callable[[StepBatch], Tensor], inputs: PackedInputs, *, memories: Memories, shape: PackedShape
 ) -> None:
-    """Advance the registers of N rows by one evaluation each. Nothing is written if the network fails."""
+    """Advance the registers of N rows by one evaluation each. If the network fails, nothing is written."""
     memory, own, rows = memories.registers, shape.own, inputs.page_rows
     frame = inputs.page_starts[:, None] + torch.arange(PAGE_FRAMES, device=memory.device, dtype=torch.int32)
     state = read(memory, inputs.registers, frames=PAGE_FRAMES)
@@ -240,13 +242,13 @@ def run_packed_step(
         kept = Kept(mask=mask[:, 0] != 0.0, source=source, noise=noise)
     drawn = inputs.noise if own.draws else None
     moved = advance(state, terms, velocity=velocity, unconditional=unconditional, noise=drawn, kept=kept)
-    # What lies behind a row's own frames stays 0: the next call may be longer, and 0 x NaN is NaN.
+    # Keep 0 after a row's frames: the next call may be longer, and 0 x NaN is NaN.
     is_own = frame < inputs.frames.index_select(0, rows)[:, None]
     write(memory, inputs.registers, values=torch.where(is_own[:, None, None], moved, 0.0))
 
 
 def _paged_rows(inputs: PackedInputs, shape: PackedShape) -> PagedRows:
-    """Returns which pages make up each row."""
+    """Returns the pages of each row."""
     place = torch.arange(pages_of(shape.room.longest), device=inputs.frames.device, dtype=torch.int32)
     counts = (inputs.frames + PAGE_FRAMES - 1) // PAGE_FRAMES
     pages = torch.where(place < counts[:, None], inputs.first_page[:, None] + place, shape.num_pages)
@@ -254,7 +256,7 @@ def _paged_rows(inputs: PackedInputs, shape: PackedShape) -> PagedRows:
 
 
 class _Tokens:
-    """The network's tokens, and where they come from and go to."""
+    """The network's tokens and their mapping to pages."""
 
     def __init__(self, inputs: PackedInputs, shape: PackedShape) -> None:
         self._inputs = inputs
@@ -270,7 +272,7 @@ class _Tokens:
         self._frames = torch.where(segments.is_frame, segments.positions - shape.num_prefix, 0)  # (tokens,) in its row
 
     def batch(self, x: Tensor, *, times: Tensor, memories: Memories) -> StepBatch:
-        """Returns what the network reads, of latents x (G, D, 64) and times (N,)."""
+        """Gather the network's inputs from latents x (G, D, 64) and times (N,)."""
         inputs, own, segments = self._inputs, self._shape.own, self.segments
         first = PAGE_FRAMES * inputs.first_page.index_select(0, inputs.lanes)
         places = first.index_select(0, segments.rows) + self._frames
@@ -289,14 +291,14 @@ class _Tokens:
         )
 
     def _read(self, memory: Tensor, table: Tensor) -> Tensor:
-        """Returns what pages (B, P) of a memory hold for each token, (1, channels, tokens)."""
+        """Gather each token's values from pages (B, P) of a memory: (1, channels, tokens)."""
         rows, frames = self.segments.rows, self._frames
         pages = table.flatten().index_select(0, rows * table.shape[1] + frames // PAGE_FRAMES)
         values = memory[pages, :, frames % PAGE_FRAMES]
         return torch.where(self.segments.is_frame[:, None], values, 0.0).T[None]
 
     def pages(self, output: Tensor, branches: Tensor, *, frame: Tensor) -> Tensor:
-        """Returns the output (D, tokens) of each row's network row `branches` (N,) by page, (G, D, 64)."""
+        """Scatter output (D, tokens) of the network rows `branches` (N,) to pages: (G, D, 64)."""
         first = self.segments.offsets.index_select(0, branches) + self._shape.num_prefix
         places = first.index_select(0, self._inputs.page_rows)[:, None] + frame
         taken = output.index_select(1, places.clamp(max=output.shape[1] - 1).flatten())

@@ -1,5 +1,5 @@
-"""The state of one request that the caller's event loop and the engine thread share: reply, cancellation, timings; and
-the inbox through which requests reach the engine thread.
+"""The state of a request that the caller's event loop and the engine thread share: reply, cancellation and timings.
+Also the inbox through which requests reach the engine thread.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ class Inbox:
         self._changed.set()
 
     def wake(self) -> None:
-        """Wake the engine thread: something was cancelled, or it should stop."""
+        """Wake the engine thread after a cancellation, or to stop it."""
         self._changed.set()
 
     def wait(self, timeout_s: float) -> None:
-        """Block until something arrives or `wake` is called, at most `timeout_s`."""
+        """Block until a request arrives or `wake` is called, at most `timeout_s`."""
         self._changed.wait(timeout_s)
 
     def take(self) -> list[RequestState]:
-        """Returns everything submitted since the last call."""
+        """Returns the requests submitted since the last call."""
         self._changed.clear()
         with self._lock:
             taken = list(self._requests)
@@ -67,7 +67,7 @@ class Inbox:
         return taken
 
     def close(self) -> list[RequestState]:
-        """Accept nothing more. Returns the requests that were never taken."""
+        """Accept no more requests. Returns those not taken yet."""
         with self._lock:
             self._closed = True
         return self.take()
@@ -78,7 +78,7 @@ TimedStage = Literal["queue", "text", "source", "denoise", "stalled", "decode"]
 
 
 class Reply:
-    """Sends results, errors and progress to the caller's event loop. Usable from any thread."""
+    """Sends results, errors and progress to the caller's event loop. Thread-safe."""
 
     def __init__(self, on_progress: ProgressCallback | None) -> None:
         """Must be called on the caller's event loop."""
@@ -88,12 +88,11 @@ class Reply:
 
     @property
     def is_abandoned(self) -> bool:
-        """Whether the caller is gone because its event loop is closed."""
+        """Whether the caller's event loop is closed."""
         return self._loop.is_closed()
 
     @property
     def wants_progress(self) -> bool:
-        """Whether the caller asked for progress."""
         return self._on_progress is not None
 
     def resolve(self, result: GenerationResult) -> None:
@@ -119,7 +118,7 @@ class Reply:
 
 
 class StageClock:
-    """Splits a request's wall time into stages without gaps: each mark adds the time since the last to one stage."""
+    """Splits a request's wall time into stages without gaps: `mark` assigns the time since the last mark to a stage."""
 
     def __init__(self, started_at: float) -> None:
         self._started_at = self._last_at = started_at
@@ -145,20 +144,20 @@ class StageClock:
         )
 
 
-def late(request: GenerationRequest) -> DeadlineExceededError:
+def deadline_error(request: GenerationRequest) -> DeadlineExceededError:
     """Returns the error for a request that did not finish in time."""
     message = f"the request did not finish within its {request.deadline_s:g} s"
     return DeadlineExceededError(message, field="deadline_s")
 
 
-def late_start(request: GenerationRequest) -> StartTimeoutError:
+def start_timeout_error(request: GenerationRequest) -> StartTimeoutError:
     """Returns the error for a request that did not start in time."""
     return StartTimeoutError(f"the request did not start within its {request.start_within_s:g} s")
 
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """The embeddings of a request's prompt and, where some evaluation is guided with one, its negative prompt."""
+    """The embeddings of a request's prompt and its negative prompt; `negative` is None if no evaluation uses it."""
 
     prompt: TextEmbedding
     negative: TextEmbedding | None
@@ -166,21 +165,21 @@ class Prompts:
 
 @dataclass(slots=True)
 class SharedParts:
-    """What the rows of a request share, made by the first of them that gets so far; None before."""
+    """Values that the rows of a request share. The first row that needs one creates it; None before."""
 
     prompts: Prompts | None = None
     sources: dict[str, SourceEncoding] = field(default_factory=dict)  # by stage; unless the encoder draws noise
     conditioning: HeldConditioning | None = None  # unless it depends on a row's own noise
 
     def release(self) -> None:
-        """Give back what is kept for rows to come."""
+        """Drop the conditioning that was kept for later rows."""
         if self.conditioning is not None:
             self.conditioning.free()
             self.conditioning = None
 
 
 class RequestRow(Protocol):
-    """What a request needs to know about each of its rows; `engine.rows.Row` implements it."""
+    """What a request reads from its rows; `engine.calls.rows.Row` implements it."""
 
     id: RowId
     plan: RowPlan
@@ -188,7 +187,7 @@ class RequestRow(Protocol):
 
     @property
     def fraction(self) -> float:
-        """How much of the row is done, 0..1; never falls."""
+        """Completed share of the row, 0..1; never decreases."""
         ...
 
     @property
@@ -203,7 +202,7 @@ class RequestRow(Protocol):
 
 
 class RequestState:
-    """One accepted request. The fields from `clock` on are for the engine thread only; any thread may call `cancel`."""
+    """One accepted request. Fields from `clock` on belong to the engine thread; any thread may call `cancel`."""
 
     def __init__(
         self,
@@ -237,11 +236,11 @@ class RequestState:
 
     @property
     def is_abandoned(self) -> bool:
-        """Whether the request was cancelled or its caller is gone."""
+        """Whether the request was cancelled or its caller's event loop is closed."""
         return self._cancelled or self.reply.is_abandoned
 
     def progress(self, queue_position: int | None) -> Progress:
-        """Returns the progress of all variations together; stage and fraction never go back."""
+        """Returns the progress over all variations; stage and fraction never decrease."""
         rows = self.rows
         fraction = sum(row.fraction for row in rows) / len(rows)
         steps_total = sum(len(row.plan.sampler.step_ends) for row in rows)

@@ -1,4 +1,4 @@
-"""The engine thread's view of one row: one variation of one request with its own registers, noise and windows."""
+"""The engine thread's state of one row: one variation of a request with its registers, noise and windows."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ from stable_audio_serve.sampling.noise import NoiseSource
 from stable_audio_serve.sampling.plan import Evaluation
 from stable_audio_serve.sampling.update import StepNumbers
 
-# The progress at which a row's phases end: rough values that make progress monotone.
+# Progress at the end of each phase: rough values that keep progress monotone.
 _ENCODED, _DENOISED = 0.05, 0.9
 
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """Accepted, or ended: holds nothing."""
+    """Accepted or ended; holds no device memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """Its noise is being drawn and its sources, by stage (init, inpaint), are being encoded."""
+    """The row's noise is being drawn, and its sources, by stage (init, inpaint), are being encoded."""
 
     noise: RowNoise
     prompts: Prompts
-    ready: Moment  # of the second queue: prompts and the windows that were asked for are there
+    ready: Moment  # on the second queue, after the prompts and the windows queued so far
     sources: dict[str, SourceEncoding] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Stepping:
-    """Between two evaluations: its registers, and behind them what a blended plan keeps, are `held` on the device."""
+    """Between two evaluations. `held` is the row's device memory: registers, then blend inputs if the plan blends."""
 
     noise: RowNoise
     conditioning: HeldConditioning
-    numbers: Sequence[StepNumbers]  # of each evaluation
+    numbers: Sequence[StepNumbers]  # one per evaluation
     held: HeldFrames
 
 
@@ -59,7 +59,7 @@ class Decoding:
     noise: NoiseSource
     latents: Tensor
     audio: AudioAssembly
-    ready: Moment  # the latents, then the windows that were asked for are there
+    ready: Moment  # after the latents and the windows queued so far
 
 
 RowPhase = Waiting | Encoding | Stepping | Decoding
@@ -70,7 +70,7 @@ class Row:
     """Mutable state of one row; tensors live on the model's device."""
 
     def __init__(self, row_id: RowId, request: RequestState, *, index: int, plan: RowPlan, work: RowWork) -> None:
-        """`index` is the variation's place in the request."""
+        """`index` is the variation's position in the request."""
         self.id = row_id
         self.request = request
         self.index = index
@@ -93,7 +93,7 @@ class Row:
 
     @property
     def lane(self) -> Lane:
-        """What the next evaluation needs in a device call."""
+        """The size of the next evaluation in a device call."""
         return self.work.lane
 
     @property
@@ -103,12 +103,12 @@ class Row:
 
     @property
     def steps_done(self) -> int:
-        """The number of finished sampler steps, as the client counts them."""
+        """The number of finished sampler steps, as reported to clients."""
         return bisect_right(self.plan.sampler.step_ends, self.work.num_done)
 
     @property
     def fraction(self) -> float:
-        """How much of the row is done, 0..1; never falls."""
+        """Completed share of the row, 0..1; never decreases."""
         encoded = _share_done(self._encode_total, sum(self.work.encode_left))
         denoised = self.work.num_done / max(len(self.work.branches), 1)
         decoded = _share_done(self._decode_total, sum(self.work.decode_left))
@@ -124,11 +124,11 @@ class Row:
         self.phase = Waiting()
 
 
-Failures = list[tuple[Row, Exception]]  # rows and why each failed
+Failures = list[tuple[Row, Exception]]
 
 
 def run_alone(row: Row, action: Callable[[Row], None]) -> Failures:
-    """Run an action for a single row. Returns the row as failed if it raises."""
+    """Run an action for one row. Returns the row and its error if the action raises."""
     try:
         action(row)
     except DEVICE_LOST:
@@ -151,7 +151,7 @@ def row_work(plan: RowPlan, *, hop: int) -> RowWork:
 
 
 def make_assembly(plan: RowPlan, *, hop: int, channels: int, is_fixed: bool, device: Device) -> AudioAssembly:
-    """Returns the empty output of a planned row; `is_fixed`: its windows are those of the plan."""
+    """Returns the empty output of a planned row. `is_fixed`: decode the windows exactly as planned."""
     return AudioAssembly(
         plan.decode_windows,
         device=device,

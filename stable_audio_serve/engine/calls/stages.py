@@ -1,6 +1,6 @@
-"""The phases of picked rows: inputs, evaluations, decoded audio. Everything but evaluations runs beside them, where the
-device can. Knows neither prompts nor how sources are encoded (`inputs` does), and no scheduler; returns failed rows to
-the loop, which ends their requests.
+"""The phases of picked rows: inputs, evaluations, decoded audio. Encoding and decoding run beside evaluations on
+devices with a second queue. Failed rows are returned to the loop, which ends their requests. `inputs` handles prompts
+and sources. Independent of the scheduler.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from stable_audio_serve.sampling.update import Kept, StepNumbers, start_state
 
 
 class Stages:
-    """Advances rows phase by phase. Used by the engine thread only; every phase returns the rows that failed."""
+    """Advances rows phase by phase. Every phase returns the rows that failed. Used by the engine thread only."""
 
     def __init__(
         self,
@@ -67,17 +67,17 @@ class Stages:
         self._delivering: deque[tuple[Row, Moment]] = deque()
 
     def start(self, rows: Sequence[Row]) -> Failures:
-        """Start rows: noise, prompts, sources. Rows without sources can begin afterwards."""
+        """Start rows: open their noise, prompts and sources. Rows without sources are then ready to begin."""
         return self._inputs.start(rows)
 
     def encode(self, rows: Sequence[Row]) -> Failures:
-        """Encode the next source windows of each row; a row can begin after its last window."""
+        """Encode the next source windows of each row. After its last window, a row is ready to begin."""
         return self._inputs.encode(rows)
 
     def begin(self, rows: Sequence[Row], *, at_once: bool = True) -> Failures:
-        """Set the conditioning and registers of rows whose text and sources are encoded, after which they can step.
+        """Set the conditioning and registers of rows whose text and sources are encoded; they can step afterwards.
 
-        Not `at_once`: only of rows for which the device need not wait.
+        Without `at_once`, skip rows whose inputs the device has not finished.
         """
         failures: Failures = []
         for row in rows:
@@ -88,12 +88,12 @@ class Stages:
         return failures
 
     def denoise(self, rows: Sequence[Row]) -> Failures:
-        """Run one evaluation of every row; a row can be decoded after its last one."""
+        """Run one evaluation of every row. After its last evaluation, a row is ready to decode."""
         calls = self._executor.calls(rows)
         lanes = [row.lane for row in rows]
         tokens = sum(lane.branches * lane.frames for lane in lanes)
         groups = [call.groups for call in calls]
-        self._pace.saw_step(sum(self._cost.groups_ms("denoise", own) for own in groups))
+        self._pace.record_step(sum(self._cost.groups_ms("denoise", own) for own in groups))
         failures = self._times.time("denoise", groups, run=lambda: self._executor.denoise(rows, calls))
         failpoint("between_steps")
         self._metrics.observe("engine_rows_per_step", len(rows))
@@ -107,7 +107,7 @@ class Stages:
         return failures
 
     def decode(self, rows: Sequence[Row], *, others_wait: bool = False) -> Failures:
-        """Decode the next windows of each row into its audio; short ones if other rows wait for it."""
+        """Decode the next windows of each row; short windows if other rows wait."""
         failpoint("before_decode")
         max_frames = self._pace.decode_frames(len(rows), others_wait=others_wait)
         decoding = {row.id: row.in_phase(Decoding) for row in rows}
@@ -140,15 +140,15 @@ class Stages:
         return list(failed.values())
 
     def deliver(self, row: Row) -> None:
-        """Note that a row's work is all asked for: `delivered` returns it when its audio is on the host."""
+        """Track a row whose work is all queued. `delivered` returns it once its audio is on the host."""
         self._delivering.append((row, row.in_phase(Decoding).ready))
 
     def delivered(self, *, wait: bool = False) -> tuple[list[Row], Failures]:
-        """Returns the rows whose audio has arrived, and those of them whose audio is not a number.
+        """Returns the rows whose audio has arrived, and those among them with non-finite audio as failures.
 
-        With `wait`, at least one row that is on its way is waited for.
+        With `wait`, block until at least one pending row arrives.
         """
-        self._device.collect()  # in every turn, so that little has to be moved at once
+        self._device.collect()  # every turn, so that each collection moves little
         arrived: list[Row] = []
         failures: Failures = []
         while self._delivering:
@@ -160,15 +160,15 @@ class Stages:
             self._device.collect()
             self._delivering.popleft()
             if not isinstance(row.phase, Decoding):
-                continue  # it ended meanwhile
-            row.request.clock.mark("decode", self._clock.monotonic())  # the device ended later than it was asked
+                continue  # the row ended before its audio arrived
+            row.request.clock.mark("decode", self._clock.monotonic())  # the device finished after the work was queued
             arrived.append(row)
             if not row.phase.audio.is_finite:
                 failures.append((row, GenerationError("the model made audio that is not a number")))
         return arrived, failures
 
     def capture(self, *, is_idle: bool) -> bool:
-        """Prepare one more shape of calls to run faster; rarely while others wait. Returns whether there was one."""
+        """Capture one more call shape; rarely while rows wait. Returns whether there was one."""
         return self._executor.capture_next(is_idle=is_idle)
 
     @property
@@ -177,7 +177,7 @@ class Stages:
         return self._times.has_room_beside
 
     def keep_pace(self) -> None:
-        """Wait until the device is at most a few calls behind, and learn how long its calls took."""
+        """Wait until the device is at most a few calls behind, and record how long its calls took."""
         self._times.keep_pace()
 
     def _begin(self, row: Row) -> Failures:
@@ -202,7 +202,7 @@ class Stages:
         try:
             conditioning = self._condition(row, encoding)
         except Exception:
-            held.free()  # no phase of the row has it yet
+            held.free()  # the row does not own it yet
             raise
         row.phase = Stepping(encoding.noise, conditioning, numbers, held)
 
@@ -223,7 +223,7 @@ class Stages:
         return held
 
     def _take_latents(self, row: Row) -> None:
-        """Move a row's result from registers to latents."""
+        """Move a row from stepping to decoding: copy its latents and free its registers."""
         stepping, spec = row.in_phase(Stepping), self._model.spec
         audio = make_assembly(
             row.plan, hop=spec.hop, channels=spec.card.channels, is_fixed=self._pace.is_fixed, device=self._device

@@ -1,6 +1,6 @@
-"""One evaluation of rows that share a device call: what the host tells the device, in one copy, and what it does then.
+"""One evaluation of rows that share a device call: the host's input buffer, sent in one copy, and the device work.
 
-Every row has its own sampler, step, guidance and noise. Knows no queue.
+Each row has its own sampler, step, guidance and noise. Independent of the queue.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from stable_audio_serve.sampling.guidance import NUM_GUIDANCE, GuidanceBatch, Gu
 from stable_audio_serve.sampling.plan import Guidance
 from stable_audio_serve.sampling.update import NUM_VALUES, Kept, StepNumbers, StepTerms, TermUse, advance, network_input
 
-_NUM_FLOAT_SECTIONS = 2  # of the buffer: the first ones
-KEPT_PARTS = 3  # mask, source, noise: behind the registers of a row whose plan blends
+_NUM_FLOAT_SECTIONS = 2  # the first sections of the buffer
+KEPT_PARTS = 3  # mask, source, noise: they follow the registers of a row whose plan blends
 
 
 @dataclass(frozen=True, slots=True)
 class StepRow:
-    """What the host knows of one row's evaluation; `noise` (D, F_row) float32 on the host, if it is used."""
+    """The host's inputs for one row's evaluation. `noise` is (D, F_row) float32 on the host; None if not used."""
 
     numbers: StepNumbers
     guidance: Guidance
     guided: bool
     valid_frames: int
     num_registers: int
-    held: HeldFrames  # the registers, then what a blend keeps
-    branches: Sequence[HeldBranch]  # the unconditional one, if it is guided, behind the conditional one
+    held: HeldFrames  # the registers, then the blend inputs
+    branches: Sequence[HeldBranch]  # conditional, then unconditional if the row is guided
     noise: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """What decides how a call of N rows and B network rows looks: all that a captured graph has fixed.
+    """The shape of a call of N rows and B network rows: everything that is fixed in a captured graph.
 
-    `guides` None: no row is guided. Rows may be fewer than `rows`; what is left over does nothing.
+    `guides` None: no row is guided. A call may have fewer rows than `rows`; unused ones have no effect.
     """
 
     rows: int
@@ -53,12 +53,12 @@ class StepShape:
     use: TermUse
     guides: GuidanceUse | None
     draws: bool  # some row uses noise
-    constants: tuple[str, ...]  # of the conditioning: names that some branch has
+    constants: tuple[str, ...]  # names of conditioning constants that some branch has
     by_frame: tuple[str, ...]
 
     @classmethod
     def of(cls, rows: Sequence[StepRow], *, network_rows: int, frames: int, latent_channels: int) -> StepShape:
-        """Returns the shape that fits these rows and no others."""
+        """Returns the shape that fits exactly these rows."""
         guided = [row.guidance for row in rows if row.guided]
         branches = [branch for row in rows for branch in row.branches]
         return cls(
@@ -75,7 +75,7 @@ class StepShape:
         )
 
     def general(self) -> StepShape:
-        """Returns the shape that takes any rows which need no more memory than these: what is worth capturing."""
+        """Returns the shape to capture: it takes any rows that need no more memory than these."""
         return replace(
             self,
             rows=self.network_rows,
@@ -94,7 +94,7 @@ class StepShape:
 
     @property
     def inputs(self) -> tuple[int, torch.dtype]:
-        """Zeros are a step without rows."""
+        """Size and dtype of the input buffer. A buffer of zeros is a step without rows."""
         return sum(self._sizes), torch.float32
 
     @property
@@ -103,7 +103,7 @@ class StepShape:
 
     @property
     def _sizes(self) -> list[int]:
-        """How many values of 4 bytes each section of the buffer has, in the order of `StepInputs.read`."""
+        """The number of 4-byte values in each section of the buffer, in the order of `StepInputs.read`."""
         num, pages = self.rows, self.rows * pages_of(self.frames)
         return [
             num * NUM_VALUES,
@@ -121,14 +121,14 @@ class StepShape:
         ]
 
     def write(self, rows: Sequence[StepRow], device: Device) -> Tensor:
-        """Returns a host buffer that tells the device all about these rows, to be copied there at once."""
+        """Returns a host buffer with all inputs of these rows, ready for one copy to the device."""
         buffer = device.host_buffer(sum(self._sizes), dtype=torch.float32)
         branches = [2 if row.guided else 1 for row in rows]
         first = [sum(branches[:index]) for index in range(len(rows))]
         registers = [row.held.parts[: row.num_registers] for row in rows]
         kept = [row.held.parts[row.num_registers :] if self.use.blends else () for row in rows]
         own = [branch for row in rows for branch in row.branches]
-        spare = own[:1] or [HeldBranch({}, {})]  # what is left over repeats the first
+        spare = own[:1] or [HeldBranch({}, {})]  # unused network rows repeat the first
         held = own + spare * (self.network_rows - len(own))
         pages = [[branch.pages.get(name, ()) for branch in held] for name in self.by_frame]
         sizes = self._sizes
@@ -160,13 +160,13 @@ class StepShape:
                 length = 0 if row.noise is None else row.noise.shape[1]
                 if row.noise is not None:
                     target[:, :length] = row.noise
-                target[:, length:] = 0.0  # left over memory may hold what is not a number
+                target[:, length:] = 0.0  # uninitialised memory may hold NaN
             noise[len(rows) :] = 0.0
         return buffer
 
 
 def join_sections(sections: Sequence[Sequence[float]], *, sizes: Sequence[int]) -> list[float]:
-    """Returns the sections one after another, each filled up with zeros to its size: for rows that are not there."""
+    """Concatenate the sections, each padded with zeros to its size."""
     joined: list[float] = []
     for section, size in zip(sections, sizes, strict=True):
         joined += section
@@ -176,10 +176,10 @@ def join_sections(sections: Sequence[Sequence[float]], *, sizes: Sequence[int]) 
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """What the device is told of N rows in a call of B network rows over F frames; whole numbers are int32.
+    """The step's inputs on the device: N rows in a call of B network rows over F frames. Integers are int32.
 
-    `lanes` (B,): the row of each network row; the ones behind the last row's are row 0's again. `conditional` and
-    `unconditional` (N,): the network rows of each row, the same one twice if it is not guided.
+    `lanes` (B,) is the row of each network row; unused network rows repeat row 0. `conditional` and `unconditional`
+    (N,) are the network rows of each row, equal if the row is not guided.
     """
 
     terms: StepTerms
@@ -193,11 +193,11 @@ class StepInputs:
     kept: Tensor | None  # pages (N, 3, P)
     constants: Mapping[str, Tensor]  # slots (B,)
     by_frame: Mapping[str, Tensor]  # pages (B, P)
-    noise: Tensor | None  # (N, D, F) float32, anything where a row uses none
+    noise: Tensor | None  # (N, D, F) float32, arbitrary for rows that use none
 
     @classmethod
     def read(cls, buffer: Tensor, shape: StepShape) -> StepInputs:
-        """Returns views of a buffer that `shape` wrote."""
+        """Returns views of a buffer written by `shape.write`."""
         num = shape.rows
         values, guidance, *others, noise = buffer.split(shape._sizes)
         valid, own, lanes, conditional, unconditional, registers, kept, constants, by_frame = (
@@ -224,7 +224,7 @@ class StepInputs:
 
 @dataclass(frozen=True, slots=True)
 class Memories:
-    """What the arenas of an engine hold: registers, and conditioning by name."""
+    """The engine's arenas: registers, and conditioning by name."""
 
     registers: Tensor
     constants: Mapping[str, Tensor]
@@ -238,7 +238,7 @@ def run_step(
     memories: Memories,
     frames: int,
 ) -> None:
-    """Advance the registers of N rows by one evaluation each. Nothing is written if the network fails."""
+    """Advance the registers of N rows by one evaluation each. If the network fails, nothing is written."""
     memory = memories.registers
     frame = torch.arange(frames, device=memory.device)
     valid = frame < inputs.valid_frames
@@ -262,5 +262,5 @@ def run_step(
         mask, source, noise = read(memory, inputs.kept, frames=frames).unbind(1)
         kept = Kept(mask=mask[:, 0] != 0.0, source=source, noise=noise)
     moved = advance(state, inputs.terms, velocity=velocity, unconditional=unconditional, noise=inputs.noise, kept=kept)
-    # What lies behind a row's own frames stays 0: the next call may be longer, and 0 x NaN is NaN.
+    # Keep 0 after a row's frames: the next call may be longer, and 0 x NaN is NaN.
     write(memory, inputs.registers, values=torch.where(frame < inputs.own_frames, moved, 0.0))

@@ -1,5 +1,5 @@
-"""Measures a newly loaded model on typical shapes, so that the first prediction is already accurate; the measurements
-also trigger lazy initialisation. Stops at the end of its time budget. Knows no requests of callers.
+"""Times a newly loaded model on typical shapes, so that the first prediction is already accurate. The runs also trigger
+lazy initialisation. Stops when its time budget is used up. Independent of callers' requests.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from stable_audio_serve.sampling.noise import NoiseSource
 
 _PROMPT = "warm-up"
 DURATION_SHARES = (1 / 64, 1 / 16, 1 / 4, 1.0)  # of the model's maximum duration
-_CROWDS = (1, 2, 4, 8, 32)  # rows waiting together
-_NUM_RUNS = 3  # of each probe; the shortest counts, because whatever disturbs a run makes it longer
+_CROWDS = (1, 2, 4, 8, 32)  # rows that wait together
+_NUM_RUNS = 3  # per probe; the shortest counts, because disturbances only make a run longer
 
 
 def step_shapes(policy: BatchPolicy, frames: int, *, max_tokens: int) -> set[tuple[int, int]]:
-    """Returns the (rows, frames) of the denoiser calls to time for rows of this length: alone, guided, and crowds of
-    up to a whole step's tokens."""
+    """Returns the (rows, frames) of the denoiser calls to time for rows of this length: one row, one guided row, and
+    groups of rows up to `max_tokens`.
+    """
     crowds = [[Lane(1, frames)], [Lane(2, frames)]]
     crowds += [[Lane(1, frames)] * count for count in _CROWDS if count * policy.padded(frames) <= max_tokens]
     calls = [policy.split(lanes)[0] for lanes in crowds]
@@ -52,7 +53,7 @@ class _Probe:
 
     @property
     def size(self) -> int:
-        """What the time of a call of this kind is at most proportional to, but for attention."""
+        """Upper bound on how a call's time grows with its shape, except for attention."""
         return self.rows * max(self.frames, 1)
 
 
@@ -71,7 +72,7 @@ class WarmUp:
         device: Device,
         budget_s: float,
     ) -> None:
-        """`max_tokens` latent frames are in a step at most, and `max_prompts` in a call of the text encoder."""
+        """`max_tokens` bounds the latent frames of a step, `max_prompts` the prompts of a text encoder call."""
         self._model = model
         self._cost = cost
         self._policy = policy
@@ -83,7 +84,7 @@ class WarmUp:
         self._measured: dict[Work, list[Measurement]] = {}
 
     def run(self) -> None:
-        """Time probes from the smallest to the largest, except those predicted to exceed the budget."""
+        """Time probes from the smallest to the largest. Skips probes predicted to exceed the budget."""
         prompt = self._model.encode_text([_PROMPT])[0]
         if self._model.spec.is_compiled:
             self._compile(prompt)
@@ -95,7 +96,7 @@ class WarmUp:
                 if ms * probe.size / size > 1000.0 * self._left_s:
                     continue
             else:
-                self._run_once(probe)  # what is initialised lazily counts neither as time of this shape nor as budget
+                self._run_once(probe)  # lazy initialisation counts neither as this shape's time nor towards the budget
             ms = self._best_ms(probe)
             last[probe.work] = ms, probe.size
             self._measured.setdefault(probe.work, []).append(Measurement(probe.rows, probe.frames, ms))
@@ -103,7 +104,7 @@ class WarmUp:
             self._cost.fit(work, measurements)
 
     def _compile(self, prompt: TextEmbedding) -> None:
-        """Make once each kind of call that is compiled apart: of one row and of several, without and with a source."""
+        """Run each kind of call that is compiled separately: one row and several, without and with a source."""
         plan = self._plan(DURATION_SHARES[0])
         latents = torch.zeros(self._model.spec.card.latent_channels, plan.frames, device=self._model.device)
         inpainting = replace(plan, keep_mask=torch.ones(plan.frames))
@@ -113,7 +114,7 @@ class WarmUp:
                 self._denoise(plan, [conditioning] * rows, frames=self._policy.padded(plan.frames))
 
     def _plan(self, share: float) -> RowPlan:
-        """Returns the plan of a row whose duration is this share of the longest."""
+        """Returns the plan of a row with this share of the maximum duration."""
         duration_s = self._model.spec.card.max_duration_s * share
         request = GenerationRequest(prompt=_PROMPT, duration_s=duration_s, seed=0, duration_padding_s=0.0)
         return self._model.plan(request)[0]
@@ -151,7 +152,7 @@ class WarmUp:
         return self._model.denoise(batch)
 
     def _best_ms(self, probe: _Probe) -> float:
-        """Returns the shortest of up to three runs; no run starts that is predicted to exceed the budget."""
+        """Returns the shortest of up to three runs. Skips runs predicted to exceed the budget."""
         best_s = self._run_once(probe)
         self._left_s -= best_s
         for _ in range(_NUM_RUNS - 1):
@@ -163,7 +164,7 @@ class WarmUp:
         return 1000.0 * best_s
 
     def _run_once(self, probe: _Probe) -> float:
-        """Returns the seconds that one run takes the device."""
+        """Returns the device time of one run, in seconds."""
         began = self._device.mark()
         probe.run()
         ended = self._device.mark()

@@ -1,1 +1,1 @@
-"""The device itself: its memory, arenas, captured graphs and threads. Knows no requests."""
+"""The device: its memory, arenas, captured graphs and threads. Independent of requests."""

@@ -1,5 +1,5 @@
-"""Device memory for what rows keep from frame to frame, in pages that a call finds by their numbers: so a call's inputs
-stay at fixed addresses, whichever rows take part. Knows no rows and no model.
+"""Device memory for what rows keep between steps, in numbered pages. Calls address pages by number, so a call's inputs
+stay at fixed addresses whichever rows take part. Independent of rows and models.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 
 PAGE_FRAMES = 64
-NOTHING, ANYWHERE = 0, 1  # the page of zeros that nobody writes, and the page that nobody reads
+NOTHING, ANYWHERE = 0, 1  # page 0 reads as zeros and is never written; page 1 takes discarded writes
 
 Pages = tuple[int, ...]
 
 
 def pages_of(frames: int) -> int:
-    """Returns how many pages hold so many frames."""
+    """Returns the number of pages that hold this many frames."""
     return -(-frames // PAGE_FRAMES)
 
 
 class FrameArena:
     """Pages of 64 frames with `channels` values each. Used by one thread.
 
-    It grows when it is full; then `memory` moves, which `num_moves` counts.
+    When the arena is full, it doubles and `memory` moves; `num_moves` counts the moves.
     """
 
     def __init__(
@@ -37,20 +37,20 @@ class FrameArena:
         self._free = list(range(ANYWHERE + 1, num_pages))  # a heap: low numbers first, so that few pages are touched
 
     def take(self, frames: int) -> Pages:
-        """Returns pages for so many frames; what they hold is left over from others."""
+        """Returns pages for this many frames, uninitialised."""
         count = pages_of(frames)
         while len(self._free) < count:
             self._grow()
         return tuple(heappop(self._free) for _ in range(count))
 
-    def give_back(self, pages: Pages) -> None:
-        """Let others use these pages."""
+    def free(self, pages: Pages) -> None:
+        """Return pages to the arena."""
         for page in pages:
             heappush(self._free, page)
 
     @property
     def num_free(self) -> int:
-        """Pages that can be taken without growing."""
+        """Pages available without growing."""
         return len(self._free)
 
     def _grow(self) -> None:
@@ -62,17 +62,17 @@ class FrameArena:
 
 
 class SlotArena:
-    """Slots for tensors of one shape, slot 0 all zeros. Used by one thread. It grows as a FrameArena does."""
+    """Slots for tensors of one shape; slot 0 is all zeros. Used by one thread. Grows like a FrameArena."""
 
     def __init__(self, like: Tensor, *, num_slots: int = 8) -> None:
-        """`like` has the shape, dtype and device of what will be kept."""
+        """`like` gives the shape, dtype and device of the values."""
         self.memory = like.new_empty(num_slots, *like.shape)
         self.memory[NOTHING] = torch.zeros_like(like)
         self.num_moves = 0
         self._free = list(range(NOTHING + 1, num_slots))
 
     def put(self, value: Tensor) -> int:
-        """Keep a copy; returns its slot."""
+        """Copy a value into a free slot and return the slot."""
         if not self._free:
             old = len(self.memory)
             self.memory = _doubled(self.memory)
@@ -82,29 +82,29 @@ class SlotArena:
         self.memory[slot] = value
         return slot
 
-    def give_back(self, slot: int) -> None:
-        """Let another value have this slot."""
+    def free(self, slot: int) -> None:
+        """Return a slot to the arena."""
         heappush(self._free, slot)
 
 
 def _doubled(memory: Tensor) -> Tensor:
-    """Returns twice as much memory with the same contents at its beginning; a CPU commits the rest when it is used."""
+    """Returns memory of twice the size that begins with the old contents. A CPU commits the rest on first use."""
     larger = memory.new_empty(2 * len(memory), *memory.shape[1:])
     larger[: len(memory)] = memory
     return larger
 
 
 def read(memory: Tensor, table: Tensor, *, frames: int) -> Tensor:
-    """Returns the first `frames` frames of what the pages hold; `table` (..., P) int32 -> (..., D, frames)."""
+    """Read the first `frames` frames of pages; `table` (..., P) int32 -> (..., D, frames)."""
     found = memory.index_select(0, table.flatten()).view(*table.shape, *memory.shape[1:])
     joined = found.movedim(-3, -2).flatten(-2)
     return joined[..., :frames].contiguous()
 
 
 def write(memory: Tensor, table: Tensor, *, values: Tensor) -> None:
-    """Write values (..., D, F) to the pages of `table` (..., P) int32, P pages for F frames; the rest becomes 0.
+    """Write values (..., D, F) to the pages of `table` (..., P) int32, padded with zeros to whole pages.
 
-    What belongs to no page (`NOTHING`) is dropped.
+    Values for page `NOTHING` are discarded.
     """
     room = table.shape[-1] * PAGE_FRAMES
     padded = torch.nn.functional.pad(values, (0, room - values.shape[-1]))
@@ -114,7 +114,7 @@ def write(memory: Tensor, table: Tensor, *, values: Tensor) -> None:
 
 @dataclass(frozen=True, slots=True)
 class HeldFrames:
-    """What one row holds in an arena: several parts, such as registers, of `frames` frames each."""
+    """The pages of one row in an arena: several parts (registers, blend inputs) of `frames` frames each."""
 
     arena: FrameArena
     frames: int
@@ -125,13 +125,13 @@ class HeldFrames:
         return cls(arena, frames, tuple(arena.take(frames) for _ in range(num_parts)))
 
     def free(self) -> None:
-        """Give all pages back; the value must not be used afterwards."""
+        """Return all pages to the arena; do not use the value afterwards."""
         for pages in self.parts:
-            self.arena.give_back(pages)
+            self.arena.free(pages)
 
 
 def page_table(parts: Sequence[Sequence[Pages]], *, frames: int, num_parts: int) -> list[int]:
-    """Returns the pages of each row's parts, (rows, num_parts, P) flattened, for a call over `frames` frames."""
+    """Returns the page numbers of each row's parts, (rows, num_parts, P) flattened, for a call over `frames` frames."""
     width = pages_of(frames)
     table: list[int] = []
     for row in parts:

@@ -1,9 +1,9 @@
-"""All that differs by kind of device: memory that copies need not wait for, points in the device's work, what suits it.
-Nothing else in the engine asks which kind it runs on. Knows no rows and no model.
+"""Everything that depends on the kind of device: asynchronous copies, points in the device's work, and preferences. The
+rest of the engine never checks the device kind. Independent of rows and models.
 
-A device works through its queue behind the host. A host that waits for it leaves it idle afterwards, so results come
-back by copies into pinned memory, and are collected once the `Moment` marked after them is reached. A device may have a
-second queue, whose work runs beside that of the first; the rules that keep both from each other's memory are in here.
+A device works through its queue behind the host. If the host waits for it, the device idles afterwards. Results are
+therefore copied to pinned memory and collected once the `Moment` marked after the copy is reached. A device may have a
+second queue that runs beside the first; this module keeps each queue's memory safe from the other.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from stable_audio_serve.engine.hardware.landing import LandingRing
 from stable_audio_serve.engine.hardware.share import WHOLE, DeviceMemory, allowed_bytes
 from stable_audio_serve.sampling.transfer import to_device
 
-# Errors after which the device itself is unusable: no row caused them and the process must be replaced.
+# Errors after which the device is unusable: no row caused them, and the process must be replaced.
 DEVICE_LOST: tuple[type[Exception], ...] = (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
 
 _LANDING_BYTES = 64 * 2**20  # three of the longest windows of stereo audio
 
 
 class Moment(Protocol):
-    """A point in a device's work."""
+    """A point in a device's queue."""
 
     def is_reached(self) -> bool:
-        """Whether the device has done everything that was asked of it before."""
+        """Whether the device has done all work queued before this point."""
         ...
 
     def wait(self) -> None:
@@ -40,7 +40,7 @@ class Moment(Protocol):
         ...
 
     def ms_since(self, earlier: Moment) -> float:
-        """Returns the device's time between two points of the same queue, both reached."""
+        """Returns the device time in ms between two reached points of one queue."""
         ...
 
 
@@ -49,65 +49,65 @@ class Device(Protocol):
 
     torch_device: torch.device
     default_mode: Mode
-    frame_grid: int  # latent frames: what row lengths are best padded to a multiple of
+    frame_grid: int  # latent frames: row lengths are best padded to a multiple of it
     can_capture: bool
-    has_second_queue: bool  # else what is asked for `beside` runs in order with everything else
-    prefers_packed: bool  # rows of unlike lengths: packed rather than padded
-    shares_calls: bool  # in strict mode: whether several rows fit into one call of fixed shape
+    has_second_queue: bool  # without it, work queued within `beside` runs in order with all other work
+    prefers_packed: bool  # pack rows of different lengths instead of padding them
+    shares_calls: bool  # in strict mode: several rows fit into one call of fixed shape
 
     def upload(self, host: Tensor) -> Tensor:
-        """Returns a host tensor's values on the device; does not wait."""
+        """Returns a copy of a host tensor on the device; does not wait."""
         ...
 
     def host_buffer(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """Returns host memory that copies need not wait for; what it holds is left over from others."""
+        """Returns uninitialised host memory that asynchronous copies can read (pinned on CUDA)."""
         ...
 
     def download(self, source: Tensor, target: Tensor) -> None:
-        """Copy a device tensor to contiguous host memory of any kind; there once it is collected at a later moment."""
+        """Copy a device tensor to contiguous host memory. The values arrive with a later `collect`."""
         ...
 
     def collect(self) -> None:
-        """Bring everything to its memory that was downloaded before the last moment that is reached."""
+        """Move downloads that have finished to their target memory."""
         ...
 
     def mark(self) -> Moment:
-        """Returns the point after everything that was asked of the device so far, within `beside` of both queues."""
+        """Returns the point after all work queued so far; within `beside`, on the second queue."""
         ...
 
     def beside(self, *reads: Tensor) -> AbstractContextManager[None]:
-        """Returns a context in which work goes to the second queue, where there is one.
+        """Returns a context in which work goes to the second queue, if there is one.
 
-        It begins after everything that was asked for before, and runs beside what the first queue is asked for later.
-        So what it makes may be used by the first queue only behind a `follow`. `reads` are the tensors of the first
-        queue that it uses: their memory is nobody else's before that work is done.
+        Work queued here starts after all work queued before it, and runs beside later work of the first queue. The
+        first queue may use its results only after `follow`. `reads` are first-queue tensors that it uses: their memory
+        is not reused until it is done.
         """
         ...
 
     def follow(self, moment: Moment) -> None:
-        """Let what is asked for from now on begin after that point of the second queue; the host does not wait."""
+        """Delay all work queued from now on until the second queue reaches `moment`; the host does not wait."""
         ...
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        """Returns a function that asks the device for the same work again, on the same memory, in a single launch.
+        """Returns a function that repeats `run`'s device work on the same memory in a single launch.
 
-        `run` must ask for nothing but device work, and is carried out once or more. Only where `can_capture`. What is
-        captured within `beside` must be asked for within it only: what one queue captures shares memory. Raises
-        RuntimeError for work that cannot be captured; the device can be used afterwards.
+        `run` must queue device work only, and runs once or more. Requires `can_capture`. Work captured within `beside`
+        must be replayed within `beside`, because all captures of a queue share memory. Raises RuntimeError if the work
+        cannot be captured; the device stays usable.
         """
         ...
 
     def use(self) -> DeviceUse:
-        """Returns the kind of device and its memory in bytes, where that is known."""
+        """Returns the kind of device and, if known, its memory in use in bytes."""
         ...
 
     def memory(self) -> DeviceMemory | None:
-        """Returns how its own memory is divided now; None if it has none of its own."""
+        """Returns the current division of the device's memory; None if the device has no separate memory."""
         ...
 
 
 class WaitingDevice:
-    """A device for which the host waits: a CPU, or one that has no queue to look into."""
+    """A device that the host waits for: a CPU, or a device without an observable queue."""
 
     def __init__(self, device: torch.device, *, clock: Clock) -> None:
         is_cpu = device.type == "cpu"
@@ -130,7 +130,7 @@ class WaitingDevice:
         target.copy_(source)
 
     def collect(self) -> None:
-        """Everything is there."""
+        """Nothing to do: downloads are synchronous."""
 
     def mark(self) -> Moment:
         return _Reached(self._clock.monotonic())
@@ -139,7 +139,7 @@ class WaitingDevice:
         return nullcontext()
 
     def follow(self, moment: Moment) -> None:
-        """Everything is done as soon as it is asked for."""
+        """Nothing to do: work is done as soon as it is queued."""
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         raise RuntimeError("this device captures nothing")
@@ -159,7 +159,7 @@ class _Reached:
         return True
 
     def wait(self) -> None:
-        """Nothing to wait for."""
+        """Nothing to do."""
 
     def ms_since(self, earlier: Moment) -> float:
         assert isinstance(earlier, _Reached)
@@ -167,7 +167,7 @@ class _Reached:
 
 
 class CudaDevice:
-    """A GPU."""
+    """A CUDA GPU: work is asynchronous, with a second stream and graph capture."""
 
     default_mode: Mode = "fast"
     frame_grid = 64
@@ -177,20 +177,20 @@ class CudaDevice:
     prefers_packed = False
 
     def __init__(self, device: torch.device, *, share: float = WHOLE) -> None:
-        """`share` of its memory, 0..1, is the most that this process's tensors, captured calls included, can take."""
+        """`share`, 0..1, is the fraction of device memory for this process's tensors, captured calls included."""
         self.torch_device = device
         self._share = share
-        if share < WHOLE:  # the allocator fails above it, whatever the engine's own arithmetic says
+        if share < WHOLE:  # the allocator enforces it too, in case the engine's arithmetic is wrong
             total = torch.cuda.mem_get_info(device)[1]
             torch.cuda.set_per_process_memory_fraction(allowed_bytes(total, share=share) / total, device)
         pinned = partial(self.host_buffer, dtype=torch.uint8)
         self._landing = LandingRing(pinned, mark=self.mark, num_bytes=_LANDING_BYTES)
-        self._captures: dict[torch.cuda.Stream, tuple[torch.cuda.Stream, Any]] = {}  # by the queue that asks for them
+        self._captures: dict[torch.cuda.Stream, tuple[torch.cuda.Stream, Any]] = {}  # by the queue that replays them
         self._kept: list[torch.cuda.CUDAGraph] = []
 
     @cached_property
     def _second(self) -> torch.cuda.Stream:
-        # It goes first: its pieces are short, and what it decodes is nearest to its end. Steps fill what is left.
+        # High priority: its pieces are short, and rows that decode are closest to their end. Steps use the rest.
         return torch.cuda.Stream(self.torch_device, priority=-1)
 
     def upload(self, host: Tensor) -> Tensor:
@@ -210,7 +210,7 @@ class CudaDevice:
 
     @contextmanager
     def beside(self, *reads: Tensor) -> Iterator[None]:
-        # The wait also protects memory that the second queue's work takes again after the first queue has read it.
+        # The wait also protects memory that the second queue reuses after the first queue has read it.
         self._second.wait_stream(torch.cuda.current_stream(self.torch_device))
         for tensor in reads:
             tensor.record_stream(self._second)
@@ -223,25 +223,25 @@ class CudaDevice:
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         current = torch.cuda.current_stream(self.torch_device)
-        if current not in self._captures:  # one pool for all of a queue: no two of them run at once
+        if current not in self._captures:  # one pool per queue: two of its graphs never run at once
             self._captures[current] = stream, pool = (
                 torch.cuda.Stream(self.torch_device),
                 torch.cuda.graph_pool_handle(),
             )
-            # A pool whose last graph is dropped cannot be used again.
+            # A pool cannot be used again after its last graph is dropped.
             self._kept.append(self._record(lambda: torch.zeros(1, device=self.torch_device), stream=stream, pool=pool))
         stream, pool = self._captures[current]
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            run()  # what happens once in a process's life must not happen within the capture
+            run()  # one-time initialisation must not happen during the capture
         current.wait_stream(stream)
         return self._record(run, stream=stream, pool=pool).replay
 
     def _record(self, run: Callable[[], object], *, stream: torch.cuda.Stream, pool: Any) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         try:
-            # Not `torch.cuda.graph`, which waits for the device and gives unused memory back. What other threads ask
-            # of the device meanwhile belongs to them: it neither fails nor is captured.
+            # `torch.cuda.graph` would wait for the device and free unused memory. In "thread_local" mode the work of
+            # other threads neither fails nor is captured.
             with torch.cuda.stream(stream):
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:
@@ -249,8 +249,8 @@ class CudaDevice:
                 finally:
                     graph.capture_end()
         except DEVICE_LOST as error:
-            torch.cuda.synchronize(self.torch_device)  # raises if the device is lost indeed
-            # Some versions of torch go on taking the pool for one that is being captured to, and refuse it.
+            torch.cuda.synchronize(self.torch_device)  # raises if the device is really lost
+            # Some versions of torch keep the pool marked as being captured to, and refuse it.
             self._captures = {queue: own for queue, own in self._captures.items() if own[1] != pool}
             raise RuntimeError(f"this work cannot be captured: {error}") from error
         return graph
@@ -277,7 +277,7 @@ class _Event:
         self._event.synchronize()
 
     def hold(self, stream: torch.cuda.Stream) -> None:
-        """Let what the stream is asked for from now on begin after this point."""
+        """Delay all work queued on the stream from now on until this point is reached."""
         stream.wait_event(self._event)
 
     def ms_since(self, earlier: Moment) -> float:
@@ -286,5 +286,5 @@ class _Event:
 
 
 def open_device(device: torch.device, *, clock: Clock, share: float = WHOLE) -> Device:
-    """Returns the engine's view of a torch device, `share` of whose memory this process may use if it has its own."""
+    """Returns the engine's interface to a torch device. `share` limits this process's part of a GPU's memory."""
     return CudaDevice(device, share=share) if device.type == "cuda" else WaitingDevice(device, clock=clock)

@@ -1,6 +1,6 @@
-"""Calls captured as CUDA graphs, by shape: a captured call starts in one launch. A shape that is not captured yet runs
-eagerly, is counted, and is captured later, one at a time so that no request waits long. Bounds the time and the memory
-that captures take. Knows no rows and no model.
+"""Calls captured as CUDA graphs, by shape: a captured call starts with one launch. A shape without a graph runs eagerly
+and is counted; frequent shapes are captured later, one at a time, so that no request waits long. Bounds the time and
+memory of captures. Independent of rows and models.
 """
 
 from __future__ import annotations
@@ -22,36 +22,36 @@ from stable_audio_serve.engine.hardware.device import DEVICE_LOST, Device, Momen
 
 log = logging.getLogger(__name__)
 
-MOST_MS = 200.0  # that a waiting step may be delayed
-_SHARE = 0.1  # of the time while others wait
-_MISSES_TO_DELAY = 100  # after which a shape is captured beside traffic however long that takes
-_NUM_KEPT = 8  # captures of a kind to learn from: the first ones also initialise what a kernel needs
+MOST_MS = 200.0  # the longest delay of a waiting step
+_SHARE = 0.1  # of the time, while rows wait
+_MISSES_TO_DELAY = 100  # a shape with this many misses is captured beside traffic, however long it takes
+_NUM_KEPT = 8  # recent captures per kind, for predictions; the first captures also initialise kernels
 
 
 class CapturePace:
-    """Used by the engine thread only."""
+    """Limits the time spent on captures. Used by the engine thread only."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._taken: defaultdict[Hashable, deque[tuple[int, float]]] = defaultdict(lambda: deque(maxlen=_NUM_KEPT))
         self._rests_until = -math.inf
 
-    def saw(self, kind: Hashable, *, size: int, ms: float) -> None:
-        """Note that a capture has ended, and how long it kept the device from everything else."""
+    def record(self, kind: Hashable, *, size: int, ms: float) -> None:
+        """Record that a capture ended, and for how long it blocked the device."""
         self._taken[kind].append((size, ms))
         self._rests_until = self._clock.monotonic() + ms / 1000.0 * (1.0 / _SHARE - 1.0)
 
     @property
     def is_resting(self) -> bool:
-        """Whether captures have had their share of the time for now."""
+        """Whether captures have used up their share of time for now."""
         return self._clock.monotonic() < self._rests_until
 
     def allows(self, kind: Hashable, *, size: int, misses: int) -> bool:
-        """Whether a shape may be captured while others wait."""
+        """Whether a shape may be captured while rows wait."""
         return misses >= _MISSES_TO_DELAY or self._predicted_ms(kind, size) <= MOST_MS
 
     def _predicted_ms(self, kind: Hashable, size: int) -> float:
-        """Returns no less than any larger capture took that is known, else in proportion to the largest."""
+        """Predict from the fastest known capture of at least this size, else in proportion to smaller ones."""
         taken = self._taken[kind]
         larger = [ms for known, ms in taken if known >= size]
         if larger:
@@ -60,22 +60,22 @@ class CapturePace:
 
 
 class CaptureRoom:
-    """Counts by what this process holds more after a capture than before. Used by one thread."""
+    """Counts the memory of captures as the growth of this process's device memory. Used by one thread."""
 
     def __init__(self, device: Device, *, max_bytes: int | None) -> None:
-        """`max_bytes` None: no bound, and nothing is counted."""
+        """`max_bytes` None: no bound, and no counting."""
         self._device = device
         self._max_bytes = max_bytes
         self.num_bytes = 0
 
     @property
     def is_full(self) -> bool:
-        """Whether nothing more should be captured."""
+        """Whether the bound is reached."""
         return self._max_bytes is not None and self.num_bytes >= self._max_bytes
 
     @contextmanager
     def counted(self) -> Iterator[None]:
-        """Returns a context for one capture, which may fail."""
+        """Returns a context for one capture; it counts memory even if the capture fails."""
         before = self._held()
         try:
             yield
@@ -95,100 +95,103 @@ log = logging.getLogger(__name__)
 Kind = Literal["denoise", "text", "decode"]
 
 MOST_GRAPHS = 192
-_MISSES_TO_CAPTURE = 2  # a shape that is seen once may never come again
-_USES_TO_AGE = 20_000  # after so many calls all counts are halved: what was asked for long ago matters less
-_WORTH_DROPPING = 2  # how many times more often a shape must be asked for than the one it replaces
+_MISSES_TO_CAPTURE = 2  # many shapes occur only once
+_CALLS_TO_HALVE = 20_000  # calls after which all counts are halved, so that recent use weighs more
+_REPLACEMENT_FACTOR = 2  # a shape must be used this many times more often than the one it replaces
 
 
 class Shape(Protocol):
-    """All that a captured call has fixed, as a value."""
+    """Everything that is fixed in a captured call, as a hashable value."""
 
     @property
     def kind(self) -> Kind: ...
 
     @property
     def size(self) -> int:
-        """Latent frames or tokens, padding included: what the call's time grows with."""
+        """Latent frames or tokens, padding included; the call's time grows with it."""
         ...
 
     @property
     def inputs(self) -> tuple[int, torch.dtype]:
-        """How many values the call reads, and their type."""
+        """The number of input values and their dtype."""
         ...
 
     @property
     def num_outputs(self) -> int:
-        """How many float32 values the call makes, beside what it writes to other memory."""
+        """The number of float32 values in the call's output memory, besides writes to other memory."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class CallMemory:
-    """Where a captured call reads and writes: shared by all calls of a kind, no two of which run at once."""
+    """Input and output memory of captured calls. All calls of a kind share it; two of them never run at once."""
 
     inputs: Tensor
     outputs: Tensor
 
 
-# Asks the device for a call of a shape on this memory.
+# Queues a call of a shape on this memory.
 Run = Callable[[Any, CallMemory], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """A captured call: write its inputs, `replay`, and copy what is needed of its outputs before the next call."""
+    """A captured call: write its inputs, `replay`, and copy the outputs before the next call."""
 
     memory: CallMemory
     replay: Callable[[], None]
 
 
 class Graphs:
-    """Captured calls of one engine: the most used shapes. Used by the engine thread only."""
+    """The captured calls of one engine, for its most used shapes. Used by the engine thread only."""
 
     def __init__(self, device: Device, *, clock: Clock, metrics: Metrics, max_bytes: int | None = None) -> None:
-        """Once captures have taken `max_bytes` of the device's memory, which they keep, there are no further ones."""
+        """No further calls are captured once captures hold `max_bytes` of device memory."""
         self._device = device
         self._room = CaptureRoom(device, max_bytes=max_bytes)
         self._pace = CapturePace(clock)
-        self._measuring: tuple[Shape, Moment, Moment] | None = None  # the last capture, until its time is known
+        self._measuring: tuple[Shape, Moment, Moment] | None = None  # the last capture, while its time is unknown
         self._metrics = metrics
         self._captured: dict[Shape, Captured] = {}
-        self._wanted: dict[Shape, Run] = {}
+        self._candidates: dict[Shape, Run] = {}
         self._misses: Counter[Shape] = Counter()
         self._uses: Counter[Shape] = Counter()
         self._num_uses = 0
-        self._refused: set[Shape] = set()
+        self._failed: set[Shape] = set()
         self._inputs: dict[Kind, Tensor] = {}
         self._outputs: dict[Kind, Tensor] = {}
 
     def find(self, shape: Shape, run: Run) -> Captured | None:
-        """Returns the captured call of a shape; None, after which the caller runs it as it is, if there is none.
+        """Returns the captured call of a shape; None if there is none, and the caller then runs the call eagerly.
 
-        `run` is what may be captured later: device work that depends on nothing but the shape and the inputs, which
-        may be zeros.
+        `run` may be captured later: its device work must depend only on the shape and the inputs, which may be zeros.
         """
         self._uses[shape] += 1
         self._num_uses += 1
-        if self._num_uses % _USES_TO_AGE == 0:
-            self._age()
+        if self._num_uses % _CALLS_TO_HALVE == 0:
+            self._halve_counts()
         captured = self._captured.get(shape)
         if captured is None:
             self._metrics.increment("engine_graph_misses", kind=shape.kind)
             self._misses[shape] += 1
-            self._wanted[shape] = run
+            self._candidates[shape] = run
         return captured
 
     def capture_next(self, *, is_idle: bool) -> bool:
-        """Capture the largest shape that was missed often enough. Returns whether there was one.
+        """Capture the largest shape with enough misses. Returns whether there was one.
 
-        Unless the device `is_idle`, only one that delays others for a short time, and only now and then.
+        Unless the device `is_idle`, only quick captures are made, and rarely.
         """
-        if not self._learn(wait=is_idle) or (self._pace.is_resting and not is_idle) or self._room.is_full:
+        if not self._record_last_capture(wait=is_idle) or (self._pace.is_resting and not is_idle) or self._room.is_full:
             return False
-        wanted = [shape for shape in self._wanted if self._is_due(shape) and (is_idle or self._is_quick(shape))]
-        if not wanted:
+        candidates = [
+            shape
+            for shape in self._candidates
+            if self._is_worth_capturing(shape) and (is_idle or self._is_quick(shape))
+        ]
+        if not candidates:
             return False
-        shape = max(wanted, key=lambda shape: shape.size)
+        shape = max(candidates, key=lambda shape: shape.size)
         with nullcontext() if shape.kind == "denoise" else self._device.beside():
             began = self._device.mark()
             with self._room.counted():
@@ -198,7 +201,7 @@ class Graphs:
 
     def _capture(self, shape: Shape) -> None:
         self._make_room()
-        run = self._wanted.pop(shape)
+        run = self._candidates.pop(shape)
         del self._misses[shape]
         num_inputs, dtype = shape.inputs
         memory = CallMemory(
@@ -211,25 +214,25 @@ class Graphs:
             raise
         except Exception:
             log.exception("a call cannot be captured: %s", shape)
-            self._refused.add(shape)
+            self._failed.add(shape)
             return
         self._captured[shape] = Captured(memory, replay)
         self._count(shape.kind)
 
-    def _learn(self, *, wait: bool) -> bool:
-        """Note how long the last capture took. Returns False if it has not ended."""
+    def _record_last_capture(self, *, wait: bool) -> bool:
+        """Record how long the last capture took. Returns False if it has not ended."""
         if self._measuring is not None:
             shape, began, ended = self._measuring
             if wait:
                 ended.wait()
             elif not ended.is_reached():
                 return False
-            self._pace.saw(shape.kind, size=shape.size, ms=ended.ms_since(began))
+            self._pace.record(shape.kind, size=shape.size, ms=ended.ms_since(began))
             self._measuring = None
         return True
 
     def forget(self, kind: Kind) -> None:
-        """Drop all captured calls of a kind, because memory that they use has moved."""
+        """Drop all captured calls of a kind because memory that they use has moved."""
         for shape in [shape for shape in self._captured if shape.kind == kind]:
             del self._captured[shape]
         self._count(kind)
@@ -237,15 +240,15 @@ class Graphs:
     def _is_quick(self, shape: Shape) -> bool:
         return self._pace.allows(shape.kind, size=shape.size, misses=self._misses[shape])
 
-    def _is_due(self, shape: Shape) -> bool:
-        if self._misses[shape] < _MISSES_TO_CAPTURE or shape in self._refused:
+    def _is_worth_capturing(self, shape: Shape) -> bool:
+        if self._misses[shape] < _MISSES_TO_CAPTURE or shape in self._failed:
             return False
         if len(self._captured) < MOST_GRAPHS:
             return True
-        return self._uses[shape] > _WORTH_DROPPING * self._uses[self._least_used()]
+        return self._uses[shape] > _REPLACEMENT_FACTOR * self._uses[self._least_used()]
 
     def _make_room(self) -> None:
-        """Drop the captured call that is asked for least, if there is no room for one more."""
+        """Drop the least used captured call if the limit is reached."""
         if len(self._captured) >= MOST_GRAPHS:
             dropped = self._least_used()
             del self._captured[dropped]
@@ -254,13 +257,13 @@ class Graphs:
     def _least_used(self) -> Shape:
         return min(self._captured, key=lambda shape: self._uses[shape])
 
-    def _age(self) -> None:
+    def _halve_counts(self) -> None:
         self._uses = Counter({shape: count // 2 for shape, count in self._uses.items() if count > 1})
-        for shape in [shape for shape in self._wanted if not self._uses[shape]]:
-            del self._wanted[shape], self._misses[shape]
+        for shape in [shape for shape in self._candidates if not self._uses[shape]]:
+            del self._candidates[shape], self._misses[shape]
 
     def _fixed(self, shared: dict[Kind, Tensor], kind: Kind, *, num: int, dtype: torch.dtype) -> Tensor:
-        """Returns memory that all calls of a kind have in common; those captured before may keep a smaller one."""
+        """Returns memory that all calls of a kind share. Earlier captures may keep a smaller block."""
         if kind not in shared or len(shared[kind]) < num:
             shared[kind] = torch.zeros(num, dtype=dtype, device=self._device.torch_device)
         return shared[kind][:num]

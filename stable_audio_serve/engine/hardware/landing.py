@@ -1,8 +1,8 @@
-"""Pinned memory of one size for everything that comes back from a device: copies land in it and are moved on to
-ordinary memory. Knows no queue and no kind of device.
+"""A fixed block of pinned memory for everything copied back from a device: copies arrive there and are then moved to
+ordinary memory. Independent of queues and device kinds.
 
-Pinned memory for each result would be allocated while the device waits, kept by torch for good, in powers of two, and
-taken for as long as an answer takes to send.
+Allocating pinned memory per result would happen while the device waits, and torch would keep it forever, rounded up to
+powers of two. It would also stay in use until the response is sent.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Protocol
 
 from torch import Tensor
 
-_PIECES = 4  # of the ring, at least: one is moved on while others are still coming
+_PIECES = 4  # at least, per ring: one piece is moved while others still arrive
 _ALIGNMENT = 64
 
 
 class Point(Protocol):
-    """A point in a device's work, as `engine.device.Moment`."""
+    """A point in a device's queue; see `hardware.device.Moment`."""
 
     def is_reached(self) -> bool: ...
 
@@ -39,7 +39,7 @@ class LandingRing:
     """A ring of pinned bytes. Used by one thread."""
 
     def __init__(self, make: Callable[[int], Tensor], *, mark: Callable[[], Point], num_bytes: int) -> None:
-        """`make(count)` returns so many pinned bytes (uint8), once the first copy needs them."""
+        """`make(count)` allocates pinned bytes (uint8); called when the first copy needs them."""
         self._make = make
         self._mark = mark
         self._num_bytes = num_bytes
@@ -48,9 +48,9 @@ class LandingRing:
         self._next = 0
 
     def land(self, source: Tensor, target: Tensor) -> None:
-        """Ask for a copy to contiguous host memory; `collect` moves it there.
+        """Queue a copy to contiguous host memory; `collect` moves the values there once they arrive.
 
-        Waits for earlier copies where the ring is full, so that no more is asked of the device than it can hold.
+        Waits for earlier copies if the ring is full.
         """
         if self._memory is None:
             self._memory = self._make(self._num_bytes)
@@ -65,7 +65,7 @@ class LandingRing:
             self._next = start + -(-piece.nbytes // _ALIGNMENT) * _ALIGNMENT
 
     def collect(self) -> None:
-        """Move on what has arrived."""
+        """Move the values of finished copies to their targets."""
         for landing in self._landings:
             if not landing.is_done and landing.arrived.is_reached():
                 landing.target.copy_(landing.staged)
@@ -74,12 +74,12 @@ class LandingRing:
             self._landings.popleft()
 
     def _place(self, num_bytes: int) -> int:
-        """Returns where so many bytes are free, after waiting for it."""
+        """Returns the start of this many free bytes, after waiting for them if necessary."""
         while True:
             if not self._landings:
                 return 0
             taken = self._landings[0].start
-            if self._next <= taken:  # what is taken reaches over the end
+            if self._next <= taken:  # the used part wraps around the end
                 if num_bytes <= taken - self._next:
                     return self._next
             elif num_bytes <= self._num_bytes - self._next:

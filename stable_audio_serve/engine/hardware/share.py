@@ -1,6 +1,6 @@
-"""How a device's memory is divided among the processes on it, and one process's part among what its engine does there.
+"""Divides a device's memory among the processes on it, and one process's part among rows, captures and prompts.
 
-Arithmetic on bytes; knows no device and no allocator.
+Arithmetic on bytes, independent of devices and allocators.
 """
 
 from __future__ import annotations
@@ -9,16 +9,15 @@ from dataclasses import dataclass
 
 from stable_audio_serve.core.errors import ConfigError
 
-WHOLE = 1.0  # the share of a process that has a device for itself
-# What a process on CUDA takes beside its tensors where others are on the device too: CUDA's context, and the code and
-# workspaces of its libraries.
+WHOLE = 1.0  # the share of a process that has the device to itself
+# Memory of a process on a shared GPU besides its tensors: the CUDA context, library code and workspaces.
 CONTEXT_BYTES = 512 * 2**20
-_ROWS = 0.85  # of what weights and prompts leave: the rest is for captured calls and for what the allocator splits
+_ROWS = 0.85  # of the memory after weights and prompts; the rest is for captured calls and fragmentation
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """A device's memory in bytes: `total`, `allowed` to this process's tensors, `held` for them, `free` for anybody."""
+    """A device's memory in bytes: `total`, `allowed` and `held` for this process's tensors, `free` on the device."""
 
     total: int
     allowed: int
@@ -27,15 +26,15 @@ class DeviceMemory:
 
     @property
     def left(self) -> int:
-        """What this process can still take."""
+        """Bytes that this process can still allocate."""
         return max(0, min(self.free, self.allowed - self.held))
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bounds in bytes, None without one: of all variations in progress, and of what captured calls keep.
+    """Bounds in bytes for rows in progress and for captured calls; None: no bound.
 
-    `setting` is the one to change where the first bound is too low.
+    `setting` names the setting to change if the first bound is too low.
     """
 
     rows: int | None = None
@@ -44,15 +43,15 @@ class MemoryPlan:
 
 
 def allowed_bytes(total: int, *, share: float) -> int:
-    """Returns what the tensors of a process with this share, 0..1, of a device may take."""
+    """Returns the bytes that the tensors of a process with this share (0..1) of a device may use."""
     return max(0, int(share * total) - (CONTEXT_BYTES if share < WHOLE else 0))
 
 
 def plan_memory(memory: DeviceMemory | None, *, max_rows_bytes: int | None, prompt_cache_bytes: int) -> MemoryPlan:
-    """Returns the bounds of an engine whose weights are loaded; `memory` None: the device has none of its own.
+    """Returns the bounds of an engine whose weights are loaded. `memory` None: the device has no separate memory.
 
-    `max_rows_bytes` is what the operator gives to variations in progress; None: most of what is left. Raises
-    ConfigError where that can never be there.
+    `max_rows_bytes` is the operator's bound for rows in progress; None: most of the remaining memory. Raises
+    ConfigError if the device can never have that much.
     """
     if memory is None:
         return MemoryPlan(rows=max_rows_bytes)
@@ -74,7 +73,7 @@ def plan_memory(memory: DeviceMemory | None, *, max_rows_bytes: int | None, prom
 
 
 def require_share(memory: DeviceMemory, *, name: str, weights_bytes: int, share: float) -> None:
-    """Raises ConfigError with the least share unless the weights of a model, about to be loaded, fit into this one."""
+    """Raises ConfigError, with the smallest share that works, if a model's weights do not fit into this share."""
     if weights_bytes <= memory.allowed:
         return
     taken = f"its weights take {weights_bytes / 1e9:.3g} GB"
@@ -93,5 +92,5 @@ def require_share(memory: DeviceMemory, *, name: str, weights_bytes: int, share:
 def least_share(total: int, *, weights_bytes: int) -> float:
     """Returns the smallest share that holds the weights, in hundredths; above 1 if none does."""
     if weights_bytes <= total < weights_bytes + CONTEXT_BYTES:
-        return WHOLE  # alone on the device a process need not leave anything for others' contexts
+        return WHOLE  # a process alone on the device needs no reserve for the contexts of others
     return -(-100 * (weights_bytes + CONTEXT_BYTES) // total) / 100

@@ -1,8 +1,8 @@
-"""Runs one device call on several CPU threads with exactly the same result as on one thread.
+"""Runs a device call on several CPU threads with exactly the result of one thread.
 
-The number of threads decides where an operation's vectors end and in which order sums are taken, so its last bits may
-depend on it. Only operations whose result does not depend on it run on several threads, and only in sizes where that
-holds; these are nearly all of the work. All others run on one thread.
+The thread count decides where vectorised loops end and in which order sums are taken, so it can change an operation's
+last bits. Only operations whose result does not depend on it, in sizes where that holds, run on several threads; they
+are nearly all of the work. All others run on one thread.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from stable_audio_serve.models.onednn import linear, takes_onednn
+from stable_audio_serve.models.onednn import linear, supports_onednn
 
 _STEADY = (torch.float32, torch.bfloat16)
 # The split of matrix products with few rows, or whose width is no multiple of a vector, depends on the thread count.
 _LEAST_ROWS = 64
 _WIDTH = 32
-# Attention gives each thread a part of one buffer; with fewer queries than a block has, their alignment differs.
+# Attention splits one buffer among threads. With fewer queries than a block has, the parts' alignment differs.
 _LEAST_QUERIES = 32
 
 
 @contextmanager
 def plain_threads(num_threads: int | None) -> Iterator[None]:
-    """Within this context operations may run on `num_threads` threads; None: torch's default."""
+    """Run operations on `num_threads` threads within this context; None: torch's default."""
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     yield
@@ -35,7 +35,7 @@ def plain_threads(num_threads: int | None) -> Iterator[None]:
 
 @contextmanager
 def steady_threads(num_threads: int | None) -> Iterator[None]:
-    """Within this context operations run on `num_threads` threads where that changes no bit, else on one."""
+    """Run operations within this context on `num_threads` threads if that changes no bit, else on one."""
     num_threads = num_threads or torch.get_num_threads()
     torch.set_num_threads(1)
     if num_threads == 1:
@@ -57,7 +57,7 @@ class _SharedOut(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Torch calls this instead of each of its functions."""
+        """Torch calls this in place of each of its functions."""
         if not _is_steady(func, args):
             return func(*args, **(kwargs or {}))
         torch.set_num_threads(self._num_threads)  # takes 0.1 microseconds
@@ -68,10 +68,10 @@ class _SharedOut(TorchFunctionMode):
 
 
 def _is_steady(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
-    """Returns whether this call's result is independent of the number of threads, bit for bit."""
+    """Returns whether this call's result is bit-identical for any number of threads."""
     if func is F.scaled_dot_product_attention:
         return args[0].dtype in _STEADY and args[0].shape[-2] >= _LEAST_QUERIES
-    if func is linear and takes_onednn(args[0], args[1]):
+    if func is linear and supports_onednn(args[0], args[1]):
         return True
     if func not in (F.linear, linear):
         return False

@@ -1,1 +1,1 @@
-"""Which rows step together and what that costs. Knows no tensors but those it measures."""
+"""Decides which rows step together and predicts what that costs. Pure bookkeeping, except for memory measurements."""

@@ -1,5 +1,5 @@
-"""Splits the picked rows into device calls: how many network rows, padded to how many latent frames.
-Pure bookkeeping. All call shapes are chosen here, so that a graph can be captured and replayed for each shape.
+"""Splits the picked rows into device calls: how many network rows, padded to how many latent frames. Pure bookkeeping.
+All call shapes are chosen here, so that a graph can be captured for each shape.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from stable_audio_serve.engine.scheduling.cost import Groups
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """What one picked row needs in a call: `branches` network rows (2 when guided) of `frames` latent frames."""
+    """One picked row in a call: `branches` network rows (2 if guided) of `frames` latent frames."""
 
     branches: int
     frames: int
@@ -33,10 +33,10 @@ class Lane:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One device call. `members` index the lanes; `rows` includes dummies, `frames` padding.
+    """One device call. `members` index the lanes; `rows` includes dummies, `frames` includes padding.
 
-    A packed call pads no row: `lengths` are the latent frames of each of its rows, `frames` those of the longest. Where
-    a graph needs a fixed shape it has a `room`, of which `num_spare` tokens are left over.
+    In a packed call no row is padded: `lengths` are the latent frames of each row, and `frames` is the longest. A call
+    that replays a graph has a fixed `room`, of which `num_spare` tokens are unused.
     """
 
     members: tuple[int, ...]
@@ -48,7 +48,7 @@ class Call:
 
     @property
     def groups(self) -> Groups:
-        """The rows to predict the call's time from; what is left over counts as if all packed rows were longer."""
+        """The row lengths from which the call's time is predicted; spare tokens are spread over the packed rows."""
         if not self.lengths:
             return ((self.rows, self.frames),)
         longer = -(-self.num_spare // len(self.lengths))
@@ -56,23 +56,21 @@ class Call:
 
 
 class BatchPolicy(Protocol):
-    """Splits a step into calls. Every lane is in exactly one call, which is at least as long as the lane."""
+    """Splits a step into calls. Each lane is in exactly one call, padded to at least the lane's frames."""
 
-    def split(self, lanes: Sequence[Lane]) -> list[Call]:
-        """Returns the calls of this step."""
-        ...
+    def split(self, lanes: Sequence[Lane]) -> list[Call]: ...
 
     def padded(self, frames: int) -> int:
         """Returns the padded length of a call for a single row of `frames` latent frames."""
         ...
 
-    def crowd(self, branches: int, frames: int) -> int:
-        """Returns how many network rows usually share such a row's call when many rows wait."""
+    def typical_rows(self, branches: int, frames: int) -> int:
+        """Returns the typical number of network rows in such a row's call when many rows wait."""
         ...
 
 
 def _by_length(lanes: Sequence[Lane], padded: Callable[[int], int]) -> dict[int, list[int]]:
-    """Returns the indices of the lanes of each padded length, in the order given."""
+    """Group the indices of the lanes by padded length, in the order given."""
     groups: dict[int, list[int]] = {}
     for i, lane in enumerate(lanes):
         groups.setdefault(padded(lane.frames), []).append(i)
@@ -88,7 +86,7 @@ class OneRowPerCall:
     def split(self, lanes: Sequence[Lane]) -> list[Call]:
         return [Call((i,), lane.branches, self.padded(lane.frames)) for i, lane in enumerate(lanes)]
 
-    def crowd(self, branches: int, frames: int) -> int:
+    def typical_rows(self, branches: int, frames: int) -> int:
         return branches
 
     def padded(self, frames: int) -> int:
@@ -103,7 +101,7 @@ class FixedSlots:
     grid: int = 64
 
     def split(self, lanes: Sequence[Lane]) -> list[Call]:
-        """Lanes fill the calls of their padded length in the order given."""
+        """Fill the calls of each padded length in the order given."""
         calls: list[Call] = []
         for frames, members in _by_length(lanes, self.padded).items():
             group: list[int] = []
@@ -117,7 +115,7 @@ class FixedSlots:
             calls.append(Call(tuple(group), self.slots, frames))
         return calls
 
-    def crowd(self, branches: int, frames: int) -> int:
+    def typical_rows(self, branches: int, frames: int) -> int:
         return self.slots
 
     def padded(self, frames: int) -> int:
@@ -127,10 +125,10 @@ class FixedSlots:
 def _fill(
     shapes: CallShapes, call_ms: CallMs, *, lanes: Sequence[Lane], members: Sequence[int], frames: int
 ) -> list[Call]:
-    """Returns the calls of these members, padded to `frames`; both rows of a guided lane are in one call."""
+    """Returns the calls of these members, padded to `frames`. Both network rows of a guided lane share a call."""
     _, rooms = cut(shapes, call_ms, rows=sum(lanes[i].branches for i in members), frames=frames)
     groups: list[list[int]] = [[] for _ in rooms]
-    for i in sorted(members, key=lambda i: -lanes[i].branches):  # single rows fit into any gap that guided ones leave
+    for i in sorted(members, key=lambda i: -lanes[i].branches):  # guided rows first; single rows fill their gaps
         place = next((place for place, room in enumerate(rooms) if room >= lanes[i].branches), len(rooms))
         if place == len(rooms):  # guided rows leave gaps in calls of an odd size
             rooms.append(max(most_rows(shapes, frames), lanes[i].branches))
@@ -144,8 +142,8 @@ def _fill(
     ]
 
 
-def _crowd(shapes: CallShapes, *, branches: int, frames: int, knee_tokens: float) -> int:
-    """Returns the rows of a call of about `knee_tokens` latent frames."""
+def _rows_near_knee(shapes: CallShapes, *, branches: int, frames: int, knee_tokens: float) -> int:
+    """Returns the number of rows in a call of about `knee_tokens` latent frames."""
     rows = min(int(knee_tokens / frames), most_rows(shapes, frames))
     return max(shapes.most(rows), shapes.least(branches))
 
@@ -154,8 +152,8 @@ def _crowd(shapes: CallShapes, *, branches: int, frames: int, knee_tokens: float
 class MergedGrid:
     """Fast mode: rows of different lengths share a call where one padded call is predicted to be faster than two.
 
-    `call_ms(rows, frames)` predicts a call's time. `knee_tokens(frames)` returns the number of latent frames above
-    which a call's fixed cost is a small share of it.
+    `call_ms(rows, frames)` predicts a call's time. `knee_tokens(frames)` is the number of latent frames above which the
+    fixed cost is a small share of a call.
     """
 
     call_ms: CallMs
@@ -163,12 +161,12 @@ class MergedGrid:
     shapes: CallShapes
 
     def split(self, lanes: Sequence[Lane]) -> list[Call]:
-        """Returns the split with the least predicted time; lanes of equal padded length share calls."""
+        """Returns the split with the least predicted time. Lanes of equal padded length share calls."""
         by_length = _by_length(lanes, self.padded)
         lengths = sorted(by_length)
         rows = [sum(lanes[i].branches for i in by_length[length]) for length in lengths]
         call_ms = cache(self.call_ms)
-        # best[stop] = (least predicted ms for the first `stop` lengths, where the last call of that split begins)
+        # best[stop] = (least predicted ms for the first `stop` lengths, index where the last call of that split begins)
         best: list[tuple[float, int]] = [(0.0, 0)]
         for stop in range(1, len(lengths) + 1):
             candidates = [
@@ -189,8 +187,8 @@ class MergedGrid:
     def _cut_ms(self, call_ms: CallMs, *, rows: int, frames: int) -> float:
         return cut(self.shapes, call_ms, rows=rows, frames=frames)[0]
 
-    def crowd(self, branches: int, frames: int) -> int:
-        return _crowd(self.shapes, branches=branches, frames=frames, knee_tokens=self.knee_tokens(frames))
+    def typical_rows(self, branches: int, frames: int) -> int:
+        return _rows_near_knee(self.shapes, branches=branches, frames=frames, knee_tokens=self.knee_tokens(frames))
 
     def padded(self, frames: int) -> int:
         return self.shapes.padded(frames)
@@ -198,22 +196,22 @@ class MergedGrid:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Fast mode where rows cost nothing but their own frames: all share one call, without padding.
+    """Fast mode where a row costs only its own frames: all rows share one call, without padding.
 
-    `knee_tokens` as in MergedGrid.
+    `knee_tokens` is as in MergedGrid.
     """
 
     knee_tokens: Callable[[int], float]
 
     def split(self, lanes: Sequence[Lane]) -> list[Call]:
-        """Returns one call; equal lengths lie side by side in it."""
+        """Returns one call with the lanes sorted by length, so that equal lengths are adjacent."""
         if not lanes:
             return []
         members = sorted(range(len(lanes)), key=lambda i: lanes[i].frames)
         lengths = tuple(lanes[i].frames for i in members for _ in range(lanes[i].branches))
         return [Call(tuple(members), len(lengths), lengths[-1], lengths)]
 
-    def crowd(self, branches: int, frames: int) -> int:
+    def typical_rows(self, branches: int, frames: int) -> int:
         return max(branches, int(self.knee_tokens(frames) / frames))
 
     def padded(self, frames: int) -> int:
@@ -222,8 +220,9 @@ class Packed:
 
 @dataclass(frozen=True, slots=True)
 class PackedOrGrid:
-    """Fast mode where a graph can be captured of packed rows: rows are packed into one call, unless padded calls are
-    predicted to be faster, as for a request alone. `groups_ms` predicts the time of a call of several lengths."""
+    """Fast mode where packed rows can be captured as a graph: rows share one packed call unless padded calls are
+    predicted to be faster, as for a single request. `groups_ms` predicts the time of a call of several lengths.
+    """
 
     grid: MergedGrid
     shapes: PackedShapes
@@ -237,7 +236,7 @@ class PackedOrGrid:
         return packed if self._ms(packed) < self._ms(padded) else padded
 
     def pack(self, lanes: Sequence[Lane]) -> list[Call]:
-        """Returns packed calls of at least one lane."""
+        """Returns packed calls for at least one lane."""
         calls: list[Call] = []
         members: list[int] = []
         lengths: list[int] = []
@@ -257,8 +256,8 @@ class PackedOrGrid:
     def _ms(self, calls: Sequence[Call]) -> float:
         return sum(self.groups_ms(call.groups) for call in calls)
 
-    def crowd(self, branches: int, frames: int) -> int:
-        return self.grid.crowd(branches, frames)
+    def typical_rows(self, branches: int, frames: int) -> int:
+        return self.grid.typical_rows(branches, frames)
 
     def padded(self, frames: int) -> int:
         return self.grid.padded(frames)
@@ -266,9 +265,9 @@ class PackedOrGrid:
 
 @dataclass(frozen=True, slots=True)
 class EqualLengths:
-    """Fast mode for a network that knows no invalid frames: only rows of one length share a call, without padding.
+    """Fast mode for a network without a frame mask: only rows of equal length share a call, without padding.
 
-    `call_ms` and `knee_tokens` as in MergedGrid; of `shapes`, the row counts.
+    `call_ms` and `knee_tokens` are as in MergedGrid; only the row counts of `shapes` are used.
     """
 
     call_ms: CallMs
@@ -282,8 +281,8 @@ class EqualLengths:
             for call in _fill(self.shapes, self.call_ms, lanes=lanes, members=members, frames=frames)
         ]
 
-    def crowd(self, branches: int, frames: int) -> int:
-        return _crowd(self.shapes, branches=branches, frames=frames, knee_tokens=self.knee_tokens(frames))
+    def typical_rows(self, branches: int, frames: int) -> int:
+        return _rows_near_knee(self.shapes, branches=branches, frames=frames, knee_tokens=self.knee_tokens(frames))
 
     def padded(self, frames: int) -> int:
         return frames

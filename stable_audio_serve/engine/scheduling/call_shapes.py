@@ -1,5 +1,5 @@
-"""Which shapes a denoiser call may have: its numbers of network rows and its padded lengths, or a packed call's room.
-Knows no lanes and no device; `batching` fills the calls.
+"""The allowed shapes of a denoiser call: its numbers of network rows and padded lengths, or the room of a packed call.
+`batching` fills the calls. Independent of lanes and devices.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 CallMs = Callable[[int, int], float]
 
-# A graph is captured for each shape of a call, so there are few. Powers of two alone cost 15 % of the capacity.
+# Each call shape needs a graph, so there are few. Powers of two alone would cost 15 % of the capacity.
 GRAPH_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-# (up to so many grid steps, a multiple of so many): long rows are padded to a coarser grid, by an eighth at most.
+# (up to this many grid steps, pad to a multiple of this many): longer rows use a coarser grid, at most an eighth more.
 _GROWTH = ((16, 1), (32, 2))
 _COARSEST = 4
 
@@ -30,23 +30,23 @@ class AnyRows:
     max_tokens: int = 16_384
 
     def padded(self, frames: int) -> int:
-        """Returns the padded length of rows of `frames` latent frames."""
+        """Returns the padded length of a row of `frames` latent frames."""
         return round_up(frames, self.grid)
 
     def least(self, rows: int) -> int:
-        """Returns the smallest size of a call that holds so many rows, dummies included."""
+        """Returns the size of the smallest call for this many rows, dummies included."""
         return rows
 
     def most(self, rows: int) -> int:
-        """Returns the largest size of a call that so many rows fill; 0 if there is none."""
+        """Returns the size of the largest call that this many rows fill completely; 0 if there is none."""
         return rows
 
 
 @dataclass(frozen=True, slots=True)
 class GraphShapes:
-    """Calls that replay captured graphs: row counts of `rows`, ascending from 1, lengths on a grid that grows too.
+    """Calls that replay captured graphs: row counts from `rows` (ascending from 1), lengths on a grid that coarsens.
 
-    A call has at most `max_tokens` latent frames, dummies and padding included, unless it holds a single request's row.
+    A call has at most `max_tokens` latent frames, dummies and padding included, unless it holds one row only.
     """
 
     grid: int = 64
@@ -54,18 +54,18 @@ class GraphShapes:
     rows: tuple[int, ...] = GRAPH_ROWS
 
     def padded(self, frames: int) -> int:
-        """Returns the padded length of rows of `frames` latent frames."""
+        """Returns the padded length of a row of `frames` latent frames."""
         for num_steps, factor in _GROWTH:
             if frames <= num_steps * self.grid:
                 return round_up(frames, factor * self.grid)
         return round_up(frames, _COARSEST * self.grid)
 
     def least(self, rows: int) -> int:
-        """Returns the smallest size of a call that holds so many rows, dummies included."""
+        """Returns the size of the smallest call for this many rows, dummies included."""
         return self.rows[bisect_left(self.rows, rows)]
 
     def most(self, rows: int) -> int:
-        """Returns the largest size of a call that so many rows fill; 0 if there is none."""
+        """Returns the size of the largest call that this many rows fill completely; 0 if there is none."""
         index = bisect_right(self.rows, rows)
         return self.rows[index - 1] if index else 0
 
@@ -73,20 +73,21 @@ class GraphShapes:
 CallShapes = AnyRows | GraphShapes
 
 
-# A packed call costs what its tokens do, and next to nothing for rows that are not there: so there is one number of
-# rows. A call has room for an eighth more tokens at most, a sixteenth on average; where fewer tokens are hardly faster,
-# because all weights are read anyway, the steps are coarser.
+# The cost of a packed call depends on its tokens, hardly on unused rows, so one row count is enough. A room has at most
+# an eighth more tokens than needed, a sixteenth on average. Small rooms have coarser steps, because there reading the
+# weights dominates.
 PACKED_ROWS = 64
 _LEAST_STEP, _STEPS_PER_OCTAVE = 256, 8
-_SHORT = 4  # rooms for rows of any length, and for rows of a quarter of that
-# Beside packed calls, padded ones are for a row alone and for rows alike.
+_SHORT = 4  # a second kind of room holds rows of at most a quarter of the longest length
+# Beside packed calls, padded calls serve single rows and rows of equal length.
 GRAPH_ROWS_BESIDE_PACKED = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True, slots=True)
 class PackedRoom:
-    """What a graph of packed rows has fixed: room for so many `tokens` in so many `rows`, none of them with more latent
-    frames than `longest`."""
+    """The fixed capacity of a captured packed call: `tokens` in all, in at most `rows` rows of at most `longest` latent
+    frames.
+    """
 
     tokens: int
     rows: int
@@ -95,13 +96,13 @@ class PackedRoom:
 
 @dataclass(frozen=True, slots=True)
 class PackedShapes:
-    """Rooms of packed calls. Each row has `prefix` tokens of its own besides its latent frames."""
+    """The rooms of packed calls. Each row has `prefix` tokens besides its latent frames."""
 
     prefix: int
-    longest: int  # latent frames of the longest row there is
+    longest: int  # latent frames of the longest possible row
 
     def room(self, lengths: Sequence[int]) -> PackedRoom:
-        """Returns the smallest room that holds rows of so many latent frames each, at most PACKED_ROWS of them."""
+        """Returns the smallest room for rows of these latent frames, at most PACKED_ROWS of them."""
         tokens = sum(lengths) + self.prefix * len(lengths)
         short = -(-self.longest // _SHORT)
         return PackedRoom(
@@ -112,14 +113,14 @@ class PackedShapes:
 
 
 def most_rows(shapes: CallShapes, frames: int) -> int:
-    """Returns how many rows padded to `frames` a call may have: at least one."""
+    """Returns the largest number of rows padded to `frames` in one call; at least one."""
     return max(shapes.most(shapes.max_tokens // frames), 1)
 
 
 def cut(shapes: CallShapes, call_ms: CallMs, *, rows: int, frames: int) -> tuple[float, list[int]]:
-    """Returns the least predicted time of calls for so many rows padded to `frames`, and their sizes, largest first.
+    """Returns the least predicted time of calls for `rows` rows padded to `frames`, and the call sizes, largest first.
 
-    Full calls first; what is left is padded to one call or cut into two or more, whichever is predicted to be faster.
+    Full calls come first. The remainder is padded to one call or cut into several, whichever is predicted to be faster.
     """
     full = most_rows(shapes, frames)
     num_full, left = divmod(rows, full)

@@ -1,5 +1,5 @@
-"""Predicts how long device work takes from (rows, frames) alone. Scheduling, admission, Retry-After, autoscaling and
-routing all read this one model. Knows no tensors and no clock: callers pass in measured times.
+"""Predicts the time of device work from (rows, frames). Scheduling, admission, Retry-After, autoscaling and routing all
+use this model. Independent of tensors and clocks: callers pass in measured times.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-_NOISE = 0.02  # relative error that a timing has anyway: a term that explains less than this is left out
-_TERM_PRICE = 4.0  # Akaike's criterion has 2; terms that only explain noise are wrong at larger shapes
+_NOISE = 0.02  # relative error of any timing; a term that explains less is dropped
+_TERM_PRICE = 4.0  # Akaike's criterion uses 2; a term that fits noise is wrong at larger shapes
 _FIXED, _PER_ROW, _PER_FRAME, _PER_SQUARE = range(4)
 
 Array = npt.NDArray[np.float64]
@@ -33,7 +33,7 @@ class Measurement:
 class CallCost:
     """ms = max(floor, fixed + rows * (per_row + per_frame * frames + per_square * frames^2)), all at least 0.
 
-    The floor is what the host or the memory needs however few the rows are; rows below it are free.
+    The floor is the least time that the host or memory needs; rows below it are free.
     """
 
     fixed_ms: float = 1.0
@@ -43,27 +43,28 @@ class CallCost:
     floor_ms: float = 0.0
 
     def row_ms(self, frames: int) -> float:
-        """Returns the time that one more row of `frames` latent frames adds to a call above the floor."""
+        """Returns the time that one more row of `frames` latent frames adds above the floor."""
         return self.per_row_ms + (self.per_frame_ms + self.per_square_ms * frames) * frames
 
     def call_ms(self, rows: int, frames: int) -> float:
-        """Returns the time of a whole call over `rows` rows padded to `frames` latent frames."""
+        """Returns the time of a call over `rows` rows padded to `frames` latent frames."""
         return max(self.floor_ms, self.fixed_ms + rows * self.row_ms(frames))
 
     def groups_ms(self, groups: Groups) -> float:
-        """Returns the time of a whole call over rows of several lengths, packed without padding."""
+        """Returns the time of a call over rows of several lengths, packed without padding."""
         return max(self.floor_ms, self.fixed_ms + sum(rows * self.row_ms(frames) for rows, frames in groups))
 
     def worthwhile_ms(self, overhead_share: float) -> float:
-        """Returns how long the rows of a call must take, so that what the call takes besides is this share of it."""
+        """Returns the row time at which a call's overhead falls to this share of its total."""
         return (1.0 - overhead_share) * max(self.fixed_ms / overhead_share, self.floor_ms)
 
 
 def fit_call_cost(measurements: Iterable[Measurement]) -> CallCost:
     """Fit by least squares on relative errors, every coefficient at least 0; more rows or frames always cost more.
 
-    Timings disturbed by other programs are corrected where a larger call was faster. A term is used only where it
-    explains more than the noise. Raises ValueError without measurements.
+    If a larger call was measured faster than a smaller one, the smaller one's time is lowered to it: another program
+    disturbed the measurement. A term is used only if it explains more than the noise. Raises ValueError without
+    measurements.
     """
     points = _undisturbed(measurements)
     if not points:
@@ -74,7 +75,7 @@ def fit_call_cost(measurements: Iterable[Measurement]) -> CallCost:
 
 
 def _undisturbed(measurements: Iterable[Measurement]) -> list[Measurement]:
-    """Returns one measurement of each shape, shortest first: no call takes longer than one with more rows or frames."""
+    """Returns one measurement per shape, shortest first. No call takes longer than one with more rows and frames."""
     measured = [Measurement(m.rows, m.frames, max(m.ms, 1e-6)) for m in measurements]
     shapes = {(m.rows, m.frames) for m in measured}
     points = [
@@ -85,7 +86,7 @@ def _undisturbed(measurements: Iterable[Measurement]) -> list[Measurement]:
 
 
 def _candidates(features: Array, ms: Array) -> Iterator[tuple[float, CallCost]]:
-    """Yields formulas with their scores, the least being the best: the shortest calls at the floor, the rest above."""
+    """Yield (score, cost); a lower score is better. The shortest calls are at the floor, the rest above it."""
     growth = _PER_FRAME if features[:, _PER_FRAME].any() else _PER_ROW
     for num_flat in range(len(ms)):
         floor_ms = float(np.median(ms[:num_flat])) if num_flat else 0.0
@@ -97,7 +98,7 @@ def _candidates(features: Array, ms: Array) -> Iterator[tuple[float, CallCost]]:
             solution[terms] = coefficients
             score = _score(features @ solution, ms, floor_ms=floor_ms, num_terms=len(terms) + (num_flat > 0))
             yield score, _cost(solution, floor_ms=floor_ms)
-    # Nothing grows with the shape: it would within twice the largest shape, or a little beyond.
+    # Fallback if time does not grow with the shape: growth begins near twice the largest shape.
     flat_ms = float(np.median(ms))
     solution = np.zeros(4)
     solution[growth] = flat_ms / 2 / max(float(features[:, growth].max()), 1.0)
@@ -114,7 +115,7 @@ def _cost(coefficients: Array, *, floor_ms: float) -> CallCost:
 
 
 def _terms(num_points: int, *, growth: int) -> Iterator[list[int]]:
-    """Yields the sets of terms that so many points can tell, each with one that grows with the shape."""
+    """Yield the sets of terms that this many points can determine; each set grows with the shape."""
     others = [_FIXED] if growth == _PER_ROW else [_FIXED, _PER_ROW, _PER_SQUARE]
     for count in range(min(len(others), num_points - 1) + 1):
         for some in combinations(others, count):
@@ -122,7 +123,7 @@ def _terms(num_points: int, *, growth: int) -> Iterator[list[int]]:
 
 
 def _solve(features: Array, ms: Array) -> Array | None:
-    """Returns the coefficients of least relative error; None if one of them is not positive."""
+    """Returns the coefficients with the least relative error; None if any is not positive."""
     columns = features / ms[:, None]
     norms = np.linalg.norm(columns, axis=0)
     if not norms.all():
@@ -130,20 +131,20 @@ def _solve(features: Array, ms: Array) -> Array | None:
     columns = columns / norms
     try:
         coefficients = np.linalg.solve(columns.T @ columns, columns.sum(axis=0)) / norms
-    except np.linalg.LinAlgError:  # terms that these shapes cannot tell apart
+    except np.linalg.LinAlgError:  # these shapes cannot separate the terms
         return None
     return coefficients if (coefficients > 0).all() else None
 
 
 def _score(above_ms: Array, ms: Array, *, floor_ms: float, num_terms: int) -> float:
-    """Returns Akaike's criterion of a formula with a higher price per term, given its values above the floor."""
+    """Returns Akaike's criterion with a higher price per term. `above_ms` is the formula without its floor."""
     errors = np.log(np.maximum(above_ms, floor_ms) / ms)
     return float(len(ms) * np.log(np.mean(errors**2) + _NOISE**2) + _TERM_PRICE * num_terms)
 
 
-_MOST_TOKENS = 2.0**20  # the answer where rows cost nothing
-_FIT_WEIGHT = 4  # a fit counts as so many measurements
-_MOST_SURPRISE = 3.0  # times longer or shorter than predicted that one measurement may claim
+_MOST_TOKENS = 2.0**20  # returned if rows cost nothing
+_FIT_WEIGHT = 4  # a fit counts as this many measurements
+_MAX_RATIO = 3.0  # largest factor by which one measurement may differ from its prediction
 
 Work = Literal["text", "encode", "denoise", "decode"]
 
@@ -151,12 +152,12 @@ Work = Literal["text", "encode", "denoise", "decode"]
 class CostModel:
     """One `CallCost` per kind of work, fitted at warm-up, and one scale per kind that follows measured times.
 
-    The rows of a text call are prompts and have no frames.
+    The rows of a text call are prompts; their `frames` is 0.
     Only the engine thread writes. Other threads may read: each read sees a consistent set of coefficients.
     """
 
     def __init__(self, *, learning_rate: float = 0.05) -> None:
-        """`learning_rate` is the weight of one measurement after many; the first ones weigh more."""
+        """`learning_rate` is the weight of a measurement in the long run; the first ones weigh more."""
         self._learning_rate = learning_rate
         self._costs: dict[Work, CallCost] = {
             "text": CallCost(fixed_ms=0.0, per_row_ms=5.0, per_frame_ms=0.0),
@@ -174,31 +175,32 @@ class CostModel:
         self._num_corrections[work] = _FIT_WEIGHT
 
     def correct(self, work: Work, calls: Iterable[Groups], *, measured_ms: float) -> None:
-        """Move the scale of `work` towards the measured time of these calls together.
+        """Move the scale of `work` towards the total measured time of these calls.
 
-        The first measurement of a kind that was not fitted is believed; later ones, which may have been disturbed by
-        another program, move the scale by a bounded factor.
+        The first measurement of a kind without a fit sets the scale. Later ones move it by a bounded factor, because
+        another program may have disturbed them.
         """
         predicted_ms = sum(self._costs[work].groups_ms(groups) for groups in calls)
         if predicted_ms <= 0 or measured_ms <= 0:
             return
-        surprise = measured_ms / (predicted_ms * self._scales[work])
+        ratio = measured_ms / (predicted_ms * self._scales[work])
         if self._num_corrections[work] > 0:
-            surprise = min(max(surprise, 1.0 / _MOST_SURPRISE), _MOST_SURPRISE)
+            ratio = min(max(ratio, 1.0 / _MAX_RATIO), _MAX_RATIO)
         self._num_corrections[work] += 1
-        self._scales[work] *= surprise ** max(self._learning_rate, 1.0 / self._num_corrections[work])
+        self._scales[work] *= ratio ** max(self._learning_rate, 1.0 / self._num_corrections[work])
 
     def call_ms(self, work: Work, *, rows: int, frames: int) -> float:
         """Returns the predicted time of one call."""
         return self._scales[work] * self._costs[work].call_ms(rows, frames)
 
     def groups_ms(self, work: Work, groups: Groups) -> float:
-        """Returns the predicted time of one call of rows of several lengths."""
+        """Returns the predicted time of one packed call over rows of several lengths."""
         return self._scales[work] * self._costs[work].groups_ms(groups)
 
     def knee_tokens(self, frames: int, fixed_share: float) -> float:
-        """Returns at how many latent frames, in rows of `frames`, a denoiser call is `fixed_share` overhead: its
-        fixed time, or the time below the floor that its rows do not use."""
+        """Returns the latent frames, in rows of `frames`, at which overhead falls to `fixed_share` of a denoiser call.
+        Overhead is the fixed time, or the part of the floor that the rows do not use.
+        """
         cost = self._costs["denoise"]
         per_token_ms = cost.row_ms(frames) / max(frames, 1)
         if per_token_ms <= 0:

@@ -1,7 +1,8 @@
-"""Predicts the device memory of rows, so that no row starts that would not fit. Knows no scheduler and no allocator.
+"""Predicts the device memory of rows, so that only rows that fit are started. Independent of the scheduler and the
+allocator.
 
-A row keeps its registers, a draw of noise, its latents and its branches' constants; the temporaries of its largest call
-come on top. What a model takes is measured once, by following every tensor of a few small calls.
+A row keeps its registers, a draw of noise, its latents and its branches' constants, plus the temporaries of its largest
+call. A model's memory use is measured once, by tracking every tensor of a few small calls.
 """
 
 from __future__ import annotations
@@ -32,18 +33,18 @@ from stable_audio_serve.models.protocol import (
 from stable_audio_serve.models.windows import LONGEST_FRAMES
 from stable_audio_serve.sampling.noise import NoiseSource
 
-_DURATION_SHARES = (1 / 64, 1 / 16)  # of the model's maximum duration, to measure
-_WINDOW = 32  # latent frames of the windows that are measured
+_DURATION_SHARES = (1 / 64, 1 / 16)  # of the model's maximum duration, for the measurement
+_WINDOW = 32  # latent frames of the measured windows
 _REGISTER_BYTES = 4  # float32
-_KEPT_BESIDE = 2  # a draw of noise and the latents, as large as a register each
-# What rows keep from step to step lies in arenas. One that is full doubles: then it is at most twice what they keep,
-# and while it is copied the old one, of half the size, is still there.
+_KEPT_BESIDE = 2  # a draw of noise and the latents, each as large as a register
+# Values that rows keep between steps are in arenas. A full arena doubles, so it is at most twice as large as its
+# contents. While it is copied, the old one of half the size still exists.
 _ARENA_GROWTH = 3
 
 
 @dataclass(frozen=True, slots=True)
 class RowShape:
-    """What a row's memory depends on; windows in latent frames, the longest of the row each."""
+    """The sizes that determine a row's memory, in latent frames; windows are the longest of the row."""
 
     frames: int
     num_registers: int
@@ -52,13 +53,13 @@ class RowShape:
     decode_window: int
 
     def cut(self, frames: int) -> RowShape:
-        """Returns the shape of the same request for a clip of other latent frames."""
+        """Returns the shape of the same request with a clip of `frames` latent frames."""
         windows = min(self.encode_window, frames), min(self.decode_window, frames)
         return replace(self, frames=frames, encode_window=windows[0], decode_window=windows[1])
 
 
 def row_shape(plan: RowPlan, *, is_fixed: bool) -> RowShape:
-    """Returns what a plan's memory depends on; `is_fixed`: windows are those of the plan."""
+    """Returns the memory shape of a plan. `is_fixed`: windows are decoded exactly as planned."""
     sources = [source for source in (plan.init_source, plan.inpaint_source) if source is not None]
     decoded = max(window_lengths(plan.decode_windows))
     if plan.decode_rule is not None and not is_fixed:
@@ -74,7 +75,7 @@ def row_shape(plan: RowPlan, *, is_fixed: bool) -> RowShape:
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """Device bytes by what they grow with: a branch's constants, some per frame; a call's temporaries per frame."""
+    """Device bytes: a branch's constants, fixed and per frame, and each kind of call's temporaries per frame."""
 
     branch: float = 0.0
     branch_frame: float = 0.0
@@ -83,7 +84,7 @@ class MemoryUse:
     decode_frame: float = 0.0
 
     def row_bytes(self, shape: RowShape, *, latent_channels: int) -> int:
-        """Returns the most that a row takes at any time of its life."""
+        """Returns the most device memory that a row takes at any time."""
         paged = PAGE_FRAMES * pages_of(shape.frames)
         frame = _REGISTER_BYTES * latent_channels
         kept = frame * paged * shape.num_registers + shape.num_branches * (self.branch + self.branch_frame * paged)
@@ -97,13 +98,14 @@ class MemoryUse:
 
 
 class RowMemory:
-    """The bound on the memory of all started rows together, and how much of it each row takes."""
+    """The bound on the memory of all started rows, and the memory of each row."""
 
     def __init__(
         self, spec: ModelSpec, *, max_bytes: int | None, is_fixed: bool, setting: str = "max_memory_bytes"
     ) -> None:
-        """`max_bytes` None: no bound, and nothing is measured. `is_fixed`: windows are those of the plan. `setting`
-        is the operator's that gives `max_bytes`."""
+        """`max_bytes` None: no bound, and nothing is measured. `is_fixed`: windows are decoded as planned. `setting`
+        names the operator's setting behind `max_bytes`, for error messages.
+        """
         self._spec = spec
         self._is_fixed = is_fixed
         self._setting = setting
@@ -111,7 +113,7 @@ class RowMemory:
         self.use = MemoryUse()
 
     def measure(self, model: DiffusionModel, noise_factory: Callable[[int], NoiseSource]) -> None:
-        """Call it on the engine thread before the first request. Raises ConfigError if not even a short clip fits."""
+        """Call on the engine thread before the first request. Raises ConfigError if even a short clip does not fit."""
         if self.max_bytes is None:
             return
         self.use = measure_use(model, noise_factory(0))
@@ -128,7 +130,7 @@ class RowMemory:
         return 0 if self.max_bytes is None else self._bytes(row_shape(plan, is_fixed=self._is_fixed))
 
     def check(self, plan: RowPlan, request: GenerationRequest) -> None:
-        """Raises InvalidRequestError with the range that fits if the row never will."""
+        """Raises InvalidRequestError, with the durations that fit, if the row can never fit."""
         if self.max_bytes is None or (needed := self.row_bytes(plan)) <= self.max_bytes:
             return
         allowed = f"0..{self._longest_s(plan, request):.4g}"
@@ -142,7 +144,7 @@ class RowMemory:
         return self.use.row_bytes(shape, latent_channels=self._spec.card.latent_channels)
 
     def _longest_s(self, plan: RowPlan, request: GenerationRequest) -> float:
-        """Returns the longest clip of such a request that fits, in seconds; 0 if none does."""
+        """Returns the longest duration in seconds that fits for such a request; 0 if none does."""
         shape, fits = row_shape(plan, is_fixed=self._is_fixed), 0
         step = 2 ** plan.frames.bit_length()
         while step := step // 2:
@@ -153,7 +155,7 @@ class RowMemory:
 
 
 def measure_use(model: DiffusionModel, noise: NoiseSource) -> MemoryUse:
-    """Returns what a model takes, from its prompt constants at two lengths and one small call of each kind."""
+    """Measure a model's memory: prompt constants at two lengths, and one small call of each kind."""
     spec, device = model.spec, model.device
     prompt = model.encode_text(["memory"])[0]
     constants: list[tuple[int, int]] = []
@@ -184,21 +186,21 @@ def measure_use(model: DiffusionModel, noise: NoiseSource) -> MemoryUse:
 
 
 def _request(spec: ModelSpec, share: float) -> GenerationRequest:
-    """Returns a request for this share of the longest clip."""
+    """Returns a request with this share of the maximum duration."""
     duration_s = spec.card.max_duration_s * share
     return GenerationRequest(prompt="memory", duration_s=duration_s, seed=0, duration_padding_s=0.0)
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """Returns the most bytes of new tensors that exist at any time while `run` runs."""
-    run()  # what is made once and kept does not count
+    """Returns the peak bytes of new tensors while `run` runs."""
+    run()  # exclude tensors that are created once and kept
     with _TensorBytes() as counted:
         run()
     return counted.peak
 
 
 class _TensorBytes(TorchDispatchMode):
-    """Follows the storages that operations make until they are freed; those of their inputs are not new."""
+    """Tracks the storages that operations create until they are freed. Storages of inputs do not count."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -206,7 +208,7 @@ class _TensorBytes(TorchDispatchMode):
         self._live = 0
         self._known: set[int] = set()
 
-    def __torch_dispatch__(  # noqa: PLR0917  # as torch calls it
+    def __torch_dispatch__(  # noqa: PLR0917  # torch's signature
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         for value in tree_leaves((args, kwargs)):

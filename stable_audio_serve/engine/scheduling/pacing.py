@@ -1,5 +1,5 @@
-"""How far the host asks ahead of the device: how much of a row is encoded or decoded in one turn, so that others do not
-wait, and the calls that were asked for and have not ended, whose times correct the cost model. Knows no rows.
+"""Limits how far the host queues work ahead of the device: how much of a row is encoded or decoded per turn, and how
+many calls are unfinished. The times of finished calls correct the cost model. Independent of rows.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ from stable_audio_serve.engine.scheduling.cost import CostModel, Groups, Work
 
 Result = TypeVar("Result")
 
-_CALLS_AHEAD = 2  # of the host, at most: enough that the device always has work, few enough to react soon
-_LEAST_MS = 10.0  # of a turn's windows: shorter ones cost more than they help
-_LENGTHS = (32, 64, 96, 128, 192, 256, 320, 384, 448, 512)  # few, because calls of one length share graphs
+_CALLS_AHEAD = 2  # unfinished calls at most: enough to keep the device busy, few enough to react soon
+_LEAST_MS = 10.0  # time limit of a turn's windows: shorter ones cost more than they help
+_LENGTHS = (32, 64, 96, 128, 192, 256, 320, 384, 448, 512)  # few, because calls of equal length share graphs
 
 
 class WindowPace:
     """Limits the windows of one turn. Used by the engine thread only."""
 
     def __init__(self, cost: CostModel, *, is_fixed: bool, turn_frames: int = 512) -> None:
-        """`turn_frames` is the most latent frames of a row in one turn. `is_fixed`: windows are cut as planned, each is
-        a call of its own, and a row has one in each turn, because more would gain nothing.
+        """`turn_frames` is the most latent frames of a row per turn. `is_fixed`: windows are cut as planned, run one
+        per call, and a row has one per turn, because more would gain nothing.
         """
         self._cost = cost
         self.is_fixed = is_fixed
         self.turn_frames = 1 if is_fixed else turn_frames
         self._step_ms = 0.0
 
-    def saw_step(self, ms: float) -> None:
-        """Remember how long the last step is predicted to take.
+    def record_step(self, ms: float) -> None:
+        """Record the predicted time of the last step.
 
-        Its measured time may contain windows that ran beside it, which would make the next ones longer and longer.
+        The measured time may include windows that ran beside it, which would make the next windows ever longer.
         """
         self._step_ms = ms
 
     def decode_frames(self, num_rows: int, *, others_wait: bool) -> int:
-        """Returns the most latent frames of each of `num_rows` rows to decode now.
+        """Returns the most latent frames to decode now of each of `num_rows` rows.
 
-        While others wait, all of them together take no longer than one step, or than a time that nobody notices;
-        windows of one length share a call.
+        While other rows wait, the windows together take no longer than one step, or than a negligible time. Windows of
+        equal length share a call.
         """
         if self.is_fixed or not others_wait:
             return self.turn_frames
@@ -57,8 +57,8 @@ class WindowPace:
 
 
 @dataclass(slots=True)
-class _Asked:
-    """Device work to be compared with its prediction once it has ended."""
+class _QueuedCall:
+    """Queued device work, compared with its prediction once it has ended."""
 
     work: Work
     calls: Sequence[Groups]
@@ -68,47 +68,47 @@ class _Asked:
 
 
 class CallTimes:
-    """Steps are the first queue's work, everything else the second's. Used by the engine thread only.
+    """Measures queued calls: steps run on the first queue, all other work on the second. For the engine thread only.
 
-    Calls that ran beside others are not learned from: they took longer because they shared the device, and a cost that
-    contains the other queue's work would count it twice. Both queues together still take the sum of their costs.
+    Calls that overlapped with the other queue do not correct the cost model: they took longer because they shared the
+    device, and the other queue's work would count twice. Together both queues still take the sum of their costs.
     """
 
     def __init__(self, device: Device, *, cost: CostModel, metrics: Metrics) -> None:
         self._device = device
         self._cost = cost
         self._metrics = metrics
-        self._steps: deque[_Asked] = deque()
-        self._others: deque[_Asked] = deque()
+        self._steps: deque[_QueuedCall] = deque()
+        self._others: deque[_QueuedCall] = deque()
 
     def time(self, work: Work, calls: Sequence[Groups], *, run: Callable[[], Result]) -> Result:
-        """Run device work, of these calls, in the queue that is its own."""
+        """Queue device work consisting of these calls, and measure it."""
         began = self._device.mark()
         result = run()
-        asked = _Asked(work, calls, began, self._device.mark(), is_alone=True)
+        queued = _QueuedCall(work, calls, began, self._device.mark(), is_alone=True)
         if work == "denoise":
-            for other in self._others:  # those that are asked for later begin after this one
+            for other in self._others:  # calls queued later begin after this one
                 if not other.ended.is_reached():
-                    other.is_alone = asked.is_alone = False
-            self._steps.append(asked)
+                    other.is_alone = queued.is_alone = False
+            self._steps.append(queued)
         else:
-            self._others.append(asked)
+            self._others.append(queued)
         return result
 
     @property
     def has_room_beside(self) -> bool:
-        """Whether the second queue is no further behind than the first, so that it may get more windows."""
+        """Whether the second queue is no further behind than the first, so that it may take more windows."""
         windows = [call for call in self._others if call.work != "text" and not call.ended.is_reached()]
         return len(windows) <= _CALLS_AHEAD
 
     def keep_pace(self) -> None:
-        """Wait until the device is at most a few calls behind, and learn how long its calls took."""
+        """Wait until the device is at most a few calls behind, and record how long its calls took."""
         self._settle(self._others, wait=False)
         self._settle(self._steps, wait=True)
-        if not self._steps:  # else the host would wait for the slower queue while the faster one runs dry
+        if not self._steps:  # with steps, the host would wait for the slower queue while the faster one runs empty
             self._settle(self._others, wait=True)
 
-    def _settle(self, calls: deque[_Asked], *, wait: bool) -> None:
+    def _settle(self, calls: deque[_QueuedCall], *, wait: bool) -> None:
         while calls:
             oldest = calls[0]
             if not oldest.ended.is_reached():

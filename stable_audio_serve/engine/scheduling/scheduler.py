@@ -1,21 +1,21 @@
 """Decides which rows the engine works on next. Bookkeeping only: no tensors, no device.
 
-Deadlines. A row's deadline is its arrival + slack x its predicted time alone, at most `max_slack_s`, and never moves.
-Short rows therefore overtake long ones, and every row becomes the earliest at some point. Taking turns over all rows
-would make all of them finish late.
+Deadlines. A row's deadline is its arrival + slack x its predicted time alone, at most `max_slack_s` after arrival, and
+never moves. Short rows therefore overtake long ones, and every row has the earliest deadline at some point. Round-robin
+over all rows would make all of them finish late.
 
-Filling a step. Rows join in order of deadline until the step has enough latent frames: as many as make its fixed cost
-small (`knee_tokens`), or a quarter of all waiting frames if that is more, because then a larger step finishes the
-queue sooner; at most `max_tokens`. Rows that started hold device memory, so only so many start, and once a row finds
-too little memory none behind it starts: otherwise small rows would keep a large one waiting forever.
+Filling a step. Rows join in order of deadline until the step has enough latent frames: enough to make its fixed cost
+small (`knee_tokens`), or a quarter of all waiting frames if that is more, because a larger step then finishes the queue
+sooner; at most `max_tokens`. Started rows hold device memory, so their number is limited. Once a row does not fit into
+memory, no later row starts: otherwise small rows could keep a large one waiting forever.
 
 Lending to batch rows. Interactive rows go first, and each interactive step lends `batch_share` of its time to batch
-rows. A batch row joins the step if the lent time covers what it adds. If it does not fit, lent time accumulates over
-steps until it covers a step of its own, which then runs alone. So an interactive row waits at most that share longer
-plus one step, and batch rows progress under any interactive load. Lent time is dropped when nobody needs it.
+rows. A batch row joins the step if the lent time covers the time that it adds. Otherwise lent time accumulates over
+steps until it covers a step with the batch row alone. So an interactive row waits at most that share longer plus one
+step, and batch rows progress under any interactive load. Lent time is dropped when no batch row needs it.
 
-Second queue. Where a device has one, rows that encode or decode run beside a step and take nothing of its budget.
-Times are the device's, which both queues share.
+Second queue. On devices that have one, rows that encode or decode run beside a step and do not use its budget. Both
+queues share the device's time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ RowId = NewType("RowId", int)
 class SchedulerLimits:
     """Bounds of one pick; `max_tokens` 0 means one row at a time."""
 
-    max_started: int = 64  # at least 2: a quarter, but at least one, for interactive rows only; one for batch
+    max_started: int = 64  # at least 2; a quarter, at least one, is reserved for interactive rows, one row for batch
     max_tokens: int = 16_384
     slack: float = 6.0
     max_slack_s: float = 120.0
@@ -50,7 +50,7 @@ class _Entry:
     row_id: RowId  # ids rise with arrival, so ties run in order of arrival
     work: RowWork = field(compare=False)
     priority: Priority = field(compare=False)
-    tokens: int = field(compare=False)  # of the work when it was last counted
+    tokens: int = field(compare=False)  # of the work, when last counted
     num_bytes: int = field(compare=False)
     started: bool = field(default=False, compare=False)
 
@@ -61,10 +61,10 @@ class _Step:
     num_new: int = 0
     num_new_batch: int = 0
     new_bytes: int = 0
-    is_short: bool = False  # a row waits for memory, so that none behind it starts
+    waits_for_memory: bool = False  # a row waits for memory, so no later row starts
     tokens: float = 0.0
     frames_beside: float = 0.0  # latent frames of the rows that run beside the step
-    is_held_back: bool = False  # a row could run, if there were room beside the step
+    waits_for_room_beside: bool = False  # a row waits for room beside the step
 
     @property
     def works(self) -> list[RowWork]:
@@ -72,8 +72,8 @@ class _Step:
 
 
 class Scheduler:
-    """All rows from admission to their end. Between two picks only the work of picked rows goes on. Used by one thread;
-    unknown ids raise KeyError.
+    """All rows from admission to their end. Between two picks, only picked rows' work may change. Used by one thread.
+    Unknown ids raise KeyError.
     """
 
     def __init__(
@@ -84,9 +84,10 @@ class Scheduler:
         step_ms: Callable[[Sequence[RowWork], int], float],
         has_second_queue: bool = False,
     ) -> None:
-        """`knee_tokens(frames)` returns how many latent frames make a step of such rows worth its fixed cost;
-        `step_ms(works, num_new)` predicts a step of these rows, `num_new` of which were never picked before.
-        `has_second_queue`: rows that encode or decode run beside a step."""
+        """`knee_tokens(frames)` is the number of latent frames that makes a step of such rows worth its fixed cost.
+        `step_ms(works, num_new)` predicts the time of a step of these rows, `num_new` of them never picked before.
+        `has_second_queue`: rows that encode or decode run beside a step.
+        """
         self._has_second_queue = has_second_queue
         self._limits = limits
         self._knee_tokens = knee_tokens
@@ -97,7 +98,7 @@ class Scheduler:
         self._started_bytes = 0
         self._waiting_tokens: dict[Priority, int] = dict.fromkeys(self._orders, 0)
         self._picked: list[_Entry] = []
-        self._lent_ms = 0.0  # time that interactive steps gave to batch rows and that is not used yet
+        self._lent_ms = 0.0  # time lent by interactive steps and not used yet
 
     def add(
         self,
@@ -109,9 +110,9 @@ class Scheduler:
         priority: Priority = "interactive",
         num_bytes: int = 0,
     ) -> None:
-        """Add a row; `arrived_at` is on the engine's clock, `alone_s` its predicted time on an idle engine.
+        """Add a row. `arrived_at` is on the engine's clock; `alone_s` is its predicted time on an idle engine.
 
-        `num_bytes` is the device memory that it takes from its start to its end.
+        `num_bytes` is its device memory from its first pick to its removal.
         """
         if row_id in self._entries:
             raise ValueError(f"row {row_id} was already added")
@@ -131,19 +132,19 @@ class Scheduler:
         self._waiting_tokens[entry.priority] -= entry.tokens
 
     def pick(self, *, beside: bool = True) -> list[RowId]:
-        """Returns the rows to work on now, earliest deadline first; empty only if no row is left.
+        """Returns the rows to run now, earliest deadline first; empty only if no row is left.
 
-        Not `beside`: only rows of a step; then it may be empty although others wait for room in the second queue.
-        Picked rows count as started until they are removed. No row starts while `max_started` rows are started, or
-        while it needs more memory than is left; then no row behind it starts either, so that its turn comes.
+        Without `beside`, only rows of a step are picked, and the result may be empty while other rows wait for the
+        second queue. Picked rows count as started until removed. No row starts while `max_started` rows are started or
+        while it does not fit into memory; in the latter case no later row starts before it.
         """
-        self._count_again()
+        self._update_waiting_tokens()
         step = self._fill("interactive", beside=beside)
-        if step.entries or step.is_held_back:
+        if step.entries or step.waits_for_room_beside:
             step = self._lend(step, beside=beside)
         else:
             self._lent_ms = 0.0
-            step = self._fill("batch", beside=beside, is_short=step.is_short)
+            step = self._fill("batch", beside=beside, waits_for_memory=step.waits_for_memory)
         for entry in step.entries:
             self._num_started[entry.priority] += not entry.started
             self._started_bytes += 0 if entry.started else entry.num_bytes
@@ -151,8 +152,8 @@ class Scheduler:
         self._picked = step.entries
         return [entry.row_id for entry in step.entries]
 
-    def _count_again(self) -> None:
-        """Bring the sum of waiting tokens up to date with the last pick's rows."""
+    def _update_waiting_tokens(self) -> None:
+        """Update the sum of waiting tokens after the work of the last pick."""
         for entry in self._picked:
             if self._entries.get(entry.row_id) is entry:
                 tokens = self._tokens(entry.work)
@@ -163,28 +164,28 @@ class Scheduler:
         return self._has_second_queue and work.phase is not Phase.DENOISE
 
     def _tokens(self, work: RowWork) -> int:
-        """Returns the latent frames that the row adds to a step, nothing if it runs beside one."""
+        """Returns the latent frames that the row adds to a step; 0 if it runs beside one."""
         return 0 if self._runs_beside(work) else work.tokens
 
-    def _fill(self, priority: Priority, *, beside: bool, is_short: bool = False) -> _Step:
-        """Returns a step with as many rows of one priority as fit the budget, and as many beside it."""
-        step, budget, budget_beside, is_full = _Step(is_short=is_short), 0.0, 0.0, False
-        num_left = self._num_started[priority]  # started rows further on
+    def _fill(self, priority: Priority, *, beside: bool, waits_for_memory: bool = False) -> _Step:
+        """Returns a step with as many rows of one priority as fit the budget, in the step and beside it."""
+        step, budget, budget_beside, is_full = _Step(waits_for_memory=waits_for_memory), 0.0, 0.0, False
+        num_left = self._num_started[priority]  # started rows not visited yet
         for entry in self._orders[priority]:
             if is_full and not num_left:
-                break  # nothing behind can run beside the step before it has run in one
+                break  # later rows have not started, and a row's first work is never beside the step
             if not self._may_run(entry, beside=step):
                 if not num_left:
-                    break  # no row starts, so none of the others may run either
+                    break  # no later row is started, so none may run
                 continue
             num_left -= entry.started
             if self._runs_beside(entry.work):
-                step.is_held_back |= not beside
+                step.waits_for_room_beside |= not beside
                 budget_beside = budget_beside or self._budget(priority, entry.work.frames)
                 if beside and (not step.frames_beside or step.frames_beside < budget_beside):
                     _take_beside(step, entry)
                 else:
-                    _reserve(step, entry)  # so that no row behind it starts in its place
+                    _reserve(step, entry)  # keeps a later row from starting in its place
             elif is_full:
                 continue
             elif not step.tokens:
@@ -199,7 +200,7 @@ class Scheduler:
         return step
 
     def _lend(self, step: _Step, *, beside: bool) -> _Step:
-        """Returns the interactive step with the batch rows that may join it, or a batch row whose step is paid for."""
+        """Returns the interactive step plus the batch rows that lent time covers, or a step of one batch row."""
         if not self._orders["batch"]:
             self._lent_ms = 0.0
             return step
@@ -215,7 +216,7 @@ class Scheduler:
             new = int(not entry.started)
             rides = is_beside or step.tokens + entry.tokens <= self._limits.max_tokens
             if not rides and len(step.entries) > num_interactive:
-                break  # its turn comes when those before it are done
+                break  # it must wait for the batch rows before it
             works = [*step.works, entry.work] if rides else [entry.work]
             costs_ms = self._step_ms(works, step.num_new + new) - ms if rides else self._step_ms(works, new)
             if costs_ms > self._lent_ms + (share_ms if rides else 0.0):
@@ -230,24 +231,24 @@ class Scheduler:
         return step
 
     def _may_run(self, entry: _Entry, *, beside: _Step) -> bool:
-        """Returns whether the row is started, or there is room and memory for one more started row of its priority."""
+        """Returns whether the row has started, or there is room and memory to start it."""
         if entry.started:
             return True
         if self._limits.max_bytes is not None:
             taken = self._started_bytes + beside.new_bytes
             if taken and taken + entry.num_bytes > self._limits.max_bytes:
-                beside.is_short = True
-            if beside.is_short:
+                beside.waits_for_memory = True
+            if beside.waits_for_memory:
                 return False
         most, num_started = self._limits.max_started, self.num_started + beside.num_new
         num_batch = self._num_started["batch"] + beside.num_new_batch
         if entry.priority == "batch":
             return num_batch < most - max(most // 4, 1) and num_started < most
-        is_batch_shut_out = not num_batch and bool(self._orders["batch"])
-        return num_started < most - is_batch_shut_out
+        reserves_batch_slot = not num_batch and bool(self._orders["batch"])
+        return num_started < most - reserves_batch_slot
 
     def _budget(self, priority: Priority, frames: int) -> float:
-        """Returns max(knee, a quarter of the waiting tokens), capped."""
+        """Returns max(knee, a quarter of the waiting tokens), capped at `max_tokens`."""
         cap = self._limits.max_tokens
         if cap == 0:
             return 0.0

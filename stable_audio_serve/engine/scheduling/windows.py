@@ -1,4 +1,4 @@
-"""Splits latents and audio into windows for the autoencoder and joins the results. Knows no queue and no model."""
+"""Splits latents and audio into autoencoder windows and joins the results. Independent of the queue and the model."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from stable_audio_serve.sampling.noise import NoiseSource
 
 
 def count_fitting(lengths: Sequence[int], max_frames: int) -> int:
-    """Returns how many leading windows fit into `max_frames` latent frames: at least one, if there is any."""
+    """Returns how many leading windows fit into `max_frames` latent frames; at least one if there is any."""
     return max(bisect_right(list(accumulate(lengths)), max_frames), min(1, len(lengths)))
 
 
 def take_spans(spans: Sequence[WindowSpan], max_frames: int) -> Sequence[WindowSpan]:
-    """Returns the leading spans that fit into `max_frames` latent frames, at least one."""
+    """Returns the leading spans that fit into `max_frames` latent frames; at least one."""
     return spans[: count_fitting(window_lengths(spans), max_frames)]
 
 
 def audible_spans(spans: Sequence[WindowSpan], *, hop: int, end: int) -> list[WindowSpan]:
-    """Returns the windows that overlap the result, which ends at sample `end`; the headroom is never decoded."""
+    """Returns the windows that overlap the result, which ends at sample `end`. The headroom after it is not decoded."""
     return [span for span in spans if span.keep_start * hop < end]
 
 
@@ -38,7 +38,7 @@ def window_lengths(spans: Sequence[WindowSpan]) -> tuple[int, ...]:
 
 
 class SourceEncoding:
-    """One source while it is encoded: the windows still to encode and the latents so far."""
+    """Encodes one source: its remaining windows and the latents so far."""
 
     def __init__(self, source: SourcePlan, *, stage: str, noise: NoiseSource, hop: int) -> None:
         """`stage` is init or inpaint; `hop` is the number of audio samples per latent frame."""
@@ -51,11 +51,11 @@ class SourceEncoding:
 
     @property
     def lengths_left(self) -> tuple[int, ...]:
-        """Latent frames of the windows still to encode."""
+        """Latent frames of each window that is not encoded yet."""
         return window_lengths(self._source.windows[self._num_done :])
 
     def pending(self, max_frames: int) -> list[EncodeWindow]:
-        """Returns the next windows, at most `max_frames` latent frames together, but at least one if any is left."""
+        """Returns the next windows of at most `max_frames` latent frames in total; at least one if any is left."""
         spans = take_spans(self._source.windows[self._num_done :], max_frames)
         return [
             EncodeWindow(
@@ -68,7 +68,7 @@ class SourceEncoding:
         ]
 
     def put(self, latents: Tensor) -> None:
-        """Add the next window's latents (D, F_window) float32; windows come in order."""
+        """Add the latents (D, F_window) float32 of the next window; windows come in order."""
         span = self._source.windows[self._num_done]
         if self._latents is None:
             frames = max(s.keep_stop for s in self._source.windows)
@@ -87,8 +87,8 @@ class SourceEncoding:
 class AudioAssembly:
     """One row's audio while its windows are decoded: exact length, silent after the valid frames.
 
-    The audio is on the host, and `is_finite` right, once the device has done what was asked of it up to the last `put`
-    and it is collected.
+    The audio is on the host, and `is_finite` is valid, once the device has finished the work of the last `put` and the
+    downloads are collected.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class AudioAssembly:
         output_samples: int,
         rule: WindowRule | None = None,
     ) -> None:
-        """With a `rule` the frames that `spans` cover are cut anew whenever windows are taken."""
+        """With a `rule`, the remaining frames are cut into new windows whenever windows are taken."""
         self._device = device
         self._hop = hop
         self._end = min(output_samples, valid_frames * hop)
@@ -110,17 +110,17 @@ class AudioAssembly:
         self._rule = rule
         self._left = audible_spans(spans, hop=hop, end=self._end)
         self._audio = torch.zeros(channels, output_samples)
-        # Whether the checked latents and the samples so far are finite: on the device, then on the host.
-        self._finite_there: dict[int, Tensor] = {}
+        # Whether the checked latents (0) and the samples so far (1) are finite: on the device, then on the host.
+        self._finite_on_device: dict[int, Tensor] = {}
         self._finite = torch.ones(2, dtype=torch.bool)
 
     @property
     def lengths_left(self) -> tuple[int, ...]:
-        """Latent frames of the windows still to decode."""
+        """Latent frames of each window that is not decoded yet."""
         return window_lengths(self._left)
 
     def pending(self, latents: Tensor, noise: NoiseSource, *, max_frames: int) -> Iterator[DecodeWindow]:
-        """Yields the next windows of `latents` (D, F), at most `max_frames` in all but at least one if any is left."""
+        """Yield the next windows of `latents` (D, F), at most `max_frames` in total; at least one if any is left."""
         if self._rule is not None and self._left:
             longest, first = min(max_frames, LONGEST_FRAMES), self._left[0].keep_start
             cut = cut_windows(first, frames=self._frames, rule=self._rule, longest=longest)
@@ -129,11 +129,11 @@ class AudioAssembly:
             yield DecodeWindow(latents=latents[:, span.start : span.stop].contiguous(), start=span.start, noise=noise)
 
     def check(self, latents: Tensor) -> None:
-        """Note whether these latents are finite: what follows from others may be audio that sounds like nothing."""
+        """Record whether these latents are finite: non-finite latents can decode to finite but wrong audio."""
         self._note_finite(0, latents)
 
     def put(self, audio: Tensor) -> None:
-        """Add the next window's audio (C, >= hop * F_window) float32 on the device; windows come in order."""
+        """Add the audio (C, >= hop * F_window) float32 of the next window, on the device; windows come in order."""
         span = self._left.pop(0)
         start = span.keep_start * self._hop
         stop = min(span.keep_stop * self._hop, self._end)
@@ -145,9 +145,9 @@ class AudioAssembly:
 
     def _note_finite(self, place: int, values: Tensor) -> None:
         finite = torch.isfinite(values).all()
-        if place in self._finite_there:
-            finite = finite & self._finite_there[place]
-        self._finite_there[place] = finite
+        if place in self._finite_on_device:
+            finite = finite & self._finite_on_device[place]
+        self._finite_on_device[place] = finite
         self._device.download(finite, self._finite[place])
 
     @property
@@ -156,5 +156,5 @@ class AudioAssembly:
         return bool(self._finite.all())
 
     def audio(self) -> npt.NDArray[np.float32]:
-        """Returns the finished audio (C, S) float32; a model's peaks may exceed -1..1."""
+        """Returns the finished audio (C, S) float32; peaks may exceed -1..1."""
         return self._audio.numpy()

@@ -1,5 +1,5 @@
-"""The remaining work of one row, in counts: latent frames to encode, evaluations to run, latent frames to decode. The
-loop advances it; the scheduler and admission read it. Knows no tensors.
+"""The remaining work of one row: latent frames to encode, evaluations to run, latent frames to decode. The loop updates
+it; the scheduler and admission read it. Independent of tensors.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from stable_audio_serve.engine.scheduling.cost import CostModel
 
 
 class Phase(Enum):
-    """The kind of work that a row does when it is picked next."""
+    """The kind of work that a row does when next picked."""
 
     ENCODE = "encode"
     DENOISE = "denoise"
@@ -23,8 +23,8 @@ class Phase(Enum):
 class RowWork:
     """The remaining work of one row of `frames` latent frames.
 
-    `encode_left` and `decode_left`, which the loop writes, hold the lengths of the windows still to process.
-    `branches` holds the number of network rows of each evaluation: 2 where guidance is on, else 1.
+    `encode_left` and `decode_left` are the lengths of the remaining windows; the loop updates them.
+    `branches` is the number of network rows of each evaluation: 2 if guided, else 1.
     """
 
     __slots__ = ("_guided_left", "branches", "decode_left", "encode_left", "frames", "num_done")
@@ -50,12 +50,12 @@ class RowWork:
 
     @property
     def lane(self) -> Lane:
-        """What the next evaluation needs in a device call."""
+        """The size of the next evaluation in a device call."""
         return Lane(self.branches[self.num_done], self.frames)
 
     @property
     def tokens(self) -> int:
-        """Latent frames that the row adds to a step if it is picked now."""
+        """Latent frames that the row adds to a step if picked now."""
         if self.phase is Phase.DENOISE:
             return self.frames * self.branches[self.num_done]
         return self.frames
@@ -68,7 +68,7 @@ class RowWork:
     def predict_ms(self, cost: CostModel, evaluation_ms: Callable[[int, int], float]) -> float:
         """Returns the predicted time of the remaining work, without text encoding.
 
-        `evaluation_ms(branches, frames)` predicts one evaluation: alone, or as a share of a step with many rows.
+        `evaluation_ms(branches, frames)` predicts one evaluation, either alone or as a share of a full step.
         """
         total = sum(cost.call_ms("encode", rows=1, frames=frames) for frames in self.encode_left)
         total += sum(cost.call_ms("decode", rows=1, frames=frames) for frames in self.decode_left)

@@ -1,6 +1,6 @@
 """One attempt at one job, under one lease: runs it, writes its progress and its end, puts it back where that may help.
 
-Once the lease is lost nothing is written any more: the job belongs to another runner. Knows no SQL and no models.
+Once the lease is lost nothing is written any more: the job belongs to another runner. Uses no SQL and no models.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import random
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Literal, TypeVar
+from typing import Literal, ParamSpec, TypeVar
 
 import structlog
 
@@ -35,6 +34,7 @@ from stable_audio_serve.jobs.store.runner_jobs import Report
 
 log = structlog.get_logger("stable_audio_serve.jobs")
 
+P = ParamSpec("P")
 T = TypeVar("T")
 StopReason = Literal["cancelled", "lost", "closing"]
 
@@ -55,7 +55,7 @@ class RunnerPauses:
 
 @dataclass(frozen=True, slots=True)
 class AttemptContext:
-    """What the attempts of one runner share. `reports` are those that are not written yet, the latest of each job."""
+    """What the attempts of one runner share. `reports` has the latest progress of each job that is not written yet."""
 
     store: JobStore
     artifacts: ArtifactStore
@@ -92,109 +92,91 @@ class Attempt:
             try:
                 await asyncio.wait({self._work})
                 self._context.reports.pop(self.lease, None)  # its end will be written
-                await self._end()
+                now = await self._end()
             finally:
                 self._work.cancel()
+            if now is None:
+                log.warning("lease lost", fence=self.lease.fence)
+                self._context.metrics.increment("job_leases_lost")
+            elif now.is_over:  # a job that is put back is over if it was cancelled in the meantime
+                await record_end(now, self._context)
 
-    async def _end(self) -> None:
+    async def _end(self) -> Job | None:
+        """Write how the work ended. Returns the job as it is now, None when the lease is lost."""
         if self._work.cancelled():
-            await self._end_stopped()
-            return
+            return await self._end_stopped()
         error = self._work.exception()
         if error is None:
-            await self._succeed(self._work.result())
-        elif isinstance(error, OverloadedError):
-            await self._put_back(error)
-        elif isinstance(error, ModelUnavailableError | StorageError | UnknownModelError):
-            await self._retry_or_give_up(error)  # a newer server, about to replace this one, may know the model
-        elif isinstance(error, StableAudioError):
-            await self._fail(JobError(error.kind, error.message, error.field))
-        elif isinstance(error, FileNotFoundError):
-            await self._fail(JobError("storage", "the job's upload is gone", "audio"))
-        else:  # its text may contain anything, so it goes to the log only
-            log.error("job failed", exc_info=error)
-            job_id = self.job.spec.id
-            await self._fail(JobError("generation_failed", f"generation failed; job id {job_id}"))
+            return await self._succeed(self._work.result())
+        if isinstance(error, OverloadedError):
+            return await self._put_back(error)
+        if isinstance(error, ModelUnavailableError | StorageError | UnknownModelError):
+            return await self._retry_or_give_up(error)  # a newer server, about to replace this one, may know the model
+        if isinstance(error, StableAudioError):
+            return await self._fail(JobError(error.kind, error.message, error.field))
+        if isinstance(error, FileNotFoundError):
+            return await self._fail(JobError("storage", "the job's upload is gone", "audio"))
+        log.error("job failed", exc_info=error)  # its text may contain anything, so it goes to the log only
+        return await self._fail(JobError("generation_failed", f"generation failed; job id {self.job.spec.id}"))
 
-    async def _succeed(self, result: JobResult) -> None:
-        ended = await self._settle(partial(self._context.store.runners.succeed, self.job, result))
+    async def _end_stopped(self) -> Job | None:
+        if self._stop_reason == "lost":
+            return None
+        if self._stop_reason == "cancelled":
+            return await self._settle(self._context.store.runners.stop, self.job)
+        if self._stop_reason == "closing":
+            return await self._requeue("the runner stops", delay_s=0.0, attempts=self.job.attempts - 1)
+        return await self._retry_or_give_up(ModelUnavailableError("the generation was broken off"))
+
+    async def _succeed(self, result: JobResult) -> Job | None:
+        ended = await self._settle(self._context.store.runners.succeed, self.job, result)
         if ended is None:
             ended = await self._find_own_success(result)
         if ended is not None:
             failpoint("after_commit")
-            await record_end(ended, self._context)
+        return ended
 
     async def _find_own_success(self, result: JobResult) -> Job | None:
         """Returns the job if the store has this success and only its answer got lost; deletes the file if not."""
-        now = await self._settle(partial(self._context.store.clients.get, self.job.spec.ref))
+        now = await self._settle(self._context.store.clients.get, self.job.spec.ref)
         if now is not None and now.result is not None and now.result.file.key == result.file.key:
             return now
-        self._count_lost(now)
         with suppress(StorageError):  # the sweeper finds it
             await self._context.artifacts.delete(result.file.key)
         return None
 
-    async def _fail(self, error: JobError, *, is_dead_letter: bool = False) -> None:
-        store = self._context.store
-        ended = await self._settle(partial(store.runners.fail, self.job, error, is_dead_letter=is_dead_letter))
-        await self._record_end(ended)
+    async def _fail(self, error: JobError, *, is_dead_letter: bool = False) -> Job | None:
+        return await self._settle(self._context.store.runners.fail, self.job, error, is_dead_letter=is_dead_letter)
 
-    async def _retry_or_give_up(self, error: StableAudioError) -> None:
-        """Put the job back for a while. Meanwhile no other job of an unavailable model is leased."""
+    async def _retry_or_give_up(self, error: StableAudioError) -> Job | None:
+        """Put the job back for a while, in which no other job of an unavailable model is leased."""
         pauses = self._context.pauses
         delay_s = random.uniform(0.0, min(pauses.retry_s * 2**self.job.attempts, pauses.last_retry_s))
         if isinstance(error, ModelUnavailableError):
             self._context.capacity.close(self.job.spec.model, for_s=max(delay_s, error.retry_after_s or 0.0))
         if self.job.attempts >= self._context.settings.max_attempts:
-            await self._fail(JobError(error.kind, error.message, error.field), is_dead_letter=True)
-            return
+            return await self._fail(JobError(error.kind, error.message, error.field), is_dead_letter=True)
         self._context.metrics.increment("job_retries", reason=error.kind)
-        message = f"put back: {error.message}"
-        await self._requeue(delay_s=delay_s, attempts=self.job.attempts, message=message)
+        return await self._requeue(error.message, delay_s=delay_s, attempts=self.job.attempts)
 
-    async def _put_back(self, error: OverloadedError) -> None:
+    async def _put_back(self, error: OverloadedError) -> Job | None:
         """Put back a job that a full engine refused; this costs it no attempt."""
         pauses = self._context.pauses
         delay_s = min(error.retry_after_s or pauses.retry_s, pauses.last_retry_s)
         self._context.capacity.close(self.job.spec.model, for_s=delay_s)
-        message = f"put back: {error.message}"
-        await self._requeue(delay_s=delay_s, attempts=self.job.attempts - 1, message=message)
+        return await self._requeue(error.message, delay_s=delay_s, attempts=self.job.attempts - 1)
 
-    async def _end_stopped(self) -> None:
-        if self._stop_reason == "lost":
-            self._count_lost(None)
-        elif self._stop_reason == "cancelled":
-            await self._record_end(await self._settle(partial(self._context.store.runners.stop, self.job)))
-        elif self._stop_reason == "closing":
-            message = "put back: the runner stops"
-            await self._requeue(delay_s=0.0, attempts=self.job.attempts - 1, message=message)
-        else:
-            await self._retry_or_give_up(ModelUnavailableError("the generation was broken off"))
-
-    async def _requeue(self, *, delay_s: float, attempts: int, message: str) -> None:
+    async def _requeue(self, reason: str, *, delay_s: float, attempts: int) -> Job | None:
+        message = f"put back: {reason}"
         log.info("job put back", reason=message, delay_s=round(delay_s, 1))
-        requeue = partial(
-            self._context.store.runners.requeue, self.job, delay_s=delay_s, attempts=attempts, message=message
-        )
-        now = await self._settle(requeue)
-        if now is None or now.is_over:  # it was cancelled in the meantime
-            await self._record_end(now)
+        requeue = self._context.store.runners.requeue
+        return await self._settle(requeue, self.job, delay_s=delay_s, attempts=attempts, message=message)
 
-    async def _record_end(self, ended: Job | None) -> None:
-        if ended is None:
-            self._count_lost(None)
-        else:
-            await record_end(ended, self._context)
-
-    def _count_lost(self, now: Job | None) -> None:
-        log.warning("lease lost", fence=self.lease.fence, state=now.state if now else "unknown")
-        self._context.metrics.increment("job_leases_lost")
-
-    async def _settle(self, change: Callable[[], T]) -> T:
+    async def _settle(self, change: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
         """Call `change` until the store can be used and return its answer. If that takes long, the lease is lost."""
         while True:
             try:
-                return await asyncio.to_thread(change)
+                return await asyncio.to_thread(change, *args, **options)
             except StorageError:
                 await asyncio.sleep(self._context.pauses.settle_s)
 
@@ -215,7 +197,6 @@ async def record_end(ended: Job, context: AttemptContext) -> None:
     metrics.increment("jobs", state=ended.state, contract=spec.contract)
     if ended.started_at is not None:
         metrics.observe("job_wait_ms", (ended.started_at - ended.created_at).total_seconds() * 1000, model=spec.model)
-    metrics.observe("job_run_ms", run_s * 1000, model=spec.model)
     if ended.is_dead_letter:
         metrics.increment("job_dead_letters", reason=error or "")
     elif spec.upload is not None:  # an operator may retry a dead letter, which needs it

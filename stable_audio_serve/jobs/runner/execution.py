@@ -1,4 +1,5 @@
-"""The work of one job: decode its upload, generate its audio, make and keep its file. Knows no states and no tables."""
+"""The work of one job: decode its upload, generate its audio, make and keep its file. States and tables are not its
+subject."""
 
 from __future__ import annotations
 
@@ -13,8 +14,9 @@ from typing import IO
 
 from stable_audio_serve.artifacts.keys import artifact_key
 from stable_audio_serve.artifacts.store import ArtifactStore, StoredFile
+from stable_audio_serve.audio import workers
 from stable_audio_serve.audio.encode import AudioFormat
-from stable_audio_serve.audio.finish import FileOrder, TakeOrigin, finish
+from stable_audio_serve.audio.finish import ClipOrigin, FileOrder, finish
 from stable_audio_serve.audio.workers import AudioWorkers
 from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.clock import Clock, SystemClock
@@ -42,13 +44,13 @@ class JobExecutor:
         gate: StorageGate,
         clock: Clock | None = None,
     ) -> None:
-        """`gate` gets the files that could be kept and those that could not be kept or read."""
+        """`gate` learns of every file that could be kept, and of every file that could not be kept or read."""
         self._backend = backend
         self._artifacts = artifacts
         self._gate = gate
         self._limits = limits
         self._clock = clock or SystemClock()
-        self._source_bytes = ByteBudget(limits.max_source_bytes)
+        self._source_bytes = ByteBudget(workers.MAX_SOURCE_BYTES)
         self._audio = AudioWorkers(own_rates_hz={card.sample_rate_hz for card in backend.catalog})
 
     async def execute(self, job: Job, report: Callable[[Report], None]) -> JobResult:
@@ -95,7 +97,7 @@ class JobExecutor:
             file_format=file_format,
             stem=spec.file_stem,
             with_manifest=spec.with_manifest,
-            origin=TakeOrigin(spec.request, spec.sources) if spec.with_recipe or spec.with_manifest else None,
+            origin=ClipOrigin(spec.request, spec.sources) if spec.with_recipe or spec.with_manifest else None,
         )
         finished = await self._audio.run_encoding(partial(finish, result, order))
         file = finished.file
@@ -155,17 +157,18 @@ class ByteBudget:
         self._limit = limit
         self._used = 0
         self._turn = asyncio.Lock()  # first come, first served: many small requests do not starve a large one
-        self._released = asyncio.Condition()
+        self._released = asyncio.Event()
 
     @asynccontextmanager
     async def hold(self, num_bytes: int) -> AsyncIterator[None]:
         """Hold `num_bytes` for the life of the context, which begins once there is room for them."""
-        async with self._turn, self._released:
-            await self._released.wait_for(lambda: not self._used or self._used + num_bytes <= self._limit)
+        async with self._turn:
+            while self._used and self._used + num_bytes > self._limit:
+                self._released.clear()
+                await self._released.wait()
             self._used += num_bytes
         try:
             yield
         finally:
             self._used -= num_bytes
-            async with self._released:
-                self._released.notify_all()
+            self._released.set()

@@ -1,4 +1,4 @@
-"""Renews a runner's leases from a thread of its own, so that a busy event loop loses none."""
+"""Renews a runner's leases on a separate thread, so that a busy event loop loses none."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class LeaseHeartbeat:
         return self._thread.is_alive()
 
     def beat(self) -> None:
-        """Renew the leases now and report those that changed. Blocking. Raises StorageError."""
+        """Renew the leases now and report which ones changed. Blocking. Raises StorageError."""
         held = self._held()
         if not held:
             return

@@ -1,14 +1,13 @@
-"""Removes what is no longer needed: old jobs with their files, files that belong to nothing, unfinished files.
+"""Removes old jobs with their files, files that belong to nothing, and unfinished files.
 
 Any number of sweepers may work on one store at a time. None touches a file that is not known to be this store's.
-Knows no SQL and not when to sweep.
+Its caller decides when to sweep.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
 
 import structlog
 
@@ -48,7 +47,7 @@ class Sweeper:
         self._clock = clock or SystemClock()
 
     async def sweep(self) -> dict[str, int]:
-        """Remove what is due. Returns how many files that were: `old` ones of jobs that ended or published long ago,
+        """Remove all three kinds. Returns the number of files: `old` ones of jobs that ended or published long ago,
         `orphans` that belong to no job, and `unfinished` ones whose writer ended too early.
 
         What fails is logged, and left to a later sweep.
@@ -61,7 +60,6 @@ class Sweeper:
         }
         took_s = self._clock.monotonic() - started_at
         log.info("swept", **swept, took_s=round(took_s, 3))
-        self._metrics.observe("sweep_ms", took_s * 1000)
         return swept
 
     async def _count_removed(self, kind: str, remove: Callable[[], Awaitable[int]]) -> int:
@@ -70,13 +68,12 @@ class Sweeper:
         except Exception as error:  # the other kinds, and later sweeps, may succeed
             log.warning("a sweep failed", kind=kind, error=str(error), exc_info=not isinstance(error, StorageError))
             return 0
-        self._metrics.increment("swept_files", num_removed, kind=kind)
         return num_removed
 
     async def _remove_old(self) -> int:
-        purge = partial(self._store.retention.purge, age_s=self._settings.retention_s, limit=_BATCH)
+        purge, age_s = self._store.retention.purge, self._settings.retention_s
         num_removed = 0
-        while keys := await asyncio.to_thread(purge):
+        while keys := await asyncio.to_thread(purge, age_s=age_s, limit=_BATCH):
             num_removed += await self._delete(keys)
             await asyncio.sleep(_PAUSE_S)
         return num_removed
@@ -92,7 +89,7 @@ class Sweeper:
         for folder in FOLDERS:
             cursor = None
             while True:
-                page = await asyncio.to_thread(partial(self._artifacts.list_folder, folder, cursor=cursor))
+                page = await asyncio.to_thread(self._artifacts.list_folder, folder, cursor=cursor)
                 aged = [item.key for item in page.objects if since <= item.modified_at <= before]
                 num_removed += await self._delete(await asyncio.to_thread(self._store.retention.unreferenced, aged))
                 if (cursor := page.next_cursor) is None:
@@ -102,10 +99,10 @@ class Sweeper:
 
     async def _remove_unfinished(self) -> int:
         before = self._clock.time() - self._settings.orphan_after_s
-        return await asyncio.to_thread(partial(self._artifacts.sweep_unfinished, before=before))
+        return await asyncio.to_thread(self._artifacts.sweep_unfinished, before=before)
 
     async def _delete(self, keys: Sequence[ArtifactKey]) -> int:
-        """Delete files, a few at a time. Returns how many; those that stay are orphans, which a later sweep removes."""
+        """Delete files, a few at a time. Returns how many; the others are orphans, which a later sweep removes."""
         num_deleted = 0
         for start in range(0, len(keys), _AT_ONCE):
             deletions = (self._artifacts.delete(key) for key in keys[start : start + _AT_ONCE])

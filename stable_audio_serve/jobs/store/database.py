@@ -51,6 +51,7 @@ _SESSION = {
     "enable_sort": "off",
     "jit": "off",
 }
+_NO_WAIT_FOR_DISK = sa.select(sa.func.set_config("synchronous_commit", "off", True))
 
 
 def database_url(url: str | None, folder: Path) -> sa.URL:
@@ -93,6 +94,7 @@ class Database:
             without_log: sa.Engine | None = sqlite.create_engine_without_log(file)
         else:
             self.engine, without_log = _create_postgresql(url), None
+        self._hasty = self.engine.execution_options(is_durable=False)
         self._reader = self.engine.execution_options(reading=True)
         if not self.is_sqlite:  # one statement needs no BEGIN before it and no ROLLBACK after it
             self._reader = self._reader.execution_options(isolation_level="AUTOCOMMIT")
@@ -114,26 +116,31 @@ class Database:
         return sqlite_dialect.insert(table) if self.is_sqlite else postgresql.insert(table)
 
     @contextmanager
-    def writing(self) -> Iterator[sa.Connection]:
-        """A transaction, which no other writer overlaps on SQLite. Raises StorageError."""
+    def writing(self, *, is_durable: bool = True) -> Iterator[sa.Connection]:
+        """A transaction, which no other writer overlaps on SQLite. Raises StorageError.
+
+        Without `is_durable` it does not wait for the disk: a power cut may undo it, but no durable one.
+        """
         with at_work():
             self._make_ready()
             self._look_inside()
-            with self.engine.begin() as connection:
+            with (self.engine if is_durable else self._hasty).begin() as connection:
+                if not (is_durable or self.is_sqlite):
+                    connection.execute(_NO_WAIT_FOR_DISK)
                 yield connection
-            self._require_in_place()  # or what was written may be lost with the file
+            self._require_in_place()  # or the change may be lost with the file
 
     @contextmanager
-    def writing_alone(self, lock: int) -> Iterator[sa.Connection]:
-        """A transaction that no other with the same lock number overlaps. Raises StorageError."""
-        with self.writing() as connection:
+    def writing_alone(self, lock: int, *, is_durable: bool = True) -> Iterator[sa.Connection]:
+        """`writing` that no other with the same lock number overlaps. Raises StorageError."""
+        with self.writing(is_durable=is_durable) as connection:
             if not self.is_sqlite:
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(lock)))
             yield connection
 
     @contextmanager
     def reading(self) -> Iterator[sa.Connection]:
-        """A connection that waits for no writer. Each statement sees what is committed by then. Raises StorageError."""
+        """A connection that waits for no writer. Each statement sees all commits before it. Raises StorageError."""
         with at_work():
             self._make_ready()
             with self._reader.connect() as connection:
@@ -143,7 +150,7 @@ class Database:
         """Raises StoreMovedError when another database has replaced the one at the start.
 
         A SQLite file is read without its log, which still holds the former identity.
-        Raises StorageError when its tables were upgraded meanwhile to a revision that this version must not use.
+        Raises StorageError when its tables were upgraded since then to a revision that this version must not use.
         """
         with at_work():
             self._make_ready()
@@ -180,7 +187,7 @@ class Database:
         self.engine.dispose()
 
     def _look_inside(self) -> None:
-        """Once a second, look into SQLite's file: one that is overwritten in its place takes no changes, although its
+        """Once a second, look into SQLite's file: once overwritten in its place it takes no changes, although its
         log would.
         """
         if self.is_sqlite and time.monotonic() - self._looked_inside_at > _LOOK_INSIDE_S:
@@ -189,7 +196,7 @@ class Database:
 
     def _require_kept(self) -> None:
         """SQLite's file is read without locks, so a checkpoint in progress may be seen half done: only what lasts is a
-        fault, and after one nobody waits again until it is over.
+        fault, and after one there is no waiting until it is over.
         """
         give_up_at = time.monotonic() + (_CHECKPOINT_S if self.is_sqlite and not self._is_faulty else 0.0)
         while True:

@@ -29,8 +29,8 @@ Used = tuple[float, float, int]  # a time, and the seconds of audio and the plac
 
 @dataclass(slots=True, kw_only=True)
 class Use:
-    """A request of a client with limits. `has_place` only with a limit of `concurrency`; when there is no place, the
-    client may come again `busy_retry_s` later.
+    """A request of a client with limits. `has_place` needs a limit of `concurrency`; `busy_retry_s` is the Retry-After
+    when no place is free.
     """
 
     id: str
@@ -69,7 +69,7 @@ class KeyUses:
     def __init__(self, database: Database) -> None:
         self._database = database
         now = database.now
-        # Times too far in the future were written before the clock was set back: they lock nobody out.
+        # Times too far in the future were written before the clock was set back: they do not count.
         has_audio = sa.and_(_uses.at > now - WINDOW_S, _uses.at < now + WINDOW_S)
         has_place = sa.and_(_uses.place_until > now, _uses.place_until < now + 2 * LEASE_S)
         is_of_client = _uses.client == sa.bindparam("of_client")
@@ -88,12 +88,14 @@ class KeyUses:
         self._renew = sa.update(KEY_USES).where(is_any).values(place_until=now + LEASE_S)
 
     def admit(self, use: Use) -> QuotaError | None:
-        """Charge the audio and take the place, or return why not."""
+        """Charge the audio and hold the place, or return why not."""
         lock = zlib.crc32(f"uses of {use.client}".encode())
-        with self._database.writing_alone(lock) as connection:
-            refusal = self._find_full(connection, use)
+        with self._database.writing_alone(lock, is_durable=False) as connection:
+            before, now = self._find_used(connection, use)
+            refusal = find_full(use, before, now=now)
             if refusal is None:
-                connection.execute(self._forget, {"of_client": use.client})
+                if any(not (audio_s or places) for _, audio_s, places in before):
+                    connection.execute(self._forget, {"of_client": use.client})
                 row = {"id": use.id, "client": use.client, "audio_s": use.audio_s}
                 connection.execute(self._insert, row | {"place_s": LEASE_S if use.has_place else 0.0})
         return refusal
@@ -101,21 +103,23 @@ class KeyUses:
     def find_full(self, use: Use) -> QuotaError | None:
         """Return why `use` would be refused, if it would. Changes nothing."""
         with self._database.reading() as connection:
-            return self._find_full(connection, use)
+            before, now = self._find_used(connection, use)
+        return find_full(use, before, now=now)
 
     def end(self, use: Use, *, counts: bool) -> None:
         """Free the place, and give the audio back unless it counts."""
         is_it = _uses.id == use.id
         is_kept = counts and use.limits.audio_seconds_per_minute is not None
-        with self._database.writing() as connection:
+        with self._database.writing(is_durable=False) as connection:
             free = sa.update(KEY_USES).where(is_it).values(place_until=0.0)
             connection.execute(free if is_kept else sa.delete(KEY_USES).where(is_it))
 
     def renew(self, ids: Sequence[str]) -> None:
         """Keep the places of these requests for another `LEASE_S` seconds."""
-        with self._database.writing() as connection:
+        with self._database.writing(is_durable=False) as connection:
             connection.execute(self._renew, {"ids": ids})
 
-    def _find_full(self, connection: sa.Connection, use: Use) -> QuotaError | None:
+    def _find_used(self, connection: sa.Connection, use: Use) -> tuple[list[Used], float]:
+        """Return what the client has used, oldest first, and the time."""
         rows = connection.execute(self._find, {"of_client": use.client}).all()
-        return find_full(use, [(at, audio_s, places) for _, at, audio_s, places in rows], now=rows[0][0] if rows else 0)
+        return [(at, audio_s, places) for _, at, audio_s, places in rows], rows[0].now if rows else 0.0

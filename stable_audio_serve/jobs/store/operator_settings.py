@@ -1,7 +1,7 @@
 """What operators set while a server runs: that it takes no new work, and which models it keeps loaded.
 
-Kept in the job database, apart for each server that shares it; every process of a server reads it again and again, and
-goes by what it read last while the database does not answer.
+Stored in the job database, separately for each server that shares it. Every process of a server reads it twice a
+second; while the database does not answer, the last values hold.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ class OperatorStore:
     """The settings of one server. Blocking, for worker threads, but for `current` and `follow`."""
 
     def __init__(self, database: Database, server: str) -> None:
-        """Touches nothing yet. `server` is its name among those that share the database."""
+        """Touches nothing yet. `server` is its name among the servers that share the database."""
         self._database = database
         self._server = server
         self._current = OperatorSettings()
 
     @property
     def current(self) -> OperatorSettings:
-        """What was read last; nothing is set before that."""
+        """The last values read; before the first reading, nothing is set."""
         return self._current
 
     def read(self) -> OperatorSettings:
-        """Returns what is set now. Raises StorageError."""
+        """Returns the settings now. Raises StorageError."""
         query = sa.select(_settings.setting, _settings.model).where(_settings.server == self._server)
         with self._database.reading() as connection:
             rows = connection.execute(query).all()
@@ -55,7 +55,7 @@ class OperatorStore:
         return self._current
 
     async def follow(self, apply: Callable[[OperatorSettings], None]) -> None:
-        """Read twice a second and call `apply` with what was read, until cancelled."""
+        """Read twice a second and call `apply` with the settings, until cancelled."""
         while True:
             try:
                 apply(await asyncio.to_thread(self.read))

@@ -150,7 +150,6 @@ def create_engine(url: sa.URL, *, may_create: bool) -> tuple[sa.Engine, Database
     def _configure(connection: sqlite3.Connection, record: Any) -> None:
         connection.isolation_level = None  # transactions begin in `_begin`, not where the driver guesses
         _write_ahead(connection)
-        connection.execute("PRAGMA synchronous = FULL")  # what was accepted survives a power cut
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute(f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}")
         connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
@@ -165,14 +164,17 @@ def create_engine(url: sa.URL, *, may_create: bool) -> tuple[sa.Engine, Database
     @sa.event.listens_for(engine, "begin")
     def _begin(connection: sa.Connection) -> None:
         file.require()
-        if not connection.get_execution_options().get("reading"):
-            _begin_writing(cast(sqlite3.Connection, connection.connection.driver_connection))
+        options = connection.get_execution_options()
+        if not options.get("reading"):
+            driver_connection = cast(sqlite3.Connection, connection.connection.driver_connection)
+            _begin_writing(driver_connection, is_durable=options.get("is_durable", True))
 
     return engine, file
 
 
-def _begin_writing(connection: sqlite3.Connection) -> None:
+def _begin_writing(connection: sqlite3.Connection, *, is_durable: bool) -> None:
     """Begin a transaction, waiting at a steady pace: SQLite's own pauses get longer, and other writers overtake."""
+    connection.execute(f"PRAGMA synchronous = {'FULL' if is_durable else 'NORMAL'}")
     connection.execute("PRAGMA busy_timeout = 0")
     try:
         _insist(connection, "BEGIN IMMEDIATE")

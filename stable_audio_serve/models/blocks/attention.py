@@ -1,7 +1,7 @@
-"""Multi-head attention, plain and differential, self and cross; the caller chooses which keys a query may see.
+"""Multi-head attention: plain or differential, self or cross. The caller chooses the keys that each query sees.
 
-Differential attention is `softmax(q k) v - softmax(q' k') v`: both halves share v and run as one call with twice the
-heads. Shapes: N tokens, T context tokens, H heads (2 H when differential), E head width.
+Differential attention is `softmax(q k) v - softmax(q' k') v`. Both halves share v and run as one call with twice the
+heads. Shapes: N tokens, T context tokens, H heads (2 H if differential), E head width.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stable_audio_serve.models.blocks.norms import build_head_norm
-from stable_audio_serve.models.blocks.rotary import RotaryTable, turn, without_affine
+from stable_audio_serve.models.blocks.rotary import RotaryTable, rotate, without_affine
 
 # queries, keys (B, H, N, E) and values (B, H, N, E) -> (B, H, N, E)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -22,8 +22,8 @@ _MASK_STEP = 16  # values
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:  # noqa: PLR0917
-    """Softmax attention with scale 1 / sqrt(E); `mask` is added to the scores, in their dtype, broadcastable to
-    (B, H, N, T): 0 = may be seen, -inf = not.
+    """Softmax attention with scale 1 / sqrt(E). `mask` is added to the scores, in their dtype, and broadcasts to
+    (B, H, N, T): 0 = visible, -inf = hidden.
 
     Inference uses the fused kernel. Training on a CPU uses the explicit softmax, because the backward pass of the
     fused CPU kernel is twice as slow.
@@ -35,7 +35,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Te
 
 
 def key_mask(valid: Tensor, *, leading: int, dtype: torch.dtype) -> Tensor:
-    """Returns a mask for `attend` (B, 1, 1, leading + F) that hides frames which are not valid (B, F) bool."""
+    """Returns a mask for `attend` (B, 1, 1, leading + F) that hides the frames where `valid` (B, F) bool is false."""
     num_keys = leading + valid.shape[1]
     mask = empty_mask((len(valid), 1, 1, num_keys), dtype=dtype, device=valid.device).zero_()
     mask[..., leading:].masked_fill_(~valid[:, None, None], float("-inf"))
@@ -43,14 +43,14 @@ def key_mask(valid: Tensor, *, leading: int, dtype: torch.dtype) -> Tensor:
 
 
 def empty_mask(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns memory for a mask whose rows begin where fused kernels can read them, or each call would copy it."""
+    """Returns memory for a mask with aligned rows, which fused kernels read directly instead of copying it."""
     return torch.empty(*shape[:-1], -(-shape[-1] // _MASK_STEP) * _MASK_STEP, dtype=dtype, device=device)[
         ..., : shape[-1]
     ]
 
 
 class SelfAttention(nn.Module):
-    """Self-attention with one fused projection: q, k, v, and q', k' behind them when differential."""
+    """Self-attention with one fused projection: q, k, v, then q', k' if differential."""
 
     def __init__(self, width: int, *, num_heads: int, differential: bool, head_norm: str) -> None:
         super().__init__()
@@ -63,22 +63,22 @@ class SelfAttention(nn.Module):
         self.k_norm = build_head_norm(head_norm, self.head_width)
 
     def forward(self, x: Tensor, *, rotary: RotaryTable, attend_fn: Attend) -> Tensor:
-        """(B, N, width) -> (B, N, width). `rotary` is of this layer and has its head norms' gain and bias."""
+        """(B, N, width) -> (B, N, width). `rotary` is this layer's table, with the head norms folded in."""
         parts = self.to_qkv(x).unflatten(-1, (-1, self.num_heads, self.head_width))
         if not self.differential:
             normed = without_affine(self.q_norm, parts[:, :, :2], rate=rotary.rate)
-            q, k = turn(normed, rotary, dtype=parts.dtype).unbind(2)
+            q, k = rotate(normed, rotary, dtype=parts.dtype).unbind(2)
             return self.to_out(merge_heads(attend_fn(*map(heads_first, (q, k, parts[:, :, 2])))))
-        # Parts 0, 1 and 3, 4, so that q is followed by q' and k by k'.
+        # Select parts 0, 1 and 3, 4, so that q is followed by q' and k by k'.
         pairs = parts.unfold(2, 2, 3).permute(0, 1, 5, 2, 3, 4)
         normed = without_affine(self.q_norm, pairs, rate=rotary.rate).flatten(3, 4)
-        q, k = turn(normed, rotary, dtype=parts.dtype).unbind(2)
+        q, k = rotate(normed, rotary, dtype=parts.dtype).unbind(2)
         v = torch.cat([parts[:, :, 2]] * 2, dim=2)
         return self.to_out(merge_heads(subtract(attend_fn(*map(heads_first, (q, k, v))))))
 
 
 class CrossAttention(nn.Module):
-    """Attention to a context that carries no positions; its keys and values can be projected once and kept."""
+    """Attention to a context without positions. Its keys and values can be projected once and reused."""
 
     def __init__(self, width: int, *, context_width: int, num_heads: int, differential: bool, head_norm: str) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class CrossAttention(nn.Module):
     def project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Returns normed keys and values (B, H or 2 H, T, E) of a context (B, T, context width).
 
-        Differential attention's values are there twice, once for each half of the keys.
+        For differential attention the values are repeated, once for each half of the keys.
         """
         parts = self.to_kv(context).unflatten(-1, (-1, self.num_heads, self.head_width))
         keys, values = parts[:, :, :-1].flatten(2, 3), parts[:, :, -1]
@@ -103,7 +103,7 @@ class CrossAttention(nn.Module):
         return heads_first(self.k_norm(keys)), heads_first(values)
 
     def forward(self, x: Tensor, *, key: Tensor, value: Tensor, attend_fn: Attend = attend) -> Tensor:
-        """(B, N, width) -> (B, N, width); every context token is seen. Zero keys and values give exactly zero."""
+        """(B, N, width) -> (B, N, width); every context token is visible. Zero keys and values give exactly zero."""
         q = self.q_norm(self.to_q(x).unflatten(-1, (-1, self.head_width)))
         out = attend_fn(heads_first(q), key, value)
         return self.to_out(merge_heads(subtract(out) if self.differential else out))

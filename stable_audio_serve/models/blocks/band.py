@@ -9,11 +9,11 @@ from stable_audio_serve.models.blocks.attention import attend, empty_mask
 
 
 class BandAttention:
-    """Attends in B sequences of N tokens: query i sees keys i - radius ... i + radius, clipped at both ends.
+    """Attention in B sequences of N tokens: query i sees keys i - radius ... i + radius, clipped at both ends.
 
-    Queries are cut into blocks that each see their own keys and a halo of `radius` on both sides under a band mask. All
-    sequences lie one behind the other in a buffer, with zeros between them, of which the keys of a block are a view.
-    Serves the layers of one call: mask and buffer are made once.
+    Queries are cut into blocks. Each block sees its own keys and a halo of `radius` on both sides, under a band mask.
+    All sequences are stored in one buffer with zeros between them, and the keys of a block are a view of it.
+    An instance serves the layers of one call and reuses mask and buffer.
     """
 
     def __init__(self, batch: int, length: int, *, radius: int, block: int = 64) -> None:
@@ -35,7 +35,7 @@ class BandAttention:
         return out.reshape(self._batch, -1, *out.shape[2:])[:, : self._length].transpose(1, 2)
 
     def _prepare(self, q: Tensor) -> Tensor:
-        """Returns the buffer (tokens, 3, H, E) for queries, keys and values; zeros where no sequence is."""
+        """Returns the buffer (tokens, 3, H, E) for queries, keys and values, with zeros between sequences."""
         if self._buffer is None:
             tokens = self._batch * self._blocks_per_row * self._block + 2 * self._radius
             self._buffer = q.new_zeros(tokens, 3, q.shape[1], q.shape[3])
@@ -43,13 +43,13 @@ class BandAttention:
         return self._buffer
 
     def _make_mask(self, q: Tensor) -> Tensor:
-        """Returns a mask (B * blocks, 1, block, block + 2 radius): key inside the band and inside the sequence."""
+        """Returns a mask (B * blocks, 1, block, block + 2 radius) of keys inside the band and the sequence."""
         blocks, block, radius, device = self._blocks_per_row, self._block, self._radius, q.device
         query = torch.arange(blocks * block, device=device).view(blocks, 1, block, 1)
         first_key = torch.arange(blocks, device=device).view(blocks, 1, 1, 1) * block - radius
         key = first_key + torch.arange(block + 2 * radius, device=device)
         inside = (key >= 0) & (key < self._length)
-        # A query behind the end would see nothing, and softmax over nothing is NaN; its output is dropped anyway.
+        # A query after the end sees all keys: softmax over none is NaN. Its output is dropped.
         hidden = ((key - query).abs() > radius) | ~(inside | (query >= self._length))
         mask = empty_mask((self._batch * blocks, *hidden.shape[1:]), dtype=q.dtype, device=device).zero_()
         mask.unflatten(0, (self._batch, blocks)).masked_fill_(hidden, float("-inf"))

@@ -1,4 +1,4 @@
-"""The gated feed-forward network: value times activated gate, then back to the width."""
+"""The gated feed-forward network: value times activated gate, projected back to the width."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch.nn import functional as F
 
 
 def sine(x: Tensor) -> Tensor:
-    """`sin(pi x)`, the activation of the last layers of some decoders."""
+    """`sin(pi x)`, the activation of the last layers in some decoders."""
     return torch.sin(math.pi * x)
 
 
 class GatedLinear(nn.Module):
-    """Linear to twice the inner width, split into (value, gate), `value * activation(gate)`.
+    """Linear to twice the inner width, split into (value, gate): `value * activation(gate)`.
 
-    The activation returns new memory, never its argument.
+    The activation must return new memory, never its argument.
     """
 
     def __init__(self, width: int, inner: int, *, activation: Callable[[Tensor], Tensor]) -> None:
@@ -34,7 +34,7 @@ class GatedLinear(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Gated linear unit and a linear layer, both with bias. Modules nest as the checkpoints' keys do."""
+    """A gated linear unit and a linear layer, both with bias. Module names match the checkpoints' keys."""
 
     def __init__(self, width: int, *, mult: float, activation: Callable[[Tensor], Tensor] = F.silu) -> None:
         super().__init__()
@@ -55,5 +55,5 @@ class FeedForward(nn.Module):
 
 
 def add_branch(h: Tensor, branch: Tensor) -> Tensor:
-    """Returns `h + branch`; without gradients in place, so h must be the caller's own."""
+    """Returns `h + branch`. Without gradients it adds in place, so the caller must own h."""
     return h + branch if torch.is_grad_enabled() else h.add_(branch)

@@ -1,4 +1,4 @@
-"""Exponentially spaced Fourier features of a scalar, used for diffusion time and for number conditioners."""
+"""Exponentially spaced Fourier features of a scalar, for diffusion time and number conditioners."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ LOWEST_HZ, HIGHEST_HZ = 0.5, 1e4
 class ExpoFourier(nn.Module):
     """`[cos a, sin a]` with `a_j = ((x f_j) 2) pi` and f_j spaced geometrically from 0.5 to 1e4.
 
-    Arguments reach 6e4, where one float32 step is 0.004: the order of the multiplications and the float32
-    frequencies are part of the checkpoint's meaning and must stay as they are.
+    Arguments reach 6e4, where one float32 step is 0.004. Checkpoints were trained with this order of multiplications
+    and with float32 frequencies, so both must stay.
     """
 
     def __init__(self, width: int) -> None:
@@ -33,7 +33,7 @@ class ExpoFourier(nn.Module):
 
 @functools.lru_cache(maxsize=32)
 def _frequencies(count: int, device: torch.device) -> Tensor:
-    """Returns (count,) float32; always computed on the CPU, so that every device uses the same values."""
+    """Returns (count,) float32, computed on the CPU so that all devices use the same values."""
     with torch.inference_mode(False), torch.device("cpu"):
         ramp = torch.linspace(0, 1, count, dtype=torch.float32)
         low, high = math.log(LOWEST_HZ), math.log(HIGHEST_HZ)

@@ -1,9 +1,8 @@
-"""How the rows of one call lie in a tensor of tokens, and everything in a transformer that depends on it: attention,
-positions, what a row gives all its tokens, tokens in front of a row's frames. Here the rows lie side by side, padded
-to one length; `packed` has the other layout. Knows no weights.
+"""The layout of a call's rows in a tensor of tokens, and the transformer operations that depend on it: attention,
+positions, per-row modulation and prefix tokens. This module has the padded layout, with rows side by side; `packed` has
+the other. Independent of weights.
 
-Shapes: B rows of F frames, P prefix tokens in front of a row's frames, W width, H heads, E head width, T context
-tokens.
+Shapes: B rows of F frames, P prefix tokens before a row's frames, W width, H heads, E head width, T context tokens.
 """
 
 from __future__ import annotations
@@ -17,20 +16,20 @@ from stable_audio_serve.models.blocks.attention import attend, key_mask
 
 
 class Layout(Protocol):
-    """Padded: tokens (B, P + F, W). Packed: (1, N, W), N the tokens of all rows together."""
+    """Padded tokens are (B, P + F, W). Packed tokens are (1, N, W), where N counts the tokens of all rows."""
 
-    shares_heads: bool  # a context may have fewer heads than queries: each serves as many consecutive ones
+    shares_heads: bool  # a context may have fewer heads than the queries; each serves the same number of them
 
     def join(self, prefix: Tensor, frames: Tensor) -> Tensor:
-        """Returns the tokens of `frames` with each row's `prefix` (P, W) or (B, P, W) in front of it."""
+        """Insert each row's `prefix` (P, W) or (B, P, W) before its `frames`."""
         ...
 
     def frames(self, tokens: Tensor) -> Tensor:
-        """Returns the tokens without the prefixes."""
+        """Remove the prefixes."""
         ...
 
     def positions(self, device: torch.device) -> Tensor:
-        """Returns the tokens' positions within their row, (P + F,) or (N,) float32."""
+        """Returns each token's position in its row, (P + F,) or (N,) float32."""
         ...
 
     def modulate(self, x: Tensor, *, scale: Tensor, shift: Tensor) -> Tensor:
@@ -42,24 +41,24 @@ class Layout(Protocol):
         ...
 
     def add_local(self, h: Tensor, local: Tensor) -> None:
-        """Add local conditioning to the frames in place: (B, F or 1, W), packed (1, N, W) with zeros at prefixes."""
+        """Add local conditioning to the frames in place: (B, F or 1, W); packed (1, N, W), zero at prefixes."""
         ...
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: PLR0917  # an `Attend`
-        """Self-attention within each row, (B, H, P + F, E) or (1, H, N, E); invalid frames are no keys."""
+        """Self-attention within each row, (B, H, P + F, E) or (1, H, N, E); invalid frames are not keys."""
         ...
 
     def attend_context(self, q: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: PLR0917  # an `Attend`
-        """Attention of each row's tokens to the row's own context, keys and values as `context` gives them."""
+        """Attention of each row's tokens to the row's context; keys and values come from `context`."""
         ...
 
     def context(self, held: Tensor, *, layer: int) -> tuple[Tensor, Tensor]:
-        """Returns one layer's keys and values (B, H, T, E) of all layers' (B, layers, 2, H, T, E)."""
+        """Returns one layer's keys and values (B, H, T, E) from those of all layers (B, layers, 2, H, T, E)."""
         ...
 
 
 class Padded:
-    """Rows side by side; `valid` (B, F) bool says which frames are keys, None = all. `dtype` is the queries'."""
+    """Rows side by side. `valid` (B, F) bool marks the frames that are keys, None: all. `dtype` is the queries'."""
 
     shares_heads = False
 

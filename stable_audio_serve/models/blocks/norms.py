@@ -1,4 +1,4 @@
-"""Normalisation layers of the model families: RMS norm, DyT, and the choice of a per-head norm for queries and keys."""
+"""Normalisation layers of the model families: RMS norm, DyT, and the per-head norms of queries and keys."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch.nn import functional as F
 class RMSNorm(nn.Module):
     """`gamma * x / sqrt(mean(x^2) + eps)` over the last axis.
 
-    Statistics and product are float32 inside the operation whatever the input's dtype, on every device; in half
-    precision the mean of squares of a wide residual stream would overflow.
+    Statistics and product are computed in float32 for every input dtype and device. In half precision the mean of
+    squares of a wide residual stream would overflow.
     """
 
     def __init__(self, width: int, *, eps: float = 1e-5) -> None:
@@ -21,7 +21,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (..., width); dtype kept."""
-        # A gain of another dtype than x would keep CUDA from using its fused kernel.
+        # With another dtype than x, CUDA would not use its fused kernel.
         return F.rms_norm(x, x.shape[-1:], self.gamma.to(x.dtype), self.eps)
 
     def without_gain(self, x: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class DyT(nn.Module):
         return torch.addcmul(self.beta, self.gamma, squashed)
 
     def fold_into(self, layer: nn.Linear) -> None:
-        """Leave gamma and beta to the linear layer behind, the only one that reads this norm; for inference only."""
+        """Move gamma and beta into the next linear layer, which must be this norm's only reader. Inference only."""
         if self.gamma is None or self.beta is None:
             return
         weight = layer.weight.float()
@@ -64,7 +64,7 @@ HEAD_NORMS = ("none", "rms", "ln", "dyt")
 
 
 def build_head_norm(kind: str, width: int) -> nn.Module:
-    """The norm applied to each head's query or key before rotation; `kind` is one of HEAD_NORMS."""
+    """Returns the norm of each head's queries or keys before rotation; `kind` is one of HEAD_NORMS."""
     match kind:
         case "none":
             return nn.Identity()

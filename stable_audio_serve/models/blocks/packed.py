@@ -1,6 +1,6 @@
-"""Rows of different lengths as one sequence of tokens without padding: linear layers and norms see all tokens at once,
-attention and what a row gives its tokens stay within the row. The host knows the lengths; `packed_segments` is for
-where only the device does. For inference only.
+"""Rows of different lengths as one sequence of tokens without padding. Linear layers and norms process all tokens at
+once; attention and per-row modulation stay within the row. The host knows the lengths here; `packed_segments` is for
+lengths that are data on the device. Inference only.
 
 Shapes as in `layouts`; N is the number of tokens of all rows.
 """
@@ -19,8 +19,9 @@ from stable_audio_serve.models.blocks.attention import attend
 
 @dataclass(frozen=True, slots=True)
 class _Span:
-    """Neighbouring rows of equal lengths: rows [row, row + count), tokens [start, start + count * length), of which
-    each row's first `num_keys` are keys."""
+    """Adjacent rows of equal lengths: rows [row, row + count), tokens [start, start + count * length). Each row's first
+    `num_keys` tokens are keys.
+    """
 
     row: int
     count: int
@@ -43,8 +44,8 @@ class _Span:
 
 
 class Packed:
-    """The layout that visits the rows one after another, neighbours of equal lengths together: nothing but views of the
-    tokens, so it suits a CPU, where another operation costs little.
+    """A layout that processes rows one after another, adjacent rows of equal length together. It uses views of the
+    tokens only, which suits a CPU, where extra operations are cheap.
 
     Rows have `frames` latent frames each, of which the first `valid_frames` are keys.
     """
@@ -104,8 +105,9 @@ class Packed:
 
 
 def join_local(rows: Sequence[Tensor], *, frames: Sequence[int], num_prefix: int) -> Tensor:
-    """Returns local conditioning of packed tokens, (1, layers, N, W), from rows (1, layers, F or 1, W); zero at the
-    prefixes."""
+    """Returns local conditioning of packed tokens, (1, layers, N, W), zero at prefixes, from rows
+    (1, layers, F or 1, W).
+    """
     layers, width = rows[0].shape[1], rows[0].shape[3]
     nothing = rows[0].new_zeros(layers, num_prefix, width)
     owns = (row[0].expand(layers, count, width) for row, count in zip(rows, frames, strict=True))
@@ -126,5 +128,5 @@ def _joined(pieces: Sequence[Tensor]) -> Tensor:
 
 
 def _join_heads(spans: Iterable[Tensor]) -> Tensor:
-    """Rows' results (count, H, length, E) each -> (1, H, N, E), its tokens in front of its heads in memory."""
+    """Join rows' results (count, H, length, E) to (1, H, N, E), with tokens before heads in memory."""
     return _joined([out.transpose(1, 2).flatten(0, 1) for out in spans]).transpose(0, 1)[None]

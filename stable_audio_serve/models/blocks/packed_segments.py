@@ -1,5 +1,5 @@
-"""The layout of packed rows whose lengths only the device knows: every operation takes all tokens at once, by tables of
-indices, so that a recorded call serves other rows. For inference on one device. Shapes as in `packed`.
+"""The layout of packed rows whose lengths are data on the device. Every operation processes all tokens at once with
+index tables, so that a recorded call can be replayed for other rows. Inference on one device. Shapes as in `packed`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from stable_audio_serve.models.segments import Segments
 
 
 class PackedSegments:
-    """Rows as `segments` say. Tokens of no row are not kept from anything but other tokens.
+    """Rows laid out by `segments`. Tokens of no row are computed too; they affect no row.
 
-    `slots` (B,): where in a memory of contexts each row's lies; None if no row has one.
+    `slots` (B,) are the rows' indices in a memory of contexts; None if no row has one.
     """
 
     shares_heads = True
@@ -28,7 +28,7 @@ class PackedSegments:
 
     def join(self, prefix: Tensor, frames: Tensor) -> Tensor:
         places = self._segments.positions.clamp(max=self._num_prefix - 1)
-        if prefix.dim() == 3:  # each row's own
+        if prefix.dim() == 3:  # separate prefixes per row
             places = places + self._segments.rows * self._num_prefix
             prefix = prefix.flatten(0, 1)
         return torch.where(self._segments.is_frame[:, None], frames, prefix.index_select(0, places).to(frames.dtype))
@@ -46,7 +46,7 @@ class PackedSegments:
         return h.addcmul_(update, self._by_token(gate))
 
     def add_local(self, h: Tensor, local: Tensor) -> None:
-        """One of all frames of each row (B, 1, W), or of each token (1, N, W)."""
+        """Add one value per row (B, 1, W), or one per token (1, N, W)."""
         if local.shape[1] > 1:
             h += local
         else:

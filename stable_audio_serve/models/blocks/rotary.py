@@ -1,7 +1,7 @@
-"""Rotary positions, half-split form: the first rotated half of a head's channels pairs with the second.
+"""Rotary positions in half-split form: the first rotated half of a head's channels pairs with the second.
 
-Queries and keys of a layer are normed and turned together, in one table: the gain and the bias of their norms are
-folded into its cosines and sines. Knows nothing of attention.
+Queries and keys of a layer are normed and rotated together with one table, whose cosines and sines include the gain and
+bias of their norms. Independent of attention.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from stable_audio_serve.models.blocks.norms import DyT, RMSNorm
 
 
 class RotaryTable(NamedTuple):
-    """How one layer (or each of L layers) turns queries and keys u, already normed but without gain and bias:
+    """The rotation of queries and keys u, already normed but without gain and bias, for one layer or each of L layers:
     `u * cos + swapped(u) * sin + shift`, where `swapped` exchanges the two rotated halves.
 
     ([L,] positions, 2 or 1, 1, E) float32, queries first; `shift` is None for norms without bias. `rate` ([L,] 2, 1, 1)
-    is what DyT multiplies by before its tanh, None for other norms.
+    is DyT's factor before its tanh, None for other norms.
     """
 
     cos: Tensor
@@ -38,7 +38,7 @@ class RotaryTable(NamedTuple):
 
 
 class RotaryEmbedding(nn.Module):
-    """Frequencies `base^(-2j / rotated)`; a stored buffer because the checkpoints carry it."""
+    """Frequencies `base^(-2j / rotated)`, in a buffer that the checkpoints contain."""
 
     inv_freq: Tensor
 
@@ -53,9 +53,9 @@ class RotaryEmbedding(nn.Module):
         return len(self.inv_freq)
 
     def rates(self, width: int) -> Tensor:
-        """Returns radians per position (width,) float32, for the channels of heads of that width.
+        """Returns radians per position (width,) float32 for the channels of a head of this width.
 
-        Negative in the first half, where `swapped` is subtracted, and zero where channels are not rotated.
+        They are negative in the first half, where `swapped` is subtracted, and zero in channels without rotation.
         """
         rates = self.inv_freq.float()
         return torch.cat([-rates, rates, rates.new_zeros(width - 2 * len(rates))])
@@ -63,9 +63,9 @@ class RotaryEmbedding(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class HeadAffine:
-    """What the head norms of L layers (or of one) multiply by and add, with the halves as they are and swapped.
+    """The gain and bias of the head norms of L layers (or one), in original order and with halves swapped.
 
-    ([L,] 1, 2, 1, E) float32, queries first; None where the norms have none. `rate` as in RotaryTable.
+    ([L,] 1, 2, 1, E) float32, queries first; None for norms without them. `rate` as in RotaryTable.
     """
 
     num_layers: int
@@ -77,17 +77,17 @@ class HeadAffine:
     half: int
 
     def layer(self, index: int) -> HeadAffine:
-        """Returns what belongs to one of L layers."""
+        """Returns the values of one of L layers."""
         parts = self.gain, self.swapped_gain, self.bias, self.swapped_bias, self.rate
         gain, swapped_gain, bias, swapped_bias, rate = (None if part is None else part[index] for part in parts)
         return HeadAffine(1, gain, swapped_gain, bias, swapped_bias, rate, self.half)
 
-    def turn(self, positions: Tensor, *, rates: Tensor) -> RotaryTable:
-        """Returns the table for `positions` (N,) float32; `rates` ([L,] E), the same for all layers or of each."""
+    def table(self, positions: Tensor, *, rates: Tensor) -> RotaryTable:
+        """Returns the table for `positions` (N,) float32; `rates` is (E,), shared by all layers, or (L, E)."""
         return self.fold(*cosines(positions, rates))
 
     def fold(self, cos: Tensor, sin: Tensor) -> RotaryTable:
-        """Returns the table for `cosines`."""
+        """Returns the table for the results of `cosines`."""
         if self.gain is None or self.swapped_gain is None:
             shape = (self.num_layers, *cos.shape[-4:])
             return RotaryTable(cos.expand(shape), sin.expand(shape), None, None, self.half)
@@ -104,7 +104,7 @@ def cosines(positions: Tensor, rates: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gather_affine(norms: Sequence[tuple[nn.Module, nn.Module]], *, half: int) -> HeadAffine:
-    """Returns what the head norms of L layers have: one pair for each, of queries and of keys, all of one kind."""
+    """Gather the head norms of L layers, given as (query norm, key norm) per layer, all of one kind."""
     flat = [norm for pair in norms for norm in pair]
     gains, biases = _stack([_gain(norm) for norm in flat]), _stack([_bias(norm) for norm in flat])
     rates = torch.cat([norm.alpha for norm in flat if isinstance(norm, DyT)]) if isinstance(flat[0], DyT) else None
@@ -120,9 +120,9 @@ def gather_affine(norms: Sequence[tuple[nn.Module, nn.Module]], *, half: int) ->
 
 
 def without_affine(norm: nn.Module, x: Tensor, *, rate: Tensor | None) -> Tensor:
-    """Norm queries and keys x (B, N, 2, heads..., E) as `norm` does, but without gain and bias.
+    """Norm queries and keys x (B, N, 2, heads..., E) like `norm`, but without gain and bias.
 
-    Keeps the dtype, but for DyT, whose tanh is taken and returned in the dtype of `rate`.
+    Keeps the dtype, except for DyT: its tanh is computed and returned in the dtype of `rate`.
     """
     if isinstance(norm, RMSNorm):
         return norm.without_gain(x)
@@ -137,27 +137,27 @@ def without_affine(norm: nn.Module, x: Tensor, *, rate: Tensor | None) -> Tensor
     return torch.mul(x, rate, out=x.new_empty(x.shape, dtype=rate.dtype)).tanh_()
 
 
-def turn(x: Tensor, table: RotaryTable, *, dtype: torch.dtype) -> Tensor:
-    """Turn queries and keys x (B, N, 2, H, E) in float32. Returns the same shape in `dtype`."""
-    turned = x * table.cos if table.shift is None else torch.addcmul(table.shift, x, table.cos)
-    if turned.dtype == dtype and not torch.is_grad_enabled():
+def rotate(x: Tensor, table: RotaryTable, *, dtype: torch.dtype) -> Tensor:
+    """Rotate queries and keys x (B, N, 2, H, E) in float32. Returns the same shape in `dtype`."""
+    rotated_x = x * table.cos if table.shift is None else torch.addcmul(table.shift, x, table.cos)
+    if rotated_x.dtype == dtype and not torch.is_grad_enabled():
         low, high = slice(table.half), slice(table.half, 2 * table.half)
-        turned[..., low].addcmul_(x[..., high], table.sin[..., low])
-        turned[..., high].addcmul_(x[..., low], table.sin[..., high])
-        return turned
-    swapped = swap_halves(x.flatten(2, 3), table.half).view(x.shape)  # a kernel joins no more than four dimensions
+        rotated_x[..., low].addcmul_(x[..., high], table.sin[..., low])
+        rotated_x[..., high].addcmul_(x[..., low], table.sin[..., high])
+        return rotated_x
+    swapped = swap_halves(x.flatten(2, 3), table.half).view(x.shape)  # the kernel of `cat` takes four dimensions
     if torch.is_grad_enabled():
-        return torch.addcmul(turned, swapped, table.sin).to(dtype)
-    return torch.addcmul(turned, swapped, table.sin, out=torch.empty_like(x, dtype=dtype))
+        return torch.addcmul(rotated_x, swapped, table.sin).to(dtype)
+    return torch.addcmul(rotated_x, swapped, table.sin, out=torch.empty_like(x, dtype=dtype))
 
 
 def swap_halves(x: Tensor, half: int) -> Tensor:
-    """Exchange the first two halves of channels of x (..., E); the rest stays."""
+    """Exchange the first two halves of channels of x (..., E); other channels stay."""
     return torch.cat([x[..., half : 2 * half], x[..., :half], x[..., 2 * half :]], dim=-1)
 
 
 def _stack(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """(L, 1, 2, 1, E) float32 of 2 L vectors (E,)."""
+    """Stack 2 L vectors (E,) to (L, 1, 2, 1, E) float32."""
     given = [part for part in parts if part is not None]
     return torch.stack(given).float().unflatten(0, (-1, 1, 2, 1)) if given else None
 

@@ -1,5 +1,5 @@
-"""Attention within packed rows in one kernel, where the installed torch and the device have it, and a check that it
-does what packed rows need, which its documentation says only in part. Knows no layers.
+"""Attention within packed rows in one kernel, if the installed torch and the device support it, and a check that it
+meets this package's needs, which its documentation covers only in part. Independent of layers.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from stable_audio_serve.models.segments import Segments
 
 log = logging.getLogger(__name__)
 
-# (queries, keys, values, query offsets, key offsets, most queries, most keys), as torch's function
+# (queries, keys, values, query offsets, key offsets, max queries, max keys), as in torch
 VarlenAttention = Callable[..., Any]
 
 _HALF = (torch.float16, torch.bfloat16)
-_TOLERANCE = 0.02  # of half-precision attention to values of a normal distribution
+_TOLERANCE = 0.02  # of half-precision attention over normally distributed values
 
 
 @lru_cache(maxsize=1)
 def find_varlen() -> VarlenAttention | None:
-    """Returns torch's function, None where the installed torch does not have it."""
+    """Returns torch's function; None if the installed torch does not have it."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -37,15 +37,15 @@ def find_varlen() -> VarlenAttention | None:
 def has_varlen(
     device: torch.device, dtype: torch.dtype, *, num_heads: int, num_key_heads: int, head_width: int
 ) -> bool:
-    """Whether rows of a network with such heads can be packed on this device in this dtype. Runs it once, and waits.
+    """Whether rows of a network with these heads can be packed on this device in this dtype. Runs the kernel once.
 
-    No: rows are padded instead, which the log says where the device should be able to.
+    If not, rows are padded; where the device should support it, the log says so.
     """
     varlen = find_varlen()
     if varlen is None or device.type != "cuda" or dtype not in _HALF:
         return False
     try:
-        return is_varlen_right(
+        return is_varlen_correct(
             varlen,
             device=device,
             dtype=dtype,
@@ -59,7 +59,7 @@ def has_varlen(
 
 
 @torch.inference_mode()
-def is_varlen_right(
+def is_varlen_correct(
     varlen: VarlenAttention,
     *,
     device: torch.device,
@@ -68,8 +68,9 @@ def is_varlen_right(
     num_key_heads: int,
     head_width: int,
 ) -> bool:
-    """Whether `varlen` attends as SegmentAttention asks it to: rows that are not there, keys fewer than queries, keys
-    that lie in memory in another order than the rows."""
+    """Whether `varlen` is correct for the cases of SegmentAttention: unused rows, fewer keys than queries, and keys in
+    another order in memory than the rows.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -103,10 +104,10 @@ def is_varlen_right(
 
 
 class SegmentAttention:
-    """Attention of the tokens of packed rows to their own rows, and to contexts that lie in a memory by slots."""
+    """Attention of packed rows' tokens within their row, and to contexts stored in slots of a memory."""
 
     def __init__(self, varlen: VarlenAttention, segments: Segments, *, slots: Tensor | None) -> None:
-        """`slots` (B,): where in the memory of contexts each row's lies; None if there are none."""
+        """`slots` (B,) are the rows' indices in the memory of contexts; None if there are none."""
         self._varlen = varlen
         self._segments = segments
         self._slots = slots
@@ -127,8 +128,10 @@ class SegmentAttention:
         return out.transpose(0, 1)[None]
 
     def context(self, memory: Tensor, *, layer: int) -> tuple[Tensor, Tensor]:
-        """Returns one layer's keys and values, of a memory (S, layers, 2, G, T, E) of S slots: views of all of it as
-        (tokens, G, E), in which a slot's tokens begin at a multiple of what lies between two slots."""
+        """Returns one layer's keys and values from a memory (S, layers, 2, G, T, E) of S slots.
+
+        They are views of the whole memory as (tokens, G, E). A slot's tokens begin at its index times the slot stride.
+        """
         num_slots, num_layers, _, num_heads, num_tokens, width = memory.shape
         between = num_layers * 2 * num_heads * num_tokens
         size = (num_slots - 1) * between + num_tokens, num_heads, width
@@ -144,7 +147,7 @@ class SegmentAttention:
         return key, value
 
     def to_context(self, q: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: PLR0917  # an `Attend`
-        """Q (1, H, N, E), keys and values of `context` -> (1, H, N, E)."""
+        """Q (1, H, N, E) with keys and values from `context` -> (1, H, N, E)."""
         segments, starts = self._segments, self._starts
         assert starts is not None
         out: Tensor = self._varlen(

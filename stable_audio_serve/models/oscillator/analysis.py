@@ -1,4 +1,4 @@
-"""Turns audio into the oscillator bank's frames: peak picking for tones, the remaining level per band for noise.
+"""Converts audio to the oscillator bank's frames: peak picking for tones, residual level per band for noise.
 
 Lossy: keeps pitch, rhythm, level and spectrum, not the waveform. Row-independent; nothing here is learned.
 """
@@ -25,10 +25,10 @@ from stable_audio_serve.models.oscillator.bank import (
 _PEAK_OVER_MEDIAN = 3.5
 _MEDIAN_BLOCK = 32  # spectral bins
 _LONG, _MIDDLE, _SHORT = 4096, 2048, 512
-_SPLIT_HZ = 1000.0  # below, peaks come from the long window (fine pitch), above from the middle one (fine time)
+_SPLIT_HZ = 1000.0  # peaks below it come from the long window (fine pitch), above it from the middle one (fine time)
 _REGION_EDGES_HZ = (0.0, 700.0, 4000.0, SAMPLE_RATE_HZ / 2 + 1)
 _MAX_SHARPENING = 3.0
-_LEAKAGE = 0.02  # of a tone's level, up to 20 bins away from it
+_LEAKAGE = 0.02  # of a tone's level, up to 20 bins from it
 _HANN_NOISE_BINS = 1.5  # equivalent noise bandwidth of a Hann window
 _QUIETEST_BAND = 3e-4
 
@@ -77,7 +77,7 @@ class _Peaks:
         self._level = (middle - 0.25 * (left - right) * offset).exp()
 
     def on_oscillators(self) -> Tensor:
-        """Returns amplitudes (F, oscillators): each oscillator has the strongest of the peaks nearest to it."""
+        """Returns amplitudes (F, oscillators): each oscillator takes the strongest of its nearest peaks."""
         index = (A4_INDEX + 24.0 * (self._hertz.clamp(min=1.0) / 440.0).log2()).round().long()
         inside = self._is_peak & (index >= 0) & (index < NUM_OSCILLATORS)
         out = self._level.new_zeros(len(self._level), NUM_OSCILLATORS)
@@ -86,7 +86,7 @@ class _Peaks:
         )
 
     def sides(self) -> Tensor:
-        """Returns the power of the peaks in each channel (2, F)."""
+        """Returns the peaks' power in each channel (2, F)."""
         return (self._spectrum.square() * self._is_peak).sum(dim=2)
 
 
@@ -101,8 +101,8 @@ def _local_median(spectrum: Tensor) -> Tensor:
 def _bands(spectrum: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the RMS (F, bands) of everything that is not a tone, and its power in each channel (2, F).
 
-    A bin beside a tone counts at most like its neighbourhood, and not at all where the window's leakage from a tone
-    would explain it.
+    A bin next to a tone counts at most as much as its neighbourhood. It does not count if leakage of a tone through the
+    window explains it.
     """
     both = spectrum.square().mean(dim=0).sqrt()
     median = _local_median(both)
@@ -122,7 +122,7 @@ def _bands(spectrum: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sharpening(audio: Tensor, num_frames: int) -> Tensor:
-    """Returns the gain (F, regions) from a long window's level to the frame's own, which keeps onsets in place."""
+    """Returns the gain (F, regions) from a long window's level to the frame's level, which keeps onsets in place."""
     power = _spectrum(audio, _SHORT, num_frames=num_frames).square().mean(dim=0)
     hertz = torch.arange(power.shape[1]) * (SAMPLE_RATE_HZ / _SHORT)
     regions = torch.bucketize(hertz, torch.tensor(_REGION_EDGES_HZ[1:-1]), right=True)

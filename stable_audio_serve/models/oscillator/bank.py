@@ -1,10 +1,10 @@
 """A pretransform without weights: stereo audio <-> frames of oscillator levels, noise-band levels and two balances.
 
-Takes the place of `patched` in other checkpoints. Decoding is a sum of fixed-phase sines plus shaped noise; encoding
-(`analysis.py`) is peak picking, so audio that is encoded and decoded sounds vocoded. Knows no network.
+It replaces `patched` of other checkpoints. Decoding adds fixed-phase sines and shaped noise; encoding (`analysis.py`)
+is peak picking, so encoded and decoded audio sounds vocoded. Independent of networks.
 
 A frame is 512 samples: `NUM_OSCILLATORS` quarter-tone oscillators from 41.2 Hz (440 Hz is index 82), `NUM_BANDS` noise
-bands, then the balance of the tonal and of the noise part in -1 (left) ... 1 (right). Levels are compressed as
+bands, then the balances of tones and of noise in -1 (left) ... 1 (right). Levels are compressed as
 log(1 + a / 0.001) / log(1001): 0 is silence, 1 an amplitude of 1.
 """
 
@@ -37,7 +37,7 @@ def compress(amplitude: Tensor) -> Tensor:
 
 
 def expand(level: Tensor) -> Tensor:
-    """Returns the linear amplitude of a level; the inverse of `compress`, negative levels are silence."""
+    """Returns the linear amplitude of a level, the inverse of `compress`; negative levels are silence."""
     return FLOOR * torch.expm1(level.clamp(0.0, 1.2) * math.log1p(1.0 / FLOOR))
 
 
@@ -48,9 +48,9 @@ def nearest_oscillator(frequency_hz: float) -> int:
 
 
 class OscillatorBank:
-    """Renders frames; row-independent and, but for `halo_frames` at inner window edges, window-independent."""
+    """Renders frames. Row-independent, and window-independent except for `halo_frames` at inner window edges."""
 
-    halo_frames = 1  # a level ramps from the previous frame's; a noise block reaches half a block into both neighbours
+    halo_frames = 1  # levels ramp from the previous frame, and a noise block extends half a block into both neighbours
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         device = torch.device(device)
@@ -67,7 +67,7 @@ class OscillatorBank:
         self._band_gain = _band_gains().to(device)  # (bands, bins)
 
     def render(self, frames: Tensor, noise: Tensor, *, start_frame: int) -> Tensor:
-        """Returns audio (2, 512 F) float32 of `frames` (222, F) float32; the first is the clip's frame `start_frame`.
+        """Returns audio (2, 512 F) float32 of `frames` (222, F) float32, the first of which is frame `start_frame`.
 
         `noise` (2, 512 F), unit normal float32, is shaped into the noise bands.
         """
@@ -93,8 +93,8 @@ class OscillatorBank:
     def _sounding(self, amplitude: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns amplitude, frequency, phase and waves without the oscillators that are silent in every frame.
 
-        They would add exact zeros, so that only the order in which a product is summed may change. On a GPU all are
-        kept: how many there are would have to be waited for.
+        These would add exact zeros, so only the order of summation can change. On a GPU all are kept, because counting
+        them would make the host wait.
         """
         if amplitude.device.type != "cpu":
             return amplitude, self._omega, self._phase, self._waves
@@ -127,7 +127,7 @@ def _pan_gains(balance: Tensor) -> Tensor:
 
 
 def _band_gains() -> Tensor:
-    """Returns gains (bands, bins) that turn unit white noise into bands of unit RMS; neighbours share an edge bin."""
+    """Returns gains (bands, bins) from unit white noise to bands of unit RMS; adjacent bands share an edge bin."""
     bins = np.arange(_NOISE_BLOCK // 2 + 1) * SAMPLE_RATE_HZ / _NOISE_BLOCK
     half = SAMPLE_RATE_HZ / _NOISE_BLOCK / 2.0
     low, high = BAND_EDGES_HZ[:-1, None], BAND_EDGES_HZ[1:, None]

@@ -1,6 +1,6 @@
-"""Autoencoder parts over an oscillator bank: `oscillator_bank` in place of `patched`, `patch_mlp` in place of SAME.
+"""Autoencoder parts over an oscillator bank: `oscillator_bank` replaces `patched`, `patch_mlp` replaces SAME.
 
-Registers the types; the arithmetic is in `bank`, `analysis` and `patch_mlp`. Knows no checkpoint.
+Registers the types; `bank`, `analysis` and `patch_mlp` have the arithmetic. Independent of checkpoints.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from stable_audio_serve.models.parts import Noises, WindowNoise, register_part, 
 
 
 class OscillatorBankPretransform(nn.Module):
-    """Stereo audio <-> parameter frames of the bank; noise bands are made from the row's own window noise.
+    """Stereo audio <-> parameter frames of the bank; noise bands use the row's window noise.
 
     Phases and noise depend on the absolute frame, so the inside of a window equals that part of the whole clip.
     """
 
     samples_per_frame = FRAME_SAMPLES
     halo_frames = OscillatorBank.halo_frames
-    is_placed = True  # phases
+    is_placed = True  # because of the phases
 
     def __init__(self, *, frames_per_latent: int) -> None:
         super().__init__()
@@ -33,11 +33,11 @@ class OscillatorBankPretransform(nn.Module):
         self._banks: dict[torch.device, OscillatorBank] = {}
 
     def encode(self, audio: Tensor) -> Tensor:
-        """Returns frames (B, 222, ceil(S / 512)) of audio (B, 2, S), by analysis."""
+        """Analyse audio (B, 2, S). Returns frames (B, 222, ceil(S / 512))."""
         return torch.stack([analyse(clip.float()) for clip in audio])
 
     def decode(self, frames: Tensor, noise: Noises) -> Tensor:
-        """Returns audio (B, 2, N * 512) of frames (B, 222, N). Without `noise` the noise bands are silent."""
+        """Render frames (B, 222, N). Returns audio (B, 2, N * 512); without `noise` the noise bands are silent."""
         bank = self._banks.get(frames.device) or self._banks.setdefault(frames.device, OscillatorBank(frames.device))
         batch, _, num_frames = frames.shape
         if noise is None:
@@ -89,7 +89,7 @@ class PatchMlpDecoder(PatchDecoder):
 
 @register_part("pretransform", "oscillator_bank")
 def build_oscillator_bank(config: ConfigReader) -> OscillatorBankPretransform:
-    """From the innermost `pretransform.config` section."""
+    """Build from the innermost `pretransform.config` section."""
     if config.integer("channels", default=2) != 2:
         raise config.unusable("channels", "2")
     return OscillatorBankPretransform(frames_per_latent=config.integer("frames_per_latent"))
@@ -97,13 +97,13 @@ def build_oscillator_bank(config: ConfigReader) -> OscillatorBankPretransform:
 
 @register_part("encoder", "patch_mlp")
 def build_encoder(config: ConfigReader) -> PatchMlpEncoder:
-    """From the `encoder.config` section."""
+    """Build from the `encoder.config` section."""
     return PatchMlpEncoder(in_channels=config.integer("in_channels"), **_sizes(config))
 
 
 @register_part("decoder", "patch_mlp")
 def build_decoder(config: ConfigReader) -> PatchMlpDecoder:
-    """From the `decoder.config` section."""
+    """Build from the `decoder.config` section."""
     return PatchMlpDecoder(out_channels=config.integer("out_channels"), **_sizes(config))
 
 

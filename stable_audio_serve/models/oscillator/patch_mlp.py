@@ -1,6 +1,6 @@
 """A small autoencoder over parameter frames: residual MLPs that map a patch of frames to one latent and back.
 
-Each latent depends on its own patch only, so encoding and decoding have no receptive field beyond the patch.
+Each latent depends on its own patch only, so there is no receptive field beyond the patch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 class ResidualBlock(nn.Module):
-    """x + W2 silu(W1 norm(x)), RMS norm with a gain."""
+    """x + W2 silu(W1 norm(x)), where the RMS norm has a gain."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""The place of each latent in its clip and in the beat, as features for the denoiser's local conditioning.
+"""Features of each latent's position in its clip and in the beat, for the denoiser's local conditioning.
 
-Rotary attention knows only distances between latents, while a tempo or a sweep depends on positions. Registers the type
-`timeline`, whose `config` says how a tempo is read from a prompt; knows no network.
+Rotary attention sees only distances between latents, but a tempo or a sweep depends on positions. Registers the type
+`timeline`, whose `config` defines how to read a tempo from a prompt. Independent of networks.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _START_S = (0.1, 0.3, 1.0, 3.0)
 _END_S = (0.1, 0.3, 1.0)
 _BEAT_RATES = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)  # cycles per beat; 0.25 is a bar of four
 
-_LONG_S = 12.0  # the duration feature does not tell longer clips apart
+_LONG_S = 12.0  # the duration feature is constant for longer clips
 
 NUM_TIMELINE_FEATURES = 1 + len(_PROGRESS_HARMONICS) + len(_START_S) + len(_END_S) + 1 + 1 + 2 * len(_BEAT_RATES) + 1
 
 
 @dataclass(frozen=True, slots=True)
 class TempoRule:
-    """Reads a tempo from a prompt: the first group of `pattern` that matches, clamped; else `default_bpm`."""
+    """Reads a tempo from a prompt: the first matching group of `pattern`, clamped; otherwise `default_bpm`."""
 
     pattern: re.Pattern[str]
     default_bpm: float
@@ -38,7 +38,7 @@ class TempoRule:
     maximum_bpm: float
 
     def read(self, prompt: str) -> float:
-        """Returns the beats per minute that a prompt asks for."""
+        """Returns the tempo of a prompt in beats per minute."""
         match = self.pattern.search(unicodedata.normalize("NFKC", prompt).casefold())
         number = next((group for group in match.groups() if group), None) if match else None
         return min(max(float(number), self.minimum_bpm), self.maximum_bpm) if number else self.default_bpm
@@ -47,8 +47,8 @@ class TempoRule:
 def timeline_features(num_frames: int, *, frame_s: float, seconds_total: float, tempo_bpm: float) -> Tensor:
     """Returns features (NUM_TIMELINE_FEATURES, F) float32 on the CPU; latent frames start at multiples of `frame_s`.
 
-    Progress through `seconds_total` and its cosines, closeness to start and end, the duration itself, phases of the
-    beat at `tempo_bpm` whose first beat is at 0, and the tempo itself.
+    The features are progress through `seconds_total` and its cosines, closeness to start and end, the duration, phases
+    of the beat at `tempo_bpm` (first beat at 0), and the tempo.
     """
     start = torch.arange(num_frames, dtype=torch.float64) * frame_s
     seconds = max(seconds_total, 1e-3)

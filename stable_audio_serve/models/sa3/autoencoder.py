@@ -1,8 +1,7 @@
 """An audio autoencoder built from its parts: pretransform, encoder, bottleneck, decoder.
 
-Works on windows of latents, which the caller cuts and joins. Adds only noise that it is given: nothing here draws
-from a generator of its own. Module names are the checkpoint's keys below
-`pretransform.model.`.
+Works on windows of latents, which the caller cuts and joins. Draws no random numbers: callers pass in all noise. Module
+names are the checkpoint's keys below `pretransform.model.`.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ REGULARIZATION = 1e-3
 
 
 class Patched(nn.Module):
-    """Cuts audio into patches: frame channel `c * patch + h` is channel c's sample h of the patch. No weights."""
+    """Cuts audio into patches: frame channel `c * patch + h` is sample h of channel c in the patch. No weights."""
 
     halo_frames = 0
     is_placed = False
@@ -55,9 +54,10 @@ class Patched(nn.Module):
 
 
 class SoftNorm(nn.Module):
-    """Per-channel scale and bias into the latents, one common deviation out of them.
+    """Scales and shifts latents per channel when encoding; divides by one common deviation.
 
-    Decoding does not invert the scale and bias; it adds a faint noise, also at inference, when `regularized`.
+    Decoding multiplies by the deviation but does not invert scale and bias. If `regularized`, it also adds a faint
+    noise, at inference too.
     """
 
     def __init__(self, channels: int, *, regularized: bool) -> None:
@@ -66,7 +66,7 @@ class SoftNorm(nn.Module):
         self.scaling_factor = nn.Parameter(torch.ones(1, channels, 1))
         self.bias = nn.Parameter(torch.zeros(1, channels, 1))
         self.running_std = nn.Parameter(torch.ones(1))
-        self.noise_scaling_factor = nn.Parameter(torch.zeros(1, 0, 1))  # the files hold it with no elements
+        self.noise_scaling_factor = nn.Parameter(torch.zeros(1, 0, 1))  # empty in the files
 
     def encode(self, raw: Tensor) -> Tensor:
         """(B, D, F) -> (B, D, F)."""
@@ -85,7 +85,7 @@ class AudioAutoencoder(nn.Module):
     """Audio (B, C, S) to latents (B, D, F) and back; `hop` samples per latent frame."""
 
     def __init__(self, config: ConfigReader) -> None:
-        """`config` is the autoencoder's own section. Raises CheckpointError naming the key that cannot be used."""
+        """`config` is the autoencoder's section. Raises CheckpointError naming the key that cannot be used."""
         super().__init__()
         self.pretransform = cast("Pretransform", build_part("pretransform", config.section("pretransform")))
         self.encoder = cast("Encoder", build_part("encoder", config.section("encoder")))
@@ -102,22 +102,22 @@ class AudioAutoencoder(nn.Module):
 
     @property
     def encoder_draws_noise(self) -> bool:
-        """Whether encoding depends on the row's noise, so that a clip cannot be encoded once for several rows."""
+        """Whether encoding draws noise, so that rows cannot share the encoding of a clip."""
         return self.encoder.noisy
 
     @property
     def decoder_halo_latents(self) -> int:
-        """Latents on each side that can influence a latent's audio, in whole multiples of `latent_multiple`."""
+        """Latents on each side that can influence a latent's audio, rounded up to multiples of `latent_multiple`."""
         reach = self.decoder.halo_latents + -(-self.pretransform.halo_frames // self.decoder.frames_per_latent)
         return -(-reach // self.latent_multiple) * self.latent_multiple
 
     @property
     def latent_multiple(self) -> int:
-        """Windows must start at a multiple of this many latents."""
+        """Windows must start at a multiple of this number of latents."""
         return max(self.encoder.latent_multiple, self.decoder.latent_multiple)
 
     def resolve(self) -> None:
-        """Keep what follows from the weights as they are now, until then every call computes it.
+        """Cache values derived from the weights, which every call would otherwise compute.
 
         Call it after the weights are loaded and moved to their device.
         """
@@ -132,7 +132,7 @@ class AudioAutoencoder(nn.Module):
     def decode(self, latents: Tensor, noise: Noises = None, *, products: Products = nullcontext) -> Tensor:
         """Returns audio (B, C, at least F * hop) of latents (B, D, F), not clamped; row-independent.
 
-        `products` makes the context in which the decoder alone runs.
+        Only the decoder runs within the context `products()`.
         """
         scaled = self.bottleneck.decode(latents, noise)
         with products():
@@ -142,14 +142,14 @@ class AudioAutoencoder(nn.Module):
 
 @register_part("pretransform", "patched")
 def build_patched(config: ConfigReader) -> Patched:
-    """From the innermost `pretransform.config` section."""
+    """Build from the innermost `pretransform.config` section."""
     config.require(oversampling=1)
     return Patched(config.integer("channels"), config.integer("patch_size"))
 
 
 @register_part("bottleneck", "softnorm")
 def build_softnorm(config: ConfigReader) -> SoftNorm:
-    """From the `bottleneck.config` section."""
+    """Build from the `bottleneck.config` section."""
     if config.integer("noise_augment_dim", default=0, at_least=0):
         raise config.unusable("noise_augment_dim", "0")
     return SoftNorm(config.integer("dim"), regularized=config.flag("noise_regularize", default=False))

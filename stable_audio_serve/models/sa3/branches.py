@@ -1,4 +1,4 @@
-"""The denoiser's conditioning as the engine keeps it: a row's values by name; and back, for rows that step together."""
+"""Converts the denoiser's conditioning to the engine's named values per row, and back for a batch of rows."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _GLOBAL, _LOCAL = "global", "local"
 def to_branch(row: DenoiserConditioning) -> BranchConditioning:
     """Returns a single row's conditioning by name.
 
-    Local embeddings are a constant where every frame is alike and else by frame: the other of the two stands for zeros,
-    so the sum of both is right for every row.
+    Local embeddings are a constant if all frames are equal, else a value by frame. A missing name means zeros, so the
+    sum of both is right for every row.
     """
     constants, by_frame = {_GLOBAL: row.global_embed[0]}, {}
     if row.context is not None:
@@ -41,15 +41,15 @@ def without_context(branch: BranchConditioning) -> BranchConditioning:
 
 
 def with_context(branch: BranchConditioning, other: DenoiserConditioning) -> BranchConditioning:
-    """Returns the branch with the context of another row."""
+    """Returns the branch with another row's context."""
     context = to_branch(other).constants[CONTEXT]
     return replace(branch, constants={**branch.constants, CONTEXT: context})
 
 
 def from_batch(batch: StepBatch, *, num_prefix: int = 0) -> DenoiserConditioning:
-    """Returns the conditioning of rows that step together; packed rows have `num_prefix` tokens before their frames.
+    """Returns the conditioning of a batch; packed rows have `num_prefix` tokens before their frames.
 
-    With segments the context is the memory of all contexts.
+    With segments, `context` is the memory of all contexts.
     """
     if batch.segments is not None:
         return _from_segments(batch, batch.segments)
@@ -63,7 +63,7 @@ def from_batch(batch: StepBatch, *, num_prefix: int = 0) -> DenoiserConditioning
 
 
 def _from_segments(batch: StepBatch, segments: Segments) -> DenoiserConditioning:
-    """The context stays where it is kept; local embeddings are one of each row, or one of each token."""
+    """The context stays in its memory; local embeddings are one per row or one per token."""
     own = {
         name: batch.constants[name].index_select(0, batch.slots[name])
         for name in (_GLOBAL, _LOCAL)
@@ -80,6 +80,6 @@ def _from_segments(batch: StepBatch, segments: Segments) -> DenoiserConditioning
 
 
 def _pack(local: Tensor, frames: Sequence[int], *, num_prefix: int) -> Tensor:
-    """(B, layers, F or 1, W) -> the embeddings of all tokens (1, layers, N, W)."""
+    """Pack (B, layers, F or 1, W) to the embeddings of all tokens (1, layers, N, W)."""
     rows = [row[None, :, :own] for row, own in zip(local, frames, strict=True)]
     return join_local(rows, frames=frames, num_prefix=num_prefix)

@@ -39,9 +39,9 @@ def load_sa3(
     dtype: torch.dtype,
     decode_precision: DecodePrecision,
 ) -> Sa3Model:
-    """Load both folders' files strictly: the denoiser in `dtype`, the text encoder in its own, the rest in float32.
+    """Load both folders strictly: the denoiser in `dtype`, the text encoder in its files' dtype, the rest in float32.
 
-    With a `decode_precision` of half the decoder's linear layers are stored so.
+    With `decode_precision` half, the decoder's linear layers are stored in half precision.
 
     Raises CheckpointError naming the file or key that does not fit.
     """
@@ -51,7 +51,7 @@ def load_sa3(
     weights_file = find_weights(folder)
     text = load_text_encoder(text_encoder, max_length=config.prompt.max_length, device=device)
     try:
-        with torch.device("meta"):  # the file fills it
+        with torch.device("meta"):  # weights come from the file
             components = build_components(config, text)
     except (RuntimeError, MemoryError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE} describes a network that cannot be built: {error}") from error
@@ -76,7 +76,7 @@ def assemble(
     device: torch.device,
     decode_precision: DecodePrecision,
 ) -> Sa3Model:
-    """Returns the model of networks that are on their device."""
+    """Returns a model of networks that are on their device."""
     components.autoencoder.resolve()
     if decode_precision == "half":
         store_half(cast("nn.Module", components.autoencoder.decoder), device)
@@ -84,7 +84,7 @@ def assemble(
 
 
 def build_components(config: Sa3Config, text: TextEncoder) -> Sa3Components:
-    """Build the networks of a config, with the weights that torch gives them."""
+    """Build the networks of a config with torch's initial weights."""
     return Sa3Components(
         text=text,
         prompt=PromptConditioner(config.prompt, encoder_width=text.width),
@@ -96,7 +96,7 @@ def build_components(config: Sa3Config, text: TextEncoder) -> Sa3Components:
 
 @torch.inference_mode()
 def _check_autoencoder(net: AudioAutoencoder, products: Products, *, device: torch.device, source: Path) -> None:
-    """Encode and decode one latent, because no single part's config shows whether the parts fit each other."""
+    """Encode and decode one latent, because no part's config alone shows whether the parts fit each other."""
     audio = torch.zeros(1, net.channels, net.hop, device=device)
     try:
         latents = net.encode(audio)[..., :1]
@@ -110,7 +110,7 @@ def _check_autoencoder(net: AudioAutoencoder, products: Products, *, device: tor
 
 
 def checkpoint_modules(components: Sa3Components, config: Sa3Config) -> dict[str, nn.Module]:
-    """Returns the module of each prefix of keys; an exporter uses it, too."""
+    """Returns the module of each key prefix; also used for exporting."""
     modules: dict[str, nn.Module] = {f"conditioner.conditioners.{config.prompt.id}.": components.prompt}
     for id_, number in components.numbers.items():
         modules[f"conditioner.conditioners.{id_}."] = number
@@ -120,7 +120,7 @@ def checkpoint_modules(components: Sa3Components, config: Sa3Config) -> dict[str
 
 
 def build_spec(card: ModelCard, config: Sa3Config, *, components: Sa3Components) -> ModelSpec:
-    """Returns facts from the checkpoint; the card's name, defaults and a lower cap are kept."""
+    """Returns the model's facts from the checkpoint. The card keeps its name, defaults and a lower cap."""
     lengths = config.lengths
     longest_s = lengths.max_samples / lengths.sample_rate_hz
     return ModelSpec(

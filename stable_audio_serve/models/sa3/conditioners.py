@@ -1,6 +1,6 @@
-"""Prompts and numbers as vectors: prompt embeddings with learned padding, and numbers as Fourier features.
+"""Embeds prompts and numbers as vectors: prompt embeddings with learned padding, numbers as Fourier features.
 
-Both run in float32 (the text encoder in the dtype of its own files) and are row-independent.
+Both run in float32 (the text encoder in its files' dtype) and are row-independent.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from stable_audio_serve.models.text_encoder import TextEncoder, load_tokenizer_a
 
 
 def load_text_encoder(folder: Path, *, max_length: int, device: torch.device) -> TextEncoder:
-    """Load a T5Gemma's encoder half in the dtype of its files. Raises CheckpointError when anything is missing.
+    """Load the encoder half of a T5Gemma in its files' dtype. Raises CheckpointError if anything is missing.
 
-    Attention runs in the library's explicit form, because the fused kernels cannot soft-cap the logits.
+    Attention uses the library's explicit form, because the fused kernels cannot soft-cap the logits.
     """
     tokenizer, encoder = load_tokenizer_and_network(folder, _load_t5gemma)
     config: Any = encoder.config.encoder  # type: ignore[union-attr]
-    if max_length > config.sliding_window // 2:  # layers of both kinds are given one mask
+    if max_length > config.sliding_window // 2:  # global and sliding layers share one mask
         raise CheckpointError(f"prompts of {max_length} tokens are longer than the text encoder's windows in {folder}")
     return TextEncoder(tokenizer, encoder.to(device), width=int(config.hidden_size), max_length=max_length)
 
@@ -34,7 +34,7 @@ def _load_t5gemma(folder: Path) -> tuple[nn.Module, Mapping[str, Any]]:
     from transformers import AutoConfig, T5GemmaEncoderModel
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    config.is_encoder_decoder = False  # the full model's files hold a decoder that is not used
+    config.is_encoder_decoder = False  # the files also contain a decoder, which is not used
     loaded: tuple[nn.Module, Mapping[str, Any]] = T5GemmaEncoderModel.from_pretrained(
         folder,
         config=config,
@@ -48,7 +48,7 @@ def _load_t5gemma(folder: Path) -> tuple[nn.Module, Mapping[str, Any]]:
 
 
 class PromptConditioner(nn.Module):
-    """Turns hidden states into conditioning tokens: projected where widths differ, a learned vector for padding."""
+    """Converts hidden states to conditioning tokens: projected if widths differ, with a learned vector for padding."""
 
     def __init__(self, config: PromptConfig, *, encoder_width: int) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class PromptConditioner(nn.Module):
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Returns tokens (B, T, width) float32 of hidden (B, T, encoder width) and mask (B, T) bool."""
-        # Selected, not multiplied: a padded position may hold anything.
+        # Select instead of multiplying: padding can contain any value, even NaN.
         return torch.where(mask[..., None], self.proj_out(hidden), self.padding_embedding)
 
 
@@ -72,7 +72,7 @@ class _NumberEmbedder(nn.Module):
 
 
 class NumberConditioner(nn.Module):
-    """Turns a number, clamped to its range, into one vector. Module names are the checkpoint's keys."""
+    """Embeds a number, clamped to its range, as one vector. Module names match the checkpoint's keys."""
 
     def __init__(self, config: NumberConfig) -> None:
         super().__init__()
@@ -80,6 +80,6 @@ class NumberConditioner(nn.Module):
         self.embedder = _NumberEmbedder(config)
 
     def forward(self, values: Tensor) -> Tensor:
-        """Returns (B, width) float32 of values (B,) float32 in their own unit."""
+        """Returns (B, width) float32 of values (B,) float32 in the number's unit."""
         low, high = self.config.minimum, self.config.maximum
         return self.embedder.embedding((values.clamp(low, high) - low) / (high - low))

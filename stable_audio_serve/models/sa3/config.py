@@ -1,7 +1,7 @@
-"""A checkpoint's `model_config.json` as frozen values: every dimension of the networks comes from here.
+"""A checkpoint's `model_config.json` as frozen values: it defines every dimension of the networks.
 
-A missing key means the reference constructor's default. A value that would need another network is refused by name,
-and so is a key that neither the networks nor `INERT_KEYS` know.
+A missing key means the reference constructor's default. A value that needs another network, or a key that neither the
+networks nor `INERT_KEYS` use, raises an error that names it.
 """
 
 from __future__ import annotations
@@ -19,38 +19,38 @@ from stable_audio_serve.models.frame_conditioners import (
 )
 from stable_audio_serve.models.sa3.lengths import LengthRule
 
-# Keys that change nothing at inference, at any depth, whatever they hold.
+# Keys without effect on inference, at any depth.
 INERT_KEYS = frozenset(
     {
-        # how the weights came to be
+        # training
         *("training", "dataset", "svd_bases_path", "distribution_shift_options", "pre_encoded_keys", "checkpointing"),
         *("requires_grad", "enable_grad", "freeze", "freeze_backbone", "zero_init_branch_outputs", "zero_init_output"),
         *("dropout", "attn_dropout", "ff_dropout", "enable_inner_layer_dropout", "cfg_dropout_prob", "dropout_prob"),
-        # how the reference computes: it swallows those of the second line unread, and its latent scale is always 1
+        # implementation choices of the reference; it ignores those of the second line, and its latent scale is always 1
         *("iterate_batch", "use_flash", "force_fp32", "auto_scale", "scale", "abs_pos_emb_max_length"),
         *("use_snake", "mapping_style", "conv_bias", "use_dilated_conv"),
-        # padding is masked, and a schedule sees the clip's own length, whatever these say: as the reference generates
+        # the reference masks padding and uses the clip's length in schedules, whatever these keys say
         *("mask_padding_attention", "use_effective_length_for_schedule"),
-        # where the text encoder lies (`checkpoint_files`)
+        # location of the text encoder (read by `checkpoint_files`)
         *("model_path", "model_name", "subfolder", "repo_id"),
     }
 )
 
 MODEL_TYPES = ("diffusion_cond_inpaint", "diffusion_cond")
-MIN_ROTATED = 32  # smallest number of a denoiser head's channels that are rotated by position
-DEFAULT_CHUNK_FRAMES = 32  # what the length rule assumes of an encoder that does not say (the encoder itself: 128)
+MIN_ROTATED = 32  # the least number of a denoiser head's channels with rotary positions
+DEFAULT_CHUNK_FRAMES = 32  # assumed by the length rule for an encoder without `chunk_size` (the encoder itself: 128)
 
 # The default sampler of each training objective.
 OBJECTIVE_SAMPLERS = {"rf_denoiser": "pingpong", "rectified_flow": "euler"}
 
-# Numbers that a request can give; there is no value for a conditioner with another id.
+# Numbers that a request can give; a conditioner with another id would have no value.
 NUMBER_IDS = ("seconds_start", "seconds_total")
 EDIT_IDS = ("inpaint_mask", "inpaint_masked_input")
 
 
 @dataclass(frozen=True, slots=True)
 class DenoiserConfig:
-    """Shape of the diffusion transformer; `local_width` 0 means that it takes no local conditioning."""
+    """Shape of the diffusion transformer. `local_width` 0 means no local conditioning."""
 
     latent_channels: int
     width: int
@@ -146,11 +146,11 @@ class NumberConfig:
 
 @dataclass(frozen=True, slots=True)
 class Sa3Config:
-    """Everything the family reads from a checkpoint's config.
+    """All values that the family reads from a checkpoint's config.
 
-    `context_ids` and `global_ids` name conditioners in the order of concatenation, `local_ids` those of
-    each frame: of EDIT_IDS or of `frame_conditioners`. `chunked` asks for windows in the autoencoder.
-    `shift` is the schedule's warp as written, None = default.
+    `context_ids` and `global_ids` name conditioners in the order of concatenation. `local_ids` names per-frame
+    conditioners from EDIT_IDS or `frame_conditioners`. `chunked`: the autoencoder uses windows. `shift` is the
+    schedule's warp as in the config; None: the default.
     """
 
     default_sampler: str
@@ -170,12 +170,12 @@ class Sa3Config:
 
     @property
     def edits(self) -> bool:
-        """Whether the denoiser can keep given latents."""
+        """Whether the denoiser accepts latents to keep."""
         return any(id_ in self.local_ids for id_ in EDIT_IDS)
 
 
 def parse_config(config: ConfigReader) -> Sa3Config:
-    """Parse a whole `model_config.json`. Raises CheckpointError naming the key that cannot be used."""
+    """Parse a `model_config.json`. Raises CheckpointError naming the key that cannot be used."""
     config.choice("model_type", MODEL_TYPES)
     model = config.section("model")
     diffusion = model.section("diffusion")
@@ -235,7 +235,7 @@ def _parse_conditioners(
                 numbers.append(_parse_number(item, width))
             case _:
                 frame_conditioners[item.text("id")] = build_frame_conditioner(item)
-    # What stands in for a number that a request leaves out; here every number of the config always has a value.
+    # `default_keys` replaces missing numbers of a request; here every number of the config always has a value.
     for id_ in conditioning.plain("default_keys") or {}:
         if id_ in (number.id for number in numbers):
             raise conditioning.unusable("default_keys", f"without {id_!r}, which requests always say")
@@ -270,7 +270,7 @@ def _parse_number(item: ConfigReader, width: int) -> NumberConfig:
 
 
 def _check_widths(config: Sa3Config, model: ConfigReader, *, diffusion: ConfigReader) -> None:
-    """Refuse parts whose widths do not fit each other, before torch would report a shape somewhere inside."""
+    """Raise CheckpointError for parts whose widths do not fit, before torch would report a shape deep inside."""
     network = diffusion.section("config")
     number_ids = tuple(number.id for number in config.numbers)
     for key, ids, known in (

@@ -1,7 +1,7 @@
-"""The diffusion transformer of the Stable Audio 3 family: latents, a time and conditioning in, a velocity out.
+"""The diffusion transformer of the Stable Audio 3 family: maps latents, a time and conditioning to a velocity.
 
-Module names are the checkpoint's keys below `model.model.`. Knows nothing of samplers, guidance or requests. What
-does not depend on the latents or on time is computed once per request (`condition`) and passed to every step.
+Module names are the checkpoint's keys below `model.model.`. Independent of samplers, guidance and requests. Values that
+depend on neither latents nor time are computed once per request (`condition`) and passed to every step.
 
 Shapes: B rows, D latent channels, F latent frames, M memory tokens, T context tokens, W width.
 """
@@ -33,12 +33,12 @@ from stable_audio_serve.models.sa3.config import MIN_ROTATED, DenoiserConfig
 
 @dataclass(frozen=True, slots=True)
 class DenoiserConditioning:
-    """What a forward pass needs besides latents and time, for B rows, every layer's share in one tensor.
+    """The inputs of a forward pass besides latents and time, for B rows, with all layers' values in one tensor.
 
     `global_embed` (B, W). `context` (B, layers, 2, H or 2 H, T, E): the cross-attention's normed keys, then its values;
-    None for rows without cross-attention (the unconditional branch, whose keys and values would all be zero). `local`
-    (B, layers, F, W), or (B, layers, 1, W) when every frame is alike, or None when there is no local conditioning;
-    zeros are not the same as None, because the biases still contribute.
+    None for rows without cross-attention (the unconditional branch, where keys and values would be zero). `local`
+    (B, layers, F, W), or (B, layers, 1, W) if all frames are equal, or None without local conditioning. Zero inputs are
+    not the same as None, because the biases still contribute.
     """
 
     global_embed: Tensor
@@ -51,7 +51,7 @@ class DenoiserConditioning:
 
 
 class Modulation(NamedTuple):
-    """What scales, shifts and gates a layer's two outer branches, each (B, W); a scale has its norm's gain."""
+    """Scale, shift and gate, each (B, W), of a layer's attention and feed-forward; scales include the norm's gain."""
 
     scale_attn: Tensor
     shift_attn: Tensor
@@ -62,7 +62,7 @@ class Modulation(NamedTuple):
 
 
 class TransformerLayer(nn.Module):
-    """Self-attention, cross-attention, local conditioning and feed-forward, the outer two modulated and gated."""
+    """Self-attention, cross-attention, local conditioning, feed-forward. The first and last are modulated and gated."""
 
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
@@ -87,9 +87,9 @@ class TransformerLayer(nn.Module):
         context: tuple[Tensor, Tensor] | None,
         local: Tensor | None,
     ) -> Tensor:
-        """H (B, M + F, W), context (keys and values) and local as `layout` has it -> (B, M + F, W); packed (1, N, W).
+        """H (B, M + F, W); context (keys and values) and local match `layout` -> (B, M + F, W); packed (1, N, W).
 
-        Local conditioning reaches the frames only, not the memory tokens.
+        Local conditioning is added to the frames, not to the memory tokens.
         """
         normed = self.pre_norm.without_gain(h)
         normed = layout.modulate(normed, scale=modulation.scale_attn, shift=modulation.shift_attn)
@@ -99,14 +99,14 @@ class TransformerLayer(nn.Module):
             (key, value), normed = context, self.cross_attend_norm(h)
             h = add_branch(h, self.cross_attn(normed, key=key, value=value, attend_fn=layout.attend_context))
         if local is not None:
-            layout.add_local(h, local)  # in place: h is this layer's own sum
+            layout.add_local(h, local)  # in place: this layer owns h
         normed = self.ff_norm.without_gain(h)
         normed = layout.modulate(normed, scale=modulation.scale_ff, shift=modulation.shift_ff)
         return layout.add_gated(h, self.ff(normed), gate=modulation.gate_ff)
 
 
 class Transformer(nn.Module):
-    """Memory tokens in front, rotary positions over all tokens, the layers, and the projections in and out."""
+    """Memory tokens before the frames, rotary positions over all tokens, the layers, and the projections."""
 
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
@@ -142,17 +142,16 @@ class Transformer(nn.Module):
 
     @property
     def typed_layers(self) -> Sequence[TransformerLayer]:
-        """The layers."""
         return [layer for layer in self.layers if isinstance(layer, TransformerLayer)]
 
     def rotary_table(self, positions: Tensor) -> RotaryTable:
         """Returns every layer's table for tokens at `positions` (N,) float32."""
         norms = [(layer.self_attn.q_norm, layer.self_attn.k_norm) for layer in self.typed_layers]
         affine = gather_affine(norms, half=self.rotary_pos_emb.half_width)
-        return affine.turn(positions, rates=self.rotary_pos_emb.rates(self.head_width))
+        return affine.table(positions, rates=self.rotary_pos_emb.rates(self.head_width))
 
     def _modulate(self, modulation: Tensor) -> list[Modulation]:
-        """Returns every layer's modulation, from what they share (B, 6 W). The gates are `sigmoid(1 - gate)`."""
+        """Returns every layer's modulation from the shared one (B, 6 W). Gates are `sigmoid(1 - gate)`."""
         offsets = torch.stack([layer.to_scale_shift_gate for layer in self.typed_layers])
         norms = [norm for layer in self.typed_layers for norm in (layer.pre_norm, layer.ff_norm)]
         gains = torch.stack([norm.gamma for norm in norms]).to(offsets.dtype).unflatten(0, (-1, 1, 2))
@@ -165,13 +164,12 @@ class Transformer(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """The whole network: residual 1x1 convolutions around the transformer, embedders for context, global and time.
+    """The whole network: the transformer between residual 1x1 convolutions, and embedders of context, global and time.
 
-    Row-independent: frames that are not valid are never keys, and the output there is unspecified. Inputs are
-    cast to the dtype of the weights and the result returned in it, except time: its Fourier features are taken from
-    the float32 value in every precision. (The reference rounds time to the model's dtype first; near t = 1 one step
-    of float16 turns the highest features by tens of radians, so a half-precision model would see different
-    times from those of the sampler.)
+    Row-independent: invalid frames are never keys, and their output is unspecified. Inputs are cast to the weights'
+    dtype and the result has that dtype. Only the Fourier features of time use the float32 value in every precision.
+    (The reference first rounds time to the model's dtype. Near t = 1, one float16 step turns the highest features by
+    tens of radians, so a half-precision model would see other times than the sampler.)
     """
 
     def __init__(self, config: DenoiserConfig) -> None:
@@ -188,12 +186,13 @@ class Denoiser(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype the network computes in."""
+        """The weights' dtype."""
         return self.preprocess_conv.weight.dtype
 
     def condition(self, context: Tensor | None, global_cond: Tensor, *, local: Tensor | None) -> DenoiserConditioning:
         """Project a request's conditioning: context (B, T, context width), global_cond (B, global width), local
-        (B, local width, F or 1). Differentiable; reusable at every step."""
+        (B, local width, F or 1). Differentiable; reusable at every step.
+        """
         keys = None if context is None else self.project_context(context)
         embeds = None
         if local is not None:
@@ -202,7 +201,7 @@ class Denoiser(nn.Module):
         return DenoiserConditioning(self.to_global_embed(global_cond.to(self.dtype)), keys, embeds)
 
     def project_context(self, context: Tensor) -> Tensor:
-        """Returns every layer's keys and values of a context (B, T, context width), as conditioning holds them."""
+        """Returns every layer's keys and values of a context (B, T, context width), as in DenoiserConditioning."""
         tokens, layers = self.to_cond_embed(context.to(self.dtype)), self.transformer.typed_layers
         parts = [part for layer in layers for part in layer.cross_attn.project_context(tokens)]
         return torch.cat(parts, dim=1).unflatten(1, (len(layers), 2, -1))
@@ -222,9 +221,9 @@ class Denoiser(nn.Module):
         valid: Tensor | None = None,
         packed: Layout | None = None,
     ) -> Tensor:
-        """Returns velocity (B, D, F) of latents x (B, D, F) at times t (B,) float32; valid (B, F) bool, None = all.
+        """Returns velocity (B, D, F) of latents x (B, D, F) at times t (B,) float32; `valid` (B, F) bool, None = all.
 
-        Packed rows: x and the result are (1, D, sum of F), `conditioning` is that of a packed batch.
+        Packed rows: x and the result are (1, D, sum of F), and `conditioning` is for a packed batch.
         """
         x = x.to(self.dtype)
         x = x + self.preprocess_conv(x)

@@ -1,4 +1,4 @@
-"""Turns a duration in seconds into latent frames. Pure arithmetic, no tensors."""
+"""Converts a duration in seconds to latent frames. Pure arithmetic, no tensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class LengthRule:
-    """A checkpoint's limits of length: `max_samples` is the longest window, F is a multiple of `frame_multiple`."""
+    """A checkpoint's length limits: `max_samples` is the longest window, F is a multiple of `frame_multiple`."""
 
     sample_rate_hz: int
     hop: int
@@ -22,8 +22,9 @@ class LengthRule:
 
 @dataclass(frozen=True, slots=True)
 class RowLength:
-    """One row's lengths: `frames` with headroom, `valid_frames` of them attended, `effective_frames` that are the
-    clip itself (what length-dependent schedules see), and the exact `output_samples`."""
+    """One row's lengths: `frames` with headroom, `valid_frames` of them attended, `effective_frames` of the clip itself
+    (for length-dependent schedules), and the exact `output_samples`.
+    """
 
     frames: int
     valid_frames: int
@@ -34,9 +35,9 @@ class RowLength:
 def plan_length(duration_s: float, rule: LengthRule, *, padding_s: float, frames: int | None = None) -> RowLength:
     """Returns the lengths of a row of `duration_s` > 0 with `padding_s` of headroom.
 
-    The clip, at least one sample, and its headroom are rounded up to whole frames, then to the multiple, then capped;
-    the headroom itself counts in whole frames. `frames` forces the latent length, as for a row that shares a longer
-    row's batch.
+    The clip, at least one sample, and its headroom are rounded up to whole frames, then to the multiple, then capped.
+    In `valid_frames` the headroom counts in whole frames. `frames` overrides the latent length, as for a row that
+    shares a longer row's batch.
     """
     clip_samples = max(int(duration_s * rule.sample_rate_hz), 1)
     if frames is None:

@@ -1,6 +1,6 @@
-"""A loaded Stable Audio 3 model behind the engine's protocol; its components are public attributes.
+"""A loaded Stable Audio 3 model that implements the engine's protocol; its components are public attributes.
 
-Everything here is row-independent. Gradients are off in every public method.
+All methods are row-independent, and public methods run without gradients.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from stable_audio_serve.sampling.transfer import to_device
 
 @dataclass(frozen=True, slots=True)
 class Sa3Components:
-    """The networks of one checkpoint, loaded and on their device; `numbers` by conditioner id."""
+    """The networks of one checkpoint, loaded and on their device; `numbers` is by conditioner id."""
 
     text: TextEncoder
     prompt: PromptConditioner
@@ -99,7 +99,7 @@ class Sa3Model:
         return self._device
 
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
-        """Returns one plan per variation. Raises InvalidRequestError naming the field for what the model cannot do."""
+        """Returns one plan per variation. Raises InvalidRequestError naming the field that the model cannot serve."""
         return plan_rows(
             request,
             config=self.config,
@@ -111,34 +111,36 @@ class Sa3Model:
 
     @property
     def text_size(self) -> tuple[int, int]:
-        """Tokens of every prompt, padding included, and the width of their embeddings."""
+        """The number of tokens per prompt, padding included, and the width of their embeddings."""
         return self.text.max_length, self.config.prompt.width
 
     def tokenize(self, prompts: Sequence[str]) -> PromptTokens:
-        """Returns the prompts' tokens, cut or padded to T."""
+        """Returns the prompts' tokens, truncated or padded to T."""
         return self.text.tokenize(prompts)
 
     @torch.inference_mode()
     @exact
-    def embed_tokens(self, told: Tensor) -> Tensor:
-        """Returns tokens (B, T, width) float32 of ids and mask (B, 2, T) on the device.
+    def embed_tokens(self, ids_and_mask: Tensor) -> Tensor:
+        """Returns embeddings (B, T, width) float32 of ids and mask (B, 2, T) on the device.
 
-        Padded positions have the learned vector.
+        Padding has the learned vector.
         """
-        ids, mask = told.unbind(1)
+        ids, mask = ids_and_mask.unbind(1)
         return self.prompt(self.text.encode(ids, mask), mask.bool())
 
     @torch.inference_mode()
     def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
-        """Returns tokens (T, width) float32, with the learned vector at padded positions, and which tokens are real."""
+        """Returns embeddings (T, width) float32 with the learned vector at padding, and the mask of real tokens."""
         tokens = self.tokenize(prompts)
-        told = to_device(tokens.told, self._device)
-        return TextEmbedding.each(prompts, self.embed_tokens(told), mask=told[:, 1], chars_read=tokens.chars_read)
+        ids_and_mask = to_device(tokens.ids_and_mask, self._device)
+        return TextEmbedding.each(
+            prompts, self.embed_tokens(ids_and_mask), mask=ids_and_mask[:, 1], chars_read=tokens.chars_read
+        )
 
     @torch.inference_mode()
     @exact
     def encode_audio(self, windows: Sequence[EncodeWindow]) -> list[Tensor]:
-        """Returns latents (D, F_window) float32 of windows of one length."""
+        """Returns latents (D, F_window) float32 of windows of equal length."""
         audio = to_device(torch.stack([window.samples for window in windows]).float(), self._device)
         noise = [WindowNoise(window.noise, window.stage, window.start) for window in windows]
         frames = -(-audio.shape[-1] // self._spec.hop)
@@ -154,10 +156,10 @@ class Sa3Model:
         negative: TextEmbedding | None,
         inpaint_latents: Tensor | None,
     ) -> RowConditioning:
-        """Returns per-request constants of a row; the unconditional branch only when some evaluation is guided.
+        """Returns a row's per-request constants; the unconditional branch only if some evaluation is guided.
 
-        Without a negative prompt that branch sees no context at all. With one, its padded positions are zero, not
-        the learned vector, and numbers stay as they are.
+        Without a negative prompt, the unconditional branch has no context. With one, its padding is zero instead of the
+        learned vector, and its numbers are the row's.
         """
         numbers = {id_: self._embed_number(id_, plan.numbers[id_]) for id_ in self.numbers}
         global_cond = torch.cat([numbers[id_] for id_ in self.config.global_ids], dim=-1)
@@ -182,7 +184,7 @@ class Sa3Model:
 
     @torch.inference_mode()
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
-        """Returns audio (C, hop * F_window) float32 of windows of one length, not clamped."""
+        """Returns audio (C, hop * F_window) float32 of windows of equal length, not clamped."""
         latents = torch.stack([window.latents for window in windows]).to(self._device, torch.float32)
         noise = [WindowNoise(window.noise, "decode", window.start) for window in windows]
         audio = self.autoencoder.decode(latents, noise, products=self._products)
@@ -193,13 +195,13 @@ class Sa3Model:
         return self.numbers[id_](to_device(torch.tensor([value], dtype=torch.float32), self._device))
 
     def _context(self, tokens: Tensor, numbers: dict[str, Tensor]) -> Tensor:
-        """Prompt tokens (T, width) and numbers (1, width) each, in the config's order -> (1, T', width)."""
+        """Join prompt tokens (T, width) and numbers, (1, width) each, in the config's order -> (1, T', width)."""
         prompt_id = self.config.prompt.id
         parts = [tokens if id_ == prompt_id else numbers[id_] for id_ in self.config.context_ids]
         return torch.cat(parts)[None]
 
     def _local_conditioning(self, plan: RowPlan, latents: Tensor | None) -> Tensor | None:
-        """Returns (1, local width, F): kept latents and frame conditioners' features, or one frame of zeros."""
+        """Returns (1, local width, F): kept latents and frame conditioners' features; or one frame of zeros."""
         if not self.config.local_ids:
             return None
         keeps = plan.keep_mask is not None and latents is not None

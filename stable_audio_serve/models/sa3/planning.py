@@ -1,4 +1,4 @@
-"""Plans a request: one RowPlan per variation with lengths, windows, schedule and masks. Pure and on the CPU."""
+"""Plans a request: one RowPlan per variation with lengths, windows, schedule and masks. Pure; runs on the CPU."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def plan_rows(
     shift: TimestepShift,
     frames: int | None,
 ) -> tuple[RowPlan, ...]:
-    """Returns one plan per variation; they differ in their seed only.
+    """Returns one plan per variation; they differ only in their seed.
 
-    Audio is decoded by `decode_rule`, unless the request or the config asks for the reference's windows or for one
-    piece. `shift` is the model's own schedule warp, `frames` forces the latent length (and lifts the duration's cap:
-    what does not fit is cut). Raises InvalidRequestError naming the field.
+    Audio is decoded by `decode_rule`, unless the request or the config selects the reference's windows or a single
+    window. `shift` is the model's schedule warp. `frames` overrides the latent length and lifts the duration's cap; a
+    longer clip is cut. Raises InvalidRequestError naming the field.
     """
     check_request(request)
     for field, level in (("sigma_min", request.sigma_min), ("sigma_max", request.sigma_max), ("rho", request.rho)):
@@ -125,7 +125,7 @@ def _plan_sampler(
 
 
 def _plan_source(audio: SourceAudio, config: Sa3Config, *, length: RowLength) -> SourcePlan:
-    """Returns source audio at the model's rate and channels, exactly as long as the row's frames."""
+    """Returns source audio at the model's rate and channels, cut or padded to the row's frames."""
     rule = config.lengths
     samples = prepare_source(
         audio,

@@ -1,6 +1,6 @@
-"""Models of the official sizes with random weights, for benchmarks and for checking sizes: never for serving.
+"""Models of the official sizes with random weights, for benchmarks and size checks, never for serving.
 
-Their output is noise, so nothing in the package loads them by name.
+Their output is noise, so no model name loads them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SAME = {
 
 
 def official_config(name: str) -> dict[str, Any]:
-    """Returns those parts of a built-in model's `model_config.json` that shape the networks."""
+    """Returns the parts of a built-in model's `model_config.json` that determine the networks."""
     small = name.startswith("small")
     same = {**_SAME, **(_SMALL_SAME if small else _MEDIUM_SAME)}
     mask_noise = (0.0, 0.01) if small else (0.001, 0.1)
@@ -116,9 +116,9 @@ def build_random_model(
     decode_precision: DecodePrecision | None = None,
     seed: int = 0,
 ) -> Sa3Model:
-    """Build the built-in model `name` at its real size on `device`, every weight random.
+    """Build the built-in model `name` at its real size on `device`, with random weights.
 
-    Precisions are as for real weights. The tokenizer counts words but does not know them.
+    Precisions are as for real weights. The tokenizer maps every word to the unknown token.
     """
     require_exact_float32()
     target = torch.device(device)

@@ -1,7 +1,7 @@
 """The SAME encoder and decoder: one transformer that changes the time resolution by inserting learned tokens.
 
-A group is one latent and the `stride` frames it stands for. The encoder appends one learned token to the frames of a
-group and keeps that token's output; the decoder appends learned tokens to a latent and keeps their outputs.
+A group is one latent and its `stride` frames. The encoder appends one learned token to the frames of a group and keeps
+that token's output; the decoder appends learned tokens to a latent and keeps their outputs.
 Module names are the checkpoint's keys below `encoder.` and `decoder.`.
 """
 
@@ -35,7 +35,7 @@ from stable_audio_serve.models.sa3.same_config import SameConfig, parse_same
 
 
 class WeightNormConv(nn.Module):
-    """1-D convolution with zero "same" padding whose weight is `g v / |v|`, the norm taken per output channel."""
+    """1-D convolution with zero "same" padding and weight `g v / |v|`, with the norm per output channel."""
 
     def __init__(self, channels_in: int, channels_out: int, *, kernel: int) -> None:
         super().__init__()
@@ -45,11 +45,11 @@ class WeightNormConv(nn.Module):
         self._kernel: Tensor | None = None
 
     def resolve(self) -> None:
-        """Keep the kernel as it follows from the weights now; until then every call computes it."""
+        """Cache the kernel, which every call would otherwise compute."""
         self._kernel = self.kernel()
 
     def kernel(self) -> Tensor:
-        """The plain kernel."""
+        """Returns the kernel computed from `weight_g` and `weight_v`."""
         return self.weight_v * (self.weight_g / self.weight_v.norm(dim=(1, 2), keepdim=True))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class WeightNormConv(nn.Module):
 
 
 class SameLayer(nn.Module):
-    """Self-attention and feed-forward, each behind a DyT."""
+    """Self-attention and feed-forward, each after a DyT."""
 
     def __init__(self, config: SameConfig, *, uses_sine: bool) -> None:
         super().__init__()
@@ -72,18 +72,18 @@ class SameLayer(nn.Module):
         self.rope = RotaryEmbedding(config.head_width // 2)
 
     def fold_norms(self) -> None:
-        """Let the linear layers apply the gain and bias of the norms before them: two kernels fewer."""
+        """Fold the norms' gain and bias into the next linear layers, which saves two kernels."""
         self.pre_norm.fold_into(self.self_attn.to_qkv)
         self.ff_norm.fold_into(self.ff.first)
 
     def forward(self, x: Tensor, *, rotary: RotaryTable, attend_fn: Attend) -> Tensor:
-        """(B, N, width) -> (B, N, width); `rotary` is of this layer."""
+        """(B, N, width) -> (B, N, width); `rotary` is this layer's table."""
         x = x + self.self_attn(self.pre_norm(x), rotary=rotary, attend_fn=attend_fn)
         return add_branch(x, self.ff(self.ff_norm(x)))
 
 
 class ResamplingBlock(nn.Module):
-    """The mapping between frame channels and width, the learned tokens and the transformer."""
+    """The mapping between frame channels and width, the learned tokens, and the transformer."""
 
     def __init__(self, config: SameConfig, *, mapping: WeightNormConv, num_tokens: int) -> None:
         super().__init__()
@@ -96,21 +96,21 @@ class ResamplingBlock(nn.Module):
             SameLayer(config, uses_sine=index >= first_sine) for index in range(config.depth)
         )
         self.mapping = mapping
-        self._turning: _Turning | None = None
+        self._rotary: _Rotary | None = None
         self._chunk_table: RotaryTable | None = None
 
     def resolve(self) -> None:
-        """Keep what follows from the weights as they are now; until then every call computes it."""
+        """Cache values derived from the weights, which every call would otherwise compute."""
         self.mapping.resolve()
-        if self.new_tokens.device.type != "cpu":  # where weights stay in the file's memory, which processes share
+        if self.new_tokens.device.type != "cpu":  # on a CPU, processes share the weights through the mapped file
             for layer in self._typed_layers:
                 layer.fold_norms()
-        self._turning = self._gather_turning()
+        self._rotary = self._gather_rotary()
         if self.config.window_latents is None:
-            self._chunk_table = self._turning.all_layers(self._chunk_tokens)
+            self._chunk_table = self._rotary.all_layers(self._chunk_tokens)
 
     def learned_tokens(self, num_windows: int, num_latents: int, *, noise: Noises) -> Tensor:
-        """Returns tokens to insert, (B * F, num_tokens, width); `noise` is added to each, also at inference."""
+        """Returns tokens to insert, (B * F, num_tokens, width), with `noise` added to each, also at inference."""
         tokens = self.new_tokens.expand(num_windows * num_latents, self.num_tokens, -1)
         if noise is None or not self.config.mask_noise:
             return tokens
@@ -137,21 +137,21 @@ class ResamplingBlock(nn.Module):
         radius = self.config.window_latents * (self.config.stride + 1)
         band = BandAttention(*x.shape[:2], radius=radius)
         positions = _positions(x.shape[1], x.device)
-        affine, rates = self._turning or self._gather_turning()
+        affine, rates = self._rotary or self._gather_rotary()
         cos, sin = cosines(positions, rates)
         for index, layer in enumerate(self.transformers):
-            # One layer at a time: the tables of all layers would be larger than what a layer works on.
+            # One layer at a time: the tables of all layers would be larger than a layer's working set.
             x = layer(x, rotary=affine.layer(index).fold(cos[index], sin[index]), attend_fn=band)
         return x
 
     def _transform_chunks(self, x: Tensor) -> Tensor:
-        """Attention inside chunks of tokens; the later half of the layers sees chunks shifted by half of one.
+        """Attend within chunks of tokens; the second half of the layers uses chunks shifted by half a chunk.
 
-        For the shift the sequence is lengthened at both ends by copies of its own half chunks, dropped afterwards.
+        For the shift, copies of the first and last half chunk extend the sequence and are dropped afterwards.
         """
         half = self._chunk_tokens // 2
         middle = len(self.transformers) // 2 if self.config.midpoint_shift else len(self.transformers)
-        table = self._chunk_table or self._gather_turning().all_layers(self._chunk_tokens)
+        table = self._chunk_table or self._gather_rotary().all_layers(self._chunk_tokens)
         x = self._run_chunked(x, table, layers=range(middle))
         if middle == len(self.transformers):
             return x
@@ -165,21 +165,21 @@ class ResamplingBlock(nn.Module):
             x = self.transformers[index](x, rotary=table.layer(index), attend_fn=attend)
         return x.reshape(shape)
 
-    def _gather_turning(self) -> _Turning:
+    def _gather_rotary(self) -> _Rotary:
         layers = self._typed_layers
         norms = [(layer.self_attn.q_norm, layer.self_attn.k_norm) for layer in layers]
         rates = torch.stack([layer.rope.rates(self.config.head_width) for layer in layers])
-        return _Turning(gather_affine(norms, half=layers[0].rope.half_width), rates)
+        return _Rotary(gather_affine(norms, half=layers[0].rope.half_width), rates)
 
 
-class _Turning(NamedTuple):
-    """What the layers' head norms and stored frequencies make of positions; `rates` (layers, head width)."""
+class _Rotary(NamedTuple):
+    """The layers' head norms and stored frequencies; `rates` is (layers, head width)."""
 
     affine: HeadAffine
     rates: Tensor
 
     def all_layers(self, num_positions: int) -> RotaryTable:
-        return self.affine.turn(_positions(num_positions, self.rates.device), rates=self.rates)
+        return self.affine.table(_positions(num_positions, self.rates.device), rates=self.rates)
 
 
 def _positions(count: int, device: torch.device) -> Tensor:
@@ -187,7 +187,7 @@ def _positions(count: int, device: torch.device) -> Tensor:
 
 
 class SameEncoder(nn.Module):
-    """Frames (B, P, N) to raw latents (B, D, F)."""
+    """Encodes frames (B, P, N) to raw latents (B, D, F)."""
 
     def __init__(self, config: SameConfig) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ class SameEncoder(nn.Module):
         self.layers = nn.ModuleDict({"0": block, "2": nn.Linear(config.width, config.latent_channels)})
 
     def forward(self, frames: Tensor, noise: Noises) -> Tensor:
-        """N is zero-padded at the end to whole chunks of latents, before the mapping."""
+        """N is zero-padded at the end to whole chunks of latents before the mapping."""
         block, out = self.layers["0"], self.layers["2"]
         assert isinstance(block, ResamplingBlock)
         stride = self.frames_per_latent
@@ -211,7 +211,7 @@ class SameEncoder(nn.Module):
 
 
 class SameDecoder(nn.Module):
-    """Latents (B, D, F), out of the bottleneck, to frames (B, P, N)."""
+    """Decodes latents (B, D, F) from the bottleneck to frames (B, P, N)."""
 
     def __init__(self, config: SameConfig) -> None:
         super().__init__()
@@ -223,8 +223,7 @@ class SameDecoder(nn.Module):
         self.layers = nn.ModuleDict({"1": nn.Linear(config.latent_channels, config.width), "3": block})
 
     def forward(self, latents: Tensor, noise: Noises) -> Tensor:
-        """F is zero-padded, after the first projection, to a multiple of `latent_multiple`, so the result may be
-        longer than F."""
+        """F is zero-padded to a multiple of `latent_multiple` after the first projection; the result may be longer."""
         first, block = self.layers["1"], self.layers["3"]
         assert isinstance(block, ResamplingBlock)
         embedded = first(latents.transpose(1, 2))
@@ -239,11 +238,11 @@ class SameDecoder(nn.Module):
 
 @register_part("encoder", "same", "taae_v2")
 def build_encoder(config: ConfigReader) -> SameEncoder:
-    """From the `encoder.config` section."""
+    """Build from the `encoder.config` section."""
     return SameEncoder(parse_same(config, channels_key="in_channels"))
 
 
 @register_part("decoder", "same", "taae_v2")
 def build_decoder(config: ConfigReader) -> SameDecoder:
-    """From the `decoder.config` section."""
+    """Build from the `decoder.config` section."""
     return SameDecoder(parse_same(config, channels_key="out_channels"))

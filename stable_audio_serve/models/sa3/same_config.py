@@ -1,4 +1,4 @@
-"""Reads the shape of one half of a SAME autoencoder from its config section. Knows nothing of tensors."""
+"""Reads the shape of one half of a SAME autoencoder from its config section. Independent of tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from stable_audio_serve.models.config_reader import MAX_DEPTH, ConfigReader
 
 @dataclass(frozen=True, slots=True)
 class SameConfig:
-    """Shape of one half. `window_latents` is set for sliding-window attention, otherwise chunks of `chunk_frames`."""
+    """Shape of one half. Attention uses sliding windows if `window_latents` is set, else chunks of `chunk_frames`."""
 
     frame_channels: int
     latent_channels: int
@@ -29,15 +29,15 @@ class SameConfig:
 
     @property
     def latent_multiple(self) -> int:
-        """Latents are padded to a multiple of this: a chunk, or one latent where windows slide."""
+        """Latents are padded to a multiple of this: one chunk, or one latent with sliding windows."""
         return 1 if self.window_latents is not None else self.chunk_frames // self.stride
 
     @property
     def halo_latents(self) -> int:
-        """Latents on each side that can influence a latent's frames, the mapping convolution included.
+        """Latents on each side that can influence a latent's frames, including the mapping convolution.
 
-        Shifted chunks and the convolution reach into the neighbouring chunk; sliding windows reach one window per
-        layer. The result is a multiple of `latent_multiple`, as the edges of windows must be.
+        Shifted chunks and the convolution extend into the adjacent chunk; sliding windows extend one window per layer.
+        With chunks the result is a multiple of `latent_multiple`, as window edges must be.
         """
         convolves = self.mapping_kernel > 1
         if self.window_latents is None:
@@ -87,7 +87,7 @@ def parse_same(config: ConfigReader, *, channels_key: str) -> SameConfig:
 
 
 def _sine_layers(config: ConfigReader, depth: int) -> int:
-    """Layer j of n uses the sine where n - j < sinusoidal_blocks: one layer fewer than the key says."""
+    """Layer j of n uses the sine where n - j < sinusoidal_blocks: one layer fewer than the key suggests."""
     if "sinusoidal_blocks" not in config:
         return 0
     blocks = config.integers("sinusoidal_blocks", at_least=0)

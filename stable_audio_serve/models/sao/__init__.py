@@ -1,1 +1,1 @@
-"""The Stable Audio Open family, driven by a checkpoint's own `model_config.json`."""
+"""The Stable Audio Open family, built from a checkpoint's `model_config.json`."""

@@ -1,4 +1,4 @@
-"""The denoiser's conditioning as the engine keeps it: a row's values by name; and back, for rows that step together."""
+"""Converts the denoiser's conditioning to the engine's named values per row, and back for a batch of rows."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def to_branch(row: DenoiserConditioning) -> BranchConditioning:
 
 
 def without_context(branch: BranchConditioning) -> BranchConditioning:
-    """Returns the unconditional branch: the same row with all context tokens zero, and its global vector."""
+    """Returns the unconditional branch: the row's global vector, and all context tokens zero."""
     return replace(branch, constants={_GLOBAL: branch.constants[_GLOBAL]})
 
 
 def with_context(branch: BranchConditioning, other: DenoiserConditioning) -> BranchConditioning:
-    """Returns the branch with the context of another row."""
+    """Returns the branch with another row's context."""
     return replace(branch, constants={**branch.constants, CONTEXT: to_branch(other).constants[CONTEXT]})
 
 
 def from_batch(batch: StepBatch) -> DenoiserConditioning:
-    """Returns the conditioning of rows that step together; with segments the context is the memory of all contexts."""
+    """Returns the conditioning of a batch; with segments, `context` is the memory of all contexts."""
     embed = batch.constants[_GLOBAL]
     if batch.segments is not None:
         embed = embed.index_select(0, batch.slots[_GLOBAL])

@@ -1,4 +1,4 @@
-"""Builds a model of the Stable Audio Open family from a checkpoint folder and a T5's."""
+"""Builds a model of the Stable Audio Open family from a checkpoint folder and a T5 folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from stable_audio_serve.models.text_encoder import TextEncoder
 from stable_audio_serve.models.weights import load_weights, require_exact_float32
 
 DENOISER_KEYS = "model.model."
-_TEXT_DTYPE = torch.float16  # the reference's, on every device
+_TEXT_DTYPE = torch.float16  # as in the reference, on every device
 
 
 def load_sao(
@@ -35,9 +35,9 @@ def load_sao(
     dtype: torch.dtype,
     decode_precision: DecodePrecision,
 ) -> SaoModel:
-    """Load both folders' files strictly: the denoiser in `dtype`, the text encoder in float16, the rest in float32.
+    """Load both folders strictly: the denoiser in `dtype`, the text encoder in float16, the rest in float32.
 
-    With a `decode_precision` of half the decoder's convolutions are stored so.
+    With `decode_precision` half, the decoder's convolutions are stored in half precision.
 
     Raises CheckpointError naming the file or key that does not fit.
     """
@@ -47,7 +47,7 @@ def load_sao(
     weights_file = find_weights(folder)
     text = load_text_encoder(text_encoder, max_length=config.prompt.max_length, device=device, dtype=_TEXT_DTYPE)
     try:
-        with torch.device("meta"):  # the file fills it
+        with torch.device("meta"):  # weights come from the file
             components = build_components(config, text)
     except (RuntimeError, MemoryError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE} describes a network that cannot be built: {error}") from error
@@ -65,7 +65,7 @@ def assemble(
     device: torch.device,
     decode_precision: DecodePrecision,
 ) -> SaoModel:
-    """Returns the model of networks that are on their device."""
+    """Returns a model of networks that are on their device."""
     components.autoencoder.resolve()
     if decode_precision == "half":
         store_half(components.autoencoder.decoder, device)
@@ -73,7 +73,7 @@ def assemble(
 
 
 def build_components(config: SaoConfig, text: TextEncoder) -> SaoComponents:
-    """Build the networks of a config, with the weights that torch gives them."""
+    """Build the networks of a config with torch's initial weights."""
     return SaoComponents(
         text=text,
         prompt=PromptConditioner(config.prompt, encoder_width=text.width),
@@ -84,7 +84,7 @@ def build_components(config: SaoConfig, text: TextEncoder) -> SaoComponents:
 
 
 def checkpoint_modules(components: SaoComponents, config: SaoConfig) -> dict[str, nn.Module]:
-    """Returns the module of each prefix of keys."""
+    """Returns the module of each key prefix."""
     return {
         f"conditioner.conditioners.{config.prompt.id}.": components.prompt,
         **{f"conditioner.conditioners.{id_}.": number for id_, number in components.numbers.items()},
@@ -94,7 +94,7 @@ def checkpoint_modules(components: SaoComponents, config: SaoConfig) -> dict[str
 
 
 def build_spec(card: ModelCard, config: SaoConfig) -> ModelSpec:
-    """Returns the card, which the registry has filled in from the same config, and what only the engine needs."""
+    """Returns the model's facts: the card, completed by the registry from the same config, and the engine's values."""
     return ModelSpec(
         card=card,
         hop=config.autoencoder.hop,

@@ -1,6 +1,6 @@
-"""Prompts and numbers as vectors for the Stable Audio Open family: a T5's hidden states and learned Fourier features.
+"""Embeds prompts and numbers as vectors: a T5's hidden states, and learned Fourier features of numbers.
 
-All row-independent. What a row's context and global vector consist of is the config's order of ids.
+All row-independent. The config's order of ids defines a row's context and global vector.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _NUM_FREQUENCIES = 128
 
 
 def load_text_encoder(folder: Path, *, max_length: int, device: torch.device, dtype: torch.dtype) -> TextEncoder:
-    """Load a T5's encoder. Raises CheckpointError when anything is missing.
+    """Load a T5's encoder. Raises CheckpointError if anything is missing.
 
-    The reference runs it in float16 on every device, which moves its output by up to 1e-2.
+    The reference runs it in float16 on every device, which changes its output by up to 1e-2.
     """
     tokenizer, encoder = load_tokenizer_and_network(folder, _load_t5)
     width = int(encoder.config.d_model)  # type: ignore[union-attr, arg-type]
-    # Cast here and not while loading, where the library would keep some layers of a half-precision T5 in float32.
+    # Cast here: while loading, the library would keep some layers of a half-precision T5 in float32.
     return TextEncoder(tokenizer, encoder.to(device=device, dtype=dtype), width=width, max_length=max_length)
 
 
@@ -40,7 +40,7 @@ def _load_t5(folder: Path) -> tuple[nn.Module, Mapping[str, Any]]:
 
 
 class PromptConditioner(nn.Module):
-    """Turns hidden states into conditioning tokens: projected where widths differ, zero for padding."""
+    """Converts hidden states to conditioning tokens: projected if widths differ, with zeros for padding."""
 
     def __init__(self, config: PromptConfig, *, encoder_width: int) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class PromptConditioner(nn.Module):
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Returns tokens (B, T, width) float32 of hidden (B, T, encoder width) and mask (B, T) bool."""
-        # Selected, not multiplied: a padded position may hold anything.
+        # Select instead of multiplying: padding can contain any value, even NaN.
         return torch.where(mask[..., None], self.proj_out(hidden), 0.0)
 
 
@@ -72,7 +72,7 @@ class _NumberEmbedder(nn.Module):
 
 
 class NumberConditioner(nn.Module):
-    """Turns a number, clamped to its range, into one vector. Module names are the checkpoint's keys."""
+    """Embeds a number, clamped to its range, as one vector. Module names match the checkpoint's keys."""
 
     def __init__(self, config: NumberConfig) -> None:
         super().__init__()
@@ -80,6 +80,6 @@ class NumberConditioner(nn.Module):
         self.embedder = _NumberEmbedder(config.width)
 
     def forward(self, values: Tensor) -> Tensor:
-        """Returns (B, width) float32 of values (B,) float32 in their own unit."""
+        """Returns (B, width) float32 of values (B,) float32 in the number's unit."""
         low, high = self.config.minimum, self.config.maximum
         return self.embedder.embedding((values.clamp(low, high) - low) / (high - low))

@@ -1,8 +1,7 @@
-"""A whole `model_config.json` of the Stable Audio Open family as frozen values; the networks' shapes are
-`network_config`'s.
+"""A `model_config.json` of the Stable Audio Open family as frozen values; `network_config` parses the networks' shapes.
 
-A missing key means the reference constructor's default. What would need another network, and keys that are not known,
-are refused by name.
+A missing key means the reference constructor's default. A value that needs another network, or an unknown key, raises
+an error that names it.
 """
 
 from __future__ import annotations
@@ -19,21 +18,21 @@ from stable_audio_serve.models.sao.network_config import (
     parse_oobleck,
 )
 
-# The sampler each training objective is made for.
+# The default sampler of each training objective.
 OBJECTIVE_SAMPLERS = {"v": "dpmpp-3m-sde", "rectified_flow": "euler", "rf_denoiser": "pingpong"}
 
-# Numbers a request can say; conditioners with other ids cannot be filled.
+# Numbers that a request can give; a conditioner with another id would have no value.
 NUMBER_IDS = ("seconds_start", "seconds_total")
 
 _TOP_KEYS = ("model_type", "sample_size", "sample_rate", "audio_channels", "model")
-_TOP_INERT = ("training", "dataset")  # how the weights came to be
+_TOP_INERT = ("training", "dataset")  # without effect on inference
 _NO_IDS: dict[str, list[str]] = {"prepend_cond_ids": [], "input_concat_ids": []}
 SHIFT_KEY = "distribution_shift_options"
 
 
 @dataclass(frozen=True, slots=True)
 class PromptConfig:
-    """The text conditioner: `encoder` names a T5 that is not part of the checkpoint."""
+    """The text conditioner; `encoder` names a T5 outside the checkpoint."""
 
     id: str
     width: int
@@ -54,10 +53,10 @@ class NumberConfig:
 
 @dataclass(frozen=True, slots=True)
 class SaoConfig:
-    """Everything the family reads from a checkpoint's config.
+    """All values that the family reads from a checkpoint's config.
 
     `context_ids` and `global_ids` name conditioners in the order of concatenation. `shift` is the warp of RK4's times
-    as written, None = none.
+    as in the config; None: no warp.
     """
 
     objective: str
@@ -73,12 +72,12 @@ class SaoConfig:
 
     @property
     def window_frames(self) -> int:
-        """Latent frames of the window that the network always makes, without what is left of `sample_size`."""
+        """Latent frames of the network's fixed window: the whole frames of `sample_size`."""
         return self.sample_size // self.autoencoder.hop
 
 
 def parse_config(config: ConfigReader) -> SaoConfig:
-    """A whole `model_config.json`. Raises CheckpointError naming the key that cannot be used."""
+    """Parse a `model_config.json`. Raises CheckpointError naming the key that cannot be used."""
     config.refuse_unknown((*_TOP_KEYS, *_TOP_INERT))
     config.choice("model_type", ("diffusion_cond",))
     model = config.section("model")
@@ -148,7 +147,7 @@ def _parse_number(item: ConfigReader, width: int) -> NumberConfig:
 
 
 def _check_parts(parsed: SaoConfig, *, config: ConfigReader, model: ConfigReader, diffusion: ConfigReader) -> None:
-    """What the parts promise each other must fit, or the error would surface as a shape somewhere inside."""
+    """Raise CheckpointError for parts that do not fit, before torch would report a shape deep inside."""
     number_ids = tuple(number.id for number in parsed.numbers)
     for key, ids, known in (
         ("cross_attention_cond_ids", parsed.context_ids, (parsed.prompt.id, *number_ids)),

@@ -1,7 +1,7 @@
-"""The diffusion transformer of the Stable Audio Open family: latents, a time and conditioning in, v or a velocity out.
+"""The diffusion transformer of the Stable Audio Open family: maps latents, a time and conditioning to v or a velocity.
 
-Module names are the checkpoint's keys below `model.model.`. Knows nothing of samplers, guidance or requests. What
-does not depend on the latents or on time is computed once per request (`condition`) and passed to every step.
+Module names are the checkpoint's keys below `model.model.`. Independent of samplers, guidance and requests. Values that
+depend on neither latents nor time are computed once per request (`condition`) and passed to every step.
 
 Shapes: B rows, D latent channels, F latent frames, T context tokens, W width, H heads, G heads of keys and values,
 E head width.
@@ -38,25 +38,25 @@ _NORM_EPS = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class DenoiserConditioning:
-    """What a forward pass needs besides latents and time, for B rows.
+    """The inputs of a forward pass besides latents and time, for B rows.
 
-    `global_embed` (B, W). `context` (B, layers, 2, G, T, E): every layer's cross-attention keys, normed, then its
-    values; None for rows without cross-attention: the unconditional branch, whose values would all be zero. It keeps
-    the global vector.
+    `global_embed` (B, W). `context` (B, layers, 2, G, T, E): every layer's normed cross-attention keys, then its
+    values; None for rows without cross-attention (the unconditional branch, where values would be zero; it keeps the
+    global vector).
     """
 
     global_embed: Tensor
     context: Tensor | None
 
     def without_context(self) -> DenoiserConditioning:
-        """The unconditional branch: the same row with all context tokens zero."""
+        """Returns the unconditional branch: the same row with all context tokens zero."""
         return DenoiserConditioning(self.global_embed, None)
 
 
 class LearnedFourier(nn.Module):
-    """`[cos a, sin a]` with `a = (2 pi t) w`: the diffusion time's features, cosines first.
+    """`[cos a, sin a]` with `a = (2 pi t) w`: the features of diffusion time, cosines first.
 
-    Evaluated in float32; the frequencies are a buffer, so that a half-precision network keeps them.
+    Computed in float32. The frequencies are a buffer, which a half-precision network keeps in float32.
     """
 
     weight: Tensor
@@ -66,18 +66,18 @@ class LearnedFourier(nn.Module):
         self.register_buffer("weight", torch.randn(width // 2, 1))
 
     def forward(self, t: Tensor) -> Tensor:
-        """Features (B, width) float32 of t (B,)."""
+        """Returns features (B, width) float32 of t (B,)."""
         angles = (2 * math.pi * t.float()[:, None]) @ self.weight.float().T
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 class ScaledLayerNorm(nn.Module):
-    """Layer norm with a learned scale; its shift is stored but not learned, and zero in the published files."""
+    """Layer norm with a learned scale. Its shift is stored but not learned, and is zero in the published files."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(width))
-        self.beta = nn.Parameter(torch.zeros(width), requires_grad=False)  # no buffer: it is cast as weights are
+        self.beta = nn.Parameter(torch.zeros(width), requires_grad=False)  # not a buffer, so that it is cast
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (..., width); dtype kept."""
@@ -87,7 +87,8 @@ class ScaledLayerNorm(nn.Module):
 class GroupedCrossAttention(nn.Module):
     """Attention to a context without positions, in which consecutive query heads may share keys and values.
 
-    Every context token is seen, padding too: the references do not mask it, and its zero values dilute the softmax.
+    Every context token is visible, padding included: the references do not mask it, and its zero values dilute the
+    softmax.
     """
 
     def __init__(self, config: DenoiserConfig) -> None:
@@ -101,7 +102,7 @@ class GroupedCrossAttention(nn.Module):
         self.k_norm = build_head_norm(config.head_norm, config.head_width)
 
     def project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, G, T, E) of a context (B, T, key width)."""
+        """Returns keys and values (B, G, T, E) of a context (B, T, key width)."""
         key, value = self.to_kv(context).unflatten(-1, (2, self.num_key_heads, -1)).unbind(2)
         return heads_first(self.k_norm(key)), heads_first(value)
 
@@ -112,7 +113,7 @@ class GroupedCrossAttention(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Self-attention, cross-attention and feed-forward, each behind its norm."""
+    """Self-attention, cross-attention and feed-forward, each after a norm."""
 
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
@@ -129,7 +130,7 @@ class TransformerLayer(nn.Module):
     def forward(
         self, h: Tensor, *, layout: Layout, rotary: RotaryTable, context: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        """(B, 1 + F, W) and keys and values -> (B, 1 + F, W); packed (1, N, W)."""
+        """(B, 1 + F, W), keys and values -> (B, 1 + F, W); packed (1, N, W)."""
         h = h + self.self_attn(self.pre_norm(h), rotary=rotary, attend_fn=layout.attend)
         if context is not None:
             (key, value), normed = context, self.cross_attend_norm(h)
@@ -138,14 +139,14 @@ class TransformerLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The global vector as a token in front, rotary positions over all tokens, the layers, projections in and out."""
+    """The global vector as a token before the frames, rotary positions over all tokens, the layers and projections."""
 
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
         self.project_in = nn.Linear(config.latent_channels, config.width, bias=False)
         self.project_out = nn.Linear(config.width, config.latent_channels, bias=False)
         self.head_width = config.head_width
-        self.shared_by = config.width // config.key_width  # heads with the same keys and values
+        self.shared_by = config.width // config.key_width  # query heads per head of keys and values
         self.rotary_pos_emb = RotaryEmbedding(max(config.head_width // 2, MIN_ROTATED))
         self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.depth))
 
@@ -168,22 +169,21 @@ class Transformer(nn.Module):
         return self.project_out(layout.frames(h))
 
     def rotary_table(self, positions: Tensor) -> RotaryTable:
-        """Every layer's table for tokens at `positions` (N,) float32."""
+        """Returns every layer's table for tokens at `positions` (N,) float32."""
         norms = [(layer.self_attn.q_norm, layer.self_attn.k_norm) for layer in self.typed_layers]
         affine = gather_affine(norms, half=self.rotary_pos_emb.half_width)
-        return affine.turn(positions, rates=self.rotary_pos_emb.rates(self.head_width))
+        return affine.table(positions, rates=self.rotary_pos_emb.rates(self.head_width))
 
     @property
     def typed_layers(self) -> Sequence[TransformerLayer]:
-        """The layers."""
         return [layer for layer in self.layers if isinstance(layer, TransformerLayer)]
 
 
 class Denoiser(nn.Module):
-    """The whole network: residual 1x1 convolutions around the transformer, embedders for context, global and time.
+    """The whole network: the transformer between residual 1x1 convolutions, and embedders of context, global and time.
 
-    Row-independent: frames that are not valid are never keys, and what comes out there is unspecified. Inputs are cast
-    to the dtype of the weights and the result returned in it; time's features are taken in float32 in every precision.
+    Row-independent: invalid frames are never keys, and their output is unspecified. Inputs are cast to the weights'
+    dtype and the result has that dtype; the features of time use float32 in every precision.
     """
 
     def __init__(self, config: DenoiserConfig) -> None:
@@ -200,17 +200,18 @@ class Denoiser(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype the network computes in."""
+        """The weights' dtype."""
         return self.preprocess_conv.weight.dtype
 
     def condition(self, context: Tensor | None, global_cond: Tensor) -> DenoiserConditioning:
         """Project a request's context (B, T, context width) and global vector (B, global width); reusable at every
-        step."""
+        step.
+        """
         keys = None if context is None else self.project_context(context)
         return DenoiserConditioning(self.to_global_embed(global_cond.to(self.dtype)), keys)
 
     def project_context(self, context: Tensor) -> Tensor:
-        """Every layer's keys and values of a context (B, T, context width), as DenoiserConditioning has them."""
+        """Returns every layer's keys and values of a context (B, T, context width), as in DenoiserConditioning."""
         tokens, layers = self.to_cond_embed(context.to(self.dtype)), self.transformer.typed_layers
         parts = [part for layer in layers for part in layer.cross_attn.project_context(tokens)]
         return torch.cat(parts, dim=1).unflatten(1, (len(layers), 2, -1))
@@ -228,7 +229,7 @@ class Denoiser(nn.Module):
         valid: Tensor | None = None,
         packed: Layout | None = None,
     ) -> Tensor:
-        """The model's output (B, D, F) for latents x (B, D, F) at t (B,) float32; valid (B, F) bool, None = all.
+        """Returns the output (B, D, F) for latents x (B, D, F) at t (B,) float32; `valid` (B, F) bool, None = all.
 
         Packed rows: x and the result are (1, D, sum of F).
         """
@@ -243,7 +244,7 @@ class Denoiser(nn.Module):
 
 
 def share_heads(context: Tensor, shared_by: int) -> Tensor:
-    """(B, layers, 2, G, T, E) -> (B, layers, 2, H, T, E): each head of keys and values serves consecutive ones."""
+    """Repeat heads (B, layers, 2, G, T, E) -> (B, layers, 2, H, T, E), so that each query head has one."""
     return context if shared_by == 1 else context.repeat_interleave(shared_by, dim=3)
 
 

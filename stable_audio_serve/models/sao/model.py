@@ -1,6 +1,6 @@
-"""A loaded Stable Audio Open model behind the engine's protocol; its components are public attributes.
+"""A loaded Stable Audio Open model that implements the engine's protocol; its components are public attributes.
 
-Everything here is row-independent. Gradients are off in every public method.
+All methods are row-independent, and public methods run without gradients.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from stable_audio_serve.sampling.transfer import to_device
 
 @dataclass(frozen=True, slots=True)
 class SaoComponents:
-    """The networks of one checkpoint, loaded and on their device; `numbers` by conditioner id."""
+    """The networks of one checkpoint, loaded and on their device; `numbers` is by conditioner id."""
 
     text: TextEncoder
     prompt: PromptConditioner
@@ -98,36 +98,38 @@ class SaoModel:
         return self._device
 
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
-        """Returns one plan per variation. Raises InvalidRequestError naming the field for what the model cannot do."""
+        """Returns one plan per variation. Raises InvalidRequestError naming the field that the model cannot serve."""
         return plan_rows(request, spec=self._spec, halos=self._halos, shift=self._shift, frames=frames)
 
     @property
     def text_size(self) -> tuple[int, int]:
-        """Tokens of every prompt, padding included, and the width of their embeddings."""
+        """The number of tokens per prompt, padding included, and the width of their embeddings."""
         return self.text.max_length, self.config.prompt.width
 
     def tokenize(self, prompts: Sequence[str]) -> PromptTokens:
-        """Returns the prompts' tokens, cut or padded to T."""
+        """Returns the prompts' tokens, truncated or padded to T."""
         return self.text.tokenize(prompts)
 
     @torch.inference_mode()
     @exact
-    def embed_tokens(self, told: Tensor) -> Tensor:
-        """Returns tokens (B, T, width) float32 of ids and mask (B, 2, T) on the device, zero at padded positions."""
-        ids, mask = told.unbind(1)
+    def embed_tokens(self, ids_and_mask: Tensor) -> Tensor:
+        """Returns embeddings (B, T, width) float32 of ids and mask (B, 2, T) on the device, zero at padding."""
+        ids, mask = ids_and_mask.unbind(1)
         return self.prompt(self.text.encode(ids, mask), mask.bool())
 
     @torch.inference_mode()
     def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
-        """Returns tokens (T, width) float32, zero at padded positions, and which tokens are real."""
+        """Returns embeddings (T, width) float32, zero at padding, and the mask of real tokens."""
         tokens = self.tokenize(prompts)
-        told = to_device(tokens.told, self._device)
-        return TextEmbedding.each(prompts, self.embed_tokens(told), mask=told[:, 1], chars_read=tokens.chars_read)
+        ids_and_mask = to_device(tokens.ids_and_mask, self._device)
+        return TextEmbedding.each(
+            prompts, self.embed_tokens(ids_and_mask), mask=ids_and_mask[:, 1], chars_read=tokens.chars_read
+        )
 
     @torch.inference_mode()
     @exact
     def encode_audio(self, windows: Sequence[EncodeWindow]) -> list[Tensor]:
-        """Returns latents (D, F_window) float32 of windows of one length; the bottleneck draws one value for each."""
+        """Returns latents (D, F_window) float32 of windows of equal length; the bottleneck adds noise to each value."""
         audio = to_device(torch.stack([window.samples for window in windows]).float(), self._device)
         shape = (self._spec.card.latent_channels, audio.shape[-1] // self._spec.hop)
         noises = [WindowNoise(window.noise, window.stage, window.start) for window in windows]
@@ -144,10 +146,10 @@ class SaoModel:
         negative: TextEmbedding | None,
         inpaint_latents: Tensor | None,
     ) -> RowConditioning:
-        """Returns per-request constants of a row; the unconditional branch only when some evaluation is guided.
+        """Returns a row's per-request constants; the unconditional branch only if some evaluation is guided.
 
-        Without a negative prompt that branch sees no context at all, with one the negative's tokens and numbers; its
-        global vector is the row's own either way.
+        Without a negative prompt, the unconditional branch has no context. With one, it has the negative prompt's
+        tokens and numbers. It always has the row's global vector.
         """
         numbers = self._embed_numbers(plan.numbers)
         global_cond = torch.cat([numbers[id_] for id_ in self.config.global_ids], dim=-1)
@@ -164,13 +166,13 @@ class SaoModel:
     @torch.inference_mode()
     @exact
     def denoise(self, batch: StepBatch) -> Tensor:
-        """Returns v or a velocity, as the objective says, (B, D, F) float32; row-independent for valid frames."""
+        """Returns v or a velocity, by objective, (B, D, F) float32; row-independent for valid frames."""
         conditioning, packed = from_batch(batch), packed_layout(batch, num_prefix=NUM_PREFIX)
         return self.denoiser(batch.x, batch.t, conditioning=conditioning, valid=batch.valid, packed=packed).float()
 
     @torch.inference_mode()
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
-        """Returns audio (C, hop * F_window) float32 of windows of one length, not clamped."""
+        """Returns audio (C, hop * F_window) float32 of windows of equal length, not clamped."""
         latents = torch.stack([window.latents for window in windows]).to(self._device, torch.float32)
         with self._products():
             audio = self.autoencoder.decode(latents)
@@ -184,6 +186,6 @@ class SaoModel:
         }
 
     def _context(self, tokens: Tensor, numbers: Mapping[str, Tensor]) -> Tensor:
-        """Prompt tokens (T, width) and numbers (1, width) each, in the config's order -> (1, T', width)."""
+        """Join prompt tokens (T, width) and numbers, (1, width) each, in the config's order -> (1, T', width)."""
         prompt_id = self.config.prompt.id
         return torch.cat([tokens if id_ == prompt_id else numbers[id_] for id_ in self.config.context_ids])[None]

@@ -1,7 +1,7 @@
-"""A checkpoint's `model_config.json` as frozen values: the transformer's and the autoencoder's dimensions.
+"""The dimensions of the transformer and the autoencoder from a checkpoint's `model_config.json`, as frozen values.
 
-A missing key means the reference constructor's default. A value that would need another network, and a key that is
-not known, are refused by name.
+A missing key means the reference constructor's default. A value that needs another network, or an unknown key, raises
+an error that names it.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from stable_audio_serve.models.config_reader import MAX_DEPTH, MAX_SIZE, ConfigReader
 
-MIN_ROTATED = 32  # channels of a head that carry its position, at least
+MIN_ROTATED = 32  # the least number of a head's channels with rotary positions
 HEAD_NORMS = ("none", "ln")
 DILATIONS = (1, 3, 9)  # of the residual units of each stride
 
-# What the published files may say and what must be so, absent or not.
+# Keys of the published files with their only supported value; absent keys pass.
 _FIXED = {
     "patch_size": 1,
     "transformer_type": "continuous_transformer",
@@ -49,7 +49,7 @@ _READ = (
     "ff_kwargs",
     "norm_kwargs",
 )
-# How weights are initialised, and the length of a table that is not used: inference is the same whatever they say.
+# Initialisation, and the length of an unused table: without effect on inference.
 _INERT = ("zero_init_branch_outputs", "abs_pos_emb_max_length")
 _FIXED_FEEDFORWARD = {"glu": True, "no_bias": False, "use_conv": False}
 
@@ -57,7 +57,7 @@ _SHAPE = ("channels", "c_mults", "strides", "latent_dim", "use_snake")
 _FIXED_CODER = {"antialias_activation": False}
 _FIXED_DECODER = {"use_nearest_upsample": False}
 _FIXED_PRETRANSFORM = {"model_half": False}
-# Rows or windows one by one or all at once, and what is trained: inference is the same whatever they say.
+# Batching of rows and windows, and training: without effect on inference.
 _INERT_PRETRANSFORM = ("iterate_batch", "chunked", "enable_grad")
 
 
@@ -65,9 +65,9 @@ _INERT_PRETRANSFORM = ("iterate_batch", "chunked", "enable_grad")
 class DenoiserConfig:
     """Shape of the diffusion transformer.
 
-    `key_width` is that of cross-attention's keys and values; its heads, fewer than `num_heads` where it is narrower
-    than the network, are shared by as many query heads each. `projects_context` says whether the context is brought
-    to the network's width first.
+    `key_width` is the width of cross-attention's keys and values. If it is less than `width`, there are fewer key heads
+    than `num_heads`, and each serves the same number of query heads. `projects_context`: the context is projected to
+    the network's width first.
     """
 
     latent_channels: int
@@ -83,7 +83,6 @@ class DenoiserConfig:
 
     @property
     def head_width(self) -> int:
-        """Channels of one head."""
         return self.width // self.num_heads
 
     @property
@@ -93,7 +92,7 @@ class DenoiserConfig:
 
 
 def parse_denoiser(diffusion: ConfigReader) -> DenoiserConfig:
-    """`config` of the section `model.diffusion`. Raises CheckpointError naming the key that cannot be used."""
+    """Parse `model.diffusion.config`. Raises CheckpointError naming the key that cannot be used."""
     config = diffusion.section("config")
     config.require(**_FIXED)
     config.refuse_unknown((*_FIXED, *_READ, *_INERT))
@@ -135,7 +134,7 @@ def parse_denoiser(diffusion: ConfigReader) -> DenoiserConfig:
 class OobleckConfig:
     """Shape of the autoencoder.
 
-    `widths` runs from the audio's side to the latents', one more than there are `strides`; `scale` divides latents.
+    `widths` goes from the audio side to the latents and has one more entry than `strides`; `scale` divides latents.
     """
 
     channels: int
@@ -152,10 +151,10 @@ class OobleckConfig:
 
 
 def parse_oobleck(model: ConfigReader) -> OobleckConfig:
-    """`pretransform` of the section `model`. Raises CheckpointError naming the key that cannot be used.
+    """Parse `model.pretransform`. Raises CheckpointError naming the key that cannot be used.
 
-    Encoder and decoder mirror each other, the bottleneck is the variational one, and the promised ratio and widths
-    must be those of the parts.
+    Encoder and decoder must mirror each other, the bottleneck must be variational, and the declared ratio and widths
+    must match the parts.
     """
     pretransform = model.section("pretransform")
     pretransform.refuse_unknown(("type", "config", "scale", *_FIXED_PRETRANSFORM, *_INERT_PRETRANSFORM))

@@ -1,7 +1,7 @@
-"""The Oobleck autoencoder of the Stable Audio Open family: stereo audio to latents and back, convolutions only.
+"""The Oobleck autoencoder of the Stable Audio Open family: convolutions from stereo audio to latents and back.
 
 Module names are the checkpoint's keys below `pretransform.model.`. Weights are stored as direction and length,
-activations by logarithms; both are resolved on every load (`resolve`). Knows nothing of windows or requests.
+activation parameters as logarithms; `resolve` computes both after each load. Independent of windows and requests.
 
 Shapes: B rows, C channels, S audio samples, D latent width, F latent frames.
 """
@@ -30,11 +30,11 @@ class SnakeBeta(nn.Module):
         self._resolved: tuple[Tensor, Tensor] | None = None
 
     def resolve(self) -> None:
-        """Keep rate and amplitude as they follow from the weights now; until then every call computes them."""
+        """Cache rate and amplitude, which every call would otherwise compute."""
         self._resolved = self._compute()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, S) -> the same."""
+        """(B, channels, S) -> (B, channels, S)."""
         rate, amplitude = self._compute() if self._resolved is None else self._resolved
         return torch.addcmul(x, amplitude, (x * rate).sin_().square_())
 
@@ -43,9 +43,9 @@ class SnakeBeta(nn.Module):
 
 
 class NormedConv(nn.Module):
-    """A convolution whose kernel is `weight_g * weight_v / |weight_v|`, the norm over all axes but the first.
+    """A convolution with kernel `weight_g * weight_v / |weight_v|`, with the norm over all axes except the first.
 
-    The first axis is that of output channels, of input channels for a transposed convolution.
+    The first axis is output channels; for a transposed convolution, input channels.
     """
 
     def __init__(
@@ -71,13 +71,13 @@ class NormedConv(nn.Module):
         self.weight: nn.Parameter | None = None
 
     def resolve(self) -> None:
-        """Let the kernel take the place of what it is computed from; until then every call computes it."""
+        """Replace `weight_g` and `weight_v` by the kernel, which every call would otherwise compute."""
         if self.weight is None:
             self.weight = nn.Parameter(self.kernel(), requires_grad=False)
             self.weight_g = self.weight_v = None
 
     def kernel(self) -> Tensor:
-        """The plain kernel."""
+        """Returns the kernel, computed from `weight_g` and `weight_v` unless resolved."""
         if self.weight_g is None or self.weight_v is None:
             assert self.weight is not None
             return self.weight
@@ -92,7 +92,7 @@ class NormedConv(nn.Module):
 
 
 class _Sequence(nn.Module):
-    """Modules one after another under the key `layers`."""
+    """A sequence of modules under the key `layers`."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class _Sequence(nn.Module):
 
 
 class ResidualUnit(_Sequence):
-    """`x + conv1(act(conv7(act(x))))`, the wider convolution dilated."""
+    """`x + conv1(act(conv7(act(x))))`, where the wider convolution is dilated."""
 
     def __init__(self, channels: int, dilation: int) -> None:
         super().__init__(
@@ -114,12 +114,12 @@ class ResidualUnit(_Sequence):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, S) -> the same."""
+        """(B, channels, S) -> (B, channels, S)."""
         return x + self.layers(x)
 
 
 class OobleckEncoder(_Sequence):
-    """Audio (B, C, S) to (B, 2 D, F): mean and scale of each latent channel."""
+    """Encodes audio (B, C, S) to (B, 2 D, F): mean and scale of each latent channel."""
 
     def __init__(self, config: OobleckConfig) -> None:
         widths = config.widths
@@ -140,7 +140,7 @@ class OobleckEncoder(_Sequence):
 
 
 class OobleckDecoder(_Sequence):
-    """Latents (B, D, F) to audio (B, C, S)."""
+    """Decodes latents (B, D, F) to audio (B, C, S)."""
 
     def __init__(self, config: OobleckConfig) -> None:
         widths = config.widths[::-1]
@@ -178,7 +178,7 @@ class OobleckAutoencoder(nn.Module):
         self.decoder = OobleckDecoder(config)
 
     def resolve(self) -> None:
-        """Keep what follows from the weights as they are now, until then every call computes it.
+        """Cache values derived from the weights, which every call would otherwise compute.
 
         Call it after the weights are loaded and moved to their device.
         """
@@ -187,15 +187,15 @@ class OobleckAutoencoder(nn.Module):
                 module.resolve()
 
     def encode(self, audio: Tensor, noise: Tensor) -> Tensor:
-        """Latents (B, D, F) of audio (B, C, S), S at least F times the hop; `noise` (B, D, F) unit normal.
+        """Returns latents (B, D, F) of audio (B, C, S), S at least F * hop; `noise` (B, D, F) is unit normal.
 
-        The bottleneck draws at inference too: the latent is its mean plus deviation times noise.
+        The bottleneck adds noise at inference too: the latent is its mean plus deviation times noise.
         """
         mean, scale = self.encoder(audio).chunk(2, dim=1)
         return (mean + (F.softplus(scale) + _MIN_DEVIATION) * noise) / self.config.scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Audio (B, C, F times the hop) of latents (B, D, F)."""
+        """Returns audio (B, C, F * hop) of latents (B, D, F)."""
         return self.decoder(latents * self.config.scale)
 
 

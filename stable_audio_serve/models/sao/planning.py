@@ -1,7 +1,7 @@
-"""Plans a request for the Stable Audio Open family: one RowPlan per variation. Pure and on the CPU.
+"""Plans a request for the Stable Audio Open family: one RowPlan per variation. Pure; runs on the CPU.
 
-The network always makes its whole window, whatever the length of the clip: another length is another noise shape, and
-unusual to the network. The clip is the beginning of it.
+The network always generates its whole window, and the clip is the window's beginning. Another window length would
+change the noise and is outside the network's training.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from stable_audio_serve.sampling.schedules import (
 )
 from stable_audio_serve.sampling.v_samplers import OVER_TIME, build_v_plan, v_path
 
-# Noise levels of the published call of the model; half an edit's own level where that is lower.
+# The reference's noise levels. If an edit's level is lower, half of it replaces SIGMA_MIN.
 SIGMA_MIN, SIGMA_MAX = 0.3, 500.0
 _MIN_SHARE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Halos:
-    """How many latent frames to each side of a frame its audio (`decoder`) and its latent (`encoder`) depend on."""
+    """The latent frames on each side that a frame's audio (`decoder`) and a frame's latent (`encoder`) depend on."""
 
     decoder: int
     encoder: int
 
 
 def read_shift(options: Mapping[str, Any] | None) -> TimestepShift:
-    """Returns the warp of RK4's times that a config names, none without options.
+    """Returns the warp of RK4's times from a config; no warp without options.
 
     Raises CheckpointError naming the key that cannot be used.
     """
@@ -58,10 +58,11 @@ def read_shift(options: Mapping[str, Any] | None) -> TimestepShift:
 def plan_rows(
     request: GenerationRequest, *, spec: ModelSpec, halos: Halos | None, shift: TimestepShift, frames: int | None
 ) -> tuple[RowPlan, ...]:
-    """Returns one plan per variation; they differ in their seed only.
+    """Returns one plan per variation; they differ only in their seed.
 
-    Without `halos` audio is encoded and decoded in one piece. `shift` is the model's warp of RK4's times, `frames`
-    forces the window's latent length (and lifts the duration's cap). Raises InvalidRequestError naming the field.
+    Without `halos`, audio is encoded and decoded as a single window. `shift` is the model's warp of RK4's times.
+    `frames` overrides the window's latent length and lifts the duration's cap. Raises InvalidRequestError naming the
+    field.
     """
     check_request(request)
     _refuse_unsupported(request, spec)
@@ -113,7 +114,7 @@ def plan_rows(
 
 
 def _refuse_unsupported(request: GenerationRequest, spec: ModelSpec) -> None:
-    """Refuse what Stable Audio 3 knows and this family does not, instead of ignoring it."""
+    """Refuse parameters that only Stable Audio 3 supports, instead of ignoring them."""
     name = spec.card.name
     for field, asked in (
         ("apg_scale", request.apg_scale),
@@ -140,7 +141,7 @@ def _output_samples(request: GenerationRequest, spec: ModelSpec, *, forced: bool
 
 
 def _numbers(request: GenerationRequest) -> tuple[Mapping[str, float], Mapping[str, float]]:
-    """Returns the seconds that the prompt and the negative prompt are conditioned on."""
+    """Returns the seconds that condition the prompt and the negative prompt."""
     total_s = request.conditioned_total_s
     start = request.start_s
     numbers = {"seconds_start": start, "seconds_total": start + request.duration_s if total_s is None else total_s}
@@ -169,22 +170,22 @@ def _plan_sampler(
 
         level = None
         if has_source:
-            level = max(_share(request.init_noise_level), MIN_NOISE_LEVEL)
+            level = max(_require_share(request.init_noise_level), MIN_NOISE_LEVEL)
             times = edit_times(build, level, schedule=request.edit_schedule or spec.card.default_edit_schedule)
         else:
             times = build(_first_time(request.sigma_max))
         plan = build_open_flow_plan(sampler, times, guidance=guidance, has_source=has_source, level=level)
         path = flow_path
-    return plan if request.inpaint_audio is None else blend_plan(plan, path)  # the network knows no mask
+    return plan if request.inpaint_audio is None else blend_plan(plan, path)  # the network has no mask input
 
 
 def _sigma_range(request: GenerationRequest, *, over_time: bool) -> SigmaRange:
-    """Returns the noise levels of a `v` model's run; an edit's begin at its own level."""
+    """Returns the noise levels of a `v` model's run; an edit starts at its own level."""
     highest = SIGMA_MAX if request.sigma_max is None else request.sigma_max
     if request.init_audio is not None:
         level = request.init_noise_level
         if over_time:
-            highest = max(_share(level), MIN_NOISE_LEVEL)
+            highest = max(_require_share(level), MIN_NOISE_LEVEL)
         elif not LOWEST_SIGMA < level <= HIGHEST_SIGMA:
             allowed = f"above {LOWEST_SIGMA:g}, at most {HIGHEST_SIGMA:g}"
             message = f"init_noise_level must be {allowed} for a sampler over sigma, got {level:g}"
@@ -195,13 +196,13 @@ def _sigma_range(request: GenerationRequest, *, over_time: bool) -> SigmaRange:
                 message = f"sigma_min must be below the level of the edit, {level:g}, got {request.sigma_min:g}"
                 raise InvalidRequestError(message, field="sigma_min", allowed=f"below {level:g}")
     lowest = request.sigma_min
-    if lowest is None or over_time:  # samplers over time do not read it
+    if lowest is None or over_time:  # samplers over time ignore sigma_min
         lowest = min(SIGMA_MIN, highest * _MIN_SHARE)
     return SigmaRange(lowest, highest, 1.0 if request.rho is None else request.rho)
 
 
 def _first_time(sigma_max: float | None) -> float:
-    """Returns where a flow model's run from pure noise begins; above 1 counts as 1, as in the reference."""
+    """Returns the start time of a flow model's run from pure noise; above 1 counts as 1, as in the reference."""
     time = 1.0 if sigma_max is None else min(sigma_max, 1.0)
     if not time >= MIN_NOISE_LEVEL:
         allowed = f"at least {MIN_NOISE_LEVEL:g}"
@@ -209,16 +210,16 @@ def _first_time(sigma_max: float | None) -> float:
     return time
 
 
-def _share(level: float) -> float:
+def _require_share(level: float) -> float:
     if not 0 <= level <= 1:
         raise InvalidRequestError("init_noise_level must be in 0..1", field="init_noise_level", allowed="0..1")
     return level
 
 
 def _plan_source(audio: SourceAudio, spec: ModelSpec, *, frames: int, halo: int | None) -> SourcePlan:
-    """Returns source audio at the model's rate and channels, exactly as long as the window.
+    """Returns source audio at the model's rate and channels, cut or padded to the window.
 
-    The model's own window may end within a latent frame: what it has of that frame shapes the latents before.
+    The model's window may end within a latent frame; the samples of that partial frame affect the latents before it.
     """
     tail = spec.tail_samples if frames == spec.max_frames else 0
     samples = prepare_source(

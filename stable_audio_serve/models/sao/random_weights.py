@@ -1,6 +1,6 @@
-"""Models of the published sizes with random weights, for benchmarks and for checking sizes: never for serving.
+"""Models of the published sizes with random weights, for benchmarks and size checks, never for serving.
 
-Their output is noise, so nothing in the package loads them by name.
+Their output is noise, so no model name loads them.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ OPEN_SMALL = _config(
 )
 
 
-# By the name of the built-in model: those parts of its `model_config.json` that shape the networks.
+# By built-in model name: the parts of its `model_config.json` that determine the networks.
 OFFICIAL_CONFIGS: Mapping[str, dict[str, Any]] = {
     "stable-audio-open-1.0": OPEN_1_0,
     "stable-audio-open-small": OPEN_SMALL,
@@ -118,9 +118,9 @@ def build_random_model(
     decode_precision: DecodePrecision | None = None,
     seed: int = 0,
 ) -> SaoModel:
-    """Build the model of a config on `device`, every weight random; precisions as for real weights.
+    """Build the model of a config on `device` with random weights; precisions are as for real weights.
 
-    `card` gives its name and defaults. The tokenizer counts words but does not know them.
+    `card` gives its name and defaults. The tokenizer maps every word to the unknown token.
     """
     require_exact_float32()
     target = torch.device(device)

@@ -1,6 +1,6 @@
-"""How far the Oobleck autoencoder's convolutions reach, in latent frames: what a window must have beside what it keeps.
+"""Computes how far the Oobleck autoencoder's convolutions reach, in latent frames: the halo that a window needs.
 
-Pure arithmetic over a config, no tensors. An interval [low, high] of outputs is followed back to its inputs, one
+Pure arithmetic over a config, no tensors. An interval [low, high] of outputs is traced back to its inputs, one
 convolution after another.
 """
 
@@ -10,13 +10,13 @@ import math
 
 from stable_audio_serve.models.sao.network_config import DILATIONS, OobleckConfig
 
-_UNIT_REACH = 3 * sum(DILATIONS)  # of the convolutions of a stride's residual units, kernel 7
-_ENDS_REACH = 3  # of the first and last convolution, kernel 7
-_CODE_REACH = 1  # of the encoder's last convolution, kernel 3
+_UNIT_REACH = 3 * sum(DILATIONS)  # the residual units of one stride, kernel 7
+_ENDS_REACH = 3  # the first and last convolution, kernel 7
+_CODE_REACH = 1  # the encoder's last convolution, kernel 3
 
 
 def decoder_halo(config: OobleckConfig) -> int:
-    """Returns how many latent frames to each side of a frame its audio depends on, at most."""
+    """Returns the most latent frames on each side of a frame that its audio depends on."""
     low, high = -_ENDS_REACH, config.hop - 1 + _ENDS_REACH
     for stride in config.strides:
         low, high = low - _UNIT_REACH, high + _UNIT_REACH
@@ -27,7 +27,7 @@ def decoder_halo(config: OobleckConfig) -> int:
 
 
 def encoder_halo(config: OobleckConfig) -> int:
-    """Returns how many latent frames' worth of audio to each side of a frame its latent depends on, at most."""
+    """Returns the most frames of audio on each side of a frame that its latent depends on."""
     low, high = -_CODE_REACH, _CODE_REACH
     for stride in reversed(config.strides):
         padding = math.ceil(stride / 2)

@@ -1,1 +1,1 @@
-"""Stable Audio Open models on the networks of the package stable-audio-tools, for configs that our own cannot build."""
+"""Stable Audio Open models on the networks of stable-audio-tools, for configs that our own networks do not support."""

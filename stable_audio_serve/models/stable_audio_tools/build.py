@@ -1,4 +1,4 @@
-"""Builds a model of the package stable-audio-tools from a checkpoint folder and a T5's."""
+"""Builds a model on the package stable-audio-tools from a checkpoint folder and a T5 folder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from stable_audio_serve.models.weights import (
     skipping_random_weights,
 )
 
-_TEXT_DTYPE = torch.float16  # the package's, on every device
+_TEXT_DTYPE = torch.float16  # as in the package, on every device
 
 
 def load_with_package(
@@ -40,9 +40,9 @@ def load_with_package(
     dtype: torch.dtype,
     decode_precision: DecodePrecision = "float32",
 ) -> PackageModel:
-    """Load both folders' files strictly: the network in `dtype`, the text encoder in float16, the rest in float32.
+    """Load both folders strictly: the network in `dtype`, the text encoder in float16, the rest in float32.
 
-    Raises CheckpointError naming the file or key that does not fit, or how to install the package.
+    Raises CheckpointError naming the file or key that does not fit, or saying how to install the package.
     """
     import_package()
     require_exact_float32()
@@ -52,7 +52,7 @@ def load_with_package(
     text = load_text_encoder(text_encoder, max_length=inputs.prompt.max_length, device=device, dtype=_TEXT_DTYPE)
     wrapper = build_wrapper(config, inputs, text=text)
     load_weights({"": wrapper}, weights_file, device=device)
-    wrapper.to(device)  # with what it does not store
+    wrapper.to(device)  # also moves tensors that checkpoints do not contain
     _cast(wrapper.model, dtype)
     spec = build_spec(card, config, wrapper=wrapper)
     return PackageModel(
@@ -66,9 +66,9 @@ def load_with_package(
 
 
 def build_wrapper(config: ConfigReader, inputs: Inputs, *, text: TextEncoder) -> Any:
-    """Returns the package's module for a whole `model_config.json`; its weights are uninitialised, `text` is used.
+    """Returns the package's module for a `model_config.json`, with `text` as text encoder and uninitialised weights.
 
-    Raises CheckpointError with the package's own words for a config that it cannot build.
+    Raises CheckpointError with the package's message for a config that it cannot build.
     """
     models = import_package()
     values = _values(config)
@@ -86,7 +86,7 @@ def build_wrapper(config: ConfigReader, inputs: Inputs, *, text: TextEncoder) ->
 
 
 def build_spec(card: ModelCard, config: ConfigReader, *, wrapper: Any) -> ModelSpec:
-    """Returns the card and what only the engine needs. Raises CheckpointError naming a key that contradicts it."""
+    """Returns the card and the engine's values. Raises CheckpointError naming a key that contradicts the networks."""
     sample_size = config.integer("sample_size", at_most=MAX_SAMPLES)
     hop = int(wrapper.pretransform.downsampling_ratio)
     frames, multiple = sample_size // hop, int(wrapper.min_input_length) // hop
@@ -104,13 +104,13 @@ def build_spec(card: ModelCard, config: ConfigReader, *, wrapper: Any) -> ModelS
         max_frames=frames,
         tail_samples=sample_size - frames * hop,
         default_sampler=OBJECTIVE_SAMPLERS[card.objective],
-        noisy_source_encoder=True,  # cannot be told from outside
+        noisy_source_encoder=True,  # unknown, so assume it
         pads_rows=False,
     )
 
 
 def _cast(network: nn.Module, dtype: torch.dtype) -> None:
-    """Cast a network in place but for its rotary frequencies, which positions multiply with their rounding."""
+    """Cast a network in place, except for its rotary frequencies: positions would multiply their rounding error."""
     kept = [(part, part.inv_freq) for part in network.modules() if isinstance(getattr(part, "inv_freq", None), Tensor)]
     network.to(dtype)
     for part, frequencies in kept:
@@ -118,7 +118,7 @@ def _cast(network: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _values(config: ConfigReader) -> dict[str, Any]:
-    """Returns what the package reads of a config, as a copy: it removes keys while it builds."""
+    """Returns a copy of the config for the package, which removes keys while it builds."""
     return {
         "model_type": config.text("model_type"),
         "sample_size": config.integer("sample_size", at_most=MAX_SAMPLES),
@@ -128,10 +128,10 @@ def _values(config: ConfigReader) -> dict[str, Any]:
 
 
 def _prompt_conditioner(config: PromptInput, *, width: int, text: TextEncoder) -> nn.Module:
-    """Returns the package's conditioner of prompts around a text encoder that is already here.
+    """Returns the package's prompt conditioner around a loaded text encoder.
 
-    Its own constructor would fetch the encoder by its name from the hub, know only some names, and leave weights that
-    are missing random.
+    The package's constructor would download the encoder by name, accepts only some names, and would leave missing
+    weights random.
     """
     conditioners = import_package().conditioners
     prompt: Any = conditioners.T5Conditioner.__new__(conditioners.T5Conditioner)

@@ -1,7 +1,7 @@
-"""What of a `model_config.json` the package reads and a request can fill.
+"""Parses the parts of a `model_config.json` that the package stable-audio-tools uses and that requests fill.
 
-What the package builds from the sections called `config` is its own affair: it refuses keys there that it does not
-know. Between them it would ignore them, so they are refused here.
+The package checks the sections called `config` itself. It would ignore unknown keys outside them, so this module raises
+an error for those.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class PromptInput:
-    """The conditioner of prompts: its id, the most tokens of a prompt, and whether a matrix follows in any case."""
+    """The prompt conditioner: its id, the longest prompt in tokens, and whether it always has a projection."""
 
     id: str
     max_length: int
@@ -41,14 +41,14 @@ class PromptInput:
 
 @dataclass(frozen=True, slots=True)
 class NumberInput:
-    """A conditioner of a number: its id, and which number of a request (`NUMBER_IDS`) it is given."""
+    """A number conditioner: its id, and the request's number (one of `NUMBER_IDS`) that it receives."""
 
     id: str
     source: str
     is_whole: bool
 
     def value(self, numbers: Mapping[str, float]) -> float:
-        """Returns the request's number, its fraction cut off where only whole ones are known."""
+        """Returns the request's number, truncated if the conditioner takes integers."""
         value = numbers[self.source]
         return int(value) if self.is_whole else value
 
@@ -62,9 +62,9 @@ class Inputs:
 
 
 def parse_inputs(config: ConfigReader) -> Inputs:
-    """Returns the conditioners of a whole config.
+    """Returns the conditioners of a config.
 
-    Raises CheckpointError naming one that no request can fill, or a key for which the package has no use.
+    Raises CheckpointError naming a conditioner that no request can fill, or a key that the package ignores.
     """
     _refuse_unknown(config)
     config.choice("model_type", ("diffusion_cond",))

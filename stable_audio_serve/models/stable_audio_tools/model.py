@@ -1,7 +1,7 @@
-"""A model of the package stable-audio-tools behind the engine's protocol: its network, conditioner and autoencoder,
-driven by our samplers, guidance and noise.
+"""A model of the package stable-audio-tools that implements the engine's protocol: the package's network, conditioners
+and autoencoder with our samplers, guidance and noise.
 
-Row-independent: everything but the network's steps runs row by row. Gradients are off in every public method.
+Row-independent: everything except the network's steps runs row by row. Public methods run without gradients.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class PackageModel:
         device: torch.device,
         decode_precision: DecodePrecision = "float32",
     ) -> None:
-        # Typed as Any: the package's modules have attributes and methods that a Module does not promise.
+        # Any: the package's modules have attributes and methods that Module does not declare.
         self.wrapper: Any = wrapper
         self.inputs = inputs
         self._spec = spec
@@ -66,26 +66,26 @@ class PackageModel:
         return self._device
 
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
-        """Returns one plan per variation; audio is encoded and decoded in one piece, as the package does.
+        """Returns one plan per variation; audio is encoded and decoded as a single window, as in the package.
 
-        Raises InvalidRequestError naming the field for what the model cannot do.
+        Raises InvalidRequestError naming the field that the model cannot serve.
         """
         return plan_rows(request, spec=self._spec, halos=None, shift=self._shift, frames=frames)
 
     @torch.inference_mode()
     @exact
     def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
-        """Returns tokens (T, width), zero at padded positions, and which tokens are real."""
+        """Returns embeddings (T, width), zero at padding, and the mask of real tokens."""
         text = self.wrapper.conditioner.conditioners[self.inputs.prompt.id]
         tokens, mask = text(list(prompts), self._device)
-        encoded = text.tokenizer(list(prompts), truncation=True, max_length=text.max_length)  # it tells nobody
+        encoded = text.tokenizer(list(prompts), truncation=True, max_length=text.max_length)  # for its offsets
         read = chars_read(encoded, num_prompts=len(prompts))
         return TextEmbedding.each(prompts, tokens, mask=mask, chars_read=read)
 
     @torch.inference_mode()
     @exact
     def encode_audio(self, windows: Sequence[EncodeWindow]) -> list[Tensor]:
-        """Returns latents (D, F_window) float32; what the autoencoder draws comes from each window's own noise."""
+        """Returns latents (D, F_window) float32; the autoencoder draws from each window's noise."""
         latents = []
         for window in windows:
             with _OwnNoise(WindowNoise(window.noise, window.stage, window.start)):
@@ -103,10 +103,10 @@ class PackageModel:
         negative: TextEmbedding | None,
         inpaint_latents: Tensor | None,
     ) -> RowConditioning:
-        """Returns per-request constants of a row; the unconditional branch only when some evaluation is guided.
+        """Returns a row's per-request constants; the unconditional branch only if some evaluation is guided.
 
-        That branch has no context, or the negative prompt's, and nothing in front of the latents; whatever else the
-        network is given is the row's own, as in the package.
+        That branch has no context, or the negative prompt's, and no prepended tokens. All other inputs are the row's,
+        as in the package.
         """
         own = self._arguments(prompt, plan.numbers)
         conditional = BranchConditioning(own)
@@ -121,7 +121,7 @@ class PackageModel:
     @torch.inference_mode()
     @exact
     def denoise(self, batch: StepBatch) -> Tensor:
-        """Returns v or a velocity, as the objective says, (B, D, F) float32; every frame must be valid."""
+        """Returns v or a velocity, by objective, (B, D, F) float32; every frame must be valid."""
         arguments = {key: value.flatten(0, 1) for key, value in batch.constants.items()}  # each is a batch of one
         output: Tensor = self.wrapper.model(batch.x, batch.t, **arguments, cfg_scale=1.0)
         return output.float()
@@ -137,7 +137,7 @@ class PackageModel:
         return audio
 
     def _arguments(self, prompt: TextEmbedding, numbers: Mapping[str, float]) -> dict[str, Tensor]:
-        """Returns what the network is given for one row beside latents and time."""
+        """Returns the network's arguments for one row besides latents and time."""
         conditioners = self.wrapper.conditioner.conditioners
         values = {
             number.id: conditioners[number.id]([number.value(numbers)], self._device) for number in self.inputs.numbers
@@ -148,14 +148,14 @@ class PackageModel:
 
 
 class _OwnNoise(TorchFunctionMode):
-    """Normal draws inside come from a window's noise instead of the process's generator, numbered in their order."""
+    """Replaces `torch.randn_like` by draws from a window's noise, numbered in order."""
 
     def __init__(self, noise: WindowNoise) -> None:
         super().__init__()
         self._noise = noise
         self._num_draws = 0
 
-    def __torch_function__(  # noqa: PLR0917  # as torch calls it
+    def __torch_function__(  # noqa: PLR0917  # torch's signature
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if func is not torch.randn_like:

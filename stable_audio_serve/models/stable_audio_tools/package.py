@@ -1,5 +1,5 @@
-"""Finds and imports stable-audio-tools without the training packages that it and k-diffusion import beside their
-networks. Knows no model; imports no torch before `import_package`.
+"""Finds and imports stable-audio-tools without the training packages that it and k-diffusion import. Independent of
+models; imports torch only in `import_package`.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ _NEEDED = (
     "torchsde",
     "trampoline",
 )
-_FLASH = "flash_attn"  # with it the package computes attention in float16 whatever its inputs are; torch has a fast one
+_FLASH = "flash_attn"  # if present, the package computes attention in float16 for all inputs; torch has a fast kernel
 _K_DIFFUSION = "k_diffusion"
 _USED_OF_K_DIFFUSION = ("utils", "sampling", "external")
 
 
 def missing_packages() -> tuple[str, ...]:
-    """Returns which of the modules needed cannot be found; empty where the backend can be used. Imports nothing."""
+    """Returns the required modules that are not installed; empty if the backend is usable. Imports nothing."""
     return tuple(name for name in _NEEDED if find_spec(name) is None)
 
 
 def require_open_family(family: str) -> None:
-    """Raise CheckpointError for a model of a family that the package does not know."""
+    """Raise CheckpointError for a model of a family that the package does not support."""
     if family != OPEN_FAMILY:
         raise CheckpointError(f"backend stable_audio_tools runs models of the family {OPEN_FAMILY}, this is {family}")
 
 
 def require_package() -> None:
-    """Raise CheckpointError with one sentence that says how to install what is missing."""
+    """Raise CheckpointError, saying how to install the missing packages."""
     missing = missing_packages()
     if missing:
         raise CheckpointError(
@@ -61,9 +61,9 @@ def require_package() -> None:
 
 @cache
 def import_package() -> ModuleType:
-    """Returns the module `stable_audio_tools.models`, with `factory` and `conditioners` imported.
+    """Returns the module `stable_audio_tools.models` with `factory` and `conditioners` imported.
 
-    Takes seconds. Raises CheckpointError when the package is missing or cannot be imported.
+    Takes seconds. Raises CheckpointError if the package is missing or cannot be imported.
     """
     require_package()
     try:
@@ -79,7 +79,7 @@ def import_package() -> ModuleType:
 
 
 def _import_k_diffusion() -> None:
-    """Import the sampling modules of k-diffusion without its package file, which imports training packages."""
+    """Import the sampling modules of k-diffusion without its `__init__`, which imports training packages."""
     if _K_DIFFUSION in sys.modules:
         return
     spec = find_spec(_K_DIFFUSION)
@@ -98,14 +98,14 @@ def _import_k_diffusion() -> None:
 
 
 class _Resample:
-    """In the place of torchaudio's: sources are resampled before they reach a model."""
+    """Replaces torchaudio's class. It is never called: sources are resampled before they reach a model."""
 
     def __init__(self, *_: Any, **__: Any) -> NoReturn:
         raise NotImplementedError("torchaudio is not used here")
 
 
-# By module, the names that importing the package needs of it. torchaudio's compiled part has to match torch and mostly
-# does not; both modules' work is done elsewhere or only in training.
+# The names needed to import the package, by module. torchaudio's compiled part must match torch and often does not. The
+# work of both modules happens elsewhere or only in training.
 _TORCHAUDIO: Mapping[str, Mapping[str, Any]] = {"torchaudio": {}, "torchaudio.transforms": {"Resample": _Resample}}
 _TORCHVISION: Mapping[str, Mapping[str, Any]] = {
     "torchvision": {},
@@ -116,7 +116,7 @@ _TORCHVISION: Mapping[str, Mapping[str, Any]] = {
 
 @contextmanager
 def _without(name: str) -> Iterator[None]:
-    """Importing `name` fails while the body runs, installed or not, unless somebody has imported it before."""
+    """Make importing `name` fail within this context, unless it was imported before."""
     hides = name not in sys.modules
     if hides:
         sys.modules[name] = None  # type: ignore[assignment]  # as the import system says
@@ -129,8 +129,8 @@ def _without(name: str) -> Iterator[None]:
 
 @contextmanager
 def _hollow_modules(names: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
-    """Modules of these names stand in for real ones that have not been imported, while the body runs and no longer:
-    other libraries look for the real ones later.
+    """Replace modules that are not imported yet by empty ones, within this context only: other libraries need the real
+    ones later.
     """
     lent = {name: ModuleType(name) for name in names if name not in sys.modules}
     for name, module in lent.items():

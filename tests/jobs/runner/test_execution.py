@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import soundfile
 
+from stable_audio_serve.audio import workers
 from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.core.generation import GenerationRequest
 from tests.jobs.conftest import CountingBackend, Workshop, make_spec, upload
@@ -98,11 +99,12 @@ async def test_the_engine_gets_what_is_left_of_the_time_to_start_in(workshop: Wo
     assert 40.0 < left_s <= 60.0
 
 
-async def test_source_audio_is_decoded_only_as_far_as_memory_allows(workshop: Workshop) -> None:
+async def test_source_audio_is_decoded_only_as_far_as_memory_allows(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
     workshop.backend = backend = CountingBackend(delay_s=0.1)
     one = await upload(workshop)
-    api = workshop.settings.api.model_copy(update={"max_source_bytes": int(2.5 * one.decoded_bytes)})
-    workshop.settings = workshop.settings.model_copy(update={"api": api})
+    monkeypatch.setattr(workers, "MAX_SOURCE_BYTES", int(2.5 * one.decoded_bytes))
     jobs = [await workshop.queue.submit(make_spec(upload=one))]
     jobs += [await workshop.queue.submit(make_spec(upload=await upload(workshop))) for _ in range(3)]
     await workshop.start_runner()

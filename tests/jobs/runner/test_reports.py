@@ -1,4 +1,4 @@
-"""What a runner tells while it works: how far its jobs are, and how much work waits."""
+"""The reports of a runner: how far its jobs are, and how much work waits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.server
 
 
 class TellingBackend(ToneBackend):
-    """Tells how far it is whenever a test says so."""
+    """Reports the progress that a test chooses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ def sizes(waiting_work: Callable[[], Any]) -> dict[str, int]:
 
 
 async def test_background_work_that_fails_is_tried_again(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here the sweep, whose pauses differ from runner to runner: those that start together drift apart."""
+    """Here the sweep, whose pauses vary: runners that start together drift apart."""
     pauses: list[float] = []
     sleep = asyncio.sleep
 

@@ -281,13 +281,10 @@ async def test_an_operator_can_see_what_happened(workshop: Workshop, wall: Wall)
     await until(lambda: metrics.gauges.get(("jobs_by_state", ("state", "failed"))) == 1)
     assert metrics.counters["jobs", ("state", "succeeded"), ("contract", "sa3")] == 2
     assert metrics.counters["jobs", ("state", "failed"), ("contract", "sa3")] == 1
-    assert metrics.counters["jobs_reclaimed", ("state", "queued")] == 1
-    assert metrics.counters["jobs_reclaimed", ("state", "failed")] == 1
     assert metrics.counters["job_dead_letters", ("reason", "unavailable")] == 1
     assert metrics.gauges["jobs_by_state", ("state", "succeeded")] == 2
     assert metrics.gauges["jobs_running",] == 0
-    assert metrics.gauges["jobs_queued",] == 1
-    assert len(metrics.samples["job_run_ms", ("model", "small-sfx")]) == 3
+    assert metrics.gauges["jobs_by_state", ("state", "queued")] == 1
 
 
 async def test_an_operator_can_see_how_long_jobs_wait_and_what_is_tried_again(workshop: Workshop, wall: Wall) -> None:

@@ -42,6 +42,17 @@ def execute(url: str, statement: str) -> None:
             connection.execute(statement.encode())
 
 
+def test_only_transactions_that_say_so_do_not_wait_for_the_disk(empty_url: str) -> None:
+    database = open_database(empty_url)
+    setting, waits, hasty = (
+        ("PRAGMA synchronous", 2, 1) if database.is_sqlite else ("SHOW synchronous_commit", "on", "off")
+    )
+    for is_durable, expected in ((True, waits), (False, hasty), (True, waits)):
+        with database.writing(is_durable=is_durable) as connection:  # the pool gives the same connection each time
+            assert connection.execute(sa.text(setting)).scalar_one() == expected
+    database.close()
+
+
 def refusal_of(url: str) -> str:
     """Why a start with this database is refused: one sentence, without the password."""
     with pytest.raises(ConfigError) as caught:

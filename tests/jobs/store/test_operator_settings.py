@@ -1,4 +1,4 @@
-"""What operators set: the same for every process of a server, nothing to other servers, known while nobody answers."""
+"""Settings of operators: shared by the processes of a server, apart from other servers, kept during an outage."""
 
 from __future__ import annotations
 

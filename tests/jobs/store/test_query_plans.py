@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from benchmarks.cases.jobs import fill
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.job_store import JobStore
@@ -18,7 +17,7 @@ from stable_audio_serve.jobs.store.outbox import Outbox
 from stable_audio_serve.jobs.store.tables import JOBS
 from tests.databases import PostgresServer
 from tests.jobs.conftest import make_spec
-from tests.jobs.stores import CONTRACT_KINDS, ERROR, add, lease, open_database, ref, report, result_of
+from tests.jobs.stores import CONTRACT_KINDS, ERROR, add, fill, lease, open_database, ref, report, result_of
 
 pytestmark = pytest.mark.server
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.cases.jobs import fill, make_spec
 from stable_audio_serve.core.settings import JobSettings
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.job_store import JobStore
-from tests.jobs.stores import add_spec, database, lease, postgres_with_tables, store_url, wall
+from tests.jobs.conftest import make_spec
+from tests.jobs.stores import add_spec, database, fill, lease, postgres_with_tables, store_url, wall
 from tests.parameters import some
 
 __all__ = ["database", "postgres_with_tables", "store_url", "wall"]
@@ -27,7 +27,7 @@ def test_a_job_behind_ten_thousand_of_ten_clients_starts_within_the_next_ten(
         lease(store)
     fill(store, num_started, state="queued", client=_CLIENTS[0])
     assert sum(store.runners.look("").queued.values()) == 10_000
-    job = add_spec(store, make_spec(client="another"))  # although the queue is full
+    job = add_spec(store, make_spec(model="demo", client="another"))  # although the queue is full
     position = store.clients.position(job)
     started = [lease(store).spec for _ in range(10)]
     assert started.index(job.spec) == position < 10

@@ -8,13 +8,13 @@ from stable_audio_serve.models.blocks import BandAttention, attend
 
 
 def draw(batch: int, length: int) -> list[Tensor]:
-    """Queries, keys and values (B, 2 heads, N, 8), not contiguous."""
+    """Returns queries, keys and values (B, 2 heads, N, 8), not contiguous."""
     generator = torch.Generator().manual_seed(length)
     return [torch.randn(batch, length, 2, 8, generator=generator).transpose(1, 2) for _ in range(3)]
 
 
 def by_mask(parts: list[Tensor], radius: int) -> Tensor:
-    """Every query against every key, those outside the band masked."""
+    """Attention of every query to every key, with those outside the band masked."""
     positions = torch.arange(parts[0].shape[2])
     hidden = (positions[:, None] - positions).abs() > radius
     return attend(*parts, mask=torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf")))
@@ -23,17 +23,17 @@ def by_mask(parts: list[Tensor], radius: int) -> Tensor:
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("length", [1, 5, 16, 17, 47, 100])
 @pytest.mark.parametrize("radius", [1, 5, 20])
-def test_a_band_is_attention_under_its_mask(batch: int, length: int, radius: int) -> None:
+def test_band_attention_equals_masked_attention(batch: int, length: int, radius: int) -> None:
     parts = draw(batch, length)
     band = BandAttention(batch, length, radius=radius, block=16)
     with torch.inference_mode():
         assert band(*parts).shape == parts[0].shape
         torch.testing.assert_close(band(*parts), by_mask(parts, radius), rtol=0, atol=2e-6)
-        others = [part * 0.5 for part in parts]  # the next layer's
+        others = [part * 0.5 for part in parts]  # the next layer's inputs
         torch.testing.assert_close(band(*others), by_mask(others, radius), rtol=0, atol=2e-6)
 
 
-def test_what_is_not_finite_stays_in_its_row() -> None:
+def test_non_finite_values_stay_in_their_row() -> None:
     parts = draw(3, 30)
     expected = by_mask(parts, 5)
     for part in parts:

@@ -13,7 +13,7 @@ DEVICES = [
 
 
 def wide_stream(width: int, dtype: torch.dtype) -> Tensor:
-    """(3, width): values whose squares, not to speak of the squares' sum, are beyond float16."""
+    """Returns (3, width) values whose squares overflow float16, and so does the sum of squares."""
     scale = torch.tensor([[300.0], [3e4], [6e4]])
     return (scale * torch.randn(3, width, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)).to(dtype)
 
@@ -41,7 +41,7 @@ def test_statistics_of_a_wide_stream_do_not_overflow_in_half_precision(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_small_values_are_not_lost_either(dtype: torch.dtype) -> None:
-    x = torch.full((1, 64), 2e-4, dtype=dtype)  # its square is zero in float16
+def test_small_values_do_not_underflow(dtype: torch.dtype) -> None:
+    x = torch.full((1, 64), 2e-4, dtype=dtype)  # the square underflows to zero in float16
     expected = by_hand(x, torch.ones(64), 1e-12)
     torch.testing.assert_close(RMSNorm(64, eps=1e-12).to(dtype)(x).double(), expected, rtol=1e-2, atol=0)

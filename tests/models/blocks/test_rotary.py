@@ -1,4 +1,4 @@
-"""Queries and keys normed and turned together, against norming each by itself and turning pair by pair."""
+"""Queries and keys normed and rotated together, against norming them separately and rotating pair by pair."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stable_audio_serve.models.blocks import HEAD_NORMS, RotaryEmbedding, build_head_norm, gather_affine
-from stable_audio_serve.models.blocks.rotary import turn, without_affine
+from stable_audio_serve.models.blocks.rotary import rotate, without_affine
 
 POSITIONS, HEADS, LAYERS = 7, 3, 2
 
@@ -23,7 +23,7 @@ def make_norm(kind: str, width: int, seed: int) -> nn.Module:
 
 
 def turn_pair_by_pair(x: Tensor, rotated: int) -> Tensor:
-    """X (B, N, H, E); channel j of the first half turns with channel j of the second."""
+    """X (B, N, H, E); channel j of the first half rotates with channel j of the second."""
     out, half = x.clone(), rotated // 2
     for position in range(x.shape[1]):
         for j in range(half):
@@ -36,16 +36,16 @@ def turn_pair_by_pair(x: Tensor, rotated: int) -> Tensor:
 
 @pytest.mark.parametrize("kind", HEAD_NORMS)
 @pytest.mark.parametrize(("width", "rotated"), [(64, 32), (32, 32), (36, 32)])
-def test_together_is_as_each_by_itself(kind: str, width: int, rotated: int) -> None:
+def test_joint_rotation_equals_separate_rotation(kind: str, width: int, rotated: int) -> None:
     norms = [(make_norm(kind, width, 2 * layer), make_norm(kind, width, 2 * layer + 1)) for layer in range(LAYERS)]
     rotary = RotaryEmbedding(rotated)
     x = torch.randn(2, POSITIONS, 3, HEADS, width, generator=torch.Generator().manual_seed(9))[:, :, :2]
-    table = gather_affine(norms, half=rotary.half_width).turn(
+    table = gather_affine(norms, half=rotary.half_width).table(
         torch.arange(POSITIONS).float(), rates=rotary.rates(width)
     )
     for layer, pair in enumerate(norms):
         own = table.layer(layer)
-        found = turn(without_affine(pair[0], x, rate=own.rate), own, dtype=x.dtype)
+        found = rotate(without_affine(pair[0], x, rate=own.rate), own, dtype=x.dtype)
         for part, norm in enumerate(pair):
             expected = turn_pair_by_pair(norm(x[:, :, part]), rotated)
             torch.testing.assert_close(found[:, :, part], expected, rtol=0, atol=5e-6)
@@ -53,23 +53,23 @@ def test_together_is_as_each_by_itself(kind: str, width: int, rotated: int) -> N
 
 @pytest.mark.parametrize("kind", HEAD_NORMS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_turned_in_float32(kind: str, dtype: torch.dtype) -> None:
+def test_half_precision_is_rotated_in_float32(kind: str, dtype: torch.dtype) -> None:
     norm, rotary = make_norm(kind, 64, 1), RotaryEmbedding(32)
     x = torch.randn(1, POSITIONS, 2, HEADS, 64, generator=torch.Generator().manual_seed(9)).to(dtype)
     table = (
         gather_affine([(norm, norm)], half=rotary.half_width)
-        .turn(torch.arange(POSITIONS).float(), rates=rotary.rates(64))
+        .table(torch.arange(POSITIONS).float(), rates=rotary.rates(64))
         .layer(0)
     )
     with torch.inference_mode():
         normed = without_affine(norm, x, rate=table.rate)
-        found = turn(normed, table, dtype=dtype)
+        found = rotate(normed, table, dtype=dtype)
     assert found.dtype == dtype
-    assert torch.equal(found, turn(normed.float(), table, dtype=torch.float32).to(dtype))
+    assert torch.equal(found, rotate(normed.float(), table, dtype=torch.float32).to(dtype))
 
 
 @pytest.mark.parametrize("kind", HEAD_NORMS)
-def test_gradients_pass_as_through_each_by_itself(kind: str) -> None:
+def test_gradients_equal_those_of_separate_rotation(kind: str) -> None:
     pair = make_norm(kind, 32, 1).requires_grad_(), make_norm(kind, 32, 2).requires_grad_()
     rotary = RotaryEmbedding(32)
     x = torch.randn(1, POSITIONS, 2, HEADS, 32, generator=torch.Generator().manual_seed(9)).requires_grad_()
@@ -78,10 +78,10 @@ def test_gradients_pass_as_through_each_by_itself(kind: str) -> None:
 
     table = (
         gather_affine([pair], half=rotary.half_width)
-        .turn(torch.arange(POSITIONS).float(), rates=rotary.rates(32))
+        .table(torch.arange(POSITIONS).float(), rates=rotary.rates(32))
         .layer(0)
     )
-    together = turn(without_affine(pair[0], x, rate=table.rate), table, dtype=x.dtype)
+    together = rotate(without_affine(pair[0], x, rate=table.rate), table, dtype=x.dtype)
     apart = torch.stack([turn_pair_by_pair(norm(x[:, :, part]), 32) for part, norm in enumerate(pair)], dim=2)
     found, expected = (torch.autograd.grad((out * weights).sum(), inputs) for out in (together, apart))
     for one, other in zip(found, expected, strict=True):

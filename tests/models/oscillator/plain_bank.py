@@ -23,7 +23,7 @@ _BLOCK, _HOP = 512, 256
 
 
 def render_plainly(frames: Tensor, noise: Tensor, *, start: int) -> Tensor:
-    """Audio (2, 512 F) of frames (222, F) and noise (2, 512 F), the first being the clip's frame `start`."""
+    """Returns audio (2, 512 F) of frames (222, F) and noise (2, 512 F); the first is the clip's frame `start`."""
     tones, bands = expand(frames[:NUM_OSCILLATORS]), expand(frames[NUM_OSCILLATORS : NUM_OSCILLATORS + NUM_BANDS])
     return _tones(_on_both_sides(tones, frames[-2]), start=start) + _noise(_on_both_sides(bands, frames[-1]), noise)
 

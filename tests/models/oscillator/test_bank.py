@@ -36,13 +36,13 @@ def test_an_oscillator_sounds_at_its_frequency_and_level(index: int) -> None:
     assert spectrum.max() == pytest.approx(0.25, rel=0.16)  # a Hann window loses up to 1.4 dB between bins
 
 
-def test_every_frequency_is_within_a_quarter_of_a_semitone_of_an_oscillator() -> None:
+def test_every_frequency_is_within_25_cents_of_an_oscillator() -> None:
     for hertz in range(80, 2001):
         cents = 1200 * math.log2(OSCILLATOR_HZ[nearest_oscillator(hertz)] / hertz)
         assert abs(cents) <= 25.01
 
 
-def test_an_onset_is_sharp_and_does_not_sound_before_its_frame() -> None:
+def test_an_onset_is_sharp_and_silent_before_its_frame() -> None:
     frames = make_frames(32, tones={A4_INDEX: 0.5})
     frames[:, :16] = 0
     audio = render(frames)[0]
@@ -51,7 +51,7 @@ def test_an_onset_is_sharp_and_does_not_sound_before_its_frame() -> None:
     assert audio[onset + FRAME_SAMPLES // 4 : onset + FRAME_SAMPLES].abs().max() > 0.45
 
 
-def test_noise_bands_have_the_level_they_ask_for() -> None:
+def test_noise_bands_have_the_requested_level() -> None:
     noise = torch.randn(2, 200 * FRAME_SAMPLES, generator=torch.Generator().manual_seed(1))
     audio = render(make_frames(200, bands=0.05), noise=noise)[:, 2048:]
     assert audio.square().mean().sqrt() == pytest.approx(0.05 * math.sqrt(20), rel=0.05)
@@ -84,11 +84,11 @@ def test_rendering_equals_the_plain_formulas(num_frames: int, sounding_share: fl
     levels = torch.rand(NUM_CHANNELS, num_frames, generator=generator) - 0.3
     sounding = torch.rand(NUM_OSCILLATORS, 1, generator=generator) < sounding_share
     frames = levels.clone()
-    frames[:NUM_OSCILLATORS] = torch.where(sounding, levels[:NUM_OSCILLATORS], -1.0)  # below zero is silent too
-    frames[-2:] = 3.0 * torch.rand(2, num_frames, generator=generator) - 1.5  # balances, some beyond their range
+    frames[:NUM_OSCILLATORS] = torch.where(sounding, levels[:NUM_OSCILLATORS], -1.0)  # negative levels are silent
+    frames[-2:] = 3.0 * torch.rand(2, num_frames, generator=generator) - 1.5  # balances, some out of range
     noise = torch.randn(2, num_frames * FRAME_SAMPLES, generator=generator)
-    within = 1e-6 if sounding_share else 0.0  # noise has the same bits; tones are summed in another order
-    for first in (0, num_frames // 3):  # the whole, and a window of it with a halo
+    within = 1e-6 if sounding_share else 0.0  # noise is bit-identical; tones are summed in another order
+    for first in (0, num_frames // 3):  # the whole clip, and a window of it with a halo
         last = num_frames - first // 2
         window, drawn = frames[:, first:last], noise[:, first * FRAME_SAMPLES : last * FRAME_SAMPLES]
         start = 5000 + first

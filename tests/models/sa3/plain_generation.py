@@ -1,7 +1,7 @@
-"""A whole generation written a second time, plainly: one row, lengths, schedule, sampler loop, guidance, one decode.
+"""A second, plain implementation of a whole generation: one row, lengths, schedule, sampler, guidance, one decode.
 
-An oracle for runs no stored numbers cover. Shares no code with the package but the request's type; the autoencoder is
-quiet.
+An oracle for runs without stored numbers. Shares no code with the package except the request's type; the autoencoder
+adds no noise.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.models.sa3 import plain_networks as nets
 
 @dataclass(frozen=True)
 class PlainModel:
-    """`prompts` maps a text to its tokens (T, width) after learned padding, and which of them are real (T,)."""
+    """`prompts` maps a text to its tokens (T, width) after learned padding, and the mask of real tokens (T,)."""
 
     config: dict[str, Any]
     weights: nets.Weights
@@ -64,7 +64,7 @@ def measure(model: PlainModel, duration_s: float, padding_s: float) -> Lengths:
 
 
 def make_schedule(options: dict[str, Any] | None, steps: int, length: float, sigma_max: float) -> list[float]:
-    """One level at a time, in float64."""
+    """Compute one level at a time in float64."""
     options = {"type": "logsnr", "rate": 0.0} if options is None else {"type": "full", **options}
     low, high = options.get("min_length", 256), options.get("max_length", 4096)
     clamped = min(max(length, low), high)
@@ -95,14 +95,14 @@ def make_schedule(options: dict[str, Any] | None, steps: int, length: float, sig
 
 
 def make_even_schedule(steps: int, level: float) -> list[float]:
-    """Odds of noise in a geometric row, towards those of `level` / (1 + e^2)."""
+    """Noise odds in a geometric series, from those of `level` to those of `level` / (1 + e^2)."""
     odds, last = level / (1 - level), 1 / ((1 + math.exp(2)) / level - 1)
     row = [odds * (last / odds) ** (i / steps) for i in range(1, steps)]
     return [level, *(x / (1 + x) for x in row), 0.0]
 
 
 class PlainRun:
-    """One request on one model, quiet autoencoder, noise as a lone reference run draws it."""
+    """One request on one model without autoencoder noise; latent noise as in a single-row reference run."""
 
     def __init__(self, model: PlainModel, request: GenerationRequest, *, padding_s: float) -> None:
         self.model, self.request = model, request
@@ -141,7 +141,7 @@ class PlainRun:
         return torch.randn(self.channels, self.length.frames, generator=self.generator)
 
     def velocity(self, x: Tensor, t: float) -> Tensor:
-        """Over all frames; those that are not valid see the valid ones but are seen by nobody."""
+        """Velocity of all frames; invalid frames see the valid ones but are not keys."""
         request, valid = self.request, self.length.valid
         weights = nets.below(self.model.weights, "model.model.")
 
@@ -170,7 +170,7 @@ class PlainRun:
         return guided
 
     def sample(self) -> Tensor:
-        """Latents (D, F)."""
+        """Returns latents (D, F)."""
         request = self.request
         sigma_max = request.init_noise_level if request.init_audio is not None else 1.0
         options = self.model.diffusion.get("sampling_distribution_shift_options")
@@ -228,7 +228,7 @@ class PlainRun:
         return x
 
     def audio(self) -> np.ndarray:
-        """(C, S) float32 in -1..1, of the request's own length."""
+        """Returns audio (C, S) float32 in -1..1 of the request's length."""
         weights = nets.below(self.model.weights, "pretransform.model.")
         audio = nets.decode(weights, self.model.autoencoder, self.sample())
         valid = self.length.valid * self.model.autoencoder["downsampling_ratio"]

@@ -1,7 +1,7 @@
-"""The networks of Stable Audio 3 written a second time, plainly: loops, whole score matrices, one row, no caching.
+"""A second, plain implementation of the Stable Audio 3 networks: loops, whole score matrices, one row, no caching.
 
-An oracle for dimensions and options no stored numbers cover. Takes a checkpoint's keys and the config as it stands
-in the file; shares no code with the package.
+An oracle for dimensions and options without stored numbers. Takes a checkpoint's keys and the config from the file;
+shares no code with the package.
 """
 
 from __future__ import annotations
@@ -108,8 +108,9 @@ def denoise(
     w: Weights, config: dict[str, Any], x: Tensor, t: float, *, context: Tensor | None, glob: Tensor,
     local: Tensor | None, num_valid: int,
 ) -> Tensor:  # fmt: skip
-    """Velocity (D, F) of one row: x (D, F), context (T, width), glob (width,), local (channels, F); `config` is
-    `model.diffusion.config`, `w` the keys below `model.model.`."""
+    """Returns the velocity (D, F) of one row: x (D, F), context (T, width), glob (width,), local (channels, F).
+    `config` is `model.diffusion.config`, `w` the keys below `model.model.`.
+    """
     heads, norm = config.get("num_heads", 8), config.get("attn_kwargs", {}).get("qk_norm", "none")
     options = {
         "heads": heads, "norm": norm, "differential": config.get("attn_kwargs", {}).get("differential", False),
@@ -147,7 +148,7 @@ def denoise(
 
 
 def resample_tokens(w: Weights, config: dict[str, Any], x: Tensor, *, decoding: bool) -> Tensor:
-    """The transformer of a resampling block over tokens x (N, width)."""
+    """Run the transformer of a resampling block over tokens x (N, width)."""
     group = config["strides"][0] + 1
     depth = config["transformer_depths"][0]
     width = config["channels"] * config["c_mults"][0]
@@ -180,7 +181,7 @@ def resample_tokens(w: Weights, config: dict[str, Any], x: Tensor, *, decoding: 
 
 
 def map_frames(w: Weights, x: Tensor) -> Tensor:
-    """The weight-normed convolution over (channels, N)."""
+    """Apply the weight-normed convolution to (channels, N)."""
     v = w["mapping.weight_v"]
     weight = w["mapping.weight_g"] * v / v.flatten(1).norm(dim=1)[:, None, None]
     return F.conv1d(x[None], weight, w["mapping.bias"], padding=v.shape[-1] // 2)[0]
@@ -191,7 +192,7 @@ def latent_multiple(config: dict[str, Any]) -> int:
 
 
 def encode(w: Weights, config: dict[str, Any], audio: Tensor) -> Tensor:
-    """Latents (D, F) of audio (C, S) without noise; `config` is the autoencoder's, `w` below `pretransform.model.`."""
+    """Returns latents (D, F) of audio (C, S) without noise; `config` is the autoencoder's, `w` its keys."""
     patch, half = config["pretransform"]["config"]["patch_size"], config["encoder"]["config"]
     stride = half["strides"][0]
     audio = F.pad(audio, (0, -audio.shape[1] % patch))
@@ -207,7 +208,7 @@ def encode(w: Weights, config: dict[str, Any], audio: Tensor) -> Tensor:
 
 
 def decode(w: Weights, config: dict[str, Any], latents: Tensor) -> Tensor:
-    """Audio (C, S) of latents (D, F) without noise."""
+    """Returns audio (C, S) of latents (D, F) without noise."""
     half, patch = config["decoder"]["config"], config["pretransform"]["config"]["patch_size"]
     stride = half["strides"][0]
     leading = linear(w, "decoder.layers.1", (latents * w["bottleneck.running_std"]).T)

@@ -1,4 +1,4 @@
-"""Requests and clips of the sizes that the small reference checkpoints plan for."""
+"""Requests and clips that fit the small reference checkpoints."""
 
 from __future__ import annotations
 

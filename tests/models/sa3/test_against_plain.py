@@ -1,4 +1,4 @@
-"""Networks and whole runs of sizes no stored numbers have, against plain second implementations of the formulas."""
+"""Networks and whole runs of sizes without stored numbers, against plain second implementations of the formulas."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.models.sa3.plain_generation import PlainModel, PlainRun
 from tests.models.sa3.plain_networks import below, decode, denoise, encode
 
 SIZES: dict[str, dict[str, Any]] = {
-    # Unshifted chunks of three latents, odd stride, mono, memoryless and differential, a wide head.
+    # Unshifted chunks of three latents, odd stride, mono, no memory tokens, differential, a wide head.
     "mono": {
         "rate": 2205, "channels": 1, "latents": 5, "patch": 3, "stride": 5, "max_frames": 150, "text": 33,
         "encoder": {"chunk_size": 15, "transformer_depths": [1], "channels": 12, "dim_heads": 12, "c_mults": [2]},
@@ -34,7 +34,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "network": {"embed_dim": 132, "num_heads": 2, "depth": 1, "num_memory_tokens": 0},
         "attention": {"qk_norm": "none", "differential": True},
         "diffusion": {"sampling_distribution_shift_options": {"type": "full", "min_length": 8, "max_length": 200}},
-        "pretransform": {"chunked": False},  # windows of 128 would not end on a chunk
+        "pretransform": {"chunked": False},  # windows of 128 would not end at a chunk
     },
     # Chunks shifted by half, an odd number of layers and a single one, plain attention, schedule by the padded length.
     "shifted": {
@@ -48,7 +48,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "attention": {"qk_norm": "dyt", "differential": False},
         "diffusion": {"use_effective_length_for_schedule": False, "diffusion_objective": "rectified_flow"},
     },
-    # Wide sliding windows, sine in all layers but one; padding is masked whatever the config says.
+    # Wide sliding windows, sine in all layers except one; padding is masked whatever the config says.
     "sliding": {
         "rate": 800, "channels": 2, "latents": 12, "patch": 1, "stride": 16, "max_frames": 170, "text": 16,
         "encoder": {"sliding_window": [1, 1], "transformer_depths": [2], "ff_mult": 2.5},
@@ -93,7 +93,7 @@ def make_config(sizes: dict[str, Any]) -> dict[str, Any]:
 
 @cache
 def make_pair(name: str) -> tuple[Sa3Model, PlainModel]:
-    """The same random network twice."""
+    """Returns both implementations of the same random network."""
     stated = make_config(SIZES[name])
     config = parse_config(ConfigReader(stated))
     borrowed = loaded("sharp-s").text
@@ -125,7 +125,7 @@ SHIFTS = (
 
 
 class Quiet(SeededNoise):
-    """No noise inside the autoencoder."""
+    """Adds no noise inside the autoencoder."""
 
     def window(
         self, stage: str, start: int, *, shape: tuple[int, ...], frame_axis: int, device: torch.device
@@ -140,7 +140,7 @@ def make_clip(model: Sa3Model, frames: float, *, seed: int) -> SourceAudio:
 
 
 def make_requests(model: Sa3Model) -> list[GenerationRequest]:
-    """Every sampler, schedule and input, from one and a half frames to two windows."""
+    """Returns requests with every sampler, schedule and input, from one and a half frames to two windows."""
     frame_s = model.spec.hop / model.spec.card.sample_rate_hz
     init = {"init_audio": make_clip(model, 20.3, seed=1), "init_noise_level": 0.5}
     regions = ((3.2 * frame_s, 8 * frame_s), (15 * frame_s, 99 * frame_s))
@@ -164,7 +164,7 @@ def make_requests(model: Sa3Model) -> list[GenerationRequest]:
 
 @pytest.mark.parametrize("num_frames", [1, 2, 7, 24])
 @pytest.mark.parametrize("name", SIZES)
-def test_networks(name: str, num_frames: int) -> None:
+def test_networks_match_the_plain_implementation(name: str, num_frames: int) -> None:
     model, plain = make_pair(name)
     generator = torch.Generator().manual_seed(num_frames)
 
@@ -191,7 +191,7 @@ def test_networks(name: str, num_frames: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SIZES)
-def test_whole_runs(name: str) -> None:
+def test_runs_match_the_plain_implementation(name: str) -> None:
     model, plain = make_pair(name)
     requests = make_requests(model)
 

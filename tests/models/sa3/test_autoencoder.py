@@ -1,4 +1,4 @@
-"""The SAME autoencoder against the reference numbers: quiet and noisy, whole and in windows, odd, mono and batched."""
+"""The SAME autoencoder against the reference: without and with noise, whole and in windows, odd, mono and batched."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_clips_of_any_shape(name: str, clip: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_windows_decode_as_the_reference_cuts_them(name: str) -> None:
+def test_windows_decode_as_in_the_reference(name: str) -> None:
     latents = g(name, "latents_long")
     frames = latents.shape[-1]
     assert_near(loaded(name).autoencoder.decode(latents), g(name, "decode_long_full_quiet"), within=quiet(name))
@@ -101,7 +101,7 @@ def test_windows_decode_as_the_reference_cuts_them(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_windows_encode_as_the_reference_cuts_them(name: str) -> None:
+def test_windows_encode_as_in_the_reference(name: str) -> None:
     audio, hop, ae = g(name, "audio_long"), loaded(name).spec.hop, loaded(name).autoencoder
     frames = audio.shape[-1] // hop
     assert_near(ae.encode(audio), g(name, "encode_long_full_quiet"), within=quiet(name))
@@ -153,7 +153,7 @@ def test_noise_of_a_single_call(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SHARP)
-def test_encoding_draws_noise_only_where_the_config_says_so(name: str) -> None:
+def test_encoding_draws_noise_only_if_configured(name: str) -> None:
     model, audio = loaded(name), g(name, "audio")
     width = model.autoencoder.encoder.layers["0"].config.width
     frames = audio.shape[-1] // model.spec.hop
@@ -163,7 +163,7 @@ def test_encoding_draws_noise_only_where_the_config_says_so(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SHARP)
-def test_windows_of_unlike_rows_do_not_influence_each_other(name: str) -> None:
+def test_windows_of_different_rows_are_independent(name: str) -> None:
     model, latents = loaded(name), g(name, "latents_long")[0]
     cuts = ((0, 32), (64, 96), (10, 42), (96, 128), (32, 64))
     windows = [DecodeWindow(latents[:, a:b], a, SeededNoise(seed)) for seed, (a, b) in enumerate(cuts)]
@@ -175,7 +175,7 @@ def test_windows_of_unlike_rows_do_not_influence_each_other(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_halo_covers_everything_that_influences_a_window(name: str) -> None:
+def test_halo_covers_the_receptive_field(name: str) -> None:
     model, latents = loaded(name), g(name, "latents_long")
     halo, multiple = model.autoencoder.decoder_halo_latents, model.autoencoder.latent_multiple
     start, stop = 40 // multiple * multiple, 80 // multiple * multiple
@@ -188,19 +188,19 @@ def test_halo_covers_everything_that_influences_a_window(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_norms_that_are_folded_into_linear_layers_are_the_same(name: str) -> None:
+def test_folding_norms_into_linear_layers_changes_nothing(name: str) -> None:
     net = copy.deepcopy(loaded(name).autoencoder)
     layers = [module for module in net.modules() if isinstance(module, SameLayer)]
     for layer in layers:
         layer.fold_norms()
-        layer.fold_norms()  # a second time changes nothing
+        layer.fold_norms()  # a second call changes nothing
     assert layers
     assert_near(net.decode(g(name, "latents")), g(name, "decode_quiet"), within=quiet(name))
     assert_near(net.encode(g(name, "audio")), g(name, "encode_quiet"), within=quiet(name))
 
 
 @pytest.mark.parametrize("name", SHARP)
-def test_every_layer_turns_by_its_own_stored_frequencies(name: str) -> None:
+def test_every_layer_uses_its_stored_frequencies(name: str) -> None:
     net = copy.deepcopy(loaded(name).autoencoder)
     latents = g(name, "latents")
     before = net.decode(latents)

@@ -1,4 +1,4 @@
-"""A layer of the diffusion transformer is one graph for `torch.compile`, which is traced here and not compiled."""
+"""A layer of the diffusion transformer is one graph for `torch.compile`; the tests trace it without compiling."""
 
 from __future__ import annotations
 

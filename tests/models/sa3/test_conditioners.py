@@ -7,7 +7,7 @@ import torch
 
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.sa3.conditioners import load_text_encoder
-from stable_audio_serve.verification.bounds import BOUNDS
+from stable_audio_serve.verification.report import BOUNDS
 from tests.goldens import SHARP, load_goldens
 from tests.models.loaded import FAMILY, assert_near, loaded
 
@@ -15,7 +15,7 @@ from tests.models.loaded import FAMILY, assert_near, loaded
 @pytest.mark.parametrize("name", FAMILY)
 def test_prompts_become_the_reference_tokens(name: str) -> None:
     goldens = load_goldens(name)
-    ids, mask = loaded(name).text.tokenize(goldens.facts["components"]["text"]["prompts"]).told.unbind(1)
+    ids, mask = loaded(name).text.tokenize(goldens.facts["components"]["text"]["prompts"]).ids_and_mask.unbind(1)
     assert torch.equal(ids, goldens.tensors["text/input_ids"])
     assert torch.equal(mask, goldens.tensors["text/attention_mask"])
 
@@ -32,7 +32,7 @@ def test_prompt_embeddings_with_learned_padding(name: str) -> None:
     assert torch.equal(torch.stack([e.mask for e in embedded]), real)
 
 
-def test_how_much_of_a_long_prompt_is_read() -> None:
+def test_the_number_of_characters_read_of_a_long_prompt() -> None:
     text = loaded("tiny-s").text
     long = "warm analog pad, slow attack " * 400
     tokens = text.tokenize(["rain", long])
@@ -40,7 +40,7 @@ def test_how_much_of_a_long_prompt_is_read() -> None:
     assert whole is None
     assert read is not None
     assert 0 < read < len(long)
-    assert text.tokenize([long[:read]]).told.equal(tokens.told[1:])
+    assert text.tokenize([long[:read]]).ids_and_mask.equal(tokens.ids_and_mask[1:])
     assert text.tokenize([long[:read]]).chars_read == (None,)
 
 

@@ -1,4 +1,4 @@
-"""The diffusion transformer against the reference numbers, and what batching may and may not change."""
+"""The diffusion transformer against the reference numbers, and the independence of rows in a batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from stable_audio_serve.models.protocol import StepBatch
 from stable_audio_serve.models.sa3.branches import from_batch, to_branch
 from stable_audio_serve.models.sa3.denoiser import Denoiser, DenoiserConditioning
-from stable_audio_serve.verification.bounds import BOUNDS
+from stable_audio_serve.verification.report import BOUNDS
 from tests.goldens import SHARP, load_goldens
 from tests.models.loaded import FAMILY, assert_near, loaded
 from tests.models.packing import WAYS, run_packed
@@ -35,7 +35,7 @@ def conditioning(name: str) -> DenoiserConditioning:
 
 
 def row_conditionings(name: str) -> list[DenoiserConditioning]:
-    """One of each golden row, as the engine has them."""
+    """Returns the conditioning of each stored row, as in the engine."""
     parts = (golden(name)(key).split(1) for key in ("cross_attn_cond", "global_cond", "local_add_cond"))
     return [denoiser(name).condition(context, own, local=local) for context, own, local in zip(*parts, strict=True)]
 
@@ -88,7 +88,7 @@ def test_packed_padding_is_key_masked(name: str, way: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_zero_local_conditioning_is_not_absent_local_conditioning(name: str) -> None:
+def test_zero_local_conditioning_differs_from_none(name: str) -> None:
     g, net = golden(name), denoiser(name)
     one_zero_frame = torch.zeros_like(g("local_add_cond")[..., :1])
     zero = net(g("x"), g("t"), conditioning=net.condition(g("cross_attn_cond"), g("global_cond"), local=one_zero_frame))
@@ -141,13 +141,13 @@ UNLIKE_TIMES = torch.tensor([0.2, 0.55, 0.9, 0.9])
 
 
 def make_unlike_rows(name: str) -> tuple[list[Tensor], list[DenoiserConditioning]]:
-    """Latents (1, D, F) and conditioning of rows that differ in everything."""
+    """Returns latents (1, D, F) and conditioning of rows that differ in everything."""
     g, net = golden(name), denoiser(name)
     generator = torch.Generator().manual_seed(3)
     rows = [torch.randn(1, net.config.latent_channels, frames, generator=generator) for frames in UNLIKE_LENGTHS]
 
     def condition(row: int) -> DenoiserConditioning:
-        local = g("local_add_cond")[:1, :, : UNLIKE_LENGTHS[row]] * (row != 3)  # the last row edits nothing
+        local = g("local_add_cond")[:1, :, : UNLIKE_LENGTHS[row]] * (row != 3)  # the last row has no edit
         local = local[..., :1] if row == 3 else local
         made = net.condition(g("cross_attn_cond")[row % 2 :][:1], g("global_cond")[row % 2 :][:1], local=local)
         return made.without_context() if row == 1 else made
@@ -162,7 +162,7 @@ def run_alone(name: str) -> list[Tensor]:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", SHARP)
-def test_packed_rows_equal_each_row_alone_even_beside_rows_of_no_numbers(name: str, way: str) -> None:
+def test_packed_rows_equal_rows_alone_even_beside_nan_rows(name: str, way: str) -> None:
     net, (rows, conditions) = denoiser(name), make_unlike_rows(name)
     together = run_packed(net, rows, times=UNLIKE_TIMES, conditions=conditions, way=way)
     broken = [rows[0], torch.full_like(rows[1], float("nan")), *rows[2:]]
@@ -173,7 +173,7 @@ def test_packed_rows_equal_each_row_alone_even_beside_rows_of_no_numbers(name: s
 
 
 @pytest.mark.parametrize("name", SHARP)
-def test_row_alone_equals_row_among_unlike_rows(name: str) -> None:
+def test_row_alone_equals_row_among_different_rows(name: str) -> None:
     net, lengths, padded = denoiser(name), UNLIKE_LENGTHS, 64
     rows, conditions = make_unlike_rows(name)
     x = torch.full((len(rows), net.config.latent_channels, padded), 7.0)  # padding must not matter

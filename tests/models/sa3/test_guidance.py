@@ -1,4 +1,4 @@
-"""The guided denoiser: both branches as the model makes them, joined by the sampling code, against the reference."""
+"""The guided denoiser: both branches from the model, combined by the sampling code, against the reference."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.models.loaded import assert_near, loaded
 
 WITHIN = 2e-4
 NAME = re.compile(r"dit/cfg(?P<cfg>\d+)_(?P<branch>neg|null)_apg(?P<apg>\d+)(?P<variant>.*)")
-# Value-zeroed padding is the reference's CPU fallback, which is not reproduced.
+# The reference's CPU fallback, padding with zero values, is not reproduced.
 CASES = [
     (name, key)
     for name in SHARP
@@ -25,7 +25,7 @@ CASES = [
 
 
 def number(digits: str) -> float:
-    """`3` is 3, `05` is 0.5."""
+    """Convert `3` to 3 and `05` to 0.5."""
     return float(f"0.{digits[1:]}") if digits.startswith("0") and len(digits) > 1 else float(digits)
 
 
@@ -50,7 +50,7 @@ def test_guided_velocity(name: str, key: str) -> None:
         row = net.condition(g("cross_attn_cond"), g("global_cond"), local=g("local_add_cond"))
         away = row.without_context()
         if case["branch"] == "neg":
-            # Padded positions of a negative prompt are zero, unlike those of the prompt.
+            # The padding of a negative prompt is zero, unlike the prompt's.
             context = g("negative_cross_attn_cond") * g("negative_cross_attn_mask")[..., None]
             away = net.condition(context, g("global_cond"), local=g("local_add_cond"))
         out = guide(

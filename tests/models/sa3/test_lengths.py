@@ -69,7 +69,7 @@ def test_lengths_of_the_official_models(case: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("name", "case"), SHARP_LENGTHS)
-def test_lengths_of_a_checkpoint_with_its_own_dimensions(name: str, case: dict[str, Any]) -> None:
+def test_lengths_of_checkpoints_with_other_dimensions(name: str, case: dict[str, Any]) -> None:
     rule = loaded(name).config.lengths
     assert (rule.sample_rate_hz, rule.hop, rule.max_samples) == (
         case["sample_rate"],

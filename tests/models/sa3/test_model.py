@@ -1,4 +1,4 @@
-"""The loaded model through its protocol: conditioning branches, guided rows and unlike rows in one step."""
+"""The loaded model through its protocol: conditioning branches, guided rows and different rows in one step."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def step(model: Sa3Model, rows: list[tuple[RowPlan, Any, torch.Tensor, float]], 
 
 
 @pytest.mark.parametrize("name", SHARP)
-def test_unlike_rows_in_one_step_equal_each_row_alone(name: str) -> None:
+def test_different_rows_in_one_step_equal_each_row_alone(name: str) -> None:
     model = loaded(name)
     edit = {"inpaint_audio": make_clip(), "inpaint_regions_s": ((0.2, 0.9),)}
     admitted = [
@@ -92,7 +92,7 @@ def num_bytes(row: RowConditioning) -> int:
     return sum(own.values())
 
 
-def test_branches_weigh_what_they_alone_hold() -> None:
+def test_branches_count_only_their_memory() -> None:
     model = loaded("sharp-l")
     _, plain = admit(model, cfg_scale=1.0)
     _, null = admit(model, cfg_scale=3.0)
@@ -102,7 +102,7 @@ def test_branches_weigh_what_they_alone_hold() -> None:
     assert num_bytes(plain) < num_bytes(negative) < 2 * num_bytes(plain)
 
 
-def test_spec_says_what_the_checkpoint_says() -> None:
+def test_spec_matches_the_checkpoint() -> None:
     spec = loaded("sharp-l").spec
     assert (spec.card.sample_rate_hz, spec.hop, spec.card.latent_channels, spec.card.channels) == (1000, 64, 16, 2)
     assert spec.max_frames == 384

@@ -1,4 +1,4 @@
-"""From requests to row plans: lengths, draws, masks, defaults, and what is refused."""
+"""From requests to row plans: lengths, draws, masks, defaults and refused values."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def one(name: str = "sharp-s", **fields: Any) -> RowPlan:
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
-def test_a_plan_draws_what_the_reference_draws(name: str, case: str) -> None:
-    """The reference's list of draws, in its order, follows from the plan: frames, windows and sampler."""
+def test_a_plan_makes_the_references_draws(name: str, case: str) -> None:
+    """The plan's frames, windows and sampler determine the reference's list of draws, in its order."""
     model, facts = loaded(name), load_goldens(name).facts["cases"][case]
     args, tensors = facts["args"], load_goldens(name).tensors
 
@@ -98,25 +98,25 @@ def test_output_length_is_exact() -> None:
 
 
 @pytest.mark.parametrize(("level", "taken"), [(0.0, 0.01), (0.004, 0.01), (0.01, 0.01), (0.5, 0.5), (1.0, 1.0)])
-def test_low_noise_levels_are_taken_as_the_lowest_that_works(level: float, taken: float) -> None:
+def test_low_noise_levels_are_raised_to_the_minimum(level: float, taken: float) -> None:
     plan = one(init_audio=make_clip(), init_noise_level=level)
     assert plan.sampler.noise_scale == pytest.approx(taken)
     assert plan.sampler.source_scale == pytest.approx(1 - taken)
     assert all(evaluation.t > 0 for evaluation in plan.sampler.evaluations)
 
 
-def test_noise_level_without_a_source_means_nothing() -> None:
+def test_noise_level_without_a_source_is_ignored() -> None:
     assert one(init_noise_level=0.3).sampler.noise_scale == 1.0
 
 
-def test_a_negative_prompt_counts_only_where_guidance_is_on() -> None:
+def test_a_negative_prompt_counts_only_with_guidance() -> None:
     assert one(negative_prompt="noise", cfg_scale=3.0).negative_prompt == "noise"
     assert one(negative_prompt="noise", cfg_scale=1.0).negative_prompt is None
     assert one(negative_prompt="noise", cfg_scale=3.0, cfg_interval=(2.0, 3.0)).negative_prompt is None
     assert one(negative_prompt="  ", cfg_scale=3.0).negative_prompt is None
 
 
-def test_kept_frames_are_those_whose_first_sample_is_kept() -> None:
+def test_a_frame_is_kept_if_its_first_sample_is() -> None:
     hop = loaded("sharp-s").spec.hop  # 64 samples at 1000 Hz
     plan = one(duration_s=1.0, inpaint_audio=make_clip(), inpaint_regions_s=((0.1, 0.2), (0.5, 0.513)))
     keep = [bool(value) for value in plan.keep_mask]
@@ -127,8 +127,8 @@ def test_kept_frames_are_those_whose_first_sample_is_kept() -> None:
 
 
 @pytest.mark.parametrize("start_s", [0.61, 0.65, 0.655])
-def test_no_frame_is_kept_of_a_source_that_ends_in_it_and_goes_on(start_s: float) -> None:
-    source = SourceAudio(make_clip().samples[:, :650], 1000)  # ends in the frame that begins with sample 640
+def test_the_last_partial_frame_of_a_continued_source_is_generated(start_s: float) -> None:
+    source = SourceAudio(make_clip().samples[:, :650], 1000)  # ends inside the frame that starts at sample 640
     fields = {"duration_s": 1.0, "inpaint_audio": source, "inpaint_regions_s": ((start_s, 1.0),)}
     kept, alone = (one(keep=keep, **fields).keep_mask for keep in ("source", "model"))
     assert [int(mask[:16].sum()) for mask in (kept, alone)] == [10, 10 if start_s == 0.61 else 11]
@@ -136,7 +136,7 @@ def test_no_frame_is_kept_of_a_source_that_ends_in_it_and_goes_on(start_s: float
     assert inside[10] == 1
 
 
-def test_padding_and_windows_follow_the_request() -> None:
+def test_the_request_sets_padding_and_windows() -> None:
     long, short = one(duration_padding_s=6.0), one(duration_padding_s=0.0)
     assert long.frames > short.frames
     assert short.frames * 64 >= short.output_samples
@@ -177,7 +177,7 @@ def test_padding_and_windows_follow_the_request() -> None:
         ({"inpaint_audio": make_clip(), "inpaint_regions_s": ((0.0, math.nan),)}, "inpaint_start_seconds"),
     ],
 )
-def test_what_the_model_cannot_do_names_the_field(fields: dict[str, Any], field: str) -> None:
+def test_unsupported_values_name_the_field(fields: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         loaded("sharp-s").plan(make_request(**fields))
     assert caught.value.field == field

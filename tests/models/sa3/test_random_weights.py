@@ -1,4 +1,4 @@
-"""The networks at the official sizes, without memory behind them: the published tensor counts and parameter totals."""
+"""The networks at the official sizes, on the meta device: the published tensor counts and parameter totals."""
 
 from __future__ import annotations
 

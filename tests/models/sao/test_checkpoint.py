@@ -1,4 +1,4 @@
-"""What a checkpoint of the family holds: the parts' names and shapes together are its tensors, none more, none less."""
+"""A checkpoint of the family contains exactly the tensors of the parts, by name and shape."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def shapes_of(parts: dict[str, nn.Module]) -> dict[str, tuple[int, ...]]:
 
 
 class Published(NamedTuple):
-    """What the published models differ in; `keys` is the width of cross-attention's keys and values."""
+    """The differences of the published models; `keys` is the width of cross-attention's keys and values."""
 
     values: dict[str, Any]
     width: int
@@ -64,7 +64,7 @@ Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
 
 def published_shapes(model: Published) -> dict[str, tuple[int, ...]]:
-    """Every key of a published file and its shape, written out as in the description of the format."""
+    """Returns every key of a published file and its shape, written out from the format's description."""
     return dict([*_denoiser(model), *_numbers(model), *_coder("encoder"), *_coder("decoder")])
 
 
@@ -110,7 +110,7 @@ def _numbers(model: Published) -> Shapes:
 
 
 def _coder(name: str) -> Shapes:
-    """One half of the autoencoder, from the audio's side for the encoder and from the latents' for the decoder."""
+    """One half of the autoencoder, from the audio side for the encoder and from the latents for the decoder."""
     layers, encodes = f"{AUTOENCODER}{name}.layers.", name == "encoder"
     widths, strides = (128, 128, 256, 512, 1024, 2048), (2, 4, 4, 8, 8)
     if not encodes:
@@ -151,7 +151,7 @@ def _conv(key: str, *, out: int, into: int, kernel: int, transposed: bool = Fals
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_every_tensor_of_the_reference_s_checkpoint_has_its_place(name: str) -> None:
+def test_every_tensor_of_the_references_checkpoint_is_used(name: str) -> None:
     goldens = load_open_goldens(name)
     parts = make_parts(parse_config(read_config(goldens.folder)), encoder_width=64)
     expected = {key: tuple(shape) for key, (_, shape) in goldens.facts["state_dict"].items()}

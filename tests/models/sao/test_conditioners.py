@@ -18,7 +18,7 @@ from stable_audio_serve.models.sao.conditioners import (
 from stable_audio_serve.models.sao.config import PromptConfig, SaoConfig, parse_config
 from stable_audio_serve.models.text_encoder import TextEncoder
 from stable_audio_serve.models.weights import assign_weights
-from stable_audio_serve.verification.bounds import BOUNDS
+from stable_audio_serve.verification.report import BOUNDS
 from tests.goldens import load_open_goldens
 from tests.models.sao.tiny import TINY, weights_of
 
@@ -39,16 +39,16 @@ def text_encoder(name: str, dtype: torch.dtype) -> TextEncoder:
 
 def embed(name: str, prompts: list[str], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     encoder = text_encoder(name, dtype)
-    ids, mask = encoder.tokenize(prompts).told.unbind(1)
+    ids, mask = encoder.tokenize(prompts).ids_and_mask.unbind(1)
     return PromptConditioner(config_of(name).prompt, encoder_width=encoder.width)(
         encoder.encode(ids, mask), mask.bool()
     )
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_prompts_become_the_reference_s_tokens(name: str) -> None:
+def test_prompts_become_the_references_tokens(name: str) -> None:
     goldens = load_open_goldens(name)
-    ids, mask = text_encoder(name, torch.float32).tokenize(goldens.facts["cond_t5"]["prompts"]).told.unbind(1)
+    ids, mask = text_encoder(name, torch.float32).tokenize(goldens.facts["cond_t5"]["prompts"]).ids_and_mask.unbind(1)
     assert torch.equal(ids, goldens.tensors["cond/input_ids"])
     assert torch.equal(mask, goldens.tensors["cond/attention_mask"])
 
@@ -94,6 +94,6 @@ def test_number_embeddings_match_the_reference_and_clamp(name: str, id_: str) ->
     torch.testing.assert_close(conditioner(values)[:, None], expected, rtol=0, atol=1e-5)
 
 
-def test_a_missing_encoder_is_one_sentence(tmp_path: Path) -> None:
+def test_a_missing_encoder_is_reported_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         load_text_encoder(tmp_path, max_length=4, device=CPU, dtype=torch.float32)

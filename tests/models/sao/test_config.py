@@ -31,7 +31,7 @@ def changed(values: dict[str, Any], path: tuple[str | int, ...], value: Any) -> 
     return values
 
 
-def test_what_the_two_models_differ_in() -> None:
+def test_configs_of_the_two_published_models() -> None:
     one, small = (parse(tiny(name)) for name in TINY)
     assert (one.objective, small.objective) == ("v", "rf_denoiser")
     assert (one.window_frames, small.window_frames) == (743, 186)
@@ -48,7 +48,7 @@ def test_defaults_of_the_text_conditioner() -> None:
     assert (prompt.max_length, prompt.encoder) == (128, "t5-base")
 
 
-def test_what_training_left_in_the_file_is_accepted() -> None:
+def test_training_keys_in_the_config_are_accepted() -> None:
     values = tiny("tiny-1.0") | {"training": {"learning_rate": 1e-4, "demo": {}}}
     assert parse(values) == parse(tiny("tiny-1.0"))
 

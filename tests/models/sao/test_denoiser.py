@@ -89,14 +89,14 @@ def test_guided_output_matches_the_reference(name: str, key: str, guidance: Guid
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_a_context_of_zeros_is_no_context(name: str) -> None:
+def test_a_zero_context_equals_no_context(name: str) -> None:
     zeros = torch.zeros_like(load_open_goldens(name).tensors["cond/inputs_cross_attn_cond"])
     conditioning = load_denoiser(name).condition(zeros, load_open_goldens(name).tensors["cond/inputs_global_cond"])
     torch.testing.assert_close(run(name, conditioning), run(name, conditioning.without_context()), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_padding_and_neighbours_do_not_reach_a_row(name: str) -> None:
+def test_padding_and_neighbours_do_not_affect_a_row(name: str) -> None:
     tensors, net = load_open_goldens(name).tensors, load_denoiser(name)
     x = torch.cat([tensors["dit/x"], torch.full((2, 8, 24), 5.0)], dim=-1)
     valid = (torch.arange(64) < 40).expand(2, -1)
@@ -106,7 +106,7 @@ def test_padding_and_neighbours_do_not_reach_a_row(name: str) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", TINY)
-def test_packed_rows_match_the_reference_whatever_is_beside_them(name: str, way: str) -> None:
+def test_packed_rows_match_the_reference_with_any_neighbours(name: str, way: str) -> None:
     tensors, net = load_open_goldens(name).tensors, load_denoiser(name)
     (first, second), rows = tensors["dit/x"].split(1), condition(name)
     slots = torch.tensor([0, 0, 1])
@@ -127,7 +127,7 @@ def test_packed_rows_match_the_reference_whatever_is_beside_them(name: str, way:
 @pytest.mark.parametrize(
     ("values", "key_width", "normed"), [(OPEN_1_0, 768, False), (OPEN_SMALL, 1024, True)], ids=["1.0", "small"]
 )
-def test_published_shapes_share_keys_or_norm_them(values: dict[str, Any], key_width: int, normed: bool) -> None:
+def test_published_models_share_key_heads_or_norm_keys(values: dict[str, Any], key_width: int, normed: bool) -> None:
     with torch.device("meta"):
         state = Denoiser(parse(values["model"]["diffusion"]["config"])).state_dict()
     assert state["transformer.layers.0.cross_attn.to_kv.weight"].shape == (2 * key_width, key_width)

@@ -1,6 +1,6 @@
-"""Whole runs of the reference, from its draws to latents and audio, with samplers, transformer and autoencoder of ours.
+"""Whole runs of the reference, from its draws to latents and audio, with our samplers, transformer and autoencoder.
 
-Conditioning comes from the goldens.
+The conditioning comes from the stored numbers.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def sampler_of(name: str, arguments: dict[str, Any]) -> str:
 
 
 def make_noise(name: str, arguments: dict[str, Any], shape: tuple[int, int, int]) -> ReplayNoise:
-    """The reference's draws: the initial noise, the source encoder's for one row, then the sampler's."""
+    """Returns the reference's draws: the initial noise, the source encoder's for one row, then the sampler's."""
     steps, sampler, level = arguments["steps"], sampler_of(name, arguments), arguments.get("init_noise_level")
     script: list[ReplayDraw | ReplayPath] = [ReplayDraw("initial", 0, shape)]
     if level is not None:
@@ -82,7 +82,7 @@ def make_noise(name: str, arguments: dict[str, Any], shape: tuple[int, int, int]
 
 
 def encode_source(name: str, facts: dict[str, Any], noise: ReplayNoise) -> Tensor | None:
-    """The source's latents (D, F)."""
+    """Returns the source's latents (D, F)."""
     inputs = facts.get("inputs")
     if not inputs:
         return None
@@ -99,7 +99,7 @@ def encode_source(name: str, facts: dict[str, Any], noise: ReplayNoise) -> Tenso
 def guided_networks(
     net: Denoiser, wanted: DenoiserConditioning, other: DenoiserConditioning, *, scale: float, phi: float
 ) -> tuple[Network, Network]:
-    """The guided output and the other branch's as functions of (x, t): guidance straight from the reference page."""
+    """Returns the guided and the unconditional output as functions of (x, t), with the reference's guidance formula."""
 
     def unguided(x: Tensor, t: float) -> Tensor:
         return net(x, torch.tensor([t]), conditioning=other)

@@ -1,4 +1,4 @@
-"""Checkpoint folders of the Stable Audio Open family as people have them: official, fine-tuned, exported, spoilt."""
+"""Real-world checkpoint folders of the Stable Audio Open family: official, fine-tuned, exported, damaged."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ QKV = "model.model.transformer.layers.0.self_attn.to_qkv.weight"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A checkpoint that may be spoilt."""
+    """Yields a checkpoint that tests may damage."""
     return Path(shutil.copytree(load_open_goldens("tiny-1.0").folder, tmp_path / "checkpoint"))
 
 
@@ -69,12 +69,12 @@ def test_a_missing_key_is_named(folder: Path) -> None:
     assert f"{QKV} is missing" in failure(folder)
 
 
-def test_a_key_of_the_config_that_is_not_known_is_named(folder: Path) -> None:
+def test_an_unknown_config_key_is_named(folder: Path) -> None:
     configure(folder, lambda values: values["model"]["diffusion"]["config"].update(adaptive_magic=True))
     assert "model.diffusion.config.adaptive_magic" in failure(folder)
 
 
-def test_an_empty_name_of_a_text_encoder_is_refused(folder: Path) -> None:
+def test_an_empty_text_encoder_name_is_refused(folder: Path) -> None:
     configure(folder, lambda values: values["model"]["conditioning"]["configs"][0]["config"].update(t5_model_name=""))
     assert "t5_model_name must be the name of a T5" in failure(folder)
 
@@ -110,7 +110,7 @@ def test_raw_training_checkpoints_are_refused(folder: Path) -> None:
     assert "raw training checkpoint; export it first" in failure(folder)
 
 
-def test_a_window_that_is_no_whole_number_of_frames_is_cut_as_in_the_reference(folder: Path) -> None:
+def test_a_fractional_window_is_cut_as_in_the_reference(folder: Path) -> None:
     configure(folder, lambda values: values.update(sample_size=882 * 64 + 32))
     model = load(folder)
     assert plan_of(model).frames == 882

@@ -1,4 +1,4 @@
-"""Edits of regions with Stable Audio Open, whose networks know no mask: the engine keeps the source's latents."""
+"""Region edits with Stable Audio Open, whose networks have no mask input: the engine keeps the source's latents."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLIP = np.random.default_rng(5).uniform(-0.8, 0.8, (2, FRAMES * HOP)).astype(np.
 
 
 class Watched(ForwardingModel):
-    """Remembers the encoded source, what the network sees at each step, and the latents that are decoded."""
+    """Records the encoded source, the network's input at each step, and the decoded latents."""
 
     def __init__(self, name: str) -> None:
         super().__init__(loaded(name))
@@ -73,7 +73,7 @@ CASES = [
 @pytest.mark.server
 @pytest.mark.parametrize(("name", "sampler"), CASES)
 @pytest.mark.parametrize("starts_from_source", [False, True])
-def test_frames_outside_the_region_are_the_source_s(name: str, sampler: str, starts_from_source: bool) -> None:
+def test_frames_outside_the_region_equal_the_sources(name: str, sampler: str, starts_from_source: bool) -> None:
     start = {"init_audio": SourceAudio(CLIP, 1000), "init_noise_level": 0.6} if starts_from_source else {}
     model = edit(name, sampler, **start)
     kept = torch.ones(FRAMES, dtype=torch.bool)
@@ -84,7 +84,7 @@ def test_frames_outside_the_region_are_the_source_s(name: str, sampler: str, sta
 
 
 @pytest.mark.server
-def test_the_network_sees_the_source_at_its_own_noise_level() -> None:
+def test_the_network_sees_the_source_at_the_current_noise_level() -> None:
     """Outside the region every step sees (1 - t) z + t eps with one eps; the first time of a whole run is 1."""
     model = edit("tiny-small", "euler", cfg_scale=1.0)
     kept = torch.ones(FRAMES, dtype=torch.bool)

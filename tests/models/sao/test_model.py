@@ -1,4 +1,4 @@
-"""Whole checkpoints behind the engine: the runs of the reference from their arguments, prompts and seconds included."""
+"""Whole checkpoints behind the engine: the reference's runs from their arguments, including prompts and seconds."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ FLOW_CASES = [case for case in CASES if case not in V_CASES]  # `verify` runs th
 
 @cache
 def loaded(name: str) -> SaoModel:
-    """A tiny checkpoint on the CPU."""
+    """Returns a tiny checkpoint on the CPU."""
     model = load_model(resolve_entry(name, path=str(load_open_goldens(name).folder)))
     assert isinstance(model, SaoModel)
     return model
 
 
 def with_objective(folder: Path, objective: str, *, target: Path) -> Path:
-    """A copy of a checkpoint trained for something else."""
+    """Returns a copy of a checkpoint with another objective."""
     shutil.copytree(folder, target)
     values = json.loads((target / "model_config.json").read_text())
     values["model"]["diffusion"]["diffusion_objective"] = objective
@@ -53,7 +53,7 @@ def with_objective(folder: Path, objective: str, *, target: Path) -> Path:
 
 
 def with_sample_size(folder: Path, sample_size: int, *, target: Path) -> Path:
-    """A copy of a checkpoint with a window of another length."""
+    """Returns a copy of a checkpoint with another window length."""
     shutil.copytree(folder, target)
     values = json.loads((target / "model_config.json").read_text()) | {"sample_size": sample_size}
     (target / "model_config.json").write_text(json.dumps(values))
@@ -69,7 +69,7 @@ def rectified_flow(tmp_path_factory: pytest.TempPathFactory) -> SaoModel:
     return model
 
 
-def test_rk4_takes_even_times_where_the_config_names_no_shift(tmp_path: Path) -> None:
+def test_rk4_uses_even_times_if_the_config_has_no_shift(tmp_path: Path) -> None:
     folder = with_objective(load_open_goldens("tiny-small").folder, "rectified_flow", target=tmp_path / "checkpoint")
     values = json.loads((folder / "model_config.json").read_text())
     del values["model"]["diffusion"]["distribution_shift_options"]
@@ -80,7 +80,7 @@ def test_rk4_takes_even_times_where_the_config_names_no_shift(tmp_path: Path) ->
 
 
 def to_requests(name: str, facts: dict[str, Any]) -> list[GenerationRequest]:
-    """A case's rows as requests; their seeds are the rows' numbers."""
+    """Returns a case's rows as requests; their seeds are the row numbers."""
     arguments = facts["args"]
     negatives = arguments.get("negative_conditioning") or [{}]
     source = None
@@ -119,7 +119,7 @@ def run(
     frames: int | None = None,
     mode: Mode = "strict",
 ) -> list[npt.NDArray[np.float32]]:
-    """The requests' audio, made at the same time."""
+    """Generate the requests concurrently and return their audio."""
 
     async def generate() -> list[npt.NDArray[np.float32]]:
         options = EngineOptions(mode=mode, warmup_budget_s=0.0, max_queue_s=1e9)

@@ -46,7 +46,7 @@ def test_decode_matches_the_reference(name: str, source: str, key: str) -> None:
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_kernels_match_the_reference_and_transposed_ones_are_normed_by_input_channel(name: str) -> None:
+def test_kernels_match_the_reference(name: str) -> None:
     tensors, net = load_open_goldens(name).tensors, load_autoencoder(name)
     for module, key in (
         (net.encoder.layers[0], "ae/resolved_first_conv"),
@@ -56,7 +56,7 @@ def test_kernels_match_the_reference_and_transposed_ones_are_normed_by_input_cha
         torch.testing.assert_close(module.kernel(), tensors[key], rtol=0, atol=TOLERANCE)
 
 
-def test_a_window_with_a_halo_decodes_as_the_whole() -> None:
+def test_a_window_with_a_halo_decodes_like_the_whole() -> None:
     tensors, net = load_open_goldens("tiny-1.0").tensors, load_autoencoder("tiny-1.0")
     window = net.decode(tensors["ae/long_z"][..., 20:76])
     hop = net.config.hop
@@ -68,7 +68,7 @@ def test_a_window_with_a_halo_decodes_as_the_whole() -> None:
 def test_scale_divides_latents_and_multiplies_them_back() -> None:
     tensors, plain = load_open_goldens("tiny-1.0").tensors, load_autoencoder("tiny-1.0")
     scaled = OobleckAutoencoder(parse(model_values("tiny-1.0")["pretransform"] | {"scale": 2.0}))
-    scaled.resolve()  # as the other's weights are
+    scaled.resolve()  # as for the other autoencoder
     scaled.load_state_dict(plain.state_dict())
     scaled.resolve()
     noise = torch.zeros(2, 8, 10)

@@ -1,4 +1,4 @@
-"""From requests to row plans: whole windows, the cut, defaults, numbers, and what is refused by which name."""
+"""From requests to row plans: whole windows, the cut, defaults, numbers and refused values."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def one(name: str = "tiny-1.0", **fields: Any) -> RowPlan:
 
 @pytest.mark.parametrize(("name", "frames"), [("tiny-1.0", 743), ("tiny-small", 186)])
 @pytest.mark.parametrize("duration_s", [0.0005, 2.5, 11.9])
-def test_the_window_is_whole_whatever_the_clip_s_length(name: str, frames: int, duration_s: float) -> None:
+def test_the_window_is_whole_for_any_clip_length(name: str, frames: int, duration_s: float) -> None:
     plan = one(name, duration_s=duration_s)
     assert (plan.frames, plan.valid_frames) == (frames, frames)
     assert plan.output_samples == max(int(duration_s * 1000), 1)
@@ -69,7 +69,7 @@ def test_seconds_of_the_negative_prompt() -> None:
     ("name", "number", "most"), [("tiny-1.0", "seconds_start", 512.0), (TINY[1], "seconds_total", 256.0)]
 )
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
-def test_seconds_out_of_range_count_as_the_nearest_in_range(name: str, number: str, most: float, sign: float) -> None:
+def test_seconds_are_clamped_to_their_range(name: str, number: str, most: float, sign: float) -> None:
     conditioner = loaded(name).numbers[number]
     nearest = torch.tensor([most if sign > 0 else 0.0])
     assert torch.equal(conditioner(torch.tensor([sign * HUGE])), conditioner(nearest))
@@ -97,7 +97,7 @@ def decoded(plan: RowPlan) -> list[int]:
 @pytest.mark.parametrize(
     ("duration_s", "lengths"), [(0.001, [16]), (2.5, [64]), (6.0, [112]), (11.0, [192]), (47.552, [384, 384])]
 )
-def test_only_what_is_heard_is_decoded(duration_s: float, lengths: list[int]) -> None:
+def test_only_the_audible_part_is_decoded(duration_s: float, lengths: list[int]) -> None:
     plan = one(duration_s=duration_s)
     assert decoded(plan) == lengths
     assert decoded(one(duration_s=duration_s, chunked_decode=True)) == lengths
@@ -109,7 +109,7 @@ def test_only_what_is_heard_is_decoded(duration_s: float, lengths: list[int]) ->
 
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("duration_s", [0.5, 6.3, 11.8])
-def test_a_clip_is_the_beginning_of_the_window_s_audio(name: str, duration_s: float) -> None:
+def test_a_clip_is_the_beginning_of_the_windows_audio(name: str, duration_s: float) -> None:
     model = loaded(name)
     request = GenerationRequest(prompt="rain", duration_s=duration_s, seed=1, steps=1, cfg_scale=1.0)
     (clip,) = run(model, [request])
@@ -122,7 +122,7 @@ def test_a_clip_is_the_beginning_of_the_window_s_audio(name: str, duration_s: fl
 
 @pytest.mark.parametrize("sampler", ["euler", "rk4", "dpmpp", "pingpong"])
 @pytest.mark.parametrize("schedule", ["reference", "scaled", "even"])
-def test_an_edit_of_a_flow_model_holds_as_much_noise_as_asked_for(sampler: str, schedule: str) -> None:
+def test_an_edit_of_a_flow_model_has_the_requested_noise(sampler: str, schedule: str) -> None:
     (plan,) = plans(
         "tiny-small", sampler=sampler, init_audio=CLIP, init_noise_level=0.6, edit_schedule=schedule, steps=4
     )
@@ -131,7 +131,7 @@ def test_an_edit_of_a_flow_model_holds_as_much_noise_as_asked_for(sampler: str, 
 
 
 @pytest.mark.parametrize("sampler", ["euler", "rk4", "dpmpp", "pingpong"])
-def test_an_edit_of_a_flow_model_has_the_reference_s_times(sampler: str) -> None:
+def test_an_edit_of_a_flow_model_has_the_references_times(sampler: str) -> None:
     edit = {"sampler": sampler, "init_audio": CLIP, "init_noise_level": 0.4, "steps": 8}
     own, reference = one("tiny-small", **edit), one("tiny-small", **edit, edit_schedule="reference")
     assert own.sampler == reference.sampler
@@ -184,7 +184,7 @@ def test_an_edit_of_a_v_model_starts_at_its_own_level(level: float) -> None:
         ("tiny-small", "init_noise_level", {"init_audio": CLIP, "init_noise_level": 1.5}),
     ],
 )
-def test_what_no_model_could_do_is_refused_by_its_name(name: str, field: str, fields: dict[str, Any]) -> None:
+def test_invalid_values_are_refused_by_field(name: str, field: str, fields: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         plans(name, **fields)
     assert caught.value.field == field

@@ -1,4 +1,4 @@
-"""Windows of an Oobleck autoencoder: as large a halo as its convolutions reach, and not a frame less."""
+"""Windows of an Oobleck autoencoder: the halo equals the reach of its convolutions exactly."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MIDDLE, FRAMES = 40, 81
 
 
 def make_autoencoder(config: OobleckConfig) -> OobleckAutoencoder:
-    """Weights for which every input that a convolution sees matters, in double precision."""
+    """Returns an autoencoder with weights for which every input of a convolution matters, in float64."""
     torch.manual_seed(0)
     net = OobleckAutoencoder(config).double()
     for name, parameter in net.named_parameters():
@@ -38,13 +38,13 @@ def make_autoencoder(config: OobleckConfig) -> OobleckAutoencoder:
 
 
 def reach(influence: torch.Tensor) -> int:
-    """How far from the middle frame an input frame still counts; influence (FRAMES,)."""
+    """Returns the distance from the middle frame at which an input still has influence; influence (FRAMES,)."""
     (frames,) = influence.nonzero(as_tuple=True)
     return max(MIDDLE - int(frames.min()), int(frames.max()) - MIDDLE)
 
 
 @pytest.mark.parametrize("config", SHAPES, ids=lambda config: "x".join(map(str, config.strides)))
-def test_the_decoder_s_halo_is_how_far_gradients_reach(config: OobleckConfig) -> None:
+def test_the_decoders_halo_equals_the_reach_of_gradients(config: OobleckConfig) -> None:
     latents = torch.randn(1, config.latent_channels, FRAMES, dtype=torch.float64, requires_grad=True)
     audio = make_autoencoder(config).decode(latents)
     frame = audio[..., MIDDLE * config.hop : (MIDDLE + 1) * config.hop]
@@ -53,7 +53,7 @@ def test_the_decoder_s_halo_is_how_far_gradients_reach(config: OobleckConfig) ->
 
 
 @pytest.mark.parametrize("config", SHAPES, ids=lambda config: "x".join(map(str, config.strides)))
-def test_the_encoder_s_halo_is_how_far_gradients_reach(config: OobleckConfig) -> None:
+def test_the_encoders_halo_equals_the_reach_of_gradients(config: OobleckConfig) -> None:
     audio = torch.randn(1, config.channels, FRAMES * config.hop, dtype=torch.float64, requires_grad=True)
     codes = make_autoencoder(config).encoder(audio)
     (gradient,) = torch.autograd.grad(codes[..., MIDDLE].square().sum(), audio)

@@ -1,4 +1,4 @@
-"""The tiny checkpoints of the Stable Audio Open goldens, as the networks under test. Every part is loaded once."""
+"""The networks of the tiny Stable Audio Open checkpoints with stored numbers. Every part is loaded once."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ DENOISER, AUTOENCODER = "model.model.", "pretransform.model."
 
 
 def model_values(name: str) -> dict[str, Any]:
-    """The section `model` of the config, a fresh copy."""
+    """Returns a copy of the config's `model` section."""
     file = load_open_goldens(name).folder / "model_config.json"
     values: dict[str, Any] = json.loads(file.read_text())["model"]
     return values
 
 
 def weights_of(name: str, prefix: str) -> dict[str, Tensor]:
-    """The checkpoint's tensors under `prefix`, keys whole."""
+    """Returns the checkpoint's tensors under `prefix`, with full keys."""
     weights = read_weights(load_open_goldens(name).folder / "model.safetensors")
     return {key: value for key, value in weights.items() if key.startswith(prefix)}
 

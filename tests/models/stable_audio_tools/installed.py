@@ -1,4 +1,4 @@
-"""Tests against the package itself, which `make install-stable-audio-tools` installs."""
+"""Skips tests that need the package stable-audio-tools unless `make install-stable-audio-tools` installed it."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ import pytest
 from stable_audio_serve.models.stable_audio_tools.package import missing_packages
 
 needs_package = pytest.mark.skipif(bool(missing_packages()), reason="stable-audio-tools is not installed")
-# Of the package, with the versions of torch that we use.
+# Warnings from the package with our versions of torch.
 quiet = pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning", "ignore:.*autocast")

@@ -1,4 +1,4 @@
-"""Which configs the package is given, and which conditioners a request can fill."""
+"""Which configs are passed to the package, and which conditioners a request can fill."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stable_audio_serve.models.stable_audio_tools.config import Inputs, NumberIn
 
 
 def make_config(*conditioners: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """A published config with further conditioners; `changes` name sections of the model, joined by two underscores."""
+    """Returns a published config with more conditioners; `changes` name model sections, joined by two underscores."""
     values: dict[str, Any] = json.loads(json.dumps(OFFICIAL_CONFIGS["stable-audio-open-small"]))
     values["model"]["conditioning"]["configs"] += conditioners
     for path, change in changes.items():
@@ -25,7 +25,7 @@ def make_config(*conditioners: dict[str, Any], **changes: Any) -> dict[str, Any]
     return values
 
 
-def test_numbers_come_from_the_request_by_id_or_by_default_key() -> None:
+def test_numbers_come_from_the_request_by_id_or_default_key() -> None:
     bars = {"id": "length", "type": "int", "config": {}}
     config = make_config(bars, conditioning={"default_keys": {"length": "seconds_start"}})
     inputs = parse_inputs(ConfigReader(config))
@@ -35,7 +35,7 @@ def test_numbers_come_from_the_request_by_id_or_by_default_key() -> None:
 
 
 @pytest.mark.parametrize(
-    ("conditioners", "changes", "said"),
+    ("conditioners", "changes", "expected"),
     [
         ([{"id": "bpm", "type": "number"}], {}, r"model\.conditioning\.configs\[2\]\.id must be one of seconds_start"),
         ([{"id": "audio", "type": "pretransform"}], {}, r"configs\[2\]\.type must be one of t5, number, int"),
@@ -53,8 +53,8 @@ def test_numbers_come_from_the_request_by_id_or_by_default_key() -> None:
         "windowed attention", "diffusion", "conditioning", "another pretransform", "decoder",
     ],
 )  # fmt: skip
-def test_what_no_request_can_fill_and_the_package_would_ignore_is_refused_by_name(
-    conditioners: list[dict[str, Any]], changes: dict[str, Any], said: str
+def test_unfillable_conditioners_and_ignored_keys_are_refused(
+    conditioners: list[dict[str, Any]], changes: dict[str, Any], expected: str
 ) -> None:
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=expected):
         parse_inputs(ConfigReader(make_config(*conditioners, **changes)))

@@ -1,4 +1,4 @@
-"""Checkpoints on the package's networks, behind the engine: the reference's runs, and configs that only it builds."""
+"""Checkpoints on the package's networks, behind the engine: the reference's runs, and configs that only it supports."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def decoded(model: PackageModel, latents: Tensor) -> Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("values", "encoder_width"), [(OPEN_1_0, 768), (OPEN_SMALL, 768)], ids=["1.0", "small"])
-def test_the_package_has_the_tensors_of_ours_at_the_published_shapes(values: Any, encoder_width: int) -> None:
+def test_the_packages_tensors_equal_ours_for_published_models(values: Any, encoder_width: int) -> None:
     config = ConfigReader(values)
     inputs = parse_inputs(config)
     text = TextEncoder(None, nn.Identity(), width=encoder_width, max_length=64)
@@ -87,7 +87,7 @@ def test_the_package_has_the_tensors_of_ours_at_the_published_shapes(values: Any
 
 
 @pytest.mark.parametrize("name", ["tiny-1.0", slow("tiny-small")])
-def test_rows_come_out_the_same_in_company(name: str) -> None:
+def test_other_rows_do_not_change_a_row(name: str) -> None:
     samplers = ("dpmpp-3m-sde", "k-heun", "v-ddim") if name == "tiny-1.0" else ("pingpong", "euler", "rk4")
     source = SourceAudio(np.linspace(-0.5, 0.5, 2 * 4000, dtype=np.float32).reshape(2, 4000), 1000)
     requests = [
@@ -114,20 +114,20 @@ def test_rows_come_out_the_same_in_company(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
-def test_half_precision_stays_near(name: str) -> None:
+def test_half_precision_stays_near_float32(name: str) -> None:
     folder = load_open_goldens(name).folder
     card = loaded(name).spec.card
     half = load_with_package(card, folder, text_encoder=folder / "t5", device=torch.device("cpu"), dtype=torch.float16)
     request = GenerationRequest(prompt="a kick drum", duration_s=3.0, seed=1, steps=8)
     (made,), (exact,) = run(half, [request]), run(loaded(name), [request])
-    assert 0 < np.abs(made - exact).max() < 0.1 * exact.std()  # 0.05 and 0.008 of it
+    assert 0 < np.abs(made - exact).max() < 0.1 * exact.std()  # observed: 0.05 and 0.008 of the deviation
 
 
-def test_a_key_that_does_not_belong_is_named(tmp_path: Path) -> None:
+def test_an_unexpected_key_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     shutil.copytree(load_open_goldens("tiny-small").folder, folder)
     weights = load_file(folder / "model.safetensors")
-    for changed, said in (
+    for changed, expected in (
         (weights | {"model.model.extra": torch.zeros(1)}, r"model\.model\.extra does not belong"),
         (
             {k: v for k, v in weights.items() if k != "model.model.preprocess_conv.weight"},
@@ -135,11 +135,11 @@ def test_a_key_that_does_not_belong_is_named(tmp_path: Path) -> None:
         ),
     ):
         save_file(changed, folder / "model.safetensors")
-        with pytest.raises(CheckpointError, match=said):
+        with pytest.raises(CheckpointError, match=expected):
             load(folder)
 
 
-def test_a_config_that_the_package_cannot_build_is_refused_in_its_words(tmp_path: Path) -> None:
+def test_an_unbuildable_config_is_refused_with_the_packages_message(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     shutil.copytree(load_open_goldens("tiny-small").folder, folder)
     values = json.loads((folder / "model_config.json").read_text())
@@ -155,7 +155,7 @@ def test_another_family_is_refused() -> None:
 
 
 def changed_config(name: str) -> dict[str, Any]:
-    """The config of a tiny checkpoint with what only the package builds."""
+    """Returns a tiny checkpoint's config with features that only the package supports."""
     values: dict[str, Any] = json.loads((load_open_goldens(name).folder / "model_config.json").read_text())
     model = values["model"]
     diffusion, conditioning = model["diffusion"], model["conditioning"]
@@ -166,7 +166,7 @@ def changed_config(name: str) -> dict[str, Any]:
         for key in ("cross_attention_cond_ids", "global_cond_ids"):
             diffusion[key] = ["first" if id_ == "seconds_start" else id_ for id_ in diffusion[key]]
         values["sample_size"] = 2048
-    else:  # numbers in front of the latents, a bottleneck without noise, the widths of the encoder brought into line
+    else:  # numbers before the latents, a bottleneck without noise, and encoder widths that match
         diffusion["config"] |= {"prepend_cond_dim": 64}
         diffusion["prepend_cond_ids"] = ["seconds_total"]
         model["pretransform"]["config"]["bottleneck"] = {"type": "tanh"}
@@ -177,7 +177,7 @@ def changed_config(name: str) -> dict[str, Any]:
 
 
 def write_checkpoint(folder: Path, name: str) -> Path:
-    """A checkpoint with a changed config: the tensors of the unchanged one, random ones where it has none that fit."""
+    """Write a checkpoint with a changed config: tensors of the original where they fit, otherwise random ones."""
     source = load_open_goldens(name).folder
     shutil.copytree(source / "t5", folder / "t5")
     (folder / "model_config.json").write_text(json.dumps(changed_config(name)))
@@ -195,17 +195,17 @@ def write_checkpoint(folder: Path, name: str) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
-def test_a_config_that_only_the_package_builds_gives_what_the_package_generates(name: str, tmp_path: Path) -> None:
+def test_package_only_configs_generate_like_the_package(name: str, tmp_path: Path) -> None:
     model = load(write_checkpoint(tmp_path, name))
     with pytest.raises(CheckpointError):
         parse_config(read_config(tmp_path))
     is_v, samples = name == "tiny-1.0", model.spec.max_frames * model.spec.hop
-    said = {"prompt": "a kick drum", "seconds_start": 3, "first": 3, "seconds_total": 9.5}
+    inputs = {"prompt": "a kick drum", "seconds_start": 3, "first": 3, "seconds_total": 9.5}
     steps, sampler = 6, "dpmpp-2m" if is_v else "pingpong"
     sigmas = {"sigma_min": 0.3, "sigma_max": 50.0} if is_v else {}
     expected = import_package().diffusion.generate_diffusion_cond(
-        model.wrapper, steps=steps, cfg_scale=4.0, conditioning=[said], sample_size=samples, seed=7, device="cpu",
-        negative_conditioning=[said | {"prompt": "noise"}], sampler_type=sampler, **sigmas,
+        model.wrapper, steps=steps, cfg_scale=4.0, conditioning=[inputs], sample_size=samples, seed=7, device="cpu",
+        negative_conditioning=[inputs | {"prompt": "noise"}], sampler_type=sampler, **sigmas,
     )  # fmt: skip
     request = GenerationRequest(
         prompt="a kick drum",
@@ -226,7 +226,7 @@ def test_a_config_that_only_the_package_builds_gives_what_the_package_generates(
     torch.testing.assert_close(torch.from_numpy(made), expected[0], rtol=0, atol=TOLERANCE)
 
 
-# Changes to the tiny configs, by section: widths, depths and ratios that no golden has.
+# Changes to the tiny configs, by section: widths, depths and ratios without stored numbers.
 UNSEEN: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "three queries a key": ("tiny-1.0", {"diffusion.config": {"embed_dim": 192, "num_heads": 6, "depth": 3}}),
     "one wide head": ("tiny-small", {"diffusion.config": {"embed_dim": 256, "num_heads": 2, "depth": 1}}),
@@ -251,7 +251,7 @@ UNSEEN: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", UNSEEN)
-def test_both_backends_agree_on_configs_that_no_golden_has(name: str, tmp_path: Path) -> None:
+def test_both_backends_agree_on_configs_without_stored_numbers(name: str, tmp_path: Path) -> None:
     base, changes = UNSEEN[name]
     source = load_open_goldens(base).folder
     values = json.loads((source / "model_config.json").read_text())
@@ -283,14 +283,14 @@ def test_both_backends_agree_on_configs_that_no_golden_has(name: str, tmp_path: 
 
 
 @pytest.mark.parametrize("backend", ["native", "stable_audio_tools"])
-def test_a_source_fills_a_window_that_ends_within_a_frame(backend: NetworkBackend, tmp_path: Path) -> None:
-    """The package prepares a source to `sample_size` and encodes it whole; that is 64 frames and 50 samples here."""
+def test_a_source_fills_a_fractional_window(backend: NetworkBackend, tmp_path: Path) -> None:
+    """The package prepares a source of `sample_size` and encodes all of it: here 64 frames and 50 samples."""
     samples, steps = 64 * 64 + 50, 2
     folder = with_sample_size(load_open_goldens("tiny-small").folder, samples, target=tmp_path / "odd")
     source = np.random.default_rng(0).uniform(-0.8, 0.8, (2, samples + 100)).astype(np.float32)
-    said = {"prompt": "a kick drum", "seconds_total": 4.0}
+    inputs = {"prompt": "a kick drum", "seconds_total": 4.0}
     expected = import_package().diffusion.generate_diffusion_cond(
-        load(folder).wrapper, steps=steps, cfg_scale=1.0, conditioning=[said], sample_size=samples, seed=7,
+        load(folder).wrapper, steps=steps, cfg_scale=1.0, conditioning=[inputs], sample_size=samples, seed=7,
         device="cpu", sampler_type="pingpong", init_audio=(1000, torch.from_numpy(source)), init_noise_level=0.1,
     )  # fmt: skip
     model = load_model(resolve_entry("odd", path=str(folder), backend=backend))
@@ -312,7 +312,7 @@ def test_a_source_fills_a_window_that_ends_within_a_frame(backend: NetworkBacken
 
 
 def write_random_weights(folder: Path) -> None:
-    """Weights that keep activations at about unit size."""
+    """Write weights that keep activations near unit size."""
     config = read_config(folder)
     text = TextEncoder(None, nn.Identity(), width=64, max_length=8)
     wrapper = build_wrapper(config, parse_inputs(config), text=text)
@@ -321,7 +321,7 @@ def write_random_weights(folder: Path) -> None:
     for key, parameter in wrapper.named_parameters():
         drawn = torch.randn(parameter.shape, generator=generator)
         if key.endswith(("gamma", "_g", "norm.weight")):
-            weights[key] = (0.5 if key.endswith("_g") else 1.0) + 0.1 * drawn  # half: residual units add up
+            weights[key] = (0.5 if key.endswith("_g") else 1.0) + 0.1 * drawn  # 0.5, because residual units add up
         else:
             weights[key] = drawn / parameter[0].numel() ** 0.5 if parameter.ndim > 1 else 0.1 * drawn
     save_file({key: value.contiguous() for key, value in weights.items()}, folder / "model.safetensors")

@@ -1,4 +1,4 @@
-"""How the package is found and imported."""
+"""Finding and importing the package."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, T5EncoderModel
 """
 
 
-def test_what_is_missing_and_how_to_install_it_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_reported_with_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     absent = {"stable_audio_tools", "torchsde"}
     monkeypatch.setattr(package, "find_spec", lambda name: None if name in absent else find_spec("json"))
     with pytest.raises(CheckpointError) as caught:
@@ -43,7 +43,7 @@ def test_the_package_builds_one_family_only() -> None:
 
 
 @pytest.mark.server
-def test_looking_for_the_package_imports_no_torch() -> None:
+def test_finding_the_package_imports_no_torch() -> None:
     code = (
         "import sys; from stable_audio_serve.models.stable_audio_tools.package import missing_packages; "
         "missing_packages(); assert 'torch' not in sys.modules"
@@ -54,5 +54,5 @@ def test_looking_for_the_package_imports_no_torch() -> None:
 @needs_package
 @pytest.mark.server
 @pytest.mark.slow
-def test_nothing_that_stood_in_for_another_library_stays() -> None:
+def test_replacement_modules_are_removed_after_the_import() -> None:
     subprocess.run([sys.executable, "-c", IMPORTS], check=True)

@@ -15,7 +15,6 @@ from stable_audio_serve.api.compat.stable_audio_open_small.windowed_model import
 )
 from stable_audio_serve.api.service import Service, resolve_seed
 from stable_audio_serve.audio.loops import read_tempo
-from stable_audio_serve.audio.mix import to_mono
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 
 
@@ -92,4 +91,4 @@ async def read_upload(service: Service, upload: UploadFile, *, model: WindowedMo
     Raises InvalidUploadError, UploadTooLargeError.
     """
     audio = await service.decode(upload, model.card, padding_s=None, field="audio_file")
-    return await service.compute(lambda: to_mono(audio))
+    return await service.compute(audio.to_mono)

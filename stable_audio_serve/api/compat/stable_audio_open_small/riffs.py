@@ -11,7 +11,6 @@ import structlog
 
 from stable_audio_serve.api.compat.stable_audio_open_small.errors import NoRiffsError
 from stable_audio_serve.api.service import Service
-from stable_audio_serve.audio.mix import to_mono
 from stable_audio_serve.audio.stretch import time_stretch
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import SourceAudio
@@ -83,7 +82,7 @@ async def read_riff(service: Service, riff: Riff, *, tempo_bpm: int) -> SourceAu
         message = f"prompt: a riff of {riff.tempo_bpm}bpm can be played at {slowest:g} to {fastest:g}bpm"
         raise InvalidRequestError(f"{message}, not {tempo_bpm}", field="prompt")
     audio = await service.decode_path(riff.path, max_s=_USED_S * speed + _MARGIN_S)
-    return await service.compute(lambda: _stretch(to_mono(audio), speed))
+    return await service.compute(lambda: _stretch(audio.to_mono(), speed))
 
 
 def _stretch(audio: SourceAudio, speed: float) -> SourceAudio:

@@ -8,7 +8,7 @@ down_revision = "0004"
 
 
 def upgrade() -> None:
-    """Make the table, and drop the accounts of the last minute."""
+    """Make the table. Older servers that miss the accounts apply the limits of keys to their own requests."""
     op.create_table(
         "key_uses",
         sa.Column("id", sa.Text, primary_key=True),

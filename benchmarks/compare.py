@@ -1,0 +1,223 @@
+"""One comparison from beginning to end: outputs, capacity, the same arrivals at one rate, goodput by bisection.
+
+Sides take turns; every round draws its own list.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from benchmarks.figures import Bracket, capacity_rps, fit_alone_ms, is_good, summarize_sides
+from benchmarks.load import Asker, Audio, Record, play, play_alone
+from benchmarks.pieces import Pieces
+from benchmarks.quiet import Watch, in_quiet
+from benchmarks.workload import Arrival, draw_arrivals
+
+# Root mean square of a clip's difference over that of the reference. Rows that share a call differ by 1e-5 at most in
+# float32, 16-bit files by 1e-4 of a quiet clip. A denoiser in float16 changes a clip by more than 1e-3, a decoder in
+# TF32 by 8e-4, one step fewer by more than 3e-2.
+LARGEST_DIFFERENCE = 5e-4
+LARGEST_HALF_DIFFERENCE = 5e-2  # where the denoiser runs in half precision
+
+_PROBES_PER_CLASS = 3
+_LEAST_DRAWN = 60  # requests from which probes are chosen: among fewer a class of steps may be missing
+_GOODPUT_RANGE = (0.2, 1.2)  # of the side's own capacity
+
+
+class VoidError(RuntimeError):
+    """A side did other work than the one it is compared with."""
+
+
+class SideFailedError(RuntimeError):
+    """A side gave another answer than audio, or none; finished pieces are kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """`count` requests in each list, a list per round; the first side is the reference whose capacity sets the rate."""
+
+    mix: str
+    sides: tuple[str, ...]
+    max_duration_s: float
+    count: int = 300
+    rounds: int = 3
+    load_share: float = 0.8
+    goodput_trials: int = 6
+    goodput_of: tuple[str, ...] | None = None  # None: all sides
+    largest_difference: float | None = LARGEST_DIFFERENCE  # of outputs; None: they cannot be compared
+    warms_up: bool = False  # a list to every side before the first that counts
+
+
+@dataclass
+class Run:
+    """Measures piece by piece; finished pieces are not measured again. `is_watched`: all sides run on this machine and
+    below this process, so others' use of it can be seen; then a round that is void is repeated.
+    """
+
+    askers: Mapping[str, Asker]
+    options: RunOptions
+    pieces: Pieces
+    is_watched: bool = True
+    _is_warm: bool = False
+
+    async def measure(self) -> dict[str, Any]:
+        """Returns figures and ratios. Raises VoidError, SideFailedError, and OutOfTimeError."""
+        options = self.options
+        reference = options.sides[0]
+        alone = await self.pieces.take("alone", self._probe)
+        bursts = [await self._round("capacity", number=number, rate_hz=None) for number in range(options.rounds)]
+        rate_hz = options.load_share * median(capacity_rps(one["records"][reference]) for one in bursts)
+        replays = [await self._round("replay", number=number, rate_hz=rate_hz) for number in range(options.rounds)]
+        brackets: dict[str, Bracket] = {}
+        if options.goodput_trials:
+            probes = [Record(**record) for record in alone["records"]]
+            for name in options.goodput_of or options.sides:
+                own_rps = median(capacity_rps(one["records"][name]) for one in bursts)
+                brackets[name] = await self._bisect(name, own_rps=own_rps, probes=probes)
+        return {
+            **asdict(options),
+            "reference": reference,
+            "rate_hz": rate_hz,
+            "num_requests": options.count * options.rounds,
+            "outputs": alone["outputs"],
+            "is_void": any(one["is_void"] for one in (*bursts, *replays)),
+            "foreign_cores": [one["foreign_cores"] for one in (*bursts, *replays)],
+            **summarize_sides(
+                options.sides,
+                bursts=[one["records"] for one in bursts],
+                replays=[one["records"] for one in replays],
+                brackets=brackets,
+            ),
+        }
+
+    async def _probe(self) -> dict[str, Any]:
+        """Ask every side for the same few clips, one at a time, for their audio; the reference also for its times."""
+        arrivals, (reference, *others) = self._choose_probes(), self.options.sides
+        clips: dict[str, list[Audio]] = {}
+        for name, asker in self.askers.items():
+            try:
+                clips[name] = [(await asker.ask(arrival)).read() for arrival in arrivals]
+            except Exception as error:
+                raise SideFailedError(f"{name} failed: {error or type(error).__name__}") from error
+            await asker.settle()
+        bound = self.options.largest_difference
+        outputs = {} if bound is None else compare(clips[reference], {o: clips[o] for o in others}, bound=bound)
+        records = _require_answers(reference, await play_alone(self.askers[reference], arrivals))
+        return {"outputs": outputs, "records": [asdict(record) for record in records]}
+
+    def _choose_probes(self) -> list[Arrival]:
+        """Returns a few arrivals of each step class, spread over their durations, all due at once."""
+        arrivals = self._draw(0, rate_hz=None, count=max(self.options.count, _LEAST_DRAWN))
+        chosen = []
+        for steps in sorted({arrival.steps for arrival in arrivals}):
+            own = sorted((a for a in arrivals if a.steps == steps), key=lambda a: a.duration_s)
+            places = {round(i * (len(own) - 1) / (_PROBES_PER_CLASS - 1)) for i in range(_PROBES_PER_CLASS)}
+            chosen += [own[place] for place in sorted(places)]
+        return chosen
+
+    async def _round(self, kind: str, *, number: int, rate_hz: float | None) -> dict[str, Any]:
+        """One list to every side in turns; again while other programs use the machine. Void if they always do."""
+        arrivals = self._draw(number, rate_hz=rate_hz)
+        path = self.pieces.folder / f"{kind}-{number + 1}-arrivals.json"
+        path.write_text(json.dumps([asdict(arrival) for arrival in arrivals]) + "\n")
+
+        async def play_all() -> dict[str, list[dict[str, Any]]]:
+            await self._warm_up()
+            names = list(self.askers) if number % 2 == 0 else list(self.askers)[::-1]
+            return {name: [asdict(record) for record in await self._play(name, arrivals)] for name in names}
+
+        async def play_in_quiet() -> dict[str, Any]:
+            records, watch = await in_quiet(play_all) if self.is_watched else (await play_all(), Watch())
+            return {"records": records, "foreign_cores": watch.foreign_cores, "is_void": not watch.is_quiet}
+
+        piece = await self.pieces.take(f"{kind}-{number + 1}", play_in_quiet)
+        records = {name: [Record(**record) for record in own] for name, own in piece["records"].items()}
+        return {**piece, "records": records}
+
+    async def _bisect(self, name: str, *, own_rps: float, probes: Sequence[Record]) -> Bracket:
+        """The highest rate at which nearly all requests end in time, between shares of the side's own capacity."""
+        good_rps, bad_rps = (share * own_rps for share in _GOODPUT_RANGE)
+        alone_ms = fit_alone_ms(probes)
+        for trial in range(self.options.goodput_trials):
+            rate_hz = (good_rps + bad_rps) / 2
+            arrivals = self._draw(trial, rate_hz=rate_hz)
+
+            async def play_one(arrivals: tuple[Arrival, ...] = arrivals) -> list[dict[str, Any]]:
+                await self._warm_up()
+                return [asdict(record) for record in await self._play(name, arrivals)]
+
+            records = [Record(**one) for one in await self.pieces.take(f"goodput-{name}-{trial + 1}", play_one)]
+            if is_good(records, alone_ms=alone_ms):
+                good_rps = rate_hz
+            else:
+                bad_rps = rate_hz
+        return Bracket(good_rps, bad_rps)
+
+    async def _warm_up(self) -> None:
+        if self.options.warms_up and not self._is_warm:
+            self._is_warm = True
+            for name in self.askers:
+                await self._play(name, self._draw(99, rate_hz=None))
+
+    async def _play(self, name: str, arrivals: tuple[Arrival, ...]) -> list[Record]:
+        records = _require_answers(name, await play(self.askers[name], arrivals))
+        await self.askers[name].settle()
+        return records
+
+    def _draw(self, number: int, *, rate_hz: float | None, count: int | None = None) -> tuple[Arrival, ...]:
+        options = self.options
+        return draw_arrivals(
+            options.mix,
+            rate_hz=rate_hz,
+            count=count or options.count,
+            seed=number + 1,
+            max_duration_s=options.max_duration_s,
+        )
+
+
+def _require_answers(name: str, records: list[Record]) -> list[Record]:
+    failed = [record for record in records if record.outcome == "failed"]
+    if failed:
+        raise SideFailedError(f"{name} failed: {failed[0].error}")
+    if not any(record.is_finished for record in records):
+        raise SideFailedError(f"{name} failed: it refused every request")
+    return records
+
+
+def compare(
+    reference: Sequence[Audio], others: Mapping[str, Sequence[Audio]], *, bound: float = LARGEST_DIFFERENCE
+) -> dict[str, dict[str, float]]:
+    """Returns how each side's clips differ from the reference's. Raises VoidError naming the side that differs."""
+    results: dict[str, dict[str, float]] = {}
+    for name, clips in others.items():
+        differences = [difference(mine, theirs) for mine, theirs in zip(clips, reference, strict=True)]
+        results[name] = {
+            "num_clips": len(clips),
+            "num_identical": sum(map(np.array_equal, clips, reference)),
+            "largest_difference": max(differences),
+        }
+        if not max(differences) <= bound:
+            raise VoidError(
+                f"{name} is void: clip {int(np.argmax(differences))} differs by {max(differences):.1e} of the "
+                f"reference's level (at most {bound:g}); it did other work"
+            )
+    return results
+
+
+def difference(clip: Audio, reference: Audio) -> float:
+    """Returns the level of the difference over the reference's: infinite for another shape, for values that are not
+    finite, and for any sound where the reference is silent."""
+    if clip.shape != reference.shape or not np.isfinite(clip).all():
+        return float("inf")
+    change = _level(clip - reference)
+    return 0.0 if change == 0 else change / _level(reference) if _level(reference) else float("inf")
+
+
+def _level(audio: Audio) -> float:
+    return float(np.sqrt(np.mean(np.square(audio, dtype=np.float64))))

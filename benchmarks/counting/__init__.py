@@ -1,1 +1,0 @@
-"""What a step costs the host and how many kernels it starts, counted without a GPU."""

@@ -1,0 +1,163 @@
+"""The requests of the five systems' clients, as far as a benchmark needs them: one clip, waited for, last byte read."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import itertools
+import re
+import wave
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import httpx
+import numpy as np
+import soundfile
+
+from benchmarks.load import Answer, Audio, RefusedError
+from benchmarks.workload import Arrival
+
+Fetch = Callable[[httpx.AsyncClient, Arrival, str | None], Awaitable[httpx.Response]]
+
+_TIMING = re.compile(r"(\w+);dur=([0-9.]+)")
+_POLL_S = 0.1
+_TIMEOUT_S = 600.0  # of one call, and of a job
+_POOLS = 8  # of connections: the time to find a free one grows with the number in use
+_REFUSALS = (429, 503)
+
+
+class OverHttp:
+    """A model of a running server, asked in one of the dialects."""
+
+    def __init__(self, clients: list[httpx.AsyncClient], dialect: str = "sa3", *, model: str | None = None) -> None:
+        """`model` None: the server's own choice."""
+        self._clients = itertools.cycle(clients)
+        self._fetch = DIALECTS[dialect]
+        self._model = model
+
+    async def ask(self, arrival: Arrival) -> Answer:
+        try:
+            response = await self._fetch(next(self._clients), arrival, self._model)
+        except (httpx.HTTPError, TimeoutError) as error:
+            raise RuntimeError(f"{type(error).__name__} {error}") from error
+        content, timing = response.content, response.headers.get("Server-Timing", "")
+        stages_ms = {name: float(ms) for name, ms in _TIMING.findall(timing)}
+        return Answer(stages_ms, _count_samples(content), lambda: read_audio(content))
+
+    async def settle(self) -> None:
+        """Nothing is known of a server's inside."""
+
+
+@asynccontextmanager
+async def open_clients(url: str, *, key: str | None = None) -> AsyncIterator[list[httpx.AsyncClient]]:
+    """Gives clients without a limit on requests in flight; `key` is sent as a bearer token."""
+    async with AsyncExitStack() as stack:
+        yield [
+            await stack.enter_async_context(
+                httpx.AsyncClient(
+                    base_url=url,
+                    headers={"Authorization": f"Bearer {key}"} if key else {},
+                    limits=httpx.Limits(max_connections=None),
+                    timeout=_TIMEOUT_S,
+                    trust_env=False,
+                )
+            )
+            for _ in range(_POOLS)
+        ]
+
+
+async def _fetch_sa3(http: httpx.AsyncClient, arrival: Arrival, model: str | None) -> httpx.Response:  # noqa: PLR0917
+    """Ask a Stable Audio 3 server."""
+    body = {
+        "prompt": arrival.prompt,
+        "duration": arrival.duration_s,
+        "steps": arrival.steps,
+        "cfg_scale": arrival.cfg_scale,
+        "seed": arrival.seed,
+    }
+    return await _call(http, "/v1/audio/generations", json=body if model is None else body | {"model": model})
+
+
+async def _fetch_saos(http: httpx.AsyncClient, arrival: Arrival, model: str | None) -> httpx.Response:  # noqa: PLR0917
+    """Ask the Stable Audio Open Small loop API: whole seconds, its one model."""
+    body = _whole_seconds(arrival) | {"cfg_scale": arrival.cfg_scale, "seed": arrival.seed, "return_format": "file"}
+    return await _call(http, "/generate", json=body)
+
+
+async def _fetch_vllm(http: httpx.AsyncClient, arrival: Arrival, model: str | None) -> httpx.Response:  # noqa: PLR0917
+    """Ask vLLM-Omni's audio endpoint."""
+    body = {
+        "input": arrival.prompt,
+        "audio_length": arrival.duration_s,
+        "num_inference_steps": arrival.steps,
+        "guidance_scale": arrival.cfg_scale,
+        "seed": arrival.seed,
+        "response_format": "wav",
+    }
+    return await _call(http, "/v1/audio/generate", json=body if model is None else body | {"model": model})
+
+
+async def _fetch_aiml(http: httpx.AsyncClient, arrival: Arrival, model: str | None) -> httpx.Response:  # noqa: PLR0917
+    """Ask AIML API: a job that is polled until it is done, then its file. No seed and no guidance."""
+    path, body = "/v2/generate/audio", _whole_seconds(arrival) | {"model": model or "stable-audio"}
+    ticket = (await _call(http, path, json=body)).json()
+    async with asyncio.timeout(_TIMEOUT_S):
+        while True:
+            response = await _call(http, path, method="GET", params={"generation_id": ticket["id"]})
+            state = response.json()
+            if state["status"] not in ("queued", "generating"):
+                break
+            await asyncio.sleep(_POLL_S)
+    if state["status"] != "completed":
+        raise RuntimeError(f"the job failed: {state}")
+    return await _call(http, state["audio_file"]["url"], method="GET")
+
+
+async def _fetch_fal(http: httpx.AsyncClient, arrival: Arrival, model: str | None) -> httpx.Response:  # noqa: PLR0917
+    """Ask fal's synchronous route, then for the file it names. No seed and no guidance."""
+    reply = await _call(http, f"/{model or 'fal-ai/stable-audio'}", json=_whole_seconds(arrival))
+    return await _call(http, reply.json()["audio_file"]["url"], method="GET")
+
+
+DIALECTS: Mapping[str, Fetch] = {
+    "sa3": _fetch_sa3,
+    "saos": _fetch_saos,
+    "vllm": _fetch_vllm,
+    "aiml": _fetch_aiml,
+    "fal": _fetch_fal,
+}
+
+
+def read_audio(content: bytes) -> Audio:
+    """Returns (C, S) float32. Raises RuntimeError if `content` is no audio file."""
+    try:
+        samples, _ = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise RuntimeError(f"the server sent no audio: {content[:200]!r}") from error
+    return np.ascontiguousarray(samples.T)
+
+
+async def _call(http: httpx.AsyncClient, path: str, *, method: str = "POST", **kwargs: Any) -> httpx.Response:
+    response = await http.request(method, path, **kwargs)
+    if response.status_code in _REFUSALS:
+        after = response.headers.get("Retry-After")
+        raise RefusedError(response.text[:200], retry_after_s=float(after) if after else None)
+    if response.status_code != 200:
+        raise RuntimeError(f"{response.status_code} from {path}: {response.text[:500]}")
+    return response
+
+
+def _whole_seconds(arrival: Arrival) -> dict[str, object]:
+    return {"prompt": arrival.prompt, "seconds_total": max(1, round(arrival.duration_s)), "steps": arrival.steps}
+
+
+def _count_samples(content: bytes) -> int:
+    """Returns the samples per channel of a WAV file, 0 for another file or a truncated one."""
+    try:
+        with wave.open(io.BytesIO(content)) as reader:
+            frames = reader.getnframes()
+            num_bytes = frames * reader.getnchannels() * reader.getsampwidth()
+            return frames if len(reader.readframes(frames)) == num_bytes else 0
+    except (wave.Error, EOFError):
+        return 0

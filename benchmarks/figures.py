@@ -1,0 +1,168 @@
+"""What records mean: pure functions from records to figures and ratios with their intervals. Latencies are in
+milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import mean, median
+from typing import Any
+
+import numpy as np
+
+from benchmarks.load import Record
+
+_MOST_LATE_SHARE = 0.05  # of requests, while a rate still counts as good
+_LONGEST_ALONE = 5.0  # times its time alone, or ...
+_LEAST_BOUND_MS = 1000.0  # ... this, whichever is longer
+_HEAD, _TAIL = 0.15, 0.05  # of a list by arrival: not the steady part
+
+Records = Mapping[str, Sequence[Record]]  # of one round, by side
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """Ours over theirs: one value, and the lowest and highest it may be."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bracket:
+    """The highest rate that was good and the lowest that was not, in requests per second."""
+
+    good_rps: float
+    bad_rps: float
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Returns the percentile by linear interpolation."""
+    return float(np.percentile(values, percent))
+
+
+def summarize(latencies_ms: Sequence[float]) -> dict[str, float]:
+    """Returns the usual percentiles and the mean."""
+    p50, p95, p99 = np.percentile(latencies_ms, (50, 95, 99)).tolist()
+    return {"p50_ms": p50, "p95_ms": p95, "p99_ms": p99, "mean_ms": mean(latencies_ms)}
+
+
+def worst_ratio(pairs: Sequence[tuple[float, float]], *, larger_is_better: bool) -> float:
+    """Returns ours / theirs of the worse round."""
+    ratios = [ours / theirs for ours, theirs in pairs]
+    return min(ratios) if larger_is_better else max(ratios)
+
+
+def span_s(records: Sequence[Record]) -> float:
+    """Returns the time from the first scheduled arrival to the last byte."""
+    return max(1e-9, max(record.ended_at for record in records) - min(record.due_at for record in records))
+
+
+def capacity_rps(records: Sequence[Record]) -> float:
+    """Returns finished requests per second; refused ones took time, but are no work done."""
+    return sum(record.is_finished for record in records) / span_s(records)
+
+
+def steady_latencies_ms(records: Sequence[Record], *, steps: int | None = None) -> list[float]:
+    """Returns latencies of what finished in the steady part of a list; with `steps` only of requests with so many."""
+    ordered = sorted(records, key=lambda record: record.due_at)
+    kept = ordered[int(_HEAD * len(ordered)) : len(ordered) - int(_TAIL * len(ordered))] or ordered
+    return [record.latency_ms for record in kept if record.is_finished and steps in (None, record.steps)]
+
+
+def ratio_of_medians(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
+    """Returns the median of the rounds' ratios, and their range."""
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return Ratio(median(ratios), min(ratios), max(ratios))
+
+
+def ratio_of_pooled_p95(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Ratio | None:
+    """Returns the p95 over all rounds' latencies together; the interval reaches over that and every round's own ratio.
+
+    None where a round has no such request.
+    """
+    if not all(ours) or not all(theirs):
+        return None
+    pooled = percentile([ms for some in ours for ms in some], 95) / percentile(
+        [ms for some in theirs for ms in some], 95
+    )
+    rounds = [percentile(a, 95) / percentile(b, 95) for a, b in zip(ours, theirs, strict=True)]
+    return Ratio(pooled, min(pooled, *rounds), max(pooled, *rounds))
+
+
+def ratio_of_brackets(ours: Bracket, theirs: Bracket) -> Ratio:
+    """Returns good rate over good rate; the interval is what the brackets leave open."""
+    good, low, high = (ours.good_rps / theirs.good_rps, ours.good_rps / theirs.bad_rps, ours.bad_rps / theirs.good_rps)
+    return Ratio(good, low, high)
+
+
+def is_good(records: Sequence[Record], *, alone_ms: Callable[[Record], float]) -> bool:
+    """Whether at least 95 % finished within five times their time alone, or a second."""
+    bounds_ms = [max(_LONGEST_ALONE * alone_ms(record), _LEAST_BOUND_MS) for record in records]
+    late = sum(not r.is_finished or r.latency_ms > bound for r, bound in zip(records, bounds_ms, strict=True))
+    return late <= _MOST_LATE_SHARE * len(records)
+
+
+def fit_alone_ms(probes: Sequence[Record]) -> Callable[[Record], float]:
+    """Returns a request's time on an idle server, between the probes of as many steps, by duration."""
+    by_steps: dict[int, list[tuple[float, float]]] = {}
+    for probe in probes:
+        by_steps.setdefault(probe.steps, []).append((probe.audio_s, probe.latency_ms))
+
+    def alone_ms(record: Record) -> float:
+        durations_s, latencies_ms = zip(*sorted(by_steps[record.steps]), strict=True)
+        return float(np.interp(record.audio_s, durations_s, latencies_ms))
+
+    return alone_ms
+
+
+def mean_stages_ms(records: Sequence[Record]) -> dict[str, float]:
+    """Returns the mean time of each stage that the side named."""
+    names = dict.fromkeys(name for record in records for name in record.stages_ms)
+    return {name: mean(record.stages_ms.get(name, 0.0) for record in records) for name in names}
+
+
+def summarize_sides(
+    sides: Sequence[str], *, bursts: Sequence[Records], replays: Sequence[Records], brackets: Mapping[str, Bracket]
+) -> dict[str, Any]:
+    """Returns `sides` and `ratios`; `ratios[a][b]` are a's figures over b's."""
+    steps = sorted({record.steps for records in replays for own in records.values() for record in own})
+
+    def describe(name: str) -> dict[str, Any]:
+        rounds = [records[name] for records in replays]
+        latencies_ms = {
+            "all": [ms for own in rounds for ms in steady_latencies_ms(own)],
+            **{str(n): [ms for own in rounds for ms in steady_latencies_ms(own, steps=n)] for n in steps},
+        }
+        return {
+            "capacity_rps": [capacity_rps(records[name]) for records in bursts],
+            "refused_at_once": [sum(not r.is_finished for r in records[name]) for records in bursts],
+            "num_requests": len(latencies_ms["all"]),
+            "refused": sum(not record.is_finished for own in rounds for record in own),
+            "latency": {key: summarize(values) for key, values in latencies_ms.items() if values},
+            "stages_ms": mean_stages_ms([record for own in rounds for record in own if record.is_finished]),
+            "goodput": asdict(brackets[name]) if name in brackets else None,
+        }
+
+    def ratios(ours: str, theirs: str) -> dict[str, Any]:
+        def latencies(name: str, steps: int | None = None) -> list[list[float]]:
+            return [steady_latencies_ms(records[name], steps=steps) for records in replays]
+
+        capacities = [[capacity_rps(records[name]) for records in bursts] for name in (ours, theirs)]
+        medians = [[median(some) for some in latencies(name)] for name in (ours, theirs)]
+        found: dict[str, Ratio | None] = {
+            "capacity": ratio_of_medians(*capacities),
+            "p50": ratio_of_medians(*medians),
+            "p95": ratio_of_pooled_p95(latencies(ours), latencies(theirs)),
+            **{f"p95_{n}": ratio_of_pooled_p95(latencies(ours, n), latencies(theirs, n)) for n in steps},
+        }
+        if ours in brackets and theirs in brackets:
+            found["goodput"] = ratio_of_brackets(brackets[ours], brackets[theirs])
+        return {name: asdict(ratio) if ratio else None for name, ratio in found.items()}
+
+    return {
+        "sides": {name: describe(name) for name in sides},
+        "ratios": {ours: {theirs: ratios(ours, theirs) for theirs in sides if theirs != ours} for ours in sides},
+    }

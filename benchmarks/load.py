@@ -1,0 +1,179 @@
+"""Sends requests and keeps what became of each: every arrival at its own time, however late the others are. A side is
+in this process or behind HTTP; a late client is late in the figures.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.workload import Arrival, to_request
+from stable_audio_serve.core.errors import OverloadedError, StableAudioError
+
+if TYPE_CHECKING:
+    from benchmarks.sides.servers import Side  # imports torch, which a client over HTTP does not need
+
+Audio = npt.NDArray[np.float32]
+Item = TypeVar("Item")
+
+_MOST_ATTEMPTS = 20
+_NOT_TOLD_S = 1.0  # until the next attempt after a refusal without Retry-After
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """`num_samples` per channel (0: unknown), the server's own times of its stages, and `read`, which decodes the audio
+    (C, S) float32.
+    """
+
+    stages_ms: Mapping[str, float]
+    num_samples: int
+    read: Callable[[], Audio]
+
+
+class RefusedError(Exception):
+    """A server had no room (429 or 503); `retry_after_s` is its Retry-After."""
+
+    def __init__(self, message: str, *, retry_after_s: float | None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Asker(Protocol):
+    """A side, however it is reached."""
+
+    async def ask(self, arrival: Arrival) -> Answer:
+        """Returns at the last byte of the answer. Raises RefusedError, and RuntimeError for anything else but audio."""
+        ...
+
+    async def settle(self) -> None:
+        """Return once an idle side has done what makes it faster later, such as capturing calls."""
+        ...
+
+
+class InProcess:
+    """A side in this process."""
+
+    def __init__(self, side: Side) -> None:
+        self._side = side
+
+    async def ask(self, arrival: Arrival) -> Answer:
+        try:
+            result = await self._side.generate(to_request(arrival))
+        except OverloadedError as error:
+            raise RefusedError(error.message, retry_after_s=error.retry_after_s) from error
+        except StableAudioError as error:
+            raise RuntimeError(str(error)) from error
+        timings = asdict(result.timings) if result.timings else {}
+        stages_ms = {name.removesuffix("_ms"): ms for name, ms in timings.items() if isinstance(ms, float)}
+        return Answer(stages_ms, result.audio[0].shape[-1], lambda: result.audio[0])
+
+    async def settle(self) -> None:
+        await self._side.settle()
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One request of a list, times in seconds from the list's start. `error` is the text of a failure."""
+
+    index: int
+    due_at: float
+    ended_at: float
+    audio_s: float
+    steps: int
+    outcome: Literal["finished", "refused", "failed"] = "finished"
+    stages_ms: Mapping[str, float] = field(default_factory=dict)
+    num_samples: int = 0
+    retry_after_s: float | None = None
+    error: str = ""
+
+    @property
+    def latency_ms(self) -> float:
+        """From the scheduled arrival to the last byte."""
+        return (self.ended_at - self.due_at) * 1000.0
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether audio came back."""
+        return self.outcome == "finished"
+
+
+async def play(asker: Asker, arrivals: Iterable[Arrival]) -> list[Record]:
+    """Send each request at its own time (open loop). Returns the records in the list's order."""
+    return [attempts[0] for attempts in await play_until_served(asker, arrivals, most_attempts=1)]
+
+
+async def play_until_served(
+    asker: Asker, arrivals: Iterable[Arrival], *, most_attempts: int = _MOST_ATTEMPTS
+) -> list[list[Record]]:
+    """Send each request at its own time, and again whenever it was refused and its Retry-After is over.
+
+    Returns all attempts of each request.
+    """
+    started_at = time.perf_counter()
+
+    async def send(index: int, arrival: Arrival) -> list[Record]:
+        attempts: list[Record] = []
+        while not attempts or (attempts[-1].outcome == "refused" and len(attempts) < most_attempts):
+            if attempts:
+                due_at = attempts[-1].ended_at + (attempts[-1].retry_after_s or _NOT_TOLD_S)
+                arrival = replace(arrival, at_s=due_at)
+            await asyncio.sleep(max(0.0, arrival.at_s - (time.perf_counter() - started_at)))
+            attempts.append(await _send(asker, arrival, index=index, started_at=started_at))
+        return attempts
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(send(*numbered)) for numbered in enumerate(arrivals)]
+    return [task.result() for task in tasks]
+
+
+async def play_alone(asker: Asker, arrivals: Iterable[Arrival]) -> list[Record]:
+    """Send one after another, each due when it is sent; times are from the start of each."""
+    return [(await play(asker, [replace(arrival, at_s=0.0)]))[0] for arrival in arrivals]
+
+
+async def send_in_flight(
+    send: Callable[[Item], Awaitable[object]], items: Sequence[Item], *, num_in_flight: int
+) -> list[float]:
+    """Send the next item whenever one of `num_in_flight` ended (closed loop).
+
+    Returns when each ended, in seconds from the start, in order of their ends.
+    """
+    started_at = time.perf_counter()
+    waiting, ended_at = iter(items), []
+
+    async def work() -> None:
+        for item in waiting:
+            await send(item)
+            ended_at.append(time.perf_counter() - started_at)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(num_in_flight):
+            group.create_task(work())
+    return ended_at
+
+
+def require_clips(records: Sequence[Record], *, sample_rate_hz: int) -> None:
+    """Raise RuntimeError unless every answer is audio of the length asked for."""
+    for record in records:
+        if not record.is_finished or record.num_samples != int(record.audio_s * sample_rate_hz):
+            got = f"{record.outcome}, {record.num_samples} samples {record.error}"
+            raise RuntimeError(f"{record.audio_s:.3f} s of audio were asked for: {got}")
+
+
+async def _send(asker: Asker, arrival: Arrival, *, index: int, started_at: float) -> Record:
+    record = Record(index, arrival.at_s, arrival.at_s, arrival.duration_s, arrival.steps)
+    try:
+        answer = await asker.ask(arrival)
+        record = replace(record, stages_ms=dict(answer.stages_ms), num_samples=answer.num_samples)
+    except RefusedError as error:
+        record = replace(record, outcome="refused", retry_after_s=error.retry_after_s)
+    except (RuntimeError, OSError) as error:
+        record = replace(record, outcome="failed", error=f"{type(error).__name__}: {error}")
+    return replace(record, ended_at=time.perf_counter() - started_at)

@@ -1,0 +1,70 @@
+"""Finished measurements as files, so that a run which was cut goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class OtherRunError(RuntimeError):
+    """A folder holds pieces of a run with other options."""
+
+
+class OutOfTimeError(RuntimeError):
+    """The time budget ended before the run did; finished pieces are kept."""
+
+
+class Pieces:
+    """A folder of JSON files, one per measurement; `about` is what all of them have in common."""
+
+    def __init__(self, folder: Path, about: Mapping[str, object], *, ends_at: float = float("inf")) -> None:
+        """After `ends_at` on the monotonic clock no new measurement begins. Raises OtherRunError if the folder holds
+        pieces of a run with other options."""
+        self.folder = folder
+        self._ends_at = ends_at
+        folder.mkdir(parents=True, exist_ok=True)
+        wanted, path = json.loads(json.dumps(about, default=str)), folder / "about.json"
+        there = json.loads(path.read_text()) if path.exists() else wanted
+        if other := sorted(name for name in {*there, *wanted} if there.get(name) != wanted.get(name)):
+            raise OtherRunError(
+                f"{folder} holds a run with other options ({', '.join(other)}): remove it, or choose another --out"
+            )
+        self._about = wanted
+        self.left: list[str] = []  # what `attempt` had no time for
+        self.failed: dict[str, str] = {}
+
+    def within(self, name: str) -> Pieces:
+        """Returns the pieces of a folder in this one."""
+        return Pieces(self.folder / name, self._about, ends_at=self._ends_at)
+
+    async def attempt(self, name: str, measure: Callable[[], Awaitable[Any]]) -> Any:
+        """Returns what `take` returns, or None if there was no time or `measure` failed: the others can still run."""
+        try:
+            return await self.take(name, measure)
+        except OutOfTimeError:
+            self.left.append(name)
+        except Exception as error:  # noqa: BLE001 - as said above
+            traceback.print_exc()
+            self.failed[name] = f"{type(error).__name__}: {error}"[:500]
+        return None
+
+    async def take(self, name: str, measure: Callable[[], Awaitable[Any]]) -> Any:
+        """Returns what the file of this name holds, else measures and writes it. Raises OutOfTimeError."""
+        path = self.folder / f"{name}.json"
+        if path.exists():
+            return json.loads(path.read_text())
+        started_at = time.monotonic()
+        if started_at >= self._ends_at:
+            raise OutOfTimeError(f"out of time before {name}: the same command goes on from here")
+        value = json.loads(json.dumps(await measure()))
+        (self.folder / "about.json").write_text(json.dumps(self._about, indent=2) + "\n")
+        draft = path.with_suffix(".part")
+        draft.write_text(json.dumps(value) + "\n")
+        draft.rename(path)  # an interrupted run leaves no half file
+        print(f"{name}: measured in {time.monotonic() - started_at:.1f} s", file=sys.stderr, flush=True)
+        return value

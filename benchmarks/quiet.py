@@ -1,0 +1,80 @@
+"""How much of the machine other programs used during a measurement. If it was too much, the measurement is void and
+repeated a few times.
+
+A process counts as ours if it is this one or descends from it. Without psutil nothing is known and nothing is void.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+try:
+    import psutil
+
+    _CAN_WATCH = True
+except ImportError:  # a machine for engine benchmarks only
+    _CAN_WATCH = False
+
+LARGEST_FOREIGN_CORES = 0.1
+_MOST_REPEATS = 3  # of a void measurement
+
+Measured = TypeVar("Measured")
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """`own_s` is our processor time; `foreign_cores` used by other programs on average, None if unknown."""
+
+    own_s: float = 0.0
+    foreign_cores: float | None = None
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether the measurement counts."""
+        return self.foreign_cores is None or self.foreign_cores <= LARGEST_FOREIGN_CORES
+
+
+async def in_quiet(measure: Callable[[], Awaitable[Measured]]) -> tuple[Measured, Watch]:
+    """Measure again until others left the machine alone. Returns the last measurement and its watch."""
+    for _ in range(1 + _MOST_REPEATS):
+        before, machine_s, started_at = _own_s(), _machine_s(), time.perf_counter()
+        measured = await measure()
+        elapsed_s, used_s = time.perf_counter() - started_at, _machine_s() - machine_s
+        own_s = sum(max(0.0, now_s - before.get(pid, 0.0)) for pid, now_s in _own_s().items())
+        watch = Watch(own_s, max(0.0, used_s - own_s) / elapsed_s if _CAN_WATCH else None)
+        if watch.is_quiet:
+            break
+    return measured, watch
+
+
+def describe_quiet(watches: Sequence[Watch]) -> dict[str, Any]:
+    """Returns whether all of the measurements count, and what disturbed each."""
+    return {
+        "is_void": not all(watch.is_quiet for watch in watches),
+        "foreign_cores": [watch.foreign_cores for watch in watches],
+    }
+
+
+def _machine_s() -> float:
+    if not _CAN_WATCH:
+        return 0.0
+    times = psutil.cpu_times()
+    return float(times.user + times.nice + times.system)
+
+
+def _own_s() -> dict[int, float]:
+    """Returns the processor seconds of this process and its descendants, by process."""
+    if not _CAN_WATCH:
+        return {}
+    used: dict[int, float] = {}
+    this = psutil.Process()
+    for process in (this, *this.children(recursive=True)):
+        try:
+            times = process.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        used[process.pid] = float(times.user + times.system)
+    return used

@@ -1,0 +1,273 @@
+"""The operations that take several requests: retries, following a job, downloads. Written once for both clients.
+
+They are coroutines over a network. `AsyncNetwork` awaits; `BlockingNetwork` blocks and never suspends them, so that
+`run` and `iterate` need no event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator, Mapping
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    aclosing,
+    asynccontextmanager,
+    contextmanager,
+    suppress,
+)
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import httpx
+import httpx_sse
+
+from stable_audio_serve.client import answers, calls
+from stable_audio_serve.client.answers import Job, JobProgress, Take
+from stable_audio_serve.client.calls import Call, Connection
+from stable_audio_serve.client.failures import Attempts, Retries, read_failure, read_lost_connection
+from stable_audio_serve.core.errors import ConflictError, DeadlineExceededError, OverloadedError, StableAudioError
+
+T = TypeVar("T")
+
+# A generation answers when it is done; the server's own deadlines bound it.
+TIMEOUT = httpx.Timeout(600.0, connect=10.0)
+# A stream of events carries a comment every ten seconds.
+_STREAM_TIMEOUT = httpx.Timeout(30.0, connect=10.0)
+_POLL_S = 1.0
+_MOST_BROKEN = 3  # streams in a row without an event: a proxy between does not pass them on
+
+
+class BlockingNetwork:
+    """What `Client` does with its connections and the clock."""
+
+    def __init__(self, http: httpx.Client) -> None:
+        self._http = http
+
+    async def request(self, **arguments: Any) -> httpx.Response:
+        return self._http.request(**arguments)
+
+    @asynccontextmanager
+    async def stream(self, **arguments: Any) -> AsyncIterator[httpx.Response]:
+        with self._http.stream(**arguments) as response:
+            yield response
+
+    async def read(self, response: httpx.Response) -> bytes:
+        return response.read()
+
+    async def chunks(self, response: httpx.Response) -> AsyncIterator[bytes]:
+        for chunk in response.iter_bytes():
+            yield chunk
+
+    async def events(self, response: httpx.Response) -> AsyncGenerator[httpx_sse.ServerSentEvent]:
+        for event in httpx_sse.EventSource(response).iter_sse():
+            yield event
+
+    async def sleep(self, delay_s: float) -> None:
+        time.sleep(delay_s)  # noqa: ASYNC251
+
+
+class AsyncNetwork:
+    """What `AsyncClient` does with its connections and the clock."""
+
+    def __init__(self, http: httpx.AsyncClient) -> None:
+        self._http = http
+
+    async def request(self, **arguments: Any) -> httpx.Response:
+        return await self._http.request(**arguments)
+
+    def stream(self, **arguments: Any) -> AbstractAsyncContextManager[httpx.Response]:
+        return self._http.stream(**arguments)
+
+    async def read(self, response: httpx.Response) -> bytes:
+        return await response.aread()
+
+    def chunks(self, response: httpx.Response) -> AsyncIterator[bytes]:
+        return response.aiter_bytes()
+
+    def events(self, response: httpx.Response) -> AsyncGenerator[httpx_sse.ServerSentEvent]:
+        return httpx_sse.EventSource(response).aiter_sse()
+
+    async def sleep(self, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Returns the result of a coroutine over a `BlockingNetwork`, which ends in one step."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return end.value
+    raise RuntimeError("a coroutine over a blocking network was suspended")
+
+
+def iterate(items: AsyncGenerator[T]) -> Generator[T]:
+    """Yields the items of a generator over a `BlockingNetwork`, and closes it."""
+    try:
+        while True:
+            yield run(items.__anext__())
+    except StopAsyncIteration:
+        return
+    finally:
+        run(items.aclose())
+
+
+class Operations:
+    """The operations on one server."""
+
+    def __init__(
+        self, network: BlockingNetwork | AsyncNetwork, connection: Connection, *, retries: Retries | None
+    ) -> None:
+        self._network = network
+        self._connection = connection
+        self._retries = retries or Retries()
+
+    async def send(self, call: Call[T], attempts: Attempts | None = None) -> T:
+        """Send a call, several times if need be. Returns its answer."""
+        attempts = attempts or Attempts(self._retries)
+        while True:
+            try:
+                response = await self._network.request(**self._connection.request(call))
+                if response.is_success:
+                    return call.read(response)
+                failure = read_failure(response)
+            except httpx.TransportError as error:
+                failure = read_lost_connection(error)
+            await self._network.sleep(attempts.pause_s(failure))
+
+    async def submit(self, call: Call[str]) -> Job:
+        """Submit a job. Returns it."""
+        return await self.send(calls.show_job(await self.send(call)))
+
+    async def cancel(self, job_id: str) -> Job:
+        """Cancel a job, perhaps by an attempt whose answer was lost. Raises ConflictError if it is over."""
+        attempts = Attempts(self._retries)
+        try:
+            return await self.send(calls.cancel_job(job_id), attempts)
+        except ConflictError:
+            if not attempts.are_several:
+                raise
+            job = await self.send(calls.show_job(job_id))
+            if job.status != "cancelled":
+                raise
+            return job
+
+    async def follow(self, job_id: str) -> AsyncGenerator[JobProgress | Job]:
+        """Yields progress and at the end the job: events, or the polled status where event streams do not arrive."""
+        headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
+        num_broken, pause_s = 0, 0.5
+        while num_broken < _MOST_BROKEN:
+            num_broken += 1
+            stream = self._open(job_id, "events", headers=headers, timeout=_STREAM_TIMEOUT)
+            with suppress(httpx.TransportError, httpx_sse.SSEError, OverloadedError):
+                async with stream as response, aclosing(self._network.events(response)) as events:
+                    if response.status_code == httpx.codes.NO_CONTENT:  # after the last event
+                        break
+                    async for event in events:
+                        num_broken = 0
+                        pause_s = pause_s if event.retry is None else event.retry / 1000.0
+                        if event.id:
+                            headers["Last-Event-ID"] = event.id
+                        news = answers.read_news(event)
+                        if news is not None:
+                            yield news
+                        if isinstance(news, Job):
+                            return
+            await self._network.sleep(pause_s)
+        while not (job := await self.send(calls.show_job(job_id))).is_over:
+            yield job.progress
+            await self._network.sleep(_POLL_S)
+        yield job
+
+    async def wait(
+        self, job_id: str, *, on_progress: Callable[[JobProgress], None] | None, timeout_s: float | None
+    ) -> Job:
+        """Returns the job when it is over. Raises DeadlineExceededError."""
+        ends_at = None if timeout_s is None else time.monotonic() + timeout_s
+        async with aclosing(self.follow(job_id)) as following:
+            async for news in following:
+                if isinstance(news, Job):
+                    return news
+                if on_progress is not None:
+                    on_progress(news)
+                if ends_at is not None and time.monotonic() > ends_at:
+                    raise DeadlineExceededError(f"the job was not over after {timeout_s:g} s")
+        raise AssertionError("a job is followed to its end")
+
+    async def download(self, job: Job | str, path: Path) -> Path:
+        """Write a job's audio to a file or folder as it arrives. Returns the file's path."""
+
+        async def write(response: httpx.Response, _: Job) -> Path:
+            place = answers.place_file(response, path)
+            with whole_file(place) as file:
+                async for chunk in self._network.chunks(response):
+                    file.write(chunk)
+            return place
+
+        return await self._with_audio(job, write)
+
+    async def fetch(self, job: Job | str) -> Take:
+        """Returns a job's audio."""
+
+        async def read(response: httpx.Response, job: Job) -> Take:
+            content = await self._network.read(response)
+            return answers.read_job_take(job, content, disposition=response.headers.get("content-disposition", ""))
+
+        return await self._with_audio(job, read)
+
+    async def _with_audio(self, job: Job | str, use: Callable[[httpx.Response, Job], Awaitable[T]]) -> T:
+        """Returns the result of `use` on the open download of a job's audio; tries again as `send` does."""
+        job = await self.send(calls.show_job(job)) if isinstance(job, str) else job
+        answers.require_success(job)
+        attempts = Attempts(self._retries)
+        while True:
+            try:
+                async with self._audio(job) as response:
+                    return await use(response, job)
+            except httpx.TransportError as error:
+                failure: StableAudioError = read_lost_connection(error)
+            except StableAudioError as error:
+                failure = error
+            await self._network.sleep(attempts.pause_s(failure))
+
+    @asynccontextmanager
+    async def _audio(self, job: Job) -> AsyncIterator[httpx.Response]:
+        """Opens the download of a job's audio, through the server where its link leads to a bucket out of reach."""
+        async with AsyncExitStack() as opened:
+            response = None
+            if url := job.bucket_url:
+                with suppress(httpx.TransportError):  # another host: without the key
+                    response = await opened.enter_async_context(self._network.stream(method="GET", url=url))
+            if response is None or not response.is_success:
+                response = await opened.enter_async_context(self._open(job.id, "audio"))
+            yield response
+
+    @asynccontextmanager
+    async def _open(
+        self, job_id: str, below: str, *, headers: Mapping[str, str] | None = None, **options: Any
+    ) -> AsyncIterator[httpx.Response]:
+        """Opens what the server has below a job. Raises errors of httpx and of `core.errors`."""
+        url = self._connection.url(calls.job_path(job_id, below))
+        headers = self._connection.headers(headers)
+        async with self._network.stream(method="GET", url=url, headers=headers, **options) as response:
+            if not response.is_success:
+                await self._network.read(response)
+                raise read_failure(response)
+            yield response
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file to write. It gets its name only at the end without an error. Raises OSError."""
+    temporary = path.parent / f".{path.name[:40]}.{secrets.token_hex(8)}"
+    try:
+        # Not by `tempfile`, whose files only their owner may read: to give them a new file's rights the umask would
+        # have to be read, which cannot be done without setting it, for all threads.
+        with temporary.open("xb") as file:
+            yield file
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

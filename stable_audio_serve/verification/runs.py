@@ -1,0 +1,332 @@
+"""A repeated run of a reference: its arguments as requests, one per row of its batch; its random draws; and the latents
+and audio that the engine makes.
+
+Arguments are the reference's own. A run with an unknown argument is skipped, because ignoring the argument would
+compare two different runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stable_audio_serve.core.catalog import ModelCard
+from stable_audio_serve.core.errors import CheckpointError
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ScheduleShift, SourceAudio
+from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.models.forwarding import ForwardingModel
+from stable_audio_serve.models.protocol import (
+    DecodeWindow,
+    DiffusionModel,
+    EncodeWindow,
+    ModelSpec,
+    RowPlan,
+    TextEmbedding,
+)
+from stable_audio_serve.models.sa3.lengths import plan_length
+from stable_audio_serve.models.sa3.model import Sa3Model
+from stable_audio_serve.models.windows import whole_window
+from stable_audio_serve.sampling import NoiseSource, ReplayDraw, ReplayNoise, SeededNoise
+from stable_audio_serve.sampling.samplers import DATA_DEPENDENT
+from stable_audio_serve.verification.goldens import Goldens
+from stable_audio_serve.verification.samplers import Script, sampler_script
+
+SOURCE_DRAW = "init/bottleneck"  # of the Stable Audio Open family, whose reference encodes a source in one piece
+
+# What the references' generate() does when the goldens do not say: Stable Audio 3, then Stable Audio Open by objective.
+DEFAULTS: Mapping[str, Any] = {
+    "prompt": "",
+    "duration": 120,
+    "steps": 8,
+    "cfg_scale": 1.0,
+    "batch_size": 1,
+    "sample_size": 5292032,
+    "seed": -1,
+    "duration_padding_sec": 6.0,
+    "apg_scale": 1.0,
+}
+_V_DEFAULTS = {"cfg_scale": 6.0, "sampler_type": "dpmpp-2m-sde", "sigma_min": 0.01, "sigma_max": 100.0}
+_FLOW_DEFAULTS = {"cfg_scale": 6.0, "sampler_type": "euler"}
+
+# Our names of the arguments of a run, of those that may be lists with a value per row, and of a row's conditioning.
+_FIELDS = {
+    "steps": "steps",
+    "cfg_scale": "cfg_scale",
+    "cfg_interval": "cfg_interval",
+    "cfg_norm_threshold": "cfg_norm_threshold",
+    "scale_phi": "cfg_rescale",
+    "apg_scale": "apg_scale",
+    "sampler_type": "sampler",
+    "sigma_min": "sigma_min",
+    "sigma_max": "sigma_max",
+    "rho": "rho",
+    "init_noise_level": "init_noise_level",
+    "duration_padding_sec": "duration_padding_s",
+    "chunked_decode": "chunked_decode",  # each of the reference's windows draws its own noise
+}
+_LISTED = {"prompt": "prompt", "negative_prompt": "negative_prompt", "duration": "duration_s"}
+_ROW = {"prompt": "prompt", "seconds_start": "start_s", "seconds_total": "conditioned_total_s"}
+_NEGATIVE = {"prompt": "negative_prompt", "seconds_start": "negative_start_s", "seconds_total": "negative_total_s"}
+# The reference takes an object as the shift; a stored case names its class or the type of a config.
+_SHIFTS = ("dist_shift", "schedule_shift", "schedule", "sampling_dist_shift", "distribution_shift")
+_SHIFT_CLASSES = {
+    "logsnrshift": "logsnr",
+    "fluxdistributionshift": "flux",
+    "distributionshift": "full",
+    "identitydistributionshift": "none",
+}
+_REGIONS = ("inpaint_mask_start_seconds", "inpaint_mask_end_seconds")
+_READ = ("batch_size", "sample_size", "seed", "conditioning", "negative_conditioning", "init_audio", "inpaint_audio")
+_WITHOUT_EFFECT = ("truncate_output_to_duration", "return_latents", "rescale_cfg", "disable_tqdm", "callback")
+_KNOWN = {*_FIELDS, *_LISTED, *_SHIFTS, *_REGIONS, *_READ, *_WITHOUT_EFFECT}
+
+
+class Case(NamedTuple):
+    """One run of a reference. The seeds of `requests` are their rows' numbers; `seed` is the run's.
+
+    `sample_size` (audio samples) caps the run's latent length.
+    """
+
+    name: str
+    requests: tuple[GenerationRequest, ...]
+    seed: int
+    sample_size: int
+
+
+def skip_reason(args: Mapping[str, Any]) -> str | None:
+    """Returns why a case cannot be repeated here, or None."""
+    unknown = {name for name, value in args.items() if name not in _KNOWN and value is not None}
+    for row in (*args.get("conditioning", ()), *(args.get("negative_conditioning") or ())):
+        unknown |= row.keys() - _ROW
+    if unknown:
+        return f"arguments nothing is known about: {', '.join(sorted(unknown))}"
+    if args.get("sampler_type") in DATA_DEPENDENT:
+        return f"{args['sampler_type']} chooses its steps from the data"
+    return "its seed is random" if int(args.get("seed", -1)) < 0 else None
+
+
+def parse_case(name: str, facts: Mapping[str, Any], *, goldens: Goldens, chunked: bool) -> Case:
+    """Returns the case `name` with the goldens' defaults filled in; `chunked` is the model's own default.
+
+    Raises CheckpointError naming a malformed argument.
+    """
+    args = {"chunked_decode": chunked, **DEFAULTS}
+    for stated in (goldens.section("generate_defaults"), facts["args"]):
+        args |= {key: value for key, value in stated.items() if value is not None}
+    starts, ends = (value if isinstance(value := args.get(edge, []), list) else [value] for edge in _REGIONS)
+    requests = [
+        GenerationRequest(
+            **_renamed(args, _FIELDS),
+            **_renamed({key: _of_row(args, key, row=row) for key in _LISTED}, _LISTED),
+            seed=row,
+            schedule_shift=_shift(args),
+            edit_schedule="reference",
+            init_audio=_source(args.get("init_audio"), goldens),
+            inpaint_audio=_source(args.get("inpaint_audio"), goldens),
+            inpaint_regions_s=tuple(zip(starts, ends, strict=True)),
+            keep="model",
+        )
+        for row in range(int(args["batch_size"]))
+    ]
+    return Case(name, tuple(requests), int(args["seed"]), int(args["sample_size"]))
+
+
+def parse_open_case(name: str, facts: Mapping[str, Any], *, goldens: Goldens, card: ModelCard) -> Case:
+    """Returns a case of the Stable Audio Open family. Raises ValueError without one condition per row."""
+    is_v, source = card.objective == "v", None
+    args = {**(_V_DEFAULTS if is_v else _FLOW_DEFAULTS), **facts["args"]}
+    if not is_v:
+        args |= {"sigma_min": None, "rho": None}  # flow samplers drop them
+    if inputs := facts.get("inputs"):
+        source = SourceAudio(goldens[inputs["init_audio"]].numpy(), int(inputs["init_rate"]))
+    rows, negatives = args["conditioning"], args.get("negative_conditioning") or [{}]
+    negatives = negatives * len(rows) if len(negatives) == 1 else negatives
+    requests = [
+        GenerationRequest(
+            **_renamed(args, _FIELDS),
+            **_renamed(row, _ROW),
+            **_renamed(negative, _NEGATIVE),
+            duration_s=int(args["sample_size"]) / card.sample_rate_hz,
+            seed=index,
+            init_audio=source,
+            edit_schedule=None if is_v else "reference",
+        )
+        for index, row, negative in zip(range(int(args.get("batch_size", 1))), rows, negatives, strict=True)
+    ]
+    return Case(name, tuple(requests), int(args["seed"]), int(args["sample_size"]))
+
+
+def _renamed(args: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the arguments that are there, by our names."""
+    found = {ours: args[theirs] for theirs, ours in names.items() if args.get(theirs) is not None}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+
+
+def _of_row(args: Mapping[str, Any], key: str, *, row: int) -> Any:
+    """Returns the row's element of a list as long as the batch; any other value applies to every row."""
+    value, num_rows = args.get(key), int(args["batch_size"])
+    if not isinstance(value, list):
+        return value
+    if len(value) != num_rows:
+        raise CheckpointError(f"golden.json: a list of {len(value)} values for a batch of {num_rows}")
+    return value[row]
+
+
+def _shift(args: Mapping[str, Any]) -> ScheduleShift | None:
+    found = next((args[name] for name in _SHIFTS if name in args), None)
+    if found is None:
+        return None
+    stated: dict[str, Any] = {"type": found} if isinstance(found, str) else dict(found)
+    kind = str(stated.pop("type", "full")).lower()
+    return ScheduleShift(_SHIFT_CLASSES.get(kind, kind), tuple(stated.items()))
+
+
+def _source(found: Mapping[str, Any] | None, goldens: Goldens) -> SourceAudio | None:
+    if found is None:
+        return None
+    return SourceAudio(torch.atleast_2d(goldens[found["tensor"]]).numpy(), int(found["sample_rate"]))
+
+
+class RowNoise:
+    """A row's noise with another inside the autoencoder: its part of one draw over all frames (D, F), or zeros.
+
+    `asked` has the draws inside the autoencoder for one row, and the axis of each that counts frames.
+    """
+
+    def __init__(self, source: NoiseSource, drawn: Tensor | None = None) -> None:
+        self._source, self._drawn = source, drawn
+        self.asked: list[tuple[ReplayDraw, int]] = []
+
+    def initial(self, shape: tuple[int, ...]) -> Tensor:
+        return self._source.initial(shape)
+
+    def step(self, shape: tuple[int, ...]) -> Tensor:
+        return self._source.step(shape)
+
+    def window(
+        self, stage: str, start: int, *, shape: tuple[int, ...], frame_axis: int, device: torch.device
+    ) -> Tensor:
+        self.asked.append((ReplayDraw(stage, start, shape), frame_axis))
+        if self._drawn is None:
+            return torch.zeros(shape, device=device)
+        return self._drawn.narrow(frame_axis, start, shape[frame_axis]).to(device)
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """One row of a run: its plan, final latents (D, F), and audio (C, S) of the row's own length."""
+
+    plan: RowPlan
+    latents: Tensor
+    audio: Tensor
+
+
+class ObservedModel(ForwardingModel):
+    """A model whose rows are decoded whole, headroom included, so that their final latents can be read.
+
+    `noise` is by the row's number, which is its seed; `texts` replace the text encoder.
+    """
+
+    def __init__(
+        self, model: DiffusionModel, *, noise: Sequence[NoiseSource], texts: Mapping[str, TextEmbedding]
+    ) -> None:
+        super().__init__(model)
+        self._noise, self._texts = noise, texts
+        self.latents: list[dict[int, Tensor]] = [{} for _ in noise]  # by row and frame, (D,)
+
+    @property
+    def spec(self) -> ModelSpec:
+        return replace(super().spec, captures_decode=False)  # so that every call of the decoder is seen
+
+    def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
+        plans = super().plan(request, frames=frames)
+        return tuple(replace(plan, output_samples=plan.frames * self.spec.hop) for plan in plans)
+
+    def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
+        return [self._texts[prompt] for prompt in prompts] if self._texts else super().encode_text(prompts)
+
+    def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
+        for window in windows:
+            row = next((row for row, noise in enumerate(self._noise) if noise is window.noise), None)
+            if row is not None:
+                self.latents[row] |= dict(enumerate(window.latents.cpu().unbind(1), window.start))
+        return super().decode(windows)
+
+
+def run_case(
+    model: DiffusionModel,
+    case: Case,
+    *,
+    noise: Sequence[NoiseSource],
+    texts: Mapping[str, TextEmbedding] | None = None,
+) -> list[RowResult]:
+    """Run all rows of a case together, each with its own noise; `texts` are the prompts if the model is not asked."""
+    plans, observed = plan_case(model, case), ObservedModel(model, noise=noise, texts=texts or {})
+
+    async def generate() -> list[GenerationResult]:
+        options = EngineOptions(warmup_budget_s=0.0, max_queue_s=1e9)
+        async with Engine(observed, options, noise_factory=lambda seed: noise[seed]) as engine:
+            return await asyncio.gather(*(engine.generate(row, frames=plans[0].frames) for row in case.requests))
+
+    results = []
+    for plan, result, latents in zip(plans, asyncio.run(generate()), observed.latents, strict=True):
+        made = torch.stack([latents[frame] for frame in range(plan.frames)], dim=1)
+        results.append(RowResult(plan, made, torch.from_numpy(result.audio[0])[:, : plan.output_samples]))
+    return results
+
+
+def plan_case(model: DiffusionModel, case: Case) -> list[RowPlan]:
+    """Returns one plan per row, all with the latent length of the longest and its headroom.
+
+    In the Stable Audio Open family a run is as long as its window, whatever the clip's duration.
+    """
+    frames = case.sample_size // model.spec.hop
+    if isinstance(model, Sa3Model):
+        rule = replace(model.config.lengths, max_samples=case.sample_size)
+        longest_s = max(request.duration_s for request in case.requests)
+        frames = plan_length(longest_s, rule, padding_s=case.requests[0].duration_padding_s or 0.0).frames
+    return [model.plan(request, frames=frames)[0] for request in case.requests]
+
+
+def draw_script(model: DiffusionModel, case: Case) -> Script:
+    """Returns the reference's draws in order: start noise, source windows, sampler steps, decode windows.
+
+    The draws of a window are those that the model asks for. A source is encoded once for all rows.
+    """
+    plan, hop, num_rows = plan_case(model, case)[0], model.spec.hop, len(case.requests)
+    latent = (num_rows, model.spec.card.latent_channels, plan.frames)
+    encoding, decoding = RowNoise(SeededNoise(0)), RowNoise(SeededNoise(0))
+    for stage, source in (("init", plan.init_source), ("inpaint", plan.inpaint_source)):
+        if source is not None:
+            for span in source.windows if isinstance(model, Sa3Model) else whole_window(plan.frames):
+                silence = torch.zeros(model.spec.card.channels, (span.stop - span.start) * hop)
+                model.encode_audio([EncodeWindow(silence, span.start, stage, encoding)])
+    for span in plan.decode_windows:
+        zeros = torch.zeros(latent[1], span.stop - span.start, device=model.device)
+        model.decode([DecodeWindow(zeros, span.start, decoding)])
+    return [
+        ReplayDraw("initial", 0, latent),
+        *(_over_batch(*asked, num_rows=1) for asked in encoding.asked),
+        *sampler_script(case.requests[0].sampler or "", plan.sampler, shape=latent),
+        *(_over_batch(*asked, num_rows=num_rows) for asked in decoding.asked),
+    ]
+
+
+def _over_batch(draw: ReplayDraw, frame_axis: int, *, num_rows: int) -> ReplayDraw:
+    """Returns a row's draw over a batch: rows stacked along a leading frame axis, else along a new one in front."""
+    first, *rest = draw.shape
+    return replace(draw, shape=(num_rows * first, *rest) if frame_axis == 0 else (num_rows, first, *rest))
+
+
+def replay_rows(case: Case, script: Script) -> list[NoiseSource]:
+    """Returns the rows' noise in a new repetition of the run."""
+    replay = ReplayNoise(case.seed, script, num_rows=len(case.requests))
+    rows = [replay.row(row) for row in range(len(case.requests))]
+    if not any(isinstance(draw, ReplayDraw) and draw.stage == SOURCE_DRAW for draw in script):
+        return rows
+    return [RowNoise(row, replay.draw(SOURCE_DRAW, 0)[0]) for row in rows]

@@ -1,0 +1,261 @@
+"""The host's work in every kind of engine call, by kind of request: the real engine and small checkpoints on the
+stand-in device. What a figure may be, the tests and the goals say.
+
+Must run in a process of its own (`stand_in_device` says why): `run_apart` starts one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial, wraps
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stable_audio_serve.core.generation import DeviceUse, GenerationRequest, Mode, SourceAudio
+from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.engine.calls.executor import Executor
+from stable_audio_serve.engine.calls.stages import Stages
+from stable_audio_serve.engine.hardware.device import CudaDevice, Moment
+from stable_audio_serve.engine.hardware.share import DeviceMemory
+from stable_audio_serve.engine.scheduling.cost import Measurement
+from stable_audio_serve.engine.scheduling.scheduler import RowId, Scheduler
+from stable_audio_serve.models.families import load_model
+from stable_audio_serve.models.protocol import DiffusionModel
+from stable_audio_serve.models.registry import resolve_entry
+from stable_audio_serve.models.sa3.model import Sa3Model
+from stable_audio_serve.models.sao.model import SaoModel
+from stable_audio_serve.models.weights import DTYPES, cast_network
+from stable_audio_serve.sampling.samplers import SAMPLERS
+from stable_audio_serve.sampling.v_samplers import V_SAMPLERS
+from tests.engine.stand_in_device import DEVICE, HostWork, StandInDevice, move
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+Family = Literal["sa3", "open"]
+_GOLDENS = Path(__file__).parents[1] / "data/goldens"
+CHECKPOINTS: dict[Family, Path] = {"sa3": _GOLDENS / "sa3/sharp-s", "open": _GOLDENS / "sao/tiny-1.0"}
+REQUESTS = ("plain", "guided", "variation", "inpaint", "mixed")
+_FAMILY_SAMPLERS: dict[Family, tuple[str, ...]] = {"sa3": tuple(SAMPLERS), "open": V_SAMPLERS}
+KINDS: dict[Family, tuple[str, ...]] = {
+    family: (*REQUESTS, *(f"sampler {name}" for name in samplers)) for family, samplers in _FAMILY_SAMPLERS.items()
+}
+# The engine calls, and the methods in which they happen; a call within another counts apart.
+_CALLS = (
+    ("text", Stages, "start"),
+    ("begin", Stages, "_begin"),
+    ("encode", Stages, "encode"),
+    ("denoise", Executor, "_evaluate"),
+    ("finish", Stages, "_take_latents"),
+    ("decode", Stages, "decode"),
+)
+_COUNTED = ("copies_to_device", "copies_to_host", "asynchronous_copies", "waits", "mix_ups", "launches")
+_STEPS = 3
+_DURATIONS_S: dict[Family, float] = {"sa3": 2.0, "open": 0.4}  # the second decodes 44,100 samples a second
+_ROWS = 2  # of each request: a step is never of a single row
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What is counted: a kind of request (of its family's KINDS) in a mode, with a denoiser of that precision."""
+
+    kind: str
+    mode: Mode = "fast"
+    dtype: Literal["float16", "float32"] = "float16"
+    family: Family = "sa3"
+
+
+def run_apart(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """Returns the function's results for all items, one after another in one process of their own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return list(process.map(function, items))
+
+
+def count(setting: Setting) -> dict[str, Any]:
+    """Returns, by engine call, how many there were and the figures of the worst: plain numbers.
+
+    Every call was made once before, so that nothing is counted that happens once in a process's life.
+    """
+    torch.set_num_threads(1)
+    device = StandInDevice()
+    sections = asyncio.run(_run(make_model(setting.family, dtype=setting.dtype), setting, device=device))
+    return {name: _worst([work for section, work in sections if section == name]) for name, _, _ in _CALLS}
+
+
+def make_model(family: Family, *, dtype: str) -> Sa3Model | SaoModel:
+    """Returns a small checkpoint on the stand-in device, its denoiser in `dtype` as on CUDA."""
+    folder = CHECKPOINTS[family]
+    model = load_model(resolve_entry(folder.name, path=str(folder)))
+    assert isinstance(model, Sa3Model | SaoModel)
+    cast_network(model.denoiser, DTYPES[dtype])
+    for module in (model.text.encoder, model.prompt, *model.numbers.values(), model.denoiser, model.autoencoder):
+        move(module)
+    model._device = DEVICE
+    with torch.inference_mode(), StandInDevice():  # it keeps what follows from its weights on their device
+        model.autoencoder.resolve()
+    return model
+
+
+def make_requests(setting: Setting, *, sample_rate_hz: int, seed: int) -> list[GenerationRequest]:
+    """Returns requests whose rows step together. Raises ValueError for an unknown kind."""
+
+    duration_s = _DURATIONS_S[setting.family]
+
+    def request(**fields: Any) -> GenerationRequest:
+        return GenerationRequest(
+            prompt=f"rain on a roof, take {seed}",
+            duration_s=duration_s,
+            seed=seed,
+            steps=_STEPS,
+            batch_size=_ROWS,
+            duration_padding_s=0.0 if setting.family == "sa3" else None,
+            **{"cfg_scale": 1.0, **fields},
+        )
+
+    noise = np.random.default_rng(0).normal(0.0, 0.1, (2, int(duration_s * sample_rate_hz))).astype(np.float32)
+    source = SourceAudio(noise, sample_rate_hz)
+    guided = {"cfg_scale": 4.0, "negative_prompt": f"hiss, take {seed}"}
+    inpaint = {"inpaint_audio": source, "inpaint_regions_s": ((duration_s / 4, duration_s / 2),)}
+    if setting.kind.startswith("sampler "):
+        return [request(sampler=setting.kind.removeprefix("sampler "))]
+    match setting.kind:
+        case "plain":
+            return [request()]
+        case "guided":
+            return [request(**guided)]
+        case "variation":
+            return [request(init_audio=source, init_noise_level=0.5)]
+        case "inpaint":
+            return [request(**inpaint)]
+        case "mixed":
+            unlike = _FAMILY_SAMPLERS[setting.family][-2]  # of those that are not the family's default
+            return [request(), request(**guided), request(**inpaint), request(sampler=unlike)]
+    raise ValueError(f"unknown kind of request {setting.kind!r}")
+
+
+async def _run(model: DiffusionModel, setting: Setting, *, device: StandInDevice) -> list[tuple[str, HostWork]]:
+    """Send the same requests twice; returns the sections of the second time."""
+    # No warm-up, whose measured times would decide which rows share a step; all rows fit into one.
+    options = EngineOptions(mode=setting.mode, warmup_budget_s=0.0, fixed_share=0.001)
+    num_before = 0
+    with _sections(device):
+        requests = [make_requests(setting, sample_rate_hz=model.spec.card.sample_rate_hz, seed=seed) for seed in (0, 1)]
+        num_rows = sum(request.batch_size for request in requests[0])
+        async with _StandInEngine(model, options, device=device, num_rows=num_rows) as engine:
+            for some in requests:
+                num_before = len(device.sections)
+                await asyncio.gather(*(engine.generate(request) for request in some))
+    return device.sections[num_before:]
+
+
+class _StandInEngine(Engine):
+    """An engine whose thread works on a stand-in device and begins when `num_rows` rows wait."""
+
+    def __init__(self, model: DiffusionModel, options: EngineOptions, *, device: StandInDevice, num_rows: int) -> None:
+        super().__init__(
+            model, options, scheduler=partial(_Together, num_rows=num_rows), device=_QueueingDevice(device)
+        )
+        # One call is much faster than two, however many of its rows are dummies.
+        self._predictor._cost.fit("denoise", [Measurement(rows, 64, 1000.0) for rows in (1, 32)])
+        self._thread._sharing = device
+
+
+class _QueueingDevice(CudaDevice):
+    """The engine's view of a stand-in device, as of a GPU that is always one engine call behind."""
+
+    can_capture = False  # so that every call's own work is seen
+
+    def __init__(self, stand_in: StandInDevice) -> None:
+        super().__init__(DEVICE)
+        self._stand_in = stand_in
+
+    def host_buffer(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype).pin_memory()
+
+    def mark(self) -> Moment:
+        return _Point(self._stand_in)
+
+    @contextmanager
+    def beside(self, *reads: Tensor) -> Iterator[None]:
+        yield
+
+    def follow(self, moment: Moment) -> None:
+        """All work is done when it is asked for."""
+
+    def use(self) -> DeviceUse:
+        return DeviceUse(DEVICE.type)
+
+    def memory(self) -> DeviceMemory | None:
+        return None
+
+
+class _Point:
+    def __init__(self, stand_in: StandInDevice) -> None:
+        self._stand_in = stand_in
+        self._num_sections = len(stand_in.sections)
+
+    def is_reached(self) -> bool:
+        return len(self._stand_in.sections) > self._num_sections
+
+    def wait(self) -> None:
+        self._stand_in.wait("moment")
+        self._num_sections = -1
+
+    def ms_since(self, earlier: Moment) -> float:
+        return 1.0
+
+
+class _Together(Scheduler):
+    """Holds rows back until so many are there, so that they share every step."""
+
+    def __init__(self, *args: Any, num_rows: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._num_rows = num_rows
+        self._are_there = False
+
+    def pick(self, *, beside: bool = True) -> list[RowId]:
+        self._are_there = len(self) >= self._num_rows or (self._are_there and len(self) > 0)
+        return super().pick(beside=beside) if self._are_there else []
+
+
+@contextmanager
+def _sections(device: StandInDevice) -> Iterator[None]:
+    """Within this context every engine call is a section, and waiting for the device is counted."""
+
+    def within(name: str, method: Any) -> Any:
+        @wraps(method)
+        def run(owner: Stages | Executor, rows: Any, **options: Any) -> Any:
+            if not rows:  # each turn starts rows, even when none are new
+                return method(owner, rows, **options)
+            with device.section(name):
+                return method(owner, rows, **options)
+
+        return run
+
+    with ExitStack() as stack:
+        for name, owner, method in _CALLS:
+            stack.enter_context(patch.object(owner, method, within(name, getattr(owner, method))))
+        yield
+
+
+def _worst(works: Sequence[HostWork]) -> dict[str, Any]:
+    origins: Counter[str] = Counter()
+    for work in works:
+        origins |= work.origins
+    return {
+        "calls": len(works),
+        **{name: max((getattr(work, name) for work in works), default=0) for name in _COUNTED},
+        "blocking_copies": max((work.blocking_copies for work in works), default=0),
+        "origins": dict(origins.most_common()),
+    }

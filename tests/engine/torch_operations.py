@@ -1,0 +1,140 @@
+"""What torch's operations do on a CUDA device: which start a kernel, which wait for the device, which only make views.
+Knows no tensors of its own: `stand_in_device` counts with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+_MASKS = (torch.bool, torch.uint8)
+# Made of other operations elsewhere, one kernel on CUDA.
+_FUSED = ("scaled_dot_product_attention", "rms_norm")
+# Neither views by their schema nor kernels.
+_NO_KERNEL = (
+    "_local_scalar_dense",
+    "_unsafe_view",
+    "detach_",
+    "resize_",
+    "set_",
+    "squeeze_",
+    "t_",
+    "transpose_",
+    "unsqueeze_",
+)
+_MASK_STEP = 16  # values
+_UNFUSED_NORM = 8  # kernels of an RMS norm whose gain has another dtype than its input
+_MOST_JOINED = 4  # dimensions of tensors that are not contiguous and still join in one kernel
+_ALLOCATING = ("empty", "new_empty")
+# The host needs a result before it can go on: a value, or how many elements there are.
+_WAITING = (
+    "_local_scalar_dense",
+    "bincount",
+    "equal",
+    "masked_select",
+    "nonzero",
+    "unique_consecutive",
+    "unique_dim",
+    "_unique",
+    "_unique2",
+)
+_INDEXING = ("index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_")
+
+
+def leaves(values: Iterable[Any]) -> Iterator[Any]:
+    """Yields the values, and those in lists and tuples among them."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from leaves(value)
+        else:
+            yield value
+
+
+@cache
+def name_of(operation: OpOverload) -> str:
+    """Returns the name without namespace and overload: `aten::add.Tensor` -> `add`."""
+    return str(operation._schema.name).split("::")[1]
+
+
+@cache
+def is_composite(operation: OpOverload) -> bool:
+    """Whether the operation is carried out as others, which are then counted in its place."""
+    return name_of(operation) not in _FUSED and operation.has_kernel_for_dispatch_key(_COMPOSITE)
+
+
+def count_launches(operation: OpOverload, args: Sequence[Any]) -> int:
+    """Returns how many kernels an operation that is not composite starts on CUDA, all tensors being there.
+
+    One, or none for views, for memory without contents and for a copy of data onto itself. Attention under a mask of
+    truth values also converts it, norms copy what is not contiguous first, and joining tensors takes a kernel for each
+    when they have too many dimensions.
+    """
+    name = name_of(operation)
+    if name == "copy_" and _are_same_data(args[0], args[1]):
+        return 0
+    if operation.is_view or name in _NO_KERNEL or name.startswith(_ALLOCATING):
+        return 0
+    return 1 + _count_hidden(name, args)
+
+
+def _count_hidden(name: str, args: Sequence[Any]) -> int:
+    """Returns how many kernels a fused operation starts besides its own."""
+    match name:
+        case "scaled_dot_product_attention":
+            mask = args[3] if len(args) > 3 else None
+            if not isinstance(mask, Tensor):
+                return 0
+            # Kernels read masks in steps of 16 values: others are copied into padded memory, filled first.
+            is_aligned = all(stride % _MASK_STEP == 0 for stride in mask.stride()[:-1])
+            return (not mask.is_floating_point()) + 2 * (not is_aligned)
+        case "rms_norm" | "native_layer_norm":
+            gain = args[2] if len(args) > 2 else None
+            if name == "rms_norm" and isinstance(gain, Tensor) and gain.dtype != args[0].dtype:
+                return _UNFUSED_NORM - 1
+            return int(not args[0].is_contiguous())
+        case "cat":
+            given = [tensor for tensor in args[0] if tensor.numel()]
+            is_joined = given[0].dim() <= _MOST_JOINED or all(tensor.is_contiguous() for tensor in given)
+            return 0 if is_joined else len(given) - 1
+    return 0
+
+
+def waits(operation: OpOverload, args: Sequence[Any]) -> bool:
+    """Whether the host waits until the device has come to this operation."""
+    name = name_of(operation)
+    if name in _WAITING:
+        return True
+    if name not in _INDEXING:
+        return False
+    by_mask = any(isinstance(index, Tensor) and index.dtype in _MASKS for index in args[1])
+    # One value from the host is written where a mask is true without knowing how often it is.
+    fills = "put" in name and args[2].numel() == 1 and args[2].device.type == "cpu"
+    return by_mask and not fills
+
+
+def indices(operation: OpOverload, args: Sequence[Any]) -> tuple[Tensor, ...]:
+    """Returns the tensors by which an operation indexes; only these may lie on the host when others do not."""
+    if name_of(operation) not in _INDEXING:
+        return ()
+    return tuple(index for index in args[1] if isinstance(index, Tensor))
+
+
+def asks_to_wait(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a copy (`_to_copy` or `copy_`) is one that the host waits for, whatever memory it reads."""
+    return not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
+
+
+def _are_same_data(first: Tensor, second: Tensor) -> bool:
+    """Whether both are the same view of the same memory: what `x[i] += y` writes back."""
+    return (
+        first.untyped_storage()._cdata == second.untyped_storage()._cdata
+        and first.storage_offset() == second.storage_offset()
+        and first.shape == second.shape
+        and first.stride() == second.stride()
+    )
