@@ -206,7 +206,7 @@ def prompts(*literals: bytes) -> Callable[[Route], Iterator[Sent]]:
 
 
 def numbers(*literals: bytes, most: int | None = None) -> Callable[[Route], Iterator[Sent]]:
-    """Yield requests with these literals in place of the route's numbers."""
+    """Returns a function that yields requests with these literals in place of a route's (first `most`) numbers."""
 
     def requests(route: Route) -> Iterator[Sent]:
         for name in route.numbers[:most]:

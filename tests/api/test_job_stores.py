@@ -106,7 +106,7 @@ async def test_odd_ids_are_unknown(store_url: str) -> None:
 
 
 def submissions(client: httpx.AsyncClient) -> dict[str, Any]:
-    """Send a request to each dialect that stores something. Returns the responses by the key of their error."""
+    """Returns functions that send a request to the job store, by dialect and kind of request."""
     return {
         "native": lambda: client.post("/jobs", json=BODY),
         "native with a file": lambda: post(client, "/jobs/variations", key=None),

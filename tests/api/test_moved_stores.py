@@ -33,7 +33,7 @@ FILES = ("jobs.db", "jobs.db-wal", "jobs.db-shm")
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """Folder of the job database and its server."""
+    """Returns the folder of the job database."""
     folder = tmp_path / "database"
     folder.mkdir()
     return folder
@@ -54,7 +54,7 @@ def snapshot(place: Path) -> dict[str, bytes]:
 
 
 async def state_of(client: httpx.AsyncClient) -> tuple[str, str]:
-    """Returns the job store's state from health and readiness."""
+    """Returns the job store's state and reason, which /health and /ready must agree on."""
     health, ready = [(await client.get(path)).json() for path in ("/health", "/ready")]
     assert health["job_store"] == ready["job_store"]
     assert ready["ready"] is True  # routes without a job store work
@@ -62,7 +62,7 @@ async def state_of(client: httpx.AsyncClient) -> tuple[str, str]:
 
 
 async def expect_refusals(client: httpx.AsyncClient, *, at_once: int = 1, may_read: bool = False) -> None:
-    """Submit to every dialect; concurrent submissions open new database connections."""
+    """Assert that every dialect refuses. More concurrent requests than before need new database connections."""
     for name, ask in submissions(client).items():
         if may_read and name.endswith((" list", " status", " events")):
             continue
