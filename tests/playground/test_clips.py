@@ -211,7 +211,7 @@ def test_settings_of_an_unserved_model_are_not_loaded(page: Page) -> None:
 def test_clips_last_until_reload_when_storage_is_full(page: Page) -> None:
     page.run("IDBObjectStore.prototype.put = function () { throw new DOMException('full', 'QuotaExceededError') }")
     page.fill(prompt="rain", duration=0.5, steps=2).click("generate")
-    page.until(lambda: "no room" in page.said)
+    page.until(lambda: "cannot store the clip" in page.said)
     assert len(page.browser.find_elements(By.CSS_SELECTOR, "#clips li")) == 1
     assert page.clips == []
 
