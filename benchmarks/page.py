@@ -32,17 +32,17 @@ _HEAD = """# Results
 
 Written by `make docs` from the files in this folder. Do not edit.
 
-Every figure compares two sides in one run on one machine: the same weights, executor, HTTP path and saved list of
-arrivals, in turns. Their audio is compared first, and a side that did other work is refused. `lock` is the pipeline
-behind a mutex, one request at a time. `static` is `@serve.batch` over requests of the same length bucket, steps and
-guidance: up to 32, after 10 ms. Latency counts from the scheduled arrival to the last byte. A round beside which other
-programs used more than a tenth of a core is repeated, and marked as void after the fourth time.
+Every figure compares two sides in one run on one machine, in alternation: the same weights, executor, HTTP path and
+list of arrivals. A run first compares the audio of the sides and refuses a side that did other work. `lock` is the
+pipeline behind a mutex, one request at a time. `static` is `@serve.batch` over requests of the same length bucket,
+steps and guidance, up to 32, after 10 ms. Latency is the time from the scheduled arrival to the last byte. If other
+programs used more than a tenth of a core, a round is repeated, and marked as void after the fourth attempt.
 
 `make bench` measures the short form of the goals in under 12 minutes, `make bench FULL=1` the long form. To compare
-with a server of your own: `python -m benchmarks run --against lock,ours --url http://host:port --dialect sa3`.
+with another server: `python -m benchmarks run --against lock,ours --url http://host:port --dialect sa3`.
 """
-_GOALS_SAID = """A goal is met by its value. `close`: the range of the rounds reaches the bound. `MISS`: it does not.
-Goals of `simulate` are arithmetic on a model of an H200.
+_GOALS_SAID = """`ok`: the value meets the bound. `close`: the range of the rounds reaches it. `MISS`: neither does.
+Goals of `simulate` are computed with a model of an H200.
 """
 _SERVERS = {
     "lock": "one request at a time",
