@@ -54,7 +54,7 @@ def test_address_and_prefix_of_the_file_are_used(tmp_path: Path) -> None:
         ("applications: [\n", r"line 2, column 1: expected the node content"),
         (
             _APPLICATION + "  args:\n    api: {}\n    api: {max_steps: 3}\n",
-            r"line 6, column 5: the key api stands twice",
+            r"line 6, column 5: the key api appears twice",
         ),
     ],
 )
