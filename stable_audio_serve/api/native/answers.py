@@ -10,7 +10,7 @@ from stable_audio_serve.api.native.ignored import warning_headers
 from stable_audio_serve.api.native.schemas import Controls
 from stable_audio_serve.api.service import Output
 from stable_audio_serve.audio.encode import AudioFormat
-from stable_audio_serve.audio.finish import FileOrder, TakeOrigin
+from stable_audio_serve.audio.finish import ClipOrigin, FileOrder
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.core.settings import AudioSettings
@@ -30,7 +30,7 @@ def file_order(
         file_format=fields.response_format,
         stem=file_stem(card.name),
         with_manifest=fields.manifest,
-        origin=TakeOrigin.of(generation),
+        origin=ClipOrigin.of(generation),
     )
 
 

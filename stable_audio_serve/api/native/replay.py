@@ -26,7 +26,7 @@ from stable_audio_serve.api.native.routes import AUDIO_RESPONSES, TAG
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.audio.encode import AudioFormat
-from stable_audio_serve.audio.finish import FileOrder, FinishedFile, TakeOrigin, finish, finish_window
+from stable_audio_serve.audio.finish import ClipOrigin, FileOrder, FinishedFile, finish, finish_window
 from stable_audio_serve.audio.recipe import MOST_BYTES, MOST_REGIONS, Recipe, RecipeMaker, RecipeSource, is_exact
 from stable_audio_serve.audio.workers import hash_file
 from stable_audio_serve.core.catalog import ModelCard
@@ -107,7 +107,7 @@ def build_router(service: Service) -> APIRouter:
             result = await service.generate(card, generation, caller=request.state.caller, started_at=started_at)
         except InvalidRequestError as error:
             raise _fault(error.field or "recipe", error.message) from error
-        output = await service.finish_by(result, lambda: _finish(result, recipe, origin=TakeOrigin.of(generation)))
+        output = await service.finish_by(result, lambda: _finish(result, recipe, origin=ClipOrigin.of(generation)))
         note(request.scope, num_bytes=output.file.num_bytes)
         response = audio_answer(request, output, file_format=AudioFormat(recipe.response_format))
         response.headers[REPLAY] = "exact" if is_exact(recipe, result.made_on) else "close"
@@ -116,7 +116,7 @@ def build_router(service: Service) -> APIRouter:
     return router
 
 
-def _finish(result: GenerationResult, recipe: Recipe, *, origin: TakeOrigin | None) -> FinishedFile:
+def _finish(result: GenerationResult, recipe: Recipe, *, origin: ClipOrigin | None) -> FinishedFile:
     """Returns the file that a recipe describes. CPU work."""
     if recipe.peaks == "full":
         return finish_window(result, num_samples=recipe.samples, origin=origin)

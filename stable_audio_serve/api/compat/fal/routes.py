@@ -36,7 +36,7 @@ from stable_audio_serve.api.links import base_url, file_url
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.routing import Scopes, route_class
 from stable_audio_serve.api.service import Service
-from stable_audio_serve.audio.finish import FileOrder, TakeOrigin
+from stable_audio_serve.audio.finish import ClipOrigin, FileOrder
 from stable_audio_serve.core.catalog import OPEN_FAMILY
 from stable_audio_serve.core.ids import JobId
 from stable_audio_serve.core.keys import Scope
@@ -141,7 +141,7 @@ def _add_submission(router: APIRouter, service: Service, *, summary: str) -> Non
         peaks = body.peaks or service.settings.audio.peaks
         if not targets.means_queue(request):
             generation = replace(generation, start_within_s=start_within_s)
-            origin = TakeOrigin.of(generation) if service.settings.dialects.recipes else None
+            origin = ClipOrigin.of(generation) if service.settings.dialects.recipes else None
             order = FileOrder(peaks, stem=FILE_STEM, origin=origin)
             return await run(request, service, card=card, generation=generation, order=order)
         if fal_webhook is not None:

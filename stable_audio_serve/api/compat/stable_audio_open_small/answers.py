@@ -13,7 +13,7 @@ from starlette.responses import Response
 from stable_audio_serve.api.answers import attachment, encoded_answer, result_headers
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.service import Output, Service
-from stable_audio_serve.audio.finish import TakeOrigin, finish_window
+from stable_audio_serve.audio.finish import ClipOrigin, finish_window
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
 
@@ -47,7 +47,7 @@ async def make_clip(
     asked_at = service.clock.monotonic()
     result = await service.generate(card, generation, caller=request.state.caller, started_at=started_at)
     made_at = service.clock.monotonic()
-    origin = TakeOrigin.of(generation) if service.settings.dialects.recipes else None
+    origin = ClipOrigin.of(generation) if service.settings.dialects.recipes else None
     output = await service.finish_by(result, lambda: finish_window(result, num_samples=num_samples, origin=origin))
     note(request.scope, num_bytes=output.file.num_bytes)
     num_available = result.audio[0].shape[1]
