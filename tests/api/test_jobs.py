@@ -321,7 +321,7 @@ async def test_bad_requests_are_refused_now_and_leave_nothing_behind(
 
 
 def _kept(settings: Settings, jobs: JobQueue) -> tuple[int, list[Path]]:
-    return jobs.store.runners.look("").num_queued, sorted(Path(settings.output_dir).rglob("*"))
+    return jobs.store.runners.outlook("").num_queued, sorted(Path(settings.output_dir).rglob("*"))
 
 
 async def test_a_missing_upload_is_named(client: httpx.AsyncClient) -> None:

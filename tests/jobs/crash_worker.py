@@ -99,4 +99,4 @@ def _freeze_between_transactions(database: Database) -> None:
 
 def _is_done(store: JobStore) -> bool:
     counts = store.operators.counts()
-    return not counts.get("queued") and not counts.get("running") and store.runners.look("").webhook_in_s is None
+    return not counts.get("queued") and not counts.get("running") and store.runners.outlook("").webhook_in_s is None

@@ -141,9 +141,9 @@ def test_what_runners_meet_is_known_until_they_say_nothing_more(database: Databa
     refusals = Refusals(database)
     assert refusals.current() == []
     full, moved = StoreHealth("full", "the disk is full"), StoreHealth("moved", "elsewhere")
-    refusals.note("a", moved, for_s=5)
-    refusals.note("a", full, for_s=10)
-    refusals.note("b", moved, for_s=20)
+    refusals.record("a", moved, for_s=5)
+    refusals.record("a", full, for_s=10)
+    refusals.record("b", moved, for_s=20)
     assert refusals.current() == [moved, full]
     wall.now += 10
     assert refusals.current() == [moved]

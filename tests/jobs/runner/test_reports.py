@@ -115,7 +115,7 @@ async def test_progress_is_told_again_when_the_store_was_away(
 async def test_what_waits_is_known_unless_the_store_is_away(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stable_audio_serve.jobs.runner.runner._WEIGH_S", 0.02)
+    monkeypatch.setattr("stable_audio_serve.jobs.runner.runner._SUM_EVERY_S", 0.02)
     store, num_asked = workshop.queue.store, 0
     by_model = store.waiting.by_model
 

@@ -68,13 +68,13 @@ async def test_a_lost_wake_up_costs_only_a_pause(workshop: Workshop) -> None:
 def count_looks(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """When a runner looked into its store, seconds, as they come."""
     looks: list[float] = []
-    look = workshop.queue.store.runners.look
+    look = workshop.queue.store.runners.outlook
 
     def count(owner: str) -> Any:
         looks.append(time.monotonic())
         return look(owner)
 
-    monkeypatch.setattr(workshop.queue.store.runners, "look", count)
+    monkeypatch.setattr(workshop.queue.store.runners, "outlook", count)
     return looks
 
 
@@ -192,7 +192,7 @@ async def test_the_loop_survives_a_store_that_fails_for_a_while(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = await workshop.start_runner()
-    store, look = workshop.queue.store, workshop.queue.store.runners.look
+    store, look = workshop.queue.store, workshop.queue.store.runners.outlook
 
     num_failures = 0
 
@@ -201,11 +201,11 @@ async def test_the_loop_survives_a_store_that_fails_for_a_while(
         num_failures += 1
         raise StorageError("the disk is full")
 
-    monkeypatch.setattr(store.runners, "look", fail)
+    monkeypatch.setattr(store.runners, "outlook", fail)
     job = await workshop.queue.submit(make_spec())
     await until(lambda: num_failures >= 3)
     runner.check_health()
-    monkeypatch.setattr(store.runners, "look", look)
+    monkeypatch.setattr(store.runners, "outlook", look)
     assert (await workshop.finished(job)).state == "succeeded"
 
 
@@ -222,7 +222,7 @@ async def test_a_runner_starts_while_its_store_is_away(workshop: Workshop, monke
         raise StorageError("nobody answers")
 
     with monkeypatch.context() as away:
-        for name in ("look", "reclaim", "renew", "lease"):
+        for name in ("outlook", "reclaim", "renew", "lease"):
             away.setattr(store.runners, name, fail)
         runner = await workshop.start_runner()
         await until(lambda: num_failures >= 5)

@@ -220,7 +220,7 @@ async def test_a_cancel_reaches_whichever_runner_has_the_job(workshop: Workshop)
 
 
 async def test_idle_runners_ask_less_than_once_a_second(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    looks = count_calls(monkeypatch, workshop.queue.store.runners, "look")
+    looks = count_calls(monkeypatch, workshop.queue.store.runners, "outlook")
     for _ in range(3):
         await workshop.start_runner()
     await until(lambda: len(looks) > 6)

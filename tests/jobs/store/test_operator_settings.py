@@ -54,8 +54,8 @@ def test_whoever_sets_something_knows_it_at_once(database: Database) -> None:
 async def test_what_was_read_last_stands_while_the_database_is_away(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_LOOK_S", 0.01)
-    monkeypatch.setattr(module, "_AWAY_S", 0.01)
+    monkeypatch.setattr(module, "_READ_EVERY_S", 0.01)
+    monkeypatch.setattr(module, "_RETRY_S", 0.01)
     operator, process = (OperatorStore(database, "audio") for _ in range(2))
     applied: list[OperatorSettings] = []
     following = asyncio.create_task(process.follow(applied.append))

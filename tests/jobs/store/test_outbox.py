@@ -40,20 +40,20 @@ class TestOutbox:
         for _ in range(2):
             job = lease(store)
             store.runners.succeed(job, result_of(job))
-        assert store.runners.look("me").webhook_in_s == pytest.approx(0)
+        assert store.runners.outlook("me").webhook_in_s == pytest.approx(0)
         notice = claim(outbox)
         assert (notice.url, notice.host, notice.attempt) == ("https://A.example:99/1", "a.example", 1)
         assert notice.job.state == "succeeded"
         outbox.postpone(notice, delay_s=7)
         assert outbox.claim(for_s=60) is None
-        assert store.runners.look("me").webhook_in_s == pytest.approx(7)
+        assert store.runners.outlook("me").webhook_in_s == pytest.approx(7)
         wall.now += 7
         notice = claim(outbox)
         assert notice.attempt == 2
         outbox.settle(notice)
         wall.now += 1000
         assert outbox.claim(for_s=60) is None
-        assert store.runners.look("me").webhook_in_s is None
+        assert store.runners.outlook("me").webhook_in_s is None
 
     def test_a_claimed_end_is_nobody_else_s_for_a_while(self, store: JobStore, database: Database, wall: Wall) -> None:
         outbox = Outbox(database)
@@ -61,7 +61,7 @@ class TestOutbox:
         store.runners.fail(lease(store), ERROR)
         claim(outbox)
         assert outbox.claim(for_s=60) is None
-        assert store.runners.look("me").webhook_in_s == pytest.approx(60)
+        assert store.runners.outlook("me").webhook_in_s == pytest.approx(60)
         wall.now += 60
         assert claim(outbox).attempt == 2
 
@@ -129,7 +129,7 @@ class TestOutbox:
         claim(outbox)
         outbox.settle(notice)
         outbox.postpone(notice, delay_s=1)
-        assert store.runners.look("me").webhook_in_s == pytest.approx(60)
+        assert store.runners.outlook("me").webhook_in_s == pytest.approx(60)
 
     def test_oldest_first_and_not_of_hosts_that_have_enough(
         self, store: JobStore, database: Database, wall: Wall

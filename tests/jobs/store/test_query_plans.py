@@ -104,7 +104,7 @@ CALLS: dict[str, Callable[[JobStore], Any]] = {
     "requeue": lambda store: store.runners.requeue(lease(store), delay_s=1, attempts=1, message="x"),
     "expire": lambda store: store.runners.expire(),
     "waiting work": lambda store: store.waiting.by_model(),
-    "look": lambda store: store.runners.look("busy"),
+    "outlook": lambda store: store.runners.outlook("busy"),
     "dead letters": lambda store: store.operators.list_all(dead_letters=True),
     "page of dead letters": lambda store: store.dead_letters.page(before=5_000),
     "count of dead letters": lambda store: store.dead_letters.count(),

@@ -315,7 +315,7 @@ class TestRequeueing:
         assert store.clients.events(first.spec.ref)[-1].message == "put back: busy"
         assert leased_ids(store, 1) == [second.spec.id]
         assert store.runners.lease("me", lease_s=15) is None
-        assert store.runners.look("me").lease_in_s == pytest.approx(10)
+        assert store.runners.outlook("me").lease_in_s == pytest.approx(10)
         wall.now += 10.5
         again = lease(store)
         assert (again.spec.id, again.attempts) == (first.spec.id, 2)
@@ -335,7 +335,7 @@ class TestStartDeadlines:
 
     def test_a_late_job_fails_instead_of_starting(self, store: JobStore, wall: Wall) -> None:
         late, patient = add(store, start_within_s=5.0), add(store, start_within_s=60.0)
-        assert store.runners.look("me").late_in_s == pytest.approx(5)
+        assert store.runners.outlook("me").late_in_s == pytest.approx(5)
         assert store.runners.expire() == []
         wall.now += 5.5
         (ended,) = store.runners.expire()
@@ -373,7 +373,7 @@ class TestOutlook:
     """One query says whether there is anything to do."""
 
     def test_idle(self, store: JobStore) -> None:
-        outlook = store.runners.look("me")
+        outlook = store.runners.outlook("me")
         assert (outlook.num_queued, outlook.num_stops) == (0, 0)
         assert (outlook.lease_in_s, outlook.reclaim_in_s, outlook.late_in_s, outlook.webhook_in_s) == (None,) * 4
 
@@ -386,7 +386,7 @@ class TestOutlook:
         store.clients.cancel(job.spec.ref)
         store.runners.succeed(ended, RESULT)
         wall.now += 5
-        mine, others = store.runners.look("me"), store.runners.look("other")
+        mine, others = store.runners.outlook("me"), store.runners.outlook("other")
         assert (mine.num_queued, mine.num_stops, others.num_stops) == (2, 1, 0)
         assert mine.lease_in_s == pytest.approx(-5)
         assert mine.reclaim_in_s == pytest.approx(LEASE_S - 5)

@@ -26,7 +26,7 @@ def test_a_job_behind_ten_thousand_of_ten_clients_starts_within_the_next_ten(
     for _ in range(num_started):
         lease(store)
     fill(store, num_started, state="queued", client=_CLIENTS[0])
-    assert sum(store.runners.look("").queued.values()) == 10_000
+    assert sum(store.runners.outlook("").queued.values()) == 10_000
     job = add_spec(store, make_spec(model="demo", client="another"))  # although the queue is full
     position = store.clients.position(job)
     started = [lease(store).spec for _ in range(10)]

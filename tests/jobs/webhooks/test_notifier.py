@@ -219,4 +219,4 @@ async def test_a_body_that_cannot_be_made_holds_up_no_other(workshop: Workshop, 
 
 def is_waiting(workshop: Workshop) -> bool:
     """Whether anybody is still to be told, now or later."""
-    return workshop.queue.store.runners.look("").webhook_in_s is not None
+    return workshop.queue.store.runners.outlook("").webhook_in_s is not None
