@@ -11,7 +11,7 @@ from stable_audio_serve.serving.operations import CachedQuery
 from tests.factories import FakeClock
 
 
-class Source:
+class CountedQuery:
     """Returns the number of calls so far; blocks while `is_free` is not set."""
 
     def __init__(self) -> None:
@@ -32,8 +32,8 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_concurrent_callers_share_one_query_per_second() -> None:
-    clock, source = FakeClock(), Source()
-    query = CachedQuery(source, first=0, clock=clock)
+    clock, counted = FakeClock(), CountedQuery()
+    query = CachedQuery(counted, first=0, clock=clock)
     assert set(await asyncio.gather(*(query.answer() for _ in range(5000)))) == {1}
     clock.now += 0.9
     assert await query.answer() == 1
@@ -42,28 +42,28 @@ async def test_concurrent_callers_share_one_query_per_second() -> None:
 
 
 async def test_late_answer_is_awaited_briefly_then_the_cached_one_expires() -> None:
-    clock, source = FakeClock(), Source()
-    query = CachedQuery(source, first=0, clock=clock)
-    source.is_free.clear()
+    clock, counted = FakeClock(), CountedQuery()
+    query = CachedQuery(counted, first=0, clock=clock)
+    counted.is_free.clear()
     assert await query.answer() == 0
-    source.is_free.set()
+    counted.is_free.set()
     assert await query.answer() == 1
-    source.is_free.clear()
+    counted.is_free.clear()
     clock.now += 4.0
     assert await query.answer() == 1
     clock.now += 4.0
     assert await query.answer() == 0  # the cached answer has expired
-    source.is_free.set()
+    counted.is_free.set()
     assert await query.answer() == 2
 
 
 async def test_invalidate_discards_the_query_in_progress() -> None:
-    clock, source = FakeClock(), Source()
-    query = CachedQuery(source, first=0, clock=clock)
+    clock, counted = FakeClock(), CountedQuery()
+    query = CachedQuery(counted, first=0, clock=clock)
     assert await query.answer() == 1
     clock.now += 2.0
-    source.is_free.clear()
+    counted.is_free.clear()
     assert await query.answer() == 1
     query.invalidate()
-    source.is_free.set()
+    counted.is_free.set()
     assert await query.answer() == 3

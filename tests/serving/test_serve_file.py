@@ -1,4 +1,4 @@
-"""Config files: what is read, and that every mistake is named."""
+"""Reading config files; every mistake is refused by name."""
 
 from __future__ import annotations
 
