@@ -53,8 +53,8 @@ def fetch_configs(plan: Plan, models: Iterable[ModelSettings], *, print_error: C
             card = check[0].card
             if not _is_described(check[0]):
                 print_error(
-                    f"warning: model {card.name}: {error.message}; until its config is in the cache here, clients are "
-                    f"told the facts of a distilled Stable Audio 3 model of {card.max_duration_s:g} s"
+                    f"warning: model {card.name}: {error.message}; until its config is in the cache here, the "
+                    f"API describes it as a distilled Stable Audio 3 model of {card.max_duration_s:g} s"
                 )
 
 

@@ -71,10 +71,10 @@ class ServeFile:
         return options
 
 
-def find_serve_file(asked: Path | None) -> Path:
-    """Return `asked`, else serve_config.yaml in the working directory, else the packaged configuration."""
+def find_serve_file(chosen: Path | None) -> Path:
+    """Return `chosen`, else serve_config.yaml in the working directory, else the packaged configuration."""
     here = Path(_FILE_NAME)
-    return asked or (here if here.is_file() else PACKAGED_FILE)
+    return chosen or (here if here.is_file() else PACKAGED_FILE)
 
 
 def official_models() -> ServeFile:
@@ -148,5 +148,5 @@ def deploy_schema(file: ServeFile, *, host: str, port: int) -> ServeDeploySchema
 
 
 def _refusal(file: ServeFile, found: dict[tuple[str, ...], str]) -> ConfigError:
-    said = "; ".join(f"{'.'.join(key)}: {complaint}" for key, complaint in found.items())
-    return ConfigError(f"{file.path}: {said}", field=".".join(next(iter(found))))
+    complaints = "; ".join(f"{'.'.join(key)}: {complaint}" for key, complaint in found.items())
+    return ConfigError(f"{file.path}: {complaints}", field=".".join(next(iter(found))))

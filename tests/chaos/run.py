@@ -147,5 +147,5 @@ async def _print_progress(ledger: Ledger, inbox: Inbox) -> None:
     while True:
         await asyncio.sleep(_REPORT_EVERY_S)
         counts = Counter(entry["what"] for entry in ledger.entries())
-        said = ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
-        print(f"chaos: {time.monotonic() - started_at:.0f} s: {said}; {len(inbox.notices)} notices", flush=True)
+        summary = ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
+        print(f"chaos: {time.monotonic() - started_at:.0f} s: {summary}; {len(inbox.notices)} notices", flush=True)

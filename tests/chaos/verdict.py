@@ -140,15 +140,15 @@ def _promised_id(order: Order, entry: Entry) -> str:
 
 
 def _judge_notices(verdict: Verdict, jobs: dict[str, Order], notices: Sequence[Notice]) -> None:
-    said: dict[str, set[tuple[str | None, str]]] = defaultdict(set)
+    by_job: dict[str, set[tuple[str | None, str]]] = defaultdict(set)
     arrived = set()
     for notice in notices:
-        said[notice.job].add((notice.webhook_id, notice.outcome))
+        by_job[notice.job].add((notice.webhook_id, notice.outcome))
         if not notice.is_genuine:
             verdict.add("wrong", f"job {notice.job}: a notice without a valid signature", order=notice.order)
         if not notice.was_refused:
             arrived.add(notice.job)
-    for job, contents in said.items():
+    for job, contents in by_job.items():
         if len(contents) > 1:
             verdict.add("duplicated", f"job {job}: different notices {sorted(map(str, contents))}")
     for job, order in jobs.items():

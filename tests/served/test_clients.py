@@ -41,8 +41,8 @@ def find_running(client: Client) -> Job:
 
 def test_command_call_and_job_make_the_same_file(server: LaunchedServer, tmp_path: Path) -> None:
     process = start(server, tmp_path, "generate", "a door closes", "-d", "1", "-s", "7", "--steps", "1")
-    output, said = process.communicate(timeout=PATIENCE_S)
-    assert (process.returncode, output) == (0, "a-door-closes-7.wav\n"), said
+    output, errors = process.communicate(timeout=PATIENCE_S)
+    assert (process.returncode, output) == (0, "a-door-closes-7.wav\n"), errors
     with Client(server.url) as client:
         take = client.generate("a door closes", duration=1, seed=7, steps=1)
         job = client.jobs.submit("a door closes", duration=1, seed=7, steps=1)
@@ -56,7 +56,7 @@ def test_ctrl_c_cancels_the_job_on_the_server(server: LaunchedServer, tmp_path: 
     with Client(server.url) as client:
         job = find_running(client)
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=PATIENCE_S)
-        assert (process.returncode, said.strip()) == (130, "error: interrupted")
+        _, errors = process.communicate(timeout=PATIENCE_S)
+        assert (process.returncode, errors.strip()) == (130, "error: interrupted")
         assert client.jobs.wait(job.id, timeout_s=PATIENCE_S).status == "cancelled"
     assert list(tmp_path.iterdir()) == []

@@ -24,7 +24,7 @@ _TRY = """
 import os, socket, sys
 os.setgroups([])
 os.setgid(65534)
-os.setuid(65534)  # nobody, in a process that had to be started as root to get at its own program
+os.setuid(65534)  # the user `nobody`; the process starts as root so that it can read this program
 for path in sys.argv[1:]:
     try:
         if os.path.isdir(path):
@@ -118,16 +118,16 @@ def answer_without_token(listener: Listener) -> str:
 
 
 def _answer_to_calls(address: str) -> str:
-    said = set()
+    codes = set()
     with grpc.insecure_channel(address) as channel:
         for method in _METHODS:
             try:
                 channel.unary_unary(f"/{method}")(b"", timeout=PATIENCE_S)
             except grpc.RpcError as error:
-                said.add(error.code())
+                codes.add(error.code())
             else:
                 return "open"
-    return "refused" if grpc.StatusCode.UNAUTHENTICATED in said else "open"
+    return "refused" if grpc.StatusCode.UNAUTHENTICATED in codes else "open"
 
 
 def test_ray_refuses_calls_without_its_token(used: LaunchedServer) -> None:

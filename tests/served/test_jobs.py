@@ -104,15 +104,15 @@ def read_events(server: LaunchedServer, job_id: str, *, after: str = "0") -> Ite
 
 def test_event_stream_resumes_after_an_operator_cancels(server: LaunchedServer, folder: Path) -> None:
     job_id = submit(server, make_long_body())
-    told = []
+    received = []
     for event in read_events(server, job_id):  # the connection is dropped midway
-        told.append(event)
+        received.append(event)
         if event["data"]["stage"] == "denoising":
             break
     command = [sys.executable, "-m", "stable_audio_serve.cli", "admin", "jobs", "cancel", job_id]
     done = subprocess.run(command, cwd=folder, capture_output=True, timeout=PATIENCE_S, check=True)
     assert b"asked to stop" in done.stdout
-    last = next(event["id"] for event in reversed(told) if "id" in event)
+    last = next(event["id"] for event in reversed(received) if "id" in event)
     *rest, end = read_events(server, job_id, after=last)
     assert (end["id"], end["event"], end["data"]["status"]) == ("end", "end", "cancelled")
     assert all(int(event["id"]) > int(last) for event in rest if "id" in event)

@@ -57,7 +57,7 @@ class Load:
 
     def __str__(self) -> str:
         answers = f"{len(self.made)} answers, slowest {max(self.made, default=0.0):.1f} s, {len(self.jobs)} jobs"
-        return f"{answers}; {len(self.failures)} failed, {len(self.refusals)} told to come again"
+        return f"{answers}; {len(self.failures)} failed, {len(self.refusals)} refused with a retry time"
 
     def go_on(self, times: int = _TIMES) -> None:
         """Wait until so many more requests were answered and jobs accepted."""

@@ -94,9 +94,9 @@ class Nodes:
 
     def drain_node(self, node_id: str) -> None:
         """Drain a node as a pod does before it stops, see `cluster/kuberay`."""
-        words = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "the pod stops"]
+        arguments = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "the pod stops"]
         ray = [sys.executable, "-m", "ray.scripts.scripts", "drain-node"]
-        subprocess.run([*ray, "--address", self._cluster.address, "--node-id", node_id, *words], check=True)
+        subprocess.run([*ray, "--address", self._cluster.address, "--node-id", node_id, *arguments], check=True)
 
     def is_alive(self, node_id: str) -> bool:
         import ray

@@ -30,8 +30,8 @@ def running_redis(folder: Path) -> Iterator[str]:
         pytest.skip(f"NOT TESTED WITH REDIS: {problem}")
     port = free_port()
     options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
-    with (folder / "redis.log").open("w") as said:
-        process = subprocess.Popen([program, *options], stdout=said, stderr=said)
+    with (folder / "redis.log").open("w") as log:
+        process = subprocess.Popen([program, *options], stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + _PATIENCE_S
         while "Ready to accept connections" not in (folder / "redis.log").read_text():

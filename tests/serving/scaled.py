@@ -144,26 +144,26 @@ def load_is_steady(backend: RayBackend, observer: Observer) -> list[int]:
 
 def refused_databases(folder: str) -> list[str]:
     """Return the errors for a SQLite database, which every node would have separately, and for an unreachable one."""
-    said = []
+    messages = []
     for url in (None, "postgresql://somebody@nowhere.invalid/jobs"):
         settings = {"models": [{"name": "tiny", "path": folder}], "jobs": {"database_url": url}}
         try:
             build(Settings.model_validate(settings))
         except RayServeException as error:
-            said.append(str(error))
-    return said
+            messages.append(str(error))
+    return messages
 
 
 def failed_deployments() -> list[str]:
     """Return Serve's messages for a model without files and for an invalid setting, on one node."""
-    told = []
+    messages = []
     for args in ({"models": [{"name": "lab", "repo_id": "lab/model"}]}, {"modles": []}):
         application = {"name": _REFUSED, "import_path": "stable_audio_serve.serving.app:build", "args": args}
         schema = ServeDeploySchema.model_validate({"applications": [application | {"route_prefix": "/refused"}]})
         serve.context._get_global_client().deploy_apps(schema)
         wait_until(lambda: serve.status().applications[_REFUSED].status == "DEPLOY_FAILED", every_s=0.2)
-        told.append(serve.status().applications[_REFUSED].message)
-    return told
+        messages.append(serve.status().applications[_REFUSED].message)
+    return messages
 
 
 def main(folder: str, database_url: str, num_jobs: str) -> None:

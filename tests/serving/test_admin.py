@@ -131,8 +131,8 @@ def test_status_shows_work_and_a_dead_replica(operated: LaunchedServer, run: Run
         pool.submit(operated.client.post, "/generate", json=_SECONDS_OF_WORK)
 
         def busy() -> dict[str, Any] | None:
-            (said,) = status_of(operated)["models"]["tiny"]["replicas"] or [{}]
-            return said if said.get("rows_per_step") else None
+            (replica,) = status_of(operated)["models"]["tiny"]["replicas"] or [{}]
+            return replica if replica.get("rows_per_step") else None
 
         replica = wait_until(busy)
         assert replica["requests"] == 1

@@ -44,7 +44,7 @@ def publish(*replicas: list[dict[str, float]]) -> Context:
     names = [f"replica-{number}" for number in range(len(replicas))]
     metrics = {
         name: {
-            replica: [Point(float(at), said[name]) for at, said in enumerate(series)]
+            replica: [Point(float(at), figures[name]) for at, figures in enumerate(series)]
             for replica, series in zip(names, replicas, strict=True)
         }
         for name in stats()

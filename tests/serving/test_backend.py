@@ -61,11 +61,11 @@ async def test_answer_marks_the_model_ready_while_the_controller_is_down(monkeyp
         raise RayError("it was away")
 
     monkeypatch.setattr(model_states, "read_application", silent)
-    asked = backend(_RESULT)
+    model = backend(_RESULT)
     try:
-        assert (await asked.status())["small-sfx"].stage == "loading"
-        await asked.generate("small-sfx", _REQUEST)
-        statuses = [await asked.status() for _ in range(1000)]  # none of these waits for the controller again
+        assert (await model.status())["small-sfx"].stage == "loading"
+        await model.generate("small-sfx", _REQUEST)
+        statuses = [await model.status() for _ in range(1000)]  # none of these waits for the controller again
         assert {status["small-sfx"].stage for status in statuses} == {"ready"}
     finally:
         head_is_back.set()

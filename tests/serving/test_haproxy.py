@@ -204,14 +204,14 @@ async def test_half_open_connections_end_but_long_answers_do_not(
 
 
 async def test_client_address_header_cannot_be_forged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = [(ADDRESS_HEADER, "192.0.2.1"), (ADDRESS_HEADER.lower(), "192.0.2.2"), ("X-Forwarded-For", "192.0.2.3")]
+    forged = [(ADDRESS_HEADER, "192.0.2.1"), (ADDRESS_HEADER.lower(), "192.0.2.2"), ("X-Forwarded-For", "192.0.2.3")]
     transport = httpx.AsyncHTTPTransport(local_address="127.0.0.3")
     async with (
         listening(app) as backend_port,
         proxying(backend_port, tmp_path, monkeypatch) as proxy,
         httpx.AsyncClient(base_url=proxy.url, timeout=PATIENCE_S, transport=transport) as client,
     ):
-        assert (await client.get("/address", headers=said)).json() == ["127.0.0.3"]
+        assert (await client.get("/address", headers=forged)).json() == ["127.0.0.3"]
     assert address_header(os.environ) == ADDRESS_HEADER
     assert address_header({"RAY_SERVE_ENABLE_HA_PROXY": "1"}) is None  # Ray's own HAProxy sets no address header
 

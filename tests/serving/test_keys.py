@@ -80,7 +80,7 @@ def test_removed_key_fails_everywhere_and_broken_file_is_ignored(server: Launche
     assert ask(server, "ops").status_code == 403
     wait_until(lambda: {reply.status_code for reply in ask_many(server, "alice", 16)} == {401})
     put(folder, "sas-a-plain-key-by-mistake\n")
-    broken = wait_until(lambda: (told := server.client.get("/health").json()["key_file"])["state"] == "broken" and told)
+    broken = wait_until(lambda: (file := server.client.get("/health").json()["key_file"])["state"] == "broken" and file)
     assert broken["reason"].startswith("line 1: ")  # from one process; the next answer may come from the other
     assert ask(server, "bob").status_code == 200  # the key's line has another name now
     assert not re.search("by-mistake|Bearer", server.output)

@@ -102,9 +102,9 @@ def test_servers_side_by_side_give_the_same_audio(server: LaunchedServer, other:
 
 
 def test_cached_model_is_described_like_one_in_a_folder(server: LaunchedServer, other: LaunchedServer) -> None:
-    told = [launched.client.get("/v1/models").json()["data"][0] for launched in (server, other)]
+    cards = [launched.client.get("/v1/models").json()["data"][0] for launched in (server, other)]
     own = {"created", "max_steps"}  # the other server's .env allows more steps
-    in_folder, in_cache = ({key: value for key, value in one.items() if key not in own} for one in told)
+    in_folder, in_cache = ({key: value for key, value in one.items() if key not in own} for one in cards)
     assert in_cache == in_folder
     assert in_cache["sample_rate_hz"] == 1000
 
@@ -176,10 +176,10 @@ def test_failed_start_of_ray_is_one_sentence(tmp_path: Path) -> None:
         env=os.environ | {"PYTHONPATH": os.getcwd()} | dict.fromkeys(limits, "2"),
     ) as launcher:
         freeze_child(launcher, "gcs_server")  # to other processes a frozen process looks starved
-        said, _ = launcher.communicate(timeout=PATIENCE_S)
+        output, _ = launcher.communicate(timeout=PATIENCE_S)
     assert launcher.returncode == 2
-    assert "Traceback" not in said
-    (sentence,) = (line for line in said.splitlines() if line.startswith("error: "))
+    assert "Traceback" not in output
+    (sentence,) = (line for line in output.splitlines() if line.startswith("error: "))
     assert sentence.startswith("error: Ray did not start: ")
     assert "try again" in sentence
 
@@ -229,9 +229,9 @@ def test_weights_of_another_network_stop_the_start(tmp_path: Path) -> None:
     save_file(weights, folder / "model.safetensors")
     config = write_config(tmp_path, {"models": [{"name": "tiny", "path": str(folder)}]})
     once = {"RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1"}  # Serve's retries take long and change nothing
-    said = failed_start(config, "--port", str(free_port()), "--proxy", "python", **once)
+    output = failed_start(config, "--port", str(free_port()), "--proxy", "python", **once)
     # Ray prints its processes' lines at the same time. Our line starts on a new line in any case.
-    _, error = said.split("\nerror: ")
+    _, error = output.split("\nerror: ")
     assert f"model.safetensors: {min(load_file(Path(TINY) / 'model.safetensors'))} is missing" in error.splitlines()[0]
 
 
@@ -241,5 +241,5 @@ def test_unknown_haproxy_configuration_stops_the_start(tmp_path: Path) -> None:
     program.write_text('#!/bin/sh\n[ "$1" = -v ] || { echo "error: not this one" >&2; exit 1; }\n')
     program.chmod(0o700)
     config = write_config(tmp_path, make_args())
-    said = failed_start(config, "--port", str(free_port()), STABLE_AUDIO_PROXY_BINARY=str(program))
-    assert said.split("\nerror: ")[1].splitlines()[0] == "not this one"
+    output = failed_start(config, "--port", str(free_port()), STABLE_AUDIO_PROXY_BINARY=str(program))
+    assert output.split("\nerror: ")[1].splitlines()[0] == "not this one"

@@ -39,14 +39,14 @@ def test_cluster_files_allow_the_longest_request() -> None:
 
 
 def test_shorter_hard_stop_in_the_environment_warns() -> None:
-    said: list[str] = []
+    warnings: list[str] = []
     for environ in ({}, TIMES, TIMES | {"RAY_SERVE_ENABLE_HA_PROXY": "1"}):
-        check_proxy(Settings(), environ, print_error=said.append)
-    assert said == []
-    check_proxy(Settings(), {"RAY_SERVE_ENABLE_HA_PROXY": "1"}, print_error=said.append)
-    assert len(said) == 1
-    assert "ends requests after 120 s" in said[0]
-    assert "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S" in said[0]
+        check_proxy(Settings(), environ, print_error=warnings.append)
+    assert warnings == []
+    check_proxy(Settings(), {"RAY_SERVE_ENABLE_HA_PROXY": "1"}, print_error=warnings.append)
+    assert len(warnings) == 1
+    assert "ends requests after 120 s" in warnings[0]
+    assert "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S" in warnings[0]
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ class Cluster:
     process: subprocess.Popen[str]
     client: httpx.Client
     args: dict[str, Any]
-    said: Path
+    log: Path
 
     def do(self, *command: Any) -> Any:
         assert self.process.stdin is not None
@@ -53,7 +53,7 @@ class Cluster:
     def answer(self) -> Any:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        assert line, self.said.read_text()[-5000:]
+        assert line, self.log.read_text()[-5000:]
         return json.loads(line)
 
     def deploy(self, **changed: Any) -> None:
@@ -70,7 +70,7 @@ class Cluster:
         """Return the seconds until the condition holds."""
         began_at = time.monotonic()
         while not is_so():
-            assert time.monotonic() - began_at < PATIENCE_S, (self.do("status"), self.said.read_text()[-5000:])
+            assert time.monotonic() - began_at < PATIENCE_S, (self.do("status"), self.log.read_text()[-5000:])
             time.sleep(0.25)
         return time.monotonic() - began_at
 
@@ -99,19 +99,19 @@ def cluster(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory) 
     with (
         running_redis(folder) as redis,
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client,
-        (folder / "said").open("w") as said,
+        (folder / "log").open("w") as log,
     ):
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.serving.nodes", str(port)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=said,
+            stderr=log,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1", "RAY_REDIS_ADDRESS": redis},
             start_new_session=True,
         )
         try:
-            cluster = Cluster(process, client, args, folder / "said")
+            cluster = Cluster(process, client, args, folder / "log")
             assert cluster.answer() == "ready"
             cluster.do("add", 2)
             cluster.do("start_serve")

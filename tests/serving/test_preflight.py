@@ -78,7 +78,7 @@ def make_plan(*models: Mapping[str, Any], **settings: Any) -> Plan:
 
 
 @pytest.mark.parametrize(
-    ("lost", "said"),
+    ("lost", "message"),
     [
         ("model.safetensors", "holds no weights; expected model.safetensors"),
         ("model_config.json", "model_config.json does not exist"),
@@ -87,7 +87,7 @@ def make_plan(*models: Mapping[str, Any], **settings: Any) -> Plan:
         ("t5gemma/tokenizer.json", "t5gemma holds no tokenizer.json"),
     ],
 )
-def test_folder_without_a_file_stops_the_start(tmp_path: Path, lost: str, said: str) -> None:
+def test_folder_without_a_file_stops_the_start(tmp_path: Path, lost: str, message: str) -> None:
     folder = tmp_path / "model"
     shutil.copytree(TINY, folder)
     (folder / lost).unlink()
@@ -96,7 +96,7 @@ def test_folder_without_a_file_stops_the_start(tmp_path: Path, lost: str, said: 
         check(plan, print_error=pytest.fail)
     assert caught.value.message.startswith("model mine: ")
     assert str(folder) in caught.value.message
-    assert said in caught.value.message
+    assert message in caught.value.message
 
 
 def test_truncated_weights_stop_the_start(tmp_path: Path) -> None:
@@ -109,9 +109,9 @@ def test_truncated_weights_stop_the_start(tmp_path: Path) -> None:
 
 def test_model_not_loaded_at_the_start_only_warns(tmp_path: Path) -> None:
     tiny, absent = {"name": "tiny", "path": TINY}, {"name": "absent", "path": str(tmp_path / "absent")}
-    said: list[str] = []
-    check(make_plan(tiny, absent), print_error=said.append)
-    (warning,) = said
+    warnings: list[str] = []
+    check(make_plan(tiny, absent), print_error=warnings.append)
+    (warning,) = warnings
     assert warning.startswith("warning: model absent cannot be loaded: ")
     assert str(tmp_path / "absent") in warning
     for kept in ({"preload_models": ["absent"]}, {"default_model": "absent"}):
@@ -173,7 +173,7 @@ def test_repository_is_described_by_its_config(tmp_path: Path) -> None:
 def test_unreachable_config_of_another_node_only_warns(tmp_path: Path) -> None:
     warning, families = fetch_elsewhere(tmp_path, "http://127.0.0.1:9")
     assert warning.startswith("warning: model lab: lab/model is not complete in ")
-    assert warning.endswith("clients are told the facts of a distilled Stable Audio 3 model of 120 s")
+    assert warning.endswith("the API describes it as a distilled Stable Audio 3 model of 120 s")
     assert families == "stable-audio-3 stable-audio-3"
 
 

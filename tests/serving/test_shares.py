@@ -58,7 +58,7 @@ def test_whole_gpu_is_not_shared() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "words"),
+    ("keys", "message"),
     [
         ({"num_gpus": 1.5}, "num_gpus must be a whole number above 1"),
         ({"num_gpus": 2.0001}, "num_gpus must be a whole number above 1"),
@@ -69,8 +69,8 @@ def test_whole_gpu_is_not_shared() -> None:
         ({"memory_share": 0.5, "num_gpus": 0}, "gets no GPU"),
     ],
 )
-def test_impossible_share_is_refused_by_name(keys: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
+def test_impossible_share_is_refused_by_name(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         load_settings({"models": [{"name": SFX, **keys}]}, environ={})
 
 

@@ -151,10 +151,10 @@ def test_report_expires_after_five_seconds(ledger: Ledger) -> None:
     assert ledger.is_old("b")
 
 
-@pytest.mark.parametrize("words", [{"said_at": 1.0}, {"said_at": None, "backlog_ms": 1.0, "prices": {}}, {"prices": 3}])
-def test_report_of_another_version_is_ignored(ledger: Ledger, words: dict[str, object]) -> None:
+@pytest.mark.parametrize("stats", [{"said_at": 1.0}, {"said_at": None, "backlog_ms": 1.0, "prices": {}}, {"prices": 3}])
+def test_report_of_another_version_is_ignored(ledger: Ledger, stats: dict[str, object]) -> None:
     ledger.now += 5.1
-    ledger.reports["a"] = words
+    ledger.reports["a"] = stats
     ledger.update(ledger.reports)
     assert ledger.is_old("a")
     assert ledger.left_ms("a") == 0.0
