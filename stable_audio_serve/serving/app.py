@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LOOK_S = 0.5  # seconds between checks for a shutdown of this replica; event streams are then closed
+_POLL_S = 0.5  # seconds between checks for a shutdown of this replica; event streams are then closed
 
 
 @serve.ingress()
@@ -123,7 +123,7 @@ class Ingress:
             self._draining.resume()
 
     async def _leave_when_replaced(self) -> None:
-        await replaced(look_every_s=_LOOK_S)
+        await replaced(poll_every_s=_POLL_S)
         self._draining.leave()
 
     async def __del__(self) -> None:  # Serve calls this when it stops the replica

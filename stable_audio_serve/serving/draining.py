@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LOOK_S = 0.1
+_POLL_S = 0.1
 _CALL_TIMEOUT_S = 2.0
 
 
@@ -79,7 +79,7 @@ def _drain(
         if num_in_flight and not has_reported:
             has_reported = True
             report(f"finishing {num_in_flight} requests within {within_s:g} s (a second signal stops at once) ...")
-        time.sleep(_LOOK_S)
+        time.sleep(_POLL_S)
 
 
 def _broadcast(handle: DeploymentHandle) -> Sequence[int]:
@@ -139,7 +139,7 @@ def _are_drained(proxies: Sequence[ActorHandle]) -> bool:
         return True
 
 
-async def replaced(*, look_every_s: float) -> None:
+async def replaced(*, poll_every_s: float) -> None:
     """Wait until Ray Serve begins to stop this replica."""
     while not ray_internals.is_replica_stopping():  # noqa: ASYNC110  # Serve offers no event for this
-        await asyncio.sleep(look_every_s)
+        await asyncio.sleep(poll_every_s)

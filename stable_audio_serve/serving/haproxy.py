@@ -1,6 +1,6 @@
 """The executable that Ray Serve starts as HAProxy: edits the configuration that Ray rendered, then becomes HAProxy.
 
-Ray compares process ids and file names, so the file is edited in place and the process replaced with `execv`. The
+Ray compares process ids, so this program edits the file in place and replaces its own process with `execv`. The
 module uses the standard library only, because it starts at every reload. Its options come from the environment.
 """
 

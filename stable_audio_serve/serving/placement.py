@@ -35,7 +35,7 @@ _POLICY = "stable_audio_serve.serving.autoscaling:WorkPolicy"
 _OBSERVATION = {"metrics_interval_s": 1.0, "look_back_period_s": 10.0, "aggregation_function": "max"}
 _CONSTRUCTOR_ATTEMPTS = 2  # a checkpoint that fails to load twice will not load later
 _ONE_REPLICA = 1  # percent, rounded up to whole replicas: an update starts one extra replica at a time
-_DRAIN_LOOK_S = 0.1  # seconds between checks whether a stopping replica has finished its requests
+_DRAIN_POLL_S = 0.1  # seconds between checks whether a stopping replica has finished its requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +158,7 @@ def runner_options(settings: Settings) -> dict[str, Any]:
         "max_ongoing_requests": 1000,  # wake-up calls, which return at once
         "health_check_period_s": 2.0,  # a dead runner is found this fast, and its jobs continue
         "graceful_shutdown_timeout_s": 10.0,
-        "graceful_shutdown_wait_loop_s": _DRAIN_LOOK_S,
+        "graceful_shutdown_wait_loop_s": _DRAIN_POLL_S,
         "ray_actor_options": {"num_cpus": 0},
     }
 
@@ -208,5 +208,5 @@ def _drain_options(settings: Settings) -> dict[str, Any]:
     """Return options that let a stopping replica finish the longest possible request."""
     return {
         "graceful_shutdown_timeout_s": settings.api.max_deadline_s,
-        "graceful_shutdown_wait_loop_s": _DRAIN_LOOK_S,
+        "graceful_shutdown_wait_loop_s": _DRAIN_POLL_S,
     }

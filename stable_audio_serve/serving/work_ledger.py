@@ -158,8 +158,8 @@ class WorkLedger:
                 self._replicas[name].record(work, now=now, age_s=wall - work.said_at)
 
     def is_old(self, replica: str) -> bool:
-        """Return True if a replica's last report is older than `old_after_s`. A new replica counts as reporting when
-        first seen.
+        """Return True if a replica's last report is older than `old_after_s`. A new replica has that
+        long for its first report.
         """
         return self._clock() - self._replicas[replica].reported_at > self._old_after_s
 

@@ -42,7 +42,7 @@ KINDS: Mapping[Target, ProcessKind] = {
     "controller": ProcessKind("ray::ServeController", 1),
     "proxy": ProcessKind("/haproxy -db ", 1),
 }
-_LOOK_S = 0.2
+_POLL_S = 0.2
 _ANSWER_S = 5.0
 _BACK_S = 60.0
 
@@ -118,7 +118,7 @@ async def _kill(server: LaunchedServer, kind: ProcessKind, rng: random.Random) -
             with suppress(ProcessLookupError):
                 os.kill(pid := rng.choice(pids), signal.SIGKILL)
                 return time.time(), pid
-        await asyncio.sleep(_LOOK_S)
+        await asyncio.sleep(_POLL_S)
 
 
 async def wait_until_back(
@@ -129,7 +129,7 @@ async def wait_until_back(
     while not await asyncio.to_thread(is_back):
         if time.monotonic() > deadline:
             raise NotBackError(f"{target}: process {killed} was not replaced within {within_s:g} s of its end")
-        await asyncio.sleep(_LOOK_S)
+        await asyncio.sleep(_POLL_S)
 
 
 def _is_back(server: LaunchedServer, kind: ProcessKind, killed: int, census: Census) -> bool:

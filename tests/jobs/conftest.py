@@ -40,8 +40,8 @@ _NUMBERS = itertools.count()
 
 def make_spec(**overrides: Any) -> JobSpec:
     """Return the spec of a new job for one second of audio."""
-    asked = {name: overrides.pop(name) for name in ("duration_s", "priority") if name in overrides}
-    request = GenerationRequest(**{"prompt": "rain", "duration_s": 1.0, "seed": 7, **asked})
+    chosen = {name: overrides.pop(name) for name in ("duration_s", "priority") if name in overrides}
+    request = GenerationRequest(**{"prompt": "rain", "duration_s": 1.0, "seed": 7, **chosen})
     fields: dict[str, Any] = {
         "id": f"{next(_NUMBERS):032x}",
         "contract": "sa3",

@@ -35,20 +35,20 @@ class Slow(OperatorJobs):
     """A database that blocks until released, and counts its queries."""
 
     def __init__(self) -> None:
-        self.asked: Counter[str] = Counter()
+        self.queries: Counter[str] = Counter()
         self.released = threading.Event()
         self.released.set()
         self.error: StorageError | None = None
 
     def unfinished(self) -> Unfinished:
-        self.asked["unfinished"] += 1
+        self.queries["unfinished"] += 1
         self.released.wait(PATIENCE_S)
         if self.error:
             raise self.error
         return Unfinished(1, 2, 3, 4.0)
 
     def counts(self) -> dict[State, int]:
-        self.asked["counts"] += 1
+        self.queries["counts"] += 1
         return {"queued": 1}
 
 
@@ -74,7 +74,7 @@ async def test_concurrent_callers_share_one_query() -> None:
     found = await asyncio.gather(*(watch.overview() for _ in range(500)))
     assert {overview.unfinished for overview in found} == {Unfinished(1, 2, 3, 4.0)}
     await watch.overview()
-    assert jobs.asked == {"unfinished": 1, "counts": 1}
+    assert jobs.queries == {"unfinished": 1, "counts": 1}
 
 
 @pytest.mark.server
@@ -86,7 +86,7 @@ async def test_silent_database_is_queried_once_and_old_counts_hold() -> None:
     for _ in range(2):
         found = await watch.overview()
         assert (found.unfinished, found.reason) == (Unfinished(1, 2, 3, 4.0), "the job database does not answer")
-    assert jobs.asked["unfinished"] == 2
+    assert jobs.queries["unfinished"] == 2
     jobs.released.set()
     await watch.close()
     assert (await watch.overview()).reason is None

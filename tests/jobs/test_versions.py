@@ -52,8 +52,8 @@ def read_line(process: subprocess.Popen[str]) -> str:
 
 def end(process: subprocess.Popen[str]) -> int:
     """Return how many attempts a runner has begun."""
-    said, _ = process.communicate(timeout=PATIENCE_S)
-    return int(said)
+    output, _ = process.communicate(timeout=PATIENCE_S)
+    return int(output)
 
 
 def scalar(queue: JobQueue, query: str) -> int:

@@ -80,8 +80,8 @@ async def work(url: str, outputs: str, made_up: sa.Table | None) -> None:
     print_line(len(backend.requests))
 
 
-def print_line(word: object) -> None:
-    print(word, file=sys.__stdout__, flush=True)
+def print_line(line: object) -> None:
+    print(line, file=sys.__stdout__, flush=True)
 
 
 def _lease_and_note(store: Any, made_up: sa.Table, owner: str, **options: Any) -> Any:

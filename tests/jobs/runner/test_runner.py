@@ -50,9 +50,9 @@ async def test_each_priority_has_its_own_queue_and_room(workshop: Workshop) -> N
 
 
 async def test_submission_wakes_a_pausing_runner(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    looks = count_polls(workshop, monkeypatch)
+    polls = count_polls(workshop, monkeypatch)
     await workshop.start_runner(pauses=RunnerPauses(first_poll_s=600.0, last_poll_s=600.0))
-    await until(lambda: len(looks) == 1)
+    await until(lambda: len(polls) == 1)
     await asyncio.sleep(0.05)
     assert (await workshop.finished(await workshop.queue.submit(make_spec()))).state == "succeeded"
 
@@ -66,21 +66,21 @@ async def test_lost_wake_up_costs_one_polling_interval(workshop: Workshop) -> No
 def count_polls(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Record the times at which a runner polls its store, seconds."""
     polls: list[float] = []
-    look = workshop.queue.store.runners.outlook
+    outlook = workshop.queue.store.runners.outlook
 
     def count(owner: str) -> Any:
         polls.append(time.monotonic())
-        return look(owner)
+        return outlook(owner)
 
     monkeypatch.setattr(workshop.queue.store.runners, "outlook", count)
     return polls
 
 
 async def test_idle_runner_rarely_polls_its_store(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    looks = count_polls(workshop, monkeypatch)
+    polls = count_polls(workshop, monkeypatch)
     await workshop.start_runner(pauses=RunnerPauses(first_poll_s=0.02, last_poll_s=0.1))
-    await until(lambda: len(looks) > 5)
-    pauses_s = [later - earlier for earlier, later in itertools.pairwise(looks)]
+    await until(lambda: len(polls) > 5)
+    pauses_s = [later - earlier for earlier, later in itertools.pairwise(polls)]
     assert all(pause_s >= least_s for pause_s, least_s in zip(pauses_s, (0.04, 0.08, 0.1, 0.1, 0.1), strict=False))
     assert RunnerPauses().first_poll_s >= 0.1
     assert RunnerPauses().last_poll_s >= 3.0
@@ -188,7 +188,7 @@ async def test_stopping_runner_requeues_jobs_without_an_attempt(workshop: Worksh
 
 async def test_loop_survives_a_store_outage(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = await workshop.start_runner()
-    store, look = workshop.queue.store, workshop.queue.store.runners.outlook
+    store, outlook = workshop.queue.store, workshop.queue.store.runners.outlook
 
     num_failures = 0
 
@@ -201,7 +201,7 @@ async def test_loop_survives_a_store_outage(workshop: Workshop, monkeypatch: pyt
     job = await workshop.queue.submit(make_spec())
     await until(lambda: num_failures >= 3)
     runner.check_health()
-    monkeypatch.setattr(store.runners, "outlook", look)
+    monkeypatch.setattr(store.runners, "outlook", outlook)
     assert (await workshop.finished(job)).state == "succeeded"
 
 
@@ -215,7 +215,7 @@ async def test_runner_starts_during_a_store_outage(workshop: Workshop, monkeypat
     def fail(*_: Any, **__: Any) -> Any:
         nonlocal num_failures
         num_failures += 1
-        raise StorageError("nobody answers")
+        raise StorageError("no answer")
 
     with monkeypatch.context() as away:
         for name in ("outlook", "reclaim", "renew", "lease"):

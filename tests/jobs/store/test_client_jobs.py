@@ -358,12 +358,12 @@ class TestCancelling:
         job = add(store)
         leased = lease(store)
         assert [held.cancel_requested for held in store.runners.renew("me", lease_s=15, refs=[job.spec.ref])] == [False]
-        outcome, asked = store.clients.cancel(job.spec.ref)
+        outcome, cancelling = store.clients.cancel(job.spec.ref)
         assert outcome == "requested"
-        assert asked is not None
-        assert (asked.state, asked.cancel_requested) == ("running", True)
+        assert cancelling is not None
+        assert (cancelling.state, cancelling.cancel_requested) == ("running", True)
         assert [held.cancel_requested for held in store.runners.renew("me", lease_s=15, refs=[job.spec.ref])] == [True]
-        assert store.clients.cancel(job.spec.ref) == ("requested", asked)
+        assert store.clients.cancel(job.spec.ref) == ("requested", cancelling)
         ended = store.runners.stop(leased)
         assert ended is not None
         assert (ended.state, ended.error.code if ended.error else None) == ("cancelled", "cancelled")

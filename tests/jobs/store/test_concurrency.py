@@ -82,9 +82,9 @@ def add_same(url: str, number: int) -> list[bool]:
     """Add the same request repeatedly in one process. Returns which calls added a new job."""
     store = JobStore(open_database(url), _MANY)
     specs = [make_spec(id=f"{number}-{turn}", idempotency_key="k", fingerprint="f") for turn in range(10)]
-    told = [store.clients.add(spec).is_new for spec in specs]
+    added = [store.clients.add(spec).is_new for spec in specs]
     store.database.close()
-    return told
+    return added
 
 
 def test_threads_never_lease_the_same_job(database: Database) -> None:
@@ -156,8 +156,8 @@ def test_fifty_concurrent_identical_requests_make_one_job(database: Database, by
 def test_identical_requests_of_many_processes_make_one_job(
     database: Database, store_url: str, processes: ProcessPoolExecutor
 ) -> None:
-    told = processes.map(add_same, [store_url] * 3, range(3))
-    assert list(itertools.chain(*told)).count(True) == 1
+    added = processes.map(add_same, [store_url] * 3, range(3))
+    assert list(itertools.chain(*added)).count(True) == 1
     assert JobStore(database).operators.counts() == {"queued": 1}
 
 

@@ -158,8 +158,8 @@ class TestStart:
         ours = newest_revision()
         beyond = f"{int(ours) + 2:04d}"
         execute(empty_url, f"UPDATE alembic_version SET version_num = '{beyond}'")
-        for words in ("newer version", f"revision {beyond}", f"knows {ours}", "start that newer version"):
-            assert words in refusal_of(empty_url)
+        for part in ("newer version", f"revision {beyond}", f"knows {ours}", "start that newer version"):
+            assert part in refusal_of(empty_url)
         with pytest.raises(StorageError, match=f"revision {beyond}"):  # a running server, when another one upgrades
             database.require_same()
         database.close()

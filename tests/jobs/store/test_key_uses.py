@@ -71,8 +71,8 @@ def test_retry_time_is_when_enough_uses_are_a_minute_old(database: Database, wal
     for audio_s in (200, 300, 100):
         assert admit(uses, audio_s, rate=600) is None
         wall.now += 10
-    asked = [uses.find_full(make_use(audio_s, rate=600)) for audio_s in (200, 201, 500, 501, 600)]
-    assert [refusal and refusal.retry_after_s for refusal in asked] == [30, 40, 40, 50, 50]
+    refusals = [uses.find_full(make_use(audio_s, rate=600)) for audio_s in (200, 201, 500, 501, 600)]
+    assert [refusal and refusal.retry_after_s for refusal in refusals] == [30, 40, 40, 50, 50]
     wall.now += 29.9
     assert admit(uses, 200, rate=600) == pytest.approx(0.1)
     wall.now += 0.1

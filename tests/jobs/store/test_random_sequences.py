@@ -64,7 +64,7 @@ class Expected:
     is_dead_letter: bool = False
     error: str | None = None
     completed_at: float | None = None
-    has_webhook: bool = False
+    is_notified: bool = False
 
     @property
     def line(self) -> _Line:
@@ -404,7 +404,7 @@ class StoreMachine(RuleBasedStateMachine):
         if job.is_dead_letter:
             job.wait()
             job.attempts, job.not_before, job.completed_at, job.error = 0, self.now, None, None
-            job.is_dead_letter = job.cancel_requested = job.has_webhook = False
+            job.is_dead_letter = job.cancel_requested = job.is_notified = False
             self.ends.pop(job.spec.ref, None)
 
     @rule(limit=st.sampled_from([1, 100]), seconds=st.sampled_from([0.0, _AGE_S]))
@@ -433,14 +433,14 @@ class StoreMachine(RuleBasedStateMachine):
     def deliver(self) -> None:
         outbox = Outbox(self.store.database)
         due = [job for job in self.jobs.values() if job.completed_at is not None and job.spec.webhook_url]
-        due = [job for job in due if not job.has_webhook]
-        told = []
+        due = [job for job in due if not job.is_notified]
+        delivered = []
         while notice := outbox.claim(for_s=10):
-            told.append(notice.job.spec.id)
+            delivered.append(notice.job.spec.id)
             outbox.settle(notice)
-        assert sorted(told) == sorted(job.spec.id for job in due)
+        assert sorted(delivered) == sorted(job.spec.id for job in due)
         for job in due:
-            job.has_webhook = True
+            job.is_notified = True
 
     # What always holds
 

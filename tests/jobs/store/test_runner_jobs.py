@@ -126,13 +126,13 @@ class TestLeasing:
     def test_renewal_returns_the_held_jobs(self, store: JobStore, wall: Wall) -> None:
         for _ in range(4):
             add(store)
-        mine, ended, asked, other = lease(store), lease(store), lease(store), lease(store, "other")
+        mine, ended, cancelled, other = lease(store), lease(store), lease(store), lease(store, "other")
         store.runners.succeed(ended, result_of(ended))
-        store.clients.cancel(asked.spec.ref)
-        refs = [job.spec.ref for job in (mine, ended, asked, other)]
+        store.clients.cancel(cancelled.spec.ref)
+        refs = [job.spec.ref for job in (mine, ended, cancelled, other)]
         renewed = store.runners.renew("me", lease_s=LEASE_S, refs=refs)
         held = {one.ref: (one.fence, one.cancel_requested) for one in renewed}
-        assert held == {mine.spec.ref: (1, False), asked.spec.ref: (1, True)}
+        assert held == {mine.spec.ref: (1, False), cancelled.spec.ref: (1, True)}
         assert [one.ref for one in store.runners.renew("other", lease_s=LEASE_S, refs=refs)] == [other.spec.ref]
         assert store.runners.renew("nobody", lease_s=LEASE_S, refs=refs) == []
 

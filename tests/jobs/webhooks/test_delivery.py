@@ -203,20 +203,20 @@ async def test_name_that_became_private_is_not_called(monkeypatch: pytest.Monkey
 
 async def test_connection_goes_to_a_checked_address(monkeypatch: pytest.MonkeyPatch) -> None:
     """The name is resolved only once, because it may resolve differently later."""
-    resolve, asked = socket.getaddrinfo, []
+    resolve, lookups = socket.getaddrinfo, []
 
     async with receiving() as receiver:
 
         def answer(host: str, *args: Any, **kwargs: Any) -> Any:
             if host == "flaky.example.com":
-                asked.append(host)
-                return resolve("127.0.0.1" if len(asked) == 1 else "127.0.0.9", *args, **kwargs)
+                lookups.append(host)
+                return resolve("127.0.0.1" if len(lookups) == 1 else "127.0.0.9", *args, **kwargs)
             return resolve(host, *args, **kwargs)
 
         monkeypatch.setattr(socket, "getaddrinfo", answer)
         url = f"http://flaky.example.com:{receiver.port}/"
         await post_json(url, b"{}", allow_hosts=("flaky.example.com",))
-    assert asked == ["flaky.example.com"]
+    assert lookups == ["flaky.example.com"]
     assert receiver.requests[0][1]["host"] == f"flaky.example.com:{receiver.port}"
 
 

@@ -60,15 +60,15 @@ def states(receiver: Receiver) -> list[str]:
 
 async def test_ended_job_is_notified_once(workshop: Workshop, receiver: Receiver) -> None:
     await workshop.start_runner(notifier=make_notifier(workshop))
-    told = await workshop.queue.submit(make_spec(webhook_url=receiver.url))
+    job = await workshop.queue.submit(make_spec(webhook_url=receiver.url))
     silent = await workshop.queue.submit(make_spec())
-    await workshop.finished(told)
+    await workshop.finished(job)
     await workshop.finished(silent)
     await until(lambda: bool(receiver.requests))
     await workshop.finished(await workshop.queue.submit(make_spec()))
     await until(lambda: not is_waiting(workshop))
     assert [json.loads(sent) for _, _, sent in receiver.requests] == [
-        {"id": told.spec.id, "state": "succeeded", "prompt": "ä"}
+        {"id": job.spec.id, "state": "succeeded", "prompt": "ä"}
     ]
 
 
@@ -154,8 +154,8 @@ async def test_several_runners_deliver_each_notice_once(workshop: Workshop, rece
     for job in jobs:
         await workshop.finished(job)
     await until(lambda: not is_waiting(workshop))
-    told = Counter(json.loads(sent)["id"] for _, _, sent in receiver.requests)
-    assert told == Counter(job.spec.id for job in jobs)
+    notified = Counter(json.loads(sent)["id"] for _, _, sent in receiver.requests)
+    assert notified == Counter(job.spec.id for job in jobs)
 
 
 async def test_hanging_receiver_delays_no_job_and_no_other_receiver(workshop: Workshop, receiver: Receiver) -> None:
