@@ -286,7 +286,7 @@ def _refused_update(deployment: DeploymentStatusOverview) -> str | None:
     """
     if deployment.status != "DEPLOY_FAILED" or not _count(deployment, ReplicaState.RUNNING):
         return None
-    return "the replicas of the last deployment failed to start, the ones before it answer; the server's log says why"
+    return "the new replicas failed to start and the older ones still answer; see the server's log"
 
 
 def _states(deployment: DeploymentStatusOverview) -> Mapping[str, int]:

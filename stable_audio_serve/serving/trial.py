@@ -98,7 +98,7 @@ class Trial:
             # a copy without the traceback, whose frames still hold the model
             fault: StableAudioError = type(error)(error.message)
         self._metrics.increment("quality_gates", outcome="failed")
-        logger.error("a new replica fails: model=%s kind=%s %s", self._model.name, fault.kind, fault.message)
+        logger.error("new replica failed: model=%s kind=%s %s", self._model.name, fault.kind, fault.message)
         _free_memory()
         if await self._others_answer():
             raise fault
@@ -106,7 +106,7 @@ class Trial:
 
     async def _fall_back(self, entry: ModelEntry, fault: StableAudioError) -> Started:
         good = await self._find_last_good(entry, fault)
-        logger.warning("its last good weights are loaded: model=%s %s", self._model.name, good.source)
+        logger.warning("loading the last good weights: model=%s %s", self._model.name, good.source)
         try:
             started = await self._try(_entry_of(good, entry), expected=good.weights)
         except _FAULTS as error:
@@ -166,9 +166,7 @@ class Trial:
         facts = (setup.model, passed.basis, passed.report, weights)
         logger.info("quality gate passed: model=%s basis=%s report=%s weights=%s", *facts)
         gate: GateOutcome = "unchecked" if passed.basis == "unchecked" else "passed"
-        problem = (
-            None if passed.problem is None else "nothing could be read to compare it with; the server's log says why"
-        )
+        problem = None if passed.problem is None else "no report could be read for comparison; see the server's log"
         return ModelQuality(gate, weights, source.commit, passed.report, problem)
 
 
@@ -186,13 +184,13 @@ def _entry_of(good: LastGood, entry: ModelEntry) -> ModelEntry:
 
 
 def _without_fallback(fault: StableAudioError, reason: str) -> StableAudioError:
-    return type(fault)(f"{fault.message}; and there are no last good weights to go back to: {reason}")
+    return type(fault)(f"{fault.message}; there are no last good weights to fall back to: {reason}")
 
 
 def _for_clients(fault: StableAudioError) -> str:
     """Return a message without paths of this machine, which error messages about files contain."""
     why = fault.message if isinstance(fault, QualityError) else "they cannot be loaded"
-    return f"the configured weights failed ({why}); the last good ones serve"
+    return f"the configured weights failed ({why}); the last good ones are in use"
 
 
 def _free_memory() -> None:

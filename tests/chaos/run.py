@@ -60,7 +60,7 @@ async def run_chaos(scene: Scene, plan: ChaosPlan, ledger: Ledger) -> Verdict:
             progress = asyncio.create_task(_print_progress(ledger, inbox))
             try:
                 blows = await _attack(scene, plan, customer, orders=orders, strikes=strikes)
-                await _look_again(customer, orders, plan)
+                await _check_results(customer, orders, plan)
                 await _wait_for_notices(inbox, orders)
             finally:
                 progress.cancel()
@@ -104,7 +104,7 @@ async def _attack(
     return blows
 
 
-async def _look_again(customer: Customer, orders: Sequence[Order], plan: ChaosPlan) -> None:
+async def _check_results(customer: Customer, orders: Sequence[Order], plan: ChaosPlan) -> None:
     """After the kills: check that finished jobs are unchanged, and that sampled audio is bit-exact."""
     numbered = {order.number: order for order in orders}
     jobs = {(entry["order"], entry["job"]) for entry in customer.ledger.entries() if entry["what"] == "fetched"}

@@ -126,7 +126,7 @@ class Attempt:
             return await self._settle(self._context.store.runners.stop, self.job)
         if self._stop_reason == "closing":
             return await self._requeue("the runner stops", delay_s=0.0, attempts=self.job.attempts - 1)
-        return await self._retry_or_give_up(ModelUnavailableError("the generation was broken off"))
+        return await self._retry_or_give_up(ModelUnavailableError("the generation was interrupted"))
 
     async def _succeed(self, result: JobResult) -> Job | None:
         ended = await self._settle(self._context.store.runners.succeed, self.job, result)

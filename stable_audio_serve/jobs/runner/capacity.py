@@ -165,24 +165,24 @@ class StorageGate:
         self._first_probe_s = self._pause_s = first_probe_s
         self._last_probe_s = last_probe_s
         self._needed_bytes = 0
-        self._is_proven = True  # the last file was stored
+        self._last_was_stored = True  # the last file was stored
         self._probing: asyncio.Task[None] | None = None
 
     def admits(self, num_running: int) -> bool:
         """Return True if another job may start while `num_running` jobs run."""
-        return self._probing is None and (self._is_proven or num_running == 0)
+        return self._probing is None and (self._last_was_stored or num_running == 0)
 
-    def refused(self, error: StorageError, *, num_bytes: int) -> None:
+    def note_refused(self, error: StorageError, *, num_bytes: int) -> None:
         """Record that a file of `num_bytes` could not be stored, or with 0 that a stored file could not be read."""
-        self._is_proven = False
+        self._last_was_stored = False
         self._needed_bytes = max(self._needed_bytes, num_bytes)
         if self._probing is None:
-            self._probing = asyncio.create_task(self._probe_until_kept(error))
+            self._probing = asyncio.create_task(self._probe_until_accepted(error))
 
-    def kept(self) -> None:
+    def note_stored(self) -> None:
         """Record that a file was stored."""
-        if self._probing is None and not self._is_proven:
-            self._is_proven = True
+        if self._probing is None and not self._last_was_stored:
+            self._last_was_stored = True
             self._pause_s = self._first_probe_s
             self._on_open()
 
@@ -193,9 +193,13 @@ class StorageGate:
             await asyncio.gather(self._probing, return_exceptions=True)
             await self._withdraw()
 
-    async def _probe_until_kept(self, error: StorageError) -> None:
+    async def _probe_until_accepted(self, error: StorageError) -> None:
         """Probe until a file as large as the refused ones can be written."""
-        log.error("no jobs are started: files cannot be kept", reason=error.message, num_bytes=self._needed_bytes)
+        log.error(
+            "job starts are paused: the artifact store refuses files",
+            reason=error.message,
+            num_bytes=self._needed_bytes,
+        )
         self._metrics.gauge("job_files_refused", 1.0)
         refused: StorageError | None = error
         while refused is not None:
@@ -206,7 +210,7 @@ class StorageGate:
                 await asyncio.to_thread(self._refusals.record, self._owner, health, for_s=pause_s + _GRACE_S)
             await asyncio.sleep(pause_s)
             refused = await self._probe()
-        log.warning("jobs are started again: files can be kept")
+        log.warning("job starts are resumed: the artifact store accepts files")
         self._metrics.gauge("job_files_refused", 0.0)
         await self._withdraw()
         self._needed_bytes, self._probing = 0, None

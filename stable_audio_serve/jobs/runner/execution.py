@@ -109,9 +109,9 @@ class JobExecutor:
         try:
             stored = await self._artifacts.put(key, file.chunks, media_type=file.media_type, file_name=file_name)
         except StorageError as error:
-            self._gate.refused(error, num_bytes=file.num_bytes)
+            self._gate.note_refused(error, num_bytes=file.num_bytes)
             raise
-        self._gate.kept()
+        self._gate.note_stored()
         return replace(stored, clips=finished.clips, made_on=result.made_on)
 
     def _limited(self, request: GenerationRequest, job: Job) -> GenerationRequest:
@@ -141,7 +141,7 @@ class JobExecutor:
             except DamagedFileError:
                 raise
             except StorageError as error:
-                self._gate.refused(error, num_bytes=0)
+                self._gate.note_refused(error, num_bytes=0)
                 raise
             return await self._audio.decode(copy, max_s=upload.max_s)
 

@@ -91,6 +91,6 @@ class LeaseHeartbeat:
             try:
                 self.beat()
             except StorageError:
-                log.warning("leases were not renewed: the store does not answer")
+                log.warning("leases not renewed: the job database does not answer")
             except Exception:
-                log.exception("leases were not renewed")
+                log.exception("leases not renewed")

@@ -201,7 +201,7 @@ class JobRunner:
                 num_done = await self._turn(outlook)
             except Exception as error:  # the runner must survive any store error
                 is_expected = isinstance(error, StorageError)
-                log.error("the job runner cannot use its store", error=str(error), exc_info=not is_expected)
+                log.error("the job runner cannot use the job database", error=str(error), exc_info=not is_expected)
                 wait_s = self._pauses.last_poll_s
             else:
                 poll_s = self._pauses.first_poll_s if num_done else min(poll_s * 2, self._pauses.last_poll_s)
@@ -278,7 +278,7 @@ class JobRunner:
         del self._attempts[lease]
         self._capacity.end(lease)
         if not task.cancelled() and task.exception() is not None:
-            log.error("a job could not be ended", job_id=lease.ref.id, exc_info=task.exception())
+            log.error("the outcome of a job could not be handled", job_id=lease.ref.id, exc_info=task.exception())
         self.wake()
 
     def _stop_changed(self, lost: Collection[LeaseId], to_cancel: Collection[LeaseId]) -> None:

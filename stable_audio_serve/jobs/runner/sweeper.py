@@ -81,7 +81,7 @@ class Sweeper:
         owner = await asyncio.to_thread(self._store.identity)
         since = await asyncio.to_thread(self._artifacts.claim, owner)
         if since is None:
-            log.warning("files are kept where another job database keeps its own: orphans stay")
+            log.warning("orphans are not deleted: the artifact store belongs to another job database")
             return 0
         before = self._clock.time() - self._settings.orphan_after_s
         num_removed = 0

@@ -99,7 +99,7 @@ class ClientJobs:
                 last = is_job(JobRef(contract, client, JobId(cursor)))
                 seq = connection.execute(sa.select(_jobs.seq).where(last)).scalar()
                 if seq is None:
-                    message = "cursor: none that was given to you, or its job is no longer kept"
+                    message = "cursor: unknown, or its job was deleted"
                     raise InvalidRequestError(message, field="cursor")
                 conditions.append(_jobs.seq < seq)
             query = sa.select(JOBS).where(*conditions).order_by(_jobs.seq.desc()).limit(limit + 1)
@@ -156,7 +156,9 @@ class ClientJobs:
         if earlier is not None:
             return Added(to_job(earlier), is_new=False)
         # the repeated job was purged in between
-        return refusal or StorageError("the job database changes too fast", retry_after_s=0)
+        return refusal or StorageError(
+            "the job of an earlier request was just deleted; send the request again", retry_after_s=0
+        )
 
     def _insert(self, connection: sa.Connection, spec: JobSpec) -> sa.Row[Any] | None:
         """Insert the job. Returns None if its id or idempotency key exists."""

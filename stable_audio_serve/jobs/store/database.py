@@ -98,12 +98,12 @@ class Database:
             without_log: sa.Engine | None = sqlite.create_engine_without_log(file)
         else:
             self.engine, without_log = _create_postgresql(url), None
-        self._hasty = self.engine.execution_options(is_durable=False)
+        self._not_durable = self.engine.execution_options(is_durable=False)
         self._reader = self.engine.execution_options(reading=True)
         if not self.is_sqlite:  # a single statement needs no BEGIN and ROLLBACK
             self._reader = self._reader.execution_options(isolation_level="AUTOCOMMIT")
-        self._kept = without_log or self._reader
-        self._is_identity_kept = False
+        self._identity_reader = without_log or self._reader
+        self._has_identity = False
         self.now = _server_time() if now is None and not self.is_sqlite else _time_of(now or SystemClock().time)
         self._lock = threading.Lock()
         self._is_ready = False
@@ -129,7 +129,7 @@ class Database:
         with at_work():
             self._make_ready()
             self._check_file()
-            with (self.engine if is_durable else self._hasty).begin() as connection:
+            with (self.engine if is_durable else self._not_durable).begin() as connection:
                 if not (is_durable or self.is_sqlite):
                     connection.execute(_NO_WAIT_FOR_DISK)
                 yield connection
@@ -162,7 +162,7 @@ class Database:
         with at_work():
             self._make_ready()
             self._require_known_revision()
-            self._require_kept()
+            self._require_same_file()
 
     def require_room(self) -> None:
         """Raise StorageFullError if SQLite's disk is nearly full: the log may still accept small changes.
@@ -198,10 +198,10 @@ class Database:
         would.
         """
         if self.is_sqlite and time.monotonic() - self._file_checked_at > _CHECK_FILE_EVERY_S:
-            self._require_kept()
+            self._require_same_file()
             self._file_checked_at = time.monotonic()
 
-    def _require_kept(self) -> None:
+    def _require_same_file(self) -> None:
         """Read the identity, retrying for up to `_CHECKPOINT_S`: SQLite's file is read without locks, so a checkpoint
         may be half done.
 
@@ -221,11 +221,11 @@ class Database:
                 return
 
     def _read_identity(self) -> None:
-        with self._kept.connect() as connection:
+        with self._identity_reader.connect() as connection:
             found = find_identity(connection)
-        if found is None and not self._is_identity_kept:  # before the first checkpoint
+        if found is None and not self._has_identity:  # before the first checkpoint
             return
-        self._is_identity_kept = True
+        self._has_identity = True
         self._identity = self._identity or found
         self._require_identity(found)
 

@@ -45,7 +45,7 @@ def find_full(use: Use, before: Sequence[Used], *, now: float) -> QuotaError | N
     """Return the reason to refuse `use` after the earlier uses `before`, oldest first. None admits it."""
     concurrency, rate = use.limits.concurrency, use.limits.audio_seconds_per_minute
     if use.has_place and concurrency is not None and sum(places for _, _, places in before) >= concurrency:
-        message = f"this key has as many requests at work as it may have (concurrency={concurrency})"
+        message = f"this key already runs as many requests as it may (concurrency={concurrency})"
         return QuotaError(message, retry_after_s=use.busy_retry_s)
     if rate is None:
         return None
@@ -59,7 +59,7 @@ def find_full(use: Use, before: Sequence[Used], *, now: float) -> QuotaError | N
         ready_in_s = at + WINDOW_S - now
     if not ready_in_s:
         return None
-    message = f"this key has used up its seconds of audio of this minute (audio-seconds-per-minute={rate:g})"
+    message = f"this key has used up its seconds of audio for this minute (audio-seconds-per-minute={rate:g})"
     return QuotaError(message, retry_after_s=ready_in_s)
 
 

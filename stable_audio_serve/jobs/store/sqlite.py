@@ -58,9 +58,9 @@ class DatabaseFile:
             if not os.path.exists(self._path):  # SQLite gives its log files the same mode
                 os.close(open_private(self._path, os.O_WRONLY | os.O_CREAT))
         elif is_first:
-            self._judge(_identify(self._path, may_be_empty=False) is not None)
+            self._require_in_place(_identify(self._path, may_be_empty=False) is not None)
         else:
-            self._judge(_locate(self._path) == self._first)
+            self._require_in_place(_locate(self._path) == self._first)
         if self._num_open:
             self.require()
         return f"file:{quote(self._path)}?mode=rw"
@@ -76,7 +76,7 @@ class DatabaseFile:
             self._num_open += 1
             if self._num_open == 1:
                 self._real = os.path.realpath(self._path)  # SQLite keeps the log beside this path
-                self._opened = self._look()
+                self._opened = self._identify_files()
 
     def adopt(self) -> None:
         """Accept the open file: from now on no other is opened, and none is created."""
@@ -89,9 +89,9 @@ class DatabaseFile:
 
     def require(self) -> None:
         """Raise StoreMovedError unless the paths still lead to the open files."""
-        self._judge(self._look() == self._opened)
+        self._require_in_place(self._identify_files() == self._opened)
 
-    def _look(self) -> tuple[_Identity, ...]:
+    def _identify_files(self) -> tuple[_Identity, ...]:
         """Return the files that the paths lead to, ten times as fast as resolving the paths.
 
         The real path must not become a link, because SQLite would then look for the log elsewhere.
@@ -101,13 +101,13 @@ class DatabaseFile:
         found = (file, _identify(f"{real}-wal"), _identify(f"{real}-shm"))
         return found if real == self._path else (*found, _identify(self._path))
 
-    def _judge(self, is_in_place: bool) -> None:
+    def _require_in_place(self, is_in_place: bool) -> None:
         if is_in_place == self._was_moved:  # log each change once
             self._was_moved = not is_in_place
             if is_in_place:
                 log.warning("the job database is back in its place", file=self._path)
             else:
-                log.error("the job database was moved or replaced: it is used when it is back", file=self._path)
+                log.error("the job database was moved or replaced; jobs fail until it is back", file=self._path)
         if not is_in_place:
             raise StoreMovedError("the file of the job database was moved or replaced", retry_after_s=_RETRY_S)
 

@@ -54,8 +54,8 @@ class Uploads:
     ) -> None:
         total = sa.select(sa.func.coalesce(sa.func.sum(_uploads.num_bytes), 0)).where(condition)
         if connection.execute(total).scalar_one() > most:
-            raise UploadQuotaError(f"upload: no room for it within {most} bytes {limit}")
+            raise UploadQuotaError(f"upload: exceeds the limit of {most} bytes {limit}")
 
 
-_CLIENT_LIMIT = "of files that one client may keep (storage.max_bytes_per_key); they go when they are old enough"
-_TICKET_LIMIT = "of parts of one upload"
+_CLIENT_LIMIT = "of stored files per client (storage.max_bytes_per_key); old files expire"
+_TICKET_LIMIT = "per upload"

@@ -92,7 +92,7 @@ class Notifier:
                 while len(self._deliveries) < _MAX_AT_ONCE and (notice := await self._claim()) is not None:
                     self._begin(notice)
             except StorageError:
-                log.warning("webhooks wait: the store cannot be used")
+                log.warning("webhooks are delayed: the job database cannot be used")
             except Exception:  # the next call of `deliver_due` tries again
                 log.exception("webhooks cannot be delivered")
 
@@ -124,13 +124,13 @@ class Notifier:
                 reason = str(error)
             except Exception:  # a faulty body must not delay the others
                 log.exception("webhook failed")
-                reason = "its body could not be made"
+                reason = "its body could not be built"
             else:
                 reason = ""
             try:
                 await self._settle(notice, failure=reason)
             except StorageError:
-                log.warning("webhook may be delivered twice: its end could not be written down")
+                log.warning("webhook may be delivered twice: its outcome could not be stored")
 
     async def _settle(self, notice: Notice, *, failure: str) -> None:
         """Record the outcome of a try in the outbox. `failure` is the reason, '' if delivered."""

@@ -42,7 +42,7 @@ def execute(url: str, statement: str) -> None:
             connection.execute(statement.encode())
 
 
-def test_only_hasty_transactions_do_not_wait_for_the_disk(empty_url: str) -> None:
+def test_only_transactions_without_durability_skip_the_disk(empty_url: str) -> None:
     database = open_database(empty_url)
     setting, waits, hasty = (
         ("PRAGMA synchronous", 2, 1) if database.is_sqlite else ("SHOW synchronous_commit", "on", "off")
