@@ -136,7 +136,7 @@ def test_half_open_connections_and_slow_uploads_delay_nobody(server: LaunchedSer
     assert not late
 
 
-def test_other_ports_refuse_the_attacker(server: LaunchedServer) -> None:
+def test_server_cannot_be_reached_around_haproxy(server: LaunchedServer) -> None:
     open_to_all = [one for one in listeners_of([server.process.pid, *server.pids("")]) if not one.is_local]
     assert all(one.title.startswith("ray::ServeReplica") for one in open_to_all)
     assert {one.host for one in open_to_all} <= {"::", "0.0.0.0"}

@@ -408,7 +408,7 @@ def test_defaults_equal_those_of_the_settings() -> None:
     assert ProxyOptions.read({}) == ProxyOptions(proxy.header_timeout_s, proxy.idle_timeout_s, metrics.host)
 
 
-def test_program_is_installed_for_clusters() -> None:
+def test_program_runs_haproxy_as_a_module() -> None:
     command = [sys.executable, "-m", "stable_audio_serve.serving.haproxy", "-v"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE_S)
     assert shown.stdout.startswith("HAProxy version")

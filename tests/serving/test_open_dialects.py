@@ -80,7 +80,7 @@ def assert_same(actual: npt.NDArray[np.float32], expected: npt.NDArray[np.float3
     np.testing.assert_allclose(actual, np.clip(expected, -1, 1), rtol=0, atol=1.1 / 32768)
 
 
-async def test_vllm_clip_is_a_part_of_the_window_with_both_times(served: Served) -> None:
+async def test_vllm_clip_is_conditioned_on_its_start_and_end(served: Served) -> None:
     body = {"input": PROMPT, "audio_length": 3, "audio_start": 2, "num_inference_steps": 4, "guidance_scale": 3}
     reply = await served.client.post("/v1/audio/generate", json=body | {"seed": 5})
     assert reply.status_code == 200, reply.text

@@ -254,7 +254,7 @@ async def test_full_model_delays_no_other_model(workshop: Workshop) -> None:
 
 
 @pytest.mark.parametrize("job_settings", [make_job_settings(max_attempts=2)])
-async def test_log_shows_the_history_of_a_job(workshop: Workshop, wall: Wall) -> None:
+async def test_metrics_count_the_outcomes_of_jobs(workshop: Workshop, wall: Wall) -> None:
     metrics = RecordedMetrics()
     spec = make_spec()
     await workshop.queue.submit(spec)

@@ -88,7 +88,7 @@ def test_any_text_can_be_an_id_in_a_lookup(store: JobStore, text: str) -> None:
 
 
 @odd_texts
-def test_any_text_can_be_an_id_or_key(store: JobStore, text: str) -> None:
+def test_any_text_can_be_an_id_key_or_url(store: JobStore, text: str) -> None:
     spec = make_spec(id=text, client=text, model=text, idempotency_key=text, fingerprint="f", webhook_url=text)
     job = add_spec(store, spec)
     assert not store.clients.add(spec).is_new

@@ -162,7 +162,7 @@ async def test_public_addresses_are_accepted(host: str) -> None:
         "http://8.8.8.8:0/",
     ],
 )
-async def test_other_urls_are_refused(url: str) -> None:
+async def test_invalid_urls_are_refused(url: str) -> None:
     with pytest.raises(InvalidRequestError, match="fal_webhook"):
         await check_webhook_url(url, field="fal_webhook", allow_hosts=("8.8.8.8",))
 
