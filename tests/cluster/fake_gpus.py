@@ -1,6 +1,6 @@
-"""Builds applications on a Ray whose GPUs do not exist: a process of its own, which a `Builder` gives one order a line.
+"""Builds applications on a Ray with fake GPUs, in a separate process that reads one order per line from a `Builder`.
 
-One for all, because to start it takes as long as to build; each order has a Ray of its own.
+All tests share the process, because starting it takes as long as building. Each order has its own Ray.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stable_audio_serve.launcher.patience import crowding, start_limits
+from stable_audio_serve.launcher.start_timeouts import load_per_core, start_timeouts
 from tests.cluster.tools import ROOT
 from tests.patience import PATIENCE_S
 
 _MARK = "options:"
 _ENVIRONMENT = {
-    "HF_ENDPOINT": "http://127.0.0.1:9",  # nobody: all weights are here
-    "RAY_prestart_worker_first_driver": "0",  # a process per CPU, of which none has anything to do
+    "HF_ENDPOINT": "http://127.0.0.1:9",  # no server: all weights are local
+    "RAY_prestart_worker_first_driver": "0",  # would start one idle process per CPU
 }
 
 
 class Builder:
-    """The process, while the context lasts."""
+    """The building process, for the life of the context."""
 
     def __init__(self, said: Path) -> None:
-        """What it says besides its answers goes to the file `said`."""
+        """Its log output goes to the file `said`."""
         self._said = said
         with said.open("w") as errors:
             self._process = subprocess.Popen(
@@ -39,7 +39,7 @@ class Builder:
                 stderr=errors,
                 text=True,
                 cwd=ROOT,
-                env=os.environ | start_limits(crowding()) | _ENVIRONMENT,
+                env=os.environ | start_timeouts(load_per_core()) | _ENVIRONMENT,
             )
 
     def __enter__(self) -> Builder:
@@ -53,11 +53,11 @@ class Builder:
     ) -> dict[str, dict[str, float]]:
         """Returns per deployment the resources Ray reserves for a replica, and the `least` and `most` replicas.
 
-        `args` are the application's, `nodes` the resources of the head node and of others; it is built in `folder`.
+        `args` are the application's, `nodes` the resources of the head and of other nodes. Built in `folder`.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        assert self._process.poll() is None, self._said.read_text()  # an order before this one ended it
+        assert self._process.poll() is None, self._said.read_text()  # an earlier order ended it
         order = {"args": args, "nodes": nodes, "folder": str(folder), "environ": environ}
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
@@ -68,7 +68,7 @@ class Builder:
 
 
 def main() -> None:
-    """Answer orders until there are no more."""
+    """Execute orders until the input ends."""
     from stable_audio_serve.serving.app import build
 
     for line in sys.stdin:
@@ -108,7 +108,7 @@ def _in_place(folder: Path, environ: Mapping[str, str]) -> Iterator[None]:
 
 
 def _deployments(value: Any) -> Iterator[Any]:
-    """Returns every deployment that is bound in `value`, each as often as it is."""
+    """Yield every deployment bound in `value`, once per binding."""
     if hasattr(value, "_bound_deployment"):
         yield value._bound_deployment
         yield from _deployments(value._bound_deployment.init_args)

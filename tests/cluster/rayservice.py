@@ -1,7 +1,7 @@
 """A schema of KubeRay's RayService, from the list of its fields in `tests/data/kuberay`: unknown keys are refused.
 
-Pods, services and other parts of Kubernetes' own are any objects here; who uses this checks them by its schemas.
-`schema_of_crd` makes the same of an official definition.
+Pods, services and other Kubernetes objects are not checked here; the caller checks them with Kubernetes' schemas.
+`schema_of_crd` derives the same schema from an official definition.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def own_schema() -> dict[str, Any]:
 
 
 def schema_of_crd(definition: dict[str, Any]) -> dict[str, Any]:
-    """Returns the schema of version v1 of a CustomResourceDefinition, with unknown keys refused."""
+    """Returns the schema of version v1 in a CustomResourceDefinition, refusing unknown keys."""
     (schema,) = (
         version["schema"]["openAPIV3Schema"] for version in definition["spec"]["versions"] if version["name"] == "v1"
     )
@@ -66,7 +66,7 @@ def _schema(kind: str) -> dict[str, Any]:
 
 
 def _close(schema: dict[str, Any]) -> None:
-    """Refuse other keys, except in objects of which no key is named: Kubernetes' own."""
+    """Refuse unknown keys, except in objects without declared keys, which belong to Kubernetes."""
     if schema.get("properties"):
         schema["additionalProperties"] = False
     for each in [*schema.get("properties", {}).values(), *([schema["items"]] if "items" in schema else [])]:

@@ -1,4 +1,4 @@
-"""The Compose file: its own schema takes it, and its parts fit each other, the monitoring and the server's settings."""
+"""The Compose file is valid, and its services match each other, the monitoring and the server's settings."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def compose_with_gpu() -> dict[str, Any]:
 
 
 def merged(below: Any, above: Any) -> Any:
-    """As Compose merges two files where, as here, no list is in both: mappings by key, other values replaced."""
+    """Merge two files as Compose does when no list is in both: mappings by key, other values replaced."""
     if isinstance(below, dict) and isinstance(above, dict):
         return below | {key: merged(below.get(key), value) for key, value in above.items()}
     assert below is None or not isinstance(above, list)
@@ -54,7 +54,7 @@ def gpu_problems(tree: dict[str, Any]) -> Iterator[str]:
 
 
 def settings_of(tree: dict[str, Any]) -> Settings:
-    """What the server makes of its variables, with the ones of the operator filled in."""
+    """Returns the settings that the server reads from its variables, with the operator's variables filled in."""
     environ = {key: _FILLED_IN.sub("x", value) for key, value in tree["services"]["server"]["environment"].items()}
     environ["STABLE_AUDIO_API_KEY_HASHES"] = ""
     return load_settings(read_serve_file(PACKAGED_FILE).args, environ=environ, directory=Path("/"))
@@ -119,7 +119,7 @@ def _link_problems(tree: dict[str, Any]) -> Iterator[str]:
         yield "Prometheus does not reach the server"
 
 
-def test_schema_takes_both_files() -> None:
+def test_schema_accepts_both_files() -> None:
     result = run_program("check-jsonschema", "--builtin-schema", "vendor.compose-spec", FILE, GPU_FILE)
     assert result.returncode == 0, result.stdout
 
@@ -134,12 +134,12 @@ def test_schema_refuses_unknown_keys(tmp_path: Path) -> None:
     assert "capability" in result.stdout
 
 
-def test_parts_fit_each_other() -> None:
+def test_services_match_each_other() -> None:
     assert problems(compose()) == []
     assert list(gpu_problems(compose_with_gpu())) == []
 
 
-def test_every_variable_of_the_operator_is_in_the_example() -> None:
+def test_every_operator_variable_is_in_the_example() -> None:
     example = set(re.findall(r"(?m)^(\w+)=$", (CLUSTER / "compose.env.example").read_text()))
     assert set(_NEEDED.findall(FILE.read_text())) <= example
     assert set(re.findall(r"\$\{(\w+)", FILE.read_text())) == example
@@ -171,7 +171,7 @@ PROBLEMS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_what_does_not_fit_is_seen(problem: str) -> None:
+def test_mismatch_is_detected(problem: str) -> None:
     tree = compose()
     PROBLEMS[problem](tree)
     assert problem in "\n".join(problems(tree))
@@ -187,7 +187,7 @@ GPU_PROBLEMS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 @pytest.mark.parametrize("problem", GPU_PROBLEMS)
-def test_what_a_gpu_lacks_is_seen(problem: str) -> None:
+def test_gpu_problem_is_detected(problem: str) -> None:
     tree = compose_with_gpu()
     GPU_PROBLEMS[problem](tree)
     assert problem in "\n".join(gpu_problems(tree))

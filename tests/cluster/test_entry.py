@@ -1,4 +1,4 @@
-"""How clients and Prometheus' operator reach the pods: Ingress, HTTPRoute and PodMonitors fit the overlays."""
+"""Access to the pods for clients and for the Prometheus operator: Ingress, HTTPRoute and PodMonitors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.cluster.tools import CLUSTER
 pytestmark = pytest.mark.cluster
 
 _MIB = 2**20
-_FIELDS_MIB = 1  # of a form besides its file
+_FIELDS_MIB = 1  # form fields besides the file
 _NGINX = "nginx.ingress.kubernetes.io/"
 _SERVICE = "stable-audio-serve-svc"  # KubeRay's name for the RayService `stable-audio`
 _JOB = re.compile(r'up\{job="([^"]+)"\}')
@@ -34,7 +34,7 @@ def documents() -> Documents:
 
 
 def closed(required: str, **properties: Any) -> dict[str, Any]:
-    """An object with these keys only; those in `required`, separated by blanks, must be there."""
+    """Returns the schema of an object with exactly these keys; `required` names the mandatory ones, space-separated."""
     return {
         "type": "object",
         "properties": properties,
@@ -50,7 +50,7 @@ def many(items: dict[str, Any]) -> dict[str, Any]:
 TEXT: dict[str, Any] = {"type": "string"}
 TEXTS = {"type": "object", "additionalProperties": TEXT}
 DURATION = {"type": "string", "pattern": r"^([0-9]{1,5}(h|m|s|ms)){1,4}$"}
-# The fields that we use of gateway.networking.k8s.io/v1 and monitoring.coreos.com/v1.
+# The fields used from gateway.networking.k8s.io/v1 and monitoring.coreos.com/v1.
 SPECS = {
     "HTTPRoute": closed(
         "parentRefs rules",
@@ -146,15 +146,15 @@ def _monitor_problems(monitors: Documents) -> Iterator[str]:
 @pytest.mark.parametrize(
     "document", documents(), ids=lambda document: f"{document['kind']} {document['metadata']['name']}"
 )
-def test_schema_takes_it(document: dict[str, Any]) -> None:
+def test_schema_accepts_the_document(document: dict[str, Any]) -> None:
     validate(document)
 
 
-def test_they_fit_the_overlays_the_alerts_and_the_settings() -> None:
+def test_documents_match_overlays_alerts_and_settings() -> None:
     assert problems(documents()) == []
 
 
-def test_haproxy_shows_its_metrics_on_the_named_port() -> None:
+def test_haproxy_serves_metrics_on_the_named_port() -> None:
     made = render("multi-gpu")
     assert of_kind(made, "ConfigMap")[0]["data"]["STABLE_AUDIO_METRICS_HOST"] == "0.0.0.0"
     assert serve_config(made)["proxy_location"] == "EveryNode"
@@ -183,7 +183,7 @@ UNKNOWN_KEYS: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("change", UNKNOWN_KEYS.values(), ids=UNKNOWN_KEYS)
-def test_schemas_refuse(change: Change) -> None:
+def test_schema_refuses_a_fault(change: Change) -> None:
     made = documents()
     change(made)
     with pytest.raises(jsonschema.ValidationError):
@@ -211,7 +211,7 @@ PROBLEMS: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_what_does_not_fit_is_seen(problem: str) -> None:
+def test_mismatch_is_detected(problem: str) -> None:
     made = documents()
     PROBLEMS[problem](made)
     assert problem in "\n".join(problems(made))

@@ -1,4 +1,4 @@
-"""The overlays for KubeRay: rendered as an operator would, taken by all schemas, operable; what is wrong is seen."""
+"""The KubeRay overlays: rendered as an operator would, valid for all schemas, operable; faults are detected."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def _rendered(overlay: str) -> Documents:
 
 
 def rendered(overlay: str) -> Documents:
-    """A copy that a test may change."""
+    """Returns a copy that a test can change."""
     return copy.deepcopy(_rendered(overlay))
 
 
 def validate(documents: Documents) -> None:
-    """By Kubernetes' schemas, ours, and the official one where KUBERAY_CRD names a file."""
+    """Validate with Kubernetes' schemas, ours, and the official one if KUBERAY_CRD names a file."""
     schemas = [own_schema()]
     if path := os.environ.get("KUBERAY_CRD"):
         schemas.append(schema_of_crd(yaml.safe_load(Path(path).read_text())))
@@ -61,7 +61,7 @@ def pod_of(group: Group) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_every_schema_takes_the_overlay(overlay: str) -> None:
+def test_every_schema_accepts_the_overlay(overlay: str) -> None:
     validate(rendered(overlay))
 
 
@@ -71,7 +71,7 @@ def test_overlay_can_be_operated(overlay: str) -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_serve_and_our_settings_take_the_config_inside(overlay: str, tmp_path: Path) -> None:
+def test_serve_config_and_settings_are_valid(overlay: str, tmp_path: Path) -> None:
     check_serve_config(rendered(overlay), tmp_path)
 
 
@@ -84,11 +84,11 @@ def check_serve_config(documents: Documents, folder: Path) -> None:
     Settings.model_validate(file.args)
 
 
-def test_several_gpus_are_those_of_the_config_file() -> None:
+def test_gpu_counts_match_the_config_file() -> None:
     assert serve_config(rendered("multi-gpu")) == yaml.safe_load((CLUSTER / "serve_config.multi-node.yaml").read_text())
 
 
-def test_images_are_placeholders_that_the_overlay_replaces() -> None:
+def test_overlay_replaces_the_placeholder_images() -> None:
     for overlay, tag in (("demo", "cpu"), ("one-gpu", "cuda"), ("multi-gpu", "cuda"), ("multi-gpu-spot", "cuda")):
         images = {group.container["image"] for group in groups(rendered(overlay))}
         assert images == {f"registry.example.com/stable-audio-serve:{tag}"}
@@ -101,18 +101,18 @@ def test_groups_have_room_for_every_replica() -> None:
         wanted = sum(model["num_gpus"] * model["replicas"][f"{replicas}_replicas"] for model in args["models"])
         assert gpu.spec[f"{replicas}Replicas"] * int(gpu.spec["rayStartParams"]["num-gpus"]) >= wanted
     places = ingress.spec["minReplicas"] * int(ingress.spec["rayStartParams"]["num-cpus"])
-    assert places == args["ingress"]["replicas"] * args["ingress"]["num_cpus"]  # and on each pod one
+    assert places == args["ingress"]["replicas"] * args["ingress"]["num_cpus"]  # one per pod
 
 
-def test_redis_keeps_what_the_head_knows_where_workers_outlive_it() -> None:
+def test_redis_stores_the_heads_state_if_workers_outlive_it() -> None:
     (service,) = of_kind(rendered("multi-gpu"), "RayService")
     cluster = service["spec"]["rayClusterConfig"]
     assert cluster["gcsFaultToleranceOptions"]["redisPassword"]["valueFrom"]["secretKeyRef"]
     assert cluster["enableInTreeAutoscaling"] is True
 
 
-def test_only_gpu_pods_may_be_on_spot_nodes() -> None:
-    """And must be, so that all of them are of the cheaper kind; what holds the cluster together is on others."""
+def test_only_gpu_pods_run_on_spot_nodes() -> None:
+    """GPU pods must run on the cheaper spot nodes. The pods that the cluster depends on must not."""
     plain, spot = groups(rendered("multi-gpu")), groups(rendered("multi-gpu-spot"))
     assert [_choice_of_nodes(group) for group in spot] == ["NotIn", "NotIn", "In"]
     (taint,) = [each for each in spot[2].pod["tolerations"] if each not in plain[2].pod["tolerations"]]
@@ -127,7 +127,7 @@ def _choice_of_nodes(group: Group) -> str:
     return choice["operator"]
 
 
-def test_old_words_of_kustomize_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deprecated_kustomize_fields_are_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copied = shutil.copytree(CLUSTER / "kuberay", tmp_path / "kuberay")
     file = copied / "overlays" / "demo" / "kustomization.yaml"
     file.write_text(file.read_text().replace("resources:", "bases:"))
@@ -170,7 +170,7 @@ BAD_VALUES: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("change", [*UNKNOWN_KEYS.values(), *BAD_VALUES.values()], ids=[*UNKNOWN_KEYS, *BAD_VALUES])
-def test_schemas_refuse(change: Change) -> None:
+def test_schemas_refuse_a_fault(change: Change) -> None:
     documents = rendered("multi-gpu")
     change(documents)
     with pytest.raises((jsonschema.ValidationError, KeyError)):
@@ -233,13 +233,13 @@ PROBLEMS: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_what_cannot_be_operated_is_seen(problem: str) -> None:
+def test_operational_fault_is_detected(problem: str) -> None:
     documents = rendered("multi-gpu")
     PROBLEMS[problem](documents)
     assert problem in "\n".join(problems(documents))
 
 
-def test_unknown_setting_inside_the_config_is_refused(tmp_path: Path) -> None:
+def test_unknown_setting_in_the_config_is_refused(tmp_path: Path) -> None:
     documents = rendered("demo")
     service = _service(documents)
     service["serveConfigV2"] = service["serveConfigV2"].replace("drain_s", "drain_seconds")
@@ -247,8 +247,8 @@ def test_unknown_setting_inside_the_config_is_refused(tmp_path: Path) -> None:
         check_serve_config(documents, tmp_path)
 
 
-def test_official_definition_refuses_unknown_keys_too() -> None:
-    """Its form as KubeRay publishes it, here with few fields."""
+def test_official_definition_refuses_unknown_keys() -> None:
+    """A definition in KubeRay's published format, with few fields."""
     spec = {
         "type": "object",
         "properties": {"serveConfigV2": {"type": "string"}, "size": {"x-kubernetes-int-or-string": True}},
@@ -260,7 +260,7 @@ def test_official_definition_refuses_unknown_keys_too() -> None:
         jsonschema.validate({"other": 1}, schema)
 
 
-def test_nothing_names_a_real_registry_of_ours() -> None:
+def test_manifests_name_no_private_registry() -> None:
     for path in (ROOT / "cluster").rglob("*"):
         if path.suffix in {".yaml", ""} and path.is_file():
             assert "registry." not in path.read_text().replace("registry.example.com", "")

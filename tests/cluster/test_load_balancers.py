@@ -1,4 +1,4 @@
-"""The balancers of `cluster/load_balancer/`, run as they are but for addresses, in front of two servers of our own."""
+"""The balancers in `cluster/load_balancer/`, run with only their addresses changed, before two fake servers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _MIB = 1024 * 1024
 
 @dataclass
 class Server:
-    """Stands in for one of ours: is ready or not, full or not, and notes what reaches it."""
+    """A fake server: ready or not, full or not. Records its requests."""
 
     is_ready: bool = True
     refuses: bool = False
@@ -65,7 +65,7 @@ class Server:
 
 @dataclass(frozen=True)
 class Balanced:
-    """A running balancer with two servers behind it."""
+    """A running balancer before two servers."""
 
     client: httpx.AsyncClient
     port: int
@@ -75,21 +75,21 @@ class Balanced:
         return [await self.client.post(path, json={"prompt": "rain"}) for _ in range(num)]
 
     async def send(self, text: str) -> bytes:
-        """Send this and nothing more; returns what is said until the balancer ends the connection."""
+        """Send this data and nothing more. Returns the output until the balancer closes the connection."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         writer.write(text.encode())
         said = b""
-        with suppress(ConnectionError):  # an end like any other
+        with suppress(ConnectionError):  # counts as a close
             async with asyncio.timeout(_PATIENCE_S):
                 while part := await reader.read(65_536):
                     said += part
                     if b"413" in said:
-                        break  # it may wait for the body that is not to come
+                        break  # the server may wait for the missing body
         writer.close()
         return said
 
     async def until_only(self, server: Server, *, path: str = "/who") -> None:
-        """Ask until three answers in a row are of `server`."""
+        """Send requests until three successive responses come from `server`."""
         for _ in range(200):
             before = len(server.requests)
             for _ in range(3):
@@ -104,7 +104,7 @@ class Balanced:
 async def running(
     name: str, folder: Path, *, ports: tuple[int, int], slow_s: float | None = None
 ) -> AsyncIterator[int]:
-    """The balancer before servers on these `ports`, one of which answers; its own port."""
+    """Run the balancer before servers on these ports until one responds. Yields its port."""
     port = free_port()
     path = configured(name, folder, ports=ports, port=port, slow_s=slow_s)
     process = start(name, path)
@@ -150,12 +150,12 @@ def test_file_is_accepted_without_a_warning(name: str, tmp_path: Path) -> None:
     assert not re.search(r"warn|alert|emerg", checked.stderr, flags=re.IGNORECASE), checked.stderr
 
 
-def test_haproxy_starts_while_no_name_is_known(tmp_path: Path) -> None:
+def test_haproxy_starts_before_host_names_resolve(tmp_path: Path) -> None:
     checked = run_program("haproxy", "-c", "-f", CLUSTER / "load_balancer" / "haproxy.cfg")
     assert checked.returncode == 0, checked.stderr
 
 
-def test_limits_are_the_servers_own() -> None:
+def test_limits_match_the_servers() -> None:
     api, proxy = ApiSettings(), ProxySettings()
     nginx, haproxy = ((CLUSTER / "load_balancer" / file).read_text() for file in ("nginx.conf", "haproxy.cfg"))
     largest = api.max_upload_bytes + MAX_FIELDS_BYTES
@@ -177,7 +177,7 @@ def test_limits_are_the_servers_own() -> None:
 
 
 @both
-async def test_events_pass_as_they_happen(name: str, tmp_path: Path) -> None:
+async def test_events_are_passed_on_immediately(name: str, tmp_path: Path) -> None:
     async with balancing(name, tmp_path) as balanced, balanced.client.stream("GET", "/events") as answer:
         lines = answer.aiter_lines()
         assert await anext(lines) == "data: first"
@@ -187,7 +187,7 @@ async def test_events_pass_as_they_happen(name: str, tmp_path: Path) -> None:
 
 
 @both
-async def test_uploads_pass_up_to_the_servers_limit(name: str, tmp_path: Path) -> None:
+async def test_uploads_up_to_the_servers_limit_pass(name: str, tmp_path: Path) -> None:
     async with balancing(name, tmp_path) as balanced:
         largest = b"x" * (ApiSettings().max_upload_bytes + MAX_FIELDS_BYTES)
         assert (await balanced.client.post("/jobs/inpaint", content=largest)).status_code == 200
@@ -199,7 +199,7 @@ async def test_uploads_pass_up_to_the_servers_limit(name: str, tmp_path: Path) -
 
 
 @both
-async def test_half_sent_requests_end_and_reach_nobody(name: str, tmp_path: Path) -> None:
+async def test_incomplete_requests_end_without_reaching_a_server(name: str, tmp_path: Path) -> None:
     async with balancing(name, tmp_path, slow_s=1) as balanced:
         for path, sent in (("/jobs", "X-Long: "), ("/generate", "Content-Length: 1000\r\n\r\n{")):
             await balanced.send(f"POST {path} HTTP/1.1\r\nHost: a\r\n{sent}")
@@ -207,34 +207,34 @@ async def test_half_sent_requests_end_and_reach_nobody(name: str, tmp_path: Path
 
 
 @both
-async def test_http_2_is_not_spoken_in_clear(name: str, tmp_path: Path) -> None:
+async def test_http_2_is_not_used_in_clear_text(name: str, tmp_path: Path) -> None:
     async with balancing(name, tmp_path) as balanced:
         said = await balanced.send("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
     assert b" 400 " in said.split(b"\r\n")[0]
 
 
 @both
-async def test_links_are_made_from_what_the_client_called(name: str, tmp_path: Path) -> None:
+async def test_links_use_the_host_of_the_request(name: str, tmp_path: Path) -> None:
     async with balancing(name, tmp_path) as balanced:
         said = (await balanced.client.get("/who", headers={"Host": "audio.example.org"})).json()
         assert said == {"host": "audio.example.org", "x-forwarded-proto": "http"}
 
 
 @both
-async def test_requests_go_to_whoever_has_the_fewest(name: str, tmp_path: Path) -> None:
+async def test_requests_go_to_the_server_with_the_fewest(name: str, tmp_path: Path) -> None:
     async with balancing(name, tmp_path) as balanced, balanced.client.stream("GET", "/events") as answer:
         lines = answer.aiter_lines()
         assert await anext(lines)
         (busy,) = (server for server in balanced.servers if server.requests)
         for _ in range(12):
             await balanced.client.get("/who")
-            await asyncio.sleep(0.02)  # until the end of the connection is noticed, mostly
-        assert len(busy.requests) - 1 <= 3  # by turns it would be six
+            await asyncio.sleep(0.02)  # usually enough to notice the closed connection
+        assert len(busy.requests) - 1 <= 3  # round robin would give six
         busy.heard.set()
 
 
 @both
-async def test_generation_that_one_server_refuses_is_made_by_the_other(name: str, tmp_path: Path) -> None:
+async def test_refused_generation_is_retried_on_the_other_server(name: str, tmp_path: Path) -> None:
     async with balancing(name, tmp_path) as balanced:
         balanced.servers[0].refuses = True
         answers = await balanced.post("/generate", num=12)
@@ -242,7 +242,7 @@ async def test_generation_that_one_server_refuses_is_made_by_the_other(name: str
 
 
 @both
-async def test_refused_job_is_sent_nowhere_else(name: str, tmp_path: Path) -> None:
+async def test_refused_job_is_not_retried(name: str, tmp_path: Path) -> None:
     async with balancing(name, tmp_path) as balanced:
         balanced.servers[0].refuses = True
         answers = await balanced.post("/jobs", num=12)
@@ -251,7 +251,7 @@ async def test_refused_job_is_sent_nowhere_else(name: str, tmp_path: Path) -> No
 
 
 @both
-async def test_where_all_are_full_clients_hear_it_from_a_server(name: str, tmp_path: Path) -> None:
+async def test_clients_get_a_servers_refusal_if_all_are_full(name: str, tmp_path: Path) -> None:
     async with balancing(name, tmp_path) as balanced:
         for server in balanced.servers:
             server.refuses = True
@@ -260,7 +260,7 @@ async def test_where_all_are_full_clients_hear_it_from_a_server(name: str, tmp_p
                 assert (answer.status_code, answer.headers["retry-after"]) == (503, "7")
 
 
-async def test_haproxy_sends_nothing_to_a_server_that_is_not_ready(tmp_path: Path) -> None:
+async def test_haproxy_skips_a_server_that_is_not_ready(tmp_path: Path) -> None:
     async with balancing("haproxy", tmp_path) as balanced:
         leaving, staying = balanced.servers
         leaving.is_ready = False
@@ -272,7 +272,7 @@ async def test_haproxy_sends_nothing_to_a_server_that_is_not_ready(tmp_path: Pat
         await balanced.until_only(leaving)
 
 
-async def test_haproxy_says_when_to_come_again_where_no_server_is_ready(tmp_path: Path) -> None:
+async def test_haproxy_sends_retry_after_if_no_server_is_ready(tmp_path: Path) -> None:
     async with balancing("haproxy", tmp_path) as balanced:
         for server in balanced.servers:
             server.is_ready = False
@@ -284,7 +284,7 @@ async def test_haproxy_says_when_to_come_again_where_no_server_is_ready(tmp_path
         assert "try again" in answer.json()["detail"]
 
 
-async def test_nginx_leaves_a_server_alone_that_refuses(tmp_path: Path) -> None:
+async def test_nginx_pauses_a_server_that_refuses(tmp_path: Path) -> None:
     async with balancing("nginx", tmp_path) as balanced:
         leaving, staying = balanced.servers
         leaving.refuses = True
@@ -292,7 +292,7 @@ async def test_nginx_leaves_a_server_alone_that_refuses(tmp_path: Path) -> None:
 
 
 @both
-async def test_server_that_is_gone_costs_no_request(name: str, tmp_path: Path) -> None:
+async def test_stopped_server_fails_no_request(name: str, tmp_path: Path) -> None:
     server = Server()
     async with (
         listening(server) as alive,

@@ -1,4 +1,4 @@
-"""The configs of `cluster/`: Ray's schema and our settings take them."""
+"""Ray's schema and the server's settings accept the configs in `cluster/`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ MULTI_NODE = CLUSTER / "serve_config.multi-node.yaml"
 
 
 def check(path: Path) -> Settings:
-    """Both schemas, of which neither lets an unknown key pass."""
+    """Validate with both schemas, each of which refuses unknown keys."""
     file = read_serve_file(path)
     deploy_schema(file, host=file.host, port=file.port)
     return Settings.model_validate(file.args)
 
 
 @pytest.mark.parametrize("path", [GPU, MULTI_NODE], ids=lambda path: path.name)
-def test_schemas_take_it(path: Path) -> None:
+def test_schemas_accept_the_config(path: Path) -> None:
     assert check(path).drain_s == 60
 
 

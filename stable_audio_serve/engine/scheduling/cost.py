@@ -98,7 +98,7 @@ def _candidates(features: Array, ms: Array) -> Iterator[tuple[float, CallCost]]:
             solution[terms] = coefficients
             score = _score(features @ solution, ms, floor_ms=floor_ms, num_terms=len(terms) + (num_flat > 0))
             yield score, _cost(solution, floor_ms=floor_ms)
-    # Fallback if time does not grow with the shape: growth begins near twice the largest shape.
+    # Fallback if the time does not grow with the shape: assume growth beyond the largest measured shape.
     flat_ms = float(np.median(ms))
     solution = np.zeros(4)
     solution[growth] = flat_ms / 2 / max(float(features[:, growth].max()), 1.0)

@@ -173,7 +173,7 @@ class Scheduler:
         num_left = self._num_started[priority]  # started rows not visited yet
         for entry in self._orders[priority]:
             if is_full and not num_left:
-                break  # later rows have not started, and a row's first work is never beside the step
+                break  # no later row has started, so none needs to run beside the step
             if not self._may_run(entry, beside=step):
                 if not num_left:
                     break  # no later row is started, so none may run

@@ -34,7 +34,7 @@ from stable_audio_serve.sampling.schedules import (
 )
 from stable_audio_serve.sampling.v_samplers import OVER_TIME, build_v_plan, v_path
 
-# The reference's noise levels. If an edit's level is lower, half of it replaces SIGMA_MIN.
+# The reference's noise levels. A run's lowest level is at most half of its highest one.
 SIGMA_MIN, SIGMA_MAX = 0.3, 500.0
 _MIN_SHARE = 0.5
 
