@@ -76,10 +76,9 @@ class JobRunnerReplica:
         return self._runner.drain()
 
     async def _report_waiting_work(self) -> None:
-        """Report to each model once a second, for its autoscaling policy, its waiting work and whether an operator
-        keeps it loaded.
+        """Report each model's waiting work, and whether an operator keeps it loaded, to its replicas once a second.
 
-        A model gets one more report after an operator has released it.
+        The autoscaling policy uses both. A model gets one more report after an operator has released it.
         """
         kept: frozenset[str] = frozenset()
         while True:

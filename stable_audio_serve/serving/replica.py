@@ -55,8 +55,8 @@ class ModelReplica:
         try:
             self._engine, self._quality = await self._start(settings, model)
         except StableAudioError as error:
-            # Serve prints the chain of a failed start, cause first. A cause with the same message puts the message on
-            # top.
+            # Serve prints the exception's cause before the exception itself. A cause with the same message puts that
+            # message on top.
             raise ModelUnavailableError(error.message) from type(error)(error.message)
         stages = " ".join(f"{name}_s={seconds:.2f}" for name, seconds in self._start_s.items())
         logger.info("model ready: model=%s device=%s %s", model.name, self._engine.device, stages)
@@ -206,8 +206,8 @@ class ModelReplica:
 async def _others_answer(*, surge: bool) -> bool:
     """Return True if older replicas keep answering while this one fails.
 
-    With surge an update stops older replicas last. Without surge it stops them one after another in any case, so a new
-    replica must serve some weights.
+    With surge an update stops older replicas last. Without surge it stops them one after another even if the new ones
+    fail, so a new replica must serve, if need be with the last good weights.
     """
     if not surge:
         return False

@@ -1,5 +1,5 @@
-"""CPU and GPU reservations of each replica. From these it checks that replicas on one GPU fit into its memory, and
-decides which models may start an extra replica during updates. Imports no torch and needs no running Ray.
+"""CPU and GPU reservations of each replica. Also checks that the replicas on one GPU fit into its memory, and decides
+which models may start an extra replica during updates. Imports no torch and needs no running Ray.
 
 Ray counts GPUs in steps of 1/10,000 and packs replicas while their fractions fit; it does not track memory.
 """

@@ -17,10 +17,11 @@ from stable_audio_serve.serving.work_ledger import OLD_S, WorkLedger
 class LeastWorkRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray has no types
     """Connects Serve's router to a `WorkLedger`.
 
-    A replica whose last report is too old is chosen as Serve does it: the shorter queue of two random replicas. Such
-    replicas get their proportional share of the calls.
+    Replicas whose last report is too old are chosen as Serve does it: the shorter queue of two random replicas. They
+    get their proportional share of the calls.
 
-    Calls are sent in order, so a call may take the replica chosen for a later one. The later call then goes elsewhere.
+    Serve sends calls in order, so a call may get the replica that was chosen for another call. The other call then goes
+    elsewhere.
     """
 
     def initialize_state(self, *, model: str, old_after_s: float = OLD_S) -> None:

@@ -1,4 +1,4 @@
-"""A replica's start with real checkpoints, two revisions of them in a hub's cache: which weights serve in the end."""
+"""Which weights a replica serves after its start, with two revisions of real checkpoints in a hub's cache."""
 
 from __future__ import annotations
 

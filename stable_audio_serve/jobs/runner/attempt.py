@@ -149,8 +149,8 @@ class Attempt:
         return await self._settle(self._context.store.runners.fail, self.job, error, is_dead_letter=is_dead_letter)
 
     async def _retry_or_give_up(self, error: StableAudioError) -> Job | None:
-        """Requeue the job with a delay, or fail it after its last attempt. An unavailable model is closed for that
-        time.
+        """Requeue the job with a delay, or fail it after its last attempt. No job of an unavailable model is leased
+        during the delay.
         """
         pauses = self._context.pauses
         delay_s = random.uniform(0.0, min(pauses.retry_s * 2**self.job.attempts, pauses.last_retry_s))

@@ -27,8 +27,8 @@ from stable_audio_serve.jobs.store.health import Refusals, health_of
 
 log = structlog.get_logger("stable_audio_serve.jobs")
 
-# Most predicted work per model replica that a runner hands out at a time, seconds; always at least one job. Interactive
-# work overtakes batch work in the engine, so batch needs little.
+# Largest predicted work, in seconds per model replica, that a runner hands to the engines at a time; always at least
+# one job. Interactive work overtakes batch work in the engine, so batch needs little.
 _AHEAD_S: Mapping[Priority, float] = {"interactive": 30.0, "batch": 5.0}
 # Upper bound as a share of the model's target wait. Jobs in an engine count towards its scale-up, but a new replica
 # cannot take them over.
@@ -49,7 +49,7 @@ class _RunningJob:
 class Capacity:
     """Tracks the jobs of one runner and decides whether the engines have room for more. `key` identifies a job.
 
-    Each priority has its own budget, so the engines always have jobs of both and choose between them.
+    Each priority has its own budget, so that the engines have jobs of both priorities to choose from.
     """
 
     def __init__(

@@ -74,7 +74,7 @@ def database_url(url: str | None, folder: Path) -> sa.URL:
 
 
 class Database:
-    """Opens transactions on the tables. The first one creates or upgrades them.
+    """Opens transactions on the tables. The first transaction creates or upgrades the tables.
 
     `now` is an SQL expression for the time in Unix seconds. PostgreSQL uses the server's clock, because the clocks of
     machines differ.

@@ -52,7 +52,7 @@ class Refusals:
 
     def current(self) -> Sequence[StoreHealth]:
         """Return the current records. Also reads and writes other tables, so that it raises if the database refuses
-        either.
+        reads or writes.
         """
         query = sa.select(_refusals.state, _refusals.reason).order_by(_refusals.until.desc())
         with self._database.writing() as connection:

@@ -41,8 +41,8 @@ class Outbox:
         self._database = database
 
     def claim(self, *, for_s: float, except_hosts: Collection[str] = ()) -> Notice | None:
-        """Claim the longest-due notice, skipping `except_hosts`. Other processes cannot claim it for `for_s`
-        seconds.
+        """Claim the notice that has been due longest, skipping `except_hosts`. Other processes cannot claim it for
+        `for_s` seconds.
         """
         now = self._database.now
         is_due = (_jobs.webhook_at <= now, _jobs.webhook_host.not_in(except_hosts))
