@@ -31,7 +31,7 @@ _EPSILON = 1e-6  # tolerance for rounding
 _WORK, _BUSY, _WAITING, _KEPT = "work_s", "busy_share", "waiting_s", "is_kept"
 
 
-def replica_stats(*, work_s: float, busy_share: float, waiting_s: float, is_kept: bool = False) -> dict[str, float]:
+def autoscaling_stats(*, work_s: float, busy_share: float, waiting_s: float, is_kept: bool = False) -> dict[str, float]:
     """Return a replica's `record_autoscaling_stats`.
 
     `work_s` is the predicted device time of its accepted requests, `busy_share` the share of the last second in which

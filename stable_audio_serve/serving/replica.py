@@ -21,7 +21,7 @@ from stable_audio_serve.core.metrics import QuietMetrics
 from stable_audio_serve.core.progress import ProgressFeed
 from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.jobs.open import open_artifacts
-from stable_audio_serve.serving.autoscaling import replica_stats
+from stable_audio_serve.serving.autoscaling import autoscaling_stats
 from stable_audio_serve.serving.logs import configure_logging
 from stable_audio_serve.serving.metrics import RayMetrics, RecentSum, StepMeter
 from stable_audio_serve.serving.model_states import ReplicaStats, ReplicaStatus, read_application
@@ -173,7 +173,7 @@ class ModelReplica:
         before, busy_before_s = self._measured_at
         self._measured_at = now, busy_s
         report_age_s = now - self._reported_at
-        return replica_stats(
+        return autoscaling_stats(
             work_s=self._engine.backlog_ms / 1000.0,
             busy_share=min(1.0, (busy_s - busy_before_s) / max(now - before, _MIN_INTERVAL_S)),
             waiting_s=self._waiting_s if report_age_s < _WAITING_TTL_S else 0.0,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from stable_audio_serve.serving.autoscaling import WorkPolicy, replica_stats
+from stable_audio_serve.serving.autoscaling import WorkPolicy, autoscaling_stats
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Context:
 def stats(
     work_s: float = 0.0, *, busy_share: float = 0.0, waiting_s: float = 0.0, is_kept: bool = False
 ) -> dict[str, float]:
-    return replica_stats(work_s=work_s, busy_share=busy_share, waiting_s=waiting_s, is_kept=is_kept)
+    return autoscaling_stats(work_s=work_s, busy_share=busy_share, waiting_s=waiting_s, is_kept=is_kept)
 
 
 def publish(*replicas: list[dict[str, float]]) -> Context:

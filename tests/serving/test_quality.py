@@ -30,8 +30,8 @@ _PAUSE_S = 0.1  # between a customer's calls; without a pause they take the core
 
 @pytest.fixture(scope="module")
 def updated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]:
-    """Run a server with two models of one repository. An update of `spare` starts the new replica first, one of `tight`
-    cannot.
+    """Run a server with two models of one repository. An update of `spare` starts the new replica first. An update of
+    `tight` has no room for that.
     """
     folder = tmp_path_factory.mktemp("quality")
     good, bad = (copy_checkpoint(TINY, folder / name) for name in ("good", "bad"))

@@ -32,7 +32,7 @@ _QUEUED, _RUNNING = in_state("queued"), in_state("running")
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class RenewedLease:
     """A running job whose lease was renewed."""
 
     ref: JobRef
@@ -112,7 +112,7 @@ class RunnerJobs:
                 self._turns.served(connection, job.spec)
         return job
 
-    def renew(self, owner: str, *, lease_s: float, refs: Collection[JobRef]) -> list[Held]:
+    def renew(self, owner: str, *, lease_s: float, refs: Collection[JobRef]) -> list[RenewedLease]:
         """Extend this owner's leases of these jobs to `lease_s` from now. Returns the jobs it still held.
 
         `refs` excludes leases that the runner does not know of, because the answer to `lease` was lost. Such a job is
@@ -124,7 +124,7 @@ class RunnerJobs:
         returning = values.returning(_jobs.contract, _jobs.client, _jobs.id, _jobs.fence, _jobs.cancel_requested)
         with self._database.writing() as connection:
             _lock(connection, {ref.id for ref in refs})
-            return [Held(JobRef(*row[:3]), *row[3:]) for row in connection.execute(returning)]
+            return [RenewedLease(JobRef(*row[:3]), *row[3:]) for row in connection.execute(returning)]
 
     def report(self, reports: Collection[Report]) -> list[Job]:
         """Save the progress of running jobs. Returns the jobs whose lease was lost."""
