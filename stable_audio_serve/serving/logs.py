@@ -1,5 +1,5 @@
-"""Logging of our processes: key=value lines on standard error, which Ray collects per process. Also shortens how Ray
-Serve's controller logs a dead replica.
+"""Logging of our processes: key=value lines on standard error, which Ray collects per process. Also shortens the
+log of a dead replica in Ray Serve's controller.
 """
 
 from __future__ import annotations

@@ -370,7 +370,7 @@ async def test_connection_limit_follows_the_file_limit(tmp_path: Path, monkeypat
     (most,) = re.findall(r"^Maxconn: (\d+)$", info, flags=re.MULTILINE)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     num_files = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
-    assert 0.35 * num_files < int(most) <= 0.5 * num_files  # each request has two connections, and some files are pipes
+    assert 0.35 * num_files < int(most) <= 0.5 * num_files  # a connection takes two files, and some files are pipes
 
 
 def is_open(host: str, port: int) -> bool:

@@ -24,13 +24,13 @@ class ReportingBackend(ToneBackend):
     def __init__(self) -> None:
         super().__init__()
         self.released.clear()
-        self.tell: list[ProgressCallback] = []
+        self.callbacks: list[ProgressCallback] = []
 
     async def generate(
         self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
     ) -> GenerationResult:
         assert on_progress is not None
-        self.tell.append(on_progress)
+        self.callbacks.append(on_progress)
         return await super().generate(model, request)
 
 
@@ -57,10 +57,10 @@ async def test_progress_of_all_jobs_is_written_together(
     monkeypatch.setattr(store, "report", count)
     jobs = [await workshop.queue.submit(make_spec()) for _ in range(4)]
     await workshop.start_runner()
-    await until(lambda: len(reporting.tell) == 4)
+    await until(lambda: len(reporting.callbacks) == 4)
     for step in range(1, 11):
-        for tell in reporting.tell:
-            tell(denoised(step / 10))
+        for callback in reporting.callbacks:
+            callback(denoised(step / 10))
     for job in jobs:
         await workshop.until(job, lambda job: job.fraction == pytest.approx(0.95))
         events = await workshop.queue.events(job.spec.ref)
@@ -75,11 +75,11 @@ async def test_progress_of_all_jobs_is_written_together(
 async def test_report_that_finds_the_lease_lost_stops_the_work(workshop: Workshop, reporting: ReportingBackend) -> None:
     await workshop.start_runner()
     lost, kept = [await workshop.queue.submit(make_spec()) for _ in range(2)]
-    await until(lambda: len(reporting.tell) == 2)
+    await until(lambda: len(reporting.callbacks) == 2)
     lost = await workshop.until(lost, lambda job: job.state == "running")
     workshop.queue.store.runners.requeue(lost, delay_s=600.0, attempts=0, message="taken away")
-    for tell in reporting.tell:
-        tell(denoised(0.5))
+    for callback in reporting.callbacks:
+        callback(denoised(0.5))
     await until(lambda: reporting.num_cancelled == 1)
     now = await workshop.queue.get(lost.spec.ref)
     assert now is not None
@@ -93,7 +93,7 @@ async def test_progress_is_written_after_a_store_outage(
 ) -> None:
     await workshop.start_runner()
     job = await workshop.queue.submit(make_spec())
-    await until(lambda: len(reporting.tell) == 1)
+    await until(lambda: len(reporting.callbacks) == 1)
     failed: list[Any] = []
 
     def fail(reports: Any) -> Any:
@@ -102,9 +102,9 @@ async def test_progress_is_written_after_a_store_outage(
 
     with monkeypatch.context() as away:
         away.setattr(workshop.queue.store.runners, "report", fail)
-        reporting.tell[0](denoised(0.1))
+        reporting.callbacks[0](denoised(0.1))
         await until(lambda: bool(failed))
-    reporting.tell[0](denoised(0.2))
+    reporting.callbacks[0](denoised(0.2))
     await workshop.until(job, lambda job: job.fraction == pytest.approx(0.19))
     reporting.released.set()
     assert (await workshop.finished(job)).state == "succeeded"
