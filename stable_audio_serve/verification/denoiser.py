@@ -42,7 +42,7 @@ def _prompts(it: Subject) -> Any:
 
 def _told(it: Subject) -> list[Tensor]:
     """Returns ids and mask (B, T) of the stored prompts."""
-    return list(it.model.text.tokenize(_prompts(it)).told.unbind(1))
+    return list(it.model.text.tokenize(_prompts(it)).ids_and_mask.unbind(1))
 
 
 def _text(it: Subject, _: object) -> Tensor:
