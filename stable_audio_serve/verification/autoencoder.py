@@ -1,5 +1,7 @@
-"""Checks of the autoencoders: stored encodings and decodings, with and without noise, whole and in windows; the outputs
-of their modules; and that long audio coded in windows equals long audio coded in one piece.
+"""Checks of the autoencoders: stored encodings and decodings, and outputs of modules.
+
+Stored runs are with or without noise, in one piece or in windows. A further check compares long audio coded in windows
+with the same audio coded in one piece.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from stable_audio_serve.verification.checks import Check, Found, Subject
 from stable_audio_serve.verification.denoiser import watch
 from stable_audio_serve.verification.runs import RowNoise
 
-_Code = Callable[[Tensor, int], Tensor]  # a part of a network's input and its first frame -> its output
+_Code = Callable[[Tensor, int], Tensor]  # encode or decode: part of the input, index of its first frame -> output
 _RUN = (
     r"ae/(?P<way>encode|decode)(?:_(?P<input>[a-z0-9]+))??(?:_full|_c(?P<size>\d+)_o(?P<overlap>\d+))?"
     r"_(?:quiet|seed(?P<seed>\d+))"
@@ -31,7 +33,7 @@ _RUN = (
 
 
 class CallOrderNoise(SeededNoise):
-    """Draws for windows, too, in the order of the calls, as the reference does."""
+    """Noise whose draws for windows follow the order of the calls, as in the reference."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
@@ -45,13 +47,13 @@ class CallOrderNoise(SeededNoise):
 
 
 def join_windows(spans: Sequence[WindowSpan], run: Callable[[WindowSpan], Tensor], *, unit: int) -> Tensor:
-    """Returns the kept parts of the windows' results, joined; `unit` values of the last axis are a frame."""
+    """Returns the kept parts of the windows' results, joined. `unit` is the number of values per frame, last axis."""
     kept = [slice((span.keep_start - span.start) * unit, (span.keep_stop - span.start) * unit) for span in spans]
     return torch.cat([run(span)[..., part] for span, part in zip(spans, kept, strict=True)], dim=-1)
 
 
 def _run(it: Subject, match: re.Match[str]) -> tuple[Tensor, list[Tensor]]:
-    """Returns a stored input encoded or decoded as the name says, and the random draws of that."""
+    """Encode or decode a stored input as its key describes. Returns the output and the random draws."""
     net, decodes = it.model.autoencoder, match["way"] == "decode"
     value = it.goldens["_".join(("ae/latents" if decodes else "ae/audio", *filter(None, [match["input"]])))]
     noise = CallOrderNoise(int(match["seed"] or 0))
@@ -85,7 +87,7 @@ def _clip(it: Subject, match: re.Match[str]) -> Tensor:
 
 
 def _inside(it: Subject, path: str) -> tuple[Tensor, Tensor]:
-    """Returns what a module of the autoencoder is given and makes in a quiet run."""
+    """Returns the input and the output of a module of the autoencoder in a run without noise."""
     net, wave = it.model.autoencoder, it.goldens.find("ae/wave")
     if wave is not None:
         run = partial(net.encoder, wave)
@@ -116,9 +118,10 @@ def _kernel(it: Subject, match: re.Match[str]) -> Tensor:
 
 
 def _windows(it: Subject, _: object) -> Iterator[Found]:
-    """Long audio decoded in windows as the engine cuts them while others wait; and where encoding is exact, encoded.
+    """Code long audio in the windows that the engine uses while other requests wait; compare with one piece.
 
-    A long source's noise is one draw over all frames, of which each window takes its part.
+    Checks encoding only for Stable Audio Open, where windows are exact. Each window takes its part of one noise draw
+    over all frames.
     """
     model, hop, rate_hz = it.model, it.model.spec.hop, it.model.spec.card.sample_rate_hz
     generator, frames = torch.Generator().manual_seed(0), 3 * WINDOW_FRAMES
@@ -145,7 +148,7 @@ def _windows(it: Subject, _: object) -> Iterator[Found]:
 
 
 def _in_windows(code: _Code, value: Tensor, *, spans: Sequence[WindowSpan], units: tuple[int, int]) -> Found:
-    """Whether joined windows are the whole; `units` are values of input and output per frame."""
+    """Compare joined windows with one piece. `units` are the values per frame of input and output."""
     if len(spans) < 2:
         raise ValueError("long audio is one window")
     made = join_windows(spans, lambda span: code(_cut(value, span, unit=units[0]), span.start), unit=units[1])
@@ -153,7 +156,7 @@ def _in_windows(code: _Code, value: Tensor, *, spans: Sequence[WindowSpan], unit
 
 
 def _beyond_windows(code: _Code, value: Tensor, *, spans: Sequence[WindowSpan], units: tuple[int, int]) -> Found:
-    """Whether the kept frames are finite even where everything beyond a window is not a number."""
+    """Check that kept frames depend only on their window: fill everything outside it with NaN, expect finite values."""
 
     def run(span: WindowSpan) -> Tensor:
         spoilt = torch.full_like(value, math.nan)

@@ -1,8 +1,8 @@
-"""Checks of whole runs through the real engine: lengths, schedules, draws, conditions, steps, latents and audio; and of
-the frames that a masked edit keeps.
+"""Checks of whole runs through the engine: lengths, schedules, draws, conditioning, steps, latents and audio. A further
+check compares the frames that a masked edit keeps.
 
-Runs of the Stable Audio Open family take the stored prompt tokens, because the reference's text encoder computes in
-float16, whose last bits differ from machine to machine; the encoder has its own checks.
+Runs of the Stable Audio Open family use the stored text embeddings. The reference's text encoder computes in float16,
+whose last bits differ between machines. The encoder has separate checks.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _SILENT = "_ae_noise_off"
 
 
 def _run(it: Subject, match: re.Match[str]) -> Iterator[Found | str]:
-    """A run with all rows of its batch: with the reference's noise, and without the autoencoder's if that is stored."""
+    """Compare a run of all rows. A second run has no noise in the autoencoder, if its outputs are stored."""
     goldens, name, facts = it.goldens, match[0], it.goldens.section("cases", match[0])
     goldens.matching(re.escape(name) + "/.*")
     model, texts, is_open = it.model, {}, isinstance(it.model, SaoModel)
@@ -97,7 +97,7 @@ def _run(it: Subject, match: re.Match[str]) -> Iterator[Found | str]:
 
 
 def _compare_plans(name: str, plans: Sequence[RowPlan], *, facts: Mapping[str, Any]) -> Iterator[Found]:
-    """Lengths and noise levels, where the case states them."""
+    """Compare the lengths and noise levels that the case states."""
     for plan, valid in zip(plans, facts.get("valid_latents", ()), strict=False):
         yield same(f"{name}/valid_latents", int(valid), found=plan.valid_frames, component="lengths")
     if shape := facts.get("latent_shape"):
@@ -115,8 +115,9 @@ def _compare_plans(name: str, plans: Sequence[RowPlan], *, facts: Mapping[str, A
 def _stored_rows(
     goldens: Goldens, name: str, *, suffix: str, plans: Sequence[RowPlan]
 ) -> Iterator[tuple[int, str, Tensor] | str]:
-    """Yields row, key and value of the stored latents and audio: the key-masked numbers, or without those the rows that
-    have no padding; and why others are left out.
+    """Yields (row, key, value) of the stored latents and audio, or the reason why a value is skipped.
+
+    Prefers outputs computed with key-masked padding. Other outputs are only comparable for rows without padding.
     """
     for output in ("latents", "audio"):
         key = f"{name}/{output}{suffix}"
@@ -132,7 +133,7 @@ def _stored_rows(
 
 
 def _compare_row(result: RowResult, key: str, *, stored: Tensor, clips: bool) -> Found:
-    """Latents inside the row's valid frames, or audio over its own length: the rest of a batch's is its longest's."""
+    """Compare the latents in the row's valid frames, or the audio up to the row's length; the rest is batch padding."""
     plan = result.plan
     if "/latents" in key:
         valid = torch.arange(plan.frames) < plan.valid_frames
@@ -142,7 +143,7 @@ def _compare_row(result: RowResult, key: str, *, stored: Tensor, clips: bool) ->
 
 
 def _silent_conditioning(model: Any, plan: RowPlan) -> Tensor:
-    """Returns a row's local conditioning: mask, then kept latents, encoded without noise (1, 1 + D, F)."""
+    """Returns a row's local conditioning (1, 1 + D, F): mask, then kept latents, encoded without noise."""
     source, mask = plan.inpaint_source, plan.keep_mask
     if source is None or mask is None:
         return torch.zeros(1, 1 + model.spec.card.latent_channels, plan.frames)
@@ -155,14 +156,14 @@ def _silent_conditioning(model: Any, plan: RowPlan) -> Tensor:
 
 
 def objective_of(name: str, goldens: Goldens, *, trained: str) -> str:
-    """Returns the objective that a run had: `trained`, or another where the facts name the run or a pattern of it."""
+    """Returns `trained`, or rectified_flow if the facts list the run or a pattern that matches its name."""
     stated = goldens.facts.get("rectified_flow_cases", ())
     patterns = [word for word in stated.split() if "/" in word] if isinstance(stated, str) else stated
     return "rectified_flow" if any(fnmatchcase(name, pattern) for pattern in patterns) else trained
 
 
 def _with_objective(model: SaoModel, objective: str) -> SaoModel:
-    """Returns the same networks, sampled as if they had been trained for `objective`."""
+    """Returns a model with the same networks, sampled as if trained for `objective`."""
     if objective == model.config.objective:
         return model
     config = replace(model.config, objective=objective)
@@ -172,16 +173,17 @@ def _with_objective(model: SaoModel, objective: str) -> SaoModel:
 
 
 def _compare_length(model: SaoModel, case: Case, *, goldens: Goldens) -> Iterator[Found]:
-    """The frames of a run as long as the model's window, planned without being told."""
+    """Plan a run as long as the model's window without an explicit number of frames, and compare the frames."""
     if case.sample_size == model.config.sample_size:
-        request, cap_s = case.requests[0], model.spec.card.max_duration_s  # less where a frame is left over
+        # The longest duration is shorter than the window if the window is no whole number of frames.
+        request, cap_s = case.requests[0], model.spec.card.max_duration_s
         planned = model.plan(replace(request, duration_s=min(request.duration_s, cap_s)))[0].frames
         key = f"{case.name}/latents"
         yield same(key, goldens[key].shape[-1], found=planned, component="lengths")
 
 
 def _assembly(it: Subject, _: object) -> Iterator[Found]:
-    """The conditions of inputs that the facts list."""
+    """Compare the conditioning of the inputs listed in the facts."""
     rows = it.goldens.facts["cond_inputs_batch"]
     args = {"conditioning": rows, "batch_size": len(rows), "sample_size": it.model.spec.hop, "steps": 2, "seed": 0}
     case = parse_open_case("cond/inputs", {"args": args}, goldens=it.goldens, card=it.model.spec.card)
@@ -189,7 +191,7 @@ def _assembly(it: Subject, _: object) -> Iterator[Found]:
 
 
 def _compare_conditions(model: SaoModel, plans: Sequence[RowPlan], *, goldens: Goldens, prefix: str) -> Iterator[Found]:
-    """The context, the negative's if any, and the global vector that each row's network is given."""
+    """Compare each row's network inputs: context, negative context if any, and global vector."""
     for row, plan in enumerate(plans):
         prompts = {plan.prompt, plan.negative_prompt or plan.prompt}
         texts = {prompt: model.encode_text([prompt])[0] for prompt in prompts}
@@ -208,7 +210,7 @@ def _condition(model: SaoModel, plan: RowPlan, *, texts: Mapping[str, TextEmbedd
 
 
 def _stored_texts(goldens: Goldens, case: Case, *, model: SaoModel) -> dict[str, TextEmbedding]:
-    """Returns the prompts as the stored contexts hold them, where tokens that are all zero are padding."""
+    """Returns the prompts' embeddings from the stored contexts. Tokens with only zeros are padding."""
     before = model.config.context_ids.index(model.config.prompt.id)
     part = slice(before, before + model.config.prompt.max_length)
     contexts = goldens[f"{case.name}/cross_attn_cond"]
@@ -247,10 +249,10 @@ def _walk(model: SaoModel, case: Case, *, script: Script, texts: Mapping[str, Te
 
 
 def _edit(it: Subject, match: re.Match[str]) -> Iterator[Found]:
-    """Edits of the middle fifth of the sources whose encoding is stored, with and without a start from the source.
+    """Edit the middle fifth of sources with stored encodings, as an inpainting and as a variation.
 
-    The reference has no masked editing of these models. What such an edit keeps needs no run of it: in the end, frames
-    outside the regions are the source's latents.
+    The reference cannot edit regions with these models. The check needs no reference run: after an edit, frames outside
+    the regions equal the source's latents.
     """
     waves, stored, spec = it.goldens["ae/wave"], it.goldens[match[0]], it.model.spec
     rate_hz, num_samples = spec.card.sample_rate_hz, waves.shape[-1]

@@ -1,4 +1,4 @@
-"""Checks that run no network: stored random draws, schedules, lengths, and the noise level at which an edit starts."""
+"""Checks that run no network: random draws, schedules, lengths, and the noise level at which an edit starts."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from stable_audio_serve.sampling import build_sigmas, shift_from_config
 from stable_audio_serve.sampling.brownian import MAX_ENTROPY
 from stable_audio_serve.verification.checks import Check, Found, Subject, same
 
-_EDIT_LEVELS = (0.01, 0.02, 0.04, 0.3, 1.0)  # noise of an edit, from the lowest that is allowed
+_EDIT_LEVELS = (0.01, 0.02, 0.04, 0.3, 1.0)  # noise levels of an edit, from the lowest that requests may use
 
 
 def _draws(it: Subject, match: re.Match[str]) -> Iterator[Found]:
-    """A case's draws, replayed in order from its seed: the stored tensors, first values and integers."""
+    """Replay a case's draws in order from its seed; compare the stored tensors, first values and integers."""
     case = it.goldens.section("cases", match[0])
     seed = case.get("manual_seed", case.get("args", {}).get("seed"))
     if seed is None or seed < 0:
@@ -40,7 +40,7 @@ def _draws(it: Subject, match: re.Match[str]) -> Iterator[Found]:
 
 
 def _schedules(it: Subject, _: object) -> Iterator[Found]:
-    """The schedules listed in the facts, for one length or one per row."""
+    """Build the schedules in the facts, for one length or for one length per row."""
     for case in it.goldens.section("components").get("schedules", []):
         shift = shift_from_config(case["shift"] or {"type": "none"}, key="shift")
         lengths = case["seq_len"] if isinstance(case["seq_len"], list) else [case["seq_len"]]
@@ -51,7 +51,7 @@ def _schedules(it: Subject, _: object) -> Iterator[Found]:
 
 
 def _edit_levels(it: Subject, _: object) -> Iterator[Found]:
-    """An edit starts at the level of the request, down to the lowest one, as in the reference."""
+    """Check that an edit starts at the noise level of the request, as in the reference, even at the lowest level."""
     spec = it.model.spec
     silence = SourceAudio(np.zeros((spec.card.channels, spec.hop), np.float32), spec.card.sample_rate_hz)
     request = GenerationRequest(
@@ -65,7 +65,7 @@ def _edit_levels(it: Subject, _: object) -> Iterator[Found]:
 
 
 def _lengths(it: Subject, _: object) -> Iterator[Found]:
-    """The lengths listed in the facts, for one duration or a batch of them."""
+    """Plan the lengths in the facts, for one duration or a batch of durations."""
     rule = it.model.config.lengths
     for case in it.goldens.section("components").get("lengths", []):
         durations, padding_s = case["durations"], case.get("duration_padding_sec", 6.0)

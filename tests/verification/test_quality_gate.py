@@ -331,7 +331,7 @@ async def test_reports_can_be_listed_and_forgotten(folder: Path) -> None:
     assert await archive.names() == []
     await judge(gate)
     assert sorted(await archive.names()) == sorted([FIRST.report_id, last_good_id("m")])
-    await archive.forget(FIRST.report_id)
+    await archive.delete(FIRST.report_id)
     assert (await judge(gate, louder(3.0))).basis == "new"
 
 
