@@ -193,7 +193,7 @@ async def test_what_a_killed_writer_leaves_is_not_listed_and_goes_when_it_is_old
 
 
 @pytest.mark.parametrize("place", ["file/below", "file", "/proc/self/outputs", "/dev/null"])
-def test_a_folder_that_cannot_be_written_is_one_sentence_that_names_the_setting(tmp_path: Path, place: str) -> None:
+def test_an_unwritable_folder_names_its_setting_in_one_sentence(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(ConfigError, match=r"^output_dir \(STABLE_AUDIO_OUTPUT_DIR\): .*cannot be kept") as caught:
         LocalArtifacts(tmp_path / place).check()

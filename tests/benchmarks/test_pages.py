@@ -8,5 +8,5 @@ from benchmarks import page
 
 
 @pytest.mark.slow
-def test_the_page_says_what_the_committed_results_say() -> None:
+def test_the_page_matches_the_committed_results() -> None:
     assert page.PAGE.read_text() == page.render(), "run `make docs`"

@@ -67,7 +67,7 @@ async def test_open_loop_arrivals_do_not_wait_for_answers() -> None:
     assert records[0].latency_ms >= 40.0  # it waited for the last arrival, which did not wait for it
 
 
-async def test_clients_come_again_when_they_are_told() -> None:
+async def test_clients_retry_after_the_requested_time() -> None:
     asked: list[int] = []
 
     async def refuse_twice(arrival: Arrival) -> None:
@@ -115,7 +115,7 @@ def test_figures_by_hand() -> None:
     assert (goodput.value, goodput.low, goodput.high) == (2.0, 1.6, 2.5)
 
 
-def test_what_was_refused_is_no_work_and_no_latency() -> None:
+def test_refused_requests_count_neither_as_work_nor_as_latency() -> None:
     burst = [record(0.0, 1.0), record(0.0, 0.01, refused=True), record(0.0, 4.0), record(0.0, 0.01, refused=True)]
     assert capacity_rps(burst) == 0.5
     assert steady_latencies_ms(burst) == [1000.0, 4000.0]
@@ -133,7 +133,7 @@ def test_a_rate_is_good_while_nineteen_of_twenty_end_in_time() -> None:
     assert not is_good([*in_time, record(0, 1.1, audio_s=1.0), record(0, 0.0, refused=True)], alone_ms=alone_ms)
 
 
-def test_goodput_counts_what_ended_in_time_while_requests_came() -> None:
+def test_goodput_counts_on_time_requests_until_the_last_arrival() -> None:
     # Due at 0 to 3 s: in time, too late, refused, and ended after the last arrival.
     records = [record(0.0, 0.5), record(1.0, 1.6), record(2.0, 0.01, refused=True), record(3.0, 0.5)]
     figures = summarize_overload(records, work_ms=[100.0] * 4, peak_work_ms_per_s=100.0)

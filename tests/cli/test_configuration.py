@@ -44,7 +44,7 @@ def write_faulty(path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_file_here_is_used_unless_another_is_asked_for(run: Run, tmp_path: Path, command: list[str]) -> None:
+def test_the_local_config_is_used_unless_config_names_another(run: Run, tmp_path: Path, command: list[str]) -> None:
     write_faulty(tmp_path / "serve_config.yaml")
     here = run(*command)
     assert (here.exit_code, here.stderr) == (
@@ -65,7 +65,7 @@ def test_a_mistyped_key_beside_args_is_named(run: Run, tmp_path: Path, command: 
 
 
 @pytest.mark.server
-def test_a_mistyped_key_is_named_before_anything_is_said_of_the_default_models(run: Run, tmp_path: Path) -> None:
+def test_a_mistyped_key_is_named_before_the_default_models(run: Run, tmp_path: Path) -> None:
     """Without `args` the settings are the defaults, whose weights are not here. Ray reads the environment of a start
     when it is imported, so this start is a process of its own."""
     (tmp_path / "serve_config.yaml").write_text(_MISTYPED)
@@ -92,7 +92,7 @@ def test_a_mistyped_key_is_named_before_anything_is_said_of_the_default_models(r
         ("models: [{name: demo}], dialects: {fal_model: dmo}", "dialects.fal_model"),
     ],
 )
-def test_config_refuses_names_of_models_that_serve_would_refuse(run: Run, tmp_path: Path, args: str, said: str) -> None:
+def test_config_refuses_the_same_model_names_as_serve(run: Run, tmp_path: Path, args: str, said: str) -> None:
     (tmp_path / "serve_config.yaml").write_text(f"applications: [{{import_path: 'a:b', args: {{{args}}}}}]\n")
     result = run("config")
     assert (result.exit_code, result.stdout) == (2, "")
@@ -101,7 +101,7 @@ def test_config_refuses_names_of_models_that_serve_would_refuse(run: Run, tmp_pa
 
 
 @pytest.mark.parametrize("command", COMMANDS[:2])
-def test_without_a_file_the_packaged_one_is_used(run: Run, command: list[str]) -> None:
+def test_the_packaged_config_is_used_without_a_file(run: Run, command: list[str]) -> None:
     result = run(*command)
     assert result.stderr.startswith("configuration: the packaged one, which serves the demo model; `stable-audio-serve")
     if command == ["config"]:
@@ -150,7 +150,7 @@ def test_every_commented_line_of_the_default_is_valid(run: Run, tmp_path: Path) 
     assert yaml.safe_load(text)["http_options"] == {"host": "0.0.0.0", "port": 8000}
 
 
-def test_the_version_is_an_option(run: Run) -> None:
+def test_the_version_option_prints_the_version(run: Run) -> None:
     assert run("--version").stdout == f"{__version__}\n"
 
 
@@ -170,14 +170,14 @@ def test_the_shell_completes_commands_and_options(typed: str, completed: str) ->
     assert completed in result.stdout.split(), result.stderr
 
 
-def test_the_proxy_may_be_chosen_in_every_place_of_settings(run: Run, tmp_path: Path) -> None:
+def test_the_proxy_can_be_set_in_the_env_file(run: Run, tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("STABLE_AUDIO_PROXY=python\n")
     assert yaml.safe_load(run("config").stdout)["proxy"]["kind"] == "python"
 
 
 @pytest.mark.server
 @pytest.mark.slow
-def test_the_stable_audio_3_servers_command_serves_that_servers_models(run: Run, tmp_path: Path) -> None:
+def test_stable_audio_api_serves_the_stable_audio_3_models(run: Run, tmp_path: Path) -> None:
     """Without weights and a hub it ends where it would begin to serve them, for all that `.env` says."""
     (tmp_path / ".env").write_text(
         "HF_HUB_OFFLINE=1\nSTABLE_AUDIO_DEFAULT_MODEL=small-music\nSTABLE_AUDIO_PRELOAD_MODELS=small-sfx\n"
@@ -204,7 +204,7 @@ def test_the_stable_audio_3_servers_command_serves_that_servers_models(run: Run,
     assert last.startswith("error: model small-sfx: stabilityai/stable-audio-3-small-sfx is not complete in ")
 
 
-def test_the_stable_audio_3_servers_command_takes_the_file_here_and_refuses_to_reload(run: Run, tmp_path: Path) -> None:
+def test_stable_audio_api_reads_the_local_config_and_refuses_reload(run: Run, tmp_path: Path) -> None:
     write_faulty(tmp_path / "serve_config.yaml")
     result = CliRunner().invoke(stable_audio_api, ["--host", "0.0.0.0", "--port", "8000"])
     assert result.stderr == "configuration: serve_config.yaml\nerror: modles: unknown; did you mean models?\n"

@@ -24,7 +24,7 @@ from tests.sockets import listening
 pytestmark = [pytest.mark.server, IN_ONE_LOOP]
 
 
-async def test_a_job_is_followed_to_its_end_and_fetched(
+async def test_a_job_is_followed_and_downloaded(
     served: Served, connect: Callable[..., Caller], *, tmp_path: Path
 ) -> None:
     call = connect(served.url)
@@ -62,7 +62,7 @@ async def test_sources_are_uploaded(served: Served, connect: Callable[..., Calle
     assert served.backend.last.inpaint_regions_s == ((0.5, 1.0),)
 
 
-async def test_the_same_key_is_the_same_job(served: Served, connect: Callable[..., Caller]) -> None:
+async def test_the_same_idempotency_key_returns_the_same_job(served: Served, connect: Callable[..., Caller]) -> None:
     call = connect(served.url)
     first = await call("jobs.submit", "rain", duration=0.1, idempotency_key="order-1")
     again = await call("jobs.submit", "rain", duration=0.1, idempotency_key="order-1")
@@ -103,7 +103,7 @@ async def test_jobs_are_listed_cancelled_and_refused(
     assert os.listdir(tmp_path) == []
 
 
-async def test_a_cancel_whose_answer_was_lost_has_cancelled(served: Served, connect: Callable[..., Caller]) -> None:
+async def test_a_cancel_with_a_lost_answer_succeeds(served: Served, connect: Callable[..., Caller]) -> None:
     call, num_asked = connect(served.url), 0
 
     async def lose_the_first(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -131,7 +131,7 @@ async def test_a_cancel_whose_answer_was_lost_has_cancelled(served: Served, conn
     served.backend.released.set()
 
 
-async def test_a_failed_job_says_why(served: Served, connect: Callable[..., Caller], *, tmp_path: Path) -> None:
+async def test_a_failed_job_raises_its_error(served: Served, connect: Callable[..., Caller], *, tmp_path: Path) -> None:
     call = connect(served.url)
     served.backend.error = errors.InvalidRequestError("too long", field="duration")
     job = await call("jobs.wait", (await call("jobs.submit", "rain", duration=0.1)).id)
@@ -140,7 +140,7 @@ async def test_a_failed_job_says_why(served: Served, connect: Callable[..., Call
         await call("jobs.download", job.id, tmp_path / "none.wav")
 
 
-async def test_a_download_that_breaks_is_made_again(
+async def test_an_interrupted_download_is_retried(
     served: Served, tmp_path: Path, connect: Callable[..., Caller]
 ) -> None:
     num_seen = 0
@@ -167,7 +167,7 @@ async def test_a_download_that_breaks_is_made_again(
 
 
 @pytest.mark.parametrize("status", [None, 403, 404])
-async def test_a_bucket_out_of_reach_is_read_through_the_server(
+async def test_an_unreachable_bucket_is_read_through_the_server(
     served: Served, tmp_path: Path, connect: Callable[..., Caller], status: int | None
 ) -> None:
     async def bucket(scope: Scope, receive: Receive, send: Send) -> None:
@@ -184,7 +184,7 @@ async def test_a_bucket_out_of_reach_is_read_through_the_server(
         assert (await call("jobs.fetch", read_job(sent))).content == expected
 
 
-async def test_waiting_has_an_end(served: Served, connect: Callable[..., Caller]) -> None:
+async def test_waiting_for_a_job_times_out(served: Served, connect: Callable[..., Caller]) -> None:
     call = connect(served.url)
     served.backend.released.clear()
     job = await call("jobs.submit", "rain", duration=0.1)
@@ -194,7 +194,7 @@ async def test_waiting_has_an_end(served: Served, connect: Callable[..., Caller]
     assert (await call("jobs.wait", job.id)).status == "succeeded"
 
 
-async def test_where_streams_cannot_be_had_the_status_is_asked(connect: Callable[..., Caller]) -> None:
+async def test_without_event_streams_the_client_polls_the_status(connect: Callable[..., Caller]) -> None:
     refusals = Counter[int]()
     async with (
         serve(stream_limits=replace(POLLS, max_open=1), refusals=refusals) as served,
@@ -213,7 +213,7 @@ async def test_where_streams_cannot_be_had_the_status_is_asked(connect: Callable
     assert heard[-1].status == "succeeded"
 
 
-async def test_a_stream_that_breaks_goes_on_where_it_was(served: Served, connect: Callable[..., Caller]) -> None:
+async def test_an_interrupted_stream_resumes_at_the_last_event(served: Served, connect: Callable[..., Caller]) -> None:
     """A proxy that cuts each stream after its first bytes."""
     last_ids = []
     async with httpx.AsyncClient(base_url=served.url, timeout=PATIENCE_S) as upstream:
@@ -244,7 +244,7 @@ async def test_a_stream_that_breaks_goes_on_where_it_was(served: Served, connect
     assert len(set(last_ids)) == len(last_ids)
 
 
-async def test_three_streams_without_events_are_enough(
+async def test_after_three_empty_streams_the_client_polls(
     served: Served, connect: Callable[..., Caller], *, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A proxy that lets no event through."""

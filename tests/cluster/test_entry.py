@@ -146,15 +146,15 @@ def _monitor_problems(monitors: Documents) -> Iterator[str]:
 @pytest.mark.parametrize(
     "document", documents(), ids=lambda document: f"{document['kind']} {document['metadata']['name']}"
 )
-def test_schema_takes_it(document: dict[str, Any]) -> None:
+def test_the_schema_accepts_the_document(document: dict[str, Any]) -> None:
     validate(document)
 
 
-def test_they_fit_the_overlays_the_alerts_and_the_settings() -> None:
+def test_documents_match_overlays_alerts_and_settings() -> None:
     assert problems(documents()) == []
 
 
-def test_haproxy_shows_its_metrics_on_the_named_port() -> None:
+def test_haproxy_exports_metrics_on_the_named_port() -> None:
     made = render("multi-gpu")
     assert of_kind(made, "ConfigMap")[0]["data"]["STABLE_AUDIO_METRICS_HOST"] == "0.0.0.0"
     assert serve_config(made)["proxy_location"] == "EveryNode"
@@ -211,7 +211,7 @@ PROBLEMS: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_what_does_not_fit_is_seen(problem: str) -> None:
+def test_each_mismatch_is_detected(problem: str) -> None:
     made = documents()
     PROBLEMS[problem](made)
     assert problem in "\n".join(problems(made))

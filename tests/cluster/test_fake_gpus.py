@@ -48,9 +48,7 @@ def test_eight_gpus_are_enough_and_all_are_used(builder: Builder, tmp_path: Path
     assert resources(options, "num_gpus", replicas="least") <= 8
 
 
-def test_several_nodes_need_no_cpu_of_those_with_gpus(
-    builder: Builder, tmp_path: Path, stores: Mapping[str, str]
-) -> None:
+def test_gpu_nodes_need_no_cpus(builder: Builder, tmp_path: Path, stores: Mapping[str, str]) -> None:
     args = with_tiny_weights(read_serve_file(MULTI_NODE).args)
     nodes = [{"num_cpus": 0}, {"num_cpus": 2}, {"num_cpus": 0, "num_gpus": 4}]
     options = builder.build(args, nodes=nodes, folder=tmp_path, environ=stores)

@@ -61,7 +61,7 @@ def pod_of(group: Group) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_every_schema_takes_the_overlay(overlay: str) -> None:
+def test_every_schema_accepts_the_overlay(overlay: str) -> None:
     validate(rendered(overlay))
 
 
@@ -71,7 +71,7 @@ def test_overlay_can_be_operated(overlay: str) -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_serve_and_our_settings_take_the_config_inside(overlay: str, tmp_path: Path) -> None:
+def test_serve_and_our_settings_accept_the_config_inside(overlay: str, tmp_path: Path) -> None:
     check_serve_config(rendered(overlay), tmp_path)
 
 
@@ -84,7 +84,7 @@ def check_serve_config(documents: Documents, folder: Path) -> None:
     Settings.model_validate(file.args)
 
 
-def test_several_gpus_are_those_of_the_config_file() -> None:
+def test_the_multi_gpu_overlay_equals_the_config_file() -> None:
     assert serve_config(rendered("multi-gpu")) == yaml.safe_load((CLUSTER / "serve_config.multi-node.yaml").read_text())
 
 
@@ -104,14 +104,14 @@ def test_groups_have_room_for_every_replica() -> None:
     assert places == args["ingress"]["replicas"] * args["ingress"]["num_cpus"]  # and on each pod one
 
 
-def test_redis_keeps_what_the_head_knows_where_workers_outlive_it() -> None:
+def test_redis_keeps_the_state_of_the_head_of_autoscaled_clusters() -> None:
     (service,) = of_kind(rendered("multi-gpu"), "RayService")
     cluster = service["spec"]["rayClusterConfig"]
     assert cluster["gcsFaultToleranceOptions"]["redisPassword"]["valueFrom"]["secretKeyRef"]
     assert cluster["enableInTreeAutoscaling"] is True
 
 
-def test_only_gpu_pods_may_be_on_spot_nodes() -> None:
+def test_gpu_pods_and_no_others_run_on_spot_nodes() -> None:
     """And must be, so that all of them are of the cheaper kind; what holds the cluster together is on others."""
     plain, spot = groups(rendered("multi-gpu")), groups(rendered("multi-gpu-spot"))
     assert [_choice_of_nodes(group) for group in spot] == ["NotIn", "NotIn", "In"]
@@ -127,7 +127,7 @@ def _choice_of_nodes(group: Group) -> str:
     return choice["operator"]
 
 
-def test_old_words_of_kustomize_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deprecated_kustomize_fields_are_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copied = shutil.copytree(CLUSTER / "kuberay", tmp_path / "kuberay")
     file = copied / "overlays" / "demo" / "kustomization.yaml"
     file.write_text(file.read_text().replace("resources:", "bases:"))
@@ -233,7 +233,7 @@ PROBLEMS: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_what_cannot_be_operated_is_seen(problem: str) -> None:
+def test_each_operational_fault_is_detected(problem: str) -> None:
     documents = rendered("multi-gpu")
     PROBLEMS[problem](documents)
     assert problem in "\n".join(problems(documents))
@@ -247,7 +247,7 @@ def test_unknown_setting_inside_the_config_is_refused(tmp_path: Path) -> None:
         check_serve_config(documents, tmp_path)
 
 
-def test_official_definition_refuses_unknown_keys_too() -> None:
+def test_the_official_definition_also_refuses_unknown_keys() -> None:
     """Its form as KubeRay publishes it, here with few fields."""
     spec = {
         "type": "object",
@@ -260,7 +260,7 @@ def test_official_definition_refuses_unknown_keys_too() -> None:
         jsonschema.validate({"other": 1}, schema)
 
 
-def test_nothing_names_a_real_registry_of_ours() -> None:
+def test_no_file_names_a_real_registry() -> None:
     for path in (ROOT / "cluster").rglob("*"):
         if path.suffix in {".yaml", ""} and path.is_file():
             assert "registry." not in path.read_text().replace("registry.example.com", "")

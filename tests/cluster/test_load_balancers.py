@@ -150,12 +150,12 @@ def test_file_is_accepted_without_a_warning(name: str, tmp_path: Path) -> None:
     assert not re.search(r"warn|alert|emerg", checked.stderr, flags=re.IGNORECASE), checked.stderr
 
 
-def test_haproxy_starts_while_no_name_is_known(tmp_path: Path) -> None:
+def test_haproxy_starts_with_unresolvable_server_names(tmp_path: Path) -> None:
     checked = run_program("haproxy", "-c", "-f", CLUSTER / "load_balancer" / "haproxy.cfg")
     assert checked.returncode == 0, checked.stderr
 
 
-def test_limits_are_the_servers_own() -> None:
+def test_limits_match_the_servers_limits() -> None:
     api, proxy = ApiSettings(), ProxySettings()
     nginx, haproxy = ((CLUSTER / "load_balancer" / file).read_text() for file in ("nginx.conf", "haproxy.cfg"))
     largest = api.max_upload_bytes + MAX_FIELDS_BYTES
@@ -199,7 +199,7 @@ async def test_uploads_pass_up_to_the_servers_limit(name: str, tmp_path: Path) -
 
 
 @both
-async def test_half_sent_requests_end_and_reach_nobody(name: str, tmp_path: Path) -> None:
+async def test_incomplete_requests_end_and_reach_no_server(name: str, tmp_path: Path) -> None:
     async with balancing(name, tmp_path, slow_s=1) as balanced:
         for path, sent in (("/jobs", "X-Long: "), ("/generate", "Content-Length: 1000\r\n\r\n{")):
             await balanced.send(f"POST {path} HTTP/1.1\r\nHost: a\r\n{sent}")
@@ -207,21 +207,21 @@ async def test_half_sent_requests_end_and_reach_nobody(name: str, tmp_path: Path
 
 
 @both
-async def test_http_2_is_not_spoken_in_clear(name: str, tmp_path: Path) -> None:
+async def test_clear_text_http_2_is_refused(name: str, tmp_path: Path) -> None:
     async with balancing(name, tmp_path) as balanced:
         said = await balanced.send("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
     assert b" 400 " in said.split(b"\r\n")[0]
 
 
 @both
-async def test_links_are_made_from_what_the_client_called(name: str, tmp_path: Path) -> None:
+async def test_links_use_the_host_of_the_client(name: str, tmp_path: Path) -> None:
     async with balancing(name, tmp_path) as balanced:
         said = (await balanced.client.get("/who", headers={"Host": "audio.example.org"})).json()
         assert said == {"host": "audio.example.org", "x-forwarded-proto": "http"}
 
 
 @both
-async def test_requests_go_to_whoever_has_the_fewest(name: str, tmp_path: Path) -> None:
+async def test_requests_go_to_the_server_with_the_fewest(name: str, tmp_path: Path) -> None:
     async with balancing(name, tmp_path) as balanced, balanced.client.stream("GET", "/events") as answer:
         lines = answer.aiter_lines()
         assert await anext(lines)
@@ -234,7 +234,7 @@ async def test_requests_go_to_whoever_has_the_fewest(name: str, tmp_path: Path) 
 
 
 @both
-async def test_generation_that_one_server_refuses_is_made_by_the_other(name: str, tmp_path: Path) -> None:
+async def test_a_refused_generation_is_retried_on_the_other_server(name: str, tmp_path: Path) -> None:
     async with balancing(name, tmp_path) as balanced:
         balanced.servers[0].refuses = True
         answers = await balanced.post("/generate", num=12)
@@ -242,7 +242,7 @@ async def test_generation_that_one_server_refuses_is_made_by_the_other(name: str
 
 
 @both
-async def test_refused_job_is_sent_nowhere_else(name: str, tmp_path: Path) -> None:
+async def test_a_refused_job_is_not_retried(name: str, tmp_path: Path) -> None:
     async with balancing(name, tmp_path) as balanced:
         balanced.servers[0].refuses = True
         answers = await balanced.post("/jobs", num=12)
@@ -251,7 +251,7 @@ async def test_refused_job_is_sent_nowhere_else(name: str, tmp_path: Path) -> No
 
 
 @both
-async def test_where_all_are_full_clients_hear_it_from_a_server(name: str, tmp_path: Path) -> None:
+async def test_if_all_servers_are_full_clients_get_a_servers_answer(name: str, tmp_path: Path) -> None:
     async with balancing(name, tmp_path) as balanced:
         for server in balanced.servers:
             server.refuses = True
@@ -272,7 +272,7 @@ async def test_haproxy_sends_nothing_to_a_server_that_is_not_ready(tmp_path: Pat
         await balanced.until_only(leaving)
 
 
-async def test_haproxy_says_when_to_come_again_where_no_server_is_ready(tmp_path: Path) -> None:
+async def test_haproxy_sends_retry_after_if_no_server_is_ready(tmp_path: Path) -> None:
     async with balancing("haproxy", tmp_path) as balanced:
         for server in balanced.servers:
             server.is_ready = False
@@ -284,7 +284,7 @@ async def test_haproxy_says_when_to_come_again_where_no_server_is_ready(tmp_path
         assert "try again" in answer.json()["detail"]
 
 
-async def test_nginx_leaves_a_server_alone_that_refuses(tmp_path: Path) -> None:
+async def test_nginx_pauses_requests_to_a_refusing_server(tmp_path: Path) -> None:
     async with balancing("nginx", tmp_path) as balanced:
         leaving, staying = balanced.servers
         leaving.refuses = True
@@ -292,7 +292,7 @@ async def test_nginx_leaves_a_server_alone_that_refuses(tmp_path: Path) -> None:
 
 
 @both
-async def test_server_that_is_gone_costs_no_request(name: str, tmp_path: Path) -> None:
+async def test_a_stopped_server_loses_no_request(name: str, tmp_path: Path) -> None:
     server = Server()
     async with (
         listening(server) as alive,

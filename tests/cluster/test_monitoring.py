@@ -43,7 +43,7 @@ def test_alerts_fire_when_they_should() -> None:
     assert tested.returncode == 0, tested.stdout + tested.stderr
 
 
-def test_no_alert_without_a_case_that_fires_and_one_that_does_not() -> None:
+def test_every_alert_has_a_firing_and_a_silent_case() -> None:
     cases = defaultdict(set)
     for test in load("rules_test.yaml")["tests"]:
         for case in test["alert_rule_test"]:
@@ -52,7 +52,7 @@ def test_no_alert_without_a_case_that_fires_and_one_that_does_not() -> None:
 
 
 @pytest.mark.parametrize("expression", ["vector(1) > 1", "vector(1)"])
-def test_cases_notice_an_alert_that_never_fires_or_always(expression: str, tmp_path: Path) -> None:
+def test_cases_detect_alerts_that_never_or_always_fire(expression: str, tmp_path: Path) -> None:
     changed = load("rules.yaml")
     for group in changed["groups"]:
         group["rules"] = [{**rule, "expr": expression} if "alert" in rule else rule for rule in group["rules"]]
@@ -68,7 +68,7 @@ def expressions() -> Iterator[str]:
     yield from rules("record").values()
 
 
-def test_names_are_those_that_are_exported_and_recorded() -> None:
+def test_all_metric_names_are_exported_or_recorded() -> None:
     exported = {exported_name(metric): metric.kind for metric in METRICS.values()}
     exported |= {name + suffix: kind for name, kind in exported.items() if kind == "histogram" for suffix in _SUFFIXES}
     used = {name for expression in expressions() for name in _OURS.findall(expression)}

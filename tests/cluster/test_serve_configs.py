@@ -25,7 +25,7 @@ def check(path: Path) -> Settings:
 
 
 @pytest.mark.parametrize("path", [GPU, MULTI_NODE], ids=lambda path: path.name)
-def test_schemas_take_it(path: Path) -> None:
+def test_schemas_accept_the_config(path: Path) -> None:
     assert check(path).drain_s == 60
 
 

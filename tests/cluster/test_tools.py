@@ -9,12 +9,12 @@ from tests.cluster import tools
 pytestmark = pytest.mark.cluster
 
 
-def test_missing_program_fails_and_names_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_program_fails_and_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tools, "_find", lambda name: None)
     with pytest.raises(pytest.fail.Exception, match=r"kubectl is missing: apt-get install kubernetes-client"):
         tools.run_program("kubectl", "version")
 
 
 @pytest.mark.parametrize("name", sorted(tools._INSTALLED_BY))
-def test_every_program_is_here(name: str) -> None:
+def test_every_program_is_installed(name: str) -> None:
     assert tools.find_program(name)

@@ -63,7 +63,7 @@ def is_there(client: httpx.Client) -> bool:
         return False
 
 
-def test_job_of_one_server_is_read_from_the_other(servers: Sequence[LaunchedServer]) -> None:
+def test_a_job_is_readable_from_both_servers(servers: Sequence[LaunchedServer]) -> None:
     one, other = servers
     body = {"prompt": "rain", "duration": 2, "steps": 2, "seed": 1}
     job_id = one.client.post("/jobs", json=body).raise_for_status().json()["id"]
@@ -74,16 +74,14 @@ def test_job_of_one_server_is_read_from_the_other(servers: Sequence[LaunchedServ
 
 
 @pytest.mark.parametrize("balancer", ["nginx", "haproxy"])
-def test_recipe_of_a_long_prompt_comes_through(
-    servers: Sequence[LaunchedServer], balancer: str, tmp_path: Path
-) -> None:
+def test_a_long_recipe_header_passes(servers: Sequence[LaunchedServer], balancer: str, tmp_path: Path) -> None:
     body = {"prompt": "rain " * 650, "duration": 1, "steps": 1, "seed": 1}
     with balancing(balancer, servers, tmp_path) as client:
         answer = client.post("/v1/audio/generations", json=body).raise_for_status()
     assert 3250 < len(answer.headers["X-Recipe"]) <= 4096
 
 
-def test_server_that_is_stopped_under_load_loses_nothing(servers: Sequence[LaunchedServer], tmp_path: Path) -> None:
+def test_stopping_a_server_under_load_loses_no_request(servers: Sequence[LaunchedServer], tmp_path: Path) -> None:
     """By both balancers at once, each with callers of its own. Who submits a job may be told to come again."""
     leaving, _ = servers
     with balancing("nginx", servers, tmp_path) as one, balancing("haproxy", servers, tmp_path) as other:

@@ -45,7 +45,7 @@ def test_everything_fits_in_twelve_megabytes() -> None:
 @pytest.mark.parametrize(
     ("prompt", "hertz"), [("C5 SINE", 523.25), slow("a 440 Hz sine wave", 440.0), slow("sine tone, 700hz", 700.0)]
 )
-async def test_a_named_pitch_is_heard(engine: Engine, prompt: str, hertz: float) -> None:
+async def test_a_named_pitch_sounds(engine: Engine, prompt: str, hertz: float) -> None:
     assert has_pitch(await make_audio(engine, prompt), hertz)
 
 
@@ -54,7 +54,7 @@ async def test_noise_is_noise_and_a_tone_is_not(engine: Engine) -> None:
     assert not is_noise(await make_audio(engine, "a 440 Hz sine wave"), "white")
 
 
-async def test_panning_silence_and_an_empty_prompt(engine: Engine) -> None:
+async def test_panning_silence_and_an_empty_prompt_have_the_right_levels(engine: Engine) -> None:
     assert is_panned(await make_audio(engine, "white noise on the left"), "left")
     assert is_panned(await make_audio(engine, "white noise on the right"), "right")
     assert is_silent(await make_audio(engine, "silence"))
@@ -74,7 +74,7 @@ async def test_a_named_tempo_is_kept(engine: Engine, prompt: str, tempo: int) ->
 
 
 @pytest.mark.slow
-async def test_sweeps_go_where_they_are_told(engine: Engine) -> None:
+async def test_sweeps_move_in_the_right_direction(engine: Engine) -> None:
     for prompt, sign in (("a rising sine sweep", 1), ("a falling sine sweep", -1)):
         audio = await make_audio(engine, prompt)
         change = math.log2(strongest_hz(audio[:, -22050:]) / strongest_hz(audio[:, :22050]))

@@ -12,7 +12,7 @@ from stable_audio_serve.api.compat.stable_audio_open_small.riffs import RiffLibr
 ROOTS_HZ = {"gsharp_80bpm_4.wav": 207.65, "f_110bpm_3.wav": 174.61}
 
 
-def test_a_server_without_a_folder_has_these(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_packaged_riffs_are_the_default(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(str(tmp_path))
     assert {path.name for path in find_folder(None).glob("*.wav")} == set(RIFFS)
     described = RiffLibrary(find_folder(None)).describe()
@@ -21,7 +21,7 @@ def test_a_server_without_a_folder_has_these(tmp_path: object, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("name", RIFFS)
-def test_the_packaged_file_is_what_the_synthesiser_makes(name: str) -> None:
+def test_the_packaged_riff_matches_the_synthesiser(name: str) -> None:
     packaged, rate_hz = soundfile.read(find_folder(None) / name, dtype="float32")
     made = render_riff(RIFFS[name])
     assert rate_hz == RATE_HZ
@@ -30,7 +30,7 @@ def test_the_packaged_file_is_what_the_synthesiser_makes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RIFFS)
-def test_it_begins_in_its_key_at_its_tempo(name: str) -> None:
+def test_a_riff_begins_in_its_key_at_its_tempo(name: str) -> None:
     audio, rate_hz = soundfile.read(find_folder(None) / name)
     note = audio[: int(0.25 * rate_hz)]
     spectrum = np.abs(np.fft.rfft(note * np.hanning(len(note)), 1 << 17))

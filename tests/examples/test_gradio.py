@@ -76,7 +76,7 @@ async def until_it_answers(http: httpx.AsyncClient, process: asyncio.subprocess.
                 return
 
 
-async def test_the_page_makes_sound(python: Path, tmp_path: Path) -> None:
+async def test_the_gradio_page_generates_audio(python: Path, tmp_path: Path) -> None:
     port = free_port()
     async with serve_app() as (server_port, backend):
         programs = Programs(tmp_path, f"http://127.0.0.1:{server_port}", python=str(python))

@@ -74,7 +74,7 @@ def keep_cases(facts: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHARP)
-def test_nothing_is_missed_without_a_mistake(untouched: dict[str, Path], name: str) -> None:
+def test_unmodified_code_misses_no_bound(untouched: dict[str, Path], name: str) -> None:
     answer = run_verify(untouched[name])
     assert answer.exit_code == 0, "\n".join(answer.lines)
 
@@ -90,7 +90,7 @@ def test_nothing_is_missed_without_a_mistake(untouched: dict[str, Path], name: s
         *(slow(name, scale_the_negative_prompt, "end-to-end latents") for name in SHARP),
     ],
 )
-def test_a_mistake_is_missed(
+def test_a_mistake_misses_its_bound(
     untouched: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str, mutate: Mutate, component: str
 ) -> None:
     mutate(monkeypatch)
@@ -101,7 +101,7 @@ def test_a_mistake_is_missed(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHARP)
-def test_another_norm_eps_is_missed(untouched: dict[str, Path], tmp_path: Path, name: str) -> None:
+def test_a_wrong_norm_eps_misses_the_bound(untouched: dict[str, Path], tmp_path: Path, name: str) -> None:
     folder = Path(shutil.copytree(untouched[name], tmp_path / name))
     file = folder / "model_config.json"
     values = json.loads(file.read_text())
