@@ -1,4 +1,4 @@
-"""Every command finds its configuration in the same way and says which one it is; `init` writes one."""
+"""All commands find the configuration in the same way and name it; `init` writes one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COMMANDS = [["config"], ["admin", "jobs", "list"], ["serve"]]
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """A command in an empty directory."""
+    """Returns a function that runs a command in an empty directory."""
     for name in [name for name in os.environ if name.startswith("STABLE_AUDIO_")]:
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
@@ -39,7 +39,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def write_faulty(path: Path) -> None:
-    """A configuration that every command refuses, so that none goes on to serve."""
+    """Write a configuration that every command refuses, so that no server starts."""
     path.write_text("applications: [{import_path: 'a:b', args: {modles: []}}]\n")
 
 
@@ -66,8 +66,10 @@ def test_a_mistyped_key_beside_args_is_named(run: Run, tmp_path: Path, command: 
 
 @pytest.mark.server
 def test_a_mistyped_key_is_named_before_the_default_models(run: Run, tmp_path: Path) -> None:
-    """Without `args` the settings are the defaults, whose weights are not here. Ray reads the environment of a start
-    when it is imported, so this start is a process of its own."""
+    """Without `args` the server would use the default models, whose weights are missing here.
+
+    Runs in a new process, because Ray reads the environment when it is imported.
+    """
     (tmp_path / "serve_config.yaml").write_text(_MISTYPED)
     done = subprocess.run(
         [sys.executable, "-m", "stable_audio_serve.cli", "serve", "--port", str(free_port())],
@@ -97,7 +99,7 @@ def test_config_refuses_the_same_model_names_as_serve(run: Run, tmp_path: Path, 
     result = run("config")
     assert (result.exit_code, result.stdout) == (2, "")
     assert f"error: {said}" in result.stderr
-    assert os.listdir(tmp_path) == ["serve_config.yaml"]  # no store is touched
+    assert os.listdir(tmp_path) == ["serve_config.yaml"]  # no store was created
 
 
 @pytest.mark.parametrize("command", COMMANDS[:2])
@@ -178,7 +180,7 @@ def test_the_proxy_can_be_set_in_the_env_file(run: Run, tmp_path: Path) -> None:
 @pytest.mark.server
 @pytest.mark.slow
 def test_stable_audio_api_serves_the_stable_audio_3_models(run: Run, tmp_path: Path) -> None:
-    """Without weights and a hub it ends where it would begin to serve them, for all that `.env` says."""
+    """The models do not depend on `.env`. Without weights and a hub, the start fails at the first of them."""
     (tmp_path / ".env").write_text(
         "HF_HUB_OFFLINE=1\nSTABLE_AUDIO_DEFAULT_MODEL=small-music\nSTABLE_AUDIO_PRELOAD_MODELS=small-sfx\n"
     )
@@ -190,7 +192,7 @@ def test_stable_audio_api_serves_the_stable_audio_3_models(run: Run, tmp_path: P
             "--host",
             "127.0.0.1",
             "--port",
-            str(free_port()),  # connections of this machine have ports from 32768
+            str(free_port()),  # not 8000, which may be in use
         ],
         env=os.environ | {"HF_HOME": str(tmp_path / "hub")},
         capture_output=True,

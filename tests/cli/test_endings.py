@@ -1,4 +1,4 @@
-"""One table of exit codes, for every command."""
+"""All commands share one table of exit codes."""
 
 from __future__ import annotations
 

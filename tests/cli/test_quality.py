@@ -1,4 +1,4 @@
-"""`stable-audio-serve quality`: a report is made, listed, compared with, pinned and removed."""
+"""`stable-audio-serve quality`: make, list, compare, pin and remove a report."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def test_a_report_is_made_listed_pinned_and_removed(folder: Path) -> None:
     assert failed.exit_code == 1
     assert "+6.02 dB" in failed.output
     spoil(folder / "model", partial(scale, factor=0.75))
-    assert run("tiny").exit_code == 0  # 3.5 dB: other weights may
+    assert run("tiny").exit_code == 0  # 3.5 dB is within the bound for other weights
     configure(folder, quality_report=report_id)
-    assert run("tiny").exit_code == 1  # but not those of this report
+    assert run("tiny").exit_code == 1  # but not within the bound for the same weights
     assert run("--forget", report_id).exit_code == 0
     assert report_id not in run().stdout
     missing = run("tiny")

@@ -1,4 +1,4 @@
-"""`serve` with a configuration that cannot be served: refused by name, before anything is started."""
+"""`serve` names a faulty configuration value and starts nothing."""
 
 from __future__ import annotations
 

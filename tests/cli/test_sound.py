@@ -1,4 +1,4 @@
-"""The commands that make sound, against a server of the tests: in this process, and as a shell runs them."""
+"""The commands that generate audio, against a test server: called in this process, and as processes of a shell."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ pytestmark = pytest.mark.server
 ROOT = Path(__file__).parents[2]
 
 
-def _hear_ctrl_c() -> None:
-    """A shell starts what runs in the background deaf to it, and with it these tests and all their children."""
+def _enable_ctrl_c() -> None:
+    """Restore SIGINT, which background processes of a shell, and so these tests, inherit as ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass
 class Shell:
-    """Runs commands in a folder of their own, with a server in their environment."""
+    """Runs commands in a separate folder, with the address of a server in their environment."""
 
     folder: Path
     url: str
@@ -56,11 +56,11 @@ class Shell:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            preexec_fn=_hear_ctrl_c,
+            preexec_fn=_enable_ctrl_c,
         )
 
     async def run(self, *arguments: str, stdin: bytes = b"", code: int = 0, **environment: str) -> bytes:
-        """What the command wrote to standard output, or to standard error if it was to fail."""
+        """Returns the standard output, or the standard error if `code` is not 0. Fails on another exit code."""
         ended = await asyncio.to_thread(
             CliRunner().invoke,
             app,
@@ -82,7 +82,7 @@ class Shell:
 @pytest.fixture
 async def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Shell]:
     monkeypatch.chdir(tmp_path)
-    structlog.configure(logger_factory=structlog.ReturnLoggerFactory())  # the server's are no command's output
+    structlog.configure(logger_factory=structlog.ReturnLoggerFactory())  # keep the server's log out of the output
     async with serve_app() as (port, backend):
         yield Shell(tmp_path, f"http://127.0.0.1:{port}", backend)
 
@@ -117,7 +117,7 @@ async def test_all_options_reach_the_server(shell: Shell) -> None:
 
 
 async def test_commands_read_and_write_pipes(shell: Shell) -> None:
-    """A prompt from standard input to audio on standard output, which is the source of the next command."""
+    """The prompt comes from standard input. The audio goes to standard output and into the next command."""
     take = await shell.run("generate", "-", "-d", "1", "-o", "-", stdin=b"rain\n")
     assert shell.backend.last.prompt == "rain"
     assert frames(take) == RATE_HZ
@@ -135,7 +135,7 @@ async def test_commands_read_and_write_pipes(shell: Shell) -> None:
 
 
 async def test_a_file_is_recreated_from_its_recipe(shell: Shell) -> None:
-    """From itself, from its recipe and through pipes; what it was made from goes along."""
+    """The recipe comes from the audio file, from its JSON or from a pipe."""
     await shell.run("generate", "rain", "-d", "0.5", "-s", "7", "-o", "rain.wav")
     report = json.loads(await shell.run("replay", "rain.wav", "--json"))
     assert (report["replay"], report["clips"][0]["file"]) == ("close", "rain-7.wav")
@@ -145,7 +145,7 @@ async def test_a_file_is_recreated_from_its_recipe(shell: Shell) -> None:
     recipe = extract(io.BytesIO(rain))
     assert recipe is not None
     assert await shell.run("replay", "-", "-o", "-", stdin=recipe.encode()) == rain
-    await shell.run("generate", "rain " * 1000, "-d", "0.5", "-s", "8", "-o", "long.wav")  # no header holds its recipe
+    await shell.run("generate", "rain " * 1000, "-d", "0.5", "-s", "8", "-o", "long.wav")  # too long for a header
     assert (await shell.run("replay", "long.wav")).startswith(b"rain-rain-")
     await shell.run("variation", "rain.wav", "hail", "-d", "0.5", "-o", "hail.flac", "--format", "flac")
     hail = await shell.read("hail.flac")
@@ -258,7 +258,7 @@ async def test_jobs_are_cancelled_and_found_by_idempotency_key(shell: Shell) -> 
 
 @pytest.mark.server  # loads a model
 async def test_local_generates_the_same_audio_as_a_server(shell: Shell) -> None:
-    """The demo model in the command's own process makes what a server with it would make."""
+    """`--local` runs the demo model in the process of the command."""
     await shell.run("generate", "a kick drum", "--local", "-d", "0.5", "-s", "3", "--steps", "4", "-o", "one.wav")
     assert frames(await shell.read("one.wav")) == RATE_HZ // 2
     assert json.loads(await shell.run("replay", "one.wav", "--local", "-o", "three.wav", "--json"))["replay"] == "exact"
@@ -268,7 +268,7 @@ async def test_local_generates_the_same_audio_as_a_server(shell: Shell) -> None:
 
 @pytest.mark.server  # loads a model
 async def test_local_uses_the_server_configuration(shell: Shell) -> None:
-    """The model for loops, recipes in their files, and keys, of which a command has none, stand in it."""
+    """Uses the configured loop model and recipes in files. A local command needs no API key."""
     demo = str(BUILT_IN["demo"].folder)
     args = {
         "models": [{"name": "demo"}, {"name": "loops", "path": demo}],

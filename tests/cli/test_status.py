@@ -1,4 +1,4 @@
-"""The state of a server as text: whatever the server says, and whatever it leaves out."""
+"""The state of a server as text, for complete and partial answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operator's commands on a store of either kind, also while somebody else writes to it."""
+"""The operator's commands on SQLite and PostgreSQL job stores, while another process writes to them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def store(store_url: str) -> Iterator[JobStore]:
 
 @pytest.fixture
 def run(store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`stable-audio-serve admin jobs`, beside the server that has `store` open."""
+    """Returns a function that runs `stable-audio-serve admin jobs` while a server has `store` open."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("STABLE_AUDIO_DATABASE_URL", store_url)
     monkeypatch.setenv("STABLE_AUDIO_OUTPUT_DIR", str(tmp_path / "jobs"))
@@ -49,14 +49,14 @@ def run(store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def errors(text: str) -> list[str]:
-    """The lines of standard error after the one that tells which configuration counts."""
+    """Returns the lines of standard error after the first, which names the configuration."""
     first, *others = text.splitlines()
     assert first.startswith("configuration: ")
     return others
 
 
 def expect(result: Result, *words: str, code: int = 0) -> str:
-    """What was printed, errors included; without a traceback and without anything a terminal would obey."""
+    """Returns the output with errors. Fails on another exit code, missing words, a traceback or control characters."""
     assert result.exit_code == code, result.output
     said = errors(result.stderr)
     assert all(line.startswith("error: ") for line in said)
@@ -74,7 +74,7 @@ def load(result: Result) -> Any:
 
 
 def add_one_of_each(store: JobStore) -> dict[str, Job]:
-    """A job in each state, and a dead letter."""
+    """Add a job in each state and a dead letter."""
     jobs = {"succeeded": add(store), "failed": add(store), "dead": add(store), "running": add(store)}
     for _ in jobs:
         lease(store)
@@ -247,7 +247,7 @@ def test_the_config_file_names_the_store(
     tree = {"applications": [{"args": {"jobs": {"database_url": store_url}}}]}
     (tmp_path / "mine.yaml").write_text(json.dumps(tree))
     assert load(run("show", job.spec.id, "--json", "--config", "mine.yaml"))["id"] == job.spec.id
-    (tmp_path / "mine.yaml").rename("serve_config.yaml")  # where the server looks, too
+    (tmp_path / "mine.yaml").rename("serve_config.yaml")  # the path that the server reads
     assert load(run("show", job.spec.id, "--json"))["id"] == job.spec.id
     expect(run("list", "--config", "mine.yaml"), "mine.yaml", code=2)
 

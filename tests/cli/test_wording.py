@@ -1,4 +1,4 @@
-"""What commands say: options instead of the API's fields, plain reasons, and help that fits a terminal."""
+"""Messages of commands: options instead of API fields, plain reasons, and help that fits a terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stable_audio_serve.cli.messages import OPTIONS, describe_os_error, in_optio
 from stable_audio_serve.cli.sound_options import SoundOptions
 from stable_audio_serve.launcher.launch import _ready_text
 
-DEAD = "http://127.0.0.1:9"  # nothing listens there
+DEAD = "http://127.0.0.1:9"  # no server listens on this port
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +111,7 @@ def test_system_errors_are_described_in_words() -> None:
 def test_an_unreachable_server_fails_within_five_seconds() -> None:
     started_at = time.monotonic()
     result = CliRunner().invoke(app, ["generate", "rain", "--url", DEAD])
-    assert time.monotonic() - started_at < 5  # 0.75 to 1.5 s of pauses
+    assert time.monotonic() - started_at < 5  # retries pause for 0.75 to 1.5 s
     first, second, last = result.stderr.splitlines()
     assert first.startswith(f"the server {DEAD} did not answer: Connection refused; trying again in ")
     assert second.startswith(first[:70])

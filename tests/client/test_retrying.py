@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.server, IN_ONE_LOOP]
 
 @dataclass
 class Refusing(ToneBackend):
-    """Refuses the first requests."""
+    """A backend that refuses the first requests."""
 
     num_refusals: int = 2
     make: Make = lambda: errors.OverloadedError("full", retry_after_s=1.0)
@@ -97,7 +97,7 @@ async def test_an_unreachable_server_is_retried(connect: Callable[..., Caller]) 
 
 
 async def test_an_interrupted_answer_is_retried(connect: Callable[..., Caller]) -> None:
-    """The first answer stops in the middle, the second is whole."""
+    """The first answer ends in the middle, the second is complete."""
     num_calls = 0
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

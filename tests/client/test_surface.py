@@ -109,7 +109,7 @@ def test_an_invalid_key_is_refused_and_not_shown(key: str) -> None:
 
 
 class Events(httpx.SyncByteStream):
-    """Two events of a job."""
+    """An event stream with two events of a job."""
 
     is_closed = False
 
@@ -123,7 +123,7 @@ class Events(httpx.SyncByteStream):
 
 
 async def test_the_client_works_inside_an_event_loop() -> None:
-    """As in a notebook; a consumer that leaves early closes the stream."""
+    """A notebook runs inside an event loop. Leaving an iteration early closes the stream."""
     stream, headers = Events(), {"content-type": "text/event-stream"}
     transport = httpx.MockTransport(lambda request: httpx.Response(200, headers=headers, stream=stream))
     with Client("http://a", http=httpx.Client(transport=transport)) as client:

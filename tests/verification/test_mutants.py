@@ -1,4 +1,4 @@
-"""Small mistakes in the arithmetic that `verify` must notice in the stored folders."""
+"""`verify` detects small mistakes in the arithmetic of the models, with the stored folders."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.verification.folders import edit_facts, run_verify
 
 pytestmark = pytest.mark.server
 
-# One case of each kind is enough to notice a mistake, and quick.
+# One case of each kind is enough to detect a mistake, and fast.
 CASES = ("gen/t2a_short_unchunked", "gen/t2a_cfg3_neg_apg1")
 
 Mutate = Callable[[pytest.MonkeyPatch], None]
@@ -59,7 +59,7 @@ def scale_the_negative_prompt(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def untouched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Copies with a few cases."""
+    """Returns copies of the folders with a few cases each."""
     copies = {}
     for name in SHARP:
         copies[name] = Path(shutil.copytree(SA3_GOLDENS / name, tmp_path_factory.mktemp("mutants") / name))

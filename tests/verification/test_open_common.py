@@ -1,4 +1,4 @@
-"""The command in front of numbers of the Stable Audio Open family that need no checkpoint."""
+"""`verify` on the numbers of the Stable Audio Open family that need no checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command in front of folders of the Stable Audio Open family: the stored ones pass, small mistakes do not."""
+"""`verify` on folders of the Stable Audio Open family: stored folders pass, small mistakes in the code miss a bound."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_command_accepts_the_folder_and_compares_every_output(name: str) -> 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy with one run of each kind."""
+    """Returns a copy of a folder with one run of each kind."""
     folder = Path(shutil.copytree(OPEN_GOLDENS / "tiny-1.0", tmp_path_factory.mktemp("open") / "folder"))
     kept = ("gen/card", "gen/negative", "gen/init_8.0")
     edit_facts(folder, lambda facts: facts.update(cases={name: facts["cases"][name] for name in kept}))

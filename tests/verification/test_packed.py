@@ -1,4 +1,4 @@
-"""The reference's numbers end to end where rows share calls without padding."""
+"""End-to-end reference numbers with packed rows, which share network calls without padding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every stored number of the reference, through the command that operators run."""
+"""`verify` compares every stored reference number."""
 
 from __future__ import annotations
 

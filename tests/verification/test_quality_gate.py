@@ -1,4 +1,4 @@
-"""The gate with a model that makes what it is told, and a real folder or bucket for its reports."""
+"""The quality gate with a scripted model, and a real folder or bucket for its reports."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Change = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
 
 
 class Player:
-    """Makes noise that depends on the seed alone, then changes it."""
+    """A model that generates noise from the seed, then applies `change`."""
 
     def __init__(
         self, change: Change = lambda audio: audio, *, clock: FakeClock | None = None, takes_s: float = 0.0
@@ -128,11 +128,11 @@ async def test_invalid_audio_is_refused_for_any_weights(
     gate: QualityGate, setup: Setup, change: Change, complaint: str
 ) -> None:
     with pytest.raises(QualityError, match=complaint):
-        await judge(gate, change, setup=setup)  # the first ever
+        await judge(gate, change, setup=setup)  # there is no earlier report
     await judge(gate)
     with pytest.raises(QualityError, match=complaint):
         await judge(gate, change, setup=setup, source=AT_OTHER)
-    assert (await judge(gate)).basis == "same"  # what failed left nothing behind
+    assert (await judge(gate)).basis == "same"  # the failed run stored nothing
 
 
 async def test_a_failed_golden_request_fails_the_model(gate: QualityGate) -> None:
@@ -165,7 +165,7 @@ async def test_only_the_first_request_may_begin_after_the_budget(folder: Path) -
     slow = Player(clock=clock, takes_s=21.0)
     assert (await judge(gate, slow)).basis == "new"
     assert len(slow.requests) == 1
-    assert (await judge(gate, louder(0.05))).basis == "same"  # what both have is compared
+    assert (await judge(gate, louder(0.05))).basis == "same"  # the clips in both reports are compared
 
 
 async def test_a_commit_whose_files_have_changed_is_refused(gate: QualityGate) -> None:
@@ -252,7 +252,7 @@ async def test_a_broken_or_hostile_report_is_named_and_stops_no_model(
     assert FIRST.report_id in (passed.problem or "")
     assert len(passed.problem or "") < 500
     assert FIRST.report_id in caplog.text
-    assert path.read_bytes() == hostile()[kind]  # evidence, until an operator removes it
+    assert path.read_bytes() == hostile()[kind]  # the file stays until an operator deletes it
     with pytest.raises(QualityReportError, match=FIRST.report_id):
         await judge(gate, pinned=FIRST.report_id)
     with pytest.raises(QualityError, match="silence"):
@@ -268,7 +268,7 @@ async def test_a_broken_record_of_last_good_weights_is_named(gate: QualityGate, 
 
 
 class _Silent(LocalArtifacts):
-    """A folder on a disk that does not answer."""
+    """A folder whose disk hangs."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -317,7 +317,7 @@ async def test_reports_in_a_bucket_and_a_missing_bucket(object_storage: ObjectSt
 
 
 async def test_replicas_that_pass_at_the_same_time_write_whole_files(folder: Path) -> None:
-    """As many replicas as a large cluster starts; every file is one of those written, as a whole."""
+    """16 replicas pass at the same time, as in a large cluster. Each stored file is one replica's complete file."""
     gates = [make_gate(LocalArtifacts(folder)) for _ in range(16)]
     passed = await asyncio.gather(*(judge(gate, louder(0.001 * k)) for k, gate in enumerate(gates)))
     assert {each.basis for each in passed} <= {"new", "same"}

@@ -1,4 +1,4 @@
-"""What counts as the same sound: levels and spectra against sines and noise whose figures are known."""
+"""Levels and spectra of sines and noise with known values, and the bounds of equal clips."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_equal_clips_are_equal_at_any_rate(rate: int) -> None:
     ],
 )
 def test_level_bounds_are_a_tenth_of_a_decibel_or_six_for_other_weights(factor: float, same: bool, other: bool) -> None:
-    """0.1 dB is a factor of 1.01158, 6 dB one of 1.9953."""
+    """A factor of 1.01158 is 0.1 dB, a factor of 1.9953 is 6 dB."""
     before, now = describe(NOISE, RATE), describe(NOISE * np.float32(factor), RATE)
     assert (difference_from_same(now, before) is None) is same
     assert (difference_from_other(now, before) is None) is other
@@ -73,7 +73,7 @@ def test_another_pitch_other_noise_and_swapped_channels_fail() -> None:
 
 
 def test_noise_at_minus_30_db_passes_and_at_minus_20_db_fails() -> None:
-    """Power adds: a share s of other noise beside a sine leaves a cosine of about 1 / sqrt(1 + s)."""
+    """With noise of power share s added to a sine, the cosine is about 1 / sqrt(1 + s)."""
     tone = sine(1000.0, amplitude=0.5 * math.sqrt(2))
     for share_db, passes in ((-30.0, True), (-20.0, False)):
         disturbed = tone + NOISE * np.float32(0.5 / 0.1 * 10 ** (share_db / 20))

@@ -1,4 +1,4 @@
-"""Folders that must not pass, and what the command says about them."""
+"""`verify` fails on tampered folders and names the fault."""
 
 from __future__ import annotations
 
