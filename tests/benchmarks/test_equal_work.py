@@ -1,4 +1,4 @@
-"""Two sides that are compared in one run do the same work, and less exact work is void."""
+"""Both sides of a comparison do the same work in one run. A result with less work is void."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_different_clips_are_detected() -> None:
 
 
 class OneStepFewer:
-    """A side that saves a step."""
+    """A side that runs one step fewer than requested."""
 
     def __init__(self, asker: Asker) -> None:
         self._asker = asker

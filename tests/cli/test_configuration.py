@@ -192,7 +192,7 @@ def test_stable_audio_api_serves_the_stable_audio_3_models(run: Run, tmp_path: P
             "--host",
             "127.0.0.1",
             "--port",
-            str(free_port()),  # not 8000, which may be in use
+            str(free_port()),  # below the range of outgoing connections
         ],
         env=os.environ | {"HF_HOME": str(tmp_path / "hub")},
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Reads a Dockerfile: its stages, what each inherits, and its instructions. Knows nothing of what they should be."""
+"""Parses a Dockerfile into stages and instructions, and resolves inherited instructions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One instruction, continuation lines joined by a space."""
+    """One instruction. Its continuation lines are joined by spaces."""
 
     name: str
     words: str
@@ -16,7 +16,7 @@ class Instruction:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What follows one FROM: `base` is an image or another stage."""
+    """The instructions after one FROM. `base` is an image or another stage."""
 
     name: str
     base: str
@@ -24,7 +24,7 @@ class Stage:
 
 
 def parse(text: str) -> dict[str, Stage]:
-    """Returns the stages by name. Raises ValueError for a stage without one, or an instruction before the first."""
+    """Returns the stages by name. Raises ValueError for an unnamed stage or an instruction before the first FROM."""
     stages: dict[str, Stage] = {}
     stage: Stage | None = None
     lines = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
@@ -45,12 +45,12 @@ def parse(text: str) -> dict[str, Stage]:
 
 
 def inherited(stages: dict[str, Stage], name: str) -> list[Instruction]:
-    """Returns all instructions of an image, those of the stages it is built on first."""
+    """Returns all instructions of an image, beginning with its base stages."""
     stage = stages[name]
     return [*(inherited(stages, stage.base) if stage.base in stages else []), *stage.instructions]
 
 
 def root_image(stages: dict[str, Stage], name: str) -> str:
-    """Returns the image from outside that a stage is built on."""
+    """Returns the external image at the base of a stage."""
     base = stages[name].base
     return root_image(stages, base) if base in stages else base

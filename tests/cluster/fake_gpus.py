@@ -1,6 +1,6 @@
-"""Builds applications on a Ray whose GPUs do not exist: a process of its own, which a `Builder` gives one order a line.
+"""Builds applications on a Ray cluster with fake GPUs, in a separate process. `Builder` sends one JSON order per line.
 
-One for all, because to start it takes as long as to build; each order has a Ray of its own.
+All orders share a process, because its start takes as long as a build. Each order starts a new Ray cluster.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from tests.patience import PATIENCE_S
 
 _MARK = "options:"
 _ENVIRONMENT = {
-    "HF_ENDPOINT": "http://127.0.0.1:9",  # nobody: all weights are here
-    "RAY_prestart_worker_first_driver": "0",  # a process per CPU, of which none has anything to do
+    "HF_ENDPOINT": "http://127.0.0.1:9",  # unreachable: all weights are local
+    "RAY_prestart_worker_first_driver": "0",  # no worker process per CPU, because none would have work
 }
 
 
 class Builder:
-    """The process, while the context lasts."""
+    """Starts the process, and ends it with the context."""
 
     def __init__(self, said: Path) -> None:
-        """What it says besides its answers goes to the file `said`."""
+        """`said` is the file for the standard error of the process."""
         self._said = said
         with said.open("w") as errors:
             self._process = subprocess.Popen(
@@ -51,13 +51,14 @@ class Builder:
     def build(
         self, args: Mapping[str, Any], *, nodes: Sequence[Mapping[str, int]], folder: Path, environ: Mapping[str, str]
     ) -> dict[str, dict[str, float]]:
-        """Returns per deployment the resources Ray reserves for a replica, and the `least` and `most` replicas.
+        """Returns per deployment the resources of a replica, and the `least` and `most` replicas.
 
-        `args` are the application's, `nodes` the resources of the head node and of others; it is built in `folder`.
+        `args` are the application's arguments. `nodes` has the resources of each node, the head node first. `folder` is
+        the working directory of the build.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        assert self._process.poll() is None, self._said.read_text()  # an order before this one ended it
+        assert self._process.poll() is None, self._said.read_text()  # an earlier order ended the process
         order = {"args": args, "nodes": nodes, "folder": str(folder), "environ": environ}
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
@@ -68,13 +69,13 @@ class Builder:
 
 
 def main() -> None:
-    """Answer orders until there are no more."""
+    """Read orders from standard input until its end, and print the result of each."""
     from stable_audio_serve.serving.app import build
 
     for line in sys.stdin:
         order = json.loads(line)
         with _started(order["nodes"]), _in_place(Path(order["folder"]), order["environ"]):
-            options = {each.name: _asked(each) for each in _deployments(build(order["args"]))}
+            options = {each.name: _requested(each) for each in _deployments(build(order["args"]))}
         print(_MARK + json.dumps(options), flush=True)
 
 
@@ -108,7 +109,7 @@ def _in_place(folder: Path, environ: Mapping[str, str]) -> Iterator[None]:
 
 
 def _deployments(value: Any) -> Iterator[Any]:
-    """Returns every deployment that is bound in `value`, each as often as it is."""
+    """Yields every deployment bound in `value`, repeated if it is bound more than once."""
     if hasattr(value, "_bound_deployment"):
         yield value._bound_deployment
         yield from _deployments(value._bound_deployment.init_args)
@@ -119,7 +120,7 @@ def _deployments(value: Any) -> Iterator[Any]:
             yield from _deployments(each)
 
 
-def _asked(deployment: Any) -> dict[str, float]:
+def _requested(deployment: Any) -> dict[str, float]:
     scaling = deployment._deployment_config.autoscaling_config
     return {
         **deployment.ray_actor_options,

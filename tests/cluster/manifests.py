@@ -1,6 +1,6 @@
-"""What Kubernetes is given: renders an overlay, finds its pods, and tells what they lack to be operated.
+"""Renders a Kubernetes overlay, finds its pods, and lists violations of our operational rules.
 
-`problems` knows our own rules; the schemas of Kubernetes and KubeRay are checked by who calls it.
+The tests check the schemas of Kubernetes and KubeRay separately.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SECRET = re.compile(r"PASSWORD|TOKEN|SECRET|ACCESS_KEY|HASHES|DATABASE_URL", re
 _PASSWORD_IN_URL = re.compile(r"\w+://[^\s/@:]+:[^\s/@]+@")
 _UNITS = {"": 1, "Mi": 2**20, "Gi": 2**30}
 _RAYLET = "http://127.0.0.1:52365/api/local_raylet_healthz "
-_SLOW_ANSWERS_S = 10  # a server that is slow for less than this keeps its place in the Service
+_SLOW_ANSWERS_S = 10  # a server stays in the Service if it is slow for less than this
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Group:
 
 
 def render(overlay: str) -> list[dict[str, Any]]:
-    """Returns the documents `kubectl kustomize` makes of an overlay. Its warnings fail, too: of deprecated fields."""
+    """Returns the documents of an overlay, rendered by `kubectl kustomize`. Fails on warnings (deprecated fields)."""
     result = run_program("kubectl", "kustomize", CLUSTER / "kuberay" / "overlays" / overlay)
     assert (result.returncode, result.stderr) == (0, ""), result.stderr
     return list(yaml.safe_load_all(result.stdout))
@@ -61,7 +61,7 @@ def of_kind(documents: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 
 
 def groups(documents: list[dict[str, Any]]) -> list[Group]:
-    """Returns the head and the groups of workers of the one RayService."""
+    """Returns the head group and the worker groups of the RayService."""
     (service,) = of_kind(documents, "RayService")
     cluster = service["spec"]["rayClusterConfig"]
     workers = [Group(each["groupName"], each) for each in cluster["workerGroupSpecs"]]
@@ -69,13 +69,13 @@ def groups(documents: list[dict[str, Any]]) -> list[Group]:
 
 
 def serve_config(documents: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns what is inside `serveConfigV2`."""
+    """Returns the parsed `serveConfigV2`."""
     (service,) = of_kind(documents, "RayService")
     return yaml.safe_load(service["spec"]["serveConfigV2"])
 
 
 def problems(documents: list[dict[str, Any]]) -> list[str]:
-    """Returns what the documents lack, in words, naming the group."""
+    """Returns descriptions of all violations, with the name of the group."""
     found = [*_clear_secrets(documents, place=""), *_cluster_problems(documents)]
     for group in groups(documents):
         found += [f"{group.name}: {each}" for each in _group_problems(group, documents)]
@@ -155,7 +155,7 @@ def _probe_problems(group: Group, *, drain_s: float) -> Iterator[str]:
         yield "readinessProbe keeps a server that drains in the Service until drain_s is over"
     if "livenessProbe" not in group.container:
         yield "no livenessProbe"
-    for name in ("livenessProbe", "startupProbe"):  # of what restarts a pod
+    for name in ("livenessProbe", "startupProbe"):  # the probes that restart a pod
         probe = group.container.get(name)
         if probe and _RAYLET not in " ".join(probe.get("exec", {}).get("command", [])):
             yield f"{name} asks the application, not Ray of its own pod"
@@ -179,7 +179,7 @@ def _stop_problems(group: Group, *, drain_s: float) -> Iterator[str]:
 
 
 def _drains_own_node(words: str) -> bool:
-    """Whether Ray takes the words for a drain of the node that they are said on, which makes Ray Serve leave it."""
+    """Whether the command line drains the node it runs on, for preemption. Ray Serve then moves its replicas."""
     found = re.search(r"ray drain-node ([^;]*);", words)
     try:
         said = drain_node.make_context("drain-node", found[1].split() if found else []).params

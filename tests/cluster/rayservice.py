@@ -1,7 +1,7 @@
-"""A schema of KubeRay's RayService, from the list of its fields in `tests/data/kuberay`: unknown keys are refused.
+"""A JSON schema of KubeRay's RayService that refuses unknown keys, built from the field list in `tests/data/kuberay`.
 
-Pods, services and other parts of Kubernetes' own are any objects here; who uses this checks them by its schemas.
-`schema_of_crd` makes the same of an official definition.
+Kubernetes objects inside, such as pods and services, may be any object; tests check them by the Kubernetes schemas.
+`schema_of_crd` builds the same schema from an official definition.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _schema(kind: str) -> dict[str, Any]:
 
 
 def _close(schema: dict[str, Any]) -> None:
-    """Refuse other keys, except in objects of which no key is named: Kubernetes' own."""
+    """Refuse unknown keys, except in objects without named keys, which are Kubernetes objects."""
     if schema.get("properties"):
         schema["additionalProperties"] = False
     for each in [*schema.get("properties", {}).values(), *([schema["items"]] if "items" in schema else [])]:

@@ -1,4 +1,4 @@
-"""The Compose file: its own schema takes it, and its parts fit each other, the monitoring and the server's settings."""
+"""The Compose files match Compose's schema, the monitoring and the server's settings, and are consistent."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def compose_with_gpu() -> dict[str, Any]:
 
 
 def merged(below: Any, above: Any) -> Any:
-    """As Compose merges two files where, as here, no list is in both: mappings by key, other values replaced."""
+    """Merge two files like Compose: mappings by key, other values replaced. No list may be in both files."""
     if isinstance(below, dict) and isinstance(above, dict):
         return below | {key: merged(below.get(key), value) for key, value in above.items()}
     assert below is None or not isinstance(above, list)
@@ -54,7 +54,7 @@ def gpu_problems(tree: dict[str, Any]) -> Iterator[str]:
 
 
 def settings_of(tree: dict[str, Any]) -> Settings:
-    """What the server makes of its variables, with the ones of the operator filled in."""
+    """Returns the server's settings from its variables, with sample values for the operator's variables."""
     environ = {key: _FILLED_IN.sub("x", value) for key, value in tree["services"]["server"]["environment"].items()}
     environ["STABLE_AUDIO_API_KEY_HASHES"] = ""
     return load_settings(read_serve_file(PACKAGED_FILE).args, environ=environ, directory=Path("/"))

@@ -1,4 +1,4 @@
-"""The dashboard and the rules against a real, loaded server, read by a real Prometheus: every query has an answer."""
+"""Every query of the dashboard and the rules returns data from a real Prometheus that scrapes a real, loaded server."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _VARIABLES = {"$__rate_interval": "30s", "$model": ".*"}
 
 
 def queries() -> Iterator[tuple[str, str]]:
-    """Title and expression of every query, variables filled in."""
+    """Yields the title and expression of every query, with variables filled in."""
     for panel in PANELS:
         for target in panel["targets"]:
             expression = target["expr"]
@@ -43,10 +43,10 @@ def queries() -> Iterator[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LaunchedServer, int]]:
-    """A server and the port of its metrics."""
+    """Starts a server. Yields it and its metrics port."""
     config = write_config(tmp_path_factory.mktemp("server"), {"models": [model("tiny")]})
     port = free_port()
-    # Not shorter: Ray forgets a gauge that is not set for two of these, and sets some of its own every few seconds.
+    # Not shorter: Ray drops a gauge that is not set for two intervals, and sets some gauges every few seconds only.
     launched = LaunchedServer(
         config, "--metrics-port", str(port), environment={"RAY_metrics_report_interval_ms": "5000"}
     )
@@ -57,7 +57,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LaunchedS
 
 
 class Prometheus:
-    """The shipped configuration with this server's address, and a second where it has fifteen."""
+    """Runs Prometheus with the shipped configuration, this server's address, and intervals of 1 s instead of 15 s."""
 
     def __init__(self, folder: Path, *, target_port: int) -> None:
         text = (MONITORING / "prometheus.yaml").read_text()
@@ -81,7 +81,7 @@ class Prometheus:
         return self._client.get(path, params=parameters).raise_for_status().json()["data"]
 
     def values(self, expression: str) -> list[float]:
-        """What an expression says now, without what is no number."""
+        """Evaluate an expression. Returns its values without NaN."""
         values = [float(sample["value"][1]) for sample in self.ask("/query", query=expression)["result"]]
         return [value for value in values if not math.isnan(value)]
 
@@ -115,7 +115,7 @@ def wait_until(condition: Callable[[], object]) -> None:
 
 
 def load(server: LaunchedServer, *, number: int) -> None:
-    """One request of each kind: made, edited, refused, and a job."""
+    """Send one request of each kind: generation, edit, refused request, job."""
     body = {"prompt": f"rain {number}", "duration": 2, "steps": 2}
     assert server.client.post("/generate", json=body).status_code == 200
     form = {"prompt": "an old door", "duration": "2", "steps": "2"}
@@ -150,8 +150,8 @@ def test_rays_metrics_in_the_rules_are_exported(prometheus: Prometheus) -> None:
 def test_rules_are_evaluated_and_a_healthy_server_fires_no_alert(prometheus: Prometheus) -> None:
     groups = prometheus.ask("/rules")["groups"]
     assert {rule["health"] for group in groups for rule in group["rules"]} == {"ok"}
-    wait_until(lambda: prometheus.ask("/alerts")["alerts"] == [])  # not even pending, once all gauges are there
-    assert "level=warn" not in prometheus.said  # of samples that are there twice, for example
+    wait_until(lambda: prometheus.ask("/alerts")["alerts"] == [])  # no pending alerts once all gauges exist
+    assert "level=warn" not in prometheus.said  # for example about duplicate samples
 
 
 def test_panels_have_a_position_a_unit_and_a_description() -> None:

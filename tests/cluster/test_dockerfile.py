@@ -1,4 +1,4 @@
-"""The images: hadolint takes the file, its RUN lines work in an empty environment, and a container is confined."""
+"""hadolint accepts the Dockerfile, its RUN lines work in an empty environment, and its containers are confined."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.cluster
 
 TEXT = (CLUSTER / "Dockerfile").read_text()
 TARGETS = ["cpu", "cuda"]
-_SYSTEM = ("apt-get ", "useradd ")  # change the machine itself: not for a test to run
+_SYSTEM = ("apt-get ", "useradd ")  # commands that change the machine; tests do not run them
 
 
 def last(text: str, target: str, *, name: str) -> str | None:
@@ -31,7 +31,7 @@ def shell(text: str, target: str) -> str:
 
 
 def problems(text: str, target: str) -> list[str]:
-    """What an image lacks, in words."""
+    """Returns descriptions of an image's faults."""
     found = []
     if root_image(parse(text), target) != "python:3.11-slim":
         found.append("another base image")
@@ -102,7 +102,7 @@ def test_everything_copied_reaches_the_build() -> None:
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment made by the RUN lines: `bin`, with the folders of the image beside it."""
+    """Runs the RUN lines of the image in a new Python environment. Returns its folder."""
     root = tmp_path_factory.mktemp("image")
     subprocess.run([sys.executable, "-m", "venv", root / "venv"], check=True)
     for stage in ("wheel", "base"):
@@ -114,7 +114,7 @@ def _run_stage(name: str, root: Path) -> None:
     folder = root
     environ = {key: value for key, value in os.environ.items() if not key.startswith("VIRTUAL_ENV")}
     environ |= {"PATH": f"{root / 'venv' / 'bin'}:{os.environ['PATH']}", "TORCH_INDEX_URL": ""}
-    environ |= {"PIP_COMPILE": "0"}  # bytecode for every module takes longer than to compile the few that are used
+    environ |= {"PIP_COMPILE": "0"}  # compiling every module takes longer than compiling the few that are used
     for each in parse(TEXT)[name].instructions:
         if each.name == "WORKDIR":
             folder = root / each.words.lstrip("/")
@@ -125,7 +125,7 @@ def _run_stage(name: str, root: Path) -> None:
                 _copy(ROOT / source, folder / source)
         elif each.name == "RUN" and not each.words.startswith(_SYSTEM):
             assert each.words.startswith("python "), f"neither known to change the machine nor Python's: {each.words}"
-            # What was downloaded before need not be again.
+            # Use pip's cache, so that packages are downloaded once.
             words = each.words.replace("/wheels", str(root / "wheels")).replace("--no-cache-dir ", "")
             result = subprocess.run(
                 ["sh", "-ec", words], cwd=folder, env=environ, capture_output=True, text=True, timeout=280, check=False
@@ -149,6 +149,6 @@ def test_run_lines_install_the_programs_of_the_container(image: Path, tmp_path: 
         ["sh", "-ec", command], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert str(tmp_path) in result.stdout  # the environment counts
+    assert str(tmp_path) in result.stdout  # the program ran in this environment
     assert "HAProxy version" in result.stdout
     assert not (image / "pytest").exists()

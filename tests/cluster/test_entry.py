@@ -1,4 +1,4 @@
-"""How clients and Prometheus' operator reach the pods: Ingress, HTTPRoute and PodMonitors fit the overlays."""
+"""Ingress, HTTPRoute and PodMonitors match the overlays, the alerts and the server's settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.cluster.tools import CLUSTER
 pytestmark = pytest.mark.cluster
 
 _MIB = 2**20
-_FIELDS_MIB = 1  # of a form besides its file
+_FIELDS_MIB = 1  # size of the form fields besides the file
 _NGINX = "nginx.ingress.kubernetes.io/"
 _SERVICE = "stable-audio-serve-svc"  # KubeRay's name for the RayService `stable-audio`
 _JOB = re.compile(r'up\{job="([^"]+)"\}')
@@ -34,7 +34,7 @@ def documents() -> Documents:
 
 
 def closed(required: str, **properties: Any) -> dict[str, Any]:
-    """An object with these keys only; those in `required`, separated by blanks, must be there."""
+    """Returns the schema of an object with these keys only. `required` lists mandatory keys, separated by spaces."""
     return {
         "type": "object",
         "properties": properties,

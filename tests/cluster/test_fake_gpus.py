@@ -1,4 +1,4 @@
-"""What the configs of `cluster/` ask of Ray fits where they are for: each is built on nodes like those."""
+"""The configs of `cluster/` fit on the nodes they are for: each is built on a Ray cluster with such nodes."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def builder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Builder]:
 
 @pytest.fixture
 def stores(postgres_url: str, object_storage: ObjectStorage) -> dict[str, str]:
-    """Variables that several nodes need to share jobs and files."""
+    """Returns the environment variables with which several nodes share jobs and files."""
     return object_storage.environ(object_storage.make_bucket(), STABLE_AUDIO_DATABASE_URL=postgres_url)
 
 
 def with_tiny_weights(args: Mapping[str, Any]) -> dict[str, Any]:
-    """The same models under their names, with weights that are here."""
+    """Returns the arguments with the same model names but small local weights."""
     weights = str(SA3_GOLDENS / "tiny-s")
     return {**args, "models": [{**model, "path": weights} for model in args["models"]]}
 
@@ -52,7 +52,7 @@ def test_gpu_nodes_need_no_cpus(builder: Builder, tmp_path: Path, stores: Mappin
     args = with_tiny_weights(read_serve_file(MULTI_NODE).args)
     nodes = [{"num_cpus": 0}, {"num_cpus": 2}, {"num_cpus": 0, "num_gpus": 4}]
     options = builder.build(args, nodes=nodes, folder=tmp_path, environ=stores)
-    assert resources(options, "num_cpus", replicas="most") == 2  # the ingress and nothing else
+    assert resources(options, "num_cpus", replicas="most") == 2  # only the ingress replicas need CPUs
     assert resources(options, "num_gpus", replicas="least") == 2.5
     assert resources(options, "num_gpus", replicas="most") == 20
     assert list(tmp_path.iterdir()) == []  # a container's root is read-only

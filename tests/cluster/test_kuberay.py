@@ -1,4 +1,4 @@
-"""The overlays for KubeRay: rendered as an operator would, taken by all schemas, operable; what is wrong is seen."""
+"""The KubeRay overlays match all schemas and our operational rules. Each rule detects a violation."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def _rendered(overlay: str) -> Documents:
 
 
 def rendered(overlay: str) -> Documents:
-    """A copy that a test may change."""
+    """Returns a copy of the rendered overlay that a test may change."""
     return copy.deepcopy(_rendered(overlay))
 
 
 def validate(documents: Documents) -> None:
-    """By Kubernetes' schemas, ours, and the official one where KUBERAY_CRD names a file."""
+    """Validate by Kubernetes' schemas, our RayService schema and, if KUBERAY_CRD names a file, the official one."""
     schemas = [own_schema()]
     if path := os.environ.get("KUBERAY_CRD"):
         schemas.append(schema_of_crd(yaml.safe_load(Path(path).read_text())))
@@ -101,7 +101,7 @@ def test_groups_have_room_for_every_replica() -> None:
         wanted = sum(model["num_gpus"] * model["replicas"][f"{replicas}_replicas"] for model in args["models"])
         assert gpu.spec[f"{replicas}Replicas"] * int(gpu.spec["rayStartParams"]["num-gpus"]) >= wanted
     places = ingress.spec["minReplicas"] * int(ingress.spec["rayStartParams"]["num-cpus"])
-    assert places == args["ingress"]["replicas"] * args["ingress"]["num_cpus"]  # and on each pod one
+    assert places == args["ingress"]["replicas"] * args["ingress"]["num_cpus"]  # one replica per pod
 
 
 def test_redis_keeps_the_state_of_the_head_of_autoscaled_clusters() -> None:
@@ -112,7 +112,7 @@ def test_redis_keeps_the_state_of_the_head_of_autoscaled_clusters() -> None:
 
 
 def test_gpu_pods_and_no_others_run_on_spot_nodes() -> None:
-    """And must be, so that all of them are of the cheaper kind; what holds the cluster together is on others."""
+    """GPU pods must run on spot nodes, which are cheaper. The head and the ingress must run on others."""
     plain, spot = groups(rendered("multi-gpu")), groups(rendered("multi-gpu-spot"))
     assert [_choice_of_nodes(group) for group in spot] == ["NotIn", "NotIn", "In"]
     (taint,) = [each for each in spot[2].pod["tolerations"] if each not in plain[2].pod["tolerations"]]
@@ -248,7 +248,7 @@ def test_unknown_setting_inside_the_config_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_official_definition_also_refuses_unknown_keys() -> None:
-    """Its form as KubeRay publishes it, here with few fields."""
+    """The definition has the format of KubeRay's, with a few fields."""
     spec = {
         "type": "object",
         "properties": {"serveConfigV2": {"type": "string"}, "size": {"x-kubernetes-int-or-string": True}},

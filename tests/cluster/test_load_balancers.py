@@ -1,4 +1,4 @@
-"""The balancers of `cluster/load_balancer/`, run as they are but for addresses, in front of two servers of our own."""
+"""The load balancers of `cluster/load_balancer/` in front of two test servers, with only addresses changed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _MIB = 1024 * 1024
 
 @dataclass
 class Server:
-    """Stands in for one of ours: is ready or not, full or not, and notes what reaches it."""
+    """A fake server that may be ready or full. Records its requests."""
 
     is_ready: bool = True
     refuses: bool = False
@@ -65,7 +65,7 @@ class Server:
 
 @dataclass(frozen=True)
 class Balanced:
-    """A running balancer with two servers behind it."""
+    """A running load balancer with two servers."""
 
     client: httpx.AsyncClient
     port: int
@@ -75,21 +75,21 @@ class Balanced:
         return [await self.client.post(path, json={"prompt": "rain"}) for _ in range(num)]
 
     async def send(self, text: str) -> bytes:
-        """Send this and nothing more; returns what is said until the balancer ends the connection."""
+        """Send `text` only. Returns the answer up to the end of the connection."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         writer.write(text.encode())
-        said = b""
-        with suppress(ConnectionError):  # an end like any other
+        answer = b""
+        with suppress(ConnectionError):  # a reset also ends the connection
             async with asyncio.timeout(_PATIENCE_S):
                 while part := await reader.read(65_536):
-                    said += part
-                    if b"413" in said:
-                        break  # it may wait for the body that is not to come
+                    answer += part
+                    if b"413" in answer:
+                        break  # the load balancer may keep the connection open for the body
         writer.close()
-        return said
+        return answer
 
     async def until_only(self, server: Server, *, path: str = "/who") -> None:
-        """Ask until three answers in a row are of `server`."""
+        """Send requests until `server` gets three in a row."""
         for _ in range(200):
             before = len(server.requests)
             for _ in range(3):
@@ -104,7 +104,7 @@ class Balanced:
 async def running(
     name: str, folder: Path, *, ports: tuple[int, int], slow_s: float | None = None
 ) -> AsyncIterator[int]:
-    """The balancer before servers on these `ports`, one of which answers; its own port."""
+    """Run a load balancer in front of servers on `ports`. Yields its port once a server answers."""
     port = free_port()
     path = configured(name, folder, ports=ports, port=port, slow_s=slow_s)
     process = start(name, path)
@@ -228,8 +228,8 @@ async def test_requests_go_to_the_server_with_the_fewest(name: str, tmp_path: Pa
         (busy,) = (server for server in balanced.servers if server.requests)
         for _ in range(12):
             await balanced.client.get("/who")
-            await asyncio.sleep(0.02)  # until the end of the connection is noticed, mostly
-        assert len(busy.requests) - 1 <= 3  # by turns it would be six
+            await asyncio.sleep(0.02)  # usually enough for the load balancer to notice the closed connection
+        assert len(busy.requests) - 1 <= 3  # round robin would send six
         busy.heard.set()
 
 

@@ -1,4 +1,4 @@
-"""Prometheus' own checks of `cluster/monitoring/`; no alert without a case that fires it and one that does not."""
+"""Prometheus' checks of `cluster/monitoring/`. Every alert has a case that fires it and a case that does not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.cluster.tools import CLUSTER, run_program
 pytestmark = pytest.mark.cluster
 
 MONITORING = CLUSTER / "monitoring"
-_SUFFIXES = ("_bucket", "_count", "_sum")  # of a histogram
+_SUFFIXES = ("_bucket", "_count", "_sum")  # suffixes of a histogram's metrics
 _OURS = re.compile(r"\bray_stable_audio_\w+")
 
 
@@ -27,7 +27,7 @@ def load(name: str) -> Any:
 
 
 def rules(kind: str) -> dict[str, str]:
-    """The expressions of all rules that are an `alert` or a `record`, by name."""
+    """Returns the expressions of all rules of a kind, `alert` or `record`, by name."""
     return {
         rule[kind]: rule["expr"] for group in load("rules.yaml")["groups"] for rule in group["rules"] if kind in rule
     }

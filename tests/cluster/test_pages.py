@@ -1,4 +1,4 @@
-"""What the pages show of other programs' configurations and queries, read by those programs."""
+"""Other programs accept their configurations and queries in the docs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The configs of `cluster/`: Ray's schema and our settings take them."""
+"""Ray's schema and our settings accept the configs of `cluster/`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MULTI_NODE = CLUSTER / "serve_config.multi-node.yaml"
 
 
 def check(path: Path) -> Settings:
-    """Both schemas, of which neither lets an unknown key pass."""
+    """Validate by both schemas, which refuse unknown keys. Returns our settings."""
     file = read_serve_file(path)
     deploy_schema(file, host=file.host, port=file.port)
     return Settings.model_validate(file.args)

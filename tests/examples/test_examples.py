@@ -1,4 +1,4 @@
-"""Every program of `examples/`, run as its users run it, against one server of the demo model."""
+"""Every program of `examples/`, run as users run it, against a server with the demo model."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tests.examples.programs import EXAMPLES, Programs, find_examples, finish, w
 from tests.patience import PATIENCE_S
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
-module_loop = pytest.mark.asyncio(loop_scope="module")  # of the server
+module_loop = pytest.mark.asyncio(loop_scope="module")  # the event loop of the server
 
-# What each client of another system writes, in seconds.
+# Client of another system -> duration in seconds of each file that it writes.
 CLIENTS: dict[str, dict[str, float]] = {
     "clients/aimlapi/generate.py": {"generated.wav": 1},
     "clients/aimlapi/generate.sh": {"generated.wav": 1},
@@ -37,7 +37,7 @@ CLIENTS: dict[str, dict[str, float]] = {
     "clients/vllm_omni/openai_client.py": {"waves.flac": 1},
 }
 ARGUMENTS = {"clients/vllm_omni/generate.py": ["--audio-length", "1", "--num-inference-steps", "4"]}
-# Those with our own client, each in a test of its own.
+# Examples with our client. Each has a separate test.
 OWN = {
     "batch_from_csv.py",
     "endless_continuation.py",
@@ -171,7 +171,7 @@ ARGUMENTS_TO_START = {
     "endless_continuation.py": ["rain"],
     "variation_ladder.py": ["rain"],
 }
-# Many programs that only start and end again are run by `make chaos`; one of each kind stands for them elsewhere.
+# `make chaos` starts and ends every program. Other runs use one program of each kind.
 FEW = [*ARGUMENTS_TO_START, "clients/aimlapi/generate.py", "clients/fal/queue.sh"]
 ASKING = [
     name if name in FEW else pytest.param(name, marks=pytest.mark.chaos) for name in [*ARGUMENTS_TO_START, *CLIENTS]
@@ -180,7 +180,7 @@ ASKING = [
 
 @pytest.mark.parametrize("name", ASKING)
 async def test_ctrl_c_ends_them_without_a_traceback(name: str, tmp_path: Path) -> None:
-    """While they wait for a server that never answers."""
+    """Ctrl-C arrives while the program waits for a server that never answers."""
     connected = asyncio.Event()
 
     async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -193,8 +193,8 @@ async def test_ctrl_c_ends_them_without_a_traceback(name: str, tmp_path: Path) -
         process = await programs.start(name, *ARGUMENTS_TO_START.get(name, []))
         async with asyncio.timeout(PATIENCE_S):
             await connected.wait()
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        killed = -signal.SIGINT if name.endswith(".sh") else 130  # for a shell that is 130, too
+        os.killpg(process.pid, signal.SIGINT)  # a terminal signals the process group
+        killed = -signal.SIGINT if name.endswith(".sh") else 130  # a shell reports both as 130
         await finish(process, {"endless_continuation.py": 0}.get(name, killed))
     assert programs.seconds() == {}
 
