@@ -86,7 +86,7 @@ def test_a_mistyped_key_is_named_before_the_default_models(run: Run, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "expected"),
     [
         ("models: [{name: demos}]", "models: 'demos' is not built in"),
         ("models: [{name: demo}], default_model: dmo", "default_model (STABLE_AUDIO_DEFAULT_MODEL or "),
@@ -94,11 +94,11 @@ def test_a_mistyped_key_is_named_before_the_default_models(run: Run, tmp_path: P
         ("models: [{name: demo}], dialects: {fal_model: dmo}", "dialects.fal_model"),
     ],
 )
-def test_config_refuses_the_same_model_names_as_serve(run: Run, tmp_path: Path, args: str, said: str) -> None:
+def test_config_refuses_the_same_model_names_as_serve(run: Run, tmp_path: Path, args: str, expected: str) -> None:
     (tmp_path / "serve_config.yaml").write_text(f"applications: [{{import_path: 'a:b', args: {{{args}}}}}]\n")
     result = run("config")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert f"error: {said}" in result.stderr
+    assert f"error: {expected}" in result.stderr
     assert os.listdir(tmp_path) == ["serve_config.yaml"]  # no store was created
 
 

@@ -50,9 +50,9 @@ def test_an_error_has_the_same_exit_code_in_every_command(
     with pytest.raises(typer.Exit) as ended:
         end(error)
     assert ended.value.exit_code == code
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert ("STABLE_AUDIO_API_KEY" in said) is isinstance(error, errors.UnauthorizedError)
+    output = capsys.readouterr().err
+    assert output.startswith("error: ")
+    assert ("STABLE_AUDIO_API_KEY" in output) is isinstance(error, errors.UnauthorizedError)
 
 
 def test_the_docs_list_every_exit_code() -> None:

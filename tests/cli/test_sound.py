@@ -151,8 +151,8 @@ async def test_a_file_is_recreated_from_its_recipe(shell: Shell) -> None:
     hail = await shell.read("hail.flac")
     assert await shell.run("replay", "-", "--source", "rain.wav", "-o", "-", stdin=hail) == hail
     assert b"SHA-256" in await shell.run("replay", "hail.flac", code=2)
-    for junk, said in ((b"{", b"error"), (b"", b"empty"), (make_audio_file(duration_s=0.1), b"no recipe")):
-        assert said in await shell.run("replay", "-", stdin=junk, code=2)
+    for junk, expected in ((b"{", b"error"), (b"", b"empty"), (make_audio_file(duration_s=0.1), b"no recipe")):
+        assert expected in await shell.run("replay", "-", stdin=junk, code=2)
     assert b"standard input" in await shell.run("replay", "-", "--source", "-", code=2)
 
 
@@ -188,9 +188,9 @@ FAILURES = [
 async def test_failures_print_a_sentence_and_set_the_exit_code(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     pause_s = Attempts.pause_s
     monkeypatch.setattr(Attempts, "pause_s", lambda *args: 0.0 * pause_s(*args))
-    for arguments, code, said in FAILURES:
+    for arguments, code, expected in FAILURES:
         errors = (await shell.run(*arguments, stdin=b"no audio", code=code)).decode()
-        assert said in errors, arguments
+        assert expected in errors, arguments
         assert await shell.files() == [], arguments
 
 

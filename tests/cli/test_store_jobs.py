@@ -58,9 +58,9 @@ def errors(text: str) -> list[str]:
 def expect(result: Result, *words: str, code: int = 0) -> str:
     """Returns the output with errors. Fails on another exit code, missing words, a traceback or control characters."""
     assert result.exit_code == code, result.output
-    said = errors(result.stderr)
-    assert all(line.startswith("error: ") for line in said)
-    assert bool(said) == bool(code)
+    messages = errors(result.stderr)
+    assert all(line.startswith("error: ") for line in messages)
+    assert bool(messages) == bool(code)
     assert all(char.isprintable() or char == "\n" for char in result.output)
     for word in words:
         assert word in result.output
@@ -182,8 +182,8 @@ def test_an_unknown_job_is_reported_in_one_sentence(store: JobStore, run: Run) -
     names = ["x", "", "/", "sa3/", "\x00", "\x1b[31m", "nope/" + "a" * 32, "a" * 5000, "'; --"]
     calls = [("show", name) for name in names] + [("cancel", "x"), ("retry", "x")]
     for command, name in calls:
-        _, said = expect(run(command, name), "no such job", code=2).splitlines()
-        assert said.startswith("error: "), (command, name)
+        _, message = expect(run(command, name), "no such job", code=2).splitlines()
+        assert message.startswith("error: "), (command, name)
 
 
 def test_cancelling(store: JobStore, run: Run, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_help_fits_80_columns(path: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("message", "said"),
+    ("message", "expected"),
     [
         ("duration: duration must be at most 120 (the model x)", "--duration must be at most 120 (the model x)"),
         ("steps: Input should be greater than or equal to 1", "--steps must be greater than or equal to 1"),
@@ -65,8 +65,8 @@ def test_help_fits_80_columns(path: tuple[str, ...]) -> None:
         ("the model is not ready, the prompt is fine", "the model is not ready, the prompt is fine"),
     ],
 )
-def test_errors_name_options_instead_of_api_fields(message: str, said: str) -> None:
-    assert in_options(message) == said
+def test_errors_name_options_instead_of_api_fields(message: str, expected: str) -> None:
+    assert in_options(message) == expected
 
 
 def test_a_command_may_use_another_option_for_a_field() -> None:
@@ -78,7 +78,7 @@ def test_every_control_maps_to_an_option() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (["variation", "nope.wav", "rain"], "error: nope.wav: file not found\n"),
         (["replay", "."], "error: .: is a directory\n"),
@@ -90,9 +90,9 @@ def test_every_control_maps_to_an_option() -> None:
         ),
     ],
 )
-def test_mistakes_are_reported_plainly(arguments: list[str], said: str) -> None:
+def test_mistakes_are_reported_plainly(arguments: list[str], expected: str) -> None:
     result = CliRunner().invoke(app, arguments)
-    assert (result.exit_code, result.stderr) == (2, said)
+    assert (result.exit_code, result.stderr) == (2, expected)
 
 
 def test_continue_refuses_a_length_below_the_source(tmp_path: Path) -> None:

@@ -40,8 +40,8 @@ async def test_clips_are_recreated_from_recipes_and_files(served: Served, connec
     fetched = await call("jobs.fetch", await call("jobs.wait", job.id))
     assert fetched.clips[0].recipe == take.clips[0].recipe
     for clip in take.clips:
-        for what in (clip, clip.recipe):
-            again = await call("replay", what, sources=[b"another file", source])
+        for item in (clip, clip.recipe):
+            again = await call("replay", item, sources=[b"another file", source])
             # Not "exact", because the test backend reports no device.
             assert (again.replay, again.content) == ("close", clip.content)
             assert again.clips[0].recipe == clip.recipe

@@ -28,12 +28,12 @@ async def test_a_job_is_followed_and_downloaded(
     served: Served, connect: Callable[..., Caller], *, tmp_path: Path
 ) -> None:
     call = connect(served.url)
-    heard: list[JobProgress] = []
+    events: list[JobProgress] = []
     job = await call("jobs.submit", "rain", duration=0.5, seed=11)
-    job = await call("jobs.wait", job.id, on_progress=heard.append)
+    job = await call("jobs.wait", job.id, on_progress=events.append)
     assert (job.status, job.seeds, job.duration_s) == ("succeeded", (11,), 0.5)
-    assert heard
-    assert [news.fraction for news in heard] == sorted(news.fraction for news in heard)
+    assert events
+    assert [event.fraction for event in events] == sorted(event.fraction for event in events)
     path = await call("jobs.download", job, tmp_path / "take.wav")
     audio, _ = soundfile.read(path)
     assert len(audio) == 22050
@@ -104,28 +104,28 @@ async def test_jobs_are_listed_cancelled_and_refused(
 
 
 async def test_a_cancel_with_a_lost_answer_succeeds(served: Served, connect: Callable[..., Caller]) -> None:
-    call, num_asked = connect(served.url), 0
+    call, num_requests = connect(served.url), 0
 
-    async def lose_the_first(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal num_asked
-        num_asked += 1
-        asked = await reader.readuntil(b"\r\n\r\n")
+    async def lose_the_first_answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal num_requests
+        num_requests += 1
+        request = await reader.readuntil(b"\r\n\r\n")
         there, here = await asyncio.open_connection(*served.url.removeprefix("http://").split(":"))
-        here.write(asked.replace(b"keep-alive", b"close"))
+        here.write(request.replace(b"keep-alive", b"close"))
         answer = await there.read()
         here.close()
-        if num_asked == 1:
+        if num_requests == 1:
             await call("jobs.wait", job.id)
         else:
             writer.write(answer)
         writer.close()
 
     served.backend.released.clear()
-    async with await asyncio.start_server(lose_the_first, "127.0.0.1", 0) as between:
+    async with await asyncio.start_server(lose_the_first_answer, "127.0.0.1", 0) as between:
         lossy = connect(f"http://127.0.0.1:{between.sockets[0].getsockname()[1]}")
         job = await call("jobs.submit", "rain", duration=0.1)
         assert (await lossy("jobs.cancel", job.id)).status == "cancelled"
-        assert num_asked > 1
+        assert num_requests > 1
         with pytest.raises(errors.ConflictError):
             await lossy("jobs.cancel", job.id)
     served.backend.released.set()
@@ -208,9 +208,9 @@ async def test_without_event_streams_the_client_polls_the_status(connect: Callab
             await until(lambda: refusals[503])
             await asyncio.sleep(0.3)  # time for a status request
             served.backend.released.set()
-            heard = await waiting
-    assert isinstance(heard[-1], Job)
-    assert heard[-1].status == "succeeded"
+            events = await waiting
+    assert isinstance(events[-1], Job)
+    assert events[-1].status == "succeeded"
 
 
 async def test_an_interrupted_stream_resumes_at_the_last_event(served: Served, connect: Callable[..., Caller]) -> None:
@@ -238,9 +238,9 @@ async def test_an_interrupted_stream_resumes_at_the_last_event(served: Served, c
         async with listening(proxy, lifespan="off") as port:
             call = connect(f"http://127.0.0.1:{port}")
             job = await call("jobs.submit", "rain", duration=0.1)
-            heard = await call("jobs.follow", job.id)
-    assert isinstance(heard[-1], Job)
-    assert heard[-1].status == "succeeded"
+            events = await call("jobs.follow", job.id)
+    assert isinstance(events[-1], Job)
+    assert events[-1].status == "succeeded"
     assert len(set(last_ids)) == len(last_ids)
 
 
@@ -268,10 +268,10 @@ async def test_after_three_empty_streams_the_client_polls(
         served.backend.released.clear()
         job = await connect(served.url)("jobs.submit", "rain", duration=0.1)
         async with listening(proxy, lifespan="off") as port:
-            heard = await connect(f"http://127.0.0.1:{port}")("jobs.follow", job.id)
+            events = await connect(f"http://127.0.0.1:{port}")("jobs.follow", job.id)
     assert num_streams == 3
-    assert [type(each) for each in heard[:1]] == [JobProgress]
-    assert heard[-1].status == "succeeded"
+    assert [type(each) for each in events[:1]] == [JobProgress]
+    assert events[-1].status == "succeeded"
 
 
 async def test_an_upload_link_gets_no_key(served: Served, tmp_path: Path, connect: Callable[..., Caller]) -> None:

@@ -29,7 +29,7 @@ def check(name: str, path: Path) -> subprocess.CompletedProcess[str]:
 
 
 def start(name: str, path: Path) -> subprocess.Popen[bytes]:
-    """Start the load balancer. Its output goes to the file `said` in the folder of its configuration."""
+    """Start the load balancer. Its output goes to the file `log` in the folder of its configuration."""
     options = ["-g", "daemon off;", "-c"] if name == "nginx" else ["-db", "-f"]
-    with (path.parent / "said").open("w") as said:
-        return subprocess.Popen([find_program(name), *options, str(path)], stdout=said, stderr=said)
+    with (path.parent / "log").open("w") as log:
+        return subprocess.Popen([find_program(name), *options, str(path)], stdout=log, stderr=log)

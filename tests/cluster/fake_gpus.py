@@ -28,10 +28,10 @@ _ENVIRONMENT = {
 class Builder:
     """Starts the process, and ends it with the context."""
 
-    def __init__(self, said: Path) -> None:
-        """`said` is the file for the standard error of the process."""
-        self._said = said
-        with said.open("w") as errors:
+    def __init__(self, log: Path) -> None:
+        """`log` is the file for the standard error of the process."""
+        self._log = log
+        with log.open("w") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.cluster.fake_gpus"],
                 stdin=subprocess.PIPE,
@@ -58,14 +58,14 @@ class Builder:
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        assert self._process.poll() is None, self._said.read_text()  # an earlier order ended the process
+        assert self._process.poll() is None, self._log.read_text()  # an earlier order ended the process
         order = {"args": args, "nodes": nodes, "folder": str(folder), "environ": environ}
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         for line in self._process.stdout:
             if line.startswith(_MARK):
                 return json.loads(line.removeprefix(_MARK))
-        raise AssertionError(self._said.read_text())
+        raise AssertionError(self._log.read_text())
 
 
 def main() -> None:

@@ -182,10 +182,10 @@ def _drains_own_node(words: str) -> bool:
     """Whether the command line drains the node it runs on, for preemption. Ray Serve then moves its replicas."""
     found = re.search(r"ray drain-node ([^;]*);", words)
     try:
-        said = drain_node.make_context("drain-node", found[1].split() if found else []).params
+        options = drain_node.make_context("drain-node", found[1].split() if found else []).params
     except click.UsageError:
         return False
-    return said["node_id"] is None and said["reason"] == "DRAIN_NODE_REASON_PREEMPTION"
+    return options["node_id"] is None and options["reason"] == "DRAIN_NODE_REASON_PREEMPTION"
 
 
 def _memory_problems(group: Group) -> Iterator[str]:

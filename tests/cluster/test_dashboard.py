@@ -68,14 +68,14 @@ class Prometheus:
         port = free_port()
         command = [find_program("prometheus"), f"--config.file={folder}/prometheus.yaml"]
         command += [f"--storage.tsdb.path={folder}/data", f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn"]
-        self._said = folder / "said"
-        with self._said.open("w") as said:
-            self._process = subprocess.Popen(command, stdout=said, stderr=said)
+        self._log = folder / "log"
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log)
         self._client = httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1", timeout=30)
 
     @property
-    def said(self) -> str:
-        return self._said.read_text()
+    def log(self) -> str:
+        return self._log.read_text()
 
     def ask(self, path: str, **parameters: str) -> Any:
         return self._client.get(path, params=parameters).raise_for_status().json()["data"]
@@ -151,7 +151,7 @@ def test_rules_are_evaluated_and_a_healthy_server_fires_no_alert(prometheus: Pro
     groups = prometheus.ask("/rules")["groups"]
     assert {rule["health"] for group in groups for rule in group["rules"]} == {"ok"}
     wait_until(lambda: prometheus.ask("/alerts")["alerts"] == [])  # no pending alerts once all gauges exist
-    assert "level=warn" not in prometheus.said  # for example about duplicate samples
+    assert "level=warn" not in prometheus.log  # for example about duplicate samples
 
 
 def test_panels_have_a_position_a_unit_and_a_description() -> None:

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.cluster
 
 @pytest.fixture(scope="module")
 def builder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Builder]:
-    with Builder(tmp_path_factory.mktemp("builder") / "said") as started:
+    with Builder(tmp_path_factory.mktemp("builder") / "log") as started:
         yield started
 
 

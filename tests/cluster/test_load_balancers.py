@@ -36,7 +36,7 @@ class Server:
     refuses: bool = False
     requests: list[str] = field(default_factory=list)
     num_bytes: int = 0
-    heard: asyncio.Event = field(default_factory=asyncio.Event)
+    released: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -59,7 +59,7 @@ class Server:
 
     async def _events(self) -> AsyncIterator[bytes]:
         yield b"data: first\n\n"
-        await self.heard.wait()
+        await self.released.wait()
         yield b"data: last\n\n"
 
 
@@ -111,7 +111,7 @@ async def running(
     try:
         async with httpx.AsyncClient() as client, asyncio.timeout(_PATIENCE_S):
             while not await _answers(client, f"http://127.0.0.1:{port}/who"):
-                assert process.poll() is None, (folder / "said").read_text()
+                assert process.poll() is None, (folder / "log").read_text()
                 await asyncio.sleep(0.05)
         yield port
     finally:
@@ -182,7 +182,7 @@ async def test_events_pass_as_they_happen(name: str, tmp_path: Path) -> None:
         lines = answer.aiter_lines()
         assert await anext(lines) == "data: first"
         for server in balanced.servers:
-            server.heard.set()
+            server.released.set()
         assert [line async for line in lines if line] == ["data: last"]
 
 
@@ -209,15 +209,15 @@ async def test_incomplete_requests_end_and_reach_no_server(name: str, tmp_path: 
 @both
 async def test_clear_text_http_2_is_refused(name: str, tmp_path: Path) -> None:
     async with balancing(name, tmp_path) as balanced:
-        said = await balanced.send("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
-    assert b" 400 " in said.split(b"\r\n")[0]
+        answer = await balanced.send("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+    assert b" 400 " in answer.split(b"\r\n")[0]
 
 
 @both
 async def test_links_use_the_host_of_the_client(name: str, tmp_path: Path) -> None:
     async with balancing(name, tmp_path) as balanced:
-        said = (await balanced.client.get("/who", headers={"Host": "audio.example.org"})).json()
-        assert said == {"host": "audio.example.org", "x-forwarded-proto": "http"}
+        headers = (await balanced.client.get("/who", headers={"Host": "audio.example.org"})).json()
+        assert headers == {"host": "audio.example.org", "x-forwarded-proto": "http"}
 
 
 @both
@@ -230,7 +230,7 @@ async def test_requests_go_to_the_server_with_the_fewest(name: str, tmp_path: Pa
             await balanced.client.get("/who")
             await asyncio.sleep(0.02)  # usually enough for the load balancer to notice the closed connection
         assert len(busy.requests) - 1 <= 3  # round robin would send six
-        busy.heard.set()
+        busy.released.set()
 
 
 @both

@@ -66,10 +66,10 @@ class Programs:
 async def finish(process: asyncio.subprocess.Process, code: int) -> str:
     async with asyncio.timeout(PATIENCE_S):
         output, errors = await process.communicate()
-    said = errors.decode()
-    assert process.returncode == code, said
-    assert "Traceback" not in said
-    return said if code else output.decode()
+    message = errors.decode()
+    assert process.returncode == code, message
+    assert "Traceback" not in message
+    return message if code else output.decode()
 
 
 async def wait_for(process: asyncio.subprocess.Process, text: str, *, end: bytes = b"\n") -> str:

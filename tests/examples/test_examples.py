@@ -79,8 +79,8 @@ async def count_jobs(url: str) -> int:
 
 @module_loop
 async def test_a_batch_writes_a_file_per_row(programs: Programs) -> None:
-    said = await programs.run("batch_from_csv.py", str(EXAMPLES / "prompts.csv"), "--limit", "3", "--at-once", "2")
-    assert "[3/3]" in said
+    output = await programs.run("batch_from_csv.py", str(EXAMPLES / "prompts.csv"), "--limit", "3", "--at-once", "2")
+    assert "[3/3]" in output
     names, lengths = zip(*programs.seconds().items(), strict=True)
     assert names[0].startswith("sounds/0001-an-organ-playing-c4-")
     assert lengths == (2, 2, 2)
@@ -108,9 +108,9 @@ async def test_an_interrupted_batch_resumes(programs: Programs) -> None:
 async def test_failed_rows_are_reported_and_do_not_stop_others(programs: Programs) -> None:
     prompts = programs.folder / "prompts.csv"
     prompts.write_text("prompt,duration\nrain,0\nwind,0.5\n")
-    said = await programs.run("batch_from_csv.py", "prompts.csv", code=1)
-    assert "row 0001-rain" in said
-    assert "duration" in said
+    output = await programs.run("batch_from_csv.py", "prompts.csv", code=1)
+    assert "row 0001-rain" in output
+    assert "duration" in output
     assert list(programs.seconds().values()) == [0.5]
     for content, fault in {
         "text,duration\nrain,1\n": "row 1 has no prompt",
@@ -151,8 +151,8 @@ async def test_webhooks_are_verified_and_stored_once(programs: Programs) -> None
 
 
 async def test_a_receiver_without_a_secret_does_not_start(tmp_path: Path) -> None:
-    said = await Programs(tmp_path, "http://a").run("webhook_receiver.py", code=1, STABLE_AUDIO_WEBHOOK_SECRET="")
-    assert said == "error: STABLE_AUDIO_WEBHOOK_SECRET is not set\n"
+    output = await Programs(tmp_path, "http://a").run("webhook_receiver.py", code=1, STABLE_AUDIO_WEBHOOK_SECRET="")
+    assert output == "error: STABLE_AUDIO_WEBHOOK_SECRET is not set\n"
 
 
 @module_loop
@@ -202,9 +202,9 @@ async def test_ctrl_c_ends_them_without_a_traceback(name: str, tmp_path: Path) -
 @pytest.mark.parametrize("name", ASKING)
 async def test_an_invalid_address_is_reported(name: str, tmp_path: Path) -> None:
     code = 6 if name.endswith(".sh") else 1
-    said = await Programs(tmp_path, "nowhere").run(name, *ARGUMENTS_TO_START.get(name, []), code=code)
-    assert said.startswith(("error: ", "curl: "))
-    assert "nowhere" in said
+    output = await Programs(tmp_path, "nowhere").run(name, *ARGUMENTS_TO_START.get(name, []), code=code)
+    assert output.startswith(("error: ", "curl: "))
+    assert "nowhere" in output
 
 
 @pytest.mark.parametrize(
@@ -234,6 +234,6 @@ async def test_scripts_end_when_the_server_stops(name: str, num_answers: int, tm
 @pytest.mark.parametrize("name", [*ARGUMENTS_TO_START, *CLIENTS])
 async def test_without_a_server_they_report_an_error(name: str, tmp_path: Path) -> None:
     code = 7 if name.endswith(".sh") else 1
-    said = await Programs(tmp_path, "http://127.0.0.1:9").run(name, *ARGUMENTS_TO_START.get(name, []), code=code)
-    assert said.startswith(("error: ", "curl: "))
-    assert "127.0.0.1" in said
+    output = await Programs(tmp_path, "http://127.0.0.1:9").run(name, *ARGUMENTS_TO_START.get(name, []), code=code)
+    assert output.startswith(("error: ", "curl: "))
+    assert "127.0.0.1" in output
