@@ -61,7 +61,7 @@ def pitch_name(index: int, rng: np.random.Generator) -> str:
 
 
 def hertz_name(index: int, rng: np.random.Generator) -> str:
-    """Returns whole hertz within a quarter of a semitone of an oscillator."""
+    """Returns a frequency in whole hertz, at most a quarter of a semitone from an oscillator."""
     exact = float(OSCILLATOR_HZ[index])
     candidates = [
         value for value in range(int(exact * 0.985), int(exact * 1.016) + 1) if nearest_oscillator(value) == index

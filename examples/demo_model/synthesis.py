@@ -219,7 +219,7 @@ def _draw_beat(canvas: _Canvas, scene: Scene) -> None:
 
 
 def _noise_bands(colour: str, rng: np.random.Generator, *, num_frames: int) -> Array:
-    """Returns band RMS (F, bands). Power density over frequency f: white constant, pink 1/f, brown 1/f^2."""
+    """Returns band RMS (F, bands). Power density at frequency f: constant for white, 1/f for pink, 1/f^2 for brown."""
     width = np.diff(BAND_EDGES_HZ)
     centre = np.sqrt(np.maximum(BAND_EDGES_HZ[:-1], 40.0) * BAND_EDGES_HZ[1:])
     time_s = np.arange(num_frames) * FRAME_S

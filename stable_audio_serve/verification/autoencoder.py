@@ -118,10 +118,10 @@ def _kernel(it: Subject, match: re.Match[str]) -> Tensor:
 
 
 def _windows(it: Subject, _: object) -> Iterator[Found]:
-    """Code long audio in the windows that the engine uses while other requests wait; compare with one piece.
+    """Compare long audio coded in windows with the same audio coded in one piece.
 
-    Checks encoding only for Stable Audio Open, where windows are exact. Each window takes its part of one noise draw
-    over all frames.
+    The windows are the ones that the engine uses while other requests wait. Encoding is compared only for Stable Audio
+    Open, where windows are exact. Each window takes its part of one noise draw over all frames.
     """
     model, hop, rate_hz = it.model, it.model.spec.hop, it.model.spec.card.sample_rate_hz
     generator, frames = torch.Generator().manual_seed(0), 3 * WINDOW_FRAMES

@@ -152,7 +152,7 @@ class Report:
             self.fail(component, f"{key}: {describe_error(error)}" if key else describe_error(error))
 
     def require_groups(self, required: Mapping[str, tuple[str, ...]]) -> None:
-        """Record each part of `required` as missed if none of its components was compared or has failed."""
+        """Record a part of `required` as missed if it had no comparison, unless it has failed already."""
         compared = {comparison.component for comparison in self.comparisons}
         for name, components in required.items():
             if not compared.intersection(components) and not {name, *components}.intersection(self.failures):
