@@ -37,7 +37,7 @@ def problems(text: str, target: str) -> list[str]:
         found.append("another base image")
     user = last(text, target, name="USER")
     if user is None or re.fullmatch(r"[1-9]\d*:[1-9]\d*", user) is None:
-        found.append("runs as root, or as a name Kubernetes cannot tell from root")
+        found.append("runs as root, or as a name Kubernetes cannot distinguish from root")
     if last(text, target, name="STOPSIGNAL") != "SIGINT":
         found.append("stops without draining")
     if not re.search(r"apt-get install [^&]*\bwget\b", shell(text, target)):

@@ -123,7 +123,7 @@ class QualityGate:
         if good is None or good.weights == setup.weights:
             return _Reference("new")
         if source.commit is not None and good.source == source:
-            raise QualityError(f"the files of {source} are not those that passed before: the cache was changed")
+            raise QualityError(f"the files of {source} differ from the files that passed before: the cache was changed")
         report = await self._archive.report(replace(setup, weights=good.weights).report_id)
         return _Reference("new") if report is None else _Reference("other", report)
 

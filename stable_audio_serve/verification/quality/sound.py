@@ -60,9 +60,9 @@ def difference_from_same(clip: Clip, reference: Clip) -> str | None:
         return f"{clip.num_samples} samples, {reference.num_samples} before"
     likeness, louder_db = cosine(clip, reference), clip.level_db - reference.level_db
     if not likeness >= LEAST_COSINE:
-        return f"spectral cosine {likeness:.4f}, at least {LEAST_COSINE} is asked for"
+        return f"spectral cosine {likeness:.4f}, must be at least {LEAST_COSINE}"
     if not abs(louder_db) <= LEVEL_DB:
-        return f"{louder_db:+.2f} dB, at most {LEVEL_DB} dB either way is allowed"
+        return f"{louder_db:+.2f} dB, must be within {LEVEL_DB} dB"
     return None
 
 
@@ -70,7 +70,7 @@ def difference_from_other(clip: Clip, reference: Clip) -> str | None:
     """Returns how far a clip's level is from a clip of other weights, or None if within the bound."""
     louder_db = clip.level_db - reference.level_db
     if not abs(louder_db) <= OTHER_LEVEL_DB:
-        return f"{louder_db:+.2f} dB beside the last good weights, at most {OTHER_LEVEL_DB:g} dB either way is allowed"
+        return f"{louder_db:+.2f} dB beside the last good weights, must be within {OTHER_LEVEL_DB:g} dB"
     return None
 
 
