@@ -281,7 +281,7 @@ def make_request(
     return replace(request, **fields)  # type: ignore[arg-type]
 
 
-def make_unlike_requests() -> list[GenerationRequest]:
+def make_varied_requests() -> list[GenerationRequest]:
     """Returns seven requests that differ in length, steps, guidance, sampler, sources and masks."""
     return [
         make_request("rain", duration_s=0.15, seed=11, steps=2),

@@ -56,7 +56,7 @@ class OneCall:
         rows, frames = sum(lane.branches for lane in lanes), max(lane.frames for lane in lanes)
         return [Call(tuple(range(len(lanes))), self.shapes.least(rows), self.padded(frames))]
 
-    def crowd(self, branches: int, frames: int) -> int:
+    def typical_rows(self, branches: int, frames: int) -> int:
         return branches
 
     def padded(self, frames: int) -> int:

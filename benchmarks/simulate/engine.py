@@ -129,7 +129,7 @@ class SimulatedEngine:
         self._predictor = Predictor(self._cost, self._policy, turn_frames=self._pace.turn_frames)
         self._scheduler = Scheduler(
             limits,
-            knee_tokens=lambda frames: frames * self._policy.crowd(1, frames),
+            knee_tokens=lambda frames: frames * self._policy.typical_rows(1, frames),
             step_ms=self._predictor.step_ms,
             has_second_queue=True,
         )

@@ -1,1 +1,1 @@
-"""HTTP only: the FastAPI application, request limits, error bodies. Runs on any Backend."""
+"""The HTTP layer: FastAPI application, request limits, error responses. Runs on any Backend."""

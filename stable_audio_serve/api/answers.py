@@ -1,6 +1,6 @@
-"""Successful answers of every dialect: a file, made or stored, with its length and the headers that describe it.
+"""Success responses of every dialect: a generated or stored file, with its length and the headers that describe it.
 
-Knows no dialect. Files are streamed from their store, never held in memory.
+Independent of dialects. Files are streamed from their store, never held in memory.
 """
 
 from __future__ import annotations
@@ -29,12 +29,16 @@ SOUND_HEADERS: dict[str, Any] = {
     name: {"schema": {"type": kind}, "description": text}
     for name, kind, text in (
         ("X-Seed", "integer", "Seed of the first variation."),
-        ("X-Seeds", "string", "Of several variations, the seed of each; as all lists, with commas."),
-        ("X-Audio-Peak", "string", "Largest absolute sample of each variation, 1 = full scale."),
-        ("X-Audio-Loudness", "string", "Integrated loudness of each, LUFS; null under 0.4 s."),
-        ("X-Audio-Silent", "string", "Whether each stays below -70 dBFS: true or false."),
-        ("X-Device", "string", "What made the audio: cuda, mps or cpu; a seed repeats a clip on the same."),
-        ("X-Dtype", "string", "Precision of the denoiser there: float32, float16 or bfloat16."),
+        ("X-Seeds", "string", "Seed of each variation, comma-separated; only with several variations."),
+        ("X-Audio-Peak", "string", "Largest absolute sample of each variation, comma-separated; 1 = full scale."),
+        ("X-Audio-Loudness", "string", "Integrated loudness of each variation, LUFS; null under 0.4 s."),
+        ("X-Audio-Silent", "string", "Whether each variation stays below -70 dBFS: true or false."),
+        (
+            "X-Device",
+            "string",
+            "Device that made the audio: cuda, mps or cpu. Reproducing the bytes needs the same one.",
+        ),
+        ("X-Dtype", "string", "Precision of the denoiser: float32, float16 or bfloat16."),
     )
 }
 RECIPE = "X-Recipe"
@@ -42,12 +46,12 @@ REPLAY = "X-Replay"
 RECIPE_HEADER: dict[str, Any] = {
     RECIPE: {
         "schema": {"type": "string"},
-        "description": "What made the file, as JSON; of several variations one each, with commas. Above 4 kB without "
-        "prompts and regions, which `left_out` names then: the file has them. Absent if that is above 4 kB, too.",
+        "description": "Recipe of each variation as JSON, comma-separated. Above 4 kB prompts and regions are left "
+        "out and named in `left_out`; the file always has them. Absent if still above 4 kB.",
     }
 }
 _MOST_RECIPE_BYTES = 4096
-# Headers that a page on another origin may read.
+# Headers that pages of other origins may read.
 EXPOSED_HEADERS = (
     "Content-Disposition",
     "Idempotent-Replayed",
@@ -67,11 +71,11 @@ _STREAM_ABOVE_BYTES = 1_048_576
 _BYTES = "application/octet-stream"
 _AUDIO = re.compile(
     r"audio/[a-z0-9.-]{1,60}(; ?[A-Za-z0-9=.+-]{1,60})?"
-)  # without +: browsers render what ends in +xml
+)  # no "+", because browsers render types that end in +xml
 
 
 def encoded_answer(file: EncodedFile, headers: Mapping[str, str]) -> Response:
-    """Returns the file, streamed in chunks where it is large."""
+    """Returns the file, streamed in chunks if it is large."""
     headers = {**headers, "Content-Length": str(file.num_bytes)}
     if file.num_bytes <= _STREAM_ABOVE_BYTES:
         return Response(file.to_bytes(), headers=headers, media_type=file.media_type)
@@ -79,15 +83,15 @@ def encoded_answer(file: EncodedFile, headers: Mapping[str, str]) -> Response:
 
 
 async def file_answer(file: StoredFile, jobs: JobQueue, *, is_head: bool, recipes: Sequence[Recipe] = ()) -> Response:
-    """Returns the stored file as a download with its length; for HEAD only its headers. `recipes` are of its clips.
+    """Returns the stored file as a download; for HEAD only its headers. `recipes` are the recipes of its clips.
 
-    Raises HTTPException 404 when the file is gone.
+    Raises HTTPException 404 when the file no longer exists.
     """
     chunks = jobs.read(file)
     try:
         first = await anext(chunks, b"")
     except FileNotFoundError as error:
-        raise HTTPException(404, "the file is gone") from error
+        raise HTTPException(404, "the file no longer exists") from error
     headers = {
         **attachment(file.file_name),
         **sound_headers(file.clips, file.made_on),
@@ -102,7 +106,7 @@ async def file_answer(file: StoredFile, jobs: JobQueue, *, is_head: bool, recipe
 
 
 def result_headers(output: Output) -> dict[str, str]:
-    """Returns the headers that say what was generated and how long each stage took."""
+    """Returns the headers with the model, the audio's properties and the duration of each stage."""
     result = output.result
     return {
         "X-Model": result.model,
@@ -115,11 +119,13 @@ def result_headers(output: Output) -> dict[str, str]:
 
 
 def _recipe_header(recipes: Sequence[Recipe]) -> dict[str, str]:
-    """Returns the recipes whole, else without what makes them long: proxies take 4 to 16 kB of all headers together."""
+    """Returns the recipes, shortened if too long, because proxies accept 4 to 16 kB of headers in total."""
     if not recipes:
         return {}
     text = ""
-    if sum(recipe.num_prompt_chars for recipe in recipes) <= _MOST_RECIPE_BYTES:  # else texts of 600 kB were written
+    if (
+        sum(recipe.num_prompt_chars for recipe in recipes) <= _MOST_RECIPE_BYTES
+    ):  # avoids serializing up to 600 kB for nothing
         text = ", ".join(recipe.to_json() for recipe in recipes)
     if not 0 < len(text) <= _MOST_RECIPE_BYTES:
         text = ", ".join(recipe.to_short_json() for recipe in recipes)
@@ -127,14 +133,13 @@ def _recipe_header(recipes: Sequence[Recipe]) -> dict[str, str]:
 
 
 def sound_headers(clips: Sequence[ClipFacts], made_on: MadeOn | None) -> dict[str, str]:
-    """Returns headers that describe the audio of a file as JSON values, separated by commas for several variations,
-    and name what it was made on.
+    """Returns headers that describe a file's audio and device. Values are JSON, comma-separated for several variations.
 
-    Without what is not known. `X-Seed` is the first variation's seed; `X-Seeds` is there for several only.
+    Leaves out unknown values. `X-Seed` is the first variation's seed. `X-Seeds` is sent only for several variations.
     """
-    told = {"X-Device": made_on.device, "X-Dtype": made_on.dtype} if made_on else {}
+    device_headers = {"X-Device": made_on.device, "X-Dtype": made_on.dtype} if made_on else {}
     if not clips:
-        return told
+        return device_headers
     facts = [clip_dict(clip) for clip in clips]
     headers = {
         name: ", ".join(json.dumps(fact[key]) for fact in facts)
@@ -147,18 +152,18 @@ def sound_headers(clips: Sequence[ClipFacts], made_on: MadeOn | None) -> dict[st
     }
     if len(clips) == 1:
         del headers["X-Seeds"]
-    return {"X-Seed": str(clips[0].seed), **headers, **told}
+    return {"X-Seed": str(clips[0].seed), **headers, **device_headers}
 
 
 def attachment(file_name: str) -> dict[str, str]:
-    """Returns the headers of a download, which no browser shows or runs as something else."""
+    """Returns the headers that make browsers save the response and never display or run it."""
     return {"Content-Disposition": content_disposition(file_name), "X-Content-Type-Options": "nosniff"}
 
 
 def audio_type(media_type: str | None) -> str:
-    """Returns the type of a file that a client brought, as it is served: an audio type, or that of plain bytes.
+    """Returns the media type to serve a client's file as: its audio type, otherwise application/octet-stream.
 
-    Our own pages and the scripts that they trust come from the same origin as such files.
+    Such files share an origin with the server's own pages, so a browser must never run them as scripts.
     """
     text = (media_type or "").lower()
     return text if _AUDIO.fullmatch(text) else _BYTES

@@ -1,4 +1,4 @@
-"""Builds the web application: middleware, routers of all dialects, error answers outside any route."""
+"""Builds the web application: middleware, routers of all dialects, and errors outside any route."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ from stable_audio_serve.core.operations import Operations
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.queue import JobQueue
 
-# One for each dialect, in the order of the API page.
+# One per dialect, in the order of the API page.
 TAGS = [
-    {"name": native.TAG, "description": "Our own API: the Stable Audio 3 server's."},
-    {"name": native_jobs.TAG, "description": "The same requests, accepted now and done later."},
+    {"name": native.TAG, "description": "The native API: the contract of the Stable Audio 3 server."},
+    {"name": native_jobs.TAG, "description": "The same requests as background jobs."},
     {"name": server.TAG, "description": "Health and models, shared by all dialects."},
-    {"name": files.TAG, "description": "Downloads, for whoever has the link."},
-    {"name": merged.TAG, "description": "The path that the dialects of Stable Audio 3 and Open Small share."},
+    {"name": files.TAG, "description": "Downloads for anyone with the link."},
+    {"name": merged.TAG, "description": "The path that Stable Audio 3 and Open Small share."},
     {"name": open_small.TAG, "description": "The Flask API for Stable Audio Open Small."},
     {"name": vllm_omni.TAG, "description": "vLLM-Omni's audio generation."},
     {"name": aimlapi.TAG, "description": "The AIML API's `stable-audio`: submit and poll."},
     {"name": fal.TAG, "description": "fal's queue, synchronous calls and storage for `fal-ai/stable-audio`."},
-    {"name": status.TAG, "description": "The state of the server; with a key that has the scope `admin`, changing it."},
-    {"name": pages.TAG, "description": "For browsers: what is served, and this description."},
+    {"name": status.TAG, "description": "Server state and operator actions; a key needs the scope `admin`."},
+    {"name": pages.TAG, "description": "Pages for browsers: the playground and this description."},
 ]
 
 
@@ -64,11 +64,11 @@ def create_app(
     operations: Operations | None = None,
     address_header: str | None = None,
 ) -> FastAPI:
-    """Returns the application over any backend; it knows nothing of Ray.
+    """Returns the application over any backend, with or without Ray.
 
-    Without `jobs` it opens the queue of the settings, whose jobs another process runs. `operations` are what operators
-    see and do; by default what a backend of one process can tell. `address_header` is the one in which a proxy before
-    this process passes on the client's address, whatever the client sent in it.
+    Without `jobs` it opens the queue named in the settings; another process runs those jobs. `operations` are the
+    operator's views and actions; the default covers one process without Ray. `address_header` is the header in which
+    the proxy in front passes on the client's address; the proxy overwrites any value that the client sent.
     """
     metrics = metrics or NullMetrics()
     service = Service(backend, settings, jobs=jobs, metrics=metrics, stream_limits=stream_limits)
@@ -82,12 +82,12 @@ def create_app(
     app = DescribedAPI(
         title=server.NAME,
         version=__version__,
-        description="Text to audio, variations and inpainting with Stable Audio models. Each API is also found below a "
-        "prefix of its own, where nothing is merged with the others: `/sa3`, `/saos`, `/vllm`, `/aiml`, `/fal`.",
+        description="Text to audio, variations and inpainting with Stable Audio models. Each dialect is also available "
+        "separately below its own prefix: `/sa3`, `/saos`, `/vllm`, `/aiml`, `/fal`.",
         openapi_tags=TAGS,
         lifespan=lifespan,
         redirect_slashes=False,  # Starlette would redirect to whatever Host the client sent
-        openapi_url=None,  # in `pages`, with pages that load nothing from elsewhere
+        openapi_url=None,  # `pages` serves it, with pages that load nothing from other hosts
         middleware=[
             Middleware(
                 OriginsMiddleware,
@@ -126,7 +126,7 @@ def create_app(
     app.include_router(admin.build_router(service, operations))
     app.include_router(merged.build_router(service))
     app.include_router(open_small.build_health_router(service), prefix="/saos")
-    for name, router in routers.items():  # where two dialects share a path, the first one's route is found
+    for name, router in routers.items():  # if two dialects share a path, the first route wins
         app.include_router(router)
         shared = server.build_router(service, owner="vllm" if name == "vllm" else server.NAME)
         for part in (router, shared):
@@ -135,7 +135,7 @@ def create_app(
 
 
 def _render_unrouted(request: Request, error: HTTPException) -> Response:
-    """Answers unknown paths, and unknown methods in the form of the path's dialect."""
+    """Respond to unknown paths, and to unknown methods in the form of the path's dialect."""
     if error.status_code == 405:  # Starlette names the methods of the path's first route only
         error = HTTPException(405, error.detail, headers={"Allow": ", ".join(allowed_methods(request))})
     render = getattr(request.scope.get("route"), "render_error", render_error)

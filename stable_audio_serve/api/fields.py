@@ -1,4 +1,4 @@
-"""Field types that the request models of several dialects share."""
+"""Field types shared by the request models of several dialects."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pydantic import Field, StringConstraints
 NOT_BLANK = r"\S"
 
 PEAKS_DESCRIPTION = (
-    "Extension: limit = a limiter holds peaks at 0.977, quieter clips stay bit for bit; "
-    "scale = divided by its own peak; clip = cut off at full scale. Null = the server's choice."
+    "Extension: limit = a limiter holds peaks at 0.977 and leaves quieter clips unchanged; "
+    "scale = divide by the clip's own peak; clip = cut off at full scale. Null = the server's default."
 )
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Prompt = Annotated[

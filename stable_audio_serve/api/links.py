@@ -1,6 +1,6 @@
-"""Absolute URLs for replies: how the caller reached this server, or the configured public URL.
+"""Absolute URLs in responses: based on the host of the request, or on the configured public URL.
 
-Taken from headers that anybody may send: a value that is not a plain host name or an HTTP scheme is ignored.
+Clients can forge these headers, so only plain host names and HTTP schemes are accepted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _HOST = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9._-]{0,252})|\[[0-9A-Fa-f:.]{2,4
 
 
 def base_url(request: Request, limits: ApiSettings) -> str:
-    """Returns scheme, host and mount path as this caller can reach them, without a slash at the end."""
+    """Returns scheme, host and mount path as this caller reaches them, without a trailing slash."""
     if limits.public_url:
         return limits.public_url.rstrip("/")
     forwarded_scheme = _first(request, "x-forwarded-proto").lower()
@@ -28,17 +28,17 @@ def base_url(request: Request, limits: ApiSettings) -> str:
 
 
 def file_url(base: str, result: JobResult) -> str:
-    """Returns the link to a finished job's file; it needs no key."""
+    """Returns the link to a finished job's file. It needs no key."""
     return published_url(base, result.file_id, file_name=result.file.file_name)
 
 
 def published_url(base: str, file_id: str, *, file_name: str) -> str:
-    """Returns the link to the file that `JobQueue.publish` gave this id; it needs no key."""
+    """Returns the link to a file published with this id (`JobQueue.publish`). It needs no key."""
     return f"{base}/files/{file_id}/{quote(file_name, safe='')}"
 
 
 def _first(request: Request, header: str) -> str:
-    """Returns the value that the proxy nearest to the client set."""
+    """Returns the first value of a forwarded header, set by the proxy nearest to the client."""
     return request.headers.get(header, "").split(",")[0].strip()
 
 

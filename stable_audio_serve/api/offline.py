@@ -1,4 +1,4 @@
-"""A backend that runs nothing: enough to describe the API without a server."""
+"""A backend without models, used to generate the API description without a server."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from stable_audio_serve.core.generation import GenerationRequest, GenerationResu
 
 
 class OfflineBackend:
-    """Has one model, and refuses to run it."""
+    """Has one model and refuses to run it."""
 
     def __init__(self) -> None:
         self.catalog = ModelCatalog([ModelCard("none", "none")])

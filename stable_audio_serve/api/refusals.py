@@ -1,7 +1,7 @@
-"""How any dialect says no: sorts an expected error, notes it in the request's log line, and hides what is internal.
+"""Error handling shared by all dialects: classifies an expected error, logs it, and hides internal messages.
 
-A dialect gives its table from kinds of errors to rows of its own, and the functions that word an answer. Knows neither
-statuses nor bodies. An error that nobody expected arrives as a GenerationError from `middleware.observe`.
+A dialect provides a table from error kinds to its own rows, and functions that build its responses. Independent of
+statuses and bodies. `middleware.observe` turns unexpected exceptions into a GenerationError.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _STORAGE_RETRY_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Refusal(Generic[Row]):
-    """An error of `core.errors` with its row of the dialect's table; `message` is safe to show."""
+    """An error of `core.errors` with its row in the dialect's table. `message` is safe to show."""
 
     error: StableAudioError
     row: Row
@@ -47,25 +47,25 @@ def _no_fault(_: Request, __: StableAudioError) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusals(Generic[Row, Fault, Answer]):
-    """One dialect's refusals."""
+    """Error handling of one dialect."""
 
     table: Mapping[str, Row]
-    """Kinds of errors that clients may learn of."""
+    """Row of each kind of error that clients may see."""
     internal: Row
-    """For all other kinds: their message goes to the log, clients get `internal_message`."""
+    """Row of all other kinds. Their message goes to the log; clients get `internal_message`."""
     internal_message: str
     """May contain `{request_id}`."""
     parse_fault: Callable[[Request, Mapping[str, Any]], Sequence[Fault]]
-    """Entry of FastAPI's list of invalid fields -> the dialect's own."""
+    """Turns an entry of FastAPI's list of invalid fields into the dialect's form."""
     find_fault: Callable[[Request, StableAudioError], Fault | None] = _no_fault
-    """Returns the fault of a field where the dialect answers such an error like an invalid field."""
+    """Returns an invalid field for errors that the dialect reports like invalid fields, else None."""
     name_field: Callable[[Fault], Any]
     answer_fields: Callable[[Request, Sequence[Fault]], Answer]
     answer_http: Callable[[Request, HTTPException], Answer]
     answer_error: Callable[[Request, Refusal[Row]], Answer]
 
     def answer(self, request: Request, error: ExpectedError) -> Answer:
-        """Returns the dialect's answer to an error we expect, and notes the refusal in the request's log line."""
+        """Returns the dialect's response to an expected error and adds the refusal to the request's log line."""
         if isinstance(error, RequestValidationError):
             faults = [fault for entry in error.errors()[:MAX_FAULTS] for fault in self.parse_fault(request, entry)]
             return self._refuse_fields(request, faults)
@@ -94,8 +94,8 @@ class Refusals(Generic[Row, Fault, Answer]):
 
 
 def _retry_after(error: StableAudioError) -> dict[str, str]:
-    """Returns `Retry-After` in whole seconds, at least one; nothing where no time is known."""
+    """Returns `Retry-After` in whole seconds, at least one; empty if the time is unknown."""
     seconds = error.retry_after_s
-    if seconds is None and error.kind == StorageError.kind:  # the store cannot know how long it will be away
+    if seconds is None and error.kind == StorageError.kind:  # the store cannot predict when it recovers
         seconds = _STORAGE_RETRY_S
     return {} if seconds is None else {"Retry-After": str(max(1, math.ceil(seconds)))}

@@ -1,4 +1,4 @@
-"""What every dialect's routes share: bounded body parsing, admission, and errors in the dialect's own form."""
+"""Route classes shared by all dialects: bounded body parsing, admission, and errors in the dialect's form."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from stable_audio_serve.core.errors import QuotaError, UnauthorizedError
 from stable_audio_serve.core.keys import Scope
 
 ErrorRenderer = Callable[[Request, ExpectedError], Response]
-Scopes = tuple[Scope, ...] | Callable[[Request], tuple[Scope, ...]]  # a key needs one of them; none = any key will do
+Scopes = tuple[Scope, ...] | Callable[[Request], tuple[Scope, ...]]  # a key needs one of them; empty = any key
 
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 _MAKERS = frozenset({"generate", "jobs"})
@@ -37,13 +37,13 @@ _MAX_FIELD_BYTES = 512 * 1024  # the longest prompt has 100,000 characters of up
 
 
 class HexIdConvertor(StringConvertor):
-    """In routes, `{name:hex_id}`: an id in the form that we make; words in its place do not match."""
+    """`{name:hex_id}` in routes: an id in the server's format. Other words do not match."""
 
     regex = "[0-9a-f]{32}"
 
 
 class JobIdConvertor(StringConvertor):
-    """In routes, `{name:job_id}`: anything that may be meant as a job's id, so that a bad id gets its own error."""
+    """`{name:job_id}` in routes: any text in the place of a job id, so that an invalid id gets its own error."""
 
     regex = "(?!(?:variations|inpaint)$)[^/]+"
 
@@ -53,10 +53,10 @@ register_url_convertor("job_id", JobIdConvertor())
 
 
 class BoundedRequest(Request):
-    """A request whose body is bounded: depth and number sizes of JSON, parts and fields of forms."""
+    """A request with a bounded body: nesting and number sizes of JSON, parts and fields of forms."""
 
     async def json(self) -> Any:
-        """Returns the JSON body. Raises JSONDecodeError, also for excessive nesting and numbers."""
+        """Returns the JSON body. Raises JSONDecodeError, also for excessive nesting or numbers."""
         body = await self.body()
         try:
             return pydantic_core.from_json(body.removeprefix(codecs.BOM_UTF8))
@@ -77,12 +77,11 @@ class BoundedRequest(Request):
 def route_class(
     render: ErrorRenderer, *, scopes: Scopes, enter: Callable[[Request], None] | None = None
 ) -> type[APIRoute]:
-    """Returns a route type that answers the errors we expect in one dialect's form; other exceptions pass through.
+    """Returns a route class that renders expected errors in one dialect's form. Other exceptions pass through.
 
-    Where keys are configured it admits only requests with one that has one of `scopes`, before it reads their bodies;
-    an upload of a key that has used up its limits is refused before it is read, too.
-    `request.state.caller` is who asks, `request.state.client` the client of the key. `enter` is what every
-    request passes first.
+    If keys are configured, a request needs a key with one of `scopes`; this is checked before its body is read. Uploads
+    of a key that has reached its limits are refused unread too. Sets `request.state.caller`, and
+    `request.state.client` to the key's client. `enter` is the first check of every request.
     """
 
     async def admit(request: Request) -> None:
@@ -109,13 +108,13 @@ def _has_form(request: Request) -> bool:
 
 
 def operator_route_class(render: ErrorRenderer, *, scopes: Scopes) -> type[APIRoute]:
-    """Returns the same for operators, who are answered even while the server drains or stops."""
+    """Returns a route class for operators, who get responses even while the server drains or stops."""
     return route_class(render, scopes=scopes, enter=_admit_operator)
 
 
 def public_route_class(render: ErrorRenderer, *, scopes: tuple[Scope, ...] = ()) -> type[APIRoute]:
-    """Returns the same for links that need no key. Without a valid key that has one of `scopes`,
-    `request.state.client` is None."""
+    """Returns a route class for links that need no key. `request.state.client` is None without a valid key that has one
+    of `scopes`."""
 
     async def admit(request: Request) -> None:
         _admit_visitor(request)
@@ -128,12 +127,12 @@ def public_route_class(render: ErrorRenderer, *, scopes: tuple[Scope, ...] = ())
 
 
 def probe_route_class(render: ErrorRenderer) -> type[APIRoute]:
-    """Returns the same for probes, which need no key and are answered even while the server stops."""
+    """Returns a route class for probes, which need no key and get responses even while the server stops."""
     return _dialect_route(render, _admit_always)
 
 
 def allowed_methods(request: Request) -> list[str]:
-    """Returns the methods of the request's path, over all routes that share it."""
+    """Returns the methods of the request's path, from all routes that share it."""
     scopes = {method: {**request.scope, "method": method} for method in _METHODS}
     routes = request.app.routes
     return [name for name, scope in scopes.items() if any(route.matches(scope)[0] is Match.FULL for route in routes)]
@@ -147,7 +146,7 @@ def _dialect_route(render: ErrorRenderer, admit: Callable[[Request], Awaitable[N
             handle = super().get_route_handler()
 
             async def handle_and_render(request: Request) -> Response:
-                request.state.render_error = render  # for unexpected exceptions, see `middleware.observe`
+                request.state.render_error = render  # `middleware.observe` uses it for unexpected exceptions
                 bounded = BoundedRequest(request.scope, request.receive)
                 try:
                     await admit(request)
@@ -158,7 +157,7 @@ def _dialect_route(render: ErrorRenderer, admit: Callable[[Request], Awaitable[N
                         response.headers["WWW-Authenticate"] = "Bearer"
                     return response
                 finally:
-                    await bounded.close()  # deletes uploads, whatever code parsed the form
+                    await bounded.close()  # deletes uploaded temporary files
 
             return handle_and_render
 
@@ -170,14 +169,14 @@ async def _admit_always(_: Request) -> None:
 
 
 def _admit_visitor(request: Request) -> None:
-    """Checks every request except operators' and probes."""
+    """Check a request of a client; operators and probes have other checks."""
     _admit_origin(request)
     draining: Draining = request.app.state.draining
     draining.admit(request.scope)
 
 
 def _admit_operator(request: Request) -> None:
-    """What operators ask is nothing that a server which drains has to finish."""
+    """Check a request of an operator. A drain does not wait for it."""
     _admit_origin(request)
     draining: Draining = request.app.state.draining
     draining.end(request.scope.get("visit"))

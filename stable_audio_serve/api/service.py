@@ -1,6 +1,6 @@
-"""What the handlers of all dialects share: decode uploads, run generations in time, encode files.
+"""Operations shared by the handlers of all dialects: decode uploads, run generations in time, encode files.
 
-Knows requests and results, not wire forms. CPU work happens on bounded worker threads, never on the event loop.
+Handles requests and results, not wire formats. CPU work runs on bounded worker threads, never on the event loop.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ _UPLOAD_CHUNK_BYTES = 1_048_576
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A finished answer: the file to send, facts about its audio, the generation, and how long encoding took; the
-    recipe of each variation, if the answer may carry it."""
+    """A finished response: the file, measurements of its audio, the generation, the encoding time, and the recipe of
+    each variation if the response may contain it."""
 
     file: EncodedFile
     clips: tuple[ClipFacts, ...]
@@ -72,7 +72,7 @@ class Output:
 
 
 class Service:
-    """One per application; owns its audio workers."""
+    """One per application. Owns its audio workers."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Service:
         clock: Clock | None = None,
         stream_limits: StreamLimits | None = None,
     ) -> None:
-        """Without `jobs` it opens the queue of the settings, whose jobs another process runs. Raises ConfigError."""
+        """Without `jobs` it opens the queue from the settings; another process runs those jobs. Raises ConfigError."""
         self.backend = backend
         self.settings = settings
         self.jobs = jobs or open_queue(settings)
@@ -101,7 +101,7 @@ class Service:
         self._source_bytes = 0
 
     async def close(self) -> None:
-        """Wait for running work and stop threads and processes."""
+        """Wait for running work, then stop threads and processes."""
         await self._audio.close()
         await self.limiter.close()
         await self.jobs.close()
@@ -109,14 +109,14 @@ class Service:
     async def decode(
         self, upload: UploadFile, card: ModelCard, *, padding_s: float | None, field: str = "audio"
     ) -> SourceAudio:
-        """Returns the part of an uploaded file that a model can use. Raises InvalidUploadError, UploadTooLargeError."""
+        """Returns the usable part of an uploaded file. Raises InvalidUploadError, UploadTooLargeError."""
         self._check_size(upload, field=field)
         max_s = _usable_s(card, padding_s)
         with self._measured("upload_decode_ms"):
             return await self._audio.decode(upload.file, max_s=max_s, field=field)
 
     async def read_text(self, upload: UploadFile, *, field: str) -> str | None:
-        """Returns the text in an uploaded file, see `embedded_text.extract`. Raises as `decode` does."""
+        """Returns the text in an uploaded file, see `embedded_text.extract`. Raises the same errors as `decode`."""
         self._check_size(upload, field=field)
         return await self._audio.read_text(upload.file, field=field)
 
@@ -129,7 +129,7 @@ class Service:
             raise UploadTooLargeError(message, field=field)
 
     async def decode_path(self, path: Path, *, max_s: float) -> SourceAudio:
-        """Returns the first `max_s` seconds of a file of the operator. Raises GenerationError."""
+        """Returns the first `max_s` seconds of an operator's file. Raises GenerationError."""
         try:
             return await self._audio.decode_path(path, max_s=max_s)
         except (OSError, InvalidUploadError) as error:
@@ -138,7 +138,7 @@ class Service:
     async def keep_upload(
         self, upload: UploadFile, card: ModelCard, *, padding_s: float | None, role: Literal["init", "inpaint"]
     ) -> JobUpload:
-        """Check that a model can use an uploaded file, then store it unchanged for a job about to be submitted.
+        """Check that a model can use an uploaded file, then store it unchanged for a new job.
 
         Raises InvalidUploadError, UploadTooLargeError, StorageError.
         """
@@ -154,14 +154,14 @@ class Service:
     async def generate(
         self, card: ModelCard, request: GenerationRequest, *, caller: Caller, started_at: float
     ) -> GenerationResult:
-        """Run one request, within the limits of its key, that arrived at `started_at`. Raises errors of
+        """Run one request that arrived at `started_at`, within the limits of its key. Raises errors of
         `core.errors`.
         """
         async with self.limiter.admitted(caller.key, audio_s=_audio_s(request), takes_place=True):
             return await self._generate(card, replace(request, client=caller.name), started_at=started_at)
 
     async def add_job(self, spec: JobSpec, caller: Caller) -> Added:
-        """`JobQueue.add` within the limits of a key, whose seconds of audio count now and not when the job runs.
+        """Add a job within the limits of a key. Its seconds of audio count now, not when the job runs.
 
         A repeated request is not charged again.
         """
@@ -181,15 +181,15 @@ class Service:
         budget_s = request.deadline_s or self.settings.api.default_deadline_s
         left_s = budget_s - (self.clock.monotonic() - started_at)
         if left_s <= 0:
-            raise DeadlineExceededError("deadline_s: the time budget ran out before the model was asked")
+            raise DeadlineExceededError("deadline_s: the time budget ran out before the generation started")
         with self._admitted(request):
             return await self.backend.generate(card.name, replace(request, deadline_s=left_s))
 
     @contextmanager
     def _admitted(self, request: GenerationRequest) -> Iterator[None]:
-        """Bound the number of requests in progress and the bytes of their decoded source audio. Raises OverloadedError.
+        """Limit the requests in progress and the bytes of their decoded source audio. Raises OverloadedError.
 
-        A source larger than the bound is accepted when it is alone.
+        A single source above the limit is accepted.
         """
         sources = (source.samples.nbytes for source in (request.init_audio, request.inpaint_audio) if source)
         num_bytes = sum(sources)
@@ -208,18 +208,18 @@ class Service:
             self._source_bytes -= num_bytes
 
     async def finish(self, result: GenerationResult, order: FileOrder) -> Output:
-        """Returns the file that a client gets for a result, see `audio.finish.finish`."""
+        """Returns the file for a result, see `audio.finish.finish`."""
         return await self.finish_by(result, lambda: finish(result, order))
 
     async def finish_by(self, result: GenerationResult, make: Callable[[], FinishedFile]) -> Output:
-        """Returns the file of a result that `make` makes, on an encoding thread."""
+        """Returns the file that `make` creates for a result, on an encoding thread."""
         started_at = self.clock.monotonic()
         finished = await self.compute(make)
         encode_ms = (self.clock.monotonic() - started_at) * 1000
         return Output(finished.file, finished.clips, result, encode_ms, finished.recipes)
 
     async def compute(self, function: Callable[[], T]) -> T:
-        """Run `function`, which makes a file, on an encoding thread. Returns its result."""
+        """Run `function` on an encoding thread. Returns its result."""
         with self._measured("file_encode_ms"):
             return await self._audio.run_encoding(function)
 
@@ -230,7 +230,7 @@ class Service:
         self.metrics.observe(metric, (self.clock.monotonic() - started_at) * 1000)
 
     async def status(self) -> Mapping[str, ModelStatus]:
-        """Returns the status of each model within a second, the last known one if the backend is slower."""
+        """Returns each model's status within a second; the last known status if the backend is slower."""
         try:
             async with asyncio.timeout(_STATUS_TIMEOUT_S):
                 self._last_status = await self.backend.status()
@@ -240,17 +240,17 @@ class Service:
 
 
 def _audio_s(request: GenerationRequest) -> float:
-    """Returns the seconds of audio that count: of all variations."""
+    """Returns the seconds of audio to charge, summed over variations."""
     return request.duration_s * request.batch_size
 
 
 def _usable_s(card: ModelCard, padding_s: float | None) -> float:
-    """Returns how much source audio a model can use, seconds; more than its window, because resampling looks ahead."""
+    """Returns the seconds of source audio that a model can use, with a margin because resampling looks ahead."""
     return (
         card.max_duration_s + (card.default_duration_padding_s if padding_s is None else padding_s) + _SOURCE_MARGIN_S
     )
 
 
 def resolve_seed(seed: int) -> int:
-    """Returns the seed for a wire seed: -1 draws one, any other integer is reduced modulo 2**63."""
+    """Returns the seed for a client's seed: -1 draws one, any other integer is reduced modulo 2**63."""
     return secrets.randbelow(2**32) if seed == -1 else seed % SEED_LIMIT

@@ -1,6 +1,6 @@
-"""Follows jobs to their end as server-sent events, whichever process runs them: it polls their store.
+"""Streams a job's progress as server-sent events by polling the job store, so the job may run in any process.
 
-A stream costs a connection and reads of the store for as long as its job waits and runs, so one process bounds them.
+A stream holds a connection and polls the store until its job ends. Each process limits the number of streams.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ T = TypeVar("T")
 log = structlog.get_logger("stable_audio_serve.api")
 
 _BUSY_RETRY_S = 10.0
-_RECONNECT_MS = 2000  # a server that only replaces this process answers then
+_RECONNECT_MS = 2000  # by then a rolling update has replaced this process
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamLimits:
-    """How many event streams one process has open, how long they wait, and how often."""
+    """Limits and poll intervals of the event streams of one process."""
 
     max_open: int = 128
-    max_open_per_client: int = 16  # a client is a key, without keys an address
-    first_poll_s: float = 0.5  # grows while nothing happens
+    max_open_per_client: int = 16  # a client is a key, or without keys an address
+    first_poll_s: float = 0.5  # grows while nothing changes
     last_poll_s: float = 2.0
     comment_s: float = 10.0  # proxies and clients drop a silent connection after 15 s or more
-    max_polls_away: int = 30  # attempts to reach a store that is away, each after the longest pause
+    max_polls_away: int = 30  # attempts to reach an unavailable store, `last_poll_s` apart
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A job that has changed: `events` are the new ones, `position` is how many jobs are before it."""
+    """A job that has changed, with its new `events`. `position` is the number of jobs before it in the queue."""
 
     job: Job
     events: tuple[JobEvent, ...]
@@ -55,18 +55,18 @@ class Change:
 
 
 async def _end_quietly(events: AsyncIterator[ServerSentEvent], draining: Draining) -> AsyncIterator[ServerSentEvent]:
-    """Yields `events` until there are no more or none can be read: the client reconnects, and gets the error then."""
+    """Yields `events` until they end or the store fails. The client then reconnects and gets the error."""
     try:
         async for event in events:
             yield event
     except StorageError as error:
-        log.warning("an event stream breaks off", reason=error.message)
+        log.warning("event stream ended early", reason=error.message)
     if draining.is_leaving:
         yield ServerSentEvent(retry=_RECONNECT_MS, sep="\n")
 
 
 class EventStreams:
-    """The streams that one process has open."""
+    """The open event streams of one process."""
 
     def __init__(self, draining: Draining, *, metrics: Metrics, limits: StreamLimits | None = None) -> None:
         self._draining = draining
@@ -75,10 +75,9 @@ class EventStreams:
         self._limits = limits or StreamLimits()
 
     async def follow(self, jobs: JobQueue, job: Job, *, after: int = 0) -> AsyncIterator[Change]:
-        """Yields the job as it is now, then every change until it is over or gone; only events after the id `after`.
+        """Yields the job's current state, then every change until it ends or is deleted, with events after id `after`.
 
-        Ends early when this process has to leave. Waits for a store that is away for less than a minute, then raises
-        StorageError.
+        Ends early when this process stops. Waits up to a minute for an unavailable store, then raises StorageError.
         """
         current: Job | None = job
         sent: object = None
@@ -108,11 +107,11 @@ class EventStreams:
     def open(
         self, events: AsyncIterator[ServerSentEvent], *, caller: Caller, headers: Mapping[str, str] | None = None
     ) -> Response:
-        """Returns an answer that sends `events`. Raises OverloadedError when too many are open, QuotaError when too
-        many are this caller's.
+        """Returns a response that sends `events`. Raises OverloadedError for too many open streams, QuotaError for too
+        many of this caller.
         """
         if self._open_by_client[caller.name] >= self._limits.max_open_per_client:
-            message = "too many event streams of this client are open"
+            message = "this client has too many open event streams"
             raise QuotaError(message, retry_after_s=_BUSY_RETRY_S)
         if self._open.value >= self._limits.max_open:
             message = "too many event streams are open"
@@ -133,11 +132,11 @@ class EventStreams:
         finally:
             self._open.change(-1)
             self._open_by_client[client] -= 1
-            self._open_by_client += Counter()  # forgets clients that have none open
+            self._open_by_client += Counter()  # removes clients without open streams
 
 
 class _Stream(EventSourceResponse):
-    """Counts only while it is being sent: an answer that is never sent holds no place."""
+    """An event stream response. It counts only while it is being sent, so an unsent response holds no slot."""
 
     def __init__(
         self,

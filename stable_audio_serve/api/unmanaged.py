@@ -1,4 +1,4 @@
-"""`core.operations.Operations` of an application without Ray: its models are there or not, and it is one process."""
+"""`core.operations.Operations` without Ray: one process whose models cannot be loaded or unloaded on demand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from stable_audio_serve.core.operations import DrainReport, ModelReport, ServerR
 
 
 class UnmanagedOperations:
-    """What a backend says of its models; a drain concerns this process only, and not who runs its jobs."""
+    """Reports the backend's models. A drain affects this process only, not the job runners."""
 
     def __init__(self, backend: Backend, draining: Draining) -> None:
         self._backend = backend

@@ -1,4 +1,4 @@
-"""The webhook body of each dialect at the end of a job; the job runner calls it, and knows no dialect itself."""
+"""The webhook body of each dialect at the end of a job, so that the job runner is independent of dialects."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stable_audio_serve.jobs.webhooks.notifier import WebhookBody
 
 
 def webhook_bodies(files: ArtifactStore) -> WebhookBody:
-    """Returns what makes the JSON body for an ended job, in the form of the dialect that accepted it. Blocking."""
+    """Returns a function that builds an ended job's JSON body in the form of its dialect. Blocking."""
     bodies: Mapping[Contract, WebhookBody] = {
         "sa3": partial(native.webhook_body, files=files),
         "fal": fal.webhook_body,

@@ -1,1 +1,1 @@
-"""Files at rest: finished audio and stored uploads, under unguessable names."""
+"""Stored files: finished audio and uploads, under unguessable names."""

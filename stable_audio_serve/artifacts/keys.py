@@ -1,4 +1,4 @@
-"""Makes the keys that files are stored under, and recognises them among foreign ones."""
+"""Creates the keys that files are stored under, and distinguishes them from foreign keys."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import secrets
 
 from stable_audio_serve.core.ids import ArtifactKey, JobId
 
-# The folders of keys: finished jobs at the top, uploads of jobs to come, files that clients have links to.
+# Folders of keys: "" has the files of finished jobs, "uploads" source files of jobs, "files" files that clients link.
 FOLDERS = ("", "uploads", "files")
 
-# The folder of what is known of models' sound: no job has a part in it, and no sweeper looks there.
+# The folder of quality reports. Jobs and sweepers do not use it.
 QUALITY_FOLDER = "quality"
 
 # The file that names the owner of a folder or bucket.
@@ -25,31 +25,31 @@ _OURS = re.compile(
 
 
 def artifact_key(job_id: JobId, file_name: str, *, fence: int, id_is_chosen: bool = False) -> ArtifactKey:
-    """Returns the key of a finished job's file. Every attempt has its own, because an earlier one may still be writing.
+    """Returns the key of a finished job's file. Each attempt has its own, because an earlier one may still be writing.
 
-    Where the client chose the id, another client may choose it too: random digits keep their files apart.
+    If the client chose the id, another client may choose it too. Random digits keep their files apart.
     """
     attempt = f"{secrets.token_hex(16)}-" if id_is_chosen else f"{fence}-" if fence > 1 else ""
     return ArtifactKey(f"{_UNSAFE.sub('-', job_id)}-{attempt}{_UNSAFE.sub('-', file_name)}")
 
 
 def upload_key() -> ArtifactKey:
-    """Returns a key for a file that a job starts from."""
+    """Returns a key for a job's source file."""
     return ArtifactKey(f"uploads/{secrets.token_hex(16)}")
 
 
 def part_key(upload_id: str, number: int) -> ArtifactKey:
-    """Returns the key of one part of a file that arrives in several; `upload_id` has 32 hexadecimal digits."""
+    """Returns the key of one part of a multi-part upload; `upload_id` has 32 hexadecimal digits."""
     return ArtifactKey(f"uploads/{upload_id}-{number}")
 
 
 def file_key() -> ArtifactKey:
-    """Returns a key for a file that clients have a link to."""
+    """Returns a key for a file that clients get a link to."""
     return ArtifactKey(f"files/{secrets.token_hex(16)}")
 
 
 def quality_key(name: str) -> ArtifactKey:
-    """Returns the key of a report on a model's sound; `name` has 32 hexadecimal digits. Raises ValueError if not."""
+    """Returns the key of a quality report; `name` has 32 hexadecimal digits. Raises ValueError otherwise."""
     key = ArtifactKey(f"{QUALITY_FOLDER}/{name}")
     if not is_ours(key):
         raise ValueError(f"not 32 hexadecimal digits: {name[:40]!r}")
@@ -57,5 +57,5 @@ def quality_key(name: str) -> ArtifactKey:
 
 
 def is_ours(key: str) -> bool:
-    """Whether a key has a shape that this module makes. Files under other keys belong to someone else."""
+    """Whether this module could have created the key. Files under other keys belong to other programs."""
     return _OURS.fullmatch(key) is not None

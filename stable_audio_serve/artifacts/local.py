@@ -1,7 +1,7 @@
-"""Files in one local folder: written under another name next to it, flushed to the disk, then renamed.
+"""Files in one local folder: written under a temporary name in the same folder, flushed to disk, then renamed.
 
-The folder must stay the one it was at its first use. When it was moved, or its disk is not mounted, the path leads to
-another folder or to none. New files would be lost there, and existing ones would seem to be gone.
+The folder must stay the same folder after its first use. If it was moved, or its disk is not mounted, the path leads to
+another folder or to nothing. New files would be lost there, and existing files would seem to be deleted.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ _PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}\.partial")
 
 
 class Folder:
-    """One folder by its path."""
+    """One folder, found by its path."""
 
     def __init__(self, path: Path, *, may_make: bool) -> None:
-        """Touches nothing yet. With `may_make` the first file creates a missing folder."""
+        """Does no I/O. With `may_make` the first file creates a missing folder."""
         self.path = path
         self._may_make = may_make
         self._known: tuple[int, int] | None = None  # device and inode
@@ -64,12 +64,12 @@ class Folder:
         self._lock = threading.Lock()
 
     def require(self) -> None:
-        """Raises StoreMovedError for another folder than before, or for a missing one without `may_make`."""
+        """Raise StoreMovedError for a folder other than before, or for a missing one without `may_make`."""
         with self._lock:
             self._require()
 
     def make(self) -> None:
-        """`require`, and create the folder if it has never existed. Raises StoreMovedError, OSError."""
+        """Like `require`, but creates the folder if it has never existed. Raises StoreMovedError, OSError."""
         with self._lock:
             if self._known is None and self._may_make:
                 make_private_folder(self.path)
@@ -81,15 +81,15 @@ class Folder:
             self._known, self._owner = found, self._read_owner()
         is_in_place = found == self._known if self._known else self._may_make
         if not is_in_place and found and self._owner and self._read_owner() == self._owner:
-            self._known, is_in_place = found, True  # mounted again, or copied back from another disk
-        if is_in_place == self._is_missed:  # changed since the last look: log it once
+            self._known, is_in_place = found, True  # the same owner: mounted again, or copied back
+        if is_in_place == self._is_missed:  # log each change once
             self._is_missed = not is_in_place
             if is_in_place:
-                log.warning("the folder of files is back in its place", folder=str(self.path))
+                log.warning("the files folder is back", folder=str(self.path))
             else:
-                log.error("the folder of files was moved or replaced", folder=str(self.path))
+                log.error("the files folder was moved or replaced", folder=str(self.path))
         if not is_in_place:
-            raise StoreMovedError("the folder of files was moved or replaced", retry_after_s=_RETRY_S)
+            raise StoreMovedError("the files folder was moved or replaced", retry_after_s=_RETRY_S)
 
     def _identify(self) -> tuple[int, int] | None:
         try:
@@ -106,10 +106,10 @@ class Folder:
 
 
 class LocalArtifacts:
-    """An `ArtifactStore` below one folder, which must stay where it is. The protocol documents the methods."""
+    """An `ArtifactStore` in one folder, which must not move. The protocol documents the methods."""
 
     def __init__(self, folder: Path, *, may_make: bool = True, metrics: Metrics | None = None) -> None:
-        """Touches nothing yet. With `may_make` the first file creates a missing folder."""
+        """Does no I/O. With `may_make` the first file creates a missing folder."""
         self._folder = Folder(folder, may_make=may_make)
         self._metrics = metrics or NullMetrics()
         self._threads = StoreThreads(_NUM_THREADS, name="local-files")
@@ -158,16 +158,16 @@ class LocalArtifacts:
         except StorageError as error:
             raise self._config_error(error.message) from error
         if not is_same:
-            raise self._config_error("a file does not come back as it was written")
+            raise self._config_error("a file that was read back differs from what was written")
 
     def require_place(self) -> None:
         self._folder.require()
 
     def url(self, file: StoredFile) -> None:
-        """Returns None: clients fetch local files through this server."""
+        """Returns None, because clients download local files from this server."""
 
     def bucket_key(self, file: StoredFile) -> None:
-        """Returns None: there is no bucket."""
+        """Returns None, because there is no bucket."""
 
     def claim(self, owner: str) -> float | None:
         path = self._folder.path / OWNER_KEY
@@ -247,11 +247,13 @@ class LocalArtifacts:
     def _path(self, key: ArtifactKey) -> Path:
         parts = key.split("/")
         if len(parts) > _MAX_PARTS or not all(_PART.fullmatch(part) for part in parts):
-            raise ValueError(f"not an artifact key: {key!r}")  # keys are ours: this is a bug, not a bad request
+            raise ValueError(
+                f"not an artifact key: {key!r}"
+            )  # clients never choose keys: this is a bug, not a bad request
         return self._folder.path.joinpath(*parts)
 
     def _names(self, folder: str) -> Iterator[str]:
-        """Yields the names of the files in a folder, none if there is no such folder."""
+        """Yields the names of the files in a folder, none if the folder does not exist."""
         with suppress(FileNotFoundError), os.scandir(self._folder.path / folder) as entries:
             yield from (entry.name for entry in entries if entry.is_file(follow_symlinks=False))
 
@@ -316,7 +318,7 @@ def _remove(path: Path) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)  # only then does the new name survive a power cut
+    descriptor = os.open(folder, os.O_RDONLY)  # without this a power failure may lose the new name
     try:
         os.fsync(descriptor)
     finally:
@@ -326,4 +328,4 @@ def _flush_folder(folder: Path) -> None:
 def _storage_error(error: OSError) -> StorageError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageFullError("the disk is full")
-    return StorageError(f"a file cannot be kept or read: {error.strerror or 'I/O error'}", retry_after_s=_RETRY_S)
+    return StorageError(f"a file cannot be stored or read: {error.strerror or 'I/O error'}", retry_after_s=_RETRY_S)

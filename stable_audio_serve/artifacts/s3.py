@@ -1,4 +1,4 @@
-"""Files in a bucket of S3, R2 or another service of that protocol, each under `<prefix>/<key>`."""
+"""Files in a bucket of S3, R2 or a compatible service, each under `<prefix>/<key>`."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from stable_audio_serve.artifacts.s3_client import (
     check_bucket,
     is_missing,
     make_client,
-    our_errors,
     s3_errors,
     status_of,
+    storage_errors,
 )
 from stable_audio_serve.artifacts.store import (
     MAX_LISTED,
@@ -49,15 +49,15 @@ _CHUNK_BYTES = 1_048_576
 _MULTIPART_ABOVE_BYTES = 16 * _CHUNK_BYTES
 _PART_BYTES = 8 * _CHUNK_BYTES
 _NOT_IMPLEMENTED = 501
-_WAS_FASTER = (409, 412)  # conflict, precondition failed: another process was faster
-_MAX_BREAKS = 5  # connections of a download that break one after another without a byte
+_LOST_RACE = (409, 412)  # conflict, precondition failed: another process wrote the object first
+_MAX_BREAKS = 5  # successive interrupted connections of a download without a byte
 
 
 class S3Artifacts:
-    """An `ArtifactStore` in one bucket, which must exist. The protocol documents the methods."""
+    """An `ArtifactStore` in one existing bucket. The protocol documents the methods."""
 
     def __init__(self, settings: StorageSettings, *, metrics: Metrics | None = None) -> None:
-        """Touches nothing yet. `settings` must name a bucket."""
+        """Does no I/O. `settings` must name a bucket."""
         self._settings = settings
         self._prefix = f"{settings.prefix}/" if settings.prefix else ""
         self._metrics = metrics or NullMetrics()
@@ -94,18 +94,18 @@ class S3Artifacts:
         check_bucket(self._settings, prefix=self._prefix)
 
     def require_place(self) -> None:
-        """Does nothing: a bucket does not move."""
+        """Does nothing, because a bucket does not move."""
 
     def url(self, file: StoredFile) -> str | None:
-        """Returns a link on the public base, or a presigned one; None where links lead to the server.
+        """Returns a link below the public base URL, or a presigned link; None if links lead to the server.
 
-        Raises StorageError without credentials to sign it.
+        Raises StorageError when credentials for signing are missing.
         """
         if self._settings.links == "server":
             return None
         if base := self._settings.public_base_url:
             return f"{base.rstrip('/')}/{quote(self.bucket_key(file))}"
-        with our_errors("sign"):
+        with storage_errors("sign"):
             url: str = self._client.generate_presigned_url(
                 "get_object", Params=self._at(file.key), ExpiresIn=self._settings.presigned_url_expires_s
             )
@@ -116,7 +116,7 @@ class S3Artifacts:
 
     def claim(self, owner: str) -> float | None:
         at = self._at(OWNER_KEY)
-        with our_errors("claim"):
+        with storage_errors("claim"):
             try:
                 found = self._client.get_object(**at)
             except self._client.exceptions.NoSuchKey:
@@ -127,7 +127,7 @@ class S3Artifacts:
         return since if is_owned else None
 
     def fetch(self, key: ArtifactKey, *, max_bytes: int) -> bytes | None:
-        with our_errors("fetch"):
+        with storage_errors("fetch"):
             if (found := self._open(key)) is None:
                 return None
             with closing(found) as body:
@@ -137,7 +137,7 @@ class S3Artifacts:
     def list_folder(self, folder: str, *, cursor: str | None = None, limit: int = MAX_LISTED) -> ObjectPage:
         prefix = f"{self._prefix}{folder}/" if folder else self._prefix
         options: dict[str, Any] = {"ContinuationToken": cursor} if cursor else {}
-        with our_errors("list"):
+        with storage_errors("list"):
             page = self._client.list_objects_v2(
                 Bucket=self._settings.bucket, Prefix=prefix, Delimiter="/", MaxKeys=limit, **options
             )
@@ -149,7 +149,7 @@ class S3Artifacts:
 
     def sweep_unfinished(self, *, before: float) -> int:
         num_aborted = 0
-        with our_errors("sweep"):
+        with storage_errors("sweep"):
             pages = self._client.get_paginator("list_multipart_uploads").paginate(
                 Bucket=self._settings.bucket, Prefix=self._prefix
             )
@@ -175,7 +175,7 @@ class S3Artifacts:
 
     def _probe(self, num_bytes: int) -> None:
         at = self._at(upload_key())
-        with our_errors("probe"):
+        with storage_errors("probe"):
             self._client.put_object(**at, Body=bytes(min(num_bytes, PROBE_BYTES)))
             self._client.delete_object(**at)
 
@@ -190,7 +190,7 @@ class S3Artifacts:
             "ContentDisposition": content_disposition(file_name),
             "Metadata": {"sha256": sha256},
         }
-        with our_errors("put"):
+        with storage_errors("put"):
             try:
                 self._client.upload_fileobj(
                     io.BufferedReader(_Reader(until_stopped(chunks(), stop), sha256=sha256)),
@@ -200,14 +200,14 @@ class S3Artifacts:
                     Config=self._transfer_config(),
                 )
             except s3_errors():
-                # When the answer to a first attempt at completing it was lost, the next one finds no upload, but its
-                # object is there.
+                # If the response to a first completion of the upload is lost, the retry fails because the upload no
+                # longer exists. The object is complete.
                 if not self._is_there(file):
                     raise
         return file
 
     def _transfer_config(self) -> Any:
-        """Large files go in parts, one after another on the caller's thread: there are many callers."""
+        """Upload large files in parts, sequentially on the caller's thread, because there are many callers."""
         from boto3.s3.transfer import TransferConfig
 
         return TransferConfig(
@@ -221,9 +221,9 @@ class S3Artifacts:
         try:
             self._client.put_object(**at, Body=body, IfNoneMatch="*")
         except s3_errors() as error:
-            if status_of(error) == _NOT_IMPLEMENTED:  # by services without conditional writes
+            if status_of(error) == _NOT_IMPLEMENTED:  # the service has no conditional writes
                 self._client.put_object(**at, Body=body)
-            elif status_of(error) not in _WAS_FASTER:
+            elif status_of(error) not in _LOST_RACE:
                 raise
 
     def _is_there(self, file: StoredFile) -> bool:
@@ -240,13 +240,13 @@ class S3Artifacts:
             return
 
     def _delete(self, key: ArtifactKey) -> None:
-        with our_errors("delete"):
+        with storage_errors("delete"):
             self._client.delete_object(**self._at(key))
 
     def _read(self, file: StoredFile) -> Generator[bytes]:
         """Raises FileNotFoundError, StorageError."""
         num_read = num_breaks = 0
-        with our_errors("read"):
+        with storage_errors("read"):
             while (body := self._open(file.key, num_read)) is not None:
                 with closing(body):
                     try:
@@ -260,11 +260,11 @@ class S3Artifacts:
                         if num_breaks > _MAX_BREAKS:
                             raise
         if num_read:
-            raise StorageError("the stored file was removed while it was read")
+            raise StorageError("the stored file was deleted during the download")
         raise FileNotFoundError(file.key)
 
     def _open(self, key: ArtifactKey, start: int = 0) -> Any:
-        """Returns the body of an object from the byte `start` on, None when the object is gone."""
+        """Returns the body of an object from byte `start` on, None when the object does not exist."""
         options = {"Range": f"bytes={start}-"} if start else {}
         try:
             return self._client.get_object(**self._at(key), **options)["Body"]
@@ -275,7 +275,7 @@ class S3Artifacts:
 
 
 class _Reader(io.RawIOBase):
-    """Chunks as a raw file that can be read once. Reading its end fails unless they match the SHA-256."""
+    """Presents chunks as a raw file that can be read once. The end of the file raises unless the SHA-256 matches."""
 
     def __init__(self, chunks: Iterable[bytes], *, sha256: str) -> None:
         self._chunks = iter(chunks)
@@ -292,7 +292,7 @@ class _Reader(io.RawIOBase):
             chunk = next(self._chunks, None)
             if chunk is None:
                 if self._digest.hexdigest() != self._sha256:
-                    raise StorageError("a file changed while it was stored")
+                    raise StorageError("a file changed during the upload")
                 return 0
             self._digest.update(chunk)
             self._rest = memoryview(chunk)
@@ -302,7 +302,7 @@ class _Reader(io.RawIOBase):
 
 
 def _measure(chunks: Iterable[bytes]) -> tuple[int, str]:
-    """Returns size and SHA-256 of a file."""
+    """Returns the size and SHA-256 of a file."""
     digest = hashlib.sha256()
     num_bytes = 0
     for chunk in chunks:

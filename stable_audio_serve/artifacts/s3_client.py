@@ -1,7 +1,8 @@
-"""boto3's client for S3 and services that speak its protocol, the meaning of its errors, and the check of a bucket at a
-server's start, whose errors are sentences that name the settings at fault.
+"""boto3's client for S3-compatible services, the meaning of its errors, and the bucket check at the server's start.
 
-boto3 is imported at the first use: a server that keeps its files in a folder never loads it.
+Each error of the check is one sentence that names the settings to change.
+
+boto3 is imported at first use, so a server with a local folder never loads it.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ _READ_TIMEOUT_S = 20.0
 _MAX_ATTEMPTS = 5
 _MAX_CONNECTIONS = 32
 _RETRY_S = 5.0
-_INSUFFICIENT_STORAGE = 507  # of HTTP
+_INSUFFICIENT_STORAGE = 507  # HTTP status
 
-_CHECK_TIMEOUT_S = 3.0  # of one attempt, for its connection and for its answer
-_CHECK_BUDGET_S = 4.0  # with the last attempt, all is over within ten seconds
+_CHECK_TIMEOUT_S = 3.0  # of one attempt, for the connection and for the response
+_CHECK_BUDGET_S = 4.0  # no attempt starts later, so that the check ends within ten seconds
 _CHECK_PAUSE_S = 0.2
 
 _BUCKET = "storage.bucket (STABLE_AUDIO_STORAGE_BUCKET, AWS_S3_BUCKET, R2_BUCKET or R2_BUCKET_NAME)"
@@ -70,18 +71,17 @@ def make_client(
     read_timeout_s: float = _READ_TIMEOUT_S,
     max_attempts: int = _MAX_ATTEMPTS,
 ) -> Any:
-    """Returns a client for the service of these settings, safe to share among threads. Touches nothing yet."""
+    """Returns a thread-safe client for the configured service. Does no I/O."""
     import boto3
     from botocore.config import Config
 
     config = Config(
-        signature_version="s3v4",  # also for links, where the SDK would still use version 2 in us-east-1
+        signature_version="s3v4",  # the SDK's default for links in us-east-1 is version 2
         connect_timeout=connect_timeout_s,
         read_timeout=read_timeout_s,
         retries={"mode": "standard", "total_max_attempts": max_attempts},
         max_pool_connections=_MAX_CONNECTIONS,
-        # Bodies are part of the signature, so that the service refuses bodies changed on the way. Not every service
-        # understands newer checksums.
+        # Signed bodies let the service reject corrupted uploads. Not every service supports the newer checksums.
         s3={"addressing_style": _addressing(settings), "payload_signing_enabled": True},
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
@@ -98,7 +98,7 @@ def make_client(
 
 
 def s3_errors() -> tuple[type[Exception], ...]:
-    """What the client raises when the service or the way to it fails."""
+    """Returns the exceptions of the client when the service or the connection fails."""
     from botocore.exceptions import BotoCoreError, ClientError
     from botocore.parsers import ResponseParserError
 
@@ -106,24 +106,24 @@ def s3_errors() -> tuple[type[Exception], ...]:
 
 
 def code_of(error: BaseException) -> str:
-    """The service's own code of an error, for example NoSuchKey; the error's class without an answer of the service."""
+    """Returns the service's error code, for example NoSuchKey, or the exception's class name without a response."""
     return str(_answer(error).get("Error", {}).get("Code") or type(error).__name__)
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status of an error that the service answered."""
+    """Returns the HTTP status of the service's response, None without a response."""
     status = _answer(error).get("ResponseMetadata", {}).get("HTTPStatusCode")
     return status if isinstance(status, int) else None
 
 
 def is_missing(error: BaseException) -> bool:
-    """Whether an error means that there is no such object."""
+    """Whether the error means that the object does not exist."""
     return code_of(error) in ("NoSuchKey", "404", "NotFound")
 
 
 @contextmanager
-def our_errors(operation: str) -> Iterator[None]:
-    """Turn what the client raises into StorageError and StorageFullError."""
+def storage_errors(operation: str) -> Iterator[None]:
+    """Turn the client's exceptions into StorageError and StorageFullError."""
     try:
         yield
     except s3_errors() as error:
@@ -135,13 +135,13 @@ def our_errors(operation: str) -> Iterator[None]:
 
 
 def _answer(error: BaseException) -> Mapping[str, Any]:
-    """Returns what the service answered, as the client read it; empty when it did not answer."""
+    """Returns the service's response, empty if there was none."""
     answer = getattr(error, "response", None)
     return answer if isinstance(answer, Mapping) else {}
 
 
 def _addressing(settings: StorageSettings) -> str:
-    """Returns the style of bucket addresses: AWS prefers a host name per bucket, other services often have none."""
+    """Returns the URL style of the bucket: AWS prefers one host name per bucket, which other services often lack."""
     if settings.addressing == "auto":
         return "path" if settings.endpoint_url else "virtual"
     return settings.addressing
@@ -154,7 +154,7 @@ def _secret(value: Any) -> str | None:
 def check_bucket(
     settings: StorageSettings, *, prefix: str, budget_s: float = _CHECK_BUDGET_S, clock: Clock = SystemClock()
 ) -> None:
-    """Write, read, list and delete a small object. No attempt begins after `budget_s`. Raises ConfigError."""
+    """Write, read, list and delete a small object. No attempt starts after `budget_s`. Raises ConfigError."""
     try:
         client = make_client(
             settings, connect_timeout_s=_CHECK_TIMEOUT_S, read_timeout_s=_CHECK_TIMEOUT_S, max_attempts=1
@@ -168,7 +168,9 @@ def check_bucket(
 
     def read() -> None:
         if client.get_object(**at)["Body"].read() != _CHECK:
-            raise ConfigError(f"{_BUCKET}: an object does not come back as it was written", field="storage.bucket")
+            raise ConfigError(
+                f"{_BUCKET}: an object that was read back differs from what was written", field="storage.bucket"
+            )
 
     for doing, call in (
         ("writing", lambda: client.put_object(**at, Body=_CHECK)),
@@ -183,7 +185,7 @@ def check_bucket(
 
 
 def _attempt(call: Callable[[], Any], *, deadline: float, clock: Clock) -> None:
-    """Repeat the call while the service is unreachable or in trouble, until the deadline."""
+    """Repeat the call until the deadline while the service is unreachable or returns server errors."""
     while True:
         try:
             call()
@@ -207,7 +209,7 @@ def _explain(error: Exception, settings: StorageSettings, *, doing: str) -> Conf
     if code == "NoSuchBucket" or (status == 404 and doing == "writing"):
         return _sentence(_BUCKET, f"{where} has no bucket {settings.bucket!r}")
     if code in _BAD_BUCKET:
-        return _sentence(_BUCKET, f"{settings.bucket!r} is no bucket name that {where} accepts")
+        return _sentence(_BUCKET, f"{where} does not accept the bucket name {settings.bucket!r}")
     if code in _BAD_REGION:
         return _sentence(_REGION, f"{settings.region} is not the region of bucket {settings.bucket!r} ({code})")
     if status == 403:

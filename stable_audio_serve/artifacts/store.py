@@ -1,7 +1,7 @@
-"""The seam to the places for files, and what these share: worker threads of their own, so that a slow disk or service
-delays only its own users, and the check of files while they are read.
+"""The interface of file stores, and their shared parts.
 
-Keys are made by `artifacts.keys`, never by clients.
+Each store has its own worker threads, so that a slow disk or service delays only its own callers. Files are verified
+while they are read. Only `artifacts.keys` creates keys, never clients.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ log = structlog.get_logger("stable_audio_serve.artifacts")
 
 T = TypeVar("T")
 
-_WIND_DOWN_S = 1.0  # how long a cancelled caller waits for its work to be undone; it is undone in any case
+_WIND_DOWN_S = 1.0  # time that a cancelled caller waits for the undo, which continues after it
 
 BackendName = Literal["local", "s3"]
 
-# How many files one call of `list_folder` returns at most.
+# Most files that one call of `list_folder` returns.
 MAX_LISTED = 1000
 
-# What a probe writes at most: enough to run into a limit, too little to push others into it.
+# Most bytes that a probe writes: enough to hit a quota, too few to fill the disk for others.
 PROBE_BYTES = 4_194_304
 
-# Returns the pieces of a file from its start. It may be called more than once, and the bytes are always the same.
+# Returns the chunks of a file from its start. May be called several times and always yields the same bytes.
 Chunks = Callable[[], Iterable[bytes]]
 
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """One file at rest, unchanged since it was put. `sha256` is hexadecimal; `clips` has the facts of its audio and
-    `made_on` where a model made it, if known.
+    """A stored file, unchanged since it was put. `sha256` is hexadecimal. `clips` are measurements of its audio and
+    `made_on` is the device that generated it, both if known.
     """
 
     key: ArtifactKey
@@ -68,14 +68,14 @@ class StoredObject:
 
 @dataclass(frozen=True, slots=True)
 class ObjectPage:
-    """Some of the objects of a folder; `next_cursor` leads to the others, if there are any."""
+    """Some objects of a folder. `next_cursor` leads to the next page, None on the last one."""
 
     objects: tuple[StoredObject, ...]
     next_cursor: str | None
 
 
 class ArtifactStore(Protocol):
-    """Stores files. A file is either there in full or not there at all."""
+    """Stores files. A file is either complete or absent."""
 
     @property
     def backend_name(self) -> BackendName:
@@ -83,32 +83,32 @@ class ArtifactStore(Protocol):
         ...
 
     async def put(self, key: ArtifactKey, chunks: Chunks, *, media_type: str, file_name: str) -> StoredFile:
-        """Write a file. Raises StorageError, StorageFullError; then, and when cancelled, nothing is left behind.
+        """Write a file. Raises StorageError, StorageFullError. Leaves nothing behind on an error or a cancellation.
 
         The sweeper removes what cannot be removed at that moment.
         """
         ...
 
     def read(self, file: StoredFile) -> AsyncGenerator[bytes]:
-        """Returns the file in chunks. The last one comes only when the whole matches the file that was put.
+        """Returns the file in chunks. Yields the last chunk only if the whole file matches its digest.
 
-        Raises FileNotFoundError before the first chunk when it is gone, StorageError, DamagedFileError.
+        Raises FileNotFoundError before the first chunk when the file does not exist, StorageError, DamagedFileError.
         """
         ...
 
     async def delete(self, key: ArtifactKey) -> None:
-        """Remove a file; it is no error when it is gone already. Raises StorageError."""
+        """Remove a file. A missing file is no error. Raises StorageError."""
         ...
 
     async def probe(self, num_bytes: int) -> None:
-        """Check, at little cost, whether a file of that size could be written now. Raises StorageError if not.
+        """Check, at little cost, whether a file of this size could be written now. Raises StorageError if not.
 
-        Where it could never fit, some free room is enough.
+        For a file larger than the store could ever hold, checks for some free space only.
         """
         ...
 
     async def close(self) -> None:
-        """Start no new work."""
+        """Stop accepting work."""
         ...
 
     def check(self) -> None:
@@ -116,37 +116,38 @@ class ArtifactStore(Protocol):
         ...
 
     def url(self, file: StoredFile) -> str | None:
-        """Returns a link that needs no server of ours, None if there is none. Blocking. Raises StorageError."""
+        """Returns a link that bypasses this server, None if there is none. Blocking. Raises StorageError."""
         ...
 
     def bucket_key(self, file: StoredFile) -> str | None:
-        """Returns the whole key of the file in its bucket, None where there is no bucket."""
+        """Returns the full key of the file in its bucket, None without a bucket."""
         ...
 
     def require_place(self) -> None:
-        """Raises StoreMovedError when files are not where they were, as far as this process can see. Blocking."""
+        """Raise StoreMovedError when this process can see that the store was moved or replaced. Blocking."""
         ...
 
     def claim(self, owner: str) -> float | None:
-        """Claim it for owner if unclaimed. Returns when, in Unix seconds, or None if another's. Blocking.
+        """Claim the store for `owner` unless it has an owner. Returns the time of the claim, Unix seconds. Blocking.
 
-        Files from before the claim are not the owner's. Raises StorageError.
+        Returns None when the store has another owner. Files from before the claim do not belong to the owner. Raises
+        StorageError.
         """
         ...
 
     def fetch(self, key: ArtifactKey, *, max_bytes: int) -> bytes | None:
-        """Returns a small file without a known digest, None if there is none. Blocking.
+        """Returns a small file without checking a digest, None if it does not exist. Blocking.
 
-        Raises StorageError, DamagedFileError for a larger one.
+        Raises StorageError, and DamagedFileError for a file above `max_bytes`.
         """
         ...
 
     def list_folder(self, folder: str, *, cursor: str | None = None, limit: int = MAX_LISTED) -> ObjectPage:
-        """Returns the files directly in a folder of `keys` whose keys are ours. Blocking. Raises StorageError."""
+        """Returns the files directly in `folder`, without foreign keys. Blocking. Raises StorageError."""
         ...
 
     def sweep_unfinished(self, *, before: float) -> int:
-        """Remove files that dead writers left unfinished before this Unix time. Returns how many. Blocking.
+        """Remove unfinished files of dead writers from before this Unix time. Returns their number. Blocking.
 
         Raises StorageError.
         """
@@ -154,11 +155,11 @@ class ArtifactStore(Protocol):
 
 
 class StoppedError(Exception):
-    """Work was stopped, and has left nothing behind."""
+    """The work was stopped and left nothing behind."""
 
 
 def until_stopped(chunks: Iterable[bytes], stop: threading.Event) -> Iterator[bytes]:
-    """Yields `chunks` until `stop` is set. Raises StoppedError then."""
+    """Yields `chunks` until `stop` is set, then raises StoppedError."""
     for chunk in chunks:
         if stop.is_set():
             raise StoppedError
@@ -166,15 +167,15 @@ def until_stopped(chunks: Iterable[bytes], stop: threading.Event) -> Iterator[by
 
 
 class StoreThreads:
-    """Runs blocking work so that cancelling its caller undoes it."""
+    """Runs blocking work on threads. Cancelling the caller undoes the work."""
 
     def __init__(self, num_threads: int, *, name: str) -> None:
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
 
     async def run(self, work: Callable[[threading.Event], T], *, undo: Callable[[], None]) -> T:
-        """Returns what `work` returns.
+        """Returns the result of `work`.
 
-        When the caller is cancelled the event is set, and work that ends nevertheless is undone.
+        When the caller is cancelled, sets the event. Work that finishes anyway is undone.
         """
         stop = threading.Event()
         future = self._pool.submit(work, stop)
@@ -188,11 +189,11 @@ class StoreThreads:
             raise
 
     async def call(self, work: Callable[[], T]) -> T:
-        """Returns what `work` returns. Work goes on when the caller is cancelled."""
+        """Returns the result of `work`. The work continues when the caller is cancelled."""
         return await asyncio.wrap_future(self._pool.submit(work))
 
     async def stream(self, chunks: Generator[bytes]) -> AsyncGenerator[bytes]:
-        """Yields `chunks`, each made on a thread. The generator is closed at the end in any case."""
+        """Yields `chunks`, each produced on a thread. Always closes the generator at the end."""
         future: Future[bytes | None] | None = None
         try:
             while True:
@@ -202,11 +203,11 @@ class StoreThreads:
                     return
                 yield chunk
         finally:
-            if future is not None:  # a thread may be inside the generator at this moment
+            if future is not None:  # a thread may still be inside the generator
                 future.add_done_callback(lambda _: chunks.close())
 
     def close(self) -> None:
-        """Start no new work."""
+        """Stop accepting work."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -215,13 +216,13 @@ def _undo(future: Future[T], undo: Callable[[], None]) -> None:
         try:
             undo()
         except StorageError as error:
-            log.warning("a file that nobody wants stays until it is swept", error=error.message)
+            log.warning("an abandoned file remains until the next sweep", error=error.message)
 
 
 def verified(file: StoredFile, chunks: Generator[bytes], *, metrics: Metrics) -> Generator[bytes]:
-    """Yields `chunks`, the last one only if all together match the size and SHA-256 of `file`.
+    """Yields `chunks`. Yields the last one only if the whole matches the size and SHA-256 of `file`.
 
-    Raises DamagedFileError if they do not, before the promised length is reached, so that every reader notices.
+    Otherwise raises DamagedFileError before the announced length is reached, so that every reader notices.
     """
     digest = hashlib.sha256()
     num_bytes = 0
@@ -246,5 +247,5 @@ def verified(file: StoredFile, chunks: Generator[bytes], *, metrics: Metrics) ->
 def require_size(data: bytes, max_bytes: int) -> bytes:
     """Returns `data`. Raises DamagedFileError when it is larger."""
     if len(data) > max_bytes:
-        raise DamagedFileError(f"the stored file is larger than {max_bytes} bytes, which none of its kind is")
+        raise DamagedFileError(f"the stored file is larger than {max_bytes} bytes, the most allowed")
     return data

@@ -113,7 +113,7 @@ def mix_down(block: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 def _mix_matrix(channels: int) -> npt.NDArray[np.float32]:
     """Returns gains (C, 2) whose columns sum to one."""
-    gains = np.array([[who in "lc", who in "rc"] for who in _SPEAKERS[channels]], dtype=np.float32)
+    gains = np.array([[side in "lc", side in "rc"] for side in _SPEAKERS[channels]], dtype=np.float32)
     gains[2:] *= _SURROUND_GAIN
     normal: npt.NDArray[np.float32] = gains / gains.sum(axis=0)
     return normal

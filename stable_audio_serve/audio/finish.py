@@ -39,18 +39,18 @@ class FileOrder:
     file_format: AudioFormat = AudioFormat.WAV
     stem: str = "audio"
     with_manifest: bool = False  # in the ZIP
-    origin: TakeOrigin | None = None
+    origin: ClipOrigin | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class TakeOrigin:
+class ClipOrigin:
     """A request with the hashes of its source files; the audio itself need not be in memory."""
 
     request: GenerationRequest
     sources: Mapping[Role, RecipeSource]
 
     @classmethod
-    def of(cls, request: GenerationRequest) -> TakeOrigin | None:
+    def of(cls, request: GenerationRequest) -> ClipOrigin | None:
         """Returns the origin of a request; None if a source does not come from a single file."""
         sources = sources_of(request)
         return None if sources is None else cls(request, sources)
@@ -127,7 +127,7 @@ def _recipes_of(result: GenerationResult, order: FileOrder) -> tuple[Recipe, ...
     )
 
 
-def finish_window(result: GenerationResult, *, num_samples: int | None, origin: TakeOrigin | None) -> FinishedFile:
+def finish_window(result: GenerationResult, *, num_samples: int | None, origin: ClipOrigin | None) -> FinishedFile:
     """Returns a WAV file as the Open Small server makes it: the whole generation is divided by its peak, then cut to
     `num_samples`.
     """

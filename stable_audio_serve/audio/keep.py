@@ -95,14 +95,14 @@ def keep_source(
         fading_in = slice(span.start, span.start + span.fade_in)
         fading_out = slice(span.stop - span.fade_out, span.stop)
         generated.append(GeneratedSpan(span.start, span.stop, audio[:, fading_in].copy(), audio[:, fading_out].copy()))
-        audio[:, fading_in] += (1 - rise(span.fade_in)) * (source[:, fading_in] - audio[:, fading_in])
-        audio[:, fading_out] += rise(span.fade_out) * (source[:, fading_out] - audio[:, fading_out])
+        audio[:, fading_in] += (1 - fade_ramp(span.fade_in)) * (source[:, fading_in] - audio[:, fading_in])
+        audio[:, fading_out] += fade_ramp(span.fade_out) * (source[:, fading_out] - audio[:, fading_out])
     edges = [0, *(edge for span in spans for edge in (span.start, span.stop)), audio.shape[1]]
     for start, stop in zip(edges[::2], edges[1::2], strict=True):
         audio[:, start:stop] = source[:, start:stop]
     return tuple(generated)
 
 
-def rise(num_samples: int) -> npt.NDArray[np.float32]:
+def fade_ramp(num_samples: int) -> npt.NDArray[np.float32]:
     """Returns the model's share of each sample during a fade-in, above 0 and below 1."""
     return (np.arange(num_samples, dtype=np.float32) + np.float32(0.5)) / np.float32(max(num_samples, 1))

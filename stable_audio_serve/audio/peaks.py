@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stable_audio_serve.audio.keep import rise
+from stable_audio_serve.audio.keep import fade_ramp
 from stable_audio_serve.core.generation import GeneratedSpan
 from stable_audio_serve.core.sound import Peaks
 
@@ -84,8 +84,8 @@ def limit_spans(
         num_in, fade_out = span.head.shape[1], own.shape[1] - span.tail.shape[1]
         own[:, :num_in], own[:, fade_out:] = span.head, span.tail
         change = limit(own, sample_rate_hz) - own
-        change[:, :num_in] *= rise(num_in)
-        change[:, fade_out:] *= rise(span.tail.shape[1])[::-1]
+        change[:, :num_in] *= fade_ramp(num_in)
+        change[:, fade_out:] *= fade_ramp(span.tail.shape[1])[::-1]
         finished[:, span.start : span.stop] += change
     return np.clip(finished, np.float32(-1), np.float32(1), out=finished)
 

@@ -29,15 +29,16 @@ MOST_REGIONS = 100
 _LONG = ("prompt", "negative_prompt", "inpaint_regions")
 
 
-def _to_whole(value: object) -> object:
+def _to_int(value: object) -> object:
     """Convert 8.0 to 8: JSON has one kind of number."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-_WHOLE = BeforeValidator(_to_whole)
+_WHOLE = BeforeValidator(_to_int)
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-_Word = Annotated[str, Field(min_length=1, max_length=200)]
-_S = Annotated[float, Field(ge=0, le=1e6)]  # seconds
+_ShortText = Annotated[str, Field(min_length=1, max_length=200)]
+_Seconds = Annotated[float, Field(ge=0, le=1e6)]  # seconds
+_Region = tuple[_Seconds, _Seconds]  # start, end
 _Start = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # seconds; models clamp it to their range
 FileFormat = Literal["wav", "flac", "mp3", "ogg", "opus"]  # of `audio.encode.AudioFormat`
 
@@ -65,28 +66,30 @@ class RecipeSource(_Part):
 class RecipeMaker(_Part):
     """The software and hardware that made the clip, which affect its last bits. Unknown values are omitted."""
 
-    version: _Word | None = _unset("Version of stable-audio-serve.")
-    torch: _Word | None = _unset("Version of PyTorch.")
-    transformers: _Word | None = _unset("Version of Transformers, which reads the prompt.")
-    device: _Word = Field(description="cuda, mps or cpu.")
-    processor: _Word | None = _unset("Instruction sets of the CPU, such as AVX512, or the name of the GPU.")
-    dtype: _Word = Field(description="Precision of the denoiser: float32, float16 or bfloat16.")
-    decode_precision: _Word | None = _unset("Precision of the decoder.")
-    networks: _Word | None = _unset("Network implementation: native or stable_audio_tools.")
+    version: _ShortText | None = _unset("Version of stable-audio-serve.")
+    torch: _ShortText | None = _unset("Version of PyTorch.")
+    transformers: _ShortText | None = _unset("Version of Transformers, which reads the prompt.")
+    device: _ShortText = Field(description="cuda, mps or cpu.")
+    processor: _ShortText | None = _unset("Instruction sets of the CPU, such as AVX512, or the name of the GPU.")
+    dtype: _ShortText = Field(description="Precision of the denoiser: float32, float16 or bfloat16.")
+    decode_precision: _ShortText | None = _unset("Precision of the decoder.")
+    networks: _ShortText | None = _unset("Network implementation: native or stable_audio_tools.")
     mode: Mode | None = _unset("strict = the bytes do not depend on other requests; fast = they may.")
     threads: Annotated[int, Field(ge=1, le=4096), _WHOLE] | None = _unset(
         "CPU threads of a call; only on a CPU, in fast mode or on processors not from AMD."
     )
     slots: Annotated[int, Field(ge=1, le=4096), _WHOLE] | None = _unset("Rows of a call; only in strict mode on a GPU.")
     is_compiled: bool | None = _unset("Whether the networks were compiled with torch.compile.")
-    codecs: _Word | None = _unset("Libraries that read the sources and wrote the file; unset for WAV without sources.")
+    codecs: _ShortText | None = _unset(
+        "Libraries that read the sources and wrote the file; unset for WAV without sources."
+    )
 
 
 class Recipe(_Part):
     """The recipe of one audio file, with field names as in the native API; its JSON has sorted keys."""
 
     recipe: Annotated[Literal[1], _WHOLE] = Field(description="Version of the recipe format.")
-    model: _Word
+    model: _ShortText
     checkpoint: _Sha256 | None = _unset("Hash of config, weights and text encoder.")
     prompt: Annotated[str, Field(max_length=100_000)]
     negative_prompt: str | None = _unset()
@@ -94,7 +97,7 @@ class Recipe(_Part):
     seed: Annotated[int, Field(ge=0, lt=SEED_LIMIT), _WHOLE]
     steps: Annotated[int, Field(ge=1, le=1000), _WHOLE] | None = _unset()
     cfg_scale: Annotated[float, Field(ge=0, le=1000)] | None = _unset()
-    sampler: _Word | None = _unset()
+    sampler: _ShortText | None = _unset()
     apg_scale: Annotated[float, Field(ge=0, le=10)] | None = _unset()
     scale_phi: Annotated[float, Field(ge=0, le=1)] | None = _unset()
     cfg_norm_threshold: Annotated[float, Field(ge=0, le=1e6)] | None = _unset()
@@ -104,14 +107,14 @@ class Recipe(_Part):
     duration_padding_sec: Annotated[float, Field(ge=0, le=30)] | None = _unset()
     chunked_decode: bool | None = _unset()
     seconds_start: _Start | None = _unset("Start of the clip in a longer piece; for models with this conditioning.")
-    seconds_total: _S | None = _unset("Length of that piece.")
+    seconds_total: _Seconds | None = _unset("Length of that piece.")
     init_audio: RecipeSource | None = _unset("Source of a variation.")
     init_noise_level: Annotated[float, Field(ge=0, le=1000)] | None = _unset(
         "Share of noise; for samplers over sigma, the sigma."
     )
     edit_schedule: EditSchedule | None = _unset()
     inpaint_audio: RecipeSource | None = _unset("Source whose regions were regenerated.")
-    inpaint_regions: Annotated[tuple[tuple[_S, _S], ...], Field(strict=False, max_length=MOST_REGIONS)] | None = _unset(
+    inpaint_regions: Annotated[tuple[_Region, ...], Field(strict=False, max_length=MOST_REGIONS)] | None = _unset(
         "[start, end) of each region, seconds."
     )
     keep: Keep | None = _unset("Audio outside the regions: source or model; unset = model.")
@@ -218,20 +221,20 @@ def write_recipes(
         duration=float(request.duration_s),
         seed=seeds[0],
         steps=making.steps if making else request.steps,
-        cfg_scale=_real(making.cfg_scale if making else request.cfg_scale),
+        cfg_scale=_to_float(making.cfg_scale if making else request.cfg_scale),
         sampler=making.sampler if making else request.sampler,
-        apg_scale=_real(making.apg_scale if making else request.apg_scale),
+        apg_scale=_to_float(making.apg_scale if making else request.apg_scale),
         scale_phi=request.cfg_rescale or None,
         cfg_norm_threshold=request.cfg_norm_threshold or None,
         sigma_min=request.sigma_min,
         sigma_max=request.sigma_max,
         rho=request.rho,
-        duration_padding_sec=_real(making.duration_padding_s if making else request.duration_padding_s),
+        duration_padding_sec=_to_float(making.duration_padding_s if making else request.duration_padding_s),
         chunked_decode=request.chunked_decode,
-        seconds_start=_real(request.start_s) or None,
-        seconds_total=_real(request.conditioned_total_s),
+        seconds_start=_to_float(request.start_s) or None,
+        seconds_total=_to_float(request.conditioned_total_s),
         init_audio=init,
-        init_noise_level=_real(request.init_noise_level) if init else None,
+        init_noise_level=_to_float(request.init_noise_level) if init else None,
         edit_schedule=making.edit_schedule if making else request.edit_schedule,
         inpaint_audio=inpaint,
         inpaint_regions=tuple((float(start), float(end)) for start, end in request.inpaint_regions_s)
@@ -301,6 +304,6 @@ def is_exact(recipe: Recipe, made_on: MadeOn) -> bool:
     )
 
 
-def _real(value: float | None) -> float | None:
+def _to_float(value: float | None) -> float | None:
     """Convert to float, because equal numbers must have equal JSON: 2 and 2.0 do not."""
     return None if value is None else float(value)

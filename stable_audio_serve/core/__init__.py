@@ -1,1 +1,1 @@
-"""The small vocabulary every layer shares: requests, results, errors, clock, metrics, settings."""
+"""Types that every layer uses: requests, results, errors, clock, metrics and settings."""

@@ -1,4 +1,4 @@
-"""What the HTTP layer and the job runner need from whatever runs the models; `serving` implements it over Ray."""
+"""The interface through which the HTTP layer and the job runner run models. `serving` implements it with Ray."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ class Backend(Protocol):
         ...
 
     async def status(self) -> Mapping[str, ModelStatus]:
-        """Returns what each model is doing, by canonical name. Never loads a model and never waits for one."""
+        """Returns the status of each model by canonical name. Never loads a model and never waits for one."""
         ...

@@ -1,4 +1,4 @@
-"""What a served model looks like from outside: names, limits and defaults, known without loading any weights."""
+"""Names, limits and defaults of the served models, available without loading any weights."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from stable_audio_serve.core.generation import EditSchedule
 SA3_FAMILY = "stable-audio-3"
 OPEN_FAMILY = "stable-audio-open"
 
-# Whose networks a model runs on: ours, or for a Stable Audio Open config those of the package of that name.
+# The implementation of a model's networks: this package, or stable-audio-tools (Stable Audio Open configs only).
 NetworkBackend = Literal["native", "stable_audio_tools"]
 
-# How a decoder's products are rounded: not, as three products of half-precision parts, to TF32, to half precision.
+# Precision of the decoder's matrix products: float32; split = three half-precision products; TF32; half precision.
 DecodePrecision = Literal["float32", "split", "tf32", "half"]
 
-# Listed here so that a job with another sampler is refused when it is submitted, without importing torch.
+# Listed here, without importing torch, so that the API can refuse an unknown sampler when a job is submitted.
 FLOW_SAMPLERS = ("euler", "rk4", "dpmpp", "pingpong")
-V_TIME_SAMPLERS = ("v-ddim", "v-ddim-cfgpp")  # of models trained for v; the others run over sigma
+V_TIME_SAMPLERS = ("v-ddim", "v-ddim-cfgpp")  # for models with the v objective; their other samplers run over sigma
 V_SAMPLERS = (
     "dpmpp-3m-sde",
     "dpmpp-2m-sde",
@@ -33,12 +33,12 @@ V_SAMPLERS = (
     "k-dpm-fast",
     *V_TIME_SAMPLERS,
 )
-_LOWEST_SIGMA, _HIGHEST_SIGMA = 0.01, 500.0  # of an edit
+_LOWEST_SIGMA, _HIGHEST_SIGMA = 0.01, 500.0  # bounds of an edit's noise level
 
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """The public facts of one served model; durations in seconds, rates in hertz."""
+    """Public properties of one served model. Durations in seconds, rates in hertz."""
 
     name: str
     family: str
@@ -51,7 +51,7 @@ class ModelCard:
     default_steps: int = 8
     default_cfg_scale: float = 1.0
     default_duration_padding_s: float = 6.0
-    edit_schedule: EditSchedule | None = None  # the operator's choice
+    edit_schedule: EditSchedule | None = None  # from the settings; None = the family's default
     samplers: tuple[str, ...] = FLOW_SAMPLERS  # allowed values of GenerationRequest.sampler
     conditions_on_start: bool = False  # honours GenerationRequest.start_s
     is_demo: bool = False
@@ -59,17 +59,17 @@ class ModelCard:
 
     @property
     def default_edit_schedule(self) -> EditSchedule:
-        """The schedule of a flow model's edits: the operator's choice, else the family's own.
+        """The schedule of a flow model's edits: from the settings, otherwise the family's default.
 
-        The reference's times of Stable Audio Open are even and never above the level, those of Stable Audio 3 are
-        neither (`sampling/schedules.py`).
+        The reference schedule of Stable Audio Open is evenly spaced and never exceeds the noise level. The reference
+        schedule of Stable Audio 3 has neither property, so its default is "even" (`sampling/schedules.py`).
         """
         return self.edit_schedule or ("reference" if self.family == OPEN_FAMILY else "even")
 
     def noise_level(self, share: float, *, sampler: str | None) -> float:
-        """Returns `GenerationRequest.init_noise_level` for a share of noise in 0..1; 1 = no influence of the source.
+        """Returns `GenerationRequest.init_noise_level` for a noise share in 0..1; 1 = the source has no influence.
 
-        A sampler over sigma gets the level whose time, 2/pi atan sigma, is that share.
+        For samplers that run over sigma the result is a sigma: share = 2/pi atan(sigma).
         """
         if self.objective != "v" or sampler in V_TIME_SAMPLERS:
             return share
@@ -77,12 +77,12 @@ class ModelCard:
 
 
 class ModelCatalog:
-    """The configured models by canonical name and alias, in configuration order; lookups ignore case and spaces."""
+    """The configured models, in configuration order. Lookups by name or alias ignore case and surrounding spaces."""
 
     def __init__(self, cards: Iterable[ModelCard], *, default: str | None = None) -> None:
-        """`default` may be an alias. Without it the default is the first card that is not the demo, if any.
+        """`default` is a name or an alias. Without it, the first model that is not the demo is the default.
 
-        Raises ConfigError when there is no card, a name is claimed twice, or the default is unknown.
+        Raises ConfigError when there is no card, when two models share a name, or when the default is unknown.
         """
         self._cards: dict[str, ModelCard] = {}
         self._names: dict[str, str] = {}
@@ -90,7 +90,7 @@ class ModelCatalog:
             for name in (card.name, *card.aliases):
                 key = _key(name)
                 if self._names.get(key, card.name) != card.name:
-                    raise ConfigError(f"models: the name {name!r} is claimed by two models", field="models")
+                    raise ConfigError(f"models: two models have the name {name!r}", field="models")
                 self._names[key] = card.name
             self._cards[card.name] = card
         if not self._cards:
@@ -104,7 +104,7 @@ class ModelCatalog:
             ) from error
 
     def resolve(self, name: str) -> ModelCard:
-        """Returns the card for a canonical name or an alias. Raises UnknownModelError naming the valid ones."""
+        """Returns the card for a canonical name or an alias. Raises UnknownModelError, which lists the valid names."""
         canonical = self._names.get(_key(name))
         if canonical is None:
             valid = ", ".join(self._cards)
@@ -112,7 +112,7 @@ class ModelCatalog:
         return self._cards[canonical]
 
     def choose(self, name: str | None, *, family: str) -> ModelCard:
-        """Returns the card of `name`; without one the first of `family`, and the default where none is served.
+        """Returns the card for `name`. Without a name: the first card of `family`, otherwise the default.
 
         Raises UnknownModelError.
         """
@@ -127,17 +127,17 @@ class ModelCatalog:
         return len(self._cards)
 
 
-# How a replica came through the quality gate: passed; unchecked = there is sound, but nothing to compare it with could
-# be read; fallback = the last good weights serve, because the configured ones failed; off = there was no gate.
+# Result of the quality gate for a replica. passed: its audio matches the report. unchecked: it makes sound, but no
+# report could be read. fallback: the configured weights failed and the last good ones serve. off: the gate is disabled.
 GateOutcome = Literal["passed", "unchecked", "fallback", "off"]
 
 
 @dataclass(frozen=True, slots=True)
 class ModelQuality:
-    """What is known of a replica's weights and sound.
+    """Weights of a replica and its result at the quality gate.
 
-    `weights` is their hash, `revision` the commit they are from, None from a folder; `report` is the id of their
-    quality report. `problem` is a sentence for clients, without places of this machine.
+    `weights` is the hash of the weights. `revision` is their commit, None for weights from a folder. `report` is the id
+    of their quality report. `problem` is a sentence for clients, without paths of this machine.
     """
 
     gate: GateOutcome
@@ -149,11 +149,11 @@ class ModelQuality:
 
 @dataclass(frozen=True, slots=True)
 class ModelStatus:
-    """What one model's replicas are doing.
+    """State of one model's replicas.
 
-    `stage` is loading, ready, failed, idle (scaled to zero) or waking (from zero, while its first requests are held).
-    `quality` is that of the replica that has the most to say. `refused_update` says why a deployment failed while older
-    replicas go on, else None. `states` counts replicas by Serve's words: running, starting, stopping and so on.
+    `stage` is loading, ready, failed, idle (scaled to zero) or waking (starting from zero, first requests held).
+    `quality` is from the replica with the most serious result. `refused_update` is the reason why the replicas of the
+    last deployment do not start while older ones serve, else None. `states` counts replicas by Ray Serve's state names.
     """
 
     stage: str

@@ -1,4 +1,4 @@
-"""Time as a dependency, so that schedulers and deadlines can be tested with a fake clock."""
+"""An injected clock, so that tests can control schedulers and deadlines."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """The time that the rest of the code sees."""
+    """Source of the current time."""
 
     def monotonic(self) -> float:
-        """Returns seconds since an arbitrary fixed point; never goes back."""
+        """Returns seconds since an arbitrary fixed point; never decreases."""
         ...
 
     def time(self) -> float:
-        """Returns Unix time in seconds, for dates. It may be set at any time, so do not measure with it."""
+        """Returns Unix time in seconds. For dates only: the operator may adjust it, so do not measure durations."""
         ...
 
 
 class SystemClock:
-    """The machine's own clock."""
+    """The system's clock."""
 
     def monotonic(self) -> float:
         return time.monotonic()

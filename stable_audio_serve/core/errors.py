@@ -1,35 +1,35 @@
-"""Every error this project raises on purpose. Knows nothing of HTTP: each dialect maps kinds to its own answers.
+"""Every error this project raises on purpose. Independent of HTTP: each dialect maps kinds to its own responses.
 
 StableAudioError
 ├── InvalidRequestError        invalid            a field is missing, of the wrong type or out of range
 │   └── UnknownModelError      unknown_model      the request names a model that is not served
 ├── InvalidUploadError         invalid_upload     an uploaded file is empty or cannot be decoded
 ├── UploadTooLargeError        upload_too_large   an uploaded file or body is above its size limit
-├── UnauthorizedError          unauthorized       keys are configured and the request brought none of them
+├── UnauthorizedError          unauthorized       keys are configured and the request has no valid one
 ├── ForbiddenError             forbidden          from a web page, or for a host name, that is not allowed
-├── NotFoundError              not_found          there is no such job or file for this caller
-├── ConflictError              conflict           contradicts what is stored, for example a reused key
-├── OverloadedError            overloaded         no room now; retry in a few seconds
-│   └── QuotaError             quota              this caller already has too much waiting
-├── DeadlineExceededError      deadline_exceeded  the request's own time budget ran out
-│   └── StartTimeoutError      start_timeout      it did not start within the time it allows
+├── NotFoundError              not_found          this caller has no such job or file
+├── ConflictError              conflict           contradicts stored state, for example a reused key
+├── OverloadedError            overloaded         no capacity now; retry in a few seconds
+│   └── QuotaError             quota              this caller has reached its limit of waiting work
+├── DeadlineExceededError      deadline_exceeded  the request's time budget ran out
+│   └── StartTimeoutError      start_timeout      the request did not start in time
 ├── CancelledRequestError      cancelled          the caller cancelled the request
 ├── ModelUnavailableError      unavailable        the model is not loaded or its replica died; retry
 ├── StoppingError              unavailable        the server is stopping and accepts nothing new; retry
-├── KeysUnavailableError       unavailable        the file of keys has never been read, so nobody is known; retry
+├── KeysUnavailableError       unavailable        the key file could not be read since the start; retry
 ├── GenerationError            generation_failed  the model produced something unusable
-├── UnreachableError           unreachable        a client got no answer from its server; retry
-│   └── NotConnectedError      unreachable        no connection was made: nobody listens there, or no such name
+├── UnreachableError           unreachable        a client got no response from its server; retry
+│   └── NotConnectedError      unreachable        connection failed: no server listens there, or unknown host
 ├── StorageError               storage            a file or job cannot be stored or read now; retry
 │   ├── StorageFullError       storage_full       there is no room left for files or jobs
-│   │   └── UploadQuotaError   storage_full       this client keeps as many bytes as one client may
+│   │   └── UploadQuotaError   storage_full       this client has reached its limit of uploaded bytes
 │   ├── StoreMovedError        storage            files or jobs were moved or replaced since the start
 │   └── DamagedFileError       storage            a stored file has changed or lost bytes
 ├── CheckpointError            checkpoint         files missing, corrupt, gated or with wrong keys
-├── QualityError               quality            a loaded model does not sound as it should; ends its start
-├── QualityReportError         quality_report     a stored report of a model's sound is missing or cannot be used
-├── StartError                 start              Ray, the proxy or the like did not start; ends the start
-└── ConfigError                config             unusable settings; ends the start
+├── QualityError               quality            a loaded model fails the quality gate; the replica does not start
+├── QualityReportError         quality_report     a stored quality report is missing or cannot be used
+├── StartError                 start              a part of the server, for example Ray or HAProxy, did not start
+└── ConfigError                config             invalid settings; the server does not start
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from typing import ClassVar
 class StableAudioError(Exception):
     """Base of the tree.
 
-    `message` is safe to show to a client. `field` names the request field at fault, `allowed` its range in words,
-    `retry_after_s` (seconds) is set where trying again later may help.
+    `message` is safe to show to a client. `field` names the invalid request field, `allowed` describes its range.
+    `retry_after_s` (seconds) is set when a retry may succeed.
     """
 
     kind: ClassVar[str] = "error"
@@ -90,27 +90,27 @@ class UploadTooLargeError(StableAudioError):
 
 
 class UnauthorizedError(StableAudioError):
-    """Keys are configured and the request brought none of them."""
+    """Keys are configured and the request has no valid one."""
 
     kind = "unauthorized"
 
 
 class ForbiddenError(StableAudioError):
-    """The operator does not allow this web page to use the server, or this host name for it."""
+    """The operator does not allow this web page or this host name."""
 
     kind = "forbidden"
 
 
 class NotFoundError(StableAudioError):
-    """There is no such job or file, or not for this caller."""
+    """No such job or file exists for this caller."""
 
     kind = "not_found"
 
 
 class ConflictError(StableAudioError):
-    """The request contradicts what is stored: the id or idempotency key has another use, or the job has ended.
+    """The request contradicts stored state.
 
-    `code` tells clients which it is: `id_in_use`, `idempotency_key_reused` or `job_is_over`.
+    `code` is `id_in_use`, `idempotency_key_reused` or `job_is_over` (the job has ended).
     """
 
     kind = "conflict"
@@ -121,25 +121,25 @@ class ConflictError(StableAudioError):
 
 
 class OverloadedError(StableAudioError):
-    """There is no room for this work now; `retry_after_s` says when there should be."""
+    """No capacity for this work now. `retry_after_s` is the expected wait in seconds."""
 
     kind = "overloaded"
 
 
 class QuotaError(OverloadedError):
-    """This caller already has as much work waiting as one caller may have."""
+    """This caller has reached its limit of waiting work."""
 
     kind = "quota"
 
 
 class DeadlineExceededError(StableAudioError):
-    """The request's own time budget ran out before it finished."""
+    """The request's time budget ran out before it finished."""
 
     kind = "deadline_exceeded"
 
 
 class StartTimeoutError(DeadlineExceededError):
-    """The request did not start within the time it allows."""
+    """The request did not start within `start_within_s`."""
 
     kind = "start_timeout"
 
@@ -151,61 +151,61 @@ class CancelledRequestError(StableAudioError):
 
 
 class ModelUnavailableError(StableAudioError):
-    """The model cannot answer now: still loading, or its replica died."""
+    """The model cannot serve requests now: it is still loading, or its replica died."""
 
     kind = "unavailable"
 
 
 class StoppingError(StableAudioError):
-    """The server is stopping and accepts nothing new; the same request can be sent again after the restart."""
+    """The server is stopping and accepts no new work. Clients can retry after the restart."""
 
     kind = "unavailable"
 
 
 class KeysUnavailableError(StableAudioError):
-    """The file of keys has never been read since the start, so nobody is known."""
+    """The key file could not be read since the start, so no key can be checked."""
 
     kind = "unavailable"
 
 
 class GenerationError(StableAudioError):
-    """The model produced something unusable, for example non-finite values."""
+    """The model produced unusable audio, for example non-finite values."""
 
     kind = "generation_failed"
 
 
 class UnreachableError(StableAudioError):
-    """A client could not reach its server, or lost the connection before the answer came."""
+    """A client could not reach its server, or lost the connection before the response arrived."""
 
     kind = "unreachable"
 
 
 class NotConnectedError(UnreachableError):
-    """No connection was made: the server was not asked for anything."""
+    """The connection failed, so the server did not receive the request."""
 
 
 class StorageError(StableAudioError):
-    """A file or a job cannot be stored or read now; trying again later may help."""
+    """A file or a job cannot be stored or read now; a retry may succeed."""
 
     kind = "storage"
 
 
 class StorageFullError(StorageError):
-    """There is no room left for files or jobs."""
+    """No space is left for files or jobs."""
 
     kind = "storage_full"
 
 
 class UploadQuotaError(StorageFullError):
-    """This client keeps as many bytes as one client may."""
+    """This client has reached its limit of uploaded bytes."""
 
 
 class StoreMovedError(StorageError):
-    """The files or the job database have been moved or replaced since the start."""
+    """The files or the job database were moved or replaced since the start."""
 
 
 class DamagedFileError(StorageError):
-    """A stored file has changed since it was stored, or bytes of it are missing."""
+    """A stored file has changed, or bytes of it are missing."""
 
 
 class CheckpointError(StableAudioError):
@@ -215,24 +215,24 @@ class CheckpointError(StableAudioError):
 
 
 class QualityError(StableAudioError):
-    """What a loaded model makes of its golden requests is not what it should be: it must not serve."""
+    """A loaded model fails the quality gate, so the replica must not serve."""
 
     kind = "quality"
 
 
 class QualityReportError(StableAudioError):
-    """A stored report of what a model sounds like is missing or cannot be used; the message names it."""
+    """A stored quality report is missing or cannot be used; the message names it."""
 
     kind = "quality_report"
 
 
 class StartError(StableAudioError):
-    """Something that the server needs, such as Ray or the proxy, did not start; the message says what to do."""
+    """A part of the server, for example Ray or HAProxy, did not start; the message says what to do."""
 
     kind = "start"
 
 
 class ConfigError(StableAudioError):
-    """The settings cannot be used; the message names the key."""
+    """The settings are invalid; the message names the key."""
 
     kind = "config"

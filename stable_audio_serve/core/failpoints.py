@@ -1,8 +1,8 @@
-"""Named places where tests may kill or freeze this process, to prove that no work is lost or done twice.
+"""Named points in the code where tests kill or freeze this process, to prove that no work is lost or done twice.
 
-The environment variable STABLE_AUDIO_FAILPOINTS holds entries separated by commas: `name=kill`, `name=stop` or, for
-only the first process that gets there, `name=kill@<file to make>`. It is read when this module is imported; without it
-a failpoint costs one look-up in an empty mapping.
+The environment variable STABLE_AUDIO_FAILPOINTS holds entries separated by commas: `name=kill` or `name=stop`. With
+`name=kill@<file>` only the process that creates the file acts. The variable is read when this module is imported.
+Without it a failpoint costs one look-up in an empty mapping.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ _actions = _parse(os.environ.get(VARIABLE, ""))
 
 
 def activate(text: str) -> None:
-    """Replace the actions by those of `text`, which has the form of the variable. Raises ValueError."""
+    """Replace the actions with those in `text`, in the format of the variable. Raises ValueError."""
     global _actions
     _actions = _parse(text)
 
 
 def failpoint(name: Failpoint) -> None:
-    """Kill or freeze this process if an action is set for `name`."""
+    """Kill or freeze this process if `name` has an action."""
     action = _actions.get(name)
     if action is not None and _is_first(action.marker):
         os.kill(os.getpid(), action.signal)
 
 
 def _is_first(marker: Path | None) -> bool:
-    """Returns whether this process is the first here: the one that makes the file."""
+    """Returns whether this process is the first to reach the failpoint: it creates the marker file."""
     if marker is None:
         return True
     try:

@@ -1,4 +1,4 @@
-"""The request and result every layer exchanges: frozen value objects without web, Ray or torch types."""
+"""Requests and results that all layers exchange: frozen value objects without web, Ray or torch types."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 
-SEED_LIMIT = 2**63  # seeds are from 0 up to this, exclusive
-# How a flow model's times for an edit are made: those of a run from pure noise, scaled by the level, or as upstream.
+SEED_LIMIT = 2**63  # seeds are in 0..SEED_LIMIT - 1
+# Time steps of a flow model's edit: evenly spaced, the steps of a full run scaled by the noise level, or as upstream.
 EditSchedule = Literal["even", "scaled", "reference"]
-# What an edit has outside its regions: the source's own samples, or what the model makes of them.
+# Audio of an edit outside its regions: the source's own samples, or the model's output.
 Keep = Literal["source", "model"]
-Role = Literal["init", "inpaint"]  # what source audio is for: a variation, or regions made anew
+Role = Literal["init", "inpaint"]  # use of the source audio: init = a variation, inpaint = regenerating regions
 Priority = Literal["interactive", "batch"]  # batch work yields to interactive work but keeps a minimum share
 
 
 @dataclass(frozen=True, slots=True)
 class SourceAudio:
-    """Audio that enters a model: `samples` (C, S) float32, nominally in -1..1, at `sample_rate_hz`.
+    """Input audio: `samples` (C, S) float32, nominally in -1..1, at `sample_rate_hz`.
 
-    `sha256` is that of the file they were decoded from, hexadecimal, "" where there is none or more was done to them
-    than to mix its channels to one.
+    `sha256` is the hexadecimal digest of the decoded file. It is "" when there is no file, or when the samples were
+    changed other than by mixing down to mono.
     """
 
     samples: npt.NDArray[np.float32]
@@ -40,7 +40,7 @@ class SourceAudio:
 
 @dataclass(frozen=True, slots=True)
 class ScheduleShift:
-    """Overrides the model's timestep warp. `kind` is logsnr, flux, full or none; `options` its parameters."""
+    """Overrides the model's timestep warp. `kind` is logsnr, flux, full or none; `options` are its parameters."""
 
     kind: str
     options: tuple[tuple[str, float], ...] = ()
@@ -48,20 +48,21 @@ class ScheduleShift:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One request for audio: `batch_size` variations that differ only in their seed (`seed`, `seed + 1`, ...).
+    """A request for `batch_size` variations that differ only in their seed (`seed`, `seed + 1`, ...).
 
-    `None` means the model's own default, and for `conditioned_total_s` the end of the clip, `start_s + duration_s`;
-    for the negative prompt's numbers those of the prompt. `seed` is already resolved: never "random" at this level.
+    `None` means the model's default. Exceptions: `conditioned_total_s` defaults to the end of the clip,
+    `start_s + duration_s`; `negative_start_s` and `negative_total_s` default to the prompt's values. `seed` is already
+    resolved, never "random".
 
-    `init_noise_level` is a share of noise in 0..1 (1 = the source has no influence), but a noise level sigma for
-    samplers that run over sigma, where it takes the place of `sigma_max` in an edit.
+    `init_noise_level` is a share of noise in 0..1; 1 = the source has no influence. For samplers that run over sigma it
+    is a sigma and replaces `sigma_max` in an edit.
     """
 
     prompt: str
     duration_s: float
     seed: int
     start_s: float = 0.0  # start of the clip within a longer piece; only for models that condition on it
-    conditioned_total_s: float | None = None  # length of that piece as the model is told it
+    conditioned_total_s: float | None = None  # length of that piece, seconds, as a condition of the model
     negative_prompt: str | None = None
     negative_start_s: float | None = None
     negative_total_s: float | None = None
@@ -72,29 +73,29 @@ class GenerationRequest:
     schedule_shift: ScheduleShift | None = None
     sigma_min: float | None = None
     sigma_max: float | None = None
-    rho: float | None = None  # spacing of the levels between: 1 = evenly in ln sigma
+    rho: float | None = None  # spacing of the sigmas: 1 = even in ln sigma
     apg_scale: float | None = None
-    cfg_rescale: float = 0.0  # scale_phi of the references, 0..1
+    cfg_rescale: float = 0.0  # scale_phi in the reference code, 0..1
     cfg_norm_threshold: float = 0.0  # 0 = off
     cfg_interval: tuple[float, float] = (0.0, 1.0)  # sigmas at which guidance is on, inclusive
-    duration_padding_s: float | None = None  # headroom generated behind the clip, seconds
+    duration_padding_s: float | None = None  # audio generated past the end of the clip and cut off, seconds
     init_audio: SourceAudio | None = None
     init_noise_level: float = 1.0
     edit_schedule: EditSchedule | None = None  # only for flow models
     inpaint_audio: SourceAudio | None = None
-    inpaint_regions_s: tuple[tuple[float, float], ...] = ()  # [start, end) regenerated, the rest kept
+    inpaint_regions_s: tuple[tuple[float, float], ...] = ()  # [start, end) of each regenerated region, seconds
     keep: Keep = "source"
     chunked_decode: bool | None = None
     deadline_s: float | None = None  # time budget from submission to audio, seconds
     priority: Priority = "interactive"
-    start_within_s: float | None = None  # most time from submission to the first step, seconds
-    checkpoint: str | None = None  # hash of the weights that must make it (`models.weight_hash`); None = any
+    start_within_s: float | None = None  # longest time from submission to the first step, seconds
+    checkpoint: str | None = None  # required hash of the weights (`models.weight_hash`); None = any
     request_id: str = ""
-    client: str = ""  # who asks, so that one client leaves room in a queue to others; "" = nobody in particular
+    client: str = ""  # the client that sent it, for fair queues; "" = unknown
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """The seed of each variation. A request for one of these seeds alone gives the same variation."""
+        """The seed of each variation. A request for a single variation with that seed gives the same audio."""
         return tuple((self.seed + index) % SEED_LIMIT for index in range(self.batch_size))
 
 
@@ -103,7 +104,7 @@ Stage = Literal["queued", "encoding", "denoising", "decoding", "done"]
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a request is: `fraction` in 0..1 over all its variations."""
+    """Progress of a request: `fraction` in 0..1 over all its variations."""
 
     stage: Stage
     fraction: float
@@ -119,7 +120,7 @@ ProgressCallback = Callable[[Progress], None]
 class StageTimings:
     """Wall time of each stage of one request, in milliseconds; the stages sum to `total_ms` within 2 %.
 
-    `denoise_ms` includes `stalled_ms`, the steps spent waiting for a turn.
+    `denoise_ms` includes `stalled_ms`, the time between its steps in which other requests' steps ran.
     """
 
     queue_ms: float = 0.0
@@ -131,14 +132,15 @@ class StageTimings:
     total_ms: float = 0.0
 
 
-Mode = Literal["strict", "fast"]  # of an engine: whether a request's bytes depend on its neighbours
+Mode = Literal["strict", "fast"]  # strict: a request's bytes do not depend on the other requests in its batch
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What an engine was loaded from and how, as far as its audio depends on it.
+    """How an engine was loaded, as far as its audio depends on it.
 
-    `checkpoint` is the hash of `models.weight_hash`, None where nobody took it; `networks` is whose code runs.
+    `checkpoint` is the hash from `models.weight_hash`, None when it was not computed. `networks` names the
+    implementation of the networks (`catalog.NetworkBackend`).
     """
 
     checkpoint: str | None = None
@@ -148,11 +150,12 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Making:
-    """How an engine made audio: what the last bits depend on, and what the request left to the model.
+    """Software, processor and parameters of a generation: all that its exact bytes depend on, besides the request.
 
-    `processor` names the instructions of a CPU or the GPU. `threads` are those of a call where the bytes may depend on
-    their number, else None, and so are the `slots` of a call. `prompt_chars` and `negative_prompt_chars` are how many
-    first characters of a prompt the model reads, None = all.
+    `processor` names the CPU's instruction set or the GPU. `threads` is the thread count and `slots` the number of rows
+    of a call, each None where the bytes do not depend on it. `prompt_chars` and `negative_prompt_chars` are the numbers
+    of leading characters that the model reads, None = all. `steps` to `edit_schedule` are the values that the model
+    filled in for fields that the request left open.
     """
 
     version: str  # of this package
@@ -176,8 +179,9 @@ class Making:
 
 @dataclass(frozen=True, slots=True)
 class MadeOn:
-    """What audio was made on, which its last bits depend on: `device` is cuda, mps or cpu, `dtype` the precision of the
-    denoiser, float32, float16 or bfloat16. `making` has the rest, where the engine said it."""
+    """The device that made the audio. `device` is cuda, mps or cpu. `dtype` is the precision of the denoiser: float32,
+    float16 or bfloat16. The exact bytes depend on both and on `making`, which is None if the engine did not report it.
+    """
 
     device: str
     dtype: str
@@ -186,8 +190,11 @@ class MadeOn:
 
 @dataclass(frozen=True, slots=True)
 class DeviceUse:
-    """Where a request ran: `kind` is cuda, mps or cpu. Memory in bytes, on CUDA only: in use when the request ended,
-    and the most that the process has ever used. `dtype` is the precision of the denoiser."""
+    """Device that a request ran on: `kind` is cuda, mps or cpu, `dtype` the precision of the denoiser.
+
+    Memory in bytes, on CUDA only: `memory_used_bytes` at the end of the request, `memory_peak_bytes` since the process
+    started.
+    """
 
     kind: str = "cpu"
     memory_used_bytes: int | None = None
@@ -197,10 +204,10 @@ class DeviceUse:
 
 @dataclass(frozen=True, slots=True)
 class GeneratedSpan:
-    """Samples [start, stop) that a model made, in audio that otherwise has its source's own.
+    """Samples [start, stop) that the model made, in audio that otherwise consists of the source's samples.
 
-    The first and the last of them fade from and to the source; `head` and `tail` (C, n) float32 are those of the model
-    alone.
+    The span begins and ends with a crossfade to the source. `head` and `tail` (C, n) float32 are the model's samples
+    before the crossfade.
     """
 
     start: int
@@ -211,10 +218,10 @@ class GeneratedSpan:
 
 @dataclass(frozen=True, slots=True)
 class GenerationResult:
-    """Audio before a file is made of it: one (C, S) float32 array per variation, with what was done.
+    """Generated audio before encoding: one (C, S) float32 array per variation.
 
-    Full scale is -1..1. Loud clips exceed it; `audio.peaks` brings them back when a file is made. `generated` names the
-    parts of each variation that the model made, None = all.
+    Full scale is -1..1. Loud clips exceed it; `audio.peaks` brings them into range when a file is written. `generated`
+    lists the spans of each variation that the model made, None = all.
     """
 
     audio: tuple[npt.NDArray[np.float32], ...]
@@ -228,5 +235,5 @@ class GenerationResult:
 
     @property
     def made_on(self) -> MadeOn:
-        """Returns what to name beside the seed, which repeats the audio there."""
+        """Returns the device and software, which together with the seed reproduce the audio."""
         return MadeOn(self.device.kind, self.device.dtype, self.making)

@@ -1,6 +1,6 @@
-"""The file of API keys: one line of `core.keys` each, empty lines and comments (`#`) between them.
+"""Reads and checks the API key file: one key per line (`core.keys`); empty lines and `#` comments are allowed.
 
-Reads and checks it; when it is read again is `api.middleware.key_ring`. No message repeats what stands in a line.
+`api.middleware.key_ring` decides when to read it again. Error messages never quote a line.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ _MAX_BYTES = 16_777_216
 
 
 def load_key_file(path: str) -> tuple[bytes, tuple[ApiKey, ...]]:
-    """Returns the file's bytes and its keys, in order. Raises OSError, and ValueError with one sentence."""
+    """Returns the file's bytes and its keys, in order. Raises OSError, and ValueError with a one-sentence message."""
     data = read_key_file(path)
     return data, parse_key_file(data)
 
 
 def read_key_file(path: str) -> bytes:
-    """Returns its bytes. Raises OSError, and ValueError for what is no file of keys by its kind or size."""
-    # Not blocking: opening a pipe would wait for somebody who writes to it.
+    """Returns the file's bytes. Raises OSError, and ValueError for something other than a regular file or too large."""
+    # Non-blocking, because opening a pipe would wait for a writer.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError("it is no regular file")
+            raise ValueError("it is not a regular file")
         data = file.read(_MAX_BYTES + 1)
     if len(data) > _MAX_BYTES:
         raise ValueError(f"it is larger than {_MAX_BYTES} bytes")
@@ -35,15 +35,14 @@ def read_key_file(path: str) -> bytes:
 def parse_key_file(data: bytes) -> tuple[ApiKey, ...]:
     """Returns the keys of a file with these bytes. Raises ValueError, naming the line.
 
-    A file without a single byte is refused: it is more likely one that is just being written than a decision to shut
-    everybody out, for which a comment will do.
+    Refuses an empty file: most likely it is just being written. To refuse every key, write a comment into the file.
     """
     if not data:
         raise ValueError("it is empty")
     try:
         lines = data.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:
-        raise ValueError("it is no text in UTF-8") from None
+        raise ValueError("it is not UTF-8 text") from None
     keys: list[ApiKey] = []
     digests: dict[str, int] = {}
     limits: dict[str, tuple[KeyLimits, int]] = {}
@@ -59,15 +58,15 @@ def parse_key_file(data: bytes) -> tuple[ApiKey, ...]:
             raise ValueError(f"lines {first} and {number} are the same key")
         known, first = limits.setdefault(key.client, (key.limits, number))
         if known != key.limits:
-            raise ValueError(f"lines {first} and {number} give one name different limits")
+            raise ValueError(f"lines {first} and {number} set different limits for the same name")
         keys.append(key)
     return tuple(keys)
 
 
 def merge_keys(configured: Sequence[ApiKey], listed: Sequence[ApiKey]) -> dict[str, ApiKey]:
-    """Returns the keys of the settings and those of a file by their digest; for the same key the file's line counts.
+    """Returns the keys from the settings and from the file, by digest. The file wins where both have the same key.
 
-    A configured key of a name that the file limits has that name's limits.
+    A key from the settings gets the limits that the file sets for its name.
     """
     limits = {key.client: key.limits for key in listed}
     own = [ApiKey(key.client, key.digest, key.scopes, limits.get(key.client, key.limits)) for key in configured]

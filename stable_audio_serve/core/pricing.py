@@ -1,5 +1,6 @@
-"""What a request costs in device time, from the request alone: for those who have no engine, such as a router and the
-job queue. An engine publishes the prices; its own predictions, which know its queue and its batches, are finer.
+"""Predicts a request's device time from the request alone, for code without an engine: the router and the job queue.
+
+An engine publishes the prices. Its own predictions are more precise, because they include its queue and its batches.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from typing import Protocol
 
 from stable_audio_serve.core.generation import GenerationRequest
 
-# How often a sampler asks the network in a step, but perhaps the last; those that are not here ask once.
+# Network evaluations per step of each sampler (the last step may need fewer). Samplers not listed here need one.
 EVALUATIONS_PER_STEP: Mapping[str, int] = {"rk4": 4, "k-heun": 2, "k-dpm-2": 2, "k-dpmpp-2s-ancestral": 2}
 
 
 class Defaults(Protocol):
-    """What a model does for requests that do not say: a `ModelCard`, or the `Prices` of one of its engines."""
+    """A model's default steps and guidance: a `ModelCard`, or the `Prices` of one of its engines."""
 
     @property
     def default_steps(self) -> int: ...
@@ -25,11 +26,11 @@ class Defaults(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class WorkSize:
-    """What device time grows with; the sizes of several requests add up.
+    """The quantities that device time depends on. Sizes of several requests add up.
 
-    `rows` are variations. `evaluations` of the network: as many as the sampler makes in each step of each variation,
-    twice where it is guided.
-    `evaluated_s` are seconds of audio times evaluations, `audio_s` seconds of audio that are decoded.
+    `rows` is the number of variations. `evaluations` is the number of network calls: per variation, steps x the
+    sampler's evaluations per step, doubled with guidance. `evaluated_s` is seconds of audio x evaluations. `audio_s` is
+    seconds of decoded audio.
     """
 
     rows: float = 0.0
@@ -50,9 +51,9 @@ class WorkSize:
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """Milliseconds of device time by what a request is made of, on an engine with enough to do.
+    """Milliseconds of device time per unit of work, on an engine with full batches.
 
-    `default_steps` and `default_cfg_scale` are the model's, for requests that name none.
+    `default_steps` and `default_cfg_scale` are the model's, for requests that leave them open.
     """
 
     row_ms: float
@@ -76,10 +77,10 @@ class Prices:
         return self.of(WorkSize.of(request, model=self))
 
     def to_dict(self) -> dict[str, float]:
-        """Returns plain numbers by name."""
+        """Returns the fields by name."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, float]) -> Prices:
-        """Returns what `to_dict` was made of. Raises KeyError for a missing name; unknown ones are left out."""
+        """Returns the object that `to_dict` came from. Raises KeyError for a missing name; ignores unknown names."""
         return cls(**{field.name: values[field.name] for field in fields(cls)})  # type: ignore[arg-type]

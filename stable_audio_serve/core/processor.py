@@ -1,4 +1,4 @@
-"""What this machine's processor computes by itself, by Linux's `/proc/cpuinfo`. Knows neither networks nor torch."""
+"""Detects instructions of this machine's CPU from Linux's `/proc/cpuinfo`. Independent of networks and torch."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ _MATRIX_FLAG = "amx_bf16"
 
 
 def has_native_bfloat16(facts: Path = CPU_FACTS) -> bool:
-    """Whether the processor multiplies bfloat16 itself (AVX512-bf16 or AMX); without, torch is slower than in float32.
+    """Whether the CPU has bfloat16 instructions (AVX512-bf16 or AMX). Without them torch is slower than in float32.
 
-    False where there is no such file.
+    False when the file does not exist.
     """
     return not _BFLOAT16_FLAGS.isdisjoint(_read_flags(facts))
 
 
 def has_matrix_bfloat16(facts: Path = CPU_FACTS) -> bool:
-    """Whether it does so by whole matrices (AMX), many times as fast as float32. False where there is no such file."""
+    """Whether the CPU has AMX, many times as fast as float32. False when the file does not exist."""
     return _MATRIX_FLAG in _read_flags(facts)
 
 
 def is_amd(facts: Path = CPU_FACTS) -> bool:
-    """Whether AMD made the processor. False where there is no such file."""
+    """Whether AMD made the CPU. False when the file does not exist."""
     return _read(facts, "vendor_id") == ["AuthenticAMD"]
 
 
@@ -33,7 +33,7 @@ def _read_flags(facts: Path) -> list[str]:
 
 
 def _read(facts: Path, name: str) -> list[str]:
-    """Returns the words behind a name, of the first processor."""
+    """Returns the values of an entry, for the first CPU."""
     try:
         lines = facts.read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Thins out progress reports for receivers that are slower than the engine: another process, a database."""
+"""Reduces progress reports for receivers that are slower than the engine: another process, a database."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Report = TypeVar("Report", bound=_Staged)
 
 
 class ProgressFeed(Generic[Report]):
-    """Yields every change of stage at once and, within a stage, the latest report once per `interval_s` seconds.
+    """Yields each change of stage immediately and, within a stage, the latest report every `interval_s` seconds.
 
     Belongs to one event loop.
     """
@@ -28,7 +28,7 @@ class ProgressFeed(Generic[Report]):
     def __init__(self, interval_s: float, *, clock: Clock = SystemClock()) -> None:
         self._interval_s = interval_s
         self._clock = clock
-        self._pending: deque[Report] = deque()  # the latest report of each stage that was not yielded yet
+        self._pending: deque[Report] = deque()  # at most one report per stage: the latest
         self._changed = asyncio.Event()
         self._is_closed = False
 
@@ -41,7 +41,7 @@ class ProgressFeed(Generic[Report]):
             self._changed.set()
 
     def close(self) -> None:
-        """End the feed: iteration yields what is left and then stops."""
+        """End the feed. Iteration yields the pending reports and then stops."""
         self._is_closed = True
         self._changed.set()
 
@@ -60,7 +60,7 @@ class ProgressFeed(Generic[Report]):
                     await self._changed.wait()
 
     def _wait_s(self, stage: str, due_at: float) -> float | None:
-        """Returns how long the next report must wait, None while there is none."""
+        """Returns the seconds until the next report may be yielded, None when none is pending."""
         if not self._pending:
             return None
         if self._is_closed or len(self._pending) > 1 or self._pending[0].stage != stage:

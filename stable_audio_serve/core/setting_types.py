@@ -1,4 +1,4 @@
-"""Types of single settings: a value's form and bounds, how it is parsed, and which part is hidden when it is shown."""
+"""Types of single settings: format, bounds, parsing, and the parts to hide when they are shown."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Delay = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 def _form(pattern: str, words: str) -> AfterValidator:
-    """Accepts text that matches `pattern` as a whole, which errors tell in `words`: Pydantic's own show the pattern."""
+    """Accept text that matches `pattern` as a whole. Errors show `words`, where Pydantic would show the pattern."""
 
     def check(text: str) -> str:
         if re.fullmatch(pattern, text) is None:
@@ -58,7 +58,7 @@ FileName = Annotated[str, _form(r"[^\x00]+", "a file's path")]
 
 
 def _without_secrets(url: str | None) -> str | None:
-    """Returns a URL without user, password and query: a query may hold passwords too."""
+    """Returns a URL without user, password and query, because a query may hold passwords too."""
     if url is None:
         return None
     scheme, separator, rest = url.partition("://")
@@ -75,15 +75,15 @@ def split_commas(value: object) -> object:
 
 
 def trim_prefix(prefix: str) -> str:
-    """Returns a key prefix without slashes at its ends. Raises ValueError for one that cannot be part of a link."""
+    """Returns a key prefix without leading and trailing slashes. Raises ValueError if it cannot be part of a link."""
     trimmed = prefix.strip("/")
     if {".", ".."} & set(trimmed.split("/")):
-        raise ValueError("must not have . or .. between slashes: clients leave them out of links")
+        raise ValueError("must not have . or .. between slashes: clients remove them from links")
     return trimmed
 
 
 def check_key_hashes(texts: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns `texts`. Raises ValueError for an entry that is no hash of a key or appears twice."""
+    """Returns `texts`. Raises ValueError for an entry that is not a key hash or that appears twice."""
     digests = [parse_key_hash(text).digest for text in texts]
     for number, digest in enumerate(digests, start=1):
         if (first := digests.index(digest) + 1) < number:
@@ -92,11 +92,11 @@ def check_key_hashes(texts: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def check_signing_secret(secret: SecretStr) -> SecretStr:
-    """Returns `secret`. Raises ValueError unless it is a secret of Standard Webhooks."""
+    """Returns `secret`. Raises ValueError unless it is a Standard Webhooks secret."""
     try:
         key = base64.b64decode(secret.get_secret_value().removeprefix("whsec_"), validate=True)
     except binascii.Error:
         key = b""
     if not 24 <= len(key) <= 64:
-        raise ValueError("must be whsec_ and the base64 form of 24 to 64 bytes")
+        raise ValueError("must be whsec_ followed by 24 to 64 bytes in base64")
     return secret

@@ -1,7 +1,7 @@
-"""The one settings tree: every value an operator may choose, with its unit, bounds and default.
+"""The settings tree: every value an operator can choose, with its unit, bounds and default.
 
-Holds values only, the sections in modules beside this one; where they come from (file, `.env`, environment) is
-`core.settings_sources`.
+The sections are in the `settings_*` modules. `core.settings_sources` reads the values from the file, `.env` and the
+environment.
 """
 
 from __future__ import annotations
@@ -42,41 +42,41 @@ __all__ = [
 
 
 class Settings(Section):
-    """Everything an operator may choose; the application `args:` of serve_config.yaml have this shape."""
+    """All settings. The application `args:` in serve_config.yaml have this shape."""
 
     models: tuple[ModelSettings, ...] = Field(
         (ModelSettings(name="small-sfx"), ModelSettings(name="small-music"), ModelSettings(name="medium")),
         min_length=1,
-        description="The served models; the first that is no demo is the default, unless `default_model` is set.",
+        description="The served models. Without `default_model` the first one that is not the demo is the default.",
     )
-    default_model: ModelName | None = Field(None, description="Model of requests that name none; aliases allowed.")
+    default_model: ModelName | None = Field(None, description="Model for requests without one; an alias is allowed.")
     preload_models: Annotated[tuple[ModelName, ...], BeforeValidator(split_commas)] | None = Field(
         None,
-        description="Models kept loaded, a list or comma list; empty = load on first use; unset = the default.",
+        description="Models kept loaded, a list or comma-separated; empty = load on first use; unset = default.",
     )
-    device: Device | None = Field(None, description="cuda, mps or cpu; unset = the first that exists.")
-    model_half: bool = Field(True, description="Half precision denoisers on CUDA.")
-    output_dir: Folder = Field("outputs", description="Folder of jobs and, without a bucket, their files.")
+    device: Device | None = Field(None, description="cuda, mps or cpu; unset = the first available.")
+    model_half: bool = Field(True, description="Run denoisers in half precision on CUDA.")
+    output_dir: Folder = Field("outputs", description="Folder for jobs and, without a bucket, their files.")
     hf_token: SecretStr | None = Field(None, description="Hugging Face token for gated weights.")
     drain_s: float = Field(
-        20.0, ge=0, le=3600, description="How long a stop waits for answers in flight, seconds; 0 = not at all."
+        20.0, ge=0, le=3600, description="How long a stop waits for requests in progress, seconds; 0 = no wait."
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
-    api: ApiSettings = Field(default_factory=lambda: ApiSettings(), description="Limits of the HTTP surface.")
-    audio: AudioSettings = Field(default_factory=lambda: AudioSettings(), description="How clips are finished.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level that is logged.")
+    api: ApiSettings = Field(default_factory=lambda: ApiSettings(), description="Limits of the HTTP API.")
+    audio: AudioSettings = Field(default_factory=lambda: AudioSettings(), description="Processing of finished clips.")
     quality_gate: QualityGateSettings = Field(
-        default_factory=lambda: QualityGateSettings(), description="The check of new replicas."
+        default_factory=lambda: QualityGateSettings(), description="Quality check of new replicas."
     )
     ingress: IngressSettings = Field(default_factory=lambda: IngressSettings(), description="The HTTP deployment.")
     proxy: ProxySettings = Field(default_factory=lambda: ProxySettings(), description="HAProxy's time limits.")
-    metrics: MetricsSettings = Field(default_factory=lambda: MetricsSettings(), description="Pages for operators.")
-    dialects: DialectSettings = Field(default_factory=lambda: DialectSettings(), description="Foreign dialects.")
+    metrics: MetricsSettings = Field(default_factory=lambda: MetricsSettings(), description="Metrics for operators.")
+    dialects: DialectSettings = Field(default_factory=lambda: DialectSettings(), description="APIs of other servers.")
     jobs: JobSettings = Field(default_factory=lambda: JobSettings(), description="Durable jobs.")
-    storage: StorageSettings = Field(default_factory=lambda: StorageSettings(), description="Job artifacts.")
+    storage: StorageSettings = Field(default_factory=lambda: StorageSettings(), description="Storage of job files.")
 
     @property
     def hub_token(self) -> str | None:
-        """Returns `hf_token` in clear, for who downloads."""
+        """Returns `hf_token` in plain text, for downloads."""
         return self.hf_token.get_secret_value() if self.hf_token else None
 
     @model_validator(mode="after")

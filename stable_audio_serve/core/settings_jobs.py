@@ -1,4 +1,4 @@
-"""The sections of the settings about durable jobs: the queue, and where the files lie."""
+"""Settings of durable jobs: the queue and the storage of their files."""
 
 from __future__ import annotations
 
@@ -11,69 +11,68 @@ from stable_audio_serve.core.settings_section import Section
 
 
 class JobSettings(Section):
-    """The job queue: where jobs are kept, how many may wait or run, and how long they are kept."""
+    """The job queue: database, limits, leases, retention and webhooks."""
 
     database_url: Annotated[str | None, HiddenPassword] = Field(
-        None, min_length=1, description="Where jobs are kept; unset = SQLite, jobs.db in `output_dir`."
+        None, min_length=1, description="Job database; unset = SQLite, jobs.db in `output_dir`."
     )
     max_queued: int = Field(
         10_000,
         ge=1,
-        description="Jobs waiting to run; above it only keys with less than their share add some, up to twice as many.",
+        description="Most queued jobs. Above it, only keys below their fair share may add jobs, up to twice the limit.",
     )
-    max_queued_per_key: int = Field(1000, ge=1, description="Of these, jobs of one API key.")
+    max_queued_per_key: int = Field(1000, ge=1, description="Most queued jobs of one API key.")
     runners: int = Field(1, ge=1, description="Job runner processes.")
-    max_running: int = Field(64, ge=1, description="Jobs of each priority running at a time, of one runner.")
-    lease_s: float = Field(
-        15.0, ge=1, le=3600, description="How long a silent runner keeps its jobs, seconds; renewed at a third of it."
-    )
-    max_attempts: int = Field(3, ge=1, description="Starts of one job whose failure is not its own fault.")
+    max_running: int = Field(64, ge=1, description="Most running jobs of each priority, per runner.")
+    lease_s: float = Field(15.0, ge=1, le=3600, description="Time after which a silent runner loses its jobs, seconds.")
+    max_attempts: int = Field(3, ge=1, description="Attempts per job; invalid requests are not retried.")
     retention_s: Seconds = Field(604_800.0, description="How long ended jobs and their files are kept, seconds.")
-    orphan_after_s: Seconds = Field(86_400.0, description="Age at which a file that belongs to nothing goes, seconds.")
-    sweep_every_s: Seconds = Field(600.0, description="Pause between two sweeps of what is too old, seconds.")
+    orphan_after_s: Seconds = Field(86_400.0, description="Age at which unreferenced files are removed, seconds.")
+    sweep_every_s: Seconds = Field(600.0, description="Pause between two sweeps of expired jobs and files, seconds.")
     webhook_secret: Annotated[SecretStr, AfterValidator(check_signing_secret)] | None = Field(
-        None, description="Signs webhooks (Standard Webhooks): `whsec_` and base64 of 24 to 64 bytes; unset = unsigned."
+        None, description="Signs webhooks (Standard Webhooks): `whsec_` and 24 to 64 bytes in base64; unset = unsigned."
     )
     webhook_allow_hosts: tuple[str, ...] = Field(
-        (), description="Hosts webhooks may reach although their address is private, for example localhost."
+        (), description="Hosts with private addresses that webhooks may call, for example localhost."
     )
 
 
 class StorageSettings(Section):
-    """Where the files of jobs are kept: an S3 bucket when `bucket` is set, else `output_dir`."""
+    """Storage of job files: an S3 bucket when `bucket` is set, otherwise `output_dir`."""
 
     bucket: str | None = Field(None, min_length=1, description="Bucket name; unset = local files.")
     prefix: Annotated[str, AfterValidator(trim_prefix)] = Field(
-        "stable-audio/jobs", max_length=500, description="What keys begin with; slashes at its ends do not count."
+        "stable-audio/jobs",
+        max_length=500,
+        description="Prefix of object keys; leading and trailing slashes are ignored.",
     )
     max_bytes_per_key: int = Field(
         2_147_483_648,
         ge=1,
-        description="Files that one client has uploaded by fal's storage and that are kept, bytes; a client is a key, "
-        "without keys an address.",
+        description="Most bytes of kept uploads (fal storage) per client; a client is an API key, or without keys an "
+        "address.",
     )
     endpoint_url: PlainUrl | None = Field(None, description="Endpoint of an S3-compatible service; unset = AWS.")
     region: str = Field("us-east-1", min_length=1, description="Region; auto for R2.")
     addressing: Literal["auto", "path", "virtual"] = Field(
-        "auto", description="Where the bucket stands in URLs; auto = in the path of endpoints, in the host of AWS."
+        "auto", description="Place of the bucket in URLs: path or host name; auto = virtual for AWS, otherwise path."
     )
     links: Literal["bucket", "server"] = Field(
         "bucket",
-        description="Where the links of jobs lead: to the bucket, or to the server, which reads the file from a bucket "
-        "that clients do not reach.",
+        description="Target of download links: the bucket, or this server, for a bucket that clients cannot reach.",
     )
     public_base_url: PlainUrl | None = Field(
         None, description="Public base of download links; unset = presigned links."
     )
-    presigned_url_expires_s: int = Field(3600, ge=1, le=604_800, description="Life of a presigned link, seconds.")
+    presigned_url_expires_s: int = Field(3600, ge=1, le=604_800, description="Lifetime of a presigned link, seconds.")
     access_key_id: SecretStr | None = Field(
-        None, min_length=1, description="Access key; unset = where the AWS SDK looks for one."
+        None, min_length=1, description="Access key; unset = the AWS SDK's own search."
     )
     secret_access_key: SecretStr | None = Field(None, min_length=1, description="The access key's secret.")
-    session_token: SecretStr | None = Field(None, min_length=1, description="Of temporary access keys.")
+    session_token: SecretStr | None = Field(None, min_length=1, description="Session token of a temporary access key.")
 
     @model_validator(mode="after")
     def _check_keys(self) -> StorageSettings:
         if (self.access_key_id is None) != (self.secret_access_key is None):
-            raise ValueError("access_key_id and secret_access_key belong together")
+            raise ValueError("set both access_key_id and secret_access_key, or neither")
         return self

@@ -1,4 +1,4 @@
-"""What every section of the settings is."""
+"""The base class of all settings sections."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """Base of every section: frozen, refuses unknown keys, checks values by type and range."""
+    """Base of every section: frozen, refuses unknown keys, checks types and ranges."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())

@@ -1,6 +1,6 @@
-"""Builds the settings tree from its sources, the later ones winning: defaults, file arguments, `.env`, environment.
+"""Builds the settings from their sources: defaults, file arguments, `.env`, environment. Later sources win.
 
-The only place that reads the environment. Every failure is a ConfigError naming the key or variable at fault.
+No other module reads the environment. Every failure is a ConfigError that names the key or variable.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from stable_audio_serve.core.catalog import ModelCatalog
 from stable_audio_serve.core.errors import ConfigError, UnknownModelError
 from stable_audio_serve.core.keys import hash_key, parse_key_hash
 from stable_audio_serve.core.settings import Settings
-from stable_audio_serve.core.settings_words import faults, nearest, unknown_keys
+from stable_audio_serve.core.settings_errors import faults, nearest, unknown_keys
 
-# The place of each variable in the tree; of several names for one value the first that is set wins.
+# The setting that each variable sets. Of several variables for one setting, the first that is set wins.
 VARIABLES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("default_model",): ("STABLE_AUDIO_DEFAULT_MODEL", "STABLE_AUDIO_MODEL"),
     ("preload_models",): ("STABLE_AUDIO_PRELOAD_MODELS",),
@@ -54,11 +54,11 @@ VARIABLES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("storage", "presigned_url_expires_s"): ("STABLE_AUDIO_PRESIGNED_URL_EXPIRES",),
 }
 
-# Pairs of access key and secret, of which the first complete one is used; a session token belongs to the AWS pair.
+# Pairs of access key and secret. The first complete pair is used. A session token belongs to the AWS pair.
 _ACCESS_KEYS = (("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), ("R2_ACCESS_KEY_ID", "R2_SECRET_ACCESS_KEY"))
 _SESSION_TOKEN = "AWS_SESSION_TOKEN"
 
-# A key in plain text, as vLLM's users set it; only its hash is kept, next to the others.
+# An API key in plain text, as vLLM's users set it. The settings keep only its hash.
 _PLAIN_KEY = "VLLM_API_KEY"
 
 _SECRET = (
@@ -72,10 +72,10 @@ _SECRET = (
     ("storage", "endpoint_url"),
 )
 
-# Variables with our prefix that are read elsewhere, and those that Docker and Kubernetes set for a service of our name.
+# Variables with our prefix that other code reads. Docker and Kubernetes set more of them for a service of that name.
 _PREFIX = "STABLE_AUDIO_"
 _OTHER_VARIABLES = (
-    "STABLE_AUDIO_URL",  # this and the next one are for clients
+    "STABLE_AUDIO_URL",  # this one and the next are for clients
     "STABLE_AUDIO_API_KEY",
     "STABLE_AUDIO_PROXY_HOST",
     "STABLE_AUDIO_PROXY_BINARY",
@@ -83,7 +83,7 @@ _OTHER_VARIABLES = (
 )
 _SERVICE_LINK = re.compile(r"_SERVICE_HOST|_SERVICE_PORT(_\w+)?|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?")
 
-# For these an empty variable is a value; all others count as unset when empty.
+# An empty value of these variables counts. All other empty variables count as unset.
 _EMPTY_MEANS_SOMETHING = frozenset({"STABLE_AUDIO_PRELOAD_MODELS", "STABLE_AUDIO_STORAGE_PREFIX"})
 
 
@@ -95,9 +95,9 @@ def load_settings(
 ) -> Settings:
     """Returns the effective settings.
 
-    `args` are the file's application arguments, `directory` is where the search for `.env` starts (default: the
-    working directory). Variables of `.env` and a copied HF_TOKEN are added to `environ`, because libraries read them
-    there too. Raises ConfigError.
+    `args` are the file's application arguments. The search for `.env` starts in `directory` (default: the working
+    directory). Adds the variables of `.env`, and HF_TOKEN, to `environ`, because libraries read them there. Raises
+    ConfigError.
     """
     load_environment(environ, directory=directory)
     _refuse_unknown_variables(environ)
@@ -116,7 +116,7 @@ def load_settings(
 
 
 def load_environment(environ: MutableMapping[str, str], *, directory: Path | None = None) -> None:
-    """Add the variables of the nearest `.env`, in `directory` or above, that `environ` does not set yet."""
+    """Set the variables from the nearest `.env`, in `directory` or above, that `environ` does not have yet."""
     start = (directory or Path.cwd()).absolute()
     path = next((folder / ".env" for folder in (start, *start.parents) if (folder / ".env").is_file()), None)
     if path is not None:
@@ -145,7 +145,7 @@ def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
 
 
 def check_model_names(settings: Settings, catalog: ModelCatalog) -> None:
-    """Raise ConfigError, naming key and variable, when a model that settings name is not in `catalog`."""
+    """Raise ConfigError, naming key and variable, when the settings name a model that `catalog` does not have."""
     named: list[tuple[tuple[str, ...], str | None]] = [(("default_model",), settings.default_model)]
     named += [(("preload_models",), name) for name in settings.preload_models or ()]
     named += [(("dialects", key), name) for key, name in settings.dialects if key.endswith("_model")]
@@ -160,7 +160,7 @@ def check_model_names(settings: Settings, catalog: ModelCatalog) -> None:
 
 
 def explain_default(settings: Settings, catalog: ModelCatalog, *, environ: Mapping[str, str] = os.environ) -> str:
-    """Returns why this is the default model: what named it, or its place among the configured models."""
+    """Returns why this model is the default: the setting that names it, or its position in `models`."""
     variable = _first_set(environ, VARIABLES[("default_model",)])
     if variable is not None:
         return f"named by {variable}"
@@ -172,14 +172,14 @@ def explain_default(settings: Settings, catalog: ModelCatalog, *, environ: Mappi
 
 
 def preloaded_names(settings: Settings, catalog: ModelCatalog) -> tuple[str, ...]:
-    """Returns the canonical names of the models to keep loaded, in configured order; by default the default model."""
+    """Returns the canonical names of the models to keep loaded, in configured order. Default: the default model."""
     if settings.preload_models is None:
         return (catalog.default.name,)
     return tuple(dict.fromkeys(catalog.resolve(name).name for name in settings.preload_models))
 
 
 def least_replicas(name: str, settings: Settings, *, catalog: ModelCatalog) -> int:
-    """Returns how many replicas of a model there are at all times: as configured, by default 1 of preloaded ones."""
+    """Returns a model's minimum number of replicas: as configured, otherwise 1 if preloaded, else 0."""
     configured = next((model.replicas.min_replicas for model in settings.models if model.name == name), None)
     return int(name in preloaded_names(settings, catalog)) if configured is None else configured
 
@@ -208,12 +208,12 @@ def _set(tree: dict[str, Any], path: tuple[str, ...], *, value: str) -> None:
     for key in path[:-1]:
         node = node.setdefault(key, {})
         if not isinstance(node, dict):
-            return  # validation reports what is wrong with it
+            return  # validation reports the error
     node[path[-1]] = value.strip()
 
 
 def _set_access_key(tree: dict[str, Any], environ: Mapping[str, str]) -> None:
-    """Set access key, secret and token from one source: parts of two keys do not work together."""
+    """Set access key, secret and token from one source, because parts of two keys do not work together."""
     pair = next((pair for pair in _ACCESS_KEYS if all(_is_set(environ, name) for name in pair)), None)
     if pair is None:
         return
@@ -237,5 +237,5 @@ def _config_error(
 
     found = {**faults(error, is_secret=is_secret), **dict(unknown_keys(tree, Settings))}
     return ConfigError(
-        "; ".join(f"{name(path)}: {said}" for path, said in found.items()), field=name(next(iter(found)))
+        "; ".join(f"{name(path)}: {message}" for path, message in found.items()), field=name(next(iter(found)))
     )

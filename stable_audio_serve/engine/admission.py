@@ -46,11 +46,11 @@ _NOTHING_REFUSED = _Refused(0.0, 0.0)
 
 
 class Pace:
-    """Measured time per predicted time, averaged over periods with a long queue."""
+    """The ratio of measured to predicted time, averaged over periods with a long queue."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._looked_at: float | None = None  # None: the queue was too short to measure
+        self._measured_at: float | None = None  # None: the queue was too short to measure
         self._busy_ms = self._done_ms = 0.0
         self.value = 1.0
 
@@ -61,10 +61,10 @@ class Pace:
         rows to share its calls.
         """
         now = self._clock.monotonic()
-        if self._looked_at is not None:
-            self._busy_ms += (now - self._looked_at) * 1000.0
+        if self._measured_at is not None:
+            self._busy_ms += (now - self._measured_at) * 1000.0
             self._done_ms += done_ms
-        self._looked_at = now if is_deep else None
+        self._measured_at = now if is_deep else None
         if self._busy_ms >= _WINDOW_MS:
             low, high = _PACE_RANGE
             measured = min(max(self._busy_ms / max(self._done_ms, 1e-3), low), high)
@@ -106,7 +106,7 @@ class Admission:
             self._require_room(priority, client, work_ms=work_ms)
             self._work_ms[priority][request_id] = work_ms
             self._clients[request_id] = client
-            self._look(done_ms=0.0)
+            self._update_pace(done_ms=0.0)
 
     def _require_room(self, priority: Priority, client: str, *, work_ms: float) -> None:
         """Raises OverloadedError. Anonymous clients may fill the queue; a client without work may always start some."""
@@ -174,7 +174,7 @@ class Admission:
                 if request_id in works:
                     done_ms = works[request_id] - work_ms
                     works[request_id] = work_ms
-                    self._look(done_ms=done_ms)
+                    self._update_pace(done_ms=done_ms)
 
     def release(self, request_id: int, *, is_done: bool = False) -> None:
         """Remove an ended request. `is_done`: all its work was done. A second call does nothing."""
@@ -182,9 +182,9 @@ class Admission:
             self._clients.pop(request_id, None)
             for works in self._work_ms.values():
                 if (left_ms := works.pop(request_id, None)) is not None:
-                    self._look(done_ms=left_ms if is_done else 0.0)
+                    self._update_pace(done_ms=left_ms if is_done else 0.0)
 
-    def _look(self, *, done_ms: float) -> None:
+    def _update_pace(self, *, done_ms: float) -> None:
         is_deep = len(self._work_ms["interactive"]) >= _MANY and self._sum_ms("interactive") > self._max_ms / 2
         self._pace.record(done_ms=done_ms, is_deep=is_deep)
 

@@ -216,7 +216,7 @@ class _Builder:
         )
         return Scheduler(
             limits,
-            knee_tokens=lambda frames: frames * self.policy.crowd(1, frames),
+            knee_tokens=lambda frames: frames * self.policy.typical_rows(1, frames),
             step_ms=predictor.step_ms,
             has_second_queue=self.device.has_second_queue,
         )

@@ -29,7 +29,7 @@ from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.pricing import Prices
 from stable_audio_serve.engine.admission import Admission
 from stable_audio_serve.engine.build import build_machinery, resolve_mode
-from stable_audio_serve.engine.calls.request_state import UNAVAILABLE, Reply, RequestState, late
+from stable_audio_serve.engine.calls.request_state import UNAVAILABLE, Reply, RequestState, deadline_error
 from stable_audio_serve.engine.calls.rows import row_work
 from stable_audio_serve.engine.hardware.device import Device, open_device
 from stable_audio_serve.engine.making import describe_engine, require_checkpoint, settle
@@ -234,7 +234,7 @@ class Engine:
                 plans = await self._planners[priority].plan(request, frames=frames)
         except TimeoutError:
             self._metrics.increment("engine_requests", outcome="expired")
-            raise late(request) from None
+            raise deadline_error(request) from None
         works = [row_work(plan, hop=self.spec.hop) for plan in plans]
         state = RequestState(
             next(self._request_ids),

@@ -20,7 +20,13 @@ from stable_audio_serve.core.errors import (
 from stable_audio_serve.core.generation import GenerationResult, Progress
 from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.engine.admission import Admission
-from stable_audio_serve.engine.calls.request_state import UNAVAILABLE, Inbox, RequestState, late, late_start
+from stable_audio_serve.engine.calls.request_state import (
+    UNAVAILABLE,
+    Inbox,
+    RequestState,
+    deadline_error,
+    start_timeout_error,
+)
 from stable_audio_serve.engine.calls.rows import Decoding, Encoding, Failures, Row, Stepping, Waiting
 from stable_audio_serve.engine.calls.stages import Stages
 from stable_audio_serve.engine.hardware.device import DEVICE_LOST
@@ -67,7 +73,7 @@ class EngineLoop:
         """Run one round. Returns False if there was no work."""
         for request in self._inbox.take():
             self._receive(request)
-        self._end_unwanted()
+        self._end_cancelled_and_late()
         self._report_positions()
         ids = self._scheduler.pick(beside=self._stages.has_room_beside) or self._scheduler.pick()
         picked = [self._rows[row_id] for row_id in ids]
@@ -116,7 +122,7 @@ class EngineLoop:
             )
         self._queue_changed = True
 
-    def _end_unwanted(self) -> None:
+    def _end_cancelled_and_late(self) -> None:
         """End cancelled and late requests, between two steps."""
         now = self._clock.monotonic()
         for request in list(self._requests.values()):
@@ -125,10 +131,10 @@ class EngineLoop:
                 request.reply.fail(CancelledRequestError("the request was cancelled"))
             elif request.deadline_at is not None and now >= request.deadline_at:
                 self._end(request, outcome="expired")
-                request.reply.fail(late(request.request))
+                request.reply.fail(deadline_error(request.request))
             elif request.start_by is not None and not request.is_started and now >= request.start_by:
                 self._end(request, outcome="expired")
-                request.reply.fail(late_start(request.request))
+                request.reply.fail(start_timeout_error(request.request))
 
     def _work(self, picked: Sequence[Row]) -> None:
         """Run one phase of every picked row."""
@@ -151,17 +157,17 @@ class EngineLoop:
             rows = [row for row in picked if phases[row.id] is phase and row.id in self._rows]
             if rows:
                 self._fail(run(rows))
-        self._hand_over(picked)
+        self._unschedule_finished(picked)
         self._deliver()  # rows whose windows the host waited for need not wait for the step too
         self._begin(stepping, at_once=not any(isinstance(row.phase, Stepping) for row in stepping))
         rows = [row for row in stepping if isinstance(row.phase, Stepping)]
         if rows:
             self._fail(self._stages.denoise(rows))
-        self._hand_over(rows)
+        self._unschedule_finished(rows)
         self._stages.keep_pace()
         self._stages.capture(is_idle=False)
 
-    def _hand_over(self, rows: Sequence[Row]) -> None:
+    def _unschedule_finished(self, rows: Sequence[Row]) -> None:
         """Stop scheduling rows whose remaining work is all queued on the device."""
         for row in rows:
             if row.id in self._scheduler and row.work.phase is Phase.DONE:

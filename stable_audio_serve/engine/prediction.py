@@ -112,5 +112,5 @@ class Predictor:
 
     def _shared_evaluation_ms(self, branches: int, frames: int) -> float:
         padded = self._policy.padded(frames)
-        crowd = self._policy.crowd(branches, padded)
-        return self._cost.call_ms("denoise", rows=crowd, frames=padded) * branches / crowd
+        rows = self._policy.typical_rows(branches, padded)
+        return self._cost.call_ms("denoise", rows=rows, frames=padded) * branches / rows

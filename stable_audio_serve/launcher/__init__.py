@@ -1,1 +1,1 @@
-"""One machine: an embedded Ray from one command to ready and back to nothing. Used by the command line alone."""
+"""Runs the server on one machine with an embedded Ray, from start to stop. Used only by the command line."""

@@ -27,25 +27,25 @@ from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.serving import haproxy
 
-# Below the kernel's ephemeral range, so that no outgoing connection takes a port between our check and its use, and
-# above the range `ray start` gives to its workers (10002-19999).
+# Below the kernel's ephemeral range, so that no outgoing connection can take a port between our check and its use.
+# Above the worker ports of `ray start` (10002-19999).
 _FIRST_PORT = 20000
 _LAST_PORT = 32000
-# Stats, metrics, two fallback proxies, and the ingress replicas: each replica that starts takes a port that none has
-# had for `api.max_deadline_s`, an hour by default.
+# One port each for the claim, statistics, metrics and two fallback proxies; the rest is for ingress replicas. A replica
+# that starts never gets a port that another one used within the last `api.max_deadline_s` (an hour by default).
 _BLOCK = 128
 _ATTEMPTS = 50
 _QUARANTINE_MARGIN_S = 30
 LOOPBACK = "127.0.0.1"
 _LOCAL_NAMES = "localhost,127.0.0.1,::1"
 _ALL_IPV4 = "0.0.0.0"
-_MOST_FILES = 65_536  # more would only cost memory where a process sizes its tables by the limit
+_MOST_FILES = 65_536  # some processes allocate tables of this size
 _BINARY_CHECK_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class PortBlock:
-    """Consecutive free ports of one server; `claim` itself stays bound by the launcher and marks the block as taken."""
+    """Consecutive free ports of one server. The launcher keeps `claim` bound to mark the block as taken."""
 
     claim: int
 
@@ -56,7 +56,7 @@ class PortBlock:
 
     @property
     def haproxy_metrics(self) -> int:
-        """HAProxy's Prometheus page: rendered even when its metrics are off, so it needs a port of its own."""
+        """HAProxy's Prometheus page. HAProxy needs this port even when its metrics are disabled."""
         return self.claim + 2
 
     @property
@@ -71,7 +71,7 @@ class PortBlock:
 
     @property
     def replicas(self) -> tuple[int, int]:
-        """First and one past the last port of the ingress replicas' own HTTP servers."""
+        """Ports of the ingress replicas' HTTP servers: the first, and one past the last."""
         return self.claim + 5, self.claim + _BLOCK
 
 
@@ -104,7 +104,7 @@ def is_port_free(host: str, port: int) -> bool:
 
 
 def require_free_port(host: str, port: int, *, option: str = "--port (PORT=) or --host", field: str = "port") -> None:
-    """Raise ConfigError, naming what chooses another, when an address is taken or cannot be listened on."""
+    """Raise ConfigError, naming the option to change, when the server cannot listen on this address."""
     try:
         _try_to_bind(host, port)
     except OSError as error:
@@ -123,15 +123,15 @@ def _try_to_bind(host: str, port: int) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach what listens on this address or name."""
+    """Whether an address or host name is reachable from this machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
 
 
-def why_no_haproxy() -> str | None:
-    """Returns None when HAProxy can be used on this machine, else the reason in words."""
+def haproxy_problem() -> str | None:
+    """Returns the reason why HAProxy cannot run on this machine, None if it can."""
     if not sys.platform.startswith("linux"):
         return f"HAProxy mode needs Linux, this is {sys.platform}"
     try:
@@ -145,7 +145,7 @@ def why_no_haproxy() -> str | None:
 
 
 def raise_file_limit() -> None:
-    """Raise the limit of open files, and so of connections, to the most that the operator allows."""
+    """Raise the limit of open files, and so of connections, as far as the operator allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -153,40 +153,40 @@ def raise_file_limit() -> None:
 
 
 def base_environment(settings: Settings) -> dict[str, str]:
-    """Returns the variables of every embedded Ray: private by its own token, silent, quick to react and to stop."""
+    """Returns the variables of every embedded Ray: own token, no output, quick reaction and stop."""
     return {
-        # Made for laptops of other systems: everything of Ray's own listens on loopback, or everywhere.
+        # 0: Ray's own ports listen on loopback; 1: on all interfaces. The variable was made for other systems.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0" if is_loopback(settings.metrics.host) else "1",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread of Serve's that asks after the end would start another Ray
+        "RAY_ENABLE_AUTO_CONNECT": "0",  # a late call from a thread of Serve would start another Ray
         "RAY_DEDUP_LOGS": "0",
         "RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH": "stable_audio_serve.serving.logs.tidy_controller_log",
-        "RAY_memory_monitor_refresh_ms": "0",  # what other programs use must not kill our replicas
-        # gRPC would send Ray's metrics on this machine to a proxy that is meant for the outside world.
+        "RAY_memory_monitor_refresh_ms": "0",  # memory use of other programs must not kill replicas
+        # Otherwise gRPC would send Ray's local metrics traffic through the outgoing proxy.
         "no_proxy": ",".join(filter(None, (os.environ.get("no_proxy", os.environ.get("NO_PROXY")), _LOCAL_NAMES))),
-        # A replica that fails its health check ends at once: it would have as long as one that is replaced.
+        # Stop a replica that fails its health check immediately, without the time for a graceful stop.
         "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
-        "RAY_worker_niceness": "0",  # replicas answer people: they are not batch work that yields to everything
+        "RAY_worker_niceness": "0",  # replicas serve people; Ray's default is a low priority
         "RAY_SERVE_ENABLE_HA_PROXY": "0",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.1",
-        # Replaced after three bad answers in a row: at once where the program behind is dead, late where it is slow.
+        # A proxy is replaced after three failed checks in a row: soon if its process is dead, late if it is slow.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.3",
         "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
     }
 
 
 def color_environment() -> dict[str, str]:
-    """Returns the variable that keeps colour codes out of what Ray prints, where some of it goes to a file."""
+    """Returns the variable that turns off Ray's colour codes when its output goes to a file."""
     return {} if sys.stdout.isatty() and sys.stderr.isatty() else {"RAY_COLOR_PREFIX": "0"}
 
 
 def haproxy_environment(ports: PortBlock, directory: Path, *, host: str, settings: Settings) -> dict[str, str]:
-    """Returns the variables of HAProxy mode on one machine: every listener and file is this server's own.
+    """Returns the variables of HAProxy mode on one machine, with this server's own ports and files.
 
-    `host` is where clients are answered. Ray itself is told loopback, so that nobody gets past HAProxy. Raises OSError.
+    `host` is the public address. Ray listens on loopback, so that clients cannot bypass HAProxy. Raises OSError.
     """
     first_replica, last_replica = ports.replicas
     longest_s = math.ceil(settings.api.max_deadline_s)
@@ -198,7 +198,7 @@ def haproxy_environment(ports: PortBlock, directory: Path, *, host: str, setting
         haproxy.HEADER_TIMEOUT_S: str(settings.proxy.header_timeout_s),
         haproxy.IDLE_TIMEOUT_S: str(settings.proxy.idle_timeout_s),
         haproxy.METRICS_HOST: settings.metrics.host,
-        # After a reload the replaced HAProxy finishes its requests; until it has, no other replica may get their port.
+        # After a reload the old HAProxy finishes its requests. Until then no other replica may get the ports it uses.
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(longest_s),
         "RAY_SERVE_PORT_QUARANTINE_S": str(longest_s + _QUARANTINE_MARGIN_S),
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
@@ -217,9 +217,9 @@ def haproxy_environment(ports: PortBlock, directory: Path, *, host: str, setting
 
 
 def _program(directory: Path) -> str:
-    """Returns the path of the program that Ray runs as HAProxy: ours, without this Python's packages, to start quickly.
+    """Returns the path of the program that Ray runs as HAProxy: a script that skips site packages to start quickly.
 
-    Where temporary folders may hold no programs, the one installed with this package. Raises OSError.
+    Returns the installed program where temporary folders are mounted without execution. Raises OSError.
     """
     path = directory / "haproxy"
     words = (sys.executable, "-I", "-S", haproxy.__file__)
@@ -229,4 +229,4 @@ def _program(directory: Path) -> str:
         return str(path)
     if installed := shutil.which("stable-audio-haproxy", path=sysconfig.get_path("scripts")):
         return installed
-    raise OSError(f"no program may run in {directory.parent}, and stable-audio-haproxy is not installed")
+    raise OSError(f"programs cannot run in {directory.parent} (noexec), and stable-audio-haproxy is not installed")

@@ -1,8 +1,8 @@
-"""A tiny process that outlives the launcher to leave nothing behind, however the launcher ends.
+"""A small process that outlives the launcher and cleans up after it, however the launcher ends.
 
-Its standard input is a pipe from the launcher, so the end of that pipe is the end of the launcher: then every process
-with a file open below the server's private folder (all of Ray's logs and HAProxy's are there) is killed, and the
-folder removed. Standard library only.
+Its standard input is a pipe from the launcher, and the pipe closes when the launcher ends. The guard then kills every
+process with an open file in the server's private folder, which holds all logs of Ray and HAProxy, and removes the
+folder. Standard library only.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ _KILL_TIMEOUT_S = 3.0
 
 @contextmanager
 def guarded(directory: Path) -> Iterator[None]:
-    """Remove `directory` and end the processes that use it when the context, or this process, ends."""
+    """Remove `directory` and kill the processes that use it when the context, or this process, ends."""
     command = [sys.executable, "-S", __file__, str(directory)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True):
         yield
 
 
-def users_of(directory: Path) -> list[int]:
-    """Returns the ids of processes with a file open below `directory`; none where there is no /proc."""
+def processes_using(directory: Path) -> list[int]:
+    """Returns the ids of processes with an open file in `directory`; empty without /proc."""
     prefix = f"{directory}/"
     found = set()
     for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # gone meanwhile, or not ours to look at
+        with suppress(OSError):  # the process ended, or belongs to another user
             for link in os.scandir(process / "fd"):
                 with suppress(OSError):
                     if os.readlink(link.path).startswith(prefix):
@@ -43,7 +43,7 @@ def users_of(directory: Path) -> list[int]:
 
 def _clean_up(directory: Path, *, spared: set[int]) -> None:
     deadline = time.monotonic() + _KILL_TIMEOUT_S
-    while (users := set(users_of(directory)) - spared) and time.monotonic() < deadline:
+    while (users := set(processes_using(directory)) - spared) and time.monotonic() < deadline:
         for pid in users:
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)

@@ -1,6 +1,6 @@
-"""`stable-audio-serve serve`: one command from a config file to a ready HTTP address, and back to nothing on Ctrl-C.
+"""`stable-audio-serve serve`: starts the server from a config file and stops it on Ctrl-C.
 
-Owns the order of the start, what the operator reads meanwhile, and signals; Ray's own life is `embedded`.
+Owns the order of the start, the operator's progress messages, and signals. `embedded` starts and stops Ray.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.settings_sources import explain_default, load_settings
 from stable_audio_serve.jobs.open import prepare_stores
 from stable_audio_serve.launcher import environment
-from stable_audio_serve.launcher.embedded import apply_environment, embedded_ray, explained, private_directory
-from stable_audio_serve.launcher.patience import crowding, start_limits
-from stable_audio_serve.launcher.precision import faster_precision
+from stable_audio_serve.launcher.embedded import apply_environment, embedded_ray, private_directory, start_errors
+from stable_audio_serve.launcher.precision import bfloat16_hint
 from stable_audio_serve.launcher.signals import StopSignals
+from stable_audio_serve.launcher.start_timeouts import load_per_core, start_timeouts
 from stable_audio_serve.serving.placement import Plan, plan_deployments
 from stable_audio_serve.serving.preflight import require_weights
 from stable_audio_serve.serving.serve_file import ServeFile, deploy_schema
@@ -46,7 +46,7 @@ _OUR_ERROR = re.compile(r"stable_audio_serve\.core\.errors\.\w+: (.+)")
 
 @dataclass
 class Stopwatch:
-    """Names and lengths in seconds of the stages of a cold start."""
+    """Names and durations, in seconds, of the stages of a cold start."""
 
     laps: list[tuple[str, float]] = field(default_factory=list)
     _last: float = field(default_factory=time.monotonic)
@@ -73,11 +73,12 @@ def serve(
 ) -> None:
     """Serve until SIGINT, SIGTERM or SIGHUP.
 
-    A reason not to start goes to `print_error` in one sentence, then is raised as an error of `core.errors`.
+    When the server cannot start, prints the reason with `print_error` in one sentence, and raises an error of
+    `core.errors`.
     """
     watch = Stopwatch()
     with ExitStack() as stack:
-        with _said_at_once(print_error):
+        with _printing_errors(print_error):
             host, port = host or file.host, port or file.port
             plan = plan_deployments(load_settings(file.args))
             environment.require_free_port(host, port)
@@ -89,37 +90,37 @@ def serve(
             variables = environment.base_environment(plan.settings)
             kind = proxy or plan.settings.proxy.kind
             proxied = _proxy_environment(stack, directory, host=host, settings=plan.settings, proxy=kind, report=report)
-            defaults = start_limits(crowding()) | environment.color_environment()
+            defaults = start_timeouts(load_per_core()) | environment.color_environment()
             apply_environment(variables | proxied, defaults=defaults)
-            # Behind HAProxy nothing of Ray's own is to be reached from elsewhere.
-            # Before anything is said of models: a mistyped `args` leaves only the defaults.
+            # Behind HAProxy, Ray's own proxy must listen on loopback only. The file is checked before messages about
+            # models: with a mistyped `args` only the default models remain.
             schema = deploy_schema(file, host=environment.LOOPBACK if proxied else host, port=port)
             report(f"default model: {plan.catalog.default.name} ({explain_default(plan.settings, plan.catalog)})")
-            # Of the others the application itself says what is missing.
+            # Errors of the other models appear when they are loaded.
             started = [model for model in plan.settings.models if model.name in plan.started]
             require_weights(plan, started, print_error=print_error)
             report(prepare_stores(plan.settings).description)
 
-        # Ray prints its processes' lines from a thread, each line and its end in two writes: begin a line of our own.
+        # Ray prints its processes' lines from a thread, each in two writes: text, then newline. So start a new line.
         def print_error_amid_others(sentence: str) -> None:
             print_error(f"\n{sentence}")
 
-        with _said_at_once(print_error_amid_others):
+        with _printing_errors(print_error_amid_others):
             metrics_port = stack.enter_context(
                 embedded_ray(directory, signals, num_cpus=plan.num_cpus, metrics_port=metrics_port)
             )
         stack.enter_context(suppress(KeyboardInterrupt))
         stack.callback(report, "stopping ...")
-        stack.enter_context(_said_at_once(print_error_amid_others))
+        stack.enter_context(_printing_errors(print_error_amid_others))
         watch.lap("ray")
         url = f"http://{_reachable(host)}:{port}{file.route_prefix}"
-        with explained("Ray Serve"):
+        with start_errors("Ray Serve"):
             _deploy(schema, watch)
             health = _wait_until_ready(file, url, plan=plan, report=report)
         watch.lap("models")
         report(f"cold start: {watch}{_load_stages(health, plan)}")
         report(f"metrics: http://{_reachable(plan.settings.metrics.host)}:{metrics_port}/metrics")
-        if hint := faster_precision(plan, {name: facts["device"] for name, facts in health["models"].items()}):
+        if hint := bfloat16_hint(plan, {name: facts["device"] for name, facts in health["models"].items()}):
             report(hint)
         report(_ready_text(url, plan))
         with suppress(KeyboardInterrupt):
@@ -128,8 +129,8 @@ def serve(
 
 
 @contextmanager
-def _said_at_once(print_error: Report) -> Iterator[None]:
-    """Tell the operator what went wrong before anything is stopped: stopping may take seconds or be cut short."""
+def _printing_errors(print_error: Report) -> Iterator[None]:
+    """Print an error before anything is stopped, because stopping may take seconds or be cut short."""
     try:
         yield
     except StableAudioError as error:
@@ -138,7 +139,7 @@ def _said_at_once(print_error: Report) -> Iterator[None]:
 
 
 def _choose_metrics_port(port: int | None, settings: Settings) -> int | None:
-    """Returns the port of the command line or the settings, None for any. Raises ConfigError if it is taken."""
+    """Returns the port from the command line or the settings, None for any. Raises ConfigError if it is in use."""
     port = port or settings.metrics.port
     if port is not None:
         option = "--metrics-port (STABLE_AUDIO_METRICS_PORT)"
@@ -149,8 +150,8 @@ def _choose_metrics_port(port: int | None, settings: Settings) -> int | None:
 def _proxy_environment(
     stack: ExitStack, directory: Path, *, host: str, settings: Settings, proxy: ProxyKind, report: Report
 ) -> dict[str, str]:
-    """Returns the variables of the chosen proxy, none for the Python proxy. Its ports are held on `stack`."""
-    reason = "asked for" if proxy == "python" else environment.why_no_haproxy()
+    """Returns the variables of the chosen proxy, none for the Python proxy. `stack` holds its ports."""
+    reason = "selected" if proxy == "python" else environment.haproxy_problem()
     if reason is None:
         try:
             ports = stack.enter_context(environment.claim_ports(settings.metrics.host))
@@ -186,7 +187,7 @@ def _deploy(schema: ServeDeploySchema, watch: Stopwatch) -> None:
 
 
 def _wait_until_ready(file: ServeFile, url: str, *, plan: Plan, report: Report) -> Mapping[str, Any]:
-    """Wait until every preloaded replica runs and the HTTP path says so. Returns the body of /health."""
+    """Wait until every preloaded replica runs and /health lists it. Returns the body of /health."""
     from stable_audio_serve.serving.model_states import read_application
 
     next_report_at = time.monotonic() + _STILL_LOADING_EVERY_S
@@ -211,9 +212,11 @@ def _raise_if_failed(application: ApplicationStatusOverview) -> None:
 
 
 def _health(url: str, plan: Plan) -> Mapping[str, Any]:
-    """Returns the body of /health once it lists every preloaded model as loaded; empty before."""
+    """Returns the body of /health once it lists every preloaded model as loaded; empty until then."""
     try:
-        answer = httpx.get(f"{url}/health", timeout=_HEALTH_TIMEOUT_S, trust_env=False)  # no proxy to our own machine
+        answer = httpx.get(
+            f"{url}/health", timeout=_HEALTH_TIMEOUT_S, trust_env=False
+        )  # no outgoing proxy for this machine
         health: dict[str, Any] = answer.raise_for_status().json()
     except (httpx.HTTPError, ValueError):
         return {}
@@ -221,7 +224,7 @@ def _health(url: str, plan: Plan) -> Mapping[str, Any]:
 
 
 def _drain(application: str, settings: Settings, *, report: Report) -> None:
-    """Wait for the answers in flight, unless the operator does not want that."""
+    """Wait for requests in progress, unless `drain_s` is 0."""
     from stable_audio_serve.serving.draining import drain
 
     if settings.drain_s:
@@ -230,7 +233,7 @@ def _drain(application: str, settings: Settings, *, report: Report) -> None:
 
 
 def _load_stages(health: Mapping[str, Any], plan: Plan) -> str:
-    """Returns how long each stage of loading took, for every preloaded model."""
+    """Returns the duration of each stage of loading, for every preloaded model."""
     details = {name: health["models"][name]["detail"] for name in plan.preloaded}
     return "".join(
         f"; {name}: " + ", ".join(f"{stage} {seconds} s" for stage, seconds in detail.items())

@@ -1,4 +1,4 @@
-"""What signals do to the launcher: the first one begins an orderly stop, a later one ends it at once."""
+"""Signal handling of the launcher: the first signal starts an orderly stop, a later one exits immediately."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from types import FrameType
 
 _NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_ONE_WISH_S = 1.0  # `timeout` and `make` pass a signal on that the whole process group got as well
+_DUPLICATE_S = 1.0  # `timeout` and `make` forward a signal that the whole process group has received already
 
 
 class StopSignals:
@@ -19,12 +19,12 @@ class StopSignals:
         self._late_exit_code = 0
 
     def listen(self) -> None:
-        """Install the handlers, in place of those before."""
+        """Install the handlers, replacing the previous ones."""
         for number in _NUMBERS:
             signal.signal(number, self._handle)
 
     def begin_stop(self, *, exit_code: int) -> None:
-        """From now on a signal ends this process at once, with `exit_code`: its guard kills what it leaves behind."""
+        """Make the next signal exit this process with `exit_code`. The guard then kills its child processes."""
         self._late_exit_code = exit_code
         if self._stopping_at is None:
             self._stopping_at = time.monotonic()
@@ -34,5 +34,5 @@ class StopSignals:
         if self._stopping_at is None:
             self._stopping_at = now
             raise KeyboardInterrupt(signal.Signals(number).name)
-        if now - self._stopping_at > _ONE_WISH_S:
+        if now - self._stopping_at > _DUPLICATE_S:
             os._exit(self._late_exit_code)

@@ -49,8 +49,8 @@ from stable_audio_serve.models.config_reader import CONFIG_FILE, read_config
 from stable_audio_serve.models.registry import ModelEntry, text_encoder_entry
 
 # ValueError: a token with invalid characters, or a response that is not from a hub.
-_FAULTS = (HTTPError, OSError, HFValidationError, getattr(errors, "XetDownloadError", OSError), ValueError)
-_ANSWER_S = 4.0  # timeout of one hub request, except downloads
+_ERRORS = (HTTPError, OSError, HFValidationError, getattr(errors, "XetDownloadError", OSError), ValueError)
+_REQUEST_TIMEOUT_S = 4.0  # timeout of one hub request, except downloads
 
 
 def download_entry(entry: ModelEntry, *, token: str | None = None, cache_dir: Path | None = None) -> Path:
@@ -66,7 +66,7 @@ def download_entry(entry: ModelEntry, *, token: str | None = None, cache_dir: Pa
     _require_config(repo_id, list_folder(folder).names)
     if not (folder / WEIGHTS_FILE).is_file():
         weights = _find_in_repository(entry, token=token, cache_dir=cache_dir)
-        folder = _download(_with(entry, weights), token=token, cache_dir=cache_dir)
+        folder = _download(_with_weights(entry, weights), token=token, cache_dir=cache_dir)
     check_folder(folder)
     return folder
 
@@ -128,35 +128,40 @@ def _check_repository(entry: ModelEntry, *, token: str | None, cache_dir: Path |
     """Returns the folder with the config, and the text encoder's folder if the same repository contains it."""
     repo_id = _repository(entry)
     if constants.is_offline_mode():
-        raise CheckpointError(not_here(entry, cache_dir=cache_dir))
+        raise CheckpointError(describe_incomplete_cache(entry, cache_dir=cache_dir))
     try:
-        info = _ask(entry, token)
+        info = _fetch_info(entry, token)
         listed = _files_of(info, entry)
         _require_config(repo_id, listed.names)
         weights = choose_weights(listed)
         _require_readable(repo_id, weights, info=info, token=token)
         config_file = hf_hub_download(
-            repo_id, CONFIG_FILE, revision=entry.revision, token=token, cache_dir=cache_dir, etag_timeout=_ANSWER_S
+            repo_id,
+            CONFIG_FILE,
+            revision=entry.revision,
+            token=token,
+            cache_dir=cache_dir,
+            etag_timeout=_REQUEST_TIMEOUT_S,
         )  # with the entry's own revision, because later cache lookups use it
         folder = Path(config_file).parent
         encoder = check_layout(read_config(folder), listed)
         if encoder is not None:
             _require_readable(repo_id, f"{encoder}/config.json", info=info, token=token)
-    except _FAULTS as error:
+    except _ERRORS as error:
         raise CheckpointError(_explain(error, entry, cache_dir=cache_dir)) from error
-    _require_space(_with(entry, weights), info, cache_dir=cache_dir)
+    _require_space(_with_weights(entry, weights), info, cache_dir=cache_dir)
     return folder, encoder
 
 
 def _check_text_encoder(entry: ModelEntry, *, token: str | None, cache_dir: Path | None) -> None:
     repo_id = _repository(entry)
     if constants.is_offline_mode():
-        raise CheckpointError(not_here(entry, cache_dir=cache_dir))
+        raise CheckpointError(describe_incomplete_cache(entry, cache_dir=cache_dir))
     try:
-        info = _ask(entry, token)
+        info = _fetch_info(entry, token)
         check_encoder(_files_of(info, entry))
         _require_readable(repo_id, "config.json", info=info, token=token)
-    except _FAULTS as error:
+    except _ERRORS as error:
         raise CheckpointError(_explain(error, entry, cache_dir=cache_dir)) from error
     _require_space(entry, info, cache_dir=cache_dir)
 
@@ -164,8 +169,8 @@ def _check_text_encoder(entry: ModelEntry, *, token: str | None, cache_dir: Path
 def _find_in_repository(entry: ModelEntry, *, token: str | None, cache_dir: Path | None) -> str:
     """Returns the name of a repository's weight file."""
     try:
-        info = _ask(entry, token)
-    except _FAULTS as error:
+        info = _fetch_info(entry, token)
+    except _ERRORS as error:
         raise CheckpointError(_explain(error, entry, cache_dir=cache_dir)) from error
     return choose_weights(_files_of(info, entry))
 
@@ -174,15 +179,17 @@ def _files_of(info: ModelInfo, entry: ModelEntry) -> FileList:
     return list_repository(_repository(entry), {file.rfilename for file in info.siblings or ()})
 
 
-def _with(entry: ModelEntry, weights: str) -> ModelEntry:
+def _with_weights(entry: ModelEntry, weights: str) -> ModelEntry:
     """Returns the entry with the weight file added to the files to download."""
     return replace(entry, files=tuple(dict.fromkeys((*entry.files, weights))))
 
 
-def _ask(entry: ModelEntry, token: str | None) -> ModelInfo:
+def _fetch_info(entry: ModelEntry, token: str | None) -> ModelInfo:
     """Returns the hub's information about a repository and its files. Raises the library's errors."""
     revision = entry.revision or constants.DEFAULT_REVISION
-    return HfApi(token=token).model_info(_repository(entry), revision=revision, timeout=_ANSWER_S, files_metadata=True)
+    return HfApi(token=token).model_info(
+        _repository(entry), revision=revision, timeout=_REQUEST_TIMEOUT_S, files_metadata=True
+    )
 
 
 def _cached_text_encoder(entry: ModelEntry, *, cache_dir: Path | None) -> Path | None:
@@ -206,7 +213,7 @@ def _download(entry: ModelEntry, *, token: str | None, cache_dir: Path | None) -
             cache_dir=cache_dir,
             allow_patterns=list(entry.files),
         )
-    except _FAULTS as error:
+    except _ERRORS as error:
         raise CheckpointError(_explain(error, entry, cache_dir=cache_dir)) from error
     return Path(folder)
 
@@ -223,7 +230,7 @@ def _snapshot(entry: ModelEntry, *, cache_dir: Path | None) -> Path | None:
         )
     except LocalEntryNotFoundError:
         return None
-    except _FAULTS as error:
+    except _ERRORS as error:
         raise CheckpointError(_explain(error, entry, cache_dir=cache_dir)) from error
     return Path(folder)
 
@@ -241,7 +248,7 @@ def _require_config(repo_id: str, names: Iterable[str]) -> None:
 
 def _require_readable(repo_id: str, name: str, *, info: ModelInfo, token: str | None) -> None:
     """Raise an error if the token may not read a file. The file list of a gated repository is public."""
-    get_hf_file_metadata(hf_hub_url(repo_id, name, revision=info.sha), token=token, timeout=_ANSWER_S)
+    get_hf_file_metadata(hf_hub_url(repo_id, name, revision=info.sha), token=token, timeout=_REQUEST_TIMEOUT_S)
 
 
 def _require_space(entry: ModelEntry, info: ModelInfo, *, cache_dir: Path | None) -> None:
@@ -283,7 +290,7 @@ def _explain(error: Exception, entry: ModelEntry, *, cache_dir: Path | None) -> 
         case HfHubHTTPError():
             return f"{constants.ENDPOINT} answered {status} to {error.response.url.path}; see {page}"
         case LocalEntryNotFoundError() | HTTPError():
-            return not_here(entry, cache_dir=cache_dir)
+            return describe_incomplete_cache(entry, cache_dir=cache_dir)
         case OSError():
             return f"{repo_id} could not be stored in {place}: {_first_line(error)}"
         case UnicodeEncodeError():
@@ -292,7 +299,7 @@ def _explain(error: Exception, entry: ModelEntry, *, cache_dir: Path | None) -> 
             return f"{constants.ENDPOINT} gave no answer of a model hub for {repo_id}: {_first_line(error)}"
 
 
-def not_here(entry: ModelEntry, *, cache_dir: Path | None = None) -> str:
+def describe_incomplete_cache(entry: ModelEntry, *, cache_dir: Path | None = None) -> str:
     """Returns the message for an incomplete cache in offline mode or without a connection."""
     lacking = f"{entry.repo_id} is not complete in {cache_dir or constants.HF_HUB_CACHE} and"
     if constants.is_offline_mode():

@@ -42,12 +42,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # 
     """Returns `x @ weight.T + bias` like `F.linear`, without gradients. Torch-function modes see the call."""
     if has_torch_function_unary(x):
         return handle_torch_function(linear, (x,), x, weight, bias)
-    if not takes_onednn(x, weight):
+    if not supports_onednn(x, weight):
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 
-def takes_onednn(x: Tensor, weight: Tensor) -> bool:
+def supports_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN can multiply these two: float32 on a CPU, without autocast."""
     is_exact = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     return is_exact and x.device.type == "cpu"

@@ -44,19 +44,19 @@ def resolve_decode_precision(device: torch.device, precision: str | None) -> Dec
 
     Raises ConfigError for a precision that the device does not support or that is no faster than float32.
     """
-    able = _able(device)
+    supported = _supported(device)
     if precision is None:
-        return "tf32" if "tf32" in able else "float32"
-    for choice in able:
+        return "tf32" if "tf32" in supported else "float32"
+    for choice in supported:
         if choice == precision:
             return choice
     what = "cannot be used on" if precision in get_args(DecodePrecision) else "is unknown; on"
-    allowed = ", ".join(able)
+    allowed = ", ".join(supported)
     message = f"decode_precision {precision!r} {what} {_name(device)}; allowed: {allowed}"
     raise ConfigError(message, field="decode_precision", allowed=allowed)
 
 
-def _able(device: torch.device) -> tuple[DecodePrecision, ...]:
+def _supported(device: torch.device) -> tuple[DecodePrecision, ...]:
     if device.type == "cuda":
         has_tf32 = torch.cuda.get_device_capability(device)[0] >= _FIRST_WITH_TF32
         return ("float32", "split", "tf32", "half") if has_tf32 else ("float32", "half")

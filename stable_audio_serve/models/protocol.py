@@ -304,7 +304,7 @@ class TokenModel(Protocol):
 
     @property
     def text_size(self) -> tuple[int, int]:
-        """The tokens T of every prompt, padding included, and the width of their embeddings."""
+        """The number of tokens T per prompt, padding included, and the width of their embeddings."""
         ...
 
     def tokenize(self, prompts: Sequence[str]) -> PromptTokens:

@@ -171,10 +171,11 @@ def resolve_entry(
 
 
 def describe_entry(entry: ModelEntry) -> ModelEntry:
-    """Complete the entry's family, rate, channels, length and objective from its config, if available locally.
+    """Returns the entry with family, rate, channels, length and objective from its config, if available locally.
 
     The config is read from the entry's folder or the hub's cache, never from the hub. A built-in entry keeps its own
-    steps and guidance; every entry keeps a lower cap. Raises CheckpointError for a folder without a usable config.
+    steps and guidance, and a cap below the config's length stays. Raises CheckpointError for a folder without a usable
+    config.
     """
     folder = _config_folder(entry)
     if folder is None:

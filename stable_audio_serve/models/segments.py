@@ -34,14 +34,14 @@ class Segments:
 
         Rows of 0 frames are unused. The rows must fit into `num_tokens` tokens.
         """
-        is_there = frames > 0
-        offsets = F.pad((frames + num_prefix * is_there).cumsum(0, dtype=torch.int32), (1, 0))
+        is_used = frames > 0
+        offsets = F.pad((frames + num_prefix * is_used).cumsum(0, dtype=torch.int32), (1, 0))
         tokens = torch.arange(num_tokens, device=frames.device, dtype=torch.int32)
         rows = torch.bucketize(tokens, offsets[1:], out_int32=True, right=True).clamp(max=len(frames) - 1)
         positions = tokens - offsets.index_select(0, rows)
         return cls(
             offsets,
-            num_keys=(valid_frames + num_prefix * is_there).to(torch.int32),
+            num_keys=(valid_frames + num_prefix * is_used).to(torch.int32),
             rows=rows,
             positions=positions,
             is_frame=(positions >= num_prefix) & (tokens < offsets[-1]),

@@ -45,7 +45,7 @@ def drain_weights(
     identity = _identity(path)
     for key in kept:
         yield key, weights.pop(key)
-    read_bytes = MAPPED_BYTES if kept else 0  # map again first, so that the `kept` mapping holds only what is kept
+    read_bytes = MAPPED_BYTES if kept else 0  # use a new mapping: pages read through the kept one would stay in memory
     for key in sorted(weights, key=lambda key: weights[key].data_ptr()):
         if read_bytes >= MAPPED_BYTES and _is_mapped(path):
             left = set(weights)

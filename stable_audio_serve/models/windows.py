@@ -49,11 +49,11 @@ def audible_windows(frames: int, *, num_audible: int, rule: WindowRule) -> tuple
     The windows depend only on these lengths. Larger halos give longer windows, so that few frames are decoded twice.
     All windows of a clip have one length. Long ones are on a fine grid, so that calls of equal length share GPU graphs.
     """
-    heard = min(frames, _round_up(num_audible + rule.halo, multiple=WINDOW_GRID))
+    num_decoded = min(frames, _round_up(num_audible + rule.halo, multiple=WINDOW_GRID))
     kept = _round_up(math.ceil(2 * rule.halo / _REDUNDANT_SHARE), multiple=rule.multiple)
     kept = min(max(kept, WINDOW_FRAMES), LONGEST_FRAMES - 2 * rule.halo)
     grid = WINDOW_GRID // 2 if kept > WINDOW_FRAMES else 1
-    spans = halo_windows(heard, halo=rule.halo, kept=kept, multiple=math.lcm(rule.multiple, grid))
+    spans = halo_windows(num_decoded, halo=rule.halo, kept=kept, multiple=math.lcm(rule.multiple, grid))
     return tuple(_aligned(span, rule) for span in spans)
 
 

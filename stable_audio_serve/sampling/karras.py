@@ -51,14 +51,14 @@ def polyexponential_sigmas(steps: int, span: SigmaRange) -> Tensor:
     check_steps(steps)
     ramp = torch.linspace(1, 0, steps, dtype=torch.float32) ** span.rho
     low, high = math.log(span.sigma_min), math.log(span.sigma_max)
-    return _ended(torch.exp(ramp * (high - low) + low))
+    return _append_zero(torch.exp(ramp * (high - low) + low))
 
 
 def exponential_sigmas(steps: int, span: SigmaRange) -> Tensor:
     """Returns levels evenly spaced in ln sigma, then 0; (steps + 1,) float32. Ignores `rho`."""
     check_steps(steps)
     low, high = math.log(span.sigma_min), math.log(span.sigma_max)
-    return _ended(torch.linspace(high, low, steps, dtype=torch.float32).exp())
+    return _append_zero(torch.linspace(high, low, steps, dtype=torch.float32).exp())
 
 
 def karras_sigmas(steps: int, span: SigmaRange) -> Tensor:
@@ -70,10 +70,10 @@ def karras_sigmas(steps: int, span: SigmaRange) -> Tensor:
     check_steps(steps)
     ramp = torch.linspace(0, 1, steps, dtype=torch.float32)
     low, high = span.sigma_min ** (1 / span.rho), span.sigma_max ** (1 / span.rho)
-    return _ended((high + ramp * (low - high)) ** span.rho)
+    return _append_zero((high + ramp * (low - high)) ** span.rho)
 
 
-def _ended(levels: Tensor) -> Tensor:
+def _append_zero(levels: Tensor) -> Tensor:
     """Append a final 0. Raises InvalidRequestError if two levels are equal, because their step has no slope."""
     if not (levels[:-1] > levels[1:]).all():
         message = f"these sigma_min, sigma_max and rho leave two equal noise levels in {len(levels)} steps"

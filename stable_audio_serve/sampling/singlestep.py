@@ -33,7 +33,7 @@ def heun(network: VNetwork, sigmas: Sequence[float]) -> None:
             network.evaluate(s, network.denoised(s))
         else:
             network.evaluate(s, _X + k * (0.5 * (n - s)), _X + k * (n - s))
-            network.evaluate(n, _X + network.slope(n, see=1) * (0.5 * (n - s)), see=1)
+            network.evaluate(n, _X + network.slope(n, input_register=1) * (0.5 * (n - s)), input_register=1)
         network.end_step()
 
 
@@ -49,7 +49,7 @@ def dpm_2(network: VNetwork, sigmas: Sequence[float]) -> None:
             levels = torch.tensor([s, n], dtype=torch.float32).log()
             middle = float(levels[0].lerp(levels[1], 0.5).exp())
             network.evaluate(s, _X, _X + network.slope(s) * (middle - s))
-            network.evaluate(middle, _X + network.slope(middle, see=1) * (n - s), see=1)
+            network.evaluate(middle, _X + network.slope(middle, input_register=1) * (n - s), input_register=1)
         network.end_step()
 
 
@@ -68,15 +68,15 @@ def dpmpp_2s_ancestral(network: VNetwork, sigmas: Sequence[float]) -> None:
             h = float(end - start)
             middle = float(_levels(start + 0.5 * (end - start)))
             network.evaluate(s, _X, _X * math.exp(-0.5 * h) - d * math.expm1(-0.5 * h))
-            ahead = network.denoised(middle, see=1)
-            network.evaluate(middle, _X * (down / s) - ahead * math.expm1(-h) + NOISE * up, see=1)
+            ahead = network.denoised(middle, input_register=1)
+            network.evaluate(middle, _X * (down / s) - ahead * math.expm1(-h) + NOISE * up, input_register=1)
         network.end_step()
 
 
 def _ancestral_levels(s: float, n: float) -> tuple[float, float]:
     """Returns the level that a step from s to n descends to, and the noise that raises it to n.
 
-    Computed in float32. A long step descends to 0, because the level is n**2 / s, much less than n.
+    Computed in float32. For a long step the level is 0, because n**2 / s is much smaller than n.
     """
     start, end = torch.tensor([s, n], dtype=torch.float32)
     up = torch.minimum(end, (end**2 * (start**2 - end**2) / start**2) ** 0.5)
@@ -113,9 +113,9 @@ def _second_order(network: VNetwork, start: Tensor, *, end: Tensor) -> None:
     first = network.slope(s)
     network.evaluate(s, _X, _X - first * (middle * math.expm1(0.5 * h)), first)
     network.end_step()
-    second = network.slope(middle, see=1)
+    second = network.slope(middle, input_register=1)
     growth = n * math.expm1(h)
-    network.evaluate(middle, _X - _FIRST_SLOPE * growth - (second - _FIRST_SLOPE) * growth, see=1)
+    network.evaluate(middle, _X - _FIRST_SLOPE * growth - (second - _FIRST_SLOPE) * growth, input_register=1)
     network.end_step()
 
 
@@ -128,12 +128,12 @@ def _third_order(network: VNetwork, start: Tensor, *, end: Tensor) -> None:
     network.evaluate(s, _X, _X - first * (third * math.expm1(h / 3)), first)
     network.end_step()
     growth = math.expm1(2 * h / 3)
-    bend = (network.slope(third, see=1) - _FIRST_SLOPE) * (2.0 * (growth / (2 * h / 3) - 1.0))
-    network.evaluate(third, _X, _X - (_FIRST_SLOPE * growth + bend) * two_thirds, _FIRST_SLOPE, see=1)
+    bend = (network.slope(third, input_register=1) - _FIRST_SLOPE) * (2.0 * (growth / (2 * h / 3) - 1.0))
+    network.evaluate(third, _X, _X - (_FIRST_SLOPE * growth + bend) * two_thirds, _FIRST_SLOPE, input_register=1)
     network.end_step()
     growth = math.expm1(h)
-    bend = (network.slope(two_thirds, see=1) - _FIRST_SLOPE) * (1.5 * (growth / h - 1.0))
-    network.evaluate(two_thirds, _X - (_FIRST_SLOPE * growth + bend) * n, see=1)
+    bend = (network.slope(two_thirds, input_register=1) - _FIRST_SLOPE) * (1.5 * (growth / h - 1.0))
+    network.evaluate(two_thirds, _X - (_FIRST_SLOPE * growth + bend) * n, input_register=1)
     network.end_step()
 
 

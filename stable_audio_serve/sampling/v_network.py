@@ -28,17 +28,17 @@ class VNetwork:
         self._writer = writer
         self._guidance = guidance
 
-    def denoised(self, sigma: float, *, see: int = 0) -> Terms:
-        """Returns D(register `see`, sigma)."""
+    def denoised(self, sigma: float, *, input_register: int = 0) -> Terms:
+        """Returns D(x, sigma), with x in `input_register`."""
         variance = sigma * sigma + 1.0
-        return register(see) / variance - VELOCITY * (sigma / math.sqrt(variance))
+        return register(input_register) / variance - VELOCITY * (sigma / math.sqrt(variance))
 
-    def slope(self, sigma: float, *, see: int = 0) -> Terms:
-        """Returns (x - D(x, sigma)) / sigma for register `see`: dx/dsigma, which equals the predicted noise."""
-        return (register(see) - self.denoised(sigma, see=see)) / sigma
+    def slope(self, sigma: float, *, input_register: int = 0) -> Terms:
+        """Returns (x - D(x, sigma)) / sigma: dx/dsigma, which equals the predicted noise; x is in `input_register`."""
+        return (register(input_register) - self.denoised(sigma, input_register=input_register)) / sigma
 
-    def evaluate(self, sigma: float, *targets: Terms, see: int = 0) -> None:
-        """Add one network call on register `see`, after which the registers become `targets`.
+    def evaluate(self, sigma: float, *targets: Terms, input_register: int = 0) -> None:
+        """Add one network call on `input_register`, after which the registers become `targets`.
 
         `sigma` is a float32 value; the network's time is computed in float32 as in the references.
         """
@@ -50,7 +50,7 @@ class VNetwork:
             t=time,
             sigma=sigma,
             guided=is_v_guided(self._guidance, time),
-            input_register=see,
+            input_register=input_register,
             input_scale=scale,
         )
 

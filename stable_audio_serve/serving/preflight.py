@@ -120,6 +120,6 @@ def _wait(check: tuple[ModelEntry, Future[None]], *, until: float) -> None:
     try:
         done.result(timeout=max(0.0, until - time.monotonic()))
     except TimeoutError as error:
-        from stable_audio_serve.models.download import not_here
+        from stable_audio_serve.models.download import describe_incomplete_cache
 
-        raise CheckpointError(not_here(entry)) from error
+        raise CheckpointError(describe_incomplete_cache(entry)) from error

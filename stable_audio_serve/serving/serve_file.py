@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from stable_audio_serve.core.errors import ConfigError
-from stable_audio_serve.core.settings_words import faults, unknown_keys
+from stable_audio_serve.core.settings_errors import faults, unknown_keys
 
 if typing.TYPE_CHECKING:
     from ray.serve.schema import ServeDeploySchema

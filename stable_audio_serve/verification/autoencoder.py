@@ -180,7 +180,7 @@ SA3_AUTOENCODER = (
     Check("autoencoder", "ae/(encoder|decoder)_out_quiet", lambda it, match: _inside(it, match[1])[1]),
     Check("autoencoder", _RUN, lambda it, match: _run(it, match)[0]),
     Check("draws", _RUN + r"_draw_(?P<draw>\d+)", _draw),
-    Check("autoencoder", "ae/(mono|odd)_(encode_quiet|preprocessed)", _clip),
+    Check("autoencoder", "ae/([a-z0-9]+)_(encode_quiet|preprocessed)", _clip),
     Check("decoder halo", "windows", _windows, over="once"),
 )
 OPEN_AUTOENCODER = (

@@ -8,10 +8,10 @@ whose last bits differ between machines. The encoder has separate checks.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -85,13 +85,8 @@ def _run(it: Subject, match: re.Match[str]) -> Iterator[Found | str]:
     windows = [draw for draw in script if isinstance(draw, ReplayDraw) and "/" in draw.stage]
     silent = replay_rows(case, [draw for draw in script if draw not in windows])
     for suffix, noise in (("", replay_rows(case, script)), (_SILENT, [RowNoise(row) for row in silent])):
-        stored = list(_stored_rows(goldens, name, suffix=suffix, plans=plans))
-        yield from [reason for reason in stored if isinstance(reason, str)]
-        if rows := [row for row in stored if not isinstance(row, str)]:
-            results = run_case(model, case, noise=noise, texts=texts)
-            yield from (
-                _compare_row(results[row], key, stored=expected, clips=not is_open) for row, key, expected in rows
-            )
+        run = cache(partial(run_case, model, case, noise=noise, texts=texts))
+        yield from _compare_rows(goldens, name, suffix=suffix, plans=plans, run=run, clips=not is_open)
     if (local := goldens.find(key := f"{name}/local_add_cond{_SILENT}")) is not None:
         yield Found(key, _silent_conditioning(model, plans[0]), local, component="autoencoder")
 
@@ -112,34 +107,40 @@ def _compare_plans(name: str, plans: Sequence[RowPlan], *, facts: Mapping[str, A
         yield Found(f"{name}/trace_sigma", levels[0] / size, expected / size, component="schedules")
 
 
-def _stored_rows(
-    goldens: Goldens, name: str, *, suffix: str, plans: Sequence[RowPlan]
-) -> Iterator[tuple[int, str, Tensor] | str]:
-    """Yields (row, key, value) of the stored latents and audio, or the reason why a value is skipped.
+def _compare_rows(
+    goldens: Goldens,
+    name: str,
+    *,
+    suffix: str,
+    plans: Sequence[RowPlan],
+    run: Callable[[], Sequence[RowResult]],
+    clips: bool,
+) -> Iterator[Found | str]:
+    """Compare the latents in each row's valid frames, and the audio up to the row's length.
 
-    Prefers outputs computed with key-masked padding. Other outputs are only comparable for rows without padding.
+    Prefers outputs computed with key-masked padding. Other outputs are comparable only for rows without padding. Calls
+    `run` only if there is an output to compare. Stored audio is as long as the longest row of the batch.
     """
+    one_length = len({plan.output_samples for plan in plans}) == 1
     for output in ("latents", "audio"):
-        key = f"{name}/{output}{suffix}"
-        zeroed, masked = goldens.find(key), goldens.find(f"{name}/{output}_keymask{suffix}")
-        if masked is not None:
-            yield from ((row, f"{name}/{output}_keymask{suffix}[{row}]", masked[row]) for row in range(len(plans)))
-            yield from ["value-zeroed numbers: their key-masked twins are compared"] if zeroed is not None else []
+        key = f"{name}/{output}_keymask{suffix}"
+        stored, zeroed = goldens.find(key), goldens.find(f"{name}/{output}{suffix}")
+        is_masked = stored is not None
+        if is_masked and zeroed is not None:
+            yield "value-zeroed numbers: their key-masked twins are compared"
         elif zeroed is not None:
-            for row, plan in enumerate(plans):
-                is_padded = plan.valid_frames < plan.frames
-                reason = "padded rows of value-zeroed numbers: no key-masked twin"
-                yield reason if is_padded else (row, f"{key}[{row}]", zeroed[row])
-
-
-def _compare_row(result: RowResult, key: str, *, stored: Tensor, clips: bool) -> Found:
-    """Compare the latents in the row's valid frames, or the audio up to the row's length; the rest is batch padding."""
-    plan = result.plan
-    if "/latents" in key:
-        valid = torch.arange(plan.frames) < plan.valid_frames
-        return Found(key, result.latents, stored, valid, "end-to-end latents")
-    audio = result.audio.clip(-1.0, 1.0) if clips else result.audio
-    return Found(key, audio, stored[:, : audio.shape[1]], component="end-to-end audio")
+            stored, key = zeroed, f"{name}/{output}{suffix}"
+        for row, expected in enumerate([] if stored is None else stored):
+            plan = plans[row]
+            if not is_masked and plan.valid_frames < plan.frames:
+                yield "padded rows of value-zeroed numbers: no key-masked twin"
+            elif output == "latents":
+                valid = torch.arange(plan.frames) < plan.valid_frames
+                yield Found(f"{key}[{row}]", run()[row].latents, expected, valid, "end-to-end latents")
+            else:
+                audio = run()[row].audio.clip(-1.0, 1.0) if clips else run()[row].audio
+                trimmed = expected if one_length else expected[:, : plan.output_samples]
+                yield Found(f"{key}[{row}]", audio, trimmed, component="end-to-end audio")
 
 
 def _silent_conditioning(model: Any, plan: RowPlan) -> Tensor:

@@ -31,7 +31,7 @@ def _plain_logs(_logs_as_they_were: None) -> None:
 
 @pytest.fixture(scope="session")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """Of the shared application: the defaults, with a folder of its own for jobs."""
+    """Returns the settings of the shared application: defaults, with a temporary folder for jobs."""
     jobs = JobSettings(webhook_allow_hosts=("127.0.0.1", "localhost"))
     api = ApiSettings(allowed_hosts=("audio.example.com", "a.example", "example.org", "fal.run"))
     return Settings(output_dir=str(tmp_path_factory.mktemp("outputs")), jobs=jobs, api=api)
@@ -39,13 +39,13 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 @pytest.fixture(scope="session")
 def jobs(settings: Settings) -> JobQueue:
-    """The shared application's jobs. They wait, unless a test asks for `runner`."""
+    """Returns the shared application's jobs. They stay queued unless a test uses `runner`."""
     return open_queue(settings)
 
 
 @pytest.fixture
 async def runner(jobs: JobQueue, backend: ToneBackend, settings: Settings) -> AsyncIterator[JobRunner]:
-    """Runs the shared application's jobs for the length of one test, which finds none of another test's."""
+    """Run the shared application's jobs during one test. Jobs of other tests are removed first."""
     with jobs.store.database.writing() as connection:
         connection.execute(JOBS.delete())
     notifier = Notifier(Outbox(jobs.store.database), webhook_bodies(jobs.artifacts), settings=settings.jobs)
@@ -59,7 +59,7 @@ async def runner(jobs: JobQueue, backend: ToneBackend, settings: Settings) -> As
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The ids of jobs that were read or whose position was asked; an event stream does either at each poll."""
+    """Returns the ids of jobs whose state or position was read, which an event stream does at each poll."""
     ids: list[str] = []
     get, position = JobQueue.get, JobQueue.position
 
@@ -78,7 +78,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture(scope="session")
 def shared(settings: Settings, jobs: JobQueue) -> Iterator[tuple[FastAPI, ToneBackend]]:
-    """One application for all tests that need no settings of their own; building it is the slow part."""
+    """Returns one application for all tests with default settings, because building it is slow."""
     backend = ToneBackend()
     app = create_app(backend, settings, jobs=jobs)
     yield app, backend
@@ -92,7 +92,7 @@ def shared(settings: Settings, jobs: JobQueue) -> Iterator[tuple[FastAPI, ToneBa
 
 @pytest.fixture
 def backend(shared: tuple[FastAPI, ToneBackend]) -> ToneBackend:
-    """The shared application's backend, as new."""
+    """Returns the shared application's backend, reset."""
     backend = shared[1]
     vars(backend).update(vars(ToneBackend()))
     return backend
@@ -100,6 +100,6 @@ def backend(shared: tuple[FastAPI, ToneBackend]) -> ToneBackend:
 
 @pytest.fixture
 async def client(shared: tuple[FastAPI, ToneBackend], backend: ToneBackend) -> AsyncIterator[httpx.AsyncClient]:
-    """The application without a socket."""
+    """Returns a client of the shared application, without a socket."""
     async with httpx.AsyncClient(transport=httpx.ASGITransport(shared[0]), base_url="http://localhost") as client:
         yield client

@@ -1,4 +1,4 @@
-"""A whole server for generated requests: the real application behind a socket, with a runner, in a thread."""
+"""A server for generated requests: the whole application behind a socket, with a runner, in a thread."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend, make_catalog
 from tests.patience import PATIENCE_S
 
-RATE_HZ = 8000  # keeps files small: clips are as long as asked for
+RATE_HZ = 8000  # keeps files small, because clips have the requested length
 MAX_DURATION_S = 48.0
 
 
@@ -36,7 +36,7 @@ def _make_catalog() -> ModelCatalog:
 
 @dataclass
 class LowRateBackend(ToneBackend):
-    """The tones of ToneBackend at a low sample rate."""
+    """ToneBackend with a low sample rate."""
 
     catalog: ModelCatalog = field(default_factory=_make_catalog)
 
@@ -53,7 +53,7 @@ class LowRateBackend(ToneBackend):
 
 @contextmanager
 def run_server(riff_dir: Path) -> Iterator[str]:
-    """The base URL of such a server; it finds one riff."""
+    """Yield the base URL of the server, which has one riff."""
     (riff_dir / "gsharp_120bpm_4.wav").write_bytes(make_audio_file(duration_s=8, rate_hz=RATE_HZ))
     settings = {"jobs": {"max_queued": 1_000_000}, "dialects": {"riff_dir": str(riff_dir)}}
     started: queue.Queue[tuple[int, Callable[[], object]]] = queue.Queue()
@@ -83,7 +83,7 @@ class Known:
 
     @classmethod
     def make(cls, url: str) -> Known:
-        """Submit one of everything."""
+        """Submit one request of each kind and return the ids."""
         fal = _post(f"{url}/queue/fal-ai/stable-audio", {"prompt": "rain", "seconds_total": 1})
         aiml = _post(f"{url}/v2/generate/audio", {"model": "stable-audio", "prompt": "rain", "seconds_total": 1})
         job = _post(f"{url}/jobs", {"prompt": "rain", "duration": 1})
@@ -103,7 +103,7 @@ class Known:
 
 
 def make_meaningful(case: schemathesis.Case, known: Known) -> None:
-    """Turn a request of the right form into one that also means something: what a schema cannot say."""
+    """Make a schema-valid request also meet the rules that a schema cannot express."""
     (case.query or {}).pop("fal_webhook", None)
     for parameters in (case.path_parameters, case.query):
         for name in parameters or ():
@@ -141,12 +141,12 @@ def make_meaningful(case: schemathesis.Case, known: Known) -> None:
 
 
 def _wants_other_ids(case: schemathesis.Case) -> bool:
-    """What is over cannot be cancelled, and an id that is used cannot be chosen."""
+    """Whether the case needs other ids: ended jobs cannot be cancelled, and a used id cannot be chosen."""
     return case.path.endswith("/cancel") or (case.path.startswith("/jobs/") and case.method in ("DELETE", "PUT"))
 
 
 def is_lenient(case: schemathesis.Case) -> bool:
-    """Whether a wrong type in a request is one that we take on purpose: "5" and true where a number belongs."""
+    """Whether the case sends a wrong type that the API accepts on purpose, as "5" or true for a number."""
     return isinstance(case.body, dict) and any(
         isinstance(value, bool) or (isinstance(value, str) and _is_number(value))
         for name, value in case.body.items()
@@ -181,10 +181,10 @@ _RECIPE = json.dumps(
 _SOURCES = {"init_audio", "init_noise_level", "inpaint_audio", "inpaint_regions", "keep", "sampler", "samples"}
 _DROPPED = {
     "finetune_checkpoint",
-    "sampler_type",  # for some models
+    "sampler_type",  # depends on the model
     "inpaint_mask_start_seconds",
-    "inpaint_mask_end_seconds",  # second names
-    "webhook_url",  # a public address, of which there is none here
+    "inpaint_mask_end_seconds",  # aliases
+    "webhook_url",  # needs a public address
 }
 _AT_MOST = {"duration": 40, "steps": 50, "batch_size": 2, "audio_length": 40}
 

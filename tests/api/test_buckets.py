@@ -1,4 +1,4 @@
-"""Jobs and links where files lie in a bucket."""
+"""Jobs and links with files in a bucket."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ async def finished(client: httpx.AsyncClient, job_id: str) -> dict[str, Any]:
     ("batch_size", "name", "media_type"),
     [(1, "stable-audio-3-small-sfx.wav", "audio/wav"), (2, "stable-audio-3-small-sfx-batch.zip", "application/zip")],
 )
-async def test_a_job_ends_with_a_presigned_link_to_its_object(
+async def test_job_ends_with_a_presigned_link(
     object_storage: ObjectStorage, bucket: str, batch_size: int, name: str, media_type: str
 ) -> None:
     async with make_client(storage=storage_args(object_storage, bucket, prefix="/audio/")) as (client, _):
@@ -66,9 +66,7 @@ async def test_a_job_ends_with_a_presigned_link_to_its_object(
         assert object_storage.keys(bucket) == [status["storage_key"]]
 
 
-async def test_links_lead_to_the_server_where_clients_do_not_reach_the_bucket(
-    object_storage: ObjectStorage, bucket: str
-) -> None:
+async def test_links_lead_to_the_server_if_configured(object_storage: ObjectStorage, bucket: str) -> None:
     async with make_client(storage=storage_args(object_storage, bucket, links="server")) as (client, _):
         status = await finished(client, (await client.post("/jobs", json=BODY)).json()["id"])
         assert (status["storage_backend"], len(object_storage.keys(bucket))) == ("s3", 1)
@@ -77,7 +75,7 @@ async def test_links_lead_to_the_server_where_clients_do_not_reach_the_bucket(
         assert (await client.get(status["download_url"])).content == direct.content
 
 
-async def test_a_public_base_makes_plain_links(object_storage: ObjectStorage, bucket: str) -> None:
+async def test_public_base_url_gives_plain_links(object_storage: ObjectStorage, bucket: str) -> None:
     args = storage_args(object_storage, bucket, prefix="", public_base_url="https://cdn.example/x/")
     async with make_client(storage=args) as (client, _):
         status = await finished(client, (await client.post("/jobs", json=BODY)).json()["id"])
@@ -85,7 +83,7 @@ async def test_a_public_base_makes_plain_links(object_storage: ObjectStorage, bu
         assert status["download_url"] == f"https://cdn.example/x/{status['storage_key']}"
 
 
-async def test_links_of_the_foreign_dialects_lead_through_us(object_storage: ObjectStorage, bucket: str) -> None:
+async def test_links_of_other_dialects_lead_to_the_server(object_storage: ObjectStorage, bucket: str) -> None:
     async with make_client(storage=storage_args(object_storage, bucket)) as (client, _):
         output = (await client.post("/fal/fal-ai/stable-audio", json={"prompt": "rain", "seconds_total": 1})).json()
         url = output["audio_file"]["url"]
@@ -95,7 +93,7 @@ async def test_links_of_the_foreign_dialects_lead_through_us(object_storage: Obj
         assert answer.headers["content-length"] == str(len(answer.content))
 
 
-async def test_an_upload_is_kept_in_the_bucket_until_its_job_ends(object_storage: ObjectStorage, bucket: str) -> None:
+async def test_upload_stays_in_the_bucket_until_its_job_ends(object_storage: ObjectStorage, bucket: str) -> None:
     backend = ToneBackend()
     async with make_client(backend, storage=storage_args(object_storage, bucket)) as (client, _):
         audio = (await client.post("/v1/audio/generations", json=BODY)).content
@@ -109,8 +107,8 @@ async def test_an_upload_is_kept_in_the_bucket_until_its_job_ends(object_storage
         await until(lambda: object_storage.keys(bucket) == [status["storage_key"]])
 
 
-async def test_a_damaged_object_is_no_download(object_storage: ObjectStorage, bucket: str) -> None:
-    """One of a single chunk is refused with a status; a longer one is cut, and its length tells."""
+async def test_damaged_object_is_never_downloaded_complete(object_storage: ObjectStorage, bucket: str) -> None:
+    """An object of one chunk is refused with a status. A longer one is cut, so its length is wrong."""
     async with (
         serve_app(storage=storage_args(object_storage, bucket, prefix="")) as (port, _),
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client,
@@ -133,7 +131,7 @@ async def test_a_damaged_object_is_no_download(object_storage: ObjectStorage, bu
             assert (await client.get(url)).status_code == 404
 
 
-async def test_a_service_that_is_down_is_5xx_with_a_sentence(object_storage: ObjectStorage, bucket: str) -> None:
+async def test_unavailable_service_is_5xx_with_a_sentence(object_storage: ObjectStorage, bucket: str) -> None:
     async with make_client(storage=storage_args(object_storage, bucket)) as (client, _):
         audio = (await client.post("/v1/audio/generations", json=BODY)).content
         object_storage.proxy.faults = Faults(is_down=True)

@@ -1,4 +1,4 @@
-"""Whom a request counts for in a model's queue."""
+"""The client name of a request in a model's queue."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ async def find_client(
     headers: dict[str, str] | None = None,
     **api: object,
 ) -> str:
-    """Returns the client that the model is told of."""
+    """Returns the client name that the model receives."""
     backend = ToneBackend()
     settings = Settings(output_dir=str(folder), api=ApiSettings.model_validate(api))
     app = create_app(backend, settings, address_header=address_header)
@@ -46,11 +46,11 @@ async def find_client(
         ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
     ],
 )
-async def test_without_keys_a_client_is_its_address(tmp_path: Path, address: str, client: str) -> None:
+async def test_without_keys_the_client_is_its_address(tmp_path: Path, address: str, client: str) -> None:
     assert await find_client(tmp_path, address=address) == client
 
 
-async def test_the_proxy_names_the_address_and_the_client_cannot(tmp_path: Path) -> None:
+async def test_proxy_header_sets_the_address_and_clients_cannot(tmp_path: Path) -> None:
     said = {_HEADER: "198.51.100.1", "X-Forwarded-For": "198.51.100.2", "Forwarded": "for=198.51.100.3"}
     assert await find_client(tmp_path, headers=said) == "192.0.2.7"
     assert await find_client(tmp_path, headers=said, address_header=_HEADER) == "198.51.100.1"
@@ -58,7 +58,7 @@ async def test_the_proxy_names_the_address_and_the_client_cannot(tmp_path: Path)
 
 
 @pytest.mark.parametrize("path", ["/generate", "/v1/audio/generations", "/v1/audio/generate"])
-async def test_with_keys_it_is_the_client_of_the_key(tmp_path: Path, path: str) -> None:
+async def test_with_keys_the_client_is_the_keys(tmp_path: Path, path: str) -> None:
     headers = {"Authorization": "Bearer secret", _HEADER: "198.51.100.1"}
     key_hashes = [f"alice:{hash_key('secret')}"]
     assert await find_client(tmp_path, path=path, headers=headers, key_hashes=key_hashes) == "alice"

@@ -1,4 +1,4 @@
-"""What only a real server and real sockets show: gone clients, slow clients, bodies without end."""
+"""Faults that need a server and sockets: disconnected clients, slow clients, endless bodies."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.backends import ToneBackend
 from tests.patience import PATIENCE_S, until
 from tests.sockets import listening
 
-pytestmark = pytest.mark.server  # with real sockets, and with the time that clients take
+pytestmark = pytest.mark.server  # with sockets, and with waits for slow clients
 
 URL = "/v1/audio/generations"
 _JSON = "Content-Type: application/json\r\n"
@@ -44,7 +44,7 @@ async def connect(
 async def serve(
     backend: ToneBackend, *, times: ClientTimes | None = None, max_generations: int = 256, **api: object
 ) -> AsyncIterator[int]:
-    """A uvicorn server on a free port of this machine."""
+    """Run a uvicorn server on a free port of this machine."""
     settings = Settings.model_validate({"api": api, "ingress": {"max_ongoing_requests": max_generations}})
     async with listening(create_app(backend, settings, client_times=times)) as port:
         yield port
@@ -67,7 +67,7 @@ async def open_connection(
     return reader, writer
 
 
-async def test_a_gone_client_cancels_its_generation() -> None:
+async def test_disconnect_cancels_the_generation() -> None:
     backend = ToneBackend(delay_s=30)
     async with serve(backend) as port:
         writer = await open_request(port, b'{"prompt": "x"}', headers=_JSON + "x-request-disconnect-disabled: ?1\r\n")
@@ -77,7 +77,7 @@ async def test_a_gone_client_cancels_its_generation() -> None:
     assert backend.num_cancelled == 1
 
 
-async def test_a_hundred_instant_disconnects_leave_nothing_running() -> None:
+async def test_a_hundred_disconnects_leave_nothing_running() -> None:
     backend = ToneBackend(delay_s=30)
     async with serve(backend) as port:
         for index in range(100):
@@ -106,11 +106,11 @@ FAST = ClientTimes(window_s=0.4, rate_bytes_s=5000)  # 2,000 bytes in each 0.4 s
 @pytest.mark.parametrize(
     ("times", "reason"),
     [
-        (FAST, "body: must arrive at 5000 bytes a second or more"),
+        (FAST, "body: arrived more slowly than 5000 bytes per second"),
         (ClientTimes(total_s=0.2), "body: did not arrive within 0.2 s"),
     ],
 )
-async def test_a_body_that_does_not_arrive_is_408(times: ClientTimes, reason: str) -> None:
+async def test_body_that_does_not_arrive_is_408(times: ClientTimes, reason: str) -> None:
     async with serve(ToneBackend(), times=times) as port:
         reader, writer = await open_connection(port, b'{"prom', length=1000)
         async with asyncio.timeout(PATIENCE_S):
@@ -121,7 +121,7 @@ async def test_a_body_that_does_not_arrive_is_408(times: ClientTimes, reason: st
 
 
 async def trickle(port: int, part: bytes, *, every_s: float, length: int, headers: str = _JSON) -> tuple[bytes, int]:
-    """The answer to a body that arrives like this, and how many bytes of it were sent."""
+    """Returns the response to a body that arrives in these parts, and the number of bytes sent."""
     reader, writer = await open_connection(port, b"", headers=headers, length=length)
     answer = asyncio.create_task(reader.readuntil(b"\r\n"))
     num_sent = 0
@@ -135,22 +135,22 @@ async def trickle(port: int, part: bytes, *, every_s: float, length: int, header
     return status, num_sent
 
 
-async def test_a_body_that_trickles_is_ended_though_it_never_pauses() -> None:
+async def test_slow_body_without_pauses_is_ended() -> None:
     async with serve(ToneBackend(), times=FAST) as port:
         status, num_sent = await trickle(port, b" ", every_s=0.02, length=100_000)
     assert status.startswith(b"HTTP/1.1 408 ")
     assert num_sent < 2000
 
 
-async def test_a_trickle_is_not_paid_for_by_what_came_before() -> None:
+async def test_fast_start_does_not_pay_for_a_slow_rest() -> None:
     async with serve(ToneBackend(), times=FAST) as port:
         reader, writer = await open_connection(port, bytes(500_000), length=1_000_000)
-        async with asyncio.timeout(60):  # at the least rate half a megabyte would be good for 100 s
+        async with asyncio.timeout(60):  # at the minimum rate half a megabyte would allow 100 s
             assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 408 ")
         writer.close()
 
 
-async def test_a_slow_body_is_taken_when_it_keeps_the_rate() -> None:
+async def test_slow_body_at_the_minimum_rate_is_accepted() -> None:
     backend = ToneBackend()
     body = b'{"prompt": "x", "duration": 0.1, "seed": 7}'
     async with serve(backend, times=ClientTimes(window_s=5.0, rate_bytes_s=1000, grace_s=0.01)) as port:
@@ -164,7 +164,7 @@ async def test_a_slow_body_is_taken_when_it_keeps_the_rate() -> None:
     assert [request.seed for _, request in backend.requests] == [7]
 
 
-async def test_a_handler_that_is_slow_to_read_is_not_taken_for_a_slow_client() -> None:
+async def test_slow_handler_is_not_mistaken_for_a_slow_client() -> None:
     parts = asyncio.Queue[bytes]()
 
     async def read_slowly(scope: Scope, receive: Receive, send: Send) -> None:
@@ -187,8 +187,8 @@ async def test_a_handler_that_is_slow_to_read_is_not_taken_for_a_slow_client() -
     assert await parts.get() == 3
 
 
-async def test_more_slow_bodies_than_are_taken_are_refused_and_whatever_arrives_at_once_is_not() -> None:
-    times = ClientTimes(grace_s=0.3, window_s=PATIENCE_S, max_slow=4)  # the slow ones stay, however long this takes
+async def test_too_many_slow_bodies_are_refused_but_fast_ones_accepted() -> None:
+    times = ClientTimes(grace_s=0.3, window_s=PATIENCE_S, max_slow=4)  # the slow ones stay for the whole test
     async with connect(ToneBackend(), times=times) as client:
         port = client.base_url.port
         assert port is not None
@@ -208,16 +208,16 @@ async def test_more_slow_bodies_than_are_taken_are_refused_and_whatever_arrives_
         await asyncio.gather(*first_lines, return_exceptions=True)
         status = b"503"
         async with asyncio.timeout(PATIENCE_S):
-            while status == b"503":  # until those that gave up have left their places
+            while status == b"503":  # until the abandoned bodies have released their slots
                 reader, writer = await open_connection(port, b'{"prompt": "x", ', length=37)
-                await asyncio.sleep(0.4)  # longer than the grace
+                await asyncio.sleep(0.4)  # longer than the grace period
                 writer.write(b'"duration": 0.1     }')
                 _, status, _ = (await reader.readuntil(b"\r\n")).split(b" ", 2)
                 writer.close()
         assert status == b"200"
 
 
-async def test_a_client_that_stops_reading_does_not_pin_its_answer() -> None:
+async def test_client_that_stops_reading_does_not_hold_its_response() -> None:
     backend = ToneBackend()
     async with serve(backend, times=ClientTimes(send_idle_s=0.3)) as port:
         reader, writer = await open_connection(port, b'{"prompt": "x", "duration": 100}')
@@ -229,20 +229,20 @@ async def test_a_client_that_stops_reading_does_not_pin_its_answer() -> None:
         writer.close()
 
 
-async def test_an_answer_that_waits_for_no_body_ends_the_connection() -> None:
+async def test_early_response_closes_the_connection() -> None:
     async with serve(ToneBackend()) as port:
         for length in ("Content-Length: 100000", "Transfer-Encoding: chunked"):
             for method, path, status in (("GET", "/health", b"200"), ("POST", "/nowhere", b"404")):
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)
                 writer.write(f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n{length}\r\n\r\n".encode())
                 async with asyncio.timeout(PATIENCE_S):
-                    answer = await reader.read()  # until the server closes the connection, though the body is awaited
+                    answer = await reader.read()  # until the server closes, with an incomplete body
                 assert answer.startswith(b"HTTP/1.1 " + status), (method, path, length)
                 assert b"\r\nconnection: close\r\n" in answer.lower(), (method, path, length)
                 writer.close()
 
 
-async def test_bodies_of_fields_above_the_limit_are_413_also_as_forms() -> None:
+async def test_too_large_form_fields_are_413() -> None:
     async with connect(ToneBackend()) as client:
         reply = await client.post(URL, json={"prompt": "x" * 1_100_000})
         assert reply.status_code == 413
@@ -254,7 +254,7 @@ async def test_bodies_of_fields_above_the_limit_are_413_also_as_forms() -> None:
             assert "1048576" in reply.text, path
 
 
-async def test_an_upload_above_the_limit_is_413() -> None:
+async def test_upload_above_the_limit_is_413() -> None:
     backend = ToneBackend()
     body = b"".join(
         [
@@ -279,7 +279,7 @@ async def test_an_upload_above_the_limit_is_413() -> None:
     assert backend.requests == []
 
 
-async def test_an_upload_just_above_the_limit_is_413_too() -> None:
+async def test_upload_just_above_the_limit_is_413() -> None:
     wav = make_audio_file(duration_s=0.5)
     for limit, status in ((len(wav), 200), (len(wav) - 1, 413)):
         async with connect(ToneBackend(), max_upload_bytes=limit) as client:
@@ -288,7 +288,7 @@ async def test_an_upload_just_above_the_limit_is_413_too() -> None:
             assert reply.status_code == status, reply.text
 
 
-async def test_a_body_declared_too_large_is_refused_without_waiting_for_it() -> None:
+async def test_declared_too_large_body_is_refused_without_reading() -> None:
     async with serve(ToneBackend()) as port:
         reader, writer = await open_connection(port, b"{", length=99_999_999_999)
         async with asyncio.timeout(PATIENCE_S):
@@ -297,7 +297,7 @@ async def test_a_body_declared_too_large_is_refused_without_waiting_for_it() -> 
     assert reply.startswith(b"HTTP/1.1 413 ")
 
 
-async def test_more_generations_than_a_process_takes_are_refused_in_json_and_health_still_answers() -> None:
+async def test_too_many_generations_are_refused_while_health_responds() -> None:
     backend = ToneBackend()
     backend.released.clear()
     async with connect(backend, max_generations=20) as client:
@@ -315,7 +315,7 @@ async def test_more_generations_than_a_process_takes_are_refused_in_json_and_hea
     assert sum(answer.status_code == 200 for answer in answers) == 20
 
 
-async def test_more_decoded_audio_than_a_process_holds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_too_much_decoded_audio_is_refused_until_some_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "MAX_SOURCE_BYTES", 500_000)
     backend = ToneBackend()
     backend.released.clear()

@@ -1,4 +1,4 @@
-"""The error table of the contract, row by row, and what every error body has in common."""
+"""The error table of the contract, row by row, and the common parts of all error bodies."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WAV = make_audio_file(duration_s=0.5)
 
 
 def expect_fields(reply: httpx.Response, *fields: str) -> None:
-    """422 in the list form, naming exactly these fields."""
+    """Assert a 422 response in list form with exactly these fields."""
     assert reply.status_code == 422, reply.text
     items = reply.json()["detail"]
     assert [item["loc"][-1] for item in items] == list(fields)
@@ -67,12 +67,12 @@ BAD_CONTROLS: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("field", "value"), BAD_CONTROLS)
-async def test_a_bad_control_is_named_in_json(client: httpx.AsyncClient, field: str, value: Any) -> None:
+async def test_invalid_control_is_named_in_json(client: httpx.AsyncClient, field: str, value: Any) -> None:
     expect_fields(await client.post(URL, json={"prompt": "x", field: value}), field)
 
 
 @pytest.mark.parametrize(("field", "value"), BAD_CONTROLS)
-async def test_a_bad_control_is_named_in_forms(client: httpx.AsyncClient, field: str, value: Any) -> None:
+async def test_invalid_control_is_named_in_forms(client: httpx.AsyncClient, field: str, value: Any) -> None:
     form = {"prompt": "x", "duration": "5", "inpaint_start_seconds": "1", "inpaint_end_seconds": "2", field: str(value)}
     for url in (VARIATIONS, INPAINT):
         expect_fields(await client.post(url, data=form, files={"audio": WAV}), field)
@@ -100,18 +100,18 @@ async def test_non_finite_json_literals(client: httpx.AsyncClient, field: str, l
         "sampler_kwargs",
     ],
 )
-async def test_null_where_it_has_no_meaning(client: httpx.AsyncClient, field: str) -> None:
+async def test_null_is_refused_where_it_has_no_meaning(client: httpx.AsyncClient, field: str) -> None:
     expect_fields(await client.post(URL, json={"prompt": "x", field: None}), field)
 
 
-async def test_null_where_it_means_the_default(client: httpx.AsyncClient) -> None:
+async def test_null_means_the_default_where_allowed(client: httpx.AsyncClient) -> None:
     body = {"prompt": "x", "duration": 0.1, "negative_prompt": None, "chunked_decode": None}
     assert (await client.post(URL, json=body)).status_code == 200
 
 
 @pytest.mark.parametrize("field", ["prompt", "duration", "steps", "seed", "model", "sampler_kwargs", "chunked_decode"])
 @pytest.mark.parametrize("value", [[1], {"a": 1}, [[[]]]])
-async def test_wrong_json_types(client: httpx.AsyncClient, field: str, value: Any) -> None:
+async def test_wrong_json_types_are_refused(client: httpx.AsyncClient, field: str, value: Any) -> None:
     reply = await client.post(URL, json={"prompt": "x", field: value})
     if field == "sampler_kwargs" and value == {"a": 1}:
         assert reply.status_code == 200
@@ -120,7 +120,7 @@ async def test_wrong_json_types(client: httpx.AsyncClient, field: str, value: An
 
 
 @pytest.mark.parametrize("key", ["prompt", "seed", "duration", "init_audio", "return_latents", "dist_shift", "steps"])
-async def test_reserved_sampler_kwargs(client: httpx.AsyncClient, key: str) -> None:
+async def test_reserved_sampler_kwargs_are_refused(client: httpx.AsyncClient, key: str) -> None:
     expect_fields(await client.post(URL, json={"prompt": "x", "sampler_kwargs": {key: 1}}), "sampler_kwargs")
     form = {"prompt": "x", "sampler_kwargs": json.dumps({key: 1})}
     expect_fields(await client.post(VARIATIONS, data=form, files={"audio": WAV}), "sampler_kwargs")
@@ -145,38 +145,38 @@ async def test_reserved_sampler_kwargs(client: httpx.AsyncClient, key: str) -> N
         {"sampler_type": False},
     ],
 )
-async def test_bad_sampler_kwargs(client: httpx.AsyncClient, kwargs: dict[str, Any]) -> None:
+async def test_invalid_sampler_kwargs_are_refused(client: httpx.AsyncClient, kwargs: dict[str, Any]) -> None:
     expect_fields(await client.post(URL, json={"prompt": "x", "sampler_kwargs": kwargs}), "sampler_kwargs")
     form = {"prompt": "x", "sampler_kwargs": json.dumps(kwargs)}
     expect_fields(await client.post(VARIATIONS, data=form, files={"audio": WAV}), "sampler_kwargs")
 
 
 @pytest.mark.parametrize("text", ["[1]", "1", '"a"', "null", "{", "nope", "{'a': 1}"])
-async def test_sampler_kwargs_text_that_is_no_object(client: httpx.AsyncClient, text: str) -> None:
+async def test_sampler_kwargs_other_than_an_object_are_refused(client: httpx.AsyncClient, text: str) -> None:
     reply = await client.post(VARIATIONS, data={"prompt": "x", "sampler_kwargs": text}, files={"audio": WAV})
     expect_sentence(reply, 400, "sampler_kwargs")
 
 
-async def test_blank_sampler_kwargs_text_is_empty(client: httpx.AsyncClient) -> None:
+async def test_blank_sampler_kwargs_are_empty(client: httpx.AsyncClient) -> None:
     for text in ("", "  ", "{}"):
         form = {"prompt": "x", "duration": "0.1", "sampler_kwargs": text}
         assert (await client.post(VARIATIONS, data=form, files={"audio": WAV})).status_code == 200
 
 
-async def test_an_unknown_model_lists_the_valid_names(client: httpx.AsyncClient) -> None:
+async def test_unknown_model_error_lists_the_valid_names(client: httpx.AsyncClient) -> None:
     reply = await client.post(URL, json={"prompt": "x", "model": "huge"})
     expect_fields(reply, "model")
     for name in ("small-sfx", "small-music", "medium"):
         assert name in reply.json()["detail"][0]["msg"]
 
 
-async def test_several_faults_are_reported_together(client: httpx.AsyncClient) -> None:
+async def test_several_errors_are_reported_together(client: httpx.AsyncClient) -> None:
     reply = await client.post(URL, json={"prompt": "", "steps": 0, "cfg_scale": 99})
     expect_fields(reply, "prompt", "steps", "cfg_scale")
     expect_fields(await client.post(URL, json={"prompt": "x", "duration": 400, "steps": 99}), "duration", "steps")
 
 
-async def test_the_server_cap_and_the_models_cap_both_hold() -> None:
+async def test_limits_of_server_and_model_both_apply() -> None:
     settings = Settings.model_validate({"api": {"max_duration_s": 150}})
     transport = httpx.ASGITransport(create_app(ToneBackend(), settings))
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
@@ -187,14 +187,14 @@ async def test_the_server_cap_and_the_models_cap_both_hold() -> None:
 
 
 @pytest.mark.parametrize("url", [VARIATIONS, INPAINT])
-async def test_a_missing_upload(client: httpx.AsyncClient, url: str) -> None:
+async def test_missing_upload_is_named(client: httpx.AsyncClient, url: str) -> None:
     expect_fields(await client.post(url, data={"prompt": "x"}), "audio")
     expect_fields(await client.post(url, data={"prompt": "x", "audio": "text"}), "audio")
     expect_fields(await client.post(url, json={"duration": 1}), "prompt", "audio")
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, "nan", "x"])
-async def test_a_bad_noise_level(client: httpx.AsyncClient, value: Any) -> None:
+async def test_invalid_noise_level_is_named(client: httpx.AsyncClient, value: Any) -> None:
     reply = await client.post(VARIATIONS, data={"prompt": "x", "init_noise_level": value}, files={"audio": WAV})
     expect_fields(reply, "init_noise_level")
 
@@ -216,20 +216,22 @@ async def test_a_bad_noise_level(client: httpx.AsyncClient, value: Any) -> None:
         (",".join(["1"] * 5000), ",".join(["2"] * 5000), "inpaint_start_seconds"),
     ],
 )
-async def test_bad_inpaint_times(client: httpx.AsyncClient, starts: str | None, ends: str | None, field: str) -> None:
+async def test_invalid_inpaint_times_are_named(
+    client: httpx.AsyncClient, starts: str | None, ends: str | None, field: str
+) -> None:
     form = {"prompt": "x", "inpaint_start_seconds": starts, "inpaint_end_seconds": ends}
     form = {name: value for name, value in form.items() if value is not None}
     expect_sentence(await client.post(INPAINT, data=form, files={"audio": WAV}), 400, field)
 
 
-async def test_a_time_and_its_alias_together(client: httpx.AsyncClient) -> None:
+async def test_time_and_its_alias_together_are_refused(client: httpx.AsyncClient) -> None:
     form = {"prompt": "x", "inpaint_start_seconds": "1", "inpaint_end_seconds": "2", "inpaint_mask_end_seconds": "2"}
     expect_sentence(await client.post(INPAINT, data=form, files={"audio": WAV}), 400, "inpaint_mask_end_seconds")
 
 
 @pytest.mark.parametrize("url", [VARIATIONS, INPAINT])
 @pytest.mark.parametrize("upload", [b"", b"not audio", WAV[:20], b"\x00" * 5000, b"PK\x03\x04" + b"\x00" * 100])
-async def test_uploads_that_cannot_be_used(client: httpx.AsyncClient, url: str, upload: bytes) -> None:
+async def test_unusable_upload_is_400(client: httpx.AsyncClient, url: str, upload: bytes) -> None:
     form = {"prompt": "x", "inpaint_start_seconds": "1", "inpaint_end_seconds": "2"}
     expect_sentence(await client.post(url, data=form, files={"audio": ("a.wav", upload)}), 400, "audio")
 
@@ -259,7 +261,7 @@ async def test_checks_run_in_the_order_of_the_contract(client: httpx.AsyncClient
         (DeadlineExceededError("deadline_s: late"), 504, ("deadline_s",)),
     ],
 )
-async def test_what_the_model_reports(
+async def test_errors_of_the_model(
     client: httpx.AsyncClient, backend: ToneBackend, error: StableAudioError, status: int, words: tuple[str, ...]
 ) -> None:
     backend.error = error
@@ -269,7 +271,7 @@ async def test_what_the_model_reports(
 
 
 @pytest.mark.parametrize("name", ["x", "Euler", "dpm-adaptive"])
-async def test_a_sampler_the_model_does_not_have_is_refused_before_the_model_is_asked(
+async def test_unsupported_sampler_is_refused_before_the_generation(
     client: httpx.AsyncClient, backend: ToneBackend, name: str
 ) -> None:
     kwargs = {"sampler_type": name}
@@ -290,7 +292,7 @@ async def test_a_sampler_the_model_does_not_have_is_refused_before_the_model_is_
     "error",
     [GenerationError("secret path"), CheckpointError("secret path"), RuntimeError("secret"), KeyError("secret")],
 )
-async def test_a_500_is_opaque_and_carries_the_request_id(
+async def test_500_is_opaque_and_has_the_request_id(
     client: httpx.AsyncClient, backend: ToneBackend, error: Exception
 ) -> None:
     backend.error = error
@@ -300,7 +302,7 @@ async def test_a_500_is_opaque_and_carries_the_request_id(
     assert "Traceback" not in reply.text
 
 
-async def test_the_time_budget_is_the_clients(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+async def test_time_budget_of_the_request_applies(client: httpx.AsyncClient, backend: ToneBackend) -> None:
     backend.delay_s = 30
     expect_sentence(await client.post(URL, json={"prompt": "x", "deadline_s": 0.01}), 504, "deadline_s")
 
@@ -309,7 +311,7 @@ async def test_the_time_budget_is_the_clients(client: httpx.AsyncClient, backend
     ("content", "reason"),
     [(b'{"prompt": "x"', "EOF"), (b'{"prompt": "\\ud800"}', "hex escape"), (b"prompt=x", "line 1")],
 )
-async def test_what_is_wrong_with_broken_json_is_told(client: httpx.AsyncClient, content: bytes, reason: str) -> None:
+async def test_broken_json_error_gives_the_reason(client: httpx.AsyncClient, content: bytes, reason: str) -> None:
     reply = await client.post(URL, content=content, headers={"content-type": "application/json"})
     assert reply.status_code == 422
     (fault,) = reply.json()["detail"]
@@ -317,7 +319,7 @@ async def test_what_is_wrong_with_broken_json_is_told(client: httpx.AsyncClient,
     assert reason in fault["msg"]
 
 
-async def test_unknown_paths_and_methods_answer_json(client: httpx.AsyncClient) -> None:
+async def test_unknown_paths_and_methods_get_json_errors(client: httpx.AsyncClient) -> None:
     expect_sentence(await client.get("/nope"), 404, "Not Found")
     reply = await client.get(URL)
     expect_sentence(reply, 405, "Method Not Allowed")
@@ -340,7 +342,7 @@ async def test_unknown_paths_and_methods_answer_json(client: httpx.AsyncClient) 
         ("/fal-ai/stable-audio/other", "POST", {"detail"}),
     ],
 )
-async def test_a_wrong_method_is_told_all_the_right_ones_in_its_dialect(
+async def test_405_lists_the_methods_of_all_dialects(
     client: httpx.AsyncClient, path: str, methods: str, keys: set[str]
 ) -> None:
     reply = await client.request("PURGE", path)
@@ -349,7 +351,7 @@ async def test_a_wrong_method_is_told_all_the_right_ones_in_its_dialect(
     assert "Method Not Allowed" in reply.text
 
 
-async def test_request_ids_are_kept_or_made(client: httpx.AsyncClient) -> None:
+async def test_request_id_is_kept_or_created(client: httpx.AsyncClient) -> None:
     for path in ("/health", "/nope"):
         assert (await client.get(path, headers={"x-request-id": "my.id-1"})).headers["x-request-id"] == "my.id-1"
         assert len((await client.get(path)).headers["x-request-id"]) == 32
@@ -357,9 +359,7 @@ async def test_request_ids_are_kept_or_made(client: httpx.AsyncClient) -> None:
         assert len((await client.get("/health", headers={"x-request-id": bad})).headers["x-request-id"]) == 32
 
 
-async def test_pages_of_allowed_origins_may_read_the_headers_also_of_errors(
-    client: httpx.AsyncClient, backend: ToneBackend
-) -> None:
+async def test_allowed_origins_can_read_headers_of_errors(client: httpx.AsyncClient, backend: ToneBackend) -> None:
     backend.error = RuntimeError("boom")
     for reply in (
         await client.post(URL, json={"prompt": "x"}, headers={"origin": "http://localhost:3000"}),

@@ -15,7 +15,7 @@ async def publish(jobs: JobQueue, *, data: bytes = b"RIFF", name: str = "a.wav",
     return published_url("", file_id, file_name=name)
 
 
-async def test_a_published_file_is_a_download(client: httpx.AsyncClient, jobs: JobQueue) -> None:
+async def test_published_file_can_be_downloaded(client: httpx.AsyncClient, jobs: JobQueue) -> None:
     reply = await client.get(await publish(jobs, data=b"x" * 3_000_000))
     assert reply.status_code == 200
     assert reply.content == b"x" * 3_000_000
@@ -35,13 +35,13 @@ async def test_a_published_file_is_a_download(client: httpx.AsyncClient, jobs: J
 async def test_files_are_served_as_audio_or_as_bytes(
     client: httpx.AsyncClient, jobs: JobQueue, kind: str, served: str
 ) -> None:
-    """Whatever type they were stored with: a page of this server may run its scripts and show its images."""
+    """Whatever their stored type, because files share an origin with the server's pages."""
     url = await publish(jobs, kind=kind)
     for reply in (await client.get(url), await client.head(url)):
         assert reply.headers["content-type"] == served
 
 
-async def test_head_tells_what_a_download_would_be(client: httpx.AsyncClient, jobs: JobQueue) -> None:
+async def test_head_describes_the_download(client: httpx.AsyncClient, jobs: JobQueue) -> None:
     url = await publish(jobs, data=b"x" * 3_000_000)
     reply, told = await client.get(url), await client.head(url)
     assert (told.status_code, told.content) == (200, b"")
@@ -50,7 +50,7 @@ async def test_head_tells_what_a_download_would_be(client: httpx.AsyncClient, jo
     assert (await client.head(url.replace("a.wav", "b.wav"))).status_code == 404
 
 
-async def test_an_empty_file_is_a_file(client: httpx.AsyncClient, jobs: JobQueue) -> None:
+async def test_empty_file_can_be_downloaded(client: httpx.AsyncClient, jobs: JobQueue) -> None:
     reply = await client.get(await publish(jobs, data=b""))
     assert (reply.status_code, reply.content, reply.headers["content-length"]) == (200, b"", "0")
 
@@ -58,7 +58,7 @@ async def test_an_empty_file_is_a_file(client: httpx.AsyncClient, jobs: JobQueue
 @pytest.mark.parametrize(
     ("name", "shown"), [('a"b\\c.wav', "a_b_c.wav"), ("größe ♪.wav", "gr__e _.wav"), ("a\r\nX-Evil: 1", "a__X-Evil: 1")]
 )
-async def test_a_file_name_cannot_break_out_of_its_header(
+async def test_file_name_cannot_break_the_header(
     client: httpx.AsyncClient, jobs: JobQueue, name: str, shown: str
 ) -> None:
     reply = await client.get(await publish(jobs, name=name))
@@ -68,24 +68,24 @@ async def test_a_file_name_cannot_break_out_of_its_header(
 
 
 @pytest.mark.parametrize("path", ["/files/0/a.wav", f"/files/{'0' * 32}/a.wav", "/files/..%2f/jobs.db", "/files/x/%00"])
-async def test_an_unknown_link_is_404(client: httpx.AsyncClient, path: str) -> None:
+async def test_unknown_link_is_404(client: httpx.AsyncClient, path: str) -> None:
     reply = await client.get(path)
     assert reply.status_code == 404
     assert isinstance(reply.json()["detail"], str)
 
 
-async def test_the_name_is_part_of_the_link(client: httpx.AsyncClient, jobs: JobQueue) -> None:
+async def test_file_name_is_part_of_the_link(client: httpx.AsyncClient, jobs: JobQueue) -> None:
     url = await publish(jobs)
     assert (await client.get(url.replace("a.wav", "b.wav"))).status_code == 404
 
 
-async def test_a_file_that_is_gone_is_404(client: httpx.AsyncClient, jobs: JobQueue) -> None:
+async def test_missing_file_is_404(client: httpx.AsyncClient, jobs: JobQueue) -> None:
     file_id, file = await jobs.publish(lambda: [b"x"], media_type="audio/wav", file_name="a.wav")
     await jobs.artifacts.delete(file.key)
     assert (await client.get(f"/files/{file_id}/a.wav")).status_code == 404
 
 
-async def test_a_link_needs_no_key() -> None:
+async def test_link_needs_no_key() -> None:
     async with make_client(api={"key_hashes": [hash_key(b"secret")]}) as (client, _):
         client.headers["Authorization"] = "Bearer secret"
         body = {"model": "stable-audio", "prompt": "x", "seconds_total": 1}
@@ -101,6 +101,6 @@ async def test_a_link_needs_no_key() -> None:
         assert len(reply.content) == file["file_size"]
 
 
-def test_only_plain_ascii_names_a_download() -> None:
+def test_download_name_is_plain_ascii() -> None:
     header = attachment('a"\\\r\nX-Evil: 1;\u017f\x00.wav')["Content-Disposition"]
     assert header == 'attachment; filename="a____X-Evil: 1;__.wav"'

@@ -1,4 +1,4 @@
-"""Jobs and uploads where there is no room left: real file systems of a few MiB, and a bucket that refuses."""
+"""Jobs and uploads without storage space: on file systems of a few MiB, and with a full bucket."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from tests.patience import PATIENCE_S, until
 pytestmark = pytest.mark.server
 
 NUM_JOBS = 12
-_AT_ONCE = 4  # jobs of a model that a runner begins before it has seen any end
+_AT_ONCE = 4  # jobs of a model that a runner starts before any of them ends
 
 
 def fill(disk: Path) -> Callable[[], None]:
-    """Take all the room of a disk; what is returned gives it back."""
+    """Fill a disk. The returned function frees the space."""
     filler = disk / "filler"
     with filler.open("wb", buffering=0) as file, suppress(OSError):
         while True:
@@ -59,7 +59,7 @@ async def show_all(client: httpx.AsyncClient, tickets: Collection[dict[str, Any]
 async def expect_the_queue_survives(
     client: httpx.AsyncClient, backend: ToneBackend, *, make_full: Callable[[], object], make_room: Callable[[], object]
 ) -> None:
-    """However many jobs wait, and however long it takes: hardly any is computed, none fails, and all are done later."""
+    """Queued jobs wait for space: few are computed, none fails, and all finish later."""
     make_full()
     tickets = [await submit(client, duration=0.2) for _ in range(NUM_JOBS)]
     async with asyncio.timeout(PATIENCE_S):
@@ -68,7 +68,7 @@ async def expect_the_queue_survives(
     await until(lambda: backend.num_running == 0)
     num_computed = len(backend.requests)
     assert num_computed <= _AT_ONCE
-    await asyncio.sleep(0.3)  # several tries to write
+    await asyncio.sleep(0.3)  # several attempts to write
     assert len(backend.requests) == num_computed
     waiting = await show_all(client, tickets)
     assert {status["status"] for status in waiting} == {"queued"}
@@ -82,7 +82,7 @@ async def expect_the_queue_survives(
     assert await job_store(client) == "ok"
 
 
-async def test_the_queue_survives_a_full_disk(tiny_disk: Path, tmp_path: Path) -> None:
+async def test_queue_survives_a_full_disk(tiny_disk: Path, tmp_path: Path) -> None:
     jobs = {"database_url": f"sqlite:///{tmp_path / 'jobs.db'}"}
     async with make_hasty_client(output_dir=str(tiny_disk), jobs=jobs) as (client, backend):
         give_back: list[Callable[[], None]] = []
@@ -96,7 +96,7 @@ async def test_the_queue_survives_a_full_disk(tiny_disk: Path, tmp_path: Path) -
 
 
 @pytest.mark.server
-async def test_the_queue_survives_a_full_bucket(object_storage: ObjectStorage) -> None:
+async def test_queue_survives_a_full_bucket(object_storage: ObjectStorage) -> None:
     full = Faults(answer=(507, "InsufficientStorage"), only="PUT")
     bucket, proxy = object_storage.make_bucket(), object_storage.proxy
     async with make_hasty_client(
@@ -111,10 +111,10 @@ async def test_the_queue_survives_a_full_bucket(object_storage: ObjectStorage) -
     assert len(object_storage.keys(bucket)) == NUM_JOBS
 
 
-async def test_what_never_fits_becomes_a_dead_letter_and_leaves_nothing(tiny_disk: Path, tmp_path: Path) -> None:
+async def test_too_large_result_becomes_a_dead_letter(tiny_disk: Path, tmp_path: Path) -> None:
     jobs = {"database_url": f"sqlite:///{tmp_path / 'jobs.db'}", "max_attempts": 2}
     async with make_hasty_client(output_dir=str(tiny_disk), jobs=jobs) as (client, _):
-        failed = await wait(client, await submit(client, duration=10.0))  # of 1.76 MB
+        failed = await wait(client, await submit(client, duration=10.0))  # 1.76 MB
         assert (failed["status"], failed["attempts"], failed["error"]) == ("failed", 2, "the disk is full")
         source = make_audio_file(duration_s=10.0)
         form = {"prompt": "rain", "duration": "1"}
@@ -126,7 +126,7 @@ async def test_what_never_fits_becomes_a_dead_letter_and_leaves_nothing(tiny_dis
         assert len((await client.get(fine["download_url"])).content) > 176_000
 
 
-async def test_a_job_database_on_the_full_disk_loses_nothing(small_disk: Path) -> None:
+async def test_job_database_on_a_full_disk_loses_nothing(small_disk: Path) -> None:
     async with make_hasty_client(output_dir=str(small_disk), jobs={"lease_s": 1.0}) as (client, backend):
         done = await wait(client, await submit(client))
         backend.released.clear()
@@ -135,7 +135,7 @@ async def test_a_job_database_on_the_full_disk_loses_nothing(small_disk: Path) -
         await wait(client, to_cancel, "running")
         waiting = [await submit(client, seed=seed) for seed in range(8, 14)]
         give_back = fill(small_disk)
-        for _ in range(1000):  # the database's log may have some room left
+        for _ in range(1000):  # the database's log may have some space left
             reply = await client.post("/jobs", json=BODY)
             if reply.status_code != 202:
                 break
@@ -146,7 +146,7 @@ async def test_a_job_database_on_the_full_disk_loses_nothing(small_disk: Path) -
         cancelled = (await client.delete(f"/jobs/{to_cancel['id']}")).status_code
         assert cancelled in (202, 507)
         backend.released.set()
-        await until(lambda: backend.num_running == 0)  # the jobs have been computed
+        await until(lambda: backend.num_running == 0)  # the jobs are computed
         with closing(sqlite3.connect(f"file:{small_disk / 'jobs.db'}?mode=ro", uri=True)) as database:
             await until(lambda: last_lease_until(database) < time.time())
         give_back()
@@ -158,7 +158,7 @@ async def test_a_job_database_on_the_full_disk_loses_nothing(small_disk: Path) -
         assert await job_store(client) == "ok"
 
 
-def test_the_disk_of_these_tests_is_full_when_it_is_filled(tiny_disk: Path) -> None:
+def test_fill_makes_the_disk_full(tiny_disk: Path) -> None:
     fill(tiny_disk)
     with pytest.raises(OSError, match="No space") as caught:
         os.posix_fallocate(os.open(tiny_disk / "more", os.O_CREAT | os.O_WRONLY), 0, 1)

@@ -1,6 +1,6 @@
-"""Generated requests against every operation of the OpenAPI page, in and out of its bounds, all checks of Schemathesis.
+"""Generated requests to every operation in the OpenAPI description, valid and invalid, with all Schemathesis checks.
 
-`make fuzz` makes many times as many, with another seed each time.
+`make fuzz` sends many more requests, with another seed each time.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from stable_audio_serve.core.settings import Settings
 from tests.api.fuzzing import Known, is_lenient, make_meaningful, run_server
 from tests.patience import PATIENCE_S
 
-pytestmark = pytest.mark.server  # a whole server, and more requests than a commit should wait for
+pytestmark = pytest.mark.server  # a whole server and many requests
 
 IS_LONG = "FUZZ_EXAMPLES" in os.environ
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "3"))
-EDGE_CASES = 100_000 if IS_LONG else 10  # of each operation: every bound of every field just kept and just broken
+EDGE_CASES = 100_000 if IS_LONG else 10  # per operation: values at and just beyond every bound of every field
 _sent: list[str] = []
 
-# What may refuse a wrong request: Schemathesis' own list, 412 of fal's proxy path, and 413.
+# Allowed statuses for invalid requests: Schemathesis' list, 412 of fal's proxy path, and 413.
 _REFUSALS = [400, 401, 403, 404, 405, 406, 409, 412, 413, 415, 422, 428, 429]
 _CONFIG = schemathesis.Config.from_dict({"checks": {"negative_data_rejection": {"expected-statuses": _REFUSALS}}})
 schema = schemathesis.openapi.from_dict(create_app(OfflineBackend(), Settings()).openapi(), config=_CONFIG)
@@ -45,17 +45,17 @@ def known(url: str) -> Known:
 
 
 def edge_cases(operation: schemathesis.schemas.APIOperation) -> list[schemathesis.Case]:
-    """Those which Schemathesis derives from the bounds of the fields, spread evenly where there are too many."""
+    """Returns the cases that Schemathesis derives from the bounds of fields, evenly thinned out if too many."""
     config = schema.config.generation_for(operation=operation, phase="coverage")
     cases = list(schema.iter_coverage_cases(operation, generation_modes=list(GenerationMode), generation_config=config))
     return cases[:: -(-len(cases) // EDGE_CASES)]
 
 
-# One ordinary test for each operation: Schemathesis' own have one name, which pytest-xdist takes for one test.
+# One plain test per operation, because Schemathesis' own tests share one name, which pytest-xdist treats as one test.
 @pytest.mark.parametrize(
     "operation", [found.ok() for found in schema.get_all_operations()], ids=lambda found: found.label
 )
-def test_every_answer_is_the_described_one(
+def test_every_response_matches_the_description(
     operation: schemathesis.schemas.APIOperation, url: str, known: Known
 ) -> None:
     def send(case: schemathesis.Case) -> None:
@@ -73,5 +73,5 @@ def test_every_answer_is_the_described_one(
     settings(deadline=None, **options)(given(st.one_of(strategies))(send))()
 
 
-def test_there_were_enough_requests() -> None:
+def test_enough_requests_were_sent() -> None:
     assert len(_sent) >= 500

@@ -15,7 +15,7 @@ URL = "/v1/audio/generations"
 
 
 @pytest.mark.parametrize("url", [URL, "/generate", "/sa3/v1/audio/generations"])
-async def test_one_clip_is_a_wav_with_its_headers(client: httpx.AsyncClient, url: str) -> None:
+async def test_single_clip_is_a_wav_with_headers(client: httpx.AsyncClient, url: str) -> None:
     reply = await client.post(url, json={"prompt": "  a tone ", "duration": 1.5, "seed": 7})
     assert reply.status_code == 200, reply.text
     assert reply.headers["content-type"] == "audio/wav"
@@ -38,7 +38,7 @@ async def test_stages_are_timed(client: httpx.AsyncClient) -> None:
     assert stages == ["queue", "text", "source", "denoise", "decode", "encode", "total"]
 
 
-async def test_defaults_leave_the_choice_to_the_model(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+async def test_unset_fields_are_left_to_the_model(client: httpx.AsyncClient, backend: ToneBackend) -> None:
     await client.post(URL, json={"prompt": "x"})
     model, request = backend.requests[0]
     assert model == "small-sfx"
@@ -50,9 +50,7 @@ async def test_defaults_leave_the_choice_to_the_model(client: httpx.AsyncClient,
 
 
 @pytest.mark.parametrize("priority", ["interactive", "batch"])
-async def test_a_request_may_let_others_go_first(
-    client: httpx.AsyncClient, backend: ToneBackend, priority: str
-) -> None:
+async def test_request_can_have_batch_priority(client: httpx.AsyncClient, backend: ToneBackend, priority: str) -> None:
     assert (await client.post(URL, json={"prompt": "x", "priority": priority})).status_code == 200
     assert backend.last.priority == priority
     await client.post(URL, json={"prompt": "x"})
@@ -62,7 +60,7 @@ async def test_a_request_may_let_others_go_first(
     assert [item["loc"] for item in refused.json()["detail"]] == [["body", "priority"]]
 
 
-async def test_default_length_shrinks_and_default_steps_are_the_models(
+async def test_default_length_is_limited_and_default_steps_are_the_models(
     client: httpx.AsyncClient, backend: ToneBackend
 ) -> None:
     reply = await client.post(URL, json={"prompt": "x", "model": "demo"})
@@ -115,7 +113,7 @@ async def test_several_variations_are_a_zip(client: httpx.AsyncClient) -> None:
     assert (await client.post(URL, json=body)).content == reply.content
 
 
-async def test_a_random_seed_is_reported_and_repeats(client: httpx.AsyncClient) -> None:
+async def test_random_seed_is_reported_and_repeats(client: httpx.AsyncClient) -> None:
     first = await client.post(URL, json={"prompt": "x", "duration": 0.2, "seed": -1})
     second = await client.post(URL, json={"prompt": "x", "duration": 0.2})
     assert first.headers["x-seed"] != second.headers["x-seed"]
@@ -124,7 +122,7 @@ async def test_a_random_seed_is_reported_and_repeats(client: httpx.AsyncClient) 
 
 
 @pytest.mark.parametrize("seed", [-2, 2**63, 2**64, 10**30, -(10**30)])
-async def test_any_seed_is_taken_and_its_report_repeats_it(client: httpx.AsyncClient, seed: int) -> None:
+async def test_any_seed_is_accepted_and_repeats(client: httpx.AsyncClient, seed: int) -> None:
     reply = await client.post(URL, json={"prompt": "x", "duration": 0.2, "seed": seed})
     assert reply.status_code == 200
     assert 0 <= int(reply.headers["x-seed"]) < 2**63
@@ -143,7 +141,7 @@ async def test_other_file_formats(client: httpx.AsyncClient, file_format: str, m
     assert soundfile.info(io.BytesIO(reply.content)).duration == pytest.approx(1, abs=1e-3)
 
 
-async def test_a_long_clip_is_streamed_with_its_length(client: httpx.AsyncClient) -> None:
+async def test_long_clip_is_streamed_with_its_length(client: httpx.AsyncClient) -> None:
     async with client.stream("POST", URL, json={"prompt": "x", "duration": 30}) as reply:
         content = await reply.aread()
         assert int(reply.headers["content-length"]) == len(content)
@@ -157,7 +155,7 @@ async def test_any_text_is_a_prompt(client: httpx.AsyncClient, backend: ToneBack
     assert backend.last.prompt == prompt.strip()
 
 
-async def test_the_shortest_clip(client: httpx.AsyncClient) -> None:
+async def test_shortest_clip(client: httpx.AsyncClient) -> None:
     reply = await client.post(URL, json={"prompt": "x", "duration": 1e-9})
     assert reply.status_code == 200
     assert soundfile.info(io.BytesIO(reply.content)).frames <= 1

@@ -1,6 +1,6 @@
-"""One table of hostile requests, each tried at every route that it concerns: every one is answered in the form of its
-dialect, never with a 500, never after a hang, never with a word of a prompt in the log or a header.
+"""A table of hostile requests, each sent to every route that it applies to.
 
+Every response has the form of its dialect. None is a 500 or takes long, and no prompt appears in a log or a header.
 Hostile audio is in test_hostile_uploads.py; test_fuzz.py generates requests.
 """
 
@@ -30,8 +30,8 @@ JSON = {"content-type": "application/json"}
 MULTIPART = {"content-type": "multipart/form-data; boundary=B"}
 URLENCODED = {"content-type": "application/x-www-form-urlencoded"}
 WAV = make_audio_file(duration_s=0.2)
-MARK = "zyxwv"  # what no log line, header or path may show
-HANG_S = 60.0  # no refusal takes so long, on any machine
+MARK = "zyxwv"  # must not appear in any log line, header or path
+HANG_S = 60.0  # no refusal takes this long
 
 
 def check_sa3(body: Any) -> None:
@@ -73,24 +73,24 @@ def check_fal(body: Any) -> None:
 
 @dataclass(frozen=True)
 class Route:
-    """One way in: what a good request holds, and how the dialect says no."""
+    """A route with a valid request and the form of its refusals."""
 
     path: str
     check_error: Callable[[Any], None]
     good: dict[str, Any]
     prompt: str = "prompt"
     numbers: tuple[str, ...] = ("duration", "steps", "seed", "cfg_scale")
-    file: str | None = None  # the form field of the upload; None for JSON routes
-    queued: bool = False  # the engine is asked later
-    prompt_end: str = ""  # what every prompt needs
-    may_be_blank: frozenset[str] = frozenset()  # numbers whose empty text means that they are absent
+    file: str | None = None  # form field of the upload; None for JSON routes
+    queued: bool = False  # the generation starts later
+    prompt_end: str = ""  # required text in every prompt
+    may_be_blank: frozenset[str] = frozenset()  # numbers for which an empty text means unset
     refused: frozenset[int] = field(default=frozenset({400, 413, 422}))
 
     def json(self, **changes: Any) -> bytes:
         return json.dumps(self.good | changes).encode()
 
     def raw(self, name: str, literal: bytes) -> bytes:
-        """A JSON body with one value spelled out."""
+        """Returns a JSON body with one value as literal text."""
         rest = {key: value for key, value in self.good.items() if key != name}
         return json.dumps(rest).encode().removesuffix(b"}") + b', "' + name.encode() + b'": ' + literal + b"}"
 
@@ -179,18 +179,18 @@ ROUTES = [
     ),
 ]
 
-Request = dict[str, Any]  # the arguments of httpx's `post` but for the path
-Sent = tuple[str, Request]  # and a name for it
+Request = dict[str, Any]  # arguments of httpx's `post` without the path
+Sent = tuple[str, Request]  # the name of a request, and its arguments
 
 
 def good(route: Route, changes: dict[str, Any] | None = None, *, upload: Any = ("a.wav", WAV)) -> Request:
-    """What the route takes, but for `changes`."""
+    """Returns a valid request of the route with `changes`."""
     if route.file is None:
         return {"content": route.json(**(changes or {})), "headers": JSON}
     return {"data": route.good | (changes or {}), "files": {route.file: upload}}
 
 
-# Which requests a case makes at a route.
+# Requests of each case.
 
 
 def json_bodies(*bodies: bytes) -> Callable[[Route], Iterator[Sent]]:
@@ -206,7 +206,7 @@ def prompts(*literals: bytes) -> Callable[[Route], Iterator[Sent]]:
 
 
 def numbers(*literals: bytes, most: int | None = None) -> Callable[[Route], Iterator[Sent]]:
-    """In place of the route's numbers, or of the first ones."""
+    """Returns a function that yields requests with these literals in place of a route's (first `most`) numbers."""
 
     def requests(route: Route) -> Iterator[Sent]:
         for name in route.numbers[:most]:
@@ -214,7 +214,7 @@ def numbers(*literals: bytes, most: int | None = None) -> Callable[[Route], Iter
                 label = f"{name}={literal[:20]!r}"
                 if route.file is None:
                     yield label, {"content": route.raw(name, literal), "headers": JSON}
-                elif literal != b'""':  # an empty form field is one that was left out
+                elif literal != b'""':  # an empty form field means unset
                     yield label, good(route, {name: literal.decode().strip('"')})
 
     return requests
@@ -347,7 +347,7 @@ PART_HEADERS = (b"X-A: b\r\n" * 100_000, b"X-A: " + LONG + b"\r\n", b"No-Colon\r
 BOMBS = (b"a&" * 500_000, b"a=" + b"x" * 1_000_000, b"%" * 1_000_000, b"&" * 1_000_000, b"a=b;" * 200_000)
 
 
-# What has to come back.
+# Expected responses.
 
 
 def refused(route: Route, _: str, reply: httpx.Response) -> None:
@@ -453,7 +453,7 @@ CASES = [
 
 
 async def failures_of(client: httpx.AsyncClient, case: Case) -> list[str]:
-    """Every route, and which of the case's requests, that got another answer than the right one."""
+    """Returns each route and request with an unexpected response."""
     failures = []
     for route in ROUTES:
         for label, request in case.requests(route):
@@ -489,19 +489,19 @@ HOSTILE_PROMPTS = [
 
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], str]]:
-    """All that is logged at info or above, by structlog and by the standard library."""
+    """Returns everything logged at info or above, by structlog and by the standard library."""
     caplog.set_level(logging.INFO)
     with structlog.testing.capture_logs() as lines:
         yield lambda: str([line for line in lines if line["log_level"] != "debug"]) + caplog.text
 
 
-async def test_a_prompt_is_never_logged_nor_part_of_a_header(
+async def test_prompt_is_never_logged_or_sent_in_a_header(
     client: httpx.AsyncClient, backend: ToneBackend, log: Callable[[], str]
 ) -> None:
     def check(route: Route, prompt: str, reply: httpx.Response) -> None:
         answered(route, prompt, reply)
         recipe = reply.headers.pop("X-Recipe", None)
-        if recipe is not None:  # says what made the file, the prompt too, as JSON of printable ASCII characters
+        if recipe is not None:  # the recipe contains the prompt as printable ASCII JSON
             assert re.fullmatch(r"[ -~]+", recipe)
             told = json.loads(recipe)
             assert told.get("left_out") == ["prompt"] or told["prompt"] == prompt.strip()
@@ -521,7 +521,7 @@ async def test_a_prompt_is_never_logged_nor_part_of_a_header(
     assert MARK not in log()
 
 
-# Over a real socket: what no HTTP client would send.
+# Over a socket: requests that no HTTP client would send.
 
 NO_HTTP = [b"", b"\r\n", b"\x16\x03\x01" * 100, b"GET / HTTP/9.9\r\n\r\n", b"A" * 70_000, b"\x00"]
 HEAD = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -554,7 +554,7 @@ ODD_HEADERS = {
 
 
 async def send(port: int, request: bytes, *, is_all: bool = False) -> bytes:
-    """Everything that comes back, of a stream only its beginning."""
+    """Returns the response; of a stream only its start."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         writer.write(request)
@@ -567,7 +567,7 @@ async def send(port: int, request: bytes, *, is_all: bool = False) -> bytes:
         writer.transport.abort()
 
 
-async def test_raw_junk_ends_its_connection_and_nothing_else(shared: tuple[FastAPI, ToneBackend]) -> None:
+async def test_raw_junk_ends_only_its_own_connection(shared: tuple[FastAPI, ToneBackend]) -> None:
     lies = [lie.replace(b"%s", route.path.encode()) for lie in LIES for route in ROUTES]
     async with listening(shared[0], lifespan="off") as port:
         for raw in NO_HTTP + lies:
@@ -578,7 +578,7 @@ async def test_raw_junk_ends_its_connection_and_nothing_else(shared: tuple[FastA
 
 
 def odd_requests(app: FastAPI) -> Iterator[bytes]:
-    """Every operation with odd names in its path and its query, and with odd headers."""
+    """Yield every operation with odd names in path and query, and with odd headers."""
     operations = [(method.upper(), path) for path, methods in app.openapi()["paths"].items() for method in methods]
     for method, path in [*operations, ("GET", "/api/fal/proxy"), ("POST", "/api/fal/proxy")]:
         for text in ODD_TEXTS if "{" in path else ODD_TEXTS[:2]:
@@ -596,7 +596,7 @@ def _raw(method: str, path: str, headers: dict[str, str]) -> bytes:
     return f"{method} {path} HTTP/1.1\r\n{lines}Connection: close\r\nContent-Length: 2\r\n\r\n{{}}".encode("latin-1")
 
 
-async def test_odd_paths_queries_and_headers_are_never_our_failure(shared: tuple[FastAPI, ToneBackend]) -> None:
+async def test_odd_paths_queries_and_headers_never_cause_a_500(shared: tuple[FastAPI, ToneBackend]) -> None:
     failures = []
     with structlog.testing.capture_logs() as lines:
         async with listening(shared[0], lifespan="off") as port:

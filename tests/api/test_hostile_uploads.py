@@ -1,4 +1,4 @@
-"""Uploads that promise, claim or hide something: refused naming the upload, or taken for what they hold."""
+"""Malicious or misleading uploads: refused with the field's name, or decoded by their content."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WAV = make_audio_file(duration_s=0.2)
 
 
 def wav_header(*, rate_hz: int, channels: int, bits: int = 16, tag: int = 1) -> bytes:
-    """A header that promises 4 GB."""
+    """Returns a header that announces 4 GB."""
     size = 4_000_000_000
     frame = channels * bits // 8
     fmt = struct.pack("<HHIIHH", tag, channels, rate_hz, min(rate_hz * frame, 2**32 - 1), frame % 65536, bits)
@@ -62,13 +62,13 @@ BAD_UPLOADS = {
 
 
 @pytest.mark.parametrize("name", BAD_UPLOADS)
-async def test_bad_uploads_are_400_naming_audio(client: httpx.AsyncClient, name: str) -> None:
+async def test_bad_upload_is_400_and_names_audio(client: httpx.AsyncClient, name: str) -> None:
     reply = await client.post(VARIATIONS, data={"prompt": "x"}, files={"audio": ("a.wav", BAD_UPLOADS[name])})
     assert reply.status_code == 400, reply.text
     assert "audio" in reply.json()["detail"]
 
 
-async def test_a_truncated_wav_gives_what_it_has(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+async def test_truncated_wav_is_decoded_as_far_as_possible(client: httpx.AsyncClient, backend: ToneBackend) -> None:
     upload = wav_header(rate_hz=44100, channels=2) + bytes(4 * 1000)
     reply = await client.post(VARIATIONS, data={"prompt": "x", "duration": "0.1"}, files={"audio": upload})
     assert reply.status_code == 200, reply.text
@@ -76,7 +76,7 @@ async def test_a_truncated_wav_gives_what_it_has(client: httpx.AsyncClient, back
     assert backend.last.init_audio.samples.shape == (2, 1000)
 
 
-async def test_a_flac_that_unpacks_to_hundreds_of_megabytes(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+async def test_flac_bomb_is_decoded_within_limits(client: httpx.AsyncClient, backend: ToneBackend) -> None:
     stream = io.BytesIO()
     with soundfile.SoundFile(stream, "w", 8000, 8, format="FLAC", subtype="PCM_16") as file:
         for _ in range(30):
@@ -91,23 +91,23 @@ async def test_a_flac_that_unpacks_to_hundreds_of_megabytes(client: httpx.AsyncC
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(position=st.integers(0, len(WAV) - 1), replacement=st.binary(min_size=1, max_size=8), cut=st.booleans())
-async def test_any_damaged_wav_is_answered(
+async def test_damaged_wav_gets_a_response(
     client: httpx.AsyncClient, position: int, replacement: bytes, cut: bool
 ) -> None:
-    position = position % 60 if len(replacement) % 2 else position  # headers are where it hurts
+    position = position % 60 if len(replacement) % 2 else position  # mostly in the header
     damaged = WAV[:position] + replacement + (b"" if cut else WAV[position + len(replacement) :])
     form = {"prompt": "x", "duration": "0.01"}
     reply = await client.post(VARIATIONS, data=form, files={"audio": damaged})
     assert reply.status_code in {200, 400}, reply.text
 
 
-async def test_the_longest_prompt_also_fits_a_form(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+async def test_longest_prompt_fits_a_form(client: httpx.AsyncClient, backend: ToneBackend) -> None:
     form = {"prompt": "\N{HEADPHONE}" * 100_000, "duration": "0.1"}
     assert (await client.post(VARIATIONS, data=form, files={"audio": WAV})).status_code == 200
     assert backend.requests[-1][1].prompt == form["prompt"]
 
 
-async def test_a_form_field_beyond_all_reason_names_the_body(client: httpx.AsyncClient) -> None:
+async def test_too_long_form_field_is_an_error(client: httpx.AsyncClient) -> None:
     reply = await client.post(VARIATIONS, data={"prompt": "x" * 600_000}, files={"audio": WAV})
     assert reply.status_code == 400
     assert reply.json()["detail"].startswith("body: ")

@@ -1,4 +1,4 @@
-"""What a request says in vain is named in the answer of our own API, or refused."""
+"""Parts of a request without effect are named in the response of the native API, or refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def warned(*names: str) -> str:
     return f'299 - "unknown fields are ignored: {", ".join(names)}"'
 
 
-async def test_unknown_fields_of_json_are_named(client: httpx.AsyncClient) -> None:
+async def test_unknown_json_fields_are_named(client: httpx.AsyncClient) -> None:
     body = {
         "prompt": "rain",
         "lenght": 3,
@@ -42,7 +42,7 @@ async def test_unknown_fields_of_json_are_named(client: httpx.AsyncClient) -> No
 
 
 @pytest.mark.parametrize("kind", FORMS)
-async def test_unknown_fields_of_forms_are_named(client: httpx.AsyncClient, kind: str) -> None:
+async def test_unknown_form_fields_are_named(client: httpx.AsyncClient, kind: str) -> None:
     form = {"prompt": "rain", "duration": "1", "lenght": "3", **(REGION if kind == "inpaint" else {})}
     reply = await client.post(FORMS[kind], data=form, files={"audio": make_audio_file(), "mask": b"x"})
     assert reply.is_success, reply.text
@@ -52,7 +52,7 @@ async def test_unknown_fields_of_forms_are_named(client: httpx.AsyncClient, kind
         assert reply.headers["warning"] == warned("lenght", "mask")
 
 
-async def test_an_answer_without_warnings_has_none(client: httpx.AsyncClient, runner: JobRunner) -> None:
+async def test_response_without_warnings_has_no_header(client: httpx.AsyncClient, runner: JobRunner) -> None:
     assert "warning" not in (await client.post(AUDIO, json={"prompt": "rain", "duration": 1})).headers
     job = await wait(client, await submit(client, prompt="rain"))
     assert job["warnings"] == []
@@ -60,7 +60,7 @@ async def test_an_answer_without_warnings_has_none(client: httpx.AsyncClient, ru
     assert (await client.get(job["download_url"], params={"x": 1})).headers["warning"] == warned("x")
 
 
-async def test_hostile_names_stay_inside_the_header(client: httpx.AsyncClient) -> None:
+async def test_hostile_names_cannot_break_the_header(client: httpx.AsyncClient) -> None:
     names = ['a"b\\', "x\r\nevil: 1", "雨", "y" * 5000, *(f"n{number}" for number in range(500))]
     reply = await client.post(AUDIO, json={"prompt": "rain", "duration": 1, **dict.fromkeys(names, 1)})
     assert reply.status_code == 200
@@ -71,7 +71,7 @@ async def test_hostile_names_stay_inside_the_header(client: httpx.AsyncClient) -
 
 
 @pytest.mark.parametrize("query", ["", "?sede=1"])
-async def test_a_server_may_refuse_them(query: str) -> None:
+async def test_unknown_fields_are_refused_if_configured(query: str) -> None:
     async with make_client(api={"unknown_fields": "refuse"}) as (client, backend):
         body: dict[str, Any] = {"prompt": "rain"} if query else {"prompt": "rain", "lenght": 3}
         for path in (AUDIO, "/jobs"):
@@ -83,7 +83,7 @@ async def test_a_server_may_refuse_them(query: str) -> None:
         assert (await client.post(AUDIO, json={"prompt": "rain", "duration": 1})).status_code == 200
 
 
-async def test_the_end_of_a_prompt_that_is_not_read_is_named() -> None:
+async def test_unread_end_of_a_prompt_is_named() -> None:
     sentence = "prompt: the model reads the first 1012 characters only"
     async with make_client(ToneBackend(prompt_chars=1012)) as (client, _):
         reply = await client.post(AUDIO, json={"prompt": "x" * 10_400, "duration": 1, "lenght": 3})

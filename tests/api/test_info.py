@@ -27,7 +27,7 @@ CONTRACT_KEYS = {
 }
 
 
-async def test_health_has_the_keys_of_the_contract(client: httpx.AsyncClient) -> None:
+async def test_health_has_the_fields_of_the_contract(client: httpx.AsyncClient) -> None:
     reply = await client.get("/health")
     assert reply.status_code == 200
     body = reply.json()
@@ -49,7 +49,7 @@ async def test_health_has_the_keys_of_the_contract(client: httpx.AsyncClient) ->
 
 
 @pytest.mark.parametrize("url", ["/health", "/sa3/health", "/saos/health"])
-async def test_probes_may_ask_with_head(client: httpx.AsyncClient, url: str) -> None:
+async def test_probes_can_use_head(client: httpx.AsyncClient, url: str) -> None:
     reply, told = await client.get(url), await client.head(url)
     assert (told.status_code, told.headers["content-length"]) == (reply.status_code, reply.headers["content-length"])
 
@@ -74,7 +74,7 @@ async def test_health_follows_the_settings(jobs: JobQueue) -> None:
 @pytest.mark.parametrize(
     ("prefix", "owner"), [("", "stable-audio-serve"), ("/sa3", "stable-audio-serve"), ("/vllm", "vllm")]
 )
-async def test_models_are_listed_in_openais_form(client: httpx.AsyncClient, prefix: str, owner: str) -> None:
+async def test_models_are_listed_in_openais_format(client: httpx.AsyncClient, prefix: str, owner: str) -> None:
     body = (await client.get(f"{prefix}/v1/models")).json()
     assert body["object"] == "list"
     assert [model["id"] for model in body["data"]] == ["small-sfx", "small-music", "medium", "demo"]
@@ -88,7 +88,7 @@ async def test_models_are_listed_in_openais_form(client: httpx.AsyncClient, pref
     assert body["data"][2]["max_duration_s"] == 380.0
 
 
-async def test_the_openapi_page_describes_every_public_route(client: httpx.AsyncClient) -> None:
+async def test_openapi_page_describes_every_public_route(client: httpx.AsyncClient) -> None:
     document: dict[str, Any] = (await client.get("/openapi.json")).json()
     assert set(document["paths"]) >= {
         "/v1/audio/generations",

@@ -1,4 +1,4 @@
-"""The event stream of a job, read as strictly as the HTML standard describes it."""
+"""The event stream of a job, parsed strictly by the HTML standard."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PROGRESS = {"stage", "fraction", "eta_seconds", "queue_position", "message", "at
 
 
 def parse(text: str) -> list[dict[str, Any]]:
-    """The events of a complete stream: event, id (None where it has none) and data."""
+    """Returns the events of a complete stream: event, id (None if it has none) and data."""
     assert text.endswith("\n\n")
     events = []
     for block in text.removesuffix("\n\n").split("\n\n"):
@@ -43,13 +43,13 @@ def parse(text: str) -> list[dict[str, Any]]:
 
 
 async def polls(reads: list[str]) -> None:
-    """Waits until a stream, which is the only reader, has looked at its job several times from now on."""
+    """Wait until the stream, the only reader, has polled its job several times."""
     enough = len(reads) + 5
     await until(lambda: len(reads) >= enough)
 
 
 async def read(client: httpx.AsyncClient, ticket: dict[str, Any], *, after: str | None = None) -> list[dict[str, Any]]:
-    """The stream of a job to its end."""
+    """Returns the stream of a job to its end."""
     headers = {} if after is None else {"Last-Event-ID": after}
     reply = await client.get(f"/jobs/{ticket['id']}/events", headers=headers, timeout=PATIENCE_S)
     assert reply.status_code == 200, reply.text
@@ -69,7 +69,7 @@ def ids(events: list[dict[str, Any]]) -> list[int]:
     return [int(event["id"]) for event in events[:-1] if event["id"] is not None]
 
 
-async def test_everything_is_told_in_order_until_the_end() -> None:
+async def test_stream_reports_all_events_in_order() -> None:
     async with make_client(ToneBackend(delay_s=0.3), jobs={"max_running": 1}, stream_limits=FAST) as (client, _):
         first, second = await submit(client), await submit(client)
         events = await read(client, second)
@@ -85,11 +85,11 @@ async def test_everything_is_told_in_order_until_the_end() -> None:
         messages = [event["data"]["message"] for event in events[:-1] if event["data"]["message"]]
         assert messages[:2] == ["queued", "started"]
         assert messages[-1].startswith("finished")
-        assert ids(await read(client, second)) == told  # a second reader, later, is told the same
+        assert ids(await read(client, second)) == told  # a later reader gets the same events
         assert (await read(client, first))[-1]["data"]["status"] == "succeeded"
 
 
-async def test_a_broken_stream_goes_on_where_it_broke_off() -> None:
+async def test_reconnected_stream_resumes_after_the_last_event() -> None:
     async with make_client(stream_limits=FAST) as (client, _):
         ticket = await submit(client)
         await wait(client, ticket)
@@ -103,7 +103,7 @@ async def test_a_broken_stream_goes_on_where_it_broke_off() -> None:
         assert ids(await read(client, ticket, after="0")) == told
 
 
-async def test_a_stream_that_has_ended_does_not_begin_again() -> None:
+async def test_ended_stream_does_not_restart() -> None:
     async with make_client(stream_limits=FAST) as (client, _):
         ticket = await submit(client)
         await read(client, ticket)
@@ -112,7 +112,7 @@ async def test_a_stream_that_has_ended_does_not_begin_again() -> None:
 
 
 @pytest.mark.parametrize("last", ["", "x", "-1", "1.5", "9" * 19, "End", "1 2"])
-async def test_what_is_no_event_id_is_named(client: httpx.AsyncClient, last: str) -> None:
+async def test_invalid_event_id_is_named(client: httpx.AsyncClient, last: str) -> None:
     ticket = await submit(client)
     reply = await client.get(f"/jobs/{ticket['id']}/events", headers={"Last-Event-ID": last})
     assert reply.status_code == 422
@@ -120,13 +120,13 @@ async def test_what_is_no_event_id_is_named(client: httpx.AsyncClient, last: str
 
 
 @pytest.mark.parametrize("job_id", ["0" * 32, "nope", "A" * 32, "%00"])
-async def test_an_unknown_job_has_no_events(client: httpx.AsyncClient, job_id: str) -> None:
+async def test_unknown_job_has_no_events(client: httpx.AsyncClient, job_id: str) -> None:
     reply = await client.get(f"/jobs/{job_id}/events")
     assert (reply.status_code, reply.headers["content-type"]) == (404, "application/json")
 
 
 @pytest.mark.parametrize("state", ["failed", "cancelled"])
-async def test_every_end_ends_the_stream(state: str) -> None:
+async def test_stream_ends_with_the_job(state: str) -> None:
     backend = ToneBackend(delay_s=30 if state == "cancelled" else 0, error=GenerationError("silence"))
     async with make_client(backend, stream_limits=FAST) as (client, _):
         ticket = await submit(client)
@@ -139,7 +139,7 @@ async def test_every_end_ends_the_stream(state: str) -> None:
     assert events[-1]["data"]["error"]
 
 
-async def test_places_in_the_queue_are_told_as_they_change(reads: list[str]) -> None:
+async def test_queue_position_changes_are_reported(reads: list[str]) -> None:
     async with make_client(run_jobs=False, stream_limits=FAST) as (client, _):
         before, ticket = await submit(client), await submit(client)
         following = asyncio.create_task(read(client, ticket))
@@ -159,7 +159,7 @@ async def open_stream(client: httpx.AsyncClient, ticket: dict[str, Any]) -> Asyn
         yield reply.aiter_lines()
 
 
-async def test_only_so_many_streams_are_open_and_a_closed_one_makes_room() -> None:
+async def test_closing_a_stream_frees_its_slot() -> None:
     async with (
         serve_app(ToneBackend(delay_s=30), stream_limits=replace(FAST, max_open=2)) as (port, _),
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client,
@@ -168,7 +168,7 @@ async def test_only_so_many_streams_are_open_and_a_closed_one_makes_room() -> No
         fal = (await client.post("/queue/fal-ai/stable-audio", json={"prompt": "x"})).json()
         async with open_stream(client, ticket) as lines, asyncio.timeout(PATIENCE_S):
             assert (await anext(lines)).startswith("id: ")
-            async for line in lines:  # a silent stream carries comments
+            async for line in lines:  # an idle stream sends comments
                 if line.startswith(":"):
                     break
             async with open_stream(client, ticket) as others:
@@ -187,7 +187,7 @@ async def test_only_so_many_streams_are_open_and_a_closed_one_makes_room() -> No
                     statuses.append(reply.status_code)
 
 
-async def test_one_client_leaves_event_streams_to_others() -> None:
+async def test_streams_per_client_are_limited() -> None:
     keys = {name: {"Authorization": f"Bearer {name}"} for name in ("greedy", "other")}
     api = {"key_hashes": [f"{name}:{hash_key(name)}" for name in keys]}
     limits = replace(FAST, max_open_per_client=2)
@@ -204,13 +204,13 @@ async def test_one_client_leaves_event_streams_to_others() -> None:
         for url in (f"/jobs/{ticket['id']}/events", f"{fal['status_url']}/stream"):
             reply = await client.get(url)
             assert reply.status_code == 429, reply.text
-            assert "of this client" in reply.json()["detail"]
+            assert "this client has" in reply.json()["detail"]
             assert int(reply.headers["retry-after"]) > 0
         client.headers.update(keys["other"])
         await anext(await stack.enter_async_context(open_stream(client, await submit(client))))
 
 
-async def test_nobody_asks_the_store_for_a_client_that_has_gone(reads: list[str]) -> None:
+async def test_disconnected_stream_stops_polling(reads: list[str]) -> None:
     async with (
         serve_app(ToneBackend(delay_s=30), stream_limits=FAST) as (port, _),
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client,
@@ -226,17 +226,17 @@ async def test_nobody_asks_the_store_for_a_client_that_has_gone(reads: list[str]
                 await asyncio.sleep(0.3)  # many times the pause between two polls
 
 
-async def test_a_stream_wants_a_key_where_there_are_some() -> None:
+async def test_stream_needs_a_key_if_keys_are_configured() -> None:
     async with make_client(run_jobs=False, api={"key_hashes": [hash_key("one")]}) as (client, _):
         reply = await client.get(f"/jobs/{'0' * 32}/events")
     assert reply.status_code == 401
 
 
 @pytest.mark.server
-async def test_a_stream_outlives_a_restart_of_its_database(
+async def test_stream_survives_a_database_restart(
     postgres: PostgresServer, postgres_url: str, reads: list[str]
 ) -> None:
-    pauses = StreamLimits(first_poll_s=0.05, last_poll_s=0.2, max_polls_away=10_000)  # however long a restart takes
+    pauses = StreamLimits(first_poll_s=0.05, last_poll_s=0.2, max_polls_away=10_000)  # longer than a restart
     async with make_client(run_jobs=False, jobs={"database_url": postgres_url}, stream_limits=pauses) as (client, _):
         ticket = await submit(client)
         following = asyncio.create_task(read(client, ticket))
@@ -252,7 +252,7 @@ async def test_a_stream_outlives_a_restart_of_its_database(
     assert [event["data"]["message"] for event in events[:-1] if event["id"]] == ["queued", "cancelled"]
 
 
-async def test_a_stream_whose_store_stays_away_just_ends(
+async def test_stream_ends_if_the_store_stays_unavailable(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, reads: list[str]
 ) -> None:
     pauses = StreamLimits(first_poll_s=0.1, last_poll_s=0.1, max_polls_away=1)
@@ -265,11 +265,11 @@ async def test_a_stream_whose_store_stays_away_just_ends(
             connection.execute("DROP TABLE jobs")
         reply = await following
     assert [event["event"] for event in parse(reply.text)] == ["progress", "progress"]
-    assert "breaks off" in (said := capsys.readouterr().out)
+    assert "event stream ended early" in (said := capsys.readouterr().out)
     assert "Traceback" not in said
 
 
-async def test_any_replica_tells_of_any_job(tmp_path: Path) -> None:
+async def test_any_replica_streams_any_job(tmp_path: Path) -> None:
     folder = str(tmp_path)
     async with (
         make_client(run_jobs=False, output_dir=folder, stream_limits=FAST) as (one, _),

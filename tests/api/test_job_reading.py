@@ -1,4 +1,4 @@
-"""Reading and cancelling jobs: whose they are, in which order, and what each state answers."""
+"""Reading and cancelling jobs: ownership, order, and the response in each state."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from tests.webhook_receiver import receiving
 
 @pytest.fixture
 def alone(client: httpx.AsyncClient, jobs: JobQueue) -> httpx.AsyncClient:
-    """A client of the shared application, in which nobody has submitted anything before."""
+    """Returns a client of the shared application without any jobs."""
     with jobs.store.database.writing() as connection:
         connection.execute(JOBS.delete())
     return client
 
 
 async def read_pages(client: httpx.AsyncClient, **query: Any) -> list[list[str]]:
-    """The ids of each page, to the last one."""
+    """Returns the ids of each page, to the last page."""
     pages: list[list[str]] = []
     while True:
         reply = await client.get("/jobs", params=query)
@@ -44,7 +44,7 @@ async def read_pages(client: httpx.AsyncClient, **query: Any) -> list[list[str]]
         query["cursor"] = page["next_cursor"]
 
 
-async def test_a_list_is_newest_first_in_pages(alone: httpx.AsyncClient) -> None:
+async def test_list_is_newest_first_in_pages(alone: httpx.AsyncClient) -> None:
     assert await read_pages(alone) == [[]]
     ids = [(await submit(alone))["id"] for _ in range(5)]
     newest = ids[::-1]
@@ -64,7 +64,7 @@ async def test_pages_do_not_shift_while_jobs_arrive(alone: httpx.AsyncClient) ->
     assert [job["id"] for job in first["jobs"] + rest["jobs"]] == ids[::-1]
 
 
-async def test_a_list_of_one_status(alone: httpx.AsyncClient) -> None:
+async def test_list_of_one_status(alone: httpx.AsyncClient) -> None:
     kept, gone = [(await submit(alone))["id"] for _ in range(2)]
     await alone.delete(f"/jobs/{gone}")
     assert await read_pages(alone, status="cancelled") == [[gone]]
@@ -80,13 +80,13 @@ async def test_a_list_of_one_status(alone: httpx.AsyncClient) -> None:
         *(({"status": status}, "status") for status in ("done", "", "QUEUED")),
     ],
 )
-async def test_what_a_list_cannot_be_asked(client: httpx.AsyncClient, query: dict[str, str], named: str) -> None:
+async def test_invalid_list_parameter_is_named(client: httpx.AsyncClient, query: dict[str, str], named: str) -> None:
     reply = await client.get("/jobs", params=query)
     assert reply.status_code == 422
     assert [item["loc"] for item in reply.json()["detail"]] == [["query", named]]
 
 
-async def test_a_list_holds_the_jobs_of_ones_own_key_and_dialect() -> None:
+async def test_list_has_only_jobs_of_the_key_and_dialect() -> None:
     async with make_client(run_jobs=False, api={"key_hashes": [hash_key("one"), hash_key("two")]}) as (client, _):
         ids: dict[str, str] = {}
         for name in ("one", "two"):
@@ -103,7 +103,7 @@ async def test_a_list_holds_the_jobs_of_ones_own_key_and_dialect() -> None:
         assert (await client.get("/jobs")).status_code == 401
 
 
-async def test_a_key_may_only_have_so_many_jobs_waiting_in_any_dialect() -> None:
+async def test_queued_jobs_per_key_are_limited_over_all_dialects() -> None:
     keys = {"key_hashes": [hash_key("one"), hash_key("two")]}
     async with make_client(run_jobs=False, api=keys, jobs={"max_queued_per_key": 1}) as (client, _):
         client.headers["Authorization"] = "Bearer one"
@@ -121,7 +121,7 @@ async def test_a_key_may_only_have_so_many_jobs_waiting_in_any_dialect() -> None
         await submit(client)
 
 
-async def test_a_status_tells_the_place_in_the_queue(alone: httpx.AsyncClient) -> None:
+async def test_status_has_the_queue_position(alone: httpx.AsyncClient) -> None:
     batch = await submit(alone, priority="batch")
     tickets = [await submit(alone) for _ in range(2)]
     for ticket, position, priority in (
@@ -140,7 +140,7 @@ async def test_a_status_tells_the_place_in_the_queue(alone: httpx.AsyncClient) -
         }
 
 
-async def test_a_status_tells_progress_and_attempts(
+async def test_status_has_progress_and_attempts(
     client: httpx.AsyncClient, backend: ToneBackend, runner: JobRunner
 ) -> None:
     backend.released.clear()
@@ -153,7 +153,7 @@ async def test_a_status_tells_progress_and_attempts(
     assert (done["progress"]["stage"], done["progress"]["fraction"]) == ("done", 1.0)
 
 
-async def test_a_waiting_job_is_cancelled_at_once(alone: httpx.AsyncClient) -> None:
+async def test_queued_job_is_cancelled_immediately(alone: httpx.AsyncClient) -> None:
     ticket = await submit(alone)
     reply = await alone.delete(f"/jobs/{ticket['id']}")
     assert reply.status_code == 200
@@ -166,9 +166,7 @@ async def test_a_waiting_job_is_cancelled_at_once(alone: httpx.AsyncClient) -> N
     assert (await alone.get(f"/jobs/{ticket['id']}/audio")).status_code == 409
 
 
-async def test_a_running_job_is_asked_to_stop(
-    client: httpx.AsyncClient, backend: ToneBackend, runner: JobRunner
-) -> None:
+async def test_running_job_is_cancelled(client: httpx.AsyncClient, backend: ToneBackend, runner: JobRunner) -> None:
     backend.delay_s = 30
     ticket = await submit(client)
     await wait(client, ticket, "running")
@@ -179,12 +177,12 @@ async def test_a_running_job_is_asked_to_stop(
     assert backend.num_cancelled == 1
 
 
-async def test_a_finished_job_cannot_be_cancelled(client: httpx.AsyncClient, runner: JobRunner) -> None:
+async def test_ended_job_cannot_be_cancelled(client: httpx.AsyncClient, runner: JobRunner) -> None:
     ticket = await submit(client)
     before = await wait(client, ticket)
     reply = await client.delete(f"/jobs/{ticket['id']}")
     assert reply.status_code == 409
-    assert reply.json() == {"detail": "the job is over: it is succeeded", "code": "job_is_over"}
+    assert reply.json() == {"detail": "the job has already ended: it is succeeded", "code": "job_is_over"}
     assert (await client.get(ticket["status_url"])).json() == before
 
 
@@ -192,19 +190,19 @@ async def test_a_finished_job_cannot_be_cancelled(client: httpx.AsyncClient, run
 @pytest.mark.parametrize(
     "job_id", ["0" * 32, "nope", "A" * 32, "..%2f..%2fetc%2fpasswd", "%00", "a" * 3000, "%F0%9F%8E%B5", "0" * 33]
 )
-async def test_an_unknown_id_is_404(client: httpx.AsyncClient, method: str, job_id: str) -> None:
+async def test_unknown_id_is_404(client: httpx.AsyncClient, method: str, job_id: str) -> None:
     reply = await client.request(method, f"/jobs/{job_id}")
     assert reply.status_code == 404
     assert isinstance(reply.json()["detail"], str)
 
 
-async def test_a_job_of_another_dialect_cannot_be_cancelled(client: httpx.AsyncClient) -> None:
+async def test_job_of_another_dialect_cannot_be_cancelled(client: httpx.AsyncClient) -> None:
     ticket = (await client.post("/queue/fal-ai/stable-audio", json={"prompt": "x"})).json()
     assert (await client.delete(f"/jobs/{ticket['request_id']}")).status_code == 404
 
 
 @pytest.mark.parametrize("end", ["succeeded", "failed", "cancelled"])
-async def test_a_webhook_is_told_the_end(end: str) -> None:
+async def test_webhook_is_called_at_the_end(end: str) -> None:
     backend = ToneBackend(error=GenerationError("silence") if end == "failed" else None)
     jobs = {
         "webhook_allow_hosts": ["127.0.0.1"],

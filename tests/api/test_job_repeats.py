@@ -1,4 +1,4 @@
-"""Submitting twice: idempotency keys and chosen ids, one after the other and all at once."""
+"""Repeated submissions: idempotency keys and chosen ids, sequential and concurrent."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WAV = make_audio_file(duration_s=0.2)
 async def post(
     client: httpx.AsyncClient, path: str, *, key: str | None, audio: bytes = WAV, **fields: Any
 ) -> httpx.Response:
-    """A submission of `BODY` and `fields`, with what its path needs besides."""
+    """Submit `BODY` with `fields`, and an upload if the path needs one."""
     headers = {} if key is None else {"Idempotency-Key": key}
     if path == "/jobs":
         return await client.post(path, json=BODY | fields, headers=headers)
@@ -53,7 +53,7 @@ def expect_conflict(reply: httpx.Response, code: str, named: str) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-async def test_the_same_request_finds_its_job(client: httpx.AsyncClient, settings: Settings, path: str) -> None:
+async def test_repeated_request_returns_the_same_job(client: httpx.AsyncClient, settings: Settings, path: str) -> None:
     key = f"again-{path}"
     first = await post(client, path, key=key)
     kept = uploads(settings)
@@ -69,13 +69,13 @@ async def test_the_same_request_finds_its_job(client: httpx.AsyncClient, setting
         assert prefixed.json()["status_url"] == f"http://localhost/sa3/jobs/{first.json()['id']}"
 
 
-async def test_a_repeat_after_the_end_finds_the_same_job(client: httpx.AsyncClient, runner: JobRunner) -> None:
+async def test_repeat_after_the_end_returns_the_same_job(client: httpx.AsyncClient, runner: JobRunner) -> None:
     ticket = (await post(client, "/jobs", key="late")).json()
     assert (await wait(client, ticket))["status"] == "succeeded"
     assert (await post(client, "/jobs", key="late")).json() == ticket
 
 
-async def test_spelling_does_not_make_another_request(client: httpx.AsyncClient) -> None:
+async def test_equivalent_spelling_is_the_same_request(client: httpx.AsyncClient) -> None:
     headers = {"Idempotency-Key": "spelling", "Content-Type": "application/json"}
     bodies = (
         b'{"prompt": "rain", "duration": 2, "steps": 5, "sampler_kwargs": {"a": 1, "b": 2}}',
@@ -92,7 +92,7 @@ async def test_spelling_does_not_make_another_request(client: httpx.AsyncClient)
         ("/jobs", {"prompt": "hail"}),
         ("/jobs", {"duration": 1.6}),
         ("/jobs", {"seed": -1}),
-        ("/jobs", {"steps": 8}),  # what the model would have used anyway is still another request
+        ("/jobs", {"steps": 8}),  # even though it is the model's default
         ("/jobs", {"priority": "batch"}),
         ("/jobs", {"webhook_url": "http://localhost/hook"}),
         ("/jobs/variations", {"init_noise_level": 0.5}),
@@ -100,7 +100,7 @@ async def test_spelling_does_not_make_another_request(client: httpx.AsyncClient)
         ("/jobs/inpaint", {"inpaint_end_seconds": "1.1"}),
     ],
 )
-async def test_another_request_with_a_used_key_is_a_conflict(
+async def test_different_request_with_a_used_key_is_a_conflict(
     client: httpx.AsyncClient, settings: Settings, path: str, other: dict[str, Any]
 ) -> None:
     key = f"used-{path}-{sorted(other)}"
@@ -110,12 +110,12 @@ async def test_another_request_with_a_used_key_is_a_conflict(
     assert uploads(settings) == kept
 
 
-async def test_a_key_belongs_to_one_route(client: httpx.AsyncClient) -> None:
+async def test_key_belongs_to_one_route(client: httpx.AsyncClient) -> None:
     assert (await post(client, "/jobs", key="route")).status_code == 202
     expect_conflict(await post(client, "/jobs/variations", key="route"), "idempotency_key_reused", "Idempotency-Key")
 
 
-async def test_a_random_seed_is_drawn_once(client: httpx.AsyncClient, backend: ToneBackend, runner: JobRunner) -> None:
+async def test_random_seed_is_drawn_once(client: httpx.AsyncClient, backend: ToneBackend, runner: JobRunner) -> None:
     tickets = [(await post(client, "/jobs", key="random", seed=-1)).json() for _ in range(3)]
     assert tickets[0] == tickets[1] == tickets[2]
     await wait(client, tickets[0])
@@ -124,7 +124,7 @@ async def test_a_random_seed_is_drawn_once(client: httpx.AsyncClient, backend: T
 
 @pytest.mark.parametrize("key", ["", "x" * 256, "two words", "caf\u00e9", "tab\there"])
 @pytest.mark.parametrize("path", PATHS)
-async def test_what_is_no_key_is_named(client: httpx.AsyncClient, path: str, key: str) -> None:
+async def test_invalid_key_is_named(client: httpx.AsyncClient, path: str, key: str) -> None:
     form: dict[str, Any] = {"json": BODY} if path == "/jobs" else {"data": BODY | REGION, "files": {"audio": WAV}}
     reply = await client.post(path, headers=[(b"idempotency-key", key.encode("latin-1"))], **form)
     assert reply.status_code == 422
@@ -132,12 +132,12 @@ async def test_what_is_no_key_is_named(client: httpx.AsyncClient, path: str, key
 
 
 @pytest.mark.parametrize("key", ["a", "!~" * 127 + "!"])
-async def test_the_shortest_and_the_longest_key(client: httpx.AsyncClient, key: str) -> None:
+async def test_shortest_and_longest_key(client: httpx.AsyncClient, key: str) -> None:
     assert (await post(client, "/jobs", key=key)).status_code == 202
 
 
 @pytest.mark.parametrize("path", ["/jobs", "/jobs/variations"])
-async def test_fifty_at_once_are_one_job(
+async def test_fifty_concurrent_submissions_are_one_job(
     client: httpx.AsyncClient, jobs: JobQueue, settings: Settings, path: str
 ) -> None:
     before, kept = jobs.store.runners.look("").num_queued, uploads(settings)
@@ -153,15 +153,15 @@ async def test_fifty_at_once_are_one_job(
     )
 
 
-async def test_a_repeat_is_answered_also_when_the_queue_is_full() -> None:
+async def test_repeat_succeeds_even_if_the_queue_is_full() -> None:
     async with make_client(run_jobs=False, jobs={"max_queued": 1}) as (client, _):
         ticket = (await post(client, "/jobs", key="full")).json()
         assert (await post(client, "/jobs", key="other")).status_code == 503
         assert (await post(client, "/jobs", key="full")).json() == ticket
 
 
-async def test_an_accepted_job_keeps_its_upload_although_the_answer_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The database took the job and its word of it did not arrive: the client is refused, and tries again."""
+async def test_accepted_job_keeps_its_upload_if_the_commits_result_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The database stored the job, but the result of the commit was lost. The client is refused and retries."""
     add_all = ClientJobs.add_all
 
     def add_and_lose_the_answer(jobs: ClientJobs, specs: Sequence[JobSpec]) -> NoReturn:
@@ -177,7 +177,7 @@ async def test_an_accepted_job_keeps_its_upload_although_the_answer_was_lost(mon
         assert (await wait(client, again.json()))["status"] == "succeeded"
 
 
-async def test_pages_of_other_origins_may_read_that_it_was_a_repeat(client: httpx.AsyncClient) -> None:
+async def test_other_origins_can_read_the_replay_header(client: httpx.AsyncClient) -> None:
     reply = await client.get("/health", headers={"Origin": "https://page.example"})
     assert "Idempotent-Replayed" in reply.headers["access-control-expose-headers"]
 
@@ -196,7 +196,7 @@ async def test_api_keys_do_not_share_idempotency_keys() -> None:
 ID = "0123456789abcdef0123456789abcd"
 
 
-async def test_a_chosen_id_is_the_jobs(client: httpx.AsyncClient, runner: JobRunner) -> None:
+async def test_job_has_the_chosen_id(client: httpx.AsyncClient, runner: JobRunner) -> None:
     url = f"/jobs/{ID}01"
     first = await client.put(url, json=BODY)
     assert first.status_code == 202
@@ -214,20 +214,20 @@ async def test_a_chosen_id_is_the_jobs(client: httpx.AsyncClient, runner: JobRun
 @pytest.mark.parametrize(
     "job_id", [ID, f"{ID}0G", f"{ID}ABCDEF", f"{ID}0 ", "x", "%00", "a" * 3000, f"{ID}012", "é" * 32]
 )
-async def test_what_is_no_id_is_named(client: httpx.AsyncClient, job_id: str) -> None:
+async def test_invalid_id_is_named(client: httpx.AsyncClient, job_id: str) -> None:
     reply = await client.put(f"/jobs/{job_id}", json=BODY)
     assert reply.status_code == 422
     assert [item["loc"] for item in reply.json()["detail"]] == [["path", "job_id"]]
 
 
-async def test_a_bad_body_takes_no_id(client: httpx.AsyncClient) -> None:
+async def test_invalid_body_does_not_use_up_an_id(client: httpx.AsyncClient) -> None:
     url = f"/jobs/{ID}02"
     assert (await client.put(url, json={"prompt": " "})).status_code == 422
     assert (await client.get(url)).status_code == 404
     assert (await client.put(url, json=BODY)).status_code == 202
 
 
-async def test_races_for_one_id_have_one_winner(client: httpx.AsyncClient, jobs: JobQueue) -> None:
+async def test_race_for_one_id_has_one_winner(client: httpx.AsyncClient, jobs: JobQueue) -> None:
     before = jobs.store.runners.look("").num_queued
     bodies = [BODY | {"seed": number % 5} for number in range(50)]
     replies = await asyncio.gather(*(client.put(f"/jobs/{ID}03", json=body) for body in bodies))
@@ -238,7 +238,7 @@ async def test_races_for_one_id_have_one_winner(client: httpx.AsyncClient, jobs:
     assert jobs.store.runners.look("").num_queued == before + 1
 
 
-async def test_the_id_of_a_posted_job_cannot_be_chosen(client: httpx.AsyncClient) -> None:
+async def test_id_of_a_posted_job_cannot_be_chosen(client: httpx.AsyncClient) -> None:
     ticket = (await post(client, "/jobs", key=None)).json()
     expect_conflict(await client.put(f"/jobs/{ticket['id']}", json=BODY), "id_in_use", "id")
 
@@ -257,20 +257,20 @@ async def test_the_id_of_a_posted_job_cannot_be_chosen(client: httpx.AsyncClient
     ],
 )
 @pytest.mark.parametrize("path", PATHS)
-async def test_webhooks_inside_our_network_are_refused(client: httpx.AsyncClient, path: str, url: str) -> None:
+async def test_webhooks_to_private_networks_are_refused(client: httpx.AsyncClient, path: str, url: str) -> None:
     reply = await post(client, path, key=None, webhook_url=url)
     assert reply.status_code == 422
     assert [item["loc"] for item in reply.json()["detail"]] == [["body", "webhook_url"]]
 
 
 @pytest.mark.parametrize("path", PATHS)
-async def test_a_bad_priority_is_named(client: httpx.AsyncClient, path: str) -> None:
+async def test_invalid_priority_is_named(client: httpx.AsyncClient, path: str) -> None:
     reply = await post(client, path, key=None, priority="first")
     assert reply.status_code == 422
     assert [item["loc"] for item in reply.json()["detail"]] == [["body", "priority"]]
 
 
-async def test_the_synchronous_routes_know_none_of_the_jobs_fields(client: httpx.AsyncClient) -> None:
+async def test_synchronous_routes_ignore_fields_of_jobs(client: httpx.AsyncClient) -> None:
     fields = {"prompt": "x", "duration": 0.1, "webhook_url": "http://10.0.0.1/"}
     assert (await client.post("/v1/audio/generations", json=fields)).status_code == 200
     form = {name: str(value) for name, value in fields.items()}

@@ -1,4 +1,4 @@
-"""What clients see of either job store, and what every dialect answers while it is away."""
+"""Behaviour of both job stores for clients, and the response of each dialect while the store is unavailable."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ FAL = "/queue/fal-ai/stable-audio"
 AIML = "/v2/generate/audio"
 
 
-@pytest.mark.slow  # on SQLite: test_job_repeats.py
+@pytest.mark.slow  # SQLite is tested in test_job_repeats.py
 @pytest.mark.parametrize("path", ["/jobs", "/jobs/inpaint"])
-async def test_fifty_at_once_are_one_job(store_url: str, path: str) -> None:
+async def test_fifty_concurrent_submissions_are_one_job(store_url: str, path: str) -> None:
     async with make_client(run_jobs=False, jobs={"database_url": store_url}) as (client, _):
         replies = await asyncio.gather(*(post(client, path, key="fifty") for _ in range(50)))
         assert {reply.status_code for reply in replies} == {202}
@@ -40,8 +40,8 @@ async def test_fifty_at_once_are_one_job(store_url: str, path: str) -> None:
         expect_conflict(await post(client, path, key="fifty", seed=12), "idempotency_key_reused", "Idempotency-Key")
 
 
-@pytest.mark.slow  # on SQLite: test_job_repeats.py
-async def test_races_for_one_id_have_one_winner(store_url: str) -> None:
+@pytest.mark.slow  # SQLite is tested in test_job_repeats.py
+async def test_race_for_one_id_has_one_winner(store_url: str) -> None:
     async with make_client(run_jobs=False, jobs={"database_url": store_url}) as (client, _):
         bodies = [BODY | {"seed": number % 5} for number in range(30)]
         replies = await asyncio.gather(*(client.put(f"/jobs/{ID}00", json=body) for body in bodies))
@@ -49,7 +49,7 @@ async def test_races_for_one_id_have_one_winner(store_url: str) -> None:
         assert await read_pages(client) == [[f"{ID}00"]]
 
 
-async def test_a_limit_holds_however_many_come_at_once(store_url: str) -> None:
+async def test_limit_holds_for_concurrent_submissions(store_url: str) -> None:
     limits = {"database_url": store_url, "max_queued": 9, "max_queued_per_key": 7}
     async with make_client(run_jobs=False, jobs=limits, api={"key_hashes": [hash_key("one")]}) as (client, _):
         client.headers["Authorization"] = "Bearer one"
@@ -73,7 +73,7 @@ async def test_pages_while_jobs_arrive(store_url: str) -> None:
         assert [job_id for job_id in listed if job_id in first] == first[::-1]
 
 
-async def test_a_job_from_its_submission_to_its_end(store_url: str) -> None:
+async def test_job_from_submission_to_its_end(store_url: str) -> None:
     async with make_client(jobs={"database_url": store_url}) as (client, backend):
         ticket = await submit(client, "/jobs/variations", prompt="nul \x00 \U0001f3b5")
         status = await wait(client, ticket)
@@ -90,7 +90,7 @@ async def test_a_job_from_its_submission_to_its_end(store_url: str) -> None:
         assert (await wait(client, running))["status"] == "cancelled"
 
 
-async def test_odd_ids_are_unknown_on_either(store_url: str) -> None:
+async def test_odd_ids_are_unknown(store_url: str) -> None:
     odd = ("%00", "%ED%A0%BC", "%F0%9F%8E%B5", "'%3B--", "a" * 3000, "%5C%5C", "9" * 40)
     async with make_client(run_jobs=False, jobs={"database_url": store_url}) as (client, _):
         for method, path in (
@@ -106,7 +106,7 @@ async def test_odd_ids_are_unknown_on_either(store_url: str) -> None:
 
 
 def submissions(client: httpx.AsyncClient) -> dict[str, Any]:
-    """A request to each dialect that keeps something, by the key its error body must have."""
+    """Returns functions that send a request to the job store, by dialect and kind of request."""
     return {
         "native": lambda: client.post("/jobs", json=BODY),
         "native with a file": lambda: post(client, "/jobs/variations", key=None),
@@ -125,7 +125,7 @@ def submissions(client: httpx.AsyncClient) -> dict[str, Any]:
 
 def expect_body(dialect: str, reply: httpx.Response) -> None:
     body = reply.json()
-    assert "/" not in str(body.get("detail", body.get("message")))  # no path of ours
+    assert "/" not in str(body.get("detail", body.get("message")))  # no path of this machine
     if dialect == "aiml":
         assert (body["statusCode"], body.keys()) == (reply.status_code, {*body} | {"message", "error", "path", "meta"})
     elif dialect == "fal":
@@ -136,7 +136,7 @@ def expect_body(dialect: str, reply: httpx.Response) -> None:
         assert body.keys() == {"detail"}
 
 
-async def test_a_store_that_is_away_is_503_in_every_dialect(tmp_path: Path) -> None:
+async def test_unavailable_store_is_503_in_every_dialect(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     url = f"sqlite:///{tmp_path}/file/jobs.db"
     async with make_client(run_jobs=False, jobs={"database_url": url}) as (client, _):
@@ -147,7 +147,7 @@ async def test_a_store_that_is_away_is_503_in_every_dialect(tmp_path: Path) -> N
             expect_body(name.split()[0], reply)
 
 
-async def test_a_full_disk_is_507_in_every_dialect_that_keeps_files(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_full_disk_is_507_in_every_dialect_with_files(monkeypatch: pytest.MonkeyPatch) -> None:
     async def put(*_: object, **__: object) -> None:
         raise StorageFullError("the disk is full")
 
@@ -162,8 +162,8 @@ async def test_a_full_disk_is_507_in_every_dialect_that_keeps_files(monkeypatch:
 
 
 @pytest.mark.parametrize("path", PATHS)
-async def test_a_store_that_went_away_is_there_again_for_the_same_key(tmp_path: Path, path: str) -> None:
-    """A client that repeats a refused request until it is taken gets one job."""
+async def test_retries_with_one_key_give_one_job_after_an_outage(tmp_path: Path, path: str) -> None:
+    """A client that retries a refused request until it is accepted gets one job."""
     folder = tmp_path / "jobs"
     folder.write_text("in the way")
     async with make_client(run_jobs=False, jobs={"database_url": f"sqlite:///{folder}/jobs.db"}) as (client, _):

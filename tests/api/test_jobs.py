@@ -57,7 +57,7 @@ ENDS = ("succeeded", "failed", "cancelled")
 
 
 async def submit(client: httpx.AsyncClient, path: str = "/jobs", **fields: Any) -> dict[str, Any]:
-    """The ticket of a job with `BODY` and `fields`; with an upload for the paths that need one."""
+    """Submit a job with `BODY` and `fields`, with an upload if the path needs one. Returns the ticket."""
     if path.endswith("/jobs"):
         reply = await client.post(path, json=BODY | fields)
     else:
@@ -78,7 +78,7 @@ async def show(client: httpx.AsyncClient, ticket: dict[str, Any]) -> dict[str, A
 
 
 async def wait(client: httpx.AsyncClient, ticket: dict[str, Any], *words: str) -> dict[str, Any]:
-    """The job once its status is one of `words`; without any, once it is over."""
+    """Returns the job once it has one of these statuses; without any, once it has ended."""
     async with asyncio.timeout(PATIENCE_S):
         while (status := await show(client, ticket))["status"] not in (words or ENDS):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
@@ -86,7 +86,7 @@ async def wait(client: httpx.AsyncClient, ticket: dict[str, Any], *words: str) -
 
 
 @pytest.mark.parametrize("prefix", ["", "/sa3"])
-async def test_a_ticket_has_an_id_and_an_absolute_address(client: httpx.AsyncClient, prefix: str) -> None:
+async def test_ticket_has_an_id_and_an_absolute_url(client: httpx.AsyncClient, prefix: str) -> None:
     ticket = await submit(client, f"{prefix}/jobs")
     assert set(ticket) == {"id", "status", "status_url"}
     assert re.fullmatch(r"[0-9a-f]{32}", ticket["id"])
@@ -103,7 +103,7 @@ async def test_a_ticket_has_an_id_and_an_absolute_address(client: httpx.AsyncCli
         ({"X-Forwarded-Proto": "https", "X-Forwarded-Host": "a.example"}, "https://a.example"),
     ],
 )
-async def test_addresses_begin_with_what_the_client_used(
+async def test_urls_use_the_host_of_the_request(
     client: httpx.AsyncClient, runner: JobRunner, headers: dict[str, str], base: str
 ) -> None:
     ticket = (await client.post("/jobs", json=BODY, headers=headers)).json()
@@ -114,13 +114,13 @@ async def test_addresses_begin_with_what_the_client_used(
     assert status["download_url"] == f"{base}{path}/audio"
 
 
-async def test_a_configured_public_address_wins() -> None:
+async def test_public_url_overrides_the_host() -> None:
     async with make_client(api={"public_url": "https://audio.example.com/v1/"}, run_jobs=False) as (client, _):
         ticket = await submit(client)
     assert ticket["status_url"] == f"https://audio.example.com/v1/jobs/{ticket['id']}"
 
 
-async def test_a_waiting_job_has_every_key(client: httpx.AsyncClient) -> None:
+async def test_queued_job_has_every_field(client: httpx.AsyncClient) -> None:
     before = datetime.now(UTC)
     status = await show(client, ticket := await submit(client, batch_size=2, steps=5, model="stable-audio-3-medium"))
     created_at = datetime.fromisoformat(status.pop("created_at"))
@@ -149,7 +149,7 @@ async def test_a_waiting_job_has_every_key(client: httpx.AsyncClient) -> None:
     }
 
 
-async def test_a_running_job_says_when_it_began(
+async def test_running_job_has_its_start_time(
     client: httpx.AsyncClient, backend: ToneBackend, runner: JobRunner
 ) -> None:
     backend.released.clear()
@@ -162,7 +162,7 @@ async def test_a_running_job_says_when_it_began(
     await wait(client, ticket, "succeeded")
 
 
-async def test_a_finished_job_has_what_the_synchronous_request_answers(
+async def test_job_result_matches_the_synchronous_response(
     client: httpx.AsyncClient, settings: Settings, runner: JobRunner
 ) -> None:
     ticket = await submit(client)
@@ -197,9 +197,7 @@ async def test_several_variations_become_a_zip(
     assert (Path(settings.output_dir) / name).is_file()
 
 
-async def test_a_job_with_a_random_seed_says_from_the_start_how_to_repeat_it(
-    client: httpx.AsyncClient, runner: JobRunner
-) -> None:
+async def test_job_with_a_random_seed_reports_it_from_the_start(client: httpx.AsyncClient, runner: JobRunner) -> None:
     first, second = [await submit(client, seed=-1, batch_size=2) for _ in range(2)]
     seeds = (await show(client, first))["seeds"]
     assert seeds == [seeds[0], seeds[0] + 1]
@@ -212,7 +210,7 @@ async def test_a_job_with_a_random_seed_says_from_the_start_how_to_repeat_it(
     assert (await client.get(again["download_url"])).content == audio.content
 
 
-async def test_the_extension_fields_hold_for_jobs_too(client: httpx.AsyncClient, runner: JobRunner) -> None:
+async def test_extension_fields_apply_to_jobs(client: httpx.AsyncClient, runner: JobRunner) -> None:
     status = await wait(client, await submit(client, response_format="flac"))
     assert status["download_content_type"] == "audio/flac"
     download = await client.get(status["download_url"])
@@ -227,7 +225,7 @@ async def test_the_extension_fields_hold_for_jobs_too(client: httpx.AsyncClient,
         ("/jobs/inpaint", "/v1/audio/inpaint", "inpainting"),
     ],
 )
-async def test_the_model_is_asked_the_same_as_by_the_synchronous_route(
+async def test_model_gets_the_same_request_as_from_the_synchronous_route(
     client: httpx.AsyncClient, backend: ToneBackend, runner: JobRunner, job: str, synchronous: str, mode: str
 ) -> None:
     fields: dict[str, Any] = {"negative_prompt": "hum", "steps": 6, "cfg_scale": 2.5, "apg_scale": 0.5}
@@ -255,7 +253,7 @@ async def test_the_model_is_asked_the_same_as_by_the_synchronous_route(
 
 @pytest.mark.parametrize("path", ["/jobs/variations", "/jobs/inpaint"])
 @pytest.mark.server
-async def test_an_upload_is_kept_as_it_was_sent_until_its_job_is_over(path: str) -> None:
+async def test_upload_is_stored_unchanged_until_its_job_ends(path: str) -> None:
     async with make_client(run_jobs=False) as (client, _):
         uploads = _folder(client) / "uploads"
         await submit(client, path)
@@ -267,7 +265,7 @@ async def test_an_upload_is_kept_as_it_was_sent_until_its_job_is_over(path: str)
 
 
 def _folder(client: httpx.AsyncClient) -> Path:
-    """Where the application behind `client` keeps its files."""
+    """Returns the folder with the application's files."""
     transport: Any = client._transport
     folder: str = transport.app.state.output_dir
     return Path(folder)
@@ -299,7 +297,7 @@ WAV = make_audio_file(duration_s=0.2)
         ("/jobs/inpaint", REGION, b"not audio", 400, "audio"),
     ],
 )
-async def test_bad_requests_are_refused_now_and_leave_nothing_behind(
+async def test_invalid_request_is_refused_and_leaves_nothing(
     client: httpx.AsyncClient,
     jobs: JobQueue,
     settings: Settings,
@@ -324,7 +322,7 @@ def _kept(settings: Settings, jobs: JobQueue) -> tuple[int, list[Path]]:
     return jobs.store.runners.look("").num_queued, sorted(Path(settings.output_dir).rglob("*"))
 
 
-async def test_a_missing_upload_is_named(client: httpx.AsyncClient) -> None:
+async def test_missing_upload_is_named(client: httpx.AsyncClient) -> None:
     reply = await client.post("/jobs/variations", data={"prompt": "x"}, files={"other": b"x"})
     assert reply.status_code == 422
     assert reply.json()["detail"][0]["loc"] == ["body", "audio"]
@@ -332,13 +330,13 @@ async def test_a_missing_upload_is_named(client: httpx.AsyncClient) -> None:
 
 @pytest.mark.parametrize("job_id", ["0" * 32, "nope", "..%2f..%2fetc%2fpasswd", "%00", "a" * 3000, "%F0%9F%8E%B5"])
 @pytest.mark.parametrize("suffix", ["", "/audio"])
-async def test_an_unknown_id_is_404(client: httpx.AsyncClient, job_id: str, suffix: str) -> None:
+async def test_unknown_id_is_404(client: httpx.AsyncClient, job_id: str, suffix: str) -> None:
     reply = await client.get(f"/jobs/{job_id}{suffix}")
     assert reply.status_code == 404
     assert isinstance(reply.json()["detail"], str)
 
 
-async def test_an_id_of_another_contract_is_unknown(client: httpx.AsyncClient) -> None:
+async def test_id_of_another_dialect_is_unknown(client: httpx.AsyncClient) -> None:
     ticket = (await client.post("/queue/fal-ai/stable-audio", json={"prompt": "x"})).json()
     assert (await client.get(f"/jobs/{ticket['request_id']}")).status_code == 404
 
@@ -359,7 +357,7 @@ async def test_audio_before_success_is_409(client: httpx.AsyncClient) -> None:
         (RuntimeError("/secret/path"), "generation failed"),
     ],
 )
-async def test_a_failed_job_says_why(
+async def test_failed_job_gives_the_reason(
     client: httpx.AsyncClient, backend: ToneBackend, runner: JobRunner, error: Exception, shown: str
 ) -> None:
     backend.error = error
@@ -373,7 +371,7 @@ async def test_a_failed_job_says_why(
     assert (await client.get(f"/jobs/{ticket['id']}/audio")).status_code == 409
 
 
-async def test_head_tells_how_long_the_audio_is(client: httpx.AsyncClient, runner: JobRunner) -> None:
+async def test_head_gives_the_length_of_the_audio(client: httpx.AsyncClient, runner: JobRunner) -> None:
     url = (await wait(client, await submit(client)))["download_url"]
     reply, told = await client.get(url), await client.head(url)
     assert (told.status_code, told.content) == (200, b"")
@@ -382,16 +380,16 @@ async def test_head_tells_how_long_the_audio_is(client: httpx.AsyncClient, runne
     assert (await client.head(f"/jobs/{'0' * 32}/audio")).status_code == 404
 
 
-async def test_audio_that_is_gone_is_404(client: httpx.AsyncClient, settings: Settings, runner: JobRunner) -> None:
+async def test_deleted_audio_is_404(client: httpx.AsyncClient, settings: Settings, runner: JobRunner) -> None:
     ticket = await submit(client)
     status = await wait(client, ticket)
     (Path(settings.output_dir) / f"{ticket['id']}-stable-audio-3-small-sfx.wav").unlink()
     reply = await client.get(status["download_url"])
     assert reply.status_code == 404
-    assert "gone" in reply.json()["detail"]
+    assert "no longer exists" in reply.json()["detail"]
 
 
-async def test_a_full_queue_refuses_with_a_time_to_come_again() -> None:
+async def test_full_queue_is_refused_with_retry_after() -> None:
     async with make_client(run_jobs=False, jobs={"max_queued": 1}) as (client, _):
         await submit(client)
         reply = await client.post("/jobs", json=BODY)
@@ -402,7 +400,7 @@ async def test_a_full_queue_refuses_with_a_time_to_come_again() -> None:
         assert list((_folder(client) / "uploads").iterdir()) == []
 
 
-async def test_a_folder_that_cannot_be_written_is_503_with_a_time_to_come_again(tmp_path: Path) -> None:
+async def test_unwritable_folder_is_503_with_retry_after(tmp_path: Path) -> None:
     (tmp_path / "occupied").write_text("no folder")
     async with make_client(run_jobs=False, output_dir=str(tmp_path / "occupied")) as (client, _):
         for reply in (
@@ -414,7 +412,7 @@ async def test_a_folder_that_cannot_be_written_is_503_with_a_time_to_come_again(
             assert "occupied" not in reply.text
 
 
-async def test_keys_guard_jobs_but_not_the_links_they_hand_out() -> None:
+async def test_jobs_need_a_key_but_their_links_do_not() -> None:
     async with make_client(api={"key_hashes": [hash_key(b"secret")]}) as (client, _):
         assert (await client.post("/jobs", json=BODY)).status_code == 401
         client.headers["Authorization"] = "Bearer secret"
@@ -425,7 +423,7 @@ async def test_keys_guard_jobs_but_not_the_links_they_hand_out() -> None:
         assert (await client.get(status["download_url"])).status_code == 200
 
 
-async def test_every_route_of_jobs_is_on_the_api_page(client: httpx.AsyncClient) -> None:
+async def test_every_job_route_is_on_the_api_page(client: httpx.AsyncClient) -> None:
     paths = (await client.get("/openapi.json")).json()["paths"]
     assert {"/jobs", "/jobs/variations", "/jobs/inpaint", "/jobs/{job_id}", "/jobs/{job_id}/audio"} <= set(paths)
     assert "202" in paths["/jobs"]["post"]["responses"]

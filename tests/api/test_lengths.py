@@ -1,4 +1,4 @@
-"""From the duration in a request to the samples in the file: exact, through the whole application and a real engine."""
+"""The number of samples in a file matches the requested duration exactly, with a real engine."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ async def toy_client() -> AsyncIterator[httpx.AsyncClient]:
     file_format=st.sampled_from(["wav", "wav", "flac", "ogg"]),
     batch_size=st.sampled_from([1, 1, 1, 2]),
 )
-async def test_a_file_has_exactly_the_samples_asked_for(
+async def test_file_has_exactly_the_requested_samples(
     toy_client: httpx.AsyncClient, duration_s: float, padding_s: float, file_format: str, batch_size: int
 ) -> None:
     body = {

@@ -1,4 +1,4 @@
-"""A refusal names what set the limit: a setting the operator can change, or the model, whichever it was."""
+"""A refusal names the source of the limit: the setting or the model."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def limited() -> Iterator[tuple[FastAPI, ToneBackend]]:
         (TEXT, {"prompt": "x" * 1_100_000}, 413, "1048576 bytes"),
     ],
 )
-async def test_the_setting_is_named(
+async def test_setting_is_named(
     limited: tuple[FastAPI, ToneBackend], path: str, fields: dict[str, Any], status: int, named: str
 ) -> None:
     async with connect_anew(limited) as (client, _):
@@ -49,12 +49,12 @@ async def test_the_setting_is_named(
     assert named in reply.text
 
 
-async def test_the_model_is_named_where_the_setting_allows_more(client: httpx.AsyncClient) -> None:
+async def test_model_is_named_if_it_is_stricter(client: httpx.AsyncClient) -> None:
     reply = await client.post(TEXT, json={"prompt": "x", "duration": 121})
     assert (reply.status_code, "at most 120 (the model small-sfx)" in reply.text) == (422, True)
 
 
-async def test_the_settings_of_queues_and_of_upload_sizes_are_named(limited: tuple[FastAPI, ToneBackend]) -> None:
+async def test_settings_of_queues_and_uploads_are_named(limited: tuple[FastAPI, ToneBackend]) -> None:
     async with connect_anew(limited) as (client, _):
         assert (await client.post("/jobs", json={"prompt": "x"})).status_code == 202
         reply = await client.post("/jobs", json={"prompt": "x"})
@@ -66,7 +66,7 @@ async def test_the_settings_of_queues_and_of_upload_sizes_are_named(limited: tup
 
 
 @pytest.mark.parametrize(("limits", "most", "unset"), [({}, 100, 100), ({"max_steps": 20}, 20, 20)])
-async def test_a_model_may_be_asked_for_its_own_steps_unless_the_operator_sets_a_limit(
+async def test_models_default_steps_are_allowed_without_a_setting(
     tmp_path: Any, limits: dict[str, int], most: int, unset: int
 ) -> None:
     backend = ToneBackend(ModelCatalog([replace(make_catalog().default, default_steps=100)]))

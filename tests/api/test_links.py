@@ -28,14 +28,14 @@ def make_request(*, scheme: str = "http", root_path: str = "", **headers: str) -
         ({}, "http://10.0.0.7:8000"),
     ],
 )
-def test_links_begin_with_what_the_caller_used(headers: dict[str, str], expected: str) -> None:
+def test_links_use_the_host_of_the_request(headers: dict[str, str], expected: str) -> None:
     assert base_url(make_request(**headers), ApiSettings()) == expected
 
 
-def test_the_scheme_of_the_connection_and_the_mount_path_are_kept() -> None:
+def test_scheme_and_mount_path_are_kept() -> None:
     assert base_url(make_request(scheme="https", root_path="/audio", host="a"), ApiSettings()) == "https://a/audio"
 
 
-def test_a_public_url_wins_over_every_header() -> None:
+def test_public_url_overrides_every_header() -> None:
     limits = ApiSettings(public_url="https://audio.example.org/v/")
     assert base_url(make_request(host="a", x_forwarded_host="b"), limits) == "https://audio.example.org/v"

@@ -1,4 +1,4 @@
-"""Every answer with audio names what made it, and its bodies keep their shape."""
+"""Every response with audio names the device that made it, without changing the bodies."""
 
 from __future__ import annotations
 
@@ -40,11 +40,13 @@ def told(reply: httpx.Response) -> tuple[str, str]:
         ("/v1/audio/generate", {"input": "x", "audio_length": 1}),
     ],
 )
-async def test_an_answer_at_once_says_it_in_headers(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> None:
+async def test_synchronous_response_has_device_headers(
+    client: httpx.AsyncClient, path: str, body: dict[str, Any]
+) -> None:
     assert told(await client.post(path, json=body)) == MADE_ON
 
 
-async def test_files_of_queued_dialects_say_it_too(client: httpx.AsyncClient, runner: JobRunner) -> None:
+async def test_files_of_queued_dialects_have_device_headers(client: httpx.AsyncClient, runner: JobRunner) -> None:
     fal = await client.post("/fal-ai/stable-audio", json={"prompt": "x", "seconds_total": 1})
     aiml = await poll_until(client, await submit_aiml(client, seconds_total=1), "completed")
     for body in (fal.json(), aiml):
@@ -52,9 +54,7 @@ async def test_files_of_queued_dialects_say_it_too(client: httpx.AsyncClient, ru
         assert not {"device", "dtype"} & (body.keys() | body["audio_file"].keys())
 
 
-async def test_a_job_says_it_once_it_has_succeeded(
-    client: httpx.AsyncClient, backend: ToneBackend, runner: JobRunner
-) -> None:
+async def test_succeeded_job_has_the_device(client: httpx.AsyncClient, backend: ToneBackend, runner: JobRunner) -> None:
     backend.released.clear()
     ticket = await submit(client, **BODY)
     waiting = (await client.get(f"/jobs/{ticket['id']}")).json()
@@ -65,7 +65,7 @@ async def test_a_job_says_it_once_it_has_succeeded(
     assert told(await client.get(job["download_url"])) == MADE_ON
 
 
-async def test_a_manifest_says_it(client: httpx.AsyncClient) -> None:
+async def test_manifest_has_the_device(client: httpx.AsyncClient) -> None:
     reply = await client.post("/v1/audio/generations", json=BODY | {"batch_size": 2, "manifest": True})
     manifest = json.loads(zipfile.ZipFile(io.BytesIO(reply.content)).read("manifest.json"))
     assert (manifest["device"], manifest["dtype"]) == MADE_ON

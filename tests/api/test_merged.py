@@ -1,4 +1,4 @@
-"""`POST /generate`, shared by two dialects: which one a request speaks, and errors told in both."""
+"""`POST /generate`, shared by two dialects: selection of the dialect, and errors in both formats."""
 
 from __future__ import annotations
 
@@ -42,35 +42,35 @@ SAOS_FIELDS: list[tuple[str, Any]] = [
 SHARED: dict[str, Any] = {"steps": 8, "cfg_scale": 1.0, "seed": 1, "negative_prompt": "hiss"}
 
 
-def test_the_fields_that_decide() -> None:
+def test_fields_that_select_a_dialect() -> None:
     assert {name for name, _ in SA3_FIELDS} <= ONLY_SA3
     assert not ONLY_SA3 & {*SHARED, *(name for name, _ in SAOS_FIELDS), "prompt"}
 
 
 @pytest.mark.parametrize(("field", "value"), SA3_FIELDS)
-async def test_a_field_of_stable_audio_3(client: httpx.AsyncClient, field: str, value: Any) -> None:
+async def test_field_of_stable_audio_3_selects_it(client: httpx.AsyncClient, field: str, value: Any) -> None:
     for body in ({"prompt": "x", field: value}, {"prompt": "x", **SHARED, field: value}):
         assert len(expect_wav(await client.post(URL, json=body), name=SA3_NAME)) == 7 * 44_100
 
 
 @pytest.mark.parametrize(("field", "value"), [*SAOS_FIELDS, *SHARED.items(), ("unknown", 1)])
-async def test_any_other_field_is_open_smalls(client: httpx.AsyncClient, field: str, value: Any) -> None:
+async def test_other_fields_select_open_small(client: httpx.AsyncClient, field: str, value: Any) -> None:
     for body in ({"prompt": "x", field: value}, {"prompt": "x", **SHARED, field: value}, {"prompt": "x"}):
         assert len(expect_wav(await client.post(URL, json=body), name=SAOS_NAME)) == WINDOW_SAMPLES
 
 
 @pytest.mark.parametrize(("field", "value"), SAOS_FIELDS)
-async def test_of_fields_of_both_kinds_stable_audio_3_wins(client: httpx.AsyncClient, field: str, value: Any) -> None:
+async def test_stable_audio_3_wins_if_both_kinds_are_present(client: httpx.AsyncClient, field: str, value: Any) -> None:
     body = {"prompt": "x", "duration": 2, field: value}
     assert len(expect_wav(await client.post(URL, json=body), name=SA3_NAME)) == 2 * 44_100
 
 
-async def test_both_kinds_may_ask_for_base64(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+async def test_both_dialects_support_base64(client: httpx.AsyncClient, backend: ToneBackend) -> None:
     body = {"prompt": "x 90bpm", "duration": 2, "seed": 5, "return_format": "base64"}
     reply = await client.post(URL, json=body)
     pcm, metadata = expect_base64(reply)
     assert len(pcm) == 2 * 44_100
-    assert abs(int(pcm.max()) - 16_384) < 10  # as it left the model
+    assert abs(int(pcm.max()) - 16_384) < 10  # as the model made it
     assert set(metadata) == CLIP_KEYS
     told = {"prompt": "x 90bpm", "steps": 8, "cfg_scale": 1.0, "seed": 5, "duration_seconds": 2.0, "detected_bpm": 90}
     assert told.items() <= metadata.items()
@@ -87,7 +87,7 @@ async def test_several_variations_in_base64_are_a_zip(client: httpx.AsyncClient)
 
 
 @pytest.mark.parametrize("prefix", ["/sa3", "/saos"])
-async def test_under_a_prefix_it_is_always_one_dialect(client: httpx.AsyncClient, prefix: str) -> None:
+async def test_prefix_selects_one_dialect(client: httpx.AsyncClient, prefix: str) -> None:
     name = SA3_NAME if prefix == "/sa3" else SAOS_NAME
     for body in ({"prompt": "x"}, {"prompt": "x", "duration": 7}, {"prompt": "x", "seconds_total": 11}):
         pcm = expect_wav(await client.post(prefix + URL, json=body), name=name)
@@ -97,7 +97,7 @@ async def test_under_a_prefix_it_is_always_one_dialect(client: httpx.AsyncClient
 
 
 def expect_both(reply: httpx.Response, status: int, *fields: str) -> str:
-    """An error in both forms, about these fields; gives the sentence."""
+    """Assert an error in both formats with these fields. Returns the sentence."""
     assert reply.status_code == status, reply.text
     body = reply.json()
     assert set(body) == {"error", "detail"}
@@ -128,14 +128,14 @@ def expect_both(reply: httpx.Response, status: int, *fields: str) -> str:
         ({"prompt": "x", "seconds_total": 0, "batch_size": 99}, 422, ["batch_size"]),
     ],
 )
-async def test_errors_have_the_dialects_status_and_both_forms(
+async def test_errors_have_the_dialects_status_and_both_formats(
     client: httpx.AsyncClient, body: dict[str, Any], status: int, fields: list[str]
 ) -> None:
     expect_both(await client.post(URL, json=body), status, *fields)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"null", b"prompt=x"])
-async def test_no_json_object_is_open_smalls(client: httpx.AsyncClient, content: bytes) -> None:
+async def test_body_other_than_an_object_is_an_open_small_error(client: httpx.AsyncClient, content: bytes) -> None:
     reply = await client.post(URL, content=content, headers={"content-type": "application/json"})
     assert reply.status_code == 400
     assert reply.json()["error"] == "JSON body required"
@@ -143,7 +143,9 @@ async def test_no_json_object_is_open_smalls(client: httpx.AsyncClient, content:
 
 
 @pytest.mark.parametrize("fields", [{}, {"duration": 1}])
-async def test_what_the_model_refuses(client: httpx.AsyncClient, backend: ToneBackend, fields: dict[str, Any]) -> None:
+async def test_request_refused_by_the_model_is_400(
+    client: httpx.AsyncClient, backend: ToneBackend, fields: dict[str, Any]
+) -> None:
     backend.error = InvalidRequestError("cannot be so", field="cfg_scale")
     reply = await client.post(URL, json={"prompt": "x", **fields})
     assert reply.status_code == 400
@@ -153,7 +155,7 @@ async def test_what_the_model_refuses(client: httpx.AsyncClient, backend: ToneBa
 
 
 @pytest.mark.parametrize("fields", [{}, {"duration": 1}])
-async def test_overload_is_told_in_both_forms(
+async def test_overload_is_reported_in_both_formats(
     client: httpx.AsyncClient, backend: ToneBackend, fields: dict[str, Any]
 ) -> None:
     backend.error = OverloadedError("no room now", retry_after_s=3)
@@ -164,7 +166,7 @@ async def test_overload_is_told_in_both_forms(
     assert body == {"error": "no room now", "detail": "no room now"}
 
 
-async def test_a_failure_inside_is_opaque_in_both_forms(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+async def test_internal_error_is_opaque_in_both_formats(client: httpx.AsyncClient, backend: ToneBackend) -> None:
     backend.error = RuntimeError("secret")
     for fields in ({}, {"duration": 1}):
         reply = await client.post(URL, json={"prompt": "x", **fields})
@@ -173,7 +175,7 @@ async def test_a_failure_inside_is_opaque_in_both_forms(client: httpx.AsyncClien
         assert "secret" not in reply.text
 
 
-async def test_keys_and_sizes_are_told_in_both_forms() -> None:
+async def test_key_and_size_errors_are_in_both_formats() -> None:
     async with make_client(api={"key_hashes": [hash_key(b"key")]}) as (client, _):
         for headers, size, status in (({}, 10, 401), ({"authorization": "Bearer key"}, 1_048_577, 413)):
             reply = await client.post(URL, content=bytes(size), headers=headers)

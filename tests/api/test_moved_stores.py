@@ -1,4 +1,4 @@
-"""The job database, or the folder of files, moved, deleted or replaced under a server that runs."""
+"""The job database or the files folder is moved, deleted or replaced while the server runs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FILES = ("jobs.db", "jobs.db-wal", "jobs.db-shm")
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """Where the job database is."""
+    """Returns the folder of the job database."""
     folder = tmp_path / "database"
     folder.mkdir()
     return folder
@@ -54,15 +54,15 @@ def snapshot(place: Path) -> dict[str, bytes]:
 
 
 async def state_of(client: httpx.AsyncClient) -> tuple[str, str]:
-    """The job store's, as health and readiness tell it."""
+    """Returns the job store's state and reason, which /health and /ready must agree on."""
     health, ready = [(await client.get(path)).json() for path in ("/health", "/ready")]
     assert health["job_store"] == ready["job_store"]
-    assert ready["ready"] is True  # what needs no job store works
+    assert ready["ready"] is True  # routes without a job store work
     return health["job_store"]["state"], health["job_store"]["reason"]
 
 
 async def expect_refusals(client: httpx.AsyncClient, *, at_once: int = 1, may_read: bool = False) -> None:
-    """From every dialect; several at once need more connections to the database than there were."""
+    """Assert that every dialect refuses. More concurrent requests than before need new database connections."""
     for name, ask in submissions(client).items():
         if may_read and name.endswith((" list", " status", " events")):
             continue
@@ -74,9 +74,7 @@ async def expect_refusals(client: httpx.AsyncClient, *, at_once: int = 1, may_re
 
 
 @pytest.mark.parametrize("names", [FILES, FILES[:1]], ids=["with its log", "alone"])
-async def test_a_database_that_was_moved_is_refused_until_it_is_back(
-    place: Path, tmp_path: Path, names: tuple[str, ...]
-) -> None:
+async def test_moved_database_is_refused_until_it_is_back(place: Path, tmp_path: Path, names: tuple[str, ...]) -> None:
     async with make_hasty_client(**settings_of(place)) as (client, backend):
         assert await state_of(client) == ("ok", None)
         done = await submit(client)
@@ -100,7 +98,7 @@ async def test_a_database_that_was_moved_is_refused_until_it_is_back(
         assert await state_of(client) == ("ok", None)
 
 
-async def test_another_database_in_its_place_is_neither_read_nor_written(place: Path, tmp_path: Path) -> None:
+async def test_replaced_database_is_neither_read_nor_written(place: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     prepare_stores(Settings(output_dir=str(other)))
     async with make_hasty_client(**settings_of(place)) as (client, _):
@@ -118,7 +116,7 @@ async def test_another_database_in_its_place_is_neither_read_nor_written(place: 
 
 
 @pytest.mark.parametrize("name", [*FILES[:2], pytest.param(FILES[2], marks=pytest.mark.slow)])
-async def test_what_was_deleted_is_missed_and_a_restart_begins_anew(place: Path, name: str) -> None:
+async def test_deleted_store_is_detected_and_a_restart_creates_a_new_one(place: Path, name: str) -> None:
     async with make_hasty_client(**settings_of(place)) as (client, _):
         ticket = await submit(client)
         await wait(client, ticket)
@@ -128,15 +126,13 @@ async def test_what_was_deleted_is_missed_and_a_restart_begins_anew(place: Path,
         assert (await state_of(client))[0] == "moved"
     async with make_hasty_client(**settings_of(place)) as (client, _):
         found = (await client.get(f"/jobs/{ticket['id']}")).status_code
-        assert found == (404 if name == "jobs.db" else 200)  # closing brings the log's content into the file
+        assert found == (404 if name == "jobs.db" else 200)  # closing writes the log's content into the file
         await wait(client, await submit(client))
 
 
 @pytest.mark.parametrize("is_replaced", [False, True])
-async def test_a_process_that_comes_later_finds_no_other_database_either(
-    place: Path, tmp_path: Path, is_replaced: bool
-) -> None:
-    """As when a replica is started anew while the file is away."""
+async def test_later_process_refuses_the_replaced_database_too(place: Path, tmp_path: Path, is_replaced: bool) -> None:
+    """As when a replica starts while the file is missing."""
     settings = Settings(output_dir=str(tmp_path / "outputs"), jobs=JobSettings(**settings_of(place)["jobs"]))
     identity = prepare_stores(settings).identity
     first = open_queue(settings)
@@ -167,7 +163,7 @@ def files_moved(folder: Path, away: Path) -> Callable[[], None]:
     return back
 
 
-async def test_a_folder_of_files_that_was_moved_is_not_made_again(place: Path, tmp_path: Path) -> None:
+async def test_moved_files_folder_is_not_recreated(place: Path, tmp_path: Path) -> None:
     folder = tmp_path / "outputs"
     async with make_hasty_client(output_dir=str(folder), **settings_of(place)) as (client, backend):
         done = await wait(client, await submit(client))
@@ -183,7 +179,7 @@ async def test_a_folder_of_files_that_was_moved_is_not_made_again(place: Path, t
         waiting = await wait(client, running, "queued")
         assert "moved" in (await state_of(client))[1]
         more = await submit(client)
-        await asyncio.sleep(0.2)  # the runner tries again whether files can be kept
+        await asyncio.sleep(0.2)  # the runner checks again whether files can be stored
         assert not folder.exists()
         assert (await wait(client, more, "queued"))["attempts"] == 0
         back()
@@ -194,7 +190,7 @@ async def test_a_folder_of_files_that_was_moved_is_not_made_again(place: Path, t
 
 
 def linked(place: Path, away: Path) -> None:
-    """As somebody does who wants the file elsewhere: the path leads to the same file, the log stays behind."""
+    """Link the path to the same file elsewhere; the log remains at the old path."""
     away.mkdir()
     (place / "jobs.db").rename(away / "jobs.db")
     (place / "jobs.db").symlink_to(away / "jobs.db")
@@ -205,7 +201,7 @@ def unlinked(place: Path, away: Path) -> None:
     (away / "jobs.db").rename(place / "jobs.db")
 
 
-async def test_a_link_to_the_same_file_elsewhere_begins_no_second_log(place: Path, tmp_path: Path) -> None:
+async def test_link_to_the_moved_file_does_not_start_a_second_log(place: Path, tmp_path: Path) -> None:
     away = tmp_path / "away"
     async with make_hasty_client(**settings_of(place)) as (client, _):
         done = await submit(client)
@@ -220,8 +216,8 @@ async def test_a_link_to_the_same_file_elsewhere_begins_no_second_log(place: Pat
 
 
 @pytest.mark.parametrize("is_hard", [False, True])
-async def test_a_path_through_a_link_may_not_lead_to_another_name(place: Path, tmp_path: Path, is_hard: bool) -> None:
-    """A link to a folder or file is as good as the path itself, until it is turned."""
+async def test_path_through_a_link_must_not_change_its_target(place: Path, tmp_path: Path, is_hard: bool) -> None:
+    """A link is as good as the path itself until it changes."""
     away, link = tmp_path / "away", tmp_path / "link"
     away.mkdir()
     link.symlink_to(place)
@@ -232,7 +228,7 @@ async def test_a_path_through_a_link_may_not_lead_to_another_name(place: Path, t
         (place / "jobs.db").hardlink_to(away / "jobs.db")
     link.unlink()
     link.symlink_to(away)
-    held = queue.store.database.engine.connect() if is_hard else None  # so that another connection is needed
+    held = queue.store.database.engine.connect() if is_hard else None  # forces another connection
     with pytest.raises(StorageError):
         await queue.submit(make_spec())
     assert [path.name for path in away.iterdir()] == ["jobs.db"]
@@ -246,7 +242,7 @@ async def test_a_path_through_a_link_may_not_lead_to_another_name(place: Path, t
     await queue.close()
 
 
-async def test_a_database_that_was_emptied_keeps_its_log(place: Path, tmp_path: Path) -> None:
+async def test_emptied_database_keeps_its_log(place: Path, tmp_path: Path) -> None:
     async with make_hasty_client(**settings_of(place)) as (client, _):
         await wait(client, await submit(client))
         (place / "jobs.db").write_bytes(b"")
@@ -256,7 +252,7 @@ async def test_a_database_that_was_emptied_keeps_its_log(place: Path, tmp_path: 
         assert snapshot(place) == before
 
 
-async def test_a_process_that_comes_later_keeps_the_log_of_an_emptied_database(place: Path, tmp_path: Path) -> None:
+async def test_later_process_keeps_the_log_of_an_emptied_database(place: Path, tmp_path: Path) -> None:
     settings = Settings(output_dir=str(tmp_path / "outputs"), jobs=JobSettings(**settings_of(place)["jobs"]))
     identity = prepare_stores(settings).identity
     first = open_queue(settings, identity=identity)
@@ -270,7 +266,7 @@ async def test_a_process_that_comes_later_keeps_the_log_of_an_emptied_database(p
     await first.close()
 
 
-async def test_another_database_written_over_it_is_told(place: Path, tmp_path: Path) -> None:
+async def test_database_overwritten_by_another_is_detected(place: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     prepare_stores(Settings(output_dir=str(other)))
     prepare_stores(Settings(output_dir=str(tmp_path), jobs=JobSettings(**settings_of(place)["jobs"])))
@@ -286,7 +282,7 @@ async def test_another_database_written_over_it_is_told(place: Path, tmp_path: P
         assert (await state_of(client))[0] == "ok"
 
 
-async def test_a_database_without_jobs_is_unavailable(place: Path) -> None:
+async def test_database_without_jobs_table_is_unavailable(place: Path) -> None:
     async with make_hasty_client(**settings_of(place), run_jobs=False) as (client, _):
         await submit(client)
         with sqlite3.connect(place / "jobs.db") as connection:
@@ -314,21 +310,21 @@ def _another(path: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("overwrite", some([_garbage, _another, _zeros, _short], [_garbage, _another]))
-async def test_a_database_whose_file_is_overwritten_takes_no_jobs(
+async def test_overwritten_database_accepts_no_jobs(
     place: Path, tmp_path: Path, overwrite: Callable[[Path, Path], None]
 ) -> None:
-    """The open files are in place, so that only a look into the file shows it; the log could take all new jobs."""
+    """Only the content of the file shows the fault, because open files still work and the log could store new jobs."""
     other = tmp_path / "other"
     prepare_stores(Settings(output_dir=str(other)))
     async with make_hasty_client(**settings_of(place)) as (client, _):
         await wait(client, await submit(client))
         overwrite(place / "jobs.db", other / "jobs.db")
-        await asyncio.sleep(1.1)  # the file is looked into once a second
+        await asyncio.sleep(1.1)  # the file is checked once per second
         await expect_refusals(client, may_read=True)
         assert (await state_of(client))[0] in ("moved", "unavailable")
 
 
-async def test_a_database_that_another_process_locks_is_away(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_locked_database_is_unavailable(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite, "_BUSY_TIMEOUT_S", 0.3)
     async with make_hasty_client(**settings_of(place)) as (client, _):
         await wait(client, await submit(client))

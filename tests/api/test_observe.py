@@ -37,7 +37,7 @@ def lines() -> Any:
         yield lines
 
 
-async def test_one_line_per_request_with_its_id_and_without_its_prompt(
+async def test_one_log_line_per_request_without_its_prompt(
     client: httpx.AsyncClient, lines: list[dict[str, Any]]
 ) -> None:
     body = {"prompt": "my secret melody", "duration": 0.5, "sampler_kwargs": {"eta": 1}}
@@ -52,7 +52,7 @@ async def test_one_line_per_request_with_its_id_and_without_its_prompt(
     assert "secret" not in str(lines)
 
 
-async def test_client_mistakes_stay_at_info_and_say_which_field(
+async def test_client_errors_are_logged_at_info_with_the_field(
     client: httpx.AsyncClient, lines: list[dict[str, Any]]
 ) -> None:
     await client.post(URL, json={"prompt": "my secret melody", "steps": 0})
@@ -62,7 +62,7 @@ async def test_client_mistakes_stay_at_info_and_say_which_field(
     assert "secret" not in str(line)
 
 
-async def test_a_bug_is_logged_as_an_error_with_its_trace(
+async def test_unexpected_error_is_logged_with_its_traceback(
     client: httpx.AsyncClient, backend: ToneBackend, lines: list[dict[str, Any]]
 ) -> None:
     backend.error = RuntimeError("what went wrong")
@@ -73,7 +73,7 @@ async def test_a_bug_is_logged_as_an_error_with_its_trace(
 
 
 @pytest.mark.parametrize("url", ["/health", "/saos/health", "/ready", "/v1/status"])
-async def test_what_is_polled_is_logged_at_debug_unless_it_fails(
+async def test_polled_routes_are_logged_at_debug_unless_they_fail(
     url: str,
     client: httpx.AsyncClient,
     backend: ToneBackend,
@@ -90,7 +90,7 @@ async def test_what_is_polled_is_logged_at_debug_unless_it_fails(
     assert [line["log_level"] for line in lines if line["event"] == "request"] == ["debug", "error"]
 
 
-async def test_a_server_that_is_not_ready_says_so_at_info(
+async def test_unready_server_is_logged_at_info(
     client: httpx.AsyncClient, backend: ToneBackend, lines: list[dict[str, Any]]
 ) -> None:
     backend.statuses = {}  # nothing is loaded yet
@@ -120,10 +120,10 @@ async def test_requests_refusals_and_audio_are_counted() -> None:
 
 @pytest.mark.parametrize(("sent", "status"), [(b"sound", 200), (b"sou", 499)], ids=["all of it", "a part"])
 @pytest.mark.parametrize("is_cancelled_by_the_server", [False, True])
-async def test_a_client_that_leaves_with_the_whole_answer_has_not_left_early(
+async def test_disconnect_after_the_whole_response_is_not_499(
     sent: bytes, status: int, *, is_cancelled_by_the_server: bool, lines: list[dict[str, Any]]
 ) -> None:
-    """It may go before the handler has noticed the end of what it sends."""
+    """The client may disconnect before the handler returns."""
     has_sent, is_gone = asyncio.Event(), asyncio.Event()
     requests: list[Message] = [{"type": "http.request"}]
 
@@ -143,7 +143,7 @@ async def test_a_client_that_leaves_with_the_whole_answer_has_not_left_early(
         await send({"type": "http.response.body", "body": sent, "more_body": True})
         has_sent.set()
         await is_gone.wait()
-        await asyncio.sleep(0.01)  # it looks for more
+        await asyncio.sleep(0.01)  # the server polls for a disconnect
         await send({"type": "http.response.body"})
 
     async def drop(message: Message) -> None:
@@ -158,5 +158,5 @@ async def test_a_client_that_leaves_with_the_whole_answer_has_not_left_early(
     assert [line["status"] for line in lines] == [status]
 
 
-def test_importing_the_api_leaves_logging_alone() -> None:
+def test_importing_the_api_does_not_configure_logging() -> None:
     assert not logging.getLogger("stable_audio_serve.api").handlers

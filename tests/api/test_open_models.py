@@ -1,5 +1,4 @@
-"""The native routes in front of models trained for v: a share of noise becomes a level, options of flow models do not
-pass in silence."""
+"""Native routes with models of the v objective: noise shares become sigmas, options of flow models are refused."""
 
 from __future__ import annotations
 
@@ -40,7 +39,7 @@ async def vary(client: httpx.AsyncClient, path: str = "/v1/audio/variations", **
 
 
 @pytest.mark.parametrize(("share", "level"), [(0.5, 1.0), (0.25, math.tan(math.pi / 8)), (1, 500.0), (0, 0.01)])
-async def test_a_share_of_noise_is_the_level_of_that_time(
+async def test_noise_share_becomes_a_sigma(
     served: tuple[httpx.AsyncClient, ToneBackend], share: float, level: float
 ) -> None:
     client, backend = served
@@ -48,7 +47,7 @@ async def test_a_share_of_noise_is_the_level_of_that_time(
     assert backend.last.init_noise_level == pytest.approx(level)
 
 
-async def test_samplers_over_time_and_flow_models_get_the_share_itself(
+async def test_flow_models_and_time_samplers_get_the_share(
     served: tuple[httpx.AsyncClient, ToneBackend],
 ) -> None:
     client, backend = served
@@ -58,14 +57,16 @@ async def test_samplers_over_time_and_flow_models_get_the_share_itself(
     assert (backend.last.init_noise_level, backend.last.edit_schedule) == (0.3, None)
 
 
-async def test_a_share_above_one_is_refused(served: tuple[httpx.AsyncClient, ToneBackend]) -> None:
+async def test_noise_share_above_one_is_refused(served: tuple[httpx.AsyncClient, ToneBackend]) -> None:
     reply = await vary(served[0], init_noise_level=1.5)
     assert reply.status_code == 422
     assert reply.json()["detail"][0]["loc"] == ["body", "init_noise_level"]
 
 
 @pytest.mark.parametrize("path", ["/v1/audio/variations", "/jobs/variations"])
-async def test_edit_schedules_are_for_flow_models(served: tuple[httpx.AsyncClient, ToneBackend], path: str) -> None:
+async def test_edit_schedule_is_refused_except_for_flow_models(
+    served: tuple[httpx.AsyncClient, ToneBackend], path: str
+) -> None:
     client, backend = served
     for schedule in ("reference", "scaled"):
         assert (await vary(client, model="flow", edit_schedule=schedule)).status_code == 200
@@ -76,7 +77,7 @@ async def test_edit_schedules_are_for_flow_models(served: tuple[httpx.AsyncClien
         assert reply.json()["detail"][0]["loc"] == ["body", "edit_schedule"]
 
 
-async def test_noise_levels_reach_the_model_they_are_for(served: tuple[httpx.AsyncClient, ToneBackend]) -> None:
+async def test_noise_levels_reach_stable_audio_open(served: tuple[httpx.AsyncClient, ToneBackend]) -> None:
     client, backend = served
     options = {"sigma_min": 0.03, "sigma_max": 80, "rho": 2, "sampler_type": "k-heun", "scale_phi": 0.4}
     body = {"prompt": "x", "duration": 1, "sampler_kwargs": options}
@@ -103,7 +104,7 @@ async def test_noise_levels_reach_the_model_they_are_for(served: tuple[httpx.Asy
         ({"sampler_kwargs": {"sampler_type": "pingpong"}}, "sampler_kwargs"),
     ],
 )
-async def test_what_the_family_cannot_do_is_refused_by_name(
+async def test_unsupported_option_is_refused_by_name(
     served: tuple[httpx.AsyncClient, ToneBackend], path: str, fields: dict[str, object], field: str
 ) -> None:
     reply = await served[0].post(path, json={"prompt": "x", "duration": 1, **fields})

@@ -1,4 +1,4 @@
-"""The API's description: complete, without two operations of one name."""
+"""The OpenAPI description is complete and has no two operations with the same name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stable_audio_serve.core.settings import Settings
 PREFIXES = ("/sa3", "/saos", "/vllm", "/aiml", "/fal")
 FAL = "/fal-ai/stable-audio"
 
-# Other addresses of operations that are described at the first one.
+# Aliases, described only at the first path.
 ALIASES = {
     f"{FAL}/{{endpoint}}": FAL,
     **{f"{host}{FAL}/{{endpoint}}": f"{host}{FAL}" for host in ("/queue", "/run")},
@@ -64,30 +64,30 @@ def test_every_route_is_described(app: Any, paths: dict[str, dict[str, Any]]) ->
     assert missing == set()
 
 
-def test_every_alias_is_one(app: Any) -> None:
+def test_every_alias_matches_its_route(app: Any) -> None:
     assert set(ALIASES) <= {path for _, path in routes(app)}
 
 
 @pytest.mark.parametrize("key", ["summary", "operationId"])
-def test_no_two_operations_are_called_the_same(paths: dict[str, dict[str, Any]], key: str) -> None:
+def test_operation_names_are_unique(paths: dict[str, dict[str, Any]], key: str) -> None:
     counts = Counter(operation[key] for operations in paths.values() for operation in operations.values())
     assert [name for name, number in counts.items() if number > 1] == []
 
 
-def test_job_audio_and_each_dialects_own_health_are_described(paths: dict[str, dict[str, Any]]) -> None:
+def test_job_audio_and_dialect_health_are_described(paths: dict[str, dict[str, Any]]) -> None:
     assert {"200", "404", "409"} <= set(paths["/jobs/{job_id}/audio"]["get"]["responses"])
     assert {"200", "500"} <= set(paths["/saos/health"]["get"]["responses"])
 
 
-def test_audio_comes_first_and_operators_late(app: Any) -> None:
+def test_audio_comes_first_and_operators_last(app: Any) -> None:
     tags = [tag["name"] for tag in app.openapi()["tags"]]
     assert tags[:2] == ["Stable Audio 3", "Stable Audio 3 jobs"]
     assert tags.index("Operators") > max(tags.index(name) for name in ("Generate", "Files", "Server"))
 
 
-def test_a_key_can_be_entered_once_for_every_operation_that_wants_one(app: Any) -> None:
+def test_key_is_entered_once_for_all_operations(app: Any) -> None:
     document = app.openapi()
-    (name,) = document["components"]["securitySchemes"]  # of two ways in one form, people fill in the wrong one
+    (name,) = document["components"]["securitySchemes"]  # with two ways in one form users fill in the wrong one
     assert document["components"]["securitySchemes"][name]["scheme"] == "bearer"
     for path, operations in document["paths"].items():
         for operation in operations.values():

@@ -1,4 +1,4 @@
-"""What web pages may do with a server on this machine: by their origin, and by the name that they call it by."""
+"""Access of web pages to a server on this machine, by their origin and by the host name they use."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ OTHER_NAMES = [
     "::1",
     "127.0.0.1:x",
     "\xff",
-    # No browser sends these: it writes addresses out.
+    # Browsers never send these, because they normalize addresses.
     "2130706433",
     "0x7f.0.0.1",
     "127.1",
@@ -124,7 +124,7 @@ OTHER_NAMES = [
 
 @asynccontextmanager
 async def visit(**api: Any) -> AsyncIterator[tuple[httpx.AsyncClient, ToneBackend]]:
-    """A client of a server with these settings, on its own machine."""
+    """Yield a client of a server with these settings, on the same machine."""
     async with make_app(run_jobs=False, api=api) as (app, backend), connect(app) as client:
         yield client, backend
 
@@ -145,16 +145,16 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 
 
 async def is_allowed(client: httpx.AsyncClient, **headers: str) -> bool:
-    """Whether a request that changes something passes; a refused one is 403 in this dialect's form."""
+    """Returns whether a changing request passes. A refused one is a 403 in its dialect's form."""
     reply = await client.post("/v2/generate/audio", headers={k: v.encode("latin-1") for k, v in headers.items()})
-    if reply.status_code == 400:  # it came as far as its missing body
+    if reply.status_code == 400:  # it failed later, because of its missing body
         return True
     assert reply.status_code == 403, reply.text
     return False
 
 
 @pytest.mark.server
-async def test_every_route_but_the_probes_asks_for_its_name_and_for_the_page(client: httpx.AsyncClient) -> None:
+async def test_every_route_except_probes_checks_host_and_origin(client: httpx.AsyncClient) -> None:
     failures = []
     for route in ROUTES:
         request = route.request("0" * 32)
@@ -165,7 +165,9 @@ async def test_every_route_but_the_probes_asks_for_its_name_and_for_the_page(cli
             ({}, False),
         ):
             reply = await client.request(**request, headers=headers)
-            is_shut = route.path.startswith("/v1/admin/") and "no keys are configured" in reply.text  # by no origin
+            is_shut = (
+                route.path.startswith("/v1/admin/") and "no keys are configured" in reply.text
+            )  # refused whatever the origin
             is_refused = reply.status_code == 403 and "upload" not in reply.text and not is_shut
             is_told = route.method == "HEAD" or (
                 next(iter(headers), "") in reply.text
@@ -176,7 +178,7 @@ async def test_every_route_but_the_probes_asks_for_its_name_and_for_the_page(cli
     assert not failures
 
 
-async def test_a_slash_at_the_end_leads_nowhere(client: httpx.AsyncClient) -> None:
+async def test_trailing_slash_does_not_redirect(client: httpx.AsyncClient) -> None:
     failures = []
     for route in ROUTES:
         request = route.request("0" * 32)
@@ -191,7 +193,7 @@ async def test_a_slash_at_the_end_leads_nowhere(client: httpx.AsyncClient) -> No
     assert not failures
 
 
-async def test_a_refusal_has_the_form_of_the_routes_dialect(client: httpx.AsyncClient) -> None:
+async def test_refusal_has_the_form_of_the_routes_dialect(client: httpx.AsyncClient) -> None:
     async def refuse(path: str) -> Any:
         reply = await client.post(path, json={"prompt": "x"}, headers={"Origin": EVIL})
         assert reply.status_code == 403
@@ -207,26 +209,26 @@ async def test_a_refusal_has_the_form_of_the_routes_dialect(client: httpx.AsyncC
     assert (await refuse("/fal-ai/stable-audio"))["error_type"] == "forbidden"
 
 
-async def test_what_is_refused_does_nothing() -> None:
+async def test_refused_request_has_no_effect() -> None:
     async with visit() as (client, backend):
         for headers in ({"Origin": EVIL}, {"Origin": "null"}, {"Host": "evil.example"}):
             for path in (URL, "/jobs"):
                 assert (await client.post(path, json=BODY, headers=headers)).status_code == 403
-        form = {"Origin": EVIL, "Content-Type": "text/plain"}  # which a page may send without asking first
+        form = {"Origin": EVIL, "Content-Type": "text/plain"}  # pages can send this without a preflight
         assert (await client.post("/jobs", content=b'{"prompt": "x", "duration": 1}', headers=form)).status_code == 403
         assert backend.requests == []
         assert (await client.get("/jobs")).json()["jobs"] == []
 
 
 @pytest.mark.parametrize("origin", LOOPBACK)
-async def test_pages_of_this_machine_may_use_it(client: httpx.AsyncClient, origin: str) -> None:
+async def test_pages_of_this_machine_are_allowed(client: httpx.AsyncClient, origin: str) -> None:
     assert await is_allowed(client, Origin=origin)
     reply = await client.get("/v1/models", headers={"Origin": origin})
     assert (reply.headers["access-control-allow-origin"], reply.headers["vary"]) == (origin, "Origin")
 
 
 @pytest.mark.parametrize("origin", FOREIGN)
-async def test_other_pages_may_neither_change_nor_read(client: httpx.AsyncClient, origin: str) -> None:
+async def test_foreign_pages_can_neither_change_nor_read(client: httpx.AsyncClient, origin: str) -> None:
     raw = origin.encode("utf-8").decode("latin-1")
     assert not await is_allowed(client, Origin=raw)
     reply = await client.get("/v1/models", headers={"Origin": raw.encode("latin-1")})
@@ -247,27 +249,25 @@ async def test_other_pages_may_neither_change_nor_read(client: httpx.AsyncClient
         ("", "http://10.0.0.5", False),
     ],
 )
-async def test_the_servers_own_pages_may_use_it(
-    client: httpx.AsyncClient, host: str, origin: str, is_own: bool
-) -> None:
+async def test_pages_of_the_server_are_allowed(client: httpx.AsyncClient, host: str, origin: str, is_own: bool) -> None:
     assert await is_allowed(client, Host=host, Origin=origin) == is_own
 
 
 @pytest.mark.parametrize("host", OWN_NAMES)
-async def test_names_that_are_its_own(client: httpx.AsyncClient, host: str) -> None:
+async def test_own_host_names_are_allowed(client: httpx.AsyncClient, host: str) -> None:
     assert await is_allowed(client, Host=host)
     assert (await client.get("/docs", headers={"Host": host})).status_code == 200
 
 
 @pytest.mark.parametrize("host", OTHER_NAMES)
-async def test_names_that_are_not(client: httpx.AsyncClient, host: str) -> None:
+async def test_foreign_host_names_are_refused(client: httpx.AsyncClient, host: str) -> None:
     assert not await is_allowed(client, Host=host)
     assert not await is_allowed(client, Host=host, Origin=f"http://{host}", **{"X-Forwarded-Host": "localhost"})
     for path in ("/", "/docs", "/v1/models", "/jobs"):
         assert (await client.get(path, headers={"Host": host.encode("latin-1")})).status_code == 403
 
 
-async def test_every_one_of_several_hosts_counts_and_none_is_no_name(client: httpx.AsyncClient) -> None:
+async def test_every_host_header_is_checked_and_none_is_allowed(client: httpx.AsyncClient) -> None:
     hosts = [("Host", "localhost"), ("Host", "evil.example")]
     assert (await client.get("/v1/models", headers=hosts)).status_code == 403
     assert (await client.get("/v1/models", headers=hosts[::-1])).status_code == 403
@@ -276,7 +276,7 @@ async def test_every_one_of_several_hosts_counts_and_none_is_no_name(client: htt
     assert (await client.send(request)).status_code == 200
 
 
-async def test_a_forwarded_host_is_not_judged(client: httpx.AsyncClient) -> None:
+async def test_forwarded_host_is_not_checked(client: httpx.AsyncClient) -> None:
     assert await is_allowed(client, **{"X-Forwarded-Host": "evil.example"})
     assert not await is_allowed(client, Origin=EVIL, **{"X-Forwarded-Host": "evil.example"})
 
@@ -300,7 +300,7 @@ async def test_preflights_follow_the_same_rules(client: httpx.AsyncClient) -> No
         assert "Origin" in reply.headers["vary"]
 
 
-async def test_the_public_url_is_an_own_name_and_its_pages_are_allowed() -> None:
+async def test_public_url_is_an_allowed_host_and_origin() -> None:
     async with visit(public_url="https://Audio.example/v1/") as (client, _):
         for host in ("audio.example", "audio.example:8000", "queue.audio.example", "AUDIO.example."):
             assert await is_allowed(client, Host=host)
@@ -311,18 +311,18 @@ async def test_the_public_url_is_an_own_name_and_its_pages_are_allowed() -> None
         assert not await is_allowed(client, Host="a.audio.example")
 
 
-async def test_further_names_and_origins_can_be_allowed() -> None:
+async def test_further_hosts_and_origins_can_be_allowed() -> None:
     async with visit(allowed_hosts="audio, Inner.Example., [fd00::1]", cors_origins=[EVIL, "null"]) as (client, _):
         for host in ("audio:8000", "inner.example", "queue.inner.example:80", "localhost"):
             assert await is_allowed(client, Host=host)
         assert not await is_allowed(client, Host="x.inner.example")
-        for origin in (EVIL, "null", "http://localhost:8000"):  # the last one is its own
+        for origin in (EVIL, "null", "http://localhost:8000"):  # the last one is the server's own
             assert await is_allowed(client, Origin=origin)
-        assert not await is_allowed(client, Origin="http://localhost:3000")  # what is listed is all
+        assert not await is_allowed(client, Origin="http://localhost:3000")  # only listed origins are allowed
         assert (await preflight(client, EVIL)).headers["access-control-allow-origin"] == EVIL
 
 
-async def test_all_names_and_all_pages_can_be_allowed() -> None:
+async def test_all_hosts_and_origins_can_be_allowed() -> None:
     async with visit(allowed_hosts=["*"], cors_origins=["*"]) as (client, _):
         assert await is_allowed(client, Host="evil.example", Origin="null")
         assert (await preflight(client, EVIL)).headers["access-control-allow-origin"] == "*"
@@ -331,7 +331,7 @@ async def test_all_names_and_all_pages_can_be_allowed() -> None:
         assert await is_allowed(client, Origin="http://localhost:8000")
 
 
-async def test_with_keys_any_page_that_has_one_may_use_it_by_any_name() -> None:
+async def test_with_keys_any_page_and_any_host_is_allowed() -> None:
     async with visit(key_hashes=[hash_key("key")]) as (client, _):
         foreign = {"Host": "evil.example", "Origin": EVIL}
         for path in (URL, "/jobs"):
@@ -354,7 +354,7 @@ _PIECES = st.sampled_from([*_SIGNS, "localhost", "127.0.0.1", "[::1]", "evil.exa
 
 
 @given(st.lists(_PIECES, max_size=8).map("".join))
-def test_no_spelling_makes_another_origin_one_of_this_machine(origin: str) -> None:
+def test_origin_cannot_be_spelled_as_local(origin: str) -> None:
     if Origins(ApiSettings()).allows(origin):
         host = urlsplit(origin).hostname or ""
         assert origin == f"{urlsplit(origin).scheme}://{urlsplit(origin).netloc}"

@@ -1,6 +1,6 @@
-"""Whose jobs are whose: every route of the application, asked with no key, a bad one, another's and the right one.
+"""Ownership of jobs: every route, called without a key, with an invalid key, another client's key and the owner's key.
 
-The routes are the application's own, so that a new one has to say what it is before these tests pass again.
+The routes are read from the application, so every new route must be classified here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.backends import ToneBackend
 
 pytestmark = pytest.mark.server
 
-# Need no key: the start page and its parts, the description of the API, probes, and what a handed out link leads to.
+# Needs no key: the start page and its files, the API description, probes, and published links.
 OPEN = {
     *(("GET", path) for path in ("/", "/health", "/ready", "/files/{file_id}/{file_name}")),
     *(("HEAD", path) for path in ("/", "/health", "/ready", "/files/{file_id}/{file_name}")),
@@ -40,10 +40,10 @@ OPEN = {
     ("PUT", "/files/{file_id}/{file_name}/multipart/{ticket}/{number}"),
     ("POST", "/files/{file_id}/{file_name}/multipart/{ticket}/complete"),
 }
-# Needs a key where the client chose the id, and none where nobody can guess it.
+# Needs a key only if the client chose the id.
 AUDIO = "/jobs/{job_id}/audio"
 
-# What names a job, by the contract it belongs to, and what names anything else.
+# Parameter names of job ids, by contract, and of other things.
 JOB_NAMES = {"job_id": "sa3", "request_id": "fal", "generation_id": "aiml"}
 OTHER_NAMES = {"file_id": "0" * 32, "file_name": "a.wav", "ticket": "a.b", "number": "1", "endpoint": "x"}
 OTHER_NAMES |= {"model": "small-sfx", "report_id": "0" * 32, "path": "main.js"}
@@ -56,7 +56,7 @@ MISSING = {"sa3": "e" * 32, **dict.fromkeys(("fal", "aiml"), "00000000-0000-4000
 
 @dataclass(frozen=True)
 class Route:
-    """A route as it is called: `contract` says whose job it is about, if it is about one."""
+    """A route with a request. `contract` is the contract of the job it is about, if any."""
 
     method: str
     path: str
@@ -87,7 +87,7 @@ def _without_prefix(path: str) -> str:
 
 
 def routes_of(app: FastAPI) -> Iterator[Route]:
-    """Every route under every method; fails for one whose names say nothing of whose it is."""
+    """Returns every route with every method. Fails for an unclassified route."""
     for found in iter_route_contexts(app.routes):
         path = re.sub(r"{(\w+):\w+}", r"{\1}", found.path or "")
         in_path = re.findall(r"{(\w+)}", path)
@@ -104,7 +104,7 @@ OWNED = [route for route in ROUTES if route.contract]
 
 @dataclass
 class Site:
-    """An application with keys whose jobs all wait."""
+    """An application with keys whose jobs stay queued."""
 
     client: httpx.AsyncClient
     jobs: JobQueue
@@ -116,7 +116,7 @@ class Site:
         return await self.client.request(**route.request(job_id), headers=headers)
 
     async def submit(self, contract: str | None, key: str = ALICE) -> str:
-        """A new job of this key; a Stable Audio 3 one under an id that its client chose."""
+        """Submit a job with this key; a Stable Audio 3 job under a chosen id."""
         self.num_jobs += 1
         headers = {"Authorization": f"Bearer {key}"}
         if contract == "fal":
@@ -159,7 +159,7 @@ async def site(app_and_jobs: tuple[FastAPI, JobQueue]) -> AsyncIterator[Site]:
 
 
 def seen(reply: httpx.Response, job_id: str) -> tuple[object, ...]:
-    """All that a client can tell, but for what differs between any two requests."""
+    """Returns everything a client can observe, without values that differ between any two requests."""
     headers = {name: value for name, value in reply.headers.items() if name not in ("x-request-id", "date")}
     return reply.status_code, str(headers).replace(job_id, "ID"), reply.text.replace(job_id, "ID")
 
@@ -175,7 +175,7 @@ Check = Callable[[Site, Route], Awaitable[None]]
 
 
 async def failures_at(site: Site, routes: Iterable[Route], check: Check) -> list[str]:
-    """What each route does wrong."""
+    """Returns the faults of each route."""
     failures = []
     for route in routes:
         try:
@@ -185,7 +185,7 @@ async def failures_at(site: Site, routes: Iterable[Route], check: Check) -> list
     return failures
 
 
-async def test_without_a_good_key_a_job_that_is_there_is_like_one_that_is_not(site: Site) -> None:
+async def test_without_a_valid_key_existing_and_missing_jobs_look_the_same(site: Site) -> None:
     async def check(site: Site, route: Route) -> None:
         job_id, missing = await site.submit(route.contract), MISSING[route.contract or "sa3"]
         for key in (None, "bad"):
@@ -196,7 +196,7 @@ async def test_without_a_good_key_a_job_that_is_there_is_like_one_that_is_not(si
     assert not await failures_at(site, [route for route in ROUTES if not route.is_open], check)
 
 
-async def test_anothers_job_is_like_one_that_is_not_there(site: Site) -> None:
+async def test_job_of_another_client_looks_missing(site: Site) -> None:
     async def check(site: Site, route: Route) -> None:
         job_id, missing = await site.submit(route.contract), MISSING[route.contract or "sa3"]
         before = await asyncio.to_thread(lambda: site.jobs.store.operators.find_all(job_id))
@@ -205,7 +205,7 @@ async def test_anothers_job_is_like_one_that_is_not_there(site: Site) -> None:
         statements, site.statements[:] = tuple(site.statements), ()
         unknown = await site.ask(route, BOB, missing)
         assert seen(reply, job_id) == seen(unknown, missing)
-        assert statements == tuple(site.statements)  # so that its time tells nothing either
+        assert statements == tuple(site.statements)  # so that timing reveals nothing either
         after = await asyncio.to_thread(lambda: site.jobs.store.operators.find_all(job_id))
         assert [job for job in after if job.spec.client == "alice"] == before
         site.forget_jobs()
@@ -213,11 +213,11 @@ async def test_anothers_job_is_like_one_that_is_not_there(site: Site) -> None:
     assert not await failures_at(site, OWNED, check)
 
 
-async def test_ones_own_job_is_found_by_each_of_ones_keys(site: Site) -> None:
+async def test_job_is_found_by_each_key_of_its_client(site: Site) -> None:
     async def check(site: Site, route: Route) -> None:
         for key in (ALICE, "alice-2"):
             job_id, missing = await site.submit(route.contract), MISSING[route.contract or "sa3"]
-            if route.path.endswith(("/events", "/stream")):  # which ends with its job
+            if route.path.endswith(("/events", "/stream")):  # the stream ends with its job
                 (job,) = site.jobs.store.operators.find_all(job_id)
                 await site.jobs.cancel(job.spec.ref)
             reply = await site.ask(route, key, job_id)
@@ -228,7 +228,7 @@ async def test_ones_own_job_is_found_by_each_of_ones_keys(site: Site) -> None:
     assert not await failures_at(site, OWNED, check)
 
 
-async def test_what_is_nobodys_is_the_same_for_every_good_key(site: Site) -> None:
+async def test_routes_without_owner_are_the_same_for_every_valid_key(site: Site) -> None:
     async def check(site: Site, route: Route) -> None:
         without, bad, *good = [
             (await site.ask(route, key, "")).status_code for key in (None, "bad", ALICE, BOB, "unnamed")
@@ -240,7 +240,7 @@ async def test_what_is_nobodys_is_the_same_for_every_good_key(site: Site) -> Non
     assert not await failures_at(site, [route for route in ROUTES if not route.contract], check)
 
 
-async def test_an_id_that_one_client_chose_is_free_for_another(site: Site) -> None:
+async def test_chosen_id_of_one_client_is_free_for_another(site: Site) -> None:
     url = f"/jobs/{'a' * 32}"
     headers = [{"Authorization": f"Bearer {key}"} for key in (ALICE, BOB, "unnamed")]
     for number, each in enumerate(headers):
@@ -255,7 +255,7 @@ async def test_an_id_that_one_client_chose_is_free_for_another(site: Site) -> No
     )
 
 
-async def test_the_files_of_one_chosen_id_are_each_clients_own() -> None:
+async def test_files_of_equal_chosen_ids_belong_to_each_client() -> None:
     async with make_client(api={"key_hashes": HASHES}) as (client, _):
         url, found = f"/jobs/{'b' * 32}", {}
         for key in (ALICE, BOB):
@@ -276,7 +276,7 @@ async def test_the_files_of_one_chosen_id_are_each_clients_own() -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "/sa3"])
-async def test_the_audio_of_an_id_that_nobody_can_guess_needs_no_key(prefix: str) -> None:
+async def test_audio_of_an_unguessable_id_needs_no_key(prefix: str) -> None:
     async with make_client(api={"key_hashes": HASHES}) as (client, _):
         client.headers["Authorization"] = f"Bearer {ALICE}"
         ticket = (await client.post(f"{prefix}/jobs", json=BODY)).json()
@@ -286,12 +286,12 @@ async def test_the_audio_of_an_id_that_nobody_can_guess_needs_no_key(prefix: str
         audio = await client.get(status["download_url"])
         assert audio.status_code == 200
         client.headers["Authorization"] = f"Bearer {BOB}"
-        await client.put(f"/jobs/{ticket['id']}", json=BODY)  # a namesake hides nothing from its link
+        await client.put(f"/jobs/{ticket['id']}", json=BODY)  # a chosen id does not hide the posted job's link
         del client.headers["Authorization"]
         assert (await client.get(status["download_url"])).content == audio.content
 
 
-async def test_without_keys_everybody_is_one_client() -> None:
+async def test_without_keys_all_callers_are_one_client() -> None:
     async with make_client() as (client, _):
         url = f"/jobs/{'c' * 32}"
         assert (await client.put(url, json=BODY)).status_code == 202

@@ -1,4 +1,4 @@
-"""What a browser is shown: the page at the root and the API's pages, none of which loads anything from elsewhere."""
+"""The page at the root and the API pages, none of which loads anything from other hosts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PLAYGROUND = Path(__file__).parents[2] / "stable_audio_serve" / "api" / "playgro
 
 
 class Page(HTMLParser):
-    """What a page loads by itself, where its links go, and its inline scripts and styles."""
+    """Parses the resources, links, inline scripts and styles of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def policy_of(reply: httpx.Response) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("path", ["/", "/docs", "/redoc"])
-async def test_pages_load_nothing_from_elsewhere(client: httpx.AsyncClient, path: str) -> None:
+async def test_pages_load_nothing_from_other_hosts(client: httpx.AsyncClient, path: str) -> None:
     reply = await client.get(path)
     page, policy = Page(reply.text), policy_of(reply)
     assert reply.headers["content-type"].startswith("text/html")
@@ -76,7 +76,7 @@ async def test_nonces_are_used_once(client: httpx.AsyncClient) -> None:
     assert first != second
 
 
-async def test_assets_are_the_packages_files_and_no_others(client: httpx.AsyncClient) -> None:
+async def test_assets_are_the_packages_files_only(client: httpx.AsyncClient) -> None:
     scripts = [url for url in Page((await client.get("/docs")).text).loads if url.endswith(".js")]
     reply = await client.get(scripts[0])
     assert reply.headers["content-type"].startswith(("text/javascript", "application/javascript"))
@@ -87,7 +87,7 @@ async def test_assets_are_the_packages_files_and_no_others(client: httpx.AsyncCl
         assert (await client.get(f"{folder}/{name}")).status_code == 404, name
 
 
-async def test_the_page_at_the_root_runs_its_own_scripts_and_styles_only(client: httpx.AsyncClient) -> None:
+async def test_root_page_runs_only_its_own_scripts_and_styles(client: httpx.AsyncClient) -> None:
     first, second = [await client.get("/") for _ in range(2)]
     policy = policy_of(first)
     (nonce,) = re.findall(r'name="csp-nonce" content="([^"]+)"', first.text)
@@ -102,13 +102,13 @@ async def test_the_page_at_the_root_runs_its_own_scripts_and_styles_only(client:
     assert policy_of(second)["script-src"] != policy["script-src"]
     page = Page(first.text)
     (script,) = re.findall(r"<script [^>]*nonce=\"([^\"]+)\"[^>]*src=\"playground/main.js\"", first.text)
-    assert policy["script-src"] == [f"'nonce-{script}'"]  # not 'self': files that clients brought are served here too
-    assert script != nonce  # a style can read the other one
+    assert policy["script-src"] == [f"'nonce-{script}'"]  # not 'self': clients' files have the same origin
+    assert script != nonce  # styles could read the script's nonce
     assert (page.inline["script"], page.inline["style"]) == ([], [])
     assert not re.search(r"\s(on[a-z]+|style)=", first.text)
 
 
-async def test_the_playgrounds_parts_are_its_files_and_no_others(client: httpx.AsyncClient) -> None:
+async def test_playground_serves_its_files_only(client: httpx.AsyncClient) -> None:
     names = {path.relative_to(PLAYGROUND).as_posix() for path in PLAYGROUND.rglob("*.*") if path.is_file()}
     types = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
     for name in names:
@@ -125,7 +125,7 @@ async def test_the_playgrounds_parts_are_its_files_and_no_others(client: httpx.A
         assert (await client.get(f"/playground/{name}")).status_code == 404, name
 
 
-async def test_programs_get_the_same_as_json(client: httpx.AsyncClient) -> None:
+async def test_json_clients_get_a_summary(client: httpx.AsyncClient) -> None:
     reply = await client.get("/", headers={"Accept": "application/json"})
     body = reply.json()
     assert body["name"] == "stable-audio-serve"
@@ -145,7 +145,7 @@ async def test_programs_get_the_same_as_json(client: httpx.AsyncClient) -> None:
     assert (told.status_code, told.content) == (200, b"")
 
 
-async def test_the_pages_scripts_name_no_other_host_as_a_source(client: httpx.AsyncClient) -> None:
+async def test_scripts_of_the_pages_load_from_no_other_host(client: httpx.AsyncClient) -> None:
     for page in ("/docs", "/redoc"):
         for url in Page((await client.get(page)).text).loads:
             if url.endswith((".js", ".css")):
@@ -153,7 +153,7 @@ async def test_the_pages_scripts_name_no_other_host_as_a_source(client: httpx.As
                 assert not re.search(r"""(\bsrc\s*[:=]\s*["']|@import\s*["']|url\(["']?)https?://""", text), url
 
 
-async def test_with_keys_the_pages_stay_open_and_the_api_does_not(jobs: JobQueue) -> None:
+async def test_with_keys_pages_are_public_and_the_api_is_not(jobs: JobQueue) -> None:
     settings = Settings.model_validate({"api": {"key_hashes": [hash_key("secret")]}})
     app = create_app(ToneBackend(), settings, jobs=jobs)
     asset = "/docs/assets/swagger-ui-bundle.js"
@@ -163,7 +163,7 @@ async def test_with_keys_the_pages_stay_open_and_the_api_does_not(jobs: JobQueue
         assert (await client.get("/v1/models")).status_code == 401
 
 
-async def test_pages_work_below_the_path_of_an_application(jobs: JobQueue) -> None:
+async def test_pages_work_below_a_mount_path(jobs: JobQueue) -> None:
     app = create_app(ToneBackend(), Settings(), jobs=jobs)
     transport = httpx.ASGITransport(app, root_path="/audio")
     async with httpx.AsyncClient(transport=transport, base_url=BASE) as client:

@@ -1,4 +1,4 @@
-"""`/ready` for whoever sends requests here, `/health` for whoever restarts what is dead: what each says, and when."""
+"""`/ready` for load balancers and `/health` for supervisors, in each state of the default model."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tests.backends import ToneBackend
 
 PREFIXES = ("", "/sa3", "/saos", "/vllm", "/aiml", "/fal")
 
-# The default model's stage; what /ready answers; and the word and verdict of /health, whose answer is always 200.
+# Stage of the default model; status of /ready; status and healthy of /health, which always responds with 200.
 STAGES = [
     (None, 503, "loading", False),
     ("loading", 503, "loading", False),
     ("failed", 503, "failed", False),
     ("ready", 200, "ok", True),
-    ("idle", 200, "ok", True),  # scaled to zero: the first request is held and brings it back
-    ("waking", 200, "ok", True),  # and meanwhile others are held too
+    ("idle", 200, "ok", True),  # scaled to zero: the first request is held and wakes the model
+    ("waking", 200, "ok", True),  # more requests are held
 ]
 
 
@@ -32,7 +32,7 @@ def readiness(shared: tuple[FastAPI, ToneBackend]) -> Readiness:
 
 @pytest.mark.parametrize(("stage", "status", "word", "healthy"), STAGES)
 @pytest.mark.parametrize("other", ["ready", "failed"])
-async def test_the_default_model_decides(
+async def test_default_model_decides_readiness(
     client: httpx.AsyncClient,
     backend: ToneBackend,
     stage: str | None,
@@ -54,7 +54,7 @@ async def test_the_default_model_decides(
         assert int(ready.headers["retry-after"]) >= 1
 
 
-async def test_a_server_that_takes_no_more_work_is_not_ready_and_says_why(
+async def test_blocked_server_is_not_ready_and_gives_the_reason(
     client: httpx.AsyncClient, readiness: Readiness
 ) -> None:
     readiness.block("draining", "the server is stopping")
@@ -69,7 +69,7 @@ async def test_a_server_that_takes_no_more_work_is_not_ready_and_says_why(
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("status", [200, 503])
-async def test_probes_may_ask_anywhere_and_with_head(
+async def test_probes_work_on_all_prefixes_and_with_head(
     client: httpx.AsyncClient, backend: ToneBackend, prefix: str, status: int
 ) -> None:
     if status == 503:
@@ -81,29 +81,27 @@ async def test_probes_may_ask_anywhere_and_with_head(
 
 
 @pytest.mark.server
-async def test_probes_wait_for_nobody(client: httpx.AsyncClient, backend: ToneBackend) -> None:
-    """Not for a backend that hangs, and not behind the requests in progress, however many."""
+async def test_probes_respond_while_the_backend_hangs(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+    """Requests in progress do not delay probes, however many there are."""
     body = {"prompt": "x", "duration": 1}
     paths = ("/health", "/ready")
     expected = [(200, (await client.get(path)).json()) for path in paths]
     backend.delay_s = backend.status_delay_s = 600
     busy = [asyncio.create_task(client.post("/v1/audio/generations", json=body)) for _ in range(270)]
     try:
-        while backend.num_running < 256:  # `ingress.max_ongoing_requests`; the rest is refused
+        while backend.num_running < 256:  # `ingress.max_ongoing_requests`; further requests are refused
             await asyncio.wait(busy, timeout=0.05)
-        async with asyncio.timeout(60):  # well before the backend answers
+        async with asyncio.timeout(60):  # long before the backend responds
             replies = await asyncio.gather(*(client.get(path) for path in paths))
     finally:
         for task in busy:
             task.cancel()
         await asyncio.gather(*busy, return_exceptions=True)
-    assert [(reply.status_code, reply.json()) for reply in replies] == expected  # what was known last
+    assert [(reply.status_code, reply.json()) for reply in replies] == expected  # the last known status
 
 
-async def test_health_names_the_device_that_the_default_model_runs_on(
-    client: httpx.AsyncClient, backend: ToneBackend
-) -> None:
+async def test_health_has_the_device_of_the_default_model(client: httpx.AsyncClient, backend: ToneBackend) -> None:
     backend.statuses = {"small-sfx": ModelStatus("ready", 1, "cuda:1"), "medium": ModelStatus("ready", 1, "cpu")}
     assert (await client.get("/health")).json()["device"] == "cuda:1"
     backend.statuses = {}
-    assert (await client.get("/health")).json()["device"] is None  # the setting, until it is known
+    assert (await client.get("/health")).json()["device"] is None  # the setting, until the device is known

@@ -1,4 +1,4 @@
-"""Inpaint times as text: whatever stands there is either regions inside the clip or an error that names a field."""
+"""Inpaint times as text: either regions inside the clip, or an error that names a field."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ region_lists = st.lists(
 
 
 @given(regions=region_lists, spelling=st.sampled_from("jcs"), alias=st.booleans(), pad=st.sampled_from(["", " ", "\n"]))
-def test_every_spelling_means_its_numbers_exactly(regions: Regions, spelling: str, alias: bool, pad: str) -> None:
+def test_every_spelling_gives_the_same_numbers(regions: Regions, spelling: str, alias: bool, pad: str) -> None:
     def spell(numbers: list[float]) -> str:
         if spelling == "s" and len(numbers) == 1:
             return pad + repr(numbers[0])
@@ -55,9 +55,7 @@ texts = st.text(max_size=20) | st.text('0123456789.,-+eE[]" \tinfatynrul_', max_
 @example(start="\ud800", end='["\ud800"]', duration_s=1)
 @example(start='["a"]', end="[{}]", duration_s=1)
 @example(start="[[1]]", end="[[2]]", duration_s=3)
-def test_any_text_is_regions_inside_the_clip_or_an_error_that_names_a_field(
-    start: str | None, end: str | None, duration_s: float
-) -> None:
+def test_any_text_is_parsed_or_refused_by_name(start: str | None, end: str | None, duration_s: float) -> None:
     caught: InvalidRequestError | None = None
     regions: Regions = []
     try:

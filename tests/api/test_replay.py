@@ -1,4 +1,4 @@
-"""Takes are made again from their recipes, byte for byte, by a real engine with a tiny model."""
+"""Clips are recreated from their recipes byte for byte, by a real engine with a tiny model."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ Form = dict[str, Any]
 
 @asynccontextmanager
 async def serve_model(name: str, path: str, *, output_dir: Path) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of an engine with one model, whose recipes all dialects tell."""
+    """Returns a client of an engine with one model. All dialects return recipes."""
     settings = Settings.model_validate(
         {
-            "models": [{"name": name, "path": path, "threads": 1}],  # several wait for each other on a busy machine
+            "models": [{"name": name, "path": path, "threads": 1}],  # threads slow each other down on a busy machine
             "output_dir": str(output_dir),
             "dialects": {"recipes": True, "saos_window_s": 3.0},
         }
@@ -71,7 +71,7 @@ async def real(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[httpx.
         yield client
 
 
-in_its_loop = pytest.mark.asyncio(loop_scope="module")  # the real engine's
+in_its_loop = pytest.mark.asyncio(loop_scope="module")  # the event loop of the real engine
 
 
 def recipes_of(reply: httpx.Response) -> list[dict[str, Any]]:
@@ -81,7 +81,7 @@ def recipes_of(reply: httpx.Response) -> list[dict[str, Any]]:
 
 @in_its_loop
 @pytest.mark.slow
-async def test_text_to_audio_is_repeated_to_the_byte(real: httpx.AsyncClient) -> None:
+async def test_text_to_audio_is_recreated_exactly(real: httpx.AsyncClient) -> None:
     take = await real.post("/v1/audio/generations", json={"prompt": "wind", "duration": 1, "steps": 2})
     (recipe,) = recipes_of(take)
     again = await real.post(REPLAY, json=recipe)
@@ -91,8 +91,8 @@ async def test_text_to_audio_is_repeated_to_the_byte(real: httpx.AsyncClient) ->
 
 
 @in_its_loop
-async def test_what_a_request_left_to_the_model_is_written_out(real: httpx.AsyncClient) -> None:
-    """So that the take stays the same should a later version have other defaults."""
+async def test_recipe_contains_the_models_defaults(real: httpx.AsyncClient) -> None:
+    """The clip stays the same if a later version has other defaults."""
     body = {"prompt": "wind", "duration": 1, "seed": 7, "negative_prompt": "hiss"}
     (recipe,) = recipes_of(take := await real.post("/v1/audio/generations", json=body))
     left = {name: recipe[name] for name in ("steps", "cfg_scale", "apg_scale", "duration_padding_sec")}
@@ -104,7 +104,7 @@ async def test_what_a_request_left_to_the_model_is_written_out(real: httpx.Async
 
 @in_its_loop
 @pytest.mark.parametrize("file_format", ["wav", "flac", "mp3", "ogg", "opus"])
-async def test_the_file_alone_is_enough(real: httpx.AsyncClient, file_format: str) -> None:
+async def test_file_alone_is_enough(real: httpx.AsyncClient, file_format: str) -> None:
     body = {"prompt": "wind", "duration": 1, "steps": 2, "response_format": file_format}
     take = await real.post("/v1/audio/generations", json=body)
     again = await real.post(REPLAY, files={"file": take.content})
@@ -113,7 +113,7 @@ async def test_the_file_alone_is_enough(real: httpx.AsyncClient, file_format: st
 
 
 @in_its_loop
-async def test_each_variation_of_a_source_has_a_recipe_of_its_own(real: httpx.AsyncClient) -> None:
+async def test_each_variation_of_a_source_has_its_own_recipe(real: httpx.AsyncClient) -> None:
     source = make_audio_file(duration_s=1.0)
     form = {"prompt": "wind", "duration": "1", "steps": "2", "batch_size": "2", "manifest": "true"}
     take = await real.post("/v1/audio/variations", data=form, files={"audio": source})
@@ -136,7 +136,7 @@ KINDS = ("text", "variation", "inpaint", "continue", "loop", "styled loop", "sma
 
 
 def draw_order(random: Random, kind: str) -> tuple[str, Form, dict[str, bytes] | None]:
-    """The path, the fields and the upload of a request."""
+    """Path, fields and upload of a request."""
     if kind in {"loop", "styled loop", "small"}:
         tempo, bars = random.choice([90, 120, 140]), random.choice([1, 2])
         form: Form = {"prompt": f"beat {tempo}bpm", "steps": random.randint(1, 3), "cfg_scale": random.choice([1, 6])}
@@ -175,7 +175,7 @@ def draw_order(random: Random, kind: str) -> tuple[str, Form, dict[str, bytes] |
 
 @in_its_loop
 @pytest.mark.parametrize("num_takes", [len(KINDS), pytest.param(TAKES, marks=pytest.mark.slow)])
-async def test_takes_of_all_kinds_are_repeated_to_the_byte(real: httpx.AsyncClient, num_takes: int) -> None:
+async def test_clips_of_all_kinds_are_recreated_exactly(real: httpx.AsyncClient, num_takes: int) -> None:
     random = Random(20)
     paths = Counter[str]()
     for number in range(num_takes):
@@ -197,7 +197,7 @@ async def test_takes_of_all_kinds_are_repeated_to_the_byte(real: httpx.AsyncClie
 
 
 def open_orders(sampler: str, **levels: float) -> list[tuple[str, Form]]:
-    """Requests of all kinds to a Stable Audio Open model, whose window is made whole and whose noise has levels."""
+    """Returns requests of all kinds to a Stable Audio Open model."""
     chosen: Form = {"sampler_kwargs": {"sampler_type": sampler} | levels}
     text = {"prompt": "a bell", "duration": 2, "steps": 2}
     return [
@@ -219,7 +219,7 @@ def open_orders(sampler: str, **levels: float) -> list[tuple[str, Form]]:
     ],
 )
 @pytest.mark.slow
-async def test_takes_of_stable_audio_open_are_repeated_to_the_byte(
+async def test_stable_audio_open_clips_are_recreated_exactly(
     name: str, orders: list[tuple[str, Form]], tmp_path: Path
 ) -> None:
     async with serve_model(name, str(OPEN_GOLDENS / name), output_dir=tmp_path) as client:
@@ -237,7 +237,7 @@ async def test_takes_of_stable_audio_open_are_repeated_to_the_byte(
 
 
 @in_its_loop
-async def test_a_recipe_is_hostile_input(real: httpx.AsyncClient) -> None:
+async def test_invalid_recipes_are_refused(real: httpx.AsyncClient) -> None:
     (recipe,) = recipes_of(await real.post("/v1/audio/generations", json={"prompt": "a", "duration": 1, "steps": 1}))
     text = json.dumps(recipe)
     sha256 = "0" * 64
@@ -293,7 +293,7 @@ async def test_a_recipe_is_hostile_input(real: httpx.AsyncClient) -> None:
     assert (await real.post(REPLAY, json=recipe)).headers["x-replay"] == "exact"
 
 
-async def test_a_recipe_may_begin_with_a_byte_order_mark(client: httpx.AsyncClient) -> None:
+async def test_recipe_may_start_with_a_byte_order_mark(client: httpx.AsyncClient) -> None:
     take = await client.post("/v1/audio/generations", json={"prompt": "a", "duration": 1})
     marked = f"\ufeff{take.headers['x-recipe']}".encode()
     for again in (await client.post(REPLAY, content=marked), await client.post(REPLAY, files={"recipe": marked})):
@@ -301,8 +301,8 @@ async def test_a_recipe_may_begin_with_a_byte_order_mark(client: httpx.AsyncClie
     assert read_recipe(marked) == recipes_of(take)[0]
 
 
-async def test_a_recipe_of_many_faults_is_refused_at_the_first(client: httpx.AsyncClient) -> None:
-    """Each fault takes its share of a second of the event loop, and a megabyte has room for 600,000."""
+async def test_recipe_with_many_errors_is_refused_at_the_first(client: httpx.AsyncClient) -> None:
+    """Each error takes event loop time, and a megabyte has room for 600,000 of them."""
     (recipe,) = recipes_of(await client.post("/v1/audio/generations", json={"prompt": "a", "duration": 1}))
     keys = dict.fromkeys(map(str, range(50_000)), 1)
     for bad, field in (
@@ -318,7 +318,7 @@ async def test_a_recipe_of_many_faults_is_refused_at_the_first(client: httpx.Asy
 
 
 @in_its_loop
-async def test_on_anything_else_a_replay_is_close(real: httpx.AsyncClient) -> None:
+async def test_replay_on_another_device_is_close(real: httpx.AsyncClient) -> None:
     (recipe,) = recipes_of(await real.post("/v1/audio/generations", json={"prompt": "a", "duration": 1, "steps": 1}))
     assert recipe["made_on"]["transformers"] == transformers.__version__
     other = {"device": "cuda", "dtype": "float16", "mode": "fast", "version": "0", "torch": "2.0", "processor": "AVX2"}
@@ -331,8 +331,8 @@ async def test_on_anything_else_a_replay_is_close(real: httpx.AsyncClient) -> No
 
 
 @in_its_loop
-async def test_libraries_that_had_a_part_in_a_file_stand_in_its_recipe(real: httpx.AsyncClient) -> None:
-    """Another libsndfile writes other FLAC files, and reads other samples from an MP3 file."""
+async def test_recipe_names_the_libraries_that_matter(real: httpx.AsyncClient) -> None:
+    """Another version of libsndfile writes other FLAC files and decodes MP3 files to other samples."""
     body = {"prompt": "a", "duration": 1, "steps": 1}
     (plain,) = recipes_of(await real.post("/v1/audio/generations", json=body))
     (flac,) = recipes_of(await real.post("/v1/audio/generations", json=body | {"response_format": "flac"}))
@@ -348,7 +348,7 @@ async def test_libraries_that_had_a_part_in_a_file_stand_in_its_recipe(real: htt
 
 
 @in_its_loop
-async def test_what_cannot_be_repeated_is_refused_by_name(real: httpx.AsyncClient) -> None:
+async def test_unrepeatable_request_is_refused_by_name(real: httpx.AsyncClient) -> None:
     source = make_audio_file(duration_s=1.0)
     form = {"prompt": "wind", "duration": "1", "steps": "2", "inpaint_start_seconds": "0.5", "inpaint_end_seconds": "1"}
     (recipe,) = recipes_of(await real.post("/v1/audio/inpaint", data=form, files={"audio": source}))
@@ -367,7 +367,7 @@ async def test_what_cannot_be_repeated_is_refused_by_name(real: httpx.AsyncClien
         assert said in fault["msg"]
 
 
-async def test_a_long_prompt_is_left_out_of_the_header_only(client: httpx.AsyncClient) -> None:
+async def test_long_prompt_is_left_out_of_the_header_only(client: httpx.AsyncClient) -> None:
     for prompt, is_whole in (("x" * 3000, True), ("x" * 4000, False), ("雨" * 700, False)):
         reply = await client.post("/v1/audio/generations", json={"prompt": prompt, "duration": 1})
         assert len(reply.headers["x-recipe"]) <= 4096
@@ -381,7 +381,7 @@ async def test_a_long_prompt_is_left_out_of_the_header_only(client: httpx.AsyncC
 
 
 @in_its_loop
-async def test_a_model_says_how_much_of_a_prompt_it_reads(real: httpx.AsyncClient) -> None:
+async def test_model_reports_how_much_of_a_prompt_it_reads(real: httpx.AsyncClient) -> None:
     body = {"prompt": "warm analog pad, slow attack " * 400, "duration": 1, "steps": 1}
     take = await real.post("/v1/audio/generations", json=body)
     (chars,) = re.findall(r"prompt: the model reads the first (\d+) characters only", take.headers["warning"])
@@ -390,7 +390,7 @@ async def test_a_model_says_how_much_of_a_prompt_it_reads(real: httpx.AsyncClien
     assert pcm_of(cut.content) == pcm_of((await real.post("/v1/audio/generations", json={**body, "seed": 7})).content)
 
 
-async def test_a_jobs_audio_comes_with_its_recipes(client: httpx.AsyncClient, runner: JobRunner) -> None:
+async def test_job_audio_has_recipes(client: httpx.AsyncClient, runner: JobRunner) -> None:
     for number in (1, 2):
         job = await wait(client, await submit(client, prompt="rain", batch_size=number))
         audio = await client.get(job["download_url"])
@@ -402,7 +402,7 @@ async def test_a_jobs_audio_comes_with_its_recipes(client: httpx.AsyncClient, ru
 
 
 @pytest.mark.parametrize("is_told", [False, True])
-async def test_files_of_the_hosted_dialects_carry_recipes_where_the_operator_says_so(is_told: bool) -> None:
+async def test_hosted_dialects_have_recipes_if_configured(is_told: bool) -> None:
     body = {"model": "stable-audio", "prompt": "rain", "seconds_total": 1, "steps": 2}
     fal, aiml = "/fal-ai/stable-audio", "/v2/generate/audio"
     async with make_client(dialects={"recipes": is_told}) as (client, _):
@@ -421,8 +421,8 @@ async def test_files_of_the_hosted_dialects_carry_recipes_where_the_operator_say
                 assert again.content == file
 
 
-async def test_a_page_of_jobs_has_no_long_recipes(client: httpx.AsyncClient, runner: JobRunner) -> None:
-    """Nobody asked for them there, and a hundred jobs may have a megabyte of prompts each."""
+async def test_list_of_jobs_has_no_long_recipes(client: httpx.AsyncClient, runner: JobRunner) -> None:
+    """A list of a hundred jobs could otherwise have a megabyte of prompts per job."""
     for prompt, is_there in (("x" * 2048, True), ("x" * 2049, False)):
         job = await wait(client, await submit(client, prompt=prompt, batch_size=2))
         (listed, *_) = (await client.get("/jobs")).json()["jobs"]
@@ -430,14 +430,14 @@ async def test_a_page_of_jobs_has_no_long_recipes(client: httpx.AsyncClient, run
         assert listed == job | {"recipes": job["recipes"] if is_there else None}
 
 
-async def test_other_dialects_tell_no_recipe(client: httpx.AsyncClient) -> None:
+async def test_other_dialects_have_no_recipe_by_default(client: httpx.AsyncClient) -> None:
     for path, body in (("/saos/generate", {"prompt": "x", "seconds_total": 1}), ("/v1/audio/generate", {"input": "x"})):
         reply = await client.post(path, json=body)
         assert reply.status_code == 200
         assert "x-recipe" not in reply.headers
 
 
-async def test_what_did_not_say_how_it_works_is_close(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+async def test_replay_with_unknown_origin_is_close(client: httpx.AsyncClient, backend: ToneBackend) -> None:
     take = await client.post("/v1/audio/generations", json={"prompt": "x", "duration": 1})
     again = await client.post(REPLAY, content=take.headers["x-recipe"])
     assert (again.headers["x-replay"], again.content) == ("close", take.content)

@@ -1,4 +1,4 @@
-"""What a key may do: every operation of the API, asked with a key of each scope."""
+"""Scopes of keys: every operation of the API with a key of each scope."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from tests.backends import ToneBackend
 
 pytestmark = pytest.mark.server
 
-# Operations that every key may use, and those that need no key at all; of the rest a test below says what they need.
+# Operations for every key, and those that need no key. A test below checks the scopes of all others.
 ANY = {"/v1/models", "/riffs/available", "/model/info"}
-ANY |= {"/v1/status", "/api/fal/proxy"}  # what it leads to asks again
+ANY |= {"/v1/status", "/api/fal/proxy"}  # the target checks the scope
 OPEN = {"/", "/health", "/ready", "/saos/health", "/files/{file_id}/{file_name}", "/jobs/{job_id}/audio"}
 OPEN |= {"/favicon.ico", "/playground/{path}", "/openapi.json", "/docs", "/redoc", "/docs/assets/{file_name}"}
 OPEN |= {f"/storage/upload/{{ticket}}{rest}" for rest in ("", "/{number}", "/complete")}
@@ -35,7 +35,7 @@ GENERATE |= {"/fal-ai/stable-audio", "/run/fal-ai/stable-audio"}
 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
-    """An application with a key for each scope, called like it, and one with all of them."""
+    """Returns an application with one key per scope, named after it, and one key with all scopes."""
     folder = tmp_path_factory.mktemp("scopes")
     lines = [f"{scope}:{hash_key(scope)} scope={scope}" for scope in SCOPES]
     lines += [f"all:{hash_key('all')} scope={','.join(SCOPES)}", f"plain:{hash_key('plain')}"]
@@ -65,7 +65,7 @@ def operations(app: FastAPI) -> Iterator[tuple[str, str, str]]:
 
 
 def may_use(path: str, key: str) -> bool:
-    """By hand, from the documentation: what makes audio needs `generate`, what is about jobs needs `jobs`."""
+    """Returns the documented scopes: `generate` for generating audio, `jobs` for jobs."""
     if path in ANY | OPEN:
         return True
     if path in STORAGE:
@@ -76,7 +76,7 @@ def may_use(path: str, key: str) -> bool:
 
 
 @pytest.mark.parametrize("key", [*SCOPES, "all", "plain", "old"])
-async def test_every_operation_asks_for_its_scope(app: FastAPI, key: str) -> None:
+async def test_every_operation_needs_its_scope(app: FastAPI, key: str) -> None:
     prefixes = ("", *(f"/{name}" for name in ("sa3", "saos", "vllm", "aiml", "fal") if key in ("generate", "jobs")))
     async with connect(app, key) as client:
         for method, path, url in operations(app):
@@ -91,7 +91,7 @@ async def test_every_operation_asks_for_its_scope(app: FastAPI, key: str) -> Non
                     assert re.search("generate|jobs|admin", reply.text)
 
 
-async def test_fals_hosts_decide_which_scope_a_submission_needs(app: FastAPI) -> None:
+async def test_fal_host_decides_the_scope_of_a_submission(app: FastAPI) -> None:
     body = {"prompt": "x", "seconds_total": 1}
     queue = {"Host": "queue.localhost"}
     for key, now, later in (("generate", 200, 403), ("jobs", 403, 200)):
@@ -104,12 +104,12 @@ async def test_fals_hosts_decide_which_scope_a_submission_needs(app: FastAPI) ->
                 assert reply.status_code == expected, (key, host)
 
 
-async def test_the_scope_is_asked_for_before_the_body_is_looked_at(app: FastAPI) -> None:
+async def test_scope_is_checked_before_the_body(app: FastAPI) -> None:
     async with connect(app, "jobs") as client:
         assert (await client.post("/v1/audio/generate", content=b"{")).status_code == 403
 
 
-async def test_the_refusal_names_the_scope_in_each_dialects_form(app: FastAPI) -> None:
+async def test_refusal_names_the_scope_in_each_dialects_format(app: FastAPI) -> None:
     async with connect(app, "admin") as client:
         native = (await client.post("/v1/audio/generations", json={"prompt": "x"})).json()
         assert "generate" in native["detail"]
@@ -128,14 +128,14 @@ async def test_the_refusal_names_the_scope_in_each_dialects_form(app: FastAPI) -
 @pytest.mark.parametrize(
     ("key", "status"), [(None, 401), ("wrong", 401), ("plain", 403), ("generate", 403), ("admin", 200), ("all", 200)]
 )
-async def test_a_route_for_administrators(app: FastAPI, key: str | None, status: int) -> None:
+async def test_admin_route(app: FastAPI, key: str | None, status: int) -> None:
     async with connect(app, key) as client:
         reply = await client.get("/an-admin-route")
         assert reply.status_code == status
         assert (status != 403) or "admin" in reply.json()["detail"]
 
 
-async def test_without_keys_nobody_is_an_administrator(app: FastAPI) -> None:
+async def test_without_keys_admin_routes_are_forbidden(app: FastAPI) -> None:
     keys, app.state.keys = app.state.keys, ApiKeys(KeyRing(ApiSettings()))
     try:
         async with connect(app, "admin") as client:

@@ -1,4 +1,4 @@
-"""What is done about loud clips and told of every clip, in all dialects; and the manifest of several variations."""
+"""Peak treatment and loudness of clips in all dialects, and the manifest of several variations."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def clipped(data: bytes) -> int:
     return int((np.abs(read(data)) >= 1 - LAST_BIT).sum())
 
 
-async def test_a_loud_clip_is_limited_and_says_so(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+async def test_loud_clip_is_limited_and_reported(client: httpx.AsyncClient, backend: ToneBackend) -> None:
     backend.level = 1.5
     reply = await client.post(URL, json=BODY)
     assert reply.status_code == 200, reply.text
@@ -58,7 +58,7 @@ async def test_a_loud_clip_is_limited_and_says_so(client: httpx.AsyncClient, bac
     assert np.abs(np.fft.rfft(samples))[[900, 1500]].max() < 1e-3 * np.abs(np.fft.rfft(samples)).max()
 
 
-async def test_the_references_ways_can_be_asked_for(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+async def test_requests_can_choose_the_peak_treatment(client: httpx.AsyncClient, backend: ToneBackend) -> None:
     backend.level = 1.5
     cut = await client.post(URL, json=BODY | {"peaks": "clip"})
     assert clipped(cut.content) > 10_000
@@ -72,13 +72,13 @@ async def test_the_references_ways_can_be_asked_for(client: httpx.AsyncClient, b
     assert peak(scaled.content) == pytest.approx(1.0, abs=LAST_BIT)
 
 
-async def test_another_word_is_refused(client: httpx.AsyncClient) -> None:
+async def test_unknown_peak_treatment_is_refused(client: httpx.AsyncClient) -> None:
     reply = await client.post(URL, json=BODY | {"peaks": "louder"})
     assert reply.status_code == 422
     assert reply.json()["detail"][0]["loc"] == ["body", "peaks"]
 
 
-async def test_the_operator_chooses_for_those_who_do_not() -> None:
+async def test_setting_applies_to_requests_without_peaks() -> None:
     async with make_client(ToneBackend(level=1.5), audio={"peaks": "clip"}) as (client, _):
         assert clipped((await client.post(URL, json=BODY)).content) > 10_000
         assert clipped((await client.post(URL, json=BODY | {"peaks": "limit"})).content) == 0
@@ -86,8 +86,8 @@ async def test_the_operator_chooses_for_those_who_do_not() -> None:
         assert job["clips"][0]["peak"] == 1.0
 
 
-async def test_loudness_is_told_where_it_is_defined(client: httpx.AsyncClient, backend: ToneBackend) -> None:
-    # A sine of 997 Hz at full scale on one channel is -3.01 LUFS: that is how the scale is defined.
+async def test_loudness_is_reported_where_defined(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+    # By definition, a 997 Hz sine at full scale on one channel has -3.01 LUFS.
     reply = await client.post(URL, json=BODY | {"seed": 897})
     assert facts(reply)["loudness"][0] == pytest.approx(-3.01 - 6.02 + 3.01, abs=0.1)
     short = await client.post(URL, json=BODY | {"duration": 0.39})
@@ -97,14 +97,14 @@ async def test_loudness_is_told_where_it_is_defined(client: httpx.AsyncClient, b
     assert (facts(silent)["silent"], facts(silent)["loudness"]) == ([True], [None])
 
 
-async def test_each_variation_is_told_of(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+async def test_each_variation_is_described(client: httpx.AsyncClient, backend: ToneBackend) -> None:
     backend.level = 0.8
     reply = await client.post(URL, json=BODY | {"batch_size": 2})
     assert {name: len(values) for name, values in facts(reply).items()} == {"peak": 2, "loudness": 2, "silent": 2}
     assert reply.headers["x-seeds"] == "300, 301"
 
 
-async def test_a_job_tells_the_same_as_the_answer_at_once(
+async def test_job_and_synchronous_response_have_the_same_facts(
     client: httpx.AsyncClient, backend: ToneBackend, runner: JobRunner
 ) -> None:
     backend.level = 1.2
@@ -119,7 +119,7 @@ async def test_a_job_tells_the_same_as_the_answer_at_once(
 
 
 @pytest.mark.parametrize(("peaks", "expected"), [(None, CEILING), ("clip", 1.0)])
-async def test_the_other_dialects_limit_too_and_say_what_they_made(
+async def test_other_dialects_limit_and_describe_clips_too(
     client: httpx.AsyncClient, backend: ToneBackend, runner: JobRunner, peaks: str | None, expected: float
 ) -> None:
     backend.level = 1.5
@@ -135,8 +135,8 @@ async def test_the_other_dialects_limit_too_and_say_what_they_made(
         assert int(reply.headers["x-seed"]) >= 0
 
 
-async def test_open_small_keeps_its_own_loudness(client: httpx.AsyncClient, backend: ToneBackend) -> None:
-    """Divided by its own peak whatever the level, so never cut off: no field of another dialect changes that."""
+async def test_open_small_normalizes_to_full_scale(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+    """Clips are divided by their own peak and never cut off; fields of other dialects do not change that."""
     for level in (0.2, 1.5):
         backend.level = level
         body = {"prompt": "x", "seconds_total": 1, "seed": 305, "peaks": "limit"}
@@ -147,7 +147,7 @@ async def test_open_small_keeps_its_own_loudness(client: httpx.AsyncClient, back
 
 
 @pytest.mark.parametrize("seed", [-2, 2**63 - 1, 2**64 - 1])
-async def test_every_seed_that_is_told_repeats_its_variation(client: httpx.AsyncClient, seed: int) -> None:
+async def test_every_reported_seed_repeats_its_variation(client: httpx.AsyncClient, seed: int) -> None:
     body = BODY | {"response_format": "wav"}
     batch = await client.post(URL, json=body | {"seed": seed, "batch_size": 3})
     seeds = [int(told) for told in batch.headers["x-seeds"].split(",")]
@@ -159,7 +159,7 @@ async def test_every_seed_that_is_told_repeats_its_variation(client: httpx.Async
         assert alone.content == made.read(name)
 
 
-async def test_a_manifest_is_added_when_asked_for(client: httpx.AsyncClient, runner: JobRunner) -> None:
+async def test_manifest_is_added_on_request(client: httpx.AsyncClient, runner: JobRunner) -> None:
     body = BODY | {"prompt": " löwe ", "batch_size": 2, "model": "medium"}
     plain = zipfile.ZipFile(io.BytesIO((await client.post(URL, json=body)).content))
     reply = await client.post(URL, json=body | {"manifest": True})
@@ -175,6 +175,6 @@ async def test_a_manifest_is_added_when_asked_for(client: httpx.AsyncClient, run
         assert [archive.read(name) for name in plain.namelist()] == [plain.read(name) for name in plain.namelist()]
 
 
-async def test_one_variation_has_no_archive_for_a_manifest(client: httpx.AsyncClient) -> None:
+async def test_single_variation_has_no_manifest(client: httpx.AsyncClient) -> None:
     plain = await client.post(URL, json=BODY)
     assert (await client.post(URL, json=BODY | {"manifest": True})).content == plain.content

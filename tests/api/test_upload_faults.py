@@ -1,4 +1,4 @@
-"""Uploads over a real socket while things go wrong: decoders killed or hanging, many at once, clients that leave."""
+"""Uploads with faults, over a socket: killed or hanging decoders, many at once, disconnected clients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
 from tests.patience import PATIENCE_S, until
 
-pytestmark = pytest.mark.server  # decoders, which are killed
+pytestmark = pytest.mark.server  # kills decoders
 
 VARIATIONS = "/v1/audio/variations"
 FORM = {"prompt": "x", "duration": "0.1"}
@@ -26,7 +26,7 @@ WAV = make_audio_file(duration_s=10.0)
 
 
 def decoder_pids() -> set[int]:
-    """Decoding processes started by this one."""
+    """Returns the decoding processes of this process."""
     found = set()
     for entry in Path("/proc").iterdir():
         try:
@@ -39,7 +39,7 @@ def decoder_pids() -> set[int]:
 
 
 def spooled_files(folder: Path) -> list[str]:
-    """What this process has open in `folder`, deleted or not."""
+    """Returns the open files of this process in `folder`, deleted or not."""
     links = []
     for entry in Path("/proc/self/fd").iterdir():
         try:
@@ -53,7 +53,7 @@ async def upload(client: httpx.AsyncClient, data: bytes = WAV) -> httpx.Response
     return await client.post(VARIATIONS, data=FORM, files={"audio": ("a.wav", data)})
 
 
-async def test_a_decoder_killed_between_and_during_uploads_costs_nobody_anything() -> None:
+async def test_killed_decoder_does_not_affect_uploads() -> None:
     before = decoder_pids()
     async with connect(ToneBackend()) as client:
         assert (await upload(client)).status_code == 200
@@ -68,7 +68,7 @@ async def test_a_decoder_killed_between_and_during_uploads_costs_nobody_anything
     assert decoder_pids() <= before
 
 
-async def test_a_hanging_decoder_is_a_400_and_blocks_no_other_upload(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_hanging_decoder_is_a_400_and_blocks_no_other_upload(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stable_audio_serve.audio.workers.MAX_DECODE_S", 4.0)
     before = decoder_pids()
     async with connect(ToneBackend()) as client:
@@ -80,14 +80,14 @@ async def test_a_hanging_decoder_is_a_400_and_blocks_no_other_upload(monkeypatch
             await asyncio.sleep(0.2)
             for _ in range(5):
                 assert (await client.get("/health")).status_code == 200
-            assert not stuck.done()  # so /health answered within the 4 s that the decoder may take
+            assert not stuck.done()  # so /health responded within the decoder's four seconds
             reply = await stuck
         assert reply.status_code == 400
         assert reply.json() == {"detail": "audio: decoding the file took too long"}
         assert (await upload(client)).status_code == 200
 
 
-async def test_twelve_uploads_at_once_each_get_their_own_source() -> None:
+async def test_twelve_concurrent_uploads_keep_their_own_sources() -> None:
     backend = ToneBackend()
     lengths_s = [0.1 * (index + 1) for index in range(12)]
 
@@ -109,7 +109,7 @@ def spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-async def test_no_file_stays_behind_whatever_ends_an_upload(spool: Path) -> None:
+async def test_uploads_leave_no_files_however_they_end(spool: Path) -> None:
     head = b'--B\r\nContent-Disposition: form-data; name="audio"; filename="a.wav"\r\n\r\n' + bytes(3_000_000)
     headers = "Content-Type: multipart/form-data; boundary=B\r\n"
 
@@ -140,18 +140,20 @@ async def test_no_file_stays_behind_whatever_ends_an_upload(spool: Path) -> None
     assert not os.listdir(spool)
 
 
-async def test_more_body_bytes_than_a_process_holds_are_refused_until_others_are_done() -> None:
+async def test_too_many_body_bytes_are_refused_until_others_are_done() -> None:
     backend = ToneBackend()
     backend.released.clear()
     async with connect(backend, max_bodies_bytes=2 * len(WAV)) as client:
-        first = asyncio.create_task(upload(client, make_audio_file(duration_s=30.0)))  # alone, a body is taken
+        first = asyncio.create_task(upload(client, make_audio_file(duration_s=30.0)))  # a single body is accepted
         await until(lambda: backend.num_running == 1)
         second = await upload(client)
         assert (second.status_code, second.headers["retry-after"]) == (503, "5")
-        assert second.json() == {"detail": "body: too much is being received from others (api.max_bodies_bytes)"}
+        assert second.json() == {
+            "detail": "body: too many bytes are being received; retry later (api.max_bodies_bytes)"
+        }
         assert (await client.get("/health")).status_code == 200
         backend.released.set()
         assert (await first).status_code == 200
-        async with asyncio.timeout(PATIENCE_S):  # an answer arrives before its request's files are closed
+        async with asyncio.timeout(PATIENCE_S):  # the response arrives before the request's files are closed
             while (await upload(client)).status_code != 200:  # noqa: ASYNC110  what is waited for is not ours to signal
                 await asyncio.sleep(0.05)

@@ -14,7 +14,7 @@ VARIATIONS = "/v1/audio/variations"
 INPAINT = "/v1/audio/inpaint"
 
 
-async def test_a_variation_carries_its_source(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+async def test_variation_uses_its_source(client: httpx.AsyncClient, backend: ToneBackend) -> None:
     wav = make_audio_file(duration_s=2.0, rate_hz=48000, channels=1)
     form = {"prompt": " x ", "duration": "1.5", "negative_prompt": "", "seed": "3", "unknown": "1"}
     reply = await client.post(VARIATIONS, data=form, files={"audio": ("a.wav", wav, "audio/wav")})
@@ -59,14 +59,16 @@ async def test_regions_in_every_spelling(
     assert backend.last.init_audio is None
 
 
-async def test_continuation_is_a_region_behind_the_source(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+async def test_extension_is_a_region_past_the_end_of_the_source(
+    client: httpx.AsyncClient, backend: ToneBackend
+) -> None:
     form = {"prompt": "x", "duration": "4", "inpaint_start_seconds": "1", "inpaint_end_seconds": "4"}
     reply = await client.post(INPAINT, data=form, files={"audio": make_audio_file(duration_s=1.0)})
     assert reply.status_code == 200
     assert soundfile.info(io.BytesIO(reply.content)).frames == 4 * 44100
 
 
-async def test_all_controls_are_form_fields_too(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+async def test_all_controls_work_as_form_fields(client: httpx.AsyncClient, backend: ToneBackend) -> None:
     form = {
         "prompt": "x",
         "model": "stable-audio-3-medium",
@@ -92,7 +94,7 @@ async def test_all_controls_are_form_fields_too(client: httpx.AsyncClient, backe
     assert (request.sampler, request.cfg_rescale, request.init_noise_level) == ("pingpong", 0.75, 0.25)
 
 
-async def test_a_source_is_cut_to_what_the_model_can_use(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+async def test_source_is_cut_to_the_part_the_model_can_use(client: httpx.AsyncClient, backend: ToneBackend) -> None:
     form = {"prompt": "x", "model": "demo", "duration": "1", "duration_padding_sec": "2"}
     upload = make_audio_file(duration_s=60.0, rate_hz=8000)
     assert (await client.post(VARIATIONS, data=form, files={"audio": upload})).status_code == 200

@@ -6,7 +6,7 @@ from stable_audio_serve.core.metrics import NullMetrics
 
 
 class CountingMetrics(NullMetrics):
-    """Remembers what was counted, and every gauge's last level."""
+    """Records the counters and the last value of every gauge."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""What only a local folder can get wrong; the rest is `test_stores`."""
+"""Faults specific to a local folder. `test_stores` has the tests for all stores."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def put(artifacts: LocalArtifacts, key: str, *chunks: bytes) -> StoredFile
 
 
 def names(folder: Path) -> list[str]:
-    """Of every file below the folder, which need not be there."""
+    """Returns the names of all files in the folder, empty if it does not exist."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
@@ -75,7 +75,7 @@ def names(folder: Path) -> list[str]:
         "C:x",
     ],
 )
-async def test_no_key_leads_out_of_the_folder(artifacts: LocalArtifacts, folder: Path, key: str) -> None:
+async def test_keys_cannot_escape_the_folder(artifacts: LocalArtifacts, folder: Path, key: str) -> None:
     with pytest.raises(ValueError):
         await put(artifacts, key, b"x")
     with pytest.raises(ValueError):
@@ -85,7 +85,7 @@ async def test_no_key_leads_out_of_the_folder(artifacts: LocalArtifacts, folder:
     assert names(folder) == []
 
 
-async def test_a_source_that_breaks_off_leaves_nothing(artifacts: LocalArtifacts, folder: Path) -> None:
+async def test_interrupted_source_leaves_nothing(artifacts: LocalArtifacts, folder: Path) -> None:
     def chunks() -> Iterator[bytes]:
         yield b"half"
         raise OSError(errno.EIO, "the upload cannot be read")
@@ -96,7 +96,7 @@ async def test_a_source_that_breaks_off_leaves_nothing(artifacts: LocalArtifacts
 
 
 @pytest.mark.parametrize("full_at", ["write", "fsync", "replace"])
-async def test_a_full_disk_is_said_and_leaves_nothing(
+async def test_full_disk_is_reported_and_leaves_nothing(
     artifacts: LocalArtifacts, folder: Path, monkeypatch: pytest.MonkeyPatch, full_at: str
 ) -> None:
     def fail(*_: Any, **__: Any) -> Any:
@@ -117,7 +117,7 @@ async def test_a_full_disk_is_said_and_leaves_nothing(
 
 
 async def test_a_file_above_the_process_limit_leaves_nothing(artifacts: LocalArtifacts, folder: Path) -> None:
-    """The kernel itself refuses in the middle of a write, as on a full disk."""
+    """The kernel refuses in the middle of a write, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
@@ -143,7 +143,7 @@ async def test_reading_never_sees_half_a_file(artifacts: LocalArtifacts, folder:
     await writing
 
 
-async def test_a_disk_that_is_full_is_said_and_useful_again_when_it_is_not(tiny_disk: Path) -> None:
+async def test_full_disk_is_reported_and_usable_after_cleanup(tiny_disk: Path) -> None:
     artifacts = LocalArtifacts(tiny_disk)
     first = await put(artifacts, "uploads/first", bytes(700_000))
     for key in ("a", "uploads/b"):
@@ -174,7 +174,7 @@ asyncio.run(LocalArtifacts(Path(sys.argv[1])).put(
 
 
 @pytest.mark.parametrize("key", [artifact_key("0" * 32, "a.wav", fence=1), f"uploads/{'1' * 32}"])
-async def test_what_a_killed_writer_leaves_is_not_listed_and_goes_when_it_is_old(
+async def test_unfinished_file_is_not_listed_and_swept_when_old(
     artifacts: LocalArtifacts, folder: Path, key: str
 ) -> None:
     environ = os.environ | {"STABLE_AUDIO_FAILPOINTS": "mid_upload=kill"}
@@ -193,23 +193,23 @@ async def test_what_a_killed_writer_leaves_is_not_listed_and_goes_when_it_is_old
 
 
 @pytest.mark.parametrize("place", ["file/below", "file", "/proc/self/outputs", "/dev/null"])
-def test_an_unwritable_folder_names_its_setting_in_one_sentence(tmp_path: Path, place: str) -> None:
+def test_unwritable_folder_error_names_the_setting(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(ConfigError, match=r"^output_dir \(STABLE_AUDIO_OUTPUT_DIR\): .*cannot be kept") as caught:
+    with pytest.raises(ConfigError, match=r"^output_dir \(STABLE_AUDIO_OUTPUT_DIR\): .*cannot be stored") as caught:
         LocalArtifacts(tmp_path / place).check()
     assert place in caught.value.message
-    assert caught.value.message.count("kept") == 1
+    assert caught.value.message.count("stored") == 1
 
 
 @pytest.fixture
 async def claimed(tmp_path: Path) -> LocalArtifacts:
-    """A store with an owner, in `tmp_path / "files"`."""
+    """Returns a store with an owner, in `tmp_path / "files"`."""
     LocalArtifacts(tmp_path / "files").claim("owner")
     return LocalArtifacts(tmp_path / "files", may_make=False)
 
 
 @pytest.mark.parametrize("is_replaced", [False, True])
-async def test_a_folder_that_was_moved_is_missed_and_not_made_again(
+async def test_moved_folder_is_an_error_and_not_recreated(
     claimed: LocalArtifacts, tmp_path: Path, is_replaced: bool
 ) -> None:
     file = await put(claimed, KEY, b"audio")
@@ -226,11 +226,11 @@ async def test_a_folder_that_was_moved_is_missed_and_not_made_again(
     assert folder.exists() == is_replaced
     if is_replaced:
         shutil.rmtree(folder)
-    shutil.copytree(away, folder)  # by way of another disk: another folder, of the same owner
+    shutil.copytree(away, folder)  # a copy on another disk has another inode but the same owner
     assert await read(claimed, file) == b"audio"
 
 
-async def test_a_folder_that_should_be_there_is_not_made(tmp_path: Path) -> None:
+async def test_missing_folder_is_not_created(tmp_path: Path) -> None:
     artifacts = LocalArtifacts(tmp_path / "mount" / "files", may_make=False)
     with pytest.raises(StoreMovedError):
         await put(artifacts, KEY, b"audio")
@@ -238,7 +238,7 @@ async def test_a_folder_that_should_be_there_is_not_made(tmp_path: Path) -> None
     assert not (tmp_path / "mount").exists()
 
 
-async def test_a_probe_leaves_nothing_and_knows_what_fits(tiny_disk: Path) -> None:
+async def test_probe_leaves_nothing_and_checks_free_space(tiny_disk: Path) -> None:
     artifacts = LocalArtifacts(tiny_disk)
     await put(artifacts, KEY, bytes(600_000))
     for num_bytes in (0, 100_000, 400_000):
@@ -246,5 +246,5 @@ async def test_a_probe_leaves_nothing_and_knows_what_fits(tiny_disk: Path) -> No
     with pytest.raises(StorageFullError):
         await artifacts.probe(500_000)
     await artifacts.delete(KEY)
-    await artifacts.probe(1 << 40)  # what never fits there
+    await artifacts.probe(1 << 40)  # larger than the disk
     assert names(tiny_disk) == []

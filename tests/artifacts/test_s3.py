@@ -1,4 +1,4 @@
-"""What only a bucket can get wrong: the way to it, its settings, links, uploads in parts; the rest is `test_stores`."""
+"""Faults specific to a bucket: network, settings, links, multi-part uploads. `test_stores` has the common tests."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ async def read(store: S3Artifacts, file: StoredFile) -> bytes:
     return b"".join([chunk async for chunk in store.read(file)])
 
 
-async def test_without_a_prefix_keys_stand_at_the_top(object_storage: ObjectStorage, bucket: str) -> None:
+async def test_without_a_prefix_keys_are_at_the_top(object_storage: ObjectStorage, bucket: str) -> None:
     store = S3Artifacts(object_storage.settings(bucket, prefix=""))
     file, upload = await put(store, b"x"), await put(store, b"y", key=upload_key())
     object_storage.client.put_object(Bucket=bucket, Key="holiday.jpg", Body=b"")
@@ -79,14 +79,14 @@ async def test_objects_carry_type_name_and_digest(
     assert head["Metadata"] == {"sha256": file.sha256}
 
 
-async def test_only_large_files_go_in_parts(object_storage: ObjectStorage, store: S3Artifacts) -> None:
+async def test_only_large_files_use_multipart_uploads(object_storage: ObjectStorage, store: S3Artifacts) -> None:
     await put(store, bytes(16 * MIB))
     assert not any("upload" in request for request in object_storage.proxy.requests)
     await put(store, bytes(16 * MIB + 1))
     assert sum("partNumber=" in request for request in object_storage.proxy.requests) == 3
 
 
-async def test_errors_and_cut_connections_cost_nothing_but_time(
+async def test_errors_and_broken_connections_are_retried(
     object_storage: ObjectStorage, store: S3Artifacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     delay_s = ExponentialBackoff.delay_amount
@@ -103,7 +103,7 @@ async def test_errors_and_cut_connections_cost_nothing_but_time(
     assert proxy.num_cuts > num_before[1]
 
 
-async def test_a_download_goes_on_where_its_connection_broke(object_storage: ObjectStorage, store: S3Artifacts) -> None:
+async def test_interrupted_download_resumes(object_storage: ObjectStorage, store: S3Artifacts) -> None:
     data = os.urandom(6 * MIB)
     file = await put(store, data)
     object_storage.proxy.fates["GET"] = "cut-answer"
@@ -111,21 +111,19 @@ async def test_a_download_goes_on_where_its_connection_broke(object_storage: Obj
     assert sum(request.startswith("GET") for request in object_storage.proxy.requests) == 2
 
 
-async def test_a_file_removed_while_it_is_read_is_no_whole_file(
-    object_storage: ObjectStorage, store: S3Artifacts
-) -> None:
+async def test_file_deleted_during_a_download_is_an_error(object_storage: ObjectStorage, store: S3Artifacts) -> None:
     file = await put(store, os.urandom(6 * MIB))
     object_storage.proxy.fates["GET"] = "cut-answer"
     chunks = store.read(file)
     await anext(chunks)
     await store.delete(file.key)
 
-    async def take_the_rest() -> None:
+    async def read_the_rest() -> None:
         async for _ in chunks:
             pass
 
     with pytest.raises(StorageError, match="removed"):
-        await take_the_rest()
+        await read_the_rest()
 
 
 async def test_a_service_that_is_down_is_a_storage_error_in_bounded_time(
@@ -159,7 +157,7 @@ async def test_other_callers_do_not_wait_for_a_silent_service(
 @pytest.mark.parametrize(
     ("status", "code"), [(507, "InsufficientStorage"), (403, "QuotaExceeded"), (507, "XMinioStorageFull")]
 )
-async def test_a_full_service_is_said(
+async def test_full_service_is_reported(
     object_storage: ObjectStorage, store: S3Artifacts, bucket: str, status: int, code: str
 ) -> None:
     object_storage.proxy.faults = Faults(answer=(status, code))
@@ -169,7 +167,7 @@ async def test_a_full_service_is_said(
 
 
 @pytest.mark.parametrize("failing", ["partNumber=2", "partNumber=3", "POST /{at}?uploadId="])
-async def test_an_upload_in_parts_that_fails_leaves_nothing(
+async def test_failed_multipart_upload_leaves_nothing(
     object_storage: ObjectStorage, store: S3Artifacts, bucket: str, failing: str
 ) -> None:
     object_storage.proxy.fates[failing.format(at=f"{bucket}/p/{KEY}")] = "deny"
@@ -181,7 +179,7 @@ async def test_an_upload_in_parts_that_fails_leaves_nothing(
 
 
 @pytest.mark.parametrize("fate", ["error-after", "lost"])
-async def test_a_completion_whose_answer_is_lost_is_a_completion(
+async def test_completion_with_a_lost_response_counts(
     object_storage: ObjectStorage, store: S3Artifacts, bucket: str, fate: str
 ) -> None:
     data = os.urandom(20 * MIB)
@@ -192,7 +190,7 @@ async def test_a_completion_whose_answer_is_lost_is_a_completion(
 
 
 @pytest.mark.parametrize("num_pieces", [1, 20])
-async def test_a_file_that_changes_while_it_is_stored_is_refused(
+async def test_file_that_changes_during_upload_is_refused(
     object_storage: ObjectStorage, store: S3Artifacts, bucket: str, num_pieces: int
 ) -> None:
     with pytest.raises(StorageError, match="changed"):
@@ -203,7 +201,7 @@ async def test_a_file_that_changes_while_it_is_stored_is_refused(
 async def test_a_put_cancelled_between_its_parts_leaves_nothing(
     object_storage: ObjectStorage, store: S3Artifacts, bucket: str
 ) -> None:
-    """Two parts have arrived by then, and are dropped."""
+    """The two parts that arrived before are removed."""
     num_taken, goes_on = 0, threading.Event()
 
     def chunks() -> Iterator[bytes]:
@@ -225,7 +223,7 @@ async def test_a_put_cancelled_between_its_parts_leaves_nothing(
     assert (object_storage.keys(bucket), object_storage.unfinished(bucket)) == ([], [])
 
 
-async def test_what_cannot_be_aborted_is_swept_when_it_is_old(
+async def test_upload_that_cannot_be_aborted_is_swept_when_old(
     object_storage: ObjectStorage, store: S3Artifacts, bucket: str
 ) -> None:
     foreign = {"Bucket": bucket, "Key": "p/holiday.mp4"}
@@ -274,7 +272,7 @@ def test_links_to_aws_name_the_bucket_in_the_host() -> None:
 
 
 def signature(url: str, *, secret: str) -> str:
-    """What version 4 says the signature of a presigned GET is, after AWS's documentation."""
+    """Returns the version 4 signature of a presigned GET, following AWS's documentation."""
     parts = urlsplit(url)
     query = "&".join(sorted(item for item in parts.query.split("&") if not item.startswith("X-Amz-Signature=")))
     values = {name: values[0] for name, values in parse_qs(parts.query).items()}
@@ -308,16 +306,16 @@ async def test_a_public_base_needs_no_signature(object_storage: ObjectStorage, b
 
 
 def check(storage: ObjectStorage, bucket: str, **overrides: Any) -> str:
-    """What the start says of these settings, once."""
+    """Returns the error message of the start check for these settings."""
     started_at = time.monotonic()
     with pytest.raises(ConfigError) as caught:
         S3Artifacts(storage.settings(bucket, **overrides)).check()
-    assert time.monotonic() - started_at < 60  # the client of everyday use would try for two minutes
+    assert time.monotonic() - started_at < 60  # the default client would retry for two minutes
     return plain(caught.value)
 
 
 def check_soon(storage: ObjectStorage, bucket: str, **overrides: Any) -> str:
-    """What the check says that gives up sooner than it does for operators."""
+    """Returns the error message of a check with a shorter time budget."""
     with pytest.raises(ConfigError) as caught:
         check_bucket(storage.settings(bucket, **overrides), prefix="", budget_s=1.0)
     return plain(caught.value)
@@ -357,14 +355,14 @@ def test_a_bad_key_is_found_at_the_start(object_storage: ObjectStorage, bucket: 
         (("s3:PutObject", "s3:GetObject", "s3:ListBucket"), "deleting"),
     ],
 )
-def test_a_key_that_may_not_do_enough_is_found_at_the_start(
+def test_key_without_permissions_is_found_at_the_start(
     object_storage: ObjectStorage, bucket: str, allowed: tuple[str, ...], missing: str
 ) -> None:
     with object_storage.requiring_keys(*allowed) as (key, secret):
         assert f"does not allow {missing}" in check(object_storage, bucket, access_key_id=key, secret_access_key=secret)
 
 
-def test_a_start_without_any_key_says_so(
+def test_missing_key_is_found_at_the_start(
     object_storage: ObjectStorage, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in [name for name in os.environ if name.startswith("AWS_")]:
@@ -377,7 +375,7 @@ def test_a_start_without_any_key_says_so(
 
 @pytest.fixture
 def closed_port() -> Iterator[int]:
-    with socket.socket() as listener:  # bound, but nobody listens
+    with socket.socket() as listener:  # bound, but not listening
         listener.bind(("127.0.0.1", 0))
         yield listener.getsockname()[1]
 
@@ -397,7 +395,7 @@ def test_a_silent_endpoint_is_found_at_the_start(object_storage: ObjectStorage, 
     assert "cannot be reached" in check_soon(object_storage, bucket)
 
 
-def test_a_service_in_trouble_is_given_some_time(object_storage: ObjectStorage, bucket: str) -> None:
+def test_server_errors_are_retried_for_some_time(object_storage: ObjectStorage, bucket: str) -> None:
     object_storage.proxy.faults = Faults(errors=0.3, cuts=0.1)
     S3Artifacts(object_storage.settings(bucket)).check()
     object_storage.proxy.faults = Faults(answer=(503, "SlowDown"))
@@ -409,7 +407,7 @@ def test_a_service_in_trouble_is_given_some_time(object_storage: ObjectStorage, 
 @pytest.mark.parametrize(
     ("overrides", "named"), [({"region": "not a region!"}, "storage.region"), ({"region": "auto"}, None)]
 )
-def test_a_region_that_is_none(
+def test_invalid_region_is_found_at_the_start(
     object_storage: ObjectStorage, bucket: str, overrides: dict[str, str], named: str | None
 ) -> None:
     if named:
@@ -418,7 +416,7 @@ def test_a_region_that_is_none(
         S3Artifacts(object_storage.settings(bucket, **overrides)).check()
 
 
-async def test_boto3_is_loaded_only_when_it_is_needed() -> None:
+async def test_boto3_is_imported_on_first_use_only() -> None:
     code = (
         "import sys, stable_audio_serve.jobs.open as q; from stable_audio_serve.core.settings import Settings; "
         "q.open_artifacts(Settings.model_validate({'storage': {'bucket': 'b'}})); "

@@ -1,4 +1,4 @@
-"""What every artifact store keeps: one suite for a local folder and for a bucket behind HTTP."""
+"""The contract of every artifact store, tested with a local folder and with a bucket behind HTTP."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ KEY = artifact_key("0" * 32, "a.wav", fence=1)
 
 @dataclass
 class Place:
-    """A store, and what can be seen of it from behind."""
+    """A store, with direct access to its folder or bucket."""
 
     store: ArtifactStore
     metrics: CountingMetrics
-    names: Callable[[], list[str]]  # of all that lies there, hidden and unfinished things included
-    write: Callable[[str, bytes], None]  # past the store
+    names: Callable[[], list[str]]  # of all files, hidden and unfinished ones included
+    write: Callable[[str, bytes], None]  # bypasses the store
 
 
 def local_place(folder: Path) -> Place:
@@ -80,7 +80,7 @@ async def read(place: Place, file: StoredFile) -> bytes:
 
 
 @pytest.mark.parametrize("num_bytes", [0, 1, MIB, MIB + 1, 3 * MIB, 17 * MIB + 3])
-async def test_a_file_comes_back_as_it_was_put(place: Place, num_bytes: int) -> None:
+async def test_read_returns_what_was_put(place: Place, num_bytes: int) -> None:
     data = os.urandom(num_bytes)
     pieces = [data[:10], b"", *(data[start : start + MIB] for start in range(10, num_bytes, MIB))]
     file = await put(place, *pieces)
@@ -98,7 +98,7 @@ async def test_a_second_put_replaces_the_file_as_a_whole(place: Place) -> None:
     assert place.names() == [KEY]
 
 
-async def test_a_deleted_file_is_gone_before_the_first_chunk(place: Place) -> None:
+async def test_deleted_file_raises_before_the_first_chunk(place: Place) -> None:
     file = await put(place, b"x")
     await place.store.delete(KEY)
     await place.store.delete(KEY)
@@ -108,7 +108,7 @@ async def test_a_deleted_file_is_gone_before_the_first_chunk(place: Place) -> No
 
 
 @pytest.mark.parametrize("size", [3, 20 * MIB])
-async def test_a_source_that_breaks_off_leaves_nothing(place: Place, size: int) -> None:
+async def test_interrupted_source_leaves_nothing(place: Place, size: int) -> None:
     class SourceError(Exception):
         pass
 
@@ -147,11 +147,11 @@ async def test_a_cancelled_put_leaves_nothing(place: Place, size: int) -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert place.names() == []
-    assert num_taken == 0  # nobody went on for nothing
+    assert num_taken == 0  # no thread kept reading the source
 
 
 async def test_a_put_cancelled_at_any_time_leaves_nothing(place: Place) -> None:
-    """Also when the file was there already and nobody was told."""
+    """Even when the file was complete but the caller did not get the result."""
     for turns in range(0, 60, 3):
         task = asyncio.create_task(put(place, b"x" * 100))
         for _ in range(turns):
@@ -166,8 +166,8 @@ async def test_a_put_cancelled_at_any_time_leaves_nothing(place: Place) -> None:
 
 @pytest.mark.parametrize("num_bytes", [1, MIB, 2 * MIB + 5])
 @pytest.mark.parametrize("damage", ["flipped", "cut", "longer", "empty"])
-async def test_a_damaged_file_is_never_handed_out_whole(place: Place, num_bytes: int, damage: str) -> None:
-    """So that a client, who was told the length, notices; what fits in one chunk is refused before a byte."""
+async def test_damaged_file_is_never_returned_complete(place: Place, num_bytes: int, damage: str) -> None:
+    """A client knows the length and notices. A file of one chunk is refused before the first byte."""
     data = os.urandom(num_bytes)
     file = await put(place, data)
     damaged = {
@@ -179,18 +179,18 @@ async def test_a_damaged_file_is_never_handed_out_whole(place: Place, num_bytes:
     place.write(KEY, damaged)
     got = []
 
-    async def take() -> None:
+    async def read_all() -> None:
         async for chunk in place.store.read(file):
             got.append(chunk)  # noqa: PERF401  what came before the error counts
 
     with pytest.raises(DamagedFileError):
-        await take()
+        await read_all()
     assert sum(map(len, got)) <= max(0, num_bytes - 1)
     assert num_bytes > MIB or not got
     assert place.metrics.counts == {"damaged_files": 1}
 
 
-async def test_a_reader_that_goes_away_leaves_the_store_usable(place: Place) -> None:
+async def test_abandoned_reader_leaves_the_store_usable(place: Place) -> None:
     file = await put(place, os.urandom(3 * MIB))
     for _ in range(40):
         chunks = place.store.read(file)
@@ -240,7 +240,7 @@ async def test_an_empty_store_lists_nothing(place: Place) -> None:
     assert place.store.sweep_unfinished(before=time.time()) == 0
 
 
-async def test_a_store_that_works_passes_its_check_and_keeps_nothing_of_it(place: Place) -> None:
+async def test_check_passes_and_leaves_nothing(place: Place) -> None:
     await asyncio.to_thread(place.store.check)
     assert place.names() == []
 
@@ -251,13 +251,13 @@ async def test_many_files_at_once(place: Place) -> None:
     assert await asyncio.gather(*(read(place, file) for file in files)) == list(data.values())
 
 
-async def test_a_file_of_another_content_is_not_the_one_asked_for(place: Place) -> None:
+async def test_replaced_content_is_refused(place: Place) -> None:
     file = await put(place, b"abc")
     with pytest.raises(DamagedFileError):
         await read(place, replace(file, sha256="0" * 64))
 
 
-async def test_a_place_belongs_to_whom_claims_it_first(place: Place) -> None:
+async def test_store_belongs_to_the_first_claimer(place: Place) -> None:
     started_at = time.time()
     claims = await asyncio.gather(*(asyncio.to_thread(place.store.claim, owner) for owner in "abcdef"))
     (since,) = [claim for claim in claims if claim is not None]

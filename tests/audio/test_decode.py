@@ -78,9 +78,8 @@ def test_up_to_eight_channels_are_mixed_down_to_two(decoder: AudioDecoder, chann
     source = decoder.decode(as_file(make_audio_file(channels=channels)), max_s=60)
     mono = decoder.decode(as_file(make_audio_file(channels=1)), max_s=60)
     assert source.samples.shape == (kept, 44100)
-    np.testing.assert_allclose(
-        source.samples, np.tile(mono.samples, (kept, 1)), atol=1e-6
-    )  # equal channels, same level
+    # All channels are equal, so the mix has the same level.
+    np.testing.assert_allclose(source.samples, np.tile(mono.samples, (kept, 1)), atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from stable_audio_serve.audio.embedded_text import MOST_TEXT_BYTES, extract
 from stable_audio_serve.audio.encode import MOST_OPUS_TEXT_CHARS, AudioFormat, encode_audio
-from stable_audio_serve.audio.finish import FileOrder, TakeOrigin, finish
+from stable_audio_serve.audio.finish import ClipOrigin, FileOrder, finish
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
 from tests.parameters import some
 
@@ -144,5 +144,5 @@ def test_a_file_contains_its_recipe_unless_too_long(file_format: AudioFormat) ->
     result = GenerationResult(audio=audio, sample_rate_hz=_RATE_HZ, seeds=(7,), model="m")
     for num_chars, is_there in ((10, True), (6_000, True), (7_000, file_format is not AudioFormat.OPUS)):
         request = GenerationRequest(prompt="\N{HIRAGANA LETTER A}" * num_chars, duration_s=1.0, seed=7)
-        finished = finish(result, FileOrder("limit", file_format, origin=TakeOrigin.of(request)))
+        finished = finish(result, FileOrder("limit", file_format, origin=ClipOrigin.of(request)))
         assert found_in(finished.file.to_bytes()) == (finished.recipes[0].to_json() if is_there else None)

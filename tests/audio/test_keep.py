@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stable_audio_serve.audio.keep import Span, keep_source, plan_spans, rise
+from stable_audio_serve.audio.keep import Span, fade_ramp, keep_source, plan_spans
 
 RATE_HZ, FADE = 1000, 30
 
@@ -109,4 +109,4 @@ def test_fades_are_linear() -> None:
     keep_source(audio, np.zeros((1, 1000), np.float32), spans=[Span(100, 400, 30, 20)])
     np.testing.assert_allclose(audio[0, 100:130], (np.arange(30) + 0.5) / 30, atol=1e-6)
     np.testing.assert_allclose(audio[0, 380:400], (np.arange(20)[::-1] + 0.5) / 20, atol=1e-6)
-    assert rise(0).shape == (0,)
+    assert fade_ramp(0).shape == (0,)

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 
 from benchmarks.compare import Run, RunOptions, VoidError, compare, difference
+from benchmarks.dialects import DIALECTS, OverHttp, open_clients
 from benchmarks.load import Answer, Asker, InProcess
 from benchmarks.pieces import OtherRunError, OutOfTimeError, Pieces
 from benchmarks.sides.servers import batch_key, open_side
 from benchmarks.workload import Arrival, draw_arrivals, eight_mixed_requests
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
 from stable_audio_serve.engine import EngineOptions
+from tests.api.compat.serving import serve_app
 from tests.factories import ToyModel, make_request
 
 pytestmark = pytest.mark.server
@@ -143,3 +145,15 @@ async def test_an_interrupted_run_resumes_with_the_same_options_only(tmp_path: P
     assert cut.left == ["two"]
     with pytest.raises(OtherRunError, match="count"):
         Pieces(tmp_path, {"count": 2})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dialect", list(DIALECTS))
+async def test_every_dialect_is_asked_for_a_clip(dialect: str) -> None:
+    async with serve_app() as (port, backend), open_clients(f"http://127.0.0.1:{port}") as clients:
+        asked = Arrival(0.0, "a bell", 2.0, seed=3, steps=8)
+        answer = await OverHttp(clients, dialect).ask(asked)
+        audio = answer.read()
+    assert audio.shape[1] > 0
+    assert answer.num_samples in (0, audio.shape[1])
+    assert [(request.prompt, request.steps) for _, request in backend.requests] == [("a bell", 8)]

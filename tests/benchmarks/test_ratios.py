@@ -26,7 +26,12 @@ from benchmarks.figures import (
 from benchmarks.goals import Goal, Standing
 from benchmarks.gpu.trace import summarize_trace
 from benchmarks.load import Answer, Record, RefusedError, play, play_until_served
+from benchmarks.servers.timed import LinearDevice, TimedReplica
 from benchmarks.workload import Arrival
+from stable_audio_serve.core.errors import OverloadedError
+from stable_audio_serve.core.generation import GenerationResult
+from stable_audio_serve.core.settings import ModelSettings, Settings
+from tests.factories import make_request
 from tests.patience import PATIENCE_S
 
 
@@ -166,3 +171,16 @@ def test_a_trace_is_busy_while_anything_runs() -> None:
     assert figures["busy_share"] == pytest.approx(0.7)
     assert [figures[name] for name in ("kernels", "host_launches", "waits", "copies_to_device")] == [2, 1, 1, 1]
     assert summarize_trace([])["busy_share"] is None
+
+
+async def test_a_stand_in_does_one_thing_at_a_time() -> None:
+    model = ModelSettings(name="demo", max_queue_s=0.15)
+    replica = TimedReplica(Settings(models=(model,)), model)
+    replica.times = LinearDevice(text_ms=100.0, step_ms=0.0, step_per_frame_ms=0.0, decode_ms=0.0)  # type: ignore[misc]
+    first, second, third = await asyncio.gather(*(replica.generate(make_request(duration_s=0.1)) for _ in range(3)))
+    assert isinstance(first, GenerationResult)
+    assert isinstance(second, GenerationResult)
+    assert second.timings.queue_ms >= 80.0 > first.timings.queue_ms  # type: ignore[union-attr]
+    assert first.audio[0].shape == (2, 4410)
+    assert isinstance(third, OverloadedError)
+    assert 0.0 < third.retry_after_s <= 0.1  # type: ignore[operator]

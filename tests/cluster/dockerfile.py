@@ -1,4 +1,4 @@
-"""Parses a Dockerfile into stages and instructions, and resolves inherited instructions."""
+"""Parses a Dockerfile: stages, their bases, and instructions. Independent of the rules for them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One instruction. Its continuation lines are joined by spaces."""
+    """One instruction, continuation lines joined by a space."""
 
     name: str
     words: str
@@ -16,7 +16,7 @@ class Instruction:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """The instructions after one FROM. `base` is an image or another stage."""
+    """A stage, from one FROM to the next. `base` is an image or another stage."""
 
     name: str
     base: str
@@ -24,7 +24,7 @@ class Stage:
 
 
 def parse(text: str) -> dict[str, Stage]:
-    """Returns the stages by name. Raises ValueError for an unnamed stage or an instruction before the first FROM."""
+    """Returns the stages by name. Raises ValueError for an unnamed stage or an instruction before the first stage."""
     stages: dict[str, Stage] = {}
     stage: Stage | None = None
     lines = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
@@ -45,12 +45,12 @@ def parse(text: str) -> dict[str, Stage]:
 
 
 def inherited(stages: dict[str, Stage], name: str) -> list[Instruction]:
-    """Returns all instructions of an image, beginning with its base stages."""
+    """Returns all instructions of an image, starting with those of the stages it is built on."""
     stage = stages[name]
     return [*(inherited(stages, stage.base) if stage.base in stages else []), *stage.instructions]
 
 
 def root_image(stages: dict[str, Stage], name: str) -> str:
-    """Returns the external image at the base of a stage."""
+    """Returns the external image that a stage is built on."""
     base = stages[name].base
     return root_image(stages, base) if base in stages else base

@@ -1,6 +1,6 @@
-"""Builds applications on a Ray cluster with fake GPUs, in a separate process. `Builder` sends one JSON order per line.
+"""Builds applications on a Ray with fake GPUs, in a separate process that reads one order per line from a `Builder`.
 
-All orders share a process, because its start takes as long as a build. Each order starts a new Ray cluster.
+All tests share the process, because starting it takes as long as building. Each order has its own Ray.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stable_audio_serve.launcher.patience import crowding, start_limits
+from stable_audio_serve.launcher.start_timeouts import load_per_core, start_timeouts
 from tests.cluster.tools import ROOT
 from tests.patience import PATIENCE_S
 
 _MARK = "options:"
 _ENVIRONMENT = {
-    "HF_ENDPOINT": "http://127.0.0.1:9",  # unreachable: all weights are local
-    "RAY_prestart_worker_first_driver": "0",  # no worker process per CPU, because none would have work
+    "HF_ENDPOINT": "http://127.0.0.1:9",  # no server: all weights are local
+    "RAY_prestart_worker_first_driver": "0",  # would start one idle process per CPU
 }
 
 
 class Builder:
-    """Starts the process, and ends it with the context."""
+    """The building process, for the life of the context."""
 
-    def __init__(self, log: Path) -> None:
-        """`log` is the file for the standard error of the process."""
-        self._log = log
-        with log.open("w") as errors:
+    def __init__(self, said: Path) -> None:
+        """Its log output goes to the file `said`."""
+        self._said = said
+        with said.open("w") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.cluster.fake_gpus"],
                 stdin=subprocess.PIPE,
@@ -39,7 +39,7 @@ class Builder:
                 stderr=errors,
                 text=True,
                 cwd=ROOT,
-                env=os.environ | start_limits(crowding()) | _ENVIRONMENT,
+                env=os.environ | start_timeouts(load_per_core()) | _ENVIRONMENT,
             )
 
     def __enter__(self) -> Builder:
@@ -51,31 +51,30 @@ class Builder:
     def build(
         self, args: Mapping[str, Any], *, nodes: Sequence[Mapping[str, int]], folder: Path, environ: Mapping[str, str]
     ) -> dict[str, dict[str, float]]:
-        """Returns per deployment the resources of a replica, and the `least` and `most` replicas.
+        """Returns per deployment the resources Ray reserves for a replica, and the `least` and `most` replicas.
 
-        `args` are the application's arguments. `nodes` has the resources of each node, the head node first. `folder` is
-        the working directory of the build.
+        `args` are the application's, `nodes` the resources of the head and of other nodes. Built in `folder`.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        assert self._process.poll() is None, self._log.read_text()  # an earlier order ended the process
+        assert self._process.poll() is None, self._said.read_text()  # an earlier order ended it
         order = {"args": args, "nodes": nodes, "folder": str(folder), "environ": environ}
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         for line in self._process.stdout:
             if line.startswith(_MARK):
                 return json.loads(line.removeprefix(_MARK))
-        raise AssertionError(self._log.read_text())
+        raise AssertionError(self._said.read_text())
 
 
 def main() -> None:
-    """Read orders from standard input until its end, and print the result of each."""
+    """Execute orders until the input ends."""
     from stable_audio_serve.serving.app import build
 
     for line in sys.stdin:
         order = json.loads(line)
         with _started(order["nodes"]), _in_place(Path(order["folder"]), order["environ"]):
-            options = {each.name: _requested(each) for each in _deployments(build(order["args"]))}
+            options = {each.name: _asked(each) for each in _deployments(build(order["args"]))}
         print(_MARK + json.dumps(options), flush=True)
 
 
@@ -109,7 +108,7 @@ def _in_place(folder: Path, environ: Mapping[str, str]) -> Iterator[None]:
 
 
 def _deployments(value: Any) -> Iterator[Any]:
-    """Yields every deployment bound in `value`, repeated if it is bound more than once."""
+    """Yield every deployment bound in `value`, once per binding."""
     if hasattr(value, "_bound_deployment"):
         yield value._bound_deployment
         yield from _deployments(value._bound_deployment.init_args)
@@ -120,7 +119,7 @@ def _deployments(value: Any) -> Iterator[Any]:
             yield from _deployments(each)
 
 
-def _requested(deployment: Any) -> dict[str, float]:
+def _asked(deployment: Any) -> dict[str, float]:
     scaling = deployment._deployment_config.autoscaling_config
     return {
         **deployment.ray_actor_options,

@@ -1,6 +1,6 @@
-"""Renders a Kubernetes overlay, finds its pods, and lists violations of our operational rules.
+"""Renders an overlay for Kubernetes, finds its pods, and reports operational faults.
 
-The tests check the schemas of Kubernetes and KubeRay separately.
+`problems` checks this project's rules. Its caller checks the schemas of Kubernetes and KubeRay.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _SECRET = re.compile(r"PASSWORD|TOKEN|SECRET|ACCESS_KEY|HASHES|DATABASE_URL", re
 _PASSWORD_IN_URL = re.compile(r"\w+://[^\s/@:]+:[^\s/@]+@")
 _UNITS = {"": 1, "Mi": 2**20, "Gi": 2**30}
 _RAYLET = "http://127.0.0.1:52365/api/local_raylet_healthz "
-_SLOW_ANSWERS_S = 10  # a server stays in the Service if it is slow for less than this
+_SLOW_ANSWERS_S = 10  # a server that is slower for less than this time stays in the Service
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The head, or one group of workers, of a RayService."""
+    """The head or one worker group of a RayService."""
 
     name: str
     spec: dict[str, Any]
@@ -49,7 +49,7 @@ class Group:
 
 
 def render(overlay: str) -> list[dict[str, Any]]:
-    """Returns the documents of an overlay, rendered by `kubectl kustomize`. Fails on warnings (deprecated fields)."""
+    """Returns the documents that `kubectl kustomize` makes of an overlay. Fails on warnings of deprecated fields."""
     result = run_program("kubectl", "kustomize", CLUSTER / "kuberay" / "overlays" / overlay)
     assert (result.returncode, result.stderr) == (0, ""), result.stderr
     return list(yaml.safe_load_all(result.stdout))
@@ -61,7 +61,7 @@ def of_kind(documents: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 
 
 def groups(documents: list[dict[str, Any]]) -> list[Group]:
-    """Returns the head group and the worker groups of the RayService."""
+    """Returns the head and the worker groups of the only RayService."""
     (service,) = of_kind(documents, "RayService")
     cluster = service["spec"]["rayClusterConfig"]
     workers = [Group(each["groupName"], each) for each in cluster["workerGroupSpecs"]]
@@ -75,7 +75,7 @@ def serve_config(documents: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def problems(documents: list[dict[str, Any]]) -> list[str]:
-    """Returns descriptions of all violations, with the name of the group."""
+    """Yield the faults of the documents, in words, naming the group."""
     found = [*_clear_secrets(documents, place=""), *_cluster_problems(documents)]
     for group in groups(documents):
         found += [f"{group.name}: {each}" for each in _group_problems(group, documents)]
@@ -111,7 +111,7 @@ def _cluster_problems(documents: list[dict[str, Any]]) -> Iterator[str]:
     (policy,) = [each for each in of_kind(documents, "NetworkPolicy") if each["metadata"]["name"] == "stable-audio"]
     for rule in policy["spec"]["ingress"]:
         if not rule.get("from") or any(not any(peer.values()) for peer in rule["from"]):
-            yield "a NetworkPolicy that allows all sources"
+            yield "a NetworkPolicy that lets everybody in"
     for budget in of_kind(documents, "PodDisruptionBudget"):
         if not isinstance(budget["spec"].get("minAvailable"), int):
             yield f"{budget['metadata']['name']}: not a number of pods, as a custom resource needs"
@@ -150,15 +150,15 @@ def _probe_problems(group: Group, *, drain_s: float) -> Iterator[str]:
         yield "no readinessProbe on /ready"
     unready_s = ready.get("periodSeconds", 10) * ready.get("failureThreshold", 3)
     if unready_s < _SLOW_ANSWERS_S:
-        yield f"readinessProbe removes a slow server after {unready_s} s"
+        yield f"readinessProbe gives a slow server up after {unready_s} s"
     if unready_s + ready.get("timeoutSeconds", 1) > drain_s:
         yield "readinessProbe keeps a server that drains in the Service until drain_s is over"
     if "livenessProbe" not in group.container:
         yield "no livenessProbe"
-    for name in ("livenessProbe", "startupProbe"):  # the probes that restart a pod
+    for name in ("livenessProbe", "startupProbe"):  # probes that restart a pod
         probe = group.container.get(name)
         if probe and _RAYLET not in " ".join(probe.get("exec", {}).get("command", [])):
-            yield f"{name} checks the application instead of Ray in its pod"
+            yield f"{name} asks the application, not Ray of its own pod"
 
 
 def _stop_problems(group: Group, *, drain_s: float) -> Iterator[str]:
@@ -173,19 +173,19 @@ def _stop_problems(group: Group, *, drain_s: float) -> Iterator[str]:
         if asleep is None or not drain_s <= int(asleep[1]) < grace - longest_s:
             yield "preStop does not wait for drain_s within the grace period"
         if not _drains_own_node(words):
-            yield "preStop does not drain its node"
+            yield "preStop does not drain its node, so that replicas begin elsewhere"
         if not limit:
             yield "preStop may wait for a head that is away"
 
 
 def _drains_own_node(words: str) -> bool:
-    """Whether the command line drains the node it runs on, for preemption. Ray Serve then moves its replicas."""
+    """Whether Ray parses the command as a drain of its own node, which makes Ray Serve leave the node."""
     found = re.search(r"ray drain-node ([^;]*);", words)
     try:
-        options = drain_node.make_context("drain-node", found[1].split() if found else []).params
+        said = drain_node.make_context("drain-node", found[1].split() if found else []).params
     except click.UsageError:
         return False
-    return options["node_id"] is None and options["reason"] == "DRAIN_NODE_REASON_PREEMPTION"
+    return said["node_id"] is None and said["reason"] == "DRAIN_NODE_REASON_PREEMPTION"
 
 
 def _memory_problems(group: Group) -> Iterator[str]:

@@ -1,7 +1,7 @@
-"""A JSON schema of KubeRay's RayService that refuses unknown keys, built from the field list in `tests/data/kuberay`.
+"""A schema of KubeRay's RayService, from the list of its fields in `tests/data/kuberay`: unknown keys are refused.
 
-Kubernetes objects inside, such as pods and services, may be any object; tests check them by the Kubernetes schemas.
-`schema_of_crd` builds the same schema from an official definition.
+Pods, services and other Kubernetes objects are not checked here; the caller checks them with Kubernetes' schemas.
+`schema_of_crd` derives the same schema from an official definition.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def own_schema() -> dict[str, Any]:
 
 
 def schema_of_crd(definition: dict[str, Any]) -> dict[str, Any]:
-    """Returns the schema of version v1 of a CustomResourceDefinition, with unknown keys refused."""
+    """Returns the schema of version v1 in a CustomResourceDefinition, refusing unknown keys."""
     (schema,) = (
         version["schema"]["openAPIV3Schema"] for version in definition["spec"]["versions"] if version["name"] == "v1"
     )
@@ -66,7 +66,7 @@ def _schema(kind: str) -> dict[str, Any]:
 
 
 def _close(schema: dict[str, Any]) -> None:
-    """Refuse unknown keys, except in objects without named keys, which are Kubernetes objects."""
+    """Refuse unknown keys, except in objects without declared keys, which belong to Kubernetes."""
     if schema.get("properties"):
         schema["additionalProperties"] = False
     for each in [*schema.get("properties", {}).values(), *([schema["items"]] if "items" in schema else [])]:

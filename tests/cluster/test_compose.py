@@ -1,4 +1,4 @@
-"""The Compose files match Compose's schema, the monitoring and the server's settings, and are consistent."""
+"""The Compose file is valid, and its services match each other, the monitoring and the server's settings."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def compose_with_gpu() -> dict[str, Any]:
 
 
 def merged(below: Any, above: Any) -> Any:
-    """Merge two files like Compose: mappings by key, other values replaced. No list may be in both files."""
+    """Merge two files as Compose does when no list is in both: mappings by key, other values replaced."""
     if isinstance(below, dict) and isinstance(above, dict):
         return below | {key: merged(below.get(key), value) for key, value in above.items()}
     assert below is None or not isinstance(above, list)
@@ -54,7 +54,7 @@ def gpu_problems(tree: dict[str, Any]) -> Iterator[str]:
 
 
 def settings_of(tree: dict[str, Any]) -> Settings:
-    """Returns the server's settings from its variables, with sample values for the operator's variables."""
+    """Returns the settings that the server reads from its variables, with the operator's variables filled in."""
     environ = {key: _FILLED_IN.sub("x", value) for key, value in tree["services"]["server"]["environment"].items()}
     environ["STABLE_AUDIO_API_KEY_HASHES"] = ""
     return load_settings(read_serve_file(PACKAGED_FILE).args, environ=environ, directory=Path("/"))
@@ -92,7 +92,7 @@ def _server_problems(tree: dict[str, Any]) -> Iterator[str]:
     if "shm_size" not in server:
         yield "Docker's 64 MB of shared memory"
     if not server.get("healthcheck", {}).get("test", [""])[-1].endswith(":8000/health"):
-        yield "no healthcheck on /health"
+        yield "nobody looks at /health"
     for store in ("postgres", "object-store"):
         if server["depends_on"].get(store) != {"condition": "service_healthy"}:
             yield f"the server does not wait for {store}"
@@ -105,7 +105,7 @@ def _link_problems(tree: dict[str, Any]) -> Iterator[str]:
     if settings.storage.links != "server" and "ports" not in services["object-store"]:
         yield "links lead to a store that clients do not reach"
     if settings.storage.bucket != services["object-store"]["environment"].get("S3_BUCKET"):
-        yield "another bucket than the object store creates"
+        yield "another bucket than the one that is made"
     database = services["postgres"]["environment"]
     user, name = database["POSTGRES_USER"], database["POSTGRES_DB"]
     if not re.fullmatch(rf"postgresql://{user}:\w+@postgres/{name}", settings.jobs.database_url or ""):
@@ -114,7 +114,7 @@ def _link_problems(tree: dict[str, Any]) -> Iterator[str]:
     targets = [target for job in scraped for each in job.get("static_configs", []) for target in each["targets"]]
     command = services["server"]["command"]
     if f"server:{command[command.index('--metrics-port') + 1]}" not in targets:
-        yield "Prometheus has another server address"
+        yield "Prometheus looks for the server elsewhere"
     if set(services["prometheus"]["networks"]).isdisjoint(services["server"]["networks"]):
         yield "Prometheus does not reach the server"
 
@@ -134,12 +134,12 @@ def test_schema_refuses_unknown_keys(tmp_path: Path) -> None:
     assert "capability" in result.stdout
 
 
-def test_parts_fit_each_other() -> None:
+def test_services_match_each_other() -> None:
     assert problems(compose()) == []
     assert list(gpu_problems(compose_with_gpu())) == []
 
 
-def test_every_variable_of_the_operator_is_in_the_example() -> None:
+def test_every_operator_variable_is_in_the_example() -> None:
     example = set(re.findall(r"(?m)^(\w+)=$", (CLUSTER / "compose.env.example").read_text()))
     assert set(_NEEDED.findall(FILE.read_text())) <= example
     assert set(re.findall(r"\$\{(\w+)", FILE.read_text())) == example
@@ -159,19 +159,19 @@ PROBLEMS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "killed before drain_s": lambda t: _services(t)["server"].update(stop_grace_period="20s"),
     "root may be written": lambda t: _services(t)["server"].pop("read_only"),
     "shared memory": lambda t: _services(t)["server"].pop("shm_size"),
-    "no healthcheck on /health": lambda t: _services(t)["server"].pop("healthcheck"),
+    "nobody looks at /health": lambda t: _services(t)["server"].pop("healthcheck"),
     "does not wait for postgres": lambda t: _services(t)["server"]["depends_on"].pop("postgres"),
     "not in the store": lambda t: _services(t)["server"]["environment"].pop("STABLE_AUDIO_STORAGE_ENDPOINT_URL"),
     "clients do not reach": lambda t: _services(t)["server"]["environment"].pop("STABLE_AUDIO_STORAGE_LINKS"),
     "another bucket": lambda t: _services(t)["object-store"]["environment"].update(S3_BUCKET="other"),
     "not in PostgreSQL": lambda t: _services(t)["postgres"]["environment"].update(POSTGRES_DB="other"),
-    "has another server address": lambda t: _services(t)["server"]["command"].__setitem__(-1, "9000"),
+    "looks for the server elsewhere": lambda t: _services(t)["server"]["command"].__setitem__(-1, "9000"),
     "does not reach the server": lambda t: _services(t)["prometheus"].update(networks=["stores_only"]),
 }
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_each_mismatch_is_detected(problem: str) -> None:
+def test_mismatch_is_detected(problem: str) -> None:
     tree = compose()
     PROBLEMS[problem](tree)
     assert problem in "\n".join(problems(tree))
@@ -187,7 +187,7 @@ GPU_PROBLEMS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 @pytest.mark.parametrize("problem", GPU_PROBLEMS)
-def test_each_missing_gpu_option_is_detected(problem: str) -> None:
+def test_gpu_problem_is_detected(problem: str) -> None:
     tree = compose_with_gpu()
     GPU_PROBLEMS[problem](tree)
     assert problem in "\n".join(gpu_problems(tree))

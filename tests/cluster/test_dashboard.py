@@ -1,4 +1,4 @@
-"""Every query of the dashboard and the rules returns data from a real Prometheus that scrapes a real, loaded server."""
+"""The dashboard and rules with a loaded server and a real Prometheus: every query has a result."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _VARIABLES = {"$__rate_interval": "30s", "$model": ".*"}
 
 
 def queries() -> Iterator[tuple[str, str]]:
-    """Yields the title and expression of every query, with variables filled in."""
+    """Yield title and expression of every query, with variables filled in."""
     for panel in PANELS:
         for target in panel["targets"]:
             expression = target["expr"]
@@ -43,10 +43,10 @@ def queries() -> Iterator[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LaunchedServer, int]]:
-    """Starts a server. Yields it and its metrics port."""
+    """Yield a server and the port of its metrics."""
     config = write_config(tmp_path_factory.mktemp("server"), {"models": [model("tiny")]})
     port = free_port()
-    # Not shorter: Ray drops a gauge that is not set for two intervals, and sets some gauges every few seconds only.
+    # Not shorter, because Ray drops gauges that are not set for two intervals and sets some only every few seconds.
     launched = LaunchedServer(
         config, "--metrics-port", str(port), environment={"RAY_metrics_report_interval_ms": "5000"}
     )
@@ -57,7 +57,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LaunchedS
 
 
 class Prometheus:
-    """Runs Prometheus with the shipped configuration, this server's address, and intervals of 1 s instead of 15 s."""
+    """Prometheus with the shipped configuration, this server's address, and one second instead of fifteen."""
 
     def __init__(self, folder: Path, *, target_port: int) -> None:
         text = (MONITORING / "prometheus.yaml").read_text()
@@ -68,20 +68,20 @@ class Prometheus:
         port = free_port()
         command = [find_program("prometheus"), f"--config.file={folder}/prometheus.yaml"]
         command += [f"--storage.tsdb.path={folder}/data", f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn"]
-        self._log = folder / "log"
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+        self._said = folder / "said"
+        with self._said.open("w") as said:
+            self._process = subprocess.Popen(command, stdout=said, stderr=said)
         self._client = httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1", timeout=30)
 
     @property
-    def log(self) -> str:
-        return self._log.read_text()
+    def said(self) -> str:
+        return self._said.read_text()
 
     def ask(self, path: str, **parameters: str) -> Any:
         return self._client.get(path, params=parameters).raise_for_status().json()["data"]
 
     def values(self, expression: str) -> list[float]:
-        """Evaluate an expression. Returns its values without NaN."""
+        """Returns the current values of an expression, without NaN."""
         values = [float(sample["value"][1]) for sample in self.ask("/query", query=expression)["result"]]
         return [value for value in values if not math.isnan(value)]
 
@@ -115,7 +115,7 @@ def wait_until(condition: Callable[[], object]) -> None:
 
 
 def load(server: LaunchedServer, *, number: int) -> None:
-    """Send one request of each kind: generation, edit, refused request, job."""
+    """Send one request of each kind: generation, edit, refused request and job."""
     body = {"prompt": f"rain {number}", "duration": 2, "steps": 2}
     assert server.client.post("/generate", json=body).status_code == 200
     form = {"prompt": "an old door", "duration": "2", "steps": "2"}
@@ -125,7 +125,7 @@ def load(server: LaunchedServer, *, number: int) -> None:
     assert server.client.post("/jobs", json=body).status_code == 202
 
 
-def test_every_panel_and_every_recorded_value_has_a_series(
+def test_every_panel_and_recording_rule_has_a_series(
     server: tuple[LaunchedServer, int], prometheus: Prometheus
 ) -> None:
     wanted = list(queries()) + list(rules("record").items())
@@ -139,7 +139,7 @@ def test_every_panel_and_every_recorded_value_has_a_series(
         time.sleep(1)
 
 
-def test_rays_metrics_in_the_rules_are_exported(prometheus: Prometheus) -> None:
+def test_ray_metrics_in_the_rules_are_exported(prometheus: Prometheus) -> None:
     expressions = [*rules("alert").values(), *rules("record").values(), *(query for _, query in queries())]
     names = {name for expression in expressions for name in re.findall(r"\bray_(?!stable_audio_)\w+", expression)}
     assert names
@@ -147,14 +147,14 @@ def test_rays_metrics_in_the_rules_are_exported(prometheus: Prometheus) -> None:
         wait_until(lambda name=name: prometheus.values(name))
 
 
-def test_rules_are_evaluated_and_a_healthy_server_fires_no_alert(prometheus: Prometheus) -> None:
+def test_healthy_server_fires_no_alert(prometheus: Prometheus) -> None:
     groups = prometheus.ask("/rules")["groups"]
     assert {rule["health"] for group in groups for rule in group["rules"]} == {"ok"}
-    wait_until(lambda: prometheus.ask("/alerts")["alerts"] == [])  # no pending alerts once all gauges exist
-    assert "level=warn" not in prometheus.log  # for example about duplicate samples
+    wait_until(lambda: prometheus.ask("/alerts")["alerts"] == [])  # not even pending, once all gauges exist
+    assert "level=warn" not in prometheus.said  # for example duplicate samples
 
 
-def test_panels_have_a_position_a_unit_and_a_description() -> None:
+def test_panels_have_a_place_a_unit_and_a_description() -> None:
     places = [
         (panel["gridPos"]["x"] + column, panel["gridPos"]["y"] + row)
         for panel in DASHBOARD["panels"]
@@ -170,7 +170,7 @@ def test_panels_have_a_position_a_unit_and_a_description() -> None:
         assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
 
 
-def test_grafana_finds_the_dashboard_and_the_data() -> None:
+def test_grafana_finds_dashboard_and_data_source() -> None:
     (source,) = yaml.safe_load((_GRAFANA / "provisioning/datasources/prometheus.yaml").read_text())["datasources"]
     scrape = yaml.safe_load((MONITORING / "prometheus.yaml").read_text())["global"]["scrape_interval"]
     assert (source["type"], source["isDefault"], source["jsonData"]["timeInterval"]) == ("prometheus", True, scrape)

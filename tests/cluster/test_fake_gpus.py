@@ -1,4 +1,4 @@
-"""The configs of `cluster/` fit on the nodes they are for: each is built on a Ray cluster with such nodes."""
+"""The resources that the configs in `cluster/` request fit their intended nodes."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ pytestmark = pytest.mark.cluster
 
 @pytest.fixture(scope="module")
 def builder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Builder]:
-    with Builder(tmp_path_factory.mktemp("builder") / "log") as started:
+    with Builder(tmp_path_factory.mktemp("builder") / "said") as started:
         yield started
 
 
 @pytest.fixture
 def stores(postgres_url: str, object_storage: ObjectStorage) -> dict[str, str]:
-    """Returns the environment variables with which several nodes share jobs and files."""
+    """Returns the variables that several nodes need to share jobs and files."""
     return object_storage.environ(object_storage.make_bucket(), STABLE_AUDIO_DATABASE_URL=postgres_url)
 
 
 def with_tiny_weights(args: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments with the same model names but small local weights."""
+    """Returns the same models with local weights."""
     weights = str(SA3_GOLDENS / "tiny-s")
     return {**args, "models": [{**model, "path": weights} for model in args["models"]]}
 
@@ -40,7 +40,7 @@ def resources(options: Mapping[str, Mapping[str, float]], kind: str, *, replicas
     return sum(each.get(kind, 0) * each[replicas] for each in options.values())
 
 
-def test_eight_gpus_are_enough_and_all_are_used(builder: Builder, tmp_path: Path) -> None:
+def test_config_for_eight_gpus_uses_all_of_them(builder: Builder, tmp_path: Path) -> None:
     args = with_tiny_weights(read_serve_file(GPU).args)
     options = builder.build(args, nodes=[{"num_cpus": 16, "num_gpus": 8}], folder=tmp_path, environ={})
     assert set(options) >= {"medium", "small-music", "small-sfx"}
@@ -48,17 +48,19 @@ def test_eight_gpus_are_enough_and_all_are_used(builder: Builder, tmp_path: Path
     assert resources(options, "num_gpus", replicas="least") <= 8
 
 
-def test_gpu_nodes_need_no_cpus(builder: Builder, tmp_path: Path, stores: Mapping[str, str]) -> None:
+def test_config_for_several_nodes_uses_no_cpu_of_gpu_nodes(
+    builder: Builder, tmp_path: Path, stores: Mapping[str, str]
+) -> None:
     args = with_tiny_weights(read_serve_file(MULTI_NODE).args)
     nodes = [{"num_cpus": 0}, {"num_cpus": 2}, {"num_cpus": 0, "num_gpus": 4}]
     options = builder.build(args, nodes=nodes, folder=tmp_path, environ=stores)
-    assert resources(options, "num_cpus", replicas="most") == 2  # only the ingress replicas need CPUs
+    assert resources(options, "num_cpus", replicas="most") == 2  # only the ingress
     assert resources(options, "num_gpus", replicas="least") == 2.5
     assert resources(options, "num_gpus", replicas="most") == 20
-    assert list(tmp_path.iterdir()) == []  # a container's root is read-only
+    assert list(tmp_path.iterdir()) == []  # a container's root file system is read-only
 
 
-def test_small_overlays_fit_on_their_nodes(builder: Builder, tmp_path: Path, stores: Mapping[str, str]) -> None:
+def test_small_overlays_fit_their_nodes(builder: Builder, tmp_path: Path, stores: Mapping[str, str]) -> None:
     demo, one_gpu = (serve_config(render(each))["applications"][0]["args"] for each in ("demo", "one-gpu"))
     both = {**one_gpu, "models": [*demo["models"], *with_tiny_weights(one_gpu)["models"]]}
     nodes = [{"num_cpus": 0}, {"num_cpus": 4, "num_gpus": 1}]

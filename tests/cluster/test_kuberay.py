@@ -1,4 +1,4 @@
-"""The KubeRay overlays match all schemas and our operational rules. Each rule detects a violation."""
+"""The KubeRay overlays: rendered as an operator would, valid for all schemas, operable; faults are detected."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def _rendered(overlay: str) -> Documents:
 
 
 def rendered(overlay: str) -> Documents:
-    """Returns a copy of the rendered overlay that a test may change."""
+    """Returns a copy that a test can change."""
     return copy.deepcopy(_rendered(overlay))
 
 
 def validate(documents: Documents) -> None:
-    """Validate by Kubernetes' schemas, our RayService schema and, if KUBERAY_CRD names a file, the official one."""
+    """Validate with Kubernetes' schemas, ours, and the official one if KUBERAY_CRD names a file."""
     schemas = [own_schema()]
     if path := os.environ.get("KUBERAY_CRD"):
         schemas.append(schema_of_crd(yaml.safe_load(Path(path).read_text())))
@@ -71,7 +71,7 @@ def test_overlay_can_be_operated(overlay: str) -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_serve_and_our_settings_accept_the_config_inside(overlay: str, tmp_path: Path) -> None:
+def test_serve_config_and_settings_are_valid(overlay: str, tmp_path: Path) -> None:
     check_serve_config(rendered(overlay), tmp_path)
 
 
@@ -84,11 +84,11 @@ def check_serve_config(documents: Documents, folder: Path) -> None:
     Settings.model_validate(file.args)
 
 
-def test_the_multi_gpu_overlay_equals_the_config_file() -> None:
+def test_gpu_counts_match_the_config_file() -> None:
     assert serve_config(rendered("multi-gpu")) == yaml.safe_load((CLUSTER / "serve_config.multi-node.yaml").read_text())
 
 
-def test_images_are_placeholders_that_the_overlay_replaces() -> None:
+def test_overlay_replaces_the_placeholder_images() -> None:
     for overlay, tag in (("demo", "cpu"), ("one-gpu", "cuda"), ("multi-gpu", "cuda"), ("multi-gpu-spot", "cuda")):
         images = {group.container["image"] for group in groups(rendered(overlay))}
         assert images == {f"registry.example.com/stable-audio-serve:{tag}"}
@@ -101,18 +101,18 @@ def test_groups_have_room_for_every_replica() -> None:
         wanted = sum(model["num_gpus"] * model["replicas"][f"{replicas}_replicas"] for model in args["models"])
         assert gpu.spec[f"{replicas}Replicas"] * int(gpu.spec["rayStartParams"]["num-gpus"]) >= wanted
     places = ingress.spec["minReplicas"] * int(ingress.spec["rayStartParams"]["num-cpus"])
-    assert places == args["ingress"]["replicas"] * args["ingress"]["num_cpus"]  # one replica per pod
+    assert places == args["ingress"]["replicas"] * args["ingress"]["num_cpus"]  # one per pod
 
 
-def test_redis_keeps_the_state_of_the_head_of_autoscaled_clusters() -> None:
+def test_redis_stores_the_heads_state_if_workers_outlive_it() -> None:
     (service,) = of_kind(rendered("multi-gpu"), "RayService")
     cluster = service["spec"]["rayClusterConfig"]
     assert cluster["gcsFaultToleranceOptions"]["redisPassword"]["valueFrom"]["secretKeyRef"]
     assert cluster["enableInTreeAutoscaling"] is True
 
 
-def test_gpu_pods_and_no_others_run_on_spot_nodes() -> None:
-    """GPU pods must run on spot nodes, which are cheaper. The head and the ingress must run on others."""
+def test_only_gpu_pods_run_on_spot_nodes() -> None:
+    """GPU pods must run on the cheaper spot nodes. The pods that the cluster depends on must not."""
     plain, spot = groups(rendered("multi-gpu")), groups(rendered("multi-gpu-spot"))
     assert [_choice_of_nodes(group) for group in spot] == ["NotIn", "NotIn", "In"]
     (taint,) = [each for each in spot[2].pod["tolerations"] if each not in plain[2].pod["tolerations"]]
@@ -170,7 +170,7 @@ BAD_VALUES: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("change", [*UNKNOWN_KEYS.values(), *BAD_VALUES.values()], ids=[*UNKNOWN_KEYS, *BAD_VALUES])
-def test_schemas_refuse(change: Change) -> None:
+def test_schemas_refuse_a_fault(change: Change) -> None:
     documents = rendered("multi-gpu")
     change(documents)
     with pytest.raises((jsonschema.ValidationError, KeyError)):
@@ -182,10 +182,10 @@ _ON_HEALTH = {"httpGet": {"path": "/health", "port": "serve"}, "failureThreshold
 PROBLEMS: dict[str, Change] = {
     "no readinessProbe on /ready": lambda d: _worker(d).container.pop("readinessProbe"),
     "ingress: no livenessProbe": lambda d: _worker(d).container.pop("livenessProbe"),
-    "ingress: livenessProbe checks the application": lambda d: _worker(d).container.update(livenessProbe=_ON_HEALTH),
-    "ingress: startupProbe checks the application": lambda d: _worker(d).container.update(startupProbe=_ON_HEALTH),
-    "gpu: livenessProbe checks the application": lambda d: groups(d)[2].container.update(livenessProbe=_ON_HEALTH),
-    "ingress: readinessProbe removes a slow server after 4 s": lambda d: (
+    "ingress: livenessProbe asks the application": lambda d: _worker(d).container.update(livenessProbe=_ON_HEALTH),
+    "ingress: startupProbe asks the application": lambda d: _worker(d).container.update(startupProbe=_ON_HEALTH),
+    "gpu: livenessProbe asks the application": lambda d: groups(d)[2].container.update(livenessProbe=_ON_HEALTH),
+    "ingress: readinessProbe gives a slow server up after 4 s": lambda d: (
         _worker(d).container["readinessProbe"].update(periodSeconds=2, failureThreshold=2)
     ),
     "gpu: readinessProbe keeps a server that drains": lambda d: (
@@ -216,7 +216,7 @@ PROBLEMS: dict[str, Change] = {
     "a Secret among": lambda d: d.append({"kind": "Secret", "data": {}}),
     "without token authentication": lambda d: _service(d)["rayClusterConfig"].pop("authOptions"),
     "requests go to the head": lambda d: _service(d).pop("excludeHeadPodFromServeSvc"),
-    "allows all sources": lambda d: of_kind(d, "NetworkPolicy")[0]["spec"]["ingress"].append(
+    "lets everybody in": lambda d: of_kind(d, "NetworkPolicy")[0]["spec"]["ingress"].append(
         {"ports": [{"port": 8265}]}
     ),
     "no NetworkPolicy": lambda d: _worker(d).labels.pop("app.kubernetes.io/part-of"),
@@ -233,13 +233,13 @@ PROBLEMS: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_each_operational_fault_is_detected(problem: str) -> None:
+def test_operational_fault_is_detected(problem: str) -> None:
     documents = rendered("multi-gpu")
     PROBLEMS[problem](documents)
     assert problem in "\n".join(problems(documents))
 
 
-def test_unknown_setting_inside_the_config_is_refused(tmp_path: Path) -> None:
+def test_unknown_setting_in_the_config_is_refused(tmp_path: Path) -> None:
     documents = rendered("demo")
     service = _service(documents)
     service["serveConfigV2"] = service["serveConfigV2"].replace("drain_s", "drain_seconds")
@@ -247,8 +247,8 @@ def test_unknown_setting_inside_the_config_is_refused(tmp_path: Path) -> None:
         check_serve_config(documents, tmp_path)
 
 
-def test_the_official_definition_also_refuses_unknown_keys() -> None:
-    """The definition has the format of KubeRay's, with a few fields."""
+def test_official_definition_refuses_unknown_keys() -> None:
+    """A definition in KubeRay's published format, with few fields."""
     spec = {
         "type": "object",
         "properties": {"serveConfigV2": {"type": "string"}, "size": {"x-kubernetes-int-or-string": True}},
@@ -260,7 +260,7 @@ def test_the_official_definition_also_refuses_unknown_keys() -> None:
         jsonschema.validate({"other": 1}, schema)
 
 
-def test_no_file_names_a_real_registry() -> None:
+def test_manifests_name_no_private_registry() -> None:
     for path in (ROOT / "cluster").rglob("*"):
         if path.suffix in {".yaml", ""} and path.is_file():
             assert "registry." not in path.read_text().replace("registry.example.com", "")

@@ -1,4 +1,4 @@
-"""The load balancers of `cluster/load_balancer/` in front of two test servers, with only addresses changed."""
+"""The balancers in `cluster/load_balancer/`, run with only their addresses changed, before two fake servers."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _MIB = 1024 * 1024
 
 @dataclass
 class Server:
-    """A fake server that may be ready or full. Records its requests."""
+    """A fake server: ready or not, full or not. Records its requests."""
 
     is_ready: bool = True
     refuses: bool = False
     requests: list[str] = field(default_factory=list)
     num_bytes: int = 0
-    released: asyncio.Event = field(default_factory=asyncio.Event)
+    heard: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -59,13 +59,13 @@ class Server:
 
     async def _events(self) -> AsyncIterator[bytes]:
         yield b"data: first\n\n"
-        await self.released.wait()
+        await self.heard.wait()
         yield b"data: last\n\n"
 
 
 @dataclass(frozen=True)
 class Balanced:
-    """A running load balancer with two servers."""
+    """A running balancer before two servers."""
 
     client: httpx.AsyncClient
     port: int
@@ -75,21 +75,21 @@ class Balanced:
         return [await self.client.post(path, json={"prompt": "rain"}) for _ in range(num)]
 
     async def send(self, text: str) -> bytes:
-        """Send `text` only. Returns the answer up to the end of the connection."""
+        """Send this data and nothing more. Returns the output until the balancer closes the connection."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         writer.write(text.encode())
-        answer = b""
-        with suppress(ConnectionError):  # a reset also ends the connection
+        said = b""
+        with suppress(ConnectionError):  # counts as a close
             async with asyncio.timeout(_PATIENCE_S):
                 while part := await reader.read(65_536):
-                    answer += part
-                    if b"413" in answer:
-                        break  # the load balancer may keep the connection open for the body
+                    said += part
+                    if b"413" in said:
+                        break  # the server may wait for the missing body
         writer.close()
-        return answer
+        return said
 
     async def until_only(self, server: Server, *, path: str = "/who") -> None:
-        """Send requests until `server` gets three in a row."""
+        """Send requests until three successive responses come from `server`."""
         for _ in range(200):
             before = len(server.requests)
             for _ in range(3):
@@ -104,14 +104,14 @@ class Balanced:
 async def running(
     name: str, folder: Path, *, ports: tuple[int, int], slow_s: float | None = None
 ) -> AsyncIterator[int]:
-    """Run a load balancer in front of servers on `ports`. Yields its port once a server answers."""
+    """Run the balancer before servers on these ports until one responds. Yields its port."""
     port = free_port()
     path = configured(name, folder, ports=ports, port=port, slow_s=slow_s)
     process = start(name, path)
     try:
         async with httpx.AsyncClient() as client, asyncio.timeout(_PATIENCE_S):
             while not await _answers(client, f"http://127.0.0.1:{port}/who"):
-                assert process.poll() is None, (folder / "log").read_text()
+                assert process.poll() is None, (folder / "said").read_text()
                 await asyncio.sleep(0.05)
         yield port
     finally:
@@ -150,12 +150,12 @@ def test_file_is_accepted_without_a_warning(name: str, tmp_path: Path) -> None:
     assert not re.search(r"warn|alert|emerg", checked.stderr, flags=re.IGNORECASE), checked.stderr
 
 
-def test_haproxy_starts_with_unresolvable_server_names(tmp_path: Path) -> None:
+def test_haproxy_starts_before_host_names_resolve(tmp_path: Path) -> None:
     checked = run_program("haproxy", "-c", "-f", CLUSTER / "load_balancer" / "haproxy.cfg")
     assert checked.returncode == 0, checked.stderr
 
 
-def test_limits_match_the_servers_limits() -> None:
+def test_limits_match_the_servers() -> None:
     api, proxy = ApiSettings(), ProxySettings()
     nginx, haproxy = ((CLUSTER / "load_balancer" / file).read_text() for file in ("nginx.conf", "haproxy.cfg"))
     largest = api.max_upload_bytes + MAX_FIELDS_BYTES
@@ -177,17 +177,17 @@ def test_limits_match_the_servers_limits() -> None:
 
 
 @both
-async def test_events_pass_as_they_happen(name: str, tmp_path: Path) -> None:
+async def test_events_are_passed_on_immediately(name: str, tmp_path: Path) -> None:
     async with balancing(name, tmp_path) as balanced, balanced.client.stream("GET", "/events") as answer:
         lines = answer.aiter_lines()
         assert await anext(lines) == "data: first"
         for server in balanced.servers:
-            server.released.set()
+            server.heard.set()
         assert [line async for line in lines if line] == ["data: last"]
 
 
 @both
-async def test_uploads_pass_up_to_the_servers_limit(name: str, tmp_path: Path) -> None:
+async def test_uploads_up_to_the_servers_limit_pass(name: str, tmp_path: Path) -> None:
     async with balancing(name, tmp_path) as balanced:
         largest = b"x" * (ApiSettings().max_upload_bytes + MAX_FIELDS_BYTES)
         assert (await balanced.client.post("/jobs/inpaint", content=largest)).status_code == 200
@@ -199,7 +199,7 @@ async def test_uploads_pass_up_to_the_servers_limit(name: str, tmp_path: Path) -
 
 
 @both
-async def test_incomplete_requests_end_and_reach_no_server(name: str, tmp_path: Path) -> None:
+async def test_incomplete_requests_end_without_reaching_a_server(name: str, tmp_path: Path) -> None:
     async with balancing(name, tmp_path, slow_s=1) as balanced:
         for path, sent in (("/jobs", "X-Long: "), ("/generate", "Content-Length: 1000\r\n\r\n{")):
             await balanced.send(f"POST {path} HTTP/1.1\r\nHost: a\r\n{sent}")
@@ -207,17 +207,17 @@ async def test_incomplete_requests_end_and_reach_no_server(name: str, tmp_path: 
 
 
 @both
-async def test_clear_text_http_2_is_refused(name: str, tmp_path: Path) -> None:
+async def test_http_2_is_not_used_in_clear_text(name: str, tmp_path: Path) -> None:
     async with balancing(name, tmp_path) as balanced:
-        answer = await balanced.send("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
-    assert b" 400 " in answer.split(b"\r\n")[0]
+        said = await balanced.send("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+    assert b" 400 " in said.split(b"\r\n")[0]
 
 
 @both
-async def test_links_use_the_host_of_the_client(name: str, tmp_path: Path) -> None:
+async def test_links_use_the_host_of_the_request(name: str, tmp_path: Path) -> None:
     async with balancing(name, tmp_path) as balanced:
-        headers = (await balanced.client.get("/who", headers={"Host": "audio.example.org"})).json()
-        assert headers == {"host": "audio.example.org", "x-forwarded-proto": "http"}
+        said = (await balanced.client.get("/who", headers={"Host": "audio.example.org"})).json()
+        assert said == {"host": "audio.example.org", "x-forwarded-proto": "http"}
 
 
 @both
@@ -228,13 +228,13 @@ async def test_requests_go_to_the_server_with_the_fewest(name: str, tmp_path: Pa
         (busy,) = (server for server in balanced.servers if server.requests)
         for _ in range(12):
             await balanced.client.get("/who")
-            await asyncio.sleep(0.02)  # usually enough for the load balancer to notice the closed connection
-        assert len(busy.requests) - 1 <= 3  # round robin would send six
-        busy.released.set()
+            await asyncio.sleep(0.02)  # usually enough to notice the closed connection
+        assert len(busy.requests) - 1 <= 3  # round robin would give six
+        busy.heard.set()
 
 
 @both
-async def test_a_refused_generation_is_retried_on_the_other_server(name: str, tmp_path: Path) -> None:
+async def test_refused_generation_is_retried_on_the_other_server(name: str, tmp_path: Path) -> None:
     async with balancing(name, tmp_path) as balanced:
         balanced.servers[0].refuses = True
         answers = await balanced.post("/generate", num=12)
@@ -242,7 +242,7 @@ async def test_a_refused_generation_is_retried_on_the_other_server(name: str, tm
 
 
 @both
-async def test_a_refused_job_is_not_retried(name: str, tmp_path: Path) -> None:
+async def test_refused_job_is_not_retried(name: str, tmp_path: Path) -> None:
     async with balancing(name, tmp_path) as balanced:
         balanced.servers[0].refuses = True
         answers = await balanced.post("/jobs", num=12)
@@ -251,7 +251,7 @@ async def test_a_refused_job_is_not_retried(name: str, tmp_path: Path) -> None:
 
 
 @both
-async def test_if_all_servers_are_full_clients_get_a_servers_answer(name: str, tmp_path: Path) -> None:
+async def test_clients_get_a_servers_refusal_if_all_are_full(name: str, tmp_path: Path) -> None:
     async with balancing(name, tmp_path) as balanced:
         for server in balanced.servers:
             server.refuses = True
@@ -260,7 +260,7 @@ async def test_if_all_servers_are_full_clients_get_a_servers_answer(name: str, t
                 assert (answer.status_code, answer.headers["retry-after"]) == (503, "7")
 
 
-async def test_haproxy_sends_nothing_to_a_server_that_is_not_ready(tmp_path: Path) -> None:
+async def test_haproxy_skips_a_server_that_is_not_ready(tmp_path: Path) -> None:
     async with balancing("haproxy", tmp_path) as balanced:
         leaving, staying = balanced.servers
         leaving.is_ready = False
@@ -284,7 +284,7 @@ async def test_haproxy_sends_retry_after_if_no_server_is_ready(tmp_path: Path) -
         assert "try again" in answer.json()["detail"]
 
 
-async def test_nginx_pauses_requests_to_a_refusing_server(tmp_path: Path) -> None:
+async def test_nginx_pauses_a_server_that_refuses(tmp_path: Path) -> None:
     async with balancing("nginx", tmp_path) as balanced:
         leaving, staying = balanced.servers
         leaving.refuses = True
@@ -292,7 +292,7 @@ async def test_nginx_pauses_requests_to_a_refusing_server(tmp_path: Path) -> Non
 
 
 @both
-async def test_a_stopped_server_loses_no_request(name: str, tmp_path: Path) -> None:
+async def test_stopped_server_fails_no_request(name: str, tmp_path: Path) -> None:
     server = Server()
     async with (
         listening(server) as alive,

@@ -1,4 +1,4 @@
-"""Prometheus' checks of `cluster/monitoring/`. Every alert has a case that fires it and a case that does not."""
+"""Prometheus' checks of `cluster/monitoring/`; every alert has a case that fires it and one that does not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.cluster.tools import CLUSTER, run_program
 pytestmark = pytest.mark.cluster
 
 MONITORING = CLUSTER / "monitoring"
-_SUFFIXES = ("_bucket", "_count", "_sum")  # suffixes of a histogram's metrics
+_SUFFIXES = ("_bucket", "_count", "_sum")  # suffixes of a histogram
 _OURS = re.compile(r"\bray_stable_audio_\w+")
 
 
@@ -27,7 +27,7 @@ def load(name: str) -> Any:
 
 
 def rules(kind: str) -> dict[str, str]:
-    """Returns the expressions of all rules of a kind, `alert` or `record`, by name."""
+    """Returns the expressions of all `alert` or `record` rules, by name."""
     return {
         rule[kind]: rule["expr"] for group in load("rules.yaml")["groups"] for rule in group["rules"] if kind in rule
     }
@@ -38,12 +38,12 @@ def test_prometheus_accepts_its_configuration() -> None:
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
-def test_alerts_fire_when_they_should() -> None:
+def test_alerts_fire_in_their_cases() -> None:
     tested = run_program("promtool", "test", "rules", "rules_test.yaml", cwd=MONITORING)
     assert tested.returncode == 0, tested.stdout + tested.stderr
 
 
-def test_every_alert_has_a_firing_and_a_silent_case() -> None:
+def test_every_alert_has_a_firing_and_a_quiet_case() -> None:
     cases = defaultdict(set)
     for test in load("rules_test.yaml")["tests"]:
         for case in test["alert_rule_test"]:
@@ -52,7 +52,7 @@ def test_every_alert_has_a_firing_and_a_silent_case() -> None:
 
 
 @pytest.mark.parametrize("expression", ["vector(1) > 1", "vector(1)"])
-def test_cases_detect_alerts_that_never_or_always_fire(expression: str, tmp_path: Path) -> None:
+def test_cases_detect_an_alert_that_never_or_always_fires(expression: str, tmp_path: Path) -> None:
     changed = load("rules.yaml")
     for group in changed["groups"]:
         group["rules"] = [{**rule, "expr": expression} if "alert" in rule else rule for rule in group["rules"]]
@@ -68,7 +68,7 @@ def expressions() -> Iterator[str]:
     yield from rules("record").values()
 
 
-def test_all_metric_names_are_exported_or_recorded() -> None:
+def test_rules_use_exported_and_recorded_names() -> None:
     exported = {exported_name(metric): metric.kind for metric in METRICS.values()}
     exported |= {name + suffix: kind for name, kind in exported.items() if kind == "histogram" for suffix in _SUFFIXES}
     used = {name for expression in expressions() for name in _OURS.findall(expression)}

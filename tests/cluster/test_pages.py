@@ -1,4 +1,4 @@
-"""Other programs accept their configurations and queries in the docs."""
+"""Configurations and queries of other programs on the pages, checked by these programs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.docs.blocks import DOCS, blocks_of, text_of
 pytestmark = pytest.mark.cluster
 
 
-def test_nginx_accepts_the_configuration_of_the_docs(tmp_path: Path) -> None:
+def test_nginx_accepts_the_configuration(tmp_path: Path) -> None:
     (server,) = (block.text for block in blocks_of(DOCS / "proxy.md") if block.language == "nginx")
     pair = trustme.CA().issue_cert("audio.example.com")
     pair.private_key_pem.write_to_path(str(tmp_path / "audio.example.com.key"))
@@ -29,7 +29,7 @@ def test_nginx_accepts_the_configuration_of_the_docs(tmp_path: Path) -> None:
     assert checked.returncode == 0, checked.stderr
 
 
-def test_prometheus_accepts_queries_and_targets_of_the_docs(tmp_path: Path) -> None:
+def test_prometheus_accepts_queries_and_scrape_config(tmp_path: Path) -> None:
     queries = text_of(DOCS / "operations.md", "promql").replace("\n  ", " ").splitlines()
     rules = [{"record": f"example:{number}", "expr": query} for number, query in enumerate(queries)]
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "pages", "rules": rules}]}))

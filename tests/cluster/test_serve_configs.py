@@ -1,4 +1,4 @@
-"""Ray's schema and our settings accept the configs of `cluster/`."""
+"""Ray's schema and the server's settings accept the configs in `cluster/`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MULTI_NODE = CLUSTER / "serve_config.multi-node.yaml"
 
 
 def check(path: Path) -> Settings:
-    """Validate by both schemas, which refuse unknown keys. Returns our settings."""
+    """Validate with both schemas, each of which refuses unknown keys."""
     file = read_serve_file(path)
     deploy_schema(file, host=file.host, port=file.port)
     return Settings.model_validate(file.args)

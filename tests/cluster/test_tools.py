@@ -9,7 +9,7 @@ from tests.cluster import tools
 pytestmark = pytest.mark.cluster
 
 
-def test_a_missing_program_fails_and_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_program_fails_with_install_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tools, "_find", lambda name: None)
     with pytest.raises(pytest.fail.Exception, match=r"kubectl is missing: apt-get install kubernetes-client"):
         tools.run_program("kubectl", "version")

@@ -1,4 +1,4 @@
-"""The shipped NGINX and HAProxy configurations in front of two real servers with a shared PostgreSQL and bucket."""
+"""NGINX and HAProxy as shipped, before two servers that share PostgreSQL and a bucket; one server may stop."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def servers(
 
 @contextmanager
 def balancing(name: str, servers: Sequence[LaunchedServer], folder: Path) -> Iterator[httpx.Client]:
-    """Run a load balancer in front of the two servers. Yields an HTTP client for it."""
+    """Yield a client of the balancer before these two servers."""
     port = free_port()
     first, second = (server.port for server in servers)
     (folder / name).mkdir()
@@ -58,12 +58,12 @@ def balancing(name: str, servers: Sequence[LaunchedServer], folder: Path) -> Ite
 
 def is_there(client: httpx.Client) -> bool:
     try:
-        return client.get("/ready").status_code == 200  # HAProxy answers before its first health checks
+        return client.get("/ready").status_code == 200  # HAProxy responds before it has checked its servers
     except httpx.TransportError:
         return False
 
 
-def test_a_job_is_readable_from_both_servers(servers: Sequence[LaunchedServer]) -> None:
+def test_job_of_one_server_is_readable_from_the_other(servers: Sequence[LaunchedServer]) -> None:
     one, other = servers
     body = {"prompt": "rain", "duration": 2, "steps": 2, "seed": 1}
     job_id = one.client.post("/jobs", json=body).raise_for_status().json()["id"]
@@ -74,22 +74,24 @@ def test_a_job_is_readable_from_both_servers(servers: Sequence[LaunchedServer]) 
 
 
 @pytest.mark.parametrize("balancer", ["nginx", "haproxy"])
-def test_a_long_recipe_header_passes(servers: Sequence[LaunchedServer], balancer: str, tmp_path: Path) -> None:
+def test_recipe_of_a_long_prompt_passes_the_balancer(
+    servers: Sequence[LaunchedServer], balancer: str, tmp_path: Path
+) -> None:
     body = {"prompt": "rain " * 650, "duration": 1, "steps": 1, "seed": 1}
     with balancing(balancer, servers, tmp_path) as client:
         answer = client.post("/v1/audio/generations", json=body).raise_for_status()
     assert 3250 < len(answer.headers["X-Recipe"]) <= 4096
 
 
-def test_stopping_a_server_under_load_loses_no_request(servers: Sequence[LaunchedServer], tmp_path: Path) -> None:
-    """Both load balancers run at the same time, each with separate clients. A job submission may be refused."""
+def test_server_stopped_under_load_loses_nothing(servers: Sequence[LaunchedServer], tmp_path: Path) -> None:
+    """Both balancers run at once, each with its own clients. Job submissions may get a 503 and retry."""
     leaving, _ = servers
     with balancing("nginx", servers, tmp_path) as one, balancing("haproxy", servers, tmp_path) as other:
         with Load(one) as by_nginx, Load(other) as by_haproxy:
             by_nginx.go_on()
             by_haproxy.go_on()
             leaving.stop()
-            by_nginx.go_on()  # requests go to the remaining server
+            by_nginx.go_on()  # to the remaining server
             by_haproxy.go_on()
         for load in (by_nginx, by_haproxy):
             print(load)
@@ -100,4 +102,4 @@ def test_stopping_a_server_under_load_loses_no_request(servers: Sequence[Launche
             for job in jobs:
                 assert httpx.get(job["download_url"]).raise_for_status().content.startswith(b"RIFF")
     for server in servers:
-        server.wait_for_output("route=/generate status=200")  # each server answered requests
+        server.wait_for_output("route=/generate status=200")  # each server had requests

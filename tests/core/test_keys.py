@@ -83,7 +83,10 @@ def test_a_bad_line_is_named_by_its_number_and_not_shown(line: str, complaint: s
         (b"\xff\xfe", "UTF-8"),
         (b"\x00" * 100, "line 1"),
         (f"a:{ONE}\nb:{ONE}\n".encode(), "lines 1 and 2 are the same key"),
-        (f"a:{ONE} concurrency=1\nb:{TWO}\na:{THREE}\n".encode(), "lines 1 and 3 give one name different limits"),
+        (
+            f"a:{ONE} concurrency=1\nb:{TWO}\na:{THREE}\n".encode(),
+            "lines 1 and 3 set different limits for the same name",
+        ),
     ],
 )
 def test_an_ambiguous_key_file_is_refused(data: bytes, complaint: str) -> None:
@@ -99,7 +102,7 @@ def test_comments_empty_lines_and_a_byte_order_mark_are_ignored() -> None:
 
 def test_a_path_that_is_not_a_key_file_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")  # has no writer
-    with pytest.raises(ValueError, match="no regular file"):
+    with pytest.raises(ValueError, match="not a regular file"):
         load_key_file(str(tmp_path / "pipe"))
     with pytest.raises(OSError, match="directory"):
         load_key_file(str(tmp_path))

@@ -1,4 +1,4 @@
-"""The declared metrics are those that the code measures and the docs list. `tests/served/test_jobs.py` checks what a
+"""The code measures and the docs list exactly the declared metrics. `tests/served/test_jobs.py` checks what a
 real run exports.
 """
 

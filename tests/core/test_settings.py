@@ -182,7 +182,7 @@ def test_a_bad_variable_is_named(tmp_path: Path, name: str, value: str) -> None:
         ({"models": [{"path": "x"}]}, "models.0.name"),
         ({"models": [{"name": "a", "mode": "quick"}]}, "models.0.mode"),
         ({"models": [{"name": "a", "max_duration_s": float("inf")}]}, "models.0.max_duration_s"),
-        ({"models": [{"name": "a", "path": "x", "repo_id": "y"}]}, "path and repo_id"),
+        ({"models": [{"name": "a", "path": "x", "repo_id": "y"}]}, "either path"),
         ({"models": [{"name": "a", "replicas": {"min_replicas": 3}}]}, "models.0.replicas"),
         ({"ingress": {"replicas": 0}}, "ingress.replicas"),
         ({"models": [{"name": "a", "device": "gpu"}]}, "models.0.device"),
@@ -325,7 +325,7 @@ def test_a_pair_of_the_environment_replaces_the_whole_key_of_the_file(tmp_path: 
     args = {"storage": {"access_key_id": "x", "secret_access_key": "y", "session_token": "z"}}
     assert load(tmp_path, args).storage.session_token is not None
     assert load(tmp_path, args, R2_ACCESS_KEY_ID="c", R2_SECRET_ACCESS_KEY="d").storage.session_token is None
-    with pytest.raises(ConfigError, match=r"storage.*belong together"):
+    with pytest.raises(ConfigError, match=r"storage.*set both access_key_id"):
         load(tmp_path, {"storage": {"access_key_id": "only-half"}})
 
 
@@ -410,7 +410,7 @@ def test_no_part_of_a_database_password_is_printed(url: str) -> None:
 
 @pytest.mark.parametrize("secret", ["whsec_c2hvcnQ=", "not base64!", "whsec_" + "QUFB" * 40])
 def test_an_invalid_signing_secret_is_refused_and_not_shown(secret: str) -> None:
-    with pytest.raises(ConfigError, match=r"STABLE_AUDIO_WEBHOOK_SECRET: .*whsec_ and the base64 form") as caught:
+    with pytest.raises(ConfigError, match=r"STABLE_AUDIO_WEBHOOK_SECRET: .*whsec_ followed by") as caught:
         load_settings(environ={"STABLE_AUDIO_WEBHOOK_SECRET": secret})
     assert secret not in str(caught.value)
 

@@ -1,4 +1,4 @@
-"""The blocks of code on the pages, for the tests that run them."""
+"""The code blocks of the documentation pages, for the tests that run them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BLOCK = re.compile(r"^[ ]*```([^\n`]*)\n(.*?)^[ ]*```[ ]*$", flags=re.DOTALL | 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A block of a page, which is named by its path in the repository."""
+    """A code block. `page` is the page's path in the repository."""
 
     page: str
     language: str
@@ -22,7 +22,7 @@ class Block:
 
 
 def pages() -> list[str]:
-    """Every page of the documentation, and those for users that stand elsewhere."""
+    """Returns every page of the documentation, including pages for users outside docs/."""
     found = sorted(path.relative_to(ROOT).as_posix() for path in DOCS.rglob("*.md"))
     return ["README.md", "CONTRIBUTING.md", "examples/README.md", "packaging/client/README.md", *found]
 
@@ -37,5 +37,5 @@ def all_blocks() -> list[Block]:
 
 
 def text_of(page: Path, language: str) -> str:
-    """All blocks of one language on a page, as one program."""
+    """Returns all blocks of one language on a page, joined into one program."""
     return "\n".join(block.text for block in blocks_of(page) if block.language == language)

@@ -1,4 +1,4 @@
-"""What the pages say of the structure is so: every file they name exists, every folder is named."""
+"""The pages describe the existing structure: every file they name exists, and every folder is named."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 FOLDERS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 
 
-def test_every_file_on_the_walks_exists() -> None:
+def test_every_file_in_the_walkthroughs_exists() -> None:
     named = re.findall(r"`([a-z0-9_/]+(?:\.py|/))`", ARCHITECTURE.replace("`stable_audio_serve/`", ""))
     assert len(named) > 40
     assert [path for path in named if not (PACKAGE / path).exists()] == []
 
 
-def test_each_walk_has_ten_stops_and_each_stop_names_where_it_is() -> None:
+def test_each_walkthrough_has_ten_steps_with_a_file() -> None:
     for walk in ARCHITECTURE.split("\n## ")[1:]:
         stops = re.split(r"^\d+\. ", walk, flags=re.MULTILINE)[1:]
         assert len(stops) == 10
@@ -33,7 +33,7 @@ def test_every_folder_is_in_the_readme_and_on_the_map(folder: str) -> None:
     assert any(f"`{folder}/`" in row.split("|")[1] for row in rows)
 
 
-def test_jobs_have_at_most_eight_rooms() -> None:
+def test_jobs_package_has_at_most_eight_parts() -> None:
     rooms = {
         path.name for path in (PACKAGE / "jobs").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
     }

@@ -1,4 +1,4 @@
-"""What the tests of single pages leave of the blocks of code: each is run, or read by what it is written for."""
+"""Code blocks that no test of a single page covers: each is run, or parsed by the program it is written for."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from tests.api.compat.serving import serve_app
 from tests.docs.blocks import DOCS, ROOT, Block, all_blocks, pages, text_of
 from tests.patience import PATIENCE_S
 
-# Who runs or reads the blocks of a language, page by page where a page needs a test of its own. `bash` is
-# `test_commands`, `sh` below: commands for a machine, an account or a cluster that tests have not.
+# Languages of blocks, with the pages that other tests cover. `test_commands` runs `bash`. `sh` blocks need a machine,
+# an account or a cluster that tests do not have, so they are only checked below.
 PAGES = {
     "js": {"docs/dialects/fal.md", "docs/jobs.md"},  # tests/api/compat/test_fal_node_client.py, test_event_reader.py
     "json": {"docs/jobs.md", "docs/recipes.md"},
@@ -48,7 +48,7 @@ NOT_RUN = {"text", "{toctree}", "{image}", "{figure}"}
 PROGRAMS = {"cp", "export", "kubectl", "make", "pip", "stable-audio-serve"}
 
 
-def test_every_block_is_somebodys() -> None:
+def test_every_block_is_tested() -> None:
     found: dict[str, set[str]] = {}
     for block in all_blocks():
         language = block.language.split()[0] if block.language else ""
@@ -63,8 +63,8 @@ def commands_in(block: Block) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("block", [block for block in all_blocks() if block.language == "sh"], ids=lambda b: b.page)
-def test_commands_that_are_not_run_could_be(block: Block) -> None:
-    """Our own ones are held to their options by `test_operations`."""
+def test_commands_that_are_not_run_exist(block: Block) -> None:
+    """`test_operations` checks the options of our own commands."""
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     for words in commands_in(block):
         words = [word for word in words if not re.match(r"[A-Z_]+=", word)]
@@ -77,12 +77,12 @@ def test_commands_that_are_not_run_could_be(block: Block) -> None:
 
 
 def can_be_started(module: str) -> bool:
-    """Whether `python -m` finds a program of that name."""
+    """Returns whether `python -m` finds the module."""
     spec = find_spec(module)
     return spec is not None and (spec.submodule_search_locations is None or find_spec(f"{module}.__main__") is not None)
 
 
-def test_modules_that_make_and_the_pages_start_exist() -> None:
+def test_make_targets_and_modules_exist() -> None:
     texts = [(ROOT / page).read_text() for page in ["Makefile", "benchmarks/README.md", *pages()]]
     started = {module for text in texts for module in re.findall(r"(?:python3?|\$\(PY\)) -m (\w+(?:\.\w+)*)", text)}
     assert {"benchmarks", "benchmarks.gpu", "examples.demo_model.evaluate", "examples.demo_model.train"} <= started
@@ -94,12 +94,12 @@ def yaml_of(page: str) -> Any:
 
 
 @pytest.mark.parametrize("page", ["cpu.md", "stable-audio-tools.md"])
-def test_settings_are_taken(page: str) -> None:
+def test_settings_are_valid(page: str) -> None:
     assert Settings.model_validate(yaml_of(page)).models
 
 
 @pytest.mark.parametrize("page", ["cluster.md", "keys.md"])
-def test_parts_of_pods_are_taken(page: str) -> None:
+def test_parts_of_pods_are_valid(page: str) -> None:
     parts: dict[str, Any] = yaml_of(page)
     volumes = parts.pop("volumes", [])
     container = {"name": "server", "image": "example", **parts}
@@ -108,7 +108,7 @@ def test_parts_of_pods_are_taken(page: str) -> None:
     assert {mount["name"] for mount in parts.get("volumeMounts", [])} == {volume["name"] for volume in volumes}
 
 
-def test_traefiks_router_leads_to_the_server() -> None:
+def test_traefik_router_leads_to_the_server() -> None:
     http = yaml_of("proxy.md")["http"]
     assert http.keys() == {"routers", "services"}
     for router in http["routers"].values():
@@ -117,21 +117,21 @@ def test_traefiks_router_leads_to_the_server() -> None:
         assert service["healthCheck"]["path"] == "/ready"
 
 
-def test_caddys_blocks_are_closed() -> None:
-    """Caddy itself comes with no package that tests install."""
+def test_caddy_blocks_are_closed() -> None:
+    """Caddy itself is not installed by any test package."""
     text = text_of(DOCS / "proxy.md", "caddy")
     depths = [text[: i + 1].count("{") - text[: i + 1].count("}") for i in range(len(text))]
     assert min(depths) == depths[-1] == 0
     assert "reverse_proxy 127.0.0.1:8000 {" in text
 
 
-def test_metrics_are_scraped_where_the_page_says() -> None:
+def test_metrics_are_scraped_at_the_documented_port() -> None:
     (job,) = yaml_of("metrics.md")["scrape_configs"]
     (targets,) = job["static_configs"]
     assert targets == {"targets": ["localhost:9464"]}
 
 
-def test_queries_name_metrics() -> None:
+def test_queries_use_existing_metrics() -> None:
     names = {exported_name(metric) for metric in METRICS.values()}
     parts = {f"{name}_{part}" for name in names for part in ("sum", "count", "bucket")}
     queries = text_of(DOCS / "operations.md", "promql")
@@ -140,7 +140,7 @@ def test_queries_name_metrics() -> None:
     assert named <= names | parts
 
 
-def test_a_webhook_is_what_the_page_shows_and_its_receiver_takes_it() -> None:
+def test_documented_webhook_is_accepted_by_its_receiver() -> None:
     shown = json.loads(text_of(DOCS / "jobs.md", "json"))
     secret = "whsec_" + "c2VjcmV0" * 4
     scope: dict[str, Any] = {}
@@ -155,13 +155,13 @@ def test_a_webhook_is_what_the_page_shows_and_its_receiver_takes_it() -> None:
         scope["receive"](body.replace("succeeded", "failed").encode(), headers)
 
 
-def test_the_recipe_is_one() -> None:
+def test_documented_recipe_is_valid() -> None:
     shown = json.loads(text_of(DOCS / "recipes.md", "json"))
     assert json.loads(Recipe.model_validate(shown).to_json()) == shown
 
 
 async def run_python(page: Path, folder: Path) -> str:
-    """What a page's program prints, with a server of the tests as its server."""
+    """Run a page's program against a test server. Returns its output."""
     async with serve_app() as (port, _):
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-c", text_of(page, "python").replace("localhost:8000", f"127.0.0.1:{port}")),
@@ -178,7 +178,7 @@ async def run_python(page: Path, folder: Path) -> str:
 
 @pytest.mark.server
 @pytest.mark.slow
-async def test_the_tutorials_programs(tmp_path: Path) -> None:
+async def test_programs_of_the_tutorial(tmp_path: Path) -> None:
     output = await run_python(DOCS / "tutorial.md", tmp_path)
     assert output.startswith("7 ")
     assert "done 100%" in output
@@ -187,11 +187,11 @@ async def test_the_tutorials_programs(tmp_path: Path) -> None:
 
 @pytest.mark.server
 @pytest.mark.slow
-async def test_the_program_with_fals_client(tmp_path: Path) -> None:
+async def test_program_with_fals_client(tmp_path: Path) -> None:
     await run_python(DOCS / "dialects" / "fal.md", tmp_path)
 
 
 @pytest.mark.server
-def test_the_engine_in_process(capsys: pytest.CaptureFixture[str]) -> None:
+def test_engine_example(capsys: pytest.CaptureFixture[str]) -> None:
     exec(text_of(ROOT / "README.md", "python"), {"__name__": "__main__"})
     assert capsys.readouterr().out == "(2, 132300) 44100\n"

@@ -1,4 +1,4 @@
-"""The Python blocks of the page about the client, run in order as one program."""
+"""The Python blocks of the client page, run in order as one program."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 PAGE = Path(__file__).parents[2] / "docs" / "client.md"
 
 
-async def test_its_blocks_are_a_program(tmp_path: Path) -> None:
+async def test_blocks_run_as_one_program(tmp_path: Path) -> None:
     program = "\n".join(re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL))
     async with serve_app() as (port, _):
         process = await asyncio.create_subprocess_exec(

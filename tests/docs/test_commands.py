@@ -1,4 +1,4 @@
-"""Every ```bash block of every page, run as it stands against a server; those of one page are one program."""
+"""Every ```bash block of every page, run unchanged against a server; the blocks of a page are one program."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.patience import PATIENCE_S
 
 DIALECTS = DOCS / "dialects"
 
-# Pages with commands, and whose operations each of them shows, every one with a command.
+# Pages with commands, and the dialects whose operations they must show.
 TAGS: dict[str, set[str]] = {
     "cli.md": set(),
     "jobs.md": {native_jobs.TAG},
@@ -46,7 +46,7 @@ TAGS: dict[str, set[str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a page's commands wrote and called: `calls` as METHOD and path, `folder` holds their files."""
+    """Results of a page's commands: `calls` as METHOD and path, `folder` with their files."""
 
     output: str
     calls: list[str]
@@ -54,16 +54,16 @@ class Run:
     folder: Path
 
     def has_called(self, operation: str) -> bool:
-        """Whether a command called this METHOD and path, in which `{name}` is any one part."""
+        """Whether a command called this METHOD and path; `{name}` matches any one part."""
         pattern = re.sub(r"\\{[a-z_]+\\}", "[^/]+", re.escape(operation))
         return any(re.fullmatch(pattern, call) for call in self.calls)
 
     def named(self, pattern: str) -> list[str]:
-        """Files of that pattern, where a name has a seed that nobody chose."""
+        """Returns the files that match a pattern, for names with a random seed."""
         return [path.relative_to(self.folder).as_posix() for path in self.folder.glob(pattern)]
 
     def frames(self, name: str) -> int:
-        """Samples per channel of an audio file, which is 16-bit stereo at the model's rate unless it is Opus."""
+        """Returns samples per channel of an audio file: 16-bit stereo at the model's rate, or Opus."""
         info = soundfile.info(self.folder / name)
         if info.subtype != "OPUS":
             assert (info.subtype, info.samplerate, info.channels) == ("PCM_16", RATE_HZ, 2)
@@ -100,18 +100,18 @@ async def run_page(page: Path, folder: Path, **settings: Any) -> Run:
 
 @pytest.fixture(scope="module")
 def operations() -> dict[str, set[str]]:
-    """METHOD and path of every described operation, by tag."""
+    """Returns METHOD and path of every described operation, by tag."""
     found: dict[str, set[str]] = {}
     for path, operations in create_app(OfflineBackend(), Settings()).openapi()["paths"].items():
         for method, operation in operations.items():
             if path == "/api/fal/proxy" and method not in ("get", "post", "put"):
-                continue  # it takes any method; the page shows what the client sends
+                continue  # accepts any method; the page shows the method that the client uses
             found.setdefault(operation["tags"][0], set()).add(f"{method.upper()} {path}")
     return found
 
 
 def expect_complete(run: Run, page: str, operations: dict[str, set[str]]) -> None:
-    """The page has a command for each operation of its dialect."""
+    """Assert that the page has a command for each operation of its dialect."""
     wanted = set().union(*(operations[tag] for tag in TAGS[page]))
     assert not [operation for operation in wanted if not run.has_called(operation)]
 
@@ -144,7 +144,7 @@ async def test_jobs(tmp_path: Path, operations: dict[str, set[str]]) -> None:
 @pytest.mark.server
 @pytest.mark.slow
 async def test_stable_audio_open_small(tmp_path: Path, operations: dict[str, set[str]]) -> None:
-    run = await run_page(DIALECTS / "stable-audio-open-small.md", tmp_path)  # with the riffs that come with the server
+    run = await run_page(DIALECTS / "stable-audio-open-small.md", tmp_path)  # with the packaged riffs
     expect_complete(run, "dialects/stable-audio-open-small.md", operations)
     assert "GET /saos/health" in run.calls
     lengths = {"clip.wav": 524_288, "drums.wav": 302_400, "break.wav": 352_800, "transfer.wav": 524_288}
@@ -221,7 +221,7 @@ async def test_keys(tmp_path: Path) -> None:
     assert [line.split()[0] for line in run.output.splitlines()] == ["alice", "ops"]
 
 
-def test_settings_that_pages_name_exist() -> None:
+def test_settings_named_on_pages_exist() -> None:
     document = Settings().model_dump()
     sections = "api|audio|dialects|ingress|jobs|metrics|proxy|quality_gate|storage"
     unknown = [

@@ -1,4 +1,4 @@
-"""The reader of job events that docs/jobs.md shows, run as it stands by Node against a server that wants a key."""
+"""The event reader in docs/jobs.md, run unchanged by Node against a server with keys."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KEY = "secret"
 
 @asynccontextmanager
 async def cut_once(port: int) -> AsyncIterator[int]:
-    """A way to the server whose first connection breaks off behind the first event."""
+    """Proxy the server; break the first connection after its first event."""
     num_connections = 0
 
     async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -49,7 +49,7 @@ async def cut_once(port: int) -> AsyncIterator[int]:
     assert num_connections > 1
 
 
-async def test_it_reads_to_the_end_with_a_key_and_across_a_lost_connection(tmp_path: Path) -> None:
+async def test_reader_sends_its_key_and_resumes_after_a_lost_connection(tmp_path: Path) -> None:
     node = shutil.which("node")
     if node is None:
         if os.environ.get("CI") == "true":
@@ -79,4 +79,4 @@ async def test_it_reads_to_the_end_with_a_key_and_across_a_lost_connection(tmp_p
     assert events[-1][1]["status"] == "succeeded"
     stages = [data["stage"] for _, data in events[:-1]]
     assert (stages[0], stages[-1]) == ("queued", "done")
-    assert len(events) == len({json.dumps(event) for event in events})  # none came twice
+    assert len(events) == len({json.dumps(event) for event in events})  # no duplicates

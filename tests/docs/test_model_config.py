@@ -1,4 +1,4 @@
-"""docs/model-config.md names every key of a config that is read, fixed or without effect, and no other."""
+"""docs/model-config.md names exactly the config keys that are read, fixed or without effect."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ USED, INERT = PAGE.split("## Without effect")
 
 
 def keys_of(row: str) -> list[str]:
-    """The keys in the first column of a table's row."""
+    """Returns the keys in the first column of a table row."""
     return re.findall(r"`([^`]+)`", row.split("|")[1]) if row.startswith("| `") else []
 
 
 @cache
 def documented() -> frozenset[str]:
-    """Full paths of the keys that are read or fixed, with those of the decoder, which are the encoder's."""
+    """Returns full paths of the keys that are read or fixed; the decoder has the same keys as the encoder."""
     found = set()
     for section in USED.split("\n### ")[1:]:
         place = re.match(r"`([^`]+)`", section)
@@ -43,7 +43,7 @@ def documented() -> frozenset[str]:
 
 
 def leaves(values: Any, place: str = "") -> Iterator[str]:
-    """Full paths of all values that are no objects; an object within a list has its number in brackets."""
+    """Yield full paths of all values other than objects; objects in lists have their index in brackets."""
     for key, value in values.items():
         path = f"{place}.{key}" if place else key
         if isinstance(value, dict):
@@ -65,7 +65,7 @@ def put(config: dict[str, Any], path: str, value: Any) -> None:
 
 
 def build(config: dict[str, Any], text: TextEncoder) -> str:
-    """What a load of this config says against it, before it looks at weights."""
+    """Returns the error of loading this config, before weights are read."""
     reader = ConfigReader(config)
     try:
         with torch.device("meta"):
@@ -86,13 +86,13 @@ def test_every_key_of_a_checkpoint_is_on_the_page(name: str) -> None:
     assert {path for path in leaves(config) if not is_inert(path)} <= documented()
 
 
-def test_keys_without_effect_are_those_of_the_code() -> None:
+def test_keys_without_effect_match_the_code() -> None:
     assert {key for row in INERT.splitlines() for key in keys_of(row)} == INERT_KEYS
 
 
 @pytest.mark.server
-def test_every_key_on_the_page_is_looked_at_and_no_other() -> None:
-    """A key that is known is refused for its value."""
+def test_exactly_the_documented_keys_are_validated() -> None:
+    """An invalid value of a known key is refused."""
     config = json.loads((load_goldens("sharp-s").folder / "model_config.json").read_text())
     text = loaded("sharp-s").text
     assert build(copy.deepcopy(config), text) == ""

@@ -1,4 +1,4 @@
-"""What pages for operators name exists: commands with their options, metrics, alerts, figures and files."""
+"""Everything that operator pages name exists: commands and options, metrics, alerts, figures and files."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ PAGES = [
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
 PROGRAM = "stable-audio-serve"
 _BUSY_SHARE = 0.8
-UsageError: Any = typer.BadParameter.__base__  # typer brings a click of its own
+UsageError: Any = typer.BadParameter.__base__  # typer bundles its own click
 
 
 def commands_of(page: str) -> Iterator[list[str]]:
-    """The arguments of every command of ours on a page: in backticks, or at the beginning of a line of a block."""
+    """Yield the arguments of every command of ours on a page: in backticks, or at the start of a line in a block."""
     blocks = re.findall(r"```\w*\n(.*?)```", page, flags=re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     found = [line for line in lines if re.match(rf"(\.venv/bin/)?{PROGRAM} ", line)]
@@ -43,16 +43,16 @@ def commands_of(page: str) -> Iterator[list[str]]:
 
 
 def complaint(arguments: list[str]) -> str | None:
-    """What is wrong with a command: there is none of that name, or it does not take these options and arguments."""
+    """Returns the reason why a command is invalid: unknown name, options or arguments. None if it is valid."""
     command: Any = typer.main.get_command(app)
     while isinstance(command, TyperGroup):
-        if not arguments or arguments[0].startswith("--"):  # of all its commands; `--version`
+        if not arguments or arguments[0].startswith("--"):  # options of the program, for example `--version`
             return None
         name, *arguments = arguments
         if name not in command.commands:
             return f"no command {name}"
         command = command.commands[name]
-    if not arguments:  # named, not shown
+    if not arguments:  # only the name of a command
         return None
     try:
         command.make_context(command.name, list(arguments))
@@ -63,12 +63,12 @@ def complaint(arguments: list[str]) -> str | None:
 
 @pytest.mark.parametrize("page", PAGES)
 @pytest.mark.server
-def test_commands_exist_and_take_their_options(page: str) -> None:
+def test_commands_exist_and_accept_their_options(page: str) -> None:
     for arguments in commands_of((ROOT / page).read_text()):
         assert complaint(arguments) is None, shlex.join(arguments)
 
 
-def test_a_command_that_does_not_exist_is_found() -> None:
+def test_missing_command_is_found() -> None:
     page = f"`{PROGRAM} jobs show ID`, `{PROGRAM} jobs forget ID`\n```\n{PROGRAM} serve --prot 1 # port\n```"
     assert [complaint(arguments) is None for arguments in commands_of(page)] == [False, True, False]
 
@@ -82,7 +82,7 @@ def test_metrics_are_in_the_catalog(page: str) -> None:
 
 
 def incidents() -> list[list[str]]:
-    """Symptom, metrics and what to do, of every row of the table of incidents."""
+    """Returns symptom, metrics and remedy of every row in the table of incidents."""
     section = OPERATIONS.split("## When something is wrong")[1]
     rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| ")]
     return rows[1:]
@@ -96,12 +96,12 @@ def test_metrics_and_alerts_of_incidents_exist() -> None:
     for symptom, watched, _ in incidents():
         for name, labels in re.findall(r"`([a-z_]+_[a-z_]+)(?:\{([^}]*)\})?`", watched):
             if name.startswith(("ray_serve_", "ray_node_")):
-                continue  # Ray's own, which the check of the dashboard finds
+                continue  # Ray's own metrics are checked with the dashboard
             assert name in metrics, symptom
             assert {label.partition("=")[0] for label in labels.split(",") if label} <= set(metrics[name].labels), (
                 symptom
             )
-    assert set(re.findall(r"StableAudio\w+", OPERATIONS)) == alerts  # every alert has a row that says what to do
+    assert set(re.findall(r"StableAudio\w+", OPERATIONS)) == alerts  # every alert has a row with a remedy
 
 
 def results_of(name: str) -> dict[str, Any]:
@@ -110,13 +110,13 @@ def results_of(name: str) -> dict[str, Any]:
 
 
 def clips_a_second() -> list[float]:
-    """What each measured row of the table of sizes says, from the results."""
+    """Returns the measured figures of the table of sizes, computed from the results."""
     threads = [1 / median(results_of("threads")["seconds"][number]) for number in ("1", "2")]
     sides = results_of("run-demo-fast")["sides"]
     return threads + [median(sides[side]["capacity_rps"]) for side in ("ours-fast", "ours-strict")]
 
 
-def test_sizes_are_those_of_the_results() -> None:
+def test_sizes_match_the_results() -> None:
     table = OPERATIONS.split("| One replica of |")[1].split("\n\n")[0]
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("| ")

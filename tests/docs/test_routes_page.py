@@ -1,4 +1,4 @@
-"""docs/openapi.md has every route of the application, and is what `make docs` writes."""
+"""docs/openapi.md lists every route of the application, as `make docs` writes it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from docs.reference import describe_api, draw_routes
 from tests.docs.blocks import DOCS
 
 
-def test_it_lists_every_route() -> None:
+def test_page_lists_every_route() -> None:
     page = (DOCS / "openapi.md").read_text()
     document = describe_api()
     assert page == draw_routes(document), "make docs writes it"

@@ -1,4 +1,4 @@
-"""The website of docs/: builds without a warning, leads to every page, and needs no other host."""
+"""The website of docs/ builds without warnings, reaches every page, and needs no other host."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 PAGES = {path.relative_to(DOCS).with_suffix("").as_posix() for path in DOCS.rglob("*.md")}
 
-# What a browser fetches by itself; a link that somebody has to follow may lead anywhere.
+# Resources that a browser loads on its own. Links that users follow may lead anywhere.
 LOADS = {
     "script": "src",
     "img": "src",
@@ -33,7 +33,7 @@ LOADS = {
 
 
 def build(source: Path, target: Path) -> subprocess.CompletedProcess[str]:
-    """Builds as `make site` does."""
+    """Build the site as `make site` does."""
     command = [sys.executable, "-m", "sphinx", "--quiet", "--fail-on-warning", "--keep-going", "-b", "html"]
     return subprocess.run(
         [*command, "-d", str(target / "read"), str(source), str(target / "site")],
@@ -45,7 +45,7 @@ def build(source: Path, target: Path) -> subprocess.CompletedProcess[str]:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A built site: of each page, by its path, the addresses that it loads, those it links to, and its anchors."""
+    """A built site: for each page path, the loaded addresses, the links and the anchors."""
 
     folder: Path
     loads: dict[Path, set[str]]
@@ -68,7 +68,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 
 def broken(site: Site, page: Path, addresses: set[str]) -> list[str]:
-    """Those of the addresses inside the site that lead nowhere."""
+    """Returns the addresses inside the site that lead nowhere."""
     found = []
     for address in addresses:
         parts = urlsplit(address)
@@ -81,23 +81,23 @@ def broken(site: Site, page: Path, addresses: set[str]) -> list[str]:
     return found
 
 
-def test_the_menu_leads_to_every_page(site: Site) -> None:
+def test_menu_leads_to_every_page(site: Site) -> None:
     assert {f"{page}.html" for page in PAGES - {"index"}} <= site.links[site.folder / "index.html"]
 
 
-def test_links_and_anchors_lead_somewhere(site: Site) -> None:
+def test_links_and_anchors_exist(site: Site) -> None:
     assert sum(len(links) for links in site.links.values()) > 500
     assert {page.name: links for page in site.links if (links := broken(site, page, site.links[page]))} == {}
 
 
 @pytest.mark.parametrize("page", [page for page in pages() if not page.startswith("docs/")])
-def test_links_of_the_other_pages_lead_to_files(page: str) -> None:
+def test_links_of_other_pages_lead_to_files(page: str) -> None:
     addresses = [urlsplit(link) for link in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text())]
     paths = [address.path for address in addresses if not address.scheme]
     assert [path for path in paths if not ((ROOT / page).parent / path).exists()] == []
 
 
-def test_nothing_comes_from_another_host(site: Site) -> None:
+def test_nothing_is_loaded_from_other_hosts(site: Site) -> None:
     assert all(site.loads.values())
     for page, addresses in site.loads.items():
         assert [address for address in addresses if urlsplit(address).netloc] == []
@@ -108,14 +108,14 @@ def test_nothing_comes_from_another_host(site: Site) -> None:
 
 
 @pytest.mark.parametrize(("stem", "page"), [("presign", "storage"), ("backlog", "autoscaling"), ("inpaint", "cli")])
-def test_the_search_finds_words_of_the_pages(site: Site, stem: str, page: str) -> None:
+def test_search_finds_words_of_the_pages(site: Site, stem: str, page: str) -> None:
     text = (site.folder / "searchindex.js").read_text()  # a script, so that it works without a server too
     index = json.loads(text.removeprefix("Search.setIndex(").rstrip(");\n"))
     found = index["terms"][stem]
     assert page in {index["docnames"][number] for number in (found if isinstance(found, list) else [found])}
 
 
-def test_what_is_broken_fails_the_build(tmp_path: Path) -> None:
+def test_broken_link_fails_the_build(tmp_path: Path) -> None:
     source = tmp_path / "docs"
     source.mkdir()
     (source / "conf.py").write_text((DOCS / "conf.py").read_text())

@@ -1,5 +1,5 @@
-"""A device on the CPU whose second queue runs as late as possible: when the host or the first queue waits for it, or
-after a number of polls. Until then its results do not exist. Independent of the engine.
+"""A device on the CPU whose second queue works as late as it may: when the host or the first queue waits for it, or
+after a number of looks. Until then everything that it was to make or to change is not there. Knows no engine.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from tests.engine.torch_operations import is_composite
 
 
 class LateDevice(WaitingDevice):
-    """Polls of an unreached point run the second queue after `patience` of them; None: only waiting runs it."""
+    """`patience`: how often it is asked in vain whether a point of its second queue is reached; None: always."""
 
     def __init__(self, *, patience: int | None = None, mode: Mode = "strict") -> None:
         super().__init__(torch.device("cpu"), clock=SystemClock())
         self.has_second_queue = True
         self.default_mode = mode
         self.patience = patience
-        self.num_late = 0  # polls of points that were not reached yet
+        self.num_late = 0  # pieces of work that something else happened before
         self._asked: list[_Operations] = []
         self._num_done = 0
         self._is_beside = False
@@ -54,13 +54,13 @@ class LateDevice(WaitingDevice):
         moment.wait()
 
     def work_up_to(self, count: int) -> None:
-        """Run the second queue up to its piece number `count`."""
+        """Do the work of the second queue up to its piece number `count`."""
         while self._num_done < count:
             self._asked[self._num_done].redo()
             self._num_done += 1
 
     def is_done(self, count: int) -> bool:
-        """Whether this many pieces are done."""
+        """Whether so many pieces are done."""
         return self._num_done >= count
 
 
@@ -93,19 +93,19 @@ class _Operation:
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
     made: Sequence[Tensor]
-    before: Sequence[tuple[Tensor, Tensor]]  # changed tensors with their old values
+    before: Sequence[tuple[Tensor, Tensor]]  # what it changed, and how that was
 
 
 @dataclass(eq=False)
 class _Operations(TorchDispatchMode):
-    """Runs operations, so that their shapes are known, and records them. Undone operations can be run again."""
+    """Carries operations out, so that their shapes are known, and remembers them: undone, they can be done again."""
 
     operations: list[_Operation] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
 
-    def __torch_dispatch__(  # torch's signature
+    def __torch_dispatch__(  # as torch calls it
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -128,7 +128,7 @@ class _Operations(TorchDispatchMode):
         return result
 
     def undo(self) -> None:
-        """Restore changed tensors, and fill new tensors with garbage."""
+        """Put everything back that was changed, and garbage where something was made."""
         for operation in reversed(self.operations):
             for tensor, was in operation.before:
                 tensor.copy_(was)
@@ -137,7 +137,7 @@ class _Operations(TorchDispatchMode):
                 tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
 
     def redo(self) -> None:
-        """Run the operations again."""
+        """Do it for good."""
         for operation in self.operations:
             args, kwargs = tree_map(_open_generator, (operation.args, operation.kwargs))
             results = [leaf for leaf in tree_leaves(operation.run(*args, **kwargs)) if isinstance(leaf, Tensor)]
@@ -158,7 +158,7 @@ def _keep_generator(value: Any) -> Any:
 
 
 def _open_generator(value: Any) -> Any:
-    """Returns a generator with its saved state, or `value`."""
+    """Returns a generator as it was, or `value`."""
     if not isinstance(value, _GeneratorState):
         return value
     value.own.set_state(value.state)
@@ -166,7 +166,7 @@ def _open_generator(value: Any) -> Any:
 
 
 def _changed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """Returns the tensors that an operation writes."""
+    """Returns the tensors that an operation writes to."""
     arguments = func._schema.arguments
     values = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | dict(kwargs)
     written = [argument.name for argument in arguments if argument.alias_info and argument.alias_info.is_write]

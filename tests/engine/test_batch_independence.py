@@ -12,7 +12,7 @@ import pytest
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.engine.scheduling.batching import FixedSlots
-from tests.factories import ToyModel, make_audio, make_request, make_unlike_requests
+from tests.factories import ToyModel, make_audio, make_request, make_varied_requests
 from tests.patience import PATIENCE_S
 
 # Largest difference observed in fast mode with the toy model on a CPU: 3e-7. One unit of 16-bit audio is 3e-5.
@@ -84,14 +84,14 @@ def assert_all_same(mode: str, results: Sequence[GenerationResult], alone: Seque
 
 async def test_different_neighbours_do_not_change_the_audio(mode: str) -> None:
     async with Engine(make_model(mode), make_options(mode)) as engine:
-        crowd = make_unlike_requests()
+        crowd = make_varied_requests()
         results = await asyncio.gather(*map(engine.generate, [*crowd[:4], *SUBJECTS.values(), *crowd[4:]]))
     assert_all_same(mode, results[4 : 4 + len(SUBJECTS)], await run_each_alone(mode))
 
 
 async def test_late_joiners_get_the_same_audio_as_alone(mode: str) -> None:
     async with Engine(make_model(mode), make_options(mode)) as engine:
-        tasks = await run_after_some_steps(engine, make_unlike_requests())
+        tasks = await run_after_some_steps(engine, make_varied_requests())
         results = await asyncio.gather(*map(engine.generate, SUBJECTS.values()))
         await asyncio.gather(*tasks)
     assert_all_same(mode, results, await run_each_alone(mode))
@@ -99,7 +99,7 @@ async def test_late_joiners_get_the_same_audio_as_alone(mode: str) -> None:
 
 async def test_cancelled_neighbours_do_not_change_the_audio(mode: str) -> None:
     async with Engine(make_model(mode), make_options(mode)) as engine:
-        tasks = await run_after_some_steps(engine, make_unlike_requests())
+        tasks = await run_after_some_steps(engine, make_varied_requests())
         own = [asyncio.create_task(engine.generate(subject)) for subject in SUBJECTS.values()]
         await asyncio.sleep(0)
         for task in tasks[::2]:
@@ -113,10 +113,10 @@ async def test_priority_does_not_change_the_audio(mode: str) -> None:
     """Rows join the steps of others, wait for others and run alone."""
     fields = {"max_rows": 4, "batch_share": 0.5}
     own = [replace(subject, priority="batch") for subject in SUBJECTS.values()]
-    batch = [replace(request, priority="batch") for request in make_unlike_requests()]
+    batch = [replace(request, priority="batch") for request in make_varied_requests()]
     async with Engine(make_model(mode), make_options(mode, **fields)) as engine:
         tasks = await run_after_some_steps(engine, batch)
-        results = await asyncio.gather(*map(engine.generate, [*own, *SUBJECTS.values(), *make_unlike_requests()]))
+        results = await asyncio.gather(*map(engine.generate, [*own, *SUBJECTS.values(), *make_varied_requests()]))
         await asyncio.gather(*tasks)
     alone = await run_each_alone(mode, **fields)
     assert_all_same(mode, results[: 2 * len(own)], [*alone, *alone])
@@ -132,7 +132,7 @@ async def test_fast_mode_really_shares_calls(mode: str) -> None:
 
     model = ToyModel(on_call=on_call, packs_rows=mode == "packed")
     async with Engine(model, make_options(mode)) as engine:
-        await asyncio.gather(*map(engine.generate, make_unlike_requests()))
+        await asyncio.gather(*map(engine.generate, make_varied_requests()))
     assert max(rows_per_call) > 8
 
 
@@ -164,5 +164,5 @@ async def test_fixed_slots_change_no_byte() -> None:
         alone = await engine.generate(SUBJECTS["guided"])
     async with Engine(make_model(), make_options("strict"), policy=policy) as engine:
         similar = [make_request(duration_s=0.6, seed=seed, steps=9) for seed in range(30, 36)]
-        results = await asyncio.gather(*map(engine.generate, [*similar, SUBJECTS["guided"], *make_unlike_requests()]))
+        results = await asyncio.gather(*map(engine.generate, [*similar, SUBJECTS["guided"], *make_varied_requests()]))
     assert largest_difference(results[6], alone) == 0.0

@@ -160,7 +160,7 @@ def test_free_rows_have_a_finite_knee() -> None:
     cost.fit("denoise", [Measurement(1, 64, 1.0), Measurement(8, 640, 1.0), Measurement(16, 1280, 1.0)])
     for shapes in (AnyRows(), GraphShapes()):
         policy = MergedGrid(lambda rows, frames: 1.0, lambda frames: cost.knee_tokens(frames, 0.15), shapes)
-        assert 1 <= policy.crowd(1, 64) <= 16_384 / 64
+        assert 1 <= policy.typical_rows(1, 64) <= 16_384 / 64
 
 
 def make_predictor(cost: CallCost, *, shared: bool) -> Predictor:

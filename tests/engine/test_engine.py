@@ -29,7 +29,7 @@ from stable_audio_serve.core.errors import (
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.sampling import SeededNoise
-from tests.factories import FakeClock, ToyModel, make_audio, make_request, make_unlike_requests
+from tests.factories import FakeClock, ToyModel, make_audio, make_request, make_varied_requests
 from tests.parameters import slow
 from tests.patience import PATIENCE_S, until
 
@@ -325,7 +325,7 @@ def break_on(prompt: str, stage: str) -> OnCall:
 @pytest.mark.parametrize("stage", ["encode_text", "encode_audio", "condition", "decode"])
 async def test_row_that_breaks_a_stage_fails_alone(mode: str, stage: str) -> None:
     poison = make_request("poison", seed=666, init_audio=make_audio(), init_noise_level=0.5)
-    crowd = make_unlike_requests()
+    crowd = make_varied_requests()
     async with make_engine(break_on("poison", stage), noise_factory=make_noise, mode=mode) as engine:
         bad, *good = await asyncio.gather(*map(engine.generate, [poison, *crowd]), return_exceptions=True)
         assert isinstance(bad, GenerationError)
@@ -364,7 +364,7 @@ async def test_row_that_breaks_the_denoiser_fails_alone(mode: str) -> None:
             return super().denoise(batch)
 
     options = EngineOptions(mode=mode, torch_threads=1, warmup_budget_s=0.0)  # type: ignore[arg-type]
-    crowd = make_unlike_requests()
+    crowd = make_varied_requests()
     async with Engine(Fragile(), options) as engine:
         results = await asyncio.gather(*map(engine.generate, crowd), return_exceptions=True)
     assert [isinstance(result, GenerationError) for result in results] == [
@@ -394,7 +394,7 @@ async def test_row_that_turns_non_finite_fails_alone(mode: str, where: str) -> N
     poison = make_request(seed=666, duration_s=0.6, duration_padding_s=0.1)
     async with Engine(Unstable(), options, noise_factory=make_noise) as engine:
         bad, *good = await asyncio.gather(
-            *map(engine.generate, [poison, *make_unlike_requests()]), return_exceptions=True
+            *map(engine.generate, [poison, *make_varied_requests()]), return_exceptions=True
         )
     assert isinstance(bad, GenerationError)
     assert not [result for result in good if isinstance(result, BaseException)]
@@ -418,7 +418,7 @@ async def test_lost_device_fails_all_requests_and_the_health_check() -> None:
 
     async with make_engine(on_call) as engine:
         engine.check_health()
-        outcomes = await asyncio.gather(*map(engine.generate, make_unlike_requests()), return_exceptions=True)
+        outcomes = await asyncio.gather(*map(engine.generate, make_varied_requests()), return_exceptions=True)
         assert all(isinstance(outcome, ModelUnavailableError) for outcome in outcomes)
         await until(lambda: not engine.heartbeat().is_alive)
         with pytest.raises(ModelUnavailableError):
@@ -452,7 +452,7 @@ STAGES = ["queued", "encoding", "denoising", "decoding", "done"]
 
 
 async def test_progress_only_moves_forward_and_ends_done() -> None:
-    requests = make_unlike_requests()
+    requests = make_varied_requests()
     seen: list[list[Progress]] = [[] for _ in requests]
     async with make_engine() as engine:
         await asyncio.gather(
@@ -494,7 +494,7 @@ async def test_failing_progress_callback_does_not_fail_the_request() -> None:
 
 async def test_stages_sum_to_the_total() -> None:
     async with make_engine() as engine:
-        results = await asyncio.gather(*map(engine.generate, make_unlike_requests()))
+        results = await asyncio.gather(*map(engine.generate, make_varied_requests()))
     for result in results:
         timings = result.timings
         stages = timings.queue_ms + timings.text_ms + timings.source_ms + timings.denoise_ms + timings.decode_ms
@@ -540,7 +540,7 @@ async def test_closing_refuses_new_work_and_fails_waiting_requests() -> None:
 
 async def test_draining_lets_accepted_work_finish() -> None:
     engine = Engine(ToyModel(), EngineOptions(torch_threads=1, warmup_budget_s=0.0))
-    tasks = [asyncio.create_task(engine.generate(request)) for request in make_unlike_requests()]
+    tasks = [asyncio.create_task(engine.generate(request)) for request in make_varied_requests()]
     await asyncio.sleep(0)
     await engine.close(drain_s=20.0)
     assert all(task.result().audio for task in tasks)
@@ -559,11 +559,11 @@ def test_engine_serves_several_event_loops_and_survives_a_closed_one() -> None:
     gate.open()
 
     async def others() -> tuple[int, ...]:
-        results = await asyncio.gather(*map(engine.generate, make_unlike_requests()))
+        results = await asyncio.gather(*map(engine.generate, make_varied_requests()))
         await until(lambda: engine.backlog_ms == 0.0)
         return tuple(result.seeds[0] for result in results)
 
-    assert asyncio.run(others()) == tuple(request.seed for request in make_unlike_requests())
+    assert asyncio.run(others()) == tuple(request.seed for request in make_varied_requests())
     assert asyncio.run(engine.generate(make_request(seed=3))).seeds == (3,)
     assert gate.calls["denoise"] > 0
     asyncio.run(engine.close())

@@ -161,7 +161,7 @@ def test_a_failed_capture_is_not_repeated() -> None:
 
 def test_old_uses_of_a_shape_weigh_less(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs_module, "MOST_GRAPHS", 1)
-    monkeypatch.setattr(graphs_module, "_USES_TO_AGE", 100)
+    monkeypatch.setattr(graphs_module, "_CALLS_TO_HALVE", 100)
     bench = Bench()
     bench.ask(100, times=90)
     bench.capture_all()

@@ -16,7 +16,7 @@ from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.models.protocol import DecodeWindow, EncodeWindow
 from stable_audio_serve.sampling import SAMPLERS
 from tests.engine.test_batch_independence import assert_same, make_options
-from tests.factories import ToyModel, make_audio, make_request, make_unlike_requests
+from tests.factories import ToyModel, make_audio, make_request, make_varied_requests
 from tests.parameters import slow
 
 HOP, RATE_HZ = 8, 800
@@ -103,7 +103,7 @@ async def test_an_edit_in_a_crowd_equals_the_edit_alone(mode: str, sampler: str)
         async with Engine(make_model(), options) as engine:
             alone.append(await engine.generate(subject))
     async with Engine(make_model(), options) as engine:
-        crowd = [*make_unlike_requests(), *(replace(subject, seed=70) for subject in subjects)]
+        crowd = [*make_varied_requests(), *(replace(subject, seed=70) for subject in subjects)]
         results = await asyncio.gather(*map(engine.generate, [*crowd[:4], *subjects, *crowd[4:]]))
     for result, expected in zip(results[4:7], alone, strict=True):
         assert_same(mode, result, expected)

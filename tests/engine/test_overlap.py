@@ -18,7 +18,7 @@ from stable_audio_serve.models.protocol import DecodeWindow
 from stable_audio_serve.sampling import SeededNoise
 from tests.engine.late_device import LateDevice
 from tests.engine.two_queues import TwoQueues
-from tests.factories import FakeClock, ToyModel, make_audio, make_request, make_unlike_requests
+from tests.factories import FakeClock, ToyModel, make_audio, make_request, make_varied_requests
 from tests.parameters import slow
 from tests.patience import PATIENCE_S
 
@@ -40,7 +40,7 @@ def make_options(mode: str, **fields: object) -> EngineOptions:
 
 def make_crowd() -> list[GenerationRequest]:
     """Different rows twice; the second time their prompts are cached."""
-    crowd = make_unlike_requests()
+    crowd = make_varied_requests()
     again = [replace(request, seed=request.seed + 100) for request in crowd]
     edits = [
         make_request("rain", duration_s=1.9, seed=31, batch_size=2, init_audio=make_audio(1.9), init_noise_level=0.6),
@@ -105,7 +105,7 @@ def break_poisoned(name: str, items: Sequence[object]) -> None:
     ids=["text", "decode", "encode"],
 )
 async def test_a_row_that_fails_beside_steps_fails_alone(poison: GenerationRequest) -> None:
-    crowd = make_unlike_requests()
+    crowd = make_varied_requests()
     expected = await run_alone(crowd, mode="fast")
     model = ToyModel(noisy_source_encoder=True, on_call=break_poisoned)
     async with Engine(model, make_options("fast"), device=LateDevice(), noise_factory=make_noise) as engine:

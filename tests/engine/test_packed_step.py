@@ -19,7 +19,7 @@ from stable_audio_serve.engine.calls.step import Memories, StepRow
 from stable_audio_serve.engine.hardware.arena import ANYWHERE
 from stable_audio_serve.engine.scheduling.batching import Call, Lane, MergedGrid, PackedOrGrid
 from stable_audio_serve.engine.scheduling.call_shapes import GraphShapes, PackedRoom, PackedShapes
-from stable_audio_serve.models.blocks.varlen import is_varlen_right
+from stable_audio_serve.models.blocks.varlen import is_varlen_correct
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.models.registry import resolve_entry
@@ -136,7 +136,7 @@ def test_a_step_without_rows_writes_no_register(bench: Bench) -> None:
 def test_kernel_check_accepts_the_reference_and_rejects_wrong_ones() -> None:
     def check(varlen: Callable[..., Tensor]) -> bool:
         heads = {"num_heads": 4, "num_key_heads": 2, "head_width": 16}
-        return is_varlen_right(varlen, device=torch.device("cpu"), dtype=torch.float32, **heads)
+        return is_varlen_correct(varlen, device=torch.device("cpu"), dtype=torch.float32, **heads)
 
     def ignoring_keys(*args: Tensor, seqused_k: Tensor, **kwargs: bool) -> Tensor:
         return attend_varlen(*args, seqused_k=args[3].diff() if args[3] is args[4] else seqused_k, **kwargs)
@@ -163,8 +163,8 @@ class Packing:
     def padded(self, frames: int) -> int:
         return self._own.padded(frames)
 
-    def crowd(self, branches: int, frames: int) -> int:
-        return self._own.crowd(branches, frames)
+    def typical_rows(self, branches: int, frames: int) -> int:
+        return self._own.typical_rows(branches, frames)
 
 
 CLIP = make_audio(1.2, sample_rate_hz=1000)

@@ -21,7 +21,7 @@ from stable_audio_serve.engine.hardware.arena import FrameArena
 from stable_audio_serve.models.protocol import RowConditioning, RowPlan, StepBatch
 from tests.engine.capturing import MOST_ROUNDS, GraphCounts, RecordingDevice
 from tests.engine.step_bench import DEVICE, NETWORK_ROWS, PADDED, REQUESTS, Bench, tensors_of
-from tests.factories import ToyModel, make_request, make_unlike_requests
+from tests.factories import ToyModel, make_request, make_varied_requests
 from tests.models.loaded import loaded
 from tests.parameters import slow
 
@@ -124,7 +124,7 @@ def test_steps_without_adapters_have_no_adapter_inputs() -> None:
 
 async def test_replayed_steps_give_the_same_audio_and_count_misses() -> None:
     options = EngineOptions(mode="strict", warmup_budget_s=0.0, torch_threads=1)
-    requests = make_unlike_requests()
+    requests = make_varied_requests()
     async with Engine(ToyModel(), options) as engine:
         expected = [await engine.generate(request) for request in requests]
     device, metrics = RecordingDevice(), GraphCounts()

@@ -80,10 +80,10 @@ def _freeze_between_transactions(database: Database) -> None:
     lock = threading.RLock()
     kill = os.kill
 
-    def alone(use: Callable[[], AbstractContextManager[sa.Connection]]) -> Callable[[], Any]:
+    def alone(use: Callable[..., AbstractContextManager[sa.Connection]]) -> Callable[..., Any]:
         @contextmanager
-        def used_alone() -> Iterator[sa.Connection]:
-            with lock, use() as connection:
+        def used_alone(**options: Any) -> Iterator[sa.Connection]:
+            with lock, use(**options) as connection:
                 yield connection
 
         return used_alone

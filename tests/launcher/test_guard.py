@@ -1,4 +1,4 @@
-"""Whatever happens to the process that started things, its children and its folder go."""
+"""The guard kills the launcher's children and removes its folder, however the launcher ends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stable_audio_serve.launcher.guard import guarded, users_of
+from stable_audio_serve.launcher.guard import guarded, processes_using
 from tests.patience import PATIENCE_S, wait_until
 
 pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
@@ -30,7 +30,7 @@ def test_processes_using_the_folder_end_with_the_context(tmp_path: Path) -> None
     directory.mkdir()
     with guarded(directory), (directory / "log").open("w") as log:
         child = subprocess.Popen(["sleep", "3600"], stdout=log)
-        wait_until(lambda: child.pid in users_of(directory))
+        wait_until(lambda: child.pid in processes_using(directory))
     assert child.wait(timeout=PATIENCE_S) == -9
     assert not directory.exists()
 
@@ -54,4 +54,4 @@ def test_a_killed_launcher_leaves_nothing(tmp_path: Path) -> None:
     assert launcher.returncode == -9
     assert int(launcher.stdout) > 0
     wait_until(lambda: not directory.exists())
-    assert users_of(directory) == []
+    assert processes_using(directory) == []

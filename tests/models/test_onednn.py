@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from stable_audio_serve.models import onednn
-from stable_audio_serve.models.onednn import OneDnnLinear, linear, takes_onednn, use_onednn
+from stable_audio_serve.models.onednn import OneDnnLinear, linear, supports_onednn, use_onednn
 
 needs_it = pytest.mark.skipif(not onednn._is_faster(), reason="oneDNN multiplies nothing on this processor")
 pytestmark = pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch without oneDNN")
@@ -68,8 +68,8 @@ def test_gradients_reach_the_weights() -> None:
 def test_small_products_and_other_precisions_use_torch() -> None:
     layer, small, wide = make_layer(192, 576), torch.randn(1, 192), torch.randn(54, 192)
     weight = layer.weight
-    assert takes_onednn(wide, weight)
-    assert not takes_onednn(wide.bfloat16(), weight.bfloat16())
+    assert supports_onednn(wide, weight)
+    assert not supports_onednn(wide.bfloat16(), weight.bfloat16())
     with torch.inference_mode():
         assert torch.equal(layer(small), F.linear(small, weight, layer.bias))
         with torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""The client's wheel in an empty virtual environment, against a server of the tests."""
+"""The client's wheel, in an empty virtual environment, with a test server."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(*command: str | Path, folder: Path) -> str:
     return done.stdout
 
 
-async def test_the_client_alone_generates(tmp_path: Path) -> None:
+async def test_client_wheel_generates_a_clip(tmp_path: Path) -> None:
     def install() -> Path:
         wheel = build_wheel(tmp_path, project="./packaging/client")
         python = tmp_path / "empty" / "bin" / "python"

@@ -1,6 +1,6 @@
-"""The wheel alone, without the checkout it was built from: its commands, run in an empty directory.
+"""The wheel without its checkout: its commands, run in an empty directory.
 
-`tests/serving/test_lifecycle.py` starts one of its servers from it.
+`tests/serving/test_lifecycle.py` starts a server from the wheel.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ def run(installed: Path, folder: Path, *command: str) -> subprocess.CompletedPro
     )
 
 
-def test_it_has_the_default_configuration_of_the_checkout(wheel: Path) -> None:
+def test_wheel_has_the_default_configuration(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         packaged = archive.read("stable_audio_serve/serve_config.yaml")
     assert packaged == (ROOT / "serve_config.yaml").read_bytes()
 
 
-def test_it_holds_the_package_and_nothing_else_of_the_checkout(wheel: Path) -> None:
+def test_wheel_contains_only_the_package(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"stable_audio_serve"}
 
 
-def test_its_commands_find_the_configuration_in_it(installed: Path, tmp_path: Path) -> None:
+def test_commands_find_the_packaged_configuration(installed: Path, tmp_path: Path) -> None:
     result = run(installed, tmp_path, "stable-audio-serve", "config")
     assert result.stderr.startswith("configuration: the packaged one, which serves the demo model")
     assert "- name: demo" in result.stdout
@@ -63,7 +63,7 @@ def test_its_commands_find_the_configuration_in_it(installed: Path, tmp_path: Pa
     assert run(installed, tmp_path, "stable-audio-serve", "config").stderr == "configuration: serve_config.yaml\n"
 
 
-def test_it_verifies_the_numbers_of_a_checkout(installed: Path, tmp_path: Path) -> None:
+def test_wheel_verifies_reference_numbers(installed: Path, tmp_path: Path) -> None:
     result = run(installed, tmp_path, "stable-audio-serve", "verify", str(OPEN_GOLDENS / "common"))
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.endswith("verification passed\n")
@@ -72,7 +72,7 @@ def test_it_verifies_the_numbers_of_a_checkout(installed: Path, tmp_path: Path) 
     assert "Reference numbers are in tests/data/goldens of a source checkout" in refused.stdout
 
 
-def test_it_makes_sound_of_its_own_demo_in_an_empty_directory(installed: Path, tmp_path: Path) -> None:
+def test_demo_generates_in_an_empty_directory(installed: Path, tmp_path: Path) -> None:
     program = """
 import asyncio, sys
 from stable_audio_serve.core.generation import GenerationRequest

@@ -1,4 +1,4 @@
-"""Builds the wheel of this checkout and installs it where nothing else is."""
+"""Builds the wheel of this checkout and installs it into an empty folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def build_wheel(folder: Path, *, project: str = ".") -> Path:
 
 
 def install_wheel(wheel: Path, folder: Path) -> Path:
-    """Install the wheel alone into `folder`; everything it needs comes from the environment of the tests."""
+    """Install only the wheel into `folder`. Its dependencies come from the test environment."""
     _pip("install", str(wheel), "--target", str(folder))
     return folder
 

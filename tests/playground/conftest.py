@@ -1,4 +1,4 @@
-"""The page in Debian's Chromium, against the whole application over the demo model's engine behind a socket."""
+"""The playground in Chromium, with the whole application and the demo model's engine behind a socket."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ async def _serve_demo(**settings: Any) -> Any:
 
 @contextmanager
 def in_a_thread(make: Callable[[], AbstractAsyncContextManager[str]]) -> Iterator[str]:
-    """An async context on a loop of its own: the browser's commands block."""
+    """Run an async context on its own event loop in a thread, because the browser's commands block."""
     url: list[str] = []
     is_up, is_over = threading.Event(), threading.Event()
 
@@ -78,10 +78,10 @@ def serve(**settings: Any) -> Iterator[str]:
 def chromium() -> Iterator[webdriver.Chrome]:
     browser, driver_path = (shutil.which(name) for name in ("chromium", "chromedriver"))
     if browser is None or driver_path is None:
-        advice = "Debian and Ubuntu: apt-get install chromium chromium-driver"
+        packages = "Debian and Ubuntu: apt-get install chromium chromium-driver"
         if os.environ.get("CI") == "true":
-            pytest.fail(f"CI needs Chromium and its driver ({advice})")
-        pytest.skip(f"NOT TESTED IN A BROWSER: there is no Chromium, or no driver of it ({advice})")
+            pytest.fail(f"CI needs Chromium and its driver ({packages})")
+        pytest.skip(f"NOT TESTED IN A BROWSER: there is no Chromium, or no driver of it ({packages})")
     options = webdriver.ChromeOptions()
     for argument in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "window-size=1300,1200"):
         options.add_argument(f"--{argument}")
@@ -95,7 +95,7 @@ def chromium() -> Iterator[webdriver.Chrome]:
 
 @dataclass
 class Page:
-    """The playground as its user has it."""
+    """The playground as its user sees it."""
 
     browser: webdriver.Chrome
     url: str
@@ -107,7 +107,7 @@ class Page:
         return self
 
     def __getitem__(self, name: str) -> WebElement:
-        """An element by its id."""
+        """Returns an element by its id."""
         return self.browser.find_element(By.ID, name)
 
     def run(self, script: str, *arguments: object) -> Any:
@@ -134,17 +134,17 @@ class Page:
     def shown(self) -> str | None:
         return self.run("return document.documentElement.dataset.shown ?? null")
 
-    def take(self, button: str = "generate") -> dict[str, Any]:
-        """Press a button that makes a take. Returns the take as it is kept, without its sound."""
+    def make_clip(self, button: str = "generate") -> dict[str, Any]:
+        """Press a button that generates a clip. Returns the stored clip without its audio."""
         before = self.shown
         self.click(button)
         self.until(lambda: self.shown not in (None, before))
-        self.until(lambda: any(take["id"] == self.shown for take in self.takes))
-        return next(take for take in self.takes if take["id"] == self.shown)
+        self.until(lambda: any(clip["id"] == self.shown for clip in self.clips))
+        return next(clip for clip in self.clips if clip["id"] == self.shown)
 
     @property
-    def takes(self) -> list[dict[str, Any]]:
-        """What the browser keeps, oldest first."""
+    def clips(self) -> list[dict[str, Any]]:
+        """Returns the stored clips, oldest first."""
         return self.browser.execute_async_script(
             """
             const [done] = arguments;
@@ -154,12 +154,12 @@ class Page:
               all.onsuccess = async () => {
                 open.result.close();
                 const sizes = {};
-                for (const take of all.result) {
-                  // Of the samples alone: a recipe may stand behind them.
-                  sizes[take.id] = new DataView(await take.blob.slice(0, 44).arrayBuffer()).getUint32(40, true);
+                for (const clip of all.result) {
+                  // The size of the samples only, because a recipe may follow them.
+                  sizes[clip.id] = new DataView(await clip.blob.slice(0, 44).arrayBuffer()).getUint32(40, true);
                 }
-                done(all.result.sort((one, other) => one.at - other.at).map((take) => ({
-                  ...take, blob: null, bytes: sizes[take.id], order: { ...take.order, source: take.order.source?.size },
+                done(all.result.sort((one, other) => one.at - other.at).map((clip) => ({
+                  ...clip, blob: null, bytes: sizes[clip.id], order: { ...clip.order, source: clip.order.source?.size },
                 })));
               };
             };
@@ -171,7 +171,7 @@ class Page:
         return self["said"].text
 
     def faults(self) -> dict[str, str]:
-        """What is said at fields, by their names."""
+        """Returns the error messages at fields, by field name."""
         notes = self.browser.find_elements(By.CSS_SELECTOR, "[data-field] .error")
         return {note.get_attribute("id").removeprefix("error-"): note.text for note in notes}
 
@@ -183,7 +183,7 @@ class Page:
         return (files("axe_core_python") / "axe.min.js").read_text()
 
     def findings(self) -> list[str]:
-        """What axe finds that is serious or worse."""
+        """Returns the accessibility problems that axe rates serious or critical."""
         self.run(self._axe)
         found = self.browser.execute_async_script("axe.run().then(arguments[0])")["violations"]
         return [
@@ -196,7 +196,7 @@ class Page:
 
 @pytest.fixture
 def page(chromium: webdriver.Chrome, served: str) -> Iterator[Page]:
-    """An opened page whose browser keeps nothing of a test before it. It must end without a message on the console."""
+    """Returns an open page with empty browser storage. At the end, the console must have no messages."""
     page = Page(chromium, served)
     chromium.get(f"{served}/playground/icon.svg")
     page.run("indexedDB.deleteDatabase('stable-audio-serve'); sessionStorage.clear(); localStorage.clear()")

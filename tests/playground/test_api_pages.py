@@ -1,4 +1,4 @@
-"""The two pages of the API's description in Chromium: nothing from elsewhere, and a key that is entered once."""
+"""The two pages of the API description in Chromium."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def click(page: Page, selector: str) -> None:
 
 
 def status_of_models(page: Page) -> str:
-    """The status that `GET /v1/models` has when it is tried out."""
+    """Returns the status that the page shows after trying out `GET /v1/models`."""
     block = "#operations-Server-list_models_v1_models_get"
     click(page, f"{block} .opblock-summary-control")
     click(page, f"{block} .try-out__btn")
@@ -31,7 +31,7 @@ def status_of_models(page: Page) -> str:
     return page.until(lambda: page.browser.find_elements(By.CSS_SELECTOR, found))[0].text
 
 
-def test_docs_take_a_key_and_redoc_asks_nobody_else(chromium: webdriver.Chrome, tmp_path: Path) -> None:
+def test_docs_send_the_entered_key_and_redoc_loads_local_files(chromium: webdriver.Chrome, tmp_path: Path) -> None:
     key = make_key()
     (tmp_path / "keys").write_text(f"alice:{hash_key(key)}\n")
     with serve(api={"key_file": str(tmp_path / "keys")}) as url:

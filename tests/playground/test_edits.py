@@ -1,4 +1,4 @@
-"""What is made of sound that is there: regions, longer takes, sources; and loops."""
+"""Edits of clips (regions, extensions, variations of a source) and loops."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from tests.playground.conftest import Page
 pytestmark = pytest.mark.server
 
 
-def test_a_region_is_dragged_and_made_anew(page: Page) -> None:
-    first = page.fill(prompt="a 440 Hz sine tone", duration=2, steps=2).take()
+def test_dragged_region_is_regenerated(page: Page) -> None:
+    first = page.fill(prompt="a 440 Hz sine tone", duration=2, steps=2).make_clip()
     page.until(lambda: page.run("return document.querySelector('#wave > div')?.shadowRoot?.querySelector('canvas')"))
     box = page["wave"].size
     start = ActionChains(page.browser).move_to_element_with_offset(page["wave"], -box["width"] // 8, -60)
     start.click_and_hold().move_by_offset(40, 0).move_by_offset(box["width"] // 8, 0).release().perform()
     page.until(lambda: page["region-tools"].is_displayed())
-    assert "of the take" in page["region-line"].text
-    second = page.take("regenerate")
+    assert "of the clip" in page["region-line"].text
+    second = page.make_clip("regenerate")
     ((start_s, end_s),) = second["order"]["regions"]
     assert 0 < start_s < end_s < 2
     assert second["order"]["fields"]["duration"] == 2
@@ -34,25 +34,25 @@ def test_a_region_is_dragged_and_made_anew(page: Page) -> None:
 @pytest.mark.parametrize(
     ("start", "end", "length", "region"),
     [(2, 3, 3, [2, 3]), (-0.5, 0.25, 2.5, [0, 0.75]), (-0.5, 0, 2.5, [0, 0.53])],
-    ids=["continued", "extended to the left", "extended to the left of all of it"],
+    ids=["past the end", "before the start and inside", "before the start"],
 )
 @pytest.mark.slow
-def test_a_take_is_made_longer(start: float, end: float, *, length: float, region: list[float], page: Page) -> None:
-    page.fill(prompt="rain", duration=2, steps=2).take()
+def test_clip_is_extended(start: float, end: float, *, length: float, region: list[float], page: Page) -> None:
+    page.fill(prompt="rain", duration=2, steps=2).make_clip()
     page.click("mark-region")
     page.fill(**{"region-start": start})
     page["region-start"].send_keys(Keys.TAB)
     page.fill(**{"region-end": end})
     page["region-end"].send_keys(Keys.TAB)
-    take = page.take("regenerate")
-    assert take["order"]["regions"] == [region]
-    assert take["bytes"] == length * 44100 * 4
+    clip = page.make_clip("regenerate")
+    assert clip["order"]["regions"] == [region]
+    assert clip["bytes"] == length * 44100 * 4
 
 
 @pytest.mark.slow
-def test_a_take_is_made_longer_by_dragging_over_its_ends(page: Page) -> None:
-    """A drag that begins in the room behind the take, or ends in the one before it, leaves no gap to the take."""
-    second = page["wave"].size["width"] / 4  # there is a second of room on either side
+def test_dragging_past_an_end_extends_the_clip(page: Page) -> None:
+    """A region that lies outside the clip is extended up to it."""
+    second = page["wave"].size["width"] / 4  # one second of space on each side
 
     def drag(start_s: float, end_s: float) -> None:
         start = ActionChains(page.browser).move_to_element_with_offset(page["wave"], round((start_s - 1) * second), -60)
@@ -63,22 +63,22 @@ def test_a_take_is_made_longer_by_dragging_over_its_ends(page: Page) -> None:
 
     drag(0, 1)
     assert not page["region-tools"].is_displayed()
-    page.fill(prompt="rain", duration=2, steps=2).take()
+    page.fill(prompt="rain", duration=2, steps=2).make_clip()
     page.until(lambda: page.run("return document.querySelector('#wave > div')?.shadowRoot?.querySelector('canvas')"))
     drag(-0.7, -0.2)
-    page.until(lambda: "extends it to the left" in page["region-line"].text)
+    page.until(lambda: "before the start of the clip" in page["region-line"].text)
     assert (field("region-start"), field("region-end")) == (pytest.approx(-0.7, abs=0.1), 0)
     drag(2.2, 2.8)
-    page.until(lambda: "continues the take" in page["region-line"].text)
+    page.until(lambda: "past the end of the clip" in page["region-line"].text)
     assert (field("region-start"), field("region-end")) == (2, pytest.approx(2.8, abs=0.1))
-    first = page.take("regenerate")
+    first = page.make_clip("regenerate")
     ((start_s, end_s),) = first["order"]["regions"]
     assert start_s == 2
     assert end_s == first["order"]["fields"]["duration"] == pytest.approx(2.8, abs=0.1)
 
 
 @pytest.mark.slow
-def test_a_dropped_file_is_the_source(page: Page, tmp_path: Path) -> None:
+def test_dropped_file_is_the_source(page: Page, tmp_path: Path) -> None:
     source = tmp_path / "door.wav"
     source.write_bytes(make_audio_file(duration_s=1.0))
     page.run(
@@ -92,17 +92,17 @@ def test_a_dropped_file_is_the_source(page: Page, tmp_path: Path) -> None:
     )
     page.until(lambda: page["source-name"].text == "Source: door.wav, 1.00 s")
     assert page["init_noise_level"].is_displayed()
-    take = page.fill(prompt="rain", duration=1, steps=2).take()
-    assert take["order"]["kind"] == "vary"
-    assert take["order"]["fields"]["init_noise_level"] == 0.9
-    assert take["order"]["source"] == source.stat().st_size
+    clip = page.fill(prompt="rain", duration=1, steps=2).make_clip()
+    assert clip["order"]["kind"] == "vary"
+    assert clip["order"]["fields"]["init_noise_level"] == 0.9
+    assert clip["order"]["source"] == source.stat().st_size
     page.click("source-clear")
-    assert page.fill(duration=1).take()["order"]["kind"] == "generate"
+    assert page.fill(duration=1).make_clip()["order"]["kind"] == "generate"
 
 
 @pytest.mark.slow
-def test_the_file_that_was_dropped_last_is_the_source(page: Page) -> None:
-    """Also if the one before it takes longer to read."""
+def test_last_dropped_file_is_the_source(page: Page) -> None:
+    """Even if the previous file takes longer to decode."""
     page.run(
         """
         window.numDecoded = 0;
@@ -131,8 +131,8 @@ def test_the_file_that_was_dropped_last_is_the_source(page: Page) -> None:
 
 
 @pytest.mark.slow
-def test_loops_have_tempo_key_and_bars(page: Page) -> None:
+def test_loop_prompt_has_tempo_and_key(page: Page) -> None:
     page.browser.find_element(By.CSS_SELECTOR, "input[value=loop]").click()
-    take = page.fill(prompt="kick drums", bpm=120, bars=1, key="C minor", steps=2).take()
-    assert take["order"]["fields"]["prompt"] == "kick drums 120bpm in C minor"
-    assert take["bytes"] == 2 * 44100 * 4
+    clip = page.fill(prompt="kick drums", bpm=120, bars=1, key="C minor", steps=2).make_clip()
+    assert clip["order"]["fields"]["prompt"] == "kick drums 120bpm in C minor"
+    assert clip["bytes"] == 2 * 44100 * 4

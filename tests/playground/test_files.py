@@ -1,4 +1,4 @@
-"""Files of takes: downloaded, and made by the commands that are copied."""
+"""Files of clips: downloads, and files made by the copied commands."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ ROOT = Path(__file__).parents[2] / "stable_audio_serve" / "api" / "playground"
 
 
 @pytest.mark.slow
-def test_a_take_is_downloaded_in_the_format_that_is_chosen(page: Page, served: str, tmp_path: Path) -> None:
-    page.fill(prompt="a snare", duration=0.5, steps=2, seed=5).take()
+def test_clip_is_downloaded_in_the_selected_format(page: Page, served: str, tmp_path: Path) -> None:
+    page.fill(prompt="a snare", duration=0.5, steps=2, seed=5).make_clip()
     behaviour = {"behavior": "allow", "downloadPath": str(tmp_path)}
     page.browser.execute_cdp_cmd("Browser.setDownloadBehavior", behaviour)
     asked = {"prompt": "a snare", "model": "demo", "duration": 0.5, "steps": 2, "seed": 5}
@@ -41,7 +41,7 @@ def test_a_take_is_downloaded_in_the_format_that_is_chosen(page: Page, served: s
 
 
 def copy(page: Page, kind: str) -> str:
-    """What the button puts into the clipboard."""
+    """Returns the text that the button copies."""
     allowed = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"], "origin": page.url}
     page.browser.execute_cdp_cmd("Browser.grantPermissions", allowed)
     page.run("document.getElementById('said').textContent = ''")
@@ -53,19 +53,19 @@ def copy(page: Page, kind: str) -> str:
 
 
 def run_copied(page: Page, folder: Path) -> list[bytes]:
-    """The files that the shown take's commands make, with what lies in the folder."""
+    """Returns the files that the copied commands of the shown clip make, run in the folder."""
     made = []
     for command in (["bash", "-c", copy(page, "curl")], [sys.executable, "-c", copy(page, "python")]):
         path = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT.parents[2])}
         subprocess.run(command, cwd=folder, check=True, env=path)
-        made.append((folder / "take.wav").read_bytes())
-        (folder / "take.wav").unlink()
+        made.append((folder / "clip.wav").read_bytes())
+        (folder / "clip.wav").unlink()
     return made
 
 
 @pytest.mark.slow
-def test_what_is_copied_makes_the_same(page: Page, served: str, tmp_path: Path) -> None:
-    page.fill(prompt='it\'s a "snare"', duration=0.5, steps=2, seed=5).take()
+def test_copied_commands_give_the_same_file(page: Page, served: str, tmp_path: Path) -> None:
+    page.fill(prompt='it\'s a "snare"', duration=0.5, steps=2, seed=5).make_clip()
     recipe = json.loads(copy(page, "json"))
     assert (recipe["seed"], recipe["prompt"]) == (5, 'it\'s a "snare"')
     asked = {"prompt": 'it\'s a "snare"', "model": "demo", "duration": 0.5, "steps": 2, "seed": 5}
@@ -77,9 +77,9 @@ def test_what_is_copied_makes_the_same(page: Page, served: str, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_what_is_copied_of_an_edit_and_of_a_loop_makes_the_same(page: Page, tmp_path: Path) -> None:
+def test_copied_commands_of_edits_and_loops_give_the_same_file(page: Page, tmp_path: Path) -> None:
     def expect_the_same() -> tuple[bytes, bytes]:
-        """Returns the take's file and its source's."""
+        """Returns the clip's file and its source file."""
         files = page.browser.execute_async_script(
             """
             const [id, done] = arguments;
@@ -89,7 +89,7 @@ def test_what_is_copied_of_an_edit_and_of_a_loop_makes_the_same(page: Page, tmp_
             };
             import("./playground/store.js").then(async (store) => {
               await store.open();
-              const { blob, order } = (await store.all("takes")).find((take) => take.id === id);
+              const { blob, order } = (await store.all("takes")).find((clip) => clip.id === id);
               done([await text(blob), order.source.name, await text(order.source)]);
             });
             """,
@@ -100,21 +100,21 @@ def test_what_is_copied_of_an_edit_and_of_a_loop_makes_the_same(page: Page, tmp_
         assert run_copied(page, tmp_path) == [made] * 2
         return made, source
 
-    page.fill(prompt="a snare", duration=0.5, steps=2).take()
+    page.fill(prompt="a snare", duration=0.5, steps=2).make_clip()
     page.click("use-source")
-    page.fill(prompt='a "door"', init_noise_level=0.5).take()
+    page.fill(prompt='a "door"', init_noise_level=0.5).make_clip()
     varied, _ = expect_the_same()
     page.click("mark-region")
-    page.take("regenerate")
+    page.make_clip("regenerate")
     _, source = expect_the_same()
     assert source == varied
     page.browser.find_element(By.CSS_SELECTOR, "input[value=loop]").click()
-    page.fill(bpm=240, bars=1).take()
+    page.fill(bpm=240, bars=1).make_clip()
     expect_the_same()
 
 
 @pytest.mark.slow
-def test_a_wav_made_in_the_browser_is_the_same_sound(page: Page) -> None:
+def test_browser_wav_keeps_the_samples(page: Page) -> None:
     audio = make_audio_file(duration_s=0.5)
     encoded = page.browser.execute_async_script(
         """

@@ -1,4 +1,4 @@
-"""The form: mistakes at their fields, ranges, prompts of any length, and the key."""
+"""The form: errors at their fields, ranges, long prompts, and the API key."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.playground.conftest import Page, serve
 pytestmark = pytest.mark.server
 
 
-def test_a_mistake_is_shown_at_its_field(page: Page) -> None:
+def test_error_is_shown_at_its_field(page: Page) -> None:
     page.fill(prompt="rain", steps=1000, duration=99)
     page.click("generate")
     page.until(page.faults)
@@ -23,45 +23,45 @@ def test_a_mistake_is_shown_at_its_field(page: Page) -> None:
     assert page["steps"].get_attribute("aria-invalid") == "true"
     assert "at most" in page.faults()["duration"]
     assert page.run("return document.activeElement.id") == "duration"
-    assert page.fill(steps=2, duration=0.5).take()
+    assert page.fill(steps=2, duration=0.5).make_clip()
     assert page.faults() == {}
-    page.messages()  # browsers report every refused request
+    page.messages()  # browsers log every refused request
 
 
 @pytest.mark.slow
-def test_a_mistake_that_is_not_sent_is_shown_too(page: Page) -> None:
+def test_invalid_input_is_shown_without_a_request(page: Page) -> None:
     page.fill(prompt="rain", steps=2, duration=0.5, batch_size=99).click("generate")
     page.until(page.faults)
-    assert page.faults() == {"batch_size": "A whole number from 1 to 4."}
+    assert page.faults() == {"batch_size": "Enter a whole number from 1 to 4."}
     page.fill(batch_size=1, steps="1e").click("generate")
-    page.until(lambda: page.faults() == {"steps": "This is no number."})
+    page.until(lambda: page.faults() == {"steps": "Enter a number."})
     page.browser.find_element(By.CSS_SELECTOR, "input[value=loop]").click()
     page.fill(steps=2, bpm="").click("generate")
-    page.until(lambda: page.faults() == {"bpm": "A whole number from 20 to 300."})
-    assert not page.browser.find_elements(By.CSS_SELECTOR, "#jobs li, #takes li")
+    page.until(lambda: page.faults() == {"bpm": "Enter a whole number from 20 to 300."})
+    assert not page.browser.find_elements(By.CSS_SELECTOR, "#jobs li, #clips li")
 
 
 @pytest.mark.slow
-def test_ranges_are_shown_so_that_their_ends_can_be_typed(page: Page) -> None:
+def test_shown_bounds_are_valid_input(page: Page) -> None:
     shown = page.browser.find_element(By.CSS_SELECTOR, "[data-field=duration] .range").text
     assert re.fullmatch(r"0 to \d+(\.\d\d?)?", shown)
 
 
 @pytest.mark.slow
-def test_prompts_of_a_hundred_thousand_characters_leave_the_page_usable(page: Page) -> None:
+def test_page_handles_prompts_of_100000_characters(page: Page) -> None:
     page.fill(duration=0.5, steps=2)
     page.run("for (const id of ['prompt', 'negative_prompt']) document.getElementById(id).value = '雨'.repeat(100_000)")
     height = page.run("return document.body.scrollHeight")
-    take = page.take()
-    assert len(take["order"]["fields"]["prompt"]) == 100_000
+    clip = page.make_clip()
+    assert len(clip["order"]["fields"]["prompt"]) == 100_000
     page.click("mark-region")
     assert page.run("return document.body.scrollHeight") < height + 400
     page.click("repeat")
-    page.until(lambda: page.said.startswith("The same to the byte"))
+    page.until(lambda: page.said.startswith("Identical bytes"))
 
 
 @pytest.mark.slow
-def test_a_key_is_asked_for_and_kept_for_the_tab_only(page: Page, tmp_path: Path) -> None:
+def test_key_is_requested_and_stored_for_the_tab_only(page: Page, tmp_path: Path) -> None:
     key = make_key()
     (tmp_path / "keys").write_text(f"alice:{hash_key(key)} audio-seconds-per-minute=2\n")
     with serve(api={"key_file": str(tmp_path / "keys")}) as url:
@@ -78,7 +78,7 @@ def test_a_key_is_asked_for_and_kept_for_the_tab_only(page: Page, tmp_path: Path
         locked.run("document.getElementById('api-key').value = ''")
         locked["api-key"].send_keys(key, Keys.ENTER)
         locked.until(lambda: locked.browser.find_elements(By.CSS_SELECTOR, "#model option"))
-        assert locked.fill(prompt="rain", duration=0.5, steps=2).take()["bytes"] == 22050 * 4
+        assert locked.fill(prompt="rain", duration=0.5, steps=2).make_clip()["bytes"] == 22050 * 4
         locked.fill(duration=4).click("generate")
         locked.until(lambda: "more than this key may have in a minute" in locked["form-error"].text)
         assert not locked["key-dialog"].is_displayed()

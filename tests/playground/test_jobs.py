@@ -1,4 +1,4 @@
-"""Jobs: followed, cancelled, found again; and what the server says of itself."""
+"""Jobs on the page: progress, cancellation, reloads; and the server panel."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from tests.playground.conftest import Page
 pytestmark = pytest.mark.server
 
 
-def test_jobs_outlive_a_reload_and_can_be_cancelled(page: Page) -> None:
+def test_jobs_survive_a_reload_and_can_be_cancelled(page: Page) -> None:
     page.fill(prompt="rain", duration=5, steps=50, batch_size=4)
     page.click("generate")
     jobs = page.until(lambda: page.browser.find_elements(By.CSS_SELECTOR, "#jobs li")[3:])
     page.until(lambda: page.browser.find_elements(By.CSS_SELECTOR, "#jobs progress[value]"))
     assert jobs
     page.open()
-    page.until(lambda: page.browser.find_elements(By.CSS_SELECTOR, "#jobs li, #takes li")[3:])
+    page.until(lambda: page.browser.find_elements(By.CSS_SELECTOR, "#jobs li, #clips li")[3:])
     for button in page.browser.find_elements(By.CSS_SELECTOR, "#jobs button"):
         page.run("arguments[0].click()", button)
     page.until(lambda: not page.browser.find_elements(By.CSS_SELECTOR, "#jobs li"))
     assert page["no-jobs"].is_displayed()
-    page.messages()  # a job that had just ended could not be cancelled
+    page.messages()  # cancelling an ended job logs a message
 
 
 @pytest.mark.slow
-def test_many_jobs_leave_connections_for_everything_else(page: Page) -> None:
-    """A browser has six to a server; a stream of events holds one as long as its job lasts."""
+def test_many_jobs_leave_connections_for_other_requests(page: Page) -> None:
+    """Browsers allow six connections per server, and each event stream holds one until its job ends."""
     page.fill(prompt="rain", duration=20, steps=50, batch_size=4)
     for count in (4, 8):
         page.click("generate")
@@ -44,12 +44,12 @@ def test_many_jobs_leave_connections_for_everything_else(page: Page) -> None:
     for button in buttons:
         page.run("arguments[0].click()", button)
     page.until(lambda: not page.browser.find_elements(By.CSS_SELECTOR, "#jobs li"))
-    page.messages()  # a job that had just ended could not be cancelled
+    page.messages()  # cancelling an ended job logs a message
 
 
 @pytest.mark.slow
-def test_the_jobs_that_have_no_stream_are_asked_for_one_after_another(page: Page) -> None:
-    """However many there are: thousands may be left over from the page before."""
+def test_jobs_without_a_stream_are_polled_in_turn(page: Page) -> None:
+    """The rate of polls is limited, because thousands of jobs may remain from the previous page."""
     asked_at_ms = page.browser.execute_async_script(
         """
         const [done] = arguments;
@@ -69,7 +69,7 @@ def test_the_jobs_that_have_no_stream_are_asked_for_one_after_another(page: Page
 
 
 @pytest.mark.slow
-def test_a_take_whose_download_broke_is_fetched_after_a_reload(page: Page) -> None:
+def test_interrupted_download_is_fetched_after_a_reload(page: Page) -> None:
     page.run(
         """
         const real = window.fetch;
@@ -80,14 +80,14 @@ def test_a_take_whose_download_broke_is_fetched_after_a_reload(page: Page) -> No
     )
     page.fill(prompt="rain", duration=0.5, steps=2).click("generate")
     page.until(lambda: page["form-error"].text.startswith("The connection was lost."))
-    assert page.takes == []
+    assert page.clips == []
     page.open()
-    page.until(lambda: page.takes)
+    page.until(lambda: page.clips)
     page.until(lambda: not page.browser.find_elements(By.CSS_SELECTOR, "#jobs li"))
 
 
 @pytest.mark.slow
-def test_a_job_whose_acceptance_was_never_heard_of_is_found_again(page: Page, served: str) -> None:
+def test_job_with_a_lost_response_is_found_after_a_reload(page: Page, served: str) -> None:
     page.run(
         """
         const real = window.fetch;
@@ -99,17 +99,17 @@ def test_a_job_whose_acceptance_was_never_heard_of_is_found_again(page: Page, se
         };
         """
     )
-    page.fill(prompt="a gong that nobody heard of", duration=0.5, steps=2).click("generate")
+    page.fill(prompt="a gong with a lost response", duration=0.5, steps=2).click("generate")
     page.until(lambda: page.run("return window.accepted"))
     page.open()
-    page.until(lambda: page.takes)
+    page.until(lambda: page.clips)
     page.until(lambda: not page.browser.find_elements(By.CSS_SELECTOR, "#jobs li"))
     jobs = httpx.get(f"{served}/jobs", params={"limit": 100}).json()["jobs"]
-    assert len([job for job in jobs if "nobody heard of" in json.dumps(job)]) == 1
+    assert len([job for job in jobs if "a lost response" in json.dumps(job)]) == 1
 
 
 @pytest.mark.slow
-def test_the_server_panel_asks_once_at_a_time_and_keeps_the_focus(page: Page) -> None:
+def test_server_panel_sends_one_request_at_a_time_and_keeps_focus(page: Page) -> None:
     num_asked = page.browser.execute_async_script(
         """
         const [done] = arguments;

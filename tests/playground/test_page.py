@@ -1,4 +1,4 @@
-"""The page as a whole: for everybody, by keyboard, on narrow screens, with parts of its own."""
+"""The whole page: accessibility, keyboard, narrow screens, files."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ ROOT = Path(__file__).parents[2] / "stable_audio_serve" / "api" / "playground"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_is_for_everybody(scheme: str, page: Page) -> None:
+def test_page_is_accessible(scheme: str, page: Page) -> None:
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-    page.open().fill(prompt="rain", duration=0.5, steps=2).take()
+    page.open().fill(prompt="rain", duration=0.5, steps=2).make_clip()
     page.click("mark-region")
     assert page.findings() == []
 
 
-def test_it_fits_a_narrow_screen_and_works_by_keyboard(page: Page) -> None:
+def test_page_fits_a_narrow_screen_and_works_by_keyboard(page: Page) -> None:
     metrics = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
     page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     try:
@@ -53,17 +53,17 @@ def test_it_fits_a_narrow_screen_and_works_by_keyboard(page: Page) -> None:
 
 
 @pytest.mark.slow
-def test_keys_act_wherever_nothing_is_typed(page: Page) -> None:
+def test_shortcuts_work_outside_text_fields(page: Page) -> None:
     def press(key: str) -> None:
         ActionChains(page.browser).send_keys(key).perform()
 
-    page.fill(prompt="rain", duration=2, steps=2).take()
-    press(" ")  # the button that was pressed last has given the keys back
+    page.fill(prompt="rain", duration=2, steps=2).make_clip()
+    press(" ")  # the clicked button has lost its focus
     page.until(lambda: page["play"].text == "Pause")
     press(" ")
     page.until(lambda: page["play"].text == "Play")
-    assert len(page.takes) == 1
-    page.fill(prompt="wind").take()
+    assert len(page.clips) == 1
+    page.fill(prompt="wind").make_clip()
     page.run("document.getElementById('download').focus()")
     press("l")
     page.until(lambda: page["loop"].get_attribute("aria-pressed") == "true")
@@ -74,8 +74,8 @@ def test_keys_act_wherever_nothing_is_typed(page: Page) -> None:
 
 
 @pytest.mark.slow
-def test_its_parts_are_its_own_and_small(page: Page, served: str) -> None:
-    page.fill(prompt="rain", duration=0.5, steps=2).take()
+def test_page_loads_only_small_local_files(page: Page, served: str) -> None:
+    page.fill(prompt="rain", duration=0.5, steps=2).make_clip()
     loaded = page.run("return performance.getEntriesByType('resource').map((entry) => entry.name)")
     assert all(name.startswith((served, "blob:")) for name in loaded)
     assert sum(path.stat().st_size for path in ROOT.rglob("*") if path.is_file()) <= 400_000
@@ -92,8 +92,8 @@ def test_its_parts_are_its_own_and_small(page: Page, served: str) -> None:
     assert httpx.get(served, headers={"Accept": "application/json"}).json()["name"] == "stable-audio-serve"
 
 
-def test_vendored_parts_are_the_published_ones() -> None:
-    """`make playground-assets` wrote them, which holds the npm package to its hash; these are of the files in it."""
+def test_vendored_files_match_the_published_package() -> None:
+    """`make playground-assets` writes them and checks the npm package's hash. These are the hashes of its files."""
     hashes = {path.name: sha256(path.read_bytes()).hexdigest() for path in (ROOT / "vendor").iterdir()}
     assert hashes == {
         "regions.esm.js": "f3b9a81f56d0301affbeb5693dc9c43527efd6e97e534f17329192a7ce7fc4d4",
@@ -108,10 +108,8 @@ def test_vendored_parts_are_the_published_ones() -> None:
     ("name", "scheme", "width"), [("light", "light", 1300), ("dark", "dark", 1300), ("phone", "light", 360)]
 )
 @pytest.mark.slow
-def test_pictures_for_the_page_about_it_can_be_taken(
-    name: str, scheme: str, *, width: int, page: Page, tmp_path: Path
-) -> None:
-    """UPDATE_PICTURES=1 writes them where the page has them."""
+def test_screenshots_for_the_documentation(name: str, scheme: str, *, width: int, page: Page, tmp_path: Path) -> None:
+    """UPDATE_PICTURES=1 writes them to docs/images."""
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
@@ -119,7 +117,7 @@ def test_pictures_for_the_page_about_it_can_be_taken(
     try:
         page.open()
         for prompt, seed in (("a 440 Hz sine tone", 1), ("house drum loop at 120 bpm", 7)):
-            page.fill(prompt=prompt, duration=4, steps=8, seed=seed).take()
+            page.fill(prompt=prompt, duration=4, steps=8, seed=seed).make_clip()
         page.click("mark-region")
         page.until(
             lambda: (

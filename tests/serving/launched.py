@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 
 from stable_audio_serve.launcher.environment import is_port_free
-from stable_audio_serve.launcher.guard import users_of
+from stable_audio_serve.launcher.guard import processes_using
 from tests.patience import PATIENCE_S
 
 APPLICATION = "audio"
@@ -120,11 +120,11 @@ class LaunchedServer:
 
     def leftovers(self) -> Sequence[int]:
         """Processes that still use this server's folder."""
-        return users_of(self.directory)
+        return processes_using(self.directory)
 
     def pids(self, title: str) -> list[int]:
         """Processes of this server whose command line contains `title`."""
-        return [pid for pid in users_of(self.directory) if title in _read_process(pid, "cmdline")]
+        return [pid for pid in processes_using(self.directory) if title in _read_process(pid, "cmdline")]
 
     @contextmanager
     def suspended(self, title: str) -> Iterator[None]:

@@ -21,7 +21,7 @@ import psutil
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.launcher import environment
 from stable_audio_serve.launcher.embedded import apply_environment, private_directory
-from stable_audio_serve.launcher.patience import crowding, start_limits
+from stable_audio_serve.launcher.start_timeouts import load_per_core, start_timeouts
 
 APPLICATION = "audio"
 
@@ -125,7 +125,7 @@ def main(port: int) -> None:
         settings = Settings()
         variables = environment.base_environment(settings)
         variables |= environment.haproxy_environment(ports, directory, host=environment.LOOPBACK, settings=settings)
-        apply_environment(variables, defaults=start_limits(crowding()))
+        apply_environment(variables, defaults=start_timeouts(load_per_core()))
         nodes = Nodes(directory, port=port)
         print(json.dumps("ready"), file=sys.__stdout__, flush=True)
         for line in sys.stdin:

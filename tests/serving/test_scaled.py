@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from stable_audio_serve.launcher.patience import crowding, start_limits
+from stable_audio_serve.launcher.start_timeouts import load_per_core, start_timeouts
 from tests.patience import PATIENCE_S
 from tests.serving.conftest import TINY
 
@@ -29,7 +29,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory, postgres: Any) -> dict[str, A
         text=True,
         cwd=tmp_path_factory.mktemp("scaled"),
         env=os.environ
-        | start_limits(crowding())
+        | start_timeouts(load_per_core())
         | {"PYTHONPATH": os.getcwd(), "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
         | {"HF_ENDPOINT": "http://127.0.0.1:9"},
         timeout=4 * PATIENCE_S,

@@ -60,13 +60,13 @@ def test_a_whole_gpu_is_shared_with_nobody() -> None:
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"num_gpus": 1.5}, "num_gpus must be a whole number above 1"),
-        ({"num_gpus": 2.0001}, "num_gpus must be a whole number above 1"),
+        ({"num_gpus": 1.5}, "num_gpus must be a whole number when"),
+        ({"num_gpus": 2.0001}, "num_gpus must be a whole number when"),
         ({"memory_share": 0}, "memory_share: Input should be "),
         ({"memory_share": 1.01}, "memory_share: Input should be "),
         ({"memory_share": float("nan")}, "memory_share: Input should be "),
-        ({"memory_share": 0.5, "device": "cpu"}, "gets no GPU"),
-        ({"memory_share": 0.5, "num_gpus": 0}, "gets no GPU"),
+        ({"memory_share": 0.5, "device": "cpu"}, "needs a GPU"),
+        ({"memory_share": 0.5, "num_gpus": 0}, "needs a GPU"),
     ],
 )
 def test_what_no_gpu_can_be_is_refused_by_name(keys: dict[str, Any], words: str) -> None:

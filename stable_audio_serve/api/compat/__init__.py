@@ -1,1 +1,1 @@
-"""One module or package per foreign dialect: its request to ours, our result to its reply. No generation logic."""
+"""One module or package per foreign dialect. It converts requests and responses and has no generation logic."""

@@ -1,4 +1,4 @@
-"""The AIML API's `stable-audio`: a generation is accepted with an id, and polled until its file can be fetched."""
+"""The AIML API's `stable-audio`: the client submits a generation and polls its id until the file is ready."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from stable_audio_serve.core.ids import JobId
 from stable_audio_serve.jobs.job import Job, JobRef, JobSpec, State
 
 TAG = "AIML API"
-MODEL = "stable-audio"  # the one model there; here an alias of a configured one
+MODEL = "stable-audio"  # the API's only model; an alias of a configured model here
 
 _STATUS = {
     "unauthorized": 401,
@@ -62,15 +62,15 @@ def _is_none(value: object) -> bool:
 
 
 def _without_default(schema: dict[str, Any]) -> None:
-    del schema["default"]  # the default is no value that a client may send
+    del schema["default"]  # the default is outside the accepted range
 
 
 class AimlInput(ClipInput):
-    """What to generate."""
+    """Fields of a generation."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"model": MODEL, "prompt": "lo-fi ambient music"}]})
 
-    model: str = Field(description=f"`{MODEL}`, or one of the server's own models.")
+    model: str = Field(description=f"`{MODEL}`, or a model of this server.")
     seconds_start: WholeNumber = Field(
         0, ge=1, le=MAX_S, description=f"{START_DESCRIPTION} Unset = 0.", json_schema_extra=_without_default
     )
@@ -78,13 +78,13 @@ class AimlInput(ClipInput):
 
 
 class AimlMeta(BaseModel):
-    """What it cost: nothing."""
+    """Cost of the generation, always 0."""
 
     usage: dict[str, int] = {"credits_used": 0}
 
 
 class AimlFile(BaseModel):
-    """The finished file; its URL needs no key."""
+    """The finished file. Its URL needs no key."""
 
     url: str
     content_type: str
@@ -93,14 +93,14 @@ class AimlFile(BaseModel):
 
 
 class AimlFailure(BaseModel):
-    """Why there is no file."""
+    """The reason why there is no file."""
 
     name: str
     message: str
 
 
 class AimlGeneration(BaseModel):
-    """A generation as it is now."""
+    """Current state of a generation."""
 
     id: str
     status: Literal["queued", "generating", "completed", "error"]
@@ -110,7 +110,7 @@ class AimlGeneration(BaseModel):
 
 
 class AimlFault(BaseModel):
-    """One field at fault."""
+    """One invalid field."""
 
     path: list[str | int]
     message: str
@@ -133,7 +133,10 @@ _INVALID: dict[int | str, dict[str, Any]] = {
 _SUBMIT_RESPONSES: dict[int | str, dict[str, Any]] = {
     **_INVALID,
     **error_responses(AimlError, 401, 408, 413, 500, 503, 507),
-    429: {"model": AimlError, "description": "The queue, or a limit of the key, is full; Retry-After says how long."},
+    429: {
+        "model": AimlError,
+        "description": "The queue is full, or this caller has reached a limit; Retry-After is the time to wait.",
+    },
 }
 _POLL_RESPONSES: dict[int | str, dict[str, Any]] = {
     **_INVALID,
@@ -143,7 +146,7 @@ _POLL_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 def build_router(service: Service) -> APIRouter:
-    """The routes over one service."""
+    """Returns the AIML routes."""
     catalog, jobs = service.backend.catalog, service.jobs
     card = catalog.choose(service.settings.dialects.aiml_model, family=OPEN_FAMILY)
     router = APIRouter(route_class=route_class(render_error, scopes=("jobs",)), tags=[TAG], strict_content_type=False)
@@ -157,7 +160,7 @@ def build_router(service: Service) -> APIRouter:
 
     @router.post("/v2/generate/audio", summary="Submit (AIML API)", responses=_SUBMIT_RESPONSES)
     async def submit(request: Request, body: AimlInput) -> AimlGeneration:
-        """Accept a generation; ask for it by its id."""
+        """Submit a generation. Poll it with the returned id."""
         model = resolve(body.model)
         generation = to_request(body, model, request_id=request.state.request_id)
         note(request.scope, model=model.name, duration_s=generation.duration_s)
@@ -177,10 +180,10 @@ def build_router(service: Service) -> APIRouter:
 
     @router.get("/v2/generate/audio", summary="Poll (AIML API)", responses=_POLL_RESPONSES)
     async def poll(
-        request: Request, generation_id: Annotated[str, Query(description="As the submission gave it.")]
+        request: Request, generation_id: Annotated[str, Query(description="The id from the submission.")]
     ) -> AimlGeneration:
-        """A generation as it is now, with its file once it is completed."""
-        ref = JobRef("aiml", request.state.client, JobId(unquote(generation_id)))  # some clients encode its colon twice
+        """Return the current state of a generation, with its file once it is completed."""
+        ref = JobRef("aiml", request.state.client, JobId(unquote(generation_id)))  # some clients encode the colon twice
         job = await jobs.get(ref)
         if job is None:
             raise HTTPException(404, "generation_id: no such generation")
@@ -207,15 +210,15 @@ def _describe(job: Job, base: str) -> AimlGeneration:
 
 
 def render_error(request: Request, error: ExpectedError) -> Response:
-    """Returns the answer to an error we expect."""
+    """Returns the response to an expected error."""
     return _REFUSALS.answer(request, error)
 
 
 def _parse_fault(_: Request, fault: Mapping[str, Any]) -> list[AimlFault]:
     part, *path = fault["loc"]
-    if not path and fault["type"] == "missing":  # no body at all: name what it should have held
+    if not path and fault["type"] == "missing":  # no body: report the required fields
         return [AimlFault(path=[name], message=fault["msg"], code="missing") for name in ("model", "prompt")]
-    if fault["type"] == "json_invalid":  # its path is a position
+    if fault["type"] == "json_invalid":  # FastAPI puts a character position there
         path = []
     known_path = [printable(step) for step in path] or [part]
     return [AimlFault(path=known_path, message=printable(fault["msg"]), code=fault["type"])]

@@ -1,4 +1,4 @@
-"""What the two hosted `stable-audio` APIs (AIML, fal) share: clips of whole seconds up to 47, from one chosen model."""
+"""Shared parts of the hosted `stable-audio` APIs (AIML, fal): clips of 1 to 47 whole seconds from one chosen model."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from stable_audio_serve.core.sound import Peaks
 MAX_S = 47
 DEFAULT_S = 30
 DEFAULT_STEPS = 100
-START_DESCRIPTION = "Where the clip lies in an imagined longer one, seconds; for models that know it."
+START_DESCRIPTION = "Start of the clip within a longer piece, seconds; used by models conditioned on it."
 
 
 def _check_number(value: object) -> object:
-    if isinstance(value, bool | str | bytes):  # Pydantic would convert these, the original APIs refuse them
+    if isinstance(value, bool | str | bytes):  # the original APIs refuse these, but Pydantic would convert them
         raise PydanticCustomError("int_type", "Input should be a valid integer")
     return value
 
@@ -30,23 +30,23 @@ WholeNumber = Annotated[int, BeforeValidator(_check_number)]
 
 
 class ClipInput(BaseModel):
-    """What a client of either chooses; where the clip starts and the steps have ranges of their own in each."""
+    """Fields of both APIs. Each API sets its own ranges for the start and the steps."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
 
-    prompt: Prompt = Field(description="What to hear.")
+    prompt: Prompt = Field(description="Description of the sound.")
     seconds_start: WholeNumber
     seconds_total: WholeNumber = Field(
-        DEFAULT_S, ge=1, le=MAX_S, description="Length, seconds; unset = at most what the model can do."
+        DEFAULT_S, ge=1, le=MAX_S, description="Length, seconds; unset = 30 or the model's longest clip."
     )
     steps: WholeNumber
     peaks: Peaks | None = Field(None, description=PEAKS_DESCRIPTION)
 
 
 def to_request(fields: ClipInput, card: ModelCard, *, request_id: str) -> GenerationRequest:
-    """Returns the request for `fields`. Raises RequestValidationError for a clip longer than the model's.
+    """Returns the request for `fields`. Raises RequestValidationError for a clip above the model's longest clip.
 
-    The default length shrinks to what the model can do.
+    The default length is limited to the model's longest clip.
     """
     longest_s = min(MAX_S, int(card.max_duration_s))
     duration_s = fields.seconds_total if "seconds_total" in fields.model_fields_set else min(DEFAULT_S, longest_s)

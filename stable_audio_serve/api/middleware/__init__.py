@@ -1,1 +1,1 @@
-"""What every request passes before its route: limits, origins, keys, its log line, and a server that stops."""
+"""Checks that every request passes before its route: limits, origins, keys, logging, draining."""

@@ -1,4 +1,4 @@
-"""Who may use the API: everybody, or clients with one of the configured keys; and what each key may do."""
+"""Authenticates requests: without configured keys all are allowed, otherwise only those with a key of enough scope."""
 
 from __future__ import annotations
 
@@ -11,45 +11,45 @@ from stable_audio_serve.core.errors import ForbiddenError, KeysUnavailableError,
 from stable_audio_serve.core.keys import ANYBODY, ApiKey, Scope, hash_key
 
 _SCHEMES = frozenset({"bearer", "key"})
-_MAX_KEY = 4096  # characters; ours have 47
+_MAX_KEY = 4096  # characters; generated keys have 47
 _RETRY_S = 5.0
-_NOBODY = hash_key("")
+_NO_KEY = hash_key("")
 
 
 class ApiKeys:
-    """Admits requests by their `Authorization` header, `Bearer <key>` or `Key <key>`; without keys, all of them."""
+    """Admits requests by their `Authorization` header, `Bearer <key>` or `Key <key>`. Without keys admits all."""
 
     def __init__(self, ring: KeyRing) -> None:
         self.ring = ring
 
     def admit(self, request: Request, scopes: tuple[Scope, ...]) -> ApiKey:
-        """Returns the request's key, `ANYBODY` where no keys are configured.
+        """Returns the request's key, `ANYBODY` if no keys are configured.
 
-        Raises UnauthorizedError without one, ForbiddenError when it has none of these scopes; empty = any key may.
-        KeysUnavailableError means that the file of keys has never been read.
+        Raises UnauthorizedError without a valid key, ForbiddenError if the key has none of these scopes (empty = any
+        key), and KeysUnavailableError while the key file could not be read yet.
         """
         key = self.find(request)
         if key is None and self.ring.health.state == "unread":
-            raise KeysUnavailableError("the file of keys cannot be read", retry_after_s=_RETRY_S)
+            raise KeysUnavailableError("the key file cannot be read; retry later", retry_after_s=_RETRY_S)
         if key is None:
-            raise UnauthorizedError("Authorization: a valid API key is required, as `Bearer <key>` or `Key <key>`")
+            raise UnauthorizedError("Authorization: send a valid API key, as `Bearer <key>` or `Key <key>`")
         if scopes and not key.may(scopes):
             needed = " or ".join(scopes)
             if key is ANYBODY:
-                raise ForbiddenError(f"this route needs a key with the scope {needed}, and no keys are configured")
-            raise ForbiddenError(f"Authorization: this key has not the scope that this route needs, {needed}")
+                raise ForbiddenError(f"this route needs a key with the scope {needed}, but no keys are configured")
+            raise ForbiddenError(f"Authorization: this key lacks the scope {needed}, which this route needs")
         return key
 
     def find(self, request: Request) -> ApiKey | None:
-        """Returns the key like `admit`, but None for a request without a valid one."""
+        """Returns the request's valid key like `admit`, otherwise None."""
         if self.ring.is_open:
             return ANYBODY
         scheme, _, sent = request.headers.get("authorization", "").partition(" ")
         sent = sent.strip()
         if scheme.lower() not in _SCHEMES or len(sent) > _MAX_KEY:
             return None
-        digest = hash_key(sent.encode("latin-1"))  # Starlette decoded the header this way
-        # The time of the look-up depends on the digest, which says nothing about any other key.
+        digest = hash_key(sent.encode("latin-1"))  # Starlette decodes headers as latin-1
+        # The look-up time depends only on the digest, which reveals nothing about other keys.
         known = self.ring.keys.get(digest)
-        is_it = hmac.compare_digest(digest, known.digest if known else _NOBODY)
-        return known if known and is_it else None
+        is_equal = hmac.compare_digest(digest, known.digest if known else _NO_KEY)
+        return known if known and is_equal else None

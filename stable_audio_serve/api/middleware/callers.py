@@ -1,4 +1,4 @@
-"""Who a request is from, for what several clients share: the client of its key, or without keys the address."""
+"""Identifies the client of a request for limits per client: by its key, or without keys by its address."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from starlette.requests import Request
 
 from stable_audio_serve.core.keys import ANYBODY, ApiKey
 
-_IPV6_BITS = 64  # of an address that name a network: one client has all addresses in it
+_IPV6_BITS = 64  # network part of an address: one client can use all addresses of its network
 
 
 class Caller(NamedTuple):
-    """The key of a request, and a name that no header of the client's own can change."""
+    """The key of a request, and a client name that its headers cannot change."""
 
     key: ApiKey
     name: str
 
 
 def find_caller(request: Request, key: ApiKey, *, address_header: str | None) -> Caller:
-    """`address_header` is the one in which the proxy before this process passes the client's address on, if any."""
+    """Returns the caller. `address_header` is the header with the client's address from the proxy, if any."""
     return Caller(key, _network(_address(request, address_header)) if key is ANYBODY else key.client)
 
 

@@ -1,7 +1,7 @@
-"""ASGI middleware that bounds what clients may cost: body sizes, receive and send times, and work after they have gone.
+"""ASGI middleware that limits the cost of a client: body size, receive and send times, and work after a disconnect.
 
-Neither of Ray Serve's proxies has receive deadlines, and not every server cancels a handler whose client has gone: this
-middleware does both under any server.
+Ray Serve's proxies have no receive deadlines, and not every server cancels the handler of a disconnected client. This
+middleware does both on any server.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stable_audio_serve.core.settings import ApiSettings
 
-# With these Ray Serve lets a client change its own deadline or switch its own cancellation off.
+# Ray Serve lets clients change their deadline or disable their cancellation with these headers.
 _CONTROL_HEADERS = frozenset({b"x-request-timeout-seconds", b"x-request-disconnect-disabled"})
-MAX_FIELDS_BYTES = 1_048_576  # of a JSON body, and of a form besides its upload
+MAX_FIELDS_BYTES = 1_048_576  # limit of a JSON body, and of a form without its upload
 _CLOSE = {"Connection": "close"}
 _BUSY = {"Connection": "close", "Retry-After": "5"}
 _MAX_DRAIN_S = 10.0
@@ -30,31 +30,31 @@ _MAX_DRAIN_IDLE_S = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientTimes:
-    """How slowly a client may send its request and read its answer."""
+    """Minimum speed at which a client must send its request and read its response."""
 
     rate_bytes_s: float = 4096.0  # averaged over `window_s`
     window_s: float = 10.0
-    total_s: float = 300.0  # until the whole body is there
-    grace_s: float = 4.0  # a body that arrives within this time, half of it more or less, takes no place
-    max_slow: int = 256  # bodies at a time that take longer, per process
-    send_idle_s: float = 60.0  # without reading anything of the answer
+    total_s: float = 300.0  # for the whole body
+    grace_s: float = 4.0  # bodies that arrive within this time (+- 50 %) need no receive slot
+    max_slow: int = 256  # receive slots per process
+    send_idle_s: float = 60.0  # longest pause in reading the response
 
 
 class ClientGoneError(OSError):
-    """The client closed its connection or stopped reading; nobody is left to answer."""
+    """The client closed its connection or stopped reading, so no response can be sent."""
 
 
 class LimitsMiddleware:
-    """Applies `ApiSettings` to every HTTP request. A handler whose client goes away is cancelled."""
+    """Applies `ApiSettings` to every HTTP request. Cancels the handler of a client that disconnects."""
 
     def __init__(self, app: ASGIApp, *, limits: ApiSettings, times: ClientTimes | None = None) -> None:
         self._app = app
         self._limits = limits
         self._times = times or ClientTimes()
-        self._held = _Held()
+        self._held = _BodiesInProgress()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: PLR0917 - as ASGI has it
-        """Run the application on a guarded connection. Raises ClientGoneError when the client has gone."""
+        """Run the application on a guarded connection. Raises ClientGoneError when the client disconnects."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -82,68 +82,68 @@ class LimitsMiddleware:
 
 
 def accept_file_body(scope: Scope) -> None:
-    """Let the body of this request be as large as an upload; called before its first byte is read."""
+    """Allow a body as large as an upload. Call it before the first byte is read."""
     scope["state"]["connection"].accept_file_body()
 
 
 def accept_form(scope: Scope) -> None:
-    """Let the body of this request be a form with an upload; called before its first byte is read."""
+    """Allow a form with an upload as body. Call it before the first byte is read."""
     scope["state"]["connection"].accept_form()
 
 
 async def drop_body(scope: Scope) -> None:
-    """Read and drop some of a body that is refused unread, so that a client which is still sending reads why.
+    """Read and drop part of a body that is refused unread, so that a client that is still sending gets the response.
 
-    One that waits to be asked for it (`Expect`) is not asked.
+    Does nothing for clients that wait for permission to send (`Expect`).
     """
     if not any(name == b"expect" for name, _ in scope["headers"]):
         await scope["state"]["connection"].drop_body()
 
 
 def is_answered(scope: Scope) -> bool:
-    """Whether the last byte of the answer has been passed on: a client that goes now has all of it."""
+    """Whether the last byte of the response was sent, so that a disconnect loses nothing."""
     connection = scope["state"].get("connection")
     return connection is not None and connection.is_answered
 
 
 @dataclass(slots=True)
-class _Held:
-    """Bodies of all requests in progress: their bytes, in memory or in temporary files, and how many arrive slowly."""
+class _BodiesInProgress:
+    """Bodies of all requests in progress: total bytes, in memory or temporary files, and number of slow ones."""
 
     num_slow: int = 0
     num_bytes: int = 0
 
 
 class _Pace:
-    """How fast a body arrives: bytes, and seconds of waiting for its client, in total and of the last stretch.
+    """The speed at which a body arrives: bytes and seconds of waiting for the client, in total and in this window.
 
-    The time that a handler takes between two parts does not count: it is not the client's.
+    The time that a handler takes between two parts does not count, because it is not the client's.
     """
 
     def __init__(self, times: ClientTimes) -> None:
         self._times = times
         self.waited_s = 0.0
-        self._stretch_bytes = 0
-        self._stretch_s = 0.0
+        self._window_bytes = 0
+        self._window_s = 0.0
 
     @property
-    def patience_s(self) -> float:
-        """Seconds to wait for more before the average of the last stretch is too low."""
-        return self._times.window_s - self._stretch_s
+    def max_wait_s(self) -> float:
+        """Seconds to wait for the next part before the average of this window is too low."""
+        return self._times.window_s - self._window_s
 
     def add(self, num_bytes: int, *, waited_s: float) -> None:
-        """Count a part that arrived. A stretch ends once a window's worth has arrived, and the next one begins."""
+        """Count a part that arrived. A window ends when its bytes at the minimum rate have arrived."""
         self.waited_s += waited_s
-        self._stretch_bytes += num_bytes
-        self._stretch_s += waited_s
-        if self._stretch_bytes >= self._times.rate_bytes_s * self._times.window_s:
-            self._stretch_bytes, self._stretch_s = 0, 0.0
+        self._window_bytes += num_bytes
+        self._window_s += waited_s
+        if self._window_bytes >= self._times.rate_bytes_s * self._times.window_s:
+            self._window_bytes, self._window_s = 0, 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class _BodyLimit:
     max_bytes: int
-    declared_bytes: int  # 0 where the client does not say
+    declared_bytes: int  # 0 if the client does not declare them
     is_there: bool
     refusal: str
 
@@ -158,7 +158,7 @@ def _body_limit(scope: Scope) -> _BodyLimit:
 
 
 class _Connection:
-    """One request's receive and send. Once the body is complete, a watcher is the only reader of the connection."""
+    """One request's receive and send. After the body is complete, only a watcher task reads the connection."""
 
     def __init__(
         self,
@@ -167,7 +167,7 @@ class _Connection:
         *,
         handler: asyncio.Task[object],
         body: _BodyLimit,
-        held: _Held,
+        held: _BodiesInProgress,
         limits: ApiSettings,
         times: ClientTimes,
     ) -> None:
@@ -175,11 +175,11 @@ class _Connection:
         self._body, self._held, self._limits, self._times = body, held, limits, times
         self._deadline_at = asyncio.get_running_loop().time() + times.total_s
         self._pace = _Pace(times)
-        # Random: a thousand clients that came together would be refused together, and block the loop.
+        # Randomized, so that a thousand clients that came together are not all refused in the same loop iteration.
         self._grace_s = times.grace_s * random.uniform(0.5, 1.5)
         self._received_bytes = 0
         self._is_counted = False
-        self._unsent_bytes = math.inf  # of the answer, where its length is known
+        self._unsent_bytes = math.inf  # of the response; inf if its length is unknown
         self.is_answered = False
         self._gone = asyncio.Event()
         self._watcher: asyncio.Task[None] | None = None
@@ -202,7 +202,7 @@ class _Connection:
         await self._drain({"more_body": self._body.is_there}, max_bytes=_MAX_DROPPED_BYTES)
 
     async def receive(self) -> Message:
-        """Returns the next part of the body; at its end, waits for a disconnect. Raises HTTPException 408, 413, 503."""
+        """Returns the next part of the body; after its end, waits for a disconnect. Raises HTTPException."""
         if self._watcher is not None or self.is_gone:
             await self._gone.wait()
             return {"type": "http.disconnect"}
@@ -216,11 +216,9 @@ class _Connection:
         if max(self._received_bytes, self._body.declared_bytes) > self._body.max_bytes:
             await self._drain(message, max_bytes=2 * self._body.max_bytes)
             raise HTTPException(413, self._body.refusal, headers=_CLOSE)
-        if (
-            self._received_bytes < self._held.num_bytes > self._limits.max_bodies_bytes
-        ):  # a body that is alone is accepted
+        if self._received_bytes < self._held.num_bytes > self._limits.max_bodies_bytes:  # a single body is accepted
             await self._drain(message, max_bytes=2 * self._body.max_bytes)
-            reason = "body: too much is being received from others (api.max_bodies_bytes)"
+            reason = "body: too many bytes are being received; retry later (api.max_bodies_bytes)"
             raise HTTPException(503, reason, headers=_BUSY)
         if not message.get("more_body", False):
             self._count(False)
@@ -228,9 +226,9 @@ class _Connection:
         return message
 
     async def send(self, message: Message) -> None:
-        """Pass on a part of the answer. Raises ClientGoneError when the client reads too slowly.
+        """Send a part of the response. Raises ClientGoneError when the client reads too slowly.
 
-        An answer sent before the whole body has arrived is the connection's last: nobody reads the rest.
+        A response before the end of the body closes the connection, because the rest of the body stays unread.
         """
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
@@ -244,10 +242,10 @@ class _Connection:
             async with asyncio.timeout(self._times.send_idle_s):
                 await self._send(message)
         except TimeoutError as error:
-            raise ClientGoneError("the client stopped reading its answer") from error
+            raise ClientGoneError("the client stopped reading the response") from error
 
     async def close(self) -> None:
-        """Stop watching, and no longer count the body."""
+        """Stop the watcher and stop counting the body."""
         self._held.num_bytes -= self._received_bytes
         self._count(False)
         if self._watcher is not None:
@@ -255,29 +253,29 @@ class _Connection:
             await asyncio.gather(self._watcher, return_exceptions=True)
 
     async def _receive_in_time(self) -> Message:
-        """Returns the next part of the body. Raises HTTPException 408, and 503 where no place is free."""
+        """Returns the next part of the body. Raises HTTPException 408, and 503 when no receive slot is free."""
         left_s = self._deadline_at - asyncio.get_running_loop().time()
-        patience_s = self._pace.patience_s
+        max_wait_s = self._pace.max_wait_s
         grace_s = self._grace_s - self._pace.waited_s
-        if not self._is_counted and grace_s < min(left_s, patience_s):
+        if not self._is_counted and grace_s < min(left_s, max_wait_s):
             with suppress(TimeoutError):
                 return await self._wait(grace_s)
-            await self._take_place()
+            await self._take_slot()
             return await self._receive_in_time()
         try:
-            return await self._wait(min(left_s, patience_s))
+            return await self._wait(min(left_s, max_wait_s))
         except TimeoutError as error:
             reason = (
                 f"did not arrive within {self._times.total_s:g} s"
-                if left_s < patience_s
-                else f"must arrive at {self._times.rate_bytes_s:g} bytes a second or more"
+                if left_s < max_wait_s
+                else f"arrived more slowly than {self._times.rate_bytes_s:g} bytes per second"
             )
             raise HTTPException(408, f"body: {reason}", headers=_CLOSE) from error
 
-    async def _take_place(self) -> None:
+    async def _take_slot(self) -> None:
         if self._held.num_slow >= self._times.max_slow:
             await self._drain({"more_body": True}, max_bytes=2 * self._body.max_bytes)
-            raise HTTPException(503, "body: too many others are being received", headers=_BUSY)
+            raise HTTPException(503, "body: too many slow uploads are in progress; retry later", headers=_BUSY)
         self._count(True)
 
     async def _wait(self, timeout_s: float) -> Message:
@@ -293,13 +291,13 @@ class _Connection:
             self._pace.add(num_bytes, waited_s=clock() - began_at)
 
     def _count(self, is_receiving: bool) -> None:
-        """Count this body as being received, or no longer."""
+        """Take or release a receive slot."""
         if is_receiving is not self._is_counted:
             self._held.num_slow += 1 if is_receiving else -1
         self._is_counted = is_receiving
 
     async def _drain(self, message: Message, *, max_bytes: int) -> None:
-        """Read and drop the rest as long as it keeps coming: a client that is still sending reads no refusal."""
+        """Read and drop the rest of the body while it keeps arriving, because a sending client reads no response."""
         deadline_at = asyncio.get_running_loop().time() + _MAX_DRAIN_S
         dropped_bytes = 0
         while message.get("more_body", False) and dropped_bytes < max_bytes:
@@ -314,6 +312,6 @@ class _Connection:
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        if not self.is_answered:  # servers also report the end of a complete answer as a disconnect
+        if not self.is_answered:  # servers also report the end of a complete response as a disconnect
             self._gone.set()
             self._handler.cancel()

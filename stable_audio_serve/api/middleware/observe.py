@@ -1,6 +1,6 @@
-"""ASGI middleware around every request: its id, one log line, its metrics, and the last line of defence against bugs.
+"""ASGI middleware around every request: request id, one log line, metrics, and handling of unexpected exceptions.
 
-Never logs prompts or bodies. An exception that nobody expected becomes one opaque 500; its text goes to the log only.
+Never logs prompts or bodies. An unexpected exception becomes an opaque 500; its text goes only to the log.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from stable_audio_serve.core.metrics import Level, Metrics
 log = structlog.get_logger("stable_audio_serve.api")
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
-_CLIENT_GONE_STATUS = 499  # never sent; nginx's word for it in logs and metrics
-_POLLED = ("/health", "/ready", "/v1/status")  # every few seconds, by probes and by each open playground
+_CLIENT_GONE_STATUS = 499  # never sent; nginx's code in logs and metrics
+_POLLED = ("/health", "/ready", "/v1/status")  # probes and open playgrounds request these every few seconds
 
 
 class ObserveMiddleware:
-    """Keeps or makes `X-Request-Id`; handlers add to the log line with `note`."""
+    """Keeps or creates `X-Request-Id`. Handlers add to the log line with `note`."""
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics, clock: Clock | None = None) -> None:
         self._app = app
@@ -67,7 +67,7 @@ class ObserveMiddleware:
             except Exception as error:
                 if status and isinstance(
                     error, StorageError
-                ):  # a file that breaks off: the client sees it by the length
+                ):  # an incomplete file: the client notices the wrong length
                     note(scope, error=error.message)
                     return
                 log.exception("request failed")
@@ -96,14 +96,14 @@ class ObserveMiddleware:
 
 
 def note(scope: Scope, **values: Any) -> None:
-    """Add `values` to the log line of the request."""
+    """Add `values` to the request's log line."""
     scope["state"]["log"].update(values)
 
 
 def _log_level(route: str, status: int) -> int:
     if status == 500:
         return logging.ERROR
-    return logging.DEBUG if route.endswith(_POLLED) and status < 500 else logging.INFO  # also below a prefix
+    return logging.DEBUG if route.endswith(_POLLED) and status < 500 else logging.INFO  # with any prefix
 
 
 def _request_id(scope: Scope) -> str:
@@ -112,7 +112,7 @@ def _request_id(scope: Scope) -> str:
 
 
 def _opaque_answer(scope: Scope) -> Response:
-    """Returns a 500 in the form of the route's dialect, where a route was found."""
+    """Returns a 500 response in the form of the route's dialect, if a route matched."""
     render = scope["state"].get("render_error")
     if render is not None:
         return render(Request(scope), GenerationError("unexpected"))

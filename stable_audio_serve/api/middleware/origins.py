@@ -1,8 +1,7 @@
-"""Which web pages may use the server, and by which names it may be called: protection against foreign pages.
+"""Protects the server from foreign web pages: checks the origins of pages and the host names of requests.
 
-Without keys anybody who can send a request may use it, and so could every page that is open in a browser of this
-machine or network: by sending forms here (the Origin header shows it), or by a DNS name that leads here (the Host
-header shows it).
+Without keys, every page open in a browser of this machine or network could use the server: by sending forms to it
+(visible in the Origin header), or through a DNS name that points to it (visible in the Host header).
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ from stable_audio_serve.core.settings import ApiSettings
 
 ANY = "*"
 
-_HARMLESS = frozenset({"GET", "HEAD", "OPTIONS"})
+_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _PORTS = {"http": 80, "https": 443}
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(\d{0,5}))?")
 _ORIGIN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]+)")
-_QUEUE = "queue."  # where fal's clients expect their queue
+_QUEUE = "queue."  # host prefix of fal's queue
 
 
 class _Host(NamedTuple):
-    name: str  # in lower case, without brackets and the dot at the end
+    name: str  # lower case, without brackets and trailing dot
     port: int | None
 
 
@@ -44,12 +43,12 @@ class _Origin(NamedTuple):
 
 
 class Origins:
-    """The rules of one server's settings; nothing changes while it runs."""
+    """The origin rules from the settings."""
 
     def __init__(self, settings: ApiSettings) -> None:
         origins, hosts = settings.cors_origins, settings.allowed_hosts
         if origins is None and settings.has_keys:
-            origins = (ANY,)  # a page needs a key too: there are no cookies that a browser would add
+            origins = (ANY,)  # pages need a key too, and there are no cookies that a browser would add
         public_url = settings.public_url
         self.allows_all = origins is not None and ANY in origins
         self._allows_loopback = origins is None
@@ -62,7 +61,7 @@ class Origins:
         self._names = {*map(_plain_name, hosts), own_name, own_name.partition(".")[0], public_name} - {"", None}
 
     def allows(self, origin: str) -> bool:
-        """Whether pages of this origin may read answers."""
+        """Whether pages of this origin may read responses."""
         if self.allows_all:
             return True
         if origin == "null":
@@ -74,23 +73,23 @@ class Origins:
         return is_loopback or parsed in self._allowed
 
     def admit(self, request: Request) -> None:
-        """Raise ForbiddenError for a name that is not this server's, and for changes that a foreign page asks for.
+        """Raise ForbiddenError for a foreign host name, and for a change requested by a page of a foreign origin.
 
-        X-Forwarded-Host is ignored: pages can send it.
+        Ignores X-Forwarded-Host, because pages can set it.
         """
         hosts = request.headers.getlist("host")
         if self._checks_hosts:
-            for host in hosts:  # a request without Host has no foreign name
+            for host in hosts:  # may be absent
                 if host and not self._is_ours(host):
                     raise ForbiddenError(
-                        f"Host: {_shown(host)} is no name of this server; others are listed in api.allowed_hosts"
+                        f"Host: {_shown(host)} is not a known name of this server; add it to api.allowed_hosts"
                     )
-        if request.method in _HARMLESS:
+        if request.method in _SAFE_METHODS:
             return
         for origin in request.headers.getlist("origin"):
             if not self.allows(origin) and not any(_is_same(origin, host) for host in hosts):
                 raise ForbiddenError(
-                    f"Origin: pages of {_shown(origin)} may not use this server; those that may are in api.cors_origins"
+                    f"Origin: pages of {_shown(origin)} may not use this server; add it to api.cors_origins"
                 )
 
     def _is_ours(self, text: str) -> bool:
@@ -102,7 +101,7 @@ class Origins:
 
 
 class OriginsMiddleware(CORSMiddleware):
-    """Starlette's answers to browsers, by the rules of `Origins`."""
+    """CORS responses that follow the rules of `Origins`."""
 
     def __init__(self, app: ASGIApp, *, origins: Origins, exposed_headers: Sequence[str]) -> None:
         super().__init__(
@@ -150,8 +149,8 @@ def _without_path(url: str) -> str:
 
 
 def _is_same(origin: str, host: str) -> bool:
-    """Returns whether a page was loaded from the address that it calls; the scheme is not compared, the server does not
-    know its own.
+    """Returns whether a page was loaded from the host that it calls. Ignores the scheme, because the server does not
+    know its own behind a proxy.
     """
     page, own = _parse_origin(origin), _parse_host(host)
     if page is None or own is None or page.scheme not in _PORTS:
@@ -169,7 +168,7 @@ def _is_local_name(name: str) -> bool:
 
 
 def _to_address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """Returns the address that a name is, if any; an IPv4 one where it is written as IPv6 (`::ffff:127.0.0.1`)."""
+    """Returns the IP address in a host name, if any; an IPv4 address if written as IPv6 (`::ffff:127.0.0.1`)."""
     try:
         address = ipaddress.ip_address(name)
     except ValueError:

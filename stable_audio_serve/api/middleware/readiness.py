@@ -1,6 +1,6 @@
-"""Whether this server should be sent requests: the state of its default model, and other reasons to accept no work.
+"""Whether a load balancer should send requests to this server: state of the default model, and other reasons.
 
-Knows nothing of HTTP. Code that finds another reason to accept no work reports it with `block`.
+Independent of HTTP. Other code reports a reason to accept no work with `block`.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 from stable_audio_serve.core.catalog import ModelStatus
 
-# A model scaled to zero answers too: its first requests are held until it has been loaded.
+# A model scaled to zero is ready too: its first requests are held until it has loaded.
 _ANSWERING = frozenset({"ready", "idle", "waking"})
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`status` is one word: ok, loading, failed or what blocks; `reasons` are sentences, none if requests may come."""
+    """`status` is ok, loading, failed or a blocking cause. `reasons` are sentences, empty when the server is ready."""
 
     status: str
     reasons: tuple[str, ...] = ()
@@ -32,20 +32,20 @@ class Readiness:
         self._blocked: dict[str, str] = {}
 
     def block(self, cause: str, sentence: str) -> None:
-        """Accept no work from now on; `cause` is one word, such as `draining`, `sentence` explains it to clients."""
+        """Accept no work. `cause` is one word, for example `draining`; `sentence` explains it to clients."""
         self._blocked = {**self._blocked, cause: sentence}
 
     def clear(self, cause: str) -> None:
-        """Remove the reason `cause`."""
+        """Remove a blocking cause."""
         self._blocked = {known: sentence for known, sentence in self._blocked.items() if known != cause}
 
     def judge(self, default_model: str, status: ModelStatus) -> Verdict:
-        """Returns whether requests may come, given the status of the default model."""
+        """Returns whether the server is ready, given the status of the default model."""
         blocked = self._blocked
         reasons = tuple(blocked.values())
-        word = next(iter(blocked), "ok")
+        name = next(iter(blocked), "ok")
         if status.stage not in _ANSWERING:
-            how = "cannot be loaded" if status.stage == "failed" else "is being loaded"
-            reasons = (*reasons, f"the default model, {default_model}, {how}")
-            word = next(iter(blocked), status.stage)
-        return Verdict(word, reasons)
+            state = "cannot be loaded" if status.stage == "failed" else "is being loaded"
+            reasons = (*reasons, f"the default model, {default_model}, {state}")
+            name = next(iter(blocked), status.stage)
+        return Verdict(name, reasons)

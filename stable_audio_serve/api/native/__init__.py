@@ -1,1 +1,1 @@
-"""Our own routes: the contract of the Stable Audio 3 FastAPI server, extended."""
+"""The native API: the contract of the Stable Audio 3 FastAPI server, with extensions."""

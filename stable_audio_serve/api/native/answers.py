@@ -1,4 +1,4 @@
-"""Our dialect's successful answers: audio files and ZIPs, as attachments."""
+"""Success responses of the native API: audio files and ZIPs, as attachments."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from stable_audio_serve.api.native.ignored import warning_headers
 from stable_audio_serve.api.native.schemas import Controls
 from stable_audio_serve.api.service import Output
 from stable_audio_serve.audio.encode import AudioFormat
-from stable_audio_serve.audio.finish import FileOrder, TakeOrigin
+from stable_audio_serve.audio.finish import ClipOrigin, FileOrder
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.core.settings import AudioSettings
 
 
 def file_stem(model: str) -> str:
-    """Returns the name of a model's files, without extension: the contract's prefix, but not before a whole name."""
+    """Returns the base name of a model's files: `stable-audio-3-<model>`, without repeating `stable-audio-`."""
     return model if model.startswith("stable-audio-") else f"stable-audio-3-{model}"
 
 
 def file_order(
     fields: Controls, card: ModelCard, *, generation: GenerationRequest, settings: AudioSettings
 ) -> FileOrder:
-    """Returns which file `fields` ask for."""
+    """Returns the format, name and processing of the requested file."""
     return FileOrder(
         fields.peaks or settings.peaks,
         file_format=fields.response_format,
         stem=file_stem(card.name),
         with_manifest=fields.manifest,
-        origin=TakeOrigin.of(generation),
+        origin=ClipOrigin.of(generation),
     )
 
 

@@ -1,4 +1,4 @@
-"""Maps our wire forms to `GenerationRequest`, with the checks that depend on settings and on the model."""
+"""Converts native request models to `GenerationRequest`, with checks that depend on settings and on the model."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from stable_audio_serve.core.errors import InvalidRequestError, UnknownModelErro
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.core.settings import ApiSettings
 
-# Numbers in `sampler_kwargs`: the request's field and its range. A threshold that Stable Audio Open does not know must
-# be 0 there; noise levels are its own.
+# Numbers in `sampler_kwargs`: field of the request and range, by "is it Stable Audio Open?". Stable Audio Open has no
+# norm threshold, so it must be 0 there. Only Stable Audio Open takes noise levels.
 _RESCALE = {"scale_phi": ("cfg_rescale", 0.0, 1.0)}
 _OPTIONS: Mapping[bool, Mapping[str, tuple[str, float, float]]] = {
     False: {**_RESCALE, "cfg_norm_threshold": ("cfg_norm_threshold", 0.0, 1e6)},
@@ -33,7 +33,7 @@ _OPTIONS: Mapping[bool, Mapping[str, tuple[str, float, float]]] = {
 
 
 def parse_sampler_kwargs(text: str) -> dict[str, Any]:
-    """Returns the JSON object of a form field, {} for a blank one.
+    """Returns the JSON object in a form field, {} if blank.
 
     Raises InvalidRequestError, RequestValidationError.
     """
@@ -77,7 +77,7 @@ def to_request(
     sampling = _sampler_options(sampler_kwargs, card, faults=faults)
     apg_scale = fields.apg_scale if "apg_scale" in given else None
     if apg_scale and card.family == OPEN_FAMILY:
-        message = f"apg_scale must be 0 or unset: the model {card.name} has plain guidance only"
+        message = f"apg_scale must be 0 or unset: the model {card.name} does not support it"
         faults.append(_fault("apg_scale", message, value=apg_scale))
     if faults:
         raise RequestValidationError(faults)
@@ -101,19 +101,19 @@ def to_request(
 
 
 def to_edit(generation: GenerationRequest, form: VariationForm, *, card: ModelCard) -> GenerationRequest:
-    """Returns the request with a variation's noise, its source still missing. Raises RequestValidationError.
+    """Returns the request with a variation's noise level, without its source. Raises RequestValidationError.
 
-    A share of noise becomes the level of samplers over sigma.
+    For samplers that run over sigma, converts the share of noise to a sigma.
     """
     if form.edit_schedule is not None and card.objective == "v":
-        message = f"edit_schedule has no meaning for the model {card.name}: its samplers run over sigma"
+        message = f"edit_schedule must be unset: the model {card.name} does not support it"
         raise RequestValidationError([_fault("edit_schedule", message, value=form.edit_schedule)])
     level = card.noise_level(form.init_noise_level, sampler=generation.sampler)
     return replace(generation, init_noise_level=level, edit_schedule=form.edit_schedule)
 
 
 def _sampler_options(values: dict[str, Any], card: ModelCard, *, faults: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the fields of the request that stand in `sampler_kwargs`; adds what is wrong with them to `faults`."""
+    """Returns the request fields from `sampler_kwargs`. Appends invalid entries to `faults`."""
     values = {key: value for key, value in values.items() if value is not None}
     chosen: dict[str, Any] = {}
     sampler = values.pop("sampler_type", None)
@@ -137,7 +137,7 @@ def _sampler_options(values: dict[str, Any], card: ModelCard, *, faults: list[di
 
 
 def unused_options(values: Mapping[str, Any], card: ModelCard) -> list[str]:
-    """Returns the keys of `sampler_kwargs` that a model has no use for, which are ignored as the original does."""
+    """Returns the keys of `sampler_kwargs` that the model does not use. They are ignored, as in the original server."""
     used = {"sampler_type", *_OPTIONS[card.family == OPEN_FAMILY]}
     return [key for key, value in values.items() if value is not None and key not in used]
 

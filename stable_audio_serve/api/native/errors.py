@@ -1,4 +1,4 @@
-"""Our dialect's answers to errors: 422 with FastAPI's list for fields, else `detail` as one sentence."""
+"""Error responses of the native API: 422 with FastAPI's list for invalid fields, otherwise a sentence in `detail`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stable_audio_serve.api.printable import printable_fault
 from stable_audio_serve.api.refusals import ExpectedError, Refusal, Refusals
 from stable_audio_serve.core.errors import ConflictError, InvalidRequestError, StableAudioError, UnknownModelError
 
-ERROR_KIND = "X-Error-Kind"  # of `core.errors`, where the status means several
+ERROR_KIND = "X-Error-Kind"  # kind in `core.errors`; a status may stand for several kinds
 
 Description = tuple[int, dict[str, Any], Mapping[str, str] | None]  # status, body, headers
 
@@ -35,13 +35,13 @@ _STATUS = {
 
 
 def render_error(request: Request, error: ExpectedError) -> Response:
-    """Returns the answer to an error we expect."""
+    """Returns the response to an expected error."""
     status, body, headers = describe_error(request, error)
     return JSONResponse(body, status, headers=headers)
 
 
 def describe_error(request: Request, error: ExpectedError) -> Description:
-    """Returns status, body and headers of the answer, and notes the refusal in the request's log line."""
+    """Returns status, body and headers of the response, and adds the refusal to the request's log line."""
     return _REFUSALS.answer(request, error)
 
 
@@ -50,7 +50,7 @@ def _parse_fault(_: Request, fault: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _sentence(fault: Mapping[str, Any]) -> str:
-    """FastAPI's message says where JSON is broken; how it is broken stands in the context."""
+    """Returns the message of an entry; for broken JSON FastAPI puts the reason into the context."""
     return f"{fault['msg']}: {fault['ctx']['error']}" if fault["type"] == "json_invalid" else fault["msg"]
 
 

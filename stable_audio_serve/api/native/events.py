@@ -1,4 +1,4 @@
-"""A job's events as a stream: what happened so far, what happens next, and its end."""
+"""A job's progress as an event stream: past events, new events and the final status."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stable_audio_serve.api.streams import Change, EventStreams
 from stable_audio_serve.jobs.job import Job, JobEvent
 from stable_audio_serve.jobs.queue import JobQueue
 
-END = "end"  # the kind and the id of the last event
+END = "end"  # type and id of the last event
 EXAMPLE = (
     'id: 17\nevent: progress\ndata: {"stage":"denoising","fraction":0.45,"eta_seconds":2.1,"queue_position":null,'
     '"message":null,"at":"2026-11-20T14:00:01.250000+00:00"}\n\n'
@@ -26,7 +26,7 @@ LastEventId = Annotated[
     Header(
         alias="Last-Event-ID",
         pattern=f"^([0-9]{{1,18}}|{END})$",
-        description="The id of the last event that arrived: only what came after it is sent.",
+        description="Id of the last received event; the stream continues after it.",
     ),
 ]
 
@@ -34,14 +34,14 @@ LastEventId = Annotated[
 class JobProgressEvent(JobProgress):
     """The data of a `progress` event."""
 
-    message: str | None = Field(description="A line for the client's log.")
-    at: str | None = Field(description="When it happened; null = it is so now.")
+    message: str | None = Field(description="A log line for the client.")
+    at: str | None = Field(description="Time of the event; null = current state.")
 
 
 async def stream_events(
     jobs: JobQueue, job: Job, *, base: str, after: int, streams: EventStreams
 ) -> AsyncIterator[ServerSentEvent]:
-    """Yields `progress` events after the one with the id `after`, and one `end` event with the job's status."""
+    """Yields `progress` events after event id `after`, then one `end` event with the job's status."""
     async for change in streams.follow(jobs, job, after=after):
         for event in change.events:
             yield _sse(_of_event(event), kind="progress", event_id=str(event.id))
@@ -64,7 +64,7 @@ def _of_event(event: JobEvent) -> JobProgressEvent:
 
 
 def _of_now(change: Change) -> JobProgressEvent:
-    """Returns the current progress: places in the queue change without an event. Without an id it is not replayed."""
+    """Returns the current progress without an event id, for changes of the queue position, which are not stored."""
     progress = progress_of(change.job, position=change.position)
     return JobProgressEvent(**progress.model_dump(), message=None, at=None)
 

@@ -1,6 +1,6 @@
-"""Parts of a request that have no effect: unknown fields, and the end of a prompt that is longer than a model reads.
+"""Reports parts of a request that have no effect: unknown fields, and prompt text beyond the model's limit.
 
-Answers name them in a header and, where they are JSON, in a field. `api.unknown_fields` may refuse unknown fields.
+Responses name them in a header and in a field of JSON bodies. `api.unknown_fields` may refuse unknown fields.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ WARNING = "Warning"
 WARNING_HEADER: dict[str, Any] = {
     WARNING: {
         "schema": {"type": "string"},
-        "description": 'What had no effect: `299 - "sentence"`, several with commas.',
+        "description": 'Parts of the request without effect, comma-separated: `299 - "sentence"`.',
     }
 }
-_CODE = "299 -"  # a lasting warning of an unnamed server (RFC 7234)
+_CODE = "299 -"  # miscellaneous persistent warning, no server name (RFC 7234)
 _MOST_NAMES = 20
 _MOST_CHARS = 50
-_LONGEST = 1000  # characters of a sentence in the header, which proxies limit
+_LONGEST = 1000  # characters per sentence, because proxies limit headers
 
 
 def check_names(
     request: Request, names: Iterable[str], *, limits: ApiSettings, parameters: Collection[str] = ()
 ) -> None:
-    """Keep the names of a request's unknown fields, and of query parameters beside `parameters`, for the answer.
+    """Record a request's unknown fields, and query parameters other than `parameters`, for the response.
 
-    Raises RequestValidationError where the server refuses them.
+    Raises RequestValidationError when the server refuses unknown fields.
     """
     unknown = [("body", name) for name in names]
     unknown += [("query", name) for name in request.query_params if name not in parameters]
     if not unknown:
         return
     if limits.unknown_fields == "refuse":
-        message = "there is no such field (api.unknown_fields is refuse)"
+        message = "unknown field; remove it (api.unknown_fields is refuse)"
         raise RequestValidationError(
             [{"type": "extra_forbidden", "loc": place, "msg": message, "input": None} for place in unknown]
         )
@@ -50,13 +50,13 @@ def check_names(
 
 
 def ignored_names(request: Request) -> tuple[str, ...]:
-    """Returns the names that `check_names` kept, the first of them where there are many."""
+    """Returns the first names that `check_names` recorded."""
     names: tuple[str, ...] = getattr(request.state, "ignored", ())
     return names
 
 
 def cut_prompts(made_on: MadeOn | None) -> list[str]:
-    """Returns a sentence for each prompt whose end the model did not read."""
+    """Returns a sentence for each prompt that the model did not read to its end."""
     making = made_on.making if made_on else None
     if making is None:
         return []
@@ -65,7 +65,7 @@ def cut_prompts(made_on: MadeOn | None) -> list[str]:
 
 
 def warning_headers(request: Request, made_on: MadeOn | None = None) -> dict[str, str]:
-    """Returns the header that names the parts of a request without effect, {} where there are none."""
+    """Returns the header that names parts of the request without effect, {} if there are none."""
     names = ignored_names(request)
     sentences = [f"unknown fields are ignored: {', '.join(names)}"] if names else []
     return _header([*sentences, *cut_prompts(made_on)])

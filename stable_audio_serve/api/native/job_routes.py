@@ -1,4 +1,4 @@
-"""Our own jobs as their clients see them: lists, status, cancellation, events and audio."""
+"""Job routes of the native API: list, status, cancellation, events and audio."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ TAG = "Stable Audio 3 jobs"
 _UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": ErrorBody, "description": "No such job."}}
 _READ_RESPONSES: dict[int | str, dict[str, Any]] = {**_UNKNOWN, **error_responses(ErrorBody, 401, 500, 503)}
 _LIST_RESPONSES: dict[int | str, dict[str, Any]] = {
-    422: {"model": ValidationErrors, "description": "A parameter of the wrong type or out of range."},
+    422: {"model": ValidationErrors, "description": "A parameter has the wrong type or is out of range."},
     **error_responses(ErrorBody, 401, 500, 503),
 }
 _CANCEL_RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {"description": "It waited, and is cancelled now."},
-    202: {"model": JobStatus, "description": "It runs, and ends within one denoising step."},
-    409: {"model": ConflictBody, "description": "It is over."},
+    200: {"description": "The job was queued and is now cancelled."},
+    202: {"model": JobStatus, "description": "The job is running and stops within one denoising step."},
+    409: {"model": ConflictBody, "description": "The job has already ended."},
     **_READ_RESPONSES,
 }
 _AUDIO_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "Its audio, or a ZIP of several variations.",
+        "description": "The audio file, or a ZIP of several variations.",
         "content": {kind: {} for kind in MEDIA_TYPES},
         "headers": {**SOUND_HEADERS, **RECIPE_HEADER, **WARNING_HEADER},
     },
-    404: {"model": ErrorBody, "description": "No such job, or its file is gone."},
-    409: {"model": ErrorBody, "description": "It has no audio, or none yet."},
-    422: {"model": ValidationErrors, "description": "A refused field."},
+    404: {"model": ErrorBody, "description": "No such job, or its file no longer exists."},
+    409: {"model": ErrorBody, "description": "The job has no audio, or none yet."},
+    422: {"model": ValidationErrors, "description": "An unknown parameter, if the server refuses them."},
     **error_responses(ErrorBody, 500, 503),
 }
 _EVENTS_RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -59,14 +59,14 @@ _EVENTS_RESPONSES: dict[int | str, dict[str, Any]] = {
         "description": "`progress` events, then one `end` event with the job's status.",
         "content": {"text/event-stream": {"example": EXAMPLE}},
     },
-    204: {"description": "The last event that arrived was the last one: nothing comes any more."},
-    422: {"model": ValidationErrors, "description": "An id that is none of this stream's."},
+    204: {"description": "The stream ended with the last received event."},
+    422: {"model": ValidationErrors, "description": "An id that does not belong to this stream."},
     **_READ_RESPONSES,
 }
 
 
 def build_router(service: Service) -> APIRouter:
-    """The routes over one service, including those of `submission`."""
+    """Returns the job routes, including those of `submission`."""
     router = APIRouter(route_class=route_class(render_error, scopes=("jobs",)), tags=[TAG], strict_content_type=False)
     router.include_router(submission.build_router(service))
     jobs, limits = service.jobs, service.settings.api
@@ -89,14 +89,14 @@ def build_router(service: Service) -> APIRouter:
     @router.get("/jobs", responses=_LIST_RESPONSES)
     async def list_jobs(
         request: Request,
-        limit: Annotated[int, Query(ge=1, le=100, description="Most jobs of one page.")] = 20,
+        limit: Annotated[int, Query(ge=1, le=100, description="Most jobs per page.")] = 20,
         *,
         cursor: Annotated[
-            str | None, Query(pattern="^[0-9a-f]{32}$", description="`next_cursor` of the page before.")
+            str | None, Query(pattern="^[0-9a-f]{32}$", description="`next_cursor` of the previous page.")
         ] = None,
         status: Annotated[State | None, Query(description="Only jobs with this status.")] = None,
     ) -> JobPage:
-        """The jobs of the caller's key, newest first. Places in the queue are told of one job at a time only."""
+        """List the jobs of the caller's key, newest first. Queue positions are null in lists."""
         check_names(request, (), limits=limits, parameters=("limit", "cursor", "status"))
         try:
             page = await jobs.list_own(CONTRACT, request.state.client, state=status, cursor=cursor, limit=limit)
@@ -104,24 +104,24 @@ def build_router(service: Service) -> APIRouter:
             fault = {"type": "value_error", "loc": ("query", error.field), "msg": error.message, "input": cursor}
             raise RequestValidationError([fault]) from error
         statuses = await statuses_of(request, page.jobs)
-        jobs_told = [brief(status) for status in statuses]
-        return JobPage(jobs=jobs_told, next_cursor=page.next_cursor, ignored=list(ignored_names(request)))
+        briefs = [brief(status) for status in statuses]
+        return JobPage(jobs=briefs, next_cursor=page.next_cursor, ignored=list(ignored_names(request)))
 
     @router.get(path, responses=_READ_RESPONSES)
     async def show_job(request: Request, job_id: str) -> JobStatus:
-        """How far a job is and, once it has succeeded, where its audio is."""
+        """Return a job's progress and, once it has succeeded, the link to its audio."""
         job = _require(await jobs.get(_ref(request, job_id)))
         position = await jobs.position(job) if job.state == "queued" else None
         return await status_of(request, job, position=position)
 
     @router.delete(path, responses=_CANCEL_RESPONSES)
     async def cancel_job(request: Request, response: Response, *, job_id: str) -> JobStatus:
-        """Cancel a job: at once while it waits, within one denoising step while it runs."""
+        """Cancel a job: immediately if it is queued, within one denoising step if it is running."""
         outcome, found = await jobs.cancel(_ref(request, job_id))
         job = _require(found)
         note(request.scope, job_id=job.spec.id, outcome=outcome)
         if outcome == "already_over":
-            raise ConflictError(f"the job is over: it is {job.state}", code="job_is_over")
+            raise ConflictError(f"the job has already ended: it is {job.state}", code="job_is_over")
         response.status_code = 200 if outcome == "removed" else 202
         return await status_of(request, job)
 
@@ -132,7 +132,7 @@ def build_router(service: Service) -> APIRouter:
         responses=_EVENTS_RESPONSES,
     )
     async def stream(request: Request, job_id: str, *, last_event_id: LastEventId = None) -> Response:
-        """What happens to a job, as server-sent events until it is over. A lost stream goes on where it broke off."""
+        """Stream a job's progress as server-sent events until it ends. A client that reconnects misses no event."""
         job = _require(await jobs.get(_ref(request, job_id)))
         if last_event_id == END:
             return Response(status_code=204)  # tells a browser not to reconnect
@@ -146,7 +146,7 @@ def build_router(service: Service) -> APIRouter:
 
 
 def _build_links(service: Service) -> APIRouter:
-    """The routes whose links need no key."""
+    """Returns the routes whose links need no key."""
     jobs = service.jobs
     links = APIRouter(route_class=public_route_class(render_error, scopes=("jobs",)))
 
@@ -155,9 +155,9 @@ def _build_links(service: Service) -> APIRouter:
         "/jobs/{job_id:hex_id}/audio", summary="Download Job Audio", response_class=Response, responses=_AUDIO_RESPONSES
     )
     async def download(request: Request, job_id: str) -> Response:
-        """A finished job's file, for whoever has its id; where the client chose that, with its key only.
+        """Download a job's audio. No key is needed, except for a job whose id the client chose.
 
-        Also one that lies in a bucket: where `download_url` leads to the bucket, not everybody may reach that.
+        Works for files in a bucket too, because not every client can reach the bucket that `download_url` leads to.
         """
         check_names(request, (), limits=service.settings.api)
         job = None if request.state.client is None else await jobs.get(_ref(request, job_id))

@@ -1,4 +1,4 @@
-"""Parses the inpaint times of forms: one number or a list, in two spellings, under two names each."""
+"""Parses the inpaint times of forms: a number or a list, in two spellings, each under two field names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Times = float | list[float]
 
 
 def parse_regions(values: dict[str, str | None], *, duration_s: float) -> tuple[tuple[float, float], ...]:
-    """Returns regions [start, end) in seconds of the four form fields. Raises InvalidRequestError naming the field."""
+    """Returns the regions [start, end) in seconds from the four form fields. Raises InvalidRequestError."""
     starts = _parse(values, _START, alias="inpaint_mask_start_seconds")
     ends = _parse(values, _END, alias="inpaint_mask_end_seconds")
     if isinstance(starts, list) != isinstance(ends, list):
@@ -28,13 +28,13 @@ def parse_regions(values: dict[str, str | None], *, duration_s: float) -> tuple[
         if start >= end:
             raise _error(_START, f"must be before {_END}, but {start:g} >= {end:g}")
         if end > duration_s:
-            raise _error(_END, f"must not be behind the duration, but {end:g} > {duration_s:g}")
+            raise _error(_END, f"must not exceed the duration, but {end:g} > {duration_s:g}")
     return tuple(zip(starts, ends, strict=True))
 
 
 def _parse(values: dict[str, str | None], name: str, *, alias: str) -> Times:
     if values[name] is not None and values[alias] is not None:
-        raise _error(name, f"and {alias} are two names of one value: give only one")
+        raise _error(name, f"and {alias} mean the same: set only one of them")
     text = (values[name] if values[alias] is None else values[alias]) or ""
     text = text.strip()
     if not text:

@@ -1,6 +1,6 @@
-"""Replays of takes: a recipe, or a file that carries one, with the source audio it names, makes the same file again.
+"""Recreates clips from recipes: a recipe (or a file with one) and its source audio give the same file again.
 
-A replay is a request like any other; its recipe is hostile input like any other body.
+A replay is a normal request. The recipe is untrusted input.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from stable_audio_serve.api.native.routes import AUDIO_RESPONSES, TAG
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
 from stable_audio_serve.audio.encode import AudioFormat
-from stable_audio_serve.audio.finish import FileOrder, FinishedFile, TakeOrigin, finish, finish_window
+from stable_audio_serve.audio.finish import ClipOrigin, FileOrder, FinishedFile, finish, finish_window
 from stable_audio_serve.audio.recipe import MOST_BYTES, MOST_REGIONS, Recipe, RecipeMaker, RecipeSource, is_exact
 from stable_audio_serve.audio.workers import hash_file
 from stable_audio_serve.core.catalog import ModelCard
@@ -39,7 +39,7 @@ from stable_audio_serve.core.generation import GenerationResult, SourceAudio
 
 _PATH = "/v1/audio/replay"
 _MULTIPART = "multipart/form-data"
-_MOST_STEPS = 1000  # of any dialect
+_MOST_STEPS = 1000  # highest limit of any dialect
 _MOST_REPEATED_CHARS = 200
 _FIELDS = {*Recipe.model_fields, *RecipeMaker.model_fields, *RecipeSource.model_fields}
 
@@ -47,7 +47,7 @@ _FIELDS = {*Recipe.model_fields, *RecipeMaker.model_fields, *RecipeSource.model_
 _REPLAY_HEADER: dict[str, Any] = {
     REPLAY: {
         "schema": {"type": "string", "enum": ["exact", "close"]},
-        "description": "exact = the bytes of the first time; close = made on something else, so that they may differ.",
+        "description": "exact = same bytes as the original; close = another device or version, bytes may differ.",
     }
 }
 _RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -64,12 +64,16 @@ _BODY = {
                 "schema": {
                     "type": "object",
                     "properties": {
-                        "recipe": {"type": "string", "description": "A recipe as JSON, unless `file` carries one."},
-                        "file": {"type": "string", "format": "binary", "description": "An audio file with a recipe."},
+                        "recipe": {"type": "string", "description": "A recipe as JSON, unless `file` contains one."},
+                        "file": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": "An audio file that contains a recipe.",
+                        },
                         "audio": {
                             "type": "array",
                             "items": {"type": "string", "format": "binary"},
-                            "description": "The source files that the recipe names by their SHA-256.",
+                            "description": "Source files; the recipe names them by SHA-256.",
                         },
                     },
                 }
@@ -81,20 +85,20 @@ _BODY = {
 
 @dataclass(frozen=True, slots=True)
 class _Sent:
-    """What a body brings: the text of a recipe, and files among which its sources may be."""
+    """Content of a request body: a recipe as text, and files that may be its sources."""
 
     text: str | bytes
     uploads: tuple[UploadFile, ...] = ()
-    unknown: tuple[str, ...] = ()  # names of fields of a form that are none
+    unknown: tuple[str, ...] = ()  # names of unknown form fields
 
 
 def build_router(service: Service) -> APIRouter:
-    """The route over one service."""
+    """Returns the replay route."""
     router = APIRouter(route_class=route_class(render_error, scopes=("generate",)), tags=[TAG])
 
     @router.post(_PATH, response_class=Response, responses=_RESPONSES, openapi_extra=_BODY)
     async def replay(request: Request) -> Response:
-        """Make a take again from its recipe, the same bytes where the answer says exact."""
+        """Recreate a clip from its recipe. The bytes are the same if `X-Replay` is exact."""
         started_at = service.clock.monotonic()
         sent = await _read(service, request)
         check_names(request, sent.unknown, limits=service.settings.api)
@@ -107,7 +111,7 @@ def build_router(service: Service) -> APIRouter:
             result = await service.generate(card, generation, caller=request.state.caller, started_at=started_at)
         except InvalidRequestError as error:
             raise _fault(error.field or "recipe", error.message) from error
-        output = await service.finish_by(result, lambda: _finish(result, recipe, origin=TakeOrigin.of(generation)))
+        output = await service.finish_by(result, lambda: _finish(result, recipe, origin=ClipOrigin.of(generation)))
         note(request.scope, num_bytes=output.file.num_bytes)
         response = audio_answer(request, output, file_format=AudioFormat(recipe.response_format))
         response.headers[REPLAY] = "exact" if is_exact(recipe, result.made_on) else "close"
@@ -116,7 +120,7 @@ def build_router(service: Service) -> APIRouter:
     return router
 
 
-def _finish(result: GenerationResult, recipe: Recipe, *, origin: TakeOrigin | None) -> FinishedFile:
+def _finish(result: GenerationResult, recipe: Recipe, *, origin: ClipOrigin | None) -> FinishedFile:
     """Returns the file that a recipe describes. CPU work."""
     if recipe.peaks == "full":
         return finish_window(result, num_samples=recipe.samples, origin=origin)
@@ -125,7 +129,7 @@ def _finish(result: GenerationResult, recipe: Recipe, *, origin: TakeOrigin | No
 
 
 async def _read(service: Service, request: Request) -> _Sent:
-    """Returns what the body brings. Raises RequestValidationError, HTTPException, errors of `core.errors`."""
+    """Returns the content of the body. Raises RequestValidationError, HTTPException, errors of `core.errors`."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != _MULTIPART:
         return _Sent(await request.body())
@@ -133,7 +137,9 @@ async def _read(service: Service, request: Request) -> _Sent:
     uploads = tuple(value for _, value in form.multi_items() if isinstance(value, UploadFile))
     given = [(name, value) for name, value in form.multi_items() if name in {"recipe", "file"}]
     if len(given) != 1:
-        raise _fault("recipe", "recipe: one is needed, as the part recipe or inside the audio file of the part file")
+        raise _fault(
+            "recipe", "recipe: send either the part recipe, or the part file with an audio file that contains a recipe"
+        )
     (name, value) = given[0]
     unknown = tuple(other for other, sent in form.multi_items() if other != name and not isinstance(sent, UploadFile))
     if name == "file":
@@ -144,23 +150,23 @@ async def _read(service: Service, request: Request) -> _Sent:
 
 
 async def _extract(service: Service, file: UploadFile | str) -> str:
-    """Returns the recipe that an audio file carries. Raises RequestValidationError, and InvalidUploadError and
-    UploadTooLargeError naming `file`."""
+    """Returns the recipe in an audio file. Raises RequestValidationError, and InvalidUploadError and
+    UploadTooLargeError for the field `file`."""
     if isinstance(file, str):
         raise InvalidUploadError("file: the uploaded file is empty", field="file")
     text = await service.read_text(file, field="file")
     if text is None:
-        raise _fault("file", "file: it carries no recipe")
+        raise _fault("file", "file: the audio file contains no recipe")
     return text
 
 
 def _parse(text: str | bytes) -> Recipe:
-    """Returns the recipe that a text is. Raises RequestValidationError naming what is wrong with it."""
+    """Returns the recipe in a text. Raises RequestValidationError naming the invalid fields."""
     if len(text) > MOST_BYTES:
         raise _fault("recipe", f"recipe: longer than {MOST_BYTES} bytes")
     if isinstance(text, bytes):
-        text = text.removeprefix(codecs.BOM_UTF8)  # some editors and shells begin files with it
-    with suppress(ValueError):  # what is no JSON is worded below
+        text = text.removeprefix(codecs.BOM_UTF8)  # some editors and shells write a byte order mark
+    with suppress(ValueError):  # Pydantic reports invalid JSON below
         _refuse_many_entries(pydantic_core.from_json(text))
     try:
         return Recipe.model_validate_json(text)
@@ -172,8 +178,8 @@ def _parse(text: str | bytes) -> Recipe:
 
 
 def _refuse_many_entries(sent: object) -> None:
-    """Raises RequestValidationError for more entries than a recipe has, each of which would be a fault to word: that
-    holds the event loop for seconds. What is not JSON, or lies deeper, is one fault and left to the model."""
+    """Raise RequestValidationError for more entries than a recipe can have. Building an error for each of them would
+    block the event loop for seconds. Other invalid input is a single error, which the model reports."""
     for name, part in [("recipe", sent), *(sent.items() if isinstance(sent, dict) else ())]:
         if isinstance(part, list) and len(part) > MOST_REGIONS:
             raise _fault(name, f"{name}: more than {MOST_REGIONS} entries")
@@ -182,21 +188,21 @@ def _refuse_many_entries(sent: object) -> None:
 
 
 def _short(fault: dict[str, Any]) -> dict[str, Any]:
-    """Answers repeat what was wrong, but never a whole recipe."""
+    """Returns an error entry without long input, so that a response never repeats a whole recipe."""
     is_plain = isinstance(fault["input"], int | float | bool | None) or len(str(fault["input"])) <= _MOST_REPEATED_CHARS
     place = tuple(part[:_MOST_REPEATED_CHARS] if isinstance(part, str) else part for part in fault["loc"])
     return {**fault, "loc": place, "input": fault["input"] if is_plain else None}
 
 
 def _require_model(service: Service, recipe: Recipe) -> ModelCard:
-    """Returns the model of a recipe, within the limits of this server. Raises RequestValidationError."""
+    """Returns the recipe's model. Checks the limits of this server. Raises RequestValidationError."""
     try:
         card = service.backend.catalog.resolve(recipe.model)
     except UnknownModelError as error:
         raise _fault("model", error.message) from error
     limits = service.settings.api
     longest_s, most_steps = min(limits.max_duration_s, card.max_duration_s), limits.most_steps(card.default_steps)
-    if service.settings.dialects.recipes:  # the limits of other dialects are wider than our own API's
+    if service.settings.dialects.recipes:  # other dialects have higher limits than the native API
         longest_s, most_steps = card.max_duration_s, max(most_steps, _MOST_STEPS)
     for name, value, most in (("duration", recipe.duration, longest_s), ("steps", recipe.steps or 0, most_steps)):
         if value > most:
@@ -205,20 +211,20 @@ def _require_model(service: Service, recipe: Recipe) -> ModelCard:
         raise _fault("sampler", f"sampler must be one of {', '.join(card.samplers)} for the model {card.name}")
     for start_s, end_s in recipe.inpaint_regions or ():
         if end_s > recipe.duration:
-            raise _fault("inpaint_regions", f"inpaint_regions: {start_s:g} to {end_s:g} is behind the duration")
+            raise _fault("inpaint_regions", f"inpaint_regions: {start_s:g} to {end_s:g} exceeds the duration")
     return card
 
 
 async def _find_sources(
     service: Service, recipe: Recipe, *, card: ModelCard, uploads: tuple[UploadFile, ...]
 ) -> dict[str, SourceAudio]:
-    """Returns the decoded sources of a recipe by their hashes. Raises RequestValidationError naming what is missing."""
+    """Returns the decoded sources of a recipe by SHA-256. Raises RequestValidationError naming missing ones."""
     if not recipe.hashes:
         return {}
     found = await service.compute(lambda: {hash_file(upload.file): upload for upload in uploads})
     missing = [sha256 for sha256 in recipe.hashes if sha256 not in found]
     if missing:
-        raise _fault("audio", f"audio: no part has the SHA-256 {', '.join(missing)} that the recipe names")
+        raise _fault("audio", f"audio: upload the source files of the recipe; missing SHA-256: {', '.join(missing)}")
     padding_s = recipe.duration_padding_sec
     sources = {sha256: await service.decode(found[sha256], card, padding_s=padding_s) for sha256 in recipe.hashes}
     mixed = {source.sha256 for source in (recipe.init_audio, recipe.inpaint_audio) if source and source.is_mixed}

@@ -1,4 +1,4 @@
-"""Our own routes: the Stable Audio 3 server's contract. Parse, convert, run, answer."""
+"""Synchronous routes of the native API: text to audio, variations and inpainting."""
 
 from __future__ import annotations
 
@@ -42,21 +42,24 @@ AUDIO_RESPONSES: dict[int | str, dict[str, Any]] = {
         "headers": {
             "X-Model": {"schema": {"type": "string"}, "description": "Canonical name of the model."},
             "X-Sample-Rate": {"schema": {"type": "integer"}, "description": "Hertz."},
-            "X-Output-Count": {"schema": {"type": "integer"}, "description": "Variations."},
+            "X-Output-Count": {"schema": {"type": "integer"}, "description": "Number of variations."},
             **SOUND_HEADERS,
             **RECIPE_HEADER,
             **WARNING_HEADER,
-            "Server-Timing": {"schema": {"type": "string"}, "description": "Milliseconds per stage."},
+            "Server-Timing": {"schema": {"type": "string"}, "description": "Duration of each stage, milliseconds."},
         },
     },
-    400: {"model": ErrorBody, "description": "The upload, the inpaint times or the model's own limits."},
+    400: {
+        "model": ErrorBody,
+        "description": "The upload or the inpaint times are invalid, or the model refuses the request.",
+    },
     422: {"model": ValidationErrors, "description": "A field is missing, of the wrong type or out of range."},
     **error_responses(ErrorBody, 401, 408, 413, 429, 500, 503, 504),
 }
 
 
 def build_router(service: Service) -> APIRouter:
-    """The routes over one service."""
+    """Returns the synchronous routes."""
     router = APIRouter(
         route_class=route_class(render_error, scopes=("generate",)), tags=[TAG], strict_content_type=False
     )
@@ -68,7 +71,7 @@ def build_router(service: Service) -> APIRouter:
         return audio_answer(request, output, file_format=fields.response_format)
 
     async def generate(request: Request, body: GenerationBody) -> Response:
-        """Make audio from a text prompt."""
+        """Generate audio from a text prompt."""
         started_at = service.clock.monotonic()
         card, generation = convert(service, request, fields=body, sampler_kwargs=body.sampler_kwargs)
         return await answer(request, body, card=card, generation=generation, started_at=started_at)
@@ -78,7 +81,7 @@ def build_router(service: Service) -> APIRouter:
 
     @router.post("/v1/audio/variations", response_class=Response, responses=AUDIO_RESPONSES)
     async def vary(request: Request, form: Annotated[VariationForm, _MULTIPART]) -> Response:
-        """Make a variation of uploaded audio."""
+        """Generate a variation of uploaded audio."""
         started_at = service.clock.monotonic()
         card, generation = convert(
             service, request, fields=form, sampler_kwargs=parse_sampler_kwargs(form.sampler_kwargs)
@@ -89,7 +92,7 @@ def build_router(service: Service) -> APIRouter:
 
     @router.post("/v1/audio/inpaint", response_class=Response, responses=AUDIO_RESPONSES)
     async def inpaint(request: Request, form: Annotated[InpaintForm, _MULTIPART]) -> Response:
-        """Regenerate regions of uploaded audio, or continue it behind its end."""
+        """Regenerate regions of uploaded audio, or extend it past its end."""
         started_at = service.clock.monotonic()
         card, generation = convert(
             service, request, fields=form, sampler_kwargs=parse_sampler_kwargs(form.sampler_kwargs)
@@ -107,7 +110,7 @@ def convert(
 ) -> tuple[ModelCard, GenerationRequest]:
     """Returns the model and the request for `fields`, without source audio. Raises RequestValidationError.
 
-    What nothing reads of it is kept for the answer.
+    Records unused fields for the response.
     """
     card, generation = to_request(
         fields,

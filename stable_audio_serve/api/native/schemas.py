@@ -1,6 +1,6 @@
-"""The wire forms of our own API: the Stable Audio 3 server's contract, with optional extensions at the end.
+"""Request and error models of the native API: the Stable Audio 3 server's contract, then optional extensions.
 
-Static ranges only; limits that depend on settings or on the model are checked in `native.convert`.
+Only static ranges are checked here. `native.convert` checks limits that depend on settings or on the model.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ RESERVED_SAMPLER_KWARGS = frozenset(
 
 
 def check_sampler_kwargs(values: dict[str, Any]) -> dict[str, Any]:
-    """Raises ValueError for reserved keys and for values that are not plain."""
+    """Returns `values`. Raises ValueError for reserved keys and for values other than strings, numbers and booleans."""
     for key, value in values.items():
         if not key.strip():
             raise ValueError("sampler_kwargs keys must not be empty")
@@ -61,38 +61,38 @@ def check_sampler_kwargs(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_default(schema: dict[str, Any]) -> None:
-    del schema["default"]  # an empty name means "not given" to us; a generated client must not send it
+    del schema["default"]  # "" means unset; generated clients must not send it
 
 
 class Controls(BaseModel):
-    """Fields of every generation request. Unknown ones are kept as extra fields, whose names the answer tells."""
+    """Fields of every generation request. Unknown fields are kept, so that the response can list them."""
 
     model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
 
-    prompt: Prompt = Field(description="What to hear.", examples=["warm analog pad, slow attack"])
+    prompt: Prompt = Field(description="Description of the sound.", examples=["warm analog pad, slow attack"])
     model: str = Field(
         "",
-        description="Canonical name or alias; unset = the server's default model.",
+        description="Canonical name or alias; unset = the default model.",
         json_schema_extra=_without_default,
     )
-    negative_prompt: str | None = Field(None, description="What to avoid; takes effect with cfg_scale above 1.")
-    duration: Finite = Field(7.0, gt=0, description="Length, seconds; at most the server's and the model's cap.")
-    steps: int = Field(8, ge=1, description="Denoising steps; unset = the model's own default.")
-    cfg_scale: Finite = Field(1.0, ge=0, le=20, description="Guidance; unset = the model's own default.")
-    batch_size: int = Field(1, ge=1, description="Variations; more than one are returned as a ZIP.")
-    seed: int = Field(-1, description="-1 = random. Variation i uses seed + i.")
-    chunked_decode: bool | None = Field(None, description="Decode in windows; null = the model's own default.")
+    negative_prompt: str | None = Field(None, description="Sounds to avoid; needs cfg_scale above 1.")
+    duration: Finite = Field(7.0, gt=0, description="Length, seconds, within the limits of server and model.")
+    steps: int = Field(8, ge=1, description="Denoising steps; unset = the model's default.")
+    cfg_scale: Finite = Field(1.0, ge=0, le=20, description="Guidance; unset = the model's default.")
+    batch_size: int = Field(1, ge=1, description="Number of variations; several are returned as a ZIP.")
+    seed: int = Field(-1, description="-1 = random. Seeds count up: variation i uses seed + i.")
+    chunked_decode: bool | None = Field(None, description="Decode in windows; null = the model's default.")
     apg_scale: Finite = Field(1.0, ge=0, le=10, description="Adaptive projected guidance; 0 = plain guidance.")
     duration_padding_sec: Finite = Field(
-        6.0, ge=0, le=30, description="Headroom generated behind the clip, seconds; unset = the model's own default."
+        6.0, ge=0, le=30, description="Audio generated past the end and cut off, seconds; unset = the model's default."
     )
-    response_format: AudioFormat = Field(AudioFormat.WAV, description="Extension: the kind of audio file.")
-    deadline_s: Finite | None = Field(None, gt=0, description="Extension: time budget, seconds; then 504.")
+    response_format: AudioFormat = Field(AudioFormat.WAV, description="Extension: format of the audio file.")
+    deadline_s: Finite | None = Field(None, gt=0, description="Extension: time budget, seconds; after it 504.")
     priority: Priority = Field(
-        "interactive", description="Extension: batch work lets interactive work go first, but not for ever."
+        "interactive", description="Extension: interactive work runs before batch work, which keeps a minimum share."
     )
     peaks: Peaks | None = Field(None, description=PEAKS_DESCRIPTION)
-    manifest: bool = Field(False, description="Extension: adds manifest.json to the ZIP of several variations.")
+    manifest: bool = Field(False, description="Extension: add manifest.json to the ZIP of several variations.")
 
 
 class GenerationBody(Controls):
@@ -104,7 +104,7 @@ class GenerationBody(Controls):
 
     sampler_kwargs: Annotated[dict[str, Any], AfterValidator(check_sampler_kwargs)] = Field(
         default_factory=dict,
-        description="Honoured: sampler_type, scale_phi, cfg_norm_threshold; by Stable Audio Open also sigma_min, "
+        description="Used: sampler_type, scale_phi, cfg_norm_threshold; by Stable Audio Open also sigma_min, "
         "sigma_max, rho. Others are ignored.",
         examples=[{"sampler_type": "euler", "scale_phi": 0.5}],
     )
@@ -113,9 +113,11 @@ class GenerationBody(Controls):
 class UploadForm(Controls):
     """Fields of every request with source audio."""
 
-    audio: UploadFile = Field(description="WAV, FLAC, MP3, OGG, ...", json_schema_extra={"format": "binary"})
+    audio: UploadFile = Field(
+        description="Audio file: WAV, FLAC, MP3, OGG, ...", json_schema_extra={"format": "binary"}
+    )
     sampler_kwargs: str = Field(
-        "", description="A JSON object in text, see generations.", examples=['{"scale_phi": 0.5}']
+        "", description="A JSON object as text, as in generations.", examples=['{"scale_phi": 0.5}']
     )
 
 
@@ -123,60 +125,65 @@ class VariationForm(UploadForm):
     """Audio to audio."""
 
     init_noise_level: Finite = Field(
-        0.9, ge=0, le=1, description="Low keeps more of the source; at 1 it has no influence."
+        0.9, ge=0, le=1, description="Lower values keep more of the source; at 1 it has no influence."
     )
     edit_schedule: EditSchedule | None = Field(
         None,
-        description="Extension, flow models only: even, scaled = no step is noisier than init_noise_level, with steps "
-        "even in log-SNR or those of a whole run; reference = as the original code; unset = the model's own default.",
+        description="Extension, flow models only: even or scaled = no step is noisier than init_noise_level, with "
+        "steps even in log-SNR or the scaled steps of a full run; reference = as the original code; unset = the "
+        "model's default.",
     )
 
 
 class InpaintForm(UploadForm):
-    """Regenerate regions of the source and keep the rest; a region behind its end continues it."""
+    """Regenerate regions of the source and keep the rest. A region past its end extends it."""
 
     inpaint_start_seconds: str | None = Field(
-        None, description="Required. A number, or a list such as [2,12] or 2,12.", examples=["4", "[2,12]"]
+        None,
+        description="Required. Starts of the regions, seconds: a number, or a list as [2,12] or 2,12.",
+        examples=["4", "[2,12]"],
     )
-    inpaint_end_seconds: str | None = Field(None, description="Required. As many as starts.", examples=["6", "[4,15]"])
+    inpaint_end_seconds: str | None = Field(
+        None, description="Required. Ends of the regions, seconds; as many as starts.", examples=["6", "[4,15]"]
+    )
     inpaint_mask_start_seconds: str | None = Field(None, description="Alias of inpaint_start_seconds.")
     inpaint_mask_end_seconds: str | None = Field(None, description="Alias of inpaint_end_seconds.")
     keep: Keep = Field(
         "source",
-        description="Extension: what is outside the regions. source = the source's own samples, with crossfades of 30 "
-        "ms inside the regions, a continuation's in the last 30 ms of the source; model = what the model makes of it.",
+        description="Extension: audio outside the regions. source = the source's own samples, with crossfades of 30 "
+        "ms inside the regions (past the end: in the last 30 ms of the source); model = the model's output.",
     )
 
 
 class JobControls(BaseModel):
-    """A field of every job; the synchronous routes ignore it as they do unknown ones."""
+    """The extra field of jobs. Synchronous routes ignore it like unknown fields."""
 
     webhook_url: str | None = Field(
         None,
         min_length=1,
         max_length=2048,
-        description="Extension: told the job's end, by a POST as Standard Webhooks describes it.",
+        description="Extension: URL called when the job ends, by POST as in Standard Webhooks.",
         examples=["https://example.com/hooks/audio"],
     )
 
 
 class JobBody(JobControls, GenerationBody):
-    """Text to audio, later."""
+    """Text to audio, as a job."""
 
 
 class JobVariationForm(JobControls, VariationForm):
-    """Audio to audio, later."""
+    """Audio to audio, as a job."""
 
 
 class JobInpaintForm(JobControls, InpaintForm):
-    """Regenerate regions of the source, later."""
+    """Regenerate regions of the source, as a job."""
 
 
 class ValidationErrors(BaseModel):
-    """422: one entry per field at fault."""
+    """422: one entry per invalid field."""
 
     class Item(BaseModel):
-        """One field at fault; `loc` ends in its name."""
+        """One invalid field; `loc` ends in its name."""
 
         type: str
         loc: list[str | int]
@@ -187,12 +194,12 @@ class ValidationErrors(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Any other error: a sentence that names the field, where one is at fault."""
+    """Any other error: a sentence that names the invalid field, if any."""
 
     detail: str
 
 
 class ConflictBody(ErrorBody):
-    """409: what the request contradicts, in a word that stays the same."""
+    """409: the conflict, with a stable code."""
 
     code: Literal["id_in_use", "idempotency_key_reused", "job_is_over"]

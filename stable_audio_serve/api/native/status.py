@@ -1,4 +1,4 @@
-"""Jobs as our own API describes them: in answers, in event streams, and to webhooks."""
+"""Job descriptions of the native API, used in responses, event streams and webhooks."""
 
 from __future__ import annotations
 
@@ -62,38 +62,38 @@ class JobTicket(BaseModel):
 
     id: str = Field(description="32 hexadecimal digits.")
     status: Literal["queued"] = "queued"
-    status_url: str = Field(description="Where to ask about it.")
+    status_url: str = Field(description="URL of the job's status.")
     ignored: list[str] = Field(
         default_factory=list,
         exclude_if=not_,
-        description="Names of fields and parameters that were sent and that nothing reads; absent if there are none.",
+        description="Names of unknown fields and parameters in the request; absent if there are none.",
     )
 
 
 class JobProgress(BaseModel):
-    """How far a job is."""
+    """Progress of a job."""
 
-    stage: str = Field(description="`queued`, `started`, what it is at, or `done`; an ended job's last one.")
+    stage: str = Field(description="`queued`, `started`, the current step of the work, or `done`.")
     fraction: float = Field(description="Share of the work that is done, 0 to 1.")
-    eta_seconds: float | None = Field(description="Predicted time to its end, when last told.")
+    eta_seconds: float | None = Field(description="Last predicted time until the job ends, seconds.")
     queue_position: int | None = Field(
-        description="What starts before it, 0 = next: jobs of its model or, once a runner has it, rows in the engine."
+        description="Number of jobs before it, or, once a runner has it, of rows in the engine; 0 = next."
     )
 
 
 class JobClip(BaseModel):
-    """One variation as it is delivered."""
+    """One finished variation."""
 
     seed: int
-    peak: float = Field(description="The largest absolute sample, 1 = full scale.")
+    peak: float = Field(description="Largest absolute sample, 1 = full scale.")
     loudness: float | None = Field(
-        description="Integrated over the clip (ITU-R BS.1770), LUFS; null under 0.4 s, and without sound."
+        description="Integrated loudness (ITU-R BS.1770), LUFS; null under 0.4 s and for silence."
     )
     silent: bool = Field(description="No sample reaches -70 dBFS.")
 
 
 class JobStatus(BaseModel):
-    """A job as it is now; what is not known yet is null."""
+    """A job's current status. Values that are not known yet are null."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [_STATUS]})
 
@@ -103,8 +103,8 @@ class JobStatus(BaseModel):
     model: str
     duration: float = Field(description="Seconds.")
     steps: int | None
-    output_count: int = Field(description="Variations.")
-    created_at: str = Field(description="ISO 8601 with UTC offset, as the other times.")
+    output_count: int = Field(description="Number of variations.")
+    created_at: str = Field(description="ISO 8601 with UTC offset, like the other times.")
     started_at: str | None
     completed_at: str | None
     download_url: str | None
@@ -114,48 +114,49 @@ class JobStatus(BaseModel):
     storage_key: str | None
     sample_rate: int | None = Field(description="Hertz.")
     progress: JobProgress
-    attempts: int = Field(description="How often it was started.")
+    attempts: int = Field(description="Number of starts.")
     priority: Priority
-    seeds: list[int] = Field(description="The seed of each variation, also of those that asked for a random one.")
-    clips: list[JobClip] | None = Field(description="Each variation of a job that has succeeded.")
-    device: str | None = Field(description="What its audio was made on: cuda, mps or cpu.")
-    dtype: str | None = Field(description="Precision of the denoiser there: float32, float16 or bfloat16.")
+    seeds: list[int] = Field(description="Seed of each variation, also if the request left it random.")
+    clips: list[JobClip] | None = Field(description="The variations of a job that succeeded.")
+    device: str | None = Field(description="Device that made the audio: cuda, mps or cpu.")
+    dtype: str | None = Field(description="Precision of the denoiser: float32, float16 or bfloat16.")
     recipes: tuple[Recipe, ...] | None = Field(
-        description="What made each variation of a job that has succeeded; in pages and webhooks only where their "
-        f"prompts have at most {_MOST_LISTED_CHARS} characters in all."
+        description="Recipe of each variation of a job that succeeded. Lists and webhooks leave recipes out if their "
+        f"prompts have more than {_MOST_LISTED_CHARS} characters in total."
     )
-    warnings: list[str] = Field(description="What of the request had no effect, such as the end of a long prompt.")
+    warnings: list[str] = Field(
+        description="Parts of the request without effect, for example the end of a long prompt."
+    )
 
 
 class JobPage(BaseModel):
     """Some of the caller's jobs, newest first."""
 
     jobs: list[JobStatus]
-    next_cursor: str | None = Field(description="Leads to the next page; null = there are no older ones.")
+    next_cursor: str | None = Field(description="Cursor of the next page; null = this is the last page.")
     ignored: list[str] = Field(
         default_factory=list,
         exclude_if=not_,
-        description="Names of parameters that were sent and that nothing reads; absent if there are none.",
+        description="Names of unknown parameters in the request; absent if there are none.",
     )
 
 
 def jobs_base(request: Request, *, limits: ApiSettings) -> str:
-    """Returns the base of links to jobs and files: the host and the prefix that this caller used."""
+    """Returns the base of links to jobs and files: host and prefix of this caller's request."""
     path: str = request.scope["path"]
     prefix = path.removeprefix(request.scope.get("root_path", "")).rpartition("/jobs")[0]
     return f"{base_url(request, limits)}{prefix}"
 
 
 def job_url(base: str, job_id: str) -> str:
-    """Returns the address of a job; `base` comes from `jobs_base`."""
+    """Returns the URL of a job; `base` comes from `jobs_base`."""
     return f"{base}/jobs/{job_id}"
 
 
 def describe(job: Job, files: ArtifactStore, *, base: str, position: int | None = None) -> JobStatus:
-    """Returns the status of a job; `base` comes from `jobs_base`, `position` is its place in the queue, if known.
+    """Returns the status of a job. `base` comes from `jobs_base`; `position` is its queue position, if known.
 
-    Links to local files lead to this server, those to a bucket lead there.
-    Blocking: for worker threads. Raises StorageError.
+    Links to local files lead to this server, links to a bucket lead to the bucket. Blocking. Raises StorageError.
     """
     request, result = job.spec.request, job.result
     made_on = result.file.made_on if result else None
@@ -189,14 +190,14 @@ def describe(job: Job, files: ArtifactStore, *, base: str, position: int | None 
 
 
 def brief(status: JobStatus) -> JobStatus:
-    """Returns the status as it stands among many, or where nobody asked for it: each recipe has the whole prompt, so
-    that a page could hold 100 times 100,000 characters of every variation."""
+    """Returns the status without long recipes, for lists and webhooks. Each recipe repeats the prompt, so a page of 100
+    jobs could otherwise hold 100 x 100,000 characters per variation."""
     is_long = sum(recipe.num_prompt_chars for recipe in status.recipes or ()) > _MOST_LISTED_CHARS
     return status.model_copy(update={"recipes": None}) if is_long else status
 
 
 def recipes_of(job: Job) -> tuple[Recipe, ...] | None:
-    """Returns what made each file of a job, None of one without audio and of one that an older version ran."""
+    """Returns the recipe of each variation, None without audio or if an older version ran the job."""
     spec, result = job.spec, job.result
     made_on = result.file.made_on if result else None
     if result is None or made_on is None or not spec.with_recipe:
@@ -213,12 +214,12 @@ def recipes_of(job: Job) -> tuple[Recipe, ...] | None:
 
 
 def _audio_url(base: str, spec: JobSpec, *, result: JobResult) -> str:
-    """Returns a link that needs no key: without the job's id where a client chose that, because it can be guessed."""
+    """Returns a link that needs no key. It must be unguessable, so it has no job id if the client chose the id."""
     return file_url(base, result) if spec.id_is_chosen else f"{job_url(base, spec.id)}/audio"
 
 
 def progress_of(job: Job, *, position: int | None) -> JobProgress:
-    """Returns how far the job is; without `position`, with the place in line that the engine reported."""
+    """Returns the job's progress. Without `position`, uses the position that the engine reported."""
     return JobProgress(
         stage=job.stage,
         fraction=job.fraction,

@@ -1,6 +1,6 @@
-"""Submitting jobs to our own API: the same requests as the synchronous ones, answered with a ticket.
+"""Job submission of the native API: the synchronous requests, answered with a ticket.
 
-A request that carries an `Idempotency-Key`, or chooses its job's id, may be sent again: it finds its first job.
+A request with an `Idempotency-Key`, or with a chosen job id, can be repeated: the response is the first job.
 """
 
 from __future__ import annotations
@@ -51,28 +51,28 @@ _Key = Annotated[
     Header(
         alias="Idempotency-Key",
         pattern="^[!-~]{1,255}$",
-        description="1 to 255 visible ASCII characters: the same request with the same key finds the same job.",
+        description="1 to 255 visible ASCII characters. Repeating the request with the same key returns the same job.",
     ),
 ]
 _ChosenId = Annotated[str, Path(pattern="^[0-9a-f]{32}$", description="32 lower-case hexadecimal digits.")]
 
 _TICKET_HEADERS = {
-    REPLAYED: {"schema": {"type": "string", "enum": ["true"]}, "description": "The job was there already."}
+    REPLAYED: {"schema": {"type": "string", "enum": ["true"]}, "description": "The job existed already."}
 }
 _RESPONSES: dict[int | str, dict[str, Any]] = {
-    202: {"description": "The job is kept and will be done.", "headers": _TICKET_HEADERS},
-    409: {"model": ConflictBody, "description": "Its key or id was used for another request."},
+    202: {"description": "The job was accepted and stored.", "headers": _TICKET_HEADERS},
+    409: {"model": ConflictBody, "description": "The key or id was used for a different request."},
     422: {"model": ValidationErrors, "description": "A field is missing, of the wrong type or out of range."},
     **error_responses(ErrorBody, 401, 408, 413, 429, 500, 503, 507),
 }
 _UPLOAD_RESPONSES: dict[int | str, dict[str, Any]] = {
     **_RESPONSES,
-    400: {"model": ErrorBody, "description": "The upload or the inpaint times."},
+    400: {"model": ErrorBody, "description": "The upload or the inpaint times are invalid."},
 }
 
 
 def build_router(service: Service) -> APIRouter:
-    """The routes over one service."""
+    """Returns the submission routes."""
     router = APIRouter(
         prefix="/jobs", route_class=route_class(render_error, scopes=("jobs",)), strict_content_type=False
     )
@@ -82,7 +82,7 @@ def build_router(service: Service) -> APIRouter:
     async def generate(
         request: Request, response: Response, *, body: JobBody, idempotency_key: _Key = None
     ) -> JobTicket:
-        """Make audio from a text prompt, later."""
+        """Submit a job that generates audio from a text prompt."""
         card, generation = convert(service, request, fields=body, sampler_kwargs=body.sampler_kwargs)
         return await submit(
             request, response, fields=body, card=card, generation=generation, mode="text-to-audio", key=idempotency_key
@@ -90,7 +90,7 @@ def build_router(service: Service) -> APIRouter:
 
     @router.put("/{job_id:job_id}", summary="Submit Generation As", status_code=202, responses=_RESPONSES)
     async def generate_as(request: Request, response: Response, *, job_id: _ChosenId, body: JobBody) -> JobTicket:
-        """Make audio from a text prompt, later, as the job with an id that the client chose."""
+        """Submit a job that generates audio from a text prompt, with an id chosen by the client."""
         card, generation = convert(service, request, fields=body, sampler_kwargs=body.sampler_kwargs)
         return await submit(
             request, response, fields=body, card=card, generation=generation, mode="text-to-audio", job_id=JobId(job_id)
@@ -104,7 +104,7 @@ def build_router(service: Service) -> APIRouter:
         form: Annotated[JobVariationForm, _MULTIPART],
         idempotency_key: _Key = None,
     ) -> JobTicket:
-        """Make a variation of uploaded audio, later."""
+        """Submit a job that generates a variation of uploaded audio."""
         card, generation = convert(
             service, request, fields=form, sampler_kwargs=parse_sampler_kwargs(form.sampler_kwargs)
         )
@@ -121,7 +121,7 @@ def build_router(service: Service) -> APIRouter:
         form: Annotated[JobInpaintForm, _MULTIPART],
         idempotency_key: _Key = None,
     ) -> JobTicket:
-        """Regenerate regions of uploaded audio, or continue it behind its end, later."""
+        """Submit a job that regenerates regions of uploaded audio, or extends it past its end."""
         card, generation = convert(
             service, request, fields=form, sampler_kwargs=parse_sampler_kwargs(form.sampler_kwargs)
         )
@@ -135,7 +135,7 @@ def build_router(service: Service) -> APIRouter:
 
 
 class _Submission:
-    """The part that all submissions share once their fields are converted."""
+    """The steps that all submissions share after their fields are converted."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -152,7 +152,7 @@ class _Submission:
         key: str | None = None,
         job_id: JobId | None = None,
     ) -> JobTicket:
-        """Store the job, or find the one of the same request. Raises RequestValidationError and errors of the store."""
+        """Store the job, or return the job of the same request. Raises RequestValidationError and store errors."""
         settings = self._service.settings
         await _check_webhook(fields, allow_hosts=settings.jobs.webhook_allow_hosts)
         upload = await self._keep_upload(fields, card, padding_s=generation.duration_padding_s, mode=mode)
@@ -205,7 +205,7 @@ async def _check_webhook(fields: _Fields, *, allow_hosts: tuple[str, ...]) -> No
 
 
 def _fingerprint(method: str, mode: Mode, *, fields: _Fields, upload: JobUpload | None) -> str:
-    """Returns the SHA-256 of what the client asked for: route, fields in any order, and upload."""
+    """Returns the SHA-256 of the request: route, fields in any order, and upload."""
     sent = fields.model_dump(mode="json", exclude_unset=True, exclude={"audio", *(fields.model_extra or ())})
     asked = [method, mode, sent, upload.file.sha256 if upload else None]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The body that our own API sends to a webhook when a job ends: the event's name, its time, and the job's status."""
+"""Webhook body of the native API when a job ends: event type, time and job status."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stable_audio_serve.jobs.job import Job
 
 
 def webhook_body(job: Job, *, files: ArtifactStore) -> Mapping[str, Any]:
-    """Returns the event of an ended job. Links start like the submission's. Blocking. Raises StorageError."""
+    """Returns the event of an ended job, with links based on the submission's URL. Blocking. Raises StorageError."""
     return {
         "type": f"job.{job.state}",
         "timestamp": iso(job.completed_at or job.created_at),

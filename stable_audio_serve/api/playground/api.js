@@ -1,11 +1,11 @@
-// The server's own API from a page: calls with the key of this tab, errors with their fields, event streams by fetch.
+// Client of the server's API: calls with this tab's key, errors with their fields, event streams by fetch.
 
 const KEY = "stable-audio-serve.key";
 const base = new URL(".", document.baseURI);
 
 export const url = (path) => new URL(path, base).href;
 
-let ownKey = ""; // where the browser denies its storage
+let ownKey = ""; // used when the browser blocks session storage
 
 export function key() {
   try {
@@ -20,11 +20,11 @@ export function setKey(value) {
   try {
     if (value) sessionStorage.setItem(KEY, value);
     else sessionStorage.removeItem(KEY);
-  } catch {} // it lasts as long as the page
+  } catch {} // then the key lasts as long as the page
 }
 
 export class ApiError extends Error {
-  // `faults` are [{field, message}]; `field` is null for what concerns the whole request.
+  // `faults` are [{field, message}]; `field` is null for errors of the whole request.
   constructor(status, faults, retryAfterS = null) {
     super(faults.map((fault) => fault.message).join("; "));
     this.status = status;
@@ -41,7 +41,7 @@ export async function call(path, { method = "GET", json, form, headers = {}, sig
     reply = await fetch(url(path), { method, headers: all, body: json ? JSON.stringify(json) : form, signal, cache });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ApiError(0, [{ field: null, message: "The server does not answer." }]);
+    throw new ApiError(0, [{ field: null, message: "Server unreachable." }]);
   }
   if (!reply.ok) throw await readError(reply);
   return reply;
@@ -52,7 +52,7 @@ async function readError(reply) {
   let detail;
   try {
     const body = await reply.json();
-    detail = body.detail ?? body.error?.message ?? body.error; // as the route's dialect words it
+    detail = body.detail ?? body.error?.message ?? body.error; // each dialect has its own error format
   } catch {
     detail = null;
   }
@@ -60,30 +60,30 @@ async function readError(reply) {
     return new ApiError(reply.status, detail.map((fault) => ({ field: String(fault.loc.at(-1)), message: fault.msg })), retry);
   }
   if (detail?.message) return new ApiError(reply.status, [{ field: detail.param ?? null, message: detail.message }], retry);
-  const message = detail || `The server answered ${reply.status}.`;
-  const named = /^[a-z_]+/.exec(message); // of a field, if the form has one of that name
+  const message = detail || `The server responded with status ${reply.status}.`;
+  const named = /^[a-z_]+/.exec(message); // the message may start with a field name
   return new ApiError(reply.status, [{ field: named && named[0], message }], retry);
 }
 
 const ENDED = ["succeeded", "failed", "cancelled"];
 const LONGEST_PAUSE_MS = 10_000;
 const POLL_MS = 1000;
-const MOST_STREAMS = 2; // a browser has six connections to a server, for all of its tabs: the rest of the page needs some
-const LEAST_BETWEEN_POLLS_MS = 250; // of all jobs together, however many there are
+const MOST_STREAMS = 2; // browsers allow six connections per server over all tabs, and the page needs some of them
+const LEAST_BETWEEN_POLLS_MS = 250; // over all jobs
 let numStreams = 0;
 let nextPollMs = 0;
 
-// What happens to a job, as {kind, data}: "progress", "away" while the server does not answer, and last "end". A lost
-// stream goes on where it broke off; every fourth attempt asks for the status, for networks that let no stream through,
-// and so does each job beyond the first ones.
+// Yields a job's events as {kind, data}: "progress", "away" while the server is unreachable, and finally "end". A lost
+// stream resumes after its last event. Every fourth attempt polls the status instead, for networks that block streams.
+// Jobs beyond the first MOST_STREAMS are always polled.
 export async function* jobEvents(id) {
   let last = null;
   for (let failures = 0; ; failures += 1) {
-    const isAsked = failures % 4 === 3 || numStreams >= MOST_STREAMS;
-    if (!isAsked) numStreams += 1;
+    const isPolled = failures % 4 === 3 || numStreams >= MOST_STREAMS;
+    if (!isPolled) numStreams += 1;
     try {
-      if (isAsked) {
-        await turnToPoll();
+      if (isPolled) {
+        await waitToPoll();
         const data = await (await call(`jobs/${id}`)).json();
         if (ENDED.includes(data.status)) {
           yield { kind: "end", data };
@@ -105,13 +105,13 @@ export async function* jobEvents(id) {
       if (isRefusal(error)) throw error;
       yield { kind: "away", data: { message: error instanceof ApiError ? error.message : "The connection was lost." } };
     } finally {
-      if (!isAsked) numStreams -= 1;
+      if (!isPolled) numStreams -= 1;
     }
-    await pause(Math.min(LONGEST_PAUSE_MS, Math.max(isAsked ? POLL_MS : 0, 250 * 2 ** failures)));
+    await pause(Math.min(LONGEST_PAUSE_MS, Math.max(isPolled ? POLL_MS : 0, 250 * 2 ** failures)));
   }
 }
 
-async function turnToPoll() {
+async function waitToPoll() {
   const now = performance.now();
   const at = Math.max(now, nextPollMs);
   nextPollMs = at + LEAST_BETWEEN_POLLS_MS;
@@ -120,8 +120,8 @@ async function turnToPoll() {
 
 const isRefusal = (error) => error.status >= 400 && error.status < 500 && error.status !== 429;
 
-// Calls again while the server is away, a minute at most.
-export async function callPatiently(path, options) {
+// Retries for up to a minute while the server is unreachable.
+export async function callWithRetries(path, options) {
   for (let failures = 0; ; failures += 1) {
     try {
       return await call(path, options);
@@ -147,11 +147,11 @@ async function* readEvents(body) {
       }
     }
   } finally {
-    reader.cancel().catch(() => {}); // the connection is gone already
+    reader.cancel().catch(() => {}); // the connection is already closed
   }
 }
 
 const pause = (milliseconds) => new Promise((resume) => setTimeout(resume, milliseconds));
 
-// 32 hexadecimal digits. `crypto.randomUUID` is there on HTTPS and on this machine only.
+// Returns 32 random hexadecimal digits. `crypto.randomUUID` needs HTTPS or localhost.
 export const newId = () => [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");

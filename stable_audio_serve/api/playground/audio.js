@@ -1,4 +1,4 @@
-// Sound in the browser: decoding, WAV files, gapless playback of one take or of two at equal loudness. Knows no page.
+// Audio in the browser: decoding, WAV files, gapless playback of one clip or of two at equal loudness. No page code.
 
 let context = null;
 
@@ -7,13 +7,13 @@ export function audioContext() {
   return context;
 }
 
-// Decoding needs no sound device and no click: it is done at the file's own rate.
+// Decodes at the file's own rate. Needs no audio device and no user gesture.
 export async function decode(blob, rateHz) {
   const offline = new OfflineAudioContext({ numberOfChannels: 2, length: 1, sampleRate: rateHz });
   return offline.decodeAudioData(await blob.arrayBuffer());
 }
 
-// A clip with silence around it, seconds.
+// Returns the clip with silence before and after it, in seconds.
 export function padded(buffer, beforeS, afterS) {
   const before = Math.round(beforeS * buffer.sampleRate);
   const length = before + buffer.length + Math.round(afterS * buffer.sampleRate);
@@ -24,7 +24,7 @@ export function padded(buffer, beforeS, afterS) {
   return result;
 }
 
-// A 16-bit WAV file. Chromium decodes such files by the same two scales, so that their samples come back as they were.
+// Returns a 16-bit WAV file. Chromium decodes with the same two scales, so that samples survive a round trip.
 export function wavBlob(buffer) {
   const { numberOfChannels: channels, sampleRate, length } = buffer;
   const bytes = new DataView(new ArrayBuffer(44 + length * channels * 2));
@@ -57,20 +57,20 @@ export async function sha256(bytes) {
   return [...new Uint8Array(digest)].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
-// Gains that bring takes to the loudness of the quietest; one without a loudness stays as it is.
+// Returns gains that lower clips to the loudness of the quietest one; 1 for a clip of unknown loudness.
 export function equalGains(loudnesses) {
   const known = loudnesses.filter((value) => value !== null && value !== undefined);
   const quietest = Math.min(...known);
   return loudnesses.map((value) => (value === null || value === undefined ? 1 : 10 ** ((quietest - value) / 20)));
 }
 
-// Plays buffers in step, of which one is heard. `onTick(seconds)` while it plays, `onEnd()` at its end.
+// Plays buffers in sync, one of them audible. Calls `onTick(seconds)` while playing and `onEnd()` at the end.
 export class Player {
   constructor({ onTick, onEnd }) {
     this.onTick = onTick;
     this.onEnd = onEnd;
     this.voices = [];
-    this.heard = 0;
+    this.audible = 0;
     this.loops = false;
     this.position = 0;
     this.isPlaying = false;
@@ -80,12 +80,12 @@ export class Player {
   load(buffers, gains) {
     this.stop();
     this.voices = buffers.map((buffer, index) => ({ buffer, gain: gains[index], node: null, volume: null }));
-    this.heard = 0;
+    this.audible = 0;
     this.position = 0;
   }
 
   get duration() {
-    return this.voices[this.heard]?.buffer.duration ?? 0;
+    return this.voices[this.audible]?.buffer.duration ?? 0;
   }
 
   get now() {
@@ -99,17 +99,17 @@ export class Player {
     const sound = audioContext();
     const { voices } = this;
     await sound.resume();
-    if (this.isPlaying || this.voices !== voices) return; // it was asked again, or for something else
+    if (this.isPlaying || this.voices !== voices) return; // another call started playback or loaded other buffers
     if (this.position >= this.duration - 0.01) this.position = 0;
     for (const [index, voice] of this.voices.entries()) {
-      voice.volume = new GainNode(sound, { gain: index === this.heard ? voice.gain : 0 });
+      voice.volume = new GainNode(sound, { gain: index === this.audible ? voice.gain : 0 });
       voice.node = new AudioBufferSourceNode(sound, { buffer: voice.buffer, loop: this.loops });
       voice.node.connect(voice.volume).connect(sound.destination);
       voice.node.start(0, Math.min(this.position, voice.buffer.duration));
     }
     this.startedAt = sound.currentTime;
     this.isPlaying = true;
-    const playing = this.voices[this.heard].node;
+    const playing = this.voices[this.audible].node;
     playing.onended = () => {
       if (this.isPlaying && this.voices.some((voice) => voice.node === playing)) {
         this.stop();
@@ -144,8 +144,8 @@ export class Player {
     if (this.isPlaying) await this.seek(at);
   }
 
-  hear(index) {
-    this.heard = index;
+  select(index) {
+    this.audible = index;
     for (const [each, voice] of this.voices.entries()) {
       voice.volume?.gain.setTargetAtTime(each === index ? voice.gain : 0, audioContext().currentTime, 0.005);
     }

@@ -1,17 +1,17 @@
-// What the API's own description says of the fields of a kind of order: which there are, and their ranges.
+// Reads the fields of each kind of order, and their ranges, from the OpenAPI description.
 
 const PATHS = { generate: "/v1/audio/generations", vary: "/v1/audio/variations", loop: "/generate/loop" };
 
-// The form's names where a route has others.
+// Names of form fields that differ from the route's.
 const NAMES = { loop: { init_noise_level: "style_strength", model: "finetune_repo", audio: "audio_file" } };
 
-// Our own field for a name that an error mentions.
+// Returns the form field for a field name in an error.
 export const formName = (name) =>
   Object.values(NAMES)
     .flatMap(Object.entries)
     .find(([, other]) => other === name)?.[0] ?? name;
 
-// Returns {kind: {field: {min, max, text}}}; bounds that are not stated are undefined.
+// Returns {kind: {field: {min, max, text}}}; missing bounds are undefined.
 export function readFields(document) {
   return Object.fromEntries(Object.keys(PATHS).map((kind) => [kind, fieldsOf(document, kind)]));
 }

@@ -1,15 +1,15 @@
-// The form: which fields the chosen model takes, with the ranges that the server states, and what they say. A mistake is
-// shown at the field that the server names.
+// The form: shows the fields of the selected model with the server's ranges, reads their values, and shows errors at
+// the fields that the server names.
 
-import { callPatiently } from "./api.js";
+import { callWithRetries } from "./api.js";
 import { formName, readFields } from "./description.js";
 
 const KEYS = ["C", "C♯", "D", "E♭", "E", "F", "F♯", "G", "A♭", "A", "B♭", "B"];
-const WORDS = new Set(["bpm", "key"]); // a loop's tempo and key are words of its prompt
-const ALWAYS = new Set(["prompt", "batch_size"]); // variations are orders of their own
+const WORDS = new Set(["bpm", "key"]); // tempo and key of a loop are added to its prompt
+const ALWAYS = new Set(["prompt", "batch_size"]); // each variation is an order
 const element = (id) => document.getElementById(id);
 
-// A bound that may be typed as it is shown.
+// Rounds a bound down, so that the shown value is valid input.
 const shown = (most) => Math.floor(most * 100) / 100;
 
 export const randomSeed = () => crypto.getRandomValues(new Uint32Array(1))[0];
@@ -37,14 +37,14 @@ export class Form {
       event.target.value = "";
       if (file) onSourceFile(file);
     });
-    this.takeDrops(onSourceFile);
+    this.acceptDrops(onSourceFile);
     const keys = ["any", ...KEYS.flatMap((key) => [`${key} major`, `${key} minor`])];
     element("key").replaceChildren(...keys.map((key) => new Option(key, key === "any" ? "" : key)));
   }
 
-  // Reads models and limits. Raises ApiError.
+  // Loads models and limits. Throws ApiError.
   async load() {
-    const read = async (path, cache) => (await callPatiently(path, { cache })).json();
+    const read = async (path, cache) => (await callWithRetries(path, { cache })).json();
     const [models, limits, description] = await Promise.all([read("v1/models"), read("health"), read("openapi.json", "no-cache")]);
     this.accepted = readFields(description);
     this.models = new Map(models.data.map((model) => [model.id, model]));
@@ -64,7 +64,7 @@ export class Form {
     return this.node.elements.kind.value;
   }
 
-  // The longest clip, seconds.
+  // Longest clip of the model, seconds.
   get mostS() {
     return this.model?.max_duration_s ?? 0;
   }
@@ -73,14 +73,14 @@ export class Form {
     const { model } = this;
     if (Number(element("duration").value) > model.max_duration_s) element("duration").value = shown(model.max_duration_s);
     element("steps").placeholder = model.default_steps;
-    const samplers = [new Option("the model's own", ""), ...model.samplers.map((name) => new Option(name, name))];
+    const samplers = [new Option("the model's default", ""), ...model.samplers.map((name) => new Option(name, name))];
     const chosen = element("sampler").value;
     element("sampler").replaceChildren(...samplers);
     element("sampler").value = model.samplers.includes(chosen) ? chosen : "";
     this.showKind();
   }
 
-  // What the route takes that makes this kind of thing: its fields, with their ranges.
+  // Shows the fields that the route of this kind accepts, with their ranges.
   showKind() {
     if (!this.model) return; // not loaded yet
     const isLoop = this.kind === "loop";
@@ -88,8 +88,8 @@ export class Form {
     const accepted = this.accepted[isLoop ? "loop" : this.source ? "vary" : "generate"];
     for (const box of this.node.querySelectorAll(".field")) {
       const name = box.dataset.field;
-      const isTaken = ALWAYS.has(name) || (isLoop && WORDS.has(name)) || name in accepted;
-      box.hidden = !isTaken || (name === "init_noise_level" && !this.source);
+      const isAccepted = ALWAYS.has(name) || (isLoop && WORDS.has(name)) || name in accepted;
+      box.hidden = !isAccepted || (name === "init_noise_level" && !this.source);
       this.bound(box, accepted[name] ?? {});
     }
   }
@@ -117,15 +117,15 @@ export class Form {
     if (!locked) element("seed").value = "";
   }
 
-  // A file, or null; its name is shown.
+  // Sets the source file or null, and shows its name.
   setSource(file, note = "") {
     this.source = file;
-    element("source-name").textContent = file ? `Source: ${file.name}${note}` : "No source. Drop an audio file here, or use a take.";
+    element("source-name").textContent = file ? `Source: ${file.name}${note}` : "No source. Drop an audio file here, or use a clip.";
     element("source-clear").hidden = !file;
     this.showKind();
   }
 
-  takeDrops(onSourceFile) {
+  acceptDrops(onSourceFile) {
     const box = element("source-box");
     const isFile = (event) => [...(event.dataTransfer?.types ?? [])].includes("Files");
     document.addEventListener("dragover", (event) => {
@@ -143,20 +143,20 @@ export class Form {
     });
   }
 
-  // Mistakes that the server would not hear of: text that is no number, how many orders there are, and a loop's tempo,
-  // which is a part of its prompt.
+  // Returns errors in values that the server does not receive as fields: text in a number field, the number of
+  // variations, and a loop's tempo, which is part of its prompt.
   faults() {
     const boxes = [...this.node.querySelectorAll(".field:not([hidden])")].filter((box) => box.querySelector("input[type=number]")?.validity.badInput);
-    const found = boxes.map((box) => ({ field: box.dataset.field, message: "This is no number." }));
+    const found = boxes.map((box) => ({ field: box.dataset.field, message: "Enter a number." }));
     for (const id of ["batch_size", "bpm"]) {
       const { validity, min, max } = element(id);
       if (this.field(id).hidden || validity.valid || validity.badInput) continue;
-      found.push({ field: id, message: `A whole number from ${min} to ${max}.` });
+      found.push({ field: id, message: `Enter a whole number from ${min} to ${max}.` });
     }
     return found;
   }
 
-  // The orders that the form asks for, one per variation, each with its seed. An empty field is the model's default.
+  // Returns the orders, one per variation, each with its seed. An empty field means the model's default.
   orders() {
     const number = (id) => (element(id).value.trim() === "" ? undefined : element(id).valueAsNumber);
     const first = number("seed") ?? randomSeed();
@@ -189,11 +189,11 @@ export class Form {
     return { kind: "vary", fields: defined({ ...fields, init_noise_level: number("init_noise_level") }), source: this.source };
   }
 
-  // Puts a take's settings back. Raises Error if its model is not served.
+  // Loads a clip's settings. Throws Error if its model is not served.
   fill(order) {
     const { fields } = order;
     const model = fields.finetune_repo ?? fields.model;
-    if (!this.models.has(model)) throw new Error(`The server has no model ${model} any more.`);
+    if (!this.models.has(model)) throw new Error(`The server no longer has the model ${model}.`);
     const set = (id, value) => {
       element(id).value = value ?? "";
     };
@@ -236,7 +236,7 @@ export class Form {
     element("form-error").hidden = true;
   }
 
-  // Shows each fault at its field, and moves to the first; the rest below the form.
+  // Shows each error at its field and focuses the first; errors without a field appear below the form.
   showFaults(faults) {
     this.clearFaults();
     const elsewhere = [];

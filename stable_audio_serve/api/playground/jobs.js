@@ -1,26 +1,26 @@
-// What this browser has under way: jobs submitted, followed to their end, cancelled, and found again after a reload; and
-// loops, for which there are no jobs, while they are made.
+// The work in progress of this browser: submits jobs, follows them to their end, cancels them, and resumes them after a
+// reload. Also runs loops, for which the API has no jobs.
 
-import { call, callPatiently, jobEvents, newId } from "./api.js";
+import { call, callWithRetries, jobEvents, newId } from "./api.js";
 import { make, readFacts, submit } from "./orders.js";
 import * as store from "./store.js";
 
 const element = (id) => document.getElementById(id);
 
 export class Jobs {
-  // `onTake({id, order, blob, status, facts, seconds})` for each that succeeds, `onFailure(error)` for the others.
-  constructor({ onTake, onFailure }) {
-    this.onTake = onTake;
+  // Calls `onClip({id, order, blob, status, facts, seconds})` for each success, `onFailure(error)` for each failure.
+  constructor({ onClip, onFailure }) {
+    this.onClip = onClip;
     this.onFailure = onFailure;
     this.followed = new Set();
   }
 
-  // Goes on with what was unfinished when the page was left.
+  // Resumes the jobs that were unfinished when the page was closed.
   async resume() {
     for (const job of await store.all("jobs")) this.follow(job);
   }
 
-  // Has an order made. Raises ApiError if a loop is refused.
+  // Runs an order. Throws ApiError if a loop is refused.
   async start(order) {
     if (order.kind === "loop") return this.makeLoop(order);
     return this.follow({ id: newId(), order, at: Date.now() }, performance.now());
@@ -28,14 +28,14 @@ export class Jobs {
 
   async makeLoop(order) {
     const began = performance.now();
-    const gone = new AbortController();
-    const row = new Row(order, async () => gone.abort());
-    row.say("making a loop");
+    const cancelled = new AbortController();
+    const row = new Row(order, async () => cancelled.abort());
+    row.say("generating a loop");
     try {
-      const reply = await make(order, { signal: gone.signal });
+      const reply = await make(order, { signal: cancelled.signal });
       const status = { model: reply.headers.get("X-Model"), sample_rate: Number(reply.headers.get("X-Sample-Rate")) };
-      const take = { id: newId(), order, blob: await reply.blob(), status, facts: readFacts(reply.headers) };
-      await this.onTake({ ...take, seconds: (performance.now() - began) / 1000 });
+      const clip = { id: newId(), order, blob: await reply.blob(), status, facts: readFacts(reply.headers) };
+      await this.onClip({ ...clip, seconds: (performance.now() - began) / 1000 });
     } catch (error) {
       if (error.name !== "AbortError") throw error;
     } finally {
@@ -43,7 +43,7 @@ export class Jobs {
     }
   }
 
-  // From its submission to its take.
+  // Follows a job from its submission to its clip.
   async follow(job, began = null) {
     if (this.followed.has(job.id)) return;
     this.followed.add(job.id);
@@ -53,27 +53,27 @@ export class Jobs {
       row = new Row(job.order, () => call(`jobs/${job.acceptedAs}`, { method: "DELETE" }).catch(this.onFailure));
       for await (const { kind, data } of jobEvents(job.acceptedAs)) {
         if (kind === "progress") row.show(data);
-        if (kind === "away") row.say(`${data.message} Trying again.`);
+        if (kind === "away") row.say(`${data.message} Retrying.`);
         if (kind === "end") await this.finish(job, { status: data, began });
       }
       await store.remove("jobs", job.id);
     } catch (error) {
-      this.onFailure(error.status === 404 ? new Error("The server does not know this job any more.") : error);
-      if (isGone(error)) await store.remove("jobs", job.id);
+      this.onFailure(error.status === 404 ? new Error("The server no longer has this job.") : error);
+      if (isFinal(error)) await store.remove("jobs", job.id);
     } finally {
       this.followed.delete(job.id);
       row?.remove();
     }
   }
 
-  // It is kept before the server has it, with the key that makes a second submission the same job: a page that is loaded
-  // again before the answer is there submits once more.
+  // Stores the job before submitting it, with its idempotency key. After a reload the page submits it again, and the
+  // server returns the same job.
   async submit(job) {
     store.put("jobs", job);
     try {
       job.acceptedAs = await submit(job.order, job.id);
     } catch (error) {
-      if (error.status === 0) throw new Error("The server does not answer. It is asked again when the page is loaded again.");
+      if (error.status === 0) throw new Error("Server unreachable. Reload the page to submit the job again.");
       if (error.status !== 401) await store.remove("jobs", job.id);
       throw error;
     }
@@ -83,20 +83,20 @@ export class Jobs {
   async finish(job, { status, began }) {
     if (status.status === "failed") this.onFailure(new Error(status.error ?? "The job failed."));
     if (status.status !== "succeeded") return;
-    const reply = await callPatiently(`jobs/${job.acceptedAs}/audio`);
+    const reply = await callWithRetries(`jobs/${job.acceptedAs}/audio`);
     const facts = { ...readFacts(reply.headers), ...clipFacts(status) };
     const seconds = began && (performance.now() - began) / 1000;
     const blob = await reply.blob().catch(() => {
-      throw new Error("The connection was lost. The take is fetched when the page is loaded again.");
+      throw new Error("The connection was lost. Reload the page to fetch the clip.");
     });
-    await this.onTake({ id: job.id, order: job.order, blob, status, facts, seconds });
+    await this.onClip({ id: job.id, order: job.order, blob, status, facts, seconds });
   }
 }
 
-// Whether asking for a job again brings nothing: not so without a key, nor where the server or the connection broke.
-const isGone = ({ status }) => status >= 400 && status < 500 && ![401, 403, 429].includes(status);
+// Whether a retry is useless. It is not after a missing key, a server error or a lost connection.
+const isFinal = ({ status }) => status >= 400 && status < 500 && ![401, 403, 429].includes(status);
 
-// A line of the list, with a button that stops it.
+// A row of the job list, with a cancel button.
 class Row {
   constructor(order, onCancel) {
     const { prompt } = order.fields;
@@ -109,9 +109,9 @@ class Row {
     cancel.addEventListener("click", async () => {
       cancel.disabled = true;
       await onCancel();
-      cancel.disabled = false; // it is still there if that failed
+      cancel.disabled = false; // the row remains if cancelling failed
     });
-    this.line = Object.assign(document.createElement("small"), { textContent: "sent" });
+    this.line = Object.assign(document.createElement("small"), { textContent: "submitting" });
     this.node.append(what, this.bar, cancel, this.line);
     element("jobs").append(this.node);
     element("no-jobs").hidden = true;
@@ -119,7 +119,7 @@ class Row {
 
   show({ stage, fraction, queue_position: position, eta_seconds: left }) {
     this.bar.value = fraction;
-    const before = position === null || position === undefined ? "" : `, ${position} before it`;
+    const before = position === null || position === undefined ? "" : position ? `, ${position} before it` : ", next";
     this.say(`${stage}${before}${left ? `, about ${Math.ceil(left)} s left` : ""}`);
   }
 

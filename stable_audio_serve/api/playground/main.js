@@ -1,4 +1,4 @@
-// The page: what each button does.
+// The actions of the page.
 
 import { ApiError, key, setKey } from "./api.js";
 import { audioContext, decode, equalGains, padded, Player, sha256, wavBlob } from "./audio.js";
@@ -7,17 +7,17 @@ import { Jobs } from "./jobs.js";
 import { asCurl, asJson, asPython, FORMATS, make, repeat } from "./orders.js";
 import { ServerPanel } from "./server_panel.js";
 import * as store from "./store.js";
-import { Takes } from "./takes.js";
+import { Clips } from "./clips.js";
 import { Waveform } from "./waveform.js";
 
 const element = (id) => document.getElementById(id);
-const MOST_DECODED_BYTES = 50e6; // a larger source is not looked into, only sent
+const MOST_DECODED_BYTES = 50e6; // larger sources are sent without decoding them first
 const say = (message) => (element("said").textContent = message);
 
-let chosen = null; // the take that is to be shown
-let shown = null; // the take that is shown
-let other = null; // the one shown before it: A / B
-let buffer = null; // its sound
+let chosen = null; // the clip to be shown
+let shown = null; // the shown clip
+let other = null; // the previously shown clip, for A / B
+let buffer = null; // audio of the shown clip
 
 const player = new Player({
   onTick: (seconds) => {
@@ -28,8 +28,8 @@ const player = new Player({
 });
 const waveform = new Waveform(element("wave"), { onSeek: (seconds) => player.seek(seconds), onRegion: showRegion });
 const form = new Form({ onSubmit: () => attempt(generate), onSourceFile: useFile });
-const takes = new Takes({ onShow: (take) => show(take).catch(fail), onForget: forget });
-const jobs = new Jobs({ onTake: addTake, onFailure: fail });
+const clips = new Clips({ onShow: (clip) => show(clip).catch(fail), onDelete: removeOther });
+const jobs = new Jobs({ onClip: addClip, onFailure: fail });
 const panel = new ServerPanel();
 
 function fail(error) {
@@ -41,10 +41,10 @@ function fail(error) {
   form.showFaults([{ field: null, message: error.message }]);
 }
 
-// ---- making ----
+// ---- generating ----
 
 async function generate() {
-  if (!form.model) return connect(); // the server has not said yet what it makes, or asks for a key
+  if (!form.model) return connect(); // models are not loaded yet, or the server needs a key
   form.clearFaults();
   const faults = form.faults();
   if (faults.length) return form.showFaults(faults);
@@ -52,33 +52,33 @@ async function generate() {
   return Promise.all(form.orders().map((order) => jobs.start(order)));
 }
 
-// Opening a sound device takes a moment: it is done while the take is made.
+// Opens the audio device during the generation, because that takes a moment.
 function readySound() {
   if (element("autoplay").checked) audioContext().resume().catch(() => {});
 }
 
-async function addTake({ id, order, blob, status, facts, seconds }) {
-  if (takes.byId.has(id)) return; // another tab has fetched it
-  const take = { id, at: Date.now(), order, blob, rateHz: status.sample_rate, model: status.model, facts, seconds };
-  const isKept = takes.add(take);
-  await show(take, { plays: Boolean(seconds) && element("autoplay").checked });
+async function addClip({ id, order, blob, status, facts, seconds }) {
+  if (clips.byId.has(id)) return; // another tab has added it
+  const clip = { id, at: Date.now(), order, blob, rateHz: status.sample_rate, model: status.model, facts, seconds };
+  const isKept = clips.add(clip);
+  await show(clip, { plays: Boolean(seconds) && element("autoplay").checked });
   const warnings = (status.warnings ?? []).map((warning) => ` ${warning}.`);
-  say((seconds ? `Made in ${seconds.toFixed(2)} s.` : "Made.") + warnings.join(""));
-  if (!(await isKept)) say("Made. This browser has no room for it: it lasts as long as this page.");
+  say((seconds ? `Generated in ${seconds.toFixed(2)} s.` : "Generated.") + warnings.join(""));
+  if (!(await isKept)) say("Generated. The browser cannot store the clip: it lasts until this page closes.");
 }
 
 async function useFile(file) {
   form.setSource(file, `, ${(file.size / 1e6).toFixed(1)} MB`);
   if (file.size > MOST_DECODED_BYTES) return;
   const sound = await decode(file, 44100).catch(() => null);
-  if (form.source !== file) return; // it was replaced meanwhile
+  if (form.source !== file) return; // the user chose another file
   if (sound) form.setSource(file, `, ${sound.duration.toFixed(2)} s`);
-  else form.showFaults([{ field: "audio", message: "This browser cannot read the file; the server may." }]);
+  else form.showFaults([{ field: "audio", message: "This browser cannot decode the file. The server may be able to." }]);
 }
 
-const CROSSFADE_S = 0.03; // the server's, inside a region; what is before a clip's start has none of it
+const CROSSFADE_S = 0.03; // of the server, inside a region; not applied before the start of a clip
 
-// The region is made anew: within the take, behind its end, or before its start, for which the clip is moved.
+// Regenerates the region: inside the clip, past its end, or before its start, which shifts the clip.
 async function regenerate() {
   form.clearFaults();
   const { region } = waveform;
@@ -104,38 +104,38 @@ async function regenerate() {
 }
 
 const round = (seconds) => Math.round(seconds * 1000) / 1000;
-const wavFile = (take, blob) => new File([blob], `${name(take)}.wav`, { type: "audio/wav" });
-const name = (take) => `${take.order.fields.prompt.toLowerCase().match(/[\p{L}\p{N}]+/gu)?.join("-").slice(0, 60) ?? "take"}-${take.facts.seed}`;
+const wavFile = (clip, blob) => new File([blob], `${name(clip)}.wav`, { type: "audio/wav" });
+const name = (clip) => `${clip.order.fields.prompt.toLowerCase().match(/[\p{L}\p{N}]+/gu)?.join("-").slice(0, 60) ?? "clip"}-${clip.facts.seed}`;
 
 // ---- showing ----
 
-async function show(take, { plays = false } = {}) {
-  chosen = take;
-  const sound = await decode(take.blob, take.rateHz);
-  if (chosen !== take) return; // another one was chosen meanwhile
-  if (shown && shown.id !== take.id) other = shown;
-  shown = take;
+async function show(clip, { plays = false } = {}) {
+  chosen = clip;
+  const sound = await decode(clip.blob, clip.rateHz);
+  if (chosen !== clip) return; // the user chose another clip
+  if (shown && shown.id !== clip.id) other = shown;
+  shown = clip;
   buffer = sound;
   player.load([buffer], [1]);
   if (plays) player.play().then(showPlaying, fail);
   element("ab").setAttribute("aria-pressed", "false");
-  const { facts } = take;
+  const { facts } = clip;
   const loudness = facts.loudness === null || facts.loudness === undefined ? "" : `, ${facts.loudness.toFixed(1)} LUFS`;
-  element("take-name").textContent = take.order.fields.prompt;
-  element("take-facts").textContent = `${take.model}, seed ${facts.seed}, ${buffer.duration.toFixed(2)} s${loudness}${facts.device ? `, ${facts.device} ${facts.dtype ?? ""}` : ""}`;
+  element("clip-name").textContent = clip.order.fields.prompt;
+  element("clip-facts").textContent = `${clip.model}, seed ${facts.seed}, ${buffer.duration.toFixed(2)} s${loudness}${facts.device ? `, ${facts.device} ${facts.dtype ?? ""}` : ""}`;
   for (const id of ["play", "loop", "format", "download"]) element(id).disabled = false;
-  element("format").replaceChildren(...FORMATS[take.order.kind].map((format) => new Option(format)));
+  element("format").replaceChildren(...FORMATS[clip.order.kind].map((format) => new Option(format)));
   element("ab").disabled = !other;
-  element("take-tools").hidden = false;
-  document.documentElement.dataset.shown = take.id;
-  takes.mark(take);
+  element("clip-tools").hidden = false;
+  document.documentElement.dataset.shown = clip.id;
+  clips.mark(clip);
   player.onTick(0);
   showPlaying();
   await waveform.show(buffer, form.mostS || Infinity);
 }
 
-function forget(take) {
-  if (other?.id === take.id) other = null;
+function removeOther(clip) {
+  if (other?.id === clip.id) other = null;
   element("ab").disabled = !other;
 }
 
@@ -146,7 +146,7 @@ function showPlaying() {
 function showRegion(region) {
   element("region-tools").hidden = !region || !shown;
   if (!region || !shown) return;
-  const where = region.end > buffer.duration + 0.01 ? "continues the take" : region.start < -0.01 ? "extends it to the left" : "of the take";
+  const where = region.end > buffer.duration + 0.01 ? "past the end of the clip" : region.start < -0.01 ? "before the start of the clip" : "of the clip";
   element("region-line").textContent = `${(region.end - region.start).toFixed(2)} s ${where}`;
   element("region-start").value = region.start.toFixed(2);
   element("region-end").value = region.end.toFixed(2);
@@ -166,57 +166,57 @@ async function toggleLoop() {
   await player.setLoop(loops);
 }
 
-// The shown take and the one before it play in step, as loud as each other; this changes which of them is heard.
+// Plays the shown clip and the previous one in sync at equal loudness, and switches the audible one.
 async function toggleAB() {
   const button = element("ab");
   if (player.voices.length < 2) {
-    const [take, before] = [shown, other];
+    const [clip, before] = [shown, other];
     const sound = await decode(before.blob, before.rateHz);
-    if (shown !== take) return; // another one is shown by now
+    if (shown !== clip) return; // another clip is shown by now
     const at = player.now;
     const wasPlaying = player.isPlaying;
-    player.load([buffer, sound], equalGains([take.facts.loudness, before.facts.loudness]));
+    player.load([buffer, sound], equalGains([clip.facts.loudness, before.facts.loudness]));
     await player.seek(at);
     if (wasPlaying) await player.play();
   }
-  const heard = 1 - player.heard;
-  player.hear(heard);
-  button.setAttribute("aria-pressed", String(heard === 1));
-  say(heard ? `Hearing the one before: ${other.order.fields.prompt}, seed ${other.facts.seed}` : "Hearing the shown take");
+  const audible = 1 - player.audible;
+  player.select(audible);
+  button.setAttribute("aria-pressed", String(audible === 1));
+  say(audible ? `Playing the previous clip: ${other.order.fields.prompt}, seed ${other.facts.seed}` : "Playing the shown clip");
   showPlaying();
 }
 
 async function download() {
-  const take = shown;
+  const clip = shown;
   const format = element("format").value;
-  if (format !== "wav") say(`Making it once more, as ${format}.`);
-  const blob = format === "wav" ? take.blob : await (await make(take.order, { format })).blob();
-  const link = Object.assign(document.createElement("a"), { href: URL.createObjectURL(blob), download: `${name(take)}.${format}` });
+  if (format !== "wav") say(`Generating the clip again as ${format}.`);
+  const blob = format === "wav" ? clip.blob : await (await make(clip.order, { format })).blob();
+  const link = Object.assign(document.createElement("a"), { href: URL.createObjectURL(blob), download: `${name(clip)}.${format}` });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
 }
 
-async function prove() {
-  const take = shown;
-  say("Making it once more.");
-  const { reply, verdict } = await repeat(take);
-  const [first, second] = await Promise.all([take.blob, await reply.blob()].map((blob) => blob.arrayBuffer()));
+async function repeatAndCompare() {
+  const clip = shown;
+  say("Generating the clip again.");
+  const { reply, verdict } = await repeat(clip);
+  const [first, second] = await Promise.all([clip.blob, await reply.blob()].map((blob) => blob.arrayBuffer()));
   const bytes = new Uint8Array(second);
   const isSame = first.byteLength === second.byteLength && new Uint8Array(first).every((byte, index) => byte === bytes[index]);
-  const hash = crypto.subtle ? `: SHA-256 ${await sha256(second)}` : ""; // only on HTTPS and on this machine
-  const why = verdict === "close" ? "it was made on something else, or in fast mode" : "the server is another one by now";
-  say(isSame ? `The same to the byte${hash}` : `Not the same bytes: ${why}.`);
+  const hash = crypto.subtle ? `: SHA-256 ${await sha256(second)}` : ""; // needs HTTPS or localhost
+  const why = verdict === "close" ? "the device or version differs, or the server runs in fast mode" : "the server has changed";
+  say(isSame ? `Identical bytes${hash}` : `Different bytes: ${why}.`);
 }
 
 async function copy(kind) {
   const text = { curl: asCurl, python: asPython, json: asJson }[kind](shown);
   if (navigator.clipboard) await navigator.clipboard.writeText(text);
-  else copyAsBefore(text);
+  else copyBySelection(text);
   say("Copied.");
 }
 
-// Without HTTPS, on another machine, the clipboard is open to what the user has selected only.
-function copyAsBefore(text) {
+// The fallback without HTTPS: only selected text can be copied.
+function copyBySelection(text) {
   const field = Object.assign(document.createElement("textarea"), { value: text, className: "unseen" });
   document.body.append(field);
   field.select();
@@ -254,7 +254,7 @@ on("play", "click", playOrPause);
 on("loop", "click", toggleLoop);
 on("ab", "click", toggleAB);
 on("download", "click", download);
-on("repeat", "click", prove);
+on("repeat", "click", repeatAndCompare);
 on("regenerate", "click", regenerate);
 on("region-clear", "click", () => waveform.clear());
 on("mark-region", "click", () => waveform.mark(buffer.duration * 0.25, buffer.duration * 0.75));
@@ -270,7 +270,7 @@ on("key-dialog", "close", () => {
   setKey(element("api-key").value.trim());
   return connect();
 });
-// A button that was pressed by hand gives the keys back: after Generate, Space plays.
+// Removes the focus from a clicked button, so that Space plays after a click on Generate.
 document.addEventListener("click", (event) => event.detail && event.target.closest("button")?.blur());
 document.addEventListener("keydown", (event) => {
   const isTyping = event.target.closest("input, textarea, select, dialog, .scroll");
@@ -288,8 +288,8 @@ document.addEventListener("keydown", (event) => {
   attempt(acts[event.key]);
 });
 
-element("autoplay").checked = store.playsAtOnce();
-on("autoplay", "change", () => store.setPlaysAtOnce(element("autoplay").checked));
+element("autoplay").checked = store.readAutoplay();
+on("autoplay", "change", () => store.setAutoplay(element("autoplay").checked));
 await store.open();
-await Promise.all([takes.load(), connect()]);
+await Promise.all([clips.load(), connect()]);
 document.documentElement.dataset.ready = "true";

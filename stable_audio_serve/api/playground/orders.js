@@ -1,5 +1,5 @@
-// What is asked of the server: a take's settings -> the request that makes it, also as text to copy. An order is
-// {kind, fields, source?, regions?}: `fields` by the API's names, `source` a file, `regions` [[start, end]] in seconds.
+// Builds requests from orders, also as text to copy. An order holds the settings of a clip: {kind, fields, source?,
+// regions?}, with `fields` by the API's names, `source` a file, and `regions` [[start, end]] in seconds.
 
 import { call, url } from "./api.js";
 
@@ -26,29 +26,29 @@ function body(order, more = {}) {
 
 const path = (order) => (order.kind === "loop" ? "saos/generate/loop" : `v1/audio/${ROUTES[order.kind]}`);
 
-// Makes it now: the reply is the audio.
+// Generates synchronously; the response is the audio.
 export const make = (order, { format, signal } = {}) =>
   call(path(order), { method: "POST", signal, ...body(order, format && { response_format: format }) });
 
-// Makes it later: returns the job's id. The same order with the same key is the same job.
+// Submits a job and returns its id. The same order with the same key returns the same job.
 export async function submit(order, idempotencyKey) {
   const headers = { "Idempotency-Key": idempotencyKey };
   const reply = await call(JOB_ROUTES[order.kind], { method: "POST", headers, ...body(order) });
   return (await reply.json()).id;
 }
 
-// Makes a take again from its recipe, else from its order: {reply, verdict}, which is "exact", "close" or unknown.
-export async function repeat(take) {
-  const { recipe } = take.facts;
-  if (!recipe) return { reply: await make(take.order), verdict: null };
+// Recreates a clip from its recipe, or without one from its order. Returns {reply, verdict}: "exact", "close" or null.
+export async function repeat(clip) {
+  const { recipe } = clip.facts;
+  if (!recipe) return { reply: await make(clip.order), verdict: null };
   const form = new FormData();
-  form.append("recipe", new Blob([JSON.stringify(recipe)]), "recipe.json"); // a file, because fields have at most 512 KiB
-  if (take.order.source) form.append("audio", take.order.source, take.order.source.name ?? "source.wav");
+  form.append("recipe", new Blob([JSON.stringify(recipe)]), "recipe.json"); // as a file, because form fields are limited to 512 KiB
+  if (clip.order.source) form.append("audio", clip.order.source, clip.order.source.name ?? "source.wav");
   const reply = await call("v1/audio/replay", { method: "POST", form });
   return { reply, verdict: reply.headers.get("X-Replay") };
 }
 
-// What the answer's headers say of its one clip. A recipe without its long prompt cannot be replayed.
+// Returns the properties of a single clip from response headers. A shortened recipe cannot be replayed.
 export function readFacts(headers) {
   const value = (name) => JSON.parse(headers.get(name) ?? "null");
   const recipe = value("X-Recipe");
@@ -61,7 +61,7 @@ export function readFacts(headers) {
   };
 }
 
-// The recipe, which POST /v1/audio/replay takes; of a loop, which has none, what was asked for.
+// Returns the recipe for POST /v1/audio/replay; for a loop, which has none, its order.
 export function asJson({ order, facts }) {
   if (facts.recipe) return JSON.stringify(facts.recipe, null, 2);
   const source = order.source && { source: order.source.name ?? "source.wav" };
@@ -76,7 +76,7 @@ export function asCurl({ order }) {
     ? Object.entries(json).map(([field, value]) => `--form-string ${quoted(`${field}=${wire(value)}`)}`)
     : ["-H 'Content-Type: application/json'", `-d ${quoted(JSON.stringify(json))}`];
   if (order.source) sent.push(`-F ${quoted(`${order.kind === "loop" ? "audio_file" : "audio"}=@"${name.replace(/["\\]/g, "\\$&")}"`)}`);
-  return ["curl -fsS", quoted(url(path(order))), `-H "Authorization: Bearer $STABLE_AUDIO_API_KEY"`, ...sent, "-o take.wav"].join(" \\\n  ");
+  return ["curl -fsS", quoted(url(path(order))), `-H "Authorization: Bearer $STABLE_AUDIO_API_KEY"`, ...sent, "-o clip.wav"].join(" \\\n  ");
 }
 
 export function asPython({ order }) {
@@ -95,8 +95,8 @@ export function asPython({ order }) {
     "from stable_audio_serve.client import Client",
     "",
     `with Client(${JSON.stringify(url("."))}) as client:`,
-    `    take = client.${order.kind}(${[...first, ...regions, ...audio, ...more].join(", ")})`,
-    '    take.save("take.wav")',
+    `    clip = client.${order.kind}(${[...first, ...regions, ...audio, ...more].join(", ")})`,
+    '    clip.save("clip.wav")',
     "",
   ].join("\n");
 }

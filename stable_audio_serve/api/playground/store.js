@@ -1,8 +1,8 @@
-// Takes and unfinished jobs in this browser (IndexedDB), so that a reload forgets nothing. Where a browser keeps nothing,
-// as in some private windows or on a full disk, they last as long as the page.
+// Stores clips and unfinished jobs in this browser (IndexedDB), so that they survive a reload. Without IndexedDB, as in
+// some private windows or on a full disk, they last as long as the page.
 
 const NAME = "stable-audio-serve";
-const STORES = ["takes", "jobs"];
+const STORES = ["takes", "jobs"]; // "takes" holds the clips
 let database = null;
 const memory = { takes: new Map(), jobs: new Map() };
 const otherTabs = new BroadcastChannel(NAME);
@@ -27,7 +27,7 @@ export async function open() {
 
 const within = (store, mode) => database.transaction(store, mode).objectStore(store);
 
-// Done when it is committed: a full disk is noticed no earlier.
+// Resolves at the commit, because a full disk is not reported earlier.
 const change = (store, act) =>
   new Promise((resolve, reject) => {
     const target = within(store, "readwrite");
@@ -36,12 +36,12 @@ const change = (store, act) =>
     act(target);
   });
 
-// Another page of this server kept or forgot something in `store`.
+// Calls `act(store)` when another tab has changed a store.
 export function onChange(act) {
   otherTabs.addEventListener("message", (event) => act(event.data));
 }
 
-// Returns whether it is kept beyond this page.
+// Returns whether the value is stored beyond this page.
 export async function put(store, value) {
   try {
     await change(store, (target) => target.put(value));
@@ -65,7 +65,7 @@ export async function clear(store) {
   otherTabs.postMessage(store);
 }
 
-// Everything in `store`, oldest first.
+// Returns all values in a store, oldest first.
 export async function all(store) {
   const kept = (await attempt(() => done(within(store, "readonly").getAll()))) ?? [];
   return [...kept, ...memory[store].values()].sort((one, other) => one.at - other.at);
@@ -75,12 +75,12 @@ async function attempt(act) {
   try {
     return await act();
   } catch {
-    return null; // there is no database
+    return null; // no database
   }
 }
 
-// Whether takes are played as soon as they are made: the one wish that is remembered.
-export function playsAtOnce() {
+// Whether new clips are played automatically: the only stored preference.
+export function readAutoplay() {
   try {
     return localStorage.getItem(AUTOPLAY) !== "off";
   } catch {
@@ -88,8 +88,8 @@ export function playsAtOnce() {
   }
 }
 
-export function setPlaysAtOnce(does) {
+export function setAutoplay(isOn) {
   try {
-    localStorage.setItem(AUTOPLAY, does ? "on" : "off");
-  } catch {} // the browser denies its storage
+    localStorage.setItem(AUTOPLAY, isOn ? "on" : "off");
+  } catch {} // the browser blocks local storage
 }

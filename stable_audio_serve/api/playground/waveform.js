@@ -1,5 +1,5 @@
-// A take as waveform and spectrogram on one axis of time, with room before and behind it, and one region on it. Times
-// that go in and out are seconds of the take: negative before its start, beyond its duration behind its end.
+// Shows a clip as waveform and spectrogram on one time axis, with space before and after it, and one region. All times
+// are seconds relative to the clip's start: negative before it, above its duration past its end.
 
 import Regions from "./vendor/regions.esm.js";
 import Spectrogram from "./vendor/spectrogram.esm.js";
@@ -7,7 +7,7 @@ import WaveSurfer from "./vendor/wavesurfer.esm.js";
 
 import { padded, wavBlob } from "./audio.js";
 
-const ROOM = 0.25; // of the take's length, on either side
+const ROOM = 0.25; // of the clip's length, on each side
 const LEAST_ROOM_S = 1;
 
 export class Waveform {
@@ -34,14 +34,14 @@ export class Waveform {
     this.onRegion = onRegion;
     this.regions.on("region-created", (created) => {
       for (const other of this.regions.getRegions()) if (other !== created) other.remove();
-      this.meetTake();
+      this.closeGap();
     });
-    this.regions.on("region-updated", () => this.meetTake());
+    this.regions.on("region-updated", () => this.closeGap());
     this.regions.on("region-removed", () => onRegion(this.region));
     this.accent = colour("--accent-soft");
   }
 
-  // `mostS` is the longest clip that the model makes.
+  // `mostS` is the longest clip of the model, seconds.
   async show(buffer, mostS) {
     this.buffer = buffer;
     this.mostRoomS = Math.max(0, mostS - buffer.duration);
@@ -54,7 +54,7 @@ export class Waveform {
     try {
       await this.surfer.loadBlob(wavBlob(padded(this.buffer, this.roomS, this.roomS)));
     } catch (error) {
-      if (error.name !== "AbortError") throw error; // another take is shown by now
+      if (error.name !== "AbortError") throw error; // another clip is shown by now
     }
   }
 
@@ -67,7 +67,7 @@ export class Waveform {
     return region ? { start: region.start - this.roomS, end: region.end - this.roomS } : null;
   }
 
-  // Marks a region, and makes room for it if there is too little.
+  // Marks a region and adds space for it if needed.
   async mark(start, end) {
     if (Number.isNaN(start + end)) return; // a field is empty
     const roomS = Math.max(-start, end - this.buffer.duration);
@@ -77,13 +77,13 @@ export class Waveform {
     if (!region) this.regions.addRegion({ ...times, color: this.accent, drag: true, resize: true });
     else {
       region.setOptions(times);
-      this.meetTake();
+      this.closeGap();
     }
   }
 
-  // A region wholly in the room behind the take or before it is stretched to it: a gap would be kept as silence.
-  meetTake() {
-    if (!this.buffer) return this.clear(); // nothing is drawn yet
+  // Extends a region outside the clip up to the clip, because a gap would remain silent.
+  closeGap() {
+    if (!this.buffer) return this.clear(); // no clip is shown yet
     const [region] = this.regions.getRegions();
     const [start, end] = [this.roomS, this.roomS + this.buffer.duration];
     if (region.start > end) region.setOptions({ start: end });

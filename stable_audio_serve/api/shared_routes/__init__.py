@@ -1,1 +1,1 @@
-"""Routes that belong to no single dialect: health and models, pages, downloads, the path that two dialects share."""
+"""Routes outside a single dialect: health, models, pages, downloads, and the path that two dialects share."""

@@ -1,4 +1,4 @@
-"""Downloads of stored files: links with an unguessable id need no key. Files are streamed, never held in memory."""
+"""Downloads of stored files. Links have an unguessable id and need no key. Files are streamed from the store."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TAG = "Files"
 
 
 def build_router(service: Service) -> APIRouter:
-    """The download route over one service."""
+    """Returns the download route."""
     router = APIRouter(route_class=public_route_class(render_error), tags=[TAG])
     path = "/files/{file_id:hex_id}/{file_name}"
 
@@ -28,11 +28,11 @@ def build_router(service: Service) -> APIRouter:
         responses={
             200: {"description": "The file.", "content": {"application/octet-stream": {}}},
             **error_responses(ErrorBody, 500, 503),
-            404: {"model": ErrorBody, "description": "No such file, or it is gone."},
+            404: {"model": ErrorBody, "description": "No such file, or it no longer exists."},
         },
     )
     async def download(request: Request, file_id: str, *, file_name: str) -> Response:
-        """A finished job's audio, or a stored file, for whoever has its link."""
+        """Download a finished job's audio or a stored file. Anyone with the link may use it."""
         file = await service.jobs.find_file(file_id)
         if file is None or file.file_name != file_name:
             raise HTTPException(404, "file not found")

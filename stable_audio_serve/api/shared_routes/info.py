@@ -1,4 +1,4 @@
-"""What the server says about itself: health and the list of models. Never loads a model and never waits for one."""
+"""Health, readiness and the list of models. Never loads a model and never waits for one."""
 
 from __future__ import annotations
 
@@ -18,63 +18,65 @@ _UNKNOWN = ModelStatus("loading")
 
 
 class QualityHealth(BaseModel):
-    """Which weights serve, and how they came through the quality gate."""
+    """Weights of a replica and its result at the quality gate."""
 
     gate: GateOutcome = Field(
-        description="passed; unchecked: there is sound, but nothing to compare it with could be read; fallback: the "
-        "last good weights serve, because the configured ones failed; off."
+        description="passed; unchecked: the model makes sound, but no quality report could be read; fallback: the "
+        "configured weights failed and the last good ones serve; off."
     )
     weights: str | None = Field(description="SHA-256 over config, weights and text encoder.")
-    revision: str | None = Field(description="The commit they are from; null from a folder.")
-    report: str | None = Field(description="Id of their quality report, which `quality_report` can name.")
-    problem: str | None = Field(description="What is wrong, if anything is.")
+    revision: str | None = Field(description="Commit of the weights; null for weights from a folder.")
+    report: str | None = Field(description="Id of their quality report, usable as `quality_report` in the settings.")
+    problem: str | None = Field(description="The problem found, null if none.")
 
 
 class ModelHealth(BaseModel):
-    """One model's replicas."""
+    """State of one model's replicas."""
 
     stage: str = Field(description="loading, ready, failed, idle (scaled to zero) or waking (from zero).")
-    demo: bool = Field(description="Made to try the server out, not for its sound.")
+    demo: bool = Field(description="Whether this is the demo model, meant for trying out the server.")
     device: str | None
     num_replicas: int
     detail: dict[str, str]
-    quality: QualityHealth | None = Field(description="Of the replica that has the most to say; null before one runs.")
-    refused_update: str | None = Field(description="Set while older replicas answer because newer ones do not start.")
+    quality: QualityHealth | None = Field(
+        description="Of the replica with the most serious result; null until one runs."
+    )
+    refused_update: str | None = Field(description="Reason why new replicas do not start while older ones serve.")
 
 
 class ModelInfo(BaseModel):
-    """The model behind the Stable Audio Open small routes."""
+    """The model of the Stable Audio Open Small routes."""
 
     sample_rate: int = Field(description="Hertz.")
-    sample_size: int = Field(description="Samples of its longest clip.")
+    sample_size: int = Field(description="Length of the longest clip, samples.")
     diffusion_objective: str
 
 
 class JobStoreHealth(BaseModel):
-    """Whether jobs are taken and done."""
+    """State of the job store."""
 
-    state: StoreState = Field(description="ok; full or unavailable: passes by itself; moved: until it is brought back.")
-    reason: str | None = Field(description="Why not.")
+    state: StoreState = Field(description="ok; full or unavailable: temporary; moved: until the operator restores it.")
+    reason: str | None = Field(description="Reason for a state other than ok.")
 
 
 class KeysHealth(BaseModel):
-    """Whether the file of keys can be used."""
+    """State of the key file."""
 
-    state: KeyFileState = Field(description="unset; ok; broken: the former keys count; unread: there are none.")
-    reason: str | None = Field(description="What is wrong with it.")
+    state: KeyFileState = Field(description="unset; ok; broken: the last valid keys apply; unread: no keys yet.")
+    reason: str | None = Field(description="Reason for the states broken and unread.")
 
 
 class Health(BaseModel):
     """The server's state and limits."""
 
     status: str = Field(
-        description="ok when the default model can answer, else loading or failed; draining while the server stops."
+        description="ok if the default model is ready, else loading or failed; draining while the server stops."
     )
-    healthy: bool = Field(description="Whether requests may come; /ready says it with its HTTP status.")
-    reasons: list[str] = Field(description="Why not.")
+    healthy: bool = Field(description="Whether the server accepts requests; as the status code of /ready.")
+    reasons: list[str] = Field(description="Reasons for not being healthy.")
     model: str = Field(description="The default model.")
     model_info: ModelInfo
-    device: str | None = Field(description="What the default model runs on; before, the configured one.")
+    device: str | None = Field(description="Device of the default model; the configured one until it runs.")
     loaded: bool
     model_loaded: bool
     cuda_available: bool
@@ -84,7 +86,7 @@ class Health(BaseModel):
     preload_models: list[str]
     model_duration_limits_seconds: dict[str, float]
     max_duration_seconds: float
-    max_steps: int = Field(description="Of the default model.")
+    max_steps: int = Field(description="Most steps with the default model.")
     max_batch_size: int
     models: dict[str, ModelHealth]
     job_store: JobStoreHealth
@@ -92,16 +94,18 @@ class Health(BaseModel):
 
 
 class Ready(BaseModel):
-    """Whether requests may come."""
+    """Whether the server accepts requests."""
 
     ready: bool
     status: str = Field(description="As in /health.")
-    reasons: list[str] = Field(description="Why not.")
-    job_store: JobStoreHealth = Field(description="As in /health. It has no part in `ready`: only jobs need it.")
+    reasons: list[str] = Field(description="Reasons for not being ready.")
+    job_store: JobStoreHealth = Field(
+        description="As in /health. It does not affect `ready`, because only jobs need it."
+    )
 
 
 class Model(BaseModel):
-    """One served model: OpenAI's keys, then ours."""
+    """One served model: OpenAI's fields, then extensions."""
 
     id: str
     object: str = "model"
@@ -120,20 +124,20 @@ class Model(BaseModel):
     sample_rate_hz: int
     channels: int
     default_steps: int
-    max_steps: int = Field(description="Of our own API.")
+    max_steps: int = Field(description="Most steps in the native API.")
     default_cfg_scale: float
     samplers: list[str]
 
 
 class ModelList(BaseModel):
-    """The models in the form of OpenAI's list, which its client libraries parse."""
+    """The models in the format of OpenAI's list, which its client libraries parse."""
 
     object: str = "list"
     data: list[Model]
 
 
 def describe_health(service: Service, status: Mapping[str, ModelStatus], *, job_store: StoreHealth) -> Health:
-    """Returns the answer of the health route."""
+    """Returns the response of the health route."""
     settings, catalog = service.settings, service.backend.catalog
     api = settings.api
     verdict = _judge(service, status)
@@ -164,7 +168,7 @@ def describe_health(service: Service, status: Mapping[str, ModelStatus], *, job_
 
 
 def describe_ready(service: Service, status: Mapping[str, ModelStatus], *, job_store: StoreHealth) -> Ready:
-    """Returns the answer of the readiness route."""
+    """Returns the response of the readiness route."""
     verdict = _judge(service, status)
     return Ready(
         ready=verdict.is_ready,
@@ -175,7 +179,7 @@ def describe_ready(service: Service, status: Mapping[str, ModelStatus], *, job_s
 
 
 def describe_models(service: Service, *, owned_by: str, created_at: int) -> ModelList:
-    """Returns the list of models; `created_at` is the server's start, Unix time."""
+    """Returns the list of models; `created_at` is the start of the server, Unix time."""
     catalog, longest_s = service.backend.catalog, service.settings.api.max_duration_s
     return ModelList(
         data=[
@@ -205,7 +209,7 @@ def describe_models(service: Service, *, owned_by: str, created_at: int) -> Mode
 def _judge(service: Service, status: Mapping[str, ModelStatus]) -> Verdict:
     default = service.backend.catalog.default.name
     if service.keys.ring.health.state == "unread":
-        service.readiness.block("keys", "the file of keys cannot be read")
+        service.readiness.block("keys", "the key file cannot be read")
     else:
         service.readiness.clear("keys")
     return service.readiness.judge(default, status.get(default, _UNKNOWN))

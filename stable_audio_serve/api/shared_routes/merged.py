@@ -1,5 +1,5 @@
-"""`POST /generate`, which two dialects share: a request's fields decide which one it means, and each then keeps its own
-contract. Errors have the status of that dialect and the bodies of both.
+"""`POST /generate`, a path of two dialects. The request's fields select the dialect, whose contract then applies. Error
+responses have the status of that dialect and the bodies of both.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from stable_audio_serve.audio.loops import read_tempo
 
 TAG = "Generate"
 
-# One of these makes it a Stable Audio 3 request; fields that both dialects or neither know decide nothing.
+# Any of these fields selects Stable Audio 3. Fields that both dialects have, or neither, do not count.
 ONLY_SA3 = GenerationBody.model_fields.keys() - GenerateBody.model_fields.keys()
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
@@ -46,27 +46,27 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
         "model": Base64Answer,
         "content": dict.fromkeys(MEDIA_TYPES, _BINARY),
     },
-    400: _json_error("A field of a Stable Audio Open Small request is wrong, or the model refuses it."),
-    401: _json_error("Keys are configured and none of them was sent."),
-    403: _json_error("A web page of another origin asks, or the host it is called by is none of this server's."),
+    400: _json_error("A field of a Stable Audio Open Small request is invalid, or the model refuses the request."),
+    401: _json_error("Keys are configured, and the request has no valid one."),
+    403: _json_error("The key lacks a scope, or the request's origin or host is not allowed."),
     408: _json_error("The body did not arrive in time."),
-    413: _json_error("Body too large."),
-    422: _json_error("A field of a Stable Audio 3 request is wrong."),
-    429: _json_error("A limit of the key is used up; Retry-After says when to come again."),
-    500: _json_error("A failure inside."),
-    503: _json_error("No room now; Retry-After says when to come again."),
+    413: _json_error("The body is too large."),
+    422: _json_error("A field of a Stable Audio 3 request is invalid."),
+    429: _json_error("This caller has reached a limit; Retry-After is the time to wait."),
+    500: _json_error("Internal error."),
+    503: _json_error("No capacity now; Retry-After is the time to wait."),
     504: _json_error("The time budget ran out."),
 }
 
 
 class Sa3Body(GenerationBody):
-    """A Stable Audio 3 request that may ask for the other dialect's kind of answer."""
+    """A Stable Audio 3 request with the other dialect's `return_format`."""
 
     return_format: Format | None = None
 
 
 def build_router(service: Service) -> APIRouter:
-    """The shared path over one service."""
+    """Returns the shared route."""
     router = APIRouter(route_class=route_class(render_error, scopes=("generate",)), tags=[TAG])
     schemas = [{"$ref": "#/components/schemas/GenerationBody"}, GenerateBody.model_json_schema()]
     body = {"required": True, "content": {"application/json": {"schema": {"anyOf": schemas}}}}
@@ -79,7 +79,7 @@ def build_router(service: Service) -> APIRouter:
         openapi_extra={"requestBody": body},
     )
     async def generate(request: Request) -> Response:
-        """Make audio from a text prompt, as Stable Audio 3 when a field only it knows is there."""
+        """Generate audio from a text prompt. A field of only Stable Audio 3 selects that API."""
         values = await read_json(request)
         if not ONLY_SA3 & values.keys():
             return await make_text_clip(service, request, body=parse(GenerateBody, values))
@@ -90,7 +90,7 @@ def build_router(service: Service) -> APIRouter:
 
 
 def render_error(request: Request, error: ExpectedError) -> Response:
-    """Returns the answer to an error we expect: `error` for one dialect, `detail` for the other."""
+    """Returns the response to an expected error: `error` for one dialect, `detail` for the other."""
     if getattr(request.state, "is_sa3", False):
         status, body, headers = describe_sa3_error(request, error)
         faults = body["detail"]

@@ -1,7 +1,7 @@
-"""Pages for browsers: the playground at the root, and the API's description on two interactive pages.
+"""Pages for browsers: the playground at the root, and two interactive pages of the API description.
 
-Nothing here is loaded from another host: scripts and styles come from the folder `playground` and from the package
-`fastapi-offline`, and each page's Content-Security-Policy allows no more than that page needs.
+The pages load nothing from other hosts. Scripts and styles come from the folder `playground` and the package
+`fastapi-offline`. Each page's Content-Security-Policy allows only what that page needs.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ _ASSETS = {
     _REDOC: "text/javascript",
     "favicon.png": "image/png",
 }
-# Scripts are the page's own module and what it imports, not 'self': this origin also serves what clients uploaded.
-# wavesurfer.js puts its styles into the page by itself, and draws its spectrogram in a worker of its own making.
+# Scripts need a nonce instead of 'self', because this origin also serves files that clients uploaded.
+# wavesurfer.js inserts its own styles, and draws its spectrogram in a worker that it creates from a blob.
 _HOME_POLICY = (
     "default-src 'self'; script-src 'nonce-{script_nonce}'; style-src 'self' 'nonce-{style_nonce}'; "
     "media-src 'self' blob:; worker-src blob:; "
     "object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-# Both pages set styles by script; Swagger plays what it received, ReDoc searches in a worker of its own making.
+# Both pages set styles by script. Swagger plays audio responses; ReDoc searches in a worker created from a blob.
 _API_POLICY = (
     "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "font-src 'self' data:; connect-src 'self'; media-src 'self' blob:; worker-src blob:; base-uri 'none'; "
@@ -84,7 +84,7 @@ class _File:
 
 
 class ServedModel(BaseModel):
-    """A model in a few words."""
+    """Summary of a served model."""
 
     name: str
     description: str
@@ -93,15 +93,15 @@ class ServedModel(BaseModel):
 
 
 class Dialect(BaseModel):
-    """One of the APIs that are spoken."""
+    """One of the supported APIs."""
 
     name: str
-    base_url: str = Field(description="What its clients are given; paths that dialects share are merged there.")
-    own_base_url: str = Field(description="Where nothing is merged with the others.")
+    base_url: str = Field(description="Base URL for clients of this API; a path that two dialects share is merged.")
+    own_base_url: str = Field(description="Base URL of this dialect alone.")
 
 
 class Card(BaseModel):
-    """What is served, and where."""
+    """The served models and dialects."""
 
     name: Literal["stable-audio-serve"] = NAME
     version: str = __version__
@@ -114,13 +114,13 @@ class Card(BaseModel):
 
 
 def build_router(service: Service) -> APIRouter:
-    """The page at the root, open to everybody: it shows less than health does."""
+    """Returns the playground routes. They need no key, because they show less than /health."""
     router = APIRouter(route_class=public_route_class(render_error), tags=[TAG])
     playground = _read_playground()
     responses: dict[int | str, dict[str, Any]] = {
         200: {
             "model": Card,
-            "description": "For `Accept: application/json`; else a page.",
+            "description": "JSON for `Accept: application/json`, otherwise a page.",
             "content": {"text/html": {}},
         }
     }
@@ -128,7 +128,7 @@ def build_router(service: Service) -> APIRouter:
     @router.head("/", include_in_schema=False)
     @router.get("/", summary="Show what is served", response_class=Response, responses=responses)
     async def home(request: Request) -> Response:
-        """The playground, or for a client that accepts nothing but JSON what is served and where the rest is."""
+        """Return the playground, or for clients that accept only JSON a summary of the server."""
         accepted = request.headers.get("accept", "")
         if "application/json" in accepted and "text/html" not in accepted:
             card = await _describe(service, request)
@@ -142,27 +142,27 @@ def build_router(service: Service) -> APIRouter:
 
     @router.get(
         "/favicon.ico",
-        summary="Load the playground's mark",
+        summary="Load the icon",
         response_class=Response,
         responses={200: {"description": "An image.", "content": {"image/svg+xml": {}}}},
     )
     async def icon() -> Response:
-        """Browsers ask for it unasked."""
+        """Return the playground's icon. Browsers request this path by default."""
         found = playground["icon.svg"]
         return Response(found.content, media_type=found.media_type, headers={"Cache-Control": "max-age=3600"})
 
     @router.get(
         "/playground/{path:path}",
-        summary="Load a part of the playground",
+        summary="Load a playground file",
         response_class=Response,
         responses={
             200: {"description": "A script, a style or an image.", "content": {"application/octet-stream": {}}},
-            304: {"description": "It is what the client has."},
+            304: {"description": "Not modified."},
             404: {"model": ErrorBody, "description": "No such file."},
         },
     )
     async def part(request: Request, path: str) -> Response:
-        """What the page at the root loads."""
+        """Return a file of the playground."""
         found = playground.get(path)
         if found is None or path == "index.html":
             raise HTTPException(404, "file not found")
@@ -175,18 +175,18 @@ def build_router(service: Service) -> APIRouter:
 
 
 def build_api_router() -> APIRouter:
-    """The API's description and the two pages that show it, open to everybody: it is the same for every server."""
+    """Returns the routes of the API description and its pages. They need no key."""
     router = APIRouter(route_class=public_route_class(render_error), tags=[TAG])
 
     @router.get("/openapi.json", summary="Describe the API", responses=error_responses(ErrorBody, 500))
     async def openapi(request: Request) -> dict[str, Any]:
-        """This document."""
+        """Return this document."""
         document: dict[str, Any] = request.app.openapi()
         return document
 
     @router.get("/docs", summary="Try the API out", response_class=HTMLResponse, responses=_API_RESPONSES)
     async def swagger(request: Request) -> Response:
-        """The API's interactive page."""
+        """Show the interactive API page."""
         root = _root(request)
         page = get_swagger_ui_html(
             openapi_url=f"{root}/openapi.json",
@@ -199,7 +199,7 @@ def build_api_router() -> APIRouter:
 
     @router.get("/redoc", summary="Read the API's description", response_class=HTMLResponse, responses=_API_RESPONSES)
     async def redoc(request: Request) -> Response:
-        """The API's description as one page to read."""
+        """Show the API description as one page."""
         root = _root(request)
         page = get_redoc_html(
             openapi_url=f"{root}/openapi.json",
@@ -212,7 +212,7 @@ def build_api_router() -> APIRouter:
 
     @router.get(
         "/docs/assets/{file_name}",
-        summary="Load a part of these pages",
+        summary="Load a file of these pages",
         response_class=Response,
         responses={
             200: {"description": "A script, a style or an image.", "content": {"application/octet-stream": {}}},
@@ -221,7 +221,7 @@ def build_api_router() -> APIRouter:
         },
     )
     async def asset(file_name: str) -> Response:
-        """What the two pages load."""
+        """Return a file of the two pages."""
         if file_name not in _ASSETS:
             raise HTTPException(404, "file not found")
         path = Path(str(files("fastapi_offline") / "static" / file_name))
@@ -234,7 +234,7 @@ def build_api_router() -> APIRouter:
 
 
 def _read_playground() -> dict[str, _File]:
-    """Returns the files of the page by their paths below its folder: a few hundred kilobytes, held in memory."""
+    """Returns the playground's files by their relative paths: a few hundred kilobytes, kept in memory."""
     folder = Path(__file__).parents[1] / "playground"
     found = {}
     for path in folder.rglob("*"):
@@ -248,7 +248,7 @@ def _read_playground() -> dict[str, _File]:
 
 @cache
 def _read_redoc(path: Path) -> bytes:
-    """Returns ReDoc without its maker's logo, which it would load from another host."""
+    """Returns ReDoc without its logo, which it would load from another host."""
     return path.read_bytes().replace(_REDOC_LOGO, b"data:,")
 
 
@@ -257,7 +257,7 @@ def _root(request: Request) -> str:
 
 
 def _with_policy(page: HTMLResponse) -> HTMLResponse:
-    """Returns the page with a policy that lets only its own scripts run."""
+    """Returns the page with a policy that allows only its own scripts."""
     nonce = secrets.token_urlsafe(16)
     text = bytes(page.body).decode().replace("<script", f'<script nonce="{nonce}"')
     return HTMLResponse(text, headers={**_HEADERS, "Content-Security-Policy": _API_POLICY.format(nonce=nonce)})

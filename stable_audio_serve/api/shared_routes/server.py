@@ -1,6 +1,6 @@
-"""The routes about the server itself, which several dialects share: health, readiness and the served models.
+"""Routes about the server, shared by several dialects: health, readiness and the served models.
 
-Health and readiness never need a key; the others do where keys are configured.
+Health and readiness never need a key. The list of models needs one if keys are configured.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _RETRY_AFTER_S = "5"
 
 
 def build_router(service: Service, *, owner: str = NAME) -> APIRouter:
-    """Health and models, which are also found under each dialect's prefix; `owner` is the models' `owned_by`."""
+    """Returns the health and model routes, also used below each dialect's prefix. `owner` is the models' `owned_by`."""
     router = APIRouter(route_class=probe_route_class(render_error), tags=[TAG])
     created_at = int(service.clock.time())
 
@@ -42,7 +42,7 @@ def build_router(service: Service, *, owner: str = NAME) -> APIRouter:
     @router.head("/health", include_in_schema=False)
     @router.get("/health", summary="Show health")
     async def health() -> info.Health:
-        """What the server, its models and its limits are like; 200 as long as it is alive. Never loads a model."""
+        """Return the state of server and models, and limits. 200 while the process runs. Never loads a model."""
         status, job_store = await look()
         return info.describe_health(service, status, job_store=job_store)
 
@@ -50,10 +50,10 @@ def build_router(service: Service, *, owner: str = NAME) -> APIRouter:
     @router.get(
         "/ready",
         summary="Show readiness",
-        responses={503: {"model": info.Ready, "description": "Not now; `reasons` say why."}},
+        responses={503: {"model": info.Ready, "description": "Not ready; see `reasons`."}},
     )
     async def ready(response: Response) -> info.Ready:
-        """Whether to send requests here: 503 until the default model can answer, and while the server stops."""
+        """Return whether the server accepts requests: 503 until the default model is ready and while it stops."""
         status, job_store = await look()
         body = info.describe_ready(service, status, job_store=job_store)
         if not body.ready:
@@ -62,7 +62,7 @@ def build_router(service: Service, *, owner: str = NAME) -> APIRouter:
         return body
 
     async def list_models() -> info.ModelList:
-        """The served models."""
+        """List the served models."""
         return info.describe_models(service, owned_by=owner, created_at=created_at)
 
     router.add_api_route(

@@ -167,9 +167,9 @@ class DecodeCalls:
         if not (count and self._device.can_capture and model.spec.captures_decode):
             return model.decode(windows)
         if num_frames not in self._draws:
-            watched = _WatchedNoise(windows[0].noise)
-            audio = model.decode([replace(windows[0], noise=watched), *windows[1:]])
-            self._draws[num_frames] = tuple(dict.fromkeys(watched.draws))
+            recording = _RecordingNoise(windows[0].noise)
+            audio = model.decode([replace(windows[0], noise=recording), *windows[1:]])
+            self._draws[num_frames] = tuple(dict.fromkeys(recording.draws))
             self._graphs.find(self._shape(count, num_frames), self._run)  # counts this call as a miss
             return audio
         shape = self._shape(count, num_frames)
@@ -183,10 +183,10 @@ class DecodeCalls:
     def _run(self, shape: DecodeShape, memory: CallMemory) -> None:
         latents, *drawn = shape.read(memory.inputs)
         names = [draw.stage for draw in shape.draws]
-        noises = [_GivenNoise(dict(zip(names, own, strict=True))) for own in zip(*drawn, strict=True)]
+        noises = [_StoredNoise(dict(zip(names, own, strict=True))) for own in zip(*drawn, strict=True)]
         windows = [
             DecodeWindow(own, start=0, noise=noise)
-            for own, noise in zip(latents, noises or [_GivenNoise({})] * shape.windows, strict=True)
+            for own, noise in zip(latents, noises or [_StoredNoise({})] * shape.windows, strict=True)
         ]
         torch.stack(self._model.decode(windows), out=memory.outputs.view(shape.windows, *shape.audio))
 
@@ -203,15 +203,15 @@ class DecodeCalls:
         """Write the windows' latents and noise. Unused places keep old values."""
         latents, *drawn = shape.read(inputs)
         torch.stack([window.latents for window in windows], out=latents[: len(windows)])
-        for draw, there in zip(shape.draws, drawn, strict=True):
-            for window, target in zip(windows, there, strict=False):
+        for draw, targets in zip(shape.draws, drawn, strict=True):
+            for window, target in zip(windows, targets, strict=False):
                 noise = window.noise.window(
                     draw.stage, window.start, shape=draw.shape, frame_axis=draw.frame_axis, device=self._model.device
                 )
                 target.copy_(noise)
 
 
-class _WatchedNoise:
+class _RecordingNoise:
     """Wraps a row's noise and records each window draw in `draws`."""
 
     def __init__(self, noise: NoiseSource) -> None:
@@ -231,7 +231,7 @@ class _WatchedNoise:
         return self._noise.window(stage, start, shape=shape, frame_axis=frame_axis, device=device)
 
 
-class _GivenNoise:
+class _StoredNoise:
     """Returns noise that was drawn before, by stage."""
 
     def __init__(self, drawn: Mapping[str, Tensor]) -> None:

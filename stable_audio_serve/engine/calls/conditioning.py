@@ -40,7 +40,7 @@ class HeldConditioning:
         """Remove a user. The last one frees the memory."""
         self._num_users -= 1
         if self._num_users == 0:
-            self._arena.give_back(self)
+            self._arena.free(self)
 
 
 @dataclass(slots=True)
@@ -83,10 +83,10 @@ class ConditioningArena:
         other = conditioning.unconditional
         return HeldConditioning(keep(conditioning.conditional), None if other is None else keep(other), self)
 
-    def give_back(self, held: HeldConditioning) -> None:
+    def free(self, held: HeldConditioning) -> None:
         """Free the slots and pages of a value that has no users."""
         branches = [branch for branch in (held.conditional, held.unconditional) if branch is not None]
         for name, slot in {(name, slot) for branch in branches for name, slot in branch.slots.items()}:
-            self.slots[name].give_back(slot)
+            self.slots[name].free(slot)
         for name, pages in {(name, pages) for branch in branches for name, pages in branch.pages.items()}:
-            self.frames[name].give_back(pages)
+            self.frames[name].free(pages)

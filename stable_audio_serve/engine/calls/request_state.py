@@ -144,13 +144,13 @@ class StageClock:
         )
 
 
-def late(request: GenerationRequest) -> DeadlineExceededError:
+def deadline_error(request: GenerationRequest) -> DeadlineExceededError:
     """Returns the error for a request that did not finish in time."""
     message = f"the request did not finish within its {request.deadline_s:g} s"
     return DeadlineExceededError(message, field="deadline_s")
 
 
-def late_start(request: GenerationRequest) -> StartTimeoutError:
+def start_timeout_error(request: GenerationRequest) -> StartTimeoutError:
     """Returns the error for a request that did not start in time."""
     return StartTimeoutError(f"the request did not start within its {request.start_within_s:g} s")
 

@@ -43,7 +43,7 @@ class FrameArena:
             self._grow()
         return tuple(heappop(self._free) for _ in range(count))
 
-    def give_back(self, pages: Pages) -> None:
+    def free(self, pages: Pages) -> None:
         """Return pages to the arena."""
         for page in pages:
             heappush(self._free, page)
@@ -82,7 +82,7 @@ class SlotArena:
         self.memory[slot] = value
         return slot
 
-    def give_back(self, slot: int) -> None:
+    def free(self, slot: int) -> None:
         """Return a slot to the arena."""
         heappush(self._free, slot)
 
@@ -127,7 +127,7 @@ class HeldFrames:
     def free(self) -> None:
         """Return all pages to the arena; do not use the value afterwards."""
         for pages in self.parts:
-            self.arena.give_back(pages)
+            self.arena.free(pages)
 
 
 def page_table(parts: Sequence[Sequence[Pages]], *, frames: int, num_parts: int) -> list[int]:

@@ -72,7 +72,7 @@ class Device(Protocol):
         ...
 
     def mark(self) -> Moment:
-        """Returns the point after all work queued so far; within `beside`, on the second queue."""
+        """Returns the point after all work queued so far; within `beside`, after the work of both queues."""
         ...
 
     def beside(self, *reads: Tensor) -> AbstractContextManager[None]:

@@ -96,8 +96,8 @@ Kind = Literal["denoise", "text", "decode"]
 
 MOST_GRAPHS = 192
 _MISSES_TO_CAPTURE = 2  # many shapes occur only once
-_USES_TO_AGE = 20_000  # calls after which all counts are halved, so that recent use weighs more
-_WORTH_DROPPING = 2  # a shape must be used this many times more often than the one it replaces
+_CALLS_TO_HALVE = 20_000  # calls after which all counts are halved, so that recent use weighs more
+_REPLACEMENT_FACTOR = 2  # a shape must be used this many times more often than the one it replaces
 
 
 class Shape(Protocol):
@@ -153,11 +153,11 @@ class Graphs:
         self._measuring: tuple[Shape, Moment, Moment] | None = None  # the last capture, while its time is unknown
         self._metrics = metrics
         self._captured: dict[Shape, Captured] = {}
-        self._wanted: dict[Shape, Run] = {}
+        self._candidates: dict[Shape, Run] = {}
         self._misses: Counter[Shape] = Counter()
         self._uses: Counter[Shape] = Counter()
         self._num_uses = 0
-        self._refused: set[Shape] = set()
+        self._failed: set[Shape] = set()
         self._inputs: dict[Kind, Tensor] = {}
         self._outputs: dict[Kind, Tensor] = {}
 
@@ -168,13 +168,13 @@ class Graphs:
         """
         self._uses[shape] += 1
         self._num_uses += 1
-        if self._num_uses % _USES_TO_AGE == 0:
-            self._age()
+        if self._num_uses % _CALLS_TO_HALVE == 0:
+            self._halve_counts()
         captured = self._captured.get(shape)
         if captured is None:
             self._metrics.increment("engine_graph_misses", kind=shape.kind)
             self._misses[shape] += 1
-            self._wanted[shape] = run
+            self._candidates[shape] = run
         return captured
 
     def capture_next(self, *, is_idle: bool) -> bool:
@@ -182,12 +182,16 @@ class Graphs:
 
         Unless the device `is_idle`, only quick captures are made, and rarely.
         """
-        if not self._learn(wait=is_idle) or (self._pace.is_resting and not is_idle) or self._room.is_full:
+        if not self._record_last_capture(wait=is_idle) or (self._pace.is_resting and not is_idle) or self._room.is_full:
             return False
-        wanted = [shape for shape in self._wanted if self._is_due(shape) and (is_idle or self._is_quick(shape))]
-        if not wanted:
+        candidates = [
+            shape
+            for shape in self._candidates
+            if self._is_worth_capturing(shape) and (is_idle or self._is_quick(shape))
+        ]
+        if not candidates:
             return False
-        shape = max(wanted, key=lambda shape: shape.size)
+        shape = max(candidates, key=lambda shape: shape.size)
         with nullcontext() if shape.kind == "denoise" else self._device.beside():
             began = self._device.mark()
             with self._room.counted():
@@ -197,7 +201,7 @@ class Graphs:
 
     def _capture(self, shape: Shape) -> None:
         self._make_room()
-        run = self._wanted.pop(shape)
+        run = self._candidates.pop(shape)
         del self._misses[shape]
         num_inputs, dtype = shape.inputs
         memory = CallMemory(
@@ -210,12 +214,12 @@ class Graphs:
             raise
         except Exception:
             log.exception("a call cannot be captured: %s", shape)
-            self._refused.add(shape)
+            self._failed.add(shape)
             return
         self._captured[shape] = Captured(memory, replay)
         self._count(shape.kind)
 
-    def _learn(self, *, wait: bool) -> bool:
+    def _record_last_capture(self, *, wait: bool) -> bool:
         """Record how long the last capture took. Returns False if it has not ended."""
         if self._measuring is not None:
             shape, began, ended = self._measuring
@@ -236,12 +240,12 @@ class Graphs:
     def _is_quick(self, shape: Shape) -> bool:
         return self._pace.allows(shape.kind, size=shape.size, misses=self._misses[shape])
 
-    def _is_due(self, shape: Shape) -> bool:
-        if self._misses[shape] < _MISSES_TO_CAPTURE or shape in self._refused:
+    def _is_worth_capturing(self, shape: Shape) -> bool:
+        if self._misses[shape] < _MISSES_TO_CAPTURE or shape in self._failed:
             return False
         if len(self._captured) < MOST_GRAPHS:
             return True
-        return self._uses[shape] > _WORTH_DROPPING * self._uses[self._least_used()]
+        return self._uses[shape] > _REPLACEMENT_FACTOR * self._uses[self._least_used()]
 
     def _make_room(self) -> None:
         """Drop the least used captured call if the limit is reached."""
@@ -253,10 +257,10 @@ class Graphs:
     def _least_used(self) -> Shape:
         return min(self._captured, key=lambda shape: self._uses[shape])
 
-    def _age(self) -> None:
+    def _halve_counts(self) -> None:
         self._uses = Counter({shape: count // 2 for shape, count in self._uses.items() if count > 1})
-        for shape in [shape for shape in self._wanted if not self._uses[shape]]:
-            del self._wanted[shape], self._misses[shape]
+        for shape in [shape for shape in self._candidates if not self._uses[shape]]:
+            del self._candidates[shape], self._misses[shape]
 
     def _fixed(self, shared: dict[Kind, Tensor], kind: Kind, *, num: int, dtype: torch.dtype) -> Tensor:
         """Returns memory that all calls of a kind share. Earlier captures may keep a smaller block."""

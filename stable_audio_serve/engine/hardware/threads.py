@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from stable_audio_serve.models.onednn import linear, takes_onednn
+from stable_audio_serve.models.onednn import linear, supports_onednn
 
 _STEADY = (torch.float32, torch.bfloat16)
 # The split of matrix products with few rows, or whose width is no multiple of a vector, depends on the thread count.
@@ -71,7 +71,7 @@ def _is_steady(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
     """Returns whether this call's result is bit-identical for any number of threads."""
     if func is F.scaled_dot_product_attention:
         return args[0].dtype in _STEADY and args[0].shape[-2] >= _LEAST_QUERIES
-    if func is linear and takes_onednn(args[0], args[1]):
+    if func is linear and supports_onednn(args[0], args[1]):
         return True
     if func not in (F.linear, linear):
         return False

@@ -64,7 +64,7 @@ class BatchPolicy(Protocol):
         """Returns the padded length of a call for a single row of `frames` latent frames."""
         ...
 
-    def crowd(self, branches: int, frames: int) -> int:
+    def typical_rows(self, branches: int, frames: int) -> int:
         """Returns the typical number of network rows in such a row's call when many rows wait."""
         ...
 
@@ -86,7 +86,7 @@ class OneRowPerCall:
     def split(self, lanes: Sequence[Lane]) -> list[Call]:
         return [Call((i,), lane.branches, self.padded(lane.frames)) for i, lane in enumerate(lanes)]
 
-    def crowd(self, branches: int, frames: int) -> int:
+    def typical_rows(self, branches: int, frames: int) -> int:
         return branches
 
     def padded(self, frames: int) -> int:
@@ -115,7 +115,7 @@ class FixedSlots:
             calls.append(Call(tuple(group), self.slots, frames))
         return calls
 
-    def crowd(self, branches: int, frames: int) -> int:
+    def typical_rows(self, branches: int, frames: int) -> int:
         return self.slots
 
     def padded(self, frames: int) -> int:
@@ -142,7 +142,7 @@ def _fill(
     ]
 
 
-def _crowd(shapes: CallShapes, *, branches: int, frames: int, knee_tokens: float) -> int:
+def _rows_near_knee(shapes: CallShapes, *, branches: int, frames: int, knee_tokens: float) -> int:
     """Returns the number of rows in a call of about `knee_tokens` latent frames."""
     rows = min(int(knee_tokens / frames), most_rows(shapes, frames))
     return max(shapes.most(rows), shapes.least(branches))
@@ -187,8 +187,8 @@ class MergedGrid:
     def _cut_ms(self, call_ms: CallMs, *, rows: int, frames: int) -> float:
         return cut(self.shapes, call_ms, rows=rows, frames=frames)[0]
 
-    def crowd(self, branches: int, frames: int) -> int:
-        return _crowd(self.shapes, branches=branches, frames=frames, knee_tokens=self.knee_tokens(frames))
+    def typical_rows(self, branches: int, frames: int) -> int:
+        return _rows_near_knee(self.shapes, branches=branches, frames=frames, knee_tokens=self.knee_tokens(frames))
 
     def padded(self, frames: int) -> int:
         return self.shapes.padded(frames)
@@ -211,7 +211,7 @@ class Packed:
         lengths = tuple(lanes[i].frames for i in members for _ in range(lanes[i].branches))
         return [Call(tuple(members), len(lengths), lengths[-1], lengths)]
 
-    def crowd(self, branches: int, frames: int) -> int:
+    def typical_rows(self, branches: int, frames: int) -> int:
         return max(branches, int(self.knee_tokens(frames) / frames))
 
     def padded(self, frames: int) -> int:
@@ -256,8 +256,8 @@ class PackedOrGrid:
     def _ms(self, calls: Sequence[Call]) -> float:
         return sum(self.groups_ms(call.groups) for call in calls)
 
-    def crowd(self, branches: int, frames: int) -> int:
-        return self.grid.crowd(branches, frames)
+    def typical_rows(self, branches: int, frames: int) -> int:
+        return self.grid.typical_rows(branches, frames)
 
     def padded(self, frames: int) -> int:
         return self.grid.padded(frames)
@@ -281,8 +281,8 @@ class EqualLengths:
             for call in _fill(self.shapes, self.call_ms, lanes=lanes, members=members, frames=frames)
         ]
 
-    def crowd(self, branches: int, frames: int) -> int:
-        return _crowd(self.shapes, branches=branches, frames=frames, knee_tokens=self.knee_tokens(frames))
+    def typical_rows(self, branches: int, frames: int) -> int:
+        return _rows_near_knee(self.shapes, branches=branches, frames=frames, knee_tokens=self.knee_tokens(frames))
 
     def padded(self, frames: int) -> int:
         return frames

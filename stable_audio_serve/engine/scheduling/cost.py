@@ -98,7 +98,7 @@ def _candidates(features: Array, ms: Array) -> Iterator[tuple[float, CallCost]]:
             solution[terms] = coefficients
             score = _score(features @ solution, ms, floor_ms=floor_ms, num_terms=len(terms) + (num_flat > 0))
             yield score, _cost(solution, floor_ms=floor_ms)
-    # Fallback if time does not grow with the shape: growth begins near twice the largest shape.
+    # Fallback if the time does not grow with the shape: assume growth beyond the largest measured shape.
     flat_ms = float(np.median(ms))
     solution = np.zeros(4)
     solution[growth] = flat_ms / 2 / max(float(features[:, growth].max()), 1.0)
@@ -144,7 +144,7 @@ def _score(above_ms: Array, ms: Array, *, floor_ms: float, num_terms: int) -> fl
 
 _MOST_TOKENS = 2.0**20  # returned if rows cost nothing
 _FIT_WEIGHT = 4  # a fit counts as this many measurements
-_MOST_SURPRISE = 3.0  # largest factor by which one measurement may differ from its prediction
+_MAX_RATIO = 3.0  # largest factor by which one measurement may differ from its prediction
 
 Work = Literal["text", "encode", "denoise", "decode"]
 
@@ -183,11 +183,11 @@ class CostModel:
         predicted_ms = sum(self._costs[work].groups_ms(groups) for groups in calls)
         if predicted_ms <= 0 or measured_ms <= 0:
             return
-        surprise = measured_ms / (predicted_ms * self._scales[work])
+        ratio = measured_ms / (predicted_ms * self._scales[work])
         if self._num_corrections[work] > 0:
-            surprise = min(max(surprise, 1.0 / _MOST_SURPRISE), _MOST_SURPRISE)
+            ratio = min(max(ratio, 1.0 / _MAX_RATIO), _MAX_RATIO)
         self._num_corrections[work] += 1
-        self._scales[work] *= surprise ** max(self._learning_rate, 1.0 / self._num_corrections[work])
+        self._scales[work] *= ratio ** max(self._learning_rate, 1.0 / self._num_corrections[work])
 
     def call_ms(self, work: Work, *, rows: int, frames: int) -> float:
         """Returns the predicted time of one call."""

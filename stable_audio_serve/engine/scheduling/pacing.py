@@ -57,7 +57,7 @@ class WindowPace:
 
 
 @dataclass(slots=True)
-class _Asked:
+class _QueuedCall:
     """Queued device work, compared with its prediction once it has ended."""
 
     work: Work
@@ -78,21 +78,21 @@ class CallTimes:
         self._device = device
         self._cost = cost
         self._metrics = metrics
-        self._steps: deque[_Asked] = deque()
-        self._others: deque[_Asked] = deque()
+        self._steps: deque[_QueuedCall] = deque()
+        self._others: deque[_QueuedCall] = deque()
 
     def time(self, work: Work, calls: Sequence[Groups], *, run: Callable[[], Result]) -> Result:
         """Queue device work consisting of these calls, and measure it."""
         began = self._device.mark()
         result = run()
-        asked = _Asked(work, calls, began, self._device.mark(), is_alone=True)
+        queued = _QueuedCall(work, calls, began, self._device.mark(), is_alone=True)
         if work == "denoise":
             for other in self._others:  # calls queued later begin after this one
                 if not other.ended.is_reached():
-                    other.is_alone = asked.is_alone = False
-            self._steps.append(asked)
+                    other.is_alone = queued.is_alone = False
+            self._steps.append(queued)
         else:
-            self._others.append(asked)
+            self._others.append(queued)
         return result
 
     @property
@@ -108,7 +108,7 @@ class CallTimes:
         if not self._steps:  # with steps, the host would wait for the slower queue while the faster one runs empty
             self._settle(self._others, wait=True)
 
-    def _settle(self, calls: deque[_Asked], *, wait: bool) -> None:
+    def _settle(self, calls: deque[_QueuedCall], *, wait: bool) -> None:
         while calls:
             oldest = calls[0]
             if not oldest.ended.is_reached():

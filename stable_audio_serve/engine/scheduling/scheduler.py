@@ -61,10 +61,10 @@ class _Step:
     num_new: int = 0
     num_new_batch: int = 0
     new_bytes: int = 0
-    is_short: bool = False  # a row waits for memory, so no later row starts
+    waits_for_memory: bool = False  # a row waits for memory, so no later row starts
     tokens: float = 0.0
     frames_beside: float = 0.0  # latent frames of the rows that run beside the step
-    is_held_back: bool = False  # a row waits for room beside the step
+    waits_for_room_beside: bool = False  # a row waits for room beside the step
 
     @property
     def works(self) -> list[RowWork]:
@@ -138,13 +138,13 @@ class Scheduler:
         second queue. Picked rows count as started until removed. No row starts while `max_started` rows are started or
         while it does not fit into memory; in the latter case no later row starts before it.
         """
-        self._count_again()
+        self._update_waiting_tokens()
         step = self._fill("interactive", beside=beside)
-        if step.entries or step.is_held_back:
+        if step.entries or step.waits_for_room_beside:
             step = self._lend(step, beside=beside)
         else:
             self._lent_ms = 0.0
-            step = self._fill("batch", beside=beside, is_short=step.is_short)
+            step = self._fill("batch", beside=beside, waits_for_memory=step.waits_for_memory)
         for entry in step.entries:
             self._num_started[entry.priority] += not entry.started
             self._started_bytes += 0 if entry.started else entry.num_bytes
@@ -152,7 +152,7 @@ class Scheduler:
         self._picked = step.entries
         return [entry.row_id for entry in step.entries]
 
-    def _count_again(self) -> None:
+    def _update_waiting_tokens(self) -> None:
         """Update the sum of waiting tokens after the work of the last pick."""
         for entry in self._picked:
             if self._entries.get(entry.row_id) is entry:
@@ -167,20 +167,20 @@ class Scheduler:
         """Returns the latent frames that the row adds to a step; 0 if it runs beside one."""
         return 0 if self._runs_beside(work) else work.tokens
 
-    def _fill(self, priority: Priority, *, beside: bool, is_short: bool = False) -> _Step:
+    def _fill(self, priority: Priority, *, beside: bool, waits_for_memory: bool = False) -> _Step:
         """Returns a step with as many rows of one priority as fit the budget, in the step and beside it."""
-        step, budget, budget_beside, is_full = _Step(is_short=is_short), 0.0, 0.0, False
+        step, budget, budget_beside, is_full = _Step(waits_for_memory=waits_for_memory), 0.0, 0.0, False
         num_left = self._num_started[priority]  # started rows not visited yet
         for entry in self._orders[priority]:
             if is_full and not num_left:
-                break  # later rows have not started, and a row's first work is never beside the step
+                break  # no later row has started, so none needs to run beside the step
             if not self._may_run(entry, beside=step):
                 if not num_left:
                     break  # no later row is started, so none may run
                 continue
             num_left -= entry.started
             if self._runs_beside(entry.work):
-                step.is_held_back |= not beside
+                step.waits_for_room_beside |= not beside
                 budget_beside = budget_beside or self._budget(priority, entry.work.frames)
                 if beside and (not step.frames_beside or step.frames_beside < budget_beside):
                     _take_beside(step, entry)
@@ -237,15 +237,15 @@ class Scheduler:
         if self._limits.max_bytes is not None:
             taken = self._started_bytes + beside.new_bytes
             if taken and taken + entry.num_bytes > self._limits.max_bytes:
-                beside.is_short = True
-            if beside.is_short:
+                beside.waits_for_memory = True
+            if beside.waits_for_memory:
                 return False
         most, num_started = self._limits.max_started, self.num_started + beside.num_new
         num_batch = self._num_started["batch"] + beside.num_new_batch
         if entry.priority == "batch":
             return num_batch < most - max(most // 4, 1) and num_started < most
-        is_batch_shut_out = not num_batch and bool(self._orders["batch"])
-        return num_started < most - is_batch_shut_out
+        reserves_batch_slot = not num_batch and bool(self._orders["batch"])
+        return num_started < most - reserves_batch_slot
 
     def _budget(self, priority: Priority, frames: int) -> float:
         """Returns max(knee, a quarter of the waiting tokens), capped at `max_tokens`."""

@@ -111,7 +111,7 @@ class AudioAssembly:
         self._left = audible_spans(spans, hop=hop, end=self._end)
         self._audio = torch.zeros(channels, output_samples)
         # Whether the checked latents (0) and the samples so far (1) are finite: on the device, then on the host.
-        self._finite_there: dict[int, Tensor] = {}
+        self._finite_on_device: dict[int, Tensor] = {}
         self._finite = torch.ones(2, dtype=torch.bool)
 
     @property
@@ -145,9 +145,9 @@ class AudioAssembly:
 
     def _note_finite(self, place: int, values: Tensor) -> None:
         finite = torch.isfinite(values).all()
-        if place in self._finite_there:
-            finite = finite & self._finite_there[place]
-        self._finite_there[place] = finite
+        if place in self._finite_on_device:
+            finite = finite & self._finite_on_device[place]
+        self._finite_on_device[place] = finite
         self._device.download(finite, self._finite[place])
 
     @property

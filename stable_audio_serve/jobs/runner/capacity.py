@@ -27,6 +27,11 @@ from stable_audio_serve.jobs.store.health import Refusals, health_of
 
 log = structlog.get_logger("stable_audio_serve.jobs")
 
+# Predicted work that a runner hands to each model replica at a time, seconds; one job at least. Interactive work passes
+# batch work, so little of that suffices.
+_AHEAD_S: Mapping[Priority, float] = {"interactive": 30.0, "batch": 5.0}
+# Of a model's target wait: jobs that an engine has already count for its replicas, but a new replica does not get them.
+_AHEAD_SHARE = 0.5
 _JOBS_WITHOUT_PRICES = 4  # per replica
 _GRACE_S = 60.0  # how long a probe may take before other processes forget the refusal
 
@@ -51,19 +56,16 @@ class Capacity:
         models: Collection[str],
         *,
         prices: Callable[[str], Prices | None],
-        ahead_s: Mapping[Priority, float],
         max_running: int,
-        most_ahead_s: Mapping[str, float] = MappingProxyType({}),
+        target_wait_s: Mapping[str, float] = MappingProxyType({}),
         clock: Clock = SystemClock(),
     ) -> None:
-        """Bounds per priority: `ahead_s` seconds of predicted work for each replica of a model, or less where
-        `most_ahead_s` has less for the model, and `max_running` jobs.
+        """At most `max_running` jobs of each priority run. `target_wait_s` is what autoscaling aims at, by model.
 
         `prices` returns the last prices of a model, None before a replica has published them.
         """
         self._prices = prices
-        self._most_ahead_s = most_ahead_s
-        self._ahead_s = ahead_s
+        self._target_wait_s = target_wait_s
         self._max_running = max_running
         self._clock = clock
         self._running: dict[Hashable, _RunningJob] = {}
@@ -123,7 +125,7 @@ class Capacity:
         backlog_s = self._predict_s(model, jobs, num_replicas=self._replicas[model])
         if backlog_s is None:
             return len(jobs) < _JOBS_WITHOUT_PRICES * self._replicas[model]
-        return not jobs or backlog_s < min(self._ahead_s[priority], self._most_ahead_s.get(model, inf))
+        return not jobs or backlog_s < min(_AHEAD_S[priority], _AHEAD_SHARE * self._target_wait_s.get(model, inf))
 
     def _predict_s(self, model: str, jobs: Collection[_RunningJob], *, num_replicas: int) -> float | None:
         """Returns the predicted seconds until these jobs are done; None without prices."""

@@ -16,7 +16,7 @@ from stable_audio_serve.artifacts.keys import artifact_key
 from stable_audio_serve.artifacts.store import ArtifactStore, StoredFile
 from stable_audio_serve.audio import workers
 from stable_audio_serve.audio.encode import AudioFormat
-from stable_audio_serve.audio.finish import FileOrder, TakeOrigin, finish
+from stable_audio_serve.audio.finish import ClipOrigin, FileOrder, finish
 from stable_audio_serve.audio.workers import AudioWorkers
 from stable_audio_serve.core.backend import Backend
 from stable_audio_serve.core.clock import Clock, SystemClock
@@ -97,7 +97,7 @@ class JobExecutor:
             file_format=file_format,
             stem=spec.file_stem,
             with_manifest=spec.with_manifest,
-            origin=TakeOrigin(spec.request, spec.sources) if spec.with_recipe or spec.with_manifest else None,
+            origin=ClipOrigin(spec.request, spec.sources) if spec.with_recipe or spec.with_manifest else None,
         )
         finished = await self._audio.run_encoding(partial(finish, result, order))
         file = finished.file

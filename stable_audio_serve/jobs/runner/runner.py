@@ -45,11 +45,6 @@ _WEIGH_REST = 20.0  # and times as long as a sum takes: 1.8 ms for 10,000 jobs, 
 _REPLICAS_S = 2.0  # between two questions how many replicas each model has
 _COUNT_S = 15.0  # between two counts of the jobs of each state
 _SWEEP_SPREAD = 0.5  # several runners start together; they need not sweep together
-# Of a model's target wait: jobs that an engine has already count for its replicas, but a new replica does not get them.
-# Predicted work that a runner hands to each model replica at a time; one job at least. Interactive work passes batch
-# work, so little of that suffices.
-_AHEAD_S: Mapping[Priority, float] = {"interactive": 30.0, "batch": 5.0}
-_AHEAD_SHARE = 0.5
 _CLOSE_TIMEOUT_S = 3.0  # for jobs in progress to be put back; others are taken over when their leases end
 
 
@@ -90,8 +85,7 @@ class JobRunner:
         self._capacity = Capacity(
             [card.name for card in backend.catalog],
             prices=prices,
-            ahead_s=_AHEAD_S,
-            most_ahead_s={model.name: _AHEAD_SHARE * model.replicas.target_wait_s for model in settings.models},
+            target_wait_s={model.name: model.replicas.target_wait_s for model in settings.models},
             max_running=self._settings.max_running,
             clock=clock,
         )

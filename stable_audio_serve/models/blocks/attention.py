@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stable_audio_serve.models.blocks.norms import build_head_norm
-from stable_audio_serve.models.blocks.rotary import RotaryTable, turn, without_affine
+from stable_audio_serve.models.blocks.rotary import RotaryTable, rotate, without_affine
 
 # queries, keys (B, H, N, E) and values (B, H, N, E) -> (B, H, N, E)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -67,12 +67,12 @@ class SelfAttention(nn.Module):
         parts = self.to_qkv(x).unflatten(-1, (-1, self.num_heads, self.head_width))
         if not self.differential:
             normed = without_affine(self.q_norm, parts[:, :, :2], rate=rotary.rate)
-            q, k = turn(normed, rotary, dtype=parts.dtype).unbind(2)
+            q, k = rotate(normed, rotary, dtype=parts.dtype).unbind(2)
             return self.to_out(merge_heads(attend_fn(*map(heads_first, (q, k, parts[:, :, 2])))))
         # Select parts 0, 1 and 3, 4, so that q is followed by q' and k by k'.
         pairs = parts.unfold(2, 2, 3).permute(0, 1, 5, 2, 3, 4)
         normed = without_affine(self.q_norm, pairs, rate=rotary.rate).flatten(3, 4)
-        q, k = turn(normed, rotary, dtype=parts.dtype).unbind(2)
+        q, k = rotate(normed, rotary, dtype=parts.dtype).unbind(2)
         v = torch.cat([parts[:, :, 2]] * 2, dim=2)
         return self.to_out(merge_heads(subtract(attend_fn(*map(heads_first, (q, k, v))))))
 

@@ -49,7 +49,7 @@ class BandAttention:
         first_key = torch.arange(blocks, device=device).view(blocks, 1, 1, 1) * block - radius
         key = first_key + torch.arange(block + 2 * radius, device=device)
         inside = (key >= 0) & (key < self._length)
-        # A query after the end sees all keys: softmax over none is NaN. Its output is dropped.
+        # A query after the end sees all keys of its band, because softmax over none is NaN. Its output is dropped.
         hidden = ((key - query).abs() > radius) | ~(inside | (query >= self._length))
         mask = empty_mask((self._batch * blocks, *hidden.shape[1:]), dtype=q.dtype, device=device).zero_()
         mask.unflatten(0, (self._batch, blocks)).masked_fill_(hidden, float("-inf"))

@@ -82,7 +82,7 @@ class HeadAffine:
         gain, swapped_gain, bias, swapped_bias, rate = (None if part is None else part[index] for part in parts)
         return HeadAffine(1, gain, swapped_gain, bias, swapped_bias, rate, self.half)
 
-    def turn(self, positions: Tensor, *, rates: Tensor) -> RotaryTable:
+    def table(self, positions: Tensor, *, rates: Tensor) -> RotaryTable:
         """Returns the table for `positions` (N,) float32; `rates` is (E,), shared by all layers, or (L, E)."""
         return self.fold(*cosines(positions, rates))
 
@@ -137,18 +137,18 @@ def without_affine(norm: nn.Module, x: Tensor, *, rate: Tensor | None) -> Tensor
     return torch.mul(x, rate, out=x.new_empty(x.shape, dtype=rate.dtype)).tanh_()
 
 
-def turn(x: Tensor, table: RotaryTable, *, dtype: torch.dtype) -> Tensor:
+def rotate(x: Tensor, table: RotaryTable, *, dtype: torch.dtype) -> Tensor:
     """Rotate queries and keys x (B, N, 2, H, E) in float32. Returns the same shape in `dtype`."""
-    turned = x * table.cos if table.shift is None else torch.addcmul(table.shift, x, table.cos)
-    if turned.dtype == dtype and not torch.is_grad_enabled():
+    rotated_x = x * table.cos if table.shift is None else torch.addcmul(table.shift, x, table.cos)
+    if rotated_x.dtype == dtype and not torch.is_grad_enabled():
         low, high = slice(table.half), slice(table.half, 2 * table.half)
-        turned[..., low].addcmul_(x[..., high], table.sin[..., low])
-        turned[..., high].addcmul_(x[..., low], table.sin[..., high])
-        return turned
+        rotated_x[..., low].addcmul_(x[..., high], table.sin[..., low])
+        rotated_x[..., high].addcmul_(x[..., low], table.sin[..., high])
+        return rotated_x
     swapped = swap_halves(x.flatten(2, 3), table.half).view(x.shape)  # the kernel of `cat` takes four dimensions
     if torch.is_grad_enabled():
-        return torch.addcmul(turned, swapped, table.sin).to(dtype)
-    return torch.addcmul(turned, swapped, table.sin, out=torch.empty_like(x, dtype=dtype))
+        return torch.addcmul(rotated_x, swapped, table.sin).to(dtype)
+    return torch.addcmul(rotated_x, swapped, table.sin, out=torch.empty_like(x, dtype=dtype))
 
 
 def swap_halves(x: Tensor, half: int) -> Tensor:

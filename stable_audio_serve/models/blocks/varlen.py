@@ -45,7 +45,7 @@ def has_varlen(
     if varlen is None or device.type != "cuda" or dtype not in _HALF:
         return False
     try:
-        return is_varlen_right(
+        return is_varlen_correct(
             varlen,
             device=device,
             dtype=dtype,
@@ -59,7 +59,7 @@ def has_varlen(
 
 
 @torch.inference_mode()
-def is_varlen_right(
+def is_varlen_correct(
     varlen: VarlenAttention,
     *,
     device: torch.device,

@@ -148,7 +148,7 @@ class Transformer(nn.Module):
         """Returns every layer's table for tokens at `positions` (N,) float32."""
         norms = [(layer.self_attn.q_norm, layer.self_attn.k_norm) for layer in self.typed_layers]
         affine = gather_affine(norms, half=self.rotary_pos_emb.half_width)
-        return affine.turn(positions, rates=self.rotary_pos_emb.rates(self.head_width))
+        return affine.table(positions, rates=self.rotary_pos_emb.rates(self.head_width))
 
     def _modulate(self, modulation: Tensor) -> list[Modulation]:
         """Returns every layer's modulation from the shared one (B, 6 W). Gates are `sigmoid(1 - gate)`."""

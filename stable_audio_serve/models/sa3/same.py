@@ -96,7 +96,7 @@ class ResamplingBlock(nn.Module):
             SameLayer(config, uses_sine=index >= first_sine) for index in range(config.depth)
         )
         self.mapping = mapping
-        self._turning: _Turning | None = None
+        self._rotary: _Rotary | None = None
         self._chunk_table: RotaryTable | None = None
 
     def resolve(self) -> None:
@@ -105,9 +105,9 @@ class ResamplingBlock(nn.Module):
         if self.new_tokens.device.type != "cpu":  # on a CPU, processes share the weights through the mapped file
             for layer in self._typed_layers:
                 layer.fold_norms()
-        self._turning = self._gather_turning()
+        self._rotary = self._gather_rotary()
         if self.config.window_latents is None:
-            self._chunk_table = self._turning.all_layers(self._chunk_tokens)
+            self._chunk_table = self._rotary.all_layers(self._chunk_tokens)
 
     def learned_tokens(self, num_windows: int, num_latents: int, *, noise: Noises) -> Tensor:
         """Returns tokens to insert, (B * F, num_tokens, width), with `noise` added to each, also at inference."""
@@ -137,7 +137,7 @@ class ResamplingBlock(nn.Module):
         radius = self.config.window_latents * (self.config.stride + 1)
         band = BandAttention(*x.shape[:2], radius=radius)
         positions = _positions(x.shape[1], x.device)
-        affine, rates = self._turning or self._gather_turning()
+        affine, rates = self._rotary or self._gather_rotary()
         cos, sin = cosines(positions, rates)
         for index, layer in enumerate(self.transformers):
             # One layer at a time: the tables of all layers would be larger than a layer's working set.
@@ -151,7 +151,7 @@ class ResamplingBlock(nn.Module):
         """
         half = self._chunk_tokens // 2
         middle = len(self.transformers) // 2 if self.config.midpoint_shift else len(self.transformers)
-        table = self._chunk_table or self._gather_turning().all_layers(self._chunk_tokens)
+        table = self._chunk_table or self._gather_rotary().all_layers(self._chunk_tokens)
         x = self._run_chunked(x, table, layers=range(middle))
         if middle == len(self.transformers):
             return x
@@ -165,21 +165,21 @@ class ResamplingBlock(nn.Module):
             x = self.transformers[index](x, rotary=table.layer(index), attend_fn=attend)
         return x.reshape(shape)
 
-    def _gather_turning(self) -> _Turning:
+    def _gather_rotary(self) -> _Rotary:
         layers = self._typed_layers
         norms = [(layer.self_attn.q_norm, layer.self_attn.k_norm) for layer in layers]
         rates = torch.stack([layer.rope.rates(self.config.head_width) for layer in layers])
-        return _Turning(gather_affine(norms, half=layers[0].rope.half_width), rates)
+        return _Rotary(gather_affine(norms, half=layers[0].rope.half_width), rates)
 
 
-class _Turning(NamedTuple):
+class _Rotary(NamedTuple):
     """The layers' head norms and stored frequencies; `rates` is (layers, head width)."""
 
     affine: HeadAffine
     rates: Tensor
 
     def all_layers(self, num_positions: int) -> RotaryTable:
-        return self.affine.turn(_positions(num_positions, self.rates.device), rates=self.rates)
+        return self.affine.table(_positions(num_positions, self.rates.device), rates=self.rates)
 
 
 def _positions(count: int, device: torch.device) -> Tensor:

@@ -172,7 +172,7 @@ class Transformer(nn.Module):
         """Returns every layer's table for tokens at `positions` (N,) float32."""
         norms = [(layer.self_attn.q_norm, layer.self_attn.k_norm) for layer in self.typed_layers]
         affine = gather_affine(norms, half=self.rotary_pos_emb.half_width)
-        return affine.turn(positions, rates=self.rotary_pos_emb.rates(self.head_width))
+        return affine.table(positions, rates=self.rotary_pos_emb.rates(self.head_width))
 
     @property
     def typed_layers(self) -> Sequence[TransformerLayer]:

@@ -103,7 +103,7 @@ class SaoModel:
 
     @property
     def text_size(self) -> tuple[int, int]:
-        """The tokens of every prompt, padding included, and the width of their embeddings."""
+        """The number of tokens per prompt, padding included, and the width of their embeddings."""
         return self.text.max_length, self.config.prompt.width
 
     def tokenize(self, prompts: Sequence[str]) -> PromptTokens:

@@ -34,7 +34,7 @@ from stable_audio_serve.sampling.schedules import (
 )
 from stable_audio_serve.sampling.v_samplers import OVER_TIME, build_v_plan, v_path
 
-# The reference's noise levels. If an edit's level is lower, half of it replaces SIGMA_MIN.
+# The reference's noise levels. A run's lowest level is at most half of its highest one.
 SIGMA_MIN, SIGMA_MAX = 0.3, 500.0
 _MIN_SHARE = 0.5
 
@@ -170,7 +170,7 @@ def _plan_sampler(
 
         level = None
         if has_source:
-            level = max(_share(request.init_noise_level), MIN_NOISE_LEVEL)
+            level = max(_require_share(request.init_noise_level), MIN_NOISE_LEVEL)
             times = edit_times(build, level, schedule=request.edit_schedule or spec.card.default_edit_schedule)
         else:
             times = build(_first_time(request.sigma_max))
@@ -185,7 +185,7 @@ def _sigma_range(request: GenerationRequest, *, over_time: bool) -> SigmaRange:
     if request.init_audio is not None:
         level = request.init_noise_level
         if over_time:
-            highest = max(_share(level), MIN_NOISE_LEVEL)
+            highest = max(_require_share(level), MIN_NOISE_LEVEL)
         elif not LOWEST_SIGMA < level <= HIGHEST_SIGMA:
             allowed = f"above {LOWEST_SIGMA:g}, at most {HIGHEST_SIGMA:g}"
             message = f"init_noise_level must be {allowed} for a sampler over sigma, got {level:g}"
@@ -210,7 +210,7 @@ def _first_time(sigma_max: float | None) -> float:
     return time
 
 
-def _share(level: float) -> float:
+def _require_share(level: float) -> float:
     if not 0 <= level <= 1:
         raise InvalidRequestError("init_noise_level must be in 0..1", field="init_noise_level", allowed="0..1")
     return level

@@ -78,7 +78,8 @@ class PackageModel:
         """Returns embeddings (T, width), zero at padding, and the mask of real tokens."""
         text = self.wrapper.conditioner.conditioners[self.inputs.prompt.id]
         tokens, mask = text(list(prompts), self._device)
-        encoded = text.tokenizer(list(prompts), truncation=True, max_length=text.max_length)  # for its offsets
+        # Tokenize again for `chars_read`: the package does not return its tokens.
+        encoded = text.tokenizer(list(prompts), truncation=True, max_length=text.max_length)
         read = chars_read(encoded, num_prompts=len(prompts))
         return TextEmbedding.each(prompts, tokens, mask=mask, chars_read=read)
 

@@ -1,4 +1,4 @@
-"""A backend whose behaviour clients choose by prompt, because they cannot reach the test's own objects."""
+"""A backend whose behaviour depends on the prompt, because clients in other processes cannot reach its objects."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.backends import ToneBackend
 
 @dataclass
 class PromptBackend(ToneBackend):
-    """`slow` takes half a minute, `steady` long enough to be seen at work, `fail` fails; the rest takes `pause_s`."""
+    """`slow` takes half a minute, `steady` long enough to be observed, `fail` fails, other prompts take `pause_s`."""
 
     pause_s: ClassVar[float] = 0.3
     own_pauses_s: ClassVar[dict[str, float]] = {"slow": 30.0, "steady": 2.0}

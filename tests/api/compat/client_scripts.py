@@ -1,4 +1,4 @@
-"""Programs written against a client library, run in a process of their own; they print what they saw as JSON."""
+"""Runs programs that use a client library in their own process. They print their results as JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ONE_SECOND = 44 + 4 * 44100  # bytes of a WAV file
 
 
 async def run_script(*command: str, environment: Mapping[str, str]) -> dict[str, Any]:
-    """What the program printed; it must succeed."""
+    """Returns the output of the program, which must succeed."""
     client = await asyncio.create_subprocess_exec(
         *command, env=environment, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
@@ -25,7 +25,7 @@ async def run_script(*command: str, environment: Mapping[str, str]) -> dict[str,
 
 
 def check_output(output: dict[str, Any], base: str) -> None:
-    """Fal's output of a second of audio."""
+    """Returns fal's output for one second of audio."""
     file = output["audio_file"]
     assert file["url"].startswith(f"{base}/files/")
     assert (file["content_type"], file["file_size"]) == ("audio/wav", ONE_SECOND)

@@ -1,4 +1,4 @@
-"""What the tests of the Stable Audio Open Small dialect share."""
+"""Helpers for tests of the Stable Audio Open Small dialect."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ LOOP_KEYS = RIFF_KEYS - {"key", "source"} | {
 
 
 def read_pcm(data: bytes) -> npt.NDArray[np.int16]:
-    """Samples (S, 2) of a 16-bit stereo WAV at 44.1 kHz."""
+    """Returns the samples (S, 2) of a 16-bit stereo WAV at 44.1 kHz."""
     info = soundfile.info(io.BytesIO(data))
     assert (info.format, info.subtype, info.channels, info.samplerate) == ("WAV", "PCM_16", 2, 44_100)
     return np.asarray(soundfile.read(io.BytesIO(data), dtype="int16")[0])
 
 
 def expect_wav(reply: httpx.Response, *, name: str) -> npt.NDArray[np.int16]:
-    """The samples of a file reply whose file name matches `name`."""
+    """Returns the samples of a file response whose file name matches `name`."""
     assert reply.status_code == 200, reply.text
     assert reply.headers["content-type"] == "audio/wav"
     assert int(reply.headers["content-length"]) == len(reply.content)
@@ -74,7 +74,7 @@ def expect_wav(reply: httpx.Response, *, name: str) -> npt.NDArray[np.int16]:
 
 
 def expect_base64(reply: httpx.Response) -> tuple[npt.NDArray[np.int16], dict[str, Any]]:
-    """The samples and the metadata of a base64 reply."""
+    """Returns the samples and the metadata of a base64 response."""
     assert reply.status_code == 200, reply.text
     assert reply.headers["content-type"] == "application/json"
     body = reply.json()
@@ -84,7 +84,7 @@ def expect_base64(reply: httpx.Response) -> tuple[npt.NDArray[np.int16], dict[st
 
 
 def expect_refusal(reply: httpx.Response, sentence: str) -> None:
-    """400 with exactly this sentence."""
+    """Assert a 400 response with exactly this sentence."""
     assert reply.status_code == 400, reply.text
     assert reply.headers["content-type"] == "application/json"
     assert reply.json() == {"error": sentence}

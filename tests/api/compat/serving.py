@@ -1,4 +1,4 @@
-"""Applications with settings of their own, with a runner for their jobs; in this process or behind a real socket."""
+"""Builds applications with custom settings and a job runner, in this process or behind a socket."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ async def make_app(
     operations: Operations | None = None,
     **settings: Any,
 ) -> AsyncIterator[tuple[FastAPI, ToneBackend]]:
-    """An application with `settings`, its jobs in a folder of their own.
+    """Yield an application with these settings and a temporary folder for jobs.
 
-    A hasty one tries again what failed after short pauses, and looks at its stores for each health check.
+    A hasty application retries after short pauses and checks its stores on every health request.
     """
     backend = backend or ToneBackend()
     with tempfile.TemporaryDirectory() as folder:
@@ -57,7 +57,7 @@ async def make_app(
             jobs = JobQueue(jobs.store, jobs.artifacts, watch=watch)
         app = create_app(backend, parsed, jobs=jobs, stream_limits=stream_limits, operations=operations)
         app.state.jobs = jobs
-        app.state.output_dir = parsed.output_dir  # for tests that look at what is kept
+        app.state.output_dir = parsed.output_dir  # for tests that inspect stored files
         notifier = Notifier(Outbox(jobs.store.database), webhook_bodies(jobs.artifacts), settings=parsed.jobs)
         pauses = SHORT_PAUSES if hasty else RunnerPauses()
         runner = JobRunner(
@@ -75,7 +75,7 @@ async def make_app(
 async def make_client(
     backend: ToneBackend | None = None, **options: Any
 ) -> AsyncIterator[tuple[httpx.AsyncClient, ToneBackend]]:
-    """A client of such an application (`make_app`), without a socket."""
+    """Yield a client of such an application (`make_app`), without a socket."""
     async with (
         make_app(backend, **options) as (app, backend),
         httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client,
@@ -85,7 +85,7 @@ async def make_client(
 
 @contextmanager
 def keep_app(backend: ToneBackend | None = None, **settings: Any) -> Iterator[tuple[FastAPI, ToneBackend]]:
-    """An application for all tests of a module (`connect_anew`), without a runner: building it is the slow part."""
+    """Build an application for all tests of a module, without a runner, because building is slow (`connect_anew`)."""
     backend = backend or ToneBackend()
     with tempfile.TemporaryDirectory() as folder:
         app = create_app(backend, Settings.model_validate({"output_dir": folder, **settings}))
@@ -100,7 +100,7 @@ def keep_app(backend: ToneBackend | None = None, **settings: Any) -> Iterator[tu
 
 @asynccontextmanager
 async def connect_anew(kept: tuple[FastAPI, ToneBackend]) -> AsyncIterator[tuple[httpx.AsyncClient, ToneBackend]]:
-    """A client of an application that other tests used before, with its backend as new."""
+    """Yield a client of a shared application with a reset backend."""
     app, backend = kept
     vars(backend).update(vars(type(backend)(catalog=backend.catalog)))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
@@ -108,7 +108,7 @@ async def connect_anew(kept: tuple[FastAPI, ToneBackend]) -> AsyncIterator[tuple
 
 
 def make_hasty_client(**options: Any) -> AbstractAsyncContextManager[tuple[httpx.AsyncClient, ToneBackend]]:
-    """`make_client` of an application that waits for nothing long, for stores that fail and come back."""
+    """Like `make_client`, with short pauses, for tests with failing stores."""
     return make_client(hasty=True, **options)
 
 
@@ -120,9 +120,9 @@ async def serve_app(
     refusals: Counter[int] | None = None,
     **settings: Any,
 ) -> AsyncIterator[tuple[int, ToneBackend]]:
-    """Such an application on a free port of this machine; with a `certificate` (chain, key) it speaks TLS.
+    """Serve such an application on a free port; with a `certificate` (chain, key) over TLS.
 
-    `refusals` counts its answers from 400 on, by status.
+    `refusals` counts its responses with status 400 and above, by status.
     """
     async with make_app(backend, **settings) as (app, backend):
         tls = {"ssl_certfile": certificate[0], "ssl_keyfile": certificate[1]} if certificate else {}

@@ -1,4 +1,4 @@
-"""The AIML API's page, row by row, over HTTP."""
+"""The AIML API's documentation, row by row, over HTTP."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ async def poll_until(client: httpx.AsyncClient, generation_id: str, status: str)
             await asyncio.sleep(0.02)
 
 
-async def test_a_submission_is_answered_with_an_id_and_a_status(client: httpx.AsyncClient) -> None:
+async def test_submission_returns_an_id_and_a_status(client: httpx.AsyncClient) -> None:
     body = (await client.post(URL, json=BODY)).json()
     assert re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}:stable-audio", body.pop("id"))
     assert body == {"status": "queued", "meta": {"usage": {"credits_used": 0}}}
 
 
-async def test_a_generation_goes_from_queued_over_generating_to_completed(
+async def test_status_goes_from_queued_over_generating_to_completed(
     client: httpx.AsyncClient, backend: ToneBackend, runner: JobRunner
 ) -> None:
     backend.released.clear()
@@ -64,12 +64,12 @@ async def test_a_generation_goes_from_queued_over_generating_to_completed(
     assert read_wav(download.content) == (44100, 2, 2, 30 * 44100)
 
 
-async def test_a_job_without_a_runner_stays_queued(client: httpx.AsyncClient) -> None:
+async def test_job_without_a_runner_stays_queued(client: httpx.AsyncClient) -> None:
     body = await poll_until(client, await submit(client), "queued")
     assert body.keys() == {"id", "status", "meta"}
 
 
-async def test_an_error_has_a_name_and_a_message(
+async def test_error_has_a_name_and_a_message(
     client: httpx.AsyncClient, backend: ToneBackend, runner: JobRunner
 ) -> None:
     backend.error = GenerationError("the model produced silence")
@@ -79,7 +79,7 @@ async def test_an_error_has_a_name_and_a_message(
 
 
 @pytest.mark.parametrize("encode", [str, lambda text: quote(text, safe=""), lambda text: quote(quote(text, safe=""))])
-async def test_ids_come_back_raw_or_encoded(client: httpx.AsyncClient, encode: Any) -> None:
+async def test_id_can_be_sent_raw_or_encoded(client: httpx.AsyncClient, encode: Any) -> None:
     generation_id = await submit(client)
     reply = await client.get(f"{URL}?generation_id={encode(generation_id)}")
     assert (reply.status_code, reply.json()["id"]) == (200, generation_id)
@@ -126,7 +126,7 @@ async def test_an_invalid_body_is_400_and_names_the_field(
     assert body["meta"][0].keys() == {"path", "message", "code"}
 
 
-async def test_the_error_body_of_the_page(client: httpx.AsyncClient) -> None:
+async def test_error_body_matches_the_documentation(client: httpx.AsyncClient) -> None:
     reply = await client.post(URL, json={"model": "stable-audio"})
     assert reply.json() == {
         "statusCode": 400,
@@ -141,7 +141,7 @@ async def test_the_error_body_of_the_page(client: httpx.AsyncClient) -> None:
     ("content", "names"),
     [(b"", ["model", "prompt"]), *((content, ["body"]) for content in (b"{", b'{"model": ,}', b"[]", b"null", b'"x"'))],
 )
-async def test_a_body_that_is_no_object_is_400(client: httpx.AsyncClient, content: bytes, names: list[str]) -> None:
+async def test_body_other_than_an_object_is_400(client: httpx.AsyncClient, content: bytes, names: list[str]) -> None:
     reply = await client.post(URL, content=content, headers={"content-type": "application/json"})
     body = reply.json()
     assert reply.status_code == 400
@@ -158,21 +158,23 @@ async def test_a_body_that_is_no_object_is_400(client: httpx.AsyncClient, conten
         ("?generation_id=..%2F..%2Fetc%2Fpasswd", 404, "Not Found"),
     ],
 )
-async def test_ids_that_are_missing_or_unknown(client: httpx.AsyncClient, query: str, status: int, error: str) -> None:
+async def test_missing_or_unknown_id_is_an_error(
+    client: httpx.AsyncClient, query: str, status: int, error: str
+) -> None:
     reply = await client.get(f"{URL}{query}")
     body = reply.json()
     assert (reply.status_code, body["statusCode"], body["error"]) == (status, status, error)
     assert "generation_id" in body["message"]
 
 
-async def test_the_alias_is_the_configured_model_and_own_models_may_be_named() -> None:
+async def test_alias_selects_the_configured_model() -> None:
     async with make_client(dialects={"aiml_model": "small-music"}) as (client, backend):
         for name, model in {"stable-audio": "small-music", "stable-audio-3-medium": "medium"}.items():
             await poll_until(client, await submit(client, model=name), "completed")
             assert backend.requests[-1][0] == model
 
 
-async def test_a_short_engine_shrinks_the_default_and_refuses_more() -> None:
+async def test_short_model_limits_the_default_length() -> None:
     async with make_client(dialects={"aiml_model": "demo"}) as (client, backend):
         await poll_until(client, await submit(client), "completed")
         assert backend.last.duration_s == 5
@@ -181,12 +183,12 @@ async def test_a_short_engine_shrinks_the_default_and_refuses_more() -> None:
     assert "seconds_total: Input should be less than or equal to 5" in reply.json()["message"]
 
 
-async def test_the_alias_is_unknown_elsewhere(client: httpx.AsyncClient) -> None:
+async def test_alias_is_unknown_in_other_dialects(client: httpx.AsyncClient) -> None:
     reply = await client.post("/v1/audio/generations", json={"prompt": "x", "model": "stable-audio"})
     assert reply.status_code == 422
 
 
-async def test_a_full_queue_is_429_with_a_time_to_retry() -> None:
+async def test_full_queue_is_429_with_retry_after() -> None:
     async with make_client(jobs={"max_queued": 1}, run_jobs=False) as (client, _):
         await submit(client)
         reply = await client.post(URL, json=BODY)
@@ -195,7 +197,7 @@ async def test_a_full_queue_is_429_with_a_time_to_retry() -> None:
     assert int(reply.headers["retry-after"]) >= 1
 
 
-async def test_the_file_link_is_built_from_what_the_caller_used(client: httpx.AsyncClient, runner: JobRunner) -> None:
+async def test_file_link_uses_the_host_of_the_request(client: httpx.AsyncClient, runner: JobRunner) -> None:
     generation_id = await submit(client)
     await poll_until(client, generation_id, "completed")
     headers = {"x-forwarded-proto": "https", "x-forwarded-host": "audio.example.org"}
@@ -203,7 +205,7 @@ async def test_the_file_link_is_built_from_what_the_caller_used(client: httpx.As
     assert reply.json()["audio_file"]["url"].startswith("https://audio.example.org/files/")
 
 
-async def test_the_routes_are_also_below_the_dialects_name(client: httpx.AsyncClient) -> None:
+async def test_routes_exist_below_the_dialects_prefix(client: httpx.AsyncClient) -> None:
     reply = await client.post(f"/aiml{URL}", json=BODY)
     generation_id = reply.json()["id"]
     assert (await client.get(f"/aiml{URL}", params={"generation_id": generation_id})).status_code == 200

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.server
 
 
 def without(reason: str) -> None:
-    """Skip where the tools are missing, but never where everything has to run."""
+    """Skip if the tools are missing, but fail where all tests must run."""
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
     pytest.skip(f"NOT TESTED, the JavaScript client of fal: {reason}")
@@ -33,7 +33,7 @@ def without(reason: str) -> None:
 
 @pytest.fixture(scope="module")
 def node_path() -> Path:
-    """Where the client is installed: a folder of the user's cache, filled by the first run."""
+    """Returns the folder with the installed client, in the user's cache; the first run installs it."""
     if not shutil.which("node") or not shutil.which("npm"):
         without("node and npm are not installed")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stable-audio-serve-tests"
@@ -46,13 +46,13 @@ def node_path() -> Path:
         if done.returncode:
             shutil.rmtree(folder)
             without(f"npm could not install {CLIENT}: {done.stderr[-500:]}")
-        Path(folder).rename(installed)  # all of it at once
+        Path(folder).rename(installed)  # atomically
     return installed / "node_modules"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def seen(node_path: Path) -> AsyncIterator[dict[str, Any]]:
-    """What the client saw."""
+    """Returns the client's results."""
     refusals: Counter[int] = Counter()
     async with serve_app(PromptBackend(), jobs={"max_running": 2}, refusals=refusals) as (port, _):
         base = f"http://localhost:{port}"
@@ -75,7 +75,7 @@ def test_subscribe(seen: dict[str, Any], mode: str) -> None:
     assert subscribed["ids"] == [subscribed["requestId"]]
     assert subscribed["statuses"][-2:] == ["IN_PROGRESS", "COMPLETED"]
     assert len(subscribed["messages"]) >= 3
-    assert len(set(subscribed["messages"])) == len(subscribed["messages"])  # the stream repeats none
+    assert len(set(subscribed["messages"])) == len(subscribed["messages"])  # the stream repeats no message
 
 
 def test_submit_status_stream_and_result(seen: dict[str, Any]) -> None:
@@ -100,7 +100,7 @@ def test_upload(seen: dict[str, Any]) -> None:
     check_output(seen["upload"]["withBlob"], seen["base"])
 
 
-def test_a_start_timeout_is_the_users(seen: dict[str, Any]) -> None:
+def test_start_timeout_is_reported_as_the_users(seen: dict[str, Any]) -> None:
     late = seen["startTimeout"]
     assert (late["status"], late["isUserTimeout"], late["body"]["error_type"]) == (504, True, "request_timeout")
 
@@ -125,8 +125,8 @@ def test_other_errors(seen: dict[str, Any]) -> None:
     assert errors["tooLate"]["body"] == {"status": "ALREADY_COMPLETED"}
 
 
-def test_no_refusal_is_repeated(seen: dict[str, Any]) -> None:
-    """Each status comes as often as the script's calls meet it; 499 is left out, which polling may meet again."""
+def test_client_does_not_retry_refusals(seen: dict[str, Any]) -> None:
+    """Each status occurs once per call of the script. 499 is left out, because polling may meet it again."""
     assert {status: count for status, count in seen["refusals"].items() if status != 499} == {
         400: 1,
         404: 1,

@@ -1,4 +1,4 @@
-"""fal's client proxy over HTTP: what is meant comes in a header, and is only ever answered here."""
+"""fal's client proxy over HTTP: a header names the target, and this server responds."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ async def test_a_run(client: httpx.AsyncClient) -> None:
 
 async def test_a_queued_request_from_ticket_to_result(client: httpx.AsyncClient, runner: JobRunner) -> None:
     reply = await call(client, "POST", f"https://queue.fal.run/{APP}?fal_webhook=", json=BODY)
-    assert reply.status_code == 422  # the query comes through
+    assert reply.status_code == 422  # the query is passed on
     ticket = (await call(client, "POST", f"https://queue.fal.run/{APP}", json=BODY)).json()
     requests = f"https://queue.fal.run/{APP}/requests/{ticket['request_id']}"
     assert (await client.get(ticket["status_url"])).status_code in (200, 202)  # links lead to the real routes
@@ -55,7 +55,7 @@ async def test_an_upload_is_announced(client: httpx.AsyncClient) -> None:
     assert (await client.get(place["file_url"])).content == b"abc"
 
 
-async def test_errors_come_through_with_status_body_and_headers(client: httpx.AsyncClient) -> None:
+async def test_errors_keep_status_body_and_headers(client: httpx.AsyncClient) -> None:
     reply = await call(client, "POST", f"https://fal.run/{APP}", json={"prompt": ""})
     assert (reply.status_code, reply.json()["detail"][0]["loc"]) == (422, ["body", "prompt"])
     assert reply.headers["x-fal-retryable"] == "false"
@@ -102,12 +102,12 @@ async def test_every_other_host_is_412(client: httpx.AsyncClient, backend: ToneB
         *("https://fal.run/../health", "https://fal.run/%2e%2e/health", "https://rest.fal.ai/", "https://fal.run"),
     ],
 )
-async def test_only_fals_own_routes_are_found_behind_it(client: httpx.AsyncClient, target: str) -> None:
+async def test_proxy_reaches_only_fals_routes(client: httpx.AsyncClient, target: str) -> None:
     reply = await call(client, "GET", target)
     assert reply.status_code in (404, 405), reply.text
 
 
-async def test_the_proxy_is_also_below_the_dialects_name(client: httpx.AsyncClient) -> None:
+async def test_proxy_exists_below_the_dialects_prefix(client: httpx.AsyncClient) -> None:
     headers = {"x-fal-target-url": f"https://queue.fal.run/{APP}"}
     reply = await client.post(f"/fal{URL}", json=BODY, headers=headers)
     ticket = reply.json()

@@ -1,4 +1,4 @@
-"""The unmodified Python client of fal against a real socket, both ways its users point it at another server."""
+"""The unmodified Python client of fal with a real server, with both ways of configuring another server."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.server
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Files of a certificate of our own for localhost: what the server shows, its key, and what a client must trust."""
+    """Returns the files of a self-signed certificate for localhost: certificate, key, and authority for the client."""
     folder = tmp_path_factory.mktemp("certificate")
     authority = trustme.CA()
     issued = authority.issue_cert("localhost")
@@ -39,7 +39,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     scope="module", loop_scope="module", params=["environment", pytest.param("formats", marks=pytest.mark.slow)]
 )
 async def seen(request: pytest.FixtureRequest, certificate: dict[str, Path]) -> AsyncIterator[dict[str, Any]]:
-    """What the client saw: with TLS through its environment, or over plain HTTP through its URL formats."""
+    """Returns the client's results: with TLS through its environment, or over HTTP through its URL formats."""
     is_tls = request.param == "environment"
     pair = (certificate["chain"], certificate["key"]) if is_tls else None
     refusals: Counter[int] = Counter()
@@ -90,11 +90,11 @@ def test_cancel(seen: dict[str, Any]) -> None:
     assert cancel["result"]["detail"] == cancel["error"]
 
 
-def test_a_client_that_gives_up_cancels(seen: dict[str, Any]) -> None:
+def test_client_timeout_cancels_the_request(seen: dict[str, Any]) -> None:
     assert seen["client_timeout"] == {"error_type": "client_cancelled"}
 
 
-def test_a_start_timeout_is_raised(seen: dict[str, Any]) -> None:
+def test_start_timeout_is_raised(seen: dict[str, Any]) -> None:
     late = seen["start_timeout"]
     assert (late["status"], late["error_type"]) == (504, "request_timeout")
 
@@ -103,7 +103,7 @@ def test_upload(seen: dict[str, Any]) -> None:
     assert seen["upload"] == {"take_1.wav": True, "upload.bin": True, "take_2.wav": True}
 
 
-def test_input_errors_carry_the_entries_of_the_fields(seen: dict[str, Any]) -> None:
+def test_input_errors_contain_the_entries_of_the_fields(seen: dict[str, Any]) -> None:
     fields = {"invalid run": "steps", "invalid submit": "prompt", "invalid subscribe": "seconds_total"}
     for name, field in fields.items():
         error = seen["errors"][name]
@@ -120,8 +120,8 @@ def test_other_errors(seen: dict[str, Any]) -> None:
     assert (errors["too late to cancel"]["status"], errors["stream"]) == (400, "SSEError")
 
 
-def test_no_refusal_is_repeated(seen: dict[str, Any]) -> None:
-    """Each status comes as often as the script's calls meet it; 499 is left out, which polling may meet again."""
+def test_client_does_not_retry_refusals(seen: dict[str, Any]) -> None:
+    """Each status occurs once per call of the script. 499 is left out, because polling may meet it again."""
     assert {status: count for status, count in seen["refusals"].items() if status != 499} == {
         400: 1,
         404: 3,

@@ -1,4 +1,4 @@
-"""fal's page over HTTP: tickets, status, results, cancellation, webhooks and headers of the queue."""
+"""fal's queue over HTTP, as documented: tickets, status, results, cancellation, webhooks and headers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ async def wait_for(client: httpx.AsyncClient, ticket: dict[str, Any], status: st
             await asyncio.sleep(0.02)
 
 
-async def test_a_ticket_has_absolute_links_below_the_prefix_that_was_used(client: httpx.AsyncClient) -> None:
+async def test_ticket_links_use_the_prefix_of_the_request(client: httpx.AsyncClient) -> None:
     ticket = await submit(client)
     request_id = ticket["request_id"]
     assert str(uuid.UUID(request_id)) == request_id
@@ -75,7 +75,7 @@ async def test_a_ticket_has_absolute_links_below_the_prefix_that_was_used(client
         (QUEUE, {"host": "a.example:8443", "x-forwarded-proto": "https"}, f"https://a.example:8443{QUEUE}/"),
     ],
 )
-async def test_links_lead_back_the_way_the_submission_came(
+async def test_links_use_host_and_prefix_of_the_submission(
     client: httpx.AsyncClient, path: str, headers: dict[str, str], start: str
 ) -> None:
     ticket = (await client.post(path, json=BODY, headers=headers)).json()
@@ -86,7 +86,7 @@ async def test_links_lead_back_the_way_the_submission_came(
     assert reply.json()["status_url"] == ticket["status_url"]
 
 
-async def test_a_public_url_wins() -> None:
+async def test_public_url_overrides_the_host() -> None:
     async with make_client(api={"public_url": "https://audio.example/base/"}, run_jobs=False) as (client, _):
         ticket = await submit(client)
     assert ticket["status_url"].startswith(f"https://audio.example/base{QUEUE}/requests/")
@@ -100,7 +100,7 @@ async def test_positions_count_from_zero() -> None:
         assert (await wait_for(client, tickets[2], "IN_QUEUE"))["queue_position"] == 1
 
 
-async def test_low_priority_is_batch_work_in_a_line_of_its_own() -> None:
+async def test_low_priority_is_batch_work_with_its_own_queue() -> None:
     async with make_client() as (client, backend):
         for priority, meaning in (("low", "batch"), ("normal", "interactive")):
             await wait_for(client, await submit(client, x_fal_queue_priority=priority), "COMPLETED")
@@ -112,10 +112,10 @@ async def test_low_priority_is_batch_work_in_a_line_of_its_own() -> None:
     assert (reply.status_code, reply.json()["detail"][0]["loc"]) == (422, ["header", "x-fal-queue-priority"])
 
 
-LOGS = {None: False, "0": False, "false": False, "1": True, "true": True}  # the parameter, and whether there are some
+LOGS = {None: False, "0": False, "false": False, "1": True, "true": True}  # parameter -> whether logs are included
 
 
-async def test_a_status_has_the_keys_that_clients_read(
+async def test_status_has_the_fields_that_clients_read(
     client: httpx.AsyncClient, backend: ToneBackend, runner: JobRunner
 ) -> None:
     async def ask(logs: str | None) -> httpx.Response:
@@ -146,12 +146,12 @@ async def test_a_status_has_the_keys_that_clients_read(
                 assert datetime.fromisoformat(entry["timestamp"]).tzinfo is not None
 
 
-async def test_a_waiting_request_has_a_position(client: httpx.AsyncClient) -> None:
+async def test_queued_request_has_a_position(client: httpx.AsyncClient) -> None:
     body = await wait_for(client, await submit(client), "IN_QUEUE")
     assert body.keys() == {"status", "queue_position", *LINKS}
 
 
-async def test_the_result_is_the_output(client: httpx.AsyncClient, runner: JobRunner) -> None:
+async def test_result_is_the_output(client: httpx.AsyncClient, runner: JobRunner) -> None:
     ticket = await submit(client)
     await wait_for(client, ticket, "COMPLETED")
     for prefix in ("", "/queue", "/run", "/fal", "/fal/queue"):
@@ -164,20 +164,20 @@ async def test_the_result_is_the_output(client: httpx.AsyncClient, runner: JobRu
             assert len((await client.get(file["url"])).content) == file["file_size"] == 44 + 4 * 44100
 
 
-async def test_a_result_that_is_not_there_yet_is_400(client: httpx.AsyncClient) -> None:
+async def test_result_of_an_unfinished_request_is_400(client: httpx.AsyncClient) -> None:
     reply = await client.get((await submit(client))["response_url"])
     assert (reply.status_code, reply.json()) == (400, {"detail": "Request is still in progress"})
 
 
 @pytest.mark.parametrize("request_id", ["7875a82d-0991-47c8-99fa-bdd57f4f0303", "no", "%2e%2e", "%00", "x" * 3000])
 @pytest.mark.parametrize("suffix", ["", "/response", "/status", "/status/stream"])
-async def test_an_unknown_request_is_404(client: httpx.AsyncClient, request_id: str, suffix: str) -> None:
+async def test_unknown_request_is_404(client: httpx.AsyncClient, request_id: str, suffix: str) -> None:
     reply = await client.get(f"{QUEUE}/requests/{request_id}{suffix}")
     assert (reply.status_code, type(reply.json()["detail"])) == (404, str)
     assert len(reply.content) < 500
 
 
-async def test_an_id_of_another_contract_is_unknown(client: httpx.AsyncClient) -> None:
+async def test_id_of_another_dialect_is_unknown(client: httpx.AsyncClient) -> None:
     reply = await client.post("/v2/generate/audio", json={"model": "stable-audio", "prompt": "x"})
     for request_id in (reply.json()["id"], reply.json()["id"].partition(":")[0]):
         assert (await client.get(f"{QUEUE}/requests/{request_id}")).status_code == 404
@@ -196,7 +196,7 @@ FAILURES: list[tuple[Exception, int, str]] = [
 ]
 
 
-async def test_a_failure_keeps_its_status_and_body() -> None:
+async def test_failure_keeps_its_status_and_body() -> None:
     async with make_hasty_client(jobs={"max_attempts": 1}) as (client, backend):
         for error, status, error_type in FAILURES:
             backend.error = error
@@ -217,7 +217,7 @@ async def test_a_failure_keeps_its_status_and_body() -> None:
                 assert reply.headers["x-fal-error-type"] == error_type
 
 
-async def test_a_request_that_cannot_start_in_its_time() -> None:
+async def test_request_that_cannot_start_in_time_fails() -> None:
     async with make_client(ToneBackend(delay_s=30), jobs={"max_running": 1}) as (client, _):
         first = await submit(client)
         await wait_for(client, first, "IN_PROGRESS")
@@ -230,7 +230,7 @@ async def test_a_request_that_cannot_start_in_its_time() -> None:
         assert (await wait_for(client, first, "IN_PROGRESS"))["status"] == "IN_PROGRESS"
 
 
-async def test_a_waiting_request_is_cancelled_at_once(client: httpx.AsyncClient) -> None:
+async def test_queued_request_is_cancelled_immediately(client: httpx.AsyncClient) -> None:
     ticket = await submit(client)
     reply = await client.put(ticket["cancel_url"])
     assert (reply.status_code, reply.json()) == (202, {"status": "CANCELLATION_REQUESTED"})
@@ -244,20 +244,18 @@ async def test_a_waiting_request_is_cancelled_at_once(client: httpx.AsyncClient)
     assert (reply.status_code, reply.json()) == (400, {"status": "ALREADY_COMPLETED"})
 
 
-async def test_a_running_request_is_cancelled(
-    client: httpx.AsyncClient, backend: ToneBackend, runner: JobRunner
-) -> None:
+async def test_running_request_is_cancelled(client: httpx.AsyncClient, backend: ToneBackend, runner: JobRunner) -> None:
     backend.delay_s = 30
     ticket = await submit(client)
     await wait_for(client, ticket, "IN_PROGRESS")
-    await until(lambda: backend.num_running == 1)  # a job is in progress before the model is asked
+    await until(lambda: backend.num_running == 1)  # a job is in progress before the generation starts
     reply = await client.put(ticket["cancel_url"], headers={"content-type": "application/json"})
     assert (reply.status_code, reply.json()) == (202, {"status": "CANCELLATION_REQUESTED"})
     assert (await wait_for(client, ticket, "COMPLETED"))["error_type"] == "client_cancelled"
     assert backend.num_cancelled == 1
 
 
-async def test_cancelling_what_is_over_or_unknown(client: httpx.AsyncClient, runner: JobRunner) -> None:
+async def test_cancelling_an_ended_or_unknown_request(client: httpx.AsyncClient, runner: JobRunner) -> None:
     ticket = await submit(client)
     await wait_for(client, ticket, "COMPLETED")
     reply = await client.put(ticket["cancel_url"])
@@ -266,7 +264,7 @@ async def test_cancelling_what_is_over_or_unknown(client: httpx.AsyncClient, run
     assert (reply.status_code, reply.json()) == (404, {"status": "NOT_FOUND"})
 
 
-async def test_a_full_queue_asks_to_come_again() -> None:
+async def test_full_queue_is_429_with_retry_after() -> None:
     async with make_client(jobs={"max_queued": 1}, run_jobs=False) as (client, _):
         await submit(client)
         reply = await client.post(QUEUE, json=BODY)
@@ -274,7 +272,7 @@ async def test_a_full_queue_asks_to_come_again() -> None:
     assert int(reply.headers["retry-after"]) >= 1
 
 
-async def test_a_webhook_is_told_the_end() -> None:
+async def test_webhook_is_called_at_the_end() -> None:
     errors = (None, GenerationError("silence"), InvalidRequestError("steps: no", field="steps"))
     async with receiving() as receiver, make_client(jobs={"webhook_allow_hosts": ["127.0.0.1"]}) as (client, backend):
         for number, error in enumerate(errors):
@@ -298,6 +296,6 @@ async def test_a_webhook_is_told_the_end() -> None:
 @pytest.mark.parametrize(
     "url", ["http://10.0.0.1/", "http://[::1]/", "ftp://example.org/", "no url", "http://metadata.internal/"]
 )
-async def test_webhooks_inside_our_network_are_refused(client: httpx.AsyncClient, url: str) -> None:
+async def test_webhooks_to_private_networks_are_refused(client: httpx.AsyncClient, url: str) -> None:
     reply = await client.post(QUEUE, json=BODY, params={"fal_webhook": url})
     assert (reply.status_code, reply.json()["detail"][0]["loc"]) == (422, ["query", "fal_webhook"])

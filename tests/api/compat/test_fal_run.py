@@ -1,4 +1,4 @@
-"""fal's page over HTTP: the model's input and output, the synchronous host, and which host a request means."""
+"""fal's synchronous calls over HTTP: the model's input and output, and the choice between queue and run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ URL = "/fal-ai/stable-audio"
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
-async def test_a_run_is_answered_with_a_stored_file(client: httpx.AsyncClient) -> None:
+async def test_run_returns_a_stored_file(client: httpx.AsyncClient) -> None:
     reply = await client.post(URL, json={"prompt": "tech house"})
     assert reply.status_code == 200
     assert UUID.fullmatch(reply.headers["x-fal-request-id"])
@@ -77,7 +77,7 @@ INVALID: list[tuple[dict[str, Any], str, str]] = [
 
 @pytest.mark.parametrize("path", [URL, f"/queue{URL}"])
 @pytest.mark.parametrize(("fields", "field", "kind"), INVALID)
-async def test_input_errors_are_422_at_once_and_name_the_field(
+async def test_input_error_is_422_and_names_the_field(
     client: httpx.AsyncClient, path: str, fields: dict[str, Any], field: str, kind: str
 ) -> None:
     reply = await client.post(path, json={"prompt": "rain"} | fields)
@@ -96,7 +96,7 @@ async def test_a_missing_prompt_is_named(client: httpx.AsyncClient, content: byt
     assert (reply.status_code, entry["loc"], entry["type"]) == (422, ["body", "prompt"], "missing")
 
 
-async def test_a_short_engine_shrinks_the_default_and_refuses_more() -> None:
+async def test_short_model_limits_the_default_length() -> None:
     async with make_client(dialects={"fal_model": "demo"}) as (client, backend):
         assert (await client.post(URL, json={"prompt": "x"})).status_code == 200
         assert backend.requests[-1][0] == "demo"
@@ -125,7 +125,7 @@ async def test_a_short_engine_shrinks_the_default_and_refuses_more() -> None:
         (f"/queue{URL}/x", {}, True),
     ],
 )
-async def test_path_then_host_tell_which_one_is_meant(
+async def test_path_then_host_selects_queue_or_run(
     client: httpx.AsyncClient, path: str, headers: dict[str, str], is_queue: bool
 ) -> None:
     reply = await client.post(path, json={"prompt": "x", "seconds_total": 1}, headers=headers)
@@ -158,7 +158,7 @@ async def test_unknown_applications_are_404(client: httpx.AsyncClient, path: str
         (DeadlineExceededError("the time budget ran out"), 500, "generation_timeout", "false"),
     ],
 )
-async def test_platform_errors_have_a_sentence_and_a_type(
+async def test_platform_error_has_a_sentence_and_a_type(
     client: httpx.AsyncClient, backend: ToneBackend, error: Exception, status: int, error_type: str, retryable: str
 ) -> None:
     backend.error = error
@@ -172,9 +172,7 @@ async def test_platform_errors_have_a_sentence_and_a_type(
     assert ("retry-after" in reply.headers) == (retryable == "true")
 
 
-async def test_a_run_that_cannot_start_in_its_time_is_504_of_the_users_kind(
-    client: httpx.AsyncClient, backend: ToneBackend
-) -> None:
+async def test_run_that_cannot_start_in_time_is_504(client: httpx.AsyncClient, backend: ToneBackend) -> None:
     backend.queue_s = 5.0
     reply = await client.post(URL, json={"prompt": "x"}, headers={"x-fal-request-timeout": "0.05"})
     assert (reply.status_code, reply.json()["error_type"]) == (504, "request_timeout")
@@ -182,19 +180,19 @@ async def test_a_run_that_cannot_start_in_its_time_is_504_of_the_users_kind(
     assert reply.headers["x-fal-error-type"] == "request_timeout"
 
 
-async def test_a_run_that_started_may_take_longer(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+async def test_started_run_may_exceed_the_start_timeout(client: httpx.AsyncClient, backend: ToneBackend) -> None:
     backend.delay_s = 0.2
     reply = await client.post(URL, json={"prompt": "x"}, headers={"x-fal-request-timeout": "0.05"})
     assert reply.status_code == 200
 
 
 @pytest.mark.parametrize("value", ["", "soon", "0", "-1", "nan", "inf", "1e999"])
-async def test_a_start_timeout_must_be_a_number_of_seconds(client: httpx.AsyncClient, value: str) -> None:
+async def test_start_timeout_must_be_a_number_of_seconds(client: httpx.AsyncClient, value: str) -> None:
     reply = await client.post(URL, json={"prompt": "x"}, headers={"x-fal-request-timeout": value})
     assert (reply.status_code, reply.json()["detail"][0]["loc"]) == (422, ["header", "x-fal-request-timeout"])
 
 
-async def test_headers_we_do_not_know_are_ignored(client: httpx.AsyncClient) -> None:
+async def test_unknown_headers_are_ignored(client: httpx.AsyncClient) -> None:
     headers = {
         "x-fal-runner-hint": "a",
         "x-fal-object-lifecycle-preference": '{"expiration_duration_seconds": 60}',
@@ -206,7 +204,7 @@ async def test_headers_we_do_not_know_are_ignored(client: httpx.AsyncClient) -> 
     assert reply.status_code == 200
 
 
-async def test_with_keys_configured_a_bad_one_is_401() -> None:
+async def test_invalid_key_is_401() -> None:
     digest = "2c70e12b7a0646f92279f427c7b38e7334d8e5389cff167a1dc30e73f826b683"  # of "key"
     async with make_client(api={"key_hashes": [digest]}) as (client, _):
         body = {"prompt": "x", "seconds_total": 1}
@@ -217,7 +215,7 @@ async def test_with_keys_configured_a_bad_one_is_401() -> None:
         assert (await client.get(reply.json()["audio_file"]["url"])).status_code == 200
 
 
-async def test_pages_of_allowed_origins_may_call_and_read_ids(client: httpx.AsyncClient) -> None:
+async def test_pages_of_allowed_origins_can_read_the_request_id(client: httpx.AsyncClient) -> None:
     origin = {"origin": "http://localhost:3000"}
     for method in ("GET", "POST", "PUT"):
         asked = {

@@ -1,4 +1,4 @@
-"""fal's storage over HTTP: both clients' ways to bring a file, what limits them, and who may."""
+"""fal's storage over HTTP: the uploads of both clients, their limits, and access control."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def check_file(client: httpx.AsyncClient, url: str, data: bytes = DATA, me
     assert reply.headers["x-content-type-options"] == "nosniff"
 
 
-async def test_a_token_is_the_callers_key_for_a_while(client: httpx.AsyncClient) -> None:
+async def test_token_is_the_callers_key(client: httpx.AsyncClient) -> None:
     reply = await client.post("/storage/auth/token?storage_type=fal-cdn-v3", json={}, headers=AUTHORIZED)
     body = reply.json()
     assert (body["token"], body["token_type"], body["base_url"]) == (KEY, "Key", "http://localhost")
@@ -59,7 +59,7 @@ async def test_a_token_is_the_callers_key_for_a_while(client: httpx.AsyncClient)
     assert bare["token_type"]
 
 
-async def test_an_upload_in_one_request(client: httpx.AsyncClient) -> None:
+async def test_upload_in_one_request(client: httpx.AsyncClient) -> None:
     headers = {"content-type": "audio/wav", "x-fal-file-name": "take 1.wav"}
     reply = await client.post("/files/upload", content=DATA, headers=headers)
     assert reply.json().keys() == {"access_url"}
@@ -67,14 +67,14 @@ async def test_an_upload_in_one_request(client: httpx.AsyncClient) -> None:
     await check_file(client, reply.json()["access_url"])
 
 
-async def test_an_announced_upload(client: httpx.AsyncClient) -> None:
+async def test_announced_upload(client: httpx.AsyncClient) -> None:
     place = await announce(client)
     assert (await client.get(place["file_url"])).status_code == 404
     assert (await client.put(place["upload_url"], content=DATA)).status_code == 200
     await check_file(client, place["file_url"])
 
 
-async def test_a_repeated_upload_is_taken_and_another_is_not(client: httpx.AsyncClient) -> None:
+async def test_repeated_upload_is_accepted_and_a_different_one_refused(client: httpx.AsyncClient) -> None:
     place = await announce(client)
     for _ in range(2):
         assert (await client.put(place["upload_url"], content=DATA)).status_code == 200
@@ -84,7 +84,7 @@ async def test_a_repeated_upload_is_taken_and_another_is_not(client: httpx.Async
 
 
 @pytest.mark.parametrize("is_javascript", [False, True])
-async def test_an_upload_in_parts(client: httpx.AsyncClient, is_javascript: bool) -> None:
+async def test_multipart_upload(client: httpx.AsyncClient, is_javascript: bool) -> None:
     if is_javascript:
         place = await announce(client, "initiate-multipart")
         url, parts_url = place["file_url"], place["upload_url"]
@@ -93,7 +93,7 @@ async def test_an_upload_in_parts(client: httpx.AsyncClient, is_javascript: bool
         begun = (await client.post("/files/upload/multipart", headers=headers)).json()
         url, parts_url = begun["access_url"], f"{begun['access_url']}/multipart/{begun['uploadId']}"
     parts = []
-    for number in (2, 1, 3):  # they may come in any order
+    for number in (2, 1, 3):  # in any order
         chunk = DATA[(number - 1) * 4000 : number * 4000]
         reply = await client.put(f"{parts_url}/{number}", content=chunk)
         assert reply.json()["partNumber"] == number
@@ -105,7 +105,7 @@ async def test_an_upload_in_parts(client: httpx.AsyncClient, is_javascript: bool
     await check_file(client, url)
 
 
-async def test_parts_that_are_missing_or_others_are_400(client: httpx.AsyncClient) -> None:
+async def test_missing_or_wrong_parts_are_400(client: httpx.AsyncClient) -> None:
     place = await announce(client, "initiate-multipart")
     etag = (await client.put(f"{place['upload_url']}/1", content=DATA)).headers["etag"]
     for parts in ([{"partNumber": 2, "etag": etag}], [{"partNumber": 1, "etag": "0" * 64}]):
@@ -115,20 +115,20 @@ async def test_parts_that_are_missing_or_others_are_400(client: httpx.AsyncClien
 
 
 @pytest.mark.parametrize("parts", [[], [{"partNumber": 0, "etag": "x"}], [{"partNumber": 1}], "x", None])
-async def test_a_list_of_parts_that_is_none_is_422(client: httpx.AsyncClient, parts: Any) -> None:
+async def test_invalid_list_of_parts_is_422(client: httpx.AsyncClient, parts: Any) -> None:
     place = await announce(client, "initiate-multipart")
     reply = await client.post(f"{place['upload_url']}/complete", json={"parts": parts})
     assert (reply.status_code, "parts" in reply.json()["detail"][0]["loc"]) == (422, True)
 
 
 @pytest.mark.parametrize("path", ["/storage/upload/initiate", "/fal/storage/upload/initiate-multipart"])
-async def test_an_announcement_without_a_body_names_the_body(client: httpx.AsyncClient, path: str) -> None:
+async def test_announcement_without_a_body_is_an_error(client: httpx.AsyncClient, path: str) -> None:
     reply = await client.post(path)
     assert (reply.status_code, reply.json()["detail"][0]["loc"]) == (422, ["body"])
 
 
 @pytest.mark.parametrize("number", ["0", "10001", "x", "-1"])
-async def test_a_part_number_out_of_range_is_422(client: httpx.AsyncClient, number: str) -> None:
+async def test_part_number_out_of_range_is_422(client: httpx.AsyncClient, number: str) -> None:
     place = await announce(client, "initiate-multipart")
     reply = await client.put(f"{place['upload_url']}/{number}", content=DATA)
     assert (reply.status_code, reply.json()["detail"][0]["loc"]) == (422, ["path", "number"])
@@ -149,7 +149,7 @@ async def test_a_part_number_out_of_range_is_422(client: httpx.AsyncClient, numb
         ("x" * 5000 + ".wav", "audio/wav", None, "audio/wav"),
     ],
 )
-async def test_names_and_types_cannot_leave_their_place(
+async def test_file_names_and_types_are_sanitized(
     client: httpx.AsyncClient, name: str | None, media_type: str | None, shown: str | None, served: str
 ) -> None:
     place = await announce(client, file_name=name, content_type=media_type)
@@ -160,12 +160,12 @@ async def test_names_and_types_cannot_leave_their_place(
 
 
 @pytest.mark.parametrize("ticket", ["x", "a.b.c", "W10.aaaa.bbbb", "x" * 5000])
-async def test_an_address_that_was_not_handed_out_is_refused(client: httpx.AsyncClient, ticket: str) -> None:
+async def test_unknown_upload_url_is_refused(client: httpx.AsyncClient, ticket: str) -> None:
     for path in (f"/storage/upload/{ticket}", f"/storage/upload/{ticket}/1", f"/files/a/b/multipart/{ticket}/1"):
         assert (await client.put(path, content=DATA)).status_code in (403, 404, 405)
 
 
-async def test_what_is_larger_than_an_upload_may_be_is_413_while_it_arrives() -> None:
+async def test_upload_above_the_limit_is_413_while_it_arrives() -> None:
     async def stream() -> AsyncIterator[bytes]:
         for _ in range(5):
             yield bytes(100_000)
@@ -189,8 +189,8 @@ async def test_what_is_larger_than_an_upload_may_be_is_413_while_it_arrives() ->
         assert (reply.status_code, "parts" in reply.json()["detail"]) == (413, True)
 
 
-async def test_with_keys_only_addresses_that_were_handed_out_need_none(client: httpx.AsyncClient) -> None:
-    other = httpx.URL((await announce(client))["upload_url"]).path  # of another server
+async def test_announced_urls_need_no_key(client: httpx.AsyncClient) -> None:
+    other = httpx.URL((await announce(client))["upload_url"]).path  # from another server
     async with make_client(**KEYS) as (client, _):
         assert (await client.put(other, content=DATA)).status_code == 403
         for path in ("/storage/auth/token", "/storage/upload/initiate", "/files/upload", "/files/upload/multipart"):
@@ -220,7 +220,7 @@ BYTES = [
 
 
 async def receiving(client: httpx.AsyncClient, ticket: str) -> list[httpx.Response]:
-    """The answers of every route that takes what was announced."""
+    """Returns the responses of every route that accepts an announced upload."""
     parts = {"parts": [{"partNumber": 1, "etag": f"{'a' * 64}-1"}]}
     replies = []
     for prefix in ("", "/fal"):
@@ -234,22 +234,22 @@ async def receiving(client: httpx.AsyncClient, ticket: str) -> list[httpx.Respon
 
 @pytest.fixture
 def own_signer(client: httpx.AsyncClient, jobs: JobQueue) -> tuple[httpx.AsyncClient, TimestampSigner]:
-    """A server, and what signs as it does."""
+    """A server, and a signer with its secret."""
     return client, make_signer(jobs.store.secret())
 
 
-async def test_what_was_signed_but_is_no_ticket_is_refused(
+async def test_signed_text_that_is_not_a_ticket_is_refused(
     own_signer: tuple[httpx.AsyncClient, TimestampSigner],
 ) -> None:
     client, signer = own_signer
     for text in [*(json.dumps(shape).encode() for shape in SHAPES), *BYTES]:
         ticket = signer.sign(base64.urlsafe_b64encode(text).rstrip(b"=")).decode()
         assert {reply.status_code for reply in await receiving(client, ticket)} == {403}, text[:80]
-        ticket = quote(signer.sign(text), safe="")  # as it is
+        ticket = quote(signer.sign(text), safe="")  # sent unchanged
         assert {reply.status_code for reply in await receiving(client, ticket)} <= {403, 404}, text[:80]
 
 
-async def test_an_address_too_long_is_refused_also_when_it_is_ours(
+async def test_too_long_url_is_refused_even_if_signed(
     own_signer: tuple[httpx.AsyncClient, TimestampSigner],
 ) -> None:
     client, signer = own_signer
@@ -258,12 +258,12 @@ async def test_an_address_too_long_is_refused_also_when_it_is_ours(
     assert len(ticket) < 1000
     assert (await client.put(place["upload_url"], content=DATA)).status_code == 200
     text = base64.urlsafe_b64decode(ticket.partition(".")[0] + "==")
-    for spaces, status in ((0, 200), (600, 403)):  # where JSON may have them
+    for spaces, status in ((0, 200), (600, 403)):  # white space that JSON allows
         signed = signer.sign(base64.urlsafe_b64encode(text + b" " * spaces).rstrip(b"=")).decode()
         assert (await client.put(f"/storage/upload/{signed}", content=DATA)).status_code == status
 
 
-async def test_without_keys_too_nobody_else_can_sign(client: httpx.AsyncClient) -> None:
+async def test_without_keys_urls_of_other_servers_are_refused(client: httpx.AsyncClient) -> None:
     names = ["0" * 32, "take.wav", "audio/wav"]
     body = json.dumps(dict(zip(("file_id", "file_name", "media_type"), names, strict=True))).encode()
     forged = [URLSafeTimedSerializer("", salt="fal-upload").dumps(names)]
@@ -277,7 +277,7 @@ async def test_without_keys_too_nobody_else_can_sign(client: httpx.AsyncClient) 
 
 
 @pytest.mark.parametrize("settings", [{}, KEYS], ids=["open", "with keys"])
-async def test_every_process_of_an_installation_takes_its_addresses(tmp_path: Path, settings: dict[str, Any]) -> None:
+async def test_every_process_of_an_installation_accepts_the_urls(tmp_path: Path, settings: dict[str, Any]) -> None:
     settings = settings | {"output_dir": str(tmp_path)}
     async with make_client(**settings) as (first, _), make_client(**settings) as (second, _):
         place, later = await announce(first), await announce(first)
@@ -291,7 +291,7 @@ async def test_every_process_of_an_installation_takes_its_addresses(tmp_path: Pa
 
 
 @pytest.mark.parametrize("is_in_file", [False, True], ids=["configured", "in the key file"])
-async def test_an_address_ends_with_the_key_that_announced_it(tmp_path: Path, is_in_file: bool) -> None:
+async def test_removing_a_key_revokes_its_upload_urls(tmp_path: Path, is_in_file: bool) -> None:
     lines = [hashlib.sha256(key.encode()).hexdigest() for key in (KEY, "other")]
     key_file = tmp_path / "keys"
 
@@ -318,11 +318,11 @@ def _room_for(num_files: float) -> dict[str, Any]:
     return {"api": {"key_hashes": digests}, "storage": {"max_bytes_per_key": int(num_files * len(DATA))}}
 
 
-async def test_a_client_keeps_no_more_bytes_than_it_may() -> None:
+async def test_client_cannot_exceed_its_storage_limit() -> None:
     async with make_client(**_room_for(2.5)) as (client, _):
         places = [await announce(client) for _ in range(3)]
         for place, status in zip(places, (200, 200, 507), strict=True):
-            for _ in range(2):  # the same again is no more bytes
+            for _ in range(2):  # a repeated upload does not count again
                 reply = await client.put(place["upload_url"], content=DATA)
                 assert reply.status_code == status
         assert "storage.max_bytes_per_key" in reply.json()["detail"]
@@ -333,7 +333,7 @@ async def test_a_client_keeps_no_more_bytes_than_it_may() -> None:
         assert other.status_code == 200
 
 
-async def test_parts_count_once_and_as_often_as_they_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_parts_count_once_while_they_are_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(uploads, "MAX_TICKET_BYTES", 3 * len(DATA))
     async with make_client(**_room_for(4.5)) as (client, _):
         url = (await announce(client, "initiate-multipart"))["upload_url"]
@@ -347,14 +347,14 @@ async def test_parts_count_once_and_as_often_as_they_are_kept(monkeypatch: pytes
             assert (await client.put((await announce(client))["upload_url"], content=DATA)).status_code == status
 
 
-async def test_what_is_old_enough_to_go_no_longer_counts() -> None:
+async def test_expired_files_no_longer_count() -> None:
     async with make_client(**_room_for(1), jobs={"retention_s": 0.05}) as (client, _):
         for _ in range(2):
             assert (await client.post("/files/upload", content=DATA, headers=AUTHORIZED)).status_code == 200
             await asyncio.sleep(0.1)
 
 
-async def test_what_signs_addresses_is_not_beside_the_files(tmp_path: Path) -> None:
+async def test_signing_secret_is_not_stored_with_the_files(tmp_path: Path) -> None:
     settings = Settings(output_dir=str(tmp_path))
     identity = prepare_stores(settings).identity
     jobs = open_queue(settings)
@@ -367,7 +367,7 @@ async def test_what_signs_addresses_is_not_beside_the_files(tmp_path: Path) -> N
     assert not any(secret.encode() in path.read_bytes() for path in kept)
 
 
-async def test_json_bodies_stay_small() -> None:
+async def test_json_bodies_have_the_small_limit() -> None:
     async with make_client() as (client, _):
         reply = await client.post("/storage/upload/initiate", json={"file_name": "x" * 1_100_000})
         assert reply.status_code == 413

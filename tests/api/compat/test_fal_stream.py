@@ -1,4 +1,4 @@
-"""fal's status stream over HTTP: one line of data per event, all changes, only new log lines, and an end."""
+"""fal's status stream over HTTP: one event per change, new log lines only, and an end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ async def submit(client: httpx.AsyncClient) -> dict[str, Any]:
 
 
 async def read_stream(client: httpx.AsyncClient, ticket: dict[str, Any], query: str = "?logs=1") -> list[Any]:
-    """The events of a stream to its end, each parsed as strictly as the page describes it."""
+    """Returns all events of a stream, parsed strictly as documented."""
     reply = await client.get(f"{ticket['status_url']}/stream{query}", timeout=PATIENCE_S)
     assert reply.status_code == 200
     assert reply.headers["content-type"].startswith("text/event-stream")
@@ -41,7 +41,7 @@ async def read_stream(client: httpx.AsyncClient, ticket: dict[str, Any], query: 
     return [json.loads(block.removeprefix("data: ")) for block in blocks]
 
 
-async def test_every_change_is_told_until_the_end() -> None:
+async def test_stream_reports_every_change_until_the_end() -> None:
     async with make_client(ToneBackend(delay_s=0.4), jobs={"max_running": 1}, stream_limits=QUICK) as (client, _):
         first, second = await submit(client), await submit(client)
         events = await read_stream(client, second)
@@ -69,17 +69,17 @@ async def test_streams_without_logs_and_of_ended_requests() -> None:
     assert (event["status"], event["error_type"]) == ("COMPLETED", "internal_error")
 
 
-async def test_a_cancelled_request_ends_its_stream(reads: list[str]) -> None:
+async def test_cancelled_request_ends_its_stream(reads: list[str]) -> None:
     async with make_client(ToneBackend(delay_s=30), stream_limits=QUICK) as (client, _):
         ticket = await submit(client)
         following = asyncio.create_task(read_stream(client, ticket))
-        await until(lambda: len(reads) >= 3)  # the route's own, then the stream's
+        await until(lambda: len(reads) >= 3)  # the route's own read, then the stream's
         await client.put(ticket["cancel_url"])
         events = await following
     assert (events[-1]["status"], events[-1]["error_type"]) == ("COMPLETED", "client_cancelled")
 
 
-async def test_an_unknown_request_has_no_stream(client: httpx.AsyncClient) -> None:
+async def test_unknown_request_has_no_stream(client: httpx.AsyncClient) -> None:
     reply = await client.get(f"{QUEUE}/requests/{uuid.uuid4()}/status/stream")
     assert (reply.status_code, reply.headers["content-type"]) == (404, "application/json")
 
@@ -107,7 +107,7 @@ STREAMS = {
 
 
 @pytest.mark.parametrize("way", STREAMS)
-async def test_the_first_event_comes_at_once_and_comments_keep_the_connection(
+async def test_first_event_is_immediate_and_comments_keep_the_connection(
     way: str,
 ) -> None:
     assert StreamLimits().comment_s < 15

@@ -1,4 +1,4 @@
-"""The error table of the Stable Audio Open Small dialect, row by row, with the deviations."""
+"""The error table of the Stable Audio Open Small dialect, row by row, and its deviations."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ BAD_JSON: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("field", "value", "sentence"), BAD_JSON)
-async def test_a_bad_field_of_generate(client: httpx.AsyncClient, field: str, value: Any, sentence: str) -> None:
+async def test_invalid_field_of_generate(client: httpx.AsyncClient, field: str, value: Any, sentence: str) -> None:
     expect_refusal(await client.post(JSON_URL, json={"prompt": "x", field: value}), sentence)
 
 
 @pytest.mark.parametrize("literal", ["NaN", "Infinity", "-Infinity", "1e999"])
 @pytest.mark.parametrize("field", ["steps", "cfg_scale", "seed", "seconds_total", "seconds_start"])
-async def test_numbers_that_are_not_finite(client: httpx.AsyncClient, field: str, literal: str) -> None:
+async def test_non_finite_numbers_are_refused(client: httpx.AsyncClient, field: str, literal: str) -> None:
     for url, prompt in ((JSON_URL, "x"), (LOOP, "x 120bpm")):
         if url == LOOP and field.startswith("seconds"):
             continue
@@ -75,7 +75,7 @@ async def test_numbers_that_are_not_finite(client: httpx.AsyncClient, field: str
         assert reply.json()["error"].startswith(field)
 
 
-async def test_several_faults_the_first_is_told(client: httpx.AsyncClient) -> None:
+async def test_first_of_several_errors_is_reported(client: httpx.AsyncClient) -> None:
     expect_refusal(await client.post(JSON_URL, json={"steps": 0, "cfg_scale": -1}), "prompt is required")
     expect_refusal(await client.post(JSON_URL, json={"prompt": "x", "steps": 0, "cfg_scale": -1}), STEPS)
 
@@ -84,12 +84,12 @@ async def test_several_faults_the_first_is_told(client: httpx.AsyncClient) -> No
     "content", [b"", b"prompt=x", b"{", b"[]", b"null", b"1", b'"x"', b'{"prompt": "\\ud800"}', b"\xff", b"[" * 10**5]
 )
 @pytest.mark.parametrize("content_type", ["application/json", "application/x-www-form-urlencoded", "text/plain", ""])
-async def test_generate_takes_json_only(client: httpx.AsyncClient, content: bytes, content_type: str) -> None:
+async def test_generate_accepts_json_only(client: httpx.AsyncClient, content: bytes, content_type: str) -> None:
     reply = await client.post(JSON_URL, content=content, headers={"content-type": content_type})
     expect_refusal(reply, "JSON body required")
 
 
-async def test_a_broken_json_body_of_the_loop(client: httpx.AsyncClient) -> None:
+async def test_broken_json_body_of_the_loop(client: httpx.AsyncClient) -> None:
     for content in (b"", b"{", b"[]", b"null"):
         reply = await client.post(LOOP, content=content, headers={"content-type": "application/json; charset=utf-8"})
         expect_refusal(reply, "JSON body required")
@@ -118,7 +118,7 @@ BAD_STYLE = [
 
 @pytest.mark.parametrize("kind", ["form", "multipart", "json"])
 @pytest.mark.parametrize(("field", "value", "sentence"), BAD_LOOP)
-async def test_a_bad_field_of_the_loop(
+async def test_invalid_field_of_the_loop(
     client: httpx.AsyncClient, kind: str, field: str, value: str, sentence: str
 ) -> None:
     fields = {"prompt": "x 120bpm", field: value}
@@ -132,12 +132,14 @@ async def test_a_bad_field_of_the_loop(
 
 
 @pytest.mark.parametrize(("field", "value", "sentence"), BAD_RIFF)
-async def test_a_bad_field_of_the_riff_loop(client: httpx.AsyncClient, field: str, value: str, sentence: str) -> None:
+async def test_invalid_field_of_the_riff_loop(client: httpx.AsyncClient, field: str, value: str, sentence: str) -> None:
     expect_refusal(await client.post(RIFF, data={"prompt": "x 120bpm", "key": "f", field: value}), sentence)
 
 
 @pytest.mark.parametrize(("field", "value", "sentence"), BAD_STYLE)
-async def test_a_bad_field_of_style_transfer(client: httpx.AsyncClient, field: str, value: str, sentence: str) -> None:
+async def test_invalid_field_of_style_transfer(
+    client: httpx.AsyncClient, field: str, value: str, sentence: str
+) -> None:
     reply = await client.post(STYLE, data={"prompt": "x", field: value}, files={"audio_file": WAV})
     expect_refusal(reply, sentence)
 
@@ -168,7 +170,7 @@ async def test_a_bad_field_of_style_transfer(client: httpx.AsyncClient, field: s
         (LOOP, {"json": {"prompt": "1bpm", "audio_file": "a.wav"}}, "audio_file must be an uploaded file"),
     ],
 )
-async def test_what_is_missing(client: httpx.AsyncClient, url: str, sent: dict[str, Any], sentence: str) -> None:
+async def test_missing_field_is_named(client: httpx.AsyncClient, url: str, sent: dict[str, Any], sentence: str) -> None:
     expect_refusal(await client.post(url, **sent), sentence)
 
 
@@ -176,15 +178,15 @@ async def test_what_is_missing(client: httpx.AsyncClient, url: str, sent: dict[s
 @pytest.mark.parametrize(
     "upload", [b"", b"not audio", b"RIFF....WAVEfmt ", WAV[:44], b"\x00" * 100, b"ID3" + b"\xff" * 1000]
 )
-async def test_uploads_that_cannot_be_decoded(client: httpx.AsyncClient, url: str, upload: bytes) -> None:
+async def test_undecodable_upload_is_400(client: httpx.AsyncClient, url: str, upload: bytes) -> None:
     reply = await client.post(url, data={"prompt": "x 120bpm"}, files={"audio_file": ("a.wav", upload)})
     assert reply.status_code == 400, reply.text
     assert set(reply.json()) == {"error"}
     assert reply.json()["error"].startswith("audio_file: ")
 
 
-async def test_an_upload_above_the_limit() -> None:
-    """Above the upload's own limit, and so far above it that the body is not read to its end."""
+async def test_upload_above_the_limit_is_413() -> None:
+    """Slightly above the limit, and so far above it that the body is not read to its end."""
     limit = 1_000_000
     async with make_client(api={"max_upload_bytes": limit}, run_jobs=False) as (client, _):
         for url in (STYLE, LOOP):
@@ -196,13 +198,13 @@ async def test_an_upload_above_the_limit() -> None:
                 assert reply.json() == {"error": sentence}
 
 
-async def test_a_json_body_above_the_limit(client: httpx.AsyncClient) -> None:
+async def test_json_body_above_the_limit_is_413(client: httpx.AsyncClient) -> None:
     for url in (JSON_URL, LOOP):
         reply = await client.post(url, content=bytes(2_000_000), headers={"content-type": "application/json"})
         assert (reply.status_code, set(reply.json())) == (413, {"error"})
 
 
-async def test_a_tempo_too_fast_for_a_sample(client: httpx.AsyncClient) -> None:
+async def test_loop_shorter_than_one_sample_is_refused(client: httpx.AsyncClient) -> None:
     reply = await client.post(LOOP, data={"prompt": "x 99999999999bpm"})
     expect_refusal(reply, "prompt: 8 bars at 99999999999bpm are shorter than one sample")
 
@@ -220,7 +222,7 @@ async def test_a_tempo_too_fast_for_a_sample(client: httpx.AsyncClient) -> None:
     ],
 )
 @pytest.mark.parametrize("url", ["/generate", JSON_URL, LOOP, STYLE])
-async def test_failures_of_ours(
+async def test_server_errors_have_success_false(
     client: httpx.AsyncClient, backend: ToneBackend, url: str, error: Exception, status: int, sentence: str | None
 ) -> None:
     backend.error = error
@@ -237,19 +239,19 @@ async def test_failures_of_ours(
     assert reply.headers.get("retry-after") == (None if retry_after_s is None else str(-(-retry_after_s // 1))[:1])
 
 
-async def test_what_the_model_refuses_is_400(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+async def test_request_refused_by_the_model_is_400(client: httpx.AsyncClient, backend: ToneBackend) -> None:
     backend.error = InvalidRequestError("cannot be so", field="cfg_scale")
     reply = await client.post(JSON_URL, json={"prompt": "x"})
     expect_refusal(reply, "cfg_scale: cannot be so")
 
 
-async def test_a_sampler_the_model_does_not_have(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+async def test_unknown_sampler_is_400(client: httpx.AsyncClient, backend: ToneBackend) -> None:
     reply = await client.post(JSON_URL, json={"prompt": "x", "sampler_type": "x"})
     expect_refusal(reply, "sampler_type must be one of euler, rk4, dpmpp, pingpong")
     assert not backend.requests
 
 
-async def test_keys() -> None:
+async def test_routes_need_a_key() -> None:
     async with make_client(api={"key_hashes": [hash_key(b"let me in")]}, run_jobs=False) as (client, _):
         for method, url in (
             *(("POST", url) for url in ("/generate", JSON_URL, LOOP, STYLE, RIFF)),
@@ -266,7 +268,7 @@ async def test_keys() -> None:
 
 
 @pytest.mark.parametrize("url", [JSON_URL, LOOP, STYLE, RIFF, "/generate"])
-async def test_the_wrong_method_is_405(client: httpx.AsyncClient, url: str) -> None:
+async def test_wrong_method_is_405(client: httpx.AsyncClient, url: str) -> None:
     assert (await client.get(url)).status_code == 405
 
 
@@ -279,12 +281,12 @@ async def test_the_wrong_method_is_405(client: httpx.AsyncClient, url: str) -> N
         ("GET", "/models/prompts"),
     ],
 )
-async def test_what_no_engine_stands_behind_is_absent(client: httpx.AsyncClient, method: str, url: str) -> None:
+async def test_routes_without_a_model_are_absent(client: httpx.AsyncClient, method: str, url: str) -> None:
     for prefix in ("", "/saos"):
         assert (await client.request(method, prefix + url)).status_code == 404
 
 
-async def test_a_prompt_reaches_no_header(client: httpx.AsyncClient) -> None:
+async def test_prompt_never_appears_in_a_header(client: httpx.AsyncClient) -> None:
     hostile = 'x 120bpm\r\nX-Evil: 1"; filename="evil'
     for url in (JSON_URL, LOOP):
         reply = await client.post(url, json={"prompt": hostile, "loop_type": hostile})

@@ -1,4 +1,4 @@
-"""Whole clips in the Stable Audio Open Small dialect: `POST /generate` and style transfer."""
+"""`POST /generate` and style transfer in the Stable Audio Open Small dialect."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STYLE = "/generate/style-transfer"
 
 
 @pytest.mark.parametrize("path", PATHS)
-async def test_the_documented_request(client: httpx.AsyncClient, backend: ToneBackend, path: str) -> None:
+async def test_documented_request(client: httpx.AsyncClient, backend: ToneBackend, path: str) -> None:
     body = {"prompt": "lo-fi hip-hop beat with pianos 90bpm", "steps": 8, "cfg_scale": 1.0, "seed": 12345}
     before = int(time.time())
     reply = await client.post(path, json=body)
@@ -56,7 +56,7 @@ async def test_defaults(client: httpx.AsyncClient, backend: ToneBackend) -> None
 
 
 @pytest.mark.parametrize(("objective_steps", "steps"), [(8, 8), (50, 50), (100, 100), (400, 250)])
-async def test_default_steps_are_the_engines(objective_steps: int, steps: int) -> None:
+async def test_default_steps_are_the_models(objective_steps: int, steps: int) -> None:
     catalog = ModelCatalog([ModelCard("engine", "x", default_steps=objective_steps)])
     async with make_client(ToneBackend(catalog)) as (client, backend):
         for sent in ({}, {"steps": None}):
@@ -64,7 +64,7 @@ async def test_default_steps_are_the_engines(objective_steps: int, steps: int) -
             assert backend.last.steps == steps
 
 
-async def test_every_field_arrives_and_comes_back() -> None:
+async def test_every_field_reaches_the_model_and_the_metadata() -> None:
     catalog = ModelCatalog([ModelCard("engine", "x", conditions_on_start=True)])
     body = {
         "prompt": "dark pad 80 BPM",
@@ -94,7 +94,9 @@ async def test_every_field_arrives_and_comes_back() -> None:
     assert metadata["realtime_factor"] > 0
 
 
-async def test_the_start_is_for_engines_that_know_it(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+async def test_start_is_ignored_by_models_without_that_condition(
+    client: httpx.AsyncClient, backend: ToneBackend
+) -> None:
     assert (await client.post("/generate", json={"prompt": "x", "seconds_start": 3})).status_code == 200
     assert backend.last.start_s == 0.0
 
@@ -104,11 +106,11 @@ async def test_the_start_is_for_engines_that_know_it(client: httpx.AsyncClient, 
     [
         (1, 44_100),
         (11, 485_100),
-        (12, WINDOW_SAMPLES),  # clamped, not refused
+        (12, WINDOW_SAMPLES),  # limited, not refused
         (47, WINDOW_SAMPLES),
         (10**30, WINDOW_SAMPLES),
         (1e300, WINDOW_SAMPLES),
-        ("3", 132_300),  # whatever int() takes
+        ("3", 132_300),  # whatever int() accepts
         (" 3 ", 132_300),
         (3.9, 132_300),
         (True, 44_100),
@@ -121,7 +123,7 @@ async def test_lengths(client: httpx.AsyncClient, seconds: Any, samples: int) ->
 
 
 @pytest.mark.parametrize(("window_s", "cap_s", "samples"), [(20.0, 120.0, 882_000), (20.0, 5.0, 220_500)])
-async def test_the_window_is_the_operators_and_the_engines(window_s: float, cap_s: float, samples: int) -> None:
+async def test_window_is_limited_by_settings_and_model(window_s: float, cap_s: float, samples: int) -> None:
     catalog = ModelCatalog([ModelCard("engine", "x", max_duration_s=cap_s)])
     dialects = {"saos_window_s": window_s}
     async with make_client(ToneBackend(catalog), dialects=dialects) as (client, _):
@@ -136,18 +138,18 @@ async def test_limits_of_other_dialects_do_not_apply() -> None:
         assert len(expect_wav(reply, name=r".*")) == WINDOW_SAMPLES
 
 
-async def test_the_whole_clip_is_made_as_loud_as_fits(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+async def test_clip_is_normalized_to_full_scale(client: httpx.AsyncClient, backend: ToneBackend) -> None:
     reply = await client.post("/generate", json={"prompt": "x", "seed": 3, "seconds_total": 2})
     pcm = expect_wav(reply, name=r".*")
     t = np.arange(2 * 44_100) / 44_100
-    tone = (np.sin(2 * np.pi * 103 * t) * 0.5).astype(np.float32)  # what the backend makes of seed 3
+    tone = (np.sin(2 * np.pi * 103 * t) * 0.5).astype(np.float32)  # the backend's output for seed 3
     expected = np.trunc(tone / np.abs(tone).max() * np.float32(32767))
     np.testing.assert_array_equal(pcm[:, 0], expected)
     np.testing.assert_array_equal(pcm[:, 0], pcm[:, 1])
     assert np.abs(pcm).max() == 32767
 
 
-async def test_seeds_repeat_and_random_ones_are_reported(client: httpx.AsyncClient) -> None:
+async def test_seed_repeats_and_random_seed_is_reported(client: httpx.AsyncClient) -> None:
     body = {"prompt": "x", "seconds_total": 1, "return_format": "base64"}
     first, told = expect_base64(await client.post("/generate", json=body))
     second, other = expect_base64(await client.post("/generate", json={**body, "seed": -1}))
@@ -165,14 +167,14 @@ async def test_any_integer_is_a_seed(client: httpx.AsyncClient, seed: int) -> No
     np.testing.assert_array_equal(again, first)
 
 
-async def test_file_and_base64_are_the_same_file(client: httpx.AsyncClient) -> None:
+async def test_file_and_base64_have_the_same_content(client: httpx.AsyncClient) -> None:
     body = {"prompt": "x", "seconds_total": 1, "seed": 4}
     pcm, _ = expect_base64(await client.post("/generate", json={**body, "return_format": "base64"}))
     np.testing.assert_array_equal(pcm, expect_wav(await client.post("/generate", json=body), name=r".*"))
 
 
 @pytest.mark.parametrize(("path", "form"), [("/generate", {}), (STYLE, {"audio_file": make_audio_file()})])
-async def test_memory_is_told_on_cuda(
+async def test_memory_is_reported_on_cuda(
     client: httpx.AsyncClient, backend: ToneBackend, path: str, form: dict[str, bytes]
 ) -> None:
     backend.device = DeviceUse("cuda", 1_234_000_000, 5_678_900_000)
@@ -184,7 +186,7 @@ async def test_memory_is_told_on_cuda(
     assert told == ("cuda", 1.23, 5.68)
 
 
-async def test_the_operator_chooses_the_engine() -> None:
+async def test_configured_model_is_used() -> None:
     async with make_client(dialects={"saos_model": "STABLE-AUDIO-3-medium"}) as (client, backend):
         assert (await client.post("/generate", json={"prompt": "x"})).headers["x-model"] == "medium"
         form = {"prompt": "x", "seed": "1"}
@@ -192,7 +194,7 @@ async def test_the_operator_chooses_the_engine() -> None:
         assert [model for model, _ in backend.requests] == ["medium", "medium"]
 
 
-async def test_a_fine_tune_is_a_served_model() -> None:
+async def test_fine_tune_selects_a_served_model() -> None:
     small = ModelCard("small", "x")
     tuned = ModelCard("tuned", "x", aliases=("someone/tuned", "someone/many/one.ckpt"))
     ways = (
@@ -227,7 +229,7 @@ async def test_style_transfer(client: httpx.AsyncClient, backend: ToneBackend, p
     assert request.init_audio.sample_rate_hz == 22_050
 
 
-async def test_an_upload_is_mixed_to_mono(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+async def test_upload_is_mixed_to_mono(client: httpx.AsyncClient, backend: ToneBackend) -> None:
     tone = make_audio_file(duration_s=0.5, channels=1)
     both = make_audio_file(duration_s=0.5, channels=2)
     for upload in (tone, both):
@@ -251,7 +253,7 @@ async def test_metadata_of_style_transfer(client: httpx.AsyncClient) -> None:
     assert (metadata["detected_bpm"], metadata["negative_prompt"]) == (100, None)
 
 
-async def test_a_long_upload_is_cut_to_what_can_matter(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+async def test_long_upload_is_cut_to_the_usable_part(client: httpx.AsyncClient, backend: ToneBackend) -> None:
     upload = make_audio_file(duration_s=60.0, rate_hz=8000, channels=1)
     assert (await client.post(STYLE, data={"prompt": "x"}, files={"audio_file": upload})).status_code == 200
     assert backend.last.init_audio is not None

@@ -1,4 +1,4 @@
-"""What the Stable Audio Open Small dialect says about its engine."""
+"""Model information and health of the Stable Audio Open Small dialect."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tests.backends import ToneBackend
 
 
 @pytest.mark.parametrize("prefix", ["", "/saos"])
-async def test_model_info_is_the_documented_object(prefix: str) -> None:
-    """With the original's model behind it, exactly what its page prints."""
+async def test_model_info_matches_the_documentation(prefix: str) -> None:
+    """With the original model, the response is exactly the documented one."""
     small = ModelCard(
         "stable-audio-open-small", "stable-audio-open", max_duration_s=524_288 / 44_100, latent_channels=64
     )
@@ -49,7 +49,7 @@ async def test_model_info_is_the_documented_object(prefix: str) -> None:
     }
 
 
-async def test_model_info_describes_the_engine_in_use() -> None:
+async def test_model_info_describes_the_served_model() -> None:
     async with make_client(dialects={"saos_model": "demo"}) as (client, _):
         info = (await client.get("/model/info")).json()
     assert (info["model_name"], info["device"]) == ("demo", None)
@@ -82,7 +82,7 @@ async def test_health_under_the_prefix(
     assert backend.requests == []
 
 
-async def test_an_engine_that_cannot_load(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+async def test_health_of_a_model_that_failed_to_load(client: httpx.AsyncClient, backend: ToneBackend) -> None:
     backend.statuses = {"small-sfx": ModelStatus("failed"), "medium": ModelStatus("ready")}
     reply = await client.get("/saos/health")
     assert reply.status_code == 500

@@ -1,4 +1,4 @@
-"""Loops in the Stable Audio Open Small dialect: tempo, bars and length of the file, prompts, metadata."""
+"""Loops of the Stable Audio Open Small dialect: tempo, bars, length of the file, prompts and metadata."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ kinds = pytest.mark.parametrize("kind", ["json", "form", "multipart"])
         (170, 8, 11.29, 498_070),
     ],
 )
-async def test_tempos_of_the_page(client: httpx.AsyncClient, bpm: int, bars: int, seconds: float, samples: int) -> None:
+async def test_documented_tempos(client: httpx.AsyncClient, bpm: int, bars: int, seconds: float, samples: int) -> None:
     form = {"prompt": f"techno {bpm}bpm", "seed": "9"}
     pcm = expect_wav(await client.post(URL, data=form), name=rf"loop_auto_{bpm}bpm_{bars}bars_9\.wav")
     assert len(pcm) == samples
@@ -59,7 +59,7 @@ async def test_tempos_of_the_page(client: httpx.AsyncClient, bpm: int, bars: int
 
 @kinds
 @pytest.mark.parametrize("prefix", ["", "/saos"])
-async def test_every_kind_of_body_says_the_same(
+async def test_all_body_types_give_the_same_loop(
     client: httpx.AsyncClient, backend: ToneBackend, kind: str, prefix: str
 ) -> None:
     fields = {
@@ -107,12 +107,12 @@ async def test_every_kind_of_body_says_the_same(
 
 
 @pytest.mark.parametrize("kind", ["application/json", "Application/JSON; charset=utf-8", "application/x+json"])
-async def test_kinds_of_json(client: httpx.AsyncClient, kind: str) -> None:
+async def test_json_content_types(client: httpx.AsyncClient, kind: str) -> None:
     reply = await client.post(URL, content=b'{"prompt": "x 120bpm", "bars": 1}', headers={"content-type": kind})
     assert len(expect_wav(reply, name=r"loop_auto_120bpm_1bars_\d+\.wav")) == 88_200
 
 
-async def test_a_boundary_that_looks_like_json(client: httpx.AsyncClient) -> None:
+async def test_multipart_boundary_that_looks_like_json(client: httpx.AsyncClient) -> None:
     body = b'--/json\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nx 120bpm\r\n--/json--\r\n'
     headers = {"content-type": 'multipart/form-data; boundary="/json"'}
     expect_wav(await client.post(URL, content=body, headers=headers), name=r"loop_auto_120bpm_4bars_\d+\.wav")
@@ -133,8 +133,8 @@ async def test_defaults(client: httpx.AsyncClient, backend: ToneBackend, kind: s
         *[(bars, 120, bars) for bars in (1, 2, 4)],
         (8, 170, 8),
         (8, 120, 4),  # 16 s: halved
-        (8, 150, 8),  # 12.8 s: within a second of the window
-        (8, 60, 4),  # halved once: 16 s, cut to what there is
+        (8, 150, 8),  # 12.8 s: less than a second above the window
+        (8, 60, 4),  # halved once: 16 s, cut to the available audio
         *[(bars, 128, 4) for bars in ("", "auto", " AUTO ", None)],
         ("4", 140, 4),
     ],
@@ -183,7 +183,7 @@ async def test_lengths_over_http(client: httpx.AsyncClient, tempo: int, bars: in
     assert len(pcm) == min(bars * 240 * 44_100 // tempo, WINDOW_SAMPLES)
 
 
-async def test_the_loop_is_the_beginning_of_the_whole_clip_at_full_scale(client: httpx.AsyncClient) -> None:
+async def test_loop_is_the_start_of_the_clip_at_full_scale(client: httpx.AsyncClient) -> None:
     fields = {"prompt": "x 120bpm", "seed": 3}
     loop = expect_wav(await client.post(URL, data=fields), name=r".*")
     whole = expect_wav(await client.post("/generate", json=fields), name=r".*")
@@ -226,7 +226,7 @@ def test_any_prompt_can_be_rewritten(prompt: str, loop_type: str) -> None:
         assert "drum" not in rewritten.casefold() or "drum" not in prompt.casefold()
 
 
-async def test_a_loop_in_the_style_of_an_upload(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+async def test_loop_in_the_style_of_an_upload(client: httpx.AsyncClient, backend: ToneBackend) -> None:
     form = {"prompt": "x 120bpm", "bars": "2", "style_strength": "0.4", "return_format": "base64"}
     upload = make_audio_file(duration_s=1.0, rate_hz=22_050, channels=2)
     pcm, metadata = expect_base64(await client.post(URL, data=form, files={"audio_file": ("a.wav", upload)}))
@@ -239,7 +239,7 @@ async def test_a_loop_in_the_style_of_an_upload(client: httpx.AsyncClient, backe
     assert request.init_audio.samples.shape == (1, 22_050)
 
 
-async def test_no_chosen_file_is_no_upload(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+async def test_empty_file_input_is_ignored(client: httpx.AsyncClient, backend: ToneBackend) -> None:
     empty = b'--B\r\nContent-Disposition: form-data; name="audio_file"; filename=""\r\n\r\n\r\n'
     prompt = b'--B\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nx 120bpm\r\n--B--\r\n'
     headers = {"content-type": "multipart/form-data; boundary=B"}
@@ -256,7 +256,7 @@ async def test_no_chosen_file_is_no_upload(client: httpx.AsyncClient, backend: T
 
 
 @pytest.mark.parametrize(("bpm", "bars", "samples"), [(120, 2, 176_400), (40, 1, 220_500), (200, 4, 211_680)])
-async def test_a_shorter_window_holds_fewer_bars(bpm: int, bars: int, samples: int) -> None:
+async def test_shorter_window_holds_fewer_bars(bpm: int, bars: int, samples: int) -> None:
     async with make_client(dialects={"saos_model": "demo"}) as (client, backend):  # 5 s
         reply = await client.post(URL, data={"prompt": f"x {bpm}bpm", "return_format": "base64"})
         pcm, metadata = expect_base64(reply)

@@ -1,4 +1,4 @@
-"""The riffs of the Stable Audio Open Small dialect: which files belong, which is taken, how it is stretched."""
+"""Riffs of the Stable Audio Open Small dialect: recognized files, choice of a riff, time stretching."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ SKIPPED = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three riffs in f, told apart by their pitch, and one in g sharp; mono, stereo and at another rate."""
+    """A folder with three riffs in f of different pitch and one in g sharp; mono, stereo and another sample rate."""
     folder = tmp_path_factory.mktemp("riffs")
     for name, hz, duration_s, rate_hz, channels in (
         ("f_91bpm_1.wav", 300, 4.0, 44_100, 2),
@@ -82,7 +82,7 @@ def pitch_hz(samples: np.ndarray, rate_hz: int) -> float:
 
 
 @pytest.mark.parametrize("name", MATCHING)
-def test_names_that_belong(tmp_path: Path, name: str) -> None:
+def test_valid_names_are_recognized(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
     key, tempo = MATCHING[name]
     riff = {"filename": name, "original_bpm": tempo, "description": f"{key} riff at {tempo} BPM"}
@@ -94,15 +94,15 @@ def test_names_that_belong(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SKIPPED)
-def test_names_that_do_not_are_skipped_with_a_warning(tmp_path: Path, name: str) -> None:
+def test_other_names_are_skipped_with_a_warning(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
     with structlog.testing.capture_logs() as lines:
         assert RiffLibrary(tmp_path).describe() == {"available_keys": [], "total_keys": 0, "riff_details": {}}
-    if name != ".wav":  # a hidden file, not a name that went wrong
+    if name != ".wav":  # a hidden file gives no warning
         assert [(line["log_level"], line["file"]) for line in lines] == [("warning", name)]
 
 
-def test_other_files_and_folders_are_none_of_it(tmp_path: Path) -> None:
+def test_other_files_and_folders_are_ignored(tmp_path: Path) -> None:
     (tmp_path / "f_80bpm.mp3").touch()
     (tmp_path / "f_80bpm.wav").mkdir()
     with structlog.testing.capture_logs() as lines:
@@ -111,7 +111,7 @@ def test_other_files_and_folders_are_none_of_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "/saos"])
-async def test_what_there_is(served: tuple[httpx.AsyncClient, ToneBackend], prefix: str) -> None:
+async def test_list_of_riffs(served: tuple[httpx.AsyncClient, ToneBackend], prefix: str) -> None:
     reply = await served[0].get(f"{prefix}/riffs/available")
     assert reply.status_code == 200
     body = reply.json()
@@ -124,7 +124,7 @@ async def test_what_there_is(served: tuple[httpx.AsyncClient, ToneBackend], pref
     }
 
 
-async def test_a_missing_folder_is_an_empty_library(tmp_path: Path) -> None:
+async def test_missing_folder_is_an_empty_library(tmp_path: Path) -> None:
     async with make_client(dialects={"riff_dir": str(tmp_path / "absent")}) as (client, _):
         reply = await client.get("/riffs/available")
         assert (reply.status_code, reply.json()) == (200, {"available_keys": [], "total_keys": 0, "riff_details": {}})
@@ -133,7 +133,7 @@ async def test_a_missing_folder_is_an_empty_library(tmp_path: Path) -> None:
     assert reply.json() == {"error": "No riffs available for key 'f'", "available_keys": []}
 
 
-async def test_an_unknown_key_lists_those_there_are(served: tuple[httpx.AsyncClient, ToneBackend]) -> None:
+async def test_unknown_key_error_lists_the_available_keys(served: tuple[httpx.AsyncClient, ToneBackend]) -> None:
     reply = await served[0].post(URL, data={"prompt": "x 120bpm", "key": "csharp"})
     assert reply.status_code == 400
     assert reply.json() == {"error": "No riffs available for key 'csharp'", "available_keys": ["f", "gsharp"]}
@@ -141,7 +141,7 @@ async def test_an_unknown_key_lists_those_there_are(served: tuple[httpx.AsyncCli
 
 @pytest.mark.parametrize("multipart", [False, True])
 @pytest.mark.parametrize("key", ["gsharp", "GSharp"])
-async def test_a_loop_from_a_riff(served: tuple[httpx.AsyncClient, ToneBackend], key: str, multipart: bool) -> None:
+async def test_loop_from_a_riff(served: tuple[httpx.AsyncClient, ToneBackend], key: str, multipart: bool) -> None:
     client, backend = served
     form = {"prompt": "dark techno drums 140bpm", "key": key, "seed": "8"}
     sent = {"files": {name: (None, value) for name, value in form.items()}} if multipart else {"data": form}
@@ -153,7 +153,7 @@ async def test_a_loop_from_a_riff(served: tuple[httpx.AsyncClient, ToneBackend],
     assert (request.steps, request.cfg_scale, request.seed) == (8, 1.0, 8)
     assert request.negative_prompt == "drums, percussion, kick, snare, hi-hat"
     assert request.init_audio is not None
-    assert request.init_audio.samples.shape == (1, 12 * 44_100)  # of 20 s at 120, played at 140: 17.1 s
+    assert request.init_audio.samples.shape == (1, 12 * 44_100)  # 20 s at 120 bpm last 17.1 s at 140 bpm
 
 
 async def test_metadata(served: tuple[httpx.AsyncClient, ToneBackend]) -> None:
@@ -187,7 +187,7 @@ async def test_metadata(served: tuple[httpx.AsyncClient, ToneBackend]) -> None:
     [(0, 500, 60, 12.0, 22_050, 170), (1, 300, 91, 4.0, 44_100, 70), (5, 400, 110, 30.0, 44_100, 100)],
 )
 @pytest.mark.server
-async def test_the_seed_chooses_and_the_pitch_stays(
+async def test_seed_selects_the_riff_and_the_pitch_stays(
     served: tuple[httpx.AsyncClient, ToneBackend],
     seed: int,
     hz: float,
@@ -211,7 +211,7 @@ async def test_the_seed_chooses_and_the_pitch_stays(
     np.testing.assert_array_equal(first.samples, source.samples)
 
 
-def test_without_a_seed_every_riff_is_as_likely(folder: Path) -> None:
+def test_random_seeds_select_riffs_uniformly(folder: Path) -> None:
     library = RiffLibrary(folder)
     taken = Counter(library.choose("f", seed=resolve_seed(-1)).tempo_bpm for _ in range(3000))
     assert set(taken) == {60, 91, 110}
@@ -227,7 +227,7 @@ async def test_bars_follow_the_rules_of_the_loop(
 
 
 @pytest.mark.parametrize("bpm", [7, 2000, 10**9])
-async def test_a_tempo_no_riff_can_follow(served: tuple[httpx.AsyncClient, ToneBackend], bpm: int) -> None:
+async def test_tempo_too_far_from_the_riffs_is_refused(served: tuple[httpx.AsyncClient, ToneBackend], bpm: int) -> None:
     reply = await served[0].post(URL, data={"prompt": f"x {bpm}bpm", "key": "gsharp"})
     if bpm == 10**9:
         expect_refusal(reply, "prompt: 8 bars at 1000000000bpm are shorter than one sample")
@@ -238,15 +238,13 @@ async def test_a_tempo_no_riff_can_follow(served: tuple[httpx.AsyncClient, ToneB
 @pytest.mark.parametrize(
     ("key", "status"), [("GSHARP", 200), ("g\u017fharp", 400), ("\uff46", 400), ("f\x00", 400), ("f\r\nx: y", 400)]
 )
-async def test_a_key_in_other_letters_is_no_key(
-    served: tuple[httpx.AsyncClient, ToneBackend], key: str, status: int
-) -> None:
+async def test_invalid_key_is_refused(served: tuple[httpx.AsyncClient, ToneBackend], key: str, status: int) -> None:
     reply = await served[0].post(URL, data={"prompt": "x 120bpm", "key": key})
     assert reply.status_code == status, reply.text
     assert "x" not in reply.headers
 
 
-async def test_a_riff_that_cannot_be_read_is_the_servers_fault(tmp_path: Path) -> None:
+async def test_unreadable_riff_is_a_server_error(tmp_path: Path) -> None:
     (tmp_path / "f_80bpm.wav").write_bytes(b"RIFF" + bytes(100))
     (tmp_path / "g_80bpm.wav").touch()
     async with make_client(dialects={"riff_dir": str(tmp_path)}) as (client, _):

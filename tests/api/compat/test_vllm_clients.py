@@ -1,4 +1,4 @@
-"""Unmodified clients against a real socket: `requests` as the page's example client uses it, and `openai`."""
+"""Unmodified clients with a real server: `requests`, as in the documented example, and `openai`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ async def locked_url() -> AsyncIterator[str]:
 
 
 def run_example_client(url: str, file: Path, **options: Any) -> str | None:
-    """What the page's script does; None when it wrote a file, else what it would print."""
+    """Run the documented example. Returns None if it wrote a file, otherwise its output."""
     payload = {"input": "The sound of a hammer", "audio_length": 10.0, "audio_start": 0.0, "response_format": "wav"}
     payload |= {key: value for key, value in options.items() if value}
     reply = requests.post(f"{url}/v1/audio/generate", json=payload, timeout=PATIENCE_S)
@@ -41,7 +41,7 @@ def run_example_client(url: str, file: Path, **options: Any) -> str | None:
     return None
 
 
-async def test_the_example_client(url: str, tmp_path: Path) -> None:
+async def test_documented_example_client(url: str, tmp_path: Path) -> None:
     options = {"negative_prompt": "Low quality", "guidance_scale": 7.0, "num_inference_steps": 100, "seed": None}
     file = tmp_path / "out.wav"
     for base in (url, f"{url}/vllm"):

@@ -1,4 +1,4 @@
-"""vLLM-Omni's error table: OpenAI's error object, `code` equal to the status, `param` naming the field."""
+"""vLLM-Omni's error table: OpenAI's error object, with the status as `code` and the field as `param`."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ BAD_FIELDS: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("field", "value"), BAD_FIELDS)
-async def test_a_bad_field_is_named(client: httpx.AsyncClient, field: str, value: Any) -> None:
+async def test_invalid_field_is_named(client: httpx.AsyncClient, field: str, value: Any) -> None:
     reply = await client.post(URL, json={"input": "x", "audio_length": 1, field: value})
     assert field in expect_error(reply, 400, "Bad Request", field)
 
 
-async def test_the_input_is_required(client: httpx.AsyncClient) -> None:
+async def test_input_is_required(client: httpx.AsyncClient) -> None:
     expect_error(await client.post(URL, json={"prompt": "x"}), 400, "Bad Request", "input")
 
 
@@ -69,32 +69,32 @@ async def test_sse_is_not_supported_yet(client: httpx.AsyncClient) -> None:
 @pytest.mark.parametrize(
     "field", ["speed", "audio_length", "audio_start", "guidance_scale", "num_inference_steps", "seed"]
 )
-async def test_numbers_that_are_none(client: httpx.AsyncClient, field: str, literal: str) -> None:
+async def test_non_finite_numbers_are_refused(client: httpx.AsyncClient, field: str, literal: str) -> None:
     body = f'{{"input": "x", "{field}": {literal}}}'
     expect_error(await client.post(URL, content=body, headers=JSON), 400, "Bad Request", field)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"null", b"[]", b'"x"', b"1", b"\xff\xfe", b"[" * 50_000])
-async def test_what_is_no_json_object(client: httpx.AsyncClient, content: bytes) -> None:
+async def test_body_other_than_an_object_is_400(client: httpx.AsyncClient, content: bytes) -> None:
     expect_error(await client.post(URL, content=content, headers=JSON), 400, "Bad Request", "body")
 
 
 @pytest.mark.parametrize(
     "content_type", ["text/plain", "application/x-www-form-urlencoded", "application/ld+json", "json", None]
 )
-async def test_other_content_types(client: httpx.AsyncClient, content_type: str | None) -> None:
+async def test_other_content_types_are_refused(client: httpx.AsyncClient, content_type: str | None) -> None:
     headers = {"content-type": content_type} if content_type else {}
     reply = await client.post(URL, content=b'{"input": "x"}', headers=headers)
     assert "application/json" in expect_error(reply, 400, "Bad Request", "Content-Type")
 
 
-async def test_forms_are_other_content_types(client: httpx.AsyncClient) -> None:
+async def test_forms_are_refused(client: httpx.AsyncClient) -> None:
     expect_error(await client.post(URL, data={"input": "x"}), 400, "Bad Request", "Content-Type")
     reply = await client.post(URL, data={"input": "x"}, files={"audio": b"x"})
     expect_error(reply, 400, "Bad Request", "Content-Type")
 
 
-async def test_a_body_too_large(client: httpx.AsyncClient) -> None:
+async def test_too_large_body_is_413(client: httpx.AsyncClient) -> None:
     reply = await client.post(URL, content=b" " * 2_000_000 + b'{"input": "x"}', headers=JSON)
     expect_error(reply, 413, "Bad Request", "body")
 
@@ -110,7 +110,7 @@ async def test_a_body_too_large(client: httpx.AsyncClient) -> None:
         ({"audio_length": 200, "audio_start": 350, "model": "medium"}, "audio_start", ("512",)),
     ],
 )
-async def test_spans_that_are_refused_later(
+async def test_invalid_span_is_refused(
     client: httpx.AsyncClient, fields: dict[str, Any], field: str, words: tuple[str, ...]
 ) -> None:
     message = expect_error(await client.post(URL, json={"input": "x", **fields}), 400, "BadRequestError", field)
@@ -119,12 +119,12 @@ async def test_spans_that_are_refused_later(
 
 
 @pytest.mark.parametrize("name", ["xxx", "stable-audio", "", "gpt-4", "../medium", "x" * 5000])
-async def test_an_unknown_model(client: httpx.AsyncClient, name: str) -> None:
+async def test_unknown_model_is_404(client: httpx.AsyncClient, name: str) -> None:
     message = expect_error(await client.post(URL, json={"input": "x", "model": name}), 404, "NotFoundError", "model")
     assert message == f"The model `{name[:100]}` does not exist."
 
 
-async def test_a_bad_field_is_found_before_an_unknown_model(client: httpx.AsyncClient) -> None:
+async def test_invalid_field_is_reported_before_an_unknown_model(client: httpx.AsyncClient) -> None:
     reply = await client.post(URL, json={"input": "", "model": "xxx"})
     expect_error(reply, 400, "Bad Request", "input")
 
@@ -144,7 +144,7 @@ async def test_a_bad_field_is_found_before_an_unknown_model(client: httpx.AsyncC
         (RuntimeError("secret path"), 500, "InternalServerError", None),
     ],
 )
-async def test_failures_later(
+async def test_errors_of_the_generation(
     client: httpx.AsyncClient, backend: ToneBackend, error: Exception, status: int, kind: str, param: str | None
 ) -> None:
     backend.error = error

@@ -1,4 +1,4 @@
-"""vLLM-Omni's `POST /v1/audio/generate`, row by row of its tables: fields, defaults, spans and formats."""
+"""vLLM-Omni's `POST /v1/audio/generate`: documented fields, defaults, spans and formats."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def generate(client: httpx.AsyncClient, **fields: Any) -> httpx.Response:
 
 
 def read_wav(data: bytes) -> npt.NDArray[np.int16]:
-    """Samples (S, C) of a 44.1 kHz stereo file of 16-bit samples."""
+    """Returns the samples (S, C) of a 44.1 kHz stereo file with 16-bit samples."""
     with wave.open(io.BytesIO(data)) as file:
         assert (file.getframerate(), file.getnchannels(), file.getsampwidth()) == (RATE_HZ, 2, 2)
         return np.frombuffer(file.readframes(file.getnframes()), "<i2").reshape(-1, 2)
@@ -53,7 +53,7 @@ async def test_defaults(client: httpx.AsyncClient, backend: ToneBackend) -> None
     assert (request.batch_size, request.start_s) == (1, 0.0)
 
 
-async def test_null_is_the_default_of_every_field_but_two(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+async def test_null_means_the_default_for_optional_fields(client: httpx.AsyncClient, backend: ToneBackend) -> None:
     names = (
         "model",
         "speed",
@@ -72,7 +72,7 @@ async def test_null_is_the_default_of_every_field_but_two(client: httpx.AsyncCli
         assert (await client.post(URL, json={"input": "x", name: None})).status_code == 400
 
 
-async def test_everything_the_example_client_sends(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+async def test_fields_of_the_example_client(client: httpx.AsyncClient, backend: ToneBackend) -> None:
     reply = await generate(
         client,
         audio_length=10.0,
@@ -90,44 +90,44 @@ async def test_everything_the_example_client_sends(client: httpx.AsyncClient, ba
 
 
 @pytest.mark.parametrize("fields", [{"num_inference_steps": 150, "audio_length": 15}, {"num_inference_steps": 1000}])
-async def test_the_step_cap_of_the_native_api_does_not_hold_here(client: httpx.AsyncClient, fields: Any) -> None:
+async def test_step_limit_of_the_native_api_does_not_apply(client: httpx.AsyncClient, fields: Any) -> None:
     await generate(client, audio_length=1, num_inference_steps=fields["num_inference_steps"])
 
 
 @pytest.mark.parametrize(("guidance", "used"), [(0, 1.0), (0.5, 1.0), (1, 1.0), (1.5, 1.5), (1000, 1000.0)])
-async def test_guidance_is_on_above_one(
+async def test_guidance_is_enabled_above_one(
     client: httpx.AsyncClient, backend: ToneBackend, guidance: float, used: float
 ) -> None:
     await generate(client, audio_length=1, guidance_scale=guidance)
     assert backend.last.cfg_scale == used
 
 
-async def test_an_empty_negative_prompt_is_none(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+async def test_empty_negative_prompt_means_none(client: httpx.AsyncClient, backend: ToneBackend) -> None:
     await generate(client, audio_length=1, negative_prompt="")
     assert backend.last.negative_prompt is None
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, -7, 2**63 - 1, -(2**63)])
-async def test_a_seed_repeats_the_bytes(client: httpx.AsyncClient, backend: ToneBackend, seed: int) -> None:
+async def test_seed_repeats_the_bytes(client: httpx.AsyncClient, backend: ToneBackend, seed: int) -> None:
     replies = [await generate(client, audio_length=0.5, seed=seed) for _ in range(2)]
     assert replies[0].content == replies[1].content
     assert backend.requests[-1][1].seed == backend.requests[-2][1].seed
     assert 0 <= backend.last.seed < 2**63
 
 
-async def test_without_a_seed_every_clip_is_another(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+async def test_clips_without_a_seed_differ(client: httpx.AsyncClient, backend: ToneBackend) -> None:
     for _ in range(5):
         await generate(client, audio_length=0.1)
     assert len({request.seed for _, request in backend.requests}) == 5
 
 
 @pytest.mark.parametrize("name", ["medium", "stable-audio-3-medium", "stabilityai/stable-audio-3-medium"])
-async def test_a_model_by_any_served_name(client: httpx.AsyncClient, backend: ToneBackend, name: str) -> None:
+async def test_model_is_selected_by_any_served_name(client: httpx.AsyncClient, backend: ToneBackend, name: str) -> None:
     reply = await generate(client, audio_length=0.1, model=name)
     assert backend.requests[-1][0] == reply.headers["x-model"] == "medium"
 
 
-async def test_the_default_model_is_the_operators(backend: ToneBackend) -> None:
+async def test_configured_default_model_is_used(backend: ToneBackend) -> None:
     settings = Settings.model_validate({"dialects": {"vllm_model": "stable-audio-3-medium"}})
     transport = httpx.ASGITransport(create_app(backend, settings))
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as own:
@@ -146,11 +146,11 @@ async def test_json_content_types(client: httpx.AsyncClient, content_type: str) 
     assert reply.status_code == 200
 
 
-async def test_the_route_is_also_under_its_prefix(client: httpx.AsyncClient) -> None:
+async def test_route_exists_below_its_prefix(client: httpx.AsyncClient) -> None:
     assert (await client.post(f"/vllm{URL}", json={"input": "x", "audio_length": 0.1})).status_code == 200
 
 
-# Length and start: the clip is samples int(start * rate) to int(end * rate) of the generation.
+# Length and start: the clip has the samples int(start * rate) to int(end * rate) of the generation.
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ async def test_the_route_is_also_under_its_prefix(client: httpx.AsyncClient) -> 
         ({"audio_length": 2, "audio_start": 1.5}, int(1.5 * RATE_HZ), int(3.5 * RATE_HZ)),
         ({"audio_length": 2, "audio_start": None}, 0, 2 * RATE_HZ),
         *(({"audio_start": value}, 0, 1024 * 2048) for value in (20, -5)),  # only used with a length
-        ({"audio_length": 119, "audio_start": 2}, 2 * RATE_HZ, 120 * RATE_HZ),  # ends behind the model's longest
+        ({"audio_length": 119, "audio_start": 2}, 2 * RATE_HZ, 120 * RATE_HZ),  # ends after the model's longest clip
         ({"audio_length": 120}, 0, 120 * RATE_HZ),
         ({"audio_length": 1e-9}, 0, 1),
     ],
@@ -175,7 +175,7 @@ async def test_the_span(
     np.testing.assert_array_equal(audio, whole[first:])
 
 
-async def test_a_model_that_knows_starts_is_told_both_ends_of_the_span_and_the_rest_is_cut() -> None:
+async def test_model_conditioned_on_start_gets_the_span() -> None:
     card = ModelCard("open", "stable-audio-open", max_duration_s=WINDOW_S, conditions_on_start=True)
     backend = ToneBackend(catalog=ModelCatalog([card]))
     transport = httpx.ASGITransport(create_app(backend, Settings()))
@@ -190,7 +190,7 @@ async def test_a_model_that_knows_starts_is_told_both_ends_of_the_span_and_the_r
         assert (backend.last.start_s, backend.last.duration_s) == (0.0, WINDOW_S)
 
 
-async def test_lengths_are_bounded_by_the_model_and_not_by_our_own_apis_limits(backend: ToneBackend) -> None:
+async def test_lengths_are_limited_by_the_model_only(backend: ToneBackend) -> None:
     settings = Settings.model_validate({"api": {"max_duration_s": 3, "max_steps": 10}})
     transport = httpx.ASGITransport(create_app(backend, settings))
     assert make_catalog().resolve("demo").max_duration_s == 5
@@ -211,7 +211,7 @@ async def test_speed_changes_the_length_and_keeps_the_pitch(client: httpx.AsyncC
     assert measure_pitch(audio[:, 0]) == pytest.approx(400, rel=0.005)
 
 
-async def test_speed_works_on_the_span_and_in_every_format(client: httpx.AsyncClient) -> None:
+async def test_speed_applies_to_the_span_in_every_format(client: httpx.AsyncClient) -> None:
     pcm = await generate(client, audio_length=1, audio_start=1, speed=2, response_format="pcm")
     assert len(pcm.content) == 4 * round(RATE_HZ / 2)
 
@@ -252,6 +252,6 @@ async def test_pcm_is_the_wav_without_its_header(client: httpx.AsyncClient) -> N
 
 
 @pytest.mark.parametrize("name", ["wav", "pcm", "flac", "mp3", "opus"])
-async def test_the_shortest_clip_is_a_file_in_every_format(client: httpx.AsyncClient, name: str) -> None:
+async def test_shortest_clip_is_a_file_in_every_format(client: httpx.AsyncClient, name: str) -> None:
     reply = await generate(client, audio_length=1e-9, speed=4, response_format=name)
     assert reply.content

@@ -7,15 +7,13 @@ from stable_audio_serve.core.pricing import Prices, WorkSize
 from stable_audio_serve.jobs.runner.capacity import Capacity
 from tests.factories import FakeClock
 
-_AHEAD_S, _BATCH_AHEAD_S = 30.0, 5.0
-_AHEAD: dict[Priority, float] = {"interactive": _AHEAD_S, "batch": _BATCH_AHEAD_S}
 HALF_A_SECOND = Prices(row_ms=0.0, evaluation_ms=500.0, evaluated_second_ms=0.0, audio_second_ms=0.0)
 
 
 def make_capacity(
     clock: FakeClock, *models: str, max_running: int = 64, prices: Prices | None = HALF_A_SECOND
 ) -> Capacity:
-    return Capacity(models or ("a",), prices=lambda model: prices, ahead_s=_AHEAD, max_running=max_running, clock=clock)
+    return Capacity(models or ("a",), prices=lambda model: prices, max_running=max_running, clock=clock)
 
 
 def begin(
@@ -138,9 +136,8 @@ def test_a_model_may_have_less_handed_out_than_others(clock: FakeClock) -> None:
     capacity = Capacity(
         ("a", "b"),
         prices=lambda model: HALF_A_SECOND,
-        ahead_s=_AHEAD,
         max_running=100,
-        most_ahead_s={"b": 10.0},
+        target_wait_s={"b": 20.0},
         clock=clock,
     )
     assert fill(capacity, work=1.0, model="a") == 60

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stable_audio_serve.models.blocks import HEAD_NORMS, RotaryEmbedding, build_head_norm, gather_affine
-from stable_audio_serve.models.blocks.rotary import turn, without_affine
+from stable_audio_serve.models.blocks.rotary import rotate, without_affine
 
 POSITIONS, HEADS, LAYERS = 7, 3, 2
 
@@ -40,12 +40,12 @@ def test_joint_rotation_equals_separate_rotation(kind: str, width: int, rotated:
     norms = [(make_norm(kind, width, 2 * layer), make_norm(kind, width, 2 * layer + 1)) for layer in range(LAYERS)]
     rotary = RotaryEmbedding(rotated)
     x = torch.randn(2, POSITIONS, 3, HEADS, width, generator=torch.Generator().manual_seed(9))[:, :, :2]
-    table = gather_affine(norms, half=rotary.half_width).turn(
+    table = gather_affine(norms, half=rotary.half_width).table(
         torch.arange(POSITIONS).float(), rates=rotary.rates(width)
     )
     for layer, pair in enumerate(norms):
         own = table.layer(layer)
-        found = turn(without_affine(pair[0], x, rate=own.rate), own, dtype=x.dtype)
+        found = rotate(without_affine(pair[0], x, rate=own.rate), own, dtype=x.dtype)
         for part, norm in enumerate(pair):
             expected = turn_pair_by_pair(norm(x[:, :, part]), rotated)
             torch.testing.assert_close(found[:, :, part], expected, rtol=0, atol=5e-6)
@@ -58,14 +58,14 @@ def test_half_precision_is_rotated_in_float32(kind: str, dtype: torch.dtype) -> 
     x = torch.randn(1, POSITIONS, 2, HEADS, 64, generator=torch.Generator().manual_seed(9)).to(dtype)
     table = (
         gather_affine([(norm, norm)], half=rotary.half_width)
-        .turn(torch.arange(POSITIONS).float(), rates=rotary.rates(64))
+        .table(torch.arange(POSITIONS).float(), rates=rotary.rates(64))
         .layer(0)
     )
     with torch.inference_mode():
         normed = without_affine(norm, x, rate=table.rate)
-        found = turn(normed, table, dtype=dtype)
+        found = rotate(normed, table, dtype=dtype)
     assert found.dtype == dtype
-    assert torch.equal(found, turn(normed.float(), table, dtype=torch.float32).to(dtype))
+    assert torch.equal(found, rotate(normed.float(), table, dtype=torch.float32).to(dtype))
 
 
 @pytest.mark.parametrize("kind", HEAD_NORMS)
@@ -78,10 +78,10 @@ def test_gradients_equal_those_of_separate_rotation(kind: str) -> None:
 
     table = (
         gather_affine([pair], half=rotary.half_width)
-        .turn(torch.arange(POSITIONS).float(), rates=rotary.rates(32))
+        .table(torch.arange(POSITIONS).float(), rates=rotary.rates(32))
         .layer(0)
     )
-    together = turn(without_affine(pair[0], x, rate=table.rate), table, dtype=x.dtype)
+    together = rotate(without_affine(pair[0], x, rate=table.rate), table, dtype=x.dtype)
     apart = torch.stack([turn_pair_by_pair(norm(x[:, :, part]), 32) for part, norm in enumerate(pair)], dim=2)
     found, expected = (torch.autograd.grad((out * weights).sum(), inputs) for out in (together, apart))
     for one, other in zip(found, expected, strict=True):

@@ -136,18 +136,18 @@ def test_zero_context_equals_no_cross_attention(name: str) -> None:
     assert torch.equal(net(g("x"), g("t"), conditioning=zeros), net(g("x"), g("t"), conditioning=skipped))
 
 
-UNLIKE_LENGTHS = (17, 29, 40, 40)
+VARIED_LENGTHS = (17, 29, 40, 40)
 UNLIKE_TIMES = torch.tensor([0.2, 0.55, 0.9, 0.9])
 
 
-def make_unlike_rows(name: str) -> tuple[list[Tensor], list[DenoiserConditioning]]:
+def make_varied_rows(name: str) -> tuple[list[Tensor], list[DenoiserConditioning]]:
     """Returns latents (1, D, F) and conditioning of rows that differ in everything."""
     g, net = golden(name), denoiser(name)
     generator = torch.Generator().manual_seed(3)
-    rows = [torch.randn(1, net.config.latent_channels, frames, generator=generator) for frames in UNLIKE_LENGTHS]
+    rows = [torch.randn(1, net.config.latent_channels, frames, generator=generator) for frames in VARIED_LENGTHS]
 
     def condition(row: int) -> DenoiserConditioning:
-        local = g("local_add_cond")[:1, :, : UNLIKE_LENGTHS[row]] * (row != 3)  # the last row has no edit
+        local = g("local_add_cond")[:1, :, : VARIED_LENGTHS[row]] * (row != 3)  # the last row has no edit
         local = local[..., :1] if row == 3 else local
         made = net.condition(g("cross_attn_cond")[row % 2 :][:1], g("global_cond")[row % 2 :][:1], local=local)
         return made.without_context() if row == 1 else made
@@ -156,14 +156,14 @@ def make_unlike_rows(name: str) -> tuple[list[Tensor], list[DenoiserConditioning
 
 
 def run_alone(name: str) -> list[Tensor]:
-    rows = zip(*make_unlike_rows(name), UNLIKE_TIMES.split(1), strict=True)
+    rows = zip(*make_varied_rows(name), UNLIKE_TIMES.split(1), strict=True)
     return [denoiser(name)(x, t, conditioning=condition) for x, condition, t in rows]
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", SHARP)
 def test_packed_rows_equal_rows_alone_even_beside_nan_rows(name: str, way: str) -> None:
-    net, (rows, conditions) = denoiser(name), make_unlike_rows(name)
+    net, (rows, conditions) = denoiser(name), make_varied_rows(name)
     together = run_packed(net, rows, times=UNLIKE_TIMES, conditions=conditions, way=way)
     broken = [rows[0], torch.full_like(rows[1], float("nan")), *rows[2:]]
     beside = run_packed(net, broken, times=UNLIKE_TIMES, conditions=conditions, way=way)
@@ -174,8 +174,8 @@ def test_packed_rows_equal_rows_alone_even_beside_nan_rows(name: str, way: str) 
 
 @pytest.mark.parametrize("name", SHARP)
 def test_row_alone_equals_row_among_different_rows(name: str) -> None:
-    net, lengths, padded = denoiser(name), UNLIKE_LENGTHS, 64
-    rows, conditions = make_unlike_rows(name)
+    net, lengths, padded = denoiser(name), VARIED_LENGTHS, 64
+    rows, conditions = make_varied_rows(name)
     x = torch.full((len(rows), net.config.latent_channels, padded), 7.0)  # padding must not matter
     valid = torch.zeros(len(rows), padded, dtype=torch.bool)
     for i, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""fal's queue, synchronous host, storage and client proxy, for its model `fal-ai/stable-audio`."""
+"""fal's APIs for its model `fal-ai/stable-audio`: queue, synchronous calls, storage and client proxy."""
 
 from stable_audio_serve.api.compat.fal.routes import TAG, build_router
 from stable_audio_serve.api.compat.fal.webhooks import webhook_body

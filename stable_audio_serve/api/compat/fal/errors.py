@@ -1,7 +1,7 @@
-"""Errors as fal words them: 422 with one entry per field, else a sentence with an error type.
+"""Error responses in fal's format: 422 with one entry per invalid field, otherwise a sentence with an error type.
 
-fal's clients repeat 408, 409, 429 and 502-504 on their own. A refusal that may end soon is one of those; the stored
-end of a queued request never is, except for a start time-out, which both clients do not repeat.
+fal's clients retry 408, 409, 429 and 502 to 504. Temporary refusals use one of these. The stored result of a failed
+queued request never does, except for a start timeout, which fal's clients do not retry.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from stable_audio_serve.jobs.job import Job
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """The answer to one kind of error; `stored_status` is its status as the end of a queued request."""
+    """The response to one kind of error. `stored_status` is the status of a queued request that ended with it."""
 
     status: int
     error_type: str
@@ -51,7 +51,7 @@ _KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """The end of a request that failed or was cancelled."""
+    """The result of a request that failed or was cancelled."""
 
     status: int
     body: Mapping[str, Any]
@@ -61,7 +61,7 @@ class Failure:
 
 
 def failure_of(job: Job) -> Failure:
-    """Returns the end of a job that did not succeed; the same at every time and on every route."""
+    """Returns the result of a job that did not succeed, the same on every route and for every call."""
     if job.state == "cancelled":
         return _failure(_KINDS["cancelled"], "Request was cancelled", is_stored=True)
     if job.error is None:
@@ -72,7 +72,7 @@ def failure_of(job: Job) -> Failure:
 
 
 def render_error(request: Request, error: ExpectedError) -> Response:
-    """Returns the answer to an error we expect."""
+    """Returns the response to an expected error."""
     return _REFUSALS.answer(request, error)
 
 
@@ -92,7 +92,7 @@ def _invalid(entries: Sequence[dict[str, Any]]) -> Failure:
 def _parse_fault(request: Request, fault: Mapping[str, Any]) -> list[dict[str, Any]]:
     loc = tuple(fault["loc"])
     is_empty = loc == ("body",) and fault["type"] == "missing"
-    if is_empty and APP in request.url.path:  # clients without an input send no body: name the field
+    if is_empty and APP in request.url.path:  # clients without input send no body: report the required field
         loc = ("body", "prompt")
     entry = {
         "loc": [printable(part) for part in loc],

@@ -1,6 +1,6 @@
-"""The proxy path of fal's JavaScript client: one URL receives every call, a header names what it was meant for.
+"""The proxy path of fal's JavaScript client. One URL receives every call, and a header names the intended fal URL.
 
-Nothing is ever forwarded: the three hosts the client knows are this server's own routes.
+Nothing is forwarded: this server's own routes replace the three hosts that the client uses.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 TARGET_HEADER = "x-fal-target-url"
 
-# Prefix here of each host's paths.
+# The prefix of this server's routes for each host.
 _PREFIXES: Mapping[str, str] = {"fal.run": "/run", "queue.fal.run": "/queue", "rest.fal.ai": ""}
 
-# How the API's description shows the header.
+# The header in the API description.
 TARGET_PARAMETER = {
     "name": TARGET_HEADER,
     "in": "header",
     "required": True,
-    "description": "The fal URL that is meant, for example https://fal.run/fal-ai/stable-audio; nothing is forwarded.",
+    "description": "Intended fal URL, for example https://fal.run/fal-ai/stable-audio. This server responds itself.",
     "schema": {"type": "string", "pattern": f"^https?://({'|'.join(map(re.escape, _PREFIXES))})/[!-~]*$"},
 }
 
 
 class Dispatched(Response):
-    """Our own route's answer for another path, passed on unchanged, streams included."""
+    """The unchanged response of this server's own route for another path, streams included."""
 
     def __init__(self, app: ASGIApp, *, path: str, query: bytes) -> None:
         super().__init__()
@@ -45,15 +45,15 @@ class Dispatched(Response):
 
 
 def dispatch(request: Request, app: ASGIApp) -> Response:
-    """Returns the answer of the route that the header names.
+    """Returns the response of the route that the header names.
 
-    Raises HTTPException 400 without a target, 412 for other hosts.
+    Raises HTTPException 400 without the header, 412 for other hosts.
     """
     target = request.headers.get(TARGET_HEADER)
     if target is None:
-        raise HTTPException(400, f"{TARGET_HEADER}: header required, the fal URL that is meant")
+        raise HTTPException(400, f"{TARGET_HEADER}: set this header to the fal URL of the call")
     prefix = None
-    with suppress(ValueError):  # a target that is no URL is no known host
+    with suppress(ValueError):  # an invalid URL is an unknown host
         url = urlsplit(target)
         if url.scheme in ("http", "https"):
             prefix = _PREFIXES.get(url.netloc.lower())

@@ -1,4 +1,4 @@
-"""fal's routes. The queue and the synchronous host share a path: `targets` decides which one a submission means."""
+"""fal's routes. The queue and synchronous calls share a path; `targets` decides which one a submission means."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from stable_audio_serve.api.links import base_url, file_url
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.routing import Scopes, route_class
 from stable_audio_serve.api.service import Service
-from stable_audio_serve.audio.finish import FileOrder, TakeOrigin
+from stable_audio_serve.audio.finish import ClipOrigin, FileOrder
 from stable_audio_serve.core.catalog import OPEN_FAMILY
 from stable_audio_serve.core.ids import JobId
 from stable_audio_serve.core.keys import Scope
@@ -53,8 +53,11 @@ _INVALID: dict[int | str, dict[str, Any]] = {
 _SUBMIT_RESPONSES: dict[int | str, dict[str, Any]] = {
     **_INVALID,
     **error_responses(FalError, 401, 408, 413, 500, 503, 507),
-    429: {"model": FalError, "description": "The queue, or a limit of the key, is full; Retry-After says how long."},
-    504: {"model": FalError, "description": "The time in X-Fal-Request-Timeout ran out before the start."},
+    429: {
+        "model": FalError,
+        "description": "The queue is full, or this caller has reached a limit; Retry-After is the time to wait.",
+    },
+    504: {"model": FalError, "description": "The request did not start within X-Fal-Request-Timeout."},
 }
 _WATCH_RESPONSES: dict[int | str, dict[str, Any]] = {
     **_INVALID,
@@ -63,27 +66,27 @@ _WATCH_RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 _RESULT_RESPONSES: dict[int | str, dict[str, Any]] = {
     **_WATCH_RESPONSES,
-    400: {"model": FalError, "description": "Still in progress."},
-    499: {"model": FalError, "description": "It was cancelled."},
-    500: {"model": FalError, "description": "It failed."},
-    504: {"model": FalError, "description": "It could not start in its time."},
+    400: {"model": FalError, "description": "The request is still in progress."},
+    499: {"model": FalError, "description": "The request was cancelled."},
+    500: {"model": FalError, "description": "The request failed."},
+    504: {"model": FalError, "description": "The request did not start in time."},
 }
 _CANCEL_RESPONSES: dict[int | str, dict[str, Any]] = {
     **error_responses(FalError, 401, 500, 503),
-    400: {"model": CancelReply, "description": "It is over."},
+    400: {"model": CancelReply, "description": "The request has already ended."},
     404: {"model": CancelReply, "description": "No such request."},
 }
 _PROXY_RESPONSES: dict[int | str, dict[str, Any]] = {
     **error_responses(FalError, 401),
-    400: {"model": FalError, "description": "The header is missing, or the target's own answer."},
-    412: {"model": FalError, "description": "The header names no host of fal's."},
-    "default": {"description": "The target's own answer."},
+    400: {"model": FalError, "description": "The header is missing, or the target route's own error."},
+    412: {"model": FalError, "description": "The header does not name a host of fal."},
+    "default": {"description": "The target route's own response."},
 }
-_Logs = Annotated[bool, Query(description="Whether to send the log too.")]
+_Logs = Annotated[bool, Query(description="Include the log.")]
 
 
 def build_router(service: Service) -> APIRouter:
-    """The routes over one service."""
+    """Returns all routes of the dialect."""
 
     def new_router(scopes: Scopes, **options: Any) -> APIRouter:
         return APIRouter(route_class=route_class(render_error, scopes=scopes), strict_content_type=False, **options)
@@ -101,7 +104,7 @@ def build_router(service: Service) -> APIRouter:
     router.include_router(hosts)
 
     async def proxy(request: Request) -> Response:
-        """What fal's JavaScript client sends to a proxy, whatever the method; the header names what it means."""
+        """Handle a call of fal's JavaScript client with any method. The header names the intended fal URL."""
         return dispatch(request, hosts)
 
     for method in _METHODS:
@@ -132,16 +135,16 @@ def _add_submission(router: APIRouter, service: Service, *, summary: str) -> Non
         request_id: Annotated[str, Depends(_new_request_id)],
         *,
         body: AudioInput,
-        fal_webhook: Annotated[str | None, Query(description="Where to send the end of a queued request.")] = None,
+        fal_webhook: Annotated[str | None, Query(description="URL called when a queued request ends.")] = None,
     ) -> AudioOutput | Ticket:
-        """Generate audio: now, or, below `/queue` and on a host named `queue.*`, as a queued request."""
+        """Generate audio. Below `/queue`, and on a host named `queue.*`, the request is queued."""
         generation = to_request(body, card, request_id=request.state.request_id)
         note(request.scope, model=card.name, duration_s=generation.duration_s, fal_request_id=request_id)
         start_within_s = targets.start_within_s(request)
         peaks = body.peaks or service.settings.audio.peaks
         if not targets.means_queue(request):
             generation = replace(generation, start_within_s=start_within_s)
-            origin = TakeOrigin.of(generation) if service.settings.dialects.recipes else None
+            origin = ClipOrigin.of(generation) if service.settings.dialects.recipes else None
             order = FileOrder(peaks, stem=FILE_STEM, origin=origin)
             return await run(request, service, card=card, generation=generation, order=order)
         if fal_webhook is not None:
@@ -181,7 +184,7 @@ def _add_requests(router: APIRouter, service: Service) -> None:
     async def show_status(
         request: Request, response: Response, *, job: Job = Depends(find), logs: _Logs = False
     ) -> Status:
-        """Whether the request waits, runs (both 202) or is over."""
+        """Return the status: 202 while the request is queued or running, 200 when it has ended."""
         response.status_code = 200 if job.is_over else 202
         position = await jobs.position(job) if job.state == "queued" else 0
         links = targets.links_of(request, job.spec.id, limits=limits)
@@ -192,7 +195,7 @@ def _add_requests(router: APIRouter, service: Service) -> None:
         f"{path}/status/stream", summary="Stream Status", response_class=EventSourceResponse, responses=_WATCH_RESPONSES
     )
     async def stream(request: Request, job: Job = Depends(find), *, logs: _Logs = False) -> Response:
-        """The same as server-sent events, one per change, until the request is over."""
+        """Stream the status as server-sent events, one per change, until the request ends."""
         links = targets.links_of(request, job.spec.id, limits=limits)
         events = stream_status(jobs, job, links=links, with_logs=logs, streams=service.streams)
         return service.streams.open(events, caller=request.state.caller, headers={REQUEST_ID: job.spec.id})
@@ -200,7 +203,7 @@ def _add_requests(router: APIRouter, service: Service) -> None:
     @router.get(path, responses=_RESULT_RESPONSES, response_model=AudioOutput)
     @router.get(f"{path}/response", include_in_schema=False)
     async def show_result(request: Request, job: Job = Depends(find)) -> Response:
-        """The output of a finished request, or why there is none."""
+        """Return the output of a finished request, or the error of a failed one."""
         if not job.is_over:
             raise HTTPException(400, "Request is still in progress")
         headers = {REQUEST_ID: job.spec.id}
@@ -212,7 +215,7 @@ def _add_requests(router: APIRouter, service: Service) -> None:
 
     @router.put(f"{path}/cancel", status_code=202, responses=_CANCEL_RESPONSES)
     async def cancel(request: Request, request_id: str, *, response: Response) -> CancelReply:
-        """Cancel a request that is not over."""
+        """Cancel a request that has not ended."""
         outcome, _ = await jobs.cancel(_ref(request, request_id))
         response.status_code, reply = CANCEL_REPLIES[outcome]
         return reply

@@ -1,4 +1,4 @@
-"""fal's synchronous host: the reply to the submission is the output."""
+"""fal's synchronous calls: the response to the submission is the output."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FILE_STEM = "stable-audio"
 async def run(
     request: Request, service: Service, *, card: ModelCard, generation: GenerationRequest, order: FileOrder
 ) -> AudioOutput:
-    """Generates, stores the file, and returns its place. Raises errors of `core.errors`."""
+    """Generate audio, store the file and return its URL. Raises errors of `core.errors`."""
     started_at = service.clock.monotonic()
     result = await service.generate(card, generation, caller=request.state.caller, started_at=started_at)
     output = await service.finish(result, order)
@@ -36,7 +36,7 @@ async def run(
 
 
 def describe_output(file: StoredFile, url: str) -> AudioOutput:
-    """Returns the model's output in the one form that all routes share."""
+    """Returns the model's output in the form of all routes."""
     return AudioOutput(
         audio_file=File(url=url, content_type=file.media_type, file_name=file.file_name, file_size=file.num_bytes)
     )

@@ -1,7 +1,7 @@
-"""fal's storage: files that clients keep here, in one piece or in parts, and fetch by links that need no key.
+"""fal's storage: clients upload files, whole or in parts, and download them by links that need no key.
 
-An upload is announced first and then sent to an address without a key: the address carries a signed ticket instead, so
-any ingress replica can receive an upload that another one announced.
+A client first announces an upload and then sends it to a URL that needs no key. The URL contains a signed ticket, so
+any ingress replica can receive the upload, whichever one announced it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from stable_audio_serve.jobs.queue import JobQueue
 MAX_PARTS = 10_000
 
 _TICKET_LIFE_S = 86_400
-_MAX_TICKET = 1000  # characters; ours have up to 750
+_MAX_TICKET = 1000  # characters; valid tickets have at most 750
 _KEY_DIGITS = 16
 _RETRY_S = 5.0
 _CHUNK_BYTES = 1_048_576
@@ -49,16 +49,16 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """One announced upload: the file it will become."""
+    """One announced upload and the file that it becomes."""
 
     file_id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     file_name: str
     media_type: str
-    client: str = ""  # whose bytes they are
-    key: str = ""  # the beginning of the digest of the key that announced it, "" where no keys are configured
+    client: str = ""  # the client whose storage limit it counts against
+    key: str = ""  # start of the digest of the announcing key, "" when no keys are configured
 
     def url(self, base: str) -> str:
-        """Returns the address of the file once it is uploaded."""
+        """Returns the URL of the file after the upload."""
         return published_url(base, self.file_id, file_name=self.file_name)
 
 
@@ -66,10 +66,10 @@ _TICKET = TypeAdapter(Ticket)
 
 
 class Tickets:
-    """Writes tickets into addresses and reads them back.
+    """Signs tickets for URLs and verifies them.
 
-    The signature is made from what only the processes of this installation know, the secret of their job database. A
-    ticket ends with the key that announced it.
+    The signing key is derived from the secret in the job database, which only processes of this installation know. A
+    ticket becomes invalid when the key that announced it is removed.
     """
 
     def __init__(self, jobs: JobQueue, ring: KeyRing) -> None:
@@ -83,20 +83,20 @@ class Tickets:
         return replace(clean, client=caller.name, key=caller.key.digest[:_KEY_DIGITS])
 
     async def sign(self, ticket: Ticket) -> str:
-        """Returns the signed ticket as a part of an address. Raises StorageError."""
+        """Returns the signed ticket for a URL. Raises StorageError."""
         signer = await self._signer()
         return signer.sign(base64_encode(_TICKET.dump_json(ticket))).decode()
 
     async def read(self, text: str) -> Ticket:
-        """Returns the ticket of an address. Raises HTTPException 403 for a foreign or old one and one whose key is no
-        longer valid, KeysUnavailableError while nobody knows that, and StorageError.
+        """Returns the ticket of a URL. Raises HTTPException 403 for an invalid or expired ticket or a removed key,
+        KeysUnavailableError while keys cannot be checked, and StorageError.
         """
         if len(text) > _MAX_TICKET:
             raise _unknown_ticket()
         signer = await self._signer()
         try:
             ticket = _TICKET.validate_json(base64_decode(signer.unsign(text, max_age=_TICKET_LIFE_S)))
-        except (BadData, ValueError) as error:  # ValidationError is one
+        except (BadData, ValueError) as error:  # ValidationError is a ValueError
             raise _unknown_ticket() from error
         self._require_key(ticket)
         clean = _clean_ticket(ticket.file_id, ticket.file_name, media_type=ticket.media_type)
@@ -104,7 +104,7 @@ class Tickets:
 
     def _require_key(self, ticket: Ticket) -> None:
         if self._ring.health.state == "unread":
-            raise KeysUnavailableError("the file of keys cannot be read", retry_after_s=_RETRY_S)
+            raise KeysUnavailableError("the key file cannot be read; retry later", retry_after_s=_RETRY_S)
         is_known = bool(ticket.key) and any(digest.startswith(ticket.key) for digest in self._ring.keys)
         if not (is_known or (self._ring.is_open and not ticket.key)):
             raise _unknown_ticket()
@@ -117,31 +117,31 @@ class Tickets:
 
 
 def make_signer(secret: str) -> TimestampSigner:
-    """Returns the signer of tickets, from the secret of a job database."""
+    """Returns the signer of tickets; its key is derived from the secret of a job database."""
     key = hmac.digest(secret.encode(), b"fal-upload", "sha256")
     return TimestampSigner(key, salt="fal-upload", digest_method=hashlib.sha256)
 
 
 class Storage:
-    """Receives the bytes of announced files, within the size limit of uploads."""
+    """Receives the bytes of announced files, up to the size limit of uploads."""
 
     def __init__(self, jobs: JobQueue, *, max_bytes: int) -> None:
         self._jobs = jobs
         self._max_bytes = max_bytes
 
     async def receive(self, request: Request, ticket: Ticket) -> StoredFile:
-        """Store the request's body as the whole file. Raises HTTPException 400 where a different one is stored."""
+        """Store the request's body as the whole file. Raises HTTPException 400 if another body is stored already."""
         async with _received(request) as body:
             existing = await self._jobs.find_file(ticket.file_id)
             if existing is not None:
                 if await asyncio.to_thread(_digest, body) != existing.sha256:
-                    raise HTTPException(400, "upload: the file is there already")
-                return existing  # the client repeats an upload whose answer it did not get
+                    raise HTTPException(400, "upload: a different file was uploaded to this URL already")
+                return existing  # the client retries an upload whose response was lost
             async with self._counted(ticket, ticket.file_id, num_bytes=_size(body)):
                 return await self._publish(ticket, body)
 
     async def receive_part(self, request: Request, ticket: Ticket, *, number: int) -> str:
-        """Store the request's body as one part of the file. Returns its etag."""
+        """Store the request's body as one part of the file. Returns its ETag."""
         key = part_key(ticket.file_id, number)
         async with (
             _received(request) as body,
@@ -153,7 +153,7 @@ class Storage:
         return f"{part.sha256}-{part.num_bytes}"
 
     async def join(self, ticket: Ticket, etags: Mapping[int, str]) -> StoredFile:
-        """Join the parts, by number, into the file. Raises HTTPException 400, UploadTooLargeError."""
+        """Join the parts into the file, in order of their numbers. Raises HTTPException 400, UploadTooLargeError."""
         existing = await self._jobs.find_file(ticket.file_id)
         if existing is not None:
             return existing
@@ -175,7 +175,7 @@ class Storage:
     async def _counted(
         self, ticket: Ticket, name: str, *, num_bytes: int, instead_of: Collection[str] = ()
     ) -> AsyncIterator[None]:
-        """Count a file that is about to be stored. Raises UploadQuotaError."""
+        """Count a file against the client's limit before storing it. Raises UploadQuotaError."""
         uploads = self._jobs.store.uploads
         add = partial(uploads.add, name, client=ticket.client, num_bytes=num_bytes, ticket=ticket.file_id)
         await asyncio.to_thread(partial(add, instead_of=instead_of))
@@ -202,7 +202,7 @@ class Storage:
 
 
 def _find_part(ticket: Ticket, number: int, *, etag: str) -> StoredFile:
-    """Returns the stored part that an etag names. Raises HTTPException 400 for an etag of another form."""
+    """Returns the stored part that an ETag names. Raises HTTPException 400 for a malformed ETag."""
     found = _ETAG.fullmatch(etag)
     if found is None:
         raise _wrong_etag(number)
@@ -211,16 +211,16 @@ def _find_part(ticket: Ticket, number: int, *, etag: str) -> StoredFile:
 
 
 def _unknown_ticket() -> HTTPException:
-    return HTTPException(403, "upload: unknown or expired; initiate it again")
+    return HTTPException(403, "upload: the URL is invalid or expired; initiate the upload again")
 
 
 def _wrong_etag(number: int | str) -> HTTPException:
-    return HTTPException(400, f"parts: the etag of part {number} is not the one it was answered with")
+    return HTTPException(400, f"parts: the etag of part {number} differs from the one in the upload's response")
 
 
 @asynccontextmanager
 async def _received(request: Request) -> AsyncIterator[IO[bytes]]:
-    """Receives the whole body of a request as a temporary file, in memory while it is small."""
+    """Receive a request's body into a temporary file, kept in memory while it is small."""
     accept_file_body(request.scope)
     with tempfile.SpooledTemporaryFile(max_size=_CHUNK_BYTES) as file:
         upload = UploadFile(file)  # type: ignore[arg-type]
@@ -248,6 +248,6 @@ def _digest(file: IO[bytes]) -> str:
 
 
 def _clean_ticket(file_id: str, file_name: str | None, *, media_type: str | None) -> Ticket:
-    """Returns a ticket whose name and type can stand in a path and a header; the client chose them freely."""
+    """Returns a ticket with a file name and type that are safe in a path and a header."""
     name = _UNSAFE.sub("_", file_name or "")[-100:].lstrip("._-") or "upload.bin"
     return Ticket(file_id, name, audio_type(media_type))

@@ -1,4 +1,4 @@
-"""The routes of fal's storage, in the forms of both its clients: `/storage/...` and `/files/upload...`."""
+"""Routes of fal's storage, for both of its clients: `/storage/...` and `/files/upload...`."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 _KEY_RESPONSES = {**_RESPONSES, **error_responses(FalError, 401)}
 _UPLOAD_RESPONSES: dict[int | str, dict[str, Any]] = {
     **_RESPONSES,
-    400: {"model": FalError, "description": "Another file is there already, or a part is missing."},
-    404: {"model": FalError, "description": "No such address."},
-    403: {"model": FalError, "description": "The address is not one of ours, or too old, or its key is gone."},
+    400: {"model": FalError, "description": "A different file exists already, or a part is missing."},
+    404: {"model": FalError, "description": "Unknown URL."},
+    403: {"model": FalError, "description": "The upload URL is invalid or expired, or its key was removed."},
 }
 
 
 class TicketConvertor(StringConvertor):
-    """In routes, `{name:fal_ticket}`: a signed ticket; no other path of this storage matches."""
+    """`{name:fal_ticket}` in routes: a signed ticket. No other path of the storage matches."""
 
     regex = r"[^/]+\.[^/]+"
 
@@ -53,7 +53,7 @@ _Type = Annotated[str | None, Header(alias="content-type", include_in_schema=Fal
 
 
 class UploadToken(BaseModel):
-    """What authorises uploads: the client's own key again, which these routes accept like all others."""
+    """Token for uploads: the client's own key, which these routes accept like all others."""
 
     token: str
     token_type: str
@@ -62,34 +62,34 @@ class UploadToken(BaseModel):
 
 
 class NewUpload(BaseModel):
-    """A file about to be uploaded."""
+    """A file to be uploaded."""
 
-    file_name: str | None = Field(None, description="Unset = upload.bin.")
-    content_type: str | None = Field(None, description="An audio type; others and unset = application/octet-stream.")
+    file_name: str | None = Field(None, description="Name of the file; unset = upload.bin.")
+    content_type: str | None = Field(None, description="An audio type; any other type = application/octet-stream.")
 
 
 class UploadPlace(BaseModel):
-    """Where to put the file, and where it is then."""
+    """URL for the upload, and URL of the file after it."""
 
     upload_url: str
     file_url: str
 
 
 class Uploaded(BaseModel):
-    """Where the file is."""
+    """URL of the file."""
 
     access_url: str
 
 
 class MultipartUpload(BaseModel):
-    """Parts go to `<access_url>/multipart/<uploadId>/<number>`."""
+    """A multi-part upload. Parts are sent to `<access_url>/multipart/<uploadId>/<number>`."""
 
     access_url: str
     uploadId: str
 
 
 class Part(BaseModel):
-    """One part that has arrived."""
+    """One uploaded part."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -104,13 +104,13 @@ class Parts(BaseModel):
 
 
 def build_announcing_router(service: Service) -> APIRouter:
-    """The routes that need a key: tokens, announcements, and uploads in one request."""
+    """Returns the routes that need a key: tokens, announcements, and uploads in one request."""
     limits, tickets, storage = service.settings.api, *_parts_of(service)
     router = APIRouter(route_class=route_class(render_error, scopes=("generate", "jobs")), strict_content_type=False)
 
     @router.post("/storage/auth/token", responses=_KEY_RESPONSES)
     async def make_token(request: Request) -> UploadToken:
-        """What uploads are authorised with."""
+        """Return a token for uploads."""
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         return UploadToken(
             token=key.strip() or "none",
@@ -120,23 +120,23 @@ def build_announcing_router(service: Service) -> APIRouter:
         )
 
     @router.post("/storage/upload/initiate", responses=_KEY_RESPONSES)
-    @router.post("/storage/upload/initiate-multipart", summary="Announce In Parts", responses=_KEY_RESPONSES)
+    @router.post("/storage/upload/initiate-multipart", summary="Announce Multi-Part", responses=_KEY_RESPONSES)
     async def announce(request: Request, body: NewUpload) -> UploadPlace:
-        """Announce a file: its bytes are PUT to `upload_url`, or, in parts, to `<upload_url>/<number>`."""
+        """Announce a file. Its bytes are PUT to `upload_url`, or in parts to `<upload_url>/<number>`."""
         ticket = tickets.announce(body.file_name, body.content_type, caller=request.state.caller)
         base, signed = base_url(request, limits), await tickets.sign(ticket)
         return UploadPlace(upload_url=f"{base}/storage/upload/{signed}", file_url=ticket.url(base))
 
     @router.post("/files/upload", openapi_extra=_RAW_BODY, responses={**_UPLOAD_RESPONSES, **_KEY_RESPONSES})
     async def upload(request: Request, name: _Name = None, *, media_type: _Type = None) -> Uploaded:
-        """Store a file; the body is its bytes."""
+        """Store a file. The body is its content."""
         ticket = tickets.announce(name, media_type, caller=request.state.caller)
         await storage.receive(request, ticket)
         return Uploaded(access_url=ticket.url(base_url(request, limits)))
 
-    @router.post("/files/upload/multipart", summary="Announce Upload In Parts", responses=_KEY_RESPONSES)
+    @router.post("/files/upload/multipart", summary="Announce Multi-Part Upload", responses=_KEY_RESPONSES)
     async def announce_parts(request: Request, name: _Name = None, *, media_type: _Type = None) -> MultipartUpload:
-        """Announce a file that will come in parts."""
+        """Announce a multi-part upload."""
         ticket = tickets.announce(name, media_type, caller=request.state.caller)
         return MultipartUpload(access_url=ticket.url(base_url(request, limits)), uploadId=await tickets.sign(ticket))
 
@@ -144,7 +144,7 @@ def build_announcing_router(service: Service) -> APIRouter:
 
 
 def build_receiving_router(service: Service) -> APIRouter:
-    """The routes that need no key, only an announced address."""
+    """Returns the routes that need no key, only an announced URL."""
     limits, tickets, storage = service.settings.api, *_parts_of(service)
     router = APIRouter(route_class=public_route_class(render_error), strict_content_type=False)
 
@@ -153,7 +153,7 @@ def build_receiving_router(service: Service) -> APIRouter:
 
     @router.put("/storage/upload/{ticket:fal_ticket}", openapi_extra=_RAW_BODY, responses=_UPLOAD_RESPONSES)
     async def receive(request: Request, announced: Ticket = Depends(read_ticket)) -> Uploaded:
-        """Store an announced file; the body is its bytes."""
+        """Store an announced file. The body is its content."""
         await storage.receive(request, announced)
         return Uploaded(access_url=announced.url(base_url(request, limits)))
 
@@ -173,7 +173,7 @@ def build_receiving_router(service: Service) -> APIRouter:
 
         @router.post(f"{path}/complete", responses=_UPLOAD_RESPONSES, include_in_schema=not index)
         async def complete(request: Request, body: Parts, *, announced: Ticket = Depends(read_ticket)) -> Uploaded:
-            """Make the file of its parts."""
+            """Join the parts into the file."""
             await storage.join(announced, {part.partNumber: part.etag for part in body.parts})
             return Uploaded(access_url=announced.url(base_url(request, limits)))
 

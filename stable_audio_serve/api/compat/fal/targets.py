@@ -1,4 +1,4 @@
-"""Which of fal's hosts a request means, and where its replies link to, from the paths and headers of one server."""
+"""Which of fal's hosts a request is for, and the links in its response, from the path and headers of the request."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stable_audio_serve.core.settings import ApiSettings
 
 
 class EndpointConvertor(PathConvertor):
-    """In routes, `{name:fal_endpoint}`: a path of the application that accepts submissions. Streaming ones are none."""
+    """`{name:fal_endpoint}` in routes: a path that accepts submissions. Streaming paths do not match."""
 
     regex = "(?!(?:requests|stream|realtime)(?:/|$)).*"
 
@@ -24,7 +24,7 @@ register_url_convertor("fal_endpoint", EndpointConvertor())
 
 
 def means_queue(request: Request) -> bool:
-    """Returns whether a submission goes to the queue: by its path's prefix, else by its host's name."""
+    """Returns whether a submission is for the queue: decided by its path's prefix, otherwise by its host name."""
     prefix = _prefix(request)
     if prefix.endswith(("/queue", "/run")):
         return prefix.endswith("/queue")
@@ -33,14 +33,14 @@ def means_queue(request: Request) -> bool:
 
 
 def links_of(request: Request, request_id: str, *, limits: ApiSettings) -> Links:
-    """Returns the three addresses of a queued request, on the host and below the prefix that this caller used."""
+    """Returns the three URLs of a queued request, with the host and prefix of this caller's request."""
     prefix = _prefix(request).removesuffix("/run")
     url = f"{base_url(request, limits)}{prefix}/{APP}/requests/{request_id}"
     return Links(request_id=request_id, response_url=url, status_url=f"{url}/status", cancel_url=f"{url}/cancel")
 
 
 def start_within_s(request: Request) -> float | None:
-    """Returns how long the request may wait for its start, seconds. Raises RequestValidationError."""
+    """Returns the longest time until the start of the request, seconds. Raises RequestValidationError."""
     text = request.headers.get("x-fal-request-timeout")
     if text is None:
         return None
@@ -54,7 +54,7 @@ def start_within_s(request: Request) -> float | None:
 
 
 def priority(request: Request) -> Priority:
-    """Returns the priority the client asked for. Raises RequestValidationError."""
+    """Returns the requested priority. Raises RequestValidationError."""
     match text := request.headers.get("x-fal-queue-priority", "normal"):
         case "normal":
             return "interactive"
@@ -64,7 +64,7 @@ def priority(request: Request) -> Priority:
 
 
 def _prefix(request: Request) -> str:
-    """Returns the path before the application's name, without the path this server is mounted at."""
+    """Returns the path before the application's name, without the server's mount path."""
     path: str = request.scope["path"]
     return path.removeprefix(request.scope.get("root_path", "")).partition(f"/{APP}")[0]
 

@@ -1,4 +1,4 @@
-"""The body that fal sends to a webhook at the end of a queued request."""
+"""The webhook body in fal's format when a queued request ends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stable_audio_serve.jobs.job import Job
 
 
 def webhook_body(job: Job) -> Mapping[str, Any]:
-    """Returns the output, or the error in the form of the result route. Links start like those of the submission."""
+    """Returns the output, or the error as on the result route, with links based on the submission's URL."""
     ids = {"request_id": job.spec.id, "gateway_request_id": job.spec.id}
     if job.result is None:
         failure = failure_of(job)

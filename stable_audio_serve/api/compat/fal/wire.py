@@ -1,4 +1,4 @@
-"""The wire forms of fal's queue and of its model `fal-ai/stable-audio`."""
+"""Request and response models of fal's queue and of its model `fal-ai/stable-audio`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ERROR_TYPE = "X-Fal-Error-Type"
 RETRYABLE = "X-Fal-Retryable"
 TIMEOUT_TYPE = "X-Fal-Request-Timeout-Type"
 
-# What a page on another origin may read, besides our own dialect's headers.
+# Headers that pages of other origins may read, in addition to those of the native API.
 EXPOSED_HEADERS = (REQUEST_ID, ERROR_TYPE, RETRYABLE, TIMEOUT_TYPE)
 
 
@@ -39,7 +39,7 @@ class AudioInput(ClipInput):
 
 
 class File(BaseModel):
-    """A stored file; the URL needs no key."""
+    """A stored file. Its URL needs no key."""
 
     url: str
     content_type: str
@@ -54,7 +54,7 @@ class AudioOutput(BaseModel):
 
 
 class Links(BaseModel):
-    """Where to ask about one request."""
+    """URLs of one request."""
 
     request_id: str
     response_url: str
@@ -63,7 +63,7 @@ class Links(BaseModel):
 
 
 class Ticket(Links):
-    """What a submission is answered with."""
+    """Response to a submission."""
 
     status: Literal["IN_QUEUE"] = "IN_QUEUE"
     gateway_request_id: str
@@ -80,27 +80,27 @@ class LogEntry(BaseModel):
 
 
 class Metrics(BaseModel):
-    """How long the model worked, seconds."""
+    """Duration of the generation, seconds."""
 
     inference_time: float | None
 
 
 class Queued(Links):
-    """Waits to run; position 0 is next."""
+    """A queued request; position 0 is next."""
 
     status: Literal["IN_QUEUE"] = "IN_QUEUE"
     queue_position: int
 
 
 class InProgress(Links):
-    """Runs. Clients read `logs` also where they asked for none."""
+    """A running request. fal's clients read `logs` even if they did not ask for logs."""
 
     status: Literal["IN_PROGRESS"] = "IN_PROGRESS"
     logs: list[LogEntry] | None
 
 
 class Completed(Links):
-    """Over, well or not: only a failed or cancelled request has an error."""
+    """An ended request. Only a failed or cancelled one has an error."""
 
     status: Literal["COMPLETED"] = "COMPLETED"
     logs: list[LogEntry] | None
@@ -113,13 +113,13 @@ Status = Queued | InProgress | Completed
 
 
 class CancelReply(BaseModel):
-    """What became of the wish to cancel."""
+    """Result of a cancellation."""
 
     status: Literal["CANCELLATION_REQUESTED", "ALREADY_COMPLETED", "NOT_FOUND"]
 
 
 class FalError(BaseModel):
-    """Any error: a sentence, or a list with one entry per field at fault."""
+    """Any error: a sentence, or a list with one entry per invalid field."""
 
     detail: str | list[dict[str, Any]]
     error_type: str | None = Field(None, exclude_if=_is_none)

@@ -1,1 +1,1 @@
-"""The dialect of the Flask API for Stable Audio Open Small: clips of one window, loops, style transfer, riffs."""
+"""The Flask API for Stable Audio Open Small: clips of fixed length, loops, style transfer, riffs."""

@@ -1,4 +1,4 @@
-"""The dialect's successful answers: a WAV file, or the same file as base64 in JSON beside its metadata."""
+"""Success responses of the dialect: a WAV file, or JSON with the file in base64 and its metadata."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from starlette.responses import Response
 from stable_audio_serve.api.answers import attachment, encoded_answer, result_headers
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.service import Output, Service
-from stable_audio_serve.audio.finish import TakeOrigin, finish_window
+from stable_audio_serve.audio.finish import ClipOrigin, finish_window
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
 
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """A finished file: `num_samples` of the `num_available` that were generated, in `generation_s` seconds."""
+    """A finished file: the first `num_samples` of `num_available` generated samples, made in `generation_s` seconds."""
 
     output: Output
     num_samples: int
@@ -29,7 +29,7 @@ class Clip:
 
     @property
     def result(self) -> GenerationResult:
-        """What was generated."""
+        """Returns the result of the generation."""
         return self.output.result
 
 
@@ -42,12 +42,12 @@ async def make_clip(
     started_at: float,
     num_samples: int | None = None,
 ) -> Clip:
-    """Run a request that arrived at `started_at`. Returns its first `num_samples` as a file at full scale."""
+    """Run a request that arrived at `started_at`. Returns its first `num_samples`, normalized to full scale."""
     note(request.scope, model=card.name, duration_s=generation.duration_s, batch_size=1)
     asked_at = service.clock.monotonic()
     result = await service.generate(card, generation, caller=request.state.caller, started_at=started_at)
     made_at = service.clock.monotonic()
-    origin = TakeOrigin.of(generation) if service.settings.dialects.recipes else None
+    origin = ClipOrigin.of(generation) if service.settings.dialects.recipes else None
     output = await service.finish_by(result, lambda: finish_window(result, num_samples=num_samples, origin=origin))
     note(request.scope, num_bytes=output.file.num_bytes)
     num_available = result.audio[0].shape[1]
@@ -57,14 +57,14 @@ async def make_clip(
 async def answer(
     service: Service, output: Output, *, return_format: str, name: str, metadata: dict[str, Any]
 ) -> Response:
-    """Returns the file under this name, or file and metadata in JSON."""
+    """Returns the file under this name, or JSON with the file and its metadata."""
     if return_format == "file":
         return encoded_answer(output.file, attachment(name) | result_headers(output))
     return await base64_answer(service, output, metadata=metadata)
 
 
 async def base64_answer(service: Service, output: Output, *, metadata: dict[str, Any]) -> Response:
-    """Returns the file and its metadata in JSON."""
+    """Returns JSON with the file and its metadata."""
     body = await service.compute(lambda: _pack(output, metadata))
     return Response(body, headers=result_headers(output), media_type="application/json")
 
@@ -72,7 +72,7 @@ async def base64_answer(service: Service, output: Output, *, metadata: dict[str,
 def clip_metadata(
     generation: GenerationRequest, result: GenerationResult, *, duration_s: float, generation_s: float
 ) -> dict[str, Any]:
-    """Returns the metadata of `/generate` for a clip, without the tempo."""
+    """Returns the metadata of `/generate` without the tempo."""
     return {
         "prompt": generation.prompt,
         "negative_prompt": generation.negative_prompt,

@@ -1,4 +1,4 @@
-"""The dialect's answers to errors: `{"error": sentence}`, with `success` false where the fault is ours."""
+"""Error responses of the dialect: `{"error": sentence}`, and `success` false for server errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _STATUS = {
 
 
 class NoRiffsError(StableAudioError):
-    """The library has no riff in the requested key; `available_keys` are those it has."""
+    """The library has no riff in the requested key. `available_keys` lists the keys it has."""
 
     kind = "invalid"
 
@@ -43,7 +43,7 @@ class NoRiffsError(StableAudioError):
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """One error as this dialect words it; `faults` are the fields it is about, in the form of FastAPI's list."""
+    """One error in this dialect. `faults` lists the invalid fields, in FastAPI's format."""
 
     status: int
     sentence: str
@@ -57,18 +57,18 @@ class Description:
 
 
 def render_error(request: Request, error: ExpectedError) -> Response:
-    """Returns the answer to an error we expect."""
+    """Returns the response to an expected error."""
     description = describe_error(request, error)
     return JSONResponse(description.body(), description.status, headers=description.headers)
 
 
 def describe_error(request: Request, error: ExpectedError) -> Description:
-    """Returns what the answer says, and notes the refusal in the request's log line."""
+    """Returns the content of the response, and adds the refusal to the request's log line."""
     return _REFUSALS.answer(request, error)
 
 
 def name_field(field: str, sentence: str) -> str:
-    """Returns `sentence`, with the field in front where it does not name it."""
+    """Returns `sentence`, prefixed with the field unless it contains it."""
     return sentence if field in sentence else f"{field}: {sentence}"
 
 
@@ -82,7 +82,7 @@ def _answer_fields(_: Request, faults: Sequence[Mapping[str, Any]]) -> Descripti
 
 def _answer_http(_: Request, error: HTTPException) -> Description:
     sentence = str(error.detail)
-    if sentence.startswith("audio:"):  # the upload's name in our own dialect
+    if sentence.startswith("audio:"):  # the upload's field name in the native API
         sentence = f"audio_file:{sentence.removeprefix('audio:')}"
     return Description(error.status_code, sentence, headers=error.headers)
 

@@ -1,4 +1,4 @@
-"""Whole clips: text to audio, and style transfer from an upload."""
+"""Clips from a text prompt, and style transfer from an upload."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 
 
 async def make_text_clip(service: Service, request: Request, *, body: GenerateBody) -> Response:
-    """`POST /generate`."""
+    """Handle `POST /generate`."""
     started_at = service.clock.monotonic()
     model = find_model(service, body)
     wanted_s = model.window_s if body.seconds_total is None else min(body.seconds_total, model.window_s)
@@ -51,7 +51,7 @@ async def make_text_clip(service: Service, request: Request, *, body: GenerateBo
 
 
 async def make_style_clip(service: Service, request: Request, *, form: StyleForm) -> Response:
-    """`POST /generate/style-transfer`."""
+    """Handle `POST /generate/style-transfer`."""
     started_at = service.clock.monotonic()
     model = default_model(service)
     source = await read_upload(service, form.audio_file, model=model)
@@ -68,7 +68,7 @@ async def make_style_clip(service: Service, request: Request, *, form: StyleForm
         request_id=request.state.request_id,
     )
     clip = await make_clip(service, request, card=model.card, generation=generation, started_at=started_at)
-    window_s = round(model.window_s)  # the contract's 12, for a window of 11.9 s
+    window_s = round(model.window_s)  # the contract reports 12 for a window of 11.9 s
     metadata = clip_metadata(generation, clip.result, duration_s=window_s, generation_s=clip.generation_s)
     num_samples = -(-source.samples.shape[1] * model.card.sample_rate_hz // source.sample_rate_hz)
     return await answer(
@@ -86,7 +86,7 @@ async def make_style_clip(service: Service, request: Request, *, form: StyleForm
 
 
 async def read_upload(service: Service, upload: UploadFile, *, model: WindowedModel) -> SourceAudio:
-    """Returns the part of an upload that the model can use, mixed to one channel; the model repeats it for each.
+    """Returns the usable part of an upload, mixed down to mono, which the model copies to all its channels.
 
     Raises InvalidUploadError, UploadTooLargeError.
     """

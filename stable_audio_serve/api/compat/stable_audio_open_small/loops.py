@@ -1,4 +1,4 @@
-"""Loops cut to the sample from a generated window: from text, in the style of an upload, or from a riff."""
+"""Loops, cut to the exact sample from a generated clip: from text, in the style of an upload, or from a riff."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _DRUM_WORD = re.compile(r"[^\W\d_]*drum[^\W\d_]*(\s*,)?", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class MadeLoop:
-    """A loop with the request it came from."""
+    """A loop and the request that made it."""
 
     loop: Loop
     generation: GenerationRequest
@@ -38,12 +38,12 @@ class MadeLoop:
 
     @property
     def available_s(self) -> float:
-        """Length of what was generated, seconds."""
+        """Returns the length of the generated audio, seconds."""
         return self.clip.num_available / self.clip.result.sample_rate_hz
 
 
 async def make_loop(service: Service, request: Request, *, form: LoopForm) -> Response:
-    """`POST /generate/loop`."""
+    """Handle `POST /generate/loop`."""
     started_at = service.clock.monotonic()
     model = find_model(service, form)
     loop = _plan(model, form)
@@ -66,7 +66,7 @@ async def make_loop(service: Service, request: Request, *, form: LoopForm) -> Re
 
 
 async def make_riff_loop(service: Service, request: Request, *, form: RiffForm, library: RiffLibrary) -> Response:
-    """`POST /generate/loop-with-riff`."""
+    """Handle `POST /generate/loop-with-riff`."""
     started_at = service.clock.monotonic()
     model = default_model(service)
     loop = _plan(model, form)
@@ -84,7 +84,7 @@ async def make_riff_loop(service: Service, request: Request, *, form: RiffForm, 
 
 
 def rewrite_prompt(prompt: str, loop_type: str) -> tuple[str, str]:
-    """Returns the prompt and the negative prompt for a kind of loop."""
+    """Returns the prompt and the negative prompt for a loop type."""
     has_drum = "drum" in prompt.casefold()
     if loop_type == "drums":
         return prompt if has_drum else f"{prompt} drum loop", _NOT_DRUMS
@@ -95,7 +95,7 @@ def rewrite_prompt(prompt: str, loop_type: str) -> tuple[str, str]:
 
 def _plan(model: WindowedModel, form: LoopForm | RiffForm) -> Loop:
     tempo_bpm = read_tempo(form.prompt)
-    assert tempo_bpm is not None  # the form has checked it
+    assert tempo_bpm is not None  # validated by the form
     loop = plan_loop(tempo_bpm, bars=form.bars, window_s=model.window_s)
     if not loop.num_samples(model.card.sample_rate_hz):
         message = f"prompt: {loop.bars} bars at {tempo_bpm}bpm are shorter than one sample"
@@ -142,7 +142,7 @@ def _name(made: MadeLoop, form: LoopForm | RiffForm) -> str:
 
 
 def _metadata(made: MadeLoop, form: LoopForm | RiffForm) -> dict[str, Any]:
-    """Returns the metadata that both kinds of loop have."""
+    """Returns the metadata of both kinds of loop."""
     is_transfer = made.generation.init_audio is not None
     return {
         "prompt": made.generation.prompt,

@@ -1,4 +1,4 @@
-"""The operator's library of riffs: what it holds, which riff a request gets, and how a riff is stretched to a tempo."""
+"""The operator's riff library: its content, the choice of a riff for a request, and time stretching to a tempo."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from stable_audio_serve.core.generation import SourceAudio
 log = structlog.get_logger("stable_audio_serve.api")
 
 _NAME = re.compile(r"([a-g](?:sharp)?)_([0-9]{1,6})_?bpm(?:_[0-9]+)?\.wav", re.IGNORECASE)
-_STARTER_FOLDER = Path(__file__).parent / "starter_riffs"  # made by `examples/demo_model/riffs.py`
+_STARTER_FOLDER = Path(__file__).parent / "starter_riffs"  # created by `examples/demo_model/riffs.py`
 _USED_S = 12.0
-_MAX_STRETCH = 16.0  # a riff stretched or squeezed further cannot be recognised
+_MAX_STRETCH = 16.0  # beyond this a riff is no longer recognizable
 _MARGIN_S = 1.0
 
 
@@ -41,23 +41,23 @@ class Riff:
 
 
 def find_folder(chosen: str | None) -> Path:
-    """Returns the operator's folder, else `riffs` in the working directory, else the riffs of this package."""
+    """Returns the operator's folder, otherwise `riffs` in the working directory, otherwise the packaged riffs."""
     own = Path(chosen or "riffs")
     return own if chosen or own.is_dir() else _STARTER_FOLDER
 
 
 class RiffLibrary:
-    """The riffs of one folder, read once at the start, by key in ascending tempo."""
+    """The riffs of one folder, read once at the start. Sorted by key, then tempo."""
 
     def __init__(self, folder: Path) -> None:
-        """Files whose names are not like gsharp_80bpm_4.wav are skipped with a warning."""
+        """Skips files whose names do not match gsharp_80bpm_4.wav, with a warning."""
         riffs = sorted(_scan(folder), key=lambda riff: (riff.key, riff.tempo_bpm, riff.path.name))
         self._riffs: dict[str, list[Riff]] = {}
         for riff in riffs:
             self._riffs.setdefault(riff.key, []).append(riff)
 
     def choose(self, key: str, *, seed: int) -> Riff:
-        """Returns one riff in `key`, in any case: neighbouring seeds give neighbouring riffs. Raises NoRiffsError."""
+        """Returns a riff in `key`, ignoring case. Successive seeds give successive riffs. Raises NoRiffsError."""
         riffs = self._riffs.get(key.lower())
         if not riffs:
             raise NoRiffsError(f"No riffs available for key '{key[:50]}'", available_keys=list(self._riffs))
@@ -72,9 +72,9 @@ class RiffLibrary:
 
 
 async def read_riff(service: Service, riff: Riff, *, tempo_bpm: int) -> SourceAudio:
-    """Returns the first 12 seconds of a riff at another tempo and the same pitch, as one channel.
+    """Returns the first 12 seconds of a riff at another tempo and the same pitch, as mono.
 
-    Raises InvalidRequestError for a tempo too far from its own, GenerationError when its file cannot be read.
+    Raises InvalidRequestError if the tempo differs too much, GenerationError if the file cannot be read.
     """
     speed = tempo_bpm / riff.tempo_bpm
     if not 1 / _MAX_STRETCH <= speed <= _MAX_STRETCH:
@@ -104,5 +104,5 @@ def _scan(folder: Path) -> list[Riff]:
         if name and int(name[2]):
             riffs.append(Riff(path, name[1].lower(), int(name[2])))
         else:
-            log.warning("riff skipped: its name is not like gsharp_80bpm_4.wav", file=path.name)
+            log.warning("riff skipped; rename it in the form gsharp_80bpm_4.wav", file=path.name)
     return riffs

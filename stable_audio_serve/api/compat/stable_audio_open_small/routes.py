@@ -1,5 +1,5 @@
-"""The dialect's routes: read the body, fill in the form, call the handler. `/generate` is also reached through the path
-that two dialects share, see `shared_routes.merged`."""
+"""The dialect's routes: read the body, validate the form, call the handler. `shared_routes.merged` also routes
+`/generate` here."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 
 
 class Base64Answer(BaseModel):
-    """A clip with `return_format` base64."""
+    """A clip, for `return_format` base64."""
 
     success: bool
     audio_base64: str
@@ -44,14 +44,14 @@ class Base64Answer(BaseModel):
 
 
 class Problem(BaseModel):
-    """What is wrong, in one sentence; `success` is false where it is the server's fault."""
+    """An error in one sentence. `success` is false for server errors."""
 
     error: str
     success: bool | None = None
 
 
 class OwnHealth(BaseModel):
-    """How the model behind these routes is; the rest is there unless it cannot be loaded."""
+    """Health of the model of these routes. The optional fields are present unless it failed to load."""
 
     status: str
     model_loaded: bool
@@ -73,7 +73,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 def request_body(form: type[Wire], *content_types: str) -> dict[str, Any]:
-    """Returns the OpenAPI description of a body that we parse ourselves."""
+    """Returns the OpenAPI description of a body that the route parses itself."""
     content = {content_type: {"schema": _schema(form, content_type)} for content_type in content_types}
     return {"requestBody": {"required": True, "content": content}}
 
@@ -86,7 +86,7 @@ def _schema(form: type[Wire], content_type: str) -> dict[str, Any]:
 
 
 def build_router(service: Service) -> APIRouter:
-    """The routes over one service; scans the folder of riffs."""
+    """Returns the routes. Reads the riff folder."""
     router = APIRouter(route_class=route_class(render_error, scopes=_scopes_of), tags=[TAG])
     library = RiffLibrary(find_folder(service.settings.dialects.riff_dir))
     model = default_model(service)
@@ -102,7 +102,7 @@ def build_router(service: Service) -> APIRouter:
         openapi_extra=request_body(LoopForm, *_FORMS, "application/json"),
     )
     async def loop(request: Request) -> Response:
-        """Make a loop of whole bars at the tempo the prompt names."""
+        """Generate a loop of whole bars, at the tempo in the prompt."""
         return await make_loop(service, request, form=parse(LoopForm, await read_json_or_form(request)))
 
     @router.post(
@@ -112,7 +112,7 @@ def build_router(service: Service) -> APIRouter:
         openapi_extra=request_body(StyleForm, _FORMS[0]),
     )
     async def transfer_style(request: Request) -> Response:
-        """Make a clip out of uploaded audio and a prompt."""
+        """Generate a clip from uploaded audio and a prompt."""
         return await make_style_clip(service, request, form=parse(StyleForm, await read_form(request)))
 
     @router.post(
@@ -122,24 +122,24 @@ def build_router(service: Service) -> APIRouter:
         openapi_extra=request_body(RiffForm, *_FORMS),
     )
     async def loop_with_riff(request: Request) -> Response:
-        """Make a loop out of a riff of the server's library and a prompt."""
+        """Generate a loop from a riff of the server's library and a prompt."""
         return await make_riff_loop(service, request, form=parse(RiffForm, await read_form(request)), library=library)
 
     @router.get("/riffs/available", responses=error_responses(Problem, 401, 500))
     async def list_riffs() -> dict[str, Any]:
-        """The server's riffs by key."""
+        """List the server's riffs by key."""
         return library.describe()
 
     @router.get("/model/info", responses=error_responses(Problem, 401, 500))
     async def model_info() -> dict[str, Any]:
-        """The model in use and what requests may say."""
+        """Return the model and the parameters of requests."""
         return describe_model(model, await _status_of(service, model))
 
     return router
 
 
 def build_health_router(service: Service) -> APIRouter:
-    """The dialect's own health route, whose answer differs from that of all other dialects."""
+    """Returns the dialect's own health route, whose response differs from the other dialects."""
     router = APIRouter(route_class=probe_route_class(render_error), tags=[TAG])
     model = default_model(service)
 
@@ -148,10 +148,10 @@ def build_health_router(service: Service) -> APIRouter:
         "/health",
         summary="Show health (Open Small)",
         response_class=JSONResponse,
-        responses={200: {"model": OwnHealth}, 500: {"model": OwnHealth, "description": "It cannot be loaded."}},
+        responses={200: {"model": OwnHealth}, 500: {"model": OwnHealth, "description": "The model failed to load."}},
     )
     async def health() -> Response:
-        """Whether the model behind these routes can work."""
+        """Return the health of the model of these routes."""
         code, body = describe_health(model, await _status_of(service, model))
         return JSONResponse(body, code)
 
@@ -159,7 +159,7 @@ def build_health_router(service: Service) -> APIRouter:
 
 
 def _scopes_of(request: Request) -> tuple[Scope, ...]:
-    """What makes audio needs a scope; every key may ask what there is."""
+    """Returns the required scopes: generating needs one, reading information needs any key."""
     return ("generate",) if request.method == "POST" else ()
 
 

@@ -1,6 +1,6 @@
-"""The wire forms of the dialect and the sentence for each thing that can be wrong with a field.
+"""Request models of the dialect, and the error message for each invalid field.
 
-JSON bodies of `/generate` are strict about types; bodies that may also be forms are not.
+JSON bodies of `/generate` are strictly typed. Bodies that may also be forms are not.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pydantic_core import PydanticCustomError
 from stable_audio_serve.api.fields import NOT_BLANK
 from stable_audio_serve.audio.loops import BAR_COUNTS, read_tempo
 
-_RULE = "rule"  # the type of faults that bring their own sentence
+_RULE = "rule"  # error type whose message is complete
 _WHOLE_SECONDS = {
     "anyOf": [
         {"type": "number", "minimum": 1},
@@ -55,7 +55,7 @@ def _check_key(key: str) -> str:
 
 
 def _to_whole_seconds(value: Any) -> Any:
-    """Accepts whatever Python's int() accepts, as the original does."""
+    """Convert as Python's int() does, like the original server."""
     try:
         return None if value is None else int(value)
     except (TypeError, ValueError, OverflowError):
@@ -107,7 +107,7 @@ ModelType = Annotated[
 
 
 class Wire(BaseModel):
-    """What every form shares. `rules` says of each field what it must be."""
+    """Base of all request models. `rules` has the error message of each field."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
 
@@ -132,11 +132,11 @@ class Wire(BaseModel):
 
 
 class GenerateBody(Wire):
-    """Text to audio, a whole window unless `seconds_total` says less."""
+    """Text to audio. The clip has the model's full length unless `seconds_total` is shorter."""
 
     prompt: Prompt
     steps: Annotated[int, Field(strict=True, ge=1, le=250)] | None = Field(
-        None, description="Unset = the engine's own default."
+        None, description="Unset = the model's default."
     )
     cfg_scale: Annotated[Scale, Field(strict=True)] = 1.0
     negative_prompt: str | None = None
@@ -144,9 +144,9 @@ class GenerateBody(Wire):
     return_format: Format = "file"
     seconds_total: Annotated[
         Annotated[int, Field(ge=1)] | None, BeforeValidator(_to_whole_seconds), WithJsonSchema(_WHOLE_SECONDS)
-    ] = Field(None, description="Also as text. What is above the window is cut down to it.")
+    ] = Field(None, description="A number or text; limited to the model's longest clip.")
     seconds_start: Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)] | None = Field(
-        None, description="Only for engines that are conditioned on it."
+        None, description="Used by models conditioned on it."
     )
     sampler_type: str | None = None
     model_type: ModelType = "standard"
@@ -155,11 +155,11 @@ class GenerateBody(Wire):
 
 
 class LoopForm(Wire):
-    """A loop, from text alone or in the style of an upload."""
+    """A loop, from text or in the style of an upload."""
 
     prompt: LoopPrompt
     loop_type: LoopType = "auto"
-    bars: Bars = Field(None, description="1, 2, 4 or 8; empty, absent or auto = as many as fit.")
+    bars: Bars = Field(None, description="1, 2, 4 or 8; empty, unset or auto = as many as fit.")
     style_strength: Strength = 0.8
     steps: Annotated[int, Field(ge=1, le=250)] | None = None
     cfg_scale: Scale = 6.0
@@ -172,7 +172,7 @@ class LoopForm(Wire):
 
 
 class StyleForm(Wire):
-    """A window in the style of the prompt, made from an upload."""
+    """A clip in the style of the prompt, made from an upload."""
 
     rules: ClassVar[Mapping[str, str]] = {**Wire.rules, "steps": "must be integer between 1-100"}
 
@@ -187,7 +187,7 @@ class StyleForm(Wire):
 
 
 class RiffForm(Wire):
-    """A loop made from a riff of the operator's library."""
+    """A loop from a riff of the operator's library."""
 
     prompt: LoopPrompt
     key: Annotated[Text, AfterValidator(_check_key), _FILLED] = Field(
@@ -206,7 +206,7 @@ W = TypeVar("W", bound=Wire)
 
 
 def parse(form: type[W], values: Mapping[str, Any]) -> W:
-    """Returns the form with these values. Raises RequestValidationError with this dialect's sentences."""
+    """Returns the form with these values. Raises RequestValidationError with this dialect's messages."""
     try:
         return form.model_validate(values)
     except ValidationError as error:

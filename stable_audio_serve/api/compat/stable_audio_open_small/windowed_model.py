@@ -1,4 +1,4 @@
-"""The model behind a request, as this dialect sees it: its window, its default steps."""
+"""The model of a request in this dialect: its window (longest clip) and its defaults."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from stable_audio_serve.core.errors import InvalidRequestError, UnknownModelErro
 
 @dataclass(frozen=True, slots=True)
 class WindowedModel:
-    """A served model whose longest clip is this dialect's window."""
+    """A served model whose longest clip is limited to this dialect's window."""
 
     card: ModelCard
 
     @property
     def window_s(self) -> float:
-        """Longest clip, seconds; also the default length of a clip."""
+        """Longest clip and default length, seconds."""
         return self.card.max_duration_s
 
     @property
     def makes_window(self) -> bool:
-        """Whether it makes its whole window however short the clip is, so that the peak is the window's."""
+        """Whether the model always generates its whole window, so that peaks are normalized over the window."""
         return self.card.family == OPEN_FAMILY
 
     @property
     def conditioned_s(self) -> float:
-        """What the original tells its model of the length, seconds: a whole number that holds the window.
+        """The length that the model is conditioned on, seconds: the window, rounded up, as in the original server.
 
-        The network always makes the window, whatever is cut from it.
+        The network always generates the whole window, even for shorter clips.
         """
         return math.ceil(self.window_s)
 
     @property
     def num_window_samples(self) -> int:
-        """Samples of a whole window."""
+        """Length of the window, samples."""
         return int(self.window_s * self.card.sample_rate_hz)
 
-    def steps(self, wanted: int | None, *, at_most: int) -> int:
-        """Returns the steps to take: what is wanted, else the model's default."""
-        return min(self.card.default_steps, at_most) if wanted is None else wanted
+    def steps(self, requested: int | None, *, at_most: int) -> int:
+        """Returns the requested steps, otherwise the model's default, limited to `at_most`."""
+        return min(self.card.default_steps, at_most) if requested is None else requested
 
-    def sampler(self, wanted: str | None) -> str | None:
-        """Returns the sampler to use, None for the model's own. Raises InvalidRequestError."""
-        name = (wanted or "").strip() or None
+    def sampler(self, requested: str | None) -> str | None:
+        """Returns the requested sampler, None for the model's default. Raises InvalidRequestError."""
+        name = (requested or "").strip() or None
         if name is not None and name not in self.card.samplers:
             valid = ", ".join(self.card.samplers)
             raise InvalidRequestError(f"sampler_type must be one of {valid}", field="sampler_type", allowed=valid)
@@ -54,14 +54,14 @@ class WindowedModel:
 
 
 def default_model(service: Service) -> WindowedModel:
-    """Returns the model the operator chose for this dialect, else the first Stable Audio Open, else the default."""
+    """Returns the model configured for this dialect, otherwise the first Stable Audio Open, otherwise the default."""
     return _view(service, service.backend.catalog.choose(service.settings.dialects.saos_model, family=OPEN_FAMILY))
 
 
 def find_model(service: Service, fields: GenerateBody | LoopForm) -> WindowedModel:
-    """Returns the default model, or the fine-tune that a request names. Raises InvalidRequestError.
+    """Returns the default model, or the fine-tuned model that a request names. Raises InvalidRequestError.
 
-    `<repo>`, or `<repo>/<checkpoint>`, must be the name or an alias of a served model.
+    `<repo>` or `<repo>/<checkpoint>` must be the name or alias of a served model.
     """
     if fields.model_type == "standard":
         return default_model(service)

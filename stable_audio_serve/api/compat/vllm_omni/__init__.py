@@ -1,1 +1,1 @@
-"""vLLM-Omni's audio generation endpoint: `POST /v1/audio/generate`, errors in OpenAI's form."""
+"""vLLM-Omni's audio generation endpoint: `POST /v1/audio/generate`, with errors in OpenAI's format."""

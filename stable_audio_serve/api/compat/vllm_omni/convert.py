@@ -1,4 +1,4 @@
-"""Maps vLLM's request to ours: which seconds of which generation, and the defaults of its own."""
+"""Converts vLLM-Omni's requests: the span of a longer generation, and the dialect's defaults."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import SEED_LIMIT, GenerationRequest, GenerationResult
 from stable_audio_serve.core.settings import AudioSettings
 
-_WINDOW_S = 1024 * 2048 / 44_100  # of Stable Audio Open 1.0, the model this dialect was made for
-_MAX_END_S = 512.0  # what its start and total conditioners cover
+_WINDOW_S = 1024 * 2048 / 44_100  # longest clip of Stable Audio Open 1.0, for which this dialect was made
+_MAX_END_S = 512.0  # limit of that model's start and total conditioners
 _DEFAULT_STEPS = 50
 _DEFAULT_GUIDANCE = 7.0
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """The clip lies from `start_s` to `end_s`, seconds."""
+    """The part of a generation from `start_s` to `end_s`, seconds."""
 
     start_s: float
     end_s: float
 
 
 def resolve_span(body: AudioBody, *, cap_s: float) -> Span:
-    """Returns the span of a clip in a generation of at most `cap_s`. Raises InvalidRequestError naming the field.
+    """Returns the span of a clip in a generation of at most `cap_s` seconds. Raises InvalidRequestError.
 
-    A clip that would end after the cap is shortened, as in the original.
+    A clip that would end after `cap_s` is shortened, as in the original server.
     """
     if body.audio_length is None:
         return Span(0.0, min(_WINDOW_S, cap_s))
@@ -52,7 +52,7 @@ def resolve_span(body: AudioBody, *, cap_s: float) -> Span:
 
 
 def to_request(body: AudioBody, card: ModelCard, *, span: Span, request_id: str) -> GenerationRequest:
-    """Returns the generation from zero that contains the span; a model that knows starts is told both ends of it."""
+    """Returns a request for audio from 0 to the end of the span. Models conditioned on a start get the span's start."""
     guidance = _DEFAULT_GUIDANCE if body.guidance_scale is None else body.guidance_scale
     return GenerationRequest(
         prompt=body.input,
@@ -62,16 +62,16 @@ def to_request(body: AudioBody, card: ModelCard, *, span: Span, request_id: str)
         seed=resolve_seed(-1 if body.seed is None else body.seed % SEED_LIMIT),
         negative_prompt=body.negative_prompt or None,
         steps=_DEFAULT_STEPS if body.num_inference_steps is None else body.num_inference_steps,
-        cfg_scale=max(guidance, 1.0),  # the original has guidance off up to 1; ours is off at 1
+        cfg_scale=max(guidance, 1.0),  # the original disables guidance at 1 and below
         request_id=request_id,
     )
 
 
 def make_file(body: AudioBody, *, span: Span, result: GenerationResult, settings: AudioSettings) -> FinishedFile:
-    """Returns the file of the span, at the requested speed and in the requested format. CPU work."""
+    """Returns the file of the span, with the requested speed and format. CPU work."""
     rate_hz = result.sample_rate_hz
     audio = result.audio[0]
-    audio = audio[:, min(int(span.start_s * rate_hz), audio.shape[1] - 1) :]  # at least one sample, as everywhere
+    audio = audio[:, min(int(span.start_s * rate_hz), audio.shape[1] - 1) :]  # at least one sample
     audio = time_stretch(audio, rate_hz, speed=1.0 if body.speed is None else body.speed)
     audio, facts = finish_clip(audio, rate_hz, seed=result.seeds[0], peaks=body.peaks or settings.peaks)
     if body.response_format is ResponseFormat.PCM:

@@ -1,4 +1,4 @@
-"""vLLM's answers to errors: OpenAI's error object, whose `code` is the HTTP status."""
+"""Error responses in OpenAI's format: an error object whose `code` is the HTTP status."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stable_audio_serve.api.printable import printable
 from stable_audio_serve.api.refusals import ExpectedError, Refusal, Refusals
 from stable_audio_serve.core.errors import UnknownModelError
 
-_VALIDATION = "Bad Request"  # found while reading the body; what is refused later is a `BadRequestError`
+_VALIDATION = "Bad Request"  # type of errors in the body; later refusals are `BadRequestError`
 _STATUS_AND_TYPE = {
     "invalid": (400, "BadRequestError"),
     "unauthorized": (401, "AuthenticationError"),
@@ -27,7 +27,7 @@ _STATUS_AND_TYPE = {
     "deadline_exceeded": (504, "TimeoutError"),
     "storage_full": (507, "InternalServerError"),
 }
-# The names in this dialect of the fields that a model may refuse.
+# This dialect's names of fields that a model may refuse.
 _NAMES = {
     "prompt": "input",
     "duration": "audio_length",
@@ -38,12 +38,12 @@ _NOT_ABOUT_THE_BODY = {405: ("Method Not Allowed", None), 503: ("ServiceUnavaila
 
 
 def render_error(request: Request, error: ExpectedError) -> Response:
-    """Returns the answer to an error we expect."""
+    """Returns the response to an expected error."""
     return _REFUSALS.answer(request, error)
 
 
 def unknown_model(name: str) -> UnknownModelError:
-    """Returns the error for a model that is not served, in vLLM's words."""
+    """Returns the error for a model that is not served, with vLLM's message."""
     return UnknownModelError(f"The model `{printable(name[:100])}` does not exist.", field="model")
 
 

@@ -1,4 +1,4 @@
-"""The route of vLLM-Omni's audio generation. Parse, convert, run, answer."""
+"""The route of vLLM-Omni's audio generation."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 def build_router(service: Service) -> APIRouter:
-    """The routes over one service."""
+    """Returns the dialect's route."""
     router = APIRouter(route_class=route_class(render_error, scopes=("generate",)), tags=[TAG])
 
     @router.post(
@@ -47,7 +47,7 @@ def build_router(service: Service) -> APIRouter:
         dependencies=[Depends(_require_json)],
     )
     async def generate(request: Request, body: AudioBody) -> Response:
-        """Make one clip from a text prompt."""
+        """Generate one clip from a text prompt."""
         started_at = service.clock.monotonic()
         if body.stream_format == "sse":
             raise _fault("body", "stream_format", message="sse is not supported yet; use audio")

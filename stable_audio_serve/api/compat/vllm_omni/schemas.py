@@ -1,4 +1,4 @@
-"""The wire forms of vLLM-Omni's audio generation, release 0.30.0."""
+"""Request and error models of vLLM-Omni's audio generation, release 0.30.0."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stable_audio_serve.core.sound import Peaks
 
 
 class ResponseFormat(StrEnum):
-    """`pcm` is bare samples, signed 16-bit little-endian, interleaved; `opus` is Opus in Ogg at 48 kHz."""
+    """`pcm` is raw samples, signed 16-bit little-endian, interleaved. `opus` is Opus in Ogg at 48 kHz."""
 
     WAV = "wav"
     PCM = "pcm"
@@ -27,12 +27,12 @@ def _check_seed(seed: int) -> int:
     return seed
 
 
-# Bounds in the schema would be rounded to the nearest float, outside the range.
+# As schema bounds these limits would be rounded to floats outside the range.
 Seed = Annotated[int, AfterValidator(_check_seed), WithJsonSchema({"type": "integer", "format": "int64"})]
 
 
 class AudioBody(BaseModel):
-    """One clip from a text prompt; null is the same as absent."""
+    """One clip from a text prompt. Null means unset."""
 
     model_config = ConfigDict(
         extra="ignore",
@@ -52,29 +52,31 @@ class AudioBody(BaseModel):
         },
     )
 
-    input: Prompt = Field(description="What to hear.")
-    model: str | None = Field(None, description="A served name or alias; null = the server's choice.")
-    response_format: ResponseFormat = Field(ResponseFormat.WAV, description="The kind of audio file.")
+    input: Prompt = Field(description="Description of the sound.")
+    model: str | None = Field(None, description="Name or alias of a served model; null = the default.")
+    response_format: ResponseFormat = Field(ResponseFormat.WAV, description="Format of the audio file.")
     speed: Finite | None = Field(None, ge=0.25, le=4.0, description="Changes the length, keeps the pitch; null = 1.")
     stream_format: Literal["audio", "sse"] | None = Field(None, description="Only audio is supported.")
     audio_length: Finite | None = Field(
-        None, gt=0, description="Seconds, at most what the model can do; null = 47.55 or the model's longest clip."
+        None, gt=0, description="Length, seconds, up to the model's longest clip; null = 47.55 or the longest clip."
     )
     audio_start: Finite | None = Field(
-        None, description="Where the clip lies in a longer one, 0 to 512 seconds; only used with audio_length."
+        None, description="Start of the clip within a longer piece, 0 to 512 seconds; only used with audio_length."
     )
-    negative_prompt: str | None = Field(None, max_length=100_000, description="What to avoid; needs guidance above 1.")
-    guidance_scale: Finite | None = Field(None, ge=0, le=1000, description="Above 1 = guidance is on; null = 7.")
+    negative_prompt: str | None = Field(
+        None, max_length=100_000, description="Sounds to avoid; needs guidance above 1."
+    )
+    guidance_scale: Finite | None = Field(None, ge=0, le=1000, description="Guidance; on above 1; null = 7.")
     num_inference_steps: int | None = Field(None, ge=1, le=1000, description="Denoising steps; null = 50.")
-    seed: Seed | None = Field(None, description="The same seed and request give the same bytes; null = random.")
+    seed: Seed | None = Field(None, description="Equal seeds and requests give equal bytes; null = random.")
     peaks: Peaks | None = Field(None, description=PEAKS_DESCRIPTION)
 
 
 class ErrorBody(BaseModel):
-    """Every error, in OpenAI's form."""
+    """Any error, in OpenAI's format."""
 
     class Error(BaseModel):
-        """`code` is the HTTP status, `param` the field at fault."""
+        """`code` is the HTTP status, `param` the invalid field."""
 
         message: str
         type: str

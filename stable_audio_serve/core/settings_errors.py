@@ -1,6 +1,6 @@
-"""Says what is wrong with settings: Pydantic's complaint about each value, and the valid keys beside an unknown one.
+"""Error messages for invalid settings: Pydantic's message for each value, and the valid keys for an unknown one.
 
-Knows nothing of what the settings mean.
+Independent of what the settings mean.
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ Path = tuple[str, ...]
 
 
 def faults(error: ValidationError, *, is_secret: Callable[[Path], bool] = lambda path: False) -> dict[Path, str]:
-    """Returns Pydantic's complaints by path, without those about unknown keys; values at secret paths are not shown."""
+    """Returns Pydantic's messages by path, without those for unknown keys. Hides the values at secret paths."""
     items = error.errors(include_url=False)
     parents = {item["loc"][:end] for item in items for end in range(len(item["loc"]))}
     found: dict[Path, str] = {}
     for item in items:
-        if item["type"] == "extra_forbidden" or item["loc"] in parents:  # a list of unusable entries counts as empty
+        # Pydantic drops invalid entries and may then report their list as too short: such errors are not shown.
+        if item["type"] == "extra_forbidden" or item["loc"] in parents:
             continue
-        path, said = tuple(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")
+        path, message = tuple(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")
         is_shown = item["type"] not in {"missing", "value_error"} and not is_secret(path)
-        found[path] = f"{said} (got {shorten(item['input'])})" if is_shown else said
+        found[path] = f"{message} (got {shorten(item['input'])})" if is_shown else message
     return found
 
 
 def unknown_keys(value: object, model: type[BaseModel], *, path: Path = ()) -> Iterator[tuple[Path, str]]:
-    """Yields path and complaint of each key in `value` that `model` has no field for, even where it allows extra ones.
+    """Yields the path of each key in `value` that `model` has no field for, with an error message.
 
-    Mappings that are no sections may have any keys.
+    Also checks models that allow extra keys. Plain mappings, which are not sections, may have any keys.
     """
     if isinstance(value, list | tuple):
         for index, item in enumerate(value):
@@ -47,13 +48,13 @@ def unknown_keys(value: object, model: type[BaseModel], *, path: Path = ()) -> I
 
 
 def nearest(word: str, words: Iterable[str]) -> str | None:
-    """Returns the most similar of `words`, None if none is similar; ignores case and treats - as _."""
+    """Returns the most similar of `words`, None if none is similar. Ignores case and treats - as _."""
     plain = {each.lower(): each for each in words}
     return next((plain[each] for each in get_close_matches(word.lower().replace("-", "_"), plain, n=1)), None)
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """Returns the model that an optional, union or list type is of."""
+    """Returns the model inside an optional, union or list type."""
     if isinstance(annotation, type) and not get_origin(annotation) and issubclass(annotation, BaseModel):
         return annotation
     return next((found for each in get_args(annotation) if (found := _section_in(each))), None)

@@ -1,4 +1,4 @@
-"""Takes: made, heard to their ends, compared, repeated, and kept by the browser."""
+"""Clips on the page: generated, played, compared, repeated, and stored by the browser."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.playground.conftest import Page
 pytestmark = pytest.mark.server
 
 
-def test_a_take_is_made_and_heard_to_its_end(page: Page) -> None:
-    take = page.fill(prompt="a 440 Hz sine tone", duration=1, steps=2).take()
-    assert take["order"]["fields"]["prompt"] == "a 440 Hz sine tone"
-    assert take["bytes"] == 44100 * 4
-    assert page["take-name"].text == "a 440 Hz sine tone"
-    assert f"seed {take['facts']['seed']}, 1.00 s" in page["take-facts"].text
-    assert "cpu float32" in page["take-facts"].text
+def test_clip_is_generated_and_played_to_its_end(page: Page) -> None:
+    clip = page.fill(prompt="a 440 Hz sine tone", duration=1, steps=2).make_clip()
+    assert clip["order"]["fields"]["prompt"] == "a 440 Hz sine tone"
+    assert clip["bytes"] == 44100 * 4
+    assert page["clip-name"].text == "a 440 Hz sine tone"
+    assert f"seed {clip['facts']['seed']}, 1.00 s" in page["clip-facts"].text
+    assert "cpu float32" in page["clip-facts"].text
     page.run(
         """
         window.times = [];
@@ -36,8 +36,8 @@ def test_a_take_is_made_and_heard_to_its_end(page: Page) -> None:
 
 
 @pytest.mark.slow
-def test_a_loop_goes_on_until_it_is_stopped(page: Page) -> None:
-    page.fill(prompt="a kick drum", duration=0.5, steps=2).take()
+def test_looped_playback_continues_until_stopped(page: Page) -> None:
+    page.fill(prompt="a kick drum", duration=0.5, steps=2).make_clip()
     page.click("loop")
     page.click("play")
     page.run(
@@ -60,8 +60,8 @@ def test_a_loop_goes_on_until_it_is_stopped(page: Page) -> None:
 
 
 @pytest.mark.slow
-def test_a_player_plays_once_however_often_it_is_asked(page: Page) -> None:
-    page.browser.find_element(By.TAG_NAME, "h1").click()  # without which no sound may start
+def test_repeated_play_calls_start_playback_once(page: Page) -> None:
+    page.browser.find_element(By.TAG_NAME, "h1").click()  # browsers start audio only after a user gesture
     num_nodes, num_ticks = page.browser.execute_async_script(
         """
         const [done] = arguments;
@@ -90,19 +90,19 @@ def test_a_player_plays_once_however_often_it_is_asked(page: Page) -> None:
 
 
 @pytest.mark.slow
-def test_what_is_made_is_played_at_once(page: Page) -> None:
+def test_new_clip_is_played_automatically(page: Page) -> None:
     page.click("autoplay")
-    page.fill(prompt='<img src=x onerror="document.title=1">"{nonce}', duration=1, steps=2).take()
+    page.fill(prompt='<img src=x onerror="document.title=1">"{nonce}', duration=1, steps=2).make_clip()
     page.until(lambda: page["play"].text == "Pause")
-    assert page["take-name"].text == '<img src=x onerror="document.title=1">"{nonce}'
+    assert page["clip-name"].text == '<img src=x onerror="document.title=1">"{nonce}'
     assert page.browser.title == "stable-audio-serve"
     page.until(lambda: page["play"].text == "Play")
 
 
 @pytest.mark.slow
-def test_two_takes_are_compared_as_loud_as_each_other(page: Page) -> None:
-    page.fill(prompt="a 440 Hz sine tone", duration=1, steps=2).take()
-    page.fill(prompt="rain").take()
+def test_two_clips_are_compared_at_equal_loudness(page: Page) -> None:
+    page.fill(prompt="a 440 Hz sine tone", duration=1, steps=2).make_clip()
+    page.fill(prompt="rain").make_clip()
     page.click("ab")
     page.until(lambda: page["ab"].get_attribute("aria-pressed") == "true")
     assert "a 440 Hz sine tone" in page.said
@@ -114,27 +114,27 @@ def test_two_takes_are_compared_as_loud_as_each_other(page: Page) -> None:
 
 
 @pytest.mark.slow
-def test_a_take_repeats_to_the_byte_and_its_settings_come_back(page: Page, served: str) -> None:
-    take = page.fill(prompt="a snare", duration=0.5, steps=3, cfg_scale=2, negative_prompt="hiss", seed=77).take()
+def test_repeated_clip_is_identical_and_settings_are_restored(page: Page, served: str) -> None:
+    clip = page.fill(prompt="a snare", duration=0.5, steps=3, cfg_scale=2, negative_prompt="hiss", seed=77).make_clip()
     page.click("repeat")
-    page.until(lambda: page.said.startswith("The same to the byte"))
+    page.until(lambda: page.said.startswith("Identical bytes"))
     page.fill(prompt="something else", steps=5, seed=1)
     page.click("load-settings")
     values = {name: page[name].get_attribute("value") for name in ("prompt", "steps", "seed", "negative_prompt")}
     assert values == {"prompt": "a snare", "steps": "3", "seed": "77", "negative_prompt": "hiss"}
     assert page["seed-lock"].get_attribute("aria-pressed") == "true"
-    again = page.take()
-    assert again["order"] == take["order"]
-    reply = httpx.post(f"{served}/v1/audio/generations", json=take["order"]["fields"], timeout=PATIENCE_S)
+    again = page.make_clip()
+    assert again["order"] == clip["order"]
+    reply = httpx.post(f"{served}/v1/audio/generations", json=clip["order"]["fields"], timeout=PATIENCE_S)
     digest = sha256(reply.content).hexdigest()
     page.click("repeat")
     page.until(lambda: digest in page.said)
 
 
 @pytest.mark.slow
-def test_a_take_is_compared_with_itself_whatever_is_shown_meanwhile(page: Page) -> None:
-    page.fill(prompt="a snare", duration=0.5, steps=2).take()
-    page.fill(prompt="rain").take()
+def test_repeat_compares_with_the_original_clip(page: Page) -> None:
+    page.fill(prompt="a snare", duration=0.5, steps=2).make_clip()
+    page.fill(prompt="rain").make_clip()
     page.run(
         """
         const real = window.fetch;
@@ -147,17 +147,17 @@ def test_a_take_is_compared_with_itself_whatever_is_shown_meanwhile(page: Page) 
     )
     page.click("repeat")
     page.until(lambda: page.run("return Boolean(window.release)"))
-    page.run("document.querySelector('#takes li:last-child button').click()")
-    page.until(lambda: page["take-name"].text == "a snare")
+    page.run("document.querySelector('#clips li:last-child button').click()")
+    page.until(lambda: page["clip-name"].text == "a snare")
     page.run("window.release()")
-    page.until(lambda: page.said.startswith("The same to the byte"))
+    page.until(lambda: page.said.startswith("Identical bytes"))
 
 
 @pytest.mark.slow
-def test_the_take_that_was_chosen_last_is_shown(page: Page) -> None:
-    """Also if the one before it takes longer to decode."""
-    page.fill(prompt="a snare", duration=0.5, steps=2).take()
-    page.fill(prompt="rain").take()
+def test_last_selected_clip_is_shown(page: Page) -> None:
+    """Even if the previous one takes longer to decode."""
+    page.fill(prompt="a snare", duration=0.5, steps=2).make_clip()
+    page.fill(prompt="rain").make_clip()
     page.run(
         """
         const real = OfflineAudioContext.prototype.decodeAudioData;
@@ -171,7 +171,7 @@ def test_the_take_that_was_chosen_last_is_shown(page: Page) -> None:
           setTimeout(() => (window.numDecoded += 1));
           return sound;
         };
-        const [latest, first] = document.querySelectorAll("#takes li .what");
+        const [latest, first] = document.querySelectorAll("#clips li .what");
         first.click();
         latest.click();
         """
@@ -179,51 +179,51 @@ def test_the_take_that_was_chosen_last_is_shown(page: Page) -> None:
     page.until(lambda: page.run("return numDecoded"))
     page.run("window.release()")
     page.until(lambda: page.run("return numDecoded") >= 2)
-    assert page["take-name"].text == "rain"
+    assert page["clip-name"].text == "rain"
 
 
 @pytest.mark.slow
-def test_settings_of_a_model_that_is_gone_are_not_loaded(page: Page) -> None:
-    """Servers change, and several may have had the same address."""
-    page.fill(prompt="a snare", duration=0.5, steps=2).take()
+def test_settings_of_an_unserved_model_are_not_loaded(page: Page) -> None:
+    """The server at this address may have changed."""
+    page.fill(prompt="a snare", duration=0.5, steps=2).make_clip()
     page.browser.execute_async_script(
         """
         const [done] = arguments;
         const open = indexedDB.open("stable-audio-serve");
         open.onsuccess = () => {
-          const takes = open.result.transaction("takes", "readwrite").objectStore("takes");
-          takes.getAll().onsuccess = ({ target: { result: [take] } }) => {
-            take.order.fields.model = "former";
-            takes.put(take);
+          const clips = open.result.transaction("takes", "readwrite").objectStore("takes");
+          clips.getAll().onsuccess = ({ target: { result: [clip] } }) => {
+            clip.order.fields.model = "former";
+            clips.put(clip);
           };
-          takes.transaction.oncomplete = () => { open.result.close(); done(); };
+          clips.transaction.oncomplete = () => { open.result.close(); done(); };
         };
         """
     )
     page.open()
-    page.run("document.querySelector('#takes li button').click()")
+    page.run("document.querySelector('#clips li button').click()")
     page.click("load-settings")
-    page.until(lambda: page["form-error"].text == "The server has no model former any more.")
+    page.until(lambda: page["form-error"].text == "The server no longer has the model former.")
     assert page["model"].get_attribute("value") == "demo"
 
 
 @pytest.mark.slow
-def test_a_browser_without_room_keeps_takes_as_long_as_the_page(page: Page) -> None:
+def test_clips_last_until_reload_when_storage_is_full(page: Page) -> None:
     page.run("IDBObjectStore.prototype.put = function () { throw new DOMException('full', 'QuotaExceededError') }")
     page.fill(prompt="rain", duration=0.5, steps=2).click("generate")
-    page.until(lambda: "no room" in page.said)
-    assert len(page.browser.find_elements(By.CSS_SELECTOR, "#takes li")) == 1
-    assert page.takes == []
+    page.until(lambda: "cannot store the clip" in page.said)
+    assert len(page.browser.find_elements(By.CSS_SELECTOR, "#clips li")) == 1
+    assert page.clips == []
 
 
 @pytest.mark.slow
-def test_two_tabs_have_one_history(page: Page) -> None:
+def test_tabs_share_the_list_of_clips(page: Page) -> None:
     first = page.browser.current_window_handle
     page.browser.switch_to.new_window("tab")
     second = page.open().browser.current_window_handle
     page.browser.switch_to.window(first)
-    page.fill(prompt="rain", duration=0.5, steps=2).take()
+    page.fill(prompt="rain", duration=0.5, steps=2).make_clip()
     page.browser.switch_to.window(second)
-    page.until(lambda: len(page.browser.find_elements(By.CSS_SELECTOR, "#takes li")) == 1)
+    page.until(lambda: len(page.browser.find_elements(By.CSS_SELECTOR, "#clips li")) == 1)
     page.browser.close()
     page.browser.switch_to.window(first)
