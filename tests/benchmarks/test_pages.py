@@ -8,5 +8,5 @@ from benchmarks import page
 
 
 @pytest.mark.slow
-def test_the_page_matches_the_committed_results() -> None:
+def test_pages_have_the_committed_results() -> None:
     assert page.PAGE.read_text() == page.render(), "run `make docs`"
