@@ -1,7 +1,7 @@
 """Receive the server's webhooks: verify the signature, then download the audio of each succeeded job once.
 
     pip install standardwebhooks
-    export STABLE_AUDIO_WEBHOOK_SECRET=whsec_...   # as the server has it
+    export STABLE_AUDIO_WEBHOOK_SECRET=whsec_...   # the server's secret
     python webhook_receiver.py --port 9000 --out sounds/
     stable-audio-serve jobs submit "rain on a tin roof" --webhook http://this-machine:9000/
 

@@ -21,7 +21,7 @@ from stable_audio_serve.models.protocol import DecodeWindow, EncodeWindow, Windo
 from stable_audio_serve.models.sao.model import SaoModel
 from stable_audio_serve.models.windows import WINDOW_FRAMES, chunked_windows, cut_windows, whole_window
 from stable_audio_serve.sampling import SeededNoise
-from stable_audio_serve.verification.checks import Check, Found, Subject
+from stable_audio_serve.verification.checks import Check, Finding, Subject
 from stable_audio_serve.verification.denoiser import watch
 from stable_audio_serve.verification.runs import RowNoise
 
@@ -117,7 +117,7 @@ def _kernel(it: Subject, match: re.Match[str]) -> Tensor:
     return it.model.autoencoder.get_submodule(path).kernel()
 
 
-def _windows(it: Subject, _: object) -> Iterator[Found]:
+def _windows(it: Subject, _: object) -> Iterator[Finding]:
     """Compare long audio coded in windows with the same audio coded in one piece.
 
     The windows are the ones that the engine uses while other requests wait. Encoding is compared only for Stable Audio
@@ -147,15 +147,15 @@ def _windows(it: Subject, _: object) -> Iterator[Found]:
         yield _beyond_windows(encode, audio, spans=plan.init_source.windows, units=(hop, 1))
 
 
-def _in_windows(code: _Code, value: Tensor, *, spans: Sequence[WindowSpan], units: tuple[int, int]) -> Found:
+def _in_windows(code: _Code, value: Tensor, *, spans: Sequence[WindowSpan], units: tuple[int, int]) -> Finding:
     """Compare joined windows with one piece. `units` are the values per frame of input and output."""
     if len(spans) < 2:
         raise ValueError("long audio is one window")
     made = join_windows(spans, lambda span: code(_cut(value, span, unit=units[0]), span.start), unit=units[1])
-    return Found(f"{code.__name__} in {len(spans)} windows", made, code(value, 0))
+    return Finding(f"{code.__name__} in {len(spans)} windows", made, code(value, 0))
 
 
-def _beyond_windows(code: _Code, value: Tensor, *, spans: Sequence[WindowSpan], units: tuple[int, int]) -> Found:
+def _beyond_windows(code: _Code, value: Tensor, *, spans: Sequence[WindowSpan], units: tuple[int, int]) -> Finding:
     """Check that kept frames depend only on their window: fill everything outside it with NaN, expect finite values."""
 
     def run(span: WindowSpan) -> Tensor:
@@ -164,7 +164,7 @@ def _beyond_windows(code: _Code, value: Tensor, *, spans: Sequence[WindowSpan], 
         return _cut(code(spoilt, 0), span, unit=units[1])
 
     finite = join_windows(spans, run, unit=units[1]).isfinite().all()
-    return Found(f"{code.__name__} beyond {len(spans)} windows", finite, torch.tensor(True))
+    return Finding(f"{code.__name__} beyond {len(spans)} windows", finite, torch.tensor(True))
 
 
 def _cut(value: Tensor, span: WindowSpan, *, unit: int) -> Tensor:

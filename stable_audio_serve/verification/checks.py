@@ -25,7 +25,7 @@ class Subject(NamedTuple):
     model: Any = None
 
 
-class Found(NamedTuple):
+class Finding(NamedTuple):
     """A computed value and the stored value it must match.
 
     `only` (broadcastable bool) marks the elements to compare. `component` overrides the component of the check.
@@ -49,7 +49,7 @@ class Check:
 
     component: str
     pattern: str
-    make: Callable[[Subject, re.Match[str]], Tensor | Iterable[Found | str]]
+    make: Callable[[Subject, re.Match[str]], Tensor | Iterable[Finding | str]]
     over: Literal["tensors", "cases", "once"] = "tensors"
 
 
@@ -68,7 +68,7 @@ def run_checks(report: Report, subject: Subject, *, checks: Sequence[Check]) -> 
 def _run_check(report: Report, subject: Subject, *, check: Check, match: re.Match[str]) -> list[str]:
     """Compare the findings of a check for one item. Returns the reasons for skipped comparisons."""
     made, skipped = check.make(subject, match), []
-    for found in [Found(match[0], made, subject.goldens[match[0]])] if isinstance(made, Tensor) else made:
+    for found in [Finding(match[0], made, subject.goldens[match[0]])] if isinstance(made, Tensor) else made:
         if isinstance(found, str):
             skipped.append(found)
         else:
@@ -84,6 +84,6 @@ def _items(check: Check, goldens: Goldens) -> list[re.Match[str]]:
     return [match for name in names if (match := re.fullmatch(check.pattern, name))]
 
 
-def same(key: str, stated: object, *, found: object, component: str | None = None) -> Found:
+def same(key: str, stated: object, *, found: object, component: str | None = None) -> Finding:
     """Returns a finding that misses unless `found` equals the `stated` value."""
-    return Found(key, torch.tensor(found == stated), torch.tensor(True), component=component)
+    return Finding(key, torch.tensor(found == stated), torch.tensor(True), component=component)

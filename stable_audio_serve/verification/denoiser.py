@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from stable_audio_serve.models.sao.conditioners import load_text_encoder
 from stable_audio_serve.models.sao.denoiser import Denoiser as OpenDenoiser
 from stable_audio_serve.sampling import Guidance, GuidanceBatch, guide
-from stable_audio_serve.verification.checks import Check, Found, Subject
+from stable_audio_serve.verification.checks import Check, Finding, Subject
 
 _PHI = 0.7  # for keys with `_phi` and no digits, as in the Stable Audio Open family
 
@@ -49,9 +49,9 @@ def _text(it: Subject, _: object) -> Tensor:
     return torch.stack([embedding.tokens for embedding in it.model.encode_text(_prompts(it))])
 
 
-def _last_hidden_state(it: Subject, match: re.Match[str]) -> Iterator[Found]:
+def _last_hidden_state(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
     ids, mask = _ids_and_mask(it)
-    yield Found(match[0], it.model.text.encode(ids, mask), it.goldens[match[0]], mask.bool()[..., None])
+    yield Finding(match[0], it.model.text.encode(ids, mask), it.goldens[match[0]], mask.bool()[..., None])
 
 
 def _exact_text(it: Subject, _: object) -> Tensor:
@@ -62,13 +62,13 @@ def _exact_text(it: Subject, _: object) -> Tensor:
     return it.model.prompt(exact.encode(ids, mask), mask.bool())
 
 
-def _negative_text(it: Subject, match: re.Match[str]) -> Iterator[Found]:
+def _negative_text(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
     """Compare the prompt's tokens in the negative context. The other tokens come from numbers."""
     config = it.model.config
     before = config.context_ids.index(config.prompt.id)
     tokens = it.model.encode_text([it.goldens.facts["dit"]["negative_prompt"]])[0].tokens
     stored = it.goldens[match[0]][:, before : before + len(tokens)]
-    yield Found(match[0], tokens.expand_as(stored), stored)
+    yield Finding(match[0], tokens.expand_as(stored), stored)
 
 
 def _numbers(it: Subject, match: re.Match[str]) -> Tensor:
@@ -109,7 +109,7 @@ class _Pass:
         return watch([self.net.get_submodule(path)], self.run)[0][-1][1]
 
 
-def _output(it: Subject, match: re.Match[str]) -> Iterator[Found]:
+def _output(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
     """Compare an output of the denoiser. `_OUTPUT` parses its settings from its key.
 
     In the reference, row 0 decides for all rows whether t is inside the interval. In the run `off` it is outside. In
@@ -130,7 +130,7 @@ def _output(it: Subject, match: re.Match[str]) -> Iterator[Found]:
             rows = GuidanceBatch.of([guidance] * len(inputs.x))
             found = guide(inputs.x, inputs.t, conditional=found, unconditional=other, valid=valid, rows=rows)
     found = found.flip(0) if match["interval"] == "swapped" else found
-    yield Found(match[0], found, it.goldens[match[0]], None if valid is None else valid[:, None], component)
+    yield Finding(match[0], found, it.goldens[match[0]], None if valid is None else valid[:, None], component)
 
 
 def _number(digits: str) -> float:
@@ -138,13 +138,13 @@ def _number(digits: str) -> float:
     return float(f"0.{digits[1:]}") if digits.startswith("0") and len(digits) > 1 else float(digits)
 
 
-def _beside_padding(it: Subject, _: object) -> Iterator[Found]:
+def _beside_padding(it: Subject, _: object) -> Iterator[Finding]:
     """Compare the output for valid frames with and without padded frames after them."""
     inputs = _Pass(it)
     plain, frames = inputs.run(), inputs.x.shape[-1]
     inputs.x = torch.cat([inputs.x, torch.full_like(inputs.x, 5.0)], dim=-1)
     valid = (torch.arange(2 * frames) < frames).expand(len(inputs.x), -1)
-    yield Found("dit/out padded", inputs.run(valid=valid)[..., :frames], plain)
+    yield Finding("dit/out padded", inputs.run(valid=valid)[..., :frames], plain)
 
 
 def _hidden(it: Subject, _: object) -> Tensor:

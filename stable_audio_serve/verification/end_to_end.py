@@ -30,7 +30,7 @@ from stable_audio_serve.models.sao.build import build_spec
 from stable_audio_serve.models.sao.model import SaoComponents, SaoModel
 from stable_audio_serve.sampling import GuidanceBatch, ReplayDraw, ReplayNoise, SeededNoise, guide
 from stable_audio_serve.verification.autoencoder import join_windows
-from stable_audio_serve.verification.checks import Check, Found, Subject, same
+from stable_audio_serve.verification.checks import Check, Finding, Subject, same
 from stable_audio_serve.verification.denoiser import watch
 from stable_audio_serve.verification.goldens import Goldens
 from stable_audio_serve.verification.runs import (
@@ -58,7 +58,7 @@ from stable_audio_serve.verification.samplers import (
 _SILENT = "_ae_noise_off"
 
 
-def _run(it: Subject, match: re.Match[str]) -> Iterator[Found | str]:
+def _run(it: Subject, match: re.Match[str]) -> Iterator[Finding | str]:
     """Compare a run of all rows. A second run has no noise in the autoencoder, if its outputs are stored."""
     goldens, name, facts = it.goldens, match[0], it.goldens.section("cases", match[0])
     goldens.matching(re.escape(name) + "/.*")
@@ -88,10 +88,10 @@ def _run(it: Subject, match: re.Match[str]) -> Iterator[Found | str]:
         run = cache(partial(run_case, model, case, noise=noise, texts=texts))
         yield from _compare_rows(goldens, name, suffix=suffix, plans=plans, run=run, clips=not is_open)
     if (local := goldens.find(key := f"{name}/local_add_cond{_SILENT}")) is not None:
-        yield Found(key, _silent_conditioning(model, plans[0]), local, component="autoencoder")
+        yield Finding(key, _silent_conditioning(model, plans[0]), local, component="autoencoder")
 
 
-def _compare_plans(name: str, plans: Sequence[RowPlan], *, facts: Mapping[str, Any]) -> Iterator[Found]:
+def _compare_plans(name: str, plans: Sequence[RowPlan], *, facts: Mapping[str, Any]) -> Iterator[Finding]:
     """Compare the lengths and noise levels that the case states."""
     for plan, valid in zip(plans, facts.get("valid_latents", ()), strict=False):
         yield same(f"{name}/valid_latents", int(valid), found=plan.valid_frames, component="lengths")
@@ -100,11 +100,11 @@ def _compare_plans(name: str, plans: Sequence[RowPlan], *, facts: Mapping[str, A
     levels = torch.stack([step_levels(plan.sampler) for plan in plans])
     if stated := facts.get("sigmas"):
         found, expected = torch.nn.functional.pad(levels, (0, 1)), torch.tensor(stated, dtype=torch.float32)
-        yield Found(f"{name}/sigmas", found, expected.expand_as(found), component="schedules")
+        yield Finding(f"{name}/sigmas", found, expected.expand_as(found), component="schedules")
     if stated := facts.get("trace_sigma"):
         expected = torch.tensor(stated)
         size = expected.clamp(min=1.0)  # levels reach 500
-        yield Found(f"{name}/trace_sigma", levels[0] / size, expected / size, component="schedules")
+        yield Finding(f"{name}/trace_sigma", levels[0] / size, expected / size, component="schedules")
 
 
 def _compare_rows(
@@ -115,7 +115,7 @@ def _compare_rows(
     plans: Sequence[RowPlan],
     run: Callable[[], Sequence[RowResult]],
     clips: bool,
-) -> Iterator[Found | str]:
+) -> Iterator[Finding | str]:
     """Compare the latents in each row's valid frames, and the audio up to the row's length.
 
     Prefers outputs computed with key-masked padding. Other outputs are comparable only for rows without padding. Calls
@@ -136,11 +136,11 @@ def _compare_rows(
                 yield "padded rows of value-zeroed numbers: no key-masked twin"
             elif output == "latents":
                 valid = torch.arange(plan.frames) < plan.valid_frames
-                yield Found(f"{key}[{row}]", run()[row].latents, expected, valid, "end-to-end latents")
+                yield Finding(f"{key}[{row}]", run()[row].latents, expected, valid, "end-to-end latents")
             else:
                 audio = run()[row].audio.clip(-1.0, 1.0) if clips else run()[row].audio
                 trimmed = expected if one_length else expected[:, : plan.output_samples]
-                yield Found(f"{key}[{row}]", audio, trimmed, component="end-to-end audio")
+                yield Finding(f"{key}[{row}]", audio, trimmed, component="end-to-end audio")
 
 
 def _silent_conditioning(model: Any, plan: RowPlan) -> Tensor:
@@ -173,7 +173,7 @@ def _with_objective(model: SaoModel, objective: str) -> SaoModel:
     return SaoModel(parts, config=config, spec=spec, device=model.device)
 
 
-def _compare_length(model: SaoModel, case: Case, *, goldens: Goldens) -> Iterator[Found]:
+def _compare_length(model: SaoModel, case: Case, *, goldens: Goldens) -> Iterator[Finding]:
     """Plan a run as long as the model's window without an explicit number of frames, and compare the frames."""
     if case.sample_size == model.config.sample_size:
         # The longest duration is shorter than the window if the window is no whole number of frames.
@@ -183,7 +183,7 @@ def _compare_length(model: SaoModel, case: Case, *, goldens: Goldens) -> Iterato
         yield same(key, goldens[key].shape[-1], found=planned, component="lengths")
 
 
-def _assembly(it: Subject, _: object) -> Iterator[Found]:
+def _assembly(it: Subject, _: object) -> Iterator[Finding]:
     """Compare the conditioning of the inputs listed in the facts."""
     rows = it.goldens.facts["cond_inputs_batch"]
     args = {"conditioning": rows, "batch_size": len(rows), "sample_size": it.model.spec.hop, "steps": 2, "seed": 0}
@@ -191,7 +191,9 @@ def _assembly(it: Subject, _: object) -> Iterator[Found]:
     return _compare_conditions(it.model, plan_case(it.model, case), goldens=it.goldens, prefix="cond/inputs_")
 
 
-def _compare_conditions(model: SaoModel, plans: Sequence[RowPlan], *, goldens: Goldens, prefix: str) -> Iterator[Found]:
+def _compare_conditions(
+    model: SaoModel, plans: Sequence[RowPlan], *, goldens: Goldens, prefix: str
+) -> Iterator[Finding]:
     """Compare each row's network inputs: context, negative context if any, and global vector."""
     for row, plan in enumerate(plans):
         prompts = {plan.prompt, plan.negative_prompt or plan.prompt}
@@ -200,9 +202,9 @@ def _compare_conditions(model: SaoModel, plans: Sequence[RowPlan], *, goldens: G
         contexts, vectors = watch(entries, partial(_condition, model, plan, texts=texts))
         for index, (context, _) in enumerate(contexts):
             key = f"{prefix}{'negative_' * index}cross_attn_cond"
-            yield Found(f"{key}[{row}]", context, goldens[key][row : row + 1], component="text in float16")
+            yield Finding(f"{key}[{row}]", context, goldens[key][row : row + 1], component="text in float16")
         key = f"{prefix}global_cond"
-        yield Found(f"{key}[{row}]", vectors[0][0], goldens[key][row : row + 1], component="number")
+        yield Finding(f"{key}[{row}]", vectors[0][0], goldens[key][row : row + 1], component="number")
 
 
 def _condition(model: SaoModel, plan: RowPlan, *, texts: Mapping[str, TextEmbedding]) -> RowConditioning:
@@ -249,7 +251,7 @@ def _walk(model: SaoModel, case: Case, *, script: Script, texts: Mapping[str, Te
     return walk_plan(plans[0].sampler, replay, noise=noise, source=source, network=guided, unguided=unguided)
 
 
-def _edit(it: Subject, match: re.Match[str]) -> Iterator[Found]:
+def _edit(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
     """Edit the middle fifth of sources with stored encodings, as an inpainting and as a variation.
 
     The reference cannot edit regions with these models. The check needs no reference run: after an edit, frames outside
@@ -278,7 +280,9 @@ def _edit(it: Subject, match: re.Match[str]) -> Iterator[Found]:
         for row, result in enumerate(run_case(it.model, case, noise=noise)):
             if result.plan.keep_mask is None:
                 raise ValueError("no mask was planned")
-            yield Found(f"{match[0]} kept by {name}[{row}]", result.latents, stored[row], result.plan.keep_mask.bool())
+            yield Finding(
+                f"{match[0]} kept by {name}[{row}]", result.latents, stored[row], result.plan.keep_mask.bool()
+            )
 
 
 RUNS = Check("end-to-end", ".*", _run, over="cases")

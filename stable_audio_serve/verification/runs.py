@@ -143,7 +143,7 @@ def parse_open_case(name: str, facts: Mapping[str, Any], *, goldens: Goldens, ca
     is_v, source = card.objective == "v", None
     args = {**(_V_DEFAULTS if is_v else _FLOW_DEFAULTS), **facts["args"]}
     if not is_v:
-        args |= {"sigma_min": None, "rho": None}  # flow samplers drop them
+        args |= {"sigma_min": None, "rho": None}  # the reference's flow samplers ignore them
     if inputs := facts.get("inputs"):
         source = SourceAudio(goldens[inputs["init_audio"]].numpy(), int(inputs["init_rate"]))
     rows, negatives = args["conditioning"], args.get("negative_conditioning") or [{}]
@@ -242,7 +242,7 @@ class ObservedModel(ForwardingModel):
     ) -> None:
         super().__init__(model)
         self._noise, self._texts = noise, texts
-        self.latents: list[dict[int, Tensor]] = [{} for _ in noise]  # row, then frame -> (D,)
+        self.latents: list[dict[int, Tensor]] = [{} for _ in noise]  # per row: frame -> latent (D,)
 
     @property
     def spec(self) -> ModelSpec:

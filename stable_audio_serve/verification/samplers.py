@@ -41,7 +41,7 @@ from stable_audio_serve.sampling.karras import polyexponential_sigmas
 from stable_audio_serve.sampling.samplers import DATA_DEPENDENT
 from stable_audio_serve.sampling.v_network import sigma_to_time
 from stable_audio_serve.sampling.v_samplers import OVER_TIME
-from stable_audio_serve.verification.checks import Check, Found, Subject, same
+from stable_audio_serve.verification.checks import Check, Finding, Subject, same
 from stable_audio_serve.verification.goldens import Goldens
 
 # x (B, D, F), float32 time of all rows -> output (B, D, F), either guided or of the unconditional branch.
@@ -141,7 +141,7 @@ def walk_plan(
 
 def compare_steps(
     points: Sequence[StepPoint], prefix: str, *, sampler: str, sigmas: Sequence[float], goldens: Goldens
-) -> Iterator[Found]:
+) -> Iterator[Finding]:
     """Yields x and the clean estimate at the noise levels `sigmas`, in falling order. Stored keys begin with `prefix`.
 
     Raises ValueError if the run has no step at a level.
@@ -154,7 +154,7 @@ def compare_steps(
         # At sigma = 500, |x| reaches 1000 and the clean estimate depends on the last bits of x.
         size = _size(stored["x"][step])
         for part, found in zip(stored, point.reported(sampler, is_last=point is points[-1]), strict=True):
-            yield Found(f"{prefix}{part}[{step}]", found / size, stored[part][step] / size)
+            yield Finding(f"{prefix}{part}[{step}]", found / size, stored[part][step] / size)
 
 
 def _size(x: Tensor) -> float:
@@ -173,7 +173,7 @@ def sampler_script(sampler: str, plan: SamplerPlan, *, shape: tuple[int, ...]) -
     return [ReplayDraw("step", step, shape) for step in range(sum(call.draws_noise for call in plan.evaluations))]
 
 
-def compare_script(name: str, script: Script, *, facts: Mapping[str, Any], sampler: str) -> Iterator[Found]:
+def compare_script(name: str, script: Script, *, facts: Mapping[str, Any], sampler: str) -> Iterator[Finding]:
     """Compare number, kind and shape of the draws with the reference.
 
     Ignores extra draws at the end of the reference's list for samplers that do not use them.
@@ -185,12 +185,12 @@ def compare_script(name: str, script: Script, *, facts: Mapping[str, Any], sampl
         yield same(f"{name} number and shapes", stored, found=found, component="draws")
 
 
-def _levels(it: Subject, match: re.Match[str]) -> Iterator[Found]:
+def _levels(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
     """Build a grid over sigma. Compare relative differences, because levels reach 1000."""
     args, stored = it.goldens.section("schedules", match[0]), it.goldens[match[0]]
     found = polyexponential_sigmas(args["steps"], SigmaRange(args["sigma_min"], args["sigma_max"], args["rho"]))
     size = stored.clamp(min=1.0)
-    yield Found(match[0], found / size, stored / size)
+    yield Finding(match[0], found / size, stored / size)
 
 
 def _flow_times(it: Subject, match: re.Match[str]) -> Tensor:
@@ -220,7 +220,7 @@ def _path_noise(it: Subject, match: re.Match[str]) -> Tensor:
     return torch.stack(rows, dim=1)
 
 
-def _run_sampler(it: Subject, match: re.Match[str]) -> Iterator[Found | str]:
+def _run_sampler(it: Subject, match: re.Match[str]) -> Iterator[Finding | str]:
     """Run a sampler. Compare its draws, x and the clean estimate at every step, and the result."""
     name, goldens, facts = match[0], it.goldens, it.goldens.section("cases", match[0])
     goldens.matching(re.escape(name) + "/.*")
@@ -242,7 +242,7 @@ def _run_sampler(it: Subject, match: re.Match[str]) -> Iterator[Found | str]:
     points = walk_plan(plan, replay, noise=noise, source=source, network=network, unguided=unguided)
     yield from compare_steps(points, f"{name}/", sampler=sampler, sigmas=facts["sigma"], goldens=goldens)
     size = _size(goldens[f"{name}/x"][-1])
-    yield Found(f"{name}/out", points[-1].following / size, goldens[f"{name}/out"] / size)
+    yield Finding(f"{name}/out", points[-1].following / size, goldens[f"{name}/out"] / size)
 
 
 def _plan(args: Mapping[str, Any], *, has_source: bool, frames: int) -> tuple[SamplerPlan, Network]:
