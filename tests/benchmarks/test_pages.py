@@ -1,4 +1,4 @@
-"""Published figures come from the committed results."""
+"""The figures in the docs match the committed results."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from benchmarks import page
 
 
 @pytest.mark.slow
-def test_the_page_says_what_the_committed_results_say() -> None:
+def test_pages_have_the_committed_results() -> None:
     assert page.PAGE.read_text() == page.render(), "run `make docs`"
