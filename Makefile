@@ -1,4 +1,4 @@
-# `make help` lists the targets. Every target builds .venv first when it is missing or stale.
+# `make help` lists the targets. Every target builds .venv first if it is missing or stale.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -8,12 +8,12 @@ OUT ?= demo-run
 DEVICE ?= cpu
 GPU_OUT := $(if $(filter file,$(origin OUT)),gpu-results,$(OUT))
 
-# Three processes on two cores, because many tests wait for another process. A file stays in one process, and so do
-# the folders whose files share a server (tests/conftest.py).
+# Three test processes on two cores, because many tests wait for another process. All tests of a file run in one process,
+# and so do the folders whose files share a server (tests/conftest.py).
 PYTEST := $(PY) -m pytest --dist loadfile --no-loadscope-reorder --numprocesses
 ELSEWHERE := not gpu and not chaos and not cluster
 
-# The files of tests/cluster in the order of their length, so that two processes end together.
+# Longest files of tests/cluster first, so that both test processes end at the same time.
 LONG_CLUSTER := $(addprefix tests/cluster/,test_two_servers.py test_dockerfile.py test_dashboard.py)
 CLUSTER_FILES := $(LONG_CLUSTER) $(filter-out $(LONG_CLUSTER),$(wildcard tests/cluster/test_*.py))
 
@@ -30,7 +30,7 @@ VENDOR := stable_audio_serve/api/playground/vendor
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-28s%s\n", $$1, $$2}'
 
-install: $(VENV)/.installed ## make .venv and install the tested set of packages
+install: $(VENV)/.installed ## create .venv and install the tested versions of all packages
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -38,26 +38,26 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-install-stable-audio-tools: install ## also the package that models with `backend: stable_audio_tools` run on
+install-stable-audio-tools: install ## also install stable-audio-tools, for models with `backend: stable_audio_tools`
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt \
 		-r stable_audio_serve/models/stable_audio_tools/requirements.txt
 
-serve: install ## serve the models of serve_config.yaml (PORT=8000, CONFIG=serve_config.yaml change it)
+serve: install ## serve the models of serve_config.yaml (options: PORT=8000, CONFIG=serve_config.yaml)
 	@exec $(VENV)/bin/stable-audio-serve serve --config $(CONFIG) $(if $(PORT),--port $(PORT))
 
-wheels: install ## the package as one file, and its client by itself, in dist/
+wheels: install ## build the wheels of the package and of the client-only package in dist/
 	$(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist . ./packaging/client
 
-# Compiled modules serve the processes that tests start, also where Python is told to write none.
+# Write .pyc files even if PYTHONDONTWRITEBYTECODE is set: processes that tests start load them.
 test test-fast test-all: export PYTHONDONTWRITEBYTECODE :=
 
-test-fast: install ## before each commit, 90 s: units, golden numbers, the API in one process
+test-fast: install ## run before each commit, 90 s: unit tests, golden numbers, the API in one process
 	$(PYTEST) 3 -m "not server and not slow and $(ELSEWHERE)"
 
-test: install ## what CI runs, 6 minutes: also a real Ray server, PostgreSQL, S3, Chromium and the clients of each dialect
+test: install ## run by CI, 6 minutes: also a Ray server, PostgreSQL, S3, Chromium and the clients of each dialect
 	$(PYTEST) 4 -m "not slow and $(ELSEWHERE)"
 
-test-all: $(if $(PART),test-all-$(PART),test-all-1 test-all-2 test-all-3 test-all-4) ## everything, under an hour (PART=1 to 4 for one quarter): long forms, nodes, scaling, redeploys
+test-all: $(if $(PART),test-all-$(PART),test-all-1 test-all-2 test-all-3 test-all-4) ## all tests, under an hour (PART=1 to 4 for one quarter): long forms, nodes, scaling, redeploys
 test-all-1: test
 test-all-2: install
 	$(PYTEST) 3 --hypothesis-profile long -m "(slow or hypothesis) and not server and $(ELSEWHERE)"
@@ -65,64 +65,64 @@ test-all-3: install
 	$(PYTEST) 2 -m "slow and server and $(ELSEWHERE)"
 test-all-4: check-cluster
 
-# PY=python3 runs both on a machine that has torch, transformers and pytest but no network: nothing is installed there.
-test-gpu: $(if $(filter file,$(origin PY)),install) ## what needs a CUDA device, JUnit XML in OUT=gpu-results (PY=python3 installs nothing)
+# Set PY=python3 on a machine that has torch, transformers and pytest but no network, to install nothing.
+test-gpu: $(if $(filter file,$(origin PY)),install) ## tests that need a CUDA device, JUnit XML in OUT=gpu-results (PY=python3 installs nothing)
 	$(PY) -m pytest -c tests/gpu/pytest.ini --confcutdir tests/gpu --junitxml $(GPU_OUT)/tests.xml $(ARGS) tests/gpu
 
-check-cluster: install ## the files of cluster/, each by the program that reads it, under 3 minutes; a missing program fails
+check-cluster: install ## check each file of cluster/ with the program that reads it, under 3 minutes; fails if a program is missing
 	$(PYTEST) 2 -m cluster $(ARGS) $(CLUSTER_FILES)
 
-chaos: install ## for over an hour: kill processes while 300 jobs run (SEED=0 repeats an order of kills), flood every port, 2,000 sequences on each job store
+chaos: install ## over an hour: kill processes while 300 jobs run (SEED=0 sets the order of kills), flood every port, 2,000 sequences on each job store
 	CHAOS_SEED=$(or $(SEED),0) $(PY) -m pytest -s -m chaos --timeout 1800 $(ARGS)
 
-fuzz: install ## ten thousand generated requests to every operation of the API, with another seed each time
+fuzz: install ## send 10,000 generated requests to every operation of the API, with a new seed per run
 	FUZZ_EXAMPLES=300 $(PY) -m pytest tests/api/test_fuzz.py --hypothesis-seed=$${SEED:-$$RANDOM} --timeout 1800
 
-soak: install ## 2,000 mixed requests to one engine, one in twenty cancelled, 500 jobs on two nodes, 500 takes made again (SEED=0 another mix)
+soak: install ## 2,000 mixed requests to one engine, 5 % of them cancelled; 500 jobs on two nodes; 500 clips recreated (SEED=0 sets the mix)
 	SOAK_REQUESTS=2000 SOAK_JOBS=500 SOAK_TAKES=500 SOAK_SEED=$(or $(SEED),0) $(PY) -m pytest -s --timeout 1800 $(SOAK)
 
-lint: install ## style, types and import rules
+lint: install ## check style, types and import rules
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-fmt: install ## format and fix what can be fixed
+fmt: install ## format the code and apply automatic fixes
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-type: install ## types only
+type: install ## check types only
 	$(VENV)/bin/mypy
 
-bench: install ## the short form of every goal this machine can show, under 12 minutes (FULL=1: hours, for publishing)
+bench: install ## run the short form of every benchmark that this machine supports, under 12 minutes (FULL=1: hours, for published results)
 	$(PY) -m benchmarks bench $(if $(FULL),--full) --out $(or $(RESULTS),bench-results)
 
-bench-gpu: $(if $(filter file,$(origin PY)),install) ## the benchmarks of a CUDA device, JSON in OUT=gpu-results (PART=1 to 5 for one of them; started again it continues)
+bench-gpu: $(if $(filter file,$(origin PY)),install) ## run the benchmarks of a CUDA device, JSON in OUT=gpu-results (PART=1 to 5 for one part; run again to resume)
 	$(PY) -m benchmarks.gpu $(if $(PART),--part $(PART)) --out $(GPU_OUT)
 
 docs: install ## write docs/openapi.json, docs/openapi.md and docs/metrics.md from the application, docs/performance.md from the results
 	$(PY) -m docs.reference
 	$(PY) -m benchmarks.page
 
-playground-assets: ## fetch the playground's drawing of sound (wavesurfer.js) again, as it was published
+playground-assets: ## download the playground's waveform library (wavesurfer.js) as published
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && cd "$$folder" && npm pack --silent wavesurfer.js@$(WAVESURFER) >/dev/null && \
 		echo "$(WAVESURFER_SHA512)  wavesurfer.js-$(WAVESURFER).tgz" | sha512sum --check --quiet && tar xzf *.tgz && \
 		cd package && cp dist/wavesurfer.esm.js dist/plugins/{regions,spectrogram}.esm.js $(CURDIR)/$(VENDOR) && \
 		cp LICENSE $(CURDIR)/$(VENDOR)/wavesurfer.LICENSE && echo "wavesurfer.js $(WAVESURFER) is in $(VENDOR)"
 
-site: install ## build the documentation as a website in site/; any warning (a broken link, a page that is in no menu) fails
+site: install ## build the documentation website in site/; fails on any warning (broken link, page missing from the menu)
 	$(PY) -m sphinx --quiet --fail-on-warning --keep-going -b html -d build/site docs site
 
-site-serve: site ## the same, and show it on http://127.0.0.1:8001 (PORT= changes it)
+site-serve: site ## build the website and serve it on http://127.0.0.1:8001 (option: PORT=8001)
 	@exec $(PY) -m http.server --bind 127.0.0.1 --directory site $(or $(PORT),8001)
 
-demo-model: install ## train the demo model from nothing (OUT=demo-run DEVICE=cpu); resumes where it stopped
+demo-model: install ## train the demo model from scratch (options: OUT=demo-run, DEVICE=cpu); run again to resume
 	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 \
 		$(PY) -m examples.demo_model.train --out $(OUT) --device $(DEVICE)
 
-demo-eval: install ## judge the packaged demo model and write its report
+demo-eval: install ## evaluate the packaged demo model and write its report
 	$(PY) -m examples.demo_model.evaluate --json stable_audio_serve/demo/checkpoint/report.json
 
-clean: ## remove everything that can be rebuilt
+clean: ## delete everything that can be rebuilt
 	rm -rf $(VENV) build dist site bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,1 +1,1 @@
-"""Programs that show how to use the server and its models."""
+"""Example programs for the server and its models."""

@@ -1,9 +1,9 @@
-"""Makes a file of each row of a CSV, a few at a time. Started again, it goes on where it stopped.
+"""Generate one audio file per row of a CSV, several rows at a time. Run it again to resume.
 
     python batch_from_csv.py prompts.csv --out sounds/
 
-The CSV has a column `prompt`, and may have `duration` and `seed`. A row's file is named after what the row asks for,
-and so is its job: a file that exists is not made again, and a job that the server still has is not submitted again.
+The CSV has a column `prompt` and optional columns `duration` and `seed`. The names of a row's file and job derive from
+the row's content. A second run skips existing files and reuses jobs that the server still has.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from stable_audio_serve.core.errors import CancelledRequestError, GenerationErro
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the CSV; `name` is its file's, and its job's."""
+    """A row of the CSV. `name` is the base name of its file and of its job's idempotency key."""
 
     name: str
     prompt: str
@@ -33,7 +33,7 @@ class Row:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Yields the rows. Raises ValueError for a table that is none of prompts."""
+    """Yields the rows. Raises ValueError for a row without a prompt."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         for number, line in enumerate(csv.DictReader(file), start=1):
             prompt = line.get("prompt")
@@ -48,12 +48,12 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 class Batch:
-    """The rows that are left, and what became of the others."""
+    """The rows without a file, and the numbers of rows done and failed."""
 
     def __init__(self, client: AsyncClient, rows: list[Row], *, folder: Path, attempt: int) -> None:
         self.client, self.folder, self.attempt = client, folder, attempt
         self.num_rows = len(rows)
-        self.left = iter([row for row in rows if not self.file(row).exists()])
+        self.pending = iter([row for row in rows if not self.file(row).exists()])
         self.num_done = sum(self.file(row).exists() for row in rows)
         self.num_failed = 0
 
@@ -61,11 +61,11 @@ class Batch:
         return self.folder / f"{row.name}.wav"
 
     async def work(self) -> None:
-        """Make one row after another; several of these share the rows."""
-        for row in self.left:
+        """Process pending rows one by one. Several workers share the rows."""
+        for row in self.pending:
             try:
                 await self.make(row)
-            except (InvalidRequestError, GenerationError, CancelledRequestError) as error:  # this row's own fault
+            except (InvalidRequestError, GenerationError, CancelledRequestError) as error:  # other rows may succeed
                 self.num_failed += 1
                 print(f"row {row.name}: {error.message}", file=sys.stderr)
 
@@ -78,7 +78,7 @@ class Batch:
 
 
 async def make_all(rows: list[Row], arguments: argparse.Namespace) -> Batch:
-    """Make what is missing. Returns what became of it."""
+    """Generate the missing files. Returns the batch with its counts."""
     arguments.out.mkdir(parents=True, exist_ok=True)
     async with AsyncClient() as client:
         batch = Batch(client, rows, folder=arguments.out, attempt=arguments.attempt)
@@ -87,18 +87,18 @@ async def make_all(rows: list[Row], arguments: argparse.Namespace) -> Batch:
 
 
 def main() -> None:
-    """Exit code 1 when a row failed."""
+    """Exit with code 1 if a row failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("csv", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("sounds"), help="folder of the files")
-    parser.add_argument("--at-once", type=int, default=8, help="how many jobs to have in progress")
+    parser.add_argument("--out", type=Path, default=Path("sounds"), help="output folder")
+    parser.add_argument("--at-once", type=int, default=8, help="number of jobs in progress at a time")
     parser.add_argument("--limit", type=int, help="only the first rows")
-    parser.add_argument("--attempt", type=int, default=1, help="another number makes anew what failed")
+    parser.add_argument("--attempt", type=int, default=1, help="change this number to retry failed rows")
     arguments = parser.parse_args()
     if arguments.at_once < 1:
         parser.error("--at-once must be at least 1")
     batch = asyncio.run(make_all(list(islice(read_rows(arguments.csv), arguments.limit)), arguments))
-    print(f"{batch.num_done} of {batch.num_rows} are there, {batch.num_failed} failed")
+    print(f"{batch.num_done} of {batch.num_rows} done, {batch.num_failed} failed")
     sys.exit(1 if batch.num_failed else 0)
 
 

@@ -1,9 +1,9 @@
-"""Continues a clip again and again into one growing WAV, until Ctrl-C. The file can be played at any time.
+"""Extend a clip repeatedly into one growing WAV file, until Ctrl-C. The file can be played at any time.
 
     python endless_continuation.py "slow rain on a tin roof" --out rain.wav
     python endless_continuation.py "more of this" --clip start.wav --out long.wav
 
-Each piece is made from the last seconds of what there is, and faded into it.
+Each new piece continues the last seconds of the file and is crossfaded with its end.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from stable_audio_serve.core.errors import StableAudioError
 FADE_S = 0.05
 LONGEST_S = 6 * 3600.0  # a WAV file is at most 4 GB
 
-Samples: TypeAlias = "array[int]"  # of 16 bit, all channels in turn
+Samples: TypeAlias = "array[int]"  # 16 bit, interleaved channels
 
 
 def read(content: bytes) -> tuple[Samples, wave._wave_params]:
-    """Returns a WAV's samples and its parameters. Raises ValueError for anything but 16 bit."""
+    """Returns the samples and parameters of a WAV file. Raises ValueError unless it has 16 bits per sample."""
     try:
         with wave.open(io.BytesIO(content)) as file:
             if file.getsampwidth() == 2:
@@ -38,7 +38,7 @@ def read(content: bytes) -> tuple[Samples, wave._wave_params]:
 
 
 def write(samples: Samples, params: wave._wave_params) -> bytes:
-    """Returns the WAV of samples."""
+    """Returns the bytes of a WAV file with these samples."""
     buffer = io.BytesIO()
     with wave.open(buffer, "wb") as file:
         file.setparams(params)
@@ -47,18 +47,18 @@ def write(samples: Samples, params: wave._wave_params) -> bytes:
 
 
 def crossfade(old: Samples, new: Samples) -> Samples:
-    """Returns samples that begin as `old` and end as `new`, which is as long."""
+    """Returns a linear crossfade from `old` to `new`, which have the same length."""
     return array("h", (round(a + (b - a) * i / len(old)) for i, (a, b) in enumerate(zip(old, new, strict=True))))
 
 
-class Growing:
-    """A WAV file, whole after each piece. Its very last samples wait for the next piece, to be faded into that."""
+class GrowingWav:
+    """A WAV file that is valid after each piece. The last `FADE_S` seconds are withheld for the next crossfade."""
 
     def __init__(self, path: Path, params: wave._wave_params) -> None:
         self.path = path
         self.file = wave.open(str(path), "wb")  # noqa: SIM115  `close` does
         self.file.setparams(params)
-        self.end: Samples = array("h")  # what the next piece is made from
+        self.end: Samples = array("h")  # the source of the next piece
 
     def count(self, seconds: float) -> int:
         return round(seconds * self.file.getframerate()) * self.file.getnchannels()
@@ -67,12 +67,12 @@ class Growing:
     def length_s(self) -> float:
         return self.file.tell() / self.file.getframerate() + FADE_S
 
-    def add(self, made: Samples, *, context_s: float) -> None:
-        """Write what `made` has behind `end`, with which it begins."""
+    def add(self, piece: Samples, *, context_s: float) -> None:
+        """Append the part of `piece` after `end`. The piece must begin with the audio of `end`."""
         fade = self.count(FADE_S)
         start = max(0, len(self.end) - fade)
         old = self.end[start:]
-        new = crossfade(old, made[start : len(self.end)]) + made[len(self.end) :]
+        new = crossfade(old, piece[start : len(self.end)]) + piece[len(self.end) :]
         self.file.writeframes(new[:-fade].tobytes())
         self.end = (self.end[:start] + new)[-self.count(context_s) :]
 
@@ -83,30 +83,32 @@ class Growing:
 
 
 def grow(client: Client, arguments: argparse.Namespace) -> None:
-    """Write the clip, then one piece after another."""
+    """Write the clip, then append pieces until the file is `--until` seconds long."""
     prompt, more_s = arguments.prompt, arguments.more
     clip = arguments.clip.read_bytes() if arguments.clip else client.generate(prompt, duration=more_s).content
     samples, params = read(clip)
-    with closing(Growing(arguments.out, params)) as growing:
-        growing.add(samples, context_s=arguments.context)
-        while growing.length_s < arguments.until:
-            source_s = len(growing.end) / growing.count(1)
-            source = write(growing.end, params)
-            made, its = read(client.extend(source, prompt, source_s=source_s, until_s=source_s + more_s).content)
-            if its[:3] != params[:3]:
-                raise ValueError(f"the model makes {its.nchannels} channels at {its.framerate} Hz, the clip has others")
-            growing.add(made, context_s=arguments.context)
-            print(f"\r{arguments.out}: {growing.length_s:.1f} s", end="", flush=True)
+    with closing(GrowingWav(arguments.out, params)) as wav:
+        wav.add(samples, context_s=arguments.context)
+        while wav.length_s < arguments.until:
+            source_s = len(wav.end) / wav.count(1)
+            source = write(wav.end, params)
+            piece, made = read(client.extend(source, prompt, source_s=source_s, until_s=source_s + more_s).content)
+            if made[:3] != params[:3]:
+                raise ValueError(
+                    f"--clip must have the format of the model: {made.nchannels} channels at {made.framerate} Hz"
+                )
+            wav.add(piece, context_s=arguments.context)
+            print(f"\r{arguments.out}: {wav.length_s:.1f} s", end="", flush=True)
 
 
 def main() -> None:
-    """Ctrl-C is its usual end."""
+    """Exit with code 0 after Ctrl-C, which is the usual end."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt")
-    parser.add_argument("--clip", type=Path, help="a WAV file to begin with; without it one is generated")
-    parser.add_argument("--context", type=float, default=8.0, help="seconds that each piece is made from")
+    parser.add_argument("--clip", type=Path, help="WAV file to extend; without it, generate a clip first")
+    parser.add_argument("--context", type=float, default=8.0, help="seconds of audio that each piece continues")
     parser.add_argument("--more", type=float, default=8.0, help="seconds that each piece adds")
-    parser.add_argument("--until", type=float, default=LONGEST_S, help="length at which to stop, seconds")
+    parser.add_argument("--until", type=float, default=LONGEST_S, help="stop at this length, seconds")
     parser.add_argument("--out", type=Path, default=Path("endless.wav"))
     arguments = parser.parse_args()
     if min(arguments.context, arguments.more) <= FADE_S:

@@ -1,10 +1,10 @@
-"""A page on which to type a prompt and hear it, or a variation of a sound of one's own.
+"""A Gradio page that generates a clip from a prompt, or a variation of an uploaded clip.
 
     python -m venv .venv-gradio
     .venv-gradio/bin/pip install -r examples/gradio_requirements.txt ./packaging/client
     .venv-gradio/bin/python examples/gradio_app.py
 
-It has an environment of its own, because Gradio brings many packages.
+Use a separate environment, because Gradio installs many packages.
 """
 
 import sys
@@ -20,12 +20,12 @@ def generate(prompt: str, duration: float, seed: float, source: str | None, stre
     """Returns the path of the clip and its seed."""
     try:
         if source is None:
-            take = client.generate(prompt, duration=duration, seed=int(seed))
+            clip = client.generate(prompt, duration=duration, seed=int(seed))
         else:
-            take = client.vary(source, prompt, duration=duration, seed=int(seed), init_noise_level=strength)
+            clip = client.vary(source, prompt, duration=duration, seed=int(seed), init_noise_level=strength)
     except StableAudioError as error:
         raise gr.Error(error.message, print_exception=False) from error
-    return str(take.save(f"{folder}/{take.request_id}.wav")), take.seed
+    return str(clip.save(f"{folder}/{clip.request_id}.wav")), clip.seed
 
 
 try:

@@ -1,11 +1,11 @@
-"""Receives the server's webhooks: checks the signature, and stores the audio of each job that succeeded, once.
+"""Receive the server's webhooks: verify the signature, then download the audio of each succeeded job once.
 
     pip install standardwebhooks
-    export STABLE_AUDIO_WEBHOOK_SECRET=whsec_...   # as the server has it
+    export STABLE_AUDIO_WEBHOOK_SECRET=whsec_...   # the server's secret
     python webhook_receiver.py --port 9000 --out sounds/
     stable-audio-serve jobs submit "rain on a tin roof" --webhook http://this-machine:9000/
 
-A server delivers to public addresses only, unless `jobs.webhook_allow_hosts` of its settings names this one.
+By default, a server delivers to public addresses only. Add a private address to its setting `jobs.webhook_allow_hosts`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MOST_BYTES = 1_000_000
 
 
 def store(event: dict[str, Any], client: Client, *, folder: Path) -> None:
-    """Download the audio of a job that succeeded. Notices may arrive twice: then it is already there."""
+    """Download the audio of a succeeded job, unless it exists already. A webhook may arrive more than once."""
     job_id = event["data"]["id"]
     if event["type"] != "job.succeeded":
         print(f"{event['type']}: {job_id} {event['data']['error'] or ''}", flush=True)
@@ -35,7 +35,7 @@ def store(event: dict[str, Any], client: Client, *, folder: Path) -> None:
 
 
 class Receiver(BaseHTTPRequestHandler):
-    """Answers 204 to what it took; everything else is sent again later."""
+    """Answers 204 for a webhook that was handled. The server retries after any other status."""
 
     signer: Webhook
     client: Client
@@ -43,12 +43,12 @@ class Receiver(BaseHTTPRequestHandler):
     timeout = 10.0
 
     def do_POST(self) -> None:
-        self.send_response(self.take())
+        self.send_response(self.handle_event())
         self.send_header("Content-Length", "0")
         self.end_headers()
 
-    def take(self) -> int:
-        """Returns the status to answer with."""
+    def handle_event(self) -> int:
+        """Verify and store one webhook. Returns the HTTP status of the answer."""
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal() or int(length) > MOST_BYTES:
             return 413
@@ -61,17 +61,17 @@ class Receiver(BaseHTTPRequestHandler):
         try:
             store(event, self.client, folder=self.folder)
         except (StableAudioError, OSError) as error:
-            self.log_error("not stored, to be sent again: %s", error)
+            self.log_error("not stored, the server will retry: %s", error)
             return 503
         return 204
 
 
 def main() -> None:
-    """Serves until Ctrl-C."""
+    """Serve until Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=9000)
-    parser.add_argument("--out", type=Path, default=Path("sounds"), help="folder of the files")
+    parser.add_argument("--out", type=Path, default=Path("sounds"), help="output folder")
     arguments = parser.parse_args()
     secret = os.environ.get("STABLE_AUDIO_WEBHOOK_SECRET")
     if not secret:

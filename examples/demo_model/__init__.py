@@ -1,1 +1,1 @@
-"""The demo model: its procedural sound world, training and evaluation. The package has its checkpoint."""
+"""The demo model: procedural training sounds, training and evaluation. The package contains the checkpoint."""

@@ -1,4 +1,4 @@
-"""The demo model's dimensions, as the checkpoint's own `model_config.json`, and the networks built from them."""
+"""The demo model's dimensions, written as the checkpoint's `model_config.json`, and the networks built from them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PATCH_FRAMES = 8
 LATENT_DIM = 64
 COND_DIM = 128
 MAX_SECONDS = 48.0
-LONGEST_TRAINED_S = 12.0  # the duration embedding does not tell longer clips apart; the timeline does
+LONGEST_TRAINED_S = 12.0  # cap of the duration embedding; only the timeline distinguishes longer clips
 HEADROOM_S = 0.4
 TEXT_FOLDER = "t5gemma"
 FRAME_S = HOP / SAMPLE_RATE_HZ
@@ -139,14 +139,14 @@ def build_text_encoder() -> nn.Module:
 
 
 def _initial_embeddings() -> torch.Tensor:
-    """Returns (vocabulary, COND_DIM): random words; a pitch is sines and cosines of its index and its role."""
+    """Returns initial embeddings (vocabulary, COND_DIM): random for words, sines of the index for pitches."""
     table = torch.randn(len(vocabulary()), COND_DIM)
     index = torch.arange(FIRST_PITCH, LAST_PITCH + 1, dtype=torch.float32)[:, None]
     periods = torch.tensor([4.0, 6.0, 8.0, 12.0, 17.0, 24.0, 24.0, 34.0, 48.0, 96.0, 192.0, 384.0])
     angle = 2.0 * torch.pi * index / periods
     waves = 1.4 * torch.cat([angle.cos(), angle.sin()], dim=1)
     first = 4 + len(WORDS)
-    for role in range(2):  # where a sound starts, where a sweep ends
+    for role in range(2):  # a sound's pitch, a sweep's target
         rows = slice(first + role * len(index), first + (role + 1) * len(index))
         mark = torch.randn(COND_DIM)
         table[rows] = mark

@@ -1,4 +1,4 @@
-"""Requests of the evaluation: fresh random prompts of every kind, clips to be edited, loops and long clips."""
+"""The evaluation's requests: random prompts of every kind, clips to edit, loops and long clips."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ _LONG_S = (14.0, 47.0)
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One request and the scene it describes. `edit` also continues, varies and refills the result; `loop` also plays
-    it twice in a row.
+    """One request and the scene it describes.
+
+    Task `edit` also extends, varies and inpaints the result. Task `loop` also checks the result played twice in a row.
     """
 
     scene: Scene
@@ -31,14 +32,14 @@ class Case:
 
     @property
     def is_long(self) -> bool:
-        """Whether the clip is longer than any the model was trained on."""
+        """Whether the clip is longer than every training clip."""
         return self.duration_s >= _LONG_S[0]
 
 
 def draw_cases(*, per_kind: int, seeds: int, seed: int, kinds: list[str] | None = None) -> list[Case]:
-    """Draw `per_kind` fresh prompts of every kind (beats and tones twice as many), each with `seeds` seeds.
+    """Draw `per_kind` prompts of every kind (twice as many for beats and tones), each with `seeds` seeds.
 
-    Then half as many loops of whole beats, and a tenth as many long tones and beats.
+    Adds `per_kind` / 2 loops of whole beats, and `per_kind` / 10 long tones and long beats.
     """
     rng = np.random.default_rng((seed, 99))
     cases = []
@@ -65,7 +66,7 @@ def draw_cases(*, per_kind: int, seeds: int, seed: int, kinds: list[str] | None 
 
 
 def _steady(rng: np.random.Generator, kind: str) -> Scene:
-    """Returns a scene that sounds the same from beginning to end: no fade, and a tone only if it is held."""
+    """Draw a scene that sounds the same throughout: without a fade and, if it is a tone, held."""
     scene = replace(draw_scene(rng, shares={kind: 1.0}), fade="")
     held = scene.voice in ("sine", "square", "saw", "triangle", "organ")
     return scene if held or kind != "tone" else replace(scene, voice="sine")

@@ -1,6 +1,6 @@
-"""Checks whether a clip sounds as its scene says, by spectra and onsets; knows neither models nor training.
+"""Check by spectra and onsets whether a clip matches its scene. Independent of models and training.
 
-Thresholds are those of the project's acceptance table, not of any checkpoint.
+The thresholds define correct sounds. They are not tuned to a checkpoint.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _TRIADS = {"major": (0, 4, 7), "minor": (0, 3, 7)}
 
 
 def check_scene(audio: Audio, scene: Scene) -> dict[str, bool]:
-    """Returns whether `audio` (2, S) passes each check that applies to the scene and to its modifiers."""
+    """Run each check that applies to the scene on `audio` (2, S). Returns whether it passed, by name of the check."""
     results = {}
     if scene.kind in _CHECKS:
         results[_check_name(scene)] = _CHECKS[scene.kind](audio, scene)
@@ -46,8 +46,11 @@ def _check_name(scene: Scene) -> str:
 
 
 def strongest_hz(audio: Audio) -> float:
-    """Returns the frequency of the strongest spectral peak of the clip's louder half, parabolic between bins."""
-    mono = _both(audio)
+    """Returns the frequency of the strongest spectral peak in the loudest 65,536 samples.
+
+    Interpolates between bins with a parabola. Returns 0 if there is no peak.
+    """
+    mono = _louder_channel(audio)
     size = min(len(mono), 65536)
     energy = np.cumsum(np.concatenate([[0.0], mono.astype(np.float64) ** 2]))
     starts = np.arange(0, len(mono) - size + 1, 1024)
@@ -62,14 +65,14 @@ def strongest_hz(audio: Audio) -> float:
 
 
 def has_pitch(audio: Audio, wanted_hz: float, *, cents: float = 50.0) -> bool:
-    """Whether the strongest peak lies within `cents` of a frequency."""
+    """Whether the strongest peak is within `cents` of a frequency."""
     found = strongest_hz(audio)
     return found > 0 and abs(1200 * math.log2(found / wanted_hz)) <= cents
 
 
 def harmonic_levels_db(audio: Audio, fundamental_hz: float, *, numbers: tuple[int, ...] = (2, 3)) -> list[float]:
-    """Returns levels of harmonics relative to the fundamental in decibels, each within 0.6 semitones."""
-    mono = _both(audio)
+    """Returns the levels of harmonics relative to the fundamental, in dB. Searches 0.6 semitones around each."""
+    mono = _louder_channel(audio)
     magnitude = np.abs(np.fft.rfft(mono * np.hanning(len(mono))))
     step = SAMPLE_RATE_HZ / len(mono)
 
@@ -82,7 +85,15 @@ def harmonic_levels_db(audio: Audio, fundamental_hz: float, *, numbers: tuple[in
 
 
 def has_timbre(audio: Audio, voice: str, *, fundamental_hz: float) -> bool:
-    """Whether the second and third harmonic fit the wave: none, odd at 1/3, 1/2 and 1/3, or odd at 1/9."""
+    """Whether the levels of the second and third harmonic match the waveform.
+
+    | Wave | Harmonics relative to the fundamental |
+    |---|---|
+    | sine | none |
+    | square | third 1/3 |
+    | saw | second 1/2, third 1/3 |
+    | triangle | third 1/9 |
+    """
     second, third = harmonic_levels_db(audio, fundamental_hz)
     match voice:
         case "sine":
@@ -97,7 +108,7 @@ def has_timbre(audio: Audio, voice: str, *, fundamental_hz: float) -> bool:
 
 def chroma(audio: Audio) -> npt.NDArray[np.float64]:
     """Returns the strength (12,) of each pitch class, C first: summed spectral peaks between 60 Hz and 2.2 kHz."""
-    mono = _both(audio)
+    mono = _louder_channel(audio)
     mono = mono[: len(mono) // 8 * 7]
     magnitude = np.abs(np.fft.rfft(mono * np.hanning(len(mono)), n=max(len(mono), 32768)))
     hertz = np.arange(len(magnitude)) * SAMPLE_RATE_HZ / max(len(mono), 32768)
@@ -123,8 +134,8 @@ def chord_mode(audio: Audio, root: int) -> str:
 
 
 def onset_strength(audio: Audio) -> npt.NDArray[np.float64]:
-    """Returns the rise of the log level per hop of 128 samples, over four frequency ranges."""
-    mono = _both(audio)
+    """Returns the rise of the log level per hop of 128 samples, summed over four frequency ranges."""
+    mono = _louder_channel(audio)
     blocks = np.lib.stride_tricks.sliding_window_view(np.pad(mono, (512, 512)), 1024)[::_ONSET_HOP]
     power = np.abs(np.fft.rfft(blocks * np.hanning(1024), axis=1)) ** 2
     ranges = np.add.reduceat(power, [1, 6, 24, 120], axis=1)
@@ -148,7 +159,7 @@ def onset_times_s(audio: Audio) -> npt.NDArray[np.float64]:
 
 
 def has_strict_tempo(audio: Audio, tempo_bpm: float, *, tolerance: float = 0.04) -> bool:
-    """Whether there is one onset per beat, by median distance and by number."""
+    """Whether there is one onset per beat: checks the median distance of onsets and their number."""
     times = onset_times_s(audio)
     if len(times) < 2:
         return False
@@ -158,22 +169,22 @@ def has_strict_tempo(audio: Audio, tempo_bpm: float, *, tolerance: float = 0.04)
 
 
 def has_loose_tempo(audio: Audio, tempo_bpm: float, *, tolerance: float = 0.04) -> bool:
-    """Whether the onsets repeat at the beat, its half or its double."""
+    """Whether the onsets repeat at the tempo, half the tempo or twice the tempo."""
     found = onset_rate_bpm(audio)
     return any(abs(found / (tempo_bpm * factor) - 1) <= tolerance for factor in (0.5, 1.0, 2.0))
 
 
 def onset_rate_bpm(audio: Audio) -> float:
-    """Returns the fastest repetition of the onsets, 28 to 400 a minute, 0 when there is none.
+    """Returns the fastest repetition rate of the onsets, 28 to 400 per minute, or 0 if there is none.
 
-    It is the shortest lag whose autocorrelation peaks within 20 % of the highest peak.
+    Takes the shortest lag whose autocorrelation peak is within 20 % of the highest peak.
     """
-    spread = np.exp(-0.5 * (np.arange(-24, 25) / 7.0) ** 2)  # 20 ms: onsets need not fall on the same sample
+    spread = np.exp(-0.5 * (np.arange(-24, 25) / 7.0) ** 2)  # 20 ms tolerance for the position of an onset
     strength = np.convolve(onset_strength(audio), spread, mode="same")
     strength = strength - strength.mean()
     size = 1 << (2 * len(strength)).bit_length()
     correlation = np.fft.irfft(np.abs(np.fft.rfft(strength, size)) ** 2)[: len(strength)]
-    correlation /= np.arange(len(strength), 0, -1)  # the number of products at each lag
+    correlation /= np.arange(len(strength), 0, -1)  # divide by the number of products at each lag
     rate = SAMPLE_RATE_HZ / _ONSET_HOP
     low, high = int(rate * 60 / 400), min(int(rate * 60 / 28), len(strength) * 3 // 5)
     if high <= low + 2:
@@ -187,8 +198,8 @@ def onset_rate_bpm(audio: Audio) -> float:
 
 
 def is_noise(audio: Audio, colour: str) -> bool:
-    """Whether no tone stands out and the spectrum has the slope of the colour."""
-    mono = _both(audio)
+    """Whether the audio is noise: no spectral peak dominates, and the slope of the spectrum matches the colour."""
+    mono = _louder_channel(audio)
     size = 2048
     blocks = np.lib.stride_tricks.sliding_window_view(mono, size)[:: size // 2] * np.hanning(size)
     power = (np.abs(np.fft.rfft(blocks, axis=1)) ** 2).mean(axis=0)[1:]
@@ -212,31 +223,31 @@ def is_noise(audio: Audio, colour: str) -> bool:
 def has_decayed(audio: Audio) -> bool:
     """Whether the last third is at least 20 dB below the loudest 50 ms."""
     block = 2205
-    mono = _both(audio)
+    mono = _louder_channel(audio)
     levels = [_rms(mono[i : i + block]) for i in range(0, len(mono) - block + 1, block)]
     return _db(_rms(mono[len(mono) * 2 // 3 :])) < _db(max(levels)) - 20
 
 
 def is_silent(audio: Audio, *, below_dbfs: float = -50.0) -> bool:
-    """Whether the whole clip's level is below a bound."""
+    """Whether the level of the whole clip is below `below_dbfs`."""
     return _db(_rms(audio)) < below_dbfs
 
 
 def is_panned(audio: Audio, side: str, *, by_db: float = 10.0) -> bool:
-    """Whether one side is `by_db` louder."""
+    """Whether the channel `side` is at least `by_db` louder than the other."""
     difference = _db(_rms(audio[0])) - _db(_rms(audio[1]))
     return difference >= by_db if side == "left" else difference <= -by_db
 
 
 def is_faded(audio: Audio, fade: str, *, by_db: float = 8.0) -> bool:
-    """Whether the last quarter is `by_db` louder (in) or quieter (out) than the first."""
+    """Whether the last quarter is at least `by_db` louder (in) or quieter (out) than the first."""
     quarter = audio.shape[1] // 4
     change = _db(_rms(audio[:, -quarter:])) - _db(_rms(audio[:, :quarter]))
     return change >= by_db if fade == "in" else change <= -by_db
 
 
 def has_swept(audio: Audio, scene: Scene) -> bool:
-    """Whether the strongest frequency moves in the right direction, by at least half the interval."""
+    """Whether the strongest frequency moves towards the target by at least half the interval, in octaves."""
     part = max(audio.shape[1] // 6, 2048)
     first, last = strongest_hz(audio[:, :part]), strongest_hz(audio[:, -part:])
     if first <= 0 or last <= 0:
@@ -263,16 +274,16 @@ _CHECKS: dict[str, Callable[[Audio, Scene], bool]] = {
 
 
 def _audible(audio: Audio, scene: Scene) -> Audio:
-    """Returns the louder 60 % of a faded clip.
+    """Returns the louder 60 % of a faded clip, and any other clip unchanged.
 
-    The first or last beats of a whole one are 40 dB down, too quiet to be counted even in the ground truth.
+    The quietest beats of a faded clip are 40 dB down. Onset detection misses them even in the ground truth.
     """
     part = audio.shape[1] * 3 // 5
     return {"in": audio[:, -part:], "out": audio[:, :part]}.get(scene.fade, audio)
 
 
-def _both(audio: Audio) -> npt.NDArray[np.float32]:
-    """Returns the louder channel, so that panned sounds count and opposite phases do not cancel."""
+def _louder_channel(audio: Audio) -> npt.NDArray[np.float32]:
+    """Returns the louder channel. A mix to mono would weaken panned sounds and cancel opposite phases."""
     return np.asarray(audio[int(_rms(audio[1]) > _rms(audio[0]))])
 
 

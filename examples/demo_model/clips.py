@@ -1,4 +1,4 @@
-"""Batches for stage 2: random scenes as captions, latents of the trained autoencoder, timelines and edit masks."""
+"""Training batches for stage 2: captions, latents, timelines and edit masks of random scenes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from stable_audio_serve.models.oscillator.timeline import timeline_features
 
 HEADROOM_LATENTS = int(HEADROOM_S * SAMPLE_RATE_HZ / architecture.HOP)
 
-# A second of a held tone is enough to learn its pitch, so many batches are brief clips of pitched sounds.
+# One second of a held tone is enough to learn its pitch, so many batches are short clips of pitched sounds.
 BRIEF_S = 1.4
 _BRIEF_SHARES = {
     "tone": 0.56,
@@ -40,7 +40,7 @@ _BRIEF_SHARES = {
 
 @dataclass(frozen=True, slots=True)
 class ClipConfig:
-    """How long clips are and how many go into a batch."""
+    """Clip lengths and batch sizes."""
 
     batch_latents: int = 1100
     shortest_s: float = 0.5
@@ -52,8 +52,8 @@ class ClipConfig:
 class Batch:
     """Clips for a step: latents (B, D, F), valid (B, F), tokens and mask (B, T), seconds (B,), local (B, C, F).
 
-    `unnamed` (B,) marks clips without a caption of which nothing is kept: only what the noise leaves visible tells
-    what they are, so they are not trained at the highest noise levels. The latents encode `frames` (B, 222, 8 F).
+    `unnamed` (B,) marks clips without a caption and without kept latents. The noised latents are their only input, so
+    they are not trained at the highest noise levels. The latents encode `frames` (B, 222, 8 F).
     """
 
     latents: Tensor
@@ -72,7 +72,7 @@ class Batch:
 
 
 class ClipSource:
-    """Fresh random clips of similar length, encoded by the frozen autoencoder."""
+    """Draws batches of new random clips of similar length, encoded by the frozen autoencoder."""
 
     def __init__(self, autoencoder: Autoencoder, config: ClipConfig, *, rng: np.random.Generator) -> None:
         self._autoencoder = autoencoder.eval()
@@ -129,7 +129,7 @@ class ClipSource:
         return torch.cat([keep, keep * latents, torch.stack(lines)], dim=1)
 
     def _keep_mask(self, frames: int, sounding: int) -> Tensor:
-        """Draw which latents an edit keeps: a prefix, a suffix, or all but one hole or two."""
+        """Draw the latents that an edit keeps: a prefix, a suffix, or all except one or two regions."""
         keep = torch.zeros(frames)
         first, second, third, fourth = sorted(self._rng.integers(1, max(sounding, 2), size=4))
         kind = self._rng.random()
@@ -146,7 +146,7 @@ class ClipSource:
 
 
 def prefetched(source: ClipSource, stop: threading.Event, *, depth: int = 3) -> Iterator[Batch]:
-    """Yield batches of a source, drawn ahead on another thread until `stop` is set."""
+    """Yield batches from `source`. Another thread draws up to `depth` batches ahead until `stop` is set."""
     batches: queue.Queue[Batch] = queue.Queue(depth)
 
     def fill() -> None:
@@ -165,7 +165,7 @@ def prefetched(source: ClipSource, stop: threading.Event, *, depth: int = 3) -> 
 
 
 def padded_tokenizer() -> Tokenizer:
-    """Returns the tokenizer, cutting and padding to the model's prompt length."""
+    """Returns the tokenizer, which truncates and pads to the model's prompt length."""
     tokenizer = build_tokenizer()
     tokenizer.enable_truncation(MAX_TOKENS)
     tokenizer.enable_padding(length=MAX_TOKENS, pad_id=0, pad_token="<pad>")
@@ -173,5 +173,5 @@ def padded_tokenizer() -> Tokenizer:
 
 
 def num_latents(seconds: float) -> int:
-    """Returns the number of latents in which a clip sounds."""
+    """Returns the number of latents that cover a clip of `seconds`."""
     return -(-int(seconds * SAMPLE_RATE_HZ) // architecture.HOP)

@@ -1,7 +1,7 @@
-"""Judges a demo checkpoint, or a server's demo model, on fresh prompts.
+"""Evaluate a demo checkpoint, or the demo model of a server, on random prompts.
 
-`python -m examples.demo_model.evaluate [FOLDER | URL]` reports every class separately. Thresholds are those of the
-acceptance table; nothing here reads weights or latents.
+`python -m examples.demo_model.evaluate [FOLDER | URL]` reports a pass rate per check. The checks use the audio only,
+never weights or latents.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 from stable_audio_serve.models.oscillator.bank import OSCILLATOR_HZ, SAMPLE_RATE_HZ
 from stable_audio_serve.models.registry import BUILT_IN
 
-# Required and desired percentages, by check.
+# Check -> (required percentage, desired percentage).
 THRESHOLDS: dict[str, tuple[float, float]] = {
     "pitch": (90, 97),
     "timbre": (80, 92),
@@ -62,7 +62,7 @@ async def judge(
     sampler: str | None = None,
     cfg_scale: float | None = None,
 ) -> dict[str, Any]:
-    """Play every case and count what passes. Returns the body of the report."""
+    """Generate every case and run its checks. Returns the report."""
     counts: dict[str, list[bool]] = defaultdict(list)
     failures = []
     began = time.perf_counter()
@@ -99,14 +99,14 @@ async def _judge_sound(player: Player, case: Case, *, request: GenerationRequest
 
 
 def _repeats(audio: Audio, case: Case) -> bool:
-    """Whether the clip, played twice without a gap, keeps its beat across the joint."""
+    """Whether the clip, played twice without a gap, keeps its tempo."""
     twice = np.concatenate([audio, audio], axis=1)
     judged = has_strict_tempo if case.scene.voice in ("metronome", "kick") else has_loose_tempo
     return judged(twice, case.scene.tempo_bpm)
 
 
 async def _judge_edits(player: Player, case: Case, *, request: GenerationRequest, audio: Audio) -> dict[str, bool]:
-    """Whether a continuation of the first half, two holes filled in and a variation keep the pitch of a held note."""
+    """Check that an extension of the first half, an inpainting of two regions and a variation keep the pitch."""
     hertz = float(OSCILLATOR_HZ[case.scene.pitch])
     half = audio.shape[1] // 2
     fifth_s = case.duration_s / 5
@@ -149,7 +149,7 @@ async def _run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Parse the command line, judge, print a table and write the report."""
+    """Evaluate, print a table and write the report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("target", nargs="?", default=BUILT_IN["demo"].folder, help="checkpoint folder or server URL")
     parser.add_argument("--json", type=Path, help="where to write the report")

@@ -1,4 +1,4 @@
-"""The optimisers of both training stages: Muon for matrices, AdamW for the rest, one schedule of learning rates."""
+"""The optimiser of both training stages: Muon for matrices, AdamW for other parameters, one learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 class MixedOptimizer:
-    """Muon on hidden matrices and AdamW on everything else, with linear warm-up and decay tied to the step count."""
+    """Muon for matrices and AdamW for other parameters, with linear warm-up and linear decay to 0."""
 
     def __init__(
         self,
@@ -23,7 +23,10 @@ class MixedOptimizer:
         warmup_steps: int = 40,
         decay_share: float = 0.6,
     ) -> None:
-        """`adam_only` names (by substring) matrices that AdamW trains; `decay_share` is the last part that decays."""
+        """`adam_only` has substrings of the names of matrices that AdamW trains.
+
+        The learning rates decay over the last `decay_share` of the steps.
+        """
         matrices: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
         for name, parameter in named_parameters:
@@ -37,12 +40,12 @@ class MixedOptimizer:
         self._total, self._warmup, self._decay_share = total_steps, warmup_steps, decay_share
 
     def rate(self, step: int) -> float:
-        """Returns the factor on the learning rates at `step`."""
+        """Returns the learning-rate factor at `step`, 0 to 1."""
         decay = (self._total - step) / max(1.0, self._decay_share * self._total)
         return max(0.0, min(1.0, (step + 1) / self._warmup, decay))
 
     def step(self, step: int) -> None:
-        """One update at `step`, then clear the gradients."""
+        """Update the parameters with the learning rates of `step`, then clear the gradients."""
         for optimizer, base in zip(self._optimizers, self._base, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = base * self.rate(step)

@@ -1,4 +1,4 @@
-"""Writes trained networks as a checkpoint folder of the Stable Audio 3 format, in half precision."""
+"""Write trained networks to a checkpoint folder in the Stable Audio 3 format, in half precision."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _TOKENIZER_CONFIG = {
 
 
 def write_checkpoint(trainer: Trainer, autoencoder: Autoencoder, *, folder: Path) -> None:
-    """Write `folder` from the averaged weights; files already there are replaced, others stay."""
+    """Write the averaged weights to `folder`. Replaces files of the same name and keeps all others."""
     network = Network()
     network.load_state_dict(trainer.average)
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def write_checkpoint(trainer: Trainer, autoencoder: Autoencoder, *, folder: Path
 
 
 def _weights(network: Network, autoencoder: Autoencoder) -> dict[str, Tensor]:
-    """Returns every tensor of `model.safetensors` by its key; the text encoder has files of its own."""
+    """Returns the tensors of `model.safetensors` by key, without the text encoder, which has separate files."""
     linear = cast("nn.Linear", network.seconds[1])
     prefix = "conditioner.conditioners"
     weights: dict[str, Tensor] = {

@@ -1,4 +1,4 @@
-"""Two ways to play the requests of an evaluation: by an engine in this process, or by a server over HTTP."""
+"""Two ways to run the requests of an evaluation: an engine in this process, or a server over HTTP."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Player(Protocol):
 
 
 class EnginePlayer:
-    """A checkpoint folder on the CPU, through the real loader and engine. Use with `async with`."""
+    """Runs requests on a checkpoint folder with the package's loader and engine, on the CPU. Use with `async with`."""
 
     def __init__(self, folder: Path, *, dtype: str | None = None) -> None:
         """`dtype` is the denoiser's precision, see `resolve_dtype`."""
@@ -42,12 +42,12 @@ class EnginePlayer:
         await self._engine.close()
 
     async def play(self, request: GenerationRequest) -> Audio:
-        """Returns the audio of one request, clipped at full scale."""
+        """Returns the audio of one request, clipped to -1..1."""
         return (await self._engine.generate(request)).audio[0].clip(-1.0, 1.0)
 
 
 class HttpPlayer:
-    """The demo model of a running server, by its native routes. Use with `async with`."""
+    """Runs requests on the demo model of a server, through its native routes. Use with `async with`."""
 
     def __init__(self, url: str) -> None:
         self._client = httpx.AsyncClient(base_url=url, timeout=120)

@@ -1,6 +1,6 @@
-"""The sounds of the demo model's world: a scene is a small value object saying what sounds and how.
+"""Scenes: the sounds that the demo model is trained on, as value objects, and random draws of them.
 
-Knows nothing of captions (`captions.py`) or of how a scene becomes sound (`synthesis.py`).
+`captions.py` describes scenes in words, `synthesis.py` renders them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ DEFAULT_TEMPO_BPM = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One sound. `pitch` and `target` are oscillator indices (quarter tones, 440 Hz is 82); unused fields stay empty.
+    """One sound. `pitch` and `target` are oscillator indices: quarter tones, 440 Hz is 82. Unused fields are empty.
 
-    `kind` is tone, chord, arpeggio, sweep, beat, hit, noise, siren, silence or hush (what an empty prompt means).
+    `kind` is tone, chord, arpeggio, sweep, beat, hit, noise, siren, silence or hush. An empty prompt means
+    hush, which is near silence.
     """
 
     kind: str
@@ -38,7 +39,7 @@ class Scene:
     pan: str = ""  # left, right, left to right, right to left
     level: str = ""  # quiet or loud
     fade: str = ""  # in or out
-    under: Scene | None = None  # a second scene that sounds at the same time, at the same tempo
+    under: Scene | None = None  # a second scene, simultaneous and at the same tempo
 
 
 SHARES: dict[str, float] = {
@@ -57,7 +58,7 @@ SHARES: dict[str, float] = {
 
 
 def draw_scene(rng: np.random.Generator, *, shares: dict[str, float] | None = None) -> Scene:
-    """Draw a random scene; `shares` overrides how often each kind comes up (weights, need not sum to 1)."""
+    """Draw a random scene. `shares` overrides the relative frequencies of the kinds; they need not sum to 1."""
     table = shares or SHARES
     weights = np.array(list(table.values()))
     kind = str(rng.choice(list(table), p=weights / weights.sum()))
@@ -111,7 +112,7 @@ def _draw_tone(rng: np.random.Generator) -> Scene:
 
 
 def default_pitch(voice: str) -> int:
-    """Returns the pitch of a voice when the prompt names none: 440 Hz, or E2 for the bass."""
+    """Returns the pitch of a voice for a prompt without a pitch: E2 for the bass, 440 Hz for other voices."""
     return 24 if voice == "bass" else 82
 
 
@@ -142,7 +143,7 @@ def _draw_modifiers(rng: np.random.Generator, scene: Scene) -> Scene:
 
 
 def _root(rng: np.random.Generator) -> int:
-    """Draw a root, mostly in octave 4, which a chord without an octave means."""
+    """Draw the root of a chord, mostly in octave 4, the default octave of a prompt."""
     return 64 + 2 * int(rng.integers(12)) if rng.random() < 0.65 else 40 + 2 * int(rng.integers(36))
 
 

@@ -1,6 +1,6 @@
-"""Renders scenes as parameter frames of the oscillator bank, in plain NumPy. Writes frames directly, never audio.
+"""Render scenes as parameter frames of the oscillator bank, in plain NumPy, without audio in between.
 
-`render_scene` is the ground truth that the autoencoder must keep and the denoiser must learn.
+The output of `render_scene` is the ground truth for the autoencoder and the denoiser.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ _HARMONICS: dict[str, list[tuple[float, float]]] = {
     "bell": [(1, 1.0), (2.76, 0.45), (5.4, 0.2)],
     "bass": [(h, 1 / h**1.3) for h in range(1, 9)],
 }
-_DECAY_S = {"pluck": 0.35, "piano": 0.9, "bell": 1.3}  # the others hold
+_DECAY_S = {"pluck": 0.35, "piano": 0.9, "bell": 1.3}  # other voices hold their level
 _ATTACK_S = {"pad": 0.35, "flute": 0.08}
 _TRIADS = {"major": (0, 8, 14), "minor": (0, 6, 14)}  # quarter tones
 
 
 class _Canvas:
-    """Linear amplitudes of one part while it is drawn: tones (F, oscillators) and noise bands (F, bands)."""
+    """Linear amplitudes of one part: tones (F, oscillators) and noise bands (F, bands)."""
 
     def __init__(self, num_frames: int) -> None:
         self.tones = np.zeros((num_frames, NUM_OSCILLATORS), np.float32)
@@ -66,12 +66,12 @@ class _Canvas:
 
 
 def num_sounding_frames(duration_s: float) -> int:
-    """Returns the number of parameter frames in which a clip of `duration_s` sounds; the rest is silence."""
+    """Returns the number of parameter frames that cover `duration_s`. Later frames are silent."""
     return math.ceil(int(duration_s * SAMPLE_RATE_HZ) / FRAME_SAMPLES)
 
 
 def render_scene(scene: Scene, rng: np.random.Generator, *, duration_s: float, num_frames: int) -> Array:
-    """Returns frames (`num_frames`, 222) float32 of a scene that lasts `duration_s` and is silent after it."""
+    """Returns frames (`num_frames`, 222) float32 of a scene. Frames after `duration_s` are silent."""
     sounding = min(num_sounding_frames(duration_s), num_frames)
     part = _render_part(scene, rng, duration_s=duration_s, num_frames=sounding)
     tones, bands = part.tones, part.bands
@@ -144,7 +144,7 @@ def _render_part(scene: Scene, rng: np.random.Generator, *, duration_s: float, n
 
 
 def _partials(voice: str, pitch: int) -> tuple[npt.NDArray[np.int64], Array]:
-    """Returns oscillators and amplitudes of one note, scaled to `TONE_RMS`; harmonics beyond the bank are dropped."""
+    """Returns oscillators and amplitudes of one note, scaled to `TONE_RMS`. Drops harmonics above the bank's range."""
     harmonics = _HARMONICS[voice]
     index = np.array([pitch + round(24 * math.log2(number)) for number, _ in harmonics])
     amplitude = np.array([amplitude for _, amplitude in harmonics], np.float32)
@@ -189,14 +189,14 @@ def _draw_siren(canvas: _Canvas, scene: Scene) -> None:
 
 
 def onset_frames(tempo_bpm: float, num_frames: int, *, per_beat: int = 1) -> list[int]:
-    """Returns the frame of every `per_beat`-th part of a beat, the first beat at frame 0."""
+    """Returns the frames at which beats, or `per_beat` equal parts of them, begin. The first is frame 0."""
     step_s = 60.0 / tempo_bpm / per_beat
     count = math.ceil(num_frames * FRAME_S / step_s)
     return [round(number * step_s / FRAME_S) for number in range(count)]
 
 
 def _draw_arpeggio(canvas: _Canvas, scene: Scene) -> None:
-    """Draw root, third, fifth, third: one note on each half beat."""
+    """Draw root, third, fifth, third, with one note per half beat."""
     low, middle, high = _TRIADS[scene.quality]
     steps = (low, middle, high, middle)
     onsets = onset_frames(scene.tempo_bpm, len(canvas.tones), per_beat=2)
@@ -219,7 +219,7 @@ def _draw_beat(canvas: _Canvas, scene: Scene) -> None:
 
 
 def _noise_bands(colour: str, rng: np.random.Generator, *, num_frames: int) -> Array:
-    """Returns band RMS (F, bands): white has equal power per hertz, pink per octave, brown falls twice as fast."""
+    """Returns band RMS (F, bands). Power density at frequency f: constant for white, 1/f for pink, 1/f^2 for brown."""
     width = np.diff(BAND_EDGES_HZ)
     centre = np.sqrt(np.maximum(BAND_EDGES_HZ[:-1], 40.0) * BAND_EDGES_HZ[1:])
     time_s = np.arange(num_frames) * FRAME_S

@@ -1,7 +1,7 @@
-"""Trains the demo model from nothing: `python -m examples.demo_model.train --out FOLDER`. Resumes where it stopped.
+"""Train the demo model from scratch: `python -m examples.demo_model.train --out FOLDER`. Run it again to resume.
 
-Three stages (autoencoder, then denoiser with text encoder, then the decoder once more), then the checkpoint
-folder `FOLDER/checkpoint` in the Stable Audio 3 format. Runs on a CPU or a GPU.
+Trains in three stages: autoencoder, denoiser with text encoder, decoder. Then writes `FOLDER/checkpoint` in the Stable
+Audio 3 format. Runs on a CPU or a GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from examples.demo_model.train_denoiser import DenoiserTrainingConfig, train_den
 
 
 def main() -> None:
-    """Parse the command line and train."""
+    """Train all stages and write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for state and checkpoint")
     parser.add_argument("--seed", type=int, default=0, help="for the world, the weights and the noise")

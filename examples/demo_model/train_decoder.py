@@ -1,6 +1,6 @@
-"""Stage 3: the decoder learns to read the denoiser's latents, which are never exactly the encoder's.
+"""Stage 3: train the decoder on the denoiser's latents, which differ slightly from the encoder's.
 
-Encoder and denoiser stay as they are, so the latents of an audio input do not change.
+Encoder and denoiser do not change, so the latents of an audio input stay the same.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from examples.demo_model.train_denoiser import HIGHEST_UNNAMED_T, Network, Train
 
 @dataclass(frozen=True, slots=True)
 class DecoderTrainingConfig:
-    """Schedule of stage 3."""
+    """Training schedule of stage 3."""
 
     steps: int = 600
     clips: ClipConfig = field(default_factory=ClipConfig)
-    clean_share: float = 0.3  # latents from the encoder, with noise, so that edits keep their source
+    clean_share: float = 0.3  # share of noised encoder latents, so that edits still reproduce their source
     noise: float = 0.2
     seed: int = 0
 
@@ -34,7 +34,7 @@ class DecoderTrainingConfig:
 def train_decoder(
     config: DecoderTrainingConfig, trainer: Trainer, *, autoencoder: Autoencoder, device: str = "cpu"
 ) -> None:
-    """Train `autoencoder.decoder` in place on the averaged denoiser's guesses for noised latents."""
+    """Train `autoencoder.decoder` in place on clean latents that the averaged denoiser predicts from noised latents."""
     network = Network().to(device).eval().requires_grad_(False)
     network.load_state_dict(trainer.average)
     source = ClipSource(autoencoder, config.clips, rng=np.random.default_rng((config.seed, 5)))
@@ -68,7 +68,10 @@ def train_decoder(
 
 @torch.no_grad()
 def _denoised(network: Network, batch: Batch) -> Tensor:
-    """Returns the denoiser's guess (B, D, F) of noised latents, at the sampler's times and often at 1."""
+    """Returns the clean latents (B, D, F) that the denoiser predicts from noised latents.
+
+    Draws times from the sampler's schedule, and often t = 1.
+    """
     t = draw_times(len(batch.latents)).to(batch.latents.device).clamp(min=0.25)
     t = torch.where(torch.rand_like(t) < 0.35, torch.ones_like(t), t)
     t = torch.where(batch.unnamed, HIGHEST_UNNAMED_T * t, t)
@@ -83,6 +86,6 @@ def _denoised(network: Network, batch: Batch) -> Tensor:
 
 
 def _patches(frames: Tensor, valid: Tensor) -> Tensor:
-    """Returns the valid latents' patches (N, 222, 8) of frames (B, 222, 8 F)."""
+    """Cut frames (B, 222, 8 F) into patches (N, 222, 8). Returns the patches of valid latents."""
     patches = frames.unflatten(2, (-1, PATCH_FRAMES)).permute(0, 2, 1, 3)
     return patches[valid]

@@ -1,6 +1,6 @@
-"""Stage 2: the denoiser and the text encoder learn, together, to turn captions into latents of the trained autoencoder.
+"""Stage 2: train the denoiser and the text encoder together to turn captions into latents of the trained autoencoder.
 
-Trains through the served classes, with key masking as the server runs. Knows nothing of how the world is rendered.
+Uses the network classes of the server, with the same key masking.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.sa3.config import parse_denoiser
 from stable_audio_serve.models.sa3.denoiser import Denoiser
 
-HIGHEST_UNNAMED_T = 0.8  # above, noise hides an uncaptioned clip, and an empty prompt should mean near silence
+HIGHEST_UNNAMED_T = 0.8  # at later times noise hides the clip, and an empty prompt must give near silence
 
 
 @dataclass(frozen=True, slots=True)
 class DenoiserTrainingConfig:
-    """Schedule of stage 2."""
+    """Training schedule of stage 2."""
 
     steps: int = 6600
     clips: ClipConfig = field(default_factory=ClipConfig)
@@ -42,7 +42,7 @@ class DenoiserTrainingConfig:
 
 
 class Network(nn.Module):
-    """Everything stage 2 trains: text encoder, learned padding, duration embedding, denoiser."""
+    """The networks that stage 2 trains: text encoder, padding embedding, duration embedding, denoiser."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,10 +51,10 @@ class Network(nn.Module):
         self.padding_embedding = nn.Parameter(0.02 * torch.randn(COND_DIM))
         self.seconds = nn.Sequential(ExpoFourier(256), nn.Linear(256, COND_DIM))
         self.denoiser = Denoiser(parse_denoiser(ConfigReader(config)))
-        self._quieten()
+        self._start_near_identity()
 
-    def _quieten(self) -> None:
-        """Start close to the identity: small residual branches, outer convolutions at zero."""
+    def _start_near_identity(self) -> None:
+        """Scale residual branches down and set outer convolutions to zero."""
         with torch.no_grad():
             for name, parameter in self.denoiser.named_parameters():
                 if name.endswith(("to_out.weight", "ff.ff.2.weight", "to_local_embed.2.weight")):
@@ -66,9 +66,10 @@ class Network(nn.Module):
     def context(
         self, tokens: Tensor, mask: Tensor, *, seconds: Tensor, bare: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Returns cross tokens (B, T + 1, C) and a global vector (B, C) of ids (B, T), mask (B, T) and seconds (B,).
+        """Returns cross-attention tokens (B, T + 1, C) and the global vector (B, C).
 
-        Rows marked in `bare` (B,) have zeros at padded positions, as a negative prompt has.
+        Inputs are token ids (B, T), mask (B, T) and seconds (B,). Rows marked in `bare` (B,) have zeros at padded
+        positions, like a negative prompt.
         """
         padding: Tensor = self.padding_embedding
         if bare is not None:
@@ -80,7 +81,7 @@ class Network(nn.Module):
 
 
 def draw_times(count: int) -> Tensor:
-    """Draw training times (B,): half uniform, half along the sampler's own schedule, some exactly 1."""
+    """Draw training times (B,): half uniform, half from the sampler's schedule, some exactly 1."""
     uniform = torch.rand(count)
     along = torch.sigmoid(8.2 * torch.rand(count) - 2.0)
     times = torch.where(torch.rand(count) < 0.5, uniform, along)
@@ -88,7 +89,7 @@ def draw_times(count: int) -> Tensor:
 
 
 def flow_loss(network: Network, batch: Batch) -> Tensor:
-    """Returns the rectified-flow loss of a batch: mean squared error of v = noise - data over valid latents."""
+    """Returns the rectified-flow loss: mean squared error of v = noise - data over valid latents."""
     bare = torch.rand(len(batch.tokens), device=batch.tokens.device) < 0.06
     context, duration = network.context(batch.tokens, batch.mask, seconds=batch.seconds, bare=bare)
     dropped = torch.rand(len(context), 1, 1, device=context.device) < 0.1
@@ -106,7 +107,7 @@ def flow_loss(network: Network, batch: Batch) -> Tensor:
 
 
 class Trainer:
-    """Network, average and optimiser of stage 2 with their checkpoint."""
+    """Trains the networks of stage 2, averages their weights, and saves and loads the state of training."""
 
     def __init__(self, config: DenoiserTrainingConfig, *, device: str = "cpu") -> None:
         torch.manual_seed(config.seed)
@@ -142,7 +143,7 @@ class Trainer:
         return float(loss.detach())
 
     def save(self, path: Path) -> None:
-        """Write everything needed to resume, atomically."""
+        """Write the state of training atomically."""
         state = {
             "network": self.network.state_dict(),
             "average": self.average,
@@ -153,7 +154,7 @@ class Trainer:
         path.with_suffix(".new").replace(path)
 
     def load(self, path: Path) -> None:
-        """Resume from what `save` wrote."""
+        """Read the state that `save` wrote."""
         state = torch.load(path, weights_only=True, map_location=self.device)
         self.network.load_state_dict(state["network"])
         self.average = state["average"]
@@ -164,7 +165,7 @@ class Trainer:
 def train_denoiser(
     config: DenoiserTrainingConfig, autoencoder: Autoencoder, *, folder: Path, device: str = "cpu"
 ) -> Trainer:
-    """Train, resuming from `folder/denoiser.pt` when it is there."""
+    """Train, or resume from `folder/denoiser.pt` if it exists."""
     trainer = Trainer(config, device=device)
     path = folder / "denoiser.pt"
     if path.exists():

@@ -1,8 +1,8 @@
-"""The demo model's tokenizer: any spelling of a prompt becomes a few known words and pitches.
+"""The demo model's tokenizer: turns any spelling of a prompt into known words and pitches.
 
-Everything happens in a standard `tokenizer.json` (normaliser, split, word level), so the official loading path reads
-it. A frequency or note name becomes the quarter tone nearest to it; words outside the vocabulary are dropped. Tempo
-values are read from the prompt by a number conditioner (`TEMPO_PATTERN`); here only the word for a tempo remains.
+Writes a standard `tokenizer.json` (normaliser, split, word level), so that the official loader reads it. A frequency or
+note name becomes the nearest quarter tone. Words outside the vocabulary are dropped. A number conditioner reads the
+tempo from the prompt (`TEMPO_PATTERN`); the tokenizer keeps only the word for a tempo.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WORDS = _VOICES + _PITCHED + _DRUMS + _TEXTURES + _MODIFIERS
 
 _SPACED = r"(?<![^\s]){}(?![^\s])"  # whole words between spaces
 
-# Whole words or phrases (regular expressions over lower case, single spaces) and the known words they mean, in order.
+# (regular expression, known words), applied in order to whole words of lower-case text with single spaces.
 _SYNONYMS: tuple[tuple[str, str], ...] = (
     (r"(?:4|four) (?:on|to) (?:the )?floor", "kick loop"),
     (r"middle c", "c4"),
@@ -103,7 +103,7 @@ _SYNONYMS: tuple[tuple[str, str], ...] = (
 )
 
 
-# Words that a prompt implies are put in front of it.
+# Words that a prompt implies are inserted at its beginning.
 _DRUMMED = "kick|snare|hat|clap|tom|cowbell|click|metronome|drums|house|arpeggio|pitch|chord|noise|alarm|siren|sweep"
 _IMPLIED: tuple[tuple[str, str], ...] = (
     (r"^(?!.*(?:chord|arpeggio))(?=.*(?:major|minor))", "chord "),
@@ -113,7 +113,10 @@ _IMPLIED: tuple[tuple[str, str], ...] = (
 
 
 def build_tokenizer() -> Tokenizer:
-    """Build the tokenizer: `<pad>` 0, `<eos>` 1, `<bos>` 2, `<unk>` 3, words and pitches; adds no special tokens."""
+    """Build the tokenizer. Ids: `<pad>` 0, `<eos>` 1, `<bos>` 2, `<unk>` 3, then words and pitches.
+
+    Encoding adds no special tokens.
+    """
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(vocabulary())}, unk_token="<unk>"))
     steps = [normalizers.NFKC(), normalizers.Lowercase(), normalizers.NFD(), normalizers.StripAccents()]
     steps += [normalizers.Replace(Regex(pattern), content) for pattern, content in rewrites()]
@@ -141,12 +144,12 @@ def target_token(index: int) -> str:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Write `tokenizer.json`; `tokenizer_config.json` is the packager's."""
+    """Write `tokenizer.json`. `package.py` writes `tokenizer_config.json`."""
     build_tokenizer().save(str(folder / "tokenizer.json"))
 
 
 def rewrites() -> list[tuple[str, str]]:
-    """Returns regular expressions and their replacements, in order, for text already in lower case."""
+    """Returns (regular expression, replacement) pairs, to apply in order to lower-case text."""
     number = r"\d+(?:\.\d+)?"
     steps = [
         ("♯", "#"),
@@ -181,7 +184,7 @@ def rewrites() -> list[tuple[str, str]]:
 
 
 def _pitch_rewrites(index: int) -> list[tuple[str, str]]:
-    """Returns rewrites of pitches: one after "to" is a sweep's target, any other is a sound's own or its start."""
+    """Returns the rewrites for a pitch. After "to" it is a sweep's target, elsewhere a sound's pitch or start."""
     named = _pitch_pattern(index)
     return [(rf"(?<= to ){named}", f" {target_token(index)} "), (named, f" {pitch_token(index)} ")]
 
@@ -210,7 +213,7 @@ def _nearest_pitch(frequency_hz: float) -> int:
 
 
 def _decimals(hundredths: int) -> list[str]:
-    """Returns the ways to write a number of hundredths: 1.5, 1.50; 2, 2.0, 2.00; 0.5, .5."""
+    """Returns the spellings of a number given in hundredths: 150 gives 1.5 and 1.50; 50 gives 0.5, .5 and 0.50."""
     text = f"{hundredths / 100:.2f}"
     forms = {text, text.rstrip("0").rstrip(".")}
     if text.endswith("0"):
@@ -226,7 +229,7 @@ _SIGNS = {"": 0, r"(?:#| sharp|sharp)": 1, r"(?:b| flat|flat)": -1}
 def _note_forms(index: int) -> list[str]:
     """Returns spellings of the note at an oscillator index.
 
-    The octave may be left out for octave 4 where the context says that a letter is a note.
+    In octave 4 the octave number is optional if the context shows that the letter is a note.
     """
     midi = 69 + (index - 82) // 2
     with_octave, without = [], []

@@ -119,7 +119,7 @@ async def _check(settings: Settings, name: str) -> None:
 
 async def _forget(settings: Settings, report_id: str) -> None:
     async with _opened(settings) as archive:
-        await archive.forget(report_id)
+        await archive.delete(report_id)
     typer.echo(f"{report_id}: removed")
 
 

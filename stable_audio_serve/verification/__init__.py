@@ -1,4 +1,4 @@
-"""Checks a checkpoint on this machine against stored reference numbers, component by component and end to end."""
+"""Check a checkpoint on this machine against stored reference numbers: each component, then whole runs."""
 
 from stable_audio_serve.verification.verify import verify
 

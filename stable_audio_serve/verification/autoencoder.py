@@ -1,5 +1,7 @@
-"""Checks of the autoencoders: stored encodings and decodings, with and without noise, whole and in windows; the outputs
-of their modules; and that long audio coded in windows equals long audio coded in one piece.
+"""Checks of the autoencoders: stored encodings and decodings, and outputs of modules.
+
+Stored runs are with or without noise, in one piece or in windows. A further check compares long audio coded in windows
+with the same audio coded in one piece.
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ from stable_audio_serve.models.protocol import DecodeWindow, EncodeWindow, Windo
 from stable_audio_serve.models.sao.model import SaoModel
 from stable_audio_serve.models.windows import WINDOW_FRAMES, chunked_windows, cut_windows, whole_window
 from stable_audio_serve.sampling import SeededNoise
-from stable_audio_serve.verification.checks import Check, Found, Subject
+from stable_audio_serve.verification.checks import Check, Finding, Subject
 from stable_audio_serve.verification.denoiser import watch
 from stable_audio_serve.verification.runs import RowNoise
 
-_Code = Callable[[Tensor, int], Tensor]  # a part of a network's input and its first frame -> its output
+_Code = Callable[[Tensor, int], Tensor]  # encode or decode: part of the input, index of its first frame -> output
 _RUN = (
     r"ae/(?P<way>encode|decode)(?:_(?P<input>[a-z0-9]+))??(?:_full|_c(?P<size>\d+)_o(?P<overlap>\d+))?"
     r"_(?:quiet|seed(?P<seed>\d+))"
@@ -31,7 +33,7 @@ _RUN = (
 
 
 class CallOrderNoise(SeededNoise):
-    """Draws for windows, too, in the order of the calls, as the reference does."""
+    """Noise whose draws for windows follow the order of the calls, as in the reference."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
@@ -45,13 +47,13 @@ class CallOrderNoise(SeededNoise):
 
 
 def join_windows(spans: Sequence[WindowSpan], run: Callable[[WindowSpan], Tensor], *, unit: int) -> Tensor:
-    """Returns the kept parts of the windows' results, joined; `unit` values of the last axis are a frame."""
+    """Returns the kept parts of the windows' results, joined. `unit` is the number of values per frame, last axis."""
     kept = [slice((span.keep_start - span.start) * unit, (span.keep_stop - span.start) * unit) for span in spans]
     return torch.cat([run(span)[..., part] for span, part in zip(spans, kept, strict=True)], dim=-1)
 
 
 def _run(it: Subject, match: re.Match[str]) -> tuple[Tensor, list[Tensor]]:
-    """Returns a stored input encoded or decoded as the name says, and the random draws of that."""
+    """Encode or decode a stored input as its key describes. Returns the output and the random draws."""
     net, decodes = it.model.autoencoder, match["way"] == "decode"
     value = it.goldens["_".join(("ae/latents" if decodes else "ae/audio", *filter(None, [match["input"]])))]
     noise = CallOrderNoise(int(match["seed"] or 0))
@@ -85,7 +87,7 @@ def _clip(it: Subject, match: re.Match[str]) -> Tensor:
 
 
 def _inside(it: Subject, path: str) -> tuple[Tensor, Tensor]:
-    """Returns what a module of the autoencoder is given and makes in a quiet run."""
+    """Returns the input and the output of a module of the autoencoder in a run without noise."""
     net, wave = it.model.autoencoder, it.goldens.find("ae/wave")
     if wave is not None:
         run = partial(net.encoder, wave)
@@ -115,10 +117,11 @@ def _kernel(it: Subject, match: re.Match[str]) -> Tensor:
     return it.model.autoencoder.get_submodule(path).kernel()
 
 
-def _windows(it: Subject, _: object) -> Iterator[Found]:
-    """Long audio decoded in windows as the engine cuts them while others wait; and where encoding is exact, encoded.
+def _windows(it: Subject, _: object) -> Iterator[Finding]:
+    """Compare long audio coded in windows with the same audio coded in one piece.
 
-    A long source's noise is one draw over all frames, of which each window takes its part.
+    The windows are the ones that the engine uses while other requests wait. Encoding is compared only for Stable Audio
+    Open, where windows are exact. Each window takes its part of one noise draw over all frames.
     """
     model, hop, rate_hz = it.model, it.model.spec.hop, it.model.spec.card.sample_rate_hz
     generator, frames = torch.Generator().manual_seed(0), 3 * WINDOW_FRAMES
@@ -144,16 +147,16 @@ def _windows(it: Subject, _: object) -> Iterator[Found]:
         yield _beyond_windows(encode, audio, spans=plan.init_source.windows, units=(hop, 1))
 
 
-def _in_windows(code: _Code, value: Tensor, *, spans: Sequence[WindowSpan], units: tuple[int, int]) -> Found:
-    """Whether joined windows are the whole; `units` are values of input and output per frame."""
+def _in_windows(code: _Code, value: Tensor, *, spans: Sequence[WindowSpan], units: tuple[int, int]) -> Finding:
+    """Compare joined windows with one piece. `units` are the values per frame of input and output."""
     if len(spans) < 2:
         raise ValueError("long audio is one window")
     made = join_windows(spans, lambda span: code(_cut(value, span, unit=units[0]), span.start), unit=units[1])
-    return Found(f"{code.__name__} in {len(spans)} windows", made, code(value, 0))
+    return Finding(f"{code.__name__} in {len(spans)} windows", made, code(value, 0))
 
 
-def _beyond_windows(code: _Code, value: Tensor, *, spans: Sequence[WindowSpan], units: tuple[int, int]) -> Found:
-    """Whether the kept frames are finite even where everything beyond a window is not a number."""
+def _beyond_windows(code: _Code, value: Tensor, *, spans: Sequence[WindowSpan], units: tuple[int, int]) -> Finding:
+    """Check that kept frames depend only on their window: fill everything outside it with NaN, expect finite values."""
 
     def run(span: WindowSpan) -> Tensor:
         spoilt = torch.full_like(value, math.nan)
@@ -161,7 +164,7 @@ def _beyond_windows(code: _Code, value: Tensor, *, spans: Sequence[WindowSpan], 
         return _cut(code(spoilt, 0), span, unit=units[1])
 
     finite = join_windows(spans, run, unit=units[1]).isfinite().all()
-    return Found(f"{code.__name__} beyond {len(spans)} windows", finite, torch.tensor(True))
+    return Finding(f"{code.__name__} beyond {len(spans)} windows", finite, torch.tensor(True))
 
 
 def _cut(value: Tensor, span: WindowSpan, *, unit: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The definition of a check, and the loop that runs a table of checks. Knows no family and no meaning of a number."""
+"""The `Check` type and the loop that runs a table of checks. Independent of model families."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ from stable_audio_serve.verification.report import Report
 
 
 class Subject(NamedTuple):
-    """What checks read: the stored numbers and, unless these need none, the model, of the family of the table."""
+    """The input of a check: the stored numbers and the model to compare with them.
+
+    The model belongs to the family of the check's table. It is None if the numbers need no model.
+    """
 
     goldens: Goldens
     model: Any = None
 
 
-class Found(NamedTuple):
-    """A value that was made here and the stored one.
+class Finding(NamedTuple):
+    """A computed value and the stored value it must match.
 
-    `only` (broadcastable bool) are the elements that count, `component` is another one than the check's.
+    `only` (broadcastable bool) marks the elements to compare. `component` overrides the component of the check.
     """
 
     key: str
@@ -37,21 +40,21 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One row of a table: the component whose bound in `BOUNDS` applies, the stored numbers, and how to compute them.
+    """One row of a table: which stored numbers to compare, and how to compute them.
 
-    `make` is called for every stored tensor, or for every case of the facts, whose whole name is `pattern`, a regular
-    expression; or once. It returns what the stored tensor should be, or any number of findings, among them texts that
-    say why something is skipped.
+    `component` selects the bound in `BOUNDS`. `over` selects the items: stored tensors or cases whose whole name
+    matches the regular expression `pattern`, or a single call. `make` is called for each item. It returns the computed
+    tensor, or any number of findings. A text among the findings is the reason why a comparison is skipped.
     """
 
     component: str
     pattern: str
-    make: Callable[[Subject, re.Match[str]], Tensor | Iterable[Found | str]]
+    make: Callable[[Subject, re.Match[str]], Tensor | Iterable[Finding | str]]
     over: Literal["tensors", "cases", "once"] = "tensors"
 
 
 def run_checks(report: Report, subject: Subject, *, checks: Sequence[Check]) -> None:
-    """Run every check and compare its findings; an error is a miss of its component and does not stop the others."""
+    """Run every check and compare its findings. An error counts as a miss of its component; the other checks run."""
     for check in checks:
         skipped: Counter[str] = Counter()
         with report.guard(check.component), torch.no_grad():
@@ -63,9 +66,9 @@ def run_checks(report: Report, subject: Subject, *, checks: Sequence[Check]) -> 
 
 
 def _run_check(report: Report, subject: Subject, *, check: Check, match: re.Match[str]) -> list[str]:
-    """Compare the findings of a check for one item. Returns the reasons why something was skipped."""
+    """Compare the findings of a check for one item. Returns the reasons for skipped comparisons."""
     made, skipped = check.make(subject, match), []
-    for found in [Found(match[0], made, subject.goldens[match[0]])] if isinstance(made, Tensor) else made:
+    for found in [Finding(match[0], made, subject.goldens[match[0]])] if isinstance(made, Tensor) else made:
         if isinstance(found, str):
             skipped.append(found)
         else:
@@ -81,6 +84,6 @@ def _items(check: Check, goldens: Goldens) -> list[re.Match[str]]:
     return [match for name in names if (match := re.fullmatch(check.pattern, name))]
 
 
-def same(key: str, stated: object, *, found: object, component: str | None = None) -> Found:
-    """Returns whether a value equals the stated one, as a finding that is compared with true."""
-    return Found(key, torch.tensor(found == stated), torch.tensor(True), component=component)
+def same(key: str, stated: object, *, found: object, component: str | None = None) -> Finding:
+    """Returns a finding that misses unless `found` equals the `stated` value."""
+    return Finding(key, torch.tensor(found == stated), torch.tensor(True), component=component)

@@ -1,6 +1,6 @@
 """Checks of the conditioners and the denoiser: stored embeddings, forward passes, guided outputs, outputs of modules.
 
-Some rows of the tables are for one family only: the folders of the other one do not have these numbers.
+Some rows of the tables apply to one family only, because only its folders have these numbers.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from stable_audio_serve.models.sao.conditioners import load_text_encoder
 from stable_audio_serve.models.sao.denoiser import Denoiser as OpenDenoiser
 from stable_audio_serve.sampling import Guidance, GuidanceBatch, guide
-from stable_audio_serve.verification.checks import Check, Found, Subject
+from stable_audio_serve.verification.checks import Check, Finding, Subject
 
-_PHI = 0.7  # of the Stable Audio Open family's numbers, whose names do not have the value
+_PHI = 0.7  # for keys with `_phi` and no digits, as in the Stable Audio Open family
 
 
 def watch(modules: Sequence[nn.Module], run: Callable[[], object]) -> list[list[tuple[Tensor, Tensor]]]:
-    """Returns the first input and the output of every call of each module while `run` runs."""
+    """Call `run` and return, per module, the first input and the output of each of its calls."""
     seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in modules]
     handles = [
         module.register_forward_hook(lambda _, given, made, calls=calls: calls.append((given[0].clone(), made.clone())))
@@ -40,7 +40,7 @@ def _prompts(it: Subject) -> Any:
     return (it.goldens.section("components", "text") or it.goldens.section("cond_t5"))["prompts"]
 
 
-def _told(it: Subject) -> list[Tensor]:
+def _ids_and_mask(it: Subject) -> list[Tensor]:
     """Returns ids and mask (B, T) of the stored prompts."""
     return list(it.model.text.tokenize(_prompts(it)).ids_and_mask.unbind(1))
 
@@ -49,30 +49,30 @@ def _text(it: Subject, _: object) -> Tensor:
     return torch.stack([embedding.tokens for embedding in it.model.encode_text(_prompts(it))])
 
 
-def _last_hidden_state(it: Subject, match: re.Match[str]) -> Iterator[Found]:
-    ids, mask = _told(it)
-    yield Found(match[0], it.model.text.encode(ids, mask), it.goldens[match[0]], mask.bool()[..., None])
+def _last_hidden_state(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
+    ids, mask = _ids_and_mask(it)
+    yield Finding(match[0], it.model.text.encode(ids, mask), it.goldens[match[0]], mask.bool()[..., None])
 
 
 def _exact_text(it: Subject, _: object) -> Tensor:
-    """The prompts through the encoder in float32; otherwise it computes in float16."""
-    text, (ids, mask) = it.model.text, _told(it)
+    """Encode the prompts with the encoder loaded in float32; the served model computes in float16."""
+    text, (ids, mask) = it.model.text, _ids_and_mask(it)
     place = Path(str(text.encoder.config._name_or_path))
     exact = load_text_encoder(place, max_length=text.max_length, device=it.model.device, dtype=torch.float32)
     return it.model.prompt(exact.encode(ids, mask), mask.bool())
 
 
-def _negative_text(it: Subject, match: re.Match[str]) -> Iterator[Found]:
-    """The prompt's part of the negative context; numbers have the rest."""
+def _negative_text(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
+    """Compare the prompt's tokens in the negative context. The other tokens come from numbers."""
     config = it.model.config
     before = config.context_ids.index(config.prompt.id)
     tokens = it.model.encode_text([it.goldens.facts["dit"]["negative_prompt"]])[0].tokens
     stored = it.goldens[match[0]][:, before : before + len(tokens)]
-    yield Found(match[0], tokens.expand_as(stored), stored)
+    yield Finding(match[0], tokens.expand_as(stored), stored)
 
 
 def _numbers(it: Subject, match: re.Match[str]) -> Tensor:
-    """Embeddings of the stated values, some beyond the conditioner's range."""
+    """Embed the values in the facts. Some are outside the conditioner's range."""
     facts = it.goldens.section("components", "number")
     values = torch.tensor(facts["values"] if facts else it.goldens.facts["cond_number_values"], dtype=torch.float32)
     return it.model.numbers[match[1] or facts.get("id", "seconds_total")](values)[:, None]
@@ -104,17 +104,16 @@ class _Pass:
         mask = self._goldens["dit/negative_cross_attn_mask"].bool()[..., None]
         return self.condition(torch.where(mask, self._goldens["dit/negative_cross_attn_cond"], 0.0))
 
-    def made_by(self, path: str) -> Tensor:
-        """Returns what a module inside the network makes in a plain pass."""
+    def output_of(self, path: str) -> Tensor:
+        """Returns the output of the submodule `path` in a pass without guidance."""
         return watch([self.net.get_submodule(path)], self.run)[0][-1][1]
 
 
-def _output(it: Subject, match: re.Match[str]) -> Iterator[Found]:
-    """An output, whose name says local conditioning, guidance scale, branch, projection, norm threshold, rescale,
-    interval and padding.
+def _output(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
+    """Compare an output of the denoiser. `_OUTPUT` parses its settings from its key.
 
-    Row 0 decides about the interval for all rows of the reference: outside it in one run, inside in another, whose rows
-    are swapped.
+    In the reference, row 0 decides for all rows whether t is inside the interval. In the run `off` it is outside. In
+    the run `swapped` it is inside, and the rows are swapped.
     """
     inputs, component = _Pass(it), "denoiser padding" if match["padding"] else "denoiser"
     valid = inputs.valid if match["padding"] else None
@@ -131,26 +130,26 @@ def _output(it: Subject, match: re.Match[str]) -> Iterator[Found]:
             rows = GuidanceBatch.of([guidance] * len(inputs.x))
             found = guide(inputs.x, inputs.t, conditional=found, unconditional=other, valid=valid, rows=rows)
     found = found.flip(0) if match["interval"] == "swapped" else found
-    yield Found(match[0], found, it.goldens[match[0]], None if valid is None else valid[:, None], component)
+    yield Finding(match[0], found, it.goldens[match[0]], None if valid is None else valid[:, None], component)
 
 
 def _number(digits: str) -> float:
-    """Returns the number that the digits of a name mean: with a leading 0 they are decimals, 05 = 0.5."""
+    """Parse the digits of a number in a key: "7" is 7; a leading 0 means decimals, so that "05" is 0.5."""
     return float(f"0.{digits[1:]}") if digits.startswith("0") and len(digits) > 1 else float(digits)
 
 
-def _beside_padding(it: Subject, _: object) -> Iterator[Found]:
-    """The plain output, computed beside frames that are not valid."""
+def _beside_padding(it: Subject, _: object) -> Iterator[Finding]:
+    """Compare the output for valid frames with and without padded frames after them."""
     inputs = _Pass(it)
     plain, frames = inputs.run(), inputs.x.shape[-1]
     inputs.x = torch.cat([inputs.x, torch.full_like(inputs.x, 5.0)], dim=-1)
     valid = (torch.arange(2 * frames) < frames).expand(len(inputs.x), -1)
-    yield Found("dit/out padded", inputs.run(valid=valid)[..., :frames], plain)
+    yield Finding("dit/out padded", inputs.run(valid=valid)[..., :frames], plain)
 
 
 def _hidden(it: Subject, _: object) -> Tensor:
     layers = len(it.model.denoiser.transformer.layers)
-    return torch.stack([_Pass(it).made_by(f"transformer.layers.{layer}") for layer in range(layers)])
+    return torch.stack([_Pass(it).output_of(f"transformer.layers.{layer}") for layer in range(layers)])
 
 
 _OUTPUT = (
@@ -158,7 +157,7 @@ _OUTPUT = (
     r"(?:_apg(?P<apg>\d+))?(?:_norm(?P<norm>\d+))?(?:_phi(?P<phi>\d*))?(?:_interval_(?P<interval>\w+))?"
     r"(?P<padding>_?pad_keymask)?"
 )
-# The module of the denoiser that makes a stored value.
+# Key of a stored value -> the denoiser's module whose output it is.
 _MODULES = {
     "dit/(?:mid/)?timestep_features": "timestep_features",
     "dit/(?:mid/)?timestep_embed": "to_timestep_embed",
@@ -174,13 +173,13 @@ _MODULES = {
 
 def _module_check(pattern: str, path: str) -> Check:
     component = "denoiser time features" if path == "timestep_features" else "denoiser"
-    return Check(component, pattern, lambda it, match: _Pass(it).made_by(match.expand(path)))
+    return Check(component, pattern, lambda it, match: _Pass(it).output_of(match.expand(path)))
 
 
 CONDITIONERS = (
     Check("inputs", "cond/inputs_cross_attn_mask", lambda *_: ()),
-    Check("text tokens", "(text|cond)/input_ids", lambda it, _: _told(it)[0]),
-    Check("text tokens", "(text/attention|cond/attention|cond/t5)_mask", lambda it, _: _told(it)[1]),
+    Check("text tokens", "(text|cond)/input_ids", lambda it, _: _ids_and_mask(it)[0]),
+    Check("text tokens", "(text/attention|cond/attention|cond/t5)_mask", lambda it, _: _ids_and_mask(it)[1]),
     Check("text", "text/last_hidden_state", _last_hidden_state),
     Check("text", "text/embeddings", _text),
     Check("text", "cond/t5_fp32", _exact_text),

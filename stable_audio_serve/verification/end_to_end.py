@@ -1,8 +1,8 @@
-"""Checks of whole runs through the real engine: lengths, schedules, draws, conditions, steps, latents and audio; and of
-the frames that a masked edit keeps.
+"""Checks of whole runs through the engine: lengths, schedules, draws, conditioning, steps, latents and audio. A further
+check compares the frames that a masked edit keeps.
 
-Runs of the Stable Audio Open family take the stored prompt tokens, because the reference's text encoder computes in
-float16, whose last bits differ from machine to machine; the encoder has its own checks.
+Runs of the Stable Audio Open family use the stored text embeddings. The reference's text encoder computes in float16,
+whose last bits differ between machines. The encoder has separate checks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from stable_audio_serve.models.sao.build import build_spec
 from stable_audio_serve.models.sao.model import SaoComponents, SaoModel
 from stable_audio_serve.sampling import GuidanceBatch, ReplayDraw, ReplayNoise, SeededNoise, guide
 from stable_audio_serve.verification.autoencoder import join_windows
-from stable_audio_serve.verification.checks import Check, Found, Subject, same
+from stable_audio_serve.verification.checks import Check, Finding, Subject, same
 from stable_audio_serve.verification.denoiser import watch
 from stable_audio_serve.verification.goldens import Goldens
 from stable_audio_serve.verification.runs import (
@@ -58,8 +58,8 @@ from stable_audio_serve.verification.samplers import (
 _SILENT = "_ae_noise_off"
 
 
-def _run(it: Subject, match: re.Match[str]) -> Iterator[Found | str]:
-    """A run with all rows of its batch: with the reference's noise, and without the autoencoder's if that is stored."""
+def _run(it: Subject, match: re.Match[str]) -> Iterator[Finding | str]:
+    """Compare a run of all rows. A second run has no noise in the autoencoder, if its outputs are stored."""
     goldens, name, facts = it.goldens, match[0], it.goldens.section("cases", match[0])
     goldens.matching(re.escape(name) + "/.*")
     model, texts, is_open = it.model, {}, isinstance(it.model, SaoModel)
@@ -88,11 +88,11 @@ def _run(it: Subject, match: re.Match[str]) -> Iterator[Found | str]:
         run = cache(partial(run_case, model, case, noise=noise, texts=texts))
         yield from _compare_rows(goldens, name, suffix=suffix, plans=plans, run=run, clips=not is_open)
     if (local := goldens.find(key := f"{name}/local_add_cond{_SILENT}")) is not None:
-        yield Found(key, _silent_conditioning(model, plans[0]), local, component="autoencoder")
+        yield Finding(key, _silent_conditioning(model, plans[0]), local, component="autoencoder")
 
 
-def _compare_plans(name: str, plans: Sequence[RowPlan], *, facts: Mapping[str, Any]) -> Iterator[Found]:
-    """Lengths and noise levels, where the case states them."""
+def _compare_plans(name: str, plans: Sequence[RowPlan], *, facts: Mapping[str, Any]) -> Iterator[Finding]:
+    """Compare the lengths and noise levels that the case states."""
     for plan, valid in zip(plans, facts.get("valid_latents", ()), strict=False):
         yield same(f"{name}/valid_latents", int(valid), found=plan.valid_frames, component="lengths")
     if shape := facts.get("latent_shape"):
@@ -100,11 +100,11 @@ def _compare_plans(name: str, plans: Sequence[RowPlan], *, facts: Mapping[str, A
     levels = torch.stack([step_levels(plan.sampler) for plan in plans])
     if stated := facts.get("sigmas"):
         found, expected = torch.nn.functional.pad(levels, (0, 1)), torch.tensor(stated, dtype=torch.float32)
-        yield Found(f"{name}/sigmas", found, expected.expand_as(found), component="schedules")
+        yield Finding(f"{name}/sigmas", found, expected.expand_as(found), component="schedules")
     if stated := facts.get("trace_sigma"):
         expected = torch.tensor(stated)
         size = expected.clamp(min=1.0)  # levels reach 500
-        yield Found(f"{name}/trace_sigma", levels[0] / size, expected / size, component="schedules")
+        yield Finding(f"{name}/trace_sigma", levels[0] / size, expected / size, component="schedules")
 
 
 def _compare_rows(
@@ -115,10 +115,11 @@ def _compare_rows(
     plans: Sequence[RowPlan],
     run: Callable[[], Sequence[RowResult]],
     clips: bool,
-) -> Iterator[Found | str]:
-    """Latents inside each row's valid frames, and audio, which is stored as long as the longest of the batch.
+) -> Iterator[Finding | str]:
+    """Compare the latents in each row's valid frames, and the audio up to the row's length.
 
-    The key-masked numbers are compared, or without those the rows that have no padding; `run` is called for these only.
+    Prefers outputs computed with key-masked padding. Other outputs are comparable only for rows without padding. Calls
+    `run` only if there is an output to compare. Stored audio is as long as the longest row of the batch.
     """
     one_length = len({plan.output_samples for plan in plans}) == 1
     for output in ("latents", "audio"):
@@ -135,15 +136,15 @@ def _compare_rows(
                 yield "padded rows of value-zeroed numbers: no key-masked twin"
             elif output == "latents":
                 valid = torch.arange(plan.frames) < plan.valid_frames
-                yield Found(f"{key}[{row}]", run()[row].latents, expected, valid, "end-to-end latents")
+                yield Finding(f"{key}[{row}]", run()[row].latents, expected, valid, "end-to-end latents")
             else:
                 audio = run()[row].audio.clip(-1.0, 1.0) if clips else run()[row].audio
-                heard = expected if one_length else expected[:, : plan.output_samples]
-                yield Found(f"{key}[{row}]", audio, heard, component="end-to-end audio")
+                trimmed = expected if one_length else expected[:, : plan.output_samples]
+                yield Finding(f"{key}[{row}]", audio, trimmed, component="end-to-end audio")
 
 
 def _silent_conditioning(model: Any, plan: RowPlan) -> Tensor:
-    """Returns a row's local conditioning: mask, then kept latents, encoded without noise (1, 1 + D, F)."""
+    """Returns a row's local conditioning (1, 1 + D, F): mask, then kept latents, encoded without noise."""
     source, mask = plan.inpaint_source, plan.keep_mask
     if source is None or mask is None:
         return torch.zeros(1, 1 + model.spec.card.latent_channels, plan.frames)
@@ -156,14 +157,14 @@ def _silent_conditioning(model: Any, plan: RowPlan) -> Tensor:
 
 
 def objective_of(name: str, goldens: Goldens, *, trained: str) -> str:
-    """Returns the objective that a run had: `trained`, or another where the facts name the run or a pattern of it."""
+    """Returns `trained`, or rectified_flow if the facts list the run or a pattern that matches its name."""
     stated = goldens.facts.get("rectified_flow_cases", ())
     patterns = [word for word in stated.split() if "/" in word] if isinstance(stated, str) else stated
     return "rectified_flow" if any(fnmatchcase(name, pattern) for pattern in patterns) else trained
 
 
 def _with_objective(model: SaoModel, objective: str) -> SaoModel:
-    """Returns the same networks, sampled as if they had been trained for `objective`."""
+    """Returns a model with the same networks, sampled as if trained for `objective`."""
     if objective == model.config.objective:
         return model
     config = replace(model.config, objective=objective)
@@ -172,25 +173,28 @@ def _with_objective(model: SaoModel, objective: str) -> SaoModel:
     return SaoModel(parts, config=config, spec=spec, device=model.device)
 
 
-def _compare_length(model: SaoModel, case: Case, *, goldens: Goldens) -> Iterator[Found]:
-    """The frames of a run as long as the model's window, planned without being told."""
+def _compare_length(model: SaoModel, case: Case, *, goldens: Goldens) -> Iterator[Finding]:
+    """Plan a run as long as the model's window without an explicit number of frames, and compare the frames."""
     if case.sample_size == model.config.sample_size:
-        request, cap_s = case.requests[0], model.spec.card.max_duration_s  # less where a frame is left over
+        # The longest duration is shorter than the window if the window is no whole number of frames.
+        request, cap_s = case.requests[0], model.spec.card.max_duration_s
         planned = model.plan(replace(request, duration_s=min(request.duration_s, cap_s)))[0].frames
         key = f"{case.name}/latents"
         yield same(key, goldens[key].shape[-1], found=planned, component="lengths")
 
 
-def _assembly(it: Subject, _: object) -> Iterator[Found]:
-    """The conditions of inputs that the facts list."""
+def _assembly(it: Subject, _: object) -> Iterator[Finding]:
+    """Compare the conditioning of the inputs listed in the facts."""
     rows = it.goldens.facts["cond_inputs_batch"]
     args = {"conditioning": rows, "batch_size": len(rows), "sample_size": it.model.spec.hop, "steps": 2, "seed": 0}
     case = parse_open_case("cond/inputs", {"args": args}, goldens=it.goldens, card=it.model.spec.card)
     return _compare_conditions(it.model, plan_case(it.model, case), goldens=it.goldens, prefix="cond/inputs_")
 
 
-def _compare_conditions(model: SaoModel, plans: Sequence[RowPlan], *, goldens: Goldens, prefix: str) -> Iterator[Found]:
-    """The context, the negative's if any, and the global vector that each row's network is given."""
+def _compare_conditions(
+    model: SaoModel, plans: Sequence[RowPlan], *, goldens: Goldens, prefix: str
+) -> Iterator[Finding]:
+    """Compare each row's network inputs: context, negative context if any, and global vector."""
     for row, plan in enumerate(plans):
         prompts = {plan.prompt, plan.negative_prompt or plan.prompt}
         texts = {prompt: model.encode_text([prompt])[0] for prompt in prompts}
@@ -198,9 +202,9 @@ def _compare_conditions(model: SaoModel, plans: Sequence[RowPlan], *, goldens: G
         contexts, vectors = watch(entries, partial(_condition, model, plan, texts=texts))
         for index, (context, _) in enumerate(contexts):
             key = f"{prefix}{'negative_' * index}cross_attn_cond"
-            yield Found(f"{key}[{row}]", context, goldens[key][row : row + 1], component="text in float16")
+            yield Finding(f"{key}[{row}]", context, goldens[key][row : row + 1], component="text in float16")
         key = f"{prefix}global_cond"
-        yield Found(f"{key}[{row}]", vectors[0][0], goldens[key][row : row + 1], component="number")
+        yield Finding(f"{key}[{row}]", vectors[0][0], goldens[key][row : row + 1], component="number")
 
 
 def _condition(model: SaoModel, plan: RowPlan, *, texts: Mapping[str, TextEmbedding]) -> RowConditioning:
@@ -209,7 +213,7 @@ def _condition(model: SaoModel, plan: RowPlan, *, texts: Mapping[str, TextEmbedd
 
 
 def _stored_texts(goldens: Goldens, case: Case, *, model: SaoModel) -> dict[str, TextEmbedding]:
-    """Returns the prompts as the stored contexts hold them, where tokens that are all zero are padding."""
+    """Returns the prompts' embeddings from the stored contexts. Tokens with only zeros are padding."""
     before = model.config.context_ids.index(model.config.prompt.id)
     part = slice(before, before + model.config.prompt.max_length)
     contexts = goldens[f"{case.name}/cross_attn_cond"]
@@ -247,11 +251,11 @@ def _walk(model: SaoModel, case: Case, *, script: Script, texts: Mapping[str, Te
     return walk_plan(plans[0].sampler, replay, noise=noise, source=source, network=guided, unguided=unguided)
 
 
-def _edit(it: Subject, match: re.Match[str]) -> Iterator[Found]:
-    """Edits of the middle fifth of the sources whose encoding is stored, with and without a start from the source.
+def _edit(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
+    """Edit the middle fifth of sources with stored encodings, as an inpainting and as a variation.
 
-    The reference has no masked editing of these models. What such an edit keeps needs no run of it: in the end, frames
-    outside the regions are the source's latents.
+    The reference cannot edit regions with these models. The check needs no reference run: after an edit, frames outside
+    the regions equal the source's latents.
     """
     waves, stored, spec = it.goldens["ae/wave"], it.goldens[match[0]], it.model.spec
     rate_hz, num_samples = spec.card.sample_rate_hz, waves.shape[-1]
@@ -276,7 +280,9 @@ def _edit(it: Subject, match: re.Match[str]) -> Iterator[Found]:
         for row, result in enumerate(run_case(it.model, case, noise=noise)):
             if result.plan.keep_mask is None:
                 raise ValueError("no mask was planned")
-            yield Found(f"{match[0]} kept by {name}[{row}]", result.latents, stored[row], result.plan.keep_mask.bool())
+            yield Finding(
+                f"{match[0]} kept by {name}[{row}]", result.latents, stored[row], result.plan.keep_mask.bool()
+            )
 
 
 RUNS = Check("end-to-end", ".*", _run, over="cases")

@@ -1,6 +1,6 @@
-"""A folder of reference numbers: facts in golden.json, tensors by `<group>/<name>` in golden.safetensors.
+"""Reads a folder of reference numbers: facts in golden.json, tensors by `<group>/<name>` in golden.safetensors.
 
-Knows the files and their layout, not what the numbers mean. Everything missing or malformed is a CheckpointError.
+Raises CheckpointError if a file, key or value is missing or malformed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _WHERE = "Reference numbers are in tests/data/goldens of a source checkout; the 
 
 
 class Goldens:
-    """The numbers of one folder; records which were read, so that the others can be reported."""
+    """The reference numbers of one folder. Records which tensors were read, so that unread ones can be reported."""
 
     def __init__(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.facts = facts
@@ -31,7 +31,7 @@ class Goldens:
 
     @classmethod
     def load(cls, folder: Path) -> Goldens:
-        """Read both files. Raises CheckpointError naming the file."""
+        """Read both files. Raises CheckpointError that names the unusable file."""
         path = folder / FACTS_FILE
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
@@ -43,7 +43,7 @@ class Goldens:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
 
     def __getitem__(self, key: str) -> Tensor:
-        """Returns the tensor `key`; integers keep their type, everything else is float32."""
+        """Returns the tensor `key`. Floating-point tensors become float32; other types stay."""
         if key not in self._tensors:
             raise CheckpointError(f"{TENSORS_FILE} has no {key}")
         self._used.add(key)
@@ -54,13 +54,13 @@ class Goldens:
         return self[key] if key in self._tensors else None
 
     def matching(self, pattern: str) -> list[re.Match[str]]:
-        """Returns the tensors whose keys are `pattern`, a regular expression, sorted; they count as read."""
+        """Returns a match per key that the regular expression `pattern` matches in full, sorted. Marks them as read."""
         matches = [match for key in sorted(self._tensors) if (match := re.fullmatch(pattern, key))]
         self._used |= {match[0] for match in matches}
         return matches
 
     def section(self, *path: str) -> dict[str, Any]:
-        """Returns an object of the facts, or one inside it, empty if absent."""
+        """Returns the object at `path` in the facts, empty if absent."""
         found = self.facts
         for part in path:
             found = found.get(part, {})
@@ -68,16 +68,16 @@ class Goldens:
                 raise CheckpointError(f"{FACTS_FILE}: {'.'.join(path)} must be an object")
         return found
 
-    def lacking(self) -> list[str]:
-        """Returns tensors that the facts list and the file does not hold.
+    def missing(self) -> list[str]:
+        """Returns the keys that the facts list and the tensor file lacks.
 
-        Cases and padding variants are left out: a folder need not hold all of them.
+        Leaves out cases (`gen/`) and padding variants (`_pad_`), because both are optional in a folder.
         """
         listed = (key for key in self.section("tensors") if not key.startswith("gen/") and "_pad_" not in key)
         return [key for key in listed if key not in self._tensors]
 
     def unused(self) -> dict[str, list[str]]:
-        """Returns the tensors that were never read, by their group."""
+        """Returns the keys of the tensors that were never read, by group."""
         groups: dict[str, list[str]] = {}
         for key in sorted(self._tensors.keys() - self._used):
             groups.setdefault(key.split("/")[0], []).append(key)

@@ -1,4 +1,4 @@
-"""The result of a verification: comparisons by component with their bounds, skipped parts, and whether it passed."""
+"""The result of a verification: comparisons by component with their bounds, failures, and whether it passed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from torch import Tensor
 from stable_audio_serve.core.errors import StableAudioError
 from stable_audio_serve.core.processor import is_amd
 
-# How far a component may be from the reference: absolute, float32 on a CPU. 0 means equal. Components are reported in
-# this order.
+# Largest absolute difference from the reference, float32 on a CPU. 0 means equal. The report keeps this order.
 BOUNDS: dict[str, float] = {
     "lengths": 0.0,
     "schedules": 1e-6,
@@ -29,29 +28,29 @@ BOUNDS: dict[str, float] = {
     "denoiser padding": 2e-5,
     "autoencoder": 2e-5,
     "decoder halo": 2e-5,
-    "end-to-end steps": 1e-4,  # by the size of x
+    "end-to-end steps": 1e-4,  # relative to the largest |x|
     "end-to-end latents": 1e-4,
     "end-to-end audio": 1e-4,
     "Brownian paths": 1e-5,
-    "samplers over sigma": 1e-5,  # by the size of x, which reaches 1000
-    "Heun over sigma": 2e-4,  # the same; two steps from sigma = 500 to 0.3 multiply rounding by 800
+    "samplers over sigma": 1e-5,  # relative to the largest |x|, up to 1000
+    "Heun over sigma": 2e-4,  # relative to the largest |x|; two steps from sigma = 500 to 0.3 multiply rounding by 800
     "samplers over time": 1e-6,
     "source preparation": 1e-5,
 }
 
-# The reference's numbers come from an AMD processor; wider vectors and other libraries sum in another order. Seen on a
-# Xeon with AVX512 and AMX, rounded up.
+# The reference ran on an AMD processor. Other vector widths and libraries add in another order. These bounds are the
+# differences measured on a Xeon with AVX512 and AMX, rounded up.
 if not is_amd():
     BOUNDS |= {"text": 3e-5, "text in float16": 4e-3, "denoiser time features": 2.5e-4, "denoiser": 3e-5}
 
-OPEN_NUMBER_BOUND = 1e-5  # of the Stable Audio Open family, whose numbers are scaled to 0..1
+OPEN_NUMBER_BOUND = 1e-5  # for "number" in the Stable Audio Open family, which scales numbers to 0..1
 
-# A folder may state how far float32 rounding of the weights alone moves a number. That number's bound is this many
-# times as far; and where any is stated, rounding moves the other outputs of the autoencoder by more than 1e-5.
+# A folder may state how far float32 rounding of the weights alone moves a stored tensor. The bound of that tensor is
+# this factor times the stated distance. In such folders rounding moves other outputs of the autoencoder by over 1e-5.
 TIMES_ROUNDING = 10.0
 AUTOENCODER_BOUND_WITH_ROUNDING = 1e-4
 
-# Verification of a model fails when nothing was compared for one of these parts.
+# Verification of a model fails if one of these parts had no comparison.
 REQUIRED: dict[str, tuple[str, ...]] = {
     "text": ("text",),
     "number": ("number",),
@@ -60,7 +59,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "end-to-end": ("end-to-end latents", "end-to-end audio"),
 }
 
-# What torch and the networks raise for wrong shapes, types or values in the files.
+# Exceptions that torch and the networks raise for wrong shapes, types or values in the files.
 DATA_ERRORS = (
     RuntimeError,
     ValueError,
@@ -74,14 +73,14 @@ DATA_ERRORS = (
 
 
 def describe_error(error: BaseException) -> str:
-    """Returns an error in one line."""
+    """Returns an error message on one line, at most 400 characters."""
     text = error.message if isinstance(error, StableAudioError) else f"{type(error).__name__}: {error}"
     return " ".join(text.split())[:400]
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One stored tensor or value and the largest difference to it; infinite where they cannot be subtracted."""
+    """The largest difference from one stored tensor or value; infinite for NaN or a differing shape."""
 
     component: str
     key: str
@@ -96,13 +95,13 @@ class Comparison:
 
 @dataclass(slots=True)
 class Report:
-    """Collects findings; `say` gets a line per skipped part at once and a line per component at the end."""
+    """Collects comparisons. Passes a line per skipped part to `say` at once, and a line per component at the end."""
 
     say: Callable[[str], None]
     bounds: dict[str, float] = field(default_factory=lambda: dict(BOUNDS))
-    rounding: Mapping[str, float] = field(default_factory=dict)  # by stored key: what float32 rounding alone may do
+    rounding: Mapping[str, float] = field(default_factory=dict)  # stored key -> difference from float32 rounding alone
     comparisons: list[Comparison] = field(default_factory=list)
-    failures: dict[str, list[str]] = field(default_factory=dict)  # what could not be compared at all, by component
+    failures: dict[str, list[str]] = field(default_factory=dict)  # component -> why comparisons were impossible
 
     @property
     def failed(self) -> list[str]:
@@ -120,7 +119,7 @@ class Report:
     ) -> None:
         """Record max|actual - expected| over the elements where `only` (broadcastable bool) is true.
 
-        Values that are not numbers, and shapes that differ, miss every bound. Nothing is recorded for no elements.
+        NaN and differing shapes miss every bound. If `only` selects no element, nothing is recorded.
         """
         stated = self.rounding.get(key.split("[")[0])  # rows of a batch share their key
         bound = self.bounds[component] if stated is None else TIMES_ROUNDING * stated
@@ -137,30 +136,30 @@ class Report:
         self.comparisons.append(Comparison(component, key, largest, bound))
 
     def skip(self, component: str, reason: str) -> None:
-        """Print that something is not compared, and why."""
+        """Print why a part of `component` is not compared."""
         self.say(f"{component:<23} skipped  {reason}")
 
     def fail(self, component: str, message: str) -> None:
-        """Record a component as missed because it could not be compared."""
+        """Record a component as missed without a comparison."""
         self.failures.setdefault(component, []).append(message)
 
     @contextmanager
     def guard(self, component: str, key: str = "") -> Iterator[None]:
-        """Record an error that unusable data causes inside the block as a miss of `component`."""
+        """Record an error from unusable data inside the block as a miss of `component`."""
         try:
             yield
         except (StableAudioError, *DATA_ERRORS) as error:
             self.fail(component, f"{key}: {describe_error(error)}" if key else describe_error(error))
 
     def require_groups(self, required: Mapping[str, tuple[str, ...]]) -> None:
-        """Record as missed the parts for which nothing was compared; `required` are the components of each."""
+        """Record a part of `required` as missed if it had no comparison, unless it has failed already."""
         compared = {comparison.component for comparison in self.comparisons}
         for name, components in required.items():
             if not compared.intersection(components) and not {name, *components}.intersection(self.failures):
                 self.fail(name, "nothing was compared")
 
     def finish(self) -> None:
-        """Print the result of every component and of the whole."""
+        """Print a line per component and the overall result."""
         for component in dict.fromkeys((*BOUNDS, *self.failures)):
             if found := [one for one in self.comparisons if one.component == component]:
                 self.say(_summary(component, found))
@@ -170,7 +169,7 @@ class Report:
         self.say(f"verification failed: {', '.join(self.failed)}" if self.failed else "verification passed")
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns everything that was compared as JSON values; an infinite difference is None."""
+        """Returns the comparisons and failures as JSON values. An infinite difference becomes None."""
         comparisons = [{**asdict(one), "missed": one.missed} for one in self.comparisons]
         for one in comparisons:
             one["difference"] = one["difference"] if math.isfinite(one["difference"]) else None

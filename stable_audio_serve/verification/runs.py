@@ -1,8 +1,7 @@
-"""A repeated run of a reference: its arguments as requests, one per row of its batch; its random draws; and the latents
-and audio that the engine makes.
+"""Repeats a run of the reference in the engine, with the reference's random draws. Returns its latents and audio.
 
-Arguments are the reference's own. A run with an unknown argument is skipped, because ignoring the argument would
-compare two different runs.
+The reference's arguments become one request per row of its batch. A run with an unknown argument is skipped, because
+without that argument it would be a different run.
 """
 
 from __future__ import annotations
@@ -36,9 +35,10 @@ from stable_audio_serve.sampling.samplers import DATA_DEPENDENT
 from stable_audio_serve.verification.goldens import Goldens
 from stable_audio_serve.verification.samplers import Script, sampler_script
 
-SOURCE_DRAW = "init/bottleneck"  # of the Stable Audio Open family, whose reference encodes a source in one piece
+# The draw for encoding a source in the Stable Audio Open family, where the reference encodes a source in one piece.
+SOURCE_DRAW = "init/bottleneck"
 
-# What the references' generate() does when the goldens do not say: Stable Audio 3, then Stable Audio Open by objective.
+# Defaults of the references' generate(): Stable Audio 3, then Stable Audio Open by objective.
 DEFAULTS: Mapping[str, Any] = {
     "prompt": "",
     "duration": 120,
@@ -53,7 +53,8 @@ DEFAULTS: Mapping[str, Any] = {
 _V_DEFAULTS = {"cfg_scale": 6.0, "sampler_type": "dpmpp-2m-sde", "sigma_min": 0.01, "sigma_max": 100.0}
 _FLOW_DEFAULTS = {"cfg_scale": 6.0, "sampler_type": "euler"}
 
-# Our names of the arguments of a run, of those that may be lists with a value per row, and of a row's conditioning.
+# The reference's argument -> our field: for a run, for arguments with an optional list of one value per row, and for
+# the conditioning of a row.
 _FIELDS = {
     "steps": "steps",
     "cfg_scale": "cfg_scale",
@@ -67,12 +68,12 @@ _FIELDS = {
     "rho": "rho",
     "init_noise_level": "init_noise_level",
     "duration_padding_sec": "duration_padding_s",
-    "chunked_decode": "chunked_decode",  # each of the reference's windows draws its own noise
+    "chunked_decode": "chunked_decode",  # in the reference each window draws noise
 }
 _LISTED = {"prompt": "prompt", "negative_prompt": "negative_prompt", "duration": "duration_s"}
 _ROW = {"prompt": "prompt", "seconds_start": "start_s", "seconds_total": "conditioned_total_s"}
 _NEGATIVE = {"prompt": "negative_prompt", "seconds_start": "negative_start_s", "seconds_total": "negative_total_s"}
-# The reference takes an object as the shift; a stored case names its class or the type of a config.
+# The reference takes the shift as an object. A stored case has its class name or a config type.
 _SHIFTS = ("dist_shift", "schedule_shift", "schedule", "sampling_dist_shift", "distribution_shift")
 _SHIFT_CLASSES = {
     "logsnrshift": "logsnr",
@@ -87,9 +88,10 @@ _KNOWN = {*_FIELDS, *_LISTED, *_SHIFTS, *_REGIONS, *_READ, *_WITHOUT_EFFECT}
 
 
 class Case(NamedTuple):
-    """One run of a reference. The seeds of `requests` are their rows' numbers; `seed` is the run's.
+    """One run of a reference.
 
-    `sample_size` (audio samples) caps the run's latent length.
+    `seed` is the seed of the run; the seed of each request is its row index. `sample_size` (audio samples) caps the
+    latent length.
     """
 
     name: str
@@ -99,7 +101,7 @@ class Case(NamedTuple):
 
 
 def skip_reason(args: Mapping[str, Any]) -> str | None:
-    """Returns why a case cannot be repeated here, or None."""
+    """Returns why a case cannot be repeated here, or None if it can."""
     unknown = {name for name, value in args.items() if name not in _KNOWN and value is not None}
     for row in (*args.get("conditioning", ()), *(args.get("negative_conditioning") or ())):
         unknown |= row.keys() - _ROW
@@ -111,9 +113,9 @@ def skip_reason(args: Mapping[str, Any]) -> str | None:
 
 
 def parse_case(name: str, facts: Mapping[str, Any], *, goldens: Goldens, chunked: bool) -> Case:
-    """Returns the case `name` with the goldens' defaults filled in; `chunked` is the model's own default.
+    """Returns the case `name`, with defaults from the goldens. `chunked` is the model's default for chunked decoding.
 
-    Raises CheckpointError naming a malformed argument.
+    Raises CheckpointError that names a malformed argument.
     """
     args = {"chunked_decode": chunked, **DEFAULTS}
     for stated in (goldens.section("generate_defaults"), facts["args"]):
@@ -137,11 +139,11 @@ def parse_case(name: str, facts: Mapping[str, Any], *, goldens: Goldens, chunked
 
 
 def parse_open_case(name: str, facts: Mapping[str, Any], *, goldens: Goldens, card: ModelCard) -> Case:
-    """Returns a case of the Stable Audio Open family. Raises ValueError without one condition per row."""
+    """Returns a case of the Stable Audio Open family. Raises ValueError unless each row has one condition."""
     is_v, source = card.objective == "v", None
     args = {**(_V_DEFAULTS if is_v else _FLOW_DEFAULTS), **facts["args"]}
     if not is_v:
-        args |= {"sigma_min": None, "rho": None}  # flow samplers drop them
+        args |= {"sigma_min": None, "rho": None}  # the reference's flow samplers ignore them
     if inputs := facts.get("inputs"):
         source = SourceAudio(goldens[inputs["init_audio"]].numpy(), int(inputs["init_rate"]))
     rows, negatives = args["conditioning"], args.get("negative_conditioning") or [{}]
@@ -162,13 +164,16 @@ def parse_open_case(name: str, facts: Mapping[str, Any], *, goldens: Goldens, ca
 
 
 def _renamed(args: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Returns the arguments that are there, by our names."""
+    """Returns the arguments that are present and not None, under our names."""
     found = {ours: args[theirs] for theirs, ours in names.items() if args.get(theirs) is not None}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 
 def _of_row(args: Mapping[str, Any], key: str, *, row: int) -> Any:
-    """Returns the row's element of a list as long as the batch; any other value applies to every row."""
+    """Returns the argument for one row: an element of a list, or a value for all rows.
+
+    Raises CheckpointError if the length of a list is not the batch size.
+    """
     value, num_rows = args.get(key), int(args["batch_size"])
     if not isinstance(value, list):
         return value
@@ -193,14 +198,14 @@ def _source(found: Mapping[str, Any] | None, goldens: Goldens) -> SourceAudio | 
 
 
 class RowNoise:
-    """A row's noise with another inside the autoencoder: its part of one draw over all frames (D, F), or zeros.
+    """A row's noise from `source`, except inside the autoencoder: there it is part of `drawn` (D, F), or zeros.
 
-    `asked` has the draws inside the autoencoder for one row, and the axis of each that counts frames.
+    `requested` lists the draws inside the autoencoder and the frame axis of each.
     """
 
     def __init__(self, source: NoiseSource, drawn: Tensor | None = None) -> None:
         self._source, self._drawn = source, drawn
-        self.asked: list[tuple[ReplayDraw, int]] = []
+        self.requested: list[tuple[ReplayDraw, int]] = []
 
     def initial(self, shape: tuple[int, ...]) -> Tensor:
         return self._source.initial(shape)
@@ -211,7 +216,7 @@ class RowNoise:
     def window(
         self, stage: str, start: int, *, shape: tuple[int, ...], frame_axis: int, device: torch.device
     ) -> Tensor:
-        self.asked.append((ReplayDraw(stage, start, shape), frame_axis))
+        self.requested.append((ReplayDraw(stage, start, shape), frame_axis))
         if self._drawn is None:
             return torch.zeros(shape, device=device)
         return self._drawn.narrow(frame_axis, start, shape[frame_axis]).to(device)
@@ -219,7 +224,7 @@ class RowNoise:
 
 @dataclass(frozen=True, slots=True)
 class RowResult:
-    """One row of a run: its plan, final latents (D, F), and audio (C, S) of the row's own length."""
+    """One row of a run: its plan, final latents (D, F), and audio (C, S) cut to the row's length."""
 
     plan: RowPlan
     latents: Tensor
@@ -227,9 +232,9 @@ class RowResult:
 
 
 class ObservedModel(ForwardingModel):
-    """A model whose rows are decoded whole, headroom included, so that their final latents can be read.
+    """Wraps a model to record the final latents of each row. Decodes the whole row, headroom included.
 
-    `noise` is by the row's number, which is its seed; `texts` replace the text encoder.
+    `noise` has one source per row. If `texts` has entries, they replace the text encoder.
     """
 
     def __init__(
@@ -237,11 +242,11 @@ class ObservedModel(ForwardingModel):
     ) -> None:
         super().__init__(model)
         self._noise, self._texts = noise, texts
-        self.latents: list[dict[int, Tensor]] = [{} for _ in noise]  # by row and frame, (D,)
+        self.latents: list[dict[int, Tensor]] = [{} for _ in noise]  # per row: frame -> latent (D,)
 
     @property
     def spec(self) -> ModelSpec:
-        return replace(super().spec, captures_decode=False)  # so that every call of the decoder is seen
+        return replace(super().spec, captures_decode=False)  # a CUDA graph would bypass `decode` below
 
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
         plans = super().plan(request, frames=frames)
@@ -265,7 +270,7 @@ def run_case(
     noise: Sequence[NoiseSource],
     texts: Mapping[str, TextEmbedding] | None = None,
 ) -> list[RowResult]:
-    """Run all rows of a case together, each with its own noise; `texts` are the prompts if the model is not asked."""
+    """Run all rows of a case in one batch. `noise` has one source per row; `texts` replace the text encoder."""
     plans, observed = plan_case(model, case), ObservedModel(model, noise=noise, texts=texts or {})
 
     async def generate() -> list[GenerationResult]:
@@ -281,9 +286,9 @@ def run_case(
 
 
 def plan_case(model: DiffusionModel, case: Case) -> list[RowPlan]:
-    """Returns one plan per row, all with the latent length of the longest and its headroom.
+    """Returns one plan per row. All have the latent length of the longest row, headroom included.
 
-    In the Stable Audio Open family a run is as long as its window, whatever the clip's duration.
+    In the Stable Audio Open family the latent length depends on the sample size only, not on the duration.
     """
     frames = case.sample_size // model.spec.hop
     if isinstance(model, Sa3Model):
@@ -296,7 +301,8 @@ def plan_case(model: DiffusionModel, case: Case) -> list[RowPlan]:
 def draw_script(model: DiffusionModel, case: Case) -> Script:
     """Returns the reference's draws in order: start noise, source windows, sampler steps, decode windows.
 
-    The draws of a window are those that the model asks for. A source is encoded once for all rows.
+    Runs encoder and decoder on silence to record which draws each window requests. The reference encodes a source once
+    for all rows.
     """
     plan, hop, num_rows = plan_case(model, case)[0], model.spec.hop, len(case.requests)
     latent = (num_rows, model.spec.card.latent_channels, plan.frames)
@@ -311,20 +317,20 @@ def draw_script(model: DiffusionModel, case: Case) -> Script:
         model.decode([DecodeWindow(zeros, span.start, decoding)])
     return [
         ReplayDraw("initial", 0, latent),
-        *(_over_batch(*asked, num_rows=1) for asked in encoding.asked),
+        *(_over_batch(*requested, num_rows=1) for requested in encoding.requested),
         *sampler_script(case.requests[0].sampler or "", plan.sampler, shape=latent),
-        *(_over_batch(*asked, num_rows=num_rows) for asked in decoding.asked),
+        *(_over_batch(*requested, num_rows=num_rows) for requested in decoding.requested),
     ]
 
 
 def _over_batch(draw: ReplayDraw, frame_axis: int, *, num_rows: int) -> ReplayDraw:
-    """Returns a row's draw over a batch: rows stacked along a leading frame axis, else along a new one in front."""
+    """Returns the draw for a batch: stacked along axis 0 if that is the frame axis, else along a new axis 0."""
     first, *rest = draw.shape
     return replace(draw, shape=(num_rows * first, *rest) if frame_axis == 0 else (num_rows, first, *rest))
 
 
 def replay_rows(case: Case, script: Script) -> list[NoiseSource]:
-    """Returns the rows' noise in a new repetition of the run."""
+    """Returns one noise source per row that replays the draws of `script`."""
     replay = ReplayNoise(case.seed, script, num_rows=len(case.requests))
     rows = [replay.row(row) for row in range(len(case.requests))]
     if not any(isinstance(draw, ReplayDraw) and draw.stage == SOURCE_DRAW for draw in script):

@@ -1,7 +1,7 @@
-"""Runs a sampler's plan step by step outside the engine, and compares every point on its way with the stored one; and
-other checks of the Stable Audio Open family without a checkpoint: schedules, Brownian paths, preparation of sources.
+"""Checks of the Stable Audio Open family that need no checkpoint: samplers, schedules, Brownian paths, source audio.
 
-Folders with such numbers hold no model. Their networks are formulas, which they state, and by which they are known.
+A sampler's plan runs step by step outside the engine, and every step is compared with the stored one. Folders with
+these numbers have no model. Their networks are formulas, written in the facts under `FORMULAS_KEY`.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from stable_audio_serve.sampling.karras import polyexponential_sigmas
 from stable_audio_serve.sampling.samplers import DATA_DEPENDENT
 from stable_audio_serve.sampling.v_network import sigma_to_time
 from stable_audio_serve.sampling.v_samplers import OVER_TIME
-from stable_audio_serve.verification.checks import Check, Found, Subject, same
+from stable_audio_serve.verification.checks import Check, Finding, Subject, same
 from stable_audio_serve.verification.goldens import Goldens
 
-# x (B, D, F) and the float32 time of all rows -> the guided output, or the other branch's, (B, D, F).
+# x (B, D, F), float32 time of all rows -> output (B, D, F), either guided or of the unconditional branch.
 Network = Callable[[Tensor, float], Tensor]
 Script = Sequence[ReplayDraw | ReplayPath]
 
@@ -55,12 +55,15 @@ _FORMULAS = {
     "rf": "s=0.5; m_c=0.3*cos(c); a=1-t; v = (t-s^2*a)*(x-a*m)/(a^2 s^2+t^2) - m + 0.2*sin(x)",
 }
 _VARIANCE = 0.25
-_UNGUIDED_SHARE = 0.9  # the other branch of the formulas is this much of the guided output
-_DRAWS_IN_VAIN = ("k-heun", "k-dpm-2", "k-dpm-fast")
+_UNGUIDED_SHARE = 0.9  # in the formulas, unconditional output = this share of the guided output
+_LAST_DRAWS_UNUSED = ("k-heun", "k-dpm-2", "k-dpm-fast")
 
 
 def v_output(x: Tensor, t: float) -> Tensor:
-    """Returns v of x (B, D, F) at the float32 time `t`: data normal around 0.3 cos(channel), bent by 0.2 sin x."""
+    """Returns v of x (B, D, F) at the float32 time `t`.
+
+    This is the exact v for normal data with mean 0.3 cos(channel) and variance 0.25, plus 0.2 sin(x).
+    """
     time = torch.tensor(t, dtype=torch.float32)
     alpha, beta, mean = torch.cos(math.pi * time / 2), torch.sin(math.pi * time / 2), _channel_means(x)
     pull = alpha * beta * (1 - _VARIANCE) * (x - alpha * mean) / (alpha**2 * _VARIANCE + beta**2)
@@ -68,7 +71,7 @@ def v_output(x: Tensor, t: float) -> Tensor:
 
 
 def flow_output(x: Tensor, t: float) -> Tensor:
-    """Returns the flow velocity of x (B, D, F) at the float32 time `t` for the same data."""
+    """Returns the flow velocity of x (B, D, F) at the float32 time `t`, for the data of `v_output`."""
     time = torch.tensor(t, dtype=torch.float32)
     alpha, mean = 1 - time, _channel_means(x)
     pull = (time - _VARIANCE * alpha) * (x - alpha * mean) / (alpha**2 * _VARIANCE + time**2)
@@ -81,7 +84,7 @@ def _channel_means(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class StepPoint:
-    """One step: its noise level, x (B, D, F) before and after it, and each call of the network: time and output."""
+    """One step: noise level, x (B, D, F) before it, time and output of each network call, x after it (`following`)."""
 
     sigma: float
     x: Tensor
@@ -89,10 +92,14 @@ class StepPoint:
     following: Tensor
 
     def reported(self, sampler: str, *, is_last: bool) -> tuple[Tensor, Tensor]:
-        """Returns x and the clean estimate that the reference's callback reports of the step.
+        """Returns x and the clean estimate that the reference's callback reports for this step.
 
-        It reports x before a step, but after it for Euler and RK4 of flow models (RK4 with the last call's output) and
-        for DDIM, whose last step leaves x alone. DPM-Solver-fast reports pieces of several calls.
+        | Sampler | x | Network output |
+        |---|---|---|
+        | Euler of flow models | after the step | first call |
+        | RK4 of flow models | after the step | last call |
+        | DDIM | after the step; before it in the last step, which does not change x | first call |
+        | other | before the step | first call |
         """
         t, velocity = self.calls[0]
         if sampler == "rk4":
@@ -110,7 +117,7 @@ class StepPoint:
 def walk_plan(
     plan: SamplerPlan, replay: ReplayNoise, *, noise: Tensor, source: Tensor | None, network: Network, unguided: Network
 ) -> list[StepPoint]:
-    """Returns the steps of `plan` over the rows of `noise` (B, D, F), from `source` (B, D, F) if there is one."""
+    """Run `plan` from `noise` (B, D, F) and, for an edit, `source` (B, D, F). Returns its steps."""
     rows = [replay.row(row) for row in range(len(noise))]
     sources = [None] * len(rows) if source is None else list(source)
     state = torch.stack([start_state(plan, own, source=start) for own, start in zip(noise, sources, strict=True)])
@@ -134,20 +141,20 @@ def walk_plan(
 
 def compare_steps(
     points: Sequence[StepPoint], prefix: str, *, sampler: str, sigmas: Sequence[float], goldens: Goldens
-) -> Iterator[Found]:
-    """Yields x and the clean estimate at the levels `sigmas`, which fall; the stored keys begin with `prefix`.
+) -> Iterator[Finding]:
+    """Yields x and the clean estimate at the noise levels `sigmas`, in falling order. Stored keys begin with `prefix`.
 
-    Raises ValueError when the run has no step at a level.
+    Raises ValueError if the run has no step at a level.
     """
     stored, left = {part: goldens[prefix + part] for part in ("x", "denoised")}, iter(points)
     for step, sigma in enumerate(sigmas):
         point = next((point for point in left if math.isclose(point.sigma, sigma, rel_tol=2e-6)), None)
         if point is None:
             raise ValueError(f"the run has no step at noise level {sigma:g}")
-        # At sigma = 500 an x of 1000 leaves the clean estimate that x's last bits decide.
+        # At sigma = 500, |x| reaches 1000 and the clean estimate depends on the last bits of x.
         size = _size(stored["x"][step])
         for part, found in zip(stored, point.reported(sampler, is_last=point is points[-1]), strict=True):
-            yield Found(f"{prefix}{part}[{step}]", found / size, stored[part][step] / size)
+            yield Finding(f"{prefix}{part}[{step}]", found / size, stored[part][step] / size)
 
 
 def _size(x: Tensor) -> float:
@@ -160,27 +167,30 @@ def step_levels(plan: SamplerPlan) -> Tensor:
 
 
 def sampler_script(sampler: str, plan: SamplerPlan, *, shape: tuple[int, ...]) -> Script:
-    """Returns the draws of the reference's sampler that count, over the whole batch's `shape`."""
+    """Returns the draws of the reference's sampler that affect its result. `shape` is (B, D, F)."""
     if sampler.endswith("-sde"):
         return [ReplayPath((*step_levels(plan).tolist(), 0.0), shape)]
     return [ReplayDraw("step", step, shape) for step in range(sum(call.draws_noise for call in plan.evaluations))]
 
 
-def compare_script(name: str, script: Script, *, facts: Mapping[str, Any], sampler: str) -> Iterator[Found]:
-    """Yields whether number, kind and shape of the draws are the reference's, whose last ones may have no effect."""
+def compare_script(name: str, script: Script, *, facts: Mapping[str, Any], sampler: str) -> Iterator[Finding]:
+    """Compare number, kind and shape of the draws with the reference.
+
+    Ignores extra draws at the end of the reference's list for samplers that do not use them.
+    """
     if (draws := facts.get("draws")) is not None:
         found = [() if isinstance(entry, ReplayPath) else entry.shape for entry in script]
         stored = [tuple(draw["shape"]) for draw in draws]
-        stored = stored[: len(found)] if sampler in _DRAWS_IN_VAIN else stored
+        stored = stored[: len(found)] if sampler in _LAST_DRAWS_UNUSED else stored
         yield same(f"{name} number and shapes", stored, found=found, component="draws")
 
 
-def _levels(it: Subject, match: re.Match[str]) -> Iterator[Found]:
-    """A grid over sigma; levels reach 1000, so they are compared by their size."""
+def _levels(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
+    """Build a grid over sigma. Compare relative differences, because levels reach 1000."""
     args, stored = it.goldens.section("schedules", match[0]), it.goldens[match[0]]
     found = polyexponential_sigmas(args["steps"], SigmaRange(args["sigma_min"], args["sigma_max"], args["rho"]))
     size = stored.clamp(min=1.0)
-    yield Found(match[0], found / size, stored / size)
+    yield Finding(match[0], found / size, stored / size)
 
 
 def _flow_times(it: Subject, match: re.Match[str]) -> Tensor:
@@ -201,7 +211,7 @@ def _path_increment(it: Subject, match: re.Match[str]) -> Tensor:
 
 
 def _path_noise(it: Subject, match: re.Match[str]) -> Tensor:
-    """The noise that a sampler gets from a path: one for all rows, or of every row's own seed."""
+    """Returns a sampler's noise from Brownian paths: one path for all rows, or one path per row and seed."""
     stated, shape = it.goldens.section("brownian", "sampler"), tuple(it.goldens[match[0]].shape[1:])
     sigmas = it.goldens["brownian/sigmas"].tolist()
     if match[1] != "seed_list":
@@ -210,8 +220,8 @@ def _path_noise(it: Subject, match: re.Match[str]) -> Tensor:
     return torch.stack(rows, dim=1)
 
 
-def _run_sampler(it: Subject, match: re.Match[str]) -> Iterator[Found | str]:
-    """A sampler's result, and x and the clean estimate at every step."""
+def _run_sampler(it: Subject, match: re.Match[str]) -> Iterator[Finding | str]:
+    """Run a sampler. Compare its draws, x and the clean estimate at every step, and the result."""
     name, goldens, facts = match[0], it.goldens, it.goldens.section("cases", match[0])
     goldens.matching(re.escape(name) + "/.*")
     noise, sampler = goldens["sampler/noise"], facts["args"]["sampler_type"]
@@ -232,15 +242,15 @@ def _run_sampler(it: Subject, match: re.Match[str]) -> Iterator[Found | str]:
     points = walk_plan(plan, replay, noise=noise, source=source, network=network, unguided=unguided)
     yield from compare_steps(points, f"{name}/", sampler=sampler, sigmas=facts["sigma"], goldens=goldens)
     size = _size(goldens[f"{name}/x"][-1])
-    yield Found(f"{name}/out", points[-1].following / size, goldens[f"{name}/out"] / size)
+    yield Finding(f"{name}/out", points[-1].following / size, goldens[f"{name}/out"] / size)
 
 
 def _plan(args: Mapping[str, Any], *, has_source: bool, frames: int) -> tuple[SamplerPlan, Network]:
-    """Returns a case's plan and the formula it runs."""
+    """Returns the plan of a case and the formula that replaces its network."""
     sampler, steps, stated = args["sampler_type"], int(args["steps"]), args.get("dist_shift")
     if sampler in V_SAMPLERS:
         span = SigmaRange(args["sigma_min"], args["sigma_max"])
-        # Any scale but 1 makes CFG++ ask for the other branch; the formula is the guided output itself.
+        # A scale other than 1 makes CFG++ request the unconditional branch. The formula already is the guided output.
         guidance = Guidance(cfg_scale=2.0 if sampler == "v-ddim-cfgpp" else 1.0)
         return build_v_plan(sampler, steps, span=span, guidance=guidance, has_source=has_source), v_output
     shift = shift_from_config({"type": "none"})
@@ -252,7 +262,7 @@ def _plan(args: Mapping[str, Any], *, has_source: bool, frames: int) -> tuple[Sa
 
 
 def _prepare(it: Subject, match: re.Match[str]) -> Tensor:
-    """Source audio at a model's rate, channels and length."""
+    """Convert source audio to a model's sample rate, channels and length."""
     facts, channels = it.goldens.section("cases", match[0]), it.goldens[match[0]].shape[1]
     source = SourceAudio(it.goldens["prepare/wave"][: facts["in_channels"]].numpy(), int(facts["in_rate"]))
     length, rate_hz = int(facts["length"]), int(facts["rate"])

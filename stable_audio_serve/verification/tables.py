@@ -1,4 +1,4 @@
-"""Checks that run no network: stored random draws, schedules, lengths, and the noise level at which an edit starts."""
+"""Checks that run no network: random draws, schedules, lengths, and the noise level at which an edit starts."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from stable_audio_serve.core.generation import EditSchedule, GenerationRequest, 
 from stable_audio_serve.models.sa3.lengths import plan_length
 from stable_audio_serve.sampling import build_sigmas, shift_from_config
 from stable_audio_serve.sampling.brownian import MAX_ENTROPY
-from stable_audio_serve.verification.checks import Check, Found, Subject, same
+from stable_audio_serve.verification.checks import Check, Finding, Subject, same
 
-_EDIT_LEVELS = (0.01, 0.02, 0.04, 0.3, 1.0)  # noise of an edit, from the lowest that is allowed
+_EDIT_LEVELS = (0.01, 0.02, 0.04, 0.3, 1.0)  # noise levels of an edit, from the lowest that requests may use
 
 
-def _draws(it: Subject, match: re.Match[str]) -> Iterator[Found]:
-    """A case's draws, replayed in order from its seed: the stored tensors, first values and integers."""
+def _draws(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
+    """Replay a case's draws in order from its seed; compare the stored tensors, first values and integers."""
     case = it.goldens.section("cases", match[0])
     seed = case.get("manual_seed", case.get("args", {}).get("seed"))
     if seed is None or seed < 0:
@@ -34,24 +34,24 @@ def _draws(it: Subject, match: re.Match[str]) -> Iterator[Found]:
             continue
         drawn = torch.randn(draw["shape"], generator=generator)
         if "first4" in draw:
-            yield Found(f"{key} first values", drawn.flatten()[:4], torch.tensor(draw["first4"]))
+            yield Finding(f"{key} first values", drawn.flatten()[:4], torch.tensor(draw["first4"]))
         if (stored := it.goldens.find(key)) is not None:
-            yield Found(key, drawn, stored)
+            yield Finding(key, drawn, stored)
 
 
-def _schedules(it: Subject, _: object) -> Iterator[Found]:
-    """The schedules listed in the facts, for one length or one per row."""
+def _schedules(it: Subject, _: object) -> Iterator[Finding]:
+    """Build the schedules in the facts, for one length or for one length per row."""
     for case in it.goldens.section("components").get("schedules", []):
         shift = shift_from_config(case["shift"] or {"type": "none"}, key="shift")
         lengths = case["seq_len"] if isinstance(case["seq_len"], list) else [case["seq_len"]]
         expected = torch.tensor(case["values"], dtype=torch.float32)
         for length, values in zip(lengths, expected.expand(len(lengths), -1), strict=True):
             sigmas = build_sigmas(case["steps"], shift, length=length, sigma_max=case["sigma_max"])
-            yield Found(f"schedules/{case.get('name')}", sigmas, values)
+            yield Finding(f"schedules/{case.get('name')}", sigmas, values)
 
 
-def _edit_levels(it: Subject, _: object) -> Iterator[Found]:
-    """An edit starts at the level of the request, down to the lowest one, as in the reference."""
+def _edit_levels(it: Subject, _: object) -> Iterator[Finding]:
+    """Check that an edit starts at the noise level of the request, as in the reference, even at the lowest level."""
     spec = it.model.spec
     silence = SourceAudio(np.zeros((spec.card.channels, spec.hop), np.float32), spec.card.sample_rate_hz)
     request = GenerationRequest(
@@ -61,11 +61,11 @@ def _edit_levels(it: Subject, _: object) -> Iterator[Found]:
         for schedule in get_args(EditSchedule):
             plan = it.model.plan(replace(request, init_noise_level=level, edit_schedule=schedule))[0].sampler
             found = torch.tensor([plan.source_scale, plan.noise_scale, plan.evaluations[0].sigma])
-            yield Found(f"edit at {level:g}, {schedule}", found, torch.tensor([1 - level, level, level]))
+            yield Finding(f"edit at {level:g}, {schedule}", found, torch.tensor([1 - level, level, level]))
 
 
-def _lengths(it: Subject, _: object) -> Iterator[Found]:
-    """The lengths listed in the facts, for one duration or a batch of them."""
+def _lengths(it: Subject, _: object) -> Iterator[Finding]:
+    """Plan the lengths in the facts, for one duration or a batch of durations."""
     rule = it.model.config.lengths
     for case in it.goldens.section("components").get("lengths", []):
         durations, padding_s = case["durations"], case.get("duration_padding_sec", 6.0)

@@ -1,4 +1,4 @@
-"""Verifies a folder: loads its checkpoint and its reference numbers and compares everything they have in common."""
+"""Verify a folder: load its checkpoint and its reference numbers, then run every check that applies to both."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ _SA3_CHECKS = (*SA3_TABLES, DRAWS, *CONDITIONERS, *SA3_DENOISER, *SA3_AUTOENCODE
 _OPEN_CHECKS = (*CONDITIONERS, *OPEN_DENOISER, *OPEN_AUTOENCODER, DRAWS, *OPEN_RUNS)
 _COMMON_CHECKS = (DRAWS, *COMMON_CHECKS)
 
-# Verification without a model fails when nothing was compared for one of these components.
+# Verification without a model fails if one of these components had no comparison.
 REQUIRED_WITHOUT_MODEL = {check.component: (check.component,) for check in _COMMON_CHECKS if check.component in BOUNDS}
 
-# Which component a checkpoint's keys and files belong to, first match first.
+# Text in a load error -> the component it belongs to. The first match applies.
 _OWNERS = (
     ("pretransform.", "autoencoder"),
     ("model.model.", "denoiser"),
@@ -50,11 +50,10 @@ _OWNERS = (
 
 
 def verify(folder: Path, say: Callable[[str], None]) -> Report:
-    """Compare the model in `folder` with the numbers stored beside it; passes one line per component to `say`.
+    """Compare the model in `folder` with the reference numbers in the same folder.
 
-    A folder whose numbers need no model, because its networks are formulas, is compared without one.
-
-    Runs in float32 on the CPU, where the bounds hold. Unusable files are reported as misses, never raised.
+    Passes one line per component to `say`. Runs in float32 on the CPU, because the bounds are set for that. If the
+    facts define the networks as formulas, no model is loaded. An unusable file is reported as a miss, not raised.
     """
     report, goldens, model = Report(say), None, None
     with report.guard("goldens"):
@@ -63,7 +62,7 @@ def verify(folder: Path, say: Callable[[str], None]) -> Report:
     if needs_model:
         model = _load_model(report, folder)
     if goldens is not None and (model is not None or not needs_model):
-        logging.disable(logging.CRITICAL)  # the engine logs failures with their stack: they are reported here
+        logging.disable(logging.CRITICAL)  # the report names failures; the engine would log their stack traces too
         try:
             with report.guard("goldens"):
                 _set_bounds(report, goldens, model=model)
@@ -79,9 +78,9 @@ def verify(folder: Path, say: Callable[[str], None]) -> Report:
 def compare(
     report: Report, goldens: Goldens, *, model: DiffusionModel | None, only: Collection[str] | None = None
 ) -> None:
-    """Run every check of the model's family, or `only` the checks of some components.
+    """Run the checks of the model's family, or only the checks of the components in `only`.
 
-    Without a model these are the checks of numbers that need none.
+    Without a model, run the checks that need no model.
     """
     checks: tuple[Check, ...] = _COMMON_CHECKS
     if isinstance(model, Sa3Model):
@@ -104,10 +103,10 @@ def _set_bounds(report: Report, goldens: Goldens, *, model: DiffusionModel | Non
 
 
 def _report_files(report: Report, goldens: Goldens) -> None:
-    """Report tensors that are listed and absent as a miss, and name those that no check has read."""
-    if lacking := goldens.lacking():
-        others = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
-        report.fail("goldens", f"{lacking[0]}{others} is listed and not in the file")
+    """Report listed tensors that the file lacks as a miss, and tensors that no check has read as skipped."""
+    if missing := goldens.missing():
+        others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        report.fail("goldens", f"{missing[0]}{others} is listed and not in the file")
     for group, keys in goldens.unused().items():
         names = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
         report.skip(group, f"{len(keys)} tensors nothing is known about: {names}")

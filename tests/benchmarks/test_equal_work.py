@@ -1,4 +1,4 @@
-"""Two sides that are compared in one run do the same work, and less exact work is void."""
+"""Both sides of a comparison do the same work in one run. A result with less work is void."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def generate(name: str, requests: list[GenerationRequest]) -> list[Generat
         await side.close()
 
 
-async def test_the_lock_makes_the_engines_bytes() -> None:
+async def test_a_lock_and_the_engine_generate_the_same_bytes() -> None:
     requests = eight_mixed_requests(ToyModel().spec.card)
     for lock, ours in zip(await generate("lock", requests), await generate("ours-strict", requests), strict=True):
         assert np.array_equal(lock.audio[0], ours.audio[0])
@@ -43,14 +43,14 @@ async def test_the_lock_makes_the_engines_bytes() -> None:
         assert lock.timings.total_ms >= lock.timings.queue_ms + lock.timings.denoise_ms > 0
 
 
-async def test_static_batches_make_nearly_what_the_lock_makes() -> None:
+async def test_static_batches_and_a_lock_generate_nearly_the_same() -> None:
     requests = [*eight_mixed_requests(ToyModel().spec.card)]
     requests += [make_request(f"like {seed}", duration_s=1.0 + seed / 100, seed=seed) for seed in range(4)]
     for static, lock in zip(await generate("static", requests), await generate("lock", requests), strict=True):
         assert np.abs(static.audio[0] - lock.audio[0]).max() < 1e-5
 
 
-def test_a_static_batch_holds_only_like_requests() -> None:
+def test_a_static_batch_has_only_similar_requests() -> None:
     model = ToyModel()
     one = make_request(duration_s=1.0, steps=8)
     assert batch_key(model, one) == batch_key(model, make_request("another prompt", duration_s=1.01, seed=5, steps=8))
@@ -68,7 +68,7 @@ def test_both_sides_get_the_same_list_of_requests() -> None:
     assert [replace(arrival, at_s=2 * arrival.at_s) for arrival in faster] == list(first)
 
 
-def test_unlike_clips_differ() -> None:
+def test_different_clips_are_detected() -> None:
     clip = np.sin(np.arange(2000, dtype=np.float32)).reshape(2, 1000)
     assert difference(clip, clip) == 0.0
     assert difference(clip + np.float32(0.01) * clip, clip) == pytest.approx(0.01, rel=1e-3)
@@ -81,7 +81,7 @@ def test_unlike_clips_differ() -> None:
 
 
 class OneStepFewer:
-    """A side that saves a step."""
+    """A side that runs one step fewer than requested."""
 
     def __init__(self, asker: Asker) -> None:
         self._asker = asker
@@ -132,7 +132,7 @@ async def test_one_run_states_every_figure_of_every_side(tmp_path: Path) -> None
     assert await make_run(tmp_path, askers, ends_at=0.0).measure() == results, "all pieces are there"
 
 
-async def test_a_cut_run_goes_on_with_the_same_options_only(tmp_path: Path) -> None:
+async def test_an_interrupted_run_resumes_with_the_same_options_only(tmp_path: Path) -> None:
     async def measure() -> list[float]:
         return [1.5]
 

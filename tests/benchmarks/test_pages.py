@@ -1,4 +1,4 @@
-"""Published figures come from the committed results."""
+"""The figures in the docs match the committed results."""
 
 from __future__ import annotations
 

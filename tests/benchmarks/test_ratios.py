@@ -1,4 +1,4 @@
-"""Ratios of two sides that were measured in one run, worked out by hand."""
+"""Ratios of two sides in one run, compared with values computed by hand."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def record(due_at: float, latency_s: float, *, steps: int = 8, audio_s: float = 
 
 
 class Answering:
-    """A side whose answers a test decides."""
+    """A side whose answers are defined by the test."""
 
     def __init__(self, ask: Callable[[Arrival], Awaitable[None]]) -> None:
         self._ask = ask
@@ -55,24 +55,24 @@ class Answering:
 
 
 async def test_open_loop_arrivals_do_not_wait_for_answers() -> None:
-    asked: list[int] = []
-    are_all_asked = asyncio.Event()
+    seeds: list[int] = []
+    all_arrived = asyncio.Event()
 
-    async def answer_nobody_before_the_last_arrives(arrival: Arrival) -> None:
-        asked.append(arrival.seed)
-        if len(asked) == 3:
-            are_all_asked.set()
-        await are_all_asked.wait()
+    async def answer_after_the_last_arrival(arrival: Arrival) -> None:
+        seeds.append(arrival.seed)
+        if len(seeds) == 3:
+            all_arrived.set()
+        await all_arrived.wait()
 
     arrivals = [Arrival(0.02 * seed, "a bell", 1.0, seed=seed, steps=8) for seed in range(3)]
     async with asyncio.timeout(PATIENCE_S):
-        records = await play(Answering(answer_nobody_before_the_last_arrives), arrivals)
-    assert asked == [0, 1, 2]
+        records = await play(Answering(answer_after_the_last_arrival), arrivals)
+    assert seeds == [0, 1, 2]
     assert [one.due_at for one in records] == [0.0, 0.02, 0.04]
-    assert records[0].latency_ms >= 40.0  # it waited for the last arrival, which did not wait for it
+    assert records[0].latency_ms >= 40.0  # its answer waited for the last arrival
 
 
-async def test_clients_come_again_when_they_are_told() -> None:
+async def test_clients_retry_after_the_requested_time() -> None:
     asked: list[int] = []
 
     async def refuse_twice(arrival: Arrival) -> None:
@@ -107,7 +107,7 @@ def test_figures_by_hand() -> None:
     assert capacity_rps([record(0.0, 1.0), record(0.0, 2.0), record(0.0, 4.0)]) == 0.75
     listed = [record(float(i), 0.1 * (i + 1), steps=8 if i % 2 else 50) for i in range(20)]
     kept = steady_latencies_ms(listed)
-    assert kept == pytest.approx([100.0 * (i + 1) for i in range(3, 19)])  # without the first 15 and last 5 %
+    assert kept == pytest.approx([100.0 * (i + 1) for i in range(3, 19)])  # excludes the first 15 % and the last 5 %
     assert steady_latencies_ms(listed, steps=50) == pytest.approx([100.0 * (i + 1) for i in range(4, 19, 2)])
     assert steady_latencies_ms(listed[:1]) == pytest.approx([100.0])
     capacity = ratio_of_medians([3.0, 4.0, 9.0], [2.0, 2.0, 3.0])
@@ -120,7 +120,7 @@ def test_figures_by_hand() -> None:
     assert (goodput.value, goodput.low, goodput.high) == (2.0, 1.6, 2.5)
 
 
-def test_what_was_refused_is_no_work_and_no_latency() -> None:
+def test_refused_requests_count_neither_as_work_nor_as_latency() -> None:
     burst = [record(0.0, 1.0), record(0.0, 0.01, refused=True), record(0.0, 4.0), record(0.0, 0.01, refused=True)]
     assert capacity_rps(burst) == 0.5
     assert steady_latencies_ms(burst) == [1000.0, 4000.0]
@@ -132,14 +132,14 @@ def test_what_was_refused_is_no_work_and_no_latency() -> None:
 def test_a_rate_is_good_while_nineteen_of_twenty_end_in_time() -> None:
     alone_ms = fit_alone_ms([record(0, 0.1, audio_s=1.0), record(0, 0.5, audio_s=5.0)])
     assert alone_ms(record(0, 9.0, audio_s=3.0)) == pytest.approx(300.0)
-    in_time = [record(0, 0.9, audio_s=1.0)] * 18 + [record(0, 1.4, audio_s=3.0)]  # within a second, within 5 x 0.3 s
+    in_time = [record(0, 0.9, audio_s=1.0)] * 18 + [record(0, 1.4, audio_s=3.0)]  # bounds: 1 s, and 5 x 0.3 s
     assert is_good([*in_time, record(0, 1.1, audio_s=1.0)], alone_ms=alone_ms)
     assert is_good([*in_time, record(0, 0.0, refused=True)], alone_ms=alone_ms)
     assert not is_good([*in_time, record(0, 1.1, audio_s=1.0), record(0, 0.0, refused=True)], alone_ms=alone_ms)
 
 
-def test_goodput_counts_what_ended_in_time_while_requests_came() -> None:
-    # Due at 0 to 3 s: in time, too late, refused, and ended after the last arrival.
+def test_goodput_counts_on_time_requests_until_the_last_arrival() -> None:
+    # Due at 0, 1, 2 and 3 s: on time, late, refused, finished after the last arrival.
     records = [record(0.0, 0.5), record(1.0, 1.6), record(2.0, 0.01, refused=True), record(3.0, 0.5)]
     figures = summarize_overload(records, work_ms=[100.0] * 4, peak_work_ms_per_s=100.0)
     assert figures["goodput_over_peak_ratio"] == pytest.approx(1 / 3)
@@ -161,7 +161,7 @@ def test_a_trace_is_busy_while_anything_runs() -> None:
     figures = summarize_trace(
         [
             event("gemm", 0.0, 40.0),
-            event("norm", 20.0, 30.0),  # beside the first
+            event("norm", 20.0, 30.0),  # overlaps the first
             event("Memcpy HtoD", 80.0, 20.0, kind="gpu_memcpy"),
             event("cudaLaunchKernel", 0.0, 1.0, kind="cuda_runtime"),
             event("cudaMemcpyAsync", 0.0, 1.0, kind="cuda_runtime"),

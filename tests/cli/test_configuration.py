@@ -1,4 +1,4 @@
-"""Every command finds its configuration in the same way and says which one it is; `init` writes one."""
+"""All commands find the configuration in the same way and name it; `init` writes one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COMMANDS = [["config"], ["admin", "jobs", "list"], ["serve"]]
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """A command in an empty directory."""
+    """Returns a function that runs a command in an empty directory."""
     for name in [name for name in os.environ if name.startswith("STABLE_AUDIO_")]:
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
@@ -39,12 +39,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def write_faulty(path: Path) -> None:
-    """A configuration that every command refuses, so that none goes on to serve."""
+    """Write a configuration that every command refuses, so that no server starts."""
     path.write_text("applications: [{import_path: 'a:b', args: {modles: []}}]\n")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_file_here_is_used_unless_another_is_asked_for(run: Run, tmp_path: Path, command: list[str]) -> None:
+def test_the_local_config_is_used_unless_config_names_another(run: Run, tmp_path: Path, command: list[str]) -> None:
     write_faulty(tmp_path / "serve_config.yaml")
     here = run(*command)
     assert (here.exit_code, here.stderr) == (
@@ -65,9 +65,11 @@ def test_a_mistyped_key_beside_args_is_named(run: Run, tmp_path: Path, command: 
 
 
 @pytest.mark.server
-def test_a_mistyped_key_is_named_before_anything_is_said_of_the_default_models(run: Run, tmp_path: Path) -> None:
-    """Without `args` the settings are the defaults, whose weights are not here. Ray reads the environment of a start
-    when it is imported, so this start is a process of its own."""
+def test_a_mistyped_key_is_named_before_the_default_models(run: Run, tmp_path: Path) -> None:
+    """Without `args` the server would use the default models, whose weights are missing here.
+
+    Runs in a new process, because Ray reads the environment when it is imported.
+    """
     (tmp_path / "serve_config.yaml").write_text(_MISTYPED)
     done = subprocess.run(
         [sys.executable, "-m", "stable_audio_serve.cli", "serve", "--port", str(free_port())],
@@ -84,7 +86,7 @@ def test_a_mistyped_key_is_named_before_anything_is_said_of_the_default_models(r
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "expected"),
     [
         ("models: [{name: demos}]", "models: 'demos' is not built in"),
         ("models: [{name: demo}], default_model: dmo", "default_model (STABLE_AUDIO_DEFAULT_MODEL or "),
@@ -92,16 +94,16 @@ def test_a_mistyped_key_is_named_before_anything_is_said_of_the_default_models(r
         ("models: [{name: demo}], dialects: {fal_model: dmo}", "dialects.fal_model"),
     ],
 )
-def test_config_refuses_names_of_models_that_serve_would_refuse(run: Run, tmp_path: Path, args: str, said: str) -> None:
+def test_config_refuses_the_same_model_names_as_serve(run: Run, tmp_path: Path, args: str, expected: str) -> None:
     (tmp_path / "serve_config.yaml").write_text(f"applications: [{{import_path: 'a:b', args: {{{args}}}}}]\n")
     result = run("config")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert f"error: {said}" in result.stderr
-    assert os.listdir(tmp_path) == ["serve_config.yaml"]  # no store is touched
+    assert f"error: {expected}" in result.stderr
+    assert os.listdir(tmp_path) == ["serve_config.yaml"]  # no store was created
 
 
 @pytest.mark.parametrize("command", COMMANDS[:2])
-def test_without_a_file_the_packaged_one_is_used(run: Run, command: list[str]) -> None:
+def test_the_packaged_config_is_used_without_a_file(run: Run, command: list[str]) -> None:
     result = run(*command)
     assert result.stderr.startswith("configuration: the packaged one, which serves the demo model; `stable-audio-serve")
     if command == ["config"]:
@@ -150,7 +152,7 @@ def test_every_commented_line_of_the_default_is_valid(run: Run, tmp_path: Path) 
     assert yaml.safe_load(text)["http_options"] == {"host": "0.0.0.0", "port": 8000}
 
 
-def test_the_version_is_an_option(run: Run) -> None:
+def test_the_version_option_prints_the_version(run: Run) -> None:
     assert run("--version").stdout == f"{__version__}\n"
 
 
@@ -170,15 +172,15 @@ def test_the_shell_completes_commands_and_options(typed: str, completed: str) ->
     assert completed in result.stdout.split(), result.stderr
 
 
-def test_the_proxy_may_be_chosen_in_every_place_of_settings(run: Run, tmp_path: Path) -> None:
+def test_the_proxy_can_be_set_in_the_env_file(run: Run, tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("STABLE_AUDIO_PROXY=python\n")
     assert yaml.safe_load(run("config").stdout)["proxy"]["kind"] == "python"
 
 
 @pytest.mark.server
 @pytest.mark.slow
-def test_the_stable_audio_3_servers_command_serves_that_servers_models(run: Run, tmp_path: Path) -> None:
-    """Without weights and a hub it ends where it would begin to serve them, for all that `.env` says."""
+def test_stable_audio_api_serves_the_stable_audio_3_models(run: Run, tmp_path: Path) -> None:
+    """The models do not depend on `.env`. Without weights and a hub, the start fails at the first of them."""
     (tmp_path / ".env").write_text(
         "HF_HUB_OFFLINE=1\nSTABLE_AUDIO_DEFAULT_MODEL=small-music\nSTABLE_AUDIO_PRELOAD_MODELS=small-sfx\n"
     )
@@ -190,7 +192,7 @@ def test_the_stable_audio_3_servers_command_serves_that_servers_models(run: Run,
             "--host",
             "127.0.0.1",
             "--port",
-            str(free_port()),  # connections of this machine have ports from 32768
+            str(free_port()),  # below the range of outgoing connections
         ],
         env=os.environ | {"HF_HOME": str(tmp_path / "hub")},
         capture_output=True,
@@ -204,7 +206,7 @@ def test_the_stable_audio_3_servers_command_serves_that_servers_models(run: Run,
     assert last.startswith("error: model small-sfx: stabilityai/stable-audio-3-small-sfx is not complete in ")
 
 
-def test_the_stable_audio_3_servers_command_takes_the_file_here_and_refuses_to_reload(run: Run, tmp_path: Path) -> None:
+def test_stable_audio_api_reads_the_local_config_and_refuses_reload(run: Run, tmp_path: Path) -> None:
     write_faulty(tmp_path / "serve_config.yaml")
     result = CliRunner().invoke(stable_audio_api, ["--host", "0.0.0.0", "--port", "8000"])
     assert result.stderr == "configuration: serve_config.yaml\nerror: modles: unknown; did you mean models?\n"

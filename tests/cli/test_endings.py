@@ -1,4 +1,4 @@
-"""One table of exit codes, for every command."""
+"""All commands share one table of exit codes."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ def as_operators_do(error: Exception) -> None:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
-def test_what_goes_wrong_ends_every_command_alike(
+def test_an_error_has_the_same_exit_code_in_every_command(
     end: Callable[[BaseException], None], error: BaseException, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(typer.Exit) as ended:
         end(error)
     assert ended.value.exit_code == code
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert ("STABLE_AUDIO_API_KEY" in said) is isinstance(error, errors.UnauthorizedError)
+    output = capsys.readouterr().err
+    assert output.startswith("error: ")
+    assert ("STABLE_AUDIO_API_KEY" in output) is isinstance(error, errors.UnauthorizedError)
 
 
-def test_the_page_explains_every_code() -> None:
+def test_the_docs_list_every_exit_code() -> None:
     table = PAGE.read_text().partition("## Exit codes")[2]
     assert [int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)] == [*Ending]

@@ -1,4 +1,4 @@
-"""`stable-audio-serve quality`: a report is made, listed, compared with, pinned and removed."""
+"""`stable-audio-serve quality`: make, list, compare, pin and remove a report."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(*arguments: str) -> Result:
 
 
 @pytest.mark.server  # loads a model six times
-def test_a_report_from_its_making_to_its_end(folder: Path) -> None:
+def test_a_report_is_made_listed_pinned_and_removed(folder: Path) -> None:
     assert run().stdout == ""
     made = run("tiny")
     assert made.exit_code == 0, made.output
@@ -50,22 +50,22 @@ def test_a_report_from_its_making_to_its_end(folder: Path) -> None:
     assert failed.exit_code == 1
     assert "+6.02 dB" in failed.output
     spoil(folder / "model", partial(scale, factor=0.75))
-    assert run("tiny").exit_code == 0  # 3.5 dB: other weights may
+    assert run("tiny").exit_code == 0  # 3.5 dB is within the bound for other weights
     configure(folder, quality_report=report_id)
-    assert run("tiny").exit_code == 1  # but not those of this report
+    assert run("tiny").exit_code == 1  # but not within the bound for the same weights
     assert run("--forget", report_id).exit_code == 0
     assert report_id not in run().stdout
     missing = run("tiny")
     assert (missing.exit_code, report_id in missing.output) == (1, True)
 
 
-def test_wrong_names_are_one_sentence(folder: Path) -> None:
+def test_wrong_names_are_reported_in_one_sentence(folder: Path) -> None:
     unknown = run("nobody")
     assert (unknown.exit_code, "configured: tiny" in unknown.output) == (2, True)
     assert run("--forget", "../../etc/passwd").exit_code == 1
 
 
-def test_a_broken_file_is_listed_by_its_name(folder: Path) -> None:
+def test_a_broken_report_is_listed_by_name(folder: Path) -> None:
     (folder / "outputs" / "quality").mkdir(parents=True)
     (folder / "outputs" / "quality" / ("0" * 32)).write_text("\x1b[2Jnot a report")
     listed = run()

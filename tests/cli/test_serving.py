@@ -1,4 +1,4 @@
-"""`serve` with a configuration that cannot be served: refused by name, before anything is started."""
+"""`serve` names a faulty configuration value and starts nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TINY = {"models": [{"name": "tiny", "path": TINY}]}
         (_TINY, {"STABLE_AUDIO_DEFAULT_MODEL": "medium"}, "STABLE_AUDIO_DEFAULT_MODEL"),
     ],
 )
-def test_config_fault_stops_the_start_by_name(
+def test_a_config_fault_is_named_and_stops_the_start(
     tmp_path: Path, args: dict[str, Any], variables: dict[str, str], named: str
 ) -> None:
     config = write_config(tmp_path, args)

@@ -1,4 +1,4 @@
-"""The commands that make sound, against a server of the tests: in this process, and as a shell runs them."""
+"""The commands that generate audio, against a test server: called in this process, and as processes of a shell."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ pytestmark = pytest.mark.server
 ROOT = Path(__file__).parents[2]
 
 
-def _hear_ctrl_c() -> None:
-    """A shell starts what runs in the background deaf to it, and with it these tests and all their children."""
+def _enable_ctrl_c() -> None:
+    """Restore SIGINT, which background processes of a shell, and so these tests, inherit as ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass
 class Shell:
-    """Runs commands in a folder of their own, with a server in their environment."""
+    """Runs commands in a separate folder, with the address of a server in their environment."""
 
     folder: Path
     url: str
@@ -56,11 +56,11 @@ class Shell:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            preexec_fn=_hear_ctrl_c,
+            preexec_fn=_enable_ctrl_c,
         )
 
     async def run(self, *arguments: str, stdin: bytes = b"", code: int = 0, **environment: str) -> bytes:
-        """What the command wrote to standard output, or to standard error if it was to fail."""
+        """Returns the standard output, or the standard error if `code` is not 0. Fails on another exit code."""
         ended = await asyncio.to_thread(
             CliRunner().invoke,
             app,
@@ -82,7 +82,7 @@ class Shell:
 @pytest.fixture
 async def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Shell]:
     monkeypatch.chdir(tmp_path)
-    structlog.configure(logger_factory=structlog.ReturnLoggerFactory())  # the server's are no command's output
+    structlog.configure(logger_factory=structlog.ReturnLoggerFactory())  # keep the server's log out of the output
     async with serve_app() as (port, backend):
         yield Shell(tmp_path, f"http://127.0.0.1:{port}", backend)
 
@@ -91,7 +91,7 @@ def frames(content: bytes) -> int:
     return soundfile.info(io.BytesIO(content)).frames
 
 
-async def test_files_are_named_after_prompt_and_seed_and_none_is_replaced(shell: Shell) -> None:
+async def test_file_names_have_prompt_and_seed_and_are_never_reused(shell: Shell) -> None:
     printed = await shell.run("generate", "Rain on a Tin roof!", "-d", "0.5", "--seed", "7")
     assert printed == b"rain-on-a-tin-roof-7.wav\n"
     first = await shell.read("rain-on-a-tin-roof-7.wav")
@@ -101,7 +101,7 @@ async def test_files_are_named_after_prompt_and_seed_and_none_is_replaced(shell:
     assert await shell.read("rain-on-a-tin-roof-7.wav") == first
 
 
-async def test_all_options_arrive(shell: Shell) -> None:
+async def test_all_options_reach_the_server(shell: Shell) -> None:
     printed = await shell.run(
         *("generate", "rain", "-m", "medium", "-d", "0.5", "-s", "3", "-n", "2", "--steps", "5", "--cfg-scale", "2"),
         *("--sampler", "euler", "--negative-prompt", "hiss", "--format", "flac", "-o", "takes/", "--json"),
@@ -116,8 +116,8 @@ async def test_all_options_arrive(shell: Shell) -> None:
     assert frames(await shell.read("takes/rain-4.flac")) == RATE_HZ // 2
 
 
-async def test_pipes(shell: Shell) -> None:
-    """A prompt from standard input to audio on standard output, which is the source of the next command."""
+async def test_commands_read_and_write_pipes(shell: Shell) -> None:
+    """The prompt comes from standard input. The audio goes to standard output and into the next command."""
     take = await shell.run("generate", "-", "-d", "1", "-o", "-", stdin=b"rain\n")
     assert shell.backend.last.prompt == "rain"
     assert frames(take) == RATE_HZ
@@ -134,8 +134,8 @@ async def test_pipes(shell: Shell) -> None:
     assert frames(await shell.read("loop.wav")) == 4 * RATE_HZ
 
 
-async def test_a_file_is_made_again(shell: Shell) -> None:
-    """From itself, from its recipe and through pipes; what it was made from goes along."""
+async def test_a_file_is_recreated_from_its_recipe(shell: Shell) -> None:
+    """The recipe comes from the audio file, from its JSON or from a pipe."""
     await shell.run("generate", "rain", "-d", "0.5", "-s", "7", "-o", "rain.wav")
     report = json.loads(await shell.run("replay", "rain.wav", "--json"))
     assert (report["replay"], report["clips"][0]["file"]) == ("close", "rain-7.wav")
@@ -145,14 +145,14 @@ async def test_a_file_is_made_again(shell: Shell) -> None:
     recipe = extract(io.BytesIO(rain))
     assert recipe is not None
     assert await shell.run("replay", "-", "-o", "-", stdin=recipe.encode()) == rain
-    await shell.run("generate", "rain " * 1000, "-d", "0.5", "-s", "8", "-o", "long.wav")  # no header holds its recipe
+    await shell.run("generate", "rain " * 1000, "-d", "0.5", "-s", "8", "-o", "long.wav")  # too long for a header
     assert (await shell.run("replay", "long.wav")).startswith(b"rain-rain-")
     await shell.run("variation", "rain.wav", "hail", "-d", "0.5", "-o", "hail.flac", "--format", "flac")
     hail = await shell.read("hail.flac")
     assert await shell.run("replay", "-", "--source", "rain.wav", "-o", "-", stdin=hail) == hail
     assert b"SHA-256" in await shell.run("replay", "hail.flac", code=2)
-    for junk, said in ((b"{", b"error"), (b"", b"empty"), (make_audio_file(duration_s=0.1), b"no recipe")):
-        assert said in await shell.run("replay", "-", stdin=junk, code=2)
+    for junk, expected in ((b"{", b"error"), (b"", b"empty"), (make_audio_file(duration_s=0.1), b"no recipe")):
+        assert expected in await shell.run("replay", "-", stdin=junk, code=2)
     assert b"standard input" in await shell.run("replay", "-", "--source", "-", code=2)
 
 
@@ -185,16 +185,16 @@ FAILURES = [
 ]
 
 
-async def test_failures_are_a_sentence_and_a_code(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_failures_print_a_sentence_and_set_the_exit_code(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     pause_s = Attempts.pause_s
     monkeypatch.setattr(Attempts, "pause_s", lambda *args: 0.0 * pause_s(*args))
-    for arguments, code, said in FAILURES:
+    for arguments, code, expected in FAILURES:
         errors = (await shell.run(*arguments, stdin=b"no audio", code=code)).decode()
-        assert said in errors, arguments
+        assert expected in errors, arguments
         assert await shell.files() == [], arguments
 
 
-async def test_other_endings(shell: Shell) -> None:
+async def test_other_errors_set_the_exit_code(shell: Shell) -> None:
     shell.backend.error = GenerationError("the model made noise")
     await shell.run("generate", "rain", "-d", "0.1", code=1)
     shell.backend.error = OverloadedError("full", retry_after_s=100_000)
@@ -202,7 +202,7 @@ async def test_other_endings(shell: Shell) -> None:
 
 
 @pytest.mark.server
-async def test_a_shell_pipes_bytes_through_it(shell: Shell) -> None:
+async def test_a_process_pipes_bytes(shell: Shell) -> None:
     process = await shell.start("generate", "-", "-d", "1", "-o", "-")
     take, errors = await process.communicate(b"rain\n")
     assert (process.returncode, errors) == (0, b"")
@@ -210,7 +210,7 @@ async def test_a_shell_pipes_bytes_through_it(shell: Shell) -> None:
 
 
 @pytest.mark.server
-async def test_ctrl_c_cancels(shell: Shell) -> None:
+async def test_ctrl_c_cancels_the_request(shell: Shell) -> None:
     shell.backend.released.clear()
     process = await shell.start("generate", "rain", "-d", "0.1")
     await until(lambda: shell.backend.num_running)
@@ -223,7 +223,7 @@ async def test_ctrl_c_cancels(shell: Shell) -> None:
     assert await shell.files() == []
 
 
-async def test_jobs_from_submission_to_file(shell: Shell) -> None:
+async def test_a_job_is_submitted_watched_and_downloaded(shell: Shell) -> None:
     shell.backend.released.clear()
     job_id = (await shell.run("jobs", "submit", "rain", "-d", "0.5", "-s", "7", "-n", "2")).decode().strip()
     assert (await shell.run("jobs", "list", COLUMNS="200")).decode().count(job_id) == 1
@@ -237,7 +237,7 @@ async def test_jobs_from_submission_to_file(shell: Shell) -> None:
     assert json.loads(await shell.run("jobs", "show", job_id))["seeds"] == [7, 8]
 
 
-async def test_jobs_are_cancelled_and_found_again(shell: Shell) -> None:
+async def test_jobs_are_cancelled_and_found_by_idempotency_key(shell: Shell) -> None:
     shell.backend.released.clear()
     take = make_audio_file(duration_s=1.0)
     submit = ("jobs", "submit", "rain", "-d", "1", "--audio", "-", "--region", "0.25:0.5", "--idempotency-key", "one")
@@ -246,7 +246,7 @@ async def test_jobs_are_cancelled_and_found_again(shell: Shell) -> None:
     job_id = first.decode().strip()
     await shell.run("jobs", "cancel", job_id)
     assert "cancelled" in (await shell.run("jobs", "show", job_id, "--watch", code=130)).decode()
-    assert "over" in (await shell.run("jobs", "cancel", job_id, code=2)).decode()
+    assert "already ended" in (await shell.run("jobs", "cancel", job_id, code=2)).decode()
     other = (await shell.run("jobs", "submit", "rain", "-d", "1")).decode().strip()
     assert job_id in (await shell.run("jobs", "cancel", job_id, "x", other, code=2)).decode()
     await shell.run("jobs", "show", other, "--watch", code=130)
@@ -257,8 +257,8 @@ async def test_jobs_are_cancelled_and_found_again(shell: Shell) -> None:
 
 
 @pytest.mark.server  # loads a model
-async def test_without_a_server(shell: Shell) -> None:
-    """The demo model in the command's own process makes what a server with it would make."""
+async def test_local_generates_the_same_audio_as_a_server(shell: Shell) -> None:
+    """`--local` runs the demo model in the process of the command."""
     await shell.run("generate", "a kick drum", "--local", "-d", "0.5", "-s", "3", "--steps", "4", "-o", "one.wav")
     assert frames(await shell.read("one.wav")) == RATE_HZ // 2
     assert json.loads(await shell.run("replay", "one.wav", "--local", "-o", "three.wav", "--json"))["replay"] == "exact"
@@ -267,8 +267,8 @@ async def test_without_a_server(shell: Shell) -> None:
 
 
 @pytest.mark.server  # loads a model
-async def test_without_a_server_its_configuration_holds(shell: Shell) -> None:
-    """The model for loops, recipes in their files, and keys, of which a command has none, stand in it."""
+async def test_local_uses_the_server_configuration(shell: Shell) -> None:
+    """Uses the configured loop model and recipes in files. A local command needs no API key."""
     demo = str(BUILT_IN["demo"].folder)
     args = {
         "models": [{"name": "demo"}, {"name": "loops", "path": demo}],
@@ -287,13 +287,13 @@ async def test_without_a_server_its_configuration_holds(shell: Shell) -> None:
     ("prompt", "name"),
     [("Rain on a Tin roof!", "rain-on-a-tin-roof"), ("../../etc", "etc"), ("雨 の 音", "雨-の-音"), ("?!", "audio")],
 )
-def test_names(prompt: str, name: str) -> None:
+def test_slugs_of_prompts_are_file_names(prompt: str, name: str) -> None:
     assert slug(prompt) == name
     assert len(slug(prompt * 100)) <= 60
 
 
 @pytest.mark.parametrize("text", ["[1]", "1", '{"a":' * 100_000, "{"])
-def test_what_a_file_carries_may_be_no_recipe(text: str) -> None:
+def test_a_file_with_an_invalid_recipe_is_refused(text: str) -> None:
     audio = np.zeros((1, 100), dtype=np.float32)
     file = encode_audio(audio, RATE_HZ, file_format=AudioFormat.FLAC, text=text).to_bytes()
     with pytest.raises(ValueError, match=r"recipe|Expecting"):

@@ -1,4 +1,4 @@
-"""The state of a server as text: whatever the server says, and whatever it leaves out."""
+"""The state of a server as text, for complete and partial answers."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def shown(found: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
-def test_tells_everything_that_an_operator_looks_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_shows_everything_an_operator_needs(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(example(), capsys)
     words = ("medium *", "1 running, 2 starting", "0-4", "yes", "1.3 s", "6.0", "cuda:0", "bfloat16", "9.0 s ago")
     words += ("1234", "432.1 s")
@@ -69,12 +69,12 @@ def test_tells_everything_that_an_operator_looks_for(capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("left_out", [*example(), None])
-def test_another_versions_answer_is_shown_too(left_out: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_of_another_server_version_is_shown(left_out: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     found = {key: value for key, value in example().items() if key != left_out} if left_out else {}
     assert "Jobs:" in shown(found, capsys)
 
 
-def test_nothing_reaches_the_terminal_as_its_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_characters_do_not_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     found = example() | {"reasons": [HOSTILE], "version": HOSTILE}
     found["models"] = {HOSTILE: found["models"]["medium"] | {"states": {HOSTILE: 1}, "replicas": [{"id": HOSTILE}]}}
     letter = {"number": 1, "id": HOSTILE, "contract": "sa3", "client": HOSTILE, "model": "m", "failed_at": None}
@@ -89,7 +89,7 @@ def test_nothing_reaches_the_terminal_as_its_command(capsys: pytest.CaptureFixtu
     assert not {"\x1b", "\x07", "\r"} & set(text)
 
 
-def test_watching_prints_one_answer_below_the_other_where_there_is_no_terminal(
+def test_watching_without_a_terminal_appends_each_status(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with tables.live_status() as show:
@@ -111,19 +111,19 @@ def test_watching_prints_one_answer_below_the_other_where_there_is_no_terminal(
         ["--all"],
     ],
 )
-def test_dead_letters_are_named_one_way(arguments: list[str]) -> None:
+def test_dead_letters_refuses_contradictory_arguments(arguments: list[str]) -> None:
     result = CliRunner().invoke(app, ["admin", "dead-letters", *arguments])
     assert result.exit_code == 2, result.output
 
 
-def test_no_key_is_taken_from_the_command_line() -> None:
+def test_keys_are_read_from_a_file_and_not_from_an_option() -> None:
     for command in (["status"], ["admin", "drain"]):
         help_text = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "200"}).output
         assert "--key-file" in help_text
         assert "--key " not in help_text
 
 
-def test_the_description_names_every_route() -> None:
+def test_the_openapi_schema_has_the_admin_routes() -> None:
     paths = create_app(OfflineBackend(), Settings()).openapi()["paths"]
     admin = {path for path in paths if path.startswith("/v1/admin/")}
     assert {"/v1/admin/drain", "/v1/admin/models/{model}/load", "/v1/admin/models/{model}/unload"} < admin

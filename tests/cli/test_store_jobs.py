@@ -1,4 +1,4 @@
-"""The operator's commands on a store of either kind, also while somebody else writes to it."""
+"""The operator's commands on SQLite and PostgreSQL job stores, while another process writes to them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def store(store_url: str) -> Iterator[JobStore]:
 
 @pytest.fixture
 def run(store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`stable-audio-serve admin jobs`, beside the server that has `store` open."""
+    """Returns a function that runs `stable-audio-serve admin jobs` while a server has `store` open."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("STABLE_AUDIO_DATABASE_URL", store_url)
     monkeypatch.setenv("STABLE_AUDIO_OUTPUT_DIR", str(tmp_path / "jobs"))
@@ -49,18 +49,18 @@ def run(store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def errors(text: str) -> list[str]:
-    """The lines of standard error after the one that tells which configuration counts."""
+    """Returns the lines of standard error after the first, which names the configuration."""
     first, *others = text.splitlines()
     assert first.startswith("configuration: ")
     return others
 
 
 def expect(result: Result, *words: str, code: int = 0) -> str:
-    """What was printed, errors included; without a traceback and without anything a terminal would obey."""
+    """Returns the output with errors. Fails on another exit code, missing words, a traceback or control characters."""
     assert result.exit_code == code, result.output
-    said = errors(result.stderr)
-    assert all(line.startswith("error: ") for line in said)
-    assert bool(said) == bool(code)
+    messages = errors(result.stderr)
+    assert all(line.startswith("error: ") for line in messages)
+    assert bool(messages) == bool(code)
     assert all(char.isprintable() or char == "\n" for char in result.output)
     for word in words:
         assert word in result.output
@@ -74,7 +74,7 @@ def load(result: Result) -> Any:
 
 
 def add_one_of_each(store: JobStore) -> dict[str, Job]:
-    """A job in each state, and a dead letter."""
+    """Add a job in each state and a dead letter."""
     jobs = {"succeeded": add(store), "failed": add(store), "dead": add(store), "running": add(store)}
     for _ in jobs:
         lease(store)
@@ -87,7 +87,7 @@ def add_one_of_each(store: JobStore) -> dict[str, Job]:
     return {name: find(store, job) for name, job in jobs.items()}
 
 
-def test_a_list_is_newest_first_with_the_number_of_each(store: JobStore, run: Run) -> None:
+def test_jobs_are_listed_newest_first_with_counts(store: JobStore, run: Run) -> None:
     jobs = add_one_of_each(store)
     output = expect(run("list"), "1 queued, 1 running, 1 succeeded, 2 failed, 1 cancelled")
     rows = [line for line in output.splitlines() if "sa3/" in line]
@@ -95,7 +95,7 @@ def test_a_list_is_newest_first_with_the_number_of_each(store: JobStore, run: Ru
     assert [row.split()[1] for row in rows] == [job.state for job in list(jobs.values())[::-1]]
 
 
-def test_a_list_of_one_state(store: JobStore, run: Run) -> None:
+def test_a_list_can_be_limited_to_a_state(store: JobStore, run: Run) -> None:
     jobs = add_one_of_each(store)
     for state in ("queued", "running", "succeeded", "failed", "cancelled"):
         listed = load(run("list", "--state", state, "--json"))
@@ -103,7 +103,7 @@ def test_a_list_of_one_state(store: JobStore, run: Run) -> None:
         assert {job["state"] for job in listed} == {state}
 
 
-def test_a_list_has_a_limit(store: JobStore, run: Run) -> None:
+def test_a_list_can_be_limited_to_a_number(store: JobStore, run: Run) -> None:
     jobs = [add(store) for _ in range(4)]
     assert [job["id"] for job in load(run("list", "--limit", "2", "--json"))] == [job.spec.id for job in jobs[:1:-1]]
     assert expect(run("list", "--limit", "1")).count("sa3/") == 1
@@ -115,7 +115,7 @@ def test_an_empty_store(store: JobStore, run: Run) -> None:
     assert load(run("list", "--json")) == []
 
 
-def test_dead_letters_say_what_they_died_of(store: JobStore, run: Run) -> None:
+def test_dead_letters_show_their_error(store: JobStore, run: Run) -> None:
     dead = add_one_of_each(store)["dead"]
     output = expect(run("list", "--dead-letters"), f"sa3/{dead.spec.id}", DEAD.message)
     assert output.count("sa3/") == 1
@@ -123,7 +123,7 @@ def test_dead_letters_say_what_they_died_of(store: JobStore, run: Run) -> None:
     assert (letter["id"], letter["is_dead_letter"], letter["error"]["code"]) == (dead.spec.id, True, "unavailable")
 
 
-def test_one_job_and_what_happened_to_it(store: JobStore, run: Run) -> None:
+def test_show_prints_a_job_and_its_events(store: JobStore, run: Run) -> None:
     job = add(store, client="0123456789abcdef", webhook_url="https://example.com/hook", idempotency_key="order-1")
     leased = lease(store, "runner-7")
     report(store, leased, stage="denoising", fraction=0.25, eta_s=3.0)
@@ -137,7 +137,7 @@ def test_one_job_and_what_happened_to_it(store: JobStore, run: Run) -> None:
     assert load(run("show", job.spec.id, "--json"))["artifact_sha256"] == RESULT.file.sha256
 
 
-def test_what_clients_wrote_does_not_reach_the_terminal_raw(store: JobStore, run: Run) -> None:
+def test_control_characters_of_clients_are_removed(store: JobStore, run: Run) -> None:
     job = add(store, request=GenerationRequest(prompt=HOSTILE, duration_s=1.0, seed=7))
     store.runners.fail(lease(store), JobError("invalid", "\x1b[2Jno \x07"), is_dead_letter=True)
     for arguments in (("list",), ("list", "--dead-letters"), ("show", job.spec.id)):
@@ -147,7 +147,7 @@ def test_what_clients_wrote_does_not_reach_the_terminal_raw(store: JobStore, run
     assert listed["prompt"].startswith("\x1b]0;owned\x07")
 
 
-def test_a_name_without_contract_is_enough_where_it_is_unique(store: JobStore, run: Run) -> None:
+def test_an_id_needs_no_contract_if_it_is_unique(store: JobStore, run: Run) -> None:
     fal = add(store, contract="fal", id="7875a82d-0991-47c8-99fa-bdd57f4f0303")
     aiml = add(store, contract="aiml", id="ed58c4e0-2ed6-429f-91a1-b2c13a89ff46:stable-audio")
     for job in (fal, aiml):
@@ -157,7 +157,7 @@ def test_a_name_without_contract_is_enough_where_it_is_unique(store: JobStore, r
     expect(run("show", f"{other}/{fal.spec.id}"), "no such job", code=2)
 
 
-def test_a_name_of_two_jobs_is_refused(store: JobStore, run: Run) -> None:
+def test_an_ambiguous_id_is_refused(store: JobStore, run: Run) -> None:
     for contract in ("sa3", "fal"):
         add(store, contract=contract, id="a" * 32)
     expect(run("cancel", "a" * 32), f"which one? sa3/{'a' * 32} --client '', fal/{'a' * 32} --client ''", code=2)
@@ -165,7 +165,7 @@ def test_a_name_of_two_jobs_is_refused(store: JobStore, run: Run) -> None:
     assert [job.state for job in store.operators.list_all()] == ["cancelled", "queued"]
 
 
-def test_the_jobs_of_every_client_are_there_and_told_apart(store: JobStore, run: Run) -> None:
+def test_jobs_of_all_clients_are_listed_with_their_client(store: JobStore, run: Run) -> None:
     for client in ("alice", "bob"):
         add(store, client=client, id="a" * 32, id_is_chosen=True)
     output = expect(run("list"), "alice", "bob")
@@ -178,12 +178,12 @@ def test_the_jobs_of_every_client_are_there_and_told_apart(store: JobStore, run:
     assert {job.spec.client: job.state for job in store.operators.list_all()} == {"alice": "cancelled", "bob": "queued"}
 
 
-def test_an_unknown_job_is_one_sentence(store: JobStore, run: Run) -> None:
+def test_an_unknown_job_is_reported_in_one_sentence(store: JobStore, run: Run) -> None:
     names = ["x", "", "/", "sa3/", "\x00", "\x1b[31m", "nope/" + "a" * 32, "a" * 5000, "'; --"]
     calls = [("show", name) for name in names] + [("cancel", "x"), ("retry", "x")]
     for command, name in calls:
-        _, said = expect(run(command, name), "no such job", code=2).splitlines()
-        assert said.startswith("error: "), (command, name)
+        _, message = expect(run(command, name), "no such job", code=2).splitlines()
+        assert message.startswith("error: "), (command, name)
 
 
 def test_cancelling(store: JobStore, run: Run, tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_cancelling(store: JobStore, run: Run, tmp_path: Path) -> None:
     expect(run("cancel", waiting.spec.id), "it is over: cancelled", code=2)
 
 
-def test_only_a_dead_letter_can_be_tried_again(store: JobStore, run: Run) -> None:
+def test_only_a_dead_letter_can_be_retried(store: JobStore, run: Run) -> None:
     jobs = add_one_of_each(store)
     for name, job in jobs.items():
         if name != "dead":
@@ -212,19 +212,19 @@ def test_only_a_dead_letter_can_be_tried_again(store: JobStore, run: Run) -> Non
     expect(run("list", "--dead-letters"), "no dead letters")
 
 
-def test_those_that_can_be_are_also_when_others_cannot(store: JobStore, run: Run) -> None:
+def test_one_failed_retry_does_not_prevent_others(store: JobStore, run: Run) -> None:
     jobs = add_one_of_each(store)
     result = run("retry", "nope", jobs["dead"].spec.id)
     assert (result.exit_code, errors(result.stderr)) == (2, ["error: nope: no such job"])
     assert find(store, jobs["dead"]).state == "queued"
 
 
-def test_wrong_words_are_refused(run: Run, store: JobStore) -> None:
+def test_invalid_arguments_are_refused(run: Run, store: JobStore) -> None:
     for arguments in (("list", "--state", "done"), ("list", "--limit", "0"), ("show",), ("nope",)):
         assert run(*arguments).exit_code == 2
 
 
-def test_a_store_that_is_not_there_is_one_sentence(
+def test_a_missing_store_is_reported_in_one_sentence(
     run: Run, store: JobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STABLE_AUDIO_DATABASE_URL", f"sqlite:///{tmp_path}/nowhere/jobs.db")
@@ -247,13 +247,13 @@ def test_the_config_file_names_the_store(
     tree = {"applications": [{"args": {"jobs": {"database_url": store_url}}}]}
     (tmp_path / "mine.yaml").write_text(json.dumps(tree))
     assert load(run("show", job.spec.id, "--json", "--config", "mine.yaml"))["id"] == job.spec.id
-    (tmp_path / "mine.yaml").rename("serve_config.yaml")  # where the server looks, too
+    (tmp_path / "mine.yaml").rename("serve_config.yaml")  # the path that the server reads
     assert load(run("show", job.spec.id, "--json"))["id"] == job.spec.id
     expect(run("list", "--config", "mine.yaml"), "mine.yaml", code=2)
 
 
 @pytest.mark.server
-def test_as_a_program_of_its_own(store: JobStore, store_url: str, tmp_path: Path) -> None:
+def test_the_command_runs_as_a_process(store: JobStore, store_url: str, tmp_path: Path) -> None:
     job = add(store)
     command = [sys.executable, "-m", "stable_audio_serve.cli", "admin", "jobs", "cancel", job.spec.id, "nope"]
     environment = os.environ | {"STABLE_AUDIO_DATABASE_URL": store_url, "STABLE_AUDIO_OUTPUT_DIR": str(tmp_path)}

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 from stable_audio_serve.cli import app
 
 
-def test_a_folder_without_reference_numbers_says_where_some_are(tmp_path: Path) -> None:
+def test_the_error_for_missing_numbers_names_where_to_find_them(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
         result = CliRunner().invoke(app, ["verify", str(folder)])
         assert result.exit_code == 1

@@ -1,4 +1,4 @@
-"""What commands say: options instead of the API's fields, plain reasons, and help that fits a terminal."""
+"""Messages of commands: options instead of API fields, plain reasons, and help that fits a terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stable_audio_serve.cli.messages import OPTIONS, describe_os_error, in_optio
 from stable_audio_serve.cli.sound_options import SoundOptions
 from stable_audio_serve.launcher.launch import _ready_text
 
-DEAD = "http://127.0.0.1:9"  # nothing listens there
+DEAD = "http://127.0.0.1:9"  # no server listens on this port
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ ALL = list(commands(typer.main.get_command(app)))
 
 
 @pytest.mark.parametrize("path", ALL, ids=" ".join)
-def test_help_is_whole_at_80_columns(path: tuple[str, ...]) -> None:
+def test_help_fits_80_columns(path: tuple[str, ...]) -> None:
     result = CliRunner().invoke(app, [*path, "--help"])
     assert result.exit_code == 0, result.output
     assert "<bool>" not in result.output
@@ -48,7 +48,7 @@ def test_help_is_whole_at_80_columns(path: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("message", "said"),
+    ("message", "expected"),
     [
         ("duration: duration must be at most 120 (the model x)", "--duration must be at most 120 (the model x)"),
         ("steps: Input should be greater than or equal to 1", "--steps must be greater than or equal to 1"),
@@ -65,20 +65,20 @@ def test_help_is_whole_at_80_columns(path: tuple[str, ...]) -> None:
         ("the model is not ready, the prompt is fine", "the model is not ready, the prompt is fine"),
     ],
 )
-def test_fields_of_the_api_are_named_as_options(message: str, said: str) -> None:
-    assert in_options(message) == said
+def test_errors_name_options_instead_of_api_fields(message: str, expected: str) -> None:
+    assert in_options(message) == expected
 
 
-def test_a_command_may_have_another_option_for_a_field() -> None:
+def test_a_command_may_use_another_option_for_a_field() -> None:
     assert in_options("duration must be at most 5", {"duration": "--until"}) == "--until must be at most 5"
 
 
-def test_every_control_of_a_command_has_a_name() -> None:
+def test_every_control_maps_to_an_option() -> None:
     assert set(SoundOptions().controls) <= set(OPTIONS)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (["variation", "nope.wav", "rain"], "error: nope.wav: file not found\n"),
         (["replay", "."], "error: .: is a directory\n"),
@@ -90,12 +90,12 @@ def test_every_control_of_a_command_has_a_name() -> None:
         ),
     ],
 )
-def test_mistakes_are_said_plainly(arguments: list[str], said: str) -> None:
+def test_mistakes_are_reported_plainly(arguments: list[str], expected: str) -> None:
     result = CliRunner().invoke(app, arguments)
-    assert (result.exit_code, result.stderr) == (2, said)
+    assert (result.exit_code, result.stderr) == (2, expected)
 
 
-def test_continue_says_why_a_clip_cannot_be_shorter(tmp_path: Path) -> None:
+def test_continue_refuses_a_length_below_the_source(tmp_path: Path) -> None:
     from tests.audio_files import make_audio_file
 
     (tmp_path / "x.wav").write_bytes(make_audio_file(duration_s=3.0))
@@ -103,15 +103,15 @@ def test_continue_says_why_a_clip_cannot_be_shorter(tmp_path: Path) -> None:
     assert (result.exit_code, result.stderr) == (2, "error: --until 2 is not longer than the source (3 s)\n")
 
 
-def test_reasons_of_the_system_are_in_words() -> None:
+def test_system_errors_are_described_in_words() -> None:
     assert describe_os_error(PermissionError(13, "Permission denied", "x")) == "x: permission denied"
     assert describe_os_error(OSError("there are too many files")) == "there are too many files"
 
 
-def test_a_dead_server_is_noticed_soon() -> None:
+def test_an_unreachable_server_fails_within_five_seconds() -> None:
     started_at = time.monotonic()
     result = CliRunner().invoke(app, ["generate", "rain", "--url", DEAD])
-    assert time.monotonic() - started_at < 5  # 0.75 to 1.5 s of pauses
+    assert time.monotonic() - started_at < 5  # retries pause for 0.75 to 1.5 s
     first, second, last = result.stderr.splitlines()
     assert first.startswith(f"the server {DEAD} did not answer: Connection refused; trying again in ")
     assert second.startswith(first[:70])
@@ -119,7 +119,7 @@ def test_a_dead_server_is_noticed_soon() -> None:
     assert result.exit_code == 3
 
 
-def test_a_server_that_hangs_is_named_while_it_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_server_is_named_while_the_command_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "_SILENT_S", 0.1)
     monkeypatch.setattr(remote, "_TIMEOUT_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as hanging:
@@ -130,11 +130,11 @@ def test_a_server_that_hangs_is_named_while_it_is_waited_for(monkeypatch: pytest
     assert error.startswith(f"error: the server {url} did not answer")
 
 
-def test_the_first_line_comes_within_two_seconds() -> None:
+def test_the_first_line_appears_within_two_seconds() -> None:
     assert remote._SILENT_S < 2
 
 
-def test_a_quiet_command_says_its_end_only() -> None:
+def test_a_quiet_command_prints_its_error_only() -> None:
     result = CliRunner().invoke(app, ["generate", "rain", "--url", DEAD, "--quiet"])
     assert result.stderr == f"error: the server {DEAD} did not answer: Connection refused{os.linesep}"
 

@@ -23,7 +23,7 @@ QUICK = Retries(most=3, most_wait_s=20.0, first_pause_s=0.01)
 
 @dataclass
 class Served:
-    """An application behind a socket, with a runner for its jobs."""
+    """A running application with a job runner, and its URL."""
 
     url: str
     backend: ToneBackend
@@ -37,7 +37,7 @@ async def serve(
         yield Served(f"http://127.0.0.1:{port}", backend)
 
 
-IN_ONE_LOOP = pytest.mark.asyncio(loop_scope="module")  # of a module's tests and of the server that they share
+IN_ONE_LOOP = pytest.mark.asyncio(loop_scope="module")  # a module's tests share a server and its event loop
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -48,7 +48,7 @@ async def _server() -> AsyncIterator[tuple[FastAPI, Served]]:
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def served(_server: tuple[FastAPI, Served]) -> Served:
-    """The module's server: its backend as new, and without jobs."""
+    """The module's server with a reset backend and no jobs."""
     app, served = _server
     with app.state.jobs.store.database.writing() as connection:
         connection.execute(JOBS.delete())
@@ -57,13 +57,13 @@ async def served(_server: tuple[FastAPI, Served]) -> Served:
 
 
 class Caller:
-    """Calls either client in the same way, so that one test is for both."""
+    """Calls the synchronous or asynchronous client, so that one test covers both."""
 
     def __init__(self, client: Client | AsyncClient) -> None:
         self.client = client
 
     async def __call__(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """The result of a method, such as `jobs.get`; of one that yields, the list of what it yields."""
+        """Call a method by name, such as `jobs.get`. Returns its result, or the list of items of an iterator."""
         target: Any = self.client
         for part in name.split("."):
             target = getattr(target, part)

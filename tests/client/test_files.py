@@ -8,7 +8,7 @@ import pytest
 from stable_audio_serve.client.operations import whole_file
 
 
-def test_a_file_replaces_the_former_one_and_has_the_rights_of_any_new_file(tmp_path: Path) -> None:
+def test_a_file_replaces_the_old_one_with_default_permissions(tmp_path: Path) -> None:
     other, path = tmp_path / "other", tmp_path / ("雨" * 80)
     other.write_bytes(b"")
     path.write_bytes(b"former")
@@ -20,7 +20,7 @@ def test_a_file_replaces_the_former_one_and_has_the_rights_of_any_new_file(tmp_p
     assert len(os.listdir(tmp_path)) == 2
 
 
-def test_nothing_is_left_of_one_that_breaks_off(tmp_path: Path) -> None:
+def test_an_interrupted_file_leaves_nothing_behind(tmp_path: Path) -> None:
     def break_off() -> None:
         with whole_file(tmp_path / "take.wav") as file:
             file.write(b"sou")

@@ -20,7 +20,7 @@ def read(content: bytes) -> tuple[np.ndarray, int]:
     return soundfile.read(io.BytesIO(content), always_2d=True)
 
 
-async def test_text_becomes_a_clip_with_its_facts(served: Served, connect: Callable[..., Caller]) -> None:
+async def test_generate_returns_a_clip_with_its_metadata(served: Served, connect: Callable[..., Caller]) -> None:
     call = connect(served.url)
     take: Take = await call("generate", "rain", duration=0.5, seed=7, model="medium")
     audio, rate_hz = read(take.content)
@@ -32,7 +32,7 @@ async def test_text_becomes_a_clip_with_its_facts(served: Served, connect: Calla
     assert served.backend.last.duration_s == 0.5
 
 
-async def test_takes_are_made_again_from_recipes_and_from_files(served: Served, connect: Callable[..., Caller]) -> None:
+async def test_clips_are_recreated_from_recipes_and_files(served: Served, connect: Callable[..., Caller]) -> None:
     call = connect(served.url)
     source = make_audio_file(duration_s=1.0)
     take: Take = await call("vary", source, "rain", duration=0.5, batch_size=2, response_format="flac")
@@ -40,12 +40,10 @@ async def test_takes_are_made_again_from_recipes_and_from_files(served: Served, 
     fetched = await call("jobs.fetch", await call("jobs.wait", job.id))
     assert fetched.clips[0].recipe == take.clips[0].recipe
     for clip in take.clips:
-        for what in (clip, clip.recipe):
-            again = await call("replay", what, sources=[b"another file", source])
-            assert (again.replay, again.content) == (
-                "close",
-                clip.content,
-            )  # the tests' backend does not say how it works
+        for item in (clip, clip.recipe):
+            again = await call("replay", item, sources=[b"another file", source])
+            # Not "exact", because the test backend reports no device.
+            assert (again.replay, again.content) == ("close", clip.content)
             assert again.clips[0].recipe == clip.recipe
         with pytest.raises(errors.InvalidRequestError, match=clip.recipe["init_audio"]["sha256"]):
             await call("replay", clip)
@@ -58,18 +56,18 @@ async def test_takes_are_made_again_from_recipes_and_from_files(served: Served, 
         await call("replay", source)
 
 
-async def test_what_had_no_effect_is_told(served: Served, connect: Callable[..., Caller]) -> None:
+async def test_fields_without_effect_are_reported(served: Served, connect: Callable[..., Caller]) -> None:
     served.backend.prompt_chars = 1012
     call = connect(served.url)
     take: Take = await call("generate", "x" * 10_400, duration=0.5)
     job = await call("jobs.submit", "x" * 10_400, duration=0.5)
     fetched: Take = await call("jobs.fetch", await call("jobs.wait", job.id))
     assert take.warnings == fetched.warnings == ("prompt: the model reads the first 1012 characters only",)
-    assert take.clips[0].recipe is None  # without the prompt it is none that can be replayed
+    assert take.clips[0].recipe is None  # a recipe without its prompt cannot be replayed
     assert (await call("generate", "rain", duration=0.5)).warnings == ()
 
 
-async def test_variations_are_clips_in_order(served: Served, connect: Callable[..., Caller]) -> None:
+async def test_variations_are_returned_in_order(served: Served, connect: Callable[..., Caller]) -> None:
     take = await connect(served.url)(
         "generate", "rain", duration=0.5, seed=7, batch_size=3, response_format="flac", manifest=True
     )
@@ -83,7 +81,7 @@ async def test_variations_are_clips_in_order(served: Served, connect: Callable[.
 
 
 @pytest.mark.parametrize("kind", ["bytes", "path", "text", "file", "clip"])
-async def test_a_source_may_be_many_things(
+async def test_a_source_may_be_bytes_a_path_a_file_or_a_clip(
     kind: str, served: Served, connect: Callable[..., Caller], *, tmp_path: Path
 ) -> None:
     call = connect(served.url)
@@ -127,7 +125,7 @@ async def test_models_are_listed(served: Served, connect: Callable[..., Caller])
         ({"sampler_kwargs": {"prompt": "no"}}, errors.InvalidRequestError, "sampler_kwargs"),
     ],
 )
-async def test_a_refusal_names_its_field(
+async def test_an_invalid_request_names_its_field(
     controls: dict[str, object],
     kind: type[errors.StableAudioError],
     field: str,
@@ -142,7 +140,7 @@ async def test_a_refusal_names_its_field(
     assert not served.backend.requests
 
 
-async def test_each_kind_of_error_arrives_as_itself(served: Served, connect: Callable[..., Caller]) -> None:
+async def test_each_kind_of_error_raises_its_exception(served: Served, connect: Callable[..., Caller]) -> None:
     call = connect(served.url)
     for error in (
         errors.DeadlineExceededError("late"),
@@ -171,7 +169,7 @@ async def test_a_key_is_sent_and_a_wrong_one_refused(connect: Callable[..., Call
                 assert caught.value.message[0] not in "{["
 
 
-async def test_a_server_may_lie_below_a_path(connect: Callable[..., Caller], served: Served) -> None:
+async def test_a_server_may_have_a_path_prefix(connect: Callable[..., Caller], served: Served) -> None:
     with pytest.raises(errors.NotFoundError):
         await connect(served.url + "/nowhere/")("models")
     for url in ("ftp://example.org", "localhost:8000", "http://", "http://[::1"):

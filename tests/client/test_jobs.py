@@ -24,16 +24,16 @@ from tests.sockets import listening
 pytestmark = [pytest.mark.server, IN_ONE_LOOP]
 
 
-async def test_a_job_is_followed_to_its_end_and_fetched(
+async def test_a_job_is_followed_and_downloaded(
     served: Served, connect: Callable[..., Caller], *, tmp_path: Path
 ) -> None:
     call = connect(served.url)
-    heard: list[JobProgress] = []
+    events: list[JobProgress] = []
     job = await call("jobs.submit", "rain", duration=0.5, seed=11)
-    job = await call("jobs.wait", job.id, on_progress=heard.append)
+    job = await call("jobs.wait", job.id, on_progress=events.append)
     assert (job.status, job.seeds, job.duration_s) == ("succeeded", (11,), 0.5)
-    assert heard
-    assert [news.fraction for news in heard] == sorted(news.fraction for news in heard)
+    assert events
+    assert [event.fraction for event in events] == sorted(event.fraction for event in events)
     path = await call("jobs.download", job, tmp_path / "take.wav")
     audio, _ = soundfile.read(path)
     assert len(audio) == 22050
@@ -62,7 +62,7 @@ async def test_sources_are_uploaded(served: Served, connect: Callable[..., Calle
     assert served.backend.last.inpaint_regions_s == ((0.5, 1.0),)
 
 
-async def test_the_same_key_is_the_same_job(served: Served, connect: Callable[..., Caller]) -> None:
+async def test_the_same_idempotency_key_returns_the_same_job(served: Served, connect: Callable[..., Caller]) -> None:
     call = connect(served.url)
     first = await call("jobs.submit", "rain", duration=0.1, idempotency_key="order-1")
     again = await call("jobs.submit", "rain", duration=0.1, idempotency_key="order-1")
@@ -103,35 +103,35 @@ async def test_jobs_are_listed_cancelled_and_refused(
     assert os.listdir(tmp_path) == []
 
 
-async def test_a_cancel_whose_answer_was_lost_has_cancelled(served: Served, connect: Callable[..., Caller]) -> None:
-    call, num_asked = connect(served.url), 0
+async def test_a_cancel_with_a_lost_answer_succeeds(served: Served, connect: Callable[..., Caller]) -> None:
+    call, num_requests = connect(served.url), 0
 
-    async def lose_the_first(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal num_asked
-        num_asked += 1
-        asked = await reader.readuntil(b"\r\n\r\n")
+    async def lose_the_first_answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal num_requests
+        num_requests += 1
+        request = await reader.readuntil(b"\r\n\r\n")
         there, here = await asyncio.open_connection(*served.url.removeprefix("http://").split(":"))
-        here.write(asked.replace(b"keep-alive", b"close"))
+        here.write(request.replace(b"keep-alive", b"close"))
         answer = await there.read()
         here.close()
-        if num_asked == 1:
+        if num_requests == 1:
             await call("jobs.wait", job.id)
         else:
             writer.write(answer)
         writer.close()
 
     served.backend.released.clear()
-    async with await asyncio.start_server(lose_the_first, "127.0.0.1", 0) as between:
+    async with await asyncio.start_server(lose_the_first_answer, "127.0.0.1", 0) as between:
         lossy = connect(f"http://127.0.0.1:{between.sockets[0].getsockname()[1]}")
         job = await call("jobs.submit", "rain", duration=0.1)
         assert (await lossy("jobs.cancel", job.id)).status == "cancelled"
-        assert num_asked > 1
+        assert num_requests > 1
         with pytest.raises(errors.ConflictError):
             await lossy("jobs.cancel", job.id)
     served.backend.released.set()
 
 
-async def test_a_failed_job_says_why(served: Served, connect: Callable[..., Caller], *, tmp_path: Path) -> None:
+async def test_a_failed_job_raises_its_error(served: Served, connect: Callable[..., Caller], *, tmp_path: Path) -> None:
     call = connect(served.url)
     served.backend.error = errors.InvalidRequestError("too long", field="duration")
     job = await call("jobs.wait", (await call("jobs.submit", "rain", duration=0.1)).id)
@@ -140,7 +140,7 @@ async def test_a_failed_job_says_why(served: Served, connect: Callable[..., Call
         await call("jobs.download", job.id, tmp_path / "none.wav")
 
 
-async def test_a_download_that_breaks_is_made_again(
+async def test_an_interrupted_download_is_retried(
     served: Served, tmp_path: Path, connect: Callable[..., Caller]
 ) -> None:
     num_seen = 0
@@ -148,7 +148,7 @@ async def test_a_download_that_breaks_is_made_again(
     async def bucket(scope: Scope, receive: Receive, send: Send) -> None:
         nonlocal num_seen
         num_seen += 1
-        length = b"5" if num_seen % 2 else b"10"  # every second one lies of its length: the connection ends early
+        length = b"5" if num_seen % 2 else b"10"  # every second answer ends before its Content-Length
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
         await send({"type": "http.response.body", "body": b"sound"})
 
@@ -167,7 +167,7 @@ async def test_a_download_that_breaks_is_made_again(
 
 
 @pytest.mark.parametrize("status", [None, 403, 404])
-async def test_a_bucket_out_of_reach_is_read_through_the_server(
+async def test_an_unreachable_bucket_is_read_through_the_server(
     served: Served, tmp_path: Path, connect: Callable[..., Caller], status: int | None
 ) -> None:
     async def bucket(scope: Scope, receive: Receive, send: Send) -> None:
@@ -184,7 +184,7 @@ async def test_a_bucket_out_of_reach_is_read_through_the_server(
         assert (await call("jobs.fetch", read_job(sent))).content == expected
 
 
-async def test_waiting_has_an_end(served: Served, connect: Callable[..., Caller]) -> None:
+async def test_waiting_for_a_job_times_out(served: Served, connect: Callable[..., Caller]) -> None:
     call = connect(served.url)
     served.backend.released.clear()
     job = await call("jobs.submit", "rain", duration=0.1)
@@ -194,7 +194,7 @@ async def test_waiting_has_an_end(served: Served, connect: Callable[..., Caller]
     assert (await call("jobs.wait", job.id)).status == "succeeded"
 
 
-async def test_where_streams_cannot_be_had_the_status_is_asked(connect: Callable[..., Caller]) -> None:
+async def test_without_event_streams_the_client_polls_the_status(connect: Callable[..., Caller]) -> None:
     refusals = Counter[int]()
     async with (
         serve(stream_limits=replace(POLLS, max_open=1), refusals=refusals) as served,
@@ -206,15 +206,15 @@ async def test_where_streams_cannot_be_had_the_status_is_asked(connect: Callable
         async with other.stream("GET", f"{served.url}/jobs/{job.id}/events"):
             waiting = asyncio.create_task(call("jobs.follow", job.id))
             await until(lambda: refusals[503])
-            await asyncio.sleep(0.3)  # it asks for the status meanwhile
+            await asyncio.sleep(0.3)  # time for a status request
             served.backend.released.set()
-            heard = await waiting
-    assert isinstance(heard[-1], Job)
-    assert heard[-1].status == "succeeded"
+            events = await waiting
+    assert isinstance(events[-1], Job)
+    assert events[-1].status == "succeeded"
 
 
-async def test_a_stream_that_breaks_goes_on_where_it_was(served: Served, connect: Callable[..., Caller]) -> None:
-    """A proxy that cuts each stream after its first bytes."""
+async def test_an_interrupted_stream_resumes_at_the_last_event(served: Served, connect: Callable[..., Caller]) -> None:
+    """A proxy ends each stream after its first bytes."""
     last_ids = []
     async with httpx.AsyncClient(base_url=served.url, timeout=PATIENCE_S) as upstream:
 
@@ -238,16 +238,16 @@ async def test_a_stream_that_breaks_goes_on_where_it_was(served: Served, connect
         async with listening(proxy, lifespan="off") as port:
             call = connect(f"http://127.0.0.1:{port}")
             job = await call("jobs.submit", "rain", duration=0.1)
-            heard = await call("jobs.follow", job.id)
-    assert isinstance(heard[-1], Job)
-    assert heard[-1].status == "succeeded"
+            events = await call("jobs.follow", job.id)
+    assert isinstance(events[-1], Job)
+    assert events[-1].status == "succeeded"
     assert len(set(last_ids)) == len(last_ids)
 
 
-async def test_three_streams_without_events_are_enough(
+async def test_after_three_empty_streams_the_client_polls(
     served: Served, connect: Callable[..., Caller], *, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A proxy that lets no event through."""
+    """A proxy passes no events."""
     num_streams = 0
     monkeypatch.setattr(operations, "_POLL_S", 0.01)
     async with httpx.AsyncClient(base_url=served.url, timeout=PATIENCE_S) as upstream:
@@ -268,14 +268,14 @@ async def test_three_streams_without_events_are_enough(
         served.backend.released.clear()
         job = await connect(served.url)("jobs.submit", "rain", duration=0.1)
         async with listening(proxy, lifespan="off") as port:
-            heard = await connect(f"http://127.0.0.1:{port}")("jobs.follow", job.id)
+            events = await connect(f"http://127.0.0.1:{port}")("jobs.follow", job.id)
     assert num_streams == 3
-    assert [type(each) for each in heard[:1]] == [JobProgress]
-    assert heard[-1].status == "succeeded"
+    assert [type(each) for each in events[:1]] == [JobProgress]
+    assert events[-1].status == "succeeded"
 
 
 async def test_an_upload_link_gets_no_key(served: Served, tmp_path: Path, connect: Callable[..., Caller]) -> None:
-    """A bucket's link leads to another host, which must not learn the key."""
+    """An upload link points to another host, which must not get the API key."""
     seen = []
 
     async def bucket(scope: Scope, receive: Receive, send: Send) -> None:

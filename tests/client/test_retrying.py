@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.server, IN_ONE_LOOP]
 
 @dataclass
 class Refusing(ToneBackend):
-    """Refuses the first requests."""
+    """A backend that refuses the first requests."""
 
     num_refusals: int = 2
     make: Make = lambda: errors.OverloadedError("full", retry_after_s=1.0)
@@ -39,7 +39,7 @@ def pauses(retries: Retries, failures: list[errors.StableAudioError], *, jitter:
     return [attempts.pause_s(failure) for failure in failures]
 
 
-async def test_pauses_are_what_the_server_asks_for_or_double() -> None:
+async def test_pauses_follow_retry_after_or_double() -> None:
     lost, full = errors.UnreachableError("gone"), errors.OverloadedError("full", retry_after_s=7.0)
     assert pauses(Retries(), [lost, lost, lost]) == [0.25, 0.5, 1.0]
     assert pauses(Retries(), [lost, lost, lost], jitter=1.0) == [0.5, 1.0, 2.0]
@@ -47,7 +47,7 @@ async def test_pauses_are_what_the_server_asks_for_or_double() -> None:
     assert pauses(Retries(), [full, full], jitter=1.0) == [7.25, 7.5]
 
 
-async def test_there_is_an_end_to_it() -> None:
+async def test_retries_end_at_their_limit() -> None:
     full = errors.OverloadedError("full", retry_after_s=7.0)
     with pytest.raises(errors.OverloadedError):
         pauses(Retries(most=2), [full] * 3)
@@ -72,7 +72,7 @@ async def test_there_is_an_end_to_it() -> None:
         lambda: errors.StoppingError("stopping"),
     ],
 )
-async def test_what_passes_is_tried_again(make: Make, connect: Callable[..., Caller]) -> None:
+async def test_temporary_failures_are_retried(make: Make, connect: Callable[..., Caller]) -> None:
     backend = Refusing(num_refusals=1, make=make)
     async with serve(backend) as served:
         take = await connect(served.url)("generate", "rain", duration=0.1, seed=3)
@@ -88,7 +88,7 @@ async def test_the_last_failure_is_raised(connect: Callable[..., Caller]) -> Non
     assert len(backend.requests) == 4
 
 
-async def test_a_server_that_is_not_there_yet_is_asked_again(connect: Callable[..., Caller]) -> None:
+async def test_an_unreachable_server_is_retried(connect: Callable[..., Caller]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     call = connect(f"http://127.0.0.1:{port}", retries=Retries(most=2, first_pause_s=0.01))
@@ -96,8 +96,8 @@ async def test_a_server_that_is_not_there_yet_is_asked_again(connect: Callable[.
         await call("models")
 
 
-async def test_a_connection_that_breaks_is_made_again(connect: Callable[..., Caller]) -> None:
-    """The first answer stops in the middle, the second is whole."""
+async def test_an_interrupted_answer_is_retried(connect: Callable[..., Caller]) -> None:
+    """The first answer ends in the middle, the second is complete."""
     num_calls = 0
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -34,7 +34,7 @@ from stable_audio_serve.client.controls import (
         (JobInpaintControls, [schemas.JobBody, schemas.JobInpaintForm]),
     ],
 )
-def test_the_fields_are_those_of_the_api(controls: type, bodies: list[type]) -> None:
+def test_the_clients_fields_match_the_api(controls: type, bodies: list[type]) -> None:
     fields = set().union(*(body.model_fields for body in bodies))  # type: ignore[attr-defined]
     assert set(controls.__annotations__) == fields - {"prompt", "audio"} - TIME_FIELDS
 
@@ -67,7 +67,7 @@ def test_methods_have_real_parameters_with_docs(kind: type, name: str) -> None:
         method(*words, **given, nonsense=1)
 
 
-def test_both_clients_are_the_same_but_for_waiting() -> None:
+def test_both_clients_have_the_same_methods() -> None:
     for one, other in ((Client, AsyncClient), (type(Client("http://a").jobs), type(AsyncClient("http://a").jobs))):
         public = [name for name in vars(one) if not name.startswith("_")]
         assert public == [name for name in vars(other) if not name.startswith("_")]
@@ -77,14 +77,14 @@ def test_both_clients_are_the_same_but_for_waiting() -> None:
             assert inspect.getdoc(getattr(one, name)) == inspect.getdoc(getattr(other, name)), name
 
 
-def test_importing_it_loads_nothing_heavy() -> None:
+def test_importing_the_client_loads_no_heavy_package() -> None:
     program = "import sys, stable_audio_serve.client; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     loaded = set(subprocess.check_output([sys.executable, "-c", program], text=True).split())
     assert {"httpx", "httpx_sse"} <= loaded
     assert not loaded & {"torch", "ray", "fastapi", "starlette", "pydantic", "numpy", "soundfile", "sqlalchemy"}
 
 
-def test_the_environment_names_server_and_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_sets_server_and_key(monkeypatch: pytest.MonkeyPatch) -> None:
     from stable_audio_serve.client.calls import Connection
 
     monkeypatch.setenv("STABLE_AUDIO_URL", "https://audio.example.com/sound")
@@ -96,20 +96,20 @@ def test_the_environment_names_server_and_key(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("url", ["nowhere", "ftp://a", "http://", "http://[::1", "http://a:99999", "http://xn--"])
-def test_what_is_no_url_is_refused_at_once(url: str) -> None:
+def test_an_invalid_url_is_refused_at_once(url: str) -> None:
     with pytest.raises(ValueError, match="is no URL"):
         Client(url)
 
 
 @pytest.mark.parametrize("key", ["secret\n", " secret", "sécret", "sec\x00ret"])
-def test_what_is_no_key_is_refused_and_not_repeated(key: str) -> None:
+def test_an_invalid_key_is_refused_and_not_shown(key: str) -> None:
     with pytest.raises(ValueError, match="API key") as caught:
         Client("http://a", api_key=key)
     assert key.strip() not in str(caught.value)
 
 
 class Events(httpx.SyncByteStream):
-    """Two events of a job."""
+    """An event stream with two events of a job."""
 
     is_closed = False
 
@@ -122,8 +122,8 @@ class Events(httpx.SyncByteStream):
         self.is_closed = True
 
 
-async def test_client_works_inside_an_event_loop() -> None:
-    """As in a notebook; a consumer that leaves early closes the stream."""
+async def test_the_client_works_inside_an_event_loop() -> None:
+    """A notebook runs inside an event loop. Leaving an iteration early closes the stream."""
     stream, headers = Events(), {"content-type": "text/event-stream"}
     transport = httpx.MockTransport(lambda request: httpx.Response(200, headers=headers, stream=stream))
     with Client("http://a", http=httpx.Client(transport=transport)) as client:

@@ -21,7 +21,7 @@ _SECRET = re.compile(r"PASSWORD|TOKEN|SECRET|ACCESS_KEY|HASHES|DATABASE_URL", re
 _PASSWORD_IN_URL = re.compile(r"\w+://[^\s/@:]+:[^\s/@]+@")
 _UNITS = {"": 1, "Mi": 2**20, "Gi": 2**30}
 _RAYLET = "http://127.0.0.1:52365/api/local_raylet_healthz "
-_SLOW_ANSWERS_S = 10  # a server that is slower for less than this time stays in the Service
+_SLOW_ANSWERS_S = 10  # a server may be slow for this long without leaving the Service
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def serve_config(documents: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def problems(documents: list[dict[str, Any]]) -> list[str]:
-    """Yield the faults of the documents, in words, naming the group."""
+    """Returns descriptions of all faults, with the name of the group."""
     found = [*_clear_secrets(documents, place=""), *_cluster_problems(documents)]
     for group in groups(documents):
         found += [f"{group.name}: {each}" for each in _group_problems(group, documents)]
@@ -111,7 +111,7 @@ def _cluster_problems(documents: list[dict[str, Any]]) -> Iterator[str]:
     (policy,) = [each for each in of_kind(documents, "NetworkPolicy") if each["metadata"]["name"] == "stable-audio"]
     for rule in policy["spec"]["ingress"]:
         if not rule.get("from") or any(not any(peer.values()) for peer in rule["from"]):
-            yield "a NetworkPolicy that lets everybody in"
+            yield "a NetworkPolicy that allows all sources"
     for budget in of_kind(documents, "PodDisruptionBudget"):
         if not isinstance(budget["spec"].get("minAvailable"), int):
             yield f"{budget['metadata']['name']}: not a number of pods, as a custom resource needs"
@@ -150,7 +150,7 @@ def _probe_problems(group: Group, *, drain_s: float) -> Iterator[str]:
         yield "no readinessProbe on /ready"
     unready_s = ready.get("periodSeconds", 10) * ready.get("failureThreshold", 3)
     if unready_s < _SLOW_ANSWERS_S:
-        yield f"readinessProbe gives a slow server up after {unready_s} s"
+        yield f"readinessProbe removes a slow server after {unready_s} s"
     if unready_s + ready.get("timeoutSeconds", 1) > drain_s:
         yield "readinessProbe keeps a server that drains in the Service until drain_s is over"
     if "livenessProbe" not in group.container:
@@ -158,7 +158,7 @@ def _probe_problems(group: Group, *, drain_s: float) -> Iterator[str]:
     for name in ("livenessProbe", "startupProbe"):  # probes that restart a pod
         probe = group.container.get(name)
         if probe and _RAYLET not in " ".join(probe.get("exec", {}).get("command", [])):
-            yield f"{name} asks the application, not Ray of its own pod"
+            yield f"{name} checks the application instead of Ray in its pod"
 
 
 def _stop_problems(group: Group, *, drain_s: float) -> Iterator[str]:
@@ -173,7 +173,7 @@ def _stop_problems(group: Group, *, drain_s: float) -> Iterator[str]:
         if asleep is None or not drain_s <= int(asleep[1]) < grace - longest_s:
             yield "preStop does not wait for drain_s within the grace period"
         if not _drains_own_node(words):
-            yield "preStop does not drain its node, so that replicas begin elsewhere"
+            yield "preStop does not drain its node"
         if not limit:
             yield "preStop may wait for a head that is away"
 
@@ -182,10 +182,10 @@ def _drains_own_node(words: str) -> bool:
     """Whether Ray parses the command as a drain of its own node, which makes Ray Serve leave the node."""
     found = re.search(r"ray drain-node ([^;]*);", words)
     try:
-        said = drain_node.make_context("drain-node", found[1].split() if found else []).params
+        options = drain_node.make_context("drain-node", found[1].split() if found else []).params
     except click.UsageError:
         return False
-    return said["node_id"] is None and said["reason"] == "DRAIN_NODE_REASON_PREEMPTION"
+    return options["node_id"] is None and options["reason"] == "DRAIN_NODE_REASON_PREEMPTION"
 
 
 def _memory_problems(group: Group) -> Iterator[str]:

@@ -93,7 +93,7 @@ def _server_problems(tree: dict[str, Any]) -> Iterator[str]:
     if "shm_size" not in server:
         yield "Docker's 64 MB of shared memory"
     if not server.get("healthcheck", {}).get("test", [""])[-1].endswith(":8000/health"):
-        yield "nobody looks at /health"
+        yield "no healthcheck on /health"
     for store in ("postgres", "object-store"):
         if server["depends_on"].get(store) != {"condition": "service_healthy"}:
             yield f"the server does not wait for {store}"
@@ -106,7 +106,7 @@ def _link_problems(tree: dict[str, Any]) -> Iterator[str]:
     if settings.storage.links != "server" and "ports" not in services["object-store"]:
         yield "links lead to a store that clients do not reach"
     if settings.storage.bucket != services["object-store"]["environment"].get("S3_BUCKET"):
-        yield "another bucket than the one that is made"
+        yield "another bucket than the object store creates"
     database = services["postgres"]["environment"]
     user, name = database["POSTGRES_USER"], database["POSTGRES_DB"]
     if not re.fullmatch(rf"postgresql://{user}:\w+@postgres/{name}", settings.jobs.database_url or ""):
@@ -115,7 +115,7 @@ def _link_problems(tree: dict[str, Any]) -> Iterator[str]:
     targets = [target for job in scraped for each in job.get("static_configs", []) for target in each["targets"]]
     command = services["server"]["command"]
     if f"server:{command[command.index('--metrics-port') + 1]}" not in targets:
-        yield "Prometheus looks for the server elsewhere"
+        yield "Prometheus has another server address"
     if set(services["prometheus"]["networks"]).isdisjoint(services["server"]["networks"]):
         yield "Prometheus does not reach the server"
 
@@ -160,13 +160,13 @@ PROBLEMS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "killed before drain_s": lambda t: _services(t)["server"].update(stop_grace_period="20s"),
     "root may be written": lambda t: _services(t)["server"].pop("read_only"),
     "shared memory": lambda t: _services(t)["server"].pop("shm_size"),
-    "nobody looks at /health": lambda t: _services(t)["server"].pop("healthcheck"),
+    "no healthcheck on /health": lambda t: _services(t)["server"].pop("healthcheck"),
     "does not wait for postgres": lambda t: _services(t)["server"]["depends_on"].pop("postgres"),
     "not in the store": lambda t: _services(t)["server"]["environment"].pop("STABLE_AUDIO_STORAGE_ENDPOINT_URL"),
     "clients do not reach": lambda t: _services(t)["server"]["environment"].pop("STABLE_AUDIO_STORAGE_LINKS"),
     "another bucket": lambda t: _services(t)["object-store"]["environment"].update(S3_BUCKET="other"),
     "not in PostgreSQL": lambda t: _services(t)["postgres"]["environment"].update(POSTGRES_DB="other"),
-    "looks for the server elsewhere": lambda t: _services(t)["server"]["command"].__setitem__(-1, "9000"),
+    "has another server address": lambda t: _services(t)["server"]["command"].__setitem__(-1, "9000"),
     "does not reach the server": lambda t: _services(t)["prometheus"].update(networks=["stores_only"]),
 }
 

@@ -31,13 +31,13 @@ def shell(text: str, target: str) -> str:
 
 
 def problems(text: str, target: str) -> list[str]:
-    """Yield the faults of an image, in words."""
+    """Returns descriptions of the faults of an image."""
     found = []
     if root_image(parse(text), target) != "python:3.11-slim":
         found.append("another base image")
     user = last(text, target, name="USER")
     if user is None or re.fullmatch(r"[1-9]\d*:[1-9]\d*", user) is None:
-        found.append("runs as root, or as a name Kubernetes cannot tell from root")
+        found.append("runs as root, or as a name Kubernetes cannot distinguish from root")
     if last(text, target, name="STOPSIGNAL") != "SIGINT":
         found.append("stops without draining")
     if not re.search(r"apt-get install [^&]*\bwget\b", shell(text, target)):

@@ -98,17 +98,17 @@ def _ingress_problems(ingress: dict[str, Any]) -> Iterator[str]:
     api = Settings().api
     says = {key.removeprefix(_NGINX): value for key, value in ingress["metadata"]["annotations"].items()}
     if says.get("proxy-body-size") != f"{api.max_upload_bytes // _MIB + _FIELDS_MIB}m":
-        yield "Ingress: refuses bodies that the server takes, or passes on larger ones"
+        yield "Ingress: refuses bodies that the server accepts, or passes larger ones"
     if float(says.get("proxy-read-timeout", 60)) < api.max_deadline_s:
         yield "Ingress: ends answers before api.max_deadline_s"
     if {says.get(key) for key in ("proxy-buffering", "proxy-request-buffering")} != {"off"}:
-        yield "Ingress: collects bodies or events"
+        yield "Ingress: buffers bodies or events"
     if says.get("proxy-next-upstream") != "off":
         yield "Ingress: sends a POST twice"
     for rule in ingress["spec"]["rules"]:
         for path in rule["http"]["paths"]:
             if path["backend"]["service"] != {"name": _SERVICE, "port": {"number": 8000}}:
-                yield "Ingress: leads elsewhere"
+                yield "Ingress: routes to another service"
 
 
 def _route_problems(route: dict[str, Any]) -> Iterator[str]:
@@ -117,7 +117,7 @@ def _route_problems(route: dict[str, Any]) -> Iterator[str]:
         if any(float(time.removesuffix("s")) < Settings().api.max_deadline_s for time in times):
             yield "HTTPRoute: ends answers before api.max_deadline_s"
         if rule["backendRefs"] != [{"name": _SERVICE, "port": 8000}]:
-            yield "HTTPRoute: leads elsewhere"
+            yield "HTTPRoute: routes to another service"
 
 
 def _monitor_problems(monitors: Documents) -> Iterator[str]:
@@ -136,7 +136,7 @@ def _monitor_problems(monitors: Documents) -> Iterator[str]:
             if spec["podMetricsEndpoints"][0].get("metricRelabelings") != ours["metric_relabel_configs"]:
                 yield f"{name}: other labels than prometheus.yaml"
         elif "haproxy-metrics" not in wanted:
-            yield f"{name}: not the job that the alerts are about"
+            yield f"{name}: not the job of the alerts"
         elif any(pod.name != "ingress" for pod in chosen):
             yield f"{name}: pods that may have no HAProxy"
     if seen != {pod.name for pod in pods}:
@@ -193,15 +193,15 @@ def test_schema_refuses_a_fault(change: Change) -> None:
 PROBLEMS: dict[str, Change] = {
     "Ingress: refuses bodies": lambda d: _annotations(d).pop(f"{_NGINX}proxy-body-size"),
     "Ingress: ends answers": lambda d: _annotations(d).update({f"{_NGINX}proxy-read-timeout": "600"}),
-    "Ingress: collects bodies": lambda d: _annotations(d).pop(f"{_NGINX}proxy-buffering"),
+    "Ingress: buffers bodies": lambda d: _annotations(d).pop(f"{_NGINX}proxy-buffering"),
     "Ingress: sends a POST twice": lambda d: _annotations(d).pop(f"{_NGINX}proxy-next-upstream"),
-    "Ingress: leads elsewhere": lambda d: d[0]["spec"]["rules"][0]["http"]["paths"][0]["backend"].update(
+    "Ingress: routes to another service": lambda d: d[0]["spec"]["rules"][0]["http"]["paths"][0]["backend"].update(
         service={"name": "stable-audio-head-svc", "port": {"number": 8000}}
     ),
     "HTTPRoute: ends answers": lambda d: _rule(d)["timeouts"].update(backendRequest="60s"),
-    "HTTPRoute: leads elsewhere": lambda d: _rule(d)["backendRefs"][0].update(port=8265),
+    "HTTPRoute: routes to another service": lambda d: _rule(d)["backendRefs"][0].update(port=8265),
     "a pod has no such port": lambda d: d[2]["spec"]["podMetricsEndpoints"][0].update(port="metric"),
-    "not the job that the alerts": lambda d: d[2]["spec"].pop("jobLabel"),
+    "not the job of the alerts": lambda d: d[2]["spec"].pop("jobLabel"),
     "other labels than": lambda d: d[2]["spec"]["podMetricsEndpoints"][0].pop("metricRelabelings"),
     "pods that may have no HAProxy": lambda d: d[3]["spec"]["selector"].update(
         matchLabels={"app.kubernetes.io/component": "gpu"}

@@ -183,10 +183,10 @@ _ON_HEALTH = {"httpGet": {"path": "/health", "port": "serve"}, "failureThreshold
 PROBLEMS: dict[str, Change] = {
     "no readinessProbe on /ready": lambda d: _worker(d).container.pop("readinessProbe"),
     "ingress: no livenessProbe": lambda d: _worker(d).container.pop("livenessProbe"),
-    "ingress: livenessProbe asks the application": lambda d: _worker(d).container.update(livenessProbe=_ON_HEALTH),
-    "ingress: startupProbe asks the application": lambda d: _worker(d).container.update(startupProbe=_ON_HEALTH),
-    "gpu: livenessProbe asks the application": lambda d: groups(d)[2].container.update(livenessProbe=_ON_HEALTH),
-    "ingress: readinessProbe gives a slow server up after 4 s": lambda d: (
+    "ingress: livenessProbe checks the application": lambda d: _worker(d).container.update(livenessProbe=_ON_HEALTH),
+    "ingress: startupProbe checks the application": lambda d: _worker(d).container.update(startupProbe=_ON_HEALTH),
+    "gpu: livenessProbe checks the application": lambda d: groups(d)[2].container.update(livenessProbe=_ON_HEALTH),
+    "ingress: readinessProbe removes a slow server after 4 s": lambda d: (
         _worker(d).container["readinessProbe"].update(periodSeconds=2, failureThreshold=2)
     ),
     "gpu: readinessProbe keeps a server that drains": lambda d: (
@@ -217,7 +217,7 @@ PROBLEMS: dict[str, Change] = {
     "a Secret among": lambda d: d.append({"kind": "Secret", "data": {}}),
     "without token authentication": lambda d: _service(d)["rayClusterConfig"].pop("authOptions"),
     "requests go to the head": lambda d: _service(d).pop("excludeHeadPodFromServeSvc"),
-    "lets everybody in": lambda d: of_kind(d, "NetworkPolicy")[0]["spec"]["ingress"].append(
+    "allows all sources": lambda d: of_kind(d, "NetworkPolicy")[0]["spec"]["ingress"].append(
         {"ports": [{"port": 8265}]}
     ),
     "no NetworkPolicy": lambda d: _worker(d).labels.pop("app.kubernetes.io/part-of"),

@@ -48,7 +48,7 @@ async def test_within_a_stage_only_the_latest_arrives_once_per_interval() -> Non
         await has_received(0.1)
         for fraction in (0.2, 0.3, 0.4):
             feed.put(make_progress(fraction))
-            await asyncio.sleep(0.02)  # the feed polls in this time, but its clock does not advance
+            await asyncio.sleep(0.02)  # long enough for several polls; the fake clock does not advance
         assert tuple(received) == (0.1,)
         clock.now += 0.02
         await has_received(0.1, 0.4)  # arrives although no newer progress follows

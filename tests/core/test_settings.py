@@ -307,7 +307,7 @@ def test_keys_may_share_a_name_and_listed_plain_keys_keep_theirs(tmp_path: Path)
             | {"R2_ACCESS_KEY_ID": "c", "R2_SECRET_ACCESS_KEY": "d"},
             ("a", "b", "t"),
         ),
-        # Half a pair is not a pair, and a session token is only valid with AWS keys.
+        # An incomplete pair is ignored. A session token is valid only with AWS keys.
         ({"AWS_ACCESS_KEY_ID": "a", "R2_ACCESS_KEY_ID": "c", "R2_SECRET_ACCESS_KEY": "d"}, ("c", "d", None)),
         ({"AWS_SESSION_TOKEN": "t", "R2_ACCESS_KEY_ID": "c", "R2_SECRET_ACCESS_KEY": "d"}, ("c", "d", None)),
         ({"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": " "}, (None, None, None)),

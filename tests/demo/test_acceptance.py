@@ -1,4 +1,4 @@
-"""The packaged demo model meets its acceptance table on fresh prompts of every kind."""
+"""The packaged demo model meets its required pass rates on new random prompts of every kind."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ async def test_fresh_prompts_of_every_kind_meet_the_acceptance_table() -> None:
         checks
     )
     assert {"holes", "loop repeats", "long pitch", "long tempo", "chord", "panning"} <= set(checks)
-    # Few cases a class: as many may miss as the share says, rounded up.
+    # The classes are small, so the number of allowed failures is rounded up.
     missed = {name: row["count"] - row["passed"] for name, row in checks.items()}
     allowed = {name: math.ceil(row["count"] * (100 - row["must"]) / 100) for name, row in checks.items()}
     assert {name: count for name, count in missed.items() if count > allowed[name]} == {}, report["failures"]

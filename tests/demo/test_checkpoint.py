@@ -1,4 +1,4 @@
-"""The shipped checkpoint through the real loader and engine: only what its report says it does."""
+"""The packaged checkpoint, through the package's loader and engine, does what its report states."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_everything_fits_in_twelve_megabytes() -> None:
 @pytest.mark.parametrize(
     ("prompt", "hertz"), [("C5 SINE", 523.25), slow("a 440 Hz sine wave", 440.0), slow("sine tone, 700hz", 700.0)]
 )
-async def test_a_named_pitch_is_heard(engine: Engine, prompt: str, hertz: float) -> None:
+async def test_a_named_pitch_sounds(engine: Engine, prompt: str, hertz: float) -> None:
     assert has_pitch(await make_audio(engine, prompt), hertz)
 
 
@@ -54,7 +54,7 @@ async def test_noise_is_noise_and_a_tone_is_not(engine: Engine) -> None:
     assert not is_noise(await make_audio(engine, "a 440 Hz sine wave"), "white")
 
 
-async def test_panning_silence_and_an_empty_prompt(engine: Engine) -> None:
+async def test_panning_silence_and_an_empty_prompt_have_the_right_levels(engine: Engine) -> None:
     assert is_panned(await make_audio(engine, "white noise on the left"), "left")
     assert is_panned(await make_audio(engine, "white noise on the right"), "right")
     assert is_silent(await make_audio(engine, "silence"))
@@ -74,7 +74,7 @@ async def test_a_named_tempo_is_kept(engine: Engine, prompt: str, tempo: int) ->
 
 
 @pytest.mark.slow
-async def test_sweeps_go_where_they_are_told(engine: Engine) -> None:
+async def test_sweeps_move_in_the_right_direction(engine: Engine) -> None:
     for prompt, sign in (("a rising sine sweep", 1), ("a falling sine sweep", -1)):
         audio = await make_audio(engine, prompt)
         change = math.log2(strongest_hz(audio[:, -22050:]) / strongest_hz(audio[:, :22050]))
@@ -124,9 +124,9 @@ async def test_a_continuation_keeps_its_source_and_its_pitch(engine: Engine) -> 
     ("prompt", "most_db"), [("white noise", 1), slow("pink noise", 1), slow("a 440 Hz sine wave", 2)]
 )
 async def test_kept_and_generated_audio_meet_at_their_level(engine: Engine, prompt: str, most_db: float) -> None:
-    """A tenth of a second around each seam is close to the quarters of a second beside it, in decibels.
+    """The level of 0.1 s around each seam is within `most_db` of the levels of 0.25 s before and after it.
 
-    A tone may meet itself in any phase: 30 ms of linear crossfade take up to 1 dB off it.
+    A tone may meet at any phase, so that the linear crossfade of 30 ms lowers its level by up to 1 dB.
     """
     source = await make_audio(engine, prompt)
     ends = source.shape[1]

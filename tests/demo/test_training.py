@@ -54,7 +54,7 @@ def test_twenty_steps_of_stage_two_lower_the_loss(untrained: Autoencoder) -> Non
 
 
 @pytest.mark.slow
-def test_stage_three_changes_the_decoder_and_nothing_else(untrained: Autoencoder) -> None:
+def test_stage_three_changes_only_the_decoder(untrained: Autoencoder) -> None:
     before = {name: value.clone() for name, value in untrained.state_dict().items()}
     config = DecoderTrainingConfig(steps=2, clips=ClipConfig(batch_latents=60, longest_s=1.0))
     train_decoder(config, Trainer(DenoiserTrainingConfig(steps=1)), autoencoder=untrained)
@@ -64,7 +64,7 @@ def test_stage_three_changes_the_decoder_and_nothing_else(untrained: Autoencoder
     assert changed == {"decoder"}
 
 
-def test_standardising_latents_keeps_what_is_decoded() -> None:
+def test_standardising_latents_does_not_change_decoded_audio() -> None:
     torch.manual_seed(1)
     model = Autoencoder(dataclasses.replace(SMALL, width=32)).requires_grad_(False)
     frames = torch.rand(3, 222, 16)
@@ -73,7 +73,7 @@ def test_standardising_latents_keeps_what_is_decoded() -> None:
     torch.testing.assert_close(model.decoder(model.encoder(frames)), before, atol=1e-4, rtol=1e-3)
 
 
-def test_positive_levels_where_silence_is_wanted_cost_and_negative_ones_do_not() -> None:
+def test_in_silence_only_positive_levels_increase_the_loss() -> None:
     silent = torch.zeros(2, 222, 8)
     levels = torch.zeros(2, 222, 8)
     levels[:, :220] = -0.5

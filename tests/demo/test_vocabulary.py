@@ -83,12 +83,12 @@ def test_every_note_name_becomes_its_pitch(tokenizer: Tokenizer) -> None:
                     ], text
 
 
-def test_numbers_that_are_no_pitch_stay_out(tokenizer: Tokenizer) -> None:
+def test_numbers_without_a_pitch_are_ignored(tokenizer: Tokenizer) -> None:
     for prompt in ("a 4 bar drum loop", "for 3 seconds", "909 drums", "a 4/4 beat", "2 times", "in 10 s"):
         assert not any(token.startswith(("pitch", "target")) for token in tokenizer.encode(prompt).tokens), prompt
 
 
-def test_captions_never_lose_what_they_say(tokenizer: Tokenizer) -> None:
+def test_captions_keep_their_meaning_as_tokens(tokenizer: Tokenizer) -> None:
     rng = np.random.default_rng(0)
     for _ in range(400):
         scene = draw_scene(rng)

@@ -29,14 +29,14 @@ def test_a_note_sounds_at_its_pitch(voice: str, pitch: int) -> None:
 
 @pytest.mark.parametrize("tempo", [60, 97, 120, 180])
 @pytest.mark.parametrize("voice", ["metronome", "kick"])
-def test_onsets_come_once_a_beat(voice: str, tempo: int) -> None:
+def test_there_is_one_onset_per_beat(voice: str, tempo: int) -> None:
     times = onset_times_s(make_audio(Scene("beat", voice=voice, tempo_bpm=tempo), duration_s=5.0))
     assert np.abs(np.diff(times) - 60 / tempo).max() < 0.02
     assert len(times) in (round(5 * tempo / 60) - 1, round(5 * tempo / 60), round(5 * tempo / 60) + 1)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in SHARES if kind not in ("pair", "siren", "arpeggio", "beat")])
-def test_the_world_passes_the_checks_its_models_are_judged_by(kind: str) -> None:
+def test_rendered_scenes_pass_the_evaluation_checks(kind: str) -> None:
     rng = np.random.default_rng(4)
     for _ in range(6):
         scene = draw_scene(rng, shares={kind: 1.0})
@@ -62,12 +62,12 @@ def test_the_world_passes_the_checks_its_models_are_judged_by(kind: str) -> None
         ("silence", Scene("silence")),
     ],
 )
-def test_a_held_saw_fails_every_check_that_it_should(check: str, scene: Scene) -> None:
+def test_a_held_saw_fails_the_checks_of_other_scenes(check: str, scene: Scene) -> None:
     held = make_audio(Scene("tone", voice="saw", pitch=60), duration_s=2.0)
     assert check_scene(held, scene)[check] is False
 
 
-def test_what_follows_the_clip_is_silent() -> None:
+def test_audio_after_the_clip_is_silent() -> None:
     frames = render_scene(
         Scene("chord", voice="pad", pitch=64, quality="major"), np.random.default_rng(0), duration_s=1.0, num_frames=120
     )
@@ -75,7 +75,7 @@ def test_what_follows_the_clip_is_silent() -> None:
     assert frames[87:, :-2].max() == 0
 
 
-def test_every_kind_of_scene_has_words() -> None:
+def test_every_kind_of_scene_has_a_caption() -> None:
     rng = np.random.default_rng(1)
     for kind in SHARES:
         texts = {caption(draw_scene(rng, shares={kind: 1.0}), rng) for _ in range(30)}

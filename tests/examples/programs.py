@@ -1,4 +1,4 @@
-"""Runs the examples as a shell does, in a folder of their own."""
+"""Runs the examples like a shell, in a separate folder."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 
 
-def _hear_ctrl_c() -> None:
-    """A shell starts what runs in the background deaf to it, and with it these tests and all their children."""
+def _enable_ctrl_c() -> None:
+    """Restore SIGINT, which background processes of a shell, and so these tests, inherit as ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True, slots=True)
 class Programs:
-    """Starts examples against a server, short ones by their environment."""
+    """Starts examples against a server, with short clips set by their environment."""
 
     folder: Path
     url: str
@@ -45,17 +45,17 @@ class Programs:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            preexec_fn=_hear_ctrl_c,
+            preexec_fn=_enable_ctrl_c,
             start_new_session=True,
         )
 
     async def run(self, name: str, *arguments: str, code: int = 0, **environment: str) -> str:
-        """What the example wrote to standard output, or to standard error if it was to fail."""
+        """Returns the standard output, or the standard error if `code` is not 0. Fails on another exit code."""
         process = await self.start(name, *arguments, **environment)
         return await finish(process, code)
 
     def seconds(self) -> dict[str, float]:
-        """The audio files in the folder, with how long each lasts, seconds."""
+        """Returns the duration in seconds of each audio file in the folder."""
         return {
             str(path.relative_to(self.folder)): round(soundfile.info(path).duration, 2)
             for path in sorted(self.folder.rglob("*.*"))
@@ -66,14 +66,14 @@ class Programs:
 async def finish(process: asyncio.subprocess.Process, code: int) -> str:
     async with asyncio.timeout(PATIENCE_S):
         output, errors = await process.communicate()
-    said = errors.decode()
-    assert process.returncode == code, said
-    assert "Traceback" not in said
-    return said if code else output.decode()
+    message = errors.decode()
+    assert process.returncode == code, message
+    assert "Traceback" not in message
+    return message if code else output.decode()
 
 
 async def wait_for(process: asyncio.subprocess.Process, text: str, *, end: bytes = b"\n") -> str:
-    """The line of standard output that has `text`."""
+    """Returns the first line of standard output that contains `text`."""
     assert process.stdout is not None
     async with asyncio.timeout(PATIENCE_S):
         while text not in (line := (await process.stdout.readuntil(end)).decode()):
@@ -82,6 +82,6 @@ async def wait_for(process: asyncio.subprocess.Process, text: str, *, end: bytes
 
 
 def find_examples(suffixes: Sequence[str] = (".py", ".sh")) -> set[str]:
-    """Paths of the programs below `examples/`, without the demo model's, which `tests/demo` tests."""
+    """Returns the paths of all programs below `examples/` except the demo model, which `tests/demo` covers."""
     paths = {path.relative_to(EXAMPLES) for path in EXAMPLES.rglob("*.*") if path.suffix in suffixes}
     return {str(path) for path in paths if path.parts[0] not in ("__init__.py", "demo_model")}

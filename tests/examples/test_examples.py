@@ -1,4 +1,4 @@
-"""Every program of `examples/`, run as its users run it, against one server of the demo model."""
+"""Every program of `examples/`, run as users run it, against a server with the demo model."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tests.examples.programs import EXAMPLES, Programs, find_examples, finish, w
 from tests.patience import PATIENCE_S
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
-module_loop = pytest.mark.asyncio(loop_scope="module")  # of the server
+module_loop = pytest.mark.asyncio(loop_scope="module")  # the event loop of the server
 
-# What each client of another system writes, in seconds.
+# Client of another system -> duration in seconds of each file that it writes.
 CLIENTS: dict[str, dict[str, float]] = {
     "clients/aimlapi/generate.py": {"generated.wav": 1},
     "clients/aimlapi/generate.sh": {"generated.wav": 1},
@@ -37,7 +37,7 @@ CLIENTS: dict[str, dict[str, float]] = {
     "clients/vllm_omni/openai_client.py": {"waves.flac": 1},
 }
 ARGUMENTS = {"clients/vllm_omni/generate.py": ["--audio-length", "1", "--num-inference-steps", "4"]}
-# Those with our own client, each in a test of its own.
+# Examples with our client. Each has a separate test.
 OWN = {
     "batch_from_csv.py",
     "endless_continuation.py",
@@ -53,19 +53,19 @@ def test_every_example_is_run() -> None:
 
 @pytest.mark.parametrize("name", CLIENTS)
 @module_loop
-async def test_clients_of_other_systems(name: str, programs: Programs) -> None:
+async def test_clients_of_other_systems_write_their_files(name: str, programs: Programs) -> None:
     await programs.run(name, *ARGUMENTS.get(name, []))
     assert programs.seconds() == CLIENTS[name]
 
 
 @module_loop
-async def test_a_ladder(programs: Programs) -> None:
+async def test_the_variation_ladder_writes_a_file_per_strength(programs: Programs) -> None:
     await programs.run("variation_ladder.py", "a bell", "--rungs", "2", "--duration", "1")
     assert programs.seconds() == {"ladder/0.00.wav": 1, "ladder/0.50.wav": 1, "ladder/1.00.wav": 1}
 
 
 @module_loop
-async def test_an_endless_clip(programs: Programs) -> None:
+async def test_the_endless_clip_grows_to_its_length(programs: Programs) -> None:
     await programs.run(
         *("endless_continuation.py", "rain", "--context", "1", "--more", "1.5", "--until", "4", "--out", "rain.wav")
     )
@@ -78,9 +78,9 @@ async def count_jobs(url: str) -> int:
 
 
 @module_loop
-async def test_a_batch(programs: Programs) -> None:
-    said = await programs.run("batch_from_csv.py", str(EXAMPLES / "prompts.csv"), "--limit", "3", "--at-once", "2")
-    assert "[3/3]" in said
+async def test_a_batch_writes_a_file_per_row(programs: Programs) -> None:
+    output = await programs.run("batch_from_csv.py", str(EXAMPLES / "prompts.csv"), "--limit", "3", "--at-once", "2")
+    assert "[3/3]" in output
     names, lengths = zip(*programs.seconds().items(), strict=True)
     assert names[0].startswith("sounds/0001-an-organ-playing-c4-")
     assert lengths == (2, 2, 2)
@@ -88,7 +88,7 @@ async def test_a_batch(programs: Programs) -> None:
 
 
 @module_loop
-async def test_a_batch_goes_on_where_it_was_stopped(programs: Programs) -> None:
+async def test_an_interrupted_batch_resumes(programs: Programs) -> None:
     prompts = programs.folder / "prompts.csv"
     prompts.write_text("prompt,duration\n" + "".join(f"rain number {row},0.5\n" for row in range(12)))
     num_before = await count_jobs(programs.url)
@@ -105,12 +105,12 @@ async def test_a_batch_goes_on_where_it_was_stopped(programs: Programs) -> None:
 
 
 @module_loop
-async def test_rows_that_fail_are_told_and_hold_up_no_other(programs: Programs) -> None:
+async def test_failed_rows_are_reported_and_do_not_stop_others(programs: Programs) -> None:
     prompts = programs.folder / "prompts.csv"
     prompts.write_text("prompt,duration\nrain,0\nwind,0.5\n")
-    said = await programs.run("batch_from_csv.py", "prompts.csv", code=1)
-    assert "row 0001-rain" in said
-    assert "duration" in said
+    output = await programs.run("batch_from_csv.py", "prompts.csv", code=1)
+    assert "row 0001-rain" in output
+    assert "duration" in output
     assert list(programs.seconds().values()) == [0.5]
     for content, fault in {
         "text,duration\nrain,1\n": "row 1 has no prompt",
@@ -122,7 +122,7 @@ async def test_rows_that_fail_are_told_and_hold_up_no_other(programs: Programs) 
 
 
 @module_loop
-async def test_webhooks_are_checked_and_stored_once(programs: Programs) -> None:
+async def test_webhooks_are_verified_and_stored_once(programs: Programs) -> None:
     process = await programs.start("webhook_receiver.py", "--port", "0", STABLE_AUDIO_WEBHOOK_SECRET=SECRET)
     url = (await wait_for(process, "listens on")).split()[-1]
     async with AsyncClient(programs.url) as client, httpx.AsyncClient(timeout=PATIENCE_S) as http:
@@ -150,13 +150,13 @@ async def test_webhooks_are_checked_and_stored_once(programs: Programs) -> None:
     await finish(process, 130)
 
 
-async def test_a_receiver_without_a_secret_checks_nothing_and_does_not_start(tmp_path: Path) -> None:
-    said = await Programs(tmp_path, "http://a").run("webhook_receiver.py", code=1, STABLE_AUDIO_WEBHOOK_SECRET="")
-    assert said == "error: STABLE_AUDIO_WEBHOOK_SECRET is not set\n"
+async def test_a_receiver_without_a_secret_does_not_start(tmp_path: Path) -> None:
+    output = await Programs(tmp_path, "http://a").run("webhook_receiver.py", code=1, STABLE_AUDIO_WEBHOOK_SECRET="")
+    assert output == "error: STABLE_AUDIO_WEBHOOK_SECRET is not set\n"
 
 
 @module_loop
-async def test_an_endless_clip_is_whole_after_ctrl_c(programs: Programs) -> None:
+async def test_the_endless_clip_is_a_valid_file_after_ctrl_c(programs: Programs) -> None:
     process = await programs.start("endless_continuation.py", "rain", "--context", "1", "--more", "1")
     await wait_for(process, "endless.wav: 2", end=b"\r")
     process.send_signal(signal.SIGINT)
@@ -171,7 +171,7 @@ ARGUMENTS_TO_START = {
     "endless_continuation.py": ["rain"],
     "variation_ladder.py": ["rain"],
 }
-# Many programs that only start and end again are run by `make chaos`; one of each kind stands for them elsewhere.
+# `make chaos` starts and ends every program. Other runs use one program of each kind.
 FEW = [*ARGUMENTS_TO_START, "clients/aimlapi/generate.py", "clients/fal/queue.sh"]
 ASKING = [
     name if name in FEW else pytest.param(name, marks=pytest.mark.chaos) for name in [*ARGUMENTS_TO_START, *CLIENTS]
@@ -180,7 +180,7 @@ ASKING = [
 
 @pytest.mark.parametrize("name", ASKING)
 async def test_ctrl_c_ends_them_without_a_traceback(name: str, tmp_path: Path) -> None:
-    """While they wait for a server that never answers."""
+    """Ctrl-C arrives while the program waits for a server that never answers."""
     connected = asyncio.Event()
 
     async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -193,24 +193,24 @@ async def test_ctrl_c_ends_them_without_a_traceback(name: str, tmp_path: Path) -
         process = await programs.start(name, *ARGUMENTS_TO_START.get(name, []))
         async with asyncio.timeout(PATIENCE_S):
             await connected.wait()
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        killed = -signal.SIGINT if name.endswith(".sh") else 130  # for a shell that is 130, too
+        os.killpg(process.pid, signal.SIGINT)  # a terminal signals the process group
+        killed = -signal.SIGINT if name.endswith(".sh") else 130  # a shell reports both as 130
         await finish(process, {"endless_continuation.py": 0}.get(name, killed))
     assert programs.seconds() == {}
 
 
 @pytest.mark.parametrize("name", ASKING)
-async def test_a_wrong_address_is_told(name: str, tmp_path: Path) -> None:
+async def test_an_invalid_address_is_reported(name: str, tmp_path: Path) -> None:
     code = 6 if name.endswith(".sh") else 1
-    said = await Programs(tmp_path, "nowhere").run(name, *ARGUMENTS_TO_START.get(name, []), code=code)
-    assert said.startswith(("error: ", "curl: "))
-    assert "nowhere" in said
+    output = await Programs(tmp_path, "nowhere").run(name, *ARGUMENTS_TO_START.get(name, []), code=code)
+    assert output.startswith(("error: ", "curl: "))
+    assert "nowhere" in output
 
 
 @pytest.mark.parametrize(
     ("name", "num_answers"), [("clients/fal/queue.sh", 1), ("clients/stable_audio_3/generate.sh", 3)]
 )
-async def test_scripts_do_not_wait_for_a_server_that_went_away(name: str, num_answers: int, tmp_path: Path) -> None:
+async def test_scripts_end_when_the_server_stops(name: str, num_answers: int, tmp_path: Path) -> None:
     body = json.dumps({"id": "a" * 32, "request_id": "b"}, separators=(",", ":")).encode()
     num_asked = 0
 
@@ -232,8 +232,8 @@ async def test_scripts_do_not_wait_for_a_server_that_went_away(name: str, num_an
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("name", [*ARGUMENTS_TO_START, *CLIENTS])
-async def test_without_a_server_they_say_so(name: str, tmp_path: Path) -> None:
+async def test_without_a_server_they_report_an_error(name: str, tmp_path: Path) -> None:
     code = 7 if name.endswith(".sh") else 1
-    said = await Programs(tmp_path, "http://127.0.0.1:9").run(name, *ARGUMENTS_TO_START.get(name, []), code=code)
-    assert said.startswith(("error: ", "curl: "))
-    assert "127.0.0.1" in said
+    output = await Programs(tmp_path, "http://127.0.0.1:9").run(name, *ARGUMENTS_TO_START.get(name, []), code=code)
+    assert output.startswith(("error: ", "curl: "))
+    assert "127.0.0.1" in output

@@ -1,4 +1,4 @@
-"""The Gradio page in the environment that its requirements make, against a server of the tests."""
+"""The Gradio page, in an environment with its requirements, against a test server."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from tests.serving.launched import free_port
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 
-def without(reason: str) -> None:
-    """Skip where there is no network, but never where everything has to run."""
+def skip_or_fail(reason: str) -> None:
+    """Skip the test, for example without a network. Fail it in CI."""
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
     pytest.skip(f"NOT TESTED, the Gradio page: {reason}")
@@ -36,7 +36,10 @@ def without(reason: str) -> None:
 
 @pytest.fixture(scope="module")
 def python() -> Path:
-    """Of an environment with Gradio and what our client needs, in the user's cache: the first run installs it."""
+    """Returns the Python of an environment with Gradio and our client's dependencies.
+
+    The first run installs the environment in the user's cache.
+    """
     client = tomllib.loads((ROOT / "packaging" / "client" / "pyproject.toml").read_text())
     wanted = (EXAMPLES / "gradio_requirements.txt").read_text().split() + client["project"]["dependencies"]
     digest = hashlib.sha256(repr((wanted, sys.version_info[:2])).encode()).hexdigest()[:12]
@@ -51,13 +54,13 @@ def python() -> Path:
             done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
             if done.returncode:
                 shutil.rmtree(folder)
-                without(f"it could not be installed: {done.stderr[-500:]}")
-        Path(folder).rename(installed)  # all of it at once
+                skip_or_fail(f"it could not be installed: {done.stderr[-500:]}")
+        Path(folder).rename(installed)  # the complete environment appears atomically
     return installed / "bin" / "python"
 
 
 async def ask(http: httpx.AsyncClient, data: list[object]) -> tuple[str, object]:
-    """What the page's function answers: the kind of its last event, and that one's data."""
+    """Call the page's function. Returns the kind and the data of its last event."""
     call = (await http.post("/gradio_api/call/generate", json={"data": data})).json()["event_id"]
     events = (await http.get(f"/gradio_api/call/generate/{call}")).text.strip().split("\n\n")
     kind, _, content = events[-1].partition("\n")
@@ -76,7 +79,7 @@ async def until_it_answers(http: httpx.AsyncClient, process: asyncio.subprocess.
                 return
 
 
-async def test_the_page_makes_sound(python: Path, tmp_path: Path) -> None:
+async def test_the_gradio_page_generates_audio(python: Path, tmp_path: Path) -> None:
     port = free_port()
     async with serve_app() as (server_port, backend):
         programs = Programs(tmp_path, f"http://127.0.0.1:{server_port}", python=str(python))

@@ -1,4 +1,4 @@
-"""Goldens folders for the tests: the stored ones as the command sees them, and small copies to tamper with."""
+"""Helpers for folders of reference numbers: run `verify` on the stored ones, and make small copies to tamper with."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ QUICK_CASES = ("gen/t2a_short_unchunked", "gen/t2a_partly_padded")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What `stable-audio-serve verify` said about a folder."""
+    """The output of `stable-audio-serve verify` for a folder."""
 
     exit_code: int
     lines: tuple[str, ...]
     report: dict[str, Any]
 
     def line(self, component: str, verdict: str) -> str:
-        """The line about a component. Fails the test if there is none."""
+        """Returns the line of a component with this verdict. Fails the test if there is none."""
         found = [line for line in self.lines if line.startswith(f"{component:<23} {verdict:<8} ")]
         assert found, f"no line {component!r} {verdict!r} in\n" + "\n".join(self.lines)
         return found[0]
 
 
 def run_verify(folder: Path) -> Answer:
-    """Run the command in this process."""
+    """Run `verify` in this process."""
     with TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.json"
         result = CliRunner().invoke(app, ["verify", str(folder), "--json", str(report)], catch_exceptions=False)
@@ -46,12 +46,12 @@ def run_verify(folder: Path) -> Answer:
 
 @cache
 def verify_stored(name: str) -> Answer:
-    """The answer for one of the stored folders, run once."""
+    """Run `verify` on a stored folder and cache its output."""
     return run_verify(SA3_GOLDENS / name)
 
 
 def make_quick_copy(target: Path, *, name: str = "sharp-s") -> Path:
-    """A copy with two cases only and, of the windowed autoencoder runs, none."""
+    """Copy a folder with two cases only and without windowed autoencoder runs."""
     shutil.copytree(SA3_GOLDENS / name, target)
     edit_facts(target, lambda facts: facts.update(cases={key: facts["cases"][key] for key in QUICK_CASES}))
     edit_facts(target, lambda facts: facts.pop("tensors"))
@@ -80,7 +80,7 @@ def edit_tensors(path: Path, change: Callable[[dict[str, Tensor]], object]) -> N
 
 
 def add_to_first(key: str, amount: float) -> Callable[[dict[str, Tensor]], None]:
-    """Change one number of one tensor."""
+    """Returns a function that adds `amount` to the first number of the tensor `key`."""
 
     def change(tensors: dict[str, Tensor]) -> None:
         tensors[key].view(-1)[0] += amount

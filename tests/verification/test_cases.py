@@ -29,7 +29,7 @@ def test_defaults_come_from_the_goldens_then_from_the_reference() -> None:
     assert request.seed == 0
 
 
-def test_lists_belong_to_the_rows_of_a_batch() -> None:
+def test_a_list_has_one_value_per_row() -> None:
     prompts = ["rain", "wind"]
     case = parse({"batch_size": 2, "prompt": prompts, "negative_prompt": ["a", "b"], "duration": [2.5, 1]})
     assert [request.prompt for request in case.requests] == prompts
@@ -40,7 +40,7 @@ def test_lists_belong_to_the_rows_of_a_batch() -> None:
         parse({"batch_size": 2, "prompt": ["rain"]})
 
 
-def test_every_argument_has_its_field() -> None:
+def test_every_argument_maps_to_a_field() -> None:
     (request,) = parse(
         {
             "sampler_type": "dpmpp",
@@ -64,7 +64,7 @@ def test_every_argument_has_its_field() -> None:
 
 
 @pytest.mark.parametrize("chunked", [True, False])
-def test_windows_are_the_config_s_unless_the_case_says_otherwise(chunked: bool) -> None:
+def test_a_case_overrides_the_chunked_decoding_of_the_config(chunked: bool) -> None:
     assert parse({}, chunked=chunked).requests[0].chunked_decode is chunked
     for stated in (True, False):
         assert parse({"chunked_decode": stated}, chunked=chunked).requests[0].chunked_decode is stated
@@ -92,7 +92,7 @@ def test_schedule_overrides_by_type_or_class(stated: Any, expected: ScheduleShif
         ({"seed": 1, "lora_strength": None, "return_latents": True}, None),
     ],
 )
-def test_what_cannot_be_repeated_is_said(args: dict[str, Any], reason: str | None) -> None:
+def test_the_skip_reason_is_reported(args: dict[str, Any], reason: str | None) -> None:
     found = skip_reason(args)
     assert (found is None) == (reason is None)
     assert reason is None or reason in str(found)

@@ -1,4 +1,4 @@
-"""Small mistakes in the arithmetic that `verify` must notice in the stored folders."""
+"""`verify` detects small mistakes in the arithmetic of the models, with the stored folders."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.verification.folders import edit_facts, run_verify
 
 pytestmark = pytest.mark.server
 
-# One case of each kind is enough to notice a mistake, and quick.
+# One case of each kind is enough to detect a mistake, and fast.
 CASES = ("gen/t2a_short_unchunked", "gen/t2a_cfg3_neg_apg1")
 
 Mutate = Callable[[pytest.MonkeyPatch], None]
@@ -59,7 +59,7 @@ def scale_the_negative_prompt(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def untouched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Copies with a few cases."""
+    """Returns copies of the folders with a few cases each."""
     copies = {}
     for name in SHARP:
         copies[name] = Path(shutil.copytree(SA3_GOLDENS / name, tmp_path_factory.mktemp("mutants") / name))
@@ -74,7 +74,7 @@ def keep_cases(facts: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHARP)
-def test_nothing_is_missed_without_a_mistake(untouched: dict[str, Path], name: str) -> None:
+def test_unmodified_code_misses_no_bound(untouched: dict[str, Path], name: str) -> None:
     answer = run_verify(untouched[name])
     assert answer.exit_code == 0, "\n".join(answer.lines)
 
@@ -90,7 +90,7 @@ def test_nothing_is_missed_without_a_mistake(untouched: dict[str, Path], name: s
         *(slow(name, scale_the_negative_prompt, "end-to-end latents") for name in SHARP),
     ],
 )
-def test_a_mistake_is_missed(
+def test_a_mistake_misses_its_bound(
     untouched: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str, mutate: Mutate, component: str
 ) -> None:
     mutate(monkeypatch)
@@ -101,7 +101,7 @@ def test_a_mistake_is_missed(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHARP)
-def test_another_norm_eps_is_missed(untouched: dict[str, Path], tmp_path: Path, name: str) -> None:
+def test_a_wrong_norm_eps_misses_the_bound(untouched: dict[str, Path], tmp_path: Path, name: str) -> None:
     folder = Path(shutil.copytree(untouched[name], tmp_path / name))
     file = folder / "model_config.json"
     values = json.loads(file.read_text())

@@ -1,4 +1,4 @@
-"""The command in front of numbers of the Stable Audio Open family that need no checkpoint."""
+"""`verify` on the numbers of the Stable Audio Open family that need no checkpoint."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def other_branch_as_the_guided_one(patch: pytest.MonkeyPatch) -> None:
         slow(other_branch_as_the_guided_one, "samplers over time"),
     ],
 )
-def test_a_mistake_is_missed(monkeypatch: pytest.MonkeyPatch, mutate: Mutate, component: str) -> None:
+def test_a_mistake_misses_its_bound(monkeypatch: pytest.MonkeyPatch, mutate: Mutate, component: str) -> None:
     mutate(monkeypatch)
     answer = run_verify(FOLDER)
     assert answer.exit_code == 1
@@ -122,7 +122,7 @@ def test_a_changed_draw_is_a_miss(folder: Path) -> None:
     }
 
 
-def test_other_formulas_and_comparing_too_little_are_failures(folder: Path) -> None:
+def test_unknown_formulas_and_missing_numbers_fail(folder: Path) -> None:
     edit_facts(folder, lambda facts: facts["analytic"].update(v="v = x"))
     edit_facts(folder, lambda facts: facts.pop("brownian"))
     answer = run_verify(folder)
@@ -131,7 +131,7 @@ def test_other_formulas_and_comparing_too_little_are_failures(folder: Path) -> N
     assert {"samplers over time", "Brownian paths"} <= set(answer.report["failed"])
 
 
-def test_a_checkpoint_without_its_config_is_not_taken_for_such_a_folder(tmp_path: Path) -> None:
+def test_a_checkpoint_without_its_config_fails(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(OPEN_GOLDENS / "tiny-small", tmp_path / "folder"))
     (folder / "model_config.json").unlink()
     answer = run_verify(folder)
@@ -139,6 +139,6 @@ def test_a_checkpoint_without_its_config_is_not_taken_for_such_a_folder(tmp_path
     assert "model_config.json" in answer.line("checkpoint", "MISSED")
 
 
-def test_a_number_that_nothing_knows_is_named(folder: Path) -> None:
+def test_an_unknown_tensor_is_named(folder: Path) -> None:
     edit_tensors(folder / "golden.safetensors", lambda tensors: tensors.update({"sampler2/x": torch.zeros(2)}))
     assert "sampler2/x" in run_verify(folder).line("sampler2", "skipped")

@@ -1,4 +1,4 @@
-"""The command in front of folders of the Stable Audio Open family: the stored ones pass, small mistakes do not."""
+"""`verify` on folders of the Stable Audio Open family: stored folders pass, small mistakes in the code miss a bound."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_command_accepts_the_folder_and_compares_every_output(name: str) -> 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy with one run of each kind."""
+    """Returns a copy of a folder with one run of each kind."""
     folder = Path(shutil.copytree(OPEN_GOLDENS / "tiny-1.0", tmp_path_factory.mktemp("open") / "folder"))
     kept = ("gen/card", "gen/negative", "gen/init_8.0")
     edit_facts(folder, lambda facts: facts.update(cases={name: facts["cases"][name] for name in kept}))
@@ -165,7 +165,9 @@ def edits_without_a_mask(patch: pytest.MonkeyPatch) -> None:
         slow(negative_with_the_prompt_s_seconds, "end-to-end latents"),
     ],
 )
-def test_a_mistake_is_missed(quick: Path, monkeypatch: pytest.MonkeyPatch, mutate: Mutate, component: str) -> None:
+def test_a_mistake_misses_its_bound(
+    quick: Path, monkeypatch: pytest.MonkeyPatch, mutate: Mutate, component: str
+) -> None:
     mutate(monkeypatch)
     answer = run_verify(quick)
     assert answer.exit_code == 1
@@ -230,7 +232,7 @@ def test_runs_with_another_objective_are_listed_or_described(stated: object) -> 
 
 
 @pytest.mark.slow
-def test_a_folder_need_not_state_the_draws_of_a_run(quick: Path, tmp_path: Path) -> None:
+def test_the_draws_of_a_run_are_optional(quick: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(quick, tmp_path / "folder"))
     edit_facts(folder, lambda facts: facts["cases"]["gen/card"].pop("draws"))
     assert run_verify(folder).exit_code == 0

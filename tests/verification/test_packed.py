@@ -1,4 +1,4 @@
-"""The reference's numbers end to end where rows share calls without padding."""
+"""End-to-end reference numbers with packed rows, which share network calls without padding."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.verification.folders import make_quick_copy, run_verify
 
 
 @pytest.mark.parametrize("name", ["sharp-s", slow("sharp-l")])
-def test_packed_rows_pass_the_command(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_rows_pass_verification(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "EngineOptions", partial(EngineOptions, mode="fast"))
     packed: list[bool] = []
     denoise = runs.ObservedModel.denoise

@@ -1,4 +1,4 @@
-"""Every stored number of the reference, through the command that operators run."""
+"""`verify` compares every stored reference number."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_every_case_is_compared_end_to_end(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FOLDERS[:2])
-def test_every_stored_output_is_compared_or_said_to_be_skipped(name: str) -> None:
+def test_every_stored_output_is_compared_or_reported_as_skipped(name: str) -> None:
     answer = verify_stored(name)
     compared = {entry["key"].split("[")[0] for entry in answer.report["comparisons"]}
     inputs = {"x", "t", "cross_attn_cond", "cross_attn_mask", "global_cond", "local_add_cond", "padding_mask"}

@@ -1,4 +1,4 @@
-"""The gate with a model that makes what it is told, and a real folder or bucket for its reports."""
+"""The quality gate with a scripted model, and a real folder or bucket for its reports."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Change = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
 
 
 class Player:
-    """Makes noise that depends on the seed alone, then changes it."""
+    """A model that generates noise from the seed, then applies `change`."""
 
     def __init__(
         self, change: Change = lambda audio: audio, *, clock: FakeClock | None = None, takes_s: float = 0.0
@@ -86,7 +86,7 @@ def other_noise(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return np.ascontiguousarray(audio[:, ::-1])
 
 
-async def test_the_first_weights_pass_by_making_sound_and_are_compared_from_then_on(gate: QualityGate) -> None:
+async def test_first_weights_pass_if_audible_and_become_the_reference(gate: QualityGate) -> None:
     assert (await judge(gate)).basis == "new"
     assert (await judge(gate)).basis == "same"
     assert (await judge(gate, louder(0.09))).basis == "same"
@@ -103,7 +103,7 @@ async def test_levels_do_not_drift_from_one_report_to_the_next(gate: QualityGate
         await judge(gate, louder(0.16))
 
 
-async def test_other_weights_may_sound_otherwise_but_not_twice_as_loud(gate: QualityGate) -> None:
+async def test_other_weights_may_sound_different_but_not_twice_as_loud(gate: QualityGate) -> None:
     await judge(gate)
     assert (await judge(gate, other_noise, setup=OTHER, source=AT_OTHER)).basis == "other"
     third = replace(FIRST, weights="3" * 64)
@@ -124,18 +124,18 @@ async def test_other_weights_may_sound_otherwise_but_not_twice_as_loud(gate: Qua
         (lambda audio: np.where(np.arange(12000) == 77, np.inf, audio), "not finite"),
     ],
 )
-async def test_what_no_model_may_make_is_refused_whatever_the_weights(
+async def test_invalid_audio_is_refused_for_any_weights(
     gate: QualityGate, setup: Setup, change: Change, complaint: str
 ) -> None:
     with pytest.raises(QualityError, match=complaint):
-        await judge(gate, change, setup=setup)  # the first ever
+        await judge(gate, change, setup=setup)  # there is no earlier report
     await judge(gate)
     with pytest.raises(QualityError, match=complaint):
         await judge(gate, change, setup=setup, source=AT_OTHER)
-    assert (await judge(gate)).basis == "same"  # what failed left nothing behind
+    assert (await judge(gate)).basis == "same"  # the failed run stored nothing
 
 
-async def test_a_request_that_fails_fails_the_model(gate: QualityGate) -> None:
+async def test_a_failed_golden_request_fails_the_model(gate: QualityGate) -> None:
     async def fail(request: GenerationRequest) -> GenerationResult:
         raise GenerationError("values that are not finite")
 
@@ -143,7 +143,7 @@ async def test_a_request_that_fails_fails_the_model(gate: QualityGate) -> None:
         await gate.judge(CARD, fail, setup=FIRST, source=AT_FIRST)
 
 
-async def test_every_request_is_judged(gate: QualityGate) -> None:
+async def test_every_golden_request_is_compared(gate: QualityGate) -> None:
     await judge(gate)
     player = Player()
     await judge(gate, player)
@@ -159,22 +159,22 @@ async def test_every_request_is_judged(gate: QualityGate) -> None:
             await judge(gate, change_one)
 
 
-async def test_no_request_begins_after_the_budget_but_the_first(folder: Path) -> None:
+async def test_only_the_first_request_may_begin_after_the_budget(folder: Path) -> None:
     clock = FakeClock()
     gate = make_gate(LocalArtifacts(folder), clock=clock)
     slow = Player(clock=clock, takes_s=21.0)
     assert (await judge(gate, slow)).basis == "new"
     assert len(slow.requests) == 1
-    assert (await judge(gate, louder(0.05))).basis == "same"  # what both have is compared
+    assert (await judge(gate, louder(0.05))).basis == "same"  # the clips in both reports are compared
 
 
 async def test_a_commit_whose_files_have_changed_is_refused(gate: QualityGate) -> None:
     await judge(gate)
-    with pytest.raises(QualityError, match="not those that passed before"):
+    with pytest.raises(QualityError, match="differ from the files that passed before"):
         await judge(gate, setup=OTHER, source=AT_FIRST)
 
 
-async def test_devices_and_precisions_have_reports_of_their_own(gate: QualityGate) -> None:
+async def test_reports_are_separate_per_device_and_precision(gate: QualityGate) -> None:
     await judge(gate)
     for setup in (
         replace(FIRST, device="cuda"),
@@ -186,7 +186,7 @@ async def test_devices_and_precisions_have_reports_of_their_own(gate: QualityGat
     assert (await judge(gate)).basis == "same"
 
 
-async def test_a_pinned_report_holds_for_any_weights(gate: QualityGate) -> None:
+async def test_a_pinned_report_applies_to_any_weights(gate: QualityGate) -> None:
     pinned = (await judge(gate)).report
     assert (await judge(gate, setup=OTHER, source=AT_OTHER, pinned=pinned)).basis == "pinned"
     with pytest.raises(QualityError, match=f"spectral cosine .*quality report {pinned}"):
@@ -194,7 +194,7 @@ async def test_a_pinned_report_holds_for_any_weights(gate: QualityGate) -> None:
 
 
 @pytest.mark.parametrize("pinned", ["0" * 32, "../../etc/passwd", "x" * 100_000, ""])
-async def test_a_pinned_report_that_is_not_there_is_named(gate: QualityGate, pinned: str) -> None:
+async def test_a_missing_pinned_report_is_named(gate: QualityGate, pinned: str) -> None:
     with pytest.raises(QualityReportError, match=r"no quality report 0|32 hexadecimal digits"):
         await judge(gate, pinned=pinned)
 
@@ -241,7 +241,7 @@ def hostile() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", hostile())
-async def test_a_broken_or_hostile_report_is_refused_by_name_and_stops_no_model(
+async def test_a_broken_or_hostile_report_is_named_and_stops_no_model(
     gate: QualityGate, folder: Path, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     (folder / "quality").mkdir(parents=True)
@@ -252,14 +252,14 @@ async def test_a_broken_or_hostile_report_is_refused_by_name_and_stops_no_model(
     assert FIRST.report_id in (passed.problem or "")
     assert len(passed.problem or "") < 500
     assert FIRST.report_id in caplog.text
-    assert path.read_bytes() == hostile()[kind]  # evidence, until an operator removes it
+    assert path.read_bytes() == hostile()[kind]  # the file stays until an operator deletes it
     with pytest.raises(QualityReportError, match=FIRST.report_id):
         await judge(gate, pinned=FIRST.report_id)
     with pytest.raises(QualityError, match="silence"):
         await judge(gate, lambda audio: audio * 0)
 
 
-async def test_a_broken_record_of_last_good_weights_is_refused_by_name(gate: QualityGate, folder: Path) -> None:
+async def test_a_broken_record_of_last_good_weights_is_named(gate: QualityGate, folder: Path) -> None:
     await judge(gate)
     (folder / "quality" / last_good_id("m")).write_bytes(b"{}")
     passed = await judge(gate, setup=OTHER, source=AT_OTHER)
@@ -268,7 +268,7 @@ async def test_a_broken_record_of_last_good_weights_is_refused_by_name(gate: Qua
 
 
 class _Silent(LocalArtifacts):
-    """A folder on a disk that does not answer."""
+    """A folder whose disk hangs."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -293,14 +293,14 @@ async def test_a_store_that_does_not_answer_stops_no_model(folder: Path) -> None
         store.released.set()
 
 
-async def test_a_folder_that_is_gone_stops_no_model(tmp_path: Path) -> None:
+async def test_a_missing_folder_stops_no_model(tmp_path: Path) -> None:
     gate = make_gate(LocalArtifacts(tmp_path / "absent", may_make=False))
     assert (await judge(gate)).basis == "unchecked"
     assert not (tmp_path / "absent").exists()
 
 
 @pytest.mark.server
-async def test_reports_in_a_bucket_and_a_bucket_that_fails(object_storage: ObjectStorage) -> None:
+async def test_reports_in_a_bucket_and_a_missing_bucket(object_storage: ObjectStorage) -> None:
     bucket = object_storage.make_bucket()
     store = S3Artifacts(object_storage.settings(bucket, prefix="a/b"))
     gate = make_gate(store, wait_s=30.0)
@@ -316,8 +316,8 @@ async def test_reports_in_a_bucket_and_a_bucket_that_fails(object_storage: Objec
     await store.close()
 
 
-async def test_many_that_pass_at_once_do_no_harm(folder: Path) -> None:
-    """As many replicas as a large cluster starts; every file is one of those written, as a whole."""
+async def test_replicas_that_pass_at_the_same_time_write_whole_files(folder: Path) -> None:
+    """16 replicas pass at the same time, as in a large cluster. Each stored file is one replica's complete file."""
     gates = [make_gate(LocalArtifacts(folder)) for _ in range(16)]
     passed = await asyncio.gather(*(judge(gate, louder(0.001 * k)) for k, gate in enumerate(gates)))
     assert {each.basis for each in passed} <= {"new", "same"}
@@ -325,17 +325,17 @@ async def test_many_that_pass_at_once_do_no_harm(folder: Path) -> None:
     assert sorted(path.name for path in (folder / "quality").iterdir()) == sorted([FIRST.report_id, last_good_id("m")])
 
 
-async def test_reports_can_be_listed_and_forgotten(folder: Path) -> None:
+async def test_reports_can_be_listed_and_deleted(folder: Path) -> None:
     archive = ReportArchive(LocalArtifacts(folder), wait_s=10.0)
     gate = QualityGate(archive, clock=FakeClock())
     assert await archive.names() == []
     await judge(gate)
     assert sorted(await archive.names()) == sorted([FIRST.report_id, last_good_id("m")])
-    await archive.forget(FIRST.report_id)
+    await archive.delete(FIRST.report_id)
     assert (await judge(gate, louder(3.0))).basis == "new"
 
 
-async def test_storage_errors_of_the_archive_have_a_bound(folder: Path) -> None:
+async def test_the_archive_times_out_if_the_store_hangs(folder: Path) -> None:
     store = _Silent(folder)
     with pytest.raises(StorageError, match=r"0\.05 s"):
         await ReportArchive(store, wait_s=0.05).report("0" * 32)

@@ -1,4 +1,4 @@
-"""What counts as the same sound: levels and spectra against sines and noise whose figures are known."""
+"""Levels and spectra of sines and noise with known values, and the bounds of equal clips."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def sine(hertz: float, *, amplitude: float = 0.5, rate: int = RATE) -> npt.NDArr
     return np.stack([wave, wave]).astype(np.float32)
 
 
-def test_the_level_of_a_sine_is_that_of_the_books() -> None:
+def test_the_level_of_a_sine_matches_theory() -> None:
     assert describe(sine(1000.0, amplitude=1.0), RATE).level_db == pytest.approx(-3.01, abs=0.01)
     assert describe(sine(1000.0, amplitude=0.5), RATE).level_db == pytest.approx(-9.03, abs=0.01)
 
@@ -48,10 +48,8 @@ def test_equal_clips_are_equal_at_any_rate(rate: int) -> None:
         (0.5, False, False),
     ],
 )
-def test_tenths_of_a_decibel_are_heard_in_the_same_weights_and_six_in_others(
-    factor: float, same: bool, other: bool
-) -> None:
-    """0.1 dB is a factor of 1.01158, 6 dB one of 1.9953."""
+def test_level_bounds_are_a_tenth_of_a_decibel_or_six_for_other_weights(factor: float, same: bool, other: bool) -> None:
+    """A factor of 1.01158 is 0.1 dB, a factor of 1.9953 is 6 dB."""
     before, now = describe(NOISE, RATE), describe(NOISE * np.float32(factor), RATE)
     assert (difference_from_same(now, before) is None) is same
     assert (difference_from_other(now, before) is None) is other
@@ -64,7 +62,7 @@ def test_rounding_to_half_precision_and_dither_of_sixteen_bits_pass() -> None:
         assert difference_from_same(describe(audio, RATE), before) is None
 
 
-def test_another_pitch_another_noise_and_swapped_channels_do_not() -> None:
+def test_another_pitch_other_noise_and_swapped_channels_fail() -> None:
     fault = difference_from_same(describe(sine(2000.0), RATE), describe(sine(1000.0), RATE))
     assert fault is not None
     assert "spectral cosine" in fault
@@ -74,8 +72,8 @@ def test_another_pitch_another_noise_and_swapped_channels_do_not() -> None:
     assert difference_from_same(describe(tone_left[::-1], RATE), describe(tone_left, RATE)) is not None
 
 
-def test_noise_thirty_decibels_below_passes_and_twenty_below_does_not() -> None:
-    """Power adds: a share s of other noise beside a sine leaves a cosine of about 1 / sqrt(1 + s)."""
+def test_noise_at_minus_30_db_passes_and_at_minus_20_db_fails() -> None:
+    """With noise of power share s added to a sine, the cosine is about 1 / sqrt(1 + s)."""
     tone = sine(1000.0, amplitude=0.5 * math.sqrt(2))
     for share_db, passes in ((-30.0, True), (-20.0, False)):
         disturbed = tone + NOISE * np.float32(0.5 / 0.1 * 10 ** (share_db / 20))
@@ -83,12 +81,12 @@ def test_noise_thirty_decibels_below_passes_and_twenty_below_does_not() -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 0.7, -3.0])
-def test_a_constant_is_silence(value: float) -> None:
+def test_a_constant_signal_is_silent(value: float) -> None:
     assert describe(np.full((2, RATE), value, np.float32), RATE).is_silent
     assert not describe(NOISE + np.float32(value), RATE).is_silent
 
 
-def test_a_clip_of_another_length_is_another_clip() -> None:
+def test_clips_of_different_lengths_differ() -> None:
     assert "samples" in (difference_from_same(describe(NOISE[:, :-1], RATE), describe(NOISE, RATE)) or "")
 
 

@@ -1,4 +1,4 @@
-"""Folders that must not pass, and what the command says about them."""
+"""`verify` fails on tampered folders and names the fault."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def folder(untouched: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(untouched, tmp_path / "folder"))
 
 
-def test_untampered_copy_passes_and_names_what_it_does_not_know(folder: Path) -> None:
+def test_an_untampered_copy_passes_and_names_unknown_tensors(folder: Path) -> None:
     edit_tensors(folder / "golden.safetensors", lambda tensors: tensors.update({"lyrics/x": torch.zeros(2)}))
     edit_facts(folder, lambda facts: facts["cases"][QUICK_CASES[0]]["args"].update(reverb=0.3))
     answer = run_verify(folder)
@@ -100,7 +100,7 @@ def test_unreadable_files_are_misses_without_a_traceback(folder: Path, file: str
     assert not any("Traceback" in line for line in answer.lines)
 
 
-def test_comparing_too_little_is_a_failure(folder: Path) -> None:
+def test_missing_comparisons_fail(folder: Path) -> None:
     def keep_no_autoencoder(tensors: dict[str, torch.Tensor]) -> None:
         for key in [key for key in tensors if key.startswith("ae/")]:
             del tensors[key]
@@ -111,7 +111,7 @@ def test_comparing_too_little_is_a_failure(folder: Path) -> None:
     assert "nothing was compared" in answer.line("autoencoder", "MISSED")
 
 
-def test_without_key_masked_twins_only_rows_without_padding_are_compared(folder: Path) -> None:
+def test_without_key_masked_numbers_only_unpadded_rows_are_compared(folder: Path) -> None:
     def keep_value_zeroed(tensors: dict[str, torch.Tensor]) -> None:
         for key in [key for key in tensors if key.startswith("gen/") and "keymask" in key]:
             del tensors[key]

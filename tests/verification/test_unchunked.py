@@ -1,4 +1,4 @@
-"""A Stable Audio 3 config with `chunked: false`: verification codes audio in one piece, as the reference does."""
+"""With `chunked: false` in a Stable Audio 3 config, verification codes audio in one piece, like the reference."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_long_audio_is_coded_in_one_piece(folder: Path, model: Sa3Model) -> None
 
 
 def test_a_run_decodes_with_the_noise_of_one_piece(folder: Path, model: Sa3Model) -> None:
-    """The reference draws the start noise, one per step of pingpong, then the decoder's."""
+    """The reference draws the start noise, one noise per pingpong step, then the decoder's noise."""
     stored = Goldens.load(folder)
     args, latents = stored.facts["cases"]["gen/t2a_default"]["args"], stored["gen/t2a_default/latents_keymask"]
     noise = CallOrderNoise(args["seed"])

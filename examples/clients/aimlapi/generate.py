@@ -1,4 +1,4 @@
-"""The AIML API's `stable-audio` with `requests`: submit, poll until it is neither queued nor generating, download."""
+"""The AIML API's `stable-audio` with `requests`: submit, poll while the status is queued or generating, download."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PAUSE_S = float(os.environ.get("PAUSE_S", "2"))
 
 
 def answer(response: requests.Response) -> dict[str, Any]:
-    """Returns the JSON of an answer. Raises requests.HTTPError."""
+    """Returns the JSON body. Raises requests.HTTPError for an error status."""
     if response.status_code >= 400:
         raise requests.HTTPError(f"{response.status_code}: {response.text}")
     body: dict[str, Any] = response.json()

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The AIML API's stable-audio with curl: submit, poll until it is neither queued nor generating, download.
+# The AIML API's stable-audio with curl: submit, poll while the status is queued or generating, download.
 set -euo pipefail
 url=${BASE:-http://localhost:8000}/v2/generate/audio
 key="Authorization: Bearer ${AIML_API_KEY:-any}"

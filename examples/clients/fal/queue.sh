@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# fal's queue with curl: submit, wait for COMPLETED, take the result, download its file.
+# fal's queue with curl: submit, poll until COMPLETED, get the result, download its file.
 set -euo pipefail
 queue=${BASE:-http://localhost:8000}/queue/fal-ai/stable-audio
 key="Authorization: Key ${FAL_KEY:-any}"

@@ -1,7 +1,7 @@
-"""fal's model `fal-ai/stable-audio` with its own package `fal-client`: at once, as a queued request, and subscribed to.
+"""fal's model `fal-ai/stable-audio` with the package `fal-client`: a direct call, a queued request, a subscription.
 
-The package speaks TLS to fal's hosts. Behind TLS of your own FAL_RUN_HOST and FAL_QUEUE_RUN_HOST lead it here, and
-nothing in a program changes; plain HTTP takes the two lines below.
+`fal-client` connects with TLS. If your server has TLS, set FAL_RUN_HOST and FAL_QUEUE_RUN_HOST to it and change nothing
+else. For plain HTTP, set the two URL formats as below.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CLIP = {"seconds_total": int(os.environ.get("DURATION", "5")), "steps": int(os.e
 
 
 def save(output: dict[str, dict[str, str]], path: str) -> None:
-    """Download the file of an output."""
+    """Download the audio file of an output."""
     Path(path).write_bytes(httpx.get(output["audio_file"]["url"], timeout=600).raise_for_status().content)
     print(path, flush=True)
 

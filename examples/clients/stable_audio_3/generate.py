@@ -1,4 +1,4 @@
-"""The Stable Audio 3 server's API with `requests`: audio at once, a variation of it, and its continuation."""
+"""The Stable Audio 3 server's API with `requests`: generate a clip, then a variation and an extension of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SECONDS = float(os.environ.get("DURATION", "5"))
 
 
 def call(path: str, **request: object) -> bytes:
-    """Returns the audio of an answer. Raises requests.HTTPError."""
+    """Returns the audio. Raises requests.HTTPError for an error status."""
     response = requests.post(f"{BASE}{path}", timeout=600, **request)  # type: ignore[arg-type]
     if not response.ok:
         raise requests.HTTPError(f"{response.status_code}: {response.text}")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The Stable Audio 3 server's API with curl: audio at once, a variation of it, and a job.
+# The Stable Audio 3 server's API with curl: generate a clip, a variation of it, and a clip by a job.
 set -euo pipefail
 base=${BASE:-http://localhost:8000}
 seconds=${DURATION:-5}

@@ -16,7 +16,7 @@ PAUSE_S = float(os.environ.get("PAUSE_S", "1"))
 
 
 def answer(response: requests.Response) -> dict[str, Any]:
-    """Returns the JSON of an answer. Raises requests.HTTPError."""
+    """Returns the JSON body. Raises requests.HTTPError for an error status."""
     if not response.ok:
         raise requests.HTTPError(f"{response.status_code}: {response.text}")
     body: dict[str, Any] = response.json()

@@ -1,4 +1,4 @@
-"""The Stable Audio Open Small API with `requests`: a loop of drums, the same in another style, and one from a riff."""
+"""The Stable Audio Open Small API with `requests`: a drum loop, a style transfer of it, and a loop from a riff."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BASE = os.environ.get("BASE", "http://localhost:8000")
 
 
 def call(path: str, form: dict[str, object], *, files: dict[str, bytes] | None = None) -> bytes:
-    """Returns the audio of an answer. Raises requests.HTTPError."""
+    """Returns the audio. Raises requests.HTTPError for an error status."""
     response = requests.post(f"{BASE}{path}", data=form | {"return_format": "base64"}, files=files, timeout=600)
     if not response.ok:
         raise requests.HTTPError(f"{response.status_code}: {response.text}")

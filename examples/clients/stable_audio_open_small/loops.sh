@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The Stable Audio Open Small API with curl: a clip, a loop of drums, and the clip in another style.
+# The Stable Audio Open Small API with curl: a clip, a drum loop, and a style transfer of the clip.
 set -euo pipefail
 base=${BASE:-http://localhost:8000}
 

@@ -1,4 +1,4 @@
-"""vLLM-Omni's `/v1/audio/generate` with `requests`, as its own example client calls it."""
+"""vLLM-Omni's `/v1/audio/generate` with `requests`, with the same calls as vLLM-Omni's example client."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""vLLM-Omni with the `openai` package: its list of models, and `/v1/audio/generate`, for which it has no method."""
+"""vLLM-Omni with the `openai` package: list models, then POST to `/v1/audio/generate`, for which it has no method."""
 
 from __future__ import annotations
 

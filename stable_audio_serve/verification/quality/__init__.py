@@ -1,1 +1,1 @@
-"""Whether a loaded model may serve: golden requests, what they sounded like before, reports of it."""
+"""The quality gate: run golden requests on a loaded model and compare their audio with stored quality reports."""

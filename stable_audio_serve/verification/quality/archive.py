@@ -1,6 +1,6 @@
-"""Keeps reports in the artifact store: finds the one for a setup, notes which weights passed last, lists and removes.
+"""Stores quality reports, and the weights that last passed, in the artifact store.
 
-Every call ends within a bound of time. A store that does not answer is StorageError, a bad file QualityReportError.
+Every call has a timeout. Raises StorageError if the store does not answer, QualityReportError for an unusable file.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ T = TypeVar("T")
 
 
 class ReportArchive:
-    """Reports and last good weights in one artifact store. Writing replaces a file as a whole."""
+    """Reports and records of last good weights in an artifact store. A write replaces the whole file."""
 
     def __init__(self, store: ArtifactStore, *, wait_s: float = 10.0) -> None:
-        """No call takes longer than about `wait_s`."""
+        """`wait_s` is the timeout of each call to the store."""
         self._store = store
         self._wait_s = wait_s
 
     async def report(self, report_id: str) -> Report | None:
-        """Returns a report, None if there is none. Raises StorageError, QualityReportError."""
+        """Returns the report with this id, or None. Raises StorageError, QualityReportError."""
         text, name = await self._fetch(report_id), f"quality report {report_id}"
         if text is None:
             return None
@@ -47,7 +47,7 @@ class ReportArchive:
         return report
 
     async def last_good(self, model: str) -> LastGood | None:
-        """Returns the weights a model last passed with, None if unknown. Raises StorageError, QualityReportError."""
+        """Returns the weights with which a model last passed, or None. Raises StorageError, QualityReportError."""
         name = last_good_id(model)
         text = await self._fetch(name)
         if text is None:
@@ -57,16 +57,16 @@ class ReportArchive:
             raise QualityReportError(f"quality record {name} is of another model than {model}")
         return good
 
-    async def keep(self, report: Report) -> None:
+    async def save(self, report: Report) -> None:
         """Write a report. Raises StorageError."""
         await self._put(report.setup.report_id, dump_report(report))
 
-    async def note_good(self, good: LastGood) -> None:
-        """Write down which weights a model passed with. Raises StorageError."""
+    async def save_last_good(self, good: LastGood) -> None:
+        """Record the weights with which a model passed. Raises StorageError."""
         await self._put(last_good_id(good.model), dump_last_good(good))
 
-    async def forget(self, report_id: str) -> None:
-        """Remove a report, or the record of last good weights, if it is there. Raises StorageError."""
+    async def delete(self, report_id: str) -> None:
+        """Delete a report or a record of last good weights, if it exists. Raises StorageError."""
         await self._bounded(self._store.delete(_key(report_id)))
 
     async def names(self) -> list[str]:

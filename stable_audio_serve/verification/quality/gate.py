@@ -1,7 +1,7 @@
-"""The gate before a new replica: runs the golden requests, judges them, and keeps the report of what passed.
+"""The quality gate: runs the golden requests on a new replica's model, compares them, and saves a report if they pass.
 
-Knows neither Ray nor where weights come from. Without an answer of the report store the gate still asks whether there
-is sound at all, and lets a model through that passes this: an outage of the store must not become one of the models.
+Independent of Ray and of the source of the weights. If the report store does not answer, a model passes with any valid
+audio that is not silent, so that an outage of the store does not stop the models.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from stable_audio_serve.verification.quality.sound import Clip, describe, differ
 
 logger = logging.getLogger(__name__)
 
-_BUDGET_S = 20.0  # no golden request begins later than this, but for the first
+_BUDGET_S = 20.0  # no golden request except the first begins later than this
 
 Generate = Callable[[GenerationRequest], Awaitable[GenerationResult]]
-# What the audio was compared with: a pinned report, one of the same weights, one of others, or nothing, because there
-# was nothing yet (new) or what there was could not be read (unchecked).
+# What the audio was compared with: a pinned report, a report of the same weights, or a report of other weights.
+# Nothing to compare with: there is no report yet (new), or the report cannot be read (unchecked).
 Basis = Literal["pinned", "same", "other", "new", "unchecked"]
 
 
 @dataclass(frozen=True, slots=True)
 class Passed:
-    """How a model passed. `report` is the id of its own report; `problem` says why nothing could be compared."""
+    """How a model passed. `report` is the id of this setup's report. `problem` is the reason for "unchecked"."""
 
     basis: Basis
     report: str
@@ -51,11 +51,11 @@ class _Reference:
     basis: Basis
     report: Report | None = None
     problem: str | None = None
-    keeps: bool = True  # whether the report of this run is kept
+    should_save: bool = True  # whether to save the report of this run
 
 
 class QualityGate:
-    """Judges loaded models, one after another."""
+    """Judges loaded models and saves their reports."""
 
     def __init__(self, archive: ReportArchive, *, clock: Clock = SystemClock()) -> None:
         self._archive = archive
@@ -64,15 +64,16 @@ class QualityGate:
     async def judge(
         self, card: ModelCard, generate: Generate, *, setup: Setup, source: Source, pinned: str | None = None
     ) -> Passed:
-        """Returns how the model passed. Raises QualityError, saying what is wrong with which request.
+        """Returns how the model passed.
 
-        Raises QualityReportError for a pinned report that does not exist or cannot be used.
+        Raises QualityError that names the failed request and the fault. Raises QualityReportError if the pinned report
+        does not exist or cannot be used.
         """
         clips = await self._run(card, generate)
         reference = await self._find_reference(setup, source, pinned=pinned)
         _compare(clips, reference)
-        if reference.keeps:
-            await self._keep(Report(setup, source, self._clock.time(), clips))
+        if reference.should_save:
+            await self._save(Report(setup, source, self._clock.time(), clips))
         return Passed(reference.basis, setup.report_id, reference.problem)
 
     async def _run(self, card: ModelCard, generate: Generate) -> Mapping[str, Clip]:
@@ -100,12 +101,12 @@ class QualityGate:
         except StorageError as error:
             problem = f"nothing to compare with: {error.message}"
             logger.warning("quality gate: model=%s passes without a comparison: %s", setup.model, problem)
-            return _Reference("unchecked", problem=problem, keeps=False)
+            return _Reference("unchecked", problem=problem, should_save=False)
         except QualityReportError as error:
             if pinned is not None:
                 raise
             logger.error("quality gate: model=%s passes without a comparison: %s", setup.model, error.message)
-            return _Reference("unchecked", problem=error.message, keeps=False)
+            return _Reference("unchecked", problem=error.message, should_save=False)
 
     async def _find_pinned(self, pinned: str) -> _Reference:
         report = await self._archive.report(pinned)
@@ -114,28 +115,31 @@ class QualityGate:
         return _Reference("pinned", report)
 
     async def _find_other(self, setup: Setup, source: Source) -> _Reference:
-        """Returns the report of the weights that this model last passed with on such a device."""
+        """Returns the report of the model's last good weights for the same device and precision.
+
+        Raises QualityError if the same commit of the same repository has other weights than last time.
+        """
         good = await self._archive.last_good(setup.model)
         if good is None or good.weights == setup.weights:
             return _Reference("new")
         if source.commit is not None and good.source == source:
-            raise QualityError(f"the files of {source} are not those that passed before: the cache was changed")
+            raise QualityError(f"the files of {source} differ from the files that passed before: the cache was changed")
         report = await self._archive.report(replace(setup, weights=good.weights).report_id)
         return _Reference("new") if report is None else _Reference("other", report)
 
-    async def _keep(self, report: Report) -> None:
-        """Write that these weights were the last to pass, and their first report: a later one might drift from it."""
+    async def _save(self, report: Report) -> None:
+        """Record these weights as last good. Keep their first report, because replacing it would allow slow drift."""
         setup = report.setup
         try:
             if await self._archive.report(setup.report_id) is None:
-                await self._archive.keep(report)
-            await self._archive.note_good(LastGood(setup.model, setup.weights, report.source))
+                await self._archive.save(report)
+            await self._archive.save_last_good(LastGood(setup.model, setup.weights, report.source))
         except (StorageError, QualityReportError) as error:
             logger.warning("quality gate: model=%s: its report is not kept: %s", report.setup.model, error.message)
 
 
 def _describe(result: GenerationResult, request: GenerationRequest, *, card: ModelCard, name: str) -> Clip:
-    """Returns what is kept of a result. Raises QualityError for what no good model makes."""
+    """Returns the clip of a result. Raises QualityError for a wrong shape, values that are not finite, or silence."""
     (audio,) = result.audio
     num_samples = request.duration_s * result.sample_rate_hz
     if audio.ndim != 2 or audio.shape[0] != card.channels or abs(audio.shape[1] - num_samples) > 1:
@@ -150,7 +154,7 @@ def _describe(result: GenerationResult, request: GenerationRequest, *, card: Mod
 
 
 def _compare(clips: Mapping[str, Clip], reference: _Reference) -> None:
-    """Raise QualityError for the first clip that differs too much, QualityReportError where none can be compared."""
+    """Raise QualityError for the first clip that differs too much, QualityReportError if no clip is in both."""
     report = reference.report
     if report is None:
         return

@@ -1,6 +1,6 @@
-"""Reports of golden requests, and which weights a model last passed with: their values, their form as JSON, their keys.
+"""Quality reports and records of last good weights: values, JSON form, ids.
 
-Whatever a store returns is read as if a stranger had written it.
+Files from the store are untrusted: every field is validated.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from stable_audio_serve.core.errors import QualityReportError
 from stable_audio_serve.verification.quality.requests import VERSION
 from stable_audio_serve.verification.quality.sound import Clip
 
-MAX_BYTES = 4 * 2**20  # of a report; a real one has about 130 kB
+MAX_BYTES = 4 * 2**20  # largest report that is read; a real report has about 130 kB
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where weights came from: a folder, or a repository with its commit."""
+    """The source of weights: a folder, or a repository with a commit."""
 
     folder: str | None = None
     repo_id: str | None = None
@@ -37,9 +37,9 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What the sound of a golden request depends on, besides the machine: a report is for one of these.
+    """What determines the audio of a golden request, apart from the machine. Each setup has a report.
 
-    `weights` is the hash of `models.weight_hash`, `device` cuda, cpu or mps, `dtype` the denoiser's precision.
+    `weights` is the hash from `models.weight_hash`, `device` is cuda, cpu or mps, `dtype` is the denoiser's precision.
     """
 
     model: str
@@ -50,13 +50,13 @@ class Setup:
 
     @property
     def report_id(self) -> str:
-        """32 hexadecimal digits: the name of the report in a store, and what an operator pins."""
+        """The report's name in the store and in the setting that pins a report, 32 hexadecimal digits."""
         return _digest({"version": VERSION, **asdict(self)})
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What the golden requests sounded like when a model with this setup passed, by name."""
+    """The clips of the golden requests, by request name, from a model with this setup that passed."""
 
     setup: Setup
     source: Source
@@ -66,7 +66,7 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class LastGood:
-    """The weights with which a model last passed."""
+    """The weights with which a model last passed, and their source."""
 
     model: str
     weights: str
@@ -74,7 +74,7 @@ class LastGood:
 
 
 def last_good_id(model: str) -> str:
-    """Returns 32 hexadecimal digits: the name of a model's `LastGood` in a store."""
+    """Returns the name of a model's `LastGood` in the store, 32 hexadecimal digits."""
     return _digest({"last_good": model})
 
 
@@ -94,19 +94,19 @@ def dump_report(report: Report) -> bytes:
 
 
 def parse_report(text: bytes, *, name: str) -> Report:
-    """Returns the report in `text`. Raises QualityReportError, naming `name`, for anything else."""
+    """Returns the report in `text`. Raises QualityReportError that mentions `name` if `text` is not a valid report."""
     wire = _parse(_WireReport, text, name=name)
     clips = {key: _parse_clip(clip, name=f"{name}: clip {key[:40]!r}") for key, clip in wire.clips.items()}
     return Report(Setup(**wire.setup.model_dump()), Source(**wire.source.model_dump()), wire.made_at, clips)
 
 
 def dump_last_good(good: LastGood) -> bytes:
-    """Returns it as JSON."""
+    """Returns a record of last good weights as JSON."""
     return json.dumps({"kind": "last good", "version": VERSION, **asdict(good)}).encode()
 
 
 def parse_last_good(text: bytes, *, name: str) -> LastGood:
-    """Returns what `dump_last_good` wrote. Raises QualityReportError, naming `name`, for anything else."""
+    """Parse the output of `dump_last_good`. Raises QualityReportError that mentions `name` if it is not valid."""
     wire = _parse(_WireLastGood, text, name=name)
     return LastGood(wire.model, wire.weights, Source(**wire.source.model_dump()))
 

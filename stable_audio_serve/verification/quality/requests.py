@@ -1,6 +1,6 @@
-"""The golden requests of a model: few, short, seeded, the same for ever. Knows no engine.
+"""The golden requests of a model: few, short, with fixed seeds.
 
-What they ask for is part of every report's key: with other requests, raise VERSION.
+Increment VERSION after any change here. It is part of a report's id, and only reports of equal requests are comparable.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 VERSION = 1
 
 _DURATION_S = 1.5
-_STEPS = 4  # enough to go through every weight; quality does not matter
+_STEPS = 4  # uses every weight; audio quality does not matter
 _NOISE_SHARE = 0.6
 
 
 def golden_requests(card: ModelCard) -> Mapping[str, GenerationRequest]:
-    """Returns the requests by name, cheapest to judge first: two of text alone, one that starts from a sound."""
+    """Returns the requests by name: two from text only, then a variation of source audio."""
     music = GenerationRequest(
         "warm analogue synth arpeggio, 120 BPM, C major",
         seed=20_240_601,
@@ -46,7 +46,7 @@ def golden_requests(card: ModelCard) -> Mapping[str, GenerationRequest]:
 
 
 def _source(card: ModelCard) -> SourceAudio:
-    """Returns a second of falling harmonics that differs between channels."""
+    """Returns one second of decaying harmonics, different in each channel."""
     times = np.arange(card.sample_rate_hz) / card.sample_rate_hz
     tones = [np.sin(2 * np.pi * hertz * times) for hertz in (55.0, 110.0, 165.0, 220.0)]
     channels = [sum(np.roll(tones, shift, axis=0)[k] / (k + 1) for k in range(4)) for shift in range(card.channels)]

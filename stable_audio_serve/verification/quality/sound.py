@@ -1,4 +1,4 @@
-"""What is kept of a golden clip, and how two are compared: level in dB and magnitude spectrum. Knows no model."""
+"""Describes a golden clip by its level and magnitude spectrum, and compares two clips."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-LEAST_COSINE = 0.999  # of the spectra of two clips by the same weights
-LEVEL_DB = 0.1  # how far the levels of such clips may be apart
-OTHER_LEVEL_DB = 6.0  # the same for clips by other weights
-SILENCE_DB = -70.0  # relative to full scale; what is below it counts as silent
+LEAST_COSINE = 0.999  # smallest cosine between the spectra of two clips from the same weights
+LEVEL_DB = 0.1  # largest level difference between two clips from the same weights
+OTHER_LEVEL_DB = 6.0  # largest level difference between two clips from different weights
+SILENCE_DB = -70.0  # dBFS; a clip below this level is silent
 
-_WINDOW_S = 0.046  # the nearest power of two samples is used: 2048 at 44.1 kHz
+_WINDOW_S = 0.046  # rounded to a power of two samples: 2048 at 44.1 kHz
 _BANDS = 128
-_FLOOR = 1e-10  # of a mean square; -100 dB
+_FLOOR = 1e-10  # lowest mean square: -100 dB
 
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """One golden clip: its number of samples, its level in dB of full scale, and its spectrum (C, T, 128) float16.
+    """The description of one golden clip: number of samples, level in dBFS, spectrum (C, T, 128) float16.
 
-    The spectrum is magnitudes over channels, windows of about 46 ms that overlap by half, and bands of equal width
-    (fewer at low sample rates), scaled to a norm of 1. Both are without the clip's mean: a constant is silence.
+    The spectrum has a magnitude per channel, window and band, scaled to a norm of 1. Windows last about 46 ms and
+    overlap by half. Bands have equal width; low sample rates have fewer of them. The mean of each channel is removed
+    first, so that a constant signal is silent.
     """
 
     num_samples: int
@@ -32,12 +33,12 @@ class Clip:
 
     @property
     def is_silent(self) -> bool:
-        """Whether nothing can be heard."""
+        """Whether the level is below `SILENCE_DB`."""
         return self.level_db < SILENCE_DB
 
 
 def describe(audio: npt.NDArray[np.float32], sample_rate_hz: int) -> Clip:
-    """Returns what is kept of `audio` (C, S) float32, which must be finite and may exceed -1..1."""
+    """Returns the clip of `audio` (C, S) float32. Samples must be finite and may exceed -1..1."""
     centred = audio.astype(np.float64)
     centred -= centred.mean(axis=1, keepdims=True)
     level_db = 10 * math.log10(max(float(np.mean(centred**2)), _FLOOR))
@@ -45,7 +46,7 @@ def describe(audio: npt.NDArray[np.float32], sample_rate_hz: int) -> Clip:
 
 
 def cosine(one: Clip, other: Clip) -> float:
-    """Returns the cosine between two spectra: 1 for equal ones, 0 where one is empty or of another shape."""
+    """Returns the cosine between two spectra: 1 if equal, 0 if the shapes differ or a spectrum is all zeros."""
     if one.spectrum.shape != other.spectrum.shape:
         return 0.0
     first, second = (clip.spectrum.astype(np.float64).ravel() for clip in (one, other))
@@ -54,22 +55,22 @@ def cosine(one: Clip, other: Clip) -> float:
 
 
 def difference_from_same(clip: Clip, reference: Clip) -> str | None:
-    """Returns how a clip differs from one that the same weights made before, None if it does not."""
+    """Returns how a clip differs from an earlier clip of the same weights, or None if within the bounds."""
     if clip.num_samples != reference.num_samples:
         return f"{clip.num_samples} samples, {reference.num_samples} before"
     likeness, louder_db = cosine(clip, reference), clip.level_db - reference.level_db
     if not likeness >= LEAST_COSINE:
-        return f"spectral cosine {likeness:.4f}, at least {LEAST_COSINE} is asked for"
+        return f"spectral cosine {likeness:.4f}, must be at least {LEAST_COSINE}"
     if not abs(louder_db) <= LEVEL_DB:
-        return f"{louder_db:+.2f} dB, at most {LEVEL_DB} dB either way is allowed"
+        return f"{louder_db:+.2f} dB, must be within {LEVEL_DB} dB"
     return None
 
 
 def difference_from_other(clip: Clip, reference: Clip) -> str | None:
-    """Returns how a clip differs too much from one that other weights made, None if it does not."""
+    """Returns how far a clip's level is from a clip of other weights, or None if within the bound."""
     louder_db = clip.level_db - reference.level_db
     if not abs(louder_db) <= OTHER_LEVEL_DB:
-        return f"{louder_db:+.2f} dB beside the last good weights, at most {OTHER_LEVEL_DB:g} dB either way is allowed"
+        return f"{louder_db:+.2f} dB beside the last good weights, must be within {OTHER_LEVEL_DB:g} dB"
     return None
 
 
@@ -78,7 +79,7 @@ def _window(sample_rate_hz: int) -> int:
 
 
 def _spectrum(audio: npt.NDArray[np.float64], *, window: int) -> npt.NDArray[np.float16]:
-    """Returns band magnitudes (C, T, 128) of `audio` (C, S), the root of the power in each, scaled to a norm of 1."""
+    """Returns band magnitudes (C, T, 128) of `audio` (C, S): the square root of each band's power, with norm 1."""
     padded = np.pad(audio, ((0, 0), (0, max(0, window - audio.shape[1]))))
     frames = np.lib.stride_tricks.sliding_window_view(padded, window, axis=1)[:, :: window // 2]
     power = np.abs(np.fft.rfft(frames * np.hanning(window), axis=2)[..., 1:]) ** 2
