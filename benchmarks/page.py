@@ -1,4 +1,7 @@
-"""`python -m benchmarks.page`: docs/performance.md from the committed results, so that no figure is typed by hand."""
+"""`python -m benchmarks.page`: writes the committed results as a page, and as tables into docs/performance.md.
+
+The page beside the results has every figure and goal. docs/performance.md has a few figures for newcomers.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.cases import run
@@ -18,26 +22,35 @@ from benchmarks.settings import CaseSettings
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "performance.md"
+PAGE = RESULTS / "README.md"
+SUMMARY = ROOT / "docs" / "performance.md"
+_SUMMARIZED = RESULTS / "cpu-2-cores"
 _DEFAULTS = asdict(CaseSettings())
 _RUN_FOLLOWS = ("model", "mode", "threads", "rounds")
 
-_HEAD = """# Performance
+_HEAD = """# Results
 
-Written by `make docs` from [benchmarks/results](../benchmarks/results). Do not edit.
+Written by `make docs` from the files in this folder. Do not edit.
 
-Every figure compares two sides in one run on one machine: the same weights, executor, HTTP path and saved list of
-arrivals, in turns. Their audio is compared first, and a side that did other work is refused. `lock` is the pipeline
-behind a mutex, one request at a time. `static` is `@serve.batch` over requests of the same length bucket, steps and
-guidance: up to 32, after 10 ms. Latency counts from the scheduled arrival to the last byte. A round beside which other
-programs used more than a tenth of a core is repeated, and marked as void after the fourth time.
+Every figure compares two sides in one run on one machine, in alternation: the same weights, executor, HTTP path and
+list of arrivals. A run first compares the audio of the sides and refuses a side that did other work. `lock` is the
+pipeline behind a mutex, one request at a time. `static` is `@serve.batch` over requests of the same length bucket,
+steps and guidance, up to 32, after 10 ms. Latency is the time from the scheduled arrival to the last byte. If other
+programs used more than a tenth of a core, a round is repeated, and marked as void after the fourth attempt.
 
 `make bench` measures the short form of the goals in under 12 minutes, `make bench FULL=1` the long form. To compare
-with a server of your own: `python -m benchmarks run --against lock,ours --url http://host:port --dialect sa3`.
+with another server: `python -m benchmarks run --against lock,ours --url http://host:port --dialect sa3`.
 """
-_GOALS_SAID = """A goal is met by its value. `close`: the range of the rounds reaches the bound. `MISS`: it does not.
-Goals of `simulate` are arithmetic on a model of an H200.
+_GOALS_SAID = """`ok`: the value meets the bound. `close`: the range of the rounds reaches it. `MISS`: neither does.
+Goals of `simulate` are computed with a model of an H200.
 """
+_SERVERS = {
+    "lock": "one request at a time",
+    "static": "static batches (`@serve.batch`)",
+    "ours-strict": "this server, `mode: strict`",
+    "ours-fast": "this server, `mode: fast`",
+}
+_MIXES = {"demo-fast": "8 steps", "demo-wide": "8 steps, 30 % with 50 guided steps"}
 _RUN_SAID = {
     "run-demo-fast": "Clips of 1 to 13 s in 8 steps.",
     "run-demo-wide": "The same clips; 30 % of the requests have 50 guided steps.",
@@ -57,9 +70,63 @@ def render(results: Path = RESULTS) -> str:
     return "\n".join(parts)
 
 
+def fill(text: str, folder: Path = _SUMMARIZED) -> str:
+    """Returns the text of docs/performance.md with its tables made from the results in a folder."""
+    results = {path.stem: json.loads(path.read_text())["results"] for path in folder.glob("*.json")}
+    tables = {"servers": _servers(results), "figures": _figures(results), "edits": _edits(results["edits"])}
+    for name, rows in tables.items():
+        table = f"<!-- {name} -->\n\n{_table(list(rows))}\n<!-- end -->"
+        before, rest = text.split(f"<!-- {name} -->")
+        text = before + table + rest.partition("<!-- end -->")[2]
+    return text
+
+
 def main() -> None:
-    """Write the page."""
+    """Write the page and the tables."""
     PAGE.write_text(render())
+    SUMMARY.write_text(fill(SUMMARY.read_text()))
+
+
+def _servers(results: Mapping[str, Any]) -> Iterator[Mapping[str, object]]:
+    for mix, said in _MIXES.items():
+        for side, figures in results[f"run-{mix}"]["sides"].items():
+            latency = figures["latency"]
+            yield {
+                "Clips of 1 to 13 s": said,
+                "Server": _SERVERS[side],
+                "Clips a second": f"{median(figures['capacity_rps']):.1f}",
+                "p95": f"{latency['all']['p95_ms'] / 1000:.2f} s",
+                "p95 of 8 steps": f"{latency.get('8', latency['all'])['p95_ms'] / 1000:.2f} s",
+            }
+
+
+def _figures(results: Mapping[str, Any]) -> Iterator[Mapping[str, object]]:
+    http, overload, threads = results["http"], results["overload"]["model"], results["threads"]
+    for what, value in {
+        "from `serve` to ready, demo model": f"{results['cold-start']['ready_s']:.0f} s",
+        "a 10 s clip of the demo model over HTTP": f"{http['http']['p50_ms']:.0f} ms",
+        "the same without server and HTTP": f"{http['bare']['p50_ms']:.0f} ms",
+        "good answers under three times the possible load, of the best rate": (
+            f"{overload['worst_goodput_over_peak_ratio']:.0%}"
+        ),
+        "time of a refusal then, median": f"{overload['worst_refusal_p50_ms']:.0f} ms",
+        "p95 with routing by predicted work, over Ray Serve's router": (
+            f"{results['routing']['p95_over_serve_ratio']:.2f}"
+        ),
+        "small-music, 10 s, random weights: work per second of audio, one thread": (
+            f"{threads['work_s_per_audio_s']['1']:.2f} s"
+        ),
+        "the same with two threads": f"{threads['work_s_per_audio_s']['2']:.2f} s",
+    }.items():
+        yield {"What": what, "Value": value}
+
+
+def _edits(results: Mapping[str, Any]) -> Iterator[Mapping[str, object]]:
+    shares = {name: figures["kept"] / figures["clips"] for name, figures in results["by_schedule"].items()}
+    levels = dict.fromkeys(name.split()[1] for name in shares)
+    for schedule in dict.fromkeys(name.split()[0] for name in shares):
+        kept = {f"Strength {level}": f"{shares[f'{schedule} {level}']:.0%}" for level in levels}
+        yield {"`edit_schedule`": f"`{schedule}`", **kept}
 
 
 def _machine(folder: Path) -> Iterator[str]:

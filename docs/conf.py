@@ -1,8 +1,7 @@
-"""How Sphinx makes a website of these pages (`make site`); it knows nothing of the program that they describe.
+"""Sphinx configuration of the website (`make site`).
 
-Sphinx with MyST and furo: kept well for years, they read the Markdown as it stands, warn of every broken link and
-anchor and of every page that no menu leads to, and the site with its search loads nothing from elsewhere. (Material for
-MkDocs is in maintenance only, and its successor Zensical does not miss a page that no menu leads to.)
+MyST reads the Markdown pages as they are. Sphinx warns of broken links and anchors and of pages that are in no menu.
+The theme furo loads nothing from other hosts.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ html_theme_options = {"top_of_page_buttons": []}
 
 
 def _leave_folders_unlinked(app: Sphinx, document: nodes.document) -> None:
-    """A link to a folder of the repository leads somewhere there only; in the site its words stay. Files are copied."""
+    """Replace links to folders of the repository by their text, because the site has no folders."""
     for link in list(document.findall(pending_xref)):
         if link["reftype"] == "myst" and (Path(app.env.doc2path(link["refdoc"])).parent / link["reftarget"]).is_dir():
             link.replace_self(link.children)

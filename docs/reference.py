@@ -1,4 +1,4 @@
-"""Writes the pages that are made from the code: openapi.json, openapi.md and metrics.md (`make docs`)."""
+"""Generate the pages openapi.json, openapi.md and metrics.md from the code (`make docs`)."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _ROUTES_HEAD = """# All routes
 
 {description}
 
-A running server has the whole description as an OpenAPI document at `/openapi.json`: every field with its type, range
-and default, every answer and every error. At `/docs` it is a page to try out, at `/redoc` one to read.
+A running server has the full OpenAPI description at `/openapi.json`: every field with its type, range and default,
+every answer and every error. `/docs` shows it as a page to try, `/redoc` as a page to read.
 
-`make docs` makes this page from that description, and writes the document itself to `docs/openapi.json`.
+`make docs` generates this page and `docs/openapi.json` from the code.
 """
 _METRICS_HEAD = """# Metrics
 
 Ray exports the server's metrics in Prometheus' format, one page per node. `stable-audio-serve serve` prints its address
-at the start. The port is a free one unless `--metrics-port`, `STABLE_AUDIO_METRICS_PORT` or `metrics.port` in the file
-names one; it listens on loopback unless `STABLE_AUDIO_METRICS_HOST` (`metrics.host`) says otherwise. On a cluster both
-are Ray's: `ray start --metrics-export-port=...`.
+at the start. `--metrics-port`, `STABLE_AUDIO_METRICS_PORT` or `metrics.port` in the file sets the port (default: a free
+one), `STABLE_AUDIO_METRICS_HOST` (`metrics.host`) the address (default: loopback). On a cluster Ray sets both:
+`ray start --metrics-export-port=...`.
 
 ```yaml
 scrape_configs:
@@ -34,18 +34,18 @@ scrape_configs:
     static_configs: [{targets: ["localhost:9464"]}] # of a server started with --metrics-port 9464
 ```
 
-Samples show up within Ray's report interval, 10 s. Besides the labels below each has Ray's own, of which `WorkerId`
-tells the processes apart: add counters and histograms up over it, `sum without (WorkerId) (...)`; of a gauge that every
-runner reports alike take the maximum. A histogram `x` is exported as `x_bucket`, `x_count` and `x_sum`; times are in
-milliseconds where the name ends in `_ms`. A metric appears with its first sample; one marked * may never appear on a
-healthy server. Ray Serve's own metrics (`ray_serve_...`) are on the same page.
+Samples appear within 10 s, Ray's report interval. Each metric also has Ray's labels. `WorkerId` is the process: sum
+counters and histograms over it, `sum without (WorkerId) (...)`, and use the maximum of a gauge that every runner
+reports. A histogram `x` is exported as `x_bucket`, `x_count` and `x_sum`. Names that end in `_ms` are milliseconds.
+A metric appears with its first sample; one marked * may never appear on a healthy server. Ray Serve's own metrics
+(`ray_serve_...`) are on the same page.
 
-This page is made from `stable_audio_serve/core/metrics.py` by `make docs`.
+`make docs` generates this page from `stable_audio_serve/core/metrics.py`.
 """
 
 
 def describe_api() -> dict[str, Any]:
-    """Returns the OpenAPI description of the application with its default settings."""
+    """Return the OpenAPI description of the application with its default settings."""
     return create_app(OfflineBackend(), Settings()).openapi()
 
 

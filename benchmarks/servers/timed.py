@@ -19,7 +19,7 @@ from stable_audio_serve.core.errors import OverloadedError, StableAudioError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Progress, StageTimings
 from stable_audio_serve.core.pricing import Prices
 from stable_audio_serve.core.settings import ModelSettings, Settings
-from stable_audio_serve.serving.autoscaling import replica_stats
+from stable_audio_serve.serving.autoscaling import autoscaling_stats
 from stable_audio_serve.serving.work_ledger import ReplicaWork
 
 _LEAST_RETRY_S = 0.1
@@ -113,7 +113,7 @@ class TimedReplica(StandInReplica):
         self._max_queue_s = model.max_queue_s
         self._accepted_s = 0.0  # device time of everything ever accepted
         self._free_at = time.monotonic()
-        self._looked_at = time.monotonic(), 0.0
+        self._measured_at = time.monotonic(), 0.0
         self._waiting = 0.0, float("-inf")
 
     @property
@@ -142,13 +142,13 @@ class TimedReplica(StandInReplica):
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve."""
         now, busy_s = time.monotonic(), self._accepted_s - self.backlog_s
-        before, busy_before_s = self._looked_at
-        self._looked_at = now, busy_s
-        waiting_s, told_at = self._waiting
-        return replica_stats(
+        before, busy_before_s = self._measured_at
+        self._measured_at = now, busy_s
+        waiting_s, reported_at = self._waiting
+        return autoscaling_stats(
             work_s=self.backlog_s,
             busy_share=min(1.0, max(0.0, busy_s - busy_before_s) / max(now - before, 0.1)),
-            waiting_s=waiting_s if now - told_at < 5.0 else 0.0,
+            waiting_s=waiting_s if now - reported_at < 5.0 else 0.0,
         )
 
     async def note_waiting(self, seconds: float, is_kept: bool = False) -> None:

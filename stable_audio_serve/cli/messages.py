@@ -1,4 +1,4 @@
-"""How commands report failures: one sentence on standard error and an exit code of the table in `docs/cli.md`."""
+"""How commands report failures: one sentence on standard error and an exit code of the table in `docs/clients.md`."""
 
 from __future__ import annotations
 

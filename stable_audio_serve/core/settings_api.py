@@ -143,6 +143,4 @@ class DialectSettings(Section):
         None,
         description="Folder of riffs, named like gsharp_80bpm_4.wav; unset = `riffs`, or two packaged riffs.",
     )
-    recipes: bool = Field(
-        False, description="Add recipes to files and responses of these dialects too (docs/recipes.md)."
-    )
+    recipes: bool = Field(False, description="Add recipes to files and responses of these dialects too (docs/api.md).")

@@ -13,7 +13,7 @@ from stable_audio_serve.core.settings_section import Section
 
 
 class ReplicaSettings(Section):
-    """Number of a model's replicas and when it changes (docs/autoscaling.md)."""
+    """Number of a model's replicas and when it changes (docs/operations.md)."""
 
     min_replicas: int | None = Field(
         None, ge=0, description="Fewest replicas; unset = 1 for preloaded models, 0 for others."
@@ -43,7 +43,7 @@ class ReplicaSettings(Section):
 
 
 class QualityGateSettings(Section):
-    """The quality check of new replicas (docs/quality.md)."""
+    """The quality check of new replicas (docs/operations.md)."""
 
     enabled: bool = Field(True, description="Whether new replicas must pass the gate.")
 
@@ -88,13 +88,13 @@ class ModelSettings(Section):
     backend: NetworkBackend = Field(
         "native",
         description="stable_audio_tools = run a Stable Audio Open model with that package's networks, which support "
-        "more configs than the native ones (docs/stable-audio-tools.md).",
+        "more configs than the native ones (docs/models.md).",
     )
     device: Device | None = Field(None, description="cuda, mps or cpu; unset = the server's `device`.")
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
         None,
         description="Precision of the denoiser; unset = by `model_half` on CUDA, else float32. bfloat16 on a CPU needs "
-        "AVX512-bf16 or AMX (docs/cpu.md).",
+        "AVX512-bf16 or AMX (docs/performance.md).",
     )
     decode_precision: DecodePrecision | None = Field(
         None,

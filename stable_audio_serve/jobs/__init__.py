@@ -1,1 +1,1 @@
-"""Work accepted now and done later: what a job is, where it is kept, who runs it. Knows neither GPUs nor HTTP."""
+"""Background jobs: their values, store, runners and webhooks. Independent of GPUs and HTTP."""

@@ -1,4 +1,4 @@
-"""What a job is: frozen value objects and the states it can be in. Knows nothing of stores."""
+"""The values of a job, as frozen dataclasses, and its states. Independent of stores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Mode = Literal["text-to-audio", "audio-to-audio", "inpainting"]
 
 
 class JobRef(NamedTuple):
-    """Which job. Its id alone does not say that: several clients may choose the same one, and so may two contracts."""
+    """Identifies a job. The id alone is ambiguous: clients may choose ids, and each contract has its own."""
 
     contract: Contract
     client: ClientId
@@ -29,19 +29,19 @@ class JobRef(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class JobUpload:
-    """The client's own file that a job starts from, as it was sent; decoded again when the job runs."""
+    """The client's file that a job starts from, stored as sent. The runner decodes it again."""
 
     file: StoredFile
     role: Role
-    max_s: float  # what the model can use of it, seconds
-    decoded_bytes: int = 0  # memory its samples take
+    max_s: float  # the longest part the model can use, seconds
+    decoded_bytes: int = 0  # memory of the decoded samples
 
 
 @dataclass(frozen=True, slots=True)
 class JobSpec:
-    """What was accepted. `request` carries no audio; `upload` names it.
+    """An accepted job. `request` has no audio; `upload` refers to it.
 
-    Ids are unique per client and contract; unguessable, unless the client chose them.
+    Ids are unique per client and contract. Ids that the client did not choose are unguessable.
     """
 
     id: JobId
@@ -49,35 +49,34 @@ class JobSpec:
     model: str  # canonical name
     mode: Mode
     request: GenerationRequest
-    file_format: str = "wav"  # of `audio.encode.AudioFormat`
+    file_format: str = "wav"  # an `audio.encode.AudioFormat`
     file_stem: str = "audio"  # several variations become `<stem>-01.<format>`, ... in `<stem>-batch.zip`
     peaks: Peaks = "limit"
-    with_manifest: bool = False  # in the ZIP
-    with_recipe: bool = False  # in its files
-    file_prefix: str = ""  # what the name offered for download has before the stem
+    with_manifest: bool = False  # add a manifest to the ZIP
+    with_recipe: bool = False  # add a recipe to the files
+    file_prefix: str = ""  # prefix of the stem in the name offered for download
     upload: JobUpload | None = None
-    start_within_s: float | None = None  # not started by then = failed with code `start_timeout`
+    start_within_s: float | None = None  # if not started by then, the job fails with code `start_timeout`
     webhook_url: str | None = None
-    client: ClientId = NO_CLIENT  # whose it is
-    id_is_chosen: bool = False  # by the client
+    client: ClientId = NO_CLIENT  # the owner
+    id_is_chosen: bool = False  # the client chose the id
     idempotency_key: str | None = None  # unique per client and contract
-    fingerprint: str = ""  # SHA-256 of what was asked: another one for the same id or key is a conflict
-    wire: Mapping[str, Any] = field(default_factory=dict)  # what the dialect needs again later; plain JSON
+    fingerprint: str = ""  # SHA-256 of the request; the same id or key with another fingerprint is a conflict
+    wire: Mapping[str, Any] = field(default_factory=dict)  # fields that the dialect needs for its answers; plain JSON
 
     @property
     def sources(self) -> dict[Role, RecipeSource]:
-        """The file it starts from, by what that is for."""
+        """The upload's checksum by its role, empty without an upload."""
         return {self.upload.role: RecipeSource(sha256=self.upload.file.sha256)} if self.upload else {}
 
     @property
     def ref(self) -> JobRef:
-        """Which job this is."""
         return JobRef(self.contract, self.client, self.id)
 
 
 @dataclass(frozen=True, slots=True)
 class JobError:
-    """Why a job failed; `message` is safe to show. `code` is a kind of `core.errors`, or `start_timeout`."""
+    """Why a job failed. `message` is safe to show. `code` is a kind from `core.errors`, or `start_timeout`."""
 
     code: str
     message: str
@@ -86,7 +85,7 @@ class JobError:
 
 @dataclass(frozen=True, slots=True)
 class JobResult:
-    """What a job made. `file_id` is an unguessable name for links that need no key."""
+    """The output of a job. `file_id` is an unguessable name for links that need no key."""
 
     file: StoredFile
     file_id: str
@@ -97,7 +96,7 @@ class JobResult:
 
 @dataclass(frozen=True, slots=True)
 class JobEvent:
-    """Something that happened to a job; `id` counts its events. Those with a `message` are the log its client reads."""
+    """An event of a job. `id` counts the job's events. Events with a `message` form the log that the client reads."""
 
     id: int
     at: datetime
@@ -109,7 +108,7 @@ class JobEvent:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Who runs a job; `fence` counts the leases of the job, and a write with an older one is refused."""
+    """The runner that holds a job. `fence` counts the job's leases; the store refuses writes with an older fence."""
 
     owner: str
     fence: int
@@ -117,7 +116,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A job as it is now; times are aware, in UTC."""
+    """A snapshot of a job. Times are in UTC, with time zone."""
 
     spec: JobSpec
     state: State
@@ -128,22 +127,21 @@ class Job:
     cancel_requested: bool = False
     stage: str = "queued"
     fraction: float = 0.0
-    eta_s: float | None = None  # predicted time to its end, seconds, when last reported
-    engine_position: int | None = None  # of a running job that waits in an engine: how many requests are before it
-    lease: Lease | None = None  # of a running job
-    is_dead_letter: bool = False  # failed through no fault of its own; an operator may retry it
+    eta_s: float | None = None  # predicted time left, seconds, at the last report
+    engine_position: int | None = None  # of a running job that waits in an engine: number of requests before it
+    lease: Lease | None = None  # set while the job runs
+    is_dead_letter: bool = False  # failed without being at fault; an operator may retry it
     result: JobResult | None = None
     error: JobError | None = None
-    is_readable: bool = True  # if not, another version wrote it, and `spec` holds only what the columns tell
+    is_readable: bool = True  # False if another version wrote it: then `spec` holds only what the columns have
 
     @property
     def is_over(self) -> bool:
-        """Whether it is in a final state."""
         return self.state in ("succeeded", "failed", "cancelled")
 
 
 def host_of(url: str) -> str:
-    """Lower-case host of a webhook for the per-host limit, '' if it cannot be parsed."""
+    """Return the lower-case host of a webhook URL, for the per-host limit, '' if the URL cannot be parsed."""
     try:
         return (urlsplit(url).hostname or "").rstrip(".")
     except ValueError:

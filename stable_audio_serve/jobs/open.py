@@ -1,7 +1,4 @@
-"""Settings -> the stores and the queue of a server: the one place that decides which kinds are used.
-
-Knows nothing of what is done with them.
-"""
+"""Opens the stores and the job queue that the settings describe. Only this module chooses between implementations."""
 
 from __future__ import annotations
 
@@ -22,36 +19,36 @@ from stable_audio_serve.jobs.store.job_store import JobStore
 
 @dataclass(frozen=True, slots=True)
 class PreparedStores:
-    """Stores that were found to work: the identity of the job database, and where both are, in one line."""
+    """Checked stores: the identity of the job database, and a one-line description of both locations."""
 
     identity: str
     description: str
 
 
 def check_stores(settings: Settings) -> None:
-    """Raises ConfigError where stores of these settings could not be opened. Touches nothing."""
+    """Raise ConfigError if the stores of these settings cannot be opened. Makes no connection and creates nothing."""
     open_store(settings)
     open_artifacts(settings)
 
 
 def uses_sqlite(settings: Settings) -> bool:
-    """Whether jobs are kept in a file of one machine. Raises ConfigError."""
+    """Return True if jobs are in a SQLite file, which only one machine can use. Raises ConfigError."""
     return open_store(settings).database.is_sqlite
 
 
 def open_store(settings: Settings, *, identity: str | None = None, catalog: ModelCatalog | None = None) -> JobStore:
-    """Returns the job store of these settings, which touches nothing yet. Raises ConfigError.
+    """Return the job store of these settings, not yet connected. Raises ConfigError.
 
-    With the `identity` of prepared stores no other database is used, and none is created.
+    With the `identity` of prepared stores, the store refuses any other database and creates none.
     """
     url = database_url(settings.jobs.database_url, Path(settings.output_dir).absolute())
     return JobStore(Database(url, identity=identity), settings.jobs, storage=settings.storage, catalog=catalog)
 
 
 def open_artifacts(settings: Settings, *, is_prepared: bool = False, metrics: Metrics | None = None) -> ArtifactStore:
-    """Returns the artifact store of these settings, which touches nothing yet.
+    """Return the artifact store of these settings, not yet connected.
 
-    With `is_prepared` its folder must exist: a missing one is not created again.
+    With `is_prepared` the store does not create a missing folder.
     """
     if settings.storage.bucket is not None:
         return S3Artifacts(settings.storage, metrics=metrics)
@@ -59,7 +56,7 @@ def open_artifacts(settings: Settings, *, is_prepared: bool = False, metrics: Me
 
 
 def prepare_stores(settings: Settings) -> PreparedStores:
-    """Check the place for files, create or upgrade the job database. Raises ConfigError, StorageError."""
+    """Check the artifact store, and create or upgrade the job database. Raises ConfigError, StorageError."""
     artifacts = open_artifacts(settings)
     artifacts.check()
     store = open_store(settings)
@@ -67,7 +64,7 @@ def prepare_stores(settings: Settings) -> PreparedStores:
         store.database.prepare()
         store.database.check_writable()
         identity = store.identity()
-        artifacts.claim(identity)  # now, because the sweeper leaves files alone that are older than the claim
+        artifacts.claim(identity)  # claim now: the sweeper spares files older than the claim
     finally:
         store.database.close()
     return PreparedStores(identity, f"jobs are kept in {store.database}, their files in {artifacts}")
@@ -81,6 +78,6 @@ def open_queue(
     wake: Callable[[], None] = lambda: None,
     metrics: Metrics | None = None,
 ) -> JobQueue:
-    """Returns the job queue of these settings, which touches nothing yet; see `open_store`. Raises ConfigError."""
+    """Return the job queue of these settings, not yet connected; see `open_store`. Raises ConfigError."""
     artifacts = open_artifacts(settings, is_prepared=identity is not None, metrics=metrics)
     return JobQueue(open_store(settings, identity=identity, catalog=catalog), artifacts, wake=wake)

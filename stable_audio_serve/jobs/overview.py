@@ -1,4 +1,4 @@
-"""How many jobs there are, for operators who look often: counted now and then, answered from memory in between."""
+"""Job counts for operators, cached so that frequent polling does not load the database."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from stable_audio_serve.jobs.store.operator_jobs import OperatorJobs, Unfinished
 
 T = TypeVar("T")
 
-_PATIENCE_S = 0.8  # after this an old answer is better than a late one
+_PATIENCE_S = 0.8  # seconds to wait for the database before the cached answer is returned
 
 
 @dataclass(frozen=True, slots=True)
 class JobsOverview:
-    """Jobs as they were `age_s` ago; None = not known. `counts` are of all states, and older.
+    """Job counts `age_s` seconds ago, None if unknown. `counts` covers all states and may be older.
 
-    `reason` says why they are not known better.
+    `reason` says why newer counts are not available.
     """
 
     unfinished: Unfinished | None = None
@@ -31,7 +31,7 @@ class JobsOverview:
 
 
 class JobsWatch:
-    """Counts when it is asked and its last count is old, once at a time. Belongs to one event loop."""
+    """Counts jobs on demand when the cached counts are old, one query at a time. Use from one event loop."""
 
     def __init__(
         self,
@@ -41,32 +41,32 @@ class JobsWatch:
         counts_fresh_s: float = 15.0,
         clock: Clock | None = None,
     ) -> None:
-        """Touches nothing yet. Counting those of all states reads them all, so it is done less often."""
+        """Makes no query yet. `counts_fresh_s` is longer because counting all states reads every job."""
         clock = clock or SystemClock()
-        self._unfinished = _Question(jobs.unfinished, fresh_s=fresh_s, clock=clock)
-        self._counts = _Question(jobs.counts, fresh_s=counts_fresh_s, clock=clock)
+        self._unfinished = _CachedQuery(jobs.unfinished, fresh_s=fresh_s, clock=clock)
+        self._counts = _CachedQuery(jobs.counts, fresh_s=counts_fresh_s, clock=clock)
 
     async def overview(self) -> JobsOverview:
-        """Returns what there is within a second, or else what was last known."""
-        await asyncio.gather(self._unfinished.ask(), self._counts.ask())
+        """Return counts within a second, cached ones if the database is slow."""
+        await asyncio.gather(self._unfinished.refresh(), self._counts.refresh())
         unfinished, counts = self._unfinished, self._counts
         return JobsOverview(unfinished.answer, counts.answer, unfinished.age_s, unfinished.reason or counts.reason)
 
     async def close(self) -> None:
-        """Wait a moment for a count in progress."""
+        """Wait briefly for a query in progress."""
         await asyncio.gather(self._unfinished.wait(), self._counts.wait())
 
 
-class _Question(Generic[T]):
-    """A blocking question to the database, with its last answer."""
+class _CachedQuery(Generic[T]):
+    """A blocking database query with its cached answer."""
 
-    def __init__(self, ask: Callable[[], T], *, fresh_s: float, clock: Clock) -> None:
-        self._ask = ask
+    def __init__(self, query: Callable[[], T], *, fresh_s: float, clock: Clock) -> None:
+        self._query = query
         self._fresh_s = fresh_s
         self._clock = clock
-        self._asked_at = float("-inf")
+        self._queried_at = float("-inf")
         self._answered_at: float | None = None
-        self._asking: asyncio.Task[None] | None = None
+        self._refreshing: asyncio.Task[None] | None = None
         self.answer: T | None = None
         self.reason: str | None = None
 
@@ -74,24 +74,24 @@ class _Question(Generic[T]):
     def age_s(self) -> float | None:
         return None if self._answered_at is None else self._clock.monotonic() - self._answered_at
 
-    async def ask(self) -> None:
-        if self._asking is None and self._clock.monotonic() - self._asked_at >= self._fresh_s:
-            self._asking = asyncio.create_task(self._find())
+    async def refresh(self) -> None:
+        if self._refreshing is None and self._clock.monotonic() - self._queried_at >= self._fresh_s:
+            self._refreshing = asyncio.create_task(self._run())
         if not await self.wait():
             self.reason = "the job database does not answer"
 
     async def wait(self) -> bool:
-        """Whether no question is open within a moment."""
-        if self._asking is None:
+        """Return True if no query is in progress, after a short wait."""
+        if self._refreshing is None:
             return True
-        done, _ = await asyncio.wait({self._asking}, timeout=_PATIENCE_S)
+        done, _ = await asyncio.wait({self._refreshing}, timeout=_PATIENCE_S)
         return bool(done)
 
-    async def _find(self) -> None:
+    async def _run(self) -> None:
         try:
-            self.answer = await asyncio.to_thread(self._ask)
+            self.answer = await asyncio.to_thread(self._query)
             self._answered_at, self.reason = self._clock.monotonic(), None
         except StorageError as error:
             self.reason = error.message
         finally:
-            self._asked_at, self._asking = self._clock.monotonic(), None
+            self._queried_at, self._refreshing = self._clock.monotonic(), None

@@ -1,4 +1,4 @@
-"""What a dialect may do with jobs and their files, without blocking. Any ingress replica may call any method."""
+"""Async access to jobs and their files for the dialects. Every ingress replica may call every method."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from stable_audio_serve.jobs.store.job_store import JobStore
 from stable_audio_serve.jobs.watch import StoreWatch
 
 _DELETED_TOGETHER = 8
-_MOST_TOGETHER = 32  # one transaction then takes about 20 ms
+_MOST_TOGETHER = 32  # one transaction of this size takes about 20 ms
 
 __all__ = ["CancelOutcome", "JobQueue"]
 
 
 class JobQueue:
-    """Jobs as their clients see them. `wake` tells runners of new work; a lost call costs one polling interval."""
+    """Jobs for clients. `wake` notifies the runners of new work; a lost call delays a job by one polling interval."""
 
     def __init__(
         self,
@@ -46,18 +46,19 @@ class JobQueue:
         self._submitted: list[tuple[JobSpec, asyncio.Future[Added]]] = []
 
     async def submit(self, spec: JobSpec) -> Job:
-        """`add` for requests that cannot be repeats. Returns the new job."""
+        """Add a job whose request cannot be a repeat. Returns the job."""
         return (await self.add(spec)).job
 
     async def add(self, spec: JobSpec) -> Added:
-        """Add a job. Once this returns it will run, whichever process dies. A repeated request finds its first job.
+        """Add a job. Once this returns, the job survives the death of any process. A repeated request returns its first
+        job.
 
         The upload of a job that is not added is deleted. Raises ConflictError, OverloadedError, QuotaError and
         StorageError.
         """
         try:
             added = await self._add(spec)
-        except StorageError:  # the job may be there nevertheless, and only the answer was lost
+        except StorageError:  # the job may have been added, and only the answer was lost
             raise
         except StableAudioError:
             await self.drop(spec)
@@ -69,7 +70,7 @@ class JobQueue:
         return added
 
     async def _add(self, spec: JobSpec) -> Added:
-        """Add the job in one transaction with all that were submitted during the previous one."""
+        """Add the job in one transaction with all others submitted during the previous transaction."""
         future = asyncio.get_running_loop().create_future()
         self._submitted.append((spec, future))
         if self._submitting is None or self._submitting.done():
@@ -82,10 +83,10 @@ class JobQueue:
             outcomes: Sequence[Added | Exception]
             try:
                 outcomes = await asyncio.to_thread(self.store.clients.add_all, [spec for spec, _ in submitted])
-            except Exception as error:  # noqa: BLE001 - everyone who waits gets it
+            except Exception as error:  # noqa: BLE001  # passed on to every caller
                 outcomes = [error] * len(submitted)
             for (_, future), outcome in zip(submitted, outcomes, strict=True):
-                if future.done():  # cancelled: nobody waits any more
+                if future.done():  # the caller was cancelled
                     continue
                 if isinstance(outcome, Exception):
                     future.set_exception(outcome)
@@ -95,30 +96,30 @@ class JobQueue:
     async def list_own(
         self, contract: Contract, client: ClientId, *, state: State | None, cursor: str | None, limit: int
     ) -> Page:
-        """Returns a client's jobs, newest first. Raises InvalidRequestError for a cursor this client never received."""
+        """Return a client's jobs, newest first. Raises InvalidRequestError for a cursor this client never received."""
         find = partial(self.store.clients.list_own, contract, client, state=state, cursor=cursor, limit=limit)
         return await asyncio.to_thread(find)
 
     async def events(self, ref: JobRef, *, after: int = 0) -> tuple[JobEvent, ...]:
-        """Returns the job's events after the one with the id `after`."""
+        """Return the job's events after the one with the id `after`."""
         return await asyncio.to_thread(partial(self.store.clients.events, ref, after=after))
 
     async def get(self, ref: JobRef) -> Job | None:
-        """Returns the job as it is now, None when this client has no such job in this contract."""
+        """Return the job, None if this client has no such job in this contract."""
         return await asyncio.to_thread(self.store.clients.get, ref)
 
     async def find_unguessable(self, contract: Contract, job_id: JobId) -> Job | None:
-        """Returns any client's job with this id, unless the client chose the id. For links that need no key."""
+        """Return any client's job with this id, unless the client chose the id. For links that need no key."""
         return await asyncio.to_thread(self.store.clients.find_unguessable, contract, job_id)
 
     async def position(self, job: Job) -> int:
-        """Returns how many jobs of its model start before this queued one; 0 means it is next."""
+        """Return how many jobs of its model start before this queued one; 0 means it is next."""
         return await asyncio.to_thread(self.store.clients.position, job)
 
     async def cancel(self, ref: JobRef) -> tuple[CancelOutcome, Job | None]:
         """End a waiting job ("removed"), or ask the runner of a running one to stop it ("requested").
 
-        Returns which, and the job afterwards.
+        Returns the outcome and the job afterwards.
         """
         outcome, job = await asyncio.to_thread(self.store.clients.cancel, ref)
         if outcome == "removed" and job is not None:
@@ -128,19 +129,17 @@ class JobQueue:
         return outcome, job
 
     async def forget_dead_letters(self, numbers: Collection[int]) -> Sequence[int]:
-        """Delete dead letters and the files they started from. Returns the numbers of those that were there."""
+        """Delete dead letters and their uploads. Returns the numbers of the deleted ones."""
         forgotten, keys = await asyncio.to_thread(self.store.dead_letters.delete, numbers)
         for start in range(0, len(keys), _DELETED_TOGETHER):
             deletions = map(self.artifacts.delete, keys[start : start + _DELETED_TOGETHER])
-            await asyncio.gather(
-                *deletions, return_exceptions=True
-            )  # what stays is an orphan, which the sweeper deletes
+            await asyncio.gather(*deletions, return_exceptions=True)  # the sweeper deletes what remains
         return forgotten
 
     async def drop(self, spec: JobSpec) -> None:
-        """Delete the upload of a job that will not be added."""
+        """Delete the upload of a job that is not added."""
         if spec.upload is not None:
-            with suppress(StorageError):  # then it is an orphan, which the sweeper deletes
+            with suppress(StorageError):  # the sweeper deletes it later
                 await self.artifacts.delete(spec.upload.file.key)
 
     async def put_upload(self, chunks: Chunks, *, media_type: str, file_name: str) -> StoredFile:
@@ -157,21 +156,21 @@ class JobQueue:
         clips: tuple[ClipFacts, ...] = (),
         made_on: MadeOn | None = None,
     ) -> tuple[str, StoredFile]:
-        """Store a file for everyone who has its link. Raises StorageError.
+        """Store a file that can be downloaded by link without a key. Raises StorageError.
 
-        Returns the id for the link, which is unguessable unless given, and the file.
+        Returns the link's id, random unless given, and the file.
         """
         file = await self.artifacts.put(file_key(), chunks, media_type=media_type, file_name=file_name)
         file = replace(file, clips=clips, made_on=made_on)
-        # If this fails the file stays for the sweeper: it may be published, and only the answer was lost.
+        # On failure keep the file for the sweeper: it may be published, with only the answer lost.
         return await asyncio.to_thread(lambda: self.store.files.publish(file, file_id=file_id)), file
 
     async def find_file(self, file_id: str) -> StoredFile | None:
-        """Returns a published file, or the finished audio of a job (`JobResult.file_id`)."""
+        """Return a published file, or the finished audio of a job (`JobResult.file_id`)."""
         return await asyncio.to_thread(self.store.files.find, file_id)
 
     def read(self, file: StoredFile) -> AsyncGenerator[bytes]:
-        """Returns the file in chunks, see `ArtifactStore.read`."""
+        """Return the file in chunks, see `ArtifactStore.read`."""
         return self.artifacts.read(file)
 
     async def close(self) -> None:

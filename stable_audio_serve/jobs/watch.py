@@ -1,4 +1,4 @@
-"""The health of the stores, for health checks: tried now and then, answered from memory in between."""
+"""Health of the stores for health checks, cached so that frequent checks do not load the stores."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.health import Refusals, StoreHealth, health_of
 
-_PATIENCE_S = 0.8  # after this an old answer is better than a late one
+_PATIENCE_S = 0.8  # seconds to wait for the stores before the cached answer is returned
 _SILENT_AFTER_S = 10.0
 _SILENCE = StoreHealth("unavailable", "the job database does not answer")
 
 
 class StoreWatch:
-    """Tries the stores when it is asked and its last answer is old. Belongs to one event loop."""
+    """Checks the stores on demand when the cached answer is old. Use from one event loop."""
 
     def __init__(
         self,
@@ -27,9 +27,9 @@ class StoreWatch:
         fresh_if_bad_s: float = 1.0,
         clock: Clock | None = None,
     ) -> None:
-        """An answer is used again for `fresh_s` seconds, or `fresh_if_bad_s` when a store cannot be used.
+        """An answer is cached for `fresh_s` seconds, or `fresh_if_bad_s` if a store is unavailable.
 
-        Touches nothing yet.
+        Makes no check yet.
         """
         self._database = database
         self._refusals = Refusals(database)
@@ -38,28 +38,28 @@ class StoreWatch:
         self._fresh_if_bad_s = fresh_if_bad_s
         self._clock = clock or SystemClock()
         self._latest = StoreHealth()
-        self._looked_at = float("-inf")
+        self._checked_at = float("-inf")
         self._began_at = float("-inf")
-        self._looking: asyncio.Task[None] | None = None
+        self._checking: asyncio.Task[None] | None = None
 
     async def health(self) -> StoreHealth:
-        """Returns the health of the stores within a second, or else what was last known."""
+        """Return the health of the stores within a second, a cached one if the stores are slow."""
         fresh_s = self._fresh_s if self._latest.state == "ok" else self._fresh_if_bad_s
-        if self._looking is None and self._clock.monotonic() - self._looked_at < fresh_s:
+        if self._checking is None and self._clock.monotonic() - self._checked_at < fresh_s:
             return self._latest
-        if self._looking is None:
+        if self._checking is None:
             self._began_at = self._clock.monotonic()
-            self._looking = asyncio.create_task(self._look())
-        done, _ = await asyncio.wait({self._looking}, timeout=_PATIENCE_S)
+            self._checking = asyncio.create_task(self._check())
+        done, _ = await asyncio.wait({self._checking}, timeout=_PATIENCE_S)
         is_silent = not done and self._clock.monotonic() - self._began_at > _SILENT_AFTER_S
         return _SILENCE if is_silent else self._latest
 
-    async def _look(self) -> None:
+    async def _check(self) -> None:
         try:
             self._latest = await asyncio.to_thread(self._find)
         finally:
-            self._looked_at = self._clock.monotonic()
-            self._looking = None
+            self._checked_at = self._clock.monotonic()
+            self._checking = None
 
     def _find(self) -> StoreHealth:
         try:
@@ -72,6 +72,6 @@ class StoreWatch:
         return refusals[0] if refusals else StoreHealth()
 
     async def close(self) -> None:
-        """Wait a moment for a look in progress."""
-        if self._looking is not None:
-            await asyncio.wait({self._looking}, timeout=_PATIENCE_S)
+        """Wait briefly for a check in progress."""
+        if self._checking is not None:
+            await asyncio.wait({self._checking}, timeout=_PATIENCE_S)

@@ -24,6 +24,6 @@ def bfloat16_hint(plan: Plan, devices: Mapping[str, str | None], *, cpu_facts: P
         return None
     return (
         f"hint: this CPU supports bfloat16, float32 is used for {', '.join(names)}. With `dtype: bfloat16` and "
-        "`decode_precision: half` generation takes between a third and two thirds of the time (docs/cpu.md explains "
-        "what changes)"
+        "`decode_precision: half` generation takes between a third and two thirds of the time (docs/performance.md "
+        "explains what changes)"
     )

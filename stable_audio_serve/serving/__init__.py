@@ -1,1 +1,1 @@
-"""The Ray Serve application: deployments, placement, the backend over model handles."""
+"""The Ray Serve application: deployments, their placement, and the API's backend over model handles."""

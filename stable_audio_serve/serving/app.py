@@ -1,4 +1,6 @@
-"""The Ray Serve application: an ingress, a job runner, a deployment per model. `build` is the config's import path."""
+"""The Ray Serve application: an ingress, job runners and one deployment per model. `build` is the `import_path` of
+serve_config.yaml.
+"""
 
 from __future__ import annotations
 
@@ -52,12 +54,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LOOK_S = 0.5  # how soon a replica that is being replaced sends readers of events elsewhere
+_POLL_S = 0.5  # seconds between checks for a shutdown of this replica; event streams are then closed
 
 
 @serve.ingress()
 class Ingress:
-    """Speaks HTTP; the ASGI application is made inside the replica because it holds the model handles."""
+    """The HTTP deployment. Each replica builds its own ASGI application, which holds the model handles."""
 
     def __init__(  # noqa: PLR0917 - Ray passes the bound arguments in this order
         self,
@@ -71,8 +73,8 @@ class Ingress:
         self._settings = plan.settings
         self._metrics = RayMetrics()
         self._backend = RayBackend(plan.catalog, handles, application=application, metrics=self._metrics)
-        # Of this deployment, which cannot be bound to itself. Unchecked, because it is not deployed yet, and the check
-        # would wait for Serve's controller.
+        # A handle to this deployment itself, which Serve cannot pass as a bound argument. The existence check is
+        # skipped: the deployment does not exist yet, and the check would block on Serve's controller.
         ingress = serve.get_deployment_handle(INGRESS_NAME, application, _check_exists=False)
         self._jobs = open_queue(
             plan.settings,
@@ -98,7 +100,7 @@ class Ingress:
         )
         app.add_middleware(_LeaveRequestIdToServe)
         self._draining: Draining = app.state.draining
-        with suppress(StorageError):  # `follow` reads it as soon as the database answers
+        with suppress(StorageError):  # the database is unavailable: `follow` reads the settings once it answers
             self._follow_operators(self._operator_store.read())
         loop = asyncio.get_running_loop()
         work = (self._leave_when_replaced(), self._operator_store.follow(self._follow_operators))
@@ -106,12 +108,12 @@ class Ingress:
         return app
 
     async def drain(self) -> int:
-        """Refuse new requests, because the server stops. Returns how many are in flight."""
+        """Refuse new requests because the server is stopping. Returns the number of requests in flight."""
         self._draining.stop()
         return self._draining.num_in_flight
 
     async def drain_progress(self) -> DrainProgress:
-        """Returns how many requests are left to finish, when an operator takes the server out."""
+        """Return the number of requests that this replica still has to finish while the server is drained."""
         return DrainProgress(self._draining.is_resting, self._draining.num_from_before)
 
     def _follow_operators(self, settings: OperatorSettings) -> None:
@@ -121,16 +123,16 @@ class Ingress:
             self._draining.resume()
 
     async def _leave_when_replaced(self) -> None:
-        await replaced(look_every_s=_LOOK_S)
+        await replaced(poll_every_s=_POLL_S)
         self._draining.leave()
 
-    async def __del__(self) -> None:  # Serve's hook for the end of a replica
-        for task in getattr(self, "_tasks", ()):  # none after a failed start
+    async def __del__(self) -> None:  # Serve calls this when it stops the replica
+        for task in getattr(self, "_tasks", ()):  # absent if the start failed
             task.cancel()
 
 
 class _LeaveRequestIdToServe:
-    """Drops our request id header: Ray Serve adds the same one to every answer itself."""
+    """Removes our request id header from responses. Ray Serve adds the same header itself."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -145,9 +147,10 @@ class _LeaveRequestIdToServe:
 
 
 def build(args: Settings | Mapping[str, Any]) -> serve.Application:
-    """The application for these settings, overridden by `.env` and the environment.
+    """Build the application from `args`, which `.env` and the environment override.
 
-    Raises RayServeException with one sentence: of that Serve shows the text alone, of any other error the traceback.
+    Raises RayServeException with a one-sentence message. Serve prints only the message of this type; for any other
+    exception it prints the traceback.
     """
     try:
         return assemble(args, replica=ModelReplica)
@@ -158,7 +161,7 @@ def build(args: Settings | Mapping[str, Any]) -> serve.Application:
 def assemble(
     args: Settings | Mapping[str, Any], *, replica: type, by_name: Mapping[str, type] = MappingProxyType({})
 ) -> serve.Application:
-    """`build` with another class in the place of ModelReplica, `by_name` for models of these names only.
+    """Build the application with `replica` as the model class; `by_name` overrides it for single models.
 
     Raises ConfigError, CheckpointError.
     """
@@ -168,7 +171,8 @@ def assemble(
     num_nodes = sum(node["Alive"] for node in ray.nodes())
     require_shared_database(plan.settings, num_nodes=num_nodes)
     check_proxy(plan.settings, os.environ, print_error=logger.warning)
-    # Folders are the same on every node, but another one may have a cache, or a way to the hub, that this one has not.
+    # Every node has the same folders, but caches and access to the hub can differ. On a cluster only models with a
+    # folder are checked here.
     checked = [model for model in plan.settings.models if model.path is not None or num_nodes == 1]
     require_weights(plan, checked, print_error=logger.warning)
     others = [model for model in plan.settings.models if model not in checked]

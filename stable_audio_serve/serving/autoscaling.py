@@ -1,13 +1,16 @@
-"""How many replicas a model has: the figures that they publish each second, and the policy that Ray Serve's controller
-calls.
+"""Autoscaling of models: the statistics that replicas publish each second, and the policy that Ray Serve's controller
+runs.
 
-There are two reasons for replicas. Work that waits: the predicted seconds of everything accepted, and of jobs that no
-runner has started, over the wait that the operator aims at. Work that is done: the busy shares of the replicas, of
-which none should be above four fifths, or requests that come at random wait long. Without the second a well used
-deployment, which has no backlog, would shrink. Serve's own delays say how long more or fewer must be wanted.
+The number of replicas is the larger of two figures:
 
-Serve pickles this module by value into its controller, which decides ten times a second: nothing here blocks, and what
-has a thread or a lock is in other modules.
+- backlog: predicted seconds of accepted work and of jobs that no runner has started, divided by the target wait
+- load: the sum of the replicas' busy shares, divided by 0.8. Above that load, requests that arrive at random wait
+  long; and without this figure a busy deployment without a backlog would scale down.
+
+Serve's `upscale_delay_s` and `downscale_delay_s` say how long the figure must hold before Serve acts on it.
+
+Serve pickles this module by value into its controller, which calls the policy ten times a second. So nothing here
+blocks, and objects with a thread or a lock belong in other modules.
 """
 
 from __future__ import annotations
@@ -23,32 +26,34 @@ if TYPE_CHECKING:
     from ray.serve.config import AutoscalingContext
 
 _USED_SHARE = 0.8
-_SHOW_S = 2.0  # between two samples of the metric
-_EPSILON = 1e-6  # less than this is left by rounding
+_SHOW_S = 2.0  # seconds between two samples of the metric
+_EPSILON = 1e-6  # tolerance for rounding
 _WORK, _BUSY, _WAITING, _KEPT = "work_s", "busy_share", "waiting_s", "is_kept"
 
 
-def replica_stats(*, work_s: float, busy_share: float, waiting_s: float, is_kept: bool = False) -> dict[str, float]:
-    """Returns what a replica's `record_autoscaling_stats` returns: predicted seconds of its accepted work, the share
-    of the last second in which its device worked, predicted seconds of the jobs that wait for its model, and whether an
-    operator keeps the model loaded.
+def autoscaling_stats(*, work_s: float, busy_share: float, waiting_s: float, is_kept: bool = False) -> dict[str, float]:
+    """Return a replica's `record_autoscaling_stats`.
+
+    `work_s` is the predicted device time of its accepted requests, `busy_share` the share of the last second in which
+    its device worked, and `waiting_s` the predicted device time of jobs that wait for its model. `is_kept` is true
+    while an operator keeps the model loaded.
     """
     return {_WORK: work_s, _BUSY: busy_share, _WAITING: waiting_s, _KEPT: float(is_kept)}
 
 
 class WorkPolicy:
-    """Replicas of one model by its work, one instance per deployment."""
+    """Computes the number of replicas of one model from its work. Each deployment has one instance."""
 
     def __init__(self, *, target_wait_s: float) -> None:
-        """Serve makes it from JSON."""
+        """Called by Serve with keyword arguments from JSON."""
         self._target_wait_s = target_wait_s
-        self._metrics: RayMetrics | None = None  # made where it is used
+        self._metrics: RayMetrics | None = None  # created at first use
         self._shown_at = float("-inf")
         self._has_failed = False
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-        """Returns the replicas to aim at; where that fails, as many as there are: an error would end the controller's
-        turn for every model.
+        """Return the target number of replicas. After an error, return the current target: an exception would stop
+        autoscaling of every model.
         """
         state = dict(context.policy_state or {})
         try:
@@ -60,17 +65,19 @@ class WorkPolicy:
             return context.target_num_replicas, state
 
     def _decide(self, context: AutoscalingContext) -> int:
-        """Serve keeps published figures for `look_back_period_s`; a replica's busiest second in it counts."""
+        """Serve keeps published figures for `look_back_period_s`. The highest busy share of each replica in that time
+        counts.
+        """
         published = context.raw_metrics or {}
         work = {str(replica): series[-1].value for replica, series in published.get(_WORK, {}).items() if series}
         waiting_s = max((series[-1].value for series in _series(published, _WAITING)), default=0.0)
         busy = sum(max(point.value for point in series) for series in _series(published, _BUSY))
-        wanted = max(_up((sum(work.values()) + waiting_s) / self._target_wait_s), _up(busy / _USED_SHARE))
+        wanted = max(_ceil((sum(work.values()) + waiting_s) / self._target_wait_s), _ceil(busy / _USED_SHARE))
         is_kept = any(series[-1].value for series in _series(published, _KEPT))
-        if is_kept or context.total_num_requests > 0:  # also a request that is held because there is no replica
+        if is_kept or context.total_num_requests > 0:  # includes a request that waits for a first replica
             wanted = max(wanted, 1)
         self._show(context, wanted)
-        if any(str(replica) not in work for replica in context.running_replicas):  # it has not published yet
+        if any(str(replica) not in work for replica in context.running_replicas):  # a replica has not published yet
             wanted = max(wanted, context.target_num_replicas)
         return wanted
 
@@ -87,5 +94,5 @@ def _series(published: Any, name: str) -> Iterator[Any]:
     return (series for series in published.get(name, {}).values() if series)
 
 
-def _up(number: float) -> int:
+def _ceil(number: float) -> int:
     return math.ceil(number - _EPSILON)

@@ -1,7 +1,7 @@
-"""The API's Backend over Ray Serve model handles: deadlines, one retry, errors of ours instead of Ray's.
+"""The API's `Backend` over Ray Serve model handles: deadlines, one retry, and our exceptions in place of Ray's.
 
-Runs inside an ingress replica or a job runner. The state of models is in `model_states`; the engine decides who is
-refused.
+Runs in ingress replicas and job runners. `model_states` holds the state of models. The engine decides which requests
+are refused.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ATTEMPTS = 2  # generation is pure once the seed is fixed, so one replica's death costs one retry
-_DEADLINE_GRACE_S = 2.0  # the engine ends a late request itself; this is for an engine that cannot
+_ATTEMPTS = 2  # with a fixed seed a request can be repeated, so a dead replica costs one retry
+_DEADLINE_GRACE_S = 2.0  # the engine ends a late request itself; this timeout is for an engine that hangs
 _RETRY_AFTER_S = 5.0
-_JITTER = 0.25  # of a time to retry
-_LOAD_CHECK_S = 1.0  # how often a request that is held looks whether its model can load at all
+_JITTER = 0.25  # largest random share added to a retry time
+_LOAD_CHECK_S = 1.0  # seconds between checks whether the model of a held request can load at all
 
 
 class RayBackend:
-    """Runs generations on the deployment named like the model."""
+    """Runs generations on the model's deployment."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class RayBackend:
     ) -> GenerationResult:
         """Run one request on any replica of the model, see `Backend.generate`.
 
-        A refused client is told a little more than the time until there is room, so that not all come at once.
+        A refused client gets a randomly lengthened retry time, so that clients do not all return at once.
         """
         try:
             return await self._run(model, request, on_progress=on_progress)
@@ -76,14 +76,14 @@ class RayBackend:
     async def _run(
         self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None
     ) -> GenerationResult:
-        """Run one request, and once more if its replica was lost."""
+        """Run one request; retry once if its replica died."""
         loop = asyncio.get_running_loop()
         deadline_at = None if request.deadline_s is None else loop.time() + request.deadline_s
         for attempts_left in reversed(range(_ATTEMPTS)):
             remaining_s = None if deadline_at is None else deadline_at - loop.time()
             try:
                 return await self._attempt(model, replace(request, deadline_s=remaining_s), on_progress=on_progress)
-            except RayError as error:  # the replica died, or what it made was lost with its node
+            except RayError as error:  # the replica died, or its result was lost with the node
                 logger.warning("a replica was lost: model=%s request_id=%s error=%s", model, request.request_id, error)
                 if not attempts_left:
                     raise ModelUnavailableError(
@@ -95,7 +95,9 @@ class RayBackend:
     async def _attempt(
         self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None
     ) -> GenerationResult:
-        """One call on one replica. Raises RayError when the replica or its answer was lost, else errors of ours."""
+        """Make one call to one replica. Raises RayError if the replica or its result was lost, else
+        StableAudioError.
+        """
         if request.deadline_s is not None and request.deadline_s <= 0:
             raise DeadlineExceededError("the time budget of this request ran out")
         bound_s = None if request.deadline_s is None else request.deadline_s + _DEADLINE_GRACE_S
@@ -105,7 +107,7 @@ class RayBackend:
             async with asyncio.timeout(bound_s):
                 result = await _receive(response, on_progress)
         except TimeoutError as error:
-            response.cancel()  # giving up on a handle does not stop the replica
+            response.cancel()  # a timeout on the handle does not stop the replica
             raise DeadlineExceededError("the time budget of this request ran out") from error
         except asyncio.CancelledError:
             response.cancel()
@@ -114,7 +116,7 @@ class RayBackend:
             raise OverloadedError("too many requests are waiting", retry_after_s=_RETRY_AFTER_S) from error
         except (DeploymentUnavailableError, RequestCancelledError) as error:
             raise _unloadable(model) from error
-        except RayTaskError as error:  # nothing we expect: its text is for the log only
+        except RayTaskError as error:  # unexpected error: log its text, do not show it to the client
             logger.error("a replica failed: %s", error)
             raise GenerationError("the generation failed") from error
         finally:
@@ -135,7 +137,7 @@ class RayBackend:
     async def _cancel_if_unloadable(
         self, model: str, response: DeploymentResponse | DeploymentResponseGenerator
     ) -> None:
-        """Serve may hold a request for a model without replicas for ever, even if it can never load."""
+        """Cancel a held request once its model has failed to load. Serve would hold it forever."""
         while True:
             await asyncio.sleep(_LOAD_CHECK_S)
             if (await self.status())[model].stage == "failed":
@@ -155,7 +157,7 @@ class RayBackend:
 async def _receive(
     response: DeploymentResponse | DeploymentResponseGenerator, on_progress: ProgressCallback | None
 ) -> GenerationResult | StableAudioError:
-    """Returns the replica's final answer to either kind of call."""
+    """Return the final result of either kind of call."""
     if on_progress is None:
         return await response
     async for item in response:
@@ -166,5 +168,5 @@ async def _receive(
 
 
 def _unloadable(model: str) -> ModelUnavailableError:
-    """Returns an error without Retry-After: Serve does not restart a failed deployment until it is deployed again."""
+    """Return an error without Retry-After: Serve restarts a failed deployment only when it is deployed again."""
     return ModelUnavailableError(f"model {model} failed to load; the server's log says why")

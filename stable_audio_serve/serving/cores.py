@@ -1,6 +1,6 @@
-"""The CPU cores of this machine: how many threads a model uses, and the priority of processes that serve HTTP and jobs.
+"""CPU cores of this machine: the number of threads per model, and a lower priority for HTTP and job processes.
 
-The number of threads follows a rule, never a timing.
+The number of threads follows from settings and core counts only, not from measured times.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from stable_audio_serve.serving.placement import model_entry
 from stable_audio_serve.serving.reservations import may_use_gpu
 
 _NICENESS = 5
-_SPARE_FROM = 4  # with so many cores, one is left to everything else
+_SPARE_FROM = 4  # on machines with at least this many cores, one core stays free
 
 
 def choose_threads(settings: Settings, model: ModelSettings, *, device: str, cluster_gpus: float) -> int:
-    """Returns the operator's choice, else an equal share of the cores this process may use: as if all replicas that
-    compute on a CPU were on this machine. 1 for the demo, and for models on a GPU, whose thread only feeds it."""
+    """Return the configured number of threads, else an equal share of the usable cores.
+
+    The share assumes that all replicas on CPUs run on this machine. The demo gets one thread. So does a model on a GPU,
+    whose thread only launches kernels.
+    """
     if model.threads is not None:
         return model.threads
     if device != "cpu" or _is_demo(model):
@@ -32,13 +35,13 @@ def choose_threads(settings: Settings, model: ModelSettings, *, device: str, clu
 
 
 def share_cores(num_cores: int, *, num_replicas: int) -> int:
-    """Returns the threads of each replica, at least one; of four cores or more, one stays free."""
+    """Return the threads of each replica, at least one. One core stays free if there are four or more."""
     spare = 1 if num_cores >= _SPARE_FROM else 0
     return max(1, (num_cores - spare) // max(1, num_replicas))
 
 
 def usable_cores(root: Path = Path("/")) -> int:
-    """Returns the whole cores this process may use, at least one, by its affinity and its control groups' quotas."""
+    """Return the whole cores that CPU affinity and cgroup quotas allow this process, at least one."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, int(min([allowed, *_quotas(root)])))
 
@@ -48,7 +51,7 @@ def _is_demo(model: ModelSettings) -> bool:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """Yields the cores of every quota at or above this process's groups, of both versions of control groups."""
+    """Yield the quota, in cores, of this process's cgroups and their parents, for cgroups v1 and v2."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -68,26 +71,26 @@ def _quotas(root: Path) -> Iterator[float]:
 
 
 def _read_quota(folder: Path) -> float | None:
-    """Returns the cores of one group's quota, None where there is none."""
+    """Return the quota of one cgroup in cores, None if it has none."""
     try:
         if (folder / "cpu.max").is_file():
             quota, period = (folder / "cpu.max").read_text().split()
         else:
             quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         return int(quota) / int(period) if int(quota) > 0 else None
-    except (OSError, ValueError):  # no such file, or the word max
+    except (OSError, ValueError):  # no such file, or the value is `max`
         return None
 
 
 def yield_to_engines() -> None:
-    """Give this whole process less priority than models on the same cores; does nothing where threads have none.
+    """Lower the priority of all threads of this process, so that models on the same cores go first. Linux only.
 
-    Many short answers otherwise keep interrupting one long computation: with 150 of them a second it took 1.2 times
-    as long on two cores, and takes 1.1 times so.
+    Otherwise many short responses keep interrupting a long computation. With 150 responses a second on two cores, a
+    generation took 1.2 times as long; at lower priority, 1.1 times.
     """
     if sys.platform != "linux":
         return
-    for thread in map(int, os.listdir("/proc/self/task")):  # Ray has started some already
-        with suppress(ProcessLookupError):  # it has ended
+    for thread in map(int, os.listdir("/proc/self/task")):  # includes threads that Ray has started
+        with suppress(ProcessLookupError):  # the thread has ended
             niceness = os.getpriority(os.PRIO_PROCESS, thread)
             os.setpriority(os.PRIO_PROCESS, thread, min(niceness + _NICENESS, 19))

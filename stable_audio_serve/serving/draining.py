@@ -1,7 +1,8 @@
-"""The orderly end of a served application: nothing new, jobs back into the queue, answers in flight awaited.
+"""Orderly shutdown of a served application: refuse new requests, put jobs back into the queue, finish requests in
+flight.
 
-Told from outside by the launcher, which is about to stop Ray; and noticed from inside by a replica that Ray Serve
-is about to stop. Looks only at requests: stopping processes is Ray Serve's own business.
+The launcher calls `drain` before it stops Ray. A replica awaits `replaced` to learn that Ray Serve is stopping it. Ray
+Serve stops the processes.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LOOK_S = 0.1
+_POLL_S = 0.1
 _CALL_TIMEOUT_S = 2.0
 
 
 def drain(application: str, *, within_s: float, statistics_host: str, report: Callable[[str], None]) -> None:
-    """Refuse what is new and put jobs back at once, then wait until no answer is in flight, `within_s` at most.
+    """Refuse new requests and put jobs back into the queue, then wait up to `within_s` until no request is in flight.
 
-    `statistics_host` is where HAProxy, if there is one, shows its statistics.
+    `statistics_host` is the address of HAProxy's statistics page, if HAProxy runs. `report` receives progress messages.
     """
     with _handle(INGRESS_NAME, application) as ingress, _handle(RUNNER_NAME, application) as runner:
         _drain(ingress, runner, within_s=within_s, statistics_host=statistics_host, report=report)
@@ -44,7 +45,9 @@ def drain(application: str, *, within_s: float, statistics_host: str, report: Ca
 
 @contextmanager
 def _handle(name: str, application: str) -> Iterator[DeploymentHandle]:
-    """A handle whose router ends with the context: else it goes on calling the controller, also after Ray's end."""
+    """Yield a handle and shut down its router afterwards: the router would keep calling the controller, even after Ray
+    has stopped.
+    """
     handle = serve.get_deployment_handle(name, application)
     try:
         yield handle
@@ -62,7 +65,7 @@ def _drain(
 ) -> None:
     deadline_at = time.monotonic() + within_s
     proxies = _python_proxies()
-    for proxy in proxies:  # from now on it says whether it has sent everything
+    for proxy in proxies:  # makes `is_drained` answer for the requests sent so far
         proxy.update_draining.remote(True)
     has_reported = False
     while True:
@@ -76,13 +79,13 @@ def _drain(
         if num_in_flight and not has_reported:
             has_reported = True
             report(f"finishing {num_in_flight} requests within {within_s:g} s (a second signal stops at once) ...")
-        time.sleep(_LOOK_S)
+        time.sleep(_POLL_S)
 
 
 def _broadcast(handle: DeploymentHandle) -> Sequence[int]:
-    """What every replica answers to `drain`: one just started is told now, one that has died holds nothing.
+    """Call `drain` on every replica and return the numbers of requests they hold.
 
-    One that is too slow to answer may hold something, and counts as one.
+    A dead replica counts as 0. A replica that does not answer in time counts as 1.
     """
     try:
         answers = handle.broadcast("drain").results(timeout_s=_CALL_TIMEOUT_S, return_exceptions=True)
@@ -93,7 +96,9 @@ def _broadcast(handle: DeploymentHandle) -> Sequence[int]:
 
 
 def _num_in_haproxy(host: str) -> int:
-    """Answers that HAProxy has not sent to the end, by its own statistics; it buffers what clients read slowly."""
+    """Return the number of responses that HAProxy still sends, from its statistics. It buffers responses for slow
+    clients.
+    """
     if not ray_internals.has_haproxy():
         return 0
     url = f"http://{host}:{ray_internals.haproxy_stats_port()}/stats;csv"
@@ -107,9 +112,10 @@ def _num_in_haproxy(host: str) -> int:
 
 
 def _python_proxies() -> Sequence[ActorHandle]:
-    """Those of Ray Serve's own; beside HAProxy that is the one that stands in for the ingress while there is none.
+    """Return Ray Serve's Python proxies. Beside HAProxy this is only the fallback proxy, which answers while no ingress
+    runs.
 
-    An HAProxy told to drain waits for idle connections, too.
+    HAProxy itself is left out: after `update_draining` it would also wait for idle connections.
     """
     controller = ray_internals.find_controller()
     if controller is None:
@@ -123,7 +129,7 @@ def _python_proxies() -> Sequence[ActorHandle]:
 
 
 def _are_drained(proxies: Sequence[ActorHandle]) -> bool:
-    """Whether they have sent everything; one that is dead has nothing to send."""
+    """Return True if the proxies have sent everything. A dead proxy has nothing to send."""
     try:
         return all(ray.get([proxy.is_drained.remote() for proxy in proxies], timeout=_CALL_TIMEOUT_S))
     except TimeoutError:
@@ -133,7 +139,7 @@ def _are_drained(proxies: Sequence[ActorHandle]) -> bool:
         return True
 
 
-async def replaced(*, look_every_s: float) -> None:
-    """Return when Ray Serve has begun to stop the replica that this runs in."""
-    while not ray_internals.is_replica_stopping():  # noqa: ASYNC110  it is not ours to signal
-        await asyncio.sleep(look_every_s)
+async def replaced(*, poll_every_s: float) -> None:
+    """Wait until Ray Serve begins to stop this replica."""
+    while not ray_internals.is_replica_stopping():  # noqa: ASYNC110  # Serve offers no event for this
+        await asyncio.sleep(poll_every_s)

@@ -1,4 +1,4 @@
-"""Settings -> a loaded model with its engine, in this process. Imports torch, so only what runs models imports this."""
+"""Loads a model and its engine in this process. Imports torch, so only processes that run models import this module."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def load_engine(
     open_device: Callable[..., Device] = open_device,
     entry: ModelEntry | None = None,
 ) -> Engine:
-    """Load one configured model; the engine is not started. Raises CheckpointError or ConfigError.
+    """Load one configured model and return its engine, not started. Raises CheckpointError or ConfigError.
 
-    `gpu_share` is what Ray gave of a GPU: bookkeeping only, so what is below 1 bounds this process's memory there,
-    unless the operator chose another `memory_share`. `open_device` is called like the engine's. `entry` is where the
-    files are, if not where the settings say.
+    `gpu_share` is the share of a GPU that Ray reserved. Ray does not enforce it, so a share below 1 also limits this
+    process's GPU memory, unless `memory_share` is set. `open_device` replaces `engine.hardware.device.open_device`.
+    `entry` overrides the location of the files.
     """
     share = memory_share(model, gpu_share=gpu_share)
     device = open_device(
@@ -49,7 +49,7 @@ def load_engine(
     loaded = load_model(
         entry or model_entry(model),
         device=device.torch_device,
-        dtype=_asked_dtype(settings, model),
+        dtype=_configured_dtype(settings, model),
         decode_precision=model.decode_precision,
         compile=model.compile,
         token=settings.hub_token,
@@ -71,19 +71,19 @@ def load_engine(
 
 
 def load_named_engine(settings: Settings, model: ModelSettings) -> Engine:
-    """`load_engine` for this process alone, with the hash of the weights, which recipes name. Blocking."""
+    """Load an engine outside Ray and set the hash of its weights, which recipes contain. Blocking."""
     engine = load_engine(settings, model)
     engine.name_checkpoint(hash_model(settings, model))
     return engine
 
 
 def hash_model(settings: Settings, model: ModelSettings) -> str:
-    """Returns the hash of a configured model's weights, see `hash_weights`. Blocking. Raises CheckpointError."""
+    """Return the hash of a configured model's weights, see `hash_weights`. Blocking. Raises CheckpointError."""
     return hash_weights(*find_files(model_entry(model), token=settings.hub_token))
 
 
 def memory_share(model: ModelSettings, *, gpu_share: float) -> float:
-    """Returns the share of a GPU's memory that a replica with this share of the GPU may use, up to 1."""
+    """Return the share of a GPU's memory, up to 1, that a replica with this share of the GPU may use."""
     if model.memory_share is not None:
         return model.memory_share
     return gpu_share if 0 < gpu_share < WHOLE else WHOLE
@@ -96,7 +96,7 @@ def _require_room(name: str, device: Device, share: float, weights_bytes: int) -
 
 
 def engine_options(model: ModelSettings, *, threads: int | None) -> EngineOptions:
-    """Returns the options of a configured model's engine; `threads` is for a call on a CPU."""
+    """Return the engine options of a configured model; `threads` applies to calls on a CPU."""
     engine = model.engine
     return EngineOptions(
         mode=model.mode,
@@ -110,8 +110,8 @@ def engine_options(model: ModelSettings, *, threads: int | None) -> EngineOption
 
 
 def precisions(settings: Settings, model: ModelSettings, *, device: torch.device) -> dict[str, str]:
-    """Returns the kind of `device`, the denoiser's dtype there and the decoder's precision."""
-    dtype = resolve_dtype(device, _asked_dtype(settings, model))
+    """Return the device type, the denoiser's dtype and the decoder's precision."""
+    dtype = resolve_dtype(device, _configured_dtype(settings, model))
     return {
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
@@ -119,12 +119,12 @@ def precisions(settings: Settings, model: ModelSettings, *, device: torch.device
     }
 
 
-def _asked_dtype(settings: Settings, model: ModelSettings) -> str | None:
+def _configured_dtype(settings: Settings, model: ModelSettings) -> str | None:
     return model.dtype or (None if settings.model_half else "float32")
 
 
 def first_device() -> str:
-    """The fastest kind of device this process may use; Ray hides GPUs from replicas that reserved none."""
+    """Return the fastest device type this process may use. Ray hides GPUs from replicas that reserved none."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"

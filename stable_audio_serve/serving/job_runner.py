@@ -1,4 +1,4 @@
-"""The job runner behind a Serve handle, and how an ingress wakes it. The runner itself is `jobs.runner`."""
+"""The job runner's deployment, and `RunnerBell`, with which an ingress wakes the runners. See `jobs.runner`."""
 
 from __future__ import annotations
 
@@ -34,13 +34,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _WAKE_TIMEOUT_S = 5.0
-_TELL_S = 1.0
-_TELL_TIMEOUT_S = 5.0
-_PAUSE_S = 0.1  # between two calls: under a flood of jobs each costs ingress and runner more than it brings
+_REPORT_EVERY_S = 1.0
+_REPORT_TIMEOUT_S = 5.0
+# seconds between two wake-up calls: each call costs the ingress and the runners time, which adds up with many jobs
+_PAUSE_S = 0.1
 
 
 class JobRunnerReplica:
-    """One runner of several; asks the same model deployments as the ingress does."""
+    """One of the job runners. Calls the same model deployments as the ingress."""
 
     async def __init__(self, plan: Plan, handles: Mapping[str, DeploymentHandle]) -> None:  # type: ignore[misc]  # Serve awaits it
         yield_to_engines()
@@ -49,7 +50,7 @@ class JobRunnerReplica:
         application = serve.get_replica_context().app_name
         self._models = plan.names
         self._handles = handles
-        self._telling: dict[str, asyncio.Task[None]] = {}
+        self._reports: dict[str, asyncio.Task[None]] = {}
         backend = RayBackend(plan.catalog, handles, application=application)
         self._metrics = metrics = RayMetrics()
         store = open_store(settings, identity=plan.store_identity)
@@ -60,10 +61,10 @@ class JobRunnerReplica:
             store, artifacts, backend=backend, settings=settings, notifier=notifier, metrics=metrics, prices=last_prices
         )
         self._operator_store = open_operator_store(store.database, application)
-        with suppress(StorageError):  # `follow` reads it as soon as the database answers
+        with suppress(StorageError):  # the database is unavailable: `follow` reads the settings once it answers
             self._follow_operators(await asyncio.to_thread(self._operator_store.read))
         await self._runner.start()
-        work = (self._operator_store.follow(self._follow_operators), self._tell_models())
+        work = (self._operator_store.follow(self._follow_operators), self._report_waiting_work())
         self._tasks = [asyncio.create_task(each) for each in work]
 
     async def wake(self) -> None:
@@ -71,12 +72,13 @@ class JobRunnerReplica:
         self._runner.wake()
 
     async def drain(self) -> int:
-        """Put jobs back into the queue, because the server stops. Returns how many are still held."""
+        """Put jobs back into the queue because the server is stopping. Returns the number of jobs still held."""
         return self._runner.drain()
 
-    async def _tell_models(self) -> None:
-        """Send each model once a second, for its autoscaling policy, the work that waits for it and whether an operator
-        keeps it loaded; once more when an operator has let it go.
+    async def _report_waiting_work(self) -> None:
+        """Report each model's waiting work, and whether an operator keeps it loaded, to its replicas once a second.
+
+        The autoscaling policy uses both. A model gets one more report after an operator has released it.
         """
         kept: frozenset[str] = frozenset()
         while True:
@@ -84,26 +86,26 @@ class JobRunnerReplica:
             waiting = self._runner.waiting_work()
             for model in self._models:
                 jobs = (waiting or {}).get(model, Waiting())
-                telling = self._telling.get(model)
+                report = self._reports.get(model)
                 needs_replica = jobs.num_jobs > 0 or model in kept
-                if telling is not None and not telling.done():
+                if report is not None and not report.done():
                     if not needs_replica:
-                        telling.cancel()  # it may still ask for a first replica
+                        report.cancel()  # this call may still be requesting a first replica
                 elif needs_replica or model in kept_before:
-                    self._telling[model] = asyncio.create_task(self._tell(model, jobs, is_kept=model in kept))
+                    self._reports[model] = asyncio.create_task(self._report(model, jobs, is_kept=model in kept))
                 if waiting is not None:
                     self._metrics.gauge("waiting_work_ms", 1000.0 * (predicted_s(model, jobs) or 0.0), model=model)
-            await asyncio.sleep(_TELL_S)
+            await asyncio.sleep(_REPORT_EVERY_S)
 
-    async def _tell(self, model: str, waiting: Waiting, *, is_kept: bool) -> None:
-        """A call to a model without replicas starts one, and is answered by it."""
-        handle, words = self._handles[model], (predicted_s(model, waiting) or 0.0, is_kept)
+    async def _report(self, model: str, waiting: Waiting, *, is_kept: bool) -> None:
+        """Send one report. A call to a model without replicas starts one, which then answers the call."""
+        handle, arguments = self._handles[model], (predicted_s(model, waiting) or 0.0, is_kept)
         try:
             if reports(model):
-                telling = handle.broadcast("note_waiting", *words)
-                await telling.results_async(timeout_s=_TELL_TIMEOUT_S, return_exceptions=True)
+                report = handle.broadcast("note_waiting", *arguments)
+                await report.results_async(timeout_s=_REPORT_TIMEOUT_S, return_exceptions=True)
             elif waiting.num_jobs or is_kept:
-                response = handle.note_waiting.remote(*words)
+                response = handle.note_waiting.remote(*arguments)
                 try:
                     await response
                 except asyncio.CancelledError:
@@ -113,7 +115,7 @@ class JobRunnerReplica:
             logger.debug("model %s could not be sent its waiting work: %s", model, error)
 
     async def drain_progress(self) -> DrainProgress:
-        """Returns how many jobs are left to finish, when an operator takes the server out."""
+        """Return the number of jobs that this runner still has to finish while the server is drained."""
         return DrainProgress(self._runner.is_holding, self._runner.num_held)
 
     def _follow_operators(self, settings: OperatorSettings) -> None:
@@ -123,12 +125,12 @@ class JobRunnerReplica:
             self._runner.resume()
 
     async def check_health(self) -> None:
-        """Called by Serve; raising replaces this replica. Raises GenerationError."""
+        """Called by Serve, which replaces this replica after an exception. Raises GenerationError."""
         self._runner.check_health()
 
-    async def __del__(self) -> None:  # Serve's hook for the end of a replica
-        if hasattr(self, "_tasks"):  # not after a failed start
-            for task in (*self._tasks, *self._telling.values()):
+    async def __del__(self) -> None:  # Serve calls this when it stops the replica
+        if hasattr(self, "_tasks"):  # absent if the start failed
+            for task in (*self._tasks, *self._reports.values()):
                 task.cancel()
             await self._runner.close()
             await self._artifacts.close()
@@ -136,22 +138,22 @@ class JobRunnerReplica:
 
 
 class RunnerBell:
-    """Wakes the runners from an ingress replica; a lost call costs one polling interval."""
+    """Wakes the job runners from an ingress replica. A lost call delays a job by one polling interval."""
 
     def __init__(self, runner: DeploymentHandle) -> None:
         self._runner = runner
         self._ringing: asyncio.Task[None] | None = None
-        self._is_asked = False
+        self._must_ring = False
 
     def ring(self) -> None:
-        """Call every runner: now or, soon after another call, once for all rings since then."""
-        self._is_asked = True
+        """Wake every runner now, or shortly after a call in progress. Calls in that time are merged into one."""
+        self._must_ring = True
         if self._ringing is None or self._ringing.done():
             self._ringing = asyncio.create_task(self._ring())
 
     async def _ring(self) -> None:
-        while self._is_asked:
-            self._is_asked = False
+        while self._must_ring:
+            self._must_ring = False
             response = self._runner.broadcast("wake")
             try:
                 await response.results_async(timeout_s=_WAKE_TIMEOUT_S, return_exceptions=True)

@@ -1,6 +1,4 @@
-"""The API's Backend over engines in this process, without Ray: for `--local` of the command line, tests and
-benchmarks.
-"""
+"""The API's Backend over engines in this process, without Ray: for `--local`, tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from stable_audio_serve.engine import Engine
 
 
 class LocalBackend:
-    """Runs generations on the engine with the model's name. `async with` starts the engines and closes them."""
+    """Runs generations on the engine of the named model. `async with` starts and closes the engines."""
 
     def __init__(self, catalog: ModelCatalog, engines: Mapping[str, Engine]) -> None:
         self._catalog = catalog
@@ -31,7 +29,7 @@ class LocalBackend:
         return await self._engines[model].generate(request, on_progress=on_progress)
 
     async def status(self) -> Mapping[str, ModelStatus]:
-        """Every model is ready with one replica."""
+        """Report every model as ready, with one replica."""
         return {
             name: ModelStatus(stage="ready", num_replicas=1, device=str(engine.device))
             for name, engine in self._engines.items()

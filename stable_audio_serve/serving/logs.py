@@ -1,5 +1,5 @@
-"""Log lines of our processes, key=value on standard error, which Ray collects per process; and how Ray Serve's
-controller logs a process that died.
+"""Logging of our processes: key=value lines on standard error, which Ray collects per process. Also shortens the
+log of a dead replica in Ray Serve's controller.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import re
 import structlog
 
 _ROOT = "stable_audio_serve"
-_ACTOR_NAME = re.compile(r"\bname: (\S+)")  # in the text of Ray's error
+_ACTOR_NAME = re.compile(r"\bname: (\S+)")  # in the message of Ray's error
 
 
 def configure_logging(level: str) -> None:
-    """Send everything this package logs, through structlog or the standard library, from `level` up."""
+    """Log this package's events from `level` up, from structlog and from the standard library."""
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
@@ -32,16 +32,16 @@ def configure_logging(level: str) -> None:
     root.handlers = [handler]
     root.propagate = False
     root.setLevel(level.upper())
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every malformed form
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it logs every malformed form as a warning
 
 
 def tidy_controller_log() -> None:
-    """Let Ray Serve's controller, in whose process this is called, log a dead replica or proxy once, in one line.
+    """Make Ray Serve's controller, in whose process this runs, log a dead replica or proxy in one line.
 
-    The controller asks every replica once a second for its load. Until its health check notices the death as well, up
-    to ten seconds later, it logs each of these failures with two tracebacks.
+    The controller polls every replica once a second for its load. It logs each failed poll with two tracebacks, for up
+    to ten seconds, until its health check finds the replica dead.
 
-    Other tracebacks stay, without the colour codes of Ray's errors: the log is a file.
+    Other tracebacks stay, but lose the colour codes of Ray's errors, because the log is a file.
     """
     from ray.exceptions import colorama  # Ray's own copy
 

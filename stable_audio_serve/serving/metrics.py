@@ -1,6 +1,6 @@
-"""`core.metrics.Metrics` over Ray's metrics, which every node exports for Prometheus as `ray_stable_audio_<name>`.
+"""`core.metrics.Metrics` over Ray's metrics, which every node exports to Prometheus as `ray_stable_audio_<name>`.
 
-`RecentSum` and `StepMeter` count the last seconds of a replica, for `/v1/status`.
+`RecentSum` and `StepMeter` count over the last seconds of a replica, for `/v1/status`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from stable_audio_serve.core.metrics import Kind, Metrics, declared
 PREFIX = "stable_audio_"
 _ROWS = "engine_rows_per_step"
 _WINDOW_S = 10
-_REFRESH_S = 2.0  # Ray keeps a gauge for two of its report intervals, 20 s
+_REFRESH_S = 2.0  # Ray drops a gauge after two of its report intervals, 20 s
 _MS_BOUNDARIES = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 30_000, 60_000, 300_000]
 _COUNT_BOUNDARIES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
 
 
 class RayMetrics:
-    """Makes each metric at its first use; `labels` are added to the samples that have them. Safe from any thread.
+    """Creates each metric at first use. `labels` are added to all metrics that declare them. Thread-safe.
 
-    Ray forgets a gauge that is not set for a while: a thread of this process sets all of them again and again. All
-    methods raise ValueError for what is not declared, and for a sample without all of its labels.
+    Ray drops a gauge that is not set for 20 s, so a thread repeats all gauges. All methods raise ValueError for an
+    undeclared metric and for missing labels.
     """
 
     def __init__(self, **labels: str) -> None:
@@ -40,7 +40,7 @@ class RayMetrics:
     def increment(self, name: str, value: float = 1.0, **labels: str) -> None:
         """Add `value` (>= 0) to the counter `name`."""
         metric, labels = self._find(name, "counter", labels=labels)
-        if value > 0:  # Ray refuses to add nothing
+        if value > 0:  # Ray rejects an increment of 0
             metric.inc(value, tags=labels)
 
     def gauge(self, name: str, value: float, **labels: str) -> None:
@@ -53,12 +53,12 @@ class RayMetrics:
             self._refresher.start()
 
     def observe(self, name: str, value: float, **labels: str) -> None:
-        """Add one sample to the distribution `name`; names ending in `_ms` get time buckets, others counts."""
+        """Add one sample to the histogram `name`. Names ending in `_ms` get time buckets, others count buckets."""
         metric, labels = self._find(name, "histogram", labels=labels)
         metric.observe(value, tags=labels)
 
     def show(self, name: str, value: float, **labels: str) -> None:
-        """Set the gauge `name` for a while: where nobody repeats it within 20 s there is none any more."""
+        """Set the gauge `name` without repeating it: it disappears after 20 s unless set again."""
         metric, labels = self._find(name, "gauge", labels=labels)
         metric.set(value, tags=labels)
 
@@ -89,16 +89,16 @@ def _make(name: str, kind: Kind, *, description: str, labels: tuple[str, ...]) -
 
 
 class RecentSum:
-    """What was added in the last `window_s` whole seconds and the one that runs. Safe from any thread."""
+    """Sum of the values added in the current second and the `window_s` before it. Thread-safe."""
 
     def __init__(self, window_s: int, *, clock: Clock | None = None) -> None:
         self._window_s = window_s
         self._clock = clock or SystemClock()
         self._lock = threading.Lock()
-        self._seconds: deque[tuple[int, float]] = deque(maxlen=window_s + 1)  # the second, what was added in it
+        self._seconds: deque[tuple[int, float]] = deque(maxlen=window_s + 1)  # (second, sum of its values)
 
     def add(self, value: float = 1.0) -> None:
-        """Add to the second that runs."""
+        """Add to the current second."""
         with self._lock:
             second, before = int(self._clock.monotonic()), 0.0
             if self._seconds and self._seconds[-1][0] == second:
@@ -107,14 +107,14 @@ class RecentSum:
 
     @property
     def total(self) -> float:
-        """The sum, 0 without any."""
+        """The sum over the window, 0 if it is empty."""
         since = self._clock.monotonic() - self._window_s
         with self._lock:
             return sum(value for second, value in self._seconds if second >= since)
 
 
 class StepMeter:
-    """Passes metrics on, and remembers the rows and steps of the last ten seconds. Safe from any thread."""
+    """Forwards metrics and keeps the rows and steps of the last ten seconds. Thread-safe."""
 
     def __init__(self, metrics: Metrics, *, clock: Clock | None = None) -> None:
         self._metrics = metrics
@@ -135,6 +135,6 @@ class StepMeter:
 
     @property
     def rows_per_step(self) -> float | None:
-        """The mean of the last ten seconds, None without a step."""
+        """Mean rows per step over the last ten seconds, None if there was no step."""
         steps = self._steps.total
         return self._rows.total / steps if steps else None

@@ -1,8 +1,8 @@
-"""The state of models, as this process knows it: what replicas last published about their work, and their stages, as
-Ray Serve's controller sees them. Read by status, health, routing and job runners.
+"""The state of each model as this process knows it, for the status, health, routing and job runners.
 
-Nothing here wakes a model. What replicas publish comes with the routers' updates, once a second. The controller is
-asked at most twice a second; while it does not answer, its last answer counts.
+There are two sources. Replicas publish statistics once a second, which reach this process with Serve's router updates.
+Ray Serve's controller reports the stage of each deployment: it is polled at most twice a second, and its last answer is
+used while it does not respond. Reading the state never starts a replica.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_TTL_S = 0.5  # an older answer is renewed, those who ask meanwhile get the old one at once
-_STALE_S = 2.0  # a caller waits for a newer one than that
-_REPLICA_TTL_S = 5.0  # how old the words of replicas on themselves may be
+_TTL_S = 0.5  # an older snapshot is refreshed in the background; callers still get the old one
+_STALE_S = 2.0  # an even older snapshot makes callers wait for the refresh
+_REPLICA_TTL_S = 5.0  # maximum age of the replicas' `ReplicaStatus`
 _TIMEOUT_S = 0.8
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaStatus:
-    """Where a replica runs, how long the stages of its start took (seconds), and what became of its requests.
+    """A replica's device, the seconds per stage of its start, and counts of its requests.
 
-    `expired` are requests whose own deadline ended them; `backlog_ms` is predicted device time not yet spent.
+    `expired` counts requests that ran past their own deadline. `backlog_ms` is predicted device time of accepted work.
     """
 
     device: str
@@ -57,8 +57,8 @@ class ReplicaStatus:
 
 
 @dataclass(frozen=True, slots=True)
-class ReplicaWords:
-    """What a replica publishes for operators beside its work."""
+class ReplicaStats:
+    """Statistics that a replica publishes for operators, beside its work."""
 
     device: str
     dtype: str
@@ -67,72 +67,72 @@ class ReplicaWords:
     finished_per_minute: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns what crosses Serve's controller."""
+        """Return the dictionary that Serve's controller passes on."""
         return {name: getattr(self, name) for name in self.__slots__}
 
 
 @dataclass(slots=True)
-class _Heard:
+class _Received:
     at: float
-    words: Mapping[str, Any]
+    stats: Mapping[str, Any]
 
 
-_heard: dict[str, dict[str, _Heard]] = {}
+_received: dict[str, dict[str, _Received]] = {}
 _prices: dict[str, Prices] = {}
 _lock = threading.Lock()
 
 
-def hear(model: str, words: Mapping[str, Mapping[str, Any]]) -> None:
-    """Note which replicas a model has and what each said last. Others are forgotten."""
+def record_stats(model: str, stats: Mapping[str, Mapping[str, Any]]) -> None:
+    """Record the latest statistics of all replicas of a model. Replicas that are missing in `stats` are dropped."""
     now = time.monotonic()
-    works = map(ReplicaWork.from_dict, words.values())
+    works = map(ReplicaWork.from_dict, stats.values())
     work = next(filter(None, works), None)
     with _lock:
         if work is not None:
             _prices[model] = work.prices
-        known = _heard.get(model, {})
-        _heard[model] = {
-            name: known[name] if name in known and known[name].words == word else _Heard(now, word)
-            for name, word in words.items()
+        known = _received.get(model, {})
+        _received[model] = {
+            name: known[name] if name in known and known[name].stats == each else _Received(now, each)
+            for name, each in stats.items()
         }
 
 
 def last_prices(model: str) -> Prices | None:
-    """Returns what a replica of a model asked last, though there may be none any more; None before one has said it."""
+    """Return the prices that a replica of a model published last, None before the first. They outlive the replicas."""
     return _prices.get(model)
 
 
 def reports(model: str) -> tuple[ReplicaReport, ...]:
-    """Returns what is known of each replica of a model, in order of their names."""
+    """Return a report for each replica of a model, sorted by name."""
     now = time.monotonic()
     with _lock:
-        heard = sorted(_heard.get(model, {}).items())
-    return tuple(_report(name, one.words, age_s=now - one.at) for name, one in heard)
+        received = sorted(_received.get(model, {}).items())
+    return tuple(_report(name, last.stats, age_s=now - last.at) for name, last in received)
 
 
-def _report(name: str, words: Mapping[str, Any], *, age_s: float) -> ReplicaReport:
-    """What another version says differently is not known."""
-    backlog_ms, rows = words.get("backlog_ms"), words.get("rows_per_step")
+def _report(name: str, stats: Mapping[str, Any], *, age_s: float) -> ReplicaReport:
+    """Build a report; fields that a replica of another version does not publish are None."""
+    backlog_ms, rows = stats.get("backlog_ms"), stats.get("rows_per_step")
     return ReplicaReport(
         name,
         age_s,
-        device=words.get("device"),
-        dtype=words.get("dtype"),
-        in_flight=words.get("in_flight"),
+        device=stats.get("device"),
+        dtype=stats.get("dtype"),
+        in_flight=stats.get("in_flight"),
         backlog_s=None if backlog_ms is None else float(backlog_ms) / 1000.0,
         rows_per_step=None if rows is None else float(rows),
-        finished_per_minute=words.get("finished_per_minute"),
+        finished_per_minute=stats.get("finished_per_minute"),
     )
 
 
 def read_application(name: str) -> ApplicationStatusOverview | None:
-    """Returns the status of an application and of its deployments, None where Serve or the application does not run.
+    """Return the status of an application and its deployments, None if Serve or the application is not running.
 
-    `serve.status` takes twenty times as long: for each deployment it imports and pickles the request router again.
-    Blocking. Raises RayError where the controller does not answer.
+    Twenty times as fast as `serve.status`, which imports and pickles each deployment's request router. Blocking. Raises
+    RayError if the controller does not answer.
     """
-    told = application_details(name)
-    if told is None:
+    details = application_details(name)
+    if details is None:
         return None
     deployments = {
         deployment: DeploymentStatusOverview(
@@ -141,9 +141,11 @@ def read_application(name: str) -> ApplicationStatusOverview | None:
             replica_states=dict(Counter(replica["state"] for replica in each["replicas"])),
             message=each["message"],
         )
-        for deployment, each in told["deployments"].items()
+        for deployment, each in details["deployments"].items()
     }
-    return ApplicationStatusOverview(told["status"], told["message"], told["last_deployed_time_s"], deployments)
+    return ApplicationStatusOverview(
+        details["status"], details["message"], details["last_deployed_time_s"], deployments
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,27 +155,28 @@ class _Snapshot:
 
 
 class ModelWatch:
-    """Used on one event loop."""
+    """Caches the status of all models. Use from one event loop."""
 
     def __init__(
         self, names: Iterable[str], handles: Mapping[str, DeploymentHandle], *, application: str, metrics: Metrics
     ) -> None:
-        """`names` are those of the models and of their deployments in `application`."""
+        """`names` are the models, which are also the names of their deployments in `application`."""
         self._names = tuple(names)
         self._handles = handles
         self._application = application
         self._metrics = metrics
         self._replicas: dict[str, tuple[ReplicaStatus, ...]] = {}
-        self._asked_at: dict[str, float] = {}
+        self._polled_at: dict[str, float] = {}
         self._snapshot = _Snapshot(float("-inf"), {name: ModelStatus(stage="loading") for name in self._names})
         self._refresh: asyncio.Task[None] | None = None
         self._refresh_began_at = float("-inf")
-        self._looked_at = float("-inf")
+        self._answered_at = float("-inf")
 
     async def status(self) -> Mapping[str, ModelStatus]:
-        """Returns what each model is doing as the controller sees it, at most `_STALE_S` old.
+        """Return the status of each model as the controller reports it, at most `_STALE_S` old.
 
-        Older where the controller does not answer, as while Ray's head is away: then nobody waits for it for long.
+        While the controller does not answer, for example while Ray's head restarts, returns an older status after
+        `_TIMEOUT_S`.
         """
         now = time.monotonic()
         age_s = now - self._snapshot.taken_at
@@ -186,11 +189,14 @@ class ModelWatch:
 
     @property
     def age_s(self) -> float:
-        """How long ago the controller said what `status` returns; infinite before it first did."""
-        return time.monotonic() - self._looked_at
+        """Seconds since the controller last answered, infinite before its first answer."""
+        return time.monotonic() - self._answered_at
 
     def note_answer(self, model: str) -> None:
-        """Count an answer as proof, also while the controller cannot be asked, and ask it soon for the rest."""
+        """Mark a model as ready because a replica has answered, and refresh the status at the next call.
+
+        Works while the controller does not answer.
+        """
         models = self._snapshot.models
         if models[model].stage == "ready":
             return
@@ -206,22 +212,22 @@ class ModelWatch:
         if application is None:
             return
         stages = {name: _stage(application, name) for name in self._names}
-        await asyncio.gather(*(self._ask_replica(name) for name, stage in stages.items() if stage == "ready"))
-        self._looked_at = time.monotonic()
+        await asyncio.gather(*(self._poll_replicas(name) for name, stage in stages.items() if stage == "ready"))
+        self._answered_at = time.monotonic()
         self._snapshot = _Snapshot(
-            self._looked_at,
+            self._answered_at,
             {name: self._model_status(name, stage, application=application) for name, stage in stages.items()},
         )
         for name, status in self._snapshot.models.items():
             self._metrics.gauge("model_update_refused", float(status.refused_update is not None), model=name)
 
-    async def _ask_replica(self, name: str) -> None:
-        """Learn what the running replicas say of themselves, again after a while: an update puts others in their place.
+    async def _poll_replicas(self, name: str) -> None:
+        """Fetch the status of the running replicas, at most every `_REPLICA_TTL_S`: an update replaces the replicas.
 
-        The first time it also opens the connection to one before the first real request.
+        The first call also opens the connection to one replica before the first real request.
         """
         now = time.monotonic()
-        if now - self._asked_at.get(name, float("-inf")) < _REPLICA_TTL_S:
+        if now - self._polled_at.get(name, float("-inf")) < _REPLICA_TTL_S:
             return
         handle, is_first = self._handles[name], name not in self._replicas
         response = handle.status.remote() if is_first else None
@@ -235,7 +241,7 @@ class ModelWatch:
                 response.cancel()
             return
         if replicas := tuple(answer for answer in answers if not isinstance(answer, BaseException)):
-            self._replicas[name], self._asked_at[name] = replicas, now
+            self._replicas[name], self._polled_at[name] = replicas, now
 
     def _model_status(self, name: str, stage: str, *, application: ApplicationStatusOverview) -> ModelStatus:
         replicas = self._replicas.get(name, ())
@@ -246,7 +252,7 @@ class ModelWatch:
             num_replicas=_count(deployment, ReplicaState.RUNNING) if deployment else 0,
             device=replica.device if replica else None,
             detail={key: f"{seconds:.2f}" for key, seconds in replica.start_s.items()} if replica else None,
-            quality=_most_telling(replica.quality for replica in replicas),
+            quality=_worst_quality(replica.quality for replica in replicas),
             refused_update=_refused_update(deployment) if deployment else None,
             states=_states(deployment) if deployment else {},
         )
@@ -264,25 +270,27 @@ def _stage(application: ApplicationStatusOverview, name: str) -> str:
         return "failed"
     if deployment.status == "UPSCALING":
         return "waking"
-    # An unhealthy one has lost its replicas and is about to start others.
+    # An unhealthy deployment has lost its replicas and is about to start new ones.
     return "loading" if is_starting or deployment.status in ("UPDATING", "UNHEALTHY") else "idle"
 
 
-def _most_telling(qualities: Iterable[ModelQuality | None]) -> ModelQuality | None:
-    """Returns the quality that an operator has to hear of first, None where none is known."""
+def _worst_quality(qualities: Iterable[ModelQuality | None]) -> ModelQuality | None:
+    """Return the most serious quality state, None if none is known."""
     order = ("fallback", "unchecked", "off", "passed")
     return min(filter(None, qualities), key=lambda quality: order.index(quality.gate), default=None)
 
 
 def _refused_update(deployment: DeploymentStatusOverview) -> str | None:
-    """Returns a sentence where new replicas failed to start and older ones answer; the reason is in the log."""
+    """Return a message if the new replicas of an update failed to start and older ones still answer; the log has the
+    reason.
+    """
     if deployment.status != "DEPLOY_FAILED" or not _count(deployment, ReplicaState.RUNNING):
         return None
-    return "the replicas of the last deployment failed to start, the ones before it answer; the server's log says why"
+    return "the new replicas failed to start and the older ones still answer; see the server's log"
 
 
 def _states(deployment: DeploymentStatusOverview) -> Mapping[str, int]:
-    # Ray gives the states as text or as their enumeration, which is text too.
+    # Ray reports states as text or as an enumeration of text.
     counts = deployment.replica_states.items()
     return {ReplicaState(state).value.lower(): int(number) for state, number in counts if number}
 

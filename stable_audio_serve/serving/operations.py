@@ -1,6 +1,8 @@
-"""`core.operations.Operations` over Ray Serve, in an ingress replica. It never asks the models: replicas publish their
-state. While a client reads the status, it asks the job database once a second, and while the server drains the ingress
-replicas and job runners. `jobs.store.operator_settings` stores the settings of operators.
+"""`core.operations.Operations` over Ray Serve, for ingress replicas.
+
+Model states come from what replicas publish. While clients poll the status, the job database is queried once a second,
+and so are ingress replicas and job runners while the server drains. `jobs.store.operator_settings` stores the
+operators' settings.
 """
 
 from __future__ import annotations
@@ -33,29 +35,29 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _OLD_S = 5.0
-_ASK_TIMEOUT_S = 2.0
-_ASK_EVERY_S = 1.0
-_PATIENCE_S = 1.0  # then the older answer is returned
+_QUERY_TIMEOUT_S = 2.0
+_QUERY_EVERY_S = 1.0
+_PATIENCE_S = 1.0  # seconds to wait for a fresh answer before the cached one is returned
 
 
 @dataclass(frozen=True, slots=True)
 class DrainProgress:
-    """What one process has to finish, requests or jobs; `has_begun`: it knows that it accepts nothing new."""
+    """The requests or jobs that one process has to finish. `has_begun`: the process accepts nothing new."""
 
     has_begun: bool
     num_left: int
 
 
 def open_operator_store(database: Database, application: str) -> OperatorStore:
-    """Returns what operators set for the application of this Ray cluster.
+    """Return the operators' settings for the application in this Ray cluster.
 
-    The name outlives Ray's head where that has Redis; a server that is stopped and started has another name.
+    With Redis the name survives a restart of Ray's head. A server that is stopped and started again has a new name.
     """
     return OperatorStore(database, f"{ray.get_runtime_context().get_session_name()}/{application}")
 
 
 class RayOperations:
-    """One per ingress replica, used on its event loop."""
+    """Each ingress replica has one, used on its event loop."""
 
     def __init__(
         self,
@@ -71,8 +73,8 @@ class RayOperations:
         self._settings = settings
         self._ingress = ingress
         self._runner = runner
-        self._drain = Asked(self._ask_for_drain, first=DrainReport("draining", None, None))
-        self._waiting = Asked(self._ask_for_waiting, first=None)
+        self._drain = CachedQuery(self._query_drain, first=DrainReport("draining", None, None))
+        self._waiting = CachedQuery(self._query_waiting, first=None)
 
     async def report(self) -> ServerReport:
         """See `Operations.report`."""
@@ -105,25 +107,25 @@ class RayOperations:
         await asyncio.to_thread(self._settings.release, model)
 
     async def drain(self) -> None:
-        """See `Operations.drain`. Every process reads it within half a second."""
+        """See `Operations.drain`. Every process reads the setting within half a second."""
         await asyncio.to_thread(self._settings.drain)
-        self._drain.forget()
+        self._drain.invalidate()
 
     async def resume(self) -> None:
         """See `Operations.resume`."""
         await asyncio.to_thread(self._settings.resume)
-        self._drain.forget()
+        self._drain.invalidate()
 
     async def _drain_report(self) -> DrainReport:
         return await self._drain.answer() if self._settings.current.is_drained else DrainReport()
 
-    async def _ask_for_drain(self) -> DrainReport:
+    async def _query_drain(self) -> DrainReport:
         requests, jobs = await asyncio.gather(_progress_of(self._ingress), _progress_of(self._runner))
         all_ = (*requests, *jobs)
         is_done = all(one is not None and one.has_begun and not one.num_left for one in all_)
         return DrainReport("drained" if is_done else "draining", _sum(requests), _sum(jobs))
 
-    async def _ask_for_waiting(self) -> Mapping[str, Waiting] | None:
+    async def _query_waiting(self) -> Mapping[str, Waiting] | None:
         try:
             return await asyncio.to_thread(self._jobs.waiting.by_model)
         except StorageError:
@@ -131,7 +133,7 @@ class RayOperations:
 
 
 def predicted_s(model: str, jobs: Waiting) -> float | None:
-    """Returns the device time of jobs that wait for a model; None before a replica of it has told its prices."""
+    """Return the predicted device time of a model's waiting jobs, None before a replica has published prices."""
     if not jobs.num_jobs:
         return 0.0
     prices = last_prices(model)
@@ -139,10 +141,10 @@ def predicted_s(model: str, jobs: Waiting) -> float | None:
 
 
 async def _progress_of(deployment: DeploymentHandle) -> Sequence[DrainProgress | None]:
-    """The progress of each of its replicas, None for a replica that does not answer."""
+    """Return the progress of each replica, None for a replica that does not answer."""
     try:
         answers = await deployment.broadcast("drain_progress").results_async(
-            timeout_s=_ASK_TIMEOUT_S, return_exceptions=True
+            timeout_s=_QUERY_TIMEOUT_S, return_exceptions=True
         )
     except (TimeoutError, RayError, RayServeException) as error:
         logger.debug("a deployment does not answer: %s", error)
@@ -151,42 +153,42 @@ async def _progress_of(deployment: DeploymentHandle) -> Sequence[DrainProgress |
 
 
 def _sum(progress: Sequence[DrainProgress | None]) -> int | None:
-    """Returns what all have to finish; None while a process does not answer or has not begun to drain."""
+    """Return the total left to finish, None while a process does not answer or has not begun to drain."""
     known = [one.num_left for one in progress if one is not None and one.has_begun]
     return sum(known) if len(known) == len(progress) else None
 
 
-class Asked(Generic[T]):
-    """The last answer to one question. Used on one event loop."""
+class CachedQuery(Generic[T]):
+    """Caches the result of a query. Use from one event loop."""
 
-    def __init__(self, ask: Callable[[], Awaitable[T]], *, first: T, clock: Clock = SystemClock()) -> None:
-        """`ask` does not raise; `first` is the answer while there is none, or only an old one."""
-        self._ask = ask
+    def __init__(self, query: Callable[[], Awaitable[T]], *, first: T, clock: Clock = SystemClock()) -> None:
+        """`query` must not raise. `first` is returned before the first result, and while the last one is too old."""
+        self._query = query
         self._clock = clock
         self._first = self._answer = first
-        self._asked_at = float("-inf")
-        self._asking: asyncio.Task[None] | None = None
+        self._queried_at = float("-inf")
+        self._refreshing: asyncio.Task[None] | None = None
 
     async def answer(self) -> T:
-        """Returns an answer about a second old; a few seconds where a newer one is late."""
-        if self._asking is None or self._asking.done():
-            if self._age_s < _ASK_EVERY_S:
+        """Return a result about a second old, or up to five seconds old while a newer one is late."""
+        if self._refreshing is None or self._refreshing.done():
+            if self._age_s < _QUERY_EVERY_S:
                 return self._answer
-            self._asking = asyncio.create_task(self._renew())
-        await asyncio.wait({self._asking}, timeout=_PATIENCE_S)
+            self._refreshing = asyncio.create_task(self._refresh())
+        await asyncio.wait({self._refreshing}, timeout=_PATIENCE_S)
         return self._answer if self._age_s < _OLD_S else self._first
 
-    def forget(self) -> None:
-        """Ask anew next time, because the answer is another one now; one that is on its way does not count."""
-        self._asked_at = float("-inf")
-        if self._asking is not None:
-            self._asking.cancel()
-            self._asking = None
+    def invalidate(self) -> None:
+        """Query again at the next call, because the result has changed; a query in progress is cancelled."""
+        self._queried_at = float("-inf")
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+            self._refreshing = None
 
     @property
     def _age_s(self) -> float:
-        return self._clock.monotonic() - self._asked_at
+        return self._clock.monotonic() - self._queried_at
 
-    async def _renew(self) -> None:
-        self._answer = await self._ask()
-        self._asked_at = self._clock.monotonic()
+    async def _refresh(self) -> None:
+        self._answer = await self._query()
+        self._queried_at = self._clock.monotonic()

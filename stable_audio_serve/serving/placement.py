@@ -1,5 +1,5 @@
-"""Settings -> which deployments run and with which options. What each replica reserves is `reservations`. Pure: no
-torch, no running Ray.
+"""Plans deployments and their options from the settings. `reservations` computes what each replica reserves. Imports no
+torch and needs no running Ray.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from stable_audio_serve.serving.reservations import (
 INGRESS_NAME = "Ingress"
 RUNNER_NAME = "job-runner"
 
-_MOST_REQUESTS = 512  # of a replica, far above what an engine admits
-# More requests than a process can have connections. Serve queues what is over its limit, /health and Serve's own probes
-# included, and answers overflow in plain text: the application itself bounds what costs something.
+_MOST_REQUESTS = 512  # per replica; an engine admits far fewer
+# More than a process can have connections. Serve would queue requests above its limit, including /health and its own
+# probes, and answer in plain text when the queue is full. The application sets its own limits.
 _NO_LIMIT = 100_000
 _ROUTER = "stable_audio_serve.serving.routing:LeastWorkRouter"
-_ROUTING_STATS_PERIOD_S = 1.0  # how often a replica says what it has to do
+_ROUTING_STATS_PERIOD_S = 1.0  # seconds between publications of a replica's work
 _POLICY = "stable_audio_serve.serving.autoscaling:WorkPolicy"
-# What a policy sees of replicas and callers: how often they report (Serve's variables for that have no effect in 2.60),
-# how long that is kept, and that the most requests at a time count, not their mean.
+# What the policy receives: metrics each second (Serve's environment variables for this have no effect in 2.60), kept
+# for ten seconds, with the maximum of concurrent requests instead of the mean.
 _OBSERVATION = {"metrics_interval_s": 1.0, "look_back_period_s": 10.0, "aggregation_function": "max"}
-_CONSTRUCTOR_ATTEMPTS = 2  # a checkpoint that does not load will not load the tenth time either
-_ONE_REPLICA = 1  # percent, rounded up to whole replicas: an update starts one replica above the target at a time
-_DRAIN_LOOK_S = 0.1  # how often a replica that is being replaced looks whether its requests are over
+_CONSTRUCTOR_ATTEMPTS = 2  # a checkpoint that fails to load twice will not load later
+_ONE_REPLICA = 1  # percent, rounded up to whole replicas: an update starts one extra replica at a time
+_DRAIN_POLL_S = 0.1  # seconds between checks whether a stopping replica has finished its requests
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The deployments to come: settings, the models' cards and the canonical names of those kept loaded.
+    """The planned deployments: settings, model cards, and canonical names of the models to keep loaded.
 
-    With a `store_identity` (`jobs.open.PreparedStores`) no other job database is used.
+    If `store_identity` is set (see `jobs.open.PreparedStores`), processes refuse any other job database.
     """
 
     settings: Settings
@@ -63,7 +63,7 @@ class Plan:
 
     @property
     def num_cpus(self) -> int:
-        """CPU slots an embedded Ray must count so that every replica can be placed on this machine."""
+        """CPU slots that an embedded Ray must declare so that every replica fits on this machine."""
         wanted = sum(
             reserved_cpus(model, num_gpus=0) * (model.replicas.max_replicas + bool(model.replicas.surge))
             for model in self.settings.models
@@ -73,19 +73,20 @@ class Plan:
 
 
 def plan_deployments(settings: Settings) -> Plan:
-    """Resolve names, paths and stores and check them; touches no file but checkpoints' configs. Raises ConfigError.
+    """Resolve and check names, paths and stores. Reads no files but checkpoint configs. Raises ConfigError.
 
-    A model whose config cannot be read has the facts of one that is not downloaded yet: `preflight` says what it lacks.
+    A model whose config cannot be read gets the card of a model that is not downloaded yet; `preflight` reports the
+    reason.
     """
     catalog = _catalog(settings)
     check_model_names(settings, catalog)
-    settings = _with_whole_paths(settings)
+    settings = _with_absolute_paths(settings)
     check_stores(settings)
     return Plan(settings, catalog, preloaded_names(settings, catalog))
 
 
-def _with_whole_paths(settings: Settings) -> Settings:
-    """Relative ones count from here, not from where a replica's process is."""
+def _with_absolute_paths(settings: Settings) -> Settings:
+    """Make paths absolute: a replica's process has another working directory."""
     changes: dict[str, Any] = {"output_dir": os.path.abspath(settings.output_dir)}
     if settings.api.key_file is not None:
         changes["api"] = settings.api.model_copy(update={"key_file": os.path.abspath(settings.api.key_file)})
@@ -93,12 +94,14 @@ def _with_whole_paths(settings: Settings) -> Settings:
 
 
 def describe_models(plan: Plan) -> Plan:
-    """Returns the plan with what the models' configs say, also those that were not here yet when it was made."""
+    """Return the plan with model cards from the configs on disk, including those fetched since it was made."""
     return replace(plan, catalog=_catalog(plan.settings))
 
 
 def require_shared_database(settings: Settings, *, num_nodes: int) -> None:
-    """Raise ConfigError for jobs in a SQLite file on several machines: each would have its own, or lose rows of it."""
+    """Raise ConfigError for a SQLite job database on several nodes: each node would have its own, or corrupt a shared
+    one.
+    """
     if num_nodes > 1 and uses_sqlite(settings):
         raise ConfigError(
             f"jobs.database_url (STABLE_AUDIO_DATABASE_URL): SQLite serves one machine and this Ray cluster has "
@@ -120,7 +123,7 @@ def _describe(entry: ModelEntry) -> ModelEntry:
 
 
 def model_entry(model: ModelSettings) -> ModelEntry:
-    """Returns the registry's entry of a configured model. Raises ConfigError."""
+    """Return the registry entry of a configured model. Raises ConfigError."""
     return resolve_entry(
         model.name,
         path=model.path,
@@ -135,33 +138,33 @@ def model_entry(model: ModelSettings) -> ModelEntry:
 
 
 def ingress_options(settings: Settings) -> dict[str, Any]:
-    """Deployment options of the HTTP ingress."""
+    """Return the deployment options of the HTTP ingress."""
     ingress = settings.ingress
     return {
         "name": INGRESS_NAME,
         "num_replicas": ingress.replicas,
         "max_ongoing_requests": _NO_LIMIT,
-        "health_check_period_s": 1.0,  # how soon a dead one is missed: until then HAProxy tries it again and again
+        "health_check_period_s": 1.0,  # a dead replica is found this fast; until then HAProxy keeps trying it
         **_drain_options(settings),
         "ray_actor_options": {"num_cpus": ingress.num_cpus},
     }
 
 
 def runner_options(settings: Settings) -> dict[str, Any]:
-    """Deployment options of the job runners, which wait for models rather than compute."""
+    """Return the deployment options of the job runners, which wait for models and reserve no CPU."""
     return {
         "name": RUNNER_NAME,
         "num_replicas": settings.jobs.runners,
-        "max_ongoing_requests": 1000,  # wake-up calls, over at once
-        "health_check_period_s": 2.0,  # how soon a dead one is missed, and its jobs go on
+        "max_ongoing_requests": 1000,  # wake-up calls, which return at once
+        "health_check_period_s": 2.0,  # a dead runner is found this fast, and its jobs continue
         "graceful_shutdown_timeout_s": 10.0,
-        "graceful_shutdown_wait_loop_s": _DRAIN_LOOK_S,
+        "graceful_shutdown_wait_loop_s": _DRAIN_POLL_S,
         "ray_actor_options": {"num_cpus": 0},
     }
 
 
 def model_options(plan: Plan, model: ModelSettings, *, cluster_gpus: float) -> dict[str, Any]:
-    """Deployment options of one model on a cluster with `cluster_gpus` GPUs. Raises ConfigError."""
+    """Return the deployment options of one model on a cluster with `cluster_gpus` GPUs. Raises ConfigError."""
     slot = replica_slot(plan.settings, model, cluster_gpus=cluster_gpus)
     replicas = model.replicas
     min_replicas = replicas.min_replicas
@@ -186,7 +189,7 @@ def model_options(plan: Plan, model: ModelSettings, *, cluster_gpus: float) -> d
 
 
 def _engine_options(settings: Settings, model: ModelSettings, *, name: str) -> dict[str, Any]:
-    """Deployment options of whatever holds an engine of this model."""
+    """Return the deployment options that every deployment with an engine of this model has."""
     return {
         "name": name,
         "max_ongoing_requests": _MOST_REQUESTS,
@@ -202,8 +205,8 @@ def _engine_options(settings: Settings, model: ModelSettings, *, name: str) -> d
 
 
 def _drain_options(settings: Settings) -> dict[str, Any]:
-    """A replica that is being replaced may finish the longest request there is."""
+    """Return options that let a stopping replica finish the longest possible request."""
     return {
         "graceful_shutdown_timeout_s": settings.api.max_deadline_s,
-        "graceful_shutdown_wait_loop_s": _DRAIN_LOOK_S,
+        "graceful_shutdown_wait_loop_s": _DRAIN_POLL_S,
     }

@@ -1,4 +1,4 @@
-"""Whether the models' files and packages are here or can be had, found out in seconds, before anything is started."""
+"""Checks before anything starts, within seconds, that the models' files and packages are here or can be downloaded."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from stable_audio_serve.models.registry import BUILT_IN, ModelEntry, describe_en
 from stable_audio_serve.models.stable_audio_tools.package import require_open_family, require_package
 from stable_audio_serve.serving.placement import Plan, model_entry
 
-_Check = Callable[[ModelEntry, str | None], None]  # of an entry, with the hub's token
+_Check = Callable[[ModelEntry, str | None], None]  # called with an entry and the hub's token
 
 _HARD_STOP, _RAYS_HARD_STOP_S = "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S", 120.0
-_LONGEST_S = 10.0  # for all models together; looking up a host may alone take longer than any limit of HTTP
+_LONGEST_S = 10.0  # for all models together; a host name lookup alone can take longer than any HTTP timeout
 
 
 def require_weights(plan: Plan, models: Iterable[ModelSettings], *, print_error: Callable[[str], None]) -> None:
-    """Raise CheckpointError unless each of `models` that is loaded at the start has its files, or can get them, and
-    the package its networks are from.
+    """Check that `models` have their files, or can download them, and the package of their networks.
 
-    For the others a warning goes to `print_error`. Takes no longer than about ten seconds.
+    Raises CheckpointError for a model that loads at the start; prints a warning with `print_error` for the others.
+    Takes at most about ten seconds.
     """
     deadline = time.monotonic() + _LONGEST_S
     checks = {model.name: _begin(plan.settings, model, check=_check_all) for model in models}
@@ -39,9 +39,9 @@ def require_weights(plan: Plan, models: Iterable[ModelSettings], *, print_error:
 
 
 def fetch_configs(plan: Plan, models: Iterable[ModelSettings], *, print_error: Callable[[str], None]) -> None:
-    """Fetch the configs of `models` that only other machines load, so that clients can be told what they say.
+    """Fetch the configs of `models` that only other nodes load, so that this node can describe them to clients.
 
-    A warning goes to `print_error` for each that cannot be had. Takes no longer than about ten seconds.
+    Prints a warning with `print_error` for each config that cannot be fetched. Takes at most about ten seconds.
     """
     deadline = time.monotonic() + _LONGEST_S
     others = [model for model in models if model.name not in BUILT_IN]
@@ -53,13 +53,13 @@ def fetch_configs(plan: Plan, models: Iterable[ModelSettings], *, print_error: C
             card = check[0].card
             if not _is_described(check[0]):
                 print_error(
-                    f"warning: model {card.name}: {error.message}; until its config is in the cache here, clients are "
-                    f"told the facts of a distilled Stable Audio 3 model of {card.max_duration_s:g} s"
+                    f"warning: model {card.name}: {error.message}; until its config is in the cache here, the "
+                    f"API describes it as a distilled Stable Audio 3 model of {card.max_duration_s:g} s"
                 )
 
 
 def check_proxy(settings: Settings, environ: Mapping[str, str], *, print_error: Callable[[str], None]) -> None:
-    """Warn if HAProxy, which `ray start` gave its environment, ends requests that may take longer."""
+    """Warn if HAProxy's hard stop, set in the environment of `ray start`, is shorter than the longest request."""
     if environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1":
         return
     hard_stop_s = float(environ.get(_HARD_STOP, _RAYS_HARD_STOP_S))
@@ -78,13 +78,13 @@ def _is_described(entry: ModelEntry) -> bool:
 
 
 def _begin(settings: Settings, model: ModelSettings, *, check: _Check) -> tuple[ModelEntry, Future[None]]:
-    """Start the check in a thread that can be abandoned. Returns the entry and the check's outcome."""
+    """Start the check in a thread that can be abandoned. Returns the entry and the check's future."""
     entry, done = model_entry(model), Future[None]()
 
     def run() -> None:
         try:
             check(entry, settings.hub_token)
-        except Exception as error:  # noqa: BLE001  # raised again where it is awaited
+        except Exception as error:  # noqa: BLE001  # raised again by `_wait`
             done.set_exception(error)
         else:
             done.set_result(None)
@@ -94,13 +94,13 @@ def _begin(settings: Settings, model: ModelSettings, *, check: _Check) -> tuple[
 
 
 def _check_all(entry: ModelEntry, token: str | None) -> None:
-    """Check a model that is loaded here: its files, and the package that its networks are from."""
+    """Check a model that this node loads: its files, and the package of its networks."""
     if entry.backend == "stable_audio_tools":
         require_package()
         if entry.folder is not None or entry.card.name in BUILT_IN:
             require_open_family(describe_entry(entry).card.family)
     _check_files(entry, token)
-    if entry.backend == "stable_audio_tools":  # of a repository the family is known only now
+    if entry.backend == "stable_audio_tools":  # a repository's family is known only after its config was fetched
         require_open_family(describe_entry(entry).card.family)
 
 

@@ -1,6 +1,6 @@
-"""What this package uses of Ray beyond its public API, in one place. Tested with the versions in `TESTED`.
+"""The parts of Ray beyond its public API that this package uses. Tested with the versions in `TESTED`.
 
-`require` is called at the start: with a Ray that lacks one of these, the server stops with that message.
+The server calls `require` at the start and stops with its message if the installed Ray lacks one of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 TESTED = ("2.60",)
 
-_NEEDED = {  # by module: names, with dots for attributes
+_NEEDED = {  # names by module; dots separate attributes
     "ray.serve.context": ("_get_global_client",),
     "ray.serve._private.client": (
         "ServeControllerClient.deploy_apps",
@@ -31,7 +31,7 @@ _NEEDED = {  # by module: names, with dots for attributes
 
 
 def require() -> None:
-    """Raises StartError when the installed Ray lacks something that is used here."""
+    """Raise StartError if the installed Ray lacks a name in `_NEEDED`."""
     import ray
 
     for module, names in _NEEDED.items():
@@ -51,9 +51,9 @@ def deploy(schema: ServeDeploySchema) -> None:
 
 
 def application_details(name: str) -> Mapping[str, Any] | None:
-    """Returns the controller's details of an application; None where Serve or the application does not run.
+    """Return the controller's details of an application, None if Serve or the application is not running.
 
-    Blocking. Raises RayError where the controller does not answer.
+    Blocking. Raises RayError if the controller does not answer.
     """
     from ray.serve.context import _get_global_client
 
@@ -62,7 +62,7 @@ def application_details(name: str) -> Mapping[str, Any] | None:
 
 
 def find_controller() -> ActorHandle | None:
-    """Returns Serve's controller, None where it does not run."""
+    """Return Serve's controller, None if it is not running."""
     import ray
     from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
@@ -73,7 +73,7 @@ def find_controller() -> ActorHandle | None:
 
 
 def is_replica_stopping() -> bool:
-    """Whether Serve has begun to stop the replica that this process runs: it has no hook for that moment."""
+    """Return True once Serve has begun to stop the replica in this process. Serve has no hook for this."""
     import ray
 
     worker = ray._private.worker.global_worker
@@ -81,12 +81,12 @@ def is_replica_stopping() -> bool:
 
 
 def has_haproxy() -> bool:
-    """Whether Serve runs HAProxy."""
+    """Return True if Serve runs HAProxy."""
     return os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
 
 
 def haproxy_stats_port() -> int:
-    """Returns the port of HAProxy's statistics."""
+    """Return the port of HAProxy's statistics page."""
     return int(os.environ.get("RAY_SERVE_HAPROXY_STATS_PORT", "8404"))
 
 

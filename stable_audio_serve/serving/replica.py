@@ -1,4 +1,4 @@
-"""One model on one device behind a Serve handle: load, warm up, generate, report. The engine does the work."""
+"""One model on one device behind a Serve handle: load, warm up, generate, publish statistics. Wraps an `Engine`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from stable_audio_serve.core.metrics import QuietMetrics
 from stable_audio_serve.core.progress import ProgressFeed
 from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.jobs.open import open_artifacts
-from stable_audio_serve.serving.autoscaling import replica_stats
+from stable_audio_serve.serving.autoscaling import autoscaling_stats
 from stable_audio_serve.serving.logs import configure_logging
 from stable_audio_serve.serving.metrics import RayMetrics, RecentSum, StepMeter
-from stable_audio_serve.serving.model_states import ReplicaStatus, ReplicaWords, read_application
+from stable_audio_serve.serving.model_states import ReplicaStats, ReplicaStatus, read_application
 from stable_audio_serve.serving.work_ledger import ReplicaWork
 
 if TYPE_CHECKING:
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MINUTE_S = 60
-_LEAST_LOOK_S = 0.1
-_WAITING_OLD_S = 5.0  # after that, the last report of waiting jobs no longer counts
-_KEPT_OLD_S = 60.0  # the same for a model that operators keep: long enough to replace a runner
+_MIN_INTERVAL_S = 0.1
+_WAITING_TTL_S = 5.0  # seconds after which a report of waiting jobs expires
+_KEPT_TTL_S = 60.0  # seconds after which a report of kept models expires; long enough to replace a runner
 _PROGRESS_INTERVAL_S = 0.25  # each item of a stream costs both processes about half a millisecond
 
 
 class ModelReplica:
-    """An asyncio actor around one engine; ready only once the model is loaded and warm."""
+    """A Serve replica with one engine. It is ready once the model is loaded and warm."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, settings: Settings, model: ModelSettings
@@ -49,13 +49,14 @@ class ModelReplica:
         self._outcomes = dict.fromkeys(("in_flight", "finished", "cancelled", "expired", "failed"), 0)
         self._finished = RecentSum(_MINUTE_S)
         self._start_s: dict[str, float] = {}
-        self._looked_at = time.monotonic(), 0.0  # when, and how long the engine had been busy by then
-        # The last report of a job runner, and when it came.
-        self._waiting_s, self._is_kept, self._told_at = 0.0, False, float("-inf")
+        self._measured_at = time.monotonic(), 0.0  # (time, engine busy seconds) at the last autoscaling report
+        # Last report of a job runner, and its time.
+        self._waiting_s, self._is_kept, self._reported_at = 0.0, False, float("-inf")
         try:
             self._engine, self._quality = await self._start(settings, model)
         except StableAudioError as error:
-            # Serve shows the whole chain of a failed start, the cause first: a bare one puts the sentence on top.
+            # Serve prints the exception's cause before the exception itself. A cause with the same message puts that
+            # message on top.
             raise ModelUnavailableError(error.message) from type(error)(error.message)
         stages = " ".join(f"{name}_s={seconds:.2f}" for name, seconds in self._start_s.items())
         logger.info("model ready: model=%s device=%s %s", model.name, self._engine.device, stages)
@@ -104,14 +105,14 @@ class ModelReplica:
     async def generate(self, request: GenerationRequest) -> GenerationResult | StableAudioError:
         """Run one request; `deadline_s` counts from now.
 
-        Errors of ours are returned: Serve logs whatever a replica raises as its failure, with a traceback.
+        Returns a StableAudioError instead of raising it: Serve logs raised exceptions with a traceback.
         """
         return await self._generate(request)
 
     async def generate_reporting(
         self, request: GenerationRequest
     ) -> AsyncIterator[Progress | GenerationResult | StableAudioError]:
-        """`generate` for a streaming handle: yields progress, at the end what `generate` returns."""
+        """Run one request through a streaming handle: yields progress, then the result of `generate`."""
         feed = ProgressFeed[Progress](_PROGRESS_INTERVAL_S)
         working = asyncio.create_task(self._generate(request, on_progress=feed.put))
         working.add_done_callback(lambda _: feed.close())
@@ -120,7 +121,7 @@ class ModelReplica:
                 yield progress
             yield await working
         finally:
-            working.cancel()  # the caller is gone; no effect on work that is done
+            working.cancel()  # the caller may have disconnected; no effect once finished
 
     async def _generate(
         self, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
@@ -144,7 +145,7 @@ class ModelReplica:
             self._outcomes[outcome] += 1
 
     async def status(self) -> ReplicaStatus:
-        """Returns where this replica runs and the outcomes of its requests."""
+        """Return this replica's device and the outcomes of its requests."""
         return ReplicaStatus(
             device=str(self._engine.device),
             start_s=self._start_s,
@@ -154,41 +155,44 @@ class ModelReplica:
         )
 
     def record_routing_stats(self) -> dict[str, Any]:
-        """Called by Serve every second, which sends it to the routers of this model's callers; the status shows it."""
-        words = ReplicaWords(
+        """Called by Serve every second. Serve sends the result to the routers of this model, which pass it to the
+        status.
+        """
+        stats = ReplicaStats(
             device=str(self._engine.device),
             dtype=self._engine.dtype,
             in_flight=self._outcomes["in_flight"],
             rows_per_step=self._meter.rows_per_step,
             finished_per_minute=int(self._finished.total),
         )
-        return ReplicaWork.now(self._engine.backlog_ms, self._engine.prices()).to_dict() | words.to_dict()
+        return ReplicaWork.now(self._engine.backlog_ms, self._engine.prices()).to_dict() | stats.to_dict()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Called by Serve every second, for the policy of this model's replicas."""
+        """Called by Serve every second, for this model's autoscaling policy."""
         now, busy_s = time.monotonic(), self._engine.busy_s
-        before, busy_before_s = self._looked_at
-        self._looked_at = now, busy_s
-        told_ago_s = now - self._told_at
-        return replica_stats(
+        before, busy_before_s = self._measured_at
+        self._measured_at = now, busy_s
+        report_age_s = now - self._reported_at
+        return autoscaling_stats(
             work_s=self._engine.backlog_ms / 1000.0,
-            busy_share=min(1.0, (busy_s - busy_before_s) / max(now - before, _LEAST_LOOK_S)),
-            waiting_s=self._waiting_s if told_ago_s < _WAITING_OLD_S else 0.0,
-            is_kept=self._is_kept and told_ago_s < _KEPT_OLD_S,
+            busy_share=min(1.0, (busy_s - busy_before_s) / max(now - before, _MIN_INTERVAL_S)),
+            waiting_s=self._waiting_s if report_age_s < _WAITING_TTL_S else 0.0,
+            is_kept=self._is_kept and report_age_s < _KEPT_TTL_S,
         )
 
     async def note_waiting(self, seconds: float, is_kept: bool = False) -> None:
-        """Called by job runners every second with the predicted work of the jobs that wait for this model, and whether
-        an operator keeps it loaded.
+        """Record the predicted seconds of the jobs that wait for this model, and whether an operator keeps it loaded.
+
+        Job runners call this every second.
         """
-        self._waiting_s, self._is_kept, self._told_at = seconds, is_kept, time.monotonic()
+        self._waiting_s, self._is_kept, self._reported_at = seconds, is_kept, time.monotonic()
 
     async def check_health(self) -> None:
-        """Called by Serve; raising replaces this replica. Raises ModelUnavailableError."""
+        """Called by Serve, which replaces this replica after an exception. Raises ModelUnavailableError."""
         self._engine.check_health()
 
     async def __del__(self) -> None:
-        # Serve calls and awaits this once the requests in flight are done or out of time, and after a failed start.
+        # Serve awaits this once the requests in flight are done or out of time, and after a failed start.
         if hasattr(self, "_engine"):
             await self._engine.close()
 
@@ -200,9 +204,10 @@ class ModelReplica:
 
 
 async def _others_answer(*, surge: bool) -> bool:
-    """Whether older replicas go on while this one fails: an update stops them last.
+    """Return True if older replicas keep answering while this one fails.
 
-    Without surge they are stopped one after another however the new ones do, so each new one must serve something.
+    With surge an update stops older replicas last. Without surge it stops them one after another even if the new ones
+    fail, so a new replica must serve, if need be with the last good weights.
     """
     if not surge:
         return False

@@ -1,7 +1,7 @@
-"""What Ray reserves for each replica, of CPUs and GPUs, and from that: whether replicas that may share a GPU would have
-more than its memory, and which models' updates may start a replica more. Pure: no torch, no running Ray.
+"""CPU and GPU reservations of each replica. Also checks that the replicas on one GPU fit into its memory, and decides
+which models may start an extra replica during updates. Imports no torch and needs no running Ray.
 
-Ray counts GPUs in ten thousandths and packs replicas while their fractions fit; it knows nothing of memory.
+Ray counts GPUs in steps of 1/10,000 and packs replicas while their fractions fit; it does not track memory.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.settings import ModelSettings, Settings
 
-_GPU_PRECISION = 10_000  # Ray's own: parts of a GPU
+_GPU_PRECISION = 10_000  # Ray's resolution: steps per GPU
 _WHOLE = 1 + 1e-9
-_SLACK = 1e-6  # of sums of fractions
+_TOLERANCE = 1e-6  # tolerance for sums of fractions
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """What one replica reserves of a node."""
+    """The resources that one replica reserves on a node."""
 
     gpus: float
     cpus: float
@@ -30,7 +30,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class GpuReplicas:
-    """Up to `count` replicas of a model, each with `gpu` of a GPU, 0..1, and `memory` of that GPU's memory, 0..1."""
+    """Up to `count` replicas of a model; `gpu` and `memory` are shares (0..1) of a GPU and of its memory."""
 
     model: str
     gpu: float
@@ -39,13 +39,13 @@ class GpuReplicas:
 
 
 def replica_slot(settings: Settings, model: ModelSettings, *, cluster_gpus: float) -> Slot:
-    """Returns what a replica of a model reserves on a cluster with `cluster_gpus` GPUs. Raises ConfigError."""
+    """Return the reservation of a model's replica on a cluster with `cluster_gpus` GPUs. Raises ConfigError."""
     gpus = reserved_gpus(settings, model, cluster_gpus=cluster_gpus)
     return Slot(gpus, reserved_cpus(model, num_gpus=gpus))
 
 
 def check_gpu_shares(settings: Settings, *, cluster_gpus: float) -> None:
-    """Raise ConfigError for models whose replicas, on one GPU together, would have more than all of its memory."""
+    """Raise ConfigError if replicas that Ray may place on one GPU would exceed its memory."""
     gpus = {model.name: reserved_gpus(settings, model, cluster_gpus=cluster_gpus) for model in settings.models}
     check_shares(
         GpuReplicas(
@@ -60,8 +60,9 @@ def check_gpu_shares(settings: Settings, *, cluster_gpus: float) -> None:
 
 
 def decide_surge(settings: Settings, nodes: Sequence[Slot], *, cluster_gpus: float) -> Settings:
-    """Returns the settings with `replicas.surge` of every model decided: on where `nodes` have room for one more
-    replica of it beside all replicas there may ever be. Raises ConfigError.
+    """Return the settings with `replicas.surge` decided for every model. Raises ConfigError.
+
+    Surge is on if `nodes` have room for an extra replica of the model beside the maximum number of all replicas.
     """
     slots = {model.name: replica_slot(settings, model, cluster_gpus=cluster_gpus) for model in settings.models}
     taken = [slots[model.name] for model in settings.models for _ in range(model.replicas.max_replicas)]
@@ -80,14 +81,16 @@ def decide_surge(settings: Settings, nodes: Sequence[Slot], *, cluster_gpus: flo
 
 
 def reserved_cpus(model: ModelSettings, *, num_gpus: float) -> float:
-    """Returns the operator's choice, else the threads if set: unset ones follow the machine, which is unknown here."""
+    """Return the configured `num_cpus`, else the configured threads. The default number of threads depends on the
+    machine, so it is unknown here.
+    """
     if model.num_cpus is not None:
         return model.num_cpus
     return 1.0 if num_gpus else float(model.threads or 1)
 
 
 def reserved_gpus(settings: Settings, model: ModelSettings, *, cluster_gpus: float) -> float:
-    """Returns the operator's choice, else a whole GPU, or an equal share where there are fewer GPUs than models."""
+    """Return the configured `num_gpus`, else a whole GPU, or an equal share if there are fewer GPUs than models."""
     if model.num_gpus is not None:
         return model.num_gpus
     if not may_use_gpu(settings, model):
@@ -109,13 +112,13 @@ def reserved_gpus(settings: Settings, model: ModelSettings, *, cluster_gpus: flo
 
 
 def may_use_gpu(settings: Settings, model: ModelSettings) -> bool:
-    """Whether a model would run on a GPU where there is one."""
+    """Return True if a model runs on a GPU when there is one."""
     device = model.device or settings.device
     return device is None or device.startswith("cuda")
 
 
 def check_shares(models: Iterable[GpuReplicas]) -> None:
-    """Raises ConfigError naming the replicas that fit on one GPU by their GPUs and not by their memory."""
+    """Raise ConfigError naming the replicas that fit on one GPU by `gpu` but not by `memory`."""
     models = [model for model in models if model.gpu > 0]
     if all(model.memory <= model.gpu * _WHOLE for model in models):
         return
@@ -136,11 +139,12 @@ def check_shares(models: Iterable[GpuReplicas]) -> None:
 
 
 def _fullest(models: list[GpuReplicas]) -> Counter[str]:
-    """Returns how many replicas of each model take the most memory of a GPU on which they all fit."""
+    """Return the replicas of each model that together take the most memory among all sets that fit on one GPU."""
     sizes = [max(1, round(model.gpu * _GPU_PRECISION)) for model in models]
     unit = math.gcd(_GPU_PRECISION, *sizes)
     room = _GPU_PRECISION // unit
-    best: list[tuple[float, tuple[tuple[str, int], ...]]] = [(0.0, ())] * (room + 1)  # by what is taken of the GPU
+    # indexed by the used part of the GPU
+    best: list[tuple[float, tuple[tuple[str, int], ...]]] = [(0.0, ())] * (room + 1)
     for model, size in zip(models, sizes, strict=True):
         for count in _bundles(min(model.count, _GPU_PRECISION // size)):
             taken = count * size // unit
@@ -155,7 +159,7 @@ def _fullest(models: list[GpuReplicas]) -> Counter[str]:
 
 
 def _bundles(count: int) -> Iterator[int]:
-    """Yields numbers of which some add up to each number up to `count`: 1, 2, 4, ... and a rest."""
+    """Yield 1, 2, 4, ... and a rest: sums of these give every number up to `count`."""
     size = 1
     while count > 0:
         yield min(size, count)
@@ -164,15 +168,15 @@ def _bundles(count: int) -> Iterator[int]:
 
 
 def has_room(nodes: Sequence[Slot], taken: Iterable[Slot], *, extra: Slot) -> bool:
-    """Whether `extra` fits on one of `nodes` after all of `taken` were placed, the largest first."""
+    """Return True if `extra` fits on one of `nodes` after placing `taken`, largest first."""
     free = [[node.gpus, node.cpus] for node in nodes]
     largest_first = sorted(taken, key=lambda slot: (slot.gpus, slot.cpus), reverse=True)
     return all(_place(free, slot) for slot in (*largest_first, extra))
 
 
 def _place(free: list[list[float]], slot: Slot) -> bool:
-    """Take a slot from the node where the least is left, which Ray's packing does too."""
-    fitting = [node for node in free if node[0] + _SLACK >= slot.gpus and node[1] + _SLACK >= slot.cpus]
+    """Take a slot from the fullest node with room, as Ray's packing does. Returns False if none has room."""
+    fitting = [node for node in free if node[0] + _TOLERANCE >= slot.gpus and node[1] + _TOLERANCE >= slot.cpus]
     if not fitting:
         return False
     node = min(fitting)
@@ -182,6 +186,6 @@ def _place(free: list[list[float]], slot: Slot) -> bool:
 
 
 def node_slots(nodes: Iterable[Mapping[str, Any]]) -> list[Slot]:
-    """Returns what the living ones of `ray.nodes()` have."""
+    """Return the resources of the living nodes in `ray.nodes()`."""
     alive = (node["Resources"] for node in nodes if node["Alive"])
     return [Slot(resources.get("GPU", 0.0), resources.get("CPU", 0.0)) for resources in alive]

@@ -1,5 +1,5 @@
-"""Which replica of a model gets the next call: the one with the least predicted work left, the call included, as far as
-a `WorkLedger` knows. Runs in every process that calls a model; imports neither torch nor settings.
+"""Routes each call to the replica of a model with the least predicted work, the call included, by a `WorkLedger`. Runs
+in every process that calls a model; imports neither torch nor settings.
 """
 
 from __future__ import annotations
@@ -10,26 +10,29 @@ from typing import Any
 
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from stable_audio_serve.serving.model_states import hear
+from stable_audio_serve.serving.model_states import record_stats
 from stable_audio_serve.serving.work_ledger import OLD_S, WorkLedger
 
 
 class LeastWorkRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray has no types
-    """Serve's side of a `WorkLedger`. Of a replica whose words are old nothing is known: as large a share of the calls
-    as there are such replicas goes to the shorter queue of two that are drawn, as Serve does.
+    """Connects Serve's router to a `WorkLedger`.
 
-    Calls keep their order, so one may go where another was to go; then that one goes elsewhere.
+    Replicas whose last report is too old are chosen as Serve does it: the shorter queue of two random replicas. They
+    get their proportional share of the calls.
+
+    Serve sends calls in order, so a call may get the replica that was chosen for another call. The other call then goes
+    elsewhere.
     """
 
     def initialize_state(self, *, model: str, old_after_s: float = OLD_S) -> None:
-        """Serve's hook for a router's own fields; from `request_router_kwargs`."""
+        """Called by Serve to set a router's fields, with `request_router_kwargs`."""
         self._model = model
         self._ledger = WorkLedger(old_after_s=old_after_s)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Returns the candidates, one per rank, the one with the least work first; or two to choose from."""
+        """Return candidates in ranks: one per rank, least work first, or a single rank of two to choose between."""
         replicas = random.sample(candidate_replicas, len(candidate_replicas))
         if not replicas:
             return []
@@ -42,27 +45,27 @@ class LeastWorkRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray ha
         return [[replica] for replica in replicas]
 
     def _rank(self, replica: str, call: Sequence[object]) -> tuple[bool, float]:
-        """A call may cost more on one replica than on another."""
+        """The same call can cost more on one replica than on another."""
         return self._ledger.is_old(replica), self._ledger.left_ms(replica) + self._ledger.price_ms(replica, call)
 
     def on_request_routed(  # noqa: PLR0917 - as Serve calls it
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
     ) -> None:
-        """Serve calls this when a replica has accepted a request."""
+        """Called by Serve when a replica has accepted a request."""
         super().on_request_routed(pending_request, replica_id, result)
         replica = _name(replica_id)
         ms = self._ledger.price_ms(replica, pending_request.args)
         self._ledger.arrive(replica=replica, request_id=pending_request.metadata.internal_request_id, ms=ms)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        """Serve calls this once for each request that left, however it ended."""
+        """Called by Serve once for each request that left, however it ended."""
         self._ledger.end(internal_request_id, replica=_name(replica_id))
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        """Serve calls this when replicas come or go, and when they say something."""
-        words = {_name(replica.replica_id): replica.routing_stats for replica in replicas}
-        self._ledger.update(words)
-        hear(self._model, words)
+        """Called by Serve when replicas start, stop or publish statistics."""
+        stats = {_name(replica.replica_id): replica.routing_stats for replica in replicas}
+        self._ledger.update(stats)
+        record_stats(self._model, stats)
         super().update_replicas(replicas)
 
 

@@ -1,4 +1,4 @@
-"""Reads serve_config.yaml: Ray Serve's own format, except that a key Serve does not know is an error, not silence."""
+"""Reads serve_config.yaml. The format is Ray Serve's own, except that unknown keys are errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stable_audio_serve.core.settings_errors import faults, unknown_keys
 if typing.TYPE_CHECKING:
     from ray.serve.schema import ServeDeploySchema
 
-# Our own lines say what an operator needs; Serve's access log would repeat them.
+# Our own log lines have what an operator needs; Serve's access log would repeat them.
 _QUIET = {"log_level": "ERROR", "enable_access_log": False}
 _DEFAULT_PORT = 8000
 _DEFAULT_HOST = "127.0.0.1"
@@ -26,7 +26,7 @@ _FILE_NAME = "serve_config.yaml"
 def _packaged_file() -> Path:
     package = Path(__file__).parents[1]
     installed = package / _FILE_NAME
-    # A checkout has it beside the package.
+    # In a checkout the file is beside the package.
     return installed if installed.is_file() else package.parent / _FILE_NAME
 
 
@@ -35,7 +35,7 @@ PACKAGED_FILE = _packaged_file()
 
 @dataclass(frozen=True, slots=True)
 class ServeFile:
-    """A config file with one application; `tree` is the whole of it, `args` that application's arguments."""
+    """A config file with one application: `tree` is the whole file, `args` the application's arguments."""
 
     path: Path
     tree: dict[str, Any]
@@ -43,7 +43,7 @@ class ServeFile:
 
     @property
     def host(self) -> str:
-        """Where to listen: the file's choice, else this machine only."""
+        """The file's host, else 127.0.0.1."""
         return str(self._http_options.get("host") or _DEFAULT_HOST)
 
     @property
@@ -56,12 +56,11 @@ class ServeFile:
 
     @property
     def application(self) -> str:
-        """The application's name."""
         return str(self.tree["applications"][0].get("name", "default"))
 
     @property
     def route_prefix(self) -> str:
-        """The path below which it is served, without a slash at the end."""
+        """The path prefix of the application's routes, without a trailing slash."""
         return str(self.tree["applications"][0].get("route_prefix") or "/").rstrip("/")
 
     @property
@@ -72,21 +71,21 @@ class ServeFile:
         return options
 
 
-def find_serve_file(asked: Path | None) -> Path:
-    """Returns the path in use: the one asked for, else serve_config.yaml here, else the packaged configuration."""
+def find_serve_file(chosen: Path | None) -> Path:
+    """Return `chosen`, else serve_config.yaml in the working directory, else the packaged configuration."""
     here = Path(_FILE_NAME)
-    return asked or (here if here.is_file() else PACKAGED_FILE)
+    return chosen or (here if here.is_file() else PACKAGED_FILE)
 
 
 def official_models() -> ServeFile:
-    """Returns the packaged configuration with the default settings instead of the demo model."""
+    """Return the packaged configuration with the default settings instead of the demo model."""
     packaged = read_serve_file(PACKAGED_FILE)
     application = {key: value for key, value in packaged.tree["applications"][0].items() if key != "args"}
     return ServeFile(packaged.path, packaged.tree | {"applications": [application]}, {})
 
 
 def read_serve_file(path: Path) -> ServeFile:
-    """Parse the file. Raises ConfigError naming the file and what is wrong with it."""
+    """Parse the file. Raises ConfigError naming the file and the fault."""
     tree = _read_yaml(path)
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must be a mapping with an `applications` list", field="applications")
@@ -100,13 +99,13 @@ def read_serve_file(path: Path) -> ServeFile:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping, of which YAML's own loader ignores the first."""
+    """Refuses a key that appears twice in a mapping; YAML's own loader ignores the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
             if key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value} stands twice", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value} appears twice", problem_mark=key.start_mark)
             seen.add(key.value if isinstance(key.value, str) else id(key))
         return super().construct_mapping(node, deep)
 
@@ -128,7 +127,7 @@ def _read_yaml(path: Path) -> Any:
 
 
 def require_known_keys(file: ServeFile) -> None:
-    """Raise ConfigError naming the keys beside `args` that Ray Serve does not know. Imports Ray."""
+    """Raise ConfigError naming the keys outside `args` that Ray Serve does not know. Imports Ray."""
     from ray.serve.schema import ServeDeploySchema
 
     if found := dict(unknown_keys(file.tree, ServeDeploySchema)):
@@ -136,7 +135,7 @@ def require_known_keys(file: ServeFile) -> None:
 
 
 def deploy_schema(file: ServeFile, *, host: str, port: int) -> ServeDeploySchema:
-    """Returns Ray Serve's schema, listening on `host` and `port`. Imports Ray. Raises ConfigError naming the key."""
+    """Return Ray Serve's schema, listening on `host` and `port`. Imports Ray. Raises ConfigError naming the key."""
     from ray.serve.schema import ServeDeploySchema
 
     require_known_keys(file)
@@ -149,5 +148,5 @@ def deploy_schema(file: ServeFile, *, host: str, port: int) -> ServeDeploySchema
 
 
 def _refusal(file: ServeFile, found: dict[tuple[str, ...], str]) -> ConfigError:
-    said = "; ".join(f"{'.'.join(key)}: {complaint}" for key, complaint in found.items())
-    return ConfigError(f"{file.path}: {said}", field=".".join(next(iter(found))))
+    complaints = "; ".join(f"{'.'.join(key)}: {complaint}" for key, complaint in found.items())
+    return ConfigError(f"{file.path}: {complaints}", field=".".join(next(iter(found))))

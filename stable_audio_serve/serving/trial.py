@@ -1,6 +1,6 @@
-"""How a replica gets its engine: load, warm up, pass the quality gate, else go back to the last good weights.
+"""The start of a replica's engine: load, warm up, pass the quality gate, else fall back to the last good weights.
 
-Knows nothing of Ray Serve but what it is told: whether others answer requests meanwhile.
+Independent of Ray Serve: a callback reports whether other replicas answer requests.
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ from stable_audio_serve.verification.quality.report import LastGood, Setup, Sour
 logger = logging.getLogger(__name__)
 
 Load = Callable[[ModelEntry], Engine]  # blocking; the engine is not started
-Stage = Callable[[str], AbstractContextManager[None]]  # measures a stage of the start by its name
+Stage = Callable[[str], AbstractContextManager[None]]  # measures the duration of a named stage
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
-# What is wrong with weights, or may be, so that others are worth a try; a wrong setting is wrong for them too.
+# Faults of the weights, after which other weights may work. A wrong setting affects all weights.
 _FAULTS = (CheckpointError, ModelUnavailableError, QualityError, QualityReportError)
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """An engine that may serve, and how it came to that."""
+    """A started engine and the outcome of its quality gate."""
 
     engine: Engine
     quality: ModelQuality
 
 
 class Trial:
-    """One replica's start."""
+    """Starts the engine of one replica."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class Trial:
         stage: Stage,
         metrics: Metrics,
     ) -> None:
-        """`others_answer` says whether replicas of this model go on when this one does not start."""
+        """`others_answer` returns whether other replicas of this model keep answering if this one does not start."""
         self._settings = settings
         self._model = model
         self._archive = ReportArchive(artifacts)
@@ -83,9 +83,10 @@ class Trial:
         self._tried: Source | None = None
 
     async def run(self) -> Started:
-        """Returns an engine with the configured weights, or with the last good ones where no other replica answers.
+        """Return an engine with the configured weights, or with the last good ones if those fail and no other replica
+        answers.
 
-        Raises the error of the configured weights where neither can serve.
+        If both fail, raises an error of the type that the configured weights raised.
         """
         self._metrics.gauge("quality_fallback", 0)
         entry = model_entry(self._model)
@@ -94,9 +95,10 @@ class Trial:
             self._metrics.increment("quality_gates", outcome=started.quality.gate)
             return started
         except _FAULTS as error:
-            fault: StableAudioError = type(error)(error.message)  # without the frames that still hold the model
+            # a copy without the traceback, whose frames still hold the model
+            fault: StableAudioError = type(error)(error.message)
         self._metrics.increment("quality_gates", outcome="failed")
-        logger.error("a new replica fails: model=%s kind=%s %s", self._model.name, fault.kind, fault.message)
+        logger.error("new replica failed: model=%s kind=%s %s", self._model.name, fault.kind, fault.message)
         _free_memory()
         if await self._others_answer():
             raise fault
@@ -104,7 +106,7 @@ class Trial:
 
     async def _fall_back(self, entry: ModelEntry, fault: StableAudioError) -> Started:
         good = await self._find_last_good(entry, fault)
-        logger.warning("its last good weights are loaded: model=%s %s", self._model.name, good.source)
+        logger.warning("loading the last good weights: model=%s %s", self._model.name, good.source)
         try:
             started = await self._try(_entry_of(good, entry), expected=good.weights)
         except _FAULTS as error:
@@ -114,23 +116,23 @@ class Trial:
         return replace(started, quality=replace(started.quality, gate="fallback", problem=_for_clients(fault)))
 
     async def _find_last_good(self, entry: ModelEntry, fault: StableAudioError) -> LastGood:
-        """Returns weights worth a try. Raises the fault, with why there are none."""
+        """Return weights to fall back to. If there are none, raises the fault together with the reason."""
         try:
             good = await self._archive.last_good(self._model.name)
         except (StorageError, QualityReportError) as error:
-            raise _hopeless(fault, error.message) from None
-        if good is None:  # it never served here: its fault is the whole story
+            raise _without_fallback(fault, error.message) from None
+        if good is None:  # the model never served from this storage
             raise fault
         if good.source == self._tried:
-            raise _hopeless(fault, f"{good.source} is where they were, and there is no copy")
+            raise _without_fallback(fault, f"{good.source} is where they were, and there is no copy")
         if good.source.folder is None and (good.source.commit is None or good.source.repo_id != entry.repo_id):
-            raise _hopeless(fault, f"{good.source} is not in the configured repository")
+            raise _without_fallback(fault, f"{good.source} is not in the configured repository")
         return good
 
     async def _try(self, entry: ModelEntry, *, pinned: str | None = None, expected: str | None = None) -> Started:
-        """Returns a started engine that has passed. Raises one of the faults, ConfigError; no engine is left then.
+        """Return a started engine that has passed the quality gate. If it raises, the engine is closed.
 
-        `expected` is the hash that the weights must have.
+        `expected` is the required hash of the weights. Raises one of `_FAULTS` or ConfigError.
         """
         with self._stage("load"):
             self._tried = None
@@ -164,14 +166,12 @@ class Trial:
         facts = (setup.model, passed.basis, passed.report, weights)
         logger.info("quality gate passed: model=%s basis=%s report=%s weights=%s", *facts)
         gate: GateOutcome = "unchecked" if passed.basis == "unchecked" else "passed"
-        problem = (
-            None if passed.problem is None else "nothing could be read to compare it with; the server's log says why"
-        )
+        problem = None if passed.problem is None else "no report could be read for comparison; see the server's log"
         return ModelQuality(gate, weights, source.commit, passed.report, problem)
 
 
 def _source(entry: ModelEntry, folder: Path) -> Source:
-    """Returns where files are from; the hub's cache names a snapshot's folder by its commit."""
+    """Return the origin of the files. In the hub's cache, a snapshot's folder is named after its commit."""
     if entry.folder is not None or not _COMMIT.fullmatch(folder.name):
         return Source(folder=str(folder.absolute()))
     return Source(repo_id=entry.repo_id, commit=folder.name)
@@ -183,18 +183,18 @@ def _entry_of(good: LastGood, entry: ModelEntry) -> ModelEntry:
     return replace(entry, folder=None, revision=good.source.commit)
 
 
-def _hopeless(fault: StableAudioError, reason: str) -> StableAudioError:
-    return type(fault)(f"{fault.message}; and there are no last good weights to go back to: {reason}")
+def _without_fallback(fault: StableAudioError, reason: str) -> StableAudioError:
+    return type(fault)(f"{fault.message}; there are no last good weights to fall back to: {reason}")
 
 
 def _for_clients(fault: StableAudioError) -> str:
-    """Returns a sentence without places of this machine, which messages about files name."""
+    """Return a message without paths of this machine, which error messages about files contain."""
     why = fault.message if isinstance(fault, QualityError) else "they cannot be loaded"
-    return f"the configured weights failed ({why}); the last good ones serve"
+    return f"the configured weights failed ({why}); the last good ones are in use"
 
 
 def _free_memory() -> None:
-    """Give back what a failed model held, before another one is loaded on the same device."""
+    """Free the memory of a failed model before another one is loaded on the same device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

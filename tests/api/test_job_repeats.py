@@ -140,13 +140,13 @@ async def test_shortest_and_longest_key(client: httpx.AsyncClient, key: str) -> 
 async def test_fifty_concurrent_submissions_are_one_job(
     client: httpx.AsyncClient, jobs: JobQueue, settings: Settings, path: str
 ) -> None:
-    before, kept = jobs.store.runners.look("").num_queued, uploads(settings)
+    before, kept = jobs.store.runners.outlook("").num_queued, uploads(settings)
     replies = await asyncio.gather(*(post(client, path, key=f"fifty-{path}") for _ in range(50)))
     assert {reply.status_code for reply in replies} == {202}
     assert len({reply.json()["id"] for reply in replies}) == 1
     assert len({reply.json()["status_url"] for reply in replies}) == 1
     assert sum("idempotent-replayed" not in reply.headers for reply in replies) == 1
-    assert jobs.store.runners.look("").num_queued == before + 1
+    assert jobs.store.runners.outlook("").num_queued == before + 1
     assert uploads(settings) == kept + (path != "/jobs")
     expect_conflict(
         await post(client, path, key=f"fifty-{path}", prompt="other"), "idempotency_key_reused", "Idempotency-Key"
@@ -228,14 +228,14 @@ async def test_invalid_body_does_not_use_up_an_id(client: httpx.AsyncClient) -> 
 
 
 async def test_race_for_one_id_has_one_winner(client: httpx.AsyncClient, jobs: JobQueue) -> None:
-    before = jobs.store.runners.look("").num_queued
+    before = jobs.store.runners.outlook("").num_queued
     bodies = [BODY | {"seed": number % 5} for number in range(50)]
     replies = await asyncio.gather(*(client.put(f"/jobs/{ID}03", json=body) for body in bodies))
     won = {body["seed"] for body, reply in zip(bodies, replies, strict=True) if reply.status_code == 202}
     assert len(won) == 1
     assert {reply.status_code for reply in replies} == {202, 409}
     assert sum(reply.status_code == 202 for reply in replies) == 10
-    assert jobs.store.runners.look("").num_queued == before + 1
+    assert jobs.store.runners.outlook("").num_queued == before + 1
 
 
 async def test_id_of_a_posted_job_cannot_be_chosen(client: httpx.AsyncClient) -> None:

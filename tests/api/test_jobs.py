@@ -319,7 +319,7 @@ async def test_invalid_request_is_refused_and_leaves_nothing(
 
 
 def _kept(settings: Settings, jobs: JobQueue) -> tuple[int, list[Path]]:
-    return jobs.store.runners.look("").num_queued, sorted(Path(settings.output_dir).rglob("*"))
+    return jobs.store.runners.outlook("").num_queued, sorted(Path(settings.output_dir).rglob("*"))
 
 
 async def test_missing_upload_is_named(client: httpx.AsyncClient) -> None:

@@ -119,7 +119,7 @@ async def test_a_process_that_starts_with_a_bad_file_lets_nobody_in_and_is_not_r
         assert (reply.status_code, reply.headers["retry-after"]) == (503, "5")
     ready = await site.ask(None, "/ready")
     assert ready.status_code == 503
-    assert any("keys" in reason for reason in ready.json()["reasons"])
+    assert any("key file" in reason for reason in ready.json()["reasons"])
     site.write(lines("alice"))
     assert await site.statuses("alice", "bob") == [200, 401]
     assert (await site.ask(None, "/ready")).status_code == 200

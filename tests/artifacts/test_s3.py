@@ -122,7 +122,7 @@ async def test_file_deleted_during_a_download_is_an_error(object_storage: Object
         async for _ in chunks:
             pass
 
-    with pytest.raises(StorageError, match="removed"):
+    with pytest.raises(StorageError, match="deleted"):
         await read_the_rest()
 
 

@@ -1,6 +1,6 @@
-"""Run as a program: connects to a server's Ray and prints, again and again, how many replicas of each deployment run.
+"""Program that connects to a server's Ray and prints the number of running replicas per deployment, as JSON lines.
 
-A JSON line each, by the controller's own account, so nothing while there is no controller.
+The figures come from Serve's controller; without a controller nothing is printed.
 """
 
 from __future__ import annotations

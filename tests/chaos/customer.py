@@ -1,7 +1,7 @@
-"""A client that trusts nobody: retries what was not answered, writes down every promise, fetches and checks the audio.
+"""A chaos client: retries unanswered requests, records every accepted job, then fetches and checks the audio.
 
-Retries are repetitions of the very same submission, idempotency key included. What the server says about a job is asked
-until it is over; nothing is taken for an answer but the API's own JSON.
+A retry repeats the same request, including the idempotency key. The client polls each job until it is over. It accepts
+only JSON answers of the API.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ _FAILING = (*_TRANSIENT, 500, 502, 504)
 
 
 class WrongError(Exception):
-    """The server gave an answer that it must not give; the text says which."""
+    """The server gave a wrong answer."""
 
 
 class NoAnswerError(Exception):
-    """Nobody answered, or only that it cannot be done now; the text says which. It may have been done all the same."""
+    """No answer, or a 503. The request may have been carried out."""
 
 
 @dataclass(frozen=True, slots=True)
 class Customer:
-    """`http` leads to the server; `webhooks_url` is where notices are received, one path per order."""
+    """`http` is connected to the server. Webhooks go to `webhooks_url`, one path per order."""
 
     http: httpx.AsyncClient
     ledger: Ledger
     webhooks_url: str
 
     async def run(self, order: Order, *, give_up_s: float) -> None:
-        """Submit, wait, fetch and check, all of it in the ledger. What is wrong ends up there too."""
+        """Submit, wait, fetch and check; records each step, and any fault, in the ledger."""
         try:
             async with asyncio.timeout(give_up_s):
                 job = await self._submit(order)
@@ -58,12 +58,12 @@ class Customer:
             self.ledger.write("wrong", order.number, why=str(error))
 
     async def fetch(self, order: Order, job: str) -> bytes | None:
-        """The audio of a job once it is over, downloaded twice; None if it failed. Raises WrongError."""
+        """Download the audio of a job twice once it is over, None if the job failed. Raises WrongError."""
         look = await self._end(order, job)
         if look.state == "failed":
             self.ledger.write("failed", order.number, job=job, error=look.error)
             return None
-        files = [(await self._insist(method="GET", url=look.file_url)).content for _ in range(2)]
+        files = [(await self._send_until_answered(method="GET", url=look.file_url)).content for _ in range(2)]
         digests = [hashlib.sha256(file).hexdigest() for file in files]
         path = httpx.URL(look.file_url).path
         self.ledger.write("fetched", order.number, job=job, path=path, sha256=digests)
@@ -71,17 +71,17 @@ class Customer:
         return files[0]
 
     async def expected_audio(self, order: Order) -> bytes:
-        """What the synchronous route makes of an order of our own API. Raises WrongError."""
+        """Return the synchronous route's audio for an order of our own API. Raises WrongError."""
         route = "variations" if order.kind == "variation" else "generations"
         sending = dialects.submission(order, webhook_url="") | {"url": f"/v1/audio/{route}", "headers": {}}
-        return (await self._insist(**sending | {"method": "POST"})).content
+        return (await self._send_until_answered(**sending | {"method": "POST"})).content
 
     async def _submit(self, order: Order) -> str:
         sending = dialects.submission(order, webhook_url=f"{self.webhooks_url}/{order.number}")
         pause_s = _FIRST_PAUSE_S
         while True:
             try:
-                reply = await self._ask(**sending)
+                reply = await self._send(**sending)
             except NoAnswerError as error:
                 self.ledger.write("unanswered", order.number, why=str(error))
                 await asyncio.sleep(pause_s)
@@ -94,26 +94,26 @@ class Customer:
                 raise WrongError(f"accepted without an id: {reply.status_code} {reply.text[:300]}") from error
 
     async def _end(self, order: Order, job: str) -> dialects.Look:
-        """What became of a job, with the file's URL."""
+        """Wait for the job's end and return its state and the file's URL."""
         while True:
-            reply = await self._insist(method="GET", url=dialects.status_path(order, job))
+            reply = await self._send_until_answered(method="GET", url=dialects.status_path(order, job))
             look = dialects.read_status(order, reply.json())
             if look.state == "succeeded" and not look.file_url:
-                output = await self._insist(method="GET", url=dialects.result_path(job))
+                output = await self._send_until_answered(method="GET", url=dialects.result_path(job))
                 return dialects.Look("succeeded", file_url=output.json()["audio_file"]["url"])
             if look.state != "waiting":
                 return look
             await asyncio.sleep(_POLL_S)
 
-    async def _insist(self, **request: Any) -> httpx.Response:
-        """The answer to a request that may be repeated, asked again while there is none. Raises WrongError."""
+    async def _send_until_answered(self, **request: Any) -> httpx.Response:
+        """Send a repeatable request until it is answered. Raises WrongError."""
         while True:
             with suppress(NoAnswerError):
-                return await self._ask(**request)
+                return await self._send(**request)
             await asyncio.sleep(_POLL_S)
 
-    async def _ask(self, **request: Any) -> httpx.Response:
-        """A 2xx. Raises NoAnswerError where there is none yet, WrongError for what must not be answered."""
+    async def _send(self, **request: Any) -> httpx.Response:
+        """Send once and return a 2xx answer. Raises NoAnswerError if it is worth a retry, else WrongError."""
         try:
             reply = await self.http.request(**request)
         except httpx.TransportError as error:
@@ -125,14 +125,14 @@ class Customer:
         raise WrongError(f"{request['method']} {request['url']} answered {reply.status_code}: {reply.text[:300]}")
 
     def _may_pass(self, reply: httpx.Response) -> bool:
-        """Of the server only what says when to come again; the object storage has faults of its own."""
+        """Return True if a retry may help: a server's error with Retry-After, or any error of the object store."""
         if str(reply.url).startswith(str(self.http.base_url)):
             return reply.status_code in _TRANSIENT and "retry-after" in reply.headers
         return reply.status_code in _FAILING
 
 
 def _check_audio(file: bytes, order: Order) -> None:
-    """Raises WrongError unless it is the WAV that was ordered."""
+    """Raise WrongError unless the file is the WAV that was ordered."""
     try:
         audio, rate_hz = soundfile.read(io.BytesIO(file), always_2d=True)
     except soundfile.LibsndfileError as error:

@@ -1,4 +1,4 @@
-"""How an order is sent, asked about and fetched in each dialect. Wire forms only; `customer` sends and retries."""
+"""Requests and answers of each dialect: how to submit, poll and fetch an order. `customer` sends them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ State = Literal["waiting", "succeeded", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What a poll said: the file's URL once it has succeeded, or why it failed."""
+    """The result of a poll: the file's URL after success, or the reason of a failure."""
 
     state: State
     file_url: str = ""
@@ -21,7 +21,7 @@ class Look:
 
 
 def submission(order: Order, *, webhook_url: str) -> dict[str, Any]:
-    """Arguments of the HTTP client's `request`."""
+    """Return the arguments of the HTTP client's `request` that submit an order."""
     hook = {"webhook_url": webhook_url} if order.has_webhook else {}
     headers = {} if order.key is None else {"Idempotency-Key": order.key}
     if order.kind == "variation":
@@ -39,25 +39,25 @@ def submission(order: Order, *, webhook_url: str) -> dict[str, Any]:
 
 
 def job_id(order: Order, reply: Any) -> str:
-    """The id in the answer to a submission. Raises KeyError, TypeError when there is none."""
+    """Return the job id in the answer to a submission. Raises KeyError, TypeError."""
     found: str = reply["request_id" if order.kind == "fal" else "id"]
     return found
 
 
 def status_path(order: Order, job: str) -> str:
-    """Where to ask how far a job is."""
+    """Return the path of a job's status."""
     if order.kind == "aiml":
         return f"/v2/generate/audio?generation_id={quote(job)}"
     return f"{result_path(job)}/status" if order.kind == "fal" else f"/jobs/{job}"
 
 
 def result_path(job: str) -> str:
-    """Where fal has the output of a completed request."""
+    """Return the path of a completed request's output in the fal dialect."""
     return f"/queue/fal-ai/stable-audio/requests/{job}"
 
 
 def read_status(order: Order, reply: Any) -> Look:
-    """What an answer at `status_path` means; fal tells the file's URL elsewhere. Raises KeyError, TypeError."""
+    """Parse an answer from `status_path`. In the fal dialect it lacks the file's URL. Raises KeyError, TypeError."""
     status = reply["status"]
     if status in ("queued", "running", "generating", "IN_QUEUE", "IN_PROGRESS"):
         return Look("waiting")

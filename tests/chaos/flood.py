@@ -1,6 +1,6 @@
-"""An attacker without a key, as a process of its own: `python -m tests.chaos.flood '<JSON of FloodPlan>'`.
+"""An attacker without a key, as a program: `python -m tests.chaos.flood '<JSON of FloodPlan>'`.
 
-Holds connections that never finish what they begin and opens each again when it is closed. Attacks this machine only.
+Opens connections that never complete a request, and reopens them when they are closed. Attacks only this machine.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from dataclasses import asdict, dataclass
 _DRIP_EVERY_S = 2.0
 _RENEW_AFTER_S = 0.1
 _CONNECT_TIMEOUT_S = 10.0
-_AT_ONCE = 200  # connections being made
+_AT_ONCE = 200  # connections being opened at the same time
 _UPLOAD = (
     b"POST /v1/audio/variations HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=B\r\n"
     b"Content-Length: 1000000\r\n\r\n-"
 )
 
 
-_NICENESS = 10  # an attacker works on its own machine: what it computes here must not be what slows the server down
+_NICENESS = 10  # the attacker's own CPU use must not slow the server down
 
 
 @dataclass(frozen=True, slots=True)
 class FloodPlan:
-    """Whom to attack, with how many connections at a time, for how long."""
+    """The ports to attack, the number of connections, and the duration."""
 
     host: str
     port: int
@@ -49,7 +49,7 @@ class _Held:
 
 @contextmanager
 def flooding(plan: FloodPlan) -> Iterator[subprocess.Popen[str]]:
-    """The attacker at work; its standard output says, a line of JSON a second, what it holds."""
+    """Run the attacker. It prints the connections it holds once a second, as JSON."""
     command = [sys.executable, "-m", "tests.chaos.flood", json.dumps(asdict(plan))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -74,13 +74,13 @@ async def _attack(plan: FloodPlan) -> None:
 
 
 async def _hold_half_open(plan: FloodPlan, held: _Held, gate: asyncio.Semaphore) -> None:
-    """One byte of a request, and then nothing."""
+    """Send one byte of a request, then nothing."""
     while True:
         with suppress(OSError, TimeoutError):
             reader, writer = await _connect(plan, gate)
             held.half_open += 1
             try:
-                writer.write(b"P")  # of POST, or of the PRI that gRPC begins with
+                writer.write(b"P")  # the first byte of POST, and of the HTTP/2 preface PRI
                 await reader.read()
             finally:
                 held.half_open -= 1
@@ -90,7 +90,7 @@ async def _hold_half_open(plan: FloodPlan, held: _Held, gate: asyncio.Semaphore)
 
 
 async def _hold_upload(plan: FloodPlan, held: _Held, gate: asyncio.Semaphore) -> None:
-    """A large body, one byte at a time, until it is answered or cut."""
+    """Send a large body, one byte at a time, until the server answers or closes the connection."""
     while True:
         with suppress(OSError, TimeoutError):
             reader, writer = await _connect(plan, gate)

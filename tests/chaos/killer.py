@@ -1,4 +1,6 @@
-"""Kills one process of one server after the other, in an order that a seed repeats. Touches nobody else's processes."""
+"""Kills processes of one server, one after another, in an order determined by a seed. Only kills that server's
+processes.
+"""
 
 from __future__ import annotations
 
@@ -24,30 +26,30 @@ Target = Literal["engine", "runner", "ingress", "controller", "proxy", "database
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
-    """What the command lines of such processes contain, how many there should be, and what Serve calls them."""
+class ProcessKind:
+    """A kind of process: a text in its command line, the expected number, and its deployment's name."""
 
     title: str
     number: int
     deployment: str | None = None
 
 
-# Of the server in `scene`; the database is no process of the server.
-KINDS: Mapping[Target, Kind] = {
-    "engine": Kind("ray::ServeReplica:audio:tiny", 2, "tiny"),
-    "runner": Kind("ray::ServeReplica:audio:job-runner", 2, "job-runner"),
-    "ingress": Kind("ray::ServeReplica:audio:Ingress", 2, "Ingress"),
-    "controller": Kind("ray::ServeController", 1),
-    "proxy": Kind("/haproxy -db ", 1),
+# Of the server in `scene`. The database is not one of the server's processes.
+KINDS: Mapping[Target, ProcessKind] = {
+    "engine": ProcessKind("ray::ServeReplica:audio:tiny", 2, "tiny"),
+    "runner": ProcessKind("ray::ServeReplica:audio:job-runner", 2, "job-runner"),
+    "ingress": ProcessKind("ray::ServeReplica:audio:Ingress", 2, "Ingress"),
+    "controller": ProcessKind("ray::ServeController", 1),
+    "proxy": ProcessKind("/haproxy -db ", 1),
 }
-_LOOK_S = 0.2
+_POLL_S = 0.2
 _ANSWER_S = 5.0
 _BACK_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Strike:
-    """One planned blow, seconds from the start."""
+    """A planned kill, in seconds from the start."""
 
     at_s: float
     target: Target
@@ -55,14 +57,16 @@ class Strike:
 
 @dataclass(frozen=True, slots=True)
 class Blow:
-    """One that was struck, at Unix time `at`."""
+    """A kill that was carried out, at Unix time `at`."""
 
     at: float
     target: Target
 
 
 def plan_strikes(*, rounds: int, every_s: float, seed: int) -> list[Strike]:
-    """Each round kills one of every kind, in an order and at times that the seed draws; the database goes down once."""
+    """Plan to kill one process of every kind per round, in random order and at random times. Restarts the database
+    once.
+    """
     rng = random.Random(f"strikes/{seed}")
     targets: list[Target] = []
     for _ in range(rounds):
@@ -73,7 +77,7 @@ def plan_strikes(*, rounds: int, every_s: float, seed: int) -> list[Strike]:
 
 
 class NotBackError(Exception):
-    """A victim was not replaced in time; the text says which."""
+    """A killed process was not replaced in time."""
 
 
 async def strike_all(
@@ -84,8 +88,8 @@ async def strike_all(
     seed: int,
     report: Callable[[Blow], None],
 ) -> list[Blow]:
-    """Carry out a plan, but never strike before the last victim is back: a server that is given no time to recover
-    shows only that it needs some. Raises NotBackError when that takes too long.
+    """Carry out a plan. Each kill waits until the previous victim is replaced. Raises NotBackError if that takes too
+    long.
     """
     rng = random.Random(f"victims/{seed}")
     started_at = time.monotonic()
@@ -106,29 +110,29 @@ async def strike_all(
     return blows
 
 
-async def _kill(server: LaunchedServer, kind: Kind, rng: random.Random) -> tuple[float, int]:
-    """Kill one process of a kind; the Unix time, and which."""
+async def _kill(server: LaunchedServer, kind: ProcessKind, rng: random.Random) -> tuple[float, int]:
+    """Kill one process of a kind. Returns the Unix time and the process id."""
     while True:
         pids = await asyncio.to_thread(server.pids, kind.title)
         if pids:
             with suppress(ProcessLookupError):
                 os.kill(pid := rng.choice(pids), signal.SIGKILL)
                 return time.time(), pid
-        await asyncio.sleep(_LOOK_S)
+        await asyncio.sleep(_POLL_S)
 
 
 async def wait_until_back(
     target: Target, *, killed: int, is_back: Callable[[], bool], within_s: float = _BACK_S
 ) -> None:
-    """Until there are as many as there should be, and they do their work. Raises NotBackError."""
+    """Wait until the killed process is replaced and the server works. Raises NotBackError."""
     deadline = time.monotonic() + within_s
     while not await asyncio.to_thread(is_back):
         if time.monotonic() > deadline:
             raise NotBackError(f"{target}: process {killed} was not replaced within {within_s:g} s of its end")
-        await asyncio.sleep(_LOOK_S)
+        await asyncio.sleep(_POLL_S)
 
 
-def _is_back(server: LaunchedServer, kind: Kind, killed: int, census: Census) -> bool:
+def _is_back(server: LaunchedServer, kind: ProcessKind, killed: int, census: Census) -> bool:
     if len(set(server.pids(kind.title)) - {killed}) < kind.number:
         return False
     running = census.take()
@@ -141,7 +145,7 @@ def _is_back(server: LaunchedServer, kind: Kind, killed: int, census: Census) ->
 
 
 class Census:
-    """What `census.py` says of a server."""
+    """Reads the output of `census.py`."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
@@ -151,9 +155,9 @@ class Census:
         threading.Thread(target=self._read, daemon=True).start()
 
     def take(self) -> Mapping[str, int] | None:
-        """Running replicas of each deployment as the controller counts them from now on; None if it does not."""
+        """Return the running replicas per deployment from a census that started after this call, None on timeout."""
         with self._told:
-            newer = self._num_taken + 2  # the next one may be older than the question
+            newer = self._num_taken + 2  # the next census may have started before this call
             is_told = self._told.wait_for(lambda: self._num_taken >= newer, timeout=_ANSWER_S)
             return self._latest if is_told else None
 
@@ -168,7 +172,7 @@ class Census:
 
 @contextmanager
 def running_census(server: LaunchedServer) -> Iterator[Census]:
-    """Start it, stop it afterwards."""
+    """Run the census program inside the context."""
     process = server.look_inside("tests.chaos.census")
     try:
         yield Census(process)

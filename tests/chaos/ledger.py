@@ -1,4 +1,6 @@
-"""The client's own book: what the server promised, on the disk before anything is made of it, and what came of it."""
+"""The client's record of what the server accepted and what came of it. Each entry is on disk before the client
+proceeds.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +15,20 @@ Entry = Mapping[str, Any]
 
 
 class Ledger:
-    """A file of JSON lines that is only ever appended to; every line is on the disk when `write` returns."""
+    """An append-only file of JSON lines. Each line is synced to disk before `write` returns."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = path.open("a")
 
     def write(self, what: str, order: int, **facts: Any) -> None:
-        """`what`: accepted, unanswered (may have been accepted), fetched, failed, wrong."""
+        """Append an entry. `what` is accepted, unanswered (may have been accepted), fetched, failed or wrong."""
         self._file.write(json.dumps({"at": time.time(), "what": what, "order": order, **facts}) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def entries(self) -> list[Entry]:
-        """Everything written, from the file."""
+        """Read all entries from the file."""
         return [json.loads(line) for line in self.path.read_text().splitlines()]
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What the clients of a chaos run want: a mix over the dialects, the same for the same seed. Knows no HTTP client."""
+"""Orders of a chaos run: a random mix over the dialects, determined by a seed. Contains no HTTP."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any, Literal
 
 from tests.audio_files import make_audio_file
 
-# `keyed` brings an Idempotency-Key, `chosen` an id of the client's own, a `variation` an upload.
+# `keyed` sends an Idempotency-Key, `chosen` an id chosen by the client, `variation` an upload.
 Kind = Literal["plain", "keyed", "chosen", "variation", "aiml", "fal"]
 
 _WEIGHTS: Mapping[Kind, int] = {"plain": 2, "keyed": 3, "chosen": 2, "variation": 3, "aiml": 1, "fal": 2}
-_NOTIFYING = ("plain", "keyed", "chosen", "variation", "fal")  # kinds whose dialect can call a webhook
-_STEPS = ((4, 5), (60, 3), (400, 2))  # with weights; four hundred are a second of work, to be hit in the middle
+_NOTIFYING = ("plain", "keyed", "chosen", "variation", "fal")  # kinds whose dialect supports webhooks
+_STEPS = ((4, 5), (60, 3), (400, 2))  # (steps, weight); 400 steps take about a second, long enough to be killed midway
 _RATE_HZ = 8_000
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """One wish. `key` is its idempotency key, or the id it chose: with one it may never become two jobs.
+    """One order. `key` is its idempotency key or chosen id: with either it must not become two jobs.
 
-    `is_repeated` = sent again although it was answered.
+    `is_repeated`: sent again after it was answered.
     """
 
     number: int
@@ -36,12 +36,12 @@ class Order:
 
     @property
     def contract(self) -> str:
-        """Whose name the store keeps it under."""
+        """The contract under which the store keeps the job."""
         return self.kind if self.kind in ("aiml", "fal") else "sa3"
 
     @property
     def controls(self) -> dict[str, Any]:
-        """The fields of our own API."""
+        """The request fields of our own API."""
         return {
             "prompt": f"order {self.number}",
             "duration": self.duration_s,
@@ -51,12 +51,12 @@ class Order:
 
     @property
     def clip(self) -> bytes:
-        """The file a variation starts from."""
+        """The source file of a variation."""
         return make_audio_file(duration_s=0.5, rate_hz=_RATE_HZ, hz=200.0 + self.number)
 
 
 def make_orders(count: int, *, seed: int) -> list[Order]:
-    """Every kind once, then as the weights say, in an order drawn from `seed`."""
+    """Return one order of every kind, then random kinds by weight, determined by `seed`."""
     rng = random.Random(f"orders/{seed}")
     kinds = [*_WEIGHTS, *rng.choices(list(_WEIGHTS), list(_WEIGHTS.values()), k=max(0, count - len(_WEIGHTS)))]
     rng.shuffle(kinds)
@@ -78,6 +78,6 @@ def _make_order(number: int, kind: Kind, rng: random.Random) -> Order:
 
 
 def arrival_times(count: int, *, span_s: float, seed: int) -> Sequence[float]:
-    """When each order comes, seconds from the start, rising; at random over `span_s`."""
+    """Return the arrival time of each order, in seconds from the start, sorted and random over `span_s`."""
     rng = random.Random(f"arrivals/{seed}")
     return sorted(rng.uniform(0.0, span_s) for _ in range(count))

@@ -1,4 +1,4 @@
-"""A whole chaos run: customers and killer at once, then quiet, then everything looked at again and judged."""
+"""A chaos run: customers and the killer at the same time, then a quiet phase in which all results are checked."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from tests.chaos.verdict import Verdict, judge
 from tests.chaos.webhooks import Inbox, receiving
 
 _REPORT_EVERY_S = 10.0
-_NOTICES_S = 60.0  # how long after the end the last webhooks may come
-_SWEEP_S = 30.0  # how long after a file is old enough it may still lie there
+_NOTICES_S = 60.0  # seconds after the end in which the last webhooks must arrive
+_SWEEP_S = 30.0  # seconds after which an orphan that is old enough must be deleted
 _AGAIN_AT_ONCE = 8
 _ANSWER_S = 15.0
 
 
 @dataclass(frozen=True, slots=True)
 class ChaosPlan:
-    """How much is asked for and broken. The same seed gives the same orders and the same sequence of kills."""
+    """The load and the kills of a run. The same seed gives the same orders and kills."""
 
     num_orders: int
-    rounds: int  # in each, one process of every kind is killed
-    every_s: float  # between two kills, about
-    late_after_s: float  # of an order, from its acceptance or the last kill
-    give_up_s: float  # of an order, from its arrival
-    num_compared: int  # jobs whose audio is compared bit by bit with what the synchronous route makes
-    is_swept: bool = False  # wait at the end until files that belong to nothing are gone
+    rounds: int  # each round kills one process of every kind
+    every_s: float  # mean time between kills
+    late_after_s: float  # allowed time for an order since its acceptance or the last kill
+    give_up_s: float  # longest time for an order since its arrival
+    num_compared: int  # number of jobs whose audio is compared bit by bit with the synchronous route's
+    is_swept: bool = False  # wait at the end until orphaned files are deleted
     seed: int = 0
 
     @property
@@ -49,18 +49,18 @@ class ChaosPlan:
 
 
 async def run_chaos(scene: Scene, plan: ChaosPlan, ledger: Ledger) -> Verdict:
-    """Carry out `plan`; progress is printed."""
+    """Carry out `plan` and print its progress."""
     orders, strikes = plan.orders, plan.strikes
-    limits = httpx.Limits(max_connections=None)  # a pool with a bound loses places when it runs into time limits
+    limits = httpx.Limits(max_connections=None)  # a limited pool loses connections after timeouts
     with receiving(WEBHOOK_SECRET) as inbox:
         async with httpx.AsyncClient(
             base_url=scene.server.url, timeout=_ANSWER_S, limits=limits, follow_redirects=True
         ) as http:
             customer = Customer(http, ledger, inbox.url)
-            progress = asyncio.create_task(_tell_progress(ledger, inbox))
+            progress = asyncio.create_task(_print_progress(ledger, inbox))
             try:
                 blows = await _attack(scene, plan, customer, orders=orders, strikes=strikes)
-                await _look_again(customer, orders, plan)
+                await _check_results(customer, orders, plan)
                 await _wait_for_notices(inbox, orders)
             finally:
                 progress.cancel()
@@ -84,7 +84,7 @@ async def run_chaos(scene: Scene, plan: ChaosPlan, ledger: Ledger) -> Verdict:
 async def _attack(
     scene: Scene, plan: ChaosPlan, customer: Customer, *, orders: Sequence[Order], strikes: Sequence[Strike]
 ) -> list[Blow]:
-    """Orders arrive for as long as there are strikes."""
+    """Submit orders for as long as kills are planned."""
     arrivals = arrival_times(len(orders), span_s=strikes[-1].at_s, seed=plan.seed)
 
     async def arrive(order: Order, at_s: float) -> None:
@@ -104,11 +104,11 @@ async def _attack(
     return blows
 
 
-async def _look_again(customer: Customer, orders: Sequence[Order], plan: ChaosPlan) -> None:
-    """In quiet: every finished job is still what it was, and a sample is what it should be, bit by bit."""
+async def _check_results(customer: Customer, orders: Sequence[Order], plan: ChaosPlan) -> None:
+    """After the kills: check that finished jobs are unchanged, and that sampled audio is bit-exact."""
     numbered = {order.number: order for order in orders}
     jobs = {(entry["order"], entry["job"]) for entry in customer.ledger.entries() if entry["what"] == "fetched"}
-    comparable = sorted(pair for pair in jobs if numbered[pair[0]].contract == "sa3")  # the others draw their seeds
+    comparable = sorted(pair for pair in jobs if numbered[pair[0]].contract == "sa3")  # other dialects use random seeds
     compared = set(random.Random(plan.seed).sample(comparable, min(plan.num_compared, len(comparable))))
     gate = asyncio.Semaphore(_AGAIN_AT_ONCE)
 
@@ -128,12 +128,12 @@ async def _look_again(customer: Customer, orders: Sequence[Order], plan: ChaosPl
 async def _wait_for_notices(inbox: Inbox, orders: Sequence[Order]) -> None:
     due = {order.number for order in orders if order.has_webhook}
     deadline = time.monotonic() + _NOTICES_S
-    while due - inbox.told() and time.monotonic() < deadline:  # noqa: ASYNC110  # another thread fills the inbox
+    while due - inbox.notified() and time.monotonic() < deadline:  # noqa: ASYNC110  # another thread fills the inbox
         await asyncio.sleep(0.2)
 
 
 async def _orphans(scene: Scene) -> set[str]:
-    """Files that belong to no job, once the sweeper has had its time."""
+    """Return files without a job, after the time that the sweeper needs."""
     deadline = time.monotonic() + ORPHAN_AFTER_S + _SWEEP_S
     while True:
         orphans = scene.stored() - set(scene.visible())
@@ -142,10 +142,10 @@ async def _orphans(scene: Scene) -> set[str]:
         await asyncio.sleep(1.0)
 
 
-async def _tell_progress(ledger: Ledger, inbox: Inbox) -> None:
+async def _print_progress(ledger: Ledger, inbox: Inbox) -> None:
     started_at = time.monotonic()
     while True:
         await asyncio.sleep(_REPORT_EVERY_S)
         counts = Counter(entry["what"] for entry in ledger.entries())
-        said = ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
-        print(f"chaos: {time.monotonic() - started_at:.0f} s: {said}; {len(inbox.notices)} notices", flush=True)
+        summary = ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
+        print(f"chaos: {time.monotonic() - started_at:.0f} s: {summary}; {len(inbox.notices)} notices", flush=True)

@@ -1,4 +1,4 @@
-"""What is attacked: a server as an operator starts it, two replicas of everything; its database and files."""
+"""The server under attack, with two replicas of each deployment, and its database and object store."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.object_storage import Faults, ObjectStorage, running_object_storage
 from tests.serving.conftest import TINY
 from tests.serving.launched import LaunchedServer, write_config
 
-# Longer than any file may have to wait for the commit that makes it visible.
+# Longer than any file waits for the commit that makes it visible.
 ORPHAN_AFTER_S = 30.0
 
 _MODEL = {
@@ -32,7 +32,7 @@ _MODEL = {
 _JOBS = {
     "runners": 2,
     "lease_s": 2.5,
-    "max_attempts": 50,  # every kill may cost one; how many it really cost is judged afterwards
+    "max_attempts": 50,  # a kill may cost an attempt; the verdict checks how many it cost
     "max_running": 8,
     "orphan_after_s": ORPHAN_AFTER_S,
     "sweep_every_s": 5.0,
@@ -45,7 +45,7 @@ _FAULTS = Faults(errors=0.05, cuts=0.02)
 
 @dataclass(frozen=True)
 class Scene:
-    """A ready server, the database that it keeps its jobs in, and the bucket that it keeps its files in."""
+    """A ready server, its job database and its bucket."""
 
     server: LaunchedServer
     postgres: PostgresServer
@@ -54,20 +54,19 @@ class Scene:
     bucket: str
 
     def crash_database(self) -> None:
-        """End the database without any order, and start it again."""
+        """Kill the database and restart it."""
         self.postgres.restart("immediate")
 
     def rows(self) -> list[JobRow]:
-        """Every job, read past the code under test."""
+        """Read every job directly from the database."""
         return [_to_row(row) for row in self._select("jobs")]
 
     def visible(self) -> list[str]:
-        """Keys of all published files."""
+        """Return the keys of all published files."""
         return [row["key"] for row in self._select("files")]
 
     def stored(self) -> set[str]:
-        """Keys of all files of jobs there are, visible or not: neither the one that says whose they are, nor what is
-        kept of models that passed their quality gate."""
+        """Return the keys of all files of jobs, published or not. Excludes the bucket's claim and quality reports."""
         keys = {key.removeprefix(f"{_PREFIX}/") for key in self.storage.keys(self.bucket)}
         return {key for key in keys if key != OWNER_KEY and not key.startswith(f"{QUALITY_FOLDER}/")}
 
@@ -82,7 +81,7 @@ class Scene:
 
 @contextmanager
 def running_scene(folder: Path, postgres: PostgresServer) -> Iterator[Scene]:
-    """Start the server, stop it afterwards."""
+    """Run the server inside the context."""
     config = write_config(folder, {"models": [_MODEL], "jobs": _JOBS, "ingress": {"replicas": 2}})
     database_url = postgres.create_database()
     with running_object_storage() as storage:

@@ -1,4 +1,4 @@
-"""Nothing accepted is lost and nothing appears twice, whatever is killed: 30 jobs, and 300."""
+"""Kills of any process lose no accepted job and duplicate none: with 30 jobs, and with 300."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def run(plan: ChaosPlan, folder: Path, postgres: PostgresServer) -> None:
 
 
 def describe(verdict: Verdict, ledger: Ledger, scene: Scene) -> str:
-    """What is needed to find out why: the orders' book, what the server said last, what the store holds."""
+    """Return details for a failed run: the ledger, the server's last output, and the store's rows."""
     book = (str(dict(entry)) for entry in ledger.entries() if not verdict.orders or entry["order"] in verdict.orders)
-    said = [line for line in scene.server.output.splitlines() if not _ROUTINE.search(line)]
+    output = [line for line in scene.server.output.splitlines() if not _ROUTINE.search(line)]
     parts = {
         "verdict": [str(verdict)],
         "ledger": book,
-        "server": said[-_LOG_LINES:],
+        "server": output[-_LOG_LINES:],
         "jobs": map(str, scene.rows()),
         f"all of it is in {ledger.path.parent}": (),
     }

@@ -1,4 +1,4 @@
-"""Thousands of connections that never finish what they begin, against every port of a server: it goes on answering."""
+"""Thousands of unfinished connections to every port of a server. The server keeps answering."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 
 _HALF_OPEN, _DRIPPING = 4200, 1000
 _ATTACK_S = 60.0
-_RECOVERY_S = 15.0  # from the start of the attack until everybody is answered again
-_SHORT_ATTACK_S = 6.0  # of about 25 ports
+_RECOVERY_S = 15.0  # after this time from the start of the attack, every request must be answered
+_SHORT_ATTACK_S = 6.0  # per port, for about 25 ports
 _SHORT_RECOVERY_S = 2.0
 _NUM_QUIET = 20
 _PUBLIC = "127.0.0.2"
@@ -33,7 +33,7 @@ _CLIP = {"prompt": "a door closes", "duration": 1, "seed": 5, "steps": 2}
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One request of an honest client: when it was sent, seconds since the attack began, and how long it took."""
+    """A request of an honest client: when it was sent, in seconds since the attack began, and how long it took."""
 
     what: str
     sent_s: float
@@ -57,7 +57,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]
 
 
 def ask(url: str, began_at: float, what: str) -> Probe:
-    """One request on a connection of its own, as somebody who comes new."""
+    """Send one request on a new connection, as a new client would."""
     sent_at = time.monotonic()
     try:
         with httpx.Client(base_url=url, timeout=10, trust_env=False) as client:
@@ -70,16 +70,16 @@ def ask(url: str, began_at: float, what: str) -> Probe:
 
 
 def probe_for(url: str, seconds: float) -> list[Probe]:
-    """Both kinds of request, each again and again, beside each other."""
+    """Send both kinds of request repeatedly and concurrently."""
     began_at = time.monotonic()
     probes: list[Probe] = []
 
-    def keep_asking(what: str) -> None:
+    def keep_sending(what: str) -> None:
         while time.monotonic() - began_at < seconds:
             probes.append(ask(url, began_at, what))
             time.sleep(0.2)
 
-    threads = [threading.Thread(target=keep_asking, args=(what,)) for what in ("health", "clip")]
+    threads = [threading.Thread(target=keep_sending, args=(what,)) for what in ("health", "clip")]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -93,7 +93,7 @@ def p95(values: Sequence[float]) -> float:
 
 @pytest.fixture(scope="module")
 def bounds(server: LaunchedServer) -> dict[str, float]:
-    """Longest that an answer may take under attack, by kind of request."""
+    """Return the longest allowed response time under attack, by kind of request."""
     quiet = [ask(server.url, time.monotonic(), what) for _ in range(_NUM_QUIET) for what in ("health", "clip")]
     assert not [probe for probe in quiet if probe.problem]
     quiet_p95 = {what: p95([probe.took_s for probe in quiet if probe.what == what]) for what in ("health", "clip")}
@@ -104,7 +104,7 @@ def bounds(server: LaunchedServer) -> dict[str, float]:
 def attack(
     server: LaunchedServer, plan: FloodPlan, bounds: dict[str, float], *, recovery_s: float
 ) -> tuple[list[Probe], list[dict[str, Any]]]:
-    """What honest clients met during the attack; those too late, from the end of the recovery on; what it held."""
+    """Attack the server. Returns the probes, those that were too late after recovery, and the connections held."""
     with flooding(plan) as attacker:
         probes = probe_for(server.url, plan.seconds - 2)
         assert attacker.stdout is not None
@@ -129,16 +129,14 @@ def attack(
     return late, held
 
 
-def test_half_open_connections_and_dripping_uploads_hold_nobody_up(
-    server: LaunchedServer, bounds: dict[str, float]
-) -> None:
+def test_half_open_connections_and_slow_uploads_delay_nobody(server: LaunchedServer, bounds: dict[str, float]) -> None:
     plan = FloodPlan(_PUBLIC, server.port, _HALF_OPEN, _DRIPPING, _ATTACK_S)
     late, held = attack(server, plan, bounds, recovery_s=_RECOVERY_S)
     assert max(now["half_open"] + now["dripping"] for now in held) > 0.9 * (_HALF_OPEN + _DRIPPING)
     assert not late
 
 
-def test_nobody_gets_past_haproxy(server: LaunchedServer) -> None:
+def test_server_cannot_be_reached_around_haproxy(server: LaunchedServer) -> None:
     open_to_all = [one for one in listeners_of([server.process.pid, *server.pids("")]) if not one.is_local]
     assert all(one.title.startswith("ray::ServeReplica") for one in open_to_all)
     assert {one.host for one in open_to_all} <= {"::", "0.0.0.0"}
@@ -146,9 +144,7 @@ def test_nobody_gets_past_haproxy(server: LaunchedServer) -> None:
         httpx.get(f"http://127.0.0.1:{server.port}/health")
 
 
-def test_half_open_connections_to_any_other_port_hold_nobody_up(
-    server: LaunchedServer, bounds: dict[str, float]
-) -> None:
+def test_half_open_connections_to_other_ports_delay_nobody(server: LaunchedServer, bounds: dict[str, float]) -> None:
     others = [one for one in listeners_of([server.process.pid, *server.pids("")]) if one.port != server.port]
     assert len(others) > 10
     met = {}

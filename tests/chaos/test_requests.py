@@ -1,4 +1,4 @@
-"""What callers notice when one process of a server is killed while they wait: an answer, or when to come again."""
+"""Requests in flight while one process of a server is killed: they succeed, or get a retry time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.serving.load import Load
 
 pytestmark = pytest.mark.chaos
 
-_IN_FLIGHT = 4  # callers
+_IN_FLIGHT = 4  # concurrent callers
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def server(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def kill_one(server: LaunchedServer, target: Target) -> float:
-    """Returns the seconds until there are as many of its kind again."""
+    """Kill one process and return the seconds until it is replaced."""
     kind = KINDS[target]
     victim, *_ = server.pids(kind.title)
     os.kill(victim, signal.SIGKILL)
@@ -48,7 +48,7 @@ def kill_one(server: LaunchedServer, target: Target) -> float:
 
 
 def loaded_while_killing(server: LaunchedServer, target: Target) -> Load:
-    """Judged for what holds whoever is killed: no job is lost."""
+    """Run a load while one process is killed, and check that no job is lost."""
     with Load(server.client) as load:
         load.go_on()
         back_s = kill_one(server, target)
@@ -59,18 +59,18 @@ def loaded_while_killing(server: LaunchedServer, target: Target) -> Load:
 
 
 @pytest.mark.parametrize("target", ["engine", "runner", "controller"])
-def test_nobody_notices(server: LaunchedServer, target: Target) -> None:
+def test_kill_is_not_noticed(server: LaunchedServer, target: Target) -> None:
     load = loaded_while_killing(server, target)
-    assert load.failures == load.told == []
+    assert load.failures == load.refusals == []
 
 
-def test_who_waits_at_a_killed_ingress_is_told_to_come_again(server: LaunchedServer) -> None:
+def test_requests_at_a_killed_ingress_get_a_retry_time(server: LaunchedServer) -> None:
     load = loaded_while_killing(server, "ingress")
     assert load.failures == []
-    assert len(load.told) <= _IN_FLIGHT
+    assert len(load.refusals) <= _IN_FLIGHT
 
 
-def test_who_is_connected_to_a_killed_haproxy_is_cut_off_and_finds_another_soon(server: LaunchedServer) -> None:
-    """Only a balancer in front can hide that. What fails meanwhile has no answer rather than a wrong one."""
+def test_killed_haproxy_closes_connections_and_restarts_soon(server: LaunchedServer) -> None:
+    """Only a balancer in front of HAProxy can hide this. Failed requests get no answer instead of a wrong one."""
     load = loaded_while_killing(server, "proxy")
-    assert all("Error" in failure for failure in load.failures), load.failures  # of the connection, no status
+    assert all("Error" in failure for failure in load.failures), load.failures  # connection errors, no status

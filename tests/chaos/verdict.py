@@ -1,7 +1,7 @@
-"""What a chaos run proves: pure functions from the ledger, the notices, the store's rows and the blows to faults.
+"""Judges a chaos run: pure functions that find faults from the ledger, the notices, the store's rows and the kills.
 
-Lost = accepted, and no sound audio came of it. Duplicated = two jobs for one key, two artifacts or notices of one job.
-Late = that long after it was accepted and nothing was killed any more.
+Lost: accepted, without valid audio at the end. Duplicated: two jobs for one key, or two artifacts or notices of one
+job. Late: not finished within the time limit since acceptance and the last kill.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from tests.chaos.ledger import Entry
 from tests.chaos.orders import Order
 from tests.chaos.webhooks import Notice
 
-# What may end an attempt: the controller's death ends no other process.
+# Kills that can end an attempt. The death of the controller ends no other process.
 _COSTLY = ("engine", "runner", "database")
-_SPARE_ATTEMPTS = 1  # for what no kill explains: the object store's errors, or a lease lost to a busy machine
+_SPARE_ATTEMPTS = 1  # attempts without a kill: object store errors, or a lease lost on a busy machine
 
 
 @dataclass(frozen=True, slots=True)
 class JobRow:
-    """What the store says of a job; times are Unix seconds."""
+    """A job in the store; times are Unix seconds."""
 
     contract: str
     id: str
@@ -33,17 +33,17 @@ class JobRow:
     created_at: float
     completed_at: float | None
     key: str | None = None
-    artifact: str | None = None  # where the visible file lies
+    artifact: str | None = None  # key of the published file
 
 
 @dataclass
 class Verdict:
-    """Sentences on each fault, by kind, with the numbers of the orders concerned."""
+    """Faults by kind, each with a sentence and the numbers of its orders."""
 
     num_orders: int
     num_accepted: int = 0
     num_unanswered: int = 0  # submissions that were repeated
-    num_restarted: int = 0  # jobs that took more than one attempt
+    num_restarted: int = 0  # jobs with more than one attempt
     faults: dict[str, list[str]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
     orders: set[int] = field(default_factory=set)
 
@@ -54,7 +54,6 @@ class Verdict:
 
     @property
     def is_clean(self) -> bool:
-        """Whether nothing at all is wrong."""
         return not any(self.faults.values())
 
     def __str__(self) -> str:
@@ -77,13 +76,13 @@ def judge(
     blows: Sequence[Blow],
     late_after_s: float,
 ) -> Verdict:
-    """Compare what was promised with what came out; `visible` are the keys of all published files."""
+    """Compare what was accepted with the results. `visible` has the keys of all published files."""
     verdict = Verdict(num_orders=len(orders))
     book: dict[int, list[Entry]] = defaultdict(list)
     for entry in entries:
         book[entry["order"]].append(entry)
     quiet_at = max((blow.at for blow in blows), default=0.0)
-    jobs: dict[str, Order] = {}  # every promised one
+    jobs: dict[str, Order] = {}  # every accepted job
     for order in orders:
         promised = _judge_order(verdict, order, book[order.number], quiet_at=quiet_at, late_after_s=late_after_s)
         jobs |= dict.fromkeys(promised, order)
@@ -101,7 +100,7 @@ def judge(
 def _judge_order(
     verdict: Verdict, order: Order, entries: Sequence[Entry], *, quiet_at: float, late_after_s: float
 ) -> set[str]:
-    """What the client saw of one order; the ids it was promised."""
+    """Check one order from the client's view. Returns the accepted job ids."""
     what = {kind: [entry for entry in entries if entry["what"] == kind] for kind in _WHATS}
     name = f"order {order.number} ({order.kind})"
     for entry in what["wrong"]:
@@ -141,15 +140,15 @@ def _promised_id(order: Order, entry: Entry) -> str:
 
 
 def _judge_notices(verdict: Verdict, jobs: dict[str, Order], notices: Sequence[Notice]) -> None:
-    said: dict[str, set[tuple[str | None, str]]] = defaultdict(set)
+    by_job: dict[str, set[tuple[str | None, str]]] = defaultdict(set)
     arrived = set()
     for notice in notices:
-        said[notice.job].add((notice.webhook_id, notice.outcome))
+        by_job[notice.job].add((notice.webhook_id, notice.outcome))
         if not notice.is_genuine:
             verdict.add("wrong", f"job {notice.job}: a notice without a valid signature", order=notice.order)
         if not notice.was_refused:
             arrived.add(notice.job)
-    for job, contents in said.items():
+    for job, contents in by_job.items():
         if len(contents) > 1:
             verdict.add("duplicated", f"job {job}: different notices {sorted(map(str, contents))}")
     for job, order in jobs.items():
@@ -177,7 +176,7 @@ def _judge_rows(verdict: Verdict, jobs: dict[str, Order], rows: Sequence[JobRow]
 
 
 def _judge_artifacts(verdict: Verdict, rows: Sequence[JobRow], visible: Sequence[str]) -> None:
-    """Exactly the artifacts of succeeded jobs may be seen, each once."""
+    """Check that exactly the artifacts of succeeded jobs are published, each once."""
     due = Counter(row.artifact for row in rows if row.state == "succeeded")
     for artifact in sorted(map(str, due.keys() | set(visible))):
         num_due, num_visible = due[artifact], visible.count(artifact)

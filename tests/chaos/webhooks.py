@@ -1,4 +1,4 @@
-"""Where the webhooks of a chaos run arrive. Answers some of the first deliveries with 503, so that they come again."""
+"""Receives the webhooks of a chaos run. Answers some first deliveries with 503, so that they are retried."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from standardwebhooks import Webhook, WebhookVerificationError
 
-_REFUSE_EVERY = 5  # every fifth order's first notice
+_REFUSE_EVERY = 5  # refuse the first notice of every fifth order
 
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """One delivery; `webhook_id` is the header's, None where the dialect has none."""
+    """A delivery. `webhook_id` is the header, None if the dialect sends none."""
 
     order: int
     job: str
     webhook_id: str | None
-    outcome: str  # what it says became of the job
+    outcome: str  # the job's outcome
     was_refused: bool
-    is_genuine: bool = True  # signed as it should be, where the dialect signs
+    is_genuine: bool = True  # False if the dialect signs and the signature is wrong
 
 
 class Inbox:
-    """`url` takes notices below /<order number>; our own API's must be signed with `secret`."""
+    """Accepts notices at `url`/<order number>. Those of our own API must be signed with `secret`."""
 
     def __init__(self, server: ThreadingHTTPServer, secret: str) -> None:
         self._signature = Webhook(secret)
@@ -37,12 +37,12 @@ class Inbox:
         self._num_seen: Counter[int] = Counter()
         self._lock = threading.Lock()
 
-    def told(self) -> set[int]:
-        """Orders of which a notice was taken."""
+    def notified(self) -> set[int]:
+        """Return the orders with an accepted notice."""
         return {notice.order for notice in self.notices if not notice.was_refused}
 
     def take(self, path: str, headers: Mapping[str, str], content: bytes) -> int:
-        """Note a delivery; the status to answer with."""
+        """Record a delivery and return the status to answer with."""
         order, body = int(path.strip("/")), json.loads(content)
         headers = {name.lower(): value for name, value in headers.items()}
         is_fal = "request_id" in body
@@ -64,7 +64,7 @@ class Inbox:
 
 @contextmanager
 def receiving(secret: str) -> Iterator[Inbox]:
-    """Take deliveries on a free port for the length of the context."""
+    """Receive deliveries on a free port inside the context."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:

@@ -13,7 +13,7 @@ from stable_audio_serve.cli.messages import Ending, plain_errors
 from stable_audio_serve.cli.remote import connected
 from stable_audio_serve.core import errors
 
-PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
+PAGE = Path(__file__).parents[2] / "docs" / "clients.md"
 
 
 def as_sound_does(error: Exception) -> None:

@@ -246,7 +246,7 @@ async def test_jobs_are_cancelled_and_found_by_idempotency_key(shell: Shell) -> 
     job_id = first.decode().strip()
     await shell.run("jobs", "cancel", job_id)
     assert "cancelled" in (await shell.run("jobs", "show", job_id, "--watch", code=130)).decode()
-    assert "over" in (await shell.run("jobs", "cancel", job_id, code=2)).decode()
+    assert "already ended" in (await shell.run("jobs", "cancel", job_id, code=2)).decode()
     other = (await shell.run("jobs", "submit", "rain", "-d", "1")).decode().strip()
     assert job_id in (await shell.run("jobs", "cancel", job_id, "x", other, code=2)).decode()
     await shell.run("jobs", "show", other, "--watch", code=130)

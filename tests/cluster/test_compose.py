@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from stable_audio_serve import __version__
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.settings_sources import load_settings
 from stable_audio_serve.serving.serve_file import PACKAGED_FILE, read_serve_file
@@ -44,7 +45,7 @@ def merged(below: Any, above: Any) -> Any:
 def gpu_problems(tree: dict[str, Any]) -> Iterator[str]:
     yield from problems(tree)
     server = tree["services"]["server"]
-    if not server["image"].endswith(":cuda") or server["build"]["target"] != "cuda":
+    if server["image"] != f"stable-audio-serve:{__version__}-cuda" or server["build"]["target"] != "cuda":
         yield "not the image for CUDA"
     if server["build"]["args"]["TORCH_INDEX_URL"]:
         yield "torch for CPUs in the image for CUDA"
@@ -178,7 +179,7 @@ def test_mismatch_is_detected(problem: str) -> None:
 
 
 GPU_PROBLEMS: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "not the image for CUDA": lambda t: _services(t)["server"].update(image="stable-audio-serve:cpu"),
+    "not the image for CUDA": lambda t: _services(t)["server"].update(image=f"stable-audio-serve:{__version__}-cpu"),
     "torch for CPUs": lambda t: _services(t)["server"]["build"].update(
         args=compose()["services"]["server"]["build"]["args"]
     ),

@@ -15,6 +15,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from stable_audio_serve import __version__
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.serving.serve_file import deploy_schema, read_serve_file
@@ -91,7 +92,7 @@ def test_gpu_counts_match_the_config_file() -> None:
 def test_overlay_replaces_the_placeholder_images() -> None:
     for overlay, tag in (("demo", "cpu"), ("one-gpu", "cuda"), ("multi-gpu", "cuda"), ("multi-gpu-spot", "cuda")):
         images = {group.container["image"] for group in groups(rendered(overlay))}
-        assert images == {f"registry.example.com/stable-audio-serve:{tag}"}
+        assert images == {f"registry.example.com/stable-audio-serve:{__version__}-{tag}"}
 
 
 def test_groups_have_room_for_every_replica() -> None:

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.cluster
 
 
 def test_nginx_accepts_the_configuration(tmp_path: Path) -> None:
-    (server,) = (block.text for block in blocks_of(DOCS / "proxy.md") if block.language == "nginx")
+    (server,) = (block.text for block in blocks_of(DOCS / "deploy.md") if block.language == "nginx")
     pair = trustme.CA().issue_cert("audio.example.com")
     pair.private_key_pem.write_to_path(str(tmp_path / "audio.example.com.key"))
     pair.cert_chain_pems[0].write_to_path(str(tmp_path / "audio.example.com.pem"))

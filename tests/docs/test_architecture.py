@@ -20,15 +20,16 @@ def test_every_file_in_the_walkthroughs_exists() -> None:
 
 
 def test_each_walkthrough_has_ten_steps_with_a_file() -> None:
-    for walk in ARCHITECTURE.split("\n## ")[1:]:
+    walks = ARCHITECTURE.split("\n## From ")[1:]
+    assert len(walks) == 2
+    for walk in walks:
         stops = re.split(r"^\d+\. ", walk, flags=re.MULTILINE)[1:]
         assert len(stops) == 10
         assert all(stop.startswith("`") for stop in stops)
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_every_folder_is_in_the_readme_and_on_the_map(folder: str) -> None:
-    assert f"| `stable_audio_serve/{folder}/` |" in (ROOT / "README.md").read_text()
+def test_every_folder_is_in_the_table(folder: str) -> None:
     rows = [line for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines() if line.startswith("| `")]
     assert any(f"`{folder}/`" in row.split("|")[1] for row in rows)
 

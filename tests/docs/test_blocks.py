@@ -30,22 +30,19 @@ from tests.patience import PATIENCE_S
 # an account or a cluster that tests do not have, so they are only checked below.
 PAGES = {
     "js": {"docs/dialects/fal.md", "docs/jobs.md"},  # tests/api/compat/test_fal_node_client.py, test_event_reader.py
-    "json": {"docs/jobs.md", "docs/recipes.md"},
-    "nginx": {"docs/proxy.md"},  # tests/cluster/test_pages.py
-    "caddy": {"docs/proxy.md"},
+    "json": {"docs/api.md", "docs/jobs.md"},
+    "nginx": {"docs/deploy.md"},  # tests/cluster/test_pages.py
+    "caddy": {"docs/deploy.md"},
     "promql": {"docs/operations.md"},  # tests/cluster/test_pages.py
     "python": {
-        *("README.md", "docs/client.md", "docs/dialects/fal.md", "docs/jobs.md", "docs/tutorial.md"),
+        *("docs/architecture.md", "docs/clients.md", "docs/dialects/fal.md", "docs/jobs.md", "docs/tutorial.md"),
         "packaging/client/README.md",  # tests/packaging/test_client_wheel.py
     },
     "shell": {"docs/operations.md"},  # tests/jobs/test_backup.py
-    "yaml": {
-        *("docs/cluster.md", "docs/cpu.md", "docs/keys.md", "docs/metrics.md", "docs/proxy.md"),
-        "docs/stable-audio-tools.md",
-    },
+    "yaml": {"docs/deploy.md", "docs/metrics.md", "docs/models.md", "docs/performance.md", "docs/security.md"},
 }
 NOT_RUN = {"text", "{toctree}", "{image}", "{figure}"}
-PROGRAMS = {"cp", "export", "kubectl", "make", "pip", "stable-audio-serve"}
+PROGRAMS = {"cp", "docker", "export", "kubectl", "make", "pip", "stable-audio-serve"}
 
 
 def test_every_block_is_tested() -> None:
@@ -93,14 +90,15 @@ def yaml_of(page: str) -> Any:
     return yaml.safe_load(text_of(DOCS / page, "yaml"))
 
 
-@pytest.mark.parametrize("page", ["cpu.md", "stable-audio-tools.md"])
+@pytest.mark.parametrize("page", ["models.md", "performance.md"])
 def test_settings_are_valid(page: str) -> None:
     assert Settings.model_validate(yaml_of(page)).models
 
 
-@pytest.mark.parametrize("page", ["cluster.md", "keys.md"])
+@pytest.mark.parametrize("page", ["deploy.md", "security.md"])
 def test_parts_of_pods_are_valid(page: str) -> None:
     parts: dict[str, Any] = yaml_of(page)
+    parts.pop("http", None)  # Traefik's, see below
     volumes = parts.pop("volumes", [])
     container = {"name": "server", "image": "example", **parts}
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "server"}}
@@ -109,7 +107,7 @@ def test_parts_of_pods_are_valid(page: str) -> None:
 
 
 def test_traefik_router_leads_to_the_server() -> None:
-    http = yaml_of("proxy.md")["http"]
+    http = yaml_of("deploy.md")["http"]
     assert http.keys() == {"routers", "services"}
     for router in http["routers"].values():
         service = http["services"][router["service"]]["loadBalancer"]
@@ -119,7 +117,7 @@ def test_traefik_router_leads_to_the_server() -> None:
 
 def test_caddy_blocks_are_closed() -> None:
     """Caddy itself is not installed by any test package."""
-    text = text_of(DOCS / "proxy.md", "caddy")
+    text = text_of(DOCS / "deploy.md", "caddy")
     depths = [text[: i + 1].count("{") - text[: i + 1].count("}") for i in range(len(text))]
     assert min(depths) == depths[-1] == 0
     assert "reverse_proxy 127.0.0.1:8000 {" in text
@@ -156,7 +154,7 @@ def test_documented_webhook_is_accepted_by_its_receiver() -> None:
 
 
 def test_documented_recipe_is_valid() -> None:
-    shown = json.loads(text_of(DOCS / "recipes.md", "json"))
+    shown = json.loads(text_of(DOCS / "api.md", "json"))
     assert json.loads(Recipe.model_validate(shown).to_json()) == shown
 
 
@@ -193,5 +191,5 @@ async def test_program_with_fals_client(tmp_path: Path) -> None:
 
 @pytest.mark.server
 def test_engine_example(capsys: pytest.CaptureFixture[str]) -> None:
-    exec(text_of(ROOT / "README.md", "python"), {"__name__": "__main__"})
+    exec(text_of(DOCS / "architecture.md", "python"), {"__name__": "__main__"})
     assert capsys.readouterr().out == "(2, 132300) 44100\n"

@@ -15,7 +15,7 @@ from tests.backends import RATE_HZ
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
-PAGE = Path(__file__).parents[2] / "docs" / "client.md"
+PAGE = Path(__file__).parents[2] / "docs" / "clients.md"
 
 
 async def test_blocks_run_as_one_program(tmp_path: Path) -> None:

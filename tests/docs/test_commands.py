@@ -32,9 +32,9 @@ DIALECTS = DOCS / "dialects"
 
 # Pages with commands, and the dialects whose operations they must show.
 TAGS: dict[str, set[str]] = {
-    "cli.md": set(),
+    "clients.md": set(),
     "jobs.md": {native_jobs.TAG},
-    "keys.md": set(),
+    "security.md": set(),
     "tutorial.md": set(),
     "dialects/aimlapi.md": {aimlapi.TAG},
     "dialects/fal.md": {fal.TAG, files.TAG},
@@ -132,7 +132,7 @@ async def test_stable_audio_3(tmp_path: Path, operations: dict[str, set[str]]) -
 @pytest.mark.server
 @pytest.mark.slow
 async def test_jobs(tmp_path: Path, operations: dict[str, set[str]]) -> None:
-    (tmp_path / "take.wav").write_bytes(make_audio_file(duration_s=2.0))
+    (tmp_path / "source.wav").write_bytes(make_audio_file(duration_s=2.0))
     run = await run_page(DOCS / "jobs.md", tmp_path)
     expect_complete(run, "jobs.md", operations)
     assert run.frames("rain.wav") == 2 * RATE_HZ
@@ -196,8 +196,8 @@ async def test_readme(tmp_path: Path) -> None:
 @pytest.mark.server
 @pytest.mark.slow
 async def test_command_line(tmp_path: Path) -> None:
-    (tmp_path / "take.wav").write_bytes(make_audio_file(duration_s=8.0))
-    run = await run_page(DOCS / "cli.md", tmp_path)
+    (tmp_path / "source.wav").write_bytes(make_audio_file(duration_s=8.0))
+    run = await run_page(DOCS / "clients.md", tmp_path)
     lengths = {"rain-on-a-tin-roof-7.wav": 4, "again.wav": 4, "wolf.wav": 2, "a-door-slams*": 8, "waves*": 20}
     assert {name: run.frames(*run.named(name)) for name in lengths} == {n: s * RATE_HZ for n, s in lengths.items()}
     assert len(run.named("bells/*.flac")) == len(run.named("rain/*.wav")) == 4
@@ -217,7 +217,7 @@ async def test_tutorial(tmp_path: Path) -> None:
 @pytest.mark.server
 @pytest.mark.slow
 async def test_keys(tmp_path: Path) -> None:
-    run = await run_page(DOCS / "keys.md", tmp_path)
+    run = await run_page(DOCS / "security.md", tmp_path)
     assert [line.split()[0] for line in run.output.splitlines()] == ["alice", "ops"]
 
 

@@ -1,4 +1,4 @@
-"""docs/model-config.md names exactly the config keys that are read, fixed or without effect."""
+"""docs/models.md names exactly the config keys that are read, fixed or without effect."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from stable_audio_serve.models.text_encoder import TextEncoder
 from tests.goldens import load_goldens
 from tests.models.loaded import loaded
 
-PAGE = (Path(__file__).parents[2] / "docs" / "model-config.md").read_text(encoding="utf-8")
-USED, INERT = PAGE.split("## Without effect")
+PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+USED, INERT = PAGE.split("## Keys of `model_config.json`")[1].split("### Without effect")
 
 
 def keys_of(row: str) -> list[str]:

@@ -107,7 +107,7 @@ def test_nothing_is_loaded_from_other_hosts(site: Site) -> None:
     assert [url for url in fetched if not url.startswith(("data:", "#"))] == []
 
 
-@pytest.mark.parametrize(("stem", "page"), [("presign", "storage"), ("backlog", "autoscaling"), ("inpaint", "cli")])
+@pytest.mark.parametrize(("stem", "page"), [("presign", "settings"), ("backlog", "operations"), ("inpaint", "clients")])
 def test_search_finds_words_of_the_pages(site: Site, stem: str, page: str) -> None:
     text = (site.folder / "searchindex.js").read_text()  # a script, so that it works without a server too
     index = json.loads(text.removeprefix("Search.setIndex(").rstrip(");\n"))

@@ -39,9 +39,9 @@ _NUMBERS = itertools.count()
 
 
 def make_spec(**overrides: Any) -> JobSpec:
-    """A job of its own id for one second of audio."""
-    asked = {name: overrides.pop(name) for name in ("duration_s", "priority") if name in overrides}
-    request = GenerationRequest(**{"prompt": "rain", "duration_s": 1.0, "seed": 7, **asked})
+    """Return the spec of a new job for one second of audio."""
+    chosen = {name: overrides.pop(name) for name in ("duration_s", "priority") if name in overrides}
+    request = GenerationRequest(**{"prompt": "rain", "duration_s": 1.0, "seed": 7, **chosen})
     fields: dict[str, Any] = {
         "id": f"{next(_NUMBERS):032x}",
         "contract": "sa3",
@@ -53,7 +53,7 @@ def make_spec(**overrides: Any) -> JobSpec:
 
 
 class RecordedMetrics:
-    """Keeps what it is told, by name and tags."""
+    """Records metrics by name and tags."""
 
     def __init__(self) -> None:
         self.counters: Counter[tuple[Any, ...]] = Counter()
@@ -72,7 +72,7 @@ class RecordedMetrics:
 
 @dataclass
 class Workshop:
-    """A queue and a backend in one folder, and as many runners as a test starts, one after another or at once."""
+    """A queue and a backend in one folder, and any number of runners."""
 
     settings: Settings
     queue: JobQueue
@@ -105,7 +105,7 @@ class Workshop:
         return await self.until(job, lambda job: job.is_over)
 
     def files(self) -> list[str]:
-        """Names of everything kept, besides the database."""
+        """Return the names of all stored files except the database."""
         folder = Path(self.settings.output_dir)
         paths = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("jobs.db"))
         return sorted(str(path.relative_to(folder)) for path in paths)
@@ -113,7 +113,7 @@ class Workshop:
 
 @dataclass
 class CountingBackend(ToneBackend):
-    """Remembers how many requests it had at most at a time."""
+    """Records the highest number of concurrent requests."""
 
     most_running: int = 0
 
@@ -132,20 +132,20 @@ async def upload(workshop: Workshop, *, role: Any = "init") -> JobUpload:
 
 @pytest.fixture(scope="session")
 def processes() -> Iterator[ProcessPoolExecutor]:
-    """Three other processes."""
+    """Yield a pool of three processes."""
     with ProcessPoolExecutor(3, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield pool
 
 
 @pytest.fixture
 def job_settings() -> JobSettings:
-    """Override it in a module or class for other limits."""
+    """Override this in a module or class for other limits."""
     return JobSettings()
 
 
 @pytest.fixture
 def now() -> Callable[[], float] | None:
-    """Override it in a module for a job database with a clock of its own."""
+    """Override this in a module to set the clock of the job database."""
     return None
 
 

@@ -1,4 +1,4 @@
-"""Imported by the process that workers are forked from: the model is loaded here, once."""
+"""Loads the model once, in the process from which crash workers are forked."""
 
 from tests.jobs.crash_worker import MODEL
 from tests.models.loaded import loaded

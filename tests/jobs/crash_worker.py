@@ -1,6 +1,6 @@
-"""A runner with a real engine in a process of its own, for tests that kill or freeze it.
+"""A runner with a real engine in a child process, for tests that kill or freeze it.
 
-Processes are forked from one that has everything imported and the model loaded, so that each starts at once.
+Workers are forked from a process with all imports done and the model loaded, so that each starts at once.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ MODEL = "tiny-s"
 
 
 def make_context() -> ForkServerContext:
-    """Whose processes come from a server with everything imported and the model loaded."""
+    """Return a context that forks processes from a server with the model loaded."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.jobs.crash_preload"])
     return context
 
 
 def start_worker(context: ForkServerContext, settings: Settings, *, failpoints: str = "") -> BaseProcess:
-    """Works until every job is over and told, unless something happens to it."""
+    """Start a worker, which runs until every job is over and its webhook is sent, unless it is killed."""
     process = context.Process(target=_main, args=(settings, failpoints), daemon=True)
     process.start()
     return process
@@ -76,7 +76,9 @@ async def _work(settings: Settings) -> None:
 
 
 def _freeze_between_transactions(database: Database) -> None:
-    """Never freeze while SQLite is used: a frozen writer, or a connection being opened, holds up everybody else."""
+    """Never freeze the process while it uses SQLite: a frozen writer, or a connection being opened, blocks all
+    others.
+    """
     lock = threading.RLock()
     kill = os.kill
 
@@ -99,4 +101,4 @@ def _freeze_between_transactions(database: Database) -> None:
 
 def _is_done(store: JobStore) -> bool:
     counts = store.operators.counts()
-    return not counts.get("queued") and not counts.get("running") and store.runners.look("").webhook_in_s is None
+    return not counts.get("queued") and not counts.get("running") and store.runners.outlook("").webhook_in_s is None

@@ -1,4 +1,4 @@
-"""Job stores on both databases, with a clock that a test moves, and short words for what tests do with them."""
+"""Job stores on both databases with a settable clock, and short helper functions for tests."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from tests.jobs.conftest import make_spec
 __all__ = ["contract_store_url", "database", "postgres_with_tables", "store", "store_url", "wall"]
 
 KINDS = ("sqlite", pytest.param("postgresql", marks=[pytest.mark.server, pytest.mark.slow]))
-CONTRACT_KINDS = ("sqlite", pytest.param("postgresql", marks=pytest.mark.server))  # both always: what a store promises
+# always both: the contract of the store
+CONTRACT_KINDS = ("sqlite", pytest.param("postgresql", marks=pytest.mark.server))
 LEASE_S = 15.0
 FILE = StoredFile("k-a.wav", "audio/wav", "a.wav", 3, "0" * 64)
 RESULT = JobResult(FILE, "f" * 32, 44100, (7,), 1.5)
@@ -36,7 +37,7 @@ ERROR = JobError("invalid", "steps: too many", "steps")
 
 @dataclass
 class Wall:
-    """A clock that stands still until it is moved."""
+    """A clock that only tests move."""
 
     now: float = 1_790_000_000.0
 
@@ -58,7 +59,7 @@ def _make_tables(postgres: PostgresServer) -> str:
 
 @pytest.fixture(scope="session")
 def postgres_with_tables(postgres: PostgresServer) -> str:
-    """One database for all tests of this process, which `empty` clears faster than another one is made."""
+    """One database for all tests of this process. `empty` clears it faster than creating another one."""
     return _make_tables(postgres)
 
 
@@ -72,13 +73,13 @@ def _url_of(kind: str, request: pytest.FixtureRequest, folder: Path) -> str:
 
 @pytest.fixture(params=KINDS)
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Where a test's jobs are, with nothing in it."""
+    """Return the URL of an empty job database."""
     return _url_of(request.param, request, tmp_path)
 
 
 @pytest.fixture(params=CONTRACT_KINDS)
 def contract_store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The same for the contract suite: imported `as store_url`."""
+    """The same for the contract suite: import it `as store_url`."""
     return _url_of(request.param, request, tmp_path)
 
 
@@ -99,13 +100,13 @@ def open_database(url: str, wall: Wall | None = None) -> Database:
 
 
 def empty(url: str) -> None:
-    """Forget every job of a PostgreSQL database."""
+    """Delete every job of a PostgreSQL database."""
     with psycopg.connect(url) as connection:
         connection.execute(f"TRUNCATE {', '.join(METADATA.tables)} RESTART IDENTITY CASCADE".encode())
 
 
 def add(store: JobStore, **overrides: Any) -> Job:
-    """A new job, whose spec `make_spec` fills in."""
+    """Add a job with a spec from `make_spec`."""
     return add_spec(store, make_spec(**overrides))
 
 
@@ -149,7 +150,7 @@ def lease(store: JobStore, owner: str = "me", **options: Any) -> Job:
 
 
 def report(store: JobStore, job: Job, **progress: Any) -> bool:
-    """Whether the job's lease still held."""
+    """Report progress and return whether the lease still held."""
     return store.runners.report([Report(job, **progress)]) == []
 
 
@@ -158,14 +159,14 @@ def leased_ids(store: JobStore, number: int) -> list[str]:
 
 
 def result_of(job: Job) -> JobResult:
-    """A result with a file of its own, as each attempt has."""
+    """Return a result with a new file, as each attempt has."""
     assert job.lease is not None
     key = f"{'-'.join(job.spec.ref)}-{job.lease.fence}.wav"
     return JobResult(StoredFile(key, "audio/wav", "a.wav", 3, "0" * 64), f"file-{key}", 44100, (7,), 1.5)
 
 
 def end_in_every_way(store: JobStore, job: Job) -> list[Job | None]:
-    """What a runner may do with a job it has leased."""
+    """Try every way in which a runner can end a leased job."""
     return [
         store.runners.succeed(job, RESULT),
         store.runners.fail(job, ERROR),

@@ -1,4 +1,4 @@
-"""The backup and the restore of docs/operations.md, run as they stand there, while a server takes and does jobs."""
+"""Runs the backup and restore commands of docs/operations.md while a server accepts and runs jobs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KINDS = ("sqlite", "postgresql")
 
 
 async def run_block(title: str, folder: Path, **environ: str) -> None:
-    """Run the only block of commands below a heading of the page."""
+    """Run the only command block below a heading of the page."""
     section = PAGE.read_text().split(f"### {title}\n")[1].split("\n#")[0]
     (commands,) = re.findall(r"```shell\n(.*?)```", section, flags=re.DOTALL)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -42,7 +42,7 @@ async def run_block(title: str, folder: Path, **environ: str) -> None:
 
 @pytest.fixture(params=KINDS)
 def urls(request: pytest.FixtureRequest) -> Iterator[tuple[str | None, str | None]]:
-    """The job database of a server, and an empty one for what is restored; None = the file in its folder."""
+    """Return the job database of a server and an empty one for the restore; None = the file in its folder."""
     if request.param == "sqlite":
         yield None, None
         return
@@ -54,21 +54,21 @@ def urls(request: pytest.FixtureRequest) -> Iterator[tuple[str | None, str | Non
 
 
 def private_backup(folder: Path) -> Path:
-    """The one that was made, which nobody else may read."""
+    """Return the backup file, and check that only its owner can read it."""
     (backup,) = folder.glob("backup-*")
     assert not [path for path in (backup, *backup.iterdir()) if stat.S_IMODE(path.stat().st_mode) & 0o077]
     return backup
 
 
 def remove_files(folder: Path) -> None:
-    """All but the database."""
+    """Delete all files except the database."""
     for path in folder.rglob("*"):
         if path.is_file() and not path.name.startswith(("jobs.db", ".owner")):
             path.unlink()
 
 
 async def keep_submitting(client: httpx.AsyncClient, tickets: list[dict[str, Any]]) -> None:
-    """Until cancelled; every third job has an upload."""
+    """Submit jobs until cancelled. Every third job has an upload."""
     while True:
         tickets.append(await submit(client, "/jobs" if len(tickets) % 3 else "/jobs/variations"))
 
@@ -79,10 +79,10 @@ async def audio_of(client: httpx.AsyncClient, ticket: dict[str, Any]) -> bytes:
     return reply.content
 
 
-async def test_jobs_come_back_from_a_backup_of_a_working_server(
+async def test_backup_of_a_running_server_restores_its_jobs(
     urls: tuple[str | None, str | None], tmp_path: Path
 ) -> None:
-    """Finished ones with their audio, the others done anew; those submitted later are gone."""
+    """Finished jobs have their audio, the others run again, and those submitted after the backup are gone."""
     kind = "PostgreSQL" if urls[0] else "SQLite"
     live: dict[str, Any] = {"output_dir": str(tmp_path / "outputs"), "jobs": {"database_url": urls[0], "lease_s": 1}}
     backend = ToneBackend()
@@ -99,7 +99,7 @@ async def test_jobs_come_back_from_a_backup_of_a_working_server(
         await until(lambda: meanwhile)
         await run_block(f"Backup: {kind}", tmp_path, STABLE_AUDIO_DATABASE_URL=urls[0] or "")
         num_before = len(meanwhile)
-        await until(lambda: len(meanwhile) > num_before + 3)  # the backup leaves the server at work
+        await until(lambda: len(meanwhile) > num_before + 3)  # the server keeps working during the backup
         busy.cancel()
         with suppress(asyncio.CancelledError):
             await busy
@@ -123,7 +123,7 @@ async def test_jobs_come_back_from_a_backup_of_a_working_server(
         assert (await wait(client, await submit(client)))["status"] == "succeeded"
 
 
-async def test_what_is_said_of_jobs_whose_files_are_lost(tmp_path: Path) -> None:
+async def test_jobs_with_lost_files_report_an_error(tmp_path: Path) -> None:
     settings = {"output_dir": str(tmp_path / "outputs")}
     backend = ToneBackend()
     async with make_client(backend, **settings) as (client, _):

@@ -1,4 +1,4 @@
-"""Runners that are killed or frozen at the worst moments: every job has one visible file and one logical webhook."""
+"""Runners that are killed or frozen at critical moments: every job has one visible file and one webhook."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def context() -> ForkServerContext:
 
 @dataclass
 class Site:
-    """One store and folder, and the workers of a test on them."""
+    """A store and folder, and the workers of a test on them."""
 
     settings: Settings
     context: ForkServerContext
@@ -65,7 +65,7 @@ class Site:
         return sorted(path.name for path in Path(self.settings.output_dir).glob("*.wav"))
 
     async def visible(self, job: Job) -> tuple[Job, bytes]:
-        """A job that has succeeded, and its audio, having made sure that there is one of each thing."""
+        """Return a succeeded job and its audio; checks that there is one file and one webhook."""
         ended = await self.queue.get(job.spec.ref)
         assert ended is not None
         assert ended.result is not None, (ended.state, ended.error)
@@ -91,7 +91,7 @@ async def site(request: pytest.FixtureRequest, tmp_path: Path, context: ForkServ
 
 @pytest.fixture(scope="module")
 def expected(context: ForkServerContext, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The audio of a job to which nothing happens."""
+    """Return the audio of a job without faults."""
 
     async def run() -> bytes:
         settings = Settings(output_dir=str(tmp_path_factory.mktemp("undisturbed")))
@@ -128,7 +128,9 @@ ON_POSTGRESQL = ("after_lease", "after_upload", "after_commit")
     ],
     indirect=["site"],
 )
-async def test_killed_there_it_leaves_one_file_and_one_webhook(site: Site, point: Failpoint, expected: bytes) -> None:
+async def test_runner_killed_anywhere_leaves_one_file_and_webhook(
+    site: Site, point: Failpoint, expected: bytes
+) -> None:
     job = await site.submit()
     assert await site.exit_code(site.work(f"{point}=kill")) == -signal.SIGKILL
     assert await site.exit_code(site.work()) == 0
@@ -138,7 +140,7 @@ async def test_killed_there_it_leaves_one_file_and_one_webhook(site: Site, point
     assert len(site.receiver.requests) == 1
 
 
-async def test_a_job_that_kills_everybody_ends_as_a_dead_letter(site: Site) -> None:
+async def test_job_that_kills_every_runner_becomes_a_dead_letter(site: Site) -> None:
     job = await site.submit()
     for _ in range(site.settings.jobs.max_attempts):
         assert await site.exit_code(site.work("between_steps=kill")) == -signal.SIGKILL
@@ -158,7 +160,7 @@ async def test_a_job_that_kills_everybody_ends_as_a_dead_letter(site: Site) -> N
     ],
     indirect=["site"],
 )
-async def test_frozen_past_its_lease_and_thawed_it_changes_nothing(
+async def test_runner_thawed_after_its_lease_changes_nothing(
     site: Site, point: Failpoint, left: list[str], expected: bytes, tmp_path: Path
 ) -> None:
     job = await site.submit()

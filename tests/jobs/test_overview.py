@@ -1,4 +1,4 @@
-"""Counts of jobs for those who ask often: few questions to the database, and old answers while it is away."""
+"""Cached job counts: few database queries, and old counts during an outage."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ __all__ = ["database", "postgres_with_tables", "store", "store_url", "wall"]
 
 
 class Slow(OperatorJobs):
-    """A database that answers when it is let go, and counts what it is asked."""
+    """A database that blocks until released, and counts its queries."""
 
     def __init__(self) -> None:
-        self.asked: Counter[str] = Counter()
+        self.queries: Counter[str] = Counter()
         self.released = threading.Event()
         self.released.set()
         self.error: StorageError | None = None
 
     def unfinished(self) -> Unfinished:
-        self.asked["unfinished"] += 1
+        self.queries["unfinished"] += 1
         self.released.wait(PATIENCE_S)
         if self.error:
             raise self.error
         return Unfinished(1, 2, 3, 4.0)
 
     def counts(self) -> dict[State, int]:
-        self.asked["counts"] += 1
+        self.queries["counts"] += 1
         return {"queued": 1}
 
 
-async def test_counts_what_there_is(store: JobStore, wall: Wall) -> None:
+async def test_counts_are_those_of_the_database(store: JobStore, wall: Wall) -> None:
     dead_letter(store)
     add(store)
     store.runners.succeed(job := lease(store), result_of(job))
@@ -68,17 +68,17 @@ async def test_counts_what_there_is(store: JobStore, wall: Wall) -> None:
     assert (found.reason, found.age_s is not None) == (None, True)
 
 
-async def test_many_who_ask_together_cause_one_question() -> None:
+async def test_concurrent_callers_share_one_query() -> None:
     jobs = Slow()
     watch = JobsWatch(jobs, fresh_s=60.0)
     found = await asyncio.gather(*(watch.overview() for _ in range(500)))
     assert {overview.unfinished for overview in found} == {Unfinished(1, 2, 3, 4.0)}
     await watch.overview()
-    assert jobs.asked == {"unfinished": 1, "counts": 1}
+    assert jobs.queries == {"unfinished": 1, "counts": 1}
 
 
 @pytest.mark.server
-async def test_a_silent_database_is_asked_once_and_the_last_answer_stands() -> None:
+async def test_silent_database_is_queried_once_and_old_counts_hold() -> None:
     jobs = Slow()
     watch = JobsWatch(jobs, fresh_s=0.0)
     await watch.overview()
@@ -86,13 +86,13 @@ async def test_a_silent_database_is_asked_once_and_the_last_answer_stands() -> N
     for _ in range(2):
         found = await watch.overview()
         assert (found.unfinished, found.reason) == (Unfinished(1, 2, 3, 4.0), "the job database does not answer")
-    assert jobs.asked["unfinished"] == 2
+    assert jobs.queries["unfinished"] == 2
     jobs.released.set()
     await watch.close()
     assert (await watch.overview()).reason is None
 
 
-async def test_a_broken_database_says_why() -> None:
+async def test_broken_database_reports_the_reason() -> None:
     jobs = Slow()
     jobs.error = StorageError("the job database is away")
     found = await JobsWatch(jobs).overview()

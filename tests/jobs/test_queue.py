@@ -18,7 +18,7 @@ def job_settings() -> JobSettings:
     return JobSettings(max_queued=60)
 
 
-async def test_what_is_submitted_together_is_kept_in_few_transactions(workshop: Workshop) -> None:
+async def test_concurrent_submissions_share_transactions(workshop: Workshop) -> None:
     commits: list[object] = []
     add(workshop.queue.store)
     sa.event.listen(workshop.queue.store.database.engine, "commit", commits.append)
@@ -30,7 +30,7 @@ async def test_what_is_submitted_together_is_kept_in_few_transactions(workshop: 
         assert await workshop.queue.get(spec.ref) is not None
 
 
-async def test_each_of_many_hears_of_its_own_fate(workshop: Workshop) -> None:
+async def test_each_concurrent_submission_gets_its_own_result(workshop: Workshop) -> None:
     queue = workshop.queue
     first, same, other = (make_spec(idempotency_key="k", fingerprint=print_) for print_ in ("f", "f", "g"))
     many = [make_spec() for _ in range(60)]
@@ -42,7 +42,7 @@ async def test_each_of_many_hears_of_its_own_fate(workshop: Workshop) -> None:
     assert await queue.get(many[-1].ref) is None
 
 
-async def test_a_submission_nobody_waits_for_any_more_harms_no_other(workshop: Workshop) -> None:
+async def test_cancelled_submission_affects_no_other(workshop: Workshop) -> None:
     left, stays = make_spec(), make_spec()
     tasks = [asyncio.create_task(workshop.queue.add(spec)) for spec in (left, stays)]
     await asyncio.sleep(0)
@@ -51,7 +51,7 @@ async def test_a_submission_nobody_waits_for_any_more_harms_no_other(workshop: W
     assert (await asyncio.gather(tasks[0], return_exceptions=True))[0].__class__ is asyncio.CancelledError
 
 
-async def test_a_database_that_fails_fails_everybody_and_then_nobody(workshop: Workshop) -> None:
+async def test_database_error_reaches_every_caller_and_passes(workshop: Workshop) -> None:
     add(workshop.queue.store)
     engine = workshop.queue.store.database.engine
 
@@ -65,7 +65,7 @@ async def test_a_database_that_fails_fails_everybody_and_then_nobody(workshop: W
     assert (await workshop.queue.add(make_spec())).is_new
 
 
-async def test_a_published_file_stays_when_only_the_answer_of_the_database_got_lost(
+async def test_published_file_stays_if_only_the_answer_is_lost(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish = workshop.queue.store.files.publish

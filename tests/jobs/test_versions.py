@@ -1,4 +1,4 @@
-"""Servers of two versions on one job database, while one replaces the other: both run jobs, and none is lost."""
+"""Servers of two versions on one job database while one replaces the other: both run jobs, and none is lost."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.server]
 
 @pytest.fixture(params=KINDS)
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A database without any tables."""
+    """Return the URL of a database without tables."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'jobs.db'}"
     found: str = request.getfixturevalue("postgres_url")
@@ -35,7 +35,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @contextmanager
 def runner(version: str, url: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """A runner of `this` or the `next` version, which has said its first word when this returns."""
+    """Run a runner of `this` or the `next` version, and wait for its first line of output."""
     command = [sys.executable, "-m", "tests.jobs.versions", version, url, str(folder)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ)
     try:
@@ -45,15 +45,15 @@ def runner(version: str, url: str, folder: Path) -> Iterator[subprocess.Popen[st
         process.wait()
 
 
-def first_word(process: subprocess.Popen[str]) -> str:
+def read_line(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     return process.stdout.readline().strip()
 
 
 def end(process: subprocess.Popen[str]) -> int:
-    """How many attempts a runner began in its life."""
-    said, _ = process.communicate(timeout=PATIENCE_S)
-    return int(said)
+    """Return how many attempts a runner has begun."""
+    output, _ = process.communicate(timeout=PATIENCE_S)
+    return int(output)
 
 
 def scalar(queue: JobQueue, query: str) -> int:
@@ -72,7 +72,7 @@ class Customer:
         self.jobs += [await self._queue.submit(make_spec()) for _ in range(number)]
 
     async def keep_both_busy(self) -> None:
-        """Submit jobs until the newer runner has had some of them, and an older one too."""
+        """Submit jobs until both versions have run some."""
         before = self._num_of_versions()
         async with asyncio.timeout(PATIENCE_S):
             while any(now < then + 3 for now, then in zip(self._num_of_versions(), before, strict=True)):
@@ -80,7 +80,7 @@ class Customer:
                 await asyncio.sleep(0.05)
 
     async def ended(self) -> list[Job]:
-        """All jobs, when every one is over."""
+        """Wait until all jobs are over and return them."""
         async with asyncio.timeout(PATIENCE_S):
             while True:
                 found = [await self._queue.get(job.spec.ref) for job in self.jobs]
@@ -93,30 +93,30 @@ class Customer:
         return newer, scalar(self._queue, "SELECT count(*) FROM jobs WHERE state = 'succeeded'") - newer
 
 
-async def test_runners_of_two_versions_share_the_jobs_while_one_replaces_the_other(url: str, tmp_path: Path) -> None:
+async def test_runners_of_two_versions_share_the_jobs_of_one_database(url: str, tmp_path: Path) -> None:
     queue = open_queue(Settings(output_dir=str(tmp_path), jobs=JobSettings(database_url=url, max_queued=10_000)))
     customer = Customer(queue)
     with runner("this", url, tmp_path) as old:
-        assert first_word(old) == "ready"
+        assert read_line(old) == "ready"
         await customer.submit(40)
-        with runner("next", url, tmp_path) as new:  # it upgrades while the older one works
-            assert first_word(new) == "ready"
+        with runner("next", url, tmp_path) as new:  # upgrades while the older one works
+            assert read_line(new) == "ready"
             await customer.keep_both_busy()
-            with runner("this", url, tmp_path) as late:  # on tables that are newer than it is
-                assert first_word(late) == "ready"
+            with runner("this", url, tmp_path) as late:  # on tables newer than its own
+                assert read_line(late) == "ready"
                 num_old = end(old)
                 await customer.keep_both_busy()
                 jobs = await customer.ended()
                 num_new, num_late = end(new), end(late)
     assert {(job.state, job.attempts) for job in jobs} == {("succeeded", 1)}
     assert min(num_old, num_new, num_late) > 0
-    assert num_old + num_new + num_late - len(jobs) in (0, 1, 2)  # those that the old one put back when it ended
+    assert num_old + num_new + num_late - len(jobs) in (0, 1, 2)  # jobs that the old runner requeued when it stopped
     assert scalar(queue, "SELECT count(*) FROM made_up") == num_new
     assert (
         scalar(queue, "SELECT count(*) FROM jobs WHERE made_up_work_s = 0 AND made_up_note IS NULL")
         == len(jobs) - num_new
     )
-    while queue.store.retention.purge(age_s=0.0):  # by this version, which knows nothing of what hangs on the jobs
+    while queue.store.retention.purge(age_s=0.0):  # by this version, which does not know the tables that refer to jobs
         pass
     assert scalar(queue, "SELECT count(*) FROM jobs") == scalar(queue, "SELECT count(*) FROM made_up") == 0
     await queue.close()

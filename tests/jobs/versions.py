@@ -1,6 +1,6 @@
-"""Run as a program: a server's job runner, of this version or of a made-up next one, whose revision adds to the tables.
+"""Program: a server's job runner, of this version or of a simulated next one, whose revision adds to the tables.
 
-It prints `ready`, or why it was refused, works until its input ends, and prints how many attempts it began.
+It prints `ready` or the reason for its refusal, works until its input closes, and prints how many attempts it began.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def upgrade():
 
 
 def become_next(folder: Path) -> sa.Table:
-    """Make this process one of the next version. Call it before the store is imported. Returns its new table."""
+    """Turn this process into the next version and return its new table. Call it before the store is imported."""
     shutil.copytree(Path(migrations.__file__).parent, folder)
     (folder / "versions" / f"{NEXT}_made_up.py").write_text(_REVISION)
     tables.JOBS.append_column(sa.Column("made_up_work_s", sa.Double, nullable=False, server_default="0"))
@@ -66,26 +66,26 @@ async def work(url: str, outputs: str, made_up: sa.Table | None) -> None:
     try:
         queue.store.database.prepare()
     except ConfigError as error:
-        say(error.message)
+        print_line(error.message)
         return
     if made_up is not None:
         queue.store.runners.lease = partial(_lease_and_note, queue.store, made_up)  # type: ignore[method-assign]
     backend = ToneBackend(delay_s=0.03)
     runner = JobRunner(queue.store, queue.artifacts, backend=backend, settings=settings, pauses=SHORT_PAUSES)
     await runner.start()
-    say("ready")
+    print_line("ready")
     await asyncio.to_thread(sys.stdin.read)
     await runner.close()
     await queue.close()
-    say(len(backend.requests))
+    print_line(len(backend.requests))
 
 
-def say(word: object) -> None:
-    print(word, file=sys.__stdout__, flush=True)
+def print_line(line: object) -> None:
+    print(line, file=sys.__stdout__, flush=True)
 
 
 def _lease_and_note(store: Any, made_up: sa.Table, owner: str, **options: Any) -> Any:
-    """What the made-up version does with what it added."""
+    """Lease a job and write to the added table and column, as the next version would."""
     jobs = tables.JOBS
     job = type(store.runners).lease(store.runners, owner, **options)
     if job is not None:
@@ -99,6 +99,6 @@ def _lease_and_note(store: Any, made_up: sa.Table, owner: str, **options: Any) -
 
 if __name__ == "__main__":
     _version, _url, _outputs = sys.argv[1:]
-    with redirect_stdout(sys.stderr):  # where the log then goes
+    with redirect_stdout(sys.stderr):  # the log goes here
         _made_up = become_next(Path(_outputs) / "revisions") if _version == "next" else None
         asyncio.run(work(_url, _outputs, _made_up))

@@ -1,4 +1,6 @@
-"""The one server that all files of this folder share: they run in one process, and it ends with the last of them."""
+"""The server that all files of this folder share. They run in one process, which stops the server after the
+last file.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +29,9 @@ def metrics_port() -> int:
 
 @pytest.fixture(scope="package")
 def server(tmp_path_factory: pytest.TempPathFactory, metrics_port: int) -> Iterator[LaunchedServer]:
-    """HAProxy, two ingress replicas, a job runner, the models `tiny` (the default) and `demo`; no keys."""
+    """Run HAProxy, two ingress replicas, a job runner and the models `tiny` (the default) and `demo`, without keys."""
     folder = tmp_path_factory.mktemp("server")
-    # A relative path is relative to where the server is started.
+    # A relative path is relative to the server's working directory.
     tiny = model(
         "tiny", os.path.relpath(TINY, folder), aliases=["little"], max_queue_s=1e6, replicas={"max_replicas": 1}
     )
@@ -47,7 +49,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, metrics_port: int) -> Itera
             "STABLE_AUDIO_MAX_STEPS": "1000",
             "STABLE_AUDIO_MAX_DURATION": "20",
             "RAY_metrics_report_interval_ms": "1000",
-            "http_proxy": "http://127.0.0.1:9",  # meant for the outside world: must not matter on this machine
+            "http_proxy": "http://127.0.0.1:9",  # must not affect local connections
         },
     )
     try:
@@ -65,7 +67,7 @@ def watcher(server: LaunchedServer) -> Iterator[Watcher]:
 
 
 def probe_start(launched: LaunchedServer) -> list[tuple[httpx.Response, int]]:
-    """Answers of `/health`, each with the status of `/ready` right after it, until the server is ready."""
+    """Poll `/health` until the server is ready. Each answer is paired with the status of `/ready` right after it."""
     answers: list[tuple[httpx.Response, int]] = []
     deadline = time.monotonic() + PATIENCE_S
     with httpx.Client(base_url=launched.url, timeout=30) as client:
@@ -73,9 +75,9 @@ def probe_start(launched: LaunchedServer) -> list[tuple[httpx.Response, int]]:
             if launched.process.poll() is not None:
                 break
             time.sleep(0.05)
-            with suppress(httpx.TransportError):  # nothing listens yet
+            with suppress(httpx.TransportError):  # not listening yet
                 health, ready = client.get("/health"), client.get("/ready").status_code
-                if "loaded_models" in health.text:  # else HAProxy answered without an ingress
+                if "loaded_models" in health.text:  # otherwise HAProxy answered in place of an ingress
                     answers.append((health, ready))
     return answers
 
@@ -85,7 +87,7 @@ def make_body(**overrides: Any) -> dict[str, Any]:
 
 
 def make_long_body(**overrides: Any) -> dict[str, Any]:
-    """Minutes of work for the tiny model."""
+    """Return a request that keeps the tiny model busy for minutes."""
     rk4 = {"sampler_type": "rk4"}
     return make_body(steps=1000, batch_size=4, cfg_scale=3, duration=16, sampler_kwargs=rk4) | overrides
 
@@ -98,7 +100,7 @@ def submit(server: LaunchedServer, body: Mapping[str, Any]) -> str:
 
 
 def wait(server: LaunchedServer, job_id: str, *statuses: str) -> dict[str, Any]:
-    """The job once it has one of `statuses`; without any, once it is over."""
+    """Wait until the job has one of `statuses`, by default until it is over."""
 
     def read() -> dict[str, Any]:
         job: dict[str, Any] = server.client.get(f"/jobs/{job_id}").json()

@@ -1,4 +1,4 @@
-"""Our own command and client, as their users have them, against the server as its operator has it."""
+"""Our command line and Python client against a real server."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.serving.launched import LaunchedServer
 pytestmark = pytest.mark.server
 
 
-def _hear_ctrl_c() -> None:
-    """A shell starts what runs in the background deaf to it, and with it these tests and all their children."""
+def _restore_sigint() -> None:
+    """Restore SIGINT, which shells make background processes ignore, and these tests with them."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -30,7 +30,7 @@ def start(server: LaunchedServer, folder: Path, *arguments: str) -> subprocess.P
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=_hear_ctrl_c,
+        preexec_fn=_restore_sigint,
     )
 
 
@@ -39,10 +39,10 @@ def find_running(client: Client) -> Job:
     return job
 
 
-def test_a_command_a_call_and_a_job_make_the_same_file(server: LaunchedServer, tmp_path: Path) -> None:
+def test_command_call_and_job_make_the_same_file(server: LaunchedServer, tmp_path: Path) -> None:
     process = start(server, tmp_path, "generate", "a door closes", "-d", "1", "-s", "7", "--steps", "1")
-    output, said = process.communicate(timeout=PATIENCE_S)
-    assert (process.returncode, output) == (0, "a-door-closes-7.wav\n"), said
+    output, errors = process.communicate(timeout=PATIENCE_S)
+    assert (process.returncode, output) == (0, "a-door-closes-7.wav\n"), errors
     with Client(server.url) as client:
         take = client.generate("a door closes", duration=1, seed=7, steps=1)
         job = client.jobs.submit("a door closes", duration=1, seed=7, steps=1)
@@ -50,13 +50,13 @@ def test_a_command_a_call_and_a_job_make_the_same_file(server: LaunchedServer, t
     assert (tmp_path / "a-door-closes-7.wav").read_bytes() == take.content == path.read_bytes()
 
 
-def test_ctrl_c_cancels_what_the_server_is_making(server: LaunchedServer, tmp_path: Path) -> None:
+def test_ctrl_c_cancels_the_job_on_the_server(server: LaunchedServer, tmp_path: Path) -> None:
     long = ("-d", "16", "--steps", "1000", "-n", "4", "--cfg-scale", "3", "--sampler", "rk4")
     process = start(server, tmp_path, "generate", "a door closes", *long)
     with Client(server.url) as client:
         job = find_running(client)
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=PATIENCE_S)
-        assert (process.returncode, said.strip()) == (130, "error: interrupted")
+        _, errors = process.communicate(timeout=PATIENCE_S)
+        assert (process.returncode, errors.strip()) == (130, "error: interrupted")
         assert client.jobs.wait(job.id, timeout_s=PATIENCE_S).status == "cancelled"
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""What other users of the machine find of a server: nothing they may enter, open or send to."""
+"""Other users of the machine can read, open and call nothing of a server."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TRY = """
 import os, socket, sys
 os.setgroups([])
 os.setgid(65534)
-os.setuid(65534)  # nobody, in a process that had to be started as root to get at its own program
+os.setuid(65534)  # the user `nobody`; the process starts as root so that it can read this program
 for path in sys.argv[1:]:
     try:
         if os.path.isdir(path):
@@ -38,12 +38,12 @@ for path in sys.argv[1:]:
 """
 
 
-# A method of each service of Ray that runs something or tells something, and who serves it.
+# A method of each Ray service that runs code or returns data, and the process that serves it.
 _METHODS = (
     "ray.rpc.NodeInfoGcsService/GetAllNodeInfo",  # the GCS
     "ray.rpc.NodeManagerService/GetNodeStats",  # the raylet
     "ray.rpc.ObjectManagerService/Pull",  # its object store
-    "ray.rpc.CoreWorkerService/PushTask",  # every process with Python in it
+    "ray.rpc.CoreWorkerService/PushTask",  # every Python process
     "ray.rpc.LogService/ListLogs",  # the node's agent
     "ray.serve.ASGIService/HandleRequest",  # calls between replicas
 )
@@ -52,7 +52,7 @@ _OF_RAY = ("gcs_server", "raylet", "DashboardAgent", "RuntimeEnvAgent", "ServeCo
 
 @pytest.fixture(scope="module")
 def used(server: LaunchedServer) -> LaunchedServer:
-    """A server that has kept a job, an upload and a file."""
+    """Return a server that has stored a job, an upload and a file."""
     job = server.client.post("/jobs", json=_BODY).json()
     with server.client.stream("GET", f"/jobs/{job['id']}/events") as events:
         events.read()
@@ -65,13 +65,13 @@ def below(folder: Path) -> Iterator[tuple[Path, int]]:
         yield path, path.lstat().st_mode
 
 
-def test_folder_and_admin_socket_are_the_owners_alone(used: LaunchedServer) -> None:
+def test_only_the_owner_can_open_folder_and_admin_socket(used: LaunchedServer) -> None:
     assert stat.S_IMODE(used.directory.stat().st_mode) == 0o700
     (admin,) = used.directory.glob("*/admin.sock")
     assert stat.S_IMODE(admin.stat().st_mode) == 0o600
 
 
-def test_jobs_and_their_files_are_the_owners_alone(used: LaunchedServer) -> None:
+def test_only_the_owner_can_read_jobs_and_their_files(used: LaunchedServer) -> None:
     outputs = Path(f"/proc/{used.process.pid}/cwd").resolve() / "outputs"
     names = {path.name for path, _ in below(outputs)}
     assert {"jobs.db", "jobs.db-wal", "jobs.db-shm"} <= names
@@ -81,7 +81,7 @@ def test_jobs_and_their_files_are_the_owners_alone(used: LaunchedServer) -> None
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may try things as another user")
-def test_another_user_gets_nowhere(used: LaunchedServer) -> None:
+def test_another_user_can_call_nothing(used: LaunchedServer) -> None:
     sockets = [path for path, mode in below(used.directory) if stat.S_ISSOCK(mode)]
     assert {"admin.sock", "plasma_store", "raylet"} <= {path.name for path in sockets}
     tried = subprocess.run(
@@ -94,7 +94,7 @@ def test_another_user_gets_nowhere(used: LaunchedServer) -> None:
     assert set(tried.stdout.split()) == {"PermissionError"}
 
 
-def test_only_calls_between_replicas_are_open_to_other_machines(used: LaunchedServer) -> None:
+def test_other_machines_reach_only_calls_between_replicas(used: LaunchedServer) -> None:
     found = listeners_of([used.process.pid, *used.pids("")])
     assert {"haproxy", "raylet", "gcs_server", "ProxyActor"} <= {
         word for word in ("haproxy", "raylet", "gcs_server", "ProxyActor") for one in found if word in one.title
@@ -106,7 +106,7 @@ def test_only_calls_between_replicas_are_open_to_other_machines(used: LaunchedSe
 
 
 def answer_without_token(listener: Listener) -> str:
-    """What a listener says to somebody who has no token: refused, open, or numbers (a page of metrics)."""
+    """Classify a listener's answer to a client without a token: refused, open, or numbers (a page of metrics)."""
     host, port = listener.reachable_at
     try:
         reply = httpx.get(f"http://{host}:{port}/", timeout=PATIENCE_S)
@@ -118,19 +118,19 @@ def answer_without_token(listener: Listener) -> str:
 
 
 def _answer_to_calls(address: str) -> str:
-    said = set()
+    codes = set()
     with grpc.insecure_channel(address) as channel:
         for method in _METHODS:
             try:
                 channel.unary_unary(f"/{method}")(b"", timeout=PATIENCE_S)
             except grpc.RpcError as error:
-                said.add(error.code())
+                codes.add(error.code())
             else:
                 return "open"
-    return "refused" if grpc.StatusCode.UNAUTHENTICATED in said else "open"
+    return "refused" if grpc.StatusCode.UNAUTHENTICATED in codes else "open"
 
 
-def test_without_its_token_ray_does_nothing(used: LaunchedServer) -> None:
+def test_ray_refuses_calls_without_its_token(used: LaunchedServer) -> None:
     of_ray = [one for one in listeners_of(used.pids("")) if any(word in one.title for word in _OF_RAY)]
     assert len(of_ray) >= len(_OF_RAY)
     assert {answer_without_token(one) for one in of_ray} == {"refused", "numbers"}

@@ -38,11 +38,11 @@ _RAY_LABELS = {
 
 @pytest.fixture(scope="module")
 def folder(server: LaunchedServer) -> Path:
-    """Where the server was started."""
+    """Return the server's working directory."""
     return Path(f"/proc/{server.process.pid}/cwd").resolve()
 
 
-def test_a_job_runs_and_its_file_lies_below_the_folder_of_the_start(server: LaunchedServer, folder: Path) -> None:
+def test_job_file_is_stored_below_the_working_directory(server: LaunchedServer, folder: Path) -> None:
     job = wait(server, submit(server, make_body()))
     assert job["status"] == "succeeded", job
     assert job["download_url"] == f"{server.url}/jobs/{job['id']}/audio"
@@ -69,7 +69,7 @@ def test_cancel_reaches_the_engine_and_the_webhook(server: LaunchedServer, watch
         assert receiver.bodies[0]["status"] == "ERROR"
 
 
-def test_progress_comes_from_the_engine(server: LaunchedServer) -> None:
+def test_job_progress_comes_from_the_engine(server: LaunchedServer) -> None:
     job_id = submit(server, make_body(steps=500, duration=4))
     seen = []
     while not seen or seen[-1]["status"] not in OVER:
@@ -89,7 +89,7 @@ def test_progress_comes_from_the_engine(server: LaunchedServer) -> None:
 
 
 def read_events(server: LaunchedServer, job_id: str, *, after: str = "0") -> Iterator[dict[str, Any]]:
-    """The events of a job as they arrive: id, event and data."""
+    """Yield the events of a job as they arrive: id, event and data."""
     event: dict[str, Any] = {}
     with server.client.stream("GET", f"/jobs/{job_id}/events", headers={"Last-Event-ID": after}) as reply:
         assert reply.status_code == 200
@@ -102,17 +102,17 @@ def read_events(server: LaunchedServer, job_id: str, *, after: str = "0") -> Ite
                 event[name] = json.loads(value) if name == "data" else value
 
 
-def test_a_stream_goes_on_at_another_ingress_after_an_operator_cancelled(server: LaunchedServer, folder: Path) -> None:
+def test_event_stream_resumes_after_an_operator_cancels(server: LaunchedServer, folder: Path) -> None:
     job_id = submit(server, make_long_body())
-    told = []
-    for event in read_events(server, job_id):  # its connection is given up in the middle
-        told.append(event)
+    received = []
+    for event in read_events(server, job_id):  # the connection is dropped midway
+        received.append(event)
         if event["data"]["stage"] == "denoising":
             break
     command = [sys.executable, "-m", "stable_audio_serve.cli", "admin", "jobs", "cancel", job_id]
     done = subprocess.run(command, cwd=folder, capture_output=True, timeout=PATIENCE_S, check=True)
     assert b"asked to stop" in done.stdout
-    last = next(event["id"] for event in reversed(told) if "id" in event)
+    last = next(event["id"] for event in reversed(received) if "id" in event)
     *rest, end = read_events(server, job_id, after=last)
     assert (end["id"], end["event"], end["data"]["status"]) == ("end", "end", "cancelled")
     assert all(int(event["id"]) > int(last) for event in rest if "id" in event)
@@ -121,7 +121,7 @@ def test_a_stream_goes_on_at_another_ingress_after_an_operator_cancelled(server:
 
 
 def scrape(port: int) -> dict[str, tuple[str, set[str]]]:
-    """Type and labels of each of our metrics on Ray's page, the labels that Ray adds to all of them left out."""
+    """Return type and labels of each of our metrics on Ray's page, without the labels that Ray adds to all."""
     page = httpx.get(f"http://127.0.0.1:{port}/metrics").text
     types = dict(re.findall(r"^# TYPE (ray_stable_audio_\w+) (\w+)$", page, flags=re.MULTILINE))
     found = {}
@@ -132,12 +132,12 @@ def scrape(port: int) -> dict[str, tuple[str, set[str]]]:
     return found
 
 
-def test_a_real_run_exports_what_is_declared(server: LaunchedServer, folder: Path, metrics_port: int) -> None:
+def test_a_real_run_exports_the_declared_metrics(server: LaunchedServer, folder: Path, metrics_port: int) -> None:
     assert f"metrics: http://127.0.0.1:{metrics_port}/metrics" in server.output
     with Receiver() as receiver:
         job = wait(server, submit(server, make_body(webhook_url=receiver.url)))
         server.client.get(f"/jobs/{job['id']}/events")
-        for _ in range(2):  # the second finds its prompt in the cache
+        for _ in range(2):  # the second request finds its prompt in the cache
             server.client.post("/generate", json=make_body(model="tiny"))
         server.client.post("/generate", json=make_body(model="nope"))
         form, upload = {"prompt": "x", "duration": "2", "steps": "2"}, make_audio_file(duration_s=1.0)

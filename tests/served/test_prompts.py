@@ -1,4 +1,4 @@
-"""The demo model follows prompts that were written by hand, none of them by the grammar it was trained on."""
+"""The demo model follows prompts written by hand. The grammar that generated its training data made none of them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def sweep(sign: int) -> Check:
     return lambda audio: sign * math.log2(strongest_hz(audio[:, -11025:]) / strongest_hz(audio[:, :11025])) > 0.5
 
 
-# Written by hand, none of them by the grammar the model was trained on; seconds last.
+# Written by hand, not by the training grammar. The last value is seconds.
 SPOKEN: dict[str, list[tuple[str, Check, float]]] = {
     "pitch": [
         ("Sine wave, 291 Hz", pitch(291), 0.7),
@@ -89,7 +89,7 @@ SPOKEN: dict[str, list[tuple[str, Check, float]]] = {
 
 
 @pytest.mark.parametrize("group", SPOKEN)
-async def test_free_words_are_understood(url: str, group: str) -> None:
+async def test_handwritten_prompts_are_followed(url: str, group: str) -> None:
     wrong = []
     async with HttpPlayer(url) as player:
         for number, (prompt, check, duration_s) in enumerate(SPOKEN[group]):
@@ -100,7 +100,7 @@ async def test_free_words_are_understood(url: str, group: str) -> None:
     assert len(wrong) <= 0.15 * len(SPOKEN[group]), wrong
 
 
-def test_health_and_models_say_that_it_is_a_demo(url: str) -> None:
+def test_health_and_models_report_a_demo(url: str) -> None:
     import httpx
 
     assert httpx.get(f"{url}/health").json()["models"]["demo"]["demo"] is True
@@ -109,6 +109,6 @@ def test_health_and_models_say_that_it_is_a_demo(url: str) -> None:
     assert "demo" in model["description"].lower()
 
 
-def test_the_model_card_says_what_it_cannot_do() -> None:
+def test_model_card_lists_its_limits() -> None:
     card = Path(BUILT_IN["demo"].folder or "") / "README.md"
     assert "## What it cannot do" in card.read_text()

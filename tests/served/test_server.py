@@ -1,4 +1,4 @@
-"""The whole stack over HTTP, behind HAProxy."""
+"""The whole server over HTTP, behind HAProxy."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def read_wav(response: httpx.Response) -> wave.Wave_read:
     return wave.open(io.BytesIO(response.content))
 
 
-def test_a_starting_server_is_alive_before_it_is_ready(server: LaunchedServer) -> None:
+def test_starting_server_is_alive_before_it_is_ready(server: LaunchedServer) -> None:
     *before, last = [
         (health.status_code, health.json()["status"], health.json()["healthy"], ready)
         for health, ready in server.probes
     ]
     loading = (200, "loading", False, 503)
-    assert before[:2] == [loading, loading]  # the ingress takes less time than the models
-    assert set(before) <= {loading, (200, "ok", True, 503)}  # one of the two ingress replicas hears of them later
+    assert before[:2] == [loading, loading]  # the ingress starts faster than the models
+    assert set(before) <= {loading, (200, "ok", True, 503)}  # one of the two ingress replicas learns it later
     assert last[-1] == 200
     assert server.client.get("/health").json()["device"] in ("cpu", "cuda:0")
 
@@ -58,7 +58,7 @@ def test_text_becomes_audio(server: LaunchedServer, path: str) -> None:
     assert (wav.getnchannels(), wav.getframerate(), wav.getnframes()) == (2, 1000, 2000)
 
 
-def test_names_and_pages_are_judged_behind_the_proxy_as_they_were_sent(server: LaunchedServer) -> None:
+def test_host_and_origin_checks_work_behind_the_proxy(server: LaunchedServer) -> None:
     def ask(method: str, path: str, **headers: str) -> int:
         return server.client.request(method, path, json=make_body(), headers=headers).status_code
 
@@ -79,7 +79,7 @@ def test_same_request_same_bytes_and_one_request_id(server: LaunchedServer) -> N
     assert first.headers.get_list("x-request-id") == ["mine"]
 
 
-def test_several_variations_come_as_zip(server: LaunchedServer) -> None:
+def test_several_variations_are_a_zip(server: LaunchedServer) -> None:
     response = server.client.post("/generate", json=make_body(batch_size=3, model="little"))
     names = zipfile.ZipFile(io.BytesIO(response.content)).namelist()
     assert names == [f"stable-audio-3-tiny-{index:02d}.wav" for index in (1, 2, 3)]
@@ -95,7 +95,7 @@ def test_audio_becomes_audio(server: LaunchedServer, path: str, fields: dict[str
     assert read_wav(response).getnframes() == 2000
 
 
-def test_health_knows_what_runs_where(server: LaunchedServer) -> None:
+def test_health_reports_models_and_devices(server: LaunchedServer) -> None:
     health = server.client.get("/health").json()
     assert health["status"] == "ok"
     assert health["preload_models"] == ["tiny", "demo"]
@@ -110,26 +110,26 @@ def test_models_and_pages(server: LaunchedServer) -> None:
     assert server.client.get("/docs").status_code == 200
 
 
-def test_a_reload_of_haproxy_waits_for_the_longest_request(server: LaunchedServer) -> None:
+def test_haproxy_reload_waits_for_the_longest_request(server: LaunchedServer) -> None:
     (rendered,) = server.directory.rglob("haproxy.cfg")
     assert f" hard-stop-after {Settings().api.max_deadline_s:.0f}s\n" in rendered.read_text()
 
 
-def test_environment_reaches_the_limits(server: LaunchedServer) -> None:
+def test_environment_variables_set_the_limits(server: LaunchedServer) -> None:
     assert server.client.get("/health").json()["max_steps"] == 1000
     response = server.client.post("/generate", json=make_body(steps=1001))
     assert response.status_code == 422
     assert response.json()["detail"][0]["loc"] == ["body", "steps"]
 
 
-def test_model_refusal_crosses_the_handle_intact(server: LaunchedServer) -> None:
+def test_model_error_reaches_the_client_unchanged(server: LaunchedServer) -> None:
     body = make_body(sampler_kwargs={"sampler_type": "no-such-sampler"})
     response = server.client.post("/generate", json=body)
     assert response.status_code in (400, 422)
     assert "sampler" in response.text
 
 
-def test_refusals_leave_no_traceback_in_the_log(server: LaunchedServer) -> None:
+def test_refusals_log_no_traceback(server: LaunchedServer) -> None:
     num_lines = len(server.lines)
     server.client.post("/generate", json=make_body(sampler_kwargs={"sampler_type": "no-such-sampler"}))
     server.client.post("/generate", json=make_body(deadline_s=0.001))
@@ -142,26 +142,27 @@ def test_late_request_ends_at_its_deadline(server: LaunchedServer) -> None:
     started_at = time.monotonic()
     response = server.client.post("/generate", json=make_long_body(deadline_s=1))
     assert response.status_code == 504
-    assert time.monotonic() - started_at < 15  # its work alone takes longer
+    assert time.monotonic() - started_at < 15  # the generation alone takes longer
 
 
 def test_every_stage_of_the_start_is_printed(server: LaunchedServer) -> None:
     assert "cold start: ray" in server.output
     assert "tiny: import" in server.output
     assert f"ready: {server.url}" in server.output
-    assert "\x1b" not in server.output  # colours are for terminals
+    assert "\x1b" not in server.output  # no colour codes: the output is not a terminal
 
 
-def test_hundred_instant_disconnects_stop_their_rows(server: LaunchedServer, watcher: Watcher) -> None:
-    deadline_s = 60.0  # of those whose going is not noticed
+def test_a_hundred_instant_disconnects_stop_their_rows(server: LaunchedServer, watcher: Watcher) -> None:
+    deadline_s = 60.0  # for disconnects that Serve does not notice
     before = watcher.status()
     body = json.dumps(make_long_body(deadline_s=deadline_s)).encode()
     request = b"POST /generate HTTP/1.1\r\nHost: [::]\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
     for index in range(100):
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
             connection.sendall(request % (len(body), body))
-            time.sleep(index % 20 / 1000)  # some leave before Serve has found a replica, some once their rows step
-    wait_until(lambda: not ((now := watcher.status())["in_flight"] or now["backlog_ms"]))  # at the end of their step
+            time.sleep(index % 20 / 1000)  # some disconnect before Serve has chosen a replica, some during a step
+    # a row stops at the end of its step
+    wait_until(lambda: not ((now := watcher.status())["in_flight"] or now["backlog_ms"]))
     after = watcher.status()
     assert after["cancelled"] > before["cancelled"]
     assert after["expired"] - before["expired"] <= 5
@@ -170,10 +171,10 @@ def test_hundred_instant_disconnects_stop_their_rows(server: LaunchedServer, wat
 
 
 @pytest.mark.slow
-def test_a_thousand_dripping_uploads_hold_nobody_up(server: LaunchedServer) -> None:
+def test_a_thousand_slow_uploads_delay_nobody(server: LaunchedServer) -> None:
     head = b"POST /v1/audio/variations HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=B\r\n"
     part = b'--B\r\nContent-Disposition: form-data; name="audio"; filename="a.wav"\r\n\r\n'
-    beginning = part + b"-" * 20_000  # more than HAProxy waits for
+    beginning = part + b"-" * 20_000  # more than HAProxy buffers
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(4096, hard)), hard))
     with ExitStack() as stack:
@@ -183,28 +184,29 @@ def test_a_thousand_dripping_uploads_hold_nobody_up(server: LaunchedServer) -> N
         assert server.client.get("/health").status_code == 200
         read_wav(server.client.post("/generate", json=make_body(duration=1)))
         answers = []
-        for upload in uploads[-500:]:  # more than are received at a time came before these
+        for upload in uploads[-500:]:  # more uploads came before these than are received at a time
             upload.settimeout(PATIENCE_S)
             answers.append(upload.recv(4096).lower())
     assert {answer[:13] for answer in answers} <= {b"http/1.1 503 ", b"http/1.1 408 "}
     refused = [answer for answer in answers if answer.startswith(b"http/1.1 503 ")]
-    assert refused  # on a slow machine some found places that the first ones had already lost
+    assert refused  # on a slow machine, some uploads got slots that earlier ones had freed
     assert all(b"\r\nretry-after: 5\r\n" in answer for answer in refused)
 
 
-def test_whatever_is_no_model_leaves_models_the_right_of_way(server: LaunchedServer) -> None:
+def test_other_processes_run_at_lower_priority_than_models(server: LaunchedServer) -> None:
     own = os.getpriority(os.PRIO_PROCESS, 0)
     (model,) = server.pids("ServeReplica:audio:tiny")
-    assert os.getpriority(os.PRIO_PROCESS, model) == own  # not Ray's default, below everything else on the machine
+    assert os.getpriority(os.PRIO_PROCESS, model) == own  # not Ray's default, the lowest priority
     for name in ("Ingress", "job-runner"):
         pids = server.pids(f"ServeReplica:audio:{name}")
         threads = [int(thread) for pid in pids for thread in os.listdir(f"/proc/{pid}/task")]
         niceness = {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads}
         assert min(niceness) == min(own + 5, 19)
-        assert niceness <= {min(own + 5, 19), min(own + 10, 19)}  # threads that make files yield to the event loop, too
+        # encoding threads have a lower priority than the event loop
+        assert niceness <= {min(own + 5, 19), min(own + 10, 19)}
 
 
-def test_only_what_runs_models_loads_torch(server: LaunchedServer) -> None:
+def test_only_model_processes_load_torch(server: LaunchedServer) -> None:
     read_wav(server.client.post("/generate", json=make_body()))
     finished(server.client, server.client.post("/jobs", json=make_body()).json()["id"])
     for name, runs_models in (("tiny", True), ("Ingress", False), ("job-runner", False)):

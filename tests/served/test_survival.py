@@ -1,4 +1,4 @@
-"""Killed processes under load: the last file of this folder, because it damages the server."""
+"""Killed processes under load. The last file of this folder, because it damages the server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server as an operator starts it: `stable-audio-serve serve` in a process of its own, watched from outside."""
+"""A server started as by an operator: `stable-audio-serve serve` in a child process, observed from outside."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from stable_audio_serve.launcher.guard import processes_using
 from tests.patience import PATIENCE_S
 
 APPLICATION = "audio"
-ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # Ray otherwise takes 127.0.0.1 for another address
-_FIRST_PORT, _LAST_PORT = 32_000, 32_768  # a server chooses lower ones for its own parts
+ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # Ray otherwise replaces 127.0.0.1 by another address
+_FIRST_PORT, _LAST_PORT = 32_000, 32_768  # servers choose ports below these for their internal processes
 
 
 def free_port() -> int:
-    """One that no connection of this machine takes before a server listens on it: those have ports from 32768."""
+    """Return a free port outside the range of outgoing connections, which starts at 32768."""
     while not is_port_free("127.0.0.1", port := random.randrange(_FIRST_PORT, _LAST_PORT)):
         pass
     return port
@@ -43,7 +43,7 @@ def write_config(folder: Path, args: Mapping[str, Any], **top_level: Any) -> Pat
         "args": args,
     }
     path = folder / "serve_config.yaml"
-    path.write_text(json.dumps({"applications": [application], **top_level}))  # JSON is YAML
+    path.write_text(json.dumps({"applications": [application], **top_level}))  # JSON is valid YAML
     return path
 
 
@@ -52,7 +52,7 @@ def command(config: Path, *options: str) -> list[str]:
 
 
 class LaunchedServer:
-    """Starts at once; `wait_until_ready` before use, `stop` or `kill` after."""
+    """Starts at construction. Call `wait_until_ready` before use, `stop` or `kill` at the end."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class LaunchedServer:
         environment: Mapping[str, str] | None = None,
         program: Sequence[str] | None = None,
     ) -> None:
-        """`program` is another command than the one that serves `config`, to be run in the same folder."""
+        """`program` replaces the command that serves `config`. It runs in the same folder."""
         self.port = free_port()
         self.url = f"http://{host}:{self.port}"
         self.lines: list[str] = []
@@ -77,7 +77,7 @@ class LaunchedServer:
             text=True,
             cwd=config.parent,
             env=os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"} | (environment or {}),
-            start_new_session=True,  # so that a signal to its group is what Ctrl-C is
+            start_new_session=True,  # lets Ctrl-C signal the whole process group
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -94,14 +94,14 @@ class LaunchedServer:
         return self
 
     def stop(self, *, number: int = signal.SIGINT) -> float:
-        """Send a signal; returns the seconds until the server had ended."""
+        """Send a signal and return the seconds until the server has ended."""
         started_at = time.monotonic()
         self.signal(number)
         self.wait_until_stopped()
         return time.monotonic() - started_at
 
     def signal(self, number: int) -> None:
-        """Ctrl-C, which the whole process group gets, or another signal."""
+        """Send Ctrl-C to the process group, or another signal to the process."""
         if number == signal.SIGINT:
             os.killpg(self.process.pid, number)
         else:
@@ -112,23 +112,23 @@ class LaunchedServer:
         self._reader.join(timeout=PATIENCE_S)
 
     def wait_for_output(self, text: str) -> None:
-        """Until a line with `text` was printed; Ray brings the lines of its processes a little later."""
+        """Wait for a line with `text`. Ray forwards the lines of its processes with a delay."""
         deadline = time.monotonic() + PATIENCE_S
         while text not in self.output:
             assert time.monotonic() < deadline, self.output
             time.sleep(0.05)
 
     def leftovers(self) -> Sequence[int]:
-        """Processes that still use this server's folder."""
+        """Return the processes that still use this server's folder."""
         return processes_using(self.directory)
 
     def pids(self, title: str) -> list[int]:
-        """Processes of this server whose command line contains `title`."""
+        """Return the processes of this server whose command line contains `title`."""
         return [pid for pid in processes_using(self.directory) if title in _read_process(pid, "cmdline")]
 
     @contextmanager
     def suspended(self, title: str) -> Iterator[None]:
-        """Its processes with this title stand still meanwhile: what they do does not end."""
+        """Suspend the processes with this title inside the context."""
         pids = self.pids(title)
         assert pids
         for pid in pids:
@@ -140,7 +140,7 @@ class LaunchedServer:
                 os.kill(pid, signal.SIGCONT)
 
     def ray(self) -> tuple[str, str]:
-        """Address and token of its Ray, which nobody else is told."""
+        """Return the address and the secret token of its Ray."""
         (pid,) = self.pids("/raylet/raylet ")
         address = re.search(r"gcs-address=([\d.:]+)", _read_process(pid, "cmdline"))
         token = re.search(r"RAY_AUTH_TOKEN=(\w+)", _read_process(pid, "environ"))
@@ -149,7 +149,7 @@ class LaunchedServer:
         return address[1], token[1]
 
     def look_inside(self, program: str, *arguments: str) -> subprocess.Popen[str]:
-        """Start a program that is given the address of this server's Ray, the application's name and `arguments`."""
+        """Start a program with the address of this server's Ray, the application's name and `arguments`."""
         address, token = self.ray()
         return subprocess.Popen(
             [sys.executable, "-m", program, address, APPLICATION, *arguments],
@@ -174,7 +174,7 @@ class LaunchedServer:
 
 
 class Watcher:
-    """`watch.py` on one model: Serve's `settings` of every deployment, and the replica's own word on itself."""
+    """Runs `watch.py` on one model: reports Serve's `settings` of every deployment, and the replica's status."""
 
     def __init__(self, server: LaunchedServer, model: str) -> None:
         self._process = server.look_inside("tests.serving.watch", model)
@@ -185,7 +185,7 @@ class Watcher:
         self._thread.start()
 
     def status(self) -> dict[str, Any]:
-        """What the replica says from now on, not what it said before."""
+        """Return the first status that the replica reports after this call."""
         self._latest = Future()
         return self._latest.result(timeout=PATIENCE_S)
 

@@ -1,4 +1,4 @@
-"""Which ports the processes of a server listen on, as the kernel knows it."""
+"""The ports that the processes of a server listen on, read from the kernel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LISTEN = "0A"
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """One listening TCP socket; `title` is the command line of a process that has it."""
+    """A listening TCP socket. `title` is the command line of the process that owns it."""
 
     host: str
     port: int
@@ -28,15 +28,15 @@ class Listener:
 
     @property
     def reachable_at(self) -> tuple[str, int]:
-        """Where this machine reaches it."""
+        """Return an address and port at which this machine can connect to it."""
         return ("127.0.0.1" if ipaddress.ip_address(self.host).is_unspecified else self.host), self.port
 
 
 def listeners_of(pids: Iterable[int]) -> list[Listener]:
-    """Every TCP socket that one of these processes listens on."""
+    """Return every TCP socket that one of these processes listens on."""
     titles = {}
     for pid in pids:
-        with suppress(OSError):  # it has gone meanwhile
+        with suppress(OSError):  # the process has ended
             title = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
             for link in Path(f"/proc/{pid}/fd").iterdir():
                 with suppress(OSError):
@@ -53,7 +53,7 @@ def listeners_of(pids: Iterable[int]) -> list[Listener]:
 
 
 def _readable(address: str) -> str:
-    """An address as /proc writes it: 32-bit words, each in the machine's own order."""
+    """Convert an address from /proc, which has 32-bit words in native byte order."""
     words = [int(address[i : i + 8], 16) for i in range(0, len(address), 8)]
     packed = struct.pack(f"={len(words)}I", *words)
     text = socket.inet_ntop(socket.AF_INET if len(words) == 1 else socket.AF_INET6, packed)

@@ -1,4 +1,4 @@
-"""Callers that keep a server busy while a test breaks something, and what became of everything they asked for."""
+"""Clients that keep a server busy while a test breaks something, and the outcomes of their requests."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.patience import wait_until
 
 _OVER = ("succeeded", "failed", "cancelled")
 _PAUSE_S = 0.1  # between two calls of one caller
-_PAUSE_OF_JOBS_S = 1.0  # taken faster than they are done, but not by so many that a test waits for them longest
-_TIMES = 6  # of a load before anything happens, and after
+_PAUSE_OF_JOBS_S = 1.0  # jobs are submitted faster than they finish, but slowly enough that the test need not wait long
+_TIMES = 6  # answered requests and jobs to wait for, before and after the fault
 _BODY = {"prompt": "rain", "duration": 1, "steps": 4}
 
 
 def finished(client: httpx.Client, job_id: str) -> dict[str, Any]:
-    """The job, when it has succeeded; fails the test when it ends in another way, or not at all."""
+    """Wait for a job and return it; fails the test unless it succeeds."""
 
     def over() -> dict[str, Any]:
         job = client.get(f"/jobs/{job_id}").raise_for_status().json()
@@ -33,15 +33,15 @@ def finished(client: httpx.Client, job_id: str) -> dict[str, Any]:
 
 
 class Load:
-    """Two callers that submit jobs and come again when they are told to, and two that wait for their audio."""
+    """Two callers that submit jobs and retry after refusals, and two that wait for audio."""
 
     def __init__(self, client: httpx.Client) -> None:
         self._client = client
         self._ended = threading.Event()
-        self.jobs: dict[str, str] = {}  # by the caller's own key
-        self.made: list[float] = []  # seconds that each answered request took
+        self.jobs: dict[str, str] = {}  # by the caller's idempotency key
+        self.made: list[float] = []  # seconds per answered request
         self.failures: list[str] = []
-        self.told: list[str] = []  # path and answer of what was refused with the time to come again
+        self.refusals: list[str] = []  # path and body of refusals with a retry time
 
     def __enter__(self) -> Load:
         self._pool = ThreadPoolExecutor(4)
@@ -57,15 +57,15 @@ class Load:
 
     def __str__(self) -> str:
         answers = f"{len(self.made)} answers, slowest {max(self.made, default=0.0):.1f} s, {len(self.jobs)} jobs"
-        return f"{answers}; {len(self.failures)} failed, {len(self.told)} told to come again"
+        return f"{answers}; {len(self.failures)} failed, {len(self.refusals)} refused with a retry time"
 
     def go_on(self, times: int = _TIMES) -> None:
-        """Until so many more requests were answered and so many more jobs taken, however fast this machine is."""
+        """Wait until so many more requests were answered and jobs accepted."""
         num_made, num_jobs = len(self.made) + times, len(self.jobs) + times
         wait_until(lambda: len(self.made) >= num_made and len(self.jobs) >= num_jobs)
 
     def finished_jobs(self) -> list[dict[str, Any]]:
-        """All submitted jobs, each of which must succeed and be another one."""
+        """Return all submitted jobs. Checks that each has succeeded and that all differ."""
         jobs = [finished(self._client, job_id) for job_id in self.jobs.values()]
         assert len({job["id"] for job in jobs}) == len(self.jobs)
         return jobs
@@ -80,7 +80,7 @@ class Load:
 
     def _submit(self) -> None:
         key = str(uuid.uuid4())
-        while self._is_told(answer := self._post("/jobs", headers={"Idempotency-Key": key})):
+        while self._is_retryable(answer := self._post("/jobs", headers={"Idempotency-Key": key})):
             time.sleep(float(answer.headers["retry-after"]) / 4)
         if answer.status_code == 202:
             self.jobs[key] = answer.json()["id"]
@@ -92,13 +92,13 @@ class Load:
         answer = self._post("/generate")
         if answer.status_code == 200:
             self.made.append(time.monotonic() - began_at)
-        elif not self._is_told(answer):
+        elif not self._is_retryable(answer):
             self.failures.append(f"/generate: {answer.status_code} {answer.text}")
 
-    def _is_told(self, answer: httpx.Response) -> bool:
+    def _is_retryable(self, answer: httpx.Response) -> bool:
         is_told = answer.status_code == 503 and "retry-after" in answer.headers
         if is_told:
-            self.told.append(f"{answer.request.url.path}: {answer.text}")
+            self.refusals.append(f"{answer.request.url.path}: {answer.text}")
         return is_told
 
     def _post(self, path: str, headers: dict[str, str] | None = None) -> httpx.Response:

@@ -1,7 +1,8 @@
-"""Run as a program: several Ray nodes on this machine with GPUs that do not exist, and the server on them.
+"""Program: several Ray nodes with simulated GPUs on this machine, and the server on them.
 
-Only the first node has CPUs, and with them the ingress and HAProxy, as `stable-audio-serve serve` starts it; models are
-on the others. It reads one JSON list a line, the name of a method of `Nodes` and its arguments, and answers with one.
+Only the first node has CPUs, and so the ingress and HAProxy, configured as by `stable-audio-serve serve`. The models
+run on the other nodes. The program reads JSON lines, each the name of a method of `Nodes` and its arguments, and
+answers each with a JSON line.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ APPLICATION = "audio"
 
 
 class Nodes:
-    """What a test may do with the cluster. Arguments and answers are JSON."""
+    """The operations of a test on the cluster. Arguments and results are JSON."""
 
     def __init__(self, directory: Path, *, port: int) -> None:
         from ray.cluster_utils import Cluster
@@ -50,7 +51,7 @@ class Nodes:
         serve.start(proxy_location="HeadOnly", http_options={"host": environment.LOOPBACK, "port": self._port})
 
     def deploy(self, args: dict[str, Any]) -> None:
-        """What `serve deploy` does with a file."""
+        """Deploy the application as `serve deploy` does."""
         from ray.serve.context import _get_global_client
         from ray.serve.schema import ServeDeploySchema
 
@@ -62,8 +63,8 @@ class Nodes:
         }
         _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config), _blocking=False)
 
-    def look(self) -> dict[str, Any]:
-        """The application's status, and of each deployment its replicas: state, id, node and process."""
+    def status(self) -> dict[str, Any]:
+        """Return the application's status, and state, id, node and process of each replica by deployment."""
         from ray.serve.context import _get_global_client
 
         found = _get_global_client().get_serve_details()["applications"].get(APPLICATION)
@@ -79,7 +80,7 @@ class Nodes:
         return {"status": found["status"], "message": found["message"], "deployments": deployments}
 
     def kill_node(self, node_id: str) -> int:
-        """Kill a node's raylet and everything it started, all at once. Returns how many processes that were."""
+        """Kill a node's raylet and all its child processes at once. Returns their number."""
         (node,) = (each for each in self._cluster.worker_nodes if each.node_id == node_id)
         started = [each.process.pid for group in node.all_processes.values() for each in group]
         victims = {pid: psutil.Process(pid) for pid in started if psutil.pid_exists(pid)}
@@ -92,10 +93,10 @@ class Nodes:
         return len(victims)
 
     def drain_node(self, node_id: str) -> None:
-        """As a pod does with its own node before it stops, see `cluster/kuberay`."""
-        words = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "the pod stops"]
+        """Drain a node as a pod does before it stops, see `cluster/kuberay`."""
+        arguments = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "the pod stops"]
         ray = [sys.executable, "-m", "ray.scripts.scripts", "drain-node"]
-        subprocess.run([*ray, "--address", self._cluster.address, "--node-id", node_id, *words], check=True)
+        subprocess.run([*ray, "--address", self._cluster.address, "--node-id", node_id, *arguments], check=True)
 
     def is_alive(self, node_id: str) -> bool:
         import ray
@@ -103,7 +104,7 @@ class Nodes:
         return any(node["Alive"] for node in ray.nodes() if node["NodeID"] == node_id)
 
     def kill_gcs(self) -> None:
-        """SIGKILL, as its machine's end would be."""
+        """Kill the GCS with SIGKILL, as a machine failure would."""
         self._cluster.head_node.kill_gcs_server()
 
     def start_gcs(self) -> None:
@@ -132,12 +133,12 @@ def main(port: int) -> None:
             name, *arguments = json.loads(line)
             try:
                 answer = getattr(nodes, name)(*arguments)
-            except Exception:  # noqa: BLE001 - told at once: later it may be lost with Ray
+            except Exception:  # noqa: BLE001  # print now: the error may be lost together with Ray
                 traceback.print_exc()
-                os._exit(1)  # the folder's guard ends what is left
+                os._exit(1)  # the folder's guard ends the remaining processes
             print(json.dumps(answer), file=sys.__stdout__, flush=True)
 
 
 if __name__ == "__main__":
-    with redirect_stdout(sys.stderr):  # where everybody else's lines go
+    with redirect_stdout(sys.stderr):  # all other output goes here
         main(int(sys.argv[1]))

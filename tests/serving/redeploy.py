@@ -1,5 +1,5 @@
-"""Run as a program: connects to a server's Ray and deploys its application again with other settings of all
-its models, JSON, as `serve deploy` does with a changed file.
+"""Program that connects to a server's Ray and deploys its application with changed settings (JSON) of all its models,
+as `serve deploy` does with a changed file.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A real Redis from this machine's packages, for a Ray that keeps what its head knows outside of it.
+"""A real Redis from this machine's packages, in which Ray's head stores its state.
 
-Where there is none the tests that need it are skipped with a loud line; under CI=true they fail.
+Without one, tests that need it are skipped with a warning. With CI=true they fail.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PATIENCE_S = 30.0
 
 @contextmanager
 def running_redis(folder: Path) -> Iterator[str]:
-    """`host:port` of a new one, which keeps nothing on disk."""
+    """Yield `host:port` of a new server that stores nothing on disk."""
     if (program := shutil.which("redis-server")) is None:
         problem = "it is not installed (Debian and Ubuntu: apt-get install redis-server)"
         if os.environ.get("CI") == "true":
@@ -30,8 +30,8 @@ def running_redis(folder: Path) -> Iterator[str]:
         pytest.skip(f"NOT TESTED WITH REDIS: {problem}")
     port = free_port()
     options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
-    with (folder / "redis.log").open("w") as said:
-        process = subprocess.Popen([program, *options], stdout=said, stderr=said)
+    with (folder / "redis.log").open("w") as log:
+        process = subprocess.Popen([program, *options], stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + _PATIENCE_S
         while "Ready to accept connections" not in (folder / "redis.log").read_text():

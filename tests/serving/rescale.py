@@ -1,4 +1,4 @@
-"""Run as a program: connects to a server's Ray and deploys its application again with another number of replicas of one
+"""Program that connects to a server's Ray and deploys its application with another number of replicas of one
 deployment, as `serve deploy` does with a changed file.
 """
 

@@ -1,6 +1,5 @@
-"""Run as a program: two Ray nodes with GPUs that do not exist, models on stand-ins whose device is a clock, and a load
-that comes and goes. Prints how many replicas there were one after the other, what became of requests and jobs, and what
-is said of settings that such a cluster cannot be started with.
+"""Program: two Ray nodes with simulated GPUs, models on fake devices, and a load that rises and falls. Prints the
+sequence of replica counts, the outcomes of requests and jobs, and the errors for settings that such a cluster refuses.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ _REPLICAS = {"max_replicas": 3, "target_wait_s": 1, "upscale_delay_s": 0.5, "dow
 
 
 @dataclass
-class Seen:
-    """Numbers of running replicas of one model, each once until it changes, and the nodes that had any."""
+class SeenReplicas:
+    """The sequence of a model's replica counts, without repeats, and the nodes that had replicas."""
 
     counts: list[int] = field(default_factory=list)
     nodes: set[str] = field(default_factory=set)
@@ -51,10 +50,10 @@ class Seen:
 
 
 class Observer:
-    """Looks at the replicas of all models again and again."""
+    """Polls the replicas of all models."""
 
     def __init__(self, *models: str) -> None:
-        self.seen = {model: Seen() for model in models}
+        self.seen = {model: SeenReplicas() for model in models}
         threading.Thread(target=self._run, daemon=True).start()
 
     def wait_for(self, model: str, count: int) -> None:
@@ -70,16 +69,16 @@ class Observer:
             time.sleep(0.1)
 
 
-async def crowd(ask: Callable[[int], object], is_over: Callable[[], bool]) -> list[str]:
-    """The outcomes of clients that ask again and again until it is over."""
+async def crowd(send: Callable[[int], object], is_over: Callable[[], bool]) -> list[str]:
+    """Run clients that send requests repeatedly until `is_over`. Returns the outcomes."""
     outcomes: list[str] = []
 
     async def client(number: int) -> None:
         while not is_over():
             try:
-                await ask(number)  # type: ignore[misc]
+                await send(number)  # type: ignore[misc]
                 outcomes.append("ok")
-            except Exception as error:  # noqa: BLE001 - it is what is counted
+            except Exception as error:  # noqa: BLE001  # counted as an outcome
                 outcomes.append(repr(error))
 
     await asyncio.gather(*map(client, range(_CLIENTS)))
@@ -87,7 +86,7 @@ async def crowd(ask: Callable[[int], object], is_over: Callable[[], bool]) -> li
 
 
 def load_comes_and_goes(backend: RayBackend, observer: Observer) -> list[str]:
-    """From zero to three and back, then once more from zero. Returns the outcomes."""
+    """Scale from zero to three replicas and back, then once more up from zero. Returns the outcomes."""
 
     async def ask(seed: int) -> None:
         await backend.generate("lazy", GenerationRequest(prompt="", duration_s=1.0, steps=40, seed=seed))
@@ -104,7 +103,7 @@ def load_comes_and_goes(backend: RayBackend, observer: Observer) -> list[str]:
 
 
 def jobs_wait(settings: Settings, observer: Observer, number: int) -> dict[str, int]:
-    """Submits jobs and no request. Returns how many there are of each state in the end."""
+    """Submit only jobs, no requests. Returns the final number of jobs in each state."""
     store = open_store(settings)
     observer.wait_for("busy", 1)
     request = GenerationRequest(prompt="", duration_s=1.0, steps=_WORK_STEPS // number, seed=0)
@@ -116,8 +115,10 @@ def jobs_wait(settings: Settings, observer: Observer, number: int) -> dict[str, 
 
 
 def load_is_steady(backend: RayBackend, observer: Observer) -> list[int]:
-    """Four fifths of two replicas' time are used, without a backlog. Returns the numbers of replicas, one a second, of
-    the last part, which is longer than what the policy looks back on and two delays.
+    """Use four fifths of two replicas without a backlog.
+
+    Returns the replica count each second of the last part, which lasts longer than the policy's look-back and two
+    delays.
     """
     request = GenerationRequest(prompt="", duration_s=1.0, steps=40, seed=0)
     pause_s = DEVICE.stages(request).total_ms / 1000.0 / (0.8 * 2)
@@ -142,27 +143,27 @@ def load_is_steady(backend: RayBackend, observer: Observer) -> list[int]:
 
 
 def refused_databases(folder: str) -> list[str]:
-    """What is said of jobs in a file, which each node would have for itself, and in a database that is not there."""
-    said = []
+    """Return the errors for a SQLite database, which every node would have separately, and for an unreachable one."""
+    messages = []
     for url in (None, "postgresql://somebody@nowhere.invalid/jobs"):
         settings = {"models": [{"name": "tiny", "path": folder}], "jobs": {"database_url": url}}
         try:
             build(Settings.model_validate(settings))
         except RayServeException as error:
-            said.append(str(error))
-    return said
+            messages.append(str(error))
+    return messages
 
 
 def failed_deployments() -> list[str]:
-    """What Serve tells of a model whose files are nowhere, and of a setting that is none; on one node."""
-    told = []
+    """Return Serve's messages for a model without files and for an invalid setting, on one node."""
+    messages = []
     for args in ({"models": [{"name": "lab", "repo_id": "lab/model"}]}, {"modles": []}):
         application = {"name": _REFUSED, "import_path": "stable_audio_serve.serving.app:build", "args": args}
         schema = ServeDeploySchema.model_validate({"applications": [application | {"route_prefix": "/refused"}]})
         serve.context._get_global_client().deploy_apps(schema)
         wait_until(lambda: serve.status().applications[_REFUSED].status == "DEPLOY_FAILED", every_s=0.2)
-        told.append(serve.status().applications[_REFUSED].message)
-    return told
+        messages.append(serve.status().applications[_REFUSED].message)
+    return messages
 
 
 def main(folder: str, database_url: str, num_jobs: str) -> None:

@@ -1,5 +1,5 @@
-"""Operators before a real server, through their own commands: models loaded and unloaded, its state at every moment,
-dead letters, and a server taken out under load.
+"""Operator commands against a real server: load and unload models, read the status, retry dead letters, and drain the
+server under load.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def operated(folder: Path) -> Iterator[LaunchedServer]:
-    """A server with keys: `tiny` is preloaded, `lazy` is not and leaves soon, `broken` cannot; one job at a time."""
+    """Run a server with keys. `tiny` is preloaded, `lazy` starts on demand and scales down soon, `broken` cannot load.
+    One job runs at a time.
+    """
     broken = folder / "broken"
     shutil.copytree(TINY, broken)
     (broken / "model.safetensors").write_bytes(b"nothing of use")
@@ -73,7 +75,7 @@ def operated(folder: Path) -> Iterator[LaunchedServer]:
     environment = {
         "STABLE_AUDIO_MAX_STEPS": "1000",
         "STABLE_AUDIO_MAX_DURATION": "20",
-        "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1",  # what is broken is not better the second time
+        "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1",  # a broken model fails every time
     }
     launched = LaunchedServer(config, environment=environment)
     try:
@@ -87,7 +89,7 @@ def operated(folder: Path) -> Iterator[LaunchedServer]:
 
 @pytest.fixture
 def run(operated: LaunchedServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`stable-audio-serve` with a key that may everything; returns what it printed."""
+    """Return a function that runs `stable-audio-serve` with an admin key and returns the output."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv("STABLE_AUDIO_URL", operated.url)
 
@@ -106,7 +108,7 @@ def status_of(server: LaunchedServer) -> dict[str, Any]:
     return found
 
 
-def test_a_loaded_model_stays_until_it_is_unloaded(operated: LaunchedServer, run: Run) -> None:
+def test_loaded_model_stays_until_it_is_unloaded(operated: LaunchedServer, run: Run) -> None:
     assert status_of(operated)["models"]["lazy"]["stage"] == "idle"
     run("admin", "load", "lazy", code=4, key="plain")
     assert "it is ready now" in run("admin", "load", "lazy", "--wait", str(PATIENCE_S))
@@ -124,13 +126,13 @@ def test_a_loaded_model_stays_until_it_is_unloaded(operated: LaunchedServer, run
     assert (lazy["kept"], lazy["replicas"], lazy["backlog_s"]) == (False, [], 0)
 
 
-def test_status_tells_of_work_and_of_a_replica_that_died(operated: LaunchedServer, run: Run) -> None:
+def test_status_shows_work_and_a_dead_replica(operated: LaunchedServer, run: Run) -> None:
     with ThreadPoolExecutor() as pool:
         pool.submit(operated.client.post, "/generate", json=_SECONDS_OF_WORK)
 
         def busy() -> dict[str, Any] | None:
-            (said,) = status_of(operated)["models"]["tiny"]["replicas"] or [{}]
-            return said if said.get("rows_per_step") else None
+            (replica,) = status_of(operated)["models"]["tiny"]["replicas"] or [{}]
+            return replica if replica.get("rows_per_step") else None
 
         replica = wait_until(busy)
         assert replica["requests"] == 1
@@ -151,7 +153,7 @@ def test_status_tells_of_work_and_of_a_replica_that_died(operated: LaunchedServe
     wait_until(lambda: status_of(operated)["models"]["tiny"]["requests_per_minute"])
 
 
-def test_a_dead_letter_is_tried_again_once(operated: LaunchedServer, run: Run) -> None:
+def test_dead_letter_is_retried_once(operated: LaunchedServer, run: Run) -> None:
     ticket = operated.client.post("/jobs", json=_BODY | {"model": "broken"}).json()
 
     def letters() -> list[dict[str, Any]]:
@@ -169,13 +171,13 @@ def test_a_dead_letter_is_tried_again_once(operated: LaunchedServer, run: Run) -
     wait_until(letters)
     shown = run("admin", "dead-letters", number)
     assert shown.count("tried again by an operator") == 1
-    assert sum(line.split()[-1:] == ["started"] for line in shown.splitlines()) == 2  # it has run once more
+    assert sum(line.split()[-1:] == ["started"] for line in shown.splitlines()) == 2  # the job has run again
     assert "1 deleted" in run("admin", "dead-letters", "--delete", "--all")
     assert letters() == []
     wait_until(lambda: status_of(operated)["jobs"]["dead_letters"] == 0)
 
 
-def test_a_server_taken_out_under_load_finishes_what_it_began(operated: LaunchedServer, run: Run, folder: Path) -> None:
+def test_drained_server_finishes_its_work_under_load(operated: LaunchedServer, run: Run, folder: Path) -> None:
     client = operated.client
     jobs = [client.post("/jobs", json=_SECONDS_OF_WORK).json() for _ in range(3)]
 
@@ -209,7 +211,7 @@ def test_a_server_taken_out_under_load_finishes_what_it_began(operated: Launched
 
 
 async def finish_elsewhere(folder: Path, is_done: Callable[[], bool]) -> None:
-    """Run jobs of the same database by a runner of another server."""
+    """Run the jobs of the same database with the runner of another server."""
     settings = Settings.model_validate({"output_dir": str(folder / "outputs")})
     store = open_store(settings)
     tiny = replace(make_catalog().default, name="tiny", aliases=())
@@ -226,14 +228,14 @@ async def finish_elsewhere(folder: Path, is_done: Callable[[], bool]) -> None:
     store.database.close()
 
 
-def test_a_server_that_is_not_there_has_an_exit_code_of_its_own(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_server_has_its_own_exit_code(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STABLE_AUDIO_URL", "http://127.0.0.1:9")
     assert "did not answer" in run("status", code=3)
     monkeypatch.setenv("STABLE_AUDIO_URL", "ftp://nobody")
     assert "STABLE_AUDIO_URL" in run("status", code=2)
 
 
-def test_without_a_key_it_says_so(operated: LaunchedServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_key_is_reported(operated: LaunchedServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("STABLE_AUDIO_API_KEY", raising=False)
     result = CliRunner().invoke(app, ["status", "--url", operated.url])
@@ -241,6 +243,6 @@ def test_without_a_key_it_says_so(operated: LaunchedServer, monkeypatch: pytest.
     assert httpx.get(f"{operated.url}/v1/status").status_code == 401
 
 
-def test_ctrl_c_stops_it_when_it_has_finished_what_it_began(operated: LaunchedServer) -> None:
-    """Behind HAProxy; `test_lifecycle.py` has the same behind the Python proxy."""
+def test_ctrl_c_stops_the_server_after_its_work_is_done(operated: LaunchedServer) -> None:
+    """Behind HAProxy; `test_lifecycle.py` tests the Python proxy."""
     check_that_it_finishes_what_it_began(operated, signal.SIGINT)

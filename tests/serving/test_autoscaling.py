@@ -1,4 +1,4 @@
-"""The policy that Serve's controller calls, on contexts as it makes them: no Ray runs."""
+"""The autoscaling policy, called with contexts like those of Serve's controller, without Ray."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from stable_audio_serve.serving.autoscaling import WorkPolicy, replica_stats
+from stable_audio_serve.serving.autoscaling import WorkPolicy, autoscaling_stats
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Point:
 
 @dataclass
 class Context:
-    """What the policy reads of Serve's `AutoscalingContext`."""
+    """The fields of Serve's `AutoscalingContext` that the policy reads."""
 
     target_num_replicas: int = 1
     total_num_requests: float = 0.0
@@ -36,15 +36,15 @@ class Context:
 def stats(
     work_s: float = 0.0, *, busy_share: float = 0.0, waiting_s: float = 0.0, is_kept: bool = False
 ) -> dict[str, float]:
-    return replica_stats(work_s=work_s, busy_share=busy_share, waiting_s=waiting_s, is_kept=is_kept)
+    return autoscaling_stats(work_s=work_s, busy_share=busy_share, waiting_s=waiting_s, is_kept=is_kept)
 
 
 def publish(*replicas: list[dict[str, float]]) -> Context:
-    """A context in which each replica has published these, the last one now."""
+    """Return a context with the published statistics of each replica, the last ones current."""
     names = [f"replica-{number}" for number in range(len(replicas))]
     metrics = {
         name: {
-            replica: [Point(float(at), said[name]) for at, said in enumerate(series)]
+            replica: [Point(float(at), figures[name]) for at, figures in enumerate(series)]
             for replica, series in zip(names, replicas, strict=True)
         }
         for name in stats()
@@ -57,28 +57,28 @@ def decide(context: Context, *, target_wait_s: float = 1.0) -> int:
 
 
 @pytest.mark.parametrize(("target_wait_s", "replicas"), [(1.0, 4), (2.0, 2), (10.0, 1)])
-def test_the_work_of_all_replicas_is_done_within_the_target_wait(target_wait_s: float, replicas: int) -> None:
-    context = publish([stats(9.0), stats(1.2)], [stats(1.9)])  # what was said last counts
+def test_replicas_can_finish_all_work_within_the_target_wait(target_wait_s: float, replicas: int) -> None:
+    context = publish([stats(9.0), stats(1.2)], [stats(1.9)])  # the last report counts
     assert decide(context, target_wait_s=target_wait_s) == replicas
 
 
-def test_a_replica_without_a_backlog_is_kept_by_the_busiest_second_lately() -> None:
+def test_busiest_recent_second_keeps_replicas_without_a_backlog() -> None:
     used = [stats(busy_share=0.3), stats(busy_share=0.8), stats(busy_share=0.5)]
     assert decide(publish(used, used)) == 2
     assert decide(publish(used, [stats(busy_share=0.1)])) == 2
     assert decide(publish(used, [stats()])) == 1
 
 
-def test_jobs_that_wait_count_once_whoever_heard_of_them() -> None:
+def test_waiting_jobs_count_once_however_many_replicas_report_them() -> None:
     assert decide(publish([stats(0.5, waiting_s=2.2)], [stats(0.5, waiting_s=2.1)])) == 4
 
 
-def test_nothing_to_do_is_no_replica_and_a_request_is_one() -> None:
+def test_idle_model_has_no_replica_and_a_request_starts_one() -> None:
     assert decide(publish([stats()])) == 0
     assert decide(Context(target_num_replicas=0, total_num_requests=7.0)) == 1
 
 
-def test_a_replica_that_has_said_nothing_yet_is_waited_for() -> None:
+def test_replica_that_has_not_published_yet_stops_downscaling() -> None:
     context = publish([stats(0.1)])
     context.running_replicas.append("replica-new")
     context.target_num_replicas = 3
@@ -87,22 +87,20 @@ def test_a_replica_that_has_said_nothing_yet_is_waited_for() -> None:
     assert decide(context) == 5
 
 
-def test_a_model_that_an_operator_keeps_has_one_replica_at_least() -> None:
+def test_kept_model_has_at_least_one_replica() -> None:
     assert decide(publish([stats(is_kept=True)])) == 1
     assert decide(publish([stats(9.0, is_kept=True)])) == 9
-    assert decide(publish([stats(is_kept=True), stats(is_kept=False)])) == 0  # what was said last counts
+    assert decide(publish([stats(is_kept=True), stats(is_kept=False)])) == 0  # the last report counts
 
 
 @pytest.mark.parametrize("broken", [{"work_s": {"a": ["no point"]}}, {"work_s": None}])
-def test_whatever_is_published_the_policy_leaves_things_as_they_are(
-    broken: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_faulty_statistics_leave_the_replicas_as_they_are(broken: Any, caplog: pytest.LogCaptureFixture) -> None:
     policy = WorkPolicy(target_wait_s=1.0)
     with caplog.at_level(logging.ERROR, "ray.serve"):
         for _ in range(3):
             context = Context(2, raw_metrics=broken, policy_state={"theirs": 1})
             assert policy(context) == (2, {"theirs": 1})  # type: ignore[arg-type]
-    assert len(caplog.records) == 1  # not ten times a second
+    assert len(caplog.records) == 1  # once, not ten times a second
 
 
 @pytest.mark.server

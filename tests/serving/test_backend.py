@@ -1,4 +1,4 @@
-"""What calls on model replicas end in, with handles that answer as Ray's do, without Ray."""
+"""Outcomes of calls on model replicas, with handles that answer as Ray's do, without Ray."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _RESULT = GenerationResult((), 44100, "small-sfx", (7,))
 
 
 def backend(*answers: GenerationResult | StableAudioError | RayError) -> RayBackend:
-    """On a model whose replicas answer one call after another like this."""
+    """Return a backend whose replicas give these answers, one per call."""
     left = list(answers)
 
     async def generate(_: GenerationRequest) -> GenerationResult | StableAudioError:
@@ -34,13 +34,13 @@ def backend(*answers: GenerationResult | StableAudioError | RayError) -> RayBack
 
 
 @pytest.mark.parametrize("lost", [NodeDiedError("its node is gone"), OwnerDiedError("ab", "", "")])
-async def test_an_answer_that_is_lost_with_its_node_is_made_again_once(lost: RayError) -> None:
+async def test_result_lost_with_its_node_is_retried_once(lost: RayError) -> None:
     assert await backend(lost, _RESULT).generate("small-sfx", _REQUEST) == _RESULT
     with pytest.raises(ModelUnavailableError):
         await backend(lost, lost).generate("small-sfx", _REQUEST)
 
 
-async def test_refused_clients_are_told_times_that_differ_by_a_quarter() -> None:
+async def test_retry_times_of_refused_clients_vary_by_a_quarter() -> None:
     model = backend(*[OverloadedError("the model's queue is full", retry_after_s=8.0)] * 50, _RESULT)
     waits = []
     for _ in range(50):
@@ -52,8 +52,8 @@ async def test_refused_clients_are_told_times_that_differ_by_a_quarter() -> None
     assert await model.generate("small-sfx", _REQUEST) == _RESULT  # no refusal is remembered
 
 
-async def test_an_answer_proves_a_model_ready_while_the_controller_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it is while Ray's head is away: who asks for readiness must not be told that the model is loading."""
+async def test_answer_marks_the_model_ready_while_the_controller_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's head may be down. Readiness checks must not report the model as loading then."""
     head_is_back = threading.Event()
 
     def silent(application: str) -> None:
@@ -61,11 +61,11 @@ async def test_an_answer_proves_a_model_ready_while_the_controller_is_silent(mon
         raise RayError("it was away")
 
     monkeypatch.setattr(model_states, "read_application", silent)
-    asked = backend(_RESULT)
+    model = backend(_RESULT)
     try:
-        assert (await asked.status())["small-sfx"].stage == "loading"
-        await asked.generate("small-sfx", _REQUEST)
-        statuses = [await asked.status() for _ in range(1000)]  # of which none waits for the controller again
+        assert (await model.status())["small-sfx"].stage == "loading"
+        await model.generate("small-sfx", _REQUEST)
+        statuses = [await model.status() for _ in range(1000)]  # none of these waits for the controller again
         assert {status["small-sfx"].stage for status in statuses} == {"ready"}
     finally:
         head_is_back.set()

@@ -1,4 +1,4 @@
-"""The rule for a model's threads: whose cores, shared among whom."""
+"""The number of threads per model, and the cores that are shared among models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DEMO: dict[str, Any] = {"name": "demo"}
     ("num_cores", "num_replicas", "expected"),
     [(1, 1, 1), (2, 1, 2), (3, 1, 3), (4, 1, 3), (8, 1, 7), (8, 2, 3), (16, 4, 3), (2, 5, 1), (64, 1, 63)],
 )
-def test_cores_are_shared_and_of_four_one_is_left(num_cores: int, num_replicas: int, expected: int) -> None:
+def test_cores_are_shared_and_one_of_four_stays_free(num_cores: int, num_replicas: int, expected: int) -> None:
     assert share_cores(num_cores, num_replicas=num_replicas) == expected
 
 
@@ -32,7 +32,7 @@ def threads(*models: dict[str, Any], device: str = "cpu", cluster_gpus: float = 
     return [choose_threads(parsed, model, device=device, cluster_gpus=cluster_gpus) for model in parsed.models]
 
 
-def test_every_replica_on_a_cpu_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_cpu_replica_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cores, "usable_cores", lambda: 9)
     assert threads(SFX) == [8]
     assert threads(SFX, MUSIC | {"replicas": {"max_replicas": 3}}) == [2, 2]
@@ -40,7 +40,7 @@ def test_every_replica_on_a_cpu_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert threads(SFX | {"threads": 5}, MUSIC, DEMO | {"threads": 2}) == [5, 2, 2]
 
 
-def test_models_on_a_gpu_take_no_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_models_take_no_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cores, "usable_cores", lambda: 9)
     assert threads(SFX, device="cuda", cluster_gpus=1) == [1]
     on_cpu = SFX | {"device": "cpu"}
@@ -70,7 +70,7 @@ def make_root(folder: Path, groups: str, files: dict[str, str]) -> Path:
         ("0::/\n", {}, 6),
     ],
 )
-def test_the_quota_of_a_control_group_counts(
+def test_cgroup_quota_limits_the_cores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str, files: dict[str, str], expected: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
@@ -78,7 +78,7 @@ def test_the_quota_of_a_control_group_counts(
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="affinity is Linux's")
-def test_the_cores_a_process_was_given_count() -> None:
+def test_cpu_affinity_limits_the_cores() -> None:
     code = (
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))});"
         "from stable_audio_serve.serving.cores import usable_cores; print(usable_cores())"
@@ -87,10 +87,10 @@ def test_the_cores_a_process_was_given_count() -> None:
     assert found.stdout == "1\n"
 
 
-def test_a_machine_without_control_groups(tmp_path: Path) -> None:
+def test_machine_without_cgroups_uses_all_cores(tmp_path: Path) -> None:
     assert usable_cores(tmp_path) == len(os.sched_getaffinity(0))
 
 
-def test_the_model_of_the_readme_stays_at_one() -> None:
+def test_demo_model_uses_one_thread() -> None:
     (model,) = Settings(models=(ModelSettings(name="demo"),)).models
     assert choose_threads(Settings(models=(model,)), model, device="cpu", cluster_gpus=0) == 1

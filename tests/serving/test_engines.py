@@ -1,4 +1,4 @@
-"""What an operator sets for a model's engine arrives there, and is refused by name where it cannot be used."""
+"""Engine settings of a model reach the engine, and invalid ones are refused by name."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from stable_audio_serve.engine import EngineOptions
 from stable_audio_serve.serving.engines import engine_options
 from stable_audio_serve.serving.serve_file import read_serve_file
 
-# Every key of `engine:`, another value than the default, and values out of its range.
-KNOBS: dict[str, tuple[float, tuple[float, ...]]] = {
+# Every key of `engine:`, with a valid value that is not the default, and values out of range.
+ENGINE_KEYS: dict[str, tuple[float, tuple[float, ...]]] = {
     "max_step_tokens": (4096, (0, 63, 2**21)),
     "slots": (4, (0, 1, 129)),
     "warmup_budget_s": (0.0, (-1, float("nan"))),
@@ -25,7 +25,7 @@ KNOBS: dict[str, tuple[float, tuple[float, ...]]] = {
 
 
 def settings_of(folder: Path, model: dict[str, Any]) -> Settings:
-    """The settings of a file whose only model has these further keys."""
+    """Return the settings of a file whose only model has these additional keys."""
     application = {
         "import_path": "stable_audio_serve.serving.app:build",
         "args": {"models": [{"name": "demo", **model}]},
@@ -40,13 +40,13 @@ def options_of(folder: Path, model: dict[str, Any]) -> EngineOptions:
     return engine_options(parsed, threads=1)
 
 
-def test_every_knob_is_known_here() -> None:
-    assert KNOBS.keys() == EngineSettings.model_fields.keys()
+def test_every_engine_key_is_tested() -> None:
+    assert ENGINE_KEYS.keys() == EngineSettings.model_fields.keys()
 
 
-@pytest.mark.parametrize("knob", KNOBS)
-def test_a_knob_of_the_file_reaches_the_engine_and_no_other_option_changes(tmp_path: Path, knob: str) -> None:
-    value = KNOBS[knob][0]
+@pytest.mark.parametrize("knob", ENGINE_KEYS)
+def test_engine_key_changes_only_its_option(tmp_path: Path, knob: str) -> None:
+    value = ENGINE_KEYS[knob][0]
     usual, set_ = options_of(tmp_path, {}), options_of(tmp_path, {"engine": {knob: value}})
     changed = {field.name for field in fields(EngineOptions) if getattr(usual, field.name) != getattr(set_, field.name)}
     assert changed == {knob}
@@ -56,22 +56,22 @@ def test_a_knob_of_the_file_reaches_the_engine_and_no_other_option_changes(tmp_p
 @pytest.mark.parametrize(
     ("key", "value"), [("mode", "fast"), ("max_queue_s", 7.0), ("max_memory_bytes", 5_000_000_000)]
 )
-def test_what_a_model_itself_says_reaches_the_engine(tmp_path: Path, key: str, value: object) -> None:
+def test_model_keys_reach_the_engine(tmp_path: Path, key: str, value: object) -> None:
     assert getattr(options_of(tmp_path, {key: value}), key) == value
 
 
-def test_the_defaults_are_the_engine_s_own() -> None:
+def test_defaults_are_those_of_the_engine() -> None:
     settings, options = EngineSettings(), EngineOptions()
-    assert {name: getattr(options, name) for name in KNOBS} == settings.model_dump()
+    assert {name: getattr(options, name) for name in ENGINE_KEYS} == settings.model_dump()
 
 
-@pytest.mark.parametrize(("knob", "value"), [(knob, value) for knob, (_, bad) in KNOBS.items() for value in bad])
-def test_a_value_out_of_range_is_refused_by_name(tmp_path: Path, knob: str, value: float) -> None:
+@pytest.mark.parametrize(("knob", "value"), [(knob, value) for knob, (_, bad) in ENGINE_KEYS.items() for value in bad])
+def test_value_out_of_range_is_refused_by_name(tmp_path: Path, knob: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"models\.0\.engine\.{knob}: Input should be "):
         settings_of(tmp_path, {"engine": {knob: value}})
 
 
-def test_a_mistyped_knob_is_named_with_the_nearest(tmp_path: Path) -> None:
+def test_mistyped_key_is_named_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"models\.0\.engine\.slot: unknown; did you mean slots\?"):
         settings_of(tmp_path, {"engine": {"slot": 4}})
     with pytest.raises(ConfigError, match=r"models\.0\.warmup_budget_s: unknown; valid: name, .*, engine"):

@@ -1,4 +1,4 @@
-"""HAProxy as Ray itself starts and reloads it, with our program in its place: time limits, addresses, file modes."""
+"""HAProxy with our program in its place, started and reloaded by Ray's own code: time limits, addresses, file modes."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="HAProxy mode is for Linux"),
 ]
 
-_PUBLIC = "127.0.0.2"  # another address than the one that Ray is told
+_PUBLIC = "127.0.0.2"  # not the address in Ray's configuration
 _HEADER_TIMEOUT_S = 1.0
 _IDLE_TIMEOUT_S = 1.5
 _LONG_S = 2.5 * _IDLE_TIMEOUT_S
-_END_S = 30.0  # what must end ends sooner, on any machine
+_END_S = 30.0  # upper bound for anything that must end, on any machine
 _EDITED = (
     "stats socket",
     "local0 info",
@@ -74,7 +74,7 @@ async def upload(request: Request) -> int:
 
 @app.post("/never")
 async def never() -> None:
-    """Says that it was called, whether or not the body came."""
+    """Return whether it was called, without reading the body."""
     reached.append("/never")
 
 
@@ -108,7 +108,7 @@ async def events() -> StreamingResponse:
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """A running HAProxy and what Ray uses to talk to it."""
+    """A running HAProxy and Ray's object that controls it."""
 
     api: Any
     port: int
@@ -157,7 +157,7 @@ async def proxying(
 
 
 async def until_closed(host: str, port: int, *, first: bytes, drip: bytes = b"") -> float:
-    """Seconds until HAProxy ends a connection that sends `first` and then `drip` again and again."""
+    """Return the seconds until HAProxy closes a connection that sends `first`, then `drip` repeatedly."""
     reader, writer = await asyncio.open_connection(host, port)
     began_at = time.monotonic()
     writer.write(first)
@@ -172,14 +172,14 @@ async def until_closed(host: str, port: int, *, first: bytes, drip: bytes = b"")
         async with asyncio.timeout(_END_S):
             await reader.read()
     except ConnectionError:
-        pass  # it was closed while we were sending: closed is closed
+        pass  # HAProxy closed the connection while we were sending
     finally:
         dripping.cancel()
         writer.close()
     return time.monotonic() - began_at
 
 
-async def test_half_open_connections_end_and_long_answers_do_not(
+async def test_half_open_connections_end_but_long_answers_do_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     half_open = [
@@ -203,21 +203,21 @@ async def test_half_open_connections_end_and_long_answers_do_not(
     assert events.text == "first\nlast\n"
 
 
-async def test_it_names_the_client_whatever_that_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = [(ADDRESS_HEADER, "192.0.2.1"), (ADDRESS_HEADER.lower(), "192.0.2.2"), ("X-Forwarded-For", "192.0.2.3")]
+async def test_client_address_header_cannot_be_forged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forged = [(ADDRESS_HEADER, "192.0.2.1"), (ADDRESS_HEADER.lower(), "192.0.2.2"), ("X-Forwarded-For", "192.0.2.3")]
     transport = httpx.AsyncHTTPTransport(local_address="127.0.0.3")
     async with (
         listening(app) as backend_port,
         proxying(backend_port, tmp_path, monkeypatch) as proxy,
         httpx.AsyncClient(base_url=proxy.url, timeout=PATIENCE_S, transport=transport) as client,
     ):
-        assert (await client.get("/address", headers=said)).json() == ["127.0.0.3"]
+        assert (await client.get("/address", headers=forged)).json() == ["127.0.0.3"]
     assert address_header(os.environ) == ADDRESS_HEADER
-    assert address_header({"RAY_SERVE_ENABLE_HA_PROXY": "1"}) is None  # Ray's own HAProxy names nobody
+    assert address_header({"RAY_SERVE_ENABLE_HA_PROXY": "1"}) is None  # Ray's own HAProxy sets no address header
 
 
-async def test_http_2_is_not_spoken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A connection could hold a hundred unfinished requests, and its memory is never given back."""
+async def test_http_2_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection could hold a hundred unfinished requests, and HAProxy never frees their memory."""
     async with listening(app) as backend_port, proxying(backend_port, tmp_path, monkeypatch) as proxy:
         answers = [
             await exchange(port, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", host=host)
@@ -227,10 +227,8 @@ async def test_http_2_is_not_spoken(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
-async def test_a_long_request_survives_twenty_reloads_at_a_bounded_cost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """HAProxy ends a process that a reload replaced when its last request is over."""
+async def test_long_request_survives_twenty_reloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HAProxy ends a replaced process after its last request."""
     async with (
         listening(app) as backend_port,
         proxying(backend_port, tmp_path, monkeypatch) as proxy,
@@ -239,7 +237,7 @@ async def test_a_long_request_survives_twenty_reloads_at_a_bounded_cost(
         waiting = asyncio.create_task(client.get("/wait"))
         await until(lambda: "/wait" in reached)
         for _ in range(20):
-            assert (await client.get("/docs")).status_code == 200  # on a connection of its own, kept alive
+            assert (await client.get("/docs")).status_code == 200  # on a new connection, kept alive
             await proxy.api.reload()
         await until(lambda: num_old(proxy) == 1)
         (old,) = proxy.api._old_procs
@@ -251,13 +249,13 @@ async def test_a_long_request_survives_twenty_reloads_at_a_bounded_cost(
 
 
 def num_old(proxy: Proxy) -> int:
-    """Processes that a reload replaced and that still have something to finish."""
+    """Return the number of replaced processes that still serve requests."""
     proxy.api._prune_old_procs()
     return len(proxy.api._old_procs)
 
 
 async def exchange(port: int, *parts: bytes, awaited: bytes = b"", host: str = _PUBLIC) -> bytes:
-    """Everything HAProxy answers to the first part, and to the others once `awaited` has come."""
+    """Send the first part, and the others once `awaited` has arrived. Returns all that HAProxy answers."""
     async with asyncio.timeout(PATIENCE_S):
         reader, writer = await asyncio.open_connection(host, port)
         writer.write(parts[0])
@@ -269,7 +267,7 @@ async def exchange(port: int, *parts: bytes, awaited: bytes = b"", host: str = _
     return seen
 
 
-async def test_a_body_reaches_a_replica_when_its_beginning_is_there(
+async def test_request_reaches_a_replica_once_its_beginning_arrived(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reached.clear()
@@ -287,7 +285,7 @@ async def test_a_body_reaches_a_replica_when_its_beginning_is_there(
     assert sent.endswith(b"\r\n\r\n70000")
 
 
-# What a replica, or Ray Serve on its behalf, answers at these paths: status, content type. "/cut" has no answer.
+# Answers of a replica, or of Ray Serve in its place, by path: status and content type. "/cut" gets no answer.
 _ANSWERS = {
     "/docs": (200, "text/html"),  # the health check
     "/text-404": (404, "text/plain; charset=utf-8"),
@@ -300,7 +298,7 @@ _ANSWERS = {
 
 
 async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """One connection, for as many requests as the other side likes."""
+    """Answer the requests of one connection until the client closes it."""
     with suppress(asyncio.IncompleteReadError):
         while path := (await reader.readuntil(b"\r\n\r\n")).split()[1].decode():
             if path not in _ANSWERS:
@@ -311,10 +309,8 @@ async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
     writer.close()
 
 
-async def test_clients_are_asked_to_retry_what_nobody_answered_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def is_told_to_retry(reply: httpx.Response) -> bool:
+async def test_only_unanswered_requests_get_a_retry_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def has_retry_time(reply: httpx.Response) -> bool:
         return (
             reply.status_code == 503
             and int(reply.headers["retry-after"]) >= 1
@@ -329,21 +325,19 @@ async def test_clients_are_asked_to_retry_what_nobody_answered_and_nothing_else(
             httpx.AsyncClient(base_url=proxy.url, timeout=PATIENCE_S) as client,
         ):
             for path in ("/cut", "/text-404", "/text-500", "/text-503", "/cut"):
-                assert is_told_to_retry(await client.get(path)), path
+                assert has_retry_time(await client.get(path)), path
                 assert (await client.get("/docs")).status_code == 200
             for path in ("/json-404", "/json-500", "/json-504", "/docs"):
                 reply = await client.get(path)
                 assert (reply.status_code, reply.headers["content-type"], reply.text) == (*_ANSWERS[path], "{}")
             backend.close()
-            assert is_told_to_retry(await client.get("/json-404"))  # the replica was killed
+            assert has_retry_time(await client.get("/json-404"))  # the replica was killed
             proxy.api.set_backend_configs({})
             await proxy.api.reload()
-            assert is_told_to_retry(await client.get("/docs"))  # no route is known, as after HAProxy's own death
+            assert has_retry_time(await client.get("/docs"))  # no route is known, as after a restart of HAProxy
 
 
-async def test_only_clients_have_the_public_address_and_only_the_owner_the_socket(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_public_address_and_admin_socket_are_restricted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with listening(app) as backend_port, proxying(backend_port, tmp_path, monkeypatch) as proxy:
         await proxy.api.reload()
         async with httpx.AsyncClient() as client:
@@ -355,9 +349,7 @@ async def test_only_clients_have_the_public_address_and_only_the_owner_the_socke
         assert stat.S_IMODE(proxy.socket.stat().st_mode) == 0o600
 
 
-async def test_a_reload_keeps_every_listener_beside_one_of_ipv6(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_reload_keeps_every_listener_beside_an_ipv6_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
@@ -372,15 +364,13 @@ def _pages(ports: PortBlock) -> tuple[int, int]:
     return ports.haproxy_stats, ports.haproxy_metrics
 
 
-async def test_it_takes_as_many_connections_as_the_file_limit_allows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_connection_limit_follows_the_file_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with listening(app) as backend_port, proxying(backend_port, tmp_path, monkeypatch) as proxy:
         info = await proxy.api._send_socket_command("show info")
     (most,) = re.findall(r"^Maxconn: (\d+)$", info, flags=re.MULTILINE)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     num_files = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
-    assert 0.35 * num_files < int(most) <= 0.5 * num_files  # each has two, and a share of pipes
+    assert 0.35 * num_files < int(most) <= 0.5 * num_files  # a connection takes two files, and some files are pipes
 
 
 def is_open(host: str, port: int) -> bool:
@@ -388,9 +378,7 @@ def is_open(host: str, port: int) -> bool:
         return client.connect_ex((host, port)) == 0
 
 
-async def test_every_edit_is_made_once_or_stops_the_start_with_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_every_edit_applies_once_or_stops_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with listening(app) as backend_port, proxying(backend_port, tmp_path, monkeypatch) as proxy:
         finished = proxy.config.read_text()
         proxy.api._generate_config_file_internal()
@@ -408,24 +396,24 @@ async def test_every_edit_is_made_once_or_stops_the_start_with_one_sentence(
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_metrics_on_another_address_are_the_operators_choice(tmp_path: Path) -> None:
+def test_operators_choose_the_address_of_metrics(tmp_path: Path) -> None:
     settings = Settings(metrics=MetricsSettings(host="0.0.0.0"))
     with claim_ports("0.0.0.0") as ports:
         environ = haproxy_environment(ports, tmp_path, host=_PUBLIC, settings=settings)
     assert ProxyOptions.read(environ) == ProxyOptions(metrics_host="0.0.0.0", public_host=_PUBLIC)
 
 
-def test_without_variables_the_defaults_are_those_of_the_settings() -> None:
+def test_defaults_equal_those_of_the_settings() -> None:
     proxy, metrics = Settings().proxy, Settings().metrics
     assert ProxyOptions.read({}) == ProxyOptions(proxy.header_timeout_s, proxy.idle_timeout_s, metrics.host)
 
 
-def test_it_is_a_program_for_clusters_too() -> None:
+def test_program_runs_haproxy_as_a_module() -> None:
     command = [sys.executable, "-m", "stable_audio_serve.serving.haproxy", "-v"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE_S)
     assert shown.stdout.startswith("HAProxy version")
 
 
-def test_a_bad_variable_is_named() -> None:
+def test_invalid_variable_is_named() -> None:
     with pytest.raises(ValueError, match="STABLE_AUDIO_PROXY_IDLE_TIMEOUT_S"):
         ProxyOptions.read({"STABLE_AUDIO_PROXY_IDLE_TIMEOUT_S": "soon"})

@@ -1,4 +1,4 @@
-"""Edits keep their source's own samples, from upload to file, whatever the source and the model are like."""
+"""Edits keep the source's samples outside the regions exactly, for every kind of source and model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ REGIONS: dict[str, tuple[Region, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Audio (C, S) as it is written to a file of some rate and kind."""
+    """Audio (C, S) and how it is written to a file: rate and sample format."""
 
     samples: Audio
     rate_hz: int = RATE_HZ
@@ -130,7 +130,7 @@ def read(file: bytes) -> Pcm:
 
 
 def pcm_of(file: bytes, *, duration_s: float = DURATION_S) -> Pcm:
-    """A file as the model hears it, in the samples of a WAV file."""
+    """Return a file as the model decodes it, in the samples of a WAV file."""
     samples, rate_hz = soundfile.read(io.BytesIO(file), dtype="float32", always_2d=True)
     source = SourceAudio(np.ascontiguousarray(samples.T), rate_hz)
     prepared = prepare_source(source, sample_rate_hz=RATE_HZ, channels=2, num_samples=int(duration_s * RATE_HZ))
@@ -138,7 +138,7 @@ def pcm_of(file: bytes, *, duration_s: float = DURATION_S) -> Pcm:
 
 
 def outside(*regions: Region, source_s: float = DURATION_S) -> npt.NDArray[np.bool_]:
-    """Which of the source's samples are in none of the regions."""
+    """Return which of the source's samples are outside all regions."""
     kept = np.zeros(int(DURATION_S * RATE_HZ), dtype=bool)
     kept[: int(source_s * RATE_HZ)] = True
     for start_s, end_s in regions:
@@ -151,7 +151,7 @@ def wav_of(pcm: Pcm) -> bytes:
 
 
 @pytest.mark.parametrize(("name", "regions"), some(CASES, ALWAYS))
-async def test_two_edits_in_a_row_keep_each_sample(client: httpx.AsyncClient, name: str, regions: str) -> None:
+async def test_two_successive_edits_keep_each_sample(client: httpx.AsyncClient, name: str, regions: str) -> None:
     source = SOURCES[name]
     first = await edit(client, source.file, *REGIONS[regions])
     source_s = source.samples.shape[1] / source.rate_hz
@@ -165,7 +165,7 @@ async def test_two_edits_in_a_row_keep_each_sample(client: httpx.AsyncClient, na
 
 
 @pytest.mark.parametrize("model", MODELS)
-async def test_a_continuation_keeps_all_but_the_last_30_ms(client: httpx.AsyncClient, model: str) -> None:
+async def test_continuation_keeps_all_but_the_last_30_ms(client: httpx.AsyncClient, model: str) -> None:
     file, end = Source(make_noise(0.4, duration_s=2.048)).file, 2048  # whole latent frames
     longer, alone = [
         await edit(client, file, (2.048, DURATION_S), model=model, peaks="clip", keep=keep)
@@ -180,7 +180,7 @@ async def test_a_continuation_keeps_all_but_the_last_30_ms(client: httpx.AsyncCl
 
 
 @pytest.mark.parametrize("model", MODELS)
-async def test_regions_are_the_model_s_own_between_their_fades(client: httpx.AsyncClient, model: str) -> None:
+async def test_regions_are_generated_between_their_fades(client: httpx.AsyncClient, model: str) -> None:
     file, regions = SOURCES["noise"].file, REGIONS["three"]
     kept, alone = [
         await edit(client, file, *regions, model=model, peaks="clip", keep=keep) for keep in ("source", "model")
@@ -191,7 +191,7 @@ async def test_regions_are_the_model_s_own_between_their_fades(client: httpx.Asy
         np.testing.assert_array_equal(kept[start:stop], alone[start:stop])
 
 
-async def test_a_loud_model_changes_no_kept_sample(client: httpx.AsyncClient) -> None:
+async def test_loud_model_changes_no_kept_sample(client: httpx.AsyncClient) -> None:
     file, regions = SOURCES["full scale"].file, REGIONS["one"]
     loud = await edit(client, file, *regions, model="open", peaks="clip")
     assert np.abs(loud[1030:1970]).max() == 32767
@@ -210,14 +210,14 @@ async def test_each_variation_keeps_the_source(client: httpx.AsyncClient) -> Non
     assert (first != second)[1030:1970].mean() > 0.9
 
 
-async def test_peaks_of_the_source_change_on_request_only(client: httpx.AsyncClient) -> None:
+async def test_peaks_of_the_source_change_only_on_request(client: httpx.AsyncClient) -> None:
     file, region = SOURCES["too loud"].file, (1.0, 2.0)
     scaled = await edit(client, file, region, peaks="scale")
     samples = soundfile.read(io.BytesIO(file), dtype="float32")[0]
     np.testing.assert_allclose(scaled[:1000] / 32768, samples[:1000] / np.abs(samples).max(), atol=1e-3)
 
 
-async def test_a_recipe_says_what_was_kept(client: httpx.AsyncClient) -> None:
+async def test_recipe_records_what_was_kept(client: httpx.AsyncClient) -> None:
     file, region = SOURCES["noise"].file, (1.0, 2.0)
     for keep in ("source", "model"):
         take = await send(client, file, region, keep=keep)
@@ -225,7 +225,7 @@ async def test_a_recipe_says_what_was_kept(client: httpx.AsyncClient) -> None:
         assert recipe["keep"] == keep
         again = await replay(client, recipe, file)
         assert again.content == take.content
-    del recipe["keep"]  # as in recipes from before there was a choice
+    del recipe["keep"]  # older recipes lack the field
     np.testing.assert_array_equal(read((await replay(client, recipe, file)).content), read(take.content))
 
 

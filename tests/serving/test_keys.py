@@ -1,5 +1,6 @@
-"""Keys on the whole stack: limits over two ingress processes of one server on SQLite, and a file that changes while it
-runs."""
+"""API keys on a real server: limits shared by two ingress processes on SQLite, and a key file that changes while the
+server runs.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +51,7 @@ def server(folder: Path) -> Iterator[LaunchedServer]:
 
 
 def ask(server: LaunchedServer, key: str) -> httpx.Response:
-    """On a connection of its own, so that either ingress process may get it."""
+    """Send a request on a new connection, so that either ingress process may get it."""
     body = {"prompt": "rain", "duration": 1, "steps": 1}
     headers = {"Authorization": f"Bearer {key}"}
     return httpx.post(f"{server.url}/v1/audio/generations", json=body, headers=headers, timeout=PATIENCE_S)
@@ -61,7 +62,7 @@ def ask_many(server: LaunchedServer, key: str, number: int) -> Sequence[httpx.Re
         return list(pool.map(lambda _: ask(server, key), range(number)))
 
 
-def test_two_ingress_processes_admit_one_limit_together(server: LaunchedServer) -> None:
+def test_two_ingress_processes_share_a_limit(server: LaunchedServer) -> None:
     began_at = time.monotonic()
     replies = ask_many(server, "alice", 60)
     assert len(server.pids("ray::ServeReplica:audio:Ingress")) == 2
@@ -73,15 +74,13 @@ def test_two_ingress_processes_admit_one_limit_together(server: LaunchedServer) 
     assert ask(server, "bob").status_code == 200
 
 
-def test_a_removed_key_stops_working_in_every_process_and_a_broken_file_changes_nothing(
-    server: LaunchedServer, folder: Path
-) -> None:
+def test_removed_key_fails_everywhere_and_broken_file_is_ignored(server: LaunchedServer, folder: Path) -> None:
     assert ask(server, "bob").status_code == 200
     put(folder, _OTHERS.replace("bob", "carol"))
     assert ask(server, "ops").status_code == 403
     wait_until(lambda: {reply.status_code for reply in ask_many(server, "alice", 16)} == {401})
     put(folder, "sas-a-plain-key-by-mistake\n")
-    broken = wait_until(lambda: (told := server.client.get("/health").json()["key_file"])["state"] == "broken" and told)
-    assert broken["reason"].startswith("line 1: ")  # of one answer: the next may come from the other process
-    assert ask(server, "bob").status_code == 200  # its line has another name now
+    broken = wait_until(lambda: (file := server.client.get("/health").json()["key_file"])["state"] == "broken" and file)
+    assert broken["reason"].startswith("line 1: ")  # from one process; the next answer may come from the other
+    assert ask(server, "bob").status_code == 200  # the key's line has another name now
     assert not re.search("by-mistake|Bearer", server.output)

@@ -1,4 +1,6 @@
-"""Starting and stopping: servers side by side, the Python proxy, faults that stop the start, nothing left behind."""
+"""Starting and stopping: servers side by side, the Python proxy, faults that stop the start, no processes left
+behind.
+"""
 
 from __future__ import annotations
 
@@ -45,10 +47,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]
 
 @pytest.fixture(scope="module")
 def other(server: LaunchedServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]:
-    """One more server on the machine, told where to find the first one's Ray: it must not care.
+    """Run a second server on the machine, with the address of the first one's Ray in its environment, which it must
+    ignore.
 
-    It has the same model from a cache whose hub is gone, behind the Python proxy, and is served by the wheel of this
-    checkout instead of the checkout itself.
+    Its model is in a cache whose hub is offline. It runs behind the Python proxy, from the wheel of this checkout.
     """
     address, token = server.ray()
     folder = tmp_path_factory.mktemp("other")
@@ -79,11 +81,11 @@ def other(server: LaunchedServer, tmp_path_factory: pytest.TempPathFactory) -> I
             launched.stop(number=signal.SIGKILL)
 
 
-def test_a_server_that_starts_is_alive_long_before_it_is_ready(server: LaunchedServer, other: LaunchedServer) -> None:
+def test_starting_server_is_alive_long_before_it_is_ready(server: LaunchedServer, other: LaunchedServer) -> None:
     """Behind HAProxy and behind the Python proxy."""
     for launched in (server, other):
         *loading, last = launched.probes
-        assert len(loading) > 1  # the ingress takes less time than the model
+        assert len(loading) > 1  # the ingress starts faster than the model
         assert {ready for _, ready in loading} == {503}
         assert {(health.status_code, health.json()["status"], health.json()["healthy"]) for health, _ in loading} == {
             (200, "loading", False)
@@ -99,31 +101,29 @@ def test_servers_side_by_side_give_the_same_audio(server: LaunchedServer, other:
     assert response.content == expected.content
 
 
-def test_clients_are_told_the_same_of_a_model_in_the_cache_as_of_one_in_a_folder(
-    server: LaunchedServer, other: LaunchedServer
-) -> None:
-    told = [launched.client.get("/v1/models").json()["data"][0] for launched in (server, other)]
+def test_cached_model_is_described_like_one_in_a_folder(server: LaunchedServer, other: LaunchedServer) -> None:
+    cards = [launched.client.get("/v1/models").json()["data"][0] for launched in (server, other)]
     own = {"created", "max_steps"}  # the other server's .env allows more steps
-    in_folder, in_cache = ({key: value for key, value in one.items() if key not in own} for one in told)
+    in_folder, in_cache = ({key: value for key, value in one.items() if key not in own} for one in cards)
     assert in_cache == in_folder
     assert in_cache["sample_rate_hz"] == 1000
 
 
-def test_proxies_are_what_was_asked_for(server: LaunchedServer, other: LaunchedServer) -> None:
+def test_configured_proxy_runs(server: LaunchedServer, other: LaunchedServer) -> None:
     assert server.pids("bin/haproxy ")
     assert "Python proxy" not in server.output
     assert not other.pids("bin/haproxy ")
     assert "using Ray Serve's Python proxy" in other.output
 
 
-def test_models_without_files_are_told_and_stop_no_start(other: LaunchedServer) -> None:
+def test_models_without_files_warn_and_stop_no_start(other: LaunchedServer) -> None:
     output = other.output
     assert output.count("warning: model absent cannot be loaded: /absent/model_config.json") == 1
     assert output.count("warning: model away cannot be loaded: lab/model is not complete in") == 1
     assert set(other.client.get("/health").json()["available_models"]) == {"tiny", "absent", "away"}
 
 
-def test_dotenv_reaches_the_limits(other: LaunchedServer) -> None:
+def test_dotenv_sets_the_limits(other: LaunchedServer) -> None:
     assert other.client.get("/health").json()["max_batch_size"] == 9
 
 
@@ -136,9 +136,7 @@ def test_python_proxy_keeps_deadlines_and_errors(other: LaunchedServer) -> None:
     assert client.post("/generate", json=_BODY | {"batch_size": 2}).headers["content-type"] == "application/zip"
 
 
-def test_stopping_one_server_leaves_nothing_of_it_and_the_others_alone(
-    server: LaunchedServer, other: LaunchedServer
-) -> None:
+def test_stopped_server_leaves_no_processes_and_spares_others(server: LaunchedServer, other: LaunchedServer) -> None:
     replicas = server.pids("ray::Serve")
     check_that_it_finishes_what_it_began(other, signal.SIGTERM)
     assert server.pids("ray::Serve") == replicas
@@ -146,13 +144,13 @@ def test_stopping_one_server_leaves_nothing_of_it_and_the_others_alone(
 
 
 def run_to_failure(config: Path, *options: str, **variables: str) -> str:
-    """The one sentence of ours from a server that must not start."""
+    """Return our one-sentence error from a server that must not start."""
     (error,) = (line for line in failed_start(config, *options, **variables).splitlines() if line.startswith("error: "))
     return error
 
 
 def failed_start(config: Path, *options: str, **variables: str) -> str:
-    """What a server that must not start says of it."""
+    """Return the output of a server that must not start."""
     result = subprocess.run(
         command(config, *options),
         capture_output=True,
@@ -166,7 +164,7 @@ def failed_start(config: Path, *options: str, **variables: str) -> str:
     return result.stderr
 
 
-def test_a_ray_that_does_not_come_up_is_told_in_one_sentence(tmp_path: Path) -> None:
+def test_failed_start_of_ray_is_one_sentence(tmp_path: Path) -> None:
     config = write_config(tmp_path, make_args())
     limits = ("RAY_gcs_server_port_wait_time_s", "RAY_NUM_REDIS_GET_RETRIES", "RAY_gcs_rpc_server_connect_timeout_s")
     with subprocess.Popen(
@@ -177,17 +175,17 @@ def test_a_ray_that_does_not_come_up_is_told_in_one_sentence(tmp_path: Path) -> 
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": os.getcwd()} | dict.fromkeys(limits, "2"),
     ) as launcher:
-        freeze_child(launcher, "gcs_server")  # as a starved one looks to the others
-        said, _ = launcher.communicate(timeout=PATIENCE_S)
+        freeze_child(launcher, "gcs_server")  # to other processes a frozen process looks starved
+        output, _ = launcher.communicate(timeout=PATIENCE_S)
     assert launcher.returncode == 2
-    assert "Traceback" not in said
-    (sentence,) = (line for line in said.splitlines() if line.startswith("error: "))
+    assert "Traceback" not in output
+    (sentence,) = (line for line in output.splitlines() if line.startswith("error: "))
     assert sentence.startswith("error: Ray did not start: ")
     assert "try again" in sentence
 
 
 def freeze_child(parent: subprocess.Popen[str], name: str) -> None:
-    """Stop a child of a process as soon as it appears."""
+    """Suspend a child of a process as soon as it appears."""
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
     while parent.poll() is None:
         for pid in children.read_text().split():
@@ -218,30 +216,30 @@ def test_killed_processes_and_ctrl_c_leave_no_traceback(server: LaunchedServer) 
 
 
 def test_config_fault_stops_the_start_by_name(tmp_path: Path) -> None:
-    """Faults that are found before anything of the process is changed: see `tests/cli/test_serving.py`."""
+    """These faults are found before the process changes anything, see `tests/cli/test_serving.py`."""
     config = write_config(tmp_path, make_args(), htpp_options={})
     assert "htpp_options" in run_to_failure(config, "--port", str(free_port()))
 
 
-def test_weights_of_another_network_stop_the_start_with_one_sentence(tmp_path: Path) -> None:
+def test_weights_of_another_network_stop_the_start(tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     shutil.copytree(TINY, folder)
     weights = load_file(folder / "model.safetensors")
     del weights[min(weights)]
     save_file(weights, folder / "model.safetensors")
     config = write_config(tmp_path, {"models": [{"name": "tiny", "path": str(folder)}]})
-    once = {"RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1"}  # Serve's own retries take long and change nothing
-    said = failed_start(config, "--port", str(free_port()), "--proxy", "python", **once)
-    # Ray prints its processes' lines at the same time: ours begins a new one, wherever Ray is in its own.
-    _, error = said.split("\nerror: ")
+    once = {"RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1"}  # Serve's retries take long and change nothing
+    output = failed_start(config, "--port", str(free_port()), "--proxy", "python", **once)
+    # Ray prints its processes' lines at the same time. Our line starts on a new line in any case.
+    _, error = output.split("\nerror: ")
     assert f"model.safetensors: {min(load_file(Path(TINY) / 'model.safetensors'))} is missing" in error.splitlines()[0]
 
 
 @pytest.mark.chaos
-def test_an_haproxy_that_cannot_be_made_safe_stops_the_start_with_one_sentence(tmp_path: Path) -> None:
+def test_unknown_haproxy_configuration_stops_the_start(tmp_path: Path) -> None:
     program = tmp_path / "haproxy"
     program.write_text('#!/bin/sh\n[ "$1" = -v ] || { echo "error: not this one" >&2; exit 1; }\n')
     program.chmod(0o700)
     config = write_config(tmp_path, make_args())
-    said = failed_start(config, "--port", str(free_port()), STABLE_AUDIO_PROXY_BINARY=str(program))
-    assert said.split("\nerror: ")[1].splitlines()[0] == "not this one"
+    output = failed_start(config, "--port", str(free_port()), STABLE_AUDIO_PROXY_BINARY=str(program))
+    assert output.split("\nerror: ")[1].splitlines()[0] == "not this one"

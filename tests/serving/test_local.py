@@ -1,4 +1,4 @@
-"""The API over real engines in this process: the same application, no Ray."""
+"""The API over engines in this process, without Ray."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stable_audio_serve.serving.placement import plan_deployments
 from tests.serving.conftest import TINY
 
 
-async def test_the_api_runs_on_engines_without_ray() -> None:
+async def test_api_runs_on_engines_without_ray() -> None:
     settings = Settings.model_validate({"models": [{"name": "tiny", "path": TINY}]})
     plan = plan_deployments(settings)
     engines = {model.name: load_engine(settings, model) for model in settings.models}

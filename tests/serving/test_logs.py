@@ -1,4 +1,4 @@
-"""What Ray Serve's controller logs of a replica that died."""
+"""Log lines of Ray Serve's controller about a dead replica."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ logger = logging.getLogger("ray.serve")
 
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[logging.LogRecord]]:
-    """The records of Serve's logger, as its controller has it."""
+    """Return the records of Serve's logger, set up as in the controller."""
     handler = BufferingHandler(100)
     for name in ("CYAN", "RESET"):
-        monkeypatch.setattr(colorama.Fore, name, getattr(colorama.Fore, name))  # set back afterwards
+        monkeypatch.setattr(colorama.Fore, name, getattr(colorama.Fore, name))  # restored after the test
     tidy_controller_log()
     logger.addHandler(handler)
     try:
@@ -32,7 +32,7 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[logging.LogRecord]]:
 
 
 def log_failure(error: Exception) -> None:
-    """As the controller does: the traceback in the message, and once more beside it."""
+    """Log a failed poll as the controller does: with the traceback in the message and in `exc_info`."""
     try:
         raise error
     except Exception:
@@ -43,7 +43,7 @@ def make_death() -> ActorDiedError:
     return ActorDiedError(ActorDiedErrorContext(class_name="ServeReplica:audio:tiny", actor_id=b"1" * 16, name=_NAME))
 
 
-def test_a_death_is_one_line_however_often_it_is_seen(lines: list[logging.LogRecord]) -> None:
+def test_dead_replica_is_logged_once_in_one_line(lines: list[logging.LogRecord]) -> None:
     log_failure(make_death())
     log_failure(make_death())
     (line,) = lines
@@ -57,7 +57,7 @@ def test_other_failures_keep_their_tracebacks(lines: list[logging.LogRecord]) ->
     assert [logging.Formatter().format(line).count("Traceback") for line in lines] == [2, 2]
 
 
-def test_the_error_of_another_process_has_no_colours(lines: list[logging.LogRecord]) -> None:
+def test_errors_of_other_processes_have_no_colours(lines: list[logging.LogRecord]) -> None:
     trace = "Traceback (most recent call last):\n  what went wrong"
     log_failure(RayTaskError("f", trace, ValueError("x"), proctitle="ray::Replica", pid=1, ip="127.0.0.1"))
     (line,) = lines

@@ -1,4 +1,4 @@
-"""A request may take `api.max_deadline_s`, whatever happens to other replicas meanwhile."""
+"""A request may take `api.max_deadline_s`, even while other replicas are replaced."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LONGEST_S = int(Settings().api.max_deadline_s)
 TIMES = {"RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_S), "RAY_SERVE_PORT_QUARANTINE_S": str(LONGEST_S + 30)}
 
 
-def test_files_for_clusters_wait_as_long() -> None:
+def test_cluster_files_allow_the_longest_request() -> None:
     dockerfile = (CLUSTER / "Dockerfile").read_text()
     assert TIMES.items() <= dict(re.findall(r"^ +(\w+)=(\S+)", dockerfile, flags=re.MULTILINE)).items()
     environment = yaml.safe_load((CLUSTER / "kuberay" / "base" / "environment.yaml").read_text())
@@ -38,15 +38,15 @@ def test_files_for_clusters_wait_as_long() -> None:
     assert f"proxy_read_timeout {LONGEST_S}s;" in (balancers / "nginx.conf").read_text()
 
 
-def test_a_shorter_time_in_the_environment_is_told() -> None:
-    said: list[str] = []
+def test_shorter_hard_stop_in_the_environment_warns() -> None:
+    warnings: list[str] = []
     for environ in ({}, TIMES, TIMES | {"RAY_SERVE_ENABLE_HA_PROXY": "1"}):
-        check_proxy(Settings(), environ, print_error=said.append)
-    assert said == []
-    check_proxy(Settings(), {"RAY_SERVE_ENABLE_HA_PROXY": "1"}, print_error=said.append)
-    assert len(said) == 1
-    assert "ends requests after 120 s" in said[0]
-    assert "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S" in said[0]
+        check_proxy(Settings(), environ, print_error=warnings.append)
+    assert warnings == []
+    check_proxy(Settings(), {"RAY_SERVE_ENABLE_HA_PROXY": "1"}, print_error=warnings.append)
+    assert len(warnings) == 1
+    assert "ends requests after 120 s" in warnings[0]
+    assert "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S" in warnings[0]
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def ingresses(server: LaunchedServer) -> list[int]:
 
 
 def busy_port(server: LaunchedServer) -> int | None:
-    """The port of the ingress replica that answers a request now, by HAProxy's own statistics."""
+    """Return the port of the ingress replica that now answers a request, from HAProxy's statistics."""
     with socket.socket(socket.AF_UNIX) as admin:
         (path,) = server.directory.rglob("admin.sock")
         admin.connect(str(path))
@@ -84,9 +84,9 @@ def listens_on(pid: int, port: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.server
-def test_it_survives_the_end_of_other_replicas_and_a_redeploy(server: LaunchedServer) -> None:
+def test_request_survives_rescaling_and_a_redeploy(server: LaunchedServer) -> None:
     with httpx.Client(base_url=server.url, timeout=PATIENCE_S) as client, ThreadPoolExecutor(1) as pool:
-        assert client.get("/health").status_code == 200  # the connection is kept
+        assert client.get("/health").status_code == 200  # keeps the connection open
         before = ingresses(server)
         began_at = time.monotonic()
         body = {"prompt": "a door closes", "duration": 2, "seed": 5, "steps": 3, "deadline_s": 3600}
@@ -102,7 +102,7 @@ def test_it_survives_the_end_of_other_replicas_and_a_redeploy(server: LaunchedSe
             with server.look_inside(program, *arguments) as changing:
                 assert changing.wait(timeout=PATIENCE_S) == 0
         wait_until(lambda: len(server.pids("ServeReplica:audio:tiny")) == 2)  # one of them finishes the request
-        assert time.monotonic() - began_at < WAIT_S - 120  # HAProxy's own limit ends before the request does
+        assert time.monotonic() - began_at < WAIT_S - 120  # the request outlasts HAProxy's own limit
         answer = waiting.result()
     assert answer.status_code == 200, answer.text
     assert time.monotonic() - began_at >= WAIT_S

@@ -1,4 +1,4 @@
-"""Loops of the packaged model over HTTP: exact to the sample, and still in time when played round and round."""
+"""Loops of the packaged model over HTTP: exact to the sample, and in time when repeated."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def client(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[http
 
 
 async def get_audio(client: httpx.AsyncClient, url: str, **form: str) -> np.ndarray:
-    """Samples (2, S) float32."""
+    """Return samples (2, S) float32."""
     reply = await client.post(url, data=form)
     assert reply.status_code == 200, reply.text
     return np.ascontiguousarray(soundfile.read(io.BytesIO(reply.content), dtype="float32")[0].T)
@@ -67,7 +67,7 @@ async def get_audio(client: httpx.AsyncClient, url: str, **form: str) -> np.ndar
         number=1,
     ),
 )
-async def test_a_loop_keeps_its_beat_when_repeated(
+async def test_loop_keeps_its_beat_when_repeated(
     client: httpx.AsyncClient, prompt: str, bpm: int, samples: int
 ) -> None:
     loop = await get_audio(client, "/generate/loop", prompt=prompt, seed="3")
@@ -75,25 +75,26 @@ async def test_a_loop_keeps_its_beat_when_repeated(
     assert has_loose_tempo(np.tile(loop, ROUNDS), bpm)
 
 
-async def test_no_beat_is_lost_or_added_where_the_loop_closes(client: httpx.AsyncClient) -> None:
+async def test_no_beat_is_lost_or_added_at_the_seam(client: httpx.AsyncClient) -> None:
     loop = await get_audio(client, "/generate/loop", prompt="metronome 133 bpm", cfg_scale="1", bars="4", seed="2")
     assert loop.shape == (2, 4 * 240 * 44_100 // 133)
     repeated = np.tile(loop, ROUNDS)
     assert has_strict_tempo(repeated, 133)
     beats = np.diff(onset_times_s(repeated)) * 133 / 60
-    assert abs(beats - 1).max() < 0.15  # of a beat, every seam included
+    assert abs(beats - 1).max() < 0.15  # share of a beat, at every seam
     assert len(beats) + 1 == pytest.approx(ROUNDS * 16, abs=1)
 
 
-async def test_a_loop_from_a_riff(client: httpx.AsyncClient) -> None:
+async def test_loop_from_a_riff_keeps_its_pitch(client: httpx.AsyncClient) -> None:
     form = {"prompt": "440 Hz sine 120bpm", "key": "a", "style_strength": "0.3", "seed": "3"}
     loop = await get_audio(client, "/generate/loop-with-riff", **form)
     assert loop.shape == (2, 352_800)
     spectrum = np.abs(np.fft.rfft(loop[0] * np.hanning(loop.shape[1])))
-    assert spectrum.argmax() * 44_100 / loop.shape[1] == pytest.approx(440, rel=0.01)  # stretched, not sped up
+    # stretched, without a change of pitch
+    assert spectrum.argmax() * 44_100 / loop.shape[1] == pytest.approx(440, rel=0.01)
 
 
-async def test_the_documented_clip_and_its_style_transfer(client: httpx.AsyncClient) -> None:
+async def test_documented_clip_and_style_transfer(client: httpx.AsyncClient) -> None:
     body = {"prompt": "a 440 Hz sine wave", "steps": 8, "cfg_scale": 1.0, "seed": 12345}
     clip = await client.post("/generate", json=body)
     assert soundfile.info(io.BytesIO(clip.content)).frames == 524_288

@@ -1,4 +1,4 @@
-"""A replica's share of a GPU's memory, from its settings to its engine, on a stand-in for a device with memory."""
+"""A replica's share of a GPU's memory, from the settings to the engine, on a fake device with memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def load(total: int, *, gpu_share: float = 0.25, **keys: object) -> object:
     return load_engine(settings, model, gpu_share=gpu_share, open_device=partial(open_shared, total=total))
 
 
-def test_a_replica_s_share_is_its_fraction_of_the_gpu_unless_the_operator_says_otherwise() -> None:
+def test_memory_share_defaults_to_the_share_of_the_gpu() -> None:
     assert memory_share(ModelSettings(name="demo"), gpu_share=0.25) == 0.25
     assert memory_share(ModelSettings(name="demo", memory_share=0.4), gpu_share=0.25) == 0.4
     assert memory_share(ModelSettings(name="demo"), gpu_share=1.0) == 1.0
@@ -38,7 +38,7 @@ def test_a_replica_s_share_is_its_fraction_of_the_gpu_unless_the_operator_says_o
 
 
 @pytest.mark.slow
-async def test_a_loaded_model_keeps_to_its_share() -> None:
+async def test_loaded_model_stays_within_its_share() -> None:
     total = 40 * 10**9
     engine = load(total)
     assert engine.memory.rows == pytest.approx(0.85 * (total / 4 - CONTEXT_BYTES - 2**28), rel=1e-6)  # type: ignore[attr-defined]
@@ -47,12 +47,12 @@ async def test_a_loaded_model_keeps_to_its_share() -> None:
     assert result.made_on.device == "cpu"
 
 
-def test_weights_that_its_share_cannot_hold_are_refused_before_they_are_loaded() -> None:
+def test_weights_too_large_for_the_share_are_refused_unloaded() -> None:
     with pytest.raises(
         ConfigError, match=r"models\.tiny: memory_share 0\.25 of the GPU's .* it needs .* at least 0\.5\d"
     ):
         load(2 * CONTEXT_BYTES - 10**6)
 
 
-def test_a_larger_share_holds_them() -> None:
+def test_larger_share_holds_the_weights() -> None:
     assert load(2 * CONTEXT_BYTES + 2**29, memory_share=0.9)

@@ -1,4 +1,4 @@
-"""What a replica counts of its last seconds, on a clock that the test sets."""
+"""Counts of a replica's last seconds, with a settable clock."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Hand:
         return self.now
 
 
-def test_the_mean_of_ten_seconds_with_steps_and_nothing_else() -> None:
+def test_mean_covers_the_steps_of_ten_seconds() -> None:
     clock = Hand()
     meter = StepMeter(NullMetrics(), clock=clock)
     assert meter.rows_per_step is None
@@ -37,7 +37,7 @@ def test_the_mean_of_ten_seconds_with_steps_and_nothing_else() -> None:
     assert meter.rows_per_step is None
 
 
-def test_a_hundred_thousand_steps_a_second_are_two_numbers() -> None:
+def test_many_steps_in_a_second_take_two_numbers() -> None:
     clock = Hand()
     meter = StepMeter(NullMetrics(), clock=clock)
     for second in range(30):
@@ -48,7 +48,7 @@ def test_a_hundred_thousand_steps_a_second_are_two_numbers() -> None:
     assert len(meter._steps._seconds) <= 11
 
 
-def test_counts_a_minute_and_forgets_it() -> None:
+def test_sum_covers_a_minute() -> None:
     clock = Hand()
     requests = RecentSum(60, clock=clock)
     assert requests.total == 0
@@ -56,7 +56,7 @@ def test_counts_a_minute_and_forgets_it() -> None:
         clock.now = 1000.0 + second
         for _ in range(50):
             requests.add()
-    assert requests.total == 50 * 61  # sixty whole seconds and the one that runs
+    assert requests.total == 50 * 61  # sixty whole seconds and the current one
     assert len(requests._seconds) == 61
     clock.now += 30
     assert requests.total == 50 * 31

@@ -1,4 +1,4 @@
-"""Ray's metrics take what is declared; what a real server exports is in `test_jobs.py`."""
+"""Ray's metrics accept the declared samples. `test_jobs.py` checks what a real server exports."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from stable_audio_serve.serving.metrics import RayMetrics
 
 
-def test_every_kind_of_sample_is_taken_again_and_again() -> None:
+def test_every_kind_of_sample_is_accepted_repeatedly() -> None:
     metrics = RayMetrics(model="demo")
     for value in (0.0, 1.0, 2.5):
         metrics.increment("engine_requests", value, outcome="done")
@@ -16,7 +16,7 @@ def test_every_kind_of_sample_is_taken_again_and_again() -> None:
         metrics.observe("engine_rows_per_step", value)
 
 
-def test_labels_are_those_that_are_declared() -> None:
+def test_labels_are_the_declared_ones() -> None:
     metrics = RayMetrics()
     with pytest.raises(ValueError, match="route"):
         metrics.increment("refusals", route="/generate")

@@ -20,7 +20,9 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]:
-    """`tiny` is preloaded, `lazy` starts at zero and has a short queue, `broken` cannot load."""
+    """Run a server on which `tiny` is preloaded, `lazy` starts at zero and has a short queue, and `broken`
+    cannot load.
+    """
     folder = tmp_path_factory.mktemp("server")
     broken = tmp_path_factory.mktemp("models") / "broken"
     shutil.copytree(TINY, broken)
@@ -48,9 +50,9 @@ def watcher(server: LaunchedServer) -> Iterator[Watcher]:
     watcher.close()
 
 
-def test_model_at_zero_answers_its_first_request(server: LaunchedServer) -> None:
+def test_model_at_zero_replicas_answers_its_first_request(server: LaunchedServer) -> None:
     assert server.client.get("/health").json()["models"]["lazy"]["stage"] == "idle"
-    assert server.pids("ServeReplica:audio:lazy") == []  # asking did not wake it
+    assert server.pids("ServeReplica:audio:lazy") == []  # polling the status did not start it
     with ThreadPoolExecutor(1) as pool:
         held = pool.submit(server.client.post, "/generate", json=make_body(model="lazy"))
         stages = set()
@@ -58,23 +60,23 @@ def test_model_at_zero_answers_its_first_request(server: LaunchedServer) -> None
             stages.add(server.client.get("/health").json()["models"]["lazy"]["stage"])
             time.sleep(0.1)
     assert "waking" in stages
-    assert stages <= {"idle", "waking", "ready"}  # never "loading": this server can take requests all the time
+    assert stages <= {"idle", "waking", "ready"}  # never "loading": the model can take requests at any time
     assert held.result().status_code == 200
     assert "lazy" in server.client.get("/health").json()["loaded_models"]
 
 
-def test_model_that_cannot_load_is_refused_long_before_the_deadline(server: LaunchedServer) -> None:
+def test_unloadable_model_is_refused_long_before_the_deadline(server: LaunchedServer) -> None:
     for _ in range(2):
         response = server.client.post("/generate", json=make_body(model="broken"))
         assert response.status_code == 503
         assert "broken failed to load; the server's log says why" in response.json()["detail"]
-        assert "retry-after" not in response.headers  # it stays as it is, whenever the client comes again
+        assert "retry-after" not in response.headers  # a retry does not help
     health = server.client.get("/health").json()
     assert health["models"]["broken"]["stage"] == "failed"
     assert health["status"] == "ok"
 
 
-def test_overload_is_a_503_that_says_when_to_retry(server: LaunchedServer) -> None:
+def test_overload_is_a_503_with_a_retry_time(server: LaunchedServer) -> None:
     def ask(seed: int) -> httpx.Response:
         return server.client.post("/generate", json=make_body(model="lazy", duration=20, steps=300, seed=seed))
 

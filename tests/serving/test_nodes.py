@@ -1,6 +1,6 @@
-"""A cluster of several Ray nodes, real but for their GPUs, that loses parts of itself under load: nobody notices.
+"""A cluster of several Ray nodes, real except for their GPUs, that loses nodes and processes under load unnoticed.
 
-The tests follow one another on one cluster, because its start takes as long as any of them.
+The tests run in order on one cluster, because its start takes as long as any of them.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ from tests.serving.redis_server import running_redis
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
-_AWAY_S = 5.0  # that the head's GCS is gone
+_AWAY_S = 5.0  # downtime of the head's GCS, seconds
 _LONG, _CROWD = {"prompt": "rain", "duration": 2, "steps": 50}, 32
 
 
 @dataclass
 class Cluster:
-    """`nodes.py` in a process of its own; `do` says one of its words."""
+    """Runs `nodes.py` in a child process. `do` sends it one command."""
 
     process: subprocess.Popen[str]
     client: httpx.Client
     args: dict[str, Any]
-    said: Path
+    log: Path
 
-    def do(self, *words: Any) -> Any:
+    def do(self, *command: Any) -> Any:
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(words) + "\n")
+        self.process.stdin.write(json.dumps(command) + "\n")
         self.process.stdin.flush()
         return self.answer()
 
     def answer(self) -> Any:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        assert line, self.said.read_text()[-5000:]
+        assert line, self.log.read_text()[-5000:]
         return json.loads(line)
 
     def deploy(self, **changed: Any) -> None:
@@ -62,23 +62,23 @@ class Cluster:
         self.do("deploy", self.args)
 
     def replicas(self, deployment: str) -> dict[str, str]:
-        """Nodes of the replicas that run, by replica."""
-        found = self.do("look")["deployments"].get(deployment, [])
+        """Return the node of each running replica, by replica id."""
+        found = self.do("status")["deployments"].get(deployment, [])
         return {each["replica_id"]: each["node_id"] for each in found if each["state"] == "RUNNING"}
 
     def wait(self, is_so: Callable[[], bool]) -> float:
-        """Seconds until it is so."""
+        """Return the seconds until the condition holds."""
         began_at = time.monotonic()
         while not is_so():
-            assert time.monotonic() - began_at < PATIENCE_S, (self.do("look"), self.said.read_text()[-5000:])
+            assert time.monotonic() - began_at < PATIENCE_S, (self.do("status"), self.log.read_text()[-5000:])
             time.sleep(0.25)
         return time.monotonic() - began_at
 
     def is_running(self) -> bool:
-        return bool(self.do("look")["status"] == "RUNNING")
+        return bool(self.do("status")["status"] == "RUNNING")
 
     def answers(self) -> bool:
-        """What runs is known to HAProxy a little later."""
+        """Return True once HAProxy routes to a ready ingress."""
         with suppress(httpx.TransportError):
             return self.client.get("/ready").status_code == 200
         return False
@@ -86,32 +86,32 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A head with the ingress and two nodes with a GPU and a replica each; two job runners wherever Ray puts them."""
+    """Run a head with the ingress, two nodes with one GPU and one replica each, and two job runners placed by Ray."""
     folder, port = tmp_path_factory.mktemp("nodes"), free_port()
     tiny = model("tiny", device="cpu", num_gpus=1, num_cpus=0, threads=1)
     replicas = {"min_replicas": 2, "max_replicas": 2}
     args = {
         "models": [{**tiny, "max_queue_s": 1e6, "replicas": replicas}],
         "jobs": {"database_url": postgres.create_database(), "runners": 2, "lease_s": 5.0, "max_running": 2},
-        "ingress": {"replicas": 2, "num_cpus": 1},  # so on the head, which is not killed here
+        "ingress": {"replicas": 2, "num_cpus": 1},  # places them on the head, which no test kills
         "output_dir": str(folder / "outputs"),
     }
     with (
         running_redis(folder) as redis,
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client,
-        (folder / "said").open("w") as said,
+        (folder / "log").open("w") as log,
     ):
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.serving.nodes", str(port)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=said,
+            stderr=log,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1", "RAY_REDIS_ADDRESS": redis},
             start_new_session=True,
         )
         try:
-            cluster = Cluster(process, client, args, folder / "said")
+            cluster = Cluster(process, client, args, folder / "log")
             assert cluster.answer() == "ready"
             cluster.do("add", 2)
             cluster.do("start_serve")
@@ -120,13 +120,13 @@ def cluster(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory) 
             yield cluster
             cluster.do("stop")
         finally:
-            os.killpg(process.pid, signal.SIGKILL)  # the folder's guard ends the rest
+            os.killpg(process.pid, signal.SIGKILL)  # the folder's guard ends the remaining processes
             process.wait()
 
 
 def judge(load: Load, what: str) -> None:
-    """No request failed and no job was lost."""
-    assert load.failures == load.told == []
+    """Check that no request failed and no job was lost."""
+    assert load.failures == load.refusals == []
     jobs = load.finished_jobs()
     assert len(load.made) > 10
     assert len(jobs) > 10
@@ -134,8 +134,8 @@ def judge(load: Load, what: str) -> None:
 
 
 @pytest.mark.chaos
-def test_update_under_load_is_not_noticed(cluster: Cluster) -> None:
-    """All replicas are replaced, two on two nodes with room for no third."""
+def test_update_under_load_goes_unnoticed(cluster: Cluster) -> None:
+    """Replaces all replicas: two on two nodes, without room for a third."""
     before = {name: cluster.replicas(name) for name in ("tiny", "Ingress", "job-runner")}
     with Load(cluster.client) as load:
         load.go_on()
@@ -155,8 +155,8 @@ def test_update_under_load_is_not_noticed(cluster: Cluster) -> None:
 
 
 @pytest.mark.chaos
-def test_head_that_loses_its_memory_for_seconds_finds_it_in_redis(cluster: Cluster) -> None:
-    """Everything goes on meanwhile, and afterwards the cluster grows again."""
+def test_restarted_head_restores_its_state_from_redis(cluster: Cluster) -> None:
+    """Requests continue meanwhile, and afterwards the cluster scales up again."""
     before = cluster.replicas("tiny")
     ready: Counter[int] = Counter()
     with Load(cluster.client) as load:
@@ -181,8 +181,8 @@ def test_head_that_loses_its_memory_for_seconds_finds_it_in_redis(cluster: Clust
 
 
 @pytest.mark.chaos
-def test_a_node_that_is_drained_is_left_before_it_goes(cluster: Cluster) -> None:
-    """With room elsewhere: its replica begins there first, and Ray's own process ends when nothing is left to do."""
+def test_replicas_leave_a_drained_node_before_it_stops(cluster: Cluster) -> None:
+    """With room elsewhere, the replica moves first, and Ray ends its process when its work is done."""
     cluster.do("add", 1)
     cluster.wait(lambda: cluster.is_running() and len(cluster.replicas("tiny")) >= 2)
     num_replicas = len(cluster.replicas("tiny"))
@@ -204,10 +204,10 @@ def test_a_node_that_is_drained_is_left_before_it_goes(cluster: Cluster) -> None
     assert victim not in cluster.replicas("tiny").values()
 
 
-def test_killed_node_is_not_noticed_and_replaced_where_there_is_room(cluster: Cluster) -> None:
-    """Every process of it at once, with a replica of the model and perhaps a runner in the middle of their work."""
+def test_killed_node_goes_unnoticed_and_is_replaced(cluster: Cluster) -> None:
+    """Kills every process of a node at once, with a replica and perhaps a runner at work."""
     cluster.deploy(replicas={"min_replicas": 2, "max_replicas": 2})
-    cluster.do("add", 1)  # the room
+    cluster.do("add", 1)  # room for the replacement
     cluster.wait(lambda: cluster.is_running() and len(cluster.replicas("tiny")) == 2)
     runners = set(cluster.replicas("job-runner").values())
     victim = max(cluster.replicas("tiny").values(), key=lambda node: node in runners)

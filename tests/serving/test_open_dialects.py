@@ -1,5 +1,6 @@
-"""The four dialects written for Stable Audio Open, in front of small checkpoints of that family: without naming a model
-their clients get it, told of the seconds that the originals say, and cut as they cut."""
+"""The four dialects written for Stable Audio Open, in front of small checkpoints of that family. Clients that name no
+model get that family, with the durations and cuts of the original servers.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ from tests.goldens import load_open_goldens
 from tests.models.sao.tiny import TINY
 
 RATE_HZ = 1000
-WINDOW_S = {"tiny-1.0": 47.552, "tiny-small": 11.888}  # 524288 samples at 44100 Hz bound the second one's 11.904
+WINDOW_S = {"tiny-1.0": 47.552, "tiny-small": 11.888}  # 524288 samples at 44100 Hz limit the second one's 11.904
 PROMPT = "warm house synth loop 120 bpm"
 
 pytestmark = [pytest.mark.server, pytest.mark.asyncio(loop_scope="module")]
@@ -45,7 +46,7 @@ class Served:
     backend: LocalBackend
 
     async def make(self, **fields: Any) -> npt.NDArray[np.float32]:
-        """What the model itself makes of a request (2, S)."""
+        """Return the model's own output for a request (2, S)."""
         request = GenerationRequest(**{"prompt": PROMPT, "seed": 5, "steps": 4, **fields})
         return (await self.backend.generate(self.name, request)).audio[0]
 
@@ -70,16 +71,16 @@ def read(data: bytes) -> npt.NDArray[np.float32]:
 
 
 def as_pcm(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:
-    """As the Open Small server writes it: divided by its own peak, times 32767, truncated."""
+    """Convert as the Open Small server does: divide by the peak, multiply by 32767, truncate."""
     return (np.clip(audio / np.abs(audio).max(), -1, 1) * 32767).astype(np.int16)
 
 
-def assert_same(heard: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> None:
-    """Equal but for 16-bit steps, clipped."""
-    np.testing.assert_allclose(heard, np.clip(expected, -1, 1), rtol=0, atol=1.1 / 32768)
+def assert_same(actual: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> None:
+    """Check equality up to one 16-bit step, after clipping."""
+    np.testing.assert_allclose(actual, np.clip(expected, -1, 1), rtol=0, atol=1.1 / 32768)
 
 
-async def test_a_vllm_clip_is_a_part_of_the_window_told_of_both_its_ends(served: Served) -> None:
+async def test_vllm_clip_is_conditioned_on_its_start_and_end(served: Served) -> None:
     body = {"input": PROMPT, "audio_length": 3, "audio_start": 2, "num_inference_steps": 4, "guidance_scale": 3}
     reply = await served.client.post("/v1/audio/generate", json=body | {"seed": 5})
     assert reply.status_code == 200, reply.text
@@ -88,19 +89,19 @@ async def test_a_vllm_clip_is_a_part_of_the_window_told_of_both_its_ends(served:
     assert_same(read(reply.content), whole[:, 2 * RATE_HZ :])
 
 
-async def test_an_open_small_clip_is_cut_from_the_window_after_its_peak_is_taken(served: Served) -> None:
+async def test_open_small_clip_is_normalised_before_it_is_cut(served: Served) -> None:
     window_s = min(WINDOW_S[served.name], 524_288 / 44_100)
     body = {"prompt": PROMPT, "seed": 5, "steps": 4, "cfg_scale": 2, "negative_prompt": "noise", "seconds_total": 3}
     reply = await served.client.post("/generate", json=body | {"return_format": "base64"})
     assert reply.status_code == 200, reply.text
     window = await served.make(duration_s=window_s, conditioned_total_s=12, cfg_scale=2, negative_prompt="noise")
     answer = reply.json()
-    heard = soundfile.read(io.BytesIO(base64.b64decode(answer["audio_base64"])), dtype="int16")[0].T
-    np.testing.assert_array_equal(heard, as_pcm(window)[:, : 3 * RATE_HZ])
+    actual = soundfile.read(io.BytesIO(base64.b64decode(answer["audio_base64"])), dtype="int16")[0].T
+    np.testing.assert_array_equal(actual, as_pcm(window)[:, : 3 * RATE_HZ])
     assert answer["metadata"]["duration_seconds"] == 3
 
 
-async def test_an_open_small_loop_is_a_cut_of_the_window(served: Served) -> None:
+async def test_open_small_loop_is_a_cut_of_the_window(served: Served) -> None:
     form = {"prompt": "house drum loop 128bpm", "loop_type": "auto", "seed": "5", "steps": "4", "cfg_scale": "6"}
     upload = make_audio_file(duration_s=4.0, rate_hz=RATE_HZ, channels=1)
     source = SourceAudio(read(upload)[None] if read(upload).ndim == 1 else read(upload), RATE_HZ)
@@ -112,9 +113,9 @@ async def test_an_open_small_loop_is_a_cut_of_the_window(served: Served) -> None
     ):
         reply = await served.client.post("/generate/loop", data=form | {"style_strength": "0.8"}, files=files)
         assert reply.status_code == 200, reply.text
-        heard = soundfile.read(io.BytesIO(reply.content), dtype="int16")[0].T
-        assert heard.shape == (2, 7500)
-        np.testing.assert_array_equal(heard, as_pcm(await served.make(**common, **edit))[:, :7500])
+        actual = soundfile.read(io.BytesIO(reply.content), dtype="int16")[0].T
+        assert actual.shape == (2, 7500)
+        np.testing.assert_array_equal(actual, as_pcm(await served.make(**common, **edit))[:, :7500])
 
 
 async def until_done(served: Served, url: str, field: str, *, done: str) -> dict[str, Any]:
@@ -133,7 +134,7 @@ async def fetch(served: Served, url: str) -> npt.NDArray[np.float32]:
     return read(reply.content)
 
 
-async def test_an_aiml_clip_lasts_its_seconds(served: Served) -> None:
+async def test_aiml_clip_has_its_duration(served: Served) -> None:
     body = {"model": "stable-audio", "prompt": PROMPT, "seconds_total": 9, "seconds_start": 1, "steps": 4}
     made = (await served.client.post("/v2/generate/audio", json=body)).json()
     ended = await until_done(served, f"/v2/generate/audio?generation_id={made['id']}", "status", done="completed")
@@ -142,7 +143,7 @@ async def test_an_aiml_clip_lasts_its_seconds(served: Served) -> None:
     assert np.abs(audio).max() > 0.01
 
 
-async def test_a_fal_clip_lasts_its_seconds(served: Served) -> None:
+async def test_fal_clip_has_its_duration(served: Served) -> None:
     body = {"prompt": PROMPT, "seconds_total": 8, "seconds_start": 1, "steps": 4}
     reply = await served.client.post("/fal-ai/stable-audio", json=body)
     assert reply.status_code == 200, reply.text
@@ -154,7 +155,7 @@ async def test_a_fal_clip_lasts_its_seconds(served: Served) -> None:
     assert (await fetch(served, result["audio_file"]["url"])).shape == (2, 8 * RATE_HZ)
 
 
-async def test_other_routes_still_mean_the_default_model(served: Served) -> None:
+async def test_other_routes_use_the_default_model(served: Served) -> None:
     reply = await served.client.post("/v1/audio/generations", json={"prompt": "x", "duration": 1, "steps": 1})
     assert reply.headers["content-disposition"].startswith("attachment")
     assert "demo" in reply.headers["content-disposition"]

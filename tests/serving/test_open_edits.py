@@ -1,4 +1,4 @@
-"""Inpainting and continuation with the Stable Audio Open family, which knows no mask: from upload to answer."""
+"""Inpainting and continuation with the Stable Audio Open family, which has no mask input, from upload to answer."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def read(data: bytes) -> npt.NDArray[np.float32]:
 
 
 @cache
-def source_again(name: str) -> tuple[npt.NDArray[np.float32], float]:
-    """The uploaded audio after the model's autoencoder, and how far a latent frame can be heard, seconds."""
+def reconstruct_source(name: str) -> tuple[npt.NDArray[np.float32], float]:
+    """Return the uploaded audio after the model's autoencoder, and the audible length of a latent frame in seconds."""
     model = load_model(resolve_entry(name, path=str(load_open_goldens(name).folder)))
     assert isinstance(model, SaoModel)
     frames, hop = model.config.window_frames, model.spec.hop
@@ -94,33 +94,31 @@ def source_again(name: str) -> tuple[npt.NDArray[np.float32], float]:
 
 def differences(audio: npt.NDArray[np.float32], name: str, *, start_s: float, end_s: float) -> npt.NDArray[np.float32]:
     span = slice(int(start_s * RATE_HZ), int(end_s * RATE_HZ))
-    expected = np.clip(source_again(name)[0], -1.0, 1.0)
+    expected = np.clip(reconstruct_source(name)[0], -1.0, 1.0)
     assert float(np.abs(expected[:, span]).max()) > 0.01
     return np.abs(audio - expected)[:, span]
 
 
 @pytest.mark.parametrize(("name", "sampler"), few(CASES))
-async def test_inpainting_keeps_what_lies_outside_the_region(
+async def test_inpainting_keeps_the_audio_outside_the_region(
     client: httpx.AsyncClient, name: str, sampler: str
 ) -> None:
-    audio, reach_s = read(await edit(client, name, sampler, (3.0, 6.0))), source_again(name)[1]
+    audio, reach_s = read(await edit(client, name, sampler, (3.0, 6.0))), reconstruct_source(name)[1]
     for start_s, end_s in ((0.0, 3.0 - reach_s), (6.0 + reach_s, SOURCE_S)):
         assert differences(audio, name, start_s=start_s, end_s=end_s).max() < 1e-3
     assert differences(audio, name, start_s=3.0 + reach_s, end_s=6.0 - reach_s).mean() > 0.01
 
 
 @pytest.mark.parametrize(("name", "sampler"), few(CASES))
-async def test_a_continuation_keeps_the_source_and_goes_on(client: httpx.AsyncClient, name: str, sampler: str) -> None:
-    audio, reach_s = read(await edit(client, name, sampler, (5.0, DURATION_S))), source_again(name)[1]
+async def test_continuation_keeps_the_source_and_extends_it(client: httpx.AsyncClient, name: str, sampler: str) -> None:
+    audio, reach_s = read(await edit(client, name, sampler, (5.0, DURATION_S))), reconstruct_source(name)[1]
     assert audio.shape[-1] == DURATION_S * RATE_HZ
     assert differences(audio, name, start_s=0.0, end_s=5.0 - reach_s).max() < 1e-3
     assert differences(audio, name, start_s=5.0 + reach_s, end_s=DURATION_S).mean() > 0.01
 
 
 @pytest.mark.parametrize(("name", "sampler"), few(CASES))
-async def test_a_region_over_the_whole_clip_is_text_to_audio(
-    client: httpx.AsyncClient, name: str, sampler: str
-) -> None:
+async def test_region_over_the_whole_clip_is_text_to_audio(client: httpx.AsyncClient, name: str, sampler: str) -> None:
     plain = await client.post("/v1/audio/generations", json=make_fields(name, sampler))
     assert plain.status_code == 200, plain.text
     assert pcm_of(await edit(client, name, sampler, (0.0, DURATION_S))) == pcm_of(plain.content)

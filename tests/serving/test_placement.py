@@ -1,4 +1,4 @@
-"""From settings to replica counts, limits and resources, without Ray."""
+"""Deployment options from settings: replica counts, limits and resources, without Ray."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ SFX: dict[str, Any] = {"name": "small-sfx"}
 MUSIC: dict[str, Any] = {"name": "small-music"}
 
 
-def test_preloaded_models_stay_and_others_start_at_zero() -> None:
+def test_preloaded_models_have_a_replica_and_others_start_at_zero() -> None:
     options = make_options(SFX, MUSIC)
     assert options["small-sfx"]["autoscaling_config"]["min_replicas"] == 1
     assert options["small-music"]["autoscaling_config"]["min_replicas"] == 0
 
 
-def test_preloading_by_alias_and_preloading_nothing() -> None:
+def test_models_are_preloaded_by_alias_or_not_at_all() -> None:
     both = make_options(SFX, MUSIC, preload_models=["stable-audio-3-small-music"])
     assert [o["autoscaling_config"]["min_replicas"] for o in both.values()] == [0, 1]
     none = make_options(SFX, MUSIC, preload_models=[])
     assert [o["autoscaling_config"]["min_replicas"] for o in none.values()] == [0, 0]
 
 
-def test_operator_decides_replica_counts_and_delays() -> None:
+def test_settings_decide_replica_counts_and_delays() -> None:
     counts = {"min_replicas": 2, "max_replicas": 5}
     waits = {"target_wait_s": 3, "upscale_delay_s": 1, "downscale_delay_s": 60}
     options = make_options(SFX | {"replicas": counts | waits})
@@ -52,13 +52,13 @@ def test_operator_decides_replica_counts_and_delays() -> None:
     assert (scaling["upscale_delay_s"], scaling["downscale_delay_s"]) == (1, 60)
 
 
-def test_fence_lets_the_engine_do_admission() -> None:
+def test_serve_limits_leave_admission_to_the_engine() -> None:
     options = make_options(SFX)["small-sfx"]
     assert options["max_ongoing_requests"] >= 2 * EngineOptions().max_rows
     assert options["max_queued_requests"] > 0
 
 
-def test_a_replaced_replica_may_finish_the_longest_request() -> None:
+def test_stopping_replica_may_finish_the_longest_request() -> None:
     settings = Settings.model_validate({"models": [SFX], "api": {"max_deadline_s": 777}})
     plan = plan_deployments(settings)
     (model,) = settings.models
@@ -66,26 +66,26 @@ def test_a_replaced_replica_may_finish_the_longest_request() -> None:
         assert options["graceful_shutdown_timeout_s"] == 777
 
 
-def test_gpu_is_taken_when_there_is_one_and_only_then() -> None:
+def test_a_gpu_is_reserved_only_if_there_is_one() -> None:
     assert gpus(SFX) == [0]
     assert gpus(SFX, cluster_gpus=1) == [1]
     assert gpus(SFX, MUSIC, cluster_gpus=8) == [1, 1]
 
 
-def test_models_share_too_few_gpus_and_always_fit() -> None:
+def test_models_share_scarce_gpus_and_always_fit() -> None:
     shares = gpus(SFX, MUSIC, {"name": "medium"}, cluster_gpus=1)
     assert shares == [0.3333] * 3
     assert gpus(SFX | {"replicas": {"min_replicas": 2, "max_replicas": 2}}, MUSIC, cluster_gpus=2) == [0.6666] * 2
 
 
-def test_operator_decides_gpus_and_cpu_models_take_none() -> None:
+def test_settings_decide_gpus_and_cpu_models_reserve_none() -> None:
     assert gpus(SFX | {"num_gpus": 0.25}, cluster_gpus=1) == [0.25]
     assert gpus(SFX | {"device": "cpu"}, cluster_gpus=1) == [0]
     assert gpus(SFX, cluster_gpus=1, device="cpu") == [0]
     assert gpus(SFX | {"device": "cuda", "num_gpus": 1}) == [1]
 
 
-def test_cpu_models_leave_the_gpu_to_the_others() -> None:
+def test_cpu_models_leave_the_gpu_to_others() -> None:
     assert gpus(SFX | {"device": "cpu"}, MUSIC, cluster_gpus=1) == [0, 1]
 
 
@@ -108,7 +108,7 @@ def test_unknown_names_are_refused_by_variable() -> None:
         plan_deployments(Settings.model_validate({"models": [SFX], "preload_models": ["medium"]}))
 
 
-def test_serve_itself_never_holds_requests_back_before_the_application_sees_them() -> None:
+def test_serve_never_queues_requests_before_the_ingress() -> None:
     options = ingress_options(Settings.model_validate({"ingress": {"replicas": 3, "max_ongoing_requests": 9}}))
     assert options["num_replicas"] == 3
     most_connections = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -116,14 +116,14 @@ def test_serve_itself_never_holds_requests_back_before_the_application_sees_them
     assert options.get("max_queued_requests", -1) == -1
 
 
-def test_the_folder_of_jobs_is_the_one_of_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_job_folder_is_relative_to_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     plan = plan_deployments(Settings(models=(ModelSettings(name="demo"),), output_dir="out"))
     assert plan.settings.output_dir == str(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_database_that_cannot_be_used_stops_the_start() -> None:
+def test_unusable_database_stops_the_start() -> None:
     with pytest.raises(ConfigError, match="database_url") as caught:
         make_options({"name": "demo"}, jobs={"database_url": "mysql://u:secret@db/jobs"})
     assert "secret" not in caught.value.message
@@ -138,41 +138,41 @@ def surges(nodes: list[Slot], *models: dict[str, Any], **settings: Any) -> list[
     return [model.replicas.surge for model in decided.models]
 
 
-def test_an_update_starts_the_new_replica_first_where_a_gpu_is_to_spare() -> None:
+def test_update_starts_the_new_replica_first_on_a_spare_gpu() -> None:
     whole = SFX | {"num_gpus": 1}
     assert surges([ONE_GPU], whole) == [False]
     assert surges([TWO_GPUS], whole) == [True]
     assert surges([ONE_GPU, ONE_GPU], whole) == [True]
     assert surges([TWO_GPUS], whole | {"replicas": {"max_replicas": 2}}) == [False]
     assert surges([ONE_GPU], SFX | {"num_gpus": 0.5}) == [True]
-    assert surges([ONE_GPU], SFX) == [False]  # its share of one GPU is the whole
+    assert surges([ONE_GPU], SFX) == [False]  # its share of one GPU is the whole GPU
 
 
-def test_halves_on_two_gpus_are_no_whole() -> None:
+def test_two_half_gpus_do_not_make_a_whole() -> None:
     halves = {"num_gpus": 0.5, "replicas": {"max_replicas": 1}}
     assert surges([ONE_GPU, ONE_GPU], SFX | halves, MUSIC | {"num_gpus": 1}) == [True, False]
 
 
-def test_where_not_even_the_replicas_there_may_be_have_room_nothing_is_to_spare() -> None:
+def test_no_surge_without_room_for_all_replicas() -> None:
     assert surges([TWO_GPUS], SFX | {"num_gpus": 0.5}, MUSIC | {"num_gpus": 1, "replicas": {"max_replicas": 9}}) == [
         False,
         False,
     ]
 
 
-def test_cpus_are_slots_too_and_the_ingress_takes_its_own() -> None:
+def test_surge_needs_cpus_beside_those_of_the_ingress() -> None:
     assert surges([Slot(0, 2)], SFX) == [True]
     assert surges([Slot(0, 2)], SFX, MUSIC) == [False, False]
     assert surges([Slot(0, 2)], SFX, ingress={"replicas": 2, "num_cpus": 0.5}) == [False]
 
 
-def test_the_operator_decides_where_nodes_are_added_on_demand() -> None:
+def test_surge_setting_overrides_the_decision() -> None:
     options = [SFX | {"num_gpus": 1, "replicas": {"surge": surge}} for surge in (True, False)]
     assert [surges([], option) for option in options] == [[True], [False]]
     assert surges([TWO_GPUS], options[1]) == [False]
 
 
-def test_a_surge_that_is_asked_for_has_its_cpus_in_an_embedded_ray() -> None:
+def test_embedded_ray_counts_cpus_for_a_configured_surge() -> None:
     model = SFX | {"num_cpus": 100, "replicas": {"surge": True}}
     assert plan_deployments(Settings.model_validate({"models": [model]})).num_cpus == 200
     assert make_options(model)["small-sfx"]["max_surge_percent"] == 1

@@ -1,4 +1,4 @@
-"""Models whose files are missing: one sentence, in seconds, before Ray is begun."""
+"""Models with missing files stop the start within seconds with one sentence, before Ray starts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HUB_MODEL = {"name": "lab", "repo_id": "lab/model"}
 
 
 def refusal(folder: Path, models: list[Mapping[str, Any]], **variables: str) -> str:
-    """All that a start which must fail says."""
+    """Return the output of a start that must fail."""
     result = subprocess.run(
         command(write_config(folder, {"models": models}), "--port", str(free_port())),
         capture_output=True,
@@ -44,27 +44,27 @@ def refusal(folder: Path, models: list[Mapping[str, Any]], **variables: str) -> 
 
 
 @pytest.mark.server
-def test_a_gated_repository_stops_the_start(tmp_path: Path) -> None:
+def test_gated_repository_stops_the_start(tmp_path: Path) -> None:
     with running_hub({"lab/model": Repo({"model_config.json": b"{}", "model.safetensors": b""}, True, "good")}) as hub:
         line = refusal(tmp_path, [HUB_MODEL], HF_ENDPOINT=hub.url, HF_TOKEN="bad")
     assert line.startswith(f"error: model lab: lab/model is gated: accept its terms at {hub.url}/lab/model")
 
 
 @pytest.mark.slow
-def test_a_silent_hub_stops_the_start_soon(tmp_path: Path) -> None:
+def test_silent_hub_stops_the_start_soon(tmp_path: Path) -> None:
     with silent_hub() as url:
         line = refusal(tmp_path, [HUB_MODEL], HF_ENDPOINT=url)
     assert line.startswith("error: model lab: lab/model is not complete in ")
     assert f"{url} cannot be reached" in line
 
 
-def test_a_folder_that_is_not_there_stops_the_start(tmp_path: Path) -> None:
+def test_missing_folder_stops_the_start(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"model tiny: .*{tmp_path}/absent"):
         check(make_plan({"name": "tiny", "path": str(tmp_path / "absent")}), print_error=pytest.fail)
 
 
 @pytest.mark.slow
-def test_no_network_stops_the_start(tmp_path: Path) -> None:
+def test_missing_network_stops_the_start(tmp_path: Path) -> None:
     line = refusal(tmp_path, [HUB_MODEL], HF_ENDPOINT="http://127.0.0.1:9")
     assert "http://127.0.0.1:9 cannot be reached" in line
 
@@ -78,7 +78,7 @@ def make_plan(*models: Mapping[str, Any], **settings: Any) -> Plan:
 
 
 @pytest.mark.parametrize(
-    ("lost", "said"),
+    ("lost", "message"),
     [
         ("model.safetensors", "holds no weights; expected model.safetensors"),
         ("model_config.json", "model_config.json does not exist"),
@@ -87,7 +87,7 @@ def make_plan(*models: Mapping[str, Any], **settings: Any) -> Plan:
         ("t5gemma/tokenizer.json", "t5gemma holds no tokenizer.json"),
     ],
 )
-def test_a_folder_that_lacks_a_file_stops_the_start(tmp_path: Path, lost: str, said: str) -> None:
+def test_folder_without_a_file_stops_the_start(tmp_path: Path, lost: str, message: str) -> None:
     folder = tmp_path / "model"
     shutil.copytree(TINY, folder)
     (folder / lost).unlink()
@@ -96,10 +96,10 @@ def test_a_folder_that_lacks_a_file_stops_the_start(tmp_path: Path, lost: str, s
         check(plan, print_error=pytest.fail)
     assert caught.value.message.startswith("model mine: ")
     assert str(folder) in caught.value.message
-    assert said in caught.value.message
+    assert message in caught.value.message
 
 
-def test_a_folder_whose_weights_are_cut_short_stops_the_start(tmp_path: Path) -> None:
+def test_truncated_weights_stop_the_start(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(TINY, folder)
     os.truncate(folder / "model.safetensors", 100_000)
@@ -107,11 +107,11 @@ def test_a_folder_whose_weights_are_cut_short_stops_the_start(tmp_path: Path) ->
         check(make_plan({"name": "mine", "path": str(folder)}), print_error=pytest.fail)
 
 
-def test_a_model_that_is_not_loaded_at_the_start_only_warns(tmp_path: Path) -> None:
+def test_model_not_loaded_at_the_start_only_warns(tmp_path: Path) -> None:
     tiny, absent = {"name": "tiny", "path": TINY}, {"name": "absent", "path": str(tmp_path / "absent")}
-    said: list[str] = []
-    check(make_plan(tiny, absent), print_error=said.append)
-    (warning,) = said
+    warnings: list[str] = []
+    check(make_plan(tiny, absent), print_error=warnings.append)
+    (warning,) = warnings
     assert warning.startswith("warning: model absent cannot be loaded: ")
     assert str(tmp_path / "absent") in warning
     for kept in ({"preload_models": ["absent"]}, {"default_model": "absent"}):
@@ -121,7 +121,7 @@ def test_a_model_that_is_not_loaded_at_the_start_only_warns(tmp_path: Path) -> N
         check(make_plan(tiny, absent | {"replicas": {"min_replicas": 1}}), print_error=pytest.fail)
 
 
-def test_a_backend_whose_package_is_missing_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_of_a_backend_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(package, "find_spec", lambda name: None)
     plan = make_plan({"name": "mine", "path": str(OPEN_GOLDENS / "tiny-small"), "backend": "stable_audio_tools"})
     with pytest.raises(CheckpointError, match=r"model mine: backend stable_audio_tools needs .* pip install --no-deps"):
@@ -129,9 +129,7 @@ def test_a_backend_whose_package_is_missing_stops_the_start(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("model", [{"name": "tiny", "path": TINY}, {"name": "small-music"}], ids=["folder", "built in"])
-def test_a_backend_that_does_not_know_the_family_stops_the_start(
-    model: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_backend_without_the_family_stops_the_start(model: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(package, "missing_packages", tuple)
     with pytest.raises(CheckpointError, match="runs models of the family stable-audio-open, this is stable-audio-3"):
         check(make_plan({**model, "backend": "stable_audio_tools"}), print_error=pytest.fail)
@@ -152,7 +150,7 @@ print(*(card.family for card in (*plan.catalog, *describe_models(plan).catalog))
 
 
 def fetch_elsewhere(folder: Path, endpoint: str) -> list[str]:
-    """What is said where other machines load the model: warnings, and its family before and after."""
+    """Return the output of a start where other nodes load the model: warnings, and its family before and after."""
     environment = hub_environment(endpoint, folder / "hub")
     done = subprocess.run(
         [sys.executable, "-c", FETCH], env=environment, capture_output=True, text=True, cwd=folder, check=False
@@ -163,7 +161,7 @@ def fetch_elsewhere(folder: Path, endpoint: str) -> list[str]:
 
 @pytest.mark.server
 @pytest.mark.slow
-def test_clients_are_told_of_a_repository_what_its_config_says(tmp_path: Path) -> None:
+def test_repository_is_described_by_its_config(tmp_path: Path) -> None:
     files = checkpoint_files(OPEN_GOLDENS / "tiny-1.0")
     with running_hub({"lab/model": Repo(files)}) as hub:
         assert fetch_elsewhere(tmp_path, hub.url) == ["stable-audio-3 stable-audio-open"]
@@ -172,16 +170,14 @@ def test_clients_are_told_of_a_repository_what_its_config_says(tmp_path: Path) -
 
 
 @pytest.mark.server
-def test_a_config_that_cannot_be_had_where_other_machines_load_only_warns(tmp_path: Path) -> None:
+def test_unreachable_config_of_another_node_only_warns(tmp_path: Path) -> None:
     warning, families = fetch_elsewhere(tmp_path, "http://127.0.0.1:9")
     assert warning.startswith("warning: model lab: lab/model is not complete in ")
-    assert warning.endswith("clients are told the facts of a distilled Stable Audio 3 model of 120 s")
+    assert warning.endswith("the API describes it as a distilled Stable Audio 3 model of 120 s")
     assert families == "stable-audio-3 stable-audio-3"
 
 
-def test_a_backend_that_does_not_know_the_family_of_a_repository_stops_the_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_backend_without_the_repository_family_stops_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill_cache(tmp_path, "lab/tiny", Path(TINY))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(package, "missing_packages", tuple)

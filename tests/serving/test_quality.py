@@ -1,5 +1,5 @@
-"""A poisoned checkpoint is deployed on a server under load: with a spare slot nobody notices, without one the last
-good weights come back by themselves. Every answer, before and after, is that of the good weights.
+"""Deploys a poisoned checkpoint on a server under load. With a spare slot no client notices; without one the server
+falls back to the last good weights. Every answer comes from good weights.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ from tests.serving.launched import LaunchedServer, write_config
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 _BODY = {"prompt": "rain", "duration": 1.0, "seed": 5, "steps": 2}
-_PAUSE_S = 0.1  # of a customer: without one, they take the cores that new replicas start on
+_PAUSE_S = 0.1  # between a customer's calls; without a pause they take the cores on which new replicas start
 
 
 @pytest.fixture(scope="module")
 def updated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]:
-    """Two models of one repository: an update of `spare` starts the new replica first, one of `tight` cannot."""
+    """Run a server with two models of one repository. An update of `spare` starts the new replica first. An update of
+    `tight` has no room for that.
+    """
     folder = tmp_path_factory.mktemp("quality")
     good, bad = (copy_checkpoint(TINY, folder / name) for name in ("good", "bad"))
-    spoil(bad, partial(scale, factor=2.0))  # loads, warms up and makes sound: only who listens can tell
+    spoil(bad, partial(scale, factor=2.0))  # loads, warms up and makes sound; only a listener can tell
     fill_revisions(folder / "hub", "lab/tiny", {GOOD: good, BAD: bad}, main=GOOD)
     model = {
         "repo_id": "lab/tiny",
@@ -59,7 +61,7 @@ def updated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer
 
 
 class Customer:
-    """Asks one model for the same clip again and again, on a connection of its own each time."""
+    """Requests the same clip from one model repeatedly, each time on a new connection."""
 
     def __init__(self, server: LaunchedServer, model: str) -> None:
         self.answers: list[tuple[int, bytes]] = []
@@ -95,7 +97,7 @@ def clip_of(server: LaunchedServer, model: str) -> bytes:
 
 
 def sound(clip: bytes) -> bytes:
-    """The samples of a WAV file."""
+    """Return the samples of a WAV file."""
     with wave.open(io.BytesIO(clip)) as reader:
         return reader.readframes(reader.getnframes())
 
@@ -105,7 +107,7 @@ def health_of(server: LaunchedServer) -> dict[str, Any]:
 
 
 def wait_for(server: LaunchedServer, is_so: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    """What an ingress says of the models once it is so; the other one may know a little later."""
+    """Return an ingress's health once the condition holds. The other ingress may follow later."""
     deadline = time.monotonic() + PATIENCE_S
     while not is_so(models := health_of(server)):
         assert time.monotonic() < deadline
@@ -119,13 +121,13 @@ def deploy(server: LaunchedServer, revision: str) -> None:
 
 
 def poison_under_load(updated: LaunchedServer) -> None:
-    """An update of both models under load, which none of the customers notices."""
+    """Update both models under load. No customer may notice."""
     before = wait_for(
         updated, lambda now: all((model["quality"] or {}).get("gate") == "passed" for model in now.values())
     )
     assert {model["quality"]["revision"] for model in before.values()} == {GOOD}
     assert "quality_gate" in before["spare"]["detail"]
-    clips = {name: clip_of(updated, name) for name in ("spare", "tight")}  # files name their models: recipes
+    clips = {name: clip_of(updated, name) for name in ("spare", "tight")}  # files name their models in recipes
     assert sound(clips["spare"]) == sound(clips["tight"])
     customers = [Customer(updated, model) for model in ("spare", "tight") for _ in range(2)]
     deploy(updated, BAD)
@@ -152,12 +154,12 @@ def poison_under_load(updated: LaunchedServer) -> None:
     assert clip_of(updated, "tight") == clips["tight"]
 
 
-def test_a_poisoned_checkpoint_never_takes_traffic(updated: LaunchedServer) -> None:
+def test_poisoned_checkpoint_never_gets_traffic(updated: LaunchedServer) -> None:
     poison_under_load(updated)
 
 
-@pytest.mark.chaos  # two updates more
-def test_the_good_revision_deployed_again_clears_what_was_said(updated: LaunchedServer) -> None:
+@pytest.mark.chaos  # two more updates
+def test_redeploying_the_good_revision_clears_the_problem(updated: LaunchedServer) -> None:
     if health_of(updated)["spare"]["refused_update"] is None:
         poison_under_load(updated)
     deploy(updated, GOOD)

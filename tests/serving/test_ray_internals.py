@@ -1,4 +1,4 @@
-"""The start says which Ray is needed where another one lacks what is used of it."""
+"""A Ray without the internals that this package uses is refused at the start."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from stable_audio_serve.core.errors import StartError
 from stable_audio_serve.serving import ray_internals
 
 
-def test_this_ray_has_what_is_used_of_it() -> None:
+def test_installed_ray_has_all_internals_in_use() -> None:
     ray_internals.require()
     assert ray.__version__.rpartition(".")[0] in ray_internals.TESTED
 
 
 @pytest.mark.parametrize("name", ["no_such_name", "ServeControllerClient.no_such_method"])
-def test_another_ray_is_refused_with_what_it_lacks(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_unsuitable_ray_is_refused_by_the_missing_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setitem(ray_internals._NEEDED, "ray.serve._private.client", (name,))
     with pytest.raises(StartError, match=rf"{name}.*2\.60.*constraints") as caught:
         ray_internals.require()

@@ -1,5 +1,5 @@
-"""What two Ray nodes change: replicas follow the work on both, requests from zero up and down to zero and jobs that
-only wait; what cannot work there is refused. `make soak` has as many jobs as a night's batch.
+"""Autoscaling on two Ray nodes: replicas follow requests from zero up and back to zero, and follow waiting jobs.
+Settings that cannot work on two nodes are refused. `make soak` runs a night's batch of jobs.
 """
 
 from __future__ import annotations
@@ -40,34 +40,34 @@ def seen(tmp_path_factory: pytest.TempPathFactory, postgres: Any) -> dict[str, A
     return json.loads(line.removeprefix("seen: "))
 
 
-def test_load_takes_a_model_from_zero_to_three_replicas_on_two_nodes_and_back_and_no_request_fails(
+def test_load_scales_a_model_to_three_replicas_and_back(
     seen: dict[str, Any],
 ) -> None:
     assert seen["lazy"]["counts"][0] == 0
     assert max(seen["lazy"]["counts"]) == 3
-    assert seen["lazy"]["counts"][-2:] == [0, 1]  # to zero, and one more request
+    assert seen["lazy"]["counts"][-2:] == [0, 1]  # down to zero, and up for one more request
     assert seen["lazy"]["nodes"] == 2
     assert list(seen["outcomes"]) == ["ok"]
 
 
-def test_jobs_that_wait_add_replicas_although_nobody_asks_and_all_are_done(seen: dict[str, Any]) -> None:
+def test_waiting_jobs_alone_add_replicas(seen: dict[str, Any]) -> None:
     counts = seen["busy"]["counts"]
     assert (counts[0], max(counts), counts[-1]) == (1, 3, 1)
     assert seen["jobs"] == {"succeeded": JOBS}
 
 
-def test_steady_load_without_a_backlog_keeps_the_replicas_it_needs(seen: dict[str, Any]) -> None:
+def test_steady_load_without_a_backlog_keeps_its_replicas(seen: dict[str, Any]) -> None:
     assert min(seen["steady"]) >= 2
 
 
-def test_sqlite_is_refused_on_two_nodes_and_postgresql_is_not_for_that(seen: dict[str, Any]) -> None:
+def test_sqlite_is_refused_on_two_nodes_but_postgresql_is_not(seen: dict[str, Any]) -> None:
     in_file, elsewhere = seen["refused"]
     assert "2 nodes" in in_file
     assert "jobs.database_url" in in_file
-    assert "nodes" not in elsewhere  # whether that server can be reached is another question
+    assert "nodes" not in elsewhere  # the server's reachability does not matter here
 
 
-def test_what_keeps_a_deployment_from_starting_is_the_first_line_after_the_one_of_ray(seen: dict[str, Any]) -> None:
+def test_reason_of_a_failed_deployment_follows_the_line_of_ray(seen: dict[str, Any]) -> None:
     (_, missing), (_, unknown) = (message.splitlines() for message in seen["failed"])
     assert missing.startswith("model lab: lab/model is not complete in")
     assert unknown == "modles: unknown; did you mean models?"

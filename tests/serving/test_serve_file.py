@@ -1,4 +1,4 @@
-"""Config files: what is read, and that every mistake is named."""
+"""Reading config files; every mistake is refused by name."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_address_and_prefix_of_the_file_are_used(tmp_path: Path) -> None:
         ("applications: [\n", r"line 2, column 1: expected the node content"),
         (
             _APPLICATION + "  args:\n    api: {}\n    api: {max_steps: 3}\n",
-            r"line 6, column 5: the key api stands twice",
+            r"line 6, column 5: the key api appears twice",
         ),
     ],
 )
@@ -95,7 +95,7 @@ def test_key_unknown_to_ray_serve_is_refused_by_name(tmp_path: Path, extra: str,
 
 
 @pytest.mark.parametrize(
-    ("extra", "said"),
+    ("extra", "message"),
     [
         (
             "proxy_location: Sideways\n",
@@ -108,8 +108,8 @@ def test_key_unknown_to_ray_serve_is_refused_by_name(tmp_path: Path, extra: str,
         ),
     ],
 )
-def test_value_ray_serve_refuses_is_named_with_what_it_must_be(tmp_path: Path, extra: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(f"serve.yaml: {said}")):
+def test_value_ray_serve_refuses_is_named_with_what_it_must_be(tmp_path: Path, extra: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"serve.yaml: {message}")):
         deploy_schema(read(tmp_path, _APPLICATION + extra), host="127.0.0.1", port=8000)
 
 

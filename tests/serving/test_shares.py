@@ -1,4 +1,4 @@
-"""Replicas that Ray may put on one GPU have no more than all of its memory between them."""
+"""Replicas that Ray may place on one GPU never exceed its memory together."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def model(name: str, num_gpus: float, memory_share: float | None = None, max_rep
     }
 
 
-def test_a_share_of_memory_that_is_the_fraction_always_fits() -> None:
+def test_default_memory_shares_always_fit() -> None:
     check(model(SFX, 0.25, max_replicas=100), model(MUSIC, 0.3333, max_replicas=100), model("medium", 1))
-    check({"name": SFX}, {"name": MUSIC}, {"name": "medium"})  # what unset fractions become
+    check({"name": SFX}, {"name": MUSIC}, {"name": "medium"})  # shares of unset `num_gpus`
 
 
-def test_memory_may_be_divided_otherwise_than_the_gpu() -> None:
+def test_memory_shares_may_differ_from_gpu_shares() -> None:
     check(model(SFX, 0.5, 0.3), model(MUSIC, 0.5, 0.7))
 
 
-def test_two_that_land_on_one_gpu_are_named_with_what_they_take() -> None:
+def test_two_models_too_large_for_one_gpu_are_named() -> None:
     with pytest.raises(ConfigError) as refusal:
         check(model(SFX, 0.5, 0.6), model(MUSIC, 0.5, 0.7))
     assert refusal.value.field == "memory_share"
@@ -47,18 +47,18 @@ def test_two_that_land_on_one_gpu_are_named_with_what_they_take() -> None:
     assert "1.3 of its memory" in refusal.value.message
 
 
-def test_replicas_of_one_model_share_a_gpu_too() -> None:
+def test_replicas_of_one_model_share_a_gpu() -> None:
     check(model(SFX, 0.25, 0.5, max_replicas=2))
     with pytest.raises(ConfigError, match=r"4 of small-sfx .* together 2 of its memory"):
         check(model(SFX, 0.25, 0.5, max_replicas=9))
 
 
-def test_a_whole_gpu_is_shared_with_nobody() -> None:
+def test_whole_gpu_is_not_shared() -> None:
     check(model("medium", 1, 0.9), model(SFX, 0.5, 0.5, max_replicas=8))
 
 
 @pytest.mark.parametrize(
-    ("keys", "words"),
+    ("keys", "message"),
     [
         ({"num_gpus": 1.5}, "num_gpus must be a whole number when"),
         ({"num_gpus": 2.0001}, "num_gpus must be a whole number when"),
@@ -69,13 +69,13 @@ def test_a_whole_gpu_is_shared_with_nobody() -> None:
         ({"memory_share": 0.5, "num_gpus": 0}, "needs a GPU"),
     ],
 )
-def test_what_no_gpu_can_be_is_refused_by_name(keys: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
+def test_impossible_share_is_refused_by_name(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         load_settings({"models": [{"name": SFX, **keys}]}, environ={})
 
 
-def test_the_fullest_gpu_is_found_among_all_that_can_be() -> None:
-    """Against every combination, counted one by one."""
+def test_fullest_combination_on_a_gpu_is_found() -> None:
+    """Compares with every combination."""
     draw = random.Random(3)
     for _ in range(60):
         models = [

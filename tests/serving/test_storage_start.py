@@ -1,4 +1,4 @@
-"""A server whose files cannot be kept does not start: one sentence, before Ray is begun."""
+"""A server with unusable storage stops with one sentence, before Ray starts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 
 def refusal(folder: Path, **variables: str) -> str:
-    """All that a start which must fail says."""
+    """Return the output of a start that must fail."""
     config = write_config(folder, {"models": [{"name": "tiny", "path": TINY}]})
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "R2_"))}
     result = subprocess.run(
@@ -37,7 +37,7 @@ def refusal(folder: Path, **variables: str) -> str:
 
 @pytest.fixture(scope="module")
 def program_s(tmp_path_factory: pytest.TempPathFactory) -> float:
-    """Seconds that a refusal takes which asks no service."""
+    """Return the seconds of a refusal without any network request."""
     folder = tmp_path_factory.mktemp("quick")
     (folder / "file").touch()
     started_at = time.monotonic()
@@ -46,19 +46,19 @@ def program_s(tmp_path_factory: pytest.TempPathFactory) -> float:
 
 
 def soon(folder: Path, program_s: float, **variables: str) -> str:
-    """The same, and a service is not asked for long."""
+    """Return the output of a start that must fail soon after the network request."""
     started_at = time.monotonic()
     line = refusal(folder, **variables)
     assert time.monotonic() - started_at < 35 + 2 * program_s
     return line
 
 
-def test_an_unusable_bucket_is_named(object_storage: ObjectStorage, tmp_path: Path, program_s: float) -> None:
+def test_unusable_bucket_is_named(object_storage: ObjectStorage, tmp_path: Path, program_s: float) -> None:
     variables = object_storage.environ("no-such-bucket")
     assert "error: storage.bucket (STABLE_AUDIO_STORAGE_BUCKET" in soon(tmp_path, program_s, **variables)
 
 
-def test_a_bad_key_is_named_and_not_shown(object_storage: ObjectStorage, tmp_path: Path, program_s: float) -> None:
+def test_invalid_key_is_named_and_not_shown(object_storage: ObjectStorage, tmp_path: Path, program_s: float) -> None:
     bucket = object_storage.make_bucket()
     with object_storage.requiring_keys("s3:*") as (key, _):
         variables = object_storage.environ(bucket, AWS_ACCESS_KEY_ID=key, AWS_SECRET_ACCESS_KEY="wrong-secret")
@@ -68,7 +68,7 @@ def test_a_bad_key_is_named_and_not_shown(object_storage: ObjectStorage, tmp_pat
     assert "wrong-secret" not in line
 
 
-def test_an_unreachable_service_is_named(object_storage: ObjectStorage, tmp_path: Path, program_s: float) -> None:
+def test_unreachable_service_is_named(object_storage: ObjectStorage, tmp_path: Path, program_s: float) -> None:
     url = f"http://127.0.0.1:{free_port()}"
     variables = object_storage.environ("some-bucket", STABLE_AUDIO_STORAGE_ENDPOINT_URL=url)
     line = soon(tmp_path, program_s, **variables)
@@ -76,7 +76,7 @@ def test_an_unreachable_service_is_named(object_storage: ObjectStorage, tmp_path
     assert url in line
 
 
-def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
+def test_unwritable_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     line = refusal(tmp_path, STABLE_AUDIO_OUTPUT_DIR=str(tmp_path / "file" / "outputs"))
     assert "error: output_dir (STABLE_AUDIO_OUTPUT_DIR)" in line

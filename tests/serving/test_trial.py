@@ -1,4 +1,4 @@
-"""A replica's start with real checkpoints in a hub's cache of two revisions: which weights serve at the end."""
+"""Which weights a replica serves after its start, with two revisions of real checkpoints in a hub's cache."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ def swap_encoder(folder: Path) -> None:
     spoil(encoder, of_another_model)
 
 
-# Each is a checkpoint of the same config, and all but the truncated one of the same size.
+# Checkpoints of the same config. All but the truncated one have the same size.
 POISONS: dict[str, Callable[[Path], None]] = {
     "a value that is no number": partial(spoil, change=not_numbers),
     "a truncated file": truncate,
     "zeros in the decoder": partial(spoil, change=partial(scale, factor=0.0)),
     "twice as loud": partial(spoil, change=partial(scale, factor=2.0)),
 }
-# These make sound of about the same level, as a new training may: only a pinned report knows that they should not. The
-# tiny checkpoint is not trained, and what its text encoder says changes its sound by less than a report notices.
+# These sound about as loud as the original, like a new training might. Only a pinned report detects them. The tiny
+# checkpoint is untrained, so its text encoder changes the sound by less than a report notices.
 LOOKALIKES: dict[str, tuple[Path, Callable[[Path], None]]] = {
     "weights of another model": (TINY, partial(spoil, change=of_another_model)),
     "another text encoder": (DEMO, swap_encoder),
@@ -63,7 +63,7 @@ LOOKALIKES: dict[str, tuple[Path, Callable[[Path], None]]] = {
 
 
 class Shop:
-    """Starts replicas of one model, one after another, with one store of reports."""
+    """Starts replicas of one model, one after another, with a shared store of reports."""
 
     def __init__(self, folder: Path) -> None:
         self.cache, self.outputs = folder / "hub", folder / "outputs"
@@ -112,7 +112,7 @@ def fill(shop: Shop, poison: Callable[[Path], None], tmp_path: Path, *, source: 
 
 
 @pytest.mark.parametrize("name", few(POISONS, number=1))
-async def test_poisoned_weights_give_way_to_the_last_good_ones(shop: Shop, name: str, tmp_path: Path) -> None:
+async def test_poisoned_weights_fall_back_to_the_last_good_ones(shop: Shop, name: str, tmp_path: Path) -> None:
     fill(shop, POISONS[name], tmp_path)
     good = await shop.start(repo_id="lab/tiny", revision=GOOD)
     assert (good.quality.gate, good.quality.revision) == ("passed", GOOD)
@@ -138,7 +138,7 @@ async def test_poisoned_weights_do_not_start_while_others_answer(shop: Shop, nam
 
 
 @pytest.mark.parametrize("name", few(LOOKALIKES, number=1))
-async def test_a_pinned_report_tells_other_weights_from_the_right_ones(shop: Shop, name: str, tmp_path: Path) -> None:
+async def test_pinned_report_detects_other_weights(shop: Shop, name: str, tmp_path: Path) -> None:
     source, poison = LOOKALIKES[name]
     fill(shop, poison, tmp_path, source=source)
     pinned = (await shop.start(repo_id="lab/tiny", revision=GOOD)).quality.report
@@ -147,8 +147,8 @@ async def test_a_pinned_report_tells_other_weights_from_the_right_ones(shop: Sho
     assert "spectral cosine" in (started.quality.problem or "")
 
 
-async def test_a_changed_file_of_a_known_commit_is_found(shop: Shop, tmp_path: Path) -> None:
-    """A poisoned cache: the same commit, the same size, other bytes."""
+async def test_changed_file_of_a_known_commit_is_detected(shop: Shop, tmp_path: Path) -> None:
+    """A poisoned cache: same commit, same size, different bytes."""
     fill(shop, lambda _: None, tmp_path)
     await shop.start(repo_id="lab/tiny", revision=GOOD)
     weights = shop.cache / "models--lab--tiny" / "snapshots" / GOOD / "model.safetensors"
@@ -160,35 +160,35 @@ async def test_a_changed_file_of_a_known_commit_is_found(shop: Shop, tmp_path: P
 
 
 @pytest.mark.slow
-async def test_a_folder_that_was_overwritten_has_no_copy(shop: Shop, tmp_path: Path) -> None:
+async def test_overwritten_folder_has_no_fallback(shop: Shop, tmp_path: Path) -> None:
     folder = copy_checkpoint(TINY, tmp_path / "model")
     assert (await shop.start(path=str(folder))).quality.gate == "passed"
     spoil(folder, partial(scale, factor=2.0))
     with pytest.raises(QualityError, match=r"\+6\.02 dB.*no copy"):
         await shop.start(path=str(folder))
     other = copy_checkpoint(TINY, tmp_path / "model-2")
-    assert (await shop.start(path=str(other))).quality.gate == "passed"  # the same weights in another place
+    assert (await shop.start(path=str(other))).quality.gate == "passed"  # the same weights in another folder
     assert (await shop.start(path=str(folder))).quality.gate == "fallback"
 
 
 @pytest.mark.slow
-async def test_last_good_weights_that_have_changed_do_not_serve(shop: Shop, tmp_path: Path) -> None:
+async def test_changed_last_good_weights_do_not_serve(shop: Shop, tmp_path: Path) -> None:
     first, second = (copy_checkpoint(TINY, tmp_path / name) for name in ("first", "second"))
     await shop.start(path=str(first))
-    spoil(first, partial(scale, factor=1.2))  # near enough to pass as other weights
+    spoil(first, partial(scale, factor=1.2))  # similar enough to pass as new weights
     spoil(second, partial(scale, factor=0.0))
     with pytest.raises(QualityError, match=r"silence.*fail too: .* has changed since it passed"):
         await shop.start(path=str(second))
 
 
-async def test_without_any_weights_that_passed_a_poisoned_model_does_not_start(shop: Shop, tmp_path: Path) -> None:
+async def test_poisoned_model_without_good_weights_does_not_start(shop: Shop, tmp_path: Path) -> None:
     fill(shop, POISONS["zeros in the decoder"], tmp_path)
     with pytest.raises(QualityError, match=r"golden request music: silence$"):
         await shop.start(repo_id="lab/tiny", revision=BAD)
 
 
-async def test_a_record_of_another_repository_is_not_followed(shop: Shop, tmp_path: Path) -> None:
-    """Whoever can write into the store cannot choose what is loaded."""
+async def test_record_of_another_repository_is_ignored(shop: Shop, tmp_path: Path) -> None:
+    """An attacker who can write to the store cannot choose the weights."""
     fill(shop, POISONS["zeros in the decoder"], tmp_path)
     await shop.start(repo_id="lab/tiny", revision=GOOD)
     for path in (shop.outputs / "quality").iterdir():
@@ -197,6 +197,6 @@ async def test_a_record_of_another_repository_is_not_followed(shop: Shop, tmp_pa
         await shop.start(repo_id="lab/tiny", revision=BAD)
 
 
-async def test_a_pinned_report_that_is_not_there_is_named(shop: Shop, tmp_path: Path) -> None:
+async def test_missing_pinned_report_is_named(shop: Shop, tmp_path: Path) -> None:
     with pytest.raises(QualityReportError, match=f"quality_report: there is no quality report {'0' * 32}"):
         await shop.start(path=str(TINY), quality_report="0" * 32)

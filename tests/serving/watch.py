@@ -1,5 +1,5 @@
-"""Run as a program: connects to a server's Ray and prints, as JSON lines, Serve's settings of every deployment and then
-what the replica of one model says, again and again. A process of its own, because Ray reads its token when imported.
+"""Program that connects to a server's Ray and prints JSON lines repeatedly: Serve's settings of every deployment, then
+the status of one model's replicas. A separate process, because Ray reads its token at import.
 """
 
 from __future__ import annotations

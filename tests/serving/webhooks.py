@@ -1,4 +1,4 @@
-"""A receiver of webhooks, in a thread."""
+"""A receiver of webhooks in a thread."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Receiver:
-    """Keeps the bodies that it was sent."""
+    """Records the bodies of the webhooks it receives."""
 
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []

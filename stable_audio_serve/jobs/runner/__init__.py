@@ -1,1 +1,1 @@
-"""One job runner's life: lease, run, report, sweep."""
+"""The job runner: leases jobs, runs them, reports progress, sweeps old files."""

@@ -1,6 +1,6 @@
-"""One attempt at one job, under one lease: runs it, writes its progress and its end, puts it back where that may help.
+"""One attempt at one job, under one lease: run it, write its progress and outcome, and requeue it if a retry may help.
 
-Once the lease is lost nothing is written any more: the job belongs to another runner. Uses no SQL and no models.
+After the lease is lost, nothing is written: the job belongs to another runner. Uses no SQL and no models.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ StopReason = Literal["cancelled", "lost", "closing"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunnerPauses:
-    """How long a runner waits where nothing calls it back, seconds; tests give shorter times than these."""
+    """How long a runner pauses between polls and retries, seconds. Tests use shorter times."""
 
     first_poll_s: float = 0.25  # doubles while there is nothing to do
-    last_poll_s: float = 3.0  # the most that a lost wake-up costs; with it idle runners ask less than once a second
-    report_s: float = 0.5  # between two reports of progress, each a transaction for all jobs
-    settle_s: float = 1.0  # until the end of a job is written again when the store has failed
-    retry_s: float = 2.0  # at most, before another attempt at a job; doubles with each
+    last_poll_s: float = 3.0  # the longest delay after a lost wake-up; keeps idle runners below one query per second
+    report_s: float = 0.5  # between reports of progress; each is one transaction for all jobs
+    settle_s: float = 1.0  # before the outcome of a job is written again after a store error
+    retry_s: float = 2.0  # upper bound of the first retry delay; doubles with each attempt
     last_retry_s: float = 60.0
-    probe_s: float = 1.0  # at most, before the place for files is tried again; doubles with each refusal
+    probe_s: float = 1.0  # upper bound of the first probe of the artifact store; doubles with each refusal
     last_probe_s: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class AttemptContext:
-    """What the attempts of one runner share. `reports` has the latest progress of each job that is not written yet."""
+    """Objects that the attempts of one runner share. `reports` has the latest unwritten progress of each job."""
 
     store: JobStore
     artifacts: ArtifactStore
@@ -68,10 +68,10 @@ class AttemptContext:
 
 
 class Attempt:
-    """Starts at construction; `task` ends once the store has the job's end or its return to the queue."""
+    """Starts when constructed. `task` ends once the store has the job's outcome or has requeued it."""
 
     def __init__(self, job: Job, context: AttemptContext) -> None:
-        """`job` must be leased, and counted in `context.capacity` under its lease id."""
+        """`job` must be leased and counted in `context.capacity` under its lease id."""
         self.job = job
         self.lease = lease_id(job)
         self._context = context
@@ -80,7 +80,7 @@ class Attempt:
         self.task = asyncio.create_task(self._run())
 
     def stop(self, reason: StopReason) -> None:
-        """End the work within a step of the model. Does nothing once the work is done and only its end is written."""
+        """Cancel the work, which stops within one model step. No effect once the work is done."""
         if self._stop_reason is None and not self._work.done():
             self._stop_reason = reason
             self._work.cancel()
@@ -91,18 +91,18 @@ class Attempt:
             log.info("job started", model=spec.model, attempt=self.job.attempts, fence=self.lease.fence)
             try:
                 await asyncio.wait({self._work})
-                self._context.reports.pop(self.lease, None)  # its end will be written
+                self._context.reports.pop(self.lease, None)  # the outcome replaces it
                 now = await self._end()
             finally:
                 self._work.cancel()
             if now is None:
                 log.warning("lease lost", fence=self.lease.fence)
                 self._context.metrics.increment("job_leases_lost")
-            elif now.is_over:  # a job that is put back is over if it was cancelled in the meantime
+            elif now.is_over:  # a requeued job may have been cancelled
                 await record_end(now, self._context)
 
     async def _end(self) -> Job | None:
-        """Write how the work ended. Returns the job as it is now, None when the lease is lost."""
+        """Write the outcome of the work. Returns the job afterwards, None if the lease is lost."""
         if self._work.cancelled():
             return await self._end_stopped()
         error = self._work.exception()
@@ -111,12 +111,12 @@ class Attempt:
         if isinstance(error, OverloadedError):
             return await self._put_back(error)
         if isinstance(error, ModelUnavailableError | StorageError | UnknownModelError):
-            return await self._retry_or_give_up(error)  # a newer server, about to replace this one, may know the model
+            return await self._retry_or_give_up(error)  # a newer server may know the model
         if isinstance(error, StableAudioError):
             return await self._fail(JobError(error.kind, error.message, error.field))
         if isinstance(error, FileNotFoundError):
             return await self._fail(JobError("storage", "the job's upload is gone", "audio"))
-        log.error("job failed", exc_info=error)  # its text may contain anything, so it goes to the log only
+        log.error("job failed", exc_info=error)  # its text may contain anything, so only the log gets it
         return await self._fail(JobError("generation_failed", f"generation failed; job id {self.job.spec.id}"))
 
     async def _end_stopped(self) -> Job | None:
@@ -126,7 +126,7 @@ class Attempt:
             return await self._settle(self._context.store.runners.stop, self.job)
         if self._stop_reason == "closing":
             return await self._requeue("the runner stops", delay_s=0.0, attempts=self.job.attempts - 1)
-        return await self._retry_or_give_up(ModelUnavailableError("the generation was broken off"))
+        return await self._retry_or_give_up(ModelUnavailableError("the generation was interrupted"))
 
     async def _succeed(self, result: JobResult) -> Job | None:
         ended = await self._settle(self._context.store.runners.succeed, self.job, result)
@@ -137,11 +137,11 @@ class Attempt:
         return ended
 
     async def _find_own_success(self, result: JobResult) -> Job | None:
-        """Returns the job if the store has this success and only its answer got lost; deletes the file if not."""
+        """Return the job if the store has this success and only the answer was lost; otherwise delete the file."""
         now = await self._settle(self._context.store.clients.get, self.job.spec.ref)
         if now is not None and now.result is not None and now.result.file.key == result.file.key:
             return now
-        with suppress(StorageError):  # the sweeper finds it
+        with suppress(StorageError):  # the sweeper deletes it later
             await self._context.artifacts.delete(result.file.key)
         return None
 
@@ -149,7 +149,9 @@ class Attempt:
         return await self._settle(self._context.store.runners.fail, self.job, error, is_dead_letter=is_dead_letter)
 
     async def _retry_or_give_up(self, error: StableAudioError) -> Job | None:
-        """Put the job back for a while, in which no other job of an unavailable model is leased."""
+        """Requeue the job with a delay, or fail it after its last attempt. No job of an unavailable model is leased
+        during the delay.
+        """
         pauses = self._context.pauses
         delay_s = random.uniform(0.0, min(pauses.retry_s * 2**self.job.attempts, pauses.last_retry_s))
         if isinstance(error, ModelUnavailableError):
@@ -160,7 +162,7 @@ class Attempt:
         return await self._requeue(error.message, delay_s=delay_s, attempts=self.job.attempts)
 
     async def _put_back(self, error: OverloadedError) -> Job | None:
-        """Put back a job that a full engine refused; this costs it no attempt."""
+        """Requeue a job that a full engine refused, without counting the attempt."""
         pauses = self._context.pauses
         delay_s = min(error.retry_after_s or pauses.retry_s, pauses.last_retry_s)
         self._context.capacity.close(self.job.spec.model, for_s=delay_s)
@@ -173,7 +175,7 @@ class Attempt:
         return await self._settle(requeue, self.job, delay_s=delay_s, attempts=attempts, message=message)
 
     async def _settle(self, change: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
-        """Call `change` until the store can be used and return its answer. If that takes long, the lease is lost."""
+        """Call `change`, repeating it while the store is unavailable. If this takes too long, the lease expires."""
         while True:
             try:
                 return await asyncio.to_thread(change, *args, **options)
@@ -188,7 +190,7 @@ class Attempt:
 
 
 async def record_end(ended: Job, context: AttemptContext) -> None:
-    """Count and log a job whose end is in the store, and delete its upload."""
+    """Log and count an ended job, and delete its upload."""
     spec = ended.spec
     run_s = (ended.completed_at - ended.started_at).total_seconds() if ended.completed_at and ended.started_at else 0.0
     error = ended.error.code if ended.error else None
@@ -199,6 +201,6 @@ async def record_end(ended: Job, context: AttemptContext) -> None:
         metrics.observe("job_wait_ms", (ended.started_at - ended.created_at).total_seconds() * 1000, model=spec.model)
     if ended.is_dead_letter:
         metrics.increment("job_dead_letters", reason=error or "")
-    elif spec.upload is not None:  # an operator may retry a dead letter, which needs it
+    elif spec.upload is not None:  # a dead letter keeps its upload for a retry
         with suppress(StorageError):
             await context.artifacts.delete(spec.upload.file.key)

@@ -1,8 +1,8 @@
-"""Whether a runner leases another job: while the engines have room for it, and its file can be kept.
+"""Decides whether a runner may lease another job: the engines need room for it, and its file must be storable.
 
-Engines have room for as much predicted work as the replicas of a model do in a given time, by the prices that the
-engines publish. A job whose file is refused has been computed for nothing: after a refusal no job is started until as
-much can be written as was refused, however long that takes; then one job, and all others once its file was kept.
+Room is measured in predicted work per replica, with the prices that the engines publish. Storage has its own gate,
+because a job whose file is refused was computed for nothing. After a refusal the runner starts no job until a test file
+of the refused size can be written. Then it starts a single job, and all others once the file of that job is stored.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from stable_audio_serve.jobs.store.health import Refusals, health_of
 
 log = structlog.get_logger("stable_audio_serve.jobs")
 
-# Predicted work that a runner hands to each model replica at a time, seconds; one job at least. Interactive work passes
-# batch work, so little of that suffices.
+# Largest predicted work, in seconds per model replica, that a runner hands to the engines at a time; always at least
+# one job. Interactive work overtakes batch work in the engine, so batch needs little.
 _AHEAD_S: Mapping[Priority, float] = {"interactive": 30.0, "batch": 5.0}
-# Of a model's target wait: jobs that an engine has already count for its replicas, but a new replica does not get them.
+# Upper bound as a share of the model's target wait. Jobs in an engine count towards its scale-up, but a new replica
+# cannot take them over.
 _AHEAD_SHARE = 0.5
 _JOBS_WITHOUT_PRICES = 4  # per replica
-_GRACE_S = 60.0  # how long a probe may take before other processes forget the refusal
+_GRACE_S = 60.0  # seconds after which other processes drop the refusal if a probe hangs
 
 
 @dataclass(slots=True)
@@ -41,14 +42,14 @@ class _RunningJob:
     model: str
     priority: Priority
     size: WorkSize
-    done: float = 0.0  # the share of the work, 0..1
+    done: float = 0.0  # share of the work, 0..1
     is_working: bool = False  # an engine has started it
 
 
 class Capacity:
-    """Counts the jobs that one runner runs and says whether the engines have room for more; `key` is any name of a job.
+    """Tracks the jobs of one runner and decides whether the engines have room for more. `key` identifies a job.
 
-    Each priority has its own room: both always have jobs in the engines, which decide what runs first.
+    Each priority has its own budget, so that the engines have jobs of both priorities to choose from.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Capacity:
         target_wait_s: Mapping[str, float] = MappingProxyType({}),
         clock: Clock = SystemClock(),
     ) -> None:
-        """At most `max_running` jobs of each priority run. `target_wait_s` is what autoscaling aims at, by model.
+        """At most `max_running` jobs of each priority run. `target_wait_s` is the autoscaling target by model.
 
         `prices` returns the last prices of a model, None before a replica has published them.
         """
@@ -78,37 +79,37 @@ class Capacity:
         return len(self._running)
 
     def set_replicas(self, replicas: Mapping[str, int]) -> None:
-        """Set how many replicas are ready. A model with none counts as one: a request starts it."""
+        """Set the number of ready replicas. A model without replicas counts as one, because a request starts one."""
         for model in self._replicas:
             self._replicas[model] = max(1, replicas.get(model, 1))
 
     def open_models(self, priority: Priority) -> Collection[str] | None:
-        """Returns the models of which another job may be leased; None means all, including unknown ones."""
+        """Return the models whose jobs may be leased; None means all, including unknown ones."""
         if sum(job.priority == priority for job in self._running.values()) >= self._max_running:
             return ()
         models = [model for model in self._replicas if self._has_room(model, priority)]
         return None if len(models) == len(self._replicas) else models
 
     def close(self, model: str, *, for_s: float) -> None:
-        """Lease no more jobs of a model for `for_s` seconds."""
+        """Lease no jobs of a model for `for_s` seconds."""
         if model in self._closed_until:
             self._closed_until[model] = max(self._closed_until[model], self._clock.monotonic() + for_s)
 
     def begin(self, key: Hashable, *, model: str, priority: Priority, size: WorkSize) -> None:
-        """Count a job that was leased."""
+        """Count a leased job."""
         self._running[key] = _RunningJob(model, priority, size)
 
     def advance(self, key: Hashable, *, done: float) -> None:
-        """Note that an engine works on the job and has done this share of it, 0..1."""
+        """Record that an engine has done this share of the job, 0..1."""
         job = self._running[key]
         job.done, job.is_working = done, True
 
     def end(self, key: Hashable) -> None:
-        """Count the job no longer."""
+        """Stop counting a job."""
         del self._running[key]
 
     def predict_end_s(self, key: Hashable) -> float | None:
-        """Returns the seconds until a running job is done; None without prices.
+        """Return the predicted seconds until a running job is done, None without prices.
 
         A job that waits in an engine ends after the jobs before it.
         """
@@ -128,7 +129,7 @@ class Capacity:
         return not jobs or backlog_s < min(_AHEAD_S[priority], _AHEAD_SHARE * self._target_wait_s.get(model, inf))
 
     def _predict_s(self, model: str, jobs: Collection[_RunningJob], *, num_replicas: int) -> float | None:
-        """Returns the predicted seconds until these jobs are done; None without prices."""
+        """Return the predicted seconds until these jobs are done, None without prices."""
         prices = self._prices(model)
         if prices is None:
             return None
@@ -139,7 +140,7 @@ class Capacity:
 
 
 class StorageGate:
-    """Closed while the place for files refuses them. One runner's; belongs to its event loop."""
+    """Closes while the artifact store refuses files. Each runner has one, used on its event loop."""
 
     def __init__(
         self,
@@ -152,9 +153,9 @@ class StorageGate:
         first_probe_s: float,
         last_probe_s: float,
     ) -> None:
-        """`on_open` is called when more jobs may be started than before.
+        """`on_open` is called when the runner may start more jobs than before.
 
-        The place is tried again after `first_probe_s` seconds at most, which doubles with each refusal.
+        The first probe follows within `first_probe_s` seconds; the pause doubles with each refusal.
         """
         self._artifacts = artifacts
         self._refusals = refusals
@@ -164,48 +165,52 @@ class StorageGate:
         self._first_probe_s = self._pause_s = first_probe_s
         self._last_probe_s = last_probe_s
         self._needed_bytes = 0
-        self._is_proven = True  # the last file was kept
+        self._last_was_stored = True  # the last file was stored
         self._probing: asyncio.Task[None] | None = None
 
     def admits(self, num_running: int) -> bool:
-        """Whether another job may be started while `num_running` jobs run."""
-        return self._probing is None and (self._is_proven or num_running == 0)
+        """Return True if another job may start while `num_running` jobs run."""
+        return self._probing is None and (self._last_was_stored or num_running == 0)
 
-    def refused(self, error: StorageError, *, num_bytes: int) -> None:
-        """Note that a file of `num_bytes` could not be kept or, with 0, that a kept one could not be read."""
-        self._is_proven = False
+    def note_refused(self, error: StorageError, *, num_bytes: int) -> None:
+        """Record that a file of `num_bytes` could not be stored, or with 0 that a stored file could not be read."""
+        self._last_was_stored = False
         self._needed_bytes = max(self._needed_bytes, num_bytes)
         if self._probing is None:
-            self._probing = asyncio.create_task(self._probe_until_kept(error))
+            self._probing = asyncio.create_task(self._probe_until_accepted(error))
 
-    def kept(self) -> None:
-        """Note that a file was kept."""
-        if self._probing is None and not self._is_proven:
-            self._is_proven = True
+    def note_stored(self) -> None:
+        """Record that a file was stored."""
+        if self._probing is None and not self._last_was_stored:
+            self._last_was_stored = True
             self._pause_s = self._first_probe_s
             self._on_open()
 
     async def close(self) -> None:
-        """Stop trying, and withdraw the refusal that other processes see."""
+        """Stop probing, and withdraw the refusal that other processes read."""
         if self._probing is not None:
             self._probing.cancel()
             await asyncio.gather(self._probing, return_exceptions=True)
             await self._withdraw()
 
-    async def _probe_until_kept(self, error: StorageError) -> None:
+    async def _probe_until_accepted(self, error: StorageError) -> None:
         """Probe until a file as large as the refused ones can be written."""
-        log.error("no jobs are started: files cannot be kept", reason=error.message, num_bytes=self._needed_bytes)
+        log.error(
+            "job starts are paused: the artifact store refuses files",
+            reason=error.message,
+            num_bytes=self._needed_bytes,
+        )
         self._metrics.gauge("job_files_refused", 1.0)
         refused: StorageError | None = error
         while refused is not None:
             pause_s = self._pause_s * random.uniform(0.5, 1.0)
             self._pause_s = min(2 * self._pause_s, self._last_probe_s)
-            with suppress(StorageError):  # the database may be full too, which health checks notice by themselves
+            with suppress(StorageError):  # the database may be full too; health checks find that out
                 health = health_of(refused)
-                await asyncio.to_thread(self._refusals.note, self._owner, health, for_s=pause_s + _GRACE_S)
+                await asyncio.to_thread(self._refusals.record, self._owner, health, for_s=pause_s + _GRACE_S)
             await asyncio.sleep(pause_s)
             refused = await self._probe()
-        log.warning("jobs are started again: files can be kept")
+        log.warning("job starts are resumed: the artifact store accepts files")
         self._metrics.gauge("job_files_refused", 0.0)
         await self._withdraw()
         self._needed_bytes, self._probing = 0, None

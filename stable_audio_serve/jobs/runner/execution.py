@@ -1,5 +1,6 @@
-"""The work of one job: decode its upload, generate its audio, make and keep its file. States and tables are not its
-subject."""
+"""Executes one job: decodes its upload, generates the audio, encodes and stores the file. Does not handle job
+states.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +29,12 @@ from stable_audio_serve.jobs.job import Job, JobResult, JobSpec, JobUpload
 from stable_audio_serve.jobs.runner.capacity import StorageGate
 from stable_audio_serve.jobs.store.runner_jobs import Report
 
-_GENERATED = 0.95  # the fraction of a job whose audio is generated and not yet a file
+_GENERATED = 0.95  # progress when the audio is generated and the file is not yet made
 _LEAST_START_S = 0.001
 
 
 class JobExecutor:
-    """Owns the audio workers that jobs need besides the model, and bounds the memory of decoded uploads."""
+    """Runs jobs on the backend. Owns the audio workers, and bounds the memory of decoded uploads."""
 
     def __init__(
         self,
@@ -44,7 +45,7 @@ class JobExecutor:
         gate: StorageGate,
         clock: Clock | None = None,
     ) -> None:
-        """`gate` learns of every file that could be kept, and of every file that could not be kept or read."""
+        """`gate` is notified of every stored file, and of every file that could not be stored or read."""
         self._backend = backend
         self._artifacts = artifacts
         self._gate = gate
@@ -54,14 +55,14 @@ class JobExecutor:
         self._audio = AudioWorkers(own_rates_hz={card.sample_rate_hz for card in backend.catalog})
 
     async def execute(self, job: Job, report: Callable[[Report], None]) -> JobResult:
-        """Returns the result of the job with its stored file. Keeps nothing when cancelled or when it raises.
+        """Return the job's result after storing its file. Stores nothing if cancelled or if it raises.
 
-        Raises errors of `core.errors`.
+        Raises subclasses of StableAudioError.
         """
         spec = job.spec
 
         def on_progress(progress: Progress) -> None:
-            if progress.stage != "done":  # the file is still to be made
+            if progress.stage != "done":  # the file is not yet made
                 fraction = progress.fraction * _GENERATED
                 report(Report(job, progress.stage, fraction, engine_position=progress.queue_position))
 
@@ -73,7 +74,7 @@ class JobExecutor:
             started_at = self._clock.monotonic()
             result = await self._backend.generate(spec.model, request, on_progress=on_progress)
             inference_s = self._clock.monotonic() - started_at
-            del request  # and with it the source audio
+            del request  # frees the source audio
         report(Report(job, "storing", _GENERATED))
         stored = await self._store(job, result)
         failpoint("after_upload")
@@ -86,7 +87,7 @@ class JobExecutor:
         )
 
     async def close(self) -> None:
-        """Wait for running work and stop threads and processes."""
+        """Wait for running work, then stop threads and processes."""
         await self._audio.close()
 
     async def _store(self, job: Job, result: GenerationResult) -> StoredFile:
@@ -108,13 +109,15 @@ class JobExecutor:
         try:
             stored = await self._artifacts.put(key, file.chunks, media_type=file.media_type, file_name=file_name)
         except StorageError as error:
-            self._gate.refused(error, num_bytes=file.num_bytes)
+            self._gate.note_refused(error, num_bytes=file.num_bytes)
             raise
-        self._gate.kept()
+        self._gate.note_stored()
         return replace(stored, clips=finished.clips, made_on=result.made_on)
 
     def _limited(self, request: GenerationRequest, job: Job) -> GenerationRequest:
-        """Returns the request with its time limits. An engine has a queue too, in which a first start can be late."""
+        """Return the request with its time limits. `start_within_s` also bounds a first attempt's wait in the engine's
+        queue.
+        """
         start_within_s = None
         if job.spec.start_within_s is not None and job.attempts <= 1:
             waited_s = self._clock.time() - job.created_at.timestamp()
@@ -138,7 +141,7 @@ class JobExecutor:
             except DamagedFileError:
                 raise
             except StorageError as error:
-                self._gate.refused(error, num_bytes=0)
+                self._gate.note_refused(error, num_bytes=0)
                 raise
             return await self._audio.decode(copy, max_s=upload.max_s)
 
@@ -151,7 +154,7 @@ def _write(file: IO[bytes], chunk: bytes) -> None:
 
 
 class ByteBudget:
-    """Bytes in use, at most `limit`, except that one task alone may hold more. Belongs to one event loop."""
+    """A budget of bytes. A single holder may exceed it. Use from one event loop."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -161,7 +164,7 @@ class ByteBudget:
 
     @asynccontextmanager
     async def hold(self, num_bytes: int) -> AsyncIterator[None]:
-        """Hold `num_bytes` for the life of the context, which begins once there is room for them."""
+        """Hold `num_bytes` inside the context; waits until there is room."""
         async with self._turn:
             while self._used and self._used + num_bytes > self._limit:
                 self._released.clear()

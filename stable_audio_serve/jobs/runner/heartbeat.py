@@ -1,4 +1,4 @@
-"""Renews a runner's leases on a separate thread, so that a busy event loop loses none."""
+"""Renews a runner's leases on a separate thread, so that a busy event loop does not lose them."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ _CLOSE_TIMEOUT_S = 2.0
 
 
 class LeaseId(NamedTuple):
-    """One lease of one job."""
+    """Identifies one lease of one job."""
 
     ref: JobRef
     fence: int
 
 
 def lease_id(job: Job) -> LeaseId:
-    """Returns the id of a running job's lease. Raises ValueError when the job has none."""
+    """Return the id of a running job's lease. Raises ValueError if the job has none."""
     if job.lease is None:
         raise ValueError(f"job {job.spec.id} is not leased")
     return LeaseId(job.spec.ref, job.lease.fence)
 
 
 class LeaseHeartbeat:
-    """Renews the leases that `owner` holds, in one query; without leases it asks the store nothing."""
+    """Renews the leases of `owner` in one query; makes no query without leases."""
 
     def __init__(
         self,
@@ -46,8 +46,8 @@ class LeaseHeartbeat:
         held: Callable[[], Collection[LeaseId]],
         on_change: Callable[[Collection[LeaseId], Collection[LeaseId]], None],
     ) -> None:
-        """`held` is called on other threads. `on_change(lost, to_cancel)` is called on the event loop of `start` when
-        either has any leases.
+        """`held` is called on other threads. `on_change(lost, to_cancel)` is called on the event loop of `start` if
+        either is not empty.
         """
         self._store = store
         self._owner = owner
@@ -65,11 +65,10 @@ class LeaseHeartbeat:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the thread runs."""
         return self._thread.is_alive()
 
     def beat(self) -> None:
-        """Renew the leases now and report which ones changed. Blocking. Raises StorageError."""
+        """Renew the leases now and report the changed ones. Blocking. Raises StorageError."""
         held = self._held()
         if not held:
             return
@@ -82,7 +81,7 @@ class LeaseHeartbeat:
                 self._loop.call_soon_threadsafe(self._on_change, lost, to_cancel)
 
     def close(self) -> None:
-        """Stop the thread; waits a moment for a beat in progress. Blocking."""
+        """Stop the thread after a short wait for a renewal in progress. Blocking."""
         self._closed.set()
         if self._thread.is_alive():
             self._thread.join(timeout=_CLOSE_TIMEOUT_S)
@@ -92,6 +91,6 @@ class LeaseHeartbeat:
             try:
                 self.beat()
             except StorageError:
-                log.warning("leases were not renewed: the store does not answer")
+                log.warning("leases not renewed: the job database does not answer")
             except Exception:
-                log.exception("leases were not renewed")
+                log.exception("leases not renewed")

@@ -1,7 +1,7 @@
-"""Runs waiting jobs, several at a time, beside any number of other runners of the same store.
+"""The job runner. Any number of runners can share a store.
 
-Leases jobs while there is room for them, renews the leases, makes an attempt at each job and takes over the jobs of
-runners that died. Uses no SQL, no models and no HTTP.
+Leases jobs while there is capacity, renews the leases, makes an attempt at each job, and reclaims the jobs of dead
+runners. Uses no SQL, no models and no HTTP.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from stable_audio_serve.jobs.webhooks.notifier import Notifier
 
 log = structlog.get_logger("stable_audio_serve.jobs")
 
-_WEIGH_S = 1.0  # between two sums of the work that waits
-_WEIGH_REST = 20.0  # and times as long as a sum takes: 1.8 ms for 10,000 jobs, 0.3 s for a million
-_REPLICAS_S = 2.0  # between two questions how many replicas each model has
-_COUNT_S = 15.0  # between two counts of the jobs of each state
-_SWEEP_SPREAD = 0.5  # several runners start together; they need not sweep together
-_CLOSE_TIMEOUT_S = 3.0  # for jobs in progress to be put back; others are taken over when their leases end
+_SUM_EVERY_S = 1.0  # seconds between two sums of the waiting work
+_SUM_REST = 20.0  # pause after a sum, as a multiple of its duration: 1.8 ms for 10,000 jobs, 0.3 s for a million
+_REPLICAS_S = 2.0  # seconds between polls of the number of replicas
+_COUNT_S = 15.0  # seconds between counts of jobs by state
+_SWEEP_SPREAD = 0.5  # random share of the interval, so that runners started together sweep at different times
+_CLOSE_TIMEOUT_S = 3.0  # seconds to put jobs back at shutdown; leases of the remaining jobs expire
 
 
 class JobRunner:
-    """One life of one runner, which is the owner of its leases. Belongs to one event loop."""
+    """One job runner. `owner` identifies its leases. Use on one event loop."""
 
     def __init__(
         self,
@@ -64,7 +64,9 @@ class JobRunner:
         pauses: RunnerPauses = RunnerPauses(),
         prices: Callable[[str], Prices | None] = lambda model: None,
     ) -> None:
-        """Without a notifier no webhooks are sent. `prices` are what each model's engines published last."""
+        """Without a notifier no webhooks are sent. `prices` returns the prices that a model's engines last
+        published.
+        """
         clock = clock or SystemClock()
         self._store = store
         self._backend = backend
@@ -103,7 +105,7 @@ class JobRunner:
             store,
             self.owner,
             lease_s=self._settings.lease_s,
-            held=lambda: tuple(self._attempts),  # one step, so it may run on any thread
+            held=lambda: tuple(self._attempts),  # a single operation, safe on any thread
             on_change=self._stop_changed,
         )
         self._sweeper = Sweeper(store, artifacts, settings=self._settings, metrics=self._metrics, clock=clock)
@@ -111,14 +113,14 @@ class JobRunner:
         self._outlook: Outlook | None = None
         self._waiting: Mapping[str, Waiting] | None = None
         self._woken = asyncio.Event()
-        self.is_holding = False  # it leases no jobs
+        self.is_holding = False  # set while an operator drains the server: no jobs are leased
         self._is_leasing = False
         self._is_closing = False
         self._loop_task: asyncio.Task[None] | None = None
         self._background: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Take over from dead runners, then run jobs until `close`."""
+        """Reclaim the jobs of dead runners, then run jobs until `close`."""
         with suppress(StorageError):  # the loop tries again
             await self._reclaim()
         self._heartbeat.start()
@@ -129,25 +131,25 @@ class JobRunner:
         background = (
             _repeat(self._write_reports, pause_s=self._pauses.report_s),
             _repeat(self._count, pause_s=_COUNT_S),
-            _repeat(self._ask_replicas, pause_s=_REPLICAS_S),
-            _repeat(self._weigh, pause_s=_WEIGH_S),
+            _repeat(self._poll_replicas, pause_s=_REPLICAS_S),
+            _repeat(self._sum_waiting, pause_s=_SUM_EVERY_S),
             _repeat(self._sweeper.sweep, pause_s=sweep_s, first_in_s=sweep_s, spread=_SWEEP_SPREAD),
         )
         self._background = [asyncio.create_task(work) for work in background]
 
     def wake(self) -> None:
-        """Look for something to do now. Call it on the runner's event loop."""
+        """Look for work now. Call it on the runner's event loop."""
         self._woken.set()
 
     def waiting_work(self) -> Mapping[str, Waiting] | None:
-        """Returns how much work waits for each model of any, in the whole store; None while that is not known.
+        """Return the waiting work of each model that has any, in the whole store; None while it is unknown.
 
-        While this runner starts no jobs because their files cannot be kept, nothing waits for a model.
+        Empty while the artifact store refuses files, because then no replica is needed.
         """
         return self._waiting if self._gate.admits(0) else {}
 
     def check_health(self) -> None:
-        """Raises GenerationError when the loop or the heartbeat has ended, which they never should."""
+        """Raise GenerationError if the loop or the heartbeat has ended unexpectedly."""
         if self._loop_task is None:
             return
         if not self._heartbeat.is_alive or (self._loop_task.done() and not self._is_closing):
@@ -155,11 +157,11 @@ class JobRunner:
 
     @property
     def num_held(self) -> int:
-        """The jobs that it leases, including a job whose lease is being taken."""
+        """The number of leased jobs, including one that is being leased."""
         return len(self._attempts) + int(self._is_leasing)
 
     def hold(self) -> None:
-        """Lease no more jobs until `resume`; those in progress go on."""
+        """Lease no more jobs until `resume`. Jobs in progress continue."""
         self.is_holding = True
 
     def resume(self) -> None:
@@ -168,7 +170,7 @@ class JobRunner:
         self.wake()
 
     def drain(self) -> int:
-        """Lease no more jobs and put back those in progress, which costs no attempt. Returns how many still run."""
+        """Lease no more jobs and requeue those in progress without counting the attempt. Returns how many still run."""
         self._is_closing = True
         self.wake()
         for attempt in self._attempts.values():
@@ -176,10 +178,10 @@ class JobRunner:
         return len(self._attempts)
 
     async def close(self) -> None:
-        """Stop; jobs in progress are put back and lose no attempt."""
+        """Stop. Jobs in progress are requeued without counting the attempt."""
         self.drain()
         await _finish({self._loop_task} if self._loop_task else set())
-        self.drain()  # also the attempts begun in the last turn of the loop
+        self.drain()  # includes attempts begun in the last iteration of the loop
         await _finish({attempt.task for attempt in self._attempts.values()})
         for task in self._background:
             task.cancel()
@@ -195,11 +197,11 @@ class JobRunner:
         while not self._is_closing:
             self._woken.clear()
             try:
-                self._outlook = outlook = await asyncio.to_thread(self._store.runners.look, self.owner)
+                self._outlook = outlook = await asyncio.to_thread(self._store.runners.outlook, self.owner)
                 num_done = await self._turn(outlook)
-            except Exception as error:  # the runner outlives whatever its store does
+            except Exception as error:  # the runner must survive any store error
                 is_expected = isinstance(error, StorageError)
-                log.error("the job runner cannot use its store", error=str(error), exc_info=not is_expected)
+                log.error("the job runner cannot use the job database", error=str(error), exc_info=not is_expected)
                 wait_s = self._pauses.last_poll_s
             else:
                 poll_s = self._pauses.first_poll_s if num_done else min(poll_s * 2, self._pauses.last_poll_s)
@@ -209,7 +211,7 @@ class JobRunner:
                     await self._woken.wait()
 
     async def _turn(self, outlook: Outlook) -> int:
-        """Do everything whose time has come. Returns how many things were done."""
+        """Do all work that is due. Returns how many things were done."""
         self._metrics.gauge("jobs_running", self._capacity.num_running)
         self._metrics.gauge("job_queue_age_s", max(0.0, -(outlook.lease_in_s or 0.0)))
         num_done = 0
@@ -229,8 +231,9 @@ class JobRunner:
         return num_done
 
     async def _reclaim(self) -> int:
-        """Put back the jobs of dead runners. Returns how many there were."""
-        await asyncio.to_thread(self._heartbeat.beat)  # first, or our own jobs are lost when the store was away
+        """Requeue the jobs of dead runners. Returns how many there were."""
+        # first, or this runner would reclaim its own jobs after a store outage
+        await asyncio.to_thread(self._heartbeat.beat)
         max_attempts = self._settings.max_attempts
         reclaimed = await asyncio.to_thread(self._store.runners.reclaim, max_attempts=max_attempts)
         for job in reclaimed:
@@ -240,7 +243,7 @@ class JobRunner:
         return len(reclaimed)
 
     async def _lease(self, priority: Priority, num_queued: int) -> int:
-        """Lease up to `num_queued` waiting jobs while there is room for them. Returns how many were leased."""
+        """Lease up to `num_queued` waiting jobs while there is room. Returns the number leased."""
         store, lease_s = self._store.runners, self._settings.lease_s
         num_leased = 0
         while num_leased < num_queued and not (self._is_closing or self.is_holding):
@@ -265,7 +268,7 @@ class JobRunner:
         lease = lease_id(job)
         try:
             size = WorkSize.of(job.spec.request, model=self._backend.catalog.resolve(job.spec.model))
-        except UnknownModelError:  # the attempt will fail with it
+        except UnknownModelError:  # the attempt will fail with this error
             size = WorkSize()
         self._capacity.begin(lease, model=job.spec.model, priority=job.spec.request.priority, size=size)
         self._attempts[lease] = attempt = Attempt(job, self._context)
@@ -275,35 +278,35 @@ class JobRunner:
         del self._attempts[lease]
         self._capacity.end(lease)
         if not task.cancelled() and task.exception() is not None:
-            log.error("a job could not be ended", job_id=lease.ref.id, exc_info=task.exception())
+            log.error("the outcome of a job could not be handled", job_id=lease.ref.id, exc_info=task.exception())
         self.wake()
 
     def _stop_changed(self, lost: Collection[LeaseId], to_cancel: Collection[LeaseId]) -> None:
-        """Stop jobs whose leases are lost or whose clients cancelled them."""
+        """Stop jobs whose lease was lost or whose client cancelled them."""
         for lease in (*lost, *to_cancel):
             if lease in self._attempts:
                 self._attempts[lease].stop("lost" if lease in lost else "cancelled")
 
     async def _write_reports(self) -> None:
-        """Write the progress of all jobs in one transaction, however often each has reported."""
+        """Write the latest progress of all jobs in one transaction."""
         if reports := list(self._context.reports.values()):
             self._context.reports.clear()
             lost = await asyncio.to_thread(self._store.runners.report, reports)
             self._stop_changed([lease_id(job) for job in lost], ())
 
     async def _count(self) -> None:
-        """Measure how many jobs there are of each state; every runner measures the same."""
+        """Update the gauges of jobs by state. Every runner reports the same figures."""
         counts = await asyncio.to_thread(self._store.operators.counts)
         for state in get_args(State):
             self._metrics.gauge("jobs_by_state", counts.get(state, 0), state=state)
 
-    async def _ask_replicas(self) -> None:
+    async def _poll_replicas(self) -> None:
         if self._outlook is None or _is_due(self._outlook.lease_in_s):
             status = await self._backend.status()
             self._capacity.set_replicas({name: model.num_replicas for name, model in status.items()})
 
-    async def _weigh(self) -> None:
-        """Sum the work that waits, an empty queue without a query and a queue of a million jobs less often."""
+    async def _sum_waiting(self) -> None:
+        """Sum the waiting work. Skips the query for an empty queue, and pauses longer after a long query."""
         if self._outlook is None or not self._outlook.num_queued:
             self._waiting = None if self._outlook is None else {}
             return
@@ -312,15 +315,15 @@ class JobRunner:
             self._waiting = await asyncio.to_thread(self._store.waiting.by_model)
         except StorageError:
             self._waiting = None
-        await asyncio.sleep(_WEIGH_REST * (time.monotonic() - started_at))
+        await asyncio.sleep(_SUM_REST * (time.monotonic() - started_at))
 
 
 async def _repeat(
     action: Callable[[], Awaitable[object]], *, pause_s: float, first_in_s: float = 0.0, spread: float = 0.0
 ) -> None:
-    """Run `action` again and again and log its errors, except that the store does not answer, which the loop logs.
+    """Run `action` repeatedly and log its errors. StorageErrors are not logged, because the loop logs them.
 
-    Each pause between two runs differs from `pause_s` by a share of up to `spread`, at random.
+    Pauses vary at random by up to the share `spread`.
     """
     await asyncio.sleep(first_in_s * random.uniform(1.0 - spread, 1.0 + spread))
     while True:
@@ -333,7 +336,7 @@ async def _repeat(
 
 
 async def _finish(tasks: Collection[asyncio.Task[None]]) -> None:
-    """Wait a few seconds for tasks to end, then cancel the others."""
+    """Wait a few seconds for tasks to end, then cancel the rest."""
     if tasks:
         await asyncio.wait(tasks, timeout=_CLOSE_TIMEOUT_S)
     for task in tasks:
@@ -346,6 +349,6 @@ def _is_due(in_s: float | None) -> bool:
 
 
 def _wait_s(outlook: Outlook, poll_s: float) -> float:
-    """Returns the seconds until the next poll, or until something comes due that is not due already."""
+    """Return the seconds until the next poll, or until the next item falls due if that is sooner."""
     times = (outlook.lease_in_s, outlook.reclaim_in_s, outlook.late_in_s, outlook.webhook_in_s)
     return min([poll_s, *(seconds for seconds in times if seconds is not None and seconds > 0)])

@@ -1,7 +1,6 @@
-"""Removes old jobs with their files, files that belong to nothing, and unfinished files.
+"""Deletes old jobs with their files, orphaned files and unfinished files.
 
-Any number of sweepers may work on one store at a time. None touches a file that is not known to be this store's.
-Its caller decides when to sweep.
+Several sweepers may share a store. They delete only files that certainly belong to it.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from stable_audio_serve.jobs.store.job_store import JobStore
 
 log = structlog.get_logger("stable_audio_serve.jobs")
 
-_BATCH = 100  # jobs deleted in one transaction
+_BATCH = 100  # jobs deleted per transaction
 _PAUSE_S = 0.1  # between batches, so that requests come first
-_AT_ONCE = 8  # files deleted at a time
+_AT_ONCE = 8  # files deleted concurrently
 
 
 class Sweeper:
-    """Sweeps when asked to, once each time."""
+    """Deletes expired data once per call of `sweep`."""
 
     def __init__(
         self,
@@ -39,7 +38,7 @@ class Sweeper:
         metrics: Metrics | None = None,
         clock: Clock | None = None,
     ) -> None:
-        """The age of files is judged by the time of `clock`."""
+        """`clock` is compared with the modification times of files."""
         self._store = store
         self._artifacts = artifacts
         self._settings = settings
@@ -47,10 +46,10 @@ class Sweeper:
         self._clock = clock or SystemClock()
 
     async def sweep(self) -> dict[str, int]:
-        """Remove all three kinds. Returns the number of files: `old` ones of jobs that ended or published long ago,
-        `orphans` that belong to no job, and `unfinished` ones whose writer ended too early.
+        """Delete all three kinds. Returns the number of files per kind: `old` of jobs and publications past their
+        retention, `orphans` without a job, and `unfinished` from interrupted writers.
 
-        What fails is logged, and left to a later sweep.
+        Errors are logged; a later sweep tries again.
         """
         started_at = self._clock.monotonic()
         swept = {
@@ -65,7 +64,7 @@ class Sweeper:
     async def _count_removed(self, kind: str, remove: Callable[[], Awaitable[int]]) -> int:
         try:
             num_removed = await remove()
-        except Exception as error:  # the other kinds, and later sweeps, may succeed
+        except Exception as error:  # the other kinds may succeed
             log.warning("a sweep failed", kind=kind, error=str(error), exc_info=not isinstance(error, StorageError))
             return 0
         return num_removed
@@ -82,7 +81,7 @@ class Sweeper:
         owner = await asyncio.to_thread(self._store.identity)
         since = await asyncio.to_thread(self._artifacts.claim, owner)
         if since is None:
-            log.warning("files are kept where another job database keeps its own: orphans stay")
+            log.warning("orphans are not deleted: the artifact store belongs to another job database")
             return 0
         before = self._clock.time() - self._settings.orphan_after_s
         num_removed = 0
@@ -102,7 +101,7 @@ class Sweeper:
         return await asyncio.to_thread(self._artifacts.sweep_unfinished, before=before)
 
     async def _delete(self, keys: Sequence[ArtifactKey]) -> int:
-        """Delete files, a few at a time. Returns how many; the others are orphans, which a later sweep removes."""
+        """Delete files, a few at a time, and return the number deleted. A later sweep finds the rest as orphans."""
         num_deleted = 0
         for start in range(0, len(keys), _AT_ONCE):
             deletions = (self._artifacts.delete(key) for key in keys[start : start + _AT_ONCE])

@@ -1,1 +1,1 @@
-"""The job database: tables, transitions and every statement."""
+"""The job database: its tables, its state transitions and all SQL statements."""

@@ -1,4 +1,4 @@
-"""What is decided before a job is added: whether there is room, and whether the same request was added before."""
+"""Checks before a job is added: whether the queue has room, and whether the request is a repeat."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stable_audio_serve.jobs.store.rows import is_job
 from stable_audio_serve.jobs.store.tables import JOBS, count, in_state
 
 _FULL_RETRY_S = 10.0
-_MOST_OVER = 2  # times `max_queued`: how long a full queue can get through clients that have a fair share left
+_MOST_OVER = 2  # a full queue may grow to this multiple of `max_queued` for clients below their fair share
 
 _jobs = JOBS.c
 _QUEUED = in_state("queued")
@@ -29,9 +29,10 @@ _CLIENTS = sa.select(sa.func.count()).select_from(
 
 
 def find_no_room(connection: sa.Connection, spec: JobSpec, *, limits: JobSettings) -> OverloadedError | None:
-    """Returns why another job cannot wait, None if it can. Jobs without a client are bounded by the common limit only.
+    """Return the reason why the queue has no room for a job, else None. Jobs without a client skip the limit per
+    client.
 
-    A full queue has room for clients with less than a fair share of it, until it is twice as long as configured.
+    A full queue accepts jobs of clients below their fair share of it, until it is twice as long as configured.
     """
     query = _WAITING_AND_OWN if spec.client else _WAITING
     waiting = connection.execute(query, {"client": spec.client}).one()
@@ -47,7 +48,7 @@ def find_no_room(connection: sa.Connection, spec: JobSpec, *, limits: JobSetting
 
 
 def find_same(connection: sa.Connection, spec: JobSpec) -> sa.Row[Any] | None:
-    """Returns the job that this request added before. Raises ConflictError when another request used its key or id."""
+    """Return the job that the same request added before. Raises ConflictError if another request used its key or id."""
     by_key = sa.and_(
         _jobs.contract == spec.contract,
         _jobs.client == spec.client,

@@ -1,4 +1,4 @@
-"""What clients may do with jobs: submit, read, cancel. Every client sees its own jobs only."""
+"""Job operations for clients: submit, read, cancel. Each client sees only its own jobs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from stable_audio_serve.jobs.store.turns import Turns
 
 CancelOutcome = Literal["removed", "requested", "already_over", "unknown"]
 
-_ADDING = 0x53415502  # the number of a lock; any that nobody else uses
+_ADDING = 0x53415502  # number of an advisory lock, unique in the database
 _MAX_ID = 2**63 - 1
 
 _jobs = JOBS.c
@@ -32,7 +32,7 @@ _jobs = JOBS.c
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """A job in the store; not new when the same request was submitted before."""
+    """A stored job. `is_new` is False if the same request was submitted before."""
 
     job: Job
     is_new: bool
@@ -40,14 +40,14 @@ class Added:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Some jobs, newest first; `next_cursor` leads to the older ones, if any."""
+    """Jobs, newest first. `next_cursor` leads to older ones, if any."""
 
     jobs: tuple[Job, ...]
     next_cursor: str | None
 
 
 class ClientJobs:
-    """Jobs of one database as their clients may use them."""
+    """The clients' view of one job database."""
 
     def __init__(self, database: Database, limits: JobSettings, *, catalog: ModelCatalog | None = None) -> None:
         self._database = database
@@ -58,10 +58,10 @@ class ClientJobs:
         self._insert_job = _insert_job(database)
 
     def add(self, spec: JobSpec) -> Added:
-        """Add a new job, or find the one that the same request added before.
+        """Add a job, or return the one that the same request added before.
 
-        Raises ConflictError (`field` is "Idempotency-Key" or "id") when that was another request, QuotaError and
-        OverloadedError when too many jobs are waiting.
+        Raises ConflictError (`field` is "Idempotency-Key" or "id") if another request used the key or id, QuotaError
+        and OverloadedError if too many jobs are waiting.
         """
         (outcome,) = self.add_all([spec])
         if isinstance(outcome, StableAudioError):
@@ -69,16 +69,15 @@ class ClientJobs:
         return outcome
 
     def add_all(self, specs: Sequence[JobSpec]) -> list[Added | StableAudioError]:
-        """`add` for several in one transaction. Returns what it would return or raise for each of them."""
-        with self._database.writing_alone(_ADDING) as connection:  # so that the limits hold when many add at once
+        """Add several jobs in one transaction. Returns for each what `add` would return or raise."""
+        with self._database.writing_alone(_ADDING) as connection:  # serialises concurrent adds, so that limits hold
             return [self._add(connection, spec) for spec in specs]
 
     def get(self, ref: JobRef) -> Job | None:
-        """Returns the job as it is now."""
         return self._find(is_job(ref))
 
     def find_unguessable(self, contract: Contract, job_id: JobId) -> Job | None:
-        """Returns any client's job with this id, unless the client chose the id. For links that need no key."""
+        """Return any client's job with this id, unless the client chose the id. For links that need no key."""
         is_ours = _jobs.id_is_chosen == sa.false()
         return self._find(sa.and_(_jobs.contract == contract, _jobs.id == job_id, is_ours))
 
@@ -91,16 +90,16 @@ class ClientJobs:
         cursor: str | None = None,
         limit: int = 20,
     ) -> Page:
-        """Returns a client's jobs, newest first. Raises InvalidRequestError for a cursor this client never received."""
+        """Return a client's jobs, newest first. Raises InvalidRequestError for a cursor this client never received."""
         conditions = [_jobs.contract == contract, _jobs.client == client]
         if state is not None:
             conditions.append(_jobs.state == state)
         with self._database.reading() as connection:
-            if cursor is not None:  # the last job of the page before
+            if cursor is not None:  # the id of the previous page's last job
                 last = is_job(JobRef(contract, client, JobId(cursor)))
                 seq = connection.execute(sa.select(_jobs.seq).where(last)).scalar()
                 if seq is None:
-                    message = "cursor: none that was given to you, or its job is no longer kept"
+                    message = "cursor: unknown, or its job was deleted"
                     raise InvalidRequestError(message, field="cursor")
                 conditions.append(_jobs.seq < seq)
             query = sa.select(JOBS).where(*conditions).order_by(_jobs.seq.desc()).limit(limit + 1)
@@ -109,7 +108,7 @@ class ClientJobs:
         return Page(jobs, jobs[-1].spec.id if len(rows) > limit else None)
 
     def events(self, ref: JobRef, *, after: int = 0) -> tuple[JobEvent, ...]:
-        """Returns the job's events in order, those after the event with the id `after`."""
+        """Return the job's events in order, starting after the event with the id `after`."""
         query = sa.select(EVENTS).join(JOBS, _jobs.seq == EVENTS.c.job).where(is_job(ref)).order_by(EVENTS.c.id)
         num_known = min(max(after, 0), _MAX_ID)
         with self._database.reading() as connection:
@@ -117,13 +116,13 @@ class ClientJobs:
         return tuple(to_event(row, number) for number, row in enumerate(rows, start=num_known + 1))
 
     def position(self, job: Job) -> int:
-        """Returns how many waiting jobs of its model and priority start before this one."""
+        """Return how many waiting jobs of its model and priority start before this one."""
         is_it = is_job(job.spec.ref)
         with self._database.reading() as connection:
             return self._turns.position(connection, job.spec, is_job=is_it)
 
     def cancel(self, ref: JobRef) -> tuple[CancelOutcome, Job | None]:
-        """End a waiting job, or ask the owner of a running one to stop. Returns the job afterwards too."""
+        """End a waiting job, or ask the owner of a running one to stop. Returns the outcome and the job afterwards."""
         is_it = is_job(ref)
         with self._database.writing() as connection:
             row = connection.execute(sa.select(JOBS).where(is_it).with_for_update()).first()
@@ -148,7 +147,7 @@ class ClientJobs:
         refusal = find_no_room(connection, spec, limits=self._limits)
         if refusal is None and (row := self._insert(connection, spec)):
             self._turns.join(connection, spec)
-            self._transitions.note(connection, [row], message="queued")
+            self._transitions.add_events(connection, [row], message="queued")
             return Added(to_job(row), is_new=True)
         try:
             earlier = find_same(connection, spec)
@@ -156,10 +155,13 @@ class ClientJobs:
             return error
         if earlier is not None:
             return Added(to_job(earlier), is_new=False)
-        return refusal or StorageError("the job database changes too fast", retry_after_s=0)  # its twin was just purged
+        # the repeated job was purged in between
+        return refusal or StorageError(
+            "the job of an earlier request was just deleted; send the request again", retry_after_s=0
+        )
 
     def _insert(self, connection: sa.Connection, spec: JobSpec) -> sa.Row[Any] | None:
-        """Returns None when a job with its id or idempotency key is there already."""
+        """Insert the job. Returns None if its id or idempotency key exists."""
         values = {
             "contract": spec.contract,
             "id": spec.id,
@@ -186,7 +188,7 @@ def _size_of(spec: JobSpec, catalog: ModelCatalog | None) -> WorkSize:
 
 
 def _insert_job(database: Database) -> sa.Executable:
-    """Built once: building a statement costs more than running it."""
+    """Build the INSERT once: building a statement costs more than running it."""
     now, start_within_s = database.now, sa.bindparam("start_within_s", type_=sa.Double)
     insert = database.insert(JOBS).values(
         state="queued", created_at=now, not_before=now, start_before=now + start_within_s

@@ -1,5 +1,5 @@
-"""Job values to JSON text and back. Reading ignores unknown keys and fills in defaults for missing ones, so that a
-store may hold what an older or newer version of this package wrote.
+"""Converts job values to JSON text and back. Reading ignores unknown keys and fills in defaults for missing ones,
+because older and newer versions of this package share a store.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from stable_audio_serve.jobs.store.tables import storable
 
 
 def _model_of(kind: type, *, without: frozenset[str] = frozenset(), **replaced: Any) -> type[BaseModel]:
-    """Returns a Pydantic model with the fields of a dataclass, so that reading converts and checks every value."""
+    """Return a Pydantic model with the fields of a dataclass, which converts and checks every value when reading."""
     hints = get_type_hints(kind) | replaced
     definitions: dict[str, Any] = {}
     for item in fields(kind):
@@ -28,7 +28,7 @@ def _model_of(kind: type, *, without: frozenset[str] = frozenset(), **replaced: 
     return create_model(f"Stored{kind.__name__}", **definitions)
 
 
-# Source audio is never part of a stored job: the upload is a file, decoded again when the job runs.
+# Source audio is never stored in a job. The upload is a file, which the runner decodes again.
 _Request = _model_of(GenerationRequest, without=frozenset({"init_audio", "inpaint_audio"}))
 _Spec = _model_of(JobSpec, request=_Request)
 _RESULT = TypeAdapter(JobResult)
@@ -37,7 +37,7 @@ _FILE = TypeAdapter(StoredFile)
 
 
 def dump(value: JobSpec | JobResult | JobError | StoredFile) -> str:
-    """Returns `value` as JSON text, with U+FFFD for lone surrogates, which no encoding has."""
+    """Return `value` as JSON text. Lone surrogates, which UTF-8 cannot encode, become U+FFFD."""
     try:
         return pydantic_core.to_json(value).decode()
     except pydantic_core.PydanticSerializationError:
@@ -51,21 +51,21 @@ def _to_plain(value: Any) -> dict[str, Any]:
 
 
 def load_spec(text: str) -> JobSpec:
-    """Returns the specification that `dump` wrote. Raises ValueError for anything else."""
+    """Parse a specification written by `dump`. Raises ValueError."""
     spec = dict(_Spec.model_validate_json(text))
     return JobSpec(**spec | {"request": GenerationRequest(**dict(spec["request"]))})
 
 
 def load_result(text: str) -> JobResult:
-    """Returns the result that `dump` wrote. Raises ValueError for anything else."""
+    """Parse a result written by `dump`. Raises ValueError."""
     return _RESULT.validate_json(text)
 
 
 def load_error(text: str) -> JobError:
-    """Returns the error that `dump` wrote. Raises ValueError for anything else."""
+    """Parse an error written by `dump`. Raises ValueError."""
     return _ERROR.validate_json(text)
 
 
 def load_file(text: str) -> StoredFile:
-    """Returns the file that `dump` wrote. Raises ValueError for anything else."""
+    """Parse a file written by `dump`. Raises ValueError."""
     return _FILE.validate_json(text)

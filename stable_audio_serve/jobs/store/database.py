@@ -1,4 +1,4 @@
-"""Transactions on the tables of jobs, on SQLite or PostgreSQL. Blocking: for worker threads."""
+"""Transactions on the job tables in SQLite or PostgreSQL. Blocking: call from worker threads."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ _POOL_OVERFLOW = 8
 _POOL_TIMEOUT_S = 10.0
 _RETRY_S = 5.0
 _LEAST_ROOM_BYTES = 1_048_576
-_LOOK_INSIDE_S = 1.0
-_CHECKPOINT_S, _CHECKPOINT_LOOK_S = 3.0, 0.02  # longest of a checkpoint on a busy machine, and between two looks
+_CHECK_FILE_EVERY_S = 1.0
+# longest checkpoint on a busy machine, and the pause between two reads, seconds
+_CHECKPOINT_S, _CHECKPOINT_PAUSE_S = 3.0, 0.02
 
-# Options of psycopg unless the URL sets them: seconds, the last in milliseconds. With them it notices a server that
-# vanishes without closing the connection.
+# Options of psycopg unless the URL sets them, in seconds, the last in milliseconds. They detect a server that vanishes
+# without closing the connection.
 _CONNECT = {
     "connect_timeout": 5,
     "keepalives_idle": 10,
@@ -41,12 +42,12 @@ _CONNECT = {
     "tcp_user_timeout": 20_000,
 }
 _SESSION = {
-    # Milliseconds. The third takes the locks of a process that froze in a transaction.
+    # In milliseconds. The third releases the locks of a process that froze inside a transaction.
     "statement_timeout": 30_000,
     "lock_timeout": 15_000,
     "idle_in_transaction_session_timeout": 10_000,
-    # A queue fills faster than statistics are renewed. So plans made for a short queue are not reused, and nothing is
-    # sorted on the belief that it is a few rows: every query has an index in its own order.
+    # A queue grows faster than the planner's statistics are updated. So plans made for a short queue are not reused,
+    # and sorting is off: every query has an index in its own order.
     "plan_cache_mode": "force_custom_plan",
     "enable_sort": "off",
     "jit": "off",
@@ -55,7 +56,9 @@ _NO_WAIT_FOR_DISK = sa.select(sa.func.set_config("synchronous_commit", "off", Tr
 
 
 def database_url(url: str | None, folder: Path) -> sa.URL:
-    """Returns the configured database, by default SQLite in `folder`. Raises ConfigError if it cannot be used."""
+    """Return the URL of the configured database, by default SQLite in `folder`. Raises ConfigError if it is
+    unsupported.
+    """
     if url is None:
         return sa.URL.create("sqlite", database=str(folder / "jobs.db"))
     try:
@@ -71,17 +74,18 @@ def database_url(url: str | None, folder: Path) -> sa.URL:
 
 
 class Database:
-    """Transactions on the tables, which are created or upgraded before the first one.
+    """Opens transactions on the tables. The first transaction creates or upgrades the tables.
 
-    `now` is the time as SQL, Unix seconds: the database server's where there is one, because machines' clocks differ.
+    `now` is an SQL expression for the time in Unix seconds. PostgreSQL uses the server's clock, because the clocks of
+    machines differ.
     """
 
     def __init__(self, url: sa.URL, *, identity: str | None = None, now: Callable[[], float] | None = None) -> None:
-        """Touches nothing yet.
+        """Does not connect yet.
 
-        `now` returns Unix seconds; unset: the database server's clock, or this machine's on SQLite.
-        With an `identity` (`JobStore.identity`) only the database that has it is used, and none is created or upgraded.
-        Raises ConfigError when a package that the database needs is not installed.
+        `now` returns Unix seconds; by default the server's clock, or this machine's for SQLite. With an `identity`
+        (`JobStore.identity`) any other database is refused, and none is created or upgraded. Raises ConfigError if a
+        required package is not installed.
         """
         self.url = url
         self.is_sqlite = url.get_backend_name() == "sqlite"
@@ -94,16 +98,16 @@ class Database:
             without_log: sa.Engine | None = sqlite.create_engine_without_log(file)
         else:
             self.engine, without_log = _create_postgresql(url), None
-        self._hasty = self.engine.execution_options(is_durable=False)
+        self._not_durable = self.engine.execution_options(is_durable=False)
         self._reader = self.engine.execution_options(reading=True)
-        if not self.is_sqlite:  # one statement needs no BEGIN before it and no ROLLBACK after it
+        if not self.is_sqlite:  # a single statement needs no BEGIN and ROLLBACK
             self._reader = self._reader.execution_options(isolation_level="AUTOCOMMIT")
-        self._kept = without_log or self._reader
-        self._is_identity_kept = False
+        self._identity_reader = without_log or self._reader
+        self._has_identity = False
         self.now = _server_time() if now is None and not self.is_sqlite else _time_of(now or SystemClock().time)
         self._lock = threading.Lock()
         self._is_ready = False
-        self._looked_inside_at = float("-inf")
+        self._file_checked_at = float("-inf")
         self._is_faulty = False
 
     def __str__(self) -> str:
@@ -112,27 +116,28 @@ class Database:
         return f"PostgreSQL {self.url.host or ''}{f':{self.url.port}' if self.url.port else ''}/{self.url.database}"
 
     def insert(self, table: sa.Table) -> sqlite_dialect.Insert | postgresql.Insert:
-        """Returns an INSERT that supports ON CONFLICT."""
+        """Return an INSERT that supports ON CONFLICT."""
         return sqlite_dialect.insert(table) if self.is_sqlite else postgresql.insert(table)
 
     @contextmanager
     def writing(self, *, is_durable: bool = True) -> Iterator[sa.Connection]:
-        """A transaction, which no other writer overlaps on SQLite. Raises StorageError.
+        """Open a transaction. On SQLite it excludes all other writers. Raises StorageError.
 
-        Without `is_durable` it does not wait for the disk: a power cut may undo it, but no durable one.
+        Without `is_durable` the commit does not wait for the disk: a power failure may undo it, but never a durable
+        commit.
         """
         with at_work():
             self._make_ready()
-            self._look_inside()
-            with (self.engine if is_durable else self._hasty).begin() as connection:
+            self._check_file()
+            with (self.engine if is_durable else self._not_durable).begin() as connection:
                 if not (is_durable or self.is_sqlite):
                     connection.execute(_NO_WAIT_FOR_DISK)
                 yield connection
-            self._require_in_place()  # or the change may be lost with the file
+            self._require_in_place()  # a change to a moved file would be lost
 
     @contextmanager
     def writing_alone(self, lock: int, *, is_durable: bool = True) -> Iterator[sa.Connection]:
-        """`writing` that no other with the same lock number overlaps. Raises StorageError."""
+        """Open a `writing` transaction that excludes others with the same lock number. Raises StorageError."""
         with self.writing(is_durable=is_durable) as connection:
             if not self.is_sqlite:
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(lock)))
@@ -140,27 +145,29 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[sa.Connection]:
-        """A connection that waits for no writer. Each statement sees all commits before it. Raises StorageError."""
+        """Open a connection that never waits for writers. Each statement sees all earlier commits. Raises
+        StorageError.
+        """
         with at_work():
             self._make_ready()
             with self._reader.connect() as connection:
                 yield connection
 
     def require_same(self) -> None:
-        """Raises StoreMovedError when another database has replaced the one at the start.
+        """Raise StoreMovedError if the database was replaced since the start.
 
-        A SQLite file is read without its log, which still holds the former identity.
-        Raises StorageError when its tables were upgraded since then to a revision that this version must not use.
+        For SQLite this reads the file without its log, which still holds the former identity. Raises StorageError if
+        the tables were upgraded to a revision that this version must not use.
         """
         with at_work():
             self._make_ready()
             self._require_known_revision()
-            self._require_kept()
+            self._require_same_file()
 
     def require_room(self) -> None:
-        """Raises StorageFullError when SQLite's disk is nearly full: the log may accept small changes even then.
+        """Raise StorageFullError if SQLite's disk is nearly full: the log may still accept small changes.
 
-        A database server reports a full disk itself when it is written to.
+        PostgreSQL reports a full disk at the next write.
         """
         if not self.is_sqlite:
             return
@@ -172,31 +179,33 @@ class Database:
     def prepare(self) -> None:
         """Create or upgrade the tables.
 
-        Raises ConfigError with the reason when that is not possible: no server, no access, tables of a newer version.
+        Raises ConfigError with the reason if the server is unreachable, denies access, or has tables of a newer
+        version.
         """
         with at_start(self):
             self._make_ready()
 
     def check_writable(self) -> None:
-        """Raises ConfigError with the reason when rows can only be read: a standby, or a user without rights."""
+        """Raise ConfigError with the reason if the database is read-only: a standby, or a user without write access."""
         with at_start(self), self.engine.begin() as connection:
             connection.execute(sa.delete(JOBS).where(sa.false()))
 
     def close(self) -> None:
-        """Close every connection."""
         self.engine.dispose()
 
-    def _look_inside(self) -> None:
-        """Once a second, look into SQLite's file: once overwritten in its place it takes no changes, although its
-        log would.
+    def _check_file(self) -> None:
+        """Check the identity in SQLite's file once a second. An overwritten file accepts no changes, although its log
+        would.
         """
-        if self.is_sqlite and time.monotonic() - self._looked_inside_at > _LOOK_INSIDE_S:
-            self._require_kept()
-            self._looked_inside_at = time.monotonic()
+        if self.is_sqlite and time.monotonic() - self._file_checked_at > _CHECK_FILE_EVERY_S:
+            self._require_same_file()
+            self._file_checked_at = time.monotonic()
 
-    def _require_kept(self) -> None:
-        """SQLite's file is read without locks, so a checkpoint in progress may be seen half done: only what lasts is a
-        fault, and after one there is no waiting until it is over.
+    def _require_same_file(self) -> None:
+        """Read the identity, retrying for up to `_CHECKPOINT_S`: SQLite's file is read without locks, so a checkpoint
+        may be half done.
+
+        After a lasting fault, later calls raise at once.
         """
         give_up_at = time.monotonic() + (_CHECKPOINT_S if self.is_sqlite and not self._is_faulty else 0.0)
         while True:
@@ -206,17 +215,17 @@ class Database:
                 self._is_faulty = self._is_faulty or time.monotonic() >= give_up_at
                 if self._is_faulty:
                     raise
-                time.sleep(_CHECKPOINT_LOOK_S)
+                time.sleep(_CHECKPOINT_PAUSE_S)
             else:
                 self._is_faulty = False
                 return
 
     def _read_identity(self) -> None:
-        with self._kept.connect() as connection:
+        with self._identity_reader.connect() as connection:
             found = find_identity(connection)
-        if found is None and not self._is_identity_kept:  # before the first checkpoint
+        if found is None and not self._has_identity:  # before the first checkpoint
             return
-        self._is_identity_kept = True
+        self._has_identity = True
         self._identity = self._identity or found
         self._require_identity(found)
 
@@ -226,13 +235,13 @@ class Database:
         with self._lock:
             if not self._is_ready:
                 try:
-                    with self.engine.begin() as connection:  # one transaction: other processes start too
+                    with self.engine.begin() as connection:  # other processes may start at the same time
                         self._prepare(connection)
                 except BaseException:
-                    self.engine.dispose()  # it may be the wrong one
+                    self.engine.dispose()  # it may be the wrong database
                     raise
                 self._adopt()
-                if self.is_sqlite:  # bring the identity from the log into the file
+                if self.is_sqlite:  # move the identity from the log into the file
                     with self._reader.connect() as connection:
                         connection.execute(sa.text("PRAGMA wal_checkpoint(PASSIVE)"))
                 self._is_ready = True
@@ -260,7 +269,7 @@ class Database:
 
 
 def find_identity(connection: sa.Connection) -> str | None:
-    """Returns the random name of this database, None if it has none yet or there are no tables."""
+    """Return the random identity of this database, None before its tables or identity exist."""
     if not sa.inspect(connection).has_table(IDENTITY.name):
         return None
     found: str | None = connection.execute(sa.select(IDENTITY.c.id)).scalar()
@@ -272,7 +281,7 @@ def _server_time() -> sa.ColumnElement[float]:
 
 
 def _time_of(clock: Callable[[], float]) -> sa.ColumnElement[float]:
-    """SQL for the time of `clock`, which is read whenever a statement with it runs."""
+    """Return SQL for the time of `clock`, read each time a statement runs."""
     return sa.bindparam("now", callable_=clock, type_=sa.Double)
 
 
@@ -280,7 +289,7 @@ def _create_postgresql(url: sa.URL) -> sa.Engine:
     try:
         engine = sa.create_engine(
             url,
-            isolation_level="READ COMMITTED",  # the level that the compare-and-sets of `transitions` are designed for
+            isolation_level="READ COMMITTED",  # `transitions` relies on this level for compare-and-set
             connect_args={name: value for name, value in _CONNECT.items() if name not in url.query},
             pool_pre_ping=True,  # the server may have been restarted
             pool_size=_POOL_SIZE,

@@ -1,7 +1,7 @@
-"""Jobs that used up their attempts through no fault of their own: what operators may do with them.
+"""Dead letters: jobs that used up their attempts without being at fault. Operators list, retry and delete them.
 
-Each is known by its number, its place in the order of arrival: ids are unique only per client and contract.
-Blocking: for worker threads. Every method raises StorageError. Knows no files: deleting those is the caller's.
+Each has a number, its position in order of arrival, because ids are unique only per client and contract. Blocking: call
+from worker threads. Every method raises StorageError. The caller deletes files.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.retention import unreferenced
 from stable_audio_serve.jobs.store.rows import is_job, to_event, to_job
 from stable_audio_serve.jobs.store.tables import EVENTS, IS_DEAD, JOBS
-from stable_audio_serve.jobs.store.transitions import Transitions, waiting_again
+from stable_audio_serve.jobs.store.transitions import Transitions, requeued
 
 _RETRIED = "tried again by an operator"
 
@@ -27,27 +27,26 @@ _jobs = JOBS.c
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """A job that was given up, and its number."""
+    """A dead letter and its number."""
 
     number: int
     job: Job
 
 
 class DeadLetters:
-    """The dead letters in one database."""
+    """The dead letters of one database."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._transitions = Transitions(database)
 
     def count(self) -> int:
-        """Returns how many there are."""
         query = sa.select(sa.func.count()).select_from(JOBS).where(IS_DEAD)
         with self._database.reading() as connection:
             return connection.execute(query).scalar_one()
 
     def page(self, *, before: int | None = None, model: str | None = None, limit: int = 100) -> Sequence[DeadLetter]:
-        """Returns up to `limit` of them, newest first: those with numbers below `before`, of one model or of all."""
+        """Return up to `limit` dead letters, newest first, with numbers below `before`, of one model or all."""
         query = sa.select(JOBS).where(IS_DEAD).order_by(_jobs.seq.desc()).limit(limit)
         if before is not None:
             query = query.where(_jobs.seq < before)
@@ -57,34 +56,34 @@ class DeadLetters:
             return [DeadLetter(row.seq, to_job(row)) for row in connection.execute(query)]
 
     def find(self, number: int) -> tuple[DeadLetter, Sequence[JobEvent]] | None:
-        """Returns one and what happened to it, None when there is none of this number."""
+        """Return a dead letter with its events, None if the number does not exist."""
         query = sa.select(JOBS).where(IS_DEAD, _jobs.seq == number)
         events = sa.select(EVENTS).where(EVENTS.c.job == number).order_by(EVENTS.c.id)
         with self._database.reading() as connection:
             row = connection.execute(query).first()
             if row is None:
                 return None
-            told = connection.execute(events).all()
-        return DeadLetter(row.seq, to_job(row)), [to_event(event, at) for at, event in enumerate(told, start=1)]
+            rows = connection.execute(events).all()
+        return DeadLetter(row.seq, to_job(row)), [to_event(event, at) for at, event in enumerate(rows, start=1)]
 
     def retry(self, numbers: Collection[int]) -> Sequence[int]:
-        """Put dead letters back into the queue with no attempts counted. Returns their numbers."""
+        """Requeue dead letters with their attempts reset. Returns the numbers of the requeued ones."""
         with self._database.writing() as connection:
             found = self._lock(connection, numbers)
             if not found:
                 return []
-            change = sa.update(JOBS).where(_jobs.seq.in_(found)).values(self._waiting_again()).returning(JOBS)
-            self._transitions.note(connection, connection.execute(change).all(), message=_RETRIED)
+            change = sa.update(JOBS).where(_jobs.seq.in_(found)).values(self._requeued()).returning(JOBS)
+            self._transitions.add_events(connection, connection.execute(change).all(), message=_RETRIED)
             return found
 
     def retry_job(self, ref: JobRef) -> Job | None:
-        """`retry` for a job known by its id. Returns None when it is no dead letter."""
+        """Requeue the dead letter with this job id. Returns None if it does not exist."""
         with self._database.writing() as connection:
             conditions = (is_job(ref), _jobs.is_dead_letter)
-            return self._transitions.change(connection, *conditions, message=_RETRIED, **self._waiting_again())
+            return self._transitions.change(connection, *conditions, message=_RETRIED, **self._requeued())
 
     def delete(self, numbers: Collection[int]) -> tuple[Sequence[int], Sequence[ArtifactKey]]:
-        """Forget dead letters. Returns the numbers of those it forgot, and keys of files now unreferenced."""
+        """Delete dead letters. Returns the numbers of the deleted ones, and keys of files that are now unreferenced."""
         with self._database.writing() as connection:
             found = self._lock(connection, numbers)
             delete = sa.delete(JOBS).where(_jobs.seq.in_(found)).returning(_jobs.upload_key)
@@ -92,12 +91,12 @@ class DeadLetters:
             return found, unreferenced(connection, list(dict.fromkeys(keys)))
 
     def _lock(self, connection: sa.Connection, numbers: Collection[int]) -> Sequence[int]:
-        """Returns those of the numbers that are dead letters', in order; no other transaction changes them now."""
+        """Lock the dead letters among `numbers` against other transactions and return their numbers, sorted."""
         query = sa.select(_jobs.seq).where(IS_DEAD, _jobs.seq.in_(numbers)).order_by(_jobs.seq).with_for_update()
         return connection.execute(query).scalars().all()
 
-    def _waiting_again(self) -> dict[str, Any]:
-        return waiting_again() | {
+    def _requeued(self) -> dict[str, Any]:
+        return requeued() | {
             "attempts": 0,
             "is_dead_letter": False,
             "error": None,

@@ -1,4 +1,6 @@
-"""Translates database errors: one sentence that stops the start, later a StorageError that clients may retry."""
+"""Translates database errors: to a one-sentence ConfigError at startup, later to a StorageError that clients
+may retry.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +17,19 @@ from stable_audio_serve.core.errors import ConfigError, StorageError, StorageFul
 log = structlog.get_logger("stable_audio_serve.jobs")
 
 _RETRY_S = 2.0
-# SQLite's own come from what is done to a connection before SQLAlchemy has it, such as waiting for a lock.
+# SQLite raises its own errors for statements outside SQLAlchemy, such as waiting for a lock.
 _ERRORS = (SQLAlchemyError, sqlite3.Error, OSError)
-_FULL = ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE", "53100")  # of SQLite by name, of PostgreSQL by number
+_FULL = ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE", "53100")  # SQLite error names and the PostgreSQL SQLSTATE
 
 
 def config_error(message: str) -> ConfigError:
-    """Returns the error of a configured database that cannot be used; `message` says why."""
+    """Return the error for a configured database that cannot be used."""
     return ConfigError(f"jobs.database_url (STABLE_AUDIO_DATABASE_URL): {message}", field="jobs.database_url")
 
 
 @contextmanager
 def at_start(database: object) -> Iterator[None]:
-    """Raises ConfigError with the reason for any database error; `str(database)` names the database."""
+    """Convert any database error to ConfigError with the reason. `str(database)` names the database."""
     try:
         yield
     except _ERRORS as error:
@@ -36,7 +38,7 @@ def at_start(database: object) -> Iterator[None]:
 
 @contextmanager
 def at_work() -> Iterator[None]:
-    """Raises StorageError for any database error; the reason goes to the log only."""
+    """Convert any database error to StorageError. The reason goes only to the log."""
     try:
         yield
     except (*_ERRORS, ConfigError) as error:
@@ -54,7 +56,7 @@ def _is_full(error: Exception) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Returns one line without the statement, which may hold values of clients."""
+    """Return one line without the statement, which may contain clients' data."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error

@@ -1,4 +1,4 @@
-"""Published files: what links without a key lead to, by an unguessable id. Where the bytes are is `artifacts`."""
+"""Published files, which anyone can download by their unguessable id without a key. `artifacts` stores the bytes."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from stable_audio_serve.jobs.store.tables import FILES
 
 
 class PublishedFiles:
-    """Published files of one database."""
+    """The published files of one job database."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def find(self, file_id: str) -> StoredFile | None:
-        """Returns the published file with this id."""
         with self._database.reading() as connection:
             text = connection.execute(sa.select(FILES.c.file).where(FILES.c.id == file_id)).scalar()
         return None if text is None else codec.load_file(text)
 
     def publish(self, file: StoredFile, *, file_id: str | None = None) -> str:
-        """Give a file an id, a random one unless given, and return it. Raises StorageError also for a used id."""
+        """Publish a file under `file_id`, by default a random one. Returns the id. Raises StorageError, also for a used
+        id.
+        """
         file_id = file_id or secrets.token_hex(16)
         with self._database.writing() as connection:
             self.publish_in(connection, file, file_id=file_id)
         return file_id
 
     def publish_in(self, connection: sa.Connection, file: StoredFile, *, file_id: str) -> None:
-        """`publish` in the caller's transaction."""
+        """Publish a file in the caller's transaction."""
         row = {"id": file_id, "key": file.key, "file": codec.dump(file), "created_at": self._database.now}
         connection.execute(sa.insert(FILES).values(row))

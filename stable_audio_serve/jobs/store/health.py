@@ -1,4 +1,4 @@
-"""How the stores are: runners that cannot keep files record it in the job database, where every process reads it."""
+"""Health of the stores. Runners that cannot store files record it in the job database, where every process reads it."""
 
 from __future__ import annotations
 
@@ -19,39 +19,41 @@ _refusals = REFUSALS.c
 
 @dataclass(frozen=True, slots=True)
 class StoreHealth:
-    """Whether jobs can be stored and run; `reason` says why not and is safe to show to clients."""
+    """Whether jobs can be stored and run. `reason` is safe to show to clients."""
 
     state: StoreState = "ok"
     reason: str | None = None
 
 
 def health_of(error: StorageError) -> StoreHealth:
-    """Returns the health that an error of a store stands for."""
+    """Return the health for a store's error."""
     kinds: tuple[tuple[type[StorageError], StoreState], ...] = ((StorageFullError, "full"), (StoreMovedError, "moved"))
     state: StoreState = next((state for kind, state in kinds if isinstance(error, kind)), "unavailable")
     return StoreHealth(state, error.message)
 
 
 class Refusals:
-    """Reasons why runners start no jobs. Blocking: for worker threads. Every method raises StorageError."""
+    """Reasons why runners start no jobs. Blocking: call from worker threads. Every method raises StorageError."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def note(self, owner: str, health: StoreHealth, *, for_s: float) -> None:
-        """Record that this runner is refused by a store; forgotten after `for_s` unless repeated."""
+    def record(self, owner: str, health: StoreHealth, *, for_s: float) -> None:
+        """Record that a store refuses this runner. The record expires after `for_s` unless repeated."""
         values = {"state": health.state, "reason": health.reason, "until": self._database.now + for_s}
         insert = self._database.insert(REFUSALS).values(owner=owner, **values)
         with self._database.writing() as connection:
             connection.execute(insert.on_conflict_do_update(index_elements=[_refusals.owner], set_=values))
 
     def withdraw(self, owner: str) -> None:
-        """Forget what this runner recorded."""
+        """Delete this runner's record."""
         with self._database.writing() as connection:
             connection.execute(sa.delete(REFUSALS).where(_refusals.owner == owner))
 
     def current(self) -> Sequence[StoreHealth]:
-        """Returns what runners record now. Writes and reads, so that it raises where the database refuses either."""
+        """Return the current records. Also reads and writes other tables, so that it raises if the database refuses
+        reads or writes.
+        """
         query = sa.select(_refusals.state, _refusals.reason).order_by(_refusals.until.desc())
         with self._database.writing() as connection:
             connection.execute(sa.select(JOBS.c.seq).where(JOBS.c.seq == 0))

@@ -1,7 +1,7 @@
-"""The job store: one part for everyone who uses it, over one database that all parts share.
+"""The job store: one part per kind of user, over a shared database.
 
-Every part is blocking, for worker threads, and raises StorageError when the database cannot be used now. They know
-states, leases and owners, not what jobs do. They run on SQLite and PostgreSQL.
+Every part is blocking (call it from worker threads) and raises StorageError while the database is unavailable. Runs on
+SQLite and PostgreSQL.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from stable_audio_serve.jobs.store.waiting import WaitingWork
 
 
 class JobStore:
-    """What clients, runners, operators and the sweeper may do with jobs, and the files that links lead to."""
+    """The operations of clients, runners, operators and the sweeper on jobs and published files."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class JobStore:
         storage: StorageSettings | None = None,
         catalog: ModelCatalog | None = None,
     ) -> None:
-        """Touches nothing yet. `catalog` knows the defaults of models, which count in the size of jobs."""
+        """Makes no connection yet. `catalog` provides model defaults, which count in the size of a job."""
         limits, storage = limits or JobSettings(), storage or StorageSettings()
         self.database = database
         self.clients = ClientJobs(database, limits, catalog=catalog)
@@ -48,11 +48,11 @@ class JobStore:
         self.waiting = WaitingWork(database)
 
     def identity(self) -> str:
-        """Returns the random name that this database was given at its first use and keeps."""
+        """Return the random name that this database got at its first use."""
         return self._find_own(IDENTITY.c.id)
 
     def secret(self) -> str:
-        """Returns 256 random bits that this database keeps, for what its servers sign. No one else may see them."""
+        """Return this database's secret: 256 random bits with which its servers sign. Keep it private."""
         return self._find_own(IDENTITY.c.secret)
 
     def _find_own(self, column: sa.Column[Any]) -> str:

@@ -1,6 +1,6 @@
-"""What clients with limits have used: one row per admitted request, shared by all servers of one job database.
+"""Usage of clients with limits: one row per admitted request, shared by all servers of a job database.
 
-Blocking, for worker threads. Every method of `KeyUses` raises StorageError.
+Blocking: call from worker threads. Every method of `KeyUses` raises StorageError.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from stable_audio_serve.core.keys import KeyLimits
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.tables import KEY_USES
 
-WINDOW_S = 60.0  # how long audio counts
-LEASE_S = 15.0  # how long a place counts that is not renewed: its process has died
+WINDOW_S = 60.0  # how long a request's audio counts
+LEASE_S = 15.0  # a place that is not renewed expires after this, because its process has died
 
-_ROUNDING_S = 1e-6  # of sums of floats
+_ROUNDING_S = 1e-6  # tolerance for sums of floats
 
 _uses = KEY_USES.c
 
-Used = tuple[float, float, int]  # a time, and the seconds of audio and the places that were taken then
+Used = tuple[float, float, int]  # time, seconds of audio, number of places
 
 
 @dataclass(slots=True, kw_only=True)
 class Use:
-    """A request of a client with limits. `has_place` needs a limit of `concurrency`; `busy_retry_s` is the Retry-After
-    when no place is free.
+    """A request of a client with limits. `has_place` requires a limit of `concurrency`; `busy_retry_s` is the
+    Retry-After if no place is free.
     """
 
     id: str
@@ -42,10 +42,10 @@ class Use:
 
 
 def find_full(use: Use, before: Sequence[Used], *, now: float) -> QuotaError | None:
-    """Return why `use` is refused after all that was used `before`, oldest first; None: it is admitted."""
+    """Return the reason to refuse `use` after the earlier uses `before`, oldest first. None admits it."""
     concurrency, rate = use.limits.concurrency, use.limits.audio_seconds_per_minute
     if use.has_place and concurrency is not None and sum(places for _, _, places in before) >= concurrency:
-        message = f"this key has as many requests at work as it may have (concurrency={concurrency})"
+        message = f"this key already runs as many requests as it may (concurrency={concurrency})"
         return QuotaError(message, retry_after_s=use.busy_retry_s)
     if rate is None:
         return None
@@ -59,17 +59,17 @@ def find_full(use: Use, before: Sequence[Used], *, now: float) -> QuotaError | N
         ready_in_s = at + WINDOW_S - now
     if not ready_in_s:
         return None
-    message = f"this key has used up its seconds of audio of this minute (audio-seconds-per-minute={rate:g})"
+    message = f"this key has used up its seconds of audio for this minute (audio-seconds-per-minute={rate:g})"
     return QuotaError(message, retry_after_s=ready_in_s)
 
 
 class KeyUses:
-    """The uses in one database. Of two processes that ask for the rest of a limit at once, one gets it."""
+    """The uses in one database. If two processes request the rest of a limit at once, one gets it."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
         now = database.now
-        # Times too far in the future were written before the clock was set back: they do not count.
+        # Times too far in the future were written before the clock was set back. They do not count.
         has_audio = sa.and_(_uses.at > now - WINDOW_S, _uses.at < now + WINDOW_S)
         has_place = sa.and_(_uses.place_until > now, _uses.place_until < now + 2 * LEASE_S)
         is_of_client = _uses.client == sa.bindparam("of_client")
@@ -88,7 +88,7 @@ class KeyUses:
         self._renew = sa.update(KEY_USES).where(is_any).values(place_until=now + LEASE_S)
 
     def admit(self, use: Use) -> QuotaError | None:
-        """Charge the audio and hold the place, or return why not."""
+        """Charge the audio and hold the place, or return the reason for the refusal."""
         lock = zlib.crc32(f"uses of {use.client}".encode())
         with self._database.writing_alone(lock, is_durable=False) as connection:
             before, now = self._find_used(connection, use)
@@ -101,13 +101,13 @@ class KeyUses:
         return refusal
 
     def find_full(self, use: Use) -> QuotaError | None:
-        """Return why `use` would be refused, if it would. Changes nothing."""
+        """Return the reason why `use` would be refused, else None. Changes nothing."""
         with self._database.reading() as connection:
             before, now = self._find_used(connection, use)
         return find_full(use, before, now=now)
 
     def end(self, use: Use, *, counts: bool) -> None:
-        """Free the place, and give the audio back unless it counts."""
+        """Free the place. Refund the audio unless it counts."""
         is_it = _uses.id == use.id
         is_kept = counts and use.limits.audio_seconds_per_minute is not None
         with self._database.writing(is_durable=False) as connection:
@@ -115,11 +115,11 @@ class KeyUses:
             connection.execute(free if is_kept else sa.delete(KEY_USES).where(is_it))
 
     def renew(self, ids: Sequence[str]) -> None:
-        """Keep the places of these requests for another `LEASE_S` seconds."""
+        """Extend the places of these requests by `LEASE_S` seconds."""
         with self._database.writing(is_durable=False) as connection:
             connection.execute(self._renew, {"ids": ids})
 
     def _find_used(self, connection: sa.Connection, use: Use) -> tuple[list[Used], float]:
-        """Return what the client has used, oldest first, and the time."""
+        """Return what the client has used, oldest first, and the current time."""
         rows = connection.execute(self._find, {"of_client": use.client}).all()
         return [(at, audio_s, places) for _, at, audio_s, places in rows], rows[0].now if rows else 0.0

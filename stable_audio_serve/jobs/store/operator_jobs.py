@@ -1,4 +1,4 @@
-"""What operators may do with jobs of all clients: find and count them."""
+"""Job operations for operators: find, list and count the jobs of all clients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _jobs = JOBS.c
 
 @dataclass(frozen=True, slots=True)
 class Unfinished:
-    """Numbers of jobs. `waited_s` is how long the first of those that wait has been due, seconds; None without one."""
+    """Counts of jobs. `waited_s` is the age of the oldest due job in the queue, seconds; None if the queue is empty."""
 
     num_queued: int
     num_running: int
@@ -27,19 +27,19 @@ class Unfinished:
 
 
 class OperatorJobs:
-    """Jobs of one database as operators may use them."""
+    """The operators' view of one job database."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def find_all(self, job_id: JobId) -> Sequence[Job]:
-        """Returns everybody's jobs with this id, of all contracts, in order of arrival."""
+        """Return the jobs with this id, of all clients and contracts, in order of arrival."""
         with self._database.reading() as connection:
             rows = connection.execute(sa.select(JOBS).where(_jobs.id == job_id)).all()
         return [to_job(row) for row in sorted(rows, key=lambda row: row.seq)]
 
     def list_all(self, *, state: State | None = None, dead_letters: bool = False, limit: int = 100) -> Sequence[Job]:
-        """Returns everybody's jobs, newest first."""
+        """Return the jobs of all clients, newest first."""
         query = sa.select(JOBS).order_by(_jobs.seq.desc()).limit(limit)
         if state is not None:
             query = query.where(_jobs.state == state)
@@ -49,7 +49,7 @@ class OperatorJobs:
             return [to_job(row) for row in connection.execute(query)]
 
     def unfinished(self) -> Unfinished:
-        """Returns what still has to be done, and what was given up. Reads only those jobs, however many have ended."""
+        """Count queued and running jobs and dead letters. Does not read finished jobs."""
         due = sa.select(sa.func.min(_jobs.not_before)).where(in_state("queued")).scalar_subquery()
         query = sa.select(
             count(in_state("queued")).label("queued"),
@@ -63,7 +63,7 @@ class OperatorJobs:
         return Unfinished(row.queued, row.running, row.dead, waited_s)
 
     def counts(self) -> Mapping[State, int]:
-        """Returns the number of jobs in each state that has any."""
+        """Return the number of jobs in each state that has any."""
         query = sa.select(_jobs.state, sa.func.count()).group_by(_jobs.state)
         with self._database.reading() as connection:
             return {state: number for state, number in connection.execute(query)}  # noqa: C416

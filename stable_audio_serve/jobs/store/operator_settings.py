@@ -1,7 +1,7 @@
-"""What operators set while a server runs: that it takes no new work, and which models it keeps loaded.
+"""Settings that operators change while a server runs: draining, and the models to keep loaded.
 
-Stored in the job database, separately for each server that shares it. Every process of a server reads it twice a
-second; while the database does not answer, the last values hold.
+The job database stores them per server. Every process of a server reads them twice a second, and uses the last values
+while the database is unavailable.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.tables import OPERATOR_SETTINGS
 
-_LOOK_S = 0.5  # between two readings
-_AWAY_S = 3.0  # the same while the database does not answer, which each reading logs
+_READ_EVERY_S = 0.5  # seconds between two reads
+_RETRY_S = 3.0  # seconds between two reads while the database is unavailable; each failure is logged
 _DRAINED, _KEPT = "drained", "kept"
 
 _settings = OPERATOR_SETTINGS.c
@@ -25,28 +25,28 @@ _settings = OPERATOR_SETTINGS.c
 
 @dataclass(frozen=True, slots=True)
 class OperatorSettings:
-    """For one server: whether it takes no new work, and the canonical names of the models that stay loaded."""
+    """Settings of one server. `is_drained`: it accepts no new work. `kept_models`: canonical names."""
 
     is_drained: bool = False
     kept_models: frozenset[str] = frozenset()
 
 
 class OperatorStore:
-    """The settings of one server. Blocking, for worker threads, but for `current` and `follow`."""
+    """The settings of one server. Blocking except for `current` and `follow`: call from worker threads."""
 
     def __init__(self, database: Database, server: str) -> None:
-        """Touches nothing yet. `server` is its name among the servers that share the database."""
+        """Makes no query yet. `server` is the server's name in the shared database."""
         self._database = database
         self._server = server
         self._current = OperatorSettings()
 
     @property
     def current(self) -> OperatorSettings:
-        """The last values read; before the first reading, nothing is set."""
+        """The settings last read; defaults before the first read."""
         return self._current
 
     def read(self) -> OperatorSettings:
-        """Returns the settings now. Raises StorageError."""
+        """Read the settings. Raises StorageError."""
         query = sa.select(_settings.setting, _settings.model).where(_settings.server == self._server)
         with self._database.reading() as connection:
             rows = connection.execute(query).all()
@@ -55,29 +55,29 @@ class OperatorStore:
         return self._current
 
     async def follow(self, apply: Callable[[OperatorSettings], None]) -> None:
-        """Read twice a second and call `apply` with the settings, until cancelled."""
+        """Read the settings twice a second and pass them to `apply`, until cancelled."""
         while True:
             try:
                 apply(await asyncio.to_thread(self.read))
             except StorageError:
-                await asyncio.sleep(_AWAY_S)
+                await asyncio.sleep(_RETRY_S)
             else:
-                await asyncio.sleep(_LOOK_S)
+                await asyncio.sleep(_READ_EVERY_S)
 
     def drain(self) -> None:
-        """Take no new work in any process of this server, until `resume`. Raises StorageError."""
+        """Accept no new work in any process of this server until `resume`. Raises StorageError."""
         self._set(_DRAINED)
 
     def resume(self) -> None:
-        """Take new work again. Raises StorageError."""
+        """Accept new work again. Raises StorageError."""
         self._unset(_DRAINED)
 
     def keep(self, model: str) -> None:
-        """Keep one replica of the model, whatever the load, until `release`. Raises StorageError."""
+        """Keep at least one replica of the model until `release`. Raises StorageError."""
         self._set(_KEPT, model)
 
     def release(self, model: str) -> None:
-        """Keep the model no longer. Raises StorageError."""
+        """Let the model scale to zero again. Raises StorageError."""
         self._unset(_KEPT, model)
 
     def _set(self, setting: str, model: str = "") -> None:

@@ -1,7 +1,7 @@
-"""Webhook notices of ended jobs that are still to be delivered. Part of the jobs' table, so they survive restarts.
+"""Webhook notices of ended jobs, stored in the jobs' table so that they survive restarts.
 
-A notice is claimed for a time before it is delivered: no two processes try it at once, and one that dies only
-delays it.
+A process claims a notice for a limited time before delivering it. So no two processes deliver it at once, and a process
+that dies only delays it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _jobs = JOBS.c
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """One delivery to attempt; `attempt` counts from 1.
+    """A webhook to deliver. `attempt` counts from 1.
 
-    `id` is the job's id; a dead letter that was retried and ended again has another one.
+    `id` is the job's id. A dead letter that was retried and ended again gets a new id.
     """
 
     id: str
@@ -35,13 +35,15 @@ class Notice:
 
 
 class Outbox:
-    """Notices that are due; each is attempted until it is settled. Blocking: for worker threads."""
+    """The notices due for delivery. Blocking: call from worker threads."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def claim(self, *, for_s: float, except_hosts: Collection[str] = ()) -> Notice | None:
-        """Claim the notice due for longest, of other hosts than these. No other process gets it for `for_s`."""
+        """Claim the notice that has been due longest, skipping `except_hosts`. Other processes cannot claim it for
+        `for_s` seconds.
+        """
         now = self._database.now
         is_due = (_jobs.webhook_at <= now, _jobs.webhook_host.not_in(except_hosts))
         first = sa.select(_jobs.seq).where(*is_due).order_by(_jobs.webhook_at).limit(1)
@@ -55,15 +57,15 @@ class Outbox:
         return Notice(notice_id, row.webhook_url, row.webhook_host, to_job(row), row.retries, row.webhook_attempts)
 
     def settle(self, notice: Notice) -> None:
-        """Forget a notice that was delivered or given up."""
+        """Remove a notice that was delivered or given up."""
         self._update(notice, webhook_at=None)
 
     def postpone(self, notice: Notice, *, delay_s: float) -> None:
-        """Make a notice due again in `delay_s`."""
+        """Make a notice due again in `delay_s` seconds."""
         self._update(notice, webhook_at=self._database.now + delay_s)
 
     def _update(self, notice: Notice, *, webhook_at: sa.ColumnElement[float] | None) -> None:
-        """Do nothing if another process has claimed it since, or the job was retried."""
+        """No effect if another process has claimed the notice since, or the job was retried."""
         is_same = (_jobs.retries == notice.retries, _jobs.webhook_attempts == notice.attempt)
         change = sa.update(JOBS).where(is_job(notice.job.spec.ref), *is_same)
         with self._database.writing() as connection:

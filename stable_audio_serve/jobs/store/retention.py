@@ -1,4 +1,4 @@
-"""What the sweeper does in the database: delete old jobs and published files, find files that nothing refers to."""
+"""Database part of the sweeper: deletes old jobs and published files, and finds unreferenced files."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ from stable_audio_serve.core.ids import ArtifactKey
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.tables import FILES, JOBS
 
-_BATCH = 500  # parameters of one statement
+_BATCH = 500  # parameters per statement
 
 _jobs = JOBS.c
 
 
 class Retention:
-    """Deletion of what is old in one database. The files themselves are the caller's to delete."""
+    """Deletes expired rows. The caller deletes the files."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def purge(self, *, age_s: float, limit: int = 100) -> list[ArtifactKey]:
-        """Delete ended jobs and published files older than age_s. Returns keys of files now unreferenced.
+        """Delete ended jobs and published files older than `age_s`. Returns the keys of files that are now
+        unreferenced.
 
-        Each transaction deletes up to `limit` jobs and files. No keys: nothing is left to delete.
+        Each transaction deletes up to `limit` jobs and `limit` published files. An empty result means nothing is left
+        to delete.
         """
         while True:
             with self._database.writing() as connection:
@@ -33,7 +35,7 @@ class Retention:
                 return keys
 
     def unreferenced(self, keys: Collection[ArtifactKey]) -> list[ArtifactKey]:
-        """Returns those of `keys` that no job and no published file needs."""
+        """Return the keys that no job and no published file refers to."""
         with self._database.reading() as connection:
             return unreferenced(connection, list(keys))
 
@@ -41,10 +43,10 @@ class Retention:
 def _delete_some(
     connection: sa.Connection, *, before: sa.ColumnElement[float], limit: int
 ) -> tuple[int, list[ArtifactKey]]:
-    """Returns how many jobs and published files were deleted, and the keys that nothing refers to now."""
+    """Return the number of deleted jobs and published files, and the keys that are now unreferenced."""
     old_jobs = sa.select(_jobs.seq).where(_jobs.completed_at <= before).order_by(_jobs.completed_at)
     old_files = sa.select(FILES.c.id).where(FILES.c.created_at <= before).order_by(FILES.c.created_at)
-    # Locked first: an operator may be retrying one of them.
+    # Locked first, because an operator may be retrying one of them.
     jobs = connection.execute(old_jobs.limit(limit).with_for_update(skip_locked=True)).scalars().all()
     delete_jobs = sa.delete(JOBS).where(_jobs.seq.in_(jobs)).returning(_jobs.upload_key, _jobs.result_key)
     keys = [key for row in connection.execute(delete_jobs) for key in row if key is not None]
@@ -56,7 +58,7 @@ def _delete_some(
 
 
 def unreferenced(connection: sa.Connection, keys: list[ArtifactKey]) -> list[ArtifactKey]:
-    """Returns those of `keys` that no job and no published file needs."""
+    """Return the keys that no job and no published file refers to."""
     referenced: set[ArtifactKey] = set()
     for start in range(0, len(keys), _BATCH):
         some = keys[start : start + _BATCH]

@@ -1,4 +1,4 @@
-"""Rows of the tables as the values of `jobs.job`, and the conditions that select them."""
+"""Converts table rows to the values of `jobs.job`, and builds the conditions that select rows."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ _jobs = JOBS.c
 
 
 def is_job(ref: JobRef) -> sa.ColumnElement[bool]:
-    """SQL: the row is this job's."""
+    """SQL condition: the row is this job's."""
     return sa.and_(_jobs.contract == ref.contract, _jobs.client == ref.client, _jobs.id == ref.id)
 
 
 def is_held(job: Job) -> sa.ColumnElement[bool]:
-    """SQL: the row is this job's, and the job still runs under the lease it had."""
+    """SQL condition: the row is this job's, and the job still runs under the same lease."""
     lease = job.lease or Lease("", -1)
     return sa.and_(is_job(job.spec.ref), in_state("running"), _jobs.owner == lease.owner, _jobs.fence == lease.fence)
 
 
 def to_job(row: sa.Row[Any]) -> Job:
-    """Returns the job in a row, also where this version cannot read its specification: it must not hold up others."""
+    """Return the job in a row. An unreadable specification must not block other jobs, so it is replaced by an
+    outline.
+    """
     spec = _read(codec.load_spec, row.spec)
     return Job(
         spec=spec or _outline(row),
@@ -53,7 +55,7 @@ def to_job(row: sa.Row[Any]) -> Job:
 
 
 def _read(load: Callable[[str], T], text: str | None) -> T | None:
-    """Returns None where there is nothing, or what another version of this package wrote."""
+    """Return None for NULL, or for text of another version that cannot be parsed."""
     try:
         return None if text is None else load(text)
     except ValueError:
@@ -61,7 +63,7 @@ def _read(load: Callable[[str], T], text: str | None) -> T | None:
 
 
 def _outline(row: sa.Row[Any]) -> JobSpec:
-    """Returns what the columns tell of a job whose specification cannot be read."""
+    """Build a specification from the columns of a job whose own cannot be read."""
     return JobSpec(
         id=row.id,
         contract=row.contract,
@@ -77,7 +79,9 @@ def _outline(row: sa.Row[Any]) -> JobSpec:
 
 
 def to_event(row: sa.Row[Any], number: int) -> JobEvent:
-    """Returns the event in a row as the job's `number`th. The row's own id counts the events of all jobs: private."""
+    """Return the event in a row, numbered within its job. The row's own id counts the events of all jobs and stays
+    private.
+    """
     at = datetime.fromtimestamp(row.at, UTC)
     return JobEvent(number, at, row.stage, row.fraction, row.eta_s, row.message)
 

@@ -1,6 +1,6 @@
-"""What runners may do with jobs: lease, renew, report, end, put back, and take over from runners that died.
+"""Job operations for runners: lease, renew, report, end, requeue, and reclaim the jobs of dead runners.
 
-A runner is known by its `owner`, a random name it has for one life. Only the holder of a lease may change its job.
+Each runner process has a random `owner` name. Only the holder of a lease may change its job.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.files import PublishedFiles
 from stable_audio_serve.jobs.store.rows import is_held
 from stable_audio_serve.jobs.store.tables import JOBS, count, in_state
-from stable_audio_serve.jobs.store.transitions import CANCELLED, Transitions, waiting_again
+from stable_audio_serve.jobs.store.transitions import CANCELLED, Transitions, requeued
 from stable_audio_serve.jobs.store.turns import Turns
 
 _LATE = JobError("start_timeout", "the job could not be started in the time its client allowed")
 _EXHAUSTED = JobError("unavailable", "the server was interrupted too often during this job")
-_LEASING = 0x53415503  # the number of a lock; any that nobody else uses
-_BATCH = 500  # rows of one statement
+_LEASING = 0x53415503  # number of an advisory lock, unique in the database
+_BATCH = 500  # rows per statement
 
 _jobs = JOBS.c
 _QUEUED, _RUNNING = in_state("queued"), in_state("running")
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class RenewedLease:
     """A running job whose lease was renewed."""
 
     ref: JobRef
@@ -42,7 +42,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The progress of a running job; `eta_s` is the predicted time to its end, seconds."""
+    """The progress of a running job. `eta_s` is the predicted time left, seconds."""
 
     job: Job
     stage: str
@@ -53,7 +53,7 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """What a runner may have to do: counts, and seconds until something is due (0 or less: now; None: never)."""
+    """Pending work of a runner: counts, and seconds until the next item falls due (0 or less: now; None: never)."""
 
     queued: Mapping[Priority, int]
     num_stops: int
@@ -64,12 +64,11 @@ class Outlook:
 
     @property
     def num_queued(self) -> int:
-        """The jobs of every priority."""
         return sum(self.queued.values())
 
 
 class RunnerJobs:
-    """Jobs of one database as runners may use them."""
+    """The runners' view of one job database."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -77,8 +76,8 @@ class RunnerJobs:
         self._turns = Turns(database)
         self._files = PublishedFiles(database)
 
-    def look(self, owner: str) -> Outlook:
-        """Returns what there is to do. One query: all that an idle runner asks."""
+    def outlook(self, owner: str) -> Outlook:
+        """Return the pending work in one query, the only one an idle runner makes."""
         now = self._database.now
         query = sa.select(
             *(count(_QUEUED, _jobs.priority == priority).label(priority) for priority in get_args(Priority)),
@@ -101,23 +100,23 @@ class RunnerJobs:
         models: Collection[str] | None = None,
         priority: Priority = "interactive",
     ) -> Job | None:
-        """Start the next waiting job of these models, of any if None; its lease lasts `lease_s` from now.
+        """Lease the next waiting job of these models, or of any model if None, for `lease_s` seconds.
 
-        Returns None when no job is due.
+        Returns None if no job is due.
         """
         is_next = _jobs.seq == self._turns.next_job(priority, models)
         values = self._transitions.started(owner, lease_s=lease_s)
-        with self._database.writing_alone(_LEASING) as connection:  # another one at the same time would pick this turn
+        with self._database.writing_alone(_LEASING) as connection:  # a concurrent lease would pick the same turn
             job = self._transitions.change(connection, is_next, message="started", **values)
             if job is not None:
                 self._turns.served(connection, job.spec)
         return job
 
-    def renew(self, owner: str, *, lease_s: float, refs: Collection[JobRef]) -> list[Held]:
-        """Extend this owner's leases of these jobs to `lease_s` from now. Returns those that it still held.
+    def renew(self, owner: str, *, lease_s: float, refs: Collection[JobRef]) -> list[RenewedLease]:
+        """Extend this owner's leases of these jobs to `lease_s` from now. Returns the jobs it still held.
 
-        `refs` are needed because the owner may hold a lease that it does not know of, where the answer to `lease` was
-        lost. Nobody runs that job, so its lease must end.
+        `refs` excludes leases that the runner does not know of, because the answer to `lease` was lost. Such a job is
+        not being run, so its lease must expire.
         """
         is_one = sa.tuple_(_jobs.contract, _jobs.client, _jobs.id).in_(refs)
         change = sa.update(JOBS).where(_jobs.owner == owner, _RUNNING, is_one)
@@ -125,7 +124,7 @@ class RunnerJobs:
         returning = values.returning(_jobs.contract, _jobs.client, _jobs.id, _jobs.fence, _jobs.cancel_requested)
         with self._database.writing() as connection:
             _lock(connection, {ref.id for ref in refs})
-            return [Held(JobRef(*row[:3]), *row[3:]) for row in connection.execute(returning)]
+            return [RenewedLease(JobRef(*row[:3]), *row[3:]) for row in connection.execute(returning)]
 
     def report(self, reports: Collection[Report]) -> list[Job]:
         """Save the progress of running jobs. Returns the jobs whose lease was lost."""
@@ -134,7 +133,7 @@ class RunnerJobs:
             return [report.job for report in reports if self._note_progress(connection, report) is None]
 
     def succeed(self, job: Job, result: JobResult) -> Job | None:
-        """End a job with its result and publish the file, in one transaction. Returns None when the lease was lost."""
+        """End a job with its result and publish the file, in one transaction. Returns None if the lease was lost."""
         values = self._transitions.ended("succeeded") | {
             "stage": "done",
             "fraction": 1.0,
@@ -149,48 +148,48 @@ class RunnerJobs:
         return ended
 
     def fail(self, job: Job, error: JobError, *, is_dead_letter: bool = False) -> Job | None:
-        """End a job with an error. Returns None when the lease was lost."""
+        """End a job with an error. Returns None if the lease was lost."""
         values = self._transitions.ended("failed", error) | {"is_dead_letter": is_dead_letter}
         return self._change_held(job, message=error.message, **values)
 
     def stop(self, job: Job) -> Job | None:
-        """End a job whose cancellation was requested. Returns None when the lease was lost."""
+        """End a job whose cancellation was requested. Returns None if the lease was lost."""
         return self._change_held(job, message="cancelled", **self._transitions.ended("cancelled", CANCELLED))
 
     def requeue(self, job: Job, *, delay_s: float, attempts: int, message: str) -> Job | None:
-        """Put a job back into the queue for `delay_s` at least, with `attempts` counted.
+        """Requeue a job for at least `delay_s` seconds, with its attempts set to `attempts`.
 
-        If its cancellation was requested it is cancelled instead. Returns None when the lease was lost.
+        A job with a requested cancellation is cancelled instead. Returns None if the lease was lost.
         """
         start_within_s = None if attempts else job.spec.start_within_s
         start_before = None if start_within_s is None else job.created_at.timestamp() + start_within_s
-        values = waiting_again() | {"attempts": attempts, "start_before": start_before}
+        values = requeued() | {"attempts": attempts, "start_before": start_before}
         with self._database.writing() as connection:
-            asked = sa.select(_jobs.cancel_requested).where(is_held(job)).with_for_update()
-            if connection.execute(asked).scalar():
+            cancelled = sa.select(_jobs.cancel_requested).where(is_held(job)).with_for_update()
+            if connection.execute(cancelled).scalar():
                 message, values = "cancelled", self._transitions.ended("cancelled", CANCELLED)
             values["not_before"] = self._database.now + delay_s
             return self._transitions.change(connection, is_held(job), message=message, **values)
 
     def reclaim(self, *, max_attempts: int) -> list[Job]:
-        """Take every running job whose lease has expired from its owner. Returns the jobs afterwards.
+        """Take every running job with an expired lease from its owner. Returns the jobs afterwards.
 
-        They wait again, are cancelled if that was requested, or, after `max_attempts`, are dead letters.
+        A job is requeued, cancelled if that was requested, or made a dead letter after `max_attempts`.
         """
-        is_asked, is_last = _jobs.cancel_requested, _jobs.attempts >= max_attempts
+        is_cancelled, is_last = _jobs.cancel_requested, _jobs.attempts >= max_attempts
         dead = self._transitions.ended("failed", _EXHAUSTED) | {"is_dead_letter": True}
         reclaimed: list[Job] = []
         for condition, message, values in (
-            (is_asked, "cancelled", self._transitions.ended("cancelled", CANCELLED)),
+            (is_cancelled, "cancelled", self._transitions.ended("cancelled", CANCELLED)),
             (is_last, _EXHAUSTED.message, dead),
-            (sa.not_(sa.or_(is_asked, is_last)), "put back: its runner was lost", waiting_again()),
+            (sa.not_(sa.or_(is_cancelled, is_last)), "put back: its runner was lost", requeued()),
         ):
             is_lost = (_RUNNING, _jobs.lease_until <= self._database.now, condition)
             reclaimed += self._change_all(*is_lost, message=message, **values)
         return reclaimed
 
     def expire(self) -> list[Job]:
-        """End the waiting jobs whose time to start is over. Returns them."""
+        """End and return the waiting jobs that could not be started in time."""
         is_late = (_QUEUED, _jobs.start_before <= self._database.now)
         return self._change_all(*is_late, message=_LATE.message, **self._transitions.ended("failed", _LATE))
 
@@ -215,9 +214,9 @@ class RunnerJobs:
 
 
 def _lock(connection: sa.Connection, job_ids: Collection[JobId]) -> None:
-    """Lock running jobs before they are changed, always in the same order: two that change several never deadlock."""
+    """Lock running jobs in a fixed order, so that two transactions that change several jobs never deadlock."""
     in_order = sa.select(_jobs.seq).where(_RUNNING, _jobs.id.in_(job_ids)).order_by(_jobs.seq).with_for_update()
-    if connection.dialect.name != "sqlite":  # which has one writer at a time
+    if connection.dialect.name != "sqlite":  # SQLite has a single writer
         connection.execute(in_order)
 
 

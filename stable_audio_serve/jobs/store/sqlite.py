@@ -1,7 +1,7 @@
 """SQLite as the job database: one file and its write-ahead log, shared by the processes of one machine.
 
-A process can go on using an open file after it was moved or deleted. What it wrote would be lost at the next start, and
-a new connection would open, or create, another database. So a transaction is refused unless the paths still lead to the
+A process can keep using an open file after it was moved or deleted. Its changes would be lost at the next start, and a
+new connection would open or create another database. So a transaction is refused unless the paths still lead to the
 open files.
 """
 
@@ -29,15 +29,15 @@ _POOL_SIZE = 8
 _OLDEST_SQLITE = (3, 35)  # the first with RETURNING
 _BUSY_TIMEOUT_S = 15.0
 _BUSY_PAUSE_S = 0.001
-_WAL_PAGES = 4000  # 16 MiB between two checkpoints, each of which makes one writer wait
+_WAL_PAGES = 4000  # 16 MiB between checkpoints; each makes one writer wait
 _RETRY_S = 5.0
-_IS_COUNTED = "is_counted"  # key in the pool's notes on a connection
+_IS_COUNTED = "is_counted"  # key in the pool's record of a connection
 
 _Identity = tuple[int, int] | None  # device and inode
 
 
 class DatabaseFile:
-    """The open files, which must stay in place: the log while any connection is open, the database file for good."""
+    """The open files. The log must stay in place while a connection is open, the database file always."""
 
     def __init__(self, path: str, *, may_create: bool) -> None:
         """With `may_create` the first connection creates a missing file, until `adopt` is called."""
@@ -47,26 +47,26 @@ class DatabaseFile:
         self._first: tuple[_Identity, _Identity, str] | None = None
         self._opened: tuple[_Identity, ...] = ()
         self._num_open = 0
-        self._is_missed = False
+        self._was_moved = False
         self._lock = threading.Lock()
 
     def uri(self) -> str:
-        """Returns the URI for the next connection. Raises StoreMovedError."""
+        """Return the URI for the next connection. Raises StoreMovedError."""
         is_first = self._first is None
         if is_first and self._may_create:
             make_private_folder(Path(self._path).parent)
-            if not os.path.exists(self._path):  # SQLite gives the files beside it the same mode
+            if not os.path.exists(self._path):  # SQLite gives its log files the same mode
                 os.close(open_private(self._path, os.O_WRONLY | os.O_CREAT))
         elif is_first:
-            self._judge(_identify(self._path, may_be_empty=False) is not None)
+            self._require_in_place(_identify(self._path, may_be_empty=False) is not None)
         else:
-            self._judge(_locate(self._path) == self._first)
+            self._require_in_place(_locate(self._path) == self._first)
         if self._num_open:
             self.require()
         return f"file:{quote(self._path)}?mode=rw"
 
     def uri_without_log(self) -> str:
-        """Returns a URI that reads the file alone: without locks, and as it was at the last checkpoint."""
+        """Return a URI that reads only the database file: without locks, as of the last checkpoint."""
         self.require()
         return f"file:{quote(self._path)}?mode=ro&immutable=1"
 
@@ -75,45 +75,45 @@ class DatabaseFile:
         with self._lock:
             self._num_open += 1
             if self._num_open == 1:
-                self._real = os.path.realpath(self._path)  # next to which SQLite keeps the log
-                self._opened = self._look()
+                self._real = os.path.realpath(self._path)  # SQLite keeps the log beside this path
+                self._opened = self._identify_files()
 
     def adopt(self) -> None:
-        """Accept the open file as the right one: from now on no other is opened, and none is created."""
+        """Accept the open file: from now on no other is opened, and none is created."""
         self._first = _locate(self._real)
 
     def closed(self) -> None:
-        """Count a connection that was closed. The last one of all processes removes the log."""
+        """Count a closed connection. SQLite removes the log with the last connection of all processes."""
         with self._lock:
             self._num_open -= 1
 
     def require(self) -> None:
-        """Raises StoreMovedError unless the paths still lead to the open files."""
-        self._judge(self._look() == self._opened)
+        """Raise StoreMovedError unless the paths still lead to the open files."""
+        self._require_in_place(self._identify_files() == self._opened)
 
-    def _look(self) -> tuple[_Identity, ...]:
-        """Returns what the paths lead to, at a tenth of the cost of resolving them.
+    def _identify_files(self) -> tuple[_Identity, ...]:
+        """Return the files that the paths lead to, ten times as fast as resolving the paths.
 
-        The real path must not become a link, because the log would then be elsewhere.
+        The real path must not become a link, because SQLite would then look for the log elsewhere.
         """
         real = self._real
         file = _identify(real, look=os.lstat, may_be_empty=False)
         found = (file, _identify(f"{real}-wal"), _identify(f"{real}-shm"))
         return found if real == self._path else (*found, _identify(self._path))
 
-    def _judge(self, is_in_place: bool) -> None:
-        if is_in_place == self._is_missed:  # changed since the last look: log it once
-            self._is_missed = not is_in_place
+    def _require_in_place(self, is_in_place: bool) -> None:
+        if is_in_place == self._was_moved:  # log each change once
+            self._was_moved = not is_in_place
             if is_in_place:
                 log.warning("the job database is back in its place", file=self._path)
             else:
-                log.error("the job database was moved or replaced: it is used when it is back", file=self._path)
+                log.error("the job database was moved or replaced; jobs fail until it is back", file=self._path)
         if not is_in_place:
             raise StoreMovedError("the file of the job database was moved or replaced", retry_after_s=_RETRY_S)
 
 
 def _locate(path: str) -> tuple[_Identity, _Identity, str]:
-    """Returns the file, and the folder and the name that SQLite derives the place of its log from."""
+    """Return the file, and the folder and name from which SQLite derives the path of its log."""
     folder, name = os.path.split(os.path.realpath(path))
     return _identify(path, may_be_empty=False), _identify(folder), name
 
@@ -127,14 +127,14 @@ def _identify(path: str, *, look: Callable[[str], os.stat_result] = os.stat, may
 
 
 def create_engine_without_log(file: DatabaseFile) -> sa.Engine:
-    """Returns an engine that reads the file alone, without its log, with a new connection each time."""
+    """Return an engine that reads the database file without its log, with a new connection each time."""
     return sa.create_engine(
         "sqlite://", creator=lambda: sqlite3.connect(file.uri_without_log(), uri=True), poolclass=sa.NullPool
     )
 
 
 def create_engine(url: sa.URL, *, may_create: bool) -> tuple[sa.Engine, DatabaseFile]:
-    """Returns an engine over the file of `url`, which its first use creates if `may_create`. Raises ConfigError."""
+    """Return an engine over the file of `url`; with `may_create`, the first use creates it. Raises ConfigError."""
     if sqlite3.sqlite_version_info < _OLDEST_SQLITE:
         raise config_error(
             f"SQLite {sqlite3.sqlite_version} is too old, {'.'.join(map(str, _OLDEST_SQLITE))} is needed"
@@ -173,21 +173,21 @@ def create_engine(url: sa.URL, *, may_create: bool) -> tuple[sa.Engine, Database
 
 
 def _begin_writing(connection: sqlite3.Connection, *, is_durable: bool) -> None:
-    """Begin a transaction, waiting at a steady pace: SQLite's own pauses get longer, and other writers overtake."""
+    """Begin a transaction, retrying at a constant pace. SQLite's own retries slow down, so other writers overtake."""
     connection.execute(f"PRAGMA synchronous = {'FULL' if is_durable else 'NORMAL'}")
     connection.execute("PRAGMA busy_timeout = 0")
     try:
-        _insist(connection, "BEGIN IMMEDIATE")
+        _retry_while_busy(connection, "BEGIN IMMEDIATE")
     finally:
         connection.execute(f"PRAGMA busy_timeout = {round(_BUSY_TIMEOUT_S * 1000)}")
 
 
 def _write_ahead(connection: sqlite3.Connection) -> None:
-    """Switch the write-ahead log on. The first connection needs the file alone, and SQLite does not wait for that."""
-    _insist(connection, "PRAGMA journal_mode = WAL")
+    """Switch to write-ahead logging. The first connection needs exclusive access, and SQLite does not wait for it."""
+    _retry_while_busy(connection, "PRAGMA journal_mode = WAL")
 
 
-def _insist(connection: sqlite3.Connection, statement: str) -> None:
+def _retry_while_busy(connection: sqlite3.Connection, statement: str) -> None:
     """Repeat a statement until the database is free. Raises sqlite3.OperationalError after `_BUSY_TIMEOUT_S`."""
     give_up_at = time.monotonic() + _BUSY_TIMEOUT_S
     while True:

@@ -1,8 +1,8 @@
-"""The tables of the job store, the same on SQLite and PostgreSQL. All times are Unix seconds.
+"""Tables of the job store, the same on SQLite and PostgreSQL. All times are Unix seconds.
 
-What is new here is also in a revision of its own in `migrations/versions`, which makes it in databases that exist.
+Every change here also needs a revision in `migrations/versions`, which upgrades existing databases.
 
-Indexes for waiting or running jobs cover only those, so that the many ended jobs of a week cost them nothing.
+Indexes for waiting or running jobs are partial, so that ended jobs cost them nothing.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ METADATA = sa.MetaData()
 
 
 class _Text(sa.TypeDecorator[str]):
-    """Text that every database accepts: PostgreSQL has no U+0000, and no encoding has lone surrogates."""
+    """Text that every database accepts: PostgreSQL cannot store U+0000, and UTF-8 cannot encode lone surrogates."""
 
     impl = sa.Text
     cache_ok = True
 
     def process_bind_param(self, value: str | None, dialect: sa.Dialect) -> str | None:
-        """What is sent to the database."""
+        """Return the value to send to the database."""
         return None if value is None else storable(value)
 
 
 def storable(text: str) -> str:
-    """Returns `text` with U+FFFD for characters that not every database can store."""
+    """Replace characters that not every database can store with U+FFFD."""
     if text.isascii() and "\0" not in text:
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "\ufffd")
 
 
-# The columns of a `core.pricing.WorkSize`; 0 in jobs that were added before there were any.
+# Columns of a `core.pricing.WorkSize`; 0 in jobs from before the columns existed.
 WORK = {f"work_{field.name}": field.name for field in fields(WorkSize)}
 
-_Number = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # the only type SQLite counts up by itself
+_Number = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite increments only this type
 
 JOBS = sa.Table(
     "jobs",
@@ -56,8 +56,8 @@ JOBS = sa.Table(
     sa.Column("started_at", sa.Double),
     sa.Column("completed_at", sa.Double),
     sa.Column("not_before", sa.Double, nullable=False),
-    sa.Column("start_before", sa.Double),  # of jobs that wait
-    sa.Column("owner", _Text),  # of jobs that run
+    sa.Column("start_before", sa.Double),  # of waiting jobs
+    sa.Column("owner", _Text),  # of running jobs
     sa.Column("fence", sa.Integer, nullable=False, server_default="0"),
     sa.Column("lease_until", sa.Double),
     sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
@@ -75,16 +75,16 @@ JOBS = sa.Table(
     sa.Column("result_key", _Text),
     sa.Column("webhook_url", _Text),
     sa.Column("webhook_host", _Text),
-    sa.Column("webhook_at", sa.Double),  # when to try next; none = nothing to deliver
+    sa.Column("webhook_at", sa.Double),  # time of the next try; NULL = nothing to deliver
     sa.Column("webhook_attempts", sa.Integer, nullable=False, server_default="0"),
-    sa.Column("retries", sa.Integer, nullable=False, server_default="0"),  # by operators, of a dead letter
+    sa.Column("retries", sa.Integer, nullable=False, server_default="0"),  # retries of a dead letter by operators
     *(sa.Column(name, sa.Double, nullable=False, server_default="0") for name in WORK),
-    sa.UniqueConstraint("id", "contract", "client"),  # in this order: operators know ids
+    sa.UniqueConstraint("id", "contract", "client"),  # in this order, because operators search by id
     sqlite_autoincrement=True,
 )
 _jobs = JOBS.c
 
-IS_DEAD = _jobs.is_dead_letter == sa.true()  # word for word as in its index, or SQLite does not use that
+IS_DEAD = _jobs.is_dead_letter == sa.true()  # exactly as in its index, or SQLite does not use the index
 
 EVENTS = sa.Table(
     "events",
@@ -100,7 +100,7 @@ EVENTS = sa.Table(
     sqlite_autoincrement=True,
 )
 
-# When each client had its last turn: the number of that start among those of its priority; 0 means none yet.
+# `served` is the number of a client's last start among all starts of its priority; 0 = none yet.
 TURNS = sa.Table(
     "turns",
     METADATA,
@@ -113,7 +113,7 @@ TURNS = sa.Table(
     sa.Index("turns_in_order", "priority", "served", "seq"),
 )
 
-# Files that links without a key lead to: finished audio, and files that a dialect lets its clients store.
+# Files that can be downloaded by link without a key: finished audio, and files that clients of a dialect store.
 FILES = sa.Table(
     "files",
     METADATA,
@@ -125,12 +125,12 @@ FILES = sa.Table(
     sa.Index("files_by_age", "created_at"),
 )
 
-# What clients have uploaded and may still be fetched, for the limit of each client's bytes.
+# Uploaded files that are still stored, for the limit of bytes per client.
 UPLOADS = sa.Table(
     "uploads",
     METADATA,
     sa.Column("name", _Text, primary_key=True),
-    sa.Column("ticket", _Text, nullable=False),  # the announced upload it belongs to
+    sa.Column("ticket", _Text, nullable=False),  # the announced upload that the file belongs to
     sa.Column("client", _Text, nullable=False),
     sa.Column("num_bytes", sa.BigInteger, nullable=False),
     sa.Column("expires_at", sa.Double, nullable=False),
@@ -138,35 +138,35 @@ UPLOADS = sa.Table(
     sa.Index("uploads_by_age", "expires_at"),
 )
 
-# What tells this database from others, and a secret that only its servers know: one row.
+# The identity of this database, and a secret shared by its servers: one row.
 IDENTITY = sa.Table(
     "identity",
     METADATA,
     sa.Column("seq", _Number, primary_key=True),  # always 1
-    sa.Column("id", _Text, nullable=False),  # also stored beside the files, where others may read it
+    sa.Column("id", _Text, nullable=False),  # also stored beside the artifacts, where others may read it
     sa.Column("secret", _Text, nullable=False),
 )
 
-# Runners that start no jobs because the place for files refuses them.
+# Runners that start no jobs because the artifact store refuses files.
 REFUSALS = sa.Table(
     "refusals",
     METADATA,
     sa.Column("owner", _Text, primary_key=True),
     sa.Column("state", _Text, nullable=False),
     sa.Column("reason", _Text),
-    sa.Column("until", sa.Double, nullable=False),  # then forgotten unless the runner repeats it
+    sa.Column("until", sa.Double, nullable=False),  # expires then unless the runner repeats it
 )
 
-# What operators set while a server runs, for each server that shares the database.
+# Settings that operators change while a server runs, for each server that shares the database.
 OPERATOR_SETTINGS = sa.Table(
     "operator_settings",
     METADATA,
     sa.Column("server", _Text, primary_key=True),
     sa.Column("setting", _Text, primary_key=True),
-    sa.Column("model", _Text, primary_key=True),  # empty where the setting is of the whole server
+    sa.Column("model", _Text, primary_key=True),  # empty for settings of the whole server
 )
 
-# Requests of clients with limits: their audio counts for a minute, their places until they end.
+# Requests of clients with limits. Audio counts for a minute, a place until the request ends.
 KEY_USES = sa.Table(
     "key_uses",
     METADATA,
@@ -174,13 +174,13 @@ KEY_USES = sa.Table(
     sa.Column("client", _Text, nullable=False),
     sa.Column("at", sa.Double, nullable=False),
     sa.Column("audio_s", sa.Double, nullable=False),
-    sa.Column("place_until", sa.Double, nullable=False),  # in the past: it holds none
+    sa.Column("place_until", sa.Double, nullable=False),  # in the past: no place is held
     sa.Index("key_uses_of_client", "client"),
 )
 
 
 def in_state(state: Literal["queued", "running"]) -> sa.ColumnElement[bool]:
-    """SQL: the job waits, or runs. The state is written out because no parameter matches a partial index."""
+    """SQL condition: the job is in this state. A literal, because a bound parameter does not match a partial index."""
     return _jobs.state == sa.literal_column(f"'{state}'")
 
 

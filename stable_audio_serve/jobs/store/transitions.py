@@ -1,6 +1,6 @@
-"""Changes of jobs from one state to another: compare-and-set in SQL, each with its event, in the caller's transaction.
+"""State transitions of jobs: compare-and-set in SQL, each with its event, in the caller's transaction.
 
-A change names the states and leases it starts from, so only one of two concurrent changes happens.
+A transition names the state and lease it starts from, so only one of two concurrent transitions succeeds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _jobs = JOBS.c
 
 
 class Transitions:
-    """Changes on one database."""
+    """State transitions in one database."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
@@ -31,11 +31,11 @@ class Transitions:
     def change(
         self, connection: sa.Connection, *conditions: sa.ColumnElement[bool], message: str | None, **values: Any
     ) -> Job | None:
-        """Apply `values` to the one job that meets all `conditions`. Returns it afterwards, None if none does."""
+        """Apply `values` to the job that meets all `conditions`. Returns the job afterwards, None if no job does."""
         row = connection.execute(sa.update(JOBS).where(*conditions).values(values).returning(JOBS)).first()
         if row is None:
             return None
-        self.note(connection, [row], message=message)
+        self.add_events(connection, [row], message=message)
         return to_job(row)
 
     def change_some(
@@ -46,18 +46,18 @@ class Transitions:
         message: str | None,
         **values: Any,
     ) -> list[Job]:
-        """`change` for up to `limit` jobs that no other transaction is changing. Returns them in order of arrival."""
+        """Change up to `limit` jobs that no other transaction has locked. Returns them in order of arrival."""
         some = sa.select(_jobs.seq).where(*conditions).limit(limit).with_for_update(skip_locked=True)
         found = connection.execute(some).scalars().all()
         if not found:
             return []
         change = sa.update(JOBS).where(_jobs.seq.in_(found)).values(values).returning(JOBS)
         rows = sorted(connection.execute(change), key=lambda row: row.seq)
-        self.note(connection, rows, message=message)
+        self.add_events(connection, rows, message=message)
         return [to_job(row) for row in rows]
 
-    def note(self, connection: sa.Connection, rows: Iterable[sa.Row[Any]], *, message: str | None) -> None:
-        """Add an event for each of these rows of jobs."""
+    def add_events(self, connection: sa.Connection, rows: Iterable[sa.Row[Any]], *, message: str | None) -> None:
+        """Add an event for each of these rows."""
         events = [
             {"job": row.seq, "stage": row.stage, "fraction": row.fraction, "eta_s": row.eta_s, "message": message}
             for row in rows
@@ -65,7 +65,7 @@ class Transitions:
         connection.execute(self._insert_events, events)
 
     def started(self, owner: str, *, lease_s: float) -> dict[str, Any]:
-        """Returns the new values of a job that is leased."""
+        """Return the column values of a job that is leased."""
         now = self.database.now
         return {
             "state": "running",
@@ -82,7 +82,7 @@ class Transitions:
         }
 
     def ended(self, state: State, error: JobError | None = None) -> dict[str, Any]:
-        """Returns the new values of a job that ends. Its webhook, if it has one, is due at once."""
+        """Return the column values of a job that ends. Its webhook, if any, is due at once."""
         now = self.database.now
         return {
             "state": state,
@@ -97,8 +97,8 @@ class Transitions:
         }
 
 
-def waiting_again() -> dict[str, Any]:
-    """Returns the new values of a job that goes back to the queue, where it keeps its place."""
+def requeued() -> dict[str, Any]:
+    """Return the column values of a job that is requeued. It keeps its place in the queue."""
     return {
         "state": "queued",
         "owner": None,

@@ -1,6 +1,8 @@
-"""Whose job starts next. Clients take turns, one job each, separately for every model and priority; a client's own jobs
-start in order of arrival. Next is the client whose last start is the longest ago, so a client that had nothing waiting
-is next at once, and no client waits for more than one job of each of the others.
+"""The order in which waiting jobs start.
+
+Clients take turns, one job each, separately for every model and priority. A client's own jobs start in order of
+arrival. The client whose last start is longest ago is next. So a client that had no waiting jobs is next at once, and a
+client waits for at most one job of each other client.
 """
 
 from __future__ import annotations
@@ -30,17 +32,17 @@ class Turns:
         self._join = database.insert(TURNS).on_conflict_do_nothing()
 
     def join(self, connection: sa.Connection, spec: JobSpec) -> None:
-        """Let the client of a new job take turns from now on."""
+        """Add the client of a new job to the turns."""
         line = {"priority": spec.request.priority, "model": spec.model, "client": spec.client}
         connection.execute(self._join, line)
 
     def next_job(self, priority: Priority, models: Collection[str] | None) -> sa.ScalarSelect[int]:
-        """SQL: `seq` of the next job of these models, locked; null when every job that is due is locked by another."""
+        """SQL: `seq` of the next job of these models, locked; NULL if no job is due or all are locked."""
         is_due = (_jobs.not_before <= self._now, sa.or_(_jobs.start_before.is_(None), _jobs.start_before > self._now))
         first = sa.select(_jobs.seq).where(_IS_IN_LINE, *is_due).order_by(_jobs.seq).limit(1)
         first = first.with_for_update(skip_locked=True).correlate(TURNS)
-        # Databases look at one client after the other and stop at the first that has a job. The offset keeps them from
-        # doing it twice, for the condition and for the result.
+        # The database goes through the clients in order and stops at the first with a job. The offset keeps it from
+        # running the subquery twice, for the condition and for the result.
         heads = sa.select(first.scalar_subquery().label("seq")).where(_turns.priority == priority)
         if models is not None:
             heads = heads.where(_turns.model.in_(models))
@@ -48,7 +50,7 @@ class Turns:
         return sa.select(in_turn.c.seq).where(in_turn.c.seq.is_not(None)).limit(1).scalar_subquery()
 
     def served(self, connection: sa.Connection, spec: JobSpec) -> None:
-        """Record that a job of this client started: all other waiting clients come before its next one."""
+        """Record that a job of this client started, which puts the client behind all other waiting clients."""
         priority = spec.request.priority
         others = TURNS.alias()
         latest = sa.select(sa.func.max(others.c.served)).where(others.c.priority == priority).scalar_subquery()
@@ -56,9 +58,9 @@ class Turns:
         connection.execute(sa.update(TURNS).where(*is_it).values(served=latest + 1))
 
     def position(self, connection: sa.Connection, spec: JobSpec, *, is_job: sa.ColumnElement[bool]) -> int:
-        """Returns how many waiting jobs of its model and priority start before this one.
+        """Return how many waiting jobs of its model and priority start before this one.
 
-        These are the earlier ones of its client, and of every other client as many as it has turns until then.
+        Counts the client's own earlier jobs, and for every other client the turns it has until then.
         """
         of_line = (_jobs.priority == spec.request.priority, _jobs.model == spec.model)
         own = sa.select(_jobs.seq).where(is_job).correlate(None).scalar_subquery()

@@ -1,6 +1,6 @@
-"""How many bytes each client keeps here, so that no client fills the storage. Where the bytes are is `artifacts`.
+"""Counts the stored bytes of each client, so that no client fills the storage. `artifacts` stores the bytes.
 
-Blocking, for worker threads. Every method raises StorageError.
+Blocking: call from worker threads. Every method raises StorageError.
 """
 
 from __future__ import annotations
@@ -14,26 +14,28 @@ from stable_audio_serve.core.errors import UploadQuotaError
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.tables import UPLOADS
 
-MAX_TICKET_BYTES = 1_073_741_824  # of all parts of one announced upload
+MAX_TICKET_BYTES = 1_073_741_824  # for all parts of one announced upload
 
 _uploads = UPLOADS.c
 
 
 class Uploads:
-    """The sizes of uploaded files and parts of one database, by names that the caller chooses."""
+    """Sizes of uploaded files and parts, by names that the caller chooses."""
 
     def __init__(self, database: Database, *, max_bytes: int, life_s: float) -> None:
-        """`max_bytes` of one client; each counts for `life_s` seconds, or until it is forgotten."""
+        """`max_bytes` limits one client. A file counts for `life_s` seconds, or until it is forgotten."""
         self._database = database
         self._max_bytes = max_bytes
         self._life_s = life_s
 
     def add(self, name: str, *, client: str, num_bytes: int, ticket: str, instead_of: Collection[str] = ()) -> None:
-        """Count a file of an announced upload `ticket`, instead of one of the same name and of others.
+        """Count a file of the announced upload `ticket`. It replaces the file of the same name and those in
+        `instead_of`.
 
-        Raises UploadQuotaError when the client, or this upload, would have too many bytes; then nothing changes.
+        Raises UploadQuotaError, without any change, if the client or this upload would exceed its limit.
         """
-        lock = zlib.crc32(client.encode())  # two processes must not both give away the same room
+        # serialises adds of one client, so that two processes cannot use the same room
+        lock = zlib.crc32(client.encode())
         with self._database.writing_alone(lock) as connection:
             connection.execute(sa.delete(UPLOADS).where(_uploads.expires_at <= self._database.now))
             connection.execute(sa.delete(UPLOADS).where(_uploads.name.in_([name, *instead_of])))
@@ -43,7 +45,7 @@ class Uploads:
             self._require_room(connection, _uploads.ticket == ticket, most=MAX_TICKET_BYTES, limit=_TICKET_LIMIT)
 
     def forget(self, name: str) -> None:
-        """Count a file no longer: it was not stored after all."""
+        """Stop counting a file that was not stored."""
         with self._database.writing() as connection:
             connection.execute(sa.delete(UPLOADS).where(_uploads.name == name))
 
@@ -52,8 +54,8 @@ class Uploads:
     ) -> None:
         total = sa.select(sa.func.coalesce(sa.func.sum(_uploads.num_bytes), 0)).where(condition)
         if connection.execute(total).scalar_one() > most:
-            raise UploadQuotaError(f"upload: no room for it within {most} bytes {limit}")
+            raise UploadQuotaError(f"upload: exceeds the limit of {most} bytes {limit}")
 
 
-_CLIENT_LIMIT = "of files that one client may keep (storage.max_bytes_per_key); they go when they are old enough"
-_TICKET_LIMIT = "of parts of one upload"
+_CLIENT_LIMIT = "of stored files per client (storage.max_bytes_per_key); old files expire"
+_TICKET_LIMIT = "per upload"

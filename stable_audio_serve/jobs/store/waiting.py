@@ -1,4 +1,4 @@
-"""How much work waits in the queue, for those who decide how many replicas there should be."""
+"""The waiting work of each model, which autoscaling uses."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _QUERY = (
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """Jobs of one model that no runner has started, and the size of all together."""
+    """Number and total size of one model's jobs that no runner has started."""
 
     num_jobs: int = 0
     size: WorkSize = field(default_factory=WorkSize)
 
 
 class WaitingWork:
-    """What waits in one database."""
+    """Waiting work in one database."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def by_model(self) -> Mapping[str, Waiting]:
-        """Returns it for each model that has any. Reads an index with an entry for every waiting job, and no table."""
+        """Return the waiting work of each model that has any. Reads only an index, one entry per waiting job."""
         with self._database.reading() as connection:
             return {model: Waiting(number, WorkSize(*sizes)) for model, number, *sizes in connection.execute(_QUERY)}

@@ -1,1 +1,1 @@
-"""Calls to addresses that clients chose."""
+"""Webhooks: calls to URLs that clients choose."""

@@ -1,7 +1,7 @@
-"""POSTs to addresses that clients chose, without opening a way into the private network. Knows no jobs.
+"""POSTs to URLs that clients choose, without giving clients access to the private network.
 
-The name is resolved once, every address is checked, and the connection goes to a checked address. There are no
-redirects and no proxies, the time is bounded, and the answer's body is not read.
+The host is resolved once, every address is checked, and the connection goes to a checked address. There are no
+redirects and no proxies, the total time is limited, and the response's body is not read.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ _MAX_URL_CHARACTERS = 2048
 _HOST = re.compile(r"[A-Za-z0-9._-]{1,253}|[0-9A-Fa-f:.]{2,45}")
 _PRIVATE_NAMES = (".localhost", ".local", ".localdomain", ".internal", ".home.arpa")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-# Addresses that `is_global` of some Python versions lets through, and the public one of Azure's own services.
+# Addresses that `is_global` accepts in some Python versions, and the public address of Azure's internal services.
 _NOT_PUBLIC = tuple(
     ipaddress.ip_network(network)
     for network in ("192.0.0.0/24", "192.88.99.0/24", "64:ff9b:1::/48", "fec0::/10", "168.63.129.16/32")
 )
 
-# Clients choose the name servers, which may be slow. With threads of their own only other webhooks wait for them.
+# Clients choose the name servers, which may be slow. A separate thread pool limits the delay to other webhooks.
 _RESOLVERS = ThreadPoolExecutor(32, thread_name_prefix="webhook-resolver")
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 class DeliveryError(Exception):
-    """A webhook was not delivered; the text says why, for the log."""
+    """A webhook was not delivered. The message is for the log."""
 
 
 class _ForbiddenTargetError(DeliveryError):
-    """Clients must not make us call this target."""
+    """The target is not allowed for webhooks."""
 
 
 async def check_webhook_url(
     url: str, *, field: str, allow_hosts: Collection[str] = (), resolve_timeout_s: float = RESOLVE_TIMEOUT_S
 ) -> None:
-    """Raise InvalidRequestError naming `field` unless `url` may be called: http(s) to a public address.
+    """Raise InvalidRequestError naming `field` unless `url` is an http(s) URL on a public address.
 
-    A host in `allow_hosts` may have any address. A name that cannot be resolved now is checked at delivery.
+    A host in `allow_hosts` may have any address. A host that cannot be resolved now is checked at delivery.
     """
     try:
         target = _parse(url)
@@ -124,7 +124,7 @@ def _is_allowed(host: str, allow_hosts: Collection[str]) -> bool:
 
 
 async def _resolve(host: str, port: int, *, timeout_s: float = RESOLVE_TIMEOUT_S) -> list[_Address]:
-    """Returns every address of a host. Raises DeliveryError when there is none."""
+    """Return every address of a host. Raises DeliveryError if there is none."""
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(timeout_s):
@@ -132,19 +132,19 @@ async def _resolve(host: str, port: int, *, timeout_s: float = RESOLVE_TIMEOUT_S
             found = await loop.run_in_executor(_RESOLVERS, resolve)
     except (OSError, TimeoutError, UnicodeError) as error:
         raise DeliveryError(f"its host cannot be resolved: {error}") from error
-    # An IPv6 address may carry the name of an interface behind a percent sign.
+    # An IPv6 address may have a zone id after a percent sign.
     return [ipaddress.ip_address(str(address[0]).partition("%")[0]) for *_, address in found]
 
 
 def _require_public_name(host: str) -> None:
-    """Raises _ForbiddenTargetError for names that only name servers of private networks know."""
+    """Raise _ForbiddenTargetError for names that only resolve inside private networks."""
     name = host.lower().rstrip(".")
     if ":" not in name and ("." not in name or name.endswith(_PRIVATE_NAMES)):
         raise _ForbiddenTargetError("leads to a name that is not public")
 
 
 def _require_public(addresses: Iterable[_Address]) -> None:
-    """Raises _ForbiddenTargetError if any address is private: which of several is called is a matter of luck."""
+    """Raise _ForbiddenTargetError if any address is private, because any of them may be called."""
     if not all(_is_public(address) for address in addresses):
         raise _ForbiddenTargetError("leads to an address that is not public")
 
@@ -159,7 +159,7 @@ def _is_public(address: _Address) -> bool:
 
 
 def _embedded(address: _Address) -> ipaddress.IPv4Address | None:
-    """Returns the IPv4 address to which packets for an IPv6 address are carried on; None for others."""
+    """Return the IPv4 address that an IPv6 address tunnels to, None for others."""
     if isinstance(address, ipaddress.IPv4Address):
         return None
     if address in _NAT64:
@@ -169,7 +169,9 @@ def _embedded(address: _Address) -> ipaddress.IPv4Address | None:
 
 
 class _CheckedNetwork(httpcore.AsyncNetworkBackend):
-    """Resolves and checks a name itself, then connects to the checked address: a name may resolve otherwise later."""
+    """Resolves and checks a name, then connects to the checked address, because the name may resolve
+    differently later.
+    """
 
     def __init__(self, allow_hosts: Collection[str]) -> None:
         self._allow_hosts = allow_hosts
@@ -179,11 +181,11 @@ class _CheckedNetwork(httpcore.AsyncNetworkBackend):
         self,
         host: str,
         port: int,
-        timeout: float | None = None,  # noqa: ASYNC109  # httpcore's own signature
+        timeout: float | None = None,  # noqa: ASYNC109   # httpcore's own signature
         local_address: str | None = None,
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        """Returns a connection to the first address that answers. Raises DeliveryError and httpcore's errors."""
+        """Return a connection to the first address that answers. Raises DeliveryError and httpcore's errors."""
         is_allowed = _is_allowed(host, self._allow_hosts)
         if not is_allowed:
             _require_public_name(host)

@@ -1,7 +1,7 @@
-"""Sends the webhooks of ended jobs: takes notices from the outbox, retries after growing pauses, then gives up.
+"""Delivers the webhooks of ended jobs: claims notices from the outbox and retries with growing pauses.
 
-Every notice carries the headers of Standard Webhooks (standardwebhooks.com): an id that is the same at each try, the
-time of this try and, where a secret is set, a signature over both and the body. Knows neither runners nor dialects.
+Notices have the headers of Standard Webhooks (standardwebhooks.com): an id that is the same for all tries, the time of
+the try and, if a secret is configured, a signature over both and the body. Independent of runners and dialects.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from stable_audio_serve.jobs.webhooks.delivery import DELIVERY_TIMEOUT_S, Delive
 
 log = structlog.get_logger("stable_audio_serve.jobs")
 
-# Returns what a dialect sends about an ended job; for retries it is called again and returns the same.
+# Returns a dialect's body for an ended job. Called again for each retry, and must return the same body.
 WebhookBody = Callable[[Job], Mapping[str, Any]]
 
 RETRY_DELAYS_S = (5.0, 30.0, 120.0, 600.0, 1800.0, 7200.0, 18_000.0)
-_JITTER = 0.2  # each delay is up to this share longer or shorter: what failed together is not retried together
+_JITTER = 0.2  # delays vary by up to this share, so that notices that failed together are not retried together
 _CLAIM_S = 2 * DELIVERY_TIMEOUT_S
 _MAX_AT_ONCE = 32
-_MAX_PER_HOST = 4  # so that only eight slow hosts together can delay the others
+_MAX_PER_HOST = 4  # eight slow hosts can use all deliveries, fewer cannot
 
 
 class Notifier:
-    """Delivers beside other work, so that a client's slow server delays neither jobs nor other clients."""
+    """Delivers webhooks in the background, so that a slow receiver delays neither jobs nor other clients."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Notifier:
         metrics: Metrics | None = None,
         clock: Clock | None = None,
     ) -> None:
-        """Retries end when `retry_delays_s` does. Begins nothing yet."""
+        """Gives up after the last of `retry_delays_s`. Call `start` to begin."""
         self._outbox = outbox
         self._body = body
         self._allow_hosts = settings.webhook_allow_hosts
@@ -60,23 +60,23 @@ class Notifier:
         self._retry_delays_s = tuple(retry_delays_s)
         self._metrics = metrics or NullMetrics()
         self._clock = clock or SystemClock()
-        self._hosts: Counter[str] = Counter()  # of the deliveries in progress
+        self._hosts: Counter[str] = Counter()  # number of deliveries in progress per host
         self._deliveries: set[asyncio.Task[None]] = set()
         self._due = asyncio.Event()
         self._loop_task: asyncio.Task[None] | None = None
         self._on_postponed: Callable[[], None] = lambda: None
 
     def start(self, *, on_postponed: Callable[[], None] = lambda: None) -> None:
-        """Begin; `on_postponed` is called when the outbox has a new time at which a notice is due."""
+        """Start delivering. `on_postponed` is called when a notice has a new due time."""
         self._on_postponed = on_postponed
         self._loop_task = asyncio.create_task(self._run_loop())
 
     def deliver_due(self) -> None:
-        """Deliver what is due in the outbox."""
+        """Deliver the notices that are due."""
         self._due.set()
 
     async def close(self) -> None:
-        """Stop; what was not delivered stays in the outbox."""
+        """Stop. Undelivered notices stay in the outbox."""
         tasks = set(self._deliveries)
         if self._loop_task is not None:
             tasks.add(self._loop_task)
@@ -92,7 +92,7 @@ class Notifier:
                 while len(self._deliveries) < _MAX_AT_ONCE and (notice := await self._claim()) is not None:
                     self._begin(notice)
             except StorageError:
-                log.warning("webhooks wait: the store cannot be used")
+                log.warning("webhooks are delayed: the job database cannot be used")
             except Exception:  # the next call of `deliver_due` tries again
                 log.exception("webhooks cannot be delivered")
 
@@ -108,8 +108,8 @@ class Notifier:
         def end(_: asyncio.Task[None]) -> None:
             self._deliveries.discard(task)
             self._hosts[notice.host] -= 1
-            self._hosts += Counter()  # drops the hosts with none
-            self._due.set()  # there is room for another
+            self._hosts += Counter()  # drops hosts without deliveries
+            self._due.set()  # another delivery can start
 
         task.add_done_callback(end)
 
@@ -122,18 +122,18 @@ class Notifier:
                 await post_json(notice.url, body, headers=headers, allow_hosts=self._allow_hosts)
             except DeliveryError as error:
                 reason = str(error)
-            except Exception:  # a body that cannot be made must not delay the others
+            except Exception:  # a faulty body must not delay the others
                 log.exception("webhook failed")
-                reason = "its body could not be made"
+                reason = "its body could not be built"
             else:
                 reason = ""
             try:
                 await self._settle(notice, failure=reason)
             except StorageError:
-                log.warning("webhook may be delivered twice: its end could not be written down")
+                log.warning("webhook may be delivered twice: its outcome could not be stored")
 
     async def _settle(self, notice: Notice, *, failure: str) -> None:
-        """Write the outcome of a try to the outbox; `failure` says why it failed, '' = it was delivered."""
+        """Record the outcome of a try in the outbox. `failure` is the reason, '' if delivered."""
         is_last = notice.attempt > len(self._retry_delays_s)
         outcome = "delivered" if not failure else "given_up" if is_last else "failed"
         self._metrics.increment("webhooks", outcome=outcome)

@@ -1,4 +1,4 @@
-"""How an attempt at a job ends, and what is tried again."""
+"""Outcomes of a job's attempt, and the errors that are retried."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.server
 
 
 class FailingBackend(ToneBackend):
-    """Raises these errors one after another, then works."""
+    """Raises these errors one after another, then succeeds."""
 
     def __init__(self, *errors: Exception) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class FailingBackend(ToneBackend):
         return await super().generate(model, request)
 
 
-async def test_an_upload_that_is_gone_fails_its_job(workshop: Workshop) -> None:
+async def test_missing_upload_fails_its_job(workshop: Workshop) -> None:
     kept = await upload(workshop)
     await workshop.queue.artifacts.delete(kept.file.key)
     await workshop.start_runner()
@@ -54,7 +54,7 @@ async def test_an_upload_that_is_gone_fails_its_job(workshop: Workshop) -> None:
     assert (job.state, job.error.code) == ("failed", "storage")
 
 
-async def test_late_in_the_engine_s_own_queue_is_late_too(workshop: Workshop) -> None:
+async def test_start_timeout_includes_the_wait_in_the_engine(workshop: Workshop) -> None:
     workshop.backend = FailingBackend(StartTimeoutError("it did not start within its 5 s"))
     await workshop.start_runner()
     job = await workshop.finished(await workshop.queue.submit(make_spec(start_within_s=5.0)))
@@ -70,7 +70,7 @@ async def test_late_in_the_engine_s_own_queue_is_late_too(workshop: Workshop) ->
         DeadlineExceededError("too late"),
     ],
 )
-async def test_a_failure_of_its_own_is_not_retried(workshop: Workshop, error: StableAudioError) -> None:
+async def test_failure_of_the_job_itself_is_not_retried(workshop: Workshop, error: StableAudioError) -> None:
     workshop.backend = FailingBackend(error)
     await workshop.start_runner()
     job = await workshop.finished(await workshop.queue.submit(make_spec(upload=await upload(workshop))))
@@ -80,7 +80,7 @@ async def test_a_failure_of_its_own_is_not_retried(workshop: Workshop, error: St
     await until(lambda: workshop.files() == [])
 
 
-async def test_an_unexpected_failure_says_nothing_about_itself(workshop: Workshop) -> None:
+async def test_unexpected_failure_hides_its_text(workshop: Workshop) -> None:
     workshop.backend = FailingBackend(RuntimeError("/secret/path"))
     await workshop.start_runner()
     job = await workshop.finished(await workshop.queue.submit(make_spec()))
@@ -91,7 +91,7 @@ async def test_an_unexpected_failure_says_nothing_about_itself(workshop: Worksho
     assert not [event for event in events if "secret" in (event.message or "")]
 
 
-async def test_a_model_that_is_gone_is_tried_again(workshop: Workshop) -> None:
+async def test_unavailable_model_is_retried(workshop: Workshop) -> None:
     workshop.backend = FailingBackend(ModelUnavailableError("lost its replica"), ModelUnavailableError("and again"))
     await workshop.start_runner()
     job = await workshop.finished(await workshop.queue.submit(make_spec(upload=await upload(workshop))))
@@ -100,7 +100,7 @@ async def test_a_model_that_is_gone_is_tried_again(workshop: Workshop) -> None:
 
 
 @pytest.mark.parametrize("error", [ModelUnavailableError("lost its replica"), StorageError("the bucket is away")])
-async def test_what_stays_away_makes_a_dead_letter_that_can_be_tried_again(
+async def test_lasting_unavailability_makes_a_retryable_dead_letter(
     workshop: Workshop, error: StableAudioError
 ) -> None:
     workshop.backend = FailingBackend(*[error] * 3)
@@ -115,7 +115,7 @@ async def test_what_stays_away_makes_a_dead_letter_that_can_be_tried_again(
     await until(lambda: len(workshop.files()) == 1)
 
 
-async def test_a_full_engine_costs_patience_but_no_attempt(workshop: Workshop) -> None:
+async def test_full_engine_delays_a_job_without_counting_an_attempt(workshop: Workshop) -> None:
     workshop.backend = FailingBackend(*[OverloadedError("busy", retry_after_s=0.05)] * 5)
     await workshop.start_runner()
     job = await workshop.finished(await workshop.queue.submit(make_spec()))
@@ -123,9 +123,7 @@ async def test_a_full_engine_costs_patience_but_no_attempt(workshop: Workshop) -
     assert len(workshop.backend.requests) == 6
 
 
-async def test_an_outcome_waits_for_a_store_that_fails_for_a_while(
-    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_outcome_is_written_after_a_store_outage(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     failures = [StorageError("the disk is full")] * 3
 
     def flaky(change: Callable[..., Any]) -> Callable[..., Any]:
@@ -143,8 +141,8 @@ async def test_an_outcome_waits_for_a_store_that_fails_for_a_while(
     assert failures == []
 
 
-async def test_a_model_that_is_not_served_makes_a_dead_letter_in_the_end(workshop: Workshop) -> None:
-    """Not at once: while servers are replaced, a runner may be older than the ingress that took the job."""
+async def test_unknown_model_makes_a_dead_letter_after_retries(workshop: Workshop) -> None:
+    """The model is retried first: during an update, a runner may be older than the ingress that accepted the job."""
     await workshop.start_runner()
     job = await workshop.finished(await workshop.queue.submit(make_spec(model="retired")))
     assert job.error is not None
@@ -153,7 +151,7 @@ async def test_a_model_that_is_not_served_makes_a_dead_letter_in_the_end(worksho
 
 
 @pytest.mark.parametrize("job_settings", [JobSettings(max_attempts=2)])
-async def test_a_job_of_another_version_is_tried_again_then_set_aside_and_holds_up_no_other(
+async def test_unreadable_job_becomes_a_dead_letter_and_blocks_no_other(
     workshop: Workshop,
 ) -> None:
     bad, good = [await workshop.queue.submit(make_spec()) for _ in range(2)]
@@ -167,7 +165,7 @@ async def test_a_job_of_another_version_is_tried_again_then_set_aside_and_holds_
 
 
 @pytest.mark.parametrize("job_settings", [JobSettings(max_attempts=2)])
-async def test_work_that_is_broken_off_by_itself_costs_an_attempt(workshop: Workshop) -> None:
+async def test_generation_that_cancels_itself_costs_an_attempt(workshop: Workshop) -> None:
     class BrokenOff(ToneBackend):
         async def generate(
             self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None

@@ -19,20 +19,20 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-async def test_what_fits_is_had_together_and_the_rest_waits_its_turn() -> None:
+async def test_holders_that_fit_run_together_and_others_wait_in_order() -> None:
     budget, taken, done = ByteBudget(100), list[int](), asyncio.Event()
     tasks = []
     for num_bytes in (60, 40, 50, 1):
         tasks.append(asyncio.create_task(take(budget, num_bytes, taken, until=done)))
         await settle()
-    assert taken == [60, 40]  # the last one would fit later too, but it came after the third
+    assert taken == [60, 40]  # the last one would fit, but it came after the third
     done.set()
     async with asyncio.timeout(PATIENCE_S):
         await asyncio.gather(*tasks)
     assert taken == [60, 40, 50, 1]
 
 
-async def test_more_than_there_is_goes_to_one_who_is_alone() -> None:
+async def test_single_holder_may_exceed_the_budget() -> None:
     budget, taken, done = ByteBudget(100), list[int](), asyncio.Event()
     tasks = [asyncio.create_task(take(budget, num_bytes, taken, until=done)) for num_bytes in (500, 1)]
     await settle()
@@ -42,7 +42,7 @@ async def test_more_than_there_is_goes_to_one_who_is_alone() -> None:
         await asyncio.gather(*tasks)
 
 
-async def test_whoever_gives_up_or_fails_leaves_nothing_behind() -> None:
+async def test_cancelled_or_failed_holder_releases_its_bytes() -> None:
     budget = ByteBudget(100)
     with pytest.raises(RuntimeError):
         async with budget.hold(100):

@@ -1,4 +1,6 @@
-"""Cancelling a job at every step of a real engine: it ends within one step, and its neighbours do not notice."""
+"""Cancels a job at every step of a real engine: it ends within one step, and its neighbours in the batch are
+unaffected.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ from tests.patience import PATIENCE_S
 
 _NAME = "tiny-s"
 _STEPS = 6
-_VICTIM_S = 3.0  # longer than the others, which is how the gate knows it
+_VICTIM_S = 3.0  # longer than the others, so that the gate can identify it
 NEIGHBOURS = (
     GenerationRequest(prompt="rain", duration_s=1.0, seed=1, steps=_STEPS),
     GenerationRequest(prompt="drums", duration_s=0.6, seed=2, steps=_STEPS + 3, cfg_scale=2.0, batch_size=2),
@@ -37,18 +39,18 @@ NEIGHBOURS = (
 
 
 class GatedModel:
-    """A real model that holds the engine in the middle of a chosen device call of the longest row."""
+    """A real model that blocks the engine inside a chosen device call of the longest row."""
 
     def __init__(self) -> None:
         self._model = loaded(_NAME)
         self._longest = max(plan.frames for plan in self._model.plan(make_victim()))
-        self.num_steps = 0  # of that row
+        self.num_steps = 0  # of the longest row
         self._hold_at = ""
         self.reached = threading.Event()
         self.opened = threading.Event()
 
     def hold(self, call: str) -> None:
-        """`step 0` is the row's first step, `decode` the first decoding of anything after its last one."""
+        """Choose the call: `step 0` is the row's first step, `decode` the first decoding after its last step."""
         self.num_steps = 0
         self._hold_at = call
         self.reached.clear()
@@ -80,7 +82,7 @@ def make_victim() -> GenerationRequest:
 
 @asynccontextmanager
 async def running(folder: Path, model: Any) -> AsyncIterator[JobQueue]:
-    """A queue whose jobs a runner does on an engine in this process."""
+    """Yield a queue and a runner with an engine in this process."""
     settings = Settings(output_dir=str(folder))
     card = describe_entry(resolve_entry(_NAME, path=str(load_goldens(_NAME).folder))).card
     engine = Engine(model, EngineOptions(mode="strict", torch_threads=1, warmup_budget_s=0.0))
@@ -108,7 +110,7 @@ async def audio_of(queue: JobQueue, job: Job) -> bytes:
 
 
 @pytest.mark.server
-async def test_it_ends_within_a_step_and_its_neighbours_do_not_notice(tmp_path: Path) -> None:
+async def test_job_ends_within_a_step_and_neighbours_are_unaffected(tmp_path: Path) -> None:
     model = GatedModel()
     async with running(tmp_path, model) as queue:
         alone = []
@@ -122,10 +124,10 @@ async def test_it_ends_within_a_step_and_its_neighbours_do_not_notice(tmp_path: 
             assert await asyncio.to_thread(model.reached.wait, PATIENCE_S), call
             outcome, _ = await queue.cancel(victim.spec.ref)
             assert outcome == "requested", call
-            victim = await finish(queue, victim)  # the engine is told by then, and still in its step
+            victim = await finish(queue, victim)  # the engine has received the cancellation, and is still in its step
             num_before = model.num_steps
             model.opened.set()
             crowd = [await audio_of(queue, await finish(queue, other)) for other in others]
             assert (victim.state, victim.result) == ("cancelled", None)
-            assert model.num_steps == min(num_before + 1, _STEPS), call  # the one it was in
+            assert model.num_steps == min(num_before + 1, _STEPS), call  # the step in progress
             assert crowd == alone, call

@@ -19,12 +19,12 @@ def make_capacity(
 def begin(
     capacity: Capacity, key: object, *, work: float, model: str = "a", priority: Priority = "interactive"
 ) -> None:
-    """A job of so many evaluations, each of half a second."""
+    """Begin a job of so many evaluations, half a second each."""
     capacity.begin(key, model=model, priority=priority, size=WorkSize(evaluations=work))
 
 
 def fill(capacity: Capacity, *, work: float, model: str = "a", priority: Priority = "interactive") -> int:
-    """How many such jobs are taken."""
+    """Begin jobs until the capacity is full. Returns their number."""
     count = 0
     while (models := capacity.open_models(priority)) is None or model in models:
         begin(capacity, (model, capacity.num_running), work=work, model=model, priority=priority)
@@ -37,14 +37,14 @@ def clock() -> FakeClock:
     return FakeClock()
 
 
-def test_without_prices_a_few_jobs_go_to_each_replica(clock: FakeClock) -> None:
+def test_without_prices_each_replica_gets_a_few_jobs(clock: FakeClock) -> None:
     assert fill(make_capacity(clock, prices=None), work=1e9) == 4
     more = make_capacity(clock, prices=None)
     more.set_replicas({"a": 3})
     assert fill(more, work=1e9) == 12
 
 
-def test_a_model_takes_jobs_up_to_its_time_and_one_at_least(clock: FakeClock) -> None:
+def test_model_takes_jobs_up_to_its_budget_and_at_least_one(clock: FakeClock) -> None:
     capacity = make_capacity(clock)
     assert fill(capacity, work=10.0) == 6
     for index in range(6):
@@ -52,39 +52,39 @@ def test_a_model_takes_jobs_up_to_its_time_and_one_at_least(clock: FakeClock) ->
     assert fill(capacity, work=1e6) == 1
 
 
-def test_replicas_multiply_the_room(clock: FakeClock) -> None:
+def test_room_grows_with_the_replicas(clock: FakeClock) -> None:
     capacity = make_capacity(clock)
     capacity.set_replicas({"a": 3})
     assert fill(capacity, work=10.0) == 18
 
 
-def test_a_model_without_replicas_is_asked_all_the_same(clock: FakeClock) -> None:
+def test_model_without_replicas_gets_jobs(clock: FakeClock) -> None:
     capacity = make_capacity(clock)
     capacity.set_replicas({"a": 0})
     assert fill(capacity, work=10.0) == 6
 
 
-def test_a_full_model_leaves_room_for_another(clock: FakeClock) -> None:
+def test_full_model_leaves_room_for_others(clock: FakeClock) -> None:
     capacity = make_capacity(clock, "a", "b")
     assert capacity.open_models("interactive") is None
     assert fill(capacity, work=20.0) == 3
     assert capacity.open_models("interactive") == ["b"]
 
 
-def test_no_more_jobs_than_allowed_whatever_the_engines_could_do(clock: FakeClock) -> None:
+def test_jobs_never_exceed_the_limit(clock: FakeClock) -> None:
     capacity = make_capacity(clock, "a", "b", max_running=5)
     assert fill(capacity, work=1.0) == 5
     assert capacity.open_models("interactive") == ()
 
 
-def test_batch_work_takes_no_room_from_other_work(clock: FakeClock) -> None:
+def test_batch_work_takes_no_room_from_interactive_work(clock: FakeClock) -> None:
     capacity = make_capacity(clock, max_running=8)
-    assert fill(capacity, work=5.0, priority="batch") == 2  # of five seconds
+    assert fill(capacity, work=5.0, priority="batch") == 2  # five seconds' worth
     assert capacity.open_models("interactive") is None
     assert fill(capacity, work=1.0) == 8
 
 
-def test_batch_work_ends_after_the_work_it_lets_pass(clock: FakeClock) -> None:
+def test_batch_job_ends_after_the_interactive_work(clock: FakeClock) -> None:
     capacity = make_capacity(clock)
     begin(capacity, "batch", work=10.0, priority="batch")
     begin(capacity, "interactive", work=20.0)
@@ -92,14 +92,14 @@ def test_batch_work_ends_after_the_work_it_lets_pass(clock: FakeClock) -> None:
     assert capacity.predict_end_s("batch") == pytest.approx(15.0)
 
 
-def test_what_is_done_of_a_job_makes_room(clock: FakeClock) -> None:
+def test_progress_of_a_job_frees_room(clock: FakeClock) -> None:
     capacity = make_capacity(clock)
     assert fill(capacity, work=60.0) == 1
     capacity.advance(("a", 0), done=0.5)
     assert fill(capacity, work=60.0) == 1
 
 
-def test_a_closed_model_opens_again_by_itself(clock: FakeClock) -> None:
+def test_closed_model_reopens_after_its_time(clock: FakeClock) -> None:
     capacity = make_capacity(clock, "a", "b")
     capacity.close("a", for_s=7.0)
     capacity.close("a", for_s=2.0)
@@ -110,19 +110,19 @@ def test_a_closed_model_opens_again_by_itself(clock: FakeClock) -> None:
     assert capacity.open_models("interactive") is None
 
 
-def test_the_end_of_a_job_is_predicted(clock: FakeClock) -> None:
+def test_time_left_of_a_job_is_predicted(clock: FakeClock) -> None:
     capacity = make_capacity(clock)
     for key in "xy":
         begin(capacity, key, work=10.0)
     capacity.advance("x", done=0.5)
     assert capacity.predict_end_s("x") == pytest.approx(2.5)
-    assert capacity.predict_end_s("y") == pytest.approx(7.5)  # behind the other
+    assert capacity.predict_end_s("y") == pytest.approx(7.5)  # behind the other job
     unpriced = make_capacity(clock, prices=None)
     begin(unpriced, "x", work=10.0)
     assert unpriced.predict_end_s("x") is None
 
 
-def test_a_model_that_is_not_served_any_more_disturbs_nothing(clock: FakeClock) -> None:
+def test_removed_model_affects_no_other(clock: FakeClock) -> None:
     capacity = make_capacity(clock, prices=None)
     begin(capacity, "x", work=10.0, model="retired")
     capacity.advance("x", done=0.5)
@@ -132,7 +132,7 @@ def test_a_model_that_is_not_served_any_more_disturbs_nothing(clock: FakeClock) 
     assert capacity.open_models("interactive") is None
 
 
-def test_a_model_may_have_less_handed_out_than_others(clock: FakeClock) -> None:
+def test_target_wait_bounds_the_budget_of_a_model(clock: FakeClock) -> None:
     capacity = Capacity(
         ("a", "b"),
         prices=lambda model: HALF_A_SECOND,

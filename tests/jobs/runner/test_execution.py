@@ -1,4 +1,4 @@
-"""What the work of a job makes of its spec: the request to the model, and the file."""
+"""Execution of a job: the request to the model, and the stored file."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ async def test_several_variations_become_a_zip(workshop: Workshop) -> None:
     assert zipfile.ZipFile(archive).namelist() == ["s-01.flac", "s-02.flac"]
 
 
-async def test_odd_characters_of_an_id_do_not_reach_the_file_name(workshop: Workshop) -> None:
+async def test_special_characters_of_an_id_are_not_in_the_file_name(workshop: Workshop) -> None:
     await workshop.start_runner()
     spec = make_spec(id="0f-1a:stable/../audio")
     job = await workshop.finished(await workshop.queue.submit(spec))
@@ -66,7 +66,7 @@ async def test_odd_characters_of_an_id_do_not_reach_the_file_name(workshop: Work
 
 
 @pytest.mark.parametrize("role", ["init", "inpaint"])
-async def test_an_upload_reaches_the_model_and_is_deleted(workshop: Workshop, role: Any) -> None:
+async def test_upload_reaches_the_model_and_is_deleted(workshop: Workshop, role: Any) -> None:
     await workshop.start_runner()
     job = await workshop.finished(await workshop.queue.submit(make_spec(upload=await upload(workshop, role=role))))
     assert job.state == "succeeded"
@@ -79,14 +79,14 @@ async def test_an_upload_reaches_the_model_and_is_deleted(workshop: Workshop, ro
     await until(lambda: workshop.files() == [f"{job.spec.id}-audio.wav"])
 
 
-async def test_the_model_is_told_the_job_and_a_time_limit(workshop: Workshop) -> None:
+async def test_request_has_the_job_id_and_a_deadline(workshop: Workshop) -> None:
     await workshop.start_runner()
     job = await workshop.finished(await workshop.queue.submit(make_spec()))
     assert workshop.backend.last.request_id == job.spec.id
     assert workshop.backend.last.deadline_s == workshop.settings.api.max_deadline_s
 
 
-async def test_the_engine_gets_what_is_left_of_the_time_to_start_in(workshop: Workshop) -> None:
+async def test_engine_gets_the_remaining_time_to_start(workshop: Workshop) -> None:
     class Later(SystemClock):
         def time(self) -> float:
             return super().time() + 60.0
@@ -99,9 +99,7 @@ async def test_the_engine_gets_what_is_left_of_the_time_to_start_in(workshop: Wo
     assert 40.0 < left_s <= 60.0
 
 
-async def test_source_audio_is_decoded_only_as_far_as_memory_allows(
-    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_decoding_of_sources_waits_for_memory(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     workshop.backend = backend = CountingBackend(delay_s=0.1)
     one = await upload(workshop)
     monkeypatch.setattr(workers, "MAX_SOURCE_BYTES", int(2.5 * one.decoded_bytes))

@@ -1,4 +1,4 @@
-"""A runner whose files are refused: what it says, what it starts, and how it goes on."""
+"""A runner whose files are refused: its reports, the jobs it starts, and its recovery."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ REFUSED = ("job_files_refused",)
 
 @dataclass
 class WatchedBackend(ToneBackend):
-    """Remembers how many requests it had in progress as each began."""
+    """Records the number of requests in progress at each start."""
 
     at_work: list[int] = field(default_factory=list)
 
@@ -41,7 +41,7 @@ class WatchedBackend(ToneBackend):
 
 @pytest.fixture
 async def apart(tmp_path: Path) -> AsyncIterator[Workshop]:
-    """A workshop whose files are not where its database is."""
+    """Yield a workshop with separate folders for files and database."""
     jobs = JobSettings(database_url=f"sqlite:///{tmp_path / 'jobs.db'}")
     settings = Settings(output_dir=str(tmp_path / "outputs"), jobs=jobs)
     workshop = Workshop(settings, open_queue(settings), WatchedBackend())
@@ -59,7 +59,7 @@ def folder_away(workshop: Workshop) -> Iterator[None]:
     away.rename(folder)
 
 
-async def test_after_a_refusal_one_job_goes_first_and_two_follow(apart: Workshop) -> None:
+async def test_one_job_probes_after_a_refusal_and_two_follow(apart: Workshop) -> None:
     backend, metrics = apart.backend, RecordedMetrics()
     assert isinstance(backend, WatchedBackend)
     await apart.start_runner(metrics=metrics)
@@ -79,9 +79,7 @@ async def test_after_a_refusal_one_job_goes_first_and_two_follow(apart: Workshop
     assert refusals.current() == []
 
 
-async def test_what_never_fits_is_a_dead_letter_that_can_be_tried_where_it_does(
-    tiny_disk: Path, tmp_path: Path
-) -> None:
+async def test_file_that_never_fits_makes_a_retryable_dead_letter(tiny_disk: Path, tmp_path: Path) -> None:
     jobs = JobSettings(database_url=f"sqlite:///{tmp_path / 'jobs.db'}", max_attempts=2)
     for place, state in ((tiny_disk, "failed"), (tmp_path / "roomy", "succeeded")):
         settings = Settings(output_dir=str(place), jobs=jobs)
@@ -96,7 +94,7 @@ async def test_what_never_fits_is_a_dead_letter_that_can_be_tried_where_it_does(
 
 
 @pytest.mark.server
-async def test_uploads_that_cannot_be_read_now_cost_hardly_any_attempt(
+async def test_unreadable_uploads_cost_few_attempts(
     object_storage: ObjectStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage = object_storage.settings(object_storage.make_bucket())
@@ -118,14 +116,14 @@ async def test_uploads_that_cannot_be_read_now_cost_hardly_any_attempt(
     await until(lambda: len(probes) >= 3)
     waiting = workshop.queue.store.operators.list_all(state="queued")
     assert len(waiting) == len(jobs)
-    assert sum(job.attempts for job in waiting) <= 4  # what a runner begins before it has seen any end
+    assert sum(job.attempts for job in waiting) <= 4  # jobs that a runner starts before the first one has ended
     object_storage.proxy.faults = Faults()
     assert {(await workshop.finished(job)).state for job in jobs} == {"succeeded"}
     await runner.close()
     await workshop.queue.close()
 
 
-async def test_a_runner_that_stops_takes_its_refusal_back(apart: Workshop) -> None:
+async def test_stopping_runner_withdraws_its_refusal(apart: Workshop) -> None:
     metrics = RecordedMetrics()
     runner = await apart.start_runner(metrics=metrics)
     await apart.finished(await apart.queue.submit(make_spec()))
@@ -137,13 +135,13 @@ async def test_a_runner_that_stops_takes_its_refusal_back(apart: Workshop) -> No
         assert refusals.current() == []
 
 
-def test_what_runners_meet_is_known_until_they_say_nothing_more(database: Database, wall: Wall) -> None:
+def test_refusals_are_visible_until_they_expire(database: Database, wall: Wall) -> None:
     refusals = Refusals(database)
     assert refusals.current() == []
     full, moved = StoreHealth("full", "the disk is full"), StoreHealth("moved", "elsewhere")
-    refusals.note("a", moved, for_s=5)
-    refusals.note("a", full, for_s=10)
-    refusals.note("b", moved, for_s=20)
+    refusals.record("a", moved, for_s=5)
+    refusals.record("a", full, for_s=10)
+    refusals.record("b", moved, for_s=20)
     assert refusals.current() == [moved, full]
     wall.now += 10
     assert refusals.current() == [moved]
@@ -160,5 +158,5 @@ def test_what_runners_meet_is_known_until_they_say_nothing_more(database: Databa
         (StoreMovedError("elsewhere"), "moved"),
     ],
 )
-def test_an_error_of_a_store_is_its_state(error: StorageError, state: StoreState) -> None:
+def test_store_error_maps_to_its_state(error: StorageError, state: StoreState) -> None:
     assert health_of(error) == StoreHealth(state, error.message)

@@ -1,4 +1,4 @@
-"""The reports of a runner: how far its jobs are, and how much work waits."""
+"""Reports of a runner: the progress of its jobs, and the waiting work."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from tests.patience import until
 pytestmark = pytest.mark.server
 
 
-class TellingBackend(ToneBackend):
-    """Reports the progress that a test chooses."""
+class ReportingBackend(ToneBackend):
+    """Reports the progress that a test sets."""
 
     def __init__(self) -> None:
         super().__init__()
         self.released.clear()
-        self.tell: list[ProgressCallback] = []
+        self.callbacks: list[ProgressCallback] = []
 
     async def generate(
         self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
     ) -> GenerationResult:
         assert on_progress is not None
-        self.tell.append(on_progress)
+        self.callbacks.append(on_progress)
         return await super().generate(model, request)
 
 
 @pytest.fixture
-def telling(workshop: Workshop) -> TellingBackend:
-    workshop.backend = backend = TellingBackend()
+def reporting(workshop: Workshop) -> ReportingBackend:
+    workshop.backend = backend = ReportingBackend()
     return backend
 
 
@@ -44,8 +44,8 @@ def denoised(share: float) -> Progress:
     return Progress("denoising", share)
 
 
-async def test_all_jobs_are_written_together_each_as_far_as_it_is(
-    workshop: Workshop, telling: TellingBackend, monkeypatch: pytest.MonkeyPatch
+async def test_progress_of_all_jobs_is_written_together(
+    workshop: Workshop, reporting: ReportingBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, written = workshop.queue.store.runners, list[int]()
     report = store.report
@@ -57,45 +57,43 @@ async def test_all_jobs_are_written_together_each_as_far_as_it_is(
     monkeypatch.setattr(store, "report", count)
     jobs = [await workshop.queue.submit(make_spec()) for _ in range(4)]
     await workshop.start_runner()
-    await until(lambda: len(telling.tell) == 4)
+    await until(lambda: len(reporting.callbacks) == 4)
     for step in range(1, 11):
-        for tell in telling.tell:
-            tell(denoised(step / 10))
+        for callback in reporting.callbacks:
+            callback(denoised(step / 10))
     for job in jobs:
         await workshop.until(job, lambda job: job.fraction == pytest.approx(0.95))
         events = await workshop.queue.events(job.spec.ref)
         assert [event.fraction for event in events] == [0.0, 0.0, pytest.approx(0.95)]
     assert written == [4]
-    telling.released.set()
+    reporting.released.set()
     for job in jobs:
         assert (await workshop.finished(job)).fraction == 1.0
 
 
 @pytest.mark.parametrize("job_settings", [JobSettings(lease_s=600.0)])
-async def test_a_lease_that_a_report_shows_to_be_lost_ends_the_work(
-    workshop: Workshop, telling: TellingBackend
-) -> None:
+async def test_report_that_finds_the_lease_lost_stops_the_work(workshop: Workshop, reporting: ReportingBackend) -> None:
     await workshop.start_runner()
     lost, kept = [await workshop.queue.submit(make_spec()) for _ in range(2)]
-    await until(lambda: len(telling.tell) == 2)
+    await until(lambda: len(reporting.callbacks) == 2)
     lost = await workshop.until(lost, lambda job: job.state == "running")
     workshop.queue.store.runners.requeue(lost, delay_s=600.0, attempts=0, message="taken away")
-    for tell in telling.tell:
-        tell(denoised(0.5))
-    await until(lambda: telling.num_cancelled == 1)
+    for callback in reporting.callbacks:
+        callback(denoised(0.5))
+    await until(lambda: reporting.num_cancelled == 1)
     now = await workshop.queue.get(lost.spec.ref)
     assert now is not None
     assert (now.state, now.fraction) == ("queued", 0.0)
-    telling.released.set()
+    reporting.released.set()
     assert (await workshop.finished(kept)).state == "succeeded"
 
 
-async def test_progress_is_told_again_when_the_store_was_away(
-    workshop: Workshop, telling: TellingBackend, monkeypatch: pytest.MonkeyPatch
+async def test_progress_is_written_after_a_store_outage(
+    workshop: Workshop, reporting: ReportingBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await workshop.start_runner()
     job = await workshop.queue.submit(make_spec())
-    await until(lambda: len(telling.tell) == 1)
+    await until(lambda: len(reporting.callbacks) == 1)
     failed: list[Any] = []
 
     def fail(reports: Any) -> Any:
@@ -104,18 +102,18 @@ async def test_progress_is_told_again_when_the_store_was_away(
 
     with monkeypatch.context() as away:
         away.setattr(workshop.queue.store.runners, "report", fail)
-        telling.tell[0](denoised(0.1))
+        reporting.callbacks[0](denoised(0.1))
         await until(lambda: bool(failed))
-    telling.tell[0](denoised(0.2))
+    reporting.callbacks[0](denoised(0.2))
     await workshop.until(job, lambda job: job.fraction == pytest.approx(0.19))
-    telling.released.set()
+    reporting.released.set()
     assert (await workshop.finished(job)).state == "succeeded"
 
 
-async def test_what_waits_is_known_unless_the_store_is_away(
+async def test_waiting_work_is_unknown_during_a_store_outage(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stable_audio_serve.jobs.runner.runner._WEIGH_S", 0.02)
+    monkeypatch.setattr("stable_audio_serve.jobs.runner.runner._SUM_EVERY_S", 0.02)
     store, num_asked = workshop.queue.store, 0
     by_model = store.waiting.by_model
 
@@ -149,8 +147,8 @@ def sizes(waiting_work: Callable[[], Any]) -> dict[str, int]:
     return {model: waiting.num_jobs for model, waiting in (waiting_work() or {}).items()}
 
 
-async def test_background_work_that_fails_is_tried_again(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here the sweep, whose pauses vary: runners that start together drift apart."""
+async def test_failed_background_work_is_repeated(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tested with the sweep, whose pauses vary so that runners started together drift apart."""
     pauses: list[float] = []
     sleep = asyncio.sleep
 

@@ -1,4 +1,4 @@
-"""When a runner starts, stops and takes over jobs, and what it does while there are none."""
+"""When a runner starts, stops and reclaims jobs, and what an idle runner does."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.server
 
 
 @pytest.mark.parametrize("job_settings", [JobSettings(max_running=2)])
-async def test_no_more_run_at_once_than_may(workshop: Workshop) -> None:
+async def test_running_jobs_never_exceed_the_limit(workshop: Workshop) -> None:
     workshop.backend = backend = CountingBackend(delay_s=0.1)
     jobs = [await workshop.queue.submit(make_spec()) for _ in range(5)]
     await workshop.start_runner()
@@ -33,8 +33,8 @@ async def test_no_more_run_at_once_than_may(workshop: Workshop) -> None:
 
 
 @pytest.mark.parametrize("job_settings", [JobSettings(max_running=1)])
-async def test_each_priority_has_a_line_and_room_of_its_own(workshop: Workshop) -> None:
-    """What goes first is the engine's to know, which is told."""
+async def test_each_priority_has_its_own_queue_and_room(workshop: Workshop) -> None:
+    """The engine decides which job goes first. The runner passes the priority on."""
     jobs = [
         await workshop.queue.submit(make_spec(priority=priority))
         for priority in ("batch", "interactive", "batch", "interactive")
@@ -49,46 +49,44 @@ async def test_each_priority_has_a_line_and_room_of_its_own(workshop: Workshop) 
         assert [job_id for job_id, of in started if of == priority] == [jobs[index].spec.id for index in indices]
 
 
-async def test_a_submission_starts_at_once_however_long_the_runner_would_pause(
-    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    looks = count_looks(workshop, monkeypatch)
+async def test_submission_wakes_a_pausing_runner(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    polls = count_polls(workshop, monkeypatch)
     await workshop.start_runner(pauses=RunnerPauses(first_poll_s=600.0, last_poll_s=600.0))
-    await until(lambda: len(looks) == 1)
+    await until(lambda: len(polls) == 1)
     await asyncio.sleep(0.05)
     assert (await workshop.finished(await workshop.queue.submit(make_spec()))).state == "succeeded"
 
 
-async def test_a_lost_wake_up_costs_only_a_pause(workshop: Workshop) -> None:
+async def test_lost_wake_up_costs_one_polling_interval(workshop: Workshop) -> None:
     await workshop.start_runner()
     workshop.queue.wake = lambda: None
     assert (await workshop.finished(await workshop.queue.submit(make_spec()))).state == "succeeded"
 
 
-def count_looks(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """When a runner looked into its store, seconds, as they come."""
-    looks: list[float] = []
-    look = workshop.queue.store.runners.look
+def count_polls(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Record the times at which a runner polls its store, seconds."""
+    polls: list[float] = []
+    outlook = workshop.queue.store.runners.outlook
 
     def count(owner: str) -> Any:
-        looks.append(time.monotonic())
-        return look(owner)
+        polls.append(time.monotonic())
+        return outlook(owner)
 
-    monkeypatch.setattr(workshop.queue.store.runners, "look", count)
-    return looks
+    monkeypatch.setattr(workshop.queue.store.runners, "outlook", count)
+    return polls
 
 
-async def test_an_idle_runner_hardly_asks_its_store(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    looks = count_looks(workshop, monkeypatch)
+async def test_idle_runner_rarely_polls_its_store(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    polls = count_polls(workshop, monkeypatch)
     await workshop.start_runner(pauses=RunnerPauses(first_poll_s=0.02, last_poll_s=0.1))
-    await until(lambda: len(looks) > 5)
-    pauses_s = [later - earlier for earlier, later in itertools.pairwise(looks)]
+    await until(lambda: len(polls) > 5)
+    pauses_s = [later - earlier for earlier, later in itertools.pairwise(polls)]
     assert all(pause_s >= least_s for pause_s, least_s in zip(pauses_s, (0.04, 0.08, 0.1, 0.1, 0.1), strict=False))
     assert RunnerPauses().first_poll_s >= 0.1
     assert RunnerPauses().last_poll_s >= 3.0
 
 
-async def test_a_waiting_job_is_cancelled_before_it_starts(workshop: Workshop) -> None:
+async def test_waiting_job_is_cancelled_before_it_starts(workshop: Workshop) -> None:
     job = await workshop.queue.submit(make_spec(upload=await upload(workshop)))
     assert (await workshop.queue.cancel(job.spec.ref._replace(client="other")))[0] == "unknown"
     assert (await workshop.queue.cancel(job.spec.ref))[0] == "removed"
@@ -100,8 +98,8 @@ async def test_a_waiting_job_is_cancelled_before_it_starts(workshop: Workshop) -
 
 
 @pytest.mark.parametrize("job_settings", [JobSettings(lease_s=600.0)])
-async def test_a_running_job_is_stopped_at_the_model_at_once(workshop: Workshop) -> None:
-    """Long before the next heartbeat or look."""
+async def test_running_job_is_stopped_at_once(workshop: Workshop) -> None:
+    """Long before the next heartbeat or poll."""
     workshop.backend.released.clear()
     await workshop.start_runner(pauses=RunnerPauses(first_poll_s=600.0, last_poll_s=600.0))
     job = await workshop.queue.submit(make_spec(upload=await upload(workshop)))
@@ -114,7 +112,7 @@ async def test_a_running_job_is_stopped_at_the_model_at_once(workshop: Workshop)
     await until(lambda: workshop.files() == [])
 
 
-async def test_cancelling_one_job_leaves_the_others_alone(workshop: Workshop) -> None:
+async def test_cancelling_one_job_leaves_the_others_running(workshop: Workshop) -> None:
     workshop.backend.released.clear()
     await workshop.start_runner()
     jobs = [await workshop.queue.submit(make_spec()) for _ in range(3)]
@@ -126,7 +124,7 @@ async def test_cancelling_one_job_leaves_the_others_alone(workshop: Workshop) ->
 
 
 @pytest.mark.parametrize("job_settings", [JobSettings(max_running=1)])
-async def test_a_job_that_cannot_start_in_time_fails(workshop: Workshop) -> None:
+async def test_job_that_cannot_start_in_time_fails(workshop: Workshop) -> None:
     workshop.backend.released.clear()
     await workshop.start_runner()
     first = await workshop.queue.submit(make_spec())
@@ -140,7 +138,7 @@ async def test_a_job_that_cannot_start_in_time_fails(workshop: Workshop) -> None
     await until(lambda: workshop.files() == [f"{first.spec.id}-audio.wav"])
 
 
-async def test_what_a_dead_runner_left_is_done_by_the_next_when_its_lease_ends(workshop: Workshop) -> None:
+async def test_next_runner_takes_over_expired_leases(workshop: Workshop) -> None:
     job = await workshop.queue.submit(make_spec(upload=await upload(workshop)))
     assert workshop.queue.store.runners.lease("a dead one", lease_s=0.5) is not None
     await workshop.start_runner()
@@ -149,7 +147,7 @@ async def test_what_a_dead_runner_left_is_done_by_the_next_when_its_lease_ends(w
     await until(lambda: workshop.files() == [f"{job.spec.id}-2-audio.wav"])
 
 
-async def test_a_job_that_kills_its_runners_is_given_up(workshop: Workshop) -> None:
+async def test_job_that_kills_its_runners_becomes_a_dead_letter(workshop: Workshop) -> None:
     job = await workshop.queue.submit(make_spec())
     store = workshop.queue.store
     for attempt in (1, 2, 3):
@@ -165,7 +163,7 @@ async def test_a_job_that_kills_its_runners_is_given_up(workshop: Workshop) -> N
     assert workshop.backend.requests == []
 
 
-async def test_a_job_cancelled_while_its_runner_was_dead_is_not_run(workshop: Workshop) -> None:
+async def test_job_cancelled_while_its_runner_was_dead_is_not_run(workshop: Workshop) -> None:
     job = await workshop.queue.submit(make_spec())
     workshop.queue.store.runners.lease("a dead one", lease_s=0.2)
     assert (await workshop.queue.cancel(job.spec.ref))[0] == "requested"
@@ -174,7 +172,7 @@ async def test_a_job_cancelled_while_its_runner_was_dead_is_not_run(workshop: Wo
     assert workshop.backend.requests == []
 
 
-async def test_a_runner_that_stops_puts_its_jobs_back_at_no_cost(workshop: Workshop) -> None:
+async def test_stopping_runner_requeues_jobs_without_an_attempt(workshop: Workshop) -> None:
     workshop.backend.delay_s = 60
     first = await workshop.start_runner()
     job = await workshop.queue.submit(make_spec(upload=await upload(workshop)))
@@ -188,11 +186,9 @@ async def test_a_runner_that_stops_puts_its_jobs_back_at_no_cost(workshop: Works
     assert (job.state, job.attempts) == ("succeeded", 1)
 
 
-async def test_the_loop_survives_a_store_that_fails_for_a_while(
-    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_loop_survives_a_store_outage(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = await workshop.start_runner()
-    store, look = workshop.queue.store, workshop.queue.store.runners.look
+    store, outlook = workshop.queue.store, workshop.queue.store.runners.outlook
 
     num_failures = 0
 
@@ -201,15 +197,15 @@ async def test_the_loop_survives_a_store_that_fails_for_a_while(
         num_failures += 1
         raise StorageError("the disk is full")
 
-    monkeypatch.setattr(store.runners, "look", fail)
+    monkeypatch.setattr(store.runners, "outlook", fail)
     job = await workshop.queue.submit(make_spec())
     await until(lambda: num_failures >= 3)
     runner.check_health()
-    monkeypatch.setattr(store.runners, "look", look)
+    monkeypatch.setattr(store.runners, "outlook", outlook)
     assert (await workshop.finished(job)).state == "succeeded"
 
 
-async def test_a_runner_starts_while_its_store_is_away(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_runner_starts_during_a_store_outage(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     store = workshop.queue.store
     job = await workshop.queue.submit(make_spec())
     store.runners.lease("a runner that died", lease_s=0.0)
@@ -219,10 +215,10 @@ async def test_a_runner_starts_while_its_store_is_away(workshop: Workshop, monke
     def fail(*_: Any, **__: Any) -> Any:
         nonlocal num_failures
         num_failures += 1
-        raise StorageError("nobody answers")
+        raise StorageError("no answer")
 
     with monkeypatch.context() as away:
-        for name in ("look", "reclaim", "renew", "lease"):
+        for name in ("outlook", "reclaim", "renew", "lease"):
             away.setattr(store.runners, name, fail)
         runner = await workshop.start_runner()
         await until(lambda: num_failures >= 5)
@@ -230,7 +226,7 @@ async def test_a_runner_starts_while_its_store_is_away(workshop: Workshop, monke
     assert (await workshop.finished(job)).state == "succeeded"
 
 
-async def test_a_runner_of_a_server_that_stops_gives_its_jobs_back_and_stays_healthy(workshop: Workshop) -> None:
+async def test_draining_runner_requeues_its_jobs_and_stays_healthy(workshop: Workshop) -> None:
     workshop.backend = backend = ToneBackend(delay_s=30)
     jobs = [await workshop.queue.submit(make_spec()) for _ in range(2)]
     runner = await workshop.start_runner()
@@ -242,12 +238,12 @@ async def test_a_runner_of_a_server_that_stops_gives_its_jobs_back_and_stays_hea
         assert (now.state, now.attempts) == ("queued", 0)
     runner.wake()
     await asyncio.sleep(0.1)
-    assert backend.num_running == 0  # nothing is taken again
+    assert backend.num_running == 0  # no job is leased again
     runner.check_health()
 
 
 @pytest.mark.parametrize("job_settings", [JobSettings(max_running=1)])
-async def test_a_runner_that_holds_finishes_what_it_leases_and_leaves_the_rest_to_others(workshop: Workshop) -> None:
+async def test_holding_runner_finishes_its_jobs_and_leases_no_others(workshop: Workshop) -> None:
     workshop.backend.released.clear()
     first, second, third = [await workshop.queue.submit(make_spec()) for _ in range(3)]
     runner = await workshop.start_runner()
@@ -257,7 +253,7 @@ async def test_a_runner_that_holds_finishes_what_it_leases_and_leaves_the_rest_t
     workshop.backend.released.set()
     assert (await workshop.finished(first)).state == "succeeded"
     await until(lambda: runner.num_held == 0)
-    await asyncio.sleep(0.5)  # several looks
+    await asyncio.sleep(0.5)  # several polls
     runner.check_health()
     queued = [await workshop.queue.get(job.spec.ref) for job in (second, third)]
     assert [(job.state, job.attempts) for job in queued if job] == [("queued", 0)] * 2
@@ -272,7 +268,7 @@ async def test_a_runner_that_holds_finishes_what_it_leases_and_leaves_the_rest_t
     assert (await workshop.finished(last)).state == "succeeded"
 
 
-async def test_a_health_check_tells_of_a_loop_that_ended(workshop: Workshop) -> None:
+async def test_health_check_reports_an_ended_loop(workshop: Workshop) -> None:
     runner = await workshop.start_runner()
     runner.check_health()
     await runner.close()

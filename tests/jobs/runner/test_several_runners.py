@@ -1,4 +1,4 @@
-"""Several runners of one store: who runs what, and what becomes of a job whose runner is silent, lost or late."""
+"""Several runners of one store: how they share jobs, and jobs whose runner is silent, dead or late."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.server
 
 __all__ = ["wall"]
 
-_LEASE_S = 0.3  # by a clock that stands still until a test moves it; renewed every 0.1 s of real time
+_LEASE_S = 0.3  # on a clock that only tests move; renewed every 0.1 s of real time
 
 
 @pytest.fixture
@@ -42,18 +42,18 @@ def job_settings() -> JobSettings:
 
 
 def make_job_settings(**limits: Any) -> JobSettings:
-    """With leases shorter than operators may choose."""
+    """Return settings with leases shorter than operators may choose."""
     return JobSettings(**limits).model_copy(update={"lease_s": _LEASE_S})
 
 
 def end_leases(workshop: Workshop) -> None:
-    """As if no runner had been heard of for a lease's length."""
+    """Expire all leases."""
     with workshop.queue.store.database.writing() as connection:
         connection.execute(sa.update(JOBS).where(JOBS.c.state == "running").values(lease_until=0.0))
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, jobs: RunnerJobs, name: str) -> list[str]:
-    """The calls of a method of the store that have ended, as they come."""
+    """Record the completed calls of a store method."""
     calls: list[str] = []
     method = getattr(jobs, name)
 
@@ -68,7 +68,7 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, jobs: RunnerJobs, name: str) ->
 
 
 def outlive_leases(wall: Wall, renewals: list[str]) -> None:
-    """Move the clock by several leases, with a renewal in each. Blocks."""
+    """Move the clock by several leases, with a renewal in each. Blocking."""
     for _ in range(4):
         enough = len(renewals) + 2  # the first may have begun earlier
         wait_until(lambda: len(renewals) >= enough, every_s=0.01)  # noqa: B023
@@ -79,7 +79,7 @@ async def running(workshop: Workshop, num_running: int = 1) -> None:
     await until(lambda: workshop.backend.num_running == num_running)
 
 
-async def test_runners_share_the_jobs_and_do_each_once(workshop: Workshop) -> None:
+async def test_runners_share_the_jobs_and_run_each_once(workshop: Workshop) -> None:
     workshop.backend.delay_s = 0.05
     for _ in range(3):
         await workshop.start_runner()
@@ -89,7 +89,7 @@ async def test_runners_share_the_jobs_and_do_each_once(workshop: Workshop) -> No
     assert len(workshop.backend.requests) == 30
 
 
-async def test_a_job_longer_than_its_lease_stays_with_its_runner(
+async def test_job_longer_than_its_lease_stays_with_its_runner(
     workshop: Workshop, wall: Wall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workshop.backend.released.clear()
@@ -105,21 +105,19 @@ async def test_a_job_longer_than_its_lease_stays_with_its_runner(
     assert len(workshop.backend.requests) == 1
 
 
-async def test_a_busy_event_loop_loses_no_lease(
-    workshop: Workshop, wall: Wall, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_busy_event_loop_loses_no_lease(workshop: Workshop, wall: Wall, monkeypatch: pytest.MonkeyPatch) -> None:
     workshop.backend.released.clear()
     renewals = count_calls(monkeypatch, workshop.queue.store.runners, "renew")
     await workshop.start_runner()
     job = await workshop.queue.submit(make_spec())
     await running(workshop)
-    outlive_leases(wall, renewals)  # which keeps the event loop busy
+    outlive_leases(wall, renewals)  # blocks the event loop
     workshop.backend.released.set()
     assert workshop.queue.store.runners.reclaim(max_attempts=3) == []
     assert (await workshop.finished(job)).attempts == 1
 
 
-async def test_a_runner_that_lost_its_lease_stops_its_work_and_writes_nothing(workshop: Workshop) -> None:
+async def test_runner_without_its_lease_stops_and_writes_nothing(workshop: Workshop) -> None:
     workshop.backend.delay_s = 60
     metrics = RecordedMetrics()
     await workshop.start_runner(metrics=metrics)
@@ -138,10 +136,8 @@ async def test_a_runner_that_lost_its_lease_stops_its_work_and_writes_nothing(wo
 
 
 @pytest.mark.parametrize("job_settings", [make_job_settings(max_running=1)])  # no room to lease its own job again
-async def test_a_late_runner_removes_its_own_file_and_leaves_the_visible_one(
-    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It fell asleep with its file kept, just before its commit."""
+async def test_late_runner_deletes_its_own_file_only(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runner freezes after storing its file, just before its commit."""
     store = JobStore(workshop.queue.store.database, workshop.settings.jobs)
     succeed, asleep, woken = store.runners.succeed, threading.Event(), threading.Event()
 
@@ -178,9 +174,7 @@ async def test_a_late_runner_removes_its_own_file_and_leaves_the_visible_one(
     await until(lambda: metrics.counters["job_leases_lost",] == 1)
 
 
-async def test_a_success_whose_answer_got_lost_is_still_one(
-    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_success_with_a_lost_answer_counts(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     store, succeed = workshop.queue.store, workshop.queue.store.runners.succeed
     num_calls = 0
 
@@ -203,7 +197,7 @@ async def test_a_success_whose_answer_got_lost_is_still_one(
 
 
 @pytest.mark.parametrize("job_settings", [make_job_settings(max_running=1)])
-async def test_a_cancel_reaches_whichever_runner_has_the_job(workshop: Workshop) -> None:
+async def test_cancel_reaches_the_runner_of_the_job(workshop: Workshop) -> None:
     workshop.backend.delay_s = 60
     runners = [await workshop.start_runner() for _ in range(3)]
 
@@ -219,24 +213,24 @@ async def test_a_cancel_reaches_whichever_runner_has_the_job(workshop: Workshop)
     assert [(await workshop.finished(job)).state for job in jobs] == ["cancelled"] * 3
 
 
-async def test_idle_runners_ask_less_than_once_a_second(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    looks = count_calls(monkeypatch, workshop.queue.store.runners, "look")
+async def test_idle_runners_poll_less_than_once_a_second(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    polls = count_calls(monkeypatch, workshop.queue.store.runners, "outlook")
     for _ in range(3):
         await workshop.start_runner()
-    await until(lambda: len(looks) > 6)
+    await until(lambda: len(polls) > 6)
     statements: list[str] = []
     engine = workshop.queue.store.database.engine
     sa.event.listen(engine, "before_cursor_execute", lambda *args: statements.append(args[2]))
-    num_before = len(looks)
-    await until(lambda: len(looks) >= num_before + 10)
-    num_asked = sum(not statement.startswith(("BEGIN", "COMMIT", "PRAGMA")) for statement in statements)
-    num_looks = len(looks) - num_before
-    # A look that has begun may not have asked yet, one of each runner.
-    assert num_looks - 3 <= num_asked < RunnerPauses().last_poll_s * num_looks
+    num_before = len(polls)
+    await until(lambda: len(polls) >= num_before + 10)
+    num_queries = sum(not statement.startswith(("BEGIN", "COMMIT", "PRAGMA")) for statement in statements)
+    num_polls = len(polls) - num_before
+    # A poll that has begun may not have queried yet, one per runner.
+    assert num_polls - 3 <= num_queries < RunnerPauses().last_poll_s * num_polls
 
 
 class OneFullModel(ToneBackend):
-    """One model takes nothing, the others work."""
+    """One model refuses every job, the others work."""
 
     async def generate(
         self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
@@ -247,7 +241,7 @@ class OneFullModel(ToneBackend):
         return await super().generate(model, request, on_progress=on_progress)
 
 
-async def test_a_full_model_holds_up_no_other_model_and_is_left_alone(workshop: Workshop) -> None:
+async def test_full_model_delays_no_other_model(workshop: Workshop) -> None:
     workshop.backend = OneFullModel()
     await workshop.start_runner()
     waiting = [await workshop.queue.submit(make_spec(model="medium")) for _ in range(20)]
@@ -260,7 +254,7 @@ async def test_a_full_model_holds_up_no_other_model_and_is_left_alone(workshop: 
 
 
 @pytest.mark.parametrize("job_settings", [make_job_settings(max_attempts=2)])
-async def test_an_operator_can_see_what_happened(workshop: Workshop, wall: Wall) -> None:
+async def test_metrics_count_the_outcomes_of_jobs(workshop: Workshop, wall: Wall) -> None:
     metrics = RecordedMetrics()
     spec = make_spec()
     await workshop.queue.submit(spec)
@@ -287,7 +281,7 @@ async def test_an_operator_can_see_what_happened(workshop: Workshop, wall: Wall)
     assert metrics.gauges["jobs_by_state", ("state", "queued")] == 1
 
 
-async def test_an_operator_can_see_how_long_jobs_wait_and_what_is_tried_again(workshop: Workshop, wall: Wall) -> None:
+async def test_metrics_show_queue_age_and_retries(workshop: Workshop, wall: Wall) -> None:
     class OnceAway(ToneBackend):
         async def generate(
             self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
@@ -308,16 +302,16 @@ async def test_an_operator_can_see_how_long_jobs_wait_and_what_is_tried_again(wo
     wall.now += 5.0
     await workshop.start_runner(metrics=metrics)
     await workshop.until(job, lambda job: job.state == "queued" and metrics.counters.total() > 0)
-    wall.now += 1.0  # more than the pause before the second attempt
+    wall.now += 1.0  # longer than the pause before the second attempt
     assert (await workshop.finished(job)).attempts == 2
     assert metrics.counters["job_retries", ("reason", "unavailable")] == 1
     assert metrics.age_s == pytest.approx(5.0)
 
 
-async def test_a_lease_whose_answer_got_lost_is_not_kept_alive(
+async def test_lease_with_a_lost_answer_is_not_renewed(
     workshop: Workshop, wall: Wall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody runs that job: it must not stay `running` for as long as its owner has other work."""
+    """No runner has that job. It must not stay `running` while its owner has other work."""
     workshop.backend.released.clear()
     renewals = count_calls(monkeypatch, workshop.queue.store.runners, "renew")
     await workshop.start_runner()
@@ -344,10 +338,10 @@ async def test_a_lease_whose_answer_got_lost_is_not_kept_alive(
     assert (now.state, now.attempts) == ("running", 1)
 
 
-async def test_a_store_that_was_away_for_longer_than_a_lease_costs_no_attempt(
+async def test_store_outage_longer_than_a_lease_costs_no_attempt(
     workshop: Workshop, wall: Wall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither does a clock that jumps forward: a runner that lives takes nothing from itself."""
+    """This also covers a clock that jumps forward: a living runner reclaims none of its own jobs."""
     workshop.backend.released.clear()
     store = workshop.queue.store.runners
     reclaims, renew = count_calls(monkeypatch, store, "reclaim"), store.renew
@@ -369,7 +363,7 @@ async def test_a_store_that_was_away_for_longer_than_a_lease_costs_no_attempt(
     assert (ended.state, ended.attempts, len(workshop.backend.requests)) == ("succeeded", 1, 1)
 
 
-async def test_a_job_whose_file_is_being_kept_slowly_is_given_back_when_its_runner_stops(
+async def test_stopping_runner_requeues_a_job_with_a_slow_upload(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, answered = threading.Event(), threading.Event()

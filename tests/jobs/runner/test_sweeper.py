@@ -1,4 +1,4 @@
-"""What the sweeper removes and what it must not touch, on a folder and on a bucket."""
+"""What the sweeper deletes and what it must not touch, in a folder and in a bucket."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def swept(**numbers: int) -> dict[str, int]:
 
 @dataclass
 class Premises:
-    """A job queue, what lies in its place, and a clock that a test moves for the queue and its sweepers."""
+    """A job queue, its artifact store, and a settable clock for the queue and its sweepers."""
 
     queue: JobQueue
     late_s: float = 0.0
@@ -51,7 +51,7 @@ class Premises:
         raise NotImplementedError
 
     def write(self, key: str) -> None:
-        """As somebody else."""
+        """Write a file as another program would."""
         raise NotImplementedError
 
     def begin(self, key: str) -> None:
@@ -67,7 +67,7 @@ class Premises:
         return await self.queue.artifacts.put(key, lambda: [b"audio"], media_type="audio/wav", file_name="a.wav")
 
     async def make_job(self, **overrides: Any) -> Job:
-        """A running job with an upload."""
+        """Return a running job with an upload."""
         file = await self.queue.put_upload(lambda: [b"upload"], media_type="audio/wav", file_name="a.wav")
         await self.queue.submit(make_spec(upload=JobUpload(file, "init", 10.0), **overrides))
         job = self.queue.store.runners.lease("me", lease_s=15)
@@ -115,7 +115,7 @@ class Bucket(Premises):
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.server)])
 async def unclaimed(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Premises]:
-    """A place that nobody has used yet."""
+    """Yield an artifact store that no database has claimed."""
     made = make_folder(tmp_path) if request.param == "local" else make_bucket(request, tmp_path)
     yield made
     await made.queue.close()
@@ -154,7 +154,7 @@ def make_queue(folder: Path, artifacts: ArtifactStore, now: Any, *, name: str = 
     return JobQueue(JobStore(Database(url, now=now), LIMITS), artifacts)
 
 
-async def test_nothing_young_is_touched(premises: Premises) -> None:
+async def test_recent_files_stay(premises: Premises) -> None:
     await premises.finish(await premises.make_job())
     await premises.make_job()
     await premises.queue.publish(lambda: [b"x"], media_type="audio/wav", file_name="a.wav")
@@ -167,7 +167,7 @@ async def test_nothing_young_is_touched(premises: Premises) -> None:
     assert premises.names() == before
 
 
-async def test_old_jobs_and_published_files_go_with_their_files(premises: Premises) -> None:
+async def test_old_jobs_and_publications_are_deleted_with_their_files(premises: Premises) -> None:
     job = await premises.make_job()
     await premises.finish(job)
     file_id, _ = await premises.queue.publish(lambda: [b"x"], media_type="audio/wav", file_name="a.wav")
@@ -176,26 +176,26 @@ async def test_old_jobs_and_published_files_go_with_their_files(premises: Premis
     later = await premises.finish(await premises.make_job())
     premises.late_s = 7 * 24 * HOUR + 1
     found = await premises.sweep(orphan_after_s=30 * 24 * HOUR)
-    assert found["old"] == 3  # an upload that is gone already counts as removed
+    assert found["old"] == 3  # an upload that is already gone counts as removed
     assert await premises.queue.get(job.spec.ref) is None
     assert await premises.queue.find_file(file_id) is None
     assert later.key in premises.names()
     assert not any(job.spec.id in name or name.startswith("files/") for name in premises.names())
 
 
-async def test_files_that_belong_to_nothing_go_after_a_day(premises: Premises) -> None:
+async def test_orphans_are_deleted_after_a_day(premises: Premises) -> None:
     job = await premises.make_job()
     await premises.finish(job)
     orphans = [artifact_key(job.spec.id, "a.wav", fence=2), part_key("7" * 32, 3), file_key()]
     for key in orphans:
         await premises.put(key)
     premises.late_s = 25 * HOUR
-    assert await premises.sweep() == swept(orphans=4)  # with the upload of the ended job
+    assert await premises.sweep() == swept(orphans=4)  # includes the upload of the ended job
     assert premises.names() == [artifact_key(job.spec.id, "a.wav", fence=1)]
     assert await premises.sweep() == swept()
 
 
-async def test_what_a_job_still_needs_stays_however_old(premises: Premises) -> None:
+async def test_files_that_a_job_needs_stay(premises: Premises) -> None:
     running, dead, waiting = await premises.make_job(), await premises.make_job(), await premises.make_job()
     error = JobError("unavailable", "no")
     assert premises.queue.store.runners.fail(dead, error, is_dead_letter=True) is not None
@@ -208,7 +208,7 @@ async def test_what_a_job_still_needs_stays_however_old(premises: Premises) -> N
 FOREIGN = ("song.wav", "jobs.db", "uploads/photo.jpg", "files/x/y.wav", "other/" + "1" * 32 + "-a.wav", "1" * 32)
 
 
-async def test_foreign_files_are_not_touched(premises: Premises) -> None:
+async def test_files_of_other_programs_stay(premises: Premises) -> None:
     for key in FOREIGN:
         premises.write(key)
     premises.late_s = 400 * 24 * HOUR
@@ -216,12 +216,12 @@ async def test_foreign_files_are_not_touched(premises: Premises) -> None:
     assert premises.names() == sorted(FOREIGN)
 
 
-async def test_what_was_there_before_us_stays(unclaimed: Premises) -> None:
-    """The Stable Audio 3 server names its files as we do, and by default in the same place."""
+async def test_files_older_than_the_claim_stay(unclaimed: Premises) -> None:
+    """The Stable Audio 3 server uses the same file names and, by default, the same place."""
     unclaimed.write(artifact_key("1" * 32, "stable-audio-3-medium.wav", fence=1))
     before = unclaimed.names()
     written_at = int(time.time())
-    await until(lambda: int(time.time()) > written_at)  # buckets count whole seconds
+    await until(lambda: int(time.time()) > written_at)  # buckets round times to seconds
     assert unclaimed.queue.artifacts.claim(unclaimed.queue.store.identity()) is not None
     orphan = await unclaimed.put(file_key())
     unclaimed.late_s = 400 * 24 * HOUR
@@ -230,9 +230,7 @@ async def test_what_was_there_before_us_stays(unclaimed: Premises) -> None:
     assert orphan.key not in unclaimed.names()
 
 
-async def test_a_place_that_another_database_claimed_is_not_swept_of_orphans(
-    premises: Premises, tmp_path: Path
-) -> None:
+async def test_orphans_stay_where_another_database_has_the_claim(premises: Premises, tmp_path: Path) -> None:
     file = await premises.finish(await premises.make_job())
     stranger = replace(premises, queue=make_queue(tmp_path, premises.queue.artifacts, premises.time, name="other.db"))
     stranger.late_s = 5 * 24 * HOUR
@@ -242,7 +240,7 @@ async def test_a_place_that_another_database_claimed_is_not_swept_of_orphans(
     await asyncio.to_thread(stranger.queue.store.database.close)
 
 
-async def test_several_sweepers_at_once_remove_each_file_once(premises: Premises) -> None:
+async def test_concurrent_sweepers_delete_each_file_once(premises: Premises) -> None:
     for _ in range(30):
         await premises.put(file_key())
     for _ in range(5):
@@ -252,19 +250,19 @@ async def test_several_sweepers_at_once_remove_each_file_once(premises: Premises
     assert premises.names() == []
 
 
-async def test_a_service_in_trouble_is_swept_later(bucket: Bucket) -> None:
+async def test_failing_object_store_is_swept_later(bucket: Bucket) -> None:
     await bucket.finish(await bucket.make_job())
     await bucket.put(file_key())
     bucket.late_s = 8 * 24 * HOUR
     bucket.storage.proxy.faults = Faults(answer=(403, "AccessDenied"))
     assert await bucket.sweep() == swept()
-    assert bucket.queue.store.operators.list_all() == []  # forgotten first: what is left of it is an orphan
+    assert bucket.queue.store.operators.list_all() == []  # the jobs were deleted first, so their files are orphans
     assert len(bucket.names()) == 3
     bucket.storage.proxy.faults = Faults()
     assert await bucket.sweep() == swept(orphans=3)
 
 
-async def test_unfinished_files_go_when_they_are_old(premises: Premises) -> None:
+async def test_old_unfinished_files_are_deleted(premises: Premises) -> None:
     premises.begin(file_key())
     assert await premises.sweep() == swept()
     assert await premises.sweep(orphan_after_s=-HOUR) == swept(unfinished=1)
@@ -273,11 +271,11 @@ async def test_unfinished_files_go_when_they_are_old(premises: Premises) -> None
 
 @pytest.fixture
 def job_settings() -> JobSettings:
-    """Of the workshop."""
+    """Settings of the workshop."""
     return JobSettings(sweep_every_s=0.05, orphan_after_s=0.001)
 
 
-async def test_a_runner_sweeps_by_itself(workshop: Workshop) -> None:
+async def test_runner_sweeps_regularly(workshop: Workshop) -> None:
     queue = workshop.queue
     queue.artifacts.claim(queue.store.identity())
     await queue.artifacts.put(file_key(), lambda: [b"x"], media_type="audio/wav", file_name="a.wav")

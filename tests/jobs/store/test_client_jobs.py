@@ -1,4 +1,4 @@
-"""What clients may do with the job store, on every database it can be kept in."""
+"""Client operations of the job store, on every database."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ ODD_TEXTS = {
 odd_texts = pytest.mark.parametrize("text", ODD_TEXTS.values(), ids=ODD_TEXTS)
 
 
-def test_a_new_job_waits_and_can_be_found_under_its_contract_and_client_only(store: JobStore, wall: Wall) -> None:
+def test_new_job_is_found_only_under_its_contract_and_client(store: JobStore, wall: Wall) -> None:
     job = add(store, contract="fal", client="one")
     assert find(store, job) == job
     assert (job.state, job.stage, job.fraction, job.attempts, job.cancel_requested) == ("queued", "queued", 0, 0, False)
@@ -59,7 +59,7 @@ def test_a_new_job_waits_and_can_be_found_under_its_contract_and_client_only(sto
     assert store.clients.get(ref("other", contract="fal", client="one")) is None
 
 
-def test_everything_asked_for_is_kept(store: JobStore) -> None:
+def test_stored_job_keeps_every_field(store: JobStore) -> None:
     upload = JobUpload(StoredFile("uploads/1", "audio/wav", "a b.wav", 12, "ab" * 32), "init", 47.5)
     spec = make_spec(upload=upload, priority="batch", start_within_s=9.5, wire={"a": [1, None]}, client="k" * 16)
     spec = replace(spec, idempotency_key="key", fingerprint="f" * 64, webhook_url="https://a.example/")
@@ -67,7 +67,7 @@ def test_everything_asked_for_is_kept(store: JobStore) -> None:
 
 
 @odd_texts
-def test_any_text_survives_but_lone_surrogates_which_no_encoding_has(store: JobStore, text: str) -> None:
+def test_any_text_but_lone_surrogates_survives(store: JobStore, text: str) -> None:
     def spec_of(text: str) -> JobSpec:
         spec = make_spec(id="1" * 32, wire={"text": text, text: 1})
         return replace(spec, request=replace(spec.request, prompt=text, negative_prompt=text))
@@ -76,7 +76,7 @@ def test_any_text_survives_but_lone_surrogates_which_no_encoding_has(store: JobS
 
 
 @odd_texts
-def test_any_text_may_be_looked_up(store: JobStore, text: str) -> None:
+def test_any_text_can_be_an_id_in_a_lookup(store: JobStore, text: str) -> None:
     assert store.clients.get(ref(text)) is None
     assert store.files.find(text) is None
     assert store.clients.cancel(ref(text)) == ("unknown", None)
@@ -88,7 +88,7 @@ def test_any_text_may_be_looked_up(store: JobStore, text: str) -> None:
 
 
 @odd_texts
-def test_any_text_may_name_things(store: JobStore, text: str) -> None:
+def test_any_text_can_be_an_id_key_or_url(store: JobStore, text: str) -> None:
     spec = make_spec(id=text, client=text, model=text, idempotency_key=text, fingerprint="f", webhook_url=text)
     job = add_spec(store, spec)
     assert not store.clients.add(spec).is_new
@@ -100,7 +100,7 @@ def test_any_text_may_name_things(store: JobStore, text: str) -> None:
     assert store.runners.succeed(leased, RESULT) is not None
 
 
-def test_the_same_id_under_other_contracts_and_clients_is_another_job(store: JobStore) -> None:
+def test_same_id_under_another_contract_or_client_is_another_job(store: JobStore) -> None:
     own = {"id": "same", "contract": "sa3", "client": "one", "id_is_chosen": True}
     jobs = [add(store, **own | other) for other in ({}, {"contract": "aiml"}, {"client": "two"}, {"client": ""})]
     store.clients.cancel(jobs[1].spec.ref)
@@ -114,7 +114,7 @@ def test_the_same_id_under_other_contracts_and_clients_is_another_job(store: Job
     assert [job.spec.ref for job in store.operators.find_all("same")] == [job.spec.ref for job in jobs]
 
 
-def test_only_an_id_that_nobody_chose_is_enough_to_find_a_job(store: JobStore) -> None:
+def test_only_generated_ids_find_jobs_without_a_client(store: JobStore) -> None:
     add(store, id="1" * 32, client="one", id_is_chosen=True)
     made = add(store, client="one")
     assert store.clients.find_unguessable("sa3", "1" * 32) is None
@@ -124,10 +124,10 @@ def test_only_an_id_that_nobody_chose_is_enough_to_find_a_job(store: JobStore) -
 
 
 class TestRepeatedRequests:
-    """An idempotency key, or an id the client chose, makes a job at most once."""
+    """An idempotency key, or an id that the client chose, creates at most one job."""
 
     @pytest.mark.parametrize("by", ["id", "key"])
-    def test_find_their_first_job_whatever_became_of_it(self, store: JobStore, by: str) -> None:
+    def test_return_their_first_job_in_any_state(self, store: JobStore, by: str) -> None:
         first = add(store, id="1" * 32, idempotency_key="k", fingerprint="same")
         again = make_spec(fingerprint="same", **{"id": {"id": first.spec.id}, "key": {"idempotency_key": "k"}}[by])
         repeated = store.clients.add(again)
@@ -138,7 +138,7 @@ class TestRepeatedRequests:
         assert store.operators.counts() == {"cancelled": 1}
 
     @pytest.mark.parametrize(("by", "code"), [("id", "id"), ("key", "Idempotency-Key")])
-    def test_of_something_else_are_conflicts(self, store: JobStore, by: str, code: str) -> None:
+    def test_with_another_request_are_conflicts(self, store: JobStore, by: str, code: str) -> None:
         add(store, id="1" * 32, idempotency_key="k", fingerprint="one")
         other = make_spec(fingerprint="other", **{"id": {"id": "1" * 32}, "key": {"idempotency_key": "k"}}[by])
         with pytest.raises(ConflictError, match=code) as caught:
@@ -157,23 +157,23 @@ class TestRepeatedRequests:
             add(store, contract=contract, client=client, idempotency_key="k", fingerprint="same")
         assert store.operators.counts() == {"queued": 4}
 
-    def test_are_answered_when_the_queue_is_full(self, database: Database) -> None:
+    def test_are_answered_while_the_queue_is_full(self, database: Database) -> None:
         store = JobStore(database, JobSettings(max_queued=1))
         spec = make_spec(idempotency_key="k", fingerprint="same")
         store.clients.add(spec)
         assert not store.clients.add(spec).is_new
 
-    def test_a_key_of_its_own_for_each_of_two_ids(self, store: JobStore) -> None:
+    def test_with_the_key_and_id_of_two_jobs_are_conflicts(self, store: JobStore) -> None:
         add(store, id="1" * 32, idempotency_key="a", fingerprint="same")
         add(store, id="2" * 32, idempotency_key="b", fingerprint="same")
-        with pytest.raises(ConflictError):  # its key is the first job's, its id the second one's
+        with pytest.raises(ConflictError):  # the key belongs to the first job, the id to the second
             store.clients.add(make_spec(id="2" * 32, idempotency_key="a", fingerprint="same"))
 
 
 class TestRoom:
-    """Jobs that wait are bounded, for all and for each client."""
+    """Waiting jobs are limited, in total and per client."""
 
-    def test_more_than_may_wait_are_refused(self, database: Database) -> None:
+    def test_jobs_above_the_limit_are_refused(self, database: Database) -> None:
         store = JobStore(database, JobSettings(max_queued=2))
         add(store)
         add(store)
@@ -184,7 +184,7 @@ class TestRoom:
         lease(store)
         add(store)
 
-    def test_more_of_one_client_than_may_wait_are_refused(self, database: Database) -> None:
+    def test_jobs_above_the_limit_per_client_are_refused(self, database: Database) -> None:
         store = JobStore(database, JobSettings(max_queued=10, max_queued_per_key=2))
         add(store, client="one")
         add(store, client="one")
@@ -193,7 +193,7 @@ class TestRoom:
         assert caught.value.retry_after_s
         add(store, client="two")
 
-    def test_a_full_queue_has_room_for_the_share_of_who_has_less(self, database: Database) -> None:
+    def test_full_queue_accepts_clients_below_their_share(self, database: Database) -> None:
         store = JobStore(database, JobSettings(max_queued=12))
         for _ in range(12):
             add(store, client="one")
@@ -207,7 +207,7 @@ class TestRoom:
             assert not isinstance(caught.value, QuotaError)
         for _ in range(2):
             add(store, client="four")
-        with pytest.raises(OverloadedError):  # twice as many as may wait
+        with pytest.raises(OverloadedError):  # twice as many as `max_queued`
             add(store, client="five")
         for _ in range(13):
             lease(store)
@@ -215,7 +215,7 @@ class TestRoom:
         with pytest.raises(OverloadedError):
             add(store, client="one")
 
-    def test_who_has_no_key_shares_the_limit_of_all_only(self, database: Database) -> None:
+    def test_jobs_without_a_client_have_only_the_common_limit(self, database: Database) -> None:
         store = JobStore(database, JobSettings(max_queued=3, max_queued_per_key=1))
         for _ in range(3):
             add(store, client="")
@@ -223,7 +223,7 @@ class TestRoom:
             add(store, client="")
         assert not isinstance(caught.value, QuotaError)
 
-    def test_a_refused_job_leaves_nothing(self, database: Database) -> None:
+    def test_refused_job_leaves_no_rows(self, database: Database) -> None:
         store = JobStore(database, JobSettings(max_queued=1))
         add(store)
         spec = make_spec(idempotency_key="k", fingerprint="f")
@@ -246,18 +246,18 @@ class TestListing:
             wall.now += 1
         first = store.clients.list_own("sa3", "one", limit=2)
         second = store.clients.list_own("sa3", "one", cursor=first.next_cursor, limit=2)
-        add(store, client="one")  # newer than what is being paged through
+        add(store, client="one")  # newer than the pages being read
         third = store.clients.list_own("sa3", "one", cursor=second.next_cursor, limit=2)
         assert [*first.jobs, *second.jobs, *third.jobs] == jobs[::-1]
         assert third.next_cursor is None
 
-    def test_an_exactly_full_page_is_the_last(self, store: JobStore) -> None:
+    def test_exactly_full_page_is_the_last(self, store: JobStore) -> None:
         for _ in range(2):
             add(store)
         page = store.clients.list_own("sa3", "", limit=2)
         assert (len(page.jobs), page.next_cursor) == (2, None)
 
-    def test_one_state_only(self, store: JobStore) -> None:
+    def test_filters_by_state(self, store: JobStore) -> None:
         ended, waiting = add(store), add(store)
         store.clients.cancel(ended.spec.ref)
         assert [job.spec.id for job in store.clients.list_own("sa3", "", state="queued").jobs] == [waiting.spec.id]
@@ -265,13 +265,13 @@ class TestListing:
         assert store.clients.list_own("sa3", "", state="failed").jobs == ()
 
     @pytest.mark.parametrize("cursor", ["", "x", "-1", "1", "9" * 30, "1'", "\x00", "０"])
-    def test_a_cursor_that_was_never_given_is_refused(self, store: JobStore, cursor: str) -> None:
+    def test_unknown_cursor_is_refused(self, store: JobStore, cursor: str) -> None:
         add(store)
         with pytest.raises(InvalidRequestError, match="cursor") as caught:
             store.clients.list_own("sa3", "", cursor=cursor)
         assert caught.value.field == "cursor"
 
-    def test_a_cursor_of_another_client_is_like_one_that_was_never_given(self, store: JobStore) -> None:
+    def test_cursor_of_another_client_is_refused_like_an_unknown_one(self, store: JobStore) -> None:
         jobs = [add(store, client=client, contract=contract) for client, contract in (("one", "sa3"), ("two", "fal"))]
         messages = []
         for cursor in (*(job.spec.id for job in jobs), "nothing"):
@@ -280,7 +280,7 @@ class TestListing:
             messages.append(caught.value.message)
         assert len(set(messages)) == 1
 
-    def test_a_cursor_says_nothing_of_other_clients(self, store: JobStore) -> None:
+    def test_cursor_reveals_nothing_of_other_clients(self, store: JobStore) -> None:
         for _ in range(30):
             add(store, client="two")
         own = [add(store, client="one", id=f"{number:032x}") for number in (7, 8)]
@@ -288,9 +288,9 @@ class TestListing:
 
 
 class TestEvents:
-    """What happened to a job can be read again from any point."""
+    """A job's events can be read again from any point."""
 
-    def test_tell_a_job_from_its_start_to_its_end(self, store: JobStore, wall: Wall) -> None:
+    def test_cover_a_job_from_start_to_end(self, store: JobStore, wall: Wall) -> None:
         add(store)
         job = add(store)
         wall.now += 5
@@ -315,23 +315,23 @@ class TestEvents:
             "finished: the generation took 1.50 s",
         ]
 
-    def test_continue_after_any_of_them(self, store: JobStore) -> None:
+    def test_continue_after_any_event(self, store: JobStore) -> None:
         job = add(store)
         leased = lease(store)
         for step in range(4):
             report(store, leased, stage="generating", fraction=step / 4)
-            add(store)  # whose events are not counted
+            add(store)  # its events are not counted
         events = store.clients.events(job.spec.ref)
         assert [event.id for event in events] == [1, 2, 3, 4, 5, 6]
         for index, event in enumerate(events):
             assert store.clients.events(job.spec.ref, after=event.id) == events[index + 1 :]
 
     @pytest.mark.parametrize("after", [-1, -(2**70), 2**31, 2**63 - 1, 2**63, 10**40])
-    def test_after_any_number(self, store: JobStore, after: int) -> None:
+    def test_accept_any_number_to_continue_after(self, store: JobStore, after: int) -> None:
         job = add(store)
         assert len(store.clients.events(job.spec.ref, after=after)) == (1 if after < 0 else 0)
 
-    def test_are_of_one_job_only(self, store: JobStore) -> None:
+    def test_belong_to_one_job(self, store: JobStore) -> None:
         one, other = add(store, contract="fal"), add(store)
         store.clients.cancel(one.spec.ref)
         assert [event.message for event in store.clients.events(other.spec.ref)] == ["queued"]
@@ -341,9 +341,9 @@ class TestEvents:
 
 
 class TestCancelling:
-    """A waiting job ends at once, a running one is asked to."""
+    """A waiting job ends at once; a running one is stopped by its runner."""
 
-    def test_a_waiting_job_ends_at_once(self, store: JobStore) -> None:
+    def test_waiting_job_ends_at_once(self, store: JobStore) -> None:
         job = add(store)
         outcome, ended = store.clients.cancel(job.spec.ref)
         assert outcome == "removed"
@@ -354,21 +354,21 @@ class TestCancelling:
         assert store.runners.lease("me", lease_s=15) is None
         assert store.clients.cancel(job.spec.ref) == ("already_over", ended)
 
-    def test_a_running_job_is_asked_to_stop(self, store: JobStore) -> None:
+    def test_running_job_gets_a_cancel_request(self, store: JobStore) -> None:
         job = add(store)
         leased = lease(store)
         assert [held.cancel_requested for held in store.runners.renew("me", lease_s=15, refs=[job.spec.ref])] == [False]
-        outcome, asked = store.clients.cancel(job.spec.ref)
+        outcome, cancelling = store.clients.cancel(job.spec.ref)
         assert outcome == "requested"
-        assert asked is not None
-        assert (asked.state, asked.cancel_requested) == ("running", True)
+        assert cancelling is not None
+        assert (cancelling.state, cancelling.cancel_requested) == ("running", True)
         assert [held.cancel_requested for held in store.runners.renew("me", lease_s=15, refs=[job.spec.ref])] == [True]
-        assert store.clients.cancel(job.spec.ref) == ("requested", asked)
+        assert store.clients.cancel(job.spec.ref) == ("requested", cancelling)
         ended = store.runners.stop(leased)
         assert ended is not None
         assert (ended.state, ended.error.code if ended.error else None) == ("cancelled", "cancelled")
 
-    def test_asking_twice_is_noted_once(self, store: JobStore) -> None:
+    def test_second_cancel_request_adds_no_event(self, store: JobStore) -> None:
         job = add(store)
         lease(store)
         for _ in range(3):
@@ -376,12 +376,12 @@ class TestCancelling:
         messages = [event.message for event in store.clients.events(job.spec.ref)]
         assert messages == ["queued", "started", "cancellation requested"]
 
-    def test_an_unknown_job_cannot_be_cancelled(self, store: JobStore) -> None:
+    def test_unknown_job_cannot_be_cancelled(self, store: JobStore) -> None:
         add(store, id="one", contract="fal")
         assert store.clients.cancel(ref("one")) == ("unknown", None)
 
 
-def test_jobs_survive_the_end_of_the_process(store: JobStore, database: Database, store_url: str, wall: Wall) -> None:
+def test_jobs_survive_the_process(store: JobStore, database: Database, store_url: str, wall: Wall) -> None:
     waiting, running = add(store), add(store)
     lease(store)
     database.close()

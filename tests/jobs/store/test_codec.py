@@ -13,7 +13,7 @@ from stable_audio_serve.jobs.store import codec
 
 FILE = StoredFile("uploads/x", "audio/wav", "a b\u202e.wav", 12, "ab" * 32)
 
-# Every field differs from its default, so that none can get lost unseen.
+# Every field differs from its default, so that a lost field is noticed.
 REQUEST = GenerationRequest(
     prompt='"quoted" ♪ \x00 \n \U0001f3b5 ' + "x" * 1000,
     duration_s=0.1 + 0.2,
@@ -63,29 +63,29 @@ SPEC = JobSpec(
 )
 
 
-def test_every_field_of_the_examples_is_one_of_its_own() -> None:
+def test_examples_differ_from_every_default() -> None:
     defaults = GenerationRequest("", 0.0, 0)
     kept = {item.name for item in fields(GenerationRequest)} - {"init_audio", "inpaint_audio"}
     assert not [name for name in kept if getattr(REQUEST, name) == getattr(defaults, name)]
 
 
-def test_a_specification_survives_exactly() -> None:
+def test_specification_survives_exactly() -> None:
     assert codec.load_spec(codec.dump(SPEC)) == SPEC
     plain = replace(SPEC, request=GenerationRequest("x", 1.0, 0), upload=None, wire={})
     assert codec.load_spec(codec.dump(plain)) == plain
 
 
 @pytest.mark.parametrize("error", [JobError("invalid", "steps: no", "steps"), JobError("storage", "full")])
-def test_an_error_survives_exactly(error: JobError) -> None:
+def test_error_survives_exactly(error: JobError) -> None:
     assert codec.load_error(codec.dump(error)) == error
 
 
-def test_a_result_survives_exactly() -> None:
+def test_result_survives_exactly() -> None:
     result = JobResult(FILE, "f" * 32, 44100, (5, 2**63 - 1), 0.123456789)
     assert codec.load_result(codec.dump(result)) == result
 
 
-def test_what_another_version_wrote_can_be_read() -> None:
+def test_text_of_another_version_can_be_read() -> None:
     text = json.loads(codec.dump(SPEC))
     text["new_field"] = {"x": 1}
     text["request"]["new_control"] = 3

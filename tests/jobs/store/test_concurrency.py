@@ -1,4 +1,4 @@
-"""Many at once, in threads and in processes, on every database: nothing is done twice, lost or beyond its limits."""
+"""Concurrent threads and processes on every database: nothing is done twice, lost or above its limit."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ on_postgresql = pytest.mark.parametrize(
 
 @pytest.fixture
 def database(store_url: str) -> Iterator[Database]:
-    """With the database's own clock."""
+    """Use the database's own clock."""
     database = open_database(store_url)
     yield database
     database.close()
 
 
 def at_once(calls: list[Callable[[], Any]]) -> list[Any]:
-    """The answers, or errors, of calls that all start together."""
+    """Start all calls at the same time and return their results or errors."""
     barrier = threading.Barrier(len(calls))
 
     def run(call: Callable[[], Any]) -> Any:
@@ -69,7 +69,7 @@ def at_once(calls: list[Callable[[], Any]]) -> list[Any]:
 
 
 def lease_all(url: str, owner: str) -> list[str]:
-    """Ids of all that one process gets of a queue."""
+    """Lease all jobs of a queue in one process and return their ids."""
     store = JobStore(open_database(url))
     ids = []
     while job := store.runners.lease(owner, lease_s=60):
@@ -79,12 +79,12 @@ def lease_all(url: str, owner: str) -> list[str]:
 
 
 def add_same(url: str, number: int) -> list[bool]:
-    """What one process is told that adds the same request again and again."""
+    """Add the same request repeatedly in one process. Returns which calls added a new job."""
     store = JobStore(open_database(url), _MANY)
     specs = [make_spec(id=f"{number}-{turn}", idempotency_key="k", fingerprint="f") for turn in range(10)]
-    told = [store.clients.add(spec).is_new for spec in specs]
+    added = [store.clients.add(spec).is_new for spec in specs]
     store.database.close()
-    return told
+    return added
 
 
 def test_threads_never_lease_the_same_job(database: Database) -> None:
@@ -103,7 +103,7 @@ def test_threads_never_lease_the_same_job(database: Database) -> None:
 
 
 @on_postgresql
-def test_many_runners_give_every_client_its_turns(database: Database) -> None:
+def test_clients_take_turns_with_many_runners(database: Database) -> None:
     store = JobStore(database, _MANY)
     for _ in range(30):
         for client in "klmno":
@@ -128,7 +128,7 @@ def test_processes_never_lease_the_same_job(database: Database, store_url: str, 
 
 
 @on_postgresql
-def test_changes_to_many_jobs_never_wait_for_each_other_in_a_circle(database: Database) -> None:
+def test_changes_to_many_jobs_never_deadlock(database: Database) -> None:
     store = JobStore(database, _MANY)
     jobs = [lease(store) for job in [add(store) for _ in range(20)]]
     reports = [Report(job, "denoising", 0.5) for job in jobs]
@@ -142,7 +142,7 @@ def test_changes_to_many_jobs_never_wait_for_each_other_in_a_circle(database: Da
 
 
 @pytest.mark.parametrize("by", ["key", "id"])
-def test_fifty_identical_requests_at_once_make_one_job(database: Database, by: str) -> None:
+def test_fifty_concurrent_identical_requests_make_one_job(database: Database, by: str) -> None:
     store = JobStore(database, _MANY)
     same = {"key": {"idempotency_key": "k"}, "id": {"id": "1" * 32}}[by]
     specs = [make_spec(fingerprint="f", **same) for _ in range(50)]
@@ -156,13 +156,13 @@ def test_fifty_identical_requests_at_once_make_one_job(database: Database, by: s
 def test_identical_requests_of_many_processes_make_one_job(
     database: Database, store_url: str, processes: ProcessPoolExecutor
 ) -> None:
-    told = processes.map(add_same, [store_url] * 3, range(3))
-    assert list(itertools.chain(*told)).count(True) == 1
+    added = processes.map(add_same, [store_url] * 3, range(3))
+    assert list(itertools.chain(*added)).count(True) == 1
     assert JobStore(database).operators.counts() == {"queued": 1}
 
 
 @on_postgresql
-def test_two_requests_with_one_key_at_once_make_one_job(database: Database) -> None:
+def test_two_concurrent_requests_with_one_key_make_one_job(database: Database) -> None:
     store = JobStore(database, _MANY)
     specs = [make_spec(idempotency_key="k", fingerprint=fingerprint) for fingerprint in "ab" * 10]
     answers = at_once([partial(store.clients.add, spec) for spec in specs])
@@ -174,7 +174,7 @@ def test_two_requests_with_one_key_at_once_make_one_job(database: Database) -> N
     ("limits", "refusal"),
     [({"max_queued": 5}, OverloadedError), ({"max_queued": 100, "max_queued_per_key": 5}, QuotaError)],
 )
-def test_many_at_once_never_exceed_what_may_wait(
+def test_concurrent_requests_never_exceed_the_queue_limit(
     database: Database, limits: dict[str, int], refusal: type[Exception]
 ) -> None:
     stores = [JobStore(database, JobSettings(**limits)) for _ in range(30)]
@@ -183,7 +183,7 @@ def test_many_at_once_never_exceed_what_may_wait(
     assert stores[0].operators.counts() == {"queued": 5}
 
 
-def test_only_one_of_many_ends_at_once_counts(database: Database) -> None:
+def test_only_one_of_many_concurrent_outcomes_counts(database: Database) -> None:
     store = JobStore(database, _MANY)
     for _ in range(8):
         add(store)
@@ -202,7 +202,7 @@ def test_only_one_of_many_ends_at_once_counts(database: Database) -> None:
         assert (store.files.find(result.file_id) is not None) == (ended.state == "succeeded")
 
 
-def test_a_cancelled_job_never_starts_and_a_started_one_hears_of_it(database: Database) -> None:
+def test_cancel_ends_a_waiting_job_or_reaches_a_started_one(database: Database) -> None:
     store = JobStore(database, _MANY)
     for _ in range(8):
         job = add(store)
@@ -220,7 +220,7 @@ def test_a_cancelled_job_never_starts_and_a_started_one_hears_of_it(database: Da
 
 
 @on_postgresql
-def test_a_dead_letter_is_retried_or_forgotten_but_never_both(database: Database) -> None:
+def test_dead_letter_is_retried_or_deleted_but_never_both(database: Database) -> None:
     store = JobStore(database, _MANY)
     for _ in range(8):
         add(store)
@@ -234,8 +234,8 @@ def test_a_dead_letter_is_retried_or_forgotten_but_never_both(database: Database
 
 
 @on_postgresql
-def test_whatever_runners_do_every_job_ends_once(store_url: str, wall: Wall) -> None:
-    """Some fall silent, some wake up after their jobs were given away, some end them twice."""
+def test_every_job_ends_once_with_faulty_runners(store_url: str, wall: Wall) -> None:
+    """Some runners go silent, some wake up after their jobs were reclaimed, some end jobs twice."""
     num_jobs = 60
     database = open_database(store_url, wall)
     store = JobStore(database, _MANY)
@@ -249,7 +249,7 @@ def test_whatever_runners_do_every_job_ends_once(store_url: str, wall: Wall) -> 
             job = store.runners.lease(owner, lease_s=LEASE_S)
             if job is None:
                 continue
-            if chance.random() < 0.3:  # past its lease, and past those of the others
+            if chance.random() < 0.3:  # past its lease, and past those of others
                 wall.now += LEASE_S
                 lost.extend(store.runners.reclaim(max_attempts=1000))
             for _ in range(2):

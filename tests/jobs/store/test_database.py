@@ -1,4 +1,4 @@
-"""The job database at the start, when it fails, and when it comes back."""
+"""The job database at startup, during an outage, and after it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.jobs.stores import CONTRACT_KINDS, add, find, open_database
 
 @pytest.fixture(params=CONTRACT_KINDS)
 def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A database without any tables."""
+    """Return the URL of a database without tables."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'new' / 'jobs.db'}"
     url: str = request.getfixturevalue("postgres_url")
@@ -33,7 +33,7 @@ def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def execute(url: str, statement: str) -> None:
-    """Change the database behind the store's back."""
+    """Change the database without the store."""
     if url.startswith("sqlite"):
         with sqlite3.connect(url.removeprefix("sqlite:///")) as connection:
             connection.execute(statement)
@@ -42,19 +42,19 @@ def execute(url: str, statement: str) -> None:
             connection.execute(statement.encode())
 
 
-def test_only_transactions_that_say_so_do_not_wait_for_the_disk(empty_url: str) -> None:
+def test_only_transactions_without_durability_skip_the_disk(empty_url: str) -> None:
     database = open_database(empty_url)
     setting, waits, hasty = (
         ("PRAGMA synchronous", 2, 1) if database.is_sqlite else ("SHOW synchronous_commit", "on", "off")
     )
     for is_durable, expected in ((True, waits), (False, hasty), (True, waits)):
-        with database.writing(is_durable=is_durable) as connection:  # the pool gives the same connection each time
+        with database.writing(is_durable=is_durable) as connection:  # the pool returns the same connection each time
             assert connection.execute(sa.text(setting)).scalar_one() == expected
     database.close()
 
 
 def refusal_of(url: str) -> str:
-    """Why a start with this database is refused: one sentence, without the password."""
+    """Return the reason why a start with this database is refused: one sentence, without the password."""
     with pytest.raises(ConfigError) as caught:
         open_database(url).prepare()
     assert caught.value.field == "jobs.database_url"
@@ -66,7 +66,7 @@ def refusal_of(url: str) -> str:
 
 
 def prepare(url: str, job_id: str) -> None:
-    """In another process."""
+    """Prepare the database in another process."""
     database = open_database(url)
     database.prepare()
     add(JobStore(database), id=job_id)
@@ -79,9 +79,9 @@ def fill(store: JobStore) -> None:
 
 
 class TestAddresses:
-    """What may be configured."""
+    """Allowed database URLs."""
 
-    def test_nothing_is_a_file_in_the_output_folder(self, tmp_path: Path) -> None:
+    def test_default_is_a_file_in_the_output_folder(self, tmp_path: Path) -> None:
         database = Database(database_url(None, tmp_path / "outputs"))
         assert list(tmp_path.iterdir()) == []
         add(JobStore(database))
@@ -90,7 +90,7 @@ class TestAddresses:
         assert str(database) == f"SQLite {tmp_path / 'outputs' / 'jobs.db'}"
 
     @pytest.mark.parametrize("scheme", ["postgresql", "postgres", "postgresql+psycopg", "postgresql+psycopg2"])
-    def test_postgresql_is_said_without_its_password(self, scheme: str) -> None:
+    def test_postgresql_is_named_without_its_password(self, scheme: str) -> None:
         database = open_database(f"{scheme}://user:secret@db.example:6543/jobs?sslmode=require")
         assert str(database) == "PostgreSQL db.example:6543/jobs"
 
@@ -109,26 +109,26 @@ class TestAddresses:
             "https://secret",
         ],
     )
-    def test_anything_else_stops_the_start(self, tmp_path: Path, url: str) -> None:
+    def test_other_urls_stop_the_start(self, tmp_path: Path, url: str) -> None:
         with pytest.raises(ConfigError, match="database_url") as caught:
             database_url(url, tmp_path)
         assert "secret" not in caught.value.message
 
-    def test_postgresql_without_its_driver_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_missing_postgresql_driver_names_the_package(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "psycopg", None)
         with pytest.raises(ConfigError, match=r"pip install .*postgres"):
             open_database("postgresql://host/db")
 
-    def test_a_sqlite_that_is_too_old_says_which_is_needed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_old_sqlite_names_the_required_version(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 31, 1))
         with pytest.raises(ConfigError, match=r"3\.35"):
             open_database("sqlite:////nowhere/jobs.db")
 
 
 class TestStart:
-    """Tables are made and upgraded, or the reason why not is one sentence."""
+    """Tables are created and upgraded, or the start fails with a one-sentence reason."""
 
-    def test_makes_every_table_once(self, empty_url: str) -> None:
+    def test_creates_every_table_once(self, empty_url: str) -> None:
         for _ in range(2):
             database = open_database(empty_url)
             database.prepare()
@@ -136,7 +136,7 @@ class TestStart:
             assert tables == {*METADATA.tables, "alembic_version"}
             database.close()
 
-    def test_the_first_use_makes_them_too(self, empty_url: str) -> None:
+    def test_first_use_creates_the_tables(self, empty_url: str) -> None:
         database = open_database(empty_url)
         store = JobStore(database)
         job = add(store)
@@ -145,7 +145,7 @@ class TestStart:
 
     @pytest.mark.server
     @pytest.mark.parametrize("_", [0, *(pytest.param(turn, marks=pytest.mark.slow) for turn in range(1, 5))])
-    def test_many_processes_may_start_at_once(self, empty_url: str, processes: ProcessPoolExecutor, _: int) -> None:
+    def test_many_processes_can_start_at_once(self, empty_url: str, processes: ProcessPoolExecutor, _: int) -> None:
         list(processes.map(prepare, [empty_url] * 6, "abcdef"))
         database = open_database(empty_url)
         assert JobStore(database).operators.counts() == {"queued": 6}
@@ -158,9 +158,9 @@ class TestStart:
         ours = newest_revision()
         beyond = f"{int(ours) + 2:04d}"
         execute(empty_url, f"UPDATE alembic_version SET version_num = '{beyond}'")
-        for words in ("newer version", f"revision {beyond}", f"knows {ours}", "start that newer version"):
-            assert words in refusal_of(empty_url)
-        with pytest.raises(StorageError, match=f"revision {beyond}"):  # one that runs already, when others upgrade
+        for part in ("newer version", f"revision {beyond}", f"knows {ours}", "start that newer version"):
+            assert part in refusal_of(empty_url)
+        with pytest.raises(StorageError, match=f"revision {beyond}"):  # a running server, when another one upgrades
             database.require_same()
         database.close()
         late = Database(database_url(empty_url, Path("/nowhere")), identity=identity)  # a replica that starts later
@@ -173,51 +173,51 @@ class TestStart:
         execute(empty_url, "INSERT INTO alembic_version VALUES ('1975ea83b712')")
         assert "1975ea83b712, which is none of ours" in refusal_of(empty_url)
 
-    def test_tables_of_something_else_are_refused(self, tmp_path: Path, empty_url: str) -> None:
+    def test_tables_of_unknown_origin_are_refused(self, tmp_path: Path, empty_url: str) -> None:
         (tmp_path / "new").mkdir()
         execute(empty_url, "CREATE TABLE jobs (salary integer)")
         assert "not ours" in refusal_of(empty_url)
 
-    def test_a_file_that_is_no_database(self, tmp_path: Path) -> None:
+    def test_file_that_is_no_database(self, tmp_path: Path) -> None:
         (tmp_path / "jobs.db").write_text("no database at all, but long enough to be looked at" * 100)
         assert "not a database" in refusal_of(f"sqlite:///{tmp_path / 'jobs.db'}")
 
-    def test_a_folder_that_cannot_be_made(self, tmp_path: Path) -> None:
+    def test_folder_that_cannot_be_created(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("no folder")
         assert str(tmp_path) in refusal_of(f"sqlite:///{tmp_path / 'file' / 'jobs.db'}")
         assert str(tmp_path) in refusal_of(f"sqlite:///{tmp_path}")
 
-    def test_a_server_that_is_not_there(self) -> None:
+    def test_unreachable_server(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
         assert "refused" in refusal_of(f"postgresql://user:secret@127.0.0.1:{port}/jobs")
 
-    def test_a_host_that_is_not_there(self) -> None:
+    def test_unknown_host(self) -> None:
         assert "nowhere.invalid" in refusal_of("postgresql://user:secret@nowhere.invalid/jobs")
 
-    @pytest.mark.server  # takes two seconds, as short as libpq can wait
-    def test_a_server_that_never_answers(self) -> None:
+    @pytest.mark.server  # takes two seconds, the shortest timeout of libpq
+    def test_server_that_never_answers(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
             assert "timeout" in refusal_of(f"postgresql://user:secret@127.0.0.1:{port}/jobs?connect_timeout=2")
 
     @pytest.mark.server
-    def test_a_wrong_password(self, postgres: PostgresServer) -> None:
+    def test_wrong_password(self, postgres: PostgresServer) -> None:
         url = postgres.url().replace(postgres.password, "wrong-password")
         assert "password authentication failed" in refusal_of(url)
 
     @pytest.mark.server
-    def test_an_unknown_database(self, postgres: PostgresServer) -> None:
+    def test_unknown_database(self, postgres: PostgresServer) -> None:
         assert '"other" does not exist' in refusal_of(postgres.url("other"))
 
     @pytest.mark.server
-    def test_a_user_who_may_make_no_tables(self, postgres: PostgresServer, postgres_url: str) -> None:
+    def test_user_without_the_right_to_create_tables(self, postgres: PostgresServer, postgres_url: str) -> None:
         postgres.execute("CREATE ROLE guest LOGIN PASSWORD 'guest-secret'")
         url = postgres_url.replace(f"{postgres.user}:{postgres.password}", "guest:guest-secret")
         assert "permission denied" in refusal_of(url)
 
     @pytest.mark.server
-    def test_a_server_that_takes_no_writes(self, tmp_path: Path, postgres_url: str) -> None:
+    def test_read_only_server(self, tmp_path: Path, postgres_url: str) -> None:
         database = open_database(postgres_url)
         database.prepare()
         database.close()
@@ -229,10 +229,10 @@ class TestStart:
 
 
 class TestFaults:
-    """What fails while jobs are served is an error to try again, and passes."""
+    """Failures at runtime are errors that clients can retry, and they pass."""
 
     @pytest.mark.server
-    def test_a_restarted_server_is_used_again(self, postgres: PostgresServer, postgres_url: str) -> None:
+    def test_restarted_server_is_used_again(self, postgres: PostgresServer, postgres_url: str) -> None:
         database = open_database(postgres_url)
         store = JobStore(database)
         job = add(store)
@@ -243,7 +243,7 @@ class TestFaults:
         database.close()
 
     @pytest.mark.server
-    def test_a_server_that_is_away_is_a_storage_error_until_it_is_back(
+    def test_stopped_server_is_a_storage_error_until_it_is_back(
         self, postgres: PostgresServer, postgres_url: str
     ) -> None:
         database = open_database(postgres_url)
@@ -264,7 +264,9 @@ class TestFaults:
         database.close()
 
     @pytest.mark.server
-    def test_a_connection_lost_in_the_middle_changes_nothing(self, postgres: PostgresServer, postgres_url: str) -> None:
+    def test_connection_lost_in_a_transaction_changes_nothing(
+        self, postgres: PostgresServer, postgres_url: str
+    ) -> None:
         database = open_database(postgres_url)
         store = JobStore(database)
         add(store)
@@ -282,18 +284,19 @@ class TestFaults:
         database.close()
 
     @pytest.mark.server
-    def test_a_process_frozen_in_a_transaction_loses_its_locks(self, postgres_url: str) -> None:
+    def test_process_frozen_in_a_transaction_loses_its_locks(self, postgres_url: str) -> None:
         database = open_database(postgres_url)
         with database.writing() as connection:
             limit = connection.execute(sa.text("SHOW idle_in_transaction_session_timeout")).scalar()
         assert limit == "10s"
         database.close()
 
-    def test_a_full_disk_is_its_own_error_and_passes(self, tmp_path: Path) -> None:
+    def test_full_disk_has_its_own_error_and_passes(self, tmp_path: Path) -> None:
         database = open_database(f"sqlite:///{tmp_path / 'jobs.db'}")
         store = JobStore(database)
         job = add(store)
-        with database.writing() as connection:  # SQLite says the same as on a full disk; the pool keeps this connection
+        # SQLite reports the same as on a full disk; the pool keeps this connection
+        with database.writing() as connection:
             pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
             connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
         with pytest.raises(StorageFullError):
@@ -305,7 +308,7 @@ class TestFaults:
         database.close()
 
     @pytest.mark.server
-    def test_a_full_disk_of_the_server_too(self, postgres_url: str) -> None:
+    def test_full_disk_of_the_server_has_the_same_error(self, postgres_url: str) -> None:
         database = open_database(postgres_url)
         store = JobStore(database)
         job = add(store)
@@ -319,7 +322,7 @@ class TestFaults:
         add(store)
         database.close()
 
-    def test_a_database_that_cannot_be_opened(self, tmp_path: Path) -> None:
+    def test_database_that_cannot_be_opened(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("no folder")
         with pytest.raises(StorageError):
             add(JobStore(Database(database_url(None, tmp_path / "file"))))

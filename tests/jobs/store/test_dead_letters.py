@@ -1,4 +1,4 @@
-"""What operators do with dead letters, on every database: page through them, try them again, forget them."""
+"""Operator operations on dead letters, on every database: list, retry and delete."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def upload(key: str) -> JobUpload:
 
 
 def make_dead(store: JobStore, number: int) -> None:
-    """One real dead letter, copied in one statement."""
+    """Add one real dead letter and copy it in one statement."""
     dead = dead_letter(store, model="copied")
     columns = [column for column in JOBS.c if column.name not in ("seq", "id")]
     numbers = sa.select(sa.literal(1).label("n")).cte("numbers", recursive=True)
@@ -49,7 +49,7 @@ def make_dead(store: JobStore, number: int) -> None:
 
 
 class TestPages:
-    def test_are_newest_first_and_hold_nothing_else(self, store: JobStore) -> None:
+    def test_are_newest_first_and_have_only_dead_letters(self, store: JobStore) -> None:
         add(store)
         store.runners.fail(lease(store), ERROR)
         dead = [dead_letter(store, client=client, id="chosen") for client in ("one", "two", "three")]
@@ -60,28 +60,28 @@ class TestPages:
         first, *_ = store.dead_letters.page(limit=1)
         assert [letter.job for letter in store.dead_letters.page(before=first.number)] == dead[1::-1]
 
-    def test_of_one_model(self, store: JobStore) -> None:
+    def test_filter_by_model(self, store: JobStore) -> None:
         dead_letter(store, model="other")
         dead = dead_letter(store, model="demo")
         assert [letter.job for letter in store.dead_letters.page(model="demo")] == [dead]
         assert store.dead_letters.page(model="none") == []
 
     @pytest.mark.parametrize("number", some([1_000, 10_000], [1_000]))
-    def test_lead_through_thousands_while_others_come_and_go(self, store: JobStore, number: int) -> None:
+    def test_cover_thousands_during_changes(self, store: JobStore, number: int) -> None:
         make_dead(store, number)
         assert store.dead_letters.count() == number
         seen: list[int] = []
         page = store.dead_letters.page(limit=number // 20)
         while page:
             seen += [letter.number for letter in page]
-            dead_letter(store)  # a newer one is on no later page
+            dead_letter(store)  # newer, so it is on no later page
             store.dead_letters.delete([page[0].number, page[-1].number])
             page = store.dead_letters.page(limit=number // 20, before=seen[-1])
         assert seen == sorted(set(seen), reverse=True)
         assert len(seen) == number
         assert store.dead_letters.count() == number - 2 * 20 + 20
 
-    def test_one_is_shown_with_its_events(self, store: JobStore) -> None:
+    def test_dead_letter_is_found_with_its_events(self, store: JobStore) -> None:
         dead = dead_letter(store)
         (letter,) = store.dead_letters.page()
         found = store.dead_letters.find(letter.number)
@@ -93,7 +93,7 @@ class TestPages:
 
 
 class TestRetries:
-    def test_start_over(self, store: JobStore, wall: Wall) -> None:
+    def test_reset_the_attempts(self, store: JobStore, wall: Wall) -> None:
         dead = dead_letter(store, start_within_s=5.0, webhook_url="https://a.example/")
         (letter,) = store.dead_letters.page()
         wall.now += 100
@@ -103,7 +103,7 @@ class TestRetries:
         assert not retried.is_dead_letter
         assert store.clients.events(dead.spec.ref)[-1].message == "tried again by an operator"
         assert store.runners.expire() == []
-        assert Outbox(store.database).claim(for_s=60) is None  # it is not over any more
+        assert Outbox(store.database).claim(for_s=60) is None  # the job is not over any more
         again = lease(store)
         assert (again.attempts, again.lease.fence if again.lease else 0) == (1, 2)
         assert store.runners.succeed(again, result_of(again)) is not None
@@ -119,7 +119,7 @@ class TestRetries:
         assert store.dead_letters.delete(numbers) == ([], [])
         assert store.operators.counts() == {"queued": 1}
 
-    def test_concern_nothing_else(self, store: JobStore) -> None:
+    def test_affect_no_other_job(self, store: JobStore) -> None:
         waiting, failed = add(store), add(store)
         store.clients.cancel(waiting.spec.ref)
         store.runners.fail(lease(store), ERROR)
@@ -131,7 +131,7 @@ class TestRetries:
         assert (find(store, waiting), find(store, failed)) == before
 
     @pytest.mark.parametrize("by_number", [True, False])
-    def test_forget_that_it_was_to_be_cancelled(self, store: JobStore, *, by_number: bool) -> None:
+    def test_clear_a_requested_cancellation(self, store: JobStore, *, by_number: bool) -> None:
         add(store)
         job = lease(store)
         store.clients.cancel(job.spec.ref)
@@ -151,7 +151,7 @@ class TestRetries:
 
 
 class TestDeletions:
-    def test_leave_nothing_but_files_that_others_need(self, store: JobStore) -> None:
+    def test_leave_only_files_that_others_need(self, store: JobStore) -> None:
         kept = dead_letter(store, upload=upload("uploads/shared"))
         dead: list[Job] = [dead_letter(store, upload=upload(f"uploads/{key}")) for key in ("own", "shared")]
         own, shared = sorted(letter.number for letter in store.dead_letters.page()[:2])

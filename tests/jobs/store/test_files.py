@@ -15,7 +15,7 @@ __all__ = ["database", "postgres_with_tables", "store", "store_url", "wall"]
 
 
 class TestPublishedFiles:
-    """Whoever has the id may read the file."""
+    """A file can be read by its id alone."""
 
     def test_ids_cannot_be_guessed(self, store: JobStore) -> None:
         ids = {store.files.publish(FILE) for _ in range(3)}
@@ -24,7 +24,7 @@ class TestPublishedFiles:
         assert [store.files.find(file_id) for file_id in ids] == [FILE] * 3
         assert store.files.find("other") is None
 
-    def test_a_used_id_keeps_its_file(self, store: JobStore) -> None:
+    def test_used_id_keeps_its_file(self, store: JobStore) -> None:
         store.files.publish(FILE, file_id="mine")
         with pytest.raises(StorageError):
             store.files.publish(replace(FILE, key="other"), file_id="mine")

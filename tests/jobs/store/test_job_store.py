@@ -1,4 +1,4 @@
-"""The name and the secret of a job database, on every database."""
+"""The identity and the secret of a job database, on every database."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from tests.jobs.stores import database, postgres_with_tables, store, store_url, 
 __all__ = ["database", "postgres_with_tables", "store", "store_url", "wall"]
 
 
-def test_a_database_keeps_its_name(store: JobStore, database: Database) -> None:
+def test_database_keeps_its_identity(store: JobStore, database: Database) -> None:
     names = {store.identity(), store.identity(), JobStore(database).identity()}
     assert [len(name) for name in names] == [32]
 
 
-def test_a_database_keeps_its_secret_which_is_not_its_name(store: JobStore, database: Database) -> None:
+def test_database_keeps_its_secret(store: JobStore, database: Database) -> None:
     secrets = {store.secret(), store.secret(), JobStore(database).secret()}
     assert [len(secret) for secret in secrets] == [64]
     assert store.identity() not in secrets.pop()
 
 
-def test_a_checkpoint_in_progress_does_not_look_like_another_file(tmp_path: Path) -> None:
-    """The file is read without its log and without locks, so that a checkpoint may be seen half done."""
+def test_checkpoint_in_progress_is_not_a_replaced_file(tmp_path: Path) -> None:
+    """The file is read without its log and without locks, so a checkpoint may be half done."""
     url = database_url(None, tmp_path)
     database = Database(url)
     database.prepare()

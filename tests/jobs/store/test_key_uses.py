@@ -1,4 +1,4 @@
-"""Uses of limited clients in a database: each limit holds however many processes ask for the rest of it at once."""
+"""Uses of limited clients: concurrent processes never exceed a limit."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def make_use(
 
 
 def admit(uses: KeyUses, audio_s: float = 1.0, **options: Any) -> float | None:
-    """Returns None for an admitted request, else in how many seconds to ask again."""
+    """Return None if admitted, else the retry time in seconds."""
     refusal = uses.admit(make_use(audio_s, **options))
     return None if refusal is None else refusal.retry_after_s
 
@@ -56,7 +56,7 @@ def count(uses: KeyUses, num: int, **options: Any) -> int:
     return [admit(uses, **options) for _ in range(num)].count(None)
 
 
-def test_processes_share_a_limit_and_clients_have_their_own(database: Database, wall: Wall) -> None:
+def test_processes_share_a_limit_and_each_client_has_its_own(database: Database, wall: Wall) -> None:
     one, two = KeyUses(database), KeyUses(database)
     assert (count(one, 7, rate=10), count(one, 7, rate=5, client=BOB)) == (7, 5)
     assert (count(two, 1, rate=5, client=BOB), count(two, 7, rate=10)) == (0, 3)
@@ -66,20 +66,20 @@ def test_processes_share_a_limit_and_clients_have_their_own(database: Database, 
     assert count(one, 20, rate=10) == 10
 
 
-def test_the_wait_is_until_enough_of_what_was_used_is_a_minute_old(database: Database, wall: Wall) -> None:
+def test_retry_time_is_when_enough_uses_are_a_minute_old(database: Database, wall: Wall) -> None:
     uses = KeyUses(database)
     for audio_s in (200, 300, 100):
         assert admit(uses, audio_s, rate=600) is None
         wall.now += 10
-    asked = [uses.find_full(make_use(audio_s, rate=600)) for audio_s in (200, 201, 500, 501, 600)]
-    assert [refusal and refusal.retry_after_s for refusal in asked] == [30, 40, 40, 50, 50]
+    refusals = [uses.find_full(make_use(audio_s, rate=600)) for audio_s in (200, 201, 500, 501, 600)]
+    assert [refusal and refusal.retry_after_s for refusal in refusals] == [30, 40, 40, 50, 50]
     wall.now += 29.9
     assert admit(uses, 200, rate=600) == pytest.approx(0.1)
     wall.now += 0.1
     assert admit(uses, 200, rate=600) is None
 
 
-def test_audio_that_is_given_back_can_be_used_again(database: Database) -> None:
+def test_refunded_audio_can_be_used_again(database: Database) -> None:
     uses, use = KeyUses(database), make_use(10, rate=10)
     for _ in range(3):
         assert uses.admit(use) is None
@@ -89,7 +89,7 @@ def test_audio_that_is_given_back_can_be_used_again(database: Database) -> None:
     assert admit(uses, rate=10) is not None
 
 
-def test_a_place_is_free_when_its_request_ends(database: Database) -> None:
+def test_place_is_free_when_its_request_ends(database: Database) -> None:
     uses, use = KeyUses(database), make_use(places=2, rate=100)
     assert uses.admit(use) is None
     assert count(uses, 3, places=2, rate=100) == 1
@@ -98,7 +98,7 @@ def test_a_place_is_free_when_its_request_ends(database: Database) -> None:
     assert count(uses, 3, places=2, rate=100) == 1
 
 
-def test_places_that_are_not_renewed_are_free_after_15_seconds(database: Database, wall: Wall) -> None:
+def test_places_without_renewal_expire_after_15_seconds(database: Database, wall: Wall) -> None:
     uses, use = KeyUses(database), make_use(places=3)
     assert uses.admit(use) is None
     assert count(uses, 5, places=3) == 2
@@ -120,7 +120,7 @@ time.sleep(600)
 
 
 @pytest.mark.server
-def test_a_killed_process_gives_its_place_back(store_url: str) -> None:
+def test_place_of_a_killed_process_expires(store_url: str) -> None:
     open_database(store_url).prepare()
     with subprocess.Popen([sys.executable, "-c", _HOLDER, store_url], stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
@@ -131,7 +131,7 @@ def test_a_killed_process_gives_its_place_back(store_url: str) -> None:
     assert admit(KeyUses(open_database(store_url, later)), places=1) is None
 
 
-def test_a_clock_that_was_set_back_locks_nobody_out(database: Database, wall: Wall) -> None:
+def test_clock_set_back_locks_no_client_out(database: Database, wall: Wall) -> None:
     uses = KeyUses(database)
     assert admit(uses, 10, rate=10, places=1) is None
     wall.now -= 86_400
@@ -139,7 +139,7 @@ def test_a_clock_that_was_set_back_locks_nobody_out(database: Database, wall: Wa
     assert admit(uses, 10, rate=10) == 60
 
 
-def test_no_minute_has_more_than_the_limit_and_a_hammered_one_nearly_all(database: Database, wall: Wall) -> None:
+def test_no_minute_exceeds_the_limit_and_load_uses_nearly_all(database: Database, wall: Wall) -> None:
     chance, uses = random.Random(1), KeyUses(database)
     admitted: list[tuple[float, float]] = []
     began_at = wall.now
@@ -153,7 +153,7 @@ def test_no_minute_has_more_than_the_limit_and_a_hammered_one_nearly_all(databas
     assert 0.95 * 5 * 600 < sum(audio_s for _, audio_s in admitted) <= 5 * 600
 
 
-def test_rows_of_a_client_go_when_they_no_longer_count(database: Database, wall: Wall) -> None:
+def test_expired_rows_of_a_client_are_deleted(database: Database, wall: Wall) -> None:
     uses = KeyUses(database)
     for _ in range(200):
         assert admit(uses, rate=1e8, places=1000) is None
@@ -163,7 +163,7 @@ def test_rows_of_a_client_go_when_they_no_longer_count(database: Database, wall:
 
 
 def _hammer(url: str, times: int) -> int:
-    """In another process: ask as fast as it goes, until refused so many times. Returns how much was admitted."""
+    """In another process: send requests without pause until refused `times` times. Returns the number admitted."""
     uses = KeyUses(open_database(url))
     num_admitted = num_refused = 0
     while num_refused < times:
@@ -173,13 +173,13 @@ def _hammer(url: str, times: int) -> int:
 
 
 @pytest.mark.server
-def test_processes_that_race_for_the_last_second_get_it_once(store_url: str, processes: ProcessPoolExecutor) -> None:
+def test_last_second_goes_to_one_of_several_processes(store_url: str, processes: ProcessPoolExecutor) -> None:
     open_database(store_url).prepare()
     futures: list[Future[int]] = [processes.submit(_hammer, store_url, 20) for _ in range(3)]
     assert sum(future.result() for future in futures) == 100
 
 
-def test_threads_that_race_for_places_get_no_more_than_there_are(store_url: str) -> None:
+def test_concurrent_threads_never_exceed_the_places(store_url: str) -> None:
     open_database(store_url).prepare()
     counts: list[int] = []
     start = threading.Barrier(8)

@@ -1,4 +1,4 @@
-"""Settings of operators: shared by the processes of a server, apart from other servers, kept during an outage."""
+"""Operators' settings: shared by the processes of a server, separate per server, and retained during an outage."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["database", "postgres_with_tables", "store_url", "wall"]
 NOTHING = OperatorSettings()
 
 
-def test_every_process_of_a_server_sees_it_and_no_other_server(database: Database, store_url: str) -> None:
+def test_settings_reach_every_process_of_one_server(database: Database, store_url: str) -> None:
     one, other = (OperatorStore(database, server) for server in ("session_1/audio", "session_2/audio"))
     elsewhere = open_database(store_url)
     same = OperatorStore(elsewhere, "session_1/audio")
@@ -41,7 +41,7 @@ def test_every_process_of_a_server_sees_it_and_no_other_server(database: Databas
     elsewhere.close()
 
 
-def test_whoever_sets_something_knows_it_at_once(database: Database) -> None:
+def test_writer_sees_its_setting_at_once(database: Database) -> None:
     store = OperatorStore(database, "audio")
     store.drain()
     store.keep("tiny")
@@ -51,11 +51,9 @@ def test_whoever_sets_something_knows_it_at_once(database: Database) -> None:
     assert store.current == NOTHING
 
 
-async def test_what_was_read_last_stands_while_the_database_is_away(
-    database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "_LOOK_S", 0.01)
-    monkeypatch.setattr(module, "_AWAY_S", 0.01)
+async def test_last_settings_hold_during_an_outage(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_READ_EVERY_S", 0.01)
+    monkeypatch.setattr(module, "_RETRY_S", 0.01)
     operator, process = (OperatorStore(database, "audio") for _ in range(2))
     applied: list[OperatorSettings] = []
     following = asyncio.create_task(process.follow(applied.append))

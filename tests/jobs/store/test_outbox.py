@@ -1,4 +1,4 @@
-"""Notices of ended jobs, on every database."""
+"""Webhook notices of ended jobs, on every database."""
 
 from __future__ import annotations
 
@@ -31,41 +31,41 @@ __all__ = ["database", "postgres_with_tables", "store", "store_url", "wall"]
 
 
 class TestOutbox:
-    """Ends are told until that is settled."""
+    """A notice is due until it is settled."""
 
-    def test_an_end_is_due_until_it_is_settled(self, store: JobStore, database: Database, wall: Wall) -> None:
+    def test_notice_is_due_until_it_is_settled(self, store: JobStore, database: Database, wall: Wall) -> None:
         outbox = Outbox(database)
         add(store)
         add(store, webhook_url="https://A.example:99/1")
         for _ in range(2):
             job = lease(store)
             store.runners.succeed(job, result_of(job))
-        assert store.runners.look("me").webhook_in_s == pytest.approx(0)
+        assert store.runners.outlook("me").webhook_in_s == pytest.approx(0)
         notice = claim(outbox)
         assert (notice.url, notice.host, notice.attempt) == ("https://A.example:99/1", "a.example", 1)
         assert notice.job.state == "succeeded"
         outbox.postpone(notice, delay_s=7)
         assert outbox.claim(for_s=60) is None
-        assert store.runners.look("me").webhook_in_s == pytest.approx(7)
+        assert store.runners.outlook("me").webhook_in_s == pytest.approx(7)
         wall.now += 7
         notice = claim(outbox)
         assert notice.attempt == 2
         outbox.settle(notice)
         wall.now += 1000
         assert outbox.claim(for_s=60) is None
-        assert store.runners.look("me").webhook_in_s is None
+        assert store.runners.outlook("me").webhook_in_s is None
 
-    def test_a_claimed_end_is_nobody_else_s_for_a_while(self, store: JobStore, database: Database, wall: Wall) -> None:
+    def test_claimed_notice_is_hidden_from_others(self, store: JobStore, database: Database, wall: Wall) -> None:
         outbox = Outbox(database)
         add(store, webhook_url="https://a.example/")
         store.runners.fail(lease(store), ERROR)
         claim(outbox)
         assert outbox.claim(for_s=60) is None
-        assert store.runners.look("me").webhook_in_s == pytest.approx(60)
+        assert store.runners.outlook("me").webhook_in_s == pytest.approx(60)
         wall.now += 60
         assert claim(outbox).attempt == 2
 
-    def test_of_many_who_claim_at_once_each_end_has_one(self, store: JobStore, database: Database) -> None:
+    def test_concurrent_claims_get_each_notice_once(self, store: JobStore, database: Database) -> None:
         outbox = Outbox(database)
         for _ in range(12):
             add(store, webhook_url="https://a.example/")
@@ -73,12 +73,12 @@ class TestOutbox:
         with ThreadPoolExecutor(6) as threads:
             claimed = list(threads.map(lambda _: outbox.claim(for_s=60), range(12)))
         ids = [notice.job.spec.id for notice in claimed if notice is not None]
-        while notice := outbox.claim(for_s=60):  # PostgreSQL answers None for rows that others look at
+        while notice := outbox.claim(for_s=60):  # PostgreSQL returns None for rows locked by others
             ids.append(notice.job.spec.id)
         assert len(ids) == len(set(ids)) == 12
 
     @pytest.mark.parametrize("end", ["fail", "stop", "cancel", "expire", "reclaim"])
-    def test_every_kind_of_end_is_told(self, store: JobStore, database: Database, wall: Wall, end: str) -> None:
+    def test_every_final_state_makes_a_notice(self, store: JobStore, database: Database, wall: Wall, end: str) -> None:
         job = add(store, webhook_url="https://a.example/", start_within_s=1.0)
         match end:
             case "fail":
@@ -96,14 +96,12 @@ class TestOutbox:
                 store.runners.reclaim(max_attempts=1)
         assert claim(Outbox(database)).job == find(store, job)
 
-    def test_nothing_is_told_before_the_end(self, store: JobStore, database: Database) -> None:
+    def test_unfinished_job_has_no_notice(self, store: JobStore, database: Database) -> None:
         add(store, webhook_url="https://a.example/")
         store.runners.requeue(lease(store), delay_s=0, attempts=1, message="x")
         assert Outbox(database).claim(for_s=60) is None
 
-    def test_each_end_of_a_dead_letter_that_was_retried_is_a_notice_of_its_own(
-        self, store: JobStore, database: Database
-    ) -> None:
+    def test_retried_dead_letter_gets_a_new_notice(self, store: JobStore, database: Database) -> None:
         outbox = Outbox(database)
         dead = dead_letter(store, webhook_url="https://a.example/")
         notices = [claim(outbox)]
@@ -114,13 +112,13 @@ class TestOutbox:
             assert store.dead_letters.retry_job(dead.spec.ref) is not None
             end(lease(store))
             notices.append(claim(outbox))
-            outbox.settle(notices[-2])  # the older one arrived only now
+            outbox.settle(notices[-2])  # the older notice arrives late
             outbox.postpone(notices[-1], delay_s=0)
             assert claim(outbox).id == notices[-1].id
         assert notices[0].id == dead.spec.id
         assert len({notice.id for notice in notices}) == 3
 
-    def test_a_late_settlement_of_an_older_try_changes_nothing(self, store: JobStore, database: Database) -> None:
+    def test_late_settlement_of_an_older_try_is_ignored(self, store: JobStore, database: Database) -> None:
         outbox = Outbox(database)
         add(store, webhook_url="https://a.example/")
         store.runners.fail(lease(store), ERROR)
@@ -129,11 +127,9 @@ class TestOutbox:
         claim(outbox)
         outbox.settle(notice)
         outbox.postpone(notice, delay_s=1)
-        assert store.runners.look("me").webhook_in_s == pytest.approx(60)
+        assert store.runners.outlook("me").webhook_in_s == pytest.approx(60)
 
-    def test_oldest_first_and_not_of_hosts_that_have_enough(
-        self, store: JobStore, database: Database, wall: Wall
-    ) -> None:
+    def test_oldest_notice_first_skipping_busy_hosts(self, store: JobStore, database: Database, wall: Wall) -> None:
         for host in ("a", "b", "a", "c"):
             add(store, webhook_url=f"https://{host}.example/")
             store.runners.fail(lease(store), ERROR)

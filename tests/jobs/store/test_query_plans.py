@@ -1,4 +1,4 @@
-"""With ten thousand jobs waiting and as many ended, no query of the job store reads a whole table or sorts one."""
+"""With ten thousand waiting and ten thousand ended jobs, no query of the job store scans a whole table or sorts one."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def plans(database: Database, call: Callable[[], Any]) -> Iterator[tuple[str, str]]:
-    """The statements of `call`, each with how the database carries it out."""
+    """Yield the statements of `call` with their query plans."""
     statements: list[tuple[str, Any]] = []
 
     def record(_c: Any, _cursor: Any, statement: str, parameters: Any, _context: Any, many: bool) -> None:
@@ -65,7 +65,7 @@ def plans(database: Database, call: Callable[[], Any]) -> Iterator[tuple[str, st
 
 
 def faults(plan: str, *, is_sqlite: bool) -> list[str]:
-    """What reads or sorts more than it needs."""
+    """Return the parts of a plan that read or sort too much."""
     if is_sqlite:
         return re.findall(r"SCAN (?:jobs|events|files)(?! USING).*|USE TEMP B-TREE.*", plan)
     nodes = json.loads(plan)
@@ -104,7 +104,7 @@ CALLS: dict[str, Callable[[JobStore], Any]] = {
     "requeue": lambda store: store.runners.requeue(lease(store), delay_s=1, attempts=1, message="x"),
     "expire": lambda store: store.runners.expire(),
     "waiting work": lambda store: store.waiting.by_model(),
-    "look": lambda store: store.runners.look("busy"),
+    "outlook": lambda store: store.runners.outlook("busy"),
     "dead letters": lambda store: store.operators.list_all(dead_letters=True),
     "page of dead letters": lambda store: store.dead_letters.page(before=5_000),
     "count of dead letters": lambda store: store.dead_letters.count(),
@@ -128,8 +128,8 @@ def test_uses_indexes(store: JobStore, name: str) -> None:
 
 @pytest.mark.server
 @pytest.mark.parametrize("before", [{"queued": 30}, {"queued": 0, "succeeded": _NUM_JOBS}], ids=["short", "empty"])
-def test_a_queue_that_fills_faster_than_statistics_is_not_sorted(postgres_url: str, before: dict[str, int]) -> None:
-    """PostgreSQL keeps plans, and counts rows once a minute; few rows are best read as a whole."""
+def test_queue_that_outgrows_its_statistics_is_not_sorted(postgres_url: str, before: dict[str, int]) -> None:
+    """PostgreSQL caches plans and updates its row counts once a minute. For few rows, a full scan is the best plan."""
     store = JobStore(open_database(postgres_url), JobSettings(max_queued=10 * _NUM_JOBS))
 
     def num_rows_read() -> int:

@@ -1,6 +1,6 @@
-"""Any sequence of what may be done to the job store, against a model of it in plain Python.
+"""Random sequences of operations on the job store, compared with a model in plain Python.
 
-Hypothesis draws the sequences and shortens one that breaks something.
+Hypothesis draws the sequences and shrinks failing ones.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ _Line = tuple[str, str, str]  # priority, model, client
 
 @dataclass
 class Expected:
-    """What the model knows of one job."""
+    """The model's state of one job."""
 
     spec: JobSpec
-    number: int  # of arrival
+    number: int  # order of arrival
     created_at: float
     not_before: float
     start_before: float | None
@@ -64,7 +64,7 @@ class Expected:
     is_dead_letter: bool = False
     error: str | None = None
     completed_at: float | None = None
-    is_told: bool = False
+    is_notified: bool = False
 
     @property
     def line(self) -> _Line:
@@ -84,7 +84,7 @@ class Expected:
 
 
 def view(job: Job) -> tuple[object, ...]:
-    """The same of a stored job."""
+    """Return the same fields of a stored job."""
     lease = None if job.lease is None else (job.lease.owner, job.lease.fence)
     flags = (job.cancel_requested, job.is_dead_letter)
     error = None if job.error is None else job.error.code
@@ -93,13 +93,13 @@ def view(job: Job) -> tuple[object, ...]:
 
 _owners = st.sampled_from("ab")
 _priorities = st.sampled_from(["interactive", "interactive", "batch"])
-_recent = st.sampled_from([0, 0, 0, 1, 1, 2, 3])  # how far back
+_recent = st.sampled_from([0, 0, 0, 1, 1, 2, 3])  # how many jobs back
 
 _ends = st.sampled_from(["succeed", "fail", "give up", "stop", "put back", "put back uncounted"])
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """Two stores, as in two processes, on one database."""
+    """Two stores on one database, like two processes."""
 
     def __init__(self, databases: tuple[Database, Database], wall: Wall) -> None:
         super().__init__()
@@ -111,11 +111,11 @@ class StoreMachine(RuleBasedStateMachine):
                     connection.execute(sa.delete(table))
         self.turn_of_store = 0
         self.jobs: dict[JobRef, Expected] = {}
-        self.ends: dict[JobRef, Job] = {}  # as they were first seen
-        self.files: dict[str, JobRef | None] = {}  # by id, of every result anybody tried to commit
+        self.ends: dict[JobRef, Job] = {}  # as first seen
+        self.files: dict[str, JobRef | None] = {}  # by id, of every result whose commit was tried
         self.num_jobs = 0
-        self.turns: dict[_Line, int] = {}  # the number of the last start, in order of arrival
-        self.leases: list[Job] = []  # every one there ever was
+        self.turns: dict[_Line, int] = {}  # number of the last start, in order of arrival
+        self.leases: list[Job] = []  # all leases, past and current
 
     @property
     def store(self) -> JobStore:
@@ -130,12 +130,12 @@ class StoreMachine(RuleBasedStateMachine):
         return list(self.jobs.values())[-1 - back % len(self.jobs)]
 
     def pick_lease(self, back: int) -> tuple[Job, Expected | None]:
-        """A lease, current or not, and the model of its job if it is current."""
+        """Return a lease, and the model of its job if the lease is current."""
         leased = self.leases[-1 - back % len(self.leases)]
         return leased, self.held(leased)
 
     def held(self, job: Job) -> Expected | None:
-        """The model of a leased job, if that lease is its current one."""
+        """Return the model of a leased job if the lease is current."""
         expected = self.jobs.get(job.spec.ref)
         lease = job.lease
         if expected is None or expected.state != "running" or lease is None:
@@ -144,10 +144,10 @@ class StoreMachine(RuleBasedStateMachine):
 
     # Clients
 
-    @initialize(model=st.sampled_from("mn"), num_leased=st.integers(0, 2), is_told=st.booleans())
-    def begin(self, model: str, num_leased: int, is_told: bool) -> None:
+    @initialize(model=st.sampled_from("mn"), num_leased=st.integers(0, 2), has_webhook=st.booleans())
+    def begin(self, model: str, num_leased: int, has_webhook: bool) -> None:
         for _ in range(3):
-            self.submit(model=model, is_told=is_told)
+            self.submit(model=model, has_webhook=has_webhook)
         for _ in range(num_leased):
             self.lease("a", None)
 
@@ -156,10 +156,14 @@ class StoreMachine(RuleBasedStateMachine):
         client=st.sampled_from(["", "k", "l"]),
         priority=st.sampled_from(["interactive", "batch"]),
         start_within_s=st.sampled_from([None, None, 0.5, 5.0]),
-        is_told=st.booleans(),
+        has_webhook=st.booleans(),
     )
-    def submit_new(self, model: str, client: str, priority: str, start_within_s: float | None, is_told: bool) -> None:
-        self.submit(model=model, client=client, priority=priority, start_within_s=start_within_s, is_told=is_told)
+    def submit_new(
+        self, model: str, client: str, priority: str, start_within_s: float | None, has_webhook: bool
+    ) -> None:
+        self.submit(
+            model=model, client=client, priority=priority, start_within_s=start_within_s, has_webhook=has_webhook
+        )
 
     @rule(
         contract=st.sampled_from(["sa3", "sa3", "sa3", "fal"]),
@@ -182,7 +186,7 @@ class StoreMachine(RuleBasedStateMachine):
         model: str = "m",
         priority: str = "interactive",
         start_within_s: float | None = None,
-        is_told: bool = False,
+        has_webhook: bool = False,
     ) -> None:
         self.num_jobs += 1
         upload = StoredFile(f"uploads/{self.num_jobs}", "audio/wav", "a.wav", 1, "0" * 64)
@@ -196,7 +200,7 @@ class StoreMachine(RuleBasedStateMachine):
             start_within_s=start_within_s,
             id=own_id or f"new-{self.num_jobs}",
             upload=JobUpload(upload, "init", 1.0),
-            webhook_url="https://a.example" if is_told else None,
+            webhook_url="https://a.example" if has_webhook else None,
         )
         same_key = [
             job
@@ -272,7 +276,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(owner=_owners, how=_ends)
     def lose(self, owner: str, how: str) -> None:
-        """The holder falls silent, somebody gets the job, and the first one wakes up."""
+        """The holder goes silent, another runner gets the job, and the first one wakes up."""
         self.lease(owner, None)
         self.reclaim(_LEASE_S)
         num_leases = len(self.leases)
@@ -333,7 +337,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.finish(back, how)
 
     def finish(self, back: int, how: str) -> None:
-        """What a runner does under a lease that may be lost."""
+        """Act as a runner under a lease that may be lost."""
         leased, job = self.pick_lease(back)
         is_held = job is not None
         assert report(self.store, leased, stage="generating", fraction=0.5, eta_s=1.0) == is_held
@@ -400,7 +404,7 @@ class StoreMachine(RuleBasedStateMachine):
         if job.is_dead_letter:
             job.wait()
             job.attempts, job.not_before, job.completed_at, job.error = 0, self.now, None, None
-            job.is_dead_letter = job.cancel_requested = job.is_told = False
+            job.is_dead_letter = job.cancel_requested = job.is_notified = False
             self.ends.pop(job.spec.ref, None)
 
     @rule(limit=st.sampled_from([1, 100]), seconds=st.sampled_from([0.0, _AGE_S]))
@@ -423,20 +427,20 @@ class StoreMachine(RuleBasedStateMachine):
             self.ends.pop(key, None)
         for file_id, owner in self.files.items():
             if owner in old:
-                self.files[file_id] = None  # whoever gets the job's id next has another file
+                self.files[file_id] = None  # the job that gets this id next has another file
 
     @rule()
     def deliver(self) -> None:
         outbox = Outbox(self.store.database)
         due = [job for job in self.jobs.values() if job.completed_at is not None and job.spec.webhook_url]
-        due = [job for job in due if not job.is_told]
-        told = []
+        due = [job for job in due if not job.is_notified]
+        delivered = []
         while notice := outbox.claim(for_s=10):
-            told.append(notice.job.spec.id)
+            delivered.append(notice.job.spec.id)
             outbox.settle(notice)
-        assert sorted(told) == sorted(job.spec.id for job in due)
+        assert sorted(delivered) == sorted(job.spec.id for job in due)
         for job in due:
-            job.is_told = True
+            job.is_notified = True
 
     # What always holds
 
@@ -476,7 +480,7 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 def take_turn(due: list[Expected], turns: dict[_Line, int]) -> Expected:
-    """The first job of the client whose last start is the longest ago; it has its start now."""
+    """Return the first job of the client whose last start is longest ago, and record its start."""
     lines = [line for line in turns if any(job.line == line for job in due)]
     line = min(lines, key=lambda line: turns[line])
     turns[line] = 1 + max(number for other, number in turns.items() if other[0] == line[0])
@@ -493,18 +497,18 @@ def databases(store_url: str) -> Iterator[tuple[tuple[Database, Database], Wall]
 
 
 @pytest.mark.server
-def test_no_sequence_breaks_the_store(databases: tuple[tuple[Database, Database], Wall]) -> None:
+def test_short_sequences_match_the_model(databases: tuple[tuple[Database, Database], Wall]) -> None:
     run_sequences(databases, count=20, steps=25)
 
 
 @pytest.mark.slow
-def test_none_of_many_sequences_breaks_the_store(databases: tuple[tuple[Database, Database], Wall]) -> None:
+def test_many_sequences_match_the_model(databases: tuple[tuple[Database, Database], Wall]) -> None:
     run_sequences(databases, count=200, steps=25)
 
 
 @pytest.mark.chaos
 @pytest.mark.timeout(300 + 20 * _CHAOS_SEQUENCES)
-def test_no_long_sequence_breaks_the_store(databases: tuple[tuple[Database, Database], Wall]) -> None:
+def test_long_sequences_match_the_model(databases: tuple[tuple[Database, Database], Wall]) -> None:
     run_sequences(databases, count=_CHAOS_SEQUENCES, steps=50)
 
 

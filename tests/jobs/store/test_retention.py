@@ -1,4 +1,4 @@
-"""Deleting what is old, on every database."""
+"""Deletion of old jobs and files, on every database."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def upload(key: str) -> JobUpload:
 
 
 class TestRetention:
-    """What ended long ago is forgotten, in batches, and its files are named for deletion."""
+    """Old jobs are deleted in batches, and their files are returned for deletion."""
 
-    def test_old_ends_go_and_name_their_files(self, store: JobStore, wall: Wall) -> None:
+    def test_old_jobs_are_deleted_and_their_files_returned(self, store: JobStore, wall: Wall) -> None:
         old, waiting = add(store, upload=upload("uploads/old")), add(store, upload=upload("uploads/waiting"))
         ended = lease(store)
         store.runners.succeed(ended, result_of(ended))
@@ -50,7 +50,7 @@ class TestRetention:
         assert find(store, later).state == "queued"
         assert store.retention.purge(age_s=120) == []
 
-    def test_a_purged_id_may_be_used_again(self, store: JobStore, wall: Wall) -> None:
+    def test_purged_id_can_be_used_again(self, store: JobStore, wall: Wall) -> None:
         job = add(store, id="1" * 32, idempotency_key="k", fingerprint="f")
         store.clients.cancel(job.spec.ref)
         wall.now += 10
@@ -72,7 +72,7 @@ class TestRetention:
             [],
         ]
 
-    def test_jobs_without_files_do_not_hide_that_there_is_more(self, store: JobStore, wall: Wall) -> None:
+    def test_jobs_without_files_do_not_end_the_purge(self, store: JobStore, wall: Wall) -> None:
         for _ in range(3):
             store.clients.cancel(add(store).spec.ref)
         store.clients.cancel(add(store, upload=upload("uploads/last")).spec.ref)
@@ -80,7 +80,7 @@ class TestRetention:
         assert store.retention.purge(age_s=60, limit=1) == ["uploads/last"]
         assert (store.operators.counts(), store.retention.purge(age_s=60, limit=1)) == ({}, [])
 
-    def test_published_files_go_too(self, store: JobStore, wall: Wall) -> None:
+    def test_published_files_are_deleted(self, store: JobStore, wall: Wall) -> None:
         file_id = store.files.publish(FILE)
         wall.now += 100
         young = store.files.publish(replace(FILE, key="young"))
@@ -88,21 +88,21 @@ class TestRetention:
         assert store.files.find(file_id) is None
         assert store.files.find(young) is not None
 
-    def test_a_file_somebody_else_still_needs_stays(self, store: JobStore, wall: Wall) -> None:
+    def test_file_that_another_job_needs_stays(self, store: JobStore, wall: Wall) -> None:
         store.files.publish(FILE)
         wall.now += 100
         young = store.files.publish(FILE)
         assert store.retention.purge(age_s=60) == []
         assert store.files.find(young) == FILE
 
-    def test_a_retried_dead_letter_stays(self, store: JobStore, wall: Wall) -> None:
+    def test_retried_dead_letter_stays(self, store: JobStore, wall: Wall) -> None:
         dead = dead_letter(store)
         wall.now += 100
         store.dead_letters.retry_job(dead.spec.ref)
         assert store.retention.purge(age_s=60) == []
         assert find(store, dead).state == "queued"
 
-    def test_orphans_are_what_nothing_needs(self, store: JobStore) -> None:
+    def test_orphans_are_unreferenced_files(self, store: JobStore) -> None:
         add(store, upload=upload("uploads/ended"))
         job = lease(store)
         store.runners.succeed(job, result_of(job))

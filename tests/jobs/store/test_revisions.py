@@ -1,7 +1,7 @@
-"""The revisions of the job database: what was released stays as it is, and what comes after it only adds.
+"""Revisions of the job database: released ones never change, and later ones only add.
 
-Servers of two successive revisions share a database while one replaces the other, so the older one must get along with
-the tables of the newer one: no column may vanish, change, or need a value that it does not know of.
+Servers of two successive revisions share a database while one replaces the other. So the older one must work on the
+newer tables: no column may be removed, changed, or require a value that the older server does not write.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from tests.jobs.stores import CONTRACT_KINDS, open_database
 VERSIONS = Path(migrations.__file__).parent / "versions"
 NAMES = sorted(path.stem for path in VERSIONS.glob("[0-9]*_*.py"))
 
-# SHA-256 of what a revision runs, on SQLite and PostgreSQL. An entry is made once. When a test says that one no longer
-# fits, leave the revision as it was and write another one, which adds.
+# SHA-256 of the statements of a revision, on SQLite and PostgreSQL. Entries never change. If a test reports a mismatch,
+# restore the revision and write a new one that only adds.
 RELEASED = {
     "0001_initial": (
         "e23c5c6f41fc07d554cc6bc43e3ac3ab5cd5d5effbecbda732164d0e1a6a341d",
@@ -57,7 +57,7 @@ RELEASED = {
     ),
 }
 
-# A server that misses this table applies the limits of keys by itself, as it does while the database is away.
+# A server without this table applies the key limits per process, as it does during a database outage.
 _SPARED = {"DROP TABLE accounts"}
 
 _ADDING = (
@@ -79,7 +79,7 @@ def load(name: str) -> ModuleType:
 
 
 def statements(name: str, dialect: str) -> list[str]:
-    """What a revision runs on an empty database, each on one line."""
+    """Return the statements of a revision on an empty database, one per line."""
     module = load(name)
     written = io.StringIO()
     context = MigrationContext.configure(
@@ -91,8 +91,8 @@ def statements(name: str, dialect: str) -> list[str]:
     return [line for line in lines if line]
 
 
-def what_takes_away(lines: list[str]) -> list[str]:
-    """The statements after which an older server could fail."""
+def breaking_statements(lines: list[str]) -> list[str]:
+    """Return the statements that could break an older server."""
     made: set[str] = set()
     bad = []
     for line in (line for line in lines if line not in _SPARED):
@@ -109,7 +109,7 @@ def what_takes_away(lines: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_released_revision_stays_as_it_is(name: str) -> None:
+def test_released_revision_never_changes(name: str) -> None:
     found = tuple(
         hashlib.sha256("\n".join(statements(name, dialect)).encode()).hexdigest()
         for dialect in ("sqlite", "postgresql")
@@ -120,7 +120,7 @@ def test_released_revision_stays_as_it_is(name: str) -> None:
 
 @pytest.mark.parametrize("dialect", ["sqlite", "postgresql"])
 def test_later_revisions_only_add(dialect: str) -> None:
-    bad = {name: what_takes_away(statements(name, dialect)) for name in NAMES[1:]}
+    bad = {name: breaking_statements(statements(name, dialect)) for name in NAMES[1:]}
     assert not any(bad.values()), bad
 
 
@@ -141,11 +141,11 @@ def test_later_revisions_only_add(dialect: str) -> None:
         "CREATE TRIGGER one BEFORE INSERT ON jobs EXECUTE FUNCTION f()",
     ],
 )
-def test_what_does_more_than_add_is_found(statement: str) -> None:
-    assert what_takes_away([statement]) == [statement]
+def test_breaking_statements_are_found(statement: str) -> None:
+    assert breaking_statements([statement]) == [statement]
 
 
-def test_what_adds_is_left_alone() -> None:
+def test_additions_are_accepted() -> None:
     lines = [
         "CREATE TABLE sizes (job INTEGER NOT NULL, FOREIGN KEY(job) REFERENCES jobs (seq) ON DELETE CASCADE)",
         "CREATE UNIQUE INDEX sizes_once ON sizes (job)",
@@ -153,11 +153,11 @@ def test_what_adds_is_left_alone() -> None:
         "ALTER TABLE jobs ADD COLUMN work_s FLOAT DEFAULT 0 NOT NULL",
         "ALTER TABLE jobs ADD COLUMN note TEXT",
     ]
-    assert what_takes_away(lines) == []
+    assert breaking_statements(lines) == []
 
 
 def test_revisions_are_numbered_one_after_another() -> None:
-    """So that a server knows from the number alone whether tables are of the revision after its own."""
+    """The number alone shows whether tables have the revision after a server's own."""
     assert [name[:4] for name in NAMES] == [f"{number:04d}" for number in range(1, len(NAMES) + 1)]
     assert list(RELEASED) == NAMES
 
@@ -168,9 +168,7 @@ def test_each_revision_follows_the_one_before_it() -> None:
 
 
 @pytest.mark.parametrize("kind", CONTRACT_KINDS)
-def test_all_revisions_together_make_the_tables_that_the_statements_use(
-    kind: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_revisions_create_the_declared_tables(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     if kind == "sqlite":
         urls = [f"sqlite:///{tmp_path}/{name}.db" for name in ("migrated", "made")]
     else:
@@ -193,7 +191,7 @@ def described(index: Mapping[str, Any]) -> str:
 
 
 def tables_of(engine: sa.Engine) -> dict[str, dict[str, Any]]:
-    """All that a database says of each table, but for the order of its columns."""
+    """Return the database's description of each table, except the order of its columns."""
     looked, found = sa.inspect(engine), {}
     for name in set(looked.get_table_names()) - {"alembic_version"}:
         columns = {column["name"]: repr(column) for column in looked.get_columns(name)}

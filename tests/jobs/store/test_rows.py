@@ -29,13 +29,13 @@ __all__ = ["database", "postgres_with_tables", "store", "store_url", "wall"]
 
 
 class TestUnreadableJobs:
-    """Another version wrote what this one cannot read: such a job holds up no other one."""
+    """An unreadable job of another version blocks no other job."""
 
     def spoil(self, store: JobStore, job: Job, **columns: str) -> None:
         with store.database.writing() as connection:
             connection.execute(sa.update(JOBS).where(JOBS.c.id == job.spec.id).values(columns))
 
-    def test_it_is_still_known_by_what_every_version_can_read(self, store: JobStore) -> None:
+    def test_unreadable_job_keeps_the_fields_of_its_columns(self, store: JobStore) -> None:
         job = add(store, client="me", webhook_url="https://a.example/")
         self.spoil(store, job, spec='{"prompt": "rain"}')
         now = find(store, job)
@@ -44,7 +44,7 @@ class TestUnreadableJobs:
         assert now.spec.webhook_url == "https://a.example/"
 
     @pytest.mark.parametrize("text", ["", "{", "[]", '{"id": 7}'])
-    def test_everybody_else_goes_on(self, store: JobStore, wall: Wall, text: str) -> None:
+    def test_other_jobs_continue(self, store: JobStore, wall: Wall, text: str) -> None:
         bad, good = (add(store, client="me", webhook_url="https://a.example/") for _ in range(2))
         self.spoil(store, bad, spec=text, error=text)
         assert [job.spec.id for job in store.clients.list_own("sa3", "me").jobs] == [good.spec.id, bad.spec.id]
@@ -56,7 +56,7 @@ class TestUnreadableJobs:
         assert store.dead_letters.retry_job(bad.spec.ref) is not None
         assert store.clients.cancel(bad.spec.ref)[0] == "removed"
 
-    def test_a_result_that_cannot_be_read_is_none(self, store: JobStore) -> None:
+    def test_unreadable_result_is_none(self, store: JobStore) -> None:
         add(store)
         job = lease(store)
         assert store.runners.succeed(job, RESULT) is not None

@@ -1,4 +1,4 @@
-"""What runners may do with jobs: only whoever holds the lease, and only while it does. On every database."""
+"""Runner operations of the job store: only the holder of a current lease may change a job. On every database."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ __all__ = ["database", "postgres_with_tables", "store", "store_url", "wall"]
 
 
 class TestOrder:
-    """Jobs of a client start in order of arrival, clients take turns, and each priority has a line of its own."""
+    """A client's jobs start in order of arrival, clients take turns, and each priority has its own queue."""
 
     def test_first_come_first_served(self, store: JobStore) -> None:
-        jobs = [add(store) for _ in range(3)]  # at one moment of the clock
+        jobs = [add(store) for _ in range(3)]  # created at the same time
         assert [store.clients.position(job) for job in jobs] == [0, 1, 2]
         assert leased_ids(store, 3) == [job.spec.id for job in jobs]
         assert store.runners.lease("me", lease_s=15) is None
@@ -55,17 +55,17 @@ class TestOrder:
         }
         assert leased_ids(store, 6) == [jobs[name].spec.id for name in order]
 
-    def test_who_had_nothing_waiting_is_next_but_not_twice(self, store: JobStore) -> None:
+    def test_new_client_is_next_but_not_twice(self, store: JobStore) -> None:
         many = [add(store, client="many") for _ in range(3)]
         lease(store)
         few = add(store, client="few")
         assert store.clients.position(few) == 0
         assert lease(store).spec.id == few.spec.id
-        again = add(store, client="few")  # whoever asks for one at a time gets no more than the others
+        again = add(store, client="few")  # a client with one job at a time gets no more turns than others
         assert store.clients.position(again) == 1
         assert leased_ids(store, 3) == [many[1].spec.id, again.spec.id, many[2].spec.id]
 
-    def test_what_is_cancelled_or_put_back_takes_no_turn_of_its_client(self, store: JobStore) -> None:
+    def test_cancelled_or_requeued_job_costs_its_client_no_turn(self, store: JobStore) -> None:
         first, second, third = (add(store, client="a") for _ in range(3))
         others = [add(store, client="b") for _ in range(3)]
         started = lease(store)
@@ -74,7 +74,7 @@ class TestOrder:
         assert [store.clients.position(job) for job in (first, third, *others)] == [1, 3, 0, 2, 4]
         assert leased_ids(store, 5) == [job.spec.id for job in (others[0], first, others[1], third, others[2])]
 
-    def test_a_delayed_job_holds_up_nobody(self, store: JobStore, wall: Wall) -> None:
+    def test_delayed_job_blocks_no_other(self, store: JobStore, wall: Wall) -> None:
         delayed, own = add(store, client="a"), add(store, client="a")
         other = add(store, client="b")
         store.runners.requeue(lease(store), delay_s=10, attempts=1, message="x")
@@ -83,14 +83,14 @@ class TestOrder:
         wall.now += 10.5
         assert lease(store).spec.id == delayed.spec.id
 
-    def test_turns_are_apart_for_every_model(self, store: JobStore) -> None:
+    def test_turns_are_separate_for_every_model(self, store: JobStore) -> None:
         for _ in range(3):
             add(store, client="a", model="m")
         leased_ids(store, 2)
         on_other = add(store, client="a", model="n"), add(store, client="b", model="n")
         assert [store.clients.position(job) for job in on_other] == [0, 1]
 
-    def test_only_of_the_models_asked_for(self, store: JobStore) -> None:
+    def test_only_jobs_of_the_given_models(self, store: JobStore) -> None:
         a, b, c = add(store, model="a"), add(store, model="b"), add(store, model="c")
         assert [store.clients.position(job) for job in (a, b, c)] == [0, 0, 0]
         assert store.runners.lease("me", lease_s=15, models=["other"]) is None
@@ -101,9 +101,9 @@ class TestOrder:
 
 
 class TestLeasing:
-    """A lease has an owner, a fence that grows, and an end."""
+    """A lease has an owner, a growing fence, and an end."""
 
-    def test_says_when_and_how_often(self, store: JobStore, wall: Wall) -> None:
+    def test_records_start_and_attempts(self, store: JobStore, wall: Wall) -> None:
         add(store)
         wall.now += 5
         job = lease(store)
@@ -123,20 +123,20 @@ class TestLeasing:
             store.runners.requeue(job, delay_s=0, attempts=0, message="x")
         assert fences == [1, 2, 3, 4]
 
-    def test_renewing_names_what_is_still_held(self, store: JobStore, wall: Wall) -> None:
+    def test_renewal_returns_the_held_jobs(self, store: JobStore, wall: Wall) -> None:
         for _ in range(4):
             add(store)
-        mine, ended, asked, other = lease(store), lease(store), lease(store), lease(store, "other")
+        mine, ended, cancelled, other = lease(store), lease(store), lease(store), lease(store, "other")
         store.runners.succeed(ended, result_of(ended))
-        store.clients.cancel(asked.spec.ref)
-        refs = [job.spec.ref for job in (mine, ended, asked, other)]
+        store.clients.cancel(cancelled.spec.ref)
+        refs = [job.spec.ref for job in (mine, ended, cancelled, other)]
         renewed = store.runners.renew("me", lease_s=LEASE_S, refs=refs)
         held = {one.ref: (one.fence, one.cancel_requested) for one in renewed}
-        assert held == {mine.spec.ref: (1, False), asked.spec.ref: (1, True)}
+        assert held == {mine.spec.ref: (1, False), cancelled.spec.ref: (1, True)}
         assert [one.ref for one in store.runners.renew("other", lease_s=LEASE_S, refs=refs)] == [other.spec.ref]
         assert store.runners.renew("nobody", lease_s=LEASE_S, refs=refs) == []
 
-    def test_what_its_owner_does_not_know_of_is_not_renewed(self, store: JobStore, wall: Wall) -> None:
+    def test_lease_unknown_to_its_owner_is_not_renewed(self, store: JobStore, wall: Wall) -> None:
         for _ in range(2):
             add(store)
         known, unknown = lease(store), lease(store)
@@ -146,7 +146,7 @@ class TestLeasing:
         ]
         assert [job.spec.id for job in store.runners.reclaim(max_attempts=3)] == [unknown.spec.id]
 
-    def test_a_renewed_lease_lasts_from_then_on(self, store: JobStore, wall: Wall) -> None:
+    def test_renewed_lease_lasts_from_its_renewal(self, store: JobStore, wall: Wall) -> None:
         add(store)
         job = lease(store)
         for _ in range(5):
@@ -157,7 +157,7 @@ class TestLeasing:
         assert [job.spec.id for job in store.runners.reclaim(max_attempts=3)] == [job.spec.id]
         assert store.runners.renew("me", lease_s=LEASE_S, refs=[job.spec.ref]) == []
 
-    def test_an_overdue_lease_that_nobody_took_is_still_held(self, store: JobStore, wall: Wall) -> None:
+    def test_expired_lease_is_held_until_it_is_reclaimed(self, store: JobStore, wall: Wall) -> None:
         add(store)
         job = lease(store)
         wall.now += 10 * LEASE_S
@@ -167,9 +167,9 @@ class TestLeasing:
 
 
 class TestReclaiming:
-    """Jobs whose runner fell silent start again elsewhere, a bounded number of times."""
+    """Jobs of a silent runner start again elsewhere, a limited number of times."""
 
-    def test_a_lost_job_waits_again_with_its_turn_and_its_attempts(self, store: JobStore, wall: Wall) -> None:
+    def test_lost_job_is_requeued_with_its_place_and_attempts(self, store: JobStore, wall: Wall) -> None:
         first, second = add(store), add(store)
         lease(store, "dead")
         wall.now += LEASE_S + 1
@@ -180,7 +180,7 @@ class TestReclaiming:
         assert (again.spec.id, again.attempts, again.lease) == (first.spec.id, 2, Lease("me", 2))
         assert lease(store).spec.id == second.spec.id
 
-    def test_the_old_holder_can_change_nothing_any_more(self, store: JobStore, wall: Wall) -> None:
+    def test_former_holder_can_change_nothing(self, store: JobStore, wall: Wall) -> None:
         add(store)
         stale = lease(store, "frozen")
         wall.now += LEASE_S + 1
@@ -188,7 +188,7 @@ class TestReclaiming:
         assert end_in_every_way(store, stale) == [None] * 4
         assert not report(store, stale, stage="x", fraction=0.9)
         assert find(store, stale) == waiting
-        for owner in ("new", "frozen"):  # the same owner may get it again, which does not revive its old lease
+        for owner in ("new", "frozen"):  # the same owner may lease it again, which does not revive its old lease
             current = lease(store, owner)
             assert end_in_every_way(store, stale) == [None] * 4
             assert not report(store, stale, stage="x", fraction=0.9)
@@ -196,7 +196,7 @@ class TestReclaiming:
             store.runners.requeue(current, delay_s=0, attempts=1, message="x")
         assert store.files.find(RESULT.file_id) is None
 
-    def test_the_last_attempt_lost_is_a_dead_letter(self, store: JobStore, wall: Wall) -> None:
+    def test_job_lost_at_its_last_attempt_is_a_dead_letter(self, store: JobStore, wall: Wall) -> None:
         add(store)
         for attempt in (1, 2):
             assert lease(store).attempts == attempt
@@ -208,7 +208,7 @@ class TestReclaiming:
         assert job.completed_at is not None
         assert store.runners.lease("me", lease_s=15) is None
 
-    def test_a_lost_job_that_was_cancelled_ends_so(self, store: JobStore, wall: Wall) -> None:
+    def test_lost_job_with_a_cancel_request_is_cancelled(self, store: JobStore, wall: Wall) -> None:
         add(store)
         job = lease(store)
         store.clients.cancel(job.spec.ref)
@@ -216,7 +216,7 @@ class TestReclaiming:
         (ended,) = store.runners.reclaim(max_attempts=1)
         assert (ended.state, ended.is_dead_letter) == ("cancelled", False)
 
-    def test_many_at_once(self, store: JobStore, wall: Wall) -> None:
+    def test_many_jobs_are_reclaimed_in_batches(self, store: JobStore, wall: Wall) -> None:
         for _ in range(9):
             add(store)
         jobs = [lease(store) for _ in range(9)]
@@ -231,9 +231,9 @@ class TestReclaiming:
 
 
 class TestProgress:
-    """Only the holder may say how far a job is."""
+    """Only the holder may report progress."""
 
-    def test_is_shown(self, store: JobStore) -> None:
+    def test_of_the_holder_is_stored(self, store: JobStore) -> None:
         add(store)
         job = lease(store)
         assert report(store, job, stage="generating", fraction=0.5, eta_s=3.5)
@@ -241,7 +241,7 @@ class TestProgress:
         assert (now.stage, now.fraction, now.eta_s) == ("generating", 0.5, 3.5)
         assert store.clients.events(job.spec.ref)[-1].fraction == 0.5
 
-    def test_of_others_is_not(self, store: JobStore) -> None:
+    def test_of_others_is_refused(self, store: JobStore) -> None:
         add(store)
         job = lease(store)
         for stranger in (replace(job, lease=Lease("other", 1)), replace(job, lease=Lease("me", 2)), with_no_lease(job)):
@@ -251,7 +251,7 @@ class TestProgress:
 
 
 class TestEnding:
-    """An end is final, and told with everything that belongs to it in one commit."""
+    """An outcome is final, and all its changes are in one commit."""
 
     def test_success_keeps_the_result_and_publishes_its_file(self, store: JobStore, wall: Wall) -> None:
         add(store)
@@ -273,7 +273,7 @@ class TestEnding:
         assert (ended.state, ended.error, ended.result, ended.is_dead_letter) == ("failed", ERROR, None, False)
         assert store.clients.events(ended.spec.ref)[-1].message == ERROR.message
 
-    def test_failure_of_the_machines_is_a_dead_letter(self, store: JobStore) -> None:
+    def test_failure_of_the_server_is_a_dead_letter(self, store: JobStore) -> None:
         add(store)
         ended = store.runners.fail(lease(store), ERROR, is_dead_letter=True)
         assert ended is not None
@@ -297,16 +297,16 @@ class TestEnding:
         assert not report(store, job, stage="x", fraction=0.1)
         assert find(store, job) == ended
 
-    def test_a_job_nobody_started_cannot_be_ended(self, store: JobStore) -> None:
+    def test_waiting_job_cannot_be_ended(self, store: JobStore) -> None:
         waiting = add(store)
         assert end_in_every_way(store, waiting) == [None] * 4
         assert find(store, waiting) == waiting
 
 
 class TestRequeueing:
-    """A job can be put back to wait."""
+    """A job can be put back into the queue."""
 
-    def test_it_waits_its_delay_and_keeps_its_turn(self, store: JobStore, wall: Wall) -> None:
+    def test_requeued_job_waits_its_delay_and_keeps_its_place(self, store: JobStore, wall: Wall) -> None:
         first, second = add(store), add(store)
         job = lease(store)
         put_back = store.runners.requeue(job, delay_s=10, attempts=1, message="put back: busy")
@@ -315,12 +315,12 @@ class TestRequeueing:
         assert store.clients.events(first.spec.ref)[-1].message == "put back: busy"
         assert leased_ids(store, 1) == [second.spec.id]
         assert store.runners.lease("me", lease_s=15) is None
-        assert store.runners.look("me").lease_in_s == pytest.approx(10)
+        assert store.runners.outlook("me").lease_in_s == pytest.approx(10)
         wall.now += 10.5
         again = lease(store)
         assert (again.spec.id, again.attempts) == (first.spec.id, 2)
 
-    def test_a_job_to_be_cancelled_is_cancelled_instead(self, store: JobStore) -> None:
+    def test_job_with_a_cancel_request_is_cancelled_instead(self, store: JobStore) -> None:
         add(store)
         job = lease(store)
         store.clients.cancel(job.spec.ref)
@@ -331,11 +331,11 @@ class TestRequeueing:
 
 
 class TestStartDeadlines:
-    """A job may say how long it is worth starting."""
+    """A job may have a deadline for its start."""
 
-    def test_a_late_job_fails_instead_of_starting(self, store: JobStore, wall: Wall) -> None:
+    def test_late_job_fails_instead_of_starting(self, store: JobStore, wall: Wall) -> None:
         late, patient = add(store, start_within_s=5.0), add(store, start_within_s=60.0)
-        assert store.runners.look("me").late_in_s == pytest.approx(5)
+        assert store.runners.outlook("me").late_in_s == pytest.approx(5)
         assert store.runners.expire() == []
         wall.now += 5.5
         (ended,) = store.runners.expire()
@@ -344,12 +344,12 @@ class TestStartDeadlines:
         assert ended.error.code == "start_timeout"
         assert leased_ids(store, 1) == [patient.spec.id]
 
-    def test_a_late_job_is_not_leased_even_before_it_is_found_late(self, store: JobStore, wall: Wall) -> None:
+    def test_late_job_is_not_leased_before_it_expires(self, store: JobStore, wall: Wall) -> None:
         add(store, start_within_s=5.0)
         wall.now += 5.5
         assert store.runners.lease("me", lease_s=15) is None
 
-    def test_a_job_that_began_in_time_is_never_late(self, store: JobStore, wall: Wall) -> None:
+    def test_job_that_started_in_time_is_never_late(self, store: JobStore, wall: Wall) -> None:
         add(store, start_within_s=5.0)
         job = lease(store)
         wall.now += 60
@@ -362,7 +362,7 @@ class TestStartDeadlines:
         assert store.runners.expire() == []
         assert lease(store).attempts == 3
 
-    def test_a_job_whose_start_did_not_count_can_still_be_late(self, store: JobStore, wall: Wall) -> None:
+    def test_job_whose_start_did_not_count_can_be_late(self, store: JobStore, wall: Wall) -> None:
         add(store, start_within_s=5.0)
         store.runners.requeue(lease(store), delay_s=0, attempts=0, message="busy")
         wall.now += 6
@@ -370,10 +370,10 @@ class TestStartDeadlines:
 
 
 class TestOutlook:
-    """One query says whether there is anything to do."""
+    """One query shows whether there is work."""
 
     def test_idle(self, store: JobStore) -> None:
-        outlook = store.runners.look("me")
+        outlook = store.runners.outlook("me")
         assert (outlook.num_queued, outlook.num_stops) == (0, 0)
         assert (outlook.lease_in_s, outlook.reclaim_in_s, outlook.late_in_s, outlook.webhook_in_s) == (None,) * 4
 
@@ -386,7 +386,7 @@ class TestOutlook:
         store.clients.cancel(job.spec.ref)
         store.runners.succeed(ended, RESULT)
         wall.now += 5
-        mine, others = store.runners.look("me"), store.runners.look("other")
+        mine, others = store.runners.outlook("me"), store.runners.outlook("other")
         assert (mine.num_queued, mine.num_stops, others.num_stops) == (2, 1, 0)
         assert mine.lease_in_s == pytest.approx(-5)
         assert mine.reclaim_in_s == pytest.approx(LEASE_S - 5)

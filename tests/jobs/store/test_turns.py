@@ -1,4 +1,6 @@
-"""However much others have waiting, a client's job starts after at most one of each. On every database."""
+"""A client's job starts after at most one job of each other client, however many they have waiting. On every
+database.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +19,15 @@ _CLIENTS = [f"client {number}" for number in range(10)]
 
 
 @pytest.mark.parametrize("num_started", some([1, 7, 25], [7]))
-def test_a_job_behind_ten_thousand_of_ten_clients_starts_within_the_next_ten(
-    database: Database, num_started: int
-) -> None:
+def test_new_client_starts_within_ten_jobs_behind_ten_thousand(database: Database, num_started: int) -> None:
     store = JobStore(database, JobSettings(max_queued=10_000))
     for client in _CLIENTS:
         fill(store, 1000, state="queued", client=client)
     for _ in range(num_started):
         lease(store)
     fill(store, num_started, state="queued", client=_CLIENTS[0])
-    assert sum(store.runners.look("").queued.values()) == 10_000
-    job = add_spec(store, make_spec(model="demo", client="another"))  # although the queue is full
+    assert sum(store.runners.outlook("").queued.values()) == 10_000
+    job = add_spec(store, make_spec(model="demo", client="another"))  # accepted although the queue is full
     position = store.clients.position(job)
     started = [lease(store).spec for _ in range(10)]
     assert started.index(job.spec) == position < 10
@@ -35,7 +35,7 @@ def test_a_job_behind_ten_thousand_of_ten_clients_starts_within_the_next_ten(
     assert len(before) == len(set(before))
 
 
-def test_leases_are_shared_evenly_however_unlike_the_queues(database: Database) -> None:
+def test_turns_are_even_for_queues_of_any_length(database: Database) -> None:
     store = JobStore(database, JobSettings(max_queued=10_000))
     for number, client in enumerate(_CLIENTS):
         fill(store, 10 + 50 * number, state="queued", client=client)

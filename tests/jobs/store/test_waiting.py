@@ -1,4 +1,4 @@
-"""The work of jobs that wait, added up by the database. On every database."""
+"""The sum of the waiting jobs' work, computed by the database. On every database."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def spec(model: str, duration_s: float, **fields: object) -> JobSpec:
     )
 
 
-def test_the_sizes_of_jobs_add_up_by_model(store: JobStore) -> None:
+def test_sizes_of_jobs_add_up_by_model(store: JobStore) -> None:
     add_spec(store, spec("flow", 4.0))  # 8 evaluations of 4 s
     add_spec(store, spec("flow", 10.0, batch_size=2, steps=20, cfg_scale=3.0))  # 2 x 20 x 2 of 10 s
     add_spec(store, spec("guided", 1.0))  # 100 x 2 of 1 s
@@ -46,7 +46,7 @@ def test_the_sizes_of_jobs_add_up_by_model(store: JobStore) -> None:
     }
 
 
-def test_only_jobs_that_wait_count(store: JobStore) -> None:
+def test_only_waiting_jobs_count(store: JobStore) -> None:
     for _ in range(3):
         add_spec(store, spec("flow", 4.0))
     assert store.waiting.by_model()["flow"].num_jobs == 3
@@ -59,7 +59,7 @@ def test_only_jobs_that_wait_count(store: JobStore) -> None:
     assert store.waiting.by_model() == {}
 
 
-def test_jobs_of_a_server_that_knows_no_sizes_are_counted(store: JobStore) -> None:
+def test_jobs_of_an_older_server_count_without_a_size(store: JobStore) -> None:
     job = add_spec(store, spec("flow", 4.0))
     older = {"work_rows": 0, "work_evaluations": 0, "work_evaluated_s": 0, "work_audio_s": 0}
     with store.database.writing() as connection:

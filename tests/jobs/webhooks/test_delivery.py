@@ -16,7 +16,7 @@ from tests.webhook_receiver import receiving
 ALLOWED = ("127.0.0.1",)
 
 
-async def test_a_body_arrives_as_it_was_given() -> None:
+async def test_body_arrives_unchanged() -> None:
     async with receiving() as receiver:
         await post_json(receiver.url, b'{"a": "\xc3\xa4"}', allow_hosts=ALLOWED)
     first, headers, body = receiver.requests[0]
@@ -35,7 +35,7 @@ async def test_a_body_arrives_as_it_was_given() -> None:
         b"",
     ],
 )
-async def test_what_is_no_success_is_a_failed_delivery(answer: bytes) -> None:
+async def test_any_status_but_2xx_is_a_failed_delivery(answer: bytes) -> None:
     async with receiving(answer=answer) as receiver:
         with pytest.raises(DeliveryError):
             await post_json(receiver.url, b"{}", allow_hosts=ALLOWED)
@@ -51,19 +51,19 @@ async def test_redirects_are_not_followed() -> None:
     assert other.num_connections == 0
 
 
-async def test_an_endless_answer_is_not_read() -> None:
+async def test_endless_answer_is_not_read() -> None:
     head = b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000000\r\n\r\n"
     async with receiving(answer=head + b"x" * 10_000_000) as receiver, asyncio.timeout(PATIENCE_S):
         await post_json(receiver.url, b"{}", allow_hosts=ALLOWED)
 
 
-async def test_a_silent_server_costs_a_bounded_time() -> None:
+async def test_silent_server_costs_a_bounded_time() -> None:
     async with receiving(delay_s=PATIENCE_S) as receiver, asyncio.timeout(PATIENCE_S):
         with pytest.raises(DeliveryError, match="time"):
             await post_json(receiver.url, b"{}", allow_hosts=ALLOWED, timeout_s=0.1)
 
 
-async def test_nobody_listening_is_a_failed_delivery() -> None:
+async def test_refused_connection_is_a_failed_delivery() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     with pytest.raises(DeliveryError):
@@ -162,7 +162,7 @@ async def test_public_addresses_are_accepted(host: str) -> None:
         "http://8.8.8.8:0/",
     ],
 )
-async def test_what_is_no_web_address_is_refused(url: str) -> None:
+async def test_invalid_urls_are_refused(url: str) -> None:
     with pytest.raises(InvalidRequestError, match="fal_webhook"):
         await check_webhook_url(url, field="fal_webhook", allow_hosts=("8.8.8.8",))
 
@@ -175,13 +175,13 @@ async def test_allowed_hosts_may_be_private(allowed: str, host: str) -> None:
     await check_webhook_url(f"http://{host}:9/x", field="webhook_url", allow_hosts=(allowed,))
 
 
-async def test_an_allowed_name_does_not_allow_its_address_or_other_names() -> None:
+async def test_allowed_name_does_not_allow_its_address_or_other_names() -> None:
     for host in ("127.0.0.1", "localhost.example.localhost"):
         with pytest.raises(InvalidRequestError):
             await check_webhook_url(f"http://{host}/", field="webhook_url", allow_hosts=("localhost",))
 
 
-async def test_a_name_that_cannot_be_resolved_now_is_left_to_the_delivery(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unresolvable_name_is_checked_at_delivery(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise socket.gaierror("unknown")
 
@@ -192,9 +192,7 @@ async def test_a_name_that_cannot_be_resolved_now_is_left_to_the_delivery(monkey
 
 
 @pytest.mark.parametrize("answers", [["127.0.0.1"], ["93.184.216.34", "127.0.0.1"], ["::ffff:10.0.0.1"]])
-async def test_a_name_that_leads_inside_by_the_time_of_delivery_is_not_called(
-    monkeypatch: pytest.MonkeyPatch, answers: list[str]
-) -> None:
+async def test_name_that_became_private_is_not_called(monkeypatch: pytest.MonkeyPatch, answers: list[str]) -> None:
     async with receiving() as receiver:
         found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, receiver.port)) for address in answers]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
@@ -203,26 +201,26 @@ async def test_a_name_that_leads_inside_by_the_time_of_delivery_is_not_called(
     assert receiver.num_connections == 0
 
 
-async def test_the_connection_goes_to_an_address_that_was_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name that changes its meaning between two questions is asked only once."""
-    resolve, asked = socket.getaddrinfo, []
+async def test_connection_goes_to_a_checked_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name is resolved only once, because it may resolve differently later."""
+    resolve, lookups = socket.getaddrinfo, []
 
     async with receiving() as receiver:
 
         def answer(host: str, *args: Any, **kwargs: Any) -> Any:
             if host == "flaky.example.com":
-                asked.append(host)
-                return resolve("127.0.0.1" if len(asked) == 1 else "127.0.0.9", *args, **kwargs)
+                lookups.append(host)
+                return resolve("127.0.0.1" if len(lookups) == 1 else "127.0.0.9", *args, **kwargs)
             return resolve(host, *args, **kwargs)
 
         monkeypatch.setattr(socket, "getaddrinfo", answer)
         url = f"http://flaky.example.com:{receiver.port}/"
         await post_json(url, b"{}", allow_hosts=("flaky.example.com",))
-    assert asked == ["flaky.example.com"]
+    assert lookups == ["flaky.example.com"]
     assert receiver.requests[0][1]["host"] == f"flaky.example.com:{receiver.port}"
 
 
-async def test_slow_name_servers_hold_up_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_slow_name_servers_delay_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     released = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: released.wait())
     checks = [

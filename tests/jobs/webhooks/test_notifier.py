@@ -44,7 +44,7 @@ def make_notifier(workshop: Workshop, *, settings: Mapping[str, Any] | None = No
 
 
 class TickingClock(SystemClock):
-    """A second later each time it is asked for the date."""
+    """Advances a second at each reading."""
 
     def __init__(self) -> None:
         self._now = super().time()
@@ -58,21 +58,21 @@ def states(receiver: Receiver) -> list[str]:
     return [json.loads(sent)["state"] for _, _, sent in receiver.requests]
 
 
-async def test_the_end_of_a_job_is_told_once(workshop: Workshop, receiver: Receiver) -> None:
+async def test_ended_job_is_notified_once(workshop: Workshop, receiver: Receiver) -> None:
     await workshop.start_runner(notifier=make_notifier(workshop))
-    told = await workshop.queue.submit(make_spec(webhook_url=receiver.url))
+    job = await workshop.queue.submit(make_spec(webhook_url=receiver.url))
     silent = await workshop.queue.submit(make_spec())
-    await workshop.finished(told)
+    await workshop.finished(job)
     await workshop.finished(silent)
     await until(lambda: bool(receiver.requests))
     await workshop.finished(await workshop.queue.submit(make_spec()))
     await until(lambda: not is_waiting(workshop))
     assert [json.loads(sent) for _, _, sent in receiver.requests] == [
-        {"id": told.spec.id, "state": "succeeded", "prompt": "ä"}
+        {"id": job.spec.id, "state": "succeeded", "prompt": "ä"}
     ]
 
 
-async def test_a_notice_can_be_verified_with_the_public_library(workshop: Workshop, receiver: Receiver) -> None:
+async def test_notice_can_be_verified_with_the_public_library(workshop: Workshop, receiver: Receiver) -> None:
     notifier = make_notifier(workshop, settings={"webhook_secret": SecretStr(_SECRET)})
     await workshop.start_runner(notifier=notifier)
     job = await workshop.queue.submit(make_spec(webhook_url=receiver.url))
@@ -84,9 +84,7 @@ async def test_a_notice_can_be_verified_with_the_public_library(workshop: Worksh
         standardwebhooks.Webhook(_SECRET).verify(sent.replace(b"succeeded", b"failed"), headers)
 
 
-async def test_without_a_secret_a_notice_is_named_and_dated_but_not_signed(
-    workshop: Workshop, receiver: Receiver
-) -> None:
+async def test_without_a_secret_a_notice_has_id_and_time_only(workshop: Workshop, receiver: Receiver) -> None:
     await workshop.start_runner(notifier=make_notifier(workshop))
     job = await workshop.queue.submit(make_spec(webhook_url=receiver.url))
     await until(lambda: bool(receiver.requests))
@@ -96,7 +94,7 @@ async def test_without_a_secret_a_notice_is_named_and_dated_but_not_signed(
     assert "webhook-signature" not in headers
 
 
-async def test_a_cancelled_job_is_told_too(workshop: Workshop, receiver: Receiver) -> None:
+async def test_cancelled_job_is_notified(workshop: Workshop, receiver: Receiver) -> None:
     job = await workshop.queue.submit(make_spec(webhook_url=receiver.url))
     await workshop.queue.cancel(job.spec.ref)
     await workshop.start_runner(notifier=make_notifier(workshop))
@@ -104,9 +102,7 @@ async def test_a_cancelled_job_is_told_too(workshop: Workshop, receiver: Receive
     assert states(receiver) == ["cancelled"]
 
 
-async def test_a_failed_delivery_is_tried_again_with_a_new_signature_and_the_same_id(
-    workshop: Workshop, receiver: Receiver
-) -> None:
+async def test_retry_has_a_new_signature_and_the_same_id(workshop: Workshop, receiver: Receiver) -> None:
     good, receiver.answer = receiver.answer, _FAILURE
     clock = TickingClock()
     notifier = make_notifier(
@@ -125,7 +121,7 @@ async def test_a_failed_delivery_is_tried_again_with_a_new_signature_and_the_sam
         standardwebhooks.Webhook(_SECRET).verify(receiver.requests[0][2], sent)
 
 
-async def test_after_the_last_retry_it_is_given_up(workshop: Workshop, receiver: Receiver) -> None:
+async def test_notice_is_given_up_after_the_last_retry(workshop: Workshop, receiver: Receiver) -> None:
     receiver.answer = _FAILURE
     metrics = RecordedMetrics()
     await workshop.start_runner(notifier=make_notifier(workshop, metrics=metrics))
@@ -134,13 +130,13 @@ async def test_after_the_last_retry_it_is_given_up(workshop: Workshop, receiver:
     assert metrics.counters == {("webhooks", ("outcome", "failed")): 3, ("webhooks", ("outcome", "given_up")): 1}
 
 
-def test_the_retries_last_for_hours_with_growing_pauses() -> None:
+def test_retries_last_for_hours_with_growing_pauses() -> None:
     assert list(RETRY_DELAYS_S) == sorted(RETRY_DELAYS_S)
     assert RETRY_DELAYS_S[0] <= 10
     assert 4 * 3600 <= sum(RETRY_DELAYS_S) <= 48 * 3600
 
 
-async def test_what_was_not_delivered_is_delivered_after_a_restart(workshop: Workshop, receiver: Receiver) -> None:
+async def test_undelivered_notice_is_delivered_after_a_restart(workshop: Workshop, receiver: Receiver) -> None:
     first = await workshop.start_runner()
     job = await workshop.finished(await workshop.queue.submit(make_spec(webhook_url=receiver.url)))
     await first.close()
@@ -158,14 +154,12 @@ async def test_several_runners_deliver_each_notice_once(workshop: Workshop, rece
     for job in jobs:
         await workshop.finished(job)
     await until(lambda: not is_waiting(workshop))
-    told = Counter(json.loads(sent)["id"] for _, _, sent in receiver.requests)
-    assert told == Counter(job.spec.id for job in jobs)
+    notified = Counter(json.loads(sent)["id"] for _, _, sent in receiver.requests)
+    assert notified == Counter(job.spec.id for job in jobs)
 
 
-async def test_a_receiver_that_hangs_delays_no_job_and_no_other_receiver(
-    workshop: Workshop, receiver: Receiver
-) -> None:
-    """Its host has a hundred notices before the other's only one."""
+async def test_hanging_receiver_delays_no_job_and_no_other_receiver(workshop: Workshop, receiver: Receiver) -> None:
+    """The slow receiver's host has a hundred notices before the other's only one."""
     async with receiving(delay_s=PATIENCE_S) as hanging:
         for _ in range(100):
             job = await workshop.queue.submit(make_spec(webhook_url=hanging.url))
@@ -180,7 +174,7 @@ async def test_a_receiver_that_hangs_delays_no_job_and_no_other_receiver(
         assert len(hanging.requests) <= 8
 
 
-async def test_a_notice_of_a_process_that_died_over_it_is_tried_again(workshop: Workshop, receiver: Receiver) -> None:
+async def test_notice_claimed_by_a_dead_process_is_retried(workshop: Workshop, receiver: Receiver) -> None:
     job = await workshop.queue.submit(make_spec(webhook_url=receiver.url))
     await workshop.queue.cancel(job.spec.ref)
     outbox = Outbox(workshop.queue.store.database)
@@ -194,7 +188,7 @@ async def test_a_notice_of_a_process_that_died_over_it_is_tried_again(workshop: 
     assert outbox.claim(for_s=0.5) is None
 
 
-async def test_a_private_target_is_not_called_at_delivery_either(workshop: Workshop, receiver: Receiver) -> None:
+async def test_private_target_is_not_called_at_delivery(workshop: Workshop, receiver: Receiver) -> None:
     await workshop.start_runner(notifier=make_notifier(workshop, settings={"webhook_allow_hosts": ()}))
     await workshop.queue.submit(make_spec(webhook_url=receiver.url))
     await until(lambda: is_waiting(workshop))
@@ -202,7 +196,7 @@ async def test_a_private_target_is_not_called_at_delivery_either(workshop: Works
     assert receiver.num_connections == 0
 
 
-async def test_a_body_that_cannot_be_made_holds_up_no_other(workshop: Workshop, receiver: Receiver) -> None:
+async def test_faulty_body_blocks_no_other_notice(workshop: Workshop, receiver: Receiver) -> None:
     broken = make_spec(webhook_url=receiver.url)
 
     def sometimes(job: Job) -> Mapping[str, Any]:
@@ -218,5 +212,5 @@ async def test_a_body_that_cannot_be_made_holds_up_no_other(workshop: Workshop, 
 
 
 def is_waiting(workshop: Workshop) -> bool:
-    """Whether anybody is still to be told, now or later."""
-    return workshop.queue.store.runners.look("").webhook_in_s is not None
+    """Return True if any notice is still to be delivered."""
+    return workshop.queue.store.runners.outlook("").webhook_in_s is not None

@@ -1,4 +1,4 @@
-"""The Ray and its Serve, without HTTP, that all files of this folder share: `make test` gives them to one process."""
+"""The Ray and Serve, without HTTP, that all files of this folder share. They run in one process."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import pytest
 import ray
 from ray import serve
 
-# After this long without requests Serve asks the replicas for their queues again, and sends a burst's first requests to
-# others than were chosen; Serve's own 10 s would make a test wait.
-_QUEUES_FORGOTTEN_S = 0.1
-_QUEUES_TOLD_S = 10.0  # a busy machine's replicas may take longer than Serve's 0.1 s to tell their queue
+# After this long without requests, Serve polls the replicas' queues again, and the first requests of a burst go to
+# other replicas than chosen. Serve's own 10 s would slow the test down.
+_QUEUE_CACHE_S = 0.1
+_QUEUE_TIMEOUT_S = 10.0  # Serve's own 0.1 s is too short on a busy machine
 
 
 @pytest.fixture(scope="package")
 def running_serve() -> Iterator[None]:
-    """For `serve.run`, under names of applications that differ."""
+    """Start Serve for `serve.run`. Each test uses another application name."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_SERVE_QUEUE_LENGTH_CACHE_TIMEOUT_S", str(_QUEUES_FORGOTTEN_S))
+        patch.setenv("RAY_SERVE_QUEUE_LENGTH_CACHE_TIMEOUT_S", str(_QUEUE_CACHE_S))
         for name in ("QUEUE_LENGTH_RESPONSE_DEADLINE_S", "MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S"):
-            patch.setenv(f"RAY_SERVE_{name}", str(_QUEUES_TOLD_S))
+            patch.setenv(f"RAY_SERVE_{name}", str(_QUEUE_TIMEOUT_S))
         ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
         serve.start(http_options={"location": "NoServer"})
         try:

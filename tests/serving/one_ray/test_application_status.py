@@ -1,4 +1,4 @@
-"""What is read of an application is what Serve itself says of it."""
+"""`read_application` returns the same status as Serve."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def deploy(name: str, *, num_replicas: int = 1, fault: str = "") -> None:
     serve.run(serve.deployment(Model).options(**options).bind(fault), name=name, route_prefix=None)
 
 
-def test_status_is_that_of_serve(running_serve: None) -> None:
+def test_status_equals_that_of_serve(running_serve: None) -> None:
     deploy("works", num_replicas=2)
     with pytest.raises(RuntimeError):
         deploy("fails", fault="no weights")

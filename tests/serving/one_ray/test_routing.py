@@ -1,4 +1,4 @@
-"""Calls are shared out by work, also when all come at once: on real replicas that say what they have to do."""
+"""Calls are balanced by work, also in bursts, on real replicas that publish their work."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from stable_audio_serve.serving.work_ledger import ReplicaWork
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 REPLICAS = 2
 PRICES = Prices(row_ms=0.0, evaluation_ms=1.0, evaluated_second_ms=0.0, audio_second_ms=0.0)
-SHORT, MIDDLING, LONG = 10, 100, 600_000  # steps, a millisecond each
+SHORT, MIDDLING, LONG = 10, 100, 600_000  # steps of a millisecond each
 _PAUSE_S = 0.2
-_NEVER_S = 3600.0  # a busy machine's replicas may say nothing for longer than a router waits for
+_NEVER_S = 3600.0  # on a busy machine, replicas may publish less often than the router expects
 
 
 class Timed:
-    """Takes a millisecond per step, for one request after another."""
+    """Takes a millisecond per step and runs one request at a time."""
 
     def __init__(self) -> None:
         self._device = asyncio.Lock()
         self._left_ms: dict[int, float] = {}
 
     async def generate(self, request: GenerationRequest) -> tuple[int, float]:
-        """Returns this replica and the request's price."""
+        """Return this replica's id and the request's price."""
         self._left_ms[request.seed] = ms = PRICES.of_request(request)
         try:
             async with self._device:
@@ -59,19 +59,19 @@ class Caller:
         return self._handle.generate.remote(request)  # type: ignore[attr-defined]
 
     async def burst(self, steps: Sequence[int]) -> Counter[int]:
-        """Returns the work that each replica got, milliseconds."""
+        """Return the work that each replica received, in milliseconds."""
         shares: Counter[int] = Counter()
         for place, ms in await asyncio.gather(*map(self._generate, steps)):
             shares[place] += round(ms)
         return shares
 
     async def beside_a_long_one(self, number: int) -> list[Counter[int]]:
-        """Returns where short calls went while one replica is busy: one after another, and all at once."""
+        """Return the replicas that short calls reached while one replica was busy: in sequence, and in a burst."""
         busy = self._generate(LONG)
         try:
             one_by_one: Counter[int] = Counter()
             for _ in range(number):
-                await asyncio.sleep(_PAUSE_S)  # together long enough for the replicas to say several times what they do
+                await asyncio.sleep(_PAUSE_S)  # together long enough for several publications
                 place, _ = await self._generate(SHORT)
                 one_by_one[place] += 1
             burst = await asyncio.gather(*(self._generate(SHORT) for _ in range(number)))
@@ -99,7 +99,7 @@ async def test_calls_go_to_the_replica_with_the_least_work(caller: Any) -> None:
     one_by_one, at_once = await caller.beside_a_long_one.remote(20)
     assert list(one_by_one.values()) == list(at_once.values()) == [20]
     assert one_by_one.keys() == at_once.keys()
-    for _ in range(100):  # the long one was cancelled; its replica says so within a second or two
+    for _ in range(100):  # the long call was cancelled; its replica publishes that within two seconds
         if len(await caller.burst.remote([SHORT] * 10)) == REPLICAS:
             return
     pytest.fail("a replica whose call was cancelled gets nothing any more")

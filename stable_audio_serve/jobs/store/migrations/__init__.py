@@ -1,1 +1,1 @@
-"""Alembic's revisions of the job database."""
+"""Alembic revisions of the job database."""

@@ -1,4 +1,4 @@
-"""What Alembic runs: revisions on the connection that `upgrade` hands over, in its transaction."""
+"""Alembic's entry point: runs revisions on the connection from `upgrade`, in its transaction."""
 
 from alembic import context
 

@@ -1,8 +1,8 @@
-"""Creates and upgrades the tables of jobs by Alembic's revisions. Several processes may do so at once.
+"""Creates and upgrades the job tables with Alembic revisions. Several processes may do so at once.
 
-Revisions only add (tables, columns with defaults, indexes that are not unique), so that servers of two successive
-revisions can share a database while one replaces the other: a server works on tables of the next revision too. What
-comes after that one may count on columns that this version does not fill, so this version refuses it.
+Revisions only add things: tables, columns with defaults, indexes that are not unique. So two servers of successive
+revisions can share a database while one replaces the other, and this version accepts tables of the next revision. It
+refuses later ones, which may rely on columns that it does not fill.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import sqlalchemy as sa
 from stable_audio_serve.jobs.store.errors import config_error
 from stable_audio_serve.jobs.store.tables import JOBS
 
-_LOCK = 0x53415501  # the number of a lock; any that nobody else uses
+_LOCK = 0x53415501  # number of an advisory lock, unique in the database
 _FOLDER = Path(__file__).parent
 
 
 def upgrade(connection: sa.Connection, *, folder: Path = _FOLDER) -> None:
-    """Upgrade in this transaction to the newest revision in `folder`, unless the tables are of it or the next one.
+    """Upgrade to the newest revision in `folder`, unless the tables have that revision or the next one.
 
-    Raises ConfigError for tables of a still newer version, or of another program.
+    Runs in this transaction. Raises ConfigError for tables of a later version, or of another program.
     """
-    if connection.dialect.name == "postgresql":  # SQLite has one writer anyway
+    if connection.dialect.name == "postgresql":  # SQLite has a single writer
         no_limit = (sa.func.set_config(name, "0", True) for name in ("statement_timeout", "lock_timeout"))
         connection.execute(sa.select(*no_limit))
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
@@ -42,14 +42,14 @@ def upgrade(connection: sa.Connection, *, folder: Path = _FOLDER) -> None:
 
 
 def newest_revision(folder: Path = _FOLDER) -> str:
-    """Returns the revision that this version reads and writes: four digits, one more than the one before it."""
+    """Return the revision of this version: four digits, counting up by one."""
     return max(path.name[:4] for path in (folder / "versions").glob("[0-9]*_*.py"))
 
 
 def require_known(connection: sa.Connection, *, folder: Path = _FOLDER) -> str | None:
-    """Returns the revision of the tables, None where there are none.
+    """Return the revision of the tables, None without tables.
 
-    Raises ConfigError unless it is one of `folder` or the next one.
+    Raises ConfigError unless it is a revision in `folder` or the next one.
     """
     if not sa.inspect(connection).has_table("alembic_version"):
         return None

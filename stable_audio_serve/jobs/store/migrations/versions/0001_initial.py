@@ -1,4 +1,4 @@
-"""The tables of the first release. Never changed: what comes later is in revisions of its own."""
+"""Tables of the first release. Never edit this revision; add a new one."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ _NO = sa.false()
 
 
 def upgrade() -> None:
-    """Make all tables and their indexes."""
+    """Create all tables and their indexes."""
     _make_jobs()
     op.create_table(
         "events",

@@ -1,4 +1,4 @@
-"""What limited clients have used, by client."""
+"""Usage of clients with limits, one row per client."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,7 +8,7 @@ down_revision = "0001"
 
 
 def upgrade() -> None:
-    """Make the table."""
+    """Create the table."""
     op.create_table(
         "accounts",
         sa.Column("client", sa.Text, primary_key=True),

@@ -1,4 +1,4 @@
-"""How much work a job is, so that the work of all that wait can be added up, which the index does alone."""
+"""The size of each job, and an index that sums the waiting work without reading the table."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -10,7 +10,7 @@ _WORK = ("work_rows", "work_evaluations", "work_evaluated_s", "work_audio_s")
 
 
 def upgrade() -> None:
-    """Add the columns and an index of those that wait."""
+    """Add the columns and an index of waiting jobs."""
     for name in _WORK:
         op.add_column("jobs", sa.Column(name, sa.Double, nullable=False, server_default="0"))
     queued = sa.text("state = 'queued'")

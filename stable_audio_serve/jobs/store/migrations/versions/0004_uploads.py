@@ -1,4 +1,4 @@
-"""How many bytes each client has uploaded and may still be fetched."""
+"""Sizes of uploaded files that are still stored, per client."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,7 +8,7 @@ down_revision = "0003"
 
 
 def upgrade() -> None:
-    """Make the table."""
+    """Create the table."""
     op.create_table(
         "uploads",
         sa.Column("name", sa.Text, primary_key=True),

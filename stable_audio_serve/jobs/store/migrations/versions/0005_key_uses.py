@@ -1,4 +1,4 @@
-"""What limited clients have used: a row for each request, instead of an account for each client."""
+"""Usage of clients with limits: one row per request replaces one account per client."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,7 +8,7 @@ down_revision = "0004"
 
 
 def upgrade() -> None:
-    """Make the table. Older servers that miss the accounts apply the limits of keys to their own requests."""
+    """Create the table. Older servers, which miss the accounts, apply the limits only to their own requests."""
     op.create_table(
         "key_uses",
         sa.Column("id", sa.Text, primary_key=True),

@@ -1,4 +1,4 @@
-"""What operators set while a server runs: a drained server, models that stay loaded."""
+"""Settings that operators change while a server runs: draining, and models to keep loaded."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,7 +8,7 @@ down_revision = "0005"
 
 
 def upgrade() -> None:
-    """Make the table."""
+    """Create the table."""
     op.create_table(
         "operator_settings",
         sa.Column("server", sa.Text, primary_key=True),
