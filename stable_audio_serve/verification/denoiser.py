@@ -112,8 +112,8 @@ class _Pass:
 def _output(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
     """Compare an output of the denoiser. `_OUTPUT` parses its settings from its key.
 
-    In the reference, row 0 decides for all rows whether t is inside the interval. In the run `off` it is outside. In
-    the run `swapped` it is inside, and the rows are swapped.
+    The reference applies guidance to all rows if t of row 0 is inside the guidance interval. In runs with
+    `_interval_off` it is outside. In runs with `_interval_swapped` it is inside, after the two rows were swapped.
     """
     inputs, component = _Pass(it), "denoiser padding" if match["padding"] else "denoiser"
     valid = inputs.valid if match["padding"] else None

@@ -24,7 +24,7 @@ def configured(name: str, folder: Path, *, ports: tuple[int, int], port: int, sl
 
 
 def check(name: str, path: Path) -> subprocess.CompletedProcess[str]:
-    """Run the program's own configuration check."""
+    """Run the load balancer's check of its configuration file."""
     return run_program(name, "-t", "-c", path) if name == "nginx" else run_program(name, "-c", "-f", path)
 
 

@@ -45,12 +45,12 @@ def parse(text: str) -> dict[str, Stage]:
 
 
 def inherited(stages: dict[str, Stage], name: str) -> list[Instruction]:
-    """Returns all instructions of an image, starting with those of the stages it is built on."""
+    """Returns all instructions of an image, beginning with its base stages."""
     stage = stages[name]
     return [*(inherited(stages, stage.base) if stage.base in stages else []), *stage.instructions]
 
 
 def root_image(stages: dict[str, Stage], name: str) -> str:
-    """Returns the external image that a stage is built on."""
+    """Returns the external image at the base of a stage."""
     base = stages[name].base
     return root_image(stages, base) if base in stages else base

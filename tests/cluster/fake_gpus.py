@@ -26,7 +26,7 @@ _ENVIRONMENT = {
 
 
 class Builder:
-    """The building process, for the life of the context."""
+    """Starts the process, and ends it with the context."""
 
     def __init__(self, said: Path) -> None:
         """Its log output goes to the file `said`."""
@@ -53,7 +53,8 @@ class Builder:
     ) -> dict[str, dict[str, float]]:
         """Returns per deployment the resources Ray reserves for a replica, and the `least` and `most` replicas.
 
-        `args` are the application's, `nodes` the resources of the head and of other nodes. Built in `folder`.
+        `args` are the application's arguments. `nodes` has the resources of each node, the head node first. `folder` is
+        the working directory of the build.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None

@@ -57,7 +57,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LaunchedS
 
 
 class Prometheus:
-    """Prometheus with the shipped configuration, this server's address, and one second instead of fifteen."""
+    """Prometheus with the shipped configuration, this server's address, and intervals of 1 s instead of 15 s."""
 
     def __init__(self, folder: Path, *, target_port: int) -> None:
         text = (MONITORING / "prometheus.yaml").read_text()

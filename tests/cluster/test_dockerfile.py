@@ -102,7 +102,7 @@ def test_copied_files_reach_the_build() -> None:
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns an environment made by the RUN lines: `bin`, with the image's folders beside it."""
+    """Runs the RUN lines in a new Python environment. Returns its `bin` folder."""
     root = tmp_path_factory.mktemp("image")
     subprocess.run([sys.executable, "-m", "venv", root / "venv"], check=True)
     for stage in ("wheel", "base"):

@@ -1,4 +1,4 @@
-"""The KubeRay overlays: rendered as an operator would, valid for all schemas, operable; faults are detected."""
+"""The KubeRay overlays match all schemas and our operational rules. Each rule detects a violation."""
 
 from __future__ import annotations
 

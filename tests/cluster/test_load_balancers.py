@@ -75,7 +75,7 @@ class Balanced:
         return [await self.client.post(path, json={"prompt": "rain"}) for _ in range(num)]
 
     async def send(self, text: str) -> bytes:
-        """Send this data and nothing more. Returns the output until the balancer closes the connection."""
+        """Send `text` only. Returns the answer up to the end of the connection."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         writer.write(text.encode())
         said = b""
