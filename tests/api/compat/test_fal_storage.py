@@ -339,7 +339,7 @@ async def test_parts_count_once_while_they_are_stored(monkeypatch: pytest.Monkey
         url = (await announce(client, "initiate-multipart"))["upload_url"]
         replies = [await client.put(f"{url}/{number}", content=DATA) for number in (1, 2, 3, 3, 4)]
         assert [reply.status_code for reply in replies] == [200, 200, 200, 200, 507]
-        assert "one upload" in replies[-1].json()["detail"]
+        assert "per upload" in replies[-1].json()["detail"]
         parts = [{"partNumber": number, "etag": replies[number - 1].headers["etag"]} for number in (1, 2, 3)]
         for _ in range(2):
             assert (await client.post(f"{url}/complete", json={"parts": parts})).status_code == 200
