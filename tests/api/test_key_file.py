@@ -112,7 +112,7 @@ async def test_health_alone_notices_a_bad_file(tmp_path: Path) -> None:
     assert (await site.ask(None, "/health")).json()["key_file"]["state"] == "broken"
 
 
-async def test_a_process_that_starts_with_a_bad_file_lets_nobody_in_and_is_not_ready(tmp_path: Path) -> None:
+async def test_a_process_started_with_a_bad_key_file_admits_no_client(tmp_path: Path) -> None:
     site = Site(tmp_path, None)
     for key in (None, "alice"):
         reply = await site.ask(key)

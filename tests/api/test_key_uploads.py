@@ -58,7 +58,7 @@ async def post(port: int, path: str, key: str, **body: object) -> httpx.Response
         return await client.post(path, headers={"Authorization": f"Bearer {key}"}, **body)  # type: ignore[arg-type]
 
 
-async def test_used_up_audio_refuses_an_upload_of_any_route_by_its_headers_on_any_server(tmp_path: Path) -> None:
+async def test_uploads_are_refused_from_their_headers_when_no_audio_is_left(tmp_path: Path) -> None:
     async with two_servers(tmp_path, ToneBackend()) as (one, other):
         assert (await post(one, TEXT, "alice", json={"prompt": "x", "duration": 10})).status_code == 200
         ways = [(port, path) for port in (one, other) for path in (VARIATION, JOB, "/v1/audio/inpaint")]
@@ -95,7 +95,7 @@ async def test_a_place_in_use_refuses_uploads_but_no_jobs_and_is_not_lost(tmp_pa
             assert (await post(port, VARIATION, "bob", data=form, files=files)).status_code == 200
 
 
-async def test_what_is_left_is_not_refused_by_headers_and_looking_charges_nothing(tmp_path: Path) -> None:
+async def test_the_check_of_headers_charges_nothing(tmp_path: Path) -> None:
     files = {"audio": make_audio_file(duration_s=0.5)}
     async with two_servers(tmp_path, ToneBackend()) as (one, other):
         for port in (one, other) * 5:  # ten of one second into ten seconds
