@@ -1,6 +1,6 @@
-"""API keys: how one is made, the line that a server keeps of it, the client it belongs to, and what it may do.
+"""API keys: how a key is made, the line of the key file that describes it, its client, scopes and limits.
 
-A line holds the SHA-256 of a key, never the key. Knows nothing of files or of HTTP.
+A line contains the SHA-256 of a key, never the key. Independent of files and of HTTP.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MAX_CONCURRENCY = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class KeyLimits:
-    """How much one client may have; None = as much as there is. The limits of a name hold for all its keys together."""
+    """The limits of one client, None = no limit. All keys of a name share its limits."""
 
     audio_seconds_per_minute: float | None = None
     concurrency: int | None = None
@@ -40,7 +40,7 @@ NO_LIMITS = KeyLimits()
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """A key that may use the API: the client that owns it, its SHA-256 in hexadecimal, and what it may do."""
+    """A key of the API: its client, SHA-256 in hexadecimal, scopes and limits."""
 
     client: ClientId
     digest: str
@@ -49,15 +49,15 @@ class ApiKey:
 
     @property
     def label(self) -> str:
-        """What logs and metrics call its client: its name, for a key without a name no part of its digest."""
+        """The name of its client in logs and metrics, `unnamed` for a key without a name."""
         return "unnamed" if _UNNAMED.fullmatch(self.client) else self.client
 
     def may(self, scopes: Iterable[Scope]) -> bool:
-        """Whether it has one of these scopes."""
+        """Whether the key has at least one of these scopes."""
         return not self.scopes.isdisjoint(scopes)
 
 
-# Who asks where no keys are configured: everybody is one client, and nobody an administrator.
+# The key of every request if no keys are configured: one client, without the scope admin.
 ANYBODY = ApiKey(NO_CLIENT, "")
 
 
@@ -65,8 +65,8 @@ def parse_key(text: str) -> ApiKey:
     """Returns the key of a line: `digest` or `name:digest`, then any of `scope=`, `audio-seconds-per-minute=` and
     `concurrency=`, in any order, separated by spaces. The first digits of a digest are its default name.
 
-    Raises ValueError for any other text, and for a name that looks like a default one. The message repeats nothing of
-    the text, where a plain key may stand by mistake.
+    Raises ValueError for any other text, and for a name that looks like a default name. The message quotes nothing of
+    the text, which may be a plain key by mistake.
     """
     entry, *words = text.split()
     options: dict[str, str] = {}
@@ -101,7 +101,7 @@ def parse_scopes(words: Iterable[str]) -> frozenset[Scope]:
 
 
 def format_key(key: ApiKey, *, is_named: bool = True) -> str:
-    """Returns the line that `parse_key` reads, what is default left out."""
+    """Returns the line that `parse_key` reads, without default values."""
     words = [f"{key.client}:{key.digest}" if is_named else key.digest]
     if key.scopes != DEFAULT_SCOPES:
         words.append(f"scope={','.join(scope for scope in SCOPES if scope in key.scopes)}")
@@ -113,7 +113,7 @@ def format_key(key: ApiKey, *, is_named: bool = True) -> str:
 
 
 def make_key() -> str:
-    """Returns a new key of 256 random bits: no search finds one by its SHA-256, so no slower hash is needed."""
+    """Returns a new key of 256 random bits, too many to find by its SHA-256; so no slower hash is needed."""
     return _PREFIX + secrets.token_urlsafe(32)
 
 

@@ -1,4 +1,6 @@
-"""What the HTTP layer tells operators, and does for them, beyond single requests; `serving` implements it over Ray."""
+"""The operations of operators that the HTTP layer offers: status, keeping models loaded, draining. `serving` implements
+them with Ray.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,10 @@ DrainState = Literal["no", "draining", "drained"]
 
 @dataclass(frozen=True, slots=True)
 class ReplicaReport:
-    """What one replica of a model said `age_s` ago; None = it did not say.
+    """The last report of one replica, `age_s` old. None = not reported.
 
-    `backlog_s` is predicted device time not yet spent, `rows_per_step` the mean of its last seconds with steps,
-    `finished_per_minute` how many requests had their audio in the minute before.
+    `backlog_s` is the predicted device time of unfinished work, `rows_per_step` a mean of the last ten seconds,
+    `finished_per_minute` the number of requests finished in the minute before the report.
     """
 
     id: str
@@ -31,7 +33,7 @@ class ReplicaReport:
 
 @dataclass(frozen=True, slots=True)
 class ModelReport:
-    """One model's replicas; `is_kept`: an operator keeps it loaded.
+    """The replicas of one model. `is_kept`: an operator keeps the model loaded.
 
     `waiting_jobs_s` is the predicted device time of all jobs that wait for it in the job database; None = not known.
     """
@@ -44,10 +46,7 @@ class ModelReport:
 
 @dataclass(frozen=True, slots=True)
 class DrainReport:
-    """Whether an operator takes this server out, and what is left to finish: requests, and jobs that it leases.
-
-    None = not known now.
-    """
+    """Whether the server drains, and its unfinished requests and leased jobs. None = unknown."""
 
     state: DrainState = "no"
     num_requests: int | None = 0
@@ -56,7 +55,7 @@ class DrainReport:
 
 @dataclass(frozen=True, slots=True)
 class ServerReport:
-    """The models by canonical name, as they were `age_s` ago; `reason` says why they are not known better."""
+    """The models by canonical name, `age_s` ago. `reason` explains an old or incomplete report."""
 
     models: Mapping[str, ModelReport]
     drain: DrainReport = field(default_factory=DrainReport)
@@ -65,10 +64,10 @@ class ServerReport:
 
 
 class Operations(Protocol):
-    """What operators see and do. Every method answers within a few seconds."""
+    """The operations of operators. Every method returns within a few seconds."""
 
     async def report(self) -> ServerReport:
-        """Returns what the server does, about a second old; asking often costs no more than asking once a second."""
+        """Returns the state of the server, about a second old. Frequent calls share one query a second."""
         ...
 
     async def keep(self, model: str) -> None:
@@ -76,7 +75,7 @@ class Operations(Protocol):
         ...
 
     async def release(self, model: str) -> None:
-        """Let the model go to its configured least number of replicas. Raises StorageError."""
+        """Let the model scale down to its configured minimum. Raises StorageError."""
         ...
 
     async def drain(self) -> None:

@@ -134,9 +134,7 @@ async def test_a_request_for_more_than_a_minute_holds_is_forbidden(pair: Pair) -
         assert "audio-seconds-per-minute=60" in reply.json()["detail"]
 
 
-async def test_concurrency_limits_requests_on_all_servers_but_not_jobs(
-    pair: Pair, tones: ToneBackend
-) -> None:
+async def test_concurrency_limits_requests_on_all_servers_but_not_jobs(pair: Pair, tones: ToneBackend) -> None:
     tones.released.clear()
     first = asyncio.create_task(ask(pair[0], "sa3", "bob"))
     await until(lambda: tones.num_running == 1)

@@ -1,8 +1,8 @@
-"""The keys that count now: those of the settings, and those of a file that is read again while the server runs.
+"""The valid keys: the keys in the settings and in a file that is reloaded while the server runs.
 
-The file's bytes are compared, not its date: links may be swapped (Kubernetes does that to a mounted secret), and two
-changes may fall into one tick of a clock. A file that cannot be used leaves the keys as they were, and says so in the
-log, in health and in a metric.
+The file is compared by content, not by date: Kubernetes swaps links to update a mounted secret, and two changes may
+have the same timestamp. If the file cannot be used, the previous keys stay valid, and the log, `/health` and a metric
+report it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stable_audio_serve.core.settings import ApiSettings
 log = structlog.get_logger("stable_audio_serve.api")
 
 _LOOK_EVERY_S = 1.0
-_PATIENCE_S = 0.5  # then a request is judged by the keys that are known
+_PATIENCE_S = 0.5  # then the request is checked against the current keys
 _SILENT_AFTER_S = 10.0
 
 KeyFileState = Literal["unset", "ok", "broken", "unread"]
@@ -32,7 +32,7 @@ KeyFileState = Literal["unset", "ok", "broken", "unread"]
 
 @dataclass(frozen=True, slots=True)
 class KeyFileHealth:
-    """How the file of keys is. Broken: former keys count; unread: there are none yet. `reason` quotes no line."""
+    """The state of the key file. Broken: the previous keys stay valid; unread: no keys yet. `reason` quotes no line."""
 
     state: KeyFileState = "unset"
     reason: str | None = None
@@ -67,18 +67,18 @@ class KeyRing:
 
     @property
     def is_open(self) -> bool:
-        """Whether no keys are configured, so that everybody may use the API."""
+        """Whether no keys are configured, so that every client may use the API."""
         return self._path is None and not self._configured
 
     @property
     def health(self) -> KeyFileHealth:
-        """How the file was at the last look."""
+        """The state of the file at the last check."""
         if self._looking is not None and self._clock.monotonic() - self._began_at > _SILENT_AFTER_S:
             return KeyFileHealth(self._bad_state, "the file does not answer")
         return self._known
 
     async def refresh(self) -> None:
-        """Look at the file again, at most once a second. Waits for a slow disk only for a moment."""
+        """Check the file for changes, at most once a second. Waits at most half a second for a slow disk."""
         if self._path is None:
             return
         now = self._clock.monotonic()
@@ -103,7 +103,7 @@ class KeyRing:
         return "unread" if self._data is None else "broken"
 
     def _look_once(self, path: str) -> None:
-        """Take over a file that has changed; a bad one is looked at again each time, until it is good."""
+        """Load the file if it has changed. A bad file is parsed at every check until it is valid."""
         try:
             data = read_key_file(path)
             if data != self._data:
@@ -111,7 +111,7 @@ class KeyRing:
         except (OSError, ValueError) as error:
             found = KeyFileHealth(self._bad_state, _sentence(error))
             if found != self._known:
-                log.error("the key file cannot be used: the former keys count", reason=found.reason)
+                log.error("the key file cannot be used; the previous keys stay valid", reason=found.reason)
         else:
             found = KeyFileHealth("ok")
         self._known = found
@@ -125,5 +125,5 @@ class KeyRing:
 
 
 def _sentence(error: OSError | ValueError) -> str:
-    """What is wrong, without the path: health shows it to everybody."""
+    """Returns the problem without the path, because `/health` is public."""
     return f"it cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)

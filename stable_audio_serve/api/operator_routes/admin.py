@@ -1,4 +1,4 @@
-"""Routes that change the server for everybody: models kept loaded, and a rest. For keys with the scope `admin`."""
+"""Routes for administrators: keep models loaded, drain the server. They need a key with the scope `admin`."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _MODEL_RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 _UNLOAD_RESPONSES: dict[int | str, dict[str, Any]] = {
     **_MODEL_RESPONSES,
-    409: {"model": ErrorBody, "description": "The configuration keeps replicas of it at all times."},
+    409: {"model": ErrorBody, "description": "The configuration keeps this model loaded."},
 }
 _RESPONSES = error_responses(ErrorBody, 401, 500, 503)
 
 
 def build_router(service: Service, operations: Operations) -> APIRouter:
-    """The routes over one service, including those of `dead_letters`."""
+    """Returns the routes of one service, with the routes of `dead_letters`."""
     router = APIRouter(
         prefix=PREFIX,
         route_class=operator_route_class(render_error, scopes=("admin",)),
@@ -54,14 +54,14 @@ def build_router(service: Service, operations: Operations) -> APIRouter:
 
     @router.post("/models/{model:path}/load", status_code=202, responses=_MODEL_RESPONSES)
     async def load(model: str) -> KeptModel:
-        """Keep one replica of a model, whatever the load, until it is unloaded or the server starts anew."""
+        """Keep one replica of a model loaded until it is unloaded or the server restarts."""
         name = resolve(model)
         await operations.keep(name)
         return KeptModel(model=name, kept=True, stage=await stage_of(name))
 
     @router.post("/models/{model:path}/unload", responses=_UNLOAD_RESPONSES)
     async def unload(model: str) -> KeptModel:
-        """Let a model go to zero replicas once there has been nothing to do for its `downscale_delay_s`."""
+        """Let a model scale to zero after `downscale_delay_s` without work."""
         name = resolve(model)
         await operations.release(name)
         least = least_replicas(name, service.settings, catalog=catalog)
@@ -74,14 +74,14 @@ def build_router(service: Service, operations: Operations) -> APIRouter:
 
     @router.post("/drain", status_code=202, responses=_RESPONSES)
     async def drain() -> Drain:
-        """Take this server out: /ready says 503, new work is refused with Retry-After, what was begun is finished, jobs
-        that wait are left to other servers. /v1/status tells when it is done."""
+        """Drain the server: /ready is 503, new work is refused with Retry-After, current work is finished, and waiting
+        jobs are left to other servers. /v1/status shows when it is done."""
         await operations.drain()
         return describe_drain((await operations.report()).drain)
 
     @router.delete("/drain", responses=_RESPONSES)
     async def resume() -> Drain:
-        """Take new work again."""
+        """Accept new work again."""
         await operations.resume()
         return describe_drain((await operations.report()).drain)
 
