@@ -106,7 +106,7 @@ def s3_errors() -> tuple[type[Exception], ...]:
 
 
 def code_of(error: BaseException) -> str:
-    """Returns the service's error code, for example NoSuchKey, or the exception's class name without a response."""
+    """Returns the service's error code, for example NoSuchKey, or the exception's class name if there is none."""
     return str(_answer(error).get("Error", {}).get("Code") or type(error).__name__)
 
 

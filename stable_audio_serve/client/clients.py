@@ -177,8 +177,8 @@ class Jobs:
     def download(self, job: Job | str, path: str | Path) -> Path:
         """Write a finished job's audio to a file without holding it in memory. Returns its path.
 
-        In a folder that exists the file gets the name that the server gives it, which begins with the job's id. Raises
-        GenerationError or CancelledRequestError for a job that has none, OSError.
+        If `path` is an existing folder, the server chooses the file name, which begins with the job's id. Raises
+        GenerationError or CancelledRequestError if the job has no audio, and OSError.
         """
         return run(self._operations.download(job, Path(path)))
 

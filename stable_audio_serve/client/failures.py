@@ -43,7 +43,7 @@ def _all_below(base: type[StableAudioError]) -> Iterator[type[StableAudioError]]
         yield from _all_below(error)
 
 
-# Several classes may share a kind: the first one is the general one.
+# Several classes may share a kind. The first defined is the most general and must win, hence `reversed`.
 _BY_KIND = {error.kind: error for error in reversed(list(_all_below(StableAudioError)))}
 
 
@@ -107,7 +107,7 @@ class Attempts:
 
     @property
     def are_several(self) -> bool:
-        """Whether an attempt came before the last one; the server may have carried it out."""
+        """Whether an earlier attempt also failed. The server may have carried out that earlier attempt."""
         return self._num_failed > 1
 
     def pause_s(self, failure: StableAudioError) -> float:

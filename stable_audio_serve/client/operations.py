@@ -260,11 +260,14 @@ class Operations:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file to write. It gets its name only at the end without an error. Raises OSError."""
+    """Opens a temporary file for writing, and renames it to `path` when the block ends without an error.
+
+    Raises OSError.
+    """
     temporary = path.parent / f".{path.name[:40]}.{secrets.token_hex(8)}"
     try:
-        # Not by `tempfile`, whose files only their owner may read: to give them a new file's rights the umask would
-        # have to be read, which cannot be done without setting it, for all threads.
+        # `tempfile` creates files that only their owner can read. Restoring normal permissions needs the umask, and
+        # reading the umask means setting it for all threads.
         with temporary.open("xb") as file:
             yield file
         temporary.replace(path)

@@ -121,7 +121,7 @@ class DrainingMiddleware:
         self._app = app
         self._draining = draining
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: PLR0917 - as ASGI has it
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: PLR0917 - ASGI's signature
         """Run the application. Requests that arrive while the server drains count only if they are admitted."""
         draining = self._draining
         if scope["type"] != "http":

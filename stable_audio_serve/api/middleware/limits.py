@@ -53,7 +53,7 @@ class LimitsMiddleware:
         self._times = times or ClientTimes()
         self._held = _BodiesInProgress()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: PLR0917 - as ASGI has it
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: PLR0917 - ASGI's signature
         """Run the application on a guarded connection. Raises ClientGoneError when the client disconnects."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)

@@ -173,7 +173,7 @@ class Stages:
 
     @property
     def has_room_beside(self) -> bool:
-        """Whether more windows may be encoded or decoded beside the next step."""
+        """Whether more windows may be encoded or decoded at the same time as the next step."""
         return self._times.has_room_beside
 
     def keep_pace(self) -> None:

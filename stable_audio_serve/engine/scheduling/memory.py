@@ -103,8 +103,10 @@ class RowMemory:
     def __init__(
         self, spec: ModelSpec, *, max_bytes: int | None, is_fixed: bool, setting: str = "max_memory_bytes"
     ) -> None:
-        """`max_bytes` None: no bound, and nothing is measured. `is_fixed`: windows are decoded as planned. `setting`
-        names the operator's setting behind `max_bytes`, for error messages.
+        """If `max_bytes` is None, memory is neither limited nor measured.
+
+        If `is_fixed`, decoding uses exactly the planned windows. `setting` names the operator's setting that
+        `max_bytes` comes from, for error messages.
         """
         self._spec = spec
         self._is_fixed = is_fixed

@@ -56,7 +56,7 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The clips of the golden requests, by request name, from a model with this setup that passed."""
+    """Descriptions of the golden requests' clips, by request name, from a model that passed with this setup."""
 
     setup: Setup
     source: Source
