@@ -30,7 +30,7 @@ T = TypeVar("T")
 log = structlog.get_logger("stable_audio_serve.api")
 
 _BUSY_RETRY_S = 10.0
-_RECONNECT_MS = 2000  # by then a rolling update has replaced this process
+_RECONNECT_MS = 2000  # after this time a rolling update has replaced this process
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,7 +29,7 @@ _MAX_CONNECTIONS = 32
 _RETRY_S = 5.0
 _INSUFFICIENT_STORAGE = 507  # HTTP status
 
-_CHECK_TIMEOUT_S = 3.0  # of one attempt, for the connection and for the response
+_CHECK_TIMEOUT_S = 3.0  # per attempt: for the connection, and again for the response
 _CHECK_BUDGET_S = 4.0  # no attempt starts later, so that the check ends within ten seconds
 _CHECK_PAUSE_S = 0.2
 
@@ -161,7 +161,7 @@ def check_bucket(
         )
     except s3_errors() as error:
         raise _explain(error, settings, doing="using") from error
-    except ValueError as error:  # not a URL
+    except ValueError as error:  # the endpoint is no URL
         raise _sentence(_ENDPOINT, f"{settings.endpoint_url} cannot be used: {error}") from error
     attempt = partial(_attempt, deadline=clock.monotonic() + budget_s, clock=clock)
     at = {"Bucket": settings.bucket, "Key": prefix + upload_key()}

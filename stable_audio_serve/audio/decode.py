@@ -1,4 +1,4 @@
-"""Decodes uploaded audio and reads the text embedded in it, in a separate process, because files may be hostile.
+"""Decodes uploaded audio and reads its embedded text, in a separate process, because files are untrusted.
 
 The child process has a minimal environment and inherits no threads, devices or sockets. If it crashes or hangs, it is
 replaced.

@@ -37,7 +37,7 @@ _RIFF_FORMS = frozenset({(b"RIFF", b"WAVE"), (b"RF64", b"WAVE"), (b"FORM", b"AIF
 
 # The side of each channel, for 3 to 8 channels in the order of WAV files: left, right, centre; "-" is LFE, omitted.
 _SPEAKERS = {3: "lrc", 4: "lrlr", 5: "lrclr", 6: "lrc-lr", 7: "lrc-clr", 8: "lrc-lrlr"}
-_SURROUND_GAIN = 0.5**0.5  # of all channels except front left and right, ITU-R BS.775
+_SURROUND_GAIN = 0.5**0.5  # for all channels except front left and right, ITU-R BS.775
 
 
 class Refused(Exception):

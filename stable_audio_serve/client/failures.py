@@ -1,4 +1,4 @@
-"""Which error of `core.errors` a failed answer or connection is, and when a failed call is sent again."""
+"""Converts failed answers and connections to errors of `core.errors`, and decides when a failed call is sent again."""
 
 from __future__ import annotations
 
@@ -83,10 +83,10 @@ def read_lost_connection(error: httpx.HTTPError) -> StableAudioError:
 class Retries:
     """How often and how long to try. `most_wait_s` bounds the sum of one call's pauses, seconds.
 
-    A pause is as long as the server asks for with Retry-After, and a little longer, so that clients which were refused
-    together do not retry together; without Retry-After it doubles from `first_pause_s` on. `most_refused` bounds
-    the attempts after refused connections. `on_pause` is called before each pause, with the failure and the length of
-    the pause in seconds.
+    A pause lasts a little longer than the server's Retry-After, so that clients that were refused together do not retry
+    together. Without Retry-After, the first pause is at most `first_pause_s`, and the limit doubles each time.
+    `most_refused` bounds the attempts after refused connections. `on_pause` is called before each pause, with the
+    failure and the length of the pause in seconds.
     """
 
     most: int = 5
@@ -133,7 +133,7 @@ class Attempts:
 
 def _read_detail(detail: Any) -> tuple[str, str | None]:
     """Returns the message of a failure's body, and the field at fault if it names one."""
-    if isinstance(detail, dict):  # of the routes that are shared with vLLM-Omni
+    if isinstance(detail, dict):  # the format of the routes that are shared with vLLM-Omni
         return str(detail.get("message", "")), detail.get("param")
     if not isinstance(detail, list):
         return str(detail or ""), None

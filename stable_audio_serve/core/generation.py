@@ -158,7 +158,7 @@ class Making:
     filled in for fields that the request left open.
     """
 
-    version: str  # of this package
+    version: str  # version of this package
     torch: str
     mode: Mode
     processor: str

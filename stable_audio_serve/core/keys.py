@@ -1,6 +1,6 @@
-"""API keys: how one is made, the line that a server keeps of it, the client it belongs to, and what it may do.
+"""API keys: making a key, the line that a server stores for it, its client, scopes and limits.
 
-A line holds the SHA-256 of a key, never the key. Knows nothing of files or of HTTP.
+A line holds the SHA-256 of a key, never the key. Independent of files and HTTP.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Scope = Literal["generate", "jobs", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 DEFAULT_SCOPES: frozenset[Scope] = frozenset({"generate", "jobs"})
 
-_PREFIX = "sas-"  # makes keys easy to recognise for people and secret scanners
+_PREFIX = "sas-"  # people and secret scanners recognise keys by it
 _NUM_DIGITS = 16
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -29,7 +29,7 @@ _MAX_CONCURRENCY = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class KeyLimits:
-    """How much one client may have; None = as much as there is. The limits of a name hold for all its keys together."""
+    """The limits of one client; None = unlimited. All keys of the same client name share them."""
 
     audio_seconds_per_minute: float | None = None
     concurrency: int | None = None
@@ -49,15 +49,15 @@ class ApiKey:
 
     @property
     def label(self) -> str:
-        """What logs and metrics call its client: its name, for a key without a name no part of its digest."""
+        """The client's name in logs and metrics; "unnamed" without a name, to reveal no part of the digest."""
         return "unnamed" if _UNNAMED.fullmatch(self.client) else self.client
 
     def may(self, scopes: Iterable[Scope]) -> bool:
-        """Whether it has one of these scopes."""
+        """Whether the key has at least one of these scopes."""
         return not self.scopes.isdisjoint(scopes)
 
 
-# Who asks where no keys are configured: everybody is one client, and nobody an administrator.
+# The key of every request if no keys are configured: all callers are one client, and none is an administrator.
 ANYBODY = ApiKey(NO_CLIENT, "")
 
 
@@ -65,8 +65,8 @@ def parse_key(text: str) -> ApiKey:
     """Returns the key of a line: `digest` or `name:digest`, then any of `scope=`, `audio-seconds-per-minute=` and
     `concurrency=`, in any order, separated by spaces. The first digits of a digest are its default name.
 
-    Raises ValueError for any other text, and for a name that looks like a default one. The message repeats nothing of
-    the text, where a plain key may stand by mistake.
+    Raises ValueError for any other text, and for a name that looks like a default one. The message never quotes the
+    text, because it may contain a plain key by mistake.
     """
     entry, *words = text.split()
     options: dict[str, str] = {}
@@ -93,7 +93,7 @@ def parse_key_hash(text: str) -> ApiKey:
 
 
 def parse_scopes(words: Iterable[str]) -> frozenset[Scope]:
-    """Returns the scopes of these words. Raises ValueError for any other word, and for none."""
+    """Returns the scopes with these names. Raises ValueError for an unknown name, and if there are no names."""
     found = {word.strip() for word in words}
     if not found or not found <= set(SCOPES):
         raise ValueError(f"scope must be one or several of {', '.join(SCOPES)}, separated by commas")
@@ -101,7 +101,7 @@ def parse_scopes(words: Iterable[str]) -> frozenset[Scope]:
 
 
 def format_key(key: ApiKey, *, is_named: bool = True) -> str:
-    """Returns the line that `parse_key` reads, what is default left out."""
+    """Returns the line that `parse_key` reads, without options that have their default."""
     words = [f"{key.client}:{key.digest}" if is_named else key.digest]
     if key.scopes != DEFAULT_SCOPES:
         words.append(f"scope={','.join(scope for scope in SCOPES if scope in key.scopes)}")
@@ -113,7 +113,10 @@ def format_key(key: ApiKey, *, is_named: bool = True) -> str:
 
 
 def make_key() -> str:
-    """Returns a new key of 256 random bits: no search finds one by its SHA-256, so no slower hash is needed."""
+    """Returns a new key of 256 random bits.
+
+    Nobody can find such a key from its SHA-256 by trying, so no slower hash is needed.
+    """
     return _PREFIX + secrets.token_urlsafe(32)
 
 

@@ -1,4 +1,4 @@
-"""What the HTTP layer tells operators, and does for them, beyond single requests; `serving` implements it over Ray."""
+"""Reports and actions for operators, as the HTTP layer needs them. `serving` implements them with Ray."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ DrainState = Literal["no", "draining", "drained"]
 
 @dataclass(frozen=True, slots=True)
 class ReplicaReport:
-    """What one replica of a model said `age_s` ago; None = it did not say.
+    """The report of one replica, `age_s` old. None = not reported.
 
-    `backlog_s` is predicted device time not yet spent, `rows_per_step` the mean of its last seconds with steps,
-    `finished_per_minute` how many requests had their audio in the minute before.
+    `backlog_s` is the predicted device time of unfinished work. `rows_per_step` is the mean over the replica's last
+    seconds with steps. `finished_per_minute` is the number of requests that finished in the last minute.
     """
 
     id: str
@@ -33,7 +33,7 @@ class ReplicaReport:
 class ModelReport:
     """One model's replicas; `is_kept`: an operator keeps it loaded.
 
-    `waiting_jobs_s` is the predicted device time of all jobs that wait for it in the job database; None = not known.
+    `waiting_jobs_s` is the predicted device time of all jobs in the database that wait for the model; None = unknown.
     """
 
     status: ModelStatus
@@ -44,9 +44,9 @@ class ModelReport:
 
 @dataclass(frozen=True, slots=True)
 class DrainReport:
-    """Whether an operator takes this server out, and what is left to finish: requests, and jobs that it leases.
+    """Whether an operator drains this server, and the requests and leased jobs that it has yet to finish.
 
-    None = not known now.
+    A count is None if it is unknown at the moment.
     """
 
     state: DrainState = "no"
@@ -56,7 +56,10 @@ class DrainReport:
 
 @dataclass(frozen=True, slots=True)
 class ServerReport:
-    """The models by canonical name, as they were `age_s` ago; `reason` says why they are not known better."""
+    """The state of each model, by canonical name, `age_s` ago.
+
+    If the state is incomplete or old, `reason` says why.
+    """
 
     models: Mapping[str, ModelReport]
     drain: DrainReport = field(default_factory=DrainReport)
@@ -65,10 +68,10 @@ class ServerReport:
 
 
 class Operations(Protocol):
-    """What operators see and do. Every method answers within a few seconds."""
+    """The reports and actions for operators. Every method returns within a few seconds."""
 
     async def report(self) -> ServerReport:
-        """Returns what the server does, about a second old; asking often costs no more than asking once a second."""
+        """Returns the server's state, about a second old. Frequent calls cost no more than one call a second."""
         ...
 
     async def keep(self, model: str) -> None:
@@ -76,7 +79,7 @@ class Operations(Protocol):
         ...
 
     async def release(self, model: str) -> None:
-        """Let the model go to its configured least number of replicas. Raises StorageError."""
+        """Undo `keep`: allow the model's configured minimum number of replicas again. Raises StorageError."""
         ...
 
     async def drain(self) -> None:

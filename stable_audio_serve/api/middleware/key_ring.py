@@ -1,8 +1,8 @@
-"""The keys that count now: those of the settings, and those of a file that is read again while the server runs.
+"""The valid API keys: those of the settings, and those of a file that is read again while the server runs.
 
-The file's bytes are compared, not its date: links may be swapped (Kubernetes does that to a mounted secret), and two
-changes may fall into one tick of a clock. A file that cannot be used leaves the keys as they were, and says so in the
-log, in health and in a metric.
+A change is detected by the file's bytes, because its date is unreliable: links may be swapped (Kubernetes does that to
+a mounted secret), and two changes may fall into one clock tick. If the file cannot be used, the former keys stay valid,
+and the log, the health route and a metric report the problem.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stable_audio_serve.core.settings import ApiSettings
 log = structlog.get_logger("stable_audio_serve.api")
 
 _LOOK_EVERY_S = 1.0
-_PATIENCE_S = 0.5  # then a request is judged by the keys that are known
+_PATIENCE_S = 0.5  # after this wait for the file, a request is checked against the known keys
 _SILENT_AFTER_S = 10.0
 
 KeyFileState = Literal["unset", "ok", "broken", "unread"]
@@ -32,7 +32,11 @@ KeyFileState = Literal["unset", "ok", "broken", "unread"]
 
 @dataclass(frozen=True, slots=True)
 class KeyFileHealth:
-    """How the file of keys is. Broken: former keys count; unread: there are none yet. `reason` quotes no line."""
+    """The state of the key file.
+
+    broken: it cannot be used now, so the former keys stay valid. unread: it could never be read, so it has given no
+    keys yet. `reason` quotes no line of the file.
+    """
 
     state: KeyFileState = "unset"
     reason: str | None = None
@@ -49,7 +53,7 @@ def check_key_file(path: str | None) -> None:
 
 
 class KeyRing:
-    """One per application; for one event loop at a time."""
+    """The valid keys of one application. Used by one event loop at a time."""
 
     def __init__(self, settings: ApiSettings, *, metrics: Metrics | None = None, clock: Clock | None = None) -> None:
         """Reads the file, if there is one."""
@@ -72,13 +76,13 @@ class KeyRing:
 
     @property
     def health(self) -> KeyFileHealth:
-        """How the file was at the last look."""
+        """The state of the file when it was last read."""
         if self._looking is not None and self._clock.monotonic() - self._began_at > _SILENT_AFTER_S:
             return KeyFileHealth(self._bad_state, "the file does not answer")
         return self._known
 
     async def refresh(self) -> None:
-        """Look at the file again, at most once a second. Waits for a slow disk only for a moment."""
+        """Read the file again if the last reading is a second old. Waits at most half a second for a slow disk."""
         if self._path is None:
             return
         now = self._clock.monotonic()
@@ -103,7 +107,7 @@ class KeyRing:
         return "unread" if self._data is None else "broken"
 
     def _look_once(self, path: str) -> None:
-        """Take over a file that has changed; a bad one is looked at again each time, until it is good."""
+        """Read the file, and take over its keys if it has changed. After an error, the next call tries again."""
         try:
             data = read_key_file(path)
             if data != self._data:
@@ -125,5 +129,5 @@ class KeyRing:
 
 
 def _sentence(error: OSError | ValueError) -> str:
-    """What is wrong, without the path: health shows it to everybody."""
+    """Returns what is wrong, without the path, because the health route shows it to everybody."""
     return f"it cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)

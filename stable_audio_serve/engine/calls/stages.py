@@ -1,6 +1,6 @@
-"""The phases of picked rows: inputs, evaluations, decoded audio. Encoding and decoding run beside evaluations on
-devices with a second queue. Failed rows are returned to the loop, which ends their requests. `inputs` handles prompts
-and sources. Independent of the scheduler.
+"""The phases of picked rows: inputs, evaluations, decoded audio. On devices with a second queue, encoding and decoding
+run in parallel with evaluations. Failed rows are returned to the loop, which ends their requests. `inputs` handles
+prompts and sources. Independent of the scheduler.
 """
 
 from __future__ import annotations

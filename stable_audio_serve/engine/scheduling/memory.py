@@ -33,7 +33,7 @@ from stable_audio_serve.models.protocol import (
 from stable_audio_serve.models.windows import LONGEST_FRAMES
 from stable_audio_serve.sampling.noise import NoiseSource
 
-_DURATION_SHARES = (1 / 64, 1 / 16)  # of the model's maximum duration, for the measurement
+_DURATION_SHARES = (1 / 64, 1 / 16)  # durations to measure, as shares of the model's maximum
 _WINDOW = 32  # latent frames of the measured windows
 _REGISTER_BYTES = 4  # float32
 _KEPT_BESIDE = 2  # a draw of noise and the latents, each as large as a register
