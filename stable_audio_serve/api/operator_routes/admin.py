@@ -1,4 +1,4 @@
-"""Routes that change the server for everybody: models kept loaded, and a rest. For keys with the scope `admin`."""
+"""Routes with which operators keep models loaded and drain the server. They need a key with the scope `admin`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _RESPONSES = error_responses(ErrorBody, 401, 500, 503)
 
 
 def build_router(service: Service, operations: Operations) -> APIRouter:
-    """The routes over one service, including those of `dead_letters`."""
+    """Returns the routes, including those of `dead_letters`."""
     router = APIRouter(
         prefix=PREFIX,
         route_class=operator_route_class(render_error, scopes=("admin",)),
@@ -54,14 +54,14 @@ def build_router(service: Service, operations: Operations) -> APIRouter:
 
     @router.post("/models/{model:path}/load", status_code=202, responses=_MODEL_RESPONSES)
     async def load(model: str) -> KeptModel:
-        """Keep one replica of a model, whatever the load, until it is unloaded or the server starts anew."""
+        """Keep at least one replica of a model, even without load, until `unload` or a restart of the server."""
         name = resolve(model)
         await operations.keep(name)
         return KeptModel(model=name, kept=True, stage=await stage_of(name))
 
     @router.post("/models/{model:path}/unload", responses=_UNLOAD_RESPONSES)
     async def unload(model: str) -> KeptModel:
-        """Let a model go to zero replicas once there has been nothing to do for its `downscale_delay_s`."""
+        """Allow a model to scale to zero replicas once it has had no work for its `downscale_delay_s`."""
         name = resolve(model)
         await operations.release(name)
         least = least_replicas(name, service.settings, catalog=catalog)
@@ -74,14 +74,14 @@ def build_router(service: Service, operations: Operations) -> APIRouter:
 
     @router.post("/drain", status_code=202, responses=_RESPONSES)
     async def drain() -> Drain:
-        """Take this server out: /ready says 503, new work is refused with Retry-After, what was begun is finished, jobs
-        that wait are left to other servers. /v1/status tells when it is done."""
+        """Drain this server: finish current work, accept no more. /ready answers 503, and new work is refused with
+        Retry-After. Queued jobs are left to other servers. /v1/status shows when the drain is complete."""
         await operations.drain()
         return describe_drain((await operations.report()).drain)
 
     @router.delete("/drain", responses=_RESPONSES)
     async def resume() -> Drain:
-        """Take new work again."""
+        """End a drain: accept new work again."""
         await operations.resume()
         return describe_drain((await operations.report()).drain)
 

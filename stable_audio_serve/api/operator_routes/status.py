@@ -1,5 +1,7 @@
-"""`GET /v1/status`: the whole server in one answer, from what is known already. Never loads a model, never waits for
-one, and says so where the models, Ray Serve's controller or the job database are away.
+"""`GET /v1/status`: the state of the whole server, from values that are known already.
+
+Never loads a model and never waits for one. The answer gives a reason if the models, Ray Serve's controller or the job
+database are unavailable.
 """
 
 from __future__ import annotations
@@ -32,13 +34,13 @@ _UNKNOWN = ModelReport(ModelStatus("loading"))
 
 
 def build_router(service: Service, operations: Operations) -> APIRouter:
-    """The route over one service. Any key may use it."""
+    """Returns the route. Any key may use it."""
     router = APIRouter(route_class=operator_route_class(render_error, scopes=()), tags=[TAG])
 
     @router.get("/v1/status", responses=error_responses(ErrorBody, 401, 500, 503))
     async def show_server() -> schemas.ServerStatus:
-        """What the server does: its models and their replicas, backlogs, jobs. About a second old, however often it is
-        asked; 200 also while it loads, is busy, or drains."""
+        """Return the server's state: models and their replicas, backlogs, jobs. The answer is about a second old,
+        however often clients ask. The status is 200 even while the server loads, is busy or drains."""
         report, store, jobs = await asyncio.gather(
             operations.report(), service.jobs.watch.health(), service.jobs.overview.overview()
         )
@@ -48,7 +50,7 @@ def build_router(service: Service, operations: Operations) -> APIRouter:
 
 
 def describe(service: Service, report: ServerReport, *, store: StoreHealth, jobs: JobsOverview) -> schemas.ServerStatus:
-    """Returns the answer of the route."""
+    """Returns the response of the route."""
     verdict = describe_ready(service, {name: model.status for name, model in report.models.items()}, job_store=store)
     models = {
         card.name: _describe_model(service, card, report=report.models.get(card.name, _UNKNOWN))
@@ -70,7 +72,7 @@ def describe(service: Service, report: ServerReport, *, store: StoreHealth, jobs
 
 
 def describe_drain(drain: DrainReport) -> schemas.Drain:
-    """Returns how far the server is with being taken out."""
+    """Returns the progress of a drain."""
     return schemas.Drain(state=drain.state, requests=drain.num_requests, jobs=drain.num_jobs)
 
 
@@ -93,7 +95,7 @@ def _describe_model(service: Service, card: ModelCard, *, report: ModelReport) -
 
 
 def _last_minute(replica: ReplicaReport) -> int:
-    """What it finished in the minute before now, of what it finished in the minute before its last word."""
+    """Returns the requests that a replica finished in the last minute; 0 if its report is older than that."""
     return replica.finished_per_minute or 0 if replica.age_s < _MINUTE_S else 0
 
 
