@@ -81,7 +81,7 @@ def read_lost_connection(error: httpx.HTTPError) -> StableAudioError:
 
 @dataclass(frozen=True, slots=True)
 class Retries:
-    """How often and how long to try. `most_wait_s` bounds the sum of one call's pauses, seconds.
+    """Limits and pauses of repeated attempts. `most_wait_s` bounds the sum of one call's pauses, seconds.
 
     A pause lasts a little longer than the server's Retry-After, so that clients that were refused together do not retry
     together. Without Retry-After, the first pause is at most `first_pause_s`, and the limit doubles each time.

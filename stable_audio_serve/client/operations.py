@@ -41,7 +41,7 @@ _MOST_BROKEN = 3  # after so many streams in a row without an event, assume that
 
 
 class BlockingNetwork:
-    """What `Client` does with its connections and the clock."""
+    """Network and clock of `Client`."""
 
     def __init__(self, http: httpx.Client) -> None:
         self._http = http
@@ -70,7 +70,7 @@ class BlockingNetwork:
 
 
 class AsyncNetwork:
-    """What `AsyncClient` does with its connections and the clock."""
+    """Network and clock of `AsyncClient`."""
 
     def __init__(self, http: httpx.AsyncClient) -> None:
         self._http = http

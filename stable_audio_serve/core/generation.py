@@ -137,7 +137,7 @@ Mode = Literal["strict", "fast"]  # strict: a request's bytes do not depend on t
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """How an engine was loaded, as far as its audio depends on it.
+    """The facts about a loaded engine that affect its audio.
 
     `checkpoint` is the hash from `models.weight_hash`, None when it was not computed. `networks` names the
     implementation of the networks (`catalog.NetworkBackend`).
