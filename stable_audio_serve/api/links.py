@@ -1,6 +1,6 @@
 """Absolute URLs in responses: based on the host of the request, or on the configured public URL.
 
-Clients can forge these headers, so only plain host names and HTTP schemes are accepted.
+Clients can forge the headers with host and scheme, so only plain host names and HTTP schemes are accepted.
 """
 
 from __future__ import annotations

@@ -56,7 +56,10 @@ class BoundedRequest(Request):
     """A request with a bounded body: nesting and number sizes of JSON, parts and fields of forms."""
 
     async def json(self) -> Any:
-        """Returns the JSON body. Raises JSONDecodeError, also for excessive nesting or numbers."""
+        """Returns the JSON body.
+
+        Raises JSONDecodeError if it is invalid, is nested too deeply or contains too large a number.
+        """
         body = await self.body()
         try:
             return pydantic_core.from_json(body.removeprefix(codecs.BOM_UTF8))

@@ -30,7 +30,7 @@ T = TypeVar("T")
 log = structlog.get_logger("stable_audio_serve.api")
 
 _BUSY_RETRY_S = 10.0
-_RECONNECT_MS = 2000  # by then a rolling update has replaced this process
+_RECONNECT_MS = 2000  # after this time a rolling update has replaced this process
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,10 @@ class Change:
 
 
 async def _end_quietly(events: AsyncIterator[ServerSentEvent], draining: Draining) -> AsyncIterator[ServerSentEvent]:
-    """Yields `events` until they end or the store fails. The client then reconnects and gets the error."""
+    """Yields `events`. If the store fails, ends the stream without an error.
+
+    The client then reconnects, and the new request gets the error.
+    """
     try:
         async for event in events:
             yield event
@@ -149,6 +152,6 @@ class _Stream(EventSourceResponse):
         super().__init__(events, ping=comment_s, sep="\n", headers=headers)
         self._counted = counted
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: PLR0917 - as ASGI has it
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: PLR0917 - ASGI's signature
         with self._counted():
             await super().__call__(scope, receive, send)

@@ -52,7 +52,7 @@ _PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}\.partial")
 
 
 class Folder:
-    """One folder, found by its path."""
+    """A folder at a fixed path. Detects when the folder has been moved or replaced."""
 
     def __init__(self, path: Path, *, may_make: bool) -> None:
         """Does no I/O. With `may_make` the first file creates a missing folder."""

@@ -207,7 +207,10 @@ class S3Artifacts:
         return file
 
     def _transfer_config(self) -> Any:
-        """Upload large files in parts, sequentially on the caller's thread, because there are many callers."""
+        """Returns settings that upload large files part by part on the caller's thread.
+
+        Many callers already run in parallel.
+        """
         from boto3.s3.transfer import TransferConfig
 
         return TransferConfig(

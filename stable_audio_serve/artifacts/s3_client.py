@@ -29,7 +29,7 @@ _MAX_CONNECTIONS = 32
 _RETRY_S = 5.0
 _INSUFFICIENT_STORAGE = 507  # HTTP status
 
-_CHECK_TIMEOUT_S = 3.0  # of one attempt, for the connection and for the response
+_CHECK_TIMEOUT_S = 3.0  # per attempt: for the connection, and again for the response
 _CHECK_BUDGET_S = 4.0  # no attempt starts later, so that the check ends within ten seconds
 _CHECK_PAUSE_S = 0.2
 
@@ -106,7 +106,7 @@ def s3_errors() -> tuple[type[Exception], ...]:
 
 
 def code_of(error: BaseException) -> str:
-    """Returns the service's error code, for example NoSuchKey, or the exception's class name without a response."""
+    """Returns the service's error code, for example NoSuchKey, or the exception's class name if there is none."""
     return str(_answer(error).get("Error", {}).get("Code") or type(error).__name__)
 
 
@@ -161,7 +161,7 @@ def check_bucket(
         )
     except s3_errors() as error:
         raise _explain(error, settings, doing="using") from error
-    except ValueError as error:  # not a URL
+    except ValueError as error:  # the endpoint is no URL
         raise _sentence(_ENDPOINT, f"{settings.endpoint_url} cannot be used: {error}") from error
     attempt = partial(_attempt, deadline=clock.monotonic() + budget_s, clock=clock)
     at = {"Bucket": settings.bucket, "Key": prefix + upload_key()}

@@ -175,7 +175,7 @@ class StoreThreads:
     async def run(self, work: Callable[[threading.Event], T], *, undo: Callable[[], None]) -> T:
         """Returns the result of `work`.
 
-        When the caller is cancelled, sets the event. Work that finishes anyway is undone.
+        If the caller is cancelled, sets the stop event of `work`. Work that finishes anyway is undone.
         """
         stop = threading.Event()
         future = self._pool.submit(work, stop)

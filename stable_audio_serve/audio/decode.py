@@ -1,4 +1,4 @@
-"""Decodes uploaded audio and reads the text embedded in it, in a separate process, because files may be hostile.
+"""Decodes uploaded audio and reads its embedded text, in a separate process, because files are untrusted.
 
 The child process has a minimal environment and inherits no threads, devices or sockets. If it crashes or hangs, it is
 replaced.
@@ -25,7 +25,7 @@ from stable_audio_serve.core.generation import SourceAudio
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-_MAX_VALUES = 80_000_000  # kept samples x channels, 320 MB: 410 s of stereo at 96 kHz
+_MAX_VALUES = 80_000_000  # samples x channels after mixing down: 320 MB, or 416 s of stereo at 96 kHz
 _START_TIMEOUT_S = 30.0
 _START_RETRY_S = 5.0
 _ATTEMPTS = 2  # a process may also die for other reasons than the file, for example when memory is short
@@ -158,9 +158,10 @@ class DecodeProcess:
     def ask(
         self, descriptor: int, limits: dict[str, Any] | None, *, timeout_s: float
     ) -> tuple[dict[str, Any], npt.NDArray[np.uint8]]:
-        """Returns the response of `audio.decode_worker` and the bytes after it. Reads the text without `limits`.
+        """Returns the response of `audio.decode_worker` and the bytes after it.
 
-        Raises TimeoutError, or _WorkerLostError if the process died; stop it after either.
+        With `limits` None, the worker reads the embedded text instead of samples. Raises _FileRefusedError. Raises
+        TimeoutError, or _WorkerLostError if the process died; after either of the two, stop this worker.
         """
         deadline_at = time.monotonic() + timeout_s
         task = json.dumps(limits).encode()

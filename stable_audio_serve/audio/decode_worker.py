@@ -1,9 +1,10 @@
-"""The process that reads hostile audio files. Started with `python -m`; communicates with `audio.decode` by a socket.
+"""The process that reads untrusted audio files. Started with `python -m`; talks to `audio.decode` over a socket.
 
 It imports little, limits its memory and may crash; its parent then starts another.
 
 The parent sends the arguments of `read` as JSON, or null for `read_text`, and the file's descriptor. The response is a
-JSON line with `num_bytes`, followed by that many bytes: float32 samples (S, C), or the text in UTF-8.
+JSON line with `num_bytes`, followed by that many bytes: float32 samples (S, C), or the text in UTF-8. For a file that
+cannot be used, the line also has `refused`, the reason, and no bytes follow.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _RIFF_FORMS = frozenset({(b"RIFF", b"WAVE"), (b"RF64", b"WAVE"), (b"FORM", b"AIF
 
 # The side of each channel, for 3 to 8 channels in the order of WAV files: left, right, centre; "-" is LFE, omitted.
 _SPEAKERS = {3: "lrc", 4: "lrlr", 5: "lrclr", 6: "lrc-lr", 7: "lrc-clr", 8: "lrc-lrlr"}
-_SURROUND_GAIN = 0.5**0.5  # of all channels except front left and right, ITU-R BS.775
+_SURROUND_GAIN = 0.5**0.5  # for all channels except front left and right, ITU-R BS.775
 
 
 class Refused(Exception):

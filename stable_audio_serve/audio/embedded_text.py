@@ -31,7 +31,7 @@ def make_wav_chunk(text: str) -> bytes:
 def extract(file: BinaryIO) -> str | None:
     """Returns the text in an audio file; None if there is none that begins like a JSON object.
 
-    The text may come from another program. libsndfile reads the file, so open hostile files with
+    The text may come from another program. libsndfile reads the file, so open untrusted files with
     `AudioDecoder.read_text`. Raises ValueError if the file is not audio or the text exceeds 1 MiB.
     """
     import soundfile

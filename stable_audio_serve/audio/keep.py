@@ -1,8 +1,7 @@
 """Restores a source's samples outside the regions that an edit regenerated. Independent of models and files.
 
-Generated audio and source cross-fade linearly within the region, for 30 ms, or half of a region that is shorter than
-two fades. A region that continues the source contains no source to fade to, so it fades in over the source's last
-30 ms.
+Generated audio and source cross-fade linearly. Each cross-fade lies inside the region and lasts 30 ms, or less if the
+region is too short. A region that extends the source past its end fades in over the source's last 30 ms.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ BEATS_PER_BAR = 4
 BAR_COUNTS = (1, 2, 4, 8)
 
 _OVERHANG_S = 1.0  # how far explicit bars may exceed the window before they are halved
-# Matches only at the start of a run of digits and never backtracks, so hostile text takes linear time. 18 digits are
-# more than any tempo has.
+# Matches only at the start of a run of digits and never backtracks, so even malicious text takes linear time. No tempo
+# has more than 18 digits.
 _TEMPO = re.compile(r"(?<!\d)(\d{1,18}+)\s*+bpm", re.IGNORECASE)
 
 

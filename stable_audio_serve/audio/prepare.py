@@ -89,7 +89,10 @@ def resample(samples: Tensor, from_hz: int, *, to_hz: int, max_samples: int | No
 
 
 def _kernel(phases: Tensor, taps: Tensor, *, source_step: int, num_phases: int, cutoff: float) -> Tensor:
-    """Returns weights (phases, taps) float32, computed in double; `taps` are input positions relative to the period."""
+    """Returns weights (phases, taps) float32, computed in double.
+
+    `taps` are input positions, counted from the start of the period.
+    """
     distance = taps.double()[None] / source_step - phases.double()[:, None] / num_phases
     t = (distance * cutoff).clamp(-_ZERO_CROSSINGS, _ZERO_CROSSINGS)
     window = torch.cos(t * math.pi / _ZERO_CROSSINGS / 2) ** 2

@@ -1,7 +1,7 @@
 """A clip's recipe: everything that determines one audio file, and nothing that differs between equal requests.
 
-Recipes from outside are hostile input. This module checks their form; the replaying code checks them against the limits
-of the server and its models. Independent of HTTP and models.
+Recipes from clients are untrusted input. This module checks their form. The code that replays a recipe checks it
+against the limits of the server and its models. Independent of HTTP and models.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stable_audio_serve.core.generation import (
 )
 from stable_audio_serve.core.sound import Peaks
 
-MOST_BYTES = 1_048_576  # of a recipe as text
+MOST_BYTES = 1_048_576  # limit of a recipe as text
 MOST_REGIONS = 100
 _LONG = ("prompt", "negative_prompt", "inpaint_regions")
 
@@ -40,7 +40,7 @@ _ShortText = Annotated[str, Field(min_length=1, max_length=200)]
 _Seconds = Annotated[float, Field(ge=0, le=1e6)]  # seconds
 _Region = tuple[_Seconds, _Seconds]  # start, end
 _Start = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # seconds; models clamp it to their range
-FileFormat = Literal["wav", "flac", "mp3", "ogg", "opus"]  # of `audio.encode.AudioFormat`
+FileFormat = Literal["wav", "flac", "mp3", "ogg", "opus"]  # the values of `audio.encode.AudioFormat`
 
 
 def _unset(description: str | None = None) -> Any:

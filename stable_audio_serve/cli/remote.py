@@ -107,7 +107,10 @@ def open_client(
 
 
 def ask(client: Client, what: str, **options: Any) -> Any:
-    """Returns the JSON of the answer to `what`, a method and a path. Raises errors of `core.errors`."""
+    """Sends the request `what`, for example "GET /jobs", and returns the JSON of the answer.
+
+    Raises errors of `core.errors`.
+    """
     from stable_audio_serve.client.calls import Call
 
     method, path = what.split()

@@ -80,7 +80,7 @@ def continue_audio(
 ) -> None:
     """Extend audio past its end.
 
-    The source keeps its samples, but for a crossfade over its last 30 ms.
+    The source's samples stay unchanged, except for a crossfade over its last 30 ms.
     """
     from stable_audio_serve.cli.sound_files import check_inputs, length_s, read_audio
 

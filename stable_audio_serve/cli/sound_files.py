@@ -130,7 +130,10 @@ def report(take: Take, files: list[Path], *, as_json: bool) -> None:
 
 
 def slug(prompt: str) -> str:
-    """Returns a prompt as part of a file name: words of lower-case letters and digits of any script."""
+    """Returns the prompt in a form that fits in a file name.
+
+    The form has lower-case words, letters and digits of any script, joined by hyphens.
+    """
     words = re.findall(r"[^\W_]+", prompt.lower())
     return "-".join(words)[:_LONGEST_NAME].rstrip("-") or "audio"
 

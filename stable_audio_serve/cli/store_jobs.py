@@ -95,7 +95,7 @@ def cancel(names: _Names, client: _Client = None, *, file: ConfigOption = None) 
 
 @app.command()
 def retry(names: _Names, client: _Client = None, *, file: ConfigOption = None) -> None:
-    """Queue dead letters again, with new attempts."""
+    """Queue dead letters again, with their attempts reset to 0."""
     with _opened(file) as (store, _):
 
         def retry_one(job: Job) -> str:

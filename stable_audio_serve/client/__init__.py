@@ -1,6 +1,6 @@
-"""Clients of a running server in Python, for programs and for the command line: `Client`, and `AsyncClient`.
+"""Python clients of a running server, for programs and for the command line: `Client` and `AsyncClient`.
 
-Needs httpx and httpx-sse only. Knows the HTTP API from outside, and of this project nothing but its errors.
+They need only httpx and httpx-sse. They use the HTTP API, and import nothing of this project but its errors.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the server answers, as values, and how they are read. Ignores keys that it does not know; times have a zone."""
+"""The server's answers as value objects, and their parsers. Unknown keys are ignored; times have a time zone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import httpx_sse
 from stable_audio_serve.core.errors import CancelledRequestError, ConflictError, GenerationError
 
 _MANIFEST = "manifest.json"
-_WARNING = re.compile(r'299 \S+ "((?:[^"\\]|\\.)*)"')  # of a header: 299 - "sentence", 299 - "sentence"
+_WARNING = re.compile(r'299 \S+ "((?:[^"\\]|\\.)*)"')  # in the Warning header: 299 - "sentence", 299 - "sentence"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Clip:
     """One variation: an audio file with its seed and measurements.
 
     `peak` is the largest absolute sample, 1 = full scale; `loudness_lufs` is None under 0.4 s and for silence. `recipe`
-    is for `replay`; it is None where the server's answer has none, but the file may still carry it.
+    is for `replay`. It is None if the answer has none; the file may still contain it.
     """
 
     file_name: str

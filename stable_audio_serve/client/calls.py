@@ -39,7 +39,7 @@ _JOBS = {"generate": "/jobs", "vary": "/jobs/variations", "inpaint": "/jobs/inpa
 class Call(Generic[T]):
     """One HTTP request, and how its successful answer is read.
 
-    Sending it twice does no harm: a submission carries a key, and the server makes one job of the same key.
+    Sending it twice does no harm: a submission carries a key, and the server makes only one job for a key.
     """
 
     method: str
@@ -56,7 +56,7 @@ def make(
     audio: Audio | None = None,
     regions: Regions | None = None,
 ) -> Call[Take]:
-    """Audio from text and perhaps from audio. Raises OSError if the audio cannot be read."""
+    """Returns the call that generates audio from a prompt and, if given, from audio. Raises OSError."""
     body = _body(
         prompt, controls=controls, regions=regions, audio=audio, part="audio_file" if kind == "loop" else "audio"
     )
@@ -72,19 +72,19 @@ def submit(
     audio: Audio | None = None,
     regions: Regions | None = None,
 ) -> Call[str]:
-    """The same as a job, whose id is the answer. Raises OSError."""
-    headers = {"Idempotency-Key": key or uuid.uuid4().hex}  # sent again, it finds the job of the first time
+    """Returns the call that submits a job; its result is the job's id. Raises OSError if the audio cannot be read."""
+    headers = {"Idempotency-Key": key or uuid.uuid4().hex}  # a repeated submission returns the first job
     body = _body(prompt, controls=controls, regions=regions, audio=audio)
     return Call("POST", _JOBS[kind], lambda answer: str(answer.json()["id"]), {**body, "headers": headers})
 
 
 def replay(take: Audio | Recipe, *, sources: Sequence[Audio]) -> Call[Take]:
-    """A take again, by its recipe or by its file, which carries one. Raises OSError."""
+    """Returns the call that recreates a take from its recipe or its file. Raises OSError if a file cannot be read."""
     files = [("audio", _read(source)) for source in sources]
     body: dict[str, Any]
     if not isinstance(take, Mapping):
         body = {"files": [("file", _read(take)), *files]}
-    elif files:  # the recipe is a file, too: fields of forms have at most 512 KiB
+    elif files:  # send the recipe as a file too, because form fields have at most 512 KiB
         body = {"files": [("recipe", ("recipe.json", json.dumps(take).encode())), *files]}
     else:
         body = {"json": take}
@@ -127,7 +127,7 @@ class Connection:
 
     @classmethod
     def choose(cls, base_url: str | None, api_key: str | None) -> Connection:
-        """Returns the connection to a server that is named here or in the environment. Raises ValueError."""
+        """Returns the connection to the server named by the arguments or the environment. Raises ValueError."""
         text = base_url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
         try:
             url = httpx.URL(text)

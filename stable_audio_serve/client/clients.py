@@ -1,4 +1,4 @@
-"""The clients of a server, to be called (`Client`) and to be awaited (`AsyncClient`). `operations` does their work.
+"""The blocking client (`Client`) and the client for asyncio (`AsyncClient`). `operations` does their work.
 
 Each method is written twice, so that type checkers and `help` know both. `AsyncClient` gets the docstrings of `Client`.
 """
@@ -34,9 +34,9 @@ T = TypeVar("T")
 class Client:
     """A connection to a server. Use it with `with`, or `close` it; threads may share it.
 
-    `base_url` and `api_key` default to the environment's STABLE_AUDIO_URL and STABLE_AUDIO_API_KEY, and the server to
-    http://127.0.0.1:8000. Every method raises errors of `stable_audio_serve.core.errors`: calls that failed for a
-    passing reason are sent again as `retries` says, and the last failure is raised.
+    `base_url` defaults to the environment variable STABLE_AUDIO_URL, otherwise to http://127.0.0.1:8000. `api_key`
+    defaults to STABLE_AUDIO_API_KEY. Calls that failed for a temporary reason are sent again, as `retries` defines.
+    If the last attempt fails too, the method raises its error, one of `stable_audio_serve.core.errors`.
     """
 
     def __init__(
@@ -76,7 +76,8 @@ class Client:
     def inpaint(self, audio: Audio, prompt: str, *, regions: Regions, **controls: Unpack[InpaintControls]) -> Take:
         """Regenerate `regions`, [start, end) in seconds, and keep the source's samples outside. Raises OSError.
 
-        Inside each region 30 ms of crossfade join the two; with `keep="model"` the model makes the whole clip.
+        A crossfade of 30 ms inside each region joins it to the source. With `keep="model"` the model makes the whole
+        clip.
         """
         return self.send(calls.make("inpaint", prompt, controls=controls, audio=audio, regions=regions))
 
@@ -86,7 +87,7 @@ class Client:
     ) -> Take:
         """Extend audio of `source_s` past its end, to `until_s`, both in seconds. Raises OSError.
 
-        All but the last 30 ms of the source, which fade into what follows, keep their samples.
+        The source's samples stay unchanged, except for its last 30 ms, which fade into the new audio.
         """
         fields, regions = {**controls, "duration": until_s}, [(source_s, until_s)]
         return self.send(calls.make("inpaint", prompt, controls=fields, audio=audio, regions=regions))
@@ -95,15 +96,15 @@ class Client:
     def loop(self, prompt: str, *, audio: Audio | None = None, **controls: Unpack[LoopControls]) -> Take:
         """Make a loop of whole bars at the tempo that the prompt names, such as 120bpm. Raises OSError.
 
-        With `audio` it is a variation of that in the prompt's style.
+        With `audio` the loop is a variation of that audio in the prompt's style.
         """
         return self.send(calls.make("loop", prompt, controls=controls, audio=audio))
 
     def replay(self, take: Audio | Recipe, *, sources: Sequence[Audio] = ()) -> Take:
-        """Recreate a take from its recipe, or from its file, which carries one. Raises OSError.
+        """Recreate a take from its recipe, or from its file, which contains the recipe. Raises OSError.
 
-        `replay` of the answer says whether the bytes are the original ones. `sources` are the files that the take was
-        made from; InvalidRequestError names the SHA-256 of a missing one.
+        The answer's `replay` tells whether the bytes equal the original ones. `sources` are the files that the take was
+        made from. If one is missing, InvalidRequestError names its SHA-256.
         """
         return self.send(calls.replay(take, sources=sources))
 
@@ -124,7 +125,7 @@ class Jobs:
 
     @takes(JobControls)
     def submit(self, prompt: str, *, idempotency_key: str | None = None, **controls: Unpack[JobControls]) -> Job:
-        """Submit text to audio. Returns the job, which is the same one for the same `idempotency_key`."""
+        """Submit text to audio. Returns the job. A second call with the same `idempotency_key` returns the same job."""
         return self._submit(calls.submit("generate", prompt, controls=controls, key=idempotency_key))
 
     @takes(JobEditControls)
@@ -162,7 +163,7 @@ class Jobs:
         return run(self._operations.cancel(job_id))
 
     def follow(self, job_id: str) -> Generator[JobProgress | Job]:
-        """Yields the job's progress, and at its end the job. Connects again after a lost connection."""
+        """Yields the job's progress, and finally the ended job. Connects again after a lost connection."""
         return iterate(self._operations.follow(job_id))
 
     def wait(
@@ -170,15 +171,15 @@ class Jobs:
     ) -> Job:
         """Wait for a job's end. Returns it, whether it succeeded or not. Raises DeadlineExceededError.
 
-        `timeout_s` is checked with each piece of news of the job, at least every 30 s.
+        `timeout_s` is checked whenever an update of the job arrives, and at least every 30 s.
         """
         return run(self._operations.wait(job_id, on_progress=on_progress, timeout_s=timeout_s))
 
     def download(self, job: Job | str, path: str | Path) -> Path:
         """Write a finished job's audio to a file without holding it in memory. Returns its path.
 
-        In a folder that exists the file gets the name that the server gives it, which begins with the job's id. Raises
-        GenerationError or CancelledRequestError for a job that has none, OSError.
+        If `path` is an existing folder, the server chooses the file name, which begins with the job's id. Raises
+        GenerationError or CancelledRequestError if the job has no audio, and OSError.
         """
         return run(self._operations.download(job, Path(path)))
 
@@ -193,9 +194,9 @@ class Jobs:
 class AsyncClient:
     """A connection to a server. Use it with `async with`, or `close` it; tasks may share it.
 
-    `base_url` and `api_key` default to the environment's STABLE_AUDIO_URL and STABLE_AUDIO_API_KEY, and the server to
-    http://127.0.0.1:8000. Every method raises errors of `stable_audio_serve.core.errors`: calls that failed for a
-    passing reason are sent again as `retries` says, and the last failure is raised.
+    `base_url` defaults to the environment variable STABLE_AUDIO_URL, otherwise to http://127.0.0.1:8000. `api_key`
+    defaults to STABLE_AUDIO_API_KEY. Calls that failed for a temporary reason are sent again, as `retries` defines.
+    If the last attempt fails too, the method raises its error, one of `stable_audio_serve.core.errors`.
     """
 
     def __init__(

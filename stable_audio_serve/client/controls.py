@@ -17,7 +17,7 @@ _HEAD = "Optional, None = the server's or the model's default:"
 
 
 class Controls(TypedDict, total=False):
-    """Of every request."""
+    """Fields of every request."""
 
     model: Annotated[str | None, "Name or alias of a served model."]
     negative_prompt: Annotated[str | None, "What to avoid; takes effect with cfg_scale above 1."]
@@ -40,7 +40,7 @@ class Controls(TypedDict, total=False):
 
 
 class EditControls(Controls, total=False):
-    """Of a variation."""
+    """Fields of a variation."""
 
     init_noise_level: Annotated[float | None, "Strength, 0 to 1: low keeps more of the source."]
     edit_schedule: Annotated[
@@ -49,7 +49,7 @@ class EditControls(Controls, total=False):
 
 
 class InpaintControls(Controls, total=False):
-    """Of an edit of regions."""
+    """Fields of a request that regenerates regions."""
 
     keep: Annotated[
         Literal["source", "model"] | None,
@@ -58,7 +58,7 @@ class InpaintControls(Controls, total=False):
 
 
 class LoopControls(TypedDict, total=False):
-    """Of a loop."""
+    """Fields of a loop."""
 
     bars: Annotated[Literal[1, 2, 4, 8] | None, "Length; unset = as many of 8, 4, 2, 1 as fit."]
     loop_type: Annotated[Literal["auto", "drums", "instruments"] | None, "What the loop is of."]
@@ -69,23 +69,23 @@ class LoopControls(TypedDict, total=False):
 
 
 class JobControls(Controls, total=False):
-    """Of a job."""
+    """Fields of a job."""
 
     webhook_url: Annotated[str | None, "URL called when the job ends."]
 
 
 class JobEditControls(JobControls, EditControls, total=False):
-    """Of a job that makes a variation."""
+    """Fields of a job that makes a variation."""
 
 
 class JobInpaintControls(JobControls, InpaintControls, total=False):
-    """Of a job that edits regions."""
+    """Fields of a job that regenerates regions."""
 
 
 def takes(controls: type, *, without: Collection[str] = ()) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Gives a method the fields of `controls` as keyword parameters, in its signature and its docstring.
 
-    Python does not check the names in `**controls: Unpack[...]`: here an unknown one raises TypeError.
+    Python does not check the names in `**controls: Unpack[...]`. A decorated method does, and raises TypeError.
     """
 
     def decorate(method: Callable[P, R]) -> Callable[P, R]:

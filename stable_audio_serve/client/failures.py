@@ -1,4 +1,4 @@
-"""Which error of `core.errors` a failed answer or connection is, and when a failed call is sent again."""
+"""Converts failed answers and connections to errors of `core.errors`, and decides when a failed call is sent again."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _all_below(base: type[StableAudioError]) -> Iterator[type[StableAudioError]]
         yield from _all_below(error)
 
 
-# Several classes may share a kind: the first one is the general one.
+# Several classes may share a kind. The first defined is the most general and must win, hence `reversed`.
 _BY_KIND = {error.kind: error for error in reversed(list(_all_below(StableAudioError)))}
 
 
@@ -81,12 +81,12 @@ def read_lost_connection(error: httpx.HTTPError) -> StableAudioError:
 
 @dataclass(frozen=True, slots=True)
 class Retries:
-    """How often and how long to try. `most_wait_s` bounds the sum of one call's pauses, seconds.
+    """Limits and pauses of repeated attempts. `most_wait_s` bounds the sum of one call's pauses, seconds.
 
-    A pause is as long as the server asks for with Retry-After, and a little longer, so that clients which were refused
-    together do not retry together; without Retry-After it doubles from `first_pause_s` on. `most_refused` bounds
-    the attempts after refused connections. `on_pause` is called before each pause, with the failure and the length of
-    the pause in seconds.
+    A pause lasts a little longer than the server's Retry-After, so that clients that were refused together do not retry
+    together. Without Retry-After, the first pause is at most `first_pause_s`, and the limit doubles each time.
+    `most_refused` bounds the attempts after refused connections. `on_pause` is called before each pause, with the
+    failure and the length of the pause in seconds.
     """
 
     most: int = 5
@@ -107,7 +107,7 @@ class Attempts:
 
     @property
     def are_several(self) -> bool:
-        """Whether an attempt came before the last one; the server may have carried it out."""
+        """Whether an earlier attempt also failed. The server may have carried out that earlier attempt."""
         return self._num_failed > 1
 
     def pause_s(self, failure: StableAudioError) -> float:
@@ -133,7 +133,7 @@ class Attempts:
 
 def _read_detail(detail: Any) -> tuple[str, str | None]:
     """Returns the message of a failure's body, and the field at fault if it names one."""
-    if isinstance(detail, dict):  # of the routes that are shared with vLLM-Omni
+    if isinstance(detail, dict):  # the format of the routes that are shared with vLLM-Omni
         return str(detail.get("message", "")), detail.get("param")
     if not isinstance(detail, list):
         return str(detail or ""), None

@@ -1,7 +1,7 @@
 """The operations that take several requests: retries, following a job, downloads. Written once for both clients.
 
-They are coroutines over a network. `AsyncNetwork` awaits; `BlockingNetwork` blocks and never suspends them, so that
-`run` and `iterate` need no event loop.
+The operations are coroutines that use a network object. `AsyncNetwork` awaits. `BlockingNetwork` blocks and never
+suspends a coroutine, so `run` and `iterate` need no event loop.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from stable_audio_serve.core.errors import ConflictError, DeadlineExceededError,
 
 T = TypeVar("T")
 
-# A generation answers when it is done; the server's own deadlines bound it.
+# The answer to a generation arrives when the audio is done. The server's own deadlines bound that time.
 TIMEOUT = httpx.Timeout(600.0, connect=10.0)
-# A stream of events carries a comment every ten seconds.
+# The server sends a comment on a stream of events every ten seconds.
 _STREAM_TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 _POLL_S = 1.0
-_MOST_BROKEN = 3  # streams in a row without an event: a proxy between does not pass them on
+_MOST_BROKEN = 3  # after so many streams in a row without an event, assume that a proxy holds events back
 
 
 class BlockingNetwork:
-    """What `Client` does with its connections and the clock."""
+    """Network and clock of `Client`."""
 
     def __init__(self, http: httpx.Client) -> None:
         self._http = http
@@ -70,7 +70,7 @@ class BlockingNetwork:
 
 
 class AsyncNetwork:
-    """What `AsyncClient` does with its connections and the clock."""
+    """Network and clock of `AsyncClient`."""
 
     def __init__(self, http: httpx.AsyncClient) -> None:
         self._http = http
@@ -142,7 +142,10 @@ class Operations:
         return await self.send(calls.show_job(await self.send(call)))
 
     async def cancel(self, job_id: str) -> Job:
-        """Cancel a job, perhaps by an attempt whose answer was lost. Raises ConflictError if it is over."""
+        """Cancel a job. Raises ConflictError if it was over before.
+
+        If the answer to an earlier attempt was lost, that attempt may have cancelled the job; this is no error.
+        """
         attempts = Attempts(self._retries)
         try:
             return await self.send(calls.cancel_job(job_id), attempts)
@@ -155,7 +158,10 @@ class Operations:
             return job
 
     async def follow(self, job_id: str) -> AsyncGenerator[JobProgress | Job]:
-        """Yields progress and at the end the job: events, or the polled status where event streams do not arrive."""
+        """Yields progress, and finally the ended job.
+
+        Reads the event stream. If no events arrive, polls the status instead.
+        """
         headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
         num_broken, pause_s = 0, 0.5
         while num_broken < _MOST_BROKEN:
@@ -234,11 +240,14 @@ class Operations:
 
     @asynccontextmanager
     async def _audio(self, job: Job) -> AsyncIterator[httpx.Response]:
-        """Opens the download of a job's audio, through the server where its link leads to a bucket out of reach."""
+        """Opens the download of a job's audio.
+
+        Follows the link to the bucket, if there is one. If the bucket cannot be reached, downloads through the server.
+        """
         async with AsyncExitStack() as opened:
             response = None
             if url := job.bucket_url:
-                with suppress(httpx.TransportError):  # another host: without the key
+                with suppress(httpx.TransportError):  # another host, so the key is not sent
                     response = await opened.enter_async_context(self._network.stream(method="GET", url=url))
             if response is None or not response.is_success:
                 response = await opened.enter_async_context(self._open(job.id, "audio"))
@@ -248,7 +257,7 @@ class Operations:
     async def _open(
         self, job_id: str, below: str, *, headers: Mapping[str, str] | None = None, **options: Any
     ) -> AsyncIterator[httpx.Response]:
-        """Opens what the server has below a job. Raises errors of httpx and of `core.errors`."""
+        """Opens a GET response from a path below the job's own. Raises errors of httpx and of `core.errors`."""
         url = self._connection.url(calls.job_path(job_id, below))
         headers = self._connection.headers(headers)
         async with self._network.stream(method="GET", url=url, headers=headers, **options) as response:
@@ -260,11 +269,14 @@ class Operations:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file to write. It gets its name only at the end without an error. Raises OSError."""
+    """Opens a temporary file for writing, and renames it to `path` when the block ends without an error.
+
+    Raises OSError.
+    """
     temporary = path.parent / f".{path.name[:40]}.{secrets.token_hex(8)}"
     try:
-        # Not by `tempfile`, whose files only their owner may read: to give them a new file's rights the umask would
-        # have to be read, which cannot be done without setting it, for all threads.
+        # `tempfile` creates files that only their owner can read. Restoring normal permissions needs the umask, and
+        # reading the umask means setting it for all threads.
         with temporary.open("xb") as file:
             yield file
         temporary.replace(path)

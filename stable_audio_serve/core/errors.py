@@ -84,7 +84,7 @@ class InvalidUploadError(StableAudioError):
 
 
 class UploadTooLargeError(StableAudioError):
-    """An uploaded file or a whole body is above its size limit."""
+    """An uploaded file or the request body exceeds its size limit."""
 
     kind = "upload_too_large"
 

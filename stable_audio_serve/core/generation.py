@@ -24,8 +24,8 @@ Priority = Literal["interactive", "batch"]  # batch work yields to interactive w
 class SourceAudio:
     """Input audio: `samples` (C, S) float32, nominally in -1..1, at `sample_rate_hz`.
 
-    `sha256` is the hexadecimal digest of the decoded file. It is "" when there is no file, or when the samples were
-    changed other than by mixing down to mono.
+    `sha256` is the hexadecimal digest of the file that the samples were decoded from. It is "" without a file, or if
+    the samples were changed later. Mixing down to mono does not count as a change.
     """
 
     samples: npt.NDArray[np.float32]
@@ -95,7 +95,7 @@ class GenerationRequest:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """The seed of each variation. A request for a single variation with that seed gives the same audio."""
+        """The seed of each variation. Requesting one variation with one of these seeds gives the same audio."""
         return tuple((self.seed + index) % SEED_LIMIT for index in range(self.batch_size))
 
 
@@ -137,7 +137,7 @@ Mode = Literal["strict", "fast"]  # strict: a request's bytes do not depend on t
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """How an engine was loaded, as far as its audio depends on it.
+    """The facts about a loaded engine that affect its audio.
 
     `checkpoint` is the hash from `models.weight_hash`, None when it was not computed. `networks` names the
     implementation of the networks (`catalog.NetworkBackend`).
@@ -158,7 +158,7 @@ class Making:
     filled in for fields that the request left open.
     """
 
-    version: str  # of this package
+    version: str  # version of this package
     torch: str
     mode: Mode
     processor: str
@@ -206,8 +206,8 @@ class DeviceUse:
 class GeneratedSpan:
     """Samples [start, stop) that the model made, in audio that otherwise consists of the source's samples.
 
-    The span begins and ends with a crossfade to the source. `head` and `tail` (C, n) float32 are the model's samples
-    before the crossfade.
+    `head` and `tail` (C, n) float32 are the model's samples where the span fades in and out, before the source was
+    mixed in. They are empty where there is no fade.
     """
 
     start: int

@@ -205,7 +205,7 @@ class QuietMetrics:
         self._is_open = True
 
     def increment(self, name: str, value: float = 1.0, **labels: str) -> None:
-        """Add `value` to the counter `name`, if open."""
+        """Add `value` to the counter `name`. Dropped until `open` is called."""
         if self._is_open:
             self._sink.increment(name, value, **labels)
 
@@ -214,7 +214,7 @@ class QuietMetrics:
         self._sink.gauge(name, value, **labels)
 
     def observe(self, name: str, value: float, **labels: str) -> None:
-        """Add one sample to the histogram `name`, if open."""
+        """Add one sample to the histogram `name`. Dropped until `open` is called."""
         if self._is_open:
             self._sink.observe(name, value, **labels)
 

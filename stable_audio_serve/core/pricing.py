@@ -28,9 +28,9 @@ class Defaults(Protocol):
 class WorkSize:
     """The quantities that device time depends on. Sizes of several requests add up.
 
-    `rows` is the number of variations. `evaluations` is the number of network calls: per variation, steps x the
-    sampler's evaluations per step, doubled with guidance. `evaluated_s` is seconds of audio x evaluations. `audio_s` is
-    seconds of decoded audio.
+    `rows` is the number of variations. `evaluations` is the number of network calls. Each variation has steps x the
+    sampler's evaluations per step, and twice as many with guidance. `evaluated_s` is seconds of audio x evaluations.
+    `audio_s` is seconds of decoded audio.
     """
 
     rows: float = 0.0

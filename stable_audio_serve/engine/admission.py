@@ -1,6 +1,6 @@
 """Bounds the accepted work, in seconds until it is done. A request above the bound is refused at once with a retry
-time. The seconds are predicted device time, scaled by the recent pace: other programs and the sending of responses slow
-the machine down.
+time. The seconds are predicted device time, scaled by the recent pace, because other programs and the sending of
+responses slow the machine down.
 
 Interactive requests count interactive work only, so batch work never causes their refusal; batch requests count all
 work. One client may hold at most three quarters of the bound. While the queue is full, clients with less work than
@@ -21,8 +21,8 @@ from stable_audio_serve.core.errors import OverloadedError
 from stable_audio_serve.core.generation import Priority
 
 _LEAST_RETRY_S = 0.1
-_CLIENT_SHARE = 0.75  # of the bound, for one client
-_RESERVE_SHARE = 0.25  # of the bound, on top of it, for clients with less work than those that fill the queue
+_CLIENT_SHARE = 0.75  # one client's largest share of the bound
+_RESERVE_SHARE = 0.25  # added to the bound for clients with less work than those that fill the queue
 _MOST_REFUSED_MS = 600_000.0
 _MOST_CLIENTS = 1000  # clients whose refused work is counted
 _WINDOW_MS = 1000.0  # busy time between two updates of the pace

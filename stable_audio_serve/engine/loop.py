@@ -149,7 +149,7 @@ class EngineLoop:
         self._begin([row for row in stepping if isinstance(row.phase, Encoding)])
         self._fail(self._stages.start(new))
         others_wait = any(row.work.phase in (Phase.ENCODE, Phase.DENOISE) for row in self._rows.values())
-        # Work that runs beside a step must be queued before the step.
+        # Work that runs in parallel with a step must be queued before the step.
         for phase, run in (
             (Phase.ENCODE, self._stages.encode),
             (Phase.DECODE, partial(self._stages.decode, others_wait=others_wait)),

@@ -25,7 +25,7 @@ class EngineOptions:
     max_step_tokens: int = 16_384  # latent frames of one step, all rows together
     slots: int = 8  # rows of a strict call on CUDA, dummies included
     frame_grid: int | None = None  # pad rows to a multiple of it; None: 64 on CUDA, 1 on a CPU (packed in fast mode)
-    max_memory_bytes: int | None = None  # of rows in progress; None: most of the free memory on CUDA, no bound on a CPU
+    max_memory_bytes: int | None = None  # of rows at work; None: most of the free memory on CUDA, no bound on a CPU
     prompt_cache_bytes: int = 256 * 2**20
     planning_threads: int = 1  # per priority
     max_planning: int = 1024  # requests being planned at once, per priority

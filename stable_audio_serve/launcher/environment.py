@@ -166,7 +166,7 @@ def base_environment(settings: Settings) -> dict[str, str]:
         "RAY_memory_monitor_refresh_ms": "0",  # memory use of other programs must not kill replicas
         # Otherwise gRPC would send Ray's local metrics traffic through the outgoing proxy.
         "no_proxy": ",".join(filter(None, (os.environ.get("no_proxy", os.environ.get("NO_PROXY")), _LOCAL_NAMES))),
-        # Stop a replica that fails its health check immediately, without the time for a graceful stop.
+        # Kill a replica that fails its health check immediately, without a grace period.
         "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
         "RAY_worker_niceness": "0",  # replicas serve people; Ray's default is a low priority
         "RAY_SERVE_ENABLE_HA_PROXY": "0",

@@ -6,7 +6,7 @@ from stable_audio_serve.models.blocks import Layout, Packed, PackedSegments
 from stable_audio_serve.models.blocks.varlen import find_varlen
 from stable_audio_serve.models.protocol import StepBatch
 
-CONTEXT = "context"  # the branch constant with every layer's cross-attention keys and values
+CONTEXT = "context"  # name of the branch constant that holds every layer's cross-attention keys and values
 
 
 def packed_layout(batch: StepBatch, *, num_prefix: int) -> Layout | None:

@@ -16,7 +16,7 @@ from stable_audio_serve.models.config_reader import ConfigReader, read_config
 WEIGHTS_FILE = "model.safetensors"
 _USUAL_WEIGHTS = (WEIGHTS_FILE, "model.ckpt")
 _WEIGHT_TYPES = (".safetensors", ".ckpt")
-_NO_WEIGHTS = ("golden.safetensors",)  # reference values for verifying a checkpoint, stored beside it
+_NO_WEIGHTS = ("golden.safetensors",)  # reference values for verifying a checkpoint, in the same folder
 _MOST_NAMED = 5
 TEXT_ENCODER_FOLDER = "t5gemma-b-b-ul2"
 _SHARD_INDEX = "model.safetensors.index.json"
@@ -86,7 +86,7 @@ def choose_weights(files: FileList) -> str:
 
 
 def find_text_encoder(folder: Path) -> Path | None:
-    """Returns the text encoder's folder: from the config, else beside the weights; None if a repository holds it.
+    """Returns the text encoder's folder: from the config, else in the weights' folder; None if a repository holds it.
 
     Raises CheckpointError naming the searched places.
     """

@@ -24,7 +24,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,  # from the HTTP client of the installed version
+    HTTPError,  # requests' or httpx's class, depending on the installed huggingface_hub
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,

@@ -38,7 +38,7 @@ def use_onednn(network: nn.Module) -> None:
             module.__class__ = OneDnnLinear
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: PLR0917  # as torch's function
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: PLR0917  # torch's signature
     """Returns `x @ weight.T + bias` like `F.linear`, without gradients. Torch-function modes see the call."""
     if has_torch_function_unary(x):
         return handle_torch_function(linear, (x,), x, weight, bias)

@@ -105,7 +105,10 @@ def register_part(kind: PartKind, *types: str) -> Callable[[PartBuilder], PartBu
 
 
 def build_part(kind: PartKind, config: ConfigReader) -> nn.Module:
-    """Build `{type, config}`. Raises CheckpointError naming an unknown type."""
+    """Build the part that `config` describes by its entries `type` and `config`.
+
+    Raises CheckpointError that names an unknown type.
+    """
     known = [type_ for registered, type_ in _BUILDERS if registered == kind]
     type_ = config.choice("type", sorted(known))
     return _BUILDERS[kind, type_](config.section("config", optional=True))

@@ -37,7 +37,7 @@ class ModelSpec:
     packs_segments: bool = False  # the network accepts segments (row lengths on the device) and is fast with them
     num_prefix: int = 0  # tokens that the network puts before each row's frames
     is_compiled: bool = False  # the first call of a kind takes seconds, and results may depend on the call's shape
-    dtype: torch.dtype = torch.float32  # of the denoiser
+    dtype: torch.dtype = torch.float32  # the denoiser's precision
     captures_decode: bool = False  # decoding is device work only and does not depend on the window's start
 
 

@@ -52,7 +52,10 @@ PROCESS = Process()
 
 
 def exact(method: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Decorate a model's method so that its float32 products are exact, whatever other models of the process do."""
+    """Decorate a model's method so that its float32 products keep full precision (no TF32).
+
+    This holds even if another model in the process switches TF32 on.
+    """
 
     @functools.wraps(method)
     def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:

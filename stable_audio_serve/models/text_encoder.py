@@ -46,7 +46,7 @@ class TextEncoder:
         """
         dtype = next(self.encoder.parameters()).dtype
         # With a 2D mask, transformers checks on the host whether there is padding, and waits; it passes a 4D mask on.
-        # Not minus infinity: a prompt without real tokens would become NaN.
+        # The least finite number, because minus infinity would turn a prompt without real tokens into NaN.
         added = torch.zeros(len(mask), 1, 1, mask.shape[1], device=mask.device, dtype=dtype)
         added.masked_fill_(mask[:, None, None, :] == 0, torch.finfo(dtype).min)
         hidden: Tensor = self.encoder(input_ids=ids, attention_mask=added).last_hidden_state

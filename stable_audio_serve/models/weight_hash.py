@@ -1,7 +1,8 @@
 """Identifies a checkpoint's weights: one hash over every byte that affects its sound. Reads files, builds nothing.
 
-Every byte is read, because sizes, times and samples would miss a tensor replaced by another of its shape. Hashing runs
-at the speed of SHA-256 (0.5 to 2 GB/s per core), mostly while the same bytes are loaded from disk.
+Every byte is read. File sizes, dates or samples of the bytes would not reveal that a tensor was replaced by another one
+of the same shape. Hashing runs at the speed of SHA-256 (0.5 to 2 GB/s per core), mostly while the same bytes are loaded
+from disk.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from dataclasses import replace
 from stable_audio_serve.models.protocol import WindowRule, WindowSpan
 
 WINDOW_FRAMES, OVERLAP_FRAMES = 128, 32  # windows of the references' chunked encoding and decoding
-LONGEST_FRAMES = 512  # of a window cut by a rule
+LONGEST_FRAMES = 512  # longest window that a rule may cut
 _REDUNDANT_SHARE = 0.05  # frames that a planned window may decode in addition to its kept ones, as a share of them
 WINDOW_GRID = 16  # windows of clips of similar length get equal lengths and share calls
 

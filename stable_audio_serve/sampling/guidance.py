@@ -80,7 +80,10 @@ def guidance_values(row: Guidance) -> tuple[float, float, float, float]:
 
 @dataclass(frozen=True, slots=True)
 class PagedRows:
-    """N rows cut into B pages of equal length, a power of two, so that each row can be summed as if it were whole."""
+    """N rows cut into B pages.
+
+    All pages have the same length, a power of two, so summing page by page equals summing the whole row.
+    """
 
     pages: Tensor  # (N, P): each row's pages, in order; B marks missing ones
     rows: Tensor  # (B,): each page's row

@@ -21,7 +21,7 @@ MAX_RHO = 100.0
 
 @dataclass(frozen=True, slots=True)
 class SigmaRange:
-    """A row's highest and lowest noise level, and the spacing of the levels between (`rho` 1: even in ln sigma).
+    """A row's highest and lowest noise level, and how the levels between them are spaced (`rho` 1: even in ln sigma).
 
     Raises InvalidRequestError on `sigma_min`, `sigma_max` (which must be larger) and `rho`.
     """

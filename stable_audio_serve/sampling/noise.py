@@ -99,9 +99,9 @@ class ReplayDraw:
 class ReplayNoise:
     """The draws of a reference run over `num_rows` rows, from one CPU generator in the script's order.
 
-    The result does not depend on the order or thread of calls: before a draw, all earlier draws of the script are made,
-    each once, and each row gets its part. A draw of one row's size is shared by all rows (source audio is encoded once
-    per run).
+    The result does not depend on the order of calls or on their threads: before a draw is returned, all earlier draws
+    of the script are made, once each. A draw for the whole batch is split between the rows. A draw of one row's size is
+    shared by all rows, because source audio is encoded once per run.
     """
 
     def __init__(self, seed: int, script: Sequence[ReplayDraw | ReplayPath], *, num_rows: int) -> None:

@@ -46,7 +46,7 @@ def build_open_flow_plan(
     """Returns the plan of `sampler` on one row's `times` (steps + 1,) float32, ending at 0.
 
     With a source, the initial latent is (1 - level) source + level noise, otherwise it is the noise. `level` defaults
-    to the first time; for RK4 it may differ, because the shift of the times does not change the mixture. Raises
+    to the first time. For RK4 it may differ from that: the shift changes the times but not this mixture. Raises
     InvalidRequestError on `sampler_type`.
     """
     if sampler in ("euler", "pingpong"):

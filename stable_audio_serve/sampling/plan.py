@@ -1,5 +1,5 @@
-"""A sampler as data. A plan lists, for each evaluation, the network's input and the update of the row's registers, so
-that rows with different samplers at different steps share one fused update.
+"""A sampler as data. A plan lists, for each evaluation, the network's input and the update of the row's registers.
+Rows with different samplers, at different steps, can therefore share one fused update.
 
 Independent of networks, devices and requests.
 """

@@ -18,7 +18,7 @@ from stable_audio_serve.core.errors import CheckpointError, InvalidRequestError
 from stable_audio_serve.core.generation import EditSchedule, ScheduleShift
 
 MAX_STEPS = 1000
-MIN_NOISE_LEVEL = 0.01  # of an edit: below it, the first step would divide by a time near 0
+MIN_NOISE_LEVEL = 0.01  # for edits: below it, the first step would divide by a time near 0
 _LAST_TIME = 1 / (1 + math.exp(2.0))  # log-SNR 2, the references' last time before 0
 CONFIG_KEY = "sampling_distribution_shift_options"
 

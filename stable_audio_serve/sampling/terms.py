@@ -90,7 +90,7 @@ class PlanWriter:
         )
 
     def end_step(self) -> None:
-        """Mark the end of a requested step after the evaluations so far."""
+        """End the current requested step; later evaluations belong to the next one."""
         self._step_ends.append(len(self._evaluations))
 
     def plan(self, *, source_scale: float, noise_scale: float) -> SamplerPlan:

@@ -55,7 +55,7 @@ class VNetwork:
         )
 
     def end_step(self) -> None:
-        """Mark the end of a requested step after the evaluations so far."""
+        """End the current requested step; later evaluations belong to the next one."""
         self._writer.end_step()
 
 

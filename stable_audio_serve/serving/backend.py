@@ -65,7 +65,7 @@ class RayBackend:
     ) -> GenerationResult:
         """Run one request on any replica of the model, see `Backend.generate`.
 
-        A refused client gets a randomly lengthened retry time, so that clients do not all return at once.
+        If the request is refused, the retry delay is lengthened at random, so that clients do not all return at once.
         """
         try:
             return await self._run(model, request, on_progress=on_progress)

@@ -78,7 +78,7 @@ class JobRunnerReplica:
     async def _report_waiting_work(self) -> None:
         """Report each model's waiting work, and whether an operator keeps it loaded, to its replicas once a second.
 
-        The autoscaling policy uses both. A model gets one more report after an operator has released it.
+        The autoscaling policy uses both. Only models that have jobs, are kept or were just released are reported.
         """
         kept: frozenset[str] = frozenset()
         while True:

@@ -36,10 +36,10 @@ def configure_logging(level: str) -> None:
 
 
 def tidy_controller_log() -> None:
-    """Make Ray Serve's controller, in whose process this runs, log a dead replica or proxy in one line.
+    """Make this process, Ray Serve's controller, log a dead replica or proxy in one line.
 
-    The controller polls every replica once a second for its load. It logs each failed poll with two tracebacks, for up
-    to ten seconds, until its health check finds the replica dead.
+    Without this, the controller logs two tracebacks for every failed poll of a replica's load. It polls once a second,
+    for up to ten seconds, until its health check finds the replica dead.
 
     Other tracebacks stay, but lose the colour codes of Ray's errors, because the log is a file.
     """

@@ -94,7 +94,7 @@ def _begin(settings: Settings, model: ModelSettings, *, check: _Check) -> tuple[
 
 
 def _check_all(entry: ModelEntry, token: str | None) -> None:
-    """Check a model that this node loads: its files, and the package of its networks."""
+    """Check a model that this node loads: its files, and the package that implements its networks, if it needs one."""
     if entry.backend == "stable_audio_tools":
         require_package()
         if entry.folder is not None or entry.card.name in BUILT_IN:

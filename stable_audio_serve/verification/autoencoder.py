@@ -78,7 +78,10 @@ def _draw(it: Subject, match: re.Match[str]) -> Tensor:
 
 
 def _clip(it: Subject, match: re.Match[str]) -> Tensor:
-    """A clip with the model's channels, right-padded to whole latents (1, C, S), or its encoding."""
+    """Returns a clip (1, C, S) with the model's channels, zero-padded at the end to whole latents.
+
+    Returns the clip's encoding unless "preprocessed" was asked for.
+    """
     net, samples = it.model.autoencoder, torch.atleast_2d(it.goldens[f"ae/{match[1]}_audio"])
     rate_hz, num_samples = it.model.spec.card.sample_rate_hz, -(-samples.shape[-1] // net.hop) * net.hop
     source = SourceAudio(samples.numpy(), rate_hz)

@@ -157,7 +157,7 @@ def _silent_conditioning(model: Any, plan: RowPlan) -> Tensor:
 
 
 def objective_of(name: str, goldens: Goldens, *, trained: str) -> str:
-    """Returns `trained`, or rectified_flow if the facts list the run or a pattern that matches its name."""
+    """Returns rectified_flow if the facts list the run's name or a pattern that matches it, otherwise `trained`."""
     stated = goldens.facts.get("rectified_flow_cases", ())
     patterns = [word for word in stated.split() if "/" in word] if isinstance(stated, str) else stated
     return "rectified_flow" if any(fnmatchcase(name, pattern) for pattern in patterns) else trained

@@ -69,7 +69,7 @@ class Goldens:
         return found
 
     def missing(self) -> list[str]:
-        """Returns the keys that the facts list and the tensor file lacks.
+        """Returns the keys that are listed in the facts but absent from the tensor file.
 
         Leaves out cases (`gen/`) and padding variants (`_pad_`), because both are optional in a folder.
         """

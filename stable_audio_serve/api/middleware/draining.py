@@ -1,7 +1,7 @@
-"""The end of a process, or a rest: new work is refused, event streams end so that clients reconnect, answers in flight
-are counted.
+"""Stops or drains a process: new work is refused, event streams end so that clients reconnect, and requests in
+progress are counted.
 
-There are three causes: the launcher stops the whole server, an operator takes it out for a while, Ray Serve replaces
+There are three causes: the launcher stops the whole server, an operator drains it for a while, or Ray Serve replaces
 one replica by another.
 """
 
@@ -32,16 +32,16 @@ class Draining:
         self._is_replaced = False
         self._refusal: str | None = None  # why new work is refused
         self._in_flight: set[object] = set()
-        self._at_rest: frozenset[object] | None = None  # in flight when the rest began
+        self._at_rest: frozenset[object] | None = None  # requests in flight when `rest` was called
 
     @property
     def num_in_flight(self) -> int:
-        """Requests that were admitted and whose answers are not complete."""
+        """The number of admitted requests whose responses are not complete."""
         return len(self._in_flight)
 
     @property
     def num_from_before(self) -> int:
-        """The requests in flight that arrived before the rest began, which it has to finish."""
+        """The number of requests in flight that arrived before `rest`. The drain waits for them."""
         return len(self._in_flight & (self._at_rest or set()))
 
     @property
@@ -51,7 +51,7 @@ class Draining:
 
     @property
     def is_resting(self) -> bool:
-        """Whether an operator takes the whole server out, so that new work is refused."""
+        """Whether an operator drains the whole server, so that new work is refused."""
         return self._at_rest is not None
 
     @property
@@ -60,24 +60,27 @@ class Draining:
         return self._refusal is not None
 
     def leave(self) -> None:
-        """Another process takes over: end the event streams, which would keep this one. The rest is still answered."""
+        """End the event streams, because another process takes over and open streams would keep this one running.
+
+        Other requests are still answered.
+        """
         self._is_replaced = True
         self._leaving.set()
 
     def stop(self) -> None:
-        """No other process takes over: refuse new requests from now on, too."""
+        """End the event streams and refuse new requests, because no other process takes over."""
         self._refuse(_STOPPING)
         self.leave()
 
     def rest(self) -> None:
-        """Refuse new work until `resume`. Reading is allowed, so that clients get the results of work begun here."""
+        """Refuse new work until `resume`. GET and HEAD stay allowed, so that clients get earlier results."""
         if self._refusal is None:
             self._at_rest = frozenset(self._in_flight)
             self._refuse(_RESTING)
             self._leaving.set()
 
     def resume(self) -> None:
-        """Take new work again, unless the server stops."""
+        """Accept new work again, unless the server is stopping."""
         if self._refusal == _RESTING:
             self._refusal = self._at_rest = None
             self._readiness.clear(_CAUSE)
@@ -85,26 +88,26 @@ class Draining:
                 self._leaving.clear()
 
     def admit(self, scope: Scope) -> None:
-        """Let a request in that is no probe. Raises StoppingError for what this server does not take any more."""
+        """Admit a request; probes skip this check. Raises StoppingError if the server no longer accepts it."""
         refusal = self._refusal
         if refusal == _STOPPING or (refusal is not None and scope["method"] not in _READING):
             raise StoppingError(refusal, retry_after_s=_RETRY_AFTER_S)
-        if "visit" in scope:  # a request that came before counts already
+        if "visit" in scope:  # requests that arrived earlier are counted already
             self._in_flight.add(scope["visit"])
 
     def begin(self) -> object:
-        """Count a request from now on, unless it must be admitted first. Returns it."""
+        """Returns a token for a new request. Counts the request now, or when it is admitted if new work is refused."""
         visit = object()
         if self._refusal is None:
             self._in_flight.add(visit)
         return visit
 
     def end(self, visit: object) -> None:
-        """Its answer is complete."""
+        """Stop counting a request, because its response is complete."""
         self._in_flight.discard(visit)
 
     async def pause(self, duration_s: float) -> None:
-        """Sleep, at most until this process has to leave."""
+        """Sleep for `duration_s`, or until clients must follow events on another process."""
         with suppress(TimeoutError):
             async with asyncio.timeout(duration_s):
                 await self._leaving.wait()
@@ -121,7 +124,7 @@ class DrainingMiddleware:
         self._app = app
         self._draining = draining
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: PLR0917 - as ASGI has it
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: PLR0917 - ASGI's signature
         """Run the application. Requests that arrive while the server drains count only if they are admitted."""
         draining = self._draining
         if scope["type"] != "http":

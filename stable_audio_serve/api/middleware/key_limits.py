@@ -1,7 +1,8 @@
-"""Limits of keys: seconds of audio per minute, and requests at work at a time, over all servers of one job database.
+"""Limits of keys: seconds of audio per minute, and concurrent requests, over all servers of one job database.
 
-A request of a key with limits costs a transaction when it is admitted, and one when it ends if it held a place or its
-audio is given back. While the database is away each process applies the limits to its own requests.
+A request whose key has limits costs a transaction when it is admitted. It costs another one at its end if it held a
+place or if its audio is given back. While the database is unavailable, each process applies the limits to its own
+requests.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ T = TypeVar("T")
 log = structlog.get_logger("stable_audio_serve.api")
 
 _RENEW_S = LEASE_S / 3
-_PATIENCE_S = 10.0  # for one transaction on a busy machine: long, because processes alone admit more
-_LEAVING_S = 2.0  # longest an answer waits until its place is free: the client may ask another process next
+_PATIENCE_S = 10.0  # per transaction on a busy machine: long, because separate processes admit more in total
+_LEAVING_S = 2.0  # longest wait before a response until its place is free, for the client's next request
 _CLOSING_S = 1.0
 _LONGEST_RETRY_S = 60.0
-_LEAST_AUDIO_S = 0.01  # less than any request asks for
-_MOST_NAMED = 200  # clients that metrics tell apart
+_LEAST_AUDIO_S = 0.01  # less than the audio of any request
+_MOST_NAMED = 200  # most clients with their own label in metrics
 
 
 @dataclass(slots=True)
@@ -53,12 +54,12 @@ class Admission:
     counts: bool = False
 
     def give_back(self) -> None:
-        """Do not count its audio: none was made."""
+        """Do not count the request's audio, because none was made."""
         self.counts = False
 
 
 class KeyLimiter:
-    """One per application; belongs to one event loop. Keys without limits never touch the database."""
+    """Applies the limits in one application, on one event loop. Keys without limits never touch the database."""
 
     def __init__(
         self,
@@ -68,7 +69,7 @@ class KeyLimiter:
         clock: Clock | None = None,
         patience_s: float = _PATIENCE_S,
     ) -> None:
-        """A database that takes longer than `patience_s` for a transaction is away. Touches nothing yet."""
+        """A database counts as unavailable if a transaction takes longer than `patience_s`. Does no I/O."""
         self._uses = KeyUses(database)
         self._metrics = metrics or NullMetrics()
         self._clock = clock or SystemClock()
@@ -76,8 +77,8 @@ class KeyLimiter:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="key-limits")  # a request ends after it was admitted
         self._turn = asyncio.Lock()
         self._is_away = False
-        self._places: set[str] = set()  # ids of requests that hold one in the database
-        self._alone: defaultdict[ClientId, dict[str, Used]] = defaultdict(dict)  # admitted while it was away
+        self._places: set[str] = set()  # ids of the requests that hold a place in the database
+        self._alone: defaultdict[ClientId, dict[str, Used]] = defaultdict(dict)  # admitted without the database
         self._mean_s: defaultdict[ClientId, float] = defaultdict(lambda: 1.0)  # how long a request takes
         self._ending: set[asyncio.Task[None]] = set()
         self._upkeep: asyncio.Task[None] | None = None
@@ -85,7 +86,7 @@ class KeyLimiter:
 
     @asynccontextmanager
     async def admitted(self, key: ApiKey, *, audio_s: float, takes_place: bool) -> AsyncIterator[Admission]:
-        """Charge `audio_s` to the key's client, and hold a place of it for the length of the block.
+        """Charge `audio_s` to the key's client, and hold one of its places until the block ends.
 
         The audio does not count when the block raises, unless the request ran out of time or its client went away.
         Raises QuotaError, and ForbiddenError for more audio than the key may have in a whole minute.
@@ -111,7 +112,7 @@ class KeyLimiter:
             self._count(key, audio_s=audio_s, counts=admission.counts)
 
     async def require_room(self, key: ApiKey, *, takes_place: bool) -> None:
-        """Raise QuotaError if nothing more is admitted for this key now, however little is asked. Charges nothing."""
+        """Raise QuotaError if the key has reached a limit, so that even the smallest request fails. Charges nothing."""
         use = self._make_use(key, audio_s=_LEAST_AUDIO_S, takes_place=takes_place)
         if use is None:
             return
@@ -124,7 +125,7 @@ class KeyLimiter:
             raise refusal
 
     async def close(self) -> None:
-        """Free the places of requests that have just ended, within a moment."""
+        """Finish freeing the places of ended requests, within a second."""
         if self._ending:
             await asyncio.wait(self._ending, timeout=_CLOSING_S)
         if self._upkeep is not None:
@@ -156,7 +157,7 @@ class KeyLimiter:
             if refusal is None and use.has_place:
                 self._places.add(use.id)
                 self._keep_up()
-        except asyncio.CancelledError:  # the client left, and the transaction may go on: the next one undoes it
+        except asyncio.CancelledError:  # the client left; `_end` undoes the transaction, which may go on
             await self._end(use, counts=False)
             raise
         except StorageError:
@@ -186,11 +187,11 @@ class KeyLimiter:
             await asyncio.wait({ending}, timeout=_LEAVING_S)
 
     async def _try_end(self, use: Use, *, counts: bool) -> None:
-        with suppress(StorageError):  # then the place is free when its lease ends, and the audio counts
+        with suppress(StorageError):  # on an error the place is freed when its lease ends, and the audio counts
             await self._ask(partial(self._uses.end, use, counts=counts))
 
     async def _ask(self, transaction: Callable[[], T]) -> T:
-        """Return the result of a transaction. Raises StorageError while the database is away."""
+        """Return the result of a transaction. Raises StorageError while the database is unavailable."""
         async with self._turn:
             if self._is_away:
                 raise StorageError("the job database is away")
@@ -206,7 +207,7 @@ class KeyLimiter:
             self._upkeep = asyncio.create_task(self._renew())
 
     async def _renew(self) -> None:
-        """Renew the places that are held. While the database is away, find out when it is back."""
+        """Renew the held places. While the database is unavailable, check whether it is back."""
         while self._is_away or self._places:
             await asyncio.sleep(_RENEW_S)
             renew = partial(self._uses.renew, tuple(self._places))
@@ -222,10 +223,10 @@ class KeyLimiter:
             self._is_away = is_away
             self._metrics.gauge("key_limits_alone", float(is_away))
             log.warning("limits of keys", kept_by="each process alone" if is_away else "all processes together")
-        self._keep_up()  # until it is back
+        self._keep_up()  # it also checks whether the database is back
 
     def _count(self, key: ApiKey, *, audio_s: float, counts: bool) -> None:
-        """Count a request by the name of its key; a bounded number of names."""
+        """Count a request in the metrics under its key's label. Beyond `_MOST_NAMED` labels, uses "other"."""
         if key is ANYBODY:
             return
         if len(self._labels) < _MOST_NAMED:

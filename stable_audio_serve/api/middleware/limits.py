@@ -53,7 +53,7 @@ class LimitsMiddleware:
         self._times = times or ClientTimes()
         self._held = _BodiesInProgress()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: PLR0917 - as ASGI has it
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: PLR0917 - ASGI's signature
         """Run the application on a guarded connection. Raises ClientGoneError when the client disconnects."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
@@ -179,7 +179,7 @@ class _Connection:
         self._grace_s = times.grace_s * random.uniform(0.5, 1.5)
         self._received_bytes = 0
         self._is_counted = False
-        self._unsent_bytes = math.inf  # of the response; inf if its length is unknown
+        self._unsent_bytes = math.inf  # bytes of the response; inf if its length is unknown
         self.is_answered = False
         self._gone = asyncio.Event()
         self._watcher: asyncio.Task[None] | None = None

@@ -38,7 +38,7 @@ class ObserveMiddleware:
         self._in_progress = Level(metrics, "http_requests_in_progress")
         self._clock = clock or SystemClock()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: PLR0917 - as ASGI has it
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: PLR0917 - ASGI's signature
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

@@ -35,7 +35,7 @@ def file_order(
 
 
 def audio_answer(request: Request, output: Output, *, file_format: AudioFormat) -> Response:
-    """Returns one file, or the ZIP of several."""
+    """Returns the response with one file, or with a ZIP of several."""
     stem = file_stem(output.result.model)
     name = f"{stem}.{file_format}" if len(output.result.audio) == 1 else f"{stem}-batch.zip"
     headers = attachment(name) | result_headers(output) | warning_headers(request, output.result.made_on)

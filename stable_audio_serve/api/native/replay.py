@@ -121,7 +121,7 @@ def build_router(service: Service) -> APIRouter:
 
 
 def _finish(result: GenerationResult, recipe: Recipe, *, origin: ClipOrigin | None) -> FinishedFile:
-    """Returns the file that a recipe describes. CPU work."""
+    """Returns the file that a recipe describes. CPU-bound: call it from a worker thread."""
     if recipe.peaks == "full":
         return finish_window(result, num_samples=recipe.samples, origin=origin)
     file_format = AudioFormat(recipe.response_format)

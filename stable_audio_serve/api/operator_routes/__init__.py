@@ -1,1 +1,1 @@
-"""What operators ask and do over HTTP: the state of the server, models kept loaded, a rest, dead letters."""
+"""Routes for operators: server state, models kept loaded, draining, dead letters."""

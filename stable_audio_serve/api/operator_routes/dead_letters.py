@@ -32,7 +32,7 @@ _UNKNOWN: dict[int | str, dict[str, Any]] = {
 
 
 def build_router(service: Service) -> APIRouter:
-    """The routes over one service."""
+    """Returns the routes."""
     router = APIRouter(
         prefix="/dead-letters",
         route_class=operator_route_class(render_error, scopes=("admin",)),
@@ -48,16 +48,16 @@ def build_router(service: Service) -> APIRouter:
         *,
         model: Annotated[str | None, Query(max_length=64, description="Only those of this model.")] = None,
     ) -> schemas.DeadLetterPage:
-        """Dead letters of all clients, newest first."""
+        """List the dead letters of all clients, newest first."""
         page = await asyncio.to_thread(partial(letters.page, before=cursor, model=model, limit=limit + 1))
         last = page[limit - 1].number if len(page) > limit else None
         return schemas.DeadLetterPage(
             dead_letters=[schemas.DeadLetter(**_describe(letter)) for letter in page[:limit]], next_cursor=last
         )
 
-    @router.get("/{number:int}", responses=_UNKNOWN)  # words in its place are other routes
+    @router.get("/{number:int}", responses=_UNKNOWN)  # only digits match, so that /retry and /delete do not
     async def show_dead_letter(number: Annotated[int, Path(ge=0, le=_LARGEST)]) -> schemas.DeadLetterDetails:
-        """One dead letter and what happened to it."""
+        """Return one dead letter and its events."""
         found = await asyncio.to_thread(letters.find, number)
         if found is None:
             raise HTTPException(404, "no such dead letter")
@@ -66,14 +66,14 @@ def build_router(service: Service) -> APIRouter:
 
     @router.post("/retry", responses=_INVALID)
     async def retry_dead_letters(body: schemas.LetterNumbers) -> schemas.LettersDone:
-        """Let dead letters wait again, with new attempts."""
+        """Queue dead letters again, with their attempts reset to 0."""
         done = await asyncio.to_thread(letters.retry, set(body.numbers))
         jobs.wake()
         return _sort(body, done)
 
     @router.post("/delete", responses=_INVALID)
     async def delete_dead_letters(body: schemas.LetterNumbers) -> schemas.LettersDone:
-        """Forget dead letters and the files they started from."""
+        """Delete dead letters and their source files."""
         return _sort(body, await jobs.forget_dead_letters(set(body.numbers)))
 
     return router

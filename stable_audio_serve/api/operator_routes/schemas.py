@@ -1,4 +1,4 @@
-"""What operators are sent: the whole server in one answer, and dead letters."""
+"""Response models of the operator routes: the state of the server, and dead letters."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LETTER: dict[str, Any] = {
 
 
 class Replica(BaseModel):
-    """One replica as it said `age_s` seconds ago; null: it did not say."""
+    """The report of one replica, `age_s` seconds old; null: not reported."""
 
     id: str
     device: str | None
@@ -66,7 +66,7 @@ class ServedModel(BaseModel):
 
 
 class Jobs(BaseModel):
-    """The job database, which several servers may share; null: not known."""
+    """The jobs in the database, which several servers may share; null: unknown."""
 
     store: JobStoreHealth
     queued: int | None
@@ -81,7 +81,7 @@ class Jobs(BaseModel):
 
 
 class Drain(BaseModel):
-    """Whether an operator takes this server out."""
+    """Whether an operator drains this server, and the work left to finish."""
 
     state: DrainState = Field(description="no, draining, or drained: all that was begun is finished.")
     requests: int | None = Field(description="Begun before and not finished; null: not known now.")
@@ -89,7 +89,7 @@ class Drain(BaseModel):
 
 
 class ServerStatus(BaseModel):
-    """What a server does."""
+    """The state of a server."""
 
     server: str
     version: str
@@ -105,7 +105,7 @@ class ServerStatus(BaseModel):
 
 
 class KeptModel(BaseModel):
-    """A model that an operator keeps loaded, or not any more."""
+    """A model, and whether an operator keeps it loaded."""
 
     model: str
     kept: bool
@@ -113,7 +113,7 @@ class KeptModel(BaseModel):
 
 
 class LetterError(BaseModel):
-    """What a job failed of, the last time."""
+    """The error of a job's last attempt."""
 
     code: str
     message: str
@@ -140,7 +140,7 @@ class DeadLetter(BaseModel):
 
 
 class LetterEvent(BaseModel):
-    """Something that happened to a job."""
+    """One event in the history of a job."""
 
     at: str
     stage: str
@@ -155,20 +155,20 @@ class DeadLetterDetails(DeadLetter):
 
 
 class DeadLetterPage(BaseModel):
-    """Some dead letters, newest first."""
+    """A page of dead letters, newest first."""
 
     dead_letters: list[DeadLetter]
     next_cursor: int | None = Field(description="Leads to the next page; null = there are no older ones.")
 
 
 class LetterNumbers(BaseModel):
-    """Which dead letters."""
+    """The numbers of the dead letters to change."""
 
     numbers: list[Annotated[int, Field(ge=0, lt=2**63)]] = Field(min_length=1, max_length=MOST_AT_ONCE)
 
 
 class LettersDone(BaseModel):
-    """With which of them it was done; the others are no dead letters, or no longer."""
+    """The numbers of the changed dead letters, and the numbers that are not, or no longer, dead letters."""
 
     done: list[int]
     not_found: list[int]

@@ -30,9 +30,9 @@ _NUM_FLOAT_SECTIONS = 2  # the first sections of the buffer
 class PackedShape:
     """Everything that is fixed in a captured call of packed rows.
 
-    `own` is the shape of the same rows padded to the longest; all but its buffer layout applies here too. The network
-    adds `num_prefix` tokens to each row. N rows, B network rows and G pages of 64 frames are capacities: a call may use
-    fewer.
+    `own` is the shape of the same rows padded to the longest. Except for its buffer layout, it applies here too.
+    The network adds `num_prefix` tokens to each row. N rows, B network rows and G pages of 64 frames are capacities: a
+    call may use fewer.
     """
 
     own: StepShape

@@ -1,6 +1,6 @@
-"""The phases of picked rows: inputs, evaluations, decoded audio. Encoding and decoding run beside evaluations on
-devices with a second queue. Failed rows are returned to the loop, which ends their requests. `inputs` handles prompts
-and sources. Independent of the scheduler.
+"""The phases of picked rows: inputs, evaluations, decoded audio. On devices with a second queue, encoding and decoding
+run in parallel with evaluations. Failed rows are returned to the loop, which ends their requests. `inputs` handles
+prompts and sources. Independent of the scheduler.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ class Stages:
 
     @property
     def has_room_beside(self) -> bool:
-        """Whether more windows may be encoded or decoded beside the next step."""
+        """Whether more windows may be encoded or decoded at the same time as the next step."""
         return self._times.has_room_beside
 
     def keep_pace(self) -> None:

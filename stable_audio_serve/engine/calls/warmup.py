@@ -27,7 +27,7 @@ from stable_audio_serve.models.protocol import (
 from stable_audio_serve.sampling.noise import NoiseSource
 
 _PROMPT = "warm-up"
-DURATION_SHARES = (1 / 64, 1 / 16, 1 / 4, 1.0)  # of the model's maximum duration
+DURATION_SHARES = (1 / 64, 1 / 16, 1 / 4, 1.0)  # durations to time, as shares of the model's maximum
 _CROWDS = (1, 2, 4, 8, 32)  # rows that wait together
 _NUM_RUNS = 3  # per probe; the shortest counts, because disturbances only make a run longer
 

@@ -23,8 +23,8 @@ from stable_audio_serve.engine.hardware.device import DEVICE_LOST, Device, Momen
 log = logging.getLogger(__name__)
 
 MOST_MS = 200.0  # the longest delay of a waiting step
-_SHARE = 0.1  # of the time, while rows wait
-_MISSES_TO_DELAY = 100  # a shape with this many misses is captured beside traffic, however long it takes
+_SHARE = 0.1  # share of the time that captures may take while rows wait
+_MISSES_TO_DELAY = 100  # a shape with this many misses is captured even while rows wait, however long it takes
 _NUM_KEPT = 8  # recent captures per kind, for predictions; the first captures also initialise kernels
 
 

@@ -12,7 +12,7 @@ from stable_audio_serve.core.errors import ConfigError
 WHOLE = 1.0  # the share of a process that has the device to itself
 # Memory of a process on a shared GPU besides its tensors: the CUDA context, library code and workspaces.
 CONTEXT_BYTES = 512 * 2**20
-_ROWS = 0.85  # of the memory after weights and prompts; the rest is for captured calls and fragmentation
+_ROWS = 0.85  # rows' share of the memory after weights and prompts; the rest: captured calls, fragmentation
 
 
 @dataclass(frozen=True, slots=True)

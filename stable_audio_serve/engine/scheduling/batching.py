@@ -25,7 +25,10 @@ from stable_audio_serve.engine.scheduling.cost import Groups
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """One picked row in a call: `branches` network rows (2 if guided) of `frames` latent frames."""
+    """A row picked for a call.
+
+    It takes `branches` entries of the network's batch (2 if guided), each of `frames` latent frames.
+    """
 
     branches: int
     frames: int

@@ -75,7 +75,11 @@ def fit_call_cost(measurements: Iterable[Measurement]) -> CallCost:
 
 
 def _undisturbed(measurements: Iterable[Measurement]) -> list[Measurement]:
-    """Returns one measurement per shape, shortest first. No call takes longer than one with more rows and frames."""
+    """Returns one measurement per shape, shortest first.
+
+    Each time is the minimum over all calls with at least as many rows and frames, because a smaller call cannot be
+    slower.
+    """
     measured = [Measurement(m.rows, m.frames, max(m.ms, 1e-6)) for m in measurements]
     shapes = {(m.rows, m.frames) for m in measured}
     points = [

@@ -33,7 +33,7 @@ from stable_audio_serve.models.protocol import (
 from stable_audio_serve.models.windows import LONGEST_FRAMES
 from stable_audio_serve.sampling.noise import NoiseSource
 
-_DURATION_SHARES = (1 / 64, 1 / 16)  # of the model's maximum duration, for the measurement
+_DURATION_SHARES = (1 / 64, 1 / 16)  # durations to measure, as shares of the model's maximum
 _WINDOW = 32  # latent frames of the measured windows
 _REGISTER_BYTES = 4  # float32
 _KEPT_BESIDE = 2  # a draw of noise and the latents, each as large as a register
@@ -103,8 +103,10 @@ class RowMemory:
     def __init__(
         self, spec: ModelSpec, *, max_bytes: int | None, is_fixed: bool, setting: str = "max_memory_bytes"
     ) -> None:
-        """`max_bytes` None: no bound, and nothing is measured. `is_fixed`: windows are decoded as planned. `setting`
-        names the operator's setting behind `max_bytes`, for error messages.
+        """If `max_bytes` is None, memory is neither limited nor measured.
+
+        If `is_fixed`, decoding uses exactly the planned windows. `setting` names the operator's setting that
+        `max_bytes` comes from, for error messages.
         """
         self._spec = spec
         self._is_fixed = is_fixed

@@ -35,7 +35,7 @@ class WindowPace:
     def record_step(self, ms: float) -> None:
         """Record the predicted time of the last step.
 
-        The measured time may include windows that ran beside it, which would make the next windows ever longer.
+        The measured time may include windows that ran in parallel, which would make the next windows ever longer.
         """
         self._step_ms = ms
 
@@ -64,7 +64,7 @@ class _QueuedCall:
     calls: Sequence[Groups]
     began: Moment
     ended: Moment
-    is_alone: bool  # no work of the other queue ran beside it
+    is_alone: bool  # no work of the other queue ran at the same time
 
 
 class CallTimes:

@@ -14,7 +14,7 @@ rows. A batch row joins the step if the lent time covers the time that it adds. 
 steps until it covers a step with the batch row alone. So an interactive row waits at most that share longer plus one
 step, and batch rows progress under any interactive load. Lent time is dropped when no batch row needs it.
 
-Second queue. On devices that have one, rows that encode or decode run beside a step and do not use its budget. Both
+Second queue. On devices that have one, rows encode or decode during a step and do not use its budget. Both
 queues share the device's time.
 """
 
@@ -50,7 +50,7 @@ class _Entry:
     row_id: RowId  # ids rise with arrival, so ties run in order of arrival
     work: RowWork = field(compare=False)
     priority: Priority = field(compare=False)
-    tokens: int = field(compare=False)  # of the work, when last counted
+    tokens: int = field(compare=False)  # the work's tokens when last counted
     num_bytes: int = field(compare=False)
     started: bool = field(default=False, compare=False)
 
@@ -63,8 +63,8 @@ class _Step:
     new_bytes: int = 0
     waits_for_memory: bool = False  # a row waits for memory, so no later row starts
     tokens: float = 0.0
-    frames_beside: float = 0.0  # latent frames of the rows that run beside the step
-    waits_for_room_beside: bool = False  # a row waits for room beside the step
+    frames_beside: float = 0.0  # latent frames of the rows that encode or decode during the step
+    waits_for_room_beside: bool = False  # a row waits for room on the second queue
 
     @property
     def works(self) -> list[RowWork]:
@@ -86,7 +86,7 @@ class Scheduler:
     ) -> None:
         """`knee_tokens(frames)` is the number of latent frames that makes a step of such rows worth its fixed cost.
         `step_ms(works, num_new)` predicts the time of a step of these rows, `num_new` of them never picked before.
-        `has_second_queue`: rows that encode or decode run beside a step.
+        `has_second_queue`: rows encode or decode on a second queue during a step.
         """
         self._has_second_queue = has_second_queue
         self._limits = limits
@@ -164,16 +164,16 @@ class Scheduler:
         return self._has_second_queue and work.phase is not Phase.DENOISE
 
     def _tokens(self, work: RowWork) -> int:
-        """Returns the latent frames that the row adds to a step; 0 if it runs beside one."""
+        """Returns the latent frames that the row adds to a step; 0 if it runs on the second queue."""
         return 0 if self._runs_beside(work) else work.tokens
 
     def _fill(self, priority: Priority, *, beside: bool, waits_for_memory: bool = False) -> _Step:
-        """Returns a step with as many rows of one priority as fit the budget, in the step and beside it."""
+        """Returns a step with as many rows of one priority as fit the budget, in the step and on the second queue."""
         step, budget, budget_beside, is_full = _Step(waits_for_memory=waits_for_memory), 0.0, 0.0, False
         num_left = self._num_started[priority]  # started rows not visited yet
         for entry in self._orders[priority]:
             if is_full and not num_left:
-                break  # no later row has started, so none needs to run beside the step
+                break  # no later row has started, so none needs the second queue
             if not self._may_run(entry, beside=step):
                 if not num_left:
                     break  # no later row is started, so none may run

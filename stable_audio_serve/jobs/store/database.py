@@ -46,8 +46,8 @@ _SESSION = {
     "statement_timeout": 30_000,
     "lock_timeout": 15_000,
     "idle_in_transaction_session_timeout": 10_000,
-    # A queue grows faster than the planner's statistics are updated. So plans made for a short queue are not reused,
-    # and sorting is off: every query has an index in its own order.
+    # A queue can grow faster than the planner's statistics are updated, so plans are never reused. Every query has an
+    # index in its order, so the planner is told to avoid sorts.
     "plan_cache_mode": "force_custom_plan",
     "enable_sort": "off",
     "jit": "off",

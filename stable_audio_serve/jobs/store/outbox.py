@@ -65,7 +65,10 @@ class Outbox:
         self._update(notice, webhook_at=self._database.now + delay_s)
 
     def _update(self, notice: Notice, *, webhook_at: sa.ColumnElement[float] | None) -> None:
-        """No effect if another process has claimed the notice since, or the job was retried."""
+        """Set when the notice is next due; None removes it.
+
+        Does nothing if another process has since claimed the notice, or if the job was retried.
+        """
         is_same = (_jobs.retries == notice.retries, _jobs.webhook_attempts == notice.attempt)
         change = sa.update(JOBS).where(is_job(notice.job.spec.ref), *is_same)
         with self._database.writing() as connection:

@@ -77,7 +77,7 @@ class ScaledLayerNorm(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(width))
-        self.beta = nn.Parameter(torch.zeros(width), requires_grad=False)  # not a buffer, so that it is cast
+        self.beta = nn.Parameter(torch.zeros(width), requires_grad=False)  # a parameter, so that it is cast
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (..., width); dtype kept."""

@@ -138,5 +138,5 @@ def _prompt_conditioner(config: PromptInput, *, width: int, text: TextEncoder) -
     conditioners.Conditioner.__init__(prompt, text.width, width, project_out=config.projects)
     prompt.tokenizer, prompt.max_length = text.tokenizer, text.max_length
     prompt.enable_grad = False
-    prompt.__dict__["model"] = text.encoder  # not a part of the module, as in the package
+    prompt.__dict__["model"] = text.encoder  # bypasses module registration, as in the package
     return prompt

@@ -33,7 +33,7 @@ _BUDGET_S = 20.0  # no golden request except the first begins later than this
 
 Generate = Callable[[GenerationRequest], Awaitable[GenerationResult]]
 # What the audio was compared with: a pinned report, a report of the same weights, or a report of other weights.
-# Nothing to compare with: there is no report yet (new), or the report cannot be read (unchecked).
+# Why nothing was compared: there is no report yet (new), or the report cannot be read (unchecked).
 Basis = Literal["pinned", "same", "other", "new", "unchecked"]
 
 

@@ -37,7 +37,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What determines the audio of a golden request, apart from the machine. Each setup has a report.
+    """Everything except the machine that determines the audio of a golden request. Each setup has a report.
 
     `weights` is the hash from `models.weight_hash`, `device` is cuda, cpu or mps, `dtype` is the denoiser's precision.
     """
@@ -56,7 +56,7 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The clips of the golden requests, by request name, from a model with this setup that passed."""
+    """Descriptions of the golden requests' clips, by request name, from a model that passed with this setup."""
 
     setup: Setup
     source: Source

@@ -37,7 +37,7 @@ class Dispatched(Response):
         super().__init__()
         self._app, self._path, self._query = app, path, query
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: PLR0917 - as ASGI has it
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: PLR0917 - ASGI's signature
         root_path = scope.get("root_path", "")
         path = root_path + self._path
         target = {"path": path, "raw_path": path.encode(), "query_string": self._query}

@@ -54,8 +54,8 @@ class Ticket:
     file_id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     file_name: str
     media_type: str
-    client: str = ""  # the client whose storage limit it counts against
-    key: str = ""  # start of the digest of the announcing key, "" when no keys are configured
+    client: str = ""  # the file counts against this client's storage limit
+    key: str = ""  # first digits of the announcing key's digest, "" when no keys are configured
 
     def url(self, base: str) -> str:
         """Returns the URL of the file after the upload."""

@@ -1,4 +1,4 @@
-"""Which of fal's hosts a request is for, and the links in its response, from the path and headers of the request."""
+"""Decides, from a request's path and headers, which of fal's hosts it is for and which links its response has."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ async def base64_answer(service: Service, output: Output, *, metadata: dict[str,
 def clip_metadata(
     generation: GenerationRequest, result: GenerationResult, *, duration_s: float, generation_s: float
 ) -> dict[str, Any]:
-    """Returns the metadata of `/generate` without the tempo."""
+    """Returns the metadata of a clip, as in `/generate`, except the tempo."""
     return {
         "prompt": generation.prompt,
         "negative_prompt": generation.negative_prompt,

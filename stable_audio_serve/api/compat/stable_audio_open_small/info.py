@@ -15,7 +15,7 @@ _ENDPOINTS = {
 
 
 def describe_model(model: WindowedModel, status: ModelStatus) -> dict[str, Any]:
-    """Returns the response of `GET /model/info`: the model and the parameters of requests."""
+    """Returns the response of `GET /model/info`: the model and the parameters that requests accept."""
     card = model.card
     return {
         "model_name": card.name,

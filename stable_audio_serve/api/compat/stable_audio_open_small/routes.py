@@ -132,7 +132,7 @@ def build_router(service: Service) -> APIRouter:
 
     @router.get("/model/info", responses=error_responses(Problem, 401, 500))
     async def model_info() -> dict[str, Any]:
-        """Return the model and the parameters of requests."""
+        """Describe the model and the parameters that requests accept."""
         return describe_model(model, await _status_of(service, model))
 
     return router
