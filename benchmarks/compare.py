@@ -67,7 +67,7 @@ class Run:
     _is_warm: bool = False
 
     async def measure(self) -> dict[str, Any]:
-        """Returns figures and ratios. Raises VoidError, SideFailedError, and OutOfTimeError."""
+        """Returns figures and ratios. Raises VoidError, SideFailedError or OutOfTimeError."""
         options = self.options
         reference = options.sides[0]
         alone = await self.pieces.take("alone", self._probe)

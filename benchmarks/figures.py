@@ -13,12 +13,12 @@ import numpy as np
 
 from benchmarks.load import Record
 
-_MOST_LATE_SHARE = 0.05  # of requests, while a rate still counts as good
-_LONGEST_ALONE = 5.0  # times its time alone, or ...
-_LEAST_BOUND_MS = 1000.0  # ... this, whichever is longer
-_HEAD, _TAIL = 0.15, 0.05  # of a list by arrival: not the steady part
+_MOST_LATE_SHARE = 0.05  # share of requests that may be late for the rate to count as good
+_LONGEST_ALONE = 5.0  # a request is late after this many times its solo time, or ...
+_LEAST_BOUND_MS = 1000.0  # ... after this time, whichever is longer
+_HEAD, _TAIL = 0.15, 0.05  # shares of a list, by arrival, that are left out of the steady part
 
-Records = Mapping[str, Sequence[Record]]  # of one round, by side
+Records = Mapping[str, Sequence[Record]]  # records of one round, by side
 
 
 @dataclass(frozen=True, slots=True)

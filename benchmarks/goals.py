@@ -74,7 +74,7 @@ def read_standings(folder: Path, goals: Iterable[Goal] | None = None) -> list[St
 
 
 def has_missed(standings: Sequence[Standing]) -> bool:
-    """Whether a goal is missed by its whole interval, or what should show it is void."""
+    """Whether any goal's whole interval misses its bound, or any measurement behind a goal is void."""
     return any(standing.verdict in ("MISS", "void") for standing in standings)
 
 

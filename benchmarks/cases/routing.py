@@ -1,6 +1,7 @@
-"""Requests of `small-mixed` to the replica with the least predicted work, against Ray Serve's own router, which takes
-the shorter queue of two that it draws. Both are models of one server, each of four stand-ins whose device is a clock.
-Clips have a tenth of the mix's lengths and a frame takes ten times as long, so that little is sent.
+"""Compares our router (least predicted work) with Ray Serve's (the shorter of two random queues) on `small-mixed`.
+
+One server runs two models, one per router, with four simulated replicas each. Clips are a tenth as long as in the mix
+and a frame takes ten times as long, so that the server sends little audio.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ _MIX = replace(_SMALL_MIXED, durations_s=tuple((s / SHORTENED, weight) for s, we
 _QUEUE_S = 1e6
 _WARM_UP = 16
 _REPLICAS = 4
-_REQUESTS = (200, 600)  # of a round: short, full
-_LOAD_SHARE = 0.8  # of what the replicas can do
+_REQUESTS = (200, 600)  # requests per round: short, full
+_LOAD_SHARE = 0.8  # of the replicas' capacity
 
 
 async def run_routing(settings: CaseSettings) -> dict[str, Any]:

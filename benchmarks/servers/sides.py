@@ -51,5 +51,5 @@ class SideReplica(StandInReplica):
 
 
 def build(args: Settings | Mapping[str, Any]) -> serve.Application:
-    """The application of `serving.app` with a replica of each side."""
+    """Builds the application of `serving.app` with a different replica class for each side."""
     return assemble(args, replica=ModelReplica, by_name=dict.fromkeys(_OTHERS, SideReplica))

@@ -90,7 +90,7 @@ class _Queues:
         self.now_ms = max(self.now_ms, until_ms)
 
     def has_ended(self, number: int) -> bool:
-        """Whether that call of the second queue has ended."""
+        """Whether call `number` of the second queue has ended."""
         return not self._second or self._second[0].number > number
 
 
@@ -140,7 +140,7 @@ class SimulatedEngine:
         self._windows: list[int] = []  # the second queue's calls
 
     def run(self, arrivals: Iterable[Arrival]) -> list[Record]:
-        """Returns a record of each arrival in order of their ends. Arrivals must be sorted by time."""
+        """Returns a record of each arrival, in order of completion. Arrivals must be sorted by time."""
         queues, coming = self._queues, list(arrivals)
         num_taken = 0
         while num_taken < len(coming) or self._rows:

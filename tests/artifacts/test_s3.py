@@ -355,7 +355,7 @@ def test_a_bad_key_is_found_at_the_start(object_storage: ObjectStorage, bucket: 
         (("s3:PutObject", "s3:GetObject", "s3:ListBucket"), "deleting"),
     ],
 )
-def test_key_without_permissions_is_found_at_the_start(
+def test_key_without_permissions_is_detected_at_startup(
     object_storage: ObjectStorage, bucket: str, allowed: tuple[str, ...], missing: str
 ) -> None:
     with object_storage.requiring_keys(*allowed) as (key, secret):
@@ -407,7 +407,7 @@ def test_server_errors_are_retried_for_some_time(object_storage: ObjectStorage, 
 @pytest.mark.parametrize(
     ("overrides", "named"), [({"region": "not a region!"}, "storage.region"), ({"region": "auto"}, None)]
 )
-def test_invalid_region_is_found_at_the_start(
+def test_invalid_region_is_detected_at_startup(
     object_storage: ObjectStorage, bucket: str, overrides: dict[str, str], named: str | None
 ) -> None:
     if named:

@@ -29,7 +29,7 @@ class Builder:
     """Starts the process, and ends it with the context."""
 
     def __init__(self, said: Path) -> None:
-        """Its log output goes to the file `said`."""
+        """The process logs to the file `said`."""
         self._said = said
         with said.open("w") as errors:
             self._process = subprocess.Popen(

@@ -14,7 +14,7 @@ def test_names_and_aliases_ignore_case_and_spaces(name: str) -> None:
     assert ModelCatalog([A, B]).resolve(name) is A
 
 
-def test_the_first_model_is_the_default_unless_named() -> None:
+def test_the_first_model_is_the_default_unless_another_is_named() -> None:
     assert ModelCatalog([A, B]).default is A
     assert ModelCatalog([A, B], default="B").default is B
 

@@ -109,7 +109,7 @@ def make_noise(seed: int) -> SeededNoise:
 
 
 @pytest.mark.server
-async def test_results_are_read_without_torch() -> None:
+async def test_results_can_be_unpickled_without_importing_torch() -> None:
     """Ingress and job runner unpickle results. Importing torch would take longer than most requests."""
     progress: list[Progress] = []
     async with make_engine() as engine:

@@ -31,7 +31,7 @@ class AnyShape:
 
 
 class Bench:
-    """Graphs on a device whose captures take time; `taken_ms` records them by size."""
+    """Graphs on a fake device on which capturing takes time. `taken_ms` maps a shape's size to its capture time."""
 
     def __init__(self) -> None:
         self.clock, self.metrics = FakeClock(), GraphCounts()

@@ -67,7 +67,7 @@ def test_rows_that_decode_beside_a_step_do_not_use_its_budget() -> None:
         assert scheduler.pick() == picked
 
 
-def test_only_a_step_is_picked_without_room_beside() -> None:
+def test_without_room_in_the_second_queue_only_steps_are_picked() -> None:
     scheduler = make_scheduler(has_second_queue=True)
     works = [add(scheduler, row_id, at=0.001 * row_id) for row_id in range(2)]
     scheduler.pick()
@@ -79,7 +79,7 @@ def test_only_a_step_is_picked_without_room_beside() -> None:
     assert scheduler.pick() == [0, 1]
 
 
-def test_a_row_that_waits_for_room_beside_keeps_its_place() -> None:
+def test_a_row_that_waits_for_the_second_queue_keeps_its_place() -> None:
     scheduler = make_scheduler(has_second_queue=True, max_started=2)
     add(scheduler, 0, steps=20)
     assert scheduler.pick() == [0]

@@ -129,7 +129,9 @@ def test_missing_package_of_a_backend_stops_the_start(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("model", [{"name": "tiny", "path": TINY}, {"name": "small-music"}], ids=["folder", "built in"])
-def test_backend_without_the_family_stops_the_start(model: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_startup_fails_if_the_backend_lacks_the_family(
+    model: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(package, "missing_packages", tuple)
     with pytest.raises(CheckpointError, match="runs models of the family stable-audio-open, this is stable-audio-3"):
         check(make_plan({**model, "backend": "stable_audio_tools"}), print_error=pytest.fail)
