@@ -33,7 +33,9 @@ _LOAD_SHARE = 0.8  # of the replicas' capacity
 
 
 async def run_routing(settings: CaseSettings) -> dict[str, Any]:
-    """`settings.rounds` rounds of other requests; the worse round counts. Raises RuntimeError for any wrong answer."""
+    """Runs `settings.rounds` rounds with different requests; the worse round counts. Raises RuntimeError for a wrong
+    answer.
+    """
     rounds: list[dict[str, dict[str, float]]] = []
     watches: list[Watch] = []
     entry = resolve_model(settings.model)
@@ -64,7 +66,7 @@ async def run_routing(settings: CaseSettings) -> dict[str, Any]:
 
 
 def summarize_rounds(rounds: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
-    """Returns the rounds with our latencies over Serve's; the worst round counts."""
+    """Returns the rounds with our latencies divided by Serve's; the worst round counts."""
     results: dict[str, Any] = {"rounds": list(rounds)}
     for name in ("p50", "p95", "mean"):
         ratios = [sides[_OURS][f"{name}_ms"] / sides[_SERVES][f"{name}_ms"] for sides in rounds]
