@@ -40,7 +40,7 @@ class SideFailedError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """`count` requests in each list, one list per round. The first side is the reference; its capacity sets the rate."""
+    """`count` requests in each list, a list per round. The first side is the reference; its capacity sets the rate."""
 
     mix: str
     sides: tuple[str, ...]

@@ -30,11 +30,7 @@ _MIX = "demo-fast"
 _SIDES = {"model": "stable_audio_serve.serving.app:build", "stand_in": "benchmarks.servers.timed:build"}
 _SLACK, _LEAST_S = 5.0, 1.0  # in time: within five times the solo time or one second, whichever is longer
 _NORMAL_RATIO, _NORMAL_IN_A_ROW, _PATIENCE_S = 1.5, 3, 60.0
-_ALONE_S = (
-    0.5,
-    4.0,
-    13.0,
-)  # lengths in seconds of the clips whose solo time is measured; other lengths are interpolated
+_ALONE_S = (0.5, 4.0, 13.0)  # clip lengths (seconds) with a measured solo time; others are interpolated
 _SHOWS_S = 4.0  # the clip that shows whether the server is back to normal
 _ALONE_CALLS, _WARM_UP_CALLS = 5, 10
 _FEW_TRIES = 4
@@ -122,7 +118,7 @@ async def _round(peak: OverHttp, bounded: OverHttp, *, load: _Load, card: ModelC
 
 
 def _times_alone_ms(records: Sequence[Record], measured_ms: Mapping[float, float]) -> list[float]:
-    """Returns each request's time on an idle server, interpolated linearly by clip length between the measured times."""
+    """Returns each request's time on an idle server, interpolated linearly between the measured lengths."""
     lengths_s, times_ms = list(measured_ms), list(measured_ms.values())
     return [float(np.interp(record.audio_s, lengths_s, times_ms)) for record in records]
 
