@@ -101,7 +101,7 @@ async def submit(
 
 
 class PoisonedNoise(SeededNoise):
-    """The noise of the row that should fail; it identifies the row's windows."""
+    """The noise of the row that should fail, so that tests recognise this row's windows."""
 
 
 def make_noise(seed: int) -> SeededNoise:

@@ -1,4 +1,4 @@
-"""Which shapes are captured, and when. Only captures advance the clock."""
+"""The order and time in which shapes are captured. Only captures advance the clock."""
 
 from __future__ import annotations
 

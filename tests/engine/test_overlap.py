@@ -83,7 +83,7 @@ async def test_a_late_second_queue_does_not_change_the_audio(mode: str, patience
 
 
 class PoisonedNoise(SeededNoise):
-    """The noise of the row that should fail; it identifies the row's windows."""
+    """The noise of the row that should fail, so that tests recognise this row's windows."""
 
 
 def make_noise(seed: int) -> SeededNoise:

@@ -1,4 +1,4 @@
-"""Levels and spectra of sines and noise with known values, and the bounds of equal clips."""
+"""Levels and spectra of sines and noise with known values, and how far clips that count as equal may differ."""
 
 from __future__ import annotations
 
