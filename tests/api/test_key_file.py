@@ -84,7 +84,7 @@ async def test_a_swapped_link_is_followed_as_kubernetes_mounts_secrets(tmp_path:
 
 
 @pytest.mark.parametrize("bad", ["", "alice", "alice:sas-plain-key\n", f"a:{'0' * 64}\nb:{'0' * 64}\n", None])
-async def test_a_bad_file_changes_no_key_and_is_told_of(
+async def test_a_bad_file_changes_no_key_and_is_reported(
     tmp_path: Path, bad: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     site = Site(tmp_path, lines("alice"))

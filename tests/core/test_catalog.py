@@ -33,7 +33,7 @@ def test_an_unknown_name_lists_the_valid_ones() -> None:
     assert len(caught.value.message) < 300
 
 
-def test_an_unservable_model_stops_the_start() -> None:
+def test_an_unservable_model_stops_startup() -> None:
     with pytest.raises(ConfigError, match="STABLE_AUDIO_DEFAULT_MODEL"):
         ModelCatalog([A, B], default="c")
     with pytest.raises(ConfigError, match="two models have the name"):

@@ -104,7 +104,7 @@ def break_poisoned(name: str, items: Sequence[object]) -> None:
     ],
     ids=["text", "decode", "encode"],
 )
-async def test_a_row_that_fails_beside_steps_fails_alone(poison: GenerationRequest) -> None:
+async def test_a_row_that_fails_in_the_second_queue_fails_alone(poison: GenerationRequest) -> None:
     crowd = make_varied_requests()
     expected = await run_alone(crowd, mode="fast")
     model = ToyModel(noisy_source_encoder=True, on_call=break_poisoned)
