@@ -1,4 +1,4 @@
-"""One comparison from beginning to end: outputs, capacity, the same arrivals at one rate, goodput by bisection.
+"""Runs one comparison: outputs, capacity, the same arrivals at one rate, and goodput by bisection.
 
 Sides take turns; every round draws its own list.
 """
@@ -26,21 +26,21 @@ LARGEST_DIFFERENCE = 5e-4
 LARGEST_HALF_DIFFERENCE = 5e-2  # where the denoiser runs in half precision
 
 _PROBES_PER_CLASS = 3
-_LEAST_DRAWN = 60  # requests from which probes are chosen: among fewer a class of steps may be missing
-_GOODPUT_RANGE = (0.2, 1.2)  # of the side's own capacity
+_LEAST_DRAWN = 60  # requests from which probes are chosen; fewer might lack a class of steps
+_GOODPUT_RANGE = (0.2, 1.2)  # share of the side's own capacity
 
 
 class VoidError(RuntimeError):
-    """A side did other work than the one it is compared with."""
+    """A side did different work from the side that it is compared with."""
 
 
 class SideFailedError(RuntimeError):
-    """A side gave another answer than audio, or none; finished pieces are kept."""
+    """A side did not return audio. Finished pieces are kept."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """`count` requests in each list, a list per round; the first side is the reference whose capacity sets the rate."""
+    """`count` requests in each list, a list per round. The first side is the reference; its capacity sets the rate."""
 
     mix: str
     sides: tuple[str, ...]
@@ -51,13 +51,15 @@ class RunOptions:
     goodput_trials: int = 6
     goodput_of: tuple[str, ...] | None = None  # None: all sides
     largest_difference: float | None = LARGEST_DIFFERENCE  # of outputs; None: they cannot be compared
-    warms_up: bool = False  # a list to every side before the first that counts
+    warms_up: bool = False  # send every side one list before the first one that counts
 
 
 @dataclass
 class Run:
-    """Measures piece by piece; finished pieces are not measured again. `is_watched`: all sides run on this machine and
-    below this process, so others' use of it can be seen; then a round that is void is repeated.
+    """Measures piece by piece; finished pieces are not measured again.
+
+    `is_watched`: all sides run on this machine as descendants of this process, so use of the machine by other programs
+    can be detected. Then a void round is repeated.
     """
 
     askers: Mapping[str, Asker]
@@ -67,7 +69,7 @@ class Run:
     _is_warm: bool = False
 
     async def measure(self) -> dict[str, Any]:
-        """Returns figures and ratios. Raises VoidError, SideFailedError, and OutOfTimeError."""
+        """Returns figures and ratios. Raises VoidError, SideFailedError or OutOfTimeError."""
         options = self.options
         reference = options.sides[0]
         alone = await self.pieces.take("alone", self._probe)
@@ -97,7 +99,7 @@ class Run:
         }
 
     async def _probe(self) -> dict[str, Any]:
-        """Ask every side for the same few clips, one at a time, for their audio; the reference also for its times."""
+        """Request the same few clips from every side, one at a time, to compare audio; the reference is also timed."""
         arrivals, (reference, *others) = self._choose_probes(), self.options.sides
         clips: dict[str, list[Audio]] = {}
         for name, asker in self.askers.items():
@@ -122,7 +124,7 @@ class Run:
         return chosen
 
     async def _round(self, kind: str, *, number: int, rate_hz: float | None) -> dict[str, Any]:
-        """One list to every side in turns; again while other programs use the machine. Void if they always do."""
+        """Send one list to every side in turn; repeat it if other programs use the machine. Void if they always do."""
         arrivals = self._draw(number, rate_hz=rate_hz)
         path = self.pieces.folder / f"{kind}-{number + 1}-arrivals.json"
         path.write_text(json.dumps([asdict(arrival) for arrival in arrivals]) + "\n")
@@ -141,7 +143,7 @@ class Run:
         return {**piece, "records": records}
 
     async def _bisect(self, name: str, *, own_rps: float, probes: Sequence[Record]) -> Bracket:
-        """The highest rate at which nearly all requests end in time, between shares of the side's own capacity."""
+        """Find the highest rate at which nearly all requests end in time, between shares of the side's own capacity."""
         good_rps, bad_rps = (share * own_rps for share in _GOODPUT_RANGE)
         alone_ms = fit_alone_ms(probes)
         for trial in range(self.options.goodput_trials):
@@ -211,8 +213,10 @@ def compare(
 
 
 def difference(clip: Audio, reference: Audio) -> float:
-    """Returns the level of the difference over the reference's: infinite for another shape, for values that are not
-    finite, and for any sound where the reference is silent."""
+    """Returns the level of the difference over the reference's.
+
+    Infinite if the shapes differ, if a value is not finite, or for any sound where the reference is silent.
+    """
     if clip.shape != reference.shape or not np.isfinite(clip).all():
         return float("inf")
     change = _level(clip - reference)

@@ -1,4 +1,4 @@
-"""The requests of the five systems' clients, as far as a benchmark needs them: one clip, waited for, last byte read."""
+"""Clients of the five systems, reduced to what a benchmark needs: request one clip and read it to its last byte."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ Fetch = Callable[[httpx.AsyncClient, Arrival, str | None], Awaitable[httpx.Respo
 
 _TIMING = re.compile(r"(\w+);dur=([0-9.]+)")
 _POLL_S = 0.1
-_TIMEOUT_S = 600.0  # of one call, and of a job
-_POOLS = 8  # of connections: the time to find a free one grows with the number in use
+_TIMEOUT_S = 600.0  # time limit of one call, and of a job
+_POOLS = 8  # number of connections; the time to find a free one grows with the number in use
 _REFUSALS = (429, 503)
 
 
 class OverHttp:
-    """A model of a running server, asked in one of the dialects."""
+    """A model of a running server, called in one of the dialects."""
 
     def __init__(self, clients: list[httpx.AsyncClient], dialect: str = "sa3", *, model: str | None = None) -> None:
-        """`model` None: the server's own choice."""
+        """If `model` is None, the server uses its default."""
         self._clients = itertools.cycle(clients)
         self._fetch = DIALECTS[dialect]
         self._model = model
@@ -46,7 +46,7 @@ class OverHttp:
         return Answer(stages_ms, _count_samples(content), lambda: read_audio(content))
 
     async def settle(self) -> None:
-        """Nothing is known of a server's inside."""
+        """Returns at once: a remote server does not report its pending captures."""
 
 
 @asynccontextmanager

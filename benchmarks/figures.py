@@ -1,6 +1,4 @@
-"""What records mean: pure functions from records to figures and ratios with their intervals. Latencies are in
-milliseconds.
-"""
+"""Computes figures and ratios with their intervals from records. Latencies are in milliseconds."""
 
 from __future__ import annotations
 
@@ -13,17 +11,17 @@ import numpy as np
 
 from benchmarks.load import Record
 
-_MOST_LATE_SHARE = 0.05  # of requests, while a rate still counts as good
-_LONGEST_ALONE = 5.0  # times its time alone, or ...
-_LEAST_BOUND_MS = 1000.0  # ... this, whichever is longer
-_HEAD, _TAIL = 0.15, 0.05  # of a list by arrival: not the steady part
+_MOST_LATE_SHARE = 0.05  # share of requests that may be late for the rate to count as good
+_LONGEST_ALONE = 5.0  # a request is late after this many times its solo time, or ...
+_LEAST_BOUND_MS = 1000.0  # ... after this time, whichever is longer
+_HEAD, _TAIL = 0.15, 0.05  # shares of a list, by arrival, that are left out of the steady part
 
-Records = Mapping[str, Sequence[Record]]  # of one round, by side
+Records = Mapping[str, Sequence[Record]]  # records of one round, by side
 
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """Ours over theirs: one value, and the lowest and highest it may be."""
+    """Our figure divided by theirs: the value, and the lowest and highest that it may be."""
 
     value: float
     low: float
@@ -61,12 +59,14 @@ def span_s(records: Sequence[Record]) -> float:
 
 
 def capacity_rps(records: Sequence[Record]) -> float:
-    """Returns finished requests per second; refused ones took time, but are no work done."""
+    """Returns finished requests per second. Refused requests take time but do not count as work."""
     return sum(record.is_finished for record in records) / span_s(records)
 
 
 def steady_latencies_ms(records: Sequence[Record], *, steps: int | None = None) -> list[float]:
-    """Returns latencies of what finished in the steady part of a list; with `steps` only of requests with so many."""
+    """Returns latencies of requests that finished in the steady part of a list, optionally only those with `steps`
+    steps.
+    """
     ordered = sorted(records, key=lambda record: record.due_at)
     kept = ordered[int(_HEAD * len(ordered)) : len(ordered) - int(_TAIL * len(ordered))] or ordered
     return [record.latency_ms for record in kept if record.is_finished and steps in (None, record.steps)]
@@ -79,9 +79,9 @@ def ratio_of_medians(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
 
 
 def ratio_of_pooled_p95(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Ratio | None:
-    """Returns the p95 over all rounds' latencies together; the interval reaches over that and every round's own ratio.
+    """Returns the ratio of the p95s over all rounds' latencies. The interval covers it and every round's own ratio.
 
-    None where a round has no such request.
+    None if a round has no such request.
     """
     if not all(ours) or not all(theirs):
         return None
@@ -93,20 +93,22 @@ def ratio_of_pooled_p95(ours: Sequence[Sequence[float]], theirs: Sequence[Sequen
 
 
 def ratio_of_brackets(ours: Bracket, theirs: Bracket) -> Ratio:
-    """Returns good rate over good rate; the interval is what the brackets leave open."""
+    """Returns our good rate over theirs; the interval is what the brackets leave open."""
     good, low, high = (ours.good_rps / theirs.good_rps, ours.good_rps / theirs.bad_rps, ours.bad_rps / theirs.good_rps)
     return Ratio(good, low, high)
 
 
 def is_good(records: Sequence[Record], *, alone_ms: Callable[[Record], float]) -> bool:
-    """Whether at least 95 % finished within five times their time alone, or a second."""
+    """Whether at least 95 % finished within five times their solo time or one second, whichever is longer."""
     bounds_ms = [max(_LONGEST_ALONE * alone_ms(record), _LEAST_BOUND_MS) for record in records]
     late = sum(not r.is_finished or r.latency_ms > bound for r, bound in zip(records, bounds_ms, strict=True))
     return late <= _MOST_LATE_SHARE * len(records)
 
 
 def fit_alone_ms(probes: Sequence[Record]) -> Callable[[Record], float]:
-    """Returns a request's time on an idle server, between the probes of as many steps, by duration."""
+    """Returns a function for a request's time on an idle server, interpolated by duration between probes of as many
+    steps.
+    """
     by_steps: dict[int, list[tuple[float, float]]] = {}
     for probe in probes:
         by_steps.setdefault(probe.steps, []).append((probe.audio_s, probe.latency_ms))

@@ -1,7 +1,8 @@
-"""The goals as data, and a line per goal that says where we stand: `P4 demo-wide p95 0.66 (0.62-0.71) <= 0.7 ok`.
+"""The goals as data, and one line per goal with its status: `P4 demo-wide p95 0.66 (0.62-0.71) <= 0.7 ok`.
 
-Reads result files only. A goal is met by its value; where the value misses but its interval reaches the bound, the line
-says `close`; `MISS` means that the whole interval misses. What no file holds is `not measured`.
+Reads result files only. A goal is met if its value is within the bound. If the value misses but its interval reaches
+the bound, the line says `close`; `MISS` means that the whole interval misses. A figure that no file holds is `not
+measured`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ Verdict = Literal["ok", "close", "MISS", "void", "not measured"]
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """A bound on one figure. `path` leads to it within the results of a case's file: a ratio with its interval, or a
-    number whose sibling ending in `_rounds`, if there is one, has that of each round."""
+    """A bound on one figure. `path` leads to the figure within the results of a case's file.
+
+    The figure is a ratio with its interval, or a number. A number may have a sibling whose name ends in `_rounds`,
+    with the figure of each round.
+    """
 
     id: str
     what: str
@@ -37,7 +41,7 @@ class Goal:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """A goal with its measured value, and the least and the most that may be."""
+    """A goal with its measured value, and the lowest and highest that it may be."""
 
     goal: Goal
     value: float | None = None
@@ -74,7 +78,7 @@ def read_standings(folder: Path, goals: Iterable[Goal] | None = None) -> list[St
 
 
 def has_missed(standings: Sequence[Standing]) -> bool:
-    """Whether a goal is missed by its whole interval, or what should show it is void."""
+    """Whether any goal's whole interval misses its bound, or any measurement behind a goal is void."""
     return any(standing.verdict in ("MISS", "void") for standing in standings)
 
 

@@ -1,5 +1,6 @@
-"""Sends requests and keeps what became of each: every arrival at its own time, however late the others are. A side is
-in this process or behind HTTP; a late client is late in the figures.
+"""Sends every request at its own time, however late the others are, and records the outcome.
+
+A side runs in this process or behind HTTP. Delays of the client itself count in the figures.
 """
 
 from __future__ import annotations
@@ -49,11 +50,13 @@ class Asker(Protocol):
     """A side, however it is reached."""
 
     async def ask(self, arrival: Arrival) -> Answer:
-        """Returns at the last byte of the answer. Raises RefusedError, and RuntimeError for anything else but audio."""
+        """Returns at the last byte of the answer. Raises RefusedError, or RuntimeError for an answer that is not
+        audio.
+        """
         ...
 
     async def settle(self) -> None:
-        """Return once an idle side has done what makes it faster later, such as capturing calls."""
+        """Return once an idle side has finished its optimisations, such as capturing calls."""
         ...
 
 
@@ -112,7 +115,7 @@ async def play(asker: Asker, arrivals: Iterable[Arrival]) -> list[Record]:
 async def play_until_served(
     asker: Asker, arrivals: Iterable[Arrival], *, most_attempts: int = _MOST_ATTEMPTS
 ) -> list[list[Record]]:
-    """Send each request at its own time, and again whenever it was refused and its Retry-After is over.
+    """Send each request at its own time; after a refusal, wait for its Retry-After and send it again.
 
     Returns all attempts of each request.
     """
@@ -141,9 +144,9 @@ async def play_alone(asker: Asker, arrivals: Iterable[Arrival]) -> list[Record]:
 async def send_in_flight(
     send: Callable[[Item], Awaitable[object]], items: Sequence[Item], *, num_in_flight: int
 ) -> list[float]:
-    """Send the next item whenever one of `num_in_flight` ended (closed loop).
+    """Keep `num_in_flight` items in flight (closed loop).
 
-    Returns when each ended, in seconds from the start, in order of their ends.
+    Returns when each ended, in seconds from the start, in order of completion.
     """
     started_at = time.perf_counter()
     waiting, ended_at = iter(items), []

@@ -1,4 +1,4 @@
-"""Finished measurements as files, so that a run which was cut goes on where it stopped."""
+"""Stores finished measurements as files, so that an interrupted run continues where it stopped."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Pieces:
                 f"{folder} holds a run with other options ({', '.join(other)}): remove it, or choose another --out"
             )
         self._about = wanted
-        self.left: list[str] = []  # what `attempt` had no time for
+        self.left: list[str] = []  # the names that `attempt` had no time for
         self.failed: dict[str, str] = {}
 
     def within(self, name: str) -> Pieces:
@@ -43,7 +43,7 @@ class Pieces:
         return Pieces(self.folder / name, self._about, ends_at=self._ends_at)
 
     async def attempt(self, name: str, measure: Callable[[], Awaitable[Any]]) -> Any:
-        """Returns what `take` returns, or None if there was no time or `measure` failed: the others can still run."""
+        """Returns the result of `take`, or None if there was no time or `measure` failed: the others can still run."""
         try:
             return await self.take(name, measure)
         except OutOfTimeError:

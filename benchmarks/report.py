@@ -51,7 +51,7 @@ def hash_sources() -> str:
 
 
 def write_report(folder: Path, case: str, *, settings: Mapping[str, object], results: Mapping[str, Any]) -> Path:
-    """Write `<case>.json` into `folder`, made if missing."""
+    """Write `<case>.json` into `folder`, which is created if missing."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{case}.json"
     report = {"case": case, "environment": describe_environment(settings), "results": results}
@@ -60,7 +60,7 @@ def write_report(folder: Path, case: str, *, settings: Mapping[str, object], res
 
 
 def format_table(rows: Sequence[Mapping[str, object]]) -> str:
-    """Rows with the same keys as aligned columns."""
+    """Returns rows with the same keys as a table with aligned columns."""
     if not rows:
         return ""
     lines = [list(rows[0])] + [[format_cell(value) for value in row.values()] for row in rows]
@@ -69,7 +69,7 @@ def format_table(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def format_cell(value: object) -> str:
-    """A value in a table; fractions with three significant digits, more where they are whole numbers."""
+    """Returns a table cell; fractions have at least three significant digits and all digits of their whole part."""
     if not isinstance(value, float) or not math.isfinite(value):
         return str(value)
     if value.is_integer() or abs(value) >= 100:

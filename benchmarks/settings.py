@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class CaseSettings:
-    """`model` is a registered name or a checkpoint folder; None means the demo model, or a tiny one without it.
-    `threads` are the model's. `mode` is strict, fast or None for the device's default. `full` measures as many requests
-    as published figures need, otherwise as many as show the same within minutes.
+    """`model` is a registered name or a checkpoint folder; None selects the demo model, or a tiny one if it is
+    missing.
+
+    `threads` is the model's number of CPU threads. `mode` is strict, fast or None for the device's default. `full`
+    measures as many requests as published figures need; otherwise enough to show the same within minutes.
     """
 
     model: str | None = None

@@ -1,5 +1,6 @@
-"""Named mixes of requests, and lists of arrivals that depend on (mix, rate, count, seed) only, so that every side and
-every later run gets the same list.
+"""Named mixes of requests, and lists of arrivals.
+
+A list depends only on (mix, rate, count, seed), so that every side and every later run gets the same list.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ _GUIDED_FROM = 50  # steps
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """Values with their weights: durations in seconds, step counts. Durations vary by `spread`, so that exact
-    matches are rare; arrivals are Poisson.
+    """Durations in seconds and step counts, with their weights. Arrivals are Poisson.
+
+    Durations vary by `spread`, so that exact matches are rare.
     """
 
     name: str
@@ -65,7 +67,7 @@ MIXES = {
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request, due `at_s` seconds after the start, in terms that every dialect has."""
+    """One request, due `at_s` seconds after the start, with fields that every dialect supports."""
 
     at_s: float
     prompt: str
@@ -83,10 +85,10 @@ class Arrival:
 def draw_arrivals(
     mix: Mix | str, *, rate_hz: float | None, count: int, seed: int, max_duration_s: float
 ) -> tuple[Arrival, ...]:
-    """Returns `count` requests of a mix in order of their arrival, durations cut to `max_duration_s`; `rate_hz` None:
-    all at once.
+    """Returns `count` requests of a mix in order of arrival, durations cut to `max_duration_s`.
 
-    The requests depend on (mix, count, seed) only; another rate only moves their arrivals.
+    If `rate_hz` is None, all arrive at once. The requests depend only on (mix, count, seed); another rate only moves
+    their arrivals.
     """
     mix = MIXES[mix] if isinstance(mix, str) else mix
     rng = random.Random(f"{mix.name}/{count}/{seed}")
@@ -104,7 +106,7 @@ def _draw_request(mix: Mix, rng: random.Random, *, seed: int, max_duration_s: fl
     steps = _choose(rng, mix.steps)
     duration_s = _choose(rng, mix.durations_s) * rng.uniform(1 - mix.spread, 1 + mix.spread)
     prompt = rng.choices(PROMPTS, [1.0 / rank**_ZIPF_EXPONENT for rank in range(1, len(PROMPTS) + 1)])[0]
-    rng.random(), rng.random()  # two values that earlier lists drew here, so that lists stay the same
+    rng.random(), rng.random()  # unused draws of earlier versions; they keep the lists unchanged
     return Arrival(
         at_s=0.0,
         prompt=prompt,
@@ -147,7 +149,7 @@ def eight_mixed_requests(card: ModelCard) -> list[GenerationRequest]:
             "duration_s": longest_s / 4,
             "inpaint_audio": clip,
             "inpaint_regions_s": ((longest_s / 16, longest_s / 8),),
-            "keep": "model",  # the only way that all compared sides have
+            "keep": "model",  # the only method that all compared sides support
         },
         {"duration_s": longest_s, "steps": 6},
         {"duration_s": longest_s / 8, "cfg_scale": 5.0, "steps": 12, "sampler": first},

@@ -1,4 +1,6 @@
-"""The time from a command to the first audio, over Ray's own start and the model's load in a bare process."""
+"""Measures the time from the command to the first audio, relative to Ray's own start plus loading the model in a bare
+process.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from benchmarks.cases.engine import resolve_model
 from benchmarks.servers.process import running_server, write_config
 from benchmarks.settings import CaseSettings
 
-# What no server can beat: import, load and generate in a fresh interpreter.
+# A lower bound for every server: import, load and generate in a fresh interpreter.
 _BARE = """
 import asyncio, sys
 from pathlib import Path
@@ -31,7 +33,9 @@ asyncio.run(Engine(model, EngineOptions(torch_threads=1, warmup_budget_s=0.0)).g
 
 
 async def run_cold_start(settings: CaseSettings) -> dict[str, Any]:
-    """Each round: a bare process, then two starts of the server, every one up to its first audio."""
+    """Each round runs a bare process and then starts the server twice. Each of the three is timed up to its first
+    audio.
+    """
     entry = resolve_model(settings.model)
     rounds: list[dict[str, Any]] = []
     for _ in range(settings.rounds):
@@ -59,7 +63,9 @@ def _start_bare(settings: CaseSettings) -> float:
 
 
 def first_audio_ratio(starts: Sequence[Mapping[str, Any]], *, bare_s: float) -> float:
-    """Returns the slowest start's time to its first audio over Ray's start and the bare load, which are needed."""
+    """Returns the slowest start's time to first audio, divided by the unavoidable time: Ray's start plus the bare
+    load.
+    """
     return max(start["first_audio_s"] / (start["stages_s"].get("ray", 0.0) + bare_s) for start in starts)
 
 
@@ -77,7 +83,7 @@ def _start_once(config: Path, *, model: str) -> dict[str, Any]:
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
-    """The slowest start."""
+    """Returns one row: the slowest start."""
     return [
         {
             "ready (s)": results["ready_s"],

@@ -1,6 +1,6 @@
-"""How many variations of held tones keep their pitch, by the schedule of the edit's steps and by its noise level.
+"""Measures how many variations of held tones keep their pitch, by edit schedule and noise level.
 
-Twelve notes of the demo model, varied without a prompt, so that only the source says which note it is.
+The demo model plays twelve notes and varies them without a prompt, so that only the source determines the note.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ async def _play(engine: Engine, requests: Sequence[GenerationRequest]) -> list[A
 
 
 def _judge(clips: Sequence[Audio], pitches_hz: Sequence[float]) -> dict[str, float]:
-    """Returns how many clips have the pitch of their tone; every round has the same tones."""
+    """Returns how many clips have their tone's pitch. Every round has the same tones."""
     wanted = [pitches_hz[number % len(pitches_hz)] for number in range(len(clips))]
     found = map(strongest_hz, clips)
     cents = [abs(1200.0 * math.log2(hz / own)) if hz > 0 else math.inf for hz, own in zip(found, wanted, strict=True)]

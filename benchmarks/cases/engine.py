@@ -1,4 +1,6 @@
-"""The engine alone: eight unlike requests at once against the same eight one after another, in one process."""
+"""Measures the engine alone, in one process: eight different requests at once against the same eight one after
+another.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.models.registry import BUILT_IN, ModelEntry, resolve_entry
 
 _FALLBACK = Path(__file__).parents[2] / "tests" / "data" / "goldens" / "sa3" / "sharp-s"
-# Above this, as a share of the peak, the two sides did not make the same audio and their times mean nothing.
+# Largest difference as a share of the peak. Beyond it the sides made different audio: their times are not comparable.
 _LARGEST_DIFFERENCE = {"strict": 0.0, "fast": 1e-2}
 _SIDES = {"one_after_another": 1, "together": 8}  # requests in flight
 
@@ -66,7 +68,7 @@ async def run_engine(settings: CaseSettings) -> dict[str, Any]:
 
 
 async def _time(engine: Engine, requests: Sequence[GenerationRequest], *, num_in_flight: int) -> dict[str, float]:
-    """Returns throughput, latencies from the start of all, and processor time, which is true on a busy machine too."""
+    """Returns throughput, latencies from the common start, and processor time, which other programs hardly change."""
     used_s = time.process_time()
     ended_at = await send_in_flight(engine.generate, requests, num_in_flight=num_in_flight)
     return {
@@ -77,7 +79,7 @@ async def _time(engine: Engine, requests: Sequence[GenerationRequest], *, num_in
 
 
 def _ratios(rounds: Sequence[dict[str, dict[str, float]]]) -> dict[str, float]:
-    """Returns together over one after another, worse round."""
+    """Returns the figures of all at once over those of one after another, from the worse round."""
 
     def pairs(figure: str) -> list[tuple[float, float]]:
         return [(sides["together"][figure], sides["one_after_another"][figure]) for sides in rounds]
@@ -99,7 +101,7 @@ def compare_audio(left: Sequence[GenerationResult], right: Sequence[GenerationRe
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
-    """One mode."""
+    """Returns one row for the mode."""
     return [
         {
             "mode": results["mode"],

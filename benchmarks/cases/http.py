@@ -1,4 +1,4 @@
-"""One 10 s clip in three ways in turns: the bare pipeline, the engine, and the server over HTTP."""
+"""Measures one 10 s clip in three ways, taking turns: the bare pipeline, the engine, and the server over HTTP."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.workload import Arrival, to_request
 from stable_audio_serve.engine import Engine, EngineOptions
 
 _CLIP_S = 10.0
-_FULL_CALLS, _SHORT_CALLS = 67, 10  # of each way in a round: 200 in three
+_FULL_CALLS, _SHORT_CALLS = 67, 10  # calls of each way per round; three rounds make 200
 
 Allowance = tuple[float, float]  # times the bare pipeline, milliseconds more
 _ALLOWED: Mapping[str, Mapping[str, Allowance]] = {
@@ -79,7 +79,8 @@ async def run_http(settings: CaseSettings) -> dict[str, Any]:
 def compare_ways(rounds: Sequence[Round], *, allowed: Mapping[str, Allowance]) -> dict[str, Any]:
     """Returns ratios and differences of the rounds' medians, and percentiles over all calls.
 
-    A way may take so many times as long as the bare pipeline or so many milliseconds longer, the larger: `allowed`.
+    `allowed`: a way may take this many times as long as the bare pipeline, or this many milliseconds longer, whichever
+    allows more.
     """
     by_way = [calls.by_way() for calls in rounds]
     medians_ms = [{way: median(taken) for way, taken in calls.items()} for calls in by_way]
@@ -106,7 +107,7 @@ async def _time_ms(generate: Callable[[], Awaitable[object]]) -> float:
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
-    """The cost of each layer around the engine."""
+    """Returns the cost of each layer around the engine, one per row."""
     return [
         {
             "clip (s)": results["clip_s"],

@@ -1,4 +1,4 @@
-"""Whether the engine takes more memory after many requests, in a fresh process."""
+"""Measures whether the engine holds more memory after many requests, in a fresh process."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def _run(settings: CaseSettings) -> dict[str, Any]:
 
 
 async def _measure(settings: CaseSettings) -> dict[str, Any]:
-    """Requests of the mix `demo-fast`, eight in flight; memory is read when none is.
+    """Send requests of the mix `demo-fast`, eight in flight, and read the memory when none is in flight.
 
-    The list is the same every time, because what a process holds also depends on the last few clips.
+    The same list is sent every time, because the memory of a process also depends on its last few clips.
     """
     count, settled, times = _SIZES[settings.full]
     model = load(settings)
@@ -62,17 +62,17 @@ async def _measure(settings: CaseSettings) -> dict[str, Any]:
 
 
 def growth_share(held: Sequence[int]) -> float:
-    """Returns how much more is held at the least in the second half than in the first.
+    """Returns the growth from the first half's minimum to the second half's, as a share.
 
-    Single readings go up and down by up to 7 % with what the last requests left behind; a leak raises the
-    lowest one too. A steady leak shows by half of it.
+    Single readings vary by up to 7 % with the last requests. A leak also raises the minimum; a steady leak shows with
+    half of its growth.
     """
     middle = len(held) // 2
     return min(held[middle:]) / min(held[:middle]) - 1.0
 
 
 def resident_bytes() -> int:
-    """Returns the physical memory of this process without what its allocator holds free; Linux only."""
+    """Returns the physical memory of this process, without the memory that its allocator holds free; Linux only."""
     with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -80,6 +80,6 @@ def resident_bytes() -> int:
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
-    """Memory after so many requests."""
+    """Returns the memory after each number of requests."""
     first, last = results["memory_requests"]
     return [{"from request": first, "to request": last, "growth": results["memory_rss_growth_share"]}]

@@ -1,8 +1,8 @@
-"""What a server still does when three times its capacity is asked of it: goodput, how soon refusals come, how soon all
-is normal again, and whether clients that obey Retry-After are served within four tries.
+"""Measures a server that gets three times as many requests as it can serve.
 
-The server has the same model twice: with a long queue, which shows its best throughput, and with a queue so
-short that every accepted request should be in time.
+Measured are goodput, the time to a refusal, the time until the server is back to normal, and whether clients that obey
+Retry-After are served within four tries. The server has the same model twice: one with a long queue, which shows the
+best throughput, and one with a queue so short that every accepted request should be in time.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from stable_audio_serve.core.catalog import ModelCard
 
 _MIX = "demo-fast"
 _SIDES = {"model": "stable_audio_serve.serving.app:build", "stand_in": "benchmarks.servers.timed:build"}
-_SLACK, _LEAST_S = 5.0, 1.0  # in time is within five times the time alone, or a second
+_SLACK, _LEAST_S = 5.0, 1.0  # in time: within five times the solo time or one second, whichever is longer
 _NORMAL_RATIO, _NORMAL_IN_A_ROW, _PATIENCE_S = 1.5, 3, 60.0
-_ALONE_S = (0.5, 4.0, 13.0)  # clips whose times alone are measured, the others' lie between; seconds
+_ALONE_S = (0.5, 4.0, 13.0)  # clip lengths (seconds) with a measured solo time; others are interpolated
 _SHOWS_S = 4.0  # the clip that shows whether the server is back to normal
 _ALONE_CALLS, _WARM_UP_CALLS = 5, 10
 _FEW_TRIES = 4
 _FACTOR, _RETURNING_FACTOR = 3.0, 1.5
 _LARGER_IS_BETTER = ("goodput_over_peak_ratio", "finished_over_peak_ratio", "served_within_four_tries_share")
 _SMALLER_IS_BETTER = ("refusal_p50_ms", "refusal_p99_ms", "normal_after_s")
-_MAX_QUEUE_S = 0.5  # of predicted work, that the bounded model accepts
+_MAX_QUEUE_S = 0.5  # seconds of predicted work that the bounded model accepts
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ async def _round(peak: OverHttp, bounded: OverHttp, *, load: _Load, card: ModelC
 
 
 def _times_alone_ms(records: Sequence[Record], measured_ms: Mapping[float, float]) -> list[float]:
-    """Returns each request's time on an idle server, on straight lines between those measured by clip length."""
+    """Returns each request's time on an idle server, interpolated linearly between the measured lengths."""
     lengths_s, times_ms = list(measured_ms), list(measured_ms.values())
     return [float(np.interp(record.audio_s, lengths_s, times_ms)) for record in records]
 
@@ -128,8 +128,8 @@ def summarize_overload(
 ) -> dict[str, Any]:
     """Returns the figures of one overload.
 
-    Work is counted in times alone, because a short run's accepted requests may happen to be short ones. Work
-    that ends after the last arrival does not count. A refusal is timed from the scheduled arrival.
+    Work is counted in solo times, because the requests that a short run accepts may happen to be short ones. Work that
+    ends after the last arrival does not count. A refusal is timed from the scheduled arrival.
     """
     refused = [record for record in records if record.outcome == "refused"]
     failed = [record for record in records if record.outcome == "failed"]
@@ -149,7 +149,7 @@ def summarize_overload(
 
 
 def summarize_returns(clients: Sequence[Sequence[Record]]) -> dict[str, Any]:
-    """Returns what became of clients that obey Retry-After, from all attempts of each."""
+    """Returns how the clients that obey Retry-After fared, from all attempts of each."""
     served = [attempts for attempts in clients if attempts[-1].is_finished]
     return {
         "returning_clients": len(clients),
@@ -160,8 +160,11 @@ def summarize_returns(clients: Sequence[Sequence[Record]]) -> dict[str, Any]:
 
 
 async def _wait_until_normal(bounded: OverHttp, lone: Arrival, *, limit_ms: float, since: float) -> float:
-    """Returns the seconds from `since` until the first of three requests in a row was sent that took no longer than
-    `limit_ms`; the patience if there were none by then."""
+    """Returns the seconds from `since` until the server is back to normal, or the patience if it never is.
+
+    It is back to normal when the first of three successive requests is sent, none of which takes longer than
+    `limit_ms`.
+    """
     normal: list[float] = []
     while time.perf_counter() - since < _PATIENCE_S:
         sent_at = time.perf_counter()

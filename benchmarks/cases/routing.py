@@ -1,6 +1,7 @@
-"""Requests of `small-mixed` to the replica with the least predicted work, against Ray Serve's own router, which takes
-the shorter queue of two that it draws. Both are models of one server, each of four stand-ins whose device is a clock.
-Clips have a tenth of the mix's lengths and a frame takes ten times as long, so that little is sent.
+"""Compares our router (least predicted work) with Ray Serve's (the shorter of two random queues) on `small-mixed`.
+
+One server runs two models, one per router, with four simulated replicas each. Clips are a tenth as long as in the mix
+and a frame takes ten times as long, so that the server sends little audio.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ _MIX = replace(_SMALL_MIXED, durations_s=tuple((s / SHORTENED, weight) for s, we
 _QUEUE_S = 1e6
 _WARM_UP = 16
 _REPLICAS = 4
-_REQUESTS = (200, 600)  # of a round: short, full
-_LOAD_SHARE = 0.8  # of what the replicas can do
+_REQUESTS = (200, 600)  # requests per round: short, full
+_LOAD_SHARE = 0.8  # of the replicas' capacity
 
 
 async def run_routing(settings: CaseSettings) -> dict[str, Any]:
-    """`settings.rounds` rounds of other requests; the worse round counts. Raises RuntimeError for any wrong answer."""
+    """Runs `settings.rounds` rounds with different requests; the worse round counts. Raises RuntimeError for a wrong
+    answer.
+    """
     rounds: list[dict[str, dict[str, float]]] = []
     watches: list[Watch] = []
     entry = resolve_model(settings.model)
@@ -63,7 +66,7 @@ async def run_routing(settings: CaseSettings) -> dict[str, Any]:
 
 
 def summarize_rounds(rounds: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
-    """Returns the rounds with our latencies over Serve's; the worst round counts."""
+    """Returns the rounds with our latencies divided by Serve's; the worst round counts."""
     results: dict[str, Any] = {"rounds": list(rounds)}
     for name in ("p50", "p95", "mean"):
         ratios = [sides[_OURS][f"{name}_ms"] / sides[_SERVES][f"{name}_ms"] for sides in rounds]

@@ -1,7 +1,8 @@
-"""Our server against what people would run instead, on one list of arrivals.
+"""Compares our server with the alternatives that people would run instead, on one list of arrivals.
 
-By default all sides are models of one server of ours, started for this; with `engine_only` they run in this process,
-without Ray and HTTP. With `url` any running server of the five systems is a side, alone or with the sides in `against`.
+By default all sides are models of one server of ours, started for this purpose. With `engine_only` they run in this
+process, without Ray and HTTP. With `url` any running server of the five systems is a side, alone or with the sides in
+`against`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from stable_audio_serve.models.registry import ModelEntry, describe_entry
 _URL_SIDE = "url"
 _ADDRESS = re.compile(r"https?://[^/?#\s]+/?")
 _API = {"max_steps": 1000, "max_duration_s": 600.0}
-_FULL, _SHORT = (300, 6), (60, 0)  # requests of a round, trials of a bisection
+_FULL, _SHORT = (300, 6), (60, 0)  # requests per round, trials per bisection
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ async def run_comparison(settings: CaseSettings, request: RunRequest, *, folder:
 async def _opened(
     settings: CaseSettings, request: RunRequest, *, entry: ModelEntry
 ) -> AsyncIterator[Mapping[str, Asker]]:
-    """Gives every side, ready to be asked."""
+    """Yields every side, ready for requests."""
     async with contextlib.AsyncExitStack() as stack:
         askers: dict[str, Asker] = {}
         if request.here:
@@ -125,7 +126,7 @@ async def _opened(
 async def _in_process(
     settings: CaseSettings, sides: tuple[str, ...], *, entry: ModelEntry
 ) -> AsyncIterator[Mapping[str, Asker]]:
-    """All sides around one loaded model; only one of them is asked at a time."""
+    """Opens all sides on one loaded model; only one of them gets requests at a time."""
     model = load_model(entry, device=settings.device)
     options = EngineOptions(mode=settings.mode, torch_threads=settings.threads)  # type: ignore[arg-type]
     opened = {name: open_side(name, model, options=options) for name in sides}
@@ -140,8 +141,10 @@ async def _in_process(
 async def _on_one_server(
     settings: CaseSettings, sides: tuple[str, ...], *, entry: ModelEntry
 ) -> AsyncIterator[Mapping[str, Asker]]:
-    """All sides as models of one server: they share proxy, ingress and encoders. Raises ValueError for a model without
-    a folder."""
+    """Opens all sides as models of one server: they share proxy, ingress and encoders.
+
+    Raises ValueError for a model without a folder.
+    """
     from benchmarks.servers.process import serving
 
     if entry.folder is None:
@@ -159,7 +162,7 @@ async def _on_one_server(
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
-    """One side per row; in brackets over the reference, with the range of the rounds."""
+    """Returns one side per row; ratios to the reference are in brackets, with the range of the rounds."""
     reference = results["reference"]
     steps = [name for name in results["sides"][reference]["latency"] if name != "all"]
     table = []

@@ -1,5 +1,7 @@
-"""The same burst of requests to 1, 2, 4 ... replicas over HTTP: stand-ins whose device is a clock, so that many fit on
-two cores, and the real model. All are models of one server, each with a fixed number of replicas.
+"""Sends the same burst of requests over HTTP to 1, 2, 4 ... replicas.
+
+The replicas are simulated (their device is only a clock), so that many fit on two cores, or run the real model. All
+are models of one server, each with a fixed number of replicas.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from benchmarks.settings import CaseSettings
 from benchmarks.workload import MIXES, Mix, draw_arrivals
 
 _STAND_IN, _MODEL = "benchmarks.servers.timed:build", "stable_audio_serve.serving.app:build"
-# Equal clips of 270 ms: sixteen devices leave two cores some room, and no share is uneven by the clips' lengths.
+# Equal clips of 270 ms: two cores can serve sixteen devices, and every replica gets an equal share of the work.
 _CLIPS = Mix("stand-in", durations_s=((1.0, 1.0),), steps=((24, 1.0),), spread=0.0)
 _MODEL_MIX = MIXES["demo-wide"]
 _WARM_UP_PER_REPLICA = 4
@@ -41,7 +43,7 @@ async def run_scale(settings: CaseSettings) -> dict[str, Any]:
 async def _measure(  # noqa: PLR0917
     settings: CaseSettings, mix: Mix, requests: Mapping[int, int], import_path: str
 ) -> dict[str, Any]:
-    """So many requests to every number of replicas in turn, `settings.rounds` times."""
+    """Send each count of requests to its number of replicas, in turn, `settings.rounds` times."""
     entry = resolve_model(settings.model)
     card, names = entry.card, {count: f"replicas-{count}" for count in requests}
     models = {name: {"replicas": {"min_replicas": n, "max_replicas": n}} for n, name in names.items()}
@@ -78,7 +80,7 @@ async def _measure(  # noqa: PLR0917
 
 
 def worst_over_first(values: Mapping[int, Sequence[float]]) -> dict[int, float]:
-    """Returns the least ratio of each key to the first key in the same round; the first is left out."""
+    """Returns for each key but the first the smallest ratio to the first key in the same round."""
     first, *others = values
     return {key: min(value / one for value, one in zip(values[key], values[first], strict=True)) for key in others}
 

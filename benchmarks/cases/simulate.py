@@ -1,5 +1,7 @@
-"""The engine's own scheduling on a model of one H200, over a lock server on the same GPU: capacity when all requests
-arrive at once, and p95 at 0.8 of the lock server's capacity. Figures come from arithmetic, not from a device.
+"""Compares the engine's scheduling with a lock server, both on a simulated H200.
+
+Measured are the capacity when all requests arrive at once, and p95 at 0.8 of the lock server's capacity. The figures
+are computed, not measured on a device.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from benchmarks.workload import Arrival, draw_arrivals
 _LOAD_SHARE = 0.8  # of the lock server's capacity
 
 
-_REQUESTS = {"small-mixed": (400, 2000), "medium-mixed": (200, 400)}  # of a list: short, full
-_SEEDS = (1, 2, 3)  # a list each
+_REQUESTS = {"small-mixed": (400, 2000), "medium-mixed": (200, 400)}  # requests per list: short, full
+_SEEDS = (1, 2, 3)  # one list per seed
 _NETWORKS = {"small-mixed": SMALL, "medium-mixed": MEDIUM}
 
 

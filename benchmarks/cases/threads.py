@@ -1,4 +1,4 @@
-"""What a model computes on one CPU thread against several: the official size with random weights, one clip at a time.
+"""Compares a model on one CPU thread and on several: the official size with random weights, one clip at a time.
 
 The bytes must be the same, or the comparison is void.
 """
@@ -25,7 +25,8 @@ _REQUEST = GenerationRequest(prompt="warm analog pad, slow attack", duration_s=1
 
 
 async def run_threads(settings: CaseSettings) -> dict[str, Any]:
-    """One thread and two in turn, `rounds` clips each; the best counts, because others can only take time away.
+    """Alternates one thread and two, `rounds` clips each. The best time counts, because other programs can only add
+    time.
 
     Raises RuntimeError if the audio differs.
     """

@@ -1,5 +1,6 @@
-"""Models of the published shapes with random weights on the device, one in memory at a time, the sides that run them,
-and the times and memory of the device. On a CPU tiny checkpoints take the models' places.
+"""Models of the published shapes with random weights, the sides that run them, and the device's times and memory.
+
+One model is in memory at a time. On a CPU tiny checkpoints replace the models.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ class Bench:
         )
 
     async def settle(self) -> None:
-        """Wait until no side uses the device: an idle one may capture calls, which would disturb a measurement."""
+        """Wait until no side uses the device. An idle side may capture calls, which would disturb a measurement."""
         for side in self._sides.values():
             await side.settle()
 
@@ -132,8 +133,9 @@ class Bench:
             torch.cuda.empty_cache()
 
     async def times_ms(self, *runs: Callable[[], Awaitable[object]]) -> list[float]:
-        """Returns the median milliseconds of each of several calls that take turns on the idle device, after some that
-        do not count."""
+        """Returns the median milliseconds of each of several calls, which take turns on the idle device after a
+        warm-up.
+        """
         for _ in range(self.sizes.before):
             for run in runs:
                 await run()

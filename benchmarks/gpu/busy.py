@@ -82,7 +82,7 @@ async def _profile(bench: Bench, row: ClipRow) -> dict[str, Any]:
 
 
 async def _measure_crowd(bench: Bench, row: ClipRow) -> dict[str, Any]:
-    """Clips that come together, in the engine: each is ideal work for the whole time over their number."""
+    """Measure clips that arrive together. The ideal time of one is compared with the total time over their number."""
     side = await bench.side(row.model, "ours")
     requests = [await bench.clip(row, seed=seed) for seed in range(bench.sizes.crowd)]
     (taken_ms,) = await bench.times_ms(lambda: asyncio.gather(*map(side.generate, requests)))
@@ -92,7 +92,7 @@ async def _measure_crowd(bench: Bench, row: ClipRow) -> dict[str, Any]:
 
 
 async def _measure_full(bench: Bench, row: ClipRow) -> dict[str, Any]:
-    """The peak of a full engine over the prediction of a line through the peaks of few rows."""
+    """Measure the peak of a full engine over the prediction of a line through the peaks of few rows."""
     side, (few, more), full = await bench.side(row.model, "ours"), bench.sizes.few_rows, bench.sizes.full_rows
     peaks: dict[int, int] = {}
     for rows in (few, more, full):
@@ -109,7 +109,7 @@ async def _measure_full(bench: Bench, row: ClipRow) -> dict[str, Any]:
 
 
 async def _measure_growth(bench: Bench, row: ClipRow) -> dict[str, Any]:
-    """Memory after many requests over that after some, none in flight."""
+    """Measure the memory after many requests over that after some, each time with none in flight."""
     side, (settled, all_of_them) = await bench.side(row.model, "ours"), bench.sizes.requests
     held: list[int] = []
     for seeds in (range(settled), range(settled, all_of_them)):

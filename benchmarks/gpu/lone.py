@@ -12,7 +12,7 @@ from benchmarks.gpu.published import ClipRow
 from benchmarks.gpu.trace import trace
 from benchmarks.pieces import Pieces
 
-_GRAPHS_GB = 2.0  # allowed beyond the published peak
+_GRAPHS_GB = 2.0  # memory allowed beyond the published peak
 
 
 async def measure(bench: Bench, pieces: Pieces) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from benchmarks.workload import Arrival, draw_arrivals
 
 _SIDES = ("lock", "static", "ours")
 _EAGER = "eager-lock"
-_PILOTS = 6  # requests whose times alone decide how long the lists are
+_PILOTS = 6  # requests whose solo times determine the length of the lists
 _EAGER_REQUESTS = 24  # at most
 _MODELS = {
     "equal-5s": "small",

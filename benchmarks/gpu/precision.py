@@ -1,5 +1,6 @@
-"""Part 5: how far one step and one decode window in each precision are from float64. The weights are random: real ones
-may have larger activations.
+"""Part 5: the error of one step and one decode window in each precision, relative to float64.
+
+The weights are random: real ones may have larger activations.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ async def measure(bench: Bench, pieces: Pieces) -> dict[str, Any]:
 
 
 async def _compare(bench: Bench, row: ClipRow) -> dict[str, Any]:
-    """One step and one window, the same float32 weights rounded to each precision, against float64."""
+    """Compare one step and one window with float64; each precision has the same float32 weights, rounded."""
     model = await bench.model(row.model, torch.float32)
     assert isinstance(model, Sa3Model | SaoModel)
     request = await bench.clip(row)
@@ -116,8 +117,10 @@ def _resolve_kernels(net: nn.Module) -> None:
 
 
 def measure_error(actual: Tensor, expected: Tensor) -> dict[str, float | None]:
-    """Returns signal over error in decibels, the cosine between both, and the largest difference over the peak. None
-    where `actual` is not finite; decibels also where there is no error."""
+    """Returns signal over error in decibels, the cosine of both, and the largest difference over the peak.
+
+    All are None if `actual` is not finite; the decibels are also None if there is no error.
+    """
     if not bool(actual.isfinite().all()):
         return dict.fromkeys(("db", "cosine", "largest_share"))
     difference = actual - expected
@@ -130,7 +133,7 @@ def measure_error(actual: Tensor, expected: Tensor) -> dict[str, float | None]:
 
 
 class _Float64(TorchFunctionMode):
-    """The networks go to float32 in places; within this context float64 stays float64."""
+    """Within this context float64 stays float64, although the networks convert to float32 in places."""
 
     def __torch_function__(  # noqa: PLR0917  # as torch calls it
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None

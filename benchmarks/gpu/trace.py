@@ -1,5 +1,7 @@
-"""A GPU's work during a call, from torch's profiler: kernels, copies, launches, waits, and the share of time it worked.
-On a CPU nothing is seen.
+"""Reads a GPU's work during a call from torch's profiler: kernels, copies, launches, waits, and its busy share of the
+time.
+
+On a CPU nothing is recorded.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ _NAME_LENGTH, _MOST_KERNELS = 120, 20
 
 
 async def trace(device: torch.device, run: Callable[[], Awaitable[object]]) -> dict[str, Any]:
-    """Returns the figures of what every thread asked the device for while `run` ran."""
+    """Returns the figures of the device work that all threads requested while `run` ran."""
     is_cuda = device.type == "cuda"
     profiler = profile(activities=[ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU])
     profiler.start()

@@ -1,4 +1,4 @@
-"""A server of our own as a child process: started with one command, asked over HTTP, stopped as an operator would."""
+"""Runs a server of ours as a child process: started with one command, called over HTTP, stopped with Ctrl-C."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from stable_audio_serve.models.registry import ModelEntry
 
 _READY_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 30.0
-_IN_PROGRESS = 10_000  # no bound of ours may refuse a burst
+_IN_PROGRESS = 10_000  # none of our limits may refuse a burst
 _SAID = "cold start:"  # when the server is ready
 _STAGE = re.compile(r"(\w+) ([0-9.]+) s")
 
 
 @dataclass(slots=True)
 class Server:
-    """A running server; `ready_s` from the start of the process to its first healthy answer.
+    """A running server; `ready_s` is the time from the start of the process to its first healthy answer.
 
     All its processes are in the session of the first one, `pid`.
     """
@@ -45,7 +45,7 @@ class Server:
 
     @property
     def stages_s(self) -> dict[str, float]:
-        """What the server itself said about its cold start, in seconds by stage."""
+        """The times of its cold start that the server logged, in seconds by stage."""
         said = [line.removeprefix(_SAID) for line in self.lines if line.startswith(_SAID)]
         stages: dict[str, float] = {}
         for part in "".join(said[:1]).split(";"):  # the start itself, then one part per model
@@ -64,8 +64,9 @@ def write_config(
     deployments: Sequence[Mapping[str, object]] = (),
     **args: object,
 ) -> Path:
-    """Write a serve config with one model in one replica, and what else `args` say. `deployments` overrule
-    the application's own, see Ray Serve.
+    """Write a serve config with one model in one replica; `args` adds or replaces arguments of the application.
+
+    `deployments` override the application's own options of its deployments, as Ray Serve specifies.
     """
     model = {"name": entry.card.name, "threads": threads, "replicas": {"max_replicas": 1}}
     if not entry.card.is_demo:
@@ -90,8 +91,9 @@ def _source(entry: ModelEntry) -> dict[str, object]:
 async def serving(
     entry: ModelEntry, names: Mapping[str, Mapping[str, object]], *, threads: int, **args: Any
 ) -> AsyncIterator[Mapping[str, OverHttp]]:
-    """Serve one model under several names, each with further fields of its entry. Gives an asker for each name, once
-    all replicas are up. `args` as for `write_config`. Only the models themselves refuse requests.
+    """Serve one model under several names, each with additional fields of its entry; `args` as for `write_config`.
+
+    Yields a client for each name, once all replicas are up. Only the models themselves refuse requests.
     """
     one = {**_source(entry), "threads": threads, "replicas": {"min_replicas": 1, "max_replicas": 1}}
     models: list[dict[str, Any]] = [{"name": name, **one, **own} for name, own in names.items()]
@@ -142,7 +144,7 @@ def running_server(config: Path) -> Iterator[Server]:
 
 
 def _wait_for_replicas(server: Server, counts: Mapping[str, int]) -> None:
-    """Wait until every model has so many replicas. Raises RuntimeError if that takes too long."""
+    """Wait until every model has its number of replicas. Raises RuntimeError if that takes too long."""
     ends_at = time.monotonic() + _READY_TIMEOUT_S
     while True:
         models = httpx.get(f"{server.url}/health", trust_env=False).raise_for_status().json()["models"]
@@ -178,7 +180,7 @@ def _descendants(pid: int) -> list[psutil.Process]:
 
 
 def _search_path() -> str:
-    """So that every process of the server finds this package too."""
+    """Returns a search path with which every process of the server finds this package too."""
     return os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
 
 

@@ -1,5 +1,6 @@
-"""One server of ours whose models are the sides: the same weights, ingress, encoders and proxy, and another class of
-replica behind each name. `build` is its import path.
+"""One server of ours whose models are the sides; `build` is its import path.
+
+The sides share weights, ingress, encoders and proxy. Each name has a different class of replica.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _OTHERS = ("lock", "eager-lock", "static")
 
 
 class SideReplica(StandInReplica):
-    """Answers with the side that the model is called after."""
+    """Answers requests with the side that has the model's name."""
 
     def __init__(self, settings: Settings, model: ModelSettings) -> None:
         loaded = load_model(
@@ -51,5 +52,5 @@ class SideReplica(StandInReplica):
 
 
 def build(args: Settings | Mapping[str, Any]) -> serve.Application:
-    """The application of `serving.app` with a replica of each side."""
+    """Builds the application of `serving.app` with a different replica class for each side."""
     return assemble(args, replica=ModelReplica, by_name=dict.fromkeys(_OTHERS, SideReplica))

@@ -1,6 +1,7 @@
-"""The whole server around a device that is only a clock: each replica's device does one thing at a time, for as long as
-a formula says, and the clip is there already. So routing, Ray and HTTP are measured with more replicas than this
-machine has cores. Must not import torch or transformers, as replicas of it never do.
+"""The whole server with a simulated device, which takes a computed time and returns a prepared clip.
+
+Each replica's device serves one request at a time. So routing, Ray and HTTP can be measured with more replicas than
+this machine has cores. Must not import torch or transformers, because these replicas never do.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _DEFAULT_STEPS = 8
 
 @dataclass(frozen=True, slots=True)
 class LinearDevice:
-    """Every call costs something fixed and something per row and latent frame, in milliseconds."""
+    """Every call takes a fixed time plus a time per row and latent frame, in milliseconds."""
 
     text_ms: float = 4.0
     step_ms: float = 10.0
@@ -38,8 +39,9 @@ class LinearDevice:
     decode_per_frame_ms: float = 0.2
 
     def stages(self, request: GenerationRequest) -> StageTimings:
-        """Returns what a request takes on an idle device: text, `steps` steps and the decoder for each
-        variation, with two rows a step where it is guided. Latent frames are Stable Audio 3's.
+        """Returns the time of a request on an idle device: text, then steps and decoding for each variation.
+
+        A guided step has two rows. Latent frames are Stable Audio 3's.
         """
         rows = 1 if request.cfg_scale in (None, 1.0) else 2
         frames = math.ceil(request.duration_s * _RATE_HZ / _HOP)
@@ -51,7 +53,7 @@ class LinearDevice:
 
     @property
     def prices(self) -> Prices:
-        """What work costs here; a guided step costs a little less."""
+        """The prices of work on this device. They price a guided step slightly too high."""
         frames_per_s = _RATE_HZ / _HOP
         return Prices(
             row_ms=self.text_ms + self.decode_ms,
@@ -75,24 +77,24 @@ SHORTENING_DEVICE = LinearDevice(
 
 
 class StandInReplica:
-    """What every stand-in answers like `serving.replica.ModelReplica`."""
+    """The methods of `serving.replica.ModelReplica` that every simulated replica answers in the same way."""
 
     device = "timed"
     backlog_s = 0.0
 
     async def generate(self, request: GenerationRequest) -> GenerationResult | StableAudioError:
-        """Returns the audio, or an error of ours, as the real replica does."""
+        """Returns the audio, or one of our errors, as the real replica does."""
         raise NotImplementedError
 
     async def generate_reporting(
         self, request: GenerationRequest
     ) -> AsyncIterator[Progress | GenerationResult | StableAudioError]:
-        """The same for a streaming handle."""
+        """Like `generate`, for a streaming handle."""
         yield Progress("denoising", 0.0)
         yield await self.generate(request)
 
     async def status(self) -> object:
-        """Ready; nothing is counted."""
+        """Always ready, without counts."""
         from stable_audio_serve.serving.model_states import ReplicaStatus
 
         counts = dict.fromkeys(("in_flight", "finished", "cancelled", "expired", "failed"), 0)
@@ -100,10 +102,10 @@ class StandInReplica:
 
 
 class TimedReplica(StandInReplica):
-    """Answers when its device has had the time.
+    """Answers once its simulated device has finished.
 
-    The device serves requests one after another in order of their arrival. While work is waiting it is never idle,
-    however late this process wakes up: only the clock counts. The time of a cancelled request is spent all the same.
+    The device serves requests one after another in order of arrival. While work is waiting it is never idle, however
+    late this process wakes up: only the clock counts. A cancelled request still takes its time.
     """
 
     times: ClassVar[LinearDevice] = DEVICE
@@ -111,18 +113,18 @@ class TimedReplica(StandInReplica):
     def __init__(self, settings: Settings, model: ModelSettings) -> None:
         self._model = model.name
         self._max_queue_s = model.max_queue_s
-        self._accepted_s = 0.0  # device time of everything ever accepted
+        self._accepted_s = 0.0  # device time of all requests accepted so far
         self._free_at = time.monotonic()
         self._measured_at = time.monotonic(), 0.0
         self._waiting = 0.0, float("-inf")
 
     @property
     def backlog_s(self) -> float:  # type: ignore[override]
-        """Device time of everything accepted that is not spent yet."""
+        """Device time of accepted work that is still to be done."""
         return max(0.0, self._free_at - time.monotonic())
 
     async def generate(self, request: GenerationRequest) -> GenerationResult | StableAudioError:
-        """Returns a clip of the length asked for, or the refusal where too much work is ahead."""
+        """Returns a clip of the requested length, or a refusal if too much work is ahead."""
         waiting_s = self.backlog_s
         if waiting_s > self._max_queue_s:
             retry_s = max(waiting_s - self._max_queue_s, _LEAST_RETRY_S)
@@ -157,13 +159,13 @@ class TimedReplica(StandInReplica):
 
 
 class ShorteningReplica(TimedReplica):
-    """For clips of a tenth of the length."""
+    """A replica whose device serves clips of a tenth of the length."""
 
     times = SHORTENING_DEVICE
 
 
 def make_result(model: str, request: GenerationRequest) -> GenerationResult:
-    """Returns a clip of the length asked for, stereo at 44.1 kHz."""
+    """Returns a clip of the requested length, stereo at 44.1 kHz."""
     clip = _clip(int(request.duration_s * _RATE_HZ))
     seeds = tuple(request.seed + index for index in range(request.batch_size))
     return GenerationResult((clip,) * request.batch_size, _RATE_HZ, model, seeds)
@@ -178,14 +180,14 @@ def _clip(samples: int) -> Any:
 
 
 def build(args: Settings) -> Any:
-    """The application of `serving.app` with timed replicas."""
+    """Builds the application of `serving.app` with timed replicas."""
     from stable_audio_serve.serving.app import assemble
 
     return assemble(args, replica=TimedReplica)
 
 
 def build_shortening(args: Settings) -> Any:
-    """The same with the device for short clips."""
+    """Builds the same application with the device for short clips."""
     from stable_audio_serve.serving.app import assemble
 
     return assemble(args, replica=ShorteningReplica)

@@ -1,6 +1,7 @@
-"""The pipeline from beginning to end without a scheduler: text, source, every step, decode, for rows that take the same
-steps. It runs the engine's own stages, and captures calls when the engine would, so that only the order of the work
-differs between the sides.
+"""The whole pipeline without a scheduler, for rows that take the same steps: text, source, every step, decode.
+
+It runs the engine's own stages and captures calls when the engine would, so that the sides differ only in the order of
+work.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ from stable_audio_serve.engine.scheduling.work import Phase
 from stable_audio_serve.models.protocol import DiffusionModel, RowPlan
 from stable_audio_serve.sampling.noise import SeededNoise
 
-_SETTLED_S = 1.0  # an idle engine that captured nothing for so long has nothing left to capture
+_SETTLED_S = 1.0  # after this long without a capture, an idle engine has nothing left to capture
 _ALL_WINDOWS = 2**30  # nothing waits between two of them
 
 
 class Captures(NullMetrics):
-    """The sink of one side's metrics. `changed_at` on the monotonic clock, in seconds."""
+    """Receives one side's metrics and counts captures. `changed_at` is on the monotonic clock, in seconds."""
 
     def __init__(self) -> None:
         self._captured: Counter[str] = Counter()  # by kind of call
@@ -50,7 +51,7 @@ class Captures(NullMetrics):
 
     @property
     def num_captured(self) -> int:
-        """Of all kinds of calls."""
+        """Number of captures of all kinds of calls."""
         return self._captured.total()
 
     def gauge(self, name: str, value: float, **labels: str) -> None:
@@ -72,7 +73,9 @@ async def wait_for_captures(captures: Captures) -> None:
 
 
 class Pipeline:
-    """One model on one thread. `await run(requests)` makes all of them together; calls take turns, the first first."""
+    """One model on one thread. `await run(requests)` generates all of them together; calls run first come, first
+    served.
+    """
 
     def __init__(
         self,
@@ -84,7 +87,9 @@ class Pipeline:
         captures_calls: bool = True,
     ) -> None:
         """`policy` splits a step into device calls; up to `together` windows or prompts of equal shape share one.
-        `captures_calls`: where the device can."""
+
+        `captures_calls`: whether to capture calls, if the device can.
+        """
         self._model = model
         self._threads = options.torch_threads
         self.captures = Captures()
@@ -124,7 +129,7 @@ class Pipeline:
                 self._settling = asyncio.create_task(self.settle())
 
     async def settle(self) -> None:
-        """Capture what came often enough, until something is asked: what an idle engine does."""
+        """Capture calls that are frequent enough until the next request, as an idle engine does."""
         loop = asyncio.get_running_loop()
         while not self._num_asked and await loop.run_in_executor(self._thread, self._capture):
             pass

@@ -1,6 +1,7 @@
-"""Each side in one process: `await side.generate(request)`. `lock` works on one request at a time, first come first
-served; `static` on batches of like requests; `ours` is the engine. Where the engine captures device calls, all do, but
-`eager-lock`.
+"""Each side in one process: `await side.generate(request)`.
+
+`lock` serves one request at a time, first come, first served; `static` serves batches of similar requests; `ours` is
+the engine. Where the engine captures device calls, all sides do, except `eager-lock`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class Side(Protocol):
         ...
 
     async def settle(self) -> None:
-        """Return when the side does nothing but wait; until then it may use its device to be faster later."""
+        """Return once the side only waits for requests; until then it may use its device for later speed, such as
+        captures.
+        """
         ...
 
     async def close(self) -> None:
@@ -47,7 +50,7 @@ class Side(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class OneCall:
-    """All rows of a batch in one device call of `shapes`, padded to the longest and, if it `pads`, to the shape."""
+    """A batch shares one device call of `shapes`, padded to the longest row, or to the shape if it `pads`."""
 
     shapes: CallShapes
     pads: bool = True
@@ -64,8 +67,11 @@ class OneCall:
 
 
 def one_call(model: DiffusionModel) -> Callable[[Device], BatchPolicy]:
-    """Returns a function from a device to its policy. Only repeated calls can be captured, so they have the engine's
-    shapes, for as many rows as a batch may have."""
+    """Returns a function that chooses a policy for a device.
+
+    Only repeated calls can be captured, so calls have the engine's shapes, with up to as many rows as a batch may
+    have.
+    """
 
     def choose(device: Device) -> BatchPolicy:
         if not device.can_capture:
@@ -118,7 +124,7 @@ class StaticServer(Pipeline):
 
 
 def batch_key(model: DiffusionModel, request: GenerationRequest) -> BatchKey:
-    """What the requests of a batch have in common: the length bucket, and everything that shapes the steps."""
+    """Returns the values that all requests of a batch share: length bucket and everything that shapes the steps."""
     spec = model.spec
     padding_s = (
         spec.card.default_duration_padding_s if request.duration_padding_s is None else request.duration_padding_s
@@ -130,8 +136,11 @@ def batch_key(model: DiffusionModel, request: GenerationRequest) -> BatchKey:
 
 
 class Batcher:
-    """Collects calls into batches as `@serve.batch` does, for machines without Ray: a batch waits shortly for company
-    after its first call; the next one forms while it runs. A batch's error is raised in each of its calls."""
+    """Collects calls into batches as `@serve.batch` does, for machines without Ray.
+
+    After its first call a batch waits shortly for more; the next batch forms while it runs. A batch's error is raised
+    in each of its calls.
+    """
 
     def __init__(self, run: RunBatch) -> None:
         self._run = run
@@ -147,7 +156,7 @@ class Batcher:
         return await future
 
     def close(self) -> None:
-        """Stop; calls that wait are never answered."""
+        """Stop; waiting calls never get an answer."""
         if self._worker is not None:
             self._worker.cancel()
 

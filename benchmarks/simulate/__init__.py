@@ -1,1 +1,1 @@
-"""The engine's own scheduling on a virtual clock, with a formula in place of the GPU."""
+"""The engine's own scheduling on a virtual clock, with a formula instead of a GPU."""

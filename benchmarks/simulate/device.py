@@ -61,7 +61,7 @@ class Network:
         return self.depth * layer + 4 * _LATENT_CHANNELS * e * frames
 
     def spare_operations(self, tokens: int) -> float:
-        """Returns the operations of tokens that are in no row, so that they attend to nothing."""
+        """Returns the operations of unused tokens, which belong to no row and attend to nothing."""
         return (2 * self._products * self.depth + 4 * _LATENT_CHANNELS * self.width) * tokens
 
     def step_bytes(self, frames: int) -> float:
@@ -80,7 +80,7 @@ class Network:
 
     @property
     def _products(self) -> float:
-        """Weights of a layer that every token meets in every step."""
+        """Returns the number of a layer's weights that every token is multiplied with in every step."""
         return float(((5 if self.differential else 3) + 1 + self._softmaxes + 1 + 12) * self.width**2)
 
 

@@ -1,6 +1,7 @@
-"""The engine on a virtual clock: the product's own scheduler, batching, predictions and cost model; the GPU is a
-formula. A turn is that of `engine.loop.EngineLoop`: the text of rows that start and the next decode windows, beside one
-denoising step.
+"""The engine on a virtual clock: its own scheduler, batching, predictions and cost model; the GPU is a formula.
+
+A turn is that of `engine.loop.EngineLoop`: one denoising step, and beside it the text of starting rows and the next
+decode windows.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _CALLS_AHEAD = 2  # of the host, as in `engine.pacing`
 
 
 def work_of(arrival: Arrival, network: Network) -> RowWork:
-    """Returns a request's device work: a guided step takes two network rows, decoding the product's windows."""
+    """Returns a request's device work. A guided step takes two network rows; decoding uses the engine's windows."""
     frames = network.frames(arrival.duration_s)
     windows = audible_windows(frames, num_audible=frames, rule=WindowRule(network.halo_frames))
     branches = [2 if arrival.is_guided else 1] * arrival.steps
@@ -41,13 +42,13 @@ def work_of(arrival: Arrival, network: Network) -> RowWork:
 
 
 def record_of(arrival: Arrival, ended_ms: float) -> Record:
-    """Returns the record of a request that ended then."""
+    """Returns the record of a request that ended at this time."""
     return Record(0, arrival.at_s, ended_ms / 1000.0, arrival.duration_s, arrival.steps)
 
 
 @dataclass(slots=True)
 class _Beside:
-    """A call of the GPU's second queue, at whose end the audio of `arrivals` is ready."""
+    """A call of the GPU's second queue. At its end the audio of `arrivals` is ready."""
 
     number: int
     left_ms: float
@@ -75,12 +76,12 @@ class _Queues:
         return self.num_asked
 
     def wait(self, number: int) -> None:
-        """Let the first queue wait for the end of that call of the second."""
+        """Let the first queue wait until call `number` of the second ends."""
         while not self.has_ended(number):
             self.rest(self.now_ms + self._second[0].left_ms)
 
     def rest(self, until_ms: float) -> None:
-        """Leave the first queue empty until then."""
+        """Leave the first queue empty until this time."""
         while self._second and self.now_ms + self._second[0].left_ms <= until_ms:
             call = self._second.popleft()
             self.now_ms += call.left_ms
@@ -90,7 +91,7 @@ class _Queues:
         self.now_ms = max(self.now_ms, until_ms)
 
     def has_ended(self, number: int) -> bool:
-        """Whether that call of the second queue has ended."""
+        """Whether call `number` of the second queue has ended."""
         return not self._second or self._second[0].number > number
 
 
@@ -140,7 +141,7 @@ class SimulatedEngine:
         self._windows: list[int] = []  # the second queue's calls
 
     def run(self, arrivals: Iterable[Arrival]) -> list[Record]:
-        """Returns a record of each arrival in order of their ends. Arrivals must be sorted by time."""
+        """Returns a record of each arrival, in order of completion. Arrivals must be sorted by time."""
         queues, coming = self._queues, list(arrivals)
         num_taken = 0
         while num_taken < len(coming) or self._rows:
@@ -154,7 +155,7 @@ class SimulatedEngine:
         return queues.records
 
     def _fit_cost(self, longest_frames: int, *, max_tokens: int) -> None:
-        """Fit the cost model to what the engine's warm-up measures."""
+        """Fit the cost model to the shapes that the engine's warm-up measures."""
         lengths = {max(int(longest_frames * share), 1) for share in DURATION_SHARES}
         shapes = {shape for frames in lengths for shape in step_shapes(self._policy, frames, max_tokens=max_tokens)}
         windows = {min(frames, _PROBE_WINDOW) for frames in lengths}
@@ -195,7 +196,7 @@ class SimulatedEngine:
         return len(self._windows) <= _CALLS_AHEAD
 
     def _begin(self, rows: Sequence[_Row]) -> None:
-        """Let the next step wait for the text of these rows, where it was asked for."""
+        """Let the next step wait for the text of these rows, if the second queue computes it."""
         for row in rows:
             if row.has_started and row.text is not None:
                 self._queues.wait(row.text)

@@ -110,7 +110,7 @@ async def test_what_the_configuration_keeps_is_not_unloaded() -> None:
             assert f"keeps {least} of this model" in reply.json()["detail"]
 
 
-async def test_a_head_that_is_away_is_told() -> None:
+async def test_an_unreachable_head_is_reported() -> None:
     asked = Recorded()
     asked.error = StorageError("Ray's head does not answer")
     async with make_admin(operations=asked) as (client, _):

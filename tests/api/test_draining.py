@@ -41,7 +41,7 @@ def client_of(app: FastAPI) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost")
 
 
-async def test_a_stop_refuses_new_requests_and_answers_requests_in_flight() -> None:
+async def test_new_requests_are_refused_and_those_in_flight_are_answered() -> None:
     async with make_app(ToneBackend(), run_jobs=False) as (app, backend), client_of(app) as client:
         backend.released.clear()
         draining = draining_of(app)
@@ -70,7 +70,7 @@ async def test_a_stop_refuses_new_requests_and_answers_requests_in_flight() -> N
 
 
 @pytest.mark.parametrize("dialect", ["native", "fal"])
-async def test_a_replaced_process_asks_event_streams_to_reconnect(dialect: str) -> None:
+async def test_event_streams_ask_for_a_reconnect_if_a_process_is_replaced(dialect: str) -> None:
     async with make_app(run_jobs=False) as (app, _), client_of(app) as client:
         ticket = await submit(client)
         path = f"/jobs/{ticket['id']}/events"

@@ -84,7 +84,7 @@ async def test_a_swapped_link_is_followed_as_kubernetes_mounts_secrets(tmp_path:
 
 
 @pytest.mark.parametrize("bad", ["", "alice", "alice:sas-plain-key\n", f"a:{'0' * 64}\nb:{'0' * 64}\n", None])
-async def test_a_bad_file_changes_no_key_and_is_told_of(
+async def test_a_bad_file_changes_no_key_and_is_reported(
     tmp_path: Path, bad: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     site = Site(tmp_path, lines("alice"))
@@ -112,7 +112,7 @@ async def test_health_alone_notices_a_bad_file(tmp_path: Path) -> None:
     assert (await site.ask(None, "/health")).json()["key_file"]["state"] == "broken"
 
 
-async def test_a_process_started_with_a_bad_key_file_admits_no_client(tmp_path: Path) -> None:
+async def test_a_process_started_with_a_bad_file_is_not_ready_and_admits_nobody(tmp_path: Path) -> None:
     site = Site(tmp_path, None)
     for key in (None, "alice"):
         reply = await site.ask(key)
@@ -146,7 +146,7 @@ async def test_a_disk_that_does_not_answer_holds_nobody_up(tmp_path: Path, monke
         assert site.ring.health == KeyFileHealth("broken", "the file does not answer")
         before = asyncio.get_running_loop().time()
         assert {reply.status_code for reply in await asyncio.gather(*(site.ask("alice") for _ in range(50)))} == {200}
-        assert asyncio.get_running_loop().time() - before < 20  # not 50 waits of half a second
+        assert asyncio.get_running_loop().time() - before < 20  # 50 waits of half a second would take 25 s
     finally:
         answers.set()
 

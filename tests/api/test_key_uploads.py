@@ -70,7 +70,7 @@ async def test_uploads_are_refused_from_their_headers_when_no_audio_is_left(tmp_
             assert b"retry-after: " in answer.lower(), way
 
 
-async def test_a_client_that_sends_before_it_listens_is_told_too(tmp_path: Path) -> None:
+async def test_a_client_that_sends_before_it_reads_gets_the_refusal_too(tmp_path: Path) -> None:
     async with two_servers(tmp_path, ToneBackend()) as (one, other):
         assert (await post(one, TEXT, "alice", json={"prompt": "x", "duration": 10})).status_code == 200
         files = {"audio": b"\0" * 5_000_000}

@@ -95,7 +95,7 @@ async def test_the_refusal_has_the_form_of_the_routes_dialect(locked: FastAPI) -
         assert "Authorization" in native["detail"]
 
 
-async def test_a_key_is_asked_for_before_the_body_is_looked_at(locked: FastAPI) -> None:
+async def test_the_key_is_checked_before_the_body_is_parsed(locked: FastAPI) -> None:
     async with connect(locked) as client:
         assert (await client.post("/v1/audio/generate", content=b"{")).status_code == 401
 

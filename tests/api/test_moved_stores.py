@@ -132,7 +132,7 @@ async def test_deleted_store_is_detected_and_a_restart_creates_a_new_one(place: 
 
 @pytest.mark.parametrize("is_replaced", [False, True])
 async def test_later_process_refuses_the_replaced_database_too(place: Path, tmp_path: Path, is_replaced: bool) -> None:
-    """As when a replica starts while the file is missing."""
+    """A replica that starts while the file is missing, or has been replaced, refuses it."""
     settings = Settings(output_dir=str(tmp_path / "outputs"), jobs=JobSettings(**settings_of(place)["jobs"]))
     identity = prepare_stores(settings).identity
     first = open_queue(settings)

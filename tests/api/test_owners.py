@@ -276,7 +276,7 @@ async def test_files_of_equal_chosen_ids_belong_to_each_client() -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "/sa3"])
-async def test_audio_of_an_unguessable_id_needs_no_key(prefix: str) -> None:
+async def test_audio_with_an_unguessable_id_can_be_downloaded_without_a_key(prefix: str) -> None:
     async with make_client(api={"key_hashes": HASHES}) as (client, _):
         client.headers["Authorization"] = f"Bearer {ALICE}"
         ticket = (await client.post(f"{prefix}/jobs", json=BODY)).json()

@@ -155,7 +155,7 @@ async def test_full_disk_is_reported_and_usable_after_cleanup(tiny_disk: Path) -
     await put(artifacts, "a", bytes(700_000))
 
 
-def test_a_full_disk_is_found_at_the_start(tiny_disk: Path) -> None:
+def test_a_full_disk_is_detected_at_startup(tiny_disk: Path) -> None:
     (tiny_disk / "uploads").mkdir()
     with suppress(OSError), (tiny_disk / "filler").open("wb", buffering=0) as filler:
         while True:

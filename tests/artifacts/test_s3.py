@@ -327,17 +327,17 @@ def plain(error: ConfigError) -> str:
     return error.message
 
 
-def test_a_missing_bucket_is_found_at_the_start(object_storage: ObjectStorage) -> None:
+def test_a_missing_bucket_is_detected_at_startup(object_storage: ObjectStorage) -> None:
     message = check(object_storage, "no-such-bucket")
     assert message.startswith("storage.bucket (STABLE_AUDIO_STORAGE_BUCKET")
     assert "no-such-bucket" in message
 
 
-def test_an_impossible_bucket_is_found_at_the_start(object_storage: ObjectStorage) -> None:
+def test_an_impossible_bucket_is_detected_at_startup(object_storage: ObjectStorage) -> None:
     assert check(object_storage, "no bucket/at all").startswith("storage.bucket (")
 
 
-def test_a_bad_key_is_found_at_the_start(object_storage: ObjectStorage, bucket: str) -> None:
+def test_a_bad_key_is_detected_at_startup(object_storage: ObjectStorage, bucket: str) -> None:
     with object_storage.requiring_keys(*EVERYTHING) as (key, secret):
         S3Artifacts(object_storage.settings(bucket, access_key_id=key, secret_access_key=secret)).check()
         for pair in ((key, "another-secret"), ("AKIAUNKNOWN", secret)):
@@ -355,14 +355,14 @@ def test_a_bad_key_is_found_at_the_start(object_storage: ObjectStorage, bucket: 
         (("s3:PutObject", "s3:GetObject", "s3:ListBucket"), "deleting"),
     ],
 )
-def test_key_without_permissions_is_found_at_the_start(
+def test_key_without_permissions_is_detected_at_startup(
     object_storage: ObjectStorage, bucket: str, allowed: tuple[str, ...], missing: str
 ) -> None:
     with object_storage.requiring_keys(*allowed) as (key, secret):
         assert f"does not allow {missing}" in check(object_storage, bucket, access_key_id=key, secret_access_key=secret)
 
 
-def test_missing_key_is_found_at_the_start(
+def test_missing_key_is_detected_at_startup(
     object_storage: ObjectStorage, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in [name for name in os.environ if name.startswith("AWS_")]:
@@ -380,7 +380,7 @@ def closed_port() -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
-def test_an_unreachable_endpoint_is_found_at_the_start(
+def test_an_unreachable_endpoint_is_detected_at_startup(
     object_storage: ObjectStorage, bucket: str, closed_port: int
 ) -> None:
     for url in (f"http://127.0.0.1:{closed_port}", "http://no-such-host.invalid"):
@@ -390,7 +390,7 @@ def test_an_unreachable_endpoint_is_found_at_the_start(
         assert "cannot be reached" in message
 
 
-def test_a_silent_endpoint_is_found_at_the_start(object_storage: ObjectStorage, bucket: str) -> None:
+def test_a_silent_endpoint_is_detected_at_startup(object_storage: ObjectStorage, bucket: str) -> None:
     object_storage.proxy.faults = Faults(is_silent=True)
     assert "cannot be reached" in check_soon(object_storage, bucket)
 
@@ -407,7 +407,7 @@ def test_server_errors_are_retried_for_some_time(object_storage: ObjectStorage, 
 @pytest.mark.parametrize(
     ("overrides", "named"), [({"region": "not a region!"}, "storage.region"), ({"region": "auto"}, None)]
 )
-def test_invalid_region_is_found_at_the_start(
+def test_invalid_region_is_detected_at_startup(
     object_storage: ObjectStorage, bucket: str, overrides: dict[str, str], named: str | None
 ) -> None:
     if named:

@@ -30,7 +30,7 @@ def test_pcm16_equals_libsndfiles(audio: npt.NDArray[np.float32]) -> None:
 
 
 @given(arrays(np.float32, (2, 300), elements=st.floats(-2, 2, width=32)))
-def test_full_scale_equals_torchs_result(audio: npt.NDArray[np.float32]) -> None:
+def test_full_scale_pcm_matches_torch(audio: npt.NDArray[np.float32]) -> None:
     pcm = to_full_scale_pcm16(audio)
     assert pcm.flags.c_contiguous
     if not audio.any():

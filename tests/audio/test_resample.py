@@ -23,7 +23,7 @@ def test_matches_the_reference(case: str) -> None:
     ("from_hz", "to_hz", "length"),
     [(44100, 44100, 50), (8000, 44100, 1), (44100, 48000, 333), (96000, 44100, 2000), (7, 5, 100), (1000, 1, 2500)],
 )
-def test_equals_the_formula_written_out(from_hz: int, to_hz: int, length: int) -> None:
+def test_resampling_matches_the_explicit_formula(from_hz: int, to_hz: int, length: int) -> None:
     samples = torch.randn(2, length, generator=torch.Generator().manual_seed(1))
     result = resample(samples, from_hz, to_hz=to_hz)
     o, n = from_hz // math.gcd(from_hz, to_hz), to_hz // math.gcd(from_hz, to_hz)

@@ -100,7 +100,7 @@ def judge(
 def _judge_order(
     verdict: Verdict, order: Order, entries: Sequence[Entry], *, quiet_at: float, late_after_s: float
 ) -> set[str]:
-    """Check one order from the client's view. Returns the accepted job ids."""
+    """Check what the client observed for one order (a planned job). Returns the accepted job ids."""
     what = {kind: [entry for entry in entries if entry["what"] == kind] for kind in _WHATS}
     name = f"order {order.number} ({order.kind})"
     for entry in what["wrong"]:

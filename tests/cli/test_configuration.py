@@ -180,7 +180,7 @@ def test_the_proxy_can_be_set_in_the_env_file(run: Run, tmp_path: Path) -> None:
 @pytest.mark.server
 @pytest.mark.slow
 def test_stable_audio_api_serves_the_stable_audio_3_models(run: Run, tmp_path: Path) -> None:
-    """The models do not depend on `.env`. Without weights and a hub, the start fails at the first of them."""
+    """`.env` does not choose the models. With no weights on disk and the hub offline, startup fails at the first."""
     (tmp_path / ".env").write_text(
         "HF_HUB_OFFLINE=1\nSTABLE_AUDIO_DEFAULT_MODEL=small-music\nSTABLE_AUDIO_PRELOAD_MODELS=small-sfx\n"
     )

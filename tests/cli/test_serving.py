@@ -24,7 +24,7 @@ _TINY = {"models": [{"name": "tiny", "path": TINY}]}
         (_TINY, {"STABLE_AUDIO_DEFAULT_MODEL": "medium"}, "STABLE_AUDIO_DEFAULT_MODEL"),
     ],
 )
-def test_a_config_fault_is_named_and_stops_the_start(
+def test_a_config_fault_is_named_and_stops_startup(
     tmp_path: Path, args: dict[str, Any], variables: dict[str, str], named: str
 ) -> None:
     config = write_config(tmp_path, args)

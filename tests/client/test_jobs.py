@@ -274,7 +274,7 @@ async def test_after_three_empty_streams_the_client_polls(
     assert events[-1].status == "succeeded"
 
 
-async def test_an_upload_link_gets_no_key(served: Served, tmp_path: Path, connect: Callable[..., Caller]) -> None:
+async def test_no_key_is_sent_to_an_upload_link(served: Served, tmp_path: Path, connect: Callable[..., Caller]) -> None:
     """An upload link points to another host, which must not get the API key."""
     seen = []
 

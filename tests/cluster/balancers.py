@@ -29,7 +29,7 @@ def check(name: str, path: Path) -> subprocess.CompletedProcess[str]:
 
 
 def start(name: str, path: Path) -> subprocess.Popen[bytes]:
-    """Run the program for the life of the context. Its output goes to the file `said` in the same folder."""
+    """Run the program for the life of the context. It logs to the file `said` in the same folder."""
     options = ["-g", "daemon off;", "-c"] if name == "nginx" else ["-db", "-f"]
     with (path.parent / "said").open("w") as said:
         return subprocess.Popen([find_program(name), *options, str(path)], stdout=said, stderr=said)

@@ -1,4 +1,4 @@
-"""Parses a Dockerfile: stages, their bases, and instructions. Independent of the rules for them."""
+"""Parses a Dockerfile into stages, their bases, and instructions. Does not know the rules that tests check."""
 
 from __future__ import annotations
 

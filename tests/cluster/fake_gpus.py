@@ -1,6 +1,6 @@
-"""Builds applications on a Ray with fake GPUs, in a separate process that reads one order per line from a `Builder`.
+"""Builds applications on a Ray with fake GPUs, in a separate process that reads one build order per line.
 
-All tests share the process, because starting it takes as long as building. Each order has its own Ray.
+All tests share the process, because starting it takes as long as building. Each order gets its own Ray.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _ENVIRONMENT = {
 
 
 class Builder:
-    """Starts the process, and ends it with the context."""
+    """Starts the process, and ends it when the context ends."""
 
     def __init__(self, said: Path) -> None:
-        """Its log output goes to the file `said`."""
+        """The process logs to the file `said`."""
         self._said = said
         with said.open("w") as errors:
             self._process = subprocess.Popen(
@@ -58,7 +58,7 @@ class Builder:
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        assert self._process.poll() is None, self._said.read_text()  # an earlier order ended it
+        assert self._process.poll() is None, self._said.read_text()  # the process ended during an earlier order
         order = {"args": args, "nodes": nodes, "folder": str(folder), "environ": environ}
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()

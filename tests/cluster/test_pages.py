@@ -1,4 +1,4 @@
-"""Configurations and queries of other programs on the pages, checked by these programs."""
+"""NGINX and Prometheus accept their configurations and queries as shown in the docs."""
 
 from __future__ import annotations
 

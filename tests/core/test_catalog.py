@@ -14,7 +14,7 @@ def test_names_and_aliases_ignore_case_and_spaces(name: str) -> None:
     assert ModelCatalog([A, B]).resolve(name) is A
 
 
-def test_the_first_model_is_the_default_unless_named() -> None:
+def test_the_first_model_is_the_default_unless_another_is_named() -> None:
     assert ModelCatalog([A, B]).default is A
     assert ModelCatalog([A, B], default="B").default is B
 
@@ -33,7 +33,7 @@ def test_an_unknown_name_lists_the_valid_ones() -> None:
     assert len(caught.value.message) < 300
 
 
-def test_an_unservable_model_stops_the_start() -> None:
+def test_an_unservable_model_stops_startup() -> None:
     with pytest.raises(ConfigError, match="STABLE_AUDIO_DEFAULT_MODEL"):
         ModelCatalog([A, B], default="c")
     with pytest.raises(ConfigError, match="two models have the name"):

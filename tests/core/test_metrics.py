@@ -1,5 +1,6 @@
-"""The code measures and the docs list exactly the declared metrics. `tests/served/test_jobs.py` checks what a
-real run exports.
+"""Every declared metric is measured in the code and listed in the docs, and no others are.
+
+`tests/served/test_jobs.py` checks what a real run exports.
 """
 
 from __future__ import annotations

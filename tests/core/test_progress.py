@@ -30,6 +30,7 @@ async def test_every_change_of_stage_arrives_at_once_and_in_order() -> None:
 
 
 async def test_within_a_stage_only_the_latest_arrives_once_per_interval() -> None:
+    """At most one update per interval arrives: the latest."""
     clock = FakeClock()
     feed = ProgressFeed[Progress](0.01, clock=clock)
     received: dict[float, Progress] = {}

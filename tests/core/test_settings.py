@@ -193,7 +193,7 @@ def test_a_bad_key_is_named(tmp_path: Path, args: dict[str, Any], key: str) -> N
         load(tmp_path, args)
 
 
-def test_an_unknown_model_name_stops_the_start() -> None:
+def test_an_unknown_model_name_stops_startup() -> None:
     catalog = ModelCatalog([ModelCard("small-sfx", "stable-audio-3", aliases=("stable-audio-3-small-sfx",))])
     check_model_names(Settings(default_model="stable-audio-3-small-sfx", preload_models=("small-sfx",)), catalog)
     with pytest.raises(ConfigError, match=r"STABLE_AUDIO_DEFAULT_MODEL or STABLE_AUDIO_MODEL.*'huge'.*small-sfx"):

@@ -110,7 +110,7 @@ def results_of(name: str) -> dict[str, Any]:
 
 
 def clips_a_second() -> list[float]:
-    """Returns the measured figures of the table of sizes, computed from the results."""
+    """Returns clips per second, computed from the benchmark results, as the sizing table should show them."""
     threads = [1 / median(results_of("threads")["seconds"][number]) for number in ("1", "2")]
     sides = results_of("run-demo-fast")["sides"]
     return threads + [median(sides[side]["capacity_rps"]) for side in ("ours-fast", "ours-strict")]

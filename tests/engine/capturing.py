@@ -14,7 +14,7 @@ from stable_audio_serve.core.metrics import NullMetrics
 from stable_audio_serve.engine.hardware.device import WaitingDevice
 from tests.engine.late_device import LateDevice
 
-MOST_ROUNDS = 60  # repetitions of a load until its calls are captured
+MOST_ROUNDS = 60  # times that a load is repeated so that its calls are captured
 
 
 class _Capturing:

@@ -1,7 +1,7 @@
-"""The host's work in every kind of engine call, by kind of request: the real engine and small checkpoints on the
-stand-in device. What a figure may be, the tests and the goals say.
+"""Counts the host's work in every kind of engine call, by kind of request.
 
-Must run in a process of its own (`stand_in_device` says why): `run_apart` starts one.
+Runs the real engine and small checkpoints on the stand-in device. The tests and the goals define the limits. Must run
+in a process of its own, for the reason given in `stand_in_device`; `run_apart` starts one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from stable_audio_serve.core.generation import DeviceUse, GenerationRequest, Mode, SourceAudio
-from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.engine import Engine, EngineOptions, build
 from stable_audio_serve.engine.calls.executor import Executor
 from stable_audio_serve.engine.calls.stages import Stages
 from stable_audio_serve.engine.hardware.device import CudaDevice, Moment
@@ -51,7 +51,7 @@ _FAMILY_SAMPLERS: dict[Family, tuple[str, ...]] = {"sa3": tuple(SAMPLERS), "open
 KINDS: dict[Family, tuple[str, ...]] = {
     family: (*REQUESTS, *(f"sampler {name}" for name in samplers)) for family, samplers in _FAMILY_SAMPLERS.items()
 }
-# The engine calls, and the methods in which they happen; a call within another counts apart.
+# The engine calls and the methods that make them. A call within another is counted separately.
 _CALLS = (
     ("text", Stages, "start"),
     ("begin", Stages, "_begin"),
@@ -63,12 +63,12 @@ _CALLS = (
 _COUNTED = ("copies_to_device", "copies_to_host", "asynchronous_copies", "waits", "mix_ups", "launches")
 _STEPS = 3
 _DURATIONS_S: dict[Family, float] = {"sa3": 2.0, "open": 0.4}  # the second decodes 44,100 samples a second
-_ROWS = 2  # of each request: a step is never of a single row
+_ROWS = 2  # rows per request, so that no step has a single row
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What is counted: a kind of request (of its family's KINDS) in a mode, with a denoiser of that precision."""
+    """What to count: a kind of request (one of its family's KINDS) in a mode, with a denoiser of a precision."""
 
     kind: str
     mode: Mode = "fast"
@@ -77,15 +77,15 @@ class Setting:
 
 
 def run_apart(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """Returns the function's results for all items, one after another in one process of their own."""
+    """Returns the function's results for all items, computed one after another in one separate process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return list(process.map(function, items))
 
 
 def count(setting: Setting) -> dict[str, Any]:
-    """Returns, by engine call, how many there were and the figures of the worst: plain numbers.
+    """Returns the number of calls and the largest figures of any call, by kind of engine call, as plain numbers.
 
-    Every call was made once before, so that nothing is counted that happens once in a process's life.
+    Every call runs once before, so that work that happens once per process is not counted.
     """
     torch.set_num_threads(1)
     device = StandInDevice()
@@ -102,7 +102,7 @@ def make_model(family: Family, *, dtype: str) -> Sa3Model | SaoModel:
     for module in (model.text.encoder, model.prompt, *model.numbers.values(), model.denoiser, model.autoencoder):
         move(module)
     model._device = DEVICE
-    with torch.inference_mode(), StandInDevice():  # it keeps what follows from its weights on their device
+    with torch.inference_mode(), StandInDevice():  # it keeps tensors that it derives from its weights, on their device
         model.autoencoder.resolve()
     return model
 
@@ -139,13 +139,13 @@ def make_requests(setting: Setting, *, sample_rate_hz: int, seed: int) -> list[G
         case "inpaint":
             return [request(**inpaint)]
         case "mixed":
-            unlike = _FAMILY_SAMPLERS[setting.family][-2]  # of those that are not the family's default
+            unlike = _FAMILY_SAMPLERS[setting.family][-2]  # one that is not the family's default
             return [request(), request(**guided), request(**inpaint), request(sampler=unlike)]
     raise ValueError(f"unknown kind of request {setting.kind!r}")
 
 
 async def _run(model: DiffusionModel, setting: Setting, *, device: StandInDevice) -> list[tuple[str, HostWork]]:
-    """Send the same requests twice; returns the sections of the second time."""
+    """Send the requests twice, with different seeds. Returns the sections of the second time."""
     # No warm-up, whose measured times would decide which rows share a step; all rows fit into one.
     options = EngineOptions(mode=setting.mode, warmup_budget_s=0.0, fixed_share=0.001)
     num_before = 0
@@ -160,19 +160,18 @@ async def _run(model: DiffusionModel, setting: Setting, *, device: StandInDevice
 
 
 class _StandInEngine(Engine):
-    """An engine whose thread works on a stand-in device and begins when `num_rows` rows wait."""
+    """An engine whose thread uses a stand-in device and begins once `num_rows` rows wait."""
 
     def __init__(self, model: DiffusionModel, options: EngineOptions, *, device: StandInDevice, num_rows: int) -> None:
-        super().__init__(
-            model, options, scheduler=partial(_Together, num_rows=num_rows), device=_QueueingDevice(device)
-        )
+        with patch.object(build, "Scheduler", partial(_Together, num_rows=num_rows)):
+            super().__init__(model, options, device=_QueueingDevice(device))
         # One call is much faster than two, however many of its rows are dummies.
         self._predictor._cost.fit("denoise", [Measurement(rows, 64, 1000.0) for rows in (1, 32)])
         self._thread._sharing = device
 
 
 class _QueueingDevice(CudaDevice):
-    """The engine's view of a stand-in device, as of a GPU that is always one engine call behind."""
+    """Shows a stand-in device to the engine as a GPU that is always one engine call behind."""
 
     can_capture = False  # so that every call's own work is seen
 
@@ -191,7 +190,7 @@ class _QueueingDevice(CudaDevice):
         yield
 
     def follow(self, moment: Moment) -> None:
-        """All work is done when it is asked for."""
+        """Nothing to wait for: all work is done at once."""
 
     def use(self) -> DeviceUse:
         return DeviceUse(DEVICE.type)
@@ -217,7 +216,7 @@ class _Point:
 
 
 class _Together(Scheduler):
-    """Holds rows back until so many are there, so that they share every step."""
+    """Holds rows back until `num_rows` wait, so that they share every step."""
 
     def __init__(self, *args: Any, num_rows: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -231,7 +230,7 @@ class _Together(Scheduler):
 
 @contextmanager
 def _sections(device: StandInDevice) -> Iterator[None]:
-    """Within this context every engine call is a section, and waiting for the device is counted."""
+    """Within this context every engine call is a section, and every wait for the device is counted."""
 
     def within(name: str, method: Any) -> Any:
         @wraps(method)

@@ -1,5 +1,7 @@
-"""A device on the CPU whose second queue works as late as it may: when the host or the first queue waits for it, or
-after a number of looks. Until then everything that it was to make or to change is not there. Knows no engine.
+"""A CPU device whose second queue works as late as possible.
+
+Its work is done when the host or the first queue waits for it, or after a number of polls. Until then its results and
+changes are missing. Does not depend on the engine.
 """
 
 from __future__ import annotations
@@ -21,14 +23,14 @@ from tests.engine.torch_operations import is_composite
 
 
 class LateDevice(WaitingDevice):
-    """`patience`: how often it is asked in vain whether a point of its second queue is reached; None: always."""
+    """`patience`: number of polls until a point of the second queue is reached; None: only waiting reaches it."""
 
     def __init__(self, *, patience: int | None = None, mode: Mode = "strict") -> None:
         super().__init__(torch.device("cpu"), clock=SystemClock())
         self.has_second_queue = True
         self.default_mode = mode
         self.patience = patience
-        self.num_late = 0  # pieces of work that something else happened before
+        self.num_late = 0  # polls that returned False
         self._asked: list[_Operations] = []
         self._num_done = 0
         self._is_beside = False
@@ -54,13 +56,13 @@ class LateDevice(WaitingDevice):
         moment.wait()
 
     def work_up_to(self, count: int) -> None:
-        """Do the work of the second queue up to its piece number `count`."""
+        """Do the first `count` pieces of the second queue's work."""
         while self._num_done < count:
             self._asked[self._num_done].redo()
             self._num_done += 1
 
     def is_done(self, count: int) -> bool:
-        """Whether so many pieces are done."""
+        """Whether the first `count` pieces are done."""
         return self._num_done >= count
 
 
@@ -93,19 +95,21 @@ class _Operation:
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
     made: Sequence[Tensor]
-    before: Sequence[tuple[Tensor, Tensor]]  # what it changed, and how that was
+    before: Sequence[tuple[Tensor, Tensor]]  # the tensors that it changed, with their values before
 
 
 @dataclass(eq=False)
 class _Operations(TorchDispatchMode):
-    """Carries operations out, so that their shapes are known, and remembers them: undone, they can be done again."""
+    """Runs operations, which gives the shapes of their results, and records them so that they can be undone and
+    redone.
+    """
 
     operations: list[_Operation] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
 
-    def __torch_dispatch__(  # as torch calls it
+    def __torch_dispatch__(  # torch's signature
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -128,7 +132,7 @@ class _Operations(TorchDispatchMode):
         return result
 
     def undo(self) -> None:
-        """Put everything back that was changed, and garbage where something was made."""
+        """Restore every changed tensor and fill every created one with invalid values."""
         for operation in reversed(self.operations):
             for tensor, was in operation.before:
                 tensor.copy_(was)
@@ -137,7 +141,7 @@ class _Operations(TorchDispatchMode):
                 tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
 
     def redo(self) -> None:
-        """Do it for good."""
+        """Run the operations again and keep their results."""
         for operation in self.operations:
             args, kwargs = tree_map(_open_generator, (operation.args, operation.kwargs))
             results = [leaf for leaf in tree_leaves(operation.run(*args, **kwargs)) if isinstance(leaf, Tensor)]

@@ -1,5 +1,7 @@
-"""A device that is not there: its tensors live in host memory but claim another device, and everything that would cross
-between host and device, or make the host wait, is counted. Results are the CPU's. Knows no engine and no model.
+"""A simulated device that counts host work.
+
+Its tensors live in host memory but claim another device. Copies between host and device are counted, and so is
+everything that would make the host wait. Results are the CPU's. Does not depend on the engine or a model.
 
 The claimed device is torch's private one, which must be registered before its first use; that cannot be undone. So a
 process that uses a stand-in device should do nothing else. Everything else ends with the context: outside it, every
@@ -33,22 +35,22 @@ _TORCH_FOLDER = str(Path(torch.__file__).parent)
 
 @dataclass(slots=True)
 class HostWork:
-    """What the host did for one section of a program. Copies count once each, whatever their size.
+    """The host's work in one section of a program. Each copy counts once, whatever its size.
 
-    `origins` tells where the copies, waits and mix-ups came from: by kind of work, operation and line of source.
+    `origins` counts copies, waits and mix-ups by kind of work, operation and source line.
     """
 
     copies_to_device: int = 0  # blocking
     copies_to_host: int = 0  # blocking
-    asynchronous_copies: int = 0  # either way, from or to pinned memory
-    waits: int = 0  # until the device has finished what was asked of it
+    asynchronous_copies: int = 0  # in both directions, from or to pinned memory
+    waits: int = 0  # for the device to finish its work
     mix_ups: int = 0  # operations over tensors of both devices, which fail on a real one
     launches: int = 0
     origins: Counter[str] = field(default_factory=Counter)
 
     @property
     def blocking_copies(self) -> int:
-        """Both ways."""
+        """Blocking copies in both directions."""
         return self.copies_to_device + self.copies_to_host
 
 
@@ -91,7 +93,7 @@ class StandInDevice:
 
     def __init__(self) -> None:
         self.sections: list[tuple[str, HostWork]] = []  # in the order in which they began
-        self.outside = HostWork()  # of no section
+        self.outside = HostWork()  # work outside all sections
         self._open = [self.outside]
         self._pinned: dict[int, Tensor] = {}  # kept, so that no other memory takes their place
         self._stack = ExitStack()
@@ -108,7 +110,7 @@ class StandInDevice:
 
     @contextmanager
     def section(self, name: str) -> Iterator[HostWork]:
-        """Everything within counts for this section, and for no section around it."""
+        """Count work within this context for this section only, not for sections around it."""
         work = HostWork()
         self.sections.append((name, work))
         self._open.append(work)
@@ -118,13 +120,13 @@ class StandInDevice:
             self._open.remove(work)
 
     def wait(self, reason: str) -> None:
-        """Count a wait that is no operation on tensors, such as a synchronisation."""
+        """Count a wait that is not a tensor operation, such as a synchronisation."""
         work = self._open[-1]
         work.waits += 1
         work.origins[f"wait {reason} {_origin()}"] += 1
 
     def run(self, operation: Any, *, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Carry out an operation that is not composite and involves this device; returns its result."""
+        """Run an operation that is not composite and involves this device. Returns its result."""
         name = operations.name_of(operation)
         tensors = [leaf for leaf in operations.leaves((args, *kwargs.values())) if isinstance(leaf, Tensor)]
         target = kwargs.get("device")
@@ -140,7 +142,7 @@ class StandInDevice:
         return _map(partial(_wrap, known=known, to_device=to_device), result)
 
     def _count_crossing(self, name: str, args: Sequence[Any], *, kwargs: Mapping[str, Any], to_device: bool) -> bool:
-        """Count a copy between host and device. Returns False for a copy that does not leave its side."""
+        """Count a copy between host and device. Returns False if source and target are on the same side."""
         source = args[1] if name == "copy_" else args[0]
         target_is_here = _is_here(args[0]) if name == "copy_" else to_device
         if _is_here(source) == target_is_here:
@@ -216,7 +218,7 @@ class _Dispatch(TorchDispatchMode):
 
 
 class _Construction(TorchFunctionMode):
-    """Makes tensors from Python values on the host first, as torch does, but so that the copy can be seen."""
+    """Creates tensors from Python values on the host first, as torch does, but in a way that makes the copy visible."""
 
     def __torch_function__(self, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -237,7 +239,7 @@ def _without_lists(index: Any) -> Any:
 
 
 class _Generator(torch.Generator):
-    """The stand-in device draws with the CPU's generator."""
+    """Replaces a generator of the stand-in device by one of the CPU."""
 
     def __new__(cls, device: Any = "cpu") -> _Generator:
         on_host = "cpu" if torch.device(device).type == DEVICE.type else device
@@ -270,7 +272,7 @@ def _unwrap(value: Any) -> Any:
 
 
 def _wrap(value: Any, *, known: Mapping[int, StandInTensor], to_device: bool) -> Any:
-    """An operation in place returns the tensor that it was given."""
+    """Wrap a result; an in-place operation returns its own argument again."""
     if id(value) in known:
         return known[id(value)]
     return StandInTensor(value) if to_device and isinstance(value, Tensor) else value

@@ -93,7 +93,7 @@ def test_a_timing_above_a_larger_calls_timing_is_corrected() -> None:
     assert fit_call_cost(spiked).call_ms(1, 64) == pytest.approx(truth.call_ms(1, 64), rel=0.1)
 
 
-def test_equal_timings_still_grow_beyond_the_measured_shapes() -> None:
+def test_predicted_cost_grows_beyond_the_measured_shapes() -> None:
     fitted = fit_call_cost([Measurement(rows, frames, 12.0) for rows, frames in SHAPES])
     assert all(fitted.call_ms(rows, frames) == pytest.approx(12.0) for rows, frames in SHAPES)
     assert 12.0 < fitted.call_ms(8, 1024) < 24.0

@@ -101,7 +101,7 @@ async def submit(
 
 
 class PoisonedNoise(SeededNoise):
-    """The noise of the row that should fail; it identifies the row's windows."""
+    """The noise of the row that should fail, so that tests recognise this row's windows."""
 
 
 def make_noise(seed: int) -> SeededNoise:
@@ -109,7 +109,7 @@ def make_noise(seed: int) -> SeededNoise:
 
 
 @pytest.mark.server
-async def test_results_are_read_without_torch() -> None:
+async def test_results_can_be_unpickled_without_importing_torch() -> None:
     """Ingress and job runner unpickle results. Importing torch would take longer than most requests."""
     progress: list[Progress] = []
     async with make_engine() as engine:

@@ -1,4 +1,4 @@
-"""Which shapes are captured, and when. Only captures advance the clock."""
+"""The order and time in which shapes are captured. Only captures advance the clock."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class AnyShape:
 
 
 class Bench:
-    """Graphs on a device whose captures take time; `taken_ms` records them by size."""
+    """Graphs on a fake device on which capturing takes time. `taken_ms` maps a shape's size to its capture time."""
 
     def __init__(self) -> None:
         self.clock, self.metrics = FakeClock(), GraphCounts()
@@ -61,7 +61,7 @@ class _SlowDevice(RecordingDevice):
         return lambda: None
 
 
-def test_largest_shape_with_two_misses_is_captured_first() -> None:
+def test_largest_shape_used_twice_without_a_graph_is_captured_first() -> None:
     bench = Bench()
     bench.ask(100, 300, 200, times=2)
     bench.ask(400)
@@ -70,15 +70,15 @@ def test_largest_shape_with_two_misses_is_captured_first() -> None:
     assert (bench.metrics.graphs, bench.metrics.misses) == ({"denoise": 3}, {"denoise": 8})
 
 
-def test_no_capture_beside_traffic_before_capture_times_are_known() -> None:
+def test_no_capture_during_traffic_before_capture_times_are_known() -> None:
     bench = Bench()
     bench.ask(100, times=99)
     assert not bench.graphs.capture_next(is_idle=False)
-    bench.ask(100)  # now so many misses that a capture is worth the delay
+    bench.ask(100)  # now often enough without a graph that a capture is worth the delay
     assert bench.graphs.capture_next(is_idle=False)
 
 
-def test_a_capture_beside_traffic_delays_steps_by_at_most_200_ms() -> None:
+def test_a_capture_during_traffic_delays_steps_by_at_most_200_ms() -> None:
     bench = Bench()
     bench.ask(1000, times=2)  # 100 ms
     bench.capture_all()

@@ -1,4 +1,4 @@
-"""The memory of rows: computed by hand, measured on a real model, and rows that wait for memory."""
+"""Row memory: computed by hand, measured on a real model, and bounded by making rows wait."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ async def test_a_late_second_queue_does_not_change_the_audio(mode: str, patience
 
 
 class PoisonedNoise(SeededNoise):
-    """The noise of the row that should fail; it identifies the row's windows."""
+    """The noise of the row that should fail, so that tests recognise this row's windows."""
 
 
 def make_noise(seed: int) -> SeededNoise:
@@ -104,7 +104,7 @@ def break_poisoned(name: str, items: Sequence[object]) -> None:
     ],
     ids=["text", "decode", "encode"],
 )
-async def test_a_row_that_fails_beside_steps_fails_alone(poison: GenerationRequest) -> None:
+async def test_a_row_that_fails_in_the_second_queue_fails_alone(poison: GenerationRequest) -> None:
     crowd = make_varied_requests()
     expected = await run_alone(crowd, mode="fast")
     model = ToyModel(noisy_source_encoder=True, on_call=break_poisoned)

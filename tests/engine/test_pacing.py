@@ -1,4 +1,4 @@
-"""How much of a row is decoded per turn: much if no other row waits, otherwise at most a step's time."""
+"""The frames that are decoded per turn: many if no other row waits, otherwise at most a step's time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prices agree with the predictions they are made from, and with arithmetic by hand."""
+"""Prices agree with the predictions that they are derived from, and with arithmetic by hand."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_price_of_an_evaluation_includes_the_headroom(cost: CostModel) -> None:
 @pytest.mark.parametrize("duration_s", [0.1, 0.4, 1.3, 2.0, 2.56])
 @pytest.mark.parametrize("fields", [{}, {"steps": 1}, {"steps": 100}, {"cfg_scale": 4.0}, {"batch_size": 3}])
 def test_a_price_is_near_the_prediction(cost: CostModel, duration_s: float, fields: dict[str, object]) -> None:
-    """Not equal: the two rows of a guided step may share the call's fixed cost."""
+    """The price exceeds the prediction where the two rows of a guided step share the call's fixed cost."""
     prices = PriceList(MODEL, Predictor(cost, OneRowPerCall())).current()
     request = make_request(duration_s=duration_s, **fields)
     assert prices.of_request(request) == pytest.approx(predict_ms(cost, request), rel=0.25)

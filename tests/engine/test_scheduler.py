@@ -57,7 +57,7 @@ def let_decode(work: RowWork, *, frames: int = 100) -> None:
     work.decode_left = (frames,)
 
 
-def test_rows_that_decode_beside_a_step_do_not_use_its_budget() -> None:
+def test_rows_that_decode_in_parallel_do_not_use_the_budget_of_a_step() -> None:
     for has_second_queue, picked in ((False, [0, 1, 2]), (True, [0, 1, 2, 3, 4])):
         scheduler = make_scheduler(knee=300, has_second_queue=has_second_queue)
         works = [add(scheduler, row_id, at=0.001 * row_id) for row_id in range(9)]
@@ -67,7 +67,7 @@ def test_rows_that_decode_beside_a_step_do_not_use_its_budget() -> None:
         assert scheduler.pick() == picked
 
 
-def test_only_a_step_is_picked_without_room_beside() -> None:
+def test_without_room_in_the_second_queue_only_steps_are_picked() -> None:
     scheduler = make_scheduler(has_second_queue=True)
     works = [add(scheduler, row_id, at=0.001 * row_id) for row_id in range(2)]
     scheduler.pick()
@@ -79,7 +79,7 @@ def test_only_a_step_is_picked_without_room_beside() -> None:
     assert scheduler.pick() == [0, 1]
 
 
-def test_a_row_that_waits_for_room_beside_keeps_its_place() -> None:
+def test_a_row_that_waits_for_the_second_queue_keeps_its_place() -> None:
     scheduler = make_scheduler(has_second_queue=True, max_started=2)
     add(scheduler, 0, steps=20)
     assert scheduler.pick() == [0]
@@ -90,7 +90,7 @@ def test_a_row_that_waits_for_room_beside_keeps_its_place() -> None:
     assert scheduler.pick() == [0, 1]
 
 
-def test_batch_rows_pay_for_decoding_beside_interactive_steps() -> None:
+def test_batch_rows_pay_for_decoding_in_parallel_to_interactive_steps() -> None:
     scheduler = make_scheduler(has_second_queue=True, batch_share=0.125)
     let_decode(add(scheduler, 0, priority="batch"), frames=100)
     assert scheduler.pick() == [0]  # alone

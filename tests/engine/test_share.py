@@ -1,4 +1,4 @@
-"""A process with a share of a device's memory stays within it: by hand, and on an engine with such a device."""
+"""A process stays within its share of a device's memory: computed by hand, and run on an engine with such a device."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def test_every_result_equals_that_of_the_request_alone(outcome: Outcome) -> None
 
 
 def test_one_request_in_twenty_is_cancelled(outcome: Outcome) -> None:
-    """Hardly any of them finishes first."""
+    """Hardly any of them finishes before it is cancelled."""
     drawn = round(CANCEL_SHARE * REQUESTS)
     assert drawn / 2 <= outcome.cancelled.total() <= drawn
 

@@ -35,7 +35,7 @@ def test_rho_1_is_the_exponential_grid() -> None:
     torch.testing.assert_close(ratios, ratios[:1].expand(8), rtol=1e-5, atol=0)
 
 
-def test_karras_levels_are_even_in_their_root() -> None:
+def test_karras_levels_are_evenly_spaced_in_sigma_to_the_one_over_rho() -> None:
     levels = karras_sigmas(12, SigmaRange(0.002, 80.0, 7.0))
     assert float(levels[-1]) == 0.0
     torch.testing.assert_close(levels[[0, -2]], torch.tensor([80.0, 0.002]), rtol=1e-5, atol=0)

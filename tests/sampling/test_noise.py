@@ -28,7 +28,7 @@ def test_any_integer_is_a_seed() -> None:
 
 
 @given(start=st.integers(0, 200), length=st.integers(1, 150), axis=st.integers(0, 1), seed=st.integers(-5, 2**65))
-def test_window_noise_depends_on_the_frame_only(start: int, length: int, axis: int, seed: int) -> None:
+def test_noise_of_a_frame_does_not_depend_on_the_window(start: int, length: int, axis: int, seed: int) -> None:
     def window(begin: int, frames: int) -> torch.Tensor:
         shape = (frames, 3) if axis == 0 else (3, frames)
         return SeededNoise(seed).window("decode/tokens", begin, shape=shape, frame_axis=axis, device=CPU)

@@ -378,7 +378,7 @@ def is_open(host: str, port: int) -> bool:
         return client.connect_ex((host, port)) == 0
 
 
-async def test_every_edit_applies_once_or_stops_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_every_edit_applies_once_or_stops_startup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with listening(app) as backend_port, proxying(backend_port, tmp_path, monkeypatch) as proxy:
         finished = proxy.config.read_text()
         proxy.api._generate_config_file_internal()

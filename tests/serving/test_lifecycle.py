@@ -196,7 +196,7 @@ def freeze_child(parent: subprocess.Popen[str], name: str) -> None:
         time.sleep(0.01)
 
 
-def test_taken_port_stops_the_start(server: LaunchedServer, tmp_path: Path) -> None:
+def test_taken_port_stops_startup(server: LaunchedServer, tmp_path: Path) -> None:
     config = write_config(tmp_path, make_args())
     assert f"port {server.port}" in run_to_failure(config, "--port", str(server.port))
     error = run_to_failure(config, "--port", str(free_port()), "--metrics-port", str(server.port))
@@ -215,7 +215,7 @@ def test_killed_processes_and_ctrl_c_leave_no_traceback(server: LaunchedServer) 
     check_that_its_log_is_plain(server, since=0)
 
 
-def test_config_fault_stops_the_start_by_name(tmp_path: Path) -> None:
+def test_config_fault_stops_startup_by_name(tmp_path: Path) -> None:
     """These faults are found before the process changes anything, see `tests/cli/test_serving.py`."""
     config = write_config(tmp_path, make_args(), htpp_options={})
     assert "htpp_options" in run_to_failure(config, "--port", str(free_port()))
@@ -236,7 +236,7 @@ def test_weights_of_another_network_stop_the_start(tmp_path: Path) -> None:
 
 
 @pytest.mark.chaos
-def test_unknown_haproxy_configuration_stops_the_start(tmp_path: Path) -> None:
+def test_unknown_haproxy_configuration_stops_startup(tmp_path: Path) -> None:
     program = tmp_path / "haproxy"
     program.write_text('#!/bin/sh\n[ "$1" = -v ] || { echo "error: not this one" >&2; exit 1; }\n')
     program.chmod(0o700)

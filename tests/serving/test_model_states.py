@@ -92,4 +92,5 @@ def test_autoscaling_settings_reach_serve(watcher: Watcher) -> None:
     tiny, lazy = (watcher.settings[name]["autoscaling_config"] for name in ("tiny", "lazy"))
     assert (tiny["min_replicas"], tiny["max_replicas"]) == (1, 1)
     assert (lazy["min_replicas"], lazy["max_replicas"]) == (0, 2)
-    assert lazy["policy"]["policy_kwargs"] == {"target_wait_s": 3, "grow_after_s": 3, "shrink_after_s": 123}
+    assert lazy["policy"]["policy_kwargs"] == {"target_wait_s": 3}
+    assert (lazy["upscale_delay_s"], lazy["downscale_delay_s"]) == (3, 123)

@@ -123,7 +123,7 @@ def test_job_folder_is_relative_to_the_working_directory(tmp_path: Path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unusable_database_stops_the_start() -> None:
+def test_unusable_database_stops_startup() -> None:
     with pytest.raises(ConfigError, match="database_url") as caught:
         make_options({"name": "demo"}, jobs={"database_url": "mysql://u:secret@db/jobs"})
     assert "secret" not in caught.value.message

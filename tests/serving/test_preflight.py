@@ -44,27 +44,27 @@ def refusal(folder: Path, models: list[Mapping[str, Any]], **variables: str) -> 
 
 
 @pytest.mark.server
-def test_gated_repository_stops_the_start(tmp_path: Path) -> None:
+def test_gated_repository_stops_startup(tmp_path: Path) -> None:
     with running_hub({"lab/model": Repo({"model_config.json": b"{}", "model.safetensors": b""}, True, "good")}) as hub:
         line = refusal(tmp_path, [HUB_MODEL], HF_ENDPOINT=hub.url, HF_TOKEN="bad")
     assert line.startswith(f"error: model lab: lab/model is gated: accept its terms at {hub.url}/lab/model")
 
 
 @pytest.mark.slow
-def test_silent_hub_stops_the_start_soon(tmp_path: Path) -> None:
+def test_silent_hub_stops_startup_soon(tmp_path: Path) -> None:
     with silent_hub() as url:
         line = refusal(tmp_path, [HUB_MODEL], HF_ENDPOINT=url)
     assert line.startswith("error: model lab: lab/model is not complete in ")
     assert f"{url} cannot be reached" in line
 
 
-def test_missing_folder_stops_the_start(tmp_path: Path) -> None:
+def test_missing_folder_stops_startup(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"model tiny: .*{tmp_path}/absent"):
         check(make_plan({"name": "tiny", "path": str(tmp_path / "absent")}), print_error=pytest.fail)
 
 
 @pytest.mark.slow
-def test_missing_network_stops_the_start(tmp_path: Path) -> None:
+def test_missing_network_stops_startup(tmp_path: Path) -> None:
     line = refusal(tmp_path, [HUB_MODEL], HF_ENDPOINT="http://127.0.0.1:9")
     assert "http://127.0.0.1:9 cannot be reached" in line
 
@@ -87,7 +87,7 @@ def make_plan(*models: Mapping[str, Any], **settings: Any) -> Plan:
         ("t5gemma/tokenizer.json", "t5gemma holds no tokenizer.json"),
     ],
 )
-def test_folder_without_a_file_stops_the_start(tmp_path: Path, lost: str, message: str) -> None:
+def test_folder_without_a_file_stops_startup(tmp_path: Path, lost: str, message: str) -> None:
     folder = tmp_path / "model"
     shutil.copytree(TINY, folder)
     (folder / lost).unlink()
@@ -121,7 +121,7 @@ def test_model_not_loaded_at_the_start_only_warns(tmp_path: Path) -> None:
         check(make_plan(tiny, absent | {"replicas": {"min_replicas": 1}}), print_error=pytest.fail)
 
 
-def test_missing_package_of_a_backend_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_of_a_backend_stops_startup(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(package, "find_spec", lambda name: None)
     plan = make_plan({"name": "mine", "path": str(OPEN_GOLDENS / "tiny-small"), "backend": "stable_audio_tools"})
     with pytest.raises(CheckpointError, match=r"model mine: backend stable_audio_tools needs .* pip install --no-deps"):
@@ -129,7 +129,9 @@ def test_missing_package_of_a_backend_stops_the_start(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("model", [{"name": "tiny", "path": TINY}, {"name": "small-music"}], ids=["folder", "built in"])
-def test_backend_without_the_family_stops_the_start(model: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_startup_fails_if_the_backend_lacks_the_family(
+    model: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(package, "missing_packages", tuple)
     with pytest.raises(CheckpointError, match="runs models of the family stable-audio-open, this is stable-audio-3"):
         check(make_plan({**model, "backend": "stable_audio_tools"}), print_error=pytest.fail)
@@ -177,7 +179,7 @@ def test_unreachable_config_of_another_node_only_warns(tmp_path: Path) -> None:
     assert families == "stable-audio-3 stable-audio-3"
 
 
-def test_backend_without_the_repository_family_stops_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backend_without_the_repository_family_stops_startup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill_cache(tmp_path, "lab/tiny", Path(TINY))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(package, "missing_packages", tuple)

@@ -1,4 +1,4 @@
-"""`verify` detects small mistakes in the arithmetic of the models, with the stored folders."""
+"""`verify` detects small bugs, put into the models' arithmetic on purpose, with the stored folders."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def keep_cases(facts: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHARP)
-def test_unmodified_code_misses_no_bound(untouched: dict[str, Path], name: str) -> None:
+def test_unmodified_code_stays_within_every_error_bound(untouched: dict[str, Path], name: str) -> None:
     answer = run_verify(untouched[name])
     assert answer.exit_code == 0, "\n".join(answer.lines)
 
@@ -90,7 +90,7 @@ def test_unmodified_code_misses_no_bound(untouched: dict[str, Path], name: str) 
         *(slow(name, scale_the_negative_prompt, "end-to-end latents") for name in SHARP),
     ],
 )
-def test_a_mistake_misses_its_bound(
+def test_a_deliberate_bug_exceeds_the_error_bound(
     untouched: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str, mutate: Mutate, component: str
 ) -> None:
     mutate(monkeypatch)
@@ -101,7 +101,7 @@ def test_a_mistake_misses_its_bound(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHARP)
-def test_a_wrong_norm_eps_misses_the_bound(untouched: dict[str, Path], tmp_path: Path, name: str) -> None:
+def test_a_wrong_norm_eps_exceeds_the_error_bound(untouched: dict[str, Path], tmp_path: Path, name: str) -> None:
     folder = Path(shutil.copytree(untouched[name], tmp_path / name))
     file = folder / "model_config.json"
     values = json.loads(file.read_text())

@@ -88,7 +88,9 @@ def other_branch_as_the_guided_one(patch: pytest.MonkeyPatch) -> None:
         slow(other_branch_as_the_guided_one, "samplers over time"),
     ],
 )
-def test_a_mistake_misses_its_bound(monkeypatch: pytest.MonkeyPatch, mutate: Mutate, component: str) -> None:
+def test_a_deliberate_bug_exceeds_the_error_bound(
+    monkeypatch: pytest.MonkeyPatch, mutate: Mutate, component: str
+) -> None:
     mutate(monkeypatch)
     answer = run_verify(FOLDER)
     assert answer.exit_code == 1
@@ -105,12 +107,12 @@ def test_a_mistake_misses_its_bound(monkeypatch: pytest.MonkeyPatch, mutate: Mut
         slow("prepare/up_441"),
     ],
 )
-def test_one_changed_number_is_a_miss(folder: Path, key: str) -> None:
+def test_one_changed_number_is_a_mismatch(folder: Path, key: str) -> None:
     edit_tensors(folder / "golden.safetensors", add_to_first(key, 0.01))
     assert missed(run_verify(folder)) == {key}
 
 
-def test_a_changed_draw_is_a_miss(folder: Path) -> None:
+def test_a_changed_draw_is_a_mismatch(folder: Path) -> None:
     def change(facts: dict[str, Any]) -> None:
         facts["cases"]["sampler/dpmpp-2m-sde"]["draws"][0]["value"] += 1
         facts["cases"]["sampler/rf-pingpong"]["draws"].pop()

@@ -1,4 +1,4 @@
-"""`verify` on folders of the Stable Audio Open family: stored folders pass, small mistakes in the code miss a bound."""
+"""`verify` on folders of the Stable Audio Open family: stored folders pass, small deliberate bugs exceed a bound."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def edits_without_a_mask(patch: pytest.MonkeyPatch) -> None:
         slow(negative_with_the_prompt_s_seconds, "end-to-end latents"),
     ],
 )
-def test_a_mistake_misses_its_bound(
+def test_a_deliberate_bug_exceeds_the_error_bound(
     quick: Path, monkeypatch: pytest.MonkeyPatch, mutate: Mutate, component: str
 ) -> None:
     mutate(monkeypatch)
@@ -190,7 +190,7 @@ def test_one_changed_weight_names_its_component(tmp_path: Path, component: str, 
 
 
 @pytest.mark.slow
-def test_malformed_facts_are_misses(tmp_path: Path) -> None:
+def test_malformed_facts_are_mismatches(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(OPEN_GOLDENS / "tiny-small", tmp_path / "folder"))
     facts = json.loads((folder / "golden.json").read_text())
     for spoilt in (
@@ -217,7 +217,7 @@ def test_a_run_with_an_unknown_argument_is_skipped_by_name(quick: Path, tmp_path
 @pytest.mark.parametrize(
     "key", [slow("gen/card/trace_denoised"), slow("gen/init_8.0/global_cond"), slow("gen/negative/latents")]
 )
-def test_one_changed_number_is_a_miss(quick: Path, tmp_path: Path, key: str) -> None:
+def test_one_changed_number_is_a_mismatch(quick: Path, tmp_path: Path, key: str) -> None:
     folder = Path(shutil.copytree(quick, tmp_path / "folder"))
     edit_tensors(folder / "golden.safetensors", add_to_first(key, 0.2))
     answer = run_verify(folder)

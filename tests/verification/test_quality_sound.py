@@ -1,4 +1,4 @@
-"""Levels and spectra of sines and noise with known values, and the bounds of equal clips."""
+"""Levels and spectra of sines and noise with known values, and how far clips that count as equal may differ."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_level_bounds_are_a_tenth_of_a_decibel_or_six_for_other_weights(factor: 
     assert (difference_from_other(now, before) is None) is other
 
 
-def test_rounding_to_half_precision_and_dither_of_sixteen_bits_pass() -> None:
+def test_half_precision_rounding_and_16_bit_dither_are_accepted() -> None:
     before = describe(NOISE, RATE)
     dithered = NOISE + RNG.uniform(-1 / 32768, 1 / 32768, NOISE.shape).astype(np.float32)
     for audio in (NOISE.astype(np.float16).astype(np.float32), dithered):

@@ -63,7 +63,7 @@ def test_one_changed_weight_names_its_component(folder: Path, component: str) ->
 @pytest.mark.parametrize(
     "key", [slow("ae/decode_quiet"), slow("dit/cfg3_neg_apg1"), "gen/t2a_partly_padded/audio_keymask"]
 )
-def test_one_changed_number_is_a_miss(folder: Path, key: str) -> None:
+def test_one_changed_number_is_a_mismatch(folder: Path, key: str) -> None:
     edit_tensors(folder / "golden.safetensors", add_to_first(key, 0.01))
     answer = run_verify(folder)
     assert answer.exit_code == 1
@@ -91,7 +91,9 @@ def test_a_missing_weight_names_its_component(folder: Path, component: str) -> N
     ],
 )
 @pytest.mark.parametrize("damage", ["cut short", "removed"])
-def test_unreadable_files_are_misses_without_a_traceback(folder: Path, file: str, component: str, damage: str) -> None:
+def test_unreadable_files_are_mismatches_without_a_traceback(
+    folder: Path, file: str, component: str, damage: str
+) -> None:
     path = folder / file
     path.write_bytes(path.read_bytes()[:1000]) if damage == "cut short" else path.unlink()
     answer = run_verify(folder)
@@ -124,7 +126,7 @@ def test_without_key_masked_numbers_only_unpadded_rows_are_compared(folder: Path
     assert keys == {f"{QUICK_CASES[0]}/{output}[0]" for output in ("latents", "audio")}
 
 
-def test_malformed_facts_are_misses(folder: Path) -> None:
+def test_malformed_facts_are_mismatches(folder: Path) -> None:
     edit_facts(folder, lambda facts: facts["components"].update(number={"values": "many"}))
     edit_facts(folder, lambda facts: facts["cases"][QUICK_CASES[0]]["args"].update(duration="long"))
     edit_facts(folder, lambda facts: facts["cases"][QUICK_CASES[1]]["args"].update(seed=1))

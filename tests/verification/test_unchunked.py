@@ -1,4 +1,4 @@
-"""With `chunked: false` in a Stable Audio 3 config, verification codes audio in one piece, like the reference."""
+"""With `chunked: false` in a config, verification encodes and decodes audio in one piece, as the reference does."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def make_case(model: Sa3Model, tensors: dict[str, Tensor], **args: Any) -> Case:
     return parse_case("gen/long", {"args": args}, goldens=Goldens({}, tensors), chunked=model.config.chunked)
 
 
-def test_long_audio_is_coded_in_one_piece(folder: Path, model: Sa3Model) -> None:
+def test_long_audio_is_encoded_and_decoded_in_one_piece(folder: Path, model: Sa3Model) -> None:
     stored, source = Goldens.load(folder), {"sample_rate": 1000, "tensor": "ae/audio_long"}
     tensors = {"ae/audio_long": stored["ae/audio_long"][0]}
     case = make_case(model, tensors, seed=3, duration=9.6, duration_padding_sec=0, sample_size=9600, init_audio=source)
