@@ -66,6 +66,8 @@ class LoopControls(TypedDict, total=False):
     cfg_scale: Annotated[float | None, "Guidance."]
     seed: Annotated[int | None, "The same seed gives the same audio; -1 = random."]
     style_strength: Annotated[float | None, "With audio: low keeps more of it."]
+    model_type: Annotated[Literal["standard", "finetune"] | None, "finetune = the model that `finetune_repo` names."]
+    finetune_repo: Annotated[str | None, "A served model's name or alias."]
 
 
 class JobControls(Controls, total=False):
