@@ -71,7 +71,7 @@ def test_jobs_without_a_stream_are_polled_in_turn(page: Page) -> None:
 @pytest.mark.slow
 def test_interrupted_download_is_fetched_after_a_reload(page: Page) -> None:
     page.run(
-        """
+        r"""
         const real = window.fetch;
         const broken = () => new ReadableStream({ start: (stream) => stream.error(new TypeError("it broke")) });
         window.fetch = async (url, options) =>
