@@ -67,7 +67,7 @@ def problems(tree: dict[str, Any]) -> list[str]:
 
 def _service_problems(tree: dict[str, Any]) -> Iterator[str]:
     for name, service in tree["services"].items():
-        if not re.search(r":[\w.]+$", service["image"]):
+        if not re.search(r":[\w.-]+$", service["image"]):
             yield f"{name}: an image without a version"
         for key, value in service.get("environment", {}).items():
             if _SECRET.search(key) and "${" not in value:

@@ -96,7 +96,7 @@ def test_server_stopped_under_load_loses_nothing(servers: Sequence[LaunchedServe
         for load in (by_nginx, by_haproxy):
             print(load)
             assert load.failures == []
-            assert all(told.startswith("/jobs: ") for told in load.told), load.told
+            assert all(refusal.startswith("/jobs: ") for refusal in load.refusals), load.refusals
             jobs = load.finished_jobs()
             assert len(jobs) > 10
             for job in jobs:
