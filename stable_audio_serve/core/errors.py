@@ -121,9 +121,20 @@ class ConflictError(StableAudioError):
 
 
 class OverloadedError(StableAudioError):
-    """No capacity for this work now. `retry_after_s` is the expected wait in seconds."""
+    """No capacity for this work now. `retry_after_s` is the expected wait in seconds.
+
+    A full engine also sets `full_for_s`, the seconds until it accepts requests again, and `work_s`, the seconds that
+    the refused request would take. `retry_after_s` is longer: it leaves time for clients that were refused before.
+    """
 
     kind = "overloaded"
+
+    def __init__(
+        self, message: str, *, retry_after_s: float | None = None, full_for_s: float = 0.0, work_s: float = 0.0
+    ) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.full_for_s = full_for_s
+        self.work_s = work_s
 
 
 class QuotaError(OverloadedError):

@@ -122,11 +122,15 @@ class Admission:
             less_ms = sum(each for each in held_ms.values() if each <= own_ms + work_ms)
             over_ms = min(over_ms, less_ms - _RESERVE_SHARE * max_ms)
         if over_ms > 0 or over_own_ms > 0:
-            refused_ms = self._count_refused(client, work_ms or ahead_ms / max(self._num_held, 1))
+            work_ms = work_ms or ahead_ms / max(self._num_held, 1)
+            full_ms = max(over_ms, over_own_ms)
+            refused_ms = self._count_refused(client, work_ms)
             what = "the model's queue" if over_ms > 0 else "this client's share of the model's queue"
             raise OverloadedError(
                 f"{what} is full (max_queue_s): about {pace * ahead_ms / 1000.0:.1f} s of work is waiting",
-                retry_after_s=max(pace * (max(over_ms, over_own_ms) + refused_ms) / 1000.0, _LEAST_RETRY_S),
+                retry_after_s=max(pace * (full_ms + refused_ms) / 1000.0, _LEAST_RETRY_S),
+                full_for_s=pace * full_ms / 1000.0,
+                work_s=pace * work_ms / 1000.0,
             )
 
     def _count_refused(self, client: str, work_ms: float) -> float:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ray.exceptions import RayError, RayTaskError
@@ -37,7 +37,53 @@ _ATTEMPTS = 2  # with a fixed seed a request can be repeated, so a dead replica 
 _DEADLINE_GRACE_S = 2.0  # the engine ends a late request itself; this timeout is for an engine that hangs
 _RETRY_AFTER_S = 5.0
 _JITTER = 0.25  # largest random share added to a retry time
+_MAX_REPEAT_S = 1.0  # longest time for which a refusal is repeated
+_MAX_REFUSALS = 1000
 _LOAD_CHECK_S = 1.0  # seconds between checks whether the model of a held request can load at all
+
+
+@dataclass(slots=True)
+class _Refusal:
+    """A full model's last refusal of one client. Times are those of the event loop, in seconds."""
+
+    error: OverloadedError
+    full_until: float
+    retry_at: float  # for the request that was refused last
+
+    def repeat(self, now: float) -> OverloadedError:
+        """Return the refusal of a further request. It may return after all that were refused before it."""
+        self.retry_at += self.error.work_s
+        return OverloadedError(self.error.message, retry_after_s=self.retry_at - now)
+
+
+class _Refusals:
+    """The last refusal by client, model and priority. While the model is full, it is repeated here: a call to a busy
+    replica would cost more than the refusal itself.
+    """
+
+    def __init__(self) -> None:
+        self._refusals: dict[tuple[str, str, str], _Refusal] = {}
+
+    def check(self, caller: tuple[str, str, str]) -> None:
+        """Raises OverloadedError while the model is known to be full for this caller."""
+        now = asyncio.get_running_loop().time()
+        refusal = self._refusals.get(caller)
+        if refusal and now < refusal.full_until:
+            raise refusal.repeat(now)
+
+    def record(self, caller: tuple[str, str, str], error: OverloadedError) -> OverloadedError:
+        """Keep a replica's refusal. Return it with a later retry time if further requests were refused meanwhile."""
+        if not error.full_for_s:
+            return error
+        now = asyncio.get_running_loop().time()
+        retry_at = now + (error.retry_after_s or 0.0)
+        if before := self._refusals.get(caller):
+            retry_at = max(retry_at, before.retry_at + error.work_s)
+        if len(self._refusals) >= _MAX_REFUSALS:
+            self._refusals = {name: each for name, each in self._refusals.items() if now < each.retry_at}
+        if len(self._refusals) < _MAX_REFUSALS or caller in self._refusals:
+            self._refusals[caller] = _Refusal(error, now + min(error.full_for_s, _MAX_REPEAT_S), retry_at)
+        return OverloadedError(error.message, retry_after_s=retry_at - now)
 
 
 class RayBackend:
@@ -53,6 +99,7 @@ class RayBackend:
     ) -> None:
         self._catalog = catalog
         self._handles = handles
+        self._refusals = _Refusals()
         self._watch = ModelWatch((card.name for card in catalog), handles, application=application, metrics=metrics)
 
     @property
@@ -67,10 +114,13 @@ class RayBackend:
 
         If the request is refused, the retry delay is lengthened at random, so that clients do not all return at once.
         """
+        caller = request.client, model, request.priority
         try:
+            self._refusals.check(caller)
             return await self._run(model, request, on_progress=on_progress)
         except OverloadedError as error:
-            wait_s = (error.retry_after_s or _RETRY_AFTER_S) * random.uniform(1.0, 1.0 + _JITTER)
+            refusal = self._refusals.record(caller, error)
+            wait_s = (refusal.retry_after_s or _RETRY_AFTER_S) * random.uniform(1.0, 1.0 + _JITTER)
             raise OverloadedError(error.message, retry_after_s=wait_s) from error
 
     async def _run(

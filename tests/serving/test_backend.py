@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -50,6 +52,35 @@ async def test_retry_times_of_refused_clients_vary_by_a_quarter() -> None:
     assert 8.0 <= min(waits) < 8.5
     assert 9.5 < max(waits) <= 10.0
     assert await model.generate("small-sfx", _REQUEST) == _RESULT  # no refusal is remembered
+
+
+async def test_a_refusal_is_repeated_while_the_model_is_full() -> None:
+    """Other clients and priorities ask the model themselves."""
+    full = OverloadedError("the model's queue is full", retry_after_s=100.0, full_for_s=30.0, work_s=50.0)
+    model = backend(full, full, _RESULT, _RESULT)
+    batch = replace(_REQUEST, priority="batch")
+
+    async def wait_s(request: GenerationRequest) -> float:
+        with pytest.raises(OverloadedError, match="queue is full") as refusal:
+            await model.generate("small-sfx", request)
+        return refusal.value.retry_after_s or 0.0
+
+    assert await wait_s(_REQUEST) == pytest.approx(112.5, abs=13.5)
+    assert await wait_s(batch) == pytest.approx(112.5, abs=13.5)  # the replica's second answer
+    assert await wait_s(_REQUEST) == pytest.approx(168.75, abs=19.75)  # returns 50 s after the first
+    assert await wait_s(_REQUEST) == pytest.approx(225.0, abs=26.0)
+    assert await model.generate("small-sfx", replace(_REQUEST, client="another")) == _RESULT
+    await asyncio.sleep(1.1)  # longer than any refusal is repeated
+    assert await model.generate("small-sfx", _REQUEST) == _RESULT
+
+
+async def test_a_repeated_refusal_ends_when_the_model_has_room() -> None:
+    full = OverloadedError("the model's queue is full", retry_after_s=8.0, full_for_s=0.01)
+    model = backend(full, _RESULT)
+    with pytest.raises(OverloadedError):
+        await model.generate("small-sfx", _REQUEST)
+    await asyncio.sleep(0.02)
+    assert await model.generate("small-sfx", _REQUEST) == _RESULT
 
 
 async def test_answer_marks_the_model_ready_while_the_controller_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
