@@ -65,7 +65,7 @@ def assemble(
     device: torch.device,
     decode_precision: DecodePrecision,
 ) -> SaoModel:
-    """Returns a model of networks that are on their device."""
+    """Returns the model of these networks, which must already be on `device`."""
     components.autoencoder.resolve()
     if decode_precision == "half":
         store_half(components.autoencoder.decoder, device)
@@ -94,7 +94,7 @@ def checkpoint_modules(components: SaoComponents, config: SaoConfig) -> dict[str
 
 
 def build_spec(card: ModelCard, config: SaoConfig) -> ModelSpec:
-    """Returns the model's facts: the card, completed by the registry from the same config, and the engine's values."""
+    """Returns the model's spec: the card, which the registry completed from this config, and the engine's values."""
     return ModelSpec(
         card=card,
         hop=config.autoencoder.hop,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from stable_audio_serve.models.config_reader import MAX_DEPTH, MAX_SIZE, ConfigReader
 
-MIN_ROTATED = 32  # the least number of a head's channels with rotary positions
+MIN_ROTATED = 32  # channels with rotary positions that a head has at least
 HEAD_NORMS = ("none", "ln")
 DILATIONS = (1, 3, 9)  # of the residual units of each stride
 
@@ -66,8 +66,8 @@ class DenoiserConfig:
     """Shape of the diffusion transformer.
 
     `key_width` is the width of cross-attention's keys and values. If it is less than `width`, there are fewer key heads
-    than `num_heads`, and each serves the same number of query heads. `projects_context`: the context is projected to
-    the network's width first.
+    than `num_heads`, and each is shared by the same number of query heads. `projects_context`: the context is first
+    projected to the network's width.
     """
 
     latent_channels: int

@@ -180,7 +180,7 @@ def _plan_sampler(
 
 
 def _sigma_range(request: GenerationRequest, *, over_time: bool) -> SigmaRange:
-    """Returns the noise levels of a `v` model's run; an edit starts at its own level."""
+    """Returns the lowest and highest noise level of a `v` model's run; an edit starts at its `init_noise_level`."""
     highest = SIGMA_MAX if request.sigma_max is None else request.sigma_max
     if request.init_audio is not None:
         level = request.init_noise_level
@@ -202,7 +202,7 @@ def _sigma_range(request: GenerationRequest, *, over_time: bool) -> SigmaRange:
 
 
 def _first_time(sigma_max: float | None) -> float:
-    """Returns the start time of a flow model's run from pure noise; above 1 counts as 1, as in the reference."""
+    """Returns the start time of a flow model's run from pure noise: `sigma_max`, at most 1, as in the reference."""
     time = 1.0 if sigma_max is None else min(sigma_max, 1.0)
     if not time >= MIN_NOISE_LEVEL:
         allowed = f"at least {MIN_NOISE_LEVEL:g}"
