@@ -104,8 +104,8 @@ class _Resample:
         raise NotImplementedError("torchaudio is not used here")
 
 
-# Stubs: by module, the names that the package imports. It uses torchaudio and torchvision only for training, or for work
-# that this server does elsewhere. The installed torchaudio often does not match the installed torch.
+# Stubs: by module, the names that the package imports. It uses torchaudio and torchvision only for training, or for
+# work that this server does elsewhere. The installed torchaudio often does not match the installed torch.
 _TORCHAUDIO: Mapping[str, Mapping[str, Any]] = {"torchaudio": {}, "torchaudio.transforms": {"Resample": _Resample}}
 _TORCHVISION: Mapping[str, Mapping[str, Any]] = {
     "torchvision": {},
