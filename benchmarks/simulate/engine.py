@@ -1,7 +1,7 @@
-"""The engine on a virtual clock: its own scheduler, batching, predictions and cost model; the GPU is a formula.
+"""The engine on a virtual clock, with its own scheduler, batching, predictions and cost model. The GPU is a formula.
 
-A turn is that of `engine.loop.EngineLoop`: one denoising step, and beside it the text of starting rows and the next
-decode windows.
+A turn does the same as in `engine.loop.EngineLoop`: one denoising step and, in the GPU's second queue, the text of new
+rows and the next decode windows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from stable_audio_serve.models.protocol import WindowRule
 from stable_audio_serve.models.windows import LONGEST_FRAMES, audible_windows, cut_windows
 
 _PROBE_WINDOW = 128  # frames
-_CALLS_AHEAD = 2  # of the host, as in `engine.pacing`
+_CALLS_AHEAD = 2  # calls that the host may queue ahead, as in `engine.pacing`
 
 
 def work_of(arrival: Arrival, network: Network) -> RowWork:
@@ -48,7 +48,7 @@ def record_of(arrival: Arrival, ended_ms: float) -> Record:
 
 @dataclass(slots=True)
 class _Beside:
-    """A call of the GPU's second queue. At its end the audio of `arrivals` is ready."""
+    """A call in the GPU's second queue. When it ends, the audio of `arrivals` is ready."""
 
     number: int
     left_ms: float
@@ -56,7 +56,7 @@ class _Beside:
 
 
 class _Queues:
-    """The GPU's two queues. The second goes first; the first queue gets the rest of the GPU's time."""
+    """The GPU's two queues. The second queue has priority; the first one gets the rest of the GPU's time."""
 
     def __init__(self) -> None:
         self.now_ms = 0.0
@@ -105,7 +105,7 @@ class _Row:
 
 
 class SimulatedEngine:
-    """One engine on one GPU, to run once."""
+    """One engine on one GPU. An instance runs once."""
 
     def __init__(self, gpu: Gpu) -> None:
         network, options = gpu.network, EngineOptions(mode="fast")
@@ -115,7 +115,7 @@ class SimulatedEngine:
         self._cost = CostModel()
         self._policy = resolve_policy(
             options,
-            CudaDevice,  # type: ignore[arg-type]  # the class has what suits a GPU
+            CudaDevice,  # type: ignore[arg-type]  # the class has all attributes that the policy reads
             cost=self._cost,
             packs_rows=True,
             packed=PackedShapes(network.prefix_tokens, longest_frames),
@@ -244,7 +244,7 @@ class SimulatedEngine:
         self._windows.append(self._queues.ask(ms, *ended))
 
     def _cut(self, row: _Row, *, longest: int) -> None:
-        """Cut the rest of the row's clip again, as `engine.windows.AudioAssembly` does; the first window is taken."""
+        """Cut the rest of the row's clip again, as `engine.windows.AudioAssembly` does. The first window is next."""
         rule = WindowRule(self._gpu.network.halo_frames)
         spans = cut_windows(row.frames_decoded, frames=row.work.frames, rule=rule, longest=longest)
         row.work.decode_left = window_lengths(spans)
