@@ -15,7 +15,7 @@ try:
     import psutil
 
     _CAN_WATCH = True
-except ImportError:  # GPU machines need only the packages of the engine
+except ImportError:  # a machine for engine benchmarks only
     _CAN_WATCH = False
 
 LARGEST_FOREIGN_CORES = 0.1
