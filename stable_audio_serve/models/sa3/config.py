@@ -1,7 +1,7 @@
 """A checkpoint's `model_config.json` as frozen values: it defines every dimension of the networks.
 
-A missing key means the reference constructor's default. A value that needs another network, or a key that neither the
-networks nor `INERT_KEYS` use, raises an error that names it.
+For a missing key, the default of the reference implementation applies. A value that requires a different network, or a
+key that is neither read nor in `INERT_KEYS`, raises an error that names the key.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The dimensions of the transformer and the autoencoder from a checkpoint's `model_config.json`, as frozen values.
 
-A missing key means the reference constructor's default. A value that needs another network, or an unknown key, raises
-an error that names it.
+For a missing key, the default of the reference implementation applies. A value that requires a different network, or an
+unknown key, raises an error that names the key.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from stable_audio_serve.models.config_reader import MAX_DEPTH, MAX_SIZE, ConfigR
 
 MIN_ROTATED = 32  # channels with rotary positions that a head has at least
 HEAD_NORMS = ("none", "ln")
-DILATIONS = (1, 3, 9)  # of the residual units of each stride
+DILATIONS = (1, 3, 9)  # dilations of the three residual units that belong to each stride
 
 # Keys of the published files with their only supported value; absent keys pass.
 _FIXED = {
