@@ -21,7 +21,7 @@ Records = Mapping[str, Sequence[Record]]  # records of one round, by side
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """Our figure divided by theirs: the value, and the lowest and highest that it may be."""
+    """Our figure divided by theirs, with its interval."""
 
     value: float
     low: float

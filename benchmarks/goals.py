@@ -40,7 +40,7 @@ class Goal:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """A goal with its measured value, and the lowest and highest that it may be."""
+    """A goal with its measured value and the interval of this value."""
 
     goal: Goal
     value: float | None = None

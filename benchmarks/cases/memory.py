@@ -22,7 +22,7 @@ from stable_audio_serve.engine import Engine, EngineOptions
 _IN_FLIGHT = 8
 
 
-# Requests per list, and the first and the last repetition of the list after which memory is read: short, full.
+# Requests of the list, and the first and last time it is played that memory is read: short, full.
 _SIZES = ((20, 3, 15), (40, 5, 25))
 
 

@@ -42,7 +42,7 @@ class Side(Protocol):
         ...
 
     async def close(self) -> None:
-        """Stop; nothing is in flight."""
+        """Stop. No request may be in flight."""
         ...
 
 
@@ -135,7 +135,7 @@ def batch_key(model: DiffusionModel, request: GenerationRequest) -> BatchKey:
 class Batcher:
     """Collects calls into batches as `@serve.batch` does, for machines without Ray.
 
-    After its first call, a batch waits a short time for more calls. The next batch collects calls while it runs. An
+    After its first call, a batch waits a short time for more calls. While a batch runs, the next one collects calls. An
     error of a batch is raised in each of its calls.
     """
 

@@ -135,7 +135,7 @@ class ConfigReader:
         return self.sections(key) if is_list else []
 
     def refuse_unknown(self, known: Collection[str]) -> None:
-        """Raise CheckpointError for the first key with a value that is not in `known`."""
+        """Raise CheckpointError for the first key that is not in `known`. Keys whose value is null are ignored."""
         unknown = sorted(key for key in self._values if key in self and key not in known)
         if unknown:
             raise CheckpointError(f"{CONFIG_FILE}: {self.name(unknown[0])} is not known to this model family")

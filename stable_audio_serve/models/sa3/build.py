@@ -39,7 +39,8 @@ def load_sa3(
     dtype: torch.dtype,
     decode_precision: DecodePrecision,
 ) -> Sa3Model:
-    """Load both folders strictly: the denoiser in `dtype`, the text encoder in its files' dtype, the rest in float32.
+    """Load the checkpoint and the text encoder: the denoiser in `dtype`, the text encoder in its files' dtype, the rest
+    in float32. Every key must match.
 
     With `decode_precision` half, the decoder's linear layers are stored in half precision.
 

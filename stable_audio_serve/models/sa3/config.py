@@ -37,7 +37,7 @@ INERT_KEYS = frozenset(
 )
 
 MODEL_TYPES = ("diffusion_cond_inpaint", "diffusion_cond")
-MIN_ROTATED = 32  # channels with rotary positions that a denoiser head has at least
+MIN_ROTATED = 32  # least number of channels with rotary positions in a denoiser head
 DEFAULT_CHUNK_FRAMES = 32  # for rounding lengths if the encoder has no `chunk_size`; the encoder itself then uses 128
 
 # The default sampler of each training objective.

@@ -35,7 +35,8 @@ def load_sao(
     dtype: torch.dtype,
     decode_precision: DecodePrecision,
 ) -> SaoModel:
-    """Load both folders strictly: the denoiser in `dtype`, the text encoder in float16, the rest in float32.
+    """Load the checkpoint and the text encoder: the denoiser in `dtype`, the text encoder in float16, the rest in
+    float32. Every key must match.
 
     With `decode_precision` half, the decoder's convolutions are stored in half precision.
 

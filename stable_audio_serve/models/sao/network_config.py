@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from stable_audio_serve.models.config_reader import MAX_DEPTH, MAX_SIZE, ConfigReader
 
-MIN_ROTATED = 32  # channels with rotary positions that a head has at least
+MIN_ROTATED = 32  # least number of channels with rotary positions in a head
 HEAD_NORMS = ("none", "ln")
 DILATIONS = (1, 3, 9)  # dilations of the three residual units that belong to each stride
 

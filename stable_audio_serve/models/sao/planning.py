@@ -41,7 +41,7 @@ _MIN_SHARE = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Halos:
-    """The latent frames on each side that a frame's audio (`decoder`) and a frame's latent (`encoder`) depend on."""
+    """How many latent frames on each side can influence a frame's audio (`decoder`) and its latent (`encoder`)."""
 
     decoder: int
     encoder: int
