@@ -49,7 +49,7 @@ class RunOptions:
     rounds: int = 3
     load_share: float = 0.8
     goodput_trials: int = 6
-    goodput_of: tuple[str, ...] | None = None  # None: all sides
+    goodput_of: tuple[str, ...] | None = None  # sides whose goodput is measured; None: all
     largest_difference: float | None = LARGEST_DIFFERENCE  # bound on the audio's difference; None: do not compare
     warms_up: bool = False  # send every side one list that is not measured first
 

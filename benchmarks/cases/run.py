@@ -48,7 +48,7 @@ class RunRequest:
     engine_only: bool = False
     count: int | None = None
     goodput_trials: int | None = None
-    goodput_of: tuple[str, ...] | None = None  # these sides only
+    goodput_of: tuple[str, ...] | None = None  # sides whose goodput is measured; None: all
     budget_s: float = float("inf")
 
     def __post_init__(self) -> None:

@@ -47,7 +47,7 @@ def record_of(arrival: Arrival, ended_ms: float) -> Record:
 
 
 @dataclass(slots=True)
-class _Beside:
+class _QueuedCall:
     """A call in the GPU's second queue. When it ends, the audio of `arrivals` is ready."""
 
     number: int
@@ -60,20 +60,20 @@ class _Queues:
 
     def __init__(self) -> None:
         self.now_ms = 0.0
-        self.num_asked = 0  # calls of the second queue
+        self.num_enqueued = 0  # calls of the second queue
         self.records: list[Record] = []
-        self._second: deque[_Beside] = deque()
+        self._second: deque[_QueuedCall] = deque()
 
     def run(self, ms: float) -> None:
         """Run a call of the first queue to its end."""
-        self.wait(self.num_asked)
+        self.wait(self.num_enqueued)
         self.now_ms += ms
 
-    def ask(self, ms: float, *arrivals: Arrival) -> int:
+    def enqueue(self, ms: float, *arrivals: Arrival) -> int:
         """Add a call to the second queue. Returns its number."""
-        self.num_asked += 1
-        self._second.append(_Beside(self.num_asked, ms, arrivals))
-        return self.num_asked
+        self.num_enqueued += 1
+        self._second.append(_QueuedCall(self.num_enqueued, ms, arrivals))
+        return self.num_enqueued
 
     def wait(self, number: int) -> None:
         """Let the first queue wait until call `number` of the second ends."""
@@ -100,7 +100,7 @@ class _Row:
     arrival: Arrival
     work: RowWork
     has_started: bool = False
-    text: int | None = None  # the second queue's call that its first step waits for
+    text: int | None = None  # number of the second queue's call that the row's first step waits for
     frames_decoded: int = 0
 
 
@@ -151,7 +151,7 @@ class SimulatedEngine:
                 self._receive(RowId(num_taken), coming[num_taken])
                 num_taken += 1
             self._turn()
-        queues.wait(queues.num_asked)
+        queues.wait(queues.num_enqueued)
         return queues.records
 
     def _fit_cost(self, longest_frames: int, *, max_tokens: int) -> None:
@@ -185,7 +185,7 @@ class SimulatedEngine:
         if stepping:
             self._denoise(stepping)
         else:
-            self._queues.wait(self._queues.num_asked - _CALLS_AHEAD)
+            self._queues.wait(self._queues.num_enqueued - _CALLS_AHEAD)
         for row_id in ids:
             if self._rows[row_id].work.phase is Phase.DONE:
                 self._scheduler.remove(row_id)
@@ -205,7 +205,7 @@ class SimulatedEngine:
     def _encode_prompts(self, rows: Sequence[_Row]) -> None:
         missing = {row.arrival.prompt for row in rows} - self._prompts
         for _ in range(0, len(missing), self._together):
-            self._last_text = self._queues.ask(self._gpu.prompt_ms)
+            self._last_text = self._queues.enqueue(self._gpu.prompt_ms)
         self._prompts |= missing
         for row in rows:
             row.has_started = True
@@ -241,7 +241,7 @@ class SimulatedEngine:
             for start in range(0, windows, self._together):
                 ms += self._gpu.decode_ms(min(windows - start, self._together), frames)
         ended = [row.arrival for row in rows if row.work.phase is Phase.DONE]
-        self._windows.append(self._queues.ask(ms, *ended))
+        self._windows.append(self._queues.enqueue(ms, *ended))
 
     def _cut(self, row: _Row, *, longest: int) -> None:
         """Cut the rest of the row's clip again, as `engine.windows.AudioAssembly` does. The first window is next."""

@@ -10,8 +10,9 @@ import math
 
 from stable_audio_serve.models.sao.network_config import DILATIONS, OobleckConfig
 
-_UNIT_REACH = 3 * sum(DILATIONS)  # the residual units of one stride, kernel 7
-_ENDS_REACH = 3  # the first and last convolution, kernel 7
+# Inputs on each side that a convolution of kernel k reads: (k - 1) / 2, times the dilation.
+_UNIT_REACH = 3 * sum(DILATIONS)  # all residual units of one stride, kernel 7
+_ENDS_REACH = 3  # the convolution on the audio side, and the decoder's first one, kernel 7
 _CODE_REACH = 1  # the encoder's last convolution, kernel 3
 
 
