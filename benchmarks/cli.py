@@ -1,5 +1,7 @@
-"""`python -m benchmarks CASE --out DIR`: run one case, write its JSON file, print its table. The case `run` compares our
-server with what people would run instead; `bench` measures the short form of every goal and prints a line per goal.
+"""`python -m benchmarks CASE --out DIR`: run one case, write its JSON file, print its table.
+
+The case `run` compares our server with what people would run instead. `bench` measures the short form of every goal and
+prints a line per goal.
 """
 
 from __future__ import annotations
