@@ -129,7 +129,7 @@ class Pipeline:
                 self._settling = asyncio.create_task(self.settle())
 
     async def settle(self) -> None:
-        """Capture calls that are frequent enough until the next request, as an idle engine does."""
+        """Capture frequent calls until the next request arrives, as an idle engine does."""
         loop = asyncio.get_running_loop()
         while not self._num_asked and await loop.run_in_executor(self._thread, self._capture):
             pass

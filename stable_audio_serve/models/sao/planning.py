@@ -141,7 +141,7 @@ def _output_samples(request: GenerationRequest, spec: ModelSpec, *, forced: bool
 
 
 def _numbers(request: GenerationRequest) -> tuple[Mapping[str, float], Mapping[str, float]]:
-    """Returns the seconds that condition the prompt and the negative prompt."""
+    """Returns the values of the number conditioners, in seconds, for the prompt and for the negative prompt."""
     total_s = request.conditioned_total_s
     start = request.start_s
     numbers = {"seconds_start": start, "seconds_total": start + request.duration_s if total_s is None else total_s}
