@@ -1,5 +1,7 @@
-"""`python -m benchmarks CASE --out DIR`: run one case, write its JSON file, print its table. `run` compares our server
-with what people would run instead; `bench` measures the short form of every goal and prints a line per goal.
+"""`python -m benchmarks CASE --out DIR`: run one case, write its JSON file, print its table.
+
+The case `run` compares our server with what people would run instead. `bench` measures the short form of every goal and
+prints a line per goal.
 """
 
 from __future__ import annotations
@@ -32,16 +34,17 @@ Rows = list[dict[str, object]]
 
 MODES = ("strict", "fast")
 _DIALECTS = ("sa3", "saos", "vllm", "aiml", "fal")  # of `dialects`, which needs more packages
-# Errors whose message is enough: no traceback.
-_TOLD = (VoidError, OutOfTimeError, OtherRunError, SideFailedError, StableAudioError, ValueError, OSError)
+# Errors that are printed without a traceback, because their message is sufficient.
+_EXPECTED = (VoidError, OutOfTimeError, OtherRunError, SideFailedError, StableAudioError, ValueError, OSError)
 _INTERRUPTED = 130
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`module` of `benchmarks.cases` has a coroutine function `run_MODULE(settings)`, which returns results, and
-    `rows(results)`, their table. `options`: the settings that it follows. `by_mode`: both modes are measured unless one
-    was asked for.
+    """A case of `benchmarks.cases.MODULE`, which defines `async run_MODULE(settings)`, returning the results, and
+    `rows(results)`, returning their table.
+
+    `options` are the settings that the case uses. `by_mode`: measure both modes unless `--mode` is given.
     """
 
     module: str
@@ -71,7 +74,7 @@ _BENCH_CASES = ("simulate", "memory", "http", "scale", "routing", "overload", "c
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse and run."""
+    """Parse the arguments and run the case."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["gpu"]:
         from benchmarks.gpu.__main__ import main as run_gpu
@@ -91,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             partial(measure_comparison, request=RunRequest(**given)) if case == "run" else partial(measure_case, case)
         )
         print(format_table(measure(settings=settings, out=out)))
-    except _TOLD as error:
+    except _EXPECTED as error:
         raise SystemExit(str(error)) from error
     except KeyboardInterrupt:
         raise SystemExit(_INTERRUPTED) from None
@@ -119,9 +122,9 @@ def measure_comparison(settings: CaseSettings, request: RunRequest, *, out: Path
 
 
 def run_bench(settings: CaseSettings, *, out: Path) -> int:
-    """Measure every goal that this machine can show; a case that fails does not end the rest.
+    """Measure every goal that this machine can measure. If a case fails, the others still run.
 
-    Returns the exit status: 1 if a goal is missed by its whole interval, is void, or a case failed.
+    Returns the exit status: 1 if a goal's whole interval misses, if a measurement is void, or if a case failed.
     """
     runs, rounds = (_FULL_RUNS, (3, 3)) if settings.full else (_SHORT_RUNS, (2, 1))
     steps: dict[str, Callable[[], Rows]] = {}
@@ -147,7 +150,7 @@ def run_bench(settings: CaseSettings, *, out: Path) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Returns the parser, whose result has only the options given. Each case takes the options that it follows."""
+    """Returns the parser. Each case accepts the options that it uses; the result has only options that were given."""
     command = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     cases = command.add_subparsers(dest="case", required=True)
     cases.add_parser("gpu", help="what a CUDA device does: python -m benchmarks gpu --help", add_help=False)

@@ -1,6 +1,6 @@
-"""Runs one comparison: outputs, capacity, the same arrivals at one rate, and goodput by bisection.
+"""Runs one comparison: audio, capacity, latency at one rate, and goodput by bisection.
 
-Sides take turns; every round draws its own list.
+Sides take turns. Each round has a new list of requests, the same for all sides.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from benchmarks.pieces import Pieces
 from benchmarks.quiet import Watch, in_quiet
 from benchmarks.workload import Arrival, draw_arrivals
 
-# Root mean square of a clip's difference over that of the reference. Rows that share a call differ by 1e-5 at most in
-# float32, 16-bit files by 1e-4 of a quiet clip. A denoiser in float16 changes a clip by more than 1e-3, a decoder in
-# TF32 by 8e-4, one step fewer by more than 3e-2.
+# Root mean square of the difference between two clips, divided by that of the reference. Allowed: shared calls in
+# float32 (at most 1e-5) and the rounding of quiet clips to 16 bits (1e-4). Not allowed: a decoder in TF32 (8e-4), a
+# denoiser in float16 (above 1e-3), one step fewer (above 3e-2).
 LARGEST_DIFFERENCE = 5e-4
-LARGEST_HALF_DIFFERENCE = 5e-2  # where the denoiser runs in half precision
+LARGEST_HALF_DIFFERENCE = 5e-2  # the same bound if the denoiser runs in half precision
 
 _PROBES_PER_CLASS = 3
-_LEAST_DRAWN = 60  # requests from which probes are chosen; fewer might lack a class of steps
+_LEAST_DRAWN = 60  # requests from which probes are chosen; fewer might not include every number of steps
 _GOODPUT_RANGE = (0.2, 1.2)  # share of the side's own capacity
 
 
@@ -49,17 +49,17 @@ class RunOptions:
     rounds: int = 3
     load_share: float = 0.8
     goodput_trials: int = 6
-    goodput_of: tuple[str, ...] | None = None  # None: all sides
-    largest_difference: float | None = LARGEST_DIFFERENCE  # of outputs; None: they cannot be compared
-    warms_up: bool = False  # send every side one list before the first one that counts
+    goodput_of: tuple[str, ...] | None = None  # sides whose goodput is measured; None: all
+    largest_difference: float | None = LARGEST_DIFFERENCE  # bound on the audio's difference; None: do not compare
+    warms_up: bool = False  # send every side one list that is not measured first
 
 
 @dataclass
 class Run:
     """Measures piece by piece; finished pieces are not measured again.
 
-    `is_watched`: all sides run on this machine as descendants of this process, so use of the machine by other programs
-    can be detected. Then a void round is repeated.
+    `is_watched`: all sides run on this machine as descendants of this process, so the load of other programs can be
+    detected. A round that they disturb is repeated.
     """
 
     askers: Mapping[str, Asker]
@@ -99,7 +99,7 @@ class Run:
         }
 
     async def _probe(self) -> dict[str, Any]:
-        """Request the same few clips from every side, one at a time, to compare audio; the reference is also timed."""
+        """Request the same few clips from every side, one at a time, to compare the audio. Also times the reference."""
         arrivals, (reference, *others) = self._choose_probes(), self.options.sides
         clips: dict[str, list[Audio]] = {}
         for name, asker in self.askers.items():
@@ -114,7 +114,7 @@ class Run:
         return {"outputs": outputs, "records": [asdict(record) for record in records]}
 
     def _choose_probes(self) -> list[Arrival]:
-        """Returns a few arrivals of each step class, spread over their durations, all due at once."""
+        """Returns a few arrivals for each number of steps, with different durations, all due at once."""
         arrivals = self._draw(0, rate_hz=None, count=max(self.options.count, _LEAST_DRAWN))
         chosen = []
         for steps in sorted({arrival.steps for arrival in arrivals}):
@@ -124,7 +124,9 @@ class Run:
         return chosen
 
     async def _round(self, kind: str, *, number: int, rate_hz: float | None) -> dict[str, Any]:
-        """Send one list to every side in turn; repeat it if other programs use the machine. Void if they always do."""
+        """Send one list to every side in turn. If other programs disturb the round, repeat it; if all repeats are
+        disturbed, it is void.
+        """
         arrivals = self._draw(number, rate_hz=rate_hz)
         path = self.pieces.folder / f"{kind}-{number + 1}-arrivals.json"
         path.write_text(json.dumps([asdict(arrival) for arrival in arrivals]) + "\n")
@@ -143,7 +145,7 @@ class Run:
         return {**piece, "records": records}
 
     async def _bisect(self, name: str, *, own_rps: float, probes: Sequence[Record]) -> Bracket:
-        """Find the highest rate at which nearly all requests end in time, between shares of the side's own capacity."""
+        """Find the highest rate at which nearly all requests finish in time, as a share of the side's own capacity."""
         good_rps, bad_rps = (share * own_rps for share in _GOODPUT_RANGE)
         alone_ms = fit_alone_ms(probes)
         for trial in range(self.options.goodput_trials):
@@ -213,9 +215,9 @@ def compare(
 
 
 def difference(clip: Audio, reference: Audio) -> float:
-    """Returns the level of the difference over the reference's.
+    """Returns the level of the difference divided by the level of the reference.
 
-    Infinite if the shapes differ, if a value is not finite, or for any sound where the reference is silent.
+    Infinite if the shapes differ, if a value is not finite, or if only the reference is silent.
     """
     if clip.shape != reference.shape or not np.isfinite(clip).all():
         return float("inf")

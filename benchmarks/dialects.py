@@ -23,7 +23,7 @@ Fetch = Callable[[httpx.AsyncClient, Arrival, str | None], Awaitable[httpx.Respo
 _TIMING = re.compile(r"(\w+);dur=([0-9.]+)")
 _POLL_S = 0.1
 _TIMEOUT_S = 600.0  # time limit of one call, and of a job
-_POOLS = 8  # number of connections; the time to find a free one grows with the number in use
+_POOLS = 8  # HTTP clients; in one client, finding a free connection takes longer the more are in use
 _REFUSALS = (429, 503)
 
 
@@ -51,7 +51,7 @@ class OverHttp:
 
 @asynccontextmanager
 async def open_clients(url: str, *, key: str | None = None) -> AsyncIterator[list[httpx.AsyncClient]]:
-    """Gives clients without a limit on requests in flight; `key` is sent as a bearer token."""
+    """Yield clients without a limit on requests in flight; `key` is sent as a bearer token."""
     async with AsyncExitStack() as stack:
         yield [
             await stack.enter_async_context(

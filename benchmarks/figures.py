@@ -21,7 +21,7 @@ Records = Mapping[str, Sequence[Record]]  # records of one round, by side
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """Our figure divided by theirs: the value, and the lowest and highest that it may be."""
+    """Our figure divided by theirs, with its interval."""
 
     value: float
     low: float
@@ -93,7 +93,7 @@ def ratio_of_pooled_p95(ours: Sequence[Sequence[float]], theirs: Sequence[Sequen
 
 
 def ratio_of_brackets(ours: Bracket, theirs: Bracket) -> Ratio:
-    """Returns our good rate over theirs; the interval is what the brackets leave open."""
+    """Returns our good rate divided by theirs. The interval has all ratios that are possible within the brackets."""
     good, low, high = (ours.good_rps / theirs.good_rps, ours.good_rps / theirs.bad_rps, ours.bad_rps / theirs.good_rps)
     return Ratio(good, low, high)
 
@@ -106,8 +106,8 @@ def is_good(records: Sequence[Record], *, alone_ms: Callable[[Record], float]) -
 
 
 def fit_alone_ms(probes: Sequence[Record]) -> Callable[[Record], float]:
-    """Returns a function for a request's time on an idle server, interpolated by duration between probes of as many
-    steps.
+    """Returns a function that predicts a request's time on an idle server. It interpolates by duration between probes
+    with the same number of steps.
     """
     by_steps: dict[int, list[tuple[float, float]]] = {}
     for probe in probes:
@@ -121,7 +121,7 @@ def fit_alone_ms(probes: Sequence[Record]) -> Callable[[Record], float]:
 
 
 def mean_stages_ms(records: Sequence[Record]) -> dict[str, float]:
-    """Returns the mean time of each stage that the side named."""
+    """Returns the mean time of each stage that the side reported."""
     names = dict.fromkeys(name for record in records for name in record.stages_ms)
     return {name: mean(record.stages_ms.get(name, 0.0) for record in records) for name in names}
 

@@ -1,8 +1,7 @@
 """The goals as data, and one line per goal with its status: `P4 demo-wide p95 0.66 (0.62-0.71) <= 0.7 ok`.
 
-Reads result files only. A goal is met if its value is within the bound. If the value misses but its interval reaches
-the bound, the line says `close`; `MISS` means that the whole interval misses. A figure that no file holds is `not
-measured`.
+Reads result files only. `ok`: the value meets the bound. `close`: the value misses the bound, but its interval reaches
+it. `MISS`: the whole interval misses it. `not measured`: no file has the figure.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ Verdict = Literal["ok", "close", "MISS", "void", "not measured"]
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """A bound on one figure. `path` leads to the figure within the results of a case's file.
+    """A bound on one figure. `path` are the keys that lead to the figure in the results of a case's file.
 
     The figure is a ratio with its interval, or a number. A number may have a sibling whose name ends in `_rounds`,
     with the figure of each round.
@@ -35,13 +34,13 @@ class Goal:
 
     @property
     def sign(self) -> str:
-        """How the figure has to compare with the bound."""
+        """The comparison with the bound that the figure must satisfy."""
         return ">=" if self.larger_is_better else "<="
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """A goal with its measured value, and the lowest and highest that it may be."""
+    """A goal with its measured value and the interval of this value."""
 
     goal: Goal
     value: float | None = None
@@ -72,7 +71,7 @@ class Standing:
 
 
 def read_standings(folder: Path, goals: Iterable[Goal] | None = None) -> list[Standing]:
-    """Returns where each goal stands by the result files in a folder."""
+    """Returns each goal with its value from the result files in a folder."""
     results = {path.stem: json.loads(path.read_text())["results"] for path in folder.glob("*.json")}
     return [_stand(goal, results.get(goal.case)) for goal in (GOALS if goals is None else goals)]
 
@@ -102,7 +101,7 @@ def _find(results: Any, path: Sequence[str]) -> Any:
     return results
 
 
-# Id; what; file; dotted path; bound.
+# Id; description; file; dotted path; bound.
 _TABLE = """
 P1; demo-wide fast capacity; run-demo-wide; ratios.ours-fast.lock.capacity; >= 1.4
 P1; demo-fast fast capacity; run-demo-fast; ratios.ours-fast.lock.capacity; >= 1.2
@@ -118,17 +117,17 @@ P5; demo-wide fast p95 of 50 steps; run-demo-wide; ratios.ours-fast.lock.p95_50;
 P5; demo-wide strict p95 of 8 steps; run-demo-wide; ratios.ours-strict.lock.p95_8; <= 0.3
 P5; demo-wide strict p95 of 50 steps; run-demo-wide; ratios.ours-strict.lock.p95_50; <= 1.7
 P6; demo-wide fast goodput; run-demo-wide; ratios.ours-fast.lock.goodput; >= 1.2
-P7; lone request in process over what is allowed; http; engine_over_allowed_ratio; <= 1
-P7; lone request over HTTP over what is allowed; http; http_over_allowed_ratio; <= 1
+P7; time of a single request in process over the allowed time; http; engine_over_allowed_ratio; <= 1
+P7; time of a single request over HTTP over the allowed time; http; http_over_allowed_ratio; <= 1
 P11; memory growth; memory; memory_rss_growth_share; <= 0.02
-P14; cold start; cold-start; first_audio_over_ray_plus_bare_ratio; <= 2
-P15; 2 stand-in replicas; scale; stand_in.worst_capacity_over_one.2; >= 1.9
-P15; 4 stand-in replicas; scale; stand_in.worst_capacity_over_one.4; >= 3.6
-P15; 2 demo replicas; scale; model.worst_capacity_over_one.2; >= 1.6
+P14; cold start over Ray's start and the bare load; cold-start; first_audio_over_ray_plus_bare_ratio; <= 2
+P15; capacity of 2 simulated replicas over one; scale; stand_in.worst_capacity_over_one.2; >= 1.9
+P15; capacity of 4 simulated replicas over one; scale; stand_in.worst_capacity_over_one.4; >= 3.6
+P15; capacity of 2 demo replicas over one; scale; model.worst_capacity_over_one.2; >= 1.6
 P18; overload goodput over peak; overload; model.worst_goodput_over_peak_ratio; >= 0.9
 P18; overload refusals p50 (ms); overload; model.worst_refusal_p50_ms; <= 20
 P18; overload refusals p99 (ms); overload; model.worst_refusal_p99_ms; <= 100
-P18; overload normal after (s); overload; model.worst_normal_after_s; <= 30
+P18; overload time until normal (s); overload; model.worst_normal_after_s; <= 30
 P18; overload served within four tries (share); overload; model.worst_served_within_four_tries_share; >= 0.95
 P22; small-mixed capacity, simulated; simulate; mixes.small-mixed.packed.capacity_over_lock_ratio; >= 1.9
 P22; small-mixed p95, simulated; simulate; mixes.small-mixed.packed.p95_over_lock_ratio; <= 0.5

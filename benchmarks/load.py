@@ -1,6 +1,6 @@
-"""Sends every request at its own time, however late the others are, and records the outcome.
+"""Sends every request at its scheduled time, even if earlier ones are late, and records the outcome.
 
-A side runs in this process or behind HTTP. Delays of the client itself count in the figures.
+A side runs in this process or behind HTTP. Latencies include delays of this client.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ Audio = npt.NDArray[np.float32]
 Item = TypeVar("Item")
 
 _MOST_ATTEMPTS = 20
-_NOT_TOLD_S = 1.0  # until the next attempt after a refusal without Retry-After
+_DEFAULT_RETRY_S = 1.0  # pause after a refusal without Retry-After
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """`num_samples` per channel (0: unknown), the server's own times of its stages, and `read`, which decodes the audio
-    (C, S) float32.
+    """An answer: samples per channel (0: unknown), the times of the stages that the server reported, and `read`, which
+    decodes the audio (C, S) float32.
     """
 
     stages_ms: Mapping[str, float]
@@ -47,11 +47,11 @@ class RefusedError(Exception):
 
 
 class Asker(Protocol):
-    """A side, however it is reached."""
+    """A client of one side, in this process or over HTTP."""
 
     async def ask(self, arrival: Arrival) -> Answer:
-        """Returns at the last byte of the answer. Raises RefusedError, or RuntimeError for an answer that is not
-        audio.
+        """Send a request and return after the last byte of the answer. Raises RefusedError, or RuntimeError if the
+        answer is not audio.
         """
         ...
 
@@ -83,7 +83,7 @@ class InProcess:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One request of a list, times in seconds from the list's start. `error` is the text of a failure."""
+    """One request of a list. Times are seconds from the list's start. `error` is the text of a failure."""
 
     index: int
     due_at: float
@@ -98,7 +98,7 @@ class Record:
 
     @property
     def latency_ms(self) -> float:
-        """From the scheduled arrival to the last byte."""
+        """Time from the scheduled arrival to the last byte."""
         return (self.ended_at - self.due_at) * 1000.0
 
     @property
@@ -125,7 +125,7 @@ async def play_until_served(
         attempts: list[Record] = []
         while not attempts or (attempts[-1].outcome == "refused" and len(attempts) < most_attempts):
             if attempts:
-                due_at = attempts[-1].ended_at + (attempts[-1].retry_after_s or _NOT_TOLD_S)
+                due_at = attempts[-1].ended_at + (attempts[-1].retry_after_s or _DEFAULT_RETRY_S)
                 arrival = replace(arrival, at_s=due_at)
             await asyncio.sleep(max(0.0, arrival.at_s - (time.perf_counter() - started_at)))
             attempts.append(await _send(asker, arrival, index=index, started_at=started_at))
@@ -137,7 +137,7 @@ async def play_until_served(
 
 
 async def play_alone(asker: Asker, arrivals: Iterable[Arrival]) -> list[Record]:
-    """Send one after another, each due when it is sent; times are from the start of each."""
+    """Send one request after another. Each is due when it is sent, and its times are relative to that."""
     return [(await play(asker, [replace(arrival, at_s=0.0)]))[0] for arrival in arrivals]
 
 

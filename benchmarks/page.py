@@ -1,6 +1,6 @@
-"""`python -m benchmarks.page`: writes the committed results as a page, and as tables into docs/performance.md.
+"""`python -m benchmarks.page`: writes the committed results to a page beside them and to docs/performance.md.
 
-The page beside the results has every figure and goal. docs/performance.md has a few figures for newcomers.
+The page has every figure and goal, docs/performance.md the most important figures.
 """
 
 from __future__ import annotations
@@ -30,19 +30,20 @@ _RUN_FOLLOWS = ("model", "mode", "threads", "rounds")
 
 _HEAD = """# Results
 
-Written by `make docs` from the files in this folder. Do not edit.
+`make docs` writes this page from the files in this folder. Do not edit it.
 
-Every figure compares two sides in one run on one machine, in alternation: the same weights, executor, HTTP path and
-list of arrivals. A run first compares the audio of the sides and refuses a side that did other work. `lock` is the
-pipeline behind a mutex, one request at a time. `static` is `@serve.batch` over requests of the same length bucket,
-steps and guidance, up to 32, after 10 ms. Latency is the time from the scheduled arrival to the last byte. If other
-programs used more than a tenth of a core, a round is repeated, and marked as void after the fourth attempt.
+A comparison measures its sides in alternation, in one run on one machine. The sides have the same weights, executor
+and HTTP path, and receive the same requests at the same times. Before measuring, the run compares the audio of the
+sides and stops if one of them did different work. `lock` is the pipeline behind a mutex, one request at a time.
+`static` is `@serve.batch`: it waits 10 ms for up to 32 requests with the same length bucket, steps and guidance.
+Latency is the time from a request's scheduled arrival to the last byte of its answer. A round during which other
+programs used more than a tenth of a core is repeated; after four such attempts it is marked as void.
 
 `make bench` measures the short form of the goals in under 12 minutes, `make bench FULL=1` the long form. To compare
 with another server: `python -m benchmarks run --against lock,ours --url http://host:port --dialect sa3`.
 """
-_GOALS_SAID = """`ok`: the value meets the bound. `close`: the range of the rounds reaches it. `MISS`: neither does.
-Goals of `simulate` are computed with a model of an H200.
+_GOALS_SAID = """`ok`: the value meets the bound. `close`: the value misses it, but the range of the rounds reaches it.
+`MISS`: the whole range misses it. Goals of `simulate` are computed with a model of an H200.
 """
 _SERVERS = {
     "lock": "one request at a time",
@@ -50,7 +51,7 @@ _SERVERS = {
     "ours-strict": "this server, `mode: strict`",
     "ours-fast": "this server, `mode: fast`",
 }
-_MIXES = {"demo-fast": "8 steps", "demo-wide": "8 steps, 30 % with 50 guided steps"}
+_MIXES = {"demo-fast": "all with 8 steps", "demo-wide": "70 % with 8 steps, 30 % with 50 guided steps"}
 _RUN_SAID = {
     "run-demo-fast": "Clips of 1 to 13 s in 8 steps.",
     "run-demo-wide": "The same clips; 30 % of the requests have 50 guided steps.",
@@ -92,31 +93,31 @@ def _servers(results: Mapping[str, Any]) -> Iterator[Mapping[str, object]]:
         for side, figures in results[f"run-{mix}"]["sides"].items():
             latency = figures["latency"]
             yield {
-                "Clips of 1 to 13 s": said,
+                "Requests for 1 to 13 s": said,
                 "Server": _SERVERS[side],
                 "Clips a second": f"{median(figures['capacity_rps']):.1f}",
-                "p95": f"{latency['all']['p95_ms'] / 1000:.2f} s",
-                "p95 of 8 steps": f"{latency.get('8', latency['all'])['p95_ms'] / 1000:.2f} s",
+                "p95, all": f"{latency['all']['p95_ms'] / 1000:.2f} s",
+                "p95, 8 steps": f"{latency.get('8', latency['all'])['p95_ms'] / 1000:.2f} s",
             }
 
 
 def _figures(results: Mapping[str, Any]) -> Iterator[Mapping[str, object]]:
     http, overload, threads = results["http"], results["overload"]["model"], results["threads"]
     for what, value in {
-        "from `serve` to ready, demo model": f"{results['cold-start']['ready_s']:.0f} s",
-        "a 10 s clip of the demo model over HTTP": f"{http['http']['p50_ms']:.0f} ms",
-        "the same without server and HTTP": f"{http['bare']['p50_ms']:.0f} ms",
-        "good answers under three times the possible load, of the best rate": (
+        "time from the command `serve` until the demo model is ready": f"{results['cold-start']['ready_s']:.0f} s",
+        "latency of a 10 s clip of the demo model over HTTP": f"{http['http']['p50_ms']:.0f} ms",
+        "time for the same clip without server and HTTP": f"{http['bare']['p50_ms']:.0f} ms",
+        "goodput at three times the capacity, divided by the best goodput": (
             f"{overload['worst_goodput_over_peak_ratio']:.0%}"
         ),
-        "time of a refusal then, median": f"{overload['worst_refusal_p50_ms']:.0f} ms",
-        "p95 with routing by predicted work, over Ray Serve's router": (
+        "median latency of a refusal at three times the capacity": f"{overload['worst_refusal_p50_ms']:.0f} ms",
+        "p95 latency with routing by predicted work, divided by that with Ray Serve's router": (
             f"{results['routing']['p95_over_serve_ratio']:.2f}"
         ),
-        "small-music, 10 s, random weights: work per second of audio, one thread": (
+        "compute time per second of audio, one thread (small-music, 10 s, random weights)": (
             f"{threads['work_s_per_audio_s']['1']:.2f} s"
         ),
-        "the same with two threads": f"{threads['work_s_per_audio_s']['2']:.2f} s",
+        "compute time per second of audio, two threads": f"{threads['work_s_per_audio_s']['2']:.2f} s",
     }.items():
         yield {"What": what, "Value": value}
 
@@ -155,9 +156,9 @@ def _comparison(name: str, report: Mapping[str, Any]) -> str:
     options += f" --goodput-trials {results['goodput_trials']}"
     command = _command(options, report["environment"]["settings"], followed=_RUN_FOLLOWS)
     said = (
-        f"{_RUN_SAID.get(name, '')} {results['num_requests']} requests; latencies at {results['rate_hz']:.2f} a "
-        f"second, {results['load_share']:g} of the capacity of {results['reference']}; in brackets over it, with the "
-        "range of the rounds."
+        f"{_RUN_SAID.get(name, '')} {results['num_requests']} requests. Latencies are measured at "
+        f"{results['rate_hz']:.2f} requests a second, {results['load_share']:g} of the capacity of "
+        f"`{results['reference']}`. In brackets: the ratio to `{results['reference']}`, with the range of the rounds."
     )
     return _section(name.removeprefix("run-"), report, command=command, said=said, rows=run.rows(results))
 
@@ -171,7 +172,7 @@ def _section(
 
 
 def _command(case: str, settings: Mapping[str, Any], *, followed: Iterable[str]) -> str:
-    """Returns the command without options that have their default."""
+    """Returns the command that measures a case, without options that have their default value."""
     given = {name: settings[name] for name in followed if name in settings and settings[name] != _DEFAULTS[name]}
     flags = [f"--{name}" if value is True else f"--{name} {value}" for name, value in given.items()]
     return " ".join(["python -m benchmarks", case, *flags])

@@ -20,7 +20,7 @@ class OutOfTimeError(RuntimeError):
 
 
 class Pieces:
-    """A folder of JSON files, one per measurement; `about` is what all of them have in common."""
+    """A folder of JSON files, one per measurement. `about` describes the run that all of them belong to."""
 
     def __init__(self, folder: Path, about: Mapping[str, object], *, ends_at: float = float("inf")) -> None:
         """After `ends_at` on the monotonic clock no new measurement begins. Raises OtherRunError if the folder holds
@@ -43,7 +43,7 @@ class Pieces:
         return Pieces(self.folder / name, self._about, ends_at=self._ends_at)
 
     async def attempt(self, name: str, measure: Callable[[], Awaitable[Any]]) -> Any:
-        """Returns the result of `take`, or None if there was no time or `measure` failed: the others can still run."""
+        """Returns the result of `take`. If there is no time or `measure` fails, returns None, so that others run."""
         try:
             return await self.take(name, measure)
         except OutOfTimeError:
@@ -54,7 +54,10 @@ class Pieces:
         return None
 
     async def take(self, name: str, measure: Callable[[], Awaitable[Any]]) -> Any:
-        """Returns what the file of this name holds, else measures and writes it. Raises OutOfTimeError."""
+        """Returns the content of the file of this name. If it is missing, measures and writes it first.
+
+        Raises OutOfTimeError if the measurement cannot begin in time.
+        """
         path = self.folder / f"{name}.json"
         if path.exists():
             return json.loads(path.read_text())
@@ -65,6 +68,6 @@ class Pieces:
         (self.folder / "about.json").write_text(json.dumps(self._about, indent=2) + "\n")
         draft = path.with_suffix(".part")
         draft.write_text(json.dumps(value) + "\n")
-        draft.rename(path)  # an interrupted run leaves no half file
+        draft.rename(path)  # so that an interrupted run leaves no incomplete file
         print(f"{name}: measured in {time.monotonic() - started_at:.1f} s", file=sys.stderr, flush=True)
         return value

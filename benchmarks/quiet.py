@@ -1,5 +1,5 @@
-"""How much of the machine other programs used during a measurement. If it was too much, the measurement is void and
-repeated a few times.
+"""Records the processor time of other programs during a measurement. If they used too much, the measurement is void and
+is repeated a few times.
 
 A process counts as ours if it is this one or descends from it. Without psutil nothing is known and nothing is void.
 """
@@ -26,7 +26,7 @@ Measured = TypeVar("Measured")
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """`own_s` is our processor time; `foreign_cores` used by other programs on average, None if unknown."""
+    """`own_s` is our processor time in seconds; `foreign_cores` the mean number of cores that other programs used."""
 
     own_s: float = 0.0
     foreign_cores: float | None = None
@@ -38,7 +38,7 @@ class Watch:
 
 
 async def in_quiet(measure: Callable[[], Awaitable[Measured]]) -> tuple[Measured, Watch]:
-    """Measure again until others left the machine alone. Returns the last measurement and its watch."""
+    """Measure, and repeat while other programs disturb it. Returns the last measurement and its watch."""
     for _ in range(1 + _MOST_REPEATS):
         before, machine_s, started_at = _own_s(), _machine_s(), time.perf_counter()
         measured = await measure()
@@ -51,7 +51,7 @@ async def in_quiet(measure: Callable[[], Awaitable[Measured]]) -> tuple[Measured
 
 
 def describe_quiet(watches: Sequence[Watch]) -> dict[str, Any]:
-    """Returns whether all of the measurements count, and what disturbed each."""
+    """Returns whether any measurement is void, and the load of other programs during each."""
     return {
         "is_void": not all(watch.is_quiet for watch in watches),
         "foreign_cores": [watch.foreign_cores for watch in watches],

@@ -1,4 +1,4 @@
-"""Results as JSON with the environment they came from, and as a short table."""
+"""Writes results as JSON, together with the environment of the run, and as a short table."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-_LEAST_EXPONENT = -4  # of ten; smaller values would be all zeros
+_LEAST_EXPONENT = -4  # power of ten below which a cell uses scientific notation
 
 
 def describe_environment(settings: Mapping[str, object]) -> dict[str, Any]:
-    """Commit, machine, library versions and the settings of this run."""
+    """Returns commit, machine, library versions and the settings of this run."""
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     return {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -41,7 +41,7 @@ def describe_environment(settings: Mapping[str, object]) -> dict[str, Any]:
 
 
 def hash_sources() -> str:
-    """Returns a hash of the code, which also shows changes that are not committed."""
+    """Returns a hash of the code, which also changes with uncommitted edits."""
     digest = hashlib.sha256()
     root = Path(__file__).parents[1]
     for folder in ("stable_audio_serve", "benchmarks"):

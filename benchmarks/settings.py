@@ -11,7 +11,7 @@ class CaseSettings:
     missing.
 
     `threads` is the model's number of CPU threads. `mode` is strict, fast or None for the device's default. `full`
-    measures as many requests as published figures need; otherwise enough to show the same within minutes.
+    measures with as many requests as published figures need, instead of a short form of minutes.
     """
 
     model: str | None = None

@@ -1,6 +1,6 @@
 """Named mixes of requests, and lists of arrivals.
 
-A list depends only on (mix, rate, count, seed), so that every side and every later run gets the same list.
+A list depends only on (mix, rate, count, seed), so every side and every later run gets the same list.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _SOUNDS = (
 )  # fmt: skip
 PROMPTS = tuple(f"a {adjective} {sound}" for adjective, sound in itertools.product(_ADJECTIVES, _SOUNDS))
 
-_NOISE_SHARE = 0.6  # of variations
-_ZIPF_EXPONENT = 1.1  # of prompts
-_CFG_SCALE = 4.0  # of guided requests
+_NOISE_SHARE = 0.6  # noise level of variations
+_ZIPF_EXPONENT = 1.1  # of the frequencies of prompts
+_CFG_SCALE = 4.0  # guidance of guided requests
 _GUIDED_FROM = 50  # steps
 
 
@@ -35,7 +35,7 @@ _GUIDED_FROM = 50  # steps
 class Mix:
     """Durations in seconds and step counts, with their weights. Arrivals are Poisson.
 
-    Durations vary by `spread`, so that exact matches are rare.
+    Durations vary by the share `spread`, so that few requests have equal lengths.
     """
 
     name: str
@@ -87,8 +87,8 @@ def draw_arrivals(
 ) -> tuple[Arrival, ...]:
     """Returns `count` requests of a mix in order of arrival, durations cut to `max_duration_s`.
 
-    If `rate_hz` is None, all arrive at once. The requests depend only on (mix, count, seed); another rate only moves
-    their arrivals.
+    If `rate_hz` is None, all arrive at once. The requests depend only on (mix, count, seed); the rate changes only
+    their arrival times.
     """
     mix = MIXES[mix] if isinstance(mix, str) else mix
     rng = random.Random(f"{mix.name}/{count}/{seed}")

@@ -2,8 +2,9 @@
 
     python batch_from_csv.py prompts.csv --out sounds/
 
-The CSV has a column `prompt` and optional columns `duration` and `seed`. The names of a row's file and job derive from
-the row's content. A second run skips existing files and reuses jobs that the server still has.
+The CSV has a column `prompt` and optional columns `duration` and `seed`. The name of a row's file and the key of its
+job are derived from the row's content. A second run therefore skips existing files and reuses jobs that the server
+still has.
 """
 
 from __future__ import annotations

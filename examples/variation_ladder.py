@@ -2,7 +2,7 @@
 
     python variation_ladder.py "a bell in a church" --to "a bell under water" --out ladder/
 
-A low strength keeps most of the clip. The last strength is 1 and ignores the clip.
+A low strength keeps most of the clip. The last variation has strength 1, which ignores the clip.
 """
 
 from __future__ import annotations

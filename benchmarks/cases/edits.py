@@ -33,7 +33,7 @@ _SEEDS_PER_ROUND = 1000
 
 
 async def run_edits(settings: CaseSettings) -> dict[str, Any]:
-    """Each round varies every tone once with other seeds; all schedules start from the same noise."""
+    """Vary every tone once per round, with new seeds in each round. All schedules start from the same noise."""
     model = load_model(resolve_entry("demo"), device=settings.device)
     options = EngineOptions(mode="strict", torch_threads=settings.threads, max_queue_s=math.inf)
     rate_hz = model.spec.card.sample_rate_hz
@@ -75,7 +75,7 @@ async def _play(engine: Engine, requests: Sequence[GenerationRequest]) -> list[A
 
 
 def _judge(clips: Sequence[Audio], pitches_hz: Sequence[float]) -> dict[str, float]:
-    """Returns how many clips have their tone's pitch. Every round has the same tones."""
+    """Returns the number of clips and how many of them have the pitch of their tone. All rounds have the same tones."""
     wanted = [pitches_hz[number % len(pitches_hz)] for number in range(len(clips))]
     found = map(strongest_hz, clips)
     cents = [abs(1200.0 * math.log2(hz / own)) if hz > 0 else math.inf for hz, own in zip(found, wanted, strict=True)]

@@ -62,17 +62,17 @@ async def _measure(settings: CaseSettings) -> dict[str, Any]:
 
 
 def growth_share(held: Sequence[int]) -> float:
-    """Returns the growth from the first half's minimum to the second half's, as a share.
+    """Returns the growth from the minimum of the first half to the minimum of the second half, as a share.
 
-    Single readings vary by up to 7 % with the last requests. A leak also raises the minimum; a steady leak shows with
-    half of its growth.
+    Single readings vary by up to 7 %, depending on the last requests. A leak raises the minimum too: a steady leak
+    raises it by half of its total growth.
     """
     middle = len(held) // 2
     return min(held[middle:]) / min(held[:middle]) - 1.0
 
 
 def resident_bytes() -> int:
-    """Returns the physical memory of this process, without the memory that its allocator holds free; Linux only."""
+    """Returns the physical memory of this process, after its allocator has returned free memory; Linux only."""
     with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])

@@ -1,8 +1,8 @@
-"""Compares our server with the alternatives that people would run instead, on one list of arrivals.
+"""Compares our server with the alternatives that people would run instead, on the same arrivals of requests.
 
-By default all sides are models of one server of ours, started for this purpose. With `engine_only` they run in this
-process, without Ray and HTTP. With `url` any running server of the five systems is a side, alone or with the sides in
-`against`.
+By default all sides are models of one server of ours, which the run starts. With `engine_only` they run in this
+process, without Ray and HTTP. With `url` a running server of one of the five systems is a side, alone or together with
+the sides in `against`.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _FULL, _SHORT = (300, 6), (60, 0)  # requests per round, trials per bisection
 
 @dataclass(frozen=True, slots=True)
 class RunRequest:
-    """The sides and the amount of work. Numbers that are None follow `CaseSettings.full`; no new piece begins after
-    `budget_s`."""
+    """The sides and the amount of work. If a number is None, `CaseSettings.full` determines it. No new piece begins
+    after `budget_s` seconds."""
 
     mix: str = "demo-wide"
     against: tuple[str, ...] | None = None
@@ -48,7 +48,7 @@ class RunRequest:
     engine_only: bool = False
     count: int | None = None
     goodput_trials: int | None = None
-    goodput_of: tuple[str, ...] | None = None  # these sides only
+    goodput_of: tuple[str, ...] | None = None  # sides whose goodput is measured; None: all
     budget_s: float = float("inf")
 
     def __post_init__(self) -> None:
@@ -76,7 +76,7 @@ class RunRequest:
 
 
 async def run_comparison(settings: CaseSettings, request: RunRequest, *, folder: Path) -> dict[str, Any]:
-    """Measure in `folder`, which keeps the lists and every finished piece.
+    """Run the comparison. `folder` keeps the lists of arrivals and every finished piece.
 
     Raises VoidError, OutOfTimeError, OtherRunError, SideFailedError.
     """

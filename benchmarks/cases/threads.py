@@ -25,8 +25,8 @@ _REQUEST = GenerationRequest(prompt="warm analog pad, slow attack", duration_s=1
 
 
 async def run_threads(settings: CaseSettings) -> dict[str, Any]:
-    """Alternates one thread and two, `rounds` clips each. The best time counts, because other programs can only add
-    time.
+    """Alternate clips on one thread and on two, `rounds` clips each. The best time counts, because other programs can
+    only add time.
 
     Raises RuntimeError if the audio differs.
     """

@@ -1,5 +1,5 @@
-"""`python -m benchmarks gpu --part N --out DIR`: measure one part, or all, on the first CUDA device; start it again to
-continue. STABLE_AUDIO_TEST_DEVICE=cpu tries everything out on tiny checkpoints.
+"""`python -m benchmarks gpu --part N --out DIR`: measure one part, or all, on the first CUDA device. Run it again to
+continue. STABLE_AUDIO_TEST_DEVICE=cpu runs everything on tiny checkpoints.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ PARTS: Mapping[int, tuple[str, _Measure]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0, also when something is left; 1 if a measurement failed; 2 for files of another commit or device."""
+    """Returns the exit status: 1 if a measurement failed, 2 if the files are from another commit or device, else 0.
+
+    It is also 0 if the time was not sufficient for all measurements.
+    """
     options = _parser().parse_args(arguments)
     torch.set_num_threads(1 if options.device.type == "cpu" else torch.get_num_threads())
     try:

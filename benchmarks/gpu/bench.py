@@ -1,4 +1,4 @@
-"""Models of the published shapes with random weights, the sides that run them, and the device's times and memory.
+"""Loads models of the published shapes with random weights, opens sides on them, and measures time and memory.
 
 One model is in memory at a time. On a CPU tiny checkpoints replace the models.
 """
@@ -30,30 +30,30 @@ _GOLDENS = Path(__file__).parents[2] / "tests" / "data" / "goldens"
 _TINY = {"small": "sa3/sharp-s", "medium": "sa3/sharp-s", "open": "sao/tiny-small"}
 _SA3 = {"small": "small-music", "medium": "medium"}
 _OPEN = "stable-audio-open-1.0"
-_QUEUE_S = 36_000.0  # nothing is refused, however slow the device
+_QUEUE_S = 36_000.0  # long enough that no request is refused on any device
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much is measured."""
+    """How much is measured: numbers of requests and repetitions, and times in seconds."""
 
     models: tuple[str, ...] = ("small", "medium", "open")
-    most_s: float = 1000.0  # of a clip
+    most_s: float = 1000.0  # longest clip
     most_steps: int = 1000
-    before: int = 3  # clips or crowds of a kind before it is measured: only repeated calls are captured
-    repeats: int = 20  # at most; at least three, and no further one after `repeat_s`
+    before: int = 3  # repetitions before a measurement, because only repeated calls are captured
+    repeats: int = 20  # most repetitions of a measurement; no more begin after `repeat_s`, except for the first three
     repeat_s: float = 2.0
-    crowd: int = 16  # clips at once where eight rows or more share the device
+    crowd: int = 16  # clips that are requested at once
     active: int = 48  # requests in flight while a busy device is profiled
-    busy_before_s: float = 12.0  # while the engine captures a shape a second
+    busy_before_s: float = 12.0  # time before profiling, in which the engine captures about one shape a second
     traced_s: float = 2.0
-    requests: tuple[int, int] = (200, 1000)  # between which memory may not grow
+    requests: tuple[int, int] = (200, 1000)  # memory must not grow between these numbers of requests
     few_rows: tuple[int, int] = (1, 8)
     full_rows: int = 64
-    list_s: float = 4.0  # that one list of a mix should take behind a lock
-    lists: tuple[int, int] = (12, 1000)  # requests of a list, least and most
+    list_s: float = 4.0  # time that a lock should need for one list of a mix
+    lists: tuple[int, int] = (12, 1000)  # least and most requests of a list
     rounds: int = 3
-    trials: int = 4  # of a search for goodput
+    trials: int = 4  # rates that a search for goodput tries
 
 
 _TINY_SIZES = Sizes(
@@ -65,7 +65,7 @@ _TINY_SIZES = Sizes(
 
 @dataclass
 class Bench:
-    """A device, how much to measure on it, and the model that is loaded now."""
+    """A device, how much to measure on it, and the currently loaded model."""
 
     device: torch.device
     _loaded: tuple[tuple[str, torch.dtype], DiffusionModel] | None = None
@@ -87,7 +87,7 @@ class Bench:
         return [row for row in CLIPS if row.model in self.sizes.models]
 
     async def model(self, name: str, dtype: torch.dtype = torch.float16) -> DiffusionModel:
-        """Returns small, medium or open (Stable Audio Open 1.0), its denoiser in `dtype`; drops the one before."""
+        """Load small, medium or open (Stable Audio Open 1.0), with its denoiser in `dtype`. Drops the previous one."""
         key = name, dtype
         if self._loaded is None or self._loaded[0] != key:
             await self.drop()
@@ -106,7 +106,7 @@ class Bench:
         return self._sides[side]
 
     async def clip(self, row: ClipRow, *, seed: int = 0) -> GenerationRequest:
-        """Returns the request of a published row: without headroom, in the steps and guidance of its model."""
+        """Returns the request for a published row: without headroom, with its model's default steps and guidance."""
         card = (await self.model(row.model)).spec.card
         return GenerationRequest(
             prompt=PROMPTS[seed % len(PROMPTS)],
@@ -150,7 +150,7 @@ class Bench:
         return [median(own) for own in taken_ms]
 
     def forget_peak(self) -> None:
-        """Reset the peak to the memory in use; a CPU process cannot."""
+        """Reset the peak to the memory in use. Has no effect on a CPU."""
         gc.collect()
         if not self.is_tiny:
             torch.cuda.reset_peak_memory_stats(self.device)

@@ -1,5 +1,5 @@
-"""Part 2: an engine that always has work: steps per second, the device's idle time and kernels; crowds of equal clips
-over the ideal; the memory of a full engine and its growth.
+"""Part 2: a busy engine. Measures steps per second, idle time and kernels of the device, the speed of equal clips that
+arrive together relative to the ideal, and the memory of a full engine and its growth.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _IN_FLIGHT = 8
 
 
 async def measure(bench: Bench, pieces: Pieces) -> dict[str, Any]:
-    """Returns the figures of P9, P10 and P11, by clip."""
+    """Returns the figures for the goals P9, P10 and P11, by clip."""
     profiles, crowds = {}, {}
     for row in bench.clips:
         if row.crowd_share is not None:
@@ -55,7 +55,7 @@ async def _profile(bench: Bench, row: ClipRow) -> dict[str, Any]:
     async def wait(seconds: float) -> None:
         done, _ = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
-            task.result()  # raises its error
+            task.result()  # raises the task's error
 
     tasks = [asyncio.create_task(repeat()) for _ in range(bench.sizes.active)]
     try:
@@ -82,7 +82,7 @@ async def _profile(bench: Bench, row: ClipRow) -> dict[str, Any]:
 
 
 async def _measure_crowd(bench: Bench, row: ClipRow) -> dict[str, Any]:
-    """Measure clips that arrive together. The ideal time of one is compared with the total time over their number."""
+    """Measure clips that arrive together. Compares the mean time per clip with the ideal time."""
     side = await bench.side(row.model, "ours")
     requests = [await bench.clip(row, seed=seed) for seed in range(bench.sizes.crowd)]
     (taken_ms,) = await bench.times_ms(lambda: asyncio.gather(*map(side.generate, requests)))
@@ -92,7 +92,7 @@ async def _measure_crowd(bench: Bench, row: ClipRow) -> dict[str, Any]:
 
 
 async def _measure_full(bench: Bench, row: ClipRow) -> dict[str, Any]:
-    """Measure the peak of a full engine over the prediction of a line through the peaks of few rows."""
+    """Compare the peak memory of a full engine with a linear extrapolation from few rows."""
     side, (few, more), full = await bench.side(row.model, "ours"), bench.sizes.few_rows, bench.sizes.full_rows
     peaks: dict[int, int] = {}
     for rows in (few, more, full):
@@ -109,7 +109,7 @@ async def _measure_full(bench: Bench, row: ClipRow) -> dict[str, Any]:
 
 
 async def _measure_growth(bench: Bench, row: ClipRow) -> dict[str, Any]:
-    """Measure the memory after many requests over that after some, each time with none in flight."""
+    """Compare the memory after many requests with that after some requests, both with no request in flight."""
     side, (settled, all_of_them) = await bench.side(row.model, "ours"), bench.sizes.requests
     held: list[int] = []
     for seeds in (range(settled), range(settled, all_of_them)):

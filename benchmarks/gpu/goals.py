@@ -1,4 +1,4 @@
-"""The goals of one H200 that the parts measure, in terms of their files. Only data."""
+"""The goals for one H200, as data. The parts measure them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.gpu.published import CLIPS
 _LONE, _BUSY, _SMALL, _MEDIUM = "gpu-1-lone", "gpu-2-busy", "gpu-3-small", "gpu-4-medium"
 _OF_SMALL = ("equal-5s", "small-8", "small-mixed")
 
-# By goal, figure and the side it is compared with: bounds by mix.
+# (goal, figure, side that is compared with) -> bound of each mix.
 _MIXES: Mapping[tuple[str, str, str], Mapping[str, float]] = {
     ("P1", "capacity", "lock"): {
         "equal-5s": 4.0, "small-8": 2.0, "small-mixed": 1.4, "medium-8": 1.1, "sao-100": 1.0,
@@ -38,7 +38,7 @@ def _of_mixes() -> Iterator[Goal]:
             path = ("mixes", mix, "ratios", "ours", over, figure)
             yield Goal(id, f"{mix} {figure} over {over}", file[mix], path, bound, figure in {"capacity", "goodput"})
     for mix, bound in _OVER_EAGER.items():
-        what = f"{mix} capacity over a lock that captures nothing"
+        what = f"{mix} capacity over a lock without CUDA graphs"
         yield Goal("P3", what, file[mix], ("capacity_over_eager_lock_ratio", mix), bound, True)
 
 
@@ -46,11 +46,11 @@ def _of_clips() -> Iterator[Goal]:
     for row in CLIPS:
         for id, what, file, figure, bound, larger_is_better in (
             ("P8", "over TensorRT", _LONE, "lone_pipeline_over_tensorrt_ratio", row.tensorrt_ms and 1.5, False),
-            ("P9", "alone of ideal", _LONE, "roofline_share_alone", row.alone_share, True),
-            ("P9", "crowd of ideal", _BUSY, "roofline_share_crowd", row.crowd_share, True),
+            ("P9", "alone, share of ideal speed", _LONE, "roofline_share_alone", row.alone_share, True),
+            ("P9", "together, share of ideal speed", _BUSY, "roofline_share_crowd", row.crowd_share, True),
             ("P10", "busy share", _BUSY, "gpu_busy_share", row.crowd_share and 0.95, True),
             ("P10", "idle time per step (ms)", _BUSY, "idle_ms_per_step", row.crowd_share and 0.3, False),
-            ("P11", "peak over allowed (GB)", _LONE, "memory_peak_over_allowed_gb", row.peak_gb and 0.0, False),
+            ("P11", "peak above allowed (GB)", _LONE, "memory_peak_over_allowed_gb", row.peak_gb and 0.0, False),
         ):
             if bound is not None:
                 yield Goal(id, f"{row.name} {what}", file, (figure, row.name), bound, larger_is_better)
@@ -58,8 +58,8 @@ def _of_clips() -> Iterator[Goal]:
 
 GPU_GOALS: tuple[Goal, ...] = (
     *_of_mixes(),
-    Goal("P7", "lone engine over what is allowed", _LONE, ("lone_engine_over_allowed_worst_ratio",), 1.0),
+    Goal("P7", "time of a single clip over the allowed time", _LONE, ("lone_engine_over_allowed_worst_ratio",), 1.0),
     *_of_clips(),
-    Goal("P11", "full over predicted", _BUSY, ("memory_full_over_predicted_ratio",), 1.1),
+    Goal("P11", "memory of a full engine over predicted", _BUSY, ("memory_full_over_predicted_ratio",), 1.1),
     Goal("P11", "memory growth over 1,000 requests", _BUSY, ("memory_growth_share",), 0.01),
 )

@@ -1,5 +1,5 @@
-"""Part 1: one clip on an idle device: the bare pipeline with and without captured calls and the engine, in turns;
-memory, and what one clip launches. Compared with the published TensorRT pipeline.
+"""Part 1: one clip on an idle device. Compares the bare pipeline with and without CUDA graphs, the engine, and the
+published TensorRT pipeline. Also measures memory and the launches of one clip.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _GRAPHS_GB = 2.0  # memory allowed beyond the published peak
 
 
 async def measure(bench: Bench, pieces: Pieces) -> dict[str, Any]:
-    """Returns the figures of P7, P8, P9 and P11, by clip."""
+    """Returns the figures for the goals P7, P8, P9 and P11, by clip."""
     attempts = {row: await pieces.attempt(row.name, partial(_measure_clip, bench, row)) for row in bench.clips}
     clips = {row: clip for row, clip in attempts.items() if clip}
     return {

@@ -1,5 +1,5 @@
-"""Parts 3 and 4: our engine against a lock and static batches in one process, on the same arrival lists, as the case
-`run` compares them; and the first list against a lock that captures nothing.
+"""Parts 3 and 4: compare our engine with a lock and with static batches, in one process, as the case `run` does. Also
+compare its capacity with that of a lock without CUDA graphs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MEASURED_EAGER = ("small-8", "medium-8")
 
 
 async def measure(bench: Bench, pieces: Pieces, *, mixes: tuple[str, ...]) -> dict[str, Any]:
-    """Returns the figures of P1 to P6, by mix."""
+    """Returns the figures for the goals P1 to P6, by mix."""
     attempts = {
         mix: await pieces.attempt(mix, partial(_measure_mix, bench, pieces, mix=mix))
         for mix in mixes

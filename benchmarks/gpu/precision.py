@@ -33,7 +33,7 @@ Network = Callable[[nn.Module], Tensor]
 
 
 async def measure(bench: Bench, pieces: Pieces) -> dict[str, Any]:
-    """Returns decibels over the error of each precision, by clip."""
+    """Returns the signal-to-error ratio of each precision in decibels, by clip."""
     rows = [row for row in bench.clips if row.name in _COMPARED]
     compared = {row.name: await pieces.attempt(row.name, partial(_compare, bench, row)) for row in rows}
     found = {name: values for name, values in compared.items() if values}
@@ -50,7 +50,7 @@ async def measure(bench: Bench, pieces: Pieces) -> dict[str, Any]:
 
 
 async def _compare(bench: Bench, row: ClipRow) -> dict[str, Any]:
-    """Compare one step and one window with float64; each precision has the same float32 weights, rounded."""
+    """Compare one step and one window with float64. Each precision rounds the same float32 weights."""
     model = await bench.model(row.model, torch.float32)
     assert isinstance(model, Sa3Model | SaoModel)
     request = await bench.clip(row)
@@ -71,7 +71,7 @@ async def _compare(bench: Bench, row: ClipRow) -> dict[str, Any]:
 
 
 def _record_step(model: Sa3Model | SaoModel, request: GenerationRequest, *, latents: Tensor) -> Network:
-    """Returns a denoiser call with the conditioning of `request` that any copy of the network can make."""
+    """Returns a function that calls a given copy of the denoiser with the conditioning of `request`."""
     net, taken = model.denoiser, []
     project = net.condition
 
@@ -112,7 +112,7 @@ def _against_float64(net: nn.Module, run: Network) -> dict[str, dict[str, float 
 
 
 def _resolve_kernels(net: nn.Module) -> None:
-    if isinstance(net, AudioAutoencoder | OobleckAutoencoder):  # which keeps kernels that follow from the weights
+    if isinstance(net, AudioAutoencoder | OobleckAutoencoder):  # it caches kernels computed from the weights
         net.resolve()
 
 
@@ -133,7 +133,7 @@ def measure_error(actual: Tensor, expected: Tensor) -> dict[str, float | None]:
 
 
 class _Float64(TorchFunctionMode):
-    """Within this context float64 stays float64, although the networks convert to float32 in places."""
+    """Within this context, conversions to float32 inside the networks keep float64."""
 
     def __torch_function__(  # noqa: PLR0917  # as torch calls it
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None

@@ -1,19 +1,22 @@
-"""What Stability AI publishes for one H200, and the work of each clip counted from the networks' shapes. Only numbers.
+"""Stability AI's published figures for one H200, and the work of each clip, computed from the networks' shapes.
 
-Ideal times are work over 790 TFLOP/s, or weights and activations over 4.3 TB/s where that is longer.
+The ideal time is the longer of two: work at 790 TFLOP/s, or weights and activations at 4.3 TB/s.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-FLOPS = 790e12  # sustained, half precision
+FLOPS = 790e12  # operations per second, sustained, in half precision
 
 
 @dataclass(frozen=True, slots=True)
 class ClipRow:
-    """One clip of one model: its work, the published time of the TensorRT pipeline and peak memory, and the share of
-    the ideal speed that is the goal for it alone and for eight rows or more. None: not published, or no goal."""
+    """One clip of one model: its work, the published TensorRT time and peak memory, and our goals.
+
+    `alone_share` and `crowd_share` are the goals as a share of the ideal speed, for one clip and for eight or more at
+    once. None: not published, or no goal.
+    """
 
     model: str  # small, medium or open
     duration_s: float

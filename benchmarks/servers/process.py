@@ -26,8 +26,8 @@ from stable_audio_serve.models.registry import ModelEntry
 
 _READY_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 30.0
-_IN_PROGRESS = 10_000  # none of our limits may refuse a burst
-_SAID = "cold start:"  # when the server is ready
+_IN_PROGRESS = 10_000  # limits on requests in progress, so high that no burst is refused
+_COLD_START = "cold start:"  # the log line that the server writes when it is ready
 _STAGE = re.compile(r"(\w+) ([0-9.]+) s")
 
 
@@ -45,10 +45,10 @@ class Server:
 
     @property
     def stages_s(self) -> dict[str, float]:
-        """The times of its cold start that the server logged, in seconds by stage."""
-        said = [line.removeprefix(_SAID) for line in self.lines if line.startswith(_SAID)]
+        """The times that the server logged for its cold start, in seconds by stage."""
+        found = [line.removeprefix(_COLD_START) for line in self.lines if line.startswith(_COLD_START)]
         stages: dict[str, float] = {}
-        for part in "".join(said[:1]).split(";"):  # the start itself, then one part per model
+        for part in "".join(found[:1]).split(";"):  # stages of the server, then of each model
             model, _, laps = part.strip().rpartition(": ")
             for name, seconds in _STAGE.findall(laps):
                 stages[f"{model} {name}".strip()] = float(seconds)
@@ -108,7 +108,10 @@ async def serving(
 
 @contextmanager
 def running_server(config: Path) -> Iterator[Server]:
-    """Start, wait until it is ready, stop with Ctrl-C. Raises RuntimeError with its output if it never is."""
+    """Start a server, wait until it is ready, and stop it with Ctrl-C at the end.
+
+    Raises RuntimeError with its output if it does not become ready.
+    """
     port = _free_port()
     command = ("-m", "stable_audio_serve.cli", "serve", "--config", str(config), "--port", str(port))
     started_at = time.perf_counter()
@@ -126,7 +129,7 @@ def running_server(config: Path) -> Iterator[Server]:
     def read() -> None:
         for line in process.stdout or ():
             server.lines.append(line.rstrip())
-            if line.startswith(_SAID):
+            if line.startswith(_COLD_START):
                 server.ready_s = time.perf_counter() - started_at
                 ready.set()
         ready.set()

@@ -1,7 +1,7 @@
-"""The whole server with a simulated device, which takes a computed time and returns a prepared clip.
+"""The whole server with simulated devices: each waits for a computed time and returns a prepared clip.
 
-Each replica's device serves one request at a time. So routing, Ray and HTTP can be measured with more replicas than
-this machine has cores. Must not import torch or transformers, because these replicas never do.
+A device serves one request at a time. Routing, Ray and HTTP can thus be measured with more replicas than this machine
+has cores. This module must not import torch or transformers, so that the replicas start fast.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class LinearDevice:
 
     @property
     def prices(self) -> Prices:
-        """The prices of work on this device. They price a guided step slightly too high."""
+        """The costs of work on this device. The cost of a guided step is slightly too high."""
         frames_per_s = _RATE_HZ / _HOP
         return Prices(
             row_ms=self.text_ms + self.decode_ms,
@@ -65,7 +65,8 @@ class LinearDevice:
 
 
 DEVICE = LinearDevice()
-# For clips of a tenth of the length, and eight times as fast: the same work in an eighth of the time, in fewer bytes.
+# A device for clips of a tenth of the length, eight times as fast. The same load takes an eighth of the time, and the
+# server sends less audio.
 SHORTENED = 10.0
 SHORTENING_DEVICE = LinearDevice(
     text_ms=DEVICE.text_ms / 8,
@@ -102,10 +103,10 @@ class StandInReplica:
 
 
 class TimedReplica(StandInReplica):
-    """Answers once its simulated device has finished.
+    """Answers a request when its simulated device has finished it.
 
-    The device serves requests one after another in order of arrival. While work is waiting it is never idle, however
-    late this process wakes up: only the clock counts. A cancelled request still takes its time.
+    The device serves requests one after another in order of arrival. Finish times are computed, so a late wake-up of
+    this process does not leave the device idle. A cancelled request still takes its time.
     """
 
     times: ClassVar[LinearDevice] = DEVICE
@@ -120,11 +121,11 @@ class TimedReplica(StandInReplica):
 
     @property
     def backlog_s(self) -> float:  # type: ignore[override]
-        """Device time of accepted work that is still to be done."""
+        """Device time of accepted work that has not finished yet."""
         return max(0.0, self._free_at - time.monotonic())
 
     async def generate(self, request: GenerationRequest) -> GenerationResult | StableAudioError:
-        """Returns a clip of the requested length, or a refusal if too much work is ahead."""
+        """Returns a clip of the requested length, or an error if too much work is waiting."""
         waiting_s = self.backlog_s
         if waiting_s > self._max_queue_s:
             retry_s = max(waiting_s - self._max_queue_s, _LEAST_RETRY_S)

@@ -1,3 +1,3 @@
-"""The servers that are compared: ours, and what people would run instead. All of them run one model through the
-engine's own executor; they differ in which requests share its device calls, and when.
+"""The compared servers: ours, and what people would run instead. All of them run one model with the engine's executor.
+They differ in the order of requests and in which requests share device calls.
 """

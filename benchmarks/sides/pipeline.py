@@ -1,7 +1,7 @@
-"""The whole pipeline without a scheduler, for rows that take the same steps: text, source, every step, decode.
+"""The whole pipeline without a scheduler, for rows with the same number of steps: text, source, all steps, decode.
 
-It runs the engine's own stages and captures calls when the engine would, so that the sides differ only in the order of
-work.
+It runs the stages of the engine, and captures CUDA graphs when the engine would. So the sides differ only in the order
+of work.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from stable_audio_serve.models.protocol import DiffusionModel, RowPlan
 from stable_audio_serve.sampling.noise import SeededNoise
 
 _SETTLED_S = 1.0  # after this long without a capture, an idle engine has nothing left to capture
-_ALL_WINDOWS = 2**30  # nothing waits between two of them
+_ALL_WINDOWS = 2**30  # frames to decode at once: all, because no other work waits between windows
 
 
 class Captures(NullMetrics):
@@ -129,7 +129,7 @@ class Pipeline:
                 self._settling = asyncio.create_task(self.settle())
 
     async def settle(self) -> None:
-        """Capture calls that are frequent enough until the next request, as an idle engine does."""
+        """Capture frequent calls until the next request arrives, as an idle engine does."""
         loop = asyncio.get_running_loop()
         while not self._num_asked and await loop.run_in_executor(self._thread, self._capture):
             pass

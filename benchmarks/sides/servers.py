@@ -1,7 +1,7 @@
-"""Each side in one process: `await side.generate(request)`.
+"""The sides in one process: `await side.generate(request)`.
 
 `lock` serves one request at a time, first come, first served; `static` serves batches of similar requests; `ours` is
-the engine. Where the engine captures device calls, all sides do, except `eager-lock`.
+the engine. If the engine uses CUDA graphs on a device, the other sides do too, except `eager-lock`.
 """
 
 from __future__ import annotations
@@ -38,19 +38,17 @@ class Side(Protocol):
         ...
 
     async def settle(self) -> None:
-        """Return once the side only waits for requests; until then it may use its device for later speed, such as
-        captures.
-        """
+        """Return once the idle side has finished work that makes later requests faster, such as capturing graphs."""
         ...
 
     async def close(self) -> None:
-        """Stop; nothing is in flight."""
+        """Stop. No request may be in flight."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class OneCall:
-    """A batch shares one device call of `shapes`, padded to the longest row, or to the shape if it `pads`."""
+    """All rows of a batch share one device call, padded to the longest row, or to one of `shapes` if it `pads`."""
 
     shapes: CallShapes
     pads: bool = True
@@ -67,10 +65,9 @@ class OneCall:
 
 
 def one_call(model: DiffusionModel) -> Callable[[Device], BatchPolicy]:
-    """Returns a function that chooses a policy for a device.
+    """Returns a function that returns the policy for a device.
 
-    Only repeated calls can be captured, so calls have the engine's shapes, with up to as many rows as a batch may
-    have.
+    Only repeated calls can be captured, so calls have the engine's shapes, with up to as many rows as a batch may have.
     """
 
     def choose(device: Device) -> BatchPolicy:
@@ -83,7 +80,7 @@ def one_call(model: DiffusionModel) -> Callable[[Device], BatchPolicy]:
 
 
 class LockServer(Pipeline):
-    """The pipeline behind a mutex: what a handler around a model does."""
+    """The pipeline behind a mutex, as in a simple request handler around a model."""
 
     def __init__(self, model: DiffusionModel, options: EngineOptions, *, captures_calls: bool = True) -> None:
         captured = one_call(model)
@@ -105,7 +102,7 @@ class StaticServer(Pipeline):
     def __init__(
         self, model: DiffusionModel, options: EngineOptions, *, collect: Callable[[RunBatch], Batched]
     ) -> None:
-        """`collect` turns a function over a batch into one over a request: `@serve.batch`, or `Batcher`."""
+        """`collect` converts a function of a batch to a function of one request: `@serve.batch`, or `Batcher`."""
         super().__init__(model, replace(options, mode="fast"), policy=one_call(model), together=MAX_BATCH)
         self._collect = collect
         self._queues: dict[BatchKey, Batched] = {}
@@ -138,8 +135,8 @@ def batch_key(model: DiffusionModel, request: GenerationRequest) -> BatchKey:
 class Batcher:
     """Collects calls into batches as `@serve.batch` does, for machines without Ray.
 
-    After its first call a batch waits shortly for more; the next batch forms while it runs. A batch's error is raised
-    in each of its calls.
+    After its first call, a batch waits a short time for more calls. While a batch runs, the next one collects calls. An
+    error of a batch is raised in each of its calls.
     """
 
     def __init__(self, run: RunBatch) -> None:

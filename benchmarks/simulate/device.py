@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 _RATE_HZ, _HOP = 44_100, 4096
 _LATENT_CHANNELS = 256
-_LOCAL_WIDTH = 257  # of additions per frame
+_LOCAL_WIDTH = 257  # width of the local conditioning that is added to each frame
 _TEXT_WIDTH, _CONTEXT_TOKENS = 768, 257
 _TIME_FEATURES = 256
 _BYTES = 2  # half precision
@@ -32,9 +32,9 @@ class Network:
     differential: bool
     decoder_width: int
     decoder_blocks: int
-    decoder_keys: int  # per query
-    decoder_kernel: int  # of its last convolution
-    halo_frames: int  # that a decode window overlaps the next one
+    decoder_keys: int  # keys per query in the decoder
+    decoder_kernel: int  # kernel size of the decoder's last convolution
+    halo_frames: int  # frames on each side of a decode window that it does not keep
     longest_s: float
     prefix_tokens: int = 64
 
@@ -55,7 +55,7 @@ class Network:
         return self.depth * block + head + 7 * e**2
 
     def step_operations(self, frames: int) -> float:
-        """Returns the operations of one row's step, with keys and values of the context kept between steps."""
+        """Returns the operations of one step of a row. Keys and values of the context are not computed again."""
         e, tokens = self.width, frames + self.prefix_tokens
         layer = 2 * self._products * tokens + 4 * self._softmaxes * e * tokens * (tokens + _CONTEXT_TOKENS)
         return self.depth * layer + 4 * _LATENT_CHANNELS * e * frames
@@ -80,7 +80,7 @@ class Network:
 
     @property
     def _products(self) -> float:
-        """Returns the number of a layer's weights that every token is multiplied with in every step."""
+        """Returns the number of weights of a layer that multiply every token in every step."""
         return float(((5 if self.differential else 3) + 1 + self._softmaxes + 1 + 12) * self.width**2)
 
 

@@ -1,7 +1,7 @@
-"""The engine on a virtual clock: its own scheduler, batching, predictions and cost model; the GPU is a formula.
+"""The engine on a virtual clock, with its own scheduler, batching, predictions and cost model. The GPU is a formula.
 
-A turn is that of `engine.loop.EngineLoop`: one denoising step, and beside it the text of starting rows and the next
-decode windows.
+A turn does the same as in `engine.loop.EngineLoop`: one denoising step and, in the GPU's second queue, the text of new
+rows and the next decode windows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from stable_audio_serve.models.protocol import WindowRule
 from stable_audio_serve.models.windows import LONGEST_FRAMES, audible_windows, cut_windows
 
 _PROBE_WINDOW = 128  # frames
-_CALLS_AHEAD = 2  # of the host, as in `engine.pacing`
+_CALLS_AHEAD = 2  # calls that the host may queue ahead, as in `engine.pacing`
 
 
 def work_of(arrival: Arrival, network: Network) -> RowWork:
@@ -47,8 +47,8 @@ def record_of(arrival: Arrival, ended_ms: float) -> Record:
 
 
 @dataclass(slots=True)
-class _Beside:
-    """A call of the GPU's second queue. At its end the audio of `arrivals` is ready."""
+class _QueuedCall:
+    """A call in the GPU's second queue. When it ends, the audio of `arrivals` is ready."""
 
     number: int
     left_ms: float
@@ -56,24 +56,24 @@ class _Beside:
 
 
 class _Queues:
-    """The GPU's two queues. The second goes first; the first queue gets the rest of the GPU's time."""
+    """The GPU's two queues. The second queue has priority; the first one gets the rest of the GPU's time."""
 
     def __init__(self) -> None:
         self.now_ms = 0.0
-        self.num_asked = 0  # calls of the second queue
+        self.num_enqueued = 0  # calls of the second queue
         self.records: list[Record] = []
-        self._second: deque[_Beside] = deque()
+        self._second: deque[_QueuedCall] = deque()
 
     def run(self, ms: float) -> None:
         """Run a call of the first queue to its end."""
-        self.wait(self.num_asked)
+        self.wait(self.num_enqueued)
         self.now_ms += ms
 
-    def ask(self, ms: float, *arrivals: Arrival) -> int:
+    def enqueue(self, ms: float, *arrivals: Arrival) -> int:
         """Add a call to the second queue. Returns its number."""
-        self.num_asked += 1
-        self._second.append(_Beside(self.num_asked, ms, arrivals))
-        return self.num_asked
+        self.num_enqueued += 1
+        self._second.append(_QueuedCall(self.num_enqueued, ms, arrivals))
+        return self.num_enqueued
 
     def wait(self, number: int) -> None:
         """Let the first queue wait until call `number` of the second ends."""
@@ -100,12 +100,12 @@ class _Row:
     arrival: Arrival
     work: RowWork
     has_started: bool = False
-    text: int | None = None  # the second queue's call that its first step waits for
+    text: int | None = None  # number of the second queue's call that the row's first step waits for
     frames_decoded: int = 0
 
 
 class SimulatedEngine:
-    """One engine on one GPU, to run once."""
+    """One engine on one GPU. An instance runs once."""
 
     def __init__(self, gpu: Gpu) -> None:
         network, options = gpu.network, EngineOptions(mode="fast")
@@ -115,7 +115,7 @@ class SimulatedEngine:
         self._cost = CostModel()
         self._policy = resolve_policy(
             options,
-            CudaDevice,  # type: ignore[arg-type]  # the class has what suits a GPU
+            CudaDevice,  # type: ignore[arg-type]  # the class has all attributes that the policy reads
             cost=self._cost,
             packs_rows=True,
             packed=PackedShapes(network.prefix_tokens, longest_frames),
@@ -151,7 +151,7 @@ class SimulatedEngine:
                 self._receive(RowId(num_taken), coming[num_taken])
                 num_taken += 1
             self._turn()
-        queues.wait(queues.num_asked)
+        queues.wait(queues.num_enqueued)
         return queues.records
 
     def _fit_cost(self, longest_frames: int, *, max_tokens: int) -> None:
@@ -185,7 +185,7 @@ class SimulatedEngine:
         if stepping:
             self._denoise(stepping)
         else:
-            self._queues.wait(self._queues.num_asked - _CALLS_AHEAD)
+            self._queues.wait(self._queues.num_enqueued - _CALLS_AHEAD)
         for row_id in ids:
             if self._rows[row_id].work.phase is Phase.DONE:
                 self._scheduler.remove(row_id)
@@ -205,7 +205,7 @@ class SimulatedEngine:
     def _encode_prompts(self, rows: Sequence[_Row]) -> None:
         missing = {row.arrival.prompt for row in rows} - self._prompts
         for _ in range(0, len(missing), self._together):
-            self._last_text = self._queues.ask(self._gpu.prompt_ms)
+            self._last_text = self._queues.enqueue(self._gpu.prompt_ms)
         self._prompts |= missing
         for row in rows:
             row.has_started = True
@@ -241,10 +241,10 @@ class SimulatedEngine:
             for start in range(0, windows, self._together):
                 ms += self._gpu.decode_ms(min(windows - start, self._together), frames)
         ended = [row.arrival for row in rows if row.work.phase is Phase.DONE]
-        self._windows.append(self._queues.ask(ms, *ended))
+        self._windows.append(self._queues.enqueue(ms, *ended))
 
     def _cut(self, row: _Row, *, longest: int) -> None:
-        """Cut the rest of the row's clip again, as `engine.windows.AudioAssembly` does; the first window is taken."""
+        """Cut the rest of the row's clip again, as `engine.windows.AudioAssembly` does. The first window is next."""
         rule = WindowRule(self._gpu.network.halo_frames)
         spans = cut_windows(row.frames_decoded, frames=row.work.frames, rule=rule, longest=longest)
         row.work.decode_left = window_lengths(spans)

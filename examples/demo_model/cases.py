@@ -21,7 +21,8 @@ _LONG_S = (14.0, 47.0)
 class Case:
     """One request and the scene it describes.
 
-    Task `edit` also extends, varies and inpaints the result. Task `loop` also checks the result played twice in a row.
+    With the task `edit`, the result is also extended, varied and inpainted. With the task `loop`, it must also keep its
+    tempo when it is played twice in a row.
     """
 
     scene: Scene

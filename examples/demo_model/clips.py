@@ -52,8 +52,8 @@ class ClipConfig:
 class Batch:
     """Clips for a step: latents (B, D, F), valid (B, F), tokens and mask (B, T), seconds (B,), local (B, C, F).
 
-    `unnamed` (B,) marks clips without a caption and without kept latents. The noised latents are their only input, so
-    they are not trained at the highest noise levels. The latents encode `frames` (B, 222, 8 F).
+    `latents` encode `frames` (B, 222, 8 F). `unnamed` (B,) marks clips without a caption and without kept latents.
+    Their only input is the noised latents, so training does not use them at the highest noise levels.
     """
 
     latents: Tensor

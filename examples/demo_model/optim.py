@@ -23,7 +23,7 @@ class MixedOptimizer:
         warmup_steps: int = 40,
         decay_share: float = 0.6,
     ) -> None:
-        """`adam_only` has substrings of the names of matrices that AdamW trains.
+        """Matrices with a name that contains one of `adam_only` are trained by AdamW.
 
         The learning rates decay over the last `decay_share` of the steps.
         """

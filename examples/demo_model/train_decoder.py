@@ -26,7 +26,7 @@ class DecoderTrainingConfig:
 
     steps: int = 600
     clips: ClipConfig = field(default_factory=ClipConfig)
-    clean_share: float = 0.3  # share of noised encoder latents, so that edits still reproduce their source
+    clean_share: float = 0.3  # share of clips with noised latents of the encoder, so that edits reproduce their source
     noise: float = 0.2
     seed: int = 0
 
@@ -70,7 +70,7 @@ def train_decoder(
 def _denoised(network: Network, batch: Batch) -> Tensor:
     """Returns the clean latents (B, D, F) that the denoiser predicts from noised latents.
 
-    Draws times from the sampler's schedule, and often t = 1.
+    Draws times as stage 2 does, but none below 0.25 and more at exactly 1.
     """
     t = draw_times(len(batch.latents)).to(batch.latents.device).clamp(min=0.25)
     t = torch.where(torch.rand_like(t) < 0.35, torch.ones_like(t), t)

@@ -24,7 +24,7 @@ from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.sa3.config import parse_denoiser
 from stable_audio_serve.models.sa3.denoiser import Denoiser
 
-HIGHEST_UNNAMED_T = 0.8  # at later times noise hides the clip, and an empty prompt must give near silence
+HIGHEST_UNNAMED_T = 0.8  # above it, noise hides the clip, and an empty prompt alone must give near silence
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The layout of a step batch's rows in a denoiser's tokens, for every model family."""
+"""Chooses how the rows of a step batch are laid out as tokens of the denoiser, for every model family."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ CONTEXT = "context"  # name of the branch constant that holds every layer's cros
 
 
 def packed_layout(batch: StepBatch, *, num_prefix: int) -> Layout | None:
-    """Returns the layout of a packed batch with `num_prefix` tokens before each row's frames; None if it is padded.
+    """Returns the layout of a packed batch with `num_prefix` tokens before each row's frames; None for a padded batch.
 
-    Raises RuntimeError for segments if the installed torch has no attention for them.
+    Raises RuntimeError if the batch has segments and the installed torch has no attention kernel for them.
     """
     if batch.segments is not None:
         varlen = find_varlen()

@@ -30,7 +30,7 @@ _ENCODER_FILES = ((WEIGHTS_FILE, _SHARD_INDEX), ("tokenizer.json", "tokenizer.mo
 
 @dataclass(frozen=True, slots=True)
 class FileList:
-    """The files of a checkpoint's folder or repository; error messages call it `place`.
+    """The files of a checkpoint's folder or repository. `place` is its name in error messages.
 
     `has` returns whether a relative path is a file. `names` are the files at the top level.
     """
@@ -86,9 +86,9 @@ def choose_weights(files: FileList) -> str:
 
 
 def find_text_encoder(folder: Path) -> Path | None:
-    """Returns the text encoder's folder: from the config, else in the weights' folder; None if a repository holds it.
+    """Returns the text encoder's folder inside a checkpoint folder; None if the encoder has a separate repository.
 
-    Raises CheckpointError naming the searched places.
+    Raises CheckpointError naming the folders that were searched.
     """
     encoder = _encoder_folder(read_config(folder), list_folder(folder))
     return None if encoder is None else folder / encoder
@@ -102,7 +102,7 @@ def text_encoder_repository(config: ConfigReader) -> str:
 
 
 def is_open_family(config: ConfigReader) -> bool:
-    """Whether the checkpoint is of the Stable Audio Open family, which encodes prompts by T5 instead of T5Gemma."""
+    """Whether the checkpoint is of the Stable Audio Open family, which encodes prompts with T5 instead of T5Gemma."""
     return _text_conditioner(config).text("type") == "t5"
 
 
@@ -120,7 +120,7 @@ def check_layout(config: ConfigReader, files: FileList) -> str | None:
 
 
 def check_encoder(files: FileList, *, folder: str | None = None) -> None:
-    """Raise CheckpointError if a text encoder file is missing in `folder`, or at the top level."""
+    """Raise CheckpointError if a text encoder file is missing in `folder` (None: the top level)."""
     for alternatives in _ENCODER_FILES:
         files.require(*alternatives, folder=folder)
 

@@ -26,8 +26,8 @@ class CompiledModel(ForwardingModel):
 
     @property
     def spec(self) -> ModelSpec:
-        """The model's spec without packing: packed rows on a CPU would compile each mixture of lengths, and compiled
-        layers are untested with segments.
+        """The model's spec, with packing turned off. On a CPU, packed rows would need one compilation for each
+        combination of lengths. On CUDA, segments are untested with compiled layers.
         """
         spec = self._model.spec
         return replace(
@@ -39,7 +39,7 @@ def compile_layers(model: DiffusionModel, *, folder: Path = KERNELS, backend: st
     """Returns the model with compiled layers. One compilation serves all row counts and frame counts.
 
     Compiled kernels are cached in `folder` for later processes. Raises ConfigError, naming `compile`, if the machine
-    cannot compile, or if other users can write to the folder: it contains programs.
+    cannot compile, or if other users can write to the folder, because this process executes its files.
     """
     if not isinstance(model, Sa3Model | SaoModel):
         raise ConfigError("compile needs the networks of `backend: native`", field="compile")
@@ -65,7 +65,7 @@ def _keep_kernels(folder: Path) -> None:
 
 
 def _require_compiler(device: torch.device, backend: str) -> None:
-    """Compile a small function: the only reliable check for a compiler, headers and, on CUDA, Triton."""
+    """Compile a small function. No other check reliably finds a compiler, its headers and, on CUDA, Triton."""
     probe = torch.compile(_probe, fullgraph=True, dynamic=False, backend=backend)
     try:
         with torch.inference_mode():

@@ -20,8 +20,8 @@ MAX_SAMPLES = 2**40
 class ConfigReader:
     """A JSON object and its path in the file. Every getter raises CheckpointError naming the key.
 
-    A getter without `default` requires the key; an explicit null counts as absent. All readers of a file share a record
-    of the keys read, from which `refuse_unread` finds the unread ones.
+    A getter without `default` requires the key; an explicit null counts as absent. All readers of a file share one
+    record of the keys that were read. `refuse_unread` uses it.
     """
 
     def __init__(self, values: Mapping[str, Any], *, path: str = "", seen: set[str] | None = None) -> None:
@@ -135,7 +135,7 @@ class ConfigReader:
         return self.sections(key) if is_list else []
 
     def refuse_unknown(self, known: Collection[str]) -> None:
-        """Raise CheckpointError for the first key with a value that is not in `known`."""
+        """Raise CheckpointError for the first key that is not in `known`. Keys whose value is null are ignored."""
         unknown = sorted(key for key in self._values if key in self and key not in known)
         if unknown:
             raise CheckpointError(f"{CONFIG_FILE}: {self.name(unknown[0])} is not known to this model family")

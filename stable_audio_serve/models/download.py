@@ -247,7 +247,7 @@ def _require_config(repo_id: str, names: Iterable[str]) -> None:
 
 
 def _require_readable(repo_id: str, name: str, *, info: ModelInfo, token: str | None) -> None:
-    """Raise an error if the token may not read a file. The file list of a gated repository is public."""
+    """Raise an error if the token cannot read the file `name`. (Listing a gated repository's files needs no access.)"""
     get_hf_file_metadata(hf_hub_url(repo_id, name, revision=info.sha), token=token, timeout=_REQUEST_TIMEOUT_S)
 
 
@@ -270,7 +270,7 @@ def _require_space(entry: ModelEntry, info: ModelInfo, *, cache_dir: Path | None
 
 def _explain(error: Exception, entry: ModelEntry, *, cache_dir: Path | None) -> str:
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
-        error = error.__cause__  # the hub responded, so the empty cache is not the cause
+        error = error.__cause__  # the hub's answer is the cause, not the empty cache
     repo_id, place = entry.repo_id, cache_dir or Path(constants.HF_HUB_CACHE)
     page = f"{constants.ENDPOINT}/{repo_id}"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0

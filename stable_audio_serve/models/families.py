@@ -1,4 +1,6 @@
-"""Loads a registry entry: finds or downloads its files and calls the family's loader. Importing it registers parts."""
+"""Loads a registry entry: finds or downloads its files and calls the family's loader. Importing this module registers
+the types of parts that checkpoints may name.
+"""
 
 from __future__ import annotations
 

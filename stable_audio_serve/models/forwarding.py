@@ -1,4 +1,4 @@
-"""A wrapper that forwards every call to another model: the base of wrappers that change or observe a part of it."""
+"""The base class of wrappers that change or observe some calls of a model and forward the others."""
 
 from __future__ import annotations
 

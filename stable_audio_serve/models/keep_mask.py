@@ -19,8 +19,8 @@ def plan_keep_mask(request: GenerationRequest, *, frames: int, hop: int, sample_
     Everything after the clip's end is generated. Without regions nothing is kept, as in the references. Returns None
     without a source. `hop` is the number of samples per frame. Raises InvalidRequestError naming the field.
 
-    With `keep="source"`, a region that continues the source begins at the frame in which the source ends. The latent of
-    that frame would encode the silence after the source, and the continuation would start with up to a frame of it.
+    With `keep="source"`, a region that continues the source begins at the frame in which the source ends. That frame's
+    latent also encodes the silence after the source; if kept, it would add up to a frame of silence to the clip.
     """
     field = "inpaint_start_seconds"
     if request.inpaint_audio is None:

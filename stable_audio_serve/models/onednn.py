@@ -1,4 +1,4 @@
-"""Linear layers on a CPU that oneDNN multiplies in float32 where it is faster than torch's default.
+"""Float32 linear layers on a CPU that use oneDNN where it is faster than torch's default.
 
 Torch multiplies float32 matrices with MKL, which leaves half of an AMD processor's AVX-512 unused. The oneDNN build
 inside torch uses all of it.
@@ -17,7 +17,9 @@ _LEAST_PRODUCTS = 2**21  # multiplications; each oneDNN call has 11 us of overhe
 
 
 class OneDnnLinear(nn.Linear):
-    """A linear layer for CPU inference. With gradients, when compiled and for small products it is torch's own."""
+    """A linear layer that uses oneDNN for CPU inference. With gradients, when compiled, and for small products it
+    behaves as `nn.Linear`.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.numel() * self.out_features < _LEAST_PRODUCTS:
@@ -39,7 +41,7 @@ def use_onednn(network: nn.Module) -> None:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: PLR0917  # torch's signature
-    """Returns `x @ weight.T + bias` like `F.linear`, without gradients. Torch-function modes see the call."""
+    """Returns `x @ weight.T + bias` like `F.linear`, without gradients. Torch-function modes can intercept the call."""
     if has_torch_function_unary(x):
         return handle_torch_function(linear, (x,), x, weight, bias)
     if not supports_onednn(x, weight):

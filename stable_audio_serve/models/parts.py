@@ -24,7 +24,7 @@ PartBuilder = Callable[[ConfigReader], nn.Module]
 
 @dataclass(frozen=True, slots=True)
 class WindowNoise:
-    """The noise of one window of one row: `stage` is decode, init or inpaint, `start` its first latent frame."""
+    """The noise of one window of one row. `stage` is decode, init or inpaint; `start` is its first latent frame."""
 
     source: NoiseSource
     stage: str
@@ -105,9 +105,9 @@ def register_part(kind: PartKind, *types: str) -> Callable[[PartBuilder], PartBu
 
 
 def build_part(kind: PartKind, config: ConfigReader) -> nn.Module:
-    """Build the part that `config` describes by its entries `type` and `config`.
+    """Build the part that `config` describes with its entries `type` and `config`.
 
-    Raises CheckpointError that names an unknown type.
+    Raises CheckpointError naming an unknown type.
     """
     known = [type_ for registered, type_ in _BUILDERS if registered == kind]
     type_ = config.choice("type", sorted(known))

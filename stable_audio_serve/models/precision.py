@@ -1,4 +1,4 @@
-"""The precision of a decoder's products. It applies within the decoder only; all other computation stays exact.
+"""The precision of matrix products and convolutions in a decoder. All other computation keeps full float32 precision.
 
 Depends on devices and torch's layers, not on families or requests.
 """
@@ -20,7 +20,7 @@ from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.processor import has_matrix_bfloat16, has_native_bfloat16
 from stable_audio_serve.models.onednn import linear
 from stable_audio_serve.models.switches import (
-    PROCESS,
+    SWITCH_LOCK,
     bfloat16_processor_products,
     switched,
     tf32_convolutions,
@@ -61,7 +61,7 @@ def _supported(device: torch.device) -> tuple[DecodePrecision, ...]:
         has_tf32 = torch.cuda.get_device_capability(device)[0] >= _FIRST_WITH_TF32
         return ("float32", "split", "tf32", "half") if has_tf32 else ("float32", "half")
     if device.type == "cpu" and has_native_bfloat16():
-        # With AVX512-bf16, the three products of "split" take 1.9 times as long as one float32 product.
+        # Without AMX, the three products of "split" take 1.9 times as long as one float32 product.
         return ("float32", "split", "half") if has_matrix_bfloat16() else ("float32", "half")
     return ("float32",)
 
@@ -73,7 +73,7 @@ def _name(device: torch.device) -> str:
 
 
 def decoder_products(precision: DecodePrecision, device: torch.device) -> Products:
-    """Returns the context in which a decoder's products run with `precision` on `device`."""
+    """Returns the function that creates the context for a decoder's products with `precision` on `device`."""
     match precision:
         case "tf32":
             return _tf32
@@ -82,25 +82,25 @@ def decoder_products(precision: DecodePrecision, device: torch.device) -> Produc
         case "half":
             return functools.partial(_half, device)
         case _:
-            return PROCESS.shared
+            return SWITCH_LOCK.shared
 
 
 @contextmanager
 def _tf32() -> Iterator[None]:
-    with PROCESS.alone(), switched(tf32_products()):
+    with SWITCH_LOCK.alone(), switched(tf32_products()):
         yield
 
 
 @contextmanager
 def _half(device: torch.device) -> Iterator[None]:
-    """Products and attention in half precision; sums, norms, softmax and angles in float32."""
-    with PROCESS.shared(), torch.autocast(device.type, dtype=_half_dtype(device), cache_enabled=False):
+    """Compute products and attention in half precision, but sums, norms, softmax and angles in float32."""
+    with SWITCH_LOCK.shared(), torch.autocast(device.type, dtype=_half_dtype(device), cache_enabled=False):
         yield
 
 
 @contextmanager
 def _split(product: Product) -> Iterator[None]:
-    with PROCESS.alone(), SplitProducts(product):
+    with SWITCH_LOCK.alone(), SplitProducts(product):
         yield
 
 
@@ -109,10 +109,10 @@ def _half_dtype(device: torch.device) -> torch.dtype:
 
 
 def stored_dtypes(decoder: nn.Module, device: torch.device) -> dict[str, torch.dtype]:
-    """Returns, by name, the layers that the precision half stores in half precision to avoid a cast on every call.
+    """Returns the half-precision dtype of each layer, by name, whose weights `decode_precision: half` stores in it.
 
-    These are the layers with a matrix or kernel as a direct parameter. Norms, learned tokens and the factors of
-    computed kernels stay in float32.
+    Storing them avoids a cast in every call. These are the layers whose parameter `weight` is a matrix or a convolution
+    kernel. Norms, learned tokens and the factors of computed kernels stay in float32.
     """
     half = _half_dtype(device)
     weights = {name: getattr(part, "weight", None) for name, part in decoder.named_modules()}
@@ -129,8 +129,8 @@ def store_half(decoder: nn.Module, device: torch.device) -> None:
 class SplitProducts(TorchFunctionMode):
     """Computes each float32 linear layer and convolution as three products of bfloat16 parts, added in float32.
 
-    A factor's parts are its rounding to bfloat16 and the remainder, 16 bits together. The product of the two remainders
-    is omitted.
+    Each factor is split into its value rounded to bfloat16 and the remainder; together they hold 16 bits. The product
+    of the two remainders is omitted.
     """
 
     def __init__(self, product: Product) -> None:
@@ -163,13 +163,16 @@ def _parts(factor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _bfloat16_product(layer: Callable[..., Tensor], x: Tensor, weight: Tensor, **options: Any) -> Tensor:  # noqa: PLR0917
-    """The product on a CPU."""
+    """Returns the product with factors rounded to bfloat16, on a CPU."""
     with switched(bfloat16_processor_products()):
         return layer(x, weight, **options)
 
 
 def _cuda_product(layer: Callable[..., Tensor], x: Tensor, weight: Tensor, **options: Any) -> Tensor:  # noqa: PLR0917
-    """The product on CUDA: bfloat16 for linear layers, TF32 for convolutions, whose bfloat16 output is too coarse."""
+    """Returns the product on CUDA: linear layers in bfloat16, convolutions in TF32.
+
+    Convolutions of bfloat16 tensors would also round their output to bfloat16, which is too coarse.
+    """
     if layer is not F.linear:
         with switched(tf32_convolutions()):
             return layer(x, weight, **options)

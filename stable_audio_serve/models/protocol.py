@@ -94,9 +94,10 @@ class WindowSpan:
 
 @dataclass(frozen=True, slots=True)
 class WindowRule:
-    """Constraints for cutting latents into windows of any length whose joined result equals the whole.
+    """Constraints on windows over latents, so that their joined results equal the result of the whole.
 
-    `halo` frames surround the kept ones; the first frame is a multiple of `multiple`, and so is the halo.
+    A window has `halo` frames on each side of the frames that it keeps. Its first frame and `halo` are multiples of
+    `multiple`. It may have any length.
     """
 
     halo: int
@@ -123,11 +124,11 @@ class RowPlan:
     """Everything about one variation that is decided before it reaches the device.
 
     `frames` is the row's latent length with headroom; the first `valid_frames` take part in attention.
-    `output_samples` is the exact length of the result. `negative_prompt` is None unless an evaluation is guided with
-    one; `negative_numbers` None means the prompt's numbers. `keep_mask` (F,) float32 is 1 to keep the source's latent,
-    0 to generate; None without inpainting. A model conditioned on the mask gets it in `condition`. For other models
-    the `sampler` blends (`sampling/blend.py`), and the engine restores the kept frames. With a `decode_rule` the engine
-    may replace `decode_windows` by other windows over the same frames.
+    `output_samples` is the exact length of the result. `negative_prompt` is None if no evaluation is guided by one. If
+    `negative_numbers` is None, the prompt's numbers apply. `keep_mask` (F,) float32 is 1 to keep the source's latent,
+    0 to generate; None without inpainting. A model with a mask input gets the mask in `condition`. For other models
+    the `sampler` blends the source into every step (`sampling/blend.py`), and the engine restores the kept frames at
+    the end. With a `decode_rule` the engine may replace `decode_windows` by other windows over the same frames.
     """
 
     seed: int
@@ -168,11 +169,10 @@ class DecodeWindow:
 
 @dataclass(frozen=True, slots=True)
 class BranchConditioning:
-    """Per-request constants of one denoiser input, by names that only the model interprets.
+    """Per-request constants of one denoiser input, by name. Only the model interprets the names.
 
     `constants` have the same shape for every request; `by_frame` are (channels, F) with the row's F. A missing name
-    means zeros; a name missing in all branches of a call takes no memory. An adapter's low-rank terms, padded to one
-    rank, can therefore be constants: another adapter is another value, and no call is captured again.
+    means zeros; a name missing in all branches of a call takes no memory.
     """
 
     constants: Mapping[str, Tensor]
@@ -205,12 +205,12 @@ class StepBatch:
     Packed, for a model with `packs_rows`: `x` (1, D, N) holds the rows' `frames` one after another; each row's first
     `valid_frames` are valid, and `valid` is None. Adjacent rows of equal length are faster.
 
-    In both cases `constants` (B, ...) and `by_frame` (B, channels, F) hold the branches' values by name, without the
-    names that no branch has.
+    In both cases `constants` (B, ...) and `by_frame` (B, channels, F) hold the branches' values by name. A name that no
+    branch has is absent.
 
     With `segments`, for a model with `packs_segments`: `x` (1, D, N) and `by_frame` (1, channels, N) are indexed by
-    token, with zeros at prefix tokens. `constants` (S, ...) are whole memories of values, and `slots` (B,) int32, by
-    name, give each row's index into them.
+    token, with zeros at prefix tokens. `constants` (S, ...) hold the values of S slots. `slots` (B,) int32, by name,
+    give each row's slot.
     """
 
     x: Tensor
@@ -225,7 +225,7 @@ class StepBatch:
 
     @classmethod
     def of(cls, x: Tensor, *, t: Tensor, valid: Tensor, branches: Sequence[BranchConditioning]) -> StepBatch:
-        """Returns a padded batch of rows with separate conditioning, for callers that keep none on the device."""
+        """Build a padded batch from each row's conditioning, for callers that keep no conditioning in device memory."""
         constants = {name: _stack([branch.constants.get(name) for branch in branches]) for name in _names(branches)}
         padded = [
             {name: F.pad(value, (0, x.shape[-1] - value.shape[-1])) for name, value in branch.by_frame.items()}

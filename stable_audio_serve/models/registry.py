@@ -1,6 +1,7 @@
 """The known models: the official ones by name, the packaged demo, and those that an operator adds.
 
-Handles files and facts, not weights. Importing this module imports no torch, so that an ingress can use it.
+Describes models and their files; loads no weights. Importing this module imports no torch, so that an ingress can use
+it.
 """
 
 from __future__ import annotations
@@ -139,8 +140,8 @@ def resolve_entry(
     """Returns the entry that an operator configured: a built-in name, a local folder (`path`) or a repository
     (`repo_id`).
 
-    A built-in name with a folder or repository keeps its facts and loads those files. Reads no file; see
-    `describe_entry`. Raises ConfigError for an unknown name without a folder or repository.
+    A built-in name with a folder or repository loads those files and keeps its built-in description. Reads no file;
+    see `describe_entry`. Raises ConfigError for an unknown name without a folder or repository.
     """
     base = BUILT_IN.get(name)
     if base is None and path is None and repo_id is None:
@@ -219,7 +220,7 @@ def _sa3_card(card: ModelCard, config: ConfigReader, *, cap_s: float | None) -> 
 
 
 def open_card(card: ModelCard, config: ConfigReader, *, cap_s: float | None) -> ModelCard:
-    """Returns the card completed from the config of a Stable Audio Open checkpoint; `cap_s` is a lower cap, if any.
+    """Returns the card, completed from the config of a Stable Audio Open checkpoint. `cap_s` limits the duration.
 
     Raises CheckpointError naming the key that cannot be used.
     """

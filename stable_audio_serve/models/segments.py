@@ -1,5 +1,5 @@
-"""The positions of a packed batch's rows among its tokens, as device tensors, so that recorded work can be replayed for
-other rows. Independent of networks.
+"""The positions of a packed batch's rows among its tokens, as device tensors, so that a captured CUDA graph can be
+replayed for other rows. Independent of networks.
 """
 
 from __future__ import annotations

@@ -15,10 +15,12 @@ Result = TypeVar("Result")
 Switch = tuple[Any, str, object]  # torch's object, the attribute, the value that rounds
 
 
-class Process:
-    """A readers-writer lock: changing a switch is exclusive, computing is shared by the engines of a process.
+class SwitchLock:
+    """A readers-writer lock for the switches of a process. Changing a switch needs exclusive access, computing shared
+    access.
 
-    A thread that waits for exclusive access blocks later ones, so it waits only for calls already in progress.
+    While a thread waits for exclusive access, no other thread gets access. It therefore waits only for the calls that
+    are already in progress.
     """
 
     def __init__(self) -> None:
@@ -48,7 +50,7 @@ class Process:
             yield
 
 
-PROCESS = Process()
+SWITCH_LOCK = SwitchLock()
 
 
 def exact(method: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
@@ -59,7 +61,7 @@ def exact(method: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
 
     @functools.wraps(method)
     def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        with PROCESS.shared():
+        with SWITCH_LOCK.shared():
             return method(*args, **kwargs)
 
     return run
@@ -67,7 +69,7 @@ def exact(method: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
 
 @contextmanager
 def switched(switches: Sequence[Switch]) -> Iterator[None]:
-    """Returns a context in which the switches are set; requires exclusive access."""
+    """Returns a context in which the switches are set. The caller must have exclusive access."""
     before = [getattr(owner, name) for owner, name, _ in switches]
     try:
         for owner, name, value in switches:
@@ -86,8 +88,8 @@ def tf32_convolutions() -> list[Switch]:
 def tf32_products() -> list[Switch]:
     """Returns the switches of convolutions and of cuBLAS's products, which fused attention also reads.
 
-    These old names also set the `fp32_precision` of torch 2.9. Setting only the new ones makes reading the old ones
-    raise an error.
+    These old names also set `fp32_precision`, the new name in torch 2.9. If only the new name is set, torch raises an
+    error when the old names are read.
     """
     return [(torch.backends.cuda.matmul, "allow_tf32", True), *tf32_convolutions()]
 

@@ -31,7 +31,7 @@ class TextEncoder:
     def tokenize(self, prompts: Sequence[str]) -> PromptTokens:
         """Returns tokens with T = `max_length`, truncated or padded on the right.
 
-        An empty prompt has no real token with T5Gemma, and one with T5, the end of the text.
+        With T5Gemma an empty prompt has no real token. With T5 it has one, which marks the end of the text.
         """
         encoded = self.tokenizer(
             list(prompts), truncation=True, max_length=self.max_length, padding="max_length", return_tensors="pt"
@@ -45,8 +45,8 @@ class TextEncoder:
         Device work only; the host does not wait.
         """
         dtype = next(self.encoder.parameters()).dtype
-        # With a 2D mask, transformers checks on the host whether there is padding, and waits; it passes a 4D mask on.
-        # The least finite number, because minus infinity would turn a prompt without real tokens into NaN.
+        # A 4D mask, because with a 2D mask transformers checks for padding on the host, which waits for the device.
+        # Hidden tokens get the least finite number: minus infinity would turn a prompt without real tokens into NaN.
         added = torch.zeros(len(mask), 1, 1, mask.shape[1], device=mask.device, dtype=dtype)
         added.masked_fill_(mask[:, None, None, :] == 0, torch.finfo(dtype).min)
         hidden: Tensor = self.encoder(input_ids=ids, attention_mask=added).last_hidden_state

@@ -37,15 +37,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def drain_weights(
     path: Path, weights: dict[str, Tensor], *, kept: Collection[str] = ()
 ) -> Iterator[tuple[str, Tensor]]:
-    """Empty `weights`, just read from `path`: yield every key with its tensor, mostly in the order of the file.
+    """Remove each key from `weights`, the result of `read_weights(path)`, and yield it with its tensor.
 
-    Keys in `kept` come first; the caller keeps them mapped and does not read them yet. For the others the file is
-    mapped again after every `MAPPED_BYTES`, which bounds the memory. Raises CheckpointError if the file changes.
+    Keys in `kept` come first; the caller keeps these tensors mapped and does not read them yet. The other keys follow
+    in the order of the file. The file is mapped again after every `MAPPED_BYTES`, which bounds the memory. Raises
+    CheckpointError if the file changes.
     """
     identity = _identity(path)
     for key in kept:
         yield key, weights.pop(key)
-    read_bytes = MAPPED_BYTES if kept else 0  # use a new mapping: pages read through the kept one would stay in memory
+    read_bytes = MAPPED_BYTES if kept else 0  # map again at once, because read pages of the kept mapping stay in memory
     for key in sorted(weights, key=lambda key: weights[key].data_ptr()):
         if read_bytes >= MAPPED_BYTES and _is_mapped(path):
             left = set(weights)

@@ -12,7 +12,7 @@ from stable_audio_serve.models.weight_files import read_weights
 
 _DENOISER_KEYS = "model.model."  # in both families
 _UNUSED = ("decoder.", "lm_head.")  # in text encoder files that contain a whole language model
-_OPEN_TEXT_BYTES = 2  # loaded as float16, whatever the file's dtype
+_OPEN_TEXT_BYTES = 2  # bytes per weight: loaded as float16, whatever the file's dtype
 
 
 def weight_bytes(folder: Path, *, text_encoder: Path, dtype: torch.dtype) -> int:

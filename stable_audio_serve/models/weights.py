@@ -26,7 +26,8 @@ def resolve_dtype(device: torch.device, dtype: str | torch.dtype | None, *, cpu_
     """Returns the denoiser's precision; the default is float16 on CUDA and float32 elsewhere.
 
     Autoencoder and conditioners stay in float32; the text encoder keeps the dtype of its files. Raises ConfigError for
-    a precision that the device cannot compute, or not faster: a CPU needs native bfloat16 and does not run float16.
+    a precision that the device does not support or that is not faster there. A CPU supports bfloat16 only with native
+    instructions, and never float16.
     """
     if dtype is None:
         return torch.float16 if device.type == "cuda" else torch.float32
@@ -57,7 +58,7 @@ def require_exact_float32() -> None:
 
 @contextmanager
 def skipping_random_weights() -> Iterator[None]:
-    """Leave modules built inside uninitialised where torch would draw random weights; fill them before use."""
+    """Returns a context in which new modules get uninitialised instead of random weights. Fill them before use."""
     with _SkipDraws():
         yield
 
@@ -149,7 +150,7 @@ def _fill(
 
 
 def _empty(module: nn.Module) -> list[str]:
-    """Returns the names of tensors still on the meta device, which the module does not store."""
+    """Returns the names of tensors that are still on the meta device, because weight files do not contain them."""
     return [
         f"{name}.{attribute}".lstrip(".")
         for name, part in module.named_modules()
@@ -159,6 +160,6 @@ def _empty(module: nn.Module) -> list[str]:
 
 
 def cast_network(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast a network's weights to `dtype`, in place. Buffers stay in float32 because rotary angles need it."""
+    """Cast a network's parameters to `dtype`, in place. Buffers stay in float32, which rotary angles need."""
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)

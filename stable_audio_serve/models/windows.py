@@ -9,8 +9,8 @@ from stable_audio_serve.models.protocol import WindowRule, WindowSpan
 
 WINDOW_FRAMES, OVERLAP_FRAMES = 128, 32  # windows of the references' chunked encoding and decoding
 LONGEST_FRAMES = 512  # longest window that a rule may cut
-_REDUNDANT_SHARE = 0.05  # frames that a planned window may decode in addition to its kept ones, as a share of them
-WINDOW_GRID = 16  # windows of clips of similar length get equal lengths and share calls
+_REDUNDANT_SHARE = 0.05  # frames that a planned window decodes but does not keep, at most, as a share of the kept ones
+WINDOW_GRID = 16  # lengths are rounded to it, so that windows of different clips have equal lengths and share calls
 
 
 def whole_window(frames: int) -> tuple[WindowSpan, ...]:
@@ -21,8 +21,8 @@ def whole_window(frames: int) -> tuple[WindowSpan, ...]:
 def chunked_windows(frames: int, *, size: int = WINDOW_FRAMES, overlap: int = OVERLAP_FRAMES) -> tuple[WindowSpan, ...]:
     """Returns windows of `size` frames every `size - overlap`; the last one is aligned to the end.
 
-    Joints are hard cuts half an overlap inside a window; where windows overlap more, the later one is used. The kept
-    parts tile the frames exactly. With fewer than `size` frames there is one window.
+    Each window keeps its frames from half an overlap after its start to the place where the next window's kept frames
+    begin, so the kept frames cover the clip exactly once. A clip of at most `size` frames has one window.
     """
     if frames <= size:
         return whole_window(frames)
@@ -47,7 +47,8 @@ def audible_windows(frames: int, *, num_audible: int, rule: WindowRule) -> tuple
     """Returns windows over the first `num_audible` of `frames` frames plus a halo. Later frames are not audible.
 
     The windows depend only on these lengths. Larger halos give longer windows, so that few frames are decoded twice.
-    All windows of a clip have one length. Long ones are on a fine grid, so that calls of equal length share GPU graphs.
+    All windows of a clip have one length. Lengths of long windows are multiples of half of WINDOW_GRID, so that clips
+    of similar length use the same CUDA graphs.
     """
     num_decoded = min(frames, _round_up(num_audible + rule.halo, multiple=WINDOW_GRID))
     kept = _round_up(math.ceil(2 * rule.halo / _REDUNDANT_SHARE), multiple=rule.multiple)
@@ -58,9 +59,10 @@ def audible_windows(frames: int, *, num_audible: int, rule: WindowRule) -> tuple
 
 
 def cut_windows(first: int, *, frames: int, rule: WindowRule, longest: int) -> list[WindowSpan]:
-    """Returns windows that keep [first, frames), each `longest` frames except the last. `first` is 0 or a multiple.
+    """Returns windows that keep the frames [first, frames). `first` is a multiple of `rule.multiple`.
 
-    The last window's length is on a grid where possible, by starting earlier, so that few lengths occur.
+    All windows but the last have `longest` frames. The last one may start earlier than necessary, so that its length is
+    a multiple of WINDOW_GRID and few different lengths occur.
     """
     longest = max(shortest_window(rule), longest // rule.multiple * rule.multiple)
     spans: list[WindowSpan] = []
@@ -81,7 +83,7 @@ def shortest_window(rule: WindowRule) -> int:
 
 
 def _aligned(span: WindowSpan, rule: WindowRule) -> WindowSpan:
-    """Returns the window with its start moved back to a multiple."""
+    """Returns the window with its start moved back to a multiple of `rule.multiple`."""
     return replace(span, start=span.start // rule.multiple * rule.multiple)
 
 

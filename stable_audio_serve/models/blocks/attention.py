@@ -43,14 +43,14 @@ def key_mask(valid: Tensor, *, leading: int, dtype: torch.dtype) -> Tensor:
 
 
 def empty_mask(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns memory for a mask with aligned rows, which fused kernels read directly instead of copying it."""
+    """Returns an uninitialised mask with rows aligned in memory, so that fused kernels can read it without a copy."""
     return torch.empty(*shape[:-1], -(-shape[-1] // _MASK_STEP) * _MASK_STEP, dtype=dtype, device=device)[
         ..., : shape[-1]
     ]
 
 
 class SelfAttention(nn.Module):
-    """Self-attention with one fused projection: q, k, v, then q', k' if differential."""
+    """Self-attention with one fused projection. Its output is (q, k, v), or (q, k, v, q', k') if differential."""
 
     def __init__(self, width: int, *, num_heads: int, differential: bool, head_norm: str) -> None:
         super().__init__()
@@ -63,13 +63,13 @@ class SelfAttention(nn.Module):
         self.k_norm = build_head_norm(head_norm, self.head_width)
 
     def forward(self, x: Tensor, *, rotary: RotaryTable, attend_fn: Attend) -> Tensor:
-        """(B, N, width) -> (B, N, width). `rotary` is this layer's table, with the head norms folded in."""
+        """(B, N, width) -> (B, N, width). `rotary` is this layer's table, with gain and bias of the head norms."""
         parts = self.to_qkv(x).unflatten(-1, (-1, self.num_heads, self.head_width))
         if not self.differential:
             normed = without_affine(self.q_norm, parts[:, :, :2], rate=rotary.rate)
             q, k = rotate(normed, rotary, dtype=parts.dtype).unbind(2)
             return self.to_out(merge_heads(attend_fn(*map(heads_first, (q, k, parts[:, :, 2])))))
-        # Select parts 0, 1 and 3, 4, so that q is followed by q' and k by k'.
+        # From (q, k, v, q', k') select the pairs (q, k) and (q', k'), and order them as (q, q'), (k, k').
         pairs = parts.unfold(2, 2, 3).permute(0, 1, 5, 2, 3, 4)
         normed = without_affine(self.q_norm, pairs, rate=rotary.rate).flatten(3, 4)
         q, k = rotate(normed, rotary, dtype=parts.dtype).unbind(2)
@@ -78,7 +78,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention to a context without positions. Its keys and values can be projected once and reused."""
+    """Attention to context tokens, which have no positions. Their keys and values can be projected once and reused."""
 
     def __init__(self, width: int, *, context_width: int, num_heads: int, differential: bool, head_norm: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Attention within a band around the diagonal, in memory linear in the number of tokens. For inference only."""
+"""Attention in which queries see only nearby keys. Memory use is linear in the number of tokens. For inference only."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from stable_audio_serve.models.blocks.attention import attend, empty_mask
 class BandAttention:
     """Attention in B sequences of N tokens: query i sees keys i - radius ... i + radius, clipped at both ends.
 
-    Queries are cut into blocks. Each block sees its own keys and a halo of `radius` on both sides, under a band mask.
-    All sequences are stored in one buffer with zeros between them, and the keys of a block are a view of it.
-    An instance serves the layers of one call and reuses mask and buffer.
+    Queries are cut into blocks. A block attends to its own keys and to `radius` more on each side, with a mask that
+    hides the keys outside each query's band. All sequences are stored in one buffer with zeros between them, and the
+    keys of a block are a view of this buffer. All layers of one call share an instance, its mask and its buffer.
     """
 
     def __init__(self, batch: int, length: int, *, radius: int, block: int = 64) -> None:
@@ -49,7 +49,8 @@ class BandAttention:
         first_key = torch.arange(blocks, device=device).view(blocks, 1, 1, 1) * block - radius
         key = first_key + torch.arange(block + 2 * radius, device=device)
         inside = (key >= 0) & (key < self._length)
-        # A query after the end sees all keys of its band, because softmax over none is NaN. Its output is dropped.
+        # Queries after the end of the sequence see all keys of their band, because softmax over no key is NaN. Their
+        # output is dropped.
         hidden = ((key - query).abs() > radius) | ~(inside | (query >= self._length))
         mask = empty_mask((self._batch * blocks, *hidden.shape[1:]), dtype=q.dtype, device=device).zero_()
         mask.unflatten(0, (self._batch, blocks)).masked_fill_(hidden, float("-inf"))

@@ -18,7 +18,7 @@ def sine(x: Tensor) -> Tensor:
 class GatedLinear(nn.Module):
     """Linear to twice the inner width, split into (value, gate): `value * activation(gate)`.
 
-    The activation must return new memory, never its argument.
+    The activation must return a new tensor, never its argument.
     """
 
     def __init__(self, width: int, inner: int, *, activation: Callable[[Tensor], Tensor]) -> None:

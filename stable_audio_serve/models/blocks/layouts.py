@@ -1,6 +1,6 @@
-"""The layout of a call's rows in a tensor of tokens, and the transformer operations that depend on it: attention,
-positions, per-row modulation and prefix tokens. This module has the padded layout, with rows side by side; `packed` has
-the other. Independent of weights.
+"""A layout defines how the rows of a call are stored in a tensor of tokens. It implements the operations that depend on
+this: attention, positions, per-row modulation and prefix tokens. This module has the padded layout; `packed` and
+`packed_segments` have layouts without padding. Independent of weights.
 
 Shapes: B rows of F frames, P prefix tokens before a row's frames, W width, H heads, E head width, T context tokens.
 """
@@ -18,7 +18,7 @@ from stable_audio_serve.models.blocks.attention import attend, key_mask
 class Layout(Protocol):
     """Padded tokens are (B, P + F, W). Packed tokens are (1, N, W), where N counts the tokens of all rows."""
 
-    shares_heads: bool  # a context may have fewer heads than the queries; each serves the same number of them
+    shares_heads: bool  # `attend_context` accepts fewer key heads than query heads, as in grouped-query attention
 
     def join(self, prefix: Tensor, frames: Tensor) -> Tensor:
         """Insert each row's `prefix` (P, W) or (B, P, W) before its `frames`."""
@@ -41,7 +41,7 @@ class Layout(Protocol):
         ...
 
     def add_local(self, h: Tensor, local: Tensor) -> None:
-        """Add local conditioning to the frames in place: (B, F or 1, W); packed (1, N, W), zero at prefixes."""
+        """Add `local` to the frames of h in place: (B, F or 1, W); packed (1, N, W), with zeros at prefix tokens."""
         ...
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: PLR0917  # an `Attend`
@@ -58,7 +58,10 @@ class Layout(Protocol):
 
 
 class Padded:
-    """Rows side by side. `valid` (B, F) bool marks the frames that are keys, None: all. `dtype` is the queries'."""
+    """Rows padded to one length. `valid` (B, F) bool marks the frames that are keys; None if all are keys.
+
+    `dtype` is the dtype of the queries.
+    """
 
     shares_heads = False
 

@@ -21,7 +21,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (..., width); dtype kept."""
-        # With another dtype than x, CUDA would not use its fused kernel.
+        # CUDA uses its fused kernel only if gamma has the dtype of x.
         return F.rms_norm(x, x.shape[-1:], self.gamma.to(x.dtype), self.eps)
 
     def without_gain(self, x: Tensor) -> Tensor:
@@ -39,14 +39,14 @@ class DyT(nn.Module):
         self.beta: nn.Parameter | None = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Squash (..., width); dtype kept."""
+        """Returns the normalised x (..., width); dtype kept."""
         squashed = (self.alpha * x).tanh_()
         if self.gamma is None or self.beta is None:
             return squashed
         return torch.addcmul(self.beta, self.gamma, squashed)
 
     def fold_into(self, layer: nn.Linear) -> None:
-        """Move gamma and beta into the next linear layer, which must be this norm's only reader. Inference only."""
+        """Move gamma and beta into `layer`. No other layer may read this norm's output. Inference only."""
         if self.gamma is None or self.beta is None:
             return
         weight = layer.weight.float()

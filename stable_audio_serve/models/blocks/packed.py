@@ -1,6 +1,6 @@
 """Rows of different lengths as one sequence of tokens without padding. Linear layers and norms process all tokens at
-once; attention and per-row modulation stay within the row. The host knows the lengths here; `packed_segments` is for
-lengths that are data on the device. Inference only.
+once; attention and per-row modulation stay within the row. The lengths are known on the host; in `packed_segments` they
+are tensors on the device. Inference only.
 
 Shapes as in `layouts`; N is the number of tokens of all rows.
 """
@@ -44,8 +44,8 @@ class _Span:
 
 
 class Packed:
-    """A layout that processes rows one after another, adjacent rows of equal length together. It uses views of the
-    tokens only, which suits a CPU, where extra operations are cheap.
+    """A layout that processes one row after another, or adjacent rows of equal length together. It only takes views of
+    the tokens. This suits a CPU, where many small operations are cheap.
 
     Rows have `frames` latent frames each, of which the first `valid_frames` are keys.
     """
@@ -105,8 +105,9 @@ class Packed:
 
 
 def join_local(rows: Sequence[Tensor], *, frames: Sequence[int], num_prefix: int) -> Tensor:
-    """Returns local conditioning of packed tokens, (1, layers, N, W), zero at prefixes, from rows
-    (1, layers, F or 1, W).
+    """Join the local conditioning of rows, (1, layers, F or 1, W) each, to that of packed tokens (1, layers, N, W).
+
+    Prefix tokens get zeros.
     """
     layers, width = rows[0].shape[1], rows[0].shape[3]
     nothing = rows[0].new_zeros(layers, num_prefix, width)
@@ -128,5 +129,5 @@ def _joined(pieces: Sequence[Tensor]) -> Tensor:
 
 
 def _join_heads(spans: Iterable[Tensor]) -> Tensor:
-    """Join rows' results (count, H, length, E) to (1, H, N, E), with tokens before heads in memory."""
+    """Join the results of spans, (count, H, length, E) each, to (1, H, N, E), with tokens before heads in memory."""
     return _joined([out.transpose(1, 2).flatten(0, 1) for out in spans]).transpose(0, 1)[None]

@@ -1,5 +1,6 @@
-"""The layout of packed rows whose lengths are data on the device. Every operation processes all tokens at once with
-index tables, so that a recorded call can be replayed for other rows. Inference on one device. Shapes as in `packed`.
+"""The layout of packed rows whose lengths are tensors on the device. Every operation processes all tokens at once with
+index tables, so that a captured CUDA graph can be replayed for rows of other lengths. Inference on one device. Shapes
+as in `packed`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from stable_audio_serve.models.segments import Segments
 
 
 class PackedSegments:
-    """Rows laid out by `segments`. Tokens of no row are computed too; they affect no row.
+    """Rows laid out by `segments`. Tokens that belong to no row are computed too, but affect no row.
 
     `slots` (B,) are the rows' indices in a memory of contexts; None if no row has one.
     """

@@ -1,7 +1,8 @@
-"""Rotary positions in half-split form: the first rotated half of a head's channels pairs with the second.
+"""Rotary positions in half-split form: a channel of the first rotated half is rotated with the same channel of the
+second half.
 
-Queries and keys of a layer are normed and rotated together with one table, whose cosines and sines include the gain and
-bias of their norms. Independent of attention.
+One table normalises and rotates the queries and keys of a layer together: it includes the gain and bias of their norms.
+Independent of attention.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from stable_audio_serve.models.blocks.norms import DyT, RMSNorm
 
 
 class RotaryTable(NamedTuple):
-    """The rotation of queries and keys u, already normed but without gain and bias, for one layer or each of L layers:
-    `u * cos + swapped(u) * sin + shift`, where `swapped` exchanges the two rotated halves.
+    """Factors of the rotation `u * cos + swapped(u) * sin + shift`, for one layer or each of L layers.
 
-    ([L,] positions, 2 or 1, 1, E) float32, queries first; `shift` is None for norms without bias. `rate` ([L,] 2, 1, 1)
+    u are queries and keys, normalised without gain and bias; `swapped` exchanges the two rotated halves. Factors are
+    ([L,] positions, 2 or 1, 1, E) float32, queries first. `shift` is None for norms without bias. `rate` ([L,] 2, 1, 1)
     is DyT's factor before its tanh, None for other norms.
     """
 
@@ -87,7 +88,7 @@ class HeadAffine:
         return self.fold(*cosines(positions, rates))
 
     def fold(self, cos: Tensor, sin: Tensor) -> RotaryTable:
-        """Returns the table for the results of `cosines`."""
+        """Returns the table for the cosines and sines that `cosines` returned."""
         if self.gain is None or self.swapped_gain is None:
             shape = (self.num_layers, *cos.shape[-4:])
             return RotaryTable(cos.expand(shape), sin.expand(shape), None, None, self.half)
@@ -120,7 +121,7 @@ def gather_affine(norms: Sequence[tuple[nn.Module, nn.Module]], *, half: int) ->
 
 
 def without_affine(norm: nn.Module, x: Tensor, *, rate: Tensor | None) -> Tensor:
-    """Norm queries and keys x (B, N, 2, heads..., E) like `norm`, but without gain and bias.
+    """Normalise queries and keys x (B, N, 2, heads..., E) like `norm`, but without its gain and bias.
 
     Keeps the dtype, except for DyT: its tanh is computed and returned in the dtype of `rate`.
     """
@@ -145,7 +146,7 @@ def rotate(x: Tensor, table: RotaryTable, *, dtype: torch.dtype) -> Tensor:
         rotated_x[..., low].addcmul_(x[..., high], table.sin[..., low])
         rotated_x[..., high].addcmul_(x[..., low], table.sin[..., high])
         return rotated_x
-    swapped = swap_halves(x.flatten(2, 3), table.half).view(x.shape)  # the kernel of `cat` takes four dimensions
+    swapped = swap_halves(x.flatten(2, 3), table.half).view(x.shape)  # the fast kernel of `cat` takes at most four axes
     if torch.is_grad_enabled():
         return torch.addcmul(rotated_x, swapped, table.sin).to(dtype)
     return torch.addcmul(rotated_x, swapped, table.sin, out=torch.empty_like(x, dtype=dtype))

@@ -1,5 +1,6 @@
-"""Attention within packed rows in one kernel, if the installed torch and the device support it, and a check that it
-meets this package's needs, which its documentation covers only in part. Independent of layers.
+"""Attention of packed rows in one kernel, if the installed torch and the device support it. A check runs the kernel and
+compares its results, because torch's documentation does not cover all cases that this package needs. Independent of
+layers.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ log = logging.getLogger(__name__)
 VarlenAttention = Callable[..., Any]
 
 _HALF = (torch.float16, torch.bfloat16)
-_TOLERANCE = 0.02  # of half-precision attention over normally distributed values
+_TOLERANCE = 0.02  # largest error of half-precision attention over normally distributed values
 
 
 @lru_cache(maxsize=1)
@@ -39,7 +40,7 @@ def has_varlen(
 ) -> bool:
     """Whether rows of a network with these heads can be packed on this device in this dtype. Runs the kernel once.
 
-    If not, rows are padded; where the device should support it, the log says so.
+    If False, rows have to be padded. Logs a warning if the device should support packing but does not.
     """
     varlen = find_varlen()
     if varlen is None or device.type != "cuda" or dtype not in _HALF:
@@ -53,7 +54,7 @@ def has_varlen(
             num_key_heads=num_key_heads,
             head_width=head_width,
         )
-    except (RuntimeError, TypeError, ValueError):  # an older signature, a head width without a kernel
+    except (RuntimeError, TypeError, ValueError):  # an older torch, or no kernel for this head width
         log.warning("rows are padded: torch's attention for packed rows does not run here", exc_info=True)
         return False
 
@@ -68,8 +69,8 @@ def is_varlen_correct(
     num_key_heads: int,
     head_width: int,
 ) -> bool:
-    """Whether `varlen` is correct for the cases of SegmentAttention: unused rows, fewer keys than queries, and keys in
-    another order in memory than the rows.
+    """Whether `varlen` gives correct results for SegmentAttention: with unused rows, with fewer keys than queries, and
+    with keys that are stored in a different order than the rows.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -107,7 +108,7 @@ class SegmentAttention:
     """Attention of packed rows' tokens within their row, and to contexts stored in slots of a memory."""
 
     def __init__(self, varlen: VarlenAttention, segments: Segments, *, slots: Tensor | None) -> None:
-        """`slots` (B,) are the rows' indices in the memory of contexts; None if there are none."""
+        """`slots` (B,) are the rows' indices in a memory of contexts; None if no row has a context."""
         self._varlen = varlen
         self._segments = segments
         self._slots = slots

@@ -25,10 +25,10 @@ from stable_audio_serve.models.oscillator.bank import (
 _PEAK_OVER_MEDIAN = 3.5
 _MEDIAN_BLOCK = 32  # spectral bins
 _LONG, _MIDDLE, _SHORT = 4096, 2048, 512
-_SPLIT_HZ = 1000.0  # peaks below it come from the long window (fine pitch), above it from the middle one (fine time)
+_SPLIT_HZ = 1000.0  # lower peaks come from the long window (fine pitch), higher ones from the middle window (fine time)
 _REGION_EDGES_HZ = (0.0, 700.0, 4000.0, SAMPLE_RATE_HZ / 2 + 1)
 _MAX_SHARPENING = 3.0
-_LEAKAGE = 0.02  # of a tone's level, up to 20 bins from it
+_LEAKAGE = 0.02  # share of a tone's level that the window spreads to bins up to 20 away
 _HANN_NOISE_BINS = 1.5  # equivalent noise bandwidth of a Hann window
 _QUIETEST_BAND = 3e-4
 
@@ -91,7 +91,7 @@ class _Peaks:
 
 
 def _local_median(spectrum: Tensor) -> Tensor:
-    """Returns for every bin the median of its block of neighbours (F, bins)."""
+    """Returns the median (F, bins) of the block of bins around each bin."""
     num_bins = spectrum.shape[1]
     padded = F.pad(spectrum, (0, -num_bins % _MEDIAN_BLOCK))
     medians = padded.unflatten(1, (-1, _MEDIAN_BLOCK)).median(dim=2).values
@@ -101,14 +101,14 @@ def _local_median(spectrum: Tensor) -> Tensor:
 def _bands(spectrum: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the RMS (F, bands) of everything that is not a tone, and its power in each channel (2, F).
 
-    A bin next to a tone counts at most as much as its neighbourhood. It does not count if leakage of a tone through the
-    window explains it.
+    The level of a bin next to a tone is limited to about the median around it. A bin is ignored if its level can be
+    leakage of a tone.
     """
     both = spectrum.square().mean(dim=0).sqrt()
     median = _local_median(both)
     tonal = both > 2.2 * median
-    beside = F.max_pool1d(tonal.float()[:, None], 5, stride=1, padding=2)[:, 0] > 0
-    level = torch.where(beside, torch.minimum(both, 1.1 * median), both)
+    near_tone = F.max_pool1d(tonal.float()[:, None], 5, stride=1, padding=2)[:, 0] > 0
+    level = torch.where(near_tone, torch.minimum(both, 1.1 * median), both)
     peaks = both * (both > _PEAK_OVER_MEDIAN * median)
     leakage = _LEAKAGE * F.max_pool1d(peaks[:, None], 41, stride=1, padding=20)[:, 0]
     power = torch.where(level > leakage, level, 0.0).square()
@@ -122,7 +122,10 @@ def _bands(spectrum: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sharpening(audio: Tensor, num_frames: int) -> Tensor:
-    """Returns the gain (F, regions) from a long window's level to the frame's level, which keeps onsets in place."""
+    """Returns a frame's level divided by the level of the long window around it (F, regions).
+
+    Multiplying by this gain keeps onsets in place.
+    """
     power = _spectrum(audio, _SHORT, num_frames=num_frames).square().mean(dim=0)
     hertz = torch.arange(power.shape[1]) * (SAMPLE_RATE_HZ / _SHORT)
     regions = torch.bucketize(hertz, torch.tensor(_REGION_EDGES_HZ[1:-1]), right=True)
@@ -140,7 +143,7 @@ def _by_region(gain: Tensor, hertz: Tensor) -> Tensor:
 
 
 def _balance(sides: Tensor) -> Tensor:
-    """Returns the balance (F,) of powers (2, F); 0 in silence."""
+    """Returns the balance (F,), -1 (left) to 1 (right), of powers (2, F); 0 in silence."""
     left, right = sides.sqrt()
     balance = torch.atan2(right, left) * (4.0 / math.pi) - 1.0
     return torch.where(left + right < 1e-4, torch.zeros_like(balance), balance)

@@ -1,11 +1,12 @@
 """A pretransform without weights: stereo audio <-> frames of oscillator levels, noise-band levels and two balances.
 
-It replaces `patched` of other checkpoints. Decoding adds fixed-phase sines and shaped noise; encoding (`analysis.py`)
-is peak picking, so encoded and decoded audio sounds vocoded. Independent of networks.
+It replaces `patched` of other checkpoints. Decoding adds sines of fixed phase and shaped noise. Encoding
+(`analysis.py`) picks spectral peaks. Audio that is encoded and decoded therefore sounds vocoded. Independent of
+networks.
 
-A frame is 512 samples: `NUM_OSCILLATORS` quarter-tone oscillators from 41.2 Hz (440 Hz is index 82), `NUM_BANDS` noise
-bands, then the balances of tones and of noise in -1 (left) ... 1 (right). Levels are compressed as
-log(1 + a / 0.001) / log(1001): 0 is silence, 1 an amplitude of 1.
+A frame describes 512 samples. It has the levels of `NUM_OSCILLATORS` quarter-tone oscillators from 41.2 Hz (440 Hz is
+index 82), the levels of `NUM_BANDS` noise bands, and the balances of tones and of noise, -1 (left) ... 1 (right).
+Levels are compressed as log(1 + a / 0.001) / log(1001): 0 is silence, 1 an amplitude of 1.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ def nearest_oscillator(frequency_hz: float) -> int:
 
 
 class OscillatorBank:
-    """Renders frames. Row-independent, and window-independent except for `halo_frames` at inner window edges."""
+    """Renders frames as audio. Row-independent. Also independent of windows, except within `halo_frames` of an inner
+    window edge.
+    """
 
     halo_frames = 1  # levels ramp from the previous frame, and a noise block extends half a block into both neighbours
 
@@ -67,7 +70,7 @@ class OscillatorBank:
         self._band_gain = _band_gains().to(device)  # (bands, bins)
 
     def render(self, frames: Tensor, noise: Tensor, *, start_frame: int) -> Tensor:
-        """Returns audio (2, 512 F) float32 of `frames` (222, F) float32, the first of which is frame `start_frame`.
+        """Returns audio (2, 512 F) float32 of `frames` (222, F) float32, which begin at the clip's frame `start_frame`.
 
         `noise` (2, 512 F), unit normal float32, is shaped into the noise bands.
         """
@@ -93,8 +96,8 @@ class OscillatorBank:
     def _sounding(self, amplitude: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns amplitude, frequency, phase and waves without the oscillators that are silent in every frame.
 
-        These would add exact zeros, so only the order of summation can change. On a GPU all are kept, because counting
-        them would make the host wait.
+        Silent oscillators add exact zeros, so without them only the order of summation can change. On a GPU all
+        oscillators stay, because the host would have to wait for the device to select them.
         """
         if amplitude.device.type != "cpu":
             return amplitude, self._omega, self._phase, self._waves

@@ -18,14 +18,15 @@ from stable_audio_serve.models.parts import Noises, WindowNoise, register_part, 
 
 
 class OscillatorBankPretransform(nn.Module):
-    """Stereo audio <-> parameter frames of the bank; noise bands use the row's window noise.
+    """Converts stereo audio to frames of the bank and back. Noise bands use the noise of each window.
 
-    Phases and noise depend on the absolute frame, so the inside of a window equals that part of the whole clip.
+    Phases and noise depend on the absolute frame. Away from its edges, a window's audio therefore equals the same part
+    of the whole clip.
     """
 
     samples_per_frame = FRAME_SAMPLES
     halo_frames = OscillatorBank.halo_frames
-    is_placed = True  # because of the phases
+    is_placed = True  # the phases depend on the window's start
 
     def __init__(self, *, frames_per_latent: int) -> None:
         super().__init__()

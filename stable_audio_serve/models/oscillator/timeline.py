@@ -30,7 +30,7 @@ NUM_TIMELINE_FEATURES = 1 + len(_PROGRESS_HARMONICS) + len(_START_S) + len(_END_
 
 @dataclass(frozen=True, slots=True)
 class TempoRule:
-    """Reads a tempo from a prompt: the first matching group of `pattern`, clamped; otherwise `default_bpm`."""
+    """Reads a tempo from a prompt: the first group of `pattern` that matches, clamped; else `default_bpm`."""
 
     pattern: re.Pattern[str]
     default_bpm: float

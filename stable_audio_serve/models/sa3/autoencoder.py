@@ -54,9 +54,9 @@ class Patched(nn.Module):
 
 
 class SoftNorm(nn.Module):
-    """Scales and shifts latents per channel when encoding; divides by one common deviation.
+    """Encoding scales and shifts each latent channel and divides by one deviation for all channels.
 
-    Decoding multiplies by the deviation but does not invert scale and bias. If `regularized`, it also adds a faint
+    Decoding multiplies by the deviation but does not invert scale and bias. If `regularized`, decoding first adds faint
     noise, at inference too.
     """
 

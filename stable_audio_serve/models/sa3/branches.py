@@ -1,4 +1,4 @@
-"""Converts the denoiser's conditioning to the engine's named values per row, and back for a batch of rows."""
+"""Converts a row's denoiser conditioning to named values that the engine stores, and those of a batch back."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _GLOBAL, _LOCAL = "global", "local"
 def to_branch(row: DenoiserConditioning) -> BranchConditioning:
     """Returns a single row's conditioning by name.
 
-    Local embeddings are a constant if all frames are equal, else a value by frame. A missing name means zeros, so the
-    sum of both is right for every row.
+    Local embeddings are a constant if they are equal in all frames, else a value by frame. A missing name means zeros,
+    so `from_batch` can add the constant and the value by frame of every row.
     """
     constants, by_frame = {_GLOBAL: row.global_embed[0]}, {}
     if row.context is not None:
@@ -63,7 +63,7 @@ def from_batch(batch: StepBatch, *, num_prefix: int = 0) -> DenoiserConditioning
 
 
 def _from_segments(batch: StepBatch, segments: Segments) -> DenoiserConditioning:
-    """The context stays in its memory; local embeddings are one per row or one per token."""
+    """Returns the memory of all contexts as `context`, and local embeddings with one value per row or per token."""
     own = {
         name: batch.constants[name].index_select(0, batch.slots[name])
         for name in (_GLOBAL, _LOCAL)

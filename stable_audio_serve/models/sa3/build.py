@@ -39,7 +39,8 @@ def load_sa3(
     dtype: torch.dtype,
     decode_precision: DecodePrecision,
 ) -> Sa3Model:
-    """Load both folders strictly: the denoiser in `dtype`, the text encoder in its files' dtype, the rest in float32.
+    """Load the checkpoint and the text encoder: the denoiser in `dtype`, the text encoder in its files' dtype, the rest
+    in float32. Every key must match.
 
     With `decode_precision` half, the decoder's linear layers are stored in half precision.
 
@@ -76,7 +77,7 @@ def assemble(
     device: torch.device,
     decode_precision: DecodePrecision,
 ) -> Sa3Model:
-    """Returns a model of networks that are on their device."""
+    """Returns the model of these networks, which must already be on `device`."""
     components.autoencoder.resolve()
     if decode_precision == "half":
         store_half(cast("nn.Module", components.autoencoder.decoder), device)
@@ -96,7 +97,7 @@ def build_components(config: Sa3Config, text: TextEncoder) -> Sa3Components:
 
 @torch.inference_mode()
 def _check_autoencoder(net: AudioAutoencoder, products: Products, *, device: torch.device, source: Path) -> None:
-    """Encode and decode one latent, because no part's config alone shows whether the parts fit each other."""
+    """Encode and decode one latent to check that the parts fit each other, which their configs alone do not show."""
     audio = torch.zeros(1, net.channels, net.hop, device=device)
     try:
         latents = net.encode(audio)[..., :1]
@@ -120,7 +121,7 @@ def checkpoint_modules(components: Sa3Components, config: Sa3Config) -> dict[str
 
 
 def build_spec(card: ModelCard, config: Sa3Config, *, components: Sa3Components) -> ModelSpec:
-    """Returns the model's facts from the checkpoint. The card keeps its name, defaults and a lower cap."""
+    """Returns the model's spec. The card keeps its name, its defaults and, if it is lower, its longest duration."""
     lengths = config.lengths
     longest_s = lengths.max_samples / lengths.sample_rate_hz
     return ModelSpec(

@@ -25,7 +25,7 @@ def load_text_encoder(folder: Path, *, max_length: int, device: torch.device) ->
     """
     tokenizer, encoder = load_tokenizer_and_network(folder, _load_t5gemma)
     config: Any = encoder.config.encoder  # type: ignore[union-attr]
-    if max_length > config.sliding_window // 2:  # global and sliding layers share one mask
+    if max_length > config.sliding_window // 2:  # global and sliding layers have the same mask only up to this length
         raise CheckpointError(f"prompts of {max_length} tokens are longer than the text encoder's windows in {folder}")
     return TextEncoder(tokenizer, encoder.to(device), width=int(config.hidden_size), max_length=max_length)
 

@@ -1,7 +1,7 @@
 """A checkpoint's `model_config.json` as frozen values: it defines every dimension of the networks.
 
-A missing key means the reference constructor's default. A value that needs another network, or a key that neither the
-networks nor `INERT_KEYS` use, raises an error that names it.
+For a missing key, the default of the reference implementation applies. A value that requires a different network, or a
+key that is neither read nor in `INERT_KEYS`, raises an error that names the key.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ INERT_KEYS = frozenset(
         *("training", "dataset", "svd_bases_path", "distribution_shift_options", "pre_encoded_keys", "checkpointing"),
         *("requires_grad", "enable_grad", "freeze", "freeze_backbone", "zero_init_branch_outputs", "zero_init_output"),
         *("dropout", "attn_dropout", "ff_dropout", "enable_inner_layer_dropout", "cfg_dropout_prob", "dropout_prob"),
-        # implementation choices of the reference; it ignores those of the second line, and its latent scale is always 1
+        # how the reference computes; it ignores the keys of the second line, and its latent scale is always 1
         *("iterate_batch", "use_flash", "force_fp32", "auto_scale", "scale", "abs_pos_emb_max_length"),
         *("use_snake", "mapping_style", "conv_bias", "use_dilated_conv"),
         # the reference masks padding and uses the clip's length in schedules, whatever these keys say
@@ -37,8 +37,8 @@ INERT_KEYS = frozenset(
 )
 
 MODEL_TYPES = ("diffusion_cond_inpaint", "diffusion_cond")
-MIN_ROTATED = 32  # the least number of a denoiser head's channels with rotary positions
-DEFAULT_CHUNK_FRAMES = 32  # assumed by the length rule for an encoder without `chunk_size` (the encoder itself: 128)
+MIN_ROTATED = 32  # least number of channels with rotary positions in a denoiser head
+DEFAULT_CHUNK_FRAMES = 32  # for rounding lengths if the encoder has no `chunk_size`; the encoder itself then uses 128
 
 # The default sampler of each training objective.
 OBJECTIVE_SAMPLERS = {"rf_denoiser": "pingpong", "rectified_flow": "euler"}
@@ -235,7 +235,7 @@ def _parse_conditioners(
                 numbers.append(_parse_number(item, width))
             case _:
                 frame_conditioners[item.text("id")] = build_frame_conditioner(item)
-    # `default_keys` replaces missing numbers of a request; here every number of the config always has a value.
+    # `default_keys` names substitutes for numbers that a request lacks. Our requests have all numbers of the config.
     for id_ in conditioning.plain("default_keys") or {}:
         if id_ in (number.id for number in numbers):
             raise conditioning.unusable("default_keys", f"without {id_!r}, which requests always say")

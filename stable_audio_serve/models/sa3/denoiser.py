@@ -37,8 +37,8 @@ class DenoiserConditioning:
 
     `global_embed` (B, W). `context` (B, layers, 2, H or 2 H, T, E): the cross-attention's normed keys, then its values;
     None for rows without cross-attention (the unconditional branch, where keys and values would be zero). `local`
-    (B, layers, F, W), or (B, layers, 1, W) if all frames are equal, or None without local conditioning. Zero inputs are
-    not the same as None, because the biases still contribute.
+    (B, layers, F, W), or (B, layers, 1, W) if all frames are equal, or None if the network has no local conditioning.
+    Local inputs of zero do not give a `local` of zero, because the embedder has biases.
     """
 
     global_embed: Tensor
@@ -62,7 +62,9 @@ class Modulation(NamedTuple):
 
 
 class TransformerLayer(nn.Module):
-    """Self-attention, cross-attention, local conditioning, feed-forward. The first and last are modulated and gated."""
+    """Self-attention, cross-attention, local conditioning, feed-forward. Self-attention and feed-forward are modulated
+    and gated.
+    """
 
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
@@ -87,9 +89,9 @@ class TransformerLayer(nn.Module):
         context: tuple[Tensor, Tensor] | None,
         local: Tensor | None,
     ) -> Tensor:
-        """H (B, M + F, W); context (keys and values) and local match `layout` -> (B, M + F, W); packed (1, N, W).
+        """Returns h (B, M + F, W), packed (1, N, W), after this layer. `context` are keys and values.
 
-        Local conditioning is added to the frames, not to the memory tokens.
+        `context` and `local` have the form that `layout` expects. `local` is added to frames, not to memory tokens.
         """
         normed = self.pre_norm.without_gain(h)
         normed = layout.modulate(normed, scale=modulation.scale_attn, shift=modulation.shift_attn)
@@ -169,7 +171,7 @@ class Denoiser(nn.Module):
     Row-independent: invalid frames are never keys, and their output is unspecified. Inputs are cast to the weights'
     dtype and the result has that dtype. Only the Fourier features of time use the float32 value in every precision.
     (The reference first rounds time to the model's dtype. Near t = 1, one float16 step turns the highest features by
-    tens of radians, so a half-precision model would see other times than the sampler.)
+    tens of radians, so a half-precision model would see different times than the sampler.)
     """
 
     def __init__(self, config: DenoiserConfig) -> None:

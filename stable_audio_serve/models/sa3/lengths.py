@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class LengthRule:
-    """A checkpoint's length limits: `max_samples` is the longest window, F is a multiple of `frame_multiple`."""
+    """A checkpoint's length limits: the longest window has `max_samples`; F must be a multiple of `frame_multiple`."""
 
     sample_rate_hz: int
     hop: int
@@ -22,8 +22,9 @@ class LengthRule:
 
 @dataclass(frozen=True, slots=True)
 class RowLength:
-    """One row's lengths: `frames` with headroom, `valid_frames` of them attended, `effective_frames` of the clip itself
-    (for length-dependent schedules), and the exact `output_samples`.
+    """One row's lengths. `frames` are all latent frames, of which attention uses the first `valid_frames`.
+
+    `effective_frames` are those of the clip without headroom, for length-dependent schedules.
     """
 
     frames: int
@@ -35,9 +36,9 @@ class RowLength:
 def plan_length(duration_s: float, rule: LengthRule, *, padding_s: float, frames: int | None = None) -> RowLength:
     """Returns the lengths of a row of `duration_s` > 0 with `padding_s` of headroom.
 
-    The clip, at least one sample, and its headroom are rounded up to whole frames, then to the multiple, then capped.
-    In `valid_frames` the headroom counts in whole frames. `frames` overrides the latent length, as for a row that
-    shares a longer row's batch.
+    `frames` covers the clip (at least one sample) and its headroom, rounded up to the multiple, then limited to the
+    longest window. `valid_frames` are the clip's frames, rounded up, and those of the headroom, rounded down. The
+    argument `frames` overrides the latent length, as for a row in the batch of a longer row.
     """
     clip_samples = max(int(duration_s * rule.sample_rate_hz), 1)
     if frames is None:

@@ -201,7 +201,10 @@ class Sa3Model:
         return torch.cat(parts)[None]
 
     def _local_conditioning(self, plan: RowPlan, latents: Tensor | None) -> Tensor | None:
-        """Returns (1, local width, F): kept latents and frame conditioners' features; or one frame of zeros."""
+        """Returns (1, local width, F): the mask, the kept latents and the frame conditioners' features.
+
+        F is 1, with zeros, if the row has none of them. Returns None for a network without local conditioning.
+        """
         if not self.config.local_ids:
             return None
         keeps = plan.keep_mask is not None and latents is not None

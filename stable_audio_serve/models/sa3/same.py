@@ -102,7 +102,7 @@ class ResamplingBlock(nn.Module):
     def resolve(self) -> None:
         """Cache values derived from the weights, which every call would otherwise compute."""
         self.mapping.resolve()
-        if self.new_tokens.device.type != "cpu":  # on a CPU, processes share the weights through the mapped file
+        if self.new_tokens.device.type != "cpu":  # on a CPU, processes share unchanged weights through the mapped file
             for layer in self._typed_layers:
                 layer.fold_norms()
         self._rotary = self._gather_rotary()
@@ -140,14 +140,14 @@ class ResamplingBlock(nn.Module):
         affine, rates = self._rotary or self._gather_rotary()
         cos, sin = cosines(positions, rates)
         for index, layer in enumerate(self.transformers):
-            # One layer at a time: the tables of all layers would be larger than a layer's working set.
+            # Build one layer's table at a time: the tables of all layers would be larger than a layer's working set.
             x = layer(x, rotary=affine.layer(index).fold(cos[index], sin[index]), attend_fn=band)
         return x
 
     def _transform_chunks(self, x: Tensor) -> Tensor:
         """Attend within chunks of tokens; the second half of the layers uses chunks shifted by half a chunk.
 
-        For the shift, copies of the first and last half chunk extend the sequence and are dropped afterwards.
+        To fill the shifted chunks, copies of the first and last half chunk extend the sequence. They are dropped later.
         """
         half = self._chunk_tokens // 2
         middle = len(self.transformers) // 2 if self.config.midpoint_shift else len(self.transformers)
@@ -199,7 +199,7 @@ class SameEncoder(nn.Module):
         self.layers = nn.ModuleDict({"0": block, "2": nn.Linear(config.width, config.latent_channels)})
 
     def forward(self, frames: Tensor, noise: Noises) -> Tensor:
-        """N is zero-padded at the end to whole chunks of latents before the mapping."""
+        """Returns raw latents. Frames are first padded with zeros to whole chunks, so F may exceed N / stride."""
         block, out = self.layers["0"], self.layers["2"]
         assert isinstance(block, ResamplingBlock)
         stride = self.frames_per_latent
@@ -223,7 +223,9 @@ class SameDecoder(nn.Module):
         self.layers = nn.ModuleDict({"1": nn.Linear(config.latent_channels, config.width), "3": block})
 
     def forward(self, latents: Tensor, noise: Noises) -> Tensor:
-        """F is zero-padded to a multiple of `latent_multiple` after the first projection; the result may be longer."""
+        """Returns frames. After the first projection, latents are padded with zeros to a multiple of `latent_multiple`,
+        so the result may be longer than the latents.
+        """
         first, block = self.layers["1"], self.layers["3"]
         assert isinstance(block, ResamplingBlock)
         embedded = first(latents.transpose(1, 2))

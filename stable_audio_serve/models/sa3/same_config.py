@@ -87,7 +87,7 @@ def parse_same(config: ConfigReader, *, channels_key: str) -> SameConfig:
 
 
 def _sine_layers(config: ConfigReader, depth: int) -> int:
-    """Layer j of n uses the sine where n - j < sinusoidal_blocks: one layer fewer than the key suggests."""
+    """Returns how many of the last layers use the sine: one fewer than `sinusoidal_blocks`, as in the reference."""
     if "sinusoidal_blocks" not in config:
         return 0
     blocks = config.integers("sinusoidal_blocks", at_least=0)

@@ -1,4 +1,4 @@
-"""Converts the denoiser's conditioning to the engine's named values per row, and back for a batch of rows."""
+"""Converts a row's denoiser conditioning to named values that the engine stores, and those of a batch back."""
 
 from __future__ import annotations
 

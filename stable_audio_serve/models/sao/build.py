@@ -35,7 +35,8 @@ def load_sao(
     dtype: torch.dtype,
     decode_precision: DecodePrecision,
 ) -> SaoModel:
-    """Load both folders strictly: the denoiser in `dtype`, the text encoder in float16, the rest in float32.
+    """Load the checkpoint and the text encoder: the denoiser in `dtype`, the text encoder in float16, the rest in
+    float32. Every key must match.
 
     With `decode_precision` half, the decoder's convolutions are stored in half precision.
 
@@ -65,7 +66,7 @@ def assemble(
     device: torch.device,
     decode_precision: DecodePrecision,
 ) -> SaoModel:
-    """Returns a model of networks that are on their device."""
+    """Returns the model of these networks, which must already be on `device`."""
     components.autoencoder.resolve()
     if decode_precision == "half":
         store_half(components.autoencoder.decoder, device)
@@ -94,7 +95,7 @@ def checkpoint_modules(components: SaoComponents, config: SaoConfig) -> dict[str
 
 
 def build_spec(card: ModelCard, config: SaoConfig) -> ModelSpec:
-    """Returns the model's facts: the card, completed by the registry from the same config, and the engine's values."""
+    """Returns the model's spec: the card, which the registry completed from this config, and the engine's values."""
     return ModelSpec(
         card=card,
         hop=config.autoencoder.hop,

@@ -1,7 +1,7 @@
 """A `model_config.json` of the Stable Audio Open family as frozen values; `network_config` parses the networks' shapes.
 
-A missing key means the reference constructor's default. A value that needs another network, or an unknown key, raises
-an error that names it.
+For a missing key, the default of the reference implementation applies. A value that requires a different network, or an
+unknown key, raises an error that names the key.
 """
 
 from __future__ import annotations

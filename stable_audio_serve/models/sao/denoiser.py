@@ -77,7 +77,8 @@ class ScaledLayerNorm(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(width))
-        self.beta = nn.Parameter(torch.zeros(width), requires_grad=False)  # a parameter, so that it is cast
+        # A parameter instead of a buffer, because `cast_network` casts only parameters.
+        self.beta = nn.Parameter(torch.zeros(width), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (..., width); dtype kept."""
@@ -130,7 +131,7 @@ class TransformerLayer(nn.Module):
     def forward(
         self, h: Tensor, *, layout: Layout, rotary: RotaryTable, context: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        """(B, 1 + F, W), keys and values -> (B, 1 + F, W); packed (1, N, W)."""
+        """Returns h (B, 1 + F, W), packed (1, N, W), after this layer. `context` are keys and values."""
         h = h + self.self_attn(self.pre_norm(h), rotary=rotary, attend_fn=layout.attend)
         if context is not None:
             (key, value), normed = context, self.cross_attend_norm(h)

@@ -1,7 +1,7 @@
 """The dimensions of the transformer and the autoencoder from a checkpoint's `model_config.json`, as frozen values.
 
-A missing key means the reference constructor's default. A value that needs another network, or an unknown key, raises
-an error that names it.
+For a missing key, the default of the reference implementation applies. A value that requires a different network, or an
+unknown key, raises an error that names the key.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from stable_audio_serve.models.config_reader import MAX_DEPTH, MAX_SIZE, ConfigReader
 
-MIN_ROTATED = 32  # the least number of a head's channels with rotary positions
+MIN_ROTATED = 32  # least number of channels with rotary positions in a head
 HEAD_NORMS = ("none", "ln")
-DILATIONS = (1, 3, 9)  # of the residual units of each stride
+DILATIONS = (1, 3, 9)  # dilations of the three residual units that belong to each stride
 
 # Keys of the published files with their only supported value; absent keys pass.
 _FIXED = {
@@ -66,8 +66,8 @@ class DenoiserConfig:
     """Shape of the diffusion transformer.
 
     `key_width` is the width of cross-attention's keys and values. If it is less than `width`, there are fewer key heads
-    than `num_heads`, and each serves the same number of query heads. `projects_context`: the context is projected to
-    the network's width first.
+    than `num_heads`, and each is shared by the same number of query heads. `projects_context`: the context is first
+    projected to the network's width.
     """
 
     latent_channels: int

@@ -41,7 +41,7 @@ _MIN_SHARE = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Halos:
-    """The latent frames on each side that a frame's audio (`decoder`) and a frame's latent (`encoder`) depend on."""
+    """How many latent frames on each side can influence a frame's audio (`decoder`) and its latent (`encoder`)."""
 
     decoder: int
     encoder: int
@@ -141,7 +141,7 @@ def _output_samples(request: GenerationRequest, spec: ModelSpec, *, forced: bool
 
 
 def _numbers(request: GenerationRequest) -> tuple[Mapping[str, float], Mapping[str, float]]:
-    """Returns the seconds that condition the prompt and the negative prompt."""
+    """Returns the values of the number conditioners, in seconds, for the prompt and for the negative prompt."""
     total_s = request.conditioned_total_s
     start = request.start_s
     numbers = {"seconds_start": start, "seconds_total": start + request.duration_s if total_s is None else total_s}
@@ -180,7 +180,7 @@ def _plan_sampler(
 
 
 def _sigma_range(request: GenerationRequest, *, over_time: bool) -> SigmaRange:
-    """Returns the noise levels of a `v` model's run; an edit starts at its own level."""
+    """Returns the lowest and highest noise level of a `v` model's run; an edit starts at its `init_noise_level`."""
     highest = SIGMA_MAX if request.sigma_max is None else request.sigma_max
     if request.init_audio is not None:
         level = request.init_noise_level
@@ -202,7 +202,7 @@ def _sigma_range(request: GenerationRequest, *, over_time: bool) -> SigmaRange:
 
 
 def _first_time(sigma_max: float | None) -> float:
-    """Returns the start time of a flow model's run from pure noise; above 1 counts as 1, as in the reference."""
+    """Returns the start time of a flow model's run from pure noise: `sigma_max`, at most 1, as in the reference."""
     time = 1.0 if sigma_max is None else min(sigma_max, 1.0)
     if not time >= MIN_NOISE_LEVEL:
         allowed = f"at least {MIN_NOISE_LEVEL:g}"

@@ -10,13 +10,14 @@ import math
 
 from stable_audio_serve.models.sao.network_config import DILATIONS, OobleckConfig
 
-_UNIT_REACH = 3 * sum(DILATIONS)  # the residual units of one stride, kernel 7
-_ENDS_REACH = 3  # the first and last convolution, kernel 7
+# Inputs on each side that a convolution of kernel k reads: (k - 1) / 2, times the dilation.
+_UNIT_REACH = 3 * sum(DILATIONS)  # all residual units of one stride, kernel 7
+_ENDS_REACH = 3  # the convolution on the audio side, and the decoder's first one, kernel 7
 _CODE_REACH = 1  # the encoder's last convolution, kernel 3
 
 
 def decoder_halo(config: OobleckConfig) -> int:
-    """Returns the most latent frames on each side of a frame that its audio depends on."""
+    """Returns how many latent frames on each side of a frame can influence its audio."""
     low, high = -_ENDS_REACH, config.hop - 1 + _ENDS_REACH
     for stride in config.strides:
         low, high = low - _UNIT_REACH, high + _UNIT_REACH
@@ -27,7 +28,7 @@ def decoder_halo(config: OobleckConfig) -> int:
 
 
 def encoder_halo(config: OobleckConfig) -> int:
-    """Returns the most frames of audio on each side of a frame that its latent depends on."""
+    """Returns how many frames of audio on each side of a frame can influence its latent."""
     low, high = -_CODE_REACH, _CODE_REACH
     for stride in reversed(config.strides):
         padding = math.ceil(stride / 2)

@@ -40,7 +40,8 @@ def load_with_package(
     dtype: torch.dtype,
     decode_precision: DecodePrecision = "float32",
 ) -> PackageModel:
-    """Load both folders strictly: the network in `dtype`, the text encoder in float16, the rest in float32.
+    """Load the checkpoint and the text encoder: the network in `dtype`, the text encoder in float16, the rest in
+    float32. Every key must match.
 
     Raises CheckpointError naming the file or key that does not fit, or saying how to install the package.
     """
@@ -86,7 +87,7 @@ def build_wrapper(config: ConfigReader, inputs: Inputs, *, text: TextEncoder) ->
 
 
 def build_spec(card: ModelCard, config: ConfigReader, *, wrapper: Any) -> ModelSpec:
-    """Returns the card and the engine's values. Raises CheckpointError naming a key that contradicts the networks."""
+    """Returns the model's spec. Raises CheckpointError naming a config key that contradicts the networks."""
     sample_size = config.integer("sample_size", at_most=MAX_SAMPLES)
     hop = int(wrapper.pretransform.downsampling_ratio)
     frames, multiple = sample_size // hop, int(wrapper.min_input_length) // hop

@@ -1,7 +1,7 @@
-"""Parses the parts of a `model_config.json` that the package stable-audio-tools uses and that requests fill.
+"""Parses the conditioners of a `model_config.json` for the package stable-audio-tools.
 
-The package checks the sections called `config` itself. It would ignore unknown keys outside them, so this module raises
-an error for those.
+The package checks the sections named `config`, but ignores unknown keys outside them. This module raises an error for
+such keys.
 """
 
 from __future__ import annotations

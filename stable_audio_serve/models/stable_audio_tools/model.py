@@ -123,7 +123,8 @@ class PackageModel:
     @exact
     def denoise(self, batch: StepBatch) -> Tensor:
         """Returns v or a velocity, by objective, (B, D, F) float32; every frame must be valid."""
-        arguments = {key: value.flatten(0, 1) for key, value in batch.constants.items()}  # each is a batch of one
+        # Each row's value has a batch axis of 1, so a batch has two such axes.
+        arguments = {key: value.flatten(0, 1) for key, value in batch.constants.items()}
         output: Tensor = self.wrapper.model(batch.x, batch.t, **arguments, cfg_scale=1.0)
         return output.float()
 
@@ -149,7 +150,7 @@ class PackageModel:
 
 
 class _OwnNoise(TorchFunctionMode):
-    """Replaces `torch.randn_like` by draws from a window's noise, numbered in order."""
+    """Replaces `torch.randn_like` with draws from a window's noise, named by consecutive numbers."""
 
     def __init__(self, noise: WindowNoise) -> None:
         super().__init__()

@@ -50,7 +50,7 @@ def require_open_family(family: str) -> None:
 
 
 def require_package() -> None:
-    """Raise CheckpointError, saying how to install the missing packages."""
+    """Raise CheckpointError with the installation command if a required package is missing."""
     missing = missing_packages()
     if missing:
         raise CheckpointError(
@@ -67,7 +67,7 @@ def import_package() -> ModuleType:
     """
     require_package()
     try:
-        with _hollow_modules(_TORCHAUDIO), _hollow_modules(_TORCHVISION), _without(_FLASH), redirect_stdout(StringIO()):
+        with _stub_modules(_TORCHAUDIO), _stub_modules(_TORCHVISION), _without(_FLASH), redirect_stdout(StringIO()):
             _import_k_diffusion()
             for name in ("factory", "conditioners", "diffusion", "autoencoders"):
                 importlib.import_module(f"stable_audio_tools.models.{name}")
@@ -104,8 +104,8 @@ class _Resample:
         raise NotImplementedError("torchaudio is not used here")
 
 
-# The names needed to import the package, by module. torchaudio's compiled part must match torch and often does not. The
-# work of both modules happens elsewhere or only in training.
+# Stubs: by module, the names that the package imports. It uses torchaudio and torchvision only for training, or for
+# work that this server does elsewhere. The installed torchaudio often does not match the installed torch.
 _TORCHAUDIO: Mapping[str, Mapping[str, Any]] = {"torchaudio": {}, "torchaudio.transforms": {"Resample": _Resample}}
 _TORCHVISION: Mapping[str, Mapping[str, Any]] = {
     "torchvision": {},
@@ -119,7 +119,7 @@ def _without(name: str) -> Iterator[None]:
     """Make importing `name` fail within this context, unless it was imported before."""
     hides = name not in sys.modules
     if hides:
-        sys.modules[name] = None  # type: ignore[assignment]  # as the import system says
+        sys.modules[name] = None  # type: ignore[assignment]  # documented: None makes the import fail
     try:
         yield
     finally:
@@ -128,20 +128,20 @@ def _without(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _hollow_modules(names: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
-    """Replace modules that are not imported yet by empty ones, within this context only: other libraries need the real
-    ones later.
+def _stub_modules(names: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
+    """Replace modules that are not imported yet by stubs. Only within this context, because other libraries need the
+    real modules later.
     """
-    lent = {name: ModuleType(name) for name in names if name not in sys.modules}
-    for name, module in lent.items():
+    stubs = {name: ModuleType(name) for name in names if name not in sys.modules}
+    for name, module in stubs.items():
         module.__spec__ = ModuleSpec(name, loader=None, is_package=True)
         module.__dict__.update(names[name])
         parent, _, child = name.rpartition(".")
-        if parent in lent:
-            setattr(lent[parent], child, module)
-    sys.modules.update(lent)
+        if parent in stubs:
+            setattr(stubs[parent], child, module)
+    sys.modules.update(stubs)
     try:
         yield
     finally:
-        for name in lent:
+        for name in stubs:
             sys.modules.pop(name, None)
