@@ -212,7 +212,6 @@ class JobRunner:
 
     async def _turn(self, outlook: Outlook) -> int:
         """Do all work that is due. Returns how many things were done."""
-        self._metrics.gauge("jobs_running", self._capacity.num_running)
         self._metrics.gauge("job_queue_age_s", max(0.0, -(outlook.lease_in_s or 0.0)))
         num_done = 0
         if outlook.num_stops:
