@@ -22,8 +22,6 @@ _STAND_IN, _MODEL = "benchmarks.servers.timed:build", "stable_audio_serve.servin
 _CLIPS = Mix("stand-in", durations_s=((1.0, 1.0),), steps=((24, 1.0),), spread=0.0)
 _MODEL_MIX = MIXES["demo-wide"]
 _WARM_UP_PER_REPLICA = 4
-
-
 # Replica counts and how many requests each gets: short, full.
 _STAND_IN_BURSTS = ({1: 60, 2: 60, 4: 60}, {1: 320, 2: 320, 4: 320, 8: 640, 16: 1280})
 _MODEL_BURSTS = ({1: 60, 2: 60}, {1: 300, 2: 300})
