@@ -19,7 +19,7 @@ class NativeModel:
     def __init__(
         self, text: TextEncoder, prompt: nn.Module, *, text_width: int, spec: ModelSpec, device: torch.device
     ) -> None:
-        """`prompt` maps the encoder's embeddings to those of `text_width` channels and fills padding."""
+        """`prompt` turns the encoder's output into embeddings with `text_width` channels, and fills padding."""
         self.text = text
         self.prompt = prompt
         self._text_width = text_width
