@@ -6,7 +6,6 @@ import asyncio
 import io
 import itertools
 import re
-import wave
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -25,6 +24,7 @@ _POLL_S = 0.1
 _TIMEOUT_S = 600.0  # time limit of one call, and of a job
 _POOLS = 8  # HTTP clients; in one client, finding a free connection takes longer the more are in use
 _REFUSALS = (429, 503)
+_FIELDS = ("prompt", "duration_s", "steps", "cfg_scale", "seed")  # of an arrival
 
 
 class OverHttp:
@@ -67,35 +67,20 @@ async def open_clients(url: str, *, key: str | None = None) -> AsyncIterator[lis
         ]
 
 
-async def _fetch_sa3(http: httpx.AsyncClient, arrival: Arrival, model: str | None) -> httpx.Response:  # noqa: PLR0917
-    """Ask a Stable Audio 3 server."""
-    body = {
-        "prompt": arrival.prompt,
-        "duration": arrival.duration_s,
-        "steps": arrival.steps,
-        "cfg_scale": arrival.cfg_scale,
-        "seed": arrival.seed,
-    }
-    return await _call(http, "/v1/audio/generations", json=body if model is None else body | {"model": model})
+def _route(path: str, *names: str) -> Fetch:
+    """Returns a call of a route that answers with the file; `names` are its fields for those of `_FIELDS`."""
+
+    async def fetch(http: httpx.AsyncClient, arrival: Arrival, model: str | None) -> httpx.Response:  # noqa: PLR0917
+        body = {name: getattr(arrival, field) for name, field in zip(names, _FIELDS, strict=True)}
+        return await _call(http, path, json=body if model is None else body | {"model": model})
+
+    return fetch
 
 
 async def _fetch_saos(http: httpx.AsyncClient, arrival: Arrival, model: str | None) -> httpx.Response:  # noqa: PLR0917
     """Ask the Stable Audio Open Small loop API: whole seconds, its one model."""
     body = _whole_seconds(arrival) | {"cfg_scale": arrival.cfg_scale, "seed": arrival.seed, "return_format": "file"}
     return await _call(http, "/generate", json=body)
-
-
-async def _fetch_vllm(http: httpx.AsyncClient, arrival: Arrival, model: str | None) -> httpx.Response:  # noqa: PLR0917
-    """Ask vLLM-Omni's audio endpoint."""
-    body = {
-        "input": arrival.prompt,
-        "audio_length": arrival.duration_s,
-        "num_inference_steps": arrival.steps,
-        "guidance_scale": arrival.cfg_scale,
-        "seed": arrival.seed,
-        "response_format": "wav",
-    }
-    return await _call(http, "/v1/audio/generate", json=body if model is None else body | {"model": model})
 
 
 async def _fetch_aiml(http: httpx.AsyncClient, arrival: Arrival, model: str | None) -> httpx.Response:  # noqa: PLR0917
@@ -121,9 +106,9 @@ async def _fetch_fal(http: httpx.AsyncClient, arrival: Arrival, model: str | Non
 
 
 DIALECTS: Mapping[str, Fetch] = {
-    "sa3": _fetch_sa3,
+    "sa3": _route("/v1/audio/generations", "prompt", "duration", "steps", "cfg_scale", "seed"),
     "saos": _fetch_saos,
-    "vllm": _fetch_vllm,
+    "vllm": _route("/v1/audio/generate", "input", "audio_length", "num_inference_steps", "guidance_scale", "seed"),
     "aiml": _fetch_aiml,
     "fal": _fetch_fal,
 }
@@ -153,11 +138,8 @@ def _whole_seconds(arrival: Arrival) -> dict[str, object]:
 
 
 def _count_samples(content: bytes) -> int:
-    """Returns the samples per channel of a WAV file, 0 for another file or a truncated one."""
+    """Returns the samples per channel of an audio file as far as it has arrived, 0 for anything else."""
     try:
-        with wave.open(io.BytesIO(content)) as reader:
-            frames = reader.getnframes()
-            num_bytes = frames * reader.getnchannels() * reader.getsampwidth()
-            return frames if len(reader.readframes(frames)) == num_bytes else 0
-    except (wave.Error, EOFError):
+        return soundfile.info(io.BytesIO(content)).frames
+    except soundfile.LibsndfileError:
         return 0

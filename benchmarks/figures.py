@@ -37,8 +37,8 @@ class Bracket:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Returns the percentile by linear interpolation."""
-    return float(np.percentile(values, percent))
+    """Returns the percentile by linear interpolation, 0 without values."""
+    return float(np.percentile(values, percent)) if values else 0.0
 
 
 def summarize(latencies_ms: Sequence[float]) -> dict[str, float]:
@@ -47,10 +47,9 @@ def summarize(latencies_ms: Sequence[float]) -> dict[str, float]:
     return {"p50_ms": p50, "p95_ms": p95, "p99_ms": p99, "mean_ms": mean(latencies_ms)}
 
 
-def worst_ratio(pairs: Sequence[tuple[float, float]], *, larger_is_better: bool) -> float:
-    """Returns ours / theirs of the worse round."""
-    ratios = [ours / theirs for ours, theirs in pairs]
-    return min(ratios) if larger_is_better else max(ratios)
+def worst(name: str, rounds: Sequence[float], *, larger_is_better: bool = False) -> dict[str, Any]:
+    """Returns the figure of the worst round under `name`, and those of all rounds under `name_rounds`."""
+    return {name: min(rounds) if larger_is_better else max(rounds), f"{name}_rounds": list(rounds)}
 
 
 def span_s(records: Sequence[Record]) -> float:
@@ -99,10 +98,14 @@ def ratio_of_brackets(ours: Bracket, theirs: Bracket) -> Ratio:
 
 
 def is_good(records: Sequence[Record], *, alone_ms: Callable[[Record], float]) -> bool:
-    """Whether at least 95 % finished within five times their solo time or one second, whichever is longer."""
-    bounds_ms = [max(_LONGEST_ALONE * alone_ms(record), _LEAST_BOUND_MS) for record in records]
-    late = sum(not r.is_finished or r.latency_ms > bound for r, bound in zip(records, bounds_ms, strict=True))
+    """Whether at least 95 % were in time."""
+    late = sum(not is_in_time(record, alone_ms=alone_ms(record)) for record in records)
     return late <= _MOST_LATE_SHARE * len(records)
+
+
+def is_in_time(record: Record, *, alone_ms: float) -> bool:
+    """Whether it finished within five times its solo time or one second, whichever is longer."""
+    return record.is_finished and record.latency_ms <= max(_LONGEST_ALONE * alone_ms, _LEAST_BOUND_MS)
 
 
 def fit_alone_ms(probes: Sequence[Record]) -> Callable[[Record], float]:

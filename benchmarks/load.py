@@ -162,12 +162,14 @@ async def send_in_flight(
     return ended_at
 
 
-def require_clips(records: Sequence[Record], *, sample_rate_hz: int) -> None:
-    """Raise RuntimeError unless every answer is audio of the length asked for."""
+async def play_clips(asker: Asker, arrivals: Iterable[Arrival], *, sample_rate_hz: int) -> list[Record]:
+    """Like `play`. Raises RuntimeError unless every answer is audio of the length asked for."""
+    records = await play(asker, arrivals)
     for record in records:
         if not record.is_finished or record.num_samples != int(record.audio_s * sample_rate_hz):
             got = f"{record.outcome}, {record.num_samples} samples {record.error}"
             raise RuntimeError(f"{record.audio_s:.3f} s of audio were asked for: {got}")
+    return records
 
 
 async def _send(asker: Asker, arrival: Arrival, *, index: int, started_at: float) -> Record:

@@ -26,7 +26,7 @@ class Pieces:
         """After `ends_at` on the monotonic clock no new measurement begins. Raises OtherRunError if the folder holds
         pieces of a run with other options."""
         self.folder = folder
-        self._ends_at = ends_at
+        self.ends_at = ends_at
         folder.mkdir(parents=True, exist_ok=True)
         wanted, path = json.loads(json.dumps(about, default=str)), folder / "about.json"
         there = json.loads(path.read_text()) if path.exists() else wanted
@@ -34,13 +34,9 @@ class Pieces:
             raise OtherRunError(
                 f"{folder} holds a run with other options ({', '.join(other)}): remove it, or choose another --out"
             )
-        self._about = wanted
+        self.about = wanted
         self.left: list[str] = []  # the names that `attempt` had no time for
         self.failed: dict[str, str] = {}
-
-    def within(self, name: str) -> Pieces:
-        """Returns the pieces of a folder in this one."""
-        return Pieces(self.folder / name, self._about, ends_at=self._ends_at)
 
     async def attempt(self, name: str, measure: Callable[[], Awaitable[Any]]) -> Any:
         """Returns the result of `take`. If there is no time or `measure` fails, returns None, so that others run."""
@@ -62,10 +58,10 @@ class Pieces:
         if path.exists():
             return json.loads(path.read_text())
         started_at = time.monotonic()
-        if started_at >= self._ends_at:
+        if started_at >= self.ends_at:
             raise OutOfTimeError(f"out of time before {name}: the same command goes on from here")
         value = json.loads(json.dumps(await measure()))
-        (self.folder / "about.json").write_text(json.dumps(self._about, indent=2) + "\n")
+        (self.folder / "about.json").write_text(json.dumps(self.about, indent=2) + "\n")
         draft = path.with_suffix(".part")
         draft.write_text(json.dumps(value) + "\n")
         draft.rename(path)  # so that an interrupted run leaves no incomplete file

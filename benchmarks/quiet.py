@@ -1,22 +1,19 @@
 """Records the processor time of other programs during a measurement. If they used too much, the measurement is void and
 is repeated a few times.
 
-A process counts as ours if it is this one or descends from it. Without psutil nothing is known and nothing is void.
+A process counts as ours if it is this one or descends from it.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-try:
-    import psutil
-
-    _CAN_WATCH = True
-except ImportError:  # a machine for engine benchmarks only
-    _CAN_WATCH = False
+if TYPE_CHECKING:
+    import psutil  # which a machine for engine benchmarks may lack
 
 LARGEST_FOREIGN_CORES = 0.1
 _MOST_REPEATS = 3  # of a void measurement
@@ -44,7 +41,7 @@ async def in_quiet(measure: Callable[[], Awaitable[Measured]]) -> tuple[Measured
         measured = await measure()
         elapsed_s, used_s = time.perf_counter() - started_at, _machine_s() - machine_s
         own_s = sum(max(0.0, now_s - before.get(pid, 0.0)) for pid, now_s in _own_s().items())
-        watch = Watch(own_s, max(0.0, used_s - own_s) / elapsed_s if _CAN_WATCH else None)
+        watch = Watch(own_s, max(0.0, used_s - own_s) / elapsed_s)
         if watch.is_quiet:
             break
     return measured, watch
@@ -59,22 +56,30 @@ def describe_quiet(watches: Sequence[Watch]) -> dict[str, Any]:
 
 
 def _machine_s() -> float:
-    if not _CAN_WATCH:
-        return 0.0
+    import psutil
+
     times = psutil.cpu_times()
     return float(times.user + times.nice + times.system)
 
 
 def _own_s() -> dict[int, float]:
     """Returns the processor seconds of this process and its descendants, by process."""
-    if not _CAN_WATCH:
-        return {}
+    import psutil
+
     used: dict[int, float] = {}
-    this = psutil.Process()
-    for process in (this, *this.children(recursive=True)):
-        try:
+    for process in family():
+        with suppress(psutil.NoSuchProcess):
             times = process.cpu_times()
-        except psutil.NoSuchProcess:
-            continue
-        used[process.pid] = float(times.user + times.system)
+            used[process.pid] = float(times.user + times.system)
     return used
+
+
+def family(pid: int | None = None) -> list[psutil.Process]:
+    """Returns a process, by default this one, and its descendants; nothing if it has ended."""
+    import psutil
+
+    try:
+        first = psutil.Process(pid)
+        return [first, *first.children(recursive=True)]
+    except psutil.Error:
+        return []

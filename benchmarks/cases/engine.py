@@ -12,9 +12,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import numpy as np
-
-from benchmarks.figures import summarize, worst_ratio
+from benchmarks.compare import LARGEST_HALF_DIFFERENCE, compare
+from benchmarks.figures import summarize, worst
 from benchmarks.load import send_in_flight
 from benchmarks.settings import CaseSettings
 from benchmarks.workload import eight_mixed_requests
@@ -25,8 +24,6 @@ from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.models.registry import BUILT_IN, ModelEntry, resolve_entry
 
 _FALLBACK = Path(__file__).parents[2] / "tests" / "data" / "goldens" / "sa3" / "sharp-s"
-# Largest difference as a share of the peak. Beyond it the sides made different audio: their times are not comparable.
-_LARGEST_DIFFERENCE = {"strict": 0.0, "fast": 1e-2}
 _SIDES = {"one_after_another": 1, "together": 8}  # requests in flight
 
 
@@ -44,14 +41,14 @@ def resolve_model(name: str | None) -> ModelEntry:
 
 
 async def run_engine(settings: CaseSettings) -> dict[str, Any]:
-    """Sides in the order A B A B; the worse round counts. Raises RuntimeError if the audio differs."""
+    """Sides in the order A B A B; the worse round counts. Raises VoidError if the audio differs."""
     model = load(settings)
     options = EngineOptions(mode=settings.mode, torch_threads=settings.threads)  # type: ignore[arg-type]
     async with Engine(model, options) as engine:
         requests = eight_mixed_requests(model.spec.card)
         alone = [await engine.generate(request) for request in requests]
         together = await asyncio.gather(*map(engine.generate, requests))
-        difference = compare_audio(alone, together, mode=engine.mode)
+        outputs = compare_audio(alone, together, mode=engine.mode)
         rounds = []
         for _ in range(settings.rounds):
             runs: dict[str, list[dict[str, float]]] = {name: [] for name in _SIDES}
@@ -61,7 +58,7 @@ async def run_engine(settings: CaseSettings) -> dict[str, Any]:
         return {
             "model": {"device": str(model.device), **asdict(model.spec)},
             "mode": engine.mode,
-            "largest_difference": difference,
+            **outputs,
             "rounds": rounds,
             **_ratios(rounds),
         }
@@ -78,26 +75,26 @@ async def _time(engine: Engine, requests: Sequence[GenerationRequest], *, num_in
     }
 
 
-def _ratios(rounds: Sequence[dict[str, dict[str, float]]]) -> dict[str, float]:
-    """Returns the figures of all at once over those of one after another, from the worse round."""
+def _ratios(rounds: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
+    """Returns the figures of all at once over those of one after another; the worse round counts."""
 
-    def pairs(figure: str) -> list[tuple[float, float]]:
-        return [(sides["together"][figure], sides["one_after_another"][figure]) for sides in rounds]
+    def ratios(figure: str) -> list[float]:
+        return [sides["together"][figure] / sides["one_after_another"][figure] for sides in rounds]
 
     return {
-        "throughput_ratio": worst_ratio(pairs("throughput_rps"), larger_is_better=True),
-        "cpu_time_ratio": worst_ratio(pairs("cpu_s"), larger_is_better=False),
-        "mean_latency_ratio": worst_ratio(pairs("mean_ms"), larger_is_better=False),
+        **worst("throughput_ratio", ratios("throughput_rps"), larger_is_better=True),
+        **worst("cpu_time_ratio", ratios("cpu_s")),
+        **worst("mean_latency_ratio", ratios("mean_ms")),
     }
 
 
-def compare_audio(left: Sequence[GenerationResult], right: Sequence[GenerationResult], *, mode: Mode) -> float:
-    """Returns the largest difference as a share of the peak. Raises RuntimeError if it is more than `mode` allows."""
-    pairs = [(a, b) for x, y in zip(left, right, strict=True) for a, b in zip(x.audio, y.audio, strict=True)]
-    difference = max(float(np.abs(a - b).max() / max(1.0, np.abs(a).max())) for a, b in pairs)
-    if difference > _LARGEST_DIFFERENCE[mode]:
-        raise RuntimeError(f"the two sides differ by {difference}: the comparison is void")
-    return difference
+def compare_audio(
+    left: Sequence[GenerationResult], right: Sequence[GenerationResult], *, mode: Mode
+) -> dict[str, float]:
+    """Returns how the first clips of the results differ. Raises VoidError if they differ by more than `mode` allows."""
+    clips = [[result.audio[0] for result in results] for results in (left, right)]
+    bound = 0.0 if mode == "strict" else LARGEST_HALF_DIFFERENCE
+    return compare(clips[0], {"engine": clips[1]}, bound=bound)["engine"]
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:

@@ -20,8 +20,6 @@ from benchmarks.workload import draw_arrivals, to_request
 from stable_audio_serve.engine import Engine, EngineOptions
 
 _IN_FLIGHT = 8
-
-
 # Requests of the list, and the first and last time it is played that memory is read: short, full.
 _SIZES = ((20, 3, 15), (40, 5, 25))
 

@@ -9,17 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
-from statistics import median
 from typing import Any
-
-import numpy as np
 
 from benchmarks.cases.engine import resolve_model
 from benchmarks.dialects import OverHttp
-from benchmarks.figures import capacity_rps, percentile, span_s
-from benchmarks.load import Record, play, play_alone, play_until_served, require_clips
+from benchmarks.figures import capacity_rps, fit_alone_ms, is_in_time, percentile, span_s
+from benchmarks.load import Record, play, play_alone, play_clips, play_until_served
 from benchmarks.quiet import describe_quiet, in_quiet
 from benchmarks.servers.process import serving
 from benchmarks.settings import CaseSettings
@@ -27,8 +23,6 @@ from benchmarks.workload import Arrival, draw_arrivals
 from stable_audio_serve.core.catalog import ModelCard
 
 _MIX = "demo-fast"
-_SIDES = {"model": "stable_audio_serve.serving.app:build", "stand_in": "benchmarks.servers.timed:build"}
-_SLACK, _LEAST_S = 5.0, 1.0  # in time: within five times the solo time or one second, whichever is longer
 _NORMAL_RATIO, _NORMAL_IN_A_ROW, _PATIENCE_S = 1.5, 3, 60.0
 _ALONE_S = (0.5, 4.0, 13.0)  # clip lengths (seconds) with a measured solo time; others are interpolated
 _SHOWS_S = 4.0  # the clip that shows whether the server is back to normal
@@ -40,87 +34,71 @@ _SMALLER_IS_BETTER = ("refusal_p50_ms", "refusal_p99_ms", "normal_after_s")
 _MAX_QUEUE_S = 0.5  # seconds of predicted work that the bounded model accepts
 
 
-@dataclass(frozen=True, slots=True)
-class _Load:
-    """Seconds of the overload and of the returning clients, requests of a burst, sides."""
-
-    seconds: float = 20.0
-    returning_s: float = 10.0
-    burst: int = 50
-    sides: tuple[str, ...] = ("model",)
+# Seconds of the overload and of the returning clients, requests of a burst: short, full.
+_LOADS = ({"seconds": 20, "returning_s": 10, "burst": 50}, {"seconds": 60, "returning_s": 30, "burst": 150})
 
 
 async def run_overload(settings: CaseSettings) -> dict[str, Any]:
-    """`settings.rounds` rounds on each side, the worse counts. Capacity is that of two bursts, one before and one
-    after, because a shared machine's pace changes. Raises RuntimeError for a wrong answer in a burst."""
-    load = _Load(60.0, 30.0, 150, ("model", "stand_in")) if settings.full else _Load()
-    sides = {side: await _measure(settings, load, import_path=_SIDES[side]) for side in load.sides}
-    is_void = any(figures["is_void"] for figures in sides.values())
-    return {"load": asdict(load), "mix": _MIX, "is_void": is_void, **sides}
-
-
-async def _measure(settings: CaseSettings, load: _Load, *, import_path: str) -> dict[str, Any]:
+    """`settings.rounds` rounds, the worse counts. Capacity is that of two bursts, one before and one after, because a
+    shared machine's pace changes. Raises RuntimeError for a wrong answer in a burst."""
+    load = _LOADS[settings.full]
     entry = resolve_model(settings.model)
     names = {"peak": {}, "bounded": {"max_queue_s": _MAX_QUEUE_S}}
-    async with serving(entry, names, threads=settings.threads, import_path=import_path) as sides:
+    async with serving(entry, names, threads=settings.threads) as sides:
         take = partial(_round, sides["peak"], sides["bounded"], load=load, card=entry.card)
         measured = [await in_quiet(take) for _ in range(settings.rounds)]
-    rounds = [figures for figures, _ in measured]
+    quiet = describe_quiet([watch for _, watch in measured])
+    figures = _worst_of([figures for figures, _ in measured]) | quiet
+    return {"load": load, "mix": _MIX, "is_void": quiet["is_void"], "model": figures}
+
+
+def _worst_of(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         **{f"worst_{name}": min(one[name] for one in rounds) for name in _LARGER_IS_BETTER},
         **{f"worst_{name}": max(one[name] for one in rounds) for name in _SMALLER_IS_BETTER},
         "other_answers": sum(one["other_answers"] for one in rounds),
         "refusals_without_retry_after": sum(one["refusals_without_retry_after"] for one in rounds),
-        **describe_quiet([watch for _, watch in measured]),
         "rounds": rounds,
     }
 
 
-async def _round(peak: OverHttp, bounded: OverHttp, *, load: _Load, card: ModelCard) -> dict[str, Any]:
+async def _round(peak: OverHttp, bounded: OverHttp, *, load: Mapping[str, int], card: ModelCard) -> dict[str, Any]:
     def draw(count: int, rate_hz: float | None = None) -> tuple[Arrival, ...]:
         return draw_arrivals(_MIX, rate_hz=rate_hz, count=count, seed=1, max_duration_s=card.max_duration_s)
 
-    async def play_burst() -> list[Record]:
-        records = await play(peak, burst)
-        require_clips(records, sample_rate_hz=card.sample_rate_hz)
-        return records
-
-    burst = draw(load.burst)
+    burst = draw(load["burst"])
+    play_burst = partial(play_clips, peak, burst, sample_rate_hz=card.sample_rate_hz)
     await play(peak, burst[:_WARM_UP_CALLS])
     bursts = [await play_burst()]
     lone = {seconds: Arrival(0.0, "a low drone", seconds, seed=1, steps=burst[0].steps) for seconds in _ALONE_S}
-    alone_ms = {
-        seconds: median(record.latency_ms for record in await play_alone(bounded, [clip] * _ALONE_CALLS))
-        for seconds, clip in lone.items()
-    }
+    probes = {seconds: _typical(await play_alone(bounded, [clip] * _ALONE_CALLS)) for seconds, clip in lone.items()}
+    alone_ms = fit_alone_ms(list(probes.values()))
     peak_hz = capacity_rps(bursts[0])
-    offered = draw(round(_FACTOR * peak_hz * load.seconds), _FACTOR * peak_hz)
+    offered = draw(round(_FACTOR * peak_hz * load["seconds"]), _FACTOR * peak_hz)
     started_at = time.perf_counter()
     over = await play(bounded, offered)
-    normal_after_s = await _wait_until_normal(
-        bounded, lone[_SHOWS_S], limit_ms=_NORMAL_RATIO * alone_ms[_SHOWS_S], since=started_at + offered[-1].at_s
-    )
+    limit_ms, ended_at = _NORMAL_RATIO * probes[_SHOWS_S].latency_ms, started_at + offered[-1].at_s
+    normal_after_s = await _wait_until_normal(bounded, lone[_SHOWS_S], limit_ms=limit_ms, since=ended_at)
     bursts.append(await play_burst())
     returning_hz = _RETURNING_FACTOR * peak_hz
-    returning = await play_until_served(bounded, draw(round(returning_hz * load.returning_s), returning_hz))
-    burst_work_ms = sum(_times_alone_ms(bursts[0], alone_ms))
+    returning = await play_until_served(bounded, draw(round(returning_hz * load["returning_s"]), returning_hz))
+    burst_work_ms = sum(map(alone_ms, bursts[0]))
     return {
         "peak_rps": [capacity_rps(records) for records in bursts],
-        "alone_p50_ms": alone_ms,
+        "alone_p50_ms": {seconds: probe.latency_ms for seconds, probe in probes.items()},
         "normal_after_s": normal_after_s,
         **summarize_overload(
             over,
-            work_ms=_times_alone_ms(over, alone_ms),
+            work_ms=list(map(alone_ms, over)),
             peak_work_ms_per_s=sum(burst_work_ms / span_s(records) for records in bursts) / len(bursts),
         ),
         **summarize_returns(returning),
     }
 
 
-def _times_alone_ms(records: Sequence[Record], measured_ms: Mapping[float, float]) -> list[float]:
-    """Returns each request's time on an idle server, interpolated linearly between the measured lengths."""
-    lengths_s, times_ms = list(measured_ms), list(measured_ms.values())
-    return [float(np.interp(record.audio_s, lengths_s, times_ms)) for record in records]
+def _typical(records: Sequence[Record]) -> Record:
+    """Returns the record with the median latency."""
+    return sorted(records, key=lambda record: record.latency_ms)[len(records) // 2]
 
 
 def summarize_overload(
@@ -136,13 +114,13 @@ def summarize_overload(
     last_due_at = max(record.due_at for record in records)
     pairs = list(zip(records, work_ms, strict=True))
     meanwhile = [(record, ms) for record, ms in pairs if record.is_finished and record.ended_at <= last_due_at]
-    in_time_ms = sum(ms for record, ms in meanwhile if record.latency_ms <= max(_SLACK * ms, _LEAST_S * 1000.0))
+    in_time_ms = sum(ms for record, ms in meanwhile if is_in_time(record, alone_ms=ms))
     peak_ms = peak_work_ms_per_s * last_due_at
     return {
         "goodput_over_peak_ratio": in_time_ms / peak_ms,
         "finished_over_peak_ratio": sum(ms for _, ms in meanwhile) / peak_ms,
-        "refusal_p50_ms": _percentile([record.latency_ms for record in refused], 50),
-        "refusal_p99_ms": _percentile([record.latency_ms for record in refused], 99),
+        "refusal_p50_ms": percentile([record.latency_ms for record in refused], 50),
+        "refusal_p99_ms": percentile([record.latency_ms for record in refused], 99),
         "refusals_without_retry_after": sum(record.retry_after_s is None for record in refused),
         "other_answers": len(failed),
     }
@@ -175,21 +153,15 @@ async def _wait_until_normal(bounded: OverHttp, lone: Arrival, *, limit_ms: floa
     return _PATIENCE_S
 
 
-def _percentile(values: Sequence[float], percent: float) -> float:
-    return percentile(values, percent) if values else 0.0
-
-
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
-    """One side per row."""
+    """Returns one row."""
+    figures = results["model"]
     return [
         {
-            "side": side.replace("_", "-"),
-            "goodput over peak": results[side]["worst_goodput_over_peak_ratio"],
-            "refusals p50 (ms)": results[side]["worst_refusal_p50_ms"],
-            "refusals p99 (ms)": results[side]["worst_refusal_p99_ms"],
-            "normal after (s)": results[side]["worst_normal_after_s"],
-            "served within four tries": results[side].get("worst_served_within_four_tries_share", "not measured"),
+            "goodput over peak": figures["worst_goodput_over_peak_ratio"],
+            "refusals p50 (ms)": figures["worst_refusal_p50_ms"],
+            "refusals p99 (ms)": figures["worst_refusal_p99_ms"],
+            "normal after (s)": figures["worst_normal_after_s"],
+            "served within four tries": figures["worst_served_within_four_tries_share"],
         }
-        for side in _SIDES
-        if side in results
     ]

@@ -13,8 +13,8 @@ from typing import Any
 
 from benchmarks.cases.engine import resolve_model
 from benchmarks.dialects import OverHttp
-from benchmarks.figures import summarize
-from benchmarks.load import play, require_clips
+from benchmarks.figures import summarize, worst
+from benchmarks.load import play_clips
 from benchmarks.quiet import Watch, describe_quiet, in_quiet
 from benchmarks.servers.process import serving
 from benchmarks.servers.timed import SHORTENED, SHORTENING_DEVICE
@@ -58,19 +58,11 @@ async def run_routing(settings: CaseSettings) -> dict[str, Any]:
                 figures[name], watch = await in_quiet(partial(_play, sides[name], arrivals, card=card))
                 watches.append(watch)
             rounds.append(figures)
-    return (
-        summarize_rounds(rounds)
-        | describe_quiet(watches)
-        | {"load": {"replicas": _REPLICAS, "requests": num_requests, "share": _LOAD_SHARE}}
-    )
-
-
-def summarize_rounds(rounds: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
-    """Returns the rounds with our latencies divided by Serve's; the worst round counts."""
-    results: dict[str, Any] = {"rounds": list(rounds)}
+    load = {"replicas": _REPLICAS, "requests": num_requests, "share": _LOAD_SHARE}
+    results: dict[str, Any] = {"rounds": rounds, "load": load, **describe_quiet(watches)}
     for name in ("p50", "p95", "mean"):
         ratios = [sides[_OURS][f"{name}_ms"] / sides[_SERVES][f"{name}_ms"] for sides in rounds]
-        results |= {f"{name}_over_serve_ratio": max(ratios), f"{name}_over_serve_ratio_rounds": ratios}
+        results |= worst(f"{name}_over_serve_ratio", ratios)
     return results
 
 
@@ -86,8 +78,7 @@ def _draw(card: ModelCard, *, count: int, seed: int) -> tuple[Arrival, ...]:
 
 
 async def _play(side: OverHttp, arrivals: Sequence[Arrival], *, card: ModelCard) -> dict[str, float]:
-    records = await play(side, arrivals)
-    require_clips(records, sample_rate_hz=card.sample_rate_hz)
+    records = await play_clips(side, arrivals, sample_rate_hz=card.sample_rate_hz)
     return summarize([record.latency_ms for record in records])
 
 

@@ -6,12 +6,12 @@ are models of one server, each with a fixed number of replicas.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.cases.engine import resolve_model
 from benchmarks.figures import capacity_rps
-from benchmarks.load import Record, play, require_clips
+from benchmarks.load import Record, play_clips
 from benchmarks.quiet import Watch, describe_quiet, in_quiet
 from benchmarks.servers.process import serving
 from benchmarks.settings import CaseSettings
@@ -22,8 +22,6 @@ _STAND_IN, _MODEL = "benchmarks.servers.timed:build", "stable_audio_serve.servin
 _CLIPS = Mix("stand-in", durations_s=((1.0, 1.0),), steps=((24, 1.0),), spread=0.0)
 _MODEL_MIX = MIXES["demo-wide"]
 _WARM_UP_PER_REPLICA = 4
-
-
 # Replica counts and how many requests each gets: short, full.
 _STAND_IN_BURSTS = ({1: 60, 2: 60, 4: 60}, {1: 320, 2: 320, 4: 320, 8: 640, 16: 1280})
 _MODEL_BURSTS = ({1: 60, 2: 60}, {1: 300, 2: 300})
@@ -33,11 +31,7 @@ async def run_scale(settings: CaseSettings) -> dict[str, Any]:
     """`settings.rounds` rounds over all counts; the worse round counts. Raises RuntimeError for any wrong answer."""
     stand_in = await _measure(settings, _CLIPS, _STAND_IN_BURSTS[settings.full], _STAND_IN)
     model = await _measure(settings, _MODEL_MIX, _MODEL_BURSTS[settings.full], _MODEL)
-    return {
-        "is_void": stand_in["is_void"] or model["is_void"],
-        "stand_in": stand_in,
-        "model": model,
-    }
+    return {"is_void": stand_in["is_void"] or model["is_void"], "stand_in": stand_in, "model": model}
 
 
 async def _measure(  # noqa: PLR0917
@@ -51,9 +45,7 @@ async def _measure(  # noqa: PLR0917
 
         async def send(count: int, num_requests: int) -> list[Record]:
             arrivals = draw_arrivals(mix, rate_hz=None, count=num_requests, seed=1, max_duration_s=card.max_duration_s)
-            records = await play(sides[names[count]], arrivals)
-            require_clips(records, sample_rate_hz=card.sample_rate_hz)
-            return records
+            return await play_clips(sides[names[count]], arrivals, sample_rate_hz=card.sample_rate_hz)
 
         async def measure(count: int) -> dict[str, Any]:
             records, watch = await in_quiet(lambda: send(count, requests[count]))
@@ -68,21 +60,17 @@ async def _measure(  # noqa: PLR0917
         bursts = [{count: await measure(count) for count in requests} for _ in range(settings.rounds)]
     return {
         "requests": requests,
-        "worst_capacity_over_one": worst_over_first(
-            {count: [one[count]["capacity_rps"] for one in bursts] for count in requests}
-        ),
+        "worst_capacity_over_one": {  # over that of one replica in the same round
+            count: min(one[count]["capacity_rps"] / one[1]["capacity_rps"] for one in bursts)
+            for count in requests
+            if count > 1
+        },
         "worst_cpu_ms_per_request": {
             count: max(one[count]["cpu_ms_per_request"] for one in bursts) for count in requests
         },
         **describe_quiet([Watch(0.0, burst["foreign_cores"]) for one in bursts for burst in one.values()]),
         "rounds": bursts,
     }
-
-
-def worst_over_first(values: Mapping[int, Sequence[float]]) -> dict[int, float]:
-    """Returns for each key but the first the smallest ratio to the first key in the same round."""
-    first, *others = values
-    return {key: min(value / one for value, one in zip(values[key], values[first], strict=True)) for key in others}
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:

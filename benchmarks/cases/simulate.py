@@ -18,8 +18,6 @@ from benchmarks.simulate.engine import SimulatedEngine, record_of, work_of
 from benchmarks.workload import Arrival, draw_arrivals
 
 _LOAD_SHARE = 0.8  # of the lock server's capacity
-
-
 _REQUESTS = {"small-mixed": (400, 2000), "medium-mixed": (200, 400)}  # requests per list: short, full
 _SEEDS = (1, 2, 3)  # one list per seed
 _NETWORKS = {"small-mixed": SMALL, "medium-mixed": MEDIUM}

@@ -25,8 +25,6 @@ from benchmarks.pieces import OtherRunError, Pieces
 from benchmarks.report import describe_environment, hash_sources, write_report
 
 _BUDGET_S = 450.0
-
-
 _Measure = Callable[[Bench, Pieces], Awaitable[dict[str, Any]]]
 PARTS: Mapping[int, tuple[str, _Measure]] = {
     1: ("lone", lone.measure),

@@ -60,7 +60,7 @@ async def _measure_mix(bench: Bench, pieces: Pieces, *, mix: str) -> dict[str, A
             await askers["lock"].settle()
         return capacity_rps(await play(askers["lock"], pilots))
 
-    own = pieces.within(f"{mix}-pieces")
+    own = Pieces(pieces.folder / f"{mix}-pieces", pieces.about, ends_at=pieces.ends_at)
     lock_rps = await own.take("pilots", measure_pilots)
     count = max(sizes.lists[0], min(sizes.lists[1], round(sizes.list_s * lock_rps)))
     options = RunOptions(

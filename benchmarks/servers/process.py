@@ -22,6 +22,7 @@ import psutil
 import yaml
 
 from benchmarks.dialects import OverHttp, open_clients
+from benchmarks.quiet import family
 from stable_audio_serve.models.registry import ModelEntry
 
 _READY_TIMEOUT_S = 300.0
@@ -114,6 +115,7 @@ def running_server(config: Path) -> Iterator[Server]:
     """
     port = _free_port()
     command = ("-m", "stable_audio_serve.cli", "serve", "--config", str(config), "--port", str(port))
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
     started_at = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, *command],
@@ -121,7 +123,7 @@ def running_server(config: Path) -> Iterator[Server]:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": _search_path()},
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path},
     )
     server = Server(f"http://127.0.0.1:{port}", process.pid)
     ready = threading.Event()
@@ -161,30 +163,16 @@ def _wait_for_replicas(server: Server, counts: Mapping[str, int]) -> None:
 
 def _stop(process: subprocess.Popen[str]) -> None:
     """Stop the server as Ctrl-C does, then kill the processes that are left."""
-    processes = _descendants(process.pid)
+    processes = family(process.pid)
     process.send_signal(signal.SIGINT)
     try:
         process.wait(_STOP_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         pass
     finally:
-        for left in (*processes, *_descendants(process.pid)):
+        for left in (*processes, *family(process.pid)):
             with suppress(psutil.Error):
                 left.kill()
-
-
-def _descendants(pid: int) -> list[psutil.Process]:
-    """Returns a process and its descendants."""
-    try:
-        first = psutil.Process(pid)
-        return [first, *first.children(recursive=True)]
-    except psutil.Error:
-        return []
-
-
-def _search_path() -> str:
-    """Returns a search path with which every process of the server finds this package too."""
-    return os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
 
 
 def _free_port() -> int:

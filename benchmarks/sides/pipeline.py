@@ -166,7 +166,13 @@ class Pipeline:
     def _run(self, states: Sequence[RequestState]) -> list[GenerationResult]:
         sharing = (steady_threads if self._is_steady else plain_threads)(self._threads)
         with torch.inference_mode(), sharing:
-            rows = [self._open(state, index) for state in states for index in range(len(state.plans))]
+            rows = [
+                Row(RowId(next(self._ids)), state, index=index, plan=plan, work=work)
+                for state in states
+                for index, (plan, work) in enumerate(state.plans)
+            ]
+            for row in rows:
+                row.request.rows.append(row)
             try:
                 self._run_rows(states, rows)
                 return [self._result(state, rows) for state in states]
@@ -195,12 +201,6 @@ class Pipeline:
             _check(run(working))
             self._stages.keep_pace()
             self._stages.capture(is_idle=False)
-
-    def _open(self, state: RequestState, index: int) -> Row:
-        plan, work = state.plans[index]
-        row = Row(RowId(next(self._ids)), state, index=index, plan=plan, work=work)
-        state.rows.append(row)
-        return row
 
     def _result(self, state: RequestState, rows: Sequence[Row]) -> GenerationResult:
         audio = [row.in_phase(Decoding).audio.audio() for row in rows if row.request is state]

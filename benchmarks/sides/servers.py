@@ -113,12 +113,6 @@ class StaticServer(Pipeline):
             self._queues[key] = self._collect(self.run)
         return await self._queues[key](request)
 
-    async def close(self) -> None:
-        for queue in self._queues.values():
-            if isinstance(queue, Batcher):
-                queue.close()
-        await super().close()
-
 
 def batch_key(model: DiffusionModel, request: GenerationRequest) -> BatchKey:
     """Returns the values that all requests of a batch share: length bucket and everything that shapes the steps."""
@@ -146,20 +140,15 @@ class Batcher:
 
     async def __call__(self, request: GenerationRequest) -> GenerationResult:
         """Returns this request's result."""
-        if self._worker is None:
-            self._worker = asyncio.create_task(self._work())
         future: asyncio.Future[GenerationResult] = asyncio.get_running_loop().create_future()
         self._waiting.put_nowait((request, future))
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.create_task(self._work())
         return await future
 
-    def close(self) -> None:
-        """Stop; waiting calls never get an answer."""
-        if self._worker is not None:
-            self._worker.cancel()
-
     async def _work(self) -> None:
-        while True:
-            batch = [await self._waiting.get()]
+        while not self._waiting.empty():
+            batch = [self._waiting.get_nowait()]
             try:
                 async with asyncio.timeout(BATCH_WAIT_S):
                     while len(batch) < MAX_BATCH:

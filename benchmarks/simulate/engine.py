@@ -15,7 +15,7 @@ from benchmarks.load import Record
 from benchmarks.simulate.device import Gpu, Network
 from benchmarks.workload import Arrival
 from stable_audio_serve.engine import EngineOptions
-from stable_audio_serve.engine.build import resolve_policy
+from stable_audio_serve.engine.build import build_scheduler, resolve_policy
 from stable_audio_serve.engine.calls.warmup import DURATION_SHARES, step_shapes
 from stable_audio_serve.engine.hardware.device import CudaDevice
 from stable_audio_serve.engine.prediction import Predictor
@@ -23,7 +23,7 @@ from stable_audio_serve.engine.scheduling.batching import Call
 from stable_audio_serve.engine.scheduling.call_shapes import PackedShapes
 from stable_audio_serve.engine.scheduling.cost import CostModel, Measurement
 from stable_audio_serve.engine.scheduling.pacing import WindowPace
-from stable_audio_serve.engine.scheduling.scheduler import RowId, Scheduler, SchedulerLimits
+from stable_audio_serve.engine.scheduling.scheduler import RowId
 from stable_audio_serve.engine.scheduling.windows import count_fitting, window_lengths
 from stable_audio_serve.engine.scheduling.work import Phase, RowWork
 from stable_audio_serve.models.protocol import WindowRule
@@ -121,19 +121,9 @@ class SimulatedEngine:
             packed=PackedShapes(network.prefix_tokens, longest_frames),
         )
         self._pace = WindowPace(self._cost, is_fixed=False)
-        limits = SchedulerLimits(
-            max_started=options.max_rows,
-            max_tokens=options.max_step_tokens,
-            batch_share=options.batch_share,
-        )
-        self._fit_cost(longest_frames, max_tokens=limits.max_tokens)
+        self._fit_cost(longest_frames, max_tokens=options.max_step_tokens)
         self._predictor = Predictor(self._cost, self._policy, turn_frames=self._pace.turn_frames)
-        self._scheduler = Scheduler(
-            limits,
-            knee_tokens=lambda frames: frames * self._policy.typical_rows(1, frames),
-            step_ms=self._predictor.step_ms,
-            has_second_queue=True,
-        )
+        self._scheduler = build_scheduler(options, self._policy, predictor=self._predictor, has_second_queue=True)
         self._queues = _Queues()
         self._rows: dict[RowId, _Row] = {}
         self._prompts: set[str] = set()

@@ -55,6 +55,7 @@ log = structlog.get_logger("stable_audio_serve.api")
 
 _STATUS_TIMEOUT_S = 1.0
 _BUSY_RETRY_S = 5.0
+_BUDGET_S = 900.0  # of a request without a deadline: three times the queue that a model accepts (`max_queue_s`)
 _SOURCE_MARGIN_S = 1.0
 _UPLOAD_CHUNK_BYTES = 1_048_576
 
@@ -178,7 +179,7 @@ class Service:
             raise
 
     async def _generate(self, card: ModelCard, request: GenerationRequest, *, started_at: float) -> GenerationResult:
-        budget_s = request.deadline_s or self.settings.api.default_deadline_s
+        budget_s = request.deadline_s or min(_BUDGET_S, self.settings.api.max_deadline_s)
         left_s = budget_s - (self.clock.monotonic() - started_at)
         if left_s <= 0:
             raise DeadlineExceededError("deadline_s: the time budget ran out before the generation started")

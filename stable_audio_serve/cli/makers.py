@@ -38,7 +38,7 @@ class Order:
     def model(self, catalog: ModelCatalog, *, dialects: DialectSettings) -> str:
         """Returns the canonical name of the model that makes it. Raises UnknownModelError."""
         if self.kind == "loop":
-            return catalog.choose(dialects.saos_model, family=OPEN_FAMILY).name
+            return catalog.choose(dialects.model, family=OPEN_FAMILY).name
         name = self.controls.get("model") or self.recipe.get("model") or catalog.default.name
         return catalog.resolve(str(name)).name
 

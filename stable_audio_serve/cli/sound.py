@@ -108,7 +108,7 @@ def loop(
 ) -> None:
     """Make a loop of whole bars.
 
-    The server's model for loops (`dialects.saos_model`) makes it.
+    The server's model for loops (`dialects.model`) makes it.
     """
     more = {"bars": None if bars is None else int(bars), "loop_type": kind, "style_strength": strength}
     _make("loop", prompt, audio=audio, more=more, options=options)

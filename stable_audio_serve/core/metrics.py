@@ -123,7 +123,6 @@ _JOBS = (
     Metric("jobs", "counter", "Ended jobs.", ("state", "contract")),
     Metric("job_wait_ms", "histogram", "From a job's submission to its start, milliseconds.", ("model",)),
     Metric("jobs_by_state", "gauge", "Jobs in the database; the same from every runner.", ("state",)),
-    Metric("jobs_running", "gauge", "Jobs that run in this runner."),
     Metric("job_queue_age_s", "gauge", "Time since the next job became due, seconds; the same from every runner."),
     Metric(
         "job_files_refused",

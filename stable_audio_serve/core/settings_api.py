@@ -16,7 +16,6 @@ from stable_audio_serve.core.setting_types import (
     Origin,
     ProxyKind,
     Seconds,
-    UnknownFields,
     Url,
     check_key_hashes,
     split_commas,
@@ -40,15 +39,10 @@ class ApiSettings(Section):
         description="Most denoising steps in the native API; unset = 50, or the model's default if higher.",
     )
     max_batch_size: int = Field(4, ge=1, le=99, description="Most variations of one request.")
-    unknown_fields: UnknownFields = Field(
-        "ignore",
-        description="Unknown fields in the native API: ignore = list them in the response, refuse = an error.",
-    )
     max_upload_bytes: int = Field(104_857_600, ge=1, description="Largest uploaded audio file, bytes.")
     max_bodies_bytes: int = Field(
         4_294_967_296, ge=1, description="Total size of request bodies in progress, bytes, per ingress replica."
     )
-    default_deadline_s: Seconds = Field(900.0, description="Time budget of a request without one, seconds.")
     max_deadline_s: Seconds = Field(3600.0, description="Largest time budget of a request, seconds.")
     key_hashes: Annotated[tuple[str, ...], BeforeValidator(split_commas), AfterValidator(check_key_hashes), Hidden] = (
         Field(
@@ -128,16 +122,12 @@ class MetricsSettings(Section):
 
 
 class DialectSettings(Section):
-    """Model of each foreign dialect. Unset = the first served Stable Audio Open model, for which these dialects were
-    written, otherwise the default model.
-    """
+    """The foreign dialects."""
 
-    saos_model: ModelName | None = Field(None, description="Model behind the Stable Audio Open small routes.")
-    vllm_model: ModelName | None = Field(None, description="Model of vLLM requests without one.")
-    aiml_model: ModelName | None = Field(None, description="Model called `stable-audio` in the AIML API.")
-    fal_model: ModelName | None = Field(None, description="Model behind `fal-ai/stable-audio`.")
-    saos_window_s: Seconds = Field(
-        524_288 / 44_100, description="Longest clip of the Stable Audio Open small routes, seconds."
+    model: ModelName | None = Field(
+        None,
+        description="Model of requests in the foreign dialects that name none, or its name there; unset = the first "
+        "served Stable Audio Open model, for which these dialects were written, otherwise the default model.",
     )
     riff_dir: Folder | None = Field(
         None,

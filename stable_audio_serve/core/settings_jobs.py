@@ -28,7 +28,6 @@ class JobSettings(Section):
     max_attempts: int = Field(3, ge=1, description="Attempts per job; invalid requests are not retried.")
     retention_s: Seconds = Field(604_800.0, description="How long ended jobs and their files are kept, seconds.")
     orphan_after_s: Seconds = Field(86_400.0, description="Age at which unreferenced files are removed, seconds.")
-    sweep_every_s: Seconds = Field(600.0, description="Pause between two sweeps of expired jobs and files, seconds.")
     webhook_secret: Annotated[SecretStr, AfterValidator(check_signing_secret)] | None = Field(
         None, description="Signs webhooks (Standard Webhooks): `whsec_` and 24 to 64 bytes in base64; unset = unsigned."
     )

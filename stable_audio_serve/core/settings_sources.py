@@ -148,7 +148,7 @@ def check_model_names(settings: Settings, catalog: ModelCatalog) -> None:
     """Raise ConfigError, naming key and variable, when the settings name a model that `catalog` does not have."""
     named: list[tuple[tuple[str, ...], str | None]] = [(("default_model",), settings.default_model)]
     named += [(("preload_models",), name) for name in settings.preload_models or ()]
-    named += [(("dialects", key), name) for key, name in settings.dialects if key.endswith("_model")]
+    named.append((("dialects", "model"), settings.dialects.model))
     for path, name in named:
         try:
             if name:

@@ -163,6 +163,31 @@ def _own_policy(spec: ModelSpec, options: EngineOptions, *, device: Device, cost
     )
 
 
+def build_scheduler(
+    options: EngineOptions,
+    policy: BatchPolicy,
+    *,
+    predictor: Predictor,
+    has_second_queue: bool,
+    max_bytes: int | None = None,
+) -> Scheduler:
+    """Returns the scheduler for these options and this policy; `max_bytes` bounds the memory of started rows."""
+    limits = SchedulerLimits(
+        options.max_rows, _max_tokens(options, policy), batch_share=options.batch_share, max_bytes=max_bytes
+    )
+    return Scheduler(
+        limits,
+        knee_tokens=lambda frames: frames * policy.typical_rows(1, frames),
+        step_ms=predictor.step_ms,
+        has_second_queue=has_second_queue,
+    )
+
+
+def _max_tokens(options: EngineOptions, policy: BatchPolicy) -> int:
+    """0 makes the scheduler pick one row at a time."""
+    return 0 if isinstance(policy, OneRowPerCall) else options.max_step_tokens
+
+
 @dataclass(frozen=True, slots=True)
 class _Builder:
     model: DiffusionModel
@@ -186,7 +211,13 @@ class _Builder:
         )
         loop = EngineLoop(
             self.model.spec,
-            scheduler=self._scheduler(predictor),
+            scheduler=build_scheduler(
+                self.options,
+                self.policy,
+                predictor=predictor,
+                has_second_queue=self.device.has_second_queue,
+                max_bytes=self.bounds.rows,
+            ),
             stages=self._stages(pace, drawers),
             predictor=predictor,
             memory=memory,
@@ -206,20 +237,6 @@ class _Builder:
         sharing = use_threads(self.options.torch_threads)
         thread = EngineThread(loop, inbox, sharing=sharing, prepare=prepare, clock=self.clock)
         return Machinery(thread, inbox, self.bounds, predictor, drawers)
-
-    def _scheduler(self, predictor: Predictor) -> Scheduler:
-        limits = SchedulerLimits(
-            self.options.max_rows,
-            self._max_tokens,
-            batch_share=self.options.batch_share,
-            max_bytes=self.bounds.rows,
-        )
-        return Scheduler(
-            limits,
-            knee_tokens=lambda frames: frames * self.policy.typical_rows(1, frames),
-            step_ms=predictor.step_ms,
-            has_second_queue=self.device.has_second_queue,
-        )
 
     def _stages(self, pace: WindowPace, drawers: Mapping[Priority, ThreadPoolExecutor]) -> Stages:
         executor = Executor(
@@ -248,17 +265,12 @@ class _Builder:
             self.model,
             self.cost,
             policy=self.policy,
-            max_tokens=self._max_tokens,
+            max_tokens=_max_tokens(self.options, self.policy),
             max_prompts=self._max_prompts,
             noise_factory=noise_factory,
             device=self.device,
             budget_s=self.options.warmup_budget_s,
         )
-
-    @property
-    def _max_tokens(self) -> int:
-        """0 makes the scheduler pick one row at a time."""
-        return 0 if isinstance(self.policy, OneRowPerCall) else self.options.max_step_tokens
 
     @property
     def _max_prompts(self) -> int:

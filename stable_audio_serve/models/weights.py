@@ -92,15 +92,6 @@ def load_weights(
     _fill(modules, drain_weights(path, weights, kept=kept), source=path, device=device, casts=casts)
 
 
-def assign_weights(modules: Mapping[str, nn.Module], weights: Mapping[str, Tensor], *, source: Path) -> None:
-    """Set every parameter and stored buffer of `modules` (by key prefix) to its tensor, float32 and without gradient.
-
-    Raises CheckpointError like `load_weights`; `source` is named in errors.
-    """
-    _check(modules, weights, source=source)
-    _fill(modules, weights.items(), source=source, device=None, casts=_casts(modules, {}))
-
-
 def _casts(modules: Mapping[str, nn.Module], dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
     """Returns the target dtype of every key."""
     casts = {prefix + key: torch.float32 for prefix, module in modules.items() for key in module.state_dict()}
@@ -133,7 +124,7 @@ def _fill(
     tensors: Iterable[tuple[str, Tensor]],
     *,
     source: Path,
-    device: torch.device | None,
+    device: torch.device,
     casts: Mapping[str, torch.dtype],
 ) -> None:
     places = {prefix + key: (prefix, key) for prefix, module in modules.items() for key in module.state_dict()}

@@ -1,4 +1,4 @@
-"""Noise levels for models sampled over sigma: Karras, exponential and polyexponential grids.
+"""Noise levels for models sampled over sigma: a range of sigma, and the polyexponential grid over it.
 
 All arithmetic is float32 in the references' order of operations, because the network's time features amplify the last
 bit of a level. Independent of samplers and of the conversion from level to time.
@@ -52,25 +52,6 @@ def polyexponential_sigmas(steps: int, span: SigmaRange) -> Tensor:
     ramp = torch.linspace(1, 0, steps, dtype=torch.float32) ** span.rho
     low, high = math.log(span.sigma_min), math.log(span.sigma_max)
     return _append_zero(torch.exp(ramp * (high - low) + low))
-
-
-def exponential_sigmas(steps: int, span: SigmaRange) -> Tensor:
-    """Returns levels evenly spaced in ln sigma, then 0; (steps + 1,) float32. Ignores `rho`."""
-    check_steps(steps)
-    low, high = math.log(span.sigma_min), math.log(span.sigma_max)
-    return _append_zero(torch.linspace(high, low, steps, dtype=torch.float32).exp())
-
-
-def karras_sigmas(steps: int, span: SigmaRange) -> Tensor:
-    """Returns levels evenly spaced in sigma**(1 / rho), then 0; (steps + 1,) float32.
-
-    Equation 5 of "Elucidating the Design Space of Diffusion-Based Generative Models" (arXiv 2206.00364), with rho 7
-    there.
-    """
-    check_steps(steps)
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float32)
-    low, high = span.sigma_min ** (1 / span.rho), span.sigma_max ** (1 / span.rho)
-    return _append_zero((high + ramp * (low - high)) ** span.rho)
 
 
 def _append_zero(levels: Tensor) -> Tensor:

@@ -171,7 +171,7 @@ def model_options(plan: Plan, model: ModelSettings, *, cluster_gpus: float) -> d
     if min_replicas is None:
         min_replicas = 1 if model.name in plan.preloaded else 0
     return {
-        **_engine_options(plan.settings, model, name=model.name),
+        **_engine_options(plan.settings, name=model.name),
         "max_surge_percent": _ONE_REPLICA if replicas.surge else 0,
         "autoscaling_config": {
             "min_replicas": min_replicas,
@@ -188,7 +188,7 @@ def model_options(plan: Plan, model: ModelSettings, *, cluster_gpus: float) -> d
     }
 
 
-def _engine_options(settings: Settings, model: ModelSettings, *, name: str) -> dict[str, Any]:
+def _engine_options(settings: Settings, *, name: str) -> dict[str, Any]:
     """Return the deployment options that every deployment with an engine of this model has."""
     return {
         "name": name,

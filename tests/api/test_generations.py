@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from tests.api.compat.serving import make_client
 from tests.audio_files import pcm_of
 from tests.backends import ToneBackend
 
@@ -47,6 +48,13 @@ async def test_unset_fields_are_left_to_the_model(client: httpx.AsyncClient, bac
     assert request.duration_padding_s is None
     assert request.chunked_decode is None
     assert request.negative_prompt is None
+
+
+@pytest.mark.parametrize(("most_s", "budget_s"), [(3600.0, 900), (30.0, 30)])
+async def test_request_without_deadline_gets_a_budget(most_s: float, budget_s: int) -> None:
+    async with make_client(api={"max_deadline_s": most_s}) as (client, backend):
+        await client.post(URL, json={"prompt": "x"})
+        assert backend.last.deadline_s == pytest.approx(budget_s, abs=1)
 
 
 @pytest.mark.parametrize("priority", ["interactive", "batch"])

@@ -22,6 +22,7 @@ import soundfile
 import transformers
 
 from stable_audio_serve.api.app import create_app
+from stable_audio_serve.api.compat.stable_audio_open_small import windowed_model
 from stable_audio_serve.audio.embedded_text import extract
 from stable_audio_serve.cli.sound_files import read_recipe
 from stable_audio_serve.core.settings import Settings
@@ -51,7 +52,7 @@ async def serve_model(name: str, path: str, *, output_dir: Path) -> AsyncIterato
         {
             "models": [{"name": name, "path": path, "threads": 1}],  # threads slow each other down on a busy machine
             "output_dir": str(output_dir),
-            "dialects": {"recipes": True, "saos_window_s": 3.0},
+            "dialects": {"recipes": True},
         }
     )
     plan = plan_deployments(settings)
@@ -62,7 +63,9 @@ async def serve_model(name: str, path: str, *, output_dir: Path) -> AsyncIterato
             transport=httpx.ASGITransport(create_app(backend, settings)), base_url="http://localhost"
         ) as client,
     ):
-        yield client
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(windowed_model, "WINDOW_S", 3.0)
+            yield client
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

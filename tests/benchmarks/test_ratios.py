@@ -21,7 +21,7 @@ from benchmarks.figures import (
     steady_latencies_ms,
     summarize,
     summarize_sides,
-    worst_ratio,
+    worst,
 )
 from benchmarks.goals import Goal, Standing
 from benchmarks.gpu.trace import summarize_trace
@@ -99,8 +99,8 @@ def test_percentiles_interpolate() -> None:
 
 
 def test_the_worse_round_counts() -> None:
-    assert worst_ratio([(4.0, 2.0), (3.0, 2.0)], larger_is_better=True) == 1.5
-    assert worst_ratio([(4.0, 2.0), (3.0, 2.0)], larger_is_better=False) == 2.0
+    assert worst("speed", [2.0, 1.5], larger_is_better=True) == {"speed": 1.5, "speed_rounds": [2.0, 1.5]}
+    assert worst("time", [2.0, 1.5]) == {"time": 2.0, "time_rounds": [2.0, 1.5]}
 
 
 def test_figures_by_hand() -> None:

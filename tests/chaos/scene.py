@@ -35,7 +35,6 @@ _JOBS = {
     "max_attempts": 50,  # a kill may cost an attempt; the verdict checks how many it cost
     "max_running": 8,
     "orphan_after_s": ORPHAN_AFTER_S,
-    "sweep_every_s": 5.0,
     "webhook_allow_hosts": ["127.0.0.1"],
 }
 _PREFIX = "chaos"

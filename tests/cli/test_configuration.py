@@ -91,7 +91,7 @@ def test_a_mistyped_key_is_named_before_the_default_models(run: Run, tmp_path: P
         ("models: [{name: demos}]", "models: 'demos' is not built in"),
         ("models: [{name: demo}], default_model: dmo", "default_model (STABLE_AUDIO_DEFAULT_MODEL or "),
         ("models: [{name: demo}], preload_models: [demoo]", "preload_models (STABLE_AUDIO_PRELOAD_MODELS): unknown"),
-        ("models: [{name: demo}], dialects: {fal_model: dmo}", "dialects.fal_model"),
+        ("models: [{name: demo}], dialects: {model: dmo}", "dialects.model"),
     ],
 )
 def test_config_refuses_the_same_model_names_as_serve(run: Run, tmp_path: Path, args: str, expected: str) -> None:

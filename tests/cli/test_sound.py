@@ -272,7 +272,7 @@ async def test_local_uses_the_server_configuration(shell: Shell) -> None:
     demo = str(BUILT_IN["demo"].folder)
     args = {
         "models": [{"name": "demo"}, {"name": "loops", "path": demo}],
-        "dialects": {"saos_model": "loops", "recipes": True},
+        "dialects": {"model": "loops", "recipes": True},
         "api": {"key_file": str(shell.folder / "keys")},
     }
     application = {"import_path": "stable_audio_serve.serving.app:build", "args": args}

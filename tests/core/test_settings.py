@@ -200,8 +200,8 @@ def test_an_unknown_model_name_stops_startup() -> None:
         check_model_names(Settings(default_model="huge"), catalog)
     with pytest.raises(ConfigError, match=r"STABLE_AUDIO_PRELOAD_MODELS.*'huge'"):
         check_model_names(Settings(preload_models=("small-sfx", "huge")), catalog)
-    with pytest.raises(ConfigError, match=r"^dialects\.fal_model: unknown model 'huge'"):
-        check_model_names(Settings.model_validate({"dialects": {"fal_model": "huge"}}), catalog)
+    with pytest.raises(ConfigError, match=r"^dialects\.model: unknown model 'huge'"):
+        check_model_names(Settings.model_validate({"dialects": {"model": "huge"}}), catalog)
 
 
 def test_the_default_model_is_preloaded_by_default() -> None:

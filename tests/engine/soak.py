@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import httpx
 import numpy as np
@@ -23,6 +24,7 @@ import torch
 
 from benchmarks.cases.memory import resident_bytes
 from stable_audio_serve.api.app import create_app
+from stable_audio_serve.api.compat.stable_audio_open_small import windowed_model
 from stable_audio_serve.audio.loops import plan_loop
 from stable_audio_serve.core.generation import GenerationRequest, Progress, SourceAudio
 from stable_audio_serve.core.settings import Settings
@@ -85,18 +87,19 @@ async def run_server(output_dir: Path) -> AsyncIterator[tuple[Engine, httpx.Asyn
     settings = Settings.model_validate(
         {
             "models": [{"name": "demo", "mode": "strict", "threads": 1, "engine": {"warmup_budget_s": 0}}],
-            "dialects": {"saos_window_s": 4.0},  # loops are cut from a clip of this length
             "output_dir": str(output_dir),
         }
     )
     engine = load_engine(settings, settings.models[0])
     async with LocalBackend(plan_deployments(settings).catalog, {"demo": engine}) as backend:
         app = create_app(backend, settings)
-        async with (
-            app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost", timeout=300) as client,
-        ):
-            yield engine, client
+        with patch.object(windowed_model, "WINDOW_S", 4.0):  # loops are cut from a clip of this length
+            transport = httpx.ASGITransport(app)
+            async with (
+                app.router.lifespan_context(app),
+                httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=300) as client,
+            ):
+                yield engine, client
 
 
 def draw_cases(engine: Engine, client: httpx.AsyncClient, *, seed: int) -> tuple[Case, ...]:

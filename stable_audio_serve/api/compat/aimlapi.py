@@ -148,7 +148,7 @@ _POLL_RESPONSES: dict[int | str, dict[str, Any]] = {
 def build_router(service: Service) -> APIRouter:
     """Returns the AIML routes."""
     catalog, jobs = service.backend.catalog, service.jobs
-    card = catalog.choose(service.settings.dialects.aiml_model, family=OPEN_FAMILY)
+    card = catalog.choose(service.settings.dialects.model, family=OPEN_FAMILY)
     router = APIRouter(route_class=route_class(render_error, scopes=("jobs",)), tags=[TAG], strict_content_type=False)
 
     def resolve(name: str) -> ModelCard:

@@ -48,11 +48,6 @@ class FrameArena:
         for page in pages:
             heappush(self._free, page)
 
-    @property
-    def num_free(self) -> int:
-        """Pages available without growing."""
-        return len(self._free)
-
     def _grow(self) -> None:
         old = len(self.memory)
         self.memory = _doubled(self.memory)

@@ -44,6 +44,8 @@ _SUM_EVERY_S = 1.0  # seconds between two sums of the waiting work
 _SUM_REST = 20.0  # pause after a sum, as a multiple of its duration: 1.8 ms for 10,000 jobs, 0.3 s for a million
 _REPLICAS_S = 2.0  # seconds between polls of the number of replicas
 _COUNT_S = 15.0  # seconds between counts of jobs by state
+_SWEEP_S = 600.0  # seconds between sweeps: retention is counted in days, and a sweep lists the whole store
+_SWEEPS_PER_AGE = 6  # with a short `orphan_after_s`, so that files do not stay much longer than that
 _SWEEP_SPREAD = 0.5  # random share of the interval, so that runners started together sweep at different times
 _CLOSE_TIMEOUT_S = 3.0  # seconds to put jobs back at shutdown; leases of the remaining jobs expire
 
@@ -127,7 +129,7 @@ class JobRunner:
         if self._notifier is not None:
             self._notifier.start(on_postponed=self.wake)
         self._loop_task = asyncio.create_task(self._run_loop())
-        sweep_s = self._settings.sweep_every_s
+        sweep_s = min(_SWEEP_S, self._settings.orphan_after_s / _SWEEPS_PER_AGE)
         background = (
             _repeat(self._write_reports, pause_s=self._pauses.report_s),
             _repeat(self._count, pause_s=_COUNT_S),
@@ -212,7 +214,6 @@ class JobRunner:
 
     async def _turn(self, outlook: Outlook) -> int:
         """Do all work that is due. Returns how many things were done."""
-        self._metrics.gauge("jobs_running", self._capacity.num_running)
         self._metrics.gauge("job_queue_age_s", max(0.0, -(outlook.lease_in_s or 0.0)))
         num_done = 0
         if outlook.num_stops:

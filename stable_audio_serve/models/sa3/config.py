@@ -201,7 +201,7 @@ def parse_config(config: ConfigReader) -> Sa3Config:
         local_ids=diffusion.texts("local_add_cond_ids", default=()),
         shift=diffusion.plain("sampling_distribution_shift_options"),
     )
-    _check_widths(parsed, model, diffusion=diffusion)
+    _check_widths(parsed, diffusion)
     return parsed
 
 
@@ -269,7 +269,7 @@ def _parse_number(item: ConfigReader, width: int) -> NumberConfig:
     )
 
 
-def _check_widths(config: Sa3Config, model: ConfigReader, *, diffusion: ConfigReader) -> None:
+def _check_widths(config: Sa3Config, diffusion: ConfigReader) -> None:
     """Raise CheckpointError for parts whose widths do not fit, before torch would report a shape deep inside."""
     network = diffusion.section("config")
     number_ids = tuple(number.id for number in config.numbers)

@@ -15,6 +15,7 @@ from stable_audio_serve.core.catalog import DecodePrecision
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.models.batch_layout import packed_layout
 from stable_audio_serve.models.blocks.varlen import has_varlen
+from stable_audio_serve.models.native import NativeModel
 from stable_audio_serve.models.onednn import use_onednn
 from stable_audio_serve.models.parts import WindowNoise
 from stable_audio_serve.models.precision import decoder_products
@@ -22,7 +23,6 @@ from stable_audio_serve.models.protocol import (
     DecodeWindow,
     EncodeWindow,
     ModelSpec,
-    PromptTokens,
     RowConditioning,
     RowPlan,
     StepBatch,
@@ -57,8 +57,10 @@ class Sa3Components:
         return (self.text.encoder, self.prompt, *self.numbers.values(), self.denoiser, self.autoencoder)
 
 
-class Sa3Model:
+class Sa3Model(NativeModel):
     """Implements `DiffusionModel` for the Stable Audio 3 family."""
+
+    prompt: PromptConditioner
 
     def __init__(
         self,
@@ -71,32 +73,22 @@ class Sa3Model:
     ) -> None:
         for network in components.modules:
             use_onednn(network)
-        self.text = components.text
-        self.prompt = components.prompt
         self.numbers = components.numbers
         self.denoiser = components.denoiser
         self.autoencoder = components.autoencoder
         self.config = config
         net = config.denoiser
         heads = {"num_heads": net.num_heads, "num_key_heads": net.num_heads, "head_width": net.width // net.num_heads}
-        self._spec = replace(
+        spec = replace(
             spec,
             packs_segments=has_varlen(device, self.denoiser.dtype, **heads),
             num_prefix=net.num_memory_tokens,
             dtype=self.denoiser.dtype,
         )
-        self._device = device
+        super().__init__(components.text, components.prompt, text_width=config.prompt.width, spec=spec, device=device)
         self._products = decoder_products(decode_precision, device)
         self._decode_rule = WindowRule(self.autoencoder.decoder_halo_latents, self.autoencoder.latent_multiple)
         self._shift = shift_from_config(config.shift, key=f"model.diffusion.{CONFIG_KEY}")
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self._spec
-
-    @property
-    def device(self) -> torch.device:
-        return self._device
 
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
         """Returns one plan per variation. Raises InvalidRequestError naming the field that the model cannot serve."""
@@ -107,34 +99,6 @@ class Sa3Model:
             decode_rule=self._decode_rule,
             shift=self._shift,
             frames=frames,
-        )
-
-    @property
-    def text_size(self) -> tuple[int, int]:
-        """The number of tokens per prompt, padding included, and the width of their embeddings."""
-        return self.text.max_length, self.config.prompt.width
-
-    def tokenize(self, prompts: Sequence[str]) -> PromptTokens:
-        """Returns the prompts' tokens, truncated or padded to T."""
-        return self.text.tokenize(prompts)
-
-    @torch.inference_mode()
-    @exact
-    def embed_tokens(self, ids_and_mask: Tensor) -> Tensor:
-        """Returns embeddings (B, T, width) float32 of ids and mask (B, 2, T) on the device.
-
-        Padding has the learned vector.
-        """
-        ids, mask = ids_and_mask.unbind(1)
-        return self.prompt(self.text.encode(ids, mask), mask.bool())
-
-    @torch.inference_mode()
-    def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
-        """Returns embeddings (T, width) float32 with the learned vector at padding, and the mask of real tokens."""
-        tokens = self.tokenize(prompts)
-        ids_and_mask = to_device(tokens.ids_and_mask, self._device)
-        return TextEmbedding.each(
-            prompts, self.embed_tokens(ids_and_mask), mask=ids_and_mask[:, 1], chars_read=tokens.chars_read
         )
 
     @torch.inference_mode()

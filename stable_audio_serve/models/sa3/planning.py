@@ -50,7 +50,7 @@ def plan_rows(
     if not 0 <= request.init_noise_level <= 1:
         raise InvalidRequestError("init_noise_level must be in 0..1", field="init_noise_level", allowed="0..1")
     length = _plan_length(request, config, spec=spec, frames=frames)
-    sampler, guidance = _plan_sampler(request, config, spec=spec, shift=shift, length=length)
+    sampler, guidance = _plan_sampler(request, spec=spec, shift=shift, length=length)
     guided = any(evaluation.guided for evaluation in sampler.evaluations)
     negative = request.negative_prompt if guided and (request.negative_prompt or "").strip() else None
     rule = decode_rule if config.chunked and request.chunked_decode is None else None
@@ -102,7 +102,7 @@ def _plan_length(request: GenerationRequest, config: Sa3Config, *, spec: ModelSp
 
 
 def _plan_sampler(
-    request: GenerationRequest, config: Sa3Config, *, spec: ModelSpec, shift: TimestepShift, length: RowLength
+    request: GenerationRequest, *, spec: ModelSpec, shift: TimestepShift, length: RowLength
 ) -> tuple[SamplerPlan, Guidance]:
     guidance = Guidance(
         cfg_scale=spec.card.default_cfg_scale if request.cfg_scale is None else request.cfg_scale,

@@ -15,6 +15,7 @@ from stable_audio_serve.core.catalog import DecodePrecision
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.models.batch_layout import packed_layout
 from stable_audio_serve.models.blocks.varlen import has_varlen
+from stable_audio_serve.models.native import NativeModel
 from stable_audio_serve.models.onednn import use_onednn
 from stable_audio_serve.models.parts import WindowNoise, stack_draws
 from stable_audio_serve.models.precision import decoder_products
@@ -22,7 +23,6 @@ from stable_audio_serve.models.protocol import (
     DecodeWindow,
     EncodeWindow,
     ModelSpec,
-    PromptTokens,
     RowConditioning,
     RowPlan,
     StepBatch,
@@ -56,8 +56,10 @@ class SaoComponents:
         return (self.text.encoder, self.prompt, *self.numbers.values(), self.denoiser, self.autoencoder)
 
 
-class SaoModel:
+class SaoModel(NativeModel):
     """Implements `DiffusionModel` for the Stable Audio Open family."""
+
+    prompt: PromptConditioner
 
     def __init__(
         self,
@@ -70,8 +72,6 @@ class SaoModel:
     ) -> None:
         for network in components.modules:
             use_onednn(network)
-        self.text = components.text
-        self.prompt = components.prompt
         self.numbers = components.numbers
         self.denoiser = components.denoiser
         self.autoencoder = components.autoencoder
@@ -83,48 +83,15 @@ class SaoModel:
             "head_width": net.head_width,
         }
         packs_segments = has_varlen(device, self.denoiser.dtype, **heads)
-        self._spec = replace(spec, packs_segments=packs_segments, num_prefix=NUM_PREFIX, dtype=self.denoiser.dtype)
-        self._device = device
+        spec = replace(spec, packs_segments=packs_segments, num_prefix=NUM_PREFIX, dtype=self.denoiser.dtype)
+        super().__init__(components.text, components.prompt, text_width=config.prompt.width, spec=spec, device=device)
         self._products = decoder_products(decode_precision, device)
         self._shift = read_shift(config.shift)
         self._halos = Halos(decoder_halo(config.autoencoder), encoder_halo(config.autoencoder))
 
-    @property
-    def spec(self) -> ModelSpec:
-        return self._spec
-
-    @property
-    def device(self) -> torch.device:
-        return self._device
-
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
         """Returns one plan per variation. Raises InvalidRequestError naming the field that the model cannot serve."""
         return plan_rows(request, spec=self._spec, halos=self._halos, shift=self._shift, frames=frames)
-
-    @property
-    def text_size(self) -> tuple[int, int]:
-        """The number of tokens per prompt, padding included, and the width of their embeddings."""
-        return self.text.max_length, self.config.prompt.width
-
-    def tokenize(self, prompts: Sequence[str]) -> PromptTokens:
-        """Returns the prompts' tokens, truncated or padded to T."""
-        return self.text.tokenize(prompts)
-
-    @torch.inference_mode()
-    @exact
-    def embed_tokens(self, ids_and_mask: Tensor) -> Tensor:
-        """Returns embeddings (B, T, width) float32 of ids and mask (B, 2, T) on the device, zero at padding."""
-        ids, mask = ids_and_mask.unbind(1)
-        return self.prompt(self.text.encode(ids, mask), mask.bool())
-
-    @torch.inference_mode()
-    def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
-        """Returns embeddings (T, width) float32, zero at padding, and the mask of real tokens."""
-        tokens = self.tokenize(prompts)
-        ids_and_mask = to_device(tokens.ids_and_mask, self._device)
-        return TextEmbedding.each(
-            prompts, self.embed_tokens(ids_and_mask), mask=ids_and_mask[:, 1], chars_read=tokens.chars_read
-        )
 
     @torch.inference_mode()
     @exact

@@ -168,14 +168,14 @@ async def test_missing_or_unknown_id_is_an_error(
 
 
 async def test_alias_selects_the_configured_model() -> None:
-    async with make_client(dialects={"aiml_model": "small-music"}) as (client, backend):
+    async with make_client(dialects={"model": "small-music"}) as (client, backend):
         for name, model in {"stable-audio": "small-music", "stable-audio-3-medium": "medium"}.items():
             await poll_until(client, await submit(client, model=name), "completed")
             assert backend.requests[-1][0] == model
 
 
 async def test_short_model_limits_the_default_length() -> None:
-    async with make_client(dialects={"aiml_model": "demo"}) as (client, backend):
+    async with make_client(dialects={"model": "demo"}) as (client, backend):
         await poll_until(client, await submit(client), "completed")
         assert backend.last.duration_s == 5
         reply = await client.post(URL, json=BODY | {"seconds_total": 6})

@@ -97,7 +97,7 @@ async def test_a_missing_prompt_is_named(client: httpx.AsyncClient, content: byt
 
 
 async def test_short_model_limits_the_default_length() -> None:
-    async with make_client(dialects={"fal_model": "demo"}) as (client, backend):
+    async with make_client(dialects={"model": "demo"}) as (client, backend):
         assert (await client.post(URL, json={"prompt": "x"})).status_code == 200
         assert backend.requests[-1][0] == "demo"
         assert backend.last.duration_s == 5

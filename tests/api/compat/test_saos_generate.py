@@ -9,6 +9,7 @@ import httpx
 import numpy as np
 import pytest
 
+from stable_audio_serve.api.compat.stable_audio_open_small import windowed_model
 from stable_audio_serve.core.catalog import ModelCard, ModelCatalog
 from stable_audio_serve.core.generation import DeviceUse
 from tests.api.compat.saos import (
@@ -123,10 +124,12 @@ async def test_lengths(client: httpx.AsyncClient, seconds: Any, samples: int) ->
 
 
 @pytest.mark.parametrize(("window_s", "cap_s", "samples"), [(20.0, 120.0, 882_000), (20.0, 5.0, 220_500)])
-async def test_window_is_limited_by_settings_and_model(window_s: float, cap_s: float, samples: int) -> None:
+async def test_window_is_limited_by_dialect_and_model(
+    monkeypatch: pytest.MonkeyPatch, window_s: float, cap_s: float, samples: int
+) -> None:
+    monkeypatch.setattr(windowed_model, "WINDOW_S", window_s)
     catalog = ModelCatalog([ModelCard("engine", "x", max_duration_s=cap_s)])
-    dialects = {"saos_window_s": window_s}
-    async with make_client(ToneBackend(catalog), dialects=dialects) as (client, _):
+    async with make_client(ToneBackend(catalog)) as (client, _):
         for sent in ({}, {"seconds_total": 30}):
             reply = await client.post("/generate", json={"prompt": "x", **sent})
             assert len(expect_wav(reply, name=r".*")) == samples
@@ -187,7 +190,7 @@ async def test_memory_is_reported_on_cuda(
 
 
 async def test_configured_model_is_used() -> None:
-    async with make_client(dialects={"saos_model": "STABLE-AUDIO-3-medium"}) as (client, backend):
+    async with make_client(dialects={"model": "STABLE-AUDIO-3-medium"}) as (client, backend):
         assert (await client.post("/generate", json={"prompt": "x"})).headers["x-model"] == "medium"
         form = {"prompt": "x", "seed": "1"}
         assert (await client.post(STYLE, data=form, files={"audio_file": make_audio_file()})).status_code == 200

@@ -50,7 +50,7 @@ async def test_model_info_matches_the_documentation(prefix: str) -> None:
 
 
 async def test_model_info_describes_the_served_model() -> None:
-    async with make_client(dialects={"saos_model": "demo"}) as (client, _):
+    async with make_client(dialects={"model": "demo"}) as (client, _):
         info = (await client.get("/model/info")).json()
     assert (info["model_name"], info["device"]) == ("demo", None)
     assert (info["config"]["sample_size"], info["config"]["max_duration_seconds"]) == (220_500, 5)

@@ -257,7 +257,7 @@ async def test_empty_file_input_is_ignored(client: httpx.AsyncClient, backend: T
 
 @pytest.mark.parametrize(("bpm", "bars", "samples"), [(120, 2, 176_400), (40, 1, 220_500), (200, 4, 211_680)])
 async def test_shorter_window_holds_fewer_bars(bpm: int, bars: int, samples: int) -> None:
-    async with make_client(dialects={"saos_model": "demo"}) as (client, backend):  # 5 s
+    async with make_client(dialects={"model": "demo"}) as (client, backend):  # 5 s
         reply = await client.post(URL, data={"prompt": f"x {bpm}bpm", "return_format": "base64"})
         pcm, metadata = expect_base64(reply)
     assert (metadata["bars"], len(pcm)) == (bars, samples)

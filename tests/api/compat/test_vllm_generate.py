@@ -128,7 +128,7 @@ async def test_model_is_selected_by_any_served_name(client: httpx.AsyncClient, b
 
 
 async def test_configured_default_model_is_used(backend: ToneBackend) -> None:
-    settings = Settings.model_validate({"dialects": {"vllm_model": "stable-audio-3-medium"}})
+    settings = Settings.model_validate({"dialects": {"model": "stable-audio-3-medium"}})
     transport = httpx.ASGITransport(create_app(backend, settings))
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as own:
         await generate(own, audio_length=0.1)

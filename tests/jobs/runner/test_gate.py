@@ -112,9 +112,10 @@ async def test_unreadable_uploads_cost_few_attempts(
 
     monkeypatch.setattr(workshop.queue.artifacts, "probe", count)
     runner = await workshop.start_runner(metrics=metrics)
-    await until(lambda: metrics.gauges.get(REFUSED) == 1.0 and metrics.gauges.get(("jobs_running",)) == 0)
+    list_all = workshop.queue.store.operators.list_all
+    await until(lambda: metrics.gauges.get(REFUSED) == 1.0 and not list_all(state="running"))
     await until(lambda: len(probes) >= 3)
-    waiting = workshop.queue.store.operators.list_all(state="queued")
+    waiting = list_all(state="queued")
     assert len(waiting) == len(jobs)
     assert sum(job.attempts for job in waiting) <= 4  # jobs that a runner starts before the first one has ended
     object_storage.proxy.faults = Faults()

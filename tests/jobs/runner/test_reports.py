@@ -170,6 +170,5 @@ async def test_failed_background_work_is_repeated(workshop: Workshop, monkeypatc
     monkeypatch.setattr("stable_audio_serve.jobs.runner.runner.asyncio.sleep", skip)
     await workshop.start_runner()
     await until(lambda: num_swept >= 20)
-    every_s = workshop.settings.jobs.sweep_every_s
-    assert every_s / 2 <= min(pauses) < max(pauses) <= every_s * 1.5
+    assert 300 <= min(pauses) < max(pauses) <= 900  # every ten minutes
     assert len({round(pause_s) for pause_s in pauses}) > 3

@@ -26,7 +26,7 @@ from tests.object_storage import Faults, ObjectStorage
 from tests.patience import until
 
 HOUR = 3600.0
-LIMITS = JobSettings(retention_s=7 * 24 * HOUR, orphan_after_s=24 * HOUR, sweep_every_s=600)
+LIMITS = JobSettings(retention_s=7 * 24 * HOUR, orphan_after_s=24 * HOUR)
 
 
 def swept(**numbers: int) -> dict[str, int]:
@@ -272,7 +272,7 @@ async def test_old_unfinished_files_are_deleted(premises: Premises) -> None:
 @pytest.fixture
 def job_settings() -> JobSettings:
     """Settings of the workshop."""
-    return JobSettings(sweep_every_s=0.05, orphan_after_s=0.001)
+    return JobSettings(orphan_after_s=0.3)
 
 
 async def test_runner_sweeps_regularly(workshop: Workshop) -> None:

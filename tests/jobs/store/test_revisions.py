@@ -47,13 +47,9 @@ RELEASED = {
         "a543bc4d78d81dffaf72b4adef3c77733758b945da2820f19ce8f6f04715b491",
         "62abeb11195efae7307976eb54818a3f7d1f254e5290bb84b44d09c7b4345c01",
     ),
-    "0005_key_uses": (
-        "4b4639c7a7b47aa58264da82ff0dfdc7204c32a8da7e3700864ff88475207e36",
-        "9fb23a62fc99a54789e6534c02bed0e6f621d5accc57ffc9ffc9ac55addd9e27",
-    ),
-    "0006_operator_settings": (
-        "70e8d68c22df30058944dc572769433ca64e752ca75bdfa4ddd8de4ece59418a",
-        "70e8d68c22df30058944dc572769433ca64e752ca75bdfa4ddd8de4ece59418a",
+    "0005_limits_and_operator_settings": (
+        "12657939c9f065987a9b16b1ee12455120d508d4706b5f8f58cb268eac434bc4",
+        "934168a45facfa4360cd209a20c46d2daab43bc6ddd1dacd83c48925d6de1452",
     ),
 }
 

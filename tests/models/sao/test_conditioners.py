@@ -17,10 +17,9 @@ from stable_audio_serve.models.sao.conditioners import (
 )
 from stable_audio_serve.models.sao.config import PromptConfig, SaoConfig, parse_config
 from stable_audio_serve.models.text_encoder import TextEncoder
-from stable_audio_serve.models.weights import assign_weights
 from stable_audio_serve.verification.report import BOUNDS
 from tests.goldens import load_open_goldens
-from tests.models.sao.tiny import TINY, weights_of
+from tests.models.sao.tiny import TINY, assign
 
 CPU = torch.device("cpu")
 CONDITIONERS = "conditioner.conditioners."
@@ -88,7 +87,7 @@ def test_number_embeddings_match_the_reference_and_clamp(name: str, id_: str) ->
     goldens = load_open_goldens(name)
     (config,) = (number for number in config_of(name).numbers if number.id == id_)
     conditioner, prefix = NumberConditioner(config), f"{CONDITIONERS}{id_}."
-    assign_weights({prefix: conditioner}, weights_of(name, prefix), source=goldens.folder)
+    assign(conditioner, name, prefix)
     values = torch.tensor(goldens.facts["cond_number_values"], dtype=torch.float32)
     expected = goldens.tensors[f"cond/{id_}"]
     torch.testing.assert_close(conditioner(values)[:, None], expected, rtol=0, atol=1e-5)

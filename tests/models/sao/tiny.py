@@ -6,14 +6,13 @@ import json
 from functools import cache
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.sao.denoiser import Denoiser
 from stable_audio_serve.models.sao.network_config import parse_denoiser, parse_oobleck
 from stable_audio_serve.models.sao.oobleck import OobleckAutoencoder
 from stable_audio_serve.models.weight_files import read_weights
-from stable_audio_serve.models.weights import assign_weights
 from tests.goldens import load_open_goldens
 
 TINY = ("tiny-1.0", "tiny-small")
@@ -33,16 +32,23 @@ def weights_of(name: str, prefix: str) -> dict[str, Tensor]:
     return {key: value for key, value in weights.items() if key.startswith(prefix)}
 
 
+def assign(net: nn.Module, name: str, prefix: str) -> None:
+    """Give a network the checkpoint's tensors under `prefix`."""
+    state = {key.removeprefix(prefix): value.float() for key, value in weights_of(name, prefix).items()}
+    net.load_state_dict(state, assign=True)
+    net.eval().requires_grad_(False)
+
+
 @cache
 def load_denoiser(name: str) -> Denoiser:
     net = Denoiser(parse_denoiser(ConfigReader(model_values(name)["diffusion"], path="model.diffusion")))
-    assign_weights({DENOISER: net}, weights_of(name, DENOISER), source=load_open_goldens(name).folder)
+    assign(net, name, DENOISER)
     return net
 
 
 @cache
 def load_autoencoder(name: str) -> OobleckAutoencoder:
     net = OobleckAutoencoder(parse_oobleck(ConfigReader(model_values(name), path="model")))
-    assign_weights({AUTOENCODER: net}, weights_of(name, AUTOENCODER), source=load_open_goldens(name).folder)
+    assign(net, name, AUTOENCODER)
     net.resolve()
     return net

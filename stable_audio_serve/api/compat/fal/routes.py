@@ -126,7 +126,7 @@ def _scopes_of_submission(request: Request) -> tuple[Scope, ...]:
 
 def _add_submission(router: APIRouter, service: Service, *, summary: str) -> None:
     catalog = service.backend.catalog
-    card = catalog.choose(service.settings.dialects.fal_model, family=OPEN_FAMILY)
+    card = catalog.choose(service.settings.dialects.model, family=OPEN_FAMILY)
 
     @router.post(f"/{APP}/{{endpoint:fal_endpoint}}", include_in_schema=False)
     @router.post(f"/{APP}", summary=summary, responses=_SUBMIT_RESPONSES)

@@ -10,6 +10,8 @@ from stable_audio_serve.api.service import Service
 from stable_audio_serve.core.catalog import OPEN_FAMILY, ModelCard
 from stable_audio_serve.core.errors import InvalidRequestError, UnknownModelError
 
+WINDOW_S = 524_288 / 44_100  # the longest clip of Stable Audio Open small, for which this dialect was written
+
 
 @dataclass(frozen=True, slots=True)
 class WindowedModel:
@@ -55,7 +57,7 @@ class WindowedModel:
 
 def default_model(service: Service) -> WindowedModel:
     """Returns the model configured for this dialect, otherwise the first Stable Audio Open, otherwise the default."""
-    return _view(service, service.backend.catalog.choose(service.settings.dialects.saos_model, family=OPEN_FAMILY))
+    return _view(service.backend.catalog.choose(service.settings.dialects.model, family=OPEN_FAMILY))
 
 
 def find_model(service: Service, fields: GenerateBody | LoopForm) -> WindowedModel:
@@ -69,11 +71,10 @@ def find_model(service: Service, fields: GenerateBody | LoopForm) -> WindowedMod
         raise InvalidRequestError("finetune_repo is required for finetune models", field="finetune_repo")
     parts = (fields.finetune_repo, fields.finetune_checkpoint)
     try:
-        return _view(service, service.backend.catalog.resolve("/".join(part for part in parts if part)))
+        return _view(service.backend.catalog.resolve("/".join(part for part in parts if part)))
     except UnknownModelError as error:
         raise InvalidRequestError(f"finetune_repo: {error.message}", field="finetune_repo") from error
 
 
-def _view(service: Service, card: ModelCard) -> WindowedModel:
-    window_s = min(card.max_duration_s, service.settings.dialects.saos_window_s)
-    return WindowedModel(replace(card, max_duration_s=window_s))
+def _view(card: ModelCard) -> WindowedModel:
+    return WindowedModel(replace(card, max_duration_s=min(card.max_duration_s, WINDOW_S)))

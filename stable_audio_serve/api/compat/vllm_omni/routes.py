@@ -70,7 +70,7 @@ def build_router(service: Service) -> APIRouter:
 def _resolve_model(service: Service, body: AudioBody) -> ModelCard:
     catalog = service.backend.catalog
     if body.model is None:
-        return catalog.choose(service.settings.dialects.vllm_model, family=OPEN_FAMILY)
+        return catalog.choose(service.settings.dialects.model, family=OPEN_FAMILY)
     try:
         return catalog.resolve(body.model)
     except UnknownModelError as error:

@@ -1,4 +1,6 @@
-"""Usage of clients with limits: one row per request replaces one account per client."""
+"""Usage of clients with limits, one row per request instead of one account per client, and what operators set while a
+server runs: draining, and models to keep loaded.
+"""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,7 +10,7 @@ down_revision = "0004"
 
 
 def upgrade() -> None:
-    """Create the table. Older servers, which miss the accounts, apply the limits only to their own requests."""
+    """Create the tables. Older servers, which miss the accounts, apply the limits only to their own requests."""
     op.create_table(
         "key_uses",
         sa.Column("id", sa.Text, primary_key=True),
@@ -19,3 +21,9 @@ def upgrade() -> None:
     )
     op.create_index("key_uses_of_client", "key_uses", ["client"])
     op.drop_table("accounts")
+    op.create_table(
+        "operator_settings",
+        sa.Column("server", sa.Text, primary_key=True),
+        sa.Column("setting", sa.Text, primary_key=True),
+        sa.Column("model", sa.Text, primary_key=True),
+    )
