@@ -43,6 +43,7 @@ HostName = Annotated[
 ]
 ListenHost = Annotated[str, _form(r"[0-9A-Za-z.:%_-]+", "an address or a host name")]
 ProxyKind = Literal["auto", "haproxy", "python"]
+UnknownFields = Literal["ignore", "refuse"]
 ReportId = Annotated[str, _form(r"[0-9a-f]{32}", "32 hexadecimal digits")]
 ModelName = Annotated[str, Field(min_length=1, max_length=200)]
 NewModelName = Annotated[

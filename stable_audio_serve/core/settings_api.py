@@ -16,6 +16,7 @@ from stable_audio_serve.core.setting_types import (
     Origin,
     ProxyKind,
     Seconds,
+    UnknownFields,
     Url,
     check_key_hashes,
     split_commas,
@@ -39,6 +40,10 @@ class ApiSettings(Section):
         description="Most denoising steps in the native API; unset = 50, or the model's default if higher.",
     )
     max_batch_size: int = Field(4, ge=1, le=99, description="Most variations of one request.")
+    unknown_fields: UnknownFields = Field(
+        "ignore",
+        description="Unknown fields in the native API: ignore = list them in the response, refuse = an error.",
+    )
     max_upload_bytes: int = Field(104_857_600, ge=1, description="Largest uploaded audio file, bytes.")
     max_bodies_bytes: int = Field(
         4_294_967_296, ge=1, description="Total size of request bodies in progress, bytes, per ingress replica."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import httpx
 import pytest
@@ -67,6 +68,19 @@ async def test_hostile_names_cannot_break_the_header(client: httpx.AsyncClient) 
     assert len(reply.headers["warning"]) < 1000
     assert reply.headers["warning"].isprintable()
     assert reply.headers["warning"].startswith(r'299 - "unknown fields are ignored: a\"b\\, x??evil: 1, \\u96e8, yyy')
+
+
+@pytest.mark.parametrize("query", ["", "?sede=1"])
+async def test_unknown_fields_are_refused_if_configured(query: str) -> None:
+    async with make_client(api={"unknown_fields": "refuse"}) as (client, backend):
+        body: dict[str, Any] = {"prompt": "rain"} if query else {"prompt": "rain", "lenght": 3}
+        for path in (AUDIO, "/jobs"):
+            reply = await client.post(f"{path}{query}", json=body)
+            (fault,) = reply.json()["detail"]
+            assert (reply.status_code, fault["loc"]) == (422, ["query", "sede"] if query else ["body", "lenght"])
+        assert (await client.get(f"/jobs{query}")).status_code == (422 if query else 200)
+        assert backend.requests == []
+        assert (await client.post(AUDIO, json={"prompt": "rain", "duration": 1})).status_code == 200
 
 
 async def test_unread_end_of_a_prompt_is_named() -> None:

@@ -1,6 +1,6 @@
 """Reports parts of a request that have no effect: unknown fields, and prompt text beyond the model's limit.
 
-Responses name them in a header and in a field of JSON bodies.
+Responses name them in a header and in a field of JSON bodies. `api.unknown_fields` may refuse unknown fields.
 """
 
 from __future__ import annotations
@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+from fastapi.exceptions import RequestValidationError
 from starlette.requests import Request
 
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.printable import printable
 from stable_audio_serve.core.generation import MadeOn
+from stable_audio_serve.core.settings import ApiSettings
 
 WARNING = "Warning"
 WARNING_HEADER: dict[str, Any] = {
@@ -27,17 +29,28 @@ _MOST_CHARS = 50
 _LONGEST = 1000  # characters per sentence, because proxies limit headers
 
 
-def record_ignored(request: Request, names: Iterable[str], *, parameters: Collection[str] = ()) -> None:
-    """Record a request's unknown fields, and query parameters other than `parameters`, for the response."""
-    unknown = [*names, *(name for name in request.query_params if name not in parameters)]
+def check_names(
+    request: Request, names: Iterable[str], *, limits: ApiSettings, parameters: Collection[str] = ()
+) -> None:
+    """Record a request's unknown fields, and query parameters other than `parameters`, for the response.
+
+    Raises RequestValidationError when the server refuses unknown fields.
+    """
+    unknown = [("body", name) for name in names]
+    unknown += [("query", name) for name in request.query_params if name not in parameters]
     if not unknown:
         return
-    request.state.ignored = tuple(str(printable(name[:_MOST_CHARS])) for name in unknown[:_MOST_NAMES])
+    if limits.unknown_fields == "refuse":
+        message = "unknown field; remove it (api.unknown_fields is refuse)"
+        raise RequestValidationError(
+            [{"type": "extra_forbidden", "loc": place, "msg": message, "input": None} for place in unknown]
+        )
+    request.state.ignored = tuple(str(printable(name[:_MOST_CHARS])) for _, name in unknown[:_MOST_NAMES])
     note(request.scope, ignored=list(request.state.ignored))
 
 
 def ignored_names(request: Request) -> tuple[str, ...]:
-    """Returns the first names that `record_ignored` recorded."""
+    """Returns the first names that `check_names` recorded."""
     names: tuple[str, ...] = getattr(request.state, "ignored", ())
     return names
 

@@ -18,7 +18,7 @@ from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.native import submission
 from stable_audio_serve.api.native.errors import render_error
 from stable_audio_serve.api.native.events import END, EXAMPLE, LastEventId, stream_events
-from stable_audio_serve.api.native.ignored import WARNING_HEADER, ignored_names, record_ignored, warning_headers
+from stable_audio_serve.api.native.ignored import WARNING_HEADER, check_names, ignored_names, warning_headers
 from stable_audio_serve.api.native.routes import MEDIA_TYPES
 from stable_audio_serve.api.native.schemas import ConflictBody, ErrorBody, ValidationErrors
 from stable_audio_serve.api.native.status import JobPage, JobStatus, brief, describe, jobs_base, recipes_of
@@ -97,7 +97,7 @@ def build_router(service: Service) -> APIRouter:
         status: Annotated[State | None, Query(description="Only jobs with this status.")] = None,
     ) -> JobPage:
         """List the jobs of the caller's key, newest first. Queue positions are null in lists."""
-        record_ignored(request, (), parameters=("limit", "cursor", "status"))
+        check_names(request, (), limits=limits, parameters=("limit", "cursor", "status"))
         try:
             page = await jobs.list_own(CONTRACT, request.state.client, state=status, cursor=cursor, limit=limit)
         except InvalidRequestError as error:
@@ -159,7 +159,7 @@ def _build_links(service: Service) -> APIRouter:
 
         Works for files in a bucket too, because not every client can reach the bucket that `download_url` leads to.
         """
-        record_ignored(request, ())
+        check_names(request, (), limits=service.settings.api)
         job = None if request.state.client is None else await jobs.get(_ref(request, job_id))
         job = _require(job or await jobs.find_unguessable(CONTRACT, JobId(job_id)))
         if job.result is None:

@@ -21,7 +21,7 @@ from stable_audio_serve.api.answers import RECIPE_HEADER, REPLAY
 from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.native.answers import audio_answer
 from stable_audio_serve.api.native.errors import render_error
-from stable_audio_serve.api.native.ignored import record_ignored
+from stable_audio_serve.api.native.ignored import check_names
 from stable_audio_serve.api.native.routes import AUDIO_RESPONSES, TAG
 from stable_audio_serve.api.routing import route_class
 from stable_audio_serve.api.service import Service
@@ -101,7 +101,7 @@ def build_router(service: Service) -> APIRouter:
         """Recreate a clip from its recipe. The bytes are the same if `X-Replay` is exact."""
         started_at = service.clock.monotonic()
         sent = await _read(service, request)
-        record_ignored(request, sent.unknown)
+        check_names(request, sent.unknown, limits=service.settings.api)
         recipe = _parse(sent.text)
         card = _require_model(service, recipe)
         sources = await _find_sources(service, recipe, card=card, uploads=sent.uploads)

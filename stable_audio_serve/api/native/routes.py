@@ -14,7 +14,7 @@ from stable_audio_serve.api.middleware.observe import note
 from stable_audio_serve.api.native.answers import audio_answer, file_order
 from stable_audio_serve.api.native.convert import parse_sampler_kwargs, to_edit, to_request, unused_options
 from stable_audio_serve.api.native.errors import render_error
-from stable_audio_serve.api.native.ignored import WARNING_HEADER, record_ignored
+from stable_audio_serve.api.native.ignored import WARNING_HEADER, check_names
 from stable_audio_serve.api.native.regions import parse_regions
 from stable_audio_serve.api.native.schemas import (
     Controls,
@@ -121,7 +121,7 @@ def convert(
     )
     note(request.scope, model=card.name, duration_s=generation.duration_s, batch_size=generation.batch_size)
     unused = [f"sampler_kwargs.{key}" for key in unused_options(sampler_kwargs, card)]
-    record_ignored(request, [*(fields.model_extra or ()), *unused])
+    check_names(request, [*(fields.model_extra or ()), *unused], limits=service.settings.api)
     return card, generation
 
 
