@@ -1,4 +1,4 @@
-"""`core.operations.Operations` without Ray: one process whose models cannot be loaded or unloaded on demand."""
+"""Operators' requests to a server without Ray: one process whose models cannot be loaded or unloaded on demand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from stable_audio_serve.core.operations import DrainReport, ModelReport, ServerR
 
 
 class UnmanagedOperations:
-    """Reports the backend's models. A drain affects this process only, not the job runners."""
+    """Implements `core.operations.Operations`. A drain affects this process only, not the job runners."""
 
     def __init__(self, backend: Backend, draining: Draining) -> None:
         self._backend = backend

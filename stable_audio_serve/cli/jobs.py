@@ -1,6 +1,6 @@
 """`stable-audio-serve jobs`: submit and manage a client's jobs on a server.
 
-Commands import what they need when they run, so that the program starts quickly.
+Large modules are imported only when a command runs, so that the program starts quickly.
 """
 
 from __future__ import annotations

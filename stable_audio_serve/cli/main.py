@@ -1,4 +1,4 @@
-"""The program `stable-audio-serve`, with all its commands. They import what they need only when they run."""
+"""The program `stable-audio-serve`, with all its commands. Large modules are imported only when a command runs."""
 
 from __future__ import annotations
 

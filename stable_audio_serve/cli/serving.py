@@ -1,6 +1,6 @@
 """The commands `init`, `config` and `serve`, and the program `stable-audio-api`.
 
-Commands import what they need when they run, so that the program starts quickly.
+Large modules are imported only when a command runs, so that the program starts quickly.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The commands that generate audio, such as `generate` and `variation`: on a server, or with --local in this process.
 
-Commands import what they need when they run, so that the program starts quickly.
+Large modules are imported only when a command runs, so that the program starts quickly.
 """
 
 from __future__ import annotations

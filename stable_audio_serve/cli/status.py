@@ -21,9 +21,7 @@ def status(
     url: UrlOption = None,
     key_file: KeyFileOption = None,
     *,
-    watch: Annotated[
-        bool, typer.Option("--watch", help="Repeat until Ctrl-C; with --json one line each.")
-    ] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Repeat until Ctrl-C; with --json one line each.")] = False,
     every: Annotated[float, typer.Option(min=0.5, max=3600, help="With --watch: seconds between requests.")] = 2.0,
     as_json: JsonOption = False,
 ) -> None:

@@ -15,7 +15,7 @@ SEED_LIMIT = 2**63  # seeds are in 0..SEED_LIMIT - 1
 # Time steps of a flow model's edit. even: evenly spaced. scaled: the steps of a full run, scaled by the noise level.
 # reference: as in the original implementation.
 EditSchedule = Literal["even", "scaled", "reference"]
-# Samples of an edit outside its regions: those of the source, or those of the model.
+# Where the samples of an edit outside its regions come from: the source or the model.
 Keep = Literal["source", "model"]
 Role = Literal["init", "inpaint"]  # use of the source audio: init = a variation, inpaint = regenerating regions
 Priority = Literal["interactive", "batch"]  # batch work yields to interactive work but keeps a minimum share

@@ -1,6 +1,6 @@
 """Create API keys, and read and write the lines that describe them: hash, client, scopes and limits.
 
-A line contains the SHA-256 of a key, never the key itself. This module knows neither files nor HTTP.
+A line contains the SHA-256 of a key, never the key itself.
 """
 
 from __future__ import annotations

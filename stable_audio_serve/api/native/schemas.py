@@ -1,6 +1,6 @@
-"""Request and error models of the native API: the Stable Audio 3 server's contract, then optional extensions.
+"""Request and error models of the native API: the fields of the Stable Audio 3 server, then our extensions.
 
-Only static ranges are checked here. `native.convert` checks limits that depend on settings or on the model.
+The models check fixed ranges only. `native.convert` checks limits that depend on settings or on the model.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ RESERVED_SAMPLER_KWARGS = frozenset(
 
 
 def check_sampler_kwargs(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns `values`. Raises ValueError for reserved keys and for values other than strings, numbers and booleans."""
+    """Return `values`. Raises ValueError for reserved keys and for values other than strings, numbers and booleans."""
     for key, value in values.items():
         if not key.strip():
             raise ValueError("sampler_kwargs keys must not be empty")
@@ -61,7 +61,7 @@ def check_sampler_kwargs(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_default(schema: dict[str, Any]) -> None:
-    del schema["default"]  # "" means unset; generated clients must not send it
+    del schema["default"]  # the default "" means unset, and generated clients should not send it
 
 
 class Controls(BaseModel):

@@ -86,7 +86,7 @@ class Metrics(BaseModel):
 
 
 class Queued(Links):
-    """A queued request; position 0 is next."""
+    """A queued request. Position 0 is next."""
 
     status: Literal["IN_QUEUE"] = "IN_QUEUE"
     queue_position: int
