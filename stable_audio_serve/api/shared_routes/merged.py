@@ -62,7 +62,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 class Sa3Body(GenerationBody):
-    """A Stable Audio 3 request with the other dialect's `return_format`."""
+    """A Stable Audio 3 request that may also have `return_format`, a field of the other dialect."""
 
     return_format: Format | None = None
 
@@ -81,7 +81,7 @@ def build_router(service: Service) -> APIRouter:
         openapi_extra={"requestBody": body},
     )
     async def generate(request: Request) -> Response:
-        """Generate audio from a text prompt. A field of only Stable Audio 3 selects that API."""
+        """Generate audio from a text prompt. A field that only Stable Audio 3 has selects that API."""
         values = await read_json(request)
         if not ONLY_SA3 & values.keys():
             return await make_text_clip(service, request, body=parse(GenerateBody, values))

@@ -53,7 +53,7 @@ _Type = Annotated[str | None, Header(alias="content-type", include_in_schema=Fal
 
 
 class UploadToken(BaseModel):
-    """Token for uploads: the client's own key, which these routes accept like all others."""
+    """Token for uploads: the client's own API key, which is valid for these routes too."""
 
     token: str
     token_type: str
@@ -69,7 +69,7 @@ class NewUpload(BaseModel):
 
 
 class UploadPlace(BaseModel):
-    """URL for the upload, and URL of the file after it."""
+    """The URL to upload the file to, and the URL of the file after the upload."""
 
     upload_url: str
     file_url: str

@@ -100,7 +100,7 @@ class InProgress(Links):
 
 
 class Completed(Links):
-    """An ended request. Only a failed or cancelled one has an error."""
+    """An ended request. It has an error if it failed or was cancelled."""
 
     status: Literal["COMPLETED"] = "COMPLETED"
     logs: list[LogEntry] | None

@@ -50,7 +50,7 @@ class Problem(BaseModel):
 
 
 class OwnHealth(BaseModel):
-    """Health of the model of these routes. The optional fields are present unless it failed to load."""
+    """Health of the model of these routes. The optional fields are present unless the model failed to load."""
 
     status: str
     model_loaded: bool

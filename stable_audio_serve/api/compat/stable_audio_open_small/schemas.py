@@ -108,7 +108,7 @@ ModelType = Annotated[
 
 
 class Wire(BaseModel):
-    """Base of all request models. `rules` has the error message of each field."""
+    """Base of all request models. `rules` has the message of this dialect for each invalid field."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
 
