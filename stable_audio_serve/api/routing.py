@@ -31,7 +31,7 @@ ErrorRenderer = Callable[[Request, ExpectedError], Response]
 Scopes = tuple[Scope, ...] | Callable[[Request], tuple[Scope, ...]]
 
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
-_MAKERS = frozenset({"generate", "jobs"})
+_GENERATING_SCOPES = frozenset({"generate", "jobs"})
 _MAX_FILES = 8
 _MAX_FIELDS = 64
 _MAX_FIELD_BYTES = 512 * 1024  # the longest prompt has 100,000 characters of up to four bytes
@@ -89,14 +89,14 @@ def route_class(
     """
 
     async def admit(request: Request) -> None:
-        (enter or _admit_visitor)(request)
+        (enter or _admit_client)(request)
         keys: ApiKeys = request.app.state.keys
         await keys.ring.refresh()
         needed = scopes(request) if callable(scopes) else scopes
         key = keys.admit(request, needed)
         request.state.caller = find_caller(request, key, address_header=request.app.state.address_header)
         request.state.client = key.client
-        if request.method == "POST" and _MAKERS.intersection(needed) and _has_form(request):
+        if request.method == "POST" and _GENERATING_SCOPES.intersection(needed) and _has_form(request):
             limiter: KeyLimiter = request.app.state.limiter
             try:
                 await limiter.require_room(key, takes_place="generate" in needed)
@@ -123,7 +123,7 @@ def public_route_class(render: ErrorRenderer, *, scopes: tuple[Scope, ...] = ())
     """
 
     async def admit(request: Request) -> None:
-        _admit_visitor(request)
+        _admit_client(request)
         keys: ApiKeys = request.app.state.keys
         await keys.ring.refresh()
         key = keys.find(request)
@@ -174,7 +174,7 @@ async def _admit_always(_: Request) -> None:
     pass
 
 
-def _admit_visitor(request: Request) -> None:
+def _admit_client(request: Request) -> None:
     """Raise an error if a client's request has a foreign origin, or if the server drains or stops."""
     _admit_origin(request)
     draining: Draining = request.app.state.draining
@@ -185,7 +185,7 @@ def _admit_operator(request: Request) -> None:
     """Raise an error if an operator's request has a foreign origin. A drain does not wait for such requests."""
     _admit_origin(request)
     draining: Draining = request.app.state.draining
-    draining.end(request.scope.get("visit"))
+    draining.end(request.scope.get("in_flight_token"))
 
 
 def _admit_origin(request: Request) -> None:

@@ -63,7 +63,7 @@ _UPLOAD_CHUNK_BYTES = 1_048_576
 class Output:
     """The content of a response: the file, the measurements of its clips, the generation, and the encoding time.
 
-    It has the recipe of each variation, if the response may contain recipes.
+    `recipes` has the recipe of each variation. It is empty if the response may not contain recipes.
     """
 
     file: EncodedFile

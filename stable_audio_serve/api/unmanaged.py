@@ -30,14 +30,14 @@ class UnmanagedOperations:
 
     async def drain(self) -> None:
         """See `Operations.drain`."""
-        self._draining.rest()
+        self._draining.drain()
 
     async def resume(self) -> None:
         """See `Operations.resume`."""
         self._draining.resume()
 
     def _drain_report(self) -> DrainReport:
-        num_left = self._draining.num_from_before
-        if not self._draining.is_resting:
+        num_left = self._draining.num_left
+        if not self._draining.is_draining:
             return DrainReport()
         return DrainReport("draining" if num_left else "drained", num_left)

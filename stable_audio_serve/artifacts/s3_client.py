@@ -163,7 +163,7 @@ def check_bucket(
         )
     except s3_errors() as error:
         raise _explain(error, settings, doing="using") from error
-    except ValueError as error:  # the endpoint is no URL
+    except ValueError as error:  # the endpoint is not a URL
         raise _sentence(_ENDPOINT, f"{settings.endpoint_url} cannot be used: {error}") from error
     attempt = partial(_attempt, deadline=clock.monotonic() + budget_s, clock=clock)
     at = {"Bucket": settings.bucket, "Key": prefix + upload_key()}

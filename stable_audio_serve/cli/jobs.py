@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Submit, list, show, fetch and cancel jobs of a server.")
 
-_ENDINGS = {"succeeded": ExitCode.DONE, "failed": ExitCode.FAILED, "cancelled": ExitCode.INTERRUPTED}
+_EXIT_CODES = {"succeeded": ExitCode.DONE, "failed": ExitCode.FAILED, "cancelled": ExitCode.INTERRUPTED}
 
 _Id = Annotated[str, typer.Argument(metavar="ID", help="Id of a job, as `submit` prints it.")]
 _Ids = Annotated[list[str], typer.Argument(metavar="ID", help="Ids of jobs, as `submit` prints them.")]
@@ -121,7 +121,7 @@ def show(
             job = client.jobs.get(job_id)
     typer.echo(json.dumps(dict(job.sent), indent=2))
     if watch and job.status != "succeeded":
-        raise fail(job.error or f"the job was {job.status}", _ENDINGS[job.status])
+        raise fail(job.error or f"the job was {job.status}", _EXIT_CODES[job.status])
 
 
 @app.command()

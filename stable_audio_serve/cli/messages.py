@@ -26,9 +26,9 @@ class ExitCode(IntEnum):
 
 
 # Errors whose messages name fields of the API.
-_OF_REQUESTS = (errors.InvalidRequestError, errors.InvalidUploadError, errors.UploadTooLargeError)
-_ENDINGS: tuple[tuple[tuple[type[errors.StableAudioError], ...], ExitCode], ...] = (
-    ((*_OF_REQUESTS, errors.NotFoundError, errors.ConflictError, errors.ConfigError), ExitCode.REFUSED),
+_REQUEST_ERRORS = (errors.InvalidRequestError, errors.InvalidUploadError, errors.UploadTooLargeError)
+_EXIT_CODES: tuple[tuple[tuple[type[errors.StableAudioError], ...], ExitCode], ...] = (
+    ((*_REQUEST_ERRORS, errors.NotFoundError, errors.ConflictError, errors.ConfigError), ExitCode.REFUSED),
     ((errors.UnreachableError,), ExitCode.NO_SERVER),
     ((errors.UnauthorizedError, errors.ForbiddenError), ExitCode.KEY),
     ((errors.OverloadedError, errors.ModelUnavailableError, errors.StoppingError), ExitCode.NO_ROOM),
@@ -80,10 +80,10 @@ def plain_errors(names: Mapping[str, str] | None = None) -> Iterator[None]:
     try:
         yield
     except errors.StableAudioError as error:
-        ending = next((ending for kinds, ending in _ENDINGS if isinstance(error, kinds)), ExitCode.FAILED)
+        code = next((code for kinds, code in _EXIT_CODES if isinstance(error, kinds)), ExitCode.FAILED)
         hint = "; set STABLE_AUDIO_API_KEY or --key-file" if isinstance(error, errors.UnauthorizedError) else ""
-        message = in_options(error.message, names) if isinstance(error, _OF_REQUESTS) else error.message
-        raise fail(f"{message}{hint}", ending) from error
+        message = in_options(error.message, names) if isinstance(error, _REQUEST_ERRORS) else error.message
+        raise fail(f"{message}{hint}", code) from error
     except OSError as error:
         raise fail(describe_os_error(error)) from error
     except ValueError as error:
@@ -92,10 +92,10 @@ def plain_errors(names: Mapping[str, str] | None = None) -> Iterator[None]:
         raise fail("interrupted", ExitCode.INTERRUPTED) from error
 
 
-def fail(message: str, ending: ExitCode = ExitCode.REFUSED) -> typer.Exit:
+def fail(message: str, code: ExitCode = ExitCode.REFUSED) -> typer.Exit:
     """Print an error message, and return the exception that ends the command."""
     typer.echo(f"error: {plain(message)}", err=True)
-    return typer.Exit(ending)
+    return typer.Exit(code)
 
 
 def plain(text: str, *, limit: int | None = None) -> str:

@@ -94,8 +94,8 @@ def serve(
             defaults = start_timeouts(load_per_core()) | environment.color_environment()
             apply_environment(variables | proxied, defaults=defaults)
             # Behind HAProxy, Ray's own proxy must listen on loopback only. `deploy_schema` also validates the file.
-            # It runs before the first message about models: if the key `args` is misspelled, the message would name a
-            # default model instead of the configured one.
+            # It runs before the first message about models, because with a misspelled key `args` that message would
+            # name a default model instead of the configured one.
             schema = deploy_schema(file, host=environment.LOOPBACK if proxied else host, port=port)
             report(f"default model: {plan.catalog.default.name} ({explain_default(plan.settings, plan.catalog)})")
             # The weights of models that start later are checked when they load.

@@ -1,6 +1,6 @@
 """Stop or drain a process: refuse new work, end event streams so that clients reconnect, and count open requests.
 
-There are three cases. The launcher stops the whole server (`stop`), an operator drains it for a while (`rest`), or Ray
+There are three cases. The launcher stops the whole server (`stop`), an operator drains it for a while (`drain`), or Ray
 Serve replaces this replica by another one (`leave`).
 """
 
@@ -17,7 +17,7 @@ from stable_audio_serve.core.errors import StoppingError
 
 _CAUSE = "draining"
 _STOPPING = "the server is stopping"
-_RESTING = "an operator is draining this server; send new work to another server"
+_DRAINING = "an operator is draining this server; send new work to another server"
 _RETRY_AFTER_S = 5.0
 _READING = frozenset({"GET", "HEAD"})
 
@@ -34,7 +34,7 @@ class Draining:
         self._is_replaced = False
         self._refusal: str | None = None  # the reason why new work is refused, None if it is accepted
         self._in_flight: set[object] = set()
-        self._at_rest: frozenset[object] | None = None  # requests in flight when `rest` was called
+        self._at_drain: frozenset[object] | None = None  # requests in flight when `drain` was called
 
     @property
     def num_in_flight(self) -> int:
@@ -42,9 +42,9 @@ class Draining:
         return len(self._in_flight)
 
     @property
-    def num_from_before(self) -> int:
-        """The number of requests in flight that arrived before `rest` was called. The drain waits for them."""
-        return len(self._in_flight & (self._at_rest or set()))
+    def num_left(self) -> int:
+        """The number of requests in flight that arrived before `drain` was called. The drain waits for them."""
+        return len(self._in_flight & (self._at_drain or set()))
 
     @property
     def is_leaving(self) -> bool:
@@ -52,9 +52,9 @@ class Draining:
         return self._leaving.is_set()
 
     @property
-    def is_resting(self) -> bool:
+    def is_draining(self) -> bool:
         """Whether an operator drains the whole server, so that new work is refused."""
-        return self._at_rest is not None
+        return self._at_drain is not None
 
     @property
     def refuses_some(self) -> bool:
@@ -74,17 +74,17 @@ class Draining:
         self._refuse(_STOPPING)
         self.leave()
 
-    def rest(self) -> None:
+    def drain(self) -> None:
         """Refuse new work until `resume`. GET and HEAD stay allowed, so that clients can fetch earlier results."""
         if self._refusal is None:
-            self._at_rest = frozenset(self._in_flight)
-            self._refuse(_RESTING)
+            self._at_drain = frozenset(self._in_flight)
+            self._refuse(_DRAINING)
             self._leaving.set()
 
     def resume(self) -> None:
         """Accept new work again, unless the server is stopping."""
-        if self._refusal == _RESTING:
-            self._refusal = self._at_rest = None
+        if self._refusal == _DRAINING:
+            self._refusal = self._at_drain = None
             self._readiness.clear(_CAUSE)
             if not self._is_replaced:
                 self._leaving.clear()
@@ -94,19 +94,19 @@ class Draining:
         refusal = self._refusal
         if refusal == _STOPPING or (refusal is not None and scope["method"] not in _READING):
             raise StoppingError(refusal, retry_after_s=_RETRY_AFTER_S)
-        if "visit" in scope:  # adding a request that is counted already has no effect
-            self._in_flight.add(scope["visit"])
+        if "in_flight_token" in scope:  # adding a request that is counted already has no effect
+            self._in_flight.add(scope["in_flight_token"])
 
     def begin(self) -> object:
         """Return a token for a new request. The request counts from now on, or once admitted if work is refused."""
-        visit = object()
+        token = object()
         if self._refusal is None:
-            self._in_flight.add(visit)
-        return visit
+            self._in_flight.add(token)
+        return token
 
-    def end(self, visit: object) -> None:
+    def end(self, token: object) -> None:
         """Stop counting a request, because its response is complete."""
-        self._in_flight.discard(visit)
+        self._in_flight.discard(token)
 
     async def pause(self, duration_s: float) -> None:
         """Sleep for `duration_s`, or until event streams must end."""
@@ -138,8 +138,8 @@ class DrainingMiddleware:
                 MutableHeaders(scope=message)["Connection"] = "close"
             await send(message)
 
-        scope["visit"] = visit = draining.begin()
+        scope["in_flight_token"] = token = draining.begin()
         try:
             await self._app(scope, receive, send_and_close)
         finally:
-            draining.end(visit)
+            draining.end(token)

@@ -89,8 +89,10 @@ class KeyLimiter:
 
     @asynccontextmanager
     async def admitted(self, key: ApiKey, *, audio_s: float, takes_place: bool) -> AsyncIterator[Admission]:
-        """Count `audio_s` against the limit of the key's client, and use one of its places until the block ends.
+        """Count a request against the limits of the key's client, and run the block.
 
+        Its `audio_s` seconds of audio count for a minute. With `takes_place` it also counts as a concurrent request until
+        the block ends.
         If the block raises, the audio does not count, except when the request ran out of time or was cancelled. Raises
         QuotaError at a limit, and ForbiddenError for more audio than the key may have in a whole minute.
         """
