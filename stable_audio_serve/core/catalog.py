@@ -63,7 +63,7 @@ class ModelCard:
         """The time steps of a flow model's edits: `edit_schedule`, else the family's default.
 
         The default of Stable Audio Open is its reference schedule, which is evenly spaced and never exceeds the noise
-        level. This is not so for Stable Audio 3, so its default is "even" (`sampling/schedules.py`).
+        level. That of Stable Audio 3 has neither property, so its default is "even" (`sampling/schedules.py`).
         """
         return self.edit_schedule or ("reference" if self.family == OPEN_FAMILY else "even")
 

@@ -91,8 +91,8 @@ class KeyLimiter:
     async def admitted(self, key: ApiKey, *, audio_s: float, takes_place: bool) -> AsyncIterator[Admission]:
         """Count a request against the limits of the key's client, and run the block.
 
-        Its `audio_s` seconds of audio count for a minute. With `takes_place` it also counts as a concurrent request until
-        the block ends.
+        Its `audio_s` seconds of audio count for a minute. With `takes_place` it is also a concurrent request until the
+        block ends.
         If the block raises, the audio does not count, except when the request ran out of time or was cancelled. Raises
         QuotaError at a limit, and ForbiddenError for more audio than the key may have in a whole minute.
         """

@@ -48,7 +48,7 @@ class ClientGoneError(OSError):
 
 
 class LimitsMiddleware:
-    """Applies `ApiSettings` to every HTTP request. Cancels the handler of a client that disconnects."""
+    """Applies the limits of size and time to every HTTP request. Cancels the handler of a client that disconnects."""
 
     def __init__(self, app: ASGIApp, *, limits: ApiSettings, times: ClientTimes | None = None) -> None:
         self._app = app

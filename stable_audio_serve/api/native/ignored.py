@@ -24,7 +24,7 @@ WARNING_HEADER: dict[str, Any] = {
         "description": 'Parts of the request without effect, comma-separated: `299 - "sentence"`.',
     }
 }
-_CODE = "299 -"  # miscellaneous persistent warning, no server name (RFC 7234)
+_CODE = "299 -"  # 299 = "miscellaneous persistent warning"; "-" = no server name (RFC 7234)
 _MOST_NAMES = 20
 _MOST_CHARS = 50
 _LONGEST = 1000  # characters per sentence, because proxies limit the size of headers
