@@ -123,9 +123,8 @@ def _recipe_header(recipes: Sequence[Recipe]) -> dict[str, str]:
     if not recipes:
         return {}
     text = ""
-    if (
-        sum(recipe.num_prompt_chars for recipe in recipes) <= _MOST_RECIPE_BYTES
-    ):  # avoids serializing up to 600 kB for nothing
+    # Check the prompts first, because a recipe that is too long may have 600 kB of JSON.
+    if sum(recipe.num_prompt_chars for recipe in recipes) <= _MOST_RECIPE_BYTES:
         text = ", ".join(recipe.to_json() for recipe in recipes)
     if not 0 < len(text) <= _MOST_RECIPE_BYTES:
         text = ", ".join(recipe.to_short_json() for recipe in recipes)

@@ -21,11 +21,11 @@ class UnmanagedOperations:
         return ServerReport(models, self._drain_report())
 
     async def keep(self, model: str) -> None:
-        """Raises ModelUnavailableError."""
+        """Raise ModelUnavailableError."""
         raise ModelUnavailableError(f"model {model} cannot be loaded on demand: this server runs without Ray Serve")
 
     async def release(self, model: str) -> None:
-        """Raises ModelUnavailableError."""
+        """Raise ModelUnavailableError."""
         raise ModelUnavailableError(f"model {model} cannot be unloaded: this server runs without Ray Serve")
 
     async def drain(self) -> None:

@@ -11,7 +11,7 @@ from stable_audio_serve.core.ids import ArtifactKey, JobId
 # clients get links to in "files".
 FOLDERS = ("", "uploads", "files")
 
-# The folder of quality reports. They are never swept, except for partly written ones.
+# The folder of quality reports. Sweeps remove partly written files from it, and nothing else.
 QUALITY_FOLDER = "quality"
 
 # The file in a store that names its owner.

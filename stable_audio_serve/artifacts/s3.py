@@ -294,7 +294,7 @@ class _Reader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Raises StorageError, StoppedError."""
+        """Read the next bytes into `buffer`. Raises StorageError, StoppedError."""
         while not self._rest:
             chunk = next(self._chunks, None)
             if chunk is None:

@@ -99,9 +99,8 @@ def _apply(frame_filter: _FrameFilter, audio: npt.NDArray[np.float32]) -> npt.ND
         frames[:, :, :_FRAME] = chunk.reshape(channels, -1, _FRAME)
         states[:, 0] = states[:, -1]
         states[:, 1:] = (groups[..., :_FRAME] @ frame_filter.update).reshape(channels, -1, states.shape[2])
-        for doubling, decay in enumerate(
-            frame_filter.decays
-        ):  # each pass doubles the number of frames that a state covers
+        # Each pass doubles the number of frames that a state covers.
+        for doubling, decay in enumerate(frame_filter.decays):
             distance = 2**doubling
             states[:, distance:] += states[:, :-distance] @ decay
         frames[:, :, _FRAME:] = states[:, :-1]

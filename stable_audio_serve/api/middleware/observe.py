@@ -68,9 +68,8 @@ class ObserveMiddleware:
                 status = status if is_answered(scope) else _CLIENT_GONE_STATUS
                 raise
             except Exception as error:
-                if status and isinstance(
-                    error, StorageError
-                ):  # an incomplete file: the client notices the wrong length
+                # The response has begun and is incomplete. The client notices that bytes are missing.
+                if status and isinstance(error, StorageError):
                     note(scope, error=error.message)
                     return
                 log.exception("request failed")

@@ -41,7 +41,7 @@ def render_error(request: Request, error: ExpectedError) -> Response:
 
 
 def describe_error(request: Request, error: ExpectedError) -> Description:
-    """Return status, body and headers of the response, and adds the refusal to the request's log line."""
+    """Return status, body and headers of the response, and add the refusal to the request's log line."""
     return _REFUSALS.answer(request, error)
 
 

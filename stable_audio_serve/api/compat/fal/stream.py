@@ -35,7 +35,7 @@ async def stream_status(
 
 
 def _steps(change: Change, *, since: State | None) -> list[Job]:
-    """Return the states to report for a change. If a job started and ended since the last report, report both."""
+    """Return the states to report. A job that started and ended since the last report is reported as running first."""
     job = change.job
     if since == "queued" and job.is_over and job.started_at is not None:
         return [replace(job, state="running"), job]

@@ -63,7 +63,7 @@ def render_error(request: Request, error: ExpectedError) -> Response:
 
 
 def describe_error(request: Request, error: ExpectedError) -> Description:
-    """Return the content of the response, and adds the refusal to the request's log line."""
+    """Return the content of the response, and add the refusal to the request's log line."""
     return _REFUSALS.answer(request, error)
 
 

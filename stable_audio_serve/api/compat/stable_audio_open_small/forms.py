@@ -1,4 +1,4 @@
-"""Parses request bodies of all content types that the dialect accepts into plain values."""
+"""Parse request bodies of all content types that the dialect accepts into plain values."""
 
 from __future__ import annotations
 
