@@ -207,7 +207,7 @@ class DeviceUse:
 
 @dataclass(frozen=True, slots=True)
 class GeneratedSpan:
-    """The samples [start, stop) of an edit, which the model made. Samples outside all spans are those of the source.
+    """The samples [start, stop) of an edit, which the model made. Samples outside all spans come from the source.
 
     The span fades in and out where it meets the source. `head` and `tail` (C, n) float32 are the model's samples there,
     without the source. They are empty if there is no fade.
