@@ -72,7 +72,7 @@ _SECRET = (
     ("storage", "endpoint_url"),
 )
 
-# Variables with our prefix that other code reads. All other variables with the prefix are refused, except variables that
+# Variables with our prefix that other code reads. All others with the prefix are refused, except variables that
 # Docker and Kubernetes set for a service called "stable-audio" (`_SERVICE_LINK`).
 _PREFIX = "STABLE_AUDIO_"
 _OTHER_VARIABLES = (
