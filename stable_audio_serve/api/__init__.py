@@ -1,1 +1,1 @@
-"""The HTTP layer: FastAPI application, request limits, error responses. Runs on any Backend."""
+"""The HTTP layer: FastAPI application, request limits, error responses. `core.backend.Backend` runs the models."""

@@ -1,6 +1,6 @@
-"""Success responses of every dialect: a generated or stored file, with its length and the headers that describe it.
+"""Success responses of all dialects: a generated or stored file, with its length and the headers that describe it.
 
-Independent of dialects. Files are streamed from their store, never held in memory.
+Stored files are streamed from their store. They are never held in memory as a whole.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stable_audio_serve.core.generation import MadeOn
 from stable_audio_serve.core.sound import ClipFacts
 from stable_audio_serve.jobs.queue import JobQueue
 
-# OpenAPI descriptions of the headers of `sound_headers`.
+# OpenAPI descriptions of the headers that `sound_headers` returns.
 SOUND_HEADERS: dict[str, Any] = {
     name: {"schema": {"type": kind}, "description": text}
     for name, kind, text in (
@@ -71,11 +71,11 @@ _STREAM_ABOVE_BYTES = 1_048_576
 _BYTES = "application/octet-stream"
 _AUDIO = re.compile(
     r"audio/[a-z0-9.-]{1,60}(; ?[A-Za-z0-9=.+-]{1,60})?"
-)  # no "+", because browsers render types that end in +xml
+)  # without "+", because browsers render types that end in +xml
 
 
 def encoded_answer(file: EncodedFile, headers: Mapping[str, str]) -> Response:
-    """Returns the file, streamed in chunks if it is large."""
+    """Return a response with an encoded file, streamed in chunks if the file is large."""
     headers = {**headers, "Content-Length": str(file.num_bytes)}
     if file.num_bytes <= _STREAM_ABOVE_BYTES:
         return Response(file.to_bytes(), headers=headers, media_type=file.media_type)
@@ -83,7 +83,7 @@ def encoded_answer(file: EncodedFile, headers: Mapping[str, str]) -> Response:
 
 
 async def file_answer(file: StoredFile, jobs: JobQueue, *, is_head: bool, recipes: Sequence[Recipe] = ()) -> Response:
-    """Returns the stored file as a download; for HEAD only its headers. `recipes` are the recipes of its clips.
+    """Return a response that downloads a stored file, or only its headers for HEAD. `recipes` are those of its clips.
 
     Raises HTTPException 404 when the file no longer exists.
     """
@@ -106,7 +106,7 @@ async def file_answer(file: StoredFile, jobs: JobQueue, *, is_head: bool, recipe
 
 
 def result_headers(output: Output) -> dict[str, str]:
-    """Returns the headers with the model, the audio's properties and the duration of each stage."""
+    """Return the headers with the model, the properties of the audio and the duration of each stage."""
     result = output.result
     return {
         "X-Model": result.model,
@@ -119,13 +119,12 @@ def result_headers(output: Output) -> dict[str, str]:
 
 
 def _recipe_header(recipes: Sequence[Recipe]) -> dict[str, str]:
-    """Returns the recipes, shortened if too long, because proxies accept 4 to 16 kB of headers in total."""
+    """Return the header with the recipes. Long recipes are shortened, because proxies limit headers to 4 to 16 kB."""
     if not recipes:
         return {}
     text = ""
-    if (
-        sum(recipe.num_prompt_chars for recipe in recipes) <= _MOST_RECIPE_BYTES
-    ):  # avoids serializing up to 600 kB for nothing
+    # Check the prompts first, because a recipe that is too long may have 600 kB of JSON.
+    if sum(recipe.num_prompt_chars for recipe in recipes) <= _MOST_RECIPE_BYTES:
         text = ", ".join(recipe.to_json() for recipe in recipes)
     if not 0 < len(text) <= _MOST_RECIPE_BYTES:
         text = ", ".join(recipe.to_short_json() for recipe in recipes)
@@ -133,9 +132,10 @@ def _recipe_header(recipes: Sequence[Recipe]) -> dict[str, str]:
 
 
 def sound_headers(clips: Sequence[ClipFacts], made_on: MadeOn | None) -> dict[str, str]:
-    """Returns headers that describe a file's audio and device. Values are JSON, comma-separated for several variations.
+    """Return the headers that describe a file's audio and the device that made it.
 
-    Leaves out unknown values. `X-Seed` is the first variation's seed. `X-Seeds` is sent only for several variations.
+    Values are JSON, separated by commas for several variations. Unknown values are left out. `X-Seed` is the seed of
+    the first variation. `X-Seeds` is sent only for several variations.
     """
     device_headers = {"X-Device": made_on.device, "X-Dtype": made_on.dtype} if made_on else {}
     if not clips:
@@ -156,14 +156,14 @@ def sound_headers(clips: Sequence[ClipFacts], made_on: MadeOn | None) -> dict[st
 
 
 def attachment(file_name: str) -> dict[str, str]:
-    """Returns the headers that make browsers save the response and never display or run it."""
+    """Return the headers that make browsers save the response instead of displaying or running it."""
     return {"Content-Disposition": content_disposition(file_name), "X-Content-Type-Options": "nosniff"}
 
 
 def audio_type(media_type: str | None) -> str:
-    """Returns the media type to serve a client's file as: its audio type, otherwise application/octet-stream.
+    """Return the media type for downloads of a client's file: its audio type, else application/octet-stream.
 
-    Such files share an origin with the server's own pages, so a browser must never run them as scripts.
+    Downloads have the same origin as the server's own pages, so a browser must not run such a file as a script.
     """
     text = (media_type or "").lower()
     return text if _AUDIO.fullmatch(text) else _BYTES

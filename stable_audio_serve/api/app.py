@@ -1,4 +1,4 @@
-"""Builds the web application: middleware, routers of all dialects, and errors outside any route."""
+"""Build the web application: middleware, routers of all dialects, and responses to unknown paths."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ def create_app(
     operations: Operations | None = None,
     address_header: str | None = None,
 ) -> FastAPI:
-    """Returns the application over any backend, with or without Ray.
+    """Return the application. `backend` may run models with or without Ray.
 
-    Without `jobs` it opens the queue named in the settings; another process runs those jobs. `operations` are the
-    operator's views and actions; the default covers one process without Ray. `address_header` is the header in which
-    the proxy in front passes on the client's address; the proxy overwrites any value that the client sent.
+    Without `jobs` the application opens the job queue that the settings name; another process runs the jobs. Without
+    `operations` the operator routes describe this process only. `address_header` is the header in which a proxy sends
+    the client's address. The proxy must overwrite a value that the client sent.
     """
     metrics = metrics or NullMetrics()
     service = Service(backend, settings, jobs=jobs, metrics=metrics, stream_limits=stream_limits)
@@ -86,8 +86,8 @@ def create_app(
         "separately below its own prefix: `/sa3`, `/saos`, `/vllm`, `/aiml`, `/fal`.",
         openapi_tags=TAGS,
         lifespan=lifespan,
-        redirect_slashes=False,  # Starlette would redirect to whatever Host the client sent
-        openapi_url=None,  # `pages` serves it, with pages that load nothing from other hosts
+        redirect_slashes=False,  # Starlette would redirect to any Host that the client sends
+        openapi_url=None,  # `shared_routes.pages` serves the API description
         middleware=[
             Middleware(
                 OriginsMiddleware,
@@ -105,7 +105,7 @@ def create_app(
     app.state.limiter = service.limiter
     app.state.origins = origins
     app.state.readiness = service.readiness
-    app.state.draining = service.draining  # for the code that stops this process
+    app.state.draining = service.draining  # read by the code that stops this process
     sa3 = APIRouter()
     sa3.include_router(native.build_router(service))
     sa3.include_router(replay.build_router(service))
@@ -126,7 +126,7 @@ def create_app(
     app.include_router(admin.build_router(service, operations))
     app.include_router(merged.build_router(service))
     app.include_router(open_small.build_health_router(service), prefix="/saos")
-    for name, router in routers.items():  # if two dialects share a path, the first route wins
+    for name, router in routers.items():  # if two dialects have the same path, the first router handles it
         app.include_router(router)
         shared = server.build_router(service, owner="vllm" if name == "vllm" else server.NAME)
         for part in (router, shared):
@@ -135,8 +135,8 @@ def create_app(
 
 
 def _render_unrouted(request: Request, error: HTTPException) -> Response:
-    """Respond to unknown paths, and to unknown methods in the form of the path's dialect."""
-    if error.status_code == 405:  # Starlette names the methods of the path's first route only
+    """Respond to an unknown path or method. Errors for a known path have the form of its dialect."""
+    if error.status_code == 405:  # Starlette's Allow header has the methods of the path's first route only
         error = HTTPException(405, error.detail, headers={"Allow": ", ".join(allowed_methods(request))})
     render = getattr(request.scope.get("route"), "render_error", render_error)
     return render(request, error)

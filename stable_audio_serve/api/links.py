@@ -1,4 +1,4 @@
-"""Absolute URLs in responses: based on the host of the request, or on the configured public URL.
+"""Absolute URLs in responses. They begin with the configured public URL, or else with the host of the request.
 
 Clients can forge the headers with host and scheme, so only plain host names and HTTP schemes are accepted.
 """
@@ -17,7 +17,7 @@ _HOST = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9._-]{0,252})|\[[0-9A-Fa-f:.]{2,4
 
 
 def base_url(request: Request, limits: ApiSettings) -> str:
-    """Returns scheme, host and mount path as this caller reaches them, without a trailing slash."""
+    """Return the URL of this server for the caller: scheme, host and mount path, without a trailing slash."""
     if limits.public_url:
         return limits.public_url.rstrip("/")
     forwarded_scheme = _first(request, "x-forwarded-proto").lower()
@@ -28,17 +28,17 @@ def base_url(request: Request, limits: ApiSettings) -> str:
 
 
 def file_url(base: str, result: JobResult) -> str:
-    """Returns the link to a finished job's file. It needs no key."""
+    """Return the link to a finished job's file. It needs no key."""
     return published_url(base, result.file_id, file_name=result.file.file_name)
 
 
 def published_url(base: str, file_id: str, *, file_name: str) -> str:
-    """Returns the link to a file published with this id (`JobQueue.publish`). It needs no key."""
+    """Return the link to a file published with this id (`JobQueue.publish`). It needs no key."""
     return f"{base}/files/{file_id}/{quote(file_name, safe='')}"
 
 
 def _first(request: Request, header: str) -> str:
-    """Returns the first value of a forwarded header, set by the proxy nearest to the client."""
+    """Return the first value of a forwarded header. The proxy nearest to the client has set it."""
     return request.headers.get(header, "").split(",")[0].strip()
 
 

@@ -10,7 +10,7 @@ from stable_audio_serve.core.generation import GenerationRequest, GenerationResu
 
 
 class OfflineBackend:
-    """Has one model and refuses to run it."""
+    """A backend with one model that cannot run."""
 
     def __init__(self) -> None:
         self.catalog = ModelCatalog([ModelCard("none", "none")])

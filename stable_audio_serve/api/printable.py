@@ -1,4 +1,4 @@
-"""Shortens a client's input for error responses."""
+"""Shorten a client's input for error responses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def printable_fault(fault: Mapping[str, Any], *, message: str) -> dict[str, Any]:
-    """Returns one entry of FastAPI's list of invalid fields as JSON values."""
+    """Return one entry of FastAPI's list of invalid fields as JSON values."""
     return {
         "type": fault["type"],
         "loc": [printable(part) for part in fault["loc"]],
@@ -18,7 +18,7 @@ def printable_fault(fault: Mapping[str, Any], *, message: str) -> dict[str, Any]
 
 
 def printable(value: Any, depth: int = 3) -> Any:
-    """Returns `value` shortened to valid JSON of readable size."""
+    """Return `value` as JSON values, shortened to a readable size. Values nested deeper than `depth` are replaced."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):

@@ -1,7 +1,7 @@
-"""Error handling shared by all dialects: classifies an expected error, logs it, and hides internal messages.
+"""Error handling shared by all dialects: classify an expected error, log it, and hide internal messages.
 
-A dialect provides a table from error kinds to its own rows, and functions that build its responses. Independent of
-statuses and bodies. `middleware.observe` turns unexpected exceptions into a GenerationError.
+Each dialect provides a table with a row for each kind of error (for example its status), and functions that build its
+responses. `middleware.observe` turns unexpected exceptions into a GenerationError.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _STORAGE_RETRY_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Refusal(Generic[Row]):
-    """An error of `core.errors` with its row in the dialect's table. `message` is safe to show."""
+    """An error of `core.errors` and its row in the dialect's table. `message` is safe to show to the client."""
 
     error: StableAudioError
     row: Row
@@ -52,20 +52,20 @@ class Refusals(Generic[Row, Fault, Answer]):
     table: Mapping[str, Row]
     """Row of each kind of error that clients may see."""
     internal: Row
-    """Row of all other kinds. Their message goes to the log; clients get `internal_message`."""
+    """Row of all other kinds. Their messages are only logged, and clients get `internal_message`."""
     internal_message: str
     """May contain `{request_id}`."""
     parse_fault: Callable[[Request, Mapping[str, Any]], Sequence[Fault]]
-    """Turns an entry of FastAPI's list of invalid fields into the dialect's form."""
+    """Converts an entry of FastAPI's list of invalid fields to the dialect's form."""
     find_fault: Callable[[Request, StableAudioError], Fault | None] = _no_fault
-    """Returns an invalid field for errors that the dialect reports like invalid fields, else None."""
+    """Returns the invalid field of an error that the dialect reports like an invalid field, else None."""
     name_field: Callable[[Fault], Any]
     answer_fields: Callable[[Request, Sequence[Fault]], Answer]
     answer_http: Callable[[Request, HTTPException], Answer]
     answer_error: Callable[[Request, Refusal[Row]], Answer]
 
     def answer(self, request: Request, error: ExpectedError) -> Answer:
-        """Returns the dialect's response to an expected error and adds the refusal to the request's log line."""
+        """Return the dialect's response to an expected error, and add the refusal to the request's log line."""
         if isinstance(error, RequestValidationError):
             faults = [fault for entry in error.errors()[:MAX_FAULTS] for fault in self.parse_fault(request, entry)]
             return self._refuse_fields(request, faults)
@@ -94,7 +94,7 @@ class Refusals(Generic[Row, Fault, Answer]):
 
 
 def _retry_after(error: StableAudioError) -> dict[str, str]:
-    """Returns `Retry-After` in whole seconds, at least one; empty if the time is unknown."""
+    """Return the `Retry-After` header in whole seconds, at least one, or no header if the time is unknown."""
     seconds = error.retry_after_s
     if seconds is None and error.kind == StorageError.kind:  # the store cannot predict when it recovers
         seconds = _STORAGE_RETRY_S

@@ -1,4 +1,4 @@
-"""Route classes shared by all dialects: bounded body parsing, admission, and errors in the dialect's form."""
+"""Route classes of all dialects. They limit body parsing, check requests, and render errors in the dialect's form."""
 
 from __future__ import annotations
 
@@ -27,23 +27,24 @@ from stable_audio_serve.core.errors import QuotaError, UnauthorizedError
 from stable_audio_serve.core.keys import Scope
 
 ErrorRenderer = Callable[[Request, ExpectedError], Response]
-Scopes = tuple[Scope, ...] | Callable[[Request], tuple[Scope, ...]]  # a key needs one of them; empty = any key
+# The scopes of a route. A key needs one of them; if there are none, any key will do.
+Scopes = tuple[Scope, ...] | Callable[[Request], tuple[Scope, ...]]
 
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
-_MAKERS = frozenset({"generate", "jobs"})
+_GENERATING_SCOPES = frozenset({"generate", "jobs"})
 _MAX_FILES = 8
 _MAX_FIELDS = 64
 _MAX_FIELD_BYTES = 512 * 1024  # the longest prompt has 100,000 characters of up to four bytes
 
 
 class HexIdConvertor(StringConvertor):
-    """`{name:hex_id}` in routes: an id in the server's format. Other words do not match."""
+    """`{name:hex_id}` in routes matches an id in the server's format, and no other words."""
 
     regex = "[0-9a-f]{32}"
 
 
 class JobIdConvertor(StringConvertor):
-    """`{name:job_id}` in routes: any text in the place of a job id, so that an invalid id gets its own error."""
+    """`{name:job_id}` in routes matches any text, so that an invalid job id gets an error message of its own."""
 
     regex = "(?!(?:variations|inpaint)$)[^/]+"
 
@@ -53,10 +54,10 @@ register_url_convertor("job_id", JobIdConvertor())
 
 
 class BoundedRequest(Request):
-    """A request with a bounded body: nesting and number sizes of JSON, parts and fields of forms."""
+    """A request that limits what its body may contain: the nesting and numbers of JSON, the parts of a form."""
 
     async def json(self) -> Any:
-        """Returns the JSON body.
+        """Return the JSON body.
 
         Raises JSONDecodeError if it is invalid, is nested too deeply or contains too large a number.
         """
@@ -80,22 +81,22 @@ class BoundedRequest(Request):
 def route_class(
     render: ErrorRenderer, *, scopes: Scopes, enter: Callable[[Request], None] | None = None
 ) -> type[APIRoute]:
-    """Returns a route class that renders expected errors in one dialect's form. Other exceptions pass through.
+    """Return a route class that checks requests and renders expected errors in one dialect's form.
 
-    If keys are configured, a request needs a key with one of `scopes`; this is checked before its body is read. Uploads
-    of a key that has reached its limits are refused unread too. Sets `request.state.caller`, and
-    `request.state.client` to the key's client. `enter` is the first check of every request.
+    If keys are configured, a request needs a key with one of `scopes`. This is checked before its body is read. So are
+    the limits of the key if the request has an upload. `enter` is called before these checks. The class sets
+    `request.state.caller`, and `request.state.client` to the key's client.
     """
 
     async def admit(request: Request) -> None:
-        (enter or _admit_visitor)(request)
+        (enter or _admit_client)(request)
         keys: ApiKeys = request.app.state.keys
         await keys.ring.refresh()
         needed = scopes(request) if callable(scopes) else scopes
         key = keys.admit(request, needed)
         request.state.caller = find_caller(request, key, address_header=request.app.state.address_header)
         request.state.client = key.client
-        if request.method == "POST" and _MAKERS.intersection(needed) and _has_form(request):
+        if request.method == "POST" and _GENERATING_SCOPES.intersection(needed) and _has_form(request):
             limiter: KeyLimiter = request.app.state.limiter
             try:
                 await limiter.require_room(key, takes_place="generate" in needed)
@@ -111,16 +112,18 @@ def _has_form(request: Request) -> bool:
 
 
 def operator_route_class(render: ErrorRenderer, *, scopes: Scopes) -> type[APIRoute]:
-    """Returns a route class for operators, who get responses even while the server drains or stops."""
+    """Return a route class for operators. Its routes also answer while the server drains or stops."""
     return route_class(render, scopes=scopes, enter=_admit_operator)
 
 
 def public_route_class(render: ErrorRenderer, *, scopes: tuple[Scope, ...] = ()) -> type[APIRoute]:
-    """Returns a route class for links that need no key. `request.state.client` is None without a valid key that has one
-    of `scopes`."""
+    """Return a route class for links that need no key.
+
+    `request.state.client` is the client of the request's key, or None without a valid key with one of `scopes`.
+    """
 
     async def admit(request: Request) -> None:
-        _admit_visitor(request)
+        _admit_client(request)
         keys: ApiKeys = request.app.state.keys
         await keys.ring.refresh()
         key = keys.find(request)
@@ -130,12 +133,12 @@ def public_route_class(render: ErrorRenderer, *, scopes: tuple[Scope, ...] = ())
 
 
 def probe_route_class(render: ErrorRenderer) -> type[APIRoute]:
-    """Returns a route class for probes, which need no key and get responses even while the server stops."""
+    """Return a route class for probes. They need no key, and its routes also answer while the server stops."""
     return _dialect_route(render, _admit_always)
 
 
 def allowed_methods(request: Request) -> list[str]:
-    """Returns the methods of the request's path, from all routes that share it."""
+    """Return the methods of the request's path, from all routes that share it."""
     scopes = {method: {**request.scope, "method": method} for method in _METHODS}
     routes = request.app.routes
     return [name for name, scope in scopes.items() if any(route.matches(scope)[0] is Match.FULL for route in routes)]
@@ -149,7 +152,7 @@ def _dialect_route(render: ErrorRenderer, admit: Callable[[Request], Awaitable[N
             handle = super().get_route_handler()
 
             async def handle_and_render(request: Request) -> Response:
-                request.state.render_error = render  # `middleware.observe` uses it for unexpected exceptions
+                request.state.render_error = render  # for unexpected exceptions, see `middleware.observe`
                 bounded = BoundedRequest(request.scope, request.receive)
                 try:
                     await admit(request)
@@ -171,18 +174,18 @@ async def _admit_always(_: Request) -> None:
     pass
 
 
-def _admit_visitor(request: Request) -> None:
-    """Check a request of a client; operators and probes have other checks."""
+def _admit_client(request: Request) -> None:
+    """Raise an error if a client's request has a foreign origin, or if the server drains or stops."""
     _admit_origin(request)
     draining: Draining = request.app.state.draining
     draining.admit(request.scope)
 
 
 def _admit_operator(request: Request) -> None:
-    """Check a request of an operator. A drain does not wait for it."""
+    """Raise an error if an operator's request has a foreign origin. A drain does not wait for such requests."""
     _admit_origin(request)
     draining: Draining = request.app.state.draining
-    draining.end(request.scope.get("visit"))
+    draining.end(request.scope.get("in_flight_token"))
 
 
 def _admit_origin(request: Request) -> None:

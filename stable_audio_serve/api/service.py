@@ -1,6 +1,6 @@
-"""Operations shared by the handlers of all dialects: decode uploads, run generations in time, encode files.
+"""Operations shared by the handlers of all dialects: decode uploads, run generations within limits, encode files.
 
-Handles requests and results, not wire formats. CPU work runs on bounded worker threads, never on the event loop.
+The wire formats are not known here. Work that needs much CPU time runs on worker threads, never on the event loop.
 """
 
 from __future__ import annotations
@@ -62,8 +62,10 @@ _UPLOAD_CHUNK_BYTES = 1_048_576
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A finished response: the file, measurements of its audio, the generation, the encoding time, and the recipe of
-    each variation if the response may contain it."""
+    """The content of a response: the file, the measurements of its clips, the generation, and the encoding time.
+
+    `recipes` has the recipe of each variation. It is empty if the response may not contain recipes.
+    """
 
     file: EncodedFile
     clips: tuple[ClipFacts, ...]
@@ -73,7 +75,7 @@ class Output:
 
 
 class Service:
-    """One per application. Owns its audio workers."""
+    """The operations of one application. It owns the audio workers."""
 
     def __init__(
         self,
@@ -85,7 +87,7 @@ class Service:
         clock: Clock | None = None,
         stream_limits: StreamLimits | None = None,
     ) -> None:
-        """Without `jobs` it opens the queue from the settings; another process runs those jobs. Raises ConfigError."""
+        """Without `jobs`, open the job queue of the settings; another process runs the jobs. Raises ConfigError."""
         self.backend = backend
         self.settings = settings
         self.jobs = jobs or open_queue(settings)
@@ -110,14 +112,14 @@ class Service:
     async def decode(
         self, upload: UploadFile, card: ModelCard, *, padding_s: float | None, field: str = "audio"
     ) -> SourceAudio:
-        """Returns the usable part of an uploaded file. Raises InvalidUploadError, UploadTooLargeError."""
+        """Decode the usable part of an uploaded file. Raises InvalidUploadError, UploadTooLargeError."""
         self._check_size(upload, field=field)
         max_s = _usable_s(card, padding_s)
         with self._measured("upload_decode_ms"):
             return await self._audio.decode(upload.file, max_s=max_s, field=field)
 
     async def read_text(self, upload: UploadFile, *, field: str) -> str | None:
-        """Returns the text in an uploaded file, see `embedded_text.extract`. Raises the same errors as `decode`."""
+        """Return the text embedded in an uploaded file, see `embedded_text.extract`. Raises the errors of `decode`."""
         self._check_size(upload, field=field)
         return await self._audio.read_text(upload.file, field=field)
 
@@ -130,7 +132,7 @@ class Service:
             raise UploadTooLargeError(message, field=field)
 
     async def decode_path(self, path: Path, *, max_s: float) -> SourceAudio:
-        """Returns the first `max_s` seconds of an operator's file. Raises GenerationError."""
+        """Decode the first `max_s` seconds of a file of the operator. Raises GenerationError."""
         try:
             return await self._audio.decode_path(path, max_s=max_s)
         except (OSError, InvalidUploadError) as error:
@@ -162,9 +164,9 @@ class Service:
             return await self._generate(card, replace(request, client=caller.name), started_at=started_at)
 
     async def add_job(self, spec: JobSpec, caller: Caller) -> Added:
-        """Add a job within the limits of a key. Its seconds of audio count now, not when the job runs.
+        """Add a job within the limits of its key. Its seconds of audio count when it is added, not when it runs.
 
-        A repeated request is not charged again.
+        A repeated request does not count again.
         """
         try:
             audio_s = _audio_s(spec.request)
@@ -188,9 +190,9 @@ class Service:
 
     @contextmanager
     def _admitted(self, request: GenerationRequest) -> Iterator[None]:
-        """Limit the requests in progress and the bytes of their decoded source audio. Raises OverloadedError.
+        """Count a request in progress and its decoded source audio. Raises OverloadedError above a limit.
 
-        A single source above the limit is accepted.
+        Source audio above the limit is accepted if no other request has any.
         """
         sources = (source.samples.nbytes for source in (request.init_audio, request.inpaint_audio) if source)
         num_bytes = sum(sources)
@@ -209,18 +211,18 @@ class Service:
             self._source_bytes -= num_bytes
 
     async def finish(self, result: GenerationResult, order: FileOrder) -> Output:
-        """Returns the file for a result, see `audio.finish.finish`."""
+        """Encode the file of a result, see `audio.finish.finish`."""
         return await self.finish_by(result, lambda: finish(result, order))
 
     async def finish_by(self, result: GenerationResult, make: Callable[[], FinishedFile]) -> Output:
-        """Returns the file that `make` creates for a result, on an encoding thread."""
+        """Encode the file of a result with `make`, on an encoding thread."""
         started_at = self.clock.monotonic()
         finished = await self.compute(make)
         encode_ms = (self.clock.monotonic() - started_at) * 1000
         return Output(finished.file, finished.clips, result, encode_ms, finished.recipes)
 
     async def compute(self, function: Callable[[], T]) -> T:
-        """Run `function` on an encoding thread. Returns its result."""
+        """Run `function` on an encoding thread and return its result."""
         with self._measured("file_encode_ms"):
             return await self._audio.run_encoding(function)
 
@@ -231,7 +233,7 @@ class Service:
         self.metrics.observe(metric, (self.clock.monotonic() - started_at) * 1000)
 
     async def status(self) -> Mapping[str, ModelStatus]:
-        """Returns each model's status within a second; the last known status if the backend is slower."""
+        """Return the status of each model. If the backend takes more than a second, this is the last known status."""
         try:
             async with asyncio.timeout(_STATUS_TIMEOUT_S):
                 self._last_status = await self.backend.status()
@@ -241,17 +243,17 @@ class Service:
 
 
 def _audio_s(request: GenerationRequest) -> float:
-    """Returns the seconds of audio to charge, summed over variations."""
+    """Return the seconds of audio that count against the key's limit, summed over the variations."""
     return request.duration_s * request.batch_size
 
 
 def _usable_s(card: ModelCard, padding_s: float | None) -> float:
-    """Returns the seconds of source audio that a model can use, with a margin because resampling looks ahead."""
+    """Return the seconds of source audio that a model can use, and a margin, because resampling needs later samples."""
     return (
         card.max_duration_s + (card.default_duration_padding_s if padding_s is None else padding_s) + _SOURCE_MARGIN_S
     )
 
 
 def resolve_seed(seed: int) -> int:
-    """Returns the seed for a client's seed: -1 draws one, any other integer is reduced modulo 2**63."""
+    """Convert a client's seed: -1 gives a random seed, and any other integer is reduced modulo 2**63."""
     return secrets.randbelow(2**32) if seed == -1 else seed % SEED_LIMIT

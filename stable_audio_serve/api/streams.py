@@ -1,6 +1,7 @@
-"""Streams a job's progress as server-sent events by polling the job store, so the job may run in any process.
+"""Stream a job's progress as server-sent events.
 
-A stream holds a connection and polls the store until its job ends. Each process limits the number of streams.
+A stream polls the job store until the job ends, because the job may run in any process. The number of streams per
+process is limited.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ T = TypeVar("T")
 log = structlog.get_logger("stable_audio_serve.api")
 
 _BUSY_RETRY_S = 10.0
-_RECONNECT_MS = 2000  # after this time a rolling update has replaced this process
+_RECONNECT_MS = 2000  # clients reconnect after this time, in which a rolling update has replaced this process
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,15 +40,15 @@ class StreamLimits:
 
     max_open: int = 128
     max_open_per_client: int = 16  # a client is a key, or without keys an address
-    first_poll_s: float = 0.5  # grows while nothing changes
+    first_poll_s: float = 0.5  # the interval after a change; it grows to `last_poll_s` while nothing changes
     last_poll_s: float = 2.0
     comment_s: float = 10.0  # proxies and clients drop a silent connection after 15 s or more
-    max_polls_away: int = 30  # attempts to reach an unavailable store, `last_poll_s` apart
+    max_polls_away: int = 30  # attempts to reach an unavailable store, every `last_poll_s`
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A job that has changed, with its new `events`. `position` is the number of jobs before it in the queue."""
+    """A changed job and its new events. `position` is the number of jobs before it in the queue."""
 
     job: Job
     events: tuple[JobEvent, ...]
@@ -55,10 +56,7 @@ class Change:
 
 
 async def _end_quietly(events: AsyncIterator[ServerSentEvent], draining: Draining) -> AsyncIterator[ServerSentEvent]:
-    """Yields `events`. If the store fails, ends the stream without an error.
-
-    The client then reconnects, and the new request gets the error.
-    """
+    """Yield `events`, and end without an error if the store fails. The client then reconnects and gets the error."""
     try:
         async for event in events:
             yield event
@@ -78,9 +76,10 @@ class EventStreams:
         self._limits = limits or StreamLimits()
 
     async def follow(self, jobs: JobQueue, job: Job, *, after: int = 0) -> AsyncIterator[Change]:
-        """Yields the job's current state, then every change until it ends or is deleted, with events after id `after`.
+        """Yield the current state of a job, then every change until the job ends or is deleted.
 
-        Ends early when this process stops. Waits up to a minute for an unavailable store, then raises StorageError.
+        Changes include the events with ids above `after`. The iterator ends early when this process stops. If the store
+        is unavailable for more than a minute, it raises StorageError.
         """
         current: Job | None = job
         sent: object = None
@@ -110,8 +109,9 @@ class EventStreams:
     def open(
         self, events: AsyncIterator[ServerSentEvent], *, caller: Caller, headers: Mapping[str, str] | None = None
     ) -> Response:
-        """Returns a response that sends `events`. Raises OverloadedError for too many open streams, QuotaError for too
-        many of this caller.
+        """Return a response that sends `events`.
+
+        Raises OverloadedError if too many streams are open, and QuotaError if this caller has too many.
         """
         if self._open_by_client[caller.name] >= self._limits.max_open_per_client:
             message = "this client has too many open event streams"
@@ -135,11 +135,11 @@ class EventStreams:
         finally:
             self._open.change(-1)
             self._open_by_client[client] -= 1
-            self._open_by_client += Counter()  # removes clients without open streams
+            self._open_by_client += Counter()  # removes the entries of clients without open streams
 
 
 class _Stream(EventSourceResponse):
-    """An event stream response. It counts only while it is being sent, so an unsent response holds no slot."""
+    """An event stream response. It counts as open only while it is being sent."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""`core.operations.Operations` without Ray: one process whose models cannot be loaded or unloaded on demand."""
+"""Operators' requests to a server without Ray: one process whose models cannot be loaded or unloaded on demand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from stable_audio_serve.core.operations import DrainReport, ModelReport, ServerR
 
 
 class UnmanagedOperations:
-    """Reports the backend's models. A drain affects this process only, not the job runners."""
+    """Implements `core.operations.Operations`. A drain affects this process only, not the job runners."""
 
     def __init__(self, backend: Backend, draining: Draining) -> None:
         self._backend = backend
@@ -21,23 +21,23 @@ class UnmanagedOperations:
         return ServerReport(models, self._drain_report())
 
     async def keep(self, model: str) -> None:
-        """Raises ModelUnavailableError."""
+        """Raise ModelUnavailableError."""
         raise ModelUnavailableError(f"model {model} cannot be loaded on demand: this server runs without Ray Serve")
 
     async def release(self, model: str) -> None:
-        """Raises ModelUnavailableError."""
+        """Raise ModelUnavailableError."""
         raise ModelUnavailableError(f"model {model} cannot be unloaded: this server runs without Ray Serve")
 
     async def drain(self) -> None:
         """See `Operations.drain`."""
-        self._draining.rest()
+        self._draining.drain()
 
     async def resume(self) -> None:
         """See `Operations.resume`."""
         self._draining.resume()
 
     def _drain_report(self) -> DrainReport:
-        num_left = self._draining.num_from_before
-        if not self._draining.is_resting:
+        num_left = self._draining.num_left
+        if not self._draining.is_draining:
             return DrainReport()
         return DrainReport("draining" if num_left else "drained", num_left)

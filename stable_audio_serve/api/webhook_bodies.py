@@ -1,4 +1,4 @@
-"""The webhook body of each dialect at the end of a job, so that the job runner is independent of dialects."""
+"""Build the webhook body of an ended job in the form of its dialect. So the job runner does not depend on dialects."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stable_audio_serve.jobs.webhooks.notifier import WebhookBody
 
 
 def webhook_bodies(files: ArtifactStore) -> WebhookBody:
-    """Returns a function that builds an ended job's JSON body in the form of its dialect. Blocking."""
+    """Return a function that builds the webhook body of an ended job. The function blocks."""
     bodies: Mapping[Contract, WebhookBody] = {
         "sa3": partial(native.webhook_body, files=files),
         "fal": fal.webhook_body,

@@ -1,4 +1,4 @@
-"""Creates the keys that files are stored under, and distinguishes them from foreign keys."""
+"""Create the keys of stored files, and tell them apart from the keys of other programs."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import secrets
 
 from stable_audio_serve.core.ids import ArtifactKey, JobId
 
-# Folders of keys: "" has the files of finished jobs, "uploads" source files of jobs, "files" files that clients link.
+# The folders: files of finished jobs are at the top level (""), source files of jobs in "uploads", and files that
+# clients get links to in "files".
 FOLDERS = ("", "uploads", "files")
 
-# The folder of quality reports. Jobs and sweepers do not use it.
+# The folder of quality reports. Sweeps remove partly written files from it, and nothing else.
 QUALITY_FOLDER = "quality"
 
-# The file that names the owner of a folder or bucket.
+# The file in a store that names its owner.
 OWNER_KEY = ArtifactKey(".owner")
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
@@ -25,31 +26,32 @@ _OURS = re.compile(
 
 
 def artifact_key(job_id: JobId, file_name: str, *, fence: int, id_is_chosen: bool = False) -> ArtifactKey:
-    """Returns the key of a finished job's file. Each attempt has its own, because an earlier one may still be writing.
+    """Return the key of an output file. Each attempt has its own key, because an earlier attempt may still be writing.
 
-    If the client chose the id, another client may choose it too. Random digits keep their files apart.
+    `fence` is the number of the attempt. With `id_is_chosen` a client chose the job id, and another client may choose
+    the same one. The key then has random digits.
     """
     attempt = f"{secrets.token_hex(16)}-" if id_is_chosen else f"{fence}-" if fence > 1 else ""
     return ArtifactKey(f"{_UNSAFE.sub('-', job_id)}-{attempt}{_UNSAFE.sub('-', file_name)}")
 
 
 def upload_key() -> ArtifactKey:
-    """Returns a key for a job's source file."""
+    """Return a new key for a job's source file."""
     return ArtifactKey(f"uploads/{secrets.token_hex(16)}")
 
 
 def part_key(upload_id: str, number: int) -> ArtifactKey:
-    """Returns the key of one part of a multi-part upload; `upload_id` has 32 hexadecimal digits."""
+    """Return the key of one part of a multi-part upload; `upload_id` has 32 hexadecimal digits."""
     return ArtifactKey(f"uploads/{upload_id}-{number}")
 
 
 def file_key() -> ArtifactKey:
-    """Returns a key for a file that clients get a link to."""
+    """Return a new key for a file that clients get a link to."""
     return ArtifactKey(f"files/{secrets.token_hex(16)}")
 
 
 def quality_key(name: str) -> ArtifactKey:
-    """Returns the key of a quality report; `name` has 32 hexadecimal digits. Raises ValueError otherwise."""
+    """Return the key of a quality report. Raises ValueError unless `name` has 32 hexadecimal digits."""
     key = ArtifactKey(f"{QUALITY_FOLDER}/{name}")
     if not is_ours(key):
         raise ValueError(f"not 32 hexadecimal digits: {name[:40]!r}")

@@ -1,7 +1,7 @@
-"""Files in one local folder: written under a temporary name in the same folder, flushed to disk, then renamed.
+"""Store files in one local folder. Each file is written under a temporary name, flushed to disk and then renamed.
 
-The folder must stay the same folder after its first use. If it was moved, or its disk is not mounted, the path leads to
-another folder or to nothing. New files would be lost there, and existing files would seem to be deleted.
+After its first use, the path must keep leading to the same folder. If the folder is moved or its disk is unmounted, new
+files would be lost and existing files would seem to be deleted. Calls raise StoreMovedError instead.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ _PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}\.partial")
 
 
 class Folder:
-    """A folder at a fixed path. Detects when the folder has been moved or replaced."""
+    """Detects that the folder at a path has been moved or replaced."""
 
     def __init__(self, path: Path, *, may_make: bool) -> None:
-        """Does no I/O. With `may_make` the first file creates a missing folder."""
+        """Do no I/O. With `may_make` the first `make` creates a missing folder."""
         self.path = path
         self._may_make = may_make
         self._known: tuple[int, int] | None = None  # device and inode
@@ -64,12 +64,12 @@ class Folder:
         self._lock = threading.Lock()
 
     def require(self) -> None:
-        """Raise StoreMovedError for a folder other than before, or for a missing one without `may_make`."""
+        """Raise StoreMovedError if the folder was moved or replaced, or is missing and may not be created."""
         with self._lock:
             self._require()
 
     def make(self) -> None:
-        """Like `require`, but creates the folder if it has never existed. Raises StoreMovedError, OSError."""
+        """Create the folder if it was never seen and may be created, then do as `require`. Raises OSError."""
         with self._lock:
             if self._known is None and self._may_make:
                 make_private_folder(self.path)
@@ -109,7 +109,7 @@ class LocalArtifacts:
     """An `ArtifactStore` in one folder, which must not move. The protocol documents the methods."""
 
     def __init__(self, folder: Path, *, may_make: bool = True, metrics: Metrics | None = None) -> None:
-        """Does no I/O. With `may_make` the first file creates a missing folder."""
+        """Do no I/O. With `may_make` the first file creates a missing folder."""
         self._folder = Folder(folder, may_make=may_make)
         self._metrics = metrics or NullMetrics()
         self._threads = StoreThreads(_NUM_THREADS, name="local-files")
@@ -164,10 +164,10 @@ class LocalArtifacts:
         self._folder.require()
 
     def url(self, file: StoredFile) -> None:
-        """Returns None, because clients download local files from this server."""
+        """Return None, because clients download local files from this server."""
 
     def bucket_key(self, file: StoredFile) -> None:
-        """Returns None, because there is no bucket."""
+        """Return None, because there is no bucket."""
 
     def claim(self, owner: str) -> float | None:
         path = self._folder.path / OWNER_KEY
@@ -247,13 +247,12 @@ class LocalArtifacts:
     def _path(self, key: ArtifactKey) -> Path:
         parts = key.split("/")
         if len(parts) > _MAX_PARTS or not all(_PART.fullmatch(part) for part in parts):
-            raise ValueError(
-                f"not an artifact key: {key!r}"
-            )  # clients never choose keys: this is a bug, not a bad request
+            # Clients never choose keys, so this is a bug, not a bad request.
+            raise ValueError(f"not an artifact key: {key!r}")
         return self._folder.path.joinpath(*parts)
 
     def _names(self, folder: str) -> Iterator[str]:
-        """Yields the names of the files in a folder, none if the folder does not exist."""
+        """Yield the names of the files in a folder, none if the folder does not exist."""
         with suppress(FileNotFoundError), os.scandir(self._folder.path / folder) as entries:
             yield from (entry.name for entry in entries if entry.is_file(follow_symlinks=False))
 
@@ -270,7 +269,7 @@ class LocalArtifacts:
 
 
 def _write(path: Path, chunks: Chunks, *, stop: threading.Event) -> tuple[int, str]:
-    """Returns size and SHA-256 of the file. Raises StorageError, StoppedError."""
+    """Write a file and return its size in bytes and its SHA-256. Raises StorageError, StoppedError."""
     digest = hashlib.sha256()
     num_bytes = 0
     partial_path = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.partial")
@@ -318,7 +317,8 @@ def _remove(path: Path) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)  # without this a power failure may lose the new name
+    """Flush the folder's list of names. Without this a power failure may lose the name of a new file."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -1,4 +1,4 @@
-"""Files in a bucket of S3, R2 or a compatible service, each under `<prefix>/<key>`."""
+"""Store files in a bucket of S3, R2 or a compatible service, each under `<prefix>/<key>`."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ _MULTIPART_ABOVE_BYTES = 16 * _CHUNK_BYTES
 _PART_BYTES = 8 * _CHUNK_BYTES
 _NOT_IMPLEMENTED = 501
 _LOST_RACE = (409, 412)  # conflict, precondition failed: another process wrote the object first
-_MAX_BREAKS = 5  # successive interrupted connections of a download without a byte
+_MAX_BREAKS = 5  # a download fails after more connections in a row than this broke before the first byte
 
 
 class S3Artifacts:
     """An `ArtifactStore` in one existing bucket. The protocol documents the methods."""
 
     def __init__(self, settings: StorageSettings, *, metrics: Metrics | None = None) -> None:
-        """Does no I/O. `settings` must name a bucket."""
+        """Do no I/O. `settings` must name a bucket."""
         self._settings = settings
         self._prefix = f"{settings.prefix}/" if settings.prefix else ""
         self._metrics = metrics or NullMetrics()
@@ -94,12 +94,13 @@ class S3Artifacts:
         check_bucket(self._settings, prefix=self._prefix)
 
     def require_place(self) -> None:
-        """Does nothing, because a bucket does not move."""
+        """Do nothing, because a bucket does not move."""
 
     def url(self, file: StoredFile) -> str | None:
-        """Returns a link below the public base URL, or a presigned link; None if links lead to the server.
+        """Return a link below the configured public URL, or a presigned link without one.
 
-        Raises StorageError when credentials for signing are missing.
+        Returns None when the settings request links to this server. Raises StorageError when the credentials for
+        signing are missing.
         """
         if self._settings.links == "server":
             return None
@@ -182,7 +183,7 @@ class S3Artifacts:
     def _put(
         self, key: ArtifactKey, chunks: Chunks, *, stop: threading.Event, media_type: str, file_name: str
     ) -> StoredFile:
-        """Raises StorageError, StoppedError."""
+        """Read the chunks once to measure the file and once to upload it. Raises StorageError, StoppedError."""
         num_bytes, sha256 = _measure(until_stopped(chunks(), stop))
         file = StoredFile(key, media_type, file_name, num_bytes, sha256)
         options = {
@@ -200,16 +201,16 @@ class S3Artifacts:
                     Config=self._transfer_config(),
                 )
             except s3_errors():
-                # If the response to a first completion of the upload is lost, the retry fails because the upload no
-                # longer exists. The object is complete.
-                if not self._is_there(file):
+                # If the response to a completed upload is lost, the client tries to complete it again. That fails,
+                # because the upload no longer exists, although the object is complete.
+                if not self._is_stored(file):
                     raise
         return file
 
     def _transfer_config(self) -> Any:
-        """Returns settings that upload large files part by part on the caller's thread.
+        """Return settings that upload the parts of a large file one by one, on the caller's thread.
 
-        Many callers already run in parallel.
+        More threads are not needed, because many callers run in parallel.
         """
         from boto3.s3.transfer import TransferConfig
 
@@ -229,7 +230,7 @@ class S3Artifacts:
             elif status_of(error) not in _LOST_RACE:
                 raise
 
-    def _is_there(self, file: StoredFile) -> bool:
+    def _is_stored(self, file: StoredFile) -> bool:
         try:
             found = self._client.head_object(**self._at(file.key))
         except s3_errors():
@@ -247,7 +248,10 @@ class S3Artifacts:
             self._client.delete_object(**self._at(key))
 
     def _read(self, file: StoredFile) -> Generator[bytes]:
-        """Raises FileNotFoundError, StorageError."""
+        """Yield the object's bytes. After a broken connection, continue where it broke.
+
+        Raises FileNotFoundError, StorageError.
+        """
         num_read = num_breaks = 0
         with storage_errors("read"):
             while (body := self._open(file.key, num_read)) is not None:
@@ -267,7 +271,7 @@ class S3Artifacts:
         raise FileNotFoundError(file.key)
 
     def _open(self, key: ArtifactKey, start: int = 0) -> Any:
-        """Returns the body of an object from byte `start` on, None when the object does not exist."""
+        """Return the body of an object from byte `start` on, or None when the object does not exist."""
         options = {"Range": f"bytes={start}-"} if start else {}
         try:
             return self._client.get_object(**self._at(key), **options)["Body"]
@@ -278,7 +282,7 @@ class S3Artifacts:
 
 
 class _Reader(io.RawIOBase):
-    """Presents chunks as a raw file that can be read once. The end of the file raises unless the SHA-256 matches."""
+    """Presents chunks as a raw file that can be read once. Raises StorageError at its end if the SHA-256 differs."""
 
     def __init__(self, chunks: Iterable[bytes], *, sha256: str) -> None:
         self._chunks = iter(chunks)
@@ -290,7 +294,7 @@ class _Reader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Raises StorageError, StoppedError."""
+        """Read the next bytes into `buffer`. Raises StorageError, StoppedError."""
         while not self._rest:
             chunk = next(self._chunks, None)
             if chunk is None:
@@ -305,7 +309,7 @@ class _Reader(io.RawIOBase):
 
 
 def _measure(chunks: Iterable[bytes]) -> tuple[int, str]:
-    """Returns the size and SHA-256 of a file."""
+    """Return the size in bytes and the SHA-256 of a file."""
     digest = hashlib.sha256()
     num_bytes = 0
     for chunk in chunks:

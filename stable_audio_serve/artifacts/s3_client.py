@@ -1,8 +1,6 @@
-"""boto3's client for S3-compatible services, the meaning of its errors, and the bucket check at the server's start.
+"""Create boto3 clients for S3-compatible services, interpret their errors, and check the bucket at the server's start.
 
-Each error of the check is one sentence that names the settings to change.
-
-boto3 is imported at first use, so a server with a local folder never loads it.
+boto3 is imported at first use, so a server that stores files in a local folder never loads it.
 """
 
 from __future__ import annotations
@@ -29,8 +27,8 @@ _MAX_CONNECTIONS = 32
 _RETRY_S = 5.0
 _INSUFFICIENT_STORAGE = 507  # HTTP status
 
-_CHECK_TIMEOUT_S = 3.0  # per attempt: for the connection, and again for the response
-_CHECK_BUDGET_S = 4.0  # no attempt starts later, so that the check ends within ten seconds
+_CHECK_TIMEOUT_S = 3.0  # for connecting, and again for reading the response
+_CHECK_BUDGET_S = 4.0  # no attempt starts later than this, so the check ends within ten seconds
 _CHECK_PAUSE_S = 0.2
 
 _BUCKET = "storage.bucket (STABLE_AUDIO_STORAGE_BUCKET, AWS_S3_BUCKET, R2_BUCKET or R2_BUCKET_NAME)"
@@ -71,17 +69,18 @@ def make_client(
     read_timeout_s: float = _READ_TIMEOUT_S,
     max_attempts: int = _MAX_ATTEMPTS,
 ) -> Any:
-    """Returns a thread-safe client for the configured service. Does no I/O."""
+    """Return a thread-safe client for the configured service. Does no I/O."""
     import boto3
     from botocore.config import Config
 
     config = Config(
-        signature_version="s3v4",  # the SDK's default for links in us-east-1 is version 2
+        signature_version="s3v4",  # by default the SDK signs links for us-east-1 with version 2
         connect_timeout=connect_timeout_s,
         read_timeout=read_timeout_s,
         retries={"mode": "standard", "total_max_attempts": max_attempts},
         max_pool_connections=_MAX_CONNECTIONS,
-        # Signed bodies let the service reject corrupted uploads. Not every service supports the newer checksums.
+        # The signature covers the body, so the service rejects a corrupted upload. The SDK's newer checksums would do
+        # the same, but not every service supports them.
         s3={"addressing_style": _addressing(settings), "payload_signing_enabled": True},
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
@@ -98,7 +97,7 @@ def make_client(
 
 
 def s3_errors() -> tuple[type[Exception], ...]:
-    """Returns the exceptions of the client when the service or the connection fails."""
+    """Return the exceptions that the client raises when the service or the connection fails."""
     from botocore.exceptions import BotoCoreError, ClientError
     from botocore.parsers import ResponseParserError
 
@@ -106,12 +105,12 @@ def s3_errors() -> tuple[type[Exception], ...]:
 
 
 def code_of(error: BaseException) -> str:
-    """Returns the service's error code, for example NoSuchKey, or the exception's class name if there is none."""
+    """Return the service's error code, for example NoSuchKey, or the exception's class name if there is none."""
     return str(_answer(error).get("Error", {}).get("Code") or type(error).__name__)
 
 
 def status_of(error: BaseException) -> int | None:
-    """Returns the HTTP status of the service's response, None without a response."""
+    """Return the HTTP status of the service's response, or None without a response."""
     status = _answer(error).get("ResponseMetadata", {}).get("HTTPStatusCode")
     return status if isinstance(status, int) else None
 
@@ -135,13 +134,13 @@ def storage_errors(operation: str) -> Iterator[None]:
 
 
 def _answer(error: BaseException) -> Mapping[str, Any]:
-    """Returns the service's response, empty if there was none."""
+    """Return the service's response, or an empty mapping if there was none."""
     answer = getattr(error, "response", None)
     return answer if isinstance(answer, Mapping) else {}
 
 
 def _addressing(settings: StorageSettings) -> str:
-    """Returns the URL style of the bucket: AWS prefers one host name per bucket, which other services often lack."""
+    """Return the style of bucket URLs. AWS prefers one host name per bucket, many other services only have paths."""
     if settings.addressing == "auto":
         return "path" if settings.endpoint_url else "virtual"
     return settings.addressing
@@ -154,14 +153,17 @@ def _secret(value: Any) -> str | None:
 def check_bucket(
     settings: StorageSettings, *, prefix: str, budget_s: float = _CHECK_BUDGET_S, clock: Clock = SystemClock()
 ) -> None:
-    """Write, read, list and delete a small object. No attempt starts after `budget_s`. Raises ConfigError."""
+    """Write, read, list and delete a small object. No attempt starts after `budget_s`.
+
+    Raises ConfigError with one sentence that names the settings to change.
+    """
     try:
         client = make_client(
             settings, connect_timeout_s=_CHECK_TIMEOUT_S, read_timeout_s=_CHECK_TIMEOUT_S, max_attempts=1
         )
     except s3_errors() as error:
         raise _explain(error, settings, doing="using") from error
-    except ValueError as error:  # the endpoint is no URL
+    except ValueError as error:  # the endpoint is not a URL
         raise _sentence(_ENDPOINT, f"{settings.endpoint_url} cannot be used: {error}") from error
     attempt = partial(_attempt, deadline=clock.monotonic() + budget_s, clock=clock)
     at = {"Bucket": settings.bucket, "Key": prefix + upload_key()}
@@ -185,14 +187,14 @@ def check_bucket(
 
 
 def _attempt(call: Callable[[], Any], *, deadline: float, clock: Clock) -> None:
-    """Repeat the call until the deadline while the service is unreachable or returns server errors."""
+    """Make a call. While the service is unreachable or returns server errors, repeat it until the deadline."""
     while True:
         try:
             call()
         except s3_errors() as error:
             status = status_of(error)
-            may_pass = code_of(error) not in _NO_KEYS | _BAD_BUCKET and (status is None or status >= 500)
-            if not may_pass or clock.monotonic() + _CHECK_PAUSE_S > deadline:
+            is_temporary = code_of(error) not in _NO_KEYS | _BAD_BUCKET and (status is None or status >= 500)
+            if not is_temporary or clock.monotonic() + _CHECK_PAUSE_S > deadline:
                 raise
             time.sleep(_CHECK_PAUSE_S)
         else:

@@ -1,7 +1,7 @@
-"""The interface of file stores, and their shared parts.
+"""The interface of file stores, and the code that they share.
 
 Each store has its own worker threads, so that a slow disk or service delays only its own callers. Files are verified
-while they are read. Only `artifacts.keys` creates keys, never clients.
+while they are read. `artifacts.keys` creates all keys; clients cannot choose them.
 """
 
 from __future__ import annotations
@@ -28,24 +28,26 @@ log = structlog.get_logger("stable_audio_serve.artifacts")
 
 T = TypeVar("T")
 
-_WIND_DOWN_S = 1.0  # time that a cancelled caller waits for the undo, which continues after it
+_WIND_DOWN_S = 1.0  # a cancelled caller waits this long for the undo, which then continues in the background
 
 BackendName = Literal["local", "s3"]
 
-# Most files that one call of `list_folder` returns.
+# The largest number of files that one call of `list_folder` returns.
 MAX_LISTED = 1000
 
-# Most bytes that a probe writes: enough to hit a quota, too few to fill the disk for others.
+# The largest file that a probe writes, in bytes: large enough to exceed a quota, too small to fill the disk.
 PROBE_BYTES = 4_194_304
 
-# Returns the chunks of a file from its start. May be called several times and always yields the same bytes.
+# A function that returns the chunks of a file from its start. Every call yields the same bytes.
 Chunks = Callable[[], Iterable[bytes]]
 
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """A stored file, unchanged since it was put. `sha256` is hexadecimal. `clips` are measurements of its audio and
-    `made_on` is the device that generated it, both if known.
+    """A stored file. It does not change after it was written.
+
+    `sha256` is hexadecimal. `clips` has the measurements of its clips, and `made_on` describes the device that
+    generated them. They are empty and None if unknown.
     """
 
     key: ArtifactKey
@@ -68,7 +70,7 @@ class StoredObject:
 
 @dataclass(frozen=True, slots=True)
 class ObjectPage:
-    """Some objects of a folder. `next_cursor` leads to the next page, None on the last one."""
+    """Some objects of a folder. Pass `next_cursor` to get the next page; it is None on the last page."""
 
     objects: tuple[StoredObject, ...]
     next_cursor: str | None
@@ -79,20 +81,21 @@ class ArtifactStore(Protocol):
 
     @property
     def backend_name(self) -> BackendName:
-        """The kind of store, as clients see it."""
+        """The kind of store. Clients see this name."""
         ...
 
     async def put(self, key: ArtifactKey, chunks: Chunks, *, media_type: str, file_name: str) -> StoredFile:
-        """Write a file. Raises StorageError, StorageFullError. Leaves nothing behind on an error or a cancellation.
+        """Write a file. Raises StorageError, StorageFullError.
 
-        The sweeper removes what cannot be removed at that moment.
+        After an error or a cancellation the incomplete file is removed. If that fails, the sweeper removes it later.
         """
         ...
 
     def read(self, file: StoredFile) -> AsyncGenerator[bytes]:
-        """Returns the file in chunks. Yields the last chunk only if the whole file matches its digest.
+        """Yield the file in chunks. The last chunk follows only if the whole file matches its digest.
 
-        Raises FileNotFoundError before the first chunk when the file does not exist, StorageError, DamagedFileError.
+        Raises FileNotFoundError before the first chunk when the file does not exist. Raises DamagedFileError instead of
+        the last chunk when the digest differs. Raises StorageError.
         """
         ...
 
@@ -101,10 +104,7 @@ class ArtifactStore(Protocol):
         ...
 
     async def probe(self, num_bytes: int) -> None:
-        """Check, at little cost, whether a file of this size could be written now. Raises StorageError if not.
-
-        For a file larger than the store could ever hold, checks for some free space only.
-        """
+        """Check, at little cost, that a file of this size could be written now. Raises StorageError otherwise."""
         ...
 
     async def close(self) -> None:
@@ -112,15 +112,15 @@ class ArtifactStore(Protocol):
         ...
 
     def check(self) -> None:
-        """Write a file and read it back, within ten seconds. Blocking. Raises ConfigError naming the wrong settings."""
+        """Write a file and read it back, within ten seconds. Blocking. Raises ConfigError that names wrong settings."""
         ...
 
     def url(self, file: StoredFile) -> str | None:
-        """Returns a link that bypasses this server, None if there is none. Blocking. Raises StorageError."""
+        """Return a link that bypasses this server, or None if there is none. Blocking. Raises StorageError."""
         ...
 
     def bucket_key(self, file: StoredFile) -> str | None:
-        """Returns the full key of the file in its bucket, None without a bucket."""
+        """Return the full key of the file in its bucket, or None without a bucket."""
         ...
 
     def require_place(self) -> None:
@@ -128,26 +128,29 @@ class ArtifactStore(Protocol):
         ...
 
     def claim(self, owner: str) -> float | None:
-        """Claim the store for `owner` unless it has an owner. Returns the time of the claim, Unix seconds. Blocking.
+        """Make `owner` the owner of the store if it has none. Blocking. Raises StorageError.
 
-        Returns None when the store has another owner. Files from before the claim do not belong to the owner. Raises
-        StorageError.
+        Returns the Unix time in seconds since when `owner` owns the store; older files are not its own. Returns None
+        when the store has another owner.
         """
         ...
 
     def fetch(self, key: ArtifactKey, *, max_bytes: int) -> bytes | None:
-        """Returns a small file without checking a digest, None if it does not exist. Blocking.
+        """Return a small file without checking a digest, or None if it does not exist. Blocking.
 
         Raises StorageError, and DamagedFileError for a file above `max_bytes`.
         """
         ...
 
     def list_folder(self, folder: str, *, cursor: str | None = None, limit: int = MAX_LISTED) -> ObjectPage:
-        """Returns the files directly in `folder`, without foreign keys. Blocking. Raises StorageError."""
+        """Return the files directly in `folder`, except those with keys of other programs. Blocking.
+
+        Raises StorageError.
+        """
         ...
 
     def sweep_unfinished(self, *, before: float) -> int:
-        """Remove unfinished files of dead writers from before this Unix time. Returns their number. Blocking.
+        """Remove the incomplete files that were begun before this Unix time. Returns their number. Blocking.
 
         Raises StorageError.
         """
@@ -155,11 +158,11 @@ class ArtifactStore(Protocol):
 
 
 class StoppedError(Exception):
-    """The work was stopped and left nothing behind."""
+    """The work was stopped because its caller was cancelled."""
 
 
 def until_stopped(chunks: Iterable[bytes], stop: threading.Event) -> Iterator[bytes]:
-    """Yields `chunks` until `stop` is set, then raises StoppedError."""
+    """Yield `chunks` until `stop` is set, then raise StoppedError."""
     for chunk in chunks:
         if stop.is_set():
             raise StoppedError
@@ -167,15 +170,15 @@ def until_stopped(chunks: Iterable[bytes], stop: threading.Event) -> Iterator[by
 
 
 class StoreThreads:
-    """Runs blocking work on threads. Cancelling the caller undoes the work."""
+    """Runs the blocking work of one store on its own threads."""
 
     def __init__(self, num_threads: int, *, name: str) -> None:
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
 
     async def run(self, work: Callable[[threading.Event], T], *, undo: Callable[[], None]) -> T:
-        """Returns the result of `work`.
+        """Run `work` on a thread and return its result.
 
-        If the caller is cancelled, sets the stop event of `work`. Work that finishes anyway is undone.
+        If the caller is cancelled, the event that `work` received is set. If `work` succeeds anyway, `undo` runs.
         """
         stop = threading.Event()
         future = self._pool.submit(work, stop)
@@ -189,11 +192,11 @@ class StoreThreads:
             raise
 
     async def call(self, work: Callable[[], T]) -> T:
-        """Returns the result of `work`. The work continues when the caller is cancelled."""
+        """Run `work` on a thread and return its result. The work continues if the caller is cancelled."""
         return await asyncio.wrap_future(self._pool.submit(work))
 
     async def stream(self, chunks: Generator[bytes]) -> AsyncGenerator[bytes]:
-        """Yields `chunks`, each produced on a thread. Always closes the generator at the end."""
+        """Yield `chunks`, each produced on a thread. Closes the generator in every case."""
         future: Future[bytes | None] | None = None
         try:
             while True:
@@ -220,9 +223,9 @@ def _undo(future: Future[T], undo: Callable[[], None]) -> None:
 
 
 def verified(file: StoredFile, chunks: Generator[bytes], *, metrics: Metrics) -> Generator[bytes]:
-    """Yields `chunks`. Yields the last one only if the whole matches the size and SHA-256 of `file`.
+    """Yield `chunks`, the last one only if the whole file matches the size and SHA-256 of `file`.
 
-    Otherwise raises DamagedFileError before the announced length is reached, so that every reader notices.
+    Otherwise raises DamagedFileError. The reader notices the damage, because it gets fewer bytes than announced.
     """
     digest = hashlib.sha256()
     num_bytes = 0
@@ -245,7 +248,7 @@ def verified(file: StoredFile, chunks: Generator[bytes], *, metrics: Metrics) ->
 
 
 def require_size(data: bytes, max_bytes: int) -> bytes:
-    """Returns `data`. Raises DamagedFileError when it is larger."""
+    """Return `data`. Raises DamagedFileError when it has more than `max_bytes`."""
     if len(data) > max_bytes:
         raise DamagedFileError(f"the stored file is larger than {max_bytes} bytes, the most allowed")
     return data

@@ -1,7 +1,7 @@
-"""Decodes uploaded audio and reads its embedded text, in a separate process, because files are untrusted.
+"""Decode uploaded audio and read its embedded text, in a separate process, because files are untrusted.
 
-The child process has a minimal environment and inherits no threads, devices or sockets. If it crashes or hangs, it is
-replaced.
+The child process has a minimal environment and inherits no threads, devices or sockets. If it crashes or hangs, the
+next call starts another one.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from stable_audio_serve.core.generation import SourceAudio
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-_MAX_VALUES = 80_000_000  # samples x channels after mixing down: 320 MB, or 416 s of stereo at 96 kHz
+_MAX_VALUES = 80_000_000  # samples x channels after mixing to stereo: 320 MB, or 416 s of stereo at 96 kHz
 _START_TIMEOUT_S = 30.0
 _START_RETRY_S = 5.0
-_ATTEMPTS = 2  # a process may also die for other reasons than the file, for example when memory is short
+_ATTEMPTS = 2  # the process may die for a reason other than the file, for example when memory is short
 
 
 class AudioDecoder:
-    """A decoding process, started on first use. `decode` blocks: call it from worker threads."""
+    """Decodes files in a child process, which starts on first use. Methods block: call them from worker threads."""
 
     def __init__(
         self,
@@ -41,9 +41,10 @@ class AudioDecoder:
         own_rates_hz: Collection[int] = (),
         start_process: Callable[[], DecodeProcess] | None = None,
     ) -> None:
-        """`timeout_s` bounds the decoding of one file, in seconds. `own_rates_hz` are accepted besides 8-192 kHz.
+        """Start no process yet.
 
-        `start_process` defaults to `DecodeProcess.start`; tests replace it.
+        `timeout_s` bounds the decoding of one file, in seconds. `own_rates_hz` are accepted in addition to 8-192 kHz.
+        Tests replace `start_process`.
         """
         self._start_process = start_process or DecodeProcess.start
         self._limits = {"max_values": _MAX_VALUES, "own_rates_hz": sorted(own_rates_hz)}
@@ -52,16 +53,16 @@ class AudioDecoder:
         self._idle.put(None)
 
     def decode(self, file: IO[bytes], *, max_s: float, field: str = "audio") -> SourceAudio:
-        """Returns the first `max_s` seconds of `file`, which needs a `fileno`, at the file's rate, at most stereo.
+        """Return the first `max_s` seconds of `file` at the file's own rate, mono or stereo. `file` needs a `fileno`.
 
-        Raises InvalidUploadError naming `field`, and OverloadedError if no decoding process can be started.
+        Raises InvalidUploadError that names `field`. Raises OverloadedError if no decoding process can be started.
         """
         answer, payload = self._ask(file, self._limits | {"max_s": max_s}, field=field)
         interleaved = payload.view(np.float32).reshape(answer["frames"], answer["channels"])
         return SourceAudio(np.ascontiguousarray(interleaved.T), answer["rate_hz"])
 
     def read_text(self, file: IO[bytes], *, field: str = "audio") -> str | None:
-        """Returns the result of `embedded_text.extract` for `file`, which needs a `fileno`. Raises as `decode` does."""
+        """Return the text embedded in `file`, see `embedded_text.extract`. Raises the errors of `decode`."""
         answer, payload = self._ask(file, None, field=field)
         return payload.tobytes().decode() if answer["has_text"] else None
 
@@ -97,7 +98,7 @@ class AudioDecoder:
             self._idle.put(worker)
 
     def close(self) -> None:
-        """Stop every idle process; a later `decode` starts a new one."""
+        """Stop the process if it is idle. A later call starts a new one."""
         workers = [self._idle.get_nowait() for _ in range(self._idle.qsize())]
         for worker in workers:
             if worker is not None:
@@ -106,7 +107,7 @@ class AudioDecoder:
 
 
 class _FileRefusedError(Exception):
-    """The process cannot use the file; the message says why."""
+    """The file cannot be used. The message says why."""
 
 
 class _WorkerLostError(Exception):
@@ -158,10 +159,10 @@ class DecodeProcess:
     def ask(
         self, descriptor: int, limits: dict[str, Any] | None, *, timeout_s: float
     ) -> tuple[dict[str, Any], npt.NDArray[np.uint8]]:
-        """Returns the response of `audio.decode_worker` and the bytes after it.
+        """Send a file to `audio.decode_worker`. Returns its response and the bytes that follow the response.
 
-        With `limits` None, the worker reads the embedded text instead of samples. Raises _FileRefusedError. Raises
-        TimeoutError, or _WorkerLostError if the process died; after either of the two, stop this worker.
+        Without `limits` the worker reads the embedded text instead of the samples. Raises _FileRefusedError for a file
+        that cannot be used. Raises TimeoutError or, if the process died, _WorkerLostError; then stop this process.
         """
         deadline_at = time.monotonic() + timeout_s
         task = json.dumps(limits).encode()

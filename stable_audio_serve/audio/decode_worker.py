@@ -1,10 +1,10 @@
-"""The process that reads untrusted audio files. Started with `python -m`; talks to `audio.decode` over a socket.
+"""The process that reads untrusted audio files. `audio.decode` starts it with `python -m` and uses it over a socket.
 
-It imports little, limits its memory and may crash; its parent then starts another.
+It imports little and limits its own memory. If it crashes, its parent starts another one.
 
-The parent sends the arguments of `read` as JSON, or null for `read_text`, and the file's descriptor. The response is a
-JSON line with `num_bytes`, followed by that many bytes: float32 samples (S, C), or the text in UTF-8. For a file that
-cannot be used, the line also has `refused`, the reason, and no bytes follow.
+The parent sends a file descriptor and, as JSON, the arguments of `read`, or null to call `read_text`. The response is a
+line of JSON with `num_bytes`, followed by that many bytes: float32 samples (S, C), or the text in UTF-8. For a file
+that cannot be used, the line has the reason as `refused`, and no bytes follow.
 """
 
 from __future__ import annotations
@@ -26,22 +26,23 @@ if TYPE_CHECKING:
 
 _BLOCK_VALUES = 1 << 18
 _MEMORY_BYTES = 2 << 30
-_NICENESS = 5  # requests are served on the same cores
+_NICENESS = 5  # a lower priority than the processes that serve requests on the same cores
 _RATES_HZ = (8_000, 192_000)
 _MAX_LEVEL = 1_000.0  # relative to full scale
-_MAX_FILE_VALUES = 1 << 31  # samples x channels in a header: three hours of stereo at 96 kHz
+_MAX_FILE_VALUES = 1 << 31  # largest samples x channels in a file's header: three hours of stereo at 96 kHz
 _FORMATS = "WAV, FLAC, MP3, Ogg (Vorbis, Opus, FLAC), AIFF, CAF, AU, W64 or RF64"
 _CONTAINERS = frozenset({"WAV", "WAVEX", "RF64", "W64", "AIFF", "CAF", "AU", "FLAC", "OGG", "MP3"})
 _MAGIC = (b"fLaC", b"OggS", b".snd", b"caff", b"ID3", b"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb")
 _RIFF_FORMS = frozenset({(b"RIFF", b"WAVE"), (b"RF64", b"WAVE"), (b"FORM", b"AIFF"), (b"FORM", b"AIFC")})
 
-# The side of each channel, for 3 to 8 channels in the order of WAV files: left, right, centre; "-" is LFE, omitted.
+# The side of each channel for 3 to 8 channels, in the order of WAV files: left, right or centre. "-" is the
+# low-frequency channel, which is left out of the mix.
 _SPEAKERS = {3: "lrc", 4: "lrlr", 5: "lrclr", 6: "lrc-lr", 7: "lrc-clr", 8: "lrc-lrlr"}
 _SURROUND_GAIN = 0.5**0.5  # for all channels except front left and right, ITU-R BS.775
 
 
 class Refused(Exception):
-    """The file cannot be used; the message is safe to show."""
+    """The file cannot be used. The message is safe to show to a client."""
 
 
 def sniff(head: bytes) -> None:
@@ -57,7 +58,7 @@ def sniff(head: bytes) -> None:
 def read(
     descriptor: int, *, max_s: float, max_values: int, own_rates_hz: Collection[int]
 ) -> tuple[npt.NDArray[np.float32], int]:
-    """Returns the first `max_s` seconds as (S, C) float32, at most stereo, and the rate in Hz. Raises Refused.
+    """Return the first `max_s` seconds as (S, C) float32, at most stereo, and the rate in Hz. Raises Refused.
 
     `own_rates_hz` are the served models' rates, so that every generated file is accepted as input.
     """
@@ -80,7 +81,7 @@ def read(
 
 
 def read_text(descriptor: int) -> str | None:
-    """Returns the text embedded in a file, see `embedded_text.extract`. Raises Refused."""
+    """Return the text embedded in a file, see `embedded_text.extract`. Raises Refused."""
     sniff(os.pread(descriptor, 16, 0))
     with os.fdopen(descriptor, "rb", closefd=False) as file:
         try:
@@ -90,7 +91,7 @@ def read_text(descriptor: int) -> str | None:
 
 
 def check_rate(rate_hz: int) -> None:
-    """Raise Refused for a rate outside the usual range."""
+    """Raise Refused for a rate outside 8-192 kHz."""
     if not _RATES_HZ[0] <= rate_hz <= _RATES_HZ[1]:
         raise Refused(f"the sample rate {rate_hz} Hz is outside {_RATES_HZ[0]}..{_RATES_HZ[1]} Hz")
 
@@ -113,7 +114,7 @@ def mix_down(block: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def _mix_matrix(channels: int) -> npt.NDArray[np.float32]:
-    """Returns gains (C, 2) whose columns sum to one."""
+    """Return the gains (C, 2) of C channels in the left and right output. Each column sums to one."""
     gains = np.array([[side in "lc", side in "rc"] for side in _SPEAKERS[channels]], dtype=np.float32)
     gains[2:] *= _SURROUND_GAIN
     normal: npt.NDArray[np.float32] = gains / gains.sum(axis=0)
@@ -121,7 +122,7 @@ def _mix_matrix(channels: int) -> npt.NDArray[np.float32]:
 
 
 def _read_blocks(file: Any, limit: int) -> npt.NDArray[np.float32]:
-    """Returns up to `limit` frames, fewer if the file ends early."""
+    """Read up to `limit` frames as (S, C) float32, mono or stereo. Raises Refused."""
     blocks: list[npt.NDArray[np.float32]] = []
     left = limit
     while left > 0:
@@ -140,7 +141,7 @@ def _read_blocks(file: Any, limit: int) -> npt.NDArray[np.float32]:
 
 
 def _answer(descriptor: int, limits: dict[str, Any] | None) -> tuple[dict[str, Any], bytes | memoryview]:
-    """Returns the response to a message and the bytes that follow it. Raises Refused."""
+    """Return the response to a message and the bytes that follow it. Raises Refused."""
     if limits is None:
         text = read_text(descriptor)
         return {"has_text": text is not None}, (text or "").encode()
@@ -150,7 +151,7 @@ def _answer(descriptor: int, limits: dict[str, Any] | None) -> tuple[dict[str, A
 
 
 def main() -> None:
-    """Serve exchanges on the socket named on the command line until the parent closes it."""
+    """Answer messages on the socket whose descriptor is the first argument, until the parent closes it."""
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.nice(_NICENESS)

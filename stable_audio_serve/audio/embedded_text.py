@@ -1,7 +1,8 @@
-"""Embeds a text, a JSON object, in an encoded audio file, where players ignore it, and reads it back.
+"""Embed a recipe (a JSON text) in an audio file, where players ignore it, and read it back.
 
-In FLAC, Ogg Vorbis, Opus and MP3 files it is the comment, which libsndfile reads and writes. In WAV files it is an
-ID3v2.4 tag with a TXXX frame, in a chunk after the samples: libsndfile would put it first and truncate it to 4 kB.
+FLAC, Ogg Vorbis, Opus and MP3 files contain the text as their comment, which libsndfile reads and writes. WAV files
+contain it as an ID3v2.4 tag with a TXXX frame, in a chunk after the samples. libsndfile would write a WAV comment
+before the samples and cut it off after 4 kB.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _FRAME = re.compile(rb"TXXX([\x00-\x7f]{4}).." + _UTF8 + _NAME + rb"\0", re.DOTA
 
 
 def make_wav_chunk(text: str) -> bytes:
-    """Returns a chunk for the end of a WAV file; it must begin at an even offset."""
+    """Return the chunk with the text, to append to a WAV file at an even offset."""
     content = _UTF8 + _NAME + b"\0" + text.encode()
     frame = b"TXXX" + _to_syncsafe(len(content)) + bytes(2) + content
     tag = b"ID3\x04\0\0" + _to_syncsafe(len(frame)) + frame
@@ -29,10 +30,10 @@ def make_wav_chunk(text: str) -> bytes:
 
 
 def extract(file: BinaryIO) -> str | None:
-    """Returns the text in an audio file; None if there is none that begins like a JSON object.
+    """Return the text in an audio file, or None if there is no text that begins with "{".
 
-    The text may come from another program. libsndfile reads the file, so open untrusted files with
-    `AudioDecoder.read_text`. Raises ValueError if the file is not audio or the text exceeds 1 MiB.
+    Another program may have written the text. This function calls libsndfile, so read untrusted files with
+    `AudioDecoder.read_text` instead. Raises ValueError if the file is not audio or the text exceeds 1 MiB.
     """
     import soundfile
 
@@ -65,12 +66,12 @@ def _read_wav_chunk(file: BinaryIO) -> str | None:
         tag = file.read(num_bytes + num_bytes % 2)
         if found := _FRAME.search(tag):
             stop = found.start() + _FRAME_HEADER_BYTES + _from_syncsafe(found[1])
-            return tag[found.end() : stop].rstrip(b"\0").decode(errors="replace")  # editors end it with a NUL
+            return tag[found.end() : stop].rstrip(b"\0").decode(errors="replace")  # some editors append a NUL
     return None
 
 
 def _to_syncsafe(size: int) -> bytes:
-    """Encode a size as in ID3v2.4, seven bits per byte."""
+    """Encode a size as ID3v2.4 does, with seven bits per byte."""
     return bytes((size >> shift) & 0x7F for shift in (21, 14, 7, 0))
 
 

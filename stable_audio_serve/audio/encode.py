@@ -1,6 +1,6 @@
-"""Encodes float audio as files: WAV, FLAC, MP3, Vorbis, Opus, and ZIP archives of several of them.
+"""Encode float audio as WAV, FLAC, MP3, Vorbis and Opus files, and as ZIP archives of several files.
 
-CPU work for worker threads, never for an event loop. Independent of HTTP.
+The functions need much CPU time: call them from worker threads, not from an event loop.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ from stable_audio_serve.audio.embedded_text import make_wav_chunk
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-_BLOCK = 16_384  # samples converted or written at once: fits the cache; longer Vorbis writes crash libsndfile
+_BLOCK = 16_384  # samples converted or written at once: fits the cache, and libsndfile crashes on longer Vorbis writes
 _CHUNK_BYTES = 1_048_576
 _MP3_RATES_HZ = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 _OPUS_RATE_HZ = 48_000
-_OPUS_TAIL = 960  # silent samples after an Opus clip, trimmed again: libsndfile extrapolates the end, with a click
-MOST_OPUS_TEXT_CHARS = 40_000  # libsndfile 1.2.2 writes unreadable files above about 51,000
+# libsndfile ends an Opus file with a click. So this many silent samples are encoded after the clip and trimmed again.
+_OPUS_TAIL = 960
+MOST_OPUS_TEXT_CHARS = 40_000  # with more than about 51,000, libsndfile 1.2.2 writes unreadable files
 _OGG_SERIAL = 1
 _OGG_HEADER_BYTES = 27
 _REVERSED_BITS = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
 
 
 class AudioFormat(StrEnum):
-    """File formats for output; `ogg` is Vorbis, `opus` is Opus in an Ogg container."""
+    """Formats of output files. `ogg` is Vorbis, and `opus` is Opus in an Ogg container."""
 
     WAV = "wav"
     FLAC = "flac"
@@ -50,7 +51,10 @@ class AudioFormat(StrEnum):
 
 @cache
 def name_codecs() -> str:
-    """Returns the libraries, with versions, that read audio and write all but WAV: output bytes depend on them."""
+    """Return the names and versions of the libraries that decode and encode audio, which affect the output bytes.
+
+    WAV files are written without them.
+    """
     import soundfile
     import soxr
 
@@ -59,7 +63,7 @@ def name_codecs() -> str:
 
 @dataclass(frozen=True, slots=True)
 class EncodedFile:
-    """A finished file as a sequence of buffers."""
+    """An encoded file, as a sequence of buffers."""
 
     media_type: str
     buffers: tuple[bytes | memoryview, ...]
@@ -75,14 +79,14 @@ class EncodedFile:
                 yield bytes(buffer[start : start + _CHUNK_BYTES])
 
     def to_bytes(self) -> bytes:
-        """Returns the file in one piece."""
+        """Return the file in one piece."""
         return b"".join(self.buffers)
 
 
 def to_pcm16(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:
-    """Returns `audio` (C, S) float32, clamped to -1..1, as interleaved 16-bit samples (S, C).
+    """Convert `audio` (C, S) float32 to interleaved 16-bit samples (S, C). Values beyond -1..1 are clipped.
 
-    The values equal those that libsndfile writes for PCM_16: floor(x * 32768), with full scale clipped to 32767.
+    The samples are those that libsndfile writes for PCM_16: floor(x * 32768), at most 32767.
     """
     channels, samples = audio.shape
     out = np.empty((samples, channels), dtype=np.int16)
@@ -100,7 +104,7 @@ def to_pcm16(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:
 
 
 def to_full_scale_pcm16(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:
-    """Returns `audio` (C, S) float32 at full scale as interleaved 16-bit samples (S, C).
+    """Scale `audio` (C, S) float32 to full scale and convert it to interleaved 16-bit samples (S, C).
 
     Samples are divided by the peak, multiplied by 32767 and truncated towards zero. Silence stays silence.
     """
@@ -112,10 +116,11 @@ def to_full_scale_pcm16(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]
 def encode_audio(
     audio: npt.NDArray[np.float32], sample_rate_hz: int, *, file_format: AudioFormat, text: str | None = None
 ) -> EncodedFile:
-    """Returns a file of `audio` (C, S) float32 in -1..1. WAV and FLAC have 16-bit samples at the given rate.
+    """Encode `audio` (C, S) float32 in -1..1 as a file. WAV and FLAC files have 16-bit samples.
 
-    MP3 and Opus support few rates; other audio is resampled to the next higher one, or to the highest. `text`, not
-    empty, is embedded for `embedded_text.extract`; Opus takes at most `MOST_OPUS_TEXT_CHARS`.
+    MP3 and Opus support only some sample rates. Audio at another rate is resampled to the next higher rate, or else to
+    the highest. `text` is embedded in the file (`embedded_text.extract` reads it). It must not be empty, and for Opus
+    have at most `MOST_OPUS_TEXT_CHARS`.
     """
     if file_format is AudioFormat.WAV:
         return encode_wav(to_pcm16(audio), sample_rate_hz, text=text)
@@ -131,12 +136,12 @@ def encode_audio(
 
 
 def encode_pcm(audio: npt.NDArray[np.float32]) -> EncodedFile:
-    """Returns the interleaved samples of `audio` (C, S) float32 in -1..1: 16 bits, little-endian, no header."""
+    """Encode `audio` (C, S) float32 in -1..1 as interleaved 16-bit little-endian samples without a header."""
     return EncodedFile("audio/pcm", (_little_endian(to_pcm16(audio)),))
 
 
 def make_zip(files: Iterable[tuple[str, EncodedFile]]) -> EncodedFile:
-    """Returns a deflated archive of named files. Equal files give equal bytes."""
+    """Return a compressed ZIP archive of named files. Equal files give equal bytes."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, file in files:
@@ -150,7 +155,7 @@ def make_zip(files: Iterable[tuple[str, EncodedFile]]) -> EncodedFile:
 
 
 def encode_wav(pcm: npt.NDArray[np.int16], sample_rate_hz: int, *, text: str | None = None) -> EncodedFile:
-    """Returns a WAV file of interleaved samples (S, C), with `text` after them."""
+    """Return a WAV file of interleaved samples (S, C), with `text` embedded after them."""
     channels = pcm.shape[1]
     data = _little_endian(pcm)
     frame_bytes = 2 * channels
@@ -206,10 +211,10 @@ def _encode_with_libsndfile(
 
 
 def _rewrite_ogg(data: bytearray, *, trim_samples: int) -> None:
-    """Set the same serial in every page of `data` and trim `trim_samples` from its end.
+    """Set a fixed serial number in every page of an Ogg file, and trim `trim_samples` from its end.
 
-    libsndfile writes a random serial, and its end is exact only before samples that are trimmed again. Page layout and
-    checksum: RFC 3533. The end trimming of Opus: RFC 7845, section 4.4.
+    libsndfile writes a random serial number, but equal audio must give equal bytes. RFC 3533 defines the page layout
+    and the checksum, and RFC 7845, section 4.4, how the end of an Opus file is trimmed.
     """
     start = 0
     while start < len(data):
@@ -225,6 +230,7 @@ def _rewrite_ogg(data: bytearray, *, trim_samples: int) -> None:
 
 
 def _ogg_checksum(page: bytearray) -> bytes:
-    # Ogg's CRC is zlib's with the bits of every byte and of the result reversed, and without its two inversions.
+    # Ogg's CRC differs from zlib's in two ways: bits are reversed in every byte and in the result, and the CRC is not
+    # inverted at the start and at the end.
     value = zlib.crc32(page.translate(_REVERSED_BITS), 0xFFFFFFFF) ^ 0xFFFFFFFF
     return value.to_bytes(4, "big").translate(_REVERSED_BITS)

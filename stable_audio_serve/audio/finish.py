@@ -1,4 +1,7 @@
-"""Turns a model's audio into a client's file: treats peaks, measures facts, encodes a file or ZIP. CPU work."""
+"""Turn a model's audio into the client's file: treat peaks, measure each clip, and encode a file or a ZIP archive.
+
+The functions need much CPU time: call them from worker threads.
+"""
 
 from __future__ import annotations
 
@@ -33,32 +36,32 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True, slots=True)
 class FileOrder:
-    """The file that a client wants. Its recipe is based on `origin`; None: no recipe."""
+    """The properties of the file that a client requested. Without `origin` the file has no recipe."""
 
     peaks: Peaks
     file_format: AudioFormat = AudioFormat.WAV
     stem: str = "audio"
-    with_manifest: bool = False  # in the ZIP
+    with_manifest: bool = False  # add a manifest to the ZIP archive of several variations
     origin: ClipOrigin | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ClipOrigin:
-    """A request with the hashes of its source files; the audio itself need not be in memory."""
+    """A request and the hashes of its source files. Recipes are written from them, without the source audio."""
 
     request: GenerationRequest
     sources: Mapping[Role, RecipeSource]
 
     @classmethod
     def of(cls, request: GenerationRequest) -> ClipOrigin | None:
-        """Returns the origin of a request; None if a source does not come from a single file."""
+        """Return the origin of a request, or None if a source was not decoded from a single file."""
         sources = sources_of(request)
         return None if sources is None else cls(request, sources)
 
 
 @dataclass(frozen=True, slots=True)
 class FinishedFile:
-    """A file to deliver, the facts of each variation in it, and their recipes, if any."""
+    """The client's file, with the measurements and, if requested, the recipe of each variation in it."""
 
     file: EncodedFile
     clips: tuple[ClipFacts, ...]
@@ -73,15 +76,19 @@ def finish_clip(
     peaks: Peaks,
     generated: Sequence[GeneratedSpan] | None = None,
 ) -> tuple[npt.NDArray[np.float32], ClipFacts]:
-    """Returns a clip (C, S) float32 as delivered, in -1..1, and its facts. `generated` are the spans that the model
-    made; None: all of it.
+    """Treat a clip's peaks and measure it. Returns the clip (C, S) float32 in -1..1, and its measurements.
+
+    `generated` are the spans that the model made; None means the whole clip.
     """
     finished = treat_peaks(audio, sample_rate_hz, peaks=peaks, generated=generated)
     return finished, describe_clip(finished, sample_rate_hz, seed=seed)
 
 
 def finish(result: GenerationResult, order: FileOrder) -> FinishedFile:
-    """Returns the file of one variation, or a ZIP of `<stem>-01.<format>`, `<stem>-02.<format>`, ... for several."""
+    """Return a result's file: an audio file, or for several variations a ZIP archive.
+
+    The files in the archive are named `<stem>-01.<format>`, `<stem>-02.<format>`, and so on.
+    """
     finished = [
         finish_clip(audio, result.sample_rate_hz, seed=seed, peaks=order.peaks, generated=generated)
         for audio, seed, generated in zip(
@@ -106,14 +113,14 @@ def finish(result: GenerationResult, order: FileOrder) -> FinishedFile:
 
 
 def _text_of(recipe: Recipe | None, *, file_format: AudioFormat) -> str | None:
-    """Returns the recipe to embed in a file; None if it is too long for the format."""
+    """Return the recipe as text to embed in a file, or None if it is too long for the format."""
     text = None if recipe is None else recipe.to_json()
     most = MOST_OPUS_TEXT_CHARS if file_format is AudioFormat.OPUS else MOST_BYTES
     return None if text is None or len(text) > most else text
 
 
 def _recipes_of(result: GenerationResult, order: FileOrder) -> tuple[Recipe, ...]:
-    """Returns the recipe of each variation; none if the order has no origin."""
+    """Return the recipe of each variation, or an empty tuple if the order has no origin."""
     if order.origin is None:
         return ()
     return write_recipes(
@@ -128,11 +135,12 @@ def _recipes_of(result: GenerationResult, order: FileOrder) -> tuple[Recipe, ...
 
 
 def finish_window(result: GenerationResult, *, num_samples: int | None, origin: ClipOrigin | None) -> FinishedFile:
-    """Returns a WAV file as the Open Small server makes it: the whole generation is divided by its peak, then cut to
-    `num_samples`.
+    """Return a WAV file like that of the Stable Audio Open Small server.
+
+    The whole generation is scaled to full scale and then cut to its first `num_samples`.
     """
     pcm = to_full_scale_pcm16(result.audio[0])[:num_samples]
-    audio = np.divide(pcm.T, np.float32(32767), dtype=np.float32, order="C")  # channel-major, as all audio here
+    audio = np.divide(pcm.T, np.float32(32767), dtype=np.float32, order="C")  # (C, S), as `describe_clip` expects
     facts = describe_clip(audio, result.sample_rate_hz, seed=result.seeds[0])
     if origin is None:
         return FinishedFile(encode_wav(pcm, result.sample_rate_hz), (facts,))
@@ -151,7 +159,7 @@ def finish_window(result: GenerationResult, *, num_samples: int | None, origin: 
 
 
 def clip_dict(clip: ClipFacts) -> dict[str, Any]:
-    """Returns the facts for clients as JSON values: the peak rounded to 4 decimals, LUFS to 1."""
+    """Return a clip's measurements as JSON values, with the peak rounded to 4 decimals and the loudness to 1."""
     loudness = None if clip.loudness_lufs is None else round(clip.loudness_lufs, 1)
     return {"seed": clip.seed, "peak": round(clip.peak, 4), "loudness": loudness, "silent": clip.is_silent}
 

@@ -1,7 +1,7 @@
-"""Restores a source's samples outside the regions that an edit regenerated. Independent of models and files.
+"""Restore the source's samples outside the regions that an edit regenerated.
 
-Generated audio and source cross-fade linearly. Each cross-fade lies inside the region and lasts 30 ms, or less if the
-region is too short. A region that extends the source past its end fades in over the source's last 30 ms.
+A linear crossfade joins generated audio and source. It is inside the region and lasts 30 ms, or less if the region is
+too short. A region that extends the source past its end is different: it fades in over the last 30 ms of the source.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FADE_S = 0.03
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Samples [start, stop) to take from the model; the first `fade_in` and last `fade_out` of them cross-fade."""
+    """The samples [start, stop) come from the model. The first `fade_in` and the last `fade_out` are crossfades."""
 
     start: int
     stop: int
@@ -33,9 +33,10 @@ class Span:
 def plan_spans(
     regions_s: Sequence[tuple[float, float]], *, num_source: int, num_samples: int, sample_rate_hz: int
 ) -> tuple[Span, ...]:
-    """Returns the spans to take from the model in an edit of `num_samples`, in order.
+    """Return the spans of an edit that come from the model, in order.
 
-    They are the regions, [start, end) in seconds, and everything after the source, which has `num_source` samples.
+    They are the regions, [start, end) in seconds, and everything after the end of the source. The edit has
+    `num_samples` samples, and the source `num_source`.
     """
     fade, source_end = round(FADE_S * sample_rate_hz), min(num_source, num_samples)
     starts = [int(start_s * sample_rate_hz) for start_s, _ in regions_s]
@@ -58,15 +59,15 @@ def plan_spans(
 
 
 def is_continuation(start: int, stop: int, *, source_end: int, sample_rate_hz: int) -> bool:
-    """Whether the region [start, stop), in samples, continues past the end of a source.
+    """Whether the region [start, stop), in samples, extends a source past its end.
 
-    A gap shorter than a crossfade between source and region is allowed, because clients round times.
+    The region may begin up to 30 ms after the end, because clients round times.
     """
     return start < source_end + round(FADE_S * sample_rate_hz) and stop > source_end
 
 
 def _merge(regions: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Returns the union of the regions in order, without empty ones."""
+    """Return the union of the regions in order, without empty regions."""
     merged: list[tuple[int, int]] = []
     for start, stop in sorted(region for region in regions if region[0] < region[1]):
         if merged and start <= merged[-1][1]:
@@ -85,9 +86,9 @@ def _fade_inside(start: int, stop: int, *, fade: int, source_end: int) -> Span:
 def keep_source(
     audio: npt.NDArray[np.float32], source: npt.NDArray[np.float32], *, spans: Sequence[Span]
 ) -> tuple[GeneratedSpan, ...]:
-    """Replace all of `audio` (C, S) float32 except `spans` by `source` (C, >= S), which is silent after its end.
+    """Replace `audio` (C, S) float32 by `source` in place, except for `spans`. Returns the generated spans.
 
-    Returns the generated spans.
+    `source` (C, >= S) must be padded with silence.
     """
     generated = []
     for span in spans:
@@ -103,5 +104,5 @@ def keep_source(
 
 
 def fade_ramp(num_samples: int) -> npt.NDArray[np.float32]:
-    """Returns the model's share of each sample during a fade-in, above 0 and below 1."""
+    """Return the model's share of each sample of a fade-in (num_samples,), rising between 0 and 1."""
     return (np.arange(num_samples, dtype=np.float32) + np.float32(0.5)) / np.float32(max(num_samples, 1))

@@ -1,7 +1,4 @@
-"""The arithmetic of loops: the tempo in a prompt, the bars that fit into a window, and a length exact to the sample.
-
-Independent of audio and dialects.
-"""
+"""Arithmetic of loops: the tempo in a prompt, the bars that fit into the model's window, and the exact length."""
 
 from __future__ import annotations
 
@@ -11,9 +8,8 @@ from dataclasses import dataclass
 BEATS_PER_BAR = 4
 BAR_COUNTS = (1, 2, 4, 8)
 
-_OVERHANG_S = 1.0  # how far explicit bars may exceed the window before they are halved
-# Matches only at the start of a run of digits and never backtracks, so even malicious text takes linear time. No tempo
-# has more than 18 digits.
+_OVERHANG_S = 1.0  # a requested number of bars is halved if it exceeds the window by more than this
+# The pattern matches only at the start of a run of digits and never backtracks, so malicious text takes linear time.
 _TEMPO = re.compile(r"(?<!\d)(\d{1,18}+)\s*+bpm", re.IGNORECASE)
 
 
@@ -35,21 +31,22 @@ class Loop:
         return self.bars * BEATS_PER_BAR * 60 / self.tempo_bpm
 
     def num_samples(self, sample_rate_hz: int) -> int:
-        """Returns the length in whole samples, rounded down. Integer arithmetic, because a float could be too small."""
+        """Return the length in samples, rounded down. Floating-point arithmetic could be one sample short."""
         return self.bars * BEATS_PER_BAR * 60 * sample_rate_hz // self.tempo_bpm
 
 
 def read_tempo(prompt: str) -> int | None:
-    """Returns beats per minute: the first digits before "bpm", in any case; None if there are none or they are 0."""
+    """Return the beats per minute that a prompt names as "<digits>bpm", in any case; None without a tempo above 0."""
     found = _TEMPO.search(prompt)
     return int(found[1]) or None if found else None
 
 
 def plan_loop(tempo_bpm: int, *, bars: int | None, window_s: float) -> Loop:
-    """Returns the loop to cut from a window of `window_s` seconds.
+    """Return the loop to cut from a window of `window_s` seconds.
 
-    Without `bars` it has the most of 8, 4, 2 and 1 bars that fit, or 1 if none fits. Given `bars` that exceed the
-    window by more than a second are halved once, to at least 1; the caller cuts a loop that is still too long.
+    Without `bars` the loop has the largest of 8, 4, 2 and 1 bars that fits, or 1 if none fits. If the requested `bars`
+    exceed the window by more than a second, they are halved once, to at least 1. The loop may still be longer than the
+    window.
     """
     if bars is None:
         fitting = (count for count in reversed(BAR_COUNTS) if Loop(tempo_bpm, count).duration_s <= window_s)

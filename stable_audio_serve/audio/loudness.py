@@ -1,7 +1,7 @@
-"""Measures a finished clip: its peak, its integrated loudness, and whether it is silent. CPU work.
+"""Measure a finished clip: its peak, its integrated loudness, and whether it is silent.
 
-Every client waits for the loudness, so it is computed here instead of by a library: a filter that processes samples one
-by one takes longer than all other work on a WAV file. The tests compare it with pyloudnorm.
+The loudness is not computed by a library, because every client waits for it: a filter that processes samples one by one
+takes longer than all other work on a WAV file. The tests compare the result with pyloudnorm.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
     _Section = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 
 _SILENCE = 10 ** (-70 / 20)  # -70 dBFS
-_LEAST_RATE_HZ = 8000  # below it the standard's filters lose their shape
+_LEAST_RATE_HZ = 8000  # the standard's filters are not valid at lower rates
 _STEP_S = 0.1
 _STEPS_PER_BLOCK = 4  # loudness is not defined for a clip shorter than a block
 _OFFSET_LUFS = -0.691
 _ABSOLUTE_GATE_LUFS = -70.0
 _RELATIVE_GATE = 10 ** (-10 / 10)  # -10 LU
 _NEGLIGIBLE = 1e-9
-# Measured: half or twice of each is slower. Larger products would start BLAS threads, which wait for each other on a
-# busy machine; chunks fit the cache.
+# Half or twice each of these sizes is slower. Larger matrix products would start BLAS threads, which wait for each
+# other on a busy machine. Chunks fit the cache.
 _FRAME = 32  # samples filtered by one row of a matrix product
 _GROUP = 128  # rows of one product
 _CHUNK = 16 * _GROUP * _FRAME  # samples filtered at a time
 
 
 def describe_clip(audio: npt.NDArray[np.float32], sample_rate_hz: int, *, seed: int) -> ClipFacts:
-    """Returns the facts of a finished clip, `audio` (C, S) float32 in -1..1."""
+    """Measure a finished clip, `audio` (C, S) float32 in -1..1."""
     peak = find_peak(audio)
     is_silent = peak < _SILENCE
     loudness = None if is_silent else measure_loudness(audio, sample_rate_hz)
@@ -44,7 +44,7 @@ def describe_clip(audio: npt.NDArray[np.float32], sample_rate_hz: int, *, seed: 
 
 
 def measure_loudness(audio: npt.NDArray[np.float32], sample_rate_hz: int) -> float | None:
-    """Returns the integrated loudness (ITU-R BS.1770-4) of mono or stereo `audio` (C, S) in LUFS; None if undefined."""
+    """Return the integrated loudness (ITU-R BS.1770-4) of mono or stereo `audio` (C, S) in LUFS, None if undefined."""
     if sample_rate_hz < _LEAST_RATE_HZ or audio.shape[1] < _STEP_S * _STEPS_PER_BLOCK * sample_rate_hz:
         return None
     with np.errstate(over="ignore", invalid="ignore"):  # samples that are not finite or overflow when squared
@@ -58,9 +58,9 @@ def measure_loudness(audio: npt.NDArray[np.float32], sample_rate_hz: int) -> flo
 
 
 def _step_powers(weighted: npt.NDArray[np.float32], step: int) -> npt.NDArray[np.float64]:
-    """Returns the mean square of every `step` samples, summed over channels.
+    """Return the mean square of each `step` samples of `weighted` (C, S), summed over channels.
 
-    A last step that is more than half full counts as if followed by silence, as in pyloudnorm.
+    As in pyloudnorm, an incomplete last step is padded with silence if it is more than half full, else dropped.
     """
     num_steps, rest = divmod(weighted.shape[1], step)
     whole, last = weighted[:, : num_steps * step], weighted[:, num_steps * step :]
@@ -72,11 +72,11 @@ def _step_powers(weighted: npt.NDArray[np.float32], step: int) -> npt.NDArray[np
 
 
 class _FrameFilter(NamedTuple):
-    """A linear filter that processes `_FRAME` samples at once, with a state of N numbers between frames.
+    """A linear filter that processes frames of `_FRAME` samples, with a state of N numbers between frames.
 
-    `response` (_FRAME + N, _FRAME) maps a frame's samples and the state before it to the filtered frame. `update`
-    (_FRAME, N) maps the samples to their contribution to the state. Both are float32. `decays` (N, N) float64 map a
-    state to its remainder after 1, 2, 4, ... frames, until it is negligible.
+    `response` (_FRAME + N, _FRAME) float32 maps the samples of a frame and the state before it to the filtered frame.
+    `update` (_FRAME, N) float32 maps the samples of a frame to what they add to the state. `decays` are matrices (N, N)
+    float64 that map a state to what is left of it after 1, 2, 4, ... frames, until this is negligible.
     """
 
     response: npt.NDArray[np.float32]
@@ -85,7 +85,7 @@ class _FrameFilter(NamedTuple):
 
 
 def _apply(frame_filter: _FrameFilter, audio: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Filter `audio` (C, S), with silence before it."""
+    """Filter `audio` (C, S), starting from the filter's state after silence."""
     channels, num_samples = audio.shape
     filtered = np.empty_like(audio)
     frames = np.empty((channels, _CHUNK // _FRAME, len(frame_filter.response)), np.float32)
@@ -99,7 +99,8 @@ def _apply(frame_filter: _FrameFilter, audio: npt.NDArray[np.float32]) -> npt.ND
         frames[:, :, :_FRAME] = chunk.reshape(channels, -1, _FRAME)
         states[:, 0] = states[:, -1]
         states[:, 1:] = (groups[..., :_FRAME] @ frame_filter.update).reshape(channels, -1, states.shape[2])
-        for doubling, decay in enumerate(frame_filter.decays):  # each pass doubles the number of frames in each state
+        # Each pass doubles the number of frames that a state covers.
+        for doubling, decay in enumerate(frame_filter.decays):
             distance = 2**doubling
             states[:, distance:] += states[:, :-distance] @ decay
         frames[:, :, _FRAME:] = states[:, :-1]
@@ -109,7 +110,10 @@ def _apply(frame_filter: _FrameFilter, audio: npt.NDArray[np.float32]) -> npt.ND
 
 @cache
 def _make_k_weighting(sample_rate_hz: int) -> _FrameFilter:
-    """Returns the standard's high shelf and high pass, built from their responses to unit samples and unit states."""
+    """Return the standard's high shelf and high pass as one filter.
+
+    Its matrices are the responses of the two sections to unit samples and unit states.
+    """
     signals = np.eye(_FRAME + 4, _FRAME)
     states = np.eye(_FRAME + 4, 4, k=-_FRAME)
     for section, (b, a) in enumerate(_k_weighting_sections(sample_rate_hz)):
@@ -125,10 +129,10 @@ def _make_k_weighting(sample_rate_hz: int) -> _FrameFilter:
 
 
 def _k_weighting_sections(sample_rate_hz: int) -> tuple[_Section, _Section]:
-    """Returns (b, a) of the high shelf and of the high pass.
+    """Return the coefficients (b, a) of the high shelf and of the high pass at any sample rate.
 
-    De Man derived them from analogue filters ("Evaluation of implementations of the EBU R128 loudness measurement", AES
-    145); at 48 kHz they equal the standard's coefficients.
+    The formulas are from De Man, "Evaluation of implementations of the EBU R128 loudness measurement" (AES 145). At
+    48 kHz they give the coefficients in the standard.
     """
     k, q = math.tan(math.pi * 1681.974450955533 / sample_rate_hz), 0.7071752369554196
     high = 10 ** (3.999843853973347 / 20)

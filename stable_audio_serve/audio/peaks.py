@@ -1,8 +1,8 @@
-"""Brings clips that exceed full scale back into it, with a look-ahead limiter or as one of the two references does.
+"""Bring clips that exceed full scale into -1..1: with a look-ahead limiter, by scaling, or by clipping.
 
-The limiter's gain follows Hämäläinen, "Smoothing of the control signal without clipped output in digital peak
-limiters" (DAFx-02): a running maximum of the needed reduction, then an average no longer than the maximum's look-ahead,
-so that the gain never reduces less than needed. Between the two, the reduction decays exponentially. CPU work.
+The limiter follows Hämäläinen, "Smoothing of the control signal without clipped output in digital peak limiters"
+(DAFx-02). It takes the running maximum of the needed reduction, lets it decay exponentially, and averages it. The
+average is not longer than the look-ahead of the maximum, so the gain never reduces less than needed.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from stable_audio_serve.core.sound import Peaks
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-# The ceiling of Stability AI's own decoders; leaves 0.2 dB of headroom for lossy encoders.
+# The largest sample of a limited clip. Stability AI's decoders use this value too. It leaves 0.2 dB for lossy encoders.
 CEILING = np.float32(0.977)
 
 _BLOCK = 16  # samples between two points of the piecewise linear gain curve
 _ATTACK_S = 0.005
-_HOLD_S = 0.012  # longer than half a period above 42 Hz, so that the gain does not follow the waveform of a tone
-_RELEASE_S = 0.1  # time constant
-_LEAST_REDUCTION = 1e-4  # a smaller reduction counts as none, so that samples far from any peak stay unchanged
+_HOLD_S = 0.012  # half a period of 42 Hz: the gain does not follow the waveform of a tone above this frequency
+_RELEASE_S = 0.1  # time constant of the exponential decay
+_LEAST_REDUCTION = 1e-4  # smaller reductions are set to 0, so that samples far from any peak stay unchanged
 
 
 def treat_peaks(
@@ -36,9 +36,9 @@ def treat_peaks(
     peaks: Peaks,
     generated: Sequence[GeneratedSpan] | None = None,
 ) -> npt.NDArray[np.float32]:
-    """Returns `audio` (C, S) float32 of any loudness with its peaks treated, in -1..1. Does not change `audio`.
+    """Return `audio` (C, S) float32 of any level with its peaks brought into -1..1. Does not change `audio`.
 
-    If only some spans are `generated`, the limiter changes only those; samples beyond -1..1 are clipped elsewhere.
+    If `generated` spans are given, the limiter changes only these. Elsewhere, samples beyond -1..1 are clipped.
     """
     if peaks == "limit" and generated is not None:
         return limit_spans(audio, sample_rate_hz, spans=generated)
@@ -50,15 +50,15 @@ def treat_peaks(
 
 
 def scale(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Returns `audio` (C, S) divided by its peak, which may make it louder; silence stays silence."""
+    """Return `audio` (C, S) divided by its peak. Quiet audio becomes louder, and silence stays silence."""
     peak = find_peak(audio)
     return audio / np.float32(peak) if peak else audio
 
 
 def limit(audio: npt.NDArray[np.float32], sample_rate_hz: int) -> npt.NDArray[np.float32]:
-    """Returns `audio` (C, S) with no sample above CEILING.
+    """Return `audio` (C, S) with no sample above CEILING. All channels get the same smooth gain.
 
-    Returns the same array if no sample exceeds it; otherwise all channels get one smooth gain.
+    Returns `audio` itself if no sample exceeds CEILING.
     """
     if find_peak(audio) <= CEILING:
         return audio
@@ -75,7 +75,7 @@ def limit(audio: npt.NDArray[np.float32], sample_rate_hz: int) -> npt.NDArray[np
 def limit_spans(
     audio: npt.NDArray[np.float32], sample_rate_hz: int, *, spans: Sequence[GeneratedSpan]
 ) -> npt.NDArray[np.float32]:
-    """Returns `audio` (C, S), in -1..1, with each span limited separately before it cross-fades with the rest."""
+    """Return `audio` (C, S) in -1..1. Each span is limited separately, as if before its crossfade with the source."""
     if find_peak(audio) <= CEILING:
         return audio
     finished = audio.copy()
@@ -91,19 +91,19 @@ def limit_spans(
 
 
 def find_peak(audio: npt.NDArray[np.float32]) -> float:
-    """Returns the largest absolute sample; 0 if there are no samples."""
+    """Return the largest absolute sample, 0 if there are no samples."""
     return float(max(audio.max(initial=0.0), -audio.min(initial=0.0)))
 
 
 def _needed_reduction(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """Returns 1 - gain for each block of samples, 0 where no reduction is needed."""
+    """Return the reduction (1 - gain) that each block of samples needs, 0 where none is needed."""
     loudest = np.abs(audio).max(axis=0)
     blocks = np.pad(loudest, (0, -len(loudest) % _BLOCK)).reshape(-1, _BLOCK).max(axis=1).astype(np.float64)
     return 1.0 - float(CEILING) / np.maximum(blocks, float(CEILING))
 
 
 def _smooth_reduction(needed: npt.NDArray[np.float64], *, points_per_s: float) -> npt.NDArray[np.float32]:
-    """Returns the reduction at all block edges, at each edge at least what its adjacent blocks need."""
+    """Return a smooth reduction at all block edges. It is never below what the blocks on both sides need."""
     attack, hold = (max(2, round(seconds * points_per_s)) for seconds in (_ATTACK_S, _HOLD_S))
     padded = np.pad(needed, (hold + attack - 1, attack + 1))
     peaks = np.lib.stride_tricks.sliding_window_view(padded, hold + attack + 1).max(axis=1)
@@ -111,7 +111,7 @@ def _smooth_reduction(needed: npt.NDArray[np.float64], *, points_per_s: float) -
 
 
 def _decay(levels: npt.NDArray[np.float64], *, points_per_s: float) -> npt.NDArray[np.float64]:
-    """Returns, for each level, the maximum of it and the earlier ones, which decay by a factor e in _RELEASE_S."""
+    """Return for each level the maximum of this level and the earlier ones, which decay by a factor e in _RELEASE_S."""
     elapsed = np.arange(len(levels)) / (points_per_s * _RELEASE_S)
     with np.errstate(divide="ignore"):
         decayed = np.exp(np.maximum.accumulate(np.log(levels) + elapsed) - elapsed)
@@ -119,6 +119,6 @@ def _decay(levels: npt.NDArray[np.float64], *, points_per_s: float) -> npt.NDArr
 
 
 def _window(length: int) -> npt.NDArray[np.float64]:
-    """Returns `length` positive weights of a raised cosine that sum to 1."""
+    """Return `length` positive weights that sum to 1, shaped as a raised cosine."""
     weights = np.hanning(length + 2)[1:-1]
     return weights / weights.sum()

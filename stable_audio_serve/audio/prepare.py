@@ -1,7 +1,7 @@
-"""Converts source audio to the form that a model's encoder needs: rate, length, channels, float samples.
+"""Convert source audio to the rate, length and channels that a model's encoder needs.
 
-Resampling equals that of the references (torchaudio's default windowed sinc). Another resampler differs by up to 0.02
-and by one sample in length, which changes the model's result.
+Resampling gives the samples of torchaudio's default windowed sinc, which the reference implementations use. Another
+resampler would differ by up to 0.02 per sample and by one sample in length, and so change the model's output.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from stable_audio_serve.core.generation import SourceAudio
 
 _ZERO_CROSSINGS = 6
 _ROLLOFF = 0.99
-_TILE_PHASES = (
-    64  # phases convolved together: for near-coprime rates all at once would take a gigabyte of mostly zero taps
-)
+# Phases that are convolved together. All phases at once would take a gigabyte of mostly zero taps for two rates that
+# are almost coprime.
+_TILE_PHASES = 64
 
 
 def prepare_source(audio: SourceAudio, *, sample_rate_hz: int, channels: int, num_samples: int) -> Tensor:
-    """Returns `audio` as (channels, num_samples) float32 on the CPU, resampled, then cropped or padded with zeros."""
-    # Arrays from another process are read-only; torch warns about those.
+    """Return `audio` as (channels, num_samples) float32 on the CPU, resampled, then cropped or padded with zeros."""
+    # torch warns about read-only arrays, which arrays from another process are.
     samples = torch.from_numpy(np.require(audio.samples, np.float32, ["C", "W"]))
     samples = fix_channels(samples, channels)
     samples = resample(samples, audio.sample_rate_hz, to_hz=sample_rate_hz, max_samples=num_samples)
@@ -33,10 +33,10 @@ def prepare_source(audio: SourceAudio, *, sample_rate_hz: int, channels: int, nu
 
 
 def fix_channels(samples: Tensor, channels: int) -> Tensor:
-    """Returns samples (C, S) as (channels, S).
+    """Convert samples (C, S) to (channels, S).
 
-    One channel is repeated, several are averaged for mono, and the first ones are kept if there are too many. Raises
-    InvalidUploadError if there are several but too few.
+    A mono source is copied to all channels. A mono output is the mean of all channels. Otherwise the first channels are
+    kept. Raises InvalidUploadError if the source has several channels, but fewer than `channels`.
     """
     found = samples.shape[0]
     if found == channels:
@@ -51,16 +51,16 @@ def fix_channels(samples: Tensor, channels: int) -> Tensor:
 
 
 def resampled_length(num_samples: int, from_hz: int, *, to_hz: int) -> int:
-    """Returns how many samples `resample` makes of `num_samples`."""
+    """Return the length of `num_samples` after `resample`, in samples."""
     return -(-num_samples * to_hz // from_hz)
 
 
 def resample(samples: Tensor, from_hz: int, *, to_hz: int, max_samples: int | None = None) -> Tensor:
-    """Returns `samples` (C, S) float32 resampled to (C, ceil(S * to_hz / from_hz)), or the first `max_samples` of it.
+    """Resample `samples` (C, S) float32 to (C, ceil(S * to_hz / from_hz)), or to the first `max_samples` of that.
 
-    Hann-windowed sinc, 6 zero crossings, roll-off 0.99. With the rates divided by their common divisor (o -> n) and
-    c = 0.99 min(o, n), output j of every n is the sum over k of x[k] (c/o) sinc(t) cos^2(pi t / 12) with
-    t = clamp((k/o - j/n) c, -6, 6).
+    The filter is a sinc with a Hann window, 6 zero crossings and a roll-off of 0.99. Let o and n be `from_hz` and
+    `to_hz` divided by their greatest common divisor, and c = 0.99 min(o, n). Output sample j is the sum over k of
+    x[k] (c/o) sinc(t) cos^2(pi t / 12) with t = clamp((k/o - j/n) c, -6, 6).
     """
     divisor = math.gcd(from_hz, to_hz)
     source_step, num_phases = from_hz // divisor, to_hz // divisor
@@ -89,9 +89,9 @@ def resample(samples: Tensor, from_hz: int, *, to_hz: int, max_samples: int | No
 
 
 def _kernel(phases: Tensor, taps: Tensor, *, source_step: int, num_phases: int, cutoff: float) -> Tensor:
-    """Returns weights (phases, taps) float32, computed in double.
+    """Return the filter weights (phases, taps) float32, computed in float64.
 
-    `taps` are input positions, counted from the start of the period.
+    `phases` are output positions and `taps` input positions, both counted from the start of a period.
     """
     distance = taps.double()[None] / source_step - phases.double()[:, None] / num_phases
     t = (distance * cutoff).clamp(-_ZERO_CROSSINGS, _ZERO_CROSSINGS)

@@ -1,7 +1,7 @@
-"""A clip's recipe: everything that determines one audio file, and nothing that differs between equal requests.
+"""A clip's recipe: all values that determine the bytes of one audio file. Equal requests have equal recipes.
 
-Recipes from clients are untrusted input. This module checks their form. The code that replays a recipe checks it
-against the limits of the server and its models. Independent of HTTP and models.
+Recipes from clients are untrusted input. This module checks their form. `api.native.replay` checks them against the
+limits of the server and its models.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from stable_audio_serve.core.generation import (
 )
 from stable_audio_serve.core.sound import Peaks
 
-MOST_BYTES = 1_048_576  # limit of a recipe as text
+MOST_BYTES = 1_048_576  # longest recipe as text
 MOST_REGIONS = 100
 _LONG = ("prompt", "negative_prompt", "inpaint_regions")
 
 
 def _to_int(value: object) -> object:
-    """Convert 8.0 to 8: JSON has one kind of number."""
+    """Convert 8.0 to 8, because JSON does not distinguish the two."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -44,12 +44,12 @@ FileFormat = Literal["wav", "flac", "mp3", "ogg", "opus"]  # the values of `audi
 
 
 def _unset(description: str | None = None) -> Any:
-    """Returns a field that is omitted from the output if unset."""
+    """Return an optional field that is left out of the JSON if it is unset."""
     return Field(None, description=description, exclude_if=lambda value: value is None)
 
 
 class _Part(BaseModel):
-    """Refuses unknown keys, other types and non-finite numbers; omits unset fields."""
+    """Base of the models in a recipe. Refuses unknown keys, values of another type and non-finite numbers."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=(), title=None
@@ -64,7 +64,7 @@ class RecipeSource(_Part):
 
 
 class RecipeMaker(_Part):
-    """The software and hardware that made the clip, which affect its last bits. Unknown values are omitted."""
+    """The software and hardware that made the clip. They affect its last bits. Unknown values are left out."""
 
     version: _ShortText | None = _unset("Version of stable-audio-serve.")
     torch: _ShortText | None = _unset("Version of PyTorch.")
@@ -86,7 +86,7 @@ class RecipeMaker(_Part):
 
 
 class Recipe(_Part):
-    """The recipe of one audio file, with field names as in the native API; its JSON has sorted keys."""
+    """The recipe of one audio file. Fields have the names of the native API."""
 
     recipe: Annotated[Literal[1], _WHOLE] = Field(description="Version of the recipe format.")
     model: _ShortText
@@ -143,17 +143,18 @@ class Recipe(_Part):
 
     @property
     def hashes(self) -> tuple[str, ...]:
-        """The SHA-256 hashes of the required sources, without duplicates."""
+        """The SHA-256 hashes of the source files that a replay needs, without duplicates."""
         return tuple(dict.fromkeys(source.sha256 for source in (self.init_audio, self.inpaint_audio) if source))
 
     @property
     def num_prompt_chars(self) -> int:
-        """Characters of both prompts; as JSON they take one to six bytes each."""
+        """The number of characters in both prompts. Each takes one to six bytes in JSON."""
         return len(self.prompt) + len(self.negative_prompt or "")
 
     def to_request(self, *, sources: Mapping[str, SourceAudio], request_id: str) -> GenerationRequest:
-        """Returns the request that repeats the clip, with sources by their hashes. It runs only on replicas of the
-        recipe's model with the recipe's weights.
+        """Return the request that recreates the clip. `sources` maps SHA-256 hashes to source audio.
+
+        Replicas with weights other than the recipe's refuse the request.
         """
         return GenerationRequest(
             prompt=self.prompt,
@@ -184,11 +185,11 @@ class Recipe(_Part):
         )
 
     def to_json(self) -> str:
-        """Returns the canonical text of this recipe: printable ASCII, no spaces between tokens, sorted keys."""
+        """Return the recipe as JSON in its canonical form: printable ASCII, sorted keys, no spaces between tokens."""
         return _to_text(self.model_dump())
 
     def to_short_json(self) -> str:
-        """Returns the recipe without long fields, which `left_out` lists. It cannot be replayed."""
+        """Return the recipe as JSON without its long fields; `left_out` lists them. It cannot be replayed."""
         left_out = [name for name in _LONG if getattr(self, name) is not None]
         return _to_text({**self.model_dump(exclude={*left_out}), "left_out": left_out})
 
@@ -209,7 +210,7 @@ def write_recipes(
     peaks: Peaks | Literal["full"],
     samples: int | None = None,
 ) -> tuple[Recipe, ...]:
-    """Returns the recipe of each variation of a request, with its seed. `sources` are the request's source files."""
+    """Return the recipe of each variation of a request. They differ only in the seed."""
     making = made_on.making
     init, inpaint = sources.get("init"), sources.get("inpaint")
     first = Recipe.model_construct(
@@ -250,7 +251,7 @@ def write_recipes(
 
 
 def sources_of(request: GenerationRequest) -> dict[Role, RecipeSource] | None:
-    """Returns the files that a request's sources were decoded from; None if a source has no single file."""
+    """Return the hashes of a request's source files, or None if a source was not decoded from a single file."""
     given: dict[Role, SourceAudio | None] = {"init": request.init_audio, "inpaint": request.inpaint_audio}
     found = {role: source for role, source in given.items() if source is not None}
     if not all(source.sha256 for source in found.values()):
@@ -259,7 +260,7 @@ def sources_of(request: GenerationRequest) -> dict[Role, RecipeSource] | None:
 
 
 def write_maker(made_on: MadeOn, *, codecs: str | None) -> RecipeMaker:
-    """Returns the recipe's description of the engine; `codecs` None: no codec was involved."""
+    """Return the recipe's description of the engine. `codecs` names the audio libraries, if any were used."""
     making = made_on.making
     if making is None:
         return RecipeMaker(device=made_on.device, dtype=made_on.dtype)
@@ -283,13 +284,13 @@ def write_maker(made_on: MadeOn, *, codecs: str | None) -> RecipeMaker:
 def _codecs_of(file_format: FileFormat, sources: Collection[str]) -> str | None:
     if not sources and file_format == "wav":
         return None
-    from stable_audio_serve.audio.encode import name_codecs  # jobs and the queue need recipes, but no NumPy
+    from stable_audio_serve.audio.encode import name_codecs  # imports NumPy, which not every user of recipes needs
 
     return name_codecs()
 
 
 def is_exact(recipe: Recipe, made_on: MadeOn) -> bool:
-    """Whether a replay of a recipe has the same bytes as the first run.
+    """Whether a replay that ran on `made_on` has the same bytes as the original.
 
     True only if both ran in strict mode with the same weights, kind of device, processor, versions and precisions.
     """
@@ -305,5 +306,5 @@ def is_exact(recipe: Recipe, made_on: MadeOn) -> bool:
 
 
 def _to_float(value: float | None) -> float | None:
-    """Convert to float, because equal numbers must have equal JSON: 2 and 2.0 do not."""
+    """Convert to float, because 2 and 2.0 are equal but differ in JSON."""
     return None if value is None else float(value)

@@ -1,4 +1,4 @@
-"""Changes the speed of audio without changing its pitch, with the Signalsmith stretch library."""
+"""Change the speed of audio without changing its pitch, with the Signalsmith stretch library."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ if TYPE_CHECKING:
 
 _BLOCK_S = 0.1
 _BLOCKS_OVERLAPPING = 6
-_MARGIN_S = 0.25  # silence around the clip, so that the library's fades fall outside it
-_MAX_FACTOR = 2.0  # beyond it the library smears attacks; several smaller passes keep them
+_MARGIN_S = 0.25  # silence added around the clip, so that the library's fades do not affect the clip
+_MAX_FACTOR = 2.0  # per pass, because the library smears attacks at larger factors
 
 
 def time_stretch(audio: npt.NDArray[np.float32], sample_rate_hz: int, *, speed: float) -> npt.NDArray[np.float32]:
-    """Returns `audio` (C, S) float32 played `speed` times as fast at the same pitch: (C, round(S / speed)) float32.
+    """Play `audio` (C, S) float32 `speed` times as fast at the same pitch. Returns (C, round(S / speed)) float32.
 
-    Non-empty audio keeps at least one sample. Sample n moves to n / speed. Channels share their phase decisions, which
-    preserves the stereo image. Peaks may exceed those of the input. Equal inputs give equal outputs. Raises ValueError
-    unless `speed` is positive and finite.
+    The output has at least one sample unless `audio` is empty. Its peaks may be higher than those of the input. Equal
+    inputs give equal outputs. Raises ValueError unless `speed` is positive and finite.
     """
     if not (math.isfinite(speed) and speed > 0):
         raise ValueError(f"speed must be positive and finite, not {speed}")
@@ -44,4 +43,4 @@ def _stretch_once(audio: npt.NDArray[np.float32], sample_rate_hz: int, *, speed:
     block = math.ceil(_BLOCK_S * sample_rate_hz)
     stretch.configure(audio.shape[0], block, max(1, block // _BLOCKS_OVERLAPPING))
     stretch.setTimeFactor(speed)
-    return np.asarray(stretch.process(np.ascontiguousarray(audio)), np.float32)  # without the library's latency
+    return np.asarray(stretch.process(np.ascontiguousarray(audio)), np.float32)  # `process` removes the latency

@@ -1,7 +1,4 @@
-"""Threads and processes that decode uploads and encode files, off the event loop.
-
-Independent of requests and of where files are stored.
-"""
+"""Threads and processes that decode uploads and encode files, so that the event loop stays free."""
 
 from __future__ import annotations
 
@@ -21,30 +18,30 @@ from stable_audio_serve.core.generation import SourceAudio
 
 T = TypeVar("T")
 
-MAX_DECODE_S = 20.0  # per file
-MAX_SOURCE_BYTES = 2**30  # decoded source audio of the requests or jobs in progress, per process
+MAX_DECODE_S = 20.0  # time limit for decoding one file
+MAX_SOURCE_BYTES = 2**30  # limit per process for the decoded source audio of all requests or jobs in progress
 _NICENESS = 5
 
 
 class AudioWorkers:
-    """Decodes one upload and encodes two clips at a time; further calls wait."""
+    """Decodes one upload and encodes two clips at a time. Further calls wait."""
 
     def __init__(self, *, own_rates_hz: Collection[int]) -> None:
-        """`own_rates_hz` are accepted besides the usual rates, see `AudioDecoder`. Starts no process yet."""
+        """Start no process yet. `AudioDecoder` explains `own_rates_hz`."""
         self._decoder = AudioDecoder(timeout_s=MAX_DECODE_S, own_rates_hz=own_rates_hz)
         self._decode_threads = ThreadPoolExecutor(1, thread_name_prefix="audio-decode")
         self._encode_threads = ThreadPoolExecutor(2, thread_name_prefix="audio-encode", initializer=_yield_to_others)
 
     async def decode(self, file: IO[bytes], *, max_s: float, field: str = "audio") -> SourceAudio:
-        """Returns the first `max_s` seconds of an open file, and its hash; see `AudioDecoder.decode`."""
+        """Return the first `max_s` seconds of an open file, with the file's hash. `AudioDecoder.decode` has details."""
         return await self.run_decoding(lambda: self._decode(file, max_s=max_s, field=field))
 
     async def read_text(self, file: IO[bytes], *, field: str) -> str | None:
-        """Returns the text in an open file; see `AudioDecoder.read_text`."""
+        """Return the text embedded in an open file, see `AudioDecoder.read_text`."""
         return await self.run_decoding(lambda: self._decoder.read_text(file, field=field))
 
     async def decode_path(self, path: Path, *, max_s: float) -> SourceAudio:
-        """Returns the first `max_s` seconds of the file at `path`; see `AudioDecoder.decode`. Also raises OSError."""
+        """Return the first `max_s` seconds of the file at `path`, like `decode`. Also raises OSError."""
 
         def decode() -> SourceAudio:
             with path.open("rb") as file:
@@ -57,11 +54,11 @@ class AudioWorkers:
         return replace(audio, sha256=hash_file(file))
 
     async def run_decoding(self, function: Callable[[], T]) -> T:
-        """Call `function`, which reads or writes uploads, on a decoding thread. Returns its result."""
+        """Return the result of `function`, which reads or writes uploads, on the decoding thread."""
         return await asyncio.get_running_loop().run_in_executor(self._decode_threads, function)
 
     async def run_encoding(self, function: Callable[[], T]) -> T:
-        """Call `function`, which encodes a file, on an encoding thread. Returns its result."""
+        """Return the result of `function`, which encodes a file, on an encoding thread."""
         return await asyncio.get_running_loop().run_in_executor(self._encode_threads, function)
 
     async def close(self) -> None:
@@ -72,16 +69,16 @@ class AudioWorkers:
 
 
 def hash_file(file: IO[bytes]) -> str:
-    """Returns the SHA-256 of an open file, which identifies it in recipes. CPU work."""
+    """Return the SHA-256 of an open file in hexadecimal. Recipes identify source files by it."""
     file.seek(0)
-    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # any binary file will do
+    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # works with any binary file
 
 
 def _yield_to_others() -> None:
     """Lower this thread's priority below the event loop and the models, on systems with priorities per thread.
 
-    With MP3 encoding for all requests on two cores, the engine steps 1.08 times as fast and the event loop waits 0.6
-    times as long for a core. With twice the load, encoding becomes the bottleneck.
+    Measured with MP3 encoding for all requests on two cores: the engine steps 1.08 times as fast, and the event loop
+    waits 0.6 times as long for a core. At twice that load, encoding is the bottleneck.
     """
     if sys.platform == "linux":
         thread = threading.get_native_id()

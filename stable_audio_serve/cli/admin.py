@@ -1,7 +1,6 @@
-"""`stable-audio-serve admin`: changes a running server, with a key that has the scope `admin`; its `jobs` need only the
-store.
+"""`stable-audio-serve admin`: commands for operators. They need a running server and a key with the scope `admin`.
 
-Imports what a command needs only when it runs.
+`admin jobs` needs only the job store. Large modules are imported only when a command runs.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from urllib.parse import quote
 import typer
 
 from stable_audio_serve.cli import store_jobs
-from stable_audio_serve.cli.messages import Ending, fail
+from stable_audio_serve.cli.messages import ExitCode, fail
 from stable_audio_serve.cli.remote import JsonOption, KeyFileOption, UrlOption, ask, connected
 
 if TYPE_CHECKING:
@@ -29,15 +28,15 @@ _POLL_S = 0.5
 app = typer.Typer(no_args_is_help=True, help="Load models, drain the server, handle dead letters.")
 app.add_typer(store_jobs.app, name="jobs")
 
-_Model = Annotated[str, typer.Argument(metavar="MODEL", help="Its name or one of its aliases.")]
-_Wait = Annotated[float, typer.Option("--wait", min=0, max=86_400, help="Longest time to wait for it, seconds.")]
+_Model = Annotated[str, typer.Argument(metavar="MODEL", help="Name or alias of the model.")]
+_Wait = Annotated[float, typer.Option("--wait", min=0, max=86_400, help="Longest time to wait, seconds.")]
 
 
 @app.command()
 def load(model: _Model, wait: _Wait = 0.0, *, url: UrlOption = None, key_file: KeyFileOption = None) -> None:
-    """Keep one replica of a model until `unload`.
+    """Keep one replica of a model loaded until `unload`.
 
-    It stays without load, too. With --wait the command ends when it is ready.
+    The replica stays even without requests. With --wait the command ends when it is ready.
     """
     with connected(url, key_file) as client:
         kept = ask(client, f"POST {_PREFIX}/models/{quote(model, safe='')}/load")
@@ -48,16 +47,16 @@ def load(model: _Model, wait: _Wait = 0.0, *, url: UrlOption = None, key_file: K
             stage = ask(client, "GET /v1/status")["models"][kept["model"]]["stage"]
     typer.echo(f"{kept['model']}: kept loaded; it is {stage} now")
     if stage == "failed":
-        raise typer.Exit(Ending.FAILED)
+        raise typer.Exit(ExitCode.FAILED)
     if wait and stage != "ready":
-        raise typer.Exit(Ending.OUT_OF_TIME)
+        raise typer.Exit(ExitCode.OUT_OF_TIME)
 
 
 @app.command()
 def unload(model: _Model, *, url: UrlOption = None, key_file: KeyFileOption = None) -> None:
-    """Let an idle model go to zero replicas again.
+    """Allow an idle model to have no replica again.
 
-    It goes after its `downscale_delay_s` without work.
+    Its last replica stops after `downscale_delay_s` without work.
     """
     with connected(url, key_file) as client:
         kept = ask(client, f"POST {_PREFIX}/models/{quote(model, safe='')}/unload")
@@ -69,7 +68,8 @@ def drain(wait: _Wait = 3600.0, *, url: UrlOption = None, key_file: KeyFileOptio
     """Drain the server: finish current work, accept no more.
 
     /ready answers 503, and waiting jobs are left to other servers. The command ends when the work is finished.
-    Afterwards stop the server, or let it accept work with `resume`. Exit code 6: not finished in time; it still drains.
+    Afterwards stop the server, or let it accept work with `resume`. Exit code 6: the server was still draining after
+    --wait.
     """
     with connected(url, key_file) as client:
         state = ask(client, f"POST {_PREFIX}/drain")
@@ -83,7 +83,7 @@ def drain(wait: _Wait = 3600.0, *, url: UrlOption = None, key_file: KeyFileOptio
             time.sleep(_POLL_S)
             state = ask(client, "GET /v1/status")["draining"]
     if state["state"] != "drained":
-        raise fail(f"not done after {wait:g} s: {_left(state)}", Ending.OUT_OF_TIME)
+        raise fail(f"still draining after {wait:g} s: {_left(state)}", ExitCode.OUT_OF_TIME)
     typer.echo("drained: nothing is left to finish")
 
 
@@ -98,11 +98,11 @@ def resume(*, url: UrlOption = None, key_file: KeyFileOption = None) -> None:
 @app.command("dead-letters")
 def dead_letters(
     numbers: Annotated[
-        list[int] | None, typer.Argument(metavar="NUMBER", min=0, help="Only these, with their events.")
+        list[int] | None, typer.Argument(metavar="NUMBER", min=0, help="Only these dead letters, with their events.")
     ] = None,
     *,
     retry: Annotated[bool, typer.Option("--retry", help="Queue them again, with new attempts.")] = False,
-    delete: Annotated[bool, typer.Option("--delete", help="Delete them and the files they started from.")] = False,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete them and their source files.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="With --retry or --delete: all of them.")] = False,
     model: Annotated[str | None, typer.Option("--model", help="Only those of this model, by canonical name.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=100_000, help="Maximum number to list.")] = 50,
@@ -112,16 +112,17 @@ def dead_letters(
 ) -> None:
     """List, show, retry or delete dead letters.
 
-    Dead letters are jobs of all clients that used up their attempts. Without NUMBER list them, newest first.
+    Dead letters are jobs of any client that used up their attempts. Without NUMBER the command lists them, newest
+    first.
     """
     if retry and delete:
-        raise fail("either --retry or --delete")
+        raise fail("use either --retry or --delete, not both")
     with connected(url, key_file) as client:
         if retry or delete:
             chosen = _choose(client, numbers, everything=everything, model=model)
             _act(client, chosen, action="retry" if retry else "delete", done="queued again" if retry else "deleted")
         elif everything:
-            raise fail("--all needs --retry or --delete")
+            raise fail("use --all together with --retry or --delete")
         else:
             _show(client, numbers, model=model, limit=limit, as_json=as_json)
 
@@ -145,9 +146,9 @@ def _show(client: Client, numbers: Sequence[int] | None, *, model: str | None, l
 def _choose(
     client: Client, numbers: Sequence[int] | None, *, everything: bool, model: str | None
 ) -> Iterator[Sequence[int]]:
-    """The numbers to act on, in pages. Leaves out later dead letters."""
+    """Return the numbers of the chosen dead letters, in pages. Dead letters that are added later are not included."""
     if bool(numbers) == (everything or model is not None):
-        raise fail("name dead letters by their numbers, or --all, or --model")
+        raise fail("choose dead letters by NUMBER, or with --all or --model")
     if numbers:
         return iter([numbers[start : start + _PAGE] for start in range(0, len(numbers), _PAGE)])
     return ([letter["number"] for letter in page] for page in _pages(client, model=model, most=None))

@@ -1,4 +1,4 @@
-"""Which configuration a command uses: `--config`, `serve_config.yaml` in this folder, or the packaged file."""
+"""Find the configuration of a command: `--config`, else `serve_config.yaml` in this folder, else the packaged file."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ ConfigOption = Annotated[
 
 
 def read_configuration(asked: Path | None) -> ServeFile:
-    """Returns the configuration and prints its name to standard error. Raises ConfigError."""
+    """Return the configuration, and print its name to standard error. Raises ConfigError."""
     from stable_audio_serve.serving.serve_file import PACKAGED_FILE, find_serve_file, read_serve_file
 
     path = find_serve_file(asked)
     if path == PACKAGED_FILE:
-        say("the packaged one, which serves the demo model; `stable-audio-serve init` writes it here to be edited")
+        say("the packaged one, which serves the demo model; `stable-audio-serve init` copies it here for editing")
     else:
         say(str(path))
     return read_serve_file(path)
 
 
 def load_configured(asked: Path | None) -> Settings:
-    """Returns the effective settings of that configuration. Raises ConfigError."""
+    """Return the effective settings of the configuration that `read_configuration` finds. Raises ConfigError."""
     from stable_audio_serve.core.settings_sources import load_settings
     from stable_audio_serve.serving.serve_file import PACKAGED_FILE, require_known_keys
 
@@ -42,5 +42,5 @@ def load_configured(asked: Path | None) -> Settings:
 
 
 def say(which: str) -> None:
-    """Print to standard error which configuration is in use; standard output is for programs."""
+    """Print to standard error which configuration is in use. Standard output is for the result of the command."""
     typer.echo(f"configuration: {which}", err=True)

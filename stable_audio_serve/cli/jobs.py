@@ -1,6 +1,6 @@
-"""`stable-audio-serve jobs`: work that a server does later, for the client of the key.
+"""`stable-audio-serve jobs`: submit and manage a client's jobs on a server.
 
-Imports what a command needs only when it runs.
+Large modules are imported only when a command runs, so that the program starts quickly.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from stable_audio_serve.cli.messages import Ending, fail, plain_errors
+from stable_audio_serve.cli.messages import ExitCode, fail, plain_errors
 from stable_audio_serve.cli.remote import JsonOption, KeyFileOption, UrlOption, open_client
-from stable_audio_serve.cli.sound_options import Keep, Prompt, SoundOptions, with_options
+from stable_audio_serve.cli.sound_options import STRENGTH_HELP, Keep, Prompt, SoundOptions, with_options
 from stable_audio_serve.core.errors import ConflictError, NotFoundError
 
 if TYPE_CHECKING:
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Submit, list, show, fetch and cancel jobs of a server.")
 
-_ENDINGS = {"succeeded": Ending.DONE, "failed": Ending.FAILED, "cancelled": Ending.INTERRUPTED}
+_EXIT_CODES = {"succeeded": ExitCode.DONE, "failed": ExitCode.FAILED, "cancelled": ExitCode.INTERRUPTED}
 
-_Id = Annotated[str, typer.Argument(metavar="ID", help="As `submit` printed it.")]
-_Ids = Annotated[list[str], typer.Argument(metavar="ID", help="As `submit` printed them.")]
+_Id = Annotated[str, typer.Argument(metavar="ID", help="Id of a job, as `submit` prints it.")]
+_Ids = Annotated[list[str], typer.Argument(metavar="ID", help="Ids of jobs, as `submit` prints them.")]
 
 
 @app.command()
@@ -31,15 +31,17 @@ _Ids = Annotated[list[str], typer.Argument(metavar="ID", help="As `submit` print
 def submit(
     prompt: Prompt,
     *,
-    audio: Annotated[str | None, typer.Option(help="Make a variation of this; - is standard input.")] = None,
-    noise: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="With --audio: low keeps more of it.")] = None,
+    audio: Annotated[str | None, typer.Option(help="Source audio of a variation; - is standard input.")] = None,
+    noise: Annotated[float | None, typer.Option(min=0.0, max=1.0, help=f"With --audio: {STRENGTH_HELP}")] = None,
     regions: Annotated[
         list[str] | None,
         typer.Option("--region", "-r", metavar="START:END", help="With --audio: part to regenerate, seconds."),
     ] = None,
     keep: Keep = None,
     webhook: Annotated[str | None, typer.Option(help="URL called when the job ends.")] = None,
-    key: Annotated[str | None, typer.Option("--idempotency-key", help="The same key finds the same job again.")] = None,
+    key: Annotated[
+        str | None, typer.Option("--idempotency-key", help="Submitting again with the same key returns the first job.")
+    ] = None,
     options: SoundOptions,
 ) -> None:
     """Submit a job and print its id."""
@@ -56,14 +58,14 @@ def submit(
             raise ValueError("--noise is for variations: it has no effect with --region")
         spans = [parse_region(region) for region in regions or ()]
         fields = {**options.controls, "init_noise_level": noise, "keep": keep, "webhook_url": webhook}
-        order = makers.Order(
+        request = makers.SoundRequest(
             "generate" if audio is None else "inpaint" if spans else "vary",
             read_prompt(prompt),
             audio=None if audio is None else read_audio(audio),
             regions=spans,
             controls={name: value for name, value in fields.items() if value is not None},
         )
-        job = makers.submit(order, client, key=key)
+        job = makers.submit(request, client, key=key)
     typer.echo(json.dumps(dict(job.sent), indent=2) if options.as_json else job.id)
 
 
@@ -100,7 +102,7 @@ def list_jobs(
 @app.command()
 def show(
     job_id: _Id,
-    watch: Annotated[bool, typer.Option("--watch", help="Show progress until it is over.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show progress until the job ends.")] = False,
     *,
     url: UrlOption = None,
     key_file: KeyFileOption = None,
@@ -119,7 +121,7 @@ def show(
             job = client.jobs.get(job_id)
     typer.echo(json.dumps(dict(job.sent), indent=2))
     if watch and job.status != "succeeded":
-        raise fail(job.error or f"the job was {job.status}", _ENDINGS[job.status])
+        raise fail(job.error or f"the job was {job.status}", _EXIT_CODES[job.status])
 
 
 @app.command()
@@ -131,7 +133,7 @@ def fetch(
     url: UrlOption = None,
     key_file: KeyFileOption = None,
 ) -> None:
-    """Wait for a job's end and write its audio."""
+    """Wait until a job ends and write its audio."""
     from stable_audio_serve.cli.sound_files import check_outputs, report, save
     from stable_audio_serve.cli.tables import progress_line
 
@@ -139,17 +141,17 @@ def fetch(
         check_outputs(out, as_json=as_json)
         with progress_line(quiet=False) as show_progress:
             job = client.jobs.wait(job_id, on_progress=show_progress)
-        take = client.jobs.fetch(job)
-        recipe = take.clips[0].recipe or {}
-        files = save(take, out, prompt=str(recipe.get("prompt") or job.id))
-    report(take, files, as_json=as_json)
+        result = client.jobs.fetch(job)
+        recipe = result.clips[0].recipe or {}
+        files = save(result, out, prompt=str(recipe.get("prompt") or job.id))
+    report(result, files, as_json=as_json)
 
 
 @app.command()
 def cancel(job_ids: _Ids, *, url: UrlOption = None, key_file: KeyFileOption = None) -> None:
     """Cancel jobs.
 
-    Waiting jobs end at once, running ones within one step.
+    Waiting jobs end at once, running jobs within one denoising step.
     """
     with plain_errors(), open_client(url, key_file) as client:
         faults = []

@@ -1,4 +1,4 @@
-"""`stable-audio-serve keys`: makes API keys, and checks a file of keys before a server reads it. Changes no file."""
+"""`stable-audio-serve keys`: create API keys, and check a file of keys before a server reads it. Changes no file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SCOPE_HELP = f"Permission: {', '.join(SCOPES)}; may be repeated; default: gener
 def new(
     name: Annotated[
         str | None,
-        typer.Argument(help="Its client: a client's next key finds the jobs of its last one."),
+        typer.Argument(help="Name of the client. Keys with the same name share the client's jobs."),
     ] = None,
     *,
     scope: Annotated[list[str] | None, typer.Option(metavar="SCOPE", help=_SCOPE_HELP)] = None,
@@ -39,10 +39,10 @@ def new(
 ) -> None:
     """Make a key.
 
-    Prints the server's line to standard output, and the key itself to standard error.
+    Prints a line for the server's configuration to standard output, and the key for the client to standard error.
 
-    Add the line to the file of `api.key_file` (STABLE_AUDIO_API_KEY_FILE), or its first word, without scopes and
-    limits, to `api.key_hashes` (STABLE_AUDIO_API_KEY_HASHES).
+    Add the line to the file that `api.key_file` (STABLE_AUDIO_API_KEY_FILE) names. A key without scopes and limits can
+    also go to `api.key_hashes` (STABLE_AUDIO_API_KEY_HASHES): add the first word of the line.
     """
     made = make_key()
     entry = f"{name}:{hash_key(made)}" if name is not None else hash_key(made)
@@ -61,7 +61,7 @@ def new(
 def check(file: Annotated[Path, typer.Argument(help="File of keys.")]) -> None:
     """Check a file of keys.
 
-    Prints client, scopes and limits of each key. Exit code 2: the message names the invalid line.
+    Prints client, scopes and limits of each key. Exit code 2: a line is invalid; the message names it.
     """
     from stable_audio_serve.core.key_file import load_key_file
 

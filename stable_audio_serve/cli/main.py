@@ -1,4 +1,4 @@
-"""The program `stable-audio-serve`: puts its commands together. Imports what a command needs only when it runs."""
+"""The program `stable-audio-serve`, with all its commands. Large modules are imported only when a command runs."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def main(
 
 @app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(help="Checkpoint with golden.json and golden.safetensors beside it.")],
+    folder: Annotated[Path, typer.Argument(help="Checkpoint folder with golden.json and golden.safetensors.")],
     json_file: Annotated[
-        typer.FileTextWrite | None, typer.Option("--json", metavar="FILE", help="File for every comparison.")
+        typer.FileTextWrite | None, typer.Option("--json", metavar="FILE", help="Write every comparison to this file.")
     ] = None,
 ) -> None:
-    """Check a checkpoint's stored reference numbers here.
+    """Check a checkpoint against its stored reference numbers.
 
-    Exit code 1 names the components that differ on this machine.
+    Exit code 1: some components differ; the output names them.
     """
     import json
 

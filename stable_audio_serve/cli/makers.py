@@ -1,4 +1,4 @@
-"""Makes the sound of a command: by a server, as a job with progress, or by the engine in this process."""
+"""Generate the audio of a command: as a job on a server, or with an engine in this process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from stable_audio_serve.client import AsyncClient, Client, Job, JobProgress, Take
+from stable_audio_serve.client import AsyncClient, Client, Job, JobProgress, Result
 from stable_audio_serve.core.catalog import OPEN_FAMILY
 from stable_audio_serve.core.errors import ConflictError
 
@@ -24,26 +24,26 @@ OnProgress = Callable[[JobProgress], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """What to make. `controls` has the optional fields, without None."""
+class SoundRequest:
+    """The audio that a command asks for. `controls` has the optional fields that are set, by their names in the API."""
 
     kind: Literal["generate", "vary", "inpaint", "loop", "replay"]
     prompt: str = ""
     audio: bytes | None = None
     regions: Sequence[tuple[float, float]] = ()
     controls: Mapping[str, Any] = field(default_factory=dict)
-    recipe: Mapping[str, Any] = field(default_factory=dict)  # of a replay
+    recipe: Mapping[str, Any] = field(default_factory=dict)  # only for "replay", as are the sources
     sources: Sequence[bytes] = ()
 
     def model(self, catalog: ModelCatalog, *, dialects: DialectSettings) -> str:
-        """Returns the canonical name of the model that makes it. Raises UnknownModelError."""
+        """Return the canonical name of the model that this request selects. Raises UnknownModelError."""
         if self.kind == "loop":
             return catalog.choose(dialects.model, family=OPEN_FAMILY).name
         name = self.controls.get("model") or self.recipe.get("model") or catalog.default.name
         return catalog.resolve(str(name)).name
 
     def arguments(self) -> tuple[list[Any], dict[str, Any]]:
-        """Returns how a client's method of this kind is called."""
+        """Return the positional and keyword arguments of the client's method named `kind`."""
         more: dict[str, Any] = dict(self.controls)
         if self.kind == "loop":
             return [self.prompt], {"audio": self.audio, **more}
@@ -54,44 +54,44 @@ class Order:
         return ([self.prompt] if self.audio is None else [self.audio, self.prompt]), more
 
 
-def make_by_server(order: Order, client: Client, *, on_progress: OnProgress) -> Take:
-    """Returns the take of a job, which Ctrl-C cancels. Loops and replays are single requests.
+def make_by_server(request: SoundRequest, client: Client, *, on_progress: OnProgress) -> Result:
+    """Generate the audio as a job on a server, which Ctrl-C cancels. Loops and replays are sent as single requests.
 
     Raises errors of `core.errors`.
     """
-    arguments, more = order.arguments()
-    if order.kind == "loop":
+    arguments, more = request.arguments()
+    if request.kind == "loop":
         return client.loop(*arguments, **more)
-    if order.kind == "replay":
+    if request.kind == "replay":
         return client.replay(*arguments, **more)
     key = uuid.uuid4().hex
     try:
-        job = submit(order, client, key=key)
+        job = submit(request, client, key=key)
         return client.jobs.fetch(client.jobs.wait(job.id, on_progress=on_progress))
     except KeyboardInterrupt:
-        job = submit(order, client, key=key)  # its id may not have arrived yet
-        with suppress(ConflictError):  # it has ended
+        job = submit(request, client, key=key)  # the same key returns the same job: its id may not have arrived
+        with suppress(ConflictError):  # the job has ended
             client.jobs.cancel(job.id)
         raise
 
 
-def submit(order: Order, client: Client, *, key: str | None) -> Job:
-    """Returns the job of an order that is no loop or replay; the same `key` gives the same job.
+def submit(request: SoundRequest, client: Client, *, key: str | None) -> Job:
+    """Submit a request other than a loop or a replay as a job. Calls with the same `key` return the same job.
 
     Raises errors of `core.errors`.
     """
-    arguments, more = order.arguments()
+    arguments, more = request.arguments()
     jobs = client.jobs
     submits: dict[str, Callable[..., Job]] = {
         "generate": jobs.submit,
         "vary": jobs.submit_variation,
         "inpaint": jobs.submit_inpaint,
     }
-    return submits[order.kind](*arguments, idempotency_key=key, **more)
+    return submits[request.kind](*arguments, idempotency_key=key, **more)
 
 
-def make_here(order: Order, *, config: Path | None, on_progress: OnProgress) -> Take:
-    """Returns the take of the same application in this process, over an engine for the order's model only.
+def make_here(request: SoundRequest, *, config: Path | None, on_progress: OnProgress) -> Result:
+    """Generate the audio in this process, with the server's application and an engine for the requested model.
 
     Raises errors of `core.errors`.
     """
@@ -99,10 +99,10 @@ def make_here(order: Order, *, config: Path | None, on_progress: OnProgress) -> 
 
     from stable_audio_serve.cli.configuration import load_configured
 
-    return asyncio.run(_make_here(order, load_configured(config), on_progress=on_progress))
+    return asyncio.run(_make_here(request, load_configured(config), on_progress=on_progress))
 
 
-async def _make_here(order: Order, settings: Settings, *, on_progress: OnProgress) -> Take:
+async def _make_here(request: SoundRequest, settings: Settings, *, on_progress: OnProgress) -> Result:
     import tempfile
 
     import httpx
@@ -116,13 +116,13 @@ async def _make_here(order: Order, settings: Settings, *, on_progress: OnProgres
 
     configure_logging("warning")  # on standard error: standard output may be a file or JSON
     plan = plan_deployments(settings)
-    name = order.model(plan.catalog, dialects=settings.dialects)
+    name = request.model(plan.catalog, dialects=settings.dialects)
     (model,) = (model for model in plan.settings.models if plan.catalog.resolve(model.name).name == name)
-    # Measuring the model's speed first does not pay for one take.
+    # Skip the measurement of the model's speed. It would not pay for a single request.
     model = model.model_copy(update={"engine": model.engine.model_copy(update={"warmup_budget_s": 0.0})})
     on_progress(JobProgress("loading", 0.0, None, None))
     engine = load_named_engine(plan.settings, model)
-    arguments, more = order.arguments()
+    arguments, more = request.arguments()
     with tempfile.TemporaryDirectory() as folder:
         open_to_us = settings.api.model_copy(update={"key_hashes": (), "key_file": None})
         alone = Chosen(output_dir=folder, api=open_to_us, audio=settings.audio, dialects=settings.dialects)
@@ -130,12 +130,12 @@ async def _make_here(order: Order, settings: Settings, *, on_progress: OnProgres
             app = create_app(_Reporting(backend, on_progress), alone)
             http = httpx.AsyncClient(transport=httpx.ASGITransport(app), timeout=None)
             async with AsyncClient("http://localhost", http=http) as client:
-                return await getattr(client, order.kind)(*arguments, **more)
+                return await getattr(client, request.kind)(*arguments, **more)
 
 
 @dataclass(frozen=True, slots=True)
 class _Reporting:
-    """A backend that also reports progress to this process."""
+    """Wraps a backend and also reports progress to `report`."""
 
     backend: Backend
     report: OnProgress

@@ -1,4 +1,4 @@
-"""How commands report failures: one sentence on standard error and an exit code of the table in `docs/clients.md`."""
+"""Report failures of commands: one sentence on standard error, and an exit code from the table in `docs/clients.md`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import typer
 from stable_audio_serve.core import errors
 
 
-class Ending(IntEnum):
-    """The exit codes."""
+class ExitCode(IntEnum):
+    """The exit codes of all commands."""
 
     DONE = 0
     FAILED = 1
@@ -26,14 +26,14 @@ class Ending(IntEnum):
 
 
 # Errors whose messages name fields of the API.
-_OF_REQUESTS = (errors.InvalidRequestError, errors.InvalidUploadError, errors.UploadTooLargeError)
-_ENDINGS: tuple[tuple[tuple[type[errors.StableAudioError], ...], Ending], ...] = (
-    ((*_OF_REQUESTS, errors.NotFoundError, errors.ConflictError, errors.ConfigError), Ending.REFUSED),
-    ((errors.UnreachableError,), Ending.NO_SERVER),
-    ((errors.UnauthorizedError, errors.ForbiddenError), Ending.KEY),
-    ((errors.OverloadedError, errors.ModelUnavailableError, errors.StoppingError), Ending.NO_ROOM),
-    ((errors.DeadlineExceededError,), Ending.OUT_OF_TIME),
-    ((errors.CancelledRequestError,), Ending.INTERRUPTED),
+_REQUEST_ERRORS = (errors.InvalidRequestError, errors.InvalidUploadError, errors.UploadTooLargeError)
+_EXIT_CODES: tuple[tuple[tuple[type[errors.StableAudioError], ...], ExitCode], ...] = (
+    ((*_REQUEST_ERRORS, errors.NotFoundError, errors.ConflictError, errors.ConfigError), ExitCode.REFUSED),
+    ((errors.UnreachableError,), ExitCode.NO_SERVER),
+    ((errors.UnauthorizedError, errors.ForbiddenError), ExitCode.KEY),
+    ((errors.OverloadedError, errors.ModelUnavailableError, errors.StoppingError), ExitCode.NO_ROOM),
+    ((errors.DeadlineExceededError,), ExitCode.OUT_OF_TIME),
+    ((errors.CancelledRequestError,), ExitCode.INTERRUPTED),
 )
 OPTIONS: Mapping[str, str] = {
     "model": "--model",
@@ -64,7 +64,7 @@ _PHRASES = (
     ("String should have at least 1 character", "must not be empty"),
     ("String should have", "must have"),
 )
-# The name of a field: the first word of a sentence, or any word with an underscore.
+# The name of an API field in a message: the first word of a sentence, or any word with an underscore.
 _NAME = re.compile(
     r"(?:(?<=^)|(?<=; )|(?<=: ))[a-z_.]+(?=:| must | is )|(?<![\w.])[a-z]+(?:_[a-z]+)+(?:\.[a-z_]+)?(?!\w)"
 )
@@ -72,47 +72,49 @@ _NAME = re.compile(
 
 @contextmanager
 def plain_errors(names: Mapping[str, str] | None = None) -> Iterator[None]:
-    """End the command with a sentence and an exit code when an expected error is raised.
+    """Turn an expected error into a message and an exit code, and end the command.
 
-    `names` are the command's options for fields of the API, where they differ from `OPTIONS`.
+    Messages name options instead of API fields. `names` maps fields to the options of this command where they differ
+    from `OPTIONS`.
     """
     try:
         yield
     except errors.StableAudioError as error:
-        ending = next((ending for kinds, ending in _ENDINGS if isinstance(error, kinds)), Ending.FAILED)
+        code = next((code for kinds, code in _EXIT_CODES if isinstance(error, kinds)), ExitCode.FAILED)
         hint = "; set STABLE_AUDIO_API_KEY or --key-file" if isinstance(error, errors.UnauthorizedError) else ""
-        message = in_options(error.message, names) if isinstance(error, _OF_REQUESTS) else error.message
-        raise fail(f"{message}{hint}", ending) from error
+        message = in_options(error.message, names) if isinstance(error, _REQUEST_ERRORS) else error.message
+        raise fail(f"{message}{hint}", code) from error
     except OSError as error:
         raise fail(describe_os_error(error)) from error
     except ValueError as error:
         raise fail(str(error)) from error
     except KeyboardInterrupt as error:
-        raise fail("interrupted", Ending.INTERRUPTED) from error
+        raise fail("interrupted", ExitCode.INTERRUPTED) from error
 
 
-def fail(message: str, ending: Ending = Ending.REFUSED) -> typer.Exit:
-    """Print an error message. Returns the exception that ends the command."""
+def fail(message: str, code: ExitCode = ExitCode.REFUSED) -> typer.Exit:
+    """Print an error message, and return the exception that ends the command."""
     typer.echo(f"error: {plain(message)}", err=True)
-    return typer.Exit(ending)
+    return typer.Exit(code)
 
 
 def plain(text: str, *, limit: int | None = None) -> str:
-    """`text` on one line without control characters for the terminal, cut to `limit` characters."""
+    """Return `text` on one line, without control characters, and cut to `limit` characters."""
     shown = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in " ".join(text.split()))
     return shown if limit is None or len(shown) <= limit else f"{shown[: limit - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def in_options(message: str, names: Mapping[str, str] | None = None) -> str:
-    """Returns a message of the API with options in place of fields; `names` override `OPTIONS`."""
+    """Return a message of the API with its field names replaced by options. `names` takes precedence over `OPTIONS`."""
     for phrase, ours in _PHRASES:
         message = message.replace(phrase, ours)
     known = {**OPTIONS, **(names or {})}
     message = _NAME.sub(lambda found: known.get(found[0], found[0]), message)
-    return re.sub(r"(^|; )([^:;]+): (?:\2 )?must\b", r"\1\2 must", message)  # the message may name the field twice
+    # "--steps: --steps must" and "--steps: must" become "--steps must".
+    return re.sub(r"(^|; )([^:;]+): (?:\2 )?must\b", r"\1\2 must", message)
 
 
 def describe_os_error(error: OSError) -> str:
-    """Returns the file and the reason in words."""
+    """Return a message with the file, if known, and the reason."""
     reason = "file not found" if isinstance(error, FileNotFoundError) else (error.strerror or str(error)).lower()
     return reason if error.filename is None else f"{error.filename}: {reason}"

@@ -1,6 +1,6 @@
-"""`stable-audio-serve quality`: the reports that new replicas are compared with. Needs no running server.
+"""`stable-audio-serve quality`: list, create and remove the reports that new replicas are compared with.
 
-Imports what a command needs only when it runs.
+The command needs no running server. Large modules are imported only when it runs.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ def quality(
     name: Annotated[str | None, typer.Argument(metavar="MODEL", help="Model of the configuration to check.")] = None,
     *,
     forget: Annotated[
-        str | None, typer.Option(metavar="ID", help="Remove this report: the next replica makes a new one.")
+        str | None, typer.Option(metavar="ID", help="Remove this report; the next replica makes a new one.")
     ] = None,
     file: ConfigOption = None,
 ) -> None:
     """List quality reports, or check a model.
 
-    Without MODEL list the reports that new replicas are compared with, and the last good weights of each model. With
-    MODEL load it here and check it as a new replica is checked: if it passes, `quality_report` can name its report, if
-    not, the exit code is 1.
+    Without MODEL, list the reports that new replicas are compared with, and the last good weights of each model.
+
+    With MODEL, load the model here and check it like a new replica. If it passes, use its report in the setting
+    `quality_report`. If it fails, the exit code is 1.
     """
     import asyncio
 
     with plain_errors():
         if name is not None and forget is not None:
-            raise ValueError("either MODEL or --forget")
+            raise ValueError("use either MODEL or --forget, not both")
         settings = load_configured(file)
         if forget is not None:
             asyncio.run(_forget(settings, forget))
@@ -71,7 +72,7 @@ async def _describe(archive: ReportArchive, name: str, *, last_good_of: str | No
         )
     report = await archive.report(name)
     if report is None:
-        return f"{name} removed meanwhile"
+        return f"{name} was removed"
     setup, made_at = report.setup, datetime.fromtimestamp(report.made_at, UTC)
     place = f"{setup.device} {setup.dtype} {made_at:%Y-%m-%d %H:%M} {report.source}"
     return f"{name} {setup.model} weights {setup.weights[:12]} {place}"
@@ -93,7 +94,7 @@ async def _check(settings: Settings, name: str) -> None:
         raise ConfigError(f"no model is called {name[:80]!r}; configured: {names}", field="models")
 
     async def others_answer() -> bool:
-        return True  # show the failure instead of falling back to older weights
+        return True  # then a failure is reported; otherwise the trial would fall back to older weights
 
     artifacts = open_artifacts(settings)
     load = partial(load_engine, settings, model)

@@ -1,6 +1,7 @@
-"""Shared by commands that call a running server: its address, the key, and messages while the server is silent.
+"""Options and a client for commands that call a running server.
 
-The key comes from the environment or a file, never from the command line, which every user of the machine can read.
+The API key comes from the environment or from a file. It is not an option, because every user of the machine can read
+command lines.
 """
 
 from __future__ import annotations
@@ -31,19 +32,19 @@ KeyFileOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
 
 _TIMEOUT_S = 10.0
-_MOST_REFUSED = 2  # a server that restarts listens again within seconds
+_MOST_REFUSED = 2  # retries after a refused connection: a server that restarts listens again within seconds
 _SILENT_S = 1.5
 
 
-class Patience:
-    """Messages on standard error: after 1.5 s without an answer, and before each retry."""
+class WaitMessages:
+    """Prints messages on standard error: after 1.5 s without an answer, and before each retry."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
         self._timer: threading.Timer | None = None
 
     def begin(self, request: httpx.Request) -> None:
-        """Called with each request."""
+        """Start the timer of the message. Called with each request."""
         self.end()
         server = request.url.copy_with(path="/", query=None)
         self._timer = threading.Timer(_SILENT_S, self._print, [f"waiting for the server {server}"])
@@ -51,12 +52,12 @@ class Patience:
         self._timer.start()
 
     def end(self, _: httpx.Response | None = None) -> None:
-        """Called with the headers of each answer, and at the end."""
+        """Stop the timer. Called when the headers of an answer arrive, and at the end."""
         if self._timer is not None:
             self._timer.cancel()
 
     def retry(self, failure: StableAudioError, pause_s: float) -> None:
-        """Called before the pause before a retry."""
+        """Print why and when a request is repeated. Called before the pause."""
         self.end()
         self._print(f"{failure.message}; trying again in {pause_s:.1f} s")
 
@@ -67,7 +68,7 @@ class Patience:
 
 @contextmanager
 def connected(url: str | None, key_file: Path | None) -> Iterator[Client]:
-    """A client for operators' commands, which tries once. Expected errors end the command."""
+    """Open a client that sends each request once, for operators' commands. Expected errors end the command."""
     with plain_errors(), open_client(url, key_file, most_retries=0, timeout_s=_TIMEOUT_S) as client:
         yield client
 
@@ -81,19 +82,19 @@ def open_client(
     most_retries: int | None = None,
     timeout_s: float | None = None,
 ) -> Iterator[Client]:
-    """A client of the server that reports waiting and retries on standard error unless `quiet`."""
+    """Open a client that prints waiting times and retries to standard error unless `quiet`."""
     import httpx
 
     from stable_audio_serve.client import Client, Retries
     from stable_audio_serve.client.operations import TIMEOUT
 
     load_dotenv()
-    patience = Patience(quiet=quiet)
-    retries = Retries(most_refused=_MOST_REFUSED, on_pause=patience.retry)
+    messages = WaitMessages(quiet=quiet)
+    retries = Retries(most_refused=_MOST_REFUSED, on_pause=messages.retry)
     if most_retries is not None:
         retries = replace(retries, most=most_retries)
     http = httpx.Client(
-        timeout=timeout_s or TIMEOUT, event_hooks={"request": [patience.begin], "response": [patience.end]}
+        timeout=timeout_s or TIMEOUT, event_hooks={"request": [messages.begin], "response": [messages.end]}
     )
     try:
         client = Client(url, api_key=_read_key(key_file), retries=retries, http=http)
@@ -103,11 +104,11 @@ def open_client(
         with client:
             yield client
     finally:
-        patience.end()
+        messages.end()
 
 
 def ask(client: Client, what: str, **options: Any) -> Any:
-    """Sends the request `what`, for example "GET /jobs", and returns the JSON of the answer.
+    """Send a request and return the JSON of the answer. `what` has the method and the path, such as "GET /jobs".
 
     Raises errors of `core.errors`.
     """
@@ -118,7 +119,7 @@ def ask(client: Client, what: str, **options: Any) -> Any:
 
 
 def load_dotenv() -> None:
-    """Add the variables of the nearest `.env`, as the server does."""
+    """Add the variables of the nearest `.env` to the environment, as the server does."""
     import os
 
     from stable_audio_serve.core.settings_sources import load_environment
@@ -137,5 +138,5 @@ def _read_key(file: Path | None) -> str | None:
     except UnicodeDecodeError:
         key = ""
     if not key or not key.isascii() or not key.isprintable():
-        raise fail(f"--key-file: {file} holds no API key")
+        raise fail(f"--key-file: {file} does not contain an API key")
     return key

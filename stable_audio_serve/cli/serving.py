@@ -1,6 +1,6 @@
-"""The commands around the start of a server: `init`, `config`, `serve`, and the program `stable-audio-api`.
+"""The commands `init`, `config` and `serve`, and the program `stable-audio-api`.
 
-Imports what a command needs only when it runs.
+Large modules are imported only when a command runs, so that the program starts quickly.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MetricsPort = Annotated[
 ]
 _Proxy = Annotated[
     Literal["auto", "haproxy", "python"] | None,
-    typer.Option(help="Accepts connections; auto = HAProxy where it runs; default: the setting proxy.kind."),
+    typer.Option(help="Proxy for connections; auto = HAProxy if it can run; default: the setting proxy.kind."),
 ]
 
 stable_audio_api = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -55,7 +55,7 @@ def init(
 def config(file: ConfigOption = None) -> None:
     """Print the effective settings, secrets hidden.
 
-    They are merged from defaults, file, .env and environment.
+    Settings come from the environment, `.env`, the file and the defaults, in this order of precedence.
     """
     import yaml
 
@@ -77,7 +77,7 @@ def serve(
 ) -> None:
     """Serve the models of a config file until Ctrl-C.
 
-    Starts Ray on this machine and stops it at the end.
+    Starts Ray on this machine, and stops it at the end.
     """
     with plain_errors():
         found = read_configuration(file)
@@ -101,7 +101,7 @@ def serve_as_stable_audio_3(
         raise fail("--reload: not supported; restart the server after a change")
     with plain_errors():
         if find_serve_file(None) == PACKAGED_FILE:
-            say("no serve_config.yaml here: small-sfx, small-music and medium, as the Stable Audio 3 server has them")
+            say("no serve_config.yaml here; serving small-sfx, small-music and medium like the Stable Audio 3 server")
             file = official_models()
         else:
             file = read_configuration(None)
@@ -116,7 +116,7 @@ def _run_server(
     metrics_port: int | None = None,
     proxy: ProxyKind | None = None,
 ) -> None:
-    """Serve until Ctrl-C; exit code 2 if the server cannot start, after its own message."""
+    """Serve until Ctrl-C. Exit code 2: the server cannot start; `launch.serve` has printed the reason."""
     from stable_audio_serve.core.errors import StableAudioError
     from stable_audio_serve.launcher import launch
 

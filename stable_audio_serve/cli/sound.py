@@ -1,6 +1,6 @@
-"""`stable-audio-serve generate` and the other commands that make sound: by a server, or with --local in this process.
+"""The commands that generate audio, such as `generate` and `variation`: on a server, or with --local in this process.
 
-Imports what a command needs only when it runs.
+Large modules are imported only when a command runs, so that the program starts quickly.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import typer
 
 from stable_audio_serve.cli.messages import plain_errors
 from stable_audio_serve.cli.remote import JsonOption, KeyFileOption, UrlOption, open_client
-from stable_audio_serve.cli.sound_options import Keep, Prompt, SoundOptions, Source, with_options
+from stable_audio_serve.cli.sound_options import STRENGTH_HELP, Keep, Prompt, SoundOptions, Source, with_options
 
 if TYPE_CHECKING:
-    from stable_audio_serve.cli.makers import Order
+    from stable_audio_serve.cli.makers import SoundRequest
 
 app = typer.Typer()
 
@@ -34,7 +34,7 @@ _LOOP_HAS_NOT = ("model", "duration", "sampler", "negative_prompt", "variations"
 @app.command()
 @with_options()
 def generate(prompt: Prompt, *, options: SoundOptions) -> None:
-    """Make audio from a text prompt."""
+    """Generate audio from a text prompt."""
     _make("generate", prompt, options=options)
 
 
@@ -44,7 +44,7 @@ def variation(
     audio: Source,
     prompt: Prompt,
     *,
-    noise: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Low keeps more of the source.")] = None,
+    noise: Annotated[float | None, typer.Option(min=0.0, max=1.0, help=STRENGTH_HELP)] = None,
     options: SoundOptions,
 ) -> None:
     """Make a variation of audio."""
@@ -56,7 +56,7 @@ def variation(
 def inpaint(audio: Source, prompt: Prompt, *, regions: _Regions, keep: Keep = None, options: SoundOptions) -> None:
     """Regenerate parts of a clip.
 
-    The rest keeps its samples. A crossfade of 30 ms inside each region joins the two.
+    Samples outside the regions stay unchanged. A crossfade of 30 ms inside each region joins it to the source.
     """
     from stable_audio_serve.cli.sound_files import parse_region
 
@@ -80,7 +80,7 @@ def continue_audio(
 ) -> None:
     """Extend audio past its end.
 
-    The source's samples stay unchanged, except for a crossfade over its last 30 ms.
+    The source's samples stay unchanged, except for a crossfade in the last 30 ms.
     """
     from stable_audio_serve.cli.sound_files import check_inputs, length_s, read_audio
 
@@ -102,13 +102,15 @@ def loop(
     *,
     bars: Annotated[Literal["1", "2", "4", "8"] | None, typer.Option(help="Default: as many as fit.")] = None,
     kind: Annotated[Literal["auto", "drums", "instruments"], typer.Option(help="Kind of loop.")] = "auto",
-    audio: Annotated[str | None, typer.Option(help="Apply the prompt's style to this; - is standard input.")] = None,
-    strength: Annotated[float | None, typer.Option(help="With --audio: low keeps more of it.")] = None,
+    audio: Annotated[str | None, typer.Option(help="Source audio of a variation; - is standard input.")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="With --audio: strength, 0.1 to 1; low keeps more of the source.")
+    ] = None,
     options: SoundOptions,
 ) -> None:
     """Make a loop of whole bars.
 
-    The server's model for loops (`dialects.model`) makes it.
+    Uses the server's model for loops (setting `dialects.model`).
     """
     more = {"bars": None if bars is None else int(bars), "loop_type": kind, "style_strength": strength}
     _make("loop", prompt, audio=audio, more=more, options=options)
@@ -117,8 +119,8 @@ def loop(
 @app.command()
 @with_options(without=_REPLAY_HAS_NOT)
 def replay(
-    take: Annotated[
-        str, typer.Argument(metavar="FILE", help="An audio file with a recipe, or a recipe; - is standard input.")
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="Audio file that contains a recipe, or a recipe; - is standard input.")
     ],
     *,
     source: Annotated[
@@ -128,15 +130,15 @@ def replay(
     options: SoundOptions,
 ) -> None:
     """Recreate a clip from its recipe."""
-    from stable_audio_serve.cli.makers import Order
+    from stable_audio_serve.cli.makers import SoundRequest
     from stable_audio_serve.cli.sound_files import STDIN, read_audio, read_recipe
 
     with plain_errors():
-        if [take, *(source or ())].count(STDIN) > 1:
-            raise ValueError("only one file can be standard input")
-        recipe = read_recipe(read_audio(take))
-        order = Order("replay", recipe=recipe, sources=[read_audio(each) for each in source or ()])
-    _carry_out(order, options=options)
+        if [file, *(source or ())].count(STDIN) > 1:
+            raise ValueError("only one of FILE and --source can be standard input")
+        recipe = read_recipe(read_audio(file))
+        request = SoundRequest("replay", recipe=recipe, sources=[read_audio(each) for each in source or ()])
+    _carry_out(request, options=options)
 
 
 @app.command()
@@ -167,7 +169,7 @@ def _make(
     more: dict[str, Any] | None = None,
     names: Mapping[str, str] | None = None,
 ) -> None:
-    from stable_audio_serve.cli.makers import Order
+    from stable_audio_serve.cli.makers import SoundRequest
     from stable_audio_serve.cli.sound_files import check_inputs, check_outputs, read_audio, read_prompt
 
     with plain_errors():
@@ -178,12 +180,12 @@ def _make(
         fields = {**options.controls, **(more or {})}
         controls = {name: value for name, value in fields.items() if value is not None}
     _carry_out(
-        Order(kind, prompt, audio=source, regions=regions or (), controls=controls), options=options, names=names
+        SoundRequest(kind, prompt, audio=source, regions=regions or (), controls=controls), options=options, names=names
     )
 
 
-def _carry_out(order: Order, *, options: SoundOptions, names: Mapping[str, str] | None = None) -> None:
-    """Carry out an order and write its files; `names` are for messages, see `plain_errors`."""
+def _carry_out(request: SoundRequest, *, options: SoundOptions, names: Mapping[str, str] | None = None) -> None:
+    """Generate the audio of a request and write its files. `plain_errors` explains `names`."""
     from stable_audio_serve.cli.makers import make_by_server, make_here
     from stable_audio_serve.cli.sound_files import check_outputs, report, save
     from stable_audio_serve.cli.tables import progress_line
@@ -192,9 +194,9 @@ def _carry_out(order: Order, *, options: SoundOptions, names: Mapping[str, str] 
         check_outputs(options.out, as_json=options.as_json)
         with progress_line(quiet=options.quiet) as show:
             if options.local:
-                take = make_here(order, config=options.config, on_progress=show)
+                result = make_here(request, config=options.config, on_progress=show)
             else:
                 with open_client(options.url, options.key_file, quiet=options.quiet) as client:
-                    take = make_by_server(order, client, on_progress=show)
-        files = save(take, options.out, prompt=order.prompt or str(order.recipe.get("prompt", "")))
-    report(take, files, as_json=options.as_json)
+                    result = make_by_server(request, client, on_progress=show)
+        files = save(result, options.out, prompt=request.prompt or str(request.recipe.get("prompt", "")))
+    report(result, files, as_json=options.as_json)

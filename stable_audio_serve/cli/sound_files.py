@@ -1,4 +1,4 @@
-"""What the commands that make sound read and write: source audio, recipes, regions, and the files of a take."""
+"""Input and output of the commands that generate audio: source audio, recipes, regions, and the files of a result."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from typing import Any
 
 import typer
 
-from stable_audio_serve.client import Clip, Take
+from stable_audio_serve.client import Clip, Result
 
-STDIN = "-"  # and standard output
+STDIN = "-"  # standard input, or standard output where a file is written
 _LONGEST_NAME = 60
 
 
 def check_inputs(prompt: str, audio: str | bytes | None) -> None:
-    """Raises ValueError if both are standard input."""
+    """Raise ValueError if both the prompt and the audio would be read from standard input."""
     if prompt == STDIN == audio:
-        raise ValueError("either the prompt or the audio can be standard input")
+        raise ValueError("only one of the prompt and the audio can be standard input")
 
 
 def check_outputs(out: str, *, as_json: bool) -> None:
-    """Raises ValueError if JSON and audio would both go to standard output."""
+    """Raise ValueError if JSON and audio would both go to standard output."""
     if as_json and out == STDIN:
         raise ValueError("--json and --out - would both write to standard output")
 
 
 def read_audio(audio: str) -> bytes:
-    """Returns the content of source audio. Raises OSError."""
+    """Return the content of a file, or standard input for "-". Raises OSError."""
     return sys.stdin.buffer.read() if audio == STDIN else Path(audio).read_bytes()
 
 
 def read_prompt(prompt: str) -> str:
-    """Returns the prompt, which may be on standard input."""
+    """Return the prompt, read from standard input if it is "-"."""
     return typer.get_text_stream("stdin").read().strip() if prompt == STDIN else prompt
 
 
 def read_recipe(content: bytes) -> dict[str, Any]:
-    """Returns the recipe in a JSON file or in an audio file. Raises ValueError."""
+    """Return the recipe in the content of a JSON file or an audio file. Raises ValueError."""
     text: str | bytes | None = content
     if not content:
         raise ValueError("the file is empty")
@@ -50,28 +50,28 @@ def read_recipe(content: bytes) -> dict[str, Any]:
 
         text = extract(io.BytesIO(content))
     if text is None:
-        raise ValueError("the file carries no recipe")
+        raise ValueError("the file contains no recipe")
     try:
         recipe = json.loads(text)
     except RecursionError as error:
         raise ValueError("the recipe is nested too deeply") from error
     if not isinstance(recipe, dict):
-        raise ValueError("the recipe is no JSON object")
+        raise ValueError("the recipe is not a JSON object")
     return recipe
 
 
 def length_s(content: bytes) -> float:
-    """Returns the length of an audio file. Raises ValueError."""
+    """Return the length of an audio file in seconds. Raises ValueError."""
     import soundfile
 
     try:
         return float(soundfile.info(io.BytesIO(content)).duration)
     except soundfile.LibsndfileError as error:
-        raise ValueError(f"the audio cannot be read: {error}; --from says how much of it to keep") from error
+        raise ValueError(f"the audio cannot be read: {error}; set --from to the seconds to keep") from error
 
 
 def parse_region(text: str) -> tuple[float, float]:
-    """Returns [start, end) in seconds. Raises ValueError."""
+    """Parse START:END. Returns [start, end) in seconds. Raises ValueError."""
     start, _, end = text.partition(":")
     try:
         start_s, end_s = float(start), float(end)
@@ -82,36 +82,37 @@ def parse_region(text: str) -> tuple[float, float]:
     return start_s, end_s
 
 
-def save(take: Take, out: str, *, prompt: str) -> list[Path]:
-    """Write a take to `out`: a folder, a file, or - for standard output. Returns the files. Raises OSError, ValueError.
+def save(result: Result, out: str, *, prompt: str) -> list[Path]:
+    """Write a result to `out`: a folder, a file, or - for standard output. Returns the written files.
 
-    A folder exists or has a name that ends with a slash; its files are named after prompt and seed and replace none.
-    With several variations, a file named `take.wav` becomes `take-<seed>.wav`.
+    `out` is a folder if it exists as one or ends with a slash. Files in it are named after the prompt and the seed, and
+    never replace existing files. A file `clip.wav` becomes `clip-<seed>.wav` if there are several variations. Raises
+    OSError, ValueError.
     """
     if out == STDIN:
-        if len(take.clips) > 1:
-            raise ValueError("standard output takes one variation: name a folder with --out")
-        sys.stdout.buffer.write(take.content)
+        if len(result.clips) > 1:
+            raise ValueError("only one variation can go to standard output; name a folder with --out")
+        sys.stdout.buffer.write(result.content)
         sys.stdout.buffer.flush()
         return []
     path = Path(out)
     if path.is_dir() or out.endswith(("/", "\\")):
         path.mkdir(parents=True, exist_ok=True)
-        return [_save_new(clip, path, stem=f"{slug(prompt)}-{clip.seed}") for clip in take.clips]
-    if len(take.clips) == 1:
-        return [take.save(path)]
-    return [clip.save(path.with_stem(f"{path.stem}-{clip.seed}")) for clip in take.clips]
+        return [_save_new(clip, path, stem=f"{slug(prompt)}-{clip.seed}") for clip in result.clips]
+    if len(result.clips) == 1:
+        return [result.save(path)]
+    return [clip.save(path.with_stem(f"{path.stem}-{clip.seed}")) for clip in result.clips]
 
 
-def report(take: Take, files: list[Path], *, as_json: bool) -> None:
-    """Print the files on standard output, and warnings about the request on standard error."""
-    for warning in take.warnings:
+def report(result: Result, files: list[Path], *, as_json: bool) -> None:
+    """Print the paths of the files to standard output, and warnings about the request to standard error."""
+    for warning in result.warnings:
         typer.echo(f"warning: {warning}", err=True)
     if not as_json:
         for file in files:
             typer.echo(str(file))
-        if take.replay == "close":
-            typer.echo("close: made on another device or version; the last bits may differ", err=True)
+        if result.replay == "close":
+            typer.echo("close: the original was made on another device or version; the last bits may differ", err=True)
         return
     clips = [
         {
@@ -121,19 +122,16 @@ def report(take: Take, files: list[Path], *, as_json: bool) -> None:
             "loudness": clip.loudness_lufs,
             "silent": clip.is_silent,
         }
-        for file, clip in zip(files, take.clips, strict=True)
+        for file, clip in zip(files, result.clips, strict=True)
     ]
-    replay = {} if take.replay is None else {"replay": take.replay}
+    replay = {} if result.replay is None else {"replay": result.replay}
     typer.echo(
-        json.dumps({"model": take.model, "sample_rate": take.sample_rate_hz, **replay, "clips": clips}, indent=2)
+        json.dumps({"model": result.model, "sample_rate": result.sample_rate_hz, **replay, "clips": clips}, indent=2)
     )
 
 
 def slug(prompt: str) -> str:
-    """Returns the prompt in a form that fits in a file name.
-
-    The form has lower-case words, letters and digits of any script, joined by hyphens.
-    """
+    """Return a prompt as part of a file name: lower-case words of letters and digits, joined by hyphens."""
     words = re.findall(r"[^\W_]+", prompt.lower())
     return "-".join(words)[:_LONGEST_NAME].rstrip("-") or "audio"
 

@@ -1,4 +1,4 @@
-"""The options that all commands which make sound share. Imports nothing that makes any."""
+"""The options shared by all commands that generate audio. This module does not import the code that generates it."""
 
 from __future__ import annotations
 
@@ -19,29 +19,34 @@ Source = Annotated[str, typer.Argument(metavar="AUDIO", help="Source audio; - re
 Keep = Annotated[
     Literal["source", "model"] | None,
     typer.Option(
-        help="Outside the regions: the source's own samples (default) or the model's.",
+        help="Samples outside the regions: those of the source (default) or of the model.",
         show_default=False,
     ),
 ]
 
 
+STRENGTH_HELP = "Strength, 0 to 1; low keeps more of the source."
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SoundOptions:
-    """Options that are not given are the server's or the model's defaults."""
+    """The shared options. None selects the default of the server or the model."""
 
     model: Annotated[str | None, typer.Option("--model", "-m", help="Name of a served model.")] = None
     duration: Annotated[float | None, typer.Option("--duration", "-d", help="Length, seconds.")] = None
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None
     seed: Annotated[int | None, typer.Option("--seed", "-s", help="The same seed gives the same audio.")] = None
-    cfg_scale: Annotated[float | None, typer.Option("--cfg-scale", help="Guidance.")] = None
-    sampler: Annotated[str | None, typer.Option(help="A sampler of the model.")] = None
+    cfg_scale: Annotated[
+        float | None, typer.Option("--cfg-scale", help="Guidance: how closely the audio follows the prompt.")
+    ] = None
+    sampler: Annotated[str | None, typer.Option(help="Name of one of the model's samplers.")] = None
     negative_prompt: Annotated[str | None, typer.Option(help="What to avoid, with guidance above 1.")] = None
     variations: Annotated[
         int, typer.Option("--variations", "-n", min=1, help="Number of variations; seeds count up from --seed.")
     ] = 1
-    format: Annotated[Literal["wav", "flac", "mp3", "ogg", "opus"] | None, typer.Option(help="Kind of file.")] = None
+    format: Annotated[Literal["wav", "flac", "mp3", "ogg", "opus"] | None, typer.Option(help="File format.")] = None
     priority: Annotated[
-        Literal["interactive", "batch"], typer.Option(help="Batch work lets interactive work go first.")
+        Literal["interactive", "batch"], typer.Option(help="Interactive requests run before batch requests.")
     ] = "interactive"
     out: Annotated[
         str, typer.Option("--out", "-o", help="File or folder to write, - for standard output; default: here.")
@@ -57,7 +62,7 @@ class SoundOptions:
 
     @property
     def controls(self) -> dict[str, Any]:
-        """The fields of the request, under the names of the HTTP API."""
+        """The optional fields of the request, by their names in the HTTP API."""
         return {
             "model": self.model,
             "duration": self.duration,
@@ -73,7 +78,7 @@ class SoundOptions:
 
 
 def with_options(*, without: Sequence[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Adds the shared options except `without` to a command, which gets them as its argument `options`."""
+    """Add the shared options except `without` to a command. The command receives them as its argument `options`."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         shared = [field for field in fields(SoundOptions) if field.name not in without]

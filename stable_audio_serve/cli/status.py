@@ -1,4 +1,4 @@
-"""`stable-audio-serve status`: the state of a running server. Imports its tables only when it runs."""
+"""`stable-audio-serve status`: show the state of a running server. The tables are imported only when it runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stable_audio_serve.cli.messages import Ending
+from stable_audio_serve.cli.messages import ExitCode
 from stable_audio_serve.cli.remote import JsonOption, KeyFileOption, UrlOption, ask, connected
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ def status(
     url: UrlOption = None,
     key_file: KeyFileOption = None,
     *,
-    watch: Annotated[bool, typer.Option("--watch", help="Repeat until Ctrl-C; with --json a line each.")] = False,
-    every: Annotated[float, typer.Option(min=0.5, max=3600, help="With --watch: seconds between two answers.")] = 2.0,
+    watch: Annotated[bool, typer.Option("--watch", help="Repeat until Ctrl-C; with --json one line each.")] = False,
+    every: Annotated[float, typer.Option(min=0.5, max=3600, help="With --watch: seconds between requests.")] = 2.0,
     as_json: JsonOption = False,
 ) -> None:
     """Show models, replicas, backlog and jobs of a server.
@@ -41,11 +41,11 @@ def status(
     else:
         tables.print_status(found)
     if not found["ready"]:
-        raise typer.Exit(Ending.FAILED)
+        raise typer.Exit(ExitCode.FAILED)
 
 
 def _watch(client: Client, *, every_s: float, as_json: bool) -> None:
-    """Until Ctrl-C, through outages of the server."""
+    """Show the status until Ctrl-C. Continues while the server does not answer."""
     from stable_audio_serve.cli import tables
 
     try:

@@ -1,6 +1,6 @@
-"""`stable-audio-serve admin jobs`: jobs in the configured store, with or without a running server.
+"""`stable-audio-serve admin jobs`: manage jobs in the configured store, with or without a running server.
 
-Imports what a command needs only when it runs.
+Large modules are imported only when a command runs, so that the program starts quickly.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from stable_audio_serve.cli.configuration import ConfigOption, load_configured
-from stable_audio_serve.cli.messages import Ending, fail, plain, plain_errors
+from stable_audio_serve.cli.messages import ExitCode, fail, plain, plain_errors
 from stable_audio_serve.cli.remote import JsonOption
 
 if TYPE_CHECKING:
@@ -30,9 +30,9 @@ _State = Annotated[
     typer.Option(help="Only jobs in this state."),
 ]
 _Name = Annotated[
-    str, typer.Argument(metavar="ID", help="A job's id; sa3/ID, aiml/ID or fal/ID where it is not unique.")
+    str, typer.Argument(metavar="ID", help="Id of a job; sa3/ID, aiml/ID or fal/ID if the id is not unique.")
 ]
-_Client = Annotated[str | None, typer.Option("--client", help="Its client, where several clients chose its id.")]
+_Client = Annotated[str | None, typer.Option("--client", help="Client of the job, if several clients chose its id.")]
 _Names = Annotated[list[str], typer.Argument(metavar="ID", help="Ids of jobs, as for `show`.")]
 
 
@@ -82,12 +82,12 @@ def cancel(names: _Names, client: _Client = None, *, file: ConfigOption = None) 
     from stable_audio_serve.jobs.queue import JobQueue
 
     with _opened(file) as (store, settings):
-        queue = JobQueue(store, open_artifacts(settings))  # it also deletes the upload of a job that never began
+        queue = JobQueue(store, open_artifacts(settings))  # cancelling also deletes the upload of a job not yet begun
 
         def cancel_one(job: Job) -> str:
             outcome, now = asyncio.run(queue.cancel(job.spec.ref))
             if outcome == "already_over" and now is not None:
-                raise _RefusalError(f"it is over: {now.state}")
+                raise _RefusalError(f"the job is already over: {now.state}")
             return "cancelled" if outcome == "removed" else "asked to stop; it ends within one denoising step"
 
         _do_each(store, names, client=client, act=cancel_one)
@@ -100,18 +100,18 @@ def retry(names: _Names, client: _Client = None, *, file: ConfigOption = None) -
 
         def retry_one(job: Job) -> str:
             if store.dead_letters.retry_job(job.spec.ref) is None:
-                raise _RefusalError(f"it is no dead letter: it is {job.state}")
+                raise _RefusalError(f"the job is not a dead letter: it is {job.state}")
             return "queued again"
 
         _do_each(store, names, client=client, act=retry_one)
 
 
 class _RefusalError(Exception):
-    """A refused command, with the reason."""
+    """The reason why a command cannot change a job."""
 
 
 def _do_each(store: JobStore, names: Sequence[str], *, client: str | None, act: Callable[[Job], str]) -> None:
-    """Call `act` with each job; exit code 2 at the end if some were refused."""
+    """Call `act` with each job and print its result. Ends with exit code 2 if it was refused for some jobs."""
     num_refused = 0
     for name in names:
         try:
@@ -120,11 +120,11 @@ def _do_each(store: JobStore, names: Sequence[str], *, client: str | None, act: 
             typer.echo(f"error: {plain(name)}: {error}", err=True)
             num_refused += 1
     if num_refused:
-        raise typer.Exit(Ending.REFUSED)
+        raise typer.Exit(ExitCode.REFUSED)
 
 
 def _find(store: JobStore, name: str, *, client: str | None) -> Job:
-    """Returns the job of an id, with or without its contract and client. Raises _RefusalError."""
+    """Return the job with an id. The contract (as in `sa3/ID`) and `client` are optional. Raises _RefusalError."""
     from typing import get_args
 
     from stable_audio_serve.core.ids import JobId
@@ -141,13 +141,13 @@ def _find(store: JobStore, name: str, *, client: str | None) -> Job:
         raise _RefusalError("no such job")
     if len(jobs) > 1:
         places = (f"{job.spec.contract}/{job.spec.id} --client {job.spec.client!r}" for job in jobs)
-        raise _RefusalError(f"which one? {', '.join(places)}")
+        raise _RefusalError(f"several jobs have this id; choose one: {', '.join(places)}")
     return jobs[0]
 
 
 @contextmanager
 def _opened(file: Path | None) -> Iterator[tuple[JobStore, Settings]]:
-    """The configured store. Expected errors end the command."""
+    """Open the configured store. Expected errors end the command."""
     from stable_audio_serve.core.errors import ConfigError
     from stable_audio_serve.jobs.open import open_store
 
@@ -168,7 +168,7 @@ def _opened(file: Path | None) -> Iterator[tuple[JobStore, Settings]]:
 
 
 def _silence_logs() -> None:
-    """Keep a server's log lines out of the tables."""
+    """Turn off log lines, which would appear between the lines of a table."""
     import logging
 
     import structlog
@@ -178,11 +178,11 @@ def _silence_logs() -> None:
 
 
 def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2))  # ASCII: no control character reaches the terminal
+    typer.echo(json.dumps(value, indent=2))  # `json` escapes control characters
 
 
 def _as_json(job: Job) -> dict[str, Any]:
-    """Returns a job as JSON values; times in ISO 8601."""
+    """Return a job as JSON values, with times in ISO 8601."""
     spec, result, error = job.spec, job.result, job.error
     return {
         "contract": spec.contract,
@@ -218,7 +218,7 @@ def _as_json(job: Job) -> dict[str, Any]:
 
 
 def _event_as_json(event: JobEvent) -> dict[str, Any]:
-    """Returns an event as JSON values."""
+    """Return an event as JSON values."""
     return {
         "id": event.id,
         "at": _iso(event.at),

@@ -1,6 +1,6 @@
-"""What commands show: tables of jobs, dead letters, models and a server's status, and the line of progress.
+"""Tables of jobs, dead letters, models and a server's status, and the progress line.
 
-Shows text of clients and servers as text: no character of it reaches the terminal as a command.
+Text from clients and servers is printed without control characters, which a terminal would interpret.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from stable_audio_serve.cli.messages import plain
 if TYPE_CHECKING:
     from stable_audio_serve.client import Job, JobProgress, Model
 
-_WIDEST = 2000  # characters of a line; a narrower terminal breaks it
-_PIPE_WIDTH = 200  # characters of a line of status where there is no terminal
-_CELL = 60  # characters of a client's text in a table
+_WIDEST = 2000  # characters per line of a table; a narrower terminal breaks the line
+_PIPE_WIDTH = 200  # characters per line of the status when the output is not a terminal
+_CELL = 60  # characters of a client's text in a table; the rest is cut off
 _JOB_STYLES = {
     "queued": "cyan",
     "running": "yellow",
@@ -72,7 +72,7 @@ def print_jobs(jobs: Sequence[Row], counts: Mapping[Any, int]) -> None:
 
 
 def print_dead_letters(letters: Sequence[Row]) -> None:
-    """Print dead letters, with their numbers if they are known."""
+    """Print dead letters, with their numbers if the rows have them."""
     number = ["Number"] if any("number" in letter for letter in letters) else []
     table = new_table(*number, "Job", "Client", "Model", "Failed", "Attempts", "Error", "Prompt")
     for letter in letters:
@@ -85,7 +85,7 @@ def print_dead_letters(letters: Sequence[Row]) -> None:
 
 
 def print_details(job: Row) -> None:
-    """Print a job or dead letter, one fact per line, and its events."""
+    """Print a job or dead letter, one field per line, and its events."""
     facts = Table.grid(padding=(0, 2))
     for name, value in job.items():
         if name == "error" and value:
@@ -101,13 +101,13 @@ def print_details(job: Row) -> None:
 
 
 def print_status(found: Mapping[str, Any]) -> None:
-    """Print an answer of `/v1/status`. Another version of the server may leave parts out."""
+    """Print an answer of `/v1/status`. Parts may be missing if the server has another version."""
     print_wide(_draw_status(found))
 
 
 @contextmanager
 def live_status() -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """A function that shows the newest answer: on a terminal in place of the last one, elsewhere below it."""
+    """Yield a function that shows an answer. On a terminal it replaces the previous answer."""
     console = _console()
     if not console.is_terminal:
         yield lambda found: console.print(_draw_status(found))
@@ -220,7 +220,7 @@ def _mean(value: float | None) -> str:
 
 @contextmanager
 def progress_line(*, quiet: bool) -> Iterator[Callable[[JobProgress], None]]:
-    """A function that shows the newest progress, on standard error and only on a terminal."""
+    """Yield a function that shows progress on standard error. It prints nothing if that is not a terminal."""
     console = Console(stderr=True)
     columns = (
         SpinnerColumn(),
@@ -241,7 +241,7 @@ def progress_line(*, quiet: bool) -> Iterator[Callable[[JobProgress], None]]:
 
 
 def new_table(*columns: str) -> Table:
-    """Returns a table whose cells keep to one line."""
+    """Return a table whose cells are not wrapped."""
     table = Table(box=box.SIMPLE, pad_edge=False)
     for name in columns:
         table.add_column(name, no_wrap=True)
@@ -249,7 +249,7 @@ def new_table(*columns: str) -> Table:
 
 
 def print_wide(what: RenderableType) -> None:
-    """Print a table or a line without cutting it to the terminal's width."""
+    """Print a table or a line without fitting it to the terminal's width."""
     Console(highlight=False, markup=False, emoji=False, width=_WIDEST).print(what)
 
 
@@ -262,7 +262,7 @@ def _cell(text: object) -> Text:
 
 
 def _when(text: str | None) -> str:
-    """Returns a time in ISO 8601 as local time."""
+    """Convert a time in ISO 8601 to local time; the empty string for None."""
     try:
         return "" if text is None else datetime.fromisoformat(text).astimezone().strftime("%Y-%m-%d %H:%M:%S")
     except ValueError:

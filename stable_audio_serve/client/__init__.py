@@ -1,11 +1,11 @@
 """Python clients of a running server, for programs and for the command line: `Client` and `AsyncClient`.
 
-They need only httpx and httpx-sse. They use the HTTP API, and import nothing of this project but its errors.
+They use the HTTP API. They depend only on httpx and httpx-sse, and import only the error classes from this project.
 """
 
 from __future__ import annotations
 
-from stable_audio_serve.client.answers import Clip, Job, JobPage, JobProgress, Model, Take
+from stable_audio_serve.client.answers import Clip, Job, JobPage, JobProgress, Model, Result
 from stable_audio_serve.client.calls import Audio, Recipe
 from stable_audio_serve.client.clients import AsyncClient, Client
 from stable_audio_serve.client.controls import (
@@ -36,6 +36,6 @@ __all__ = [
     "LoopControls",
     "Model",
     "Recipe",
+    "Result",
     "Retries",
-    "Take",
 ]

@@ -1,4 +1,4 @@
-"""The server's answers as value objects, and their parsers. Unknown keys are ignored; times have a time zone."""
+"""The server's answers as value objects, and their parsers. Parsers ignore unknown keys. Times have a time zone."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _WARNING = re.compile(r'299 \S+ "((?:[^"\\]|\\.)*)"')  # in the Warning header: 
 class Clip:
     """One variation: an audio file with its seed and measurements.
 
-    `peak` is the largest absolute sample, 1 = full scale; `loudness_lufs` is None under 0.4 s and for silence. `recipe`
-    is for `replay`. It is None if the answer has none; the file may still contain it.
+    `peak` is the largest absolute sample, 1 = full scale. `loudness_lufs` is None under 0.4 s and for silence. Pass
+    `recipe` to `replay` to recreate the clip. It is None if the server did not send it; the file may still contain it.
     """
 
     file_name: str
@@ -47,12 +47,13 @@ class Clip:
 
 
 @dataclass(frozen=True, slots=True)
-class Take:
+class Result:
     """The audio of one request or job: one clip per variation.
 
-    `timings_ms` has the milliseconds of each stage; it and `request_id` are empty for a job. `replay` is set for a
-    replay: "exact" = the original bytes, "close" = made on another device or version. `warnings` are sentences about
-    parts of the request that had no effect, such as the end of a prompt that is longer than the model reads.
+    `timings_ms` has the milliseconds of each stage. `timings_ms` and `request_id` are empty for a job. `replay` is None
+    except for a replay: "exact" means the original bytes, "close" means that the original was made on another device or
+    version. `warnings` are sentences about parts of the request that had no effect, such as the end of a prompt that is
+    longer than the model reads.
     """
 
     clips: tuple[Clip, ...]
@@ -81,7 +82,7 @@ class Take:
 
 @dataclass(frozen=True, slots=True)
 class JobProgress:
-    """The progress of a job: `fraction` in 0..1. Events carry a `message`, a line for a log."""
+    """The progress of a job: `fraction` is between 0 and 1. Progress from the event stream has a `message` to log."""
 
     stage: str
     fraction: float
@@ -92,7 +93,7 @@ class JobProgress:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A job as the server last described it. `sent` is the whole description."""
+    """A job as the server described it. `sent` is the whole JSON object."""
 
     id: str
     status: str
@@ -112,12 +113,12 @@ class Job:
 
     @property
     def is_over(self) -> bool:
-        """Whether its status is final."""
+        """Whether the job's status is final."""
         return self.status in {"succeeded", "failed", "cancelled"}
 
     @property
     def bucket_url(self) -> str | None:
-        """The link to its audio in an object store; None where the server itself sends the audio."""
+        """The link to the audio in a bucket, or None when the server itself sends the audio."""
         url = self.download_url
         if self.sent.get("storage_backend") != "s3" or url is None or url.endswith(f"/jobs/{self.id}/audio"):
             return None
@@ -126,7 +127,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class JobPage:
-    """A page of the caller's jobs, newest first; `next_cursor` leads to the next page, None on the last."""
+    """A page of the caller's jobs, newest first. Pass `next_cursor` to get the next page; it is None on the last."""
 
     jobs: tuple[Job, ...]
     next_cursor: str | None
@@ -134,7 +135,7 @@ class JobPage:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A served model. `sent` is the server's whole description."""
+    """A served model. `sent` is the server's whole description as a JSON object."""
 
     name: str
     aliases: tuple[str, ...]
@@ -148,10 +149,10 @@ class Model:
     sent: Mapping[str, Any] = field(repr=False)
 
 
-def read_take(response: httpx.Response) -> Take:
-    """Returns the take of a successful answer. Raises GenerationError if it is not an answer of this API."""
+def read_result(response: httpx.Response) -> Result:
+    """Return the result in a successful answer. Raises GenerationError if it is not an answer of this API."""
     headers = response.headers
-    with _understood("the server's answer"):
+    with _parsing("the server's answer"):
         seeds = _values(headers.get("x-seeds") or headers["x-seed"])
         # A recipe that lacks a long prompt cannot be replayed.
         recipes = [None if "left_out" in recipe else recipe for recipe in _values(headers.get("x-recipe", ""))]
@@ -159,7 +160,7 @@ def read_take(response: httpx.Response) -> Take:
         facts = zip(seeds, *measured, recipes or [None] * len(seeds), strict=True)
         clips, manifest = _read_clips(response.content, headers["content-disposition"], facts=list(facts))
         stages = (entry.strip().partition(";dur=") for entry in headers["server-timing"].split(","))
-        return Take(
+        return Result(
             clips,
             headers["x-model"],
             int(headers["x-sample-rate"]),
@@ -171,9 +172,9 @@ def read_take(response: httpx.Response) -> Take:
         )
 
 
-def read_job_take(job: Job, content: bytes, *, disposition: str) -> Take:
-    """Returns the take in a job's file. Raises GenerationError if it does not fit the job."""
-    with _understood("the job's file"):
+def read_job_result(job: Job, content: bytes, *, disposition: str) -> Result:
+    """Return the result in a job's file. Raises GenerationError if the file does not match the job."""
+    with _parsing("the job's file"):
         sent = job.sent["clips"]
         facts = [
             (clip["seed"], clip["peak"], clip["loudness"], clip["silent"], recipe)
@@ -181,11 +182,11 @@ def read_job_take(job: Job, content: bytes, *, disposition: str) -> Take:
         ]
         clips, manifest = _read_clips(content, disposition, facts=facts)
         warnings = tuple(job.sent.get("warnings", ()))
-        return Take(clips, job.model, job.sent["sample_rate"], manifest=manifest, warnings=warnings)
+        return Result(clips, job.model, job.sent["sample_rate"], manifest=manifest, warnings=warnings)
 
 
 def read_job(sent: Mapping[str, Any]) -> Job:
-    """Returns the job that a JSON object describes."""
+    """Return the job that a JSON object describes."""
     return Job(
         id=sent["id"],
         status=sent["status"],
@@ -205,9 +206,12 @@ def read_job(sent: Mapping[str, Any]) -> Job:
     )
 
 
-def read_news(event: httpx_sse.ServerSentEvent) -> JobProgress | Job | None:
-    """Returns the progress in an event, or the job that is over; None for other events. Raises GenerationError."""
-    with _understood("an event of the job"):
+def read_event(event: httpx_sse.ServerSentEvent) -> JobProgress | Job | None:
+    """Return the progress in an event, or the ended job in the last event. Raises GenerationError.
+
+    Returns None for events of another type.
+    """
+    with _parsing("an event of the job"):
         if event.event == "progress":
             return _read_progress(json.loads(event.data))
         if event.event == "end":
@@ -216,13 +220,13 @@ def read_news(event: httpx_sse.ServerSentEvent) -> JobProgress | Job | None:
 
 
 def read_page(sent: Mapping[str, Any]) -> JobPage:
-    """Returns the page that a JSON object describes."""
+    """Return the page that a JSON object describes."""
     return JobPage(tuple(read_job(job) for job in sent["jobs"]), sent["next_cursor"])
 
 
 def read_models(sent: Mapping[str, Any]) -> tuple[Model, ...]:
-    """Returns the models of the list in a JSON object."""
-    same = {each.name for each in fields(Model)} - {"name", "aliases", "sent"}  # names here and in the API
+    """Return the models of the list in a JSON object."""
+    same = {each.name for each in fields(Model)} - {"name", "aliases", "sent"}  # fields with the same name in the API
     return tuple(
         Model(name=model["id"], aliases=tuple(model["aliases"]), sent=model, **{name: model[name] for name in same})
         for model in sent["data"]
@@ -230,7 +234,10 @@ def read_models(sent: Mapping[str, Any]) -> tuple[Model, ...]:
 
 
 def require_success(job: Job) -> None:
-    """Raises GenerationError or CancelledRequestError for a job without audio, ConflictError for one not yet over."""
+    """Raise an error unless the job succeeded.
+
+    A failed job raises GenerationError, a cancelled job CancelledRequestError, and a job in progress ConflictError.
+    """
     if job.status == "cancelled":
         raise CancelledRequestError(f"the job {job.id} was cancelled")
     if job.status == "failed":
@@ -240,7 +247,7 @@ def require_success(job: Job) -> None:
 
 
 def place_file(response: httpx.Response, path: Path) -> Path:
-    """Returns the path of a downloaded file: `path`, or if that is a folder, the server's name for it in there."""
+    """Return where to save a download: `path`, or if that is a folder, a file in it with the name from the server."""
     if not path.is_dir():
         return path
     disposition = response.headers.get("content-disposition")
@@ -248,8 +255,8 @@ def place_file(response: httpx.Response, path: Path) -> Path:
 
 
 @contextmanager
-def _understood(what: str) -> Iterator[None]:
-    """Raises GenerationError in place of the errors of reading `what`."""
+def _parsing(what: str) -> Iterator[None]:
+    """Turn errors from parsing `what` into GenerationError."""
     try:
         yield
     except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
@@ -259,7 +266,10 @@ def _understood(what: str) -> Iterator[None]:
 def _read_clips(
     content: bytes, disposition: str, *, facts: Sequence[tuple[Any, ...]]
 ) -> tuple[tuple[Clip, ...], Mapping[str, Any] | None]:
-    """Returns the clips and the manifest of a file. `facts` per variation: seed, peak, loudness, is silent, recipe."""
+    """Return the clips and the manifest in a downloaded file: one audio file, or a ZIP file of several variations.
+
+    `facts` has for each variation: seed, peak, loudness, whether it is silent, recipe.
+    """
     files, manifest = {_file_name(disposition): content}, None
     if len(facts) > 1:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -270,12 +280,12 @@ def _read_clips(
 
 
 def _values(header: str) -> list[Any]:
-    """Returns the JSON values of a header, which commas separate."""
+    """Return the comma-separated JSON values of a header."""
     return json.loads(f"[{header}]")
 
 
 def _file_name(disposition: str) -> str:
-    """Returns the last part of the name in a Content-Disposition header: never a folder of this machine."""
+    """Return the file name in a Content-Disposition header, without folders, so that it cannot lead to another one."""
     message = Message()
     message["content-disposition"] = disposition
     return Path(message.get_filename("audio")).name

@@ -1,4 +1,4 @@
-"""The HTTP calls of the server's operations as values, and the server that they are sent to. Sends nothing."""
+"""HTTP requests as values (`Call`), and the server that receives them (`Connection`). This module sends nothing."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any, BinaryIO, Generic, Literal, TypeVar
 import httpx
 
 from stable_audio_serve.client import answers
-from stable_audio_serve.client.answers import Clip, Job, JobPage, Model, Take
+from stable_audio_serve.client.answers import Clip, Job, JobPage, Model, Result
 
-# Source audio: a file's path or its bytes, an opened file, or a clip that was generated before.
+# Source audio: a file's path, its content, an opened file, or a clip from an earlier result.
 Audio = bytes | str | Path | BinaryIO | Clip
-Recipe = Mapping[str, Any]  # of a take, as the server sends it
+Recipe = Mapping[str, Any]  # a clip's recipe, as the server sends it
 Regions = Sequence[tuple[float, float]]  # [start, end) in seconds
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ URL_VARIABLE = "STABLE_AUDIO_URL"
 KEY_VARIABLE = "STABLE_AUDIO_API_KEY"
 _LAST_PORT = 65535
 _USER_AGENT = "stable-audio-serve-client"
-_TAKES = {
+_PATHS = {
     "generate": "/v1/audio/generations",
     "vary": "/v1/audio/variations",
     "inpaint": "/v1/audio/inpaint",
@@ -37,9 +37,9 @@ _JOBS = {"generate": "/jobs", "vary": "/jobs/variations", "inpaint": "/jobs/inpa
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[T]):
-    """One HTTP request, and how its successful answer is read.
+    """One HTTP request, and the function that parses a successful answer.
 
-    Sending it twice does no harm: a submission carries a key, and the server makes only one job for a key.
+    A call may be sent again. Submissions have an idempotency key, so the server creates only one job.
     """
 
     method: str
@@ -55,12 +55,15 @@ def make(
     controls: Mapping[str, Any],
     audio: Audio | None = None,
     regions: Regions | None = None,
-) -> Call[Take]:
-    """Returns the call that generates audio from a prompt and, if given, from audio. Raises OSError."""
+) -> Call[Result]:
+    """Return the call that generates audio from a prompt and optional source audio.
+
+    Raises OSError if the source audio cannot be read.
+    """
     body = _body(
         prompt, controls=controls, regions=regions, audio=audio, part="audio_file" if kind == "loop" else "audio"
     )
-    return Call("POST", _TAKES[kind], answers.read_take, body)
+    return Call("POST", _PATHS[kind], answers.read_result, body)
 
 
 def submit(
@@ -72,87 +75,92 @@ def submit(
     audio: Audio | None = None,
     regions: Regions | None = None,
 ) -> Call[str]:
-    """Returns the call that submits a job; its result is the job's id. Raises OSError if the audio cannot be read."""
+    """Return the call that submits a job. The call's result is the job's id. Raises OSError as `make`."""
     headers = {"Idempotency-Key": key or uuid.uuid4().hex}  # a repeated submission returns the first job
     body = _body(prompt, controls=controls, regions=regions, audio=audio)
     return Call("POST", _JOBS[kind], lambda answer: str(answer.json()["id"]), {**body, "headers": headers})
 
 
-def replay(take: Audio | Recipe, *, sources: Sequence[Audio]) -> Call[Take]:
-    """Returns the call that recreates a take from its recipe or its file. Raises OSError if a file cannot be read."""
+def replay(recipe: Audio | Recipe, *, sources: Sequence[Audio]) -> Call[Result]:
+    """Return the call that recreates a clip from its recipe, or from an audio file that contains the recipe.
+
+    Raises OSError if a file cannot be read.
+    """
     files = [("audio", _read(source)) for source in sources]
     body: dict[str, Any]
-    if not isinstance(take, Mapping):
-        body = {"files": [("file", _read(take)), *files]}
+    if not isinstance(recipe, Mapping):
+        body = {"files": [("file", _read(recipe)), *files]}
     elif files:  # send the recipe as a file too, because form fields have at most 512 KiB
-        body = {"files": [("recipe", ("recipe.json", json.dumps(take).encode())), *files]}
+        body = {"files": [("recipe", ("recipe.json", json.dumps(recipe).encode())), *files]}
     else:
-        body = {"json": take}
-    return Call("POST", "/v1/audio/replay", answers.read_take, body)
+        body = {"json": recipe}
+    return Call("POST", "/v1/audio/replay", answers.read_result, body)
 
 
 def show_job(job_id: str) -> Call[Job]:
-    """One job."""
+    """Return the call that gets a job."""
     return Call("GET", job_path(job_id), lambda answer: answers.read_job(answer.json()))
 
 
 def cancel_job(job_id: str) -> Call[Job]:
-    """Cancel a job."""
+    """Return the call that cancels a job."""
     return Call("DELETE", job_path(job_id), lambda answer: answers.read_job(answer.json()))
 
 
 def list_jobs(*, status: str | None, limit: int, cursor: str | None) -> Call[JobPage]:
-    """A page of the caller's jobs."""
+    """Return the call that gets a page of the caller's jobs."""
     params = {"status": status, "limit": str(limit), "cursor": cursor}
     given = {name: value for name, value in params.items() if value is not None}
     return Call("GET", "/jobs", lambda answer: answers.read_page(answer.json()), {"params": given})
 
 
 def models() -> Call[tuple[Model, ...]]:
-    """The served models."""
+    """Return the call that lists the served models."""
     return Call("GET", "/v1/models", lambda answer: answers.read_models(answer.json()))
 
 
 def job_path(job_id: str, *below: str) -> str:
-    """Returns the path of a job, or of something below it. Raises ValueError for a malformed id."""
+    """Return the path of a job, with the parts `below` appended. Raises ValueError for a malformed id."""
     return "/".join(("/jobs", uuid.UUID(hex=job_id).hex, *below))
 
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """A server's address and the caller's key, which is sent to this server only."""
+    """A server's address and the caller's API key. The key is sent only to this server."""
 
     base_url: httpx.URL
     api_key: str | None
 
     @classmethod
     def choose(cls, base_url: str | None, api_key: str | None) -> Connection:
-        """Returns the connection to the server named by the arguments or the environment. Raises ValueError."""
+        """Return the connection from the arguments, or without them from the environment. Raises ValueError."""
         text = base_url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
         try:
             url = httpx.URL(text)
             is_server = url.scheme in {"http", "https"} and url.host and (url.port or 0) <= _LAST_PORT
         except (httpx.InvalidURL, UnicodeError) as error:
-            raise ValueError(f"{text!r} is no URL: {error}") from error
+            raise ValueError(f"{text!r} is not a URL: {error}") from error
         if not is_server:
-            raise ValueError(f"{text!r} is no URL of a server, such as {DEFAULT_URL}")
+            raise ValueError(f"{text!r} is not the URL of a server, such as {DEFAULT_URL}")
         url = url.copy_with(path=url.path.rstrip("/") + "/", query=None, fragment=None)
         key = api_key or os.environ.get(KEY_VARIABLE) or None
         if key is not None and not (key.isascii() and key.isprintable() and key == key.strip()):
-            raise ValueError("the API key has white space around it, or characters that no header can carry")
+            raise ValueError(
+                "the API key starts or ends with white space, or has characters that no header may contain"
+            )
         return cls(url, key)
 
     def request(self, call: Call[Any]) -> dict[str, Any]:
-        """Returns the arguments of httpx's `request` for a call."""
+        """Return the arguments of httpx's `request` for a call."""
         headers = self.headers(call.options.get("headers"))
         return {"method": call.method, "url": self.url(call.path), **call.options, "headers": headers}
 
     def url(self, path: str) -> httpx.URL:
-        """Returns the URL of a path of the API; the server's own URL may have a path, too."""
+        """Return the URL of a path of the API. The server's base URL may have a path too."""
         return self.base_url.join(path.lstrip("/"))
 
     def headers(self, more: Mapping[str, str] | None = None) -> dict[str, str]:
-        """Returns the headers of a request to this server."""
+        """Return the headers of a request to this server."""
         key = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         return {"User-Agent": _USER_AGENT, **key, **(more or {})}
 
@@ -160,7 +168,7 @@ class Connection:
 def _body(
     prompt: str, *, controls: Mapping[str, Any], regions: Regions | None, audio: Audio | None, part: str = "audio"
 ) -> dict[str, Any]:
-    """Returns the body as arguments of httpx: JSON, or with audio a form with the audio as its `part`."""
+    """Return the body as arguments of httpx: JSON, or with audio a multipart form in which `part` names the audio."""
     fields: dict[str, Any] = {"prompt": prompt}
     fields |= {name: value for name, value in controls.items() if value is not None}
     if regions is not None:
@@ -173,7 +181,7 @@ def _body(
 
 
 def _read(audio: Audio) -> tuple[str, bytes]:
-    """Returns the name and content of source audio."""
+    """Return the file name and the content of source audio."""
     match audio:
         case bytes():
             return "audio", audio

@@ -1,6 +1,7 @@
-"""The blocking client (`Client`) and the client for asyncio (`AsyncClient`). `operations` does their work.
+"""The blocking client (`Client`) and the client for asyncio (`AsyncClient`). Both use the module `operations`.
 
-Each method is written twice, so that type checkers and `help` know both. `AsyncClient` gets the docstrings of `Client`.
+Each method is written in both classes, so that type checkers and `help` show its signature. The docstrings are written
+in `Client` only and copied to `AsyncClient` at the end of this module.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TypeVar, Unpack
 import httpx
 
 from stable_audio_serve.client import calls
-from stable_audio_serve.client.answers import Job, JobPage, JobProgress, Model, Take
+from stable_audio_serve.client.answers import Job, JobPage, JobProgress, Model, Result
 from stable_audio_serve.client.calls import Audio, Call, Connection, Recipe, Regions
 from stable_audio_serve.client.controls import (
     Controls,
@@ -23,7 +24,7 @@ from stable_audio_serve.client.controls import (
     JobEditControls,
     JobInpaintControls,
     LoopControls,
-    takes,
+    accepts,
 )
 from stable_audio_serve.client.failures import Retries
 from stable_audio_serve.client.operations import TIMEOUT, AsyncNetwork, BlockingNetwork, Operations, iterate, run
@@ -32,11 +33,11 @@ T = TypeVar("T")
 
 
 class Client:
-    """A connection to a server. Use it with `with`, or `close` it; threads may share it.
+    """A connection to a server. Use it as a context manager or call `close`. Threads may share it.
 
-    `base_url` defaults to the environment variable STABLE_AUDIO_URL, otherwise to http://127.0.0.1:8000. `api_key`
-    defaults to STABLE_AUDIO_API_KEY. Calls that failed for a temporary reason are sent again, as `retries` defines.
-    If the last attempt fails too, the method raises its error, one of `stable_audio_serve.core.errors`.
+    `base_url` defaults to the environment variable STABLE_AUDIO_URL, else to http://127.0.0.1:8000. `api_key` defaults
+    to STABLE_AUDIO_API_KEY. Requests that fail for a temporary reason are repeated; `retries` sets the limits. When the
+    last attempt fails, methods raise its error, one of `stable_audio_serve.core.errors`.
     """
 
     def __init__(
@@ -62,80 +63,83 @@ class Client:
         """Close the connections."""
         self._http.close()
 
-    @takes(Controls)
-    def generate(self, prompt: str, **controls: Unpack[Controls]) -> Take:
-        """Make audio from a text prompt."""
+    @accepts(Controls)
+    def generate(self, prompt: str, **controls: Unpack[Controls]) -> Result:
+        """Generate audio from a text prompt."""
         return self.send(calls.make("generate", prompt, controls=controls))
 
-    @takes(EditControls)
-    def vary(self, audio: Audio, prompt: str, **controls: Unpack[EditControls]) -> Take:
-        """Make a variation of audio. Raises OSError if its file cannot be read."""
+    @accepts(EditControls)
+    def vary(self, audio: Audio, prompt: str, **controls: Unpack[EditControls]) -> Result:
+        """Make a variation of audio. Raises OSError if the source file cannot be read."""
         return self.send(calls.make("vary", prompt, controls=controls, audio=audio))
 
-    @takes(InpaintControls)
-    def inpaint(self, audio: Audio, prompt: str, *, regions: Regions, **controls: Unpack[InpaintControls]) -> Take:
-        """Regenerate `regions`, [start, end) in seconds, and keep the source's samples outside. Raises OSError.
+    @accepts(InpaintControls)
+    def inpaint(self, audio: Audio, prompt: str, *, regions: Regions, **controls: Unpack[InpaintControls]) -> Result:
+        """Regenerate `regions`, [start, end) in seconds, and keep the source's samples outside them. Raises OSError.
 
-        A crossfade of 30 ms inside each region joins it to the source. With `keep="model"` the model makes the whole
-        clip.
+        A crossfade of 30 ms inside each region joins it to the source. With `keep="model"` the samples outside the
+        regions come from the model too.
         """
         return self.send(calls.make("inpaint", prompt, controls=controls, audio=audio, regions=regions))
 
-    @takes(InpaintControls, without=("duration",))
+    @accepts(InpaintControls, without=("duration",))
     def extend(
         self, audio: Audio, prompt: str, *, source_s: float, until_s: float, **controls: Unpack[InpaintControls]
-    ) -> Take:
-        """Extend audio of `source_s` past its end, to `until_s`, both in seconds. Raises OSError.
+    ) -> Result:
+        """Extend audio past its end, from its length `source_s` to the length `until_s`, in seconds. Raises OSError.
 
-        The source's samples stay unchanged, except for its last 30 ms, which fade into the new audio.
+        The source's samples stay unchanged, except for the last 30 ms, which fade into the new audio.
         """
         fields, regions = {**controls, "duration": until_s}, [(source_s, until_s)]
         return self.send(calls.make("inpaint", prompt, controls=fields, audio=audio, regions=regions))
 
-    @takes(LoopControls)
-    def loop(self, prompt: str, *, audio: Audio | None = None, **controls: Unpack[LoopControls]) -> Take:
-        """Make a loop of whole bars at the tempo that the prompt names, such as 120bpm. Raises OSError.
+    @accepts(LoopControls)
+    def loop(self, prompt: str, *, audio: Audio | None = None, **controls: Unpack[LoopControls]) -> Result:
+        """Make a loop of whole bars. The prompt must name the tempo, such as 120bpm. Raises OSError.
 
-        With `audio` the loop is a variation of that audio in the prompt's style.
+        With `audio`, the loop is a variation of it in the style of the prompt.
         """
         return self.send(calls.make("loop", prompt, controls=controls, audio=audio))
 
-    def replay(self, take: Audio | Recipe, *, sources: Sequence[Audio] = ()) -> Take:
-        """Recreate a take from its recipe, or from its file, which contains the recipe. Raises OSError.
+    def replay(self, recipe: Audio | Recipe, *, sources: Sequence[Audio] = ()) -> Result:
+        """Recreate a clip from its recipe, or from its audio file, which contains the recipe. Raises OSError.
 
-        The answer's `replay` tells whether the bytes equal the original ones. `sources` are the files that the take was
-        made from. If one is missing, InvalidRequestError names its SHA-256.
+        `replay` of the result is "exact" if the bytes equal the original. `sources` are the source files of the clip.
+        If one is missing, InvalidRequestError names its SHA-256.
         """
-        return self.send(calls.replay(take, sources=sources))
+        return self.send(calls.replay(recipe, sources=sources))
 
     def models(self) -> tuple[Model, ...]:
-        """The served models."""
+        """List the served models."""
         return self.send(calls.models())
 
     def send(self, call: Call[T]) -> T:
-        """Send a call, several times if need be. Returns its answer."""
+        """Send a call, and repeat it after temporary failures. Returns its parsed answer."""
         return run(self._operations.send(call))
 
 
 class Jobs:
-    """Work that the server does later: `client.jobs`."""
+    """The jobs of the caller, as `client.jobs`. The server runs a job after it has answered the submission."""
 
     def __init__(self, operations: Operations) -> None:
         self._operations = operations
 
-    @takes(JobControls)
+    @accepts(JobControls)
     def submit(self, prompt: str, *, idempotency_key: str | None = None, **controls: Unpack[JobControls]) -> Job:
-        """Submit text to audio. Returns the job. A second call with the same `idempotency_key` returns the same job."""
+        """Submit a job that generates audio from a text prompt.
+
+        A second submission with the same `idempotency_key` returns the first job.
+        """
         return self._submit(calls.submit("generate", prompt, controls=controls, key=idempotency_key))
 
-    @takes(JobEditControls)
+    @accepts(JobEditControls)
     def submit_variation(
         self, audio: Audio, prompt: str, *, idempotency_key: str | None = None, **controls: Unpack[JobEditControls]
     ) -> Job:
-        """Submit a variation. Raises OSError."""
+        """Submit a job that makes a variation. Raises OSError if the source file cannot be read."""
         return self._submit(calls.submit("vary", prompt, controls=controls, audio=audio, key=idempotency_key))
 
-    @takes(JobInpaintControls)
+    @accepts(JobInpaintControls)
     def submit_inpaint(
         self,
         audio: Audio,
@@ -145,46 +149,49 @@ class Jobs:
         idempotency_key: str | None = None,
         **controls: Unpack[JobInpaintControls],
     ) -> Job:
-        """Submit the regeneration of `regions`, [start, end) in seconds. Raises OSError."""
+        """Submit a job that regenerates `regions`, [start, end) in seconds. Raises OSError."""
         return self._submit(
             calls.submit("inpaint", prompt, controls=controls, audio=audio, regions=regions, key=idempotency_key)
         )
 
     def get(self, job_id: str) -> Job:
-        """The job as it is now."""
+        """Get the current state of a job."""
         return run(self._operations.send(calls.show_job(job_id)))
 
     def list(self, *, status: str | None = None, limit: int = 20, cursor: str | None = None) -> JobPage:
-        """A page of the caller's jobs, newest first."""
+        """Get a page of the caller's jobs, newest first."""
         return run(self._operations.send(calls.list_jobs(status=status, limit=limit, cursor=cursor)))
 
     def cancel(self, job_id: str) -> Job:
-        """Cancel a job: at once while it waits, within one step while it runs. Raises ConflictError if it is over."""
+        """Cancel a job. A waiting job ends at once, a running one within one denoising step.
+
+        Raises ConflictError if the job was over already.
+        """
         return run(self._operations.cancel(job_id))
 
     def follow(self, job_id: str) -> Generator[JobProgress | Job]:
-        """Yields the job's progress, and finally the ended job. Connects again after a lost connection."""
+        """Yield the job's progress, and finally the ended job. Reconnects after a lost connection."""
         return iterate(self._operations.follow(job_id))
 
     def wait(
         self, job_id: str, *, on_progress: Callable[[JobProgress], None] | None = None, timeout_s: float | None = None
     ) -> Job:
-        """Wait for a job's end. Returns it, whether it succeeded or not. Raises DeadlineExceededError.
+        """Wait until a job is over and return it, also if it failed. Raises DeadlineExceededError.
 
-        `timeout_s` is checked whenever an update of the job arrives, and at least every 30 s.
+        `timeout_s` is checked only when an update of the job arrives, so the wait may last up to 30 s longer.
         """
         return run(self._operations.wait(job_id, on_progress=on_progress, timeout_s=timeout_s))
 
     def download(self, job: Job | str, path: str | Path) -> Path:
-        """Write a finished job's audio to a file without holding it in memory. Returns its path.
+        """Write a finished job's audio to a file as it arrives. Returns the file's path. Raises OSError.
 
         If `path` is an existing folder, the server chooses the file name, which begins with the job's id. Raises
-        GenerationError or CancelledRequestError if the job has no audio, and OSError.
+        GenerationError if the job failed, CancelledRequestError if it was cancelled, ConflictError if it is not over.
         """
         return run(self._operations.download(job, Path(path)))
 
-    def fetch(self, job: Job | str) -> Take:
-        """A finished job's audio, in memory. Raises as `download`."""
+    def fetch(self, job: Job | str) -> Result:
+        """Return a finished job's audio, in memory. Raises the errors of `download`."""
         return run(self._operations.fetch(job))
 
     def _submit(self, call: Call[str]) -> Job:
@@ -192,11 +199,11 @@ class Jobs:
 
 
 class AsyncClient:
-    """A connection to a server. Use it with `async with`, or `close` it; tasks may share it.
+    """A connection to a server. Use it as an async context manager or call `close`. Tasks may share it.
 
-    `base_url` defaults to the environment variable STABLE_AUDIO_URL, otherwise to http://127.0.0.1:8000. `api_key`
-    defaults to STABLE_AUDIO_API_KEY. Calls that failed for a temporary reason are sent again, as `retries` defines.
-    If the last attempt fails too, the method raises its error, one of `stable_audio_serve.core.errors`.
+    `base_url` defaults to the environment variable STABLE_AUDIO_URL, else to http://127.0.0.1:8000. `api_key` defaults
+    to STABLE_AUDIO_API_KEY. Requests that fail for a temporary reason are repeated; `retries` sets the limits. When the
+    last attempt fails, methods raise its error, one of `stable_audio_serve.core.errors`.
     """
 
     def __init__(
@@ -221,35 +228,35 @@ class AsyncClient:
     async def close(self) -> None:
         await self._http.aclose()
 
-    @takes(Controls)
-    async def generate(self, prompt: str, **controls: Unpack[Controls]) -> Take:
+    @accepts(Controls)
+    async def generate(self, prompt: str, **controls: Unpack[Controls]) -> Result:
         return await self.send(calls.make("generate", prompt, controls=controls))
 
-    @takes(EditControls)
-    async def vary(self, audio: Audio, prompt: str, **controls: Unpack[EditControls]) -> Take:
+    @accepts(EditControls)
+    async def vary(self, audio: Audio, prompt: str, **controls: Unpack[EditControls]) -> Result:
         return await self.send(calls.make("vary", prompt, controls=controls, audio=audio))
 
-    @takes(InpaintControls)
+    @accepts(InpaintControls)
     async def inpaint(
         self, audio: Audio, prompt: str, *, regions: Regions, **controls: Unpack[InpaintControls]
-    ) -> Take:
+    ) -> Result:
         return await self.send(calls.make("inpaint", prompt, controls=controls, audio=audio, regions=regions))
 
-    @takes(InpaintControls, without=("duration",))
+    @accepts(InpaintControls, without=("duration",))
     async def extend(
         self, audio: Audio, prompt: str, *, source_s: float, until_s: float, **controls: Unpack[InpaintControls]
-    ) -> Take:
+    ) -> Result:
         fields = {**controls, "duration": until_s}
         return await self.send(
             calls.make("inpaint", prompt, controls=fields, audio=audio, regions=[(source_s, until_s)])
         )
 
-    @takes(LoopControls)
-    async def loop(self, prompt: str, *, audio: Audio | None = None, **controls: Unpack[LoopControls]) -> Take:
+    @accepts(LoopControls)
+    async def loop(self, prompt: str, *, audio: Audio | None = None, **controls: Unpack[LoopControls]) -> Result:
         return await self.send(calls.make("loop", prompt, controls=controls, audio=audio))
 
-    async def replay(self, take: Audio | Recipe, *, sources: Sequence[Audio] = ()) -> Take:
-        return await self.send(calls.replay(take, sources=sources))
+    async def replay(self, recipe: Audio | Recipe, *, sources: Sequence[Audio] = ()) -> Result:
+        return await self.send(calls.replay(recipe, sources=sources))
 
     async def models(self) -> tuple[Model, ...]:
         return await self.send(calls.models())
@@ -259,22 +266,22 @@ class AsyncClient:
 
 
 class AsyncJobs:
-    """Work that the server does later: `client.jobs`."""
+    """The jobs of the caller, as `client.jobs`. The server runs a job after it has answered the submission."""
 
     def __init__(self, operations: Operations) -> None:
         self._operations = operations
 
-    @takes(JobControls)
+    @accepts(JobControls)
     async def submit(self, prompt: str, *, idempotency_key: str | None = None, **controls: Unpack[JobControls]) -> Job:
         return await self._submit(calls.submit("generate", prompt, controls=controls, key=idempotency_key))
 
-    @takes(JobEditControls)
+    @accepts(JobEditControls)
     async def submit_variation(
         self, audio: Audio, prompt: str, *, idempotency_key: str | None = None, **controls: Unpack[JobEditControls]
     ) -> Job:
         return await self._submit(calls.submit("vary", prompt, controls=controls, audio=audio, key=idempotency_key))
 
-    @takes(JobInpaintControls)
+    @accepts(JobInpaintControls)
     async def submit_inpaint(
         self,
         audio: Audio,
@@ -307,14 +314,14 @@ class AsyncJobs:
     async def download(self, job: Job | str, path: str | Path) -> Path:
         return await self._operations.download(job, Path(path))
 
-    async def fetch(self, job: Job | str) -> Take:
+    async def fetch(self, job: Job | str) -> Result:
         return await self._operations.fetch(job)
 
     async def _submit(self, call: Call[str]) -> Job:
         return await self._operations.submit(call)
 
 
-for _described, _twin in ((Client, AsyncClient), (Jobs, AsyncJobs)):
-    for _name, _method in inspect.getmembers(_described, inspect.isfunction):
+for _blocking, _asyncio in ((Client, AsyncClient), (Jobs, AsyncJobs)):
+    for _name, _method in inspect.getmembers(_blocking, inspect.isfunction):
         if not _name.startswith("_"):
-            getattr(_twin, _name).__doc__ = _method.__doc__
+            getattr(_asyncio, _name).__doc__ = _method.__doc__

@@ -1,7 +1,4 @@
-"""The optional fields of requests, and how methods take them as keyword parameters.
-
-Names and ranges are the HTTP API's.
-"""
+"""The optional fields of requests, named as in the HTTP API, and a decorator that makes them keyword parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from typing import Annotated, Any, Literal, ParamSpec, TypedDict, TypeVar, get_t
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_HEAD = "Optional, None = the server's or the model's default:"
+_HEAD = "Optional fields; None selects the default of the server or the model:"
 
 
 class Controls(TypedDict, total=False):
@@ -23,17 +20,17 @@ class Controls(TypedDict, total=False):
     negative_prompt: Annotated[str | None, "What to avoid; takes effect with cfg_scale above 1."]
     duration: Annotated[float | None, "Length, seconds."]
     steps: Annotated[int | None, "Denoising steps."]
-    cfg_scale: Annotated[float | None, "Guidance."]
+    cfg_scale: Annotated[float | None, "Guidance: how closely the audio follows the prompt."]
     batch_size: Annotated[int | None, "Number of variations; seeds count up from `seed`."]
     seed: Annotated[int | None, "The same seed gives the same audio; -1 = random."]
     chunked_decode: Annotated[bool | None, "Decode in windows."]
     apg_scale: Annotated[float | None, "Adaptive projected guidance; 0 = plain guidance."]
-    duration_padding_sec: Annotated[float | None, "Headroom generated after the clip, seconds."]
-    response_format: Annotated[str | None, "Kind of file: wav, flac, mp3, ogg or opus."]
-    deadline_s: Annotated[float | None, "Time budget, seconds; then DeadlineExceededError."]
-    priority: Annotated[Literal["interactive", "batch"] | None, "Batch work lets interactive work go first."]
-    peaks: Annotated[str | None, "How peaks are treated: limit, scale or clip."]
-    manifest: Annotated[bool | None, "Adds a manifest to the files of several variations."]
+    duration_padding_sec: Annotated[float | None, "Audio that is generated after the clip and cut off, seconds."]
+    response_format: Annotated[str | None, "File format: wav, flac, mp3, ogg or opus."]
+    deadline_s: Annotated[float | None, "Time budget, seconds; after it DeadlineExceededError is raised."]
+    priority: Annotated[Literal["interactive", "batch"] | None, "Interactive requests run before batch requests."]
+    peaks: Annotated[str | None, "What is done to peaks above full scale: limit, scale or clip."]
+    manifest: Annotated[bool | None, "Adds a manifest to the ZIP file of several variations."]
     sampler_kwargs: Annotated[
         Mapping[str, str | float | bool | None] | None, "Options of the sampler, such as `sampler_type`."
     ]
@@ -44,7 +41,8 @@ class EditControls(Controls, total=False):
 
     init_noise_level: Annotated[float | None, "Strength, 0 to 1: low keeps more of the source."]
     edit_schedule: Annotated[
-        Literal["even", "scaled", "reference"] | None, "Noise levels of a flow model's edit: even, scaled or reference."
+        Literal["even", "scaled", "reference"] | None,
+        "Noise levels of a flow model's variation: even, scaled or reference.",
     ]
 
 
@@ -60,12 +58,12 @@ class InpaintControls(Controls, total=False):
 class LoopControls(TypedDict, total=False):
     """Fields of a loop."""
 
-    bars: Annotated[Literal[1, 2, 4, 8] | None, "Length; unset = as many of 8, 4, 2, 1 as fit."]
-    loop_type: Annotated[Literal["auto", "drums", "instruments"] | None, "What the loop is of."]
+    bars: Annotated[Literal[1, 2, 4, 8] | None, "Length in bars; by default the largest of 8, 4, 2 and 1 that fits."]
+    loop_type: Annotated[Literal["auto", "drums", "instruments"] | None, "Content of the loop."]
     steps: Annotated[int | None, "Denoising steps."]
-    cfg_scale: Annotated[float | None, "Guidance."]
+    cfg_scale: Annotated[float | None, "Guidance: how closely the audio follows the prompt."]
     seed: Annotated[int | None, "The same seed gives the same audio; -1 = random."]
-    style_strength: Annotated[float | None, "With audio: low keeps more of it."]
+    style_strength: Annotated[float | None, "With audio: strength, 0.1 to 1; low keeps more of the source."]
     model_type: Annotated[Literal["standard", "finetune"] | None, "finetune = the model that `finetune_repo` names."]
     finetune_repo: Annotated[str | None, "A served model's name or alias."]
 
@@ -84,10 +82,11 @@ class JobInpaintControls(JobControls, InpaintControls, total=False):
     """Fields of a job that regenerates regions."""
 
 
-def takes(controls: type, *, without: Collection[str] = ()) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Gives a method the fields of `controls` as keyword parameters, in its signature and its docstring.
+def accepts(controls: type, *, without: Collection[str] = ()) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Add the fields of `controls` to a method's signature and docstring as keyword parameters.
 
-    Python does not check the names in `**controls: Unpack[...]`. A decorated method does, and raises TypeError.
+    Python does not check the names in `**controls: Unpack[...]`. The decorated method does: it raises TypeError for an
+    unknown name.
     """
 
     def decorate(method: Callable[P, R]) -> Callable[P, R]:

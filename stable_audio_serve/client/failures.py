@@ -1,4 +1,4 @@
-"""Converts failed answers and connections to errors of `core.errors`, and decides when a failed call is sent again."""
+"""Convert failed answers and connections to errors of `core.errors`, and decide whether a failed call is repeated."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _BY_STATUS: dict[int, type[StableAudioError]] = {
     504: errors.DeadlineExceededError,
     507: errors.StorageFullError,
 }
-_PASSING = (
+_TEMPORARY = (
     errors.OverloadedError,
     errors.ModelUnavailableError,
     errors.StoppingError,
@@ -43,12 +43,13 @@ def _all_below(base: type[StableAudioError]) -> Iterator[type[StableAudioError]]
         yield from _all_below(error)
 
 
-# Several classes may share a kind. The first defined is the most general and must win, hence `reversed`.
+# Several classes may share a kind. The first one is the most general. `reversed` makes it win, because the dictionary
+# keeps the last entry of a key.
 _BY_KIND = {error.kind: error for error in reversed(list(_all_below(StableAudioError)))}
 
 
 def read_failure(response: httpx.Response) -> StableAudioError:
-    """Returns the error of an unsuccessful answer, whose content must have been read."""
+    """Return the error in an unsuccessful answer. Its content must already be read."""
     kind = _BY_KIND.get(response.headers.get("x-error-kind", ""))
     kind = kind or _BY_STATUS.get(response.status_code, StableAudioError)
     try:
@@ -65,7 +66,10 @@ def read_failure(response: httpx.Response) -> StableAudioError:
 
 
 def read_lost_connection(error: httpx.HTTPError) -> StableAudioError:
-    """Returns the error of a call without an answer. It names the server, never the URL, which may be a secret link."""
+    """Return the error for a call without an answer.
+
+    Its message names the server, but not the whole URL, because that may be a presigned link.
+    """
     make: Callable[[str], StableAudioError] = errors.UnreachableError
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
         make = errors.NotConnectedError
@@ -81,12 +85,13 @@ def read_lost_connection(error: httpx.HTTPError) -> StableAudioError:
 
 @dataclass(frozen=True, slots=True)
 class Retries:
-    """Limits and pauses of repeated attempts. `most_wait_s` bounds the sum of one call's pauses, seconds.
+    """How often and after which pauses a failed call is repeated.
 
-    A pause lasts a little longer than the server's Retry-After, so that clients that were refused together do not retry
-    together. Without Retry-After, the first pause is at most `first_pause_s`, and the limit doubles each time.
-    `most_refused` bounds the attempts after refused connections. `on_pause` is called before each pause, with the
-    failure and the length of the pause in seconds.
+    At most `most` times, or `most_refused` times if the server refuses connections. All pauses of a call last at most
+    `most_wait_s` seconds. A pause is the server's Retry-After plus a random time, so that clients refused at the same
+    time do not return at the same time. Without Retry-After, the first pause is at most `first_pause_s` seconds, and
+    this limit doubles with each attempt. `on_pause` is called before each pause with the failure and the pause in
+    seconds.
     """
 
     most: int = 5
@@ -97,7 +102,7 @@ class Retries:
 
 
 class Attempts:
-    """The attempts of one call."""
+    """Counts the failed attempts of one call."""
 
     def __init__(self, retries: Retries, *, jitter: Callable[[], float] = random.random) -> None:
         self._retries = retries
@@ -106,18 +111,18 @@ class Attempts:
         self._waited_s = 0.0
 
     @property
-    def are_several(self) -> bool:
-        """Whether an earlier attempt also failed. The server may have carried out that earlier attempt."""
+    def has_retried(self) -> bool:
+        """Whether more than one attempt failed. The server may have carried out an earlier attempt all the same."""
         return self._num_failed > 1
 
     def pause_s(self, failure: StableAudioError) -> float:
-        """Returns how long to wait before the next attempt, seconds. Raises the failure if there is no next one."""
+        """Return the seconds to wait before the next attempt. Raises `failure` if there is no next attempt."""
         doubling_s = self._retries.first_pause_s * 2.0**self._num_failed
         asked_s = failure.retry_after_s if failure.retry_after_s is not None else doubling_s / 2.0
         pause_s = asked_s + doubling_s / 2.0 * self._jitter()
         self._num_failed += 1
-        passes = isinstance(failure, _PASSING) and not isinstance(failure, errors.StorageFullError)
-        if not passes or self._num_failed > self._most(failure):
+        is_temporary = isinstance(failure, _TEMPORARY) and not isinstance(failure, errors.StorageFullError)
+        if not is_temporary or self._num_failed > self._most(failure):
             raise failure
         if self._waited_s + pause_s > self._retries.most_wait_s:
             raise failure
@@ -132,7 +137,7 @@ class Attempts:
 
 
 def _read_detail(detail: Any) -> tuple[str, str | None]:
-    """Returns the message of a failure's body, and the field at fault if it names one."""
+    """Return the message in an error body, and the invalid field if the body names one."""
     if isinstance(detail, dict):  # the format of the routes that are shared with vLLM-Omni
         return str(detail.get("message", "")), detail.get("param")
     if not isinstance(detail, list):

@@ -1,7 +1,7 @@
-"""The operations that take several requests: retries, following a job, downloads. Written once for both clients.
+"""Operations that need several requests: retries, following a job, downloads. Both clients share this code.
 
-The operations are coroutines that use a network object. `AsyncNetwork` awaits. `BlockingNetwork` blocks and never
-suspends a coroutine, so `run` and `iterate` need no event loop.
+The operations are coroutines that call a network object. `AsyncNetwork` awaits. `BlockingNetwork` blocks and never
+suspends the coroutine, so `run` and `iterate` can run it without an event loop.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ import httpx
 import httpx_sse
 
 from stable_audio_serve.client import answers, calls
-from stable_audio_serve.client.answers import Job, JobProgress, Take
+from stable_audio_serve.client.answers import Job, JobProgress, Result
 from stable_audio_serve.client.calls import Call, Connection
 from stable_audio_serve.client.failures import Attempts, Retries, read_failure, read_lost_connection
 from stable_audio_serve.core.errors import ConflictError, DeadlineExceededError, OverloadedError, StableAudioError
 
 T = TypeVar("T")
 
-# The answer to a generation arrives when the audio is done. The server's own deadlines bound that time.
+# The answer to a generation arrives only when the audio is complete, which the server's deadline bounds.
 TIMEOUT = httpx.Timeout(600.0, connect=10.0)
-# The server sends a comment on a stream of events every ten seconds.
+# The server sends a comment on the event stream every ten seconds, so 30 s without data mean a lost connection.
 _STREAM_TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 _POLL_S = 1.0
-_MOST_BROKEN = 3  # after so many streams in a row without an event, assume that a proxy holds events back
+_MOST_BROKEN = 3  # after this many streams in a row without an event, assume that a proxy buffers the events
 
 
 class BlockingNetwork:
-    """Network and clock of `Client`."""
+    """Sends requests and sleeps for `Client`."""
 
     def __init__(self, http: httpx.Client) -> None:
         self._http = http
@@ -70,7 +70,7 @@ class BlockingNetwork:
 
 
 class AsyncNetwork:
-    """Network and clock of `AsyncClient`."""
+    """Sends requests and sleeps for `AsyncClient`."""
 
     def __init__(self, http: httpx.AsyncClient) -> None:
         self._http = http
@@ -95,7 +95,7 @@ class AsyncNetwork:
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Returns the result of a coroutine over a `BlockingNetwork`, which ends in one step."""
+    """Run a coroutine that uses a `BlockingNetwork` and return its result."""
     try:
         coroutine.send(None)
     except StopIteration as end:
@@ -104,7 +104,7 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
 
 
 def iterate(items: AsyncGenerator[T]) -> Generator[T]:
-    """Yields the items of a generator over a `BlockingNetwork`, and closes it."""
+    """Yield the items of a generator that uses a `BlockingNetwork`, then close it."""
     try:
         while True:
             yield run(items.__anext__())
@@ -125,7 +125,7 @@ class Operations:
         self._retries = retries or Retries()
 
     async def send(self, call: Call[T], attempts: Attempts | None = None) -> T:
-        """Send a call, several times if need be. Returns its answer."""
+        """Send a call, and repeat it after temporary failures. Returns its parsed answer."""
         attempts = attempts or Attempts(self._retries)
         while True:
             try:
@@ -138,19 +138,19 @@ class Operations:
             await self._network.sleep(attempts.pause_s(failure))
 
     async def submit(self, call: Call[str]) -> Job:
-        """Submit a job. Returns it."""
+        """Submit a job and return it."""
         return await self.send(calls.show_job(await self.send(call)))
 
     async def cancel(self, job_id: str) -> Job:
-        """Cancel a job. Raises ConflictError if it was over before.
+        """Cancel a job. Raises ConflictError if it was over already.
 
-        If the answer to an earlier attempt was lost, that attempt may have cancelled the job; this is no error.
+        If the answer to a first attempt was lost, that attempt may have cancelled the job. This is not an error.
         """
         attempts = Attempts(self._retries)
         try:
             return await self.send(calls.cancel_job(job_id), attempts)
         except ConflictError:
-            if not attempts.are_several:
+            if not attempts.has_retried:
                 raise
             job = await self.send(calls.show_job(job_id))
             if job.status != "cancelled":
@@ -158,9 +158,9 @@ class Operations:
             return job
 
     async def follow(self, job_id: str) -> AsyncGenerator[JobProgress | Job]:
-        """Yields progress, and finally the ended job.
+        """Yield progress, and finally the ended job.
 
-        Reads the event stream. If no events arrive, polls the status instead.
+        Reads the event stream. If no events arrive, polls the job's status instead.
         """
         headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
         num_broken, pause_s = 0, 0.5
@@ -176,10 +176,10 @@ class Operations:
                         pause_s = pause_s if event.retry is None else event.retry / 1000.0
                         if event.id:
                             headers["Last-Event-ID"] = event.id
-                        news = answers.read_news(event)
-                        if news is not None:
-                            yield news
-                        if isinstance(news, Job):
+                        update = answers.read_event(event)
+                        if update is not None:
+                            yield update
+                        if isinstance(update, Job):
                             return
             await self._network.sleep(pause_s)
         while not (job := await self.send(calls.show_job(job_id))).is_over:
@@ -190,20 +190,20 @@ class Operations:
     async def wait(
         self, job_id: str, *, on_progress: Callable[[JobProgress], None] | None, timeout_s: float | None
     ) -> Job:
-        """Returns the job when it is over. Raises DeadlineExceededError."""
+        """Return the job when it is over. Raises DeadlineExceededError."""
         ends_at = None if timeout_s is None else time.monotonic() + timeout_s
         async with aclosing(self.follow(job_id)) as following:
-            async for news in following:
-                if isinstance(news, Job):
-                    return news
+            async for update in following:
+                if isinstance(update, Job):
+                    return update
                 if on_progress is not None:
-                    on_progress(news)
+                    on_progress(update)
                 if ends_at is not None and time.monotonic() > ends_at:
                     raise DeadlineExceededError(f"the job was not over after {timeout_s:g} s")
         raise AssertionError("a job is followed to its end")
 
     async def download(self, job: Job | str, path: Path) -> Path:
-        """Write a job's audio to a file or folder as it arrives. Returns the file's path."""
+        """Write a job's audio to a file as it arrives, and return the file's path. `path` may be a folder."""
 
         async def write(response: httpx.Response, _: Job) -> Path:
             place = answers.place_file(response, path)
@@ -214,17 +214,17 @@ class Operations:
 
         return await self._with_audio(job, write)
 
-    async def fetch(self, job: Job | str) -> Take:
-        """Returns a job's audio."""
+    async def fetch(self, job: Job | str) -> Result:
+        """Return a job's audio."""
 
-        async def read(response: httpx.Response, job: Job) -> Take:
+        async def read(response: httpx.Response, job: Job) -> Result:
             content = await self._network.read(response)
-            return answers.read_job_take(job, content, disposition=response.headers.get("content-disposition", ""))
+            return answers.read_job_result(job, content, disposition=response.headers.get("content-disposition", ""))
 
         return await self._with_audio(job, read)
 
     async def _with_audio(self, job: Job | str, use: Callable[[httpx.Response, Job], Awaitable[T]]) -> T:
-        """Returns the result of `use` on the open download of a job's audio; tries again as `send` does."""
+        """Open the download of a job's audio and return the result of `use`. Repeats both after temporary failures."""
         job = await self.send(calls.show_job(job)) if isinstance(job, str) else job
         answers.require_success(job)
         attempts = Attempts(self._retries)
@@ -240,14 +240,14 @@ class Operations:
 
     @asynccontextmanager
     async def _audio(self, job: Job) -> AsyncIterator[httpx.Response]:
-        """Opens the download of a job's audio.
+        """Open the download of a job's audio.
 
-        Follows the link to the bucket, if there is one. If the bucket cannot be reached, downloads through the server.
+        Uses the link to the bucket if there is one, and the server if there is none or the bucket does not answer.
         """
         async with AsyncExitStack() as opened:
             response = None
             if url := job.bucket_url:
-                with suppress(httpx.TransportError):  # another host, so the key is not sent
+                with suppress(httpx.TransportError):  # the bucket is another host, so this request has no API key
                     response = await opened.enter_async_context(self._network.stream(method="GET", url=url))
             if response is None or not response.is_success:
                 response = await opened.enter_async_context(self._open(job.id, "audio"))
@@ -257,7 +257,7 @@ class Operations:
     async def _open(
         self, job_id: str, below: str, *, headers: Mapping[str, str] | None = None, **options: Any
     ) -> AsyncIterator[httpx.Response]:
-        """Opens a GET response from a path below the job's own. Raises errors of httpx and of `core.errors`."""
+        """Open a response to GET of `/jobs/{job_id}/{below}`. Raises errors of httpx and of `core.errors`."""
         url = self._connection.url(calls.job_path(job_id, below))
         headers = self._connection.headers(headers)
         async with self._network.stream(method="GET", url=url, headers=headers, **options) as response:
@@ -269,14 +269,14 @@ class Operations:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Opens a temporary file for writing, and renames it to `path` when the block ends without an error.
+    """Open a temporary file for writing, and rename it to `path` when the block ends without an error.
 
     Raises OSError.
     """
     temporary = path.parent / f".{path.name[:40]}.{secrets.token_hex(8)}"
     try:
-        # `tempfile` creates files that only their owner can read. Restoring normal permissions needs the umask, and
-        # reading the umask means setting it for all threads.
+        # Not `tempfile`: its files are readable by their owner only. Giving them normal permissions needs the umask,
+        # which can be read only by setting it for all threads.
         with temporary.open("xb") as file:
             yield file
         temporary.replace(path)

@@ -10,7 +10,7 @@ from stable_audio_serve.core.generation import GenerationRequest, GenerationResu
 
 
 class Backend(Protocol):
-    """Runs generations by canonical model name."""
+    """Runs generations. Models are identified by their canonical names."""
 
     @property
     def catalog(self) -> ModelCatalog: ...
@@ -18,14 +18,14 @@ class Backend(Protocol):
     async def generate(
         self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
     ) -> GenerationResult:
-        """Run one request on the model with this canonical name. Returns its audio.
+        """Run one request on a model and return its audio.
 
-        `on_progress` is called on the event loop of the caller, at most a few times a second. Cancelling the awaiting
-        task cancels the work. Raises errors of `core.errors`: InvalidRequestError, OverloadedError,
-        DeadlineExceededError, ModelUnavailableError, GenerationError.
+        `on_progress` is called on the caller's event loop, at most a few times a second. Cancelling the awaiting task
+        cancels the work. Raises InvalidRequestError, OverloadedError, DeadlineExceededError, ModelUnavailableError,
+        GenerationError.
         """
         ...
 
     async def status(self) -> Mapping[str, ModelStatus]:
-        """Returns the status of each model by canonical name. Never loads a model and never waits for one."""
+        """Return the status of each model by canonical name, without loading a model or waiting for one."""
         ...

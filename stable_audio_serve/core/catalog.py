@@ -1,4 +1,4 @@
-"""Names, limits and defaults of the served models, available without loading any weights."""
+"""Names, limits and defaults of the served models. They are known before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from stable_audio_serve.core.generation import EditSchedule
 SA3_FAMILY = "stable-audio-3"
 OPEN_FAMILY = "stable-audio-open"
 
-# The implementation of a model's networks: this package, or stable-audio-tools (Stable Audio Open configs only).
+# The package whose networks a model uses: this one, or stable-audio-tools, which only runs Stable Audio Open models.
 NetworkBackend = Literal["native", "stable_audio_tools"]
 
-# Precision of the decoder's matrix products: float32; split = three half-precision products; TF32; half precision.
+# Precision of the decoder's matrix products. split = three half-precision products, which come close to float32.
 DecodePrecision = Literal["float32", "split", "tf32", "half"]
 
-# Listed here, without importing torch, so that the API can refuse an unknown sampler when a job is submitted.
+# The API refuses an unknown sampler when a job is submitted. The names are listed here, because the API does not import
+# torch.
 FLOW_SAMPLERS = ("euler", "rk4", "dpmpp", "pingpong")
-V_TIME_SAMPLERS = ("v-ddim", "v-ddim-cfgpp")  # for models with the v objective; their other samplers run over sigma
+V_TIME_SAMPLERS = ("v-ddim", "v-ddim-cfgpp")  # the other samplers of models with the v objective run over sigma
 V_SAMPLERS = (
     "dpmpp-3m-sde",
     "dpmpp-2m-sde",
@@ -51,25 +52,26 @@ class ModelCard:
     default_steps: int = 8
     default_cfg_scale: float = 1.0
     default_duration_padding_s: float = 6.0
-    edit_schedule: EditSchedule | None = None  # from the settings; None = the family's default
+    edit_schedule: EditSchedule | None = None  # None = the family's default
     samplers: tuple[str, ...] = FLOW_SAMPLERS  # allowed values of GenerationRequest.sampler
-    conditions_on_start: bool = False  # honours GenerationRequest.start_s
+    conditions_on_start: bool = False  # whether the model uses GenerationRequest.start_s
     is_demo: bool = False
     description: str = ""
 
     @property
     def default_edit_schedule(self) -> EditSchedule:
-        """The schedule of a flow model's edits: from the settings, otherwise the family's default.
+        """The time steps of a flow model's edits: `edit_schedule`, else the family's default.
 
-        The reference schedule of Stable Audio Open is evenly spaced and never exceeds the noise level. The reference
-        schedule of Stable Audio 3 has neither property, so its default is "even" (`sampling/schedules.py`).
+        The default of Stable Audio Open is its reference schedule, which is evenly spaced and never exceeds the noise
+        level. That of Stable Audio 3 has neither property, so its default is "even" (`sampling/schedules.py`).
         """
         return self.edit_schedule or ("reference" if self.family == OPEN_FAMILY else "even")
 
     def noise_level(self, share: float, *, sampler: str | None) -> float:
-        """Returns `GenerationRequest.init_noise_level` for a noise share in 0..1; 1 = the source has no influence.
+        """Convert a share of noise to `GenerationRequest.init_noise_level`.
 
-        For samplers that run over sigma the result is a sigma: share = 2/pi atan(sigma).
+        `share` is in 0..1; with 1 the source has no influence. For samplers that run over sigma the result is the sigma
+        with share = 2/pi atan(sigma), for others it is `share`.
         """
         if self.objective != "v" or sampler in V_TIME_SAMPLERS:
             return share
@@ -104,7 +106,7 @@ class ModelCatalog:
             ) from error
 
     def resolve(self, name: str) -> ModelCard:
-        """Returns the card for a canonical name or an alias. Raises UnknownModelError, which lists the valid names."""
+        """Return the card for a canonical name or an alias. Raises UnknownModelError, which lists the valid names."""
         canonical = self._names.get(_key(name))
         if canonical is None:
             valid = ", ".join(self._cards)
@@ -112,7 +114,7 @@ class ModelCatalog:
         return self._cards[canonical]
 
     def choose(self, name: str | None, *, family: str) -> ModelCard:
-        """Returns the card for `name`. Without a name: the first card of `family`, otherwise the default.
+        """Return the card for `name`, without a name the first card of `family`, and without one the default.
 
         Raises UnknownModelError.
         """
@@ -127,17 +129,17 @@ class ModelCatalog:
         return len(self._cards)
 
 
-# Result of the quality gate for a replica. passed: its audio matches the report. unchecked: it makes sound, but no
-# report could be read. fallback: the configured weights failed and the last good ones serve. off: the gate is disabled.
+# Result of the quality gate for a replica. passed: its audio matches the quality report. unchecked: no report could be
+# read. fallback: the configured weights failed, so the replica serves the last good ones. off: the gate is disabled.
 GateOutcome = Literal["passed", "unchecked", "fallback", "off"]
 
 
 @dataclass(frozen=True, slots=True)
 class ModelQuality:
-    """Weights of a replica and its result at the quality gate.
+    """The weights of a replica, and its result at the quality gate.
 
     `weights` is the hash of the weights. `revision` is their commit, None for weights from a folder. `report` is the id
-    of their quality report. `problem` is a sentence for clients, without paths of this machine.
+    of their quality report. `problem` is a sentence for clients that contains no path of this machine.
     """
 
     gate: GateOutcome
@@ -151,9 +153,10 @@ class ModelQuality:
 class ModelStatus:
     """State of one model's replicas.
 
-    `stage` is loading, ready, failed, idle (scaled to zero) or waking (starting from zero, first requests held).
-    `quality` is from the replica with the most serious result. `refused_update` is the reason why the replicas of the
-    last deployment do not start while older ones serve, else None. `states` counts replicas by Ray Serve's state names.
+    `stage` is loading, ready, failed, idle (no replica) or waking (the first replica starts, and requests wait for it).
+    `quality` is that of the replica with the most serious result. `refused_update` is set while the replicas of the
+    last deployment do not start and older replicas serve instead; it gives the reason. `states` counts the replicas in
+    each of Ray Serve's states.
     """
 
     stage: str

@@ -1,4 +1,4 @@
-"""An injected clock, so that tests can control schedulers and deadlines."""
+"""Clocks. Code that depends on time receives one as an argument, so that tests can control schedulers and deadlines."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Source of the current time."""
+    """A source of the current time."""
 
     def monotonic(self) -> float:
-        """Returns seconds since an arbitrary fixed point; never decreases."""
+        """Return seconds since an arbitrary fixed point; never decreases."""
         ...
 
     def time(self) -> float:
-        """Returns Unix time in seconds. For dates only: the operator may adjust it, so do not measure durations."""
+        """Return Unix time in seconds. Do not measure durations with it, because the operator may adjust it."""
         ...
 
 

@@ -1,4 +1,6 @@
-"""Every error this project raises on purpose. Independent of HTTP: each dialect maps kinds to its own responses.
+"""Every error that this project raises on purpose. Each HTTP dialect maps the kinds to its own responses.
+
+The columns are class, `kind` and meaning. "retry" means that the same request may succeed later.
 
 StableAudioError
 ├── InvalidRequestError        invalid            a field is missing, of the wrong type or out of range
@@ -6,9 +8,9 @@ StableAudioError
 ├── InvalidUploadError         invalid_upload     an uploaded file is empty or cannot be decoded
 ├── UploadTooLargeError        upload_too_large   an uploaded file or body is above its size limit
 ├── UnauthorizedError          unauthorized       keys are configured and the request has no valid one
-├── ForbiddenError             forbidden          from a web page, or for a host name, that is not allowed
+├── ForbiddenError             forbidden          the key, the web page or the host name is not allowed to do this
 ├── NotFoundError              not_found          this caller has no such job or file
-├── ConflictError              conflict           contradicts stored state, for example a reused key
+├── ConflictError              conflict           the request contradicts stored state, for example a reused key
 ├── OverloadedError            overloaded         no capacity now; retry in a few seconds
 │   └── QuotaError             quota              this caller has reached its limit of waiting work
 ├── DeadlineExceededError      deadline_exceeded  the request's time budget ran out
@@ -17,15 +19,15 @@ StableAudioError
 ├── ModelUnavailableError      unavailable        the model is not loaded or its replica died; retry
 ├── StoppingError              unavailable        the server is stopping and accepts nothing new; retry
 ├── KeysUnavailableError       unavailable        the key file could not be read since the start; retry
-├── GenerationError            generation_failed  the model produced something unusable
+├── GenerationError            generation_failed  the model produced unusable audio
 ├── UnreachableError           unreachable        a client got no response from its server; retry
-│   └── NotConnectedError      unreachable        connection failed: no server listens there, or unknown host
+│   └── NotConnectedError      unreachable        the connection failed: no server listens, or the host is unknown
 ├── StorageError               storage            a file or job cannot be stored or read now; retry
 │   ├── StorageFullError       storage_full       there is no room left for files or jobs
 │   │   └── UploadQuotaError   storage_full       this client has reached its limit of uploaded bytes
 │   ├── StoreMovedError        storage            files or jobs were moved or replaced since the start
 │   └── DamagedFileError       storage            a stored file has changed or lost bytes
-├── CheckpointError            checkpoint         files missing, corrupt, gated or with wrong keys
+├── CheckpointError            checkpoint         model files are missing, corrupt, gated or have wrong keys
 ├── QualityError               quality            a loaded model fails the quality gate; the replica does not start
 ├── QualityReportError         quality_report     a stored quality report is missing or cannot be used
 ├── StartError                 start              a part of the server, for example Ray or HAProxy, did not start
@@ -38,10 +40,10 @@ from typing import ClassVar
 
 
 class StableAudioError(Exception):
-    """Base of the tree.
+    """Base of all errors.
 
-    `message` is safe to show to a client. `field` names the invalid request field, `allowed` describes its range.
-    `retry_after_s` (seconds) is set when a retry may succeed.
+    `message` is safe to show to a client. `field` names the invalid request field, and `allowed` describes its valid
+    values. `retry_after_s` is set when a retry after this many seconds may succeed.
     """
 
     kind: ClassVar[str] = "error"
@@ -61,7 +63,7 @@ class StableAudioError(Exception):
         self.retry_after_s = retry_after_s
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Exceptions cross process boundaries; the default protocol would drop the keyword-only arguments.
+        # Errors are pickled to cross process boundaries. By default, pickling would drop the keyword-only arguments.
         return (type(self), (self.message,), dict(vars(self)))
 
 
@@ -96,7 +98,7 @@ class UnauthorizedError(StableAudioError):
 
 
 class ForbiddenError(StableAudioError):
-    """The operator does not allow this web page or this host name."""
+    """The key, the web page or the host name of a request is not allowed to do this."""
 
     kind = "forbidden"
 
@@ -108,10 +110,7 @@ class NotFoundError(StableAudioError):
 
 
 class ConflictError(StableAudioError):
-    """The request contradicts stored state.
-
-    `code` is `id_in_use`, `idempotency_key_reused` or `job_is_over` (the job has ended).
-    """
+    """The request contradicts stored state. `code` names the reason, for example `id_in_use` or `job_is_over`."""
 
     kind = "conflict"
 
@@ -121,7 +120,7 @@ class ConflictError(StableAudioError):
 
 
 class OverloadedError(StableAudioError):
-    """No capacity for this work now. `retry_after_s` is the expected wait in seconds.
+    """There is no capacity for this work now. `retry_after_s` is the expected wait in seconds.
 
     A full engine also sets `full_for_s`, the seconds until it accepts requests again, and `work_s`, the seconds that
     the refused request would take. `retry_after_s` is longer: it leaves time for clients that were refused before.
@@ -220,7 +219,7 @@ class DamagedFileError(StorageError):
 
 
 class CheckpointError(StableAudioError):
-    """Model files are missing, gated, corrupt or do not fit the network; the message says what to do."""
+    """Model files are missing, gated, corrupt or do not match the network. The message says what to do."""
 
     kind = "checkpoint"
 

@@ -1,8 +1,8 @@
 """Named points in the code where tests kill or freeze this process, to prove that no work is lost or done twice.
 
-The environment variable STABLE_AUDIO_FAILPOINTS holds entries separated by commas: `name=kill` or `name=stop`. With
-`name=kill@<file>` only the process that creates the file acts. The variable is read when this module is imported.
-Without it a failpoint costs one look-up in an empty mapping.
+The environment variable STABLE_AUDIO_FAILPOINTS has comma-separated entries: `name=kill` or `name=stop`. If several
+processes reach `name=kill@<file>`, only the first one acts, and it creates the file. The variable is read when this
+module is imported. Without it a failpoint costs one look-up in an empty mapping.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _Action:
 
 
 def _parse(text: str) -> Mapping[str, _Action]:
-    """Returns the action of each failpoint. Raises ValueError for an invalid entry."""
+    """Return the action of each failpoint. Raises ValueError for an invalid entry."""
     actions: dict[str, _Action] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, _, action = item.partition("=")
@@ -57,7 +57,7 @@ def failpoint(name: Failpoint) -> None:
 
 
 def _is_first(marker: Path | None) -> bool:
-    """Returns whether this process is the first to reach the failpoint: it creates the marker file."""
+    """Whether this process is the first to reach the failpoint. The first process creates the file `marker`."""
     if marker is None:
         return True
     try:

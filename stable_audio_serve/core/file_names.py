@@ -4,6 +4,6 @@ from __future__ import annotations
 
 
 def content_disposition(file_name: str) -> str:
-    """Returns the header value that names a download. Characters other than printable ASCII become underscores."""
+    """Return the Content-Disposition value of a download. Other characters than printable ASCII become underscores."""
     plain = "".join(char if char.isascii() and char.isprintable() and char not in '"\\' else "_" for char in file_name)
     return f'attachment; filename="{plain}"'

@@ -1,4 +1,4 @@
-"""Requests and results that all layers exchange: frozen value objects without web, Ray or torch types."""
+"""Requests and results that all layers exchange: frozen value objects, independent of FastAPI, Ray and torch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ if TYPE_CHECKING:
 
 
 SEED_LIMIT = 2**63  # seeds are in 0..SEED_LIMIT - 1
-# Time steps of a flow model's edit: evenly spaced, the steps of a full run scaled by the noise level, or as upstream.
+# Time steps of a flow model's edit. even: evenly spaced. scaled: the steps of a full run, scaled by the noise level.
+# reference: as in the original implementation.
 EditSchedule = Literal["even", "scaled", "reference"]
-# Audio of an edit outside its regions: the source's own samples, or the model's output.
+# Where the samples of an edit outside its regions come from: the source or the model.
 Keep = Literal["source", "model"]
 Role = Literal["init", "inpaint"]  # use of the source audio: init = a variation, inpaint = regenerating regions
 Priority = Literal["interactive", "batch"]  # batch work yields to interactive work but keeps a minimum share
@@ -24,8 +25,8 @@ Priority = Literal["interactive", "batch"]  # batch work yields to interactive w
 class SourceAudio:
     """Input audio: `samples` (C, S) float32, nominally in -1..1, at `sample_rate_hz`.
 
-    `sha256` is the hexadecimal digest of the file that the samples were decoded from. It is "" without a file, or if
-    the samples were changed later. Mixing down to mono does not count as a change.
+    `sha256` is the hexadecimal digest of the file that the samples were decoded from. It is empty without a file, or if
+    the samples were changed after decoding. Mixing to mono (`is_mixed`) does not count as a change.
     """
 
     samples: npt.NDArray[np.float32]
@@ -34,13 +35,13 @@ class SourceAudio:
     is_mixed: bool = False
 
     def to_mono(self) -> SourceAudio:
-        """Returns the mean of all channels as one."""
+        """Return the audio with one channel, the mean of all channels."""
         return replace(self, samples=self.samples.mean(axis=0, keepdims=True), is_mixed=True)
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduleShift:
-    """Overrides the model's timestep warp. `kind` is logsnr, flux, full or none; `options` are its parameters."""
+    """Replaces the model's own shift of time steps. `kind` is logsnr, flux, full or none; `options` parameterize it."""
 
     kind: str
     options: tuple[tuple[str, float], ...] = ()
@@ -50,19 +51,19 @@ class ScheduleShift:
 class GenerationRequest:
     """A request for `batch_size` variations that differ only in their seed (`seed`, `seed + 1`, ...).
 
-    `None` means the model's default. Exceptions: `conditioned_total_s` defaults to the end of the clip,
-    `start_s + duration_s`; `negative_start_s` and `negative_total_s` default to the prompt's values. `seed` is already
-    resolved, never "random".
+    None selects the model's default, except in three fields. `conditioned_total_s` defaults to the end of the clip,
+    `start_s + duration_s`. `negative_start_s` and `negative_total_s` default to the values of the prompt. `seed` is
+    never "random": the API has drawn it already.
 
-    `init_noise_level` is a share of noise in 0..1; 1 = the source has no influence. For samplers that run over sigma it
-    is a sigma and replaces `sigma_max` in an edit.
+    `init_noise_level` is a share of noise in 0..1; with 1 the source has no influence. For samplers that run over sigma
+    it is a sigma instead, and replaces `sigma_max`.
     """
 
     prompt: str
     duration_s: float
     seed: int
-    start_s: float = 0.0  # start of the clip within a longer piece; only for models that condition on it
-    conditioned_total_s: float | None = None  # length of that piece, seconds, as a condition of the model
+    start_s: float = 0.0  # start of the clip in a longer piece, seconds; only for models with this conditioner
+    conditioned_total_s: float | None = None  # length of the longer piece, seconds
     negative_prompt: str | None = None
     negative_start_s: float | None = None
     negative_total_s: float | None = None
@@ -77,7 +78,7 @@ class GenerationRequest:
     apg_scale: float | None = None
     cfg_rescale: float = 0.0  # scale_phi in the reference code, 0..1
     cfg_norm_threshold: float = 0.0  # 0 = off
-    cfg_interval: tuple[float, float] = (0.0, 1.0)  # sigmas at which guidance is on, inclusive
+    cfg_interval: tuple[float, float] = (0.0, 1.0)  # lowest and highest sigma with guidance, inclusive
     duration_padding_s: float | None = None  # audio generated past the end of the clip and cut off, seconds
     init_audio: SourceAudio | None = None
     init_noise_level: float = 1.0
@@ -91,11 +92,11 @@ class GenerationRequest:
     start_within_s: float | None = None  # longest time from submission to the first step, seconds
     checkpoint: str | None = None  # required hash of the weights (`models.weight_hash`); None = any
     request_id: str = ""
-    client: str = ""  # the client that sent it, for fair queues; "" = unknown
+    client: str = ""  # the client that sent the request, for fair queues; "" = unknown
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """The seed of each variation. Requesting one variation with one of these seeds gives the same audio."""
+        """The seed of each variation. A request for one variation with this seed gives the same audio."""
         return tuple((self.seed + index) % SEED_LIMIT for index in range(self.batch_size))
 
 
@@ -104,7 +105,7 @@ Stage = Literal["queued", "encoding", "denoising", "decoding", "done"]
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Progress of a request: `fraction` in 0..1 over all its variations."""
+    """Progress of a request over all its variations. `fraction` is in 0..1."""
 
     stage: Stage
     fraction: float
@@ -120,7 +121,7 @@ ProgressCallback = Callable[[Progress], None]
 class StageTimings:
     """Wall time of each stage of one request, in milliseconds; the stages sum to `total_ms` within 2 %.
 
-    `denoise_ms` includes `stalled_ms`, the time between its steps in which other requests' steps ran.
+    `denoise_ms` includes `stalled_ms`, the time in which the request waited for steps of other requests.
     """
 
     queue_ms: float = 0.0
@@ -137,10 +138,10 @@ Mode = Literal["strict", "fast"]  # strict: a request's bytes do not depend on t
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The facts about a loaded engine that affect its audio.
+    """Properties of a loaded engine that affect its audio.
 
-    `checkpoint` is the hash from `models.weight_hash`, None when it was not computed. `networks` names the
-    implementation of the networks (`catalog.NetworkBackend`).
+    `checkpoint` is the hash from `models.weight_hash`, None if it was not computed. `networks` is a
+    `catalog.NetworkBackend`.
     """
 
     checkpoint: str | None = None
@@ -149,13 +150,13 @@ class Loaded:
 
 
 @dataclass(frozen=True, slots=True)
-class Making:
-    """Software, processor and parameters of a generation: all that its exact bytes depend on, besides the request.
+class Provenance:
+    """Software, processor and parameters of a generation. Its exact bytes depend on these and on the request.
 
-    `processor` names the CPU's instruction set or the GPU. `threads` is the thread count and `slots` the number of rows
-    of a call, each None where the bytes do not depend on it. `prompt_chars` and `negative_prompt_chars` are the numbers
-    of leading characters that the model reads, None = all. `steps` to `edit_schedule` are the values that the model
-    filled in for fields that the request left open.
+    `processor` names the CPU's instruction sets or the GPU. `threads` (CPU threads) and `slots` (rows per call) are
+    None if the bytes do not depend on them. `steps` to `edit_schedule` are the request's values, or the model's
+    defaults for unset fields. The model reads the first `prompt_chars` and `negative_prompt_chars` characters of the
+    prompts; None means all.
     """
 
     version: str  # version of this package
@@ -179,21 +180,23 @@ class Making:
 
 @dataclass(frozen=True, slots=True)
 class MadeOn:
-    """The device that made the audio. `device` is cuda, mps or cpu. `dtype` is the precision of the denoiser: float32,
-    float16 or bfloat16. The exact bytes depend on both and on `making`, which is None if the engine did not report it.
+    """The device and the software that made the audio, stored with each file.
+
+    `device` is cuda, mps or cpu. `dtype` is the precision of the denoiser: float32, float16 or bfloat16. `making` is
+    None if the engine did not report it.
     """
 
     device: str
     dtype: str
-    making: Making | None = None
+    making: Provenance | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceUse:
-    """Device that a request ran on: `kind` is cuda, mps or cpu, `dtype` the precision of the denoiser.
+    """The device that a request ran on. `kind` is cuda, mps or cpu. `dtype` is the precision of the denoiser.
 
-    Memory in bytes, on CUDA only: `memory_used_bytes` at the end of the request, `memory_peak_bytes` since the process
-    started.
+    On CUDA, `memory_used_bytes` is the memory in use at the end of the request, and `memory_peak_bytes` the most since
+    the process started. Both are None on other devices.
     """
 
     kind: str = "cpu"
@@ -204,10 +207,10 @@ class DeviceUse:
 
 @dataclass(frozen=True, slots=True)
 class GeneratedSpan:
-    """Samples [start, stop) that the model made, in audio that otherwise consists of the source's samples.
+    """The samples [start, stop) of an edit, which the model made. Samples outside all spans come from the source.
 
-    `head` and `tail` (C, n) float32 are the model's samples where the span fades in and out, before the source was
-    mixed in. They are empty where there is no fade.
+    The span fades in and out where it meets the source. `head` and `tail` (C, n) float32 are the model's samples there,
+    without the source. They are empty if there is no fade.
     """
 
     start: int
@@ -220,8 +223,8 @@ class GeneratedSpan:
 class GenerationResult:
     """Generated audio before encoding: one (C, S) float32 array per variation.
 
-    Full scale is -1..1. Loud clips exceed it; `audio.peaks` brings them into range when a file is written. `generated`
-    lists the spans of each variation that the model made, None = all.
+    Full scale is -1..1. Loud clips exceed it, and `audio.peaks` brings them into range when a file is written.
+    `generated` lists the spans that the model made, for each variation. None means that it made all samples.
     """
 
     audio: tuple[npt.NDArray[np.float32], ...]
@@ -230,10 +233,10 @@ class GenerationResult:
     seeds: tuple[int, ...]
     timings: StageTimings = field(default_factory=StageTimings)
     device: DeviceUse = field(default_factory=DeviceUse)
-    making: Making | None = None
+    making: Provenance | None = None
     generated: tuple[tuple[GeneratedSpan, ...], ...] | None = None
 
     @property
     def made_on(self) -> MadeOn:
-        """Returns the device and software, which together with the seed reproduce the audio."""
+        """The device and the software that made the audio."""
         return MadeOn(self.device.kind, self.device.dtype, self.making)

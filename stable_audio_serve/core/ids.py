@@ -1,10 +1,11 @@
-"""Identifiers. Each is a distinct type, so that a type checker finds mix-ups."""
+"""Identifiers. Each has its own type, so that a type checker finds one used in place of another."""
 
 from __future__ import annotations
 
 from typing import NewType
 
-# A job, unique within its client and contract. Made by the server, or chosen by the client (`JobSpec.id_is_chosen`).
+# The id of a job, unique within its client and contract. The server creates it, or the client chooses it
+# (`JobSpec.id_is_chosen`).
 JobId = NewType("JobId", str)
 
 # The client that an API key belongs to. It owns the jobs submitted with the key. Empty when no keys are configured.

@@ -1,6 +1,7 @@
-"""Reads and checks the API key file: one key per line (`core.keys`); empty lines and `#` comments are allowed.
+"""Read and check the API key file: one key per line (`core.keys`), empty lines and `#` comments.
 
-`api.middleware.key_ring` decides when to read it again. Error messages never quote a line.
+`api.middleware.key_ring` decides when to read the file again. Error messages never quote a line, because it may contain
+a plain key by mistake.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ _MAX_BYTES = 16_777_216
 
 
 def load_key_file(path: str) -> tuple[bytes, tuple[ApiKey, ...]]:
-    """Returns the file's bytes and its keys, in order. Raises OSError, and ValueError with a one-sentence message."""
+    """Return the file's content and its keys in order. Raises OSError, and ValueError if the content is invalid."""
     data = read_key_file(path)
     return data, parse_key_file(data)
 
 
 def read_key_file(path: str) -> bytes:
-    """Returns the file's bytes. Raises OSError, and ValueError for something other than a regular file or too large."""
-    # Non-blocking, because opening a pipe would wait for a writer.
+    """Return the file's content. Raises OSError, and ValueError if it is not a regular file or is too large."""
+    # O_NONBLOCK, because otherwise opening a pipe would wait for a writer.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise ValueError("it is not a regular file")
@@ -33,9 +34,10 @@ def read_key_file(path: str) -> bytes:
 
 
 def parse_key_file(data: bytes) -> tuple[ApiKey, ...]:
-    """Returns the keys of a file with these bytes. Raises ValueError, naming the line.
+    """Return the keys in the content of a key file. Raises ValueError that names the invalid line.
 
-    Refuses an empty file: most likely it is just being written. To refuse every key, write a comment into the file.
+    An empty file is invalid, because most likely another program is writing it. A file with only a comment is valid and
+    contains no key.
     """
     if not data:
         raise ValueError("it is empty")
@@ -64,9 +66,10 @@ def parse_key_file(data: bytes) -> tuple[ApiKey, ...]:
 
 
 def merge_keys(configured: Sequence[ApiKey], listed: Sequence[ApiKey]) -> dict[str, ApiKey]:
-    """Returns the keys from the settings and from the file, by digest. The file wins where both have the same key.
+    """Return the keys of the settings (`configured`) and of the file (`listed`) by digest.
 
-    A key from the settings gets the limits that the file sets for its name.
+    If both contain a key, the entry of the file is used. Limits in the file also apply to keys of the settings with the
+    same client name.
     """
     limits = {key.client: key.limits for key in listed}
     own = [ApiKey(key.client, key.digest, key.scopes, limits.get(key.client, key.limits)) for key in configured]

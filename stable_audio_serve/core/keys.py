@@ -1,6 +1,6 @@
-"""API keys: how a key is made, the line of the key file that describes it, its client, scopes and limits.
+"""Create API keys, and read and write the lines that describe them: hash, client, scopes and limits.
 
-A line contains the SHA-256 of a key, never the key. Independent of files and of HTTP.
+A line contains the SHA-256 of a key, never the key itself.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Scope = Literal["generate", "jobs", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 DEFAULT_SCOPES: frozenset[Scope] = frozenset({"generate", "jobs"})
 
-_PREFIX = "sas-"  # makes keys easy to recognise for people and secret scanners
+_PREFIX = "sas-"  # people and secret scanners recognise keys by this prefix
 _NUM_DIGITS = 16
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -29,7 +29,7 @@ _MAX_CONCURRENCY = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class KeyLimits:
-    """The limits of one client, None = no limit. All keys of a name share its limits."""
+    """The limits of one client; None means no limit. All keys with the same client name share them."""
 
     audio_seconds_per_minute: float | None = None
     concurrency: int | None = None
@@ -40,7 +40,7 @@ NO_LIMITS = KeyLimits()
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """A key of the API: its client, SHA-256 in hexadecimal, scopes and limits."""
+    """An API key: the client that it belongs to, its SHA-256 in hexadecimal, its scopes and limits."""
 
     client: ClientId
     digest: str
@@ -49,7 +49,7 @@ class ApiKey:
 
     @property
     def label(self) -> str:
-        """The name of its client in logs and metrics, `unnamed` for a key without a name."""
+        """The client's name in logs and metrics, "unnamed" for a key without a name."""
         return "unnamed" if _UNNAMED.fullmatch(self.client) else self.client
 
     def may(self, scopes: Iterable[Scope]) -> bool:
@@ -57,16 +57,16 @@ class ApiKey:
         return not self.scopes.isdisjoint(scopes)
 
 
-# The key of every request if no keys are configured: one client, without the scope admin.
+# Stands for the key of every request if no keys are configured. It does not have the scope admin.
 ANYBODY = ApiKey(NO_CLIENT, "")
 
 
 def parse_key(text: str) -> ApiKey:
-    """Returns the key of a line: `digest` or `name:digest`, then any of `scope=`, `audio-seconds-per-minute=` and
-    `concurrency=`, in any order, separated by spaces. The first digits of a digest are its default name.
+    """Parse a line: `digest` or `name:digest`, then any of `scope=`, `audio-seconds-per-minute=` and `concurrency=`.
 
-    Raises ValueError for any other text, and for a name that looks like a default name. The message quotes nothing of
-    the text, which may be a plain key by mistake.
+    The options may be in any order and are separated by spaces. Without a name, the first digits of the digest are the
+    client's name. Raises ValueError for any other text, and for a name that looks like such digits. Its message does
+    not quote the text, because that may be a plain key by mistake.
     """
     entry, *words = text.split()
     options: dict[str, str] = {}
@@ -75,7 +75,7 @@ def parse_key(text: str) -> ApiKey:
         if not separator or name not in _OPTIONS:
             raise ValueError(f"word {number} must be one of {', '.join(f'{name}=' for name in _OPTIONS)}")
         if name in options:
-            raise ValueError(f"{name} is there twice")
+            raise ValueError(f"{name} appears twice")
         options[name] = value
     client, digest = _parse_entry(entry)
     limits = KeyLimits(
@@ -87,13 +87,13 @@ def parse_key(text: str) -> ApiKey:
 
 
 def parse_key_hash(text: str) -> ApiKey:
-    """Returns the key of a configured `digest` or `name:digest` alone. Raises ValueError like `parse_key`."""
+    """Parse `digest` or `name:digest` from the settings, without options. Raises ValueError like `parse_key`."""
     client, digest = _parse_entry(text)
     return ApiKey(client, digest)
 
 
 def parse_scopes(words: Iterable[str]) -> frozenset[Scope]:
-    """Returns the scopes of these words. Raises ValueError for any other word, and for none."""
+    """Return the scopes with these names. Raises ValueError for an unknown name, and without any name."""
     found = {word.strip() for word in words}
     if not found or not found <= set(SCOPES):
         raise ValueError(f"scope must be one or several of {', '.join(SCOPES)}, separated by commas")
@@ -101,7 +101,7 @@ def parse_scopes(words: Iterable[str]) -> frozenset[Scope]:
 
 
 def format_key(key: ApiKey, *, is_named: bool = True) -> str:
-    """Returns the line that `parse_key` reads, without default values."""
+    """Return the line that `parse_key` reads. Values that equal the defaults are left out."""
     words = [f"{key.client}:{key.digest}" if is_named else key.digest]
     if key.scopes != DEFAULT_SCOPES:
         words.append(f"scope={','.join(scope for scope in SCOPES if scope in key.scopes)}")
@@ -113,12 +113,12 @@ def format_key(key: ApiKey, *, is_named: bool = True) -> str:
 
 
 def make_key() -> str:
-    """Returns a new key of 256 random bits, too many to find by its SHA-256; so no slower hash is needed."""
+    """Return a new key of 256 random bits. So many cannot be guessed from the SHA-256, and no slower hash is needed."""
     return _PREFIX + secrets.token_urlsafe(32)
 
 
 def hash_key(key: str | bytes) -> str:
-    """Returns the SHA-256 of a key in hexadecimal; text is encoded as UTF-8."""
+    """Return the SHA-256 of a key in hexadecimal. Text is encoded as UTF-8."""
     return hashlib.sha256(key.encode() if isinstance(key, str) else key).hexdigest()
 
 
@@ -136,7 +136,7 @@ def _parse_entry(text: str) -> tuple[ClientId, str]:
             "a name must be 1 to 64 letters, digits, dots, dashes or underscores, beginning with a letter or digit"
         )
     if _UNNAMED.fullmatch(name):
-        raise ValueError(f"a name must not be {_NUM_DIGITS} hexadecimal digits: keys without a name are called so")
+        raise ValueError(f"a name must not be {_NUM_DIGITS} hexadecimal digits, because keys without a name use these")
     return ClientId(name), digest
 
 

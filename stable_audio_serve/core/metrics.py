@@ -1,6 +1,6 @@
-"""Declarations of all metrics, and the sink that collectors implement. `serving` exports them to Ray's metrics.
+"""Declarations of all metrics, and the interface of metric sinks. A sink in `serving` exports them as Ray's metrics.
 
-docs/metrics.md is generated from these declarations. Undeclared names raise an error.
+docs/metrics.md is generated from these declarations. Sinks raise an error for an undeclared name.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ Kind = Literal["counter", "gauge", "histogram"]
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One metric. `labels` are the names of its labels. `is_rare` metrics may never occur on a healthy server.
+    """One metric. `labels` are the names of its labels. A healthy server may never export a metric with `is_rare`.
 
-    The engine's sink adds the label `model`.
+    Code in the engine does not set the label `model`, because the engine's sink adds it.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Metric:
 
 
 def exported_name(metric: Metric) -> str:
-    """Returns its name in Prometheus."""
+    """Return the metric's name in Prometheus."""
     return f"ray_stable_audio_{metric.name}{'_total' if metric.kind == 'counter' else ''}"
 
 
@@ -152,7 +152,7 @@ METRICS = {metric.name: metric for group in GROUPS.values() for metric in group}
 
 
 def declared(name: str, kind: Kind, *, labels: Iterable[str]) -> Metric:
-    """Returns the declaration of `name`. Raises ValueError when the name, the kind or a label is not declared."""
+    """Return the declaration of a metric. Raises ValueError when the name, the kind or a label does not match it."""
     metric = METRICS.get(name)
     if metric is None:
         raise ValueError(f"the metric {name} is not declared")
@@ -164,7 +164,7 @@ def declared(name: str, kind: Kind, *, labels: Iterable[str]) -> Metric:
 
 
 class Metrics(Protocol):
-    """A sink for counters, gauges and histograms, all of them declared above."""
+    """A sink for the counters, gauges and histograms that are declared above."""
 
     def increment(self, name: str, value: float = 1.0, **labels: str) -> None:
         """Add `value` (>= 0) to the counter `name`."""
@@ -180,7 +180,7 @@ class Metrics(Protocol):
 
 
 class NullMetrics:
-    """The default sink: validates the names and drops the samples."""
+    """The default sink. It checks names and labels, and drops the values."""
 
     def increment(self, name: str, value: float = 1.0, **labels: str) -> None:
         declared(name, "counter", labels=labels)
@@ -193,14 +193,14 @@ class NullMetrics:
 
 
 class QuietMetrics:
-    """A sink that drops counters and histograms until `open`, so that warm-up work does not count as requests."""
+    """Drops counters and histograms until `open` is called, so that warm-up runs do not count as requests."""
 
     def __init__(self, sink: Metrics) -> None:
         self._sink = sink
         self._is_open = False
 
     def open(self) -> None:
-        """Pass all later samples on."""
+        """Pass all later values to the wrapped sink."""
         self._is_open = True
 
     def increment(self, name: str, value: float = 1.0, **labels: str) -> None:
@@ -219,7 +219,7 @@ class QuietMetrics:
 
 
 class Level:
-    """A gauge that counts open things, starting at zero. Not thread-safe."""
+    """A gauge that starts at zero and counts up and down, such as the number of open streams. Not thread-safe."""
 
     def __init__(self, metrics: Metrics, name: str) -> None:
         self._metrics = metrics

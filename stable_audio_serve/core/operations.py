@@ -1,6 +1,4 @@
-"""The operations of operators that the HTTP layer offers: status, keeping models loaded, draining. `serving` implements
-them with Ray.
-"""
+"""The interface for operators' requests: status, keeping models loaded, draining. `serving` implements it with Ray."""
 
 from __future__ import annotations
 
@@ -15,10 +13,10 @@ DrainState = Literal["no", "draining", "drained"]
 
 @dataclass(frozen=True, slots=True)
 class ReplicaReport:
-    """The last report of one replica, `age_s` old. None = not reported.
+    """The last report of one replica, `age_s` seconds old. Values that it did not report are None.
 
-    `backlog_s` is the predicted device time of unfinished work, `rows_per_step` a mean of the last ten seconds,
-    `finished_per_minute` the number of requests finished in the minute before the report.
+    `backlog_s` is the predicted device time of unfinished work. `rows_per_step` is the mean of the last ten seconds.
+    `finished_per_minute` is the number of requests that finished in the minute before the report.
     """
 
     id: str
@@ -33,9 +31,9 @@ class ReplicaReport:
 
 @dataclass(frozen=True, slots=True)
 class ModelReport:
-    """The replicas of one model. `is_kept`: an operator keeps the model loaded.
+    """The replicas of one model. `is_kept` is true if an operator keeps the model loaded.
 
-    `waiting_jobs_s` is the predicted device time of all jobs that wait for it in the job database; None = not known.
+    `waiting_jobs_s` is the predicted device time of the model's waiting jobs in the job database; None = unknown.
     """
 
     status: ModelStatus
@@ -46,7 +44,7 @@ class ModelReport:
 
 @dataclass(frozen=True, slots=True)
 class DrainReport:
-    """Whether the server drains, and its unfinished requests and leased jobs. None = unknown."""
+    """Whether the server drains, and the numbers of its unfinished requests and leased jobs; None = unknown."""
 
     state: DrainState = "no"
     num_requests: int | None = 0
@@ -55,7 +53,7 @@ class DrainReport:
 
 @dataclass(frozen=True, slots=True)
 class ServerReport:
-    """The models by canonical name, `age_s` ago. `reason` explains an old or incomplete report."""
+    """The models by canonical name, as they were `age_s` seconds ago. `reason` explains an old or incomplete report."""
 
     models: Mapping[str, ModelReport]
     drain: DrainReport = field(default_factory=DrainReport)
@@ -64,18 +62,18 @@ class ServerReport:
 
 
 class Operations(Protocol):
-    """The operations of operators. Every method returns within a few seconds."""
+    """What operators can request of a server. Every method returns within a few seconds."""
 
     async def report(self) -> ServerReport:
-        """Returns the state of the server, about a second old. Frequent calls share one query a second."""
+        """Return the state of the server, about a second old. Calls within a second share one query."""
         ...
 
     async def keep(self, model: str) -> None:
-        """Keep a replica of the model with this canonical name until `release`. Raises StorageError."""
+        """Keep a replica of the model with this canonical name loaded until `release`. Raises StorageError."""
         ...
 
     async def release(self, model: str) -> None:
-        """Let the model scale down to its configured minimum. Raises StorageError."""
+        """Allow the model to scale down to its configured minimum again. Raises StorageError."""
         ...
 
     async def drain(self) -> None:

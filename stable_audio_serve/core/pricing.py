@@ -1,6 +1,7 @@
-"""Predicts a request's device time from the request alone, for code without an engine: the router and the job queue.
+"""Predict the device time of a request, for code that has no engine: the router and the job queue.
 
-An engine publishes the prices. Its own predictions are more precise, because they include its queue and its batches.
+Engines measure and publish the prices. An engine's own predictions are more precise, because they include its queue and
+its batches.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from typing import Protocol
 
 from stable_audio_serve.core.generation import GenerationRequest
 
-# Network evaluations per step of each sampler (the last step may need fewer). Samplers not listed here need one.
+# Network evaluations per step of each sampler. The last step may need fewer. Samplers not listed here need one.
 EVALUATIONS_PER_STEP: Mapping[str, int] = {"rk4": 4, "k-heun": 2, "k-dpm-2": 2, "k-dpmpp-2s-ancestral": 2}
 
 
 class Defaults(Protocol):
-    """A model's default steps and guidance: a `ModelCard`, or the `Prices` of one of its engines."""
+    """A model's default steps and guidance. `ModelCard` and `Prices` have them."""
 
     @property
     def default_steps(self) -> int: ...
@@ -26,11 +27,11 @@ class Defaults(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class WorkSize:
-    """The quantities that device time depends on. Sizes of several requests add up.
+    """The quantities that device time depends on. The size of several requests is the sum of their sizes.
 
-    `rows` is the number of variations. `evaluations` is the number of network calls. Each variation has steps x the
-    sampler's evaluations per step, and twice as many with guidance. `evaluated_s` is seconds of audio x evaluations.
-    `audio_s` is seconds of decoded audio.
+    `rows` is the number of variations. `evaluations` is the number of network evaluations: rows x steps x the sampler's
+    evaluations per step, and twice as many with guidance. `evaluated_s` is evaluations x seconds of audio. `audio_s` is
+    the seconds of decoded audio.
     """
 
     rows: float = 0.0
@@ -40,7 +41,7 @@ class WorkSize:
 
     @classmethod
     def of(cls, request: GenerationRequest, *, model: Defaults) -> WorkSize:
-        """Returns the size of a request to this model."""
+        """Return the size of a request to this model."""
         steps = model.default_steps if request.steps is None else request.steps
         cfg_scale = model.default_cfg_scale if request.cfg_scale is None else request.cfg_scale
         rows = request.batch_size
@@ -53,7 +54,7 @@ class WorkSize:
 class Prices:
     """Milliseconds of device time per unit of work, on an engine with full batches.
 
-    `default_steps` and `default_cfg_scale` are the model's, for requests that leave them open.
+    Requests without steps or guidance use the model's `default_steps` and `default_cfg_scale`.
     """
 
     row_ms: float
@@ -64,7 +65,7 @@ class Prices:
     default_cfg_scale: float = 1.0
 
     def of(self, size: WorkSize) -> float:
-        """Returns the predicted device time of work of this size, milliseconds."""
+        """Return the predicted device time of work of this size, milliseconds."""
         return (
             self.row_ms * size.rows
             + self.evaluation_ms * size.evaluations
@@ -73,14 +74,14 @@ class Prices:
         )
 
     def of_request(self, request: GenerationRequest) -> float:
-        """Returns the predicted device time of one request, milliseconds."""
+        """Return the predicted device time of one request, milliseconds."""
         return self.of(WorkSize.of(request, model=self))
 
     def to_dict(self) -> dict[str, float]:
-        """Returns the fields by name."""
+        """Return the fields by name."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, float]) -> Prices:
-        """Returns the object that `to_dict` came from. Raises KeyError for a missing name; ignores unknown names."""
+        """Return the object whose `to_dict` is `values`. Ignores unknown names. Raises KeyError for a missing name."""
         return cls(**{field.name: values[field.name] for field in fields(cls)})  # type: ignore[arg-type]

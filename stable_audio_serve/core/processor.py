@@ -1,4 +1,4 @@
-"""Detects instructions of this machine's CPU from Linux's `/proc/cpuinfo`. Independent of networks and torch."""
+"""Detect features of this machine's CPU from Linux's `/proc/cpuinfo`. The functions return False on other systems."""
 
 from __future__ import annotations
 
@@ -11,20 +11,17 @@ _MATRIX_FLAG = "amx_bf16"
 
 
 def has_native_bfloat16(facts: Path = CPU_FACTS) -> bool:
-    """Whether the CPU has bfloat16 instructions (AVX512-bf16 or AMX). Without them torch is slower than in float32.
-
-    False when the file does not exist.
-    """
+    """Whether the CPU has bfloat16 instructions (AVX512-bf16 or AMX). Without them, bfloat16 is slower than float32."""
     return not _BFLOAT16_FLAGS.isdisjoint(_read_flags(facts))
 
 
 def has_matrix_bfloat16(facts: Path = CPU_FACTS) -> bool:
-    """Whether the CPU has AMX, many times as fast as float32. False when the file does not exist."""
+    """Whether the CPU has AMX instructions, with which bfloat16 is many times as fast as float32."""
     return _MATRIX_FLAG in _read_flags(facts)
 
 
 def is_amd(facts: Path = CPU_FACTS) -> bool:
-    """Whether AMD made the CPU. False when the file does not exist."""
+    """Whether AMD made the CPU."""
     return _read(facts, "vendor_id") == ["AuthenticAMD"]
 
 
@@ -33,7 +30,7 @@ def _read_flags(facts: Path) -> list[str]:
 
 
 def _read(facts: Path, name: str) -> list[str]:
-    """Returns the values of an entry, for the first CPU."""
+    """Return the words of an entry for the first CPU, none if the file or the entry does not exist."""
     try:
         lines = facts.read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Reduces progress reports for receivers that are slower than the engine: another process, a database."""
+"""Reduce the number of progress reports for slow receivers: another process, or a database."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Report = TypeVar("Report", bound=_Staged)
 
 
 class ProgressFeed(Generic[Report]):
-    """Yields each change of stage immediately and, within a stage, the latest report every `interval_s` seconds.
+    """Yields the first report of each stage immediately, and after that the latest report every `interval_s` seconds.
 
-    Belongs to one event loop.
+    Use a feed on one event loop only.
     """
 
     def __init__(self, interval_s: float, *, clock: Clock = SystemClock()) -> None:
@@ -60,7 +60,7 @@ class ProgressFeed(Generic[Report]):
                     await self._changed.wait()
 
     def _wait_s(self, stage: str, due_at: float) -> float | None:
-        """Returns the seconds until the next report may be yielded, None when none is pending."""
+        """Return the seconds until the next report may be yielded, or None if none is pending."""
         if not self._pending:
             return None
         if self._is_closed or len(self._pending) > 1 or self._pending[0].stage != stage:

@@ -1,4 +1,4 @@
-"""Types of single settings: format, bounds, parsing, and the parts to hide when they are shown."""
+"""Types of single settings: their format, bounds and parsing, and which parts are hidden when settings are shown."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Delay = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 def _form(pattern: str, words: str) -> AfterValidator:
-    """Accept text that matches `pattern` as a whole. Errors show `words`, where Pydantic would show the pattern."""
+    """Return a validator for text that matches all of `pattern`. Its error says "must be" and `words`."""
 
     def check(text: str) -> str:
         if re.fullmatch(pattern, text) is None:
@@ -58,7 +58,7 @@ FileName = Annotated[str, _form(r"[^\x00]+", "a file's path")]
 
 
 def _without_secrets(url: str | None) -> str | None:
-    """Returns a URL without user, password and query, because a query may hold passwords too."""
+    """Return a URL without user, password and query. A query may contain passwords too."""
     if url is None:
         return None
     scheme, separator, rest = url.partition("://")
@@ -70,20 +70,20 @@ HiddenPassword = PlainSerializer(_without_secrets, when_used="json")
 
 
 def split_commas(value: object) -> object:
-    """Returns comma-separated text as a list, anything else unchanged."""
+    """Split comma-separated text into a list. Return any other value unchanged."""
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
 def trim_prefix(prefix: str) -> str:
-    """Returns a key prefix without leading and trailing slashes. Raises ValueError if it cannot be part of a link."""
+    """Remove leading and trailing slashes from a key prefix. Raises ValueError if it cannot be part of a link."""
     trimmed = prefix.strip("/")
     if {".", ".."} & set(trimmed.split("/")):
-        raise ValueError("must not have . or .. between slashes: clients remove them from links")
+        raise ValueError("must not have . or .. between slashes, because clients remove these from links")
     return trimmed
 
 
 def check_key_hashes(texts: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns `texts`. Raises ValueError for an entry that is not a key hash or that appears twice."""
+    """Return `texts`. Raises ValueError for an entry that is not a key hash or that appears twice."""
     digests = [parse_key_hash(text).digest for text in texts]
     for number, digest in enumerate(digests, start=1):
         if (first := digests.index(digest) + 1) < number:
@@ -92,7 +92,7 @@ def check_key_hashes(texts: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def check_signing_secret(secret: SecretStr) -> SecretStr:
-    """Returns `secret`. Raises ValueError unless it is a Standard Webhooks secret."""
+    """Return `secret`. Raises ValueError unless it is a Standard Webhooks secret."""
     try:
         key = base64.b64decode(secret.get_secret_value().removeprefix("whsec_"), validate=True)
     except binascii.Error:

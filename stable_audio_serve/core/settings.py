@@ -76,7 +76,7 @@ class Settings(Section):
 
     @property
     def hub_token(self) -> str | None:
-        """Returns `hf_token` in plain text, for downloads."""
+        """Return `hf_token` in plain text, for downloads."""
         return self.hf_token.get_secret_value() if self.hf_token else None
 
     @model_validator(mode="after")

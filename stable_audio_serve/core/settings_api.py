@@ -75,7 +75,7 @@ class ApiSettings(Section):
     )
 
     def most_steps(self, default_steps: int) -> int:
-        """Returns the step limit of the native API for a model with this default."""
+        """Return the step limit of the native API for a model with this default."""
         return max(_MOST_STEPS, default_steps) if self.max_steps is None else self.max_steps
 
     @property

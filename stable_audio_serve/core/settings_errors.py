@@ -1,7 +1,4 @@
-"""Error messages for invalid settings: Pydantic's message for each value, and the valid keys for an unknown one.
-
-Independent of what the settings mean.
-"""
+"""Error messages for invalid settings: Pydantic's message for a value, and the valid keys for an unknown key."""
 
 from __future__ import annotations
 
@@ -16,12 +13,12 @@ Path = tuple[str, ...]
 
 
 def faults(error: ValidationError, *, is_secret: Callable[[Path], bool] = lambda path: False) -> dict[Path, str]:
-    """Returns Pydantic's messages by path, without those for unknown keys. Hides the values at secret paths."""
+    """Return Pydantic's messages by path, except those for unknown keys. Messages for secret paths show no value."""
     items = error.errors(include_url=False)
     parents = {item["loc"][:end] for item in items for end in range(len(item["loc"]))}
     found: dict[Path, str] = {}
     for item in items:
-        # Pydantic drops invalid entries and may then report their list as too short: such errors are not shown.
+        # Pydantic drops invalid entries of a list and may then report that the list is too short. Skip such errors.
         if item["type"] == "extra_forbidden" or item["loc"] in parents:
             continue
         path, message = tuple(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")
@@ -31,9 +28,9 @@ def faults(error: ValidationError, *, is_secret: Callable[[Path], bool] = lambda
 
 
 def unknown_keys(value: object, model: type[BaseModel], *, path: Path = ()) -> Iterator[tuple[Path, str]]:
-    """Yields the path of each key in `value` that `model` has no field for, with an error message.
+    """Yield the path of each key in `value` that is not a field of `model`, with an error message.
 
-    Also checks models that allow extra keys. Plain mappings, which are not sections, may have any keys.
+    Also checks models that allow extra keys. A field that is a plain mapping may have any keys.
     """
     if isinstance(value, list | tuple):
         for index, item in enumerate(value):
@@ -48,13 +45,13 @@ def unknown_keys(value: object, model: type[BaseModel], *, path: Path = ()) -> I
 
 
 def nearest(word: str, words: Iterable[str]) -> str | None:
-    """Returns the most similar of `words`, None if none is similar. Ignores case and treats - as _."""
+    """Return the one of `words` that is most similar to `word`, or None. Ignores case and treats "-" as "_"."""
     plain = {each.lower(): each for each in words}
     return next((plain[each] for each in get_close_matches(word.lower().replace("-", "_"), plain, n=1)), None)
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """Returns the model inside an optional, union or list type."""
+    """Return the Pydantic model inside an optional, union or list type, or None."""
     if isinstance(annotation, type) and not get_origin(annotation) and issubclass(annotation, BaseModel):
         return annotation
     return next((found for each in get_args(annotation) if (found := _section_in(each))), None)

@@ -1,6 +1,6 @@
-"""Builds the settings from their sources: defaults, file arguments, `.env`, environment. Later sources win.
+"""Build the settings from the defaults, the config file, `.env` and the environment. Later sources win.
 
-No other module reads the environment. Every failure is a ConfigError that names the key or variable.
+Every failure is a ConfigError that names the key or the variable.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from stable_audio_serve.core.keys import hash_key, parse_key_hash
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.settings_errors import faults, nearest, unknown_keys
 
-# The setting that each variable sets. Of several variables for one setting, the first that is set wins.
+# The variables of each setting. If several variables of a setting are set, the first one is used.
 VARIABLES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("default_model",): ("STABLE_AUDIO_DEFAULT_MODEL", "STABLE_AUDIO_MODEL"),
     ("preload_models",): ("STABLE_AUDIO_PRELOAD_MODELS",),
@@ -58,7 +58,7 @@ VARIABLES: Mapping[tuple[str, ...], tuple[str, ...]] = {
 _ACCESS_KEYS = (("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), ("R2_ACCESS_KEY_ID", "R2_SECRET_ACCESS_KEY"))
 _SESSION_TOKEN = "AWS_SESSION_TOKEN"
 
-# An API key in plain text, as vLLM's users set it. The settings keep only its hash.
+# Users of vLLM set an API key in plain text in this variable. The settings keep only its hash.
 _PLAIN_KEY = "VLLM_API_KEY"
 
 _SECRET = (
@@ -72,10 +72,11 @@ _SECRET = (
     ("storage", "endpoint_url"),
 )
 
-# Variables with our prefix that other code reads. Docker and Kubernetes set more of them for a service of that name.
+# Variables with our prefix that other code reads. All others with the prefix are refused, except variables that
+# Docker and Kubernetes set for a service called "stable-audio" (`_SERVICE_LINK`).
 _PREFIX = "STABLE_AUDIO_"
 _OTHER_VARIABLES = (
-    "STABLE_AUDIO_URL",  # this one and the next are for clients
+    "STABLE_AUDIO_URL",  # for clients, as is the next
     "STABLE_AUDIO_API_KEY",
     "STABLE_AUDIO_PROXY_HOST",
     "STABLE_AUDIO_PROXY_BINARY",
@@ -83,7 +84,7 @@ _OTHER_VARIABLES = (
 )
 _SERVICE_LINK = re.compile(r"_SERVICE_HOST|_SERVICE_PORT(_\w+)?|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?")
 
-# An empty value of these variables counts. All other empty variables count as unset.
+# These variables may be empty: that is a value. All other variables count as unset if they are empty.
 _EMPTY_MEANS_SOMETHING = frozenset({"STABLE_AUDIO_PRELOAD_MODELS", "STABLE_AUDIO_STORAGE_PREFIX"})
 
 
@@ -93,11 +94,10 @@ def load_settings(
     environ: MutableMapping[str, str] = os.environ,
     directory: Path | None = None,
 ) -> Settings:
-    """Returns the effective settings.
+    """Return the effective settings. Raises ConfigError.
 
-    `args` are the file's application arguments. The search for `.env` starts in `directory` (default: the working
-    directory). Adds the variables of `.env`, and HF_TOKEN, to `environ`, because libraries read them there. Raises
-    ConfigError.
+    `args` are the application's `args` in the config file. The search for `.env` starts in `directory` (default: the
+    working directory). Variables of `.env` are added to `environ`, because libraries read them there.
     """
     load_environment(environ, directory=directory)
     _refuse_unknown_variables(environ)
@@ -116,7 +116,10 @@ def load_settings(
 
 
 def load_environment(environ: MutableMapping[str, str], *, directory: Path | None = None) -> None:
-    """Set the variables from the nearest `.env`, in `directory` or above, that `environ` does not have yet."""
+    """Add the variables of the nearest `.env`, in `directory` or above, to `environ`. Existing variables stay.
+
+    Also copies HUGGING_FACE_HUB_TOKEN to HF_TOKEN if that is not set. Raises ConfigError.
+    """
     start = (directory or Path.cwd()).absolute()
     path = next((folder / ".env" for folder in (start, *start.parents) if (folder / ".env").is_file()), None)
     if path is not None:
@@ -145,7 +148,7 @@ def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
 
 
 def check_model_names(settings: Settings, catalog: ModelCatalog) -> None:
-    """Raise ConfigError, naming key and variable, when the settings name a model that `catalog` does not have."""
+    """Raise ConfigError if the settings name a model that `catalog` does not have. The message names the setting."""
     named: list[tuple[tuple[str, ...], str | None]] = [(("default_model",), settings.default_model)]
     named += [(("preload_models",), name) for name in settings.preload_models or ()]
     named.append((("dialects", "model"), settings.dialects.model))
@@ -160,7 +163,7 @@ def check_model_names(settings: Settings, catalog: ModelCatalog) -> None:
 
 
 def explain_default(settings: Settings, catalog: ModelCatalog, *, environ: Mapping[str, str] = os.environ) -> str:
-    """Returns why this model is the default: the setting that names it, or its position in `models`."""
+    """Return the reason why the default model is the default: the setting that names it, or its place in `models`."""
     variable = _first_set(environ, VARIABLES[("default_model",)])
     if variable is not None:
         return f"named by {variable}"
@@ -172,14 +175,14 @@ def explain_default(settings: Settings, catalog: ModelCatalog, *, environ: Mappi
 
 
 def preloaded_names(settings: Settings, catalog: ModelCatalog) -> tuple[str, ...]:
-    """Returns the canonical names of the models to keep loaded, in configured order. Default: the default model."""
+    """Return the canonical names of the models to keep loaded: `preload_models`, else the default model."""
     if settings.preload_models is None:
         return (catalog.default.name,)
     return tuple(dict.fromkeys(catalog.resolve(name).name for name in settings.preload_models))
 
 
 def least_replicas(name: str, settings: Settings, *, catalog: ModelCatalog) -> int:
-    """Returns a model's minimum number of replicas: as configured, otherwise 1 if preloaded, else 0."""
+    """Return a model's minimum number of replicas: `min_replicas`, else 1 if the model is preloaded, else 0."""
     configured = next((model.replicas.min_replicas for model in settings.models if model.name == name), None)
     return int(name in preloaded_names(settings, catalog)) if configured is None else configured
 
@@ -213,7 +216,7 @@ def _set(tree: dict[str, Any], path: tuple[str, ...], *, value: str) -> None:
 
 
 def _set_access_key(tree: dict[str, Any], environ: Mapping[str, str]) -> None:
-    """Set access key, secret and token from one source, because parts of two keys do not work together."""
+    """Set access key, secret and session token from the same source, because parts of two keys do not work together."""
     pair = next((pair for pair in _ACCESS_KEYS if all(_is_set(environ, name) for name in pair)), None)
     if pair is None:
         return

@@ -1,11 +1,11 @@
-"""Measurements of a finished clip, and the ways to treat its peaks."""
+"""Measurements of a finished clip, and the treatments of its peaks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-# limit = a limiter holds peaks at 0.977; scale = divide by the clip's own peak; clip = cut off at 1.
+# limit: a limiter keeps peaks at or below 0.977. scale: the clip is divided by its peak. clip: peaks are cut off at 1.
 Peaks = Literal["limit", "scale", "clip"]
 
 
@@ -13,8 +13,9 @@ Peaks = Literal["limit", "scale", "clip"]
 class ClipFacts:
     """Measurements of one finished variation.
 
-    `peak` is the largest absolute sample, 1 = full scale. `loudness_lufs` is integrated over the clip (ITU-R BS.1770);
-    None for clips under 0.4 s and clips below -70 LUFS throughout. `is_silent`: every sample is below -70 dBFS.
+    `peak` is the largest absolute sample, 1 = full scale. `loudness_lufs` is the integrated loudness (ITU-R BS.1770),
+    None for clips under 0.4 s and for clips that never exceed -70 LUFS. `is_silent` means that every sample is below
+    -70 dBFS.
     """
 
     seed: int

@@ -10,7 +10,7 @@ import torch
 from stable_audio_serve import __version__
 from stable_audio_serve.core.catalog import SA3_FAMILY
 from stable_audio_serve.core.errors import InvalidRequestError
-from stable_audio_serve.core.generation import GenerationRequest, Loaded, Making, Mode
+from stable_audio_serve.core.generation import GenerationRequest, Loaded, Mode, Provenance
 from stable_audio_serve.core.processor import has_matrix_bfloat16, is_amd
 from stable_audio_serve.engine.calls.request_state import Prompts
 from stable_audio_serve.engine.options import EngineOptions
@@ -31,12 +31,12 @@ def name_processor(device: torch.device) -> str:
 
 def describe_engine(
     spec: ModelSpec, options: EngineOptions, *, device: torch.device, mode: Mode, loaded: Loaded
-) -> Making:
+) -> Provenance:
     """Returns the part of the description that all of an engine's audio shares."""
     is_cpu, is_fast = device.type == "cpu", mode == "fast"
     # MKL, used where oneDNN is not, and AMX split large products by the thread count.
     depends_on_threads = is_cpu and (is_fast or not is_amd())
-    return Making(
+    return Provenance(
         version=__version__,
         torch=str(torch.__version__),  # a str subclass; unpickling it would import torch
         mode=mode,
@@ -49,7 +49,7 @@ def describe_engine(
     )
 
 
-def settle(making: Making, request: GenerationRequest, *, spec: ModelSpec, prompts: Prompts | None) -> Making:
+def settle(making: Provenance, request: GenerationRequest, *, spec: ModelSpec, prompts: Prompts | None) -> Provenance:
     """Complete the description with one request's defaults and the number of prompt characters read."""
     card = spec.card
     edits_by_time = request.init_audio is not None and card.objective != "v"

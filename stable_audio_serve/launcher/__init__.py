@@ -1,1 +1,1 @@
-"""Runs the server on one machine with an embedded Ray, from start to stop. Used only by the command line."""
+"""Run the server on one machine with an embedded Ray, from start to stop. Only the command line uses this package."""

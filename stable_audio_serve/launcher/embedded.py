@@ -1,6 +1,6 @@
-"""Starts and stops the embedded Ray, isolated from every other Ray on the machine.
+"""Start and stop a private Ray cluster on this machine, isolated from any other Ray.
 
-Independent of models and settings. Ray is imported only after its environment variables are set.
+Ray reads its environment variables at import, so each function imports it only when it runs.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ logger = logging.getLogger(__name__)
 
 _MIB = 1024 * 1024
 _REASON_CHARS = 300
-# One result of the longest clip is 134 MiB of float32. Room for several, but at most half of the free shared memory.
+# The longest clip has 134 MiB of float32 samples. The object store holds several such clips, but takes at most half of
+# the free shared memory.
 _OBJECT_STORE_BYTES = 1024 * _MIB
 _OBJECT_STORE_FLOOR_BYTES = 128 * _MIB
-_SERVE_TIMEOUT_S = 3.0  # for Serve to stop its processes
-_STOP_TIMEOUT_S = 6.5  # for the whole stop; processes that still run after it are killed
-# Variables that make a program join another Ray.
+_SERVE_TIMEOUT_S = 3.0  # time for Serve to stop its processes
+_STOP_TIMEOUT_S = 6.5  # time for the whole stop; processes that still run afterwards are killed
+# Variables that would connect this process to another Ray cluster.
 _FOREIGN_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_NAMESPACE", "RAY_TMPDIR")
 
 
 @contextmanager
 def private_directory() -> Iterator[Path]:
-    """Create a folder that only this user can enter; it is removed when the context ends.
+    """Create a folder that only this user can enter, and remove it when the context ends.
 
-    Its name is short, because a path of Ray's sockets in it has at most 107 bytes. When this process ends in any way,
-    all processes with an open file in the folder are killed and the folder is removed.
+    The name is short, because Ray creates Unix sockets in the folder and their paths are limited to 107 bytes. If this
+    process dies, the guard process kills all processes with an open file in the folder and removes the folder.
     """
     parent = "/tmp" if os.access("/tmp", os.W_OK) else None
     directory = Path(tempfile.mkdtemp(prefix="sas-", dir=parent)).resolve()
@@ -47,7 +48,7 @@ def private_directory() -> Iterator[Path]:
 
 
 def apply_environment(variables: Mapping[str, str], *, defaults: Mapping[str, str]) -> None:
-    """Set Ray's environment variables and remove those that lead to another Ray. Call it before importing Ray.
+    """Set Ray's environment variables and remove those that point to another Ray. Call this before importing Ray.
 
     `defaults` apply only where the operator has not set the variable.
     """
@@ -60,10 +61,10 @@ def apply_environment(variables: Mapping[str, str], *, defaults: Mapping[str, st
 def embedded_ray(
     directory: Path, signals: StopSignals, *, num_cpus: int, metrics_port: int | None = None
 ) -> Iterator[int]:
-    """Run an embedded Ray in `directory` for the life of the context. Its internal ports require its token.
+    """Run Ray with its files in `directory` until the context ends. Ray's internal ports require an access token.
 
-    `num_cpus` is the number of cores that Ray schedules with. Yields the port of Ray's metrics: `metrics_port` or a
-    free one. Leaving the context stops Ray Serve and Ray within `_STOP_TIMEOUT_S` seconds.
+    `num_cpus` is the number of cores that Ray schedules with. Yields the port of Ray's metrics: `metrics_port`, or a
+    free port without it. Leaving the context stops Ray Serve and Ray within `_STOP_TIMEOUT_S` seconds.
     """
     late_exit_code = 2
     try:
@@ -90,7 +91,7 @@ def embedded_ray(
 
 @contextmanager
 def start_errors(what: str) -> Iterator[None]:
-    """Turn any error of Ray into a StartError: one sentence with the reason that `what` did not start, and advice."""
+    """Turn any error of Ray into a StartError whose message gives the reason why `what` did not start, and advice."""
     try:
         yield
     except StableAudioError:
@@ -102,7 +103,7 @@ def start_errors(what: str) -> Iterator[None]:
 
 
 def _stop(late_exit_code: int) -> None:
-    """Stop Ray Serve, then Ray. After `_STOP_TIMEOUT_S` seconds exit instead; the guard then kills their processes."""
+    """Stop Ray Serve, then Ray. After `_STOP_TIMEOUT_S`, exit; the guard then kills their processes."""
     watchdog = threading.Timer(_STOP_TIMEOUT_S, os._exit, args=(late_exit_code,))
     watchdog.daemon = True
     watchdog.start()
@@ -116,14 +117,14 @@ def _stop(late_exit_code: int) -> None:
 
 
 def _stop_serve() -> None:
-    """Let Serve's controller stop all its processes. Wait up to `_SERVE_TIMEOUT_S`."""
+    """Ask Serve's controller to stop all its processes, and wait up to `_SERVE_TIMEOUT_S`."""
     import ray
 
     controller = find_controller()
     if controller is None:
         return  # stopped before Serve started
     with suppress(ray.exceptions.RayError, TimeoutError):
-        # The controller exits when it is done, so this call fails. A retry would only print a warning.
+        # The controller exits when it has finished, so this call always fails. Without retries Ray prints no warning.
         ray.get(controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=_SERVE_TIMEOUT_S)
 
 

@@ -1,6 +1,6 @@
 """Environment variables of an embedded Ray: ports, file locations, proxy kind, authentication.
 
-Decides before Ray is imported, because Ray Serve reads its environment at import; must not import Ray itself.
+Ray Serve reads its environment at import, so these functions run before that. This module must not import Ray.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.serving import haproxy
 
-# Below the kernel's ephemeral range, so that no outgoing connection can take a port between our check and its use.
-# Above the worker ports of `ray start` (10002-19999).
+# The range is below the kernel's ephemeral ports, so that no outgoing connection takes a port after we found it free.
+# It is above the worker ports of `ray start` (10002-19999).
 _FIRST_PORT = 20000
 _LAST_PORT = 32000
-# One port each for the claim, statistics, metrics and two fallback proxies; the rest is for ingress replicas. A replica
-# that starts never gets a port that another one used within the last `api.max_deadline_s` (an hour by default).
+# Ports per server: one each for the claim, statistics, metrics and two fallback proxies, the rest for ingress replicas.
+# Replicas need many, because a port is used again only after `api.max_deadline_s` (an hour by default).
 _BLOCK = 128
 _ATTEMPTS = 50
 _QUARANTINE_MARGIN_S = 30
 LOOPBACK = "127.0.0.1"
 _LOCAL_NAMES = "localhost,127.0.0.1,::1"
 _ALL_IPV4 = "0.0.0.0"
-_MOST_FILES = 65_536  # some processes allocate tables of this size
+_MOST_FILES = 65_536  # some programs allocate a table with one entry per allowed file
 _BINARY_CHECK_TIMEOUT_S = 5.0
 
 
@@ -77,15 +77,18 @@ class PortBlock:
 
 @contextmanager
 def claim_ports(host: str) -> Iterator[PortBlock]:
-    """Hold a block of free ports for the life of the context. Raises OSError when none is found."""
-    host = _ALL_IPV4 if ":" in host else host  # only the pages listen there, all else on loopback
+    """Reserve a block of free ports until the context ends. Raises OSError when none is found.
+
+    `host` is the address of HAProxy's statistics and metrics pages. The other ports are used on loopback.
+    """
+    host = _ALL_IPV4 if ":" in host else host
     for _ in range(_ATTEMPTS):
         first = random.randrange(_FIRST_PORT, _LAST_PORT, _BLOCK)
         claim = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         with claim:
             try:
                 claim.bind((host, first))
-                claim.listen(1)  # without listening another SO_REUSEADDR socket could bind here too
+                claim.listen(1)  # otherwise another socket with SO_REUSEADDR could bind to this port too
             except OSError:
                 continue
             if all(is_port_free(host, port) for port in range(first + 1, first + _BLOCK)):
@@ -131,7 +134,7 @@ def is_loopback(host: str) -> bool:
 
 
 def haproxy_problem() -> str | None:
-    """Returns the reason why HAProxy cannot run on this machine, None if it can."""
+    """Return the reason why HAProxy cannot run on this machine, or None if it can."""
     if not sys.platform.startswith("linux"):
         return f"HAProxy mode needs Linux, this is {sys.platform}"
     try:
@@ -145,7 +148,7 @@ def haproxy_problem() -> str | None:
 
 
 def raise_file_limit() -> None:
-    """Raise the limit of open files, and so of connections, as far as the operator allows."""
+    """Raise the limit of open files, and so of connections, up to the hard limit or `_MOST_FILES`."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -153,9 +156,9 @@ def raise_file_limit() -> None:
 
 
 def base_environment(settings: Settings) -> dict[str, str]:
-    """Returns the variables of every embedded Ray: own token, no output, quick reaction and stop."""
+    """Return the variables for every embedded Ray: its own token, no usage statistics, fast health checks and stop."""
     return {
-        # 0: Ray's own ports listen on loopback; 1: on all interfaces. The variable was made for other systems.
+        # Ray's own ports listen on loopback with 0 and on all interfaces with 1, on Linux too, despite the name.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0" if is_loopback(settings.metrics.host) else "1",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
@@ -168,25 +171,27 @@ def base_environment(settings: Settings) -> dict[str, str]:
         "no_proxy": ",".join(filter(None, (os.environ.get("no_proxy", os.environ.get("NO_PROXY")), _LOCAL_NAMES))),
         # Kill a replica that fails its health check immediately, without a grace period.
         "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
-        "RAY_worker_niceness": "0",  # replicas serve people; Ray's default is a low priority
+        "RAY_worker_niceness": "0",  # by default Ray gives its workers, and so our replicas, a low priority
         "RAY_SERVE_ENABLE_HA_PROXY": "0",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.1",
-        # A proxy is replaced after three failed checks in a row: soon if its process is dead, late if it is slow.
+        # Serve replaces a proxy after three failed checks in a row. A check of a dead proxy fails immediately, a check
+        # of a slow one after the timeout.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.3",
         "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
     }
 
 
 def color_environment() -> dict[str, str]:
-    """Returns the variable that turns off Ray's colour codes when its output goes to a file."""
+    """Return the variable that turns off Ray's colour codes, or nothing when the output goes to a terminal."""
     return {} if sys.stdout.isatty() and sys.stderr.isatty() else {"RAY_COLOR_PREFIX": "0"}
 
 
 def haproxy_environment(ports: PortBlock, directory: Path, *, host: str, settings: Settings) -> dict[str, str]:
-    """Returns the variables of HAProxy mode on one machine, with this server's own ports and files.
+    """Return the variables of HAProxy mode on one machine, with this server's own ports and files.
 
-    `host` is the public address. Ray listens on loopback, so that clients cannot bypass HAProxy. Raises OSError.
+    HAProxy listens on `host`. Ray listens on loopback, so that clients cannot bypass HAProxy. Raises OSError when
+    HAProxy is not installed or cannot run.
     """
     first_replica, last_replica = ports.replicas
     longest_s = math.ceil(settings.api.max_deadline_s)
@@ -198,7 +203,8 @@ def haproxy_environment(ports: PortBlock, directory: Path, *, host: str, setting
         haproxy.HEADER_TIMEOUT_S: str(settings.proxy.header_timeout_s),
         haproxy.IDLE_TIMEOUT_S: str(settings.proxy.idle_timeout_s),
         haproxy.METRICS_HOST: settings.metrics.host,
-        # After a reload the old HAProxy finishes its requests. Until then no other replica may get the ports it uses.
+        # After a reload, the old HAProxy process finishes its requests. It may still forward to a port of a stopped
+        # replica, so no new replica gets that port before the old process has ended.
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(longest_s),
         "RAY_SERVE_PORT_QUARANTINE_S": str(longest_s + _QUARANTINE_MARGIN_S),
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
@@ -217,9 +223,10 @@ def haproxy_environment(ports: PortBlock, directory: Path, *, host: str, setting
 
 
 def _program(directory: Path) -> str:
-    """Returns the path of the program that Ray runs as HAProxy: a script that skips site packages to start quickly.
+    """Write the script that Ray runs as HAProxy, and return its path. It skips site packages, so it starts quickly.
 
-    Returns the installed program where temporary folders are mounted without execution. Raises OSError.
+    Returns the path of `stable-audio-haproxy` when programs cannot run in `directory`. Raises OSError when that is not
+    installed.
     """
     path = directory / "haproxy"
     words = (sys.executable, "-I", "-S", haproxy.__file__)

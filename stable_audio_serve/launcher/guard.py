@@ -1,8 +1,9 @@
-"""A small process that outlives the launcher and cleans up after it, however the launcher ends.
+"""The guard: a small process that outlives the launcher and cleans up after it, however the launcher ends.
 
-Its standard input is a pipe from the launcher, and the pipe closes when the launcher ends. The guard then kills every
-process with an open file in the server's private folder, which holds all logs of Ray and HAProxy, and removes the
-folder. Standard library only.
+Its standard input is a pipe from the launcher. The pipe closes when the launcher ends. The guard then kills every
+process with an open file in the server's private folder and removes the folder. This finds all processes of Ray and
+HAProxy, because each has a log file open there. The guard runs without site packages, so it imports only the standard
+library.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ _KILL_TIMEOUT_S = 3.0
 
 @contextmanager
 def guarded(directory: Path) -> Iterator[None]:
-    """Remove `directory` and kill the processes that use it when the context, or this process, ends."""
+    """Kill the processes that use `directory` and remove it when the context or this process ends."""
     command = [sys.executable, "-S", __file__, str(directory)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True):
         yield
 
 
 def processes_using(directory: Path) -> list[int]:
-    """Returns the ids of processes with an open file in `directory`; empty without /proc."""
+    """Return the ids of processes with an open file in `directory`; empty on a system without /proc."""
     prefix = f"{directory}/"
     found = set()
     for process in Path("/proc").glob("[0-9]*"):

@@ -1,6 +1,7 @@
-"""`stable-audio-serve serve`: starts the server from a config file and stops it on Ctrl-C.
+"""`stable-audio-serve serve`: start the server from a config file and stop it on Ctrl-C.
 
-Owns the order of the start, the operator's progress messages, and signals. `embedded` starts and stops Ray.
+This module defines the steps of the start, prints progress for the operator and handles signals. The module `embedded`
+starts and stops Ray.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def serve(
 ) -> None:
     """Serve until SIGINT, SIGTERM or SIGHUP.
 
-    When the server cannot start, prints the reason with `print_error` in one sentence, and raises an error of
+    When the server cannot start, prints one sentence with the reason through `print_error` and raises an error of
     `core.errors`.
     """
     watch = Stopwatch()
@@ -92,26 +93,28 @@ def serve(
             proxied = _proxy_environment(stack, directory, host=host, settings=plan.settings, proxy=kind, report=report)
             defaults = start_timeouts(load_per_core()) | environment.color_environment()
             apply_environment(variables | proxied, defaults=defaults)
-            # Behind HAProxy, Ray's own proxy must listen on loopback only. The file is checked before messages about
-            # models: with a mistyped `args` only the default models remain.
+            # Behind HAProxy, Ray's own proxy must listen on loopback only. `deploy_schema` also validates the file.
+            # It runs before the first message about models, because with a misspelled key `args` that message would
+            # name a default model instead of the configured one.
             schema = deploy_schema(file, host=environment.LOOPBACK if proxied else host, port=port)
             report(f"default model: {plan.catalog.default.name} ({explain_default(plan.settings, plan.catalog)})")
-            # Errors of the other models appear when they are loaded.
+            # The weights of models that start later are checked when they load.
             started = [model for model in plan.settings.models if model.name in plan.started]
             require_weights(plan, started, print_error=print_error)
             report(prepare_stores(plan.settings).description)
 
-        # Ray prints its processes' lines from a thread, each in two writes: text, then newline. So start a new line.
-        def print_error_amid_others(sentence: str) -> None:
+        # A thread of Ray prints log lines and writes each newline separately. An error may come in between, so it
+        # starts on a new line.
+        def print_error_on_new_line(sentence: str) -> None:
             print_error(f"\n{sentence}")
 
-        with _printing_errors(print_error_amid_others):
+        with _printing_errors(print_error_on_new_line):
             metrics_port = stack.enter_context(
                 embedded_ray(directory, signals, num_cpus=plan.num_cpus, metrics_port=metrics_port)
             )
         stack.enter_context(suppress(KeyboardInterrupt))
         stack.callback(report, "stopping ...")
-        stack.enter_context(_printing_errors(print_error_amid_others))
+        stack.enter_context(_printing_errors(print_error_on_new_line))
         watch.lap("ray")
         url = f"http://{_reachable(host)}:{port}{file.route_prefix}"
         with start_errors("Ray Serve"):
@@ -130,7 +133,7 @@ def serve(
 
 @contextmanager
 def _printing_errors(print_error: Report) -> Iterator[None]:
-    """Print an error before anything is stopped, because stopping may take seconds or be cut short."""
+    """Print an error immediately, because the stop that follows may take seconds or be cut short."""
     try:
         yield
     except StableAudioError as error:
@@ -139,7 +142,7 @@ def _printing_errors(print_error: Report) -> Iterator[None]:
 
 
 def _choose_metrics_port(port: int | None, settings: Settings) -> int | None:
-    """Returns the port from the command line or the settings, None for any. Raises ConfigError if it is in use."""
+    """Return `port`, else the port from the settings; None lets Ray choose. Raises ConfigError if it is in use."""
     port = port or settings.metrics.port
     if port is not None:
         option = "--metrics-port (STABLE_AUDIO_METRICS_PORT)"
@@ -150,7 +153,10 @@ def _choose_metrics_port(port: int | None, settings: Settings) -> int | None:
 def _proxy_environment(
     stack: ExitStack, directory: Path, *, host: str, settings: Settings, proxy: ProxyKind, report: Report
 ) -> dict[str, str]:
-    """Returns the variables of the chosen proxy, none for the Python proxy. `stack` holds its ports."""
+    """Return HAProxy's environment variables, or none when the Python proxy is used. `stack` reserves HAProxy's ports.
+
+    Raises ConfigError when `proxy` is "haproxy" and HAProxy cannot run.
+    """
     reason = "selected" if proxy == "python" else environment.haproxy_problem()
     if reason is None:
         try:
@@ -187,7 +193,7 @@ def _deploy(schema: ServeDeploySchema, watch: Stopwatch) -> None:
 
 
 def _wait_until_ready(file: ServeFile, url: str, *, plan: Plan, report: Report) -> Mapping[str, Any]:
-    """Wait until every preloaded replica runs and /health lists it. Returns the body of /health."""
+    """Wait until every preloaded replica runs and /health lists its model. Returns the body of /health."""
     from stable_audio_serve.serving.model_states import read_application
 
     next_report_at = time.monotonic() + _STILL_LOADING_EVERY_S
@@ -212,11 +218,10 @@ def _raise_if_failed(application: ApplicationStatusOverview) -> None:
 
 
 def _health(url: str, plan: Plan) -> Mapping[str, Any]:
-    """Returns the body of /health once it lists every preloaded model as loaded; empty until then."""
+    """Return the body of /health, or an empty mapping until it lists every preloaded model as loaded."""
     try:
-        answer = httpx.get(
-            f"{url}/health", timeout=_HEALTH_TIMEOUT_S, trust_env=False
-        )  # no outgoing proxy for this machine
+        # Without `trust_env` httpx ignores the variables of an outgoing proxy.
+        answer = httpx.get(f"{url}/health", timeout=_HEALTH_TIMEOUT_S, trust_env=False)
         health: dict[str, Any] = answer.raise_for_status().json()
     except (httpx.HTTPError, ValueError):
         return {}
@@ -224,7 +229,7 @@ def _health(url: str, plan: Plan) -> Mapping[str, Any]:
 
 
 def _drain(application: str, settings: Settings, *, report: Report) -> None:
-    """Wait for requests in progress, unless `drain_s` is 0."""
+    """Wait up to `drain_s` for the requests in progress."""
     from stable_audio_serve.serving.draining import drain
 
     if settings.drain_s:
@@ -233,7 +238,7 @@ def _drain(application: str, settings: Settings, *, report: Report) -> None:
 
 
 def _load_stages(health: Mapping[str, Any], plan: Plan) -> str:
-    """Returns the duration of each stage of loading, for every preloaded model."""
+    """Describe how long each stage of loading took, for every preloaded model."""
     details = {name: health["models"][name]["detail"] for name in plan.preloaded}
     return "".join(
         f"; {name}: " + ", ".join(f"{stage} {seconds} s" for stage, seconds in detail.items())

@@ -1,4 +1,4 @@
-"""Recommends bfloat16 after a start on a CPU that supports it. Uses settings and CPU flags, never weights."""
+"""Recommend bfloat16 after a start on a CPU that supports it. Reads settings and CPU flags, not weights."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from stable_audio_serve.serving.placement import Plan
 
 
 def bfloat16_hint(plan: Plan, devices: Mapping[str, str | None], *, cpu_facts: Path = CPU_FACTS) -> str | None:
-    """Returns one line naming the loaded models that would run faster in bfloat16, None if there are none.
+    """Return a message that names the loaded models that would run faster in bfloat16, or None if there are none.
 
-    `devices` are the devices of the loaded models. Leaves out the demo, which gains little.
+    `devices` maps the names of loaded models to their devices. Demo models gain little and are left out.
     """
     configured = {model.name: model.dtype for model in plan.settings.models}
     names = [
@@ -23,7 +23,7 @@ def bfloat16_hint(plan: Plan, devices: Mapping[str, str | None], *, cpu_facts: P
     if not names or not plan.settings.model_half or not has_native_bfloat16(cpu_facts):
         return None
     return (
-        f"hint: this CPU supports bfloat16, float32 is used for {', '.join(names)}. With `dtype: bfloat16` and "
-        "`decode_precision: half` generation takes between a third and two thirds of the time (docs/performance.md "
-        "explains what changes)"
+        f"hint: this CPU supports bfloat16, but float32 is used for {', '.join(names)}. Set `dtype: bfloat16` and "
+        "`decode_precision: half` to generate in a third to two thirds of the time (docs/performance.md explains what "
+        "changes)"
     )

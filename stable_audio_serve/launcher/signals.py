@@ -1,4 +1,4 @@
-"""Signal handling of the launcher: the first signal starts an orderly stop, a later one exits immediately."""
+"""Handle the launcher's signals: the first starts an orderly stop, a later one exits immediately."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import time
 from types import FrameType
 
 _NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_DUPLICATE_S = 1.0  # `timeout` and `make` forward a signal that the whole process group has received already
+# `timeout` and `make` forward a signal that the whole process group has already received. A second signal within this
+# time is such a duplicate and is ignored.
+_DUPLICATE_S = 1.0
 
 
 class StopSignals:
-    """The process's handlers for SIGINT, SIGTERM and SIGHUP."""
+    """Handles SIGINT, SIGTERM and SIGHUP."""
 
     def __init__(self) -> None:
         self._stopping_at: float | None = None
@@ -24,7 +26,7 @@ class StopSignals:
             signal.signal(number, self._handle)
 
     def begin_stop(self, *, exit_code: int) -> None:
-        """Make the next signal exit this process with `exit_code`. The guard then kills its child processes."""
+        """Make a later signal exit this process with `exit_code`. The guard then kills its child processes."""
         self._late_exit_code = exit_code
         if self._stopping_at is None:
             self._stopping_at = time.monotonic()

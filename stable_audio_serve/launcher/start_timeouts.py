@@ -1,6 +1,6 @@
-"""Time limits for Ray's start, longer on a machine with more runnable programs than cores.
+"""Time limits for the start of Ray. They are longer on a machine with more runnable programs than cores.
 
-Ray's own limits are fixed and fit an idle machine. This module must not import Ray, which reads its limits at import.
+Ray's default limits suit an idle machine. Ray reads them at import, so this module must not import Ray.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pathlib import Path
 _LOADAVG = Path("/proc/loadavg")
 _MIN_FACTOR = 2.0  # an idle machine may be busy a second later
 _MAX_FACTOR = 30.0
-_BUSY = 4.0  # runnable programs per core from which `start_advice` mentions the load
+_BUSY = 4.0  # runnable programs per core; from here on `start_advice` mentions the load
 
-# The raylet gives its helper processes 15 s to start, a fixed limit, and dies after that. A longer wait for the raylet
-# would only delay the error message.
+# The raylet exits when its helper processes do not start within 15 s. This limit is fixed, so a longer wait for the
+# raylet would only delay the error message.
 _RAYLET_S = 60
-# Ray's other start limits in seconds. The number of retries counts as seconds too: each takes about one.
+# Ray's other start limits in seconds. One is a number of retries, each of which takes about a second.
 _LIMITS: Mapping[str, float] = {
     "RAY_gcs_server_port_wait_time_s": 30,
     "RAY_gcs_server_request_timeout_seconds": 60,
@@ -32,7 +32,7 @@ _LIMITS: Mapping[str, float] = {
 
 
 def load_per_core() -> float:
-    """Returns runnable programs per core, now or averaged over the last minute, whichever is higher; 0 if unknown."""
+    """Return the runnable programs per core: the higher of now and the average of the last minute; 0 if unknown."""
     try:
         minute, _, _, now, _ = _LOADAVG.read_text().split()
     except (OSError, ValueError):
@@ -42,14 +42,14 @@ def load_per_core() -> float:
 
 
 def start_timeouts(load: float) -> dict[str, str]:
-    """Returns Ray's time limits as environment variables. `load` is the number of runnable programs per core."""
+    """Return Ray's time limits as environment variables. `load` is the number of runnable programs per core."""
     factor = min(max(load, _MIN_FACTOR), _MAX_FACTOR)
     limits = {name: str(math.ceil(limit * factor)) for name, limit in _LIMITS.items()}
     return {"RAY_raylet_start_wait_time_s": str(_RAYLET_S), **limits}
 
 
 def start_advice(load: float) -> str:
-    """Returns advice on a failed start. `load` is the number of runnable programs per core."""
+    """Return advice for a failed start. `load` is the number of runnable programs per core."""
     if load < _BUSY:
         return "try again, and check the free memory and disk space of this machine"
     runnable, cores = round(load * (os.cpu_count() or 1)), os.cpu_count()

@@ -114,11 +114,11 @@ class Ingress:
 
     async def drain_progress(self) -> DrainProgress:
         """Return the number of requests that this replica still has to finish while the server is drained."""
-        return DrainProgress(self._draining.is_resting, self._draining.num_from_before)
+        return DrainProgress(self._draining.is_draining, self._draining.num_left)
 
     def _follow_operators(self, settings: OperatorSettings) -> None:
         if settings.is_drained:
-            self._draining.rest()
+            self._draining.drain()
         else:
             self._draining.resume()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from stable_audio_serve.cli.messages import Ending, plain_errors
+from stable_audio_serve.cli.messages import ExitCode, plain_errors
 from stable_audio_serve.cli.remote import connected
 from stable_audio_serve.core import errors
 
@@ -57,4 +57,4 @@ def test_an_error_has_the_same_exit_code_in_every_command(
 
 def test_the_docs_list_every_exit_code() -> None:
     table = PAGE.read_text().partition("## Exit codes")[2]
-    assert [int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)] == [*Ending]
+    assert [int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)] == [*ExitCode]

@@ -160,7 +160,11 @@ def test_an_id_needs_no_contract_if_it_is_unique(store: JobStore, run: Run) -> N
 def test_an_ambiguous_id_is_refused(store: JobStore, run: Run) -> None:
     for contract in ("sa3", "fal"):
         add(store, contract=contract, id="a" * 32)
-    expect(run("cancel", "a" * 32), f"which one? sa3/{'a' * 32} --client '', fal/{'a' * 32} --client ''", code=2)
+    expect(
+        run("cancel", "a" * 32),
+        f"several jobs have this id; choose one: sa3/{'a' * 32} --client '', fal/{'a' * 32} --client ''",
+        code=2,
+    )
     expect(run("cancel", f"fal/{'a' * 32}"), "cancelled")
     assert [job.state for job in store.operators.list_all()] == ["cancelled", "queued"]
 
@@ -197,14 +201,14 @@ def test_cancelling(store: JobStore, run: Run, tmp_path: Path) -> None:
     assert find(store, waiting).state == "cancelled"
     assert find(store, running).cancel_requested
     assert not upload.exists()
-    expect(run("cancel", waiting.spec.id), "it is over: cancelled", code=2)
+    expect(run("cancel", waiting.spec.id), "the job is already over: cancelled", code=2)
 
 
 def test_only_a_dead_letter_can_be_retried(store: JobStore, run: Run) -> None:
     jobs = add_one_of_each(store)
     for name, job in jobs.items():
         if name != "dead":
-            expect(run("retry", job.spec.id), f"it is no dead letter: it is {job.state}", code=2)
+            expect(run("retry", job.spec.id), f"the job is not a dead letter: it is {job.state}", code=2)
             assert find(store, job) == job
     expect(run("retry", jobs["dead"].spec.id), "queued again")
     again = find(store, jobs["dead"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from stable_audio_serve.client import Audio, Take
+from stable_audio_serve.client import Audio, Result
 from stable_audio_serve.core import errors
 from tests.audio_files import make_audio_file
 from tests.client.conftest import IN_ONE_LOOP, Caller, Served, serve
@@ -22,7 +22,7 @@ def read(content: bytes) -> tuple[np.ndarray, int]:
 
 async def test_generate_returns_a_clip_with_its_metadata(served: Served, connect: Callable[..., Caller]) -> None:
     call = connect(served.url)
-    take: Take = await call("generate", "rain", duration=0.5, seed=7, model="medium")
+    take: Result = await call("generate", "rain", duration=0.5, seed=7, model="medium")
     audio, rate_hz = read(take.content)
     assert (len(audio), rate_hz, take.sample_rate_hz) == (22050, 44100, 44100)
     assert (take.seed, take.model, take.clips[0].file_name) == (7, "medium", "stable-audio-3-medium.wav")
@@ -35,7 +35,7 @@ async def test_generate_returns_a_clip_with_its_metadata(served: Served, connect
 async def test_clips_are_recreated_from_recipes_and_files(served: Served, connect: Callable[..., Caller]) -> None:
     call = connect(served.url)
     source = make_audio_file(duration_s=1.0)
-    take: Take = await call("vary", source, "rain", duration=0.5, batch_size=2, response_format="flac")
+    take: Result = await call("vary", source, "rain", duration=0.5, batch_size=2, response_format="flac")
     job = await call("jobs.submit_variation", source, "rain", duration=0.5, seed=take.seed, response_format="flac")
     fetched = await call("jobs.fetch", await call("jobs.wait", job.id))
     assert fetched.clips[0].recipe == take.clips[0].recipe
@@ -59,9 +59,9 @@ async def test_clips_are_recreated_from_recipes_and_files(served: Served, connec
 async def test_fields_without_effect_are_reported(served: Served, connect: Callable[..., Caller]) -> None:
     served.backend.prompt_chars = 1012
     call = connect(served.url)
-    take: Take = await call("generate", "x" * 10_400, duration=0.5)
+    take: Result = await call("generate", "x" * 10_400, duration=0.5)
     job = await call("jobs.submit", "x" * 10_400, duration=0.5)
-    fetched: Take = await call("jobs.fetch", await call("jobs.wait", job.id))
+    fetched: Result = await call("jobs.fetch", await call("jobs.wait", job.id))
     assert take.warnings == fetched.warnings == ("prompt: the model reads the first 1012 characters only",)
     assert take.clips[0].recipe is None  # a recipe without its prompt cannot be replayed
     assert (await call("generate", "rain", duration=0.5)).warnings == ()

@@ -56,7 +56,7 @@ def test_a_written_line_is_read_back(scopes: frozenset[str], rate: float | None,
         (f"alice:{ONE} scope=sas-this-is-a-plain-key", "scope must be"),
         (f"alice:{ONE} scope=", "scope must be"),
         (f"alice:{ONE} scope=Admin", "scope must be"),
-        (f"alice:{ONE} scope=jobs scope=admin", "scope is there twice"),
+        (f"alice:{ONE} scope=jobs scope=admin", "scope appears twice"),
         (f"alice:{ONE} rights=admin", "word 2"),
         *(
             (f"alice:{ONE} audio-seconds-per-minute={value}", "a number from 1")

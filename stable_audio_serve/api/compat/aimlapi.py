@@ -1,4 +1,4 @@
-"""The AIML API's `stable-audio`: the client submits a generation and polls its id until the file is ready."""
+"""The AIML API for `stable-audio`. A client submits a generation, and polls its id until the file is ready."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from stable_audio_serve.core.ids import JobId
 from stable_audio_serve.jobs.job import Job, JobRef, JobSpec, State
 
 TAG = "AIML API"
-MODEL = "stable-audio"  # the API's only model; an alias of a configured model here
+MODEL = "stable-audio"  # the API's only model name; the setting `dialects.aiml_model` selects the served model
 
 _STATUS = {
     "unauthorized": 401,
@@ -62,7 +62,7 @@ def _is_none(value: object) -> bool:
 
 
 def _without_default(schema: dict[str, Any]) -> None:
-    del schema["default"]  # the default is outside the accepted range
+    del schema["default"]  # the default is not in the range that clients may send
 
 
 class AimlInput(ClipInput):
@@ -146,7 +146,7 @@ _POLL_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 def build_router(service: Service) -> APIRouter:
-    """Returns the AIML routes."""
+    """Return the AIML routes."""
     catalog, jobs = service.backend.catalog, service.jobs
     card = catalog.choose(service.settings.dialects.model, family=OPEN_FAMILY)
     router = APIRouter(route_class=route_class(render_error, scopes=("jobs",)), tags=[TAG], strict_content_type=False)
@@ -210,15 +210,15 @@ def _describe(job: Job, base: str) -> AimlGeneration:
 
 
 def render_error(request: Request, error: ExpectedError) -> Response:
-    """Returns the response to an expected error."""
+    """Return the response to an expected error."""
     return _REFUSALS.answer(request, error)
 
 
 def _parse_fault(_: Request, fault: Mapping[str, Any]) -> list[AimlFault]:
     part, *path = fault["loc"]
-    if not path and fault["type"] == "missing":  # no body: report the required fields
+    if not path and fault["type"] == "missing":  # the body is missing: report its required fields
         return [AimlFault(path=[name], message=fault["msg"], code="missing") for name in ("model", "prompt")]
-    if fault["type"] == "json_invalid":  # FastAPI puts a character position there
+    if fault["type"] == "json_invalid":  # for this error FastAPI's location is a character position
         path = []
     known_path = [printable(step) for step in path] or [part]
     return [AimlFault(path=known_path, message=printable(fault["msg"]), code=fault["type"])]

@@ -1,4 +1,4 @@
-"""Shared parts of the hosted `stable-audio` APIs (AIML, fal): clips of 1 to 47 whole seconds from one chosen model."""
+"""Code shared by the APIs of two hosting services, AIML and fal: clips of 1 to 47 whole seconds from one model."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class ClipInput(BaseModel):
 
 
 def to_request(fields: ClipInput, card: ModelCard, *, request_id: str) -> GenerationRequest:
-    """Returns the request for `fields`. Raises RequestValidationError for a clip above the model's longest clip.
+    """Return the request for `fields`. Raises RequestValidationError for a clip longer than the model allows.
 
-    The default length is limited to the model's longest clip.
+    Without a length, the clip has the default length, or the model's longest if that is shorter.
     """
     longest_s = min(MAX_S, int(card.max_duration_s))
     duration_s = fields.seconds_total if "seconds_total" in fields.model_fields_set else min(DEFAULT_S, longest_s)

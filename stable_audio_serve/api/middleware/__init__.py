@@ -1,1 +1,1 @@
-"""Checks that every request passes before its route: limits, origins, keys, logging, draining."""
+"""Code that runs before the route of every request: limits, origins, API keys, logging, draining."""

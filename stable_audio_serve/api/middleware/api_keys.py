@@ -1,4 +1,4 @@
-"""Authenticates requests: without configured keys all are allowed, otherwise only those with a key of enough scope."""
+"""Authenticate requests by their API key. If no keys are configured, all requests are allowed."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from stable_audio_serve.core.errors import ForbiddenError, KeysUnavailableError,
 from stable_audio_serve.core.keys import ANYBODY, ApiKey, Scope, hash_key
 
 _SCHEMES = frozenset({"bearer", "key"})
-_MAX_KEY = 4096  # characters; generated keys have 47
+_MAX_KEY = 4096  # longest key that is checked, characters; the keys that we generate have 47
 _RETRY_S = 5.0
 _NO_KEY = hash_key("")
 
 
 class ApiKeys:
-    """Admits requests by their `Authorization` header, `Bearer <key>` or `Key <key>`. Without keys admits all."""
+    """Checks the `Authorization` header of requests: `Bearer <key>` or `Key <key>`."""
 
     def __init__(self, ring: KeyRing) -> None:
         self.ring = ring
 
     def admit(self, request: Request, scopes: tuple[Scope, ...]) -> ApiKey:
-        """Returns the request's key, `ANYBODY` if no keys are configured.
+        """Return the request's key, or `ANYBODY` if no keys are configured. Any key will do if `scopes` is empty.
 
-        Raises UnauthorizedError without a valid key, ForbiddenError if the key has none of these scopes (empty = any
-        key), and KeysUnavailableError while the key file could not be read yet.
+        Raises UnauthorizedError without a valid key, and ForbiddenError if the key has none of the scopes. Raises
+        KeysUnavailableError as long as the key file could not be read.
         """
         key = self.find(request)
         if key is None and self.ring.health.state == "unread":
@@ -41,7 +41,7 @@ class ApiKeys:
         return key
 
     def find(self, request: Request) -> ApiKey | None:
-        """Returns the request's valid key like `admit`, otherwise None."""
+        """Return the request's key, or None without a valid key."""
         if self.ring.is_open:
             return ANYBODY
         scheme, _, sent = request.headers.get("authorization", "").partition(" ")
@@ -49,7 +49,7 @@ class ApiKeys:
         if scheme.lower() not in _SCHEMES or len(sent) > _MAX_KEY:
             return None
         digest = hash_key(sent.encode("latin-1"))  # Starlette decodes headers as latin-1
-        # The look-up time depends only on the digest, which reveals nothing about other keys.
+        # The duration of the look-up depends on the digest of the sent key only, and reveals nothing about other keys.
         known = self.ring.keys.get(digest)
         is_equal = hmac.compare_digest(digest, known.digest if known else _NO_KEY)
         return known if known and is_equal else None

@@ -1,4 +1,4 @@
-"""Identifies the client of a request for limits per client: by its key, or without keys by its address."""
+"""Identify the client of a request, for limits per client: by its API key, or without keys by its address."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from starlette.requests import Request
 
 from stable_audio_serve.core.keys import ANYBODY, ApiKey
 
-_IPV6_BITS = 64  # network part of an address: one client can use all addresses of its network
+_IPV6_BITS = 64  # addresses with the same first 64 bits are one client, which can use all addresses of its network
 
 
 class Caller(NamedTuple):
-    """The key of a request, and a client name that its headers cannot change."""
+    """The API key of a request, and the name of its client. A client cannot change the name with request headers."""
 
     key: ApiKey
     name: str
 
 
 def find_caller(request: Request, key: ApiKey, *, address_header: str | None) -> Caller:
-    """Returns the caller. `address_header` is the header with the client's address from the proxy, if any."""
+    """Return the caller of a request. `address_header` is the header in which a proxy sends the client's address."""
     return Caller(key, _network(_address(request, address_header)) if key is ANYBODY else key.client)
 
 

@@ -1,8 +1,7 @@
-"""Stops or drains a process: new work is refused, event streams end so that clients reconnect, and requests in
-progress are counted.
+"""Stop or drain a process: refuse new work, end event streams so that clients reconnect, and count open requests.
 
-There are three causes: the launcher stops the whole server, an operator drains it for a while, or Ray Serve replaces
-one replica by another.
+There are three cases. The launcher stops the whole server (`stop`), an operator drains it for a while (`drain`), or Ray
+Serve replaces this replica by another one (`leave`).
 """
 
 from __future__ import annotations
@@ -18,21 +17,24 @@ from stable_audio_serve.core.errors import StoppingError
 
 _CAUSE = "draining"
 _STOPPING = "the server is stopping"
-_RESTING = "an operator is taking this server out: send new work to another one"
+_DRAINING = "an operator is draining this server; send new work to another server"
 _RETRY_AFTER_S = 5.0
 _READING = frozenset({"GET", "HEAD"})
 
 
 class Draining:
-    """One per application, used on its event loop. `leave` and `stop` cannot be undone."""
+    """Whether this process drains, and its requests in flight.
+
+    Each application has one, for use on its event loop. `leave` and `stop` cannot be undone.
+    """
 
     def __init__(self, readiness: Readiness) -> None:
         self._readiness = readiness
         self._leaving = asyncio.Event()
         self._is_replaced = False
-        self._refusal: str | None = None  # why new work is refused
+        self._refusal: str | None = None  # the reason why new work is refused, None if it is accepted
         self._in_flight: set[object] = set()
-        self._at_rest: frozenset[object] | None = None  # requests in flight when `rest` was called
+        self._at_drain: frozenset[object] | None = None  # requests in flight when `drain` was called
 
     @property
     def num_in_flight(self) -> int:
@@ -40,27 +42,27 @@ class Draining:
         return len(self._in_flight)
 
     @property
-    def num_from_before(self) -> int:
-        """The number of requests in flight that arrived before `rest`. The drain waits for them."""
-        return len(self._in_flight & (self._at_rest or set()))
+    def num_left(self) -> int:
+        """The number of requests in flight that arrived before `drain` was called. The drain waits for them."""
+        return len(self._in_flight & (self._at_drain or set()))
 
     @property
     def is_leaving(self) -> bool:
-        """Whether clients must follow events on another process."""
+        """Whether event streams must end, so that clients reconnect to another process."""
         return self._leaving.is_set()
 
     @property
-    def is_resting(self) -> bool:
+    def is_draining(self) -> bool:
         """Whether an operator drains the whole server, so that new work is refused."""
-        return self._at_rest is not None
+        return self._at_drain is not None
 
     @property
     def refuses_some(self) -> bool:
-        """Whether requests count only once they are admitted."""
+        """Whether new work is refused. Then a request counts as in flight only once it is admitted."""
         return self._refusal is not None
 
     def leave(self) -> None:
-        """End the event streams, because another process takes over and open streams would keep this one running.
+        """End the event streams, because another process replaces this one. Open streams would keep it running.
 
         Other requests are still answered.
         """
@@ -68,46 +70,46 @@ class Draining:
         self._leaving.set()
 
     def stop(self) -> None:
-        """End the event streams and refuse new requests, because no other process takes over."""
+        """End the event streams and refuse all new requests, because the server stops."""
         self._refuse(_STOPPING)
         self.leave()
 
-    def rest(self) -> None:
-        """Refuse new work until `resume`. GET and HEAD stay allowed, so that clients get earlier results."""
+    def drain(self) -> None:
+        """Refuse new work until `resume`. GET and HEAD stay allowed, so that clients can fetch earlier results."""
         if self._refusal is None:
-            self._at_rest = frozenset(self._in_flight)
-            self._refuse(_RESTING)
+            self._at_drain = frozenset(self._in_flight)
+            self._refuse(_DRAINING)
             self._leaving.set()
 
     def resume(self) -> None:
         """Accept new work again, unless the server is stopping."""
-        if self._refusal == _RESTING:
-            self._refusal = self._at_rest = None
+        if self._refusal == _DRAINING:
+            self._refusal = self._at_drain = None
             self._readiness.clear(_CAUSE)
             if not self._is_replaced:
                 self._leaving.clear()
 
     def admit(self, scope: Scope) -> None:
-        """Admit a request; probes skip this check. Raises StoppingError if the server no longer accepts it."""
+        """Count a request as in flight. Raises StoppingError if it is refused. Health probes are not checked."""
         refusal = self._refusal
         if refusal == _STOPPING or (refusal is not None and scope["method"] not in _READING):
             raise StoppingError(refusal, retry_after_s=_RETRY_AFTER_S)
-        if "visit" in scope:  # requests that arrived earlier are counted already
-            self._in_flight.add(scope["visit"])
+        if "in_flight_token" in scope:  # adding a request that is counted already has no effect
+            self._in_flight.add(scope["in_flight_token"])
 
     def begin(self) -> object:
-        """Returns a token for a new request. Counts the request now, or when it is admitted if new work is refused."""
-        visit = object()
+        """Return a token for a new request. The request counts from now on, or once admitted if work is refused."""
+        token = object()
         if self._refusal is None:
-            self._in_flight.add(visit)
-        return visit
+            self._in_flight.add(token)
+        return token
 
-    def end(self, visit: object) -> None:
+    def end(self, token: object) -> None:
         """Stop counting a request, because its response is complete."""
-        self._in_flight.discard(visit)
+        self._in_flight.discard(token)
 
     async def pause(self, duration_s: float) -> None:
-        """Sleep for `duration_s`, or until clients must follow events on another process."""
+        """Sleep for `duration_s`, or until event streams must end."""
         with suppress(TimeoutError):
             async with asyncio.timeout(duration_s):
                 await self._leaving.wait()
@@ -125,7 +127,7 @@ class DrainingMiddleware:
         self._draining = draining
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: PLR0917 - ASGI's signature
-        """Run the application. Requests that arrive while the server drains count only if they are admitted."""
+        """Run the application and count the request while it runs."""
         draining = self._draining
         if scope["type"] != "http":
             await self._app(scope, receive, send)
@@ -136,8 +138,8 @@ class DrainingMiddleware:
                 MutableHeaders(scope=message)["Connection"] = "close"
             await send(message)
 
-        scope["visit"] = visit = draining.begin()
+        scope["in_flight_token"] = token = draining.begin()
         try:
             await self._app(scope, receive, send_and_close)
         finally:
-            draining.end(visit)
+            draining.end(token)

@@ -1,8 +1,8 @@
-"""Limits of keys: seconds of audio per minute, and concurrent requests, over all servers of one job database.
+"""Limits of API keys: seconds of audio per minute, and concurrent requests.
 
-A request whose key has limits costs a transaction when it is admitted. It costs another one at its end if it held a
-place or if its audio is given back. While the database is unavailable, each process applies the limits to its own
-requests.
+The limits apply to all servers with the same job database together. Admitting a request of a key with limits takes one
+transaction. A second one follows at its end if it used one of the key's places for concurrent requests, or if its audio
+does not count. While the database is unavailable, each process applies the limits to its own requests.
 """
 
 from __future__ import annotations
@@ -39,27 +39,29 @@ T = TypeVar("T")
 log = structlog.get_logger("stable_audio_serve.api")
 
 _RENEW_S = LEASE_S / 3
-_PATIENCE_S = 10.0  # per transaction on a busy machine: long, because separate processes admit more in total
-_LEAVING_S = 2.0  # longest wait before a response until its place is free, for the client's next request
+# Time limit of a transaction. It is long, because processes that apply the limits alone admit more requests in total.
+_PATIENCE_S = 10.0
+# A response is delayed up to this time until its place is free, so that the client's next request finds the place.
+_LEAVING_S = 2.0
 _CLOSING_S = 1.0
 _LONGEST_RETRY_S = 60.0
 _LEAST_AUDIO_S = 0.01  # less than the audio of any request
-_MOST_NAMED = 200  # most clients with their own label in metrics
+_MOST_NAMED = 200  # largest number of clients with their own label in metrics
 
 
 @dataclass(slots=True)
 class Admission:
-    """Whether the audio of a request counts."""
+    """An admitted request. `counts` is true if its audio counts against the limit."""
 
     counts: bool = False
 
     def give_back(self) -> None:
-        """Do not count the request's audio, because none was made."""
+        """Do not count the request's audio, because none was generated."""
         self.counts = False
 
 
 class KeyLimiter:
-    """Applies the limits in one application, on one event loop. Keys without limits never touch the database."""
+    """Applies the limits in one application, on one event loop. Keys without limits need no database."""
 
     def __init__(
         self,
@@ -69,27 +71,30 @@ class KeyLimiter:
         clock: Clock | None = None,
         patience_s: float = _PATIENCE_S,
     ) -> None:
-        """A database counts as unavailable if a transaction takes longer than `patience_s`. Does no I/O."""
+        """Do no I/O. The database counts as unavailable if a transaction takes longer than `patience_s`."""
         self._uses = KeyUses(database)
         self._metrics = metrics or NullMetrics()
         self._clock = clock or SystemClock()
         self._patience_s = patience_s
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="key-limits")  # a request ends after it was admitted
+        # One thread, so that the transaction at a request's end runs after the one that admits it.
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="key-limits")
         self._turn = asyncio.Lock()
         self._is_away = False
-        self._places: set[str] = set()  # ids of the requests that hold a place in the database
-        self._alone: defaultdict[ClientId, dict[str, Used]] = defaultdict(dict)  # admitted without the database
-        self._mean_s: defaultdict[ClientId, float] = defaultdict(lambda: 1.0)  # how long a request takes
+        self._places: set[str] = set()  # ids of the requests that have a place in the database
+        self._alone: defaultdict[ClientId, dict[str, Used]] = defaultdict(dict)  # requests admitted without it
+        self._mean_s: defaultdict[ClientId, float] = defaultdict(lambda: 1.0)  # mean duration of a request
         self._ending: set[asyncio.Task[None]] = set()
         self._upkeep: asyncio.Task[None] | None = None
         self._labels: set[str] = set()
 
     @asynccontextmanager
     async def admitted(self, key: ApiKey, *, audio_s: float, takes_place: bool) -> AsyncIterator[Admission]:
-        """Charge `audio_s` to the key's client, and hold one of its places until the block ends.
+        """Count a request against the limits of the key's client, and run the block.
 
-        The audio does not count when the block raises, unless the request ran out of time or its client went away.
-        Raises QuotaError, and ForbiddenError for more audio than the key may have in a whole minute.
+        Its `audio_s` seconds of audio count for a minute. With `takes_place` it is also a concurrent request until the
+        block ends.
+        If the block raises, the audio does not count, except when the request ran out of time or was cancelled. Raises
+        QuotaError at a limit, and ForbiddenError for more audio than the key may have in a whole minute.
         """
         admission = Admission()
         try:
@@ -112,7 +117,7 @@ class KeyLimiter:
             self._count(key, audio_s=audio_s, counts=admission.counts)
 
     async def require_room(self, key: ApiKey, *, takes_place: bool) -> None:
-        """Raise QuotaError if the key has reached a limit, so that even the smallest request fails. Charges nothing."""
+        """Raise QuotaError if the key has reached a limit, so that even the smallest request would be refused."""
         use = self._make_use(key, audio_s=_LEAST_AUDIO_S, takes_place=takes_place)
         if use is None:
             return
@@ -133,7 +138,10 @@ class KeyLimiter:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _make_use(self, key: ApiKey, *, audio_s: float, takes_place: bool) -> Use | None:
-        """Return None for a key without limits. Raises ForbiddenError."""
+        """Return what a request would use of its key's limits, or None for a key without limits.
+
+        Raises ForbiddenError for more audio than the key may have in a minute.
+        """
         if key.limits == NO_LIMITS:
             return None
         rate, concurrency = key.limits.audio_seconds_per_minute, key.limits.concurrency
@@ -157,7 +165,7 @@ class KeyLimiter:
             if refusal is None and use.has_place:
                 self._places.add(use.id)
                 self._keep_up()
-        except asyncio.CancelledError:  # the client left; `_end` undoes the transaction, which may go on
+        except asyncio.CancelledError:  # the client left; the transaction may still run, and `_end` undoes it
             await self._end(use, counts=False)
             raise
         except StorageError:
@@ -174,7 +182,7 @@ class KeyLimiter:
         return find_full(use, list(before.values()), now=now)
 
     async def _end(self, use: Use, *, counts: bool) -> None:
-        """Free the place, and give the audio back unless it counts."""
+        """Free the place of a request. Unless `counts`, its audio no longer counts against the limit."""
         self._places.discard(use.id)
         alone = self._alone[use.client]
         if use.id in alone:
@@ -187,14 +195,15 @@ class KeyLimiter:
             await asyncio.wait({ending}, timeout=_LEAVING_S)
 
     async def _try_end(self, use: Use, *, counts: bool) -> None:
-        with suppress(StorageError):  # on an error the place is freed when its lease ends, and the audio counts
+        # If this fails, the place is freed when its lease ends, and the audio counts.
+        with suppress(StorageError):
             await self._ask(partial(self._uses.end, use, counts=counts))
 
     async def _ask(self, transaction: Callable[[], T]) -> T:
         """Return the result of a transaction. Raises StorageError while the database is unavailable."""
         async with self._turn:
             if self._is_away:
-                raise StorageError("the job database is away")
+                raise StorageError("the job database is unavailable")
             try:
                 async with asyncio.timeout(self._patience_s):
                     return await asyncio.get_running_loop().run_in_executor(self._executor, transaction)
@@ -207,7 +216,7 @@ class KeyLimiter:
             self._upkeep = asyncio.create_task(self._renew())
 
     async def _renew(self) -> None:
-        """Renew the held places. While the database is unavailable, check whether it is back."""
+        """Renew the leases of used places. While the database is unavailable, check whether it is available again."""
         while self._is_away or self._places:
             await asyncio.sleep(_RENEW_S)
             renew = partial(self._uses.renew, tuple(self._places))
@@ -223,10 +232,10 @@ class KeyLimiter:
             self._is_away = is_away
             self._metrics.gauge("key_limits_alone", float(is_away))
             log.warning("limits of keys", kept_by="each process alone" if is_away else "all processes together")
-        self._keep_up()  # it also checks whether the database is back
+        self._keep_up()  # this task also checks whether the database is available again
 
     def _count(self, key: ApiKey, *, audio_s: float, counts: bool) -> None:
-        """Count a request in the metrics under its key's label. Beyond `_MOST_NAMED` labels, uses "other"."""
+        """Count a request in the metrics of its key. Keys beyond the first `_MOST_NAMED` share the label "other"."""
         if key is ANYBODY:
             return
         if len(self._labels) < _MOST_NAMED:

@@ -1,8 +1,8 @@
-"""The valid keys: the keys in the settings and in a file that is reloaded while the server runs.
+"""The valid API keys: those in the settings, and those in a file that is read again when it changes.
 
-The file is compared by content, not by date: Kubernetes swaps links to update a mounted secret, and two changes may
+A change is detected by content, not by date: Kubernetes swaps links to update a mounted secret, and two changes may
 have the same timestamp. If the file cannot be used, the previous keys stay valid, and the log, `/health` and a metric
-report it.
+report the problem.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stable_audio_serve.core.settings import ApiSettings
 log = structlog.get_logger("stable_audio_serve.api")
 
 _LOOK_EVERY_S = 1.0
-_PATIENCE_S = 0.5  # then the request is checked against the current keys
+_PATIENCE_S = 0.5  # a request waits this long for a check of the file; then the keys known so far decide
 _SILENT_AFTER_S = 10.0
 
 KeyFileState = Literal["unset", "ok", "broken", "unread"]
@@ -32,14 +32,18 @@ KeyFileState = Literal["unset", "ok", "broken", "unread"]
 
 @dataclass(frozen=True, slots=True)
 class KeyFileHealth:
-    """The state of the key file. Broken: the previous keys stay valid; unread: no keys yet. `reason` quotes no line."""
+    """The state of the key file.
+
+    broken: the file cannot be used, and the previous keys stay valid. unread: it could never be read, so there are no
+    keys. `reason` is a sentence that does not quote the file.
+    """
 
     state: KeyFileState = "unset"
     reason: str | None = None
 
 
 def check_key_file(path: str | None) -> None:
-    """Raises ConfigError for a file that cannot be used."""
+    """Raise ConfigError if the key file cannot be used."""
     if path is None:
         return
     try:
@@ -49,10 +53,10 @@ def check_key_file(path: str | None) -> None:
 
 
 class KeyRing:
-    """One per application; for one event loop at a time."""
+    """The valid keys of one application. Use it on one event loop at a time."""
 
     def __init__(self, settings: ApiSettings, *, metrics: Metrics | None = None, clock: Clock | None = None) -> None:
-        """Reads the file, if there is one."""
+        """Read the key file, if one is configured."""
         self._configured = [parse_key_hash(text) for text in settings.key_hashes]
         self._path = settings.key_file
         self._metrics = metrics or NullMetrics()
@@ -78,7 +82,7 @@ class KeyRing:
         return self._known
 
     async def refresh(self) -> None:
-        """Check the file for changes, at most once a second. Waits at most half a second for a slow disk."""
+        """Check the file for changes if the last check is a second old. Waits at most half a second for the check."""
         if self._path is None:
             return
         now = self._clock.monotonic()
@@ -103,7 +107,7 @@ class KeyRing:
         return "unread" if self._data is None else "broken"
 
     def _look_once(self, path: str) -> None:
-        """Load the file if it has changed. A bad file is parsed at every check until it is valid."""
+        """Load the keys if the file has changed. An invalid file is parsed again at every check."""
         try:
             data = read_key_file(path)
             if data != self._data:
@@ -125,5 +129,5 @@ class KeyRing:
 
 
 def _sentence(error: OSError | ValueError) -> str:
-    """Returns the problem without the path, because `/health` is public."""
+    """Return the problem as a sentence without the file's path, because `/health` is public."""
     return f"it cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)

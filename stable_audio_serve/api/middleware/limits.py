@@ -1,7 +1,7 @@
-"""ASGI middleware that limits the cost of a client: body size, receive and send times, and work after a disconnect.
+"""ASGI middleware that limits what one client can cost: the size of its body, and the time to send and receive.
 
-Ray Serve's proxies have no receive deadlines, and not every server cancels the handler of a disconnected client. This
-middleware does both on any server.
+It also cancels the work for a client that has disconnected. Ray Serve's proxies have no deadline for receiving a body,
+and not every ASGI server cancels a handler.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stable_audio_serve.core.settings import ApiSettings
 
-# Ray Serve lets clients change their deadline or disable their cancellation with these headers.
+# With these headers, clients could change Ray Serve's deadline or turn off the cancellation. They are removed.
 _CONTROL_HEADERS = frozenset({b"x-request-timeout-seconds", b"x-request-disconnect-disabled"})
-MAX_FIELDS_BYTES = 1_048_576  # limit of a JSON body, and of a form without its upload
+MAX_FIELDS_BYTES = 1_048_576  # largest JSON body, and largest form without its upload
 _CLOSE = {"Connection": "close"}
 _BUSY = {"Connection": "close", "Retry-After": "5"}
 _MAX_DRAIN_S = 10.0
@@ -30,14 +30,17 @@ _MAX_DRAIN_IDLE_S = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientTimes:
-    """Minimum speed at which a client must send its request and read its response."""
+    """How fast a client must send its request and read its response.
+
+    A body that takes longer than `grace_s` (+- 50 %) needs one of the receive slots.
+    """
 
     rate_bytes_s: float = 4096.0  # averaged over `window_s`
     window_s: float = 10.0
-    total_s: float = 300.0  # for the whole body
-    grace_s: float = 4.0  # bodies that arrive within this time (+- 50 %) need no receive slot
-    max_slow: int = 256  # receive slots per process
-    send_idle_s: float = 60.0  # longest pause in reading the response
+    total_s: float = 300.0  # longest time to send the whole body
+    grace_s: float = 4.0
+    max_slow: int = 256  # number of receive slots per process
+    send_idle_s: float = 60.0  # longest pause while the client reads the response
 
 
 class ClientGoneError(OSError):
@@ -45,7 +48,7 @@ class ClientGoneError(OSError):
 
 
 class LimitsMiddleware:
-    """Applies `ApiSettings` to every HTTP request. Cancels the handler of a client that disconnects."""
+    """Applies the limits of size and time to every HTTP request. Cancels the handler of a client that disconnects."""
 
     def __init__(self, app: ASGIApp, *, limits: ApiSettings, times: ClientTimes | None = None) -> None:
         self._app = app
@@ -54,7 +57,7 @@ class LimitsMiddleware:
         self._held = _BodiesInProgress()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: PLR0917 - ASGI's signature
-        """Run the application on a guarded connection. Raises ClientGoneError when the client disconnects."""
+        """Run the application with limited `receive` and `send`. Raises ClientGoneError when the client disconnects."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -82,42 +85,42 @@ class LimitsMiddleware:
 
 
 def accept_file_body(scope: Scope) -> None:
-    """Allow a body as large as an upload. Call it before the first byte is read."""
+    """Allow a body of the size of an upload. Call this before the first byte is read."""
     scope["state"]["connection"].accept_file_body()
 
 
 def accept_form(scope: Scope) -> None:
-    """Allow a form with an upload as body. Call it before the first byte is read."""
+    """Allow a body of the size of a form with an upload. Call this before the first byte is read."""
     scope["state"]["connection"].accept_form()
 
 
 async def drop_body(scope: Scope) -> None:
-    """Read and drop part of a body that is refused unread, so that a client that is still sending gets the response.
+    """Read and drop part of the body of a refused request, because many clients read no response while they send.
 
-    Does nothing for clients that wait for permission to send (`Expect`).
+    Does nothing for a client that waits for permission to send (`Expect`).
     """
     if not any(name == b"expect" for name, _ in scope["headers"]):
         await scope["state"]["connection"].drop_body()
 
 
 def is_answered(scope: Scope) -> bool:
-    """Whether the last byte of the response was sent, so that a disconnect loses nothing."""
+    """Whether the whole response was sent."""
     connection = scope["state"].get("connection")
     return connection is not None and connection.is_answered
 
 
 @dataclass(slots=True)
 class _BodiesInProgress:
-    """Bodies of all requests in progress: total bytes, in memory or temporary files, and number of slow ones."""
+    """The bodies of all requests in progress: their total size, and the number of slow ones (used receive slots)."""
 
     num_slow: int = 0
     num_bytes: int = 0
 
 
 class _Pace:
-    """The speed at which a body arrives: bytes and seconds of waiting for the client, in total and in this window.
+    """Measures how fast a body arrives, in consecutive windows of time.
 
-    The time that a handler takes between two parts does not count, because it is not the client's.
+    Only the time spent waiting for the client counts, not the time that the handler takes between two parts.
     """
 
     def __init__(self, times: ClientTimes) -> None:
@@ -128,11 +131,11 @@ class _Pace:
 
     @property
     def max_wait_s(self) -> float:
-        """Seconds to wait for the next part before the average of this window is too low."""
+        """The time in seconds to wait for the next part. After it, the speed in this window is too low."""
         return self._times.window_s - self._window_s
 
     def add(self, num_bytes: int, *, waited_s: float) -> None:
-        """Count a part that arrived. A window ends when its bytes at the minimum rate have arrived."""
+        """Count a part that arrived. A new window begins when as many bytes arrived as one window requires."""
         self.waited_s += waited_s
         self._window_bytes += num_bytes
         self._window_s += waited_s
@@ -143,7 +146,7 @@ class _Pace:
 @dataclass(frozen=True, slots=True)
 class _BodyLimit:
     max_bytes: int
-    declared_bytes: int  # 0 if the client does not declare them
+    declared_bytes: int  # Content-Length, 0 without one
     is_there: bool
     refusal: str
 
@@ -158,7 +161,10 @@ def _body_limit(scope: Scope) -> _BodyLimit:
 
 
 class _Connection:
-    """One request's receive and send. After the body is complete, only a watcher task reads the connection."""
+    """The `receive` and `send` of one request, with limits.
+
+    Once the body is complete, a watcher task reads the connection to detect a disconnect.
+    """
 
     def __init__(
         self,
@@ -175,11 +181,11 @@ class _Connection:
         self._body, self._held, self._limits, self._times = body, held, limits, times
         self._deadline_at = asyncio.get_running_loop().time() + times.total_s
         self._pace = _Pace(times)
-        # Randomized, so that a thousand clients that came together are not all refused in the same loop iteration.
+        # Randomized, so that a thousand clients that began together are not all refused at the same moment.
         self._grace_s = times.grace_s * random.uniform(0.5, 1.5)
         self._received_bytes = 0
         self._is_counted = False
-        self._unsent_bytes = math.inf  # bytes of the response; inf if its length is unknown
+        self._unsent_bytes = math.inf  # bytes of the response that are not sent yet; inf if its length is unknown
         self.is_answered = False
         self._gone = asyncio.Event()
         self._watcher: asyncio.Task[None] | None = None
@@ -202,7 +208,7 @@ class _Connection:
         await self._drain({"more_body": self._body.is_there}, max_bytes=_MAX_DROPPED_BYTES)
 
     async def receive(self) -> Message:
-        """Returns the next part of the body; after its end, waits for a disconnect. Raises HTTPException."""
+        """Return the next part of the body, or after its end wait for a disconnect. Raises HTTPException."""
         if self._watcher is not None or self.is_gone:
             await self._gone.wait()
             return {"type": "http.disconnect"}
@@ -216,7 +222,8 @@ class _Connection:
         if max(self._received_bytes, self._body.declared_bytes) > self._body.max_bytes:
             await self._drain(message, max_bytes=2 * self._body.max_bytes)
             raise HTTPException(413, self._body.refusal, headers=_CLOSE)
-        if self._received_bytes < self._held.num_bytes > self._limits.max_bodies_bytes:  # a single body is accepted
+        # A single body is accepted.
+        if self._received_bytes < self._held.num_bytes > self._limits.max_bodies_bytes:
             await self._drain(message, max_bytes=2 * self._body.max_bytes)
             reason = "body: too many bytes are being received; retry later (api.max_bodies_bytes)"
             raise HTTPException(503, reason, headers=_BUSY)
@@ -228,7 +235,7 @@ class _Connection:
     async def send(self, message: Message) -> None:
         """Send a part of the response. Raises ClientGoneError when the client reads too slowly.
 
-        A response before the end of the body closes the connection, because the rest of the body stays unread.
+        If the response begins before the end of the body, the connection is closed, because the rest stays unread.
         """
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
@@ -245,7 +252,7 @@ class _Connection:
             raise ClientGoneError("the client stopped reading the response") from error
 
     async def close(self) -> None:
-        """Stop the watcher and stop counting the body."""
+        """Stop the watcher, and no longer count the body as in progress."""
         self._held.num_bytes -= self._received_bytes
         self._count(False)
         if self._watcher is not None:
@@ -253,7 +260,7 @@ class _Connection:
             await asyncio.gather(self._watcher, return_exceptions=True)
 
     async def _receive_in_time(self) -> Message:
-        """Returns the next part of the body. Raises HTTPException 408, and 503 when no receive slot is free."""
+        """Return the next part of the body. Raises HTTPException 408, and 503 when no receive slot is free."""
         left_s = self._deadline_at - asyncio.get_running_loop().time()
         max_wait_s = self._pace.max_wait_s
         grace_s = self._grace_s - self._pace.waited_s
@@ -279,7 +286,7 @@ class _Connection:
         self._count(True)
 
     async def _wait(self, timeout_s: float) -> Message:
-        """Returns the next part. Raises TimeoutError."""
+        """Return the next part of the body. Raises TimeoutError after `timeout_s`."""
         clock = asyncio.get_running_loop().time
         began_at, num_bytes = clock(), 0
         try:
@@ -297,7 +304,10 @@ class _Connection:
         self._is_counted = is_receiving
 
     async def _drain(self, message: Message, *, max_bytes: int) -> None:
-        """Read and drop the rest of the body while it keeps arriving, because a sending client reads no response."""
+        """Read and drop the rest of the body, because many clients read no response while they send.
+
+        Stops after `max_bytes`, or when the client pauses.
+        """
         deadline_at = asyncio.get_running_loop().time() + _MAX_DRAIN_S
         dropped_bytes = 0
         while message.get("more_body", False) and dropped_bytes < max_bytes:
@@ -312,6 +322,6 @@ class _Connection:
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        if not self.is_answered:  # servers also report the end of a complete response as a disconnect
+        if not self.is_answered:  # ASGI servers also report a disconnect after a complete response
             self._gone.set()
             self._handler.cancel()

@@ -1,6 +1,6 @@
 """ASGI middleware around every request: request id, one log line, metrics, and handling of unexpected exceptions.
 
-Never logs prompts or bodies. An unexpected exception becomes an opaque 500; its text goes only to the log.
+It never logs prompts or bodies. The response to an unexpected exception is a 500 without details, which are logged.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ from stable_audio_serve.core.metrics import Level, Metrics
 log = structlog.get_logger("stable_audio_serve.api")
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
-_CLIENT_GONE_STATUS = 499  # never sent; nginx's code in logs and metrics
-_POLLED = ("/health", "/ready", "/v1/status")  # probes and open playgrounds request these every few seconds
+_CLIENT_GONE_STATUS = 499  # as in nginx; used in logs and metrics only
+_POLLED = ("/health", "/ready", "/v1/status")  # probes and playgrounds request these every few seconds
 
 
 class ObserveMiddleware:
-    """Keeps or creates `X-Request-Id`. Handlers add to the log line with `note`."""
+    """Logs and counts every request. Keeps the client's `X-Request-Id`, or creates one.
+
+    Handlers add values to the log line with `note`.
+    """
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics, clock: Clock | None = None) -> None:
         self._app = app
@@ -65,9 +68,8 @@ class ObserveMiddleware:
                 status = status if is_answered(scope) else _CLIENT_GONE_STATUS
                 raise
             except Exception as error:
-                if status and isinstance(
-                    error, StorageError
-                ):  # an incomplete file: the client notices the wrong length
+                # The response has begun and is incomplete. The client notices that bytes are missing.
+                if status and isinstance(error, StorageError):
                     note(scope, error=error.message)
                     return
                 log.exception("request failed")
@@ -103,7 +105,7 @@ def note(scope: Scope, **values: Any) -> None:
 def _log_level(route: str, status: int) -> int:
     if status == 500:
         return logging.ERROR
-    return logging.DEBUG if route.endswith(_POLLED) and status < 500 else logging.INFO  # with any prefix
+    return logging.DEBUG if route.endswith(_POLLED) and status < 500 else logging.INFO  # routes may have a prefix
 
 
 def _request_id(scope: Scope) -> str:
@@ -112,7 +114,7 @@ def _request_id(scope: Scope) -> str:
 
 
 def _opaque_answer(scope: Scope) -> Response:
-    """Returns a 500 response in the form of the route's dialect, if a route matched."""
+    """Return a 500 response without details, in the form of the route's dialect if a route matched."""
     render = scope["state"].get("render_error")
     if render is not None:
         return render(Request(scope), GenerationError("unexpected"))

@@ -1,7 +1,8 @@
-"""Protects the server from foreign web pages: checks the origins of pages and the host names of requests.
+"""Protect the server from foreign web pages: check the origin of pages and the host name of requests.
 
-Without keys, every page open in a browser of this machine or network could use the server: by sending forms to it
-(visible in the Origin header), or through a DNS name that points to it (visible in the Host header).
+If no keys are configured, any page that is open in a browser of this machine or network could use the server. It could
+send forms to the server, which the Origin header shows, or use a DNS name that points to the server, which the Host
+header shows.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _QUEUE = "queue."  # host prefix of fal's queue
 
 
 class _Host(NamedTuple):
-    name: str  # lower case, without brackets and trailing dot
+    name: str  # in lower case, without brackets and without a trailing dot
     port: int | None
 
 
@@ -43,12 +44,12 @@ class _Origin(NamedTuple):
 
 
 class Origins:
-    """The origin rules from the settings."""
+    """The origins and host names that the settings allow."""
 
     def __init__(self, settings: ApiSettings) -> None:
         origins, hosts = settings.cors_origins, settings.allowed_hosts
         if origins is None and settings.has_keys:
-            origins = (ANY,)  # pages need a key too, and there are no cookies that a browser would add
+            origins = (ANY,)  # a foreign page has no key, and there are no cookies that a browser would send for it
         public_url = settings.public_url
         self.allows_all = origins is not None and ANY in origins
         self._allows_loopback = origins is None
@@ -73,9 +74,9 @@ class Origins:
         return is_loopback or parsed in self._allowed
 
     def admit(self, request: Request) -> None:
-        """Raise ForbiddenError for a foreign host name, and for a change requested by a page of a foreign origin.
+        """Raise ForbiddenError for a foreign host name, and for a foreign page's request other than reading.
 
-        Ignores X-Forwarded-Host, because pages can set it.
+        X-Forwarded-Host is ignored, because pages can set it.
         """
         hosts = request.headers.getlist("host")
         if self._checks_hosts:
@@ -101,7 +102,7 @@ class Origins:
 
 
 class OriginsMiddleware(CORSMiddleware):
-    """CORS responses that follow the rules of `Origins`."""
+    """Sends CORS headers for the origins that `Origins` allows."""
 
     def __init__(self, app: ASGIApp, *, origins: Origins, exposed_headers: Sequence[str]) -> None:
         super().__init__(
@@ -149,8 +150,9 @@ def _without_path(url: str) -> str:
 
 
 def _is_same(origin: str, host: str) -> bool:
-    """Returns whether a page was loaded from the host that it calls. Ignores the scheme, because the server does not
-    know its own behind a proxy.
+    """Whether a page was loaded from the host that it calls.
+
+    The scheme is ignored, because behind a proxy the server does not know its own scheme.
     """
     page, own = _parse_origin(origin), _parse_host(host)
     if page is None or own is None or page.scheme not in _PORTS:
@@ -168,7 +170,7 @@ def _is_local_name(name: str) -> bool:
 
 
 def _to_address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """Returns the IP address in a host name, if any; an IPv4 address if written as IPv6 (`::ffff:127.0.0.1`)."""
+    """Return the IP address that a host name consists of, or None. `::ffff:127.0.0.1` gives the IPv4 address."""
     try:
         address = ipaddress.ip_address(name)
     except ValueError:

@@ -1,6 +1,6 @@
-"""Whether a load balancer should send requests to this server: state of the default model, and other reasons.
+"""Decide whether a load balancer should send requests to this server.
 
-Independent of HTTP. Other code reports a reason to accept no work with `block`.
+The default model must be available, and no other code must have reported a reason to accept no work (`block`).
 """
 
 from __future__ import annotations
@@ -9,13 +9,16 @@ from dataclasses import dataclass
 
 from stable_audio_serve.core.catalog import ModelStatus
 
-# A model scaled to zero is ready too: its first requests are held until it has loaded.
+# A model without replicas counts as ready, because its first requests wait until it is loaded.
 _ANSWERING = frozenset({"ready", "idle", "waking"})
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`status` is ok, loading, failed or a blocking cause. `reasons` are sentences, empty when the server is ready."""
+    """Whether the server is ready. `status` is ok, loading, failed or the cause of a `block`.
+
+    `reasons` are sentences that explain why the server is not ready.
+    """
 
     status: str
     reasons: tuple[str, ...] = ()
@@ -26,21 +29,21 @@ class Verdict:
 
 
 class Readiness:
-    """One per application. Safe from any thread."""
+    """The reasons why an application accepts no work. Methods may be called from any thread."""
 
     def __init__(self) -> None:
         self._blocked: dict[str, str] = {}
 
     def block(self, cause: str, sentence: str) -> None:
-        """Accept no work. `cause` is one word, for example `draining`; `sentence` explains it to clients."""
+        """Report a reason to accept no work. `cause` is one word, such as "draining"; `sentence` is for clients."""
         self._blocked = {**self._blocked, cause: sentence}
 
     def clear(self, cause: str) -> None:
-        """Remove a blocking cause."""
+        """Remove the reason with this cause."""
         self._blocked = {known: sentence for known, sentence in self._blocked.items() if known != cause}
 
     def judge(self, default_model: str, status: ModelStatus) -> Verdict:
-        """Returns whether the server is ready, given the status of the default model."""
+        """Return whether the server is ready, given the status of the default model."""
         blocked = self._blocked
         reasons = tuple(blocked.values())
         name = next(iter(blocked), "ok")

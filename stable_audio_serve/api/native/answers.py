@@ -17,14 +17,14 @@ from stable_audio_serve.core.settings import AudioSettings
 
 
 def file_stem(model: str) -> str:
-    """Returns the base name of a model's files: `stable-audio-3-<model>`, without repeating `stable-audio-`."""
+    """Return the base name of a model's files: `stable-audio-3-<model>`, without repeating `stable-audio-`."""
     return model if model.startswith("stable-audio-") else f"stable-audio-3-{model}"
 
 
 def file_order(
     fields: Controls, card: ModelCard, *, generation: GenerationRequest, settings: AudioSettings
 ) -> FileOrder:
-    """Returns the format, name and processing of the requested file."""
+    """Return the properties of the file that the fields of a request describe."""
     return FileOrder(
         fields.peaks or settings.peaks,
         file_format=fields.response_format,
@@ -35,7 +35,7 @@ def file_order(
 
 
 def audio_answer(request: Request, output: Output, *, file_format: AudioFormat) -> Response:
-    """Returns the response with one file, or with a ZIP of several."""
+    """Return the response with an audio file, or with a ZIP archive of several variations."""
     stem = file_stem(output.result.model)
     name = f"{stem}.{file_format}" if len(output.result.audio) == 1 else f"{stem}-batch.zip"
     headers = attachment(name) | result_headers(output) | warning_headers(request, output.result.made_on)

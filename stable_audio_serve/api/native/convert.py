@@ -1,4 +1,4 @@
-"""Converts native request models to `GenerationRequest`, with checks that depend on settings and on the model."""
+"""Convert native request models to `GenerationRequest`, and check what depends on settings and on the model."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from stable_audio_serve.core.errors import InvalidRequestError, UnknownModelErro
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.core.settings import ApiSettings
 
-# Numbers in `sampler_kwargs`: field of the request and range, by "is it Stable Audio Open?". Stable Audio Open has no
-# norm threshold, so it must be 0 there. Only Stable Audio Open takes noise levels.
+# The numbers that `sampler_kwargs` may have for Stable Audio Open models (True) and other models (False): the field of
+# `GenerationRequest`, lowest and highest value. Stable Audio Open has no norm threshold, so only 0 is allowed.
 _RESCALE = {"scale_phi": ("cfg_rescale", 0.0, 1.0)}
 _OPTIONS: Mapping[bool, Mapping[str, tuple[str, float, float]]] = {
     False: {**_RESCALE, "cfg_norm_threshold": ("cfg_norm_threshold", 0.0, 1e6)},
@@ -33,7 +33,7 @@ _OPTIONS: Mapping[bool, Mapping[str, tuple[str, float, float]]] = {
 
 
 def parse_sampler_kwargs(text: str) -> dict[str, Any]:
-    """Returns the JSON object in a form field, {} if blank.
+    """Return the JSON object in a form field, or {} if the field is blank.
 
     Raises InvalidRequestError, RequestValidationError.
     """
@@ -54,7 +54,7 @@ def parse_sampler_kwargs(text: str) -> dict[str, Any]:
 def to_request(
     fields: Controls, sampler_kwargs: dict[str, Any], *, catalog: ModelCatalog, limits: ApiSettings, request_id: str
 ) -> tuple[ModelCard, GenerationRequest]:
-    """Returns the model and the request for `fields`, without source audio. Raises RequestValidationError."""
+    """Return the model and the request for `fields`, without source audio. Raises RequestValidationError."""
     given = fields.model_fields_set
     try:
         card = catalog.resolve(fields.model) if "model" in given else catalog.default
@@ -101,9 +101,9 @@ def to_request(
 
 
 def to_edit(generation: GenerationRequest, form: VariationForm, *, card: ModelCard) -> GenerationRequest:
-    """Returns the request with a variation's noise level, without its source. Raises RequestValidationError.
+    """Add a variation's noise level and schedule to a request, without the source. Raises RequestValidationError.
 
-    For samplers that run over sigma, converts the share of noise to a sigma.
+    For samplers that run over sigma, the share of noise is converted to a sigma.
     """
     if form.edit_schedule is not None and card.objective == "v":
         message = f"edit_schedule must be unset: the model {card.name} does not support it"
@@ -113,7 +113,7 @@ def to_edit(generation: GenerationRequest, form: VariationForm, *, card: ModelCa
 
 
 def _sampler_options(values: dict[str, Any], card: ModelCard, *, faults: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the request fields from `sampler_kwargs`. Appends invalid entries to `faults`."""
+    """Return the fields of `GenerationRequest` that `sampler_kwargs` sets. Appends an error to `faults` if invalid."""
     values = {key: value for key, value in values.items() if value is not None}
     chosen: dict[str, Any] = {}
     sampler = values.pop("sampler_type", None)
@@ -137,7 +137,7 @@ def _sampler_options(values: dict[str, Any], card: ModelCard, *, faults: list[di
 
 
 def unused_options(values: Mapping[str, Any], card: ModelCard) -> list[str]:
-    """Returns the keys of `sampler_kwargs` that the model does not use. They are ignored, as in the original server."""
+    """Return the keys of `sampler_kwargs` that the model does not use. They are ignored, as in the original server."""
     used = {"sampler_type", *_OPTIONS[card.family == OPEN_FAMILY]}
     return [key for key, value in values.items() if value is not None and key not in used]
 

@@ -1,4 +1,4 @@
-"""Error responses of the native API: 422 with FastAPI's list for invalid fields, otherwise a sentence in `detail`."""
+"""Error responses of the native API. Invalid fields are a 422 with FastAPI's list, other errors a sentence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stable_audio_serve.api.printable import printable_fault
 from stable_audio_serve.api.refusals import ExpectedError, Refusal, Refusals
 from stable_audio_serve.core.errors import ConflictError, InvalidRequestError, StableAudioError, UnknownModelError
 
-ERROR_KIND = "X-Error-Kind"  # kind in `core.errors`; a status may stand for several kinds
+ERROR_KIND = "X-Error-Kind"  # the error's kind in `core.errors`, because several kinds have the same status
 
 Description = tuple[int, dict[str, Any], Mapping[str, str] | None]  # status, body, headers
 
@@ -35,13 +35,13 @@ _STATUS = {
 
 
 def render_error(request: Request, error: ExpectedError) -> Response:
-    """Returns the response to an expected error."""
+    """Return the response to an expected error."""
     status, body, headers = describe_error(request, error)
     return JSONResponse(body, status, headers=headers)
 
 
 def describe_error(request: Request, error: ExpectedError) -> Description:
-    """Returns status, body and headers of the response, and adds the refusal to the request's log line."""
+    """Return status, body and headers of the response, and add the refusal to the request's log line."""
     return _REFUSALS.answer(request, error)
 
 
@@ -50,7 +50,7 @@ def _parse_fault(_: Request, fault: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _sentence(fault: Mapping[str, Any]) -> str:
-    """Returns the message of an entry; for broken JSON FastAPI puts the reason into the context."""
+    """Return the message of an entry. For invalid JSON it includes the reason, which FastAPI puts into the context."""
     return f"{fault['msg']}: {fault['ctx']['error']}" if fault["type"] == "json_invalid" else fault["msg"]
 
 

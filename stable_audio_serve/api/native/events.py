@@ -41,7 +41,7 @@ class JobProgressEvent(JobProgress):
 async def stream_events(
     jobs: JobQueue, job: Job, *, base: str, after: int, streams: EventStreams
 ) -> AsyncIterator[ServerSentEvent]:
-    """Yields `progress` events after event id `after`, then one `end` event with the job's status."""
+    """Yield `progress` events after event id `after`, then one `end` event with the job's status."""
     async for change in streams.follow(jobs, job, after=after):
         for event in change.events:
             yield _sse(_of_event(event), kind="progress", event_id=str(event.id))
@@ -64,7 +64,7 @@ def _of_event(event: JobEvent) -> JobProgressEvent:
 
 
 def _of_now(change: Change) -> JobProgressEvent:
-    """Returns the current progress without an event id, for changes of the queue position, which are not stored."""
+    """Return the current progress as an event without an id. The queue position is not stored, so it has no id."""
     progress = progress_of(change.job, position=change.position)
     return JobProgressEvent(**progress.model_dump(), message=None, at=None)
 

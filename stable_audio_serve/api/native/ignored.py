@@ -1,6 +1,7 @@
-"""Reports parts of a request that have no effect: unknown fields, and prompt text beyond the model's limit.
+"""Report parts of a request that have no effect: unknown fields, and the end of a prompt that the model does not read.
 
-Responses name them in a header and in a field of JSON bodies. `api.unknown_fields` may refuse unknown fields.
+Responses name them in a header, and JSON responses in a field. The setting `api.unknown_fields` can make unknown fields
+an error.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ WARNING_HEADER: dict[str, Any] = {
         "description": 'Parts of the request without effect, comma-separated: `299 - "sentence"`.',
     }
 }
-_CODE = "299 -"  # miscellaneous persistent warning, no server name (RFC 7234)
+_CODE = "299 -"  # 299 = "miscellaneous persistent warning"; "-" = no server name (RFC 7234)
 _MOST_NAMES = 20
 _MOST_CHARS = 50
-_LONGEST = 1000  # characters per sentence, because proxies limit headers
+_LONGEST = 1000  # characters per sentence, because proxies limit the size of headers
 
 
 def check_names(
@@ -50,13 +51,13 @@ def check_names(
 
 
 def ignored_names(request: Request) -> tuple[str, ...]:
-    """Returns the first names that `check_names` recorded."""
+    """Return the names that `check_names` recorded, at most the first few."""
     names: tuple[str, ...] = getattr(request.state, "ignored", ())
     return names
 
 
 def cut_prompts(made_on: MadeOn | None) -> list[str]:
-    """Returns a sentence for each prompt that the model did not read to its end."""
+    """Return a sentence for each prompt that the model did not read to its end."""
     making = made_on.making if made_on else None
     if making is None:
         return []
@@ -65,7 +66,7 @@ def cut_prompts(made_on: MadeOn | None) -> list[str]:
 
 
 def warning_headers(request: Request, made_on: MadeOn | None = None) -> dict[str, str]:
-    """Returns the header that names parts of the request without effect, {} if there are none."""
+    """Return the header that names the parts of a request without effect, or {} if there are none."""
     names = ignored_names(request)
     sentences = [f"unknown fields are ignored: {', '.join(names)}"] if names else []
     return _header([*sentences, *cut_prompts(made_on)])

@@ -66,7 +66,7 @@ _EVENTS_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 def build_router(service: Service) -> APIRouter:
-    """Returns the job routes, including those of `submission`."""
+    """Return the job routes, including those of `submission`."""
     router = APIRouter(route_class=route_class(render_error, scopes=("jobs",)), tags=[TAG], strict_content_type=False)
     router.include_router(submission.build_router(service))
     jobs, limits = service.jobs, service.settings.api
@@ -78,7 +78,7 @@ def build_router(service: Service) -> APIRouter:
         def describe_all() -> list[JobStatus]:
             return [describe(job, jobs.artifacts, base=base, position=position) for job in found]
 
-        if any(job.result is not None for job in found):  # signing a link may wait for credentials
+        if any(job.result is not None for job in found):  # signing a link may block, waiting for credentials
             return await asyncio.to_thread(describe_all)
         return describe_all()
 
@@ -135,7 +135,7 @@ def build_router(service: Service) -> APIRouter:
         """Stream a job's progress as server-sent events until it ends. A client that reconnects misses no event."""
         job = _require(await jobs.get(_ref(request, job_id)))
         if last_event_id == END:
-            return Response(status_code=204)  # tells a browser not to reconnect
+            return Response(status_code=204)  # browsers do not reconnect after this status
         base = jobs_base(request, limits=limits)
         after = int(last_event_id or 0)
         events = stream_events(jobs, job, base=base, after=after, streams=service.streams)
@@ -146,7 +146,7 @@ def build_router(service: Service) -> APIRouter:
 
 
 def _build_links(service: Service) -> APIRouter:
-    """Returns the routes whose links need no key."""
+    """Return the routes whose links need no key."""
     jobs = service.jobs
     links = APIRouter(route_class=public_route_class(render_error, scopes=("jobs",)))
 

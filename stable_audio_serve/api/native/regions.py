@@ -1,4 +1,4 @@
-"""Parses the inpaint times of forms: a number or a list, in two spellings, each under two field names."""
+"""Parse the regions in inpaint forms. Starts and ends are a number or a list, and each field has an alias."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Times = float | list[float]
 
 
 def parse_regions(values: dict[str, str | None], *, duration_s: float) -> tuple[tuple[float, float], ...]:
-    """Returns the regions [start, end) in seconds from the four form fields. Raises InvalidRequestError."""
+    """Return the regions [start, end) in seconds from the four form fields. Raises InvalidRequestError."""
     starts = _parse(values, _START, alias="inpaint_mask_start_seconds")
     ends = _parse(values, _END, alias="inpaint_mask_end_seconds")
     if isinstance(starts, list) != isinstance(ends, list):

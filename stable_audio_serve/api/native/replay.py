@@ -1,6 +1,6 @@
-"""Recreates clips from recipes: a recipe (or a file with one) and its source audio give the same file again.
+"""Recreate clips from recipes. A recipe, or a file with one, and its source audio give the same file again.
 
-A replay is a normal request. The recipe is untrusted input.
+A replay runs like any other request. The recipe is untrusted input.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from stable_audio_serve.core.generation import GenerationResult, SourceAudio
 
 _PATH = "/v1/audio/replay"
 _MULTIPART = "multipart/form-data"
-_MOST_STEPS = 1000  # highest limit of any dialect
+_MOST_STEPS = 1000  # the highest limit of all dialects
 _MOST_REPEATED_CHARS = 200
 _FIELDS = {*Recipe.model_fields, *RecipeMaker.model_fields, *RecipeSource.model_fields}
 
@@ -85,7 +85,7 @@ _BODY = {
 
 @dataclass(frozen=True, slots=True)
 class _Sent:
-    """Content of a request body: a recipe as text, and files that may be its sources."""
+    """The content of a request body: a recipe as text, and uploaded source files."""
 
     text: str | bytes
     uploads: tuple[UploadFile, ...] = ()
@@ -93,7 +93,7 @@ class _Sent:
 
 
 def build_router(service: Service) -> APIRouter:
-    """Returns the replay route."""
+    """Return the replay route."""
     router = APIRouter(route_class=route_class(render_error, scopes=("generate",)), tags=[TAG])
 
     @router.post(_PATH, response_class=Response, responses=_RESPONSES, openapi_extra=_BODY)
@@ -121,7 +121,7 @@ def build_router(service: Service) -> APIRouter:
 
 
 def _finish(result: GenerationResult, recipe: Recipe, *, origin: ClipOrigin | None) -> FinishedFile:
-    """Returns the file that a recipe describes. CPU-bound: call it from a worker thread."""
+    """Encode the file that a recipe describes. Call this from a worker thread."""
     if recipe.peaks == "full":
         return finish_window(result, num_samples=recipe.samples, origin=origin)
     file_format = AudioFormat(recipe.response_format)
@@ -129,7 +129,7 @@ def _finish(result: GenerationResult, recipe: Recipe, *, origin: ClipOrigin | No
 
 
 async def _read(service: Service, request: Request) -> _Sent:
-    """Returns the content of the body. Raises RequestValidationError, HTTPException, errors of `core.errors`."""
+    """Read the body of a replay request. Raises RequestValidationError, HTTPException, errors of `core.errors`."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != _MULTIPART:
         return _Sent(await request.body())
@@ -150,8 +150,10 @@ async def _read(service: Service, request: Request) -> _Sent:
 
 
 async def _extract(service: Service, file: UploadFile | str) -> str:
-    """Returns the recipe in an audio file. Raises RequestValidationError, and InvalidUploadError and
-    UploadTooLargeError for the field `file`."""
+    """Return the recipe in an uploaded audio file as text.
+
+    Raises RequestValidationError, InvalidUploadError, UploadTooLargeError, all for the field `file`.
+    """
     if isinstance(file, str):
         raise InvalidUploadError("file: the uploaded file is empty", field="file")
     text = await service.read_text(file, field="file")
@@ -161,7 +163,7 @@ async def _extract(service: Service, file: UploadFile | str) -> str:
 
 
 def _parse(text: str | bytes) -> Recipe:
-    """Returns the recipe in a text. Raises RequestValidationError naming the invalid fields."""
+    """Parse a recipe. Raises RequestValidationError that names the invalid fields."""
     if len(text) > MOST_BYTES:
         raise _fault("recipe", f"recipe: longer than {MOST_BYTES} bytes")
     if isinstance(text, bytes):
@@ -178,8 +180,10 @@ def _parse(text: str | bytes) -> Recipe:
 
 
 def _refuse_many_entries(sent: object) -> None:
-    """Raise RequestValidationError for more entries than a recipe can have. Building an error for each of them would
-    block the event loop for seconds. Other invalid input is a single error, which the model reports."""
+    """Raise RequestValidationError for an object with more entries than a recipe can have.
+
+    Pydantic would build an error for each entry, and block the event loop for seconds.
+    """
     for name, part in [("recipe", sent), *(sent.items() if isinstance(sent, dict) else ())]:
         if isinstance(part, list) and len(part) > MOST_REGIONS:
             raise _fault(name, f"{name}: more than {MOST_REGIONS} entries")
@@ -188,14 +192,14 @@ def _refuse_many_entries(sent: object) -> None:
 
 
 def _short(fault: dict[str, Any]) -> dict[str, Any]:
-    """Returns an error entry without long input, so that a response never repeats a whole recipe."""
+    """Shorten the input in an error entry, so that a response never repeats a whole recipe."""
     is_plain = isinstance(fault["input"], int | float | bool | None) or len(str(fault["input"])) <= _MOST_REPEATED_CHARS
     place = tuple(part[:_MOST_REPEATED_CHARS] if isinstance(part, str) else part for part in fault["loc"])
     return {**fault, "loc": place, "input": fault["input"] if is_plain else None}
 
 
 def _require_model(service: Service, recipe: Recipe) -> ModelCard:
-    """Returns the recipe's model. Checks the limits of this server. Raises RequestValidationError."""
+    """Return the recipe's model. Raises RequestValidationError if the recipe exceeds this server's limits."""
     try:
         card = service.backend.catalog.resolve(recipe.model)
     except UnknownModelError as error:
@@ -218,7 +222,7 @@ def _require_model(service: Service, recipe: Recipe) -> ModelCard:
 async def _find_sources(
     service: Service, recipe: Recipe, *, card: ModelCard, uploads: tuple[UploadFile, ...]
 ) -> dict[str, SourceAudio]:
-    """Returns the decoded sources of a recipe by SHA-256. Raises RequestValidationError naming missing ones."""
+    """Return the decoded source audio of a recipe by SHA-256. Raises RequestValidationError if a file is missing."""
     if not recipe.hashes:
         return {}
     found = await service.compute(lambda: {hash_file(upload.file): upload for upload in uploads})

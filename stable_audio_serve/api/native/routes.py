@@ -59,7 +59,7 @@ AUDIO_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 def build_router(service: Service) -> APIRouter:
-    """Returns the synchronous routes."""
+    """Return the synchronous routes."""
     router = APIRouter(
         route_class=route_class(render_error, scopes=("generate",)), tags=[TAG], strict_content_type=False
     )
@@ -108,9 +108,9 @@ def build_router(service: Service) -> APIRouter:
 def convert(
     service: Service, request: Request, *, fields: Controls, sampler_kwargs: dict[str, Any]
 ) -> tuple[ModelCard, GenerationRequest]:
-    """Returns the model and the request for `fields`, without source audio. Raises RequestValidationError.
+    """Return the model and the request for `fields`, without source audio. Raises RequestValidationError.
 
-    Records unused fields for the response.
+    The response will name the fields that have no effect.
     """
     card, generation = to_request(
         fields,
@@ -134,7 +134,10 @@ async def run(
     fields: Controls,
     started_at: float,
 ) -> Output:
-    """Returns the finished file of a request that arrived at `started_at`. Raises errors of `core.errors`."""
+    """Run a generation and encode its file. Raises errors of `core.errors`.
+
+    `started_at` is the time when the HTTP request arrived.
+    """
     result = await service.generate(card, generation, caller=request.state.caller, started_at=started_at)
     output = await service.finish(
         result, file_order(fields, card, generation=generation, settings=service.settings.audio)

@@ -1,6 +1,6 @@
-"""Request and error models of the native API: the Stable Audio 3 server's contract, then optional extensions.
+"""Request and error models of the native API: the fields of the Stable Audio 3 server, then our extensions.
 
-Only static ranges are checked here. `native.convert` checks limits that depend on settings or on the model.
+The models check fixed ranges only. `native.convert` checks limits that depend on settings or on the model.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ RESERVED_SAMPLER_KWARGS = frozenset(
 
 
 def check_sampler_kwargs(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns `values`. Raises ValueError for reserved keys and for values other than strings, numbers and booleans."""
+    """Return `values`. Raises ValueError for reserved keys and for values other than strings, numbers and booleans."""
     for key, value in values.items():
         if not key.strip():
             raise ValueError("sampler_kwargs keys must not be empty")
@@ -61,7 +61,7 @@ def check_sampler_kwargs(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_default(schema: dict[str, Any]) -> None:
-    del schema["default"]  # "" means unset; generated clients must not send it
+    del schema["default"]  # the default "" means unset, and generated clients should not send it
 
 
 class Controls(BaseModel):
@@ -125,7 +125,7 @@ class VariationForm(UploadForm):
     """Audio to audio."""
 
     init_noise_level: Finite = Field(
-        0.9, ge=0, le=1, description="Lower values keep more of the source; at 1 it has no influence."
+        0.9, ge=0, le=1, description="Strength: low keeps more of the source; at 1 the source has no influence."
     )
     edit_schedule: EditSchedule | None = Field(
         None,
@@ -151,12 +151,12 @@ class InpaintForm(UploadForm):
     keep: Keep = Field(
         "source",
         description="Extension: audio outside the regions. source = the source's own samples, with crossfades of 30 "
-        "ms inside the regions (past the end: in the last 30 ms of the source); model = the model's output.",
+        "ms inside the regions (to extend: in the last 30 ms of the source); model = the model's output.",
     )
 
 
 class JobControls(BaseModel):
-    """The extra field of jobs. Synchronous routes ignore it like unknown fields."""
+    """The field that only jobs have. Synchronous routes ignore it, as they ignore unknown fields."""
 
     webhook_url: str | None = Field(
         None,
@@ -200,6 +200,6 @@ class ErrorBody(BaseModel):
 
 
 class ConflictBody(ErrorBody):
-    """409: the conflict, with a stable code."""
+    """409: a sentence about the conflict, and a code that does not change between versions."""
 
     code: Literal["id_in_use", "idempotency_key_reused", "job_is_over"]

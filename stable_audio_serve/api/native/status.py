@@ -142,21 +142,22 @@ class JobPage(BaseModel):
 
 
 def jobs_base(request: Request, *, limits: ApiSettings) -> str:
-    """Returns the base of links to jobs and files: host and prefix of this caller's request."""
+    """Return the first part of links to jobs and files: the host and the prefix of the current request."""
     path: str = request.scope["path"]
     prefix = path.removeprefix(request.scope.get("root_path", "")).rpartition("/jobs")[0]
     return f"{base_url(request, limits)}{prefix}"
 
 
 def job_url(base: str, job_id: str) -> str:
-    """Returns the URL of a job; `base` comes from `jobs_base`."""
+    """Return the URL of a job. `base` is the result of `jobs_base`."""
     return f"{base}/jobs/{job_id}"
 
 
 def describe(job: Job, files: ArtifactStore, *, base: str, position: int | None = None) -> JobStatus:
-    """Returns the status of a job. `base` comes from `jobs_base`; `position` is its queue position, if known.
+    """Return the status of a job. `base` is the result of `jobs_base`. `position` is the queue position, if known.
 
-    Links to local files lead to this server, links to a bucket lead to the bucket. Blocking. Raises StorageError.
+    The link to the audio leads to the bucket that stores it, or for a local file to this server. Blocking. Raises
+    StorageError.
     """
     request, result = job.spec.request, job.result
     made_on = result.file.made_on if result else None
@@ -190,14 +191,16 @@ def describe(job: Job, files: ArtifactStore, *, base: str, position: int | None 
 
 
 def brief(status: JobStatus) -> JobStatus:
-    """Returns the status without long recipes, for lists and webhooks. Each recipe repeats the prompt, so a page of 100
-    jobs could otherwise hold 100 x 100,000 characters per variation."""
+    """Return the status without long recipes, for lists and webhooks.
+
+    Each recipe repeats the prompt. A page of 100 jobs could otherwise have 100 x 100,000 characters per variation.
+    """
     is_long = sum(recipe.num_prompt_chars for recipe in status.recipes or ()) > _MOST_LISTED_CHARS
     return status.model_copy(update={"recipes": None}) if is_long else status
 
 
 def recipes_of(job: Job) -> tuple[Recipe, ...] | None:
-    """Returns the recipe of each variation, None without audio or if an older version ran the job."""
+    """Return the recipe of each variation, or None if the job has no audio or its data is too old for recipes."""
     spec, result = job.spec, job.result
     made_on = result.file.made_on if result else None
     if result is None or made_on is None or not spec.with_recipe:
@@ -214,12 +217,12 @@ def recipes_of(job: Job) -> tuple[Recipe, ...] | None:
 
 
 def _audio_url(base: str, spec: JobSpec, *, result: JobResult) -> str:
-    """Returns a link that needs no key. It must be unguessable, so it has no job id if the client chose the id."""
+    """Return a link that needs no key. It must be hard to guess, so it does not contain an id that a client chose."""
     return file_url(base, result) if spec.id_is_chosen else f"{job_url(base, spec.id)}/audio"
 
 
 def progress_of(job: Job, *, position: int | None) -> JobProgress:
-    """Returns the job's progress. Without `position`, uses the position that the engine reported."""
+    """Return the progress of a job. Without `position` it has the queue position that the engine reported."""
     return JobProgress(
         stage=job.stage,
         fraction=job.fraction,
@@ -229,5 +232,5 @@ def progress_of(job: Job, *, position: int | None) -> JobProgress:
 
 
 def iso(at: datetime) -> str:
-    """Returns ISO 8601 with UTC offset."""
+    """Return a time in ISO 8601 with its UTC offset."""
     return at.isoformat()

@@ -1,6 +1,6 @@
-"""Job submission of the native API: the synchronous requests, answered with a ticket.
+"""Job submission of the native API. Submissions have the fields of synchronous requests, and a ticket as response.
 
-A request with an `Idempotency-Key`, or with a chosen job id, can be repeated: the response is the first job.
+A client that repeats a request with the same `Idempotency-Key`, or the same chosen job id, gets the first job.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ _UPLOAD_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 def build_router(service: Service) -> APIRouter:
-    """Returns the submission routes."""
+    """Return the submission routes."""
     router = APIRouter(
         prefix="/jobs", route_class=route_class(render_error, scopes=("jobs",)), strict_content_type=False
     )
@@ -135,7 +135,7 @@ def build_router(service: Service) -> APIRouter:
 
 
 class _Submission:
-    """The steps that all submissions share after their fields are converted."""
+    """The steps that are the same for all submissions, once their fields are converted."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -152,7 +152,10 @@ class _Submission:
         key: str | None = None,
         job_id: JobId | None = None,
     ) -> JobTicket:
-        """Store the job, or return the job of the same request. Raises RequestValidationError and store errors."""
+        """Store a job, or find the job of a repeated request. Returns its ticket.
+
+        Raises RequestValidationError, and the errors of the job store.
+        """
         settings = self._service.settings
         await _check_webhook(fields, allow_hosts=settings.jobs.webhook_allow_hosts)
         upload = await self._keep_upload(fields, card, padding_s=generation.duration_padding_s, mode=mode)
@@ -205,7 +208,7 @@ async def _check_webhook(fields: _Fields, *, allow_hosts: tuple[str, ...]) -> No
 
 
 def _fingerprint(method: str, mode: Mode, *, fields: _Fields, upload: JobUpload | None) -> str:
-    """Returns the SHA-256 of the request: route, fields in any order, and upload."""
+    """Return a hash of the route, the fields and the upload. It does not depend on the order of the fields."""
     sent = fields.model_dump(mode="json", exclude_unset=True, exclude={"audio", *(fields.model_extra or ())})
     asked = [method, mode, sent, upload.file.sha256 if upload else None]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()

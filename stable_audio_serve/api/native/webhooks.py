@@ -11,7 +11,7 @@ from stable_audio_serve.jobs.job import Job
 
 
 def webhook_body(job: Job, *, files: ArtifactStore) -> Mapping[str, Any]:
-    """Returns the event of an ended job, with links based on the submission's URL. Blocking. Raises StorageError."""
+    """Return the webhook body of an ended job. Links have the host of the submission. Blocking. Raises StorageError."""
     return {
         "type": f"job.{job.state}",
         "timestamp": iso(job.completed_at or job.created_at),

@@ -34,7 +34,7 @@ _RESPONSES = error_responses(ErrorBody, 401, 500, 503)
 
 
 def build_router(service: Service, operations: Operations) -> APIRouter:
-    """Returns the routes of one service, with the routes of `dead_letters`."""
+    """Return the routes of one service, with the routes of `dead_letters`."""
     router = APIRouter(
         prefix=PREFIX,
         route_class=operator_route_class(render_error, scopes=("admin",)),

@@ -1,4 +1,4 @@
-"""Routes for dead letters: jobs that used up their attempts through no fault of their own, of all clients."""
+"""Routes for the dead letters of all clients: jobs whose attempts all failed because of the server."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _UNKNOWN: dict[int | str, dict[str, Any]] = {
 
 
 def build_router(service: Service) -> APIRouter:
-    """Returns the routes."""
+    """Return the routes."""
     router = APIRouter(
         prefix="/dead-letters",
         route_class=operator_route_class(render_error, scopes=("admin",)),

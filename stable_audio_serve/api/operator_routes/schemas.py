@@ -31,7 +31,7 @@ _LETTER: dict[str, Any] = {
 
 
 class Replica(BaseModel):
-    """The report of one replica, `age_s` seconds old; null: not reported."""
+    """The report of one replica, `age_s` seconds old. Values that it did not report are null."""
 
     id: str
     device: str | None
@@ -66,7 +66,7 @@ class ServedModel(BaseModel):
 
 
 class Jobs(BaseModel):
-    """The jobs in the database, which several servers may share; null: unknown."""
+    """The jobs in the database, which several servers may share. Unknown values are null."""
 
     store: JobStoreHealth
     queued: int | None
@@ -120,7 +120,7 @@ class LetterError(BaseModel):
 
 
 class DeadLetter(BaseModel):
-    """A job that used up its attempts through no fault of its own."""
+    """A job whose attempts all failed because of the server."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [_LETTER]})
 
@@ -168,7 +168,7 @@ class LetterNumbers(BaseModel):
 
 
 class LettersDone(BaseModel):
-    """The numbers of the changed dead letters, and the numbers that are not, or no longer, dead letters."""
+    """The numbers of the changed dead letters, and the numbers without a dead letter."""
 
     done: list[int]
     not_found: list[int]

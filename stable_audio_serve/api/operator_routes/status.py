@@ -1,7 +1,7 @@
 """`GET /v1/status`: the state of the whole server, from recent reports.
 
-Never loads a model or waits for one. The answer names models, Ray Serve's controller or the job database if they do not
-respond.
+The route loads no model and waits for none. The response names what does not answer: a model, Ray Serve's controller or
+the job database.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _UNKNOWN = ModelReport(ModelStatus("loading"))
 
 
 def build_router(service: Service, operations: Operations) -> APIRouter:
-    """Returns the route of one service. Any key may use it."""
+    """Return the route of one service. Any key may use it."""
     router = APIRouter(route_class=operator_route_class(render_error, scopes=()), tags=[TAG])
 
     @router.get("/v1/status", responses=error_responses(ErrorBody, 401, 500, 503))
@@ -50,7 +50,7 @@ def build_router(service: Service, operations: Operations) -> APIRouter:
 
 
 def describe(service: Service, report: ServerReport, *, store: StoreHealth, jobs: JobsOverview) -> schemas.ServerStatus:
-    """Returns the body of the response."""
+    """Return the body of the response."""
     verdict = describe_ready(service, {name: model.status for name, model in report.models.items()}, job_store=store)
     models = {
         card.name: _describe_model(service, card, report=report.models.get(card.name, _UNKNOWN))
@@ -72,7 +72,7 @@ def describe(service: Service, report: ServerReport, *, store: StoreHealth, jobs
 
 
 def describe_drain(drain: DrainReport) -> schemas.Drain:
-    """Returns the progress of a drain."""
+    """Return the progress of a drain."""
     return schemas.Drain(state=drain.state, requests=drain.num_requests, jobs=drain.num_jobs)
 
 
@@ -95,7 +95,7 @@ def _describe_model(service: Service, card: ModelCard, *, report: ModelReport) -
 
 
 def _last_minute(replica: ReplicaReport) -> int:
-    """Returns the requests of its last report, 0 if that report is older than a minute."""
+    """Return the requests per minute in a replica's report, 0 if the report is older than a minute."""
     return replica.finished_per_minute or 0 if replica.age_s < _MINUTE_S else 0
 
 

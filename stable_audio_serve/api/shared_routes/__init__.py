@@ -1,1 +1,1 @@
-"""Routes outside a single dialect: health, models, pages, downloads, and the path that two dialects share."""
+"""Routes that belong to no single dialect: health, models, pages, downloads, and a path that two dialects share."""

@@ -1,4 +1,4 @@
-"""Downloads of stored files. Links have an unguessable id and need no key. Files are streamed from the store."""
+"""Downloads of stored files. Links need no key, because their ids cannot be guessed. Files are streamed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TAG = "Files"
 
 
 def build_router(service: Service) -> APIRouter:
-    """Returns the download route."""
+    """Return the download route."""
     router = APIRouter(route_class=public_route_class(render_error), tags=[TAG])
     path = "/files/{file_id:hex_id}/{file_name}"
 

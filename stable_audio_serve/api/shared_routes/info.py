@@ -1,4 +1,4 @@
-"""Health, readiness and the list of models. Never loads a model and never waits for one."""
+"""Health, readiness and the list of models. These routes load no model and wait for none."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class ModelList(BaseModel):
 
 
 def describe_health(service: Service, status: Mapping[str, ModelStatus], *, job_store: StoreHealth) -> Health:
-    """Returns the response of the health route."""
+    """Return the response of the health route."""
     settings, catalog = service.settings, service.backend.catalog
     api = settings.api
     verdict = _judge(service, status)
@@ -169,7 +169,7 @@ def describe_health(service: Service, status: Mapping[str, ModelStatus], *, job_
 
 
 def describe_ready(service: Service, status: Mapping[str, ModelStatus], *, job_store: StoreHealth) -> Ready:
-    """Returns the response of the readiness route."""
+    """Return the response of the readiness route."""
     verdict = _judge(service, status)
     return Ready(
         ready=verdict.is_ready,
@@ -180,7 +180,7 @@ def describe_ready(service: Service, status: Mapping[str, ModelStatus], *, job_s
 
 
 def describe_models(service: Service, *, owned_by: str, created_at: int) -> ModelList:
-    """Returns the list of models; `created_at` is the start of the server, Unix time."""
+    """Return the list of models. `created_at` is the Unix time when the server started."""
     catalog, longest_s = service.backend.catalog, service.settings.api.max_duration_s
     return ModelList(
         data=[

@@ -1,5 +1,7 @@
-"""`POST /generate`, a path of two dialects. The request's fields select the dialect, whose contract then applies. Error
-responses have the status of that dialect and the bodies of both.
+"""`POST /generate`, a path of two dialects: Stable Audio 3 and Stable Audio Open Small.
+
+The fields of the request select the dialect, whose contract then applies. An error response has the status of this
+dialect and the fields of both.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from stable_audio_serve.audio.loops import read_tempo
 
 TAG = "Generate"
 
-# Any of these fields selects Stable Audio 3. Fields that both dialects have, or neither, do not count.
+# The fields that only Stable Audio 3 has. A request with one of them is for Stable Audio 3.
 ONLY_SA3 = GenerationBody.model_fields.keys() - GenerateBody.model_fields.keys()
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
@@ -60,13 +62,13 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 class Sa3Body(GenerationBody):
-    """A Stable Audio 3 request with the other dialect's `return_format`."""
+    """A Stable Audio 3 request that may also have `return_format`, a field of the other dialect."""
 
     return_format: Format | None = None
 
 
 def build_router(service: Service) -> APIRouter:
-    """Returns the shared route."""
+    """Return the shared route."""
     router = APIRouter(route_class=route_class(render_error, scopes=("generate",)), tags=[TAG])
     schemas = [{"$ref": "#/components/schemas/GenerationBody"}, GenerateBody.model_json_schema()]
     body = {"required": True, "content": {"application/json": {"schema": {"anyOf": schemas}}}}
@@ -79,7 +81,7 @@ def build_router(service: Service) -> APIRouter:
         openapi_extra={"requestBody": body},
     )
     async def generate(request: Request) -> Response:
-        """Generate audio from a text prompt. A field of only Stable Audio 3 selects that API."""
+        """Generate audio from a text prompt. A field that only Stable Audio 3 has selects that API."""
         values = await read_json(request)
         if not ONLY_SA3 & values.keys():
             return await make_text_clip(service, request, body=parse(GenerateBody, values))
@@ -90,7 +92,7 @@ def build_router(service: Service) -> APIRouter:
 
 
 def render_error(request: Request, error: ExpectedError) -> Response:
-    """Returns the response to an expected error: `error` for one dialect, `detail` for the other."""
+    """Return the response to an expected error, with the fields of both dialects: `error` and `detail`."""
     if getattr(request.state, "is_sa3", False):
         status, body, headers = describe_sa3_error(request, error)
         faults = body["detail"]

@@ -1,7 +1,7 @@
-"""Pages for browsers: the playground at the root, and two interactive pages of the API description.
+"""Pages for browsers: the playground at the root, and two pages with the API description.
 
 The pages load nothing from other hosts. Scripts and styles come from the folder `playground` and the package
-`fastapi-offline`. Each page's Content-Security-Policy allows only what that page needs.
+`fastapi-offline`. The Content-Security-Policy of each page allows only what the page needs.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _ASSETS = {
     _REDOC: "text/javascript",
     "favicon.png": "image/png",
 }
-# Scripts need a nonce instead of 'self', because this origin also serves files that clients uploaded.
-# wavesurfer.js inserts its own styles, and draws its spectrogram in a worker that it creates from a blob.
+# 'self' would allow scripts that clients uploaded, because this origin also serves uploaded files. So scripts need a
+# nonce. wavesurfer.js inserts styles, and draws its spectrogram in a worker that it creates from a blob.
 _HOME_POLICY = (
     "default-src 'self'; script-src 'nonce-{script_nonce}'; style-src 'self' 'nonce-{style_nonce}'; "
     "media-src 'self' blob:; worker-src blob:; "
@@ -114,7 +114,7 @@ class Card(BaseModel):
 
 
 def build_router(service: Service) -> APIRouter:
-    """Returns the playground routes. They need no key, because they show less than /health."""
+    """Return the playground routes. They need no key, because they show less than /health."""
     router = APIRouter(route_class=public_route_class(render_error), tags=[TAG])
     playground = _read_playground()
     responses: dict[int | str, dict[str, Any]] = {
@@ -175,7 +175,7 @@ def build_router(service: Service) -> APIRouter:
 
 
 def build_api_router() -> APIRouter:
-    """Returns the routes of the API description and its pages. They need no key."""
+    """Return the routes of the API description and its pages. They need no key."""
     router = APIRouter(route_class=public_route_class(render_error), tags=[TAG])
 
     @router.get("/openapi.json", summary="Describe the API", responses=error_responses(ErrorBody, 500))
@@ -234,7 +234,7 @@ def build_api_router() -> APIRouter:
 
 
 def _read_playground() -> dict[str, _File]:
-    """Returns the playground's files by their relative paths: a few hundred kilobytes, kept in memory."""
+    """Read the playground's files, a few hundred kilobytes. Returns them by their relative paths."""
     folder = Path(__file__).parents[1] / "playground"
     found = {}
     for path in folder.rglob("*"):
@@ -248,7 +248,7 @@ def _read_playground() -> dict[str, _File]:
 
 @cache
 def _read_redoc(path: Path) -> bytes:
-    """Returns ReDoc without its logo, which it would load from another host."""
+    """Return ReDoc's script without the logo, which it would load from another host."""
     return path.read_bytes().replace(_REDOC_LOGO, b"data:,")
 
 
@@ -257,7 +257,7 @@ def _root(request: Request) -> str:
 
 
 def _with_policy(page: HTMLResponse) -> HTMLResponse:
-    """Returns the page with a policy that allows only its own scripts."""
+    """Add a Content-Security-Policy to a page that allows only the scripts in it."""
     nonce = secrets.token_urlsafe(16)
     text = bytes(page.body).decode().replace("<script", f'<script nonce="{nonce}"')
     return HTMLResponse(text, headers={**_HEADERS, "Content-Security-Policy": _API_POLICY.format(nonce=nonce)})

@@ -29,7 +29,7 @@ _RETRY_AFTER_S = "5"
 
 
 def build_router(service: Service, *, owner: str = NAME) -> APIRouter:
-    """Returns the health and model routes, also used below each dialect's prefix. `owner` is the models' `owned_by`."""
+    """Return the health and model routes. Dialects with a prefix have them too. `owner` is the models' `owned_by`."""
     router = APIRouter(route_class=probe_route_class(render_error), tags=[TAG])
     created_at = int(service.clock.time())
 

@@ -1,7 +1,8 @@
 """Error responses in fal's format: 422 with one entry per invalid field, otherwise a sentence with an error type.
 
-fal's clients retry 408, 409, 429 and 502 to 504. Temporary refusals use one of these. The stored result of a failed
-queued request never does, except for a start timeout, which fal's clients do not retry.
+fal's clients retry the statuses 408, 409, 429 and 502 to 504. A temporary refusal has one of these. The result of a
+failed queued request has none of them, because a retry would get the same result. A start timeout is an exception; its
+headers stop the retry.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from stable_audio_serve.jobs.job import Job
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """The response to one kind of error. `stored_status` is the status of a queued request that ended with it."""
+    """The response to one kind of error. `stored_status` is the status if a queued request has failed with it."""
 
     status: int
     error_type: str
@@ -61,7 +62,7 @@ class Failure:
 
 
 def failure_of(job: Job) -> Failure:
-    """Returns the result of a job that did not succeed, the same on every route and for every call."""
+    """Return the result of a failed or cancelled job. It is the same on every route and for every call."""
     if job.state == "cancelled":
         return _failure(_KINDS["cancelled"], "Request was cancelled", is_stored=True)
     if job.error is None:
@@ -72,7 +73,7 @@ def failure_of(job: Job) -> Failure:
 
 
 def render_error(request: Request, error: ExpectedError) -> Response:
-    """Returns the response to an expected error."""
+    """Return the response to an expected error."""
     return _REFUSALS.answer(request, error)
 
 
@@ -92,7 +93,7 @@ def _invalid(entries: Sequence[dict[str, Any]]) -> Failure:
 def _parse_fault(request: Request, fault: Mapping[str, Any]) -> list[dict[str, Any]]:
     loc = tuple(fault["loc"])
     is_empty = loc == ("body",) and fault["type"] == "missing"
-    if is_empty and APP in request.url.path:  # clients without input send no body: report the required field
+    if is_empty and APP in request.url.path:  # clients send no body if they have no input: report the required field
         loc = ("body", "prompt")
     entry = {
         "loc": [printable(part) for part in loc],

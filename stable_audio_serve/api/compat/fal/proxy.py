@@ -1,6 +1,6 @@
-"""The proxy path of fal's JavaScript client. One URL receives every call, and a header names the intended fal URL.
+"""The proxy route of fal's JavaScript client. The client sends every call to one URL, with fal's URL in a header.
 
-Nothing is forwarded: this server's own routes replace the three hosts that the client uses.
+Nothing is sent to fal: this server's own routes answer the calls to fal's three hosts.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 TARGET_HEADER = "x-fal-target-url"
 
-# The prefix of this server's routes for each host.
+# The prefix of the routes that answer calls to each of fal's hosts.
 _PREFIXES: Mapping[str, str] = {"fal.run": "/run", "queue.fal.run": "/queue", "rest.fal.ai": ""}
 
-# The header in the API description.
+# The description of the header in OpenAPI.
 TARGET_PARAMETER = {
     "name": TARGET_HEADER,
     "in": "header",
@@ -31,7 +31,7 @@ TARGET_PARAMETER = {
 
 
 class Dispatched(Response):
-    """The unchanged response of this server's own route for another path, streams included."""
+    """Sends the response of another route of this server unchanged. The response may be a stream."""
 
     def __init__(self, app: ASGIApp, *, path: str, query: bytes) -> None:
         super().__init__()
@@ -45,15 +45,15 @@ class Dispatched(Response):
 
 
 def dispatch(request: Request, app: ASGIApp) -> Response:
-    """Returns the response of the route that the header names.
+    """Return the response of the route that answers the URL in the header.
 
-    Raises HTTPException 400 without the header, 412 for other hosts.
+    Raises HTTPException 400 without the header, and 412 for a host other than fal's.
     """
     target = request.headers.get(TARGET_HEADER)
     if target is None:
         raise HTTPException(400, f"{TARGET_HEADER}: set this header to the fal URL of the call")
     prefix = None
-    with suppress(ValueError):  # an invalid URL is an unknown host
+    with suppress(ValueError):  # an invalid URL is refused below, like an unknown host
         url = urlsplit(target)
         if url.scheme in ("http", "https"):
             prefix = _PREFIXES.get(url.netloc.lower())

@@ -1,4 +1,4 @@
-"""fal's queue on top of jobs: tickets, status and cancellation."""
+"""Responses of fal's queue: tickets, statuses and cancellations. Each queued request is a job."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ CANCEL_REPLIES: dict[CancelOutcome, tuple[int, CancelReply]] = {
 
 
 def make_ticket(job: Job, links: Links, *, position: int) -> Ticket:
-    """Returns the response to a submission."""
+    """Return the response to a submission."""
     return Ticket(**links.model_dump(), gateway_request_id=job.spec.id, queue_position=position)
 
 
 def describe_status(job: Job, links: Links, *, position: int, logs: Sequence[JobEvent] | None) -> Status:
-    """Returns the job's status. `logs` is None unless the client asked for logs; `position` is for queued jobs."""
+    """Return the status of a job. `position` is its place in the queue. `logs` is None if no logs were requested."""
     if job.state == "queued":
         return Queued(**links.model_dump(), queue_position=position)
     entries = None if logs is None else [_describe_log(event.at, event.message) for event in logs if event.message]

@@ -1,4 +1,4 @@
-"""fal's routes. The queue and synchronous calls share a path; `targets` decides which one a submission means."""
+"""fal's routes. Queued and synchronous requests have the same path; `targets` decides which kind a submission is."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ _Logs = Annotated[bool, Query(description="Include the log.")]
 
 
 def build_router(service: Service) -> APIRouter:
-    """Returns all routes of the dialect."""
+    """Return all routes of the dialect."""
 
     def new_router(scopes: Scopes, **options: Any) -> APIRouter:
         return APIRouter(route_class=route_class(render_error, scopes=scopes), strict_content_type=False, **options)

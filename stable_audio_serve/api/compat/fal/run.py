@@ -1,4 +1,4 @@
-"""fal's synchronous calls: the response to the submission is the output."""
+"""fal's synchronous calls: the response to the submission contains the link to the audio."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def run(
 
 
 def describe_output(file: StoredFile, url: str) -> AudioOutput:
-    """Returns the model's output in the form of all routes."""
+    """Return the output of the model, as synchronous calls, results and webhooks contain it."""
     return AudioOutput(
         audio_file=File(url=url, content_type=file.media_type, file_name=file.file_name, file_size=file.num_bytes)
     )

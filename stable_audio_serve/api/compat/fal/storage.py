@@ -1,7 +1,7 @@
-"""fal's storage: clients upload files, whole or in parts, and download them by links that need no key.
+"""fal's storage: clients upload files, whole or in parts, and download them from links that need no key.
 
 A client first announces an upload and then sends it to a URL that needs no key. The URL contains a signed ticket, so
-any ingress replica can receive the upload, whichever one announced it.
+the upload may go to another ingress replica than the announcement.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from stable_audio_serve.jobs.queue import JobQueue
 MAX_PARTS = 10_000
 
 _TICKET_LIFE_S = 86_400
-_MAX_TICKET = 1000  # characters; valid tickets have at most 750
+_MAX_TICKET = 1000  # characters; longer texts cannot be tickets, which have at most 750
 _KEY_DIGITS = 16
 _RETRY_S = 5.0
 _CHUNK_BYTES = 1_048_576
@@ -49,16 +49,16 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """One announced upload and the file that it becomes."""
+    """An announced upload: the file that it will create, and who announced it."""
 
     file_id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     file_name: str
     media_type: str
-    client: str = ""  # the file counts against this client's storage limit
-    key: str = ""  # first digits of the announcing key's digest, "" when no keys are configured
+    client: str = ""  # the client whose storage limit the file counts against
+    key: str = ""  # first digits of the SHA-256 of the key that announced the file, "" without configured keys
 
     def url(self, base: str) -> str:
-        """Returns the URL of the file after the upload."""
+        """Return the URL of the file after the upload."""
         return published_url(base, self.file_id, file_name=self.file_name)
 
 
@@ -66,10 +66,10 @@ _TICKET = TypeAdapter(Ticket)
 
 
 class Tickets:
-    """Signs tickets for URLs and verifies them.
+    """Signs tickets for upload URLs, and verifies them.
 
-    The signing key is derived from the secret in the job database, which only processes of this installation know. A
-    ticket becomes invalid when the key that announced it is removed.
+    The signing key is derived from a secret in the job database, which only processes of this installation can read. A
+    ticket becomes invalid when the API key that announced it is removed.
     """
 
     def __init__(self, jobs: JobQueue, ring: KeyRing) -> None:
@@ -78,17 +78,19 @@ class Tickets:
         self._known_signer: TimestampSigner | None = None
 
     def announce(self, file_name: str | None, media_type: str | None, *, caller: Caller) -> Ticket:
-        """Returns a ticket for a new file."""
+        """Return a ticket for a new file."""
         clean = _clean_ticket(secrets.token_hex(16), file_name, media_type=media_type)
         return replace(clean, client=caller.name, key=caller.key.digest[:_KEY_DIGITS])
 
     async def sign(self, ticket: Ticket) -> str:
-        """Returns the signed ticket for a URL. Raises StorageError."""
+        """Return the signed ticket for a URL. Raises StorageError."""
         signer = await self._signer()
         return signer.sign(base64_encode(_TICKET.dump_json(ticket))).decode()
 
     async def read(self, text: str) -> Ticket:
-        """Returns the ticket of a URL. Raises HTTPException 403 for an invalid or expired ticket or a removed key,
+        """Verify the ticket in a URL and return it.
+
+        Raises HTTPException 403 if the ticket is invalid or expired, or its API key was removed. Raises
         KeysUnavailableError while keys cannot be checked, and StorageError.
         """
         if len(text) > _MAX_TICKET:
@@ -117,7 +119,7 @@ class Tickets:
 
 
 def make_signer(secret: str) -> TimestampSigner:
-    """Returns the signer of tickets; its key is derived from the secret of a job database."""
+    """Return the signer of tickets. Its key is derived from the secret in the job database."""
     key = hmac.digest(secret.encode(), b"fal-upload", "sha256")
     return TimestampSigner(key, salt="fal-upload", digest_method=hashlib.sha256)
 
@@ -136,7 +138,7 @@ class Storage:
             if existing is not None:
                 if await asyncio.to_thread(_digest, body) != existing.sha256:
                     raise HTTPException(400, "upload: a different file was uploaded to this URL already")
-                return existing  # the client retries an upload whose response was lost
+                return existing  # the client repeats an upload, because the response was lost
             async with self._counted(ticket, ticket.file_id, num_bytes=_size(body)):
                 return await self._publish(ticket, body)
 
@@ -153,7 +155,7 @@ class Storage:
         return f"{part.sha256}-{part.num_bytes}"
 
     async def join(self, ticket: Ticket, etags: Mapping[int, str]) -> StoredFile:
-        """Join the parts into the file, in order of their numbers. Raises HTTPException 400, UploadTooLargeError."""
+        """Join the parts into one file, in order of their numbers. Raises HTTPException 400, UploadTooLargeError."""
         existing = await self._jobs.find_file(ticket.file_id)
         if existing is not None:
             return existing
@@ -202,7 +204,7 @@ class Storage:
 
 
 def _find_part(ticket: Ticket, number: int, *, etag: str) -> StoredFile:
-    """Returns the stored part that an ETag names. Raises HTTPException 400 for a malformed ETag."""
+    """Return the stored part that an ETag names. Raises HTTPException 400 for a malformed ETag."""
     found = _ETAG.fullmatch(etag)
     if found is None:
         raise _wrong_etag(number)
@@ -248,6 +250,6 @@ def _digest(file: IO[bytes]) -> str:
 
 
 def _clean_ticket(file_id: str, file_name: str | None, *, media_type: str | None) -> Ticket:
-    """Returns a ticket with a file name and type that are safe in a path and a header."""
+    """Return a ticket whose file name and media type are safe to use in a path and in a header."""
     name = _UNSAFE.sub("_", file_name or "")[-100:].lstrip("._-") or "upload.bin"
     return Ticket(file_id, name, audio_type(media_type))

@@ -1,4 +1,4 @@
-"""Routes of fal's storage, for both of its clients: `/storage/...` and `/files/upload...`."""
+"""Routes of fal's storage, `/storage/...` and `/files/...`, for fal's clients in Python and JavaScript."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _UPLOAD_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 class TicketConvertor(StringConvertor):
-    """`{name:fal_ticket}` in routes: a signed ticket. No other path of the storage matches."""
+    """`{name:fal_ticket}` in routes matches a signed ticket, and no other path below `/storage`."""
 
     regex = r"[^/]+\.[^/]+"
 
@@ -53,7 +53,7 @@ _Type = Annotated[str | None, Header(alias="content-type", include_in_schema=Fal
 
 
 class UploadToken(BaseModel):
-    """Token for uploads: the client's own key, which these routes accept like all others."""
+    """Token for uploads: the client's own API key, which is valid for these routes too."""
 
     token: str
     token_type: str
@@ -69,7 +69,7 @@ class NewUpload(BaseModel):
 
 
 class UploadPlace(BaseModel):
-    """URL for the upload, and URL of the file after it."""
+    """The URL to upload the file to, and the URL of the file after the upload."""
 
     upload_url: str
     file_url: str
@@ -104,7 +104,7 @@ class Parts(BaseModel):
 
 
 def build_announcing_router(service: Service) -> APIRouter:
-    """Returns the routes that need a key: tokens, announcements, and uploads in one request."""
+    """Return the routes that need a key: tokens, announcements, and uploads in one request."""
     limits, tickets, storage = service.settings.api, *_parts_of(service)
     router = APIRouter(route_class=route_class(render_error, scopes=("generate", "jobs")), strict_content_type=False)
 
@@ -144,7 +144,7 @@ def build_announcing_router(service: Service) -> APIRouter:
 
 
 def build_receiving_router(service: Service) -> APIRouter:
-    """Returns the routes that need no key, only an announced URL."""
+    """Return the routes that need no key, only an announced URL."""
     limits, tickets, storage = service.settings.api, *_parts_of(service)
     router = APIRouter(route_class=public_route_class(render_error), strict_content_type=False)
 

@@ -1,4 +1,4 @@
-"""Decides, from a request's path and headers, which of fal's hosts it is for and which links its response has."""
+"""Determine from a request's path and headers which of fal's hosts the client means, and build the links for it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stable_audio_serve.core.settings import ApiSettings
 
 
 class EndpointConvertor(PathConvertor):
-    """`{name:fal_endpoint}` in routes: a path that accepts submissions. Streaming paths do not match."""
+    """`{name:fal_endpoint}` in routes matches a path that accepts submissions. Paths for streaming do not match."""
 
     regex = "(?!(?:requests|stream|realtime)(?:/|$)).*"
 
@@ -24,7 +24,7 @@ register_url_convertor("fal_endpoint", EndpointConvertor())
 
 
 def means_queue(request: Request) -> bool:
-    """Returns whether a submission is for the queue: decided by its path's prefix, otherwise by its host name."""
+    """Whether a submission is for the queue. The path's prefix decides, or without a prefix the host name."""
     prefix = _prefix(request)
     if prefix.endswith(("/queue", "/run")):
         return prefix.endswith("/queue")
@@ -33,14 +33,14 @@ def means_queue(request: Request) -> bool:
 
 
 def links_of(request: Request, request_id: str, *, limits: ApiSettings) -> Links:
-    """Returns the three URLs of a queued request, with the host and prefix of this caller's request."""
+    """Return the three URLs of a queued request. They have the host and the prefix of the current request."""
     prefix = _prefix(request).removesuffix("/run")
     url = f"{base_url(request, limits)}{prefix}/{APP}/requests/{request_id}"
     return Links(request_id=request_id, response_url=url, status_url=f"{url}/status", cancel_url=f"{url}/cancel")
 
 
 def start_within_s(request: Request) -> float | None:
-    """Returns the longest time until the start of the request, seconds. Raises RequestValidationError."""
+    """Return the requested start timeout in seconds, or None. Raises RequestValidationError."""
     text = request.headers.get("x-fal-request-timeout")
     if text is None:
         return None
@@ -54,7 +54,7 @@ def start_within_s(request: Request) -> float | None:
 
 
 def priority(request: Request) -> Priority:
-    """Returns the requested priority. Raises RequestValidationError."""
+    """Return the requested priority. Raises RequestValidationError."""
     match text := request.headers.get("x-fal-queue-priority", "normal"):
         case "normal":
             return "interactive"
@@ -64,7 +64,7 @@ def priority(request: Request) -> Priority:
 
 
 def _prefix(request: Request) -> str:
-    """Returns the path before the application's name, without the server's mount path."""
+    """Return the part of the path between the server's mount path and the name of the fal application."""
     path: str = request.scope["path"]
     return path.removeprefix(request.scope.get("root_path", "")).partition(f"/{APP}")[0]
 

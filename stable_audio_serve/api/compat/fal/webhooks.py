@@ -12,7 +12,7 @@ from stable_audio_serve.jobs.job import Job
 
 
 def webhook_body(job: Job) -> Mapping[str, Any]:
-    """Returns the output, or the error as on the result route, with links based on the submission's URL."""
+    """Return the job's output, or the error of the result route. Links have the host of the submission."""
     ids = {"request_id": job.spec.id, "gateway_request_id": job.spec.id}
     if job.result is None:
         failure = failure_of(job)

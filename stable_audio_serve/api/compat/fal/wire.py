@@ -86,7 +86,7 @@ class Metrics(BaseModel):
 
 
 class Queued(Links):
-    """A queued request; position 0 is next."""
+    """A queued request. Position 0 is next."""
 
     status: Literal["IN_QUEUE"] = "IN_QUEUE"
     queue_position: int
@@ -100,7 +100,7 @@ class InProgress(Links):
 
 
 class Completed(Links):
-    """An ended request. Only a failed or cancelled one has an error."""
+    """An ended request. It has an error if it failed or was cancelled."""
 
     status: Literal["COMPLETED"] = "COMPLETED"
     logs: list[LogEntry] | None

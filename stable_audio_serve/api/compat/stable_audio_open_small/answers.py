@@ -20,7 +20,10 @@ from stable_audio_serve.core.generation import GenerationRequest, GenerationResu
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """A finished file: the first `num_samples` of `num_available` generated samples, made in `generation_s` seconds."""
+    """A finished file. It has the first `num_samples` of `num_available` generated samples.
+
+    `generation_s` is the duration of the generation in seconds.
+    """
 
     output: Output
     num_samples: int
@@ -29,7 +32,7 @@ class Clip:
 
     @property
     def result(self) -> GenerationResult:
-        """Returns the result of the generation."""
+        """The result of the generation."""
         return self.output.result
 
 
@@ -42,7 +45,10 @@ async def make_clip(
     started_at: float,
     num_samples: int | None = None,
 ) -> Clip:
-    """Run a request that arrived at `started_at`. Returns its first `num_samples`, normalized to full scale."""
+    """Run a generation and return the clip: its first `num_samples`, scaled to full scale.
+
+    `started_at` is the time when the HTTP request arrived.
+    """
     note(request.scope, model=card.name, duration_s=generation.duration_s, batch_size=1)
     asked_at = service.clock.monotonic()
     result = await service.generate(card, generation, caller=request.state.caller, started_at=started_at)
@@ -57,14 +63,14 @@ async def make_clip(
 async def answer(
     service: Service, output: Output, *, return_format: str, name: str, metadata: dict[str, Any]
 ) -> Response:
-    """Returns the file under this name, or JSON with the file and its metadata."""
+    """Return a response with the file, or JSON with the file in base64 and its metadata, as `return_format` demands."""
     if return_format == "file":
         return encoded_answer(output.file, attachment(name) | result_headers(output))
     return await base64_answer(service, output, metadata=metadata)
 
 
 async def base64_answer(service: Service, output: Output, *, metadata: dict[str, Any]) -> Response:
-    """Returns JSON with the file and its metadata."""
+    """Return JSON with the file in base64 and its metadata."""
     body = await service.compute(lambda: _pack(output, metadata))
     return Response(body, headers=result_headers(output), media_type="application/json")
 
@@ -72,7 +78,7 @@ async def base64_answer(service: Service, output: Output, *, metadata: dict[str,
 def clip_metadata(
     generation: GenerationRequest, result: GenerationResult, *, duration_s: float, generation_s: float
 ) -> dict[str, Any]:
-    """Returns the metadata of a clip, as in `/generate`, except the tempo."""
+    """Return the metadata of a clip in the form of `/generate`, without the tempo."""
     return {
         "prompt": generation.prompt,
         "negative_prompt": generation.negative_prompt,

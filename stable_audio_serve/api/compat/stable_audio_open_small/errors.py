@@ -57,18 +57,18 @@ class Description:
 
 
 def render_error(request: Request, error: ExpectedError) -> Response:
-    """Returns the response to an expected error."""
+    """Return the response to an expected error."""
     description = describe_error(request, error)
     return JSONResponse(description.body(), description.status, headers=description.headers)
 
 
 def describe_error(request: Request, error: ExpectedError) -> Description:
-    """Returns the content of the response, and adds the refusal to the request's log line."""
+    """Return the content of the response, and add the refusal to the request's log line."""
     return _REFUSALS.answer(request, error)
 
 
 def name_field(field: str, sentence: str) -> str:
-    """Returns `sentence`, prefixed with the field unless it contains it."""
+    """Return `sentence`, with the name of the field in front unless the sentence contains it."""
     return sentence if field in sentence else f"{field}: {sentence}"
 
 
@@ -82,7 +82,7 @@ def _answer_fields(_: Request, faults: Sequence[Mapping[str, Any]]) -> Descripti
 
 def _answer_http(_: Request, error: HTTPException) -> Description:
     sentence = str(error.detail)
-    if sentence.startswith("audio:"):  # the upload's field name in the native API
+    if sentence.startswith("audio:"):  # the native API's name of the upload
         sentence = f"audio_file:{sentence.removeprefix('audio:')}"
     return Description(error.status_code, sentence, headers=error.headers)
 

@@ -1,4 +1,4 @@
-"""Parses request bodies of all content types that the dialect accepts into plain values."""
+"""Parse request bodies of all content types that the dialect accepts into plain values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stable_audio_serve.core.errors import InvalidRequestError
 
 
 async def read_json(request: Request) -> dict[str, Any]:
-    """Returns the JSON object in a body of any content type. Raises InvalidRequestError."""
+    """Return the JSON object in a body of any content type. Raises InvalidRequestError."""
     try:
         values = await request.json()
     except json.JSONDecodeError as error:
@@ -23,13 +23,13 @@ async def read_json(request: Request) -> dict[str, Any]:
 
 
 async def read_form(request: Request) -> dict[str, Any]:
-    """Returns the fields of a form, without empty file inputs. Raises HTTPException 400, 413."""
+    """Return the fields of a form, without empty file inputs. Raises HTTPException 400, 413."""
     form = await request.form()
     return {name: value for name, value in form.items() if not _is_no_file(name, value)}
 
 
 async def read_json_or_form(request: Request) -> dict[str, Any]:
-    """Returns the fields of a JSON body or a form, by content type. Raises InvalidRequestError, HTTPException."""
+    """Return the fields of a body: a form or JSON, as its content type says. Raises the errors of both functions."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type.endswith(("/json", "+json")):
         return await read_json(request)
@@ -37,7 +37,7 @@ async def read_json_or_form(request: Request) -> dict[str, Any]:
 
 
 def _is_no_file(name: str, value: object) -> bool:
-    """Whether a file input is empty: browsers send a part without file name, some libraries an empty text."""
+    """Whether a file input is empty. Browsers send it without a file name, and some libraries as an empty text."""
     if isinstance(value, UploadFile):
         return not value.filename and not value.size
     return name == "audio_file" and not value

@@ -1,4 +1,4 @@
-"""The dialect's model information and health. Never loads a model."""
+"""The dialect's model information and health. The functions load no model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ENDPOINTS = {
 
 
 def describe_model(model: WindowedModel, status: ModelStatus) -> dict[str, Any]:
-    """Returns the response of `GET /model/info`: the model and the parameters that requests accept."""
+    """Return the response of `GET /model/info`: the model and the parameters that requests accept."""
     card = model.card
     return {
         "model_name": card.name,
@@ -41,7 +41,7 @@ def describe_model(model: WindowedModel, status: ModelStatus) -> dict[str, Any]:
 
 
 def describe_health(model: WindowedModel, status: ModelStatus) -> tuple[int, dict[str, Any]]:
-    """Returns status code and body of the dialect's `GET /health`: healthy unless the model failed to load."""
+    """Return the status code and the body of the dialect's `GET /health`. Only a failed model is unhealthy."""
     if status.stage == "failed":
         return 500, {"status": "error", "model_loaded": False, "error": "the model cannot be loaded"}
     return 200, {
@@ -54,7 +54,7 @@ def describe_health(model: WindowedModel, status: ModelStatus) -> tuple[int, dic
 
 
 def describe_window(model: WindowedModel) -> dict[str, Any]:
-    """Returns the sample rate, the longest clip in samples, and the model's objective."""
+    """Return the sample rate, the longest clip in samples, and the model's objective."""
     return {
         "diffusion_objective": model.card.objective,
         "sample_rate": model.card.sample_rate_hz,

@@ -1,4 +1,4 @@
-"""Loops, cut to the exact sample from a generated clip: from text, in the style of an upload, or from a riff."""
+"""Loops from text, from an upload, or from a riff. Each is cut from a generated clip to the exact sample."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _DRUM_WORD = re.compile(r"[^\W\d_]*drum[^\W\d_]*(\s*,)?", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class MadeLoop:
-    """A loop and the request that made it."""
+    """A finished loop and the request that made it."""
 
     loop: Loop
     generation: GenerationRequest
@@ -38,7 +38,7 @@ class MadeLoop:
 
     @property
     def available_s(self) -> float:
-        """Returns the length of the generated audio, seconds."""
+        """The length of the generated audio in seconds."""
         return self.clip.num_available / self.clip.result.sample_rate_hz
 
 
@@ -84,7 +84,7 @@ async def make_riff_loop(service: Service, request: Request, *, form: RiffForm, 
 
 
 def rewrite_prompt(prompt: str, loop_type: str) -> tuple[str, str]:
-    """Returns the prompt and the negative prompt for a loop type."""
+    """Return the prompt and the negative prompt for a loop type: drums, instruments or auto."""
     has_drum = "drum" in prompt.casefold()
     if loop_type == "drums":
         return prompt if has_drum else f"{prompt} drum loop", _NOT_DRUMS
@@ -142,7 +142,7 @@ def _name(made: MadeLoop, form: LoopForm | RiffForm) -> str:
 
 
 def _metadata(made: MadeLoop, form: LoopForm | RiffForm) -> dict[str, Any]:
-    """Returns the metadata of both kinds of loop."""
+    """Return the metadata that loops from text, uploads and riffs have in common."""
     is_transfer = made.generation.init_audio is not None
     return {
         "prompt": made.generation.prompt,

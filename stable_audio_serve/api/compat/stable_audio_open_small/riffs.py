@@ -1,4 +1,4 @@
-"""The operator's riff library: its content, the choice of a riff for a request, and time stretching to a tempo."""
+"""The operator's riff library: read its folder, choose a riff for a request, and stretch the riff to a tempo."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = structlog.get_logger("stable_audio_serve.api")
 _NAME = re.compile(r"([a-g](?:sharp)?)_([0-9]{1,6})_?bpm(?:_[0-9]+)?\.wav", re.IGNORECASE)
 _STARTER_FOLDER = Path(__file__).parent / "starter_riffs"  # created by `examples/demo_model/riffs.py`
 _USED_S = 12.0
-_MAX_STRETCH = 16.0  # beyond this a riff is no longer recognizable
+_MAX_STRETCH = 16.0  # at larger factors a riff is not recognizable
 _MARGIN_S = 1.0
 
 
@@ -41,7 +41,7 @@ class Riff:
 
 
 def find_folder(chosen: str | None) -> Path:
-    """Returns the operator's folder, otherwise `riffs` in the working directory, otherwise the packaged riffs."""
+    """Return the operator's folder, otherwise `riffs` in the working directory, otherwise the packaged riffs."""
     own = Path(chosen or "riffs")
     return own if chosen or own.is_dir() else _STARTER_FOLDER
 
@@ -50,14 +50,14 @@ class RiffLibrary:
     """The riffs of one folder, read once at the start. Sorted by key, then tempo."""
 
     def __init__(self, folder: Path) -> None:
-        """Skips files whose names do not match gsharp_80bpm_4.wav, with a warning."""
+        """Read the names in the folder. Files that are not named like gsharp_80bpm_4.wav are skipped with a warning."""
         riffs = sorted(_scan(folder), key=lambda riff: (riff.key, riff.tempo_bpm, riff.path.name))
         self._riffs: dict[str, list[Riff]] = {}
         for riff in riffs:
             self._riffs.setdefault(riff.key, []).append(riff)
 
     def choose(self, key: str, *, seed: int) -> Riff:
-        """Returns a riff in `key`, ignoring case. Successive seeds give successive riffs. Raises NoRiffsError."""
+        """Return a riff in a musical key, in any case. Successive seeds give successive riffs. Raises NoRiffsError."""
         riffs = self._riffs.get(key.lower())
         if not riffs:
             raise NoRiffsError(f"No riffs available for key '{key[:50]}'", available_keys=list(self._riffs))
@@ -72,9 +72,9 @@ class RiffLibrary:
 
 
 async def read_riff(service: Service, riff: Riff, *, tempo_bpm: int) -> SourceAudio:
-    """Returns the first 12 seconds of a riff at another tempo and the same pitch, as mono.
+    """Return the first 12 seconds of a riff in mono, stretched to a tempo at the same pitch.
 
-    Raises InvalidRequestError if the tempo differs too much, GenerationError if the file cannot be read.
+    Raises InvalidRequestError if the tempos differ too much, GenerationError if the file cannot be read.
     """
     speed = tempo_bpm / riff.tempo_bpm
     if not 1 / _MAX_STRETCH <= speed <= _MAX_STRETCH:

@@ -1,5 +1,4 @@
-"""The dialect's routes: read the body, validate the form, call the handler. `shared_routes.merged` also routes
-`/generate` here."""
+"""The dialect's routes, except `/generate`, which `shared_routes.merged` handles for two dialects."""
 
 from __future__ import annotations
 
@@ -51,7 +50,7 @@ class Problem(BaseModel):
 
 
 class OwnHealth(BaseModel):
-    """Health of the model of these routes. The optional fields are present unless it failed to load."""
+    """Health of the model of these routes. The optional fields are present unless the model failed to load."""
 
     status: str
     model_loaded: bool
@@ -73,7 +72,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 def request_body(form: type[Wire], *content_types: str) -> dict[str, Any]:
-    """Returns the OpenAPI description of a body that the route parses itself."""
+    """Return the OpenAPI description of a body that FastAPI does not parse."""
     content = {content_type: {"schema": _schema(form, content_type)} for content_type in content_types}
     return {"requestBody": {"required": True, "content": content}}
 
@@ -86,7 +85,7 @@ def _schema(form: type[Wire], content_type: str) -> dict[str, Any]:
 
 
 def build_router(service: Service) -> APIRouter:
-    """Returns the routes. Reads the riff folder."""
+    """Return the dialect's routes. Reads the riff folder."""
     router = APIRouter(route_class=route_class(render_error, scopes=_scopes_of), tags=[TAG])
     library = RiffLibrary(find_folder(service.settings.dialects.riff_dir))
     model = default_model(service)
@@ -139,7 +138,7 @@ def build_router(service: Service) -> APIRouter:
 
 
 def build_health_router(service: Service) -> APIRouter:
-    """Returns the dialect's own health route, whose response differs from the other dialects."""
+    """Return the dialect's health route. Its response differs from the health route of the other dialects."""
     router = APIRouter(route_class=probe_route_class(render_error), tags=[TAG])
     model = default_model(service)
 
@@ -159,7 +158,7 @@ def build_health_router(service: Service) -> APIRouter:
 
 
 def _scopes_of(request: Request) -> tuple[Scope, ...]:
-    """Returns the required scopes: generating needs one, reading information needs any key."""
+    """Return the scopes of a route: POST needs the scope generate, and GET needs a key with any scope."""
     return ("generate",) if request.method == "POST" else ()
 
 

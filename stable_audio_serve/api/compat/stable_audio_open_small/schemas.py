@@ -1,6 +1,7 @@
 """Request models of the dialect, and the error message for each invalid field.
 
-JSON bodies of `/generate` are strictly typed. Bodies that may also be forms are not.
+The JSON body of `/generate` is strictly typed. The other bodies are not, because they may be forms, whose values are
+text.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pydantic_core import PydanticCustomError
 from stable_audio_serve.api.fields import NOT_BLANK
 from stable_audio_serve.audio.loops import BAR_COUNTS, read_tempo
 
-_RULE = "rule"  # error type whose message is complete
+_RULE = "rule"  # type of errors whose message is already that of this dialect
 _WHOLE_SECONDS = {
     "anyOf": [
         {"type": "number", "minimum": 1},
@@ -55,7 +56,7 @@ def _check_key(key: str) -> str:
 
 
 def _to_whole_seconds(value: Any) -> Any:
-    """Convert as Python's int() does, like the original server."""
+    """Convert a value with int(), as the original server does."""
     try:
         return None if value is None else int(value)
     except (TypeError, ValueError, OverflowError):
@@ -107,7 +108,7 @@ ModelType = Annotated[
 
 
 class Wire(BaseModel):
-    """Base of all request models. `rules` has the error message of each field."""
+    """Base of all request models. `rules` has the message of this dialect for each invalid field."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
 
@@ -206,7 +207,7 @@ W = TypeVar("W", bound=Wire)
 
 
 def parse(form: type[W], values: Mapping[str, Any]) -> W:
-    """Returns the form with these values. Raises RequestValidationError with this dialect's messages."""
+    """Return the form with these values. Raises RequestValidationError with this dialect's messages."""
     try:
         return form.model_validate(values)
     except ValidationError as error:

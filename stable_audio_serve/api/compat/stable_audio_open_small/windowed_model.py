@@ -1,4 +1,4 @@
-"""The model of a request in this dialect: its window (longest clip) and its defaults."""
+"""The model of a request in this dialect. Its window is the longest clip that it makes here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WINDOW_S = 524_288 / 44_100  # the longest clip of Stable Audio Open small, for 
 
 @dataclass(frozen=True, slots=True)
 class WindowedModel:
-    """A served model whose longest clip is limited to this dialect's window."""
+    """A served model, with the limits and defaults of this dialect."""
 
     card: ModelCard
 
@@ -26,14 +26,14 @@ class WindowedModel:
 
     @property
     def makes_window(self) -> bool:
-        """Whether the model always generates its whole window, so that peaks are normalized over the window."""
+        """Whether the model always generates its whole window. Then peaks are scaled over the whole window."""
         return self.card.family == OPEN_FAMILY
 
     @property
     def conditioned_s(self) -> float:
-        """The length that the model is conditioned on, seconds: the window, rounded up, as in the original server.
+        """The length that the model is conditioned on, in seconds: the window, rounded up.
 
-        The network always generates the whole window, even for shorter clips.
+        The original server does the same, because its network always generates the whole window.
         """
         return math.ceil(self.window_s)
 
@@ -43,11 +43,11 @@ class WindowedModel:
         return int(self.window_s * self.card.sample_rate_hz)
 
     def steps(self, requested: int | None, *, at_most: int) -> int:
-        """Returns the requested steps, otherwise the model's default, limited to `at_most`."""
+        """Return the requested number of steps. Without one, return the model's default or `at_most` if it is lower."""
         return min(self.card.default_steps, at_most) if requested is None else requested
 
     def sampler(self, requested: str | None) -> str | None:
-        """Returns the requested sampler, None for the model's default. Raises InvalidRequestError."""
+        """Return the requested sampler, or None for the model's default. Raises InvalidRequestError."""
         name = (requested or "").strip() or None
         if name is not None and name not in self.card.samplers:
             valid = ", ".join(self.card.samplers)
@@ -56,12 +56,12 @@ class WindowedModel:
 
 
 def default_model(service: Service) -> WindowedModel:
-    """Returns the model configured for this dialect, otherwise the first Stable Audio Open, otherwise the default."""
+    """Return the model configured for this dialect, else the first Stable Audio Open model, else the default model."""
     return _view(service.backend.catalog.choose(service.settings.dialects.model, family=OPEN_FAMILY))
 
 
 def find_model(service: Service, fields: GenerateBody | LoopForm) -> WindowedModel:
-    """Returns the default model, or the fine-tuned model that a request names. Raises InvalidRequestError.
+    """Return the default model, or the fine-tuned model that a request names. Raises InvalidRequestError.
 
     `<repo>` or `<repo>/<checkpoint>` must be the name or alias of a served model.
     """

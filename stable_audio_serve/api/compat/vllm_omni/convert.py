@@ -1,4 +1,4 @@
-"""Converts vLLM-Omni's requests: the span of a longer generation, and the dialect's defaults."""
+"""Convert vLLM-Omni's requests and results. A request selects a span of a longer generation."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import SEED_LIMIT, GenerationRequest, GenerationResult
 from stable_audio_serve.core.settings import AudioSettings
 
-_WINDOW_S = 1024 * 2048 / 44_100  # longest clip of Stable Audio Open 1.0, for which this dialect was made
-_MAX_END_S = 512.0  # limit of that model's start and total conditioners
+_WINDOW_S = 1024 * 2048 / 44_100  # longest clip of Stable Audio Open 1.0, for which the original server was written
+_MAX_END_S = 512.0  # largest value of this model's start and total conditioners
 _DEFAULT_STEPS = 50
 _DEFAULT_GUIDANCE = 7.0
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """The part of a generation from `start_s` to `end_s`, seconds."""
+    """The part of a generation from `start_s` to `end_s`, in seconds."""
 
     start_s: float
     end_s: float
 
 
 def resolve_span(body: AudioBody, *, cap_s: float) -> Span:
-    """Returns the span of a clip in a generation of at most `cap_s` seconds. Raises InvalidRequestError.
+    """Return the span that a request selects in a generation of at most `cap_s` seconds. Raises InvalidRequestError.
 
-    A clip that would end after `cap_s` is shortened, as in the original server.
+    A span that ends after `cap_s` is cut off there, as in the original server.
     """
     if body.audio_length is None:
         return Span(0.0, min(_WINDOW_S, cap_s))
@@ -52,7 +52,10 @@ def resolve_span(body: AudioBody, *, cap_s: float) -> Span:
 
 
 def to_request(body: AudioBody, card: ModelCard, *, span: Span, request_id: str) -> GenerationRequest:
-    """Returns a request for audio from 0 to the end of the span. Models conditioned on a start get the span's start."""
+    """Return a request for the audio from 0 to the end of the span.
+
+    A model that is conditioned on a start also gets the start of the span.
+    """
     guidance = _DEFAULT_GUIDANCE if body.guidance_scale is None else body.guidance_scale
     return GenerationRequest(
         prompt=body.input,
@@ -68,7 +71,7 @@ def to_request(body: AudioBody, card: ModelCard, *, span: Span, request_id: str)
 
 
 def make_file(body: AudioBody, *, span: Span, result: GenerationResult, settings: AudioSettings) -> FinishedFile:
-    """Returns the file of the span, with the requested speed and format. CPU work."""
+    """Cut the span out of a result and encode it with the requested speed and format. Call it from a worker thread."""
     rate_hz = result.sample_rate_hz
     audio = result.audio[0]
     audio = audio[:, min(int(span.start_s * rate_hz), audio.shape[1] - 1) :]  # at least one sample

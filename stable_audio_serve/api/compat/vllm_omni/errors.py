@@ -13,7 +13,7 @@ from stable_audio_serve.api.printable import printable
 from stable_audio_serve.api.refusals import ExpectedError, Refusal, Refusals
 from stable_audio_serve.core.errors import UnknownModelError
 
-_VALIDATION = "Bad Request"  # type of errors in the body; later refusals are `BadRequestError`
+_VALIDATION = "Bad Request"  # type of an invalid body's error; errors that are found later are `BadRequestError`
 _STATUS_AND_TYPE = {
     "invalid": (400, "BadRequestError"),
     "unauthorized": (401, "AuthenticationError"),
@@ -27,7 +27,7 @@ _STATUS_AND_TYPE = {
     "deadline_exceeded": (504, "TimeoutError"),
     "storage_full": (507, "InternalServerError"),
 }
-# This dialect's names of fields that a model may refuse.
+# This dialect's names for fields of `GenerationRequest` that a model may refuse.
 _NAMES = {
     "prompt": "input",
     "duration": "audio_length",
@@ -38,17 +38,17 @@ _NOT_ABOUT_THE_BODY = {405: ("Method Not Allowed", None), 503: ("ServiceUnavaila
 
 
 def render_error(request: Request, error: ExpectedError) -> Response:
-    """Returns the response to an expected error."""
+    """Return the response to an expected error."""
     return _REFUSALS.answer(request, error)
 
 
 def unknown_model(name: str) -> UnknownModelError:
-    """Returns the error for a model that is not served, with vLLM's message."""
+    """Return the error for a model that is not served, with vLLM's message."""
     return UnknownModelError(f"The model `{printable(name[:100])}` does not exist.", field="model")
 
 
 def _parse_fault(_: Request, fault: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns the field's name and the message."""
+    """Return the field's name and the message."""
     names = [part for part in fault["loc"] if isinstance(part, str)]
     return [(str(printable(names[1] if len(names) > 1 else "body")), str(printable(fault["msg"])))]
 

@@ -36,7 +36,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 def build_router(service: Service) -> APIRouter:
-    """Returns the dialect's route."""
+    """Return the dialect's route."""
     router = APIRouter(route_class=route_class(render_error, scopes=("generate",)), tags=[TAG])
 
     @router.post(

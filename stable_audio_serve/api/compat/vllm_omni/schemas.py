@@ -27,7 +27,7 @@ def _check_seed(seed: int) -> int:
     return seed
 
 
-# As schema bounds these limits would be rounded to floats outside the range.
+# A validator checks the range. As bounds in the schema, the limits would be rounded to floats outside the range.
 Seed = Annotated[int, AfterValidator(_check_seed), WithJsonSchema({"type": "integer", "format": "int64"})]
 
 
