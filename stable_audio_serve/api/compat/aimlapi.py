@@ -36,7 +36,7 @@ from stable_audio_serve.core.ids import JobId
 from stable_audio_serve.jobs.job import Job, JobRef, JobSpec, State
 
 TAG = "AIML API"
-MODEL = "stable-audio"  # the API's only model name; the setting `dialects.aiml_model` selects the served model
+MODEL = "stable-audio"  # the API's only model name; the setting `dialects.model` selects the served model
 
 _STATUS = {
     "unauthorized": 401,
