@@ -1,4 +1,4 @@
-"""fal's client proxy over HTTP: a header names the target, and this server responds."""
+"""fal's client proxy over HTTP: a header names the target URL, which this server serves itself."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ async def test_a_run(client: httpx.AsyncClient) -> None:
 
 async def test_a_queued_request_from_ticket_to_result(client: httpx.AsyncClient, runner: JobRunner) -> None:
     reply = await call(client, "POST", f"https://queue.fal.run/{APP}?fal_webhook=", json=BODY)
-    assert reply.status_code == 422  # the query is passed on
+    assert reply.status_code == 422  # the target received the query, which is invalid
     ticket = (await call(client, "POST", f"https://queue.fal.run/{APP}", json=BODY)).json()
     requests = f"https://queue.fal.run/{APP}/requests/{ticket['request_id']}"
     assert (await client.get(ticket["status_url"])).status_code in (200, 202)  # links lead to the real routes

@@ -106,11 +106,11 @@ async def test_start_is_ignored_by_models_without_that_condition(
     [
         (1, 44_100),
         (11, 485_100),
-        (12, WINDOW_SAMPLES),  # limited, not refused
+        (12, WINDOW_SAMPLES),  # cut to the window, not refused
         (47, WINDOW_SAMPLES),
         (10**30, WINDOW_SAMPLES),
         (1e300, WINDOW_SAMPLES),
-        ("3", 132_300),  # whatever int() accepts
+        ("3", 132_300),  # any value that int() accepts
         (" 3 ", 132_300),
         (3.9, 132_300),
         (True, 44_100),
@@ -151,10 +151,10 @@ async def test_clip_is_normalized_to_full_scale(client: httpx.AsyncClient, backe
 
 async def test_seed_repeats_and_random_seed_is_reported(client: httpx.AsyncClient) -> None:
     body = {"prompt": "x", "seconds_total": 1, "return_format": "base64"}
-    first, told = expect_base64(await client.post("/generate", json=body))
+    first, metadata = expect_base64(await client.post("/generate", json=body))
     second, other = expect_base64(await client.post("/generate", json={**body, "seed": -1}))
-    assert told["seed"] != other["seed"]
-    again, _ = expect_base64(await client.post("/generate", json={**body, "seed": told["seed"]}))
+    assert metadata["seed"] != other["seed"]
+    again, _ = expect_base64(await client.post("/generate", json={**body, "seed": metadata["seed"]}))
     np.testing.assert_array_equal(again, first)
     assert len(second) == len(first)
 
@@ -162,8 +162,8 @@ async def test_seed_repeats_and_random_seed_is_reported(client: httpx.AsyncClien
 @pytest.mark.parametrize("seed", [0, 2**32, 2**64, -5])
 async def test_any_integer_is_a_seed(client: httpx.AsyncClient, seed: int) -> None:
     body = {"prompt": "x", "seconds_total": 1, "return_format": "base64"}
-    first, told = expect_base64(await client.post("/generate", json={**body, "seed": seed}))
-    again, _ = expect_base64(await client.post("/generate", json={**body, "seed": told["seed"]}))
+    first, metadata = expect_base64(await client.post("/generate", json={**body, "seed": seed}))
+    again, _ = expect_base64(await client.post("/generate", json={**body, "seed": metadata["seed"]}))
     np.testing.assert_array_equal(again, first)
 
 
@@ -182,8 +182,8 @@ async def test_memory_is_reported_on_cuda(
     reply = await (client.post(path, data=fields, files=form) if form else client.post(path, json=fields))
     _, metadata = expect_base64(reply)
     assert set(metadata) == (STYLE_KEYS if form else CLIP_KEYS) | {"gpu_memory_used", "gpu_memory_peak"}
-    told = (metadata["device"], metadata["gpu_memory_used"], metadata["gpu_memory_peak"])
-    assert told == ("cuda", 1.23, 5.68)
+    used = (metadata["device"], metadata["gpu_memory_used"], metadata["gpu_memory_peak"])
+    assert used == ("cuda", 1.23, 5.68)
 
 
 async def test_configured_model_is_used() -> None:

@@ -150,7 +150,7 @@ async def test_route_exists_below_its_prefix(client: httpx.AsyncClient) -> None:
     assert (await client.post(f"/vllm{URL}", json={"input": "x", "audio_length": 0.1})).status_code == 200
 
 
-# Length and start: the clip has the samples int(start * rate) to int(end * rate) of the generation.
+# Span: the clip has the samples from int(start * rate) to int(end * rate) of the generated audio.
 
 
 @pytest.mark.parametrize(
@@ -160,8 +160,8 @@ async def test_route_exists_below_its_prefix(client: httpx.AsyncClient) -> None:
         ({"audio_length": 0.3333}, 0, int(0.3333 * RATE_HZ)),
         ({"audio_length": 2, "audio_start": 1.5}, int(1.5 * RATE_HZ), int(3.5 * RATE_HZ)),
         ({"audio_length": 2, "audio_start": None}, 0, 2 * RATE_HZ),
-        *(({"audio_start": value}, 0, 1024 * 2048) for value in (20, -5)),  # only used with a length
-        ({"audio_length": 119, "audio_start": 2}, 2 * RATE_HZ, 120 * RATE_HZ),  # ends after the model's longest clip
+        *(({"audio_start": value}, 0, 1024 * 2048) for value in (20, -5)),  # ignored without `audio_length`
+        ({"audio_length": 119, "audio_start": 2}, 2 * RATE_HZ, 120 * RATE_HZ),  # ends after the longest clip
         ({"audio_length": 120}, 0, 120 * RATE_HZ),
         ({"audio_length": 1e-9}, 0, 1),
     ],
@@ -182,8 +182,8 @@ async def test_model_conditioned_on_start_gets_the_span() -> None:
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         audio = read_wav((await generate(client, audio_length=5, audio_start=10)).content)
         assert len(audio) == 5 * RATE_HZ
-        asked = backend.last
-        assert (asked.start_s, asked.conditioned_total_s, asked.duration_s) == (10.0, 15.0, 15.0)
+        request = backend.last
+        assert (request.start_s, request.conditioned_total_s, request.duration_s) == (10.0, 15.0, 15.0)
         shortened = read_wav((await generate(client, audio_length=20, audio_start=40)).content)
         assert len(shortened) == pytest.approx((WINDOW_S - 40) * RATE_HZ, abs=1)
         await generate(client)
