@@ -1,7 +1,7 @@
-"""Judges a chaos run: pure functions that find faults from the ledger, the notices, the store's rows and the kills.
+"""Finds the faults of a chaos run from the ledger, the webhooks, the store's rows and the kills.
 
-Lost: accepted, without valid audio at the end. Duplicated: two jobs for one key, or two artifacts or notices of one
-job. Late: not finished within the time limit since acceptance and the last kill.
+An accepted job is lost if it has no valid audio at the end. It is late if it takes too long after its acceptance and
+the last kill. Two jobs for one key, or two different artifacts or webhooks of one job, are duplicates.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from tests.chaos.ledger import Entry
 from tests.chaos.orders import Order
 from tests.chaos.webhooks import Notice
 
-# Kills that can end an attempt. The death of the controller ends no other process.
+# Kills that can end an attempt of a job. A kill of the controller ends no other process.
 _COSTLY = ("engine", "runner", "database")
-_SPARE_ATTEMPTS = 1  # attempts without a kill: object store errors, or a lease lost on a busy machine
+_SPARE_ATTEMPTS = 1  # for an error of the object store, or a lease that expires on a busy machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def judge(
     blows: Sequence[Blow],
     late_after_s: float,
 ) -> Verdict:
-    """Compare what was accepted with the results. `visible` has the keys of all published files."""
+    """Compare the accepted orders with their results. `visible` has the keys of all published files."""
     verdict = Verdict(num_orders=len(orders))
     book: dict[int, list[Entry]] = defaultdict(list)
     for entry in entries:
@@ -100,7 +100,7 @@ def judge(
 def _judge_order(
     verdict: Verdict, order: Order, entries: Sequence[Entry], *, quiet_at: float, late_after_s: float
 ) -> set[str]:
-    """Check what the client observed for one order (a planned job). Returns the accepted job ids."""
+    """Check one order from the client's entries. Returns the accepted job ids."""
     what = {kind: [entry for entry in entries if entry["what"] == kind] for kind in _WHATS}
     name = f"order {order.number} ({order.kind})"
     for entry in what["wrong"]:
@@ -119,9 +119,9 @@ def _judge_order(
         verdict.add("duplicated", f"{name}: jobs {sorted(promised)} for one key", order=order.number)
     for job in fetched:
         downloads = [entry for entry in what["fetched"] if entry["job"] == job]
-        seen = {(entry["path"], digest) for entry in downloads for digest in entry["sha256"]}
-        if len(seen) > 1:
-            verdict.add("duplicated", f"{name}, job {job}: different artifacts {sorted(seen)}", order=order.number)
+        digests = {(entry["path"], digest) for entry in downloads for digest in entry["sha256"]}
+        if len(digests) > 1:
+            verdict.add("duplicated", f"{name}, job {job}: different artifacts {sorted(digests)}", order=order.number)
     if what["fetched"]:
         took_s = what["fetched"][0]["at"] - max(what["accepted"][0]["at"], quiet_at)
         if took_s > late_after_s:
