@@ -1,4 +1,4 @@
-"""Every ```bash block of every page, run unchanged against a server; the blocks of a page are one program."""
+"""Every ```bash block of every page runs unchanged against a server. All blocks of a page form one program."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ TAGS: dict[str, set[str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Results of a page's commands: `calls` as METHOD and path, `folder` with their files."""
+    """Results of a page's commands: `calls` are the METHOD and path of requests, `folder` has the written files."""
 
     output: str
     calls: list[str]
@@ -54,16 +54,16 @@ class Run:
     folder: Path
 
     def has_called(self, operation: str) -> bool:
-        """Whether a command called this METHOD and path; `{name}` matches any one part."""
+        """Whether a command called this METHOD and path. `{name}` in the path matches any one segment."""
         pattern = re.sub(r"\\{[a-z_]+\\}", "[^/]+", re.escape(operation))
         return any(re.fullmatch(pattern, call) for call in self.calls)
 
     def named(self, pattern: str) -> list[str]:
-        """Returns the files that match a pattern, for names with a random seed."""
+        """Returns the names of files that match a pattern. Names may contain a random seed."""
         return [path.relative_to(self.folder).as_posix() for path in self.folder.glob(pattern)]
 
     def frames(self, name: str) -> int:
-        """Returns samples per channel of an audio file: 16-bit stereo at the model's rate, or Opus."""
+        """Returns the samples per channel of a file, which must be 16-bit stereo at the model's rate, or Opus."""
         info = soundfile.info(self.folder / name)
         if info.subtype != "OPUS":
             assert (info.subtype, info.samplerate, info.channels) == ("PCM_16", RATE_HZ, 2)
@@ -100,12 +100,12 @@ async def run_page(page: Path, folder: Path, **settings: Any) -> Run:
 
 @pytest.fixture(scope="module")
 def operations() -> dict[str, set[str]]:
-    """Returns METHOD and path of every described operation, by tag."""
+    """Returns METHOD and path of every operation in the OpenAPI description, by tag."""
     found: dict[str, set[str]] = {}
     for path, operations in create_app(OfflineBackend(), Settings()).openapi()["paths"].items():
         for method, operation in operations.items():
             if path == "/api/fal/proxy" and method not in ("get", "post", "put"):
-                continue  # accepts any method; the page shows the method that the client uses
+                continue  # the route accepts any method, and the page shows one
             found.setdefault(operation["tags"][0], set()).add(f"{method.upper()} {path}")
     return found
 
@@ -144,7 +144,7 @@ async def test_jobs(tmp_path: Path, operations: dict[str, set[str]]) -> None:
 @pytest.mark.server
 @pytest.mark.slow
 async def test_stable_audio_open_small(tmp_path: Path, operations: dict[str, set[str]]) -> None:
-    run = await run_page(DIALECTS / "stable-audio-open-small.md", tmp_path)  # with the packaged riffs
+    run = await run_page(DIALECTS / "stable-audio-open-small.md", tmp_path)  # uses the packaged riffs
     expect_complete(run, "dialects/stable-audio-open-small.md", operations)
     assert "GET /saos/health" in run.calls
     lengths = {"clip.wav": 524_288, "drums.wav": 302_400, "break.wav": 352_800, "transfer.wav": 524_288}
