@@ -66,7 +66,7 @@ class PostgresServer:
             connection.execute(statement.encode())
 
     def stop(self, mode: Literal["fast", "immediate"] = "fast") -> None:
-        """Close all connections and stop. The mode `immediate` simulates a crash, from which the next start recovers."""
+        """Close all connections and stop. `immediate` simulates a crash, from which the next start recovers."""
         self._control("stop", "--mode", mode)
 
     def start(self) -> None:

@@ -26,8 +26,8 @@ from tests.api.compat.serving import serve_app
 from tests.docs.blocks import DOCS, ROOT, Block, all_blocks, pages, text_of
 from tests.patience import PATIENCE_S
 
-# Languages of blocks, with the pages that other tests cover. `test_commands` runs `bash`. `sh` blocks need a machine,
-# an account or a cluster that tests do not have, so they are only checked below.
+# Languages of blocks, and the pages whose blocks other tests cover. `test_commands` runs `bash` blocks. `sh` blocks
+# need a machine, an account or a cluster that tests do not have, so the tests below only check them.
 PAGES = {
     "js": {"docs/dialects/fal.md", "docs/jobs.md"},  # tests/api/compat/test_fal_node_client.py, test_event_reader.py
     "json": {"docs/api.md", "docs/jobs.md"},
