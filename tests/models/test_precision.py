@@ -230,7 +230,7 @@ def decoded_db(name: str, around: Around) -> float:
 
 @pytest.mark.parametrize("name", [slow("sharp-s"), "sharp-l"])
 @pytest.mark.parametrize("kind", AROUND)
-def test_distance_from_float32(name: str, kind: str) -> None:
+def test_decoded_audio_is_close_to_float32(name: str, kind: str) -> None:
     assert decoded_db(name, AROUND[kind]) >= LEAST_DB[kind][name]
 
 
