@@ -128,7 +128,7 @@ async def test_interrupted_source_leaves_nothing(place: Place, size: int) -> Non
 
 @pytest.mark.parametrize("size", [3, 10 * MIB])
 async def test_a_cancelled_put_leaves_nothing(place: Place, size: int) -> None:
-    begun, go_on = threading.Event(), threading.Event()
+    begun, resumed = threading.Event(), threading.Event()
 
     num_taken = 0
 
@@ -136,14 +136,14 @@ async def test_a_cancelled_put_leaves_nothing(place: Place, size: int) -> None:
         nonlocal num_taken
         yield bytes(size)
         begun.set()
-        go_on.wait(PATIENCE_S)
+        resumed.wait(PATIENCE_S)
         for num_taken in range(10):  # noqa: B007  counts the chunks that were read
             yield bytes(size)
 
     task = asyncio.create_task(place.store.put(KEY, chunks, media_type="audio/wav", file_name="a.wav"))
     await asyncio.to_thread(begun.wait, PATIENCE_S)
     task.cancel()
-    asyncio.get_running_loop().call_later(0.05, go_on.set)
+    asyncio.get_running_loop().call_later(0.05, resumed.set)
     with pytest.raises(asyncio.CancelledError):
         await task
     assert place.names() == []

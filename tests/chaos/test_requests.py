@@ -50,9 +50,9 @@ def kill_one(server: LaunchedServer, target: Target) -> float:
 def loaded_while_killing(server: LaunchedServer, target: Target) -> Load:
     """Run a load while one process is killed, and check that no job is lost."""
     with Load(server.client) as load:
-        load.go_on()
+        load.wait_for_progress()
         back_s = kill_one(server, target)
-        load.go_on()
+        load.wait_for_progress()
     print(f"{target} killed, another after {back_s:.1f} s: {load}")
     assert len(load.finished_jobs()) > 10
     return load

@@ -90,11 +90,11 @@ def test_server_stopped_under_load_loses_nothing(servers: Sequence[LaunchedServe
     leaving, _ = servers
     with balancing("nginx", servers, tmp_path) as one, balancing("haproxy", servers, tmp_path) as other:
         with Load(one) as by_nginx, Load(other) as by_haproxy:
-            by_nginx.go_on()
-            by_haproxy.go_on()
+            by_nginx.wait_for_progress()
+            by_haproxy.wait_for_progress()
             leaving.stop()
-            by_nginx.go_on()  # with the remaining server
-            by_haproxy.go_on()
+            by_nginx.wait_for_progress()  # with the remaining server
+            by_haproxy.wait_for_progress()
         for load in (by_nginx, by_haproxy):
             print(load)
             assert load.failures == []

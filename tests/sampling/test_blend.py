@@ -209,7 +209,7 @@ def beside_kept(kept: Kept, start: Tensor, *, sigma: float, pull: float) -> Tens
         ("stable-audio-3", "dpmpp", 500, 5e-3),
     ],
 )
-def test_deterministic_samplers_follow_the_exact_flow_beside_kept(
+def test_deterministic_samplers_follow_the_exact_flow_next_to_kept(
     family: str, sampler: str, steps: int, tolerance: float
 ) -> None:
     flow = family != "v"
@@ -227,7 +227,7 @@ def test_deterministic_samplers_follow_the_exact_flow_beside_kept(
 
 
 @pytest.mark.parametrize("sampler", [slow("dpmpp-2m-sde"), "dpmpp-3m-sde", slow("k-dpmpp-2s-ancestral")])
-def test_stochastic_samplers_follow_the_exact_diffusion_beside_kept(sampler: str) -> None:
+def test_stochastic_samplers_follow_the_exact_diffusion_next_to_kept(sampler: str) -> None:
     span = SigmaRange(0.01, 80.0)
     plan = build_v_plan(sampler, 150, span=span, guidance=Guidance(), has_source=False)
     num = 20_000

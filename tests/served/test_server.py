@@ -171,7 +171,7 @@ def test_a_hundred_instant_disconnects_stop_their_rows(server: LaunchedServer, w
 
 
 @pytest.mark.slow
-def test_a_thousand_slow_uploads_delay_nobody(server: LaunchedServer) -> None:
+def test_a_thousand_slow_uploads_delay_no_other_request(server: LaunchedServer) -> None:
     head = b"POST /v1/audio/variations HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=B\r\n"
     part = b'--B\r\nContent-Disposition: form-data; name="audio"; filename="a.wav"\r\n\r\n'
     beginning = part + b"-" * 20_000  # more than HAProxy buffers

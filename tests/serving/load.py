@@ -59,7 +59,7 @@ class Load:
         answers = f"{len(self.made)} answers, slowest {max(self.made, default=0.0):.1f} s, {len(self.jobs)} jobs"
         return f"{answers}; {len(self.failures)} failed, {len(self.refusals)} refused with a retry time"
 
-    def go_on(self, times: int = _TIMES) -> None:
+    def wait_for_progress(self, times: int = _TIMES) -> None:
         """Wait until so many more requests were answered and jobs accepted."""
         num_made, num_jobs = len(self.made) + times, len(self.jobs) + times
         wait_until(lambda: len(self.made) >= num_made and len(self.jobs) >= num_jobs)

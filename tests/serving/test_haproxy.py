@@ -267,9 +267,7 @@ async def exchange(port: int, *parts: bytes, awaited: bytes = b"", host: str = _
     return seen
 
 
-async def test_request_reaches_a_replica_once_its_beginning_arrived(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_request_reaches_a_replica_after_its_first_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reached.clear()
     head = "POST {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: {size}\r\n{more}\r\n"
     dripping = head.format(path="/never", size=1_000_000, more="").encode()

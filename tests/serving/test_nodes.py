@@ -134,11 +134,11 @@ def judge(load: Load, what: str) -> None:
 
 
 @pytest.mark.chaos
-def test_update_under_load_goes_unnoticed(cluster: Cluster) -> None:
+def test_update_under_load_fails_no_request(cluster: Cluster) -> None:
     """Replaces all replicas: two on two nodes, without room for a third."""
     before = {name: cluster.replicas(name) for name in ("tiny", "Ingress", "job-runner")}
     with Load(cluster.client) as load:
-        load.go_on()
+        load.wait_for_progress()
         cluster.deploy(max_queue_s=1e5)
         took_s = cluster.wait(
             lambda: (
@@ -149,7 +149,7 @@ def test_update_under_load_goes_unnoticed(cluster: Cluster) -> None:
                 )
             )
         )
-        load.go_on()
+        load.wait_for_progress()
     judge(load, f"update, {took_s:.0f} s")
     assert len(set(cluster.replicas("tiny").values())) == 2
 
@@ -160,7 +160,7 @@ def test_restarted_head_restores_its_state_from_redis(cluster: Cluster) -> None:
     before = cluster.replicas("tiny")
     ready: Counter[int] = Counter()
     with Load(cluster.client) as load:
-        load.go_on()
+        load.wait_for_progress()
         cluster.do("kill_gcs")
         until = time.monotonic() + _AWAY_S
         while time.monotonic() < until:
@@ -195,16 +195,16 @@ def test_replicas_leave_a_drained_node_before_it_stops(cluster: Cluster) -> None
         return not cluster.do("is_alive", victim)
 
     with Load(cluster.client) as load:
-        load.go_on()
+        load.wait_for_progress()
         cluster.do("drain_node", victim)
         took_s = cluster.wait(has_left)
-        load.go_on()
+        load.wait_for_progress()
     judge(load, f"node drained, gone after {took_s:.0f} s, {least} of {num_replicas} replicas at least")
     cluster.wait(lambda: len(cluster.replicas("tiny")) == num_replicas)
     assert victim not in cluster.replicas("tiny").values()
 
 
-def test_killed_node_goes_unnoticed_and_is_replaced(cluster: Cluster) -> None:
+def test_killed_node_fails_no_request_and_is_replaced(cluster: Cluster) -> None:
     """Kills every process of a node at once, with a replica and perhaps a runner at work."""
     cluster.deploy(replicas={"min_replicas": 2, "max_replicas": 2})
     cluster.do("add", 1)  # room for the replacement
@@ -212,7 +212,7 @@ def test_killed_node_goes_unnoticed_and_is_replaced(cluster: Cluster) -> None:
     runners = set(cluster.replicas("job-runner").values())
     victim = max(cluster.replicas("tiny").values(), key=lambda node: node in runners)
     with Load(cluster.client) as load:
-        load.go_on()
+        load.wait_for_progress()
         began_at = time.monotonic()
         num_killed = cluster.do("kill_node", victim)
         cluster.wait(
@@ -225,5 +225,5 @@ def test_killed_node_goes_unnoticed_and_is_replaced(cluster: Cluster) -> None:
             )
         )
         took_s = time.monotonic() - began_at
-        load.go_on()
+        load.wait_for_progress()
     judge(load, f"{num_killed} processes killed, full strength after {took_s:.0f} s")

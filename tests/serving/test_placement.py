@@ -160,7 +160,7 @@ def test_no_surge_without_room_for_all_replicas() -> None:
     ]
 
 
-def test_surge_needs_cpus_beside_those_of_the_ingress() -> None:
+def test_surge_needs_more_cpus_than_the_ingress_uses() -> None:
     assert surges([Slot(0, 2)], SFX) == [True]
     assert surges([Slot(0, 2)], SFX, MUSIC) == [False, False]
     assert surges([Slot(0, 2)], SFX, ingress={"replicas": 2, "num_cpus": 0.5}) == [False]
