@@ -1,4 +1,4 @@
-"""Killed processes under load. The last file of this folder, because it damages the server."""
+"""Processes are killed under load. This must be the last file of this folder, because it damages the server."""
 
 from __future__ import annotations
 
