@@ -1,4 +1,4 @@
-"""Reading config files; every mistake is refused by name."""
+"""Config files are read, and errors name every mistake."""
 
 from __future__ import annotations
 
