@@ -25,7 +25,7 @@ build_quickly()
 
 
 @pytest.fixture(autouse=True)
-def _plain_logs(_logs_as_they_were: None) -> None:
+def _plain_logs(_restored_logging: None) -> None:
     structlog.configure([structlog.processors.format_exc_info, structlog.processors.LogfmtRenderer()])
 
 
