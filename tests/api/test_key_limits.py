@@ -150,7 +150,7 @@ async def test_concurrency_limits_requests_on_all_servers_but_not_jobs(pair: Pai
 
 async def test_a_repeated_job_is_charged_once(pair: Pair) -> None:
     headers = {"Authorization": "Bearer alice", "Idempotency-Key": "one"}
-    for n in range(20):  # each asks for 6 s, 120 s in total
+    for n in range(20):  # 20 requests for 6 s exceed the limit of 60 s
         reply = await pair[n % 2].post("/jobs", json=REQUESTS["sa3 job"][1], headers=headers)
         assert (reply.status_code, "idempotent-replayed" in reply.headers) == (202, n > 0)
 

@@ -1,7 +1,7 @@
 """The client of a chaos run. It retries requests without an answer, records accepted jobs, and checks their audio.
 
-A retry repeats the same request, including the idempotency key. The client polls each job until it ends. Only JSON
-counts as an answer of the API.
+A retry repeats the same request, including the idempotency key. The client polls each job until it ends. An answer of
+the API must be JSON.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class WrongError(Exception):
 
 
 class NoAnswerError(Exception):
-    """No answer, or a 503. The server may have carried out the request anyway."""
+    """No answer, or an error that a retry may avoid. The server may have carried out the request anyway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ class Customer:
         raise WrongError(f"{request['method']} {request['url']} answered {reply.status_code}: {reply.text[:300]}")
 
     def _may_pass(self, reply: httpx.Response) -> bool:
-        """Return whether a retry may succeed: after a 5xx with Retry-After, or any error of the object store."""
+        """Return whether a retry may succeed: after a 429 or 503 with Retry-After, or an error of the object store."""
         if str(reply.url).startswith(str(self.http.base_url)):
             return reply.status_code in _TRANSIENT and "retry-after" in reply.headers
         return reply.status_code in _FAILING

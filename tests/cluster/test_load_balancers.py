@@ -221,7 +221,7 @@ async def test_links_use_the_host_of_the_request(name: str, tmp_path: Path) -> N
 
 
 @both
-async def test_requests_go_to_the_server_with_the_fewest(name: str, tmp_path: Path) -> None:
+async def test_requests_go_to_the_server_with_the_fewest_requests(name: str, tmp_path: Path) -> None:
     async with balancing(name, tmp_path) as balanced, balanced.client.stream("GET", "/events") as answer:
         lines = answer.aiter_lines()
         assert await anext(lines)

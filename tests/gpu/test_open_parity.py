@@ -57,7 +57,7 @@ def denoise(device: torch.device, name: str, dtype: torch.dtype, *, is_condition
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_denoiser(device: torch.device, name: str) -> None:
+def test_denoiser_matches_the_reference(device: torch.device, name: str) -> None:
     conditional = denoise(device, name, torch.float32)
     unconditional = denoise(device, name, torch.float32, is_conditional=False)
     tensors = load_open_goldens(name).tensors
@@ -67,7 +67,7 @@ def test_denoiser(device: torch.device, name: str) -> None:
 
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_half_precision_denoiser(device: torch.device, name: str, dtype: torch.dtype) -> None:
+def test_half_precision_denoiser_is_close_to_the_reference(device: torch.device, name: str, dtype: torch.dtype) -> None:
     model, expected = load_on(device, name, dtype), load_open_goldens(name).tensors["dit/out"]
     assert model.denoiser.dtype == dtype
     assert {parameter.dtype for parameter in model.autoencoder.parameters()} == {torch.float32}
@@ -76,7 +76,7 @@ def test_half_precision_denoiser(device: torch.device, name: str, dtype: torch.d
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_autoencoder(device: torch.device, name: str) -> None:
+def test_autoencoder_matches_the_reference(device: torch.device, name: str) -> None:
     tensors = load_open_goldens(name).tensors
     with torch.inference_mode():
         decoded = load_on(device, name).autoencoder.decode(stored(name, "ae/z", device)).cpu()

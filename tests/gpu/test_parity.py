@@ -56,7 +56,7 @@ def denoise(device: torch.device, name: str, dtype: torch.dtype, *, guided: bool
     return velocity.cpu()
 
 
-def test_prompts_and_numbers(device: torch.device, name: str) -> None:
+def test_conditioners_match_the_reference(device: torch.device, name: str) -> None:
     model, goldens = load_on(device, name), load_goldens(name)
     encoded = model.encode_text(goldens.facts["components"]["text"]["prompts"])
     tokens = torch.stack([embedding.tokens for embedding in encoded]).cpu()
@@ -66,7 +66,7 @@ def test_prompts_and_numbers(device: torch.device, name: str) -> None:
     assert_near(embedded, goldens.tensors["number/embeddings"], within=WIDER * BOUNDS["number"])
 
 
-def test_denoiser(device: torch.device, name: str) -> None:
+def test_denoiser_matches_the_reference(device: torch.device, name: str) -> None:
     tensors = load_goldens(name).tensors
     valid = tensors["dit/padding_mask"].bool()[:, None].expand(-1, tensors["dit/x"].shape[1], -1)
     padded = denoise(device, name, torch.float32)
@@ -76,7 +76,7 @@ def test_denoiser(device: torch.device, name: str) -> None:
     assert_near(guided, tensors["dit/cfg3_neg_apg1"], within=WIDER * BOUNDS["denoiser guidance"])
 
 
-def test_autoencoder(device: torch.device, name: str) -> None:
+def test_autoencoder_matches_the_reference(device: torch.device, name: str) -> None:
     net, tensors = load_on(device, name).autoencoder, load_goldens(name).tensors
     audio, latents = stored(name, ["ae/audio", "ae/latents"], device)
     with torch.inference_mode():
@@ -96,7 +96,7 @@ def test_runs_match_the_reference(device: torch.device, name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_half_precision_denoiser(device: torch.device, name: str, dtype: torch.dtype) -> None:
+def test_half_precision_denoiser_is_close_to_the_reference(device: torch.device, name: str, dtype: torch.dtype) -> None:
     model, expected = load_on(device, name, dtype), load_goldens(name).tensors["dit/out_pad_keymask"]
     assert model.denoiser.dtype == dtype
     assert {parameter.dtype for parameter in model.autoencoder.parameters()} == {torch.float32}

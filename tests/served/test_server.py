@@ -198,7 +198,7 @@ def test_a_thousand_slow_uploads_delay_no_other_request(server: LaunchedServer) 
 def test_other_processes_run_at_lower_priority_than_models(server: LaunchedServer) -> None:
     own = os.getpriority(os.PRIO_PROCESS, 0)
     (model,) = server.pids("ServeReplica:audio:tiny")
-    assert os.getpriority(os.PRIO_PROCESS, model) == own  # Ray's default is the lowest priority
+    assert os.getpriority(os.PRIO_PROCESS, model) == own  # not the lowest priority, which is Ray's default
     for name in ("Ingress", "job-runner"):
         pids = server.pids(f"ServeReplica:audio:{name}")
         threads = [int(thread) for pid in pids for thread in os.listdir(f"/proc/{pid}/task")]

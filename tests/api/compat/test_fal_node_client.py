@@ -63,13 +63,13 @@ async def results(node_path: Path) -> AsyncIterator[dict[str, Any]]:
         }
 
 
-def test_run(results: dict[str, Any]) -> None:
+def test_run_returns_audio(results: dict[str, Any]) -> None:
     check_output(results["run"]["data"], results["base"])
     assert len(results["run"]["requestId"]) == 36
 
 
 @pytest.mark.parametrize("mode", ["polling", "streaming"])
-def test_subscribe(results: dict[str, Any], mode: str) -> None:
+def test_subscribe_follows_the_request_and_returns_audio(results: dict[str, Any], mode: str) -> None:
     subscribed = results[mode]
     check_output(subscribed["data"], results["base"])
     assert subscribed["ids"] == [subscribed["requestId"]]
@@ -88,13 +88,13 @@ def test_submit_status_stream_and_result(results: dict[str, Any]) -> None:
     check_output(queue["result"]["data"], results["base"])
 
 
-def test_cancel(results: dict[str, Any]) -> None:
+def test_request_can_be_cancelled(results: dict[str, Any]) -> None:
     assert results["cancel"]["status"]["error_type"] == "client_cancelled"
     result = results["cancel"]["result"]
     assert (result["status"], result["body"]["error_type"]) == (499, "client_cancelled")
 
 
-def test_upload(results: dict[str, Any]) -> None:
+def test_uploaded_files_are_unchanged(results: dict[str, Any]) -> None:
     assert results["upload"]["small"] == [200, "audio/wav", 5000]
     assert results["upload"]["large"] == [200, "audio/wav", 91 * 1024 * 1024]
     check_output(results["upload"]["withBlob"], results["base"])
@@ -114,7 +114,7 @@ def test_input_errors_are_validation_errors_by_field(results: dict[str, Any]) ->
     assert results["errors"]["noInput"]["body"]["detail"][0]["loc"] == ["body", "prompt"]
 
 
-def test_other_errors(results: dict[str, Any]) -> None:
+def test_other_errors_keep_their_status(results: dict[str, Any]) -> None:
     errors = results["errors"]
     assert {name: error["status"] for name, error in errors.items() if not error["isValidation"]} == {
         "failed": 500,

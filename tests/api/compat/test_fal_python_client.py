@@ -57,7 +57,7 @@ async def results(request: pytest.FixtureRequest, certificate: dict[str, Path]) 
         yield await run_script(*command, environment=environment) | {"base": base, "refusals": refusals}
 
 
-def test_run(results: dict[str, Any]) -> None:
+def test_run_returns_audio(results: dict[str, Any]) -> None:
     check_output(results["run"], results["base"])
 
 
@@ -72,18 +72,18 @@ def test_submit_status_events_and_result(results: dict[str, Any]) -> None:
     assert submit["again"] == submit["result"]
 
 
-def test_subscribe(results: dict[str, Any]) -> None:
+def test_subscribe_follows_the_request_and_returns_audio(results: dict[str, Any]) -> None:
     assert (results["subscribe"]["num_ids"], results["subscribe"]["last"]) == (1, "Completed")
     check_output(results["subscribe"]["result"], results["base"])
 
 
-def test_the_asynchronous_client(results: dict[str, Any]) -> None:
+def test_asynchronous_client_returns_audio(results: dict[str, Any]) -> None:
     assert results["subscribe_async"]["last"] == "Completed"
     check_output(results["subscribe_async"]["result"], results["base"])
     check_output(results["subscribe_async"]["run"], results["base"])
 
 
-def test_cancel(results: dict[str, Any]) -> None:
+def test_request_can_be_cancelled(results: dict[str, Any]) -> None:
     cancel = results["cancel"]
     assert cancel["error_type"] == "client_cancelled"
     assert (cancel["result"]["status"], cancel["result"]["error_type"]) == (499, "client_cancelled")
@@ -99,7 +99,7 @@ def test_start_timeout_is_raised(results: dict[str, Any]) -> None:
     assert (late["status"], late["error_type"]) == (504, "request_timeout")
 
 
-def test_upload(results: dict[str, Any]) -> None:
+def test_uploaded_files_are_unchanged(results: dict[str, Any]) -> None:
     assert results["upload"] == {"take_1.wav": True, "upload.bin": True, "take_2.wav": True}
 
 
@@ -112,7 +112,7 @@ def test_input_errors_contain_the_entries_of_the_fields(results: dict[str, Any])
         assert field in error["text"]
 
 
-def test_other_errors(results: dict[str, Any]) -> None:
+def test_other_errors_keep_their_status(results: dict[str, Any]) -> None:
     errors = results["errors"]
     assert (errors["failed"]["status"], errors["failed"]["error_type"]) == (500, "internal_error")
     assert errors["unknown app"]["status"] == 404

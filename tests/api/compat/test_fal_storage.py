@@ -59,7 +59,7 @@ async def test_token_is_the_callers_key(client: httpx.AsyncClient) -> None:
     assert bare["token_type"]
 
 
-async def test_upload_in_one_request(client: httpx.AsyncClient) -> None:
+async def test_upload_in_one_request_is_stored(client: httpx.AsyncClient) -> None:
     headers = {"content-type": "audio/wav", "x-fal-file-name": "take 1.wav"}
     reply = await client.post("/files/upload", content=DATA, headers=headers)
     assert reply.json().keys() == {"access_url"}
@@ -67,7 +67,7 @@ async def test_upload_in_one_request(client: httpx.AsyncClient) -> None:
     await check_file(client, reply.json()["access_url"])
 
 
-async def test_announced_upload(client: httpx.AsyncClient) -> None:
+async def test_announced_upload_is_stored(client: httpx.AsyncClient) -> None:
     place = await announce(client)
     assert (await client.get(place["file_url"])).status_code == 404
     assert (await client.put(place["upload_url"], content=DATA)).status_code == 200
@@ -84,7 +84,7 @@ async def test_repeated_upload_is_accepted_and_a_different_one_refused(client: h
 
 
 @pytest.mark.parametrize("is_javascript", [False, True])
-async def test_multipart_upload(client: httpx.AsyncClient, is_javascript: bool) -> None:
+async def test_multipart_upload_is_joined(client: httpx.AsyncClient, is_javascript: bool) -> None:
     if is_javascript:
         place = await announce(client, "initiate-multipart")
         url, parts_url = place["file_url"], place["upload_url"]
@@ -190,7 +190,7 @@ async def test_upload_above_the_limit_is_413_while_it_arrives() -> None:
 
 
 async def test_announced_urls_need_no_key(client: httpx.AsyncClient) -> None:
-    other = httpx.URL((await announce(client))["upload_url"]).path  # the next server did not issue it
+    other = httpx.URL((await announce(client))["upload_url"]).path  # a ticket that the next server did not issue
     async with make_client(**KEYS) as (client, _):
         assert (await client.put(other, content=DATA)).status_code == 403
         for path in ("/storage/auth/token", "/storage/upload/initiate", "/files/upload", "/files/upload/multipart"):

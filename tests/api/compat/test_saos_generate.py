@@ -30,7 +30,7 @@ STYLE = "/generate/style-transfer"
 
 
 @pytest.mark.parametrize("path", PATHS)
-async def test_documented_request(client: httpx.AsyncClient, backend: ToneBackend, path: str) -> None:
+async def test_documented_request_returns_a_file(client: httpx.AsyncClient, backend: ToneBackend, path: str) -> None:
     body = {"prompt": "lo-fi hip-hop beat with pianos 90bpm", "steps": 8, "cfg_scale": 1.0, "seed": 12345}
     before = int(time.time())
     reply = await client.post(path, json=body)
@@ -44,7 +44,7 @@ async def test_documented_request(client: httpx.AsyncClient, backend: ToneBacken
     assert (request.init_audio, request.sampler, request.start_s, request.batch_size) == (None, None, 0.0, 1)
 
 
-async def test_defaults(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+async def test_unset_fields_have_the_documented_defaults(client: httpx.AsyncClient, backend: ToneBackend) -> None:
     _, metadata = expect_base64(await client.post("/generate", json={"prompt": "x", "return_format": "base64"}))
     assert set(metadata) == CLIP_KEYS
     assert (metadata["steps"], metadata["cfg_scale"], metadata["negative_prompt"]) == (8, 1.0, None)
@@ -117,7 +117,9 @@ async def test_start_is_ignored_by_models_without_that_condition(
         (None, WINDOW_SAMPLES),
     ],
 )
-async def test_lengths(client: httpx.AsyncClient, seconds: Any, samples: int) -> None:
+async def test_clip_has_the_requested_length_up_to_the_window(
+    client: httpx.AsyncClient, seconds: Any, samples: int
+) -> None:
     reply = await client.post("/generate", json={"prompt": "x", "seconds_total": seconds})
     assert len(expect_wav(reply, name=r"stable_audio_\d+_\d+\.wav")) == samples
 
@@ -216,7 +218,7 @@ async def test_fine_tune_selects_a_served_model() -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "/saos"])
-async def test_style_transfer(client: httpx.AsyncClient, backend: ToneBackend, prefix: str) -> None:
+async def test_style_transfer_uses_the_upload(client: httpx.AsyncClient, backend: ToneBackend, prefix: str) -> None:
     upload = make_audio_file(duration_s=1.5, rate_hz=22_050, channels=2)
     form = {"prompt": "aggressive techno 140bpm", "style_strength": "0.6", "seed": "5", "negative_prompt": "hum"}
     reply = await client.post(prefix + STYLE, data=form, files={"audio_file": ("in.wav", upload, "audio/wav")})

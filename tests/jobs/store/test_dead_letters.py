@@ -103,7 +103,7 @@ class TestRetries:
         assert not retried.is_dead_letter
         assert store.clients.events(dead.spec.ref)[-1].message == "tried again by an operator"
         assert store.runners.expire() == []
-        assert Outbox(store.database).claim(for_s=60) is None  # the job has not ended any more
+        assert Outbox(store.database).claim(for_s=60) is None  # the job waits again, so there is no notice
         again = lease(store)
         assert (again.attempts, again.lease.fence if again.lease else 0) == (1, 2)
         assert store.runners.succeed(again, result_of(again)) is not None

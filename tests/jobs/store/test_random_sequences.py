@@ -337,7 +337,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.finish(back, how)
 
     def finish(self, back: int, how: str) -> None:
-        """End a job as a runner whose lease may be lost."""
+        """End a job as its runner does. The runner may have lost the lease."""
         leased, job = self.pick_lease(back)
         is_held = job is not None
         assert report(self.store, leased, stage="generating", fraction=0.5, eta_s=1.0) == is_held

@@ -47,7 +47,7 @@ def _no_gradients() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_plain_forward(name: str) -> None:
+def test_output_matches_the_reference(name: str) -> None:
     g = golden(name)
     assert_near(denoiser(name)(g("x"), g("t"), conditioning=conditioning(name)), g("out"), within=SINGLE_FORWARD)
 
@@ -98,7 +98,7 @@ def test_zero_local_conditioning_differs_from_none(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_intermediate_values(name: str) -> None:
+def test_intermediate_values_match_the_reference(name: str) -> None:
     g, net, seen = golden(name), denoiser(name), {}
     first = net.transformer.layers[0]
     modules = {

@@ -30,7 +30,7 @@ def number(digits: str) -> float:
 
 
 @pytest.mark.parametrize(("name", "key"), CASES)
-def test_guided_velocity(name: str, key: str) -> None:
+def test_guided_velocity_matches_the_reference(name: str, key: str) -> None:
     tensors, net = load_goldens(name).tensors, loaded(name).denoiser
     case = NAME.fullmatch(key)
     assert case is not None
