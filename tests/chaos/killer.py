@@ -49,7 +49,7 @@ _BACK_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Strike:
+class PlannedKill:
     """A planned kill, `at_s` seconds after the start."""
 
     at_s: float
@@ -57,14 +57,14 @@ class Strike:
 
 
 @dataclass(frozen=True, slots=True)
-class Blow:
+class Kill:
     """A kill that was carried out, at Unix time `at`."""
 
     at: float
     target: Target
 
 
-def plan_strikes(*, rounds: int, every_s: float, seed: int) -> list[Strike]:
+def plan_kills(*, rounds: int, every_s: float, seed: int) -> list[PlannedKill]:
     """Plan to kill one process of every kind per round, in random order and at random times.
 
     The plan also restarts the database once.
@@ -75,42 +75,42 @@ def plan_strikes(*, rounds: int, every_s: float, seed: int) -> list[Strike]:
         targets += rng.sample(list(KINDS), len(KINDS))
     targets.insert(rng.randrange(1, len(targets)), "database")
     times = [every_s * (index + 1 + rng.uniform(-0.4, 0.4)) for index in range(len(targets))]
-    return [Strike(at_s, target) for at_s, target in zip(times, targets, strict=True)]
+    return [PlannedKill(at_s, target) for at_s, target in zip(times, targets, strict=True)]
 
 
 class NotBackError(Exception):
     """A killed process was not replaced in time."""
 
 
-async def strike_all(
+async def carry_out(
     server: LaunchedServer,
-    strikes: Sequence[Strike],
+    planned_kills: Sequence[PlannedKill],
     *,
     crash_database: Callable[[], None],
     seed: int,
-    report: Callable[[Blow], None],
-) -> list[Blow]:
+    report: Callable[[Kill], None],
+) -> list[Kill]:
     """Carry out a plan. Each kill waits until the previous victim is replaced.
 
     Raises NotBackError if a replacement takes too long.
     """
     rng = random.Random(f"victims/{seed}")
     started_at = time.monotonic()
-    blows = []
+    kills = []
     with running_census(server) as census:
-        for strike in strikes:
-            await asyncio.sleep(max(0.0, started_at + strike.at_s - time.monotonic()))
+        for planned_kill in planned_kills:
+            await asyncio.sleep(max(0.0, started_at + planned_kill.at_s - time.monotonic()))
             at = time.time()
-            if strike.target == "database":
+            if planned_kill.target == "database":
                 await asyncio.to_thread(crash_database)
-                report(blow := Blow(at, strike.target))
+                report(kill := Kill(at, planned_kill.target))
             else:
-                at, pid = await _kill(server, KINDS[strike.target], rng)
-                report(blow := Blow(at, strike.target))
-                is_back = partial(_is_back, server, KINDS[strike.target], pid, census)
-                await wait_until_back(strike.target, killed=pid, is_back=is_back)
-            blows.append(blow)
-    return blows
+                at, pid = await _kill(server, KINDS[planned_kill.target], rng)
+                report(kill := Kill(at, planned_kill.target))
+                is_back = partial(_is_back, server, KINDS[planned_kill.target], pid, census)
+                await wait_until_back(planned_kill.target, killed=pid, is_back=is_back)
+            kills.append(kill)
+    return kills
 
 
 async def _kill(server: LaunchedServer, kind: ProcessKind, rng: random.Random) -> tuple[float, int]:

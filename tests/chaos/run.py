@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import httpx
 
 from tests.chaos.customer import Customer, WrongError
-from tests.chaos.killer import Blow, Strike, plan_strikes, strike_all
+from tests.chaos.killer import Kill, PlannedKill, carry_out, plan_kills
 from tests.chaos.ledger import Ledger
 from tests.chaos.orders import Order, arrival_times, make_orders
 from tests.chaos.scene import ORPHAN_AFTER_S, WEBHOOK_SECRET, Scene
@@ -44,13 +44,13 @@ class ChaosPlan:
         return make_orders(self.num_orders, seed=self.seed)
 
     @property
-    def strikes(self) -> list[Strike]:
-        return plan_strikes(rounds=self.rounds, every_s=self.every_s, seed=self.seed)
+    def planned_kills(self) -> list[PlannedKill]:
+        return plan_kills(rounds=self.rounds, every_s=self.every_s, seed=self.seed)
 
 
 async def run_chaos(scene: Scene, plan: ChaosPlan, ledger: Ledger) -> Verdict:
     """Carry out `plan` and print its progress. Returns the verdict."""
-    orders, strikes = plan.orders, plan.strikes
+    orders, planned_kills = plan.orders, plan.planned_kills
     limits = httpx.Limits(max_connections=None)  # a limited pool of httpx loses connections after timeouts
     with receiving(WEBHOOK_SECRET) as inbox:
         async with httpx.AsyncClient(
@@ -59,7 +59,7 @@ async def run_chaos(scene: Scene, plan: ChaosPlan, ledger: Ledger) -> Verdict:
             customer = Customer(http, ledger, inbox.url)
             progress = asyncio.create_task(_print_progress(ledger, inbox))
             try:
-                blows = await _attack(scene, plan, customer, orders=orders, strikes=strikes)
+                kills = await _attack(scene, plan, customer, orders=orders, planned_kills=planned_kills)
                 await _check_results(customer, orders, plan)
                 await _wait_for_notices(inbox, orders)
             finally:
@@ -70,7 +70,7 @@ async def run_chaos(scene: Scene, plan: ChaosPlan, ledger: Ledger) -> Verdict:
         notices=inbox.notices,
         rows=scene.rows(),
         visible=scene.visible(),
-        blows=blows,
+        kills=kills,
         late_after_s=plan.late_after_s,
     )
     for key in set(scene.visible()) - scene.stored():
@@ -82,26 +82,26 @@ async def run_chaos(scene: Scene, plan: ChaosPlan, ledger: Ledger) -> Verdict:
 
 
 async def _attack(
-    scene: Scene, plan: ChaosPlan, customer: Customer, *, orders: Sequence[Order], strikes: Sequence[Strike]
-) -> list[Blow]:
+    scene: Scene, plan: ChaosPlan, customer: Customer, *, orders: Sequence[Order], planned_kills: Sequence[PlannedKill]
+) -> list[Kill]:
     """Submit orders while the kills are carried out. Returns the kills."""
-    arrivals = arrival_times(len(orders), span_s=strikes[-1].at_s, seed=plan.seed)
+    arrivals = arrival_times(len(orders), span_s=planned_kills[-1].at_s, seed=plan.seed)
 
     async def arrive(order: Order, at_s: float) -> None:
         await asyncio.sleep(at_s)
         await customer.run(order, give_up_s=plan.give_up_s)
 
-    blows, *_ = await asyncio.gather(
-        strike_all(
+    kills, *_ = await asyncio.gather(
+        carry_out(
             scene.server,
-            strikes,
+            planned_kills,
             crash_database=scene.crash_database,
             seed=plan.seed,
-            report=lambda blow: print(f"chaos: killed {blow.target}", flush=True),
+            report=lambda kill: print(f"chaos: killed {kill.target}", flush=True),
         ),
         *(arrive(order, at_s) for order, at_s in zip(orders, arrivals, strict=True)),
     )
-    return blows
+    return kills
 
 
 async def _check_results(customer: Customer, orders: Sequence[Order], plan: ChaosPlan) -> None:

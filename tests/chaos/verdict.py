@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tests.chaos import dialects
-from tests.chaos.killer import Blow
+from tests.chaos.killer import Kill
 from tests.chaos.ledger import Entry
 from tests.chaos.orders import Order
 from tests.chaos.webhooks import Notice
@@ -73,7 +73,7 @@ def judge(
     notices: Sequence[Notice],
     rows: Sequence[JobRow],
     visible: Sequence[str],
-    blows: Sequence[Blow],
+    kills: Sequence[Kill],
     late_after_s: float,
 ) -> Verdict:
     """Compare the accepted orders with their results. `visible` has the keys of all published files."""
@@ -81,13 +81,13 @@ def judge(
     book: dict[int, list[Entry]] = defaultdict(list)
     for entry in entries:
         book[entry["order"]].append(entry)
-    quiet_at = max((blow.at for blow in blows), default=0.0)
+    quiet_at = max((kill.at for kill in kills), default=0.0)
     jobs: dict[str, Order] = {}  # every accepted job
     for order in orders:
         promised = _judge_order(verdict, order, book[order.number], quiet_at=quiet_at, late_after_s=late_after_s)
         jobs |= dict.fromkeys(promised, order)
     _judge_notices(verdict, jobs, notices)
-    _judge_rows(verdict, jobs, rows, blows)
+    _judge_rows(verdict, jobs, rows, kills)
     _judge_artifacts(verdict, rows, visible)
     verdict.num_unanswered = sum(entry["what"] == "unanswered" for entry in entries)
     verdict.num_restarted = sum(row.attempts > 1 for row in rows)
@@ -156,7 +156,7 @@ def _judge_notices(verdict: Verdict, jobs: dict[str, Order], notices: Sequence[N
             verdict.add("unnotified", f"order {order.number} ({order.kind}), job {job}: no webhook", order=order.number)
 
 
-def _judge_rows(verdict: Verdict, jobs: dict[str, Order], rows: Sequence[JobRow], blows: Sequence[Blow]) -> None:
+def _judge_rows(verdict: Verdict, jobs: dict[str, Order], rows: Sequence[JobRow], kills: Sequence[Kill]) -> None:
     stored = {row.id: row for row in rows}
     for job, order in jobs.items():
         if job not in stored:
@@ -167,7 +167,7 @@ def _judge_rows(verdict: Verdict, jobs: dict[str, Order], rows: Sequence[JobRow]
         if row.completed_at is None:
             verdict.add("unaccounted", f"job {row.id}: {row.state} when all was over")
             continue
-        allowed = 1 + _SPARE_ATTEMPTS + _count_blows(blows, row)
+        allowed = 1 + _SPARE_ATTEMPTS + _count_kills(kills, row)
         if row.attempts > allowed:
             verdict.add("worn", f"job {row.id}: {row.attempts} attempts, {allowed} explained by kills")
     for key, same in Counter(row.key for row in rows if row.key).items():
@@ -184,6 +184,6 @@ def _judge_artifacts(verdict: Verdict, rows: Sequence[JobRow], visible: Sequence
             verdict.add("duplicated", f"artifact {artifact}: {num_visible} times visible, {num_due} succeeded jobs")
 
 
-def _count_blows(blows: Sequence[Blow], row: JobRow) -> int:
+def _count_kills(kills: Sequence[Kill], row: JobRow) -> int:
     assert row.completed_at is not None
-    return sum(blow.target in _COSTLY and row.created_at <= blow.at <= row.completed_at for blow in blows)
+    return sum(kill.target in _COSTLY and row.created_at <= kill.at <= row.completed_at for kill in kills)
