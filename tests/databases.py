@@ -171,9 +171,8 @@ def _cleaned_up(programs: Path, folder: Path) -> Iterator[None]:
         yield
     finally:
         keeper.communicate()
-        shutil.rmtree(
-            folder, ignore_errors=True
-        )  # the process may not be allowed to remove the folder itself from /tmp
+        # The process may not be allowed to remove the folder itself from /tmp.
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _run(folder: Path, *command: str | Path) -> None:

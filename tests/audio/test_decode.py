@@ -260,9 +260,8 @@ def test_a_file_that_takes_too_long_is_refused(own_pids: Callable[[], list[int]]
     began_at = time.monotonic()
     with closing(AudioDecoder(timeout_s=PATIENCE_S)) as first:
         first.decode(as_file(make_audio_file()), max_s=10)
-    decoder = AudioDecoder(
-        timeout_s=5 * (time.monotonic() - began_at)
-    )  # five times as long as starting a process and decoding a file took
+    # Allow five times as long as starting a process and decoding a file took.
+    decoder = AudioDecoder(timeout_s=5 * (time.monotonic() - began_at))
     decoder.decode(as_file(make_audio_file()), max_s=10)
     (pid,) = own_pids()
     os.kill(pid, signal.SIGSTOP)

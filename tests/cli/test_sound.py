@@ -145,9 +145,8 @@ async def test_a_file_is_recreated_from_its_recipe(shell: Shell) -> None:
     recipe = extract(io.BytesIO(rain))
     assert recipe is not None
     assert await shell.run("replay", "-", "-o", "-", stdin=recipe.encode()) == rain
-    await shell.run(
-        "generate", "rain " * 1000, "-d", "0.5", "-s", "8", "-o", "long.wav"
-    )  # the recipe is too long for a header
+    # The recipe is too long for a header.
+    await shell.run("generate", "rain " * 1000, "-d", "0.5", "-s", "8", "-o", "long.wav")
     assert (await shell.run("replay", "long.wav")).startswith(b"rain-rain-")
     await shell.run("variation", "rain.wav", "hail", "-d", "0.5", "-o", "hail.flac", "--format", "flac")
     hail = await shell.read("hail.flac")

@@ -58,9 +58,8 @@ def balancing(name: str, servers: Sequence[LaunchedServer], folder: Path) -> Ite
 
 def is_ready(client: httpx.Client) -> bool:
     try:
-        return (
-            client.get("/ready").status_code == 200
-        )  # HAProxy responds with an error before it has checked its servers
+        # HAProxy responds with an error before it has checked its servers.
+        return client.get("/ready").status_code == 200
     except httpx.TransportError:
         return False
 

@@ -44,9 +44,8 @@ def test_every_sample_is_declared_with_its_kind_and_labels() -> None:
 
 def test_every_declared_metric_is_measured_somewhere() -> None:
     texts = {node.value for tree in trees() for node in ast.walk(tree) if isinstance(node, ast.Constant)}
-    stages = {
-        f"engine_{stage}_ms" for stage in ("text", "encode", "denoise", "decode")
-    }  # the code builds these names with f-strings
+    # The code builds these names with f-strings.
+    stages = {f"engine_{stage}_ms" for stage in ("text", "encode", "denoise", "decode")}
     assert set(METRICS) - texts - stages == set()
     assert stages <= set(METRICS)
 

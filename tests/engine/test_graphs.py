@@ -165,9 +165,8 @@ def test_old_uses_of_a_shape_weigh_less(monkeypatch: pytest.MonkeyPatch) -> None
     bench = Bench()
     bench.ask(100, times=90)
     bench.capture_all()
-    bench.ask(
-        200, times=40
-    )  # the weight of the first shape's uses falls to 45 after the 100th call and to 22 after the 200th
+    # The weight of the first shape's uses falls to 45 after the 100th call and to 22 after the 200th.
+    bench.ask(200, times=40)
     assert bench.capture_all() == []
     bench.ask(200, times=90)
     assert bench.capture_all() == [200]

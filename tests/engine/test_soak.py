@@ -28,9 +28,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     logged = structlog.get_config()
-    structlog.configure(
-        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING)
-    )  # omit the log line of each request
+    # Omit the log line of each request.
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     before = {thread.name for thread in threading.enumerate()}
     with Progress() as progress:
         bar = progress.add_task("requests", total=REQUESTS)

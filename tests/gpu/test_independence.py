@@ -95,9 +95,8 @@ def test_other_requests_do_not_change_the_audio(device: torch.device, name: str,
 @pytest.mark.parametrize("name", SHARP)
 def test_the_same_seed_gives_the_same_sound_on_every_device(device: torch.device, name: str) -> None:
     results = [
-        in_engine(
-            Engine(load_on(where, name), noise_factory=LatentNoiseOnly), generate_alone
-        )  # with a warm-up, in the default mode
+        # The engine runs with a warm-up and in the default mode.
+        in_engine(Engine(load_on(where, name), noise_factory=LatentNoiseOnly), generate_alone)
         for where in (device, torch.device("cpu"))
     ]
     assert largest_difference(*results) <= ACROSS_DEVICES

@@ -160,9 +160,8 @@ def test_a_hundred_instant_disconnects_stop_their_rows(server: LaunchedServer, w
     for index in range(100):
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
             connection.sendall(request % (len(body), body))
-            time.sleep(
-                index % 20 / 1000
-            )  # so that some disconnect before Serve has chosen a replica, and some during a step
+            # Some clients disconnect before Serve has chosen a replica, and some during a step.
+            time.sleep(index % 20 / 1000)
     # A row stops at the end of its step.
     wait_until(lambda: not ((now := watcher.status())["in_flight"] or now["backlog_ms"]))
     after = watcher.status()

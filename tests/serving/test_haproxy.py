@@ -213,9 +213,8 @@ async def test_client_address_header_cannot_be_forged(tmp_path: Path, monkeypatc
     ):
         assert (await client.get("/address", headers=forged)).json() == ["127.0.0.3"]
     assert address_header(os.environ) == ADDRESS_HEADER
-    assert (
-        address_header({"RAY_SERVE_ENABLE_HA_PROXY": "1"}) is None
-    )  # without our wrapper, HAProxy sets no address header
+    # Without our wrapper, HAProxy sets no address header.
+    assert address_header({"RAY_SERVE_ENABLE_HA_PROXY": "1"}) is None
 
 
 async def test_http_2_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,9 +370,8 @@ async def test_connection_limit_follows_the_file_limit(tmp_path: Path, monkeypat
     (most,) = re.findall(r"^Maxconn: (\d+)$", info, flags=re.MULTILINE)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     num_files = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
-    assert (
-        0.35 * num_files < int(most) <= 0.5 * num_files
-    )  # a connection takes two files, and HAProxy needs further files for pipes
+    # A connection takes two files, and HAProxy needs further files for pipes.
+    assert 0.35 * num_files < int(most) <= 0.5 * num_files
 
 
 def is_open(host: str, port: int) -> bool:

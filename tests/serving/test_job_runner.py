@@ -102,10 +102,8 @@ async def test_a_kept_model_is_started_and_reported_until_its_release(server: Se
     await until(lambda: tiny.reports[-1] == (0.0, False))
     num_reports = len(tiny.reports)
     await asyncio.sleep(0.1)
-    assert (len(tiny.reports), tiny.num_pending) == (
-        num_reports,
-        0,
-    )  # a pending call would keep the replica from stopping
+    # A pending call would keep the replica from stopping.
+    assert (len(tiny.reports), tiny.num_pending) == (num_reports, 0)
 
 
 async def test_release_cancels_the_call_that_would_start_the_model(server: Server) -> None:

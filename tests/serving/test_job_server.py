@@ -155,9 +155,8 @@ def check_that_a_second_signal_stops_at_once(server: LaunchedServer) -> None:
         time.sleep(1.5)  # signals in quick succession would count as one
         assert server.process.poll() is None
         assert server.start_s is not None
-        assert (
-            server.stop(number=signal.SIGTERM) < server.start_s / 2
-        )  # a limit that depends on this machine's current speed
+        # The limit depends on this machine's current speed.
+        assert server.stop(number=signal.SIGTERM) < server.start_s / 2
         assert isinstance(busy.exception(), httpx.TransportError)
     wait_until(lambda: not server.leftovers())
     assert not server.directory.exists()

@@ -32,10 +32,8 @@ from tests.goldens import load_open_goldens
 from tests.models.sao.tiny import TINY
 
 RATE_HZ = 1000
-WINDOW_S = {
-    "tiny-1.0": 47.552,
-    "tiny-small": 11.888,
-}  # that of tiny-small is 524288 samples at 44.1 kHz, less than its configured 11.904 s
+# The window of tiny-small is 524288 samples at 44.1 kHz, less than its configured 11.904 s.
+WINDOW_S = {"tiny-1.0": 47.552, "tiny-small": 11.888}
 PROMPT = "warm house synth loop 120 bpm"
 
 pytestmark = [pytest.mark.server, pytest.mark.asyncio(loop_scope="module")]

@@ -129,9 +129,8 @@ def poison_under_load(updated: LaunchedServer) -> None:
     )
     assert {model["quality"]["revision"] for model in before.values()} == {GOOD}
     assert "quality_gate" in before["spare"]["detail"]
-    clips = {
-        name: clip_of(updated, name) for name in ("spare", "tight")
-    }  # files differ by model, because recipes name the model
+    # Files differ by model, because recipes name the model.
+    clips = {name: clip_of(updated, name) for name in ("spare", "tight")}
     assert samples_of(clips["spare"]) == samples_of(clips["tight"])
     customers = [RepeatingClient(updated, model) for model in ("spare", "tight") for _ in range(2)]
     deploy(updated, BAD)

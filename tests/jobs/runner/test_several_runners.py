@@ -135,9 +135,8 @@ async def test_runner_without_its_lease_stops_and_writes_nothing(workshop: Works
     assert (taken.state, workshop.files()) == ("queued", [])
 
 
-@pytest.mark.parametrize(
-    "job_settings", [make_job_settings(max_running=1)]
-)  # so that the runner cannot lease its own job again
+# With one job at a time, the runner cannot lease its own job again.
+@pytest.mark.parametrize("job_settings", [make_job_settings(max_running=1)])
 async def test_late_runner_deletes_its_own_file_only(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """The runner freezes after it has stored its file, just before the commit."""
     store = JobStore(workshop.queue.store.database, workshop.settings.jobs)

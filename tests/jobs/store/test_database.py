@@ -160,9 +160,8 @@ class TestStart:
         execute(empty_url, f"UPDATE alembic_version SET version_num = '{beyond}'")
         for part in ("newer version", f"revision {beyond}", f"knows {ours}", "start that newer version"):
             assert part in refusal_of(empty_url)
-        with pytest.raises(
-            StorageError, match=f"revision {beyond}"
-        ):  # a running server after another server has upgraded the tables
+        # A running server fails after another server has upgraded the tables.
+        with pytest.raises(StorageError, match=f"revision {beyond}"):
             database.require_same()
         database.close()
         late = Database(database_url(empty_url, Path("/nowhere")), identity=identity)  # a replica that starts later

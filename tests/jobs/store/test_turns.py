@@ -25,9 +25,8 @@ def test_new_client_starts_within_ten_jobs_behind_ten_thousand(database: Databas
         lease(store)
     fill(store, num_started, state="queued", client=_CLIENTS[0])
     assert sum(store.runners.outlook("").queued.values()) == 10_000
-    job = add_spec(
-        store, make_spec(model="demo", client="another")
-    )  # accepted although the queue is full, because this client has no jobs
+    # The queue is full, but it accepts the job, because this client has no jobs.
+    job = add_spec(store, make_spec(model="demo", client="another"))
     position = store.clients.position(job)
     started = [lease(store).spec for _ in range(10)]
     assert started.index(job.spec) == position < 10
