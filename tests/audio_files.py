@@ -1,4 +1,4 @@
-"""Audio files for upload tests, made in memory."""
+"""Audio files for upload tests, generated in memory."""
 
 from __future__ import annotations
 

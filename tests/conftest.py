@@ -1,5 +1,7 @@
-"""For all tests: one thread per process, because parallel maths on shared cores is slower and varies. No time limit per
-Hypothesis example, because a busy machine is not a bug.
+"""Settings and fixtures of all tests.
+
+Each process computes with one thread, because several threads on shared cores are slower and vary. Hypothesis has no
+time limit per example, because a busy machine is not a fault.
 """
 
 from __future__ import annotations
@@ -25,19 +27,19 @@ from tests.databases import postgres, postgres_url
 __all__ = ["postgres", "postgres_url"]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-_SHARING = ("/served", "/one_ray", "/playground")  # each folder's files share one server, one Ray or one browser
+_SHARING = ("/served", "/one_ray", "/playground")  # the files of each folder share a server, a Ray or a browser
 settings.register_profile("default", deadline=None, max_examples=20, derandomize=True)
-settings.register_profile("long", deadline=None, max_examples=500)  # `make test-all`
+settings.register_profile("long", deadline=None, max_examples=500)  # for `make test-all`
 settings.load_profile("default")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start with the longest tests: the shared server, then other tests that start programs."""
+    """Run the longest tests first: tests with the shared server, then other tests that start programs."""
     items.sort(key=lambda item: (not item.nodeid.startswith("tests/served/"), not item.get_closest_marker("server")))
 
 
 def pytest_collection_finish() -> None:
-    """Collect garbage less often and exclude loaded modules: it took a fifth of the time of the API tests."""
+    """Collect garbage less often and skip loaded modules. Collection took a fifth of the time of the API tests."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(5000, 10, 30)
@@ -45,7 +47,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Use `--dist loadfile`, but send all files of some folders to one process."""
+    """Distribute tests as `--dist loadfile` does, but send all files of the folders in `_SHARING` to one process."""
     if config.getoption("dist") != "loadfile":
         return None
     from xdist.scheduler import LoadFileScheduling
@@ -56,7 +58,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return folder if folder.endswith(_SHARING) else super()._split_scope(nodeid)
 
         def _reschedule(self, node: Any) -> None:
-            # A process gets its next file when one test of its last file is left; xdist waits for two, maybe minutes.
+            # Give a process its next file when it has one test left. xdist would do so at two tests, too early if
+            # a test takes minutes.
             if self._pending_of(self.assigned_work[node]) <= 1:
                 super()._reschedule(node)
 
@@ -64,8 +67,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _logs_as_they_were(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Restore logging after commands and replicas configure it. Cached loggers would keep a configuration."""
+def _restored_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Restore logging, which commands and replicas configure. Loggers are not cached, or they would keep it."""
     configure = structlog.configure
 
     def configure_uncached(*processors: Any, **options: Any) -> None:
@@ -90,7 +93,7 @@ def _object_storage() -> Iterator[ObjectStorage]:
 
 @pytest.fixture
 def object_storage(_object_storage: ObjectStorage) -> Iterator[ObjectStorage]:
-    """An S3 service over HTTP behind a proxy, which passes all requests until a test sets its `faults`."""
+    """Yields an S3 service behind a proxy. The proxy passes on all requests unless a test sets its `faults`."""
     yield _object_storage
     _object_storage.proxy.reset()
 

@@ -1,6 +1,6 @@
-"""A real PostgreSQL from this machine's packages: one server per test process, a new empty database per test.
+"""A real PostgreSQL server for each test process, and a new empty database for each test.
 
-Where it cannot run, its tests are skipped with a visible message; with CI=true they fail.
+The server comes from this machine's packages. If it cannot run, tests are skipped with a message, or fail if CI=true.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import pytest
 
 from tests.patience import PATIENCE_S
 
-_PACKAGES = Path("/usr/lib/postgresql")  # Debian and Ubuntu install versions side by side, outside of PATH
+_PACKAGES = Path("/usr/lib/postgresql")  # Debian and Ubuntu install each version in a folder here, outside of PATH
 _SYSTEM_USER = "postgres"  # the server refuses to run as root
 _START_ATTEMPTS = 3  # another process may take the free port before the server does
 
@@ -30,13 +30,14 @@ __all__ = ["PostgresServer", "postgres", "postgres_url", "running_postgres"]
 
 
 class UnavailableError(Exception):
-    """This machine cannot run PostgreSQL; the message says why."""
+    """This machine cannot run PostgreSQL. The message has the reason."""
 
 
 @dataclass(frozen=True)
 class PostgresServer:
-    """A running server with TCP and password access, as in production. Committed data survives a crash of the server
-    but not of the machine.
+    """A running server with TCP and password access, as in production.
+
+    Committed data survives a crash of the server but not a crash of the machine.
     """
 
     programs: Path
@@ -50,7 +51,7 @@ class PostgresServer:
         return f"postgresql://{self.user}:{self.password}@127.0.0.1:{self.port}/{database}"
 
     def create_database(self) -> str:
-        """Returns the URL of a new empty database."""
+        """Create an empty database. Returns its URL."""
         name = f"test_{secrets.token_hex(8)}"
         self.execute(f"CREATE DATABASE {name}")
         return self.url(name)
@@ -60,12 +61,12 @@ class PostgresServer:
         self.execute(f"DROP DATABASE IF EXISTS {url.rpartition('/')[2]} WITH (FORCE)")
 
     def execute(self, statement: str) -> None:
-        """Run one statement as the superuser, outside of all test databases."""
+        """Run one statement as the superuser, outside of the test databases."""
         with psycopg.connect(self.url(), autocommit=True) as connection:
             connection.execute(statement.encode())
 
     def stop(self, mode: Literal["fast", "immediate"] = "fast") -> None:
-        """Close all connections and stop; `immediate` simulates a crash, from which the next start recovers."""
+        """Close all connections and stop. `immediate` simulates a crash, from which the next start recovers."""
         self._control("stop", "--mode", mode)
 
     def start(self) -> None:
@@ -83,7 +84,7 @@ class PostgresServer:
 
 @contextmanager
 def running_postgres() -> Iterator[PostgresServer]:
-    """A new server in a temporary folder. Both are removed afterwards, even if this process is killed.
+    """Run a server in a temporary folder. Both are removed afterwards, even if this process is killed.
 
     Raises UnavailableError.
     """
@@ -110,7 +111,7 @@ def running_postgres() -> Iterator[PostgresServer]:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[PostgresServer]:
-    """The server of this test process."""
+    """Yields the server of this test process."""
     try:
         with running_postgres() as server:
             yield server
@@ -122,7 +123,7 @@ def postgres() -> Iterator[PostgresServer]:
 
 @pytest.fixture
 def postgres_url(postgres: PostgresServer) -> Iterator[str]:
-    """The URL of a new empty database."""
+    """Yields the URL of a new empty database."""
     url = postgres.create_database()
     yield url
     postgres.drop_database(url)
@@ -155,7 +156,7 @@ def _start(programs: Path, folder: Path, *, user: str, password: str) -> Postgre
 
 @contextmanager
 def _cleaned_up(programs: Path, folder: Path) -> Iterator[None]:
-    """A process that outlives this one stops the server and removes the folder once our end of its pipe closes."""
+    """Start a process that stops the server and removes the folder once this process exits or the context ends."""
     stop = f"'{programs}/pg_ctl' stop --pgdata data --mode immediate --wait"
     script = f"cat >/dev/null; if [ -e data/postmaster.pid ]; then {stop}; fi; rm -rf '{folder}'"
     keeper = subprocess.Popen(
@@ -163,14 +164,15 @@ def _cleaned_up(programs: Path, folder: Path) -> Iterator[None]:
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C should stop only the tests
+        start_new_session=True,  # so that Ctrl-C stops only the tests
         **_as_system_user(folder),
     )
     try:
         yield
     finally:
         keeper.communicate()
-        shutil.rmtree(folder, ignore_errors=True)  # the folder's own entry may belong to root's /tmp
+        # The process may not be allowed to remove the folder itself from /tmp.
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _run(folder: Path, *command: str | Path) -> None:
@@ -182,7 +184,7 @@ def _run(folder: Path, *command: str | Path) -> None:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                timeout=PATIENCE_S + 60,  # the program has a shorter timeout
+                timeout=PATIENCE_S + 60,  # longer than the program's own timeout
                 check=False,
                 **_as_system_user(folder),
             )

@@ -1,7 +1,7 @@
-"""A tiny model with real tensor maths, and factories of requests: engine tests use them instead of a checkpoint.
+"""A tiny model with real tensor operations, and factories of requests, which engine tests use instead of a checkpoint.
 
-The model would expose leaks from neighbours, padding and window edges: attention runs over frames with a key mask, the
-decoder reads adjacent frames, and both autoencoder directions can draw noise.
+The model exposes values that leak from other rows, padding or window edges: its attention uses a key mask over frames,
+its decoder reads adjacent frames, and its encoder and decoder can draw noise.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ _WINDOW, _OVERLAP, _HALO = 32, 8, 2
 
 
 class ToyModel:
-    """Implements DiffusionModel. `on_call(name, items)` runs before every device method and may raise.
+    """A DiffusionModel. `on_call(name, items)` runs before each device method and may raise.
 
-    It conditions on the keep mask, unless it `blends`.
+    Edits condition the network on the keep mask. If the model `blends`, the engine blends kept frames instead.
     """
 
     def __init__(
@@ -217,7 +217,7 @@ class ToyModel:
         extra = batch.by_frame["local"].transpose(1, 2) + batch.constants["context"][:, None]
         mixed = self._attend(hidden + extra, batch.valid)
         velocity = (torch.tanh(hidden + mixed) @ self._out.T).transpose(1, 2) + 0.5 * batch.x
-        # Code that reads an invalid frame must fail a test.
+        # The large value makes a test fail if code reads an invalid frame.
         return torch.where(batch.valid[:, None], velocity, torch.full_like(velocity, 1e4))
 
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
@@ -235,7 +235,7 @@ class ToyModel:
 
     def _attend(self, hidden: Tensor, valid: Tensor) -> Tensor:
         query, key, value = (hidden @ self._qkv.T).chunk(3, dim=-1)
-        # Invalid frames are not keys; their own results are overwritten.
+        # Invalid frames are not keys. Their own results are overwritten.
         mask = valid[:, None, :].expand(-1, hidden.shape[1], -1)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
@@ -249,7 +249,7 @@ class ToyModel:
 
 
 def make_windows(frames: int, *, window: int = _WINDOW, overlap: int = _OVERLAP) -> tuple[WindowSpan, ...]:
-    """Returns windows with a hard cut in the middle of each overlap; the last one is aligned to the end."""
+    """Returns windows that are cut in the middle of each overlap. The last window ends with the clip."""
     if frames <= window:
         return (WindowSpan(0, frames, 0, frames),)
     starts = list(range(0, frames - window + 1, window - overlap))
@@ -268,7 +268,7 @@ def make_windows(frames: int, *, window: int = _WINDOW, overlap: int = _OVERLAP)
 
 
 def make_audio(duration_s: float = 0.3, *, sample_rate_hz: int = 800, channels: int = 2, seed: int = 1) -> SourceAudio:
-    """Returns noise at half scale."""
+    """Returns noise at half of full scale."""
     samples = np.random.default_rng(seed).uniform(-0.5, 0.5, (channels, int(duration_s * sample_rate_hz)))
     return SourceAudio(samples.astype(np.float32), sample_rate_hz)
 
@@ -276,7 +276,7 @@ def make_audio(duration_s: float = 0.3, *, sample_rate_hz: int = 800, channels: 
 def make_request(
     prompt: str = "a bell", *, duration_s: float = 0.4, seed: int = 1, **fields: object
 ) -> GenerationRequest:
-    """Returns a request with any fields replaced. `keep` is model, because kept source samples would hide faults."""
+    """Returns a request. `keep` is model unless given, because kept source samples would hide faults."""
     request = GenerationRequest(prompt=prompt, duration_s=duration_s, seed=seed, keep="model")
     return replace(request, **fields)  # type: ignore[arg-type]
 

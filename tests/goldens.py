@@ -1,4 +1,4 @@
-"""Stored reference numbers: their folders and how to read them. Every folder is loaded at most once."""
+"""Readers of the stored reference values. Each folder is loaded at most once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TINY = ("tiny-s", "tiny-l")
 
 @dataclass(frozen=True, slots=True)
 class Goldens:
-    """One folder of reference numbers: `facts` from the JSON file, `tensors` by `<component>/<name>`."""
+    """One folder of reference values: `facts` from the JSON file, and `tensors` by `<component>/<name>`."""
 
     folder: Path
     facts: dict[str, Any]
@@ -28,13 +28,13 @@ class Goldens:
 
 @cache
 def load_goldens(name: str) -> Goldens:
-    """Returns a folder of the Stable Audio 3 numbers: common, sharp-s, sharp-l, tiny-s or tiny-l."""
+    """Returns reference values of Stable Audio 3 from the folder common, sharp-s, sharp-l, tiny-s or tiny-l."""
     return _load(SA3_GOLDENS / name, stem="common" if name == "common" else "golden")
 
 
 @cache
 def load_open_goldens(name: str) -> Goldens:
-    """Returns a folder of the Stable Audio Open numbers."""
+    """Returns reference values of Stable Audio Open from a folder."""
     return _load(OPEN_GOLDENS / name, stem="golden")
 
 

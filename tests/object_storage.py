@@ -1,6 +1,6 @@
-"""An S3 service over HTTP (moto's server), behind a proxy that injects errors, cut connections, delays and downtime.
+"""An S3 service over HTTP, which is moto's server behind a proxy that injects errors, delays and downtime.
 
-All servers in a process share moto's memory, so each test creates a bucket.
+All servers in a process share moto's state, so each test creates its own bucket.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from stable_audio_serve.core.settings import StorageSettings
 
 ACCESS_KEY_ID, SECRET_ACCESS_KEY = "test-key", "test-secret"
 
-# Every client parses the description of S3 again, unless clients share a loader.
+# Clients share a loader, because otherwise each client parses the description of S3 again.
 botocore.session.create_loader = functools.cache(botocore.loaders.create_loader)
 
 _ANSWERS = ((500, "InternalError"), (503, "SlowDown"))
@@ -44,15 +44,15 @@ _UPSTREAM_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """Injected faults; errors and cuts are shares of all requests, drawn once per request."""
+    """Injected faults. `errors` and `cuts` are shares of all requests, and one of them may apply to a request."""
 
-    errors: float = 0.0  # 500 InternalError or 503 SlowDown; every second one after the request was executed
-    cuts: float = 0.0  # connection reset during the request, or during the response of an executed one
-    delay_s: float = 0.0  # before a request is executed
-    answer: tuple[int, str] | None = None  # status and S3 error code returned to every request
-    only: str = ""  # affects only requests with this text in `METHOD /path?query`
+    errors: float = 0.0  # 500 InternalError or 503 SlowDown, in half of the cases after the request was executed
+    cuts: float = 0.0  # connection resets, during the request or during the response to an executed request
+    delay_s: float = 0.0  # delay before a request is executed
+    answer: tuple[int, str] | None = None  # status and S3 error code of every response
+    only: str = ""  # text in `METHOD /path?query` of affected requests
     is_down: bool = False  # every connection is reset
-    is_silent: bool = False  # requests are accepted and never answered
+    is_silent: bool = False  # requests are accepted but never answered
 
 
 class _Server(ThreadingHTTPServer):
@@ -67,8 +67,8 @@ class _Server(ThreadingHTTPServer):
 class FaultyProxy:
     """A proxy in front of one HTTP server. `faults` may be replaced at any time and apply to the next request.
 
-    `fates` apply to single requests: the first one with the text in `METHOD /path?query` gets `error`, `error-after`,
-    `cut`, `cut-answer`, `deny` (403) or `lost` (executed, but answered with NoSuchUpload as if it were a repetition).
+    Each item of `fates` applies to the first request with its key in `METHOD /path?query`: `error`, `error-after`,
+    `cut`, `cut-answer`, `deny` (403) or `lost` (executed, but answered with NoSuchUpload like a repeated request).
     """
 
     def __init__(self, port: int, *, seed: int = 0) -> None:
@@ -78,7 +78,7 @@ class FaultyProxy:
         self.num_requests = 0
         self.num_errors = 0
         self.num_cuts = 0
-        self.requests: list[str] = []  # `METHOD /path?query`
+        self.requests: list[str] = []  # `METHOD /path?query` of each request
         self._upstream_port = port
         self._uploads: dict[bytes, datetime] = {}
         self._random = random.Random(seed)
@@ -105,7 +105,7 @@ class FaultyProxy:
         self._server.server_close()
 
     def draw(self, request: str) -> str:
-        """Returns the next request's fate: `pass`, `error`, `error-after`, `cut` or `cut-answer`."""
+        """Record a request. Returns its fate: `pass`, one of `fates`, or a random `error` or `cut`."""
         faults = self.faults
         with self._lock:
             self.num_requests += 1
@@ -123,7 +123,7 @@ class FaultyProxy:
             return "cut-answer" if is_after else "cut"
 
     def pick_answer(self) -> tuple[int, str]:
-        """Returns an injected error as status and code."""
+        """Returns status and code of a random error."""
         with self._lock:
             return self._random.choice(_ANSWERS)
 
@@ -143,7 +143,7 @@ class FaultyProxy:
             connection.close()
 
     def _dated(self, answer: bytes) -> bytes:
-        """Replace moto's constant date of 2010 by the times at which multipart uploads began."""
+        """Replace moto's constant date of 2010 with the time at which each multipart upload began."""
         upload_ids = re.findall(rb"<UploadId>([^<]+)</UploadId>", answer[:1_000_000])
         for upload_id in upload_ids:
             begun_at = self._uploads.setdefault(upload_id, datetime.now(UTC))
@@ -205,7 +205,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
-        if is_cut:  # close without a reset, so that the sent part arrives
+        if is_cut:  # close without a reset, so that the first part of the response arrives
             self.close_connection = True
 
     def _answer_error(self, status: int, code: str) -> None:
@@ -223,7 +223,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @dataclass
 class ObjectStorage:
-    """The service: stores use it through `proxy`; tests inspect it directly."""
+    """The service. Stores use it through `proxy`, and tests inspect it with `client`."""
 
     proxy: FaultyProxy
     server_url: str
@@ -256,7 +256,7 @@ class ObjectStorage:
 
     @contextmanager
     def requiring_keys(self, *actions: str) -> Iterator[tuple[str, str]]:
-        """Make the service check signatures and permissions. Yields an access key for `actions` and its secret."""
+        """Make the service check signatures and permissions. Yields an access key for `actions`, and its secret."""
         iam = self._connect("iam")
         user = f"user-{next(_NUMBERS)}"
         iam.create_user(UserName=user)

@@ -1,4 +1,4 @@
-"""Long parameter lists, of which `make test` runs a part."""
+"""Mark test parameters as slow, so that `make test` runs only a part of a long list."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 def some(values: Iterable[Any], always: Collection[Any]) -> list[Any]:
-    """Mark all values except those in `always` as slow. A tuple is one value per argument."""
+    """Mark all values except those in `always` as slow. A tuple has one value for each argument of the test."""
     return [value if value in always else slow(*_arguments(value)) for value in values]
 
 
 def few(values: Iterable[Any], *, number: int = 2) -> list[Any]:
-    """Mark all but the first `number` values as slow. A tuple is one value per argument."""
+    """Mark all except the first `number` values as slow. A tuple has one value for each argument of the test."""
     return [value if index < number else slow(*_arguments(value)) for index, value in enumerate(values)]
 
 

@@ -1,6 +1,6 @@
-"""How long a test waits for an event that must happen: a server start, a job's end, a process's last line.
+"""The longest time that a test waits for an event that must happen, such as the end of a job.
 
-The product's own time bounds in tests never depend on it.
+Tests of the product's own time limits do not depend on it.
 """
 
 from __future__ import annotations
@@ -10,16 +10,15 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-# The longest of these waits take about 30 s on an idle machine, and five times as long on a machine with slow, shared
-# cores; the limit is twice that. Only an event that never happens reaches it. Pytest's limit per test is several times
-# higher.
+# The longest waits take about 30 s on an idle machine, and five times as long on slow, shared cores. The limit is twice
+# that, so only an event that never happens reaches it. Pytest's limit per test is several times higher.
 PATIENCE_S = 300.0
 
 _Found = TypeVar("_Found")
 
 
 def wait_until(condition: Callable[[], _Found], *, every_s: float = 0.05) -> _Found:
-    """Returns the condition's first true result."""
+    """Poll the condition until it is true. Returns its result."""
     deadline = time.monotonic() + PATIENCE_S
     while not (found := condition()):
         assert time.monotonic() < deadline, f"still {found!r} after {PATIENCE_S:g} s"

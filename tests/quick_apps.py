@@ -1,5 +1,7 @@
-"""Speeds up building applications for tests that build hundreds. For each application, FastAPI prepares the models of
-all documented responses and parameters again, and reads the signature of each handler twice.
+"""Caches that make building applications faster, for tests that build hundreds.
+
+For each application, FastAPI prepares the models of all responses and parameters again, and reads the signature of
+each handler twice.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ _made: dict[tuple[Any, str], Any] = {}
 
 
 def _create_once(name: str, type_: Any, *, mode: str = "validation", **others: Any) -> Any:
-    """Cache by type and mode; the result gets the requested name."""
+    """Create a field once per type and mode. Returns a copy with the requested name."""
     if others:
         return _create(name=name, type_=type_, mode=mode, **others)
     if (key := (type_, mode)) not in _made:
@@ -34,7 +36,7 @@ _adapters: dict[tuple[Any, str, str], TypeAdapter[Any]] = {}
 
 
 def _adapt_once(annotated: Any, *, config: ConfigDict | None = None) -> TypeAdapter[Any]:
-    """Cache by type and annotations. Keeps functions alive that the key contains by address."""
+    """Create an adapter once per type and annotations. It keeps functions alive whose addresses are in the key."""
     key = (annotated.__origin__, repr(annotated.__metadata__), repr(config))
     if key not in _adapters:
         _adapters[key] = TypeAdapter(annotated, config=config)
@@ -46,7 +48,7 @@ _dependants: dict[tuple[Any, frozenset[str], str], Dependant] = {}
 
 
 def _read_once(*, path: str, call: Callable[..., Any], **options: Any) -> Dependant:
-    """Cache per route of a router and of the application; earlier applications are dropped."""
+    """Read a handler's signature once per route. The cache drops the routes of earlier applications."""
     key = (call, frozenset(get_path_param_names(path)), repr(options))
     if key not in _dependants:
         if len(_dependants) > 200:

@@ -1,4 +1,4 @@
-"""Runs applications behind a real local socket."""
+"""Run applications behind a real local socket."""
 
 from __future__ import annotations
 

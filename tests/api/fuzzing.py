@@ -1,4 +1,4 @@
-"""A server for generated requests: the whole application behind a socket, with a runner, in a thread."""
+"""A server for generated requests: the application behind a socket, with a job runner, in a thread."""
 
 from __future__ import annotations
 
@@ -77,13 +77,13 @@ def run_server(riff_dir: Path) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Known:
-    """Ids that exist, by the names of path and query parameters."""
+    """Ids of existing objects, keyed by the name of the path or query parameter."""
 
     ids: dict[str, str]
 
     @classmethod
     def make(cls, url: str) -> Known:
-        """Submit one request of each kind and return the ids."""
+        """Create one object of each kind and return their ids."""
         fal = _post(f"{url}/queue/fal-ai/stable-audio", {"prompt": "rain", "seconds_total": 1})
         aiml = _post(f"{url}/v2/generate/audio", {"model": "stable-audio", "prompt": "rain", "seconds_total": 1})
         job = _post(f"{url}/jobs", {"prompt": "rain", "duration": 1})
@@ -103,7 +103,7 @@ class Known:
 
 
 def make_meaningful(case: schemathesis.Case, known: Known) -> None:
-    """Make a schema-valid request also meet the rules that a schema cannot express."""
+    """Change a request that fits the schema so that it also meets rules that no schema can express."""
     (case.query or {}).pop("fal_webhook", None)
     for parameters in (case.path_parameters, case.query):
         for name in parameters or ():
@@ -128,7 +128,7 @@ def make_meaningful(case: schemathesis.Case, known: Known) -> None:
             case.body[name] = _MEANINGFUL[name]
         elif name in _AT_MOST and isinstance(value, int | float):
             case.body[name] = min(value, _AT_MOST[name])
-            if name == "steps":  # 8.0 is an integer to JSON Schema, but not to the dialect of Open Small
+            if name == "steps":  # JSON Schema accepts 8.0 as an integer, the Open Small dialect does not
                 case.body[name] = int(case.body[name])
     if "audio" in case.body and "sampler_kwargs" in case.body:
         case.body["sampler_kwargs"] = '{"scale_phi": 0.5}'
@@ -141,12 +141,12 @@ def make_meaningful(case: schemathesis.Case, known: Known) -> None:
 
 
 def _wants_other_ids(case: schemathesis.Case) -> bool:
-    """Whether the case needs other ids: ended jobs cannot be cancelled, and a used id cannot be chosen."""
+    """Whether the case needs a new id: an ended job cannot be cancelled, and a used id cannot be chosen."""
     return case.path.endswith("/cancel") or (case.path.startswith("/jobs/") and case.method in ("DELETE", "PUT"))
 
 
 def is_lenient(case: schemathesis.Case) -> bool:
-    """Whether the case sends a wrong type that the API accepts on purpose, as "5" or true for a number."""
+    """Whether the case has a value of a wrong type that the API accepts on purpose, such as "5" for a number."""
     return isinstance(case.body, dict) and any(
         isinstance(value, bool) or (isinstance(value, str) and _is_number(value))
         for name, value in case.body.items()

@@ -1,4 +1,4 @@
-"""Routes that change the server: who may, what they answer, and what a server that rests still does."""
+"""Admin routes: authorization, responses, and what a drained server still serves."""
 
 from __future__ import annotations
 
@@ -26,39 +26,39 @@ PLAIN = {"Authorization": "Bearer plain"}
 LETTERS = "/v1/admin/dead-letters"
 
 
-class Recorded:
-    """Operations that remember what was asked of them."""
+class RecordingOperations:
+    """Operations that record their calls, or raise `error`."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[str, ...]] = []
+        self.calls: list[tuple[str, ...]] = []
         self.error: Exception | None = None
 
     async def report(self) -> ServerReport:
-        return ServerReport({}, DrainReport("draining", 1, 1) if ("drain",) in self.asked else DrainReport())
+        return ServerReport({}, DrainReport("draining", 1, 1) if ("drain",) in self.calls else DrainReport())
 
     async def keep(self, model: str) -> None:
-        self._note("keep", model)
+        self._record("keep", model)
 
     async def release(self, model: str) -> None:
-        self._note("release", model)
+        self._record("release", model)
 
     async def drain(self) -> None:
-        self._note("drain")
+        self._record("drain")
 
     async def resume(self) -> None:
-        self._note("resume")
+        self._record("resume")
 
-    def _note(self, *asked: str) -> None:
+    def _record(self, *call: str) -> None:
         if self.error is not None:
             raise self.error
-        self.asked.append(asked)
+        self.calls.append(call)
 
 
 @asynccontextmanager
 async def make_admin(
     backend: ToneBackend | None = None, **options: Any
 ) -> AsyncIterator[tuple[httpx.AsyncClient, FastAPI]]:
-    """A client that sends a key with the scope `admin` unless told otherwise; PLAIN is a key without scopes."""
+    """Yield a client that sends a key with the scope `admin` by default. PLAIN has a key without scopes."""
     with tempfile.TemporaryDirectory() as folder:
         keys = Path(folder) / "keys"
         keys.write_text(f"root:{hash_key('admin')} scope=admin\nstudio:{hash_key('plain')}\n")
@@ -76,7 +76,7 @@ async def submit(client: httpx.AsyncClient) -> dict[str, Any]:
     return ticket
 
 
-async def test_without_keys_nobody_may() -> None:
+async def test_without_keys_admin_routes_are_refused() -> None:
     async with make_app() as (app, _):
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
@@ -86,9 +86,9 @@ async def test_without_keys_nobody_may() -> None:
                 assert "no keys are configured" in reply.json()["detail"]
 
 
-async def test_models_are_kept_by_any_of_their_names() -> None:
-    asked = Recorded()
-    async with make_admin(operations=asked) as (client, _):
+async def test_models_can_be_loaded_by_any_of_their_names() -> None:
+    calls = RecordingOperations()
+    async with make_admin(operations=calls) as (client, _):
         for name in ("medium", "stabilityai%2Fstable-audio-3-medium", "stabilityai/stable-audio-3-medium"):
             reply = await client.post(f"/v1/admin/models/{name}/load")
             assert (reply.status_code, reply.json()["model"], reply.json()["kept"]) == (202, "medium", True)
@@ -97,30 +97,30 @@ async def test_models_are_kept_by_any_of_their_names() -> None:
         reply = await client.post("/v1/admin/models/nothing/load")
         assert reply.status_code == 404
         assert "medium" in reply.json()["detail"]
-    assert asked.asked == [("keep", "medium")] * 3 + [("release", "medium")]
+    assert calls.calls == [("keep", "medium")] * 3 + [("release", "medium")]
 
 
-async def test_what_the_configuration_keeps_is_not_unloaded() -> None:
-    asked = Recorded()
+async def test_unloading_below_the_configured_minimum_is_refused() -> None:
+    calls = RecordingOperations()
     models = [{"name": "medium", "replicas": {"min_replicas": 2, "max_replicas": 2}}, {"name": "small-sfx"}]
-    async with make_admin(operations=asked, models=models, preload_models=["small-sfx"]) as (client, _):
+    async with make_admin(operations=calls, models=models, preload_models=["small-sfx"]) as (client, _):
         for name, least in (("medium", 2), ("small-sfx", 1)):
             reply = await client.post(f"/v1/admin/models/{name}/unload")
             assert reply.status_code == 409
             assert f"keeps {least} of this model" in reply.json()["detail"]
 
 
-async def test_an_unreachable_head_is_reported() -> None:
-    asked = Recorded()
-    asked.error = StorageError("Ray's head does not answer")
-    async with make_admin(operations=asked) as (client, _):
+async def test_unreachable_ray_head_is_503() -> None:
+    calls = RecordingOperations()
+    calls.error = StorageError("Ray's head does not answer")
+    async with make_admin(operations=calls) as (client, _):
         reply = await client.post("/v1/admin/models/medium/load")
     assert reply.status_code == 503
     assert "head does not answer" in reply.json()["detail"]
     assert int(reply.headers["retry-after"]) >= 1
 
 
-async def test_a_server_that_rests_finishes_tells_and_resumes() -> None:
+async def test_drained_server_finishes_its_requests_and_can_resume() -> None:
     backend = ToneBackend()
     backend.released.clear()
     async with make_admin(backend, run_jobs=False) as (client, _):
@@ -137,7 +137,7 @@ async def test_a_server_that_rests_finishes_tells_and_resumes() -> None:
         read = await client.get(f"/jobs/{job['id']}", headers=PLAIN)
         assert read.json()["status"] == "queued"
         following = await asyncio.wait_for(client.get(f"/jobs/{job['id']}/events", headers=PLAIN), PATIENCE_S)
-        assert "retry: " in following.text  # its reader is sent elsewhere
+        assert "retry: " in following.text  # asks the client to reconnect, which another process then serves
         assert (await client.get("/v1/status")).json()["draining"]["requests"] == 1
         backend.released.set()
         assert (await busy).status_code == 200
@@ -148,7 +148,7 @@ async def test_a_server_that_rests_finishes_tells_and_resumes() -> None:
         assert (await client.post(GENERATE, json=BODY, headers=PLAIN)).status_code == 200
 
 
-async def test_a_rest_does_not_undo_a_stop() -> None:
+async def test_drain_and_resume_do_not_undo_a_stop() -> None:
     async with make_admin() as (client, app):
         app.state.draining.stop()
         for method in ("POST", "DELETE"):
@@ -191,7 +191,7 @@ async def test_dead_letters_are_listed_shown_retried_once_and_deleted() -> None:
         assert (await client.get(LETTERS)).json() == {"dead_letters": [], "next_cursor": None}
 
 
-async def test_wrong_numbers_and_pages_are_refused_by_name() -> None:
+async def test_invalid_numbers_and_page_parameters_are_named() -> None:
     async with make_admin(run_jobs=False) as (client, _):
         for numbers in ([], [1] * 501, ["x"], [2**63], [-(2**70)], None, {"a": 1}):
             reply = await client.post(f"{LETTERS}/retry", json={"numbers": numbers})

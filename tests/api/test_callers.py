@@ -1,4 +1,4 @@
-"""The client name of a request in a model's queue."""
+"""The client name under which a request waits in a model's queue."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ async def test_without_keys_the_client_is_its_address(tmp_path: Path, address: s
 
 
 async def test_proxy_header_sets_the_address_and_clients_cannot(tmp_path: Path) -> None:
-    said = {_HEADER: "198.51.100.1", "X-Forwarded-For": "198.51.100.2", "Forwarded": "for=198.51.100.3"}
-    assert await find_client(tmp_path, headers=said) == "192.0.2.7"
-    assert await find_client(tmp_path, headers=said, address_header=_HEADER) == "198.51.100.1"
+    headers = {_HEADER: "198.51.100.1", "X-Forwarded-For": "198.51.100.2", "Forwarded": "for=198.51.100.3"}
+    assert await find_client(tmp_path, headers=headers) == "192.0.2.7"
+    assert await find_client(tmp_path, headers=headers, address_header=_HEADER) == "198.51.100.1"
     assert await find_client(tmp_path, address_header=_HEADER) == "192.0.2.7"
 
 

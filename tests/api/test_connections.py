@@ -1,4 +1,4 @@
-"""Faults that need a server and sockets: disconnected clients, slow clients, endless bodies."""
+"""Faults that only occur over sockets: disconnected clients, slow clients, endless bodies."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.backends import ToneBackend
 from tests.patience import PATIENCE_S, until
 from tests.sockets import listening
 
-pytestmark = pytest.mark.server  # with sockets, and with waits for slow clients
+pytestmark = pytest.mark.server  # opens sockets and waits for slow clients
 
 URL = "/v1/audio/generations"
 _JSON = "Content-Type: application/json\r\n"
@@ -100,7 +100,7 @@ async def test_one_connection_serves_many_requests() -> None:
         assert (await client.get("/health")).status_code == 200
 
 
-FAST = ClientTimes(window_s=0.4, rate_bytes_s=5000)  # 2,000 bytes in each 0.4 s
+FAST = ClientTimes(window_s=0.4, rate_bytes_s=5000)  # at least 2,000 bytes per 0.4 s
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ async def test_body_that_does_not_arrive_is_408(times: ClientTimes, reason: str)
 
 
 async def trickle(port: int, part: bytes, *, every_s: float, length: int, headers: str = _JSON) -> tuple[bytes, int]:
-    """Returns the response to a body that arrives in these parts, and the number of bytes sent."""
+    """Send a body of `length` bytes in parts. Returns the response and the number of bytes sent."""
     reader, writer = await open_connection(port, b"", headers=headers, length=length)
     answer = asyncio.create_task(reader.readuntil(b"\r\n"))
     num_sent = 0
@@ -145,7 +145,7 @@ async def test_slow_body_without_pauses_is_ended() -> None:
 async def test_fast_start_does_not_pay_for_a_slow_rest() -> None:
     async with serve(ToneBackend(), times=FAST) as port:
         reader, writer = await open_connection(port, bytes(500_000), length=1_000_000)
-        async with asyncio.timeout(60):  # at the minimum rate half a megabyte would allow 100 s
+        async with asyncio.timeout(60):  # half a megabyte at the minimum rate takes 100 s
             assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 408 ")
         writer.close()
 
@@ -188,7 +188,7 @@ async def test_slow_handler_is_not_mistaken_for_a_slow_client() -> None:
 
 
 async def test_too_many_slow_bodies_are_refused_but_fast_ones_accepted() -> None:
-    times = ClientTimes(grace_s=0.3, window_s=PATIENCE_S, max_slow=4)  # the slow ones stay for the whole test
+    times = ClientTimes(grace_s=0.3, window_s=PATIENCE_S, max_slow=4)  # slow clients are not ended during the test
     async with connect(ToneBackend(), times=times) as client:
         port = client.base_url.port
         assert port is not None
@@ -208,7 +208,7 @@ async def test_too_many_slow_bodies_are_refused_but_fast_ones_accepted() -> None
         await asyncio.gather(*first_lines, return_exceptions=True)
         status = b"503"
         async with asyncio.timeout(PATIENCE_S):
-            while status == b"503":  # until the abandoned bodies have released their slots
+            while status == b"503":  # until the ended requests release their slots
                 reader, writer = await open_connection(port, b'{"prompt": "x", ', length=37)
                 await asyncio.sleep(0.4)  # longer than the grace period
                 writer.write(b'"duration": 0.1     }')

@@ -1,4 +1,4 @@
-"""A server that is about to stop: what is new is refused in each dialect's form, what is in flight is answered."""
+"""A stopping server refuses new requests in each dialect's form and finishes the running ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.patience import PATIENCE_S, until
 GENERATE = "/v1/audio/generations"
 BODY = {"prompt": "a bell", "duration": 1}
 
-# A request of every dialect, and where its error body says what is wrong.
+# One request per dialect and kind, and the path to the message in its error body.
 NEW = [
     ("POST", GENERATE, BODY, ["detail"]),
     ("POST", "/jobs", BODY, ["detail"]),
@@ -41,7 +41,7 @@ def client_of(app: FastAPI) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost")
 
 
-async def test_new_requests_are_refused_and_those_in_flight_are_answered() -> None:
+async def test_new_requests_are_refused_and_running_ones_finish() -> None:
     async with make_app(ToneBackend(), run_jobs=False) as (app, backend), client_of(app) as client:
         backend.released.clear()
         draining = draining_of(app)
@@ -54,14 +54,14 @@ async def test_new_requests_are_refused_and_those_in_flight_are_answered() -> No
             assert refused.status_code == 503, (path, refused.text)
             assert int(refused.headers["retry-after"]) >= 1
             assert refused.headers["connection"] == "close"
-            said: Any = refused.json()
+            message: Any = refused.json()
             for key in place:
-                said = said[key]
-            assert "stopping" in json.dumps(said)
+                message = message[key]
+            assert "stopping" in json.dumps(message)
         assert (await client.get("/ready")).status_code == 503
         for path in ("/health", "/saos/health"):
             assert (await client.get(path)).status_code == 200
-        assert draining.num_in_flight == 1  # none of those counts
+        assert draining.num_in_flight == 1  # refused requests and probes do not count
         backend.released.set()
         answer = await busy
         assert (answer.status_code, answer.headers["connection"]) == (200, "close")
@@ -70,7 +70,7 @@ async def test_new_requests_are_refused_and_those_in_flight_are_answered() -> No
 
 
 @pytest.mark.parametrize("dialect", ["native", "fal"])
-async def test_event_streams_ask_for_a_reconnect_if_a_process_is_replaced(dialect: str) -> None:
+async def test_event_streams_of_a_replaced_process_ask_for_a_reconnect(dialect: str) -> None:
     async with make_app(run_jobs=False) as (app, _), client_of(app) as client:
         ticket = await submit(client)
         path = f"/jobs/{ticket['id']}/events"
@@ -80,20 +80,20 @@ async def test_event_streams_ask_for_a_reconnect_if_a_process_is_replaced(dialec
         following = asyncio.create_task(client.get(path))
         await until(lambda: draining_of(app).num_in_flight == 1)
         await asyncio.sleep(0.1)
-        assert not following.done()  # its job waits, and would for ever
+        assert not following.done()  # the stream stays open, because its job stays queued
         draining_of(app).leave()
         stream = await asyncio.wait_for(following, timeout=PATIENCE_S)
-        *told, farewell = stream.text.removesuffix("\n\n").split("\n\n")
-        assert told
+        *events, farewell = stream.text.removesuffix("\n\n").split("\n\n")
+        assert events
         assert farewell.startswith("retry: ")
         assert farewell.removeprefix("retry: ").isdigit()
         assert "event: end" not in stream.text
         assert (await client.post(GENERATE, json=BODY)).status_code == 200
-        assert (await client.get(path)).text.endswith(f"{farewell}\n\n")  # a new one goes elsewhere at once
+        assert (await client.get(path)).text.endswith(f"{farewell}\n\n")  # a new stream ends at once
 
 
-async def test_a_request_counts_until_its_last_byte_has_gone() -> None:
-    """A client that reads slowly has its answer in flight, though the handler has long returned."""
+async def test_request_counts_until_its_response_is_sent() -> None:
+    """The response to a slow client is still in flight after the handler has returned."""
     async with make_app(run_jobs=False) as (app, _):
         gate = asyncio.Event()
         sent: list[dict[str, Any]] = []
@@ -105,9 +105,9 @@ async def test_a_request_counts_until_its_last_byte_has_gone() -> None:
             sent_body.append(body)
             return {"type": "http.request", "body": body, "more_body": False}
 
-        async def send(message: Any) -> None:
-            sent.append(message)
-            if message["type"] == "http.response.body":
+        async def send(event: Any) -> None:
+            sent.append(event)
+            if event["type"] == "http.response.body":
                 await gate.wait()
 
         sent_body: list[bytes] = []

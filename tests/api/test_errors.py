@@ -1,4 +1,4 @@
-"""The error table of the contract, row by row, and the common parts of all error bodies."""
+"""The error table of the contract, row by row, and the fields that all error bodies share."""
 
 from __future__ import annotations
 

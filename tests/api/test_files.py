@@ -35,7 +35,7 @@ async def test_published_file_can_be_downloaded(client: httpx.AsyncClient, jobs:
 async def test_files_are_served_as_audio_or_as_bytes(
     client: httpx.AsyncClient, jobs: JobQueue, kind: str, served: str
 ) -> None:
-    """Whatever their stored type, because files share an origin with the server's pages."""
+    """No file is served as HTML, because files share an origin with the server's pages."""
     url = await publish(jobs, kind=kind)
     for reply in (await client.get(url), await client.head(url)):
         assert reply.headers["content-type"] == served
@@ -43,10 +43,10 @@ async def test_files_are_served_as_audio_or_as_bytes(
 
 async def test_head_describes_the_download(client: httpx.AsyncClient, jobs: JobQueue) -> None:
     url = await publish(jobs, data=b"x" * 3_000_000)
-    reply, told = await client.get(url), await client.head(url)
-    assert (told.status_code, told.content) == (200, b"")
+    reply, head = await client.get(url), await client.head(url)
+    assert (head.status_code, head.content) == (200, b"")
     for name in ("content-length", "content-type", "content-disposition", "x-content-type-options"):
-        assert told.headers[name] == reply.headers[name]
+        assert head.headers[name] == reply.headers[name]
     assert (await client.head(url.replace("a.wav", "b.wav"))).status_code == 404
 
 

@@ -1,4 +1,4 @@
-"""Jobs and uploads without storage space: on file systems of a few MiB, and with a full bucket."""
+"""Jobs and uploads without storage space, on file systems of a few MiB and with a full bucket."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.patience import PATIENCE_S, until
 pytestmark = pytest.mark.server
 
 NUM_JOBS = 12
-_AT_ONCE = 4  # jobs of a model that a runner starts before any of them ends
+_AT_ONCE = 4  # concurrent jobs of a model per runner
 
 
 def fill(disk: Path) -> Callable[[], None]:
@@ -56,10 +56,10 @@ async def show_all(client: httpx.AsyncClient, tickets: Collection[dict[str, Any]
     return [(await client.get(f"/jobs/{ticket['id']}")).json() for ticket in tickets]
 
 
-async def expect_the_queue_survives(
+async def expect_jobs_wait_for_space(
     client: httpx.AsyncClient, backend: ToneBackend, *, make_full: Callable[[], object], make_room: Callable[[], object]
 ) -> None:
-    """Queued jobs wait for space: few are computed, none fails, and all finish later."""
+    """Assert that jobs wait for free space: few are computed, none fails, and all finish once there is space."""
     make_full()
     tickets = [await submit(client, duration=0.2) for _ in range(NUM_JOBS)]
     async with asyncio.timeout(PATIENCE_S):
@@ -68,7 +68,7 @@ async def expect_the_queue_survives(
     await until(lambda: backend.num_running == 0)
     num_computed = len(backend.requests)
     assert num_computed <= _AT_ONCE
-    await asyncio.sleep(0.3)  # several attempts to write
+    await asyncio.sleep(0.3)  # time for several attempts to write
     assert len(backend.requests) == num_computed
     waiting = await show_all(client, tickets)
     assert {status["status"] for status in waiting} == {"queued"}
@@ -86,7 +86,7 @@ async def test_queue_survives_a_full_disk(tiny_disk: Path, tmp_path: Path) -> No
     jobs = {"database_url": f"sqlite:///{tmp_path / 'jobs.db'}"}
     async with make_hasty_client(output_dir=str(tiny_disk), jobs=jobs) as (client, backend):
         give_back: list[Callable[[], None]] = []
-        await expect_the_queue_survives(
+        await expect_jobs_wait_for_space(
             client,
             backend,
             make_full=lambda: give_back.append(fill(tiny_disk)),
@@ -102,7 +102,7 @@ async def test_queue_survives_a_full_bucket(object_storage: ObjectStorage) -> No
     async with make_hasty_client(
         storage=storage_args(object_storage, bucket, public_base_url=f"{object_storage.server_url}/{bucket}")
     ) as (client, backend):
-        await expect_the_queue_survives(
+        await expect_jobs_wait_for_space(
             client,
             backend,
             make_full=lambda: setattr(proxy, "faults", full),
@@ -135,7 +135,7 @@ async def test_job_database_on_a_full_disk_loses_nothing(small_disk: Path) -> No
         await wait(client, to_cancel, "running")
         waiting = [await submit(client, seed=seed) for seed in range(8, 14)]
         give_back = fill(small_disk)
-        for _ in range(1000):  # the database's log may have some space left
+        for _ in range(1000):  # the first jobs may still fit into the database's log
             reply = await client.post("/jobs", json=BODY)
             if reply.status_code != 202:
                 break
@@ -158,7 +158,7 @@ async def test_job_database_on_a_full_disk_loses_nothing(small_disk: Path) -> No
         assert await job_store(client) == "ok"
 
 
-def test_fill_makes_the_disk_full(tiny_disk: Path) -> None:
+def test_fill_leaves_no_space_on_the_disk(tiny_disk: Path) -> None:
     fill(tiny_disk)
     with pytest.raises(OSError, match="No space") as caught:
         os.posix_fallocate(os.open(tiny_disk / "more", os.O_CREAT | os.O_WRONLY), 0, 1)

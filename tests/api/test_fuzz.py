@@ -1,6 +1,6 @@
-"""Generated requests to every operation in the OpenAPI description, valid and invalid, with all Schemathesis checks.
+"""Generated requests, valid and invalid, to every operation in the OpenAPI description.
 
-`make fuzz` sends many more requests, with another seed each time.
+All checks of Schemathesis run. `make fuzz` sends many more requests, with another seed each time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.server  # a whole server and many requests
 
 IS_LONG = "FUZZ_EXAMPLES" in os.environ
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "3"))
-EDGE_CASES = 100_000 if IS_LONG else 10  # per operation: values at and just beyond every bound of every field
+EDGE_CASES = 100_000 if IS_LONG else 10  # requests per operation with a field at or just beyond a bound
 _sent: list[str] = []
 
 # Allowed statuses for invalid requests: Schemathesis' list, 412 of fal's proxy path, and 413.
@@ -45,7 +45,7 @@ def known(url: str) -> Known:
 
 
 def edge_cases(operation: schemathesis.schemas.APIOperation) -> list[schemathesis.Case]:
-    """Returns the cases that Schemathesis derives from the bounds of fields, evenly thinned out if too many."""
+    """Returns cases at the bounds of fields: all that Schemathesis derives, or an even selection of `EDGE_CASES`."""
     config = schema.config.generation_for(operation=operation, phase="coverage")
     cases = list(schema.iter_coverage_cases(operation, generation_modes=list(GenerationMode), generation_config=config))
     return cases[:: -(-len(cases) // EDGE_CASES)]

@@ -1,7 +1,7 @@
 """A table of hostile requests, each sent to every route that it applies to.
 
-Every response has the form of its dialect. None is a 500 or takes long, and no prompt appears in a log or a header.
-Hostile audio is in test_hostile_uploads.py; test_fuzz.py generates requests.
+Every response has the form of its dialect and arrives soon, and none is a 500. No prompt appears in a log or header.
+test_hostile_uploads.py covers hostile audio, and test_fuzz.py generated requests.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MULTIPART = {"content-type": "multipart/form-data; boundary=B"}
 URLENCODED = {"content-type": "application/x-www-form-urlencoded"}
 WAV = make_audio_file(duration_s=0.2)
 MARK = "zyxwv"  # must not appear in any log line, header or path
-HANG_S = 60.0  # no refusal takes this long
+HANG_S = 60.0  # limit for each response
 
 
 def check_sa3(body: Any) -> None:
@@ -81,16 +81,16 @@ class Route:
     prompt: str = "prompt"
     numbers: tuple[str, ...] = ("duration", "steps", "seed", "cfg_scale")
     file: str | None = None  # form field of the upload; None for JSON routes
-    queued: bool = False  # the generation starts later
-    prompt_end: str = ""  # required text in every prompt
-    may_be_blank: frozenset[str] = frozenset()  # numbers for which an empty text means unset
+    queued: bool = False  # the route only queues the generation
+    prompt_end: str = ""  # text that every prompt needs
+    may_be_blank: frozenset[str] = frozenset()  # numbers that count as unset if they are empty
     refused: frozenset[int] = field(default=frozenset({400, 413, 422}))
 
     def json(self, **changes: Any) -> bytes:
         return json.dumps(self.good | changes).encode()
 
     def raw(self, name: str, literal: bytes) -> bytes:
-        """Returns a JSON body with one value as literal text."""
+        """Returns a JSON body in which the value of `name` is this literal text."""
         rest = {key: value for key, value in self.good.items() if key != name}
         return json.dumps(rest).encode().removesuffix(b"}") + b', "' + name.encode() + b'": ' + literal + b"}"
 
@@ -184,7 +184,7 @@ Sent = tuple[str, Request]  # the name of a request, and its arguments
 
 
 def good(route: Route, changes: dict[str, Any] | None = None, *, upload: Any = ("a.wav", WAV)) -> Request:
-    """Returns a valid request of the route with `changes`."""
+    """Returns a valid request to the route, with `changes` to its fields."""
     if route.file is None:
         return {"content": route.json(**(changes or {})), "headers": JSON}
     return {"data": route.good | (changes or {}), "files": {route.file: upload}}
@@ -206,7 +206,7 @@ def prompts(*literals: bytes) -> Callable[[Route], Iterator[Sent]]:
 
 
 def numbers(*literals: bytes, most: int | None = None) -> Callable[[Route], Iterator[Sent]]:
-    """Returns a function that yields requests with these literals in place of a route's (first `most`) numbers."""
+    """Returns a function that yields requests with these literals in place of a route's first `most` numbers."""
 
     def requests(route: Route) -> Iterator[Sent]:
         for name in route.numbers[:most]:
@@ -453,7 +453,7 @@ CASES = [
 
 
 async def failures_of(client: httpx.AsyncClient, case: Case) -> list[str]:
-    """Returns each route and request with an unexpected response."""
+    """Returns a line for each route and request with an unexpected response."""
     failures = []
     for route in ROUTES:
         for label, request in case.requests(route):
@@ -461,7 +461,7 @@ async def failures_of(client: httpx.AsyncClient, case: Case) -> list[str]:
                 async with asyncio.timeout(HANG_S):
                     reply = await client.post(route.path, **request)
                 case.expect(route, label, reply)
-            except Exception as error:  # noqa: BLE001  whatever came instead of an answer belongs in the list
+            except Exception as error:  # noqa: BLE001  any error counts as a failure
                 failures.append(f"{route.path}, {label}: {type(error).__name__} {error}"[:1000])
     return failures
 
@@ -489,7 +489,7 @@ HOSTILE_PROMPTS = [
 
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], str]]:
-    """Returns everything logged at info or above, by structlog and by the standard library."""
+    """Returns a function that returns everything logged at info or above, by structlog and the standard library."""
     caplog.set_level(logging.INFO)
     with structlog.testing.capture_logs() as lines:
         yield lambda: str([line for line in lines if line["log_level"] != "debug"]) + caplog.text
@@ -503,8 +503,8 @@ async def test_prompt_is_never_logged_or_sent_in_a_header(
         recipe = reply.headers.pop("X-Recipe", None)
         if recipe is not None:  # the recipe contains the prompt as printable ASCII JSON
             assert re.fullmatch(r"[ -~]+", recipe)
-            told = json.loads(recipe)
-            assert told.get("left_out") == ["prompt"] or told["prompt"] == prompt.strip()
+            parsed = json.loads(recipe)
+            assert parsed.get("left_out") == ["prompt"] or parsed["prompt"] == prompt.strip()
         assert MARK not in str(reply.headers.raw)
         if reply.status_code == 200 and not route.queued:
             assert backend.last.prompt == prompt.strip()
@@ -554,7 +554,7 @@ ODD_HEADERS = {
 
 
 async def send(port: int, request: bytes, *, is_all: bool = False) -> bytes:
-    """Returns the response; of a stream only its start."""
+    """Send a request, and the end of the stream if `is_all`. Returns the response, or the start of an event stream."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         writer.write(request)
@@ -578,7 +578,7 @@ async def test_raw_junk_ends_only_its_own_connection(shared: tuple[FastAPI, Tone
 
 
 def odd_requests(app: FastAPI) -> Iterator[bytes]:
-    """Yield every operation with odd names in path and query, and with odd headers."""
+    """Yield requests to every operation with unusual paths, queries and headers."""
     operations = [(method.upper(), path) for path, methods in app.openapi()["paths"].items() for method in methods]
     for method, path in [*operations, ("GET", "/api/fal/proxy"), ("POST", "/api/fal/proxy")]:
         for text in ODD_TEXTS if "{" in path else ODD_TEXTS[:2]:

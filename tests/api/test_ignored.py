@@ -1,4 +1,4 @@
-"""Parts of a request without effect are named in the response of the native API, or refused."""
+"""The native API names the parts of a request that have no effect, or refuses them."""
 
 from __future__ import annotations
 

@@ -50,8 +50,8 @@ async def test_health_has_the_fields_of_the_contract(client: httpx.AsyncClient) 
 
 @pytest.mark.parametrize("url", ["/health", "/sa3/health", "/saos/health"])
 async def test_probes_can_use_head(client: httpx.AsyncClient, url: str) -> None:
-    reply, told = await client.get(url), await client.head(url)
-    assert (told.status_code, told.headers["content-length"]) == (reply.status_code, reply.headers["content-length"])
+    reply, head = await client.get(url), await client.head(url)
+    assert (head.status_code, head.headers["content-length"]) == (reply.status_code, reply.headers["content-length"])
 
 
 async def test_health_follows_the_settings(jobs: JobQueue) -> None:

@@ -1,4 +1,4 @@
-"""The event stream of a job, parsed strictly by the HTML standard."""
+"""The event stream of a job, parsed strictly as the HTML standard specifies."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def parse(text: str) -> list[dict[str, Any]]:
     return events
 
 
-async def polls(reads: list[str]) -> None:
-    """Wait until the stream, the only reader, has polled its job several times."""
+async def wait_for_polls(reads: list[str]) -> None:
+    """Wait until the stream has polled its job several times. Nothing else may read jobs at that time."""
     enough = len(reads) + 5
     await until(lambda: len(reads) >= enough)
 
 
 async def read(client: httpx.AsyncClient, ticket: dict[str, Any], *, after: str | None = None) -> list[dict[str, Any]]:
-    """Returns the stream of a job to its end."""
+    """Returns all events of a job's stream, after the event id `after` if given."""
     headers = {} if after is None else {"Last-Event-ID": after}
     reply = await client.get(f"/jobs/{ticket['id']}/events", headers=headers, timeout=PATIENCE_S)
     assert reply.status_code == 200, reply.text
@@ -75,8 +75,8 @@ async def test_stream_reports_all_events_in_order() -> None:
         events = await read(client, second)
         assert events[-1]["data"] == (await client.get(second["status_url"])).json()
         assert events[-1]["data"]["status"] == "succeeded"
-        told = ids(events)
-        assert told == sorted(set(told))
+        event_ids = ids(events)
+        assert event_ids == sorted(set(event_ids))
         stages = [event["data"]["stage"] for event in events[:-1]]
         assert (stages[0], stages[-1]) == ("queued", "done")
         fractions = [event["data"]["fraction"] for event in events[:-1]]
@@ -85,7 +85,7 @@ async def test_stream_reports_all_events_in_order() -> None:
         messages = [event["data"]["message"] for event in events[:-1] if event["data"]["message"]]
         assert messages[:2] == ["queued", "started"]
         assert messages[-1].startswith("finished")
-        assert ids(await read(client, second)) == told  # a later reader gets the same events
+        assert ids(await read(client, second)) == event_ids  # a later reader gets the same events
         assert (await read(client, first))[-1]["data"]["status"] == "succeeded"
 
 
@@ -94,13 +94,13 @@ async def test_reconnected_stream_resumes_after_the_last_event() -> None:
         ticket = await submit(client)
         await wait(client, ticket)
         everything = await read(client, ticket)
-        told = ids(everything)
-        assert len(told) >= 3
-        for number, last in enumerate(told):
+        event_ids = ids(everything)
+        assert len(event_ids) >= 3
+        for number, last in enumerate(event_ids):
             rest = await read(client, ticket, after=str(last))
-            assert ids(rest) == told[number + 1 :]
+            assert ids(rest) == event_ids[number + 1 :]
             assert rest[-1] == everything[-1]
-        assert ids(await read(client, ticket, after="0")) == told
+        assert ids(await read(client, ticket, after="0")) == event_ids
 
 
 async def test_ended_stream_does_not_restart() -> None:
@@ -143,9 +143,9 @@ async def test_queue_position_changes_are_reported(reads: list[str]) -> None:
     async with make_client(run_jobs=False, stream_limits=FAST) as (client, _):
         before, ticket = await submit(client), await submit(client)
         following = asyncio.create_task(read(client, ticket))
-        await polls(reads)
+        await wait_for_polls(reads)
         await client.delete(f"/jobs/{before['id']}")
-        await polls(reads)
+        await wait_for_polls(reads)
         await client.delete(f"/jobs/{ticket['id']}")
         events = await following
     positions = [event["data"]["queue_position"] for event in events if event["id"] is None]
@@ -218,12 +218,12 @@ async def test_disconnected_stream_stops_polling(reads: list[str]) -> None:
         ticket = await submit(client)
         async with open_stream(client, ticket) as lines:
             await anext(lines)
-            await polls(reads)
+            await wait_for_polls(reads)
         async with asyncio.timeout(PATIENCE_S):
             seen = -1
             while seen != len(reads):
                 seen = len(reads)
-                await asyncio.sleep(0.3)  # many times the pause between two polls
+                await asyncio.sleep(0.3)  # many times the pause between two wait_for_polls
 
 
 async def test_stream_needs_a_key_if_keys_are_configured() -> None:
@@ -240,9 +240,9 @@ async def test_stream_survives_a_database_restart(
     async with make_client(run_jobs=False, jobs={"database_url": postgres_url}, stream_limits=pauses) as (client, _):
         ticket = await submit(client)
         following = asyncio.create_task(read(client, ticket))
-        await polls(reads)
+        await wait_for_polls(reads)
         await asyncio.to_thread(postgres.stop, "immediate")
-        await polls(reads)
+        await wait_for_polls(reads)
         assert not following.done()
         assert (await client.get(f"/jobs/{ticket['id']}/events")).status_code == 503
         await asyncio.to_thread(postgres.start)
@@ -260,7 +260,7 @@ async def test_stream_ends_if_the_store_stays_unavailable(
     async with make_client(run_jobs=False, jobs={"database_url": url}, stream_limits=pauses) as (client, _):
         ticket = await submit(client)
         following = asyncio.create_task(client.get(f"/jobs/{ticket['id']}/events", timeout=PATIENCE_S))
-        await polls(reads)
+        await wait_for_polls(reads)
         with closing(sqlite3.connect(tmp_path / "jobs.db")) as connection:
             connection.execute("DROP TABLE jobs")
         reply = await following

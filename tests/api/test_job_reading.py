@@ -23,14 +23,14 @@ from tests.webhook_receiver import receiving
 
 @pytest.fixture
 def alone(client: httpx.AsyncClient, jobs: JobQueue) -> httpx.AsyncClient:
-    """Returns a client of the shared application without any jobs."""
+    """Returns a client of the shared application after deleting all jobs."""
     with jobs.store.database.writing() as connection:
         connection.execute(JOBS.delete())
     return client
 
 
 async def read_pages(client: httpx.AsyncClient, **query: Any) -> list[list[str]]:
-    """Returns the ids of each page, to the last page."""
+    """Returns the job ids of every page."""
     pages: list[list[str]] = []
     while True:
         reply = await client.get("/jobs", params=query)

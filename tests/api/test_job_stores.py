@@ -1,4 +1,4 @@
-"""Behaviour of both job stores for clients, and the response of each dialect while the store is unavailable."""
+"""Jobs over HTTP with each kind of job store, and each dialect's response while the store is unavailable."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ async def test_odd_ids_are_unknown(store_url: str) -> None:
 
 
 def submissions(client: httpx.AsyncClient) -> dict[str, Any]:
-    """Returns functions that send a request to the job store, by dialect and kind of request."""
+    """Returns functions that send a request which needs the job store, by dialect and kind of request."""
     return {
         "native": lambda: client.post("/jobs", json=BODY),
         "native with a file": lambda: post(client, "/jobs/variations", key=None),
@@ -125,7 +125,7 @@ def submissions(client: httpx.AsyncClient) -> dict[str, Any]:
 
 def expect_body(dialect: str, reply: httpx.Response) -> None:
     body = reply.json()
-    assert "/" not in str(body.get("detail", body.get("message")))  # no path of this machine
+    assert "/" not in str(body.get("detail", body.get("message")))  # the message contains no file path
     if dialect == "aiml":
         assert (body["statusCode"], body.keys()) == (reply.status_code, {*body} | {"message", "error", "path", "meta"})
     elif dialect == "fal":

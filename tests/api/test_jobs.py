@@ -57,7 +57,7 @@ ENDS = ("succeeded", "failed", "cancelled")
 
 
 async def submit(client: httpx.AsyncClient, path: str = "/jobs", **fields: Any) -> dict[str, Any]:
-    """Submit a job with `BODY` and `fields`, with an upload if the path needs one. Returns the ticket."""
+    """Submit a job of `BODY` and `fields`, and an upload if the path needs one. Returns the ticket."""
     if path.endswith("/jobs"):
         reply = await client.post(path, json=BODY | fields)
     else:
@@ -78,7 +78,7 @@ async def show(client: httpx.AsyncClient, ticket: dict[str, Any]) -> dict[str, A
 
 
 async def wait(client: httpx.AsyncClient, ticket: dict[str, Any], *words: str) -> dict[str, Any]:
-    """Returns the job once it has one of these statuses; without any, once it has ended."""
+    """Wait until the job has one of these statuses, by default until it ends. Returns the job."""
     async with asyncio.timeout(PATIENCE_S):
         while (status := await show(client, ticket))["status"] not in (words or ENDS):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
@@ -373,10 +373,10 @@ async def test_failed_job_gives_the_reason(
 
 async def test_head_gives_the_length_of_the_audio(client: httpx.AsyncClient, runner: JobRunner) -> None:
     url = (await wait(client, await submit(client)))["download_url"]
-    reply, told = await client.get(url), await client.head(url)
-    assert (told.status_code, told.content) == (200, b"")
-    assert told.headers["content-length"] == str(len(reply.content))
-    assert told.headers["content-type"] == reply.headers["content-type"]
+    reply, head = await client.get(url), await client.head(url)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-length"] == str(len(reply.content))
+    assert head.headers["content-type"] == reply.headers["content-type"]
     assert (await client.head(f"/jobs/{'0' * 32}/audio")).status_code == 404
 
 

@@ -1,4 +1,4 @@
-"""A file of keys that changes while the server runs: what counts afterwards, and what a bad one changes (nothing)."""
+"""The key file is read again when it changes. A faulty file leaves the keys as they are."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.server
 
 
 class Site:
-    """An application with a file of keys, under a clock that passes only when told to."""
+    """An application with a key file and a fake clock."""
 
     def __init__(self, folder: Path, text: str | None) -> None:
         self.file = folder / "keys"
@@ -39,7 +39,7 @@ class Site:
         self.app.state.keys.ring = self.ring = KeyRing(settings.api, clock=self.clock)
 
     def write(self, text: str) -> None:
-        """Replace the file as an operator should: another one in its place."""
+        """Replace the file atomically, as an operator should."""
         (new := self.file.with_suffix(".new")).write_text(text)
         os.replace(new, self.file)
 
@@ -50,7 +50,7 @@ class Site:
             return await client.get(path)
 
     async def statuses(self, *keys: str) -> list[int]:
-        """What each key gets two seconds later."""
+        """Advance the clock by two seconds. Returns the status of a request with each key."""
         self.clock.now += 2
         return [(await self.ask(key)).status_code for key in keys]
 
@@ -59,7 +59,7 @@ def lines(*names: str) -> str:
     return "".join(f"{name}:{hash_key(name)}\n" for name in names)
 
 
-async def test_keys_come_and_go_with_the_file(tmp_path: Path) -> None:
+async def test_keys_change_with_the_file(tmp_path: Path) -> None:
     site = Site(tmp_path, lines("alice", "bob"))
     assert await site.statuses("alice", "bob", "carol") == [200, 200, 401]
     site.write(lines("alice", "carol"))
@@ -68,11 +68,11 @@ async def test_keys_come_and_go_with_the_file(tmp_path: Path) -> None:
     assert await site.statuses("alice", "bob", "carol") == [401, 401, 401]
 
 
-async def test_a_swapped_link_is_followed_as_kubernetes_mounts_secrets(tmp_path: Path) -> None:
+async def test_updated_kubernetes_secret_is_read(tmp_path: Path) -> None:
     for number, names in enumerate((["alice"], ["carol"])):
         (folder := tmp_path / f"..{number}").mkdir()
         (folder / "keys").write_text(lines(*names))
-        os.utime(folder / "keys", (1, 1))  # the same size and date as the other one
+        os.utime(folder / "keys", (1, 1))  # both files have the same size and date
     (tmp_path / "..data").symlink_to("..0")
     (tmp_path / "keys").symlink_to("..data/keys")
     site = Site(tmp_path, None)
@@ -84,7 +84,7 @@ async def test_a_swapped_link_is_followed_as_kubernetes_mounts_secrets(tmp_path:
 
 
 @pytest.mark.parametrize("bad", ["", "alice", "alice:sas-plain-key\n", f"a:{'0' * 64}\nb:{'0' * 64}\n", None])
-async def test_a_bad_file_changes_no_key_and_is_reported(
+async def test_faulty_file_changes_no_key_and_is_reported(
     tmp_path: Path, bad: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     site = Site(tmp_path, lines("alice"))
@@ -105,14 +105,14 @@ async def test_a_bad_file_changes_no_key_and_is_reported(
     assert (await site.ask(None, "/health")).json()["key_file"] == {"state": "ok", "reason": None}
 
 
-async def test_health_alone_notices_a_bad_file(tmp_path: Path) -> None:
+async def test_health_route_detects_a_faulty_file(tmp_path: Path) -> None:
     site = Site(tmp_path, lines("alice"))
     site.write("x")
     site.clock.now += 2
     assert (await site.ask(None, "/health")).json()["key_file"]["state"] == "broken"
 
 
-async def test_a_process_started_with_a_bad_file_is_not_ready_and_admits_nobody(tmp_path: Path) -> None:
+async def test_server_started_with_a_faulty_file_refuses_every_request(tmp_path: Path) -> None:
     site = Site(tmp_path, None)
     for key in (None, "alice"):
         reply = await site.ask(key)
@@ -125,7 +125,7 @@ async def test_a_process_started_with_a_bad_file_is_not_ready_and_admits_nobody(
     assert (await site.ask(None, "/ready")).status_code == 200
 
 
-async def test_a_flood_reads_the_file_once_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_many_requests_read_the_file_once_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = Site(tmp_path, lines("alice"))
     reads = []
     read = key_ring.read_key_file
@@ -136,22 +136,22 @@ async def test_a_flood_reads_the_file_once_a_second(tmp_path: Path, monkeypatch:
     assert len(reads) == 3
 
 
-async def test_a_disk_that_does_not_answer_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_hanging_disk_does_not_block_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = Site(tmp_path, lines("alice"))
     answers = threading.Event()
     monkeypatch.setattr(key_ring, "read_key_file", lambda _: answers.wait(PATIENCE_S) and b"x")
     try:
-        assert await site.statuses("alice") == [200]  # after waiting for a moment
+        assert await site.statuses("alice") == [200]  # with the known keys, after waiting half a second
         site.clock.now += 20
         assert site.ring.health == KeyFileHealth("broken", "the file does not answer")
         before = asyncio.get_running_loop().time()
         assert {reply.status_code for reply in await asyncio.gather(*(site.ask("alice") for _ in range(50)))} == {200}
-        assert asyncio.get_running_loop().time() - before < 20  # 50 waits of half a second would take 25 s
+        assert asyncio.get_running_loop().time() - before < 20  # fifty waits of 0.5 s would take 25 s
     finally:
         answers.set()
 
 
-def test_the_start_refuses_a_bad_file(tmp_path: Path) -> None:
+def test_startup_refuses_a_faulty_file(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("x")
     with pytest.raises(ConfigError, match=r"^api.key_file: line 1: must be"):
         key_ring.check_key_file(str(tmp_path / "keys"))
@@ -160,7 +160,7 @@ def test_the_start_refuses_a_bad_file(tmp_path: Path) -> None:
     key_ring.check_key_file(None)
 
 
-def test_a_key_file_counts_as_keys_for_pages_of_others(tmp_path: Path) -> None:
+def test_server_with_a_key_file_has_keys(tmp_path: Path) -> None:
     assert ApiSettings(key_file="keys").has_keys
     assert not ApiSettings().has_keys
     service = Service(ToneBackend(), Settings(output_dir=str(tmp_path)))

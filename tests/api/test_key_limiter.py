@@ -1,4 +1,4 @@
-"""Limits over several processes that share a database: each is a `KeyLimiter` with separate connections."""
+"""Limits of keys over several processes with one database. Each process is a `KeyLimiter` with its own connections."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def make_key(words: str, name: str = "alice") -> ApiKey:
 
 @pytest.fixture
 async def pair(store_url: str) -> AsyncIterator[tuple[KeyLimiter, KeyLimiter]]:
-    """Two processes that answer requests."""
+    """Yield the limiters of two server processes."""
     open_database(store_url).prepare()
     pair = KeyLimiter(open_database(store_url)), KeyLimiter(open_database(store_url))
     yield pair
@@ -47,7 +47,7 @@ async def pair(store_url: str) -> AsyncIterator[tuple[KeyLimiter, KeyLimiter]]:
 
 
 async def admit(limiter: KeyLimiter, key: ApiKey, audio_s: float = 1.0) -> float | None:
-    """Returns the Retry-After of a refusal, None for a request that was admitted and took no time."""
+    """Start and end a request. Returns None if it was admitted, or the Retry-After of the refusal."""
     try:
         async with limiter.admitted(key, audio_s=audio_s, takes_place=True):
             return None
@@ -71,7 +71,7 @@ async def test_two_processes_admit_exactly_the_limit(
     assert all(59 - taken_s <= wait <= 61 for wait in waits)
 
 
-async def test_places_are_never_more_than_the_limit_over_both(pair: tuple[KeyLimiter, KeyLimiter]) -> None:
+async def test_concurrency_limit_holds_over_two_processes(pair: tuple[KeyLimiter, KeyLimiter]) -> None:
     key, now, most = make_key("concurrency=3"), 0, 0
 
     async def use(limiter: KeyLimiter) -> int:
@@ -92,15 +92,15 @@ async def test_places_are_never_more_than_the_limit_over_both(pair: tuple[KeyLim
 
     counts = await asyncio.gather(*(repeat(one) for one in pair * 4))
     assert most == 3
-    assert sum(counts) >= 30  # places come free again
+    assert sum(counts) >= 30  # ended requests free their places
 
 
-async def test_a_client_that_waits_for_each_answer_is_never_refused(pair: tuple[KeyLimiter, KeyLimiter]) -> None:
+async def test_sequential_requests_of_a_client_are_never_refused(pair: tuple[KeyLimiter, KeyLimiter]) -> None:
     key = make_key("concurrency=1")
     assert [await admit(pair[number % 2], key) for number in range(40)] == [None] * 40
 
 
-async def test_what_was_refused_later_can_be_used_again(pair: tuple[KeyLimiter, KeyLimiter]) -> None:
+async def test_failed_requests_are_refunded_but_timeouts_are_charged(pair: tuple[KeyLimiter, KeyLimiter]) -> None:
     key = make_key("audio-seconds-per-minute=10")
     for error in (OverloadedError("full"), StartTimeoutError("late"), InvalidRequestError("bad"), RuntimeError("bug")):
         with pytest.raises(type(error)):
@@ -115,7 +115,7 @@ async def test_what_was_refused_later_can_be_used_again(pair: tuple[KeyLimiter, 
     assert await admit(pair[1], key) is not None
 
 
-async def test_a_client_that_goes_away_leaves_its_place_and_pays(pair: tuple[KeyLimiter, KeyLimiter]) -> None:
+async def test_cancelled_request_frees_its_place_and_is_charged(pair: tuple[KeyLimiter, KeyLimiter]) -> None:
     key = make_key("concurrency=1 audio-seconds-per-minute=10")
     entered = asyncio.Event()
 
@@ -129,28 +129,28 @@ async def test_a_client_that_goes_away_leaves_its_place_and_pays(pair: tuple[Key
     assert await admit(pair[1], key) is not None
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    await pair[0].close()  # waits until the place is free
+    await pair[0].close()  # waits until the request's place is free
     assert await admit(pair[1], key, 6) is None
     assert await admit(pair[1], key, 1) is not None
 
 
-async def test_more_than_a_minute_holds_is_forbidden_and_names_the_limit(pair: tuple[KeyLimiter, KeyLimiter]) -> None:
+async def test_request_larger_than_the_whole_limit_is_forbidden(pair: tuple[KeyLimiter, KeyLimiter]) -> None:
     with pytest.raises(ForbiddenError, match="audio-seconds-per-minute=10"):
         await admit(pair[0], make_key("audio-seconds-per-minute=10"), 10.5)
 
 
-async def test_names_and_keys_without_limits_have_limiter_of_their_own(tmp_path: Path) -> None:
+async def test_keys_without_limits_are_admitted_and_clients_have_own_limits(tmp_path: Path) -> None:
     limiter = KeyLimiter(open_database(f"sqlite:///{tmp_path / 'jobs.db'}"))
     for key in (ANYBODY, make_key(""), make_key("", "bob")):
         assert [await admit(limiter, key, 1e9) for _ in range(10)] == [None] * 10
-    assert not (tmp_path / "jobs.db").exists()  # nothing was asked
+    assert not (tmp_path / "jobs.db").exists()  # keys without limits need no database
     limited = [make_key("audio-seconds-per-minute=1", name) for name in ("alice", "bob")]
     assert [await admit(limiter, key) for key in limited] == [None, None]
     await limiter.close()
 
 
 @pytest.mark.slow
-async def test_while_the_database_is_away_each_process_keeps_the_limits(
+async def test_each_process_keeps_the_limits_during_a_database_outage(
     postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(key_limits, "_RENEW_S", 0.5)
@@ -171,8 +171,8 @@ async def test_while_the_database_is_away_each_process_keeps_the_limits(
         async with asyncio.timeout(PATIENCE_S):
             while sink.values["key_limits_alone"]:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
-        assert await admit(limiter, other) is not None  # its place in the database was kept
-    assert await admit(limiter, key, 20) is None  # the database has counted none of it
+        assert await admit(limiter, other) is not None  # the database still has the request's place
+    assert await admit(limiter, key, 20) is None  # requests admitted during the outage are not charged
     await limiter.close()
     postgres.drop_database(url)
 
@@ -185,11 +185,9 @@ class Gauges(NullMetrics):
         self.values[name] = value
 
 
-async def test_a_slow_database_is_waited_for_and_the_limit_holds(
-    store_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_limit_holds_with_a_slow_database(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     open_database(store_url).prepare()
-    servers = [KeyLimiter(open_database(store_url)) for _ in range(2)]
+    limiters = [KeyLimiter(open_database(store_url)) for _ in range(2)]
     key, admit_use = make_key("audio-seconds-per-minute=2"), KeyUses.admit
 
     def admit_slowly(uses: KeyUses, use: Use) -> QuotaError | None:
@@ -197,9 +195,9 @@ async def test_a_slow_database_is_waited_for_and_the_limit_holds(
         return admit_use(uses, use)
 
     monkeypatch.setattr(KeyUses, "admit", admit_slowly)
-    found = await asyncio.gather(*(admit(servers[number % 2], key) for number in range(4)))
+    found = await asyncio.gather(*(admit(limiters[number % 2], key) for number in range(4)))
     assert found.count(None) == 2
-    await asyncio.gather(*(limiter.close() for limiter in servers))
+    await asyncio.gather(*(limiter.close() for limiter in limiters))
 
 
 async def test_a_database_that_hangs_delays_requests_once(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,10 +205,10 @@ async def test_a_database_that_hangs_delays_requests_once(store_url: str, monkey
     monkeypatch.setattr(key_limits, "_RENEW_S", 0.1)
     sink = Gauges()
     limiter = KeyLimiter(open_database(store_url), patience_s=1, metrics=sink)
-    key, goes_on, admit_use = make_key("audio-seconds-per-minute=20"), threading.Event(), KeyUses.admit
+    key, resumed, admit_use = make_key("audio-seconds-per-minute=20"), threading.Event(), KeyUses.admit
 
     def hang(uses: KeyUses, use: Use) -> QuotaError | None:
-        goes_on.wait(PATIENCE_S)
+        resumed.wait(PATIENCE_S)
         return admit_use(uses, use)
 
     monkeypatch.setattr(KeyUses, "admit", hang)
@@ -222,16 +220,16 @@ async def test_a_database_that_hangs_delays_requests_once(store_url: str, monkey
         assert sink.values["key_limits_alone"] == 1.0
         assert time.monotonic() - began_at < 5
     finally:
-        goes_on.set()
+        resumed.set()
     async with asyncio.timeout(PATIENCE_S):
         while sink.values["key_limits_alone"]:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
-    assert await admit(limiter, key, 19) is None  # the one second that was admitted late counts
+    assert await admit(limiter, key, 19) is None  # one request was charged after the hang
     assert await admit(limiter, key, 1) is not None
     await limiter.close()
 
 
-async def test_a_place_is_kept_as_long_as_its_request_lasts(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_request_keeps_its_place_until_it_ends(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     open_database(store_url).prepare()
     monkeypatch.setattr(key_uses, "LEASE_S", 1.5)
     monkeypatch.setattr(key_limits, "_RENEW_S", 0.2)
@@ -244,16 +242,16 @@ async def test_a_place_is_kept_as_long_as_its_request_lasts(store_url: str, monk
     await asyncio.gather(one.close(), other.close())
 
 
-async def test_a_client_that_leaves_while_it_is_admitted_holds_no_place(
+async def test_request_cancelled_during_admission_holds_no_place(
     store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     open_database(store_url).prepare()
     limiter = KeyLimiter(open_database(store_url))
-    key, goes_on, entered, admit_use = make_key("concurrency=1"), threading.Event(), threading.Event(), KeyUses.admit
+    key, resumed, entered, admit_use = make_key("concurrency=1"), threading.Event(), threading.Event(), KeyUses.admit
 
     def admit_late(uses: KeyUses, use: Use) -> QuotaError | None:
         entered.set()
-        goes_on.wait(PATIENCE_S)
+        resumed.wait(PATIENCE_S)
         return admit_use(uses, use)
 
     monkeypatch.setattr(KeyUses, "admit", admit_late)
@@ -261,7 +259,7 @@ async def test_a_client_that_leaves_while_it_is_admitted_holds_no_place(
     await asyncio.to_thread(entered.wait, PATIENCE_S)
     leaving.cancel()
     await asyncio.sleep(0.05)
-    goes_on.set()
+    resumed.set()
     await asyncio.gather(leaving, return_exceptions=True)
     assert await admit(limiter, key) is None
     await limiter.close()

@@ -1,4 +1,4 @@
-"""The limits of keys over HTTP: two servers on one database, one key, every dialect; and how each dialect refuses."""
+"""Limits of keys over HTTP, in every dialect, with two servers on one database."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ bob:{hash_key("bob")} concurrency=1
 carol:{hash_key("carol")}
 """
 
-# One request of each dialect, synchronous and for later, for this many seconds of audio.
-ASKS: dict[str, tuple[str, dict[str, Any], float]] = {
+# Path, body and seconds of audio of a synchronous request and a job of each dialect.
+REQUESTS: dict[str, tuple[str, dict[str, Any], float]] = {
     "sa3": ("/v1/audio/generations", {"prompt": "x", "duration": 2, "batch_size": 2}, 4),
     "merged": ("/generate", {"prompt": "x", "duration": 3}, 3),
     "vllm": ("/v1/audio/generate", {"input": "x", "audio_length": 2}, 2),
@@ -51,7 +51,7 @@ def tones() -> ToneBackend:
 
 @pytest.fixture
 async def pair(store_url: str, tones: ToneBackend, tmp_path: Path) -> AsyncIterator[Pair]:
-    """Two servers of one installation."""
+    """Yield clients of two servers with one database."""
     (tmp_path / "keys").write_text(KEYS)
     tree = {
         "api": {"key_file": str(tmp_path / "keys")},
@@ -69,19 +69,19 @@ async def pair(store_url: str, tones: ToneBackend, tmp_path: Path) -> AsyncItera
         yield clients[0], clients[1]
 
 
-async def ask(client: httpx.AsyncClient, what: str, key: str = "alice") -> httpx.Response:
-    path, body, _ = ASKS[what]
+async def ask(client: httpx.AsyncClient, kind: str, key: str = "alice") -> httpx.Response:
+    path, body, _ = REQUESTS[kind]
     return await client.post(path, json=body, headers={"Authorization": f"Key {key}"})
 
 
-async def test_one_key_hammered_through_two_servers_gets_its_limit_and_no_more(pair: Pair) -> None:
+async def test_limit_of_a_client_holds_over_two_servers_and_two_keys(pair: Pair) -> None:
     began_at = asyncio.get_running_loop().time()
-    whats = [*ASKS] * 6
+    kinds = [*REQUESTS] * 6
     replies = await asyncio.gather(
-        *(ask(pair[n % 2], what, ("alice", "alice-2")[n % 3 % 2]) for n, what in enumerate(whats))
+        *(ask(pair[n % 2], kind, ("alice", "alice-2")[n % 3 % 2]) for n, kind in enumerate(kinds))
     )
     assert {reply.status_code for reply in replies} <= {200, 202, 429}
-    admitted_s = sum(ASKS[what][2] for what, reply in zip(whats, replies, strict=True) if reply.is_success)
+    admitted_s = sum(REQUESTS[kind][2] for kind, reply in zip(kinds, replies, strict=True) if reply.is_success)
     assert asyncio.get_running_loop().time() - began_at > 59 or 54 <= admitted_s <= 60
     others = await asyncio.gather(*(ask(client, "sa3", "carol") for client in pair * 5))
     assert {reply.status_code for reply in others} == {200}
@@ -90,11 +90,11 @@ async def test_one_key_hammered_through_two_servers_gets_its_limit_and_no_more(p
 async def test_each_dialect_refuses_in_its_own_form(pair: Pair) -> None:
     body = {"prompt": "x", "duration": 30, "batch_size": 2}
     assert (await pair[0].post("/jobs", json=body, headers={"Authorization": "Key alice"})).status_code == 202
-    for what in ASKS:
-        check_refusal(what, await ask(pair[1], what))
+    for kind in REQUESTS:
+        check_refusal(kind, await ask(pair[1], kind))
 
 
-def check_refusal(what: str, reply: httpx.Response) -> None:
+def check_refusal(kind: str, reply: httpx.Response) -> None:
     assert reply.status_code == 429
     assert 30 <= int(reply.headers["retry-after"]) <= 61
     body = reply.json()
@@ -106,27 +106,27 @@ def check_refusal(what: str, reply: httpx.Response) -> None:
         "fal": lambda: body["detail"],
         "fal job": lambda: body["detail"],
         "aiml job": lambda: body["message"],
-    }[what]()
+    }[kind]()
     assert "audio-seconds-per-minute=60" in sentence
-    if what == "vllm":
+    if kind == "vllm":
         assert body["error"]["type"] == "RateLimitError"
-    if what.startswith("fal"):
+    if kind.startswith("fal"):
         assert (body["error_type"], reply.headers["x-fal-retryable"]) == ("quota", "true")
 
 
-async def test_the_open_small_routes_count_the_window_they_make(pair: Pair) -> None:
+async def test_open_small_requests_are_charged(pair: Pair) -> None:
     headers = {"Authorization": "Bearer alice"}
     replies = [
         await pair[n % 2].post("/saos/generate", json={"prompt": "x", "seconds_total": 2}, headers=headers)
         for n in range(40)
     ]
     num_admitted = [reply.status_code for reply in replies].count(200)
-    assert num_admitted in (5, 30)  # windows of 11.9 s, or clips of 2 s, into 60 s
+    assert num_admitted in (5, 30)  # 60 s hold 5 windows of 11.9 s or 30 clips of 2 s
     assert {reply.status_code for reply in replies[num_admitted:]} == {429}
     assert "audio-seconds-per-minute" in replies[-1].json()["error"]
 
 
-async def test_a_request_for_more_than_a_minute_holds_is_forbidden(pair: Pair) -> None:
+async def test_request_above_the_whole_limit_is_forbidden(pair: Pair) -> None:
     body = {"prompt": "x", "duration": 30, "batch_size": 4}
     for path in ("/v1/audio/generations", "/jobs"):
         reply = await pair[0].post(path, json=body, headers={"Authorization": "Bearer alice"})
@@ -150,17 +150,15 @@ async def test_concurrency_limits_requests_on_all_servers_but_not_jobs(pair: Pai
 
 async def test_a_repeated_job_is_charged_once(pair: Pair) -> None:
     headers = {"Authorization": "Bearer alice", "Idempotency-Key": "one"}
-    for n in range(20):  # of 6 seconds
-        reply = await pair[n % 2].post("/jobs", json=ASKS["sa3 job"][1], headers=headers)
+    for n in range(20):  # 20 requests for 6 s exceed the limit of 60 s
+        reply = await pair[n % 2].post("/jobs", json=REQUESTS["sa3 job"][1], headers=headers)
         assert (reply.status_code, "idempotent-replayed" in reply.headers) == (202, n > 0)
 
 
-async def test_a_database_that_is_away_stops_no_synchronous_request(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_synchronous_requests_work_without_the_database(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: Database) -> None:
         raise OSError("away")
 
     monkeypatch.setattr(Database, "_make_ready", fail)
     statuses = [(await ask(pair[0], "sa3")).status_code for _ in range(20)]
-    assert statuses == [200] * 15 + [429] * 5  # one ingress process is configured: it has the whole limit, 60 of 4 s
+    assert statuses == [200] * 15 + [429] * 5  # the only ingress process has the whole limit of 60 s

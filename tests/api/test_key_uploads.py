@@ -1,4 +1,4 @@
-"""Uploads of a key that has used up its limits, over real sockets: refused before they are sent."""
+"""Uploads with a key that has used up its limits are refused before the body arrives. Uses real sockets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.backends import ToneBackend
 from tests.patience import PATIENCE_S, until
 from tests.sockets import listening
 
-pytestmark = pytest.mark.server  # two of them, with decoders
+pytestmark = pytest.mark.server  # starts two servers with decoders
 
 KEYS = f"""
 alice:{hash_key("alice")} audio-seconds-per-minute=10
@@ -30,7 +30,7 @@ HUGE_BYTES = 50_000_000
 
 @asynccontextmanager
 async def two_servers(folder: Path, backend: ToneBackend) -> AsyncIterator[tuple[int, int]]:
-    """Ports of two servers on one job database."""
+    """Yield the ports of two servers with one job database."""
     (folder / "keys").write_text(KEYS)
     tree = {"api": {"key_file": str(folder / "keys")}, "output_dir": str(folder / "outputs")}
     apps = [create_app(backend, Settings.model_validate(tree)) for _ in range(2)]
@@ -39,7 +39,7 @@ async def two_servers(folder: Path, backend: ToneBackend) -> AsyncIterator[tuple
 
 
 async def send_head(port: int, path: str, key: str) -> bytes:
-    """The whole answer to the beginning of a huge upload whose rest never comes."""
+    """Send only the beginning of a huge upload. Returns the whole response."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     head = (
         f"POST {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {key}\r\n"
@@ -58,19 +58,19 @@ async def post(port: int, path: str, key: str, **body: object) -> httpx.Response
         return await client.post(path, headers={"Authorization": f"Bearer {key}"}, **body)  # type: ignore[arg-type]
 
 
-async def test_uploads_are_refused_from_their_headers_when_no_audio_is_left(tmp_path: Path) -> None:
+async def test_uploads_above_the_limit_are_refused_by_their_headers(tmp_path: Path) -> None:
     async with two_servers(tmp_path, ToneBackend()) as (one, other):
         assert (await post(one, TEXT, "alice", json={"prompt": "x", "duration": 10})).status_code == 200
-        ways = [(port, path) for port in (one, other) for path in (VARIATION, JOB, "/v1/audio/inpaint")]
-        answers = await asyncio.gather(*(send_head(port, path, "alice") for port, path in ways))
-        for way, answer in zip(ways, answers, strict=True):
-            assert answer.startswith(b"HTTP/1.1 429 "), way
-            assert b"audio-seconds-per-minute=10" in answer, way
-            assert b"connection: close" in answer.lower(), way
-            assert b"retry-after: " in answer.lower(), way
+        targets = [(port, path) for port in (one, other) for path in (VARIATION, JOB, "/v1/audio/inpaint")]
+        answers = await asyncio.gather(*(send_head(port, path, "alice") for port, path in targets))
+        for target, answer in zip(targets, answers, strict=True):
+            assert answer.startswith(b"HTTP/1.1 429 "), target
+            assert b"audio-seconds-per-minute=10" in answer, target
+            assert b"connection: close" in answer.lower(), target
+            assert b"retry-after: " in answer.lower(), target
 
 
-async def test_a_client_that_sends_before_it_reads_gets_the_refusal_too(tmp_path: Path) -> None:
+async def test_client_that_sends_its_whole_body_gets_the_refusal(tmp_path: Path) -> None:
     async with two_servers(tmp_path, ToneBackend()) as (one, other):
         assert (await post(one, TEXT, "alice", json={"prompt": "x", "duration": 10})).status_code == 200
         files = {"audio": b"\0" * 5_000_000}
@@ -78,7 +78,7 @@ async def test_a_client_that_sends_before_it_reads_gets_the_refusal_too(tmp_path
         assert [reply.status_code for reply in replies] == [429] * 5
 
 
-async def test_a_place_in_use_refuses_uploads_but_no_jobs_and_is_not_lost(tmp_path: Path) -> None:
+async def test_concurrency_limit_refuses_uploads_but_no_jobs(tmp_path: Path) -> None:
     backend = ToneBackend()
     backend.released.clear()
     files, form = {"audio": make_audio_file(duration_s=0.5)}, {"prompt": "x", "duration": "1"}
@@ -95,10 +95,10 @@ async def test_a_place_in_use_refuses_uploads_but_no_jobs_and_is_not_lost(tmp_pa
             assert (await post(port, VARIATION, "bob", data=form, files=files)).status_code == 200
 
 
-async def test_the_check_of_headers_charges_nothing(tmp_path: Path) -> None:
+async def test_checking_headers_charges_nothing(tmp_path: Path) -> None:
     files = {"audio": make_audio_file(duration_s=0.5)}
     async with two_servers(tmp_path, ToneBackend()) as (one, other):
-        for port in (one, other) * 5:  # ten of one second into ten seconds
+        for port in (one, other) * 5:  # ten requests for 1 s use up the limit of 10 s
             reply = await post(port, VARIATION, "alice", data={"prompt": "x", "duration": "1"}, files=files)
             assert reply.status_code == 200
         assert (await send_head(other, VARIATION, "alice")).startswith(b"HTTP/1.1 429 ")

@@ -1,4 +1,4 @@
-"""API keys: which routes ask for one, how it may be sent, and what a bad one is answered."""
+"""API keys: which routes need one, how it may be sent, and the response to an invalid one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PUBLIC = {
 
 @pytest.fixture(scope="module")
 def locked(tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
-    """An application with keys."""
+    """Returns an application with keys."""
     hashes = [hash_key(key) for key in KEYS]
     tree = {"api": {"key_hashes": hashes}, "output_dir": str(tmp_path_factory.mktemp("outputs"))}
     return create_app(ToneBackend(), Settings.model_validate(tree))
@@ -52,7 +52,7 @@ def operations(app: FastAPI) -> Iterator[tuple[str, str]]:
 
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}])
 @pytest.mark.server
-async def test_every_route_but_the_public_ones_wants_a_key(locked: FastAPI, headers: dict[str, str]) -> None:
+async def test_every_route_except_public_ones_needs_a_key(locked: FastAPI, headers: dict[str, str]) -> None:
     public = {(method, _fill(path)) for method, path in PUBLIC}
     async with connect(locked, **headers) as client:
         for method, path in operations(locked):
@@ -68,7 +68,7 @@ async def test_every_route_but_the_public_ones_wants_a_key(locked: FastAPI, head
 
 @pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("scheme", ["Bearer", "Key", "bearer", "KEY"])
-async def test_both_schemes_are_taken_everywhere(locked: FastAPI, scheme: str, key: str) -> None:
+async def test_both_schemes_are_accepted_everywhere(locked: FastAPI, scheme: str, key: str) -> None:
     async with connect(locked, Authorization=f"{scheme} {key}".encode()) as client:
         assert (await client.get("/v1/models")).status_code == 200
         assert (await client.post("/v1/audio/generate", json={"input": "x", "audio_length": 1})).status_code == 200
@@ -109,6 +109,6 @@ async def test_preflights_need_no_key(locked: FastAPI) -> None:
 
 
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer any"}, {"Authorization": "\x00"}])
-async def test_without_keys_any_header_and_none_pass(client: httpx.AsyncClient, headers: dict[str, str]) -> None:
+async def test_without_keys_any_header_is_accepted(client: httpx.AsyncClient, headers: dict[str, str]) -> None:
     assert (await client.get("/v1/models", headers=headers)).status_code == 200
     assert (await client.get("/docs", headers=headers)).status_code == 200

@@ -1,4 +1,4 @@
-"""Every response with audio names the device that made it, without changing the bodies."""
+"""Every response with audio names the device that generated it. Bodies of other dialects do not change."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def on_a_gpu(backend: ToneBackend) -> None:
     backend.device = DeviceUse("cuda", 1_000_000_000, 2_000_000_000, "float16")
 
 
-def told(reply: httpx.Response) -> tuple[str, str]:
+def device_headers(reply: httpx.Response) -> tuple[str, str]:
     return reply.headers["x-device"], reply.headers["x-dtype"]
 
 
@@ -43,14 +43,14 @@ def told(reply: httpx.Response) -> tuple[str, str]:
 async def test_synchronous_response_has_device_headers(
     client: httpx.AsyncClient, path: str, body: dict[str, Any]
 ) -> None:
-    assert told(await client.post(path, json=body)) == MADE_ON
+    assert device_headers(await client.post(path, json=body)) == MADE_ON
 
 
 async def test_files_of_queued_dialects_have_device_headers(client: httpx.AsyncClient, runner: JobRunner) -> None:
     fal = await client.post("/fal-ai/stable-audio", json={"prompt": "x", "seconds_total": 1})
     aiml = await poll_until(client, await submit_aiml(client, seconds_total=1), "completed")
     for body in (fal.json(), aiml):
-        assert told(await client.get(body["audio_file"]["url"])) == MADE_ON
+        assert device_headers(await client.get(body["audio_file"]["url"])) == MADE_ON
         assert not {"device", "dtype"} & (body.keys() | body["audio_file"].keys())
 
 
@@ -62,7 +62,7 @@ async def test_succeeded_job_has_the_device(client: httpx.AsyncClient, backend: 
     backend.released.set()
     job = await wait(client, ticket)
     assert (job["device"], job["dtype"]) == MADE_ON
-    assert told(await client.get(job["download_url"])) == MADE_ON
+    assert device_headers(await client.get(job["download_url"])) == MADE_ON
 
 
 async def test_manifest_has_the_device(client: httpx.AsyncClient) -> None:

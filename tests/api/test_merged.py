@@ -1,4 +1,4 @@
-"""`POST /generate`, shared by two dialects: selection of the dialect, and errors in both formats."""
+"""`POST /generate` belongs to two dialects: how a request selects one, and errors in both formats."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ async def test_both_dialects_support_base64(client: httpx.AsyncClient, backend: 
     reply = await client.post(URL, json=body)
     pcm, metadata = expect_base64(reply)
     assert len(pcm) == 2 * 44_100
-    assert abs(int(pcm.max()) - 16_384) < 10  # as the model made it
+    assert abs(int(pcm.max()) - 16_384) < 10  # the level of the backend, not normalized
     assert set(metadata) == CLIP_KEYS
-    told = {"prompt": "x 90bpm", "steps": 8, "cfg_scale": 1.0, "seed": 5, "duration_seconds": 2.0, "detected_bpm": 90}
-    assert told.items() <= metadata.items()
+    fields = {"prompt": "x 90bpm", "steps": 8, "cfg_scale": 1.0, "seed": 5, "duration_seconds": 2.0, "detected_bpm": 90}
+    assert fields.items() <= metadata.items()
     assert (reply.headers["x-model"], reply.headers["x-output-count"]) == ("small-sfx", "1")
     assert backend.last.cfg_scale is None
 
@@ -97,7 +97,7 @@ async def test_prefix_selects_one_dialect(client: httpx.AsyncClient, prefix: str
 
 
 def expect_both(reply: httpx.Response, status: int, *fields: str) -> str:
-    """Assert an error in both formats with these fields. Returns the sentence."""
+    """Assert an error in both formats that names these fields. Returns its sentence."""
     assert reply.status_code == status, reply.text
     body = reply.json()
     assert set(body) == {"error", "detail"}

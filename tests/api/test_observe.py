@@ -93,7 +93,7 @@ async def test_polled_routes_are_logged_at_debug_unless_they_fail(
 async def test_unready_server_is_logged_at_info(
     client: httpx.AsyncClient, backend: ToneBackend, lines: list[dict[str, Any]]
 ) -> None:
-    backend.statuses = {}  # nothing is loaded yet
+    backend.statuses = {}  # no model is loaded yet
     assert (await client.get("/ready")).status_code == 503
     assert [line["log_level"] for line in lines] == ["info"]
 
@@ -123,7 +123,7 @@ async def test_requests_refusals_and_audio_are_counted() -> None:
 async def test_disconnect_after_the_whole_response_is_not_499(
     sent: bytes, status: int, *, is_cancelled_by_the_server: bool, lines: list[dict[str, Any]]
 ) -> None:
-    """The client may disconnect before the handler returns."""
+    """A client may disconnect as soon as it has the response, before the handler returns."""
     has_sent, is_gone = asyncio.Event(), asyncio.Event()
     requests: list[Message] = [{"type": "http.request"}]
 
@@ -143,7 +143,7 @@ async def test_disconnect_after_the_whole_response_is_not_499(
         await send({"type": "http.response.body", "body": sent, "more_body": True})
         has_sent.set()
         await is_gone.wait()
-        await asyncio.sleep(0.01)  # the server polls for a disconnect
+        await asyncio.sleep(0.01)  # time for the server to notice the disconnect
         await send({"type": "http.response.body"})
 
     async def drop(message: Message) -> None:

@@ -1,4 +1,4 @@
-"""Native routes with models of the v objective: noise shares become sigmas, options of flow models are refused."""
+"""Native routes with v-objective models: noise shares become sigmas, and options of flow models are refused."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ async def test_noise_levels_reach_stable_audio_open(served: tuple[httpx.AsyncCli
     options = {"sigma_min": 0.03, "sigma_max": 80, "rho": 2, "sampler_type": "k-heun", "scale_phi": 0.4}
     body = {"prompt": "x", "duration": 1, "sampler_kwargs": options}
     assert (await client.post("/v1/audio/generations", json=body)).status_code == 200
-    asked = backend.last
-    assert (asked.sigma_min, asked.sigma_max, asked.rho, asked.sampler) == (0.03, 80.0, 2.0, "k-heun")
+    request = backend.last
+    assert (request.sigma_min, request.sigma_max, request.rho, request.sampler) == (0.03, 80.0, 2.0, "k-heun")
     body["model"] = "flow"
     body["sampler_kwargs"] = {"sigma_min": 0.03, "sampler_type": "euler"}
     assert (await client.post("/v1/audio/generations", json=body)).status_code == 200

@@ -1,4 +1,4 @@
-"""Access of web pages to a server on this machine, by their origin and by the host name they use."""
+"""Which web pages may use a server on this machine, by their origin and by the host name they use."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ OTHER_NAMES = [
 
 @asynccontextmanager
 async def visit(**api: Any) -> AsyncIterator[tuple[httpx.AsyncClient, ToneBackend]]:
-    """Yield a client of a server with these settings, on the same machine."""
+    """Yield a client of a server with these settings. The client is on the server's machine."""
     async with make_app(run_jobs=False, api=api) as (app, backend), connect(app) as client:
         yield client, backend
 
@@ -145,9 +145,9 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 
 
 async def is_allowed(client: httpx.AsyncClient, **headers: str) -> bool:
-    """Returns whether a changing request passes. A refused one is a 403 in its dialect's form."""
+    """Returns whether a POST request passes the check of its origin and host. Otherwise asserts a 403."""
     reply = await client.post("/v2/generate/audio", headers={k: v.encode("latin-1") for k, v in headers.items()})
-    if reply.status_code == 400:  # it failed later, because of its missing body
+    if reply.status_code == 400:  # the request passed the check and failed because it has no body
         return True
     assert reply.status_code == 403, reply.text
     return False
@@ -165,15 +165,15 @@ async def test_every_route_except_probes_checks_host_and_origin(client: httpx.As
             ({}, False),
         ):
             reply = await client.request(**request, headers=headers)
-            is_shut = (
+            is_closed = (
                 route.path.startswith("/v1/admin/") and "no keys are configured" in reply.text
-            )  # refused whatever the origin
-            is_refused = reply.status_code == 403 and "upload" not in reply.text and not is_shut
-            is_told = route.method == "HEAD" or (
+            )  # refused for any origin
+            is_refused = reply.status_code == 403 and "upload" not in reply.text and not is_closed
+            is_named = route.method == "HEAD" or (
                 next(iter(headers), "") in reply.text
                 and reply.headers.get("content-type", "").startswith("application/json")
             )
-            if is_refused != is_foreign or (is_foreign and not is_told):
+            if is_refused != is_foreign or (is_foreign and not is_named):
                 failures.append(f"{route}, {headers}: {reply.status_code} {reply.text[:200]}")
     assert not failures
 
@@ -282,8 +282,8 @@ async def test_forwarded_host_is_not_checked(client: httpx.AsyncClient) -> None:
 
 
 async def preflight(client: httpx.AsyncClient, origin: str, **more: str) -> httpx.Response:
-    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type,authorization"}
-    return await client.options(URL, headers={"Origin": origin, **asked, **more})
+    method = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type,authorization"}
+    return await client.options(URL, headers={"Origin": origin, **method, **more})
 
 
 async def test_preflights_follow_the_same_rules(client: httpx.AsyncClient) -> None:

@@ -1,4 +1,4 @@
-"""Ownership of jobs: every route, called without a key, with an invalid key, another client's key and the owner's key.
+"""Ownership of jobs: every route without a key, with an invalid key, another client's key and the owner's key.
 
 The routes are read from the application, so every new route must be classified here.
 """
@@ -29,7 +29,7 @@ from tests.backends import ToneBackend
 
 pytestmark = pytest.mark.server
 
-# Needs no key: the start page and its files, the API description, probes, and published links.
+# Routes without a key: the start page and its files, the API description, probes, and published links.
 OPEN = {
     *(("GET", path) for path in ("/", "/health", "/ready", "/files/{file_id}/{file_name}")),
     *(("HEAD", path) for path in ("/", "/health", "/ready", "/files/{file_id}/{file_name}")),
@@ -40,10 +40,10 @@ OPEN = {
     ("PUT", "/files/{file_id}/{file_name}/multipart/{ticket}/{number}"),
     ("POST", "/files/{file_id}/{file_name}/multipart/{ticket}/complete"),
 }
-# Needs a key only if the client chose the id.
+# This route needs a key only if the client chose the job's id.
 AUDIO = "/jobs/{job_id}/audio"
 
-# Parameter names of job ids, by contract, and of other things.
+# Path parameters with a job id and the contract of that job, and the values of other path parameters.
 JOB_NAMES = {"job_id": "sa3", "request_id": "fal", "generation_id": "aiml"}
 OTHER_NAMES = {"file_id": "0" * 32, "file_name": "a.wav", "ticket": "a.b", "number": "1", "endpoint": "x"}
 OTHER_NAMES |= {"model": "small-sfx", "report_id": "0" * 32, "path": "main.js"}
@@ -56,7 +56,7 @@ MISSING = {"sa3": "e" * 32, **dict.fromkeys(("fal", "aiml"), "00000000-0000-4000
 
 @dataclass(frozen=True)
 class Route:
-    """A route with a request. `contract` is the contract of the job it is about, if any."""
+    """A route with a request. `contract` is the contract of the job in its path, if any."""
 
     method: str
     path: str
@@ -116,7 +116,7 @@ class Site:
         return await self.client.request(**route.request(job_id), headers=headers)
 
     async def submit(self, contract: str | None, key: str = ALICE) -> str:
-        """Submit a job with this key; a Stable Audio 3 job under a chosen id."""
+        """Submit a job with this key. Stable Audio 3 jobs get an id that the client chooses."""
         self.num_jobs += 1
         headers = {"Authorization": f"Bearer {key}"}
         if contract == "fal":
@@ -158,8 +158,8 @@ async def site(app_and_jobs: tuple[FastAPI, JobQueue]) -> AsyncIterator[Site]:
         site.forget_jobs()
 
 
-def seen(reply: httpx.Response, job_id: str) -> tuple[object, ...]:
-    """Returns everything a client can observe, without values that differ between any two requests."""
+def observable(reply: httpx.Response, job_id: str) -> tuple[object, ...]:
+    """Returns what a client can observe of a response, without values that differ between any two requests."""
     headers = {name: value for name, value in reply.headers.items() if name not in ("x-request-id", "date")}
     return reply.status_code, str(headers).replace(job_id, "ID"), reply.text.replace(job_id, "ID")
 
@@ -191,7 +191,7 @@ async def test_without_a_valid_key_existing_and_missing_jobs_look_the_same(site:
         for key in (None, "bad"):
             reply = await site.ask(route, key, job_id)
             assert reply.status_code == (404 if route.is_audio else 401)
-            assert seen(reply, job_id) == seen(await site.ask(route, key, missing), missing)
+            assert observable(reply, job_id) == observable(await site.ask(route, key, missing), missing)
 
     assert not await failures_at(site, [route for route in ROUTES if not route.is_open], check)
 
@@ -204,8 +204,8 @@ async def test_job_of_another_client_looks_missing(site: Site) -> None:
         reply = await site.ask(route, BOB, job_id)
         statements, site.statements[:] = tuple(site.statements), ()
         unknown = await site.ask(route, BOB, missing)
-        assert seen(reply, job_id) == seen(unknown, missing)
-        assert statements == tuple(site.statements)  # so that timing reveals nothing either
+        assert observable(reply, job_id) == observable(unknown, missing)
+        assert statements == tuple(site.statements)  # both send the same statements, so timing reveals nothing
         after = await asyncio.to_thread(lambda: site.jobs.store.operators.find_all(job_id))
         assert [job for job in after if job.spec.client == "alice"] == before
         site.forget_jobs()
@@ -222,7 +222,7 @@ async def test_job_is_found_by_each_key_of_its_client(site: Site) -> None:
                 await site.jobs.cancel(job.spec.ref)
             reply = await site.ask(route, key, job_id)
             assert reply.status_code not in (401, 403, 404, 500)
-            assert seen(reply, job_id) != seen(await site.ask(route, key, missing), missing)
+            assert observable(reply, job_id) != observable(await site.ask(route, key, missing), missing)
             site.forget_jobs()
 
     assert not await failures_at(site, OWNED, check)

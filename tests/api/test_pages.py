@@ -102,8 +102,8 @@ async def test_root_page_runs_only_its_own_scripts_and_styles(client: httpx.Asyn
     assert policy_of(second)["script-src"] != policy["script-src"]
     page = Page(first.text)
     (script,) = re.findall(r"<script [^>]*nonce=\"([^\"]+)\"[^>]*src=\"playground/main.js\"", first.text)
-    assert policy["script-src"] == [f"'nonce-{script}'"]  # not 'self': clients' files have the same origin
-    assert script != nonce  # styles could read the script's nonce
+    assert policy["script-src"] == [f"'nonce-{script}'"]  # not 'self', because files of clients have the same origin
+    assert script != nonce  # CSS selectors could read a shared nonce
     assert (page.inline["script"], page.inline["style"]) == ([], [])
     assert not re.search(r"\s(on[a-z]+|style)=", first.text)
 
@@ -141,8 +141,8 @@ async def test_json_clients_get_a_summary(client: httpx.AsyncClient) -> None:
     assert "accept" in reply.headers["vary"].lower()
     for accept in ("*/*", "text/html,application/xhtml+xml,application/json;q=0.9"):
         assert (await client.get("/", headers={"Accept": accept})).headers["content-type"].startswith("text/html")
-    told = await client.head("/")
-    assert (told.status_code, told.content) == (200, b"")
+    head = await client.head("/")
+    assert (head.status_code, head.content) == (200, b"")
 
 
 async def test_scripts_of_the_pages_load_from_no_other_host(client: httpx.AsyncClient) -> None:

@@ -14,14 +14,14 @@ from tests.backends import ToneBackend
 
 PREFIXES = ("", "/sa3", "/saos", "/vllm", "/aiml", "/fal")
 
-# Stage of the default model; status of /ready; status and healthy of /health, which always responds with 200.
+# Stage of the default model, status code of /ready, and the fields `status` and `healthy` of /health.
 STAGES = [
     (None, 503, "loading", False),
     ("loading", 503, "loading", False),
     ("failed", 503, "failed", False),
     ("ready", 200, "ok", True),
     ("idle", 200, "ok", True),  # scaled to zero: the first request is held and wakes the model
-    ("waking", 200, "ok", True),  # more requests are held
+    ("waking", 200, "ok", True),  # further requests are held too
 ]
 
 
@@ -74,15 +74,15 @@ async def test_probes_work_on_all_prefixes_and_with_head(
 ) -> None:
     if status == 503:
         backend.statuses = {}
-    reply, told = await client.get(f"{prefix}/ready"), await client.head(f"{prefix}/ready")
-    assert (reply.status_code, told.status_code) == (status, status)
-    assert told.headers["content-length"] == reply.headers["content-length"]
-    assert told.content == b""
+    reply, head = await client.get(f"{prefix}/ready"), await client.head(f"{prefix}/ready")
+    assert (reply.status_code, head.status_code) == (status, status)
+    assert head.headers["content-length"] == reply.headers["content-length"]
+    assert head.content == b""
 
 
 @pytest.mark.server
 async def test_probes_respond_while_the_backend_hangs(client: httpx.AsyncClient, backend: ToneBackend) -> None:
-    """Requests in progress do not delay probes, however many there are."""
+    """Probes respond at once, whatever the number of running requests."""
     body = {"prompt": "x", "duration": 1}
     paths = ("/health", "/ready")
     expected = [(200, (await client.get(path)).json()) for path in paths]
@@ -91,17 +91,17 @@ async def test_probes_respond_while_the_backend_hangs(client: httpx.AsyncClient,
     try:
         while backend.num_running < 256:  # `ingress.max_ongoing_requests`; further requests are refused
             await asyncio.wait(busy, timeout=0.05)
-        async with asyncio.timeout(60):  # long before the backend responds
+        async with asyncio.timeout(60):  # the backend responds after 600 s
             replies = await asyncio.gather(*(client.get(path) for path in paths))
     finally:
         for task in busy:
             task.cancel()
         await asyncio.gather(*busy, return_exceptions=True)
-    assert [(reply.status_code, reply.json()) for reply in replies] == expected  # the last known status
+    assert [(reply.status_code, reply.json()) for reply in replies] == expected  # unchanged
 
 
 async def test_health_has_the_device_of_the_default_model(client: httpx.AsyncClient, backend: ToneBackend) -> None:
     backend.statuses = {"small-sfx": ModelStatus("ready", 1, "cuda:1"), "medium": ModelStatus("ready", 1, "cpu")}
     assert (await client.get("/health")).json()["device"] == "cuda:1"
     backend.statuses = {}
-    assert (await client.get("/health")).json()["device"] is None  # the setting, until the device is known
+    assert (await client.get("/health")).json()["device"] is None  # null until the device is known

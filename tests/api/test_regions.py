@@ -1,4 +1,4 @@
-"""Inpaint times as text: either regions inside the clip, or an error that names a field."""
+"""Inpaint times as text are either regions inside the clip or an error that names a field."""
 
 from __future__ import annotations
 

@@ -47,10 +47,10 @@ Form = dict[str, Any]
 
 @asynccontextmanager
 async def serve_model(name: str, path: str, *, output_dir: Path) -> AsyncIterator[httpx.AsyncClient]:
-    """Returns a client of an engine with one model. All dialects return recipes."""
+    """Yield a client of a server with one real model. All dialects return recipes."""
     settings = Settings.model_validate(
         {
-            "models": [{"name": name, "path": path, "threads": 1}],  # threads slow each other down on a busy machine
+            "models": [{"name": name, "path": path, "threads": 1}],  # several threads are slower on a busy machine
             "output_dir": str(output_dir),
             "dialects": {"recipes": True},
         }
@@ -74,7 +74,7 @@ async def real(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[httpx.
         yield client
 
 
-in_its_loop = pytest.mark.asyncio(loop_scope="module")  # the event loop of the real engine
+in_module_loop = pytest.mark.asyncio(loop_scope="module")  # the `real` fixture uses this event loop
 
 
 def recipes_of(reply: httpx.Response) -> list[dict[str, Any]]:
@@ -82,46 +82,46 @@ def recipes_of(reply: httpx.Response) -> list[dict[str, Any]]:
     return json.loads(f"[{reply.headers['x-recipe']}]")
 
 
-@in_its_loop
+@in_module_loop
 @pytest.mark.slow
 async def test_text_to_audio_is_recreated_exactly(real: httpx.AsyncClient) -> None:
-    take = await real.post("/v1/audio/generations", json={"prompt": "wind", "duration": 1, "steps": 2})
-    (recipe,) = recipes_of(take)
+    original = await real.post("/v1/audio/generations", json={"prompt": "wind", "duration": 1, "steps": 2})
+    (recipe,) = recipes_of(original)
     again = await real.post(REPLAY, json=recipe)
     assert (again.status_code, again.headers["x-replay"]) == (200, "exact")
-    assert again.content == take.content
-    assert again.headers["x-recipe"] == take.headers["x-recipe"]
+    assert again.content == original.content
+    assert again.headers["x-recipe"] == original.headers["x-recipe"]
 
 
-@in_its_loop
+@in_module_loop
 async def test_recipe_contains_the_models_defaults(real: httpx.AsyncClient) -> None:
-    """The clip stays the same if a later version has other defaults."""
+    """A later version with other defaults must recreate the same clip."""
     body = {"prompt": "wind", "duration": 1, "seed": 7, "negative_prompt": "hiss"}
-    (recipe,) = recipes_of(take := await real.post("/v1/audio/generations", json=body))
+    (recipe,) = recipes_of(original := await real.post("/v1/audio/generations", json=body))
     left = {name: recipe[name] for name in ("steps", "cfg_scale", "apg_scale", "duration_padding_sec")}
     explicit = body | left | {"sampler_kwargs": {"sampler_type": recipe["sampler"]}}
     again = await real.post("/v1/audio/generations", json=explicit)
-    assert again.headers["x-recipe"] == take.headers["x-recipe"]
-    assert again.content == take.content
+    assert again.headers["x-recipe"] == original.headers["x-recipe"]
+    assert again.content == original.content
 
 
-@in_its_loop
+@in_module_loop
 @pytest.mark.parametrize("file_format", ["wav", "flac", "mp3", "ogg", "opus"])
 async def test_file_alone_is_enough(real: httpx.AsyncClient, file_format: str) -> None:
     body = {"prompt": "wind", "duration": 1, "steps": 2, "response_format": file_format}
-    take = await real.post("/v1/audio/generations", json=body)
-    again = await real.post(REPLAY, files={"file": take.content})
+    original = await real.post("/v1/audio/generations", json=body)
+    again = await real.post(REPLAY, files={"file": original.content})
     assert (again.status_code, again.headers["x-replay"]) == (200, "exact")
-    assert again.content == take.content
+    assert again.content == original.content
 
 
-@in_its_loop
+@in_module_loop
 async def test_each_variation_of_a_source_has_its_own_recipe(real: httpx.AsyncClient) -> None:
     source = make_audio_file(duration_s=1.0)
     form = {"prompt": "wind", "duration": "1", "steps": "2", "batch_size": "2", "manifest": "true"}
-    take = await real.post("/v1/audio/variations", data=form, files={"audio": source})
-    archive = zipfile.ZipFile(io.BytesIO(take.content))
-    recipes = recipes_of(take)
+    original = await real.post("/v1/audio/variations", data=form, files={"audio": source})
+    archive = zipfile.ZipFile(io.BytesIO(original.content))
+    recipes = recipes_of(original)
     assert json.loads(archive.read("manifest.json"))["files"][1]["recipe"] == recipes[1]
     assert recipes[0]["init_audio"] == {"sha256": hashlib.sha256(source).hexdigest()}
     for name, recipe in zip(archive.namelist()[:2], recipes, strict=True):
@@ -138,8 +138,8 @@ FORMATS = ["wav", "flac", "mp3", "ogg", "opus"]
 KINDS = ("text", "variation", "inpaint", "continue", "loop", "styled loop", "small")
 
 
-def draw_order(random: Random, kind: str) -> tuple[str, Form, dict[str, bytes] | None]:
-    """Path, fields and upload of a request."""
+def draw_request(random: Random, kind: str) -> tuple[str, Form, dict[str, bytes] | None]:
+    """Returns path, fields and upload of a random request of this kind."""
     if kind in {"loop", "styled loop", "small"}:
         tempo, bars = random.choice([90, 120, 140]), random.choice([1, 2])
         form: Form = {"prompt": f"beat {tempo}bpm", "steps": random.randint(1, 3), "cfg_scale": random.choice([1, 6])}
@@ -176,31 +176,31 @@ def draw_order(random: Random, kind: str) -> tuple[str, Form, dict[str, bytes] |
     return "/v1/audio/inpaint", form, {"audio": SOURCE}
 
 
-@in_its_loop
+@in_module_loop
 @pytest.mark.parametrize("num_takes", [len(KINDS), pytest.param(TAKES, marks=pytest.mark.slow)])
 async def test_clips_of_all_kinds_are_recreated_exactly(real: httpx.AsyncClient, num_takes: int) -> None:
     random = Random(20)
     paths = Counter[str]()
     for number in range(num_takes):
-        path, form, files = draw_order(random, KINDS[number % len(KINDS)])
+        path, form, files = draw_request(random, KINDS[number % len(KINDS)])
         paths[path] += 1
         if files is None:
-            take = await real.post(path, json=form)
+            original = await real.post(path, json=form)
         else:
             data = {name: value if isinstance(value, str) else json.dumps(value) for name, value in form.items()}
-            take = await real.post(path, data=data, files=files)
-        (recipe,) = recipes_of(take)
-        assert json.loads(extract(io.BytesIO(take.content)) or "") == recipe
-        given = {"file": take.content} if random.random() < 0.5 else {"recipe": json.dumps(recipe).encode()}
+            original = await real.post(path, data=data, files=files)
+        (recipe,) = recipes_of(original)
+        assert json.loads(extract(io.BytesIO(original.content)) or "") == recipe
+        given = {"file": original.content} if random.random() < 0.5 else {"recipe": json.dumps(recipe).encode()}
         sent = [*given.items(), *([("audio", SOURCE)] if files else [])]
         again = await real.post(REPLAY, files=sent)
         assert again.headers.get("x-replay") == "exact", (form, again.text[:500])
-        assert again.content == take.content, recipe
+        assert again.content == original.content, recipe
     assert len(paths) == 5
 
 
-def open_orders(sampler: str, **levels: float) -> list[tuple[str, Form]]:
-    """Returns requests of all kinds to a Stable Audio Open model."""
+def open_requests(sampler: str, **levels: float) -> list[tuple[str, Form]]:
+    """Returns path and fields of one request of each kind for a Stable Audio Open model."""
     chosen: Form = {"sampler_kwargs": {"sampler_type": sampler} | levels}
     text = {"prompt": "a bell", "duration": 2, "steps": 2}
     return [
@@ -215,31 +215,31 @@ def open_orders(sampler: str, **levels: float) -> list[tuple[str, Form]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "orders"),
+    ("name", "requests"),
     [
-        ("tiny-1.0", open_orders("dpmpp-2m", sigma_min=0.05, sigma_max=90, rho=2)[2:5]),
-        ("tiny-small", open_orders("euler", sigma_max=0.9)),
+        ("tiny-1.0", open_requests("dpmpp-2m", sigma_min=0.05, sigma_max=90, rho=2)[2:5]),
+        ("tiny-small", open_requests("euler", sigma_max=0.9)),
     ],
 )
 @pytest.mark.slow
 async def test_stable_audio_open_clips_are_recreated_exactly(
-    name: str, orders: list[tuple[str, Form]], tmp_path: Path
+    name: str, requests: list[tuple[str, Form]], tmp_path: Path
 ) -> None:
     async with serve_model(name, str(OPEN_GOLDENS / name), output_dir=tmp_path) as client:
-        for path, form in orders:
+        for path, form in requests:
             data = {key: value if isinstance(value, str) else json.dumps(value) for key, value in form.items()}
             is_edit = path.endswith(("variations", "inpaint"))
-            take = await client.post(
+            original = await client.post(
                 path, **({"data": data, "files": {"audio": SOURCE}} if is_edit else {"json": form})
             )
-            (recipe,) = recipes_of(take)
+            (recipe,) = recipes_of(original)
             again = await client.post(REPLAY, data={"recipe": json.dumps(recipe)}, files={"audio": SOURCE})
             assert again.headers.get("x-replay") == "exact", (form, again.text[:500])
-            assert again.content == take.content, recipe
+            assert again.content == original.content, recipe
             assert recipes_of(again) == [recipe]
 
 
-@in_its_loop
+@in_module_loop
 async def test_invalid_recipes_are_refused(real: httpx.AsyncClient) -> None:
     (recipe,) = recipes_of(await real.post("/v1/audio/generations", json={"prompt": "a", "duration": 1, "steps": 1}))
     text = json.dumps(recipe)
@@ -297,15 +297,15 @@ async def test_invalid_recipes_are_refused(real: httpx.AsyncClient) -> None:
 
 
 async def test_recipe_may_start_with_a_byte_order_mark(client: httpx.AsyncClient) -> None:
-    take = await client.post("/v1/audio/generations", json={"prompt": "a", "duration": 1})
-    marked = f"\ufeff{take.headers['x-recipe']}".encode()
+    original = await client.post("/v1/audio/generations", json={"prompt": "a", "duration": 1})
+    marked = f"\ufeff{original.headers['x-recipe']}".encode()
     for again in (await client.post(REPLAY, content=marked), await client.post(REPLAY, files={"recipe": marked})):
-        assert again.content == take.content
-    assert read_recipe(marked) == recipes_of(take)[0]
+        assert again.content == original.content
+    assert read_recipe(marked) == recipes_of(original)[0]
 
 
 async def test_recipe_with_many_errors_is_refused_at_the_first(client: httpx.AsyncClient) -> None:
-    """Each error takes event loop time, and a megabyte has room for 600,000 of them."""
+    """Reporting an error blocks the event loop, and a recipe of 1 MB could contain 600,000 errors."""
     (recipe,) = recipes_of(await client.post("/v1/audio/generations", json={"prompt": "a", "duration": 1}))
     keys = dict.fromkeys(map(str, range(50_000)), 1)
     for bad, field in (
@@ -320,7 +320,7 @@ async def test_recipe_with_many_errors_is_refused_at_the_first(client: httpx.Asy
         assert (reply.status_code, fault["loc"][-1], fault["input"]) == (422, field, None)
 
 
-@in_its_loop
+@in_module_loop
 async def test_replay_on_another_device_is_close(real: httpx.AsyncClient) -> None:
     (recipe,) = recipes_of(await real.post("/v1/audio/generations", json={"prompt": "a", "duration": 1, "steps": 1}))
     assert recipe["made_on"]["transformers"] == transformers.__version__
@@ -333,9 +333,9 @@ async def test_replay_on_another_device_is_close(real: httpx.AsyncClient) -> Non
     assert (await real.post(REPLAY, json=recipe)).headers["x-replay"] == "close"
 
 
-@in_its_loop
+@in_module_loop
 async def test_recipe_names_the_libraries_that_matter(real: httpx.AsyncClient) -> None:
-    """Another version of libsndfile writes other FLAC files and decodes MP3 files to other samples."""
+    """Different versions of libsndfile write different FLAC files and decode MP3 files differently."""
     body = {"prompt": "a", "duration": 1, "steps": 1}
     (plain,) = recipes_of(await real.post("/v1/audio/generations", json=body))
     (flac,) = recipes_of(await real.post("/v1/audio/generations", json=body | {"response_format": "flac"}))
@@ -350,13 +350,13 @@ async def test_recipe_names_the_libraries_that_matter(real: httpx.AsyncClient) -
             assert again.headers["x-replay"] == verdict
 
 
-@in_its_loop
+@in_module_loop
 async def test_unrepeatable_request_is_refused_by_name(real: httpx.AsyncClient) -> None:
     source = make_audio_file(duration_s=1.0)
     form = {"prompt": "wind", "duration": "1", "steps": "2", "inpaint_start_seconds": "0.5", "inpaint_end_seconds": "1"}
     (recipe,) = recipes_of(await real.post("/v1/audio/inpaint", data=form, files={"audio": source}))
     sha256 = hashlib.sha256(source).hexdigest()
-    for change, field, said in (
+    for change, field, message in (
         ({"checkpoint": "0" * 64}, "checkpoint", recipe["checkpoint"]),
         ({"model": "gpt"}, "model", "gpt"),
         ({"recipe": 2}, "recipe", "1"),
@@ -367,27 +367,27 @@ async def test_unrepeatable_request_is_refused_by_name(real: httpx.AsyncClient) 
         reply = await real.post(REPLAY, data={"recipe": json.dumps(recipe | change)}, files=files)
         (fault,) = reply.json()["detail"]
         assert (reply.status_code, fault["loc"][-1]) == (422, field)
-        assert said in fault["msg"]
+        assert message in fault["msg"]
 
 
 async def test_long_prompt_is_left_out_of_the_header_only(client: httpx.AsyncClient) -> None:
     for prompt, is_whole in (("x" * 3000, True), ("x" * 4000, False), ("雨" * 700, False)):
         reply = await client.post("/v1/audio/generations", json={"prompt": prompt, "duration": 1})
         assert len(reply.headers["x-recipe"]) <= 4096
-        (told,) = recipes_of(reply)
+        (recipe,) = recipes_of(reply)
         inside = read_recipe(reply.content)
         assert inside["prompt"] == prompt
         left = inside if is_whole else {**inside, "left_out": ["prompt"]}
-        assert told == {name: value for name, value in left.items() if is_whole or name != "prompt"}
-        refused = await client.post(REPLAY, json=told)
+        assert recipe == {name: value for name, value in left.items() if is_whole or name != "prompt"}
+        refused = await client.post(REPLAY, json=recipe)
         assert refused.status_code == (200 if is_whole else 422)
 
 
-@in_its_loop
+@in_module_loop
 async def test_model_reports_how_much_of_a_prompt_it_reads(real: httpx.AsyncClient) -> None:
     body = {"prompt": "warm analog pad, slow attack " * 400, "duration": 1, "steps": 1}
-    take = await real.post("/v1/audio/generations", json=body)
-    (chars,) = re.findall(r"prompt: the model reads the first (\d+) characters only", take.headers["warning"])
+    original = await real.post("/v1/audio/generations", json=body)
+    (chars,) = re.findall(r"prompt: the model reads the first (\d+) characters only", original.headers["warning"])
     cut = await real.post("/v1/audio/generations", json={**body, "prompt": body["prompt"][: int(chars)], "seed": 7})
     assert "warning" not in cut.headers
     assert pcm_of(cut.content) == pcm_of((await real.post("/v1/audio/generations", json={**body, "seed": 7})).content)
@@ -400,15 +400,15 @@ async def test_job_audio_has_recipes(client: httpx.AsyncClient, runner: JobRunne
         assert recipes_of(audio) == job["recipes"]
         assert (await client.head(job["download_url"])).headers["x-recipe"] == audio.headers["x-recipe"]
     long = await wait(client, await submit(client, prompt="x" * 4000))
-    (told,) = recipes_of(await client.get(long["download_url"]))
-    assert told["left_out"] == ["prompt"]
+    (recipe,) = recipes_of(await client.get(long["download_url"]))
+    assert recipe["left_out"] == ["prompt"]
 
 
-@pytest.mark.parametrize("is_told", [False, True])
-async def test_hosted_dialects_have_recipes_if_configured(is_told: bool) -> None:
+@pytest.mark.parametrize("is_configured", [False, True])
+async def test_hosted_dialects_have_recipes_if_configured(is_configured: bool) -> None:
     body = {"model": "stable-audio", "prompt": "rain", "seconds_total": 1, "steps": 2}
     fal, aiml = "/fal-ai/stable-audio", "/v2/generate/audio"
-    async with make_client(dialects={"recipes": is_told}) as (client, _):
+    async with make_client(dialects={"recipes": is_configured}) as (client, _):
         outputs = [(await client.post(fal, json=body)).json()]
         ticket = (await client.post(f"/queue{fal}", json=body)).json()
         await test_fal_queue.wait_for(client, ticket, "COMPLETED")
@@ -418,14 +418,14 @@ async def test_hosted_dialects_have_recipes_if_configured(is_told: bool) -> None
         for output in outputs:
             file = (await client.get(output["audio_file"]["url"])).content
             text = extract(io.BytesIO(file))
-            assert (text is not None) == is_told
+            assert (text is not None) == is_configured
             if text is not None:
                 again = await client.post(REPLAY, content=text)
                 assert again.content == file
 
 
 async def test_list_of_jobs_has_no_long_recipes(client: httpx.AsyncClient, runner: JobRunner) -> None:
-    """A list of a hundred jobs could otherwise have a megabyte of prompts per job."""
+    """Otherwise a list of 100 jobs could contain 1 MB of prompt per job."""
     for prompt, is_there in (("x" * 2048, True), ("x" * 2049, False)):
         job = await wait(client, await submit(client, prompt=prompt, batch_size=2))
         (listed, *_) = (await client.get("/jobs")).json()["jobs"]
@@ -441,6 +441,6 @@ async def test_other_dialects_have_no_recipe_by_default(client: httpx.AsyncClien
 
 
 async def test_replay_with_unknown_origin_is_close(client: httpx.AsyncClient, backend: ToneBackend) -> None:
-    take = await client.post("/v1/audio/generations", json={"prompt": "x", "duration": 1})
-    again = await client.post(REPLAY, content=take.headers["x-recipe"])
-    assert (again.headers["x-replay"], again.content) == ("close", take.content)
+    original = await client.post("/v1/audio/generations", json={"prompt": "x", "duration": 1})
+    again = await client.post(REPLAY, content=original.headers["x-recipe"])
+    assert (again.headers["x-replay"], again.content) == ("close", original.content)

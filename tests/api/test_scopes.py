@@ -20,9 +20,9 @@ from tests.backends import ToneBackend
 
 pytestmark = pytest.mark.server
 
-# Operations for every key, and those that need no key. A test below checks the scopes of all others.
+# Operations for every key, and operations without a key. A test below checks the scopes of all others.
 ANY = {"/v1/models", "/riffs/available", "/model/info"}
-ANY |= {"/v1/status", "/api/fal/proxy"}  # the target checks the scope
+ANY |= {"/v1/status", "/api/fal/proxy"}  # the proxy's target checks the scope
 OPEN = {"/", "/health", "/ready", "/saos/health", "/files/{file_id}/{file_name}", "/jobs/{job_id}/audio"}
 OPEN |= {"/favicon.ico", "/playground/{path}", "/openapi.json", "/docs", "/redoc", "/docs/assets/{file_name}"}
 OPEN |= {f"/storage/upload/{{ticket}}{rest}" for rest in ("", "/{number}", "/complete")}
@@ -65,7 +65,7 @@ def operations(app: FastAPI) -> Iterator[tuple[str, str, str]]:
 
 
 def may_use(path: str, key: str) -> bool:
-    """Returns the documented scopes: `generate` for generating audio, `jobs` for jobs."""
+    """Whether a key may call the operation: `generate` allows generating audio, `jobs` allows jobs."""
     if path in ANY | OPEN:
         return True
     if path in STORAGE:

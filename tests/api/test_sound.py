@@ -136,13 +136,13 @@ async def test_other_dialects_limit_and_describe_clips_too(
 
 
 async def test_open_small_normalizes_to_full_scale(client: httpx.AsyncClient, backend: ToneBackend) -> None:
-    """Clips are divided by their own peak and never cut off; fields of other dialects do not change that."""
+    """Clips are divided by their peak, so they do not clip. Fields of other dialects have no effect."""
     for level in (0.2, 1.5):
         backend.level = level
         body = {"prompt": "x", "seconds_total": 1, "seed": 305, "peaks": "limit"}
         reply = await client.post("/saos/generate", json=body)
         assert facts(reply)["peak"] == [1.0]
-        assert clipped(reply.content) < 2000  # of 88,200: the crests of a sine
+        assert clipped(reply.content) < 2000  # of 88,200 samples: only the crests of the sine
         assert peak(reply.content) == pytest.approx(1.0, abs=2 * LAST_BIT)
 
 
@@ -150,12 +150,12 @@ async def test_open_small_normalizes_to_full_scale(client: httpx.AsyncClient, ba
 async def test_every_reported_seed_repeats_its_variation(client: httpx.AsyncClient, seed: int) -> None:
     body = BODY | {"response_format": "wav"}
     batch = await client.post(URL, json=body | {"seed": seed, "batch_size": 3})
-    seeds = [int(told) for told in batch.headers["x-seeds"].split(",")]
-    assert all(0 <= told < 2**63 for told in seeds)
+    seeds = [int(reported) for reported in batch.headers["x-seeds"].split(",")]
+    assert all(0 <= reported < 2**63 for reported in seeds)
     made = zipfile.ZipFile(io.BytesIO(batch.content))
-    for name, told in zip(made.namelist(), seeds, strict=True):
-        alone = await client.post(URL, json=body | {"seed": told})
-        assert alone.headers["x-seed"] == str(told)
+    for name, reported in zip(made.namelist(), seeds, strict=True):
+        alone = await client.post(URL, json=body | {"seed": reported})
+        assert alone.headers["x-seed"] == str(reported)
         assert alone.content == made.read(name)
 
 

@@ -1,4 +1,4 @@
-"""`GET /v1/status`: one answer about everything, whatever is busy, broken or away."""
+"""`GET /v1/status` reports models, replicas and jobs, even if one of its sources is unavailable."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from tests.patience import PATIENCE_S
 pytestmark = pytest.mark.server
 
 
-class Told:
-    """Operations that tell what a test says."""
+class FixedOperations:
+    """Operations with a fixed report."""
 
     def __init__(self, report: ServerReport) -> None:
-        self.told = report
-        self.num_asked = 0
+        self.server_report = report
+        self.num_reports = 0
 
     async def report(self) -> ServerReport:
-        self.num_asked += 1
-        return self.told
+        self.num_reports += 1
+        return self.server_report
 
     async def keep(self, model: str) -> None: ...
 
@@ -42,27 +42,27 @@ class Told:
     async def resume(self) -> None: ...
 
 
-async def ask_until(client: httpx.AsyncClient, is_so: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    """The first answer whose jobs are so: one about stores that are busy says for now what was known before."""
+async def poll_until(client: httpx.AsyncClient, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """Poll until the jobs in the status meet the condition. Returns the status."""
     async with asyncio.timeout(PATIENCE_S):
-        while not is_so((status := (await client.get("/v1/status")).json())["jobs"]):  # noqa: ASYNC110
+        while not condition((status := (await client.get("/v1/status")).json())["jobs"]):  # noqa: ASYNC110
             await asyncio.sleep(0.1)
     return dict(status)
 
 
-async def test_tells_models_replicas_and_jobs() -> None:
+async def test_status_has_models_replicas_and_jobs() -> None:
     replicas = (
         ReplicaReport("a1", 0.4, "cuda:0", "bfloat16", 3, backlog_s=1.5, rows_per_step=6.0, finished_per_minute=70),
         ReplicaReport("b2", 9.0, "cuda:1", "bfloat16", 1, backlog_s=0.5, rows_per_step=2.0, finished_per_minute=5),
-        ReplicaReport("c3", 0.1),  # one of another version, which says nothing of all that
+        ReplicaReport("c3", 0.1),  # a replica of another version, which reports nothing else
     )
     ready = ModelStatus("ready", 3, "cuda:0", states={"running": 3, "starting": 1})
     models = {"medium": ModelReport(ready, is_kept=True, replicas=replicas, waiting_jobs_s=7.5)}
-    told = Told(ServerReport(models, DrainReport("draining", 2, None), age_s=0.5))
+    operations = FixedOperations(ServerReport(models, DrainReport("draining", 2, None), age_s=0.5))
     settings = {"models": [{"name": "medium", "replicas": {"max_replicas": 4}}, {"name": "small-sfx"}]}
-    async with make_client(operations=told, run_jobs=False, **settings) as (client, _):
+    async with make_client(operations=operations, run_jobs=False, **settings) as (client, _):
         await submit(client)
-        status = await ask_until(client, lambda jobs: jobs["queued"] is not None)
+        status = await poll_until(client, lambda jobs: jobs["queued"] is not None)
     assert status["draining"] == {"state": "draining", "requests": 2, "jobs": None}
     assert status["backlog_s"] == 2.0
     medium = status["models"]["medium"]
@@ -106,32 +106,32 @@ async def test_tells_models_replicas_and_jobs() -> None:
     }
 
 
-async def test_says_why_models_are_not_known() -> None:
+async def test_status_gives_the_reason_if_models_are_unknown() -> None:
     reason = "Ray Serve's controller does not answer"
-    told = Told(ServerReport({}, age_s=float("inf"), reason=reason))
-    async with make_client(operations=told) as (client, _):
+    operations = FixedOperations(ServerReport({}, age_s=float("inf"), reason=reason))
+    async with make_client(operations=operations) as (client, _):
         status = (await client.get("/v1/status")).json()
     assert (status["age_s"], status["reason"], status["ready"], status["status"]) == (None, reason, False, "loading")
     assert {model["stage"] for model in status["models"].values()} == {"loading"}
 
 
-async def test_says_why_jobs_are_not_known(tmp_path: Path) -> None:
+async def test_status_gives_the_reason_if_jobs_are_unknown(tmp_path: Path) -> None:
     folder = tmp_path / "outputs"
     async with make_client(output_dir=str(folder), run_jobs=False, hasty=True) as (client, _):
-        status = await ask_until(client, lambda jobs: jobs["queued"] is not None)
+        status = await poll_until(client, lambda jobs: jobs["queued"] is not None)
         assert status["jobs"]["queued"] == 0
         shutil.rmtree(folder)
-        jobs = (await ask_until(client, lambda jobs: jobs["reason"] is not None))["jobs"]
+        jobs = (await poll_until(client, lambda jobs: jobs["reason"] is not None))["jobs"]
     assert jobs["store"]["state"] == "moved"
-    assert jobs["queued"] == 0  # as last known
+    assert jobs["queued"] == 0  # the last known count
     assert jobs["age_s"] > 0
 
 
-async def test_many_questions_at_once_count_jobs_once_and_start_nothing() -> None:
+async def test_concurrent_status_requests_succeed_and_start_no_generation() -> None:
     backend = ToneBackend()
     async with make_client(backend, run_jobs=False) as (client, _):
-        # What is known then is old where a busy machine is late with something newer.
-        await ask_until(client, lambda jobs: jobs["queued"] is not None)
+        # Read the counts once. A busy machine may return these, because newer counts are late.
+        await poll_until(client, lambda jobs: jobs["queued"] is not None)
         replies = await asyncio.gather(*(client.get("/v1/status") for _ in range(200)))
         ages = [reply.json()["jobs"]["age_s"] for reply in replies]
     assert {reply.status_code for reply in replies} == {200}
@@ -139,7 +139,7 @@ async def test_many_questions_at_once_count_jobs_once_and_start_nothing() -> Non
     assert backend.requests == []
 
 
-async def test_needs_a_key_of_any_scope_where_there_are_keys() -> None:
+async def test_status_needs_a_key_of_any_scope() -> None:
     hashes = [hash_key("plain")]
     async with make_client(api={"key_hashes": hashes}) as (client, _):
         assert (await client.get("/v1/status")).status_code == 401

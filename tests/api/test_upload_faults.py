@@ -1,4 +1,4 @@
-"""Uploads with faults, over a socket: killed or hanging decoders, many at once, disconnected clients."""
+"""Uploads over a socket with killed or hanging decoders, many at once, and from clients that disconnect."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ async def test_hanging_decoder_is_a_400_and_blocks_no_other_upload(monkeypatch: 
             await asyncio.sleep(0.2)
             for _ in range(5):
                 assert (await client.get("/health")).status_code == 200
-            assert not stuck.done()  # so /health responded within the decoder's four seconds
+            assert not stuck.done()  # /health responded before the decoder's timeout
             reply = await stuck
         assert reply.status_code == 400
         assert reply.json() == {"detail": "audio: decoding the file took too long"}
@@ -144,7 +144,7 @@ async def test_too_many_body_bytes_are_refused_until_others_are_done() -> None:
     backend = ToneBackend()
     backend.released.clear()
     async with connect(backend, max_bodies_bytes=2 * len(WAV)) as client:
-        first = asyncio.create_task(upload(client, make_audio_file(duration_s=30.0)))  # a single body is accepted
+        first = asyncio.create_task(upload(client, make_audio_file(duration_s=30.0)))  # the only body so far
         await until(lambda: backend.num_running == 1)
         second = await upload(client)
         assert (second.status_code, second.headers["retry-after"]) == (503, "5")
@@ -154,6 +154,6 @@ async def test_too_many_body_bytes_are_refused_until_others_are_done() -> None:
         assert (await client.get("/health")).status_code == 200
         backend.released.set()
         assert (await first).status_code == 200
-        async with asyncio.timeout(PATIENCE_S):  # the response arrives before the request's files are closed
-            while (await upload(client)).status_code != 200:  # noqa: ASYNC110  what is waited for is not ours to signal
+        async with asyncio.timeout(PATIENCE_S):  # the server closes the files only after the response
+            while (await upload(client)).status_code != 200:  # noqa: ASYNC110  there is no event to wait for
                 await asyncio.sleep(0.05)

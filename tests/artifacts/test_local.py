@@ -1,4 +1,4 @@
-"""Faults specific to a local folder. `test_stores` has the tests for all stores."""
+"""Faults that only a local folder can have. `test_stores` has the tests of all stores."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def put(artifacts: LocalArtifacts, key: str, *chunks: bytes) -> StoredFile
 
 
 def names(folder: Path) -> list[str]:
-    """Returns the names of all files in the folder, empty if it does not exist."""
+    """Returns the names of all files in the folder, or an empty list if it does not exist."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
@@ -117,7 +117,7 @@ async def test_full_disk_is_reported_and_leaves_nothing(
 
 
 async def test_a_file_above_the_process_limit_leaves_nothing(artifacts: LocalArtifacts, folder: Path) -> None:
-    """The kernel refuses in the middle of a write, as on a full disk."""
+    """The kernel refuses the write after its first part, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
@@ -203,7 +203,7 @@ def test_unwritable_folder_error_names_the_setting(tmp_path: Path, place: str) -
 
 @pytest.fixture
 async def claimed(tmp_path: Path) -> LocalArtifacts:
-    """Returns a store with an owner, in `tmp_path / "files"`."""
+    """Returns a store in `tmp_path / "files"` that a database has claimed."""
     LocalArtifacts(tmp_path / "files").claim("owner")
     return LocalArtifacts(tmp_path / "files", may_make=False)
 
@@ -226,7 +226,7 @@ async def test_moved_folder_is_an_error_and_not_recreated(
     assert folder.exists() == is_replaced
     if is_replaced:
         shutil.rmtree(folder)
-    shutil.copytree(away, folder)  # a copy on another disk has another inode but the same owner
+    shutil.copytree(away, folder)  # the copy has other inodes but names the same owner
     assert await read(claimed, file) == b"audio"
 
 

@@ -1,4 +1,4 @@
-"""Faults specific to a bucket: network, settings, links, multi-part uploads. `test_stores` has the common tests."""
+"""Faults that only a bucket can have. `test_stores` has the tests of all stores."""
 
 from __future__ import annotations
 
@@ -198,25 +198,25 @@ async def test_file_that_changes_during_upload_is_refused(
     assert (object_storage.keys(bucket), object_storage.unfinished(bucket)) == ([], [])
 
 
-async def test_a_put_cancelled_between_its_parts_leaves_nothing(
+async def test_a_put_cancelled_between_two_parts_leaves_nothing(
     object_storage: ObjectStorage, store: S3Artifacts, bucket: str
 ) -> None:
-    """The two parts that arrived before are removed."""
-    num_taken, goes_on = 0, threading.Event()
+    """The parts of the file that the service has received are removed."""
+    num_taken, resumed = 0, threading.Event()
 
     def chunks() -> Iterator[bytes]:
         nonlocal num_taken
         for num_taken in range(1, 61):
             yield bytes(MIB)
             if num_taken == 26 and object_storage.unfinished(bucket):
-                goes_on.wait(PATIENCE_S)
+                resumed.wait(PATIENCE_S)
 
     task = asyncio.create_task(store.put(KEY, chunks, media_type="audio/wav", file_name="a.wav"))
     parts = object_storage.proxy.requests
     await until(lambda: num_taken == 26 and sum("partNumber=" in request for request in parts) >= 2)
     task.cancel()
     await asyncio.sleep(0.05)
-    goes_on.set()
+    resumed.set()
     with pytest.raises(asyncio.CancelledError):
         await task
     assert num_taken <= 27
@@ -310,7 +310,7 @@ def check(storage: ObjectStorage, bucket: str, **overrides: Any) -> str:
     started_at = time.monotonic()
     with pytest.raises(ConfigError) as caught:
         S3Artifacts(storage.settings(bucket, **overrides)).check()
-    assert time.monotonic() - started_at < 60  # the default client would retry for two minutes
+    assert time.monotonic() - started_at < 60  # boto3 retries for two minutes by default
     return plain(caught.value)
 
 
@@ -375,7 +375,7 @@ def test_missing_key_is_detected_at_startup(
 
 @pytest.fixture
 def closed_port() -> Iterator[int]:
-    with socket.socket() as listener:  # bound, but not listening
+    with socket.socket() as listener:  # bound but not listening, so connections are refused
         listener.bind(("127.0.0.1", 0))
         yield listener.getsockname()[1]
 

@@ -32,8 +32,8 @@ class Place:
 
     store: ArtifactStore
     metrics: CountingMetrics
-    names: Callable[[], list[str]]  # of all files, hidden and unfinished ones included
-    write: Callable[[str, bytes], None]  # bypasses the store
+    names: Callable[[], list[str]]  # names of all files, including hidden and unfinished ones
+    write: Callable[[str, bytes], None]  # writes a file without the store
 
 
 def local_place(folder: Path) -> Place:
@@ -128,7 +128,7 @@ async def test_interrupted_source_leaves_nothing(place: Place, size: int) -> Non
 
 @pytest.mark.parametrize("size", [3, 10 * MIB])
 async def test_a_cancelled_put_leaves_nothing(place: Place, size: int) -> None:
-    begun, go_on = threading.Event(), threading.Event()
+    begun, resumed = threading.Event(), threading.Event()
 
     num_taken = 0
 
@@ -136,22 +136,22 @@ async def test_a_cancelled_put_leaves_nothing(place: Place, size: int) -> None:
         nonlocal num_taken
         yield bytes(size)
         begun.set()
-        go_on.wait(PATIENCE_S)
-        for num_taken in range(10):  # noqa: B007  counts
+        resumed.wait(PATIENCE_S)
+        for num_taken in range(10):  # noqa: B007  counts the chunks that were read
             yield bytes(size)
 
     task = asyncio.create_task(place.store.put(KEY, chunks, media_type="audio/wav", file_name="a.wav"))
     await asyncio.to_thread(begun.wait, PATIENCE_S)
     task.cancel()
-    asyncio.get_running_loop().call_later(0.05, go_on.set)
+    asyncio.get_running_loop().call_later(0.05, resumed.set)
     with pytest.raises(asyncio.CancelledError):
         await task
     assert place.names() == []
-    assert num_taken == 0  # no thread kept reading the source
+    assert num_taken == 0  # the cancelled put reads nothing further
 
 
 async def test_a_put_cancelled_at_any_time_leaves_nothing(place: Place) -> None:
-    """Even when the file was complete but the caller did not get the result."""
+    """Includes cancellations after the file is complete but before the caller has the result."""
     for turns in range(0, 60, 3):
         task = asyncio.create_task(put(place, b"x" * 100))
         for _ in range(turns):
@@ -167,7 +167,7 @@ async def test_a_put_cancelled_at_any_time_leaves_nothing(place: Place) -> None:
 @pytest.mark.parametrize("num_bytes", [1, MIB, 2 * MIB + 5])
 @pytest.mark.parametrize("damage", ["flipped", "cut", "longer", "empty"])
 async def test_damaged_file_is_never_returned_complete(place: Place, num_bytes: int, damage: str) -> None:
-    """A client knows the length and notices. A file of one chunk is refused before the first byte."""
+    """Reading a damaged file raises before its last byte, and before its first byte if it is one chunk."""
     data = os.urandom(num_bytes)
     file = await put(place, data)
     damaged = {
@@ -181,7 +181,7 @@ async def test_damaged_file_is_never_returned_complete(place: Place, num_bytes: 
 
     async def read_all() -> None:
         async for chunk in place.store.read(file):
-            got.append(chunk)  # noqa: PERF401  what came before the error counts
+            got.append(chunk)  # noqa: PERF401  keeps the chunks before the error
 
     with pytest.raises(DamagedFileError):
         await read_all()

@@ -35,13 +35,13 @@ def decoder() -> Iterator[AudioDecoder]:
 
 
 def as_file(data: bytes) -> IO[bytes]:
-    file = tempfile.TemporaryFile()  # noqa: SIM115  closed with the test
+    file = tempfile.TemporaryFile()  # noqa: SIM115  the test closes it
     file.write(data)
     return file
 
 
 def claim_flac_samples(samples: int) -> bytes:
-    """Returns a FLAC file of one second whose header declares more."""
+    """Returns a FLAC file of one second whose header declares this number of samples."""
     data = bytearray(make_audio_file(container="FLAC"))
     data[21] = data[21] & 0xF0 | samples >> 32
     data[22:26] = (samples & 0xFFFFFFFF).to_bytes(4, "big")
@@ -89,7 +89,7 @@ def test_up_to_eight_channels_are_mixed_down_to_two(decoder: AudioDecoder, chann
 def test_each_surround_speaker_keeps_its_side(loud: int, left: float, right: float) -> None:
     block = np.zeros((10, 6), dtype=np.float32)
     block[:, loud] = 1.0
-    weight = 1.0 + 2 * 0.5**0.5  # front, centre and back of one side
+    weight = 1.0 + 2 * 0.5**0.5  # sum of the front, centre and back weights of one side
     np.testing.assert_allclose(mix_down(block), np.tile(np.array([left, right]) / weight, (10, 1)), atol=1e-6)
 
 
@@ -108,7 +108,7 @@ def test_each_surround_speaker_keeps_its_side(loud: int, left: float, right: flo
     ],
 )
 def test_a_bad_header_is_refused(decoder: AudioDecoder, upload: bytes, words: str) -> None:
-    with pytest.raises(InvalidUploadError, match=words):  # a timeout has another message
+    with pytest.raises(InvalidUploadError, match=words):  # not the message of a timeout
         decoder.decode(as_file(upload), max_s=60)
 
 
@@ -133,7 +133,7 @@ def test_a_truncated_file_is_read_as_far_as_possible_or_refused(decoder: AudioDe
     try:
         samples = decoder.decode(as_file(data[: len(data) // 2]), max_s=60).samples
     except InvalidUploadError as error:
-        assert "cannot be decoded" in error.message  # noqa: PT017  both outcomes are valid, a crash is not
+        assert "cannot be decoded" in error.message  # noqa: PT017  success is valid too
     else:
         assert 10_000 < samples.shape[1] < 30_000
 
@@ -186,7 +186,7 @@ def decoders_of(parent: int) -> set[int]:
     """Returns the ids of the decoding processes that a process has started."""
     pids = set()
     for children in Path(f"/proc/{parent}/task").glob("*/children"):
-        with suppress(OSError):  # a thread or process that has just ended
+        with suppress(OSError):  # the thread or process may have just ended
             pids |= {p for p in map(int, children.read_text().split()) if b"decode_worker" in read_command_line(p)}
     return pids
 
@@ -197,7 +197,7 @@ def read_command_line(pid: int) -> bytes:
 
 @pytest.fixture
 def own_pids() -> Callable[[], list[int]]:
-    """Returns the decoding processes of this test; other tests may have left theirs."""
+    """Returns a function that returns the decoding processes that this test has started."""
     others = decoders_of(os.getpid())
     return lambda: sorted(decoders_of(os.getpid()) - others)
 
@@ -260,7 +260,8 @@ def test_a_file_that_takes_too_long_is_refused(own_pids: Callable[[], list[int]]
     began_at = time.monotonic()
     with closing(AudioDecoder(timeout_s=PATIENCE_S)) as first:
         first.decode(as_file(make_audio_file()), max_s=10)
-    decoder = AudioDecoder(timeout_s=5 * (time.monotonic() - began_at))  # long enough to start another process
+    # Allow five times as long as starting a process and decoding a file took.
+    decoder = AudioDecoder(timeout_s=5 * (time.monotonic() - began_at))
     decoder.decode(as_file(make_audio_file()), max_s=10)
     (pid,) = own_pids()
     os.kill(pid, signal.SIGSTOP)

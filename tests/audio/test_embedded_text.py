@@ -20,7 +20,7 @@ from stable_audio_serve.core.generation import GenerationRequest, GenerationResu
 from tests.parameters import some
 
 _TEXT = r'{"prompt":"Regen auf Blech \ud83c\udf27 =","seed":7}'
-_RATE_HZ = 48_000  # a rate of every format: nothing is resampled
+_RATE_HZ = 48_000  # every format supports this rate, so nothing is resampled
 _MOST = dict.fromkeys(AudioFormat, MOST_TEXT_BYTES) | {AudioFormat.OPUS: MOST_OPUS_TEXT_CHARS}
 
 

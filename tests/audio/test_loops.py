@@ -1,4 +1,4 @@
-"""Tempo, bars and lengths against a second implementation with exact fractions and plain string handling."""
+"""Tempo, bars and lengths, compared with a second implementation that uses fractions and simple string methods."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ WINDOW_S = 524_288 / 44_100
         ("99999bpm", 99999),
         ("9" * 19 + "bpm", None),
         ("x" * 1000 + "100bpm", 100),
-        ("\u0661\u0662\u0660bpm", 120),  # digits of another script are digits
+        ("\u0661\u0662\u0660bpm", 120),  # Arabic digits
         ("100\u00a0bpm", 100),
     ],
 )
@@ -51,11 +51,11 @@ def test_tempo_of_a_prompt(prompt: str, tempo: int | None) -> None:
 def test_hostile_prompts_are_scanned_quickly(prompt: str) -> None:
     started_at = time.thread_time()
     assert read_tempo(prompt) is None
-    assert time.thread_time() - started_at < 2  # CPU time of this thread; a quadratic search takes far longer
+    assert time.thread_time() - started_at < 2  # CPU seconds; a quadratic search would take far longer
 
 
 def scan_tempo(prompt: str) -> int | None:
-    """Returns the first "bpm" with digits directly before it, ignoring white space."""
+    """Returns the digits before the first "bpm" that has any, ignoring white space between them."""
     lowered = prompt.lower()
     at = lowered.find("bpm")
     while at >= 0:
@@ -76,7 +76,7 @@ def test_tempo_agrees_with_a_plain_scan(parts: list[str]) -> None:
 
 
 def plan_exactly(tempo: int, bars: int | None, window_s: float) -> tuple[int, Fraction]:
-    """Returns bars and seconds as fractions."""
+    """Returns the number of bars and the exact seconds."""
     window = Fraction(window_s)
     if bars is None:
         bars = max((count for count in (1, 2, 4, 8) if Fraction(240 * count, tempo) <= window), default=1)
@@ -118,16 +118,16 @@ def test_the_usual_tempos(tempo: int, bars: int, samples: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tempo", "asked", "given_bars"),
+    ("tempo", "bars", "expected"),
     [
         (170, 8, 8),  # fits
-        (150, 8, 8),  # 12.8 s, within the tolerance of a second
-        (148, 8, 4),  # 12.97 s
-        (60, 8, 4),  # halved once only: 16 s
+        (150, 8, 8),  # 12.8 s: within the tolerance of 1 s
+        (148, 8, 4),  # 12.97 s: beyond the tolerance
+        (60, 8, 4),  # halved only once: 16 s
         (60, 4, 2),
         (20, 2, 1),
-        (10, 1, 1),  # 24 s, nothing to halve
+        (10, 1, 1),  # 24 s: one bar cannot be halved
     ],
 )
-def test_explicit_bars_are_halved_once(tempo: int, asked: int, given_bars: int) -> None:
-    assert plan_loop(tempo, bars=asked, window_s=WINDOW_S).bars == given_bars
+def test_explicit_bars_are_halved_once(tempo: int, bars: int, expected: int) -> None:
+    assert plan_loop(tempo, bars=bars, window_s=WINDOW_S).bars == expected

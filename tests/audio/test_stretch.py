@@ -69,7 +69,7 @@ def test_the_same_input_gives_the_same_samples() -> None:
 
 
 @pytest.mark.parametrize("rate_hz", [8000, 96000])
-def test_other_rates(rate_hz: int) -> None:
+def test_stretching_works_at_other_rates(rate_hz: int) -> None:
     stretched = time_stretch(make_sine(440, rate_hz=rate_hz), rate_hz, speed=1.3)
     assert measure_pitch(stretched[0], rate_hz) == pytest.approx(440, rel=0.005)
 

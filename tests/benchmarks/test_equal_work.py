@@ -1,4 +1,4 @@
-"""Both sides of a comparison do the same work in one run. A result with less work is void."""
+"""In a benchmark, both sides of a comparison do the same work. Otherwise the result is void."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_different_clips_are_detected() -> None:
 
 
 class OneStepFewer:
-    """A side that runs one step fewer than requested."""
+    """A side of a comparison that runs one step fewer than requested."""
 
     def __init__(self, asker: Asker) -> None:
         self._asker = asker
@@ -110,7 +110,7 @@ def make_run(folder: Path, askers: Mapping[str, Asker], *, ends_at: float = floa
     return Run(dict(askers), options, pieces=pieces, is_watched=False)
 
 
-async def test_a_side_that_saves_a_step_is_void(tmp_path: Path) -> None:
+async def test_the_result_of_a_side_that_saves_a_step_is_void(tmp_path: Path) -> None:
     askers = {"lock": in_process("lock"), "fewer": OneStepFewer(in_process("lock"))}
     with pytest.raises(VoidError, match="fewer is void"):
         await make_run(tmp_path, askers).measure()
@@ -118,7 +118,7 @@ async def test_a_side_that_saves_a_step_is_void(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-async def test_one_run_states_every_figure_of_every_side(tmp_path: Path) -> None:
+async def test_one_run_reports_every_figure_of_every_side(tmp_path: Path) -> None:
     askers = {name: in_process(name) for name in ("lock", "static", "ours")}
     results = await make_run(tmp_path, askers).measure()
     assert results["outputs"]["ours"]["largest_difference"] <= 1e-4
@@ -151,8 +151,8 @@ async def test_an_interrupted_run_resumes_with_the_same_options_only(tmp_path: P
 @pytest.mark.parametrize("dialect", list(DIALECTS))
 async def test_every_dialect_is_asked_for_a_clip(dialect: str) -> None:
     async with serve_app() as (port, backend), open_clients(f"http://127.0.0.1:{port}") as clients:
-        asked = Arrival(0.0, "a bell", 2.0, seed=3, steps=8)
-        answer = await OverHttp(clients, dialect).ask(asked)
+        arrival = Arrival(0.0, "a bell", 2.0, seed=3, steps=8)
+        answer = await OverHttp(clients, dialect).ask(arrival)
         audio = answer.read()
     assert audio.shape[1] > 0
     assert answer.num_samples in (0, audio.shape[1])

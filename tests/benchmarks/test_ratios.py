@@ -1,4 +1,4 @@
-"""Ratios of two sides in one run, compared with values computed by hand."""
+"""Ratios of the two sides of a comparison, checked against values computed by hand."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def record(due_at: float, latency_s: float, *, steps: int = 8, audio_s: float = 
     return Record(0, due_at, due_at + latency_s, audio_s, steps, outcome)
 
 
-class Answering:
-    """A side whose answers are defined by the test."""
+class CallbackSide:
+    """A side of a comparison that runs the test's function for each request."""
 
     def __init__(self, ask: Callable[[Arrival], Awaitable[None]]) -> None:
         self._ask = ask
@@ -66,10 +66,10 @@ async def test_open_loop_arrivals_do_not_wait_for_answers() -> None:
 
     arrivals = [Arrival(0.02 * seed, "a bell", 1.0, seed=seed, steps=8) for seed in range(3)]
     async with asyncio.timeout(PATIENCE_S):
-        records = await play(Answering(answer_after_the_last_arrival), arrivals)
+        records = await play(CallbackSide(answer_after_the_last_arrival), arrivals)
     assert seeds == [0, 1, 2]
     assert [one.due_at for one in records] == [0.0, 0.02, 0.04]
-    assert records[0].latency_ms >= 40.0  # its answer waited for the last arrival
+    assert records[0].latency_ms >= 40.0  # the first answer came after the last arrival, 40 ms later
 
 
 async def test_clients_retry_after_the_requested_time() -> None:
@@ -83,7 +83,7 @@ async def test_clients_retry_after_the_requested_time() -> None:
             raise RuntimeError("broken")
 
     arrivals = [Arrival(0.0, "a bell", 1.0, seed=seed, steps=8) for seed in (1, 2)]
-    first, second = await play_until_served(Answering(refuse_twice), arrivals)
+    first, second = await play_until_served(CallbackSide(refuse_twice), arrivals)
     assert [one.outcome for one in first] == ["refused", "refused", "finished"]
     assert first[1].due_at == pytest.approx(first[0].ended_at + 0.05)
     assert [one.outcome for one in second] == ["failed"]
@@ -129,10 +129,10 @@ def test_refused_requests_count_neither_as_work_nor_as_latency() -> None:
     assert (side["num_requests"], side["refused"], side["refused_at_once"]) == (2, 2, [2])
 
 
-def test_a_rate_is_good_while_nineteen_of_twenty_end_in_time() -> None:
+def test_a_rate_is_good_if_19_of_20_requests_end_in_time() -> None:
     alone_ms = fit_alone_ms([record(0, 0.1, audio_s=1.0), record(0, 0.5, audio_s=5.0)])
     assert alone_ms(record(0, 9.0, audio_s=3.0)) == pytest.approx(300.0)
-    in_time = [record(0, 0.9, audio_s=1.0)] * 18 + [record(0, 1.4, audio_s=3.0)]  # bounds: 1 s, and 5 x 0.3 s
+    in_time = [record(0, 0.9, audio_s=1.0)] * 18 + [record(0, 1.4, audio_s=3.0)]  # bounds: 1 s and 5 x 0.3 s
     assert is_good([*in_time, record(0, 1.1, audio_s=1.0)], alone_ms=alone_ms)
     assert is_good([*in_time, record(0, 0.0, refused=True)], alone_ms=alone_ms)
     assert not is_good([*in_time, record(0, 1.1, audio_s=1.0), record(0, 0.0, refused=True)], alone_ms=alone_ms)
@@ -161,7 +161,7 @@ def test_a_trace_is_busy_while_anything_runs() -> None:
     figures = summarize_trace(
         [
             event("gemm", 0.0, 40.0),
-            event("norm", 20.0, 30.0),  # overlaps the first
+            event("norm", 20.0, 30.0),  # overlaps the gemm
             event("Memcpy HtoD", 80.0, 20.0, kind="gpu_memcpy"),
             event("cudaLaunchKernel", 0.0, 1.0, kind="cuda_runtime"),
             event("cudaMemcpyAsync", 0.0, 1.0, kind="cuda_runtime"),
@@ -173,7 +173,7 @@ def test_a_trace_is_busy_while_anything_runs() -> None:
     assert summarize_trace([])["busy_share"] is None
 
 
-async def test_a_stand_in_does_one_thing_at_a_time() -> None:
+async def test_a_timed_replica_runs_one_request_at_a_time() -> None:
     model = ModelSettings(name="demo", max_queue_s=0.15)
     replica = TimedReplica(Settings(models=(model,)), model)
     replica.times = LinearDevice(text_ms=100.0, step_ms=0.0, step_per_frame_ms=0.0, decode_ms=0.0)  # type: ignore[misc]

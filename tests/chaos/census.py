@@ -1,6 +1,6 @@
-"""Program that connects to a server's Ray and prints the number of running replicas per deployment, as JSON lines.
+"""A program that prints the number of running replicas of each deployment of a server, as JSON lines.
 
-The figures come from Serve's controller; without a controller nothing is printed.
+It connects to the server's Ray and asks Serve's controller. It prints nothing while there is no controller.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A chaos client: retries unanswered requests, records every accepted job, then fetches and checks the audio.
+"""The client of a chaos run. It retries requests without an answer, records accepted jobs, and checks their audio.
 
-A retry repeats the same request, including the idempotency key. The client polls each job until it is over. It accepts
-only JSON answers of the API.
+A retry repeats the same request, including the idempotency key. The client polls each job until it ends. An answer of
+the API must be JSON.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ class WrongError(Exception):
 
 
 class NoAnswerError(Exception):
-    """No answer, or a 503. The request may have been carried out."""
+    """No answer, or an error that a retry may avoid. The server may have carried out the request anyway."""
 
 
 @dataclass(frozen=True, slots=True)
 class Customer:
-    """`http` is connected to the server. Webhooks go to `webhooks_url`, one path per order."""
+    """Sends orders to a server through `http`. The webhook of an order goes to its own path below `webhooks_url`."""
 
     http: httpx.AsyncClient
     ledger: Ledger
     webhooks_url: str
 
     async def run(self, order: Order, *, give_up_s: float) -> None:
-        """Submit, wait, fetch and check; records each step, and any fault, in the ledger."""
+        """Submit an order, wait for its job and check the audio. Records each step and any fault in the ledger."""
         try:
             async with asyncio.timeout(give_up_s):
                 job = await self._submit(order)
@@ -58,7 +58,7 @@ class Customer:
             self.ledger.write("wrong", order.number, why=str(error))
 
     async def fetch(self, order: Order, job: str) -> bytes | None:
-        """Download the audio of a job twice once it is over, None if the job failed. Raises WrongError."""
+        """Wait for a job's end and download its audio twice. Returns None if the job failed. Raises WrongError."""
         look = await self._end(order, job)
         if look.state == "failed":
             self.ledger.write("failed", order.number, job=job, error=look.error)
@@ -71,7 +71,7 @@ class Customer:
         return files[0]
 
     async def expected_audio(self, order: Order) -> bytes:
-        """Return the synchronous route's audio for an order of our own API. Raises WrongError."""
+        """Return the audio of the synchronous route for an order of the native API. Raises WrongError."""
         route = "variations" if order.kind == "variation" else "generations"
         sending = dialects.submission(order, webhook_url="") | {"url": f"/v1/audio/{route}", "headers": {}}
         return (await self._send_until_answered(**sending | {"method": "POST"})).content
@@ -113,7 +113,7 @@ class Customer:
             await asyncio.sleep(_POLL_S)
 
     async def _send(self, **request: Any) -> httpx.Response:
-        """Send once and return a 2xx answer. Raises NoAnswerError if it is worth a retry, else WrongError."""
+        """Send once and return a 2xx answer. Raises NoAnswerError if a retry may succeed, else WrongError."""
         try:
             reply = await self.http.request(**request)
         except httpx.TransportError as error:
@@ -125,7 +125,7 @@ class Customer:
         raise WrongError(f"{request['method']} {request['url']} answered {reply.status_code}: {reply.text[:300]}")
 
     def _may_pass(self, reply: httpx.Response) -> bool:
-        """Return True if a retry may help: a server's error with Retry-After, or any error of the object store."""
+        """Return whether a retry may succeed: after a 429 or 503 with Retry-After, or an error of the object store."""
         if str(reply.url).startswith(str(self.http.base_url)):
             return reply.status_code in _TRANSIENT and "retry-after" in reply.headers
         return reply.status_code in _FAILING

@@ -1,4 +1,4 @@
-"""Requests and answers of each dialect: how to submit, poll and fetch an order. `customer` sends them."""
+"""The requests that submit, poll and fetch an order in each dialect, and the parsing of answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ State = Literal["waiting", "succeeded", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """The result of a poll: the file's URL after success, or the reason of a failure."""
+    """The result of a poll, with the file's URL after success or the reason of a failure."""
 
     state: State
     file_url: str = ""

@@ -1,6 +1,7 @@
 """An attacker without a key, as a program: `python -m tests.chaos.flood '<JSON of FloodPlan>'`.
 
-Opens connections that never complete a request, and reopens them when they are closed. Attacks only this machine.
+It opens connections that never complete a request, and reopens them when they are closed. It attacks only this
+machine.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from dataclasses import asdict, dataclass
 _DRIP_EVERY_S = 2.0
 _RENEW_AFTER_S = 0.1
 _CONNECT_TIMEOUT_S = 10.0
-_AT_ONCE = 200  # connections being opened at the same time
+_AT_ONCE = 200  # concurrent attempts to connect
 _UPLOAD = (
     b"POST /v1/audio/variations HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=B\r\n"
     b"Content-Length: 1000000\r\n\r\n-"
 )
 
 
-_NICENESS = 10  # the attacker's own CPU use must not slow the server down
+_NICENESS = 10  # so that the attacker's own CPU use does not slow the server down
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class _Held:
 
 @contextmanager
 def flooding(plan: FloodPlan) -> Iterator[subprocess.Popen[str]]:
-    """Run the attacker. It prints the connections it holds once a second, as JSON."""
+    """Run the attacker. Once a second it prints the number of connections it holds, as JSON."""
     command = [sys.executable, "-m", "tests.chaos.flood", json.dumps(asdict(plan))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:

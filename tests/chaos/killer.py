@@ -1,5 +1,6 @@
-"""Kills processes of one server, one after another, in an order determined by a seed. Only kills that server's
-processes.
+"""Kills processes of one server, one after another, in an order determined by a seed.
+
+It kills no other processes.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ Target = Literal["engine", "runner", "ingress", "controller", "proxy", "database
 
 @dataclass(frozen=True, slots=True)
 class ProcessKind:
-    """A kind of process: a text in its command line, the expected number, and its deployment's name."""
+    """A kind of process: text in its command line, expected number of processes, and name of its deployment."""
 
     title: str
     number: int
     deployment: str | None = None
 
 
-# Of the server in `scene`. The database is not one of the server's processes.
+# Processes of the server in `scene`. The database is not one of them.
 KINDS: Mapping[Target, ProcessKind] = {
     "engine": ProcessKind("ray::ServeReplica:audio:tiny", 2, "tiny"),
     "runner": ProcessKind("ray::ServeReplica:audio:job-runner", 2, "job-runner"),
@@ -48,24 +49,25 @@ _BACK_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Strike:
-    """A planned kill, in seconds from the start."""
+class PlannedKill:
+    """A planned kill, `at_s` seconds after the start."""
 
     at_s: float
     target: Target
 
 
 @dataclass(frozen=True, slots=True)
-class Blow:
+class Kill:
     """A kill that was carried out, at Unix time `at`."""
 
     at: float
     target: Target
 
 
-def plan_strikes(*, rounds: int, every_s: float, seed: int) -> list[Strike]:
-    """Plan to kill one process of every kind per round, in random order and at random times. Restarts the database
-    once.
+def plan_kills(*, rounds: int, every_s: float, seed: int) -> list[PlannedKill]:
+    """Plan to kill one process of every kind per round, in random order and at random times.
+
+    The plan also restarts the database once.
     """
     rng = random.Random(f"strikes/{seed}")
     targets: list[Target] = []
@@ -73,41 +75,42 @@ def plan_strikes(*, rounds: int, every_s: float, seed: int) -> list[Strike]:
         targets += rng.sample(list(KINDS), len(KINDS))
     targets.insert(rng.randrange(1, len(targets)), "database")
     times = [every_s * (index + 1 + rng.uniform(-0.4, 0.4)) for index in range(len(targets))]
-    return [Strike(at_s, target) for at_s, target in zip(times, targets, strict=True)]
+    return [PlannedKill(at_s, target) for at_s, target in zip(times, targets, strict=True)]
 
 
 class NotBackError(Exception):
     """A killed process was not replaced in time."""
 
 
-async def strike_all(
+async def carry_out(
     server: LaunchedServer,
-    strikes: Sequence[Strike],
+    planned_kills: Sequence[PlannedKill],
     *,
     crash_database: Callable[[], None],
     seed: int,
-    report: Callable[[Blow], None],
-) -> list[Blow]:
-    """Carry out a plan. Each kill waits until the previous victim is replaced. Raises NotBackError if that takes too
-    long.
+    report: Callable[[Kill], None],
+) -> list[Kill]:
+    """Carry out a plan. Each kill waits until the previous victim is replaced.
+
+    Raises NotBackError if a replacement takes too long.
     """
     rng = random.Random(f"victims/{seed}")
     started_at = time.monotonic()
-    blows = []
+    kills = []
     with running_census(server) as census:
-        for strike in strikes:
-            await asyncio.sleep(max(0.0, started_at + strike.at_s - time.monotonic()))
+        for planned_kill in planned_kills:
+            await asyncio.sleep(max(0.0, started_at + planned_kill.at_s - time.monotonic()))
             at = time.time()
-            if strike.target == "database":
+            if planned_kill.target == "database":
                 await asyncio.to_thread(crash_database)
-                report(blow := Blow(at, strike.target))
+                report(kill := Kill(at, planned_kill.target))
             else:
-                at, pid = await _kill(server, KINDS[strike.target], rng)
-                report(blow := Blow(at, strike.target))
-                is_back = partial(_is_back, server, KINDS[strike.target], pid, census)
-                await wait_until_back(strike.target, killed=pid, is_back=is_back)
-            blows.append(blow)
-    return blows
+                at, pid = await _kill(server, KINDS[planned_kill.target], rng)
+                report(kill := Kill(at, planned_kill.target))
+                is_back = partial(_is_back, server, KINDS[planned_kill.target], pid, census)
+                await wait_until_back(planned_kill.target, killed=pid, is_back=is_back)
+            kills.append(kill)
+    return kills
 
 
 async def _kill(server: LaunchedServer, kind: ProcessKind, rng: random.Random) -> tuple[float, int]:
@@ -151,23 +154,23 @@ class Census:
         self._process = process
         self._num_taken = 0
         self._latest: Mapping[str, int] = {}
-        self._told = threading.Condition()
+        self._has_new = threading.Condition()
         threading.Thread(target=self._read, daemon=True).start()
 
     def take(self) -> Mapping[str, int] | None:
-        """Return the running replicas per deployment from a census that started after this call, None on timeout."""
-        with self._told:
+        """Return the running replicas per deployment, counted after this call, or None on timeout."""
+        with self._has_new:
             newer = self._num_taken + 2  # the next census may have started before this call
-            is_told = self._told.wait_for(lambda: self._num_taken >= newer, timeout=_ANSWER_S)
-            return self._latest if is_told else None
+            is_newer = self._has_new.wait_for(lambda: self._num_taken >= newer, timeout=_ANSWER_S)
+            return self._latest if is_newer else None
 
     def _read(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            with self._told:
+            with self._has_new:
                 self._latest = json.loads(line)
                 self._num_taken += 1
-                self._told.notify_all()
+                self._has_new.notify_all()
 
 
 @contextmanager

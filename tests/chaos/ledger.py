@@ -1,6 +1,4 @@
-"""The client's record of what the server accepted and what came of it. Each entry is on disk before the client
-proceeds.
-"""
+"""The client's record of accepted orders and their results. Each entry is on disk before the client proceeds."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from tests.audio_files import make_audio_file
 
-# `keyed` sends an Idempotency-Key, `chosen` an id chosen by the client, `variation` an upload.
+# `keyed` sends an Idempotency-Key, `chosen` an id that the client chooses, and `variation` an upload.
 Kind = Literal["plain", "keyed", "chosen", "variation", "aiml", "fal"]
 
 _WEIGHTS: Mapping[Kind, int] = {"plain": 2, "keyed": 3, "chosen": 2, "variation": 3, "aiml": 1, "fal": 2}
@@ -20,9 +20,9 @@ _RATE_HZ = 8_000
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """One order. `key` is its idempotency key or chosen id: with either it must not become two jobs.
+    """One planned job. `key` is its idempotency key or chosen id, which must prevent a second job.
 
-    `is_repeated`: sent again after it was answered.
+    If `is_repeated`, the client sends it again after the answer.
     """
 
     number: int
@@ -36,12 +36,12 @@ class Order:
 
     @property
     def contract(self) -> str:
-        """The contract under which the store keeps the job."""
+        """The contract of the job in the store."""
         return self.kind if self.kind in ("aiml", "fal") else "sa3"
 
     @property
     def controls(self) -> dict[str, Any]:
-        """The request fields of our own API."""
+        """The request fields in the native API."""
         return {
             "prompt": f"order {self.number}",
             "duration": self.duration_s,

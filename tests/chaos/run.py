@@ -1,4 +1,4 @@
-"""A chaos run: customers and the killer at the same time, then a quiet phase in which all results are checked."""
+"""A chaos run: a client sends orders while processes are killed, and then all results are checked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import httpx
 
 from tests.chaos.customer import Customer, WrongError
-from tests.chaos.killer import Blow, Strike, plan_strikes, strike_all
+from tests.chaos.killer import Kill, PlannedKill, carry_out, plan_kills
 from tests.chaos.ledger import Ledger
 from tests.chaos.orders import Order, arrival_times, make_orders
 from tests.chaos.scene import ORPHAN_AFTER_S, WEBHOOK_SECRET, Scene
@@ -20,8 +20,8 @@ from tests.chaos.verdict import Verdict, judge
 from tests.chaos.webhooks import Inbox, receiving
 
 _REPORT_EVERY_S = 10.0
-_NOTICES_S = 60.0  # seconds after the end in which the last webhooks must arrive
-_SWEEP_S = 30.0  # seconds after which an orphan that is old enough must be deleted
+_NOTICES_S = 60.0  # the last webhooks must arrive within this time after the last job
+_SWEEP_S = 30.0  # the sweeper must delete an old enough orphan within this time
 _AGAIN_AT_ONCE = 8
 _ANSWER_S = 15.0
 
@@ -33,8 +33,8 @@ class ChaosPlan:
     num_orders: int
     rounds: int  # each round kills one process of every kind
     every_s: float  # mean time between kills
-    late_after_s: float  # allowed time for an order since its acceptance or the last kill
-    give_up_s: float  # longest time for an order since its arrival
+    late_after_s: float  # longest time of an order after its acceptance and the last kill
+    give_up_s: float  # the client gives up an order after this time
     num_compared: int  # number of jobs whose audio is compared bit by bit with the synchronous route's
     is_swept: bool = False  # wait at the end until orphaned files are deleted
     seed: int = 0
@@ -44,14 +44,14 @@ class ChaosPlan:
         return make_orders(self.num_orders, seed=self.seed)
 
     @property
-    def strikes(self) -> list[Strike]:
-        return plan_strikes(rounds=self.rounds, every_s=self.every_s, seed=self.seed)
+    def planned_kills(self) -> list[PlannedKill]:
+        return plan_kills(rounds=self.rounds, every_s=self.every_s, seed=self.seed)
 
 
 async def run_chaos(scene: Scene, plan: ChaosPlan, ledger: Ledger) -> Verdict:
-    """Carry out `plan` and print its progress."""
-    orders, strikes = plan.orders, plan.strikes
-    limits = httpx.Limits(max_connections=None)  # a limited pool loses connections after timeouts
+    """Carry out `plan` and print its progress. Returns the verdict."""
+    orders, planned_kills = plan.orders, plan.planned_kills
+    limits = httpx.Limits(max_connections=None)  # a limited pool of httpx loses connections after timeouts
     with receiving(WEBHOOK_SECRET) as inbox:
         async with httpx.AsyncClient(
             base_url=scene.server.url, timeout=_ANSWER_S, limits=limits, follow_redirects=True
@@ -59,7 +59,7 @@ async def run_chaos(scene: Scene, plan: ChaosPlan, ledger: Ledger) -> Verdict:
             customer = Customer(http, ledger, inbox.url)
             progress = asyncio.create_task(_print_progress(ledger, inbox))
             try:
-                blows = await _attack(scene, plan, customer, orders=orders, strikes=strikes)
+                kills = await _attack(scene, plan, customer, orders=orders, planned_kills=planned_kills)
                 await _check_results(customer, orders, plan)
                 await _wait_for_notices(inbox, orders)
             finally:
@@ -70,7 +70,7 @@ async def run_chaos(scene: Scene, plan: ChaosPlan, ledger: Ledger) -> Verdict:
         notices=inbox.notices,
         rows=scene.rows(),
         visible=scene.visible(),
-        blows=blows,
+        kills=kills,
         late_after_s=plan.late_after_s,
     )
     for key in set(scene.visible()) - scene.stored():
@@ -82,30 +82,30 @@ async def run_chaos(scene: Scene, plan: ChaosPlan, ledger: Ledger) -> Verdict:
 
 
 async def _attack(
-    scene: Scene, plan: ChaosPlan, customer: Customer, *, orders: Sequence[Order], strikes: Sequence[Strike]
-) -> list[Blow]:
-    """Submit orders for as long as kills are planned."""
-    arrivals = arrival_times(len(orders), span_s=strikes[-1].at_s, seed=plan.seed)
+    scene: Scene, plan: ChaosPlan, customer: Customer, *, orders: Sequence[Order], planned_kills: Sequence[PlannedKill]
+) -> list[Kill]:
+    """Submit orders while the kills are carried out. Returns the kills."""
+    arrivals = arrival_times(len(orders), span_s=planned_kills[-1].at_s, seed=plan.seed)
 
     async def arrive(order: Order, at_s: float) -> None:
         await asyncio.sleep(at_s)
         await customer.run(order, give_up_s=plan.give_up_s)
 
-    blows, *_ = await asyncio.gather(
-        strike_all(
+    kills, *_ = await asyncio.gather(
+        carry_out(
             scene.server,
-            strikes,
+            planned_kills,
             crash_database=scene.crash_database,
             seed=plan.seed,
-            report=lambda blow: print(f"chaos: killed {blow.target}", flush=True),
+            report=lambda kill: print(f"chaos: killed {kill.target}", flush=True),
         ),
         *(arrive(order, at_s) for order, at_s in zip(orders, arrivals, strict=True)),
     )
-    return blows
+    return kills
 
 
 async def _check_results(customer: Customer, orders: Sequence[Order], plan: ChaosPlan) -> None:
-    """After the kills: check that finished jobs are unchanged, and that sampled audio is bit-exact."""
+    """Check that the audio of finished jobs is unchanged, and compare some of it with the synchronous route's."""
     numbered = {order.number: order for order in orders}
     jobs = {(entry["order"], entry["job"]) for entry in customer.ledger.entries() if entry["what"] == "fetched"}
     comparable = sorted(pair for pair in jobs if numbered[pair[0]].contract == "sa3")  # other dialects use random seeds
@@ -133,7 +133,7 @@ async def _wait_for_notices(inbox: Inbox, orders: Sequence[Order]) -> None:
 
 
 async def _orphans(scene: Scene) -> set[str]:
-    """Return files without a job, after the time that the sweeper needs."""
+    """Wait until the sweeper has deleted orphans. Returns the files that still have no job."""
     deadline = time.monotonic() + ORPHAN_AFTER_S + _SWEEP_S
     while True:
         orphans = scene.stored() - set(scene.visible())

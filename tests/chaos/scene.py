@@ -18,7 +18,7 @@ from tests.object_storage import Faults, ObjectStorage, running_object_storage
 from tests.serving.conftest import TINY
 from tests.serving.launched import LaunchedServer, write_config
 
-# Longer than any file waits for the commit that makes it visible.
+# Longer than the time between the storing of a file and the commit that makes it visible.
 ORPHAN_AFTER_S = 30.0
 
 _MODEL = {
@@ -32,7 +32,7 @@ _MODEL = {
 _JOBS = {
     "runners": 2,
     "lease_s": 2.5,
-    "max_attempts": 50,  # a kill may cost an attempt; the verdict checks how many it cost
+    "max_attempts": 50,  # each kill may cost an attempt; the verdict checks their number
     "max_running": 8,
     "orphan_after_s": ORPHAN_AFTER_S,
     "webhook_allow_hosts": ["127.0.0.1"],
@@ -65,7 +65,7 @@ class Scene:
         return [row["key"] for row in self._select("files")]
 
     def stored(self) -> set[str]:
-        """Return the keys of all files of jobs, published or not. Excludes the bucket's claim and quality reports."""
+        """Return the keys of all job files in the bucket, published or not, but no claim or quality reports."""
         keys = {key.removeprefix(f"{_PREFIX}/") for key in self.storage.keys(self.bucket)}
         return {key for key in keys if key != OWNER_KEY and not key.startswith(f"{QUALITY_FOLDER}/")}
 

@@ -1,4 +1,4 @@
-"""Kills of any process lose no accepted job and duplicate none: with 30 jobs, and with 300."""
+"""Killing processes of any kind neither loses nor duplicates an accepted job."""
 
 from __future__ import annotations
 

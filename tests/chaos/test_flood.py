@@ -1,4 +1,4 @@
-"""Thousands of unfinished connections to every port of a server. The server keeps answering."""
+"""A server keeps answering while a client holds thousands of unfinished connections to its ports."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 
 _HALF_OPEN, _DRIPPING = 4200, 1000
 _ATTACK_S = 60.0
-_RECOVERY_S = 15.0  # after this time from the start of the attack, every request must be answered
-_SHORT_ATTACK_S = 6.0  # per port, for about 25 ports
+_RECOVERY_S = 15.0  # this long after the start of the attack, every request must be answered again
+_SHORT_ATTACK_S = 6.0  # for each of about 25 ports
 _SHORT_RECOVERY_S = 2.0
 _NUM_QUIET = 20
 _PUBLIC = "127.0.0.2"
@@ -33,7 +33,7 @@ _CLIP = {"prompt": "a door closes", "duration": 1, "seed": 5, "steps": 2}
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A request of an honest client: when it was sent, in seconds since the attack began, and how long it took."""
+    """A request of another client: when it was sent, in seconds since the attack began, and how long it took."""
 
     what: str
     sent_s: float
@@ -57,7 +57,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]
 
 
 def ask(url: str, began_at: float, what: str) -> Probe:
-    """Send one request on a new connection, as a new client would."""
+    """Send one request on a new connection."""
     sent_at = time.monotonic()
     try:
         with httpx.Client(base_url=url, timeout=10, trust_env=False) as client:
@@ -104,7 +104,7 @@ def bounds(server: LaunchedServer) -> dict[str, float]:
 def attack(
     server: LaunchedServer, plan: FloodPlan, bounds: dict[str, float], *, recovery_s: float
 ) -> tuple[list[Probe], list[dict[str, Any]]]:
-    """Attack the server. Returns the probes, those that were too late after recovery, and the connections held."""
+    """Attack the server. Returns the late or failed probes after `recovery_s`, and the attacker's reports."""
     with flooding(plan) as attacker:
         probes = probe_for(server.url, plan.seconds - 2)
         assert attacker.stdout is not None
@@ -129,7 +129,9 @@ def attack(
     return late, held
 
 
-def test_half_open_connections_and_slow_uploads_delay_nobody(server: LaunchedServer, bounds: dict[str, float]) -> None:
+def test_half_open_connections_and_slow_uploads_delay_no_request(
+    server: LaunchedServer, bounds: dict[str, float]
+) -> None:
     plan = FloodPlan(_PUBLIC, server.port, _HALF_OPEN, _DRIPPING, _ATTACK_S)
     late, held = attack(server, plan, bounds, recovery_s=_RECOVERY_S)
     assert max(now["half_open"] + now["dripping"] for now in held) > 0.9 * (_HALF_OPEN + _DRIPPING)
@@ -144,7 +146,9 @@ def test_server_cannot_be_reached_around_haproxy(server: LaunchedServer) -> None
         httpx.get(f"http://127.0.0.1:{server.port}/health")
 
 
-def test_half_open_connections_to_other_ports_delay_nobody(server: LaunchedServer, bounds: dict[str, float]) -> None:
+def test_half_open_connections_to_other_ports_delay_no_request(
+    server: LaunchedServer, bounds: dict[str, float]
+) -> None:
     others = [one for one in listeners_of([server.process.pid, *server.pids("")]) if one.port != server.port]
     assert len(others) > 10
     met = {}

@@ -1,7 +1,7 @@
-"""Judges a chaos run: pure functions that find faults from the ledger, the notices, the store's rows and the kills.
+"""Finds the faults of a chaos run from the ledger, the webhooks, the store's rows and the kills.
 
-Lost: accepted, without valid audio at the end. Duplicated: two jobs for one key, or two artifacts or notices of one
-job. Late: not finished within the time limit since acceptance and the last kill.
+An accepted job is lost if it has no valid audio at the end. It is late if it takes too long after its acceptance and
+the last kill. Two jobs for one key, or two different artifacts or webhooks of one job, are duplicates.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tests.chaos import dialects
-from tests.chaos.killer import Blow
+from tests.chaos.killer import Kill
 from tests.chaos.ledger import Entry
 from tests.chaos.orders import Order
 from tests.chaos.webhooks import Notice
 
-# Kills that can end an attempt. The death of the controller ends no other process.
+# Kills that can end an attempt of a job. A kill of the controller ends no other process.
 _COSTLY = ("engine", "runner", "database")
-_SPARE_ATTEMPTS = 1  # attempts without a kill: object store errors, or a lease lost on a busy machine
+_SPARE_ATTEMPTS = 1  # for an error of the object store, or a lease that expires on a busy machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,21 +73,21 @@ def judge(
     notices: Sequence[Notice],
     rows: Sequence[JobRow],
     visible: Sequence[str],
-    blows: Sequence[Blow],
+    kills: Sequence[Kill],
     late_after_s: float,
 ) -> Verdict:
-    """Compare what was accepted with the results. `visible` has the keys of all published files."""
+    """Compare the accepted orders with their results. `visible` has the keys of all published files."""
     verdict = Verdict(num_orders=len(orders))
     book: dict[int, list[Entry]] = defaultdict(list)
     for entry in entries:
         book[entry["order"]].append(entry)
-    quiet_at = max((blow.at for blow in blows), default=0.0)
+    quiet_at = max((kill.at for kill in kills), default=0.0)
     jobs: dict[str, Order] = {}  # every accepted job
     for order in orders:
         promised = _judge_order(verdict, order, book[order.number], quiet_at=quiet_at, late_after_s=late_after_s)
         jobs |= dict.fromkeys(promised, order)
     _judge_notices(verdict, jobs, notices)
-    _judge_rows(verdict, jobs, rows, blows)
+    _judge_rows(verdict, jobs, rows, kills)
     _judge_artifacts(verdict, rows, visible)
     verdict.num_unanswered = sum(entry["what"] == "unanswered" for entry in entries)
     verdict.num_restarted = sum(row.attempts > 1 for row in rows)
@@ -100,7 +100,7 @@ def judge(
 def _judge_order(
     verdict: Verdict, order: Order, entries: Sequence[Entry], *, quiet_at: float, late_after_s: float
 ) -> set[str]:
-    """Check what the client observed for one order (a planned job). Returns the accepted job ids."""
+    """Check one order from the client's entries. Returns the accepted job ids."""
     what = {kind: [entry for entry in entries if entry["what"] == kind] for kind in _WHATS}
     name = f"order {order.number} ({order.kind})"
     for entry in what["wrong"]:
@@ -119,9 +119,9 @@ def _judge_order(
         verdict.add("duplicated", f"{name}: jobs {sorted(promised)} for one key", order=order.number)
     for job in fetched:
         downloads = [entry for entry in what["fetched"] if entry["job"] == job]
-        seen = {(entry["path"], digest) for entry in downloads for digest in entry["sha256"]}
-        if len(seen) > 1:
-            verdict.add("duplicated", f"{name}, job {job}: different artifacts {sorted(seen)}", order=order.number)
+        digests = {(entry["path"], digest) for entry in downloads for digest in entry["sha256"]}
+        if len(digests) > 1:
+            verdict.add("duplicated", f"{name}, job {job}: different artifacts {sorted(digests)}", order=order.number)
     if what["fetched"]:
         took_s = what["fetched"][0]["at"] - max(what["accepted"][0]["at"], quiet_at)
         if took_s > late_after_s:
@@ -156,7 +156,7 @@ def _judge_notices(verdict: Verdict, jobs: dict[str, Order], notices: Sequence[N
             verdict.add("unnotified", f"order {order.number} ({order.kind}), job {job}: no webhook", order=order.number)
 
 
-def _judge_rows(verdict: Verdict, jobs: dict[str, Order], rows: Sequence[JobRow], blows: Sequence[Blow]) -> None:
+def _judge_rows(verdict: Verdict, jobs: dict[str, Order], rows: Sequence[JobRow], kills: Sequence[Kill]) -> None:
     stored = {row.id: row for row in rows}
     for job, order in jobs.items():
         if job not in stored:
@@ -167,7 +167,7 @@ def _judge_rows(verdict: Verdict, jobs: dict[str, Order], rows: Sequence[JobRow]
         if row.completed_at is None:
             verdict.add("unaccounted", f"job {row.id}: {row.state} when all was over")
             continue
-        allowed = 1 + _SPARE_ATTEMPTS + _count_blows(blows, row)
+        allowed = 1 + _SPARE_ATTEMPTS + _count_kills(kills, row)
         if row.attempts > allowed:
             verdict.add("worn", f"job {row.id}: {row.attempts} attempts, {allowed} explained by kills")
     for key, same in Counter(row.key for row in rows if row.key).items():
@@ -184,6 +184,6 @@ def _judge_artifacts(verdict: Verdict, rows: Sequence[JobRow], visible: Sequence
             verdict.add("duplicated", f"artifact {artifact}: {num_visible} times visible, {num_due} succeeded jobs")
 
 
-def _count_blows(blows: Sequence[Blow], row: JobRow) -> int:
+def _count_kills(kills: Sequence[Kill], row: JobRow) -> int:
     assert row.completed_at is not None
-    return sum(blow.target in _COSTLY and row.created_at <= blow.at <= row.completed_at for blow in blows)
+    return sum(kill.target in _COSTLY and row.created_at <= kill.at <= row.completed_at for kill in kills)

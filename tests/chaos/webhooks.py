@@ -1,4 +1,4 @@
-"""Receives the webhooks of a chaos run. Answers some first deliveries with 503, so that they are retried."""
+"""Receives the webhooks of a chaos run. Answers some first deliveries with 503, so that the server retries them."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from standardwebhooks import Webhook, WebhookVerificationError
 
-_REFUSE_EVERY = 5  # refuse the first notice of every fifth order
+_REFUSE_EVERY = 5  # refuse the first webhook of every fifth order
 
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """A delivery. `webhook_id` is the header, None if the dialect sends none."""
+    """A received webhook. `webhook_id` is the header, or None if the dialect sends none."""
 
     order: int
     job: str
     webhook_id: str | None
     outcome: str  # the job's outcome
     was_refused: bool
-    is_genuine: bool = True  # False if the dialect signs and the signature is wrong
+    is_genuine: bool = True  # False if the dialect signs webhooks and this signature is wrong
 
 
 class Inbox:
-    """Accepts notices at `url`/<order number>. Those of our own API must be signed with `secret`."""
+    """Accepts webhooks at `url`/<order number>. Webhooks of the native API must be signed with `secret`."""
 
     def __init__(self, server: ThreadingHTTPServer, secret: str) -> None:
         self._signature = Webhook(secret)
@@ -38,11 +38,11 @@ class Inbox:
         self._lock = threading.Lock()
 
     def notified(self) -> set[int]:
-        """Return the orders with an accepted notice."""
+        """Return the numbers of the orders with an accepted webhook."""
         return {notice.order for notice in self.notices if not notice.was_refused}
 
     def take(self, path: str, headers: Mapping[str, str], content: bytes) -> int:
-        """Record a delivery and return the status to answer with."""
+        """Record a delivery. Returns the status code of the answer."""
         order, body = int(path.strip("/")), json.loads(content)
         headers = {name.lower(): value for name, value in headers.items()}
         is_fal = "request_id" in body
@@ -64,7 +64,7 @@ class Inbox:
 
 @contextmanager
 def receiving(secret: str) -> Iterator[Inbox]:
-    """Receive deliveries on a free port inside the context."""
+    """Receive webhooks on a free port inside the context."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:

@@ -1,4 +1,4 @@
-"""All commands find the configuration in the same way and name it; `init` writes one."""
+"""All commands find the configuration in the same way and print its path. `init` writes one."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_mistyped_key_beside_args_is_named(run: Run, tmp_path: Path, command: 
 
 @pytest.mark.server
 def test_a_mistyped_key_is_named_before_the_default_models(run: Run, tmp_path: Path) -> None:
-    """Without `args` the server would use the default models, whose weights are missing here.
+    """A server without `args` would load the default models, whose weights are missing here.
 
     Runs in a new process, because Ray reads the environment when it is imported.
     """
@@ -192,7 +192,7 @@ def test_stable_audio_api_serves_the_stable_audio_3_models(run: Run, tmp_path: P
             "--host",
             "127.0.0.1",
             "--port",
-            str(free_port()),  # below the range of outgoing connections
+            str(free_port()),  # not in the range of ports for outgoing connections
         ],
         env=os.environ | {"HF_HOME": str(tmp_path / "hub")},
         capture_output=True,

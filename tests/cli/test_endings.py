@@ -1,4 +1,4 @@
-"""All commands share one table of exit codes."""
+"""All commands use the same exit codes."""
 
 from __future__ import annotations
 

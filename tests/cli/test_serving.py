@@ -1,4 +1,4 @@
-"""`serve` names a faulty configuration value and starts nothing."""
+"""`serve` names a faulty value of the configuration and does not start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands that generate audio, against a test server: called in this process, and as processes of a shell."""
+"""The commands that generate audio with a test server, called in this process and as separate processes."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ ROOT = Path(__file__).parents[2]
 
 
 def _enable_ctrl_c() -> None:
-    """Restore SIGINT, which background processes of a shell, and so these tests, inherit as ignored."""
+    """Restore the handling of SIGINT. A process inherits it as ignored if a shell runs the tests in the background."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass
 class Shell:
-    """Runs commands in a separate folder, with the address of a server in their environment."""
+    """Runs commands in a temporary folder, with the server's address in their environment."""
 
     folder: Path
     url: str
@@ -117,7 +117,7 @@ async def test_all_options_reach_the_server(shell: Shell) -> None:
 
 
 async def test_commands_read_and_write_pipes(shell: Shell) -> None:
-    """The prompt comes from standard input. The audio goes to standard output and into the next command."""
+    """A prompt can come from standard input, and audio can go through standard output into another command."""
     take = await shell.run("generate", "-", "-d", "1", "-o", "-", stdin=b"rain\n")
     assert shell.backend.last.prompt == "rain"
     assert frames(take) == RATE_HZ
@@ -135,7 +135,7 @@ async def test_commands_read_and_write_pipes(shell: Shell) -> None:
 
 
 async def test_a_file_is_recreated_from_its_recipe(shell: Shell) -> None:
-    """The recipe comes from the audio file, from its JSON or from a pipe."""
+    """The recipe may come from an audio file, a JSON file or a pipe."""
     await shell.run("generate", "rain", "-d", "0.5", "-s", "7", "-o", "rain.wav")
     report = json.loads(await shell.run("replay", "rain.wav", "--json"))
     assert (report["replay"], report["clips"][0]["file"]) == ("close", "rain-7.wav")
@@ -145,7 +145,8 @@ async def test_a_file_is_recreated_from_its_recipe(shell: Shell) -> None:
     recipe = extract(io.BytesIO(rain))
     assert recipe is not None
     assert await shell.run("replay", "-", "-o", "-", stdin=recipe.encode()) == rain
-    await shell.run("generate", "rain " * 1000, "-d", "0.5", "-s", "8", "-o", "long.wav")  # too long for a header
+    # The recipe is too long for a header.
+    await shell.run("generate", "rain " * 1000, "-d", "0.5", "-s", "8", "-o", "long.wav")
     assert (await shell.run("replay", "long.wav")).startswith(b"rain-rain-")
     await shell.run("variation", "rain.wav", "hail", "-d", "0.5", "-o", "hail.flac", "--format", "flac")
     hail = await shell.read("hail.flac")
@@ -257,8 +258,8 @@ async def test_jobs_are_cancelled_and_found_by_idempotency_key(shell: Shell) -> 
 
 
 @pytest.mark.server  # loads a model
-async def test_local_generates_the_same_audio_as_a_server(shell: Shell) -> None:
-    """`--local` runs the demo model in the process of the command."""
+async def test_local_generates_and_replays_without_a_server(shell: Shell) -> None:
+    """`--local` runs the demo model in the command's process."""
     await shell.run("generate", "a kick drum", "--local", "-d", "0.5", "-s", "3", "--steps", "4", "-o", "one.wav")
     assert frames(await shell.read("one.wav")) == RATE_HZ // 2
     assert json.loads(await shell.run("replay", "one.wav", "--local", "-o", "three.wav", "--json"))["replay"] == "exact"
@@ -268,7 +269,7 @@ async def test_local_generates_the_same_audio_as_a_server(shell: Shell) -> None:
 
 @pytest.mark.server  # loads a model
 async def test_local_uses_the_server_configuration(shell: Shell) -> None:
-    """Uses the configured loop model and recipes in files. A local command needs no API key."""
+    """`--local` uses the configured loop model and writes recipes as configured. It needs no API key."""
     demo = str(BUILT_IN["demo"].folder)
     args = {
         "models": [{"name": "demo"}, {"name": "loops", "path": demo}],

@@ -1,4 +1,4 @@
-"""The operator's commands on SQLite and PostgreSQL job stores, while another process writes to them."""
+"""The operator's commands on job stores in SQLite and PostgreSQL that a server has open."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def run(store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def errors(text: str) -> list[str]:
-    """Returns the lines of standard error after the first, which names the configuration."""
+    """Returns the lines of standard error without the first, which names the configuration."""
     first, *others = text.splitlines()
     assert first.startswith("configuration: ")
     return others
 
 
 def expect(result: Result, *words: str, code: int = 0) -> str:
-    """Returns the output with errors. Fails on another exit code, missing words, a traceback or control characters."""
+    """Assert the exit code and words, and that there are no traceback and control characters. Returns the output."""
     assert result.exit_code == code, result.output
     messages = errors(result.stderr)
     assert all(line.startswith("error: ") for line in messages)
@@ -251,7 +251,7 @@ def test_the_config_file_names_the_store(
     tree = {"applications": [{"args": {"jobs": {"database_url": store_url}}}]}
     (tmp_path / "mine.yaml").write_text(json.dumps(tree))
     assert load(run("show", job.spec.id, "--json", "--config", "mine.yaml"))["id"] == job.spec.id
-    (tmp_path / "mine.yaml").rename("serve_config.yaml")  # the path that the server reads
+    (tmp_path / "mine.yaml").rename("serve_config.yaml")  # the default path of the configuration
     assert load(run("show", job.spec.id, "--json"))["id"] == job.spec.id
     expect(run("list", "--config", "mine.yaml"), "mine.yaml", code=2)
 

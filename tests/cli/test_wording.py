@@ -1,4 +1,4 @@
-"""Messages of commands: options instead of API fields, plain reasons, and help that fits a terminal."""
+"""Messages of commands name options instead of API fields and give plain reasons. Help fits a terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stable_audio_serve.cli.messages import OPTIONS, describe_os_error, in_optio
 from stable_audio_serve.cli.sound_options import SoundOptions
 from stable_audio_serve.launcher.launch import _ready_text
 
-DEAD = "http://127.0.0.1:9"  # no server listens on this port
+CLOSED_URL = "http://127.0.0.1:9"  # no server listens on this port
 
 
 @pytest.fixture(autouse=True)
@@ -110,12 +110,12 @@ def test_system_errors_are_described_in_words() -> None:
 
 def test_an_unreachable_server_fails_within_five_seconds() -> None:
     started_at = time.monotonic()
-    result = CliRunner().invoke(app, ["generate", "rain", "--url", DEAD])
+    result = CliRunner().invoke(app, ["generate", "rain", "--url", CLOSED_URL])
     assert time.monotonic() - started_at < 5  # retries pause for 0.75 to 1.5 s
     first, second, last = result.stderr.splitlines()
-    assert first.startswith(f"the server {DEAD} did not answer: Connection refused; trying again in ")
+    assert first.startswith(f"the server {CLOSED_URL} did not answer: Connection refused; trying again in ")
     assert second.startswith(first[:70])
-    assert last == f"error: the server {DEAD} did not answer: Connection refused"
+    assert last == f"error: the server {CLOSED_URL} did not answer: Connection refused"
     assert result.exit_code == 3
 
 
@@ -135,8 +135,8 @@ def test_the_first_line_appears_within_two_seconds() -> None:
 
 
 def test_a_quiet_command_prints_its_error_only() -> None:
-    result = CliRunner().invoke(app, ["generate", "rain", "--url", DEAD, "--quiet"])
-    assert result.stderr == f"error: the server {DEAD} did not answer: Connection refused{os.linesep}"
+    result = CliRunner().invoke(app, ["generate", "rain", "--url", CLOSED_URL, "--quiet"])
+    assert result.stderr == f"error: the server {CLOSED_URL} did not answer: Connection refused{os.linesep}"
 
 
 def test_the_ready_line_names_the_page() -> None:

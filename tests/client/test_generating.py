@@ -42,7 +42,7 @@ async def test_clips_are_recreated_from_recipes_and_files(served: Served, connec
     for clip in take.clips:
         for item in (clip, clip.recipe):
             again = await call("replay", item, sources=[b"another file", source])
-            # Not "exact", because the test backend reports no device.
+            # The replay is not "exact", because the test backend reports no device.
             assert (again.replay, again.content) == ("close", clip.content)
             assert again.clips[0].recipe == clip.recipe
         with pytest.raises(errors.InvalidRequestError, match=clip.recipe["init_audio"]["sha256"]):

@@ -148,7 +148,7 @@ async def test_an_interrupted_download_is_retried(
     async def bucket(scope: Scope, receive: Receive, send: Send) -> None:
         nonlocal num_seen
         num_seen += 1
-        length = b"5" if num_seen % 2 else b"10"  # every second answer ends before its Content-Length
+        length = b"5" if num_seen % 2 else b"10"  # every other answer is shorter than its Content-Length
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
         await send({"type": "http.response.body", "body": b"sound"})
 
@@ -214,7 +214,7 @@ async def test_without_event_streams_the_client_polls_the_status(connect: Callab
 
 
 async def test_an_interrupted_stream_resumes_at_the_last_event(served: Served, connect: Callable[..., Caller]) -> None:
-    """A proxy ends each stream after its first bytes."""
+    """Simulates a proxy that ends each stream after its first bytes."""
     last_ids = []
     async with httpx.AsyncClient(base_url=served.url, timeout=PATIENCE_S) as upstream:
 
@@ -247,7 +247,7 @@ async def test_an_interrupted_stream_resumes_at_the_last_event(served: Served, c
 async def test_after_three_empty_streams_the_client_polls(
     served: Served, connect: Callable[..., Caller], *, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A proxy passes no events."""
+    """Simulates a proxy that passes on no events."""
     num_streams = 0
     monkeypatch.setattr(operations, "_POLL_S", 0.01)
     async with httpx.AsyncClient(base_url=served.url, timeout=PATIENCE_S) as upstream:
@@ -276,10 +276,10 @@ async def test_after_three_empty_streams_the_client_polls(
 
 async def test_no_key_is_sent_to_an_upload_link(served: Served, tmp_path: Path, connect: Callable[..., Caller]) -> None:
     """An upload link points to another host, which must not get the API key."""
-    seen = []
+    paths = []
 
     async def bucket(scope: Scope, receive: Receive, send: Send) -> None:
-        seen.append({name.decode() for name, _ in scope["headers"]})
+        paths.append({name.decode() for name, _ in scope["headers"]})
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"sound"})
 
@@ -289,5 +289,5 @@ async def test_no_key_is_sent_to_an_upload_link(served: Served, tmp_path: Path, 
         sent = {**job.sent, "storage_backend": "s3", "download_url": f"http://127.0.0.1:{port}/take.wav"}
         path = await call("jobs.download", read_job(sent), tmp_path / "take.wav")
     assert path.read_bytes() == b"sound"
-    assert len(seen) == 1
-    assert "authorization" not in seen[0]
+    assert len(paths) == 1
+    assert "authorization" not in paths[0]

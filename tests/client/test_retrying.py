@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.server, IN_ONE_LOOP]
 
 
 @dataclass
-class Refusing(ToneBackend):
+class RefusingBackend(ToneBackend):
     """A backend that refuses the first requests."""
 
     num_refusals: int = 2
@@ -73,7 +73,7 @@ async def test_retries_end_at_their_limit() -> None:
     ],
 )
 async def test_temporary_failures_are_retried(make: Make, connect: Callable[..., Caller]) -> None:
-    backend = Refusing(num_refusals=1, make=make)
+    backend = RefusingBackend(num_refusals=1, make=make)
     async with serve(backend) as served:
         take = await connect(served.url)("generate", "rain", duration=0.1, seed=3)
     assert take.seed == 3
@@ -81,7 +81,7 @@ async def test_temporary_failures_are_retried(make: Make, connect: Callable[...,
 
 
 async def test_the_last_failure_is_raised(connect: Callable[..., Caller]) -> None:
-    backend = Refusing(num_refusals=9, make=lambda: errors.ModelUnavailableError("its replica died"))
+    backend = RefusingBackend(num_refusals=9, make=lambda: errors.ModelUnavailableError("its replica died"))
     async with serve(backend) as served:
         with pytest.raises(errors.ModelUnavailableError, match="died"):
             await connect(served.url)("generate", "rain", duration=0.1)
@@ -97,7 +97,7 @@ async def test_an_unreachable_server_is_retried(connect: Callable[..., Caller]) 
 
 
 async def test_an_interrupted_answer_is_retried(connect: Callable[..., Caller]) -> None:
-    """The first answer ends in the middle, the second is complete."""
+    """The first answer ends too early, the second is complete."""
     num_calls = 0
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -1,4 +1,4 @@
-"""Copies the configurations in `cluster/load_balancer/` and runs the programs that read them."""
+"""Copy the configurations in `cluster/load_balancer/` and run the load balancers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FILES = {"nginx": "nginx.conf", "haproxy": "haproxy.cfg"}
 
 
 def configured(name: str, folder: Path, *, ports: tuple[int, int], port: int, slow_s: float | None = None) -> Path:
-    """Copy the shipped file with this test's addresses; `slow_s` replaces its 15 s deadlines."""
+    """Copy a shipped configuration with this test's addresses. `slow_s` replaces the timeouts of 15 s."""
     text = (CLUSTER / "load_balancer" / FILES[name]).read_text()
     for number, server_port in enumerate(ports, start=1):
         text = text.replace(f"server-{number}:8000", f"127.0.0.1:{server_port}")
@@ -24,12 +24,12 @@ def configured(name: str, folder: Path, *, ports: tuple[int, int], port: int, sl
 
 
 def check(name: str, path: Path) -> subprocess.CompletedProcess[str]:
-    """Run the load balancer's check of its configuration file."""
+    """Run the load balancer's own check of a configuration file."""
     return run_program(name, "-t", "-c", path) if name == "nginx" else run_program(name, "-c", "-f", path)
 
 
 def start(name: str, path: Path) -> subprocess.Popen[bytes]:
-    """Run the program for the life of the context. It logs to the file `said` in the same folder."""
+    """Start the load balancer. It logs to the file `log` beside its configuration."""
     options = ["-g", "daemon off;", "-c"] if name == "nginx" else ["-db", "-f"]
-    with (path.parent / "said").open("w") as said:
-        return subprocess.Popen([find_program(name), *options, str(path)], stdout=said, stderr=said)
+    with (path.parent / "log").open("w") as log:
+        return subprocess.Popen([find_program(name), *options, str(path)], stdout=log, stderr=log)

@@ -1,4 +1,4 @@
-"""Parses a Dockerfile into stages, their bases, and instructions. Does not know the rules that tests check."""
+"""Parses a Dockerfile into stages with their base images and instructions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One instruction, continuation lines joined by a space."""
+    """One instruction, with its continuation lines joined by spaces."""
 
     name: str
     words: str
@@ -45,7 +45,7 @@ def parse(text: str) -> dict[str, Stage]:
 
 
 def inherited(stages: dict[str, Stage], name: str) -> list[Instruction]:
-    """Returns all instructions of an image, beginning with its base stages."""
+    """Returns all instructions of a stage, preceded by those of its base stages."""
     stage = stages[name]
     return [*(inherited(stages, stage.base) if stage.base in stages else []), *stage.instructions]
 

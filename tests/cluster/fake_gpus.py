@@ -1,6 +1,6 @@
-"""Builds applications on a Ray with fake GPUs, in a separate process that reads one build order per line.
+"""Build applications on a Ray cluster with fake GPUs, in a separate process that reads one order per line.
 
-All tests share the process, because starting it takes as long as building. Each order gets its own Ray.
+All tests share the process, because starting it takes as long as a build. Each order gets its own cluster.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from tests.patience import PATIENCE_S
 
 _MARK = "options:"
 _ENVIRONMENT = {
-    "HF_ENDPOINT": "http://127.0.0.1:9",  # no server: all weights are local
-    "RAY_prestart_worker_first_driver": "0",  # would start one idle process per CPU
+    "HF_ENDPOINT": "http://127.0.0.1:9",  # unreachable, because all weights are local
+    "RAY_prestart_worker_first_driver": "0",  # otherwise Ray starts one idle process per CPU
 }
 
 
 class Builder:
-    """Starts the process, and ends it when the context ends."""
+    """Runs the process that builds applications, until the context ends."""
 
-    def __init__(self, said: Path) -> None:
-        """The process logs to the file `said`."""
-        self._said = said
-        with said.open("w") as errors:
+    def __init__(self, log: Path) -> None:
+        """Start the process, which logs to the file `log`."""
+        self._log = log
+        with log.open("w") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.cluster.fake_gpus"],
                 stdin=subprocess.PIPE,
@@ -51,31 +51,31 @@ class Builder:
     def build(
         self, args: Mapping[str, Any], *, nodes: Sequence[Mapping[str, int]], folder: Path, environ: Mapping[str, str]
     ) -> dict[str, dict[str, float]]:
-        """Returns per deployment the resources Ray reserves for a replica, and the `least` and `most` replicas.
+        """Returns the resources of a replica and its `least` and `most` replicas, for each deployment.
 
         `args` are the application's arguments. `nodes` has the resources of each node, the head node first. `folder` is
         the working directory of the build.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        assert self._process.poll() is None, self._said.read_text()  # the process ended during an earlier order
+        assert self._process.poll() is None, self._log.read_text()  # it may have ended during an earlier order
         order = {"args": args, "nodes": nodes, "folder": str(folder), "environ": environ}
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         for line in self._process.stdout:
             if line.startswith(_MARK):
                 return json.loads(line.removeprefix(_MARK))
-        raise AssertionError(self._said.read_text())
+        raise AssertionError(self._log.read_text())
 
 
 def main() -> None:
-    """Execute orders until the input ends."""
+    """Carry out orders until standard input ends."""
     from stable_audio_serve.serving.app import build
 
     for line in sys.stdin:
         order = json.loads(line)
         with _started(order["nodes"]), _in_place(Path(order["folder"]), order["environ"]):
-            options = {each.name: _asked(each) for each in _deployments(build(order["args"]))}
+            options = {each.name: _resources(each) for each in _deployments(build(order["args"]))}
         print(_MARK + json.dumps(options), flush=True)
 
 
@@ -109,7 +109,7 @@ def _in_place(folder: Path, environ: Mapping[str, str]) -> Iterator[None]:
 
 
 def _deployments(value: Any) -> Iterator[Any]:
-    """Yield every deployment bound in `value`, once per binding."""
+    """Yield every deployment in `value`, once for each place where it is bound."""
     if hasattr(value, "_bound_deployment"):
         yield value._bound_deployment
         yield from _deployments(value._bound_deployment.init_args)
@@ -120,7 +120,7 @@ def _deployments(value: Any) -> Iterator[Any]:
             yield from _deployments(each)
 
 
-def _asked(deployment: Any) -> dict[str, float]:
+def _resources(deployment: Any) -> dict[str, float]:
     scaling = deployment._deployment_config.autoscaling_config
     return {
         **deployment.ray_actor_options,

@@ -1,6 +1,6 @@
 """Renders an overlay for Kubernetes, finds its pods, and reports operational faults.
 
-`problems` checks this project's rules. Its caller checks the schemas of Kubernetes and KubeRay.
+`problems` checks this project's rules. The tests validate the schemas of Kubernetes and KubeRay separately.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SECRET = re.compile(r"PASSWORD|TOKEN|SECRET|ACCESS_KEY|HASHES|DATABASE_URL", re
 _PASSWORD_IN_URL = re.compile(r"\w+://[^\s/@:]+:[^\s/@]+@")
 _UNITS = {"": 1, "Mi": 2**20, "Gi": 2**30}
 _RAYLET = "http://127.0.0.1:52365/api/local_raylet_healthz "
-_SLOW_ANSWERS_S = 10  # a server may be slow for this long without leaving the Service
+_SLOW_ANSWERS_S = 10  # a server may answer this slowly and stay in the Service
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Group:
 
 
 def render(overlay: str) -> list[dict[str, Any]]:
-    """Returns the documents that `kubectl kustomize` makes of an overlay. Fails on warnings of deprecated fields."""
+    """Returns the documents that `kubectl kustomize` renders. Fails if it warns of deprecated fields."""
     result = run_program("kubectl", "kustomize", CLUSTER / "kuberay" / "overlays" / overlay)
     assert (result.returncode, result.stderr) == (0, ""), result.stderr
     return list(yaml.safe_load_all(result.stdout))
@@ -75,7 +75,7 @@ def serve_config(documents: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def problems(documents: list[dict[str, Any]]) -> list[str]:
-    """Returns descriptions of all faults, with the name of the group."""
+    """Returns a description of each fault, with the name of its group."""
     found = [*_clear_secrets(documents, place=""), *_cluster_problems(documents)]
     for group in groups(documents):
         found += [f"{group.name}: {each}" for each in _group_problems(group, documents)]
@@ -155,7 +155,7 @@ def _probe_problems(group: Group, *, drain_s: float) -> Iterator[str]:
         yield "readinessProbe keeps a server that drains in the Service until drain_s is over"
     if "livenessProbe" not in group.container:
         yield "no livenessProbe"
-    for name in ("livenessProbe", "startupProbe"):  # probes that restart a pod
+    for name in ("livenessProbe", "startupProbe"):  # these probes restart a pod
         probe = group.container.get(name)
         if probe and _RAYLET not in " ".join(probe.get("exec", {}).get("command", [])):
             yield f"{name} checks the application instead of Ray in its pod"
@@ -179,7 +179,7 @@ def _stop_problems(group: Group, *, drain_s: float) -> Iterator[str]:
 
 
 def _drains_own_node(words: str) -> bool:
-    """Whether Ray parses the command as a drain of its own node, which makes Ray Serve leave the node."""
+    """Whether the command makes Ray drain the node that it runs on."""
     found = re.search(r"ray drain-node ([^;]*);", words)
     try:
         options = drain_node.make_context("drain-node", found[1].split() if found else []).params

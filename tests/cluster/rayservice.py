@@ -1,6 +1,6 @@
-"""A schema of KubeRay's RayService, from the list of its fields in `tests/data/kuberay`: unknown keys are refused.
+"""A schema of KubeRay's RayService that refuses unknown keys, made from the list of fields in `tests/data/kuberay`.
 
-Pods, services and other Kubernetes objects are not checked here; the caller checks them with Kubernetes' schemas.
+The schema accepts any pod, service or other Kubernetes object. Tests validate those with Kubernetes' own schemas.
 `schema_of_crd` derives the same schema from an official definition.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-FIELDS = Path(__file__).parents[1] / "data" / "kuberay" / "rayservice-fields.tsv"  # of KubeRay 1.7.0
+FIELDS = Path(__file__).parents[1] / "data" / "kuberay" / "rayservice-fields.tsv"  # the fields of KubeRay 1.7.0
 _ANY_KEY = "*"
 
 
@@ -31,7 +31,7 @@ def own_schema() -> dict[str, Any]:
 
 
 def schema_of_crd(definition: dict[str, Any]) -> dict[str, Any]:
-    """Returns the schema of version v1 in a CustomResourceDefinition, refusing unknown keys."""
+    """Returns the schema of version v1 in a CustomResourceDefinition, changed to refuse unknown keys."""
     (schema,) = (
         version["schema"]["openAPIV3Schema"] for version in definition["spec"]["versions"] if version["name"] == "v1"
     )
@@ -66,7 +66,7 @@ def _schema(kind: str) -> dict[str, Any]:
 
 
 def _close(schema: dict[str, Any]) -> None:
-    """Make the schema refuse unknown keys. Objects that declare no keys stay open: Kubernetes defines their content."""
+    """Make the schema refuse unknown keys, except in objects without declared keys, which Kubernetes defines."""
     if schema.get("properties"):
         schema["additionalProperties"] = False
     for each in [*schema.get("properties", {}).values(), *([schema["items"]] if "items" in schema else [])]:

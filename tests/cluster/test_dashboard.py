@@ -1,4 +1,4 @@
-"""The dashboard and rules with a loaded server and a real Prometheus: every query has a result."""
+"""Every query of the dashboard and rules has a result, with a real Prometheus and a server under load."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LaunchedS
     """Yield a server and the port of its metrics."""
     config = write_config(tmp_path_factory.mktemp("server"), {"models": [model("tiny")]})
     port = free_port()
-    # Not shorter, because Ray drops gauges that are not set for two intervals and sets some only every few seconds.
+    # Ray drops a gauge that is not set for two intervals, and it sets some gauges only every few seconds.
     launched = LaunchedServer(
         config, "--metrics-port", str(port), environment={"RAY_metrics_report_interval_ms": "5000"}
     )
@@ -57,7 +57,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LaunchedS
 
 
 class Prometheus:
-    """Prometheus with the shipped configuration, this server's address, and intervals of 1 s instead of 15 s."""
+    """A Prometheus with the shipped configuration, except for the server's address and intervals of 1 s."""
 
     def __init__(self, folder: Path, *, target_port: int) -> None:
         text = (MONITORING / "prometheus.yaml").read_text()
@@ -68,14 +68,14 @@ class Prometheus:
         port = free_port()
         command = [find_program("prometheus"), f"--config.file={folder}/prometheus.yaml"]
         command += [f"--storage.tsdb.path={folder}/data", f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn"]
-        self._said = folder / "said"
-        with self._said.open("w") as said:
-            self._process = subprocess.Popen(command, stdout=said, stderr=said)
+        self._log = folder / "log"
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log)
         self._client = httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1", timeout=30)
 
     @property
-    def said(self) -> str:
-        return self._said.read_text()
+    def log(self) -> str:
+        return self._log.read_text()
 
     def ask(self, path: str, **parameters: str) -> Any:
         return self._client.get(path, params=parameters).raise_for_status().json()["data"]
@@ -150,8 +150,8 @@ def test_ray_metrics_in_the_rules_are_exported(prometheus: Prometheus) -> None:
 def test_healthy_server_fires_no_alert(prometheus: Prometheus) -> None:
     groups = prometheus.ask("/rules")["groups"]
     assert {rule["health"] for group in groups for rule in group["rules"]} == {"ok"}
-    wait_until(lambda: prometheus.ask("/alerts")["alerts"] == [])  # not even pending, once all gauges exist
-    assert "level=warn" not in prometheus.said  # for example duplicate samples
+    wait_until(lambda: prometheus.ask("/alerts")["alerts"] == [])  # no alert is pending once all gauges exist
+    assert "level=warn" not in prometheus.log  # Prometheus warns of duplicate samples, for example
 
 
 def test_panels_have_a_place_a_unit_and_a_description() -> None:

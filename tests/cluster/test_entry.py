@@ -1,4 +1,4 @@
-"""Access to the pods for clients and for the Prometheus operator: Ingress, HTTPRoute and PodMonitors."""
+"""Ingress and HTTPRoute for clients, and PodMonitors for the Prometheus operator."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.cluster.tools import CLUSTER
 pytestmark = pytest.mark.cluster
 
 _MIB = 2**20
-_FIELDS_MIB = 1  # form fields besides the file
+_FIELDS_MIB = 1  # allowance for form fields besides the file
 _NGINX = "nginx.ingress.kubernetes.io/"
 _SERVICE = "stable-audio-serve-svc"  # KubeRay's name for the RayService `stable-audio`
 _JOB = re.compile(r'up\{job="([^"]+)"\}')
@@ -34,7 +34,7 @@ def documents() -> Documents:
 
 
 def closed(required: str, **properties: Any) -> dict[str, Any]:
-    """Returns the schema of an object with exactly these keys; `required` names the mandatory ones, space-separated."""
+    """Returns the schema of an object with these keys only. `required` has the mandatory keys, separated by spaces."""
     return {
         "type": "object",
         "properties": properties,
@@ -50,7 +50,7 @@ def many(items: dict[str, Any]) -> dict[str, Any]:
 TEXT: dict[str, Any] = {"type": "string"}
 TEXTS = {"type": "object", "additionalProperties": TEXT}
 DURATION = {"type": "string", "pattern": r"^([0-9]{1,5}(h|m|s|ms)){1,4}$"}
-# The fields used from gateway.networking.k8s.io/v1 and monitoring.coreos.com/v1.
+# Schemas of the fields of gateway.networking.k8s.io/v1 and monitoring.coreos.com/v1 that our documents use.
 SPECS = {
     "HTTPRoute": closed(
         "parentRefs rules",
@@ -96,14 +96,14 @@ def problems(made: Documents) -> list[str]:
 
 def _ingress_problems(ingress: dict[str, Any]) -> Iterator[str]:
     api = Settings().api
-    says = {key.removeprefix(_NGINX): value for key, value in ingress["metadata"]["annotations"].items()}
-    if says.get("proxy-body-size") != f"{api.max_upload_bytes // _MIB + _FIELDS_MIB}m":
+    annotations = {key.removeprefix(_NGINX): value for key, value in ingress["metadata"]["annotations"].items()}
+    if annotations.get("proxy-body-size") != f"{api.max_upload_bytes // _MIB + _FIELDS_MIB}m":
         yield "Ingress: refuses bodies that the server accepts, or passes larger ones"
-    if float(says.get("proxy-read-timeout", 60)) < api.max_deadline_s:
+    if float(annotations.get("proxy-read-timeout", 60)) < api.max_deadline_s:
         yield "Ingress: ends answers before api.max_deadline_s"
-    if {says.get(key) for key in ("proxy-buffering", "proxy-request-buffering")} != {"off"}:
+    if {annotations.get(key) for key in ("proxy-buffering", "proxy-request-buffering")} != {"off"}:
         yield "Ingress: buffers bodies or events"
-    if says.get("proxy-next-upstream") != "off":
+    if annotations.get("proxy-next-upstream") != "off":
         yield "Ingress: sends a POST twice"
     for rule in ingress["spec"]["rules"]:
         for path in rule["http"]["paths"]:
@@ -123,7 +123,7 @@ def _route_problems(route: dict[str, Any]) -> Iterator[str]:
 def _monitor_problems(monitors: Documents) -> Iterator[str]:
     pods = groups(render("multi-gpu"))
     (job,) = set(_JOB.findall(" ".join(rules("alert").values())))
-    seen = set()
+    monitored = set()
     for monitor in monitors:
         spec, name = monitor["spec"], monitor["metadata"]["name"]
         chosen = [pod for pod in pods if spec["selector"]["matchLabels"].items() <= pod.labels.items()]
@@ -131,7 +131,7 @@ def _monitor_problems(monitors: Documents) -> Iterator[str]:
         if not chosen or any(wanted - {port["name"] for port in pod.container["ports"]} for pod in chosen):
             yield f"{name}: a pod has no such port"
         if {pod.labels.get(spec.get("jobLabel", "")) for pod in chosen} == {job}:
-            seen |= {pod.name for pod in chosen}
+            monitored |= {pod.name for pod in chosen}
             (ours,) = load("prometheus.yaml")["scrape_configs"]
             if spec["podMetricsEndpoints"][0].get("metricRelabelings") != ours["metric_relabel_configs"]:
                 yield f"{name}: other labels than prometheus.yaml"
@@ -139,7 +139,7 @@ def _monitor_problems(monitors: Documents) -> Iterator[str]:
             yield f"{name}: not the job of the alerts"
         elif any(pod.name != "ingress" for pod in chosen):
             yield f"{name}: pods that may have no HAProxy"
-    if seen != {pod.name for pod in pods}:
+    if monitored != {pod.name for pod in pods}:
         yield "pods without a PodMonitor"
 
 

@@ -1,4 +1,4 @@
-"""The resources that the configs in `cluster/` request fit their intended nodes."""
+"""The resources that the configs in `cluster/` request fit the nodes that the configs are for."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ pytestmark = pytest.mark.cluster
 
 @pytest.fixture(scope="module")
 def builder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Builder]:
-    with Builder(tmp_path_factory.mktemp("builder") / "said") as started:
+    with Builder(tmp_path_factory.mktemp("builder") / "log") as started:
         yield started
 
 
 @pytest.fixture
 def stores(postgres_url: str, object_storage: ObjectStorage) -> dict[str, str]:
-    """Returns the variables that several nodes need to share jobs and files."""
+    """Returns the environment variables that several nodes need in order to share jobs and files."""
     return object_storage.environ(object_storage.make_bucket(), STABLE_AUDIO_DATABASE_URL=postgres_url)
 
 
 def with_tiny_weights(args: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the same models with local weights."""
+    """Returns the arguments with tiny local weights for every model."""
     weights = str(SA3_GOLDENS / "tiny-s")
     return {**args, "models": [{**model, "path": weights} for model in args["models"]]}
 
@@ -54,10 +54,10 @@ def test_config_for_several_nodes_uses_no_cpu_of_gpu_nodes(
     args = with_tiny_weights(read_serve_file(MULTI_NODE).args)
     nodes = [{"num_cpus": 0}, {"num_cpus": 2}, {"num_cpus": 0, "num_gpus": 4}]
     options = builder.build(args, nodes=nodes, folder=tmp_path, environ=stores)
-    assert resources(options, "num_cpus", replicas="most") == 2  # only the ingress
+    assert resources(options, "num_cpus", replicas="most") == 2  # only the ingress uses CPUs
     assert resources(options, "num_gpus", replicas="least") == 2.5
     assert resources(options, "num_gpus", replicas="most") == 20
-    assert list(tmp_path.iterdir()) == []  # a container's root file system is read-only
+    assert list(tmp_path.iterdir()) == []  # builds write nothing, because a container's root file system is read-only
 
 
 def test_small_overlays_fit_their_nodes(builder: Builder, tmp_path: Path, stores: Mapping[str, str]) -> None:

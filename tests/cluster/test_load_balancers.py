@@ -1,4 +1,4 @@
-"""The balancers in `cluster/load_balancer/` before two fake servers, with no change but their addresses."""
+"""The load balancers of `cluster/load_balancer/` with two fake servers. Only the addresses differ from the files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _MIB = 1024 * 1024
 
 @dataclass
 class Server:
-    """A fake server: ready or not, full or not. Records its requests."""
+    """A fake server that records its requests. Tests set whether it is ready and whether it is full."""
 
     is_ready: bool = True
     refuses: bool = False
@@ -65,7 +65,7 @@ class Server:
 
 @dataclass(frozen=True)
 class Balanced:
-    """A running balancer before two servers."""
+    """A running load balancer, its two servers and a client."""
 
     client: httpx.AsyncClient
     port: int
@@ -75,18 +75,18 @@ class Balanced:
         return [await self.client.post(path, json={"prompt": "rain"}) for _ in range(num)]
 
     async def send(self, text: str) -> bytes:
-        """Send `text` only. Returns the answer up to the end of the connection."""
+        """Send `text` on a new connection. Returns everything received until the connection ends."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         writer.write(text.encode())
-        said = b""
-        with suppress(ConnectionError):  # counts as a close
+        received = b""
+        with suppress(ConnectionError):  # a reset also ends the connection
             async with asyncio.timeout(_PATIENCE_S):
                 while part := await reader.read(65_536):
-                    said += part
-                    if b"413" in said:
-                        break  # the server may wait for the missing body
+                    received += part
+                    if b"413" in received:
+                        break  # the server may keep the connection open for the missing body
         writer.close()
-        return said
+        return received
 
     async def until_only(self, server: Server, *, path: str = "/who") -> None:
         """Send requests until three successive responses come from `server`."""
@@ -104,14 +104,14 @@ class Balanced:
 async def running(
     name: str, folder: Path, *, ports: tuple[int, int], slow_s: float | None = None
 ) -> AsyncIterator[int]:
-    """Run the balancer before servers on these ports until one responds. Yields its port."""
+    """Run a load balancer for servers on these ports. Yields its port once a server responds through it."""
     port = free_port()
     path = configured(name, folder, ports=ports, port=port, slow_s=slow_s)
     process = start(name, path)
     try:
         async with httpx.AsyncClient() as client, asyncio.timeout(_PATIENCE_S):
             while not await _answers(client, f"http://127.0.0.1:{port}/who"):
-                assert process.poll() is None, (folder / "said").read_text()
+                assert process.poll() is None, (folder / "log").read_text()
                 await asyncio.sleep(0.05)
         yield port
     finally:
@@ -209,27 +209,27 @@ async def test_incomplete_requests_end_without_reaching_a_server(name: str, tmp_
 @both
 async def test_http_2_is_not_used_in_clear_text(name: str, tmp_path: Path) -> None:
     async with balancing(name, tmp_path) as balanced:
-        said = await balanced.send("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
-    assert b" 400 " in said.split(b"\r\n")[0]
+        answer = await balanced.send("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+    assert b" 400 " in answer.split(b"\r\n")[0]
 
 
 @both
 async def test_links_use_the_host_of_the_request(name: str, tmp_path: Path) -> None:
     async with balancing(name, tmp_path) as balanced:
-        said = (await balanced.client.get("/who", headers={"Host": "audio.example.org"})).json()
-        assert said == {"host": "audio.example.org", "x-forwarded-proto": "http"}
+        body = (await balanced.client.get("/who", headers={"Host": "audio.example.org"})).json()
+        assert body == {"host": "audio.example.org", "x-forwarded-proto": "http"}
 
 
 @both
-async def test_requests_go_to_the_server_with_the_fewest(name: str, tmp_path: Path) -> None:
+async def test_requests_go_to_the_server_with_the_fewest_requests(name: str, tmp_path: Path) -> None:
     async with balancing(name, tmp_path) as balanced, balanced.client.stream("GET", "/events") as answer:
         lines = answer.aiter_lines()
         assert await anext(lines)
         (busy,) = (server for server in balanced.servers if server.requests)
         for _ in range(12):
             await balanced.client.get("/who")
-            await asyncio.sleep(0.02)  # usually enough to notice the closed connection
-        assert len(busy.requests) - 1 <= 3  # round robin would give six
+            await asyncio.sleep(0.02)  # usually enough time to notice the closed connection
+        assert len(busy.requests) - 1 <= 3  # round robin would send six
         busy.heard.set()
 
 

@@ -1,4 +1,4 @@
-"""Prometheus' checks of `cluster/monitoring/`. Every alert has a case that fires it and a case that does not."""
+"""Prometheus accepts `cluster/monitoring/`. Every alert has a test case that fires it and one that does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A missing program fails a check and never skips it."""
+"""A missing program makes a check fail instead of skipping it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NGINX and HAProxy as shipped, before two servers that share PostgreSQL and a bucket; one server may stop."""
+"""NGINX and HAProxy as shipped, with two real servers that share PostgreSQL and a bucket."""
 
 from __future__ import annotations
 
@@ -42,23 +42,24 @@ def servers(
 
 @contextmanager
 def balancing(name: str, servers: Sequence[LaunchedServer], folder: Path) -> Iterator[httpx.Client]:
-    """Yield a client of the balancer before these two servers."""
+    """Run a load balancer for these two servers. Yields a client of the balancer."""
     port = free_port()
     first, second = (server.port for server in servers)
     (folder / name).mkdir()
     process = start(name, configured(name, folder / name, ports=(first, second), port=port))
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-            wait_until(lambda: is_there(client))
+            wait_until(lambda: is_ready(client))
             yield client
     finally:
         process.terminate()
         process.wait(30)
 
 
-def is_there(client: httpx.Client) -> bool:
+def is_ready(client: httpx.Client) -> bool:
     try:
-        return client.get("/ready").status_code == 200  # HAProxy responds before it has checked its servers
+        # HAProxy responds with an error before it has checked its servers.
+        return client.get("/ready").status_code == 200
     except httpx.TransportError:
         return False
 
@@ -84,15 +85,15 @@ def test_recipe_of_a_long_prompt_passes_the_balancer(
 
 
 def test_server_stopped_under_load_loses_nothing(servers: Sequence[LaunchedServer], tmp_path: Path) -> None:
-    """Both balancers run at once, each with its own clients. Job submissions may get a 503 and retry."""
+    """Both load balancers run at once, each with its own clients. Job submissions may get a 503 and retry."""
     leaving, _ = servers
     with balancing("nginx", servers, tmp_path) as one, balancing("haproxy", servers, tmp_path) as other:
         with Load(one) as by_nginx, Load(other) as by_haproxy:
-            by_nginx.go_on()
-            by_haproxy.go_on()
+            by_nginx.wait_for_progress()
+            by_haproxy.wait_for_progress()
             leaving.stop()
-            by_nginx.go_on()  # to the remaining server
-            by_haproxy.go_on()
+            by_nginx.wait_for_progress()  # with the remaining server
+            by_haproxy.wait_for_progress()
         for load in (by_nginx, by_haproxy):
             print(load)
             assert load.failures == []
@@ -102,4 +103,4 @@ def test_server_stopped_under_load_loses_nothing(servers: Sequence[LaunchedServe
             for job in jobs:
                 assert httpx.get(job["download_url"]).raise_for_status().content.startswith(b"RIFF")
     for server in servers:
-        server.wait_for_output("route=/generate status=200")  # each server had requests
+        server.wait_for_output("route=/generate status=200")  # each server has handled requests

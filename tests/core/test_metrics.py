@@ -1,6 +1,6 @@
-"""Every declared metric is measured in the code and listed in the docs, and no others are.
+"""The code measures exactly the declared metrics, and the docs list them.
 
-`tests/served/test_jobs.py` checks what a real run exports.
+`tests/served/test_jobs.py` checks the metrics that a running server exports.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def test_every_sample_is_declared_with_its_kind_and_labels() -> None:
 
 def test_every_declared_metric_is_measured_somewhere() -> None:
     texts = {node.value for tree in trees() for node in ast.walk(tree) if isinstance(node, ast.Constant)}
-    stages = {f"engine_{stage}_ms" for stage in ("text", "encode", "denoise", "decode")}  # f-strings in the code
+    # The code builds these names with f-strings.
+    stages = {f"engine_{stage}_ms" for stage in ("text", "encode", "denoise", "decode")}
     assert set(METRICS) - texts - stages == set()
     assert stages <= set(METRICS)
 

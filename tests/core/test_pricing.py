@@ -1,4 +1,4 @@
-"""A request's size and price, computed by hand."""
+"""Size and price of requests, compared with values computed by hand."""
 
 from __future__ import annotations
 

@@ -50,12 +50,12 @@ def test_validated_arguments_are_merged_like_raw_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["1", "true", "YES", "on", "True"])
-def test_true_words(tmp_path: Path, value: str) -> None:
+def test_words_that_mean_true(tmp_path: Path, value: str) -> None:
     assert load(tmp_path, {"model_half": False}, STABLE_AUDIO_MODEL_HALF=value).model_half is True
 
 
 @pytest.mark.parametrize("value", ["0", "false", "No", "off"])
-def test_false_words(tmp_path: Path, value: str) -> None:
+def test_words_that_mean_false(tmp_path: Path, value: str) -> None:
     assert load(tmp_path, STABLE_AUDIO_MODEL_HALF=value).model_half is False
 
 
@@ -248,7 +248,7 @@ def test_a_plain_key_where_a_hash_belongs_is_refused_but_not_shown(tmp_path: Pat
 @pytest.mark.parametrize(
     ("entries", "complaint"),
     [
-        ([f"{'a' * 16}:{hash_key('x')}"], "16 hexadecimal digits"),  # the form of a key id without a name
+        ([f"{'a' * 16}:{hash_key('x')}"], "16 hexadecimal digits"),  # looks like the id of a key without a name
         *(
             ([f"{name}:{hash_key('x')}"], "64 letters")
             for name in ("", "a b", "a/b", "-a", "a" * 65, "ä", "a:b", "a\n")
@@ -307,7 +307,7 @@ def test_keys_may_share_a_name_and_listed_plain_keys_keep_theirs(tmp_path: Path)
             | {"R2_ACCESS_KEY_ID": "c", "R2_SECRET_ACCESS_KEY": "d"},
             ("a", "b", "t"),
         ),
-        # An incomplete pair is ignored. A session token is valid only with AWS keys.
+        # An incomplete pair of keys is ignored. A session token is used only with AWS keys.
         ({"AWS_ACCESS_KEY_ID": "a", "R2_ACCESS_KEY_ID": "c", "R2_SECRET_ACCESS_KEY": "d"}, ("c", "d", None)),
         ({"AWS_SESSION_TOKEN": "t", "R2_ACCESS_KEY_ID": "c", "R2_SECRET_ACCESS_KEY": "d"}, ("c", "d", None)),
         ({"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": " "}, (None, None, None)),

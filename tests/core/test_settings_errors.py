@@ -86,7 +86,7 @@ def test_a_bad_value_of_a_variable_names_the_variable(tmp_path: Path) -> None:
     "storage",
     [{"secret_access_key": ["hush"]}, ["hush"], {"endpoint_url": "https://me:hush@s3.example"}],
 )
-def test_values_that_may_be_secret_are_not_shown(tmp_path: Path, storage: object) -> None:
+def test_possibly_secret_values_are_not_shown(tmp_path: Path, storage: object) -> None:
     error = complaint(tmp_path, {"storage": storage})
     assert "storage" in error
     assert "hush" not in error
@@ -127,7 +127,7 @@ def test_misspelt_variables_name_the_nearest_one(tmp_path: Path) -> None:
         assert f"did you mean {name}?" in error
 
 
-def test_no_complaint_shows_a_pattern() -> None:
+def test_errors_show_no_regular_expression() -> None:
     schema = json.dumps(Settings.model_json_schema())
     assert '"maxLength"' in schema
     assert '"pattern"' not in schema

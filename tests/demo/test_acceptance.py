@@ -1,4 +1,4 @@
-"""The packaged demo model meets its required pass rates on new random prompts of every kind."""
+"""The packaged demo model reaches its required pass rates with new random prompts of every kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The packaged checkpoint, through the package's loader and engine, does what its report states."""
+"""The packaged demo model, loaded and run as in the product, keeps what its report promises."""
 
 from __future__ import annotations
 
@@ -126,13 +126,13 @@ async def test_a_continuation_keeps_its_source_and_its_pitch(engine: Engine) -> 
 async def test_kept_and_generated_audio_meet_at_their_level(engine: Engine, prompt: str, most_db: float) -> None:
     """The level of 0.1 s around each seam is within `most_db` of the levels of 0.25 s before and after it.
 
-    A tone may meet at any phase, so that the linear crossfade of 30 ms lowers its level by up to 1 dB.
+    The two tones may have any phases, so the linear crossfade of 30 ms lowers the level by up to 1 dB.
     """
     source = await make_audio(engine, prompt)
     ends = source.shape[1]
     for regions, seams in (
         ([(1.0, 2.0)], [44100 + 661, 88200 - 661]),
-        ([(1.5, 3.0)], [66150 - 661]),  # the source ends early in a latent frame
+        ([(1.5, 3.0)], [66150 - 661]),  # the source ends shortly after a latent frame begins
         ([(0.3, 0.8), (1.5, 2.5)], [13230 + 661, 35280 - 661, 66150 + 661, 110250 - 661]),
     ):
         given = SourceAudio(source[:, : 66150 if len(seams) == 1 else ends], 44100)

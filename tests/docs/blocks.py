@@ -22,7 +22,7 @@ class Block:
 
 
 def pages() -> list[str]:
-    """Returns every page of the documentation, including pages for users outside docs/."""
+    """Returns every page of the documentation, including users' pages outside docs/."""
     found = sorted(path.relative_to(ROOT).as_posix() for path in DOCS.rglob("*.md"))
     return ["README.md", "CONTRIBUTING.md", "examples/README.md", "packaging/client/README.md", *found]
 

@@ -1,4 +1,4 @@
-"""The pages describe the existing structure: every file they name exists, and every folder is named."""
+"""The pages about the structure name only files that exist, and name every folder."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_every_folder_is_in_the_table(folder: str) -> None:
 
 
 def test_jobs_package_has_at_most_eight_parts() -> None:
-    rooms = {
+    parts = {
         path.name for path in (PACKAGE / "jobs").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
     }
-    assert len(rooms - {"__init__.py"}) <= 8
+    assert len(parts - {"__init__.py"}) <= 8

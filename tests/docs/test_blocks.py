@@ -1,4 +1,4 @@
-"""Code blocks that no test of a single page covers: each is run, or parsed by the program it is written for."""
+"""The code blocks that no test of a single page covers are run, or parsed by the program that reads them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from tests.api.compat.serving import serve_app
 from tests.docs.blocks import DOCS, ROOT, Block, all_blocks, pages, text_of
 from tests.patience import PATIENCE_S
 
-# Languages of blocks, with the pages that other tests cover. `test_commands` runs `bash`. `sh` blocks need a machine,
-# an account or a cluster that tests do not have, so they are only checked below.
+# Languages of blocks, and the pages whose blocks other tests cover. `test_commands` runs `bash` blocks. `sh` blocks
+# need a machine, an account or a cluster that tests do not have, so the tests below only check them.
 PAGES = {
     "js": {"docs/dialects/fal.md", "docs/jobs.md"},  # tests/api/compat/test_fal_node_client.py, test_event_reader.py
     "json": {"docs/api.md", "docs/jobs.md"},
@@ -61,7 +61,7 @@ def commands_in(block: Block) -> list[list[str]]:
 
 @pytest.mark.parametrize("block", [block for block in all_blocks() if block.language == "sh"], ids=lambda b: b.page)
 def test_commands_that_are_not_run_exist(block: Block) -> None:
-    """`test_operations` checks the options of our own commands."""
+    """Options of our own commands are checked in `test_operations`."""
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     for words in commands_in(block):
         words = [word for word in words if not re.match(r"[A-Z_]+=", word)]
@@ -98,7 +98,7 @@ def test_settings_are_valid(page: str) -> None:
 @pytest.mark.parametrize("page", ["deploy.md", "security.md"])
 def test_parts_of_pods_are_valid(page: str) -> None:
     parts: dict[str, Any] = yaml_of(page)
-    parts.pop("http", None)  # Traefik's, see below
+    parts.pop("http", None)  # for Traefik, see below
     volumes = parts.pop("volumes", [])
     container = {"name": "server", "image": "example", **parts}
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "server"}}
@@ -116,7 +116,7 @@ def test_traefik_router_leads_to_the_server() -> None:
 
 
 def test_caddy_blocks_are_closed() -> None:
-    """Caddy itself is not installed by any test package."""
+    """Checks only the braces, because Caddy is not installed."""
     text = text_of(DOCS / "deploy.md", "caddy")
     depths = [text[: i + 1].count("{") - text[: i + 1].count("}") for i in range(len(text))]
     assert min(depths) == depths[-1] == 0

@@ -1,4 +1,4 @@
-"""The Python blocks of the client page, run in order as one program."""
+"""The Python blocks of the client page run in order as one program."""
 
 from __future__ import annotations
 

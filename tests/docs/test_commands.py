@@ -1,4 +1,4 @@
-"""Every ```bash block of every page, run unchanged against a server; the blocks of a page are one program."""
+"""Every ```bash block of every page runs unchanged against a server. All blocks of a page form one program."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ TAGS: dict[str, set[str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Results of a page's commands: `calls` as METHOD and path, `folder` with their files."""
+    """Results of a page's commands: `calls` are the METHOD and path of requests, `folder` has the written files."""
 
     output: str
     calls: list[str]
@@ -54,16 +54,16 @@ class Run:
     folder: Path
 
     def has_called(self, operation: str) -> bool:
-        """Whether a command called this METHOD and path; `{name}` matches any one part."""
+        """Whether a command called this METHOD and path. `{name}` in the path matches any one segment."""
         pattern = re.sub(r"\\{[a-z_]+\\}", "[^/]+", re.escape(operation))
         return any(re.fullmatch(pattern, call) for call in self.calls)
 
     def named(self, pattern: str) -> list[str]:
-        """Returns the files that match a pattern, for names with a random seed."""
+        """Returns the names of files that match a pattern. Names may contain a random seed."""
         return [path.relative_to(self.folder).as_posix() for path in self.folder.glob(pattern)]
 
     def frames(self, name: str) -> int:
-        """Returns samples per channel of an audio file: 16-bit stereo at the model's rate, or Opus."""
+        """Returns the samples per channel of a file, which must be 16-bit stereo at the model's rate, or Opus."""
         info = soundfile.info(self.folder / name)
         if info.subtype != "OPUS":
             assert (info.subtype, info.samplerate, info.channels) == ("PCM_16", RATE_HZ, 2)
@@ -100,12 +100,12 @@ async def run_page(page: Path, folder: Path, **settings: Any) -> Run:
 
 @pytest.fixture(scope="module")
 def operations() -> dict[str, set[str]]:
-    """Returns METHOD and path of every described operation, by tag."""
+    """Returns METHOD and path of every operation in the OpenAPI description, by tag."""
     found: dict[str, set[str]] = {}
     for path, operations in create_app(OfflineBackend(), Settings()).openapi()["paths"].items():
         for method, operation in operations.items():
             if path == "/api/fal/proxy" and method not in ("get", "post", "put"):
-                continue  # accepts any method; the page shows the method that the client uses
+                continue  # the route accepts any method, and the page shows one
             found.setdefault(operation["tags"][0], set()).add(f"{method.upper()} {path}")
     return found
 
@@ -118,7 +118,7 @@ def expect_complete(run: Run, page: str, operations: dict[str, set[str]]) -> Non
 
 @pytest.mark.server
 @pytest.mark.slow
-async def test_stable_audio_3(tmp_path: Path, operations: dict[str, set[str]]) -> None:
+async def test_commands_of_the_stable_audio_3_page_run(tmp_path: Path, operations: dict[str, set[str]]) -> None:
     run = await run_page(DIALECTS / "stable-audio-3.md", tmp_path)
     expect_complete(run, "dialects/stable-audio-3.md", operations)
     assert run.has_called("GET /jobs/{job_id}/audio")
@@ -131,7 +131,7 @@ async def test_stable_audio_3(tmp_path: Path, operations: dict[str, set[str]]) -
 
 @pytest.mark.server
 @pytest.mark.slow
-async def test_jobs(tmp_path: Path, operations: dict[str, set[str]]) -> None:
+async def test_commands_of_the_jobs_page_run(tmp_path: Path, operations: dict[str, set[str]]) -> None:
     (tmp_path / "source.wav").write_bytes(make_audio_file(duration_s=2.0))
     run = await run_page(DOCS / "jobs.md", tmp_path)
     expect_complete(run, "jobs.md", operations)
@@ -143,8 +143,10 @@ async def test_jobs(tmp_path: Path, operations: dict[str, set[str]]) -> None:
 
 @pytest.mark.server
 @pytest.mark.slow
-async def test_stable_audio_open_small(tmp_path: Path, operations: dict[str, set[str]]) -> None:
-    run = await run_page(DIALECTS / "stable-audio-open-small.md", tmp_path)  # with the packaged riffs
+async def test_commands_of_the_stable_audio_open_small_page_run(
+    tmp_path: Path, operations: dict[str, set[str]]
+) -> None:
+    run = await run_page(DIALECTS / "stable-audio-open-small.md", tmp_path)  # uses the packaged riffs
     expect_complete(run, "dialects/stable-audio-open-small.md", operations)
     assert "GET /saos/health" in run.calls
     lengths = {"clip.wav": 524_288, "drums.wav": 302_400, "break.wav": 352_800, "transfer.wav": 524_288}
@@ -155,7 +157,7 @@ async def test_stable_audio_open_small(tmp_path: Path, operations: dict[str, set
 
 @pytest.mark.server
 @pytest.mark.slow
-async def test_vllm_omni(tmp_path: Path, operations: dict[str, set[str]]) -> None:
+async def test_commands_of_the_vllm_omni_page_run(tmp_path: Path, operations: dict[str, set[str]]) -> None:
     run = await run_page(DIALECTS / "vllm-omni.md", tmp_path)
     expect_complete(run, "dialects/vllm-omni.md", operations)
     assert (run.frames("hammer.wav"), run.frames("waves.wav")) == (3 * RATE_HZ, 5 * RATE_HZ)
@@ -165,7 +167,7 @@ async def test_vllm_omni(tmp_path: Path, operations: dict[str, set[str]]) -> Non
 
 @pytest.mark.server
 @pytest.mark.slow
-async def test_aimlapi(tmp_path: Path, operations: dict[str, set[str]]) -> None:
+async def test_commands_of_the_aimlapi_page_run(tmp_path: Path, operations: dict[str, set[str]]) -> None:
     run = await run_page(DIALECTS / "aimlapi.md", tmp_path)
     expect_complete(run, "dialects/aimlapi.md", operations)
     assert run.frames("generated.wav") == 2 * RATE_HZ
@@ -173,7 +175,7 @@ async def test_aimlapi(tmp_path: Path, operations: dict[str, set[str]]) -> None:
 
 @pytest.mark.server
 @pytest.mark.slow
-async def test_fal(tmp_path: Path, operations: dict[str, set[str]]) -> None:
+async def test_commands_of_the_fal_page_run(tmp_path: Path, operations: dict[str, set[str]]) -> None:
     run = await run_page(DIALECTS / "fal.md", tmp_path)
     expect_complete(run, "dialects/fal.md", operations)
     assert run.frames("audio.wav") == 2 * RATE_HZ
@@ -183,7 +185,7 @@ async def test_fal(tmp_path: Path, operations: dict[str, set[str]]) -> None:
 
 
 @pytest.mark.server
-async def test_readme(tmp_path: Path) -> None:
+async def test_commands_of_the_readme_run(tmp_path: Path) -> None:
     run = await run_page(ROOT / "README.md", tmp_path)
     names = {"tone.wav": 3, "variation.wav": 3, "longer.wav": 5}
     assert {name: run.frames(name) for name in names} == {name: seconds * RATE_HZ for name, seconds in names.items()}
@@ -195,7 +197,7 @@ async def test_readme(tmp_path: Path) -> None:
 
 @pytest.mark.server
 @pytest.mark.slow
-async def test_command_line(tmp_path: Path) -> None:
+async def test_commands_of_the_clients_page_run(tmp_path: Path) -> None:
     (tmp_path / "source.wav").write_bytes(make_audio_file(duration_s=8.0))
     run = await run_page(DOCS / "clients.md", tmp_path)
     lengths = {"rain-on-a-tin-roof-7.wav": 4, "again.wav": 4, "wolf.wav": 2, "a-door-slams*": 8, "waves*": 20}
@@ -206,7 +208,7 @@ async def test_command_line(tmp_path: Path) -> None:
 
 @pytest.mark.server
 @pytest.mark.slow
-async def test_tutorial(tmp_path: Path) -> None:
+async def test_commands_of_the_tutorial_page_run(tmp_path: Path) -> None:
     run = await run_page(DOCS / "tutorial.md", tmp_path)
     lengths = {"a-440-hz-sine-tone-7": 3, "chord": 3, "piano": 3, "mended": 3, "longer": 5, "loop": 4}
     assert {name: run.frames(f"{name}.wav") for name in lengths} == {n: s * RATE_HZ for n, s in lengths.items()}
@@ -216,7 +218,7 @@ async def test_tutorial(tmp_path: Path) -> None:
 
 @pytest.mark.server
 @pytest.mark.slow
-async def test_keys(tmp_path: Path) -> None:
+async def test_commands_of_the_security_page_run(tmp_path: Path) -> None:
     run = await run_page(DOCS / "security.md", tmp_path)
     assert [line.split()[0] for line in run.output.splitlines()] == ["alice", "ops"]
 

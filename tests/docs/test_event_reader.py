@@ -1,4 +1,4 @@
-"""The event reader in docs/jobs.md, run unchanged by Node against a server with keys."""
+"""The event reader in docs/jobs.md runs unchanged in Node, with a server that has keys."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KEY = "secret"
 
 @asynccontextmanager
 async def cut_once(port: int) -> AsyncIterator[int]:
-    """Proxy the server; break the first connection after its first event."""
+    """Run a proxy that breaks its first connection after the first event. Yields the proxy's port."""
     num_connections = 0
 
     async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

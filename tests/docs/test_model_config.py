@@ -1,4 +1,4 @@
-"""docs/models.md names exactly the config keys that are read, fixed or without effect."""
+"""docs/models.md names exactly the config keys that the loader knows: read, fixed or without effect."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def keys_of(row: str) -> list[str]:
 
 @cache
 def documented() -> frozenset[str]:
-    """Returns full paths of the keys that are read or fixed; the decoder has the same keys as the encoder."""
+    """Returns the full paths of keys that are read or fixed. The decoder has the same keys as the encoder."""
     found = set()
     for section in USED.split("\n### ")[1:]:
         place = re.match(r"`([^`]+)`", section)
@@ -43,7 +43,7 @@ def documented() -> frozenset[str]:
 
 
 def leaves(values: Any, place: str = "") -> Iterator[str]:
-    """Yield full paths of all values other than objects; objects in lists have their index in brackets."""
+    """Yield the full paths of all values other than objects. A path has the index of a list item in brackets."""
     for key, value in values.items():
         path = f"{place}.{key}" if place else key
         if isinstance(value, dict):
@@ -65,7 +65,7 @@ def put(config: dict[str, Any], path: str, value: Any) -> None:
 
 
 def build(config: dict[str, Any], text: TextEncoder) -> str:
-    """Returns the error of loading this config, before weights are read."""
+    """Returns the error message of a model built from this config, before weights are read."""
     reader = ConfigReader(config)
     try:
         with torch.device("meta"):
@@ -92,7 +92,7 @@ def test_keys_without_effect_match_the_code() -> None:
 
 @pytest.mark.server
 def test_exactly_the_documented_keys_are_validated() -> None:
-    """An invalid value of a known key is refused."""
+    """The loader checks the value of every documented key and refuses any other key."""
     config = json.loads((load_goldens("sharp-s").folder / "model_config.json").read_text())
     text = loaded("sharp-s").text
     assert build(copy.deepcopy(config), text) == ""

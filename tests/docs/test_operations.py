@@ -1,4 +1,4 @@
-"""Everything that operator pages name exists: commands and options, metrics, alerts, figures and files."""
+"""The commands, options, metrics, alerts, figures and files that operator pages name exist."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ PAGES = [
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
 PROGRAM = "stable-audio-serve"
 _BUSY_SHARE = 0.8
-UsageError: Any = typer.BadParameter.__base__  # typer bundles its own click
+UsageError: Any = typer.BadParameter.__base__  # typer has its own copy of click
 
 
 def commands_of(page: str) -> Iterator[list[str]]:
-    """Yield the arguments of every command of ours on a page: in backticks, or at the start of a line in a block."""
+    """Yield the arguments of our commands on a page, in backticks or at the start of a line in a block."""
     blocks = re.findall(r"```\w*\n(.*?)```", page, flags=re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     found = [line for line in lines if re.match(rf"(\.venv/bin/)?{PROGRAM} ", line)]
@@ -42,17 +42,17 @@ def commands_of(page: str) -> Iterator[list[str]]:
         yield words[1 : next(ends, None)]
 
 
-def complaint(arguments: list[str]) -> str | None:
+def fault_of(arguments: list[str]) -> str | None:
     """Returns the reason why a command is invalid: unknown name, options or arguments. None if it is valid."""
     command: Any = typer.main.get_command(app)
     while isinstance(command, TyperGroup):
-        if not arguments or arguments[0].startswith("--"):  # options of the program, for example `--version`
+        if not arguments or arguments[0].startswith("--"):  # an option of the program itself, such as `--version`
             return None
         name, *arguments = arguments
         if name not in command.commands:
             return f"no command {name}"
         command = command.commands[name]
-    if not arguments:  # only the name of a command
+    if not arguments:  # the page names the command only
         return None
     try:
         command.make_context(command.name, list(arguments))
@@ -65,12 +65,12 @@ def complaint(arguments: list[str]) -> str | None:
 @pytest.mark.server
 def test_commands_exist_and_accept_their_options(page: str) -> None:
     for arguments in commands_of((ROOT / page).read_text()):
-        assert complaint(arguments) is None, shlex.join(arguments)
+        assert fault_of(arguments) is None, shlex.join(arguments)
 
 
 def test_missing_command_is_found() -> None:
     page = f"`{PROGRAM} jobs show ID`, `{PROGRAM} jobs forget ID`\n```\n{PROGRAM} serve --prot 1 # port\n```"
-    assert [complaint(arguments) is None for arguments in commands_of(page)] == [False, True, False]
+    assert [fault_of(arguments) is None for arguments in commands_of(page)] == [False, True, False]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -96,7 +96,7 @@ def test_metrics_and_alerts_of_incidents_exist() -> None:
     for symptom, watched, _ in incidents():
         for name, labels in re.findall(r"`([a-z_]+_[a-z_]+)(?:\{([^}]*)\})?`", watched):
             if name.startswith(("ray_serve_", "ray_node_")):
-                continue  # Ray's own metrics are checked with the dashboard
+                continue  # the tests of the dashboard check Ray's metrics
             assert name in metrics, symptom
             assert {label.partition("=")[0] for label in labels.split(",") if label} <= set(metrics[name].labels), (
                 symptom
@@ -110,7 +110,7 @@ def results_of(name: str) -> dict[str, Any]:
 
 
 def clips_a_second() -> list[float]:
-    """Returns clips per second, computed from the benchmark results, as the sizing table should show them."""
+    """Returns the clips per second that the sizing table should have, computed from the benchmark results."""
     threads = [1 / median(results_of("threads")["seconds"][number]) for number in ("1", "2")]
     sides = results_of("run-demo-fast")["sides"]
     return threads + [median(sides[side]["capacity_rps"]) for side in ("ours-fast", "ours-strict")]

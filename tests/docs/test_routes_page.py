@@ -1,4 +1,4 @@
-"""docs/openapi.md lists every route of the application, as `make docs` writes it."""
+"""docs/openapi.md is what `make docs` writes, and lists every route of the application."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The website of docs/ builds without warnings, reaches every page, and needs no other host."""
+"""The website builds from docs/ without warnings, links every page, and loads nothing from other hosts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 PAGES = {path.relative_to(DOCS).with_suffix("").as_posix() for path in DOCS.rglob("*.md")}
 
-# Resources that a browser loads on its own. Links that users follow may lead anywhere.
+# Elements whose resources a browser loads by itself. Links that users follow may lead anywhere.
 LOADS = {
     "script": "src",
     "img": "src",
@@ -45,7 +45,7 @@ def build(source: Path, target: Path) -> subprocess.CompletedProcess[str]:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A built site: for each page path, the loaded addresses, the links and the anchors."""
+    """A built site. For each page, it has the addresses of loaded resources, the links and the anchors."""
 
     folder: Path
     loads: dict[Path, set[str]]
@@ -68,7 +68,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 
 def broken(site: Site, page: Path, addresses: set[str]) -> list[str]:
-    """Returns the addresses inside the site that lead nowhere."""
+    """Returns the addresses on a page that should lead into the site but lead nowhere."""
     found = []
     for address in addresses:
         parts = urlsplit(address)
@@ -109,7 +109,7 @@ def test_nothing_is_loaded_from_other_hosts(site: Site) -> None:
 
 @pytest.mark.parametrize(("stem", "page"), [("presign", "settings"), ("backlog", "operations"), ("inpaint", "clients")])
 def test_search_finds_words_of_the_pages(site: Site, stem: str, page: str) -> None:
-    text = (site.folder / "searchindex.js").read_text()  # a script, so that it works without a server too
+    text = (site.folder / "searchindex.js").read_text()  # the index is a script, so that search works without a server
     index = json.loads(text.removeprefix("Search.setIndex(").rstrip(");\n"))
     found = index["terms"][stem]
     assert page in {index["docnames"][number] for number in (found if isinstance(found, list) else [found])}

@@ -1,4 +1,4 @@
-"""One version everywhere: the notes of the release, the images, and the example of a recipe."""
+"""The changelog, the images and the example of a recipe have the package's version."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A device without graphs that "captures" by recording the function to run, and metrics that count captures."""
+"""Devices that simulate graph captures by keeping the captured function, and metrics that count captures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stable_audio_serve.core.metrics import NullMetrics
 from stable_audio_serve.engine.hardware.device import WaitingDevice
 from tests.engine.late_device import LateDevice
 
-MOST_ROUNDS = 60  # times that a load is repeated so that its calls are captured
+MOST_ROUNDS = 60  # times to repeat a load until its calls are captured
 
 
 class _Capturing:
@@ -32,7 +32,7 @@ class _Capturing:
 
 
 class RecordingDevice(_Capturing, WaitingDevice):
-    """Like a CPU device, except for captures."""
+    """A CPU device that can capture."""
 
     def __init__(self, clock: Clock = SystemClock()) -> None:
         super().__init__(torch.device("cpu"), clock=clock)
@@ -40,7 +40,7 @@ class RecordingDevice(_Capturing, WaitingDevice):
 
 
 class LateRecordingDevice(_Capturing, LateDevice):
-    """Its second queue runs as late as possible."""
+    """A `LateDevice` that can capture."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class LateRecordingDevice(_Capturing, LateDevice):
 
 
 class GraphCounts(NullMetrics):
-    """The number of graphs, and of calls without one, by kind."""
+    """The number of graphs, and of calls without a graph, by kind of call."""
 
     def __init__(self) -> None:
         self.graphs: Counter[str] = Counter()
@@ -56,10 +56,10 @@ class GraphCounts(NullMetrics):
         self._changed = Condition()
 
     async def are_captured(self, *kinds: str) -> bool:
-        """Returns whether there is a graph of each kind, after giving an idle engine time to capture.
+        """Give an idle engine time to capture. Returns whether there is a graph of each kind.
 
-        Which requests share a call, and so which shapes repeat, depends on the speed of the machine: repeat the load
-        until this is true.
+        The speed of the machine determines which requests share a call, and therefore which shapes repeat. Repeat
+        the load until this returns True.
         """
 
         def wait() -> bool:

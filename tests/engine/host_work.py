@@ -1,7 +1,7 @@
-"""Counts the host's work in every kind of engine call, by kind of request.
+"""Count the host's work in every kind of engine call, by kind of request.
 
-Runs the real engine and small checkpoints on the stand-in device. The tests and the goals define the limits. Must run
-in a process of its own, for the reason given in `stand_in_device`; `run_apart` starts one.
+The real engine runs small checkpoints on the stand-in device. Tests and benchmark goals define the limits. This must
+run in a separate process, which `run_apart` starts, for the reason given in `stand_in_device`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _FAMILY_SAMPLERS: dict[Family, tuple[str, ...]] = {"sa3": tuple(SAMPLERS), "open
 KINDS: dict[Family, tuple[str, ...]] = {
     family: (*REQUESTS, *(f"sampler {name}" for name in samplers)) for family, samplers in _FAMILY_SAMPLERS.items()
 }
-# The engine calls and the methods that make them. A call within another is counted separately.
+# Names of the engine calls, and the methods that make them. A call within another call counts separately.
 _CALLS = (
     ("text", Stages, "start"),
     ("begin", Stages, "_begin"),
@@ -62,13 +62,13 @@ _CALLS = (
 )
 _COUNTED = ("copies_to_device", "copies_to_host", "asynchronous_copies", "waits", "mix_ups", "launches")
 _STEPS = 3
-_DURATIONS_S: dict[Family, float] = {"sa3": 2.0, "open": 0.4}  # the second decodes 44,100 samples a second
+_DURATIONS_S: dict[Family, float] = {"sa3": 2.0, "open": 0.4}  # `open` models decode 44,100 samples a second
 _ROWS = 2  # rows per request, so that no step has a single row
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What to count: a kind of request (one of its family's KINDS) in a mode, with a denoiser of a precision."""
+    """The work to count: a kind of request (one of KINDS of its family), engine mode, precision and model family."""
 
     kind: str
     mode: Mode = "fast"
@@ -77,15 +77,15 @@ class Setting:
 
 
 def run_apart(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """Returns the function's results for all items, computed one after another in one separate process."""
+    """Call the function for each item, one after another in one separate process. Returns the results."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return list(process.map(function, items))
 
 
 def count(setting: Setting) -> dict[str, Any]:
-    """Returns the number of calls and the largest figures of any call, by kind of engine call, as plain numbers.
+    """Returns the number of calls and the largest counts of any call, by kind of engine call.
 
-    Every call runs once before, so that work that happens once per process is not counted.
+    Every call runs once before, so that work which happens once per process does not count.
     """
     torch.set_num_threads(1)
     device = StandInDevice()
@@ -94,7 +94,7 @@ def count(setting: Setting) -> dict[str, Any]:
 
 
 def make_model(family: Family, *, dtype: str) -> Sa3Model | SaoModel:
-    """Returns a small checkpoint on the stand-in device, its denoiser in `dtype` as on CUDA."""
+    """Returns a small checkpoint on the stand-in device, with its denoiser in `dtype` as on CUDA."""
     folder = CHECKPOINTS[family]
     model = load_model(resolve_entry(folder.name, path=str(folder)))
     assert isinstance(model, Sa3Model | SaoModel)
@@ -102,7 +102,7 @@ def make_model(family: Family, *, dtype: str) -> Sa3Model | SaoModel:
     for module in (model.text.encoder, model.prompt, *model.numbers.values(), model.denoiser, model.autoencoder):
         move(module)
     model._device = DEVICE
-    with torch.inference_mode(), StandInDevice():  # it keeps tensors that it derives from its weights, on their device
+    with torch.inference_mode(), StandInDevice():  # the model keeps tensors on its device that it derives from weights
         model.autoencoder.resolve()
     return model
 
@@ -139,14 +139,14 @@ def make_requests(setting: Setting, *, sample_rate_hz: int, seed: int) -> list[G
         case "inpaint":
             return [request(**inpaint)]
         case "mixed":
-            unlike = _FAMILY_SAMPLERS[setting.family][-2]  # one that is not the family's default
-            return [request(), request(**guided), request(**inpaint), request(sampler=unlike)]
+            other_sampler = _FAMILY_SAMPLERS[setting.family][-2]  # not the family's default
+            return [request(), request(**guided), request(**inpaint), request(sampler=other_sampler)]
     raise ValueError(f"unknown kind of request {setting.kind!r}")
 
 
 async def _run(model: DiffusionModel, setting: Setting, *, device: StandInDevice) -> list[tuple[str, HostWork]]:
-    """Send the requests twice, with different seeds. Returns the sections of the second time."""
-    # No warm-up, whose measured times would decide which rows share a step; all rows fit into one.
+    """Send the requests twice, with different seeds. Returns the sections of the second run."""
+    # Without a warm-up no measured times decide which rows share a step, so all rows share it.
     options = EngineOptions(mode=setting.mode, warmup_budget_s=0.0, fixed_share=0.001)
     num_before = 0
     with _sections(device):
@@ -160,20 +160,20 @@ async def _run(model: DiffusionModel, setting: Setting, *, device: StandInDevice
 
 
 class _StandInEngine(Engine):
-    """An engine whose thread uses a stand-in device and begins once `num_rows` rows wait."""
+    """An engine on a stand-in device. Its thread begins once `num_rows` rows wait."""
 
     def __init__(self, model: DiffusionModel, options: EngineOptions, *, device: StandInDevice, num_rows: int) -> None:
         with patch.object(build, "Scheduler", partial(_Together, num_rows=num_rows)):
             super().__init__(model, options, device=_QueueingDevice(device))
-        # One call is much faster than two, however many of its rows are dummies.
+        # These costs make one call much faster than two, however many of its rows are dummies.
         self._predictor._cost.fit("denoise", [Measurement(rows, 64, 1000.0) for rows in (1, 32)])
         self._thread._sharing = device
 
 
 class _QueueingDevice(CudaDevice):
-    """Shows a stand-in device to the engine as a GPU that is always one engine call behind."""
+    """Presents a stand-in device to the engine as a GPU that finishes each engine call during the next one."""
 
-    can_capture = False  # so that every call's own work is seen
+    can_capture = False  # a replayed call would hide its work
 
     def __init__(self, stand_in: StandInDevice) -> None:
         super().__init__(DEVICE)
@@ -190,7 +190,7 @@ class _QueueingDevice(CudaDevice):
         yield
 
     def follow(self, moment: Moment) -> None:
-        """Nothing to wait for: all work is done at once."""
+        """Does nothing, because all work is done at once."""
 
     def use(self) -> DeviceUse:
         return DeviceUse(DEVICE.type)
@@ -221,21 +221,21 @@ class _Together(Scheduler):
     def __init__(self, *args: Any, num_rows: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._num_rows = num_rows
-        self._are_there = False
+        self._has_begun = False
 
     def pick(self, *, beside: bool = True) -> list[RowId]:
-        self._are_there = len(self) >= self._num_rows or (self._are_there and len(self) > 0)
-        return super().pick(beside=beside) if self._are_there else []
+        self._has_begun = len(self) >= self._num_rows or (self._has_begun and len(self) > 0)
+        return super().pick(beside=beside) if self._has_begun else []
 
 
 @contextmanager
 def _sections(device: StandInDevice) -> Iterator[None]:
-    """Within this context every engine call is a section, and every wait for the device is counted."""
+    """Within this context, count every engine call as a section, and every wait for the device."""
 
     def within(name: str, method: Any) -> Any:
         @wraps(method)
         def run(owner: Stages | Executor, rows: Any, **options: Any) -> Any:
-            if not rows:  # each turn starts rows, even when none are new
+            if not rows:  # the engine calls this every turn, even without new rows
                 return method(owner, rows, **options)
             with device.section(name):
                 return method(owner, rows, **options)

@@ -1,7 +1,7 @@
-"""A CPU device whose second queue works as late as possible.
+"""A CPU device whose second queue does its work as late as possible.
 
-Its work is done when the host or the first queue waits for it, or after a number of polls. Until then its results and
-changes are missing. Does not depend on the engine.
+Work is done when the host or the first queue waits for it, or after a number of polls. Until then its results and
+changes to tensors are missing. This module does not depend on the engine.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.engine.torch_operations import is_composite
 
 
 class LateDevice(WaitingDevice):
-    """`patience`: number of polls until a point of the second queue is reached; None: only waiting reaches it."""
+    """A point in the second queue is reached after `patience` polls, or only by waiting for it if that is None."""
 
     def __init__(self, *, patience: int | None = None, mode: Mode = "strict") -> None:
         super().__init__(torch.device("cpu"), clock=SystemClock())
@@ -31,7 +31,7 @@ class LateDevice(WaitingDevice):
         self.default_mode = mode
         self.patience = patience
         self.num_late = 0  # polls that returned False
-        self._asked: list[_Operations] = []
+        self._pieces: list[_Operations] = []
         self._num_done = 0
         self._is_beside = False
 
@@ -40,7 +40,7 @@ class LateDevice(WaitingDevice):
         assert not self._is_beside
         self._is_beside = True
         operations = _Operations()
-        self._asked.append(operations)
+        self._pieces.append(operations)
         try:
             with operations:
                 yield
@@ -49,7 +49,7 @@ class LateDevice(WaitingDevice):
             operations.undo()
 
     def mark(self) -> Moment:
-        return _Point(self, len(self._asked) if self._is_beside else 0)
+        return _Point(self, len(self._pieces) if self._is_beside else 0)
 
     def follow(self, moment: Moment) -> None:
         assert isinstance(moment, _Point)
@@ -58,7 +58,7 @@ class LateDevice(WaitingDevice):
     def work_up_to(self, count: int) -> None:
         """Do the first `count` pieces of the second queue's work."""
         while self._num_done < count:
-            self._asked[self._num_done].redo()
+            self._pieces[self._num_done].redo()
             self._num_done += 1
 
     def is_done(self, count: int) -> bool:
@@ -70,13 +70,13 @@ class _Point:
     def __init__(self, device: LateDevice, count: int) -> None:
         self._device = device
         self._count = count
-        self._num_looks = 0
+        self._num_polls = 0
 
     def is_reached(self) -> bool:
         if self._device.is_done(self._count):
             return True
-        self._num_looks += 1
-        if self._device.patience is not None and self._num_looks > self._device.patience:
+        self._num_polls += 1
+        if self._device.patience is not None and self._num_polls > self._device.patience:
             self._device.work_up_to(self._count)
             return True
         self._device.num_late += 1
@@ -95,21 +95,19 @@ class _Operation:
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
     made: Sequence[Tensor]
-    before: Sequence[tuple[Tensor, Tensor]]  # the tensors that it changed, with their values before
+    before: Sequence[tuple[Tensor, Tensor]]  # (changed tensor, its values before the change)
 
 
 @dataclass(eq=False)
 class _Operations(TorchDispatchMode):
-    """Runs operations, which gives the shapes of their results, and records them so that they can be undone and
-    redone.
-    """
+    """Runs operations to get the shapes of their results, and records them to undo and redo them."""
 
     operations: list[_Operation] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
 
-    def __torch_dispatch__(  # torch's signature
+    def __torch_dispatch__(  # has torch's signature
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -132,7 +130,7 @@ class _Operations(TorchDispatchMode):
         return result
 
     def undo(self) -> None:
-        """Restore every changed tensor and fill every created one with invalid values."""
+        """Restore every changed tensor, and fill every created tensor with invalid values."""
         for operation in reversed(self.operations):
             for tensor, was in operation.before:
                 tensor.copy_(was)
@@ -162,7 +160,7 @@ def _keep_generator(value: Any) -> Any:
 
 
 def _open_generator(value: Any) -> Any:
-    """Returns a generator as it was, or `value`."""
+    """Returns a generator in its recorded state, or any other value unchanged."""
     if not isinstance(value, _GeneratorState):
         return value
     value.own.set_state(value.state)

@@ -1,7 +1,7 @@
-"""Sends many different requests to one engine of the demo model and cancels some. Checks results and leftovers.
+"""Send many different requests to one engine with the demo model, cancel some, and check results and memory.
 
-Each of a few cases runs alone first. Then cases run in random order, eight at a time, directly and over HTTP in this
-process, and each result must have the bytes that the case gave alone.
+First each of a few cases runs alone. Then cases run in random order, eight at a time, directly or over HTTP in this
+process. Each result must have the same bytes as that of the case alone.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ CANCEL_SHARE = 0.05
 RATE_HZ = 44_100
 STEPS = (4, 8)
 
-# Sends a case and returns a digest of its result; calls the function with progress, if there is any.
+# Sends a case and passes its progress, if any, to the function. Returns a digest of the result.
 Send = Callable[[Callable[[Progress], None]], Awaitable[str]]
 OnDone = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One request that may be sent repeatedly."""
+    """A request that may be sent repeatedly."""
 
     kind: str
     send: Send
@@ -53,7 +53,7 @@ class Case:
 
 @dataclass
 class Outcome:
-    """The requests' outcomes, and the memory of the process whenever no request was in flight."""
+    """The number of requests by outcome, and the memory of the process at times without any request."""
 
     answered: Counter[str] = field(default_factory=Counter)
     wrong: Counter[str] = field(default_factory=Counter)
@@ -63,7 +63,7 @@ class Outcome:
 
 
 async def soak(*, num_requests: int, seed: int, output_dir: Path, on_done: OnDone = lambda done: None) -> Outcome:
-    """Send `num_requests`. At least every hundred, half-way and at the end, wait for all and read the memory."""
+    """Send `num_requests`. Read the memory at least every hundred requests, halfway and at the end."""
     outcome, order = Outcome(), random.Random(seed)
     async with run_server(output_dir) as (engine, client):
         cases = draw_cases(engine, client, seed=seed)
@@ -103,7 +103,7 @@ async def run_server(output_dir: Path) -> AsyncIterator[tuple[Engine, httpx.Asyn
 
 
 def draw_cases(engine: Engine, client: httpx.AsyncClient, *, seed: int) -> tuple[Case, ...]:
-    """Returns 24 cases: texts, variations, inpainting and loops of one to four seconds; six are sent over HTTP."""
+    """Returns 24 cases of 1 to 4 s: texts, variations, inpainting and loops. Six of them are sent over HTTP."""
     draw = random.Random(f"cases {seed}")
     noise = np.random.default_rng(seed)
 
@@ -153,7 +153,7 @@ async def _send_http(
 ) -> str:
     sending = asyncio.ensure_future(client.post(path, **body))  # type: ignore[arg-type]
     try:
-        for index in range(STEPS[0]):  # these requests report no progress, which would trigger cancellation
+        for index in range(STEPS[0]):  # requests over HTTP report no progress, so their cancellation is triggered here
             await asyncio.sleep(0.001)
             on_progress(Progress("queued", 0.0, steps_done=index))
         response = await sending
@@ -168,14 +168,14 @@ def _digest(*parts: bytes) -> str:
 
 
 def _draw(cases: Sequence[Case], size: int, *, order: random.Random) -> list[Case]:
-    """Returns `size` cases in random order, each equally often."""
+    """Returns `size` cases in random order, each about equally often."""
     drawn = [case for _ in range(-(-size // len(cases))) for case in order.sample(cases, len(cases))][:size]
     order.shuffle(drawn)
     return drawn
 
 
 async def _send_all(cases: Sequence[Case], *, right: dict[Case, str], order: random.Random, outcome: Outcome) -> None:
-    """Send cases eight at a time. Cancel one in twenty at one of its first progress reports, unless it has finished."""
+    """Send cases eight at a time. Cancel one in twenty during one of its first progress reports."""
     num_cancels = max(1, round(CANCEL_SHARE * len(cases)))
     cancels = {index: order.randrange(STEPS[0]) for index in order.sample(range(len(cases)), num_cancels)}
     waiting = iter(enumerate(cases))
@@ -208,7 +208,7 @@ async def _send_one(case: Case, *, right: str, cancel_at: int | None, outcome: O
 
 
 def count_kept() -> Counter[str]:
-    """Returns the number of tensors and of engine objects of each class in this process."""
+    """Returns the number of tensors and engine objects in this process, by class."""
     gc.collect()
     kept: Counter[str] = Counter()
     for cls, count in Counter(map(type, gc.get_objects())).items():

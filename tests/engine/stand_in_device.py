@@ -1,11 +1,11 @@
 """A simulated device that counts host work.
 
-Its tensors live in host memory but claim another device. Copies between host and device are counted, and so is
-everything that would make the host wait. Results are the CPU's. Does not depend on the engine or a model.
+Its tensors are in host memory but report another device. The simulation counts copies between host and device, and
+everything that would make the host wait. The CPU computes the results. This module does not depend on the engine or
+a model.
 
-The claimed device is torch's private one, which must be registered before its first use; that cannot be undone. So a
-process that uses a stand-in device should do nothing else. Everything else ends with the context: outside it, every
-operation on a stand-in tensor raises RuntimeError.
+The reported device is torch's private one. Its registration cannot be undone, so a process with a stand-in device
+should do nothing else. Outside the context of the device, every operation on a stand-in tensor raises RuntimeError.
 """
 
 from __future__ import annotations
@@ -37,32 +37,32 @@ _TORCH_FOLDER = str(Path(torch.__file__).parent)
 class HostWork:
     """The host's work in one section of a program. Each copy counts once, whatever its size.
 
-    `origins` counts copies, waits and mix-ups by kind of work, operation and source line.
+    `origins` counts copies, waits and mix-ups by kind, operation and source line.
     """
 
     copies_to_device: int = 0  # blocking
     copies_to_host: int = 0  # blocking
-    asynchronous_copies: int = 0  # in both directions, from or to pinned memory
-    waits: int = 0  # for the device to finish its work
-    mix_ups: int = 0  # operations over tensors of both devices, which fail on a real one
+    asynchronous_copies: int = 0  # from or to pinned memory
+    waits: int = 0  # times that the host waits for the device
+    mix_ups: int = 0  # operations on tensors of both devices, which fail on a real GPU
     launches: int = 0
     origins: Counter[str] = field(default_factory=Counter)
 
     @property
     def blocking_copies(self) -> int:
-        """Blocking copies in both directions."""
+        """The number of copies in either direction that block the host."""
         return self.copies_to_device + self.copies_to_host
 
 
 class StandInTensor(torch.Tensor):
-    """A tensor that claims the stand-in device; `held` has its values on the CPU."""
+    """A tensor that reports the stand-in device. `held` has its values on the CPU."""
 
     held: Tensor
 
     @staticmethod
     def __new__(cls, real: Tensor) -> StandInTensor:
-        """The shape, strides and dtype of `real`."""
-        with torch.inference_mode(False):  # an inference tensor cannot be indexed by the interpreter's rules
+        """Create a tensor with the shape, strides and dtype of `real`."""
+        with torch.inference_mode(False):  # Python code cannot index an inference tensor
             made = torch.Tensor._make_wrapper_subclass(
                 cls,
                 real.size(),
@@ -89,13 +89,13 @@ class StandInTensor(torch.Tensor):
 
 
 class StandInDevice:
-    """A context in which `DEVICE` works on the thread that entered it. Not reusable."""
+    """A context in which the thread that entered it can use `DEVICE`. Not reusable."""
 
     def __init__(self) -> None:
         self.sections: list[tuple[str, HostWork]] = []  # in the order in which they began
         self.outside = HostWork()  # work outside all sections
         self._open = [self.outside]
-        self._pinned: dict[int, Tensor] = {}  # kept, so that no other memory takes their place
+        self._pinned: dict[int, Tensor] = {}  # kept, so that no other tensor gets the same address
         self._stack = ExitStack()
 
     def __enter__(self) -> StandInDevice:
@@ -110,7 +110,7 @@ class StandInDevice:
 
     @contextmanager
     def section(self, name: str) -> Iterator[HostWork]:
-        """Count work within this context for this section only, not for sections around it."""
+        """Count the work within this context in a new section, and not in sections around it."""
         work = HostWork()
         self.sections.append((name, work))
         self._open.append(work)
@@ -126,7 +126,7 @@ class StandInDevice:
         work.origins[f"wait {reason} {_origin()}"] += 1
 
     def run(self, operation: Any, *, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Run an operation that is not composite and involves this device. Returns its result."""
+        """Run and count an operation that uses this device and is not composite. Returns its result."""
         name = operations.name_of(operation)
         tensors = [leaf for leaf in operations.leaves((args, *kwargs.values())) if isinstance(leaf, Tensor)]
         target = kwargs.get("device")
@@ -149,7 +149,7 @@ class StandInDevice:
             return False
         host = source if target_is_here else args[0] if name == "copy_" else None
         work = self._open[-1]
-        if host is not None and self._is_pinned(host) and not operations.asks_to_wait(args, kwargs):
+        if host is not None and self._is_pinned(host) and not operations.is_blocking(args, kwargs):
             work.asynchronous_copies += 1
         elif target_is_here:
             work.copies_to_device += 1
@@ -186,17 +186,17 @@ class StandInDevice:
 
 
 def move(module: nn.Module) -> None:
-    """Move a module's parameters and buffers to the stand-in device, in place and for good."""
+    """Move a module's parameters and buffers to the stand-in device, in place. Cannot be undone."""
     _register()
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
-            part._parameters[name] = StandInTensor(parameter.data)  # type: ignore[assignment]  # needs no gradient
+            part._parameters[name] = StandInTensor(parameter.data)  # type: ignore[assignment]
         for name, buffer in list(part.named_buffers(recurse=False)):
             part._buffers[name] = StandInTensor(buffer)
 
 
 class _Dispatch(TorchDispatchMode):
-    """Sees every operation of this thread below torch's own bookkeeping."""
+    """Receives every operation of this thread below autograd."""
 
     def __init__(self, device: StandInDevice) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -218,7 +218,7 @@ class _Dispatch(TorchDispatchMode):
 
 
 class _Construction(TorchFunctionMode):
-    """Creates tensors from Python values on the host first, as torch does, but in a way that makes the copy visible."""
+    """Creates tensors from Python values on the host first, as torch does, and then copies them visibly."""
 
     def __torch_function__(self, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -228,7 +228,7 @@ class _Construction(TorchFunctionMode):
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
             args = (args[0], _without_lists(args[1]), *args[2:])
         if func is torch.Tensor.__setitem__ and isinstance(args[2], bool | int | float):
-            args = (*args[:2], torch.tensor(args[2], dtype=args[0].dtype))  # as for CUDA, where it stays on the host
+            args = (*args[:2], torch.tensor(args[2], dtype=args[0].dtype))  # on CUDA the value stays on the host too
         return func(*args, **kwargs)
 
 
@@ -239,7 +239,7 @@ def _without_lists(index: Any) -> Any:
 
 
 class _Generator(torch.Generator):
-    """Replaces a generator of the stand-in device by one of the CPU."""
+    """Creates a CPU generator where one of the stand-in device is requested."""
 
     def __new__(cls, device: Any = "cpu") -> _Generator:
         on_host = "cpu" if torch.device(device).type == DEVICE.type else device
@@ -248,7 +248,7 @@ class _Generator(torch.Generator):
 
 @cache
 def _register() -> None:
-    """Make torch accept the private device. Cannot be undone."""
+    """Register the private device with torch. Cannot be undone."""
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
     _setup_privateuseone_for_python_backend()
@@ -261,7 +261,7 @@ def _is_here(value: object) -> bool:
 
 
 def _map(function: Callable[[Any], Any], value: Any) -> Any:
-    """Returns the function's results in the same lists and tuples."""
+    """Apply the function to the values in nested lists and tuples. Returns the same structure of results."""
     if isinstance(value, list | tuple):
         return type(value)([_map(function, part) for part in value])
     return function(value)
@@ -272,7 +272,7 @@ def _unwrap(value: Any) -> Any:
 
 
 def _wrap(value: Any, *, known: Mapping[int, StandInTensor], to_device: bool) -> Any:
-    """Wrap a result; an in-place operation returns its own argument again."""
+    """Wrap a result, or return the known tensor if an in-place operation returns its argument."""
     if id(value) in known:
         return known[id(value)]
     return StandInTensor(value) if to_device and isinstance(value, Tensor) else value
@@ -287,7 +287,7 @@ def _on_host(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _origin() -> str:
-    """Returns the innermost line outside torch and this folder: the last parts of its path, and its number."""
+    """Returns end of path and number of the innermost source line outside torch and this folder."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith((_OWN_FOLDER, _TORCH_FOLDER, "<")):
         frame = frame.f_back

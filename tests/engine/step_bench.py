@@ -1,4 +1,4 @@
-"""Arenas and rows of a model without an engine, for tests of single steps."""
+"""The arenas and rows of a model without an engine, for tests of single steps."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ REQUESTS = {
 
 
 class Bench:
-    """Arenas and rows of one model, as in the engine."""
+    """The arenas of one model and rows in them, as in the engine."""
 
     def __init__(self, model: DiffusionModel) -> None:
         self.model = model
@@ -105,5 +105,5 @@ class Bench:
 
 
 def tensors_of(memories: Memories) -> list[Tensor]:
-    """Returns all memories in order."""
+    """Returns all tensors of the memories, in a fixed order."""
     return [memories.registers, *memories.constants.values(), *memories.by_frame.values()]

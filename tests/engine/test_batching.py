@@ -1,4 +1,4 @@
-"""The splitting of a step into device calls."""
+"""How a step is split into device calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text and decode calls give the same result whether they run eagerly or are replayed with other values."""
+"""A text or decode call that is captured and replayed with other values gives the same result as an eager call."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_replayed_decode_call_is_bit_identical_for_other_latents(model: Any) -> 
     graphs = Graphs(device, clock=SystemClock(), metrics=GraphCounts())
     calls = DecodeCalls(model, device=device, graphs=graphs)
     with torch.inference_mode():
-        for _ in range(3):  # the first call of a length records its draws
+        for _ in range(3):  # the first call of a length records its random draws
             expected = calls.decode(windows_of(model, 1, 2, 3))
         assert graphs.capture_next(is_idle=True)
         before = addresses(graphs)

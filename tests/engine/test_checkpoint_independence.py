@@ -1,4 +1,4 @@
-"""Real networks, tiny checkpoints: the same request gives the same audio alone and with others."""
+"""With tiny checkpoints of real networks, a request gives the same audio alone and with other requests."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def load(name: str) -> DiffusionModel:
 
 
 def make_engine(name: str, mode: str) -> Engine:
-    # On a busy machine work is predicted to take longer; the queue must not be full even then.
+    # A busy machine has longer predicted times. The queue must not be full even then.
     fields = {"max_queue_s": 1e6} | {
         "strict": {"mode": "strict"},
         "fast": {"mode": "fast", "frame_grid": 64, "fixed_share": 0.001},

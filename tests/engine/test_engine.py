@@ -1,4 +1,4 @@
-"""The engine through its asyncio API: start, close, cancellation, deadlines, overload, failures, progress, timings."""
+"""The asyncio API of the engine: start, close, cancellation, deadlines, overload, failures, progress and timings."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def make_engine(
 
 
 class Gate:
-    """Counts device calls by name, and holds the engine thread before denoiser call number `at` until opened."""
+    """Counts device calls by name, and holds the engine thread before denoiser call number `at` until it is opened."""
 
     def __init__(self, at: int = 1) -> None:
         self.calls: Counter[str] = Counter()
@@ -78,7 +78,7 @@ class Gate:
 
 
 class SlowPlanner(ToyModel):
-    """Blocks planning until `released` is set. Sets `is_planning` when planning begins."""
+    """A model that blocks planning until `released` is set. Sets `is_planning` when planning begins."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class SlowPlanner(ToyModel):
 async def submit(
     engine: Engine, request: GenerationRequest, *, on_progress: Callable[[Progress], None] | None = None
 ) -> asyncio.Task[GenerationResult]:
-    """Submit a request. Returns its task once the engine has accepted it."""
+    """Submit a request. Returns its task after the engine has accepted it."""
     backlog_ms = engine.backlog_ms
     task = asyncio.create_task(engine.generate(request, on_progress))
     await until(lambda: engine.backlog_ms > backlog_ms)
@@ -101,7 +101,7 @@ async def submit(
 
 
 class PoisonedNoise(SeededNoise):
-    """The noise of the row that should fail, so that tests recognise this row's windows."""
+    """Gives the row that should fail a recognisable noise, so that tests can find its windows."""
 
 
 def make_noise(seed: int) -> SeededNoise:
@@ -171,7 +171,7 @@ async def test_source_is_encoded_once_for_all_variations() -> None:
     gate = Gate(at=0)
     async with make_engine(gate) as engine:
         await engine.generate(make_request(batch_size=3, init_audio=make_audio(), init_noise_level=0.5))
-    assert gate.calls["encode_audio"] == 2  # the source's two windows
+    assert gate.calls["encode_audio"] == 2  # the source has two windows
     assert gate.calls["condition"] == 1
 
 
@@ -304,7 +304,7 @@ async def test_invalid_request_raises_the_models_error() -> None:
 
 
 def break_on(prompt: str, stage: str) -> OnCall:
-    """Fail whenever a call of `stage` contains the poisoned prompt."""
+    """Returns a callback that fails each call of `stage` that contains the poisoned prompt."""
     poisoned: list[object] = []
 
     def on_call(name: str, items: Sequence[object]) -> None:
@@ -453,12 +453,12 @@ STAGES = ["queued", "encoding", "denoising", "decoding", "done"]
 
 async def test_progress_only_moves_forward_and_ends_done() -> None:
     requests = make_varied_requests()
-    seen: list[list[Progress]] = [[] for _ in requests]
+    progress: list[list[Progress]] = [[] for _ in requests]
     async with make_engine() as engine:
         await asyncio.gather(
-            *(engine.generate(request, reports.append) for request, reports in zip(requests, seen, strict=True))
+            *(engine.generate(request, reports.append) for request, reports in zip(requests, progress, strict=True))
         )
-    for request, reports in zip(requests, seen, strict=True):
+    for request, reports in zip(requests, progress, strict=True):
         fractions = [report.fraction for report in reports]
         assert fractions == sorted(fractions)
         assert reports[0].stage == "queued"
@@ -471,14 +471,16 @@ async def test_progress_only_moves_forward_and_ends_done() -> None:
 
 
 async def test_queue_position_counts_the_rows_ahead() -> None:
-    gate, seen = Gate(), [list[Progress]() for _ in range(4)]
+    gate, progress = Gate(), [list[Progress]() for _ in range(4)]
     async with make_engine(gate) as engine:
         tasks = [asyncio.create_task(engine.generate(make_request(steps=2)))]
         await gate.reached()  # the engine receives no request until the gate opens
-        tasks += [await submit(engine, make_request(), on_progress=reports.append) for reports in seen]
+        tasks += [await submit(engine, make_request(), on_progress=reports.append) for reports in progress]
         gate.open()
         await asyncio.gather(*tasks)
-    assert [(reports[0].stage, reports[0].queue_position) for reports in seen] == [("queued", i) for i in (1, 2, 3, 4)]
+    assert [(reports[0].stage, reports[0].queue_position) for reports in progress] == [
+        ("queued", i) for i in (1, 2, 3, 4)
+    ]
 
 
 async def test_failing_progress_callback_does_not_fail_the_request() -> None:

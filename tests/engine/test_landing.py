@@ -1,4 +1,4 @@
-"""Copies from a device go through a fixed ring of pinned memory and arrive complete."""
+"""Copies from a device pass through a fixed ring of pinned memory and arrive complete."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from stable_audio_serve.engine.hardware.landing import LandingRing
 
 
 class SlowCopies:
-    """Copies that run when waited for, in order."""
+    """Copies that run, in order, when a test waits for them."""
 
     def __init__(self) -> None:
-        self.asked: deque[Callable[[], object]] = deque()
+        self.pending: deque[Callable[[], object]] = deque()
         self.num_done = 0
         self.num_waits = 0
 
     def point(self) -> SlowPoint:
-        return SlowPoint(self, self.num_done + len(self.asked))
+        return SlowPoint(self, self.num_done + len(self.pending))
 
     def work_up_to(self, count: int) -> None:
         while self.num_done < count:
-            self.asked.popleft()()
+            self.pending.popleft()()
             self.num_done += 1
 
 
@@ -53,7 +53,7 @@ class Postponed(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         if func.overloadpacket is torch.ops.aten.copy_ and (len(args) > 2 and args[2]):
-            self._copies.asked.append(lambda: args[0].copy_(args[1]))
+            self._copies.pending.append(lambda: args[0].copy_(args[1]))
             return args[0]
         return func(*args, **(kwargs or {}))
 
@@ -76,9 +76,9 @@ def test_copies_of_any_size_and_delay_arrive(sizes: list[int], num_bytes: int, e
         with Postponed(copies):
             ring.land(source, target)
         if index % every == 0:
-            copies.work_up_to(copies.num_done + min(1, len(copies.asked)))
+            copies.work_up_to(copies.num_done + min(1, len(copies.pending)))
             ring.collect()
-    copies.work_up_to(copies.num_done + len(copies.asked))
+    copies.work_up_to(copies.num_done + len(copies.pending))
     ring.collect()
     for source, target in zip(sources, targets, strict=True):
         torch.testing.assert_close(target, source, rtol=0, atol=0)
@@ -90,7 +90,7 @@ def test_a_full_ring_waits_for_its_oldest_copy(count: int, num_waits: int) -> No
     ring = make_ring(copies, num_bytes=1024)
     with Postponed(copies):
         for _ in range(count):
-            ring.land(torch.rand(64), torch.zeros(64))  # a quarter of the ring
+            ring.land(torch.rand(64), torch.zeros(64))  # each takes a quarter of the ring
     assert copies.num_waits == num_waits
 
 

@@ -1,4 +1,4 @@
-"""Masked editing with a model without a mask input: the engine keeps a source's frames."""
+"""Masked editing with a model that has no mask input. The engine keeps the source's frames."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OPTIONS = EngineOptions(mode="strict", warmup_budget_s=0.0, torch_threads=1)
 
 
 class Watched(ToyModel):
-    """Records encoded and decoded windows by first frame."""
+    """Records encoded and decoded windows by their first frame."""
 
     def __init__(self) -> None:
         super().__init__(noisy_source_encoder=True, blends=True)

@@ -1,4 +1,4 @@
-"""Row memory: computed by hand, measured on a real model, and bounded by making rows wait."""
+"""The memory of rows: compared with values by hand, measured on a model, and bounded by making rows wait."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ MB = 1_000_000
 def test_row_memory_is_registers_branches_and_largest_call() -> None:
     use = MemoryUse(branch=1000.0, branch_frame=10.0, denoise_frame=50.0, encode_frame=7.0, decode_frame=200.0)
     shape = RowShape(frames=100, num_registers=2, num_branches=2, encode_window=100, decode_window=64)
-    # Two pages of 64 frames each. An arena that doubles takes three times its contents while it is copied.
+    # A row has two pages of 64 frames. While an arena doubles, it takes three times the memory of its contents.
     registers = 3 * 4 * 8 * 128 * 2  # float32, 8 latent channels
     branches = 3 * 2 * (1000 + 10 * 128)
-    beside = 4 * 8 * 100 * 2  # noise and latents
-    kept = registers + branches + beside
+    noise_and_latents = 4 * 8 * 100 * 2
+    kept = registers + branches + noise_and_latents
     assert use.row_bytes(shape, latent_channels=8) == kept + max(2 * 100 * 50, 100 * 7, 64 * 200)
     assert use.row_bytes(replace(shape, decode_window=10), latent_channels=8) == kept + 2 * 100 * 50
 
@@ -51,11 +51,11 @@ def test_simultaneous_temporaries_add_up() -> None:
 
     def run() -> torch.Tensor:
         a = x + 1  # 4000 bytes
-        b = a * 2  # 8000 in total
+        b = a * 2  # 8000 bytes in total
         del a
         view = b[:10]  # no new memory
         view.add_(1)
-        c = torch.cat([b, b])  # 12000 together with b
+        c = torch.cat([b, b])  # 12000 bytes together with b
         return c.sum() + x.sum()
 
     assert 12_000 <= peak_bytes(run) <= 12_100

@@ -1,4 +1,4 @@
-"""Rows of the Stable Audio Open family in one engine: all samplers, guidance, sources and edits at once."""
+"""Stable Audio Open requests with all samplers, guidance, sources and edits share one engine."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from tests.parameters import slow
 from tests.patience import PATIENCE_S
 
 CLIP = make_audio(9.0, sample_rate_hz=1000)
-FAST_TOLERANCE = 2e-4  # several times the observed differences: tiny-1.0 4.2e-5, tiny-small 6e-6
+FAST_TOLERANCE = 2e-4  # observed differences: 4.2e-5 for tiny-1.0, 6e-6 for tiny-small
 SAMPLERS = {"tiny-1.0": V_SAMPLERS, "tiny-small": FLOW_SAMPLERS}
 
 
 def make_requests(name: str) -> list[GenerationRequest]:
-    """One request per sampler; guidance, negative prompts, sources, edits and steps vary."""
+    """Returns one request per sampler, with different guidance, negative prompts, sources, edits and steps."""
     level = 2.0 if name == "tiny-1.0" else 0.7
     variants: list[dict[str, object]] = [
         {"cfg_scale": 1.0},

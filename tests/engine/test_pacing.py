@@ -1,4 +1,4 @@
-"""The frames that are decoded per turn: many if no other row waits, otherwise at most a step's time."""
+"""The number of frames decoded per turn: many if no other row waits, otherwise at most a step's time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from stable_audio_serve.engine.scheduling.pacing import WindowPace
 
 
 def make_pace(*, turn_frames: int = 512, is_fixed: bool = False) -> WindowPace:
-    """Decoding takes 2 ms plus 0.1 ms per latent frame."""
+    """Returns a pace for a decoder that takes 2 ms plus 0.1 ms per latent frame."""
     cost = CostModel()
     cost.fit("decode", [Measurement(1, frames, 2.0 + frames / 10) for frames in (10, 100)])
     return WindowPace(cost, is_fixed=is_fixed, turn_frames=turn_frames)
@@ -23,10 +23,10 @@ def test_a_row_alone_decodes_a_whole_turn() -> None:
     ("step_ms", "num_rows", "frames"),
     [
         (0.0, 1, 64),  # 10 ms is enough for 80 frames
-        (12.0, 1, 96),  # 12 ms for 100
+        (12.0, 1, 96),  # 12 ms is enough for 100 frames
         (30.0, 1, 256),  # 280
-        (30.0, 3, 64),  # three rows of 93
-        (22.0, 3, 64),  # three of 66: the call's fixed cost is paid once
+        (30.0, 3, 64),  # 30 ms is enough for three rows of 93 frames
+        (22.0, 3, 64),  # 22 ms is enough for three rows of 66 frames in one call
         (30.0, 100, 32),  # the minimum
         (1000.0, 1, 512),  # the maximum
     ],

@@ -1,4 +1,4 @@
-"""A step of packed rows, whose lengths are tensors, equals the padded step; a recorded step serves other rows."""
+"""A step of packed rows equals the padded step, and a captured step can be replayed for other rows."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.parameters import slow
 
 ROOM = PackedRoom(tokens=768, rows=16, longest=120)
 TOLERANCE = BOUNDS["denoiser"]
-FAST_TOLERANCE = 2e-4  # for a whole request, as in the other modes
+FAST_TOLERANCE = 2e-4  # for a whole request
 
 
 @cache
@@ -68,7 +68,7 @@ def registers(bench: Bench, rows: Sequence[StepRow]) -> Tensor:
 def test_a_packed_step_equals_the_padded_one(bench: Bench, kind: str) -> None:
     with torch.inference_mode():
         rows, others = bench.rows(REQUESTS[kind], evaluation=1), bench.rows(REQUESTS["plain"], evaluation=0)
-        before, beside = bench.registers.memory.clone(), bench.results(others)
+        before, untouched = bench.registers.memory.clone(), bench.results(others)
         shape = bench.shape(rows)
         bench.step(shape, shape.write(rows, DEVICE))
         padded = registers(bench, rows)
@@ -76,7 +76,7 @@ def test_a_packed_step_equals_the_padded_one(bench: Bench, kind: str) -> None:
             bench.registers.memory.copy_(before)
             step(bench, packed, packed.write(rows, DEVICE))
             torch.testing.assert_close(registers(bench, rows), padded, rtol=0, atol=TOLERANCE)
-            assert bench.results(others) == beside
+            assert bench.results(others) == untouched
         assert not torch.equal(padded, registers(bench, others)[: len(padded)])
 
 
@@ -113,7 +113,7 @@ def test_replayed_packed_step_is_bit_identical_for_other_rows(bench: Bench, kind
         expected, untouched = bench.results(second), bench.results(first)
 
         bench.registers.memory.copy_(before)
-        recorded(general.write(first, DEVICE), *tensors)  # its leftovers must not matter
+        recorded(general.write(first, DEVICE), *tensors)  # values of earlier rows must not matter
         bench.registers.memory.copy_(before)
         recorded(general.write(second, DEVICE), *tensors)
         assert bench.results(second) == expected
@@ -150,7 +150,7 @@ def test_kernel_check_accepts_the_reference_and_rejects_wrong_ones() -> None:
 
 
 class Packing:
-    """Packs all rows into calls of fixed shape."""
+    """A batch policy that packs all rows into calls of a fixed shape."""
 
     def __init__(self, model: DiffusionModel) -> None:
         grid = MergedGrid(lambda rows, frames: 1.0, lambda frames: 1e9, GraphShapes())
@@ -187,8 +187,8 @@ async def generate(model: DiffusionModel, requests: Sequence[GenerationRequest],
     "name",
     ["tiny-small", slow("sharp-s"), slow("tiny-1.0")],
 )
-async def test_packed_rows_sound_as_alone_captured_or_not(name: str) -> None:
-    """The Open family shares context heads, and edits blend kept frames into the registers."""
+async def test_packed_rows_equal_rows_alone_before_and_after_a_capture(name: str) -> None:
+    """The Open models share attention heads of the context, and edits blend kept frames into the registers."""
     model = loaded(name) if name.startswith("sharp") else load_open(name)
     alone = [(await generate(model, [request]))[0] for request in CROWD]
     device, metrics = RecordingDevice(), GraphCounts()

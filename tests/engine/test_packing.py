@@ -1,4 +1,4 @@
-"""Rows lose their padding before the network and get zero padding after it."""
+"""Packing removes the padding of rows before the network, and unpacking adds zeros after it."""
 
 from __future__ import annotations
 

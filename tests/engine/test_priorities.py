@@ -1,4 +1,4 @@
-"""Interactive requests in an engine full of batch work: they run at every step and are not refused for it."""
+"""Batch work in an engine neither delays interactive requests much nor makes the engine refuse them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _CALL_S = 0.01
 
 
 class Device:
-    """A device on which a call takes 10 ms, and 5 ms more for every further row.
+    """A device on which a call takes 10 ms for one row and 5 ms for each further row.
 
-    Holds the engine before a denoiser call from `hold` to `release`.
+    Between `hold` and `release`, it blocks the engine before the next denoiser call.
     """
 
     def __init__(self) -> None:
@@ -80,9 +80,9 @@ async def test_thirty_batch_jobs_hardly_delay_an_interactive_request(mode: str) 
         device.hold()
         jobs = await hand_over(engine, [make_batch(seed) for seed in range(30)])
         await device.reached()  # a batch step is running
-        (behind,) = await hand_over(engine, [request])
+        (interactive,) = await hand_over(engine, [request])
         device.release()
-        timings = (await behind).timings
+        timings = (await interactive).timings
         await asyncio.gather(*jobs)
     assert timings.total_ms <= 1.5 * alone.total_ms + 2 * 1000 * _CALL_S
 

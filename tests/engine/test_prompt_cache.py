@@ -1,4 +1,4 @@
-"""The prompt cache stays within its memory and drops the least recently used prompts."""
+"""The prompt cache stays within its memory by dropping the least recently used prompts."""
 
 from __future__ import annotations
 

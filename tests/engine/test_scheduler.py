@@ -1,4 +1,4 @@
-"""Which rows step next: order, budget and bounds. Every row ends, whatever arrives or is cancelled."""
+"""The rows that the scheduler picks for a step: their order, the budget and the bounds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def make_work(*, frames: int = 100, steps: int = 8, guided: int = 0) -> RowWork:
 
 
 def step_ms(works: Sequence[RowWork], num_new: int = 0) -> float:
-    """A step takes 0.1 ms per latent frame."""
+    """Returns the predicted time of a step, 0.1 ms per latent frame."""
     return sum(work.tokens for work in works) / 10
 
 
@@ -51,7 +51,7 @@ def test_pick_is_empty_without_rows() -> None:
 
 
 def let_decode(work: RowWork, *, frames: int = 100) -> None:
-    """Finish all evaluations, so that windows of `frames` latent frames remain."""
+    """Finish all evaluations of a row, so that only windows of `frames` latent frames remain to decode."""
     while work.num_done < len(work.branches):
         work.finish_evaluation()
     work.decode_left = (frames,)
@@ -95,7 +95,7 @@ def test_batch_rows_pay_for_decoding_in_parallel_to_interactive_steps() -> None:
     let_decode(add(scheduler, 0, priority="batch"), frames=100)
     assert scheduler.pick() == [0]  # alone
     add(scheduler, 1, at=1.0, frames=200, steps=99)
-    # A turn of 20 ms lends 2.5 ms, so four turns pay for windows of 10 ms.
+    # Each step of 20 ms earns 2.5 ms for batch work, so the fourth one pays for windows of 10 ms.
     assert [scheduler.pick() for _ in range(4)] == [[1], [1], [1], [1, 0]]
 
 
@@ -152,10 +152,10 @@ def test_the_quarter_follows_the_remaining_work() -> None:
     scheduler = make_scheduler(knee=250)
     works = [add(scheduler, row_id, frames=100, guided=1) for row_id in range(40)]
     picked = scheduler.pick()
-    assert len(picked) == 10  # of 40 x 200 frames
+    assert len(picked) == 10  # a quarter of 40 x 200 frames
     for row_id in picked:
-        works[row_id].finish_evaluation()  # 100 frames from here on
-    assert len(scheduler.pick()) == 14  # ten of 100, four of 200: a quarter of 10 x 100 + 30 x 200
+        works[row_id].finish_evaluation()  # the row has 100 frames from here on
+    assert len(scheduler.pick()) == 14  # ten of 100 and four of 200 frames: a quarter of 10 x 100 + 30 x 200
     for row_id in range(14, 40):
         scheduler.remove(RowId(row_id))
     assert len(scheduler.pick()) == 5  # a quarter of 10 x 100 + 4 x 200
@@ -183,7 +183,7 @@ def test_no_row_starts_at_the_limit_of_started_rows() -> None:
     for row_id in (1, 2):
         add(scheduler, row_id, at=1.0)
     assert scheduler.pick() == [1, 2]
-    add(scheduler, 3, at=0.0, alone_s=0.01)  # the earliest deadline, but no room
+    add(scheduler, 3, at=0.0, alone_s=0.01)  # has the earliest deadline, but there is no room
     assert scheduler.pick() == [1, 2]
     scheduler.remove(RowId(1))
     assert scheduler.pick() == [3, 2]
@@ -250,7 +250,7 @@ def test_a_step_with_batch_rows_stays_within_its_tokens() -> None:
 def test_batch_rows_get_their_share_of_a_busy_engine_and_no_more(
     batch: list[tuple[int, int]], interactive: list[int], max_tokens: int, share: float
 ) -> None:
-    """While interactive rows keep the engine busy, batch rows take at most their share, and the first one gets it."""
+    """Batch rows get at most their share of a busy engine, and the first of them waits no longer than that implies."""
     scheduler = make_scheduler(max_tokens=max_tokens, batch_share=share, knee=300)
     works = {}
     for row_id, (frames, steps) in enumerate(batch):
@@ -330,14 +330,14 @@ class EngineSimulation(RuleBasedStateMachine):
         assert len(set(picked)) == len(picked)
         tokens = [self.works[row_id].tokens for row_id in picked]
         assert len(picked) <= 1 or sum(tokens) <= self.limits.max_tokens
-        # No row waits forever: among the rows of a priority that may run, the earliest deadline runs first.
+        # No row waits forever: of the rows of a priority that may run, the one with the earliest deadline runs first.
         batch = {row_id for row_id in self.works if self.priorities[row_id] == "batch"}
         interactive = set(self.works) - batch
         room = self.limits.max_started - len(started)
         self.check_order(picked, interactive, interactive & started, room - (bool(batch) and not started & batch))
         places = min(room - len(set(picked) - batch - started), 3 - len(started & batch))
         if interactive - started and not interactive.intersection(picked):
-            # A step lent to batch rows: interactive rows that start in the next step may take the free places.
+            # The step belongs to batch rows. Interactive rows that start in the next step may need the free places.
             places = 0 if started.intersection(picked) else places
         self.check_order(picked, batch, batch & started, places)
         self.clock.now += 0.01 * sum(tokens) / 100
@@ -350,8 +350,9 @@ class EngineSimulation(RuleBasedStateMachine):
         return self.deadlines[row_id], row_id
 
     def check_order(self, picked: list[RowId], line: set[int], started: set[int], places: int) -> None:
-        """The earliest deadline of a priority is picked: among all its rows if there are free places, else among the
-        started ones.
+        """Assert that the row with the earliest deadline in `line` is picked, if any row of it is picked.
+
+        Without free `places`, only `started` rows count.
         """
         if line.intersection(picked):
             assert min(line if places > 0 else started, key=self.order) in picked
@@ -368,7 +369,7 @@ class EngineSimulation(RuleBasedStateMachine):
         assert len(set(self.ended)) == len(self.ended)
 
     def teardown(self) -> None:
-        """Finally all remaining rows end, each once, in a bounded number of steps."""
+        """Run until all remaining rows end, each once, in a bounded number of steps."""
         steps_left = sum(len(work.branches) - work.num_done for work in self.works.values())
         for _ in range(steps_left):
             self.step()

@@ -1,4 +1,4 @@
-"""A recorded step that is replayed for other rows equals a step recorded for exactly those rows."""
+"""A captured step that is replayed for other rows equals a step captured for those rows."""
 
 from __future__ import annotations
 
@@ -61,8 +61,9 @@ def test_replayed_step_is_bit_identical_for_other_rows(name: str, kinds: tuple[s
 
 
 class AdaptedModel(ToyModel):
-    """Adds low-rank terms to its prediction. The terms of a request's adapter, padded to one rank, are constants of its
-    branches; without an adapter they are missing.
+    """A model that adds the low-rank terms of a request's adapter to its prediction.
+
+    The terms are padded to one rank, and are constants of the request's branches. Without an adapter they are missing.
     """
 
     RANK = 3
@@ -89,7 +90,7 @@ class AdaptedModel(ToyModel):
 
 
 def test_another_adapter_needs_no_new_capture() -> None:
-    """Low-rank terms are branch constants, which the step addresses by slot number."""
+    """A captured step addresses an adapter's terms, which are branch constants, by slot number."""
     bench = Bench(AdaptedModel())
     first = (make_request("as a choir", duration_s=0.6, seed=1), make_request(duration_s=0.4, seed=2))
     second = (make_request(duration_s=0.5, seed=3), make_request("as a band", duration_s=0.8, seed=4, cfg_scale=3.0))
@@ -112,7 +113,7 @@ def test_another_adapter_needs_no_new_capture() -> None:
             assert bench.results(others) == expected
             bench.registers.memory.copy_(before)
             outcomes.append(expected)
-        assert outcomes[0][0] == outcomes[1][0]  # the row without an adapter
+        assert outcomes[0][0] == outcomes[1][0]  # the row without an adapter is the same
         assert outcomes[0][1] != outcomes[1][1]
 
 
@@ -131,7 +132,7 @@ async def test_replayed_steps_give_the_same_audio_and_count_misses() -> None:
     async with Engine(ToyModel(), options, device=device, metrics=metrics) as engine:
         await asyncio.gather(*map(engine.generate, requests))
         num_graphs = -1
-        while num_graphs != metrics.graphs.total():  # an idle engine captures shapes one by one
+        while num_graphs != metrics.graphs.total():  # an idle engine captures one shape at a time
             num_graphs = metrics.graphs.total()
             await asyncio.sleep(0.3)
         before = device.num_replays, metrics.misses.total()

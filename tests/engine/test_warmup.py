@@ -1,4 +1,4 @@
-"""What the warm-up measures, how long it may take, and which times it ignores."""
+"""The times that the warm-up measures or ignores, and the limit of its duration."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from tests.factories import FakeClock, ToyModel
 
 
 class Timed:
-    """A toy model whose calls take time on a fake clock, depending on rows and frames, and longer if disturbed."""
+    """A toy model whose calls take time on a fake clock, depending on their rows and on disturbances."""
 
     def __init__(self, *, lazy_s: float = 0.0, disturbed: Sequence[int] = (), slower: float = 1.0) -> None:
-        """`lazy_s`: extra time of the first call of each kind; `disturbed`: numbers of calls that take 1 s longer."""
+        """The first call of each kind takes `lazy_s` longer. Calls whose number is in `disturbed` take 1 s longer."""
         self.clock = FakeClock()
         self.calls: list[str] = []
         self._lazy_s, self._disturbed, self._slower = lazy_s, disturbed, slower
@@ -73,7 +73,7 @@ def test_the_budget_limits_runs_but_each_kind_is_measured_once() -> None:
     timed = Timed(slower=1000.0)
     cost = timed.warm_up(budget_s=5.0)
     assert set(timed.calls) == {"encode_text", "denoise", "decode", "encode_audio"}
-    assert timed.clock.now - 1000.0 < 2 * 4 * 4.0  # one untimed and one timed run of each kind, at most 4 s each
+    assert timed.clock.now - 1000.0 < 2 * 4 * 4.0  # an untimed and a timed run of each kind, at most 4 s each
     assert cost.call_ms("denoise", rows=1, frames=64) > 1000.0
 
 

@@ -1,4 +1,4 @@
-"""Windows of sources and of audio: cutting, joining, trimming and checking."""
+"""Windows of sources and audio are cut, joined, trimmed and checked."""
 
 from __future__ import annotations
 

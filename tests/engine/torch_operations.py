@@ -1,5 +1,6 @@
-"""What torch's operations do on a CUDA device: which start a kernel, which wait for the device, which only make views.
-Knows no tensors of its own: `stand_in_device` counts with it.
+"""How torch's operations behave on a CUDA device: whether they start kernels, wait for the device or only create views.
+
+`stand_in_device` uses this to count.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from torch._ops import OpOverload
 
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 _MASKS = (torch.bool, torch.uint8)
-# Made of other operations elsewhere, one kernel on CUDA.
+# Composite operations on other devices, but one kernel on CUDA.
 _FUSED = ("scaled_dot_product_attention", "rms_norm")
-# Neither views by their schema nor kernels.
+# Operations that start no kernel, although their schema does not mark them as views.
 _NO_KERNEL = (
     "_local_scalar_dense",
     "_unsafe_view",
@@ -29,10 +30,10 @@ _NO_KERNEL = (
     "unsqueeze_",
 )
 _MASK_STEP = 16  # values
-_UNFUSED_NORM = 8  # kernels of an RMS norm whose gain has another dtype than its input
-_MOST_JOINED = 4  # dimensions of tensors that are not contiguous and still join in one kernel
+_UNFUSED_NORM = 8  # kernels of an RMS norm if its gain and its input have different dtypes
+_MOST_JOINED = 4  # `cat` joins tensors that are not contiguous in one kernel up to this number of dimensions
 _ALLOCATING = ("empty", "new_empty")
-# The host needs a result before it can go on: a value, or how many elements there are.
+# The host waits for the result of these operations: a value or a number of elements.
 _WAITING = (
     "_local_scalar_dense",
     "bincount",
@@ -48,7 +49,7 @@ _INDEXING = ("index", "_unsafe_index", "index_put", "index_put_", "_index_put_im
 
 
 def leaves(values: Iterable[Any]) -> Iterator[Any]:
-    """Yields the values, and those in lists and tuples among them."""
+    """Yield the values, including those in nested lists and tuples."""
     for value in values:
         if isinstance(value, list | tuple):
             yield from leaves(value)
@@ -64,16 +65,16 @@ def name_of(operation: OpOverload) -> str:
 
 @cache
 def is_composite(operation: OpOverload) -> bool:
-    """Whether the operation is carried out as others, which are then counted in its place."""
+    """Whether torch decomposes the operation into other operations, which are counted instead."""
     return name_of(operation) not in _FUSED and operation.has_kernel_for_dispatch_key(_COMPOSITE)
 
 
 def count_launches(operation: OpOverload, args: Sequence[Any]) -> int:
-    """Returns how many kernels an operation that is not composite starts on CUDA, all tensors being there.
+    """Returns the number of kernels that an operation, which must not be composite, starts on CUDA.
 
-    One, or none for views, for memory without contents and for a copy of data onto itself. Attention under a mask of
-    truth values also converts it, norms copy what is not contiguous first, and joining tensors takes a kernel for each
-    when they have too many dimensions.
+    Views, allocations and copies of data onto itself start none, and other operations start one. In addition, attention
+    converts a boolean mask, norms copy an input that is not contiguous, and `cat` copies each tensor separately if
+    tensors have too many dimensions.
     """
     name = name_of(operation)
     if name == "copy_" and _are_same_data(args[0], args[1]):
@@ -84,13 +85,13 @@ def count_launches(operation: OpOverload, args: Sequence[Any]) -> int:
 
 
 def _count_hidden(name: str, args: Sequence[Any]) -> int:
-    """Returns how many kernels a fused operation starts besides its own."""
+    """Returns the number of kernels that an operation starts besides its own."""
     match name:
         case "scaled_dot_product_attention":
             mask = args[3] if len(args) > 3 else None
             if not isinstance(mask, Tensor):
                 return 0
-            # Kernels read masks in steps of 16 values: others are copied into padded memory, filled first.
+            # Kernels read masks in steps of 16 values. Other masks are copied into padded memory, filled first.
             is_aligned = all(stride % _MASK_STEP == 0 for stride in mask.stride()[:-1])
             return (not mask.is_floating_point()) + 2 * (not is_aligned)
         case "rms_norm" | "native_layer_norm":
@@ -106,32 +107,32 @@ def _count_hidden(name: str, args: Sequence[Any]) -> int:
 
 
 def waits(operation: OpOverload, args: Sequence[Any]) -> bool:
-    """Whether the host waits until the device has come to this operation."""
+    """Whether the host waits until the device has finished all work before this operation."""
     name = name_of(operation)
     if name in _WAITING:
         return True
     if name not in _INDEXING:
         return False
     by_mask = any(isinstance(index, Tensor) and index.dtype in _MASKS for index in args[1])
-    # One value from the host is written where a mask is true without knowing how often it is.
+    # Writing one value from the host under a mask does not need the number of masked elements.
     fills = "put" in name and args[2].numel() == 1 and args[2].device.type == "cpu"
     return by_mask and not fills
 
 
 def indices(operation: OpOverload, args: Sequence[Any]) -> tuple[Tensor, ...]:
-    """Returns the tensors by which an operation indexes; only these may lie on the host when others do not."""
+    """Returns the tensors that an operation uses as indices. They may be on the host although others are not."""
     if name_of(operation) not in _INDEXING:
         return ()
     return tuple(index for index in args[1] if isinstance(index, Tensor))
 
 
-def asks_to_wait(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a copy (`_to_copy` or `copy_`) is one that the host waits for, whatever memory it reads."""
+def is_blocking(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a copy (`_to_copy` or `copy_`) is blocking by its arguments."""
     return not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
 
 
 def _are_same_data(first: Tensor, second: Tensor) -> bool:
-    """Whether both are the same view of the same memory: what `x[i] += y` writes back."""
+    """Whether both tensors are the same view of the same memory, as when `x[i] += y` writes back."""
     return (
         first.untyped_storage()._cdata == second.untyped_storage()._cdata
         and first.storage_offset() == second.storage_offset()

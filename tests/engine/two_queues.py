@@ -1,4 +1,4 @@
-"""A device with two queues on a virtual clock. Independent of the engine."""
+"""A device with two queues on a virtual clock. This module does not depend on the engine."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from tests.patience import PATIENCE_S
 
 
 class TwoQueues(WaitingDevice):
-    """Two queues on a virtual clock. If both have work, the second runs first; its work begins after the first queue's
-    earlier work. A model reports its time on the current queue with `take`.
+    """Two queues on a virtual clock. A model reports the time of each call with `take`.
+
+    Work of the second queue begins after all earlier work of the first one, and then has precedence over it.
     """
 
     def __init__(self, clock: FakeClock) -> None:
         super().__init__(torch.device("cpu"), clock=clock)
         self.has_second_queue = True
         self.default_mode = "fast"
-        self.calls: list[tuple[bool, float, float]] = []  # (is beside, begin, end), in seconds
+        self.calls: list[tuple[bool, float, float]] = []  # (is in the second queue, begin, end), in seconds
         self.gate = threading.Event()
         self.gate.set()
-        self.is_asked = threading.Event()
+        self.has_work = threading.Event()
         self._time = clock
         self._first_free_at = self._second_free_at = 0.0
-        self._busy: list[tuple[float, float]] = []  # the second queue
+        self._busy: list[tuple[float, float]] = []  # (begin, end) of the second queue's work, in seconds
         self._is_beside = False
 
     def take(self, took_s: float) -> None:
         """Queue work of `took_s` seconds on the current queue, once the gate is open."""
-        self.is_asked.set()
+        self.has_work.set()
         assert self.gate.wait(PATIENCE_S)
         if self._is_beside:
             began_at = max(self._second_free_at, self._time.now)

@@ -1,4 +1,4 @@
-"""Runs the examples like a shell, in a separate folder."""
+"""Run the examples as a shell does, in a separate folder."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ EXAMPLES = ROOT / "examples"
 
 
 def _enable_ctrl_c() -> None:
-    """Restore SIGINT, which background processes of a shell, and so these tests, inherit as ignored."""
+    """Restore the handling of SIGINT. A process inherits it as ignored if a shell runs the tests in the background."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True, slots=True)
 class Programs:
-    """Starts examples against a server, with short clips set by their environment."""
+    """Runs examples with a server. Environment variables make their clips short."""
 
     folder: Path
     url: str
@@ -73,7 +73,7 @@ async def finish(process: asyncio.subprocess.Process, code: int) -> str:
 
 
 async def wait_for(process: asyncio.subprocess.Process, text: str, *, end: bytes = b"\n") -> str:
-    """Returns the first line of standard output that contains `text`."""
+    """Wait for a line of standard output that contains `text`. Returns the line."""
     assert process.stdout is not None
     async with asyncio.timeout(PATIENCE_S):
         while text not in (line := (await process.stdout.readuntil(end)).decode()):

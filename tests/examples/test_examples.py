@@ -1,4 +1,4 @@
-"""Every program of `examples/`, run as users run it, against a server with the demo model."""
+"""Every program of `examples/` runs, as users run it, with a server of the demo model."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tests.examples.programs import EXAMPLES, Programs, find_examples, finish, w
 from tests.patience import PATIENCE_S
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
-module_loop = pytest.mark.asyncio(loop_scope="module")  # the event loop of the server
+module_loop = pytest.mark.asyncio(loop_scope="module")  # the server runs in this event loop
 
-# Client of another system -> duration in seconds of each file that it writes.
+# Clients of other systems, and the duration in seconds of each file that they write.
 CLIENTS: dict[str, dict[str, float]] = {
     "clients/aimlapi/generate.py": {"generated.wav": 1},
     "clients/aimlapi/generate.sh": {"generated.wav": 1},
@@ -37,7 +37,7 @@ CLIENTS: dict[str, dict[str, float]] = {
     "clients/vllm_omni/openai_client.py": {"waves.flac": 1},
 }
 ARGUMENTS = {"clients/vllm_omni/generate.py": ["--audio-length", "1", "--num-inference-steps", "4"]}
-# Examples with our client. Each has a separate test.
+# Examples that use our client. Each has its own test.
 OWN = {
     "batch_from_csv.py",
     "endless_continuation.py",
@@ -171,35 +171,35 @@ ARGUMENTS_TO_START = {
     "endless_continuation.py": ["rain"],
     "variation_ladder.py": ["rain"],
 }
-# `make chaos` starts and ends every program. Other runs use one program of each kind.
+# `make chaos` tests every program. Other runs test one program of each kind.
 FEW = [*ARGUMENTS_TO_START, "clients/aimlapi/generate.py", "clients/fal/queue.sh"]
-ASKING = [
+CALLING = [
     name if name in FEW else pytest.param(name, marks=pytest.mark.chaos) for name in [*ARGUMENTS_TO_START, *CLIENTS]
 ]
 
 
-@pytest.mark.parametrize("name", ASKING)
-async def test_ctrl_c_ends_them_without_a_traceback(name: str, tmp_path: Path) -> None:
-    """Ctrl-C arrives while the program waits for a server that never answers."""
+@pytest.mark.parametrize("name", CALLING)
+async def test_ctrl_c_ends_a_program_without_a_traceback(name: str, tmp_path: Path) -> None:
+    """The program gets Ctrl-C while it waits for a server that never answers."""
     connected = asyncio.Event()
 
-    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def accept_silently(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connected.set()
         await reader.read()
         writer.close()
 
-    async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as server:
+    async with await asyncio.start_server(accept_silently, "127.0.0.1", 0) as server:
         programs = Programs(tmp_path, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
         process = await programs.start(name, *ARGUMENTS_TO_START.get(name, []))
         async with asyncio.timeout(PATIENCE_S):
             await connected.wait()
-        os.killpg(process.pid, signal.SIGINT)  # a terminal signals the process group
-        killed = -signal.SIGINT if name.endswith(".sh") else 130  # a shell reports both as 130
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        killed = -signal.SIGINT if name.endswith(".sh") else 130  # a shell reports -SIGINT as 130 too
         await finish(process, {"endless_continuation.py": 0}.get(name, killed))
     assert programs.seconds() == {}
 
 
-@pytest.mark.parametrize("name", ASKING)
+@pytest.mark.parametrize("name", CALLING)
 async def test_an_invalid_address_is_reported(name: str, tmp_path: Path) -> None:
     code = 6 if name.endswith(".sh") else 1
     output = await Programs(tmp_path, "nowhere").run(name, *ARGUMENTS_TO_START.get(name, []), code=code)
@@ -232,7 +232,7 @@ async def test_scripts_end_when_the_server_stops(name: str, num_answers: int, tm
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("name", [*ARGUMENTS_TO_START, *CLIENTS])
-async def test_without_a_server_they_report_an_error(name: str, tmp_path: Path) -> None:
+async def test_programs_report_a_missing_server(name: str, tmp_path: Path) -> None:
     code = 7 if name.endswith(".sh") else 1
     output = await Programs(tmp_path, "http://127.0.0.1:9").run(name, *ARGUMENTS_TO_START.get(name, []), code=code)
     assert output.startswith(("error: ", "curl: "))

@@ -1,4 +1,4 @@
-"""The Gradio page, in an environment with its requirements, against a test server."""
+"""The Gradio page runs in an environment with its requirements, with a test server."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 
 def skip_or_fail(reason: str) -> None:
-    """Skip the test, for example without a network. Fail it in CI."""
+    """Skip the test. In CI, fail it instead."""
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
     pytest.skip(f"NOT TESTED, the Gradio page: {reason}")
@@ -55,7 +55,7 @@ def python() -> Path:
             if done.returncode:
                 shutil.rmtree(folder)
                 skip_or_fail(f"it could not be installed: {done.stderr[-500:]}")
-        Path(folder).rename(installed)  # the complete environment appears atomically
+        Path(folder).rename(installed)  # atomic, so that no run sees an incomplete environment
     return installed / "bin" / "python"
 
 

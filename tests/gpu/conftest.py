@@ -1,7 +1,7 @@
-"""Selects the device for this folder's tests: the first CUDA device, or STABLE_AUDIO_TEST_DEVICE (`cpu` to try them).
+"""Select the device for this folder's tests: STABLE_AUDIO_TEST_DEVICE, such as `cpu`, or the first CUDA device.
 
-The folder is a separate test suite for machines that have torch, transformers and pytest but none of our other
-packages. It has its own pytest.ini, and neither this file nor any test needs pytest-asyncio or tests/conftest.py.
+This folder is a separate test suite for machines that have torch, transformers and pytest, but not our other
+dependencies. It has its own pytest.ini and needs neither pytest-asyncio nor tests/conftest.py.
 """
 
 from __future__ import annotations

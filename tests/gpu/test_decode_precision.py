@@ -1,4 +1,4 @@
-"""Every decode precision of this device against exact float32; the rest of the model stays exact."""
+"""Each decode precision of this device is close to exact float32, and the rest of the model stays exact."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def decode(device: torch.device, name: str, **products: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("name", SHARP)
-def test_distance_from_float32(device: torch.device, name: str, precision: DecodePrecision) -> None:
+def test_decoded_audio_is_close_to_float32(device: torch.device, name: str, precision: DecodePrecision) -> None:
     exact = decode(device, name)
     audio = decode(device, name, products=decoder_products(precision, device))
     assert torch.equal(exact, decode(device, name))

@@ -1,4 +1,4 @@
-"""Batches on CUDA: identical bytes in strict mode, close results in fast mode, the CPU's noise in both."""
+"""Batches on CUDA give identical bytes in strict mode and close results in fast mode, with the CPU's noise."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from tests.gpu.loaded import load_on
 
 pytestmark = pytest.mark.gpu
 
-# Largest difference from the same request alone; strict mode is exact in every precision. The float16 epsilon is 8000
+# Largest difference from the same request alone in fast mode. Strict mode is exact. The epsilon of float16 is 8000
 # times that of float32, whose largest difference with CPU kernels is 1.2e-5.
 FAST = {torch.float32: 1e-3, torch.float16: 0.1}
 ACROSS_DEVICES = 5e-3
 
 
-class Quiet(SeededNoise):
-    """Draws only the latents' noise: the autoencoder's noise differs between kinds of device by design."""
+class LatentNoiseOnly(SeededNoise):
+    """Draws only the noise of latents, because the autoencoder's noise differs between kinds of device by design."""
 
     def window(
         self, stage: str, start: int, *, shape: tuple[int, ...], frame_axis: int, device: torch.device
@@ -41,7 +41,7 @@ async def generate_alone(engine: Engine) -> list[GenerationResult]:
 
 
 async def generate_crowded(engine: Engine) -> list[GenerationResult]:
-    """Generate with different requests that arrived earlier, one of which is cancelled."""
+    """Generate after other requests have arrived, one of which is then cancelled."""
     neighbours = [asyncio.create_task(engine.generate(request)) for request in make_neighbours()]
     leaving = asyncio.create_task(engine.generate(make_request("gone", duration_s=3.0, steps=100)))
     crowded = asyncio.gather(*map(engine.generate, SUBJECTS.values()))
@@ -56,7 +56,7 @@ Result = TypeVar("Result")
 
 
 def in_engine(engine: Engine, use: Callable[[Engine], Awaitable[Result]]) -> Result:
-    """Returns the result of `use` and closes the engine."""
+    """Run `use` with the engine, then close the engine. Returns the result of `use`."""
 
     async def run() -> Result:
         async with engine:
@@ -95,7 +95,8 @@ def test_other_requests_do_not_change_the_audio(device: torch.device, name: str,
 @pytest.mark.parametrize("name", SHARP)
 def test_the_same_seed_gives_the_same_sound_on_every_device(device: torch.device, name: str) -> None:
     results = [
-        in_engine(Engine(load_on(where, name), noise_factory=Quiet), generate_alone)  # warmed up, in its default mode
+        # The engine runs with a warm-up and in the default mode.
+        in_engine(Engine(load_on(where, name), noise_factory=LatentNoiseOnly), generate_alone)
         for where in (device, torch.device("cpu"))
     ]
     assert largest_difference(*results) <= ACROSS_DEVICES

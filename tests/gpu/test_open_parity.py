@@ -1,6 +1,4 @@
-"""Reference numbers of the Stable Audio Open family on CUDA: float32 near the CPU's bounds, half precision within wider
-ones.
-"""
+"""Reference values of the Stable Audio Open family on CUDA, with wider bounds than on the CPU."""
 
 from __future__ import annotations
 
@@ -23,12 +21,13 @@ from tests.models.sao.tiny import TINY
 
 pytestmark = pytest.mark.gpu
 
-# Other kernels add in another order: ten times the CPU's bounds.
+# Ten times the CPU's bounds, because other kernels add in another order.
 NETWORK, GUIDED, AUTOENCODER = 2e-4, 5e-4, 2e-4
-# The prompt's T5 uses float16 on every device; float32 would change whole runs by 3.3e-2. A wrong formula: 0.1.
+# T5 encodes the prompt in float16 on every device. With float32, whole runs would differ by 3.3e-2. A wrong formula
+# makes a difference of 0.1.
 WHOLE_RUN = 5e-2
-WHOLE = [(name, case) for name, case in CASES if not case.startswith("gen/rf_")]  # those need another config
-# Relative root mean square of one denoiser call. Observed with CPU kernels: float16 0.0017, bfloat16 0.013.
+WHOLE = [(name, case) for name, case in CASES if not case.startswith("gen/rf_")]  # these cases need another config
+# Relative RMS error of one denoiser call. Observed with CPU kernels: 0.0017 for float16, 0.013 for bfloat16.
 HALF = {torch.float16: 0.01, torch.bfloat16: 0.05}
 
 
@@ -38,7 +37,7 @@ def load_on(device: torch.device, name: str, dtype: torch.dtype = torch.float32)
     model = load_model(entry, device=device, dtype=own, decode_precision="float32")
     assert isinstance(model, SaoModel)
     if device.type != "cuda":
-        cast_network(model.denoiser, dtype)  # also to precisions that the product refuses on some devices
+        cast_network(model.denoiser, dtype)  # includes precisions that the product refuses on some devices
     return model
 
 
@@ -58,7 +57,7 @@ def denoise(device: torch.device, name: str, dtype: torch.dtype, *, is_condition
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_denoiser(device: torch.device, name: str) -> None:
+def test_denoiser_matches_the_reference(device: torch.device, name: str) -> None:
     conditional = denoise(device, name, torch.float32)
     unconditional = denoise(device, name, torch.float32, is_conditional=False)
     tensors = load_open_goldens(name).tensors
@@ -68,7 +67,7 @@ def test_denoiser(device: torch.device, name: str) -> None:
 
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_half_precision_denoiser(device: torch.device, name: str, dtype: torch.dtype) -> None:
+def test_half_precision_denoiser_is_close_to_the_reference(device: torch.device, name: str, dtype: torch.dtype) -> None:
     model, expected = load_on(device, name, dtype), load_open_goldens(name).tensors["dit/out"]
     assert model.denoiser.dtype == dtype
     assert {parameter.dtype for parameter in model.autoencoder.parameters()} == {torch.float32}
@@ -77,7 +76,7 @@ def test_half_precision_denoiser(device: torch.device, name: str, dtype: torch.d
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_autoencoder(device: torch.device, name: str) -> None:
+def test_autoencoder_matches_the_reference(device: torch.device, name: str) -> None:
     tensors = load_open_goldens(name).tensors
     with torch.inference_mode():
         decoded = load_on(device, name).autoencoder.decode(stored(name, "ae/z", device)).cpu()

@@ -1,4 +1,4 @@
-"""Reference numbers on CUDA: float32 near the CPU's bounds, a half-precision denoiser within wider ones."""
+"""Reference values of the Stable Audio 3 family on CUDA, with wider bounds than on the CPU."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from tests.models.loaded import assert_near
 
 pytestmark = pytest.mark.gpu
 
-# Other kernels add in another order: ten times the CPU's bounds.
+# Ten times the CPU's bounds, because other kernels add in another order.
 WIDER = 10.0
-# Relative root mean square of one denoiser call. Observed with CPU kernels: float16 0.0013, bfloat16 0.0098.
+# Relative RMS error of one denoiser call. Observed with CPU kernels: 0.0013 for float16, 0.0098 for bfloat16.
 HALF = {torch.float16: 0.01, torch.bfloat16: 0.05}
 
 
@@ -34,7 +34,7 @@ def stored(name: str, keys: Sequence[str], device: torch.device) -> list[Tensor]
 
 
 def denoise(device: torch.device, name: str, dtype: torch.dtype, *, guided: bool = False) -> Tensor:
-    """Run the network on the stored inputs, padding masked unless guided. Returns (B, D, F) float32 on the CPU."""
+    """Run the network on the stored inputs, with masked padding unless guided. Returns (B, D, F) float32 on the CPU."""
     net = load_on(device, name, dtype).denoiser
     keys = ("x", "t", "cross_attn_cond", "global_cond", "local_add_cond", "padding_mask", "negative_cross_attn_cond")
     x, t, context, glob, local, valid, negative = stored(name, [f"dit/{key}" for key in keys], device)
@@ -56,7 +56,7 @@ def denoise(device: torch.device, name: str, dtype: torch.dtype, *, guided: bool
     return velocity.cpu()
 
 
-def test_prompts_and_numbers(device: torch.device, name: str) -> None:
+def test_conditioners_match_the_reference(device: torch.device, name: str) -> None:
     model, goldens = load_on(device, name), load_goldens(name)
     encoded = model.encode_text(goldens.facts["components"]["text"]["prompts"])
     tokens = torch.stack([embedding.tokens for embedding in encoded]).cpu()
@@ -66,7 +66,7 @@ def test_prompts_and_numbers(device: torch.device, name: str) -> None:
     assert_near(embedded, goldens.tensors["number/embeddings"], within=WIDER * BOUNDS["number"])
 
 
-def test_denoiser(device: torch.device, name: str) -> None:
+def test_denoiser_matches_the_reference(device: torch.device, name: str) -> None:
     tensors = load_goldens(name).tensors
     valid = tensors["dit/padding_mask"].bool()[:, None].expand(-1, tensors["dit/x"].shape[1], -1)
     padded = denoise(device, name, torch.float32)
@@ -76,7 +76,7 @@ def test_denoiser(device: torch.device, name: str) -> None:
     assert_near(guided, tensors["dit/cfg3_neg_apg1"], within=WIDER * BOUNDS["denoiser guidance"])
 
 
-def test_autoencoder(device: torch.device, name: str) -> None:
+def test_autoencoder_matches_the_reference(device: torch.device, name: str) -> None:
     net, tensors = load_on(device, name).autoencoder, load_goldens(name).tensors
     audio, latents = stored(name, ["ae/audio", "ae/latents"], device)
     with torch.inference_mode():
@@ -96,7 +96,7 @@ def test_runs_match_the_reference(device: torch.device, name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_half_precision_denoiser(device: torch.device, name: str, dtype: torch.dtype) -> None:
+def test_half_precision_denoiser_is_close_to_the_reference(device: torch.device, name: str, dtype: torch.dtype) -> None:
     model, expected = load_on(device, name, dtype), load_goldens(name).tensors["dit/out_pad_keymask"]
     assert model.denoiser.dtype == dtype
     assert {parameter.dtype for parameter in model.autoencoder.parameters()} == {torch.float32}

@@ -72,7 +72,7 @@ class RecordedMetrics:
 
 @dataclass
 class Workshop:
-    """A queue and a backend in one folder, and any number of runners."""
+    """A job queue and a backend in one folder, and the runners that a test starts."""
 
     settings: Settings
     queue: JobQueue
@@ -139,13 +139,13 @@ def processes() -> Iterator[ProcessPoolExecutor]:
 
 @pytest.fixture
 def job_settings() -> JobSettings:
-    """Override this in a module or class for other limits."""
+    """Return the job settings. Override this fixture in a module or class for other limits."""
     return JobSettings()
 
 
 @pytest.fixture
 def now() -> Callable[[], float] | None:
-    """Override this in a module to set the clock of the job database."""
+    """Return the clock of the job database. Override this fixture in a module for another clock."""
     return None
 
 

@@ -1,4 +1,4 @@
-"""Loads the model once, in the process from which crash workers are forked."""
+"""Load the model once, in the process from which crash workers are forked."""
 
 from tests.jobs.crash_worker import MODEL
 from tests.models.loaded import loaded

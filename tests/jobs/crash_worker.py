@@ -1,6 +1,6 @@
-"""A runner with a real engine in a child process, for tests that kill or freeze it.
+"""A job runner with a real engine in a child process, for tests that kill or freeze it.
 
-Workers are forked from a process with all imports done and the model loaded, so that each starts at once.
+Workers are forked from a process that has imported everything and loaded the model, so they start quickly.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ MODEL = "tiny-s"
 
 
 def make_context() -> ForkServerContext:
-    """Return a context that forks processes from a server with the model loaded."""
+    """Return a multiprocessing context that forks from a process with the model loaded."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.jobs.crash_preload"])
     return context
 
 
 def start_worker(context: ForkServerContext, settings: Settings, *, failpoints: str = "") -> BaseProcess:
-    """Start a worker, which runs until every job is over and its webhook is sent, unless it is killed."""
+    """Start a worker. Unless it is killed, it runs until every job has ended and every webhook is sent."""
     process = context.Process(target=_main, args=(settings, failpoints), daemon=True)
     process.start()
     return process
@@ -76,26 +76,24 @@ async def _work(settings: Settings) -> None:
 
 
 def _freeze_between_transactions(database: Database) -> None:
-    """Never freeze the process while it uses SQLite: a frozen writer, or a connection being opened, blocks all
-    others.
-    """
+    """Delay a freeze until the process does not use SQLite, because a frozen writer blocks all other processes."""
     lock = threading.RLock()
     kill = os.kill
 
-    def alone(use: Callable[..., AbstractContextManager[sa.Connection]]) -> Callable[..., Any]:
+    def locked(use: Callable[..., AbstractContextManager[sa.Connection]]) -> Callable[..., Any]:
         @contextmanager
-        def used_alone(**options: Any) -> Iterator[sa.Connection]:
+        def use_locked(**options: Any) -> Iterator[sa.Connection]:
             with lock, use(**options) as connection:
                 yield connection
 
-        return used_alone
+        return use_locked
 
     def kill_alone(pid: int, number: int) -> None:
         with lock if number == signal.SIGSTOP else nullcontext():
             kill(pid, number)
 
-    database.writing = alone(database.writing)  # type: ignore[method-assign]
-    database.reading = alone(database.reading)  # type: ignore[method-assign]
+    database.writing = locked(database.writing)  # type: ignore[method-assign]
+    database.reading = locked(database.reading)  # type: ignore[method-assign]
     os.kill = kill_alone
 
 

@@ -1,4 +1,4 @@
-"""Job stores on both databases with a settable clock, and short helper functions for tests."""
+"""Job stores on both databases with a clock that tests can set, and helper functions for tests."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.jobs.conftest import make_spec
 __all__ = ["contract_store_url", "database", "postgres_with_tables", "store", "store_url", "wall"]
 
 KINDS = ("sqlite", pytest.param("postgresql", marks=[pytest.mark.server, pytest.mark.slow]))
-# always both: the contract of the store
+# the tests of the store's contract always run on both databases
 CONTRACT_KINDS = ("sqlite", pytest.param("postgresql", marks=pytest.mark.server))
 LEASE_S = 15.0
 FILE = StoredFile("k-a.wav", "audio/wav", "a.wav", 3, "0" * 64)
@@ -37,7 +37,7 @@ ERROR = JobError("invalid", "steps: too many", "steps")
 
 @dataclass
 class Wall:
-    """A clock that only tests move."""
+    """A clock that only tests advance."""
 
     now: float = 1_790_000_000.0
 
@@ -59,7 +59,7 @@ def _make_tables(postgres: PostgresServer) -> str:
 
 @pytest.fixture(scope="session")
 def postgres_with_tables(postgres: PostgresServer) -> str:
-    """One database for all tests of this process. `empty` clears it faster than creating another one."""
+    """Return one database for all tests of this process, because emptying it is faster than creating another."""
     return _make_tables(postgres)
 
 
@@ -79,7 +79,7 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture(params=CONTRACT_KINDS)
 def contract_store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The same for the contract suite: import it `as store_url`."""
+    """Return the URL of an empty database for tests of the store's contract, which import this `as store_url`."""
     return _url_of(request.param, request, tmp_path)
 
 
@@ -150,7 +150,7 @@ def lease(store: JobStore, owner: str = "me", **options: Any) -> Job:
 
 
 def report(store: JobStore, job: Job, **progress: Any) -> bool:
-    """Report progress and return whether the lease still held."""
+    """Report progress. Returns whether the lease was still valid."""
     return store.runners.report([Report(job, **progress)]) == []
 
 
@@ -159,14 +159,14 @@ def leased_ids(store: JobStore, number: int) -> list[str]:
 
 
 def result_of(job: Job) -> JobResult:
-    """Return a result with a new file, as each attempt has."""
+    """Return a result with a new file, because each attempt stores its own file."""
     assert job.lease is not None
     key = f"{'-'.join(job.spec.ref)}-{job.lease.fence}.wav"
     return JobResult(StoredFile(key, "audio/wav", "a.wav", 3, "0" * 64), f"file-{key}", 44100, (7,), 1.5)
 
 
 def end_in_every_way(store: JobStore, job: Job) -> list[Job | None]:
-    """Try every way in which a runner can end a leased job."""
+    """Call every operation with which a runner can end a leased job. Return the results."""
     return [
         store.runners.succeed(job, RESULT),
         store.runners.fail(job, ERROR),

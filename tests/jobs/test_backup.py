@@ -1,4 +1,4 @@
-"""Runs the backup and restore commands of docs/operations.md while a server accepts and runs jobs."""
+"""The backup and restore commands of docs/operations.md work while a server accepts and runs jobs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KINDS = ("sqlite", "postgresql")
 
 
 async def run_block(title: str, folder: Path, **environ: str) -> None:
-    """Run the only command block below a heading of the page."""
+    """Run the only command block below this heading of the page."""
     section = PAGE.read_text().split(f"### {title}\n")[1].split("\n#")[0]
     (commands,) = re.findall(r"```shell\n(.*?)```", section, flags=re.DOTALL)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -42,7 +42,7 @@ async def run_block(title: str, folder: Path, **environ: str) -> None:
 
 @pytest.fixture(params=KINDS)
 def urls(request: pytest.FixtureRequest) -> Iterator[tuple[str | None, str | None]]:
-    """Return the job database of a server and an empty one for the restore; None = the file in its folder."""
+    """Yield the URLs of a server's job database and of an empty one for the restore. None is the default file."""
     if request.param == "sqlite":
         yield None, None
         return
@@ -82,7 +82,7 @@ async def audio_of(client: httpx.AsyncClient, ticket: dict[str, Any]) -> bytes:
 async def test_backup_of_a_running_server_restores_its_jobs(
     urls: tuple[str | None, str | None], tmp_path: Path
 ) -> None:
-    """Finished jobs have their audio, the others run again, and those submitted after the backup are gone."""
+    """Finished jobs keep their audio, unfinished jobs run again, and jobs submitted after the backup are lost."""
     kind = "PostgreSQL" if urls[0] else "SQLite"
     live: dict[str, Any] = {"output_dir": str(tmp_path / "outputs"), "jobs": {"database_url": urls[0], "lease_s": 1}}
     backend = ToneBackend()
@@ -94,12 +94,12 @@ async def test_backup_of_a_running_server_restores_its_jobs(
         backend.released.clear()
         unfinished = [await submit(client, path) for path in ("/jobs", "/jobs/variations", "/jobs/inpaint")]
         await wait(client, unfinished[0], "running")
-        meanwhile: list[dict[str, Any]] = []
-        busy = asyncio.create_task(keep_submitting(client, meanwhile))
-        await until(lambda: meanwhile)
+        tickets: list[dict[str, Any]] = []
+        busy = asyncio.create_task(keep_submitting(client, tickets))
+        await until(lambda: tickets)
         await run_block(f"Backup: {kind}", tmp_path, STABLE_AUDIO_DATABASE_URL=urls[0] or "")
-        num_before = len(meanwhile)
-        await until(lambda: len(meanwhile) > num_before + 3)  # the server keeps working during the backup
+        num_before = len(tickets)
+        await until(lambda: len(tickets) > num_before + 3)  # the server keeps working during the backup
         busy.cancel()
         with suppress(asyncio.CancelledError):
             await busy
@@ -117,7 +117,7 @@ async def test_backup_of_a_running_server_restores_its_jobs(
             assert (await wait(client, ticket))["status"] == "succeeded"
             await audio_of(client, ticket)
         assert (await client.get(later["status_url"])).status_code == 404
-        known = [ticket for ticket in meanwhile if (await client.get(ticket["status_url"])).status_code == 200]
+        known = [ticket for ticket in tickets if (await client.get(ticket["status_url"])).status_code == 200]
         for ticket in known:
             assert (await wait(client, ticket))["status"] == "succeeded"
         assert (await wait(client, await submit(client)))["status"] == "succeeded"

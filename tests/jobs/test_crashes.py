@@ -1,4 +1,4 @@
-"""Runners that are killed or frozen at critical moments: every job has one visible file and one webhook."""
+"""Every job has one visible file and one webhook, although runners are killed or frozen at critical moments."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def context() -> ForkServerContext:
 
 @dataclass
 class Site:
-    """A store and folder, and the workers of a test on them."""
+    """A job queue, a webhook receiver, and the workers that a test starts."""
 
     settings: Settings
     context: ForkServerContext
@@ -65,7 +65,7 @@ class Site:
         return sorted(path.name for path in Path(self.settings.output_dir).glob("*.wav"))
 
     async def visible(self, job: Job) -> tuple[Job, bytes]:
-        """Return a succeeded job and its audio; checks that there is one file and one webhook."""
+        """Check that a job has succeeded, with one file and one webhook. Return the job and its audio."""
         ended = await self.queue.get(job.spec.ref)
         assert ended is not None
         assert ended.result is not None, (ended.state, ended.error)

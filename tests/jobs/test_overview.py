@@ -1,4 +1,4 @@
-"""Cached job counts: few database queries, and old counts during an outage."""
+"""Job counts are cached, so that there are few queries and the old counts remain during an outage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Servers of two versions on one job database while one replaces the other: both run jobs, and none is lost."""
+"""Servers of two versions share a job database while one replaces the other. Both run jobs, and none is lost."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @contextmanager
 def runner(version: str, url: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """Run a runner of `this` or the `next` version, and wait for its first line of output."""
+    """Start a job runner of `this` or the `next` version, and end it with the context."""
     command = [sys.executable, "-m", "tests.jobs.versions", version, url, str(folder)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ)
     try:
@@ -51,7 +51,7 @@ def read_line(process: subprocess.Popen[str]) -> str:
 
 
 def end(process: subprocess.Popen[str]) -> int:
-    """Return how many attempts a runner has begun."""
+    """Stop a runner. Return the number of attempts that it has begun."""
     output, _ = process.communicate(timeout=PATIENCE_S)
     return int(output)
 
@@ -62,7 +62,7 @@ def scalar(queue: JobQueue, query: str) -> int:
 
 
 class Customer:
-    """Submits jobs through a server of this version."""
+    """Submits jobs as a server of this version."""
 
     def __init__(self, queue: JobQueue) -> None:
         self._queue = queue
@@ -80,7 +80,7 @@ class Customer:
                 await asyncio.sleep(0.05)
 
     async def ended(self) -> list[Job]:
-        """Wait until all jobs are over and return them."""
+        """Wait until all jobs have ended, and return them."""
         async with asyncio.timeout(PATIENCE_S):
             while True:
                 found = [await self._queue.get(job.spec.ref) for job in self.jobs]
@@ -99,10 +99,10 @@ async def test_runners_of_two_versions_share_the_jobs_of_one_database(url: str, 
     with runner("this", url, tmp_path) as old:
         assert read_line(old) == "ready"
         await customer.submit(40)
-        with runner("next", url, tmp_path) as new:  # upgrades while the older one works
+        with runner("next", url, tmp_path) as new:  # upgrades the tables while the older runner works
             assert read_line(new) == "ready"
             await customer.keep_both_busy()
-            with runner("this", url, tmp_path) as late:  # on tables newer than its own
+            with runner("this", url, tmp_path) as late:  # starts on tables newer than its own
                 assert read_line(late) == "ready"
                 num_old = end(old)
                 await customer.keep_both_busy()
@@ -110,13 +110,14 @@ async def test_runners_of_two_versions_share_the_jobs_of_one_database(url: str, 
                 num_new, num_late = end(new), end(late)
     assert {(job.state, job.attempts) for job in jobs} == {("succeeded", 1)}
     assert min(num_old, num_new, num_late) > 0
-    assert num_old + num_new + num_late - len(jobs) in (0, 1, 2)  # jobs that the old runner requeued when it stopped
+    # The difference is attempts at jobs that the old runner requeued when it stopped.
+    assert num_old + num_new + num_late - len(jobs) in (0, 1, 2)
     assert scalar(queue, "SELECT count(*) FROM made_up") == num_new
     assert (
         scalar(queue, "SELECT count(*) FROM jobs WHERE made_up_work_s = 0 AND made_up_note IS NULL")
         == len(jobs) - num_new
     )
-    while queue.store.retention.purge(age_s=0.0):  # by this version, which does not know the tables that refer to jobs
+    while queue.store.retention.purge(age_s=0.0):  # this version does not know the newer tables that refer to jobs
         pass
     assert scalar(queue, "SELECT count(*) FROM jobs") == scalar(queue, "SELECT count(*) FROM made_up") == 0
     await queue.close()

@@ -1,4 +1,4 @@
-"""Ports and proxy, chosen before Ray is imported."""
+"""The launcher chooses ports and the proxy before it imports Ray."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The guard kills the launcher's children and removes its folder, however the launcher ends."""
+"""However the launcher ends, the guard kills its child processes and removes its folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A local HTTP server that imitates the model hub for repositories given as dictionaries of files."""
+"""A local HTTP server that imitates the model hub. Repositories are dictionaries of files."""
 
 from __future__ import annotations
 
@@ -22,22 +22,24 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Repo:
-    """Files by path. A `gated` repository lists its files publicly and serves them only to bearers of `token`. Without
-    `gated`, a `token` hides the repository from all others. `refused` files are listed but get status 403.
+    """A repository with its files by path.
+
+    A `gated` repository lists its files to everyone, and serves them to requests with `token` only. Without `gated`, a
+    `token` hides the repository from other requests. `refused` files are listed, but a download gets status 403.
     """
 
     files: Mapping[str, bytes]
     gated: bool = False
     token: str | None = None
     revisions: tuple[str, ...] = ("main",)
-    status: int | None = None  # answer every request with this status
+    status: int | None = None  # status of every response, if set
     refused: tuple[str, ...] = ()
-    sizes: Mapping[str, int] = field(default_factory=dict)  # false file sizes for the listing
+    sizes: Mapping[str, int] = field(default_factory=dict)  # wrong sizes to list for these files
 
 
 @dataclass
 class Hub:
-    """A running server. `fetched` lists the served files, `requests` counts the requests."""
+    """A running server. `fetched` has the served files, and `requests` is the number of requests."""
 
     url: str = ""
     fetched: list[str] = field(default_factory=list)
@@ -45,13 +47,13 @@ class Hub:
 
 
 def checkpoint_files(folder: Path) -> dict[str, bytes]:
-    """Returns the files of a checkpoint folder for a repository."""
+    """Returns the files of a checkpoint folder by path, for a `Repo`."""
     paths = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("golden")]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def hub_environment(endpoint: str, home: Path) -> dict[str, str]:
-    """Returns this process's environment with another hub and cache, and no other settings of the hub's library."""
+    """Returns this process's environment with this hub and cache, without other settings of the hub's library."""
     mine = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     variables = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home)}
     return mine | variables | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1"}
@@ -61,7 +63,7 @@ def hub_environment(endpoint: str, home: Path) -> dict[str, str]:
 def pointing_library_at(
     endpoint: str, home: Path, *, token: str | None = None, is_offline: bool = False
 ) -> Iterator[None]:
-    """Configure the hub's library in this process as if it had been imported with such an environment."""
+    """Configure the hub's library in this process as if it had been imported with `hub_environment`."""
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("HF_")]:
             patch.delenv(name)
@@ -83,7 +85,7 @@ def pointing_library_at(
 
 
 def fill_cache(home: Path, repo_id: str, folder: Path) -> None:
-    """Download the checkpoint in `folder`, named `repo_id`, to the cache below `home`, then stop its hub."""
+    """Download the checkpoint in `folder` as `repo_id` to the cache below `home`, from a hub that then stops."""
     with running_hub({repo_id: Repo(checkpoint_files(folder))}) as hub, pointing_library_at(hub.url, home):
         snapshot_download(repo_id)
 

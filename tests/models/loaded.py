@@ -24,5 +24,5 @@ def loaded(name: str) -> Sa3Model:
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor, *, within: float) -> None:
-    """Check the largest absolute difference of two tensors of equal shape."""
+    """Assert equal shapes and an absolute difference of at most `within`."""
     torch.testing.assert_close(actual, expected, atol=within, rtol=0)

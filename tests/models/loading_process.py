@@ -1,6 +1,6 @@
-"""Loads a checkpoint folder in a separate process and prints the peak of the additional memory in bytes.
+"""A program that loads a checkpoint folder and prints the peak of the additional memory in bytes.
 
-The text encoder is omitted: importing its library takes longer than everything else here.
+It omits the text encoder, because importing that library takes longer than everything else.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def measure(folder: Path, small: Path, *, dtype: torch.dtype) -> int:
-    """Returns the bytes that loading `folder` added. `small` is loaded first, so that libraries do not count."""
+    """Load `small` first, so that libraries do not count, and then `folder`. Returns the bytes that `folder` added."""
     weight_files.MAPPED_BYTES = 16 * 2**20
     build.load_text_encoder = lambda *_, **__: TextEncoder(None, nn.Identity(), width=768, max_length=8)
     load(small, dtype=dtype)
@@ -33,11 +33,11 @@ def measure(folder: Path, small: Path, *, dtype: torch.dtype) -> int:
 
 
 def load(folder: Path, *, dtype: torch.dtype) -> None:
-    """Load with the denoiser in `dtype`, even if a server refuses it on this CPU, and read every weight."""
+    """Load a model with the denoiser in `dtype`, even if a server refuses that on this CPU. Reads every weight."""
     card = ModelCard("measured", "stable-audio-3")
     model = build.load_sa3(card, folder, text_encoder=folder, device=CPU, dtype=dtype, decode_precision="float32")
     assert model.denoiser.dtype == dtype
-    for network in (model.denoiser, model.autoencoder):  # mapped memory counts once it is read
+    for network in (model.denoiser, model.autoencoder):  # mapped memory counts only after it is read
         sum(float(tensor.sum()) for tensor in network.state_dict().values())
 
 

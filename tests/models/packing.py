@@ -1,5 +1,6 @@
-"""Packed rows for tests: runs rows of several lengths through a network as one sequence, with the CPU layout and with
-the CUDA layout over a plain implementation of its kernel.
+"""Run rows of different lengths through a network as one packed sequence.
+
+The layout is the CPU's, or CUDA's with a plain implementation of its kernel.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ def attend_varlen(
     seqused_k: Tensor | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Implements the documentation of `torch.nn.attention.varlen.varlen_attn`: (tokens, H, E) each, offsets int32.
+    """A plain implementation of `torch.nn.attention.varlen.varlen_attn` for tensors (tokens, H, E) and int32 offsets.
 
-    Tokens of no row become NaN.
+    Tokens that belong to no row become NaN.
     """
     assert seqused_k is not None
     return torch.ops.tests.attend_varlen(
@@ -77,7 +78,7 @@ def _(query: Tensor, *_args: object, **_kwargs: object) -> Tensor:
 
 
 def make_segments(frames: Sequence[int], valid_frames: Sequence[int], *, num_prefix: int) -> Segments:
-    """Returns segments with more room than the rows need."""
+    """Returns segments for the rows, with more space than they need."""
     return Segments.of(
         torch.tensor([*frames, *[0] * SPARE_ROWS], dtype=torch.int32),
         torch.tensor([*valid_frames, *[0] * SPARE_ROWS], dtype=torch.int32),
@@ -88,7 +89,7 @@ def make_segments(frames: Sequence[int], valid_frames: Sequence[int], *, num_pre
 
 
 def to_tokens(rows: Sequence[Tensor], segments: Segments) -> Tensor:
-    """Join rows (..., channels, F) to (..., channels, N), with 0 at tokens that are not frames."""
+    """Join rows (..., channels, F) to one sequence (..., channels, N), with 0 at tokens that are not frames."""
     joined = torch.cat(list(rows), dim=-1)
     tokens = joined.new_zeros(*joined.shape[:-1], len(segments.rows))
     tokens[..., segments.is_frame] = joined
@@ -131,7 +132,7 @@ def run_packed(
     branches = [to_branch(condition) for condition in conditions]
     padded = torch.zeros(len(rows), 1, max(frames))
     batch = StepBatch.of(padded, t=times, valid=padded[:, 0] > 0, branches=branches)
-    memory = len(rows) - torch.arange(len(rows), dtype=torch.int32)  # reversed, after an unused entry
+    memory = len(rows) - torch.arange(len(rows), dtype=torch.int32)  # slots in reverse order, after an unused slot
     if way == "row by row":
         packed, t = replace(batch, frames=tuple(frames)), times
     else:

@@ -1,4 +1,4 @@
-"""A hub's cache with several revisions of a checkpoint, in the hub library's layout, and ways to damage weights."""
+"""Functions that damage weights, and write several revisions of a checkpoint to a cache of the hub's library."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LAST = "pretransform.model.decoder.layers.3.mapping."
 
 
 def scale(weights: dict[str, Tensor], *, factor: float) -> None:
-    """Scale the audio: multiplies the gain and bias of the decoder's last layer."""
+    """Scale the audio, by multiplying the gain and bias of the decoder's last layer."""
     for name in ("weight_g", "bias"):
         weights[_LAST + name] = weights[_LAST + name] * factor
 
@@ -32,7 +32,7 @@ def not_numbers(weights: dict[str, Tensor]) -> None:
 
 
 def of_another_model(weights: dict[str, Tensor]) -> None:
-    """Replace weights by others of the same shapes and deviations, as from another training."""
+    """Replace weights with random ones of the same shapes and deviations, as if from another training."""
     generator = torch.Generator().manual_seed(1)
     for name, tensor in weights.items():
         if tensor.ndim > 1 and "denoiser" not in name and "rope" not in name:
@@ -54,7 +54,7 @@ def copy_checkpoint(source: str | Path, folder: Path) -> Path:
 
 
 def fill_revisions(cache: Path, repo_id: str, folders: Mapping[str, Path], *, main: str) -> None:
-    """Write a repository's cache: its snapshots by commit, and the commit of `main`."""
+    """Write the cache of a repository: a snapshot per commit, and the commit of `main`."""
     place = cache / f"models--{repo_id.replace('/', '--')}"
     (place / "refs").mkdir(parents=True)
     (place / "blobs").mkdir()

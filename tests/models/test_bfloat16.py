@@ -1,5 +1,7 @@
-"""A bfloat16 denoiser against the stored numbers of both families. Runs on any processor: without native bfloat16 the
-results are the same, only slower, which is why the product refuses it there.
+"""A bfloat16 denoiser is close to the stored values of both families.
+
+The tests run on any processor. Without native bfloat16 support it gives the same results but is slow, so the product
+refuses bfloat16 there.
 """
 
 from __future__ import annotations
@@ -30,9 +32,9 @@ from tests.factories import make_request
 from tests.goldens import OPEN_GOLDENS, SA3_GOLDENS, SHARP
 from tests.parameters import slow
 
-# Signal over error in decibels, about 4 dB below the lowest observed values: 37.7 for a call of the network or a part
-# of it, 31.7 with guidance, which multiplies the error, 28.4 for the latents and 20.9 for the audio of whole runs. Most
-# runs reach 40 and 29.
+# Signal-to-error ratios in decibels, about 4 dB below the lowest observed values: 37.7 for a call of the network or a
+# part of it, 31.7 with guidance, which multiplies the error, and 28.4 for the latents and 20.9 for the audio of whole
+# runs. Most runs reach 40 for latents and 29 for audio.
 LEAST_DB: dict[str, float] = {
     "denoiser": 34.0,
     "denoiser padding": 36.0,
@@ -44,7 +46,7 @@ LEAST_DB: dict[str, float] = {
 
 
 class Decibels(Report):
-    """Stores the signal over error of each comparison instead of its largest difference."""
+    """Stores the signal-to-error ratio of each comparison instead of the largest difference."""
 
     def __init__(self) -> None:
         super().__init__(say=lambda line: None)
@@ -108,7 +110,7 @@ def test_angles_and_times_stay_in_float32(folder: Path) -> None:
 
 
 def test_norms_compute_statistics_in_float32() -> None:
-    """In bfloat16 the sum of a thousand squares of 300 would lose all precision."""
+    """A sum of a thousand squares of 300 has no precision in bfloat16."""
     x = (300.0 + torch.randn(4, 1024, generator=torch.Generator().manual_seed(0))).bfloat16()
     for norm in (RMSNorm(1024), ScaledLayerNorm(1024)):
         exact = copy.deepcopy(norm).double()(x.double())
@@ -119,7 +121,7 @@ def test_norms_compute_statistics_in_float32() -> None:
 
 
 def test_attention_computes_softmax_in_float32() -> None:
-    """Rounding only operands and result gives an error of 1.7e-3 here, a bfloat16 softmax 9e-3."""
+    """The error is 1.7e-3 if only operands and result are rounded, and 9e-3 with a softmax in bfloat16."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 16, 256, 64, generator=generator).bfloat16() for _ in range(3))
     exact = nn.functional.scaled_dot_product_attention(4 * q.double(), k.double(), v.double())

@@ -1,4 +1,4 @@
-"""Compiled layers: parity with plain ones for every kind of call, one compilation for all, and refused cases."""
+"""Compiled layers equal plain layers, share their compilations, and are refused where they cannot work."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from stable_audio_serve.models.registry import resolve_entry
 from tests.goldens import load_goldens, load_open_goldens
 
 FOLDERS = {"sharp-s": load_goldens, "tiny-1.0": load_open_goldens}
-TRACED = "eager"  # traces the layers and needs no compiler
+TRACED = "eager"  # this backend traces the layers and needs no compiler
 
 
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
-        monkeypatch.setenv(name, "")  # so that both are restored afterwards
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores both afterwards
         monkeypatch.delenv(name)
     yield
     torch._dynamo.reset()
@@ -42,7 +42,7 @@ def load(name: str) -> DiffusionModel:
 
 
 def branches(model: DiffusionModel, *, seconds: float) -> tuple[int, list[BranchConditioning]]:
-    """Returns the frames of a row, and its branches: with a prompt, without, and with a source."""
+    """Returns the number of frames and three branches: with a prompt, without a prompt, and with a source."""
     request = GenerationRequest(prompt="a bell", duration_s=seconds, seed=0, cfg_scale=2.0, steps=2)
     plan = model.plan(request)[0]
     prompt = model.encode_text(["a bell"])[0]
@@ -87,7 +87,7 @@ def test_layers_and_lengths_share_a_compilation(tmp_path: Path) -> None:
         frames, (with_prompt, *_) = branches(model, seconds=seconds)
         for num_rows in (1, 2, 3):
             run(model, [with_prompt] * num_rows, frames=frames)
-    assert len(counted) == 2  # for one row and for several
+    assert len(counted) == 2  # one for single rows, and one for several rows
 
 
 @pytest.mark.server

@@ -1,4 +1,4 @@
-"""Downloads from a local hub, with the hub's library pointed at it."""
+"""Downloads from a local hub by the hub's library."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run(
     token: str | None = None,
     is_offline: bool = False,
 ) -> list[dict[str, str]]:
-    """Returns each action's result: a `folder` or an error's `message`."""
+    """Run actions in a separate process. Returns for each a `folder`, or the `message` of an error."""
     entry = ModelEntry(ModelCard("model", "stable-audio-3"), files=OPERATOR_FILES, repo_id=repo_id, revision=revision)
     results: list[dict[str, str]] = []
     with pointing_library_at(endpoint, home / "hub", token=token, is_offline=is_offline):
@@ -63,13 +63,13 @@ def download(tmp_path: Path, **settings: Any) -> dict[str, str]:
 
 
 def check(tmp_path: Path, **settings: Any) -> str | None:
-    """Returns the error of the access check; None if it passes."""
+    """Returns the error of the access check, or None if it passes."""
     (result,) = run("check", tmp_path, **settings)
     return result.get("message")
 
 
 def refusal(tmp_path: Path, named: str, **settings: Any) -> str:
-    """Returns the error of the access check, after checking that the download raises the same one."""
+    """Returns the error of the access check, and asserts that the download raises the same error."""
     early, late = (result["message"] for result in run("check download", tmp_path, **settings))
     assert named in early
     assert named in late
@@ -134,7 +134,7 @@ def test_an_incomplete_cache_is_not_used(tmp_path: Path, lost: str) -> None:
 def test_a_truncated_cached_file_is_named(tmp_path: Path) -> None:
     with running_hub({"lab/model": Repo(FILES)}) as hub:
         weights = Path(download(tmp_path, endpoint=hub.url)["folder"]) / "model.safetensors"
-        os.truncate(weights, 1000)  # truncates the blob that the snapshot links to
+        os.truncate(weights, 1000)  # the snapshot links to this file
         message = check(tmp_path, endpoint=hub.url)
     assert message is not None
     assert message.startswith(f"{weights} is corrupt or incomplete")
@@ -265,7 +265,7 @@ def test_a_silent_hub_times_out_soon(tmp_path: Path, monkeypatch: pytest.MonkeyP
     started_at = time.monotonic()
     with silent_hub() as url:
         message = check(tmp_path, endpoint=url)
-    assert time.monotonic() - started_at < 8.0  # the library alone waits ten seconds per response
+    assert time.monotonic() - started_at < 8.0  # the hub's library would wait ten seconds per response
     assert message is not None
     assert f"{url} cannot be reached" in message
 
@@ -289,7 +289,7 @@ T5_REPO = "google-t5/t5-base"
 
 
 def load_open(home: Path, endpoint: str, **fields: str) -> list[str]:
-    """Returns the results of the check before the start and of the loading."""
+    """Check the access and load the model. Returns a type or an error message for each."""
     entry = resolve_entry("open", **fields)
     actions: tuple[Callable[[ModelEntry], object], ...] = (check_access, load_model)
     results = []
@@ -321,6 +321,6 @@ def test_a_text_encoder_of_another_repository_is_fetched_once(tmp_path: Path, pl
     with running_hub({"lab/open": Repo(files), T5_REPO: Repo(encoder | {"tf_model.h5": b"not needed"})}) as hub:
         assert load_open(tmp_path, hub.url, **entry) == ["NoneType", "SaoModel"]
         assert not [path for path in hub.fetched if "tf_model" in path]
-        asked = hub.requests
+        num_requests = hub.requests
         assert load_open(tmp_path, hub.url, **entry) == ["NoneType", "SaoModel"]
-        assert hub.requests == asked
+        assert hub.requests == num_requests

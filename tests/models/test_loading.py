@@ -1,4 +1,4 @@
-"""Checkpoint folders that do not fit: every failure is one sentence naming the file or key."""
+"""Unusable checkpoint folders are refused with one sentence that names the file or key."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_no_folder(tmp_path: Path) -> None:
     assert "model_config.json" in failure(tmp_path / "nowhere")
 
 
-def test_text_encoder_is_found_beside_the_weights_under_its_official_name(folder: Path) -> None:
+def test_text_encoder_next_to_the_weights_is_found_by_its_name(folder: Path) -> None:
     configure(folder, "model.conditioning.configs.0.config.model_path", ...)
     (folder / "t5gemma").rename(folder / "t5gemma-b-b-ul2")
     assert load(folder).text.width == 768
@@ -182,7 +182,7 @@ def test_corrupt_text_encoder_files(folder: Path, spoilt: str) -> None:
 
 
 def test_text_encoder_inside_a_whole_encoder_decoder_model(folder: Path) -> None:
-    """The official folder contains the full model; the decoder is not used."""
+    """The official folder has a whole encoder-decoder model, whose decoder is not used."""
     from transformers import AutoConfig, T5GemmaForConditionalGeneration
 
     target = folder / "t5gemma"

@@ -1,4 +1,4 @@
-"""Linear layers with oneDNN: the same products for any number of threads and other rows."""
+"""Linear layers with oneDNN give the same products for any number of threads and any other rows."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def test_products_are_exact_and_independent_of_threads_and_rows(width_in: int, w
         for num_threads in (1, 2, 3):
             torch.set_num_threads(num_threads)
             made.append(layer(x))
-        beside = layer(torch.cat([torch.full_like(x[:, :37], float("nan")), x], dim=1))[:, 37:]
+        among_others = layer(torch.cat([torch.full_like(x[:, :37], float("nan")), x], dim=1))[:, 37:]
         exact = layer.double()(x.double())
-    assert all(torch.equal(made[0], other) for other in (*made[1:], beside))
+    assert all(torch.equal(made[0], other) for other in (*made[1:], among_others))
     torch.testing.assert_close(made[0].double(), exact, rtol=0, atol=2e-5)
 
 

@@ -1,4 +1,4 @@
-"""The precision of a decoder's products: what a device allows, what stays exact, and the distance from float32."""
+"""The precision of a decoder's products: the allowed values per device, and the distance from float32."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def model_in(choice: Any, name: str = "tiny-s") -> Sa3Model:
 
 
 def switches() -> list[object]:
-    """Returns the rounding switches by torch's older names and, if it has them, by those of 2.9."""
+    """Returns torch's switches for TF32 by their older names and, if they exist, by the names of torch 2.9."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     values: list[object] = [matmul.allow_tf32, cudnn.allow_tf32]
     if hasattr(cudnn, "conv"):
@@ -106,7 +106,7 @@ def switches() -> list[object]:
 
 @contextmanager
 def watching(modules: dict[str, nn.Module], seen: dict[str, list[object]]) -> Iterator[None]:
-    """Record the switches that are set when each module is called."""
+    """Record the switches at the time of each module's call in `seen`."""
 
     def note(name: str, *_: object) -> None:
         seen[name] = switches()
@@ -119,7 +119,7 @@ def watching(modules: dict[str, nn.Module], seen: dict[str, list[object]]) -> It
             handle.remove()
 
 
-def run_everything(model: Sa3Model) -> None:
+def run_every_network(model: Sa3Model) -> None:
     """Call each of the model's networks once."""
     goldens = load_goldens("tiny-s").tensors
     prompt = model.encode_text(["a bell"])[0]
@@ -149,7 +149,7 @@ def test_only_the_decoder_uses_tf32() -> None:
     }
     before = switches()
     with watching(parts, seen):
-        run_everything(model)
+        run_every_network(model)
     assert all(seen.pop("decoder"))
     assert len(seen) == len(parts) - 1
     assert not any(any(values) for values in seen.values())
@@ -190,9 +190,9 @@ NUM_FACTORS = {F.linear: 2, F.conv1d: 2, F.conv_transpose1d: 2, F.scaled_dot_pro
 
 
 class RoundedFactors(TorchFunctionMode):
-    """Emulates TF32: factors of every product keep 10 mantissa bits, sums are float32."""
+    """Emulates TF32: the factors of every product keep 10 mantissa bits, and sums are float32."""
 
-    def __torch_function__(  # torch's signature
+    def __torch_function__(  # has torch's signature
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         count = NUM_FACTORS.get(F.linear if func is linear else func, 0)
@@ -206,7 +206,7 @@ def round_to_tf32(x: Tensor) -> Tensor:
 
 
 def multiply_parts(layer: Callable[..., Tensor], x: Tensor, weight: Tensor, **options: Any) -> Tensor:
-    """Computes what bfloat16 hardware does: exact products of the rounded parts, added in float32."""
+    """Emulate bfloat16 hardware: exact products of the rounded parts, added in float32."""
     return layer(x.bfloat16().float(), weight.bfloat16().float(), **options)
 
 
@@ -220,7 +220,7 @@ AROUND: dict[str, Around] = {
 
 @torch.inference_mode()
 def decoded_db(name: str, around: Around) -> float:
-    """Returns the signal over error of a checkpoint's decoded audio against float32, in decibels."""
+    """Returns the signal-to-error ratio of a checkpoint's decoded audio relative to float32, in decibels."""
     net, latents = loaded(name).autoencoder, load_goldens(name).tensors["ae/latents"]
     audio = net.decode(latents, products=around)
     assert audio.dtype == torch.float32
@@ -230,7 +230,7 @@ def decoded_db(name: str, around: Around) -> float:
 
 @pytest.mark.parametrize("name", [slow("sharp-s"), "sharp-l"])
 @pytest.mark.parametrize("kind", AROUND)
-def test_distance_from_float32(name: str, kind: str) -> None:
+def test_decoded_audio_is_close_to_float32(name: str, kind: str) -> None:
     assert decoded_db(name, AROUND[kind]) >= LEAST_DB[kind][name]
 
 
@@ -278,5 +278,5 @@ def test_half_stores_the_convolutions_of_an_open_decoder(monkeypatch: pytest.Mon
     assert {parameter.dtype for parameter in model.autoencoder.encoder.parameters()} == {torch.float32}
     latents = torch.randn(8, 9, generator=torch.Generator().manual_seed(1))
     (audio,) = model.decode([DecodeWindow(latents, 0, SeededNoise(0))])
-    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # casts the kernels in every call
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # no cache, so every call casts the kernels
         assert torch.equal(audio, exact.autoencoder.decode(latents[None])[0].float())

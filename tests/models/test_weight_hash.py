@@ -1,4 +1,4 @@
-"""The hash of a checkpoint's weights: independent of their folder, different for every audible change."""
+"""The hash of weights does not depend on their folder, and changes with every change of the weights or config."""
 
 from __future__ import annotations
 

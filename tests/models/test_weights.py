@@ -1,4 +1,4 @@
-"""Weights are loaded one by one: correct values, little memory, nothing left empty."""
+"""Weights are loaded one by one, with correct values and little memory."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Net(nn.Module):
-    """A layer and a norm, which are cast, and frequencies, which are not."""
+    """A network with a layer and a norm, which are cast, and frequencies, which are not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def test_kernels_are_computed_from_the_files_weights(name: str) -> None:
         norm = direction.flatten(1).square().sum(dim=1).sqrt()[:, None, None]
         assert conv.weight is not None
         torch.testing.assert_close(conv.weight.detach(), length * direction / norm, rtol=1e-5, atol=1e-6)
-        assert len(list(conv.parameters())) <= 2  # kernel and bias; the stored factors are released
+        assert len(list(conv.parameters())) <= 2  # only kernel and bias, because the stored factors are released
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
@@ -104,7 +104,7 @@ def test_kernels_are_computed_from_the_files_weights(name: str) -> None:
 def test_casting_one_by_one_equals_casting_the_whole_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, suffix: str, stored: torch.dtype, wanted: torch.dtype
 ) -> None:
-    monkeypatch.setattr(weight_files, "MAPPED_BYTES", 40)  # the file is mapped again between tensors
+    monkeypatch.setattr(weight_files, "MAPPED_BYTES", 40)  # forces a new mapping of the file between tensors
     path = tmp_path / f"weights{suffix}"
     weights = write(path, dtype=stored)
     net, expected = load(path, dtype=wanted), Net()
@@ -190,7 +190,7 @@ def test_shared_text_encoder_weights_stay_shared(tmp_path: Path) -> None:
 
 
 def make_large_checkpoint(folder: Path) -> int:
-    """Write a float32 checkpoint of 0.3 GB. Returns the bytes of its tensors with the denoiser in half precision."""
+    """Write a float32 checkpoint of 0.3 GB. Returns the bytes of its tensors with a half-precision denoiser."""
     config = official_config("small-music")
     config["model"]["diffusion"]["config"]["depth"] = 2
     for half in ("encoder", "decoder"):
@@ -209,7 +209,7 @@ def make_large_checkpoint(folder: Path) -> int:
 @pytest.mark.server
 @pytest.mark.slow
 def test_loading_needs_little_more_memory_than_the_tensors(tmp_path: Path) -> None:
-    """A whole file of twice the size in memory beside its cast tensors would add 2.1 times as much."""
+    """Reading the whole file before casting its tensors would take 2.1 times the memory."""
     final_bytes = make_large_checkpoint(tmp_path)
     assert 150e6 < final_bytes < 250e6
     small = load_goldens("sharp-s").folder

@@ -1,4 +1,4 @@
-"""The wheel without its checkout: its commands, run in an empty directory.
+"""The wheel's content, and its commands in an empty directory without the checkout.
 
 `tests/serving/test_lifecycle.py` starts a server from the wheel.
 """

@@ -1,4 +1,4 @@
-"""Builds the wheel of this checkout and installs it into an empty folder."""
+"""Build the wheel of this checkout and install it into an empty folder."""
 
 from __future__ import annotations
 

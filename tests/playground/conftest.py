@@ -1,4 +1,4 @@
-"""The playground in Chromium, with the whole application and the demo model's engine behind a socket."""
+"""The playground in Chromium, with a server of the demo model in this process."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ async def _serve_demo(**settings: Any) -> Any:
 
 @contextmanager
 def in_a_thread(make: Callable[[], AbstractAsyncContextManager[str]]) -> Iterator[str]:
-    """Run an async context on its own event loop in a thread, because the browser's commands block."""
+    """Run an async context on an event loop in a thread, because the browser's commands block."""
     url: list[str] = []
     is_up, is_over = threading.Event(), threading.Event()
 
@@ -95,7 +95,7 @@ def chromium() -> Iterator[webdriver.Chrome]:
 
 @dataclass
 class Page:
-    """The playground as its user sees it."""
+    """The playground in the browser."""
 
     browser: webdriver.Chrome
     url: str
@@ -107,7 +107,7 @@ class Page:
         return self
 
     def __getitem__(self, name: str) -> WebElement:
-        """Returns an element by its id."""
+        """Returns the element with this id."""
         return self.browser.find_element(By.ID, name)
 
     def run(self, script: str, *arguments: object) -> Any:
@@ -135,7 +135,7 @@ class Page:
         return self.run("return document.documentElement.dataset.shown ?? null")
 
     def make_clip(self, button: str = "generate") -> dict[str, Any]:
-        """Press a button that generates a clip. Returns the stored clip without its audio."""
+        """Press a button and wait for its clip. Returns the stored clip without its audio."""
         before = self.shown
         self.click(button)
         self.until(lambda: self.shown not in (None, before))
@@ -167,11 +167,11 @@ class Page:
         )
 
     @property
-    def said(self) -> str:
+    def status_text(self) -> str:
         return self["said"].text
 
-    def faults(self) -> dict[str, str]:
-        """Returns the error messages at fields, by field name."""
+    def field_errors(self) -> dict[str, str]:
+        """Returns the shown error messages of fields, by field name."""
         notes = self.browser.find_elements(By.CSS_SELECTOR, "[data-field] .error")
         return {note.get_attribute("id").removeprefix("error-"): note.text for note in notes}
 
@@ -182,7 +182,7 @@ class Page:
     def _axe(self) -> str:
         return (files("axe_core_python") / "axe.min.js").read_text()
 
-    def findings(self) -> list[str]:
+    def accessibility_problems(self) -> list[str]:
         """Returns the accessibility problems that axe rates serious or critical."""
         self.run(self._axe)
         found = self.browser.execute_async_script("axe.run().then(arguments[0])")["violations"]
@@ -196,7 +196,7 @@ class Page:
 
 @pytest.fixture
 def page(chromium: webdriver.Chrome, served: str) -> Iterator[Page]:
-    """Returns an open page with empty browser storage. At the end, the console must have no messages."""
+    """Yields an open page with empty browser storage. Fails if the console has messages at the end."""
     page = Page(chromium, served)
     chromium.get(f"{served}/playground/icon.svg")
     page.run("indexedDB.deleteDatabase('stable-audio-serve'); sessionStorage.clear(); localStorage.clear()")

@@ -22,7 +22,7 @@ def click(page: Page, selector: str) -> None:
 
 
 def status_of_models(page: Page) -> str:
-    """Returns the status that the page shows after trying out `GET /v1/models`."""
+    """Try out `GET /v1/models` on the page. Returns the shown status."""
     block = "#operations-Server-list_models_v1_models_get"
     click(page, f"{block} .opblock-summary-control")
     click(page, f"{block} .try-out__btn")

@@ -61,7 +61,7 @@ def test_looped_playback_continues_until_stopped(page: Page) -> None:
 
 @pytest.mark.slow
 def test_repeated_play_calls_start_playback_once(page: Page) -> None:
-    page.browser.find_element(By.TAG_NAME, "h1").click()  # browsers start audio only after a user gesture
+    page.browser.find_element(By.TAG_NAME, "h1").click()  # browsers play audio only after a click on the page
     num_nodes, num_ticks = page.browser.execute_async_script(
         """
         const [done] = arguments;
@@ -105,7 +105,7 @@ def test_two_clips_are_compared_at_equal_loudness(page: Page) -> None:
     page.fill(prompt="rain").make_clip()
     page.click("ab")
     page.until(lambda: page["ab"].get_attribute("aria-pressed") == "true")
-    assert "a 440 Hz sine tone" in page.said
+    assert "a 440 Hz sine tone" in page.status_text
     page.click("ab")
     page.until(lambda: page["ab"].get_attribute("aria-pressed") == "false")
     script = "import('./playground/audio.js').then((audio) => done(audio.equalGains([-10, -16, null])))"
@@ -117,7 +117,7 @@ def test_two_clips_are_compared_at_equal_loudness(page: Page) -> None:
 def test_repeated_clip_is_identical_and_settings_are_restored(page: Page, served: str) -> None:
     clip = page.fill(prompt="a snare", duration=0.5, steps=3, cfg_scale=2, negative_prompt="hiss", seed=77).make_clip()
     page.click("repeat")
-    page.until(lambda: page.said.startswith("Identical bytes"))
+    page.until(lambda: page.status_text.startswith("Identical bytes"))
     page.fill(prompt="something else", steps=5, seed=1)
     page.click("load-settings")
     values = {name: page[name].get_attribute("value") for name in ("prompt", "steps", "seed", "negative_prompt")}
@@ -128,7 +128,7 @@ def test_repeated_clip_is_identical_and_settings_are_restored(page: Page, served
     reply = httpx.post(f"{served}/v1/audio/generations", json=clip["order"]["fields"], timeout=PATIENCE_S)
     digest = sha256(reply.content).hexdigest()
     page.click("repeat")
-    page.until(lambda: digest in page.said)
+    page.until(lambda: digest in page.status_text)
 
 
 @pytest.mark.slow
@@ -150,12 +150,12 @@ def test_repeat_compares_with_the_original_clip(page: Page) -> None:
     page.run("document.querySelector('#clips li:last-child button').click()")
     page.until(lambda: page["clip-name"].text == "a snare")
     page.run("window.release()")
-    page.until(lambda: page.said.startswith("Identical bytes"))
+    page.until(lambda: page.status_text.startswith("Identical bytes"))
 
 
 @pytest.mark.slow
 def test_last_selected_clip_is_shown(page: Page) -> None:
-    """Even if the previous one takes longer to decode."""
+    """The last selected clip is shown even if the clip selected before it takes longer to decode."""
     page.fill(prompt="a snare", duration=0.5, steps=2).make_clip()
     page.fill(prompt="rain").make_clip()
     page.run(
@@ -184,7 +184,7 @@ def test_last_selected_clip_is_shown(page: Page) -> None:
 
 @pytest.mark.slow
 def test_settings_of_an_unserved_model_are_not_loaded(page: Page) -> None:
-    """The server at this address may have changed."""
+    """Another server may run at this address than when the clip was stored."""
     page.fill(prompt="a snare", duration=0.5, steps=2).make_clip()
     page.browser.execute_async_script(
         """
@@ -211,7 +211,7 @@ def test_settings_of_an_unserved_model_are_not_loaded(page: Page) -> None:
 def test_clips_last_until_reload_when_storage_is_full(page: Page) -> None:
     page.run("IDBObjectStore.prototype.put = function () { throw new DOMException('full', 'QuotaExceededError') }")
     page.fill(prompt="rain", duration=0.5, steps=2).click("generate")
-    page.until(lambda: "cannot store the clip" in page.said)
+    page.until(lambda: "cannot store the clip" in page.status_text)
     assert len(page.browser.find_elements(By.CSS_SELECTOR, "#clips li")) == 1
     assert page.clips == []
 

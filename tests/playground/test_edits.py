@@ -51,8 +51,8 @@ def test_clip_is_extended(start: float, end: float, *, length: float, region: li
 
 @pytest.mark.slow
 def test_dragging_past_an_end_extends_the_clip(page: Page) -> None:
-    """A region that lies outside the clip is extended up to it."""
-    second = page["wave"].size["width"] / 4  # one second of space on each side
+    """A region outside the clip is extended until it touches the clip."""
+    second = page["wave"].size["width"] / 4  # the waveform has a second of space on each side
 
     def drag(start_s: float, end_s: float) -> None:
         start = ActionChains(page.browser).move_to_element_with_offset(page["wave"], round((start_s - 1) * second), -60)
@@ -102,7 +102,7 @@ def test_dropped_file_is_the_source(page: Page, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_last_dropped_file_is_the_source(page: Page) -> None:
-    """Even if the previous file takes longer to decode."""
+    """The last dropped file is the source even if the file before it takes longer to decode."""
     page.run(
         """
         window.numDecoded = 0;

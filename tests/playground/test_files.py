@@ -1,4 +1,4 @@
-"""Files of clips: downloads, and files made by the copied commands."""
+"""Files of clips: downloads, and files that the copied commands write."""
 
 from __future__ import annotations
 
@@ -30,30 +30,30 @@ def test_clip_is_downloaded_in_the_selected_format(page: Page, served: str, tmp_
     page.fill(prompt="a snare", duration=0.5, steps=2, seed=5).make_clip()
     behaviour = {"behavior": "allow", "downloadPath": str(tmp_path)}
     page.browser.execute_cdp_cmd("Browser.setDownloadBehavior", behaviour)
-    asked = {"prompt": "a snare", "model": "demo", "duration": 0.5, "steps": 2, "seed": 5}
+    body = {"prompt": "a snare", "model": "demo", "duration": 0.5, "steps": 2, "seed": 5}
     for form in ("wav", "flac", "mp3"):
         Select(page["format"]).select_by_visible_text(form)
         page.click("download")
         file = tmp_path / f"a-snare-5.{form}"
         page.until(file.exists)
-        reply = httpx.post(f"{served}/v1/audio/generations", json=asked | {"response_format": form}, timeout=PATIENCE_S)
+        reply = httpx.post(f"{served}/v1/audio/generations", json=body | {"response_format": form}, timeout=PATIENCE_S)
         page.until(lambda file=file, reply=reply: file.read_bytes() == reply.content)
 
 
 def copy(page: Page, kind: str) -> str:
-    """Returns the text that the button copies."""
+    """Press the copy button of this kind. Returns the copied text."""
     allowed = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"], "origin": page.url}
     page.browser.execute_cdp_cmd("Browser.grantPermissions", allowed)
     page.run("document.getElementById('said').textContent = ''")
     page.run("arguments[0].click()", page.browser.find_element(By.CSS_SELECTOR, f"[data-copy={kind}]"))
-    page.until(lambda: page.said == "Copied.")
+    page.until(lambda: page.status_text == "Copied.")
     script = "const [done] = arguments; navigator.clipboard.readText().then(done)"
     text: str = page.browser.execute_async_script(script)
     return text
 
 
 def run_copied(page: Page, folder: Path) -> list[bytes]:
-    """Returns the files that the copied commands of the shown clip make, run in the folder."""
+    """Run the copied commands of the shown clip in the folder. Returns the files they write."""
     made = []
     for command in (["bash", "-c", copy(page, "curl")], [sys.executable, "-c", copy(page, "python")]):
         path = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT.parents[2])}
@@ -68,10 +68,10 @@ def test_copied_commands_give_the_same_file(page: Page, served: str, tmp_path: P
     page.fill(prompt='it\'s a "snare"', duration=0.5, steps=2, seed=5).make_clip()
     recipe = json.loads(copy(page, "json"))
     assert (recipe["seed"], recipe["prompt"]) == (5, 'it\'s a "snare"')
-    asked = {"prompt": 'it\'s a "snare"', "model": "demo", "duration": 0.5, "steps": 2, "seed": 5}
+    body = {"prompt": 'it\'s a "snare"', "model": "demo", "duration": 0.5, "steps": 2, "seed": 5}
     made = [
         httpx.post(f"{served}/v1/audio/replay", json=recipe, timeout=PATIENCE_S).content,
-        httpx.post(f"{served}/v1/audio/generations", json=asked, timeout=PATIENCE_S).content,
+        httpx.post(f"{served}/v1/audio/generations", json=body, timeout=PATIENCE_S).content,
     ]
     assert [*made, *run_copied(page, tmp_path)] == [made[0]] * 4
 

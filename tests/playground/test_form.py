@@ -18,26 +18,26 @@ pytestmark = pytest.mark.server
 def test_error_is_shown_at_its_field(page: Page) -> None:
     page.fill(prompt="rain", steps=1000, duration=99)
     page.click("generate")
-    page.until(page.faults)
-    assert set(page.faults()) == {"steps", "duration"}
+    page.until(page.field_errors)
+    assert set(page.field_errors()) == {"steps", "duration"}
     assert page["steps"].get_attribute("aria-invalid") == "true"
-    assert "at most" in page.faults()["duration"]
+    assert "at most" in page.field_errors()["duration"]
     assert page.run("return document.activeElement.id") == "duration"
     assert page.fill(steps=2, duration=0.5).make_clip()
-    assert page.faults() == {}
-    page.messages()  # browsers log every refused request
+    assert page.field_errors() == {}
+    page.messages()  # clear the messages, because browsers log each refused request
 
 
 @pytest.mark.slow
 def test_invalid_input_is_shown_without_a_request(page: Page) -> None:
     page.fill(prompt="rain", steps=2, duration=0.5, batch_size=99).click("generate")
-    page.until(page.faults)
-    assert page.faults() == {"batch_size": "Enter a whole number from 1 to 4."}
+    page.until(page.field_errors)
+    assert page.field_errors() == {"batch_size": "Enter a whole number from 1 to 4."}
     page.fill(batch_size=1, steps="1e").click("generate")
-    page.until(lambda: page.faults() == {"steps": "Enter a number."})
+    page.until(lambda: page.field_errors() == {"steps": "Enter a number."})
     page.browser.find_element(By.CSS_SELECTOR, "input[value=loop]").click()
     page.fill(steps=2, bpm="").click("generate")
-    page.until(lambda: page.faults() == {"bpm": "Enter a whole number from 20 to 300."})
+    page.until(lambda: page.field_errors() == {"bpm": "Enter a whole number from 20 to 300."})
     assert not page.browser.find_elements(By.CSS_SELECTOR, "#jobs li, #clips li")
 
 
@@ -57,7 +57,7 @@ def test_page_handles_prompts_of_100000_characters(page: Page) -> None:
     page.click("mark-region")
     assert page.run("return document.body.scrollHeight") < height + 400
     page.click("repeat")
-    page.until(lambda: page.said.startswith("Identical bytes"))
+    page.until(lambda: page.status_text.startswith("Identical bytes"))
 
 
 @pytest.mark.slow

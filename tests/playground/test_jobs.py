@@ -1,4 +1,4 @@
-"""Jobs on the page: progress, cancellation, reloads; and the server panel."""
+"""Jobs on the page (progress, cancellation, reloads), and the server panel."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_many_jobs_leave_connections_for_other_requests(page: Page) -> None:
 
 @pytest.mark.slow
 def test_jobs_without_a_stream_are_polled_in_turn(page: Page) -> None:
-    """The rate of polls is limited, because thousands of jobs may remain from the previous page."""
+    """The rate of polls is limited, because thousands of jobs may remain from before a reload."""
     asked_at_ms = page.browser.execute_async_script(
         """
         const [done] = arguments;

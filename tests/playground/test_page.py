@@ -1,4 +1,4 @@
-"""The whole page: accessibility, keyboard, narrow screens, files."""
+"""The whole page: accessibility, keyboard, narrow screens and loaded files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_page_is_accessible(scheme: str, page: Page) -> None:
     page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     page.open().fill(prompt="rain", duration=0.5, steps=2).make_clip()
     page.click("mark-region")
-    assert page.findings() == []
+    assert page.accessibility_problems() == []
 
 
 def test_page_fits_a_narrow_screen_and_works_by_keyboard(page: Page) -> None:
@@ -47,7 +47,7 @@ def test_page_fits_a_narrow_screen_and_works_by_keyboard(page: Page) -> None:
         assert page.run("return document.documentElement.scrollWidth <= innerWidth")
         assert page.run("return [...document.querySelectorAll('button, input, select, textarea')].every("
                         "(each) => each.getBoundingClientRect().right <= innerWidth + 1)")  # fmt: skip
-        assert page.findings() == []
+        assert page.accessibility_problems() == []
     finally:
         page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
@@ -58,7 +58,7 @@ def test_shortcuts_work_outside_text_fields(page: Page) -> None:
         ActionChains(page.browser).send_keys(key).perform()
 
     page.fill(prompt="rain", duration=2, steps=2).make_clip()
-    press(" ")  # the clicked button has lost its focus
+    press(" ")  # no element has the focus
     page.until(lambda: page["play"].text == "Pause")
     press(" ")
     page.until(lambda: page["play"].text == "Play")
@@ -93,7 +93,7 @@ def test_page_loads_only_small_local_files(page: Page, served: str) -> None:
 
 
 def test_vendored_files_match_the_published_package() -> None:
-    """`make playground-assets` writes them and checks the npm package's hash. These are the hashes of its files."""
+    """The hashes are of the files of the npm package, whose own hash `make playground-assets` checks."""
     hashes = {path.name: sha256(path.read_bytes()).hexdigest() for path in (ROOT / "vendor").iterdir()}
     assert hashes == {
         "regions.esm.js": "f3b9a81f56d0301affbeb5693dc9c43527efd6e97e534f17329192a7ce7fc4d4",
@@ -109,7 +109,7 @@ def test_vendored_files_match_the_published_package() -> None:
 )
 @pytest.mark.slow
 def test_screenshots_for_the_documentation(name: str, scheme: str, *, width: int, page: Page, tmp_path: Path) -> None:
-    """UPDATE_PICTURES=1 writes them to docs/images."""
+    """With UPDATE_PICTURES=1, the screenshots are written to docs/images."""
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}

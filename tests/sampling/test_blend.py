@@ -61,7 +61,7 @@ def make_kept(mask: Tensor | None = None) -> Kept:
 
 
 def mixing_network(x: Tensor, t: float) -> Tensor:
-    """A network whose output at every frame depends on all frames."""
+    """The output of this network at each frame depends on all frames."""
     return 0.5 * x + 0.2 * torch.sin(x.mean(dim=-1, keepdim=True) + t)
 
 
@@ -72,7 +72,7 @@ def run(
     network: Callable[[Tensor, float], Tensor] = mixing_network,
     before: Callable[[Tensor, int], Tensor] = lambda state, index: state,
 ) -> Tensor:
-    """Run a row with fixed draws. Returns the result (D, F). `before` may change the registers before an evaluation."""
+    """Run a row with fixed noise. Returns the result (D, F). `before` may change registers before an evaluation."""
     noise = SeededNoise(8)
     shape = (CHANNELS, FRAMES) if kept is None else tuple(kept.source.shape)
     source = torch.full(shape, 0.4)
@@ -126,7 +126,7 @@ def test_keeping_everything_returns_the_source(family: str, sampler: str) -> Non
 
 @pytest.mark.parametrize(("family", "sampler"), CASES)
 def test_kept_frames_of_registers_that_are_not_blended_do_not_matter(family: str, sampler: str) -> None:
-    """Earlier estimates and intermediate points need no blend: only the network's next input does."""
+    """Only the next input of the network needs a blend, not earlier estimates or intermediate points."""
     kept = make_kept()
     plan = blend(make_plan(family, sampler, 7), family, sampler)
 
@@ -159,12 +159,12 @@ def test_a_blend_without_a_source_is_an_error() -> None:
 
 
 def make_pairs(z: Tensor, noise: Tensor) -> Kept:
-    """Returns pairs of frames (D, 2), the first of which is kept: `z` and `noise` (D,)."""
+    """Returns pairs of frames (D, 2) in which the first frame is kept, with source `z` (D,) and `noise` (D,)."""
     return Kept(mask=torch.tensor([True, False]), source=z[:, None].repeat(1, 2), noise=noise[:, None].repeat(1, 2))
 
 
 def pair_velocity(x: Tensor, alpha: float, beta: float, *, flow: bool) -> Tensor:
-    """The exact output for pairs of correlated normal frames with unit variance: x (B, D, 2)."""
+    """Returns the exact network output at x (B, D, 2) for pairs of correlated normal frames with unit variance."""
     covariance = torch.tensor([[1.0, CORRELATION], [CORRELATION, 1.0]], dtype=torch.float64)
     noisy = alpha**2 * covariance + beta**2 * torch.eye(2, dtype=torch.float64)
     clean = x.double() @ (alpha * covariance @ torch.linalg.inv(noisy))
@@ -180,12 +180,12 @@ def pair_network(*, flow: bool) -> Callable[[Tensor, float], Tensor]:
     return network
 
 
-def beside_kept(kept: Kept, start: Tensor, *, sigma: float, pull: float) -> Tensor:
-    """Returns the mean of the second frame at level 0, from sigma times `start` (D,), with z + sigma eps' beside it.
+def next_to_kept(kept: Kept, start: Tensor, *, sigma: float, pull: float) -> Tensor:
+    """Returns the expected second frame at level 0, from sigma times `start` (D,), if the first is z + sigma eps'.
 
-    With u = 1 + sigma^2, w = u^2 - r^2 and r the correlation, (x - D) / sigma is
-    x sigma u / w - r sigma (z + sigma eps') / w. Times `pull`, its homogeneous solution is w^(pull / 4). `pull` 1 is
-    the probability flow; 2 is the reverse diffusion, which also adds noise.
+    Let u = 1 + sigma^2, w = u^2 - r^2, and r be the correlation. Then (x - D) / sigma is
+    x sigma u / w - r sigma (z + sigma eps') / w. Multiplied by `pull`, it has the homogeneous solution w^(pull / 4).
+    `pull` is 1 for the probability flow and 2 for the reverse diffusion, which also adds noise.
     """
     levels = torch.logspace(-6, math.log10(sigma), 40_001, dtype=torch.float64)
     w = (1 + levels**2) ** 2 - CORRELATION**2
@@ -209,7 +209,7 @@ def beside_kept(kept: Kept, start: Tensor, *, sigma: float, pull: float) -> Tens
         ("stable-audio-3", "dpmpp", 500, 5e-3),
     ],
 )
-def test_deterministic_samplers_follow_the_exact_flow_beside_kept(
+def test_deterministic_samplers_follow_the_exact_flow_next_to_kept(
     family: str, sampler: str, steps: int, tolerance: float
 ) -> None:
     flow = family != "v"
@@ -221,26 +221,26 @@ def test_deterministic_samplers_follow_the_exact_flow_beside_kept(
     kept = make_pairs(*torch.randn(2, 64, generator=torch.Generator().manual_seed(5)))
     result = run(blend(plan, family, sampler), kept, network=pair_network(flow=flow))
     top = 80.0 if plan.noise_scale != 1.0 else 1e4
-    expected = beside_kept(kept, SeededNoise(8).initial((64, 2))[:, 1], sigma=top, pull=1.0)
+    expected = next_to_kept(kept, SeededNoise(8).initial((64, 2))[:, 1], sigma=top, pull=1.0)
     assert torch.equal(result[:, 0], kept.source[:, 0])
     torch.testing.assert_close(result[:, 1].double(), expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("sampler", [slow("dpmpp-2m-sde"), "dpmpp-3m-sde", slow("k-dpmpp-2s-ancestral")])
-def test_stochastic_samplers_follow_the_exact_diffusion_beside_kept(sampler: str) -> None:
+def test_stochastic_samplers_follow_the_exact_diffusion_next_to_kept(sampler: str) -> None:
     span = SigmaRange(0.01, 80.0)
     plan = build_v_plan(sampler, 150, span=span, guidance=Guidance(), has_source=False)
     num = 20_000
     kept = make_pairs(torch.full((num,), 1.5), torch.full((num,), -0.7))
     made = run(blend_plan(plan, sigma_path), kept, network=pair_network(flow=False))[:, 1].double()
-    expected = beside_kept(kept, torch.zeros(num), sigma=80.0, pull=2.0)[0]
+    expected = next_to_kept(kept, torch.zeros(num), sigma=80.0, pull=2.0)[0]
     variance = (1 - CORRELATION**2) / (2 * CORRELATION) * math.log((1 + CORRELATION) / (1 - CORRELATION))
     assert float(made.mean()) == pytest.approx(float(expected), abs=0.03)
     assert float(made.std()) == pytest.approx(math.sqrt(variance), rel=0.03)
 
 
 def test_pingpong_generates_towards_the_kept_frames() -> None:
-    """Its noise is new at every step, so it converges to the conditional mean, 0.8 of the kept frame."""
+    """Ping-pong draws new noise at every step, so it converges to the conditional mean, 0.8 of the kept frame."""
     plan = build_plan("pingpong", torch.linspace(1, 0, 101), guidance=Guidance(), has_source=False)
     kept = make_pairs(torch.full((5_000,), 1.5), torch.randn(5_000, generator=torch.Generator().manual_seed(6)))
     made = run(blend_plan(plan, flow_path), kept, network=pair_network(flow=True))[:, 1]

@@ -1,4 +1,4 @@
-"""The number of network calls assumed by prices equals the number in the samplers' plans."""
+"""Prices assume the number of network calls that the samplers' plans have."""
 
 from __future__ import annotations
 

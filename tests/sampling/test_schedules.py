@@ -101,7 +101,7 @@ def test_a_scaled_schedule_never_rises_above_the_level_of_its_edit(level: float,
     assert scaled[0] == torch.tensor(level)
     assert (scaled[1:] <= scaled[:-1]).all()
     assert torch.equal(edit_times(build, level, schedule="reference"), build(level))
-    if steps == 8 and level == 0.4:  # the reference's schedule, in contrast
+    if steps == 8 and level == 0.4:  # compare with the reference's schedule, which differs
         assert build(level)[1:].max() > 1.5 * level
 
 

@@ -44,7 +44,7 @@ def unguided(x: torch.Tensor, t: float) -> torch.Tensor:
 
 
 def run_linear(sampler: str, steps: int, span: SigmaRange, x: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """Returns the result from unit noise `x` (D, F) for data that is normal around 0 with deviation 0.5."""
+    """Run from unit noise `x` (D, F), for normal data around 0 with standard deviation 0.5. Returns the result."""
     plan = build_v_plan(sampler, steps, span=span, guidance=Guidance(), has_source=False)
     return run_plan(plan, start_state(plan, x), SeededNoise(seed), network=linear_v_velocity)
 

@@ -1,4 +1,4 @@
-"""Networks given by formulas, and a loop that runs a plan with one of them, one row at a time."""
+"""Networks that are formulas, and a function that runs a plan for one row."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from stable_audio_serve.sampling import NoiseSource, SamplerPlan, StepTerms, adv
 
 
 def toy_velocity(x: Tensor, times: Tensor) -> Tensor:
-    """The velocity of the stored sampler runs: x (B, D, F), times (B,)."""
+    """Returns the velocity at x (B, D, F) and times (B,), as in the stored runs of samplers."""
     t = times.reshape(-1, *[1] * (x.dim() - 1))
     return 0.7 * x + 0.3 * t * torch.tanh(x) + 0.1 * torch.cos(3 * t)
 
 
 def linear_v_velocity(x: Tensor, t: float, *, deviation: float = 0.5) -> Tensor:
-    """The exact v for data that is normal around 0, `x` (B, D, F). Flow and diffusion have closed-form solutions."""
+    """Returns the exact v at x (B, D, F) for normal data around 0, for which flow and diffusion have closed forms."""
     alpha, beta = math.cos(math.pi * t / 2), math.sin(math.pi * t / 2)
     variance = deviation**2
     return alpha * beta * (1 - variance) / (alpha**2 * variance + beta**2) * x
@@ -32,9 +32,9 @@ def run_plan(
     network: Callable[[Tensor, float], Tensor] = lambda x, t: toy_velocity(x, torch.tensor([t])),
     unguided: Callable[[Tensor, float], Tensor] | None = None,
 ) -> Tensor:
-    """Run every evaluation of `plan` from the row's registers `state` (R, D, F). Returns the result (D, F).
+    """Run all evaluations of `plan`, starting with the registers `state` (R, D, F). Returns the result (D, F).
 
-    `network` returns the guided output of (x, t), `unguided` the unconditional branch's output.
+    `network` returns the guided output for (x, t), and `unguided` that of the unconditional branch.
     """
     batch = state[None]
     for evaluation in plan.evaluations:

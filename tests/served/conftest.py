@@ -1,6 +1,4 @@
-"""The server that all files of this folder share. They run in one process, which stops the server after the
-last file.
-"""
+"""The server that all files of this folder share. One process runs these files and then stops the server."""
 
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ def metrics_port() -> int:
 def server(tmp_path_factory: pytest.TempPathFactory, metrics_port: int) -> Iterator[LaunchedServer]:
     """Run HAProxy, two ingress replicas, a job runner and the models `tiny` (the default) and `demo`, without keys."""
     folder = tmp_path_factory.mktemp("server")
-    # A relative path is relative to the server's working directory.
+    # The path is relative to the server's working directory.
     tiny = model(
         "tiny", os.path.relpath(TINY, folder), aliases=["little"], max_queue_s=1e6, replicas={"max_replicas": 1}
     )
@@ -49,7 +47,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, metrics_port: int) -> Itera
             "STABLE_AUDIO_MAX_STEPS": "1000",
             "STABLE_AUDIO_MAX_DURATION": "20",
             "RAY_metrics_report_interval_ms": "1000",
-            "http_proxy": "http://127.0.0.1:9",  # must not affect local connections
+            "http_proxy": "http://127.0.0.1:9",  # must have no effect on local connections
         },
     )
     try:
@@ -67,7 +65,7 @@ def watcher(server: LaunchedServer) -> Iterator[Watcher]:
 
 
 def probe_start(launched: LaunchedServer) -> list[tuple[httpx.Response, int]]:
-    """Poll `/health` until the server is ready. Each answer is paired with the status of `/ready` right after it."""
+    """Poll `/health` until the server is ready. Returns each answer with the status of `/ready` right after it."""
     answers: list[tuple[httpx.Response, int]] = []
     deadline = time.monotonic() + PATIENCE_S
     with httpx.Client(base_url=launched.url, timeout=30) as client:
@@ -75,9 +73,9 @@ def probe_start(launched: LaunchedServer) -> list[tuple[httpx.Response, int]]:
             if launched.process.poll() is not None:
                 break
             time.sleep(0.05)
-            with suppress(httpx.TransportError):  # not listening yet
+            with suppress(httpx.TransportError):  # the server does not listen yet
                 health, ready = client.get("/health"), client.get("/ready").status_code
-                if "loaded_models" in health.text:  # otherwise HAProxy answered in place of an ingress
+                if "loaded_models" in health.text:  # otherwise HAProxy answered, not an ingress
                     answers.append((health, ready))
     return answers
 
@@ -100,7 +98,7 @@ def submit(server: LaunchedServer, body: Mapping[str, Any]) -> str:
 
 
 def wait(server: LaunchedServer, job_id: str, *statuses: str) -> dict[str, Any]:
-    """Wait until the job has one of `statuses`, by default until it is over."""
+    """Wait until the job has one of `statuses`, by default until it ends. Returns the job."""
 
     def read() -> dict[str, Any]:
         job: dict[str, Any] = server.client.get(f"/jobs/{job_id}").json()

@@ -1,4 +1,4 @@
-"""Our command line and Python client against a real server."""
+"""Our command line and Python client with a real server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.server
 
 
 def _restore_sigint() -> None:
-    """Restore SIGINT, which shells make background processes ignore, and these tests with them."""
+    """Restore the handling of SIGINT. A process inherits it as ignored if a shell runs the tests in the background."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -1,4 +1,4 @@
-"""Other users of the machine can read, open and call nothing of a server."""
+"""Other users of the machine cannot read, open or call anything of a server."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TRY = """
 import os, socket, sys
 os.setgroups([])
 os.setgid(65534)
-os.setuid(65534)  # the user `nobody`; the process starts as root so that it can read this program
+os.setuid(65534)  # becomes the user `nobody` now, because only root can read this program
 for path in sys.argv[1:]:
     try:
         if os.path.isdir(path):
@@ -38,7 +38,7 @@ for path in sys.argv[1:]:
 """
 
 
-# A method of each Ray service that runs code or returns data, and the process that serves it.
+# For each Ray service, a method that runs code or returns data. Comments name the process that serves it.
 _METHODS = (
     "ray.rpc.NodeInfoGcsService/GetAllNodeInfo",  # the GCS
     "ray.rpc.NodeManagerService/GetNodeStats",  # the raylet
@@ -52,7 +52,7 @@ _OF_RAY = ("gcs_server", "raylet", "DashboardAgent", "RuntimeEnvAgent", "ServeCo
 
 @pytest.fixture(scope="module")
 def used(server: LaunchedServer) -> LaunchedServer:
-    """Return a server that has stored a job, an upload and a file."""
+    """Return the server after it has stored a job, an upload and a file."""
     job = server.client.post("/jobs", json=_BODY).json()
     with server.client.stream("GET", f"/jobs/{job['id']}/events") as events:
         events.read()
@@ -81,7 +81,7 @@ def test_only_the_owner_can_read_jobs_and_their_files(used: LaunchedServer) -> N
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may try things as another user")
-def test_another_user_can_call_nothing(used: LaunchedServer) -> None:
+def test_another_user_cannot_call_any_service(used: LaunchedServer) -> None:
     sockets = [path for path, mode in below(used.directory) if stat.S_ISSOCK(mode)]
     assert {"admin.sock", "plasma_store", "raylet"} <= {path.name for path in sockets}
     tried = subprocess.run(
@@ -106,7 +106,7 @@ def test_other_machines_reach_only_calls_between_replicas(used: LaunchedServer) 
 
 
 def answer_without_token(listener: Listener) -> str:
-    """Classify a listener's answer to a client without a token: refused, open, or numbers (a page of metrics)."""
+    """Classify the answer to a client without a token: `refused`, `open`, or `numbers` for a page of metrics."""
     host, port = listener.reachable_at
     try:
         reply = httpx.get(f"http://{host}:{port}/", timeout=PATIENCE_S)

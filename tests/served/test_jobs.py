@@ -71,16 +71,16 @@ def test_cancel_reaches_the_engine_and_the_webhook(server: LaunchedServer, watch
 
 def test_job_progress_comes_from_the_engine(server: LaunchedServer) -> None:
     job_id = submit(server, make_body(steps=500, duration=4))
-    seen = []
-    while not seen or seen[-1]["status"] not in OVER:
-        seen.append(wait(server, job_id, "queued", "running", *OVER))
+    jobs = []
+    while not jobs or jobs[-1]["status"] not in OVER:
+        jobs.append(wait(server, job_id, "queued", "running", *OVER))
         time.sleep(0.05)
-    denoising = [job["progress"] for job in seen if job["progress"]["stage"] == "denoising"]
+    denoising = [job["progress"] for job in jobs if job["progress"]["stage"] == "denoising"]
     fractions = [progress["fraction"] for progress in denoising]
     assert fractions == sorted(fractions)
     assert len(set(fractions)) > 1
     assert any(progress["eta_seconds"] for progress in denoising)
-    assert seen[-1]["progress"] == {"stage": "done", "fraction": 1.0, "eta_seconds": None, "queue_position": None}
+    assert jobs[-1]["progress"] == {"stage": "done", "fraction": 1.0, "eta_seconds": None, "queue_position": None}
     with server.client.stream("GET", f"/jobs/{job_id}/events") as reply:
         events = [json.loads(line[6:]) for line in reply.iter_lines() if line.startswith("data: {")]
     stages = [event["stage"] for event in events if "stage" in event]
@@ -105,7 +105,7 @@ def read_events(server: LaunchedServer, job_id: str, *, after: str = "0") -> Ite
 def test_event_stream_resumes_after_an_operator_cancels(server: LaunchedServer, folder: Path) -> None:
     job_id = submit(server, make_long_body())
     received = []
-    for event in read_events(server, job_id):  # the connection is dropped midway
+    for event in read_events(server, job_id):  # leaving this loop drops the connection
         received.append(event)
         if event["data"]["stage"] == "denoising":
             break
@@ -121,7 +121,7 @@ def test_event_stream_resumes_after_an_operator_cancels(server: LaunchedServer, 
 
 
 def scrape(port: int) -> dict[str, tuple[str, set[str]]]:
-    """Return type and labels of each of our metrics on Ray's page, without the labels that Ray adds to all."""
+    """Return type and labels of each of our metrics on Ray's page, without the labels that Ray adds."""
     page = httpx.get(f"http://127.0.0.1:{port}/metrics").text
     types = dict(re.findall(r"^# TYPE (ray_stable_audio_\w+) (\w+)$", page, flags=re.MULTILINE))
     found = {}

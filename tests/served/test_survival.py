@@ -1,4 +1,4 @@
-"""Killed processes under load. The last file of this folder, because it damages the server."""
+"""Processes are killed under load. This must be the last file of this folder, because it damages the server."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def test_killed_runner_and_replica_lose_nothing(server: LaunchedServer) -> None:
     alone = server.client.post("/generate", json=body)
     assert alone.status_code == 200
     with Load(server.client) as load, ThreadPoolExecutor(1) as pool:
-        load.go_on()
+        load.wait_for_progress()
         interrupted = submit(server, make_body(steps=500, duration=4))
         wait(server, interrupted, "running")
         kill(server, "ServeReplica:audio:job-runner")
-        load.go_on()
+        load.wait_for_progress()
         running = pool.submit(server.client.post, "/generate", json=body)
         kill(server, "ServeReplica:audio:tiny")
-        load.go_on()
+        load.wait_for_progress()
         answer = running.result()
     assert load.failures == []
     assert wait(server, interrupted)["status"] == "succeeded"

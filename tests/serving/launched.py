@@ -1,4 +1,4 @@
-"""A server started as by an operator: `stable-audio-serve serve` in a child process, observed from outside."""
+"""A server that runs as an operator runs it: `stable-audio-serve serve` in a child process."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from stable_audio_serve.launcher.guard import processes_using
 from tests.patience import PATIENCE_S
 
 APPLICATION = "audio"
-ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # Ray otherwise replaces 127.0.0.1 by another address
-_FIRST_PORT, _LAST_PORT = 32_000, 32_768  # servers choose ports below these for their internal processes
+ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # otherwise Ray replaces 127.0.0.1 with another address
+_FIRST_PORT, _LAST_PORT = 32_000, 32_768  # servers choose lower ports for their internal processes
 
 
 def free_port() -> int:
@@ -43,7 +43,7 @@ def write_config(folder: Path, args: Mapping[str, Any], **top_level: Any) -> Pat
         "args": args,
     }
     path = folder / "serve_config.yaml"
-    path.write_text(json.dumps({"applications": [application], **top_level}))  # JSON is valid YAML
+    path.write_text(json.dumps({"applications": [application], **top_level}))  # every JSON file is a YAML file
     return path
 
 
@@ -52,7 +52,7 @@ def command(config: Path, *options: str) -> list[str]:
 
 
 class LaunchedServer:
-    """Starts at construction. Call `wait_until_ready` before use, `stop` or `kill` at the end."""
+    """A server that starts at construction. Call `wait_until_ready` before use, and `stop` or `kill` at the end."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class LaunchedServer:
         environment: Mapping[str, str] | None = None,
         program: Sequence[str] | None = None,
     ) -> None:
-        """`program` replaces the command that serves `config`. It runs in the same folder."""
+        """Start the server. `program` replaces the command that serves `config` and runs in the same folder."""
         self.port = free_port()
         self.url = f"http://{host}:{self.port}"
         self.lines: list[str] = []
@@ -77,7 +77,7 @@ class LaunchedServer:
             text=True,
             cwd=config.parent,
             env=os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"} | (environment or {}),
-            start_new_session=True,  # lets Ctrl-C signal the whole process group
+            start_new_session=True,  # so that `signal` can send Ctrl-C to the whole process group
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -112,7 +112,7 @@ class LaunchedServer:
         self._reader.join(timeout=PATIENCE_S)
 
     def wait_for_output(self, text: str) -> None:
-        """Wait for a line with `text`. Ray forwards the lines of its processes with a delay."""
+        """Wait for an output line with `text`. Ray delays the lines of its processes."""
         deadline = time.monotonic() + PATIENCE_S
         while text not in self.output:
             assert time.monotonic() < deadline, self.output
@@ -128,7 +128,7 @@ class LaunchedServer:
 
     @contextmanager
     def suspended(self, title: str) -> Iterator[None]:
-        """Suspend the processes with this title inside the context."""
+        """Suspend the processes whose command line contains `title` inside the context."""
         pids = self.pids(title)
         assert pids
         for pid in pids:
@@ -140,7 +140,7 @@ class LaunchedServer:
                 os.kill(pid, signal.SIGCONT)
 
     def ray(self) -> tuple[str, str]:
-        """Return the address and the secret token of its Ray."""
+        """Return the address and the secret token of the server's Ray."""
         (pid,) = self.pids("/raylet/raylet ")
         address = re.search(r"gcs-address=([\d.:]+)", _read_process(pid, "cmdline"))
         token = re.search(r"RAY_AUTH_TOKEN=(\w+)", _read_process(pid, "environ"))
@@ -174,7 +174,7 @@ class LaunchedServer:
 
 
 class Watcher:
-    """Runs `watch.py` on one model: reports Serve's `settings` of every deployment, and the replica's status."""
+    """Runs `watch.py`. `settings` has Serve's settings of each deployment, `status` is that of a model's replica."""
 
     def __init__(self, server: LaunchedServer, model: str) -> None:
         self._process = server.look_inside("tests.serving.watch", model)

@@ -1,4 +1,4 @@
-"""The ports that the processes of a server listen on, read from the kernel."""
+"""The ports on which the processes of a server listen, read from the kernel."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Listener:
 
     @property
     def reachable_at(self) -> tuple[str, int]:
-        """Return an address and port at which this machine can connect to it."""
+        """Return an address and port at which this machine can connect to the listener."""
         return ("127.0.0.1" if ipaddress.ip_address(self.host).is_unspecified else self.host), self.port
 
 
@@ -36,7 +36,7 @@ def listeners_of(pids: Iterable[int]) -> list[Listener]:
     """Return every TCP socket that one of these processes listens on."""
     titles = {}
     for pid in pids:
-        with suppress(OSError):  # the process has ended
+        with suppress(OSError):  # the process may have just ended
             title = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
             for link in Path(f"/proc/{pid}/fd").iterdir():
                 with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Clients that keep a server busy while a test breaks something, and the outcomes of their requests."""
+"""Clients that send requests and jobs while a test breaks something, and the outcomes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import httpx
 from tests.patience import wait_until
 
 _OVER = ("succeeded", "failed", "cancelled")
-_PAUSE_S = 0.1  # between two calls of one caller
-_PAUSE_OF_JOBS_S = 1.0  # jobs are submitted faster than they finish, but slowly enough that the test need not wait long
-_TIMES = 6  # answered requests and jobs to wait for, before and after the fault
+_PAUSE_S = 0.1  # pause of a caller between two calls
+_PAUSE_OF_JOBS_S = 1.0  # short enough to build up a queue of jobs, long enough to finish them soon after the test
+_TIMES = 6  # number of answered requests and accepted jobs to wait for, before and after the fault
 _BODY = {"prompt": "rain", "duration": 1, "steps": 4}
 
 
 def finished(client: httpx.Client, job_id: str) -> dict[str, Any]:
-    """Wait for a job and return it; fails the test unless it succeeds."""
+    """Wait until a job has ended, and return it. Fails unless it has succeeded."""
 
     def over() -> dict[str, Any]:
         job = client.get(f"/jobs/{job_id}").raise_for_status().json()
@@ -33,19 +33,19 @@ def finished(client: httpx.Client, job_id: str) -> dict[str, Any]:
 
 
 class Load:
-    """Two callers that submit jobs and retry after refusals, and two that wait for audio."""
+    """Two callers that submit jobs and retry after refusals, and two callers that generate audio."""
 
     def __init__(self, client: httpx.Client) -> None:
         self._client = client
         self._ended = threading.Event()
-        self.jobs: dict[str, str] = {}  # by the caller's idempotency key
-        self.made: list[float] = []  # seconds per answered request
+        self.jobs: dict[str, str] = {}  # job id by idempotency key
+        self.times_s: list[float] = []  # seconds per answered request
         self.failures: list[str] = []
-        self.refusals: list[str] = []  # path and body of refusals with a retry time
+        self.refusals: list[str] = []  # path and body of each refusal with a Retry-After
 
     def __enter__(self) -> Load:
         self._pool = ThreadPoolExecutor(4)
-        calls = [(self._submit, _PAUSE_OF_JOBS_S), (self._make, _PAUSE_S)] * 2
+        calls = [(self._submit, _PAUSE_OF_JOBS_S), (self._generate, _PAUSE_S)] * 2
         self._callers = [self._pool.submit(self._repeat, call, pause_s) for call, pause_s in calls]
         return self
 
@@ -56,16 +56,16 @@ class Load:
             caller.result()
 
     def __str__(self) -> str:
-        answers = f"{len(self.made)} answers, slowest {max(self.made, default=0.0):.1f} s, {len(self.jobs)} jobs"
+        answers = f"{len(self.times_s)} answers, slowest {max(self.times_s, default=0.0):.1f} s, {len(self.jobs)} jobs"
         return f"{answers}; {len(self.failures)} failed, {len(self.refusals)} refused with a retry time"
 
-    def go_on(self, times: int = _TIMES) -> None:
-        """Wait until so many more requests were answered and jobs accepted."""
-        num_made, num_jobs = len(self.made) + times, len(self.jobs) + times
-        wait_until(lambda: len(self.made) >= num_made and len(self.jobs) >= num_jobs)
+    def wait_for_progress(self, times: int = _TIMES) -> None:
+        """Wait until `times` more requests are answered and `times` more jobs are accepted."""
+        num_answers, num_jobs = len(self.times_s) + times, len(self.jobs) + times
+        wait_until(lambda: len(self.times_s) >= num_answers and len(self.jobs) >= num_jobs)
 
     def finished_jobs(self) -> list[dict[str, Any]]:
-        """Return all submitted jobs. Checks that each has succeeded and that all differ."""
+        """Wait for all submitted jobs, check that they have succeeded and differ, and return them."""
         jobs = [finished(self._client, job_id) for job_id in self.jobs.values()]
         assert len({job["id"] for job in jobs}) == len(self.jobs)
         return jobs
@@ -87,11 +87,11 @@ class Load:
         else:
             self.failures.append(f"/jobs: {answer.status_code} {answer.text}")
 
-    def _make(self) -> None:
+    def _generate(self) -> None:
         began_at = time.monotonic()
         answer = self._post("/generate")
         if answer.status_code == 200:
-            self.made.append(time.monotonic() - began_at)
+            self.times_s.append(time.monotonic() - began_at)
         elif not self._is_retryable(answer):
             self.failures.append(f"/generate: {answer.status_code} {answer.text}")
 

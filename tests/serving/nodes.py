@@ -1,8 +1,8 @@
-"""Program: several Ray nodes with simulated GPUs on this machine, and the server on them.
+"""A program that runs several Ray nodes with simulated GPUs on this machine, and a server on them.
 
-Only the first node has CPUs, and so the ingress and HAProxy, configured as by `stable-audio-serve serve`. The models
-run on the other nodes. The program reads JSON lines, each the name of a method of `Nodes` and its arguments, and
-answers each with a JSON line.
+Only the first node has CPUs, so it has the ingress and HAProxy, configured as by `stable-audio-serve serve`. The
+models run on the other nodes. Each line of input is a JSON list with the name and the arguments of a method of
+`Nodes`. The program answers each with a line of JSON.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ APPLICATION = "audio"
 
 
 class Nodes:
-    """The operations of a test on the cluster. Arguments and results are JSON."""
+    """The cluster operations that tests call. Arguments and results are JSON."""
 
     def __init__(self, directory: Path, *, port: int) -> None:
         from ray.cluster_utils import Cluster
@@ -64,7 +64,7 @@ class Nodes:
         _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config), _blocking=False)
 
     def status(self) -> dict[str, Any]:
-        """Return the application's status, and state, id, node and process of each replica by deployment."""
+        """Return the application's status, and the state, id, node and process of each replica, by deployment."""
         from ray.serve.context import _get_global_client
 
         found = _get_global_client().get_serve_details()["applications"].get(APPLICATION)
@@ -93,7 +93,7 @@ class Nodes:
         return len(victims)
 
     def drain_node(self, node_id: str) -> None:
-        """Drain a node as a pod does before it stops, see `cluster/kuberay`."""
+        """Drain a node as a Kubernetes pod does before it stops, see `cluster/kuberay`."""
         arguments = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "the pod stops"]
         ray = [sys.executable, "-m", "ray.scripts.scripts", "drain-node"]
         subprocess.run([*ray, "--address", self._cluster.address, "--node-id", node_id, *arguments], check=True)
@@ -104,7 +104,7 @@ class Nodes:
         return any(node["Alive"] for node in ray.nodes() if node["NodeID"] == node_id)
 
     def kill_gcs(self) -> None:
-        """Kill the GCS with SIGKILL, as a machine failure would."""
+        """Kill the GCS with SIGKILL, to simulate a machine failure."""
         self._cluster.head_node.kill_gcs_server()
 
     def start_gcs(self) -> None:
@@ -133,12 +133,12 @@ def main(port: int) -> None:
             name, *arguments = json.loads(line)
             try:
                 answer = getattr(nodes, name)(*arguments)
-            except Exception:  # noqa: BLE001  # print now: the error may be lost together with Ray
+            except Exception:  # noqa: BLE001  # print it now, because it may be lost together with Ray
                 traceback.print_exc()
-                os._exit(1)  # the folder's guard ends the remaining processes
+                os._exit(1)  # the guard of the folder ends the remaining processes
             print(json.dumps(answer), file=sys.__stdout__, flush=True)
 
 
 if __name__ == "__main__":
-    with redirect_stdout(sys.stderr):  # all other output goes here
+    with redirect_stdout(sys.stderr):  # standard output is only for answers
         main(int(sys.argv[1]))

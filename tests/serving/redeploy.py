@@ -1,5 +1,6 @@
-"""Program that connects to a server's Ray and deploys its application with changed settings (JSON) of all its models,
-as `serve deploy` does with a changed file.
+"""A program that deploys a server's application again, with changed settings (JSON) of all its models.
+
+It connects to the server's Ray and works like `serve deploy` with a changed file.
 """
 
 from __future__ import annotations

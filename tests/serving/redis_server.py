@@ -1,6 +1,6 @@
-"""A real Redis from this machine's packages, in which Ray's head stores its state.
+"""A real Redis from this machine's packages, for the state of Ray's head.
 
-Without one, tests that need it are skipped with a warning. With CI=true they fail.
+If it is not installed, tests that need it are skipped with a warning, or fail if CI=true.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PATIENCE_S = 30.0
 
 @contextmanager
 def running_redis(folder: Path) -> Iterator[str]:
-    """Yield `host:port` of a new server that stores nothing on disk."""
+    """Run a server that stores nothing on disk. Yields `host:port`."""
     if (program := shutil.which("redis-server")) is None:
         problem = "it is not installed (Debian and Ubuntu: apt-get install redis-server)"
         if os.environ.get("CI") == "true":

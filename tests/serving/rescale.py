@@ -1,5 +1,6 @@
-"""Program that connects to a server's Ray and deploys its application with another number of replicas of one
-deployment, as `serve deploy` does with a changed file.
+"""A program that deploys a server's application again, with another number of replicas of one deployment.
+
+It connects to the server's Ray and works like `serve deploy` with a changed file.
 """
 
 from __future__ import annotations

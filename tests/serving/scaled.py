@@ -1,5 +1,7 @@
-"""Program: two Ray nodes with simulated GPUs, models on fake devices, and a load that rises and falls. Prints the
-sequence of replica counts, the outcomes of requests and jobs, and the errors for settings that such a cluster refuses.
+"""A program that runs two Ray nodes with simulated GPUs, models on fake devices, and a load that rises and falls.
+
+It prints the sequence of replica counts, the outcomes of requests and jobs, and the errors for settings that such a
+cluster refuses.
 """
 
 from __future__ import annotations
@@ -32,12 +34,12 @@ from tests.patience import PATIENCE_S, wait_until
 _APPLICATION = "audio"
 _REFUSED = "refused"
 _CLIENTS = 30
-_WORK_STEPS = 2500  # of all jobs together: half a minute
+_WORK_STEPS = 2500  # steps of all jobs together, half a minute of work
 _REPLICAS = {"max_replicas": 3, "target_wait_s": 1, "upscale_delay_s": 0.5, "downscale_delay_s": 2}
 
 
 @dataclass
-class SeenReplicas:
+class ReplicaHistory:
     """The sequence of a model's replica counts, without repeats, and the nodes that had replicas."""
 
     counts: list[int] = field(default_factory=list)
@@ -50,19 +52,19 @@ class SeenReplicas:
 
 
 class Observer:
-    """Polls the replicas of all models."""
+    """Polls the replicas of all models in a thread."""
 
     def __init__(self, *models: str) -> None:
-        self.seen = {model: SeenReplicas() for model in models}
+        self.histories = {model: ReplicaHistory() for model in models}
         threading.Thread(target=self._run, daemon=True).start()
 
     def wait_for(self, model: str, count: int) -> None:
-        wait_until(lambda: self.seen[model].counts[-1:] == [count])
+        wait_until(lambda: self.histories[model].counts[-1:] == [count])
 
     def _run(self) -> None:
         while True:
             details = serve.context._get_global_client().get_serve_details()["applications"][_APPLICATION]
-            for model, seen in self.seen.items():
+            for model, seen in self.histories.items():
                 if model in details["deployments"]:
                     replicas = details["deployments"][model]["replicas"]
                     seen.note([replica["node_id"] for replica in replicas if replica["state"] == "RUNNING"])
@@ -70,7 +72,7 @@ class Observer:
 
 
 async def crowd(send: Callable[[int], object], is_over: Callable[[], bool]) -> list[str]:
-    """Run clients that send requests repeatedly until `is_over`. Returns the outcomes."""
+    """Run clients that send requests repeatedly until `is_over` returns True. Returns the outcomes."""
     outcomes: list[str] = []
 
     async def client(number: int) -> None:
@@ -86,13 +88,13 @@ async def crowd(send: Callable[[int], object], is_over: Callable[[], bool]) -> l
 
 
 def load_comes_and_goes(backend: RayBackend, observer: Observer) -> list[str]:
-    """Scale from zero to three replicas and back, then once more up from zero. Returns the outcomes."""
+    """Load a model until it has three replicas, wait for zero, and send one request. Returns the outcomes."""
 
     async def ask(seed: int) -> None:
         await backend.generate("lazy", GenerationRequest(prompt="", duration_s=1.0, steps=40, seed=seed))
 
     async def run() -> list[str]:
-        counts = observer.seen["lazy"].counts
+        counts = observer.histories["lazy"].counts
         ends_at = time.monotonic() + PATIENCE_S
         outcomes = await crowd(ask, lambda: counts[-1:] == [3] or time.monotonic() > ends_at)
         await asyncio.to_thread(observer.wait_for, "lazy", 0)
@@ -103,7 +105,7 @@ def load_comes_and_goes(backend: RayBackend, observer: Observer) -> list[str]:
 
 
 def jobs_wait(settings: Settings, observer: Observer, number: int) -> dict[str, int]:
-    """Submit only jobs, no requests. Returns the final number of jobs in each state."""
+    """Submit jobs but no requests. Returns the final number of jobs by state."""
     store = open_store(settings)
     observer.wait_for("busy", 1)
     request = GenerationRequest(prompt="", duration_s=1.0, steps=_WORK_STEPS // number, seed=0)
@@ -115,14 +117,14 @@ def jobs_wait(settings: Settings, observer: Observer, number: int) -> dict[str, 
 
 
 def load_is_steady(backend: RayBackend, observer: Observer) -> list[int]:
-    """Use four fifths of two replicas without a backlog.
+    """Keep two replicas busy for four fifths of the time, without a backlog.
 
-    Returns the replica count each second of the last part, which lasts longer than the policy's look-back and two
-    delays.
+    Returns the replica count in each second of the last part, which is longer than the policy's look-back and two
+    downscale delays.
     """
     request = GenerationRequest(prompt="", duration_s=1.0, steps=40, seed=0)
     pause_s = DEVICE.stages(request).total_ms / 1000.0 / (0.8 * 2)
-    counts = observer.seen["busy"].counts
+    counts = observer.histories["busy"].counts
 
     async def run() -> list[int]:
         running: set[asyncio.Task[object]] = set()
@@ -143,7 +145,7 @@ def load_is_steady(backend: RayBackend, observer: Observer) -> list[int]:
 
 
 def refused_databases(folder: str) -> list[str]:
-    """Return the errors for a SQLite database, which every node would have separately, and for an unreachable one."""
+    """Return the errors for a SQLite database, which nodes cannot share, and for an unreachable database."""
     messages = []
     for url in (None, "postgresql://somebody@nowhere.invalid/jobs"):
         settings = {"models": [{"name": "tiny", "path": folder}], "jobs": {"database_url": url}}
@@ -155,7 +157,7 @@ def refused_databases(folder: str) -> list[str]:
 
 
 def failed_deployments() -> list[str]:
-    """Return Serve's messages for a model without files and for an invalid setting, on one node."""
+    """Return Serve's messages for a model without files and for an invalid setting."""
     messages = []
     for args in ({"models": [{"name": "lab", "repo_id": "lab/model"}]}, {"modles": []}):
         application = {"name": _REFUSED, "import_path": "stable_audio_serve.serving.app:build", "args": args}
@@ -191,7 +193,9 @@ def main(folder: str, database_url: str, num_jobs: str) -> None:
     backend = RayBackend(plan_deployments(settings).catalog, {"lazy": handle}, application=_APPLICATION)
     jobs = jobs_wait(settings, observer, int(num_jobs))
     outcomes = load_comes_and_goes(backend, observer)
-    counted = {model: {"counts": list(seen.counts), "nodes": len(seen.nodes)} for model, seen in observer.seen.items()}
+    counted = {
+        model: {"counts": list(seen.counts), "nodes": len(seen.nodes)} for model, seen in observer.histories.items()
+    }
     steady = load_is_steady(
         RayBackend(backend.catalog, {"busy": serve.get_deployment_handle("busy", _APPLICATION)}, application="audio"),
         observer,
@@ -204,7 +208,7 @@ def main(folder: str, database_url: str, num_jobs: str) -> None:
         "failed": failed,
         **counted,
     }
-    print("seen: " + json.dumps(result))
+    print("results: " + json.dumps(result))
     serve.shutdown()
     ray.shutdown()
     cluster.shutdown()

@@ -1,6 +1,4 @@
-"""Operator commands against a real server: load and unload models, read the status, retry dead letters, and drain the
-server under load.
-"""
+"""Operator commands with a real server: load and unload models, show the status, retry dead letters, and drain."""
 
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ from tests.jobs.conftest import SHORT_PAUSES
 from tests.patience import PATIENCE_S, wait_until
 from tests.serving.conftest import LAZY, TINY, model
 from tests.serving.launched import LaunchedServer, write_config
-from tests.serving.stopping import DRAIN_S, check_that_it_finishes_what_it_began
+from tests.serving.stopping import DRAIN_S, check_that_stopping_finishes_work
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -49,8 +47,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def operated(folder: Path) -> Iterator[LaunchedServer]:
-    """Run a server with keys. `tiny` is preloaded, `lazy` starts on demand and scales down soon, `broken` cannot load.
-    One job runs at a time.
+    """Run a server with keys that runs one job at a time.
+
+    The model `tiny` is preloaded, `lazy` starts on demand and scales down soon, and `broken` cannot load.
     """
     broken = folder / "broken"
     shutil.copytree(TINY, broken)
@@ -75,7 +74,7 @@ def operated(folder: Path) -> Iterator[LaunchedServer]:
     environment = {
         "STABLE_AUDIO_MAX_STEPS": "1000",
         "STABLE_AUDIO_MAX_DURATION": "20",
-        "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1",  # a broken model fails every time
+        "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1",  # further attempts would fail too
     }
     launched = LaunchedServer(config, environment=environment)
     try:
@@ -89,7 +88,7 @@ def operated(folder: Path) -> Iterator[LaunchedServer]:
 
 @pytest.fixture
 def run(operated: LaunchedServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Return a function that runs `stable-audio-serve` with an admin key and returns the output."""
+    """Return a function that runs `stable-audio-serve` with an admin key, and returns the output."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv("STABLE_AUDIO_URL", operated.url)
 
@@ -171,7 +170,7 @@ def test_dead_letter_is_retried_once(operated: LaunchedServer, run: Run) -> None
     wait_until(letters)
     shown = run("admin", "dead-letters", number)
     assert shown.count("tried again by an operator") == 1
-    assert sum(line.split()[-1:] == ["started"] for line in shown.splitlines()) == 2  # the job has run again
+    assert sum(line.split()[-1:] == ["started"] for line in shown.splitlines()) == 2  # the job has started twice
     assert "1 deleted" in run("admin", "dead-letters", "--delete", "--all")
     assert letters() == []
     wait_until(lambda: status_of(operated)["jobs"]["dead_letters"] == 0)
@@ -211,7 +210,7 @@ def test_drained_server_finishes_its_work_under_load(operated: LaunchedServer, r
 
 
 async def finish_elsewhere(folder: Path, is_done: Callable[[], bool]) -> None:
-    """Run the jobs of the same database with the runner of another server."""
+    """Run jobs of the same database with another runner until `is_done`."""
     settings = Settings.model_validate({"output_dir": str(folder / "outputs")})
     store = open_store(settings)
     tiny = replace(make_catalog().default, name="tiny", aliases=())
@@ -244,5 +243,5 @@ def test_missing_key_is_reported(operated: LaunchedServer, monkeypatch: pytest.M
 
 
 def test_ctrl_c_stops_the_server_after_its_work_is_done(operated: LaunchedServer) -> None:
-    """Behind HAProxy; `test_lifecycle.py` tests the Python proxy."""
-    check_that_it_finishes_what_it_began(operated, signal.SIGINT)
+    """This server uses HAProxy. `test_lifecycle.py` tests the Python proxy."""
+    check_that_stopping_finishes_work(operated, signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Outcomes of calls on model replicas, with handles that answer as Ray's do, without Ray."""
+"""Outcomes of calls to model replicas, with fake handles that answer like those of Ray."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def test_retry_times_of_refused_clients_vary_by_a_quarter() -> None:
         waits.append(refusal.value.retry_after_s or 0.0)
     assert 8.0 <= min(waits) < 8.5
     assert 9.5 < max(waits) <= 10.0
-    assert await model.generate("small-sfx", _REQUEST) == _RESULT  # no refusal is remembered
+    assert await model.generate("small-sfx", _REQUEST) == _RESULT  # the earlier refusal has no effect
 
 
 async def test_a_refusal_is_repeated_while_the_model_is_full() -> None:
@@ -84,7 +84,7 @@ async def test_a_repeated_refusal_ends_when_the_model_has_room() -> None:
 
 
 async def test_answer_marks_the_model_ready_while_the_controller_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray's head may be down. Readiness checks must not report the model as loading then."""
+    """Readiness checks must not report the model as loading while Ray's head is down."""
     head_is_back = threading.Event()
 
     def silent(application: str) -> None:
@@ -96,7 +96,7 @@ async def test_answer_marks_the_model_ready_while_the_controller_is_down(monkeyp
     try:
         assert (await model.status())["small-sfx"].stage == "loading"
         await model.generate("small-sfx", _REQUEST)
-        statuses = [await model.status() for _ in range(1000)]  # none of these waits for the controller again
+        statuses = [await model.status() for _ in range(1000)]  # none of these calls waits for the controller again
         assert {status["small-sfx"].stage for status in statuses} == {"ready"}
     finally:
         head_is_back.set()

@@ -1,4 +1,4 @@
-"""`CachedQuery` with a fake clock."""
+"""`CachedQuery` shares and caches the results of a query. The tests use a fake clock."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.factories import FakeClock
 
 
 class CountedQuery:
-    """Returns the number of calls so far; blocks while `is_free` is not set."""
+    """A query that returns the number of calls so far, and blocks while `is_free` is not set."""
 
     def __init__(self) -> None:
         self.num_calls = 0

@@ -1,4 +1,4 @@
-"""The number of threads per model, and the cores that are shared among models."""
+"""The number of threads per model, and how models share the cores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HAProxy with our program in its place, started and reloaded by Ray's own code: time limits, addresses, file modes."""
+"""HAProxy behind our wrapper program, started and reloaded by Ray's code: time limits, addresses and file modes."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="HAProxy mode is for Linux"),
 ]
 
-_PUBLIC = "127.0.0.2"  # not the address in Ray's configuration
+_PUBLIC = "127.0.0.2"  # differs from the address in Ray's configuration
 _HEADER_TIMEOUT_S = 1.0
 _IDLE_TIMEOUT_S = 1.5
 _LONG_S = 2.5 * _IDLE_TIMEOUT_S
-_END_S = 30.0  # upper bound for anything that must end, on any machine
+_END_S = 30.0  # longest time for anything that must end, on any machine
 _EDITED = (
     "stats socket",
     "local0 info",
@@ -74,7 +74,7 @@ async def upload(request: Request) -> int:
 
 @app.post("/never")
 async def never() -> None:
-    """Return whether it was called, without reading the body."""
+    """Record the call, without reading the body."""
     reached.append("/never")
 
 
@@ -108,7 +108,7 @@ async def events() -> StreamingResponse:
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """A running HAProxy and Ray's object that controls it."""
+    """A running HAProxy, and Ray's object that controls it."""
 
     api: Any
     port: int
@@ -157,7 +157,7 @@ async def proxying(
 
 
 async def until_closed(host: str, port: int, *, first: bytes, drip: bytes = b"") -> float:
-    """Return the seconds until HAProxy closes a connection that sends `first`, then `drip` repeatedly."""
+    """Send `first` on a connection, and then `drip` repeatedly. Return the seconds until HAProxy closes it."""
     reader, writer = await asyncio.open_connection(host, port)
     began_at = time.monotonic()
     writer.write(first)
@@ -172,7 +172,7 @@ async def until_closed(host: str, port: int, *, first: bytes, drip: bytes = b"")
         async with asyncio.timeout(_END_S):
             await reader.read()
     except ConnectionError:
-        pass  # HAProxy closed the connection while we were sending
+        pass  # HAProxy closed the connection while the test was sending
     finally:
         dripping.cancel()
         writer.close()
@@ -213,11 +213,12 @@ async def test_client_address_header_cannot_be_forged(tmp_path: Path, monkeypatc
     ):
         assert (await client.get("/address", headers=forged)).json() == ["127.0.0.3"]
     assert address_header(os.environ) == ADDRESS_HEADER
-    assert address_header({"RAY_SERVE_ENABLE_HA_PROXY": "1"}) is None  # Ray's own HAProxy sets no address header
+    # Without our wrapper, HAProxy sets no address header.
+    assert address_header({"RAY_SERVE_ENABLE_HA_PROXY": "1"}) is None
 
 
 async def test_http_2_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A connection could hold a hundred unfinished requests, and HAProxy never frees their memory."""
+    """An HTTP/2 connection could have a hundred unfinished requests, whose memory HAProxy never frees."""
     async with listening(app) as backend_port, proxying(backend_port, tmp_path, monkeypatch) as proxy:
         answers = [
             await exchange(port, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", host=host)
@@ -228,7 +229,7 @@ async def test_http_2_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.slow
 async def test_long_request_survives_twenty_reloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """HAProxy ends a replaced process after its last request."""
+    """A replaced process of HAProxy ends after its last request."""
     async with (
         listening(app) as backend_port,
         proxying(backend_port, tmp_path, monkeypatch) as proxy,
@@ -237,46 +238,44 @@ async def test_long_request_survives_twenty_reloads(tmp_path: Path, monkeypatch:
         waiting = asyncio.create_task(client.get("/wait"))
         await until(lambda: "/wait" in reached)
         for _ in range(20):
-            assert (await client.get("/docs")).status_code == 200  # on a new connection, kept alive
+            assert (await client.get("/docs")).status_code == 200  # opens a connection, which stays open
             await proxy.api.reload()
-        await until(lambda: num_old(proxy) == 1)
+        await until(lambda: num_old_processes(proxy) == 1)
         (old,) = proxy.api._old_procs
         memory = sum(psutil.Process(pid).memory_info().rss for pid in (old.pid, proxy.api._proc.pid))
         released.set()
         assert (await waiting).json() == "waited"
-        await until(lambda: num_old(proxy) == 0)
+        await until(lambda: num_old_processes(proxy) == 0)
     assert memory < 128 * 2**20
 
 
-def num_old(proxy: Proxy) -> int:
+def num_old_processes(proxy: Proxy) -> int:
     """Return the number of replaced processes that still serve requests."""
     proxy.api._prune_old_procs()
     return len(proxy.api._old_procs)
 
 
-async def exchange(port: int, *parts: bytes, awaited: bytes = b"", host: str = _PUBLIC) -> bytes:
-    """Send the first part, and the others once `awaited` has arrived. Returns all that HAProxy answers."""
+async def exchange(port: int, *parts: bytes, wait_for: bytes = b"", host: str = _PUBLIC) -> bytes:
+    """Send the first part, wait for `wait_for`, and send the other parts. Returns everything that HAProxy answers."""
     async with asyncio.timeout(PATIENCE_S):
         reader, writer = await asyncio.open_connection(host, port)
         writer.write(parts[0])
-        seen = await reader.readuntil(awaited) if awaited else b""
+        received = await reader.readuntil(wait_for) if wait_for else b""
         for part in parts[1:]:
             writer.write(part)
-        seen += await reader.read()
+        received += await reader.read()
         writer.close()
-    return seen
+    return received
 
 
-async def test_request_reaches_a_replica_once_its_beginning_arrived(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_request_reaches_a_replica_after_its_first_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reached.clear()
     head = "POST {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: {size}\r\n{more}\r\n"
     dripping = head.format(path="/never", size=1_000_000, more="").encode()
     asking = head.format(path="/upload", size=70_000, more="Expect: 100-continue\r\n").encode()
     async with listening(app) as backend_port, proxying(backend_port, tmp_path, monkeypatch) as proxy:
         late = await exchange(proxy.port, dripping, b"--")
-        sent = await exchange(proxy.port, asking, b"x" * 70_000, awaited=b"100 Continue\r\n\r\n")
+        sent = await exchange(proxy.port, asking, b"x" * 70_000, wait_for=b"100 Continue\r\n\r\n")
     status, _, body = late.partition(b"\r\n\r\n")
     assert status.startswith(b"HTTP/1.1 408 ")
     assert b"content-type: application/json" in status.lower()
@@ -285,9 +284,10 @@ async def test_request_reaches_a_replica_once_its_beginning_arrived(
     assert sent.endswith(b"\r\n\r\n70000")
 
 
-# Answers of a replica, or of Ray Serve in its place, by path: status and content type. "/cut" gets no answer.
+# Status and content type of the answers of a replica, or of Ray Serve without a replica, by path. The connection of
+# "/cut" closes without an answer.
 _ANSWERS = {
-    "/docs": (200, "text/html"),  # the health check
+    "/docs": (200, "text/html"),  # also the health check
     "/text-404": (404, "text/plain; charset=utf-8"),
     "/text-500": (500, "text/plain"),
     "/text-503": (503, "text/plain"),
@@ -331,10 +331,10 @@ async def test_only_unanswered_requests_get_a_retry_time(tmp_path: Path, monkeyp
                 reply = await client.get(path)
                 assert (reply.status_code, reply.headers["content-type"], reply.text) == (*_ANSWERS[path], "{}")
             backend.close()
-            assert has_retry_time(await client.get("/json-404"))  # the replica was killed
+            assert has_retry_time(await client.get("/json-404"))  # as after a kill of the replica
             proxy.api.set_backend_configs({})
             await proxy.api.reload()
-            assert has_retry_time(await client.get("/docs"))  # no route is known, as after a restart of HAProxy
+            assert has_retry_time(await client.get("/docs"))  # HAProxy knows no route, as after a restart
 
 
 async def test_public_address_and_admin_socket_are_restricted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,7 +370,8 @@ async def test_connection_limit_follows_the_file_limit(tmp_path: Path, monkeypat
     (most,) = re.findall(r"^Maxconn: (\d+)$", info, flags=re.MULTILINE)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     num_files = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
-    assert 0.35 * num_files < int(most) <= 0.5 * num_files  # a connection takes two files, and some files are pipes
+    # A connection takes two files, and HAProxy needs further files for pipes.
+    assert 0.35 * num_files < int(most) <= 0.5 * num_files
 
 
 def is_open(host: str, port: int) -> bool:

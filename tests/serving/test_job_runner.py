@@ -1,4 +1,4 @@
-"""A job runner's reports to the models, over fake handles without Ray."""
+"""The reports of a job runner to the models, with fake handles instead of Ray."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.patience import until
 
 
 class Handle:
-    """A model without replicas until a test sets `has_replica`."""
+    """The handle of a model that has no replica until a test sets `has_replica`."""
 
     def __init__(self) -> None:
         self.has_replica = asyncio.Event()
@@ -56,14 +56,14 @@ class Handle:
 
 
 class Replica(JobRunnerReplica):
-    """Skips the shutdown, because the test skips the start."""
+    """A job runner without a shutdown, because the tests do not start it."""
 
     def __del__(self) -> None:  # type: ignore[override]
         pass
 
 
 class Server:
-    """One model, its waiting work and the operators' settings."""
+    """The handle of one model, its waiting work, and the operators' settings."""
 
     def __init__(self) -> None:
         self.tiny = Handle()
@@ -88,7 +88,7 @@ async def server(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Server]:
     reporting.cancel()
 
 
-@pytest.mark.parametrize("waiting", [{}, None])  # no jobs, or no database
+@pytest.mark.parametrize("waiting", [{}, None])  # no waiting jobs, or no database
 async def test_a_kept_model_is_started_and_reported_until_its_release(server: Server, waiting: Any) -> None:
     server.waiting, tiny = waiting, server.tiny
     await asyncio.sleep(0.1)
@@ -102,7 +102,8 @@ async def test_a_kept_model_is_started_and_reported_until_its_release(server: Se
     await until(lambda: tiny.reports[-1] == (0.0, False))
     num_reports = len(tiny.reports)
     await asyncio.sleep(0.1)
-    assert (len(tiny.reports), tiny.num_pending) == (num_reports, 0)  # a pending call would hold the replica
+    # A pending call would keep the replica from stopping.
+    assert (len(tiny.reports), tiny.num_pending) == (num_reports, 0)
 
 
 async def test_release_cancels_the_call_that_would_start_the_model(server: Server) -> None:

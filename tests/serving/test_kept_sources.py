@@ -1,4 +1,4 @@
-"""Edits keep the source's samples outside the regions exactly, for every kind of source and model."""
+"""Edits keep the exact samples of the source outside the regions, for every kind of source and model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ REGIONS: dict[str, tuple[Region, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Audio (C, S) and how it is written to a file: rate and sample format."""
+    """Audio (C, S), and the rate and sample format of its file."""
 
     samples: Audio
     rate_hz: int = RATE_HZ
@@ -130,7 +130,7 @@ def read(file: bytes) -> Pcm:
 
 
 def pcm_of(file: bytes, *, duration_s: float = DURATION_S) -> Pcm:
-    """Return a file as the model decodes it, in the samples of a WAV file."""
+    """Return the 16-bit samples of a file as the server decodes it."""
     samples, rate_hz = soundfile.read(io.BytesIO(file), dtype="float32", always_2d=True)
     source = SourceAudio(np.ascontiguousarray(samples.T), rate_hz)
     prepared = prepare_source(source, sample_rate_hz=RATE_HZ, channels=2, num_samples=int(duration_s * RATE_HZ))
@@ -138,7 +138,7 @@ def pcm_of(file: bytes, *, duration_s: float = DURATION_S) -> Pcm:
 
 
 def outside(*regions: Region, source_s: float = DURATION_S) -> npt.NDArray[np.bool_]:
-    """Return which of the source's samples are outside all regions."""
+    """Return a mask of the source's samples that are outside all regions."""
     kept = np.zeros(int(DURATION_S * RATE_HZ), dtype=bool)
     kept[: int(source_s * RATE_HZ)] = True
     for start_s, end_s in regions:
@@ -166,7 +166,7 @@ async def test_two_successive_edits_keep_each_sample(client: httpx.AsyncClient, 
 
 @pytest.mark.parametrize("model", MODELS)
 async def test_continuation_keeps_all_but_the_last_30_ms(client: httpx.AsyncClient, model: str) -> None:
-    file, end = Source(make_noise(0.4, duration_s=2.048)).file, 2048  # whole latent frames
+    file, end = Source(make_noise(0.4, duration_s=2.048)).file, 2048  # a whole number of latent frames
     longer, alone = [
         await edit(client, file, (2.048, DURATION_S), model=model, peaks="clip", keep=keep)
         for keep in ("source", "model")
@@ -225,7 +225,7 @@ async def test_recipe_records_what_was_kept(client: httpx.AsyncClient) -> None:
         assert recipe["keep"] == keep
         again = await replay(client, recipe, file)
         assert again.content == take.content
-    del recipe["keep"]  # older recipes lack the field
+    del recipe["keep"]  # older recipes do not have the field
     np.testing.assert_array_equal(read((await replay(client, recipe, file)).content), read(take.content))
 
 

@@ -1,6 +1,4 @@
-"""API keys on a real server: limits shared by two ingress processes on SQLite, and a key file that changes while the
-server runs.
-"""
+"""API keys on a real server with two ingress processes: shared limits, and a key file that changes."""
 
 from __future__ import annotations
 
@@ -51,7 +49,7 @@ def server(folder: Path) -> Iterator[LaunchedServer]:
 
 
 def ask(server: LaunchedServer, key: str) -> httpx.Response:
-    """Send a request on a new connection, so that either ingress process may get it."""
+    """Send a request on a new connection, so that any ingress process may get it."""
     body = {"prompt": "rain", "duration": 1, "steps": 1}
     headers = {"Authorization": f"Bearer {key}"}
     return httpx.post(f"{server.url}/v1/audio/generations", json=body, headers=headers, timeout=PATIENCE_S)
@@ -81,6 +79,6 @@ def test_removed_key_fails_everywhere_and_broken_file_is_ignored(server: Launche
     wait_until(lambda: {reply.status_code for reply in ask_many(server, "alice", 16)} == {401})
     put(folder, "sas-a-plain-key-by-mistake\n")
     broken = wait_until(lambda: (file := server.client.get("/health").json()["key_file"])["state"] == "broken" and file)
-    assert broken["reason"].startswith("line 1: ")  # from one process; the next answer may come from the other
-    assert ask(server, "bob").status_code == 200  # the key's line has another name now
+    assert broken["reason"].startswith("line 1: ")  # the next answer may come from the other process
+    assert ask(server, "bob").status_code == 200  # bob's key is now in the line of carol
     assert not re.search("by-mistake|Bearer", server.output)

@@ -1,6 +1,4 @@
-"""Starting and stopping: servers side by side, the Python proxy, faults that stop the start, no processes left
-behind.
-"""
+"""Starting and stopping of servers: side by side, behind each proxy, with faults, and without leftover processes."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ from tests.patience import PATIENCE_S, wait_until
 from tests.served.conftest import probe_start
 from tests.serving.conftest import TINY, model
 from tests.serving.launched import LaunchedServer, command, free_port, write_config
-from tests.serving.stopping import DRAIN_S, check_that_it_finishes_what_it_began, check_that_its_log_is_plain
+from tests.serving.stopping import DRAIN_S, check_log, check_that_stopping_finishes_work
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -47,10 +45,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]
 
 @pytest.fixture(scope="module")
 def other(server: LaunchedServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]:
-    """Run a second server on the machine, with the address of the first one's Ray in its environment, which it must
-    ignore.
+    """Run a second server. Its environment has the address of the first server's Ray, which it must ignore.
 
-    Its model is in a cache whose hub is offline. It runs behind the Python proxy, from the wheel of this checkout.
+    Its model is in a cache whose hub is offline. The server uses the Python proxy and the wheel of this checkout.
     """
     address, token = server.ray()
     folder = tmp_path_factory.mktemp("other")
@@ -82,10 +79,10 @@ def other(server: LaunchedServer, tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 def test_starting_server_is_alive_long_before_it_is_ready(server: LaunchedServer, other: LaunchedServer) -> None:
-    """Behind HAProxy and behind the Python proxy."""
+    """The first server uses HAProxy, and the other one the Python proxy."""
     for launched in (server, other):
         *loading, last = launched.probes
-        assert len(loading) > 1  # the ingress starts faster than the model
+        assert len(loading) > 1  # the ingress answers before the model is ready
         assert {ready for _, ready in loading} == {503}
         assert {(health.status_code, health.json()["status"], health.json()["healthy"]) for health, _ in loading} == {
             (200, "loading", False)
@@ -103,7 +100,7 @@ def test_servers_side_by_side_give_the_same_audio(server: LaunchedServer, other:
 
 def test_cached_model_is_described_like_one_in_a_folder(server: LaunchedServer, other: LaunchedServer) -> None:
     cards = [launched.client.get("/v1/models").json()["data"][0] for launched in (server, other)]
-    own = {"created", "max_steps"}  # the other server's .env allows more steps
+    own = {"created", "max_steps"}  # these fields differ, because the other server's .env allows more steps
     in_folder, in_cache = ({key: value for key, value in one.items() if key not in own} for one in cards)
     assert in_cache == in_folder
     assert in_cache["sample_rate_hz"] == 1000
@@ -138,19 +135,19 @@ def test_python_proxy_keeps_deadlines_and_errors(other: LaunchedServer) -> None:
 
 def test_stopped_server_leaves_no_processes_and_spares_others(server: LaunchedServer, other: LaunchedServer) -> None:
     replicas = server.pids("ray::Serve")
-    check_that_it_finishes_what_it_began(other, signal.SIGTERM)
+    check_that_stopping_finishes_work(other, signal.SIGTERM)
     assert server.pids("ray::Serve") == replicas
     assert server.client.post("/generate", json=_BODY).status_code == 200
 
 
 def run_to_failure(config: Path, *options: str, **variables: str) -> str:
-    """Return our one-sentence error from a server that must not start."""
+    """Run a server that must not start. Return our error, which must be one sentence."""
     (error,) = (line for line in failed_start(config, *options, **variables).splitlines() if line.startswith("error: "))
     return error
 
 
 def failed_start(config: Path, *options: str, **variables: str) -> str:
-    """Return the output of a server that must not start."""
+    """Run a server that must not start. Return its output."""
     result = subprocess.run(
         command(config, *options),
         capture_output=True,
@@ -175,7 +172,7 @@ def test_failed_start_of_ray_is_one_sentence(tmp_path: Path) -> None:
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": os.getcwd()} | dict.fromkeys(limits, "2"),
     ) as launcher:
-        freeze_child(launcher, "gcs_server")  # to other processes a frozen process looks starved
+        freeze_child(launcher, "gcs_server")  # a frozen process behaves like one that gets no CPU time
         output, _ = launcher.communicate(timeout=PATIENCE_S)
     assert launcher.returncode == 2
     assert "Traceback" not in output
@@ -212,11 +209,11 @@ def test_killed_processes_and_ctrl_c_leave_no_traceback(server: LaunchedServer) 
     assert "has died" in server.output
     server.stop()
     assert server.process.returncode == 0
-    check_that_its_log_is_plain(server, since=0)
+    check_log(server, since=0)
 
 
 def test_config_fault_stops_startup_by_name(tmp_path: Path) -> None:
-    """These faults are found before the process changes anything, see `tests/cli/test_serving.py`."""
+    """The process finds these faults before it changes anything, see `tests/cli/test_serving.py`."""
     config = write_config(tmp_path, make_args(), htpp_options={})
     assert "htpp_options" in run_to_failure(config, "--port", str(free_port()))
 
@@ -228,9 +225,9 @@ def test_weights_of_another_network_stop_the_start(tmp_path: Path) -> None:
     del weights[min(weights)]
     save_file(weights, folder / "model.safetensors")
     config = write_config(tmp_path, {"models": [{"name": "tiny", "path": str(folder)}]})
-    once = {"RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1"}  # Serve's retries take long and change nothing
+    once = {"RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1"}  # Serve's retries take long and would fail too
     output = failed_start(config, "--port", str(free_port()), "--proxy", "python", **once)
-    # Ray prints its processes' lines at the same time. Our line starts on a new line in any case.
+    # Ray prints lines of its processes at the same time, but our error always starts on a new line.
     _, error = output.split("\nerror: ")
     assert f"model.safetensors: {min(load_file(Path(TINY) / 'model.safetensors'))} is missing" in error.splitlines()[0]
 

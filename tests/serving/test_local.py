@@ -1,4 +1,4 @@
-"""The API over engines in this process, without Ray."""
+"""The API with engines in the same process, without Ray."""
 
 from __future__ import annotations
 

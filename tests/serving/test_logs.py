@@ -1,4 +1,4 @@
-"""Log lines of Ray Serve's controller about a dead replica."""
+"""How Ray Serve's controller logs a dead replica and other failures."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ logger = logging.getLogger("ray.serve")
 
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[logging.LogRecord]]:
-    """Return the records of Serve's logger, set up as in the controller."""
+    """Yield the records of Serve's logger, which is configured as in the controller."""
     handler = BufferingHandler(100)
     for name in ("CYAN", "RESET"):
-        monkeypatch.setattr(colorama.Fore, name, getattr(colorama.Fore, name))  # restored after the test
+        monkeypatch.setattr(colorama.Fore, name, getattr(colorama.Fore, name))  # so that monkeypatch restores it
     tidy_controller_log()
     logger.addHandler(handler)
     try:
@@ -32,7 +32,7 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[logging.LogRecord]]:
 
 
 def log_failure(error: Exception) -> None:
-    """Log a failed poll as the controller does: with the traceback in the message and in `exc_info`."""
+    """Log a failed poll as the controller does, with the traceback in the message and in `exc_info`."""
     try:
         raise error
     except Exception:

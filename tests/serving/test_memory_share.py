@@ -1,4 +1,4 @@
-"""A replica's share of a GPU's memory, from the settings to the engine, on a fake device with memory."""
+"""A replica's share of a GPU's memory, from the settings to an engine on a fake device."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_memory_share_defaults_to_the_share_of_the_gpu() -> None:
     assert memory_share(ModelSettings(name="demo"), gpu_share=0.25) == 0.25
     assert memory_share(ModelSettings(name="demo", memory_share=0.4), gpu_share=0.25) == 0.4
     assert memory_share(ModelSettings(name="demo"), gpu_share=1.0) == 1.0
-    assert memory_share(ModelSettings(name="demo"), gpu_share=0.0) == 1.0  # on a CPU
+    assert memory_share(ModelSettings(name="demo"), gpu_share=0.0) == 1.0  # a model on a CPU
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Ray's metrics accept the declared samples. `test_jobs.py` checks what a real server exports."""
+"""Ray's metrics accept the declared samples. `tests/served/test_jobs.py` checks the metrics of a real server."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""The four dialects written for Stable Audio Open, in front of small checkpoints of that family. Clients that name no
-model get that family, with the durations and cuts of the original servers.
+"""The four dialects for Stable Audio Open, with small checkpoints of that family.
+
+Requests without a model use that family, with the durations and cuts of the original servers.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from tests.goldens import load_open_goldens
 from tests.models.sao.tiny import TINY
 
 RATE_HZ = 1000
-WINDOW_S = {"tiny-1.0": 47.552, "tiny-small": 11.888}  # 524288 samples at 44100 Hz limit the second one's 11.904
+# The window of tiny-small is 524288 samples at 44.1 kHz, less than its configured 11.904 s.
+WINDOW_S = {"tiny-1.0": 47.552, "tiny-small": 11.888}
 PROMPT = "warm house synth loop 120 bpm"
 
 pytestmark = [pytest.mark.server, pytest.mark.asyncio(loop_scope="module")]
@@ -39,14 +41,14 @@ pytestmark = [pytest.mark.server, pytest.mark.asyncio(loop_scope="module")]
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A server of the demo, its default model, and one Open checkpoint."""
+    """A server with the demo, which is its default model, and one Open checkpoint."""
 
     name: str
     client: httpx.AsyncClient
     backend: LocalBackend
 
     async def make(self, **fields: Any) -> npt.NDArray[np.float32]:
-        """Return the model's own output for a request (2, S)."""
+        """Return the engine's output (2, S) for a request."""
         request = GenerationRequest(**{"prompt": PROMPT, "seed": 5, "steps": 4, **fields})
         return (await self.backend.generate(self.name, request)).audio[0]
 
@@ -71,12 +73,12 @@ def read(data: bytes) -> npt.NDArray[np.float32]:
 
 
 def as_pcm(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:
-    """Convert as the Open Small server does: divide by the peak, multiply by 32767, truncate."""
+    """Convert as the Open Small server does: divide by the peak, multiply by 32767 and truncate."""
     return (np.clip(audio / np.abs(audio).max(), -1, 1) * 32767).astype(np.int16)
 
 
 def assert_same(actual: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> None:
-    """Check equality up to one 16-bit step, after clipping."""
+    """Check that clipped audio is equal up to one 16-bit step."""
     np.testing.assert_allclose(actual, np.clip(expected, -1, 1), rtol=0, atol=1.1 / 32768)
 
 

@@ -1,4 +1,4 @@
-"""Deployment options from settings: replica counts, limits and resources, without Ray."""
+"""Deployment options from settings, without Ray: replica counts, limits and resources."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_update_starts_the_new_replica_first_on_a_spare_gpu() -> None:
     assert surges([ONE_GPU, ONE_GPU], whole) == [True]
     assert surges([TWO_GPUS], whole | {"replicas": {"max_replicas": 2}}) == [False]
     assert surges([ONE_GPU], SFX | {"num_gpus": 0.5}) == [True]
-    assert surges([ONE_GPU], SFX) == [False]  # its share of one GPU is the whole GPU
+    assert surges([ONE_GPU], SFX) == [False]  # its replica takes the whole GPU
 
 
 def test_two_half_gpus_do_not_make_a_whole() -> None:
@@ -160,7 +160,7 @@ def test_no_surge_without_room_for_all_replicas() -> None:
     ]
 
 
-def test_surge_needs_cpus_beside_those_of_the_ingress() -> None:
+def test_surge_needs_more_cpus_than_the_ingress_uses() -> None:
     assert surges([Slot(0, 2)], SFX) == [True]
     assert surges([Slot(0, 2)], SFX, MUSIC) == [False, False]
     assert surges([Slot(0, 2)], SFX, ingress={"replicas": 2, "num_cpus": 0.5}) == [False]

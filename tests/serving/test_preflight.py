@@ -1,4 +1,4 @@
-"""Models with missing files stop the start within seconds with one sentence, before Ray starts."""
+"""A start with unusable models ends within seconds with one sentence, before Ray starts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HUB_MODEL = {"name": "lab", "repo_id": "lab/model"}
 
 
 def refusal(folder: Path, models: list[Mapping[str, Any]], **variables: str) -> str:
-    """Return the output of a start that must fail."""
+    """Start a server that must fail. Return its output."""
     result = subprocess.run(
         command(write_config(folder, {"models": models}), "--port", str(free_port())),
         capture_output=True,
@@ -143,7 +143,7 @@ from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.serving.placement import describe_models, plan_deployments
 from stable_audio_serve.serving.preflight import fetch_configs
 from stable_audio_serve.models.stable_audio_tools import package
-package.find_spec = lambda name: None  # machines that load no model need no package
+package.find_spec = lambda name: None  # a machine that loads no model does not need the package
 model = {"name": "lab", "repo_id": "lab/model", "backend": "stable_audio_tools"}
 plan = plan_deployments(Settings.model_validate({"models": [model]}))
 fetch_configs(plan, plan.settings.models, print_error=print)
@@ -152,7 +152,7 @@ print(*(card.family for card in (*plan.catalog, *describe_models(plan).catalog))
 
 
 def fetch_elsewhere(folder: Path, endpoint: str) -> list[str]:
-    """Return the output of a start where other nodes load the model: warnings, and its family before and after."""
+    """Start where other nodes load the model. Return its output: warnings, and its family before and after."""
     environment = hub_environment(endpoint, folder / "hub")
     done = subprocess.run(
         [sys.executable, "-c", FETCH], env=environment, capture_output=True, text=True, cwd=folder, check=False

@@ -1,5 +1,6 @@
-"""Deploys a poisoned checkpoint on a server under load. With a spare slot no client notices; without one the server
-falls back to the last good weights. Every answer comes from good weights.
+"""A poisoned checkpoint is deployed on a server under load, and every answer still comes from good weights.
+
+With a spare slot, the old replica keeps serving. Without one, the server falls back to the last good weights.
 """
 
 from __future__ import annotations
@@ -25,17 +26,18 @@ from tests.serving.launched import LaunchedServer, write_config
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 _BODY = {"prompt": "rain", "duration": 1.0, "seed": 5, "steps": 2}
-_PAUSE_S = 0.1  # between a customer's calls; without a pause they take the cores on which new replicas start
+_PAUSE_S = 0.1  # pause between calls of a client, so that new replicas get CPU time to start
 
 
 @pytest.fixture(scope="module")
 def updated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]:
-    """Run a server with two models of one repository. An update of `spare` starts the new replica first. An update of
-    `tight` has no room for that.
+    """Run a server with two models of one repository.
+
+    An update of `spare` starts the new replica before it stops the old one. `tight` has no room for that.
     """
     folder = tmp_path_factory.mktemp("quality")
     good, bad = (copy_checkpoint(TINY, folder / name) for name in ("good", "bad"))
-    spoil(bad, partial(scale, factor=2.0))  # loads, warms up and makes sound; only a listener can tell
+    spoil(bad, partial(scale, factor=2.0))  # this model loads, warms up and generates, but its audio is too loud
     fill_revisions(folder / "hub", "lab/tiny", {GOOD: good, BAD: bad}, main=GOOD)
     model = {
         "repo_id": "lab/tiny",
@@ -60,8 +62,8 @@ def updated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer
         launched.stop(number=signal.SIGKILL)
 
 
-class Customer:
-    """Requests the same clip from one model repeatedly, each time on a new connection."""
+class RepeatingClient:
+    """A client that requests the same clip from one model repeatedly, each time on a new connection."""
 
     def __init__(self, server: LaunchedServer, model: str) -> None:
         self.answers: list[tuple[int, bytes]] = []
@@ -96,7 +98,7 @@ def clip_of(server: LaunchedServer, model: str) -> bytes:
     return clip
 
 
-def sound(clip: bytes) -> bytes:
+def samples_of(clip: bytes) -> bytes:
     """Return the samples of a WAV file."""
     with wave.open(io.BytesIO(clip)) as reader:
         return reader.readframes(reader.getnframes())
@@ -106,10 +108,10 @@ def health_of(server: LaunchedServer) -> dict[str, Any]:
     return dict(httpx.get(f"{server.url}/health", timeout=PATIENCE_S, trust_env=False).json()["models"])
 
 
-def wait_for(server: LaunchedServer, is_so: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    """Return an ingress's health once the condition holds. The other ingress may follow later."""
+def wait_for(server: LaunchedServer, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """Wait until the health of an ingress meets the condition, and return it. The other ingress may follow later."""
     deadline = time.monotonic() + PATIENCE_S
-    while not is_so(models := health_of(server)):
+    while not condition(models := health_of(server)):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     return models
@@ -121,15 +123,16 @@ def deploy(server: LaunchedServer, revision: str) -> None:
 
 
 def poison_under_load(updated: LaunchedServer) -> None:
-    """Update both models under load. No customer may notice."""
+    """Update both models under load. No request may fail or get another clip."""
     before = wait_for(
         updated, lambda now: all((model["quality"] or {}).get("gate") == "passed" for model in now.values())
     )
     assert {model["quality"]["revision"] for model in before.values()} == {GOOD}
     assert "quality_gate" in before["spare"]["detail"]
-    clips = {name: clip_of(updated, name) for name in ("spare", "tight")}  # files name their models in recipes
-    assert sound(clips["spare"]) == sound(clips["tight"])
-    customers = [Customer(updated, model) for model in ("spare", "tight") for _ in range(2)]
+    # Files differ by model, because recipes name the model.
+    clips = {name: clip_of(updated, name) for name in ("spare", "tight")}
+    assert samples_of(clips["spare"]) == samples_of(clips["tight"])
+    customers = [RepeatingClient(updated, model) for model in ("spare", "tight") for _ in range(2)]
     deploy(updated, BAD)
 
     def is_over(now: dict[str, Any]) -> bool:
@@ -158,7 +161,7 @@ def test_poisoned_checkpoint_never_gets_traffic(updated: LaunchedServer) -> None
     poison_under_load(updated)
 
 
-@pytest.mark.chaos  # two more updates
+@pytest.mark.chaos  # takes two more updates
 def test_redeploying_the_good_revision_clears_the_problem(updated: LaunchedServer) -> None:
     if health_of(updated)["spare"]["refused_update"] is None:
         poison_under_load(updated)

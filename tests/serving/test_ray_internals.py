@@ -1,4 +1,4 @@
-"""A Ray without the internals that this package uses is refused at the start."""
+"""A start refuses a version of Ray that lacks internals which this package uses."""
 
 from __future__ import annotations
 

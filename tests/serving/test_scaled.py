@@ -1,5 +1,6 @@
-"""Autoscaling on two Ray nodes: replicas follow requests from zero up and back to zero, and follow waiting jobs.
-Settings that cannot work on two nodes are refused. `make soak` runs a night's batch of jobs.
+"""Autoscaling on two Ray nodes: the number of replicas follows requests and waiting jobs.
+
+The server refuses settings that cannot work on two nodes. `make soak` runs a large batch of jobs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ JOBS = int(os.environ.get("SOAK_JOBS", "100"))
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory, postgres: Any) -> dict[str, Any]:
+def results(tmp_path_factory: pytest.TempPathFactory, postgres: Any) -> dict[str, Any]:
     result = subprocess.run(
         [sys.executable, "-m", "tests.serving.scaled", TINY, postgres.create_database(), str(JOBS)],
         capture_output=True,
@@ -36,38 +37,38 @@ def seen(tmp_path_factory: pytest.TempPathFactory, postgres: Any) -> dict[str, A
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    (line,) = (line for line in result.stdout.splitlines() if line.startswith("seen: "))
-    return json.loads(line.removeprefix("seen: "))
+    (line,) = (line for line in result.stdout.splitlines() if line.startswith("results: "))
+    return json.loads(line.removeprefix("results: "))
 
 
 def test_load_scales_a_model_to_three_replicas_and_back(
-    seen: dict[str, Any],
+    results: dict[str, Any],
 ) -> None:
-    assert seen["lazy"]["counts"][0] == 0
-    assert max(seen["lazy"]["counts"]) == 3
-    assert seen["lazy"]["counts"][-2:] == [0, 1]  # down to zero, and up for one more request
-    assert seen["lazy"]["nodes"] == 2
-    assert list(seen["outcomes"]) == ["ok"]
+    assert results["lazy"]["counts"][0] == 0
+    assert max(results["lazy"]["counts"]) == 3
+    assert results["lazy"]["counts"][-2:] == [0, 1]  # down to zero, and up again for one more request
+    assert results["lazy"]["nodes"] == 2
+    assert list(results["outcomes"]) == ["ok"]
 
 
-def test_waiting_jobs_alone_add_replicas(seen: dict[str, Any]) -> None:
-    counts = seen["busy"]["counts"]
+def test_waiting_jobs_alone_add_replicas(results: dict[str, Any]) -> None:
+    counts = results["busy"]["counts"]
     assert (counts[0], max(counts), counts[-1]) == (1, 3, 1)
-    assert seen["jobs"] == {"succeeded": JOBS}
+    assert results["jobs"] == {"succeeded": JOBS}
 
 
-def test_steady_load_without_a_backlog_keeps_its_replicas(seen: dict[str, Any]) -> None:
-    assert min(seen["steady"]) >= 2
+def test_steady_load_without_a_backlog_keeps_its_replicas(results: dict[str, Any]) -> None:
+    assert min(results["steady"]) >= 2
 
 
-def test_sqlite_is_refused_on_two_nodes_but_postgresql_is_not(seen: dict[str, Any]) -> None:
-    in_file, elsewhere = seen["refused"]
+def test_sqlite_is_refused_on_two_nodes_but_postgresql_is_not(results: dict[str, Any]) -> None:
+    in_file, elsewhere = results["refused"]
     assert "2 nodes" in in_file
     assert "jobs.database_url" in in_file
-    assert "nodes" not in elsewhere  # the server's reachability does not matter here
+    assert "nodes" not in elsewhere  # only the reachability of the database is reported
 
 
-def test_reason_of_a_failed_deployment_follows_the_line_of_ray(seen: dict[str, Any]) -> None:
-    (_, missing), (_, unknown) = (message.splitlines() for message in seen["failed"])
+def test_reason_of_a_failed_deployment_follows_the_line_of_ray(results: dict[str, Any]) -> None:
+    (_, missing), (_, unknown) = (message.splitlines() for message in results["failed"])
     assert missing.startswith("model lab: lab/model is not complete in")
     assert unknown == "modles: unknown; did you mean models?"

@@ -1,4 +1,4 @@
-"""Reading config files; every mistake is refused by name."""
+"""Config files are read, and errors name every mistake."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_key_unknown_to_ray_serve_is_refused_by_name(tmp_path: Path, extra: str,
         ),
     ],
 )
-def test_value_ray_serve_refuses_is_named_with_what_it_must_be(tmp_path: Path, extra: str, message: str) -> None:
+def test_value_that_ray_serve_refuses_is_named_with_the_reason(tmp_path: Path, extra: str, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(f"serve.yaml: {message}")):
         deploy_schema(read(tmp_path, _APPLICATION + extra), host="127.0.0.1", port=8000)
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 
 def refusal(folder: Path, **variables: str) -> str:
-    """Return the output of a start that must fail."""
+    """Start a server that must fail. Return its output."""
     config = write_config(folder, {"models": [{"name": "tiny", "path": TINY}]})
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "R2_"))}
     result = subprocess.run(
@@ -37,7 +37,7 @@ def refusal(folder: Path, **variables: str) -> str:
 
 @pytest.fixture(scope="module")
 def program_s(tmp_path_factory: pytest.TempPathFactory) -> float:
-    """Return the seconds of a refusal without any network request."""
+    """Return the seconds that a failing start takes without a network request."""
     folder = tmp_path_factory.mktemp("quick")
     (folder / "file").touch()
     started_at = time.monotonic()
@@ -46,7 +46,7 @@ def program_s(tmp_path_factory: pytest.TempPathFactory) -> float:
 
 
 def soon(folder: Path, program_s: float, **variables: str) -> str:
-    """Return the output of a start that must fail soon after the network request."""
+    """Start a server that must fail soon after its network request. Return its output."""
     started_at = time.monotonic()
     line = refusal(folder, **variables)
     assert time.monotonic() - started_at < 35 + 2 * program_s

@@ -1,4 +1,4 @@
-"""Which weights a replica serves after its start, with two revisions of real checkpoints in a hub's cache."""
+"""The weights that a replica serves after its start, with two revisions of real checkpoints in a hub's cache."""
 
 from __future__ import annotations
 
@@ -47,22 +47,22 @@ def swap_encoder(folder: Path) -> None:
     spoil(encoder, of_another_model)
 
 
-# Checkpoints of the same config. All but the truncated one have the same size.
+# Poisoned checkpoints with the same config. All except the truncated one have the same size.
 POISONS: dict[str, Callable[[Path], None]] = {
     "a value that is no number": partial(spoil, change=not_numbers),
     "a truncated file": truncate,
     "zeros in the decoder": partial(spoil, change=partial(scale, factor=0.0)),
     "twice as loud": partial(spoil, change=partial(scale, factor=2.0)),
 }
-# These sound about as loud as the original, like a new training might. Only a pinned report detects them. The tiny
-# checkpoint is untrained, so its text encoder changes the sound by less than a report notices.
+# These checkpoints are about as loud as the original, as after a new training. Only a pinned report detects them. The
+# tiny checkpoint is untrained, so its text encoder changes the audio too little for a report.
 LOOKALIKES: dict[str, tuple[Path, Callable[[Path], None]]] = {
     "weights of another model": (TINY, partial(spoil, change=of_another_model)),
     "another text encoder": (DEMO, swap_encoder),
 }
 
 
-class Shop:
+class Starter:
     """Starts replicas of one model, one after another, with a shared store of reports."""
 
     def __init__(self, folder: Path) -> None:
@@ -98,105 +98,105 @@ class Shop:
 
 
 @pytest.fixture
-def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shop:
-    shop = Shop(tmp_path)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(shop.cache))
+def starter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Starter:
+    starter = Starter(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(starter.cache))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    return shop
+    return starter
 
 
-def fill(shop: Shop, poison: Callable[[Path], None], tmp_path: Path, *, source: Path = TINY) -> None:
+def fill(starter: Starter, poison: Callable[[Path], None], tmp_path: Path, *, source: Path = TINY) -> None:
     good, bad = (copy_checkpoint(source, tmp_path / name) for name in ("good", "bad"))
     poison(bad)
-    fill_revisions(shop.cache, "lab/tiny", {GOOD: good, BAD: bad}, main=BAD)
+    fill_revisions(starter.cache, "lab/tiny", {GOOD: good, BAD: bad}, main=BAD)
 
 
 @pytest.mark.parametrize("name", few(POISONS, number=1))
-async def test_poisoned_weights_fall_back_to_the_last_good_ones(shop: Shop, name: str, tmp_path: Path) -> None:
-    fill(shop, POISONS[name], tmp_path)
-    good = await shop.start(repo_id="lab/tiny", revision=GOOD)
+async def test_poisoned_weights_fall_back_to_the_last_good_ones(starter: Starter, name: str, tmp_path: Path) -> None:
+    fill(starter, POISONS[name], tmp_path)
+    good = await starter.start(repo_id="lab/tiny", revision=GOOD)
     assert (good.quality.gate, good.quality.revision) == ("passed", GOOD)
     for revision in (BAD, "main"):
-        started = await shop.start(repo_id="lab/tiny", revision=revision)
+        started = await starter.start(repo_id="lab/tiny", revision=revision)
         assert (started.quality.gate, started.quality.revision) == ("fallback", GOOD)
         assert started.quality.weights == good.quality.weights
         assert started.quality.problem is not None
-        assert str(tmp_path) not in started.quality.problem  # /health is public
-    assert shop.metrics.levels["quality_fallback"] == 1
-    assert (await shop.start(repo_id="lab/tiny", revision=GOOD)).quality.gate == "passed"
-    assert shop.metrics.levels["quality_fallback"] == 0
+        assert str(tmp_path) not in started.quality.problem  # /health is public and must not show paths
+    assert starter.metrics.levels["quality_fallback"] == 1
+    assert (await starter.start(repo_id="lab/tiny", revision=GOOD)).quality.gate == "passed"
+    assert starter.metrics.levels["quality_fallback"] == 0
 
 
 @pytest.mark.parametrize("name", few(POISONS, number=1))
 @pytest.mark.slow
-async def test_poisoned_weights_do_not_start_while_others_answer(shop: Shop, name: str, tmp_path: Path) -> None:
-    fill(shop, POISONS[name], tmp_path)
-    await shop.start(repo_id="lab/tiny", revision=GOOD)
-    shop.others_answer = True
+async def test_poisoned_weights_do_not_start_while_others_answer(starter: Starter, name: str, tmp_path: Path) -> None:
+    fill(starter, POISONS[name], tmp_path)
+    await starter.start(repo_id="lab/tiny", revision=GOOD)
+    starter.others_answer = True
     with pytest.raises((CheckpointError, QualityError)):
-        await shop.start(repo_id="lab/tiny", revision=BAD)
+        await starter.start(repo_id="lab/tiny", revision=BAD)
 
 
 @pytest.mark.parametrize("name", few(LOOKALIKES, number=1))
-async def test_pinned_report_detects_other_weights(shop: Shop, name: str, tmp_path: Path) -> None:
+async def test_pinned_report_detects_other_weights(starter: Starter, name: str, tmp_path: Path) -> None:
     source, poison = LOOKALIKES[name]
-    fill(shop, poison, tmp_path, source=source)
-    pinned = (await shop.start(repo_id="lab/tiny", revision=GOOD)).quality.report
-    started = await shop.start(repo_id="lab/tiny", revision=BAD, quality_report=pinned)
+    fill(starter, poison, tmp_path, source=source)
+    pinned = (await starter.start(repo_id="lab/tiny", revision=GOOD)).quality.report
+    started = await starter.start(repo_id="lab/tiny", revision=BAD, quality_report=pinned)
     assert (started.quality.gate, started.quality.revision) == ("fallback", GOOD)
     assert "spectral cosine" in (started.quality.problem or "")
 
 
-async def test_changed_file_of_a_known_commit_is_detected(shop: Shop, tmp_path: Path) -> None:
-    """A poisoned cache: same commit, same size, different bytes."""
-    fill(shop, lambda _: None, tmp_path)
-    await shop.start(repo_id="lab/tiny", revision=GOOD)
-    weights = shop.cache / "models--lab--tiny" / "snapshots" / GOOD / "model.safetensors"
+async def test_changed_file_of_a_known_commit_is_detected(starter: Starter, tmp_path: Path) -> None:
+    """The cache is poisoned: a file of the same commit has the same size but different bytes."""
+    fill(starter, lambda _: None, tmp_path)
+    await starter.start(repo_id="lab/tiny", revision=GOOD)
+    weights = starter.cache / "models--lab--tiny" / "snapshots" / GOOD / "model.safetensors"
     spoiled = copy_checkpoint(TINY, tmp_path / "spoiled")
     spoil(spoiled, partial(scale, factor=1.5))
     weights.resolve().write_bytes((spoiled / "model.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match=r"not those that the hub listed.*no copy"):
-        await shop.start(repo_id="lab/tiny", revision=GOOD)
+        await starter.start(repo_id="lab/tiny", revision=GOOD)
 
 
 @pytest.mark.slow
-async def test_overwritten_folder_has_no_fallback(shop: Shop, tmp_path: Path) -> None:
+async def test_overwritten_folder_has_no_fallback(starter: Starter, tmp_path: Path) -> None:
     folder = copy_checkpoint(TINY, tmp_path / "model")
-    assert (await shop.start(path=str(folder))).quality.gate == "passed"
+    assert (await starter.start(path=str(folder))).quality.gate == "passed"
     spoil(folder, partial(scale, factor=2.0))
     with pytest.raises(QualityError, match=r"\+6\.02 dB.*no copy"):
-        await shop.start(path=str(folder))
+        await starter.start(path=str(folder))
     other = copy_checkpoint(TINY, tmp_path / "model-2")
-    assert (await shop.start(path=str(other))).quality.gate == "passed"  # the same weights in another folder
-    assert (await shop.start(path=str(folder))).quality.gate == "fallback"
+    assert (await starter.start(path=str(other))).quality.gate == "passed"  # the folder has the same weights
+    assert (await starter.start(path=str(folder))).quality.gate == "fallback"
 
 
 @pytest.mark.slow
-async def test_changed_last_good_weights_do_not_serve(shop: Shop, tmp_path: Path) -> None:
+async def test_changed_last_good_weights_do_not_serve(starter: Starter, tmp_path: Path) -> None:
     first, second = (copy_checkpoint(TINY, tmp_path / name) for name in ("first", "second"))
-    await shop.start(path=str(first))
-    spoil(first, partial(scale, factor=1.2))  # similar enough to pass as new weights
+    await starter.start(path=str(first))
+    spoil(first, partial(scale, factor=1.2))  # similar enough to pass as a new training
     spoil(second, partial(scale, factor=0.0))
     with pytest.raises(QualityError, match=r"silence.*fail too: .* has changed since it passed"):
-        await shop.start(path=str(second))
+        await starter.start(path=str(second))
 
 
-async def test_poisoned_model_without_good_weights_does_not_start(shop: Shop, tmp_path: Path) -> None:
-    fill(shop, POISONS["zeros in the decoder"], tmp_path)
+async def test_poisoned_model_without_good_weights_does_not_start(starter: Starter, tmp_path: Path) -> None:
+    fill(starter, POISONS["zeros in the decoder"], tmp_path)
     with pytest.raises(QualityError, match=r"golden request music: silence$"):
-        await shop.start(repo_id="lab/tiny", revision=BAD)
+        await starter.start(repo_id="lab/tiny", revision=BAD)
 
 
-async def test_record_of_another_repository_is_ignored(shop: Shop, tmp_path: Path) -> None:
-    """An attacker who can write to the store cannot choose the weights."""
-    fill(shop, POISONS["zeros in the decoder"], tmp_path)
-    await shop.start(repo_id="lab/tiny", revision=GOOD)
-    for path in (shop.outputs / "quality").iterdir():
+async def test_record_of_another_repository_is_ignored(starter: Starter, tmp_path: Path) -> None:
+    """Otherwise an attacker who can write to the store could choose the weights."""
+    fill(starter, POISONS["zeros in the decoder"], tmp_path)
+    await starter.start(repo_id="lab/tiny", revision=GOOD)
+    for path in (starter.outputs / "quality").iterdir():
         path.write_bytes(path.read_bytes().replace(b"lab/tiny", b"evil/one"))
     with pytest.raises(StableAudioError, match="not in the configured repository"):
-        await shop.start(repo_id="lab/tiny", revision=BAD)
+        await starter.start(repo_id="lab/tiny", revision=BAD)
 
 
-async def test_missing_pinned_report_is_named(shop: Shop, tmp_path: Path) -> None:
+async def test_missing_pinned_report_is_named(starter: Starter, tmp_path: Path) -> None:
     with pytest.raises(QualityReportError, match=f"quality_report: there is no quality report {'0' * 32}"):
-        await shop.start(path=str(TINY), quality_report="0" * 32)
+        await starter.start(path=str(TINY), quality_report="0" * 32)

@@ -1,5 +1,6 @@
-"""Program that connects to a server's Ray and prints JSON lines repeatedly: Serve's settings of every deployment, then
-the status of one model's replicas. A separate process, because Ray reads its token at import.
+"""A program that prints Serve's settings of every deployment and then, repeatedly, the status of a model's replicas.
+
+It connects to the server's Ray and prints JSON lines. It is a separate process, because Ray reads its token at import.
 """
 
 from __future__ import annotations

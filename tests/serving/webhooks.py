@@ -1,4 +1,4 @@
-"""A receiver of webhooks in a thread."""
+"""A receiver of webhooks that runs in a thread."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from tests.backends import ToneBackend
 
 @dataclass
 class PromptBackend(ToneBackend):
-    """`slow` takes half a minute, `steady` long enough to be observed, `fail` fails, other prompts take `pause_s`."""
+    """Takes 30 s for the prompt `slow`, 2 s for `steady` and 0.3 s for any other prompt, and fails for `fail`."""
 
     pause_s: ClassVar[float] = 0.3
     own_pauses_s: ClassVar[dict[str, float]] = {"slow": 30.0, "steady": 2.0}

@@ -1,4 +1,4 @@
-"""Runs programs that use a client library in their own process. They print their results as JSON."""
+"""Run scripts that use a client library in a separate process and print their results as JSON."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 
 from tests.patience import PATIENCE_S
 
-ONE_SECOND = 44 + 4 * 44100  # bytes of a WAV file
+ONE_SECOND = 44 + 4 * 44100  # size of a WAV file in bytes
 
 
 async def run_script(*command: str, environment: Mapping[str, str]) -> dict[str, Any]:
-    """Returns the output of the program, which must succeed."""
+    """Run a script and return the JSON it prints. Fails if the script fails."""
     client = await asyncio.create_subprocess_exec(
         *command, env=environment, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
     async with asyncio.timeout(PATIENCE_S):
         out, err = await client.communicate()
     assert client.returncode == 0, err.decode()
-    seen: dict[str, Any] = json.loads(out)
-    return seen
+    results: dict[str, Any] = json.loads(out)
+    return results
 
 
 def check_output(output: dict[str, Any], base: str) -> None:
-    """Returns fal's output for one second of audio."""
+    """Assert that this is fal's output for one second of audio."""
     file = output["audio_file"]
     assert file["url"].startswith(f"{base}/files/")
     assert (file["content_type"], file["file_size"]) == ("audio/wav", ONE_SECOND)

@@ -1,4 +1,4 @@
-"""Builds applications with custom settings and a job runner, in this process or behind a socket."""
+"""Build applications with custom settings and a job runner, in this process or behind a socket."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ async def make_app(
 ) -> AsyncIterator[tuple[FastAPI, ToneBackend]]:
     """Yield an application with these settings and a temporary folder for jobs.
 
-    A hasty application retries after short pauses and checks its stores on every health request.
+    If `hasty`, the application retries after short pauses and checks its stores on every health request.
     """
     backend = backend or ToneBackend()
     with tempfile.TemporaryDirectory() as folder:
@@ -75,7 +75,7 @@ async def make_app(
 async def make_client(
     backend: ToneBackend | None = None, **options: Any
 ) -> AsyncIterator[tuple[httpx.AsyncClient, ToneBackend]]:
-    """Yield a client of such an application (`make_app`), without a socket."""
+    """Yield an in-process client of an application that `make_app` builds."""
     async with (
         make_app(backend, **options) as (app, backend),
         httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client,
@@ -85,7 +85,7 @@ async def make_client(
 
 @contextmanager
 def keep_app(backend: ToneBackend | None = None, **settings: Any) -> Iterator[tuple[FastAPI, ToneBackend]]:
-    """Build an application for all tests of a module, without a runner, because building is slow (`connect_anew`)."""
+    """Yield one application for all tests of a module, without a job runner. Each test calls `connect_anew`."""
     backend = backend or ToneBackend()
     with tempfile.TemporaryDirectory() as folder:
         app = create_app(backend, Settings.model_validate({"output_dir": folder, **settings}))
@@ -108,7 +108,7 @@ async def connect_anew(kept: tuple[FastAPI, ToneBackend]) -> AsyncIterator[tuple
 
 
 def make_hasty_client(**options: Any) -> AbstractAsyncContextManager[tuple[httpx.AsyncClient, ToneBackend]]:
-    """Like `make_client`, with short pauses, for tests with failing stores."""
+    """Like `make_client` with `hasty`, for tests with failing stores."""
     return make_client(hasty=True, **options)
 
 
@@ -120,9 +120,9 @@ async def serve_app(
     refusals: Counter[int] | None = None,
     **settings: Any,
 ) -> AsyncIterator[tuple[int, ToneBackend]]:
-    """Serve such an application on a free port; with a `certificate` (chain, key) over TLS.
+    """Serve an application that `make_app` builds on a free port, over TLS if there is a `certificate` (chain, key).
 
-    `refusals` counts its responses with status 400 and above, by status.
+    `refusals` counts the responses with a status of 400 or above, by status.
     """
     async with make_app(backend, **settings) as (app, backend):
         tls = {"ssl_certfile": certificate[0], "ssl_keyfile": certificate[1]} if certificate else {}

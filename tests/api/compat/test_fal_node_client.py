@@ -24,8 +24,8 @@ SCRIPT = Path(__file__).parent / "clients" / "fal_node.cjs"
 pytestmark = pytest.mark.server
 
 
-def without(reason: str) -> None:
-    """Skip if the tools are missing, but fail where all tests must run."""
+def skip_or_fail(reason: str) -> None:
+    """Skip the test. In CI, where every test must run, fail instead."""
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
     pytest.skip(f"NOT TESTED, the JavaScript client of fal: {reason}")
@@ -33,9 +33,9 @@ def without(reason: str) -> None:
 
 @pytest.fixture(scope="module")
 def node_path() -> Path:
-    """Returns the folder with the installed client, in the user's cache; the first run installs it."""
+    """Returns the folder with the client in the user's cache. The first run installs the client there."""
     if not shutil.which("node") or not shutil.which("npm"):
-        without("node and npm are not installed")
+        skip_or_fail("node and npm are not installed")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stable-audio-serve-tests"
     installed = cache / CLIENT.replace("/", "-")
     if not installed.exists():
@@ -45,13 +45,13 @@ def node_path() -> Path:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
         if done.returncode:
             shutil.rmtree(folder)
-            without(f"npm could not install {CLIENT}: {done.stderr[-500:]}")
+            skip_or_fail(f"npm could not install {CLIENT}: {done.stderr[-500:]}")
         Path(folder).rename(installed)  # atomically
     return installed / "node_modules"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def seen(node_path: Path) -> AsyncIterator[dict[str, Any]]:
+async def results(node_path: Path) -> AsyncIterator[dict[str, Any]]:
     """Returns the client's results."""
     refusals: Counter[int] = Counter()
     async with serve_app(PromptBackend(), jobs={"max_running": 2}, refusals=refusals) as (port, _):
@@ -63,59 +63,59 @@ async def seen(node_path: Path) -> AsyncIterator[dict[str, Any]]:
         }
 
 
-def test_run(seen: dict[str, Any]) -> None:
-    check_output(seen["run"]["data"], seen["base"])
-    assert len(seen["run"]["requestId"]) == 36
+def test_run_returns_audio(results: dict[str, Any]) -> None:
+    check_output(results["run"]["data"], results["base"])
+    assert len(results["run"]["requestId"]) == 36
 
 
 @pytest.mark.parametrize("mode", ["polling", "streaming"])
-def test_subscribe(seen: dict[str, Any], mode: str) -> None:
-    subscribed = seen[mode]
-    check_output(subscribed["data"], seen["base"])
+def test_subscribe_follows_the_request_and_returns_audio(results: dict[str, Any], mode: str) -> None:
+    subscribed = results[mode]
+    check_output(subscribed["data"], results["base"])
     assert subscribed["ids"] == [subscribed["requestId"]]
     assert subscribed["statuses"][-2:] == ["IN_PROGRESS", "COMPLETED"]
     assert len(subscribed["messages"]) >= 3
     assert len(set(subscribed["messages"])) == len(subscribed["messages"])  # the stream repeats no message
 
 
-def test_submit_status_stream_and_result(seen: dict[str, Any]) -> None:
-    queue = seen["queue"]
+def test_submit_status_stream_and_result(results: dict[str, Any]) -> None:
+    queue = results["queue"]
     assert queue["queue_position"] == 0
     assert queue["first"] in ("IN_QUEUE", "IN_PROGRESS")
     assert queue["events"][-1] == "COMPLETED"
     assert queue["last"]["status"] == "COMPLETED"
     assert queue["result"]["requestId"] == queue["requestId"]
-    check_output(queue["result"]["data"], seen["base"])
+    check_output(queue["result"]["data"], results["base"])
 
 
-def test_cancel(seen: dict[str, Any]) -> None:
-    assert seen["cancel"]["status"]["error_type"] == "client_cancelled"
-    result = seen["cancel"]["result"]
+def test_request_can_be_cancelled(results: dict[str, Any]) -> None:
+    assert results["cancel"]["status"]["error_type"] == "client_cancelled"
+    result = results["cancel"]["result"]
     assert (result["status"], result["body"]["error_type"]) == (499, "client_cancelled")
 
 
-def test_upload(seen: dict[str, Any]) -> None:
-    assert seen["upload"]["small"] == [200, "audio/wav", 5000]
-    assert seen["upload"]["large"] == [200, "audio/wav", 91 * 1024 * 1024]
-    check_output(seen["upload"]["withBlob"], seen["base"])
+def test_uploaded_files_are_unchanged(results: dict[str, Any]) -> None:
+    assert results["upload"]["small"] == [200, "audio/wav", 5000]
+    assert results["upload"]["large"] == [200, "audio/wav", 91 * 1024 * 1024]
+    check_output(results["upload"]["withBlob"], results["base"])
 
 
-def test_start_timeout_is_reported_as_the_users(seen: dict[str, Any]) -> None:
-    late = seen["startTimeout"]
+def test_start_timeout_is_reported_as_the_users(results: dict[str, Any]) -> None:
+    late = results["startTimeout"]
     assert (late["status"], late["isUserTimeout"], late["body"]["error_type"]) == (504, True, "request_timeout")
 
 
-def test_input_errors_are_validation_errors_by_field(seen: dict[str, Any]) -> None:
+def test_input_errors_are_validation_errors_by_field(results: dict[str, Any]) -> None:
     for name in ("steps", "queued"):
-        error = seen["errors"][name]
+        error = results["errors"][name]
         assert (error["name"], error["isValidation"], error["status"]) == ("ValidationError", True, 422)
         assert error["stepsErrors"] == 1
         assert len(error["requestId"]) == 36
-    assert seen["errors"]["noInput"]["body"]["detail"][0]["loc"] == ["body", "prompt"]
+    assert results["errors"]["noInput"]["body"]["detail"][0]["loc"] == ["body", "prompt"]
 
 
-def test_other_errors(seen: dict[str, Any]) -> None:
-    errors = seen["errors"]
+def test_other_errors_keep_their_status(results: dict[str, Any]) -> None:
+    errors = results["errors"]
     assert {name: error["status"] for name, error in errors.items() if not error["isValidation"]} == {
         "failed": 500,
         "unknownApp": 404,
@@ -125,9 +125,9 @@ def test_other_errors(seen: dict[str, Any]) -> None:
     assert errors["tooLate"]["body"] == {"status": "ALREADY_COMPLETED"}
 
 
-def test_client_does_not_retry_refusals(seen: dict[str, Any]) -> None:
-    """Each status occurs once per call of the script. 499 is left out, because polling may meet it again."""
-    assert {status: count for status, count in seen["refusals"].items() if status != 499} == {
+def test_client_does_not_retry_refusals(results: dict[str, Any]) -> None:
+    """The server sees each expected error once. 499 is excluded, because polling may repeat it."""
+    assert {status: count for status, count in results["refusals"].items() if status != 499} == {
         400: 1,
         404: 1,
         422: 3,

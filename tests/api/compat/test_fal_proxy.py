@@ -1,4 +1,4 @@
-"""fal's client proxy over HTTP: a header names the target, and this server responds."""
+"""fal's client proxy over HTTP: a header names the target URL, which this server serves itself."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ async def call(client: httpx.AsyncClient, method: str, target: str, **options: A
     return await client.request(method, URL, headers={"x-fal-target-url": target}, **options)
 
 
-async def test_a_run(client: httpx.AsyncClient) -> None:
+async def test_a_run_returns_audio(client: httpx.AsyncClient) -> None:
     reply = await call(client, "POST", f"https://fal.run/{APP}", json=BODY)
     assert reply.status_code == 200
     assert reply.headers["content-type"] == "application/json"
@@ -29,9 +29,9 @@ async def test_a_run(client: httpx.AsyncClient) -> None:
     assert reply.json()["audio_file"]["content_type"] == "audio/wav"
 
 
-async def test_a_queued_request_from_ticket_to_result(client: httpx.AsyncClient, runner: JobRunner) -> None:
+async def test_a_queued_request_returns_its_result(client: httpx.AsyncClient, runner: JobRunner) -> None:
     reply = await call(client, "POST", f"https://queue.fal.run/{APP}?fal_webhook=", json=BODY)
-    assert reply.status_code == 422  # the query is passed on
+    assert reply.status_code == 422  # the target received the query, which is invalid
     ticket = (await call(client, "POST", f"https://queue.fal.run/{APP}", json=BODY)).json()
     requests = f"https://queue.fal.run/{APP}/requests/{ticket['request_id']}"
     assert (await client.get(ticket["status_url"])).status_code in (200, 202)  # links lead to the real routes

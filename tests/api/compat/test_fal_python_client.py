@@ -1,4 +1,4 @@
-"""The unmodified Python client of fal with a real server, with both ways of configuring another server."""
+"""The unmodified Python client of fal with a real server, configured in each of the two possible ways."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest_asyncio.fixture(
     scope="module", loop_scope="module", params=["environment", pytest.param("formats", marks=pytest.mark.slow)]
 )
-async def seen(request: pytest.FixtureRequest, certificate: dict[str, Path]) -> AsyncIterator[dict[str, Any]]:
-    """Returns the client's results: with TLS through its environment, or over HTTP through its URL formats."""
+async def results(request: pytest.FixtureRequest, certificate: dict[str, Path]) -> AsyncIterator[dict[str, Any]]:
+    """Returns the client's results, over TLS configured by environment or over HTTP configured by URL formats."""
     is_tls = request.param == "environment"
     pair = (certificate["chain"], certificate["key"]) if is_tls else None
     refusals: Counter[int] = Counter()
@@ -57,72 +57,72 @@ async def seen(request: pytest.FixtureRequest, certificate: dict[str, Path]) -> 
         yield await run_script(*command, environment=environment) | {"base": base, "refusals": refusals}
 
 
-def test_run(seen: dict[str, Any]) -> None:
-    check_output(seen["run"], seen["base"])
+def test_run_returns_audio(results: dict[str, Any]) -> None:
+    check_output(results["run"], results["base"])
 
 
-def test_submit_status_events_and_result(seen: dict[str, Any]) -> None:
-    submit = seen["submit"]
+def test_submit_status_events_and_result(results: dict[str, Any]) -> None:
+    submit = results["submit"]
     assert submit["first"] in ("Queued", "InProgress")
     assert submit["events"][-2:] == ["InProgress", "Completed"]
     assert submit["num_logs"] >= 2
     assert submit["inference_time"] >= PromptBackend.pause_s
     assert submit["error"] is None
-    check_output(submit["result"], seen["base"])
+    check_output(submit["result"], results["base"])
     assert submit["again"] == submit["result"]
 
 
-def test_subscribe(seen: dict[str, Any]) -> None:
-    assert (seen["subscribe"]["num_ids"], seen["subscribe"]["last"]) == (1, "Completed")
-    check_output(seen["subscribe"]["result"], seen["base"])
+def test_subscribe_follows_the_request_and_returns_audio(results: dict[str, Any]) -> None:
+    assert (results["subscribe"]["num_ids"], results["subscribe"]["last"]) == (1, "Completed")
+    check_output(results["subscribe"]["result"], results["base"])
 
 
-def test_the_asynchronous_client(seen: dict[str, Any]) -> None:
-    assert seen["subscribe_async"]["last"] == "Completed"
-    check_output(seen["subscribe_async"]["result"], seen["base"])
-    check_output(seen["subscribe_async"]["run"], seen["base"])
+def test_asynchronous_client_returns_audio(results: dict[str, Any]) -> None:
+    assert results["subscribe_async"]["last"] == "Completed"
+    check_output(results["subscribe_async"]["result"], results["base"])
+    check_output(results["subscribe_async"]["run"], results["base"])
 
 
-def test_cancel(seen: dict[str, Any]) -> None:
-    cancel = seen["cancel"]
+def test_request_can_be_cancelled(results: dict[str, Any]) -> None:
+    cancel = results["cancel"]
     assert cancel["error_type"] == "client_cancelled"
     assert (cancel["result"]["status"], cancel["result"]["error_type"]) == (499, "client_cancelled")
     assert cancel["result"]["detail"] == cancel["error"]
 
 
-def test_client_timeout_cancels_the_request(seen: dict[str, Any]) -> None:
-    assert seen["client_timeout"] == {"error_type": "client_cancelled"}
+def test_client_timeout_cancels_the_request(results: dict[str, Any]) -> None:
+    assert results["client_timeout"] == {"error_type": "client_cancelled"}
 
 
-def test_start_timeout_is_raised(seen: dict[str, Any]) -> None:
-    late = seen["start_timeout"]
+def test_start_timeout_is_raised(results: dict[str, Any]) -> None:
+    late = results["start_timeout"]
     assert (late["status"], late["error_type"]) == (504, "request_timeout")
 
 
-def test_upload(seen: dict[str, Any]) -> None:
-    assert seen["upload"] == {"take_1.wav": True, "upload.bin": True, "take_2.wav": True}
+def test_uploaded_files_are_unchanged(results: dict[str, Any]) -> None:
+    assert results["upload"] == {"take_1.wav": True, "upload.bin": True, "take_2.wav": True}
 
 
-def test_input_errors_contain_the_entries_of_the_fields(seen: dict[str, Any]) -> None:
+def test_input_errors_contain_the_entries_of_the_fields(results: dict[str, Any]) -> None:
     fields = {"invalid run": "steps", "invalid submit": "prompt", "invalid subscribe": "seconds_total"}
     for name, field in fields.items():
-        error = seen["errors"][name]
+        error = results["errors"][name]
         assert error["status"] == 422
         assert [entry["loc"] for entry in error["detail"]] == [["body", field]]
         assert field in error["text"]
 
 
-def test_other_errors(seen: dict[str, Any]) -> None:
-    errors = seen["errors"]
+def test_other_errors_keep_their_status(results: dict[str, Any]) -> None:
+    errors = results["errors"]
     assert (errors["failed"]["status"], errors["failed"]["error_type"]) == (500, "internal_error")
     assert errors["unknown app"]["status"] == 404
     assert errors["unknown request"]["status"] == 404
     assert (errors["too late to cancel"]["status"], errors["stream"]) == (400, "SSEError")
 
 
-def test_client_does_not_retry_refusals(seen: dict[str, Any]) -> None:
-    """Each status occurs once per call of the script. 499 is left out, because polling may meet it again."""
-    assert {status: count for status, count in seen["refusals"].items() if status != 499} == {
+def test_client_does_not_retry_refusals(results: dict[str, Any]) -> None:
+    """The server sees each expected error once. 499 is excluded, because polling may repeat it."""
+    assert {status: count for status, count in results["refusals"].items() if status != 499} == {
         400: 1,
         404: 3,
         422: 3,

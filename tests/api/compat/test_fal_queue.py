@@ -280,7 +280,7 @@ async def test_webhook_is_called_at_the_end() -> None:
             reply = await client.post(QUEUE, json=BODY, params={"fal_webhook": receiver.url})
             ticket = reply.json()
             assert ticket["status"] == "IN_QUEUE"
-            await until(lambda told=number: len(receiver.requests) > told)  # type: ignore[misc]
+            await until(lambda count=number: len(receiver.requests) > count)  # type: ignore[misc]
             result = await client.get(ticket["response_url"])
             status = await wait_for(client, ticket, "COMPLETED")
             body = json.loads(receiver.requests[number][2])

@@ -59,7 +59,7 @@ async def test_token_is_the_callers_key(client: httpx.AsyncClient) -> None:
     assert bare["token_type"]
 
 
-async def test_upload_in_one_request(client: httpx.AsyncClient) -> None:
+async def test_upload_in_one_request_is_stored(client: httpx.AsyncClient) -> None:
     headers = {"content-type": "audio/wav", "x-fal-file-name": "take 1.wav"}
     reply = await client.post("/files/upload", content=DATA, headers=headers)
     assert reply.json().keys() == {"access_url"}
@@ -67,7 +67,7 @@ async def test_upload_in_one_request(client: httpx.AsyncClient) -> None:
     await check_file(client, reply.json()["access_url"])
 
 
-async def test_announced_upload(client: httpx.AsyncClient) -> None:
+async def test_announced_upload_is_stored(client: httpx.AsyncClient) -> None:
     place = await announce(client)
     assert (await client.get(place["file_url"])).status_code == 404
     assert (await client.put(place["upload_url"], content=DATA)).status_code == 200
@@ -84,7 +84,7 @@ async def test_repeated_upload_is_accepted_and_a_different_one_refused(client: h
 
 
 @pytest.mark.parametrize("is_javascript", [False, True])
-async def test_multipart_upload(client: httpx.AsyncClient, is_javascript: bool) -> None:
+async def test_multipart_upload_is_joined(client: httpx.AsyncClient, is_javascript: bool) -> None:
     if is_javascript:
         place = await announce(client, "initiate-multipart")
         url, parts_url = place["file_url"], place["upload_url"]
@@ -93,7 +93,7 @@ async def test_multipart_upload(client: httpx.AsyncClient, is_javascript: bool) 
         begun = (await client.post("/files/upload/multipart", headers=headers)).json()
         url, parts_url = begun["access_url"], f"{begun['access_url']}/multipart/{begun['uploadId']}"
     parts = []
-    for number in (2, 1, 3):  # in any order
+    for number in (2, 1, 3):  # parts may arrive in any order
         chunk = DATA[(number - 1) * 4000 : number * 4000]
         reply = await client.put(f"{parts_url}/{number}", content=chunk)
         assert reply.json()["partNumber"] == number
@@ -190,7 +190,7 @@ async def test_upload_above_the_limit_is_413_while_it_arrives() -> None:
 
 
 async def test_announced_urls_need_no_key(client: httpx.AsyncClient) -> None:
-    other = httpx.URL((await announce(client))["upload_url"]).path  # from another server
+    other = httpx.URL((await announce(client))["upload_url"]).path  # a ticket that the next server did not issue
     async with make_client(**KEYS) as (client, _):
         assert (await client.put(other, content=DATA)).status_code == 403
         for path in ("/storage/auth/token", "/storage/upload/initiate", "/files/upload", "/files/upload/multipart"):
@@ -219,8 +219,8 @@ BYTES = [
 ]
 
 
-async def receiving(client: httpx.AsyncClient, ticket: str) -> list[httpx.Response]:
-    """Returns the responses of every route that accepts an announced upload."""
+async def upload_everywhere(client: httpx.AsyncClient, ticket: str) -> list[httpx.Response]:
+    """Send an upload to every route that accepts an announced one. Returns the responses."""
     parts = {"parts": [{"partNumber": 1, "etag": f"{'a' * 64}-1"}]}
     replies = []
     for prefix in ("", "/fal"):
@@ -234,7 +234,7 @@ async def receiving(client: httpx.AsyncClient, ticket: str) -> list[httpx.Respon
 
 @pytest.fixture
 def own_signer(client: httpx.AsyncClient, jobs: JobQueue) -> tuple[httpx.AsyncClient, TimestampSigner]:
-    """A server, and a signer with its secret."""
+    """Returns a client of a server, and a signer with the server's secret."""
     return client, make_signer(jobs.store.secret())
 
 
@@ -244,9 +244,9 @@ async def test_signed_text_that_is_not_a_ticket_is_refused(
     client, signer = own_signer
     for text in [*(json.dumps(shape).encode() for shape in SHAPES), *BYTES]:
         ticket = signer.sign(base64.urlsafe_b64encode(text).rstrip(b"=")).decode()
-        assert {reply.status_code for reply in await receiving(client, ticket)} == {403}, text[:80]
-        ticket = quote(signer.sign(text), safe="")  # sent unchanged
-        assert {reply.status_code for reply in await receiving(client, ticket)} <= {403, 404}, text[:80]
+        assert {reply.status_code for reply in await upload_everywhere(client, ticket)} == {403}, text[:80]
+        ticket = quote(signer.sign(text), safe="")  # not encoded as base64
+        assert {reply.status_code for reply in await upload_everywhere(client, ticket)} <= {403, 404}, text[:80]
 
 
 async def test_too_long_url_is_refused_even_if_signed(
@@ -258,7 +258,7 @@ async def test_too_long_url_is_refused_even_if_signed(
     assert len(ticket) < 1000
     assert (await client.put(place["upload_url"], content=DATA)).status_code == 200
     text = base64.urlsafe_b64decode(ticket.partition(".")[0] + "==")
-    for spaces, status in ((0, 200), (600, 403)):  # white space that JSON allows
+    for spaces, status in ((0, 200), (600, 403)):  # trailing spaces are valid JSON
         signed = signer.sign(base64.urlsafe_b64encode(text + b" " * spaces).rstrip(b"=")).decode()
         assert (await client.put(f"/storage/upload/{signed}", content=DATA)).status_code == status
 
@@ -273,7 +273,7 @@ async def test_without_keys_urls_of_other_servers_are_refused(client: httpx.Asyn
     ]
     async with make_client() as (other, _):
         for ticket in [*forged, httpx.URL((await announce(other))["upload_url"]).path.rpartition("/")[2]]:
-            assert {reply.status_code for reply in await receiving(client, ticket)} == {403}
+            assert {reply.status_code for reply in await upload_everywhere(client, ticket)} == {403}
 
 
 @pytest.mark.parametrize("settings", [{}, KEYS], ids=["open", "with keys"])
@@ -304,9 +304,9 @@ async def test_removing_a_key_revokes_its_upload_urls(tmp_path: Path, is_in_file
         place = await announce(client)
         assert (await client.put(place["upload_url"], content=DATA)).status_code == 200
     async with make_client(**keep(lines[1:])) as (client, _):
-        assert {reply.status_code for reply in await receiving(client, _ticket_of(place))} == {403}
+        assert {reply.status_code for reply in await upload_everywhere(client, _ticket_of(place))} == {403}
     async with make_client(output_dir=str(tmp_path / "out")) as (client, _):  # without keys
-        assert {reply.status_code for reply in await receiving(client, _ticket_of(place))} == {403}
+        assert {reply.status_code for reply in await upload_everywhere(client, _ticket_of(place))} == {403}
 
 
 def _ticket_of(place: dict[str, str]) -> str:

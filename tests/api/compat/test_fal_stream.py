@@ -51,8 +51,8 @@ async def test_stream_reports_every_change_until_the_end() -> None:
         assert events[-1]["status"] == "COMPLETED"
         assert (await read_stream(client, first))[-1]["status"] == "COMPLETED"
         polled = (await client.get(f"{second['status_url']}?logs=1")).json()
-    told = [entry for event in events for entry in event.get("logs") or []]
-    assert told == polled["logs"]  # each line once, in order
+    entries = [entry for event in events for entry in event.get("logs") or []]
+    assert entries == polled["logs"]  # each line once, in order
     assert all(event["status_url"] == second["status_url"] for event in events)
 
 

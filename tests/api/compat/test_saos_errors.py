@@ -186,7 +186,7 @@ async def test_undecodable_upload_is_400(client: httpx.AsyncClient, url: str, up
 
 
 async def test_upload_above_the_limit_is_413() -> None:
-    """Slightly above the limit, and so far above it that the body is not read to its end."""
+    """Covers a body just above the limit, and one so large that the server stops reading."""
     limit = 1_000_000
     async with make_client(api={"max_upload_bytes": limit}, run_jobs=False) as (client, _):
         for url in (STYLE, LOOP):

@@ -31,7 +31,7 @@ STYLE = "/generate/style-transfer"
 
 
 @pytest.mark.parametrize("path", PATHS)
-async def test_documented_request(client: httpx.AsyncClient, backend: ToneBackend, path: str) -> None:
+async def test_documented_request_returns_a_file(client: httpx.AsyncClient, backend: ToneBackend, path: str) -> None:
     body = {"prompt": "lo-fi hip-hop beat with pianos 90bpm", "steps": 8, "cfg_scale": 1.0, "seed": 12345}
     before = int(time.time())
     reply = await client.post(path, json=body)
@@ -45,7 +45,7 @@ async def test_documented_request(client: httpx.AsyncClient, backend: ToneBacken
     assert (request.init_audio, request.sampler, request.start_s, request.batch_size) == (None, None, 0.0, 1)
 
 
-async def test_defaults(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+async def test_unset_fields_have_the_documented_defaults(client: httpx.AsyncClient, backend: ToneBackend) -> None:
     _, metadata = expect_base64(await client.post("/generate", json={"prompt": "x", "return_format": "base64"}))
     assert set(metadata) == CLIP_KEYS
     assert (metadata["steps"], metadata["cfg_scale"], metadata["negative_prompt"]) == (8, 1.0, None)
@@ -107,18 +107,20 @@ async def test_start_is_ignored_by_models_without_that_condition(
     [
         (1, 44_100),
         (11, 485_100),
-        (12, WINDOW_SAMPLES),  # limited, not refused
+        (12, WINDOW_SAMPLES),  # cut to the window, not refused
         (47, WINDOW_SAMPLES),
         (10**30, WINDOW_SAMPLES),
         (1e300, WINDOW_SAMPLES),
-        ("3", 132_300),  # whatever int() accepts
+        ("3", 132_300),  # any value that int() accepts
         (" 3 ", 132_300),
         (3.9, 132_300),
         (True, 44_100),
         (None, WINDOW_SAMPLES),
     ],
 )
-async def test_lengths(client: httpx.AsyncClient, seconds: Any, samples: int) -> None:
+async def test_clip_has_the_requested_length_up_to_the_window(
+    client: httpx.AsyncClient, seconds: Any, samples: int
+) -> None:
     reply = await client.post("/generate", json={"prompt": "x", "seconds_total": seconds})
     assert len(expect_wav(reply, name=r"stable_audio_\d+_\d+\.wav")) == samples
 
@@ -154,10 +156,10 @@ async def test_clip_is_normalized_to_full_scale(client: httpx.AsyncClient, backe
 
 async def test_seed_repeats_and_random_seed_is_reported(client: httpx.AsyncClient) -> None:
     body = {"prompt": "x", "seconds_total": 1, "return_format": "base64"}
-    first, told = expect_base64(await client.post("/generate", json=body))
+    first, metadata = expect_base64(await client.post("/generate", json=body))
     second, other = expect_base64(await client.post("/generate", json={**body, "seed": -1}))
-    assert told["seed"] != other["seed"]
-    again, _ = expect_base64(await client.post("/generate", json={**body, "seed": told["seed"]}))
+    assert metadata["seed"] != other["seed"]
+    again, _ = expect_base64(await client.post("/generate", json={**body, "seed": metadata["seed"]}))
     np.testing.assert_array_equal(again, first)
     assert len(second) == len(first)
 
@@ -165,8 +167,8 @@ async def test_seed_repeats_and_random_seed_is_reported(client: httpx.AsyncClien
 @pytest.mark.parametrize("seed", [0, 2**32, 2**64, -5])
 async def test_any_integer_is_a_seed(client: httpx.AsyncClient, seed: int) -> None:
     body = {"prompt": "x", "seconds_total": 1, "return_format": "base64"}
-    first, told = expect_base64(await client.post("/generate", json={**body, "seed": seed}))
-    again, _ = expect_base64(await client.post("/generate", json={**body, "seed": told["seed"]}))
+    first, metadata = expect_base64(await client.post("/generate", json={**body, "seed": seed}))
+    again, _ = expect_base64(await client.post("/generate", json={**body, "seed": metadata["seed"]}))
     np.testing.assert_array_equal(again, first)
 
 
@@ -185,8 +187,8 @@ async def test_memory_is_reported_on_cuda(
     reply = await (client.post(path, data=fields, files=form) if form else client.post(path, json=fields))
     _, metadata = expect_base64(reply)
     assert set(metadata) == (STYLE_KEYS if form else CLIP_KEYS) | {"gpu_memory_used", "gpu_memory_peak"}
-    told = (metadata["device"], metadata["gpu_memory_used"], metadata["gpu_memory_peak"])
-    assert told == ("cuda", 1.23, 5.68)
+    used = (metadata["device"], metadata["gpu_memory_used"], metadata["gpu_memory_peak"])
+    assert used == ("cuda", 1.23, 5.68)
 
 
 async def test_configured_model_is_used() -> None:
@@ -219,7 +221,7 @@ async def test_fine_tune_selects_a_served_model() -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "/saos"])
-async def test_style_transfer(client: httpx.AsyncClient, backend: ToneBackend, prefix: str) -> None:
+async def test_style_transfer_uses_the_upload(client: httpx.AsyncClient, backend: ToneBackend, prefix: str) -> None:
     upload = make_audio_file(duration_s=1.5, rate_hz=22_050, channels=2)
     form = {"prompt": "aggressive techno 140bpm", "style_strength": "0.6", "seed": "5", "negative_prompt": "hum"}
     reply = await client.post(prefix + STYLE, data=form, files={"audio_file": ("in.wav", upload, "audio/wav")})

@@ -45,7 +45,9 @@ kinds = pytest.mark.parametrize("kind", ["json", "form", "multipart"])
         (170, 8, 11.29, 498_070),
     ],
 )
-async def test_documented_tempos(client: httpx.AsyncClient, bpm: int, bars: int, seconds: float, samples: int) -> None:
+async def test_documented_tempos_give_the_documented_lengths(
+    client: httpx.AsyncClient, bpm: int, bars: int, seconds: float, samples: int
+) -> None:
     form = {"prompt": f"techno {bpm}bpm", "seed": "9"}
     pcm = expect_wav(await client.post(URL, data=form), name=rf"loop_auto_{bpm}bpm_{bars}bars_9\.wav")
     assert len(pcm) == samples
@@ -107,7 +109,7 @@ async def test_all_body_types_give_the_same_loop(
 
 
 @pytest.mark.parametrize("kind", ["application/json", "Application/JSON; charset=utf-8", "application/x+json"])
-async def test_json_content_types(client: httpx.AsyncClient, kind: str) -> None:
+async def test_every_json_content_type_is_accepted(client: httpx.AsyncClient, kind: str) -> None:
     reply = await client.post(URL, content=b'{"prompt": "x 120bpm", "bars": 1}', headers={"content-type": kind})
     assert len(expect_wav(reply, name=r"loop_auto_120bpm_1bars_\d+\.wav")) == 88_200
 
@@ -119,7 +121,9 @@ async def test_multipart_boundary_that_looks_like_json(client: httpx.AsyncClient
 
 
 @kinds
-async def test_defaults(client: httpx.AsyncClient, backend: ToneBackend, kind: str) -> None:
+async def test_unset_fields_have_the_documented_defaults(
+    client: httpx.AsyncClient, backend: ToneBackend, kind: str
+) -> None:
     reply = await post(client, kind, {"prompt": "house 120bpm"})
     expect_wav(reply, name=r"loop_auto_120bpm_4bars_\d+\.wav")
     request = backend.last
@@ -133,13 +137,13 @@ async def test_defaults(client: httpx.AsyncClient, backend: ToneBackend, kind: s
         *[(bars, 120, bars) for bars in (1, 2, 4)],
         (8, 170, 8),
         (8, 120, 4),  # 16 s: halved
-        (8, 150, 8),  # 12.8 s: less than a second above the window
-        (8, 60, 4),  # halved once: 16 s, cut to the available audio
+        (8, 150, 8),  # 12.8 s: exceeds the window by less than a second, which is allowed
+        (8, 60, 4),  # halved only once: 16 s, cut to the window
         *[(bars, 128, 4) for bars in ("", "auto", " AUTO ", None)],
         ("4", 140, 4),
     ],
 )
-async def test_bars(client: httpx.AsyncClient, bars: Any, bpm: int, taken: int) -> None:
+async def test_number_of_bars_sets_the_length(client: httpx.AsyncClient, bars: Any, bpm: int, taken: int) -> None:
     fields = {"prompt": f"x {bpm}bpm", "return_format": "base64", "bars": bars}
     pcm, metadata = expect_base64(await client.post(URL, json=fields))
     calculated = taken * 240 / bpm
@@ -206,7 +210,7 @@ async def test_loop_is_the_start_of_the_clip_at_full_scale(client: httpx.AsyncCl
         ("instruments", "drum and drums 140bpm", "and 140bpm", NOT_INSTRUMENTS),
     ],
 )
-async def test_prompts_by_loop_type(
+async def test_loop_type_rewrites_the_prompt(
     client: httpx.AsyncClient, backend: ToneBackend, loop_type: str, prompt: str, rewritten: str, negative: str
 ) -> None:
     form = {"prompt": prompt, "loop_type": loop_type, "return_format": "base64", "negative_prompt": "not a field"}
@@ -257,7 +261,7 @@ async def test_empty_file_input_is_ignored(client: httpx.AsyncClient, backend: T
 
 @pytest.mark.parametrize(("bpm", "bars", "samples"), [(120, 2, 176_400), (40, 1, 220_500), (200, 4, 211_680)])
 async def test_shorter_window_holds_fewer_bars(bpm: int, bars: int, samples: int) -> None:
-    async with make_client(dialects={"model": "demo"}) as (client, backend):  # 5 s
+    async with make_client(dialects={"model": "demo"}) as (client, backend):  # has a window of 5 s
         reply = await client.post(URL, data={"prompt": f"x {bpm}bpm", "return_format": "base64"})
         pcm, metadata = expect_base64(reply)
     assert (metadata["bars"], len(pcm)) == (bars, samples)

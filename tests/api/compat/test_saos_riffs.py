@@ -1,4 +1,4 @@
-"""Riffs of the Stable Audio Open Small dialect: recognized files, choice of a riff, time stretching."""
+"""Riffs of the Stable Audio Open Small dialect: valid file names, choice of a riff, time stretching."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ SKIPPED = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with three riffs in f of different pitch and one in g sharp; mono, stereo and another sample rate."""
+    """Returns a folder with three riffs in F and one in G sharp, with different channels and sample rates."""
     folder = tmp_path_factory.mktemp("riffs")
     for name, hz, duration_s, rate_hz, channels in (
         ("f_91bpm_1.wav", 300, 4.0, 44_100, 2),

@@ -41,7 +41,7 @@ def measure_pitch(tone: npt.NDArray[Any]) -> float:
     return float(np.abs(np.fft.rfft(tone * np.hanning(len(tone)), size)).argmax()) * RATE_HZ / size
 
 
-async def test_defaults(client: httpx.AsyncClient, backend: ToneBackend) -> None:
+async def test_unset_fields_have_the_documented_defaults(client: httpx.AsyncClient, backend: ToneBackend) -> None:
     reply = await generate(client)
     assert reply.headers["content-type"] == "audio/wav"
     assert len(read_wav(reply.content)) == 1024 * 2048
@@ -140,7 +140,7 @@ async def test_unknown_fields_are_ignored(client: httpx.AsyncClient) -> None:
 
 
 @pytest.mark.parametrize("content_type", ["application/json", "application/json; charset=utf-8", "Application/JSON"])
-async def test_json_content_types(client: httpx.AsyncClient, content_type: str) -> None:
+async def test_every_json_content_type_is_accepted(client: httpx.AsyncClient, content_type: str) -> None:
     body = '{"input": "Regen über Zürich 🌧", "audio_length": 0.1}'.encode()
     reply = await client.post(URL, content=body, headers={"content-type": content_type})
     assert reply.status_code == 200
@@ -150,7 +150,7 @@ async def test_route_exists_below_its_prefix(client: httpx.AsyncClient) -> None:
     assert (await client.post(f"/vllm{URL}", json={"input": "x", "audio_length": 0.1})).status_code == 200
 
 
-# Length and start: the clip has the samples int(start * rate) to int(end * rate) of the generation.
+# Span: the clip has the samples from int(start * rate) to int(end * rate) of the generated audio.
 
 
 @pytest.mark.parametrize(
@@ -160,13 +160,13 @@ async def test_route_exists_below_its_prefix(client: httpx.AsyncClient) -> None:
         ({"audio_length": 0.3333}, 0, int(0.3333 * RATE_HZ)),
         ({"audio_length": 2, "audio_start": 1.5}, int(1.5 * RATE_HZ), int(3.5 * RATE_HZ)),
         ({"audio_length": 2, "audio_start": None}, 0, 2 * RATE_HZ),
-        *(({"audio_start": value}, 0, 1024 * 2048) for value in (20, -5)),  # only used with a length
-        ({"audio_length": 119, "audio_start": 2}, 2 * RATE_HZ, 120 * RATE_HZ),  # ends after the model's longest clip
+        *(({"audio_start": value}, 0, 1024 * 2048) for value in (20, -5)),  # ignored without `audio_length`
+        ({"audio_length": 119, "audio_start": 2}, 2 * RATE_HZ, 120 * RATE_HZ),  # ends after the longest clip
         ({"audio_length": 120}, 0, 120 * RATE_HZ),
         ({"audio_length": 1e-9}, 0, 1),
     ],
 )
-async def test_the_span(
+async def test_clip_is_the_requested_span(
     client: httpx.AsyncClient, backend: ToneBackend, fields: dict[str, Any], first: int, last: int
 ) -> None:
     audio = read_wav((await generate(client, seed=5, **fields)).content)
@@ -182,8 +182,8 @@ async def test_model_conditioned_on_start_gets_the_span() -> None:
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         audio = read_wav((await generate(client, audio_length=5, audio_start=10)).content)
         assert len(audio) == 5 * RATE_HZ
-        asked = backend.last
-        assert (asked.start_s, asked.conditioned_total_s, asked.duration_s) == (10.0, 15.0, 15.0)
+        request = backend.last
+        assert (request.start_s, request.conditioned_total_s, request.duration_s) == (10.0, 15.0, 15.0)
         shortened = read_wav((await generate(client, audio_length=20, audio_start=40)).content)
         assert len(shortened) == pytest.approx((WINDOW_S - 40) * RATE_HZ, abs=1)
         await generate(client)
@@ -228,7 +228,7 @@ async def test_speed_applies_to_the_span_in_every_format(client: httpx.AsyncClie
         ("opus", "audio/ogg", "OGG", "OPUS", 48000),
     ],
 )
-async def test_formats(
+async def test_every_format_is_encoded_as_documented(
     client: httpx.AsyncClient, name: str, media_type: str, container: str, subtype: str, rate_hz: int
 ) -> None:
     reply = await generate(client, audio_length=2, seed=340, response_format=name)

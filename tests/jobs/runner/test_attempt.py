@@ -1,4 +1,4 @@
-"""Outcomes of a job's attempt, and the errors that are retried."""
+"""The outcomes of an attempt to run a job, and the errors after which it is retried."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ async def test_outcome_is_written_after_a_store_outage(workshop: Workshop, monke
 
 
 async def test_unknown_model_makes_a_dead_letter_after_retries(workshop: Workshop) -> None:
-    """The model is retried first: during an update, a runner may be older than the ingress that accepted the job."""
+    """The job is retried first, because during an update a runner may be older than the ingress that accepted it."""
     await workshop.start_runner()
     job = await workshop.finished(await workshop.queue.submit(make_spec(model="retired")))
     assert job.error is not None

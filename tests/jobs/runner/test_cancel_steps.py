@@ -1,6 +1,4 @@
-"""Cancels a job at every step of a real engine: it ends within one step, and its neighbours in the batch are
-unaffected.
-"""
+"""A job cancelled at any step of a real engine ends within one step, and other rows of the batch are unaffected."""
 
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ from tests.patience import PATIENCE_S
 
 _NAME = "tiny-s"
 _STEPS = 6
-_VICTIM_S = 3.0  # longer than the others, so that the gate can identify it
+_VICTIM_S = 3.0  # longer than other jobs, so that the gate can identify it
 NEIGHBOURS = (
     GenerationRequest(prompt="rain", duration_s=1.0, seed=1, steps=_STEPS),
     GenerationRequest(prompt="drums", duration_s=0.6, seed=2, steps=_STEPS + 3, cfg_scale=2.0, batch_size=2),
@@ -44,13 +42,13 @@ class GatedModel:
     def __init__(self) -> None:
         self._model = loaded(_NAME)
         self._longest = max(plan.frames for plan in self._model.plan(make_victim()))
-        self.num_steps = 0  # of the longest row
+        self.num_steps = 0  # steps of the longest row
         self._hold_at = ""
         self.reached = threading.Event()
         self.opened = threading.Event()
 
     def hold(self, call: str) -> None:
-        """Choose the call: `step 0` is the row's first step, `decode` the first decoding after its last step."""
+        """Choose the call to block: `step 0` is the row's first step, `decode` is the decoding after its last step."""
         self.num_steps = 0
         self._hold_at = call
         self.reached.clear()
@@ -124,10 +122,10 @@ async def test_job_ends_within_a_step_and_neighbours_are_unaffected(tmp_path: Pa
             assert await asyncio.to_thread(model.reached.wait, PATIENCE_S), call
             outcome, _ = await queue.cancel(victim.spec.ref)
             assert outcome == "requested", call
-            victim = await finish(queue, victim)  # the engine has received the cancellation, and is still in its step
+            victim = await finish(queue, victim)  # the engine has received the cancellation but is still in its step
             num_before = model.num_steps
             model.opened.set()
             crowd = [await audio_of(queue, await finish(queue, other)) for other in others]
             assert (victim.state, victim.result) == ("cancelled", None)
-            assert model.num_steps == min(num_before + 1, _STEPS), call  # the step in progress
+            assert model.num_steps == min(num_before + 1, _STEPS), call  # only the step in progress was completed
             assert crowd == alone, call

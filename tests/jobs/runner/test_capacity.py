@@ -19,7 +19,7 @@ def make_capacity(
 def begin(
     capacity: Capacity, key: object, *, work: float, model: str = "a", priority: Priority = "interactive"
 ) -> None:
-    """Begin a job of so many evaluations, half a second each."""
+    """Begin a job of `work` evaluations of half a second each."""
     capacity.begin(key, model=model, priority=priority, size=WorkSize(evaluations=work))
 
 
@@ -79,7 +79,7 @@ def test_jobs_never_exceed_the_limit(clock: FakeClock) -> None:
 
 def test_batch_work_takes_no_room_from_interactive_work(clock: FakeClock) -> None:
     capacity = make_capacity(clock, max_running=8)
-    assert fill(capacity, work=5.0, priority="batch") == 2  # five seconds' worth
+    assert fill(capacity, work=5.0, priority="batch") == 2  # two jobs are five seconds of work
     assert capacity.open_models("interactive") is None
     assert fill(capacity, work=1.0) == 8
 

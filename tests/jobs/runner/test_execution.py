@@ -1,4 +1,4 @@
-"""Execution of a job: the request to the model, and the stored file."""
+"""How a runner executes a job: the request to the model, and the stored file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A runner whose files are refused: its reports, the jobs it starts, and its recovery."""
+"""A runner while its store refuses files: its reports, the jobs that it starts, and its recovery."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class WatchedBackend(ToneBackend):
 
 
 @pytest.fixture
-async def apart(tmp_path: Path) -> AsyncIterator[Workshop]:
+async def separate_folders(tmp_path: Path) -> AsyncIterator[Workshop]:
     """Yield a workshop with separate folders for files and database."""
     jobs = JobSettings(database_url=f"sqlite:///{tmp_path / 'jobs.db'}")
     settings = Settings(output_dir=str(tmp_path / "outputs"), jobs=jobs)
@@ -59,20 +59,20 @@ def folder_away(workshop: Workshop) -> Iterator[None]:
     away.rename(folder)
 
 
-async def test_one_job_probes_after_a_refusal_and_two_follow(apart: Workshop) -> None:
-    backend, metrics = apart.backend, RecordedMetrics()
+async def test_one_job_probes_after_a_refusal_and_two_follow(separate_folders: Workshop) -> None:
+    backend, metrics = separate_folders.backend, RecordedMetrics()
     assert isinstance(backend, WatchedBackend)
-    await apart.start_runner(metrics=metrics)
-    await apart.finished(await apart.queue.submit(make_spec()))
-    refusals = Refusals(apart.queue.store.database)
-    with folder_away(apart):
-        jobs = [await apart.queue.submit(make_spec(duration_s=0.1)) for _ in range(12)]
+    await separate_folders.start_runner(metrics=metrics)
+    await separate_folders.finished(await separate_folders.queue.submit(make_spec()))
+    refusals = Refusals(separate_folders.queue.store.database)
+    with folder_away(separate_folders):
+        jobs = [await separate_folders.queue.submit(make_spec(duration_s=0.1)) for _ in range(12)]
         await until(lambda: metrics.gauges.get(REFUSED) == 1.0 and backend.num_running == 0)
         await until(lambda: [health.state for health in refusals.current()] == ["moved"])
-        assert len([job for job in jobs if apart.queue.store.clients.get(job.spec.ref)]) == 12
+        assert len([job for job in jobs if separate_folders.queue.store.clients.get(job.spec.ref)]) == 12
         backend.at_work.clear()
         backend.delay_s = 0.05
-    assert {(await apart.finished(job)).state for job in jobs} == {"succeeded"}
+    assert {(await separate_folders.finished(job)).state for job in jobs} == {"succeeded"}
     assert backend.at_work[0] == 1
     assert max(backend.at_work[1:3]) <= 2
     assert metrics.gauges[REFUSED] == 0.0
@@ -117,20 +117,20 @@ async def test_unreadable_uploads_cost_few_attempts(
     await until(lambda: len(probes) >= 3)
     waiting = list_all(state="queued")
     assert len(waiting) == len(jobs)
-    assert sum(job.attempts for job in waiting) <= 4  # jobs that a runner starts before the first one has ended
+    assert sum(job.attempts for job in waiting) <= 4  # a runner starts at most four jobs before the first one ends
     object_storage.proxy.faults = Faults()
     assert {(await workshop.finished(job)).state for job in jobs} == {"succeeded"}
     await runner.close()
     await workshop.queue.close()
 
 
-async def test_stopping_runner_withdraws_its_refusal(apart: Workshop) -> None:
+async def test_stopping_runner_withdraws_its_refusal(separate_folders: Workshop) -> None:
     metrics = RecordedMetrics()
-    runner = await apart.start_runner(metrics=metrics)
-    await apart.finished(await apart.queue.submit(make_spec()))
-    refusals = Refusals(apart.queue.store.database)
-    with folder_away(apart):
-        await apart.queue.submit(make_spec())
+    runner = await separate_folders.start_runner(metrics=metrics)
+    await separate_folders.finished(await separate_folders.queue.submit(make_spec()))
+    refusals = Refusals(separate_folders.queue.store.database)
+    with folder_away(separate_folders):
+        await separate_folders.queue.submit(make_spec())
         await until(lambda: len(refusals.current()) == 1)
         await runner.close()
         assert refusals.current() == []

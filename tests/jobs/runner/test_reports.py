@@ -148,7 +148,7 @@ def sizes(waiting_work: Callable[[], Any]) -> dict[str, int]:
 
 
 async def test_failed_background_work_is_repeated(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tested with the sweep, whose pauses vary so that runners started together drift apart."""
+    """Uses the sweep as an example. Its pauses vary, so that runners which start together do not sweep together."""
     pauses: list[float] = []
     sleep = asyncio.sleep
 

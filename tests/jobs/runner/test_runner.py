@@ -1,4 +1,4 @@
-"""When a runner starts, stops and reclaims jobs, and what an idle runner does."""
+"""How a runner starts, stops and reclaims jobs, and how often an idle runner polls."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def test_running_jobs_never_exceed_the_limit(workshop: Workshop) -> None:
 
 @pytest.mark.parametrize("job_settings", [JobSettings(max_running=1)])
 async def test_each_priority_has_its_own_queue_and_room(workshop: Workshop) -> None:
-    """The engine decides which job goes first. The runner passes the priority on."""
+    """The runner passes the priority on to the engine, which decides which job runs first."""
     jobs = [
         await workshop.queue.submit(make_spec(priority=priority))
         for priority in ("batch", "interactive", "batch", "interactive")
@@ -64,7 +64,7 @@ async def test_lost_wake_up_costs_one_polling_interval(workshop: Workshop) -> No
 
 
 def count_polls(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Record the times at which a runner polls its store, seconds."""
+    """Return a list that records the times, in seconds, at which a runner polls its store."""
     polls: list[float] = []
     outlook = workshop.queue.store.runners.outlook
 
@@ -99,7 +99,7 @@ async def test_waiting_job_is_cancelled_before_it_starts(workshop: Workshop) -> 
 
 @pytest.mark.parametrize("job_settings", [JobSettings(lease_s=600.0)])
 async def test_running_job_is_stopped_at_once(workshop: Workshop) -> None:
-    """Long before the next heartbeat or poll."""
+    """The job stops long before the next heartbeat or poll."""
     workshop.backend.released.clear()
     await workshop.start_runner(pauses=RunnerPauses(first_poll_s=600.0, last_poll_s=600.0))
     job = await workshop.queue.submit(make_spec(upload=await upload(workshop)))
@@ -253,7 +253,7 @@ async def test_holding_runner_finishes_its_jobs_and_leases_no_others(workshop: W
     workshop.backend.released.set()
     assert (await workshop.finished(first)).state == "succeeded"
     await until(lambda: runner.num_held == 0)
-    await asyncio.sleep(0.5)  # several polls
+    await asyncio.sleep(0.5)  # time for several polls
     runner.check_health()
     queued = [await workshop.queue.get(job.spec.ref) for job in (second, third)]
     assert [(job.state, job.attempts) for job in queued if job] == [("queued", 0)] * 2

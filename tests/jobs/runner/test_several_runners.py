@@ -1,4 +1,4 @@
-"""Several runners of one store: how they share jobs, and jobs whose runner is silent, dead or late."""
+"""Several runners of one store share its jobs, and take over jobs of a silent, dead or late runner."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.server
 
 __all__ = ["wall"]
 
-_LEASE_S = 0.3  # on a clock that only tests move; renewed every 0.1 s of real time
+_LEASE_S = 0.3  # on a clock that only tests advance; leases are renewed every 0.1 s of real time
 
 
 @pytest.fixture
@@ -42,18 +42,18 @@ def job_settings() -> JobSettings:
 
 
 def make_job_settings(**limits: Any) -> JobSettings:
-    """Return settings with leases shorter than operators may choose."""
+    """Return settings with leases that are shorter than the allowed minimum."""
     return JobSettings(**limits).model_copy(update={"lease_s": _LEASE_S})
 
 
 def end_leases(workshop: Workshop) -> None:
-    """Expire all leases."""
+    """Let all leases expire."""
     with workshop.queue.store.database.writing() as connection:
         connection.execute(sa.update(JOBS).where(JOBS.c.state == "running").values(lease_until=0.0))
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, jobs: RunnerJobs, name: str) -> list[str]:
-    """Record the completed calls of a store method."""
+    """Return a list that records the completed calls of a store method."""
     calls: list[str] = []
     method = getattr(jobs, name)
 
@@ -68,9 +68,9 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, jobs: RunnerJobs, name: str) ->
 
 
 def outlive_leases(wall: Wall, renewals: list[str]) -> None:
-    """Move the clock by several leases, with a renewal in each. Blocking."""
+    """Advance the clock by several leases, with a renewal in each. Blocks the caller."""
     for _ in range(4):
-        enough = len(renewals) + 2  # the first may have begun earlier
+        enough = len(renewals) + 2  # the first renewal may have begun before the clock advanced
         wait_until(lambda: len(renewals) >= enough, every_s=0.01)  # noqa: B023
         wall.now += 0.8 * _LEASE_S
 
@@ -135,9 +135,10 @@ async def test_runner_without_its_lease_stops_and_writes_nothing(workshop: Works
     assert (taken.state, workshop.files()) == ("queued", [])
 
 
-@pytest.mark.parametrize("job_settings", [make_job_settings(max_running=1)])  # no room to lease its own job again
+# With one job at a time, the runner cannot lease its own job again.
+@pytest.mark.parametrize("job_settings", [make_job_settings(max_running=1)])
 async def test_late_runner_deletes_its_own_file_only(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The runner freezes after storing its file, just before its commit."""
+    """The runner freezes after it has stored its file, just before the commit."""
     store = JobStore(workshop.queue.store.database, workshop.settings.jobs)
     succeed, asleep, woken = store.runners.succeed, threading.Event(), threading.Event()
 
@@ -225,12 +226,12 @@ async def test_idle_runners_poll_less_than_once_a_second(workshop: Workshop, mon
     await until(lambda: len(polls) >= num_before + 10)
     num_queries = sum(not statement.startswith(("BEGIN", "COMMIT", "PRAGMA")) for statement in statements)
     num_polls = len(polls) - num_before
-    # A poll that has begun may not have queried yet, one per runner.
+    # One poll of each runner may have begun without a query yet.
     assert num_polls - 3 <= num_queries < RunnerPauses().last_poll_s * num_polls
 
 
 class OneFullModel(ToneBackend):
-    """One model refuses every job, the others work."""
+    """A backend in which one model refuses every job."""
 
     async def generate(
         self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
@@ -310,7 +311,7 @@ async def test_metrics_show_queue_age_and_retries(workshop: Workshop, wall: Wall
 async def test_lease_with_a_lost_answer_is_not_renewed(
     workshop: Workshop, wall: Wall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No runner has that job. It must not stay `running` while its owner has other work."""
+    """No runner works on the job. It must not stay `running` while its owner has other jobs."""
     workshop.backend.released.clear()
     renewals = count_calls(monkeypatch, workshop.queue.store.runners, "renew")
     await workshop.start_runner()
@@ -340,7 +341,7 @@ async def test_lease_with_a_lost_answer_is_not_renewed(
 async def test_store_outage_longer_than_a_lease_costs_no_attempt(
     workshop: Workshop, wall: Wall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """This also covers a clock that jumps forward: a living runner reclaims none of its own jobs."""
+    """This also covers a clock that jumps forward: a live runner does not reclaim its own jobs."""
     workshop.backend.released.clear()
     store = workshop.queue.store.runners
     reclaims, renew = count_calls(monkeypatch, store, "reclaim"), store.renew

@@ -1,4 +1,4 @@
-"""What the sweeper deletes and what it must not touch, in a folder and in a bucket."""
+"""The files that the sweeper deletes or keeps, in a folder and in a bucket."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def swept(**numbers: int) -> dict[str, int]:
 
 
 @dataclass
-class Premises:
-    """A job queue, its artifact store, and a settable clock for the queue and its sweepers."""
+class Place:
+    """A job queue, its artifact store, and a clock for the queue and its sweepers that a test can advance."""
 
     queue: JobQueue
     late_s: float = 0.0
@@ -55,7 +55,7 @@ class Premises:
         raise NotImplementedError
 
     def begin(self, key: str) -> None:
-        """Leave a file unfinished."""
+        """Begin a file without finishing it."""
         raise NotImplementedError
 
     async def sweep(self, **limits: float) -> dict[str, int]:
@@ -81,7 +81,7 @@ class Premises:
 
 
 @dataclass(kw_only=True)
-class Folder(Premises):
+class Folder(Place):
     folder: Path
 
     def names(self) -> list[str]:
@@ -98,7 +98,7 @@ class Folder(Premises):
 
 
 @dataclass(kw_only=True)
-class Bucket(Premises):
+class Bucket(Place):
     storage: ObjectStorage
     bucket: str
 
@@ -114,7 +114,7 @@ class Bucket(Premises):
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.server)])
-async def unclaimed(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Premises]:
+async def unclaimed(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Place]:
     """Yield an artifact store that no database has claimed."""
     made = make_folder(tmp_path) if request.param == "local" else make_bucket(request, tmp_path)
     yield made
@@ -122,7 +122,7 @@ async def unclaimed(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIter
 
 
 @pytest.fixture
-def premises(unclaimed: Premises) -> Premises:
+def place(unclaimed: Place) -> Place:
     unclaimed.queue.artifacts.claim(unclaimed.queue.store.identity())
     return unclaimed
 
@@ -154,70 +154,70 @@ def make_queue(folder: Path, artifacts: ArtifactStore, now: Any, *, name: str = 
     return JobQueue(JobStore(Database(url, now=now), LIMITS), artifacts)
 
 
-async def test_recent_files_stay(premises: Premises) -> None:
-    await premises.finish(await premises.make_job())
-    await premises.make_job()
-    await premises.queue.publish(lambda: [b"x"], media_type="audio/wav", file_name="a.wav")
-    await premises.put(file_key())
-    before = premises.names()
+async def test_recent_files_stay(place: Place) -> None:
+    await place.finish(await place.make_job())
+    await place.make_job()
+    await place.queue.publish(lambda: [b"x"], media_type="audio/wav", file_name="a.wav")
+    await place.put(file_key())
+    before = place.names()
     assert len(before) == 5
     for late_s in (0, 23 * HOUR):
-        premises.late_s = late_s
-        assert await premises.sweep() == swept()
-    assert premises.names() == before
+        place.late_s = late_s
+        assert await place.sweep() == swept()
+    assert place.names() == before
 
 
-async def test_old_jobs_and_publications_are_deleted_with_their_files(premises: Premises) -> None:
-    job = await premises.make_job()
-    await premises.finish(job)
-    file_id, _ = await premises.queue.publish(lambda: [b"x"], media_type="audio/wav", file_name="a.wav")
-    premises.late_s = 6 * 24 * HOUR
-    await premises.queue.artifacts.delete(job.spec.upload.file.key if job.spec.upload else "")
-    later = await premises.finish(await premises.make_job())
-    premises.late_s = 7 * 24 * HOUR + 1
-    found = await premises.sweep(orphan_after_s=30 * 24 * HOUR)
-    assert found["old"] == 3  # an upload that is already gone counts as removed
-    assert await premises.queue.get(job.spec.ref) is None
-    assert await premises.queue.find_file(file_id) is None
-    assert later.key in premises.names()
-    assert not any(job.spec.id in name or name.startswith("files/") for name in premises.names())
+async def test_old_jobs_and_publications_are_deleted_with_their_files(place: Place) -> None:
+    job = await place.make_job()
+    await place.finish(job)
+    file_id, _ = await place.queue.publish(lambda: [b"x"], media_type="audio/wav", file_name="a.wav")
+    place.late_s = 6 * 24 * HOUR
+    await place.queue.artifacts.delete(job.spec.upload.file.key if job.spec.upload else "")
+    later = await place.finish(await place.make_job())
+    place.late_s = 7 * 24 * HOUR + 1
+    found = await place.sweep(orphan_after_s=30 * 24 * HOUR)
+    assert found["old"] == 3  # an upload that is already deleted counts as removed
+    assert await place.queue.get(job.spec.ref) is None
+    assert await place.queue.find_file(file_id) is None
+    assert later.key in place.names()
+    assert not any(job.spec.id in name or name.startswith("files/") for name in place.names())
 
 
-async def test_orphans_are_deleted_after_a_day(premises: Premises) -> None:
-    job = await premises.make_job()
-    await premises.finish(job)
+async def test_orphans_are_deleted_after_a_day(place: Place) -> None:
+    job = await place.make_job()
+    await place.finish(job)
     orphans = [artifact_key(job.spec.id, "a.wav", fence=2), part_key("7" * 32, 3), file_key()]
     for key in orphans:
-        await premises.put(key)
-    premises.late_s = 25 * HOUR
-    assert await premises.sweep() == swept(orphans=4)  # includes the upload of the ended job
-    assert premises.names() == [artifact_key(job.spec.id, "a.wav", fence=1)]
-    assert await premises.sweep() == swept()
+        await place.put(key)
+    place.late_s = 25 * HOUR
+    assert await place.sweep() == swept(orphans=4)  # includes the upload of the ended job
+    assert place.names() == [artifact_key(job.spec.id, "a.wav", fence=1)]
+    assert await place.sweep() == swept()
 
 
-async def test_files_that_a_job_needs_stay(premises: Premises) -> None:
-    running, dead, waiting = await premises.make_job(), await premises.make_job(), await premises.make_job()
+async def test_files_that_a_job_needs_stay(place: Place) -> None:
+    running, dead, waiting = await place.make_job(), await place.make_job(), await place.make_job()
     error = JobError("unavailable", "no")
-    assert premises.queue.store.runners.fail(dead, error, is_dead_letter=True) is not None
-    assert premises.queue.store.runners.requeue(waiting, delay_s=0, attempts=0, message="again") is not None
-    premises.late_s = 30 * 24 * HOUR
-    assert await premises.sweep(retention_s=60 * 24 * HOUR) == swept()
-    assert premises.names() == sorted(job.spec.upload.file.key for job in (running, dead, waiting) if job.spec.upload)
+    assert place.queue.store.runners.fail(dead, error, is_dead_letter=True) is not None
+    assert place.queue.store.runners.requeue(waiting, delay_s=0, attempts=0, message="again") is not None
+    place.late_s = 30 * 24 * HOUR
+    assert await place.sweep(retention_s=60 * 24 * HOUR) == swept()
+    assert place.names() == sorted(job.spec.upload.file.key for job in (running, dead, waiting) if job.spec.upload)
 
 
 FOREIGN = ("song.wav", "jobs.db", "uploads/photo.jpg", "files/x/y.wav", "other/" + "1" * 32 + "-a.wav", "1" * 32)
 
 
-async def test_files_of_other_programs_stay(premises: Premises) -> None:
+async def test_files_of_other_programs_stay(place: Place) -> None:
     for key in FOREIGN:
-        premises.write(key)
-    premises.late_s = 400 * 24 * HOUR
-    assert await premises.sweep() == swept()
-    assert premises.names() == sorted(FOREIGN)
+        place.write(key)
+    place.late_s = 400 * 24 * HOUR
+    assert await place.sweep() == swept()
+    assert place.names() == sorted(FOREIGN)
 
 
-async def test_files_older_than_the_claim_stay(unclaimed: Premises) -> None:
-    """The Stable Audio 3 server uses the same file names and, by default, the same place."""
+async def test_files_older_than_the_claim_stay(unclaimed: Place) -> None:
+    """The original Stable Audio 3 server uses the same file names and, by default, the same folder."""
     unclaimed.write(artifact_key("1" * 32, "stable-audio-3-medium.wav", fence=1))
     before = unclaimed.names()
     written_at = int(time.time())
@@ -230,24 +230,24 @@ async def test_files_older_than_the_claim_stay(unclaimed: Premises) -> None:
     assert orphan.key not in unclaimed.names()
 
 
-async def test_orphans_stay_where_another_database_has_the_claim(premises: Premises, tmp_path: Path) -> None:
-    file = await premises.finish(await premises.make_job())
-    stranger = replace(premises, queue=make_queue(tmp_path, premises.queue.artifacts, premises.time, name="other.db"))
+async def test_orphans_stay_where_another_database_has_the_claim(place: Place, tmp_path: Path) -> None:
+    file = await place.finish(await place.make_job())
+    stranger = replace(place, queue=make_queue(tmp_path, place.queue.artifacts, place.time, name="other.db"))
     stranger.late_s = 5 * 24 * HOUR
     assert await stranger.sweep() == swept()
-    assert file.key in premises.names()
-    assert premises.queue.store.identity() != stranger.queue.store.identity()
+    assert file.key in place.names()
+    assert place.queue.store.identity() != stranger.queue.store.identity()
     await asyncio.to_thread(stranger.queue.store.database.close)
 
 
-async def test_concurrent_sweepers_delete_each_file_once(premises: Premises) -> None:
+async def test_concurrent_sweepers_delete_each_file_once(place: Place) -> None:
     for _ in range(30):
-        await premises.put(file_key())
+        await place.put(file_key())
     for _ in range(5):
-        await premises.finish(await premises.make_job())
-    premises.late_s = 8 * 24 * HOUR
-    await asyncio.gather(*(premises.sweep() for _ in range(3)))
-    assert premises.names() == []
+        await place.finish(await place.make_job())
+    place.late_s = 8 * 24 * HOUR
+    await asyncio.gather(*(place.sweep() for _ in range(3)))
+    assert place.names() == []
 
 
 async def test_failing_object_store_is_swept_later(bucket: Bucket) -> None:
@@ -262,16 +262,16 @@ async def test_failing_object_store_is_swept_later(bucket: Bucket) -> None:
     assert await bucket.sweep() == swept(orphans=3)
 
 
-async def test_old_unfinished_files_are_deleted(premises: Premises) -> None:
-    premises.begin(file_key())
-    assert await premises.sweep() == swept()
-    assert await premises.sweep(orphan_after_s=-HOUR) == swept(unfinished=1)
-    assert premises.names() == []
+async def test_old_unfinished_files_are_deleted(place: Place) -> None:
+    place.begin(file_key())
+    assert await place.sweep() == swept()
+    assert await place.sweep(orphan_after_s=-HOUR) == swept(unfinished=1)
+    assert place.names() == []
 
 
 @pytest.fixture
 def job_settings() -> JobSettings:
-    """Settings of the workshop."""
+    """Return the job settings of the workshop."""
     return JobSettings(orphan_after_s=0.3)
 
 

@@ -1,4 +1,4 @@
-"""Client operations of the job store, on every database."""
+"""Operations of the job store for clients, on every database."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ class TestRoom:
             assert not isinstance(caught.value, QuotaError)
         for _ in range(2):
             add(store, client="four")
-        with pytest.raises(OverloadedError):  # twice as many as `max_queued`
+        with pytest.raises(OverloadedError):  # the queue has twice `max_queued` jobs
             add(store, client="five")
         for _ in range(13):
             lease(store)
@@ -246,7 +246,7 @@ class TestListing:
             wall.now += 1
         first = store.clients.list_own("sa3", "one", limit=2)
         second = store.clients.list_own("sa3", "one", cursor=first.next_cursor, limit=2)
-        add(store, client="one")  # newer than the pages being read
+        add(store, client="one")  # newer than the jobs on the pages
         third = store.clients.list_own("sa3", "one", cursor=second.next_cursor, limit=2)
         assert [*first.jobs, *second.jobs, *third.jobs] == jobs[::-1]
         assert third.next_cursor is None
@@ -320,7 +320,7 @@ class TestEvents:
         leased = lease(store)
         for step in range(4):
             report(store, leased, stage="generating", fraction=step / 4)
-            add(store)  # its events are not counted
+            add(store)  # events of another job do not count
         events = store.clients.events(job.spec.ref)
         assert [event.id for event in events] == [1, 2, 3, 4, 5, 6]
         for index, event in enumerate(events):

@@ -13,7 +13,7 @@ from stable_audio_serve.jobs.store import codec
 
 FILE = StoredFile("uploads/x", "audio/wav", "a b\u202e.wav", 12, "ab" * 32)
 
-# Every field differs from its default, so that a lost field is noticed.
+# Every field differs from its default, so that a test fails if a field is lost.
 REQUEST = GenerationRequest(
     prompt='"quoted" ♪ \x00 \n \U0001f3b5 ' + "x" * 1000,
     duration_s=0.1 + 0.2,

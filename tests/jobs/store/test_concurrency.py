@@ -1,4 +1,4 @@
-"""Concurrent threads and processes on every database: nothing is done twice, lost or above its limit."""
+"""With concurrent threads and processes, nothing is done twice, lost, or allowed above its limit."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = ["postgres_with_tables", "store_url", "wall"]
 
 _MANY = JobSettings(max_queued=10_000)
 
-# SQLite has one writer at a time.
+# On SQLite there is only one writer at a time.
 on_postgresql = pytest.mark.parametrize(
     "store_url",
     [pytest.param("sqlite", marks=pytest.mark.slow), pytest.param("postgresql", marks=pytest.mark.server)],
@@ -47,7 +47,7 @@ on_postgresql = pytest.mark.parametrize(
 
 @pytest.fixture
 def database(store_url: str) -> Iterator[Database]:
-    """Use the database's own clock."""
+    """Yield a database that uses its own clock."""
     database = open_database(store_url)
     yield database
     database.close()
@@ -235,7 +235,7 @@ def test_dead_letter_is_retried_or_deleted_but_never_both(database: Database) ->
 
 @on_postgresql
 def test_every_job_ends_once_with_faulty_runners(store_url: str, wall: Wall) -> None:
-    """Some runners go silent, some wake up after their jobs were reclaimed, some end jobs twice."""
+    """Runners end each job twice, sometimes after their lease has expired and others have reclaimed the job."""
     num_jobs = 60
     database = open_database(store_url, wall)
     store = JobStore(database, _MANY)
@@ -249,7 +249,7 @@ def test_every_job_ends_once_with_faulty_runners(store_url: str, wall: Wall) -> 
             job = store.runners.lease(owner, lease_s=LEASE_S)
             if job is None:
                 continue
-            if chance.random() < 0.3:  # past its lease, and past those of others
+            if chance.random() < 0.3:  # beyond the lease of this job and of others
                 wall.now += LEASE_S
                 lost.extend(store.runners.reclaim(max_attempts=1000))
             for _ in range(2):

@@ -1,4 +1,4 @@
-"""The job database at startup, during an outage, and after it."""
+"""The job database at startup, during an outage and after an outage."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def execute(url: str, statement: str) -> None:
-    """Change the database without the store."""
+    """Execute a statement without the store."""
     if url.startswith("sqlite"):
         with sqlite3.connect(url.removeprefix("sqlite:///")) as connection:
             connection.execute(statement)
@@ -48,13 +48,13 @@ def test_only_transactions_without_durability_skip_the_disk(empty_url: str) -> N
         ("PRAGMA synchronous", 2, 1) if database.is_sqlite else ("SHOW synchronous_commit", "on", "off")
     )
     for is_durable, expected in ((True, waits), (False, hasty), (True, waits)):
-        with database.writing(is_durable=is_durable) as connection:  # the pool returns the same connection each time
+        with database.writing(is_durable=is_durable) as connection:  # the pool always returns the same connection
             assert connection.execute(sa.text(setting)).scalar_one() == expected
     database.close()
 
 
 def refusal_of(url: str) -> str:
-    """Return the reason why a start with this database is refused: one sentence, without the password."""
+    """Return the error of a start with this database. It must be one sentence without the password."""
     with pytest.raises(ConfigError) as caught:
         open_database(url).prepare()
     assert caught.value.field == "jobs.database_url"
@@ -126,7 +126,7 @@ class TestAddresses:
 
 
 class TestStart:
-    """Tables are created and upgraded, or the start fails with a one-sentence reason."""
+    """A start creates or upgrades the tables, or fails with a reason in one sentence."""
 
     def test_creates_every_table_once(self, empty_url: str) -> None:
         for _ in range(2):
@@ -160,7 +160,8 @@ class TestStart:
         execute(empty_url, f"UPDATE alembic_version SET version_num = '{beyond}'")
         for part in ("newer version", f"revision {beyond}", f"knows {ours}", "start that newer version"):
             assert part in refusal_of(empty_url)
-        with pytest.raises(StorageError, match=f"revision {beyond}"):  # a running server, when another one upgrades
+        # A running server fails after another server has upgraded the tables.
+        with pytest.raises(StorageError, match=f"revision {beyond}"):
             database.require_same()
         database.close()
         late = Database(database_url(empty_url, Path("/nowhere")), identity=identity)  # a replica that starts later
@@ -195,7 +196,7 @@ class TestStart:
     def test_unknown_host(self) -> None:
         assert "nowhere.invalid" in refusal_of("postgresql://user:secret@nowhere.invalid/jobs")
 
-    @pytest.mark.server  # takes two seconds, the shortest timeout of libpq
+    @pytest.mark.server  # takes the shortest timeout of libpq, two seconds
     def test_server_that_never_answers(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
@@ -229,7 +230,7 @@ class TestStart:
 
 
 class TestFaults:
-    """Failures at runtime are errors that clients can retry, and they pass."""
+    """Failures at runtime raise errors that clients can retry, and the database recovers."""
 
     @pytest.mark.server
     def test_restarted_server_is_used_again(self, postgres: PostgresServer, postgres_url: str) -> None:
@@ -295,7 +296,7 @@ class TestFaults:
         database = open_database(f"sqlite:///{tmp_path / 'jobs.db'}")
         store = JobStore(database)
         job = add(store)
-        # SQLite reports the same as on a full disk; the pool keeps this connection
+        # With this limit SQLite reports the same error as on a full disk. The pool keeps the connection.
         with database.writing() as connection:
             pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
             connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")

@@ -1,4 +1,4 @@
-"""Operator operations on dead letters, on every database: list, retry and delete."""
+"""Operators list, retry and delete dead letters, on every database."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def upload(key: str) -> JobUpload:
 
 
 def make_dead(store: JobStore, number: int) -> None:
-    """Add one real dead letter and copy it in one statement."""
+    """Add a dead letter, and copies of it in one statement, `number` in total."""
     dead = dead_letter(store, model="copied")
     columns = [column for column in JOBS.c if column.name not in ("seq", "id")]
     numbers = sa.select(sa.literal(1).label("n")).cte("numbers", recursive=True)
@@ -74,7 +74,7 @@ class TestPages:
         page = store.dead_letters.page(limit=number // 20)
         while page:
             seen += [letter.number for letter in page]
-            dead_letter(store)  # newer, so it is on no later page
+            dead_letter(store)  # it is newer, so it is not on a later page
             store.dead_letters.delete([page[0].number, page[-1].number])
             page = store.dead_letters.page(limit=number // 20, before=seen[-1])
         assert seen == sorted(set(seen), reverse=True)
@@ -103,7 +103,7 @@ class TestRetries:
         assert not retried.is_dead_letter
         assert store.clients.events(dead.spec.ref)[-1].message == "tried again by an operator"
         assert store.runners.expire() == []
-        assert Outbox(store.database).claim(for_s=60) is None  # the job is not over any more
+        assert Outbox(store.database).claim(for_s=60) is None  # the job waits again, so there is no notice
         again = lease(store)
         assert (again.attempts, again.lease.fence if again.lease else 0) == (1, 2)
         assert store.runners.succeed(again, result_of(again)) is not None

@@ -1,4 +1,4 @@
-"""The identity and the secret of a job database, on every database."""
+"""The identity and the secret of a job store, on every database."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_database_keeps_its_secret(store: JobStore, database: Database) -> None:
 
 
 def test_checkpoint_in_progress_is_not_a_replaced_file(tmp_path: Path) -> None:
-    """The file is read without its log and without locks, so a checkpoint may be half done."""
+    """The check reads the file without its log and without locks, so it may see an unfinished checkpoint."""
     url = database_url(None, tmp_path)
     database = Database(url)
     database.prepare()

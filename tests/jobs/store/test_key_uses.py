@@ -1,4 +1,4 @@
-"""Uses of limited clients: concurrent processes never exceed a limit."""
+"""The store counts uses of limited clients, and concurrent processes never exceed a limit."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_expired_rows_of_a_client_are_deleted(database: Database, wall: Wall) ->
 
 
 def _hammer(url: str, times: int) -> int:
-    """In another process: send requests without pause until refused `times` times. Returns the number admitted."""
+    """Send requests without pause until `times` are refused. Runs in another process. Returns the number admitted."""
     uses = KeyUses(open_database(url))
     num_admitted = num_refused = 0
     while num_refused < times:

@@ -1,4 +1,4 @@
-"""Operator operations of the job store, on every database."""
+"""Operations of the job store for operators, on every database."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["database", "postgres_with_tables", "store", "store_url", "wall"]
 
 
 class TestOperators:
-    """The command line sees the jobs of all clients."""
+    """Operators see the jobs of all clients."""
 
     def test_see_all_jobs_newest_first(self, store: JobStore) -> None:
         jobs = [add(store, contract=contract, client=contract) for contract in ("sa3", "fal", "aiml")]

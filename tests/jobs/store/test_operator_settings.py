@@ -1,4 +1,4 @@
-"""Operators' settings: shared by the processes of a server, separate per server, and retained during an outage."""
+"""Operators' settings are shared by the processes of one server, and kept during an outage of the database."""
 
 from __future__ import annotations
 

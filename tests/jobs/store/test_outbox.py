@@ -112,7 +112,7 @@ class TestOutbox:
             assert store.dead_letters.retry_job(dead.spec.ref) is not None
             end(lease(store))
             notices.append(claim(outbox))
-            outbox.settle(notices[-2])  # the older notice arrives late
+            outbox.settle(notices[-2])  # the older notice is settled late
             outbox.postpone(notices[-1], delay_s=0)
             assert claim(outbox).id == notices[-1].id
         assert notices[0].id == dead.spec.id

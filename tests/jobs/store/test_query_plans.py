@@ -1,4 +1,4 @@
-"""With ten thousand waiting and ten thousand ended jobs, no query of the job store scans a whole table or sorts one."""
+"""With 10,000 waiting and 10,000 ended jobs, no query of the job store scans or sorts a whole table."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def plans(database: Database, call: Callable[[], Any]) -> Iterator[tuple[str, str]]:
-    """Yield the statements of `call` with their query plans."""
+    """Yield the SQL statements of `call` with their query plans."""
     statements: list[tuple[str, Any]] = []
 
     def record(_c: Any, _cursor: Any, statement: str, parameters: Any, _context: Any, many: bool) -> None:
@@ -74,7 +74,7 @@ def faults(plan: str, *, is_sqlite: bool) -> list[str]:
         node = nodes.pop()
         node = node.get("Plan", node)
         nodes += node.get("Plans", [])
-        if node["Node Type"] == "Seq Scan" and node["Relation Name"] == JOBS.name:  # the others are small
+        if node["Node Type"] == "Seq Scan" and node["Relation Name"] == JOBS.name:  # other tables are small
             found.append("Seq Scan")
         if node["Node Type"] == "Sort" and node["Plan Rows"] > 100:
             found.append(f"Sort of {node['Plan Rows']} rows")
@@ -129,7 +129,7 @@ def test_uses_indexes(store: JobStore, name: str) -> None:
 @pytest.mark.server
 @pytest.mark.parametrize("before", [{"queued": 30}, {"queued": 0, "succeeded": _NUM_JOBS}], ids=["short", "empty"])
 def test_queue_that_outgrows_its_statistics_is_not_sorted(postgres_url: str, before: dict[str, int]) -> None:
-    """PostgreSQL caches plans and updates its row counts once a minute. For few rows, a full scan is the best plan."""
+    """PostgreSQL caches plans and updates its statistics once a minute, so a plan for few rows may meet many rows."""
     store = JobStore(open_database(postgres_url), JobSettings(max_queued=10 * _NUM_JOBS))
 
     def num_rows_read() -> int:

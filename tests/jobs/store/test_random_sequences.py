@@ -1,6 +1,6 @@
 """Random sequences of operations on the job store, compared with a model in plain Python.
 
-Hypothesis draws the sequences and shrinks failing ones.
+Hypothesis draws the sequences and shrinks those that fail.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def view(job: Job) -> tuple[object, ...]:
 
 _owners = st.sampled_from("ab")
 _priorities = st.sampled_from(["interactive", "interactive", "batch"])
-_recent = st.sampled_from([0, 0, 0, 1, 1, 2, 3])  # how many jobs back
+_recent = st.sampled_from([0, 0, 0, 1, 1, 2, 3])  # the number of jobs to go back
 
 _ends = st.sampled_from(["succeed", "fail", "give up", "stop", "put back", "put back uncounted"])
 
@@ -111,10 +111,10 @@ class StoreMachine(RuleBasedStateMachine):
                     connection.execute(sa.delete(table))
         self.turn_of_store = 0
         self.jobs: dict[JobRef, Expected] = {}
-        self.ends: dict[JobRef, Job] = {}  # as first seen
-        self.files: dict[str, JobRef | None] = {}  # by id, of every result whose commit was tried
+        self.ends: dict[JobRef, Job] = {}  # the first version seen of each ended job
+        self.files: dict[str, JobRef | None] = {}  # by file id, for each result whose commit was tried
         self.num_jobs = 0
-        self.turns: dict[_Line, int] = {}  # number of the last start, in order of arrival
+        self.turns: dict[_Line, int] = {}  # number of each line's latest start, counted per priority
         self.leases: list[Job] = []  # all leases, past and current
 
     @property
@@ -276,7 +276,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(owner=_owners, how=_ends)
     def lose(self, owner: str, how: str) -> None:
-        """The holder goes silent, another runner gets the job, and the first one wakes up."""
+        """A runner loses its lease to another runner, and then continues."""
         self.lease(owner, None)
         self.reclaim(_LEASE_S)
         num_leases = len(self.leases)
@@ -337,7 +337,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.finish(back, how)
 
     def finish(self, back: int, how: str) -> None:
-        """Act as a runner under a lease that may be lost."""
+        """End a job as its runner does. The runner may have lost the lease."""
         leased, job = self.pick_lease(back)
         is_held = job is not None
         assert report(self.store, leased, stage="generating", fraction=0.5, eta_s=1.0) == is_held
@@ -427,7 +427,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.ends.pop(key, None)
         for file_id, owner in self.files.items():
             if owner in old:
-                self.files[file_id] = None  # the job that gets this id next has another file
+                self.files[file_id] = None  # the next job with this id has another file
 
     @rule()
     def deliver(self) -> None:
@@ -442,7 +442,7 @@ class StoreMachine(RuleBasedStateMachine):
         for job in due:
             job.is_notified = True
 
-    # What always holds
+    # Invariants
 
     @invariant()
     def everything_is_as_expected(self) -> None:
@@ -480,7 +480,7 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 def take_turn(due: list[Expected], turns: dict[_Line, int]) -> Expected:
-    """Return the first job of the client whose last start is longest ago, and record its start."""
+    """Return the first job of the client that started a job least recently, and record its start."""
     lines = [line for line in turns if any(job.line == line for job in due)]
     line = min(lines, key=lambda line: turns[line])
     turns[line] = 1 + max(number for other, number in turns.items() if other[0] == line[0])

@@ -1,7 +1,7 @@
-"""Revisions of the job database: released ones never change, and later ones only add.
+"""Released revisions of the job database never change, and later revisions only add.
 
-Servers of two successive revisions share a database while one replaces the other. So the older one must work on the
-newer tables: no column may be removed, changed, or require a value that the older server does not write.
+Servers of two successive revisions share a database while one replaces the other. The older server must work on the
+newer tables, so no column may be removed or changed, or require a value that the older server does not write.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ RELEASED = {
     ),
 }
 
-# A server without this table applies the key limits per process, as it does during a database outage.
+# Without this table, an older server applies the limits of keys per process, as in a database outage.
 _SPARED = {"DROP TABLE accounts"}
 
 _ADDING = (
@@ -75,7 +75,7 @@ def load(name: str) -> ModuleType:
 
 
 def statements(name: str, dialect: str) -> list[str]:
-    """Return the statements of a revision on an empty database, one per line."""
+    """Return the SQL statements of a revision on an empty database, one per line."""
     module = load(name)
     written = io.StringIO()
     context = MigrationContext.configure(
@@ -153,7 +153,7 @@ def test_additions_are_accepted() -> None:
 
 
 def test_revisions_are_numbered_one_after_another() -> None:
-    """The number alone shows whether tables have the revision after a server's own."""
+    """A server recognises by the number alone that the tables have the next revision."""
     assert [name[:4] for name in NAMES] == [f"{number:04d}" for number in range(1, len(NAMES) + 1)]
     assert list(RELEASED) == NAMES
 
@@ -187,7 +187,7 @@ def described(index: Mapping[str, Any]) -> str:
 
 
 def tables_of(engine: sa.Engine) -> dict[str, dict[str, Any]]:
-    """Return the database's description of each table, except the order of its columns."""
+    """Return the database's description of each table, without the order of columns."""
     looked, found = sa.inspect(engine), {}
     for name in set(looked.get_table_names()) - {"alembic_version"}:
         columns = {column["name"]: repr(column) for column in looked.get_columns(name)}

@@ -1,4 +1,4 @@
-"""Jobs that another version of this package wrote, on every database."""
+"""Jobs in the database that another version of this package has written, on every database."""
 
 from __future__ import annotations
 

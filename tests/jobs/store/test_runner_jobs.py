@@ -1,4 +1,4 @@
-"""Runner operations of the job store: only the holder of a current lease may change a job. On every database."""
+"""Operations of the job store for runners, on every database. Only the holder of a lease may change a job."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class TestOrder:
     """A client's jobs start in order of arrival, clients take turns, and each priority has its own queue."""
 
     def test_first_come_first_served(self, store: JobStore) -> None:
-        jobs = [add(store) for _ in range(3)]  # created at the same time
+        jobs = [add(store) for _ in range(3)]  # all have the same creation time
         assert [store.clients.position(job) for job in jobs] == [0, 1, 2]
         assert leased_ids(store, 3) == [job.spec.id for job in jobs]
         assert store.runners.lease("me", lease_s=15) is None
@@ -61,7 +61,7 @@ class TestOrder:
         few = add(store, client="few")
         assert store.clients.position(few) == 0
         assert lease(store).spec.id == few.spec.id
-        again = add(store, client="few")  # a client with one job at a time gets no more turns than others
+        again = add(store, client="few")  # a client that adds one job at a time gets no more turns than others
         assert store.clients.position(again) == 1
         assert leased_ids(store, 3) == [many[1].spec.id, again.spec.id, many[2].spec.id]
 
@@ -188,7 +188,7 @@ class TestReclaiming:
         assert end_in_every_way(store, stale) == [None] * 4
         assert not report(store, stale, stage="x", fraction=0.9)
         assert find(store, stale) == waiting
-        for owner in ("new", "frozen"):  # the same owner may lease it again, which does not revive its old lease
+        for owner in ("new", "frozen"):  # the same owner may lease the job again, but its old lease stays invalid
             current = lease(store, owner)
             assert end_in_every_way(store, stale) == [None] * 4
             assert not report(store, stale, stage="x", fraction=0.9)

@@ -1,6 +1,4 @@
-"""A client's job starts after at most one job of each other client, however many they have waiting. On every
-database.
-"""
+"""A job starts after at most one job of each other client, however many jobs wait, on every database."""
 
 from __future__ import annotations
 
@@ -27,7 +25,8 @@ def test_new_client_starts_within_ten_jobs_behind_ten_thousand(database: Databas
         lease(store)
     fill(store, num_started, state="queued", client=_CLIENTS[0])
     assert sum(store.runners.outlook("").queued.values()) == 10_000
-    job = add_spec(store, make_spec(model="demo", client="another"))  # accepted although the queue is full
+    # The queue is full, but it accepts the job, because this client has no jobs.
+    job = add_spec(store, make_spec(model="demo", client="another"))
     position = store.clients.position(job)
     started = [lease(store).spec for _ in range(10)]
     assert started.index(job.spec) == position < 10

@@ -1,4 +1,4 @@
-"""Queries and keys normed and rotated together, against norming them separately and rotating pair by pair."""
+"""Norming and rotating queries and keys together equals norming them separately and rotating each pair."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def make_norm(kind: str, width: int, seed: int) -> nn.Module:
 
 
 def turn_pair_by_pair(x: Tensor, rotated: int) -> Tensor:
-    """X (B, N, H, E); channel j of the first half rotates with channel j of the second."""
+    """Rotate x (B, N, H, E). Channel j of the first half of `rotated` channels pairs with channel j of the second."""
     out, half = x.clone(), rotated // 2
     for position in range(x.shape[1]):
         for j in range(half):

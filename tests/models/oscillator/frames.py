@@ -1,4 +1,4 @@
-"""Frames of the oscillator bank made by hand, and their audio."""
+"""Hand-made frames of the oscillator bank, and their audio."""
 
 from __future__ import annotations
 

@@ -85,10 +85,11 @@ def test_rendering_equals_the_plain_formulas(num_frames: int, sounding_share: fl
     sounding = torch.rand(NUM_OSCILLATORS, 1, generator=generator) < sounding_share
     frames = levels.clone()
     frames[:NUM_OSCILLATORS] = torch.where(sounding, levels[:NUM_OSCILLATORS], -1.0)  # negative levels are silent
-    frames[-2:] = 3.0 * torch.rand(2, num_frames, generator=generator) - 1.5  # balances, some out of range
+    # Some of the balances are out of range.
+    frames[-2:] = 3.0 * torch.rand(2, num_frames, generator=generator) - 1.5
     noise = torch.randn(2, num_frames * FRAME_SAMPLES, generator=generator)
-    within = 1e-6 if sounding_share else 0.0  # noise is bit-identical; tones are summed in another order
-    for first in (0, num_frames // 3):  # the whole clip, and a window of it with a halo
+    within = 1e-6 if sounding_share else 0.0  # noise is bit-identical, but tones are summed in another order
+    for first in (0, num_frames // 3):  # the whole clip, and a window with a halo
         last = num_frames - first // 2
         window, drawn = frames[:, first:last], noise[:, first * FRAME_SAMPLES : last * FRAME_SAMPLES]
         start = 5000 + first

@@ -1,7 +1,6 @@
-"""A second, plain implementation of a whole generation: one row, lengths, schedule, sampler, guidance, one decode.
+"""A plain implementation of a whole generation of one row, to check runs that have no stored values.
 
-An oracle for runs without stored numbers. Shares no code with the package except the request's type; the autoencoder
-adds no noise.
+It shares only the type of requests with the package. The autoencoder adds no noise.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from tests.models.sa3 import plain_networks as nets
 
 @dataclass(frozen=True)
 class PlainModel:
-    """`prompts` maps a text to its tokens (T, width) after learned padding, and the mask of real tokens (T,)."""
+    """A model for `PlainRun`. `prompts` maps a text to its padded tokens (T, width) and their mask (T,)."""
 
     config: dict[str, Any]
     weights: nets.Weights
@@ -64,7 +63,7 @@ def measure(model: PlainModel, duration_s: float, padding_s: float) -> Lengths:
 
 
 def make_schedule(options: dict[str, Any] | None, steps: int, length: float, sigma_max: float) -> list[float]:
-    """Compute one level at a time in float64."""
+    """Returns the noise levels, computed one at a time in float64."""
     options = {"type": "logsnr", "rate": 0.0} if options is None else {"type": "full", **options}
     low, high = options.get("min_length", 256), options.get("max_length", 4096)
     clamped = min(max(length, low), high)
@@ -95,14 +94,14 @@ def make_schedule(options: dict[str, Any] | None, steps: int, length: float, sig
 
 
 def make_even_schedule(steps: int, level: float) -> list[float]:
-    """Noise odds in a geometric series, from those of `level` to those of `level` / (1 + e^2)."""
+    """Returns levels whose odds form a geometric series, from `level` to `level` / (1 + e^2)."""
     odds, last = level / (1 - level), 1 / ((1 + math.exp(2)) / level - 1)
     row = [odds * (last / odds) ** (i / steps) for i in range(1, steps)]
     return [level, *(x / (1 + x) for x in row), 0.0]
 
 
 class PlainRun:
-    """One request on one model without autoencoder noise; latent noise as in a single-row reference run."""
+    """Runs one request with latent noise as in a single-row reference run, and without autoencoder noise."""
 
     def __init__(self, model: PlainModel, request: GenerationRequest, *, padding_s: float) -> None:
         self.model, self.request = model, request
@@ -141,7 +140,7 @@ class PlainRun:
         return torch.randn(self.channels, self.length.frames, generator=self.generator)
 
     def velocity(self, x: Tensor, t: float) -> Tensor:
-        """Velocity of all frames; invalid frames see the valid ones but are not keys."""
+        """Returns the velocity of all frames. Invalid frames attend to valid frames but are not keys."""
         request, valid = self.request, self.length.valid
         weights = nets.below(self.model.weights, "model.model.")
 

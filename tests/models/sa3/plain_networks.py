@@ -1,7 +1,6 @@
-"""A second, plain implementation of the Stable Audio 3 networks: loops, whole score matrices, one row, no caching.
+"""A plain implementation of the Stable Audio 3 networks for one row, to check sizes that have no stored values.
 
-An oracle for dimensions and options without stored numbers. Takes a checkpoint's keys and the config from the file;
-shares no code with the package.
+It reads a checkpoint's tensors and config, and shares no code with the package.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
 def self_attention(
     w: Weights, x: Tensor, inv_freq: Tensor, seen: Tensor, *, heads: int, differential: bool, norm: str
 ) -> Tensor:
-    """X (N, width); `seen` (N, N) bool."""
+    """Returns the self-attention of x (N, width). `seen` (N, N) is True where a query may attend to a key."""
     parts = linear(w, "to_qkv", x).chunk(5 if differential else 3, dim=-1)
     outs = []
     for h in range(heads):
@@ -72,7 +71,7 @@ def self_attention(
 
 
 def cross_attention(w: Weights, x: Tensor, context: Tensor, *, heads: int, differential: bool, norm: str) -> Tensor:
-    """X (N, width), context (T, width)."""
+    """Returns the cross-attention of x (N, width) to context (T, width)."""
     queries = linear(w, "to_q", x).chunk(2 if differential else 1, dim=-1)
     *keys, values = linear(w, "to_kv", context).chunk(3 if differential else 2, dim=-1)
     everything = torch.ones(len(x), len(context), dtype=torch.bool)
@@ -192,7 +191,7 @@ def latent_multiple(config: dict[str, Any]) -> int:
 
 
 def encode(w: Weights, config: dict[str, Any], audio: Tensor) -> Tensor:
-    """Returns latents (D, F) of audio (C, S) without noise; `config` is the autoencoder's, `w` its keys."""
+    """Returns latents (D, F) of audio (C, S) without noise, from the autoencoder's config and weights."""
     patch, half = config["pretransform"]["config"]["patch_size"], config["encoder"]["config"]
     stride = half["strides"][0]
     audio = F.pad(audio, (0, -audio.shape[1] % patch))

@@ -1,4 +1,4 @@
-"""The SAME autoencoder against the reference: without and with noise, whole and in windows, odd, mono and batched."""
+"""The SAME autoencoder matches the reference values, without and with noise, whole and in windows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A layer of the diffusion transformer is one graph for `torch.compile`; the tests trace it without compiling."""
+"""`torch.compile` traces a layer of the diffusion transformer as one graph. The tests do not compile the graph."""
 
 from __future__ import annotations
 

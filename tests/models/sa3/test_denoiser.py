@@ -1,4 +1,4 @@
-"""The diffusion transformer against the reference numbers, and the independence of rows in a batch."""
+"""The diffusion transformer matches the reference values, and rows of a batch are independent."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _no_gradients() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_plain_forward(name: str) -> None:
+def test_output_matches_the_reference(name: str) -> None:
     g = golden(name)
     assert_near(denoiser(name)(g("x"), g("t"), conditioning=conditioning(name)), g("out"), within=SINGLE_FORWARD)
 
@@ -98,7 +98,7 @@ def test_zero_local_conditioning_differs_from_none(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_intermediate_values(name: str) -> None:
+def test_intermediate_values_match_the_reference(name: str) -> None:
     g, net, seen = golden(name), denoiser(name), {}
     first = net.transformer.layers[0]
     modules = {
@@ -162,21 +162,21 @@ def run_alone(name: str) -> list[Tensor]:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", SHARP)
-def test_packed_rows_equal_rows_alone_even_beside_nan_rows(name: str, way: str) -> None:
+def test_packed_rows_equal_rows_alone_even_next_to_nan_rows(name: str, way: str) -> None:
     net, (rows, conditions) = denoiser(name), make_varied_rows(name)
     together = run_packed(net, rows, times=UNLIKE_TIMES, conditions=conditions, way=way)
     broken = [rows[0], torch.full_like(rows[1], float("nan")), *rows[2:]]
-    beside = run_packed(net, broken, times=UNLIKE_TIMES, conditions=conditions, way=way)
+    next_to_nan = run_packed(net, broken, times=UNLIKE_TIMES, conditions=conditions, way=way)
     for i, alone in enumerate(run_alone(name)):
         assert_near(together[i], alone, within=1e-5)
-        assert i == 1 or torch.equal(beside[i], together[i])
+        assert i == 1 or torch.equal(next_to_nan[i], together[i])
 
 
 @pytest.mark.parametrize("name", SHARP)
 def test_row_alone_equals_row_among_different_rows(name: str) -> None:
     net, lengths, padded = denoiser(name), VARIED_LENGTHS, 64
     rows, conditions = make_varied_rows(name)
-    x = torch.full((len(rows), net.config.latent_channels, padded), 7.0)  # padding must not matter
+    x = torch.full((len(rows), net.config.latent_channels, padded), 7.0)  # values of the padding must not matter
     valid = torch.zeros(len(rows), padded, dtype=torch.bool)
     for i, row in enumerate(rows):
         x[i, :, : lengths[i]] = row[0]

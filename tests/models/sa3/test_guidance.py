@@ -1,4 +1,4 @@
-"""The guided denoiser: both branches from the model, combined by the sampling code, against the reference."""
+"""The guided denoiser, with branches from the model and guidance from the sampling code, matches the reference."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.models.loaded import assert_near, loaded
 
 WITHIN = 2e-4
 NAME = re.compile(r"dit/cfg(?P<cfg>\d+)_(?P<branch>neg|null)_apg(?P<apg>\d+)(?P<variant>.*)")
-# The reference's CPU fallback, padding with zero values, is not reproduced.
+# Our code does not reproduce the reference's fallback on CPUs, which pads with zeros.
 CASES = [
     (name, key)
     for name in SHARP
@@ -30,7 +30,7 @@ def number(digits: str) -> float:
 
 
 @pytest.mark.parametrize(("name", "key"), CASES)
-def test_guided_velocity(name: str, key: str) -> None:
+def test_guided_velocity_matches_the_reference(name: str, key: str) -> None:
     tensors, net = load_goldens(name).tensors, loaded(name).denoiser
     case = NAME.fullmatch(key)
     assert case is not None
@@ -50,7 +50,7 @@ def test_guided_velocity(name: str, key: str) -> None:
         row = net.condition(g("cross_attn_cond"), g("global_cond"), local=g("local_add_cond"))
         away = row.without_context()
         if case["branch"] == "neg":
-            # The padding of a negative prompt is zero, unlike the prompt's.
+            # Unlike a prompt, a negative prompt is padded with zeros.
             context = g("negative_cross_attn_cond") * g("negative_cross_attn_mask")[..., None]
             away = net.condition(context, g("global_cond"), local=g("local_add_cond"))
         out = guide(

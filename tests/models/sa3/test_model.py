@@ -1,4 +1,4 @@
-"""The loaded model through its protocol: conditioning branches, guided rows and different rows in one step."""
+"""The loaded model as a DiffusionModel: conditioning branches, guided rows, and different rows in one step."""
 
 from __future__ import annotations
 

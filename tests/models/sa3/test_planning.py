@@ -1,4 +1,4 @@
-"""From requests to row plans: lengths, draws, masks, defaults and refused values."""
+"""The plans of requests: lengths, random draws, masks, defaults and refused values."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def one(name: str = "sharp-s", **fields: Any) -> RowPlan:
 
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_a_plan_makes_the_references_draws(name: str, case: str) -> None:
-    """The plan's frames, windows and sampler determine the reference's list of draws, in its order."""
+    """The plan has the same random draws as the reference, in the same order."""
     model, facts = loaded(name), load_goldens(name).facts["cases"][case]
     args, tensors = facts["args"], load_goldens(name).tensors
 

@@ -1,4 +1,4 @@
-"""The networks at the official sizes, on the meta device: the published tensor counts and parameter totals."""
+"""The networks at official sizes, on the meta device, have the published numbers of tensors and parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint of the family contains exactly the tensors of the parts, by name and shape."""
+"""The networks have exactly the tensors of a checkpoint, by name and shape."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def shapes_of(parts: dict[str, nn.Module]) -> dict[str, tuple[int, ...]]:
 
 
 class Published(NamedTuple):
-    """The differences of the published models; `keys` is the width of cross-attention's keys and values."""
+    """The values in which published models differ. `keys` is the width of keys and values in cross-attention."""
 
     values: dict[str, Any]
     width: int
@@ -63,7 +63,7 @@ Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
 
 def published_shapes(model: Published) -> dict[str, tuple[int, ...]]:
-    """Returns every key of a published file and its shape, written out from the format's description."""
+    """Returns every key of a published file and its shape, from the description of the format."""
     return dict([*_denoiser(model), *_numbers(model), *_coder("encoder"), *_coder("decoder")])
 
 
@@ -109,7 +109,7 @@ def _numbers(model: Published) -> Shapes:
 
 
 def _coder(name: str) -> Shapes:
-    """One half of the autoencoder, from the audio side for the encoder and from the latents for the decoder."""
+    """Returns the shapes of one half of the autoencoder, in the order from input to output."""
     layers, encodes = f"{AUTOENCODER}{name}.layers.", name == "encoder"
     widths, strides = (128, 128, 256, 512, 1024, 2048), (2, 4, 4, 8, 8)
     if not encodes:

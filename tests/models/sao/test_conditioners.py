@@ -1,4 +1,4 @@
-"""Prompt and number conditioners against the reference numbers."""
+"""The prompt and number conditioners match the reference values."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Whole runs of the reference, from its draws to latents and audio, with our samplers, transformer and autoencoder.
+"""Our samplers, transformer and autoencoder reproduce whole runs of the reference, from its random draws.
 
-The conditioning comes from the stored numbers.
+The conditioning comes from the stored values.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CASES = [
     for case, facts in load_open_goldens(name).facts["cases"].items()
     if facts["args"].get("sampler_type") != "k-dpm-adaptive"
 ]
-SHORT = CASES[::10]  # every case runs through the engine in test_model.py
+SHORT = CASES[::10]  # test_model.py runs every case through the engine
 
 
 def make_plan(name: str, arguments: dict[str, Any], frames: int) -> SamplerPlan:
@@ -68,7 +68,7 @@ def sampler_of(name: str, arguments: dict[str, Any]) -> str:
 
 
 def make_noise(name: str, arguments: dict[str, Any], shape: tuple[int, int, int]) -> ReplayNoise:
-    """Returns the reference's draws: the initial noise, the source encoder's for one row, then the sampler's."""
+    """Returns the reference's draws in order: initial noise, the source encoder's noise, and the sampler's noise."""
     steps, sampler, level = arguments["steps"], sampler_of(name, arguments), arguments.get("init_noise_level")
     script: list[ReplayDraw | ReplayPath] = [ReplayDraw("initial", 0, shape)]
     if level is not None:
@@ -99,7 +99,7 @@ def encode_source(name: str, facts: dict[str, Any], noise: ReplayNoise) -> Tenso
 def guided_networks(
     net: Denoiser, wanted: DenoiserConditioning, other: DenoiserConditioning, *, scale: float, phi: float
 ) -> tuple[Network, Network]:
-    """Returns the guided and the unconditional output as functions of (x, t), with the reference's guidance formula."""
+    """Returns the guided and the unconditional network as functions of (x, t), with the reference's formula."""
 
     def unguided(x: Tensor, t: float) -> Tensor:
         return net(x, torch.tensor([t]), conditioning=other)
@@ -117,7 +117,7 @@ def guided_networks(
 
 
 @pytest.mark.parametrize(("name", "case"), [*SHORT, *starmap(slow, [case for case in CASES if case not in SHORT])])
-def test_a_run_of_the_reference_comes_out_the_same(name: str, case: str) -> None:
+def test_reference_run_is_reproduced(name: str, case: str) -> None:
     goldens = load_open_goldens(name)
     tensors, facts = goldens.tensors, goldens.facts["cases"][case]
     arguments, expected, net = facts["args"], tensors[f"{case}/latents"], load_denoiser(name)

@@ -1,4 +1,4 @@
-"""Real-world checkpoint folders of the Stable Audio Open family: official, fine-tuned, exported, damaged."""
+"""Loading of checkpoint folders of the Stable Audio Open family: official, fine-tuned, exported and damaged."""
 
 from __future__ import annotations
 

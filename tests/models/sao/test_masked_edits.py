@@ -1,4 +1,4 @@
-"""Region edits with Stable Audio Open, whose networks have no mask input: the engine keeps the source's latents."""
+"""Region edits with Stable Audio Open. Its networks have no mask input, so the engine keeps the source's latents."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_frames_outside_the_region_equal_the_sources(name: str, sampler: str, st
 
 @pytest.mark.server
 def test_the_network_sees_the_source_at_the_current_noise_level() -> None:
-    """Outside the region every step sees (1 - t) z + t eps with one eps; the first time of a whole run is 1."""
+    """Outside the region, the input of each step is (1 - t) z + t eps with one eps. A whole run starts at t = 1."""
     model = edit("tiny-small", "euler", cfg_scale=1.0)
     kept = torch.ones(FRAMES, dtype=torch.bool)
     kept[REGION] = False

@@ -1,4 +1,4 @@
-"""Whole checkpoints behind the engine: the reference's runs from their arguments, including prompts and seconds."""
+"""An engine with a whole checkpoint reproduces the reference's runs, including prompts and seconds."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.server
 
 HOP = 64
 V_CASES = [case for case in CASES if case[0] == "tiny-1.0"]
-FLOW_CASES = [case for case in CASES if case not in V_CASES]  # `verify` runs them: tests/verification
+FLOW_CASES = [case for case in CASES if case not in V_CASES]  # `verify` runs these, see tests/verification
 
 
 @cache
@@ -80,7 +80,7 @@ def test_rk4_uses_even_times_if_the_config_has_no_shift(tmp_path: Path) -> None:
 
 
 def to_requests(name: str, facts: dict[str, Any]) -> list[GenerationRequest]:
-    """Returns a case's rows as requests; their seeds are the row numbers."""
+    """Returns a request for each row of a case. Its seed is the row number."""
     arguments = facts["args"]
     negatives = arguments.get("negative_conditioning") or [{}]
     source = None
@@ -135,7 +135,7 @@ def run(
 
 
 @pytest.mark.parametrize(("name", "case"), [*V_CASES, *starmap(slow, FLOW_CASES)])
-def test_a_run_of_the_reference_comes_out_the_same(name: str, case: str, rectified_flow: SaoModel) -> None:
+def test_reference_run_is_reproduced(name: str, case: str, rectified_flow: SaoModel) -> None:
     goldens = load_open_goldens(name)
     facts, latents = goldens.facts["cases"][case], goldens.tensors[f"{case}/latents"]
     model = rectified_flow if case.startswith("gen/rf_") else loaded(name)

@@ -1,4 +1,4 @@
-"""Windows of an Oobleck autoencoder: the halo equals the reach of its convolutions exactly."""
+"""The halo of an Oobleck autoencoder's windows is exactly the receptive field of its convolutions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MIDDLE, FRAMES = 40, 81
 
 
 def make_autoencoder(config: OobleckConfig) -> OobleckAutoencoder:
-    """Returns an autoencoder with weights for which every input of a convolution matters, in float64."""
+    """Returns a float64 autoencoder whose weights make every input of a convolution matter."""
     torch.manual_seed(0)
     net = OobleckAutoencoder(config).double()
     for name, parameter in net.named_parameters():
@@ -38,7 +38,7 @@ def make_autoencoder(config: OobleckConfig) -> OobleckAutoencoder:
 
 
 def reach(influence: torch.Tensor) -> int:
-    """Returns the distance from the middle frame at which an input still has influence; influence (FRAMES,)."""
+    """Returns the largest distance in frames from the middle at which `influence` (FRAMES,) is not zero."""
     (frames,) = influence.nonzero(as_tuple=True)
     return max(MIDDLE - int(frames.min()), int(frames.max()) - MIDDLE)
 

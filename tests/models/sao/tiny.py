@@ -1,4 +1,4 @@
-"""The networks of the tiny Stable Audio Open checkpoints with stored numbers. Every part is loaded once."""
+"""The networks of the tiny Stable Audio Open checkpoints. Each network is loaded once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def model_values(name: str) -> dict[str, Any]:
 
 
 def weights_of(name: str, prefix: str) -> dict[str, Tensor]:
-    """Returns the checkpoint's tensors under `prefix`, with full keys."""
+    """Returns the checkpoint's tensors whose keys start with `prefix`, by full key."""
     weights = read_weights(load_open_goldens(name).folder / "model.safetensors")
     return {key: value for key, value in weights.items() if key.startswith(prefix)}
 

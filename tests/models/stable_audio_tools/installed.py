@@ -1,4 +1,4 @@
-"""Skips tests that need the package stable-audio-tools unless `make install-stable-audio-tools` installed it."""
+"""Skip tests that need the package stable-audio-tools if it is not installed (`make install-stable-audio-tools`)."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ import pytest
 from stable_audio_serve.models.stable_audio_tools.package import missing_packages
 
 needs_package = pytest.mark.skipif(bool(missing_packages()), reason="stable-audio-tools is not installed")
-# Warnings from the package with our versions of torch.
+# Ignores warnings that the package causes with our versions of torch.
 quiet = pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning", "ignore:.*autocast")

@@ -1,4 +1,4 @@
-"""Which configs are passed to the package, and which conditioners a request can fill."""
+"""The configs that the package gets, and the conditioners that a request can fill."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stable_audio_serve.models.stable_audio_tools.config import Inputs, NumberIn
 
 
 def make_config(*conditioners: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """Returns a published config with more conditioners; `changes` name model sections, joined by two underscores."""
+    """Returns a published config with more conditioners. `changes` are named by model sections, joined by `__`."""
     values: dict[str, Any] = json.loads(json.dumps(OFFICIAL_CONFIGS["stable-audio-open-small"]))
     values["model"]["conditioning"]["configs"] += conditioners
     for path, change in changes.items():

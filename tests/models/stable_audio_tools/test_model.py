@@ -1,4 +1,4 @@
-"""Checkpoints on the package's networks, behind the engine: the reference's runs, and configs that only it supports."""
+"""The engine with the package's networks reproduces the reference's runs, and runs configs that only they support."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def rectified_flow(tmp_path_factory: pytest.TempPathFactory) -> PackageModel:
 
 
 @pytest.mark.parametrize(("name", "case"), [CASES[0], *starmap(slow, CASES[1:])])
-def test_a_run_of_the_reference_comes_out_the_same(name: str, case: str, rectified_flow: PackageModel) -> None:
+def test_reference_run_is_reproduced(name: str, case: str, rectified_flow: PackageModel) -> None:
     goldens = load_open_goldens(name)
     facts, latents = goldens.facts["cases"][case], goldens.tensors[f"{case}/latents"]
     model = rectified_flow if case.startswith("gen/rf_") else loaded(name)
@@ -120,7 +120,7 @@ def test_half_precision_stays_near_float32(name: str) -> None:
     half = load_with_package(card, folder, text_encoder=folder / "t5", device=torch.device("cpu"), dtype=torch.float16)
     request = GenerationRequest(prompt="a kick drum", duration_s=3.0, seed=1, steps=8)
     (made,), (exact,) = run(half, [request]), run(loaded(name), [request])
-    assert 0 < np.abs(made - exact).max() < 0.1 * exact.std()  # observed: 0.05 and 0.008 of the deviation
+    assert 0 < np.abs(made - exact).max() < 0.1 * exact.std()  # observed: 0.05 and 0.008 of the standard deviation
 
 
 def test_an_unexpected_key_is_named(tmp_path: Path) -> None:
@@ -159,14 +159,14 @@ def changed_config(name: str) -> dict[str, Any]:
     values: dict[str, Any] = json.loads((load_open_goldens(name).folder / "model_config.json").read_text())
     model = values["model"]
     diffusion, conditioning = model["diffusion"], model["conditioning"]
-    if name == "tiny-1.0":  # another place for the global vector, and another network for the numbers
+    if name == "tiny-1.0":  # the global vector enters elsewhere, and another network embeds numbers
         diffusion["config"] |= {"global_cond_type": "adaLN", "num_memory_tokens": 3, "patch_size": 2}
         conditioning["configs"][1] = {"id": "first", "type": "int", "config": {"min_val": 0, "max_val": 60}}
         conditioning["default_keys"] = {"first": "seconds_start"}
         for key in ("cross_attention_cond_ids", "global_cond_ids"):
             diffusion[key] = ["first" if id_ == "seconds_start" else id_ for id_ in diffusion[key]]
         values["sample_size"] = 2048
-    else:  # numbers before the latents, a bottleneck without noise, and encoder widths that match
+    else:  # numbers come before the latents, the bottleneck adds no noise, and the encoder's widths match
         diffusion["config"] |= {"prepend_cond_dim": 64}
         diffusion["prepend_cond_ids"] = ["seconds_total"]
         model["pretransform"]["config"]["bottleneck"] = {"type": "tanh"}
@@ -177,7 +177,7 @@ def changed_config(name: str) -> dict[str, Any]:
 
 
 def write_checkpoint(folder: Path, name: str) -> Path:
-    """Write a checkpoint with a changed config: tensors of the original where they fit, otherwise random ones."""
+    """Write a checkpoint with a changed config. Tensors come from the original if they fit, or are random."""
     source = load_open_goldens(name).folder
     shutil.copytree(source / "t5", folder / "t5")
     (folder / "model_config.json").write_text(json.dumps(changed_config(name)))
@@ -226,7 +226,7 @@ def test_package_only_configs_generate_like_the_package(name: str, tmp_path: Pat
     torch.testing.assert_close(torch.from_numpy(made), expected[0], rtol=0, atol=TOLERANCE)
 
 
-# Changes to the tiny configs, by section: widths, depths and ratios without stored numbers.
+# Changes to sections of the tiny configs: widths, depths and ratios for which there are no stored values.
 UNSEEN: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "three queries a key": ("tiny-1.0", {"diffusion.config": {"embed_dim": 192, "num_heads": 6, "depth": 3}}),
     "one wide head": ("tiny-small", {"diffusion.config": {"embed_dim": 256, "num_heads": 2, "depth": 1}}),
@@ -284,7 +284,7 @@ def test_both_backends_agree_on_configs_without_stored_numbers(name: str, tmp_pa
 
 @pytest.mark.parametrize("backend", ["native", "stable_audio_tools"])
 def test_a_source_fills_a_fractional_window(backend: NetworkBackend, tmp_path: Path) -> None:
-    """The package prepares a source of `sample_size` and encodes all of it: here 64 frames and 50 samples."""
+    """The package prepares a source of `sample_size` samples and encodes all of it, here 64 frames and 50 samples."""
     samples, steps = 64 * 64 + 50, 2
     folder = with_sample_size(load_open_goldens("tiny-small").folder, samples, target=tmp_path / "odd")
     source = np.random.default_rng(0).uniform(-0.8, 0.8, (2, samples + 100)).astype(np.float32)

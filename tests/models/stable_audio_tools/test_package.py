@@ -1,4 +1,4 @@
-"""Finding and importing the package."""
+"""How the package stable-audio-tools is found and imported."""
 
 from __future__ import annotations
 

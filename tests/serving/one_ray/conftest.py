@@ -1,4 +1,4 @@
-"""The Ray and Serve, without HTTP, that all files of this folder share. They run in one process."""
+"""A Ray and a Serve without HTTP that all files of this folder share. One process runs these files."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import pytest
 import ray
 from ray import serve
 
-# After this long without requests, Serve polls the replicas' queues again, and the first requests of a burst go to
-# other replicas than chosen. Serve's own 10 s would slow the test down.
+# After this time without requests, Serve polls the queues of replicas again, and the first requests of a burst may go
+# to other replicas than the router has chosen. Serve's default of 10 s would make the test slow.
 _QUEUE_CACHE_S = 0.1
-_QUEUE_TIMEOUT_S = 10.0  # Serve's own 0.1 s is too short on a busy machine
+_QUEUE_TIMEOUT_S = 10.0  # Serve's default of 0.1 s is too short on a busy machine
 
 
 @pytest.fixture(scope="package")
 def running_serve() -> Iterator[None]:
-    """Start Serve for `serve.run`. Each test uses another application name."""
+    """Start Serve. Each test deploys an application with its own name."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_SERVE_QUEUE_LENGTH_CACHE_TIMEOUT_S", str(_QUEUE_CACHE_S))
         for name in ("QUEUE_LENGTH_RESPONSE_DEADLINE_S", "MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S"):

@@ -1,4 +1,4 @@
-"""Calls are balanced by work, also in bursts, on real replicas that publish their work."""
+"""Calls are balanced by work, also in bursts, over real replicas that publish their work."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from stable_audio_serve.serving.work_ledger import ReplicaWork
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 REPLICAS = 2
 PRICES = Prices(row_ms=0.0, evaluation_ms=1.0, evaluated_second_ms=0.0, audio_second_ms=0.0)
-SHORT, MIDDLING, LONG = 10, 100, 600_000  # steps of a millisecond each
+SHORT, MIDDLING, LONG = 10, 100, 600_000  # numbers of steps, which take a millisecond each
 _PAUSE_S = 0.2
-_NEVER_S = 3600.0  # on a busy machine, replicas may publish less often than the router expects
+_NEVER_S = 3600.0  # reports never expire, because replicas on a busy machine may publish late
 
 
-class Timed:
-    """Takes a millisecond per step and runs one request at a time."""
+class TimedReplica:
+    """A replica that runs one request at a time and takes a millisecond per step."""
 
     def __init__(self) -> None:
         self._device = asyncio.Lock()
         self._left_ms: dict[int, float] = {}
 
     async def generate(self, request: GenerationRequest) -> tuple[int, float]:
-        """Return this replica's id and the request's price."""
+        """Return this replica's process id and the request's price in milliseconds."""
         self._left_ms[request.seed] = ms = PRICES.of_request(request)
         try:
             async with self._device:
@@ -48,7 +48,7 @@ class Timed:
 
 
 class Caller:
-    """An ingress: one process with one handle."""
+    """A process with one handle, like an ingress."""
 
     def __init__(self, handle: object) -> None:
         self._handle = handle
@@ -59,19 +59,19 @@ class Caller:
         return self._handle.generate.remote(request)  # type: ignore[attr-defined]
 
     async def burst(self, steps: Sequence[int]) -> Counter[int]:
-        """Return the work that each replica received, in milliseconds."""
+        """Send requests at the same time. Return the work that each replica received, in milliseconds."""
         shares: Counter[int] = Counter()
         for place, ms in await asyncio.gather(*map(self._generate, steps)):
             shares[place] += round(ms)
         return shares
 
-    async def beside_a_long_one(self, number: int) -> list[Counter[int]]:
-        """Return the replicas that short calls reached while one replica was busy: in sequence, and in a burst."""
+    async def avoid_a_busy_replica(self, number: int) -> list[Counter[int]]:
+        """Send short calls while one replica is busy. Return the replicas reached in sequence and in a burst."""
         busy = self._generate(LONG)
         try:
             one_by_one: Counter[int] = Counter()
             for _ in range(number):
-                await asyncio.sleep(_PAUSE_S)  # together long enough for several publications
+                await asyncio.sleep(_PAUSE_S)  # so that the replicas publish several times
                 place, _ = await self._generate(SHORT)
                 one_by_one[place] += 1
             burst = await asyncio.gather(*(self._generate(SHORT) for _ in range(number)))
@@ -86,7 +86,7 @@ def caller(running_serve: None) -> Any:
     plan = plan_deployments(Settings(models=(ModelSettings(name="demo", replicas=replicas, num_cpus=0.0),)))
     options = model_options(plan, plan.settings.models[0], cluster_gpus=0.0) | {"graceful_shutdown_timeout_s": 0.0}
     options["request_router_config"]["request_router_kwargs"]["old_after_s"] = _NEVER_S
-    model = serve.deployment(Timed).options(**options).bind()
+    model = serve.deployment(TimedReplica).options(**options).bind()
     return serve.run(serve.deployment(Caller).options(ray_actor_options={"num_cpus": 0}).bind(model))
 
 
@@ -96,10 +96,10 @@ async def test_calls_go_to_the_replica_with_the_least_work(caller: Any) -> None:
         shares = await caller.burst.remote(steps)
         assert len(shares) == REPLICAS
         assert max(shares.values()) <= sum(steps) / REPLICAS + 2 * MIDDLING
-    one_by_one, at_once = await caller.beside_a_long_one.remote(20)
+    one_by_one, at_once = await caller.avoid_a_busy_replica.remote(20)
     assert list(one_by_one.values()) == list(at_once.values()) == [20]
     assert one_by_one.keys() == at_once.keys()
-    for _ in range(100):  # the long call was cancelled; its replica publishes that within two seconds
+    for _ in range(100):  # the replica of the cancelled long call publishes its work within two seconds
         if len(await caller.burst.remote([SHORT] * 10)) == REPLICAS:
             return
     pytest.fail("a replica whose call was cancelled gets nothing any more")

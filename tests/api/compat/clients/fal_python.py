@@ -1,7 +1,7 @@
-"""Calls a server with the unmodified Python client of fal and prints what it saw as JSON.
+"""Call a server with the unmodified Python client of fal and print the results as JSON.
 
-Usage: fal_python.py environment|formats <base URL>. `environment` relies on FAL_RUN_HOST, FAL_QUEUE_RUN_HOST and
-SSL_CERT_FILE alone; `formats` sets the client's URL formats, which also allows plain HTTP.
+Usage: fal_python.py environment|formats <base URL>. `environment` configures the client with FAL_RUN_HOST,
+FAL_QUEUE_RUN_HOST and SSL_CERT_FILE only. `formats` replaces the client's URL formats, which also allows plain HTTP.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def client_timeout() -> Any:
 
 
 def start_timeout() -> Any:
-    ahead = [fal_client.submit(APP, {"prompt": "slow"}) for _ in range(2)]  # as many as run at a time
+    ahead = [fal_client.submit(APP, {"prompt": "slow"}) for _ in range(2)]  # occupies both places of `max_running`
     late = failure(lambda: fal_client.subscribe(APP, CLIP, start_timeout=1.1))
     for handle in ahead:
         handle.cancel()
@@ -131,12 +131,12 @@ def done_request() -> str:
 def stream_status() -> Any:
     try:
         return list(fal_client.stream(APP, CLIP))
-    except Exception as error:  # noqa: BLE001  whatever a client makes of it
+    except Exception as error:  # noqa: BLE001  the client may raise any error
         return type(error).__name__
 
 
 def main(way: str, base: str) -> None:
-    internals.REST_URL = internals.CDN_URL = base  # no variable of the environment changes these two
+    internals.REST_URL = internals.CDN_URL = base  # no environment variable sets these two
     if way == "formats":
         internals.RUN_URL_FORMAT = f"{base}/"
         internals.QUEUE_URL_FORMAT = f"{base}/queue/"
