@@ -15,8 +15,8 @@ from stable_audio_serve.core.generation import (
     GenerationRequest,
     GenerationResult,
     Loaded,
-    Making,
     ProgressCallback,
+    Provenance,
     StageTimings,
 )
 
@@ -92,8 +92,10 @@ class ToneBackend:
         result = GenerationResult(audio, RATE_HZ, model, seeds, timings, self.device)
         if self.prompt_chars is None or len(request.prompt) <= self.prompt_chars:
             return result
-        making = Making("0", torch="0", mode="strict", processor="0", loaded=Loaded(), prompt_chars=self.prompt_chars)
-        return replace(result, making=making)
+        provenance = Provenance(
+            "0", torch="0", mode="strict", processor="0", loaded=Loaded(), prompt_chars=self.prompt_chars
+        )
+        return replace(result, provenance=provenance)
 
     async def status(self) -> Mapping[str, ModelStatus]:
         await asyncio.sleep(self.status_delay_s)

@@ -149,7 +149,7 @@ class Loaded:
 
 
 @dataclass(frozen=True, slots=True)
-class Making:
+class Provenance:
     """Software, processor and parameters of a generation: all that its exact bytes depend on, besides the request.
 
     `processor` names the CPU's instruction set or the GPU. `threads` is the thread count and `slots` the number of rows
@@ -180,12 +180,13 @@ class Making:
 @dataclass(frozen=True, slots=True)
 class MadeOn:
     """The device that made the audio. `device` is cuda, mps or cpu. `dtype` is the precision of the denoiser: float32,
-    float16 or bfloat16. The exact bytes depend on both and on `making`, which is None if the engine did not report it.
+    float16 or bfloat16. The exact bytes depend on both and on `provenance`, which is None if the engine did not report
+    it.
     """
 
     device: str
     dtype: str
-    making: Making | None = None
+    provenance: Provenance | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,10 +231,10 @@ class GenerationResult:
     seeds: tuple[int, ...]
     timings: StageTimings = field(default_factory=StageTimings)
     device: DeviceUse = field(default_factory=DeviceUse)
-    making: Making | None = None
+    provenance: Provenance | None = None
     generated: tuple[tuple[GeneratedSpan, ...], ...] | None = None
 
     @property
     def made_on(self) -> MadeOn:
         """Returns the device and software, which together with the seed reproduce the audio."""
-        return MadeOn(self.device.kind, self.device.dtype, self.making)
+        return MadeOn(self.device.kind, self.device.dtype, self.provenance)

@@ -40,8 +40,8 @@ def test_row_memory_is_registers_branches_and_largest_call() -> None:
     # Two pages of 64 frames each. An arena that doubles takes three times its contents while it is copied.
     registers = 3 * 4 * 8 * 128 * 2  # float32, 8 latent channels
     branches = 3 * 2 * (1000 + 10 * 128)
-    beside = 4 * 8 * 100 * 2  # noise and latents
-    kept = registers + branches + beside
+    extra = 4 * 8 * 100 * 2  # noise and latents
+    kept = registers + branches + extra
     assert use.row_bytes(shape, latent_channels=8) == kept + max(2 * 100 * 50, 100 * 7, 64 * 200)
     assert use.row_bytes(replace(shape, decode_window=10), latent_channels=8) == kept + 2 * 100 * 50
 

@@ -1,4 +1,4 @@
-"""Text and decode calls that run beside steps, however late, do not change the audio."""
+"""Text and decode calls that run in parallel with steps, however late, do not change the audio."""
 
 from __future__ import annotations
 
