@@ -37,7 +37,7 @@ T = TypeVar("T")
 _OLD_S = 5.0
 _QUERY_TIMEOUT_S = 2.0
 _QUERY_EVERY_S = 1.0
-_PATIENCE_S = 1.0  # seconds to wait for a fresh answer before the cached one is returned
+_TIMEOUT_S = 1.0  # seconds to wait for a fresh answer before the cached one is returned
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +175,7 @@ class CachedQuery(Generic[T]):
             if self._age_s < _QUERY_EVERY_S:
                 return self._answer
             self._refreshing = asyncio.create_task(self._refresh())
-        await asyncio.wait({self._refreshing}, timeout=_PATIENCE_S)
+        await asyncio.wait({self._refreshing}, timeout=_TIMEOUT_S)
         return self._answer if self._age_s < _OLD_S else self._first
 
     def invalidate(self) -> None:

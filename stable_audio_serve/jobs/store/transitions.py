@@ -1,6 +1,6 @@
-"""State transitions of jobs: compare-and-set in SQL, each with its event, in the caller's transaction.
+"""State transitions of jobs. Each is a compare-and-set in SQL and adds an event, in the caller's transaction.
 
-A transition names the state and lease it starts from, so only one of two concurrent transitions succeeds.
+A transition names the state and lease that it starts from, so only one of two concurrent transitions succeeds.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ down_revision = "0004"
 
 
 def upgrade() -> None:
-    """Create the table. Older servers, which miss the accounts, apply the limits only to their own requests."""
+    """Create the table. Older servers, which no longer find accounts, apply the limits only to their own requests."""
     op.create_table(
         "key_uses",
         sa.Column("id", sa.Text, primary_key=True),
