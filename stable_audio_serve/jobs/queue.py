@@ -27,7 +27,7 @@ __all__ = ["CancelOutcome", "JobQueue"]
 
 
 class JobQueue:
-    """Jobs for clients. `wake` tells runners to look for work; if it fails, they find the job at their next poll."""
+    """Jobs for clients. `wake` makes runners look for work; if it fails, they find the job at their next poll."""
 
     def __init__(
         self,

@@ -67,7 +67,7 @@ class DeadLetters:
         return DeadLetter(row.seq, to_job(row)), [to_event(event, at) for at, event in enumerate(rows, start=1)]
 
     def retry(self, numbers: Collection[int]) -> Sequence[int]:
-        """Requeue dead letters, with their attempts reset to 0. Returns the numbers of those that were requeued."""
+        """Requeue dead letters, with their attempts reset to 0. Returns the numbers of the requeued dead letters."""
         with self._database.writing() as connection:
             found = self._lock(connection, numbers)
             if not found:

@@ -1,4 +1,4 @@
-"""The job store: operations on one database, grouped by who uses them.
+"""The job store: operations on one database, grouped by kind of user.
 
 Every part is blocking (call it from worker threads) and raises StorageError while the database is unavailable. Runs on
 SQLite and PostgreSQL.

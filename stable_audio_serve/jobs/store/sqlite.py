@@ -183,7 +183,7 @@ def _begin_writing(connection: sqlite3.Connection, *, is_durable: bool) -> None:
 
 
 def _write_ahead(connection: sqlite3.Connection) -> None:
-    """Switch to write-ahead logging. Retries, because the first switch needs exclusive access and does not wait for it."""
+    """Switch to write-ahead logging, with retries: the first switch needs exclusive access and SQLite does not wait."""
     _retry_while_busy(connection, "PRAGMA journal_mode = WAL")
 
 
