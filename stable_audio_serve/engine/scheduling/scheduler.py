@@ -218,7 +218,7 @@ class Scheduler:
             new = int(not entry.started)
             joins = is_second or step.tokens + entry.tokens <= self._limits.max_tokens
             if not joins and len(step.entries) > num_interactive:
-                break  # there is no room left for this batch row, and its own step must wait for those that joined
+                break  # the step has no room left, and other batch rows joined it, so a separate step must wait
             works = [*step.works, entry.work] if joins else [entry.work]
             costs_ms = self._step_ms(works, step.num_new + new) - ms if joins else self._step_ms(works, new)
             if costs_ms > self._lent_ms + (share_ms if joins else 0.0):
