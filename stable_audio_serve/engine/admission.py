@@ -1,6 +1,6 @@
-"""Limits the accepted work to `max_queue_s` seconds. A request beyond the limit is refused at once and told when to
-retry. Predicted device times are multiplied by the recent ratio of measured to predicted time, because other programs
-and sending responses slow the machine down.
+"""Limits the accepted work to `max_queue_s` seconds. A request beyond the limit is refused at once, with a retry time.
+Predicted device times are multiplied by the recent ratio of measured to predicted time, because other programs and
+sending responses slow the machine down.
 
 For an interactive request, only interactive work counts towards the limit, so batch work never causes its refusal. For
 a batch request, all work counts. One client may hold at most three quarters of the limit. When the queue is full,

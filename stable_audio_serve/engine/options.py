@@ -27,7 +27,7 @@ class EngineOptions:
     frame_grid: int | None = None  # pad rows to a multiple of it; None: 64 on CUDA, 1 on a CPU (packed in fast mode)
     max_memory_bytes: int | None = None  # for started rows; None: most of the free memory on CUDA, no limit on a CPU
     prompt_cache_bytes: int = 256 * 2**20
-    planning_threads: int = 1  # per priority
+    planning_threads: int = 1  # threads that plan requests, per priority
     max_planning: int = 1024  # requests being planned at once, per priority
     torch_threads: int | None = None  # per call on a CPU; None: torch's default; strict results do not depend on it
     warmup_budget_s: float = 2.0  # for timed calls; the first, untimed call of each kind is extra; 0 skips the warm-up

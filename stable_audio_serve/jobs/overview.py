@@ -84,7 +84,7 @@ class _CachedQuery(Generic[T]):
             self.reason = "the job database does not answer"
 
     async def wait(self) -> bool:
-        """Return True if no query is in progress, after a short wait."""
+        """Wait briefly for a query in progress. Returns False if it is still in progress afterwards."""
         if self._refreshing is None:
             return True
         done, _ = await asyncio.wait({self._refreshing}, timeout=_TIMEOUT_S)

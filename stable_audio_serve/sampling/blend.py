@@ -11,8 +11,8 @@ affect only kept frames of later registers, which are replaced before the networ
 
 eps' is drawn once per row. The kept frames then change smoothly from step to step, which suits samplers that
 extrapolate, and steps need no extra draws or copies. New draws at each step are not better. On normally distributed
-data, for which the exact answer is known, the means of both methods agree to 3 %. With new draws the spread is 0 to 25
-% smaller, which is closer to the exact answer for some samplers and farther from it for others.
+data, for which the exact answer is known, the means of both methods agree to 3 %. With new draws, the spread is smaller
+by 0 to 25 %, which is closer to the exact answer for some samplers and farther from it for others.
 """
 
 from __future__ import annotations

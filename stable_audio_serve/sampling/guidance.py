@@ -54,22 +54,22 @@ class GuidanceBatch:
 
     @property
     def cfg_scale(self) -> Tensor:
-        """(B, 1, 1)."""
+        """The CFG scale of each row, (B, 1, 1)."""
         return self.values[:, 0, None, None]
 
     @property
     def apg_scale(self) -> Tensor:
-        """(B, 1, 1)."""
+        """The APG scale of each row, (B, 1, 1)."""
         return self.values[:, 1, None, None]
 
     @property
     def norm_threshold(self) -> Tensor:
-        """(B, 1, 1)."""
+        """The norm threshold of each row, (B, 1, 1)."""
         return self.values[:, 2, None, None]
 
     @property
     def rescale(self) -> Tensor:
-        """(B, 1, 1)."""
+        """The rescale factor of each row, (B, 1, 1)."""
         return self.values[:, 3, None, None]
 
 
@@ -142,7 +142,7 @@ def _limit_norm(
 ) -> Tensor:
     """Limit the L2 norm of the difference of clean estimates to `threshold` by scaling the difference of velocities.
 
-    The former is t times the latter. A threshold of 0 means no limit.
+    The clean estimates differ by t times the difference of velocities. A threshold of 0 means no limit.
     """
     norm = times * add_up(_valid_only(difference * difference, valid)).sqrt()
     limited = difference * (threshold / norm).clamp(max=1.0)

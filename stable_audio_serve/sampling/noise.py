@@ -92,7 +92,7 @@ class ReplayDraw:
     shape: tuple[int, ...]
 
     def make(self, generator: torch.Generator) -> dict[tuple[str, int], Tensor]:
-        """Return the draw under its stage and index."""
+        """Return the draw, with its stage and index as key."""
         return {(self.stage, self.index): torch.randn(self.shape, generator=generator, dtype=torch.float32)}
 
 

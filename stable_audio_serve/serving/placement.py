@@ -34,7 +34,7 @@ _POLICY = "stable_audio_serve.serving.autoscaling:WorkPolicy"
 # which are kept for ten seconds, and the maximum of concurrent requests instead of the mean.
 _OBSERVATION = {"metrics_interval_s": 1.0, "look_back_period_s": 10.0, "aggregation_function": "max"}
 _CONSTRUCTOR_ATTEMPTS = 2  # a checkpoint that fails to load twice will not load at a third attempt
-_ONE_REPLICA = 1  # percent; Serve rounds up to whole replicas, so an update starts one extra replica at a time
+_ONE_REPLICA = 1  # percentage of extra replicas during an update, which Serve rounds up to one replica
 _DRAIN_POLL_S = 0.1  # seconds between checks whether a stopping replica has finished its requests
 
 
@@ -156,7 +156,7 @@ def runner_options(settings: Settings) -> dict[str, Any]:
     return {
         "name": RUNNER_NAME,
         "num_replicas": settings.jobs.runners,
-        "max_ongoing_requests": 1000,  # wake-up calls, which return at once
+        "max_ongoing_requests": 1000,  # high, because runners only receive short calls, such as `wake`
         "health_check_period_s": 2.0,  # the jobs of a dead runner continue once a health check finds it
         "graceful_shutdown_timeout_s": 10.0,
         "graceful_shutdown_wait_loop_s": _DRAIN_POLL_S,

@@ -28,7 +28,7 @@ from stable_audio_serve.sampling.noise import NoiseSource
 
 _PROMPT = "warm-up"
 DURATION_SHARES = (1 / 64, 1 / 16, 1 / 4, 1.0)  # durations to time, as shares of the model's maximum
-_COUNTS = (1, 2, 4, 8, 32)  # numbers of rows or prompts to time in one step
+_COUNTS = (1, 2, 4, 8, 32)  # numbers of rows in a step, and of prompts in a call, to time
 _NUM_RUNS = 3  # per probe; the shortest counts, because disturbances only make a run longer
 
 

@@ -134,7 +134,10 @@ class HeldFrames:
 
 
 def page_table(parts: Sequence[Sequence[Pages]], *, frames: int, num_parts: int) -> list[int]:
-    """Return the page numbers of each row's parts for a call over `frames` frames: (rows, num_parts, P), flattened."""
+    """Return the page numbers of each row's parts for a call over `frames` frames, flattened.
+
+    Each of the `num_parts` parts of a row has as many numbers as the call has pages, filled up with `ZERO_PAGE`.
+    """
     width = pages_of(frames)
     table: list[int] = []
     for row in parts:

@@ -63,7 +63,10 @@ class CapturePace:
 
 
 class CaptureRoom:
-    """Counts the memory of captures as the growth of this process's device memory. Used by one thread."""
+    """Counts the memory of captured calls: how much this process's device memory grew during captures.
+
+    Used by one thread.
+    """
 
     def __init__(self, device: Device, *, max_bytes: int | None) -> None:
         """`max_bytes` None: no bound, and no counting."""

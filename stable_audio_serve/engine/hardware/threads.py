@@ -1,8 +1,8 @@
 """Runs a device call on several CPU threads with exactly the result of one thread.
 
 The thread count decides where vectorised loops end and in which order sums are taken, so it can change the last bits of
-a result. Only operations of kinds and sizes whose result does not depend on it run on several threads. They are nearly
-all of the work. All other operations run on one thread.
+a result. Operations run on several threads only if, for their kind and size, the result does not depend on the thread
+count. They are nearly all of the work. All other operations run on one thread.
 """
 
 from __future__ import annotations

@@ -128,9 +128,9 @@ def _fill(
     """Return calls for these members, padded to `frames`. Both network rows of a guided lane are in the same call."""
     _, rooms = cut(shapes, call_ms, rows=sum(lanes[i].branches for i in members), frames=frames)
     groups: list[list[int]] = [[] for _ in rooms]
-    for i in sorted(members, key=lambda i: -lanes[i].branches):  # guided rows first; single rows fill their gaps
+    for i in sorted(members, key=lambda i: -lanes[i].branches):  # guided rows first, so that unguided rows fill gaps
         place = next((place for place, room in enumerate(rooms) if room >= lanes[i].branches), len(rooms))
-        if place == len(rooms):  # a guided row does not fit into the single gaps of calls of odd size
+        if place == len(rooms):  # calls of odd size leave gaps of one row, too small for a guided row
             rooms.append(max(most_rows(shapes, frames), lanes[i].branches))
             groups.append([])
         groups[place].append(i)

@@ -36,11 +36,11 @@ class AnyRows:
         return round_up(frames, self.grid)
 
     def least(self, rows: int) -> int:
-        """Return the size of the smallest call for this many rows, dummies included."""
+        """Return the number of rows, dummies included, of the smallest call for this many rows."""
         return rows
 
     def most(self, rows: int) -> int:
-        """Return the size of the largest call that this many rows fill completely; 0 if there is none."""
+        """Return the number of rows of the largest call that this many rows fill completely; 0 if there is none."""
         return rows
 
 
@@ -64,11 +64,11 @@ class GraphShapes:
         return round_up(frames, _COARSEST * self.grid)
 
     def least(self, rows: int) -> int:
-        """Return the size of the smallest call for this many rows, dummies included."""
+        """Return the number of rows, dummies included, of the smallest call for this many rows."""
         return self.rows[bisect_left(self.rows, rows)]
 
     def most(self, rows: int) -> int:
-        """Return the size of the largest call that this many rows fill completely; 0 if there is none."""
+        """Return the number of rows of the largest call that this many rows fill completely; 0 if there is none."""
         index = bisect_right(self.rows, rows)
         return self.rows[index - 1] if index else 0
 

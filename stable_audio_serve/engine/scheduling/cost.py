@@ -135,7 +135,7 @@ def _solve(features: Array, ms: Array) -> Array | None:
     columns = columns / norms
     try:
         coefficients = np.linalg.solve(columns.T @ columns, columns.sum(axis=0)) / norms
-    except np.linalg.LinAlgError:  # these shapes cannot separate the terms
+    except np.linalg.LinAlgError:  # the measured shapes do not determine all of these terms
         return None
     return coefficients if (coefficients > 0).all() else None
 
@@ -146,7 +146,7 @@ def _score(above_ms: Array, ms: Array, *, floor_ms: float, num_terms: int) -> fl
     return float(len(ms) * np.log(np.mean(errors**2) + _NOISE**2) + _TERM_PRICE * num_terms)
 
 
-_MOST_TOKENS = 2.0**20  # returned if rows cost nothing
+_MOST_TOKENS = 2.0**20  # the largest result of `CostModel.knee_tokens`, which it returns if rows cost nothing
 _FIT_WEIGHT = 4  # a fit counts as much as this many corrections
 _MAX_RATIO = 3.0  # largest factor by which one measurement may differ from its prediction
 

@@ -35,8 +35,8 @@ class WindowPace:
     def record_step(self, ms: float) -> None:
         """Record the predicted time of the last step.
 
-        The measured time is not used: it includes windows that ran in parallel, so longer windows would raise the limit
-        of the next windows, without end.
+        The measured time is not used, because it includes windows that ran in parallel. Longer windows would then raise
+        the limit of the next windows, which could grow from step to step.
         """
         self._step_ms = ms
 

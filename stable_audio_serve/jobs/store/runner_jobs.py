@@ -175,9 +175,9 @@ class RunnerJobs:
             return self._transitions.change(connection, is_held(job), message=message, **values)
 
     def reclaim(self, *, max_attempts: int) -> list[Job]:
-        """Take every running job whose lease has expired from its runner. Returns the changed jobs.
+        """Requeue all running jobs whose lease has expired. Returns the changed jobs.
 
-        A job is requeued; or cancelled, if that was requested; or made a dead letter, after `max_attempts`.
+        If its cancellation was requested, a job is cancelled instead. After `max_attempts` it becomes a dead letter.
         """
         is_cancelled, is_last = _jobs.cancel_requested, _jobs.attempts >= max_attempts
         dead = self._transitions.ended("failed", _EXHAUSTED) | {"is_dead_letter": True}

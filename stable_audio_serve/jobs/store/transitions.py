@@ -31,7 +31,7 @@ class Transitions:
     def change(
         self, connection: sa.Connection, *conditions: sa.ColumnElement[bool], message: str | None, **values: Any
     ) -> Job | None:
-        """Apply `values` to the job that meets all `conditions`. Returns the job afterwards, None if no job does."""
+        """Apply `values` to the job that meets all `conditions`. Returns the changed job, None if none meets them."""
         row = connection.execute(sa.update(JOBS).where(*conditions).values(values).returning(JOBS)).first()
         if row is None:
             return None

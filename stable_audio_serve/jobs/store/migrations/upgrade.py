@@ -42,7 +42,7 @@ def upgrade(connection: sa.Connection, *, folder: Path = _FOLDER) -> None:
 
 
 def newest_revision(folder: Path = _FOLDER) -> str:
-    """Return the revision of this version: four digits, counting up by one."""
+    """Return the newest revision in `folder`. Revisions are numbers of four digits and count up by one."""
     return max(path.name[:4] for path in (folder / "versions").glob("[0-9]*_*.py"))
 
 
