@@ -219,7 +219,7 @@ class Engine:
         return self._thread.busy_s
 
     def heartbeat(self) -> EngineHeartbeat:
-        """Return whether the engine thread is alive and the age of its last turn."""
+        """Return whether the engine thread is alive, and the time since its last turn began."""
         return self._thread.heartbeat()
 
     def check_health(self, *, max_silence_s: float = 300.0) -> None:

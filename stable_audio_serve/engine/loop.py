@@ -262,7 +262,7 @@ class EngineLoop:
         self._metrics.gauge("engine_backlog_ms", self._admission.backlog_ms)
 
     def _report_positions(self) -> None:
-        """Report the number of rows ahead to waiting callers, if it changed."""
+        """Report to waiting callers how many rows are ahead of theirs, if this number changed."""
         if not self._queue_changed:
             return
         self._queue_changed = False

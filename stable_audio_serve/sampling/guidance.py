@@ -113,10 +113,11 @@ def guide(
 ) -> Tensor:
     """Return the guided output (B, D, F) float32 of rows at `x` (B, D, F), `times` (B,).
 
-    `conditional` and `unconditional` (B, D, F) are the network's outputs in any float type. The result is
-    v_c - (s - 1) d, with d = v_u - v_c after projection and threshold. It never divides by a time, so it is exact down
-    to t = 0. Plain guidance and rescale are valid for any output that is linear in the clean estimate. Projection and
-    threshold are defined on the clean estimate x - t v, so they require velocities.
+    `conditional` and `unconditional` (B, D, F) are the network's outputs in any float type. The result is v_c - (s - 1)
+    d, where s is the CFG scale, v_c the conditional output, and d the difference of unconditional and conditional
+    output after projection and threshold. It never divides by a time, so it is exact down to t = 0. Plain guidance and
+    rescale are valid for any output that is linear in the clean estimate. Projection and threshold are defined on the
+    clean estimate x - t v, so they require velocities.
 
     Statistics use only frames where `valid` (B, F) bool is true, or all frames if it is None. In other frames the
     result is unspecified. `add_up` sums rows; it differs for rows that are cut into pages. Parts that no row uses are

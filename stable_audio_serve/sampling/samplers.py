@@ -20,7 +20,7 @@ from stable_audio_serve.sampling.plan import Evaluation, Guidance, SamplerPlan
 DATA_DEPENDENT = ("k-dpm-adaptive", "dpm-adaptive")
 
 _TINY = 1e-10  # the references' lower bound of 1 - t' and of t
-_LAST_RK4_TIME = 1e-5  # the network is never called at t = 0
+_LAST_RK4_TIME = 1e-5  # RK4 calls the network at this time instead of t = 0
 
 _Guided = Callable[[float], bool]
 _Plan = tuple[int, Sequence[Evaluation], Sequence[int]]  # registers, evaluations, evaluations done after each step
@@ -66,13 +66,13 @@ def refused_sampler(name: str, samplers: Sequence[str]) -> InvalidRequestError:
 
 
 def _euler(times: Tensor, guided: _Guided) -> _Plan:
-    """x' = x + (t' - t) v."""
+    """Euler's method: x' = x + (t' - t) v."""
     evaluations = [_evaluation(t, guided, a=((1.0,),), b=(following - t,)) for t, following in _pairs(times)]
     return 1, evaluations, range(1, len(evaluations) + 1)
 
 
 def _pingpong(times: Tensor, guided: _Guided) -> _Plan:
-    """x' = (1 - t') D + t' eps with fresh noise eps in each step. The last step draws noise too, with weight 0."""
+    """Ping-pong: x' = (1 - t') D + t' eps with fresh noise eps in each step, even in the last one, with weight 0."""
     evaluations = [
         _evaluation(t, guided, a=((1.0 - following,),), b=(-(1.0 - following) * t,), c=(following,), draws_noise=True)
         for t, following in _pairs(times)

@@ -74,7 +74,7 @@ class LogSnrShift:
 
 @dataclass(frozen=True, slots=True)
 class FluxShift:
-    """alpha t / (1 + (alpha - 1) t) with ln alpha linear in the logarithm of the length."""
+    """The warp alpha t / (1 + (alpha - 1) t), where ln alpha is linear in the logarithm of the length."""
 
     kind: ClassVar[str] = "flux"
     min_length: float = 256.0
@@ -89,7 +89,7 @@ class FluxShift:
         _require(self.alpha_max > 0, "alpha_max", allowed="above 0")
 
     def warp(self, times: Tensor, length: Tensor) -> Tensor:
-        """Lengths are clamped to min_length..max_length."""
+        """Return the warped times. The length is clamped to `min_length`..`max_length`."""
         low, high = math.log(self.min_length), math.log(self.max_length)
         span = (high - low) or 1e-8  # as in the references, to avoid a division by 0 if alpha is constant
         fraction = (torch.log(length.clamp(self.min_length, self.max_length)) - low) / span
@@ -100,7 +100,7 @@ class FluxShift:
 
 @dataclass(frozen=True, slots=True)
 class FullShift:
-    """1 - e^mu / (e^mu + t / (1 - t)) with mu linear in the length; with `use_sine`, the sine of pi / 2 times that."""
+    """The warp u = 1 - e^mu / (e^mu + t / (1 - t)), where mu is linear in the length; sin(pi u / 2) with `use_sine`."""
 
     kind: ClassVar[str] = "full"
     base_shift: float = 0.5
@@ -113,7 +113,7 @@ class FullShift:
         _require(self.max_length > self.min_length, "max_length", allowed="above min_length")
 
     def warp(self, times: Tensor, length: Tensor) -> Tensor:
-        """Lengths are clamped to min_length..max_length."""
+        """Return the warped times. The length is clamped to `min_length`..`max_length`."""
         length = length.clamp(self.min_length, self.max_length)
         slope = self.max_shift - self.base_shift
         mu = -(self.base_shift + slope * (length - self.min_length) / (self.max_length - self.min_length))
@@ -202,9 +202,7 @@ def _even_times(steps: int, *, level: float) -> Tensor:
 
 
 def check_level(level: float) -> None:
-    """Raise InvalidRequestError on `init_noise_level` outside 0.01..1. Below it, the first step would divide by about
-    0.
-    """
+    """Raise InvalidRequestError on `init_noise_level` outside 0.01..1. Lower levels would cause a division by about 0."""
     if not MIN_NOISE_LEVEL <= level <= 1.0:
         allowed = f"{MIN_NOISE_LEVEL:g}..1"
         message = f"init_noise_level must be in {allowed}, got {level:g}"

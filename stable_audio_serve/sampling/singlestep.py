@@ -25,7 +25,8 @@ _X, _AHEAD, _FIRST_SLOPE = register(0), register(1), register(2)
 def heun(network: VNetwork, sigmas: Sequence[float]) -> None:
     """Heun's method (arXiv 2206.00364, algorithm 1 without churn), which uses the mean of the slopes at s and n.
 
-    Registers: x after half a step, the Euler step to n. The last step, to 0, is an Euler step.
+    Registers: x after half a step with the slope at s, and x after an Euler step to n. The last step, to 0, is an Euler
+    step.
     """
     for s, n in itertools.pairwise(sigmas):
         k = network.slope(s)

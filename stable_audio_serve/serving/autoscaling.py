@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ray.serve.config import AutoscalingContext
 
 _USED_SHARE = 0.8
-_SHOW_S = 2.0  # seconds between two samples of the metric
+_SHOW_S = 2.0  # seconds between two updates of the gauge of wanted replicas
 _EPSILON = 1e-6  # tolerance for rounding
 _WORK, _BUSY, _WAITING, _KEPT = "work_s", "busy_share", "waiting_s", "is_kept"
 
@@ -68,7 +68,8 @@ class WorkPolicy:
     def _decide(self, context: AutoscalingContext) -> int:
         """Return the target number of replicas.
 
-        Serve keeps published figures for `look_back_period_s`; of each replica, the highest busy share in it counts.
+        Serve keeps published figures for `look_back_period_s`. The highest busy share of each replica in that time
+        counts.
         """
         published = context.raw_metrics or {}
         work = {str(replica): series[-1].value for replica, series in published.get(_WORK, {}).items() if series}

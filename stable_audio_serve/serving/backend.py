@@ -155,7 +155,7 @@ class RayBackend:
 async def _receive(
     response: DeploymentResponse | DeploymentResponseGenerator, on_progress: ProgressCallback | None
 ) -> GenerationResult | StableAudioError:
-    """Return the final result of either kind of call."""
+    """Return the result of a call, with or without progress. Calls `on_progress` in the meantime, if it is given."""
     if on_progress is None:
         return await response
     async for item in response:

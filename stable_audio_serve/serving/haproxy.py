@@ -31,8 +31,8 @@ _TOO_SLOW = '{"detail":"the request did not arrive in time"}'
 _RETRY_AFTER_S = 2
 _UNAVAILABLE_PAGE, _TOO_SLOW_PAGE = "503.http", "408.http"  # files in the folder of the configuration
 _REFUSAL = f"return status 503 content-type application/json string '{_UNAVAILABLE}' hdr Retry-After {_RETRY_AFTER_S}"
-# HAProxy takes its connection limit from the limit of open files, and allocates memory for each possible file. The
-# system's limit can be a billion.
+# HAProxy takes its connection limit from the limit of open files, and allocates memory for each possible file. That
+# limit is lowered to this, because it can be a billion on some systems.
 _MOST_FILES = 65_536
 
 

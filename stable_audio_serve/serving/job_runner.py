@@ -79,8 +79,7 @@ class JobRunnerReplica:
         """Report to each model's replicas, once a second, the model's waiting work and whether an operator keeps it
         loaded.
 
-        The autoscaling policy uses both. Nothing is sent for models without jobs that are not kept and were not just
-        released.
+        The autoscaling policy uses both. A model is reported only if it has jobs, or is kept, or was just released.
         """
         kept: frozenset[str] = frozenset()
         while True:

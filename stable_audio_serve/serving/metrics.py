@@ -115,7 +115,7 @@ class RecentSum:
 
 
 class StepMeter:
-    """Forwards metrics and keeps the rows and steps of the last ten seconds. Thread-safe."""
+    """Forwards metrics, and counts the rows and steps of the last ten seconds. Thread-safe."""
 
     def __init__(self, metrics: Metrics, *, clock: Clock | None = None) -> None:
         self._metrics = metrics

@@ -175,8 +175,8 @@ class ModelWatch:
     async def status(self) -> Mapping[str, ModelStatus]:
         """Return the status of each model as reported by the controller, at most `_STALE_S` old.
 
-        If the controller does not answer within `_TIMEOUT_S`, for example because Ray's head restarts, the status is
-        older.
+        If the controller does not answer within `_TIMEOUT_S`, for example because Ray's head restarts, return the last
+        status, whatever its age.
         """
         now = time.monotonic()
         age_s = now - self._snapshot.taken_at

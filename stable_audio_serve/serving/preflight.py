@@ -15,7 +15,9 @@ from stable_audio_serve.models.registry import BUILT_IN, ModelEntry, describe_en
 from stable_audio_serve.models.stable_audio_tools.package import require_open_family, require_package
 from stable_audio_serve.serving.placement import Plan, model_entry
 
-_Check = Callable[[ModelEntry, str | None], None]  # called with an entry and the hub's token
+_Check = Callable[
+    [ModelEntry, str | None], None
+]  # receives a model's entry and the hub's token; raises CheckpointError
 
 _HARD_STOP, _RAYS_HARD_STOP_S = "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S", 120.0
 _LONGEST_S = 10.0  # for all models together; HTTP timeouts do not limit the lookup of a host name

@@ -59,7 +59,7 @@ class Started:
 
 
 class Trial:
-    """Starts the engine of one replica."""
+    """Starts the engine of one replica, with a fallback to the last good weights."""
 
     def __init__(
         self,

@@ -1,5 +1,5 @@
-"""Keeps on the device what conditions rows and stays constant over their steps. Rows that share a value share one copy,
-which calls address by number. Independent of rows and models.
+"""Keeps the conditioning of rows on the device, where it stays constant over their steps. Rows that share a value share
+one copy, which calls address by number. Independent of rows and models.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class Executor:
 
     @cached_property
     def arena(self) -> FrameArena:
-        """The registers of all rows. The first row allocates it, so that this happens on the engine thread."""
+        """The memory of all rows' registers. It is allocated at first use, which is on the engine thread."""
         return FrameArena(self._model.spec.card.latent_channels, device=self._model.device)
 
     def embed(self, prompts: Sequence[str]) -> list[TextEmbedding | Exception]:
@@ -220,7 +220,7 @@ class Executor:
 
 
 def run_isolated(items: Sequence[Item], run: Callable[[Sequence[Item]], Sequence[Result]]) -> list[Result | Exception]:
-    """Return the results of `run(items)`, one per item. If it raises, run each item alone and return its exceptions.
+    """Return the results of `run(items)`. If it raises, run each item alone and return its result or its exception.
 
     `run` must have no effect when it raises. Errors in DEVICE_LOST are re-raised, since no single item caused them.
     """

@@ -1,6 +1,6 @@
-"""One evaluation of packed rows whose lengths are data on the device: the host's input buffer, sent in one copy, and
-the device work. Like `step`, but without padding to the longest row: registers are read and written page by page, and
-the network gets the rows' frames one after another. Independent of the queue.
+"""One evaluation of packed rows. As in `step`, the host writes all inputs to one buffer, which is sent in one copy.
+Rows are not padded to the longest: registers are read and written page by page, and the network gets the rows' frames
+one after another. The rows' lengths are inputs, so a captured call serves any lengths. Independent of the queue.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from stable_audio_serve.models.segments import Segments
 from stable_audio_serve.sampling.guidance import NUM_GUIDANCE, GuidanceBatch, PagedRows, guidance_values, guide
 from stable_audio_serve.sampling.update import NUM_VALUES, Kept, StepTerms, advance, network_input
 
-_NUM_FLOAT_SECTIONS = 2  # the first sections of the buffer
+_NUM_FLOAT_SECTIONS = 2  # sections of floats at the start of the buffer; sections of integers follow
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,11 +169,11 @@ class PackedInputs:
     lane_frames: Tensor  # (B,)
     lane_valid_frames: Tensor  # (B,)
     page_rows: Tensor  # (G,) the row of each page
-    page_starts: Tensor  # (G,) its first frame in that row
-    registers: Tensor  # (G, R, 1) pages of the arena
+    page_starts: Tensor  # (G,) the frame of its row at which each page starts
+    registers: Tensor  # (G, R, 1) page numbers in the arena
     kept: Tensor  # (G, 3, 1), or empty
-    slots: Tensor  # (names, B)
-    by_frame: Tensor  # (names, B, P) pages of the arenas of these names
+    slots: Tensor  # (names, B) slot numbers in the arena of each name
+    by_frame: Tensor  # (names, B, P) page numbers in the arena of each name
     noise: Tensor  # (G, D, 64) float32, arbitrary for rows that use none; or empty
 
     @classmethod

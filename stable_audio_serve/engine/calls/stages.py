@@ -67,7 +67,7 @@ class Stages:
         self._delivering: deque[tuple[Row, Moment]] = deque()
 
     def start(self, rows: Sequence[Row]) -> Failures:
-        """Start rows: noise, prompts and sources. Rows without sources are then ready for `begin`."""
+        """Start drawing noise and encoding prompts and sources. Rows without sources are then ready for `begin`."""
         return self._inputs.start(rows)
 
     def encode(self, rows: Sequence[Row]) -> Failures:

@@ -21,7 +21,7 @@ from stable_audio_serve.sampling.guidance import NUM_GUIDANCE, GuidanceBatch, Gu
 from stable_audio_serve.sampling.plan import Guidance
 from stable_audio_serve.sampling.update import NUM_VALUES, Kept, StepNumbers, StepTerms, TermUse, advance, network_input
 
-_NUM_FLOAT_SECTIONS = 2  # the first sections of the buffer
+_NUM_FLOAT_SECTIONS = 2  # sections of floats at the start of the buffer; sections of integers follow
 KEPT_PARTS = 3  # blend inputs (mask, source, noise), stored after the registers of rows that keep frames
 
 
@@ -190,10 +190,10 @@ class StepInputs:
     lanes: Tensor
     conditional: Tensor
     unconditional: Tensor
-    registers: Tensor  # pages (N, R, P)
-    kept: Tensor | None  # pages (N, 3, P)
-    constants: Mapping[str, Tensor]  # slots (B,)
-    by_frame: Mapping[str, Tensor]  # pages (B, P)
+    registers: Tensor  # (N, R, P) page numbers
+    kept: Tensor | None  # (N, 3, P) page numbers
+    constants: Mapping[str, Tensor]  # (B,) slot numbers
+    by_frame: Mapping[str, Tensor]  # (B, P) page numbers
     noise: Tensor | None  # (N, D, F) float32, arbitrary for rows that use none
 
     @classmethod

@@ -72,7 +72,7 @@ class WarmUp:
         device: Device,
         budget_s: float,
     ) -> None:
-        """`max_tokens` bounds the latent frames of a step, `max_prompts` the prompts of a text encoder call."""
+        """`max_tokens` limits the latent frames of a step, `max_prompts` the prompts of a text encoder call."""
         self._model = model
         self._cost = cost
         self._policy = policy

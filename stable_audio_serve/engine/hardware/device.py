@@ -46,7 +46,7 @@ class Moment(Protocol):
 
 
 class Device(Protocol):
-    """What the engine thread uses of a device."""
+    """The interface of a device to the engine thread."""
 
     torch_device: torch.device
     default_mode: Mode
@@ -186,7 +186,8 @@ class CudaDevice:
             torch.cuda.set_per_process_memory_fraction(allowed_bytes(total, share=share) / total, device)
         pinned = partial(self.host_buffer, dtype=torch.uint8)
         self._downloads = DownloadRing(pinned, mark=self.mark, num_bytes=_DOWNLOAD_BYTES)
-        self._captures: dict[torch.cuda.Stream, tuple[torch.cuda.Stream, Any]] = {}  # by the queue that replays them
+        # The stream and the memory pool of captures, by the queue that replays them.
+        self._captures: dict[torch.cuda.Stream, tuple[torch.cuda.Stream, Any]] = {}
         self._kept: list[torch.cuda.CUDAGraph] = []
 
     @cached_property

@@ -69,19 +69,19 @@ class CaptureRoom:
     """
 
     def __init__(self, device: Device, *, max_bytes: int | None) -> None:
-        """`max_bytes` None: no bound, and no counting."""
+        """With `max_bytes` None there is no limit, and memory is not counted."""
         self._device = device
         self._max_bytes = max_bytes
         self.num_bytes = 0
 
     @property
     def is_full(self) -> bool:
-        """Whether the bound is reached."""
+        """Whether the limit is reached."""
         return self._max_bytes is not None and self.num_bytes >= self._max_bytes
 
     @contextmanager
     def counted(self) -> Iterator[None]:
-        """Return a context manager for one capture, whose memory it counts even if the capture fails."""
+        """Return a context manager for one capture. It counts the capture's memory even if the capture fails."""
         before = self._held()
         try:
             yield
@@ -142,7 +142,7 @@ Run = Callable[[Any, CallMemory], None]
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """A captured call: write its inputs, `replay`, and copy the outputs before the next call."""
+    """A captured call. To run it, write its inputs, call `replay`, and copy the outputs before the next call."""
 
     memory: CallMemory
     replay: Callable[[], None]

@@ -32,7 +32,7 @@ class DeviceMemory:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Limits in bytes for started rows (`rows`) and for captured calls (`captures`); None is no limit.
+    """Limits in bytes for started rows (`rows`) and for captured calls (`captures`); None means no limit.
 
     `setting` names the setting to change if `rows` is too low.
     """

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from stable_audio_serve.models.onednn import linear, supports_onednn
 
 _STEADY = (torch.float32, torch.bfloat16)
-# Matrix products below this number of rows, or with a width that is not a multiple of this, are split differently
+# Matrix products with fewer than `_LEAST_ROWS` rows, or with a width that is not a multiple of `_WIDTH`, are split
 # depending on the thread count, which changes their result.
 _LEAST_ROWS = 64
 _WIDTH = 32

@@ -42,7 +42,7 @@ class SchedulerLimits:
     slack: float = 6.0
     max_slack_s: float = 120.0
     batch_share: float = 0.125
-    max_bytes: int | None = None  # device memory of all started rows; None: no bound
+    max_bytes: int | None = None  # device memory of all started rows; None: no limit
 
 
 @dataclass(slots=True, order=True)
@@ -170,7 +170,7 @@ class Scheduler:
         return 0 if self._uses_second_queue(work) else work.tokens
 
     def _fill(self, priority: Priority, *, use_second_queue: bool, waits_for_memory: bool = False) -> _Step:
-        """Return a step with as many rows of one priority as the budgets of step and second queue allow."""
+        """Return a step of rows of one priority, as many as the budgets of the step and of the second queue allow."""
         step, budget, second_budget, is_full = _Step(waits_for_memory=waits_for_memory), 0.0, 0.0, False
         num_left = self._num_started[priority]  # started rows not visited yet
         for entry in self._orders[priority]:

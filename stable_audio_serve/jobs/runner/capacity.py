@@ -33,7 +33,7 @@ _AHEAD_S: Mapping[Priority, float] = {"interactive": 30.0, "batch": 5.0}
 # The same limit as a share of the model's target wait; the lower of the two applies. Work in the engines makes
 # autoscaling add replicas, but a new replica cannot take over jobs that are already in an engine.
 _AHEAD_SHARE = 0.5
-_JOBS_WITHOUT_PRICES = 4  # per replica
+_JOBS_WITHOUT_PRICES = 4  # the most jobs per replica while its prices are not known
 _GRACE_S = 60.0  # a recorded refusal outlives the pause by this, in case the next probe is slow
 
 

@@ -41,9 +41,8 @@ from stable_audio_serve.jobs.webhooks.notifier import Notifier
 log = structlog.get_logger("stable_audio_serve.jobs")
 
 _SUM_EVERY_S = 1.0  # seconds between two sums of the waiting work
-_SUM_REST = (
-    20.0  # pause after a sum, in multiples of its duration, which is 1.8 ms for 10,000 jobs, 0.3 s for a million
-)
+# Pause after a sum, in multiples of its duration, which is 1.8 ms for 10,000 jobs and 0.3 s for a million.
+_SUM_REST = 20.0
 _REPLICAS_S = 2.0  # seconds between polls of the number of replicas
 _COUNT_S = 15.0  # seconds between counts of jobs by state
 _SWEEP_SPREAD = 0.5  # intervals vary by up to this share, so that runners do not sweep at the same time

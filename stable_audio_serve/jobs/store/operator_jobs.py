@@ -18,7 +18,7 @@ _jobs = JOBS.c
 
 @dataclass(frozen=True, slots=True)
 class Unfinished:
-    """Counts of jobs. `waited_s` is the age of the oldest due job in the queue, seconds; None if the queue is empty."""
+    """Counts of jobs. `waited_s` is the age in seconds of the oldest due job in the queue; None if it is empty."""
 
     num_queued: int
     num_running: int

@@ -80,7 +80,7 @@ def _outline(row: sa.Row[Any]) -> JobSpec:
 
 
 def to_event(row: sa.Row[Any], number: int) -> JobEvent:
-    """Return the event in a row with `number`, its number within the job, as id.
+    """Return the event in a row. Its id is `number`, which counts the events of the job.
 
     The row's own id stays private, because it counts the events of all jobs.
     """

@@ -116,10 +116,10 @@ class RunnerJobs:
         return job
 
     def renew(self, owner: str, *, lease_s: float, refs: Collection[JobRef]) -> list[RenewedLease]:
-        """Extend this owner's leases of the jobs `refs` to `lease_s` seconds from now. Returns jobs still held.
+        """Extend this owner's leases of the jobs `refs` to `lease_s` seconds from now. Returns those renewed.
 
         `refs` are the jobs in progress. If the answer of `lease` was lost, the runner holds a lease of a job that it
-        does not run. That lease must expire.
+        does not run. That lease must expire, so it is not renewed.
         """
         is_one = sa.tuple_(_jobs.contract, _jobs.client, _jobs.id).in_(refs)
         change = sa.update(JOBS).where(_jobs.owner == owner, _RUNNING, is_one)

@@ -87,7 +87,7 @@ JOBS = sa.Table(
 )
 _jobs = JOBS.c
 
-IS_DEAD = _jobs.is_dead_letter == sa.true()  # exactly as in its index, or SQLite does not use the index
+IS_DEAD = _jobs.is_dead_letter == sa.true()  # SQLite uses the index only for this exact text
 
 EVENTS = sa.Table(
     "events",
