@@ -202,7 +202,7 @@ def _even_times(steps: int, *, level: float) -> Tensor:
 
 
 def check_level(level: float) -> None:
-    """Raise InvalidRequestError on `init_noise_level` outside 0.01..1. Lower levels would cause a division by about 0."""
+    """Raise InvalidRequestError on `init_noise_level` outside 0.01..1. Lower levels lead to a division by about 0."""
     if not MIN_NOISE_LEVEL <= level <= 1.0:
         allowed = f"{MIN_NOISE_LEVEL:g}..1"
         message = f"init_noise_level must be in {allowed}, got {level:g}"

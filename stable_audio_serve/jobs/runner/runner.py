@@ -156,7 +156,7 @@ class JobRunner:
 
     @property
     def num_held(self) -> int:
-        """The number of leased jobs, including one that is being leased."""
+        """The number of leased jobs, including a job that is being leased."""
         return len(self._attempts) + int(self._is_leasing)
 
     def hold(self) -> None:
@@ -348,6 +348,6 @@ def _is_due(in_s: float | None) -> bool:
 
 
 def _wait_s(outlook: Outlook, poll_s: float) -> float:
-    """Return the seconds until the next poll, or until the next item is due if that is sooner."""
+    """Return the seconds until the next poll, or until work can begin if that is sooner."""
     times = (outlook.lease_in_s, outlook.reclaim_in_s, outlook.late_in_s, outlook.webhook_in_s)
     return min([poll_s, *(seconds for seconds in times if seconds is not None and seconds > 0)])

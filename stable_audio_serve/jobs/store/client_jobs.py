@@ -58,7 +58,7 @@ class ClientJobs:
         self._insert_job = _insert_job(database)
 
     def add(self, spec: JobSpec) -> Added:
-        """Add a job, or return the one that the same request added before.
+        """Add a job. If the same request was sent before, return the job that it added then.
 
         Raises ConflictError on "Idempotency-Key" or "id" if a different request used the same value, and QuotaError or
         OverloadedError if too many jobs are waiting.

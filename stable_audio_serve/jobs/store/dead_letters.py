@@ -83,7 +83,7 @@ class DeadLetters:
             return self._transitions.change(connection, *conditions, message=_RETRIED, **self._requeued())
 
     def delete(self, numbers: Collection[int]) -> tuple[Sequence[int], Sequence[ArtifactKey]]:
-        """Delete dead letters. Returns the numbers of those that were deleted, and the keys of their unreferenced
+        """Delete dead letters. Returns the numbers of the deleted dead letters, and the keys of their unreferenced
         files.
         """
         with self._database.writing() as connection:

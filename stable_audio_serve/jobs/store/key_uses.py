@@ -89,7 +89,7 @@ class KeyUses:
         self._renew = sa.update(KEY_USES).where(is_any).values(place_until=now + LEASE_S)
 
     def admit(self, use: Use) -> QuotaError | None:
-        """Count the audio and take the place, or return the error if a limit is exceeded."""
+        """Count the request's audio and concurrency place, or return the error if a limit is exceeded."""
         lock = zlib.crc32(f"uses of {use.client}".encode())
         with self._database.writing_alone(lock, is_durable=False) as connection:
             before, now = self._find_used(connection, use)

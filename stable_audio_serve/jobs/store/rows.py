@@ -32,7 +32,7 @@ def is_held(job: Job) -> sa.ColumnElement[bool]:
 def to_job(row: sa.Row[Any]) -> Job:
     """Return the job in a row.
 
-    A specification that cannot be read must not block other jobs, so it is replaced by one that is built from columns.
+    A specification that cannot be read must not block other jobs, so the columns of the row replace it.
     """
     spec = _read(codec.load_spec, row.spec)
     return Job(

@@ -53,9 +53,9 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """Pending work of a runner: counts, and for each kind the seconds until the next item is due (None: there is none).
+    """Pending work of a runner: counts, and for each kind of work the seconds until it can begin.
 
-    An item with 0 or fewer seconds is due now.
+    Seconds of 0 or less mean now, None means that there is no such work.
     """
 
     queued: Mapping[Priority, int]
@@ -80,7 +80,7 @@ class RunnerJobs:
         self._files = PublishedFiles(database)
 
     def outlook(self, owner: str) -> Outlook:
-        """Return the pending work. This is one query, the only one that an idle runner makes."""
+        """Return the pending work. Takes one query, and an idle runner makes no other queries."""
         now = self._database.now
         query = sa.select(
             *(count(_QUEUED, _jobs.priority == priority).label(priority) for priority in get_args(Priority)),

@@ -39,7 +39,7 @@ _MAX_PER_HOST = 4  # deliveries at a time, so that fewer than eight slow hosts c
 
 
 class Notifier:
-    """Delivers webhooks in the background, so that a slow receiver delays neither jobs nor other clients."""
+    """Delivers webhooks in the background, so that a slow receiver does not delay jobs or other clients."""
 
     def __init__(
         self,

@@ -1,5 +1,5 @@
 """The quality gate: runs the golden requests on the model of a new replica, compares the audio with a stored report,
-and saves a report of its own if the model passes.
+and saves a new report if the model passes.
 
 Independent of Ray and of where the weights come from. If the artifact store does not answer, a model passes with any
 valid audio that is not silent, so that an outage of the store does not stop the models.
@@ -56,7 +56,7 @@ class _Reference:
 
 
 class QualityGate:
-    """Decides whether loaded models pass, and saves the reports of those that do."""
+    """Decides whether loaded models pass, and saves reports of models that pass."""
 
     def __init__(self, archive: ReportArchive, *, clock: Clock = SystemClock()) -> None:
         self._archive = archive
