@@ -92,10 +92,10 @@ class ToneBackend:
         result = GenerationResult(audio, RATE_HZ, model, seeds, timings, self.device)
         if self.prompt_chars is None or len(request.prompt) <= self.prompt_chars:
             return result
-        making = Provenance(
+        provenance = Provenance(
             "0", torch="0", mode="strict", processor="0", loaded=Loaded(), prompt_chars=self.prompt_chars
         )
-        return replace(result, making=making)
+        return replace(result, provenance=provenance)
 
     async def status(self) -> Mapping[str, ModelStatus]:
         await asyncio.sleep(self.status_delay_s)

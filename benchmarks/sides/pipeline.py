@@ -96,8 +96,8 @@ class Pipeline:
         device = open_device(model.device, clock=SystemClock())
         device.can_capture = self._captures_calls = captures_calls and device.can_capture
         self._is_steady = resolve_mode(options, device) == "strict" and not device.shares_calls
-        drawer = ThreadPoolExecutor(1, thread_name_prefix="noise")
-        executor = Executor(model, policy(device), device=device, together=together, metrics=self.captures)
+        noise_pool = ThreadPoolExecutor(1, thread_name_prefix="noise")
+        executor = Executor(model, policy(device), device=device, max_per_call=together, metrics=self.captures)
         cost = CostModel()
         self._stages = Stages(
             model,
@@ -105,7 +105,7 @@ class Pipeline:
             device=device,
             cost=cost,
             cache=PromptCache(options.prompt_cache_bytes),
-            drawers=dict.fromkeys(get_args(Priority), drawer),
+            noise_pools=dict.fromkeys(get_args(Priority), noise_pool),
             pace=WindowPace(cost, turn_frames=_ALL_WINDOWS, is_fixed=self._is_steady),
             clock=SystemClock(),
             metrics=self.captures,

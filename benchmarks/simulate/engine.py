@@ -161,7 +161,7 @@ class SimulatedEngine:
         self._scheduler.add(row_id, work, arrived_at=arrival.at_s, alone_s=alone_s)
 
     def _turn(self) -> None:
-        ids = self._scheduler.pick(beside=self._has_room_beside()) or self._scheduler.pick()
+        ids = self._scheduler.pick(use_second_queue=self._second_queue_has_room()) or self._scheduler.pick()
         picked = [self._rows[row_id] for row_id in ids]
         denoising = [row for row in picked if row.work.phase is Phase.DENOISE]
         decoding = [row for row in picked if row.work.phase is Phase.DECODE]
@@ -181,7 +181,7 @@ class SimulatedEngine:
                 self._scheduler.remove(row_id)
                 del self._rows[row_id]
 
-    def _has_room_beside(self) -> bool:
+    def _second_queue_has_room(self) -> bool:
         self._windows = [number for number in self._windows if not self._queues.has_ended(number)]
         return len(self._windows) <= _CALLS_AHEAD
 

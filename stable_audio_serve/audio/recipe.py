@@ -211,32 +211,32 @@ def write_recipes(
     samples: int | None = None,
 ) -> tuple[Recipe, ...]:
     """Return the recipe of each variation of a request. They differ only in the seed."""
-    making = made_on.making
+    provenance = made_on.provenance
     init, inpaint = sources.get("init"), sources.get("inpaint")
     first = Recipe.model_construct(
         recipe=1,
         model=model,
-        checkpoint=making.loaded.checkpoint if making else None,
+        checkpoint=provenance.loaded.checkpoint if provenance else None,
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
         duration=float(request.duration_s),
         seed=seeds[0],
-        steps=making.steps if making else request.steps,
-        cfg_scale=_to_float(making.cfg_scale if making else request.cfg_scale),
-        sampler=making.sampler if making else request.sampler,
-        apg_scale=_to_float(making.apg_scale if making else request.apg_scale),
+        steps=provenance.steps if provenance else request.steps,
+        cfg_scale=_to_float(provenance.cfg_scale if provenance else request.cfg_scale),
+        sampler=provenance.sampler if provenance else request.sampler,
+        apg_scale=_to_float(provenance.apg_scale if provenance else request.apg_scale),
         scale_phi=request.cfg_rescale or None,
         cfg_norm_threshold=request.cfg_norm_threshold or None,
         sigma_min=request.sigma_min,
         sigma_max=request.sigma_max,
         rho=request.rho,
-        duration_padding_sec=_to_float(making.duration_padding_s if making else request.duration_padding_s),
+        duration_padding_sec=_to_float(provenance.duration_padding_s if provenance else request.duration_padding_s),
         chunked_decode=request.chunked_decode,
         seconds_start=_to_float(request.start_s) or None,
         seconds_total=_to_float(request.conditioned_total_s),
         init_audio=init,
         init_noise_level=_to_float(request.init_noise_level) if init else None,
-        edit_schedule=making.edit_schedule if making else request.edit_schedule,
+        edit_schedule=provenance.edit_schedule if provenance else request.edit_schedule,
         inpaint_audio=inpaint,
         inpaint_regions=tuple((float(start), float(end)) for start, end in request.inpaint_regions_s)
         if inpaint
@@ -261,22 +261,22 @@ def sources_of(request: GenerationRequest) -> dict[Role, RecipeSource] | None:
 
 def write_maker(made_on: MadeOn, *, codecs: str | None) -> RecipeMaker:
     """Return the recipe's description of the engine. `codecs` names the audio libraries, if any were used."""
-    making = made_on.making
-    if making is None:
+    provenance = made_on.provenance
+    if provenance is None:
         return RecipeMaker(device=made_on.device, dtype=made_on.dtype)
     return RecipeMaker(
-        version=making.version,
-        torch=making.torch,
-        transformers=making.transformers,
+        version=provenance.version,
+        torch=provenance.torch,
+        transformers=provenance.transformers,
         device=made_on.device,
-        processor=making.processor,
+        processor=provenance.processor,
         dtype=made_on.dtype,
-        decode_precision=making.loaded.decode_precision,
-        networks=making.loaded.networks,
-        mode=making.mode,
-        threads=making.threads,
-        slots=making.slots,
-        is_compiled=making.is_compiled,
+        decode_precision=provenance.loaded.decode_precision,
+        networks=provenance.loaded.networks,
+        mode=provenance.mode,
+        threads=provenance.threads,
+        slots=provenance.slots,
+        is_compiled=provenance.is_compiled,
         codecs=codecs,
     )
 
@@ -294,7 +294,7 @@ def is_exact(recipe: Recipe, made_on: MadeOn) -> bool:
 
     True only if both ran in strict mode with the same weights, kind of device, processor, versions and precisions.
     """
-    now = made_on.making
+    now = made_on.provenance
     codecs = _codecs_of(recipe.response_format, recipe.hashes)
     return (
         now is not None

@@ -182,13 +182,13 @@ class Provenance:
 class MadeOn:
     """The device and the software that made the audio, stored with each file.
 
-    `device` is cuda, mps or cpu. `dtype` is the precision of the denoiser: float32, float16 or bfloat16. `making` is
-    None if the engine did not report it.
+    `device` is cuda, mps or cpu. `dtype` is the precision of the denoiser: float32, float16 or bfloat16. `provenance`
+    is None if the engine did not report it.
     """
 
     device: str
     dtype: str
-    making: Provenance | None = None
+    provenance: Provenance | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,10 +233,10 @@ class GenerationResult:
     seeds: tuple[int, ...]
     timings: StageTimings = field(default_factory=StageTimings)
     device: DeviceUse = field(default_factory=DeviceUse)
-    making: Provenance | None = None
+    provenance: Provenance | None = None
     generated: tuple[tuple[GeneratedSpan, ...], ...] | None = None
 
     @property
     def made_on(self) -> MadeOn:
         """The device and the software that made the audio."""
-        return MadeOn(self.device.kind, self.device.dtype, self.making)
+        return MadeOn(self.device.kind, self.device.dtype, self.provenance)

@@ -1,11 +1,11 @@
-"""Bounds the accepted work, in seconds until it is done. A request above the bound is refused at once with a retry
-time. The seconds are predicted device time, scaled by the recent pace, because other programs and the sending of
-responses slow the machine down.
+"""Limits the accepted work to `max_queue_s` seconds. A request beyond the limit is refused at once, with a retry time.
+Predicted device times are multiplied by the recent ratio of measured to predicted time, because other programs and
+sending responses slow the machine down.
 
-Interactive requests count interactive work only, so batch work never causes their refusal; batch requests count all
-work. One client may hold at most three quarters of the bound. While the queue is full, clients with less work than
-others still find room, so one client with many or long requests cannot shut out the rest. Thread-safe bookkeeping,
-independent of rows and tensors.
+For an interactive request, only interactive work counts towards the limit, so batch work never causes its refusal. For
+a batch request, all work counts. One client may hold at most three quarters of the limit. When the queue is full,
+clients with little work may still add up to a quarter of the limit, so a client with many or long requests cannot shut
+out the others. Thread-safe; independent of rows and tensors.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from stable_audio_serve.core.errors import OverloadedError
 from stable_audio_serve.core.generation import Priority
 
 _LEAST_RETRY_S = 0.1
-_CLIENT_SHARE = 0.75  # one client's largest share of the bound
-_RESERVE_SHARE = 0.25  # added to the bound for clients with less work than those that fill the queue
+_CLIENT_SHARE = 0.75  # the largest share of the limit that one client may hold
+_RESERVE_SHARE = 0.25  # added to the limit for clients with less work than those that fill the queue
 _MOST_REFUSED_MS = 600_000.0
-_MOST_CLIENTS = 1000  # clients whose refused work is counted
+_MOST_CLIENTS = 1000  # refused work is counted for at most this many clients
 _WINDOW_MS = 1000.0  # busy time between two updates of the pace
 _NEWEST_WEIGHT = 0.3
 _PACE_RANGE = (0.5, 4.0)
-_MANY = 4  # requests; with fewer, the device may not have enough rows to share its calls
+_MANY = 4  # requests; with fewer, calls may have too few rows for a typical measurement
 
 
 class _Refused(NamedTuple):
-    """Refused work that the client is expected to send again."""
+    """Refused work that a client is expected to send again after `at`."""
 
     work_ms: float
     at: float
 
     def left_ms(self, now: float) -> float:
-        """Returns the work minus the time since `at`, in ms."""
+        """Return the work minus the time since `at`, in ms, at least 0."""
         return max(0.0, self.work_ms - (now - self.at) * 1000.0)
 
 
@@ -55,10 +55,10 @@ class Pace:
         self.value = 1.0
 
     def record(self, *, done_ms: float, is_deep: bool) -> None:
-        """Record predicted work that was done since the last call.
+        """Record the predicted time of the work that was finished since the last call.
 
-        The time until the next call counts only if `is_deep`. With a short queue the device may idle, or have too few
-        rows to share its calls.
+        The time from this call to the next is measured only if `is_deep`: with a short queue the device may idle, or
+        run calls with few rows.
         """
         now = self._clock.monotonic()
         if self._measured_at is not None:
@@ -73,15 +73,15 @@ class Pace:
 
 
 class Admission:
-    """Predicted work by request id. A request is admitted while the work ahead of it is within the bound."""
+    """Tracks the predicted work of accepted requests. Admits a request if the work ahead of it is within the limit."""
 
     def __init__(self, max_queue_s: float, *, batch_share: float = 0.0, clock: Clock = SystemClock()) -> None:
-        """`batch_share`: time given to batch work while interactive work runs, as a share of interactive time."""
+        """`batch_share` is the time given to batch work while interactive work runs, as a share of interactive time."""
         self._max_ms = max_queue_s * 1000.0
         self._clock = clock
         self._pace = Pace(clock)
         self._refused: dict[str, _Refused] = {}  # by client
-        self._refused_once = _NOTHING_REFUSED  # one request of each client
+        self._refused_once = _NOTHING_REFUSED  # counts one refused request of each client
         self._batch_share = batch_share
         self._work_ms: dict[Priority, dict[int, float]] = {"interactive": {}, "batch": {}}
         self._clients: dict[int, str] = {}  # by request
@@ -94,9 +94,9 @@ class Admission:
             return sum(map(self._sum_ms, self._work_ms))
 
     def check(self, priority: Priority = "interactive", *, client: str = "") -> None:
-        """Raises OverloadedError, with the time until there is room, if any request of this client would be refused.
+        """Raise OverloadedError if this client's next request would be refused, however short it is.
 
-        An empty `client` means an anonymous client: its limit is the whole queue.
+        The error carries the time until there is room. An empty `client` is anonymous and may fill the whole queue.
         """
         self._require_room(priority, client, work_ms=0.0)
 
@@ -109,7 +109,10 @@ class Admission:
             self._update_pace(done_ms=0.0)
 
     def _require_room(self, priority: Priority, client: str, *, work_ms: float) -> None:
-        """Raises OverloadedError. Anonymous clients may fill the queue; a client without work may always start some."""
+        """Raise OverloadedError if the work does not fit.
+
+        The limit per client does not apply to anonymous clients, nor to a client without accepted work.
+        """
         max_ms = self._max_ms
         with self._lock:
             ahead_ms, pace = self._ahead(priority)
@@ -136,8 +139,9 @@ class Admission:
     def _count_refused(self, client: str, work_ms: float) -> float:
         """Count a refused request that the client is expected to retry. Returns the refused work ahead of it, in ms.
 
-        A client's refused work counts in full for that client, and as one request for the others. A client that
-        ignores Retry-After therefore lengthens only its own wait. Refused work expires at the rate of elapsed time.
+        All of a client's refused work lengthens that client's own wait, but only one of its refused requests lengthens
+        the wait of the others. A client that ignores Retry-After therefore delays only itself. Counted work shrinks by
+        the time that passes.
         """
         if not client:
             return 0.0
@@ -154,7 +158,7 @@ class Admission:
         return max(own_ms, all_ms)
 
     def _held_ms(self, priority: Priority) -> Mapping[str, float]:
-        """Returns the work ahead by client, in ms at the current pace."""
+        """Return the accepted work that counts for this priority, by client, in ms at the current pace."""
         works = [self._work_ms["interactive"]]
         if priority == "batch":
             works.append(self._work_ms["batch"])
@@ -164,7 +168,10 @@ class Admission:
         return held
 
     def _ahead(self, priority: Priority) -> tuple[float, float]:
-        """Returns the work ahead, in ms at the current pace, and the factor by which batch work slows it."""
+        """Return the work that counts for this priority, in ms at the current pace, and how much batch work slows it.
+
+        The second value is a factor of at least 1.
+        """
         ahead_ms = self._sum_ms("interactive")
         is_shared = priority == "interactive" and bool(self._work_ms["batch"])
         if priority == "batch":
@@ -181,7 +188,7 @@ class Admission:
                     self._update_pace(done_ms=done_ms)
 
     def release(self, request_id: int, *, is_done: bool = False) -> None:
-        """Remove an ended request. `is_done`: all its work was done. A second call does nothing."""
+        """Remove a request that ended. With `is_done`, all its work counts as finished. A second call does nothing."""
         with self._lock:
             self._clients.pop(request_id, None)
             for works in self._work_ms.values():

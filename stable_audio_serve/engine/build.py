@@ -1,7 +1,7 @@
 """Chooses an engine's mode and batch policy, and builds its thread with everything that runs on it.
 
-Independent of requests and event loops. Nothing here refers to the engine: when the last user drops the engine, it is
-freed and its thread ends.
+Independent of requests and event loops. Nothing here holds a reference to the `Engine`, so that an engine without users
+is garbage-collected, which ends its thread.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from stable_audio_serve.engine.scheduling.batching import (
     PackedOrGrid,
 )
 from stable_audio_serve.engine.scheduling.call_shapes import (
-    GRAPH_ROWS_BESIDE_PACKED,
+    GRAPH_ROWS_WITH_PACKED,
     AnyRows,
     GraphShapes,
     PackedShapes,
@@ -52,7 +52,7 @@ from stable_audio_serve.sampling.noise import NoiseSource
 
 
 class DeviceKind(Protocol):
-    """The preferences of `engine.hardware.device.Device`."""
+    """The attributes of `engine.hardware.device.Device` that decide the mode and the batch policy."""
 
     @property
     def default_mode(self) -> Mode: ...
@@ -68,7 +68,7 @@ class DeviceKind(Protocol):
 
 
 def resolve_mode(options: EngineOptions, device: DeviceKind) -> Mode:
-    """Returns the mode of `options`; the default is the device's."""
+    """Return the mode that `options` set, else the device's default mode."""
     return options.mode or device.default_mode
 
 
@@ -81,11 +81,11 @@ def resolve_policy(
     packs_rows: bool = False,
     packed: PackedShapes | None = None,
 ) -> BatchPolicy:
-    """Returns the policy that splits steps into device calls for this mode and device.
+    """Return the policy that splits steps into device calls for this mode and device.
 
     `pads_rows` and `packs_rows` are as in ModelSpec. `packed` lists the packed call shapes that graphs can be captured
-    for, if any. An explicit `options.frame_grid` always applies. On a device that does not share calls, row counts are
-    not rounded up to graph shapes.
+    for, if any. With an explicit `options.frame_grid`, fast mode never packs rows. On a device that does not share
+    calls, row counts are not rounded up to graph shapes.
     """
     grid = (options.frame_grid or device.frame_grid) if pads_rows else 1
     if resolve_mode(options, device) == "strict":
@@ -102,24 +102,24 @@ def resolve_policy(
         return EqualLengths(call_ms, knee_tokens, shapes)
     if packed is None or options.frame_grid is not None:
         return MergedGrid(call_ms, knee_tokens, shapes)
-    beside = GraphShapes(grid, options.max_step_tokens, GRAPH_ROWS_BESIDE_PACKED)
-    return PackedOrGrid(MergedGrid(call_ms, knee_tokens, beside), packed, partial(cost.groups_ms, "denoise"))
+    padded_shapes = GraphShapes(grid, options.max_step_tokens, GRAPH_ROWS_WITH_PACKED)
+    return PackedOrGrid(MergedGrid(call_ms, knee_tokens, padded_shapes), packed, partial(cost.groups_ms, "denoise"))
 
 
 @dataclass(frozen=True, slots=True)
-class Machinery:
-    """The parts that an engine's methods use. The methods put requests into `inbox`, and `thread` takes them out.
-    `drawers` draw noise; the engine shuts them down.
+class EngineParts:
+    """The parts that an engine's methods use. The methods put requests into `inbox`, from which `thread` takes them.
+    `noise_pools` draw noise; the engine shuts them down when it closes.
     """
 
     thread: EngineThread
     inbox: Inbox
     memory: MemoryPlan
     predictor: Predictor
-    drawers: Mapping[Priority, ThreadPoolExecutor]
+    noise_pools: Mapping[Priority, ThreadPoolExecutor]
 
 
-def build_machinery(
+def build_parts(
     model: DiffusionModel,
     options: EngineOptions,
     *,
@@ -130,8 +130,8 @@ def build_machinery(
     policy: BatchPolicy | None,
     clock: Clock,
     metrics: Metrics,
-) -> Machinery:
-    """Returns the machinery of one engine, its thread not yet started. The arguments are as in `Engine`.
+) -> EngineParts:
+    """Return the parts of one engine, its thread not yet started. The arguments are as in `Engine`.
 
     Raises ConfigError if the options ask for more memory than the device has.
     """
@@ -201,8 +201,8 @@ class _Builder:
     clock: Clock
     metrics: Metrics
 
-    def build(self, admission: Admission, noise_factory: Callable[[int], NoiseSource]) -> Machinery:
-        drawers = {priority: ThreadPoolExecutor(1, thread_name_prefix="noise") for priority in get_args(Priority)}
+    def build(self, admission: Admission, noise_factory: Callable[[int], NoiseSource]) -> EngineParts:
+        noise_pools = {priority: ThreadPoolExecutor(1, thread_name_prefix="noise") for priority in get_args(Priority)}
         inbox = Inbox()
         pace = WindowPace(self.cost, is_fixed=self.is_strict)
         predictor = Predictor(self.cost, self.policy, turn_frames=pace.turn_frames)
@@ -218,7 +218,7 @@ class _Builder:
                 has_second_queue=self.device.has_second_queue,
                 max_bytes=self.bounds.rows,
             ),
-            stages=self._stages(pace, drawers),
+            stages=self._stages(pace, noise_pools),
             predictor=predictor,
             memory=memory,
             admission=admission,
@@ -236,14 +236,14 @@ class _Builder:
         use_threads = steady_threads if self.is_strict and not self.device.shares_calls else plain_threads
         sharing = use_threads(self.options.torch_threads)
         thread = EngineThread(loop, inbox, sharing=sharing, prepare=prepare, clock=self.clock)
-        return Machinery(thread, inbox, self.bounds, predictor, drawers)
+        return EngineParts(thread, inbox, self.bounds, predictor, noise_pools)
 
-    def _stages(self, pace: WindowPace, drawers: Mapping[Priority, ThreadPoolExecutor]) -> Stages:
+    def _stages(self, pace: WindowPace, noise_pools: Mapping[Priority, ThreadPoolExecutor]) -> Stages:
         executor = Executor(
             self.model,
             self.policy,
             device=self.device,
-            together=self._max_prompts,
+            max_per_call=self._max_prompts,
             clock=self.clock,
             metrics=self.metrics,
             max_capture_bytes=self.bounds.captures,
@@ -254,7 +254,7 @@ class _Builder:
             device=self.device,
             cost=self.cost,
             cache=PromptCache(self.options.prompt_cache_bytes),
-            drawers=drawers,
+            noise_pools=noise_pools,
             pace=pace,
             clock=self.clock,
             metrics=self.metrics,

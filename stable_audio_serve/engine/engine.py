@@ -1,5 +1,5 @@
-"""The engine's public class: asyncio methods around one engine thread. It plans and admits requests and starts and
-stops the thread; `build` assembles everything that runs on the thread. Independent of Ray and HTTP.
+"""The engine's public class: asyncio methods around one engine thread. It plans and admits requests, and starts and
+stops the thread. `engine.build` assembles everything that runs on the thread. Independent of Ray and HTTP.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from stable_audio_serve.core.generation import (
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.core.pricing import Prices
 from stable_audio_serve.engine.admission import Admission
-from stable_audio_serve.engine.build import build_machinery, resolve_mode
+from stable_audio_serve.engine.build import build_parts, resolve_mode
 from stable_audio_serve.engine.calls.request_state import UNAVAILABLE, Reply, RequestState, deadline_error
 from stable_audio_serve.engine.calls.rows import row_work
 from stable_audio_serve.engine.hardware.device import Device, open_device
-from stable_audio_serve.engine.making import describe_engine, require_checkpoint, settle
 from stable_audio_serve.engine.options import EngineOptions
 from stable_audio_serve.engine.planner import Planner
 from stable_audio_serve.engine.prediction import PriceList
+from stable_audio_serve.engine.provenance import complete_provenance, describe_engine, require_checkpoint
 from stable_audio_serve.engine.scheduling.batching import BatchPolicy
 from stable_audio_serve.engine.thread import EngineHeartbeat
 from stable_audio_serve.models.protocol import DiffusionModel, ModelSpec, RowPlan
 from stable_audio_serve.sampling.noise import NoiseSource, SeededNoise
 
-_STOP_TIMEOUT_S = 30.0  # `close` does not wait longer for the current step
+_STOP_TIMEOUT_S = 30.0  # the longest wait of `close` for the current step
 _EXIT_TIMEOUT_S = 2.0
 
 
 class Engine:
-    """Generates audio with one model; rows of all requests share the device step by step.
+    """Generates audio with one model. Rows of different requests share denoising steps.
 
     `await Engine(model).generate(request)` starts the engine if needed. `async with Engine(model) as engine` also waits
     for the warm-up and closes the engine at the end. Methods may be called from several event loops. All device work
@@ -65,8 +65,8 @@ class Engine:
         device: Device | None = None,
         loaded: Loaded = Loaded(),
     ) -> None:
-        """`noise_factory` makes a row's noise source from its seed. `policy` defaults to the batch policy for these
-        options and this device, `device` to the model's device. `loaded` describes the model's files in results.
+        """`noise_factory` makes a row's noise source from its seed. The default `policy` is the batch policy for these
+        options and this device, and the default `device` is the model's. Results include `loaded`.
         """
         self._model = model
         self._device = device or open_device(model.device, clock=clock)
@@ -77,9 +77,9 @@ class Engine:
         if self.mode == "strict" and model.spec.is_compiled:
             message = "compile cannot be used in strict mode, in which a row's bytes must not depend on a call's shape"
             raise ConfigError(message, field="compile", allowed="mode: fast")
-        self._making = describe_engine(model.spec, options, device=model.device, mode=self.mode, loaded=loaded)
+        self._provenance = describe_engine(model.spec, options, device=model.device, mode=self.mode, loaded=loaded)
         self._admission = Admission(options.max_queue_s, batch_share=options.batch_share, clock=clock)
-        machinery = build_machinery(
+        parts = build_parts(
             model,
             options,
             device=self._device,
@@ -90,11 +90,11 @@ class Engine:
             clock=clock,
             metrics=metrics,
         )
-        self.memory = machinery.memory
-        self._thread = machinery.thread
-        self._inbox = machinery.inbox
-        self._predictor = machinery.predictor
-        self._drawers = machinery.drawers
+        self.memory = parts.memory
+        self._thread = parts.thread
+        self._inbox = parts.inbox
+        self._predictor = parts.predictor
+        self._noise_pools = parts.noise_pools
         self._price_list = PriceList(model, self._predictor)
         self._planners: dict[Priority, Planner] = {
             priority: Planner(
@@ -125,7 +125,10 @@ class Engine:
             raise ModelUnavailableError("the model failed during warm-up") from self._thread.error
 
     async def close(self, *, drain_s: float = 0.0) -> None:
-        """Stop accepting, wait up to `drain_s` for accepted work, then fail the rest as unavailable."""
+        """Accept no more requests and wait up to `drain_s` seconds for accepted ones to finish.
+
+        The remaining requests fail with ModelUnavailableError.
+        """
         self._is_closing = True
         ends_at = self._clock.monotonic() + drain_s
         while self._num_in_flight and self._clock.monotonic() < ends_at:  # noqa: ASYNC110 - callers on several loops
@@ -134,8 +137,8 @@ class Engine:
             await asyncio.to_thread(self._thread.stop, timeout_s=_STOP_TIMEOUT_S)
         for planner in self._planners.values():
             planner.close()
-        for drawer in self._drawers.values():
-            drawer.shutdown(wait=False, cancel_futures=True)
+        for noise_pool in self._noise_pools.values():
+            noise_pool.shutdown(wait=False, cancel_futures=True)
 
     async def __aenter__(self) -> Engine:
         await self.start()
@@ -151,7 +154,7 @@ class Engine:
         *,
         frames: int | None = None,
     ) -> GenerationResult:
-        """Returns the audio of one request, variations in order of their seeds.
+        """Return the audio of one request, variations in order of their seeds.
 
         `on_progress` is called on this event loop. `frames` overrides the latent length, to reproduce a row of a
         reference batch. If the awaiting task is cancelled, the rows end at the next step boundary. Raises
@@ -160,14 +163,15 @@ class Engine:
         self._ensure_started()
         if self._is_closing:
             raise ModelUnavailableError(UNAVAILABLE)
-        require_checkpoint(request, spec=self.spec, loaded=self._making.loaded)
+        require_checkpoint(request, spec=self.spec, loaded=self._provenance.loaded)
         self._num_in_flight += 1
         try:
             state = await self._accept(request, on_progress, frames=frames)
             try:
                 result = await state.reply.future
-                making = settle(self._making, request, spec=self.spec, prompts=state.shared.prompts)
-                result = replace(result, device=replace(self._device.use(), dtype=self.dtype), making=making)
+                prompts = state.shared.prompts
+                provenance = complete_provenance(self._provenance, request, spec=self.spec, prompts=prompts)
+                result = replace(result, device=replace(self._device.use(), dtype=self.dtype), provenance=provenance)
                 if request.inpaint_audio is None:
                     return result
                 return await asyncio.to_thread(_keep_source, result, request, plan=state.plans[0][0])
@@ -196,15 +200,17 @@ class Engine:
 
     def name_checkpoint(self, checkpoint: str) -> None:
         """Record the hash of the loaded weights. From then on, requests that name other weights are refused."""
-        self._making = replace(self._making, loaded=replace(self._making.loaded, checkpoint=checkpoint))
+        self._provenance = replace(self._provenance, loaded=replace(self._provenance.loaded, checkpoint=checkpoint))
 
     @property
     def backlog_ms(self) -> float:
-        """Predicted device time of all accepted, unfinished requests."""
+        """Predicted device time of all accepted, unfinished requests, in milliseconds."""
         return self._admission.backlog_ms
 
     def prices(self) -> Prices:
-        """Returns what work costs on this engine now, for processes that price requests without an engine."""
+        """Return the current prices of this engine's work. Processes without the engine predict request times with
+        them.
+        """
         return self._price_list.current()
 
     @property
@@ -213,11 +219,11 @@ class Engine:
         return self._thread.busy_s
 
     def heartbeat(self) -> EngineHeartbeat:
-        """Returns whether the engine thread is alive and the age of its last turn."""
+        """Return whether the engine thread is alive, and the time since its last turn began."""
         return self._thread.heartbeat()
 
     def check_health(self, *, max_silence_s: float = 300.0) -> None:
-        """Raises ModelUnavailableError if the started thread has ended or begun no turn for `max_silence_s`."""
+        """Raise ModelUnavailableError if the thread was started and has ended, or began no turn for `max_silence_s`."""
         beat = self.heartbeat()
         if self._is_started and (not beat.is_alive or beat.age_s > max_silence_s):
             raise ModelUnavailableError(UNAVAILABLE)
@@ -245,7 +251,7 @@ class Engine:
             submitted_at=submitted_at,
         )
         if any(work.encode_left for work in works):
-            state.clock.mark("source", self._clock.monotonic())  # planning mostly resampled the source
+            state.clock.mark("source", self._clock.monotonic())  # most of the planning time was resampling the source
         work_ms = sum(map(self._predictor.share_ms, works))
         self._admission.admit(state.id, work_ms, priority=priority, client=request.client)
         try:

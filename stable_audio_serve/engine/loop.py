@@ -1,5 +1,5 @@
-"""The engine's loop, run by the thread that uses the device. Each turn receives new requests, ends cancelled and late
-ones, picks rows, advances each by one phase and returns finished audio. Independent of the model.
+"""The engine's loop, run by the thread that uses the device. Each turn receives new requests, ends cancelled and
+expired ones, picks rows, runs one phase of each picked row and returns finished audio. Independent of the model.
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ class EngineLoop:
         self._queue_changed = False
 
     def turn(self) -> bool:
-        """Run one round. Returns False if there was no work."""
+        """Run one turn. Returns False if there was no work."""
         for request in self._inbox.take():
             self._receive(request)
         self._end_cancelled_and_late()
         self._report_positions()
-        ids = self._scheduler.pick(beside=self._stages.has_room_beside) or self._scheduler.pick()
+        ids = self._scheduler.pick(use_second_queue=self._stages.second_queue_has_room) or self._scheduler.pick()
         picked = [self._rows[row_id] for row_id in ids]
         if not picked:
             return self._deliver(wait=True) or self._stages.capture(is_idle=True)
@@ -123,7 +123,6 @@ class EngineLoop:
         self._queue_changed = True
 
     def _end_cancelled_and_late(self) -> None:
-        """End cancelled and late requests, between two steps."""
         now = self._clock.monotonic()
         for request in list(self._requests.values()):
             if request.is_abandoned:
@@ -158,7 +157,7 @@ class EngineLoop:
             if rows:
                 self._fail(run(rows))
         self._unschedule_finished(picked)
-        self._deliver()  # rows whose windows the host waited for need not wait for the step too
+        self._deliver()  # audio that is already on the host need not wait for the step
         self._begin(stepping, at_once=not any(isinstance(row.phase, Stepping) for row in stepping))
         rows = [row for row in stepping if isinstance(row.phase, Stepping)]
         if rows:
@@ -175,8 +174,8 @@ class EngineLoop:
                 self._stages.deliver(row)
 
     def _begin(self, rows: Sequence[Row], *, at_once: bool = True) -> None:
-        """Start stepping the rows that are ready. Without `at_once`, rows whose text is not ready wait for the next
-        turn, so that they do not delay the others.
+        """Prepare encoded rows for their first step. Without `at_once`, rows whose inputs the device has not finished
+        are left for the next turn, so that they do not delay the others.
         """
         waiting = [row for row in rows if isinstance(row.phase, Encoding)]
         if waiting:
@@ -191,12 +190,12 @@ class EngineLoop:
                 continue
             try:
                 self._finish(row)
-            except Exception as error:  # noqa: BLE001 - the engine's edge: one row's audio must not end the thread
+            except Exception as error:  # noqa: BLE001 - an error in one row's audio must not end the thread
                 self._fail([(row, error)])
         return bool(arrived)
 
     def _finish(self, row: Row) -> None:
-        """Store a row's finished audio; after a request's last row, send its result."""
+        """Store a row's finished audio. If it is the last row of its request, send the result."""
         request = row.request
         request.audio[row.index] = row.in_phase(Decoding).audio.audio()
         self._drop(row)
@@ -248,7 +247,7 @@ class EngineLoop:
 
     def _drop(self, row: Row) -> None:
         del self._rows[row.id]
-        if row.id in self._scheduler:  # a row that waits only for its audio was removed earlier
+        if row.id in self._scheduler:  # a row whose work is all queued was already removed
             self._scheduler.remove(row.id)
         row.release()
 
@@ -263,7 +262,7 @@ class EngineLoop:
         self._metrics.gauge("engine_backlog_ms", self._admission.backlog_ms)
 
     def _report_positions(self) -> None:
-        """Report the number of rows ahead to waiting callers, if it changed."""
+        """Report to waiting callers how many rows are ahead of theirs, if this number changed."""
         if not self._queue_changed:
             return
         self._queue_changed = False

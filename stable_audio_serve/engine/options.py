@@ -12,25 +12,25 @@ from stable_audio_serve.core.generation import Mode
 class EngineOptions:
     """All options of one engine. `None` leaves the choice to the model's device.
 
-    `mode` strict (default on a CPU): a request's bytes never depend on other requests. `fast` (default on CUDA): rows
-    of different lengths share device calls, and results differ slightly (at most 1.2e-5 on the reference checkpoints;
-    one unit of 16-bit audio is 3e-5). Raises ConfigError naming a bad value.
+    In `mode` strict, the default on a CPU, a request's bytes never depend on other requests. In fast mode, the default
+    on CUDA, rows of different lengths share device calls, and results differ slightly: by at most 1.2e-5 on the
+    reference checkpoints, less than one unit of 16-bit audio (3e-5). Raises ConfigError for an invalid value.
     """
 
     mode: Mode | None = None
     max_rows: int = 64  # rows that hold device state, at most three quarters of them batch rows; others wait
     max_queue_s: float = 120.0  # predicted work that may wait; above it new requests are refused, batch ones first
     batch_share: float = 0.125  # time for batch rows while interactive ones run, as a share of interactive time
-    fixed_share: float = 0.15  # a step is large enough once its fixed cost is at most this share of it
+    fixed_share: float = 0.15  # a step takes more rows until its fixed cost is at most this share of its time
     max_step_tokens: int = 16_384  # latent frames of one step, all rows together
-    slots: int = 8  # rows of a strict call on CUDA, dummies included
+    slots: int = 8  # rows of a strict call on CUDA, dummy rows included
     frame_grid: int | None = None  # pad rows to a multiple of it; None: 64 on CUDA, 1 on a CPU (packed in fast mode)
-    max_memory_bytes: int | None = None  # of rows at work; None: most of the free memory on CUDA, no bound on a CPU
+    max_memory_bytes: int | None = None  # for started rows; None: most of the free memory on CUDA, no limit on a CPU
     prompt_cache_bytes: int = 256 * 2**20
-    planning_threads: int = 1  # per priority
+    planning_threads: int = 1  # threads that plan requests, per priority
     max_planning: int = 1024  # requests being planned at once, per priority
-    torch_threads: int | None = None  # per call on a CPU; None: torch's default; does not change strict results
-    warmup_budget_s: float = 2.0  # for timed calls, besides the first run of each kind; 0 skips the warm-up
+    torch_threads: int | None = None  # per call on a CPU; None: torch's default; strict results do not depend on it
+    warmup_budget_s: float = 2.0  # for timed calls; the first, untimed call of each kind is extra; 0 skips the warm-up
 
     def __post_init__(self) -> None:
         if self.mode not in (None, "strict", "fast"):

@@ -38,10 +38,10 @@ class Planner:
         self._usual_s = 0.01
 
     async def plan(self, request: GenerationRequest, *, frames: int | None) -> tuple[RowPlan, ...]:
-        """Returns the model's plans, one per variation.
+        """Return the model's plans, one per variation.
 
-        Raises OverloadedError at the bound, ModelUnavailableError once closed, the model's StableAudioErrors, and
-        GenerationError if the model fails in another way.
+        Raises OverloadedError if `max_pending` requests are being planned, ModelUnavailableError once closed, any
+        StableAudioError of the model, and GenerationError if the model fails in another way.
         """
         with self._lock:
             if self._closed:
@@ -55,7 +55,7 @@ class Planner:
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
-        """Fail queued requests; running ones finish."""
+        """Fail queued requests with ModelUnavailableError. Planning that has begun is finished."""
         with self._lock:
             self._closed = True
         self._pool.shutdown(wait=False)

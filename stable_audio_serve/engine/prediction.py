@@ -1,5 +1,5 @@
-"""Predicts how long rows take, alone and as a share of full steps, from the cost model and the batch policy. Publishes
-the predictions as prices for processes that have no engine.
+"""Predicts from the cost model and the batch policy how long rows take, either alone or as part of full steps. Exports
+the predictions as prices, for processes that have no engine.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from stable_audio_serve.engine.scheduling.windows import count_fitting
 from stable_audio_serve.engine.scheduling.work import Phase, RowWork
 from stable_audio_serve.models.protocol import DiffusionModel
 
-# Fractions of the longest clip at which prices are sampled. The longest clip itself has no headroom, so it is atypical.
+# Prices are fitted to clips of these fractions of the longest duration. The longest clip itself would be atypical,
+# because its latents have no padding.
 _SHORT, _LONG = 0.125, 0.75
 _FEW_STEPS, _MANY_STEPS = 8, 16
 
 
 class PriceList:
-    """Prices from the engine's current predictions. Thread-safe."""
+    """Computes prices from the engine's current predictions. Thread-safe."""
 
     def __init__(self, model: DiffusionModel, predictor: Predictor) -> None:
         card = model.spec.card
@@ -40,7 +41,7 @@ class PriceList:
         }
 
     def current(self) -> Prices:
-        """Returns the price of work that shares its calls with other work."""
+        """Return the prices of work that shares its calls with other work."""
         ms = {shape: self._predictor.share_ms(work) for shape, work in self._works.items()}
         text_ms = self._predictor.text_ms(1)
         short_s, long_s = self._seconds
@@ -64,13 +65,13 @@ def _plan(model: DiffusionModel, *, seconds: float, steps: int) -> RowWork:
 
 
 def _line(x0: float, y0: float, x1: float, y1: float) -> tuple[float, float]:  # noqa: PLR0917 - two points
-    """Returns the line through two points as (value at 0, slope), both clamped to at least 0."""
+    """Return the line through two points as (value at 0, slope), both clamped to at least 0."""
     slope = max(0.0, (y1 - y0) / (x1 - x0))
     return max(0.0, y0 - slope * x0), slope
 
 
 class Predictor:
-    """Predictions for scheduling (row alone) and for admission and routing (share of a full step). Thread-safe."""
+    """Predicts the times of rows: alone, for scheduling, or in full steps, for admission and routing. Thread-safe."""
 
     def __init__(self, cost: CostModel, policy: BatchPolicy, *, turn_frames: int = 1) -> None:
         """Each turn encodes or decodes up to `turn_frames` latent frames of a row, at least one window."""
@@ -79,19 +80,19 @@ class Predictor:
         self._turn_frames = turn_frames
 
     def text_ms(self, num_prompts: int) -> float:
-        """Returns the time to encode this many new prompts in one call."""
+        """Return the time to encode this many new prompts in one call."""
         return self._cost.call_ms("text", rows=num_prompts, frames=0)
 
     def alone_ms(self, work: RowWork) -> float:
-        """Returns the row's remaining time on an otherwise idle engine, text included."""
+        """Return the row's remaining time on an otherwise idle engine, text encoding included."""
         return self.text_ms(1) + work.predict_ms(self._cost, self._alone_evaluation_ms)
 
     def share_ms(self, work: RowWork) -> float:
-        """Returns the row's remaining device time if it shares its steps with others."""
+        """Return the row's remaining device time if it shares its steps with others."""
         return work.predict_ms(self._cost, self._shared_evaluation_ms)
 
     def step_ms(self, works: Sequence[RowWork], num_new: int) -> float:
-        """Returns the time of one turn over rows, `num_new` of which are new and need their text encoded."""
+        """Return the time of one turn over these rows. Of them, `num_new` are new and need their text encoded."""
         lanes = [work.lane for work in works if work.phase is Phase.DENOISE]
         total = self.text_ms(num_new) if num_new else 0.0
         total += sum(self._cost.groups_ms("denoise", call.groups) for call in self._policy.split(lanes))
@@ -100,7 +101,7 @@ class Predictor:
         return total
 
     def _coding_ms(self, kind: Work, lengths: Sequence[int]) -> float:
-        """Returns the time of the windows that one row runs in the next turn."""
+        """Return the time of the windows that one row runs in the next turn."""
         return sum(
             self._cost.call_ms(kind, rows=1, frames=frames)
             for frames in lengths[: count_fitting(lengths, self._turn_frames)]

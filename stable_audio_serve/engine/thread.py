@@ -1,4 +1,4 @@
-"""Runs the engine thread: warm-up, then turns until stopped. Every waiting request gets an answer when it ends."""
+"""Runs the engine thread: warm-up, then turns until stopped. When the thread ends, all unfinished requests fail."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _IDLE_BEAT_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class EngineHeartbeat:
-    """Whether the engine thread is alive, and `age_s`, the time since its last turn began."""
+    """Whether the engine thread is alive, and how many seconds ago its last turn began (`age_s`)."""
 
     is_alive: bool
     age_s: float
@@ -39,7 +39,7 @@ class EngineThread:
         prepare: Callable[[], None],
         clock: Clock,
     ) -> None:
-        """All work runs within the `sharing` context, which sets the thread count of each operation."""
+        """All work runs within the `sharing` context manager, which sets the CPU thread count of each operation."""
         self._loop = loop
         self._inbox = inbox
         self._sharing = sharing
@@ -56,18 +56,21 @@ class EngineThread:
         self._thread.start()
 
     def wait_ready(self) -> None:
-        """Block until the preparation succeeded or the thread ended."""
+        """Block until `prepare` has succeeded or the thread has ended."""
         self._ready.wait()
 
     def stop(self, *, timeout_s: float) -> None:
-        """End after the current turn and fail unfinished requests as unavailable. Waits at most `timeout_s`."""
+        """End the thread after its current turn and wait for it, at most `timeout_s` seconds.
+
+        Unfinished requests fail with ModelUnavailableError.
+        """
         self._stopping = True
         self._inbox.wake()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(timeout_s)
 
     def heartbeat(self) -> EngineHeartbeat:
-        """Returns whether the thread is alive and the age of its last turn."""
+        """Return whether the thread is alive and the age of its last turn."""
         return EngineHeartbeat(self._thread.is_alive(), self._clock.monotonic() - self._beat_at)
 
     def _run(self) -> None:

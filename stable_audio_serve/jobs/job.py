@@ -20,7 +20,7 @@ Mode = Literal["text-to-audio", "audio-to-audio", "inpainting"]
 
 
 class JobRef(NamedTuple):
-    """Identifies a job. The id alone is ambiguous: clients may choose ids, and each contract has its own."""
+    """Identifies a job. An id alone does not, because clients may choose ids, and each contract has its own ids."""
 
     contract: Contract
     client: ClientId
@@ -29,17 +29,17 @@ class JobRef(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class JobUpload:
-    """The client's file that a job starts from, stored as sent. The runner decodes it again."""
+    """The client's source audio, stored as it was sent. The runner decodes it again."""
 
     file: StoredFile
     role: Role
-    max_s: float  # the longest part the model can use, seconds
+    max_s: float  # only this many seconds are decoded, as many as the model can use
     decoded_bytes: int = 0  # memory of the decoded samples
 
 
 @dataclass(frozen=True, slots=True)
 class JobSpec:
-    """An accepted job. `request` has no audio; `upload` refers to it.
+    """An accepted job. Its source audio is in `upload`, not in `request`.
 
     Ids are unique per client and contract. Ids that the client did not choose are unguessable.
     """
@@ -108,7 +108,7 @@ class JobEvent:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The runner that holds a job. `fence` counts the job's leases; the store refuses writes with an older fence."""
+    """The lease of a job by a runner. `fence` counts the job's leases; the store refuses writes with an older fence."""
 
     owner: str
     fence: int
@@ -116,7 +116,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A snapshot of a job. Times are in UTC, with time zone."""
+    """A snapshot of a job. Times are in UTC and carry the time zone."""
 
     spec: JobSpec
     state: State
@@ -128,12 +128,12 @@ class Job:
     stage: str = "queued"
     fraction: float = 0.0
     eta_s: float | None = None  # predicted time left, seconds, at the last report
-    engine_position: int | None = None  # of a running job that waits in an engine: number of requests before it
+    engine_position: int | None = None  # number of requests before this one, while a running job waits in an engine
     lease: Lease | None = None  # set while the job runs
-    is_dead_letter: bool = False  # failed without being at fault; an operator may retry it
+    is_dead_letter: bool = False  # failed through no fault of its own; an operator may retry it
     result: JobResult | None = None
     error: JobError | None = None
-    is_readable: bool = True  # False if another version wrote it: then `spec` holds only what the columns have
+    is_readable: bool = True  # False if this version cannot parse the stored spec: `spec` then has only column values
 
     @property
     def is_over(self) -> bool:
@@ -141,7 +141,7 @@ class Job:
 
 
 def host_of(url: str) -> str:
-    """Return the lower-case host of a webhook URL, for the per-host limit, '' if the URL cannot be parsed."""
+    """Return the host of a webhook URL in lower case, for the limit per host. Returns '' if it cannot be parsed."""
     try:
         return (urlsplit(url).hostname or "").rstrip(".")
     except ValueError:

@@ -1,4 +1,4 @@
-"""Opens the stores and the job queue that the settings describe. Only this module chooses between implementations."""
+"""Opens the stores and the job queue that the settings describe. No other module chooses between implementations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stable_audio_serve.jobs.store.job_store import JobStore
 
 @dataclass(frozen=True, slots=True)
 class PreparedStores:
-    """Checked stores: the identity of the job database, and a one-line description of both locations."""
+    """The identity of the job database, and a one-line description of where jobs and files are stored."""
 
     identity: str
     description: str
@@ -39,7 +39,7 @@ def uses_sqlite(settings: Settings) -> bool:
 def open_store(settings: Settings, *, identity: str | None = None, catalog: ModelCatalog | None = None) -> JobStore:
     """Return the job store of these settings, not yet connected. Raises ConfigError.
 
-    With the `identity` of prepared stores, the store refuses any other database and creates none.
+    With an `identity` (`PreparedStores.identity`), the store refuses any other database and creates none.
     """
     url = database_url(settings.jobs.database_url, Path(settings.output_dir).absolute())
     return JobStore(Database(url, identity=identity), settings.jobs, storage=settings.storage, catalog=catalog)

@@ -14,14 +14,14 @@ from stable_audio_serve.jobs.store.operator_jobs import OperatorJobs, Unfinished
 
 T = TypeVar("T")
 
-_PATIENCE_S = 0.8  # seconds to wait for the database before the cached answer is returned
+_TIMEOUT_S = 0.8  # seconds to wait for the database before the cached answer is returned
 
 
 @dataclass(frozen=True, slots=True)
 class JobsOverview:
-    """Job counts `age_s` seconds ago, None if unknown. `counts` covers all states and may be older.
+    """Job counts of `age_s` seconds ago; None if unknown. `counts` covers all states and may be older.
 
-    `reason` says why newer counts are not available.
+    `reason` says why there are no newer counts.
     """
 
     unfinished: Unfinished | None = None
@@ -41,13 +41,16 @@ class JobsWatch:
         counts_fresh_s: float = 15.0,
         clock: Clock | None = None,
     ) -> None:
-        """Makes no query yet. `counts_fresh_s` is longer because counting all states reads every job."""
+        """Make no query yet. A result is cached for `fresh_s` seconds, the counts of all states for `counts_fresh_s`.
+
+        `counts_fresh_s` is longer, because counting all states reads every job.
+        """
         clock = clock or SystemClock()
         self._unfinished = _CachedQuery(jobs.unfinished, fresh_s=fresh_s, clock=clock)
         self._counts = _CachedQuery(jobs.counts, fresh_s=counts_fresh_s, clock=clock)
 
     async def overview(self) -> JobsOverview:
-        """Return counts within a second, cached ones if the database is slow."""
+        """Return job counts within a second. If the database is slow, they are cached ones."""
         await asyncio.gather(self._unfinished.refresh(), self._counts.refresh())
         unfinished, counts = self._unfinished, self._counts
         return JobsOverview(unfinished.answer, counts.answer, unfinished.age_s, unfinished.reason or counts.reason)
@@ -81,10 +84,10 @@ class _CachedQuery(Generic[T]):
             self.reason = "the job database does not answer"
 
     async def wait(self) -> bool:
-        """Return True if no query is in progress, after a short wait."""
+        """Wait briefly for a query in progress. Returns False if it is still in progress afterwards."""
         if self._refreshing is None:
             return True
-        done, _ = await asyncio.wait({self._refreshing}, timeout=_PATIENCE_S)
+        done, _ = await asyncio.wait({self._refreshing}, timeout=_TIMEOUT_S)
         return bool(done)
 
     async def _run(self) -> None:

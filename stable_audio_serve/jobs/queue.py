@@ -20,14 +20,14 @@ from stable_audio_serve.jobs.store.client_jobs import Added, CancelOutcome, Page
 from stable_audio_serve.jobs.store.job_store import JobStore
 from stable_audio_serve.jobs.watch import StoreWatch
 
-_DELETED_TOGETHER = 8
-_MOST_TOGETHER = 32  # one transaction of this size takes about 20 ms
+_MOST_DELETIONS_AT_ONCE = 8
+_MOST_PER_TRANSACTION = 32  # one transaction of this size takes about 20 ms
 
 __all__ = ["CancelOutcome", "JobQueue"]
 
 
 class JobQueue:
-    """Jobs for clients. `wake` notifies the runners of new work; a lost call delays a job by one polling interval."""
+    """Jobs for clients. `wake` makes runners look for work; if it fails, they find the job at their next poll."""
 
     def __init__(
         self,
@@ -46,15 +46,14 @@ class JobQueue:
         self._submitted: list[tuple[JobSpec, asyncio.Future[Added]]] = []
 
     async def submit(self, spec: JobSpec) -> Job:
-        """Add a job whose request cannot be a repeat. Returns the job."""
+        """Add a job without id or idempotency key of the client, so that it cannot be a repeat. Returns the job."""
         return (await self.add(spec)).job
 
     async def add(self, spec: JobSpec) -> Added:
-        """Add a job. Once this returns, the job survives the death of any process. A repeated request returns its first
-        job.
+        """Add a job. Once this returns, the job survives the death of any process.
 
-        The upload of a job that is not added is deleted. Raises ConflictError, OverloadedError, QuotaError and
-        StorageError.
+        A repeated request returns the job that it added first. The upload of a job that is not added is deleted. Raises
+        ConflictError, OverloadedError, QuotaError and StorageError.
         """
         try:
             added = await self._add(spec)
@@ -70,7 +69,7 @@ class JobQueue:
         return added
 
     async def _add(self, spec: JobSpec) -> Added:
-        """Add the job in one transaction with all others submitted during the previous transaction."""
+        """Add the job. One transaction adds all jobs that were submitted during the previous transaction."""
         future = asyncio.get_running_loop().create_future()
         self._submitted.append((spec, future))
         if self._submitting is None or self._submitting.done():
@@ -79,11 +78,14 @@ class JobQueue:
 
     async def _add_submitted(self) -> None:
         while self._submitted:
-            submitted, self._submitted = self._submitted[:_MOST_TOGETHER], self._submitted[_MOST_TOGETHER:]
+            submitted, self._submitted = (
+                self._submitted[:_MOST_PER_TRANSACTION],
+                self._submitted[_MOST_PER_TRANSACTION:],
+            )
             outcomes: Sequence[Added | Exception]
             try:
                 outcomes = await asyncio.to_thread(self.store.clients.add_all, [spec for spec, _ in submitted])
-            except Exception as error:  # noqa: BLE001  # passed on to every caller
+            except Exception as error:  # noqa: BLE001  # raised in every caller
                 outcomes = [error] * len(submitted)
             for (_, future), outcome in zip(submitted, outcomes, strict=True):
                 if future.done():  # the caller was cancelled
@@ -96,7 +98,7 @@ class JobQueue:
     async def list_own(
         self, contract: Contract, client: ClientId, *, state: State | None, cursor: str | None, limit: int
     ) -> Page:
-        """Return a client's jobs, newest first. Raises InvalidRequestError for a cursor this client never received."""
+        """Return a client's jobs, newest first. Raises InvalidRequestError for a cursor that is not this client's."""
         find = partial(self.store.clients.list_own, contract, client, state=state, cursor=cursor, limit=limit)
         return await asyncio.to_thread(find)
 
@@ -113,11 +115,11 @@ class JobQueue:
         return await asyncio.to_thread(self.store.clients.find_unguessable, contract, job_id)
 
     async def position(self, job: Job) -> int:
-        """Return how many jobs of its model start before this queued one; 0 means it is next."""
+        """Return how many jobs of the same model start before this queued job; 0 means that it is next."""
         return await asyncio.to_thread(self.store.clients.position, job)
 
     async def cancel(self, ref: JobRef) -> tuple[CancelOutcome, Job | None]:
-        """End a waiting job ("removed"), or ask the runner of a running one to stop it ("requested").
+        """End a waiting job (outcome "removed"), or ask the runner of a running job to stop it (outcome "requested").
 
         Returns the outcome and the job afterwards.
         """
@@ -129,10 +131,10 @@ class JobQueue:
         return outcome, job
 
     async def forget_dead_letters(self, numbers: Collection[int]) -> Sequence[int]:
-        """Delete dead letters and their uploads. Returns the numbers of the deleted ones."""
+        """Delete dead letters and their uploads. Returns the numbers of the deleted dead letters."""
         forgotten, keys = await asyncio.to_thread(self.store.dead_letters.delete, numbers)
-        for start in range(0, len(keys), _DELETED_TOGETHER):
-            deletions = map(self.artifacts.delete, keys[start : start + _DELETED_TOGETHER])
+        for start in range(0, len(keys), _MOST_DELETIONS_AT_ONCE):
+            deletions = map(self.artifacts.delete, keys[start : start + _MOST_DELETIONS_AT_ONCE])
             await asyncio.gather(*deletions, return_exceptions=True)  # the sweeper deletes what remains
         return forgotten
 
@@ -143,7 +145,7 @@ class JobQueue:
                 await self.artifacts.delete(spec.upload.file.key)
 
     async def put_upload(self, chunks: Chunks, *, media_type: str, file_name: str) -> StoredFile:
-        """Store a client's file for a job about to be submitted. Raises StorageError."""
+        """Store a client's file for a job that will be submitted. Raises StorageError."""
         return await self.artifacts.put(upload_key(), chunks, media_type=media_type, file_name=file_name)
 
     async def publish(
@@ -156,13 +158,14 @@ class JobQueue:
         clips: tuple[ClipFacts, ...] = (),
         made_on: MadeOn | None = None,
     ) -> tuple[str, StoredFile]:
-        """Store a file that can be downloaded by link without a key. Raises StorageError.
+        """Store a file that anyone with the link can download. Raises StorageError.
 
-        Returns the link's id, random unless given, and the file.
+        Returns the id in the link, which is `file_id` or else random, and the file.
         """
         file = await self.artifacts.put(file_key(), chunks, media_type=media_type, file_name=file_name)
         file = replace(file, clips=clips, made_on=made_on)
-        # On failure keep the file for the sweeper: it may be published, with only the answer lost.
+        # Do not delete the file after an error: it may be published, and only the answer was lost. If it is not, the
+        # sweeper deletes it.
         return await asyncio.to_thread(lambda: self.store.files.publish(file, file_id=file_id)), file
 
     async def find_file(self, file_id: str) -> StoredFile | None:
@@ -174,7 +177,7 @@ class JobQueue:
         return self.artifacts.read(file)
 
     async def close(self) -> None:
-        """Close the database and start no new work with files."""
+        """Close the database and the artifact store."""
         await self.watch.close()
         await self.overview.close()
         await self.artifacts.close()

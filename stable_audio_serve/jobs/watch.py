@@ -10,7 +10,7 @@ from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.health import Refusals, StoreHealth, health_of
 
-_PATIENCE_S = 0.8  # seconds to wait for the stores before the cached answer is returned
+_TIMEOUT_S = 0.8  # seconds to wait for the stores before the cached answer is returned
 _SILENT_AFTER_S = 10.0
 _SILENCE = StoreHealth("unavailable", "the job database does not answer")
 
@@ -27,10 +27,7 @@ class StoreWatch:
         fresh_if_bad_s: float = 1.0,
         clock: Clock | None = None,
     ) -> None:
-        """An answer is cached for `fresh_s` seconds, or `fresh_if_bad_s` if a store is unavailable.
-
-        Makes no check yet.
-        """
+        """Make no check yet. A result is cached for `fresh_s` seconds, or `fresh_if_bad_s` if a store is down."""
         self._database = database
         self._refusals = Refusals(database)
         self._artifacts = artifacts
@@ -43,14 +40,14 @@ class StoreWatch:
         self._checking: asyncio.Task[None] | None = None
 
     async def health(self) -> StoreHealth:
-        """Return the health of the stores within a second, a cached one if the stores are slow."""
+        """Return the health of the stores within a second. If the stores are slow, it is the cached one."""
         fresh_s = self._fresh_s if self._latest.state == "ok" else self._fresh_if_bad_s
         if self._checking is None and self._clock.monotonic() - self._checked_at < fresh_s:
             return self._latest
         if self._checking is None:
             self._began_at = self._clock.monotonic()
             self._checking = asyncio.create_task(self._check())
-        done, _ = await asyncio.wait({self._checking}, timeout=_PATIENCE_S)
+        done, _ = await asyncio.wait({self._checking}, timeout=_TIMEOUT_S)
         is_silent = not done and self._clock.monotonic() - self._began_at > _SILENT_AFTER_S
         return _SILENCE if is_silent else self._latest
 
@@ -74,4 +71,4 @@ class StoreWatch:
     async def close(self) -> None:
         """Wait briefly for a check in progress."""
         if self._checking is not None:
-            await asyncio.wait({self._checking}, timeout=_PATIENCE_S)
+            await asyncio.wait({self._checking}, timeout=_TIMEOUT_S)

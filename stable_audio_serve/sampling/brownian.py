@@ -1,7 +1,7 @@
-"""A Brownian path over noise levels, drawn as in the references, to replay their runs for verification.
+"""A Brownian path over noise levels, drawn as in the reference implementations, to replay their runs for verification.
 
-Generation does not need it: a sampler's steps do not overlap, so the path's increments over them are independent, and
-one normal draw per step has the same distribution. Independent of samplers.
+Generation does not need it: the steps of a sampler do not overlap, so the path's increments over the steps are
+independent, and one normal draw per step has the same distribution. Independent of samplers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 _DECIMALS = 6  # levels are rounded to 1e-6
 _POOL_SIZE = 24
-MAX_ENTROPY = 2**63 - 1  # the exclusive bound of a path's random integer
+MAX_ENTROPY = 2**63 - 1  # the random integer of a path is below this
 
 
 class BrownianTree:
@@ -36,11 +36,11 @@ class BrownianTree:
         self._total = math.sqrt(end - start) * self._normal(int(words[0]))
 
     def increment(self, low: float, high: float) -> Tensor:
-        """Returns W(high) - W(low), `shape`, float32 on the CPU; levels are clamped to the ends."""
+        """Return W(high) - W(low), of shape `shape`, float32 on the CPU. Levels are clamped to `start`..`end`."""
         return (self._value(high) - self._value(low)).float()
 
     def _value(self, level: float) -> Tensor:
-        """Returns W(level) - W(start), float64."""
+        """Return W(level) - W(start), float64."""
         wanted = min(max(round(level, _DECIMALS), self._start), self._end)
         low, high, across = self._start, self._end, self._total
         value = torch.zeros_like(across)
@@ -66,9 +66,9 @@ class BrownianTree:
 
 
 def brownian_steps(entropy: int, sigmas: Sequence[float], *, shape: tuple[int, ...]) -> list[Tensor]:
-    """Returns the path's unit-variance noise for each pair of adjacent positive levels of the descending `sigmas`.
+    """Return the path's unit-variance noise for each pair of adjacent positive levels of the descending `sigmas`.
 
-    For the step from s to n it is `-(W(s) - W(n)) / sqrt(s - n)`, `shape`, float32 on the CPU.
+    For the step from s to n it is `-(W(s) - W(n)) / sqrt(s - n)`, of shape `shape`, float32 on the CPU.
     """
     levels = [sigma for sigma in sigmas if sigma > 0.0]
     tree = BrownianTree(entropy, start=min(levels), end=max(levels), shape=shape)
@@ -77,16 +77,16 @@ def brownian_steps(entropy: int, sigmas: Sequence[float], *, shape: tuple[int, .
 
 @dataclass(frozen=True, slots=True)
 class ReplayPath:
-    """The Brownian path of a reference run over the batch's `shape`: draws one integer, then a path over `sigmas`.
+    """The Brownian path of a reference run over `sigmas`, for a whole batch of shape `shape`.
 
-    Provides the sampler's draws 0, 1, ... ("step"), one per step between two positive levels.
+    Provides the sampler's draws with stage "step" and index 0, 1, ..., one per step between two positive levels.
     """
 
     sigmas: tuple[float, ...]
     shape: tuple[int, ...]
 
     def make(self, generator: torch.Generator) -> dict[tuple[str, int], Tensor]:
-        """Returns this entry's draws by stage and index; advances the generator by one integer."""
+        """Return the draws by stage and index. Takes one random integer from the generator."""
         entropy = int(torch.randint(0, MAX_ENTROPY, [], generator=generator))
         steps = brownian_steps(entropy, self.sigmas, shape=self.shape)
         return {("step", index): noise for index, noise in enumerate(steps)}

@@ -18,12 +18,12 @@ _X = register(0)
 
 
 def ddim(steps: int, level: float, *, guidance: Guidance, has_source: bool) -> SamplerPlan:
-    """Returns the plan of DDIM from time `level` (clamped to 1) to 0; all noise comes from the guided output."""
+    """Return the plan of DDIM from time `level` (at most 1) to 0. The noise is predicted from the guided output."""
     return _plan(steps, level, guidance=guidance, has_source=has_source, renoise=VELOCITY)
 
 
 def ddim_cfgpp(steps: int, level: float, *, guidance: Guidance, has_source: bool) -> SamplerPlan:
-    """Returns the plan of DDIM with a guided clean estimate; in guided steps, noise comes from the unguided branch.
+    """Return the plan of DDIM with CFG++: in guided steps, the noise is predicted from the unconditional output.
 
     "CFG++: Manifold-constrained Classifier Free Guidance for Diffusion Models" (arXiv 2406.08070).
     """
@@ -31,7 +31,7 @@ def ddim_cfgpp(steps: int, level: float, *, guidance: Guidance, has_source: bool
 
 
 def _plan(steps: int, level: float, *, guidance: Guidance, has_source: bool, renoise: Terms) -> SamplerPlan:
-    """Returns a plan with one register. The result is the last clean estimate; times and weights are float32 values."""
+    """Return a plan with one register. Its result is the last clean estimate. Times and weights are float32 values."""
     check_steps(steps)
     times = torch.linspace(min(level, 1.0), 0, steps + 1, dtype=torch.float32)[:-1]
     alphas: list[float] = torch.cos(times * math.pi / 2).tolist()

@@ -17,13 +17,13 @@ from stable_audio_serve.sampling.plan import Guidance
 
 NUM_GUIDANCE = 4
 
-# Sums each row of (B, D, F): (B, 1, 1).
+# Returns the sum of each row: (B, D, F) -> (B, 1, 1).
 RowSum = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class GuidanceUse:
-    """The optional parts that at least one row uses, known on the host; the others are skipped."""
+    """The optional parts of guidance that at least one row uses, as known on the host. Other parts are skipped."""
 
     apg: bool = True
     norm_threshold: bool = True
@@ -31,7 +31,7 @@ class GuidanceUse:
 
     @classmethod
     def of(cls, rows: Sequence[Guidance]) -> GuidanceUse:
-        """Returns the parts that these guided rows use."""
+        """Return the parts that these guided rows use."""
         return cls(
             apg=any(row.apg_scale != 0.0 for row in rows),
             norm_threshold=any(row.norm_threshold > 0.0 for row in rows),
@@ -48,33 +48,33 @@ class GuidanceBatch:
 
     @classmethod
     def of(cls, rows: Sequence[Guidance], *, device: torch.device | None = None) -> GuidanceBatch:
-        """Returns the rows' parameters on `device`, copied in one transfer."""
+        """Return the rows' parameters on `device`, copied in one transfer."""
         values = torch.tensor([guidance_values(row) for row in rows], dtype=torch.float32)
         return cls(values.to(device), GuidanceUse.of(rows))
 
     @property
     def cfg_scale(self) -> Tensor:
-        """(B, 1, 1)."""
+        """The CFG scale of each row, (B, 1, 1)."""
         return self.values[:, 0, None, None]
 
     @property
     def apg_scale(self) -> Tensor:
-        """(B, 1, 1)."""
+        """The APG scale of each row, (B, 1, 1)."""
         return self.values[:, 1, None, None]
 
     @property
     def norm_threshold(self) -> Tensor:
-        """(B, 1, 1)."""
+        """The norm threshold of each row, (B, 1, 1)."""
         return self.values[:, 2, None, None]
 
     @property
     def rescale(self) -> Tensor:
-        """(B, 1, 1)."""
+        """The rescale factor of each row, (B, 1, 1)."""
         return self.values[:, 3, None, None]
 
 
 def guidance_values(row: Guidance) -> tuple[float, float, float, float]:
-    """Returns a row's numbers in the order in which `GuidanceBatch` reads them."""
+    """Return a row's numbers in the order in which `GuidanceBatch` reads them."""
     return row.cfg_scale, row.apg_scale, row.norm_threshold, row.rescale
 
 
@@ -85,17 +85,19 @@ class PagedRows:
     All pages have the same length, a power of two, so summing page by page equals summing the whole row.
     """
 
-    pages: Tensor  # (N, P): each row's pages, in order; B marks missing ones
-    rows: Tensor  # (B,): each page's row
+    pages: Tensor  # (N, P): the indices of each row's pages, in order, then B for missing pages
+    rows: Tensor  # (B,): the row of each page
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum (B, D, F) over each page's row: (B, 1, 1), bit-identical to the sum of an uncut row."""
+        """Return for each page the sum (B, 1, 1) of its row's `values` (B, D, F), bit-identical to that of an uncut
+        row.
+        """
         own = torch.nn.functional.pad(row_sum(values).flatten(), (0, 1))
         return _tree_sum(own[self.pages][..., None]).index_select(0, self.rows)
 
 
 def row_sum(values: Tensor) -> Tensor:
-    """Sum each row of (B, D, F): (B, 1, 1)."""
+    """Return the sum (B, 1, 1) of each row of `values` (B, D, F)."""
     return _tree_sum(_tree_sum(values).transpose(1, 2))
 
 
@@ -109,14 +111,17 @@ def guide(
     rows: GuidanceBatch,
     add_up: RowSum = row_sum,
 ) -> Tensor:
-    """Returns the guided output (B, D, F) float32 of rows at `x` (B, D, F), `times` (B,).
+    """Return the guided output (B, D, F) float32 of rows at `x` (B, D, F), `times` (B,).
 
-    `conditional` and `unconditional` (B, D, F) are the network's outputs in any float type. Plain guidance and rescale
-    hold for any output that is linear in the clean estimate. The projection and the threshold are defined on the clean
-    estimate x - t v, so they require velocities. The formula never divides by a time, so it is exact down to t = 0:
-    v_c - (s - 1) d, with d = v_u - v_c after projection and threshold. Statistics use only frames where `valid` (B, F)
-    bool is true, None: all; elsewhere the result is unspecified. `add_up` is replaced for rows in several pieces.
-    Parts that no row uses are skipped, which changes no bit of the result.
+    `conditional` and `unconditional` (B, D, F) are the network's outputs in any float type. The result is v_c - (s - 1)
+    d, where s is the CFG scale, v_c the conditional output, and d the difference of unconditional and conditional
+    output after projection and threshold. It never divides by a time, so it is exact down to t = 0. Plain guidance and
+    rescale are valid for any output that is linear in the clean estimate. Projection and threshold are defined on the
+    clean estimate x - t v, so they require velocities.
+
+    Statistics use only frames where `valid` (B, F) bool is true, or all frames if it is None. In other frames the
+    result is unspecified. `add_up` sums rows; it differs for rows that are cut into pages. Parts that no row uses are
+    skipped, which changes no bit of the result.
     """
     x, t = x.float(), times.float()[:, None, None]
     v_cond = conditional.float()
@@ -136,9 +141,9 @@ def guide(
 def _limit_norm(
     difference: Tensor, valid: Tensor | None, *, times: Tensor, threshold: Tensor, add_up: RowSum
 ) -> Tensor:
-    """Scale the difference of velocities in rows where the clean estimates' difference exceeds L2 norm `threshold`.
+    """Limit the L2 norm of the difference of clean estimates to `threshold` by scaling the difference of velocities.
 
-    The clean estimates' difference is t times as large. A threshold of 0 means no limit.
+    The clean estimates differ by t times the difference of velocities. A threshold of 0 means no limit.
     """
     norm = times * add_up(_valid_only(difference * difference, valid)).sqrt()
     limited = difference * (threshold / norm).clamp(max=1.0)
@@ -146,25 +151,25 @@ def _limit_norm(
 
 
 def _orthogonal_part(difference: Tensor, clean: Tensor, *, valid: Tensor | None, add_up: RowSum) -> Tensor:
-    """Subtract from `difference` its projection on `clean`; the result is 0 in invalid frames.
+    """Return `difference` without its projection on `clean`. The result is 0 in invalid frames.
 
     Reference: "Eliminating Oversaturation and Artifacts of High Guidance Scales" (arXiv 2410.02416), without momentum.
     """
     clean = _valid_only(clean, valid)
-    floor = 1e-12 if valid is None else 1e-8  # the two variants in the references
+    floor = 1e-12 if valid is None else 1e-8  # the references use one value without a mask, another with a mask
     direction = clean / add_up(clean * clean).sqrt().clamp(min=floor)
     along = add_up(_valid_only(difference * direction, valid))
     return _valid_only(difference - along * direction, valid)
 
 
 def _rescale(velocity: Tensor, v_cond: Tensor, *, amount: Tensor) -> Tensor:
-    """Blend the velocity towards the conditional velocity's standard deviation over channels, per frame."""
+    """Scale each frame of the velocity towards the standard deviation over channels of the conditional velocity."""
     matched = velocity * _channel_std(v_cond) / _channel_std(velocity)
     return torch.where(amount == 0.0, velocity, amount * matched + (1.0 - amount) * velocity)
 
 
 def _channel_std(values: Tensor) -> Tensor:
-    """Returns the unbiased standard deviation over D of (B, D, F): (B, 1, F)."""
+    """Return the unbiased standard deviation (B, 1, F) over the channels of `values` (B, D, F)."""
     count = values.shape[1]
     centred = values - _tree_sum(values) / count
     return (_tree_sum(centred * centred) / (count - 1)).sqrt()
@@ -176,7 +181,7 @@ def _valid_only(values: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def _tree_sum(values: Tensor) -> Tensor:
-    """Sum over axis 1 (kept), added pairwise, so that appended zeros do not change the result."""
+    """Return the sum over axis 1, keeping the axis. Adds pairwise, so that appended zeros do not change the result."""
     while (count := values.shape[1]) > 1:
         paired = values[:, 0 : count - 1 : 2] + values[:, 1::2]
         values = torch.cat((paired, values[:, -1:]), dim=1) if count % 2 else paired

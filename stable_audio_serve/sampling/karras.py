@@ -21,9 +21,9 @@ MAX_RHO = 100.0
 
 @dataclass(frozen=True, slots=True)
 class SigmaRange:
-    """A row's highest and lowest noise level, and how the levels between them are spaced (`rho` 1: even in ln sigma).
+    """A row's highest and lowest noise level, and the spacing of the levels between (`rho` 1: even in ln sigma).
 
-    Raises InvalidRequestError on `sigma_min`, `sigma_max` (which must be larger) and `rho`.
+    Raises InvalidRequestError on `sigma_min`, on `sigma_max` if it is not larger than `sigma_min`, and on `rho`.
     """
 
     sigma_min: float
@@ -44,7 +44,7 @@ class SigmaRange:
 
 
 def polyexponential_sigmas(steps: int, span: SigmaRange) -> Tensor:
-    """Returns exp(r (ln max - ln min) + ln min) with r = linspace(1, 0)**rho, then 0; (steps + 1,) float32.
+    """Return exp(r (ln max - ln min) + ln min) with r = linspace(1, 0)**rho, then 0; (steps + 1,) float32.
 
     This is the grid of Stable Audio Open. Raises InvalidRequestError on `steps`, and on `rho` if two levels coincide.
     """
@@ -55,7 +55,7 @@ def polyexponential_sigmas(steps: int, span: SigmaRange) -> Tensor:
 
 
 def _append_zero(levels: Tensor) -> Tensor:
-    """Append a final 0. Raises InvalidRequestError if two levels are equal, because their step has no slope."""
+    """Append a final 0. Raises InvalidRequestError if two levels are equal, because a step needs a nonzero length."""
     if not (levels[:-1] > levels[1:]).all():
         message = f"these sigma_min, sigma_max and rho leave two equal noise levels in {len(levels)} steps"
         raise InvalidRequestError(message, field="rho")

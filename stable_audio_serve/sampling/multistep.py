@@ -1,7 +1,7 @@
 """Samplers over sigma that call the network once per step and keep earlier results in a row's registers.
 
-In the formulas s is the step's noise level, n the next one, d the clean estimate D(x, s) and h = ln s - ln n; an index
-counts steps back. Each function writes all steps of `sigmas`, float32 values that descend to 0.
+In the formulas s is the step's noise level, n the next level, d the clean estimate D(x, s) and h = ln s - ln n. Each
+function writes the steps for all `sigmas`, which are float32 values that descend to 0.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _X = register(0)
 
 
 def dpmpp_2m(network: VNetwork, sigmas: Sequence[float]) -> None:
-    """DPM-Solver++(2M), arXiv 2211.01095: x = (n/s) x + (1 - e^-h) d', with d' extrapolated from the previous step.
+    """DPM-Solver++(2M), arXiv 2211.01095: x = (n/s) x + (1 - e^-h) d', where d' extrapolates from the previous d to d.
 
     Registers: x, the previous d.
     """
@@ -58,11 +58,11 @@ def dpmpp_2m_sde(network: VNetwork, sigmas: Sequence[float]) -> None:
 
 
 def dpmpp_3m_sde(network: VNetwork, sigmas: Sequence[float]) -> None:
-    """The stochastic form of DPM-Solver++(3M), as in k-diffusion: third order from the two previous results.
+    """The stochastic form of DPM-Solver++(3M), as in k-diffusion, of third order with the two previous clean estimates.
 
     Registers: x, d of the previous step, d of the step before it. Draws at every step except the last.
     """
-    earlier: list[float] = []  # h of the previous steps, latest first
+    earlier: list[float] = []  # h of the previous steps, the latest first
     for s, n in itertools.pairwise(sigmas):
         d = network.denoised(s)
         if n == 0.0:
@@ -77,7 +77,7 @@ def dpmpp_3m_sde(network: VNetwork, sigmas: Sequence[float]) -> None:
 
 
 def _third_order(d: Terms, h: float, *, earlier: Sequence[float]) -> Terms:
-    """Returns the terms that earlier results contribute to a step of `dpmpp_3m_sde`."""
+    """Return the terms that earlier clean estimates contribute to a step of `dpmpp_3m_sde`."""
     if not earlier:
         return Terms({})
     phi_2 = math.expm1(-2.0 * h) / (2.0 * h) + 1.0
@@ -93,9 +93,9 @@ def _third_order(d: Terms, h: float, *, earlier: Sequence[float]) -> Terms:
 
 
 def lms(network: VNetwork, sigmas: Sequence[float]) -> None:
-    """Adams-Bashforth of order up to 4 on dx/dsigma over the uneven grid (Katherine Crowson's k-lms).
+    """Adams-Bashforth of order up to 4 for dx/dsigma on an uneven grid (Katherine Crowson's k-lms).
 
-    Registers: x, then the slopes of the three previous steps, latest first.
+    Registers: x, then the slopes of the three previous steps, the latest first.
     """
     earlier = [register(index) for index in range(1, LMS_ORDER)]
     for step, (s, n) in enumerate(itertools.pairwise(sigmas)):
@@ -107,9 +107,9 @@ def lms(network: VNetwork, sigmas: Sequence[float]) -> None:
 
 
 def _adams_weights(nodes: Sequence[float], end: float) -> list[float]:
-    """Returns the integrals from `nodes[0]` to `end` of the Lagrange polynomials through `nodes`.
+    """Return the integrals from `nodes[0]` to `end` of the Lagrange basis polynomials of `nodes`.
 
-    Two Gauss points are exact, because four nodes give polynomials of degree at most 3.
+    Quadrature with two Gauss points is exact, because at most four nodes give polynomials of degree at most 3.
     """
     middle, half = (nodes[0] + end) / 2.0, (end - nodes[0]) / 2.0
     points = [middle - half / math.sqrt(3.0), middle + half / math.sqrt(3.0)]

@@ -22,23 +22,23 @@ _CPU = torch.device("cpu")
 
 
 class NoiseSource(Protocol):
-    """All random draws of one row, per stage, independent of neighbours and windows."""
+    """All random draws of one row. They do not depend on other rows or on how the row is cut into windows."""
 
     def initial(self, shape: tuple[int, ...]) -> Tensor:
-        """Returns the initial latent noise, `shape` (D, F), float32 on the CPU, unit normal. Called once, first."""
+        """Return the initial latent noise, `shape` (D, F), float32 on the CPU, unit normal. Called once, first."""
         ...
 
     def step(self, shape: tuple[int, ...]) -> Tensor:
-        """Returns the next sampler draw, `shape` (D, F), float32 on the CPU. Called once per evaluation that draws."""
+        """Return the noise of the next evaluation that draws noise, `shape` (D, F), float32 on the CPU."""
         ...
 
     def window(
         self, stage: str, start: int, *, shape: tuple[int, ...], frame_axis: int, device: torch.device
     ) -> Tensor:
-        """Returns noise for latent frames `start ... start + shape[frame_axis] - 1` of an encode or decode window.
+        """Return noise for latent frames `start ... start + shape[frame_axis] - 1` of an encode or decode window.
 
-        `stage` names the draw ("decode/bottleneck", "decode/tokens", "init/tokens", "inpaint/tokens", ...);
-        float32 on `device`. The value of a frame depends on (seed, stage, frame) only, never on the window.
+        The noise has shape `shape`, float32 on `device`. `stage` names the draw, such as "decode/bottleneck" or
+        "init/tokens". The noise of a frame depends only on (seed, stage, frame), never on the window.
         """
         ...
 
@@ -46,9 +46,9 @@ class NoiseSource(Protocol):
 class SeededNoise:
     """The noise of a row, determined by its seed.
 
-    Latents are drawn from one CPU generator, in the order and shape of a single-row reference run with that seed.
-    Windows are drawn in blocks of 32 latent frames, from generators derived from (seed, stage, block) on the model's
-    device.
+    Latent noise is drawn from one CPU generator, in the order and shape of a reference run with one row and that seed.
+    The noise of windows is drawn on the model's device in blocks of 32 latent frames, each from a generator that is
+    seeded from (seed, stage, block).
     """
 
     def __init__(self, seed: int) -> None:
@@ -82,7 +82,7 @@ class SeededNoise:
 
 @dataclass(frozen=True, slots=True)
 class ReplayDraw:
-    """One draw of a reference run; `shape` covers the whole batch.
+    """One draw of a reference run. `shape` is that of the whole batch.
 
     `stage` is "initial", "step" or a window's stage; `index` is the step's number or the window's first latent frame.
     """
@@ -92,16 +92,16 @@ class ReplayDraw:
     shape: tuple[int, ...]
 
     def make(self, generator: torch.Generator) -> dict[tuple[str, int], Tensor]:
-        """Returns the draw under its stage and index."""
+        """Return the draw, with its stage and index as key."""
         return {(self.stage, self.index): torch.randn(self.shape, generator=generator, dtype=torch.float32)}
 
 
 class ReplayNoise:
-    """The draws of a reference run over `num_rows` rows, from one CPU generator in the script's order.
+    """The draws of a reference run over `num_rows` rows, from one CPU generator. `script` lists them in order.
 
     The result does not depend on the order of calls or on their threads: before a draw is returned, all earlier draws
-    of the script are made, once each. A draw for the whole batch is split between the rows. A draw of one row's size is
-    shared by all rows, because source audio is encoded once per run.
+    of the script are made, each once. A draw of the batch's size is split between the rows. A draw of one row's size is
+    shared by all rows, because the reference encodes source audio once per run.
     """
 
     def __init__(self, seed: int, script: Sequence[ReplayDraw | ReplayPath], *, num_rows: int) -> None:
@@ -112,11 +112,11 @@ class ReplayNoise:
         self._lock = Lock()
 
     def row(self, index: int) -> NoiseSource:
-        """Returns the noise source of row `index`."""
+        """Return the noise source of row `index`."""
         return _ReplayRow(self, index)
 
     def draw(self, stage: str, index: int) -> Tensor:
-        """Returns the whole batch's draw, float32 on the CPU. Raises GenerationError if the script has none."""
+        """Return the whole batch's draw, float32 on the CPU. Raises GenerationError if the script has none."""
         with self._lock:
             while (stage, index) not in self._made:
                 if not self._pending:
@@ -125,7 +125,7 @@ class ReplayNoise:
             return self._made[stage, index]
 
     def share(self, stage: str, index: int, *, row: int, shape: tuple[int, ...]) -> Tensor:
-        """Returns row `row`'s part of a draw, in `shape`. Raises GenerationError if the sizes do not match."""
+        """Return row `row`'s part of a draw, in `shape`. Raises GenerationError if the sizes do not match."""
         drawn = self.draw(stage, index)
         size = torch.Size(shape).numel()
         if drawn.numel() == size:

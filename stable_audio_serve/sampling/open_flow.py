@@ -1,7 +1,7 @@
 """The flow samplers of the Stable Audio Open family where they differ from those of Stable Audio 3.
 
-Euler and ping-pong differ only in their times. DPM-Solver++ has no lower bound of the log-SNR, so its second step from
-pure noise does not extrapolate. RK4 uses even times down to 0. Independent of networks and requests.
+Euler and ping-pong differ only in their times. DPM-Solver++ does not limit the log-SNR, so from pure noise its second
+step cannot extrapolate. RK4 uses evenly spaced times down to 0. Independent of networks and requests.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _X, _PREVIOUS, _TOTAL = register(0), register(1), register(2)
 
 
 def open_flow_times(sampler: str, steps: int, *, level: float, shift: TimestepShift, length: float) -> Tensor:
-    """Returns the times of `sampler` from `level` to 0, (steps + 1,) float32, for a row of `length` latent frames.
+    """Return the times of `sampler` from `level` to 0, (steps + 1,) float32, for a row of `length` latent frames.
 
-    RK4's times are evenly spaced, then warped by `shift`. Other samplers' times are evenly spaced in log-SNR; if
-    `level` is below about 0.12, inner times exceed it, as in the references. Raises InvalidRequestError on `steps` and
-    `init_noise_level`.
+    RK4's times are evenly spaced, then warped by `shift`. The times of other samplers are evenly spaced in log-SNR. If
+    `level` is below about 0.12, their inner times exceed it, as in the references. Raises InvalidRequestError on
+    `steps` and `init_noise_level`.
     """
     check_steps(steps)
     check_level(level)
@@ -43,10 +43,10 @@ def open_flow_times(sampler: str, steps: int, *, level: float, shift: TimestepSh
 def build_open_flow_plan(
     sampler: str, times: Tensor, *, guidance: Guidance, has_source: bool, level: float | None = None
 ) -> SamplerPlan:
-    """Returns the plan of `sampler` on one row's `times` (steps + 1,) float32, ending at 0.
+    """Return the plan of `sampler` on one row's `times` (steps + 1,) float32, ending at 0.
 
     With a source, the initial latent is (1 - level) source + level noise, otherwise it is the noise. `level` defaults
-    to the first time. For RK4 it may differ from that: the shift changes the times but not this mixture. Raises
+    to the first time. For RK4 the two can differ, because the shift changes the times but not `level`. Raises
     InvalidRequestError on `sampler_type`.
     """
     if sampler in ("euler", "pingpong"):
@@ -61,8 +61,8 @@ def build_open_flow_plan(
 def _dpmpp(times: Tensor, guidance: Guidance) -> PlanWriter:
     """DPM-Solver++(2M) (arXiv 2211.01095) with lambda = ln((1 - t) / t): x = (t'/t) x + (1 - t')(1 - e^-h) d'.
 
-    Registers: x, the previous clean estimate d = x - t v. d' extrapolates from it, except in the last step. From t = 1,
-    where lambda is -inf, the extrapolation has weight 0.
+    Registers: x, the previous clean estimate d = x - t v. d' extrapolates from the previous d to d, except in the last
+    step. In the step after t = 1, where lambda is -inf, the extrapolation has weight 0.
     """
     writer, guided = PlanWriter(2), guided_times(guidance)
     values: list[float] = times.tolist()
@@ -81,7 +81,7 @@ def _dpmpp(times: Tensor, guidance: Guidance) -> PlanWriter:
 
 
 def _rk4(times: Tensor, guidance: Guidance) -> PlanWriter:
-    """The classical Runge-Kutta method of order 4; its last network call is at t' itself, which may be 0.
+    """The classical Runge-Kutta method of order 4. The last network call of a step is at t', which may be 0.
 
     Registers: x, the network's next input, x plus the weighted slopes so far.
     """
@@ -111,7 +111,7 @@ _WRITERS = {"dpmpp": _dpmpp, "rk4": _rk4}
 
 
 def _log_snr(time: float) -> float:
-    """Returns ln((1 - t) / t), infinite at both ends."""
+    """Return ln((1 - t) / t), infinite at both ends."""
     if time <= 0.0:
         return math.inf
     return math.log((1.0 - time) / time) if time < 1.0 else -math.inf

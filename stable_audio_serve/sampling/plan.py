@@ -1,5 +1,5 @@
-"""A sampler as data. A plan lists, for each evaluation, the network's input and the update of the row's registers.
-Rows with different samplers, at different steps, can therefore share one fused update.
+"""A sampler as data. A plan lists, for each evaluation, the network's input and the update of the row's registers. So
+rows with different samplers and at different steps can share one fused update.
 
 Independent of networks, devices and requests.
 """
@@ -43,12 +43,12 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class SamplerPlan:
-    """A sampler bound to a schedule: R <= 5 registers, all zero at the start except `start_register`.
+    """A sampler with the schedule of one row: at most 5 registers, all zero at the start except `start_register`.
 
-    The initial latent, `source_scale * source + noise_scale * noise`, goes to `start_register`; the result is
-    `result_register` after the last evaluation. `step_ends` holds, for each requested step, the number of evaluations
-    after which it is complete (progress counts steps, cost counts evaluations). `start_blend` applies to the initial
-    latent; it is set if and only if the evaluations have blends.
+    `start_register` starts with the initial latent, `source_scale * source + noise_scale * noise`. After the last
+    evaluation, the result is in `result_register`. `step_ends` has, for each requested step, the number of evaluations
+    after which it is complete. `start_blend` applies to the initial latent; it is set if and only if the evaluations
+    have blends.
     """
 
     num_registers: int
@@ -63,7 +63,7 @@ class SamplerPlan:
 
 @dataclass(frozen=True, slots=True)
 class Guidance:
-    """Per-row guidance parameters (formulas in `sampling/guidance.py`); `apg_scale` 0 is plain CFG."""
+    """The guidance parameters of a row, as used in `sampling/guidance.py`. `apg_scale` 0 is plain CFG."""
 
     cfg_scale: float = 1.0
     apg_scale: float = 1.0

@@ -1,4 +1,4 @@
-"""Samplers as data: each turns one row's schedule into a plan of network calls and linear register updates.
+"""The flow samplers. Each turns one row's schedule into a plan of network calls and linear register updates.
 
 Coefficients are float64, computed from float32 sigmas. In the formulas v is the network's velocity at (x, t), the clean
 estimate is D = x - t v, and t' is the next time. Independent of networks, lengths and requests.
@@ -16,22 +16,22 @@ from torch import Tensor
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.sampling.plan import Evaluation, Guidance, SamplerPlan
 
-# Samplers of other programs with data-dependent step sizes: no plan can be made in advance.
+# Names of other programs' samplers that choose step sizes from the data, so that no plan can be made in advance.
 DATA_DEPENDENT = ("k-dpm-adaptive", "dpm-adaptive")
 
 _TINY = 1e-10  # the references' lower bound of 1 - t' and of t
-_LAST_RK4_TIME = 1e-5  # the network is never called at t = 0
+_LAST_RK4_TIME = 1e-5  # RK4 calls the network at this time instead of t = 0
 
 _Guided = Callable[[float], bool]
 _Plan = tuple[int, Sequence[Evaluation], Sequence[int]]  # registers, evaluations, evaluations done after each step
 
 
 def build_plan(sampler: str, sigmas: Tensor, *, guidance: Guidance, has_source: bool) -> SamplerPlan:
-    """Returns the plan of `sampler` on one row's schedule `sigmas` (steps + 1,) float32, ending at 0.
+    """Return the plan of `sampler` on one row's schedule `sigmas` (steps + 1,) float32, ending at 0.
 
-    With a source, the initial latent is (1 - sigma_0) source + sigma_0 noise, otherwise it is the noise. Guidance is on
-    if `cfg_scale` is not 1 and the time is in the interval, compared in float32 as in the references.
-    Raises InvalidRequestError on `sampler_type`.
+    With a source, the initial latent is (1 - sigma_0) source + sigma_0 noise, otherwise it is the noise. An evaluation
+    is guided if `cfg_scale` is not 1 and its time is in the guidance interval, compared in float32 as in the
+    references. Raises InvalidRequestError on `sampler_type`.
     """
     times = sigmas.to(torch.float32)
     num_registers, evaluations, step_ends = resolve_sampler(sampler)(times, guided_times(guidance))
@@ -48,7 +48,7 @@ def build_plan(sampler: str, sigmas: Tensor, *, guidance: Guidance, has_source: 
 
 
 def resolve_sampler(name: str) -> Callable[[Tensor, _Guided], _Plan]:
-    """Returns the function that plans sampler `name`. Raises InvalidRequestError listing the valid samplers."""
+    """Return the function that plans sampler `name`. Raises InvalidRequestError listing the valid samplers."""
     builder = _BUILDERS.get(name)
     if builder is not None:
         return builder
@@ -56,7 +56,7 @@ def resolve_sampler(name: str) -> Callable[[Tensor, _Guided], _Plan]:
 
 
 def refused_sampler(name: str, samplers: Sequence[str]) -> InvalidRequestError:
-    """Returns the error for a name outside `samplers`: an unknown or a data-dependent sampler."""
+    """Return the error for a name that is not in `samplers`. Data-dependent samplers get their own message."""
     valid = ", ".join(samplers)
     if name in DATA_DEPENDENT:
         message = f"sampler_type {name!r} chooses its steps from the data and is not offered; valid: {valid}"
@@ -66,13 +66,13 @@ def refused_sampler(name: str, samplers: Sequence[str]) -> InvalidRequestError:
 
 
 def _euler(times: Tensor, guided: _Guided) -> _Plan:
-    """x' = x + (t' - t) v."""
+    """Euler's method: x' = x + (t' - t) v."""
     evaluations = [_evaluation(t, guided, a=((1.0,),), b=(following - t,)) for t, following in _pairs(times)]
     return 1, evaluations, range(1, len(evaluations) + 1)
 
 
 def _pingpong(times: Tensor, guided: _Guided) -> _Plan:
-    """x' = (1 - t') D + t' eps with fresh noise in each step; the last step also draws, with weight 0."""
+    """Ping-pong: x' = (1 - t') D + t' eps with fresh noise eps in each step, even in the last one, with weight 0."""
     evaluations = [
         _evaluation(t, guided, a=((1.0 - following,),), b=(-(1.0 - following) * t,), c=(following,), draws_noise=True)
         for t, following in _pairs(times)
@@ -83,8 +83,8 @@ def _pingpong(times: Tensor, guided: _Guided) -> _Plan:
 def _dpmpp(times: Tensor, guided: _Guided) -> _Plan:
     """DPM-Solver++ of second order in its flow form. Registers: x, the previous D.
 
-    x' = (t'/t) x - (1 - t') c D~ with c = (t' - t) / ((1 - t') t). D~ extrapolates from the previous D, except in the
-    first step, in the last step, and where two earlier times coincide.
+    x' = (t'/t) x - (1 - t') c D~ with c = (t' - t) / ((1 - t') t). D~ extrapolates from the previous D to D. In the
+    first step, in the last step, and where two earlier times coincide, D~ is D.
     """
     evaluations: list[Evaluation] = []
     previous: float | None = None
@@ -163,7 +163,10 @@ def _pairs(times: Tensor) -> list[tuple[float, float]]:
 
 
 def guided_times(guidance: Guidance) -> _Guided:
-    """Returns a predicate of a flow model's time: whether guidance is on, compared in float32 as in the references."""
+    """Return a function that says whether a flow model's evaluation at a time is guided.
+
+    The time and the interval are compared in float32, as in the references.
+    """
     low, high = torch.tensor(guidance.interval, dtype=torch.float32).tolist()
     return lambda time: guidance.cfg_scale != 1.0 and low <= time <= high
 

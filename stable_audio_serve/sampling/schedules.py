@@ -18,13 +18,13 @@ from stable_audio_serve.core.errors import CheckpointError, InvalidRequestError
 from stable_audio_serve.core.generation import EditSchedule, ScheduleShift
 
 MAX_STEPS = 1000
-MIN_NOISE_LEVEL = 0.01  # for edits: below it, the first step would divide by a time near 0
+MIN_NOISE_LEVEL = 0.01  # of edits; with a lower level, the first step would divide by a time near 0
 _LAST_TIME = 1 / (1 + math.exp(2.0))  # log-SNR 2, the references' last time before 0
 CONFIG_KEY = "sampling_distribution_shift_options"
 
 
 class _BadOption(ValueError):
-    """A shift option that cannot be used. The caller converts it to its own error."""
+    """A shift option is invalid. Callers convert this to their own error."""
 
 
 def _require(condition: bool, name: str, *, allowed: str) -> None:
@@ -33,10 +33,10 @@ def _require(condition: bool, name: str, *, allowed: str) -> None:
 
 
 class TimestepShift(Protocol):
-    """A monotone warp of times in 0..1; it may depend on the row's length."""
+    """A monotone function of times in 0..1, which may depend on the row's length."""
 
     def warp(self, times: Tensor, length: Tensor) -> Tensor:
-        """Returns `times` (N,) float32, warped for a row of `length` latent frames (0-dim float32, at least 1)."""
+        """Return `times` (N,) float32, warped for a row of `length` latent frames (0-dim float32, at least 1)."""
         ...
 
 
@@ -52,7 +52,7 @@ class NoShift:
 
 @dataclass(frozen=True, slots=True)
 class LogSnrShift:
-    """Even steps in log-SNR, from `anchor_logsnr` (minus `rate` per doubling of the length) to `logsnr_end`."""
+    """Evenly spaced log-SNR, from `anchor_logsnr` (minus `rate` per doubling of the length) to `logsnr_end`."""
 
     kind: ClassVar[str] = "logsnr"
     anchor_length: float = 2000.0
@@ -64,7 +64,7 @@ class LogSnrShift:
         _require(self.anchor_length > 0, "anchor_length", allowed="above 0")
 
     def warp(self, times: Tensor, length: Tensor) -> Tensor:
-        """Returns sigmoid(-logsnr); exactly 0 for times <= 0 and exactly 1 for times >= 1."""
+        """Return sigmoid(-logsnr), but exactly 0 for times <= 0 and exactly 1 for times >= 1."""
         start = self.anchor_logsnr - self.rate * torch.log2(length / self.anchor_length)
         logsnr = self.logsnr_end - times * (self.logsnr_end - start)
         warped = torch.sigmoid(-logsnr)
@@ -74,7 +74,7 @@ class LogSnrShift:
 
 @dataclass(frozen=True, slots=True)
 class FluxShift:
-    """alpha t / (1 + (alpha - 1) t) with ln alpha linear in the logarithm of the length."""
+    """The warp alpha t / (1 + (alpha - 1) t), where ln alpha is linear in the logarithm of the length."""
 
     kind: ClassVar[str] = "flux"
     min_length: float = 256.0
@@ -89,9 +89,9 @@ class FluxShift:
         _require(self.alpha_max > 0, "alpha_max", allowed="above 0")
 
     def warp(self, times: Tensor, length: Tensor) -> Tensor:
-        """Lengths are clamped to min_length..max_length."""
+        """Return the warped times. The length is clamped to `min_length`..`max_length`."""
         low, high = math.log(self.min_length), math.log(self.max_length)
-        span = (high - low) or 1e-8  # the references' guard for a constant alpha
+        span = (high - low) or 1e-8  # as in the references, to avoid a division by 0 if alpha is constant
         fraction = (torch.log(length.clamp(self.min_length, self.max_length)) - low) / span
         log_low, log_high = math.log(self.alpha_min), math.log(self.alpha_max)
         alpha = torch.exp(log_low + fraction * (log_high - log_low))
@@ -100,7 +100,7 @@ class FluxShift:
 
 @dataclass(frozen=True, slots=True)
 class FullShift:
-    """1 - e^mu / (e^mu + t / (1 - t)) with mu linear in the length; with `use_sine`, the sine of pi / 2 times that."""
+    """The warp u = 1 - e^mu / (e^mu + t / (1 - t)), where mu is linear in the length; sin(pi u / 2) with `use_sine`."""
 
     kind: ClassVar[str] = "full"
     base_shift: float = 0.5
@@ -113,7 +113,7 @@ class FullShift:
         _require(self.max_length > self.min_length, "max_length", allowed="above min_length")
 
     def warp(self, times: Tensor, length: Tensor) -> Tensor:
-        """Lengths are clamped to min_length..max_length."""
+        """Return the warped times. The length is clamped to `min_length`..`max_length`."""
         length = length.clamp(self.min_length, self.max_length)
         slope = self.max_shift - self.base_shift
         mu = -(self.base_shift + slope * (length - self.min_length) / (self.max_length - self.min_length))
@@ -121,7 +121,7 @@ class FullShift:
         return torch.sin(warped * math.pi / 2) if self.use_sine else warped
 
 
-# The shift of checkpoints without shift options: independent of the length.
+# The shift of checkpoints whose config has no shift options. It does not depend on the length.
 DEFAULT_SHIFT = LogSnrShift(rate=0.0)
 
 _KINDS: Mapping[str, type[NoShift | LogSnrShift | FluxShift | FullShift]] = {
@@ -131,9 +131,9 @@ SHIFT_KINDS = tuple(_KINDS)
 
 
 def shift_from_config(options: Mapping[str, object] | None, *, key: str = CONFIG_KEY) -> TimestepShift:
-    """Returns the warp of a checkpoint's config: `options` with a `type` (default "full"); None means the default warp.
+    """Return the shift of a checkpoint's config. `options` has the `type` (default "full") and its parameters.
 
-    Raises CheckpointError naming `key` and the problem.
+    Without `options`, returns the default shift. Raises CheckpointError that mentions `key`.
     """
     if options is None:
         return DEFAULT_SHIFT
@@ -147,7 +147,7 @@ def shift_from_config(options: Mapping[str, object] | None, *, key: str = CONFIG
 
 
 def shift_from_override(shift: ScheduleShift) -> TimestepShift:
-    """Returns a request's warp, which replaces the model's warp. Raises InvalidRequestError on `schedule_shift`."""
+    """Return the shift of a request, which replaces the model's. Raises InvalidRequestError on `schedule_shift`."""
     try:
         return _build(shift.kind, dict(shift.options))
     except _BadOption as error:
@@ -156,11 +156,11 @@ def shift_from_override(shift: ScheduleShift) -> TimestepShift:
 
 
 def build_sigmas(steps: int, shift: TimestepShift, *, length: float, sigma_max: float = 1.0) -> Tensor:
-    """Returns noise levels (steps + 1,) float32 from `sigma_max` to 0 for a row of `length` latent frames.
+    """Return noise levels (steps + 1,) float32 from `sigma_max` to 0 for a row of `length` latent frames.
 
-    The grid linspace(sigma_max, 0) is warped, then element 0 is reset to `sigma_max`. If `sigma_max` is below about
-    0.7, inner levels may therefore exceed it, as in the references. Raises InvalidRequestError on `steps` outside
-    1..1000 and `init_noise_level` outside 0.01..1 (a schedule from 0 would divide by 0).
+    The grid linspace(sigma_max, 0) is warped by `shift`, then element 0 is set to `sigma_max`. So if `sigma_max` is
+    below about 0.7, inner levels may exceed it, as in the references. Raises InvalidRequestError on `steps` outside
+    1..1000, and on `init_noise_level` if `sigma_max` is outside 0.01..1.
     """
     check_steps(steps)
     check_level(sigma_max)
@@ -173,13 +173,15 @@ def build_sigmas(steps: int, shift: TimestepShift, *, length: float, sigma_max: 
 
 
 def edit_times(build: Callable[[float], Tensor], level: float, *, schedule: EditSchedule) -> Tensor:
-    """Returns the times of an edit, from `level` to 0; `build(level)` is the references' schedule from a level.
+    """Return the times of an edit, from `level` to 0. `build(level)` returns the references' schedule from a level.
 
-    "even" spaces the times evenly in log-SNR. "scaled" multiplies the times of a run from pure noise by `level`, which
-    puts half of them within 5 % of it. "reference" warps the shorter range; Stable Audio 3's inner times then exceed
-    the level. Of 144 variations of held tones without a prompt, 130, 112 and 96 kept their pitch at level 0.25, and
-    116, 91 and 49 at 0.4 (docs/performance.md). At level 1 all three are equal. Raises InvalidRequestError on
-    `init_noise_level` outside 0.01..1.
+    - "even" spaces the times evenly in log-SNR.
+    - "scaled" multiplies the times of a run from pure noise by `level`. Half of them are then within 5 % of `level`.
+    - "reference" is `build(level)`. For Stable Audio 3, its inner times exceed the level.
+
+    Of 144 variations of held tones without a prompt, 130, 112 and 96 kept their pitch at level 0.25 with these
+    schedules, and 116, 91 and 49 at level 0.4 (docs/performance.md). At level 1 all three are equal. Raises
+    InvalidRequestError on `init_noise_level` outside 0.01..1.
     """
     check_level(level)
     if schedule == "reference" or level == 1.0:
@@ -189,9 +191,9 @@ def edit_times(build: Callable[[float], Tensor], level: float, *, schedule: Edit
 
 
 def _even_times(steps: int, *, level: float) -> Tensor:
-    """Returns times (steps + 1,) float32 from `level` to 0, evenly spaced in log-SNR.
+    """Return times (steps + 1,) float32 from `level` to 0, evenly spaced in log-SNR.
 
-    The last time before 0 is `level` times that of a run from pure noise. The model's warp does not apply.
+    The last time before 0 is `level` times that of a run from pure noise. The model's shift does not apply.
     """
     first, last = (math.log((1 - time) / time) for time in (level, level * _LAST_TIME))
     times = torch.sigmoid(-torch.linspace(first, last, steps + 1, dtype=torch.float32))
@@ -200,7 +202,7 @@ def _even_times(steps: int, *, level: float) -> Tensor:
 
 
 def check_level(level: float) -> None:
-    """Raises InvalidRequestError on `init_noise_level` outside 0.01..1: the first step would divide by about 0."""
+    """Raise InvalidRequestError on `init_noise_level` outside 0.01..1. Lower levels lead to a division by about 0."""
     if not MIN_NOISE_LEVEL <= level <= 1.0:
         allowed = f"{MIN_NOISE_LEVEL:g}..1"
         message = f"init_noise_level must be in {allowed}, got {level:g}"
@@ -208,7 +210,7 @@ def check_level(level: float) -> None:
 
 
 def check_steps(steps: int) -> None:
-    """Raises InvalidRequestError on `steps` outside 1..1000."""
+    """Raise InvalidRequestError on `steps` outside 1..1000."""
     if not 1 <= steps <= MAX_STEPS:
         allowed = f"1..{MAX_STEPS}"
         raise InvalidRequestError(f"steps must be in {allowed}, got {steps}", field="steps", allowed=allowed)

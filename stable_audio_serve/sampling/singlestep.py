@@ -1,8 +1,8 @@
-"""Samplers over sigma with several network calls per step, which keep nothing between steps.
+"""Samplers over sigma with several network calls per step. They keep no earlier results between steps.
 
-In the formulas s is the step's noise level, n the next one, d the clean estimate D(x, s), and k = (x - d) / s the slope
-dx/dsigma. Each function writes all its steps. Levels are float32 values; intermediate levels are computed in float32 in
-the references' order of operations.
+In the formulas s is the step's noise level, n the next level, d the clean estimate D(x, s), and k = (x - d) / s the
+slope dx/dsigma. Each function writes all steps of its sampler. Levels are float32 values; intermediate levels are
+computed in float32 in the references' order of operations.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ _X, _AHEAD, _FIRST_SLOPE = register(0), register(1), register(2)
 
 
 def heun(network: VNetwork, sigmas: Sequence[float]) -> None:
-    """Heun's method, algorithm 1 of arXiv 2206.00364 without churn: uses the mean of the slopes at s and n.
+    """Heun's method (arXiv 2206.00364, algorithm 1 without churn), which uses the mean of the slopes at s and n.
 
-    Registers: x with half a step taken, the point at n. The last step, to 0, is an Euler step.
+    Registers: x after half a step with the slope at s, and x after an Euler step to n. The last step, to 0, is an Euler
+    step.
     """
     for s, n in itertools.pairwise(sigmas):
         k = network.slope(s)
@@ -38,7 +39,7 @@ def heun(network: VNetwork, sigmas: Sequence[float]) -> None:
 
 
 def dpm_2(network: VNetwork, sigmas: Sequence[float]) -> None:
-    """DPM-Solver-2 as in k-diffusion (arXiv 2206.00927): uses the slope at the geometric mean of s and n.
+    """DPM-Solver-2 as in k-diffusion (arXiv 2206.00927), which uses the slope at the geometric mean of s and n.
 
     Registers: x, the point at the mean. The last step, to 0, is an Euler step.
     """
@@ -54,7 +55,7 @@ def dpm_2(network: VNetwork, sigmas: Sequence[float]) -> None:
 
 
 def dpmpp_2s_ancestral(network: VNetwork, sigmas: Sequence[float]) -> None:
-    """DPM-Solver++(2S) (arXiv 2211.01095) to a level below n, then fresh noise up to n.
+    """Ancestral DPM-Solver++(2S) (arXiv 2211.01095): a step to a level below n, then fresh noise that raises it to n.
 
     Registers: x, the point at the geometric mean. Draws at every step except the last, which is an Euler step.
     """
@@ -74,9 +75,9 @@ def dpmpp_2s_ancestral(network: VNetwork, sigmas: Sequence[float]) -> None:
 
 
 def _ancestral_levels(s: float, n: float) -> tuple[float, float]:
-    """Returns the level that a step from s to n descends to, and the noise that raises it to n.
+    """Return the level below n to which a step from s descends, and the level of the noise that raises it to n.
 
-    Computed in float32. For a long step the level is 0, because n**2 / s is much smaller than n.
+    Computed in float32, in which the first level is 0 for a long step, because n**2 / s is much smaller than n.
     """
     start, end = torch.tensor([s, n], dtype=torch.float32)
     up = torch.minimum(end, (end**2 * (start**2 - end**2) / start**2) ** 0.5)
@@ -84,10 +85,11 @@ def _ancestral_levels(s: float, n: float) -> tuple[float, float]:
 
 
 def dpm_fast(network: VNetwork, steps: int, *, span: SigmaRange) -> None:
-    """DPM-Solver-fast (arXiv 2206.00927): pieces of third order in -ln sigma; `steps` is the number of network calls.
+    """DPM-Solver-fast (arXiv 2206.00927): solver steps of third order in -ln sigma, with `steps` network calls in
+    total.
 
-    The last pieces have a lower order, so that there are exactly `steps` calls. Ends at `span.sigma_min`, not at 0.
-    Registers: x, the next point, the slope at the piece's start.
+    The last solver steps have a lower order, so that there are exactly `steps` calls. The end is at `span.sigma_min`,
+    not at 0. Registers: x, the next point, the slope at the start of the solver step.
     """
     check_steps(steps)
     ends = torch.tensor([span.sigma_max, span.sigma_min], dtype=torch.float32).log().neg()
@@ -100,14 +102,14 @@ def dpm_fast(network: VNetwork, steps: int, *, span: SigmaRange) -> None:
 
 
 def _first_order(network: VNetwork, start: Tensor, *, end: Tensor) -> None:
-    """From -ln sigma `start` to `end` (0-dim float32)."""
+    """Write a solver step of order 1 between two values of -ln sigma (0-dim float32)."""
     s, n = float(_levels(start)), float(_levels(end))
     network.evaluate(s, _X - network.slope(s) * (n * math.expm1(float(end - start))))
     network.end_step()
 
 
 def _second_order(network: VNetwork, start: Tensor, *, end: Tensor) -> None:
-    """Evaluates the middle; the difference of the two slopes extrapolates to the end of the piece."""
+    """Write a solver step of order 2. It extrapolates the slopes at the start and at the middle to the end."""
     h = float(end - start)
     s, middle, n = (float(_levels(time)) for time in (start, start + 0.5 * (end - start), end))
     first = network.slope(s)
@@ -120,7 +122,7 @@ def _second_order(network: VNetwork, start: Tensor, *, end: Tensor) -> None:
 
 
 def _third_order(network: VNetwork, start: Tensor, *, end: Tensor) -> None:
-    """Evaluates at one third and, with the curvature found there, at two thirds of the piece."""
+    """Write a solver step of order 3, with evaluations at the start, at one third and at two thirds of the step."""
     h = float(end - start)
     times = (start, start + (end - start) * (1 / 3), start + (end - start) * (2 / 3), end)
     s, third, two_thirds, n = (float(_levels(time)) for time in times)
@@ -141,5 +143,5 @@ _DPM_PIECES = {1: _first_order, 2: _second_order, 3: _third_order}
 
 
 def _levels(times: Tensor) -> Tensor:
-    """Returns the noise levels of `times`, which are -ln sigma."""
+    """Return the noise levels of `times`, which are -ln sigma."""
     return times.neg().exp()

@@ -1,7 +1,8 @@
 """Turns sampler formulas, written as in papers, into the coefficients of a plan.
 
-A `Terms` is a sum over a row's registers, the network's outputs and fresh noise. A `PlanWriter` collects one new sum
-per register and evaluation. Coefficients are float64. Independent of schedules and samplers.
+A `Terms` is a weighted sum of a row's registers, the network's outputs and fresh noise. A `PlanWriter` collects, for
+each evaluation, the `Terms` that each register is set to. Coefficients are float64. Independent of schedules and
+samplers.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _VELOCITY, _UNCONDITIONAL, _NOISE = -1, -2, -3
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """A linear combination: weights by register number. Negative keys are the network's outputs and noise."""
+    """A linear combination. `weights` has register numbers as keys, or negative keys for network outputs and noise."""
 
     weights: dict[int, float]
 
@@ -37,12 +38,12 @@ class Terms:
         return Terms({key: weight / divisor for key, weight in self.weights.items()})
 
     def of(self, key: int) -> float:
-        """Returns the weight of one term; 0 if absent."""
+        """Return the weight of one term, 0 if it is absent."""
         return self.weights.get(key, 0.0)
 
 
 def register(index: int) -> Terms:
-    """Returns the term of a row's register `index`."""
+    """Return the term of a row's register `index`."""
     return Terms({index: 1.0})
 
 
@@ -68,9 +69,9 @@ class PlanWriter:
         input_register: int = 0,
         input_scale: float = 1.0,
     ) -> None:
-        """Add one network call, after which register i becomes `targets[i]` and other registers become 0.
+        """Add one network call, after which register i is set to `targets[i]`, and the remaining registers to 0.
 
-        Noise is drawn if a target has a NOISE term, whatever its weight.
+        Noise is drawn if a target has a NOISE term, even with weight 0.
         """
         indices = range(self._num_registers)
         rows = [*targets, *[Terms({})] * (self._num_registers - len(targets))]
@@ -94,7 +95,7 @@ class PlanWriter:
         self._step_ends.append(len(self._evaluations))
 
     def plan(self, *, source_scale: float, noise_scale: float) -> SamplerPlan:
-        """Returns the plan; register 0 holds the initial latent at the start and the result at the end."""
+        """Return the plan. Register 0 has the initial latent at the start and the result at the end."""
         return SamplerPlan(
             num_registers=self._num_registers,
             start_register=0,
@@ -107,7 +108,7 @@ class PlanWriter:
 
 
 def combine(weights: Sequence[float], parts: Sequence[Terms]) -> Terms:
-    """Returns the weighted sum of `parts`."""
+    """Return the weighted sum of `parts`."""
     total = Terms({})
     for weight, part in zip(weights, parts, strict=True):
         total = total + weight * part

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
-    """Returns a host tensor on `device`: the tensor itself on a CPU, otherwise a copy through pinned memory.
+    """Return a host tensor on `device`: the tensor itself on a CPU, otherwise a copy through pinned memory.
 
     A copy from unpinned memory would block the host until the device has done all earlier work.
     """

@@ -1,8 +1,8 @@
 """The fused register update: one call advances a batch of rows, each with its own sampler, step and coefficients. Rows
 may keep frames of a source.
 
-Row-independent to the last bit: an element-wise multiply-add chain in a fixed order, never a matrix product. A zero
-coefficient skips its term, because 0 x NaN is NaN. Independent of networks and schedules.
+Row-independent to the last bit: terms are multiplied and added element by element in a fixed order, never by a matrix
+product. A term with coefficient 0 is skipped, because 0 x NaN is NaN. Independent of networks and schedules.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ NUM_VALUES = _UPDATE + 7
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """The kept frames of a row with a blended plan: where `mask` (F,) bool is true, the latents are `source` (D, F).
+    """The inputs of a row's blends. In frames where `mask` (F,) bool is true, the row keeps `source` (D, F) float32.
 
-    `noise` (D, F) is the eps' of the blend; both are float32. For B rows every tensor has a leading axis B.
+    `noise` (D, F) float32 is eps' in `sampling/blend.py`. For B rows, every tensor has a leading axis B.
     """
 
     mask: Tensor
@@ -39,7 +39,7 @@ class Kept:
 class StepNumbers:
     """All numbers of one evaluation, in the order in which `StepTerms` reads them.
 
-    `used` holds the positions of the update's nonzero weights.
+    `used` has the positions of the nonzero weights among them.
     """
 
     values: tuple[float, ...]
@@ -61,7 +61,7 @@ class StepNumbers:
 
 @dataclass(frozen=True, slots=True)
 class TermUse:
-    """The terms that the rows of a step use, known on the host; unused terms are skipped.
+    """The terms that the rows of a step use, as known on the host. Unused terms are skipped.
 
     `somewhere` and `everywhere` are the positions of weights that are nonzero in at least one row, and in every row.
     """
@@ -73,7 +73,7 @@ class TermUse:
 
     @classmethod
     def of(cls, rows: Sequence[StepNumbers]) -> TermUse:
-        """Returns the terms that these rows use; at least one row."""
+        """Return the terms that these rows use. Needs at least one row."""
         users = [row.used for row in rows]
         return cls(
             somewhere=users[0].union(*users),
@@ -84,7 +84,7 @@ class TermUse:
 
     @classmethod
     def of_any(cls, num_registers: int, *, guides: bool, blends: bool) -> TermUse:
-        """Returns the terms that rows with this many registers can use; without `guides`, no row is guided."""
+        """Return all terms that rows with this many registers can use. Without `guides`, no row is guided."""
         outputs = [term for term in range(MAX_REGISTERS, _NUM_TERMS) if guides or term != _UNCONDITIONAL]
         terms = [*range(num_registers), *outputs]
         places = frozenset(target * _NUM_TERMS + term for target in range(num_registers) for term in terms)
@@ -100,7 +100,7 @@ class StepTerms:
 
     @classmethod
     def of(cls, evaluations: Sequence[Evaluation]) -> StepTerms:
-        """Returns the terms on the host."""
+        """Return the terms on the host."""
         rows = [StepNumbers.of(evaluation) for evaluation in evaluations]
         return cls(torch.tensor([row.values for row in rows], dtype=torch.float32), TermUse.of(rows))
 
@@ -115,12 +115,12 @@ class StepTerms:
         return self.weight(_GUIDED) != 0.0
 
     def weight(self, place: int) -> Tensor:
-        """Returns one value of each row, (B, 1, 1)."""
+        """Return the value at position `place` of each row, (B, 1, 1)."""
         return self.values[:, place, None, None]
 
 
 def start_state(plan: SamplerPlan, noise: Tensor, *, source: Tensor | None = None, kept: Kept | None = None) -> Tensor:
-    """Returns a row's registers (R, D, F) float32 before its first evaluation, from `noise` and `source` (D, F)."""
+    """Return a row's registers (R, D, F) float32 before its first evaluation, from `noise` and `source` (D, F)."""
     latent = plan.noise_scale * noise.float()
     if source is not None:
         latent = plan.source_scale * source.float() + latent
@@ -138,7 +138,7 @@ def start_state(plan: SamplerPlan, noise: Tensor, *, source: Tensor | None = Non
 
 
 def network_input(state: Tensor, terms: StepTerms) -> Tensor:
-    """Returns the network's input: each row's input register, scaled; `state` (B, R, D, F) -> (B, D, F) float32."""
+    """Return the network's input (B, D, F) float32: each row's scaled input register in `state` (B, R, D, F)."""
     chosen = terms.weight(_INPUT_REGISTER)
     x = state[:, 0]
     for register in range(1, state.shape[1]):
@@ -155,12 +155,12 @@ def advance(
     noise: Tensor | None = None,
     kept: Kept | None = None,
 ) -> Tensor:
-    """Returns the new registers of B rows after one evaluation each.
+    """Return the new registers of B rows after one evaluation each.
 
-    `state` is (B, R, D, F) float32, with R at least every row's number of registers; unused registers stay 0.
-    `velocity` (B, D, F) is the guided network output, `unconditional` the unconditional branch's output (needed where
-    `b_uncond` is not 0), `noise` unit normal (needed where `c` is not 0), and `kept` the blends' inputs. Rows that do
-    not use a term may have arbitrary values there, even NaN.
+    `state` is (B, R, D, F) float32, where R is at least the number of registers of each row; unused registers stay 0.
+    `velocity` (B, D, F) is the guided network output. `unconditional` is the output of the unconditional branch, needed
+    if a `b_uncond` is not 0. `noise` is unit normal, needed if a `c` is not 0. `kept` has the inputs of the blends. A
+    row that does not use a term may have any values in it, even NaN.
     """
     num_registers = state.shape[1]
     missing = [None] * (MAX_REGISTERS - num_registers)
@@ -181,9 +181,9 @@ def advance(
 
 
 def _add_weighted(total: Tensor, part: Tensor, *, weight: Tensor, in_every_row: bool = False) -> None:
-    """Add `part` (B, D, F), weighted per row by `weight` (B, 1, 1), to `total` in place; weight 0 skips a row.
+    """Add `part` (B, D, F) times each row's `weight` (B, 1, 1) to `total` in place. Rows with weight 0 are skipped.
 
-    `total` must start as +0, so that adding the +0 of a skipped row changes no bit.
+    Skipped rows add +0, which changes no bit, because `total` starts as +0.
     """
     product = part.float() * weight
     if not in_every_row:
@@ -192,7 +192,7 @@ def _add_weighted(total: Tensor, part: Tensor, *, weight: Tensor, in_every_row: 
 
 
 def _blend(registers: Tensor, terms: StepTerms, *, kept: Kept) -> None:
-    """Blend the kept frames of each row's register in place; `registers` (B, R, D, F)."""
+    """Blend the kept frames of one register of each row, in place in `registers` (B, R, D, F)."""
     noised = torch.zeros_like(kept.source)
     _add_weighted(noised, kept.source, weight=terms.weight(_BLEND_SOURCE))
     _add_weighted(noised, kept.noise, weight=terms.weight(_BLEND_NOISE))

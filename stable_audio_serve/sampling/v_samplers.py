@@ -1,4 +1,4 @@
-"""The samplers of models trained for v, by name: builds a row's plan from its noise levels and steps.
+"""Builds plans for models trained for v, from the name of the sampler, the noise levels and the number of steps.
 
 The names are from stable-audio-tools; the formulas are in `multistep`, `singlestep` and `ddim`.
 """
@@ -15,7 +15,7 @@ from stable_audio_serve.sampling.samplers import refused_sampler
 from stable_audio_serve.sampling.terms import PlanWriter
 from stable_audio_serve.sampling.v_network import VNetwork
 
-# By name: the number of registers and the function that writes the steps.
+# The number of registers and the function that writes the steps, by name, for samplers over sigma.
 _OVER_SIGMA: dict[str, tuple[int, Callable[[VNetwork, Sequence[float]], None]]] = {
     "dpmpp-3m-sde": (3, multistep.dpmpp_3m_sde),
     "dpmpp-2m-sde": (2, multistep.dpmpp_2m_sde),
@@ -31,15 +31,15 @@ V_SAMPLERS = (*_OVER_SIGMA, _FAST, *OVER_TIME)
 
 
 def v_path(sampler: str) -> NoisePath:
-    """Returns the noise path of `sampler`'s plans, for `blend_plan`."""
+    """Return the noise path of `sampler`'s plans, for `blend_plan`."""
     return angle_path if sampler in OVER_TIME else sigma_path
 
 
 def build_v_plan(sampler: str, steps: int, *, span: SigmaRange, guidance: Guidance, has_source: bool) -> SamplerPlan:
-    """Returns the plan of `sampler` with `steps` steps over `span`.
+    """Return the plan of `sampler` with `steps` steps over `span`.
 
-    Over sigma, the initial latent is the source, if any, plus `sigma_max` times noise, so `sigma_max` is the level of
-    an edit. `v-ddim` and `v-ddim-cfgpp` use `sigma_max` as a time (clamped to 1) and ignore the rest of `span`.
+    The samplers over sigma start from the source, if any, plus `sigma_max` times noise, so `sigma_max` is the noise
+    level of an edit. `v-ddim` and `v-ddim-cfgpp` use `sigma_max` as a time (at most 1) and ignore the rest of `span`.
     Raises InvalidRequestError on `sampler_type`, `steps` and `rho`.
     """
     if sampler in OVER_TIME:

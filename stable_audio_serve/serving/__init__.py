@@ -1,1 +1,1 @@
-"""The Ray Serve application: deployments, their placement, and the API's backend over model handles."""
+"""The Ray Serve application: the deployments, their placement, and the API's backend, which calls model deployments."""

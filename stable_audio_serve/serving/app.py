@@ -31,7 +31,7 @@ from stable_audio_serve.serving.backend import RayBackend
 from stable_audio_serve.serving.cores import yield_to_engines
 from stable_audio_serve.serving.draining import replaced
 from stable_audio_serve.serving.haproxy import address_header
-from stable_audio_serve.serving.job_runner import JobRunnerReplica, RunnerBell
+from stable_audio_serve.serving.job_runner import JobRunnerReplica, RunnerWaker
 from stable_audio_serve.serving.logs import configure_logging
 from stable_audio_serve.serving.metrics import RayMetrics
 from stable_audio_serve.serving.operations import DrainProgress, RayOperations, open_operator_store
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_POLL_S = 0.5  # seconds between checks for a shutdown of this replica; event streams are then closed
+_POLL_S = 0.5  # seconds between checks whether this replica is being stopped, which closes its event streams
 
 
 @serve.ingress()
@@ -73,14 +73,14 @@ class Ingress:
         self._settings = plan.settings
         self._metrics = RayMetrics()
         self._backend = RayBackend(plan.catalog, handles, application=application, metrics=self._metrics)
-        # A handle to this deployment itself, which Serve cannot pass as a bound argument. The existence check is
-        # skipped: the deployment does not exist yet, and the check would block on Serve's controller.
+        # Serve cannot pass a deployment's own handle as a bound argument. Skip the existence check, which would block
+        # on Serve's controller, because this deployment does not exist yet.
         ingress = serve.get_deployment_handle(INGRESS_NAME, application, _check_exists=False)
         self._jobs = open_queue(
             plan.settings,
             identity=plan.store_identity,
             catalog=plan.catalog,
-            wake=RunnerBell(runner).ring,
+            wake=RunnerWaker(runner).wake,
             metrics=self._metrics,
         )
         store = self._jobs.store
@@ -100,7 +100,7 @@ class Ingress:
         )
         app.add_middleware(_LeaveRequestIdToServe)
         self._draining: Draining = app.state.draining
-        with suppress(StorageError):  # the database is unavailable: `follow` reads the settings once it answers
+        with suppress(StorageError):  # once the database answers, `follow` reads the settings
             self._follow_operators(self._operator_store.read())
         loop = asyncio.get_running_loop()
         work = (self._leave_when_replaced(), self._operator_store.follow(self._follow_operators))
@@ -149,8 +149,7 @@ class _LeaveRequestIdToServe:
 def build(args: Settings | Mapping[str, Any]) -> serve.Application:
     """Build the application from `args`, which `.env` and the environment override.
 
-    Raises RayServeException with a one-sentence message. Serve prints only the message of this type; for any other
-    exception it prints the traceback.
+    Raises RayServeException with a message of one sentence, because Serve prints a traceback for any other exception.
     """
     try:
         return assemble(args, replica=ModelReplica)
@@ -171,8 +170,8 @@ def assemble(
     num_nodes = sum(node["Alive"] for node in ray.nodes())
     require_shared_database(plan.settings, num_nodes=num_nodes)
     check_proxy(plan.settings, os.environ, print_error=logger.warning)
-    # Every node has the same folders, but caches and access to the hub can differ. On a cluster only models with a
-    # folder are checked here.
+    # On a cluster, check only models with a folder: all nodes have the same folders, but their download caches and
+    # their access to the hub can differ.
     checked = [model for model in plan.settings.models if model.path is not None or num_nodes == 1]
     require_weights(plan, checked, print_error=logger.warning)
     others = [model for model in plan.settings.models if model not in checked]

@@ -4,13 +4,13 @@ runs.
 The number of replicas is the larger of two figures:
 
 - backlog: predicted seconds of accepted work and of jobs that no runner has started, divided by the target wait
-- load: the sum of the replicas' busy shares, divided by 0.8. Above that load, requests that arrive at random wait
-  long; and without this figure a busy deployment without a backlog would scale down.
+- load: the sum of the replicas' busy shares, divided by 0.8. At a higher load, requests that arrive at random wait
+  long. Without this figure, a busy deployment without a backlog would scale down.
 
-Serve's `upscale_delay_s` and `downscale_delay_s` say how long the figure must hold before Serve acts on it.
+Serve changes the number of replicas once the figure has held for `upscale_delay_s` or `downscale_delay_s`.
 
-Serve pickles this module by value into its controller, which calls the policy ten times a second. So nothing here
-blocks, and objects with a thread or a lock belong in other modules.
+Serve pickles this module by value into its controller, which calls the policy ten times a second. So nothing here may
+block, and objects with a thread or a lock must be in other modules.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ray.serve.config import AutoscalingContext
 
 _USED_SHARE = 0.8
-_SHOW_S = 2.0  # seconds between two samples of the metric
+_SHOW_S = 2.0  # seconds between two updates of the gauge of wanted replicas
 _EPSILON = 1e-6  # tolerance for rounding
 _WORK, _BUSY, _WAITING, _KEPT = "work_s", "busy_share", "waiting_s", "is_kept"
 
@@ -52,8 +52,9 @@ class WorkPolicy:
         self._has_failed = False
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-        """Return the target number of replicas. After an error, return the current target: an exception would stop
-        autoscaling of every model.
+        """Return the target number of replicas.
+
+        After an error, return the current target, because an exception would stop the autoscaling of every model.
         """
         state = dict(context.policy_state or {})
         try:
@@ -65,7 +66,9 @@ class WorkPolicy:
             return context.target_num_replicas, state
 
     def _decide(self, context: AutoscalingContext) -> int:
-        """Serve keeps published figures for `look_back_period_s`. The highest busy share of each replica in that time
+        """Return the target number of replicas.
+
+        Serve keeps published figures for `look_back_period_s`. The highest busy share of each replica in that time
         counts.
         """
         published = context.raw_metrics or {}

@@ -1,4 +1,4 @@
-"""The API's `Backend` over Ray Serve model handles: deadlines, one retry, and our exceptions in place of Ray's.
+"""The API's `Backend`, which calls model deployments: applies deadlines, retries once, and replaces Ray's exceptions.
 
 Runs in ingress replicas and job runners. `model_states` holds the state of models. The engine decides which requests
 are refused.
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ATTEMPTS = 2  # with a fixed seed a request can be repeated, so a dead replica costs one retry
-_DEADLINE_GRACE_S = 2.0  # the engine ends a late request itself; this timeout is for an engine that hangs
+_ATTEMPTS = 2  # a request can be repeated if its replica dies, because its seed is fixed
+_DEADLINE_GRACE_S = 2.0  # time after the deadline in which the engine itself ends the request, unless it hangs
 _RETRY_AFTER_S = 5.0
 _JITTER = 0.25  # largest random share added to a retry time
 _MAX_REPEAT_S = 1.0  # longest time for which a refusal is repeated
 _MAX_REFUSALS = 1000
-_LOAD_CHECK_S = 1.0  # seconds between checks whether the model of a held request can load at all
+_LOAD_CHECK_S = 1.0  # seconds between checks whether the model of a waiting request has failed to load
 
 
 @dataclass(slots=True)
@@ -112,7 +112,7 @@ class RayBackend:
     ) -> GenerationResult:
         """Run one request on any replica of the model, see `Backend.generate`.
 
-        If the request is refused, the retry delay is lengthened at random, so that clients do not all return at once.
+        If the request is refused, its retry time is lengthened at random, so that clients do not all retry at once.
         """
         caller = request.client, model, request.priority
         try:
@@ -126,7 +126,7 @@ class RayBackend:
     async def _run(
         self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None
     ) -> GenerationResult:
-        """Run one request; retry once if its replica died."""
+        """Run one request, and retry it once if its replica dies."""
         loop = asyncio.get_running_loop()
         deadline_at = None if request.deadline_s is None else loop.time() + request.deadline_s
         for attempts_left in reversed(range(_ATTEMPTS)):
@@ -145,9 +145,7 @@ class RayBackend:
     async def _attempt(
         self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None
     ) -> GenerationResult:
-        """Make one call to one replica. Raises RayError if the replica or its result was lost, else
-        StableAudioError.
-        """
+        """Call one replica once. Raises RayError if the replica or its result is lost, StableAudioError otherwise."""
         if request.deadline_s is not None and request.deadline_s <= 0:
             raise DeadlineExceededError("the time budget of this request ran out")
         bound_s = None if request.deadline_s is None else request.deadline_s + _DEADLINE_GRACE_S
@@ -157,7 +155,7 @@ class RayBackend:
             async with asyncio.timeout(bound_s):
                 result = await _receive(response, on_progress)
         except TimeoutError as error:
-            response.cancel()  # a timeout on the handle does not stop the replica
+            response.cancel()  # after a timeout here, the replica would continue
             raise DeadlineExceededError("the time budget of this request ran out") from error
         except asyncio.CancelledError:
             response.cancel()
@@ -166,7 +164,7 @@ class RayBackend:
             raise OverloadedError("too many requests are waiting", retry_after_s=_RETRY_AFTER_S) from error
         except (DeploymentUnavailableError, RequestCancelledError) as error:
             raise _unloadable(model) from error
-        except RayTaskError as error:  # unexpected error: log its text, do not show it to the client
+        except RayTaskError as error:  # an unexpected error, whose text clients must not see
             logger.error("a replica failed: %s", error)
             raise GenerationError("the generation failed") from error
         finally:
@@ -187,7 +185,7 @@ class RayBackend:
     async def _cancel_if_unloadable(
         self, model: str, response: DeploymentResponse | DeploymentResponseGenerator
     ) -> None:
-        """Cancel a held request once its model has failed to load. Serve would hold it forever."""
+        """Cancel a waiting request once its model has failed to load. Serve would let it wait forever."""
         while True:
             await asyncio.sleep(_LOAD_CHECK_S)
             if (await self.status())[model].stage == "failed":
@@ -207,7 +205,7 @@ class RayBackend:
 async def _receive(
     response: DeploymentResponse | DeploymentResponseGenerator, on_progress: ProgressCallback | None
 ) -> GenerationResult | StableAudioError:
-    """Return the final result of either kind of call."""
+    """Return the result of a call, with or without progress. Calls `on_progress` in the meantime, if it is given."""
     if on_progress is None:
         return await response
     async for item in response:
@@ -218,5 +216,5 @@ async def _receive(
 
 
 def _unloadable(model: str) -> ModelUnavailableError:
-    """Return an error without Retry-After: Serve restarts a failed deployment only when it is deployed again."""
+    """Return an error without Retry-After, because a deployment that failed starts only when it is deployed again."""
     return ModelUnavailableError(f"model {model} failed to load; the server's log says why")

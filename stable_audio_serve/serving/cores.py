@@ -1,6 +1,6 @@
-"""CPU cores of this machine: the number of threads per model, and a lower priority for HTTP and job processes.
+"""Divides the CPU cores of this machine: the number of threads per model, and a lower priority for other processes.
 
-The number of threads follows from settings and core counts only, not from measured times.
+The number of threads depends only on settings and core counts, not on measured times.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _SPARE_FROM = 4  # on machines with at least this many cores, one core stays fre
 def choose_threads(settings: Settings, model: ModelSettings, *, device: str, cluster_gpus: float) -> int:
     """Return the configured number of threads, else an equal share of the usable cores.
 
-    The share assumes that all replicas on CPUs run on this machine. The demo gets one thread. So does a model on a GPU,
-    whose thread only launches kernels.
+    The share assumes that all replicas on CPUs run on this machine. The demo gets one thread. A model on a GPU also
+    gets one, because its thread only launches kernels.
     """
     if model.threads is not None:
         return model.threads
@@ -35,13 +35,13 @@ def choose_threads(settings: Settings, model: ModelSettings, *, device: str, clu
 
 
 def share_cores(num_cores: int, *, num_replicas: int) -> int:
-    """Return the threads of each replica, at least one. One core stays free if there are four or more."""
+    """Return the number of threads of each replica, at least one. Of four or more cores, one stays free."""
     spare = 1 if num_cores >= _SPARE_FROM else 0
     return max(1, (num_cores - spare) // max(1, num_replicas))
 
 
 def usable_cores(root: Path = Path("/")) -> int:
-    """Return the whole cores that CPU affinity and cgroup quotas allow this process, at least one."""
+    """Return the number of whole cores that CPU affinity and cgroup quotas allow this process, at least one."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, int(min([allowed, *_quotas(root)])))
 
@@ -51,7 +51,7 @@ def _is_demo(model: ModelSettings) -> bool:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """Yield the quota, in cores, of this process's cgroups and their parents, for cgroups v1 and v2."""
+    """Yield the quotas, in cores, of this process's cgroups (v1 or v2) and of their parents."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -86,7 +86,7 @@ def yield_to_engines() -> None:
     """Lower the priority of all threads of this process, so that models on the same cores go first. Linux only.
 
     Otherwise many short responses keep interrupting a long computation. With 150 responses a second on two cores, a
-    generation took 1.2 times as long; at lower priority, 1.1 times.
+    generation took 1.2 times as long as without them. With the lower priority, it took 1.1 times as long.
     """
     if sys.platform != "linux":
         return

@@ -1,8 +1,8 @@
-"""Orderly shutdown of a served application: refuse new requests, put jobs back into the queue, finish requests in
-flight.
+"""Shuts a served application down without losing work: new requests are refused, jobs go back into the queue, and
+requests in flight are finished.
 
-The launcher calls `drain` before it stops Ray. A replica awaits `replaced` to learn that Ray Serve is stopping it. Ray
-Serve stops the processes.
+The launcher calls `drain` before it stops Ray. A replica awaits `replaced`, which returns when Ray Serve stops the
+replica. Ray Serve stops the processes.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ def drain(application: str, *, within_s: float, statistics_host: str, report: Ca
 
 @contextmanager
 def _handle(name: str, application: str) -> Iterator[DeploymentHandle]:
-    """Yield a handle and shut down its router afterwards: the router would keep calling the controller, even after Ray
-    has stopped.
+    """Yield a deployment's handle, and shut down its router afterwards.
+
+    Otherwise the router would keep calling the controller, even after Ray has stopped.
     """
     handle = serve.get_deployment_handle(name, application)
     try:
@@ -65,7 +66,7 @@ def _drain(
 ) -> None:
     deadline_at = time.monotonic() + within_s
     proxies = _python_proxies()
-    for proxy in proxies:  # makes `is_drained` answer for the requests sent so far
+    for proxy in proxies:  # from now on `is_drained` covers the requests that were sent before
         proxy.update_draining.remote(True)
     has_reported = False
     while True:
@@ -83,7 +84,7 @@ def _drain(
 
 
 def _broadcast(handle: DeploymentHandle) -> Sequence[int]:
-    """Call `drain` on every replica and return the numbers of requests they hold.
+    """Call `drain` on every replica and return how many requests or jobs each still has.
 
     A dead replica counts as 0. A replica that does not answer in time counts as 1.
     """
@@ -96,8 +97,9 @@ def _broadcast(handle: DeploymentHandle) -> Sequence[int]:
 
 
 def _num_in_haproxy(host: str) -> int:
-    """Return the number of responses that HAProxy still sends, from its statistics. It buffers responses for slow
-    clients.
+    """Return how many responses HAProxy is still sending, because it buffers them for slow clients.
+
+    Reads HAProxy's statistics page.
     """
     if not ray_internals.has_haproxy():
         return 0
@@ -112,10 +114,10 @@ def _num_in_haproxy(host: str) -> int:
 
 
 def _python_proxies() -> Sequence[ActorHandle]:
-    """Return Ray Serve's Python proxies. Beside HAProxy this is only the fallback proxy, which answers while no ingress
+    """Return Ray Serve's Python proxies. With HAProxy there is only the fallback proxy, which answers while no ingress
     runs.
 
-    HAProxy itself is left out: after `update_draining` it would also wait for idle connections.
+    HAProxy itself is not included, because after `update_draining` it would also wait for idle connections.
     """
     controller = ray_internals.find_controller()
     if controller is None:
@@ -140,6 +142,6 @@ def _are_drained(proxies: Sequence[ActorHandle]) -> bool:
 
 
 async def replaced(*, poll_every_s: float) -> None:
-    """Wait until Ray Serve begins to stop this replica."""
+    """Return once Ray Serve begins to stop this replica."""
     while not ray_internals.is_replica_stopping():  # noqa: ASYNC110  # Serve offers no event for this
         await asyncio.sleep(poll_every_s)

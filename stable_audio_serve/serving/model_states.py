@@ -1,8 +1,8 @@
-"""The state of each model as this process knows it, for the status, health, routing and job runners.
+"""The state of each model as known in this process. Used by the status, health checks, routing and job runners.
 
 There are two sources. Replicas publish statistics once a second, which reach this process with Serve's router updates.
-Ray Serve's controller reports the stage of each deployment: it is polled at most twice a second, and its last answer is
-used while it does not respond. Reading the state never starts a replica.
+Ray Serve's controller reports the stage of each deployment. It is polled at most twice a second, and while it does not
+answer, its last answer is used. Reading the state never starts a replica.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_TTL_S = 0.5  # an older snapshot is refreshed in the background; callers still get the old one
-_STALE_S = 2.0  # an even older snapshot makes callers wait for the refresh
+_TTL_S = 0.5  # a status older than this is refreshed in the background, while callers still get the old one
+_STALE_S = 2.0  # callers do not get a status older than this, but wait for the refresh
 _REPLICA_TTL_S = 5.0  # maximum age of the replicas' `ReplicaStatus`
 _TIMEOUT_S = 0.8
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaStatus:
-    """A replica's device, the seconds per stage of its start, and counts of its requests.
+    """A replica's device, the duration in seconds of each stage of its start, and counts of its requests.
 
-    `expired` counts requests that ran past their own deadline. `backlog_ms` is predicted device time of accepted work.
+    `expired` counts requests that exceeded their deadline. `backlog_ms` is the predicted device time of accepted work.
     """
 
     device: str
@@ -58,7 +58,7 @@ class ReplicaStatus:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaStats:
-    """Statistics that a replica publishes for operators, beside its work."""
+    """Statistics that a replica publishes for operators, in addition to its work."""
 
     device: str
     dtype: str
@@ -98,7 +98,7 @@ def record_stats(model: str, stats: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def last_prices(model: str) -> Prices | None:
-    """Return the prices that a replica of a model published last, None before the first. They outlive the replicas."""
+    """Return the last prices that any replica of a model published, even if it has ended. None before the first."""
     return _prices.get(model)
 
 
@@ -111,7 +111,7 @@ def reports(model: str) -> tuple[ReplicaReport, ...]:
 
 
 def _report(name: str, stats: Mapping[str, Any], *, age_s: float) -> ReplicaReport:
-    """Build a report; fields that a replica of another version does not publish are None."""
+    """Return a replica's report. Fields that the replica does not publish, because of another version, are None."""
     backlog_ms, rows = stats.get("backlog_ms"), stats.get("rows_per_step")
     return ReplicaReport(
         name,
@@ -128,8 +128,8 @@ def _report(name: str, stats: Mapping[str, Any], *, age_s: float) -> ReplicaRepo
 def read_application(name: str) -> ApplicationStatusOverview | None:
     """Return the status of an application and its deployments, None if Serve or the application is not running.
 
-    Twenty times as fast as `serve.status`, which imports and pickles each deployment's request router. Blocking. Raises
-    RayError if the controller does not answer.
+    This is twenty times as fast as `serve.status`, which imports and pickles each deployment's request router.
+    Blocking. Raises RayError if the controller does not answer.
     """
     details = application_details(name)
     if details is None:
@@ -173,10 +173,10 @@ class ModelWatch:
         self._answered_at = float("-inf")
 
     async def status(self) -> Mapping[str, ModelStatus]:
-        """Return the status of each model as the controller reports it, at most `_STALE_S` old.
+        """Return the status of each model as reported by the controller, at most `_STALE_S` old.
 
-        While the controller does not answer, for example while Ray's head restarts, returns an older status after
-        `_TIMEOUT_S`.
+        If the controller does not answer within `_TIMEOUT_S`, for example because Ray's head restarts, return the last
+        status, whatever its age.
         """
         now = time.monotonic()
         age_s = now - self._snapshot.taken_at
@@ -222,9 +222,9 @@ class ModelWatch:
             self._metrics.gauge("model_update_refused", float(status.refused_update is not None), model=name)
 
     async def _poll_replicas(self, name: str) -> None:
-        """Fetch the status of the running replicas, at most every `_REPLICA_TTL_S`: an update replaces the replicas.
+        """Fetch the `ReplicaStatus` of the running replicas if the last one is older than `_REPLICA_TTL_S`.
 
-        The first call also opens the connection to one replica before the first real request.
+        The first call also opens the connection to one replica, before the first request needs it.
         """
         now = time.monotonic()
         if now - self._polled_at.get(name, float("-inf")) < _REPLICA_TTL_S:
@@ -270,7 +270,7 @@ def _stage(application: ApplicationStatusOverview, name: str) -> str:
         return "failed"
     if deployment.status == "UPSCALING":
         return "waking"
-    # An unhealthy deployment has lost its replicas and is about to start new ones.
+    # An unhealthy deployment has lost its replicas and will start new ones.
     return "loading" if is_starting or deployment.status in ("UPDATING", "UNHEALTHY") else "idle"
 
 
@@ -281,8 +281,9 @@ def _worst_quality(qualities: Iterable[ModelQuality | None]) -> ModelQuality | N
 
 
 def _refused_update(deployment: DeploymentStatusOverview) -> str | None:
-    """Return a message if the new replicas of an update failed to start and older ones still answer; the log has the
-    reason.
+    """Return a message if the new replicas of an update failed to start and older replicas still answer.
+
+    The message refers to the log for the reason.
     """
     if deployment.status != "DEPLOY_FAILED" or not _count(deployment, ReplicaState.RUNNING):
         return None
@@ -290,7 +291,7 @@ def _refused_update(deployment: DeploymentStatusOverview) -> str | None:
 
 
 def _states(deployment: DeploymentStatusOverview) -> Mapping[str, int]:
-    # Ray reports states as text or as an enumeration of text.
+    # Ray reports states either as text or as members of an enumeration.
     counts = deployment.replica_states.items()
     return {ReplicaState(state).value.lower(): int(number) for state, number in counts if number}
 

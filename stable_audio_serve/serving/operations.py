@@ -1,8 +1,8 @@
-"""`core.operations.Operations` over Ray Serve, for ingress replicas.
+"""Implements `core.operations.Operations` for ingress replicas on Ray Serve.
 
-Model states come from what replicas publish. While clients poll the status, the job database is queried once a second,
-and so are ingress replicas and job runners while the server drains. `jobs.store.operator_settings` stores the
-operators' settings.
+The states of models are those that replicas publish. While clients poll the status, the job database is queried once a
+second. While the server drains, ingress replicas and job runners are queried as often. Operators' settings are stored
+by `jobs.store.operator_settings`.
 """
 
 from __future__ import annotations
@@ -37,27 +37,28 @@ T = TypeVar("T")
 _OLD_S = 5.0
 _QUERY_TIMEOUT_S = 2.0
 _QUERY_EVERY_S = 1.0
-_PATIENCE_S = 1.0  # seconds to wait for a fresh answer before the cached one is returned
+_TIMEOUT_S = 1.0  # seconds to wait for a fresh answer before the cached one is returned
 
 
 @dataclass(frozen=True, slots=True)
 class DrainProgress:
-    """The requests or jobs that one process has to finish. `has_begun`: the process accepts nothing new."""
+    """How many requests or jobs one process still has to finish. With `has_begun`, the process accepts no new work."""
 
     has_begun: bool
     num_left: int
 
 
 def open_operator_store(database: Database, application: str) -> OperatorStore:
-    """Return the operators' settings for the application in this Ray cluster.
+    """Return the store of the operators' settings for the application in this Ray cluster.
 
-    With Redis the name survives a restart of Ray's head. A server that is stopped and started again has a new name.
+    The settings belong to a running server: after a stop and a new start they are the defaults. They survive a restart
+    of Ray's head if Ray uses Redis.
     """
     return OperatorStore(database, f"{ray.get_runtime_context().get_session_name()}/{application}")
 
 
 class RayOperations:
-    """Each ingress replica has one, used on its event loop."""
+    """The operations of one ingress replica. Used on its event loop."""
 
     def __init__(
         self,
@@ -141,7 +142,7 @@ def predicted_s(model: str, jobs: Waiting) -> float | None:
 
 
 async def _progress_of(deployment: DeploymentHandle) -> Sequence[DrainProgress | None]:
-    """Return the progress of each replica, None for a replica that does not answer."""
+    """Return the progress of each replica of a deployment, None for a replica that does not answer."""
     try:
         answers = await deployment.broadcast("drain_progress").results_async(
             timeout_s=_QUERY_TIMEOUT_S, return_exceptions=True
@@ -153,7 +154,7 @@ async def _progress_of(deployment: DeploymentHandle) -> Sequence[DrainProgress |
 
 
 def _sum(progress: Sequence[DrainProgress | None]) -> int | None:
-    """Return the total left to finish, None while a process does not answer or has not begun to drain."""
+    """Return the total that is left to finish; None if a process does not answer or has not begun to drain."""
     known = [one.num_left for one in progress if one is not None and one.has_begun]
     return sum(known) if len(known) == len(progress) else None
 
@@ -162,7 +163,7 @@ class CachedQuery(Generic[T]):
     """Caches the result of a query. Use from one event loop."""
 
     def __init__(self, query: Callable[[], Awaitable[T]], *, first: T, clock: Clock = SystemClock()) -> None:
-        """`query` must not raise. `first` is returned before the first result, and while the last one is too old."""
+        """`query` must not raise. `first` is returned before there is a result, and if the last result is too old."""
         self._query = query
         self._clock = clock
         self._first = self._answer = first
@@ -170,16 +171,16 @@ class CachedQuery(Generic[T]):
         self._refreshing: asyncio.Task[None] | None = None
 
     async def answer(self) -> T:
-        """Return a result about a second old, or up to five seconds old while a newer one is late."""
+        """Return a result that is about a second old, or up to five seconds if the query is slow."""
         if self._refreshing is None or self._refreshing.done():
             if self._age_s < _QUERY_EVERY_S:
                 return self._answer
             self._refreshing = asyncio.create_task(self._refresh())
-        await asyncio.wait({self._refreshing}, timeout=_PATIENCE_S)
+        await asyncio.wait({self._refreshing}, timeout=_TIMEOUT_S)
         return self._answer if self._age_s < _OLD_S else self._first
 
     def invalidate(self) -> None:
-        """Query again at the next call, because the result has changed; a query in progress is cancelled."""
+        """Drop the cached result, so that the next call queries again. Cancels a query in progress."""
         self._queried_at = float("-inf")
         if self._refreshing is not None:
             self._refreshing.cancel()

@@ -24,25 +24,25 @@ INGRESS_NAME = "Ingress"
 RUNNER_NAME = "job-runner"
 
 _MOST_REQUESTS = 512  # per replica; an engine admits far fewer
-# More than a process can have connections. Serve would queue requests above its limit, including /health and its own
-# probes, and answer in plain text when the queue is full. The application sets its own limits.
+# More requests than a process can have connections, because the application has its own limits. Above a limit, Serve
+# would queue requests, even /health and its own probes, and would answer in plain text when the queue is full.
 _NO_LIMIT = 100_000
 _ROUTER = "stable_audio_serve.serving.routing:LeastWorkRouter"
 _ROUTING_STATS_PERIOD_S = 1.0  # seconds between publications of a replica's work
 _POLICY = "stable_audio_serve.serving.autoscaling:WorkPolicy"
-# What the policy receives: metrics each second (Serve's environment variables for this have no effect in 2.60), kept
-# for ten seconds, with the maximum of concurrent requests instead of the mean.
+# The autoscaling policy receives metrics each second (Serve's environment variables for this have no effect in 2.60),
+# which are kept for ten seconds, and the maximum of concurrent requests instead of the mean.
 _OBSERVATION = {"metrics_interval_s": 1.0, "look_back_period_s": 10.0, "aggregation_function": "max"}
-_CONSTRUCTOR_ATTEMPTS = 2  # a checkpoint that fails to load twice will not load later
-_ONE_REPLICA = 1  # percent, rounded up to whole replicas: an update starts one extra replica at a time
+_CONSTRUCTOR_ATTEMPTS = 2  # a checkpoint that fails to load twice will not load at a third attempt
+_ONE_REPLICA = 1  # percentage of extra replicas during an update, which Serve rounds up to one replica
 _DRAIN_POLL_S = 0.1  # seconds between checks whether a stopping replica has finished its requests
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The planned deployments: settings, model cards, and canonical names of the models to keep loaded.
+    """The planned deployments: settings, model cards, and the canonical names of models to keep loaded.
 
-    If `store_identity` is set (see `jobs.open.PreparedStores`), processes refuse any other job database.
+    With a `store_identity` (from `jobs.open.PreparedStores`), processes refuse any other job database.
     """
 
     settings: Settings
@@ -63,7 +63,7 @@ class Plan:
 
     @property
     def num_cpus(self) -> int:
-        """CPU slots that an embedded Ray must declare so that every replica fits on this machine."""
+        """The number of CPUs that an embedded Ray must declare so that every replica fits on this machine."""
         wanted = sum(
             reserved_cpus(model, num_gpus=0) * (model.replicas.max_replicas + bool(model.replicas.surge))
             for model in self.settings.models
@@ -75,8 +75,8 @@ class Plan:
 def plan_deployments(settings: Settings) -> Plan:
     """Resolve and check names, paths and stores. Reads no files but checkpoint configs. Raises ConfigError.
 
-    A model whose config cannot be read gets the card of a model that is not downloaded yet; `preflight` reports the
-    reason.
+    A model whose config cannot be read gets the same card as a model that is not downloaded yet. `preflight` reports
+    the reason.
     """
     catalog = _catalog(settings)
     check_model_names(settings, catalog)
@@ -86,7 +86,7 @@ def plan_deployments(settings: Settings) -> Plan:
 
 
 def _with_absolute_paths(settings: Settings) -> Settings:
-    """Make paths absolute: a replica's process has another working directory."""
+    """Make paths absolute, because the processes of replicas have another working directory."""
     changes: dict[str, Any] = {"output_dir": os.path.abspath(settings.output_dir)}
     if settings.api.key_file is not None:
         changes["api"] = settings.api.model_copy(update={"key_file": os.path.abspath(settings.api.key_file)})
@@ -99,8 +99,9 @@ def describe_models(plan: Plan) -> Plan:
 
 
 def require_shared_database(settings: Settings, *, num_nodes: int) -> None:
-    """Raise ConfigError for a SQLite job database on several nodes: each node would have its own, or corrupt a shared
-    one.
+    """Raise ConfigError for a SQLite job database on several nodes.
+
+    Each node would have its own database, or the nodes would corrupt a shared file.
     """
     if num_nodes > 1 and uses_sqlite(settings):
         raise ConfigError(
@@ -144,7 +145,7 @@ def ingress_options(settings: Settings) -> dict[str, Any]:
         "name": INGRESS_NAME,
         "num_replicas": ingress.replicas,
         "max_ongoing_requests": _NO_LIMIT,
-        "health_check_period_s": 1.0,  # a dead replica is found this fast; until then HAProxy keeps trying it
+        "health_check_period_s": 1.0,  # HAProxy sends requests to a dead replica until a health check finds it
         **_drain_options(settings),
         "ray_actor_options": {"num_cpus": ingress.num_cpus},
     }
@@ -155,8 +156,8 @@ def runner_options(settings: Settings) -> dict[str, Any]:
     return {
         "name": RUNNER_NAME,
         "num_replicas": settings.jobs.runners,
-        "max_ongoing_requests": 1000,  # wake-up calls, which return at once
-        "health_check_period_s": 2.0,  # a dead runner is found this fast, and its jobs continue
+        "max_ongoing_requests": 1000,  # high, because runners only receive short calls, such as `wake`
+        "health_check_period_s": 2.0,  # the jobs of a dead runner continue once a health check finds it
         "graceful_shutdown_timeout_s": 10.0,
         "graceful_shutdown_wait_loop_s": _DRAIN_POLL_S,
         "ray_actor_options": {"num_cpus": 0},
@@ -189,7 +190,7 @@ def model_options(plan: Plan, model: ModelSettings, *, cluster_gpus: float) -> d
 
 
 def _engine_options(settings: Settings, *, name: str) -> dict[str, Any]:
-    """Return the deployment options that every deployment with an engine of this model has."""
+    """Return the deployment options that all deployments with an engine have in common."""
     return {
         "name": name,
         "max_ongoing_requests": _MOST_REQUESTS,
@@ -205,7 +206,7 @@ def _engine_options(settings: Settings, *, name: str) -> dict[str, Any]:
 
 
 def _drain_options(settings: Settings) -> dict[str, Any]:
-    """Return options that let a stopping replica finish the longest possible request."""
+    """Return the deployment options with which a stopping replica may finish the longest possible request."""
     return {
         "graceful_shutdown_timeout_s": settings.api.max_deadline_s,
         "graceful_shutdown_wait_loop_s": _DRAIN_POLL_S,

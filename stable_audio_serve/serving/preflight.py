@@ -1,4 +1,4 @@
-"""Checks before anything starts, within seconds, that the models' files and packages are here or can be downloaded."""
+"""Checks before the server starts that the models' files and packages are present or can be downloaded."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from stable_audio_serve.models.registry import BUILT_IN, ModelEntry, describe_en
 from stable_audio_serve.models.stable_audio_tools.package import require_open_family, require_package
 from stable_audio_serve.serving.placement import Plan, model_entry
 
-_Check = Callable[[ModelEntry, str | None], None]  # called with an entry and the hub's token
+_Check = Callable[
+    [ModelEntry, str | None], None
+]  # receives a model's entry and the hub's token; raises CheckpointError
 
 _HARD_STOP, _RAYS_HARD_STOP_S = "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S", 120.0
-_LONGEST_S = 10.0  # for all models together; a host name lookup alone can take longer than any HTTP timeout
+_LONGEST_S = 10.0  # for all models together; HTTP timeouts do not limit the lookup of a host name
 
 
 def require_weights(plan: Plan, models: Iterable[ModelSettings], *, print_error: Callable[[str], None]) -> None:
-    """Check that `models` have their files, or can download them, and the package of their networks.
+    """Check that the files of `models` are present or can be downloaded, and that required packages are installed.
 
-    Raises CheckpointError for a model that loads at the start; prints a warning with `print_error` for the others.
-    Takes at most about ten seconds.
+    Raises CheckpointError if a model that loads at the start fails the check. For other models, prints a warning with
+    `print_error`. Takes at most about ten seconds.
     """
     deadline = time.monotonic() + _LONGEST_S
     checks = {model.name: _begin(plan.settings, model, check=_check_all) for model in models}
@@ -39,7 +41,7 @@ def require_weights(plan: Plan, models: Iterable[ModelSettings], *, print_error:
 
 
 def fetch_configs(plan: Plan, models: Iterable[ModelSettings], *, print_error: Callable[[str], None]) -> None:
-    """Fetch the configs of `models` that only other nodes load, so that this node can describe them to clients.
+    """Fetch the configs of `models`, which only other nodes load, so that this node can describe them to clients.
 
     Prints a warning with `print_error` for each config that cannot be fetched. Takes at most about ten seconds.
     """
@@ -78,7 +80,7 @@ def _is_described(entry: ModelEntry) -> bool:
 
 
 def _begin(settings: Settings, model: ModelSettings, *, check: _Check) -> tuple[ModelEntry, Future[None]]:
-    """Start the check in a thread that can be abandoned. Returns the entry and the check's future."""
+    """Start the check in a daemon thread, so that it can be abandoned. Returns the entry and the check's future."""
     entry, done = model_entry(model), Future[None]()
 
     def run() -> None:
@@ -94,13 +96,13 @@ def _begin(settings: Settings, model: ModelSettings, *, check: _Check) -> tuple[
 
 
 def _check_all(entry: ModelEntry, token: str | None) -> None:
-    """Check a model that this node loads: its files, and the package that implements its networks, if it needs one."""
+    """Check a model that this node loads: its files and, if it needs one, the package that implements its networks."""
     if entry.backend == "stable_audio_tools":
         require_package()
         if entry.folder is not None or entry.card.name in BUILT_IN:
             require_open_family(describe_entry(entry).card.family)
     _check_files(entry, token)
-    if entry.backend == "stable_audio_tools":  # a repository's family is known only after its config was fetched
+    if entry.backend == "stable_audio_tools":  # the checks above fetched the config, which says the model's family
         require_open_family(describe_entry(entry).card.family)
 
 

@@ -1,6 +1,6 @@
-"""The parts of Ray beyond its public API that this package uses. Tested with the versions in `TESTED`.
+"""The parts of Ray outside its public API that this package uses. Tested with the versions in `TESTED`.
 
-The server calls `require` at the start and stops with its message if the installed Ray lacks one of them.
+The server calls `require` at the start, which fails if the installed Ray lacks one of these parts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 TESTED = ("2.60",)
 
-_NEEDED = {  # names by module; dots separate attributes
+_NEEDED = {  # names by module; a dot in a name leads to an attribute
     "ray.serve.context": ("_get_global_client",),
     "ray.serve._private.client": (
         "ServeControllerClient.deploy_apps",

@@ -1,4 +1,4 @@
-"""One model on one device behind a Serve handle: load, warm up, generate, publish statistics. Wraps an `Engine`."""
+"""A Serve replica of a model: loads the model, warms it up, generates audio and publishes statistics."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _MINUTE_S = 60
 _MIN_INTERVAL_S = 0.1
 _WAITING_TTL_S = 5.0  # seconds after which a report of waiting jobs expires
 _KEPT_TTL_S = 60.0  # seconds after which a report of kept models expires; long enough to replace a runner
-_PROGRESS_INTERVAL_S = 0.25  # each item of a stream costs both processes about half a millisecond
+_PROGRESS_INTERVAL_S = 0.25  # sending one progress takes both processes about half a millisecond
 
 
 class ModelReplica:
@@ -50,13 +50,13 @@ class ModelReplica:
         self._finished = RecentSum(_MINUTE_S)
         self._start_s: dict[str, float] = {}
         self._measured_at = time.monotonic(), 0.0  # (time, engine busy seconds) at the last autoscaling report
-        # Last report of a job runner, and its time.
+        # The last report of a job runner and the time at which it arrived.
         self._waiting_s, self._is_kept, self._reported_at = 0.0, False, float("-inf")
         try:
             self._engine, self._quality = await self._start(settings, model)
         except StableAudioError as error:
-            # Serve prints the exception's cause before the exception itself. A cause with the same message puts that
-            # message on top.
+            # Serve prints the cause of an exception first. A cause with the same message makes the message appear
+            # first.
             raise ModelUnavailableError(error.message) from type(error)(error.message)
         stages = " ".join(f"{name}_s={seconds:.2f}" for name, seconds in self._start_s.items())
         logger.info("model ready: model=%s device=%s %s", model.name, self._engine.device, stages)
@@ -103,7 +103,7 @@ class ModelReplica:
         return engine, quality
 
     async def generate(self, request: GenerationRequest) -> GenerationResult | StableAudioError:
-        """Run one request; `deadline_s` counts from now.
+        """Run one request, whose `deadline_s` counts from now.
 
         Returns a StableAudioError instead of raising it: Serve logs raised exceptions with a traceback.
         """
@@ -121,7 +121,7 @@ class ModelReplica:
                 yield progress
             yield await working
         finally:
-            working.cancel()  # the caller may have disconnected; no effect once finished
+            working.cancel()  # the caller may have disconnected; has no effect on finished work
 
     async def _generate(
         self, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
@@ -155,8 +155,9 @@ class ModelReplica:
         )
 
     def record_routing_stats(self) -> dict[str, Any]:
-        """Called by Serve every second. Serve sends the result to the routers of this model, which pass it to the
-        status.
+        """Return the statistics for the routers of this model, which also pass them to the status.
+
+        Called by Serve every second.
         """
         stats = ReplicaStats(
             device=str(self._engine.device),
@@ -168,7 +169,7 @@ class ModelReplica:
         return ReplicaWork.now(self._engine.backlog_ms, self._engine.prices()).to_dict() | stats.to_dict()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Called by Serve every second, for this model's autoscaling policy."""
+        """Return the statistics for this model's autoscaling policy. Called by Serve every second."""
         now, busy_s = time.monotonic(), self._engine.busy_s
         before, busy_before_s = self._measured_at
         self._measured_at = now, busy_s
@@ -192,7 +193,7 @@ class ModelReplica:
         self._engine.check_health()
 
     async def __del__(self) -> None:
-        # Serve awaits this once the requests in flight are done or out of time, and after a failed start.
+        # Serve awaits this after a failed start, or once the requests in flight have ended or run out of time.
         if hasattr(self, "_engine"):
             await self._engine.close()
 
@@ -206,8 +207,8 @@ class ModelReplica:
 async def _others_answer(*, surge: bool) -> bool:
     """Return True if older replicas keep answering while this one fails.
 
-    With surge an update stops older replicas last. Without surge it stops them one after another even if the new ones
-    fail, so a new replica must serve, if need be with the last good weights.
+    With surge, an update stops older replicas only after new ones have started. Without surge, it stops older replicas
+    one after another even if new ones fail. Then a new replica must serve, if necessary with the last good weights.
     """
     if not surge:
         return False

@@ -1,7 +1,7 @@
-"""CPU and GPU reservations of each replica. Also checks that the replicas on one GPU fit into its memory, and decides
-which models may start an extra replica during updates. Imports no torch and needs no running Ray.
+"""Computes the CPUs and GPUs that each replica reserves. Also checks that the replicas on one GPU fit into its memory,
+and decides which models may start an extra replica during updates. Imports no torch and needs no running Ray.
 
-Ray counts GPUs in steps of 1/10,000 and packs replicas while their fractions fit; it does not track memory.
+Ray counts GPUs in steps of 1/10,000, and places replicas on a GPU while their shares fit. It does not count memory.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def check_gpu_shares(settings: Settings, *, cluster_gpus: float) -> None:
 def decide_surge(settings: Settings, nodes: Sequence[Slot], *, cluster_gpus: float) -> Settings:
     """Return the settings with `replicas.surge` decided for every model. Raises ConfigError.
 
-    Surge is on if `nodes` have room for an extra replica of the model beside the maximum number of all replicas.
+    Surge is on if `nodes` have room for one more replica of the model when every model has its most replicas.
     """
     slots = {model.name: replica_slot(settings, model, cluster_gpus=cluster_gpus) for model in settings.models}
     taken = [slots[model.name] for model in settings.models for _ in range(model.replicas.max_replicas)]
@@ -81,8 +81,9 @@ def decide_surge(settings: Settings, nodes: Sequence[Slot], *, cluster_gpus: flo
 
 
 def reserved_cpus(model: ModelSettings, *, num_gpus: float) -> float:
-    """Return the configured `num_cpus`, else the configured threads. The default number of threads depends on the
-    machine, so it is unknown here.
+    """Return the configured `num_cpus`, else the configured threads.
+
+    The default number of threads cannot be used, because it depends on the machine.
     """
     if model.num_cpus is not None:
         return model.num_cpus
@@ -118,7 +119,7 @@ def may_use_gpu(settings: Settings, model: ModelSettings) -> bool:
 
 
 def check_shares(models: Iterable[GpuReplicas]) -> None:
-    """Raise ConfigError naming the replicas that fit on one GPU by `gpu` but not by `memory`."""
+    """Raise ConfigError if replicas could share a GPU by their `gpu` shares, but their `memory` shares exceed 1."""
     models = [model for model in models if model.gpu > 0]
     if all(model.memory <= model.gpu * _WHOLE for model in models):
         return
@@ -139,11 +140,11 @@ def check_shares(models: Iterable[GpuReplicas]) -> None:
 
 
 def _fullest(models: list[GpuReplicas]) -> Counter[str]:
-    """Return the replicas of each model that together take the most memory among all sets that fit on one GPU."""
+    """Return the set of replicas that takes the most memory of all sets that fit on one GPU, as counts by model."""
     sizes = [max(1, round(model.gpu * _GPU_PRECISION)) for model in models]
     unit = math.gcd(_GPU_PRECISION, *sizes)
     room = _GPU_PRECISION // unit
-    # indexed by the used part of the GPU
+    # best[n] = (the most memory, the replicas that take it) of all sets that use at most n units of a GPU
     best: list[tuple[float, tuple[tuple[str, int], ...]]] = [(0.0, ())] * (room + 1)
     for model, size in zip(models, sizes, strict=True):
         for count in _bundles(min(model.count, _GPU_PRECISION // size)):
@@ -159,7 +160,7 @@ def _fullest(models: list[GpuReplicas]) -> Counter[str]:
 
 
 def _bundles(count: int) -> Iterator[int]:
-    """Yield 1, 2, 4, ... and a rest: sums of these give every number up to `count`."""
+    """Yield 1, 2, 4, ... and a remainder, of which some sum equals any given number up to `count`."""
     size = 1
     while count > 0:
         yield min(size, count)
@@ -175,7 +176,7 @@ def has_room(nodes: Sequence[Slot], taken: Iterable[Slot], *, extra: Slot) -> bo
 
 
 def _place(free: list[list[float]], slot: Slot) -> bool:
-    """Take a slot from the fullest node with room, as Ray's packing does. Returns False if none has room."""
+    """Place a slot on the fullest node that has room for it, as Ray does. Returns False if no node has room."""
     fitting = [node for node in free if node[0] + _TOLERANCE >= slot.gpus and node[1] + _TOLERANCE >= slot.cpus]
     if not fitting:
         return False
@@ -186,6 +187,6 @@ def _place(free: list[list[float]], slot: Slot) -> bool:
 
 
 def node_slots(nodes: Iterable[Mapping[str, Any]]) -> list[Slot]:
-    """Return the resources of the living nodes in `ray.nodes()`."""
+    """Return the resources of the nodes in `ray.nodes()` that are alive."""
     alive = (node["Resources"] for node in nodes if node["Alive"])
     return [Slot(resources.get("GPU", 0.0), resources.get("CPU", 0.0)) for resources in alive]

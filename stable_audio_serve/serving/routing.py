@@ -1,5 +1,5 @@
-"""Routes each call to the replica of a model with the least predicted work, the call included, by a `WorkLedger`. Runs
-in every process that calls a model; imports neither torch nor settings.
+"""Routes each call to the replica of a model that is predicted to finish it first. Runs in every process that calls a
+model. Does not import torch or settings.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from stable_audio_serve.serving.work_ledger import OLD_S, WorkLedger
 
 
 class LeastWorkRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray has no types
-    """Connects Serve's router to a `WorkLedger`.
+    """Chooses the replica with the least predicted work, the new call included, which a `WorkLedger` tracks.
 
-    Replicas whose last report is too old are chosen as Serve does it: the shorter queue of two random replicas. They
-    get their proportional share of the calls.
+    One replica is picked at random. If its last report is too old, the choice is Serve's own: the shorter queue of two
+    random replicas. So replicas without reports get their proportional share of the calls.
 
-    Serve sends calls in order, so a call may get the replica that was chosen for another call. The other call then goes
-    elsewhere.
+    Serve sends calls in order, so a call may get the replica that was chosen for another call, which then gets another
+    replica.
     """
 
     def initialize_state(self, *, model: str, old_after_s: float = OLD_S) -> None:
-        """Called by Serve to set a router's fields, with `request_router_kwargs`."""
+        """Set the router's fields. Called by Serve with `request_router_kwargs`."""
         self._model = model
         self._ledger = WorkLedger(old_after_s=old_after_s)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Return candidates in ranks: one per rank, least work first, or a single rank of two to choose between."""
+        """Return one replica per rank, least work first, or a single rank of two replicas for Serve to choose from."""
         replicas = random.sample(candidate_replicas, len(candidate_replicas))
         if not replicas:
             return []
@@ -45,7 +45,7 @@ class LeastWorkRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray ha
         return [[replica] for replica in replicas]
 
     def _rank(self, replica: str, call: Sequence[object]) -> tuple[bool, float]:
-        """The same call can cost more on one replica than on another."""
+        """Return the sort key of a replica. It includes the call, which can take longer on one replica than another."""
         return self._ledger.is_old(replica), self._ledger.left_ms(replica) + self._ledger.price_ms(replica, call)
 
     def on_request_routed(  # noqa: PLR0917 - as Serve calls it
@@ -58,7 +58,7 @@ class LeastWorkRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray ha
         self._ledger.arrive(replica=replica, request_id=pending_request.metadata.internal_request_id, ms=ms)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        """Called by Serve once for each request that left, however it ended."""
+        """Called by Serve once for each request that was sent to a replica, however it ended."""
         self._ledger.end(internal_request_id, replica=_name(replica_id))
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:

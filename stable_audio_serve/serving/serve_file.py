@@ -1,4 +1,4 @@
-"""Reads serve_config.yaml. The format is Ray Serve's own, except that unknown keys are errors."""
+"""Reads serve_config.yaml. It has the format of Ray Serve's config files, except that unknown keys are errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stable_audio_serve.core.settings_errors import faults, unknown_keys
 if typing.TYPE_CHECKING:
     from ray.serve.schema import ServeDeploySchema
 
-# Our own log lines have what an operator needs; Serve's access log would repeat them.
+# Serve's access log would repeat what this package already logs for each request.
 _QUIET = {"log_level": "ERROR", "enable_access_log": False}
 _DEFAULT_PORT = 8000
 _DEFAULT_HOST = "127.0.0.1"
@@ -26,7 +26,7 @@ _FILE_NAME = "serve_config.yaml"
 def _packaged_file() -> Path:
     package = Path(__file__).parents[1]
     installed = package / _FILE_NAME
-    # In a checkout the file is beside the package.
+    # In a checkout of the repository, the file is in the folder that contains the package.
     return installed if installed.is_file() else package.parent / _FILE_NAME
 
 
@@ -78,7 +78,7 @@ def find_serve_file(chosen: Path | None) -> Path:
 
 
 def official_models() -> ServeFile:
-    """Return the packaged configuration with the default settings instead of the demo model."""
+    """Return the packaged configuration, but with the default models instead of the demo model."""
     packaged = read_serve_file(PACKAGED_FILE)
     application = {key: value for key, value in packaged.tree["applications"][0].items() if key != "args"}
     return ServeFile(packaged.path, packaged.tree | {"applications": [application]}, {})
@@ -99,7 +99,7 @@ def read_serve_file(path: Path) -> ServeFile:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that appears twice in a mapping; YAML's own loader ignores the first."""
+    """Refuses a key that appears twice in a mapping. PyYAML's loader would ignore the first one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -112,7 +112,7 @@ class _Loader(yaml.SafeLoader):
 
 def _read_yaml(path: Path) -> Any:
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a safe loader
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a subclass of SafeLoader
     except FileNotFoundError as error:
         message = f"{path} does not exist; `stable-audio-serve init` writes a configuration to start from"
         raise ConfigError(message, field=str(path)) from error
@@ -135,7 +135,7 @@ def require_known_keys(file: ServeFile) -> None:
 
 
 def deploy_schema(file: ServeFile, *, host: str, port: int) -> ServeDeploySchema:
-    """Return Ray Serve's schema, listening on `host` and `port`. Imports Ray. Raises ConfigError naming the key."""
+    """Return the file as Ray Serve's schema, with this `host` and `port`. Imports Ray. Raises ConfigError on a key."""
     from ray.serve.schema import ServeDeploySchema
 
     require_known_keys(file)

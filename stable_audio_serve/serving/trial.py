@@ -1,4 +1,5 @@
-"""The start of a replica's engine: load, warm up, pass the quality gate, else fall back to the last good weights.
+"""Starts a replica's engine: loads the model, warms it up and runs the quality gate. If this fails, falls back to the
+last good weights.
 
 Independent of Ray Serve: a callback reports whether other replicas answer requests.
 """
@@ -40,12 +41,12 @@ from stable_audio_serve.verification.quality.report import LastGood, Setup, Sour
 
 logger = logging.getLogger(__name__)
 
-Load = Callable[[ModelEntry], Engine]  # blocking; the engine is not started
+Load = Callable[[ModelEntry], Engine]  # returns an engine that is not started; blocking
 Stage = Callable[[str], AbstractContextManager[None]]  # measures the duration of a named stage
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
-# Faults of the weights, after which other weights may work. A wrong setting affects all weights.
+# Errors after which other weights may work. ConfigError is not one of them, because a setting affects all weights.
 _FAULTS = (CheckpointError, ModelUnavailableError, QualityError, QualityReportError)
 
 
@@ -58,7 +59,7 @@ class Started:
 
 
 class Trial:
-    """Starts the engine of one replica."""
+    """Starts the engine of one replica, with a fallback to the last good weights."""
 
     def __init__(
         self,
@@ -83,8 +84,8 @@ class Trial:
         self._tried: Source | None = None
 
     async def run(self) -> Started:
-        """Return an engine with the configured weights, or with the last good ones if those fail and no other replica
-        answers.
+        """Return an engine with the configured weights. If they fail and no other replica answers, return one with the
+        last good weights.
 
         If both fail, raises an error of the type that the configured weights raised.
         """
@@ -95,7 +96,7 @@ class Trial:
             self._metrics.increment("quality_gates", outcome=started.quality.gate)
             return started
         except _FAULTS as error:
-            # a copy without the traceback, whose frames still hold the model
+            # Keep a copy of the error, because the frames of the error's traceback still refer to the model.
             fault: StableAudioError = type(error)(error.message)
         self._metrics.increment("quality_gates", outcome="failed")
         logger.error("new replica failed: model=%s kind=%s %s", self._model.name, fault.kind, fault.message)
@@ -116,12 +117,12 @@ class Trial:
         return replace(started, quality=replace(started.quality, gate="fallback", problem=_for_clients(fault)))
 
     async def _find_last_good(self, entry: ModelEntry, fault: StableAudioError) -> LastGood:
-        """Return weights to fall back to. If there are none, raises the fault together with the reason."""
+        """Return the weights to fall back to. If there are none, raise the fault, with the reason added."""
         try:
             good = await self._archive.last_good(self._model.name)
         except (StorageError, QualityReportError) as error:
             raise _without_fallback(fault, error.message) from None
-        if good is None:  # the model never served from this storage
+        if good is None:  # no replica of the model has passed the gate with this storage
             raise fault
         if good.source == self._tried:
             raise _without_fallback(fault, f"{good.source} is where they were, and there is no copy")
@@ -130,7 +131,7 @@ class Trial:
         return good
 
     async def _try(self, entry: ModelEntry, *, pinned: str | None = None, expected: str | None = None) -> Started:
-        """Return a started engine that has passed the quality gate. If it raises, the engine is closed.
+        """Return a started engine that has passed the quality gate. Closes the engine after an error.
 
         `expected` is the required hash of the weights. Raises one of `_FAULTS` or ConfigError.
         """
@@ -171,7 +172,7 @@ class Trial:
 
 
 def _source(entry: ModelEntry, folder: Path) -> Source:
-    """Return the origin of the files. In the hub's cache, a snapshot's folder is named after its commit."""
+    """Return the source of the files. In the hub's cache, the folder of a snapshot is named after its commit."""
     if entry.folder is not None or not _COMMIT.fullmatch(folder.name):
         return Source(folder=str(folder.absolute()))
     return Source(repo_id=entry.repo_id, commit=folder.name)
@@ -188,7 +189,7 @@ def _without_fallback(fault: StableAudioError, reason: str) -> StableAudioError:
 
 
 def _for_clients(fault: StableAudioError) -> str:
-    """Return a message without paths of this machine, which error messages about files contain."""
+    """Return a message for clients. Messages about files are replaced, because they contain paths of this machine."""
     why = fault.message if isinstance(fault, QualityError) else "they cannot be loaded"
     return f"the configured weights failed ({why}); the last good ones are in use"
 

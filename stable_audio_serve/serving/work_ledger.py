@@ -1,6 +1,6 @@
-"""What a caller knows about the work of a model's replicas: their last reports, and the calls sent since then.
+"""Tracks the work of a model's replicas in a process that calls them: their last reports, and the calls sent since.
 
-Imports neither Ray nor torch. Every operation costs the same for 10,000 calls in flight as for one.
+Does not import Ray or torch. Every operation takes as long with 10,000 calls in flight as with one.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.core.pricing import Prices
 
 OLD_S = 5.0
-_CHOSEN_S = 1.0  # a choice older than this was not used: the caller left, or the replica was full
-# upper bound on the age of a report when it arrives through Serve's controller; clocks of machines may differ
+_CHOSEN_S = 1.0  # after this time a choice does not count: the caller left, or the replica was full
+# Upper bound on the age of a report when it arrives. A larger age is due to machines whose clocks differ.
 _MOST_AGE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaWork:
-    """A replica's report: device time of all accepted work at `said_at` (Unix seconds), and its prices."""
+    """A replica's report: the device time of all accepted work at `said_at` (Unix time in seconds), and its prices."""
 
     said_at: float
     backlog_ms: float
@@ -48,7 +48,7 @@ class ReplicaWork:
 
 @dataclass(slots=True)
 class _Call:
-    """A call to a replica. `ms` is its predicted device time, 0 once it no longer counts."""
+    """A call to a replica. `ms` is its predicted device time, which is set to 0 once the call no longer counts."""
 
     at: float
     ms: float
@@ -81,19 +81,19 @@ class _Calls:
             self.total_ms = 0.0  # floating-point sums do not return to exactly 0
 
     def drop_before(self, at: float) -> Iterator[_Call]:
-        """Stop counting calls made before `at`; yields each."""
+        """Stop counting the calls made before `at`, and yield them."""
         while self._calls and self._calls[0].at < at:
             yield self._calls[0]
             self.drop(self._calls[0])
 
 
 class _Replica:
-    """One replica's last report, and the calls that the report does not include."""
+    """The last report of one replica, and the calls that it does not include."""
 
     def __init__(self, now: float) -> None:
         self.work: ReplicaWork | None = None
         self.reported_at = now
-        self._published_at = now  # on the clock of this process
+        self._published_at = now  # by the clock of this process
         self.chosen = _Calls()
         self._sent = _Calls()
         self._by_id: defaultdict[str, deque[_Call]] = defaultdict(deque)  # several calls may have the same id
@@ -130,7 +130,7 @@ class _Replica:
 
 
 class WorkLedger:
-    """The replicas of one model by name. Not thread-safe."""
+    """The work of each replica of one model, by the replica's name. Not thread-safe."""
 
     def __init__(
         self,
@@ -139,7 +139,7 @@ class WorkLedger:
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        """A report older than `old_after_s` is not used. `clock` and `wall` return seconds; `wall` returns Unix time
+        """A report older than `old_after_s` is not used. `clock` and `wall` return seconds. `wall` returns Unix time,
         like `ReplicaWork.said_at`.
         """
         self._old_after_s = old_after_s
@@ -148,8 +148,9 @@ class WorkLedger:
         self._replicas: dict[str, _Replica] = {}
 
     def update(self, reports: Mapping[str, Mapping[str, Any]]) -> None:
-        """Record the latest report of every replica, empty if it has none yet. Replicas missing in `reports` are
-        dropped.
+        """Record the latest report of every replica, which is empty if it has not reported yet.
+
+        Replicas that are missing in `reports` are dropped.
         """
         now, wall = self._clock(), self._wall()
         self._replicas = {name: self._replicas.get(name) or _Replica(now) for name in reports}
@@ -158,21 +159,23 @@ class WorkLedger:
                 self._replicas[name].record(work, now=now, age_s=wall - work.said_at)
 
     def is_old(self, replica: str) -> bool:
-        """Return True if a replica's last report is older than `old_after_s`. A new replica has that
-        long for its first report.
+        """Return True if the replica's last report arrived more than `old_after_s` ago.
+
+        If it has not reported yet, the time since it was added counts.
         """
         return self._clock() - self._replicas[replica].reported_at > self._old_after_s
 
     def left_ms(self, replica: str) -> float:
-        """Return the replica's predicted remaining work in ms: its last report less the time since, plus later
-        calls.
+        """Return the replica's predicted remaining work in ms.
+
+        This is the work in its last report, minus the time since then, plus the calls since then.
         """
         return self._replicas[replica].left_ms(self._clock())
 
     def price_ms(self, replica: str, call: Sequence[object]) -> float:
-        """Return the device time of a call with these arguments in ms, 0 if it is not a generation.
+        """Return the predicted device time in ms of a call with these arguments, 0 if it is not a generation.
 
-        Before any price is known, every generation counts as 1 ms.
+        Until prices are known, every generation counts as 1 ms.
         """
         if not call or not isinstance(call[0], GenerationRequest):
             return 0.0
@@ -181,12 +184,18 @@ class WorkLedger:
         return work.prices.of_request(call[0]) if work else 1.0
 
     def choose(self, *, replica: str, ms: float) -> None:
-        """Record that a call is about to be sent. In a burst, all calls are chosen before the first is accepted."""
+        """Record that a replica was chosen for a call.
+
+        In a burst, replicas are chosen for all calls before the first call is accepted.
+        """
         if ms > 0:
             self._replicas[replica].chosen.add(_Call(self._clock(), ms))
 
     def arrive(self, *, replica: str, request_id: str, ms: float) -> None:
-        """Record that a replica has accepted a call. If another replica was chosen for it, that choice is dropped."""
+        """Record that a replica has accepted a call.
+
+        In return, one recorded choice no longer counts: the oldest of this replica, or of all replicas if it has none.
+        """
         known = self._replicas.get(replica)
         if known is None or ms <= 0:
             return
@@ -196,7 +205,7 @@ class WorkLedger:
         known.send(_Call(self._clock(), ms, request_id))
 
     def end(self, request_id: str, *, replica: str) -> None:
-        """Record that a replica has finished a call with this id. Ignored if the replica never accepted it."""
+        """Record that a replica has finished a call with this id. Does nothing if the replica never accepted it."""
         if (known := self._replicas.get(replica)) is not None:
             known.end(request_id)
 

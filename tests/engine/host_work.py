@@ -186,7 +186,7 @@ class _QueueingDevice(CudaDevice):
         return _Point(self._stand_in)
 
     @contextmanager
-    def beside(self, *reads: Tensor) -> Iterator[None]:
+    def on_second_queue(self, *reads: Tensor) -> Iterator[None]:
         yield
 
     def follow(self, moment: Moment) -> None:
@@ -223,9 +223,9 @@ class _Together(Scheduler):
         self._num_rows = num_rows
         self._has_begun = False
 
-    def pick(self, *, beside: bool = True) -> list[RowId]:
+    def pick(self, *, use_second_queue: bool = True) -> list[RowId]:
         self._has_begun = len(self) >= self._num_rows or (self._has_begun and len(self) > 0)
-        return super().pick(beside=beside) if self._has_begun else []
+        return super().pick(use_second_queue=use_second_queue) if self._has_begun else []
 
 
 @contextmanager

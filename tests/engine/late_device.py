@@ -33,23 +33,23 @@ class LateDevice(WaitingDevice):
         self.num_late = 0  # polls that returned False
         self._pieces: list[_Operations] = []
         self._num_done = 0
-        self._is_beside = False
+        self._is_on_second_queue = False
 
     @contextmanager
-    def beside(self, *reads: Tensor) -> Iterator[None]:
-        assert not self._is_beside
-        self._is_beside = True
+    def on_second_queue(self, *reads: Tensor) -> Iterator[None]:
+        assert not self._is_on_second_queue
+        self._is_on_second_queue = True
         operations = _Operations()
         self._pieces.append(operations)
         try:
             with operations:
                 yield
         finally:
-            self._is_beside = False
+            self._is_on_second_queue = False
             operations.undo()
 
     def mark(self) -> Moment:
-        return _Point(self, len(self._pieces) if self._is_beside else 0)
+        return _Point(self, len(self._pieces) if self._is_on_second_queue else 0)
 
     def follow(self, moment: Moment) -> None:
         assert isinstance(moment, _Point)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stable_audio_serve.engine.hardware.arena import (
-    ANYWHERE,
     PAGE_FRAMES,
+    SCRATCH_PAGE,
     FrameArena,
     HeldFrames,
     page_table,
@@ -57,7 +57,7 @@ def test_pages_of_a_row_survive_neighbours_and_growth(
         assert not found[:-1, :, own.frames :].any()  # the frames after the row's own are 0
         assert not found[-1].any()  # a part that the row does not have is 0
     in_use = sum(pages_of(own.frames) * len(own.parts) for own, _ in held.values())
-    assert len(arena._free) == len(arena.memory) - in_use - (ANYWHERE + 1)
+    assert len(arena._free) == len(arena.memory) - in_use - (SCRATCH_PAGE + 1)
 
 
 def test_writes_without_a_page_are_dropped() -> None:

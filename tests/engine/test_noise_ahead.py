@@ -22,8 +22,8 @@ def make_plan(sampler: str, steps: int = 4) -> SamplerPlan:
 def test_noise_is_drawn_in_order_and_only_where_it_is_used(sampler: str, num_draws: int) -> None:
     shape = (3, 5)
     reference = SeededNoise(9)
-    with ThreadPoolExecutor(1) as drawer:
-        noise = RowNoise(SeededNoise(9), make_plan(sampler), shape=shape, drawer=drawer)
+    with ThreadPoolExecutor(1) as noise_pool:
+        noise = RowNoise(SeededNoise(9), make_plan(sampler), shape=shape, noise_pool=noise_pool)
         torch.testing.assert_close(noise.initial(), reference.initial(shape), rtol=0, atol=0)
         for _ in range(num_draws):
             expected = reference.step(shape)
@@ -47,8 +47,8 @@ def test_noise_is_drawn_on_the_side_thread() -> None:
             threads.add(threading.get_ident())
             return super().step(shape)
 
-    with ThreadPoolExecutor(1) as drawer:
-        noise = RowNoise(Watched(1), make_plan("pingpong"), shape=(2, 2), drawer=drawer)
+    with ThreadPoolExecutor(1) as noise_pool:
+        noise = RowNoise(Watched(1), make_plan("pingpong"), shape=(2, 2), noise_pool=noise_pool)
         noise.initial()
         noise.current()
     assert threads

@@ -16,7 +16,7 @@ from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.engine.calls.packed_step import PackedInputs, PackedShape, run_packed_step
 from stable_audio_serve.engine.calls.step import Memories, StepRow
-from stable_audio_serve.engine.hardware.arena import ANYWHERE
+from stable_audio_serve.engine.hardware.arena import SCRATCH_PAGE
 from stable_audio_serve.engine.scheduling.batching import Call, Lane, MergedGrid, PackedOrGrid
 from stable_audio_serve.engine.scheduling.call_shapes import GraphShapes, PackedRoom, PackedShapes
 from stable_audio_serve.models.blocks.varlen import is_varlen_correct
@@ -118,7 +118,7 @@ def test_replayed_packed_step_is_bit_identical_for_other_rows(bench: Bench, kind
         recorded(general.write(second, DEVICE), *tensors)
         assert bench.results(second) == expected
         assert bench.results(first) == untouched
-        assert not bench.registers.memory[[page for page in range(len(before)) if page != ANYWHERE]].isnan().any()
+        assert not bench.registers.memory[[page for page in range(len(before)) if page != SCRATCH_PAGE]].isnan().any()
         assert [memory.data_ptr() for memory in tensors_of(bench.memories)] == addresses
 
 
@@ -129,7 +129,7 @@ def test_a_step_without_rows_writes_no_register(bench: Bench) -> None:
         shape = pack(bench, rows).general()
         num_inputs, dtype = shape.inputs
         step(bench, shape, torch.zeros(num_inputs, dtype=dtype))
-        before[ANYWHERE] = bench.registers.memory[ANYWHERE]
+        before[SCRATCH_PAGE] = bench.registers.memory[SCRATCH_PAGE]
         assert torch.equal(bench.registers.memory.view(torch.int32), before.view(torch.int32))
 
 

@@ -72,10 +72,10 @@ def test_without_room_in_the_second_queue_only_steps_are_picked() -> None:
     works = [add(scheduler, row_id, at=0.001 * row_id) for row_id in range(2)]
     scheduler.pick()
     let_decode(works[0])
-    assert scheduler.pick(beside=False) == [1]
+    assert scheduler.pick(use_second_queue=False) == [1]
     assert scheduler.pick() == [0, 1]
     let_decode(works[1])
-    assert scheduler.pick(beside=False) == []
+    assert scheduler.pick(use_second_queue=False) == []
     assert scheduler.pick() == [0, 1]
 
 
@@ -86,7 +86,7 @@ def test_a_row_that_waits_for_the_second_queue_keeps_its_place() -> None:
     edit = RowWork(100, branches=[1], encode_left=(100,))
     scheduler.add(RowId(1), edit, arrived_at=0.1, alone_s=1.0)
     add(scheduler, 2, at=0.2)
-    assert scheduler.pick(beside=False) == [0]
+    assert scheduler.pick(use_second_queue=False) == [0]
     assert scheduler.pick() == [0, 1]
 
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Loaded
 from stable_audio_serve.core.processor import is_amd
-from stable_audio_serve.engine import Engine, EngineOptions, making
+from stable_audio_serve.engine import Engine, EngineOptions, provenance
 from stable_audio_serve.engine.hardware.threads import steady_threads
 from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.registry import BUILT_IN
@@ -118,9 +118,9 @@ async def _check_threads(model: Sa3Model, requests: Mapping[str, GenerationReque
 def test_a_recipe_names_the_threads_if_bytes_depend_on_them(
     monkeypatch: pytest.MonkeyPatch, *, is_made_by_amd: bool, threads: int | None
 ) -> None:
-    monkeypatch.setattr(making, "is_amd", lambda: is_made_by_amd)
+    monkeypatch.setattr(provenance, "is_amd", lambda: is_made_by_amd)
     model, options = loaded("tiny-s"), EngineOptions(mode="strict", torch_threads=3)
-    described = making.describe_engine(model.spec, options, device=model.device, mode="strict", loaded=Loaded())
+    described = provenance.describe_engine(model.spec, options, device=model.device, mode="strict", loaded=Loaded())
     assert described.threads == threads
 
 

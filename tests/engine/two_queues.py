@@ -30,13 +30,13 @@ class TwoQueues(WaitingDevice):
         self._time = clock
         self._first_free_at = self._second_free_at = 0.0
         self._busy: list[tuple[float, float]] = []  # (begin, end) of the second queue's work, in seconds
-        self._is_beside = False
+        self._is_on_second_queue = False
 
     def take(self, took_s: float) -> None:
         """Queue work of `took_s` seconds on the current queue, once the gate is open."""
         self.has_work.set()
         assert self.gate.wait(PATIENCE_S)
-        if self._is_beside:
+        if self._is_on_second_queue:
             began_at = max(self._second_free_at, self._time.now)
             self._second_free_at = ended_at = began_at + took_s
             self._busy.append((began_at, ended_at))
@@ -49,17 +49,17 @@ class TwoQueues(WaitingDevice):
                 took_s -= free_s
                 ended_at = max(ended_at, busy_to)
             self._first_free_at = ended_at = ended_at + took_s
-        self.calls.append((self._is_beside, began_at, ended_at))
+        self.calls.append((self._is_on_second_queue, began_at, ended_at))
 
     @contextmanager
-    def beside(self, *reads: torch.Tensor) -> Iterator[None]:
+    def on_second_queue(self, *reads: torch.Tensor) -> Iterator[None]:
         self._second_free_at = max(self._second_free_at, self._first_free_at)
-        self._is_beside = True
+        self._is_on_second_queue = True
         yield
-        self._is_beside = False
+        self._is_on_second_queue = False
 
     def mark(self) -> Moment:
-        return VirtualPoint(self._time, self._second_free_at if self._is_beside else self._first_free_at)
+        return VirtualPoint(self._time, self._second_free_at if self._is_on_second_queue else self._first_free_at)
 
     def follow(self, moment: Moment) -> None:
         assert isinstance(moment, VirtualPoint)

@@ -92,7 +92,7 @@ def test_the_queues_follow_each_other(opened: Device) -> None:
         given = torch.zeros(_NUMBERS, device=device)
         keep_busy(opened) if turn % 10 == 0 else None
         given += turn
-        with opened.beside(given):
+        with opened.on_second_queue(given):
             keep_busy(opened) if turn % 10 == 5 else None
             made = given * 2.0
             moment = opened.mark()

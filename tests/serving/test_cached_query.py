@@ -28,7 +28,7 @@ class CountedQuery:
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PATIENCE_S", 0.05)
+    monkeypatch.setattr(module, "_TIMEOUT_S", 0.05)
 
 
 async def test_concurrent_callers_share_one_query_per_second() -> None:

@@ -58,10 +58,10 @@ def ignored_names(request: Request) -> tuple[str, ...]:
 
 def cut_prompts(made_on: MadeOn | None) -> list[str]:
     """Return a sentence for each prompt that the model did not read to its end."""
-    making = made_on.making if made_on else None
-    if making is None:
+    provenance = made_on.provenance if made_on else None
+    if provenance is None:
         return []
-    read = {"prompt": making.prompt_chars, "negative_prompt": making.negative_prompt_chars}
+    read = {"prompt": provenance.prompt_chars, "negative_prompt": provenance.negative_prompt_chars}
     return [f"{name}: the model reads the first {chars} characters only" for name, chars in read.items() if chars]
 
 

@@ -1,5 +1,5 @@
-"""Calls of the text encoder and the audio decoder. They may replay captured graphs, whose inputs are fixed tensors. One
-decoder call takes several windows of equal length. Independent of rows.
+"""Calls of the text encoder and the audio decoder. A call may replay a captured graph, whose inputs are fixed tensors.
+A decoder call takes several windows of equal length. Independent of rows.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from stable_audio_serve.sampling.noise import NoiseSource
 
 
 def captured_prompts(num_prompts: int) -> int:
-    """Returns the batch size of the captured call for this many prompts; 0 if none can hold them."""
+    """Return the batch size of the captured call for this many prompts; 0 if none can hold them."""
     return GRAPH_ROWS[bisect_left(GRAPH_ROWS, num_prompts)] if num_prompts <= GRAPH_ROWS[-1] else 0
 
 
 @dataclass(frozen=True, slots=True)
 class TextShape:
-    """A call over `prompts` prompts of T tokens each; embeddings have `width` values per token."""
+    """A call over `prompts` prompts of `tokens` tokens each; embeddings have `width` values per token."""
 
     prompts: int
     tokens: int
@@ -49,11 +49,11 @@ class TextShape:
         return self.size * self.width
 
     def ids_and_mask(self, inputs: Tensor) -> Tensor:
-        """Returns token ids and mask (B, 2, T) as a view of the input memory."""
+        """Return token ids and mask (B, 2, T) as a view of the input memory."""
         return inputs.view(self.prompts, 2, self.tokens)
 
     def embeddings(self, outputs: Tensor) -> Tensor:
-        """Returns embeddings (B, T, width) float32 as a view of the output memory."""
+        """Return embeddings (B, T, width) float32 as a view of the output memory."""
         return outputs.view(self.prompts, self.tokens, self.width)
 
 
@@ -91,13 +91,13 @@ class TextCalls:
         shape.embeddings(memory.outputs).copy_(self._model.embed_tokens(shape.ids_and_mask(memory.inputs)))
 
 
-# Above this size the device needs so much longer than the host that a graph saves nothing, and the pool keeps the
-# memory of its largest graph.
+# The most latent frames of a captured call. A larger call takes the device so much longer than the host that a graph
+# saves no time, and its memory would stay allocated.
 _MOST_LATENTS = 512
 
 
 def captured_windows(num_windows: int, *, frames: int) -> int:
-    """Returns the batch size of the captured call for this many windows of `frames` latents; 0: run without a graph."""
+    """Return the batch size of the captured call for this many windows of `frames` latents; 0: run without a graph."""
     if num_windows > GRAPH_ROWS[-1]:
         return 0
     padded = GRAPH_ROWS[bisect_left(GRAPH_ROWS, num_windows)]
@@ -106,7 +106,7 @@ def captured_windows(num_windows: int, *, frames: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One call of `NoiseSource.window` that decoding a window makes; it returns float32 of this shape."""
+    """The arguments of one `NoiseSource.window` call of the decoder, which returns float32 noise of `shape`."""
 
     stage: str
     shape: tuple[int, ...]
@@ -115,7 +115,7 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class DecodeShape:
-    """A call over `windows` windows: latents (D, F) each, decoded to audio (C, S) each."""
+    """A call that decodes `windows` windows of `latents` (D, F) to `audio` (C, S) each, with the noise of `draws`."""
 
     windows: int
     latents: tuple[int, int]
@@ -147,7 +147,7 @@ class DecodeShape:
         return [self.latents, *(draw.shape for draw in self.draws)]
 
     def read(self, inputs: Tensor) -> list[Tensor]:
-        """Returns latents (B, D, F), then each draw (B, ...), as views."""
+        """Return views of the input memory: the latents (B, D, F), then the noise (B, ...) of each draw."""
         return [part.view(self.windows, *s) for part, s in zip(inputs.split(self._sizes), self._shapes, strict=True)]
 
 
@@ -170,7 +170,7 @@ class DecodeCalls:
             recording = _RecordingNoise(windows[0].noise)
             audio = model.decode([replace(windows[0], noise=recording), *windows[1:]])
             self._draws[num_frames] = tuple(dict.fromkeys(recording.draws))
-            self._graphs.find(self._shape(count, num_frames), self._run)  # counts this call as a miss
+            self._graphs.find(self._shape(count, num_frames), self._run)  # called only to count a miss
             return audio
         shape = self._shape(count, num_frames)
         captured = self._graphs.find(shape, self._run)
@@ -200,7 +200,7 @@ class DecodeCalls:
         )
 
     def _write_inputs(self, windows: Sequence[DecodeWindow], *, shape: DecodeShape, inputs: Tensor) -> None:
-        """Write the windows' latents and noise. Unused places keep old values."""
+        """Write the windows' latents and noise. Unused batch entries keep their old values."""
         latents, *drawn = shape.read(inputs)
         torch.stack([window.latents for window in windows], out=latents[: len(windows)])
         for draw, targets in zip(shape.draws, drawn, strict=True):
@@ -232,7 +232,7 @@ class _RecordingNoise:
 
 
 class _StoredNoise:
-    """Returns noise that was drawn before, by stage."""
+    """A noise source that returns stored noise, one tensor per stage."""
 
     def __init__(self, drawn: Mapping[str, Tensor]) -> None:
         self._drawn = drawn

@@ -1,5 +1,5 @@
-"""Keeps the constant denoiser inputs of rows on the device. Rows that share a value share one copy, which a call
-addresses by number. Independent of rows and models.
+"""Keeps the conditioning of rows on the device, where it stays constant over their steps. Rows that share a value share
+one copy, which calls address by number. Independent of rows and models.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from stable_audio_serve.models.protocol import BranchConditioning, RowConditioni
 
 @dataclass(frozen=True, slots=True)
 class HeldBranch:
-    """The slots and pages of one branch's values, by name. A missing name means zeros."""
+    """The slots and pages of one branch's values (conditional or unconditional), by name. Missing names are zeros."""
 
     slots: Mapping[str, int]
     pages: Mapping[str, Pages]
@@ -24,7 +24,7 @@ class HeldBranch:
 
 @dataclass(slots=True)
 class HeldConditioning:
-    """Conditioning kept by `ConditioningArena.hold`, counted by users: `share` adds one, `free` removes one."""
+    """Conditioning in a `ConditioningArena`, with a count of users: `share` adds one, `free` removes one."""
 
     conditional: HeldBranch
     unconditional: HeldBranch | None
@@ -45,7 +45,7 @@ class HeldConditioning:
 
 @dataclass(slots=True)
 class ConditioningArena:
-    """All conditioning of one engine. An arena is created when its name is first used. Used by one thread."""
+    """All conditioning of one engine, in one arena per name, created on first use. Used by one thread."""
 
     device: Device
     slots: dict[str, SlotArena] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class ConditioningArena:
 
     @property
     def num_moves(self) -> int:
-        """How often memory in use has moved."""
+        """How often one of the arenas has grown, which moves its memory."""
         slots, frames = self.slots.values(), self.frames.values()
         return sum(arena.num_moves for arena in slots) + sum(arena.num_moves for arena in frames)
 

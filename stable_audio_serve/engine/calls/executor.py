@@ -1,5 +1,5 @@
-"""Turns rows and windows into model calls. A call runs eagerly, packed (rows of different lengths one after another,
-without padding) or as a captured graph; callers see no difference.
+"""Turns rows and windows into model calls. A call runs eagerly, packed (rows of different lengths are concatenated
+without padding) or as a captured graph. Callers see no difference.
 
 If a call raises, its items run again one by one, so that only the faulty item fails.
 """
@@ -66,7 +66,7 @@ Result = TypeVar("Result")
 class Executor:
     """Runs device work for the engine thread. Results are in the order of the inputs.
 
-    Up to `together` windows or prompts of equal shape share a call. In strict mode it is 1: one call for each.
+    Up to `max_per_call` windows or prompts of equal shape share a call; 1 in strict mode.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Executor:
         policy: BatchPolicy,
         *,
         device: Device,
-        together: int,
+        max_per_call: int,
         clock: Clock = SystemClock(),
         metrics: Metrics = NullMetrics(),
         max_capture_bytes: int | None = None,
@@ -83,7 +83,7 @@ class Executor:
         self._model = model
         self._device = device
         self._policy = policy
-        self._together = together
+        self._max_per_call = max_per_call
         self.conditioning = ConditioningArena(device)
         self._graphs = Graphs(device, clock=clock, metrics=metrics, max_bytes=max_capture_bytes)
         self._text = TextCalls(model, device=device, graphs=self._graphs)
@@ -92,29 +92,29 @@ class Executor:
 
     @cached_property
     def arena(self) -> FrameArena:
-        """The rows' registers. Allocated on the engine's thread with the first row."""
+        """The memory of all rows' registers. It is allocated at first use, which is on the engine thread."""
         return FrameArena(self._model.spec.card.latent_channels, device=self._model.device)
 
     def embed(self, prompts: Sequence[str]) -> list[TextEmbedding | Exception]:
         outcomes: list[TextEmbedding | Exception] = []
-        for start in range(0, len(prompts), self._together):
-            outcomes += run_isolated(prompts[start : start + self._together], self._text.embed)
+        for start in range(0, len(prompts), self._max_per_call):
+            outcomes += run_isolated(prompts[start : start + self._max_per_call], self._text.embed)
         return outcomes
 
     def encode(self, windows: Sequence[EncodeWindow]) -> list[Tensor | Exception]:
-        """Returns the latents (D, F_window) float32 of source windows."""
+        """Return the latents (D, F_window) float32 of source windows."""
         return self._by_length(windows, length=lambda window: window.samples.shape[-1], run=self._model.encode_audio)
 
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor | Exception]:
-        """Returns the audio (C, S_window) float32 of windows."""
+        """Return the audio (C, S_window) float32 of windows."""
         return self._by_length(windows, length=lambda window: window.latents.shape[-1], run=self._decoder.decode)
 
     def calls(self, rows: Sequence[Row]) -> list[Call]:
-        """Returns the device calls in which these rows step now."""
+        """Split the next evaluation of these rows into device calls."""
         return self._policy.split([row.lane for row in rows])
 
     def hold(self, parts: Tensor) -> HeldFrames:
-        """Copy one row's parts (N, D, F) float32 to the device: its registers, then the blend inputs if it blends."""
+        """Copy one row's parts (N, D, F) float32 to the device: its registers, then its blend inputs, if any."""
         num_parts, _, frames = parts.shape
         held = HeldFrames.take(self.arena, frames=frames, num_parts=num_parts)
         table = torch.tensor(held.parts, dtype=torch.int32)
@@ -122,7 +122,7 @@ class Executor:
         return held
 
     def release(self, held: HeldFrames, *, part: int) -> Tensor:
-        """Free a row's pages. Returns one part (D, F) of them."""
+        """Free a row's pages. Returns a copy of one part (D, F)."""
         table = self._device.upload(torch.tensor(held.parts[part], dtype=torch.int32))
         latents = read(self.arena.memory, table, frames=held.frames)
         held.free()
@@ -131,7 +131,7 @@ class Executor:
     def denoise(self, rows: Sequence[Row], calls: Sequence[Call]) -> list[tuple[Row, Exception]]:
         """Run one evaluation of every row: network, guidance, update. Returns the rows that failed.
 
-        For each row, registers, draws and work advance together or not at all.
+        A row's registers, noise and `work` advance together or, if the row failed, not at all.
         """
         failures: list[tuple[Row, Exception]] = []
         for call in calls:
@@ -155,8 +155,8 @@ class Executor:
         outcomes: dict[int, Tensor | Exception] = {}
         for _, group in groupby(order, key=lambda i: length(windows[i])):
             indices = list(group)
-            for start in range(0, len(indices), self._together):
-                some = indices[start : start + self._together]
+            for start in range(0, len(indices), self._max_per_call):
+                some = indices[start : start + self._max_per_call]
                 outcomes.update(zip(some, run_isolated([windows[i] for i in some], run), strict=True))
         return [outcomes[i] for i in range(len(windows))]
 
@@ -194,7 +194,10 @@ class Executor:
         return True
 
     def capture_next(self, *, is_idle: bool) -> bool:
-        """Capture one more call shape; while rows wait, only rare, quick captures. Returns whether one was captured."""
+        """Capture a graph of one more call shape. Returns whether there was one to capture.
+
+        Unless the device `is_idle`, captures are quick and rare.
+        """
         return self._graphs.capture_next(is_idle=is_idle)
 
     def _run(self, shape: StepShape | PackedShape, inputs: Tensor) -> None:
@@ -217,7 +220,7 @@ class Executor:
 
 
 def run_isolated(items: Sequence[Item], run: Callable[[Sequence[Item]], Sequence[Result]]) -> list[Result | Exception]:
-    """Returns one result per item from `run(items)`. If that raises, each item runs alone and may yield its exception.
+    """Return the results of `run(items)`. If it raises, run each item alone and return its result or its exception.
 
     `run` must have no effect when it raises. Errors in DEVICE_LOST are re-raised, since no single item caused them.
     """
@@ -225,7 +228,7 @@ def run_isolated(items: Sequence[Item], run: Callable[[Sequence[Item]], Sequence
         return list(run(items))
     except DEVICE_LOST:
         raise
-    except Exception as error:  # noqa: BLE001 - the engine's edge: an error that one row causes ends that row only
+    except Exception as error:  # noqa: BLE001 - an error that one row causes must end that row only
         if len(items) == 1:
             return [error]
     outcomes: list[Result | Exception] = []

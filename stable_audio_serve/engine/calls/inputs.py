@@ -1,5 +1,5 @@
-"""The inputs of a row's first evaluation: noise, prompt embeddings and encoded sources. Each prompt and each source is
-encoded once for all rows that share it. Independent of registers and later phases.
+"""Prepares the inputs of a row's first evaluation: noise, prompt embeddings and encoded sources. Rows that share a
+prompt or a source share its encoding. Independent of registers and later phases.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class PromptCache:
         self._embeddings: OrderedDict[str, TextEmbedding] = OrderedDict()
 
     def get(self, prompt: str) -> TextEmbedding | None:
-        """Returns the embedding of this exact prompt, or None."""
+        """Return the embedding of this exact prompt, or None."""
         embedding = self._embeddings.get(prompt)
         if embedding is not None:
             self._embeddings.move_to_end(prompt)
@@ -59,7 +59,7 @@ class PromptCache:
 
 
 class RowInputs:
-    """Takes rows from waiting through encoding; methods return the rows that failed. Used by the engine thread only."""
+    """Starts rows and encodes their inputs. Methods return the rows that failed. Used by the engine thread only."""
 
     def __init__(
         self,
@@ -69,25 +69,28 @@ class RowInputs:
         device: Device,
         times: CallTimes,
         cache: PromptCache,
-        drawers: Mapping[Priority, futures.Executor],
+        noise_pools: Mapping[Priority, futures.Executor],
         pace: WindowPace,
         clock: Clock,
         metrics: Metrics,
     ) -> None:
-        """Each of `drawers` runs one draw at a time, in order."""
+        """`noise_pools` draw the noise of each priority; each must run one task at a time, in order."""
         self._model = model
         self._executor = executor
         self._device = device
         self._times = times
         self._cache = cache
-        self._drawers = drawers
+        self._noise_pools = noise_pools
         self._pace = pace
         self._clock = clock
         self._metrics = metrics
-        self._ready: Moment | None = None  # after the shared device work queued so far
+        self._ready: Moment | None = None  # when the text and sources queued so far are encoded
 
     def start(self, rows: Sequence[Row]) -> Failures:
-        """Open the rows' noise and sources and set their prompts. Rows without sources are complete afterwards."""
+        """Start drawing the rows' noise, set their prompt embeddings and prepare the encoding of their sources.
+
+        Rows without sources are complete afterwards.
+        """
         noises: dict[int, RowNoise] = {}
         failures = [failure for row in rows for failure in run_alone(row, lambda row: self._open_noise(row, noises))]
         failures += self._embed([row for row in rows if row.id in noises])
@@ -104,12 +107,12 @@ class RowInputs:
         return failures
 
     def encode(self, rows: Sequence[Row]) -> Failures:
-        """Encode the next source windows of each row; a row is complete after its last window."""
+        """Encode the next source windows of each row. A row is complete after its last window."""
         sources = {row.id: row.in_phase(Encoding).sources for row in rows}
         pending = {id(source): source for own in sources.values() for source in own.values() if source.lengths_left}
         failed: dict[int, Exception] = {}
         windows = [(source, window) for source in pending.values() for window in source.pending(self._pace.turn_frames)]
-        with self._device.beside():
+        with self._device.on_second_queue():
             for (source, _), outcome in zip(windows, self._encode([window for _, window in windows]), strict=True):
                 if isinstance(outcome, Exception):
                     failed[id(source)] = outcome
@@ -145,7 +148,7 @@ class RowInputs:
         self._metrics.increment("engine_prompt_cache_hits", len(known))
         self._metrics.increment("engine_prompt_cache_misses", len(missing))
         if missing:
-            with self._device.beside():
+            with self._device.on_second_queue():
                 outcomes = self._times.time("text", [((len(missing), 0),)], run=lambda: self._executor.embed(missing))
                 self._ready = self._device.mark()
             known.update(zip(missing, outcomes, strict=True))
@@ -170,11 +173,11 @@ class RowInputs:
     def _open_noise(self, row: Row, noises: dict[int, RowNoise]) -> None:
         shape = (self._model.spec.card.latent_channels, row.plan.frames)
         source = row.request.noise_factory(row.plan.seed)
-        drawer = self._drawers[row.request.request.priority]
-        noises[row.id] = RowNoise(source, row.plan.sampler, shape=shape, drawer=drawer)
+        noise_pool = self._noise_pools[row.request.request.priority]
+        noises[row.id] = RowNoise(source, row.plan.sampler, shape=shape, noise_pool=noise_pool)
 
     def _open_sources(self, row: Row, encoding: Encoding) -> None:
-        """Set up the encodings of a row's sources. Rows of a request share them unless the encoder draws noise."""
+        """Set up the encodings of a row's sources. The rows of a request share them, unless the encoder draws noise."""
         shared = {} if self._model.spec.noisy_source_encoder else row.request.shared.sources
         for stage, plan in (("init", row.plan.init_source), ("inpaint", row.plan.inpaint_source)):
             if plan is not None:
@@ -186,11 +189,11 @@ class RowInputs:
 
 
 def _prompts(row: Row) -> list[str]:
-    """Returns the row's prompt and its negative prompt, if any."""
+    """Return the row's prompt and its negative prompt, if any."""
     negative = row.plan.negative_prompt
     return [row.plan.prompt] if negative is None else [row.plan.prompt, negative]
 
 
 def _lengths_left(sources: Mapping[str, SourceEncoding]) -> tuple[int, ...]:
-    """Returns the latent frames of each source window that is not encoded yet."""
+    """Return the latent frames of each source window that is not encoded yet."""
     return tuple(frames for source in sources.values() for frames in source.lengths_left)

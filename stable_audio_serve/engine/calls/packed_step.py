@@ -1,6 +1,6 @@
-"""One evaluation of packed rows whose lengths are data on the device: the host's input buffer, sent in one copy, and
-the device work. Like `step`, but without padding to the longest row: registers are read and written page by page, and
-the network gets the rows' frames one after another. Independent of the queue.
+"""One evaluation of packed rows. As in `step`, the host writes all inputs to one buffer, which is sent in one copy.
+Rows are not padded to the longest: registers are read and written page by page, and the network gets the rows' frames
+one after another. The rows' lengths are inputs, so a captured call serves any lengths. Independent of the queue.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stable_audio_serve.engine.calls.step import KEPT_PARTS, Memories, StepRow, StepShape, join_sections
-from stable_audio_serve.engine.hardware.arena import NOTHING, PAGE_FRAMES, Pages, page_table, pages_of, read, write
+from stable_audio_serve.engine.hardware.arena import PAGE_FRAMES, ZERO_PAGE, Pages, page_table, pages_of, read, write
 from stable_audio_serve.engine.hardware.device import Device
 from stable_audio_serve.engine.hardware.graphs import Kind
 from stable_audio_serve.engine.scheduling.call_shapes import PackedRoom
@@ -23,16 +23,16 @@ from stable_audio_serve.models.segments import Segments
 from stable_audio_serve.sampling.guidance import NUM_GUIDANCE, GuidanceBatch, PagedRows, guidance_values, guide
 from stable_audio_serve.sampling.update import NUM_VALUES, Kept, StepTerms, advance, network_input
 
-_NUM_FLOAT_SECTIONS = 2  # the first sections of the buffer
+_NUM_FLOAT_SECTIONS = 2  # sections of floats at the start of the buffer; sections of integers follow
 
 
 @dataclass(frozen=True, slots=True)
 class PackedShape:
     """Everything that is fixed in a captured call of packed rows.
 
-    `own` is the shape of the same rows padded to the longest. Except for its buffer layout, it applies here too.
-    The network adds `num_prefix` tokens to each row. N rows, B network rows and G pages of 64 frames are capacities: a
-    call may use fewer.
+    `own` is the shape of the same rows in a padded call; all of it applies here except its buffer layout. The network
+    adds `num_prefix` tokens to each row. The numbers of rows (N), network rows (B) and pages of 64 frames (G) are
+    capacities: a call may use fewer.
     """
 
     own: StepShape
@@ -40,7 +40,7 @@ class PackedShape:
     num_prefix: int
 
     def general(self) -> PackedShape:
-        """Returns the shape to capture: it takes any rows that need no more memory than these."""
+        """Return the shape to capture, which fits all rows that need no more memory than these."""
         return replace(self, own=self.own.general())
 
     @property
@@ -53,7 +53,7 @@ class PackedShape:
 
     @property
     def inputs(self) -> tuple[int, torch.dtype]:
-        """Size and dtype of the input buffer. A buffer of zeros is a step without rows."""
+        """Size and dtype of the input buffer. A buffer of zeros describes a step without rows."""
         return sum(self.sizes), torch.float32
 
     @property
@@ -62,7 +62,7 @@ class PackedShape:
 
     @property
     def num_pages(self) -> int:
-        """The most pages that rows of this many tokens can have."""
+        """The most pages that the rows of a call can have."""
         return self.room.tokens // PAGE_FRAMES + self.own.rows
 
     @property
@@ -84,7 +84,7 @@ class PackedShape:
         ]
 
     def write(self, rows: Sequence[StepRow], device: Device) -> Tensor:
-        """Returns a host buffer with all inputs of these rows, ready for one copy to the device."""
+        """Return a host buffer with all inputs of these rows, ready for one copy to the device."""
         sizes = self.sizes
         buffer = device.host_buffer(sum(sizes), dtype=torch.float32)
         branches = [len(row.branches) for row in rows]
@@ -122,7 +122,7 @@ class PackedShape:
             [
                 slot
                 for name in self.own.constants
-                for slot in [branch.slots.get(name, NOTHING) for branch in own] + [NOTHING] * num_missing
+                for slot in [branch.slots.get(name, ZERO_PAGE) for branch in own] + [ZERO_PAGE] * num_missing
             ],
             page_table(tables, frames=longest, num_parts=self.room.rows),
         ]
@@ -140,9 +140,12 @@ class PackedShape:
 
 
 def _by_page(rows: Sequence[Sequence[Pages]], counts: Sequence[int], *, num_parts: int) -> list[int]:
-    """Returns the pages of each row's parts, grouped by page; `NOTHING` for missing parts."""
+    """Return the page numbers of the rows' parts: for each page of a row, one number per part.
+
+    `counts` are the pages per part of each row. The number of a missing part is `ZERO_PAGE`.
+    """
     return [
-        parts[part][page] if part < len(parts) else NOTHING
+        parts[part][page] if part < len(parts) else ZERO_PAGE
         for parts, count in zip(rows, counts, strict=True)
         for page in range(count)
         for part in range(num_parts)
@@ -151,8 +154,8 @@ def _by_page(rows: Sequence[Sequence[Pages]], counts: Sequence[int], *, num_part
 
 @dataclass(frozen=True, slots=True)
 class PackedInputs:
-    """The step's inputs on the device; integers are int32. Unused entries are 0: rows of 0 frames, and page `NOTHING`,
-    which reads as zeros and is never written.
+    """The step's inputs on the device; integers are int32. Unused entries are 0: rows of 0 frames, and page
+    `ZERO_PAGE`, which reads as zeros and is never written.
     """
 
     values: Tensor  # (N, NUM_VALUES)
@@ -166,16 +169,16 @@ class PackedInputs:
     lane_frames: Tensor  # (B,)
     lane_valid_frames: Tensor  # (B,)
     page_rows: Tensor  # (G,) the row of each page
-    page_starts: Tensor  # (G,) its first frame in that row
-    registers: Tensor  # (G, R, 1) pages of the arena
-    kept: Tensor  # (G, 3, 1), or nothing
-    slots: Tensor  # (names, B)
-    by_frame: Tensor  # (names, B, P) pages of the arenas of these names
+    page_starts: Tensor  # (G,) the frame of its row at which each page starts
+    registers: Tensor  # (G, R, 1) page numbers in the arena
+    kept: Tensor  # (G, 3, 1), or empty
+    slots: Tensor  # (names, B) slot numbers in the arena of each name
+    by_frame: Tensor  # (names, B, P) page numbers in the arena of each name
     noise: Tensor  # (G, D, 64) float32, arbitrary for rows that use none; or empty
 
     @classmethod
     def read(cls, buffer: Tensor, shape: PackedShape) -> PackedInputs:
-        """Returns views of a buffer written by `shape.write`."""
+        """Return views of a buffer written by `shape.write`."""
         own = shape.own
         values, guidance, *whole, noise = buffer.split(shape.sizes)
         (
@@ -242,13 +245,13 @@ def run_packed_step(
         kept = Kept(mask=mask[:, 0] != 0.0, source=source, noise=noise)
     drawn = inputs.noise if own.draws else None
     moved = advance(state, terms, velocity=velocity, unconditional=unconditional, noise=drawn, kept=kept)
-    # Keep 0 after a row's frames: the next call may be longer, and 0 x NaN is NaN.
+    # Write 0 after a row's frames: a longer call reads these values, and masking by 0 does not remove a NaN.
     is_own = frame < inputs.frames.index_select(0, rows)[:, None]
     write(memory, inputs.registers, values=torch.where(is_own[:, None, None], moved, 0.0))
 
 
 def _paged_rows(inputs: PackedInputs, shape: PackedShape) -> PagedRows:
-    """Returns the pages of each row."""
+    """Return the pages of each row."""
     place = torch.arange(pages_of(shape.room.longest), device=inputs.frames.device, dtype=torch.int32)
     counts = (inputs.frames + PAGE_FRAMES - 1) // PAGE_FRAMES
     pages = torch.where(place < counts[:, None], inputs.first_page[:, None] + place, shape.num_pages)
@@ -256,7 +259,7 @@ def _paged_rows(inputs: PackedInputs, shape: PackedShape) -> PagedRows:
 
 
 class _Tokens:
-    """The network's tokens and their mapping to pages."""
+    """The tokens of the packed network rows, and their mapping to pages."""
 
     def __init__(self, inputs: PackedInputs, shape: PackedShape) -> None:
         self._inputs = inputs
@@ -269,7 +272,8 @@ class _Tokens:
             longest_frames=shape.room.longest,
         )
         segments = self.segments
-        self._frames = torch.where(segments.is_frame, segments.positions - shape.num_prefix, 0)  # (tokens,) in its row
+        # (tokens,) each token's frame within its row; 0 for prefix tokens
+        self._frames = torch.where(segments.is_frame, segments.positions - shape.num_prefix, 0)
 
     def batch(self, x: Tensor, *, times: Tensor, memories: Memories) -> StepBatch:
         """Gather the network's inputs from latents x (G, D, 64) and times (N,)."""
@@ -291,14 +295,14 @@ class _Tokens:
         )
 
     def _read(self, memory: Tensor, table: Tensor) -> Tensor:
-        """Gather each token's values from pages (B, P) of a memory: (1, channels, tokens)."""
+        """Return each token's values (1, channels, tokens), gathered from the pages `table` (B, P) of `memory`."""
         rows, frames = self.segments.rows, self._frames
         pages = table.flatten().index_select(0, rows * table.shape[1] + frames // PAGE_FRAMES)
         values = memory[pages, :, frames % PAGE_FRAMES]
         return torch.where(self.segments.is_frame[:, None], values, 0.0).T[None]
 
     def pages(self, output: Tensor, branches: Tensor, *, frame: Tensor) -> Tensor:
-        """Scatter output (D, tokens) of the network rows `branches` (N,) to pages: (G, D, 64)."""
+        """Return the output (D, tokens) of the network rows `branches` (N,) as pages (G, D, 64)."""
         first = self.segments.offsets.index_select(0, branches) + self._shape.num_prefix
         places = first.index_select(0, self._inputs.page_rows)[:, None] + frame
         taken = output.index_select(1, places.clamp(max=output.shape[1] - 1).flatten())

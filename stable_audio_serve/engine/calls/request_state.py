@@ -1,5 +1,5 @@
-"""The state of a request that the caller's event loop and the engine thread share: reply, cancellation and timings.
-Also the inbox through which requests reach the engine thread.
+"""The state of a request that the caller's event loop and the engine thread share: reply, cancellation and timings. The
+inbox passes requests to the engine thread.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ UNAVAILABLE = "the model is shutting down or its engine stopped; retry"
 
 
 class Inbox:
-    """Submitted requests in order. A closed inbox accepts nothing, so no request can be left in it."""
+    """A queue of submitted requests. Once closed it accepts none, so no request can be left in it."""
 
     def __init__(self) -> None:
         self._requests: deque[RequestState] = deque()
@@ -59,7 +59,7 @@ class Inbox:
         self._changed.wait(timeout_s)
 
     def take(self) -> list[RequestState]:
-        """Returns the requests submitted since the last call."""
+        """Return the requests submitted since the last call."""
         self._changed.clear()
         with self._lock:
             taken = list(self._requests)
@@ -104,7 +104,7 @@ class Reply:
         self._post(self.future.set_exception, error)
 
     def report(self, progress: Progress) -> None:
-        """Call the caller's callback on the caller's event loop."""
+        """Call the caller's progress callback on the caller's event loop."""
         if self._on_progress is not None:
             self._post(self._on_progress, progress)
 
@@ -118,19 +118,19 @@ class Reply:
 
 
 class StageClock:
-    """Splits a request's wall time into stages without gaps: `mark` assigns the time since the last mark to a stage."""
+    """Splits a request's wall time into stages without gaps."""
 
     def __init__(self, started_at: float) -> None:
         self._started_at = self._last_at = started_at
         self._seconds: dict[TimedStage, float] = {}
 
     def mark(self, stage: TimedStage, now: float) -> None:
-        """Add the time since the last mark to `stage`."""
+        """Add the time since the previous mark to `stage`."""
         self._seconds[stage] = self._seconds.get(stage, 0.0) + now - self._last_at
         self._last_at = now
 
     def timings(self) -> StageTimings:
-        """Returns the time of each stage up to the last mark."""
+        """Return the time of each stage up to the last mark."""
         ms = {stage: seconds * 1000.0 for stage, seconds in self._seconds.items()}
         stalled_ms = ms.get("stalled", 0.0)
         return StageTimings(
@@ -145,13 +145,13 @@ class StageClock:
 
 
 def deadline_error(request: GenerationRequest) -> DeadlineExceededError:
-    """Returns the error for a request that did not finish in time."""
+    """Return the error for a request that did not finish in time."""
     message = f"the request did not finish within its {request.deadline_s:g} s"
     return DeadlineExceededError(message, field="deadline_s")
 
 
 def start_timeout_error(request: GenerationRequest) -> StartTimeoutError:
-    """Returns the error for a request that did not start in time."""
+    """Return the error for a request that did not start in time."""
     return StartTimeoutError(f"the request did not start within its {request.start_within_s:g} s")
 
 
@@ -165,11 +165,11 @@ class Prompts:
 
 @dataclass(slots=True)
 class SharedParts:
-    """Values that the rows of a request share. The first row that needs one creates it; None before."""
+    """Values that the rows of a request share. The first row that needs a value creates it; before that it is None."""
 
     prompts: Prompts | None = None
-    sources: dict[str, SourceEncoding] = field(default_factory=dict)  # by stage; unless the encoder draws noise
-    conditioning: HeldConditioning | None = None  # unless it depends on a row's own noise
+    sources: dict[str, SourceEncoding] = field(default_factory=dict)  # by stage; not shared if the encoder draws noise
+    conditioning: HeldConditioning | None = None  # not shared if it depends on a row's own noise
 
     def release(self) -> None:
         """Drop the conditioning that was kept for later rows."""
@@ -179,7 +179,7 @@ class SharedParts:
 
 
 class RequestRow(Protocol):
-    """What a request reads from its rows; `engine.calls.rows.Row` implements it."""
+    """The attributes of `engine.calls.rows.Row` that a request reads."""
 
     id: RowId
     plan: RowPlan
@@ -240,7 +240,7 @@ class RequestState:
         return self._cancelled or self.reply.is_abandoned
 
     def progress(self, queue_position: int | None) -> Progress:
-        """Returns the progress over all variations; stage and fraction never decrease."""
+        """Return the progress over all variations; stage and fraction never decrease."""
         rows = self.rows
         fraction = sum(row.fraction for row in rows) / len(rows)
         steps_total = sum(len(row.plan.sampler.step_ends) for row in rows)

@@ -23,28 +23,28 @@ from stable_audio_serve.sampling.noise import NoiseSource
 from stable_audio_serve.sampling.plan import Evaluation
 from stable_audio_serve.sampling.update import StepNumbers
 
-# Progress at the end of each phase: rough values that keep progress monotone.
+# Reported progress at the end of encoding and of denoising: rough values, fixed so that progress never decreases.
 _ENCODED, _DENOISED = 0.05, 0.9
 
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """Accepted or ended; holds no device memory."""
+    """The row has not started or has ended; it holds no device memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """The row's noise is being drawn, and its sources, by stage (init, inpaint), are being encoded."""
+    """The row's noise is being drawn and its sources are being encoded. `sources` has the stages init and inpaint."""
 
     noise: RowNoise
     prompts: Prompts
-    ready: Moment  # on the second queue, after the prompts and the windows queued so far
+    ready: Moment  # on the second queue: the prompts and the windows queued so far are encoded
     sources: dict[str, SourceEncoding] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Stepping:
-    """Between two evaluations. `held` is the row's device memory: registers, then blend inputs if the plan blends."""
+    """The row is between two evaluations. `held` is its device memory: registers, then blend inputs, if any."""
 
     noise: RowNoise
     conditioning: HeldConditioning
@@ -54,12 +54,12 @@ class Stepping:
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """Denoised: `latents` (D, F) float32 on the model's device; `noise` serves the windows."""
+    """The row is denoised: `latents` (D, F) float32 on the model's device. The decoder's windows draw from `noise`."""
 
     noise: NoiseSource
     latents: Tensor
     audio: AudioAssembly
-    ready: Moment  # after the latents and the windows queued so far
+    ready: Moment  # the latents are computed and the windows queued so far are decoded
 
 
 RowPhase = Waiting | Encoding | Stepping | Decoding
@@ -81,7 +81,7 @@ class Row:
         self._decode_total = sum(work.decode_left)
 
     def in_phase(self, kind: type[OnePhase]) -> OnePhase:
-        """Returns the phase's value. Raises RuntimeError if the row is in another phase."""
+        """Return the phase's value. Raises RuntimeError if the row is in another phase."""
         if not isinstance(self.phase, kind):
             raise RuntimeError(f"a row is {type(self.phase).__name__}, not {kind.__name__}")
         return self.phase
@@ -139,7 +139,7 @@ def run_alone(row: Row, action: Callable[[Row], None]) -> Failures:
 
 
 def row_work(plan: RowPlan, *, hop: int) -> RowWork:
-    """Returns the work of a planned row; a guided evaluation takes two network rows."""
+    """Return the work of a planned row; a guided evaluation takes two network rows."""
     sources = [source for source in (plan.init_source, plan.inpaint_source) if source is not None]
     end = min(plan.output_samples, plan.valid_frames * hop)
     return RowWork(
@@ -151,7 +151,7 @@ def row_work(plan: RowPlan, *, hop: int) -> RowWork:
 
 
 def make_assembly(plan: RowPlan, *, hop: int, channels: int, is_fixed: bool, device: Device) -> AudioAssembly:
-    """Returns the empty output of a planned row. `is_fixed`: decode the windows exactly as planned."""
+    """Return the audio of a planned row, with no window decoded yet. `is_fixed`: windows are decoded as planned."""
     return AudioAssembly(
         plan.decode_windows,
         device=device,

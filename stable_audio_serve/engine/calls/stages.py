@@ -1,6 +1,6 @@
-"""The phases of picked rows: inputs, evaluations, decoded audio. On devices with a second queue, encoding and decoding
-run in parallel with evaluations. Failed rows are returned to the loop, which ends their requests. `inputs` handles
-prompts and sources. Independent of the scheduler.
+"""Runs the phases of picked rows: encoding, denoising, decoding. On devices with a second queue, encoding and decoding
+run in parallel with denoising. The loop ends the requests of rows that failed. `calls.inputs` handles prompts and
+sources. Independent of the scheduler.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from stable_audio_serve.sampling.update import Kept, StepNumbers, start_state
 
 
 class Stages:
-    """Advances rows phase by phase. Every phase returns the rows that failed. Used by the engine thread only."""
+    """Runs the phases of rows. Each phase returns the rows that failed. Used by the engine thread only."""
 
     def __init__(
         self,
@@ -39,12 +39,12 @@ class Stages:
         device: Device,
         cost: CostModel,
         cache: PromptCache,
-        drawers: Mapping[Priority, futures.Executor],
+        noise_pools: Mapping[Priority, futures.Executor],
         pace: WindowPace,
         clock: Clock,
         metrics: Metrics,
     ) -> None:
-        """Each of `drawers` runs one draw at a time, in order."""
+        """`noise_pools` draw the noise of each priority; each must run one task at a time, in order."""
         self._model = model
         self._executor = executor
         self._device = device
@@ -59,7 +59,7 @@ class Stages:
             device=device,
             times=self._times,
             cache=cache,
-            drawers=drawers,
+            noise_pools=noise_pools,
             pace=pace,
             clock=clock,
             metrics=metrics,
@@ -67,15 +67,15 @@ class Stages:
         self._delivering: deque[tuple[Row, Moment]] = deque()
 
     def start(self, rows: Sequence[Row]) -> Failures:
-        """Start rows: open their noise, prompts and sources. Rows without sources are then ready to begin."""
+        """Start drawing noise and encoding prompts and sources. Rows without sources are then ready for `begin`."""
         return self._inputs.start(rows)
 
     def encode(self, rows: Sequence[Row]) -> Failures:
-        """Encode the next source windows of each row. After its last window, a row is ready to begin."""
+        """Encode the next source windows of each row. After its last window, a row is ready for `begin`."""
         return self._inputs.encode(rows)
 
     def begin(self, rows: Sequence[Row], *, at_once: bool = True) -> Failures:
-        """Set the conditioning and registers of rows whose text and sources are encoded; they can step afterwards.
+        """Set the conditioning and registers of rows whose text and sources are encoded, so that they can step.
 
         Without `at_once`, skip rows whose inputs the device has not finished.
         """
@@ -88,7 +88,7 @@ class Stages:
         return failures
 
     def denoise(self, rows: Sequence[Row]) -> Failures:
-        """Run one evaluation of every row. After its last evaluation, a row is ready to decode."""
+        """Run one evaluation of every row. After its last evaluation, a row is ready for `decode`."""
         calls = self._executor.calls(rows)
         lanes = [row.lane for row in rows]
         tokens = sum(lane.branches * lane.frames for lane in lanes)
@@ -107,12 +107,12 @@ class Stages:
         return failures
 
     def decode(self, rows: Sequence[Row], *, others_wait: bool = False) -> Failures:
-        """Decode the next windows of each row; short windows if other rows wait."""
+        """Decode the next windows of each row, shorter ones if `others_wait`."""
         failpoint("before_decode")
         max_frames = self._pace.decode_frames(len(rows), others_wait=others_wait)
         decoding = {row.id: row.in_phase(Decoding) for row in rows}
         failed: dict[int, tuple[Row, Exception]] = {}
-        with self._device.beside(*(own.latents for own in decoding.values())):
+        with self._device.on_second_queue(*(own.latents for own in decoding.values())):
             windows = [
                 (row, window)
                 for row in rows
@@ -140,15 +140,16 @@ class Stages:
         return list(failed.values())
 
     def deliver(self, row: Row) -> None:
-        """Track a row whose work is all queued. `delivered` returns it once its audio is on the host."""
+        """Add a row whose work is all queued. `delivered` returns it once its audio is on the host."""
         self._delivering.append((row, row.in_phase(Decoding).ready))
 
     def delivered(self, *, wait: bool = False) -> tuple[list[Row], Failures]:
-        """Returns the rows whose audio has arrived, and those among them with non-finite audio as failures.
+        """Return the rows whose audio has arrived on the host. Rows with non-finite audio are also returned as
+        failures.
 
-        With `wait`, block until at least one pending row arrives.
+        With `wait`, block until the audio of at least one row arrives, if any is pending.
         """
-        self._device.collect()  # every turn, so that each collection moves little
+        self._device.collect()  # on every turn, so that each call copies little
         arrived: list[Row] = []
         failures: Failures = []
         while self._delivering:
@@ -161,20 +162,20 @@ class Stages:
             self._delivering.popleft()
             if not isinstance(row.phase, Decoding):
                 continue  # the row ended before its audio arrived
-            row.request.clock.mark("decode", self._clock.monotonic())  # the device finished after the work was queued
+            row.request.clock.mark("decode", self._clock.monotonic())  # adds the time since the last window was queued
             arrived.append(row)
             if not row.phase.audio.is_finite:
                 failures.append((row, GenerationError("the model made audio that is not a number")))
         return arrived, failures
 
     def capture(self, *, is_idle: bool) -> bool:
-        """Capture one more call shape; rarely while rows wait. Returns whether there was one."""
+        """Capture a graph of one more call shape; see `Executor.capture_next`."""
         return self._executor.capture_next(is_idle=is_idle)
 
     @property
-    def has_room_beside(self) -> bool:
+    def second_queue_has_room(self) -> bool:
         """Whether more windows may be encoded or decoded at the same time as the next step."""
-        return self._times.has_room_beside
+        return self._times.second_queue_has_room
 
     def keep_pace(self) -> None:
         """Wait until the device is at most a few calls behind, and record how long its calls took."""
@@ -202,7 +203,7 @@ class Stages:
         try:
             conditioning = self._condition(row, encoding)
         except Exception:
-            held.free()  # the row does not own it yet
+            held.free()  # the row does not own these pages yet, so it would not free them
             raise
         row.phase = Stepping(encoding.noise, conditioning, numbers, held)
 

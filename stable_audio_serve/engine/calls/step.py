@@ -1,4 +1,5 @@
-"""One evaluation of rows that share a device call: the host's input buffer, sent in one copy, and the device work.
+"""One evaluation of rows that share a device call. The host writes all inputs to one buffer, which is sent in one copy,
+and the device computes the evaluation from it.
 
 Each row has its own sampler, step, guidance and noise. Independent of the queue.
 """
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stable_audio_serve.engine.calls.conditioning import HeldBranch
-from stable_audio_serve.engine.hardware.arena import NOTHING, HeldFrames, page_table, pages_of, read, write
+from stable_audio_serve.engine.hardware.arena import ZERO_PAGE, HeldFrames, page_table, pages_of, read, write
 from stable_audio_serve.engine.hardware.device import Device
 from stable_audio_serve.engine.hardware.graphs import Kind
 from stable_audio_serve.models.protocol import StepBatch
@@ -20,8 +21,8 @@ from stable_audio_serve.sampling.guidance import NUM_GUIDANCE, GuidanceBatch, Gu
 from stable_audio_serve.sampling.plan import Guidance
 from stable_audio_serve.sampling.update import NUM_VALUES, Kept, StepNumbers, StepTerms, TermUse, advance, network_input
 
-_NUM_FLOAT_SECTIONS = 2  # the first sections of the buffer
-KEPT_PARTS = 3  # mask, source, noise: they follow the registers of a row whose plan blends
+_NUM_FLOAT_SECTIONS = 2  # sections of floats at the start of the buffer; sections of integers follow
+KEPT_PARTS = 3  # blend inputs (mask, source, noise), stored after the registers of rows that keep frames
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class StepRow:
 class StepShape:
     """The shape of a call of N rows and B network rows: everything that is fixed in a captured graph.
 
-    `guides` None: no row is guided. A call may have fewer rows than `rows`; unused ones have no effect.
+    `guides` is None if no row is guided. A call may have fewer rows than `rows`; unused rows have no effect.
     """
 
     rows: int
@@ -58,7 +59,7 @@ class StepShape:
 
     @classmethod
     def of(cls, rows: Sequence[StepRow], *, network_rows: int, frames: int, latent_channels: int) -> StepShape:
-        """Returns the shape that fits exactly these rows."""
+        """Return the shape that fits exactly these rows."""
         guided = [row.guidance for row in rows if row.guided]
         branches = [branch for row in rows for branch in row.branches]
         return cls(
@@ -75,7 +76,7 @@ class StepShape:
         )
 
     def general(self) -> StepShape:
-        """Returns the shape to capture: it takes any rows that need no more memory than these."""
+        """Return the shape to capture, which fits all rows that need no more memory than these."""
         return replace(
             self,
             rows=self.network_rows,
@@ -94,7 +95,7 @@ class StepShape:
 
     @property
     def inputs(self) -> tuple[int, torch.dtype]:
-        """Size and dtype of the input buffer. A buffer of zeros is a step without rows."""
+        """Size and dtype of the input buffer. A buffer of zeros describes a step without rows."""
         return sum(self._sizes), torch.float32
 
     @property
@@ -121,7 +122,7 @@ class StepShape:
         ]
 
     def write(self, rows: Sequence[StepRow], device: Device) -> Tensor:
-        """Returns a host buffer with all inputs of these rows, ready for one copy to the device."""
+        """Return a host buffer with all inputs of these rows, ready for one copy to the device."""
         buffer = device.host_buffer(sum(self._sizes), dtype=torch.float32)
         branches = [2 if row.guided else 1 for row in rows]
         first = [sum(branches[:index]) for index in range(len(rows))]
@@ -147,7 +148,7 @@ class StepShape:
             [place + count - 1 for place, count in zip(first, branches, strict=True)],
             page_table(registers, frames=self.frames, num_parts=self.num_registers),
             page_table(kept, frames=self.frames, num_parts=KEPT_PARTS * self.use.blends),
-            [branch.slots.get(name, NOTHING) for name in self.constants for branch in held],
+            [branch.slots.get(name, ZERO_PAGE) for name in self.constants for branch in held],
             page_table(pages, frames=self.frames, num_parts=self.network_rows),
         ]
         numbers = join_sections(sections, sizes=sizes[_NUM_FLOAT_SECTIONS:-1])
@@ -189,15 +190,15 @@ class StepInputs:
     lanes: Tensor
     conditional: Tensor
     unconditional: Tensor
-    registers: Tensor  # pages (N, R, P)
-    kept: Tensor | None  # pages (N, 3, P)
-    constants: Mapping[str, Tensor]  # slots (B,)
-    by_frame: Mapping[str, Tensor]  # pages (B, P)
+    registers: Tensor  # (N, R, P) page numbers
+    kept: Tensor | None  # (N, 3, P) page numbers
+    constants: Mapping[str, Tensor]  # (B,) slot numbers
+    by_frame: Mapping[str, Tensor]  # (B, P) page numbers
     noise: Tensor | None  # (N, D, F) float32, arbitrary for rows that use none
 
     @classmethod
     def read(cls, buffer: Tensor, shape: StepShape) -> StepInputs:
-        """Returns views of a buffer written by `shape.write`."""
+        """Return views of a buffer written by `shape.write`."""
         num = shape.rows
         values, guidance, *others, noise = buffer.split(shape._sizes)
         valid, own, lanes, conditional, unconditional, registers, kept, constants, by_frame = (
@@ -262,5 +263,5 @@ def run_step(
         mask, source, noise = read(memory, inputs.kept, frames=frames).unbind(1)
         kept = Kept(mask=mask[:, 0] != 0.0, source=source, noise=noise)
     moved = advance(state, inputs.terms, velocity=velocity, unconditional=unconditional, noise=inputs.noise, kept=kept)
-    # Keep 0 after a row's frames: the next call may be longer, and 0 x NaN is NaN.
+    # Write 0 after a row's frames: a longer call reads these values, and masking by 0 does not remove a NaN.
     write(memory, inputs.registers, values=torch.where(frame < inputs.own_frames, moved, 0.0))

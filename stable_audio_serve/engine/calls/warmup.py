@@ -1,5 +1,5 @@
-"""Times a newly loaded model on typical shapes, so that the first prediction is already accurate. The runs also trigger
-lazy initialisation. Stops when its time budget is used up. Independent of callers' requests.
+"""Times a newly loaded model on typical call shapes, so that the first prediction is already accurate. The runs also
+trigger lazy initialisation. Stops when its time budget is used up. Independent of callers' requests.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from stable_audio_serve.sampling.noise import NoiseSource
 
 _PROMPT = "warm-up"
 DURATION_SHARES = (1 / 64, 1 / 16, 1 / 4, 1.0)  # durations to time, as shares of the model's maximum
-_CROWDS = (1, 2, 4, 8, 32)  # rows that wait together
+_COUNTS = (1, 2, 4, 8, 32)  # numbers of rows in a step, and of prompts in a call, to time
 _NUM_RUNS = 3  # per probe; the shortest counts, because disturbances only make a run longer
 
 
 def step_shapes(policy: BatchPolicy, frames: int, *, max_tokens: int) -> set[tuple[int, int]]:
-    """Returns the (rows, frames) of the denoiser calls to time for rows of this length: one row, one guided row, and
+    """Return the (rows, frames) of the denoiser calls to time for rows of this length: one row, one guided row, and
     groups of rows up to `max_tokens`.
     """
-    crowds = [[Lane(1, frames)], [Lane(2, frames)]]
-    crowds += [[Lane(1, frames)] * count for count in _CROWDS if count * policy.padded(frames) <= max_tokens]
-    calls = [policy.split(lanes)[0] for lanes in crowds]
+    groups = [[Lane(1, frames)], [Lane(2, frames)]]
+    groups += [[Lane(1, frames)] * count for count in _COUNTS if count * policy.padded(frames) <= max_tokens]
+    calls = [policy.split(lanes)[0] for lanes in groups]
     return {(len(call.lengths), frames) if call.lengths else (call.rows, call.frames) for call in calls}
 
 
@@ -53,12 +53,12 @@ class _Probe:
 
     @property
     def size(self) -> int:
-        """Upper bound on how a call's time grows with its shape, except for attention."""
+        """A measure of the call's shape. Without attention, a call's time grows at most in proportion to it."""
         return self.rows * max(self.frames, 1)
 
 
 class WarmUp:
-    """Fits `cost` to a model. Call `run` on the engine thread before the first request."""
+    """Measures a model and fits `cost` to it. Call `run` on the engine thread before the first request."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class WarmUp:
         device: Device,
         budget_s: float,
     ) -> None:
-        """`max_tokens` bounds the latent frames of a step, `max_prompts` the prompts of a text encoder call."""
+        """`max_tokens` limits the latent frames of a step, `max_prompts` the prompts of a text encoder call."""
         self._model = model
         self._cost = cost
         self._policy = policy
@@ -89,14 +89,14 @@ class WarmUp:
         if self._model.spec.is_compiled:
             self._compile(prompt)
         probes = {(probe.work, probe.rows, probe.frames): probe for probe in self._probes(prompt)}
-        last: dict[Work, tuple[float, int]] = {}  # milliseconds and size of each kind's last probe
+        last: dict[Work, tuple[float, int]] = {}  # time in ms and size of the last probe of each kind
         for probe in sorted(probes.values(), key=lambda probe: (probe.size, probe.rows)):
             if probe.work in last:
                 ms, size = last[probe.work]
                 if ms * probe.size / size > 1000.0 * self._left_s:
                     continue
             else:
-                self._run_once(probe)  # lazy initialisation counts neither as this shape's time nor towards the budget
+                self._run_once(probe)  # lazy initialisation must count neither as this shape's time nor in the budget
             ms = self._best_ms(probe)
             last[probe.work] = ms, probe.size
             self._measured.setdefault(probe.work, []).append(Measurement(probe.rows, probe.frames, ms))
@@ -114,13 +114,13 @@ class WarmUp:
                 self._denoise(plan, [conditioning] * rows, frames=self._policy.padded(plan.frames))
 
     def _plan(self, share: float) -> RowPlan:
-        """Returns the plan of a row with this share of the maximum duration."""
+        """Return the plan of a row with this share of the maximum duration."""
         duration_s = self._model.spec.card.max_duration_s * share
         request = GenerationRequest(prompt=_PROMPT, duration_s=duration_s, seed=0, duration_padding_s=0.0)
         return self._model.plan(request)[0]
 
     def _probes(self, prompt: TextEmbedding) -> Iterator[_Probe]:
-        for count in _CROWDS:
+        for count in _COUNTS:
             if count <= self._max_prompts:
                 yield _Probe("text", count, 0, partial(self._model.encode_text, [_PROMPT] * count))
         for share in DURATION_SHARES:
@@ -152,7 +152,7 @@ class WarmUp:
         return self._model.denoise(batch)
 
     def _best_ms(self, probe: _Probe) -> float:
-        """Returns the shortest of up to three runs. Skips runs predicted to exceed the budget."""
+        """Return the shortest of up to three runs. Skips runs predicted to exceed the budget."""
         best_s = self._run_once(probe)
         self._left_s -= best_s
         for _ in range(_NUM_RUNS - 1):
@@ -164,7 +164,7 @@ class WarmUp:
         return 1000.0 * best_s
 
     def _run_once(self, probe: _Probe) -> float:
-        """Returns the device time of one run, in seconds."""
+        """Return the device time of one run, in seconds."""
         began = self._device.mark()
         probe.run()
         ended = self._device.mark()

@@ -1,5 +1,5 @@
-"""Device memory for what rows keep between steps, in numbered pages. Calls address pages by number, so a call's inputs
-stay at fixed addresses whichever rows take part. Independent of rows and models.
+"""Device memory for the values that rows keep between steps, in numbered pages. Calls address pages by number, so the
+memory that a call reads stays at fixed addresses, whichever rows it has. Independent of rows and models.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 PAGE_FRAMES = 64
-NOTHING, ANYWHERE = 0, 1  # page 0 reads as zeros and is never written; page 1 takes discarded writes
+ZERO_PAGE, SCRATCH_PAGE = 0, 1  # page 0 reads as zeros and is never written; page 1 takes discarded writes
 
 Pages = tuple[int, ...]
 
 
 def pages_of(frames: int) -> int:
-    """Returns the number of pages that hold this many frames."""
+    """Return the number of pages that hold this many frames."""
     return -(-frames // PAGE_FRAMES)
 
 
@@ -32,12 +32,12 @@ class FrameArena:
         self, channels: int, *, device: torch.device, dtype: torch.dtype = torch.float32, num_pages: int = 64
     ) -> None:
         self.memory = torch.empty(num_pages, channels, PAGE_FRAMES, device=device, dtype=dtype)
-        self.memory[NOTHING] = 0.0
+        self.memory[ZERO_PAGE] = 0.0
         self.num_moves = 0
-        self._free = list(range(ANYWHERE + 1, num_pages))  # a heap: low numbers first, so that few pages are touched
+        self._free = list(range(SCRATCH_PAGE + 1, num_pages))  # a heap: lowest numbers first, to touch few pages
 
     def take(self, frames: int) -> Pages:
-        """Returns pages for this many frames, uninitialised."""
+        """Return pages for this many frames, uninitialised."""
         count = pages_of(frames)
         while len(self._free) < count:
             self._grow()
@@ -57,17 +57,20 @@ class FrameArena:
 
 
 class SlotArena:
-    """Slots for tensors of one shape; slot 0 is all zeros. Used by one thread. Grows like a FrameArena."""
+    """Memory for tensors of one shape, in numbered slots; slot 0 is all zeros. Used by one thread.
+
+    Grows like a FrameArena.
+    """
 
     def __init__(self, like: Tensor, *, num_slots: int = 8) -> None:
         """`like` gives the shape, dtype and device of the values."""
         self.memory = like.new_empty(num_slots, *like.shape)
-        self.memory[NOTHING] = torch.zeros_like(like)
+        self.memory[ZERO_PAGE] = torch.zeros_like(like)
         self.num_moves = 0
-        self._free = list(range(NOTHING + 1, num_slots))
+        self._free = list(range(ZERO_PAGE + 1, num_slots))
 
     def put(self, value: Tensor) -> int:
-        """Copy a value into a free slot and return the slot."""
+        """Copy a value into a free slot and return the slot's number."""
         if not self._free:
             old = len(self.memory)
             self.memory = _doubled(self.memory)
@@ -83,14 +86,14 @@ class SlotArena:
 
 
 def _doubled(memory: Tensor) -> Tensor:
-    """Returns memory of twice the size that begins with the old contents. A CPU commits the rest on first use."""
+    """Return memory of twice the size that begins with the old contents. The rest is uninitialised."""
     larger = memory.new_empty(2 * len(memory), *memory.shape[1:])
     larger[: len(memory)] = memory
     return larger
 
 
 def read(memory: Tensor, table: Tensor, *, frames: int) -> Tensor:
-    """Read the first `frames` frames of pages; `table` (..., P) int32 -> (..., D, frames)."""
+    """Return the first `frames` frames (..., D, frames) of the pages in `table` (..., P) int32."""
     found = memory.index_select(0, table.flatten()).view(*table.shape, *memory.shape[1:])
     joined = found.movedim(-3, -2).flatten(-2)
     return joined[..., :frames].contiguous()
@@ -99,12 +102,12 @@ def read(memory: Tensor, table: Tensor, *, frames: int) -> Tensor:
 def write(memory: Tensor, table: Tensor, *, values: Tensor) -> None:
     """Write values (..., D, F) to the pages of `table` (..., P) int32, padded with zeros to whole pages.
 
-    Values for page `NOTHING` are discarded.
+    Values for page `ZERO_PAGE` are discarded.
     """
     room = table.shape[-1] * PAGE_FRAMES
     padded = torch.nn.functional.pad(values, (0, room - values.shape[-1]))
     pages = padded.unflatten(-1, (-1, PAGE_FRAMES)).movedim(-2, -3).flatten(0, -3)
-    memory.index_copy_(0, torch.where(table == NOTHING, ANYWHERE, table).flatten().long(), pages)
+    memory.index_copy_(0, torch.where(table == ZERO_PAGE, SCRATCH_PAGE, table).flatten().long(), pages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +129,14 @@ class HeldFrames:
 
 
 def page_table(parts: Sequence[Sequence[Pages]], *, frames: int, num_parts: int) -> list[int]:
-    """Returns the page numbers of each row's parts, (rows, num_parts, P) flattened, for a call over `frames` frames."""
+    """Return the page numbers of each row's parts for a call over `frames` frames, flattened.
+
+    Each of the `num_parts` parts of a row has as many numbers as the call has pages, filled up with `ZERO_PAGE`.
+    """
     width = pages_of(frames)
     table: list[int] = []
     for row in parts:
         for part in range(num_parts):
             pages = row[part] if part < len(row) else ()
-            table += [*pages, *[NOTHING] * (width - len(pages))]
+            table += [*pages, *[ZERO_PAGE] * (width - len(pages))]
     return table

@@ -1,9 +1,10 @@
-"""Everything that depends on the kind of device: asynchronous copies, points in the device's work, and preferences. The
-rest of the engine never checks the device kind. Independent of rows and models.
+"""Everything that depends on the kind of device: asynchronous copies, events, graph capture and preferences. The rest
+of the engine never checks the device kind. Independent of rows and models.
 
-A device works through its queue behind the host. If the host waits for it, the device idles afterwards. Results are
-therefore copied to pinned memory and collected once the `Moment` marked after the copy is reached. A device may have a
-second queue that runs beside the first; this module keeps each queue's memory safe from the other.
+The host queues work, and the device runs it later. If the host waited for a result, the device would then idle until
+the host queues more work. Results are therefore copied to pinned memory and read once the `Moment` after the copy is
+reached. A device may have a second queue that runs in parallel with the first. This module ensures that neither queue
+reuses memory that the other still reads.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from torch import Tensor
 
 from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.generation import DeviceUse, Mode
-from stable_audio_serve.engine.hardware.landing import LandingRing
+from stable_audio_serve.engine.hardware.downloads import DownloadRing
 from stable_audio_serve.engine.hardware.share import WHOLE, DeviceMemory, allowed_bytes
 from stable_audio_serve.sampling.transfer import to_device
 
-# Errors after which the device is unusable: no row caused them, and the process must be replaced.
+# Errors after which the device is unusable. No row caused them, and the process must be replaced.
 DEVICE_LOST: tuple[type[Exception], ...] = (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
 
-_LANDING_BYTES = 64 * 2**20  # three of the longest windows of stereo audio
+_DOWNLOAD_BYTES = 64 * 2**20  # holds three of the longest windows of stereo audio
 
 
 class Moment(Protocol):
-    """A point in a device's queue."""
+    """A point in a device's queue, such as a CUDA event."""
 
     def is_reached(self) -> bool:
         """Whether the device has done all work queued before this point."""
@@ -40,69 +41,69 @@ class Moment(Protocol):
         ...
 
     def ms_since(self, earlier: Moment) -> float:
-        """Returns the device time in ms between two reached points of one queue."""
+        """Return the device time in ms since `earlier`. Both points must be reached and of the same queue."""
         ...
 
 
 class Device(Protocol):
-    """One device as the engine thread uses it."""
+    """The interface of a device to the engine thread."""
 
     torch_device: torch.device
     default_mode: Mode
-    frame_grid: int  # latent frames: row lengths are best padded to a multiple of it
+    frame_grid: int  # row lengths are best padded to a multiple of this many latent frames
     can_capture: bool
-    has_second_queue: bool  # without it, work queued within `beside` runs in order with all other work
-    prefers_packed: bool  # pack rows of different lengths instead of padding them
-    shares_calls: bool  # in strict mode: several rows fit into one call of fixed shape
+    has_second_queue: bool  # if not, work queued within `on_second_queue` goes to the only queue
+    prefers_packed: bool  # packing rows of different lengths is faster than padding them
+    shares_calls: bool  # strict mode runs several rows in one call of fixed shape
 
     def upload(self, host: Tensor) -> Tensor:
-        """Returns a copy of a host tensor on the device; does not wait."""
+        """Return a copy of a host tensor on the device; does not wait."""
         ...
 
     def host_buffer(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """Returns uninitialised host memory that asynchronous copies can read (pinned on CUDA)."""
+        """Return uninitialised host memory that asynchronous copies can read (pinned on CUDA)."""
         ...
 
     def download(self, source: Tensor, target: Tensor) -> None:
-        """Copy a device tensor to contiguous host memory. The values arrive with a later `collect`."""
+        """Start copying a device tensor to contiguous host memory. A later `collect` writes the values to `target`."""
         ...
 
     def collect(self) -> None:
-        """Move downloads that have finished to their target memory."""
+        """Write the downloads that have finished to their targets."""
         ...
 
     def mark(self) -> Moment:
-        """Returns the point after all work queued so far; within `beside`, after the work of both queues."""
+        """Return the point after all work queued so far. Within `on_second_queue`, this includes both queues."""
         ...
 
-    def beside(self, *reads: Tensor) -> AbstractContextManager[None]:
-        """Returns a context in which work goes to the second queue, if there is one.
+    def on_second_queue(self, *reads: Tensor) -> AbstractContextManager[None]:
+        """Return a context manager within which work goes to the second queue, if there is one.
 
-        Work queued here starts after all work queued before it, and runs beside later work of the first queue. The
-        first queue may use its results only after `follow`. `reads` are first-queue tensors that it uses: their memory
-        is not reused until it is done.
+        This work starts after all work queued before it, and runs in parallel with later work of the first queue. The
+        first queue may use its results only after `follow`. `reads` are the tensors of the first queue that this work
+        reads; their memory is not reused until the work has ended.
         """
         ...
 
     def follow(self, moment: Moment) -> None:
-        """Delay all work queued from now on until the second queue reaches `moment`; the host does not wait."""
+        """Delay all work queued from now on until the second queue reaches `moment`. Does not block the host."""
         ...
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        """Returns a function that repeats `run`'s device work on the same memory in a single launch.
+        """Return a function that repeats `run`'s device work on the same memory in a single launch.
 
-        `run` must queue device work only, and runs once or more. Requires `can_capture`. Work captured within `beside`
-        must be replayed within `beside`, because all captures of a queue share memory. Raises RuntimeError if the work
-        cannot be captured; the device stays usable.
+        `run` is called at least once and must only queue device work. Requires `can_capture`. Work captured within
+        `on_second_queue` must be replayed within it, because all captures of a queue share memory. Raises RuntimeError
+        if the work cannot be captured; the device stays usable.
         """
         ...
 
     def use(self) -> DeviceUse:
-        """Returns the kind of device and, if known, its memory in use in bytes."""
+        """Return the kind of device and, if known, how many bytes of its memory are in use."""
         ...
 
     def memory(self) -> DeviceMemory | None:
-        """Returns the current division of the device's memory; None if the device has no separate memory."""
+        """Return how the device's memory is divided now; None if the device has no memory of its own."""
         ...
 
 
@@ -135,7 +136,7 @@ class WaitingDevice:
     def mark(self) -> Moment:
         return _Reached(self._clock.monotonic())
 
-    def beside(self, *reads: Tensor) -> AbstractContextManager[None]:
+    def on_second_queue(self, *reads: Tensor) -> AbstractContextManager[None]:
         return nullcontext()
 
     def follow(self, moment: Moment) -> None:
@@ -180,17 +181,18 @@ class CudaDevice:
         """`share`, 0..1, is the fraction of device memory for this process's tensors, captured calls included."""
         self.torch_device = device
         self._share = share
-        if share < WHOLE:  # the allocator enforces it too, in case the engine's arithmetic is wrong
+        if share < WHOLE:  # the allocator also enforces the share, in case the engine predicts memory wrongly
             total = torch.cuda.mem_get_info(device)[1]
             torch.cuda.set_per_process_memory_fraction(allowed_bytes(total, share=share) / total, device)
         pinned = partial(self.host_buffer, dtype=torch.uint8)
-        self._landing = LandingRing(pinned, mark=self.mark, num_bytes=_LANDING_BYTES)
-        self._captures: dict[torch.cuda.Stream, tuple[torch.cuda.Stream, Any]] = {}  # by the queue that replays them
+        self._downloads = DownloadRing(pinned, mark=self.mark, num_bytes=_DOWNLOAD_BYTES)
+        # The stream and the memory pool of captures, by the queue that replays them.
+        self._captures: dict[torch.cuda.Stream, tuple[torch.cuda.Stream, Any]] = {}
         self._kept: list[torch.cuda.CUDAGraph] = []
 
     @cached_property
     def _second(self) -> torch.cuda.Stream:
-        # High priority: its pieces are short, and rows that decode are closest to their end. Steps use the rest.
+        # High priority: this queue's work is short, and rows that decode are almost finished. Steps use what remains.
         return torch.cuda.Stream(self.torch_device, priority=-1)
 
     def upload(self, host: Tensor) -> Tensor:
@@ -200,17 +202,17 @@ class CudaDevice:
         return torch.empty(shape, dtype=dtype, pin_memory=True)
 
     def download(self, source: Tensor, target: Tensor) -> None:
-        self._landing.land(source, target)
+        self._downloads.add(source, target)
 
     def collect(self) -> None:
-        self._landing.collect()
+        self._downloads.collect()
 
     def mark(self) -> Moment:
         return _Event(self.torch_device)
 
     @contextmanager
-    def beside(self, *reads: Tensor) -> Iterator[None]:
-        # The wait also protects memory that the second queue reuses after the first queue has read it.
+    def on_second_queue(self, *reads: Tensor) -> Iterator[None]:
+        # The wait also keeps the second queue from overwriting memory before the first queue has read it.
         self._second.wait_stream(torch.cuda.current_stream(self.torch_device))
         for tensor in reads:
             tensor.record_stream(self._second)
@@ -223,12 +225,12 @@ class CudaDevice:
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         current = torch.cuda.current_stream(self.torch_device)
-        if current not in self._captures:  # one pool per queue: two of its graphs never run at once
+        if current not in self._captures:  # one pool per queue suffices: two graphs of a queue never run at once
             self._captures[current] = stream, pool = (
                 torch.cuda.Stream(self.torch_device),
                 torch.cuda.graph_pool_handle(),
             )
-            # A pool cannot be used again after its last graph is dropped.
+            # Keep one graph forever: a pool cannot be used again after its last graph is dropped.
             self._kept.append(self._record(lambda: torch.zeros(1, device=self.torch_device), stream=stream, pool=pool))
         stream, pool = self._captures[current]
         stream.wait_stream(current)
@@ -250,7 +252,7 @@ class CudaDevice:
                     graph.capture_end()
         except DEVICE_LOST as error:
             torch.cuda.synchronize(self.torch_device)  # raises if the device is really lost
-            # Some versions of torch keep the pool marked as being captured to, and refuse it.
+            # Drop the pool: some versions of torch leave it marked as in capture, and refuse to use it again.
             self._captures = {queue: own for queue, own in self._captures.items() if own[1] != pool}
             raise RuntimeError(f"this work cannot be captured: {error}") from error
         return graph
@@ -286,5 +288,5 @@ class _Event:
 
 
 def open_device(device: torch.device, *, clock: Clock, share: float = WHOLE) -> Device:
-    """Returns the engine's interface to a torch device. `share` limits this process's part of a GPU's memory."""
+    """Return the engine's interface to a torch device. `share` limits this process's part of a GPU's memory."""
     return CudaDevice(device, share=share) if device.type == "cuda" else WaitingDevice(device, clock=clock)

@@ -1,6 +1,6 @@
-"""Calls captured as CUDA graphs, by shape: a captured call starts with one launch. A shape without a graph runs eagerly
-and is counted; frequent shapes are captured later, one at a time, so that no request waits long. Bounds the time and
-memory of captures. Independent of rows and models.
+"""Captures calls as CUDA graphs, one per call shape: a captured call starts with a single launch. A call whose shape
+has no graph runs eagerly and is counted. Frequent shapes are captured later, one at a time, so that no request waits
+long. Limits the time and memory of captures. Independent of rows and models.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from stable_audio_serve.engine.hardware.device import DEVICE_LOST, Device, Momen
 
 log = logging.getLogger(__name__)
 
-MOST_MS = 200.0  # the longest delay of a waiting step
-_SHARE = 0.1  # share of the time that captures may take while rows wait
+MOST_MS = 200.0  # captures predicted to take longer are not made while rows wait
+_SHARE = 0.1  # captures take at most this share of the time while rows wait
 _MISSES_TO_DELAY = 100  # a shape with this many misses is captured even while rows wait, however long it takes
-_NUM_KEPT = 8  # recent captures per kind, for predictions; the first captures also initialise kernels
+_NUM_KEPT = 8  # captures per kind that predictions use: only recent ones, because the first also initialise kernels
 
 
 class CapturePace:
@@ -37,13 +37,13 @@ class CapturePace:
         self._rests_until = -math.inf
 
     def record(self, kind: Hashable, *, size: int, ms: float) -> None:
-        """Record that a capture ended, and for how long it blocked the device."""
+        """Record that a capture ended after blocking the device for `ms`."""
         self._taken[kind].append((size, ms))
         self._rests_until = self._clock.monotonic() + ms / 1000.0 * (1.0 / _SHARE - 1.0)
 
     @property
     def is_resting(self) -> bool:
-        """Whether captures have used up their share of time for now."""
+        """Whether captures have used up their share of the time for now."""
         return self._clock.monotonic() < self._rests_until
 
     def allows(self, kind: Hashable, *, size: int, misses: int) -> bool:
@@ -51,7 +51,10 @@ class CapturePace:
         return misses >= _MISSES_TO_DELAY or self._predicted_ms(kind, size) <= MOST_MS
 
     def _predicted_ms(self, kind: Hashable, size: int) -> float:
-        """Predict from the fastest known capture of at least this size, else in proportion to smaller ones."""
+        """Return the time of the fastest known capture of at least this size.
+
+        If there is none, scale the times of smaller captures up in proportion to size; infinite without any.
+        """
         taken = self._taken[kind]
         larger = [ms for known, ms in taken if known >= size]
         if larger:
@@ -60,22 +63,25 @@ class CapturePace:
 
 
 class CaptureRoom:
-    """Counts the memory of captures as the growth of this process's device memory. Used by one thread."""
+    """Counts the memory of captured calls: how much this process's device memory grew during captures.
+
+    Used by one thread.
+    """
 
     def __init__(self, device: Device, *, max_bytes: int | None) -> None:
-        """`max_bytes` None: no bound, and no counting."""
+        """With `max_bytes` None there is no limit, and memory is not counted."""
         self._device = device
         self._max_bytes = max_bytes
         self.num_bytes = 0
 
     @property
     def is_full(self) -> bool:
-        """Whether the bound is reached."""
+        """Whether the limit is reached."""
         return self._max_bytes is not None and self.num_bytes >= self._max_bytes
 
     @contextmanager
     def counted(self) -> Iterator[None]:
-        """Returns a context for one capture; it counts memory even if the capture fails."""
+        """Return a context manager for one capture. It counts the capture's memory even if the capture fails."""
         before = self._held()
         try:
             yield
@@ -108,7 +114,7 @@ class Shape(Protocol):
 
     @property
     def size(self) -> int:
-        """Latent frames or tokens, padding included; the call's time grows with it."""
+        """The number of latent frames or tokens, padding included; the call's time grows with it."""
         ...
 
     @property
@@ -118,25 +124,25 @@ class Shape(Protocol):
 
     @property
     def num_outputs(self) -> int:
-        """The number of float32 values in the call's output memory, besides writes to other memory."""
+        """The number of float32 values that the call writes to its output memory."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class CallMemory:
-    """Input and output memory of captured calls. All calls of a kind share it; two of them never run at once."""
+    """Input and output memory of captured calls. Shared by all calls of a kind, which never run at once."""
 
     inputs: Tensor
     outputs: Tensor
 
 
-# Queues a call of a shape on this memory.
+# A function of a shape and its memory that queues the call.
 Run = Callable[[Any, CallMemory], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """A captured call: write its inputs, `replay`, and copy the outputs before the next call."""
+    """A captured call. To run it, write its inputs, call `replay`, and copy the outputs before the next call."""
 
     memory: CallMemory
     replay: Callable[[], None]
@@ -162,9 +168,9 @@ class Graphs:
         self._outputs: dict[Kind, Tensor] = {}
 
     def find(self, shape: Shape, run: Run) -> Captured | None:
-        """Returns the captured call of a shape; None if there is none, and the caller then runs the call eagerly.
+        """Return the captured call of a shape. If there is none, return None: the caller then runs the call eagerly.
 
-        `run` may be captured later: its device work must depend only on the shape and the inputs, which may be zeros.
+        `run` may be captured later, with inputs of zeros. Its device work must depend only on the shape and the inputs.
         """
         self._uses[shape] += 1
         self._num_uses += 1
@@ -192,7 +198,7 @@ class Graphs:
         if not candidates:
             return False
         shape = max(candidates, key=lambda shape: shape.size)
-        with nullcontext() if shape.kind == "denoise" else self._device.beside():
+        with nullcontext() if shape.kind == "denoise" else self._device.on_second_queue():
             began = self._device.mark()
             with self._room.counted():
                 self._capture(shape)
@@ -263,7 +269,7 @@ class Graphs:
             del self._candidates[shape], self._misses[shape]
 
     def _fixed(self, shared: dict[Kind, Tensor], kind: Kind, *, num: int, dtype: torch.dtype) -> Tensor:
-        """Returns memory that all calls of a kind share. Earlier captures may keep a smaller block."""
+        """Return the memory that all calls of a kind share. Calls captured before it grew keep their smaller block."""
         if kind not in shared or len(shared[kind]) < num:
             shared[kind] = torch.zeros(num, dtype=dtype, device=self._device.torch_device)
         return shared[kind][:num]

@@ -1,4 +1,4 @@
-"""Divides a device's memory among the processes on it, and one process's part among rows, captures and prompts.
+"""Divides a device's memory among its processes, and the part of one process among rows, captured calls and prompts.
 
 Arithmetic on bytes, independent of devices and allocators.
 """
@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from stable_audio_serve.core.errors import ConfigError
 
 WHOLE = 1.0  # the share of a process that has the device to itself
-# Memory of a process on a shared GPU besides its tensors: the CUDA context, library code and workspaces.
+# Memory that a process on a shared GPU uses in addition to its tensors: the CUDA context, library code and workspaces.
 CONTEXT_BYTES = 512 * 2**20
-_ROWS = 0.85  # rows' share of the memory after weights and prompts; the rest: captured calls, fragmentation
+_ROWS = 0.85  # share for rows of the memory left by weights and prompts; the rest is for captures and fragmentation
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """A device's memory in bytes: `total`, `allowed` and `held` for this process's tensors, `free` on the device."""
+    """A device's memory in bytes. `allowed` and `held` are of this process's tensors, `free` is of the whole device."""
 
     total: int
     allowed: int
@@ -32,9 +32,9 @@ class DeviceMemory:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bounds in bytes for rows in progress and for captured calls; None: no bound.
+    """Limits in bytes for started rows (`rows`) and for captured calls (`captures`); None means no limit.
 
-    `setting` names the setting to change if the first bound is too low.
+    `setting` names the setting to change if `rows` is too low.
     """
 
     rows: int | None = None
@@ -43,14 +43,14 @@ class MemoryPlan:
 
 
 def allowed_bytes(total: int, *, share: float) -> int:
-    """Returns the bytes that the tensors of a process with this share (0..1) of a device may use."""
+    """Return how many of the device's `total` bytes the tensors of a process with this share (0..1) may use."""
     return max(0, int(share * total) - (CONTEXT_BYTES if share < WHOLE else 0))
 
 
 def plan_memory(memory: DeviceMemory | None, *, max_rows_bytes: int | None, prompt_cache_bytes: int) -> MemoryPlan:
-    """Returns the bounds of an engine whose weights are loaded. `memory` None: the device has no separate memory.
+    """Return the limits of an engine whose weights are loaded. `memory` is None if the device has no memory of its own.
 
-    `max_rows_bytes` is the operator's bound for rows in progress; None: most of the remaining memory. Raises
+    `max_rows_bytes` is the operator's limit for started rows; None leaves them most of the remaining memory. Raises
     ConfigError if the device can never have that much.
     """
     if memory is None:
@@ -73,7 +73,7 @@ def plan_memory(memory: DeviceMemory | None, *, max_rows_bytes: int | None, prom
 
 
 def require_share(memory: DeviceMemory, *, name: str, weights_bytes: int, share: float) -> None:
-    """Raises ConfigError, with the smallest share that works, if a model's weights do not fit into this share."""
+    """Raise ConfigError, with the smallest share that works, if a model's weights do not fit into this share."""
     if weights_bytes <= memory.allowed:
         return
     taken = f"its weights take {weights_bytes / 1e9:.3g} GB"
@@ -90,7 +90,7 @@ def require_share(memory: DeviceMemory, *, name: str, weights_bytes: int, share:
 
 
 def least_share(total: int, *, weights_bytes: int) -> float:
-    """Returns the smallest share that holds the weights, in hundredths; above 1 if none does."""
+    """Return the smallest share that holds the weights, rounded up to hundredths; above 1 if none does."""
     if weights_bytes <= total < weights_bytes + CONTEXT_BYTES:
-        return WHOLE  # a process alone on the device needs no reserve for the contexts of others
+        return WHOLE  # without a second process on the device, nothing is reserved for CUDA contexts
     return -(-100 * (weights_bytes + CONTEXT_BYTES) // total) / 100

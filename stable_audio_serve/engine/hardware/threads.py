@@ -1,8 +1,8 @@
 """Runs a device call on several CPU threads with exactly the result of one thread.
 
-The thread count decides where vectorised loops end and in which order sums are taken, so it can change an operation's
-last bits. Only operations whose result does not depend on it, in sizes where that holds, run on several threads; they
-are nearly all of the work. All others run on one thread.
+The thread count decides where vectorised loops end and in which order sums are taken, so it can change the last bits of
+a result. Operations run on several threads only if, for their kind and size, the result does not depend on the thread
+count. They are nearly all of the work. All other operations run on one thread.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from torch.overrides import TorchFunctionMode
 from stable_audio_serve.models.onednn import linear, supports_onednn
 
 _STEADY = (torch.float32, torch.bfloat16)
-# The split of matrix products with few rows, or whose width is no multiple of a vector, depends on the thread count.
+# Matrix products with fewer than `_LEAST_ROWS` rows, or with a width that is not a multiple of `_WIDTH`, are split
+# depending on the thread count, which changes their result.
 _LEAST_ROWS = 64
 _WIDTH = 32
-# Attention splits one buffer among threads. With fewer queries than a block has, the parts' alignment differs.
+# Attention splits one buffer among the threads. With fewer queries than one block, the alignment of each thread's part
+# depends on the thread count.
 _LEAST_QUERIES = 32
 
 
@@ -41,11 +43,11 @@ def steady_threads(num_threads: int | None) -> Iterator[None]:
     if num_threads == 1:
         yield
     else:
-        with _SharedOut(num_threads):
+        with _SteadyThreads(num_threads):
             yield
 
 
-class _SharedOut(TorchFunctionMode):
+class _SteadyThreads(TorchFunctionMode):
     def __init__(self, num_threads: int) -> None:
         super().__init__()
         self._num_threads = num_threads
@@ -57,7 +59,7 @@ class _SharedOut(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Torch calls this in place of each of its functions."""
+        """Run `func` on several threads if that is safe. Torch calls this in place of each of its functions."""
         if not _is_steady(func, args):
             return func(*args, **(kwargs or {}))
         torch.set_num_threads(self._num_threads)  # takes 0.1 microseconds
@@ -68,7 +70,7 @@ class _SharedOut(TorchFunctionMode):
 
 
 def _is_steady(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
-    """Returns whether this call's result is bit-identical for any number of threads."""
+    """Return whether this call's result is bit-identical for any number of threads."""
     if func is F.scaled_dot_product_attention:
         return args[0].dtype in _STEADY and args[0].shape[-2] >= _LEAST_QUERIES
     if func is linear and supports_onednn(args[0], args[1]):

@@ -1,1 +1,1 @@
-"""Decides which rows step together and predicts what that costs. Pure bookkeeping, except for memory measurements."""
+"""Decides which rows step together, and predicts times and memory. Runs no model, except to measure its memory."""

@@ -1,5 +1,5 @@
-"""Splits the picked rows into device calls: how many network rows, padded to how many latent frames. Pure bookkeeping.
-All call shapes are chosen here, so that a graph can be captured for each shape.
+"""Splits picked rows into device calls and chooses each call's shape: its number of network rows and its padded length.
+The shapes are few, so that a graph can be captured for each. No tensors.
 """
 
 from __future__ import annotations
@@ -25,10 +25,7 @@ from stable_audio_serve.engine.scheduling.cost import Groups
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """A row picked for a call.
-
-    It takes `branches` entries of the network's batch (2 if guided), each of `frames` latent frames.
-    """
+    """The size of a picked row: `branches` network rows (2 if guided) of `frames` latent frames each."""
 
     branches: int
     frames: int
@@ -36,10 +33,10 @@ class Lane:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One device call. `members` index the lanes; `rows` includes dummies, `frames` includes padding.
+    """One device call. `members` are indices of lanes. `rows` includes dummy rows, `frames` includes padding.
 
-    In a packed call no row is padded: `lengths` are the latent frames of each row, and `frames` is the longest. A call
-    that replays a graph has a fixed `room`, of which `num_spare` tokens are unused.
+    In a packed call no row is padded: `lengths` are the latent frames of each network row, and `frames` is the longest.
+    A packed call that replays a graph has a fixed `room`, of which `num_spare` tokens are unused.
     """
 
     members: tuple[int, ...]
@@ -51,7 +48,7 @@ class Call:
 
     @property
     def groups(self) -> Groups:
-        """The row lengths from which the call's time is predicted; spare tokens are spread over the packed rows."""
+        """The (rows, frames) groups from which the call's time is predicted. Packed rows share the spare tokens."""
         if not self.lengths:
             return ((self.rows, self.frames),)
         longer = -(-self.num_spare // len(self.lengths))
@@ -64,11 +61,11 @@ class BatchPolicy(Protocol):
     def split(self, lanes: Sequence[Lane]) -> list[Call]: ...
 
     def padded(self, frames: int) -> int:
-        """Returns the padded length of a call for a single row of `frames` latent frames."""
+        """Return the padded length of a call for a single row of `frames` latent frames."""
         ...
 
     def typical_rows(self, branches: int, frames: int) -> int:
-        """Returns the typical number of network rows in such a row's call when many rows wait."""
+        """Return the typical number of network rows in a call with a row of this size, when many rows wait."""
         ...
 
 
@@ -128,12 +125,12 @@ class FixedSlots:
 def _fill(
     shapes: CallShapes, call_ms: CallMs, *, lanes: Sequence[Lane], members: Sequence[int], frames: int
 ) -> list[Call]:
-    """Returns the calls of these members, padded to `frames`. Both network rows of a guided lane share a call."""
+    """Return calls for these members, padded to `frames`. Both network rows of a guided lane are in the same call."""
     _, rooms = cut(shapes, call_ms, rows=sum(lanes[i].branches for i in members), frames=frames)
     groups: list[list[int]] = [[] for _ in rooms]
-    for i in sorted(members, key=lambda i: -lanes[i].branches):  # guided rows first; single rows fill their gaps
+    for i in sorted(members, key=lambda i: -lanes[i].branches):  # guided rows first, so that unguided rows fill gaps
         place = next((place for place, room in enumerate(rooms) if room >= lanes[i].branches), len(rooms))
-        if place == len(rooms):  # guided rows leave gaps in calls of an odd size
+        if place == len(rooms):  # calls of odd size leave gaps of one row, too small for a guided row
             rooms.append(max(most_rows(shapes, frames), lanes[i].branches))
             groups.append([])
         groups[place].append(i)
@@ -146,14 +143,14 @@ def _fill(
 
 
 def _rows_near_knee(shapes: CallShapes, *, branches: int, frames: int, knee_tokens: float) -> int:
-    """Returns the number of rows in a call of about `knee_tokens` latent frames."""
+    """Return the number of network rows in a call of about `knee_tokens` latent frames in total."""
     rows = min(int(knee_tokens / frames), most_rows(shapes, frames))
     return max(shapes.most(rows), shapes.least(branches))
 
 
 @dataclass(frozen=True, slots=True)
 class MergedGrid:
-    """Fast mode: rows of different lengths share a call where one padded call is predicted to be faster than two.
+    """Fast mode: rows of different lengths share a padded call if that is predicted to be faster than separate calls.
 
     `call_ms(rows, frames)` predicts a call's time. `knee_tokens(frames)` is the number of latent frames above which the
     fixed cost is a small share of a call.
@@ -164,12 +161,12 @@ class MergedGrid:
     shapes: CallShapes
 
     def split(self, lanes: Sequence[Lane]) -> list[Call]:
-        """Returns the split with the least predicted time. Lanes of equal padded length share calls."""
+        """Return the calls with the least predicted time in total. Lanes of equal padded length share calls."""
         by_length = _by_length(lanes, self.padded)
         lengths = sorted(by_length)
         rows = [sum(lanes[i].branches for i in by_length[length]) for length in lengths]
         call_ms = cache(self.call_ms)
-        # best[stop] = (least predicted ms for the first `stop` lengths, index where the last call of that split begins)
+        # best[stop] = (least predicted ms for the first `stop` lengths, index of the first length in the last call)
         best: list[tuple[float, int]] = [(0.0, 0)]
         for stop in range(1, len(lengths) + 1):
             candidates = [
@@ -207,7 +204,7 @@ class Packed:
     knee_tokens: Callable[[int], float]
 
     def split(self, lanes: Sequence[Lane]) -> list[Call]:
-        """Returns one call with the lanes sorted by length, so that equal lengths are adjacent."""
+        """Return one call with the lanes sorted by length, so that equal lengths are adjacent."""
         if not lanes:
             return []
         members = sorted(range(len(lanes)), key=lambda i: lanes[i].frames)
@@ -223,8 +220,8 @@ class Packed:
 
 @dataclass(frozen=True, slots=True)
 class PackedOrGrid:
-    """Fast mode where packed rows can be captured as a graph: rows share one packed call unless padded calls are
-    predicted to be faster, as for a single request. `groups_ms` predicts the time of a call of several lengths.
+    """Fast mode where packed calls can be captured as graphs: rows are packed unless padded calls are predicted to be
+    faster. A single row is never packed. `groups_ms` predicts the time of a call with several row lengths.
     """
 
     grid: MergedGrid
@@ -239,7 +236,7 @@ class PackedOrGrid:
         return packed if self._ms(packed) < self._ms(padded) else padded
 
     def pack(self, lanes: Sequence[Lane]) -> list[Call]:
-        """Returns packed calls for at least one lane."""
+        """Return packed calls of at most PACKED_ROWS network rows each. Needs at least one lane."""
         calls: list[Call] = []
         members: list[int] = []
         lengths: list[int] = []

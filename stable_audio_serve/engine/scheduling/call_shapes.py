@@ -1,5 +1,5 @@
-"""The allowed shapes of a denoiser call: its numbers of network rows and padded lengths, or the room of a packed call.
-`batching` fills the calls. Independent of lanes and devices.
+"""The allowed shapes of denoiser calls: network rows and padded length, or the capacity of a packed call. `batching`
+assigns rows to calls. Independent of lanes and devices.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ from dataclasses import dataclass
 
 CallMs = Callable[[int, int], float]
 
-# Each call shape needs a graph, so there are few. Powers of two alone would cost 15 % of the capacity.
+# Network rows of a call. There are few choices, because each call shape needs a graph. Powers of two alone would waste
+# 15 % of the capacity on dummy rows.
 GRAPH_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-# (up to this many grid steps, pad to a multiple of this many): longer rows use a coarser grid, at most an eighth more.
+# (length, multiple), both in grid steps: rows up to this length are padded to this multiple, longer rows to a multiple
+# of `_COARSEST`. A multiple above 1 pads a row by at most an eighth.
 _GROWTH = ((16, 1), (32, 2))
 _COARSEST = 4
 
 
 def round_up(value: int, multiple: int) -> int:
-    """Returns the smallest multiple of `multiple` that is at least `value`."""
+    """Return the smallest multiple of `multiple` that is at least `value`."""
     return -(-value // multiple) * multiple
 
 
@@ -30,21 +32,22 @@ class AnyRows:
     max_tokens: int = 16_384
 
     def padded(self, frames: int) -> int:
-        """Returns the padded length of a row of `frames` latent frames."""
+        """Return the padded length of a row of `frames` latent frames."""
         return round_up(frames, self.grid)
 
     def least(self, rows: int) -> int:
-        """Returns the size of the smallest call for this many rows, dummies included."""
+        """Return the number of rows, dummies included, of the smallest call for this many rows."""
         return rows
 
     def most(self, rows: int) -> int:
-        """Returns the size of the largest call that this many rows fill completely; 0 if there is none."""
+        """Return the number of rows of the largest call that this many rows fill completely; 0 if there is none."""
         return rows
 
 
 @dataclass(frozen=True, slots=True)
 class GraphShapes:
-    """Calls that replay captured graphs: row counts from `rows` (ascending from 1), lengths on a grid that coarsens.
+    """Calls that replay captured graphs: row counts from `rows` (ascending from 1), lengths on a grid that gets
+    coarser.
 
     A call has at most `max_tokens` latent frames, dummies and padding included, unless it holds one row only.
     """
@@ -54,18 +57,18 @@ class GraphShapes:
     rows: tuple[int, ...] = GRAPH_ROWS
 
     def padded(self, frames: int) -> int:
-        """Returns the padded length of a row of `frames` latent frames."""
+        """Return the padded length of a row of `frames` latent frames."""
         for num_steps, factor in _GROWTH:
             if frames <= num_steps * self.grid:
                 return round_up(frames, factor * self.grid)
         return round_up(frames, _COARSEST * self.grid)
 
     def least(self, rows: int) -> int:
-        """Returns the size of the smallest call for this many rows, dummies included."""
+        """Return the number of rows, dummies included, of the smallest call for this many rows."""
         return self.rows[bisect_left(self.rows, rows)]
 
     def most(self, rows: int) -> int:
-        """Returns the size of the largest call that this many rows fill completely; 0 if there is none."""
+        """Return the number of rows of the largest call that this many rows fill completely; 0 if there is none."""
         index = bisect_right(self.rows, rows)
         return self.rows[index - 1] if index else 0
 
@@ -73,19 +76,19 @@ class GraphShapes:
 CallShapes = AnyRows | GraphShapes
 
 
-# The cost of a packed call depends on its tokens, hardly on unused rows, so one row count is enough. A room has at most
-# an eighth more tokens than needed, a sixteenth on average. Small rooms have coarser steps, because there reading the
-# weights dominates.
+# The time of a packed call hardly depends on unused rows, so one row count is enough. Its tokens are rounded up by at
+# most an eighth, a sixteenth on average. Small calls are rounded more coarsely, because their time is mostly reading
+# the weights.
 PACKED_ROWS = 64
 _LEAST_STEP, _STEPS_PER_OCTAVE = 256, 8
-_SHORT = 4  # a second kind of room holds rows of at most a quarter of the longest length
-# Beside packed calls, padded calls serve single rows and rows of equal length.
-GRAPH_ROWS_BESIDE_PACKED = (1, 2, 4, 8, 16, 32)
+_SHORT = 4  # if all rows are shorter than the longest length divided by this, the room's `longest` is reduced to that
+# Network rows of a padded call if calls can also be packed: then only single rows and rows of equal length are padded.
+GRAPH_ROWS_WITH_PACKED = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True, slots=True)
 class PackedRoom:
-    """The fixed capacity of a captured packed call: `tokens` in all, in at most `rows` rows of at most `longest` latent
+    """The capacity of a captured packed call: `tokens` in total, at most `rows` rows, each of at most `longest` latent
     frames.
     """
 
@@ -96,13 +99,13 @@ class PackedRoom:
 
 @dataclass(frozen=True, slots=True)
 class PackedShapes:
-    """The rooms of packed calls. Each row has `prefix` tokens besides its latent frames."""
+    """Chooses the rooms of packed calls. Each row has `prefix` tokens in addition to its latent frames."""
 
     prefix: int
     longest: int  # latent frames of the longest possible row
 
     def room(self, lengths: Sequence[int]) -> PackedRoom:
-        """Returns the smallest room for rows of these latent frames, at most PACKED_ROWS of them."""
+        """Return the smallest room for rows of these lengths in latent frames, at most PACKED_ROWS of them."""
         tokens = sum(lengths) + self.prefix * len(lengths)
         short = -(-self.longest // _SHORT)
         return PackedRoom(
@@ -113,12 +116,12 @@ class PackedShapes:
 
 
 def most_rows(shapes: CallShapes, frames: int) -> int:
-    """Returns the largest number of rows padded to `frames` in one call; at least one."""
+    """Return the largest number of rows padded to `frames` in one call; at least one."""
     return max(shapes.most(shapes.max_tokens // frames), 1)
 
 
 def cut(shapes: CallShapes, call_ms: CallMs, *, rows: int, frames: int) -> tuple[float, list[int]]:
-    """Returns the least predicted time of calls for `rows` rows padded to `frames`, and the call sizes, largest first.
+    """Split `rows` rows, padded to `frames`, into calls. Returns their predicted time in ms and their sizes.
 
     Full calls come first. The remainder is padded to one call or cut into several, whichever is predicted to be faster.
     """

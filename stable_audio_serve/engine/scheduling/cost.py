@@ -1,5 +1,5 @@
-"""Predicts the time of device work from (rows, frames). Scheduling, admission, Retry-After, autoscaling and routing all
-use this model. Independent of tensors and clocks: callers pass in measured times.
+"""Predicts the time of device work from its rows and frames. Scheduling, admission, Retry-After, autoscaling and
+routing all use this model. Independent of tensors and clocks: callers pass in measured times.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 _NOISE = 0.02  # relative error of any timing; a term that explains less is dropped
-_TERM_PRICE = 4.0  # Akaike's criterion uses 2; a term that fits noise is wrong at larger shapes
+_TERM_PRICE = 4.0  # Akaike's criterion uses 2; higher here, because a term that fits noise is wrong at large shapes
 _FIXED, _PER_ROW, _PER_FRAME, _PER_SQUARE = range(4)
 
 Array = npt.NDArray[np.float64]
-Groups = tuple[tuple[int, int], ...]  # the rows of one call: (rows, latent frames of each)
+Groups = tuple[tuple[int, int], ...]  # the rows of one call, as pairs (number of rows, latent frames of each)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Measurement:
 class CallCost:
     """ms = max(floor, fixed + rows * (per_row + per_frame * frames + per_square * frames^2)), all at least 0.
 
-    The floor is the least time that the host or memory needs; rows below it are free.
+    The floor is the least time that the host or the memory needs. Rows add no time until the sum exceeds it.
     """
 
     fixed_ms: float = 1.0
@@ -43,28 +43,28 @@ class CallCost:
     floor_ms: float = 0.0
 
     def row_ms(self, frames: int) -> float:
-        """Returns the time that one more row of `frames` latent frames adds above the floor."""
+        """Return the time that one more row of `frames` latent frames adds above the floor."""
         return self.per_row_ms + (self.per_frame_ms + self.per_square_ms * frames) * frames
 
     def call_ms(self, rows: int, frames: int) -> float:
-        """Returns the time of a call over `rows` rows padded to `frames` latent frames."""
+        """Return the time of a call over `rows` rows padded to `frames` latent frames."""
         return max(self.floor_ms, self.fixed_ms + rows * self.row_ms(frames))
 
     def groups_ms(self, groups: Groups) -> float:
-        """Returns the time of a call over rows of several lengths, packed without padding."""
+        """Return the time of a call over rows of several lengths, packed without padding."""
         return max(self.floor_ms, self.fixed_ms + sum(rows * self.row_ms(frames) for rows, frames in groups))
 
     def worthwhile_ms(self, overhead_share: float) -> float:
-        """Returns the row time at which a call's overhead falls to this share of its total."""
+        """Return the time in ms that a call's rows must take for its overhead to fall to this share of the call."""
         return (1.0 - overhead_share) * max(self.fixed_ms / overhead_share, self.floor_ms)
 
 
 def fit_call_cost(measurements: Iterable[Measurement]) -> CallCost:
-    """Fit by least squares on relative errors, every coefficient at least 0; more rows or frames always cost more.
+    """Fit a cost by least squares on relative errors. No coefficient is negative, and the cost grows with the shape.
 
-    If a larger call was measured faster than a smaller one, the smaller one's time is lowered to it: another program
-    disturbed the measurement. A term is used only if it explains more than the noise. Raises ValueError without
-    measurements.
+    If a larger call measured faster than a smaller one, another program disturbed the smaller one's measurement, which
+    is then lowered to that of the larger one. A term is used only if it explains more than the noise. Raises ValueError
+    without measurements.
     """
     points = _undisturbed(measurements)
     if not points:
@@ -75,7 +75,7 @@ def fit_call_cost(measurements: Iterable[Measurement]) -> CallCost:
 
 
 def _undisturbed(measurements: Iterable[Measurement]) -> list[Measurement]:
-    """Returns one measurement per shape, shortest first.
+    """Return one measurement per shape, shortest first.
 
     Each time is the minimum over all calls with at least as many rows and frames, because a smaller call cannot be
     slower.
@@ -90,7 +90,7 @@ def _undisturbed(measurements: Iterable[Measurement]) -> list[Measurement]:
 
 
 def _candidates(features: Array, ms: Array) -> Iterator[tuple[float, CallCost]]:
-    """Yield (score, cost); a lower score is better. The shortest calls are at the floor, the rest above it."""
+    """Yield (score, cost) for each number of shortest calls taken to be at the floor. A lower score is better."""
     growth = _PER_FRAME if features[:, _PER_FRAME].any() else _PER_ROW
     for num_flat in range(len(ms)):
         floor_ms = float(np.median(ms[:num_flat])) if num_flat else 0.0
@@ -102,7 +102,7 @@ def _candidates(features: Array, ms: Array) -> Iterator[tuple[float, CallCost]]:
             solution[terms] = coefficients
             score = _score(features @ solution, ms, floor_ms=floor_ms, num_terms=len(terms) + (num_flat > 0))
             yield score, _cost(solution, floor_ms=floor_ms)
-    # Fallback if the time does not grow with the shape: assume growth beyond the largest measured shape.
+    # For times that do not grow with the shape: assume that they grow beyond the largest measured shape.
     flat_ms = float(np.median(ms))
     solution = np.zeros(4)
     solution[growth] = flat_ms / 2 / max(float(features[:, growth].max()), 1.0)
@@ -119,7 +119,7 @@ def _cost(coefficients: Array, *, floor_ms: float) -> CallCost:
 
 
 def _terms(num_points: int, *, growth: int) -> Iterator[list[int]]:
-    """Yield the sets of terms that this many points can determine; each set grows with the shape."""
+    """Yield the sets of terms that this many points can determine. Each set includes the term `growth`."""
     others = [_FIXED] if growth == _PER_ROW else [_FIXED, _PER_ROW, _PER_SQUARE]
     for count in range(min(len(others), num_points - 1) + 1):
         for some in combinations(others, count):
@@ -127,7 +127,7 @@ def _terms(num_points: int, *, growth: int) -> Iterator[list[int]]:
 
 
 def _solve(features: Array, ms: Array) -> Array | None:
-    """Returns the coefficients with the least relative error; None if any is not positive."""
+    """Return the coefficients with the least relative error; None if any is not positive."""
     columns = features / ms[:, None]
     norms = np.linalg.norm(columns, axis=0)
     if not norms.all():
@@ -135,19 +135,19 @@ def _solve(features: Array, ms: Array) -> Array | None:
     columns = columns / norms
     try:
         coefficients = np.linalg.solve(columns.T @ columns, columns.sum(axis=0)) / norms
-    except np.linalg.LinAlgError:  # these shapes cannot separate the terms
+    except np.linalg.LinAlgError:  # the measured shapes do not determine all of these terms
         return None
     return coefficients if (coefficients > 0).all() else None
 
 
 def _score(above_ms: Array, ms: Array, *, floor_ms: float, num_terms: int) -> float:
-    """Returns Akaike's criterion with a higher price per term. `above_ms` is the formula without its floor."""
+    """Return Akaike's criterion with a higher price per term. `above_ms` is the formula without its floor."""
     errors = np.log(np.maximum(above_ms, floor_ms) / ms)
     return float(len(ms) * np.log(np.mean(errors**2) + _NOISE**2) + _TERM_PRICE * num_terms)
 
 
-_MOST_TOKENS = 2.0**20  # returned if rows cost nothing
-_FIT_WEIGHT = 4  # a fit counts as this many measurements
+_MOST_TOKENS = 2.0**20  # the largest result of `CostModel.knee_tokens`, which it returns if rows cost nothing
+_FIT_WEIGHT = 4  # a fit counts as much as this many corrections
 _MAX_RATIO = 3.0  # largest factor by which one measurement may differ from its prediction
 
 Work = Literal["text", "encode", "denoise", "decode"]
@@ -156,12 +156,12 @@ Work = Literal["text", "encode", "denoise", "decode"]
 class CostModel:
     """One `CallCost` per kind of work, fitted at warm-up, and one scale per kind that follows measured times.
 
-    The rows of a text call are prompts; their `frames` is 0.
-    Only the engine thread writes. Other threads may read: each read sees a consistent set of coefficients.
+    The rows of a text call are prompts, with `frames` 0. Only the engine thread writes. Other threads may read, and
+    each read sees coefficients that belong together.
     """
 
     def __init__(self, *, learning_rate: float = 0.05) -> None:
-        """`learning_rate` is the weight of a measurement in the long run; the first ones weigh more."""
+        """`learning_rate` is the weight of a new measurement against all earlier ones. The first few weigh more."""
         self._learning_rate = learning_rate
         self._costs: dict[Work, CallCost] = {
             "text": CallCost(fixed_ms=0.0, per_row_ms=5.0, per_frame_ms=0.0),
@@ -181,8 +181,8 @@ class CostModel:
     def correct(self, work: Work, calls: Iterable[Groups], *, measured_ms: float) -> None:
         """Move the scale of `work` towards the total measured time of these calls.
 
-        The first measurement of a kind without a fit sets the scale. Later ones move it by a bounded factor, because
-        another program may have disturbed them.
+        The first measurement of a kind without a fit sets the scale. Later measurements change it by a limited factor,
+        because other programs may have disturbed them.
         """
         predicted_ms = sum(self._costs[work].groups_ms(groups) for groups in calls)
         if predicted_ms <= 0 or measured_ms <= 0:
@@ -194,15 +194,16 @@ class CostModel:
         self._scales[work] *= ratio ** max(self._learning_rate, 1.0 / self._num_corrections[work])
 
     def call_ms(self, work: Work, *, rows: int, frames: int) -> float:
-        """Returns the predicted time of one call."""
+        """Return the predicted time of one call."""
         return self._scales[work] * self._costs[work].call_ms(rows, frames)
 
     def groups_ms(self, work: Work, groups: Groups) -> float:
-        """Returns the predicted time of one packed call over rows of several lengths."""
+        """Return the predicted time of one packed call over rows of several lengths."""
         return self._scales[work] * self._costs[work].groups_ms(groups)
 
     def knee_tokens(self, frames: int, fixed_share: float) -> float:
-        """Returns the latent frames, in rows of `frames`, at which overhead falls to `fixed_share` of a denoiser call.
+        """Return how many latent frames, in rows of `frames`, make overhead fall to `fixed_share` of a denoiser call.
+
         Overhead is the fixed time, or the part of the floor that the rows do not use.
         """
         cost = self._costs["denoise"]

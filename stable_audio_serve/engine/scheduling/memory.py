@@ -36,15 +36,15 @@ from stable_audio_serve.sampling.noise import NoiseSource
 _DURATION_SHARES = (1 / 64, 1 / 16)  # durations to measure, as shares of the model's maximum
 _WINDOW = 32  # latent frames of the measured windows
 _REGISTER_BYTES = 4  # float32
-_KEPT_BESIDE = 2  # a draw of noise and the latents, each as large as a register
+_EXTRA_PARTS = 2  # a draw of noise and the latents, each as large as a register
 # Values that rows keep between steps are in arenas. A full arena doubles, so it is at most twice as large as its
-# contents. While it is copied, the old one of half the size still exists.
+# contents. During the copy, the old arena of half that size still exists, which makes three times the contents.
 _ARENA_GROWTH = 3
 
 
 @dataclass(frozen=True, slots=True)
 class RowShape:
-    """The sizes that determine a row's memory, in latent frames; windows are the longest of the row."""
+    """The sizes that determine a row's memory. Lengths are in latent frames; each window is the longest of its kind."""
 
     frames: int
     num_registers: int
@@ -53,13 +53,13 @@ class RowShape:
     decode_window: int
 
     def cut(self, frames: int) -> RowShape:
-        """Returns the shape of the same request with a clip of `frames` latent frames."""
+        """Return the shape of the same request with a clip of `frames` latent frames."""
         windows = min(self.encode_window, frames), min(self.decode_window, frames)
         return replace(self, frames=frames, encode_window=windows[0], decode_window=windows[1])
 
 
 def row_shape(plan: RowPlan, *, is_fixed: bool) -> RowShape:
-    """Returns the memory shape of a plan. `is_fixed`: windows are decoded exactly as planned."""
+    """Return the sizes of a planned row. `is_fixed`: windows are decoded exactly as planned."""
     sources = [source for source in (plan.init_source, plan.inpaint_source) if source is not None]
     decoded = max(window_lengths(plan.decode_windows))
     if plan.decode_rule is not None and not is_fixed:
@@ -75,7 +75,9 @@ def row_shape(plan: RowPlan, *, is_fixed: bool) -> RowShape:
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """Device bytes: a branch's constants, fixed and per frame, and each kind of call's temporaries per frame."""
+    """A model's memory use in bytes: conditioning per branch (`branch`) and per branch and latent frame
+    (`branch_frame`), and the temporaries of each kind of call per latent frame.
+    """
 
     branch: float = 0.0
     branch_frame: float = 0.0
@@ -84,29 +86,29 @@ class MemoryUse:
     decode_frame: float = 0.0
 
     def row_bytes(self, shape: RowShape, *, latent_channels: int) -> int:
-        """Returns the most device memory that a row takes at any time."""
+        """Return the most device memory that a row takes at any time."""
         paged = PAGE_FRAMES * pages_of(shape.frames)
         frame = _REGISTER_BYTES * latent_channels
         kept = frame * paged * shape.num_registers + shape.num_branches * (self.branch + self.branch_frame * paged)
-        beside = frame * shape.frames * _KEPT_BESIDE
+        extra = frame * shape.frames * _EXTRA_PARTS
         largest_call = max(
             shape.num_branches * shape.frames * self.denoise_frame,
             shape.encode_window * self.encode_frame,
             shape.decode_window * self.decode_frame,
         )
-        return math.ceil(_ARENA_GROWTH * kept + beside + largest_call)
+        return math.ceil(_ARENA_GROWTH * kept + extra + largest_call)
 
 
 class RowMemory:
-    """The bound on the memory of all started rows, and the memory of each row."""
+    """Predicts the memory of each row, and knows the limit for all started rows (`max_bytes`)."""
 
     def __init__(
         self, spec: ModelSpec, *, max_bytes: int | None, is_fixed: bool, setting: str = "max_memory_bytes"
     ) -> None:
         """If `max_bytes` is None, memory is neither limited nor measured.
 
-        If `is_fixed`, decoding uses exactly the planned windows. `setting` names the operator's setting that
-        `max_bytes` comes from, for error messages.
+        If `is_fixed`, decoding uses exactly the planned windows. `setting` is the name of the operator's setting that
+        determines `max_bytes`, for error messages.
         """
         self._spec = spec
         self._is_fixed = is_fixed
@@ -115,7 +117,10 @@ class RowMemory:
         self.use = MemoryUse()
 
     def measure(self, model: DiffusionModel, noise_factory: Callable[[int], NoiseSource]) -> None:
-        """Call on the engine thread before the first request. Raises ConfigError if even a short clip does not fit."""
+        """Measure the model's memory use. Must be called on the engine thread before the first request.
+
+        Raises ConfigError if even a short clip does not fit.
+        """
         if self.max_bytes is None:
             return
         self.use = measure_use(model, noise_factory(0))
@@ -128,11 +133,11 @@ class RowMemory:
             )
 
     def row_bytes(self, plan: RowPlan) -> int:
-        """Returns the device bytes of a row; 0 without a bound."""
+        """Return the device memory of a row in bytes; 0 if memory is not limited."""
         return 0 if self.max_bytes is None else self._bytes(row_shape(plan, is_fixed=self._is_fixed))
 
     def check(self, plan: RowPlan, request: GenerationRequest) -> None:
-        """Raises InvalidRequestError, with the durations that fit, if the row can never fit."""
+        """Raise InvalidRequestError, with the durations that fit, if the row can never fit."""
         if self.max_bytes is None or (needed := self.row_bytes(plan)) <= self.max_bytes:
             return
         allowed = f"0..{self._longest_s(plan, request):.4g}"
@@ -146,7 +151,7 @@ class RowMemory:
         return self.use.row_bytes(shape, latent_channels=self._spec.card.latent_channels)
 
     def _longest_s(self, plan: RowPlan, request: GenerationRequest) -> float:
-        """Returns the longest duration in seconds that fits for such a request; 0 if none does."""
+        """Return the longest duration in seconds at which this request would fit; 0 if it never fits."""
         shape, fits = row_shape(plan, is_fixed=self._is_fixed), 0
         step = 2 ** plan.frames.bit_length()
         while step := step // 2:
@@ -157,7 +162,7 @@ class RowMemory:
 
 
 def measure_use(model: DiffusionModel, noise: NoiseSource) -> MemoryUse:
-    """Measure a model's memory: prompt constants at two lengths, and one small call of each kind."""
+    """Measure a model's memory use: conditioning at two lengths, and one small call of each kind."""
     spec, device = model.spec, model.device
     prompt = model.encode_text(["memory"])[0]
     constants: list[tuple[int, int]] = []
@@ -188,21 +193,21 @@ def measure_use(model: DiffusionModel, noise: NoiseSource) -> MemoryUse:
 
 
 def _request(spec: ModelSpec, share: float) -> GenerationRequest:
-    """Returns a request with this share of the maximum duration."""
+    """Return a request with this share of the maximum duration."""
     duration_s = spec.card.max_duration_s * share
     return GenerationRequest(prompt="memory", duration_s=duration_s, seed=0, duration_padding_s=0.0)
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """Returns the peak bytes of new tensors while `run` runs."""
-    run()  # exclude tensors that are created once and kept
+    """Return the most bytes that new tensors take at any time during `run`, which is called twice."""
+    run()  # the first call creates tensors that are kept for later calls and must not count
     with _TensorBytes() as counted:
         run()
     return counted.peak
 
 
 class _TensorBytes(TorchDispatchMode):
-    """Tracks the storages that operations create until they are freed. Storages of inputs do not count."""
+    """Counts the bytes of storages from their creation by an operation until they are freed. Inputs do not count."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,5 +1,5 @@
 """Limits how far the host queues work ahead of the device: how much of a row is encoded or decoded per turn, and how
-many calls are unfinished. The times of finished calls correct the cost model. Independent of rows.
+many calls may be unfinished. Also corrects the cost model by the times of finished calls. Independent of rows.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from stable_audio_serve.engine.scheduling.cost import CostModel, Groups, Work
 
 Result = TypeVar("Result")
 
-_CALLS_AHEAD = 2  # unfinished calls at most: enough to keep the device busy, few enough to react soon
-_LEAST_MS = 10.0  # time limit of a turn's windows: shorter ones cost more than they help
+_CALLS_AHEAD = 2  # the most unfinished calls: enough to keep the device busy, few enough to react soon to new requests
+_LEAST_MS = 10.0  # the windows of a turn may always take this long: shorter ones would cost more than they help
 _LENGTHS = (32, 64, 96, 128, 192, 256, 320, 384, 448, 512)  # few, because calls of equal length share graphs
 
 
@@ -24,8 +24,8 @@ class WindowPace:
     """Limits the windows of one turn. Used by the engine thread only."""
 
     def __init__(self, cost: CostModel, *, is_fixed: bool, turn_frames: int = 512) -> None:
-        """`turn_frames` is the most latent frames of a row per turn. `is_fixed`: windows are cut as planned, run one
-        per call, and a row has one per turn, because more would gain nothing.
+        """`turn_frames` is the most latent frames of a row per turn. With `is_fixed`, windows are cut as planned, and a
+        row has one per turn: each window is its own call, so more per turn would save no time.
         """
         self._cost = cost
         self.is_fixed = is_fixed
@@ -35,15 +35,16 @@ class WindowPace:
     def record_step(self, ms: float) -> None:
         """Record the predicted time of the last step.
 
-        The measured time may include windows that ran in parallel, which would make the next windows ever longer.
+        The measured time is not used, because it includes windows that ran in parallel. Longer windows would then raise
+        the limit of the next windows, which could grow from step to step.
         """
         self._step_ms = ms
 
     def decode_frames(self, num_rows: int, *, others_wait: bool) -> int:
-        """Returns the most latent frames to decode now of each of `num_rows` rows.
+        """Return the most latent frames to decode in this turn, of each of `num_rows` rows.
 
-        While other rows wait, the windows together take no longer than one step, or than a negligible time. Windows of
-        equal length share a call.
+        While other rows wait, decoding that many frames of every row is predicted to take no longer than one step, or
+        than `_LEAST_MS` if a step is shorter.
         """
         if self.is_fixed or not others_wait:
             return self.turn_frames
@@ -58,7 +59,7 @@ class WindowPace:
 
 @dataclass(slots=True)
 class _QueuedCall:
-    """Queued device work, compared with its prediction once it has ended."""
+    """Queued device work, whose time is compared with its prediction once it has ended."""
 
     work: Work
     calls: Sequence[Groups]
@@ -68,10 +69,11 @@ class _QueuedCall:
 
 
 class CallTimes:
-    """Measures queued calls: steps run on the first queue, all other work on the second. For the engine thread only.
+    """Measures queued calls. Steps run on the first queue, all other work on the second. Used by the engine thread
+    only.
 
-    Calls that overlapped with the other queue do not correct the cost model: they took longer because they shared the
-    device, and the other queue's work would count twice. Together both queues still take the sum of their costs.
+    Calls that overlapped with work of the other queue do not correct the cost model. They took longer only because they
+    shared the device: both queues together take the sum of their separate times, which the model already predicts.
     """
 
     def __init__(self, device: Device, *, cost: CostModel, metrics: Metrics) -> None:
@@ -82,12 +84,12 @@ class CallTimes:
         self._others: deque[_QueuedCall] = deque()
 
     def time(self, work: Work, calls: Sequence[Groups], *, run: Callable[[], Result]) -> Result:
-        """Queue device work consisting of these calls, and measure it."""
+        """Call `run`, which queues the device work of these calls, and measure the work. Returns its result."""
         began = self._device.mark()
         result = run()
         queued = _QueuedCall(work, calls, began, self._device.mark(), is_alone=True)
         if work == "denoise":
-            for other in self._others:  # calls queued later begin after this one
+            for other in self._others:  # work that is queued on the second queue later starts after this step
                 if not other.ended.is_reached():
                     other.is_alone = queued.is_alone = False
             self._steps.append(queued)
@@ -96,8 +98,8 @@ class CallTimes:
         return result
 
     @property
-    def has_room_beside(self) -> bool:
-        """Whether the second queue is no further behind than the first, so that it may take more windows."""
+    def second_queue_has_room(self) -> bool:
+        """Whether the second queue may take more windows: it has at most `_CALLS_AHEAD` unfinished calls of windows."""
         windows = [call for call in self._others if call.work != "text" and not call.ended.is_reached()]
         return len(windows) <= _CALLS_AHEAD
 
@@ -105,7 +107,7 @@ class CallTimes:
         """Wait until the device is at most a few calls behind, and record how long its calls took."""
         self._settle(self._others, wait=False)
         self._settle(self._steps, wait=True)
-        if not self._steps:  # with steps, the host would wait for the slower queue while the faster one runs empty
+        if not self._steps:  # else the first queue might run empty while the host waits for the second
             self._settle(self._others, wait=True)
 
     def _settle(self, calls: deque[_QueuedCall], *, wait: bool) -> None:

@@ -1,21 +1,22 @@
-"""Decides which rows the engine works on next. Bookkeeping only: no tensors, no device.
+"""Decides which rows the engine works on next. No tensors, no device.
 
-Deadlines. A row's deadline is its arrival + slack x its predicted time alone, at most `max_slack_s` after arrival, and
-never moves. Short rows therefore overtake long ones, and every row has the earliest deadline at some point. Round-robin
-over all rows would make all of them finish late.
+Deadlines. A row's deadline is its arrival time + slack x its predicted time alone, at most `max_slack_s` after arrival.
+It never changes. So short rows overtake long ones, but every row has the earliest deadline at some point. Round-robin
+would make all rows finish late.
 
-Filling a step. Rows join in order of deadline until the step has enough latent frames: enough to make its fixed cost
-small (`knee_tokens`), or a quarter of all waiting frames if that is more, because a larger step then finishes the queue
-sooner; at most `max_tokens`. Started rows hold device memory, so their number is limited. Once a row does not fit into
-memory, no later row starts: otherwise small rows could keep a large one waiting forever.
+Filling a step. Rows join a step in order of deadline until it has enough latent frames to make its fixed cost small
+(`knee_tokens`), or a quarter of all waiting frames if that is more, because larger steps then finish the queue sooner.
+A step never has more than `max_tokens`. Started rows hold device memory, so their number is limited. If a row does not
+fit into memory, no later row starts. Otherwise small rows could keep a large one waiting forever.
 
 Lending to batch rows. Interactive rows go first, and each interactive step lends `batch_share` of its time to batch
-rows. A batch row joins the step if the lent time covers the time that it adds. Otherwise lent time accumulates over
-steps until it covers a step with the batch row alone. So an interactive row waits at most that share longer plus one
-step, and batch rows progress under any interactive load. Lent time is dropped when no batch row needs it.
+rows. A batch row joins the step if the lent time covers the time that it adds; if the step has no room, the row gets a
+step of its own once the lent time covers that. Lent time accumulates until then. So an interactive row takes at most
+this share longer, plus one step, and batch rows progress under any interactive load. Lent time is dropped when no batch
+row needs it.
 
-Second queue. On devices that have one, rows encode or decode during a step and do not use its budget. Both
-queues share the device's time.
+Second queue. On devices that have one, rows encode or decode on it during a step, and do not count towards the step's
+latent frames. Both queues share the device's time.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ RowId = NewType("RowId", int)
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """Bounds of one pick; `max_tokens` 0 means one row at a time."""
+    """Limits of one pick. With `max_tokens` 0, rows are picked one at a time."""
 
-    max_started: int = 64  # at least 2; a quarter, at least one, is reserved for interactive rows, one row for batch
+    max_started: int = 64  # at least 2; a quarter, at least one row, is only for interactive rows, one row for batch
     max_tokens: int = 16_384
     slack: float = 6.0
     max_slack_s: float = 120.0
     batch_share: float = 0.125
-    max_bytes: int | None = None  # device memory of all started rows; None: no bound
+    max_bytes: int | None = None  # device memory of all started rows; None: no limit
 
 
 @dataclass(slots=True, order=True)
@@ -50,7 +51,7 @@ class _Entry:
     row_id: RowId  # ids rise with arrival, so ties run in order of arrival
     work: RowWork = field(compare=False)
     priority: Priority = field(compare=False)
-    tokens: int = field(compare=False)  # the work's tokens when last counted
+    tokens: int = field(compare=False)  # the row's part of the sum of waiting tokens
     num_bytes: int = field(compare=False)
     started: bool = field(default=False, compare=False)
 
@@ -63,8 +64,8 @@ class _Step:
     new_bytes: int = 0
     waits_for_memory: bool = False  # a row waits for memory, so no later row starts
     tokens: float = 0.0
-    frames_beside: float = 0.0  # latent frames of the rows that encode or decode during the step
-    waits_for_room_beside: bool = False  # a row waits for room on the second queue
+    second_queue_frames: float = 0.0  # latent frames of the rows that encode or decode during the step
+    waits_for_second_queue: bool = False  # a row waits for room on the second queue
 
     @property
     def works(self) -> list[RowWork]:
@@ -72,8 +73,9 @@ class _Step:
 
 
 class Scheduler:
-    """All rows from admission to their end. Between two picks, only picked rows' work may change. Used by one thread.
-    Unknown ids raise KeyError.
+    """Holds all rows from admission to their end and picks rows for each turn. Used by one thread.
+
+    Between two picks, the `work` of rows that were not picked must not change. Unknown ids raise KeyError.
     """
 
     def __init__(
@@ -84,9 +86,9 @@ class Scheduler:
         step_ms: Callable[[Sequence[RowWork], int], float],
         has_second_queue: bool = False,
     ) -> None:
-        """`knee_tokens(frames)` is the number of latent frames that makes a step of such rows worth its fixed cost.
-        `step_ms(works, num_new)` predicts the time of a step of these rows, `num_new` of them never picked before.
-        `has_second_queue`: rows encode or decode on a second queue during a step.
+        """`knee_tokens(frames)` is the number of latent frames above which the fixed cost of a step of such rows is
+        small. `step_ms(works, num_new)` predicts the time of a step of rows, of which `num_new` were never picked
+        before. With `has_second_queue`, rows encode or decode on a second queue during a step.
         """
         self._has_second_queue = has_second_queue
         self._limits = limits
@@ -131,20 +133,20 @@ class Scheduler:
         self._started_bytes -= entry.num_bytes if entry.started else 0
         self._waiting_tokens[entry.priority] -= entry.tokens
 
-    def pick(self, *, beside: bool = True) -> list[RowId]:
-        """Returns the rows to run now, earliest deadline first; empty only if no row is left.
+    def pick(self, *, use_second_queue: bool = True) -> list[RowId]:
+        """Return the rows to run now, earliest deadline first; empty only if no row is left.
 
-        Without `beside`, only rows of a step are picked, and the result may be empty while other rows wait for the
-        second queue. Picked rows count as started until removed. No row starts while `max_started` rows are started or
-        while it does not fit into memory; in the latter case no later row starts before it.
+        Without `use_second_queue`, only rows that denoise are picked, and the result may be empty while other rows wait
+        for the second queue. Picked rows count as started until removed. A row starts only if fewer than `max_started`
+        rows have started and it fits into memory. If it does not fit into memory, no later row starts before it.
         """
         self._update_waiting_tokens()
-        step = self._fill("interactive", beside=beside)
-        if step.entries or step.waits_for_room_beside:
-            step = self._lend(step, beside=beside)
+        step = self._fill("interactive", use_second_queue=use_second_queue)
+        if step.entries or step.waits_for_second_queue:
+            step = self._lend(step, use_second_queue=use_second_queue)
         else:
             self._lent_ms = 0.0
-            step = self._fill("batch", beside=beside, waits_for_memory=step.waits_for_memory)
+            step = self._fill("batch", use_second_queue=use_second_queue, waits_for_memory=step.waits_for_memory)
         for entry in step.entries:
             self._num_started[entry.priority] += not entry.started
             self._started_bytes += 0 if entry.started else entry.num_bytes
@@ -153,39 +155,39 @@ class Scheduler:
         return [entry.row_id for entry in step.entries]
 
     def _update_waiting_tokens(self) -> None:
-        """Update the sum of waiting tokens after the work of the last pick."""
+        """Update the sum of waiting tokens after the rows of the last pick have run."""
         for entry in self._picked:
             if self._entries.get(entry.row_id) is entry:
                 tokens = self._tokens(entry.work)
                 self._waiting_tokens[entry.priority] += tokens - entry.tokens
                 entry.tokens = tokens
 
-    def _runs_beside(self, work: RowWork) -> bool:
+    def _uses_second_queue(self, work: RowWork) -> bool:
         return self._has_second_queue and work.phase is not Phase.DENOISE
 
     def _tokens(self, work: RowWork) -> int:
-        """Returns the latent frames that the row adds to a step; 0 if it runs on the second queue."""
-        return 0 if self._runs_beside(work) else work.tokens
+        """Return how many latent frames the row adds to a step; 0 if it runs on the second queue."""
+        return 0 if self._uses_second_queue(work) else work.tokens
 
-    def _fill(self, priority: Priority, *, beside: bool, waits_for_memory: bool = False) -> _Step:
-        """Returns a step with as many rows of one priority as fit the budget, in the step and on the second queue."""
-        step, budget, budget_beside, is_full = _Step(waits_for_memory=waits_for_memory), 0.0, 0.0, False
+    def _fill(self, priority: Priority, *, use_second_queue: bool, waits_for_memory: bool = False) -> _Step:
+        """Return a step of rows of one priority, as many as the budgets of the step and of the second queue allow."""
+        step, budget, second_budget, is_full = _Step(waits_for_memory=waits_for_memory), 0.0, 0.0, False
         num_left = self._num_started[priority]  # started rows not visited yet
         for entry in self._orders[priority]:
             if is_full and not num_left:
-                break  # no later row has started, so none needs the second queue
-            if not self._may_run(entry, beside=step):
+                break  # no later row has started, so none encodes or decodes
+            if not self._may_run(entry, step=step):
                 if not num_left:
                     break  # no later row is started, so none may run
                 continue
             num_left -= entry.started
-            if self._runs_beside(entry.work):
-                step.waits_for_room_beside |= not beside
-                budget_beside = budget_beside or self._budget(priority, entry.work.frames)
-                if beside and (not step.frames_beside or step.frames_beside < budget_beside):
-                    _take_beside(step, entry)
+            if self._uses_second_queue(entry.work):
+                step.waits_for_second_queue |= not use_second_queue
+                second_budget = second_budget or self._budget(priority, entry.work.frames)
+                if use_second_queue and (not step.second_queue_frames or step.second_queue_frames < second_budget):
+                    _take_on_second_queue(step, entry)
                 else:
-                    _reserve(step, entry)  # keeps a later row from starting in its place
+                    _reserve(step, entry)  # counts the row as started, so that no later row starts in its place
             elif is_full:
                 continue
             elif not step.tokens:
@@ -199,8 +201,8 @@ class Scheduler:
                 _take(step, entry)
         return step
 
-    def _lend(self, step: _Step, *, beside: bool) -> _Step:
-        """Returns the interactive step plus the batch rows that lent time covers, or a step of one batch row."""
+    def _lend(self, step: _Step, *, use_second_queue: bool) -> _Step:
+        """Add the batch rows that lent time covers to the interactive step, or return a step of one batch row."""
         if not self._orders["batch"]:
             self._lent_ms = 0.0
             return step
@@ -208,60 +210,60 @@ class Scheduler:
         share_ms = self._limits.batch_share * ms
         num_interactive = len(step.entries)
         for entry in self._orders["batch"]:
-            if not self._may_run(entry, beside=step):
+            if not self._may_run(entry, step=step):
                 continue
-            is_beside = self._runs_beside(entry.work)
-            if is_beside and not beside:
+            is_second = self._uses_second_queue(entry.work)
+            if is_second and not use_second_queue:
                 continue
             new = int(not entry.started)
-            rides = is_beside or step.tokens + entry.tokens <= self._limits.max_tokens
-            if not rides and len(step.entries) > num_interactive:
-                break  # it must wait for the batch rows before it
-            works = [*step.works, entry.work] if rides else [entry.work]
-            costs_ms = self._step_ms(works, step.num_new + new) - ms if rides else self._step_ms(works, new)
-            if costs_ms > self._lent_ms + (share_ms if rides else 0.0):
+            joins = is_second or step.tokens + entry.tokens <= self._limits.max_tokens
+            if not joins and len(step.entries) > num_interactive:
+                break  # the step has no room left, and other batch rows joined it, so a separate step must wait
+            works = [*step.works, entry.work] if joins else [entry.work]
+            costs_ms = self._step_ms(works, step.num_new + new) - ms if joins else self._step_ms(works, new)
+            if costs_ms > self._lent_ms + (share_ms if joins else 0.0):
                 self._lent_ms += share_ms
                 return step
             self._lent_ms -= max(0.0, costs_ms)
-            if not rides:
+            if not joins:
                 return _take(_Step(), entry)
             ms += costs_ms
-            (_take_beside if is_beside else _take)(step, entry)
-        self._lent_ms = 0.0  # no batch row waits for time
+            (_take_on_second_queue if is_second else _take)(step, entry)
+        self._lent_ms = 0.0  # no batch row is waiting for lent time
         return step
 
-    def _may_run(self, entry: _Entry, *, beside: _Step) -> bool:
-        """Returns whether the row has started, or there is room and memory to start it."""
+    def _may_run(self, entry: _Entry, *, step: _Step) -> bool:
+        """Return whether the row has started, or there is room and memory to start it."""
         if entry.started:
             return True
         if self._limits.max_bytes is not None:
-            taken = self._started_bytes + beside.new_bytes
+            taken = self._started_bytes + step.new_bytes
             if taken and taken + entry.num_bytes > self._limits.max_bytes:
-                beside.waits_for_memory = True
-            if beside.waits_for_memory:
+                step.waits_for_memory = True
+            if step.waits_for_memory:
                 return False
-        most, num_started = self._limits.max_started, self.num_started + beside.num_new
-        num_batch = self._num_started["batch"] + beside.num_new_batch
+        most, num_started = self._limits.max_started, self.num_started + step.num_new
+        num_batch = self._num_started["batch"] + step.num_new_batch
         if entry.priority == "batch":
             return num_batch < most - max(most // 4, 1) and num_started < most
         reserves_batch_slot = not num_batch and bool(self._orders["batch"])
         return num_started < most - reserves_batch_slot
 
     def _budget(self, priority: Priority, frames: int) -> float:
-        """Returns max(knee, a quarter of the waiting tokens), capped at `max_tokens`."""
+        """Return max(knee, a quarter of the waiting tokens), capped at `max_tokens`."""
         cap = self._limits.max_tokens
         if cap == 0:
             return 0.0
         return min(max(self._knee_tokens(frames), self._waiting_tokens[priority] / 4), cap)
 
     def position(self, row_id: RowId) -> int:
-        """Returns the number of rows ahead of this one."""
+        """Return how many rows have an earlier deadline; for a batch row, interactive rows count too."""
         entry = self._entries[row_id]
         ahead = len(self._orders["interactive"]) if entry.priority == "batch" else 0
         return ahead + bisect_left(self._orders[entry.priority], entry)
 
     def is_started(self, row_id: RowId) -> bool:
-        """Returns whether the row was ever picked."""
+        """Return whether the row was ever picked."""
         return self._entries[row_id].started
 
     @property
@@ -292,6 +294,6 @@ def _reserve(step: _Step, entry: _Entry) -> _Step:
     return step
 
 
-def _take_beside(step: _Step, entry: _Entry) -> _Step:
-    step.frames_beside += entry.work.frames
+def _take_on_second_queue(step: _Step, entry: _Entry) -> _Step:
+    step.second_queue_frames += entry.work.frames
     return _take(step, entry)

@@ -18,27 +18,27 @@ from stable_audio_serve.sampling.noise import NoiseSource
 
 
 def count_fitting(lengths: Sequence[int], max_frames: int) -> int:
-    """Returns how many leading windows fit into `max_frames` latent frames; at least one if there is any."""
+    """Return how many leading windows fit into `max_frames` latent frames; at least one if there is any."""
     return max(bisect_right(list(accumulate(lengths)), max_frames), min(1, len(lengths)))
 
 
 def take_spans(spans: Sequence[WindowSpan], max_frames: int) -> Sequence[WindowSpan]:
-    """Returns the leading spans that fit into `max_frames` latent frames; at least one."""
+    """Return the leading spans that fit into `max_frames` latent frames; at least one."""
     return spans[: count_fitting(window_lengths(spans), max_frames)]
 
 
 def audible_spans(spans: Sequence[WindowSpan], *, hop: int, end: int) -> list[WindowSpan]:
-    """Returns the windows that overlap the result, which ends at sample `end`. The headroom after it is not decoded."""
+    """Return the windows that overlap the result, which ends at sample `end`. The padding after it is not decoded."""
     return [span for span in spans if span.keep_start * hop < end]
 
 
 def window_lengths(spans: Sequence[WindowSpan]) -> tuple[int, ...]:
-    """Returns the latent frames of each window."""
+    """Return the latent frames of each window."""
     return tuple(span.stop - span.start for span in spans)
 
 
 class SourceEncoding:
-    """Encodes one source: its remaining windows and the latents so far."""
+    """The encoding of one source: its remaining windows and the latents so far."""
 
     def __init__(self, source: SourcePlan, *, stage: str, noise: NoiseSource, hop: int) -> None:
         """`stage` is init or inpaint; `hop` is the number of audio samples per latent frame."""
@@ -55,7 +55,7 @@ class SourceEncoding:
         return window_lengths(self._source.windows[self._num_done :])
 
     def pending(self, max_frames: int) -> list[EncodeWindow]:
-        """Returns the next windows of at most `max_frames` latent frames in total; at least one if any is left."""
+        """Return the next windows, of at most `max_frames` latent frames in total, but at least one if any is left."""
         spans = take_spans(self._source.windows[self._num_done :], max_frames)
         return [
             EncodeWindow(
@@ -68,7 +68,7 @@ class SourceEncoding:
         ]
 
     def put(self, latents: Tensor) -> None:
-        """Add the latents (D, F_window) float32 of the next window; windows come in order."""
+        """Add the latents (D, F_window) float32 of the next window. Must be called in the order of the windows."""
         span = self._source.windows[self._num_done]
         if self._latents is None:
             frames = max(s.keep_stop for s in self._source.windows)
@@ -78,16 +78,16 @@ class SourceEncoding:
         self._num_done += 1
 
     def latents(self) -> Tensor:
-        """Returns all latents (D, F) float32. Raises RuntimeError before the last window."""
+        """Return all latents (D, F) float32. Raises RuntimeError before the last window."""
         if self._latents is None or self.lengths_left:
             raise RuntimeError("a source was read before all its windows were encoded")
         return self._latents
 
 
 class AudioAssembly:
-    """One row's audio while its windows are decoded: exact length, silent after the valid frames.
+    """One row's audio while its windows are decoded. It has the exact length and is silent after the valid frames.
 
-    The audio is on the host, and `is_finite` is valid, once the device has finished the work of the last `put` and the
+    The audio on the host and `is_finite` are valid once the device has finished the work of the last `put` and the
     downloads are collected.
     """
 
@@ -102,7 +102,7 @@ class AudioAssembly:
         output_samples: int,
         rule: WindowRule | None = None,
     ) -> None:
-        """With a `rule`, the remaining frames are cut into new windows whenever windows are taken."""
+        """With a `rule`, each call of `pending` cuts the remaining frames into new windows."""
         self._device = device
         self._hop = hop
         self._end = min(output_samples, valid_frames * hop)
@@ -110,7 +110,8 @@ class AudioAssembly:
         self._rule = rule
         self._left = audible_spans(spans, hop=hop, end=self._end)
         self._audio = torch.zeros(channels, output_samples)
-        # Whether the checked latents (0) and the samples so far (1) are finite: on the device, then on the host.
+        # Two flags, on the device and on the host: whether the checked latents (0) and the samples so far (1) are
+        # finite.
         self._finite_on_device: dict[int, Tensor] = {}
         self._finite = torch.ones(2, dtype=torch.bool)
 
@@ -120,7 +121,7 @@ class AudioAssembly:
         return window_lengths(self._left)
 
     def pending(self, latents: Tensor, noise: NoiseSource, *, max_frames: int) -> Iterator[DecodeWindow]:
-        """Yield the next windows of `latents` (D, F), at most `max_frames` in total; at least one if any is left."""
+        """Yield the next windows of `latents` (D, F), at most `max_frames` in total, at least one if any is left."""
         if self._rule is not None and self._left:
             longest, first = min(max_frames, LONGEST_FRAMES), self._left[0].keep_start
             cut = cut_windows(first, frames=self._frames, rule=self._rule, longest=longest)
@@ -129,11 +130,14 @@ class AudioAssembly:
             yield DecodeWindow(latents=latents[:, span.start : span.stop].contiguous(), start=span.start, noise=noise)
 
     def check(self, latents: Tensor) -> None:
-        """Record whether these latents are finite: non-finite latents can decode to finite but wrong audio."""
+        """Record whether these latents are finite. Non-finite latents can decode to finite but wrong audio."""
         self._note_finite(0, latents)
 
     def put(self, audio: Tensor) -> None:
-        """Add the audio (C, >= hop * F_window) float32 of the next window, on the device; windows come in order."""
+        """Add the audio (C, >= hop * F_window) float32 of the next window, which is on the device.
+
+        Must be called in the order of the windows.
+        """
         span = self._left.pop(0)
         start = span.keep_start * self._hop
         stop = min(span.keep_stop * self._hop, self._end)
@@ -156,5 +160,5 @@ class AudioAssembly:
         return bool(self._finite.all())
 
     def audio(self) -> npt.NDArray[np.float32]:
-        """Returns the finished audio (C, S) float32; peaks may exceed -1..1."""
+        """Return the finished audio (C, S) float32; peaks may exceed -1..1."""
         return self._audio.numpy()

@@ -66,9 +66,10 @@ class RowWork:
         self.num_done += 1
 
     def predict_ms(self, cost: CostModel, evaluation_ms: Callable[[int, int], float]) -> float:
-        """Returns the predicted time of the remaining work, without text encoding.
+        """Return the predicted time of the remaining work, without text encoding.
 
-        `evaluation_ms(branches, frames)` predicts one evaluation, either alone or as a share of a full step.
+        `evaluation_ms(branches, frames)` predicts the time of one evaluation, either alone or as a share of a full
+        step.
         """
         total = sum(cost.call_ms("encode", rows=1, frames=frames) for frames in self.encode_left)
         total += sum(cost.call_ms("decode", rows=1, frames=frames) for frames in self.decode_left)

@@ -1,6 +1,7 @@
-"""One attempt at one job, under one lease: run it, write its progress and outcome, and requeue it if a retry may help.
+"""One attempt at one job, under one lease: runs the job, writes its progress and outcome, and requeues it if a retry
+may help.
 
-After the lease is lost, nothing is written: the job belongs to another runner. Uses no SQL and no models.
+After the lease is lost, nothing is written, because the job belongs to another runner. Uses no SQL and no models.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ StopReason = Literal["cancelled", "lost", "closing"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunnerPauses:
-    """How long a runner pauses between polls and retries, seconds. Tests use shorter times."""
+    """How long a runner pauses between polls and retries, in seconds. Tests use shorter times."""
 
     first_poll_s: float = 0.25  # doubles while there is nothing to do
-    last_poll_s: float = 3.0  # the longest delay after a lost wake-up; keeps idle runners below one query per second
+    last_poll_s: float = 3.0  # the longest pause of polls, and so the longest delay of a job after a lost wake-up
     report_s: float = 0.5  # between reports of progress; each is one transaction for all jobs
-    settle_s: float = 1.0  # before the outcome of a job is written again after a store error
+    store_retry_s: float = 1.0  # before a job's outcome is written again after a store error
     retry_s: float = 2.0  # upper bound of the first retry delay; doubles with each attempt
     last_retry_s: float = 60.0
     probe_s: float = 1.0  # upper bound of the first probe of the artifact store; doubles with each refusal
@@ -55,7 +56,7 @@ class RunnerPauses:
 
 @dataclass(frozen=True, slots=True)
 class AttemptContext:
-    """Objects that the attempts of one runner share. `reports` has the latest unwritten progress of each job."""
+    """Objects that the attempts of one runner share. `reports` has the latest progress of each job, not yet written."""
 
     store: JobStore
     artifacts: ArtifactStore
@@ -68,7 +69,7 @@ class AttemptContext:
 
 
 class Attempt:
-    """Starts when constructed. `task` ends once the store has the job's outcome or has requeued it."""
+    """Starts when constructed. `task` ends once the job's outcome is stored or the job is requeued."""
 
     def __init__(self, job: Job, context: AttemptContext) -> None:
         """`job` must be leased and counted in `context.capacity` under its lease id."""
@@ -80,7 +81,7 @@ class Attempt:
         self.task = asyncio.create_task(self._run())
 
     def stop(self, reason: StopReason) -> None:
-        """Cancel the work, which stops within one model step. No effect once the work is done."""
+        """Cancel the work, which stops within one model step. Has no effect once the work is done."""
         if self._stop_reason is None and not self._work.done():
             self._stop_reason = reason
             self._work.cancel()
@@ -109,27 +110,27 @@ class Attempt:
         if error is None:
             return await self._succeed(self._work.result())
         if isinstance(error, OverloadedError):
-            return await self._put_back(error)
+            return await self._requeue_refused(error)
         if isinstance(error, ModelUnavailableError | StorageError | UnknownModelError):
             return await self._retry_or_give_up(error)  # a newer server may know the model
         if isinstance(error, StableAudioError):
             return await self._fail(JobError(error.kind, error.message, error.field))
         if isinstance(error, FileNotFoundError):
             return await self._fail(JobError("storage", "the job's upload is gone", "audio"))
-        log.error("job failed", exc_info=error)  # its text may contain anything, so only the log gets it
+        log.error("job failed", exc_info=error)  # only in the log: clients must not see the text of any exception
         return await self._fail(JobError("generation_failed", f"generation failed; job id {self.job.spec.id}"))
 
     async def _end_stopped(self) -> Job | None:
         if self._stop_reason == "lost":
             return None
         if self._stop_reason == "cancelled":
-            return await self._settle(self._context.store.runners.stop, self.job)
+            return await self._repeat_until_available(self._context.store.runners.stop, self.job)
         if self._stop_reason == "closing":
             return await self._requeue("the runner stops", delay_s=0.0, attempts=self.job.attempts - 1)
         return await self._retry_or_give_up(ModelUnavailableError("the generation was interrupted"))
 
     async def _succeed(self, result: JobResult) -> Job | None:
-        ended = await self._settle(self._context.store.runners.succeed, self.job, result)
+        ended = await self._repeat_until_available(self._context.store.runners.succeed, self.job, result)
         if ended is None:
             ended = await self._find_own_success(result)
         if ended is not None:
@@ -137,8 +138,8 @@ class Attempt:
         return ended
 
     async def _find_own_success(self, result: JobResult) -> Job | None:
-        """Return the job if the store has this success and only the answer was lost; otherwise delete the file."""
-        now = await self._settle(self._context.store.clients.get, self.job.spec.ref)
+        """Return the job if the store has this result and only its answer was lost. Otherwise delete the file."""
+        now = await self._repeat_until_available(self._context.store.clients.get, self.job.spec.ref)
         if now is not None and now.result is not None and now.result.file.key == result.file.key:
             return now
         with suppress(StorageError):  # the sweeper deletes it later
@@ -146,11 +147,14 @@ class Attempt:
         return None
 
     async def _fail(self, error: JobError, *, is_dead_letter: bool = False) -> Job | None:
-        return await self._settle(self._context.store.runners.fail, self.job, error, is_dead_letter=is_dead_letter)
+        return await self._repeat_until_available(
+            self._context.store.runners.fail, self.job, error, is_dead_letter=is_dead_letter
+        )
 
     async def _retry_or_give_up(self, error: StableAudioError) -> Job | None:
-        """Requeue the job with a delay, or fail it after its last attempt. No job of an unavailable model is leased
-        during the delay.
+        """Requeue the job with a delay, or fail it after its last attempt.
+
+        If its model is unavailable, no job of the model is leased during the delay.
         """
         pauses = self._context.pauses
         delay_s = random.uniform(0.0, min(pauses.retry_s * 2**self.job.attempts, pauses.last_retry_s))
@@ -161,7 +165,7 @@ class Attempt:
         self._context.metrics.increment("job_retries", reason=error.kind)
         return await self._requeue(error.message, delay_s=delay_s, attempts=self.job.attempts)
 
-    async def _put_back(self, error: OverloadedError) -> Job | None:
+    async def _requeue_refused(self, error: OverloadedError) -> Job | None:
         """Requeue a job that a full engine refused, without counting the attempt."""
         pauses = self._context.pauses
         delay_s = min(error.retry_after_s or pauses.retry_s, pauses.last_retry_s)
@@ -172,15 +176,17 @@ class Attempt:
         message = f"put back: {reason}"
         log.info("job put back", reason=message, delay_s=round(delay_s, 1))
         requeue = self._context.store.runners.requeue
-        return await self._settle(requeue, self.job, delay_s=delay_s, attempts=attempts, message=message)
+        return await self._repeat_until_available(
+            requeue, self.job, delay_s=delay_s, attempts=attempts, message=message
+        )
 
-    async def _settle(self, change: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
-        """Call `change`, repeating it while the store is unavailable. If this takes too long, the lease expires."""
+    async def _repeat_until_available(self, change: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+        """Call `change`, and repeat it while the store is unavailable. If that takes too long, the lease expires."""
         while True:
             try:
                 return await asyncio.to_thread(change, *args, **options)
             except StorageError:
-                await asyncio.sleep(self._context.pauses.settle_s)
+                await asyncio.sleep(self._context.pauses.store_retry_s)
 
     def _report(self, report: Report) -> None:
         capacity = self._context.capacity
@@ -190,7 +196,7 @@ class Attempt:
 
 
 async def record_end(ended: Job, context: AttemptContext) -> None:
-    """Log and count an ended job, and delete its upload."""
+    """Log and count a job that ended, and delete its upload."""
     spec = ended.spec
     run_s = (ended.completed_at - ended.started_at).total_seconds() if ended.completed_at and ended.started_at else 0.0
     error = ended.error.code if ended.error else None

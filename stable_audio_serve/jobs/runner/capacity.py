@@ -1,8 +1,8 @@
-"""Decides whether a runner may lease another job: the engines need room for it, and its file must be storable.
+"""Decides whether a runner may lease another job: the engines need capacity for it, and its file must be storable.
 
-Room is measured in predicted work per replica, with the prices that the engines publish. Storage has its own gate,
-because a job whose file is refused was computed for nothing. After a refusal the runner starts no job until a test file
-of the refused size can be written. Then it starts a single job, and all others once the file of that job is stored.
+Capacity is measured in predicted seconds of work per replica, from the prices that the engines publish. If the artifact
+store refuses a file, computing more jobs would be useless. So the runner starts no job until a test file of the refused
+size can be written. Then it starts a single job, and others once the file of that job is stored.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from stable_audio_serve.jobs.store.health import Refusals, health_of
 
 log = structlog.get_logger("stable_audio_serve.jobs")
 
-# Largest predicted work, in seconds per model replica, that a runner hands to the engines at a time; always at least
-# one job. Interactive work overtakes batch work in the engine, so batch needs little.
+# The most predicted work, in seconds per replica, that a runner has in the engines at a time. One job is always
+# allowed. Batch jobs need less, because interactive work overtakes them in the engine.
 _AHEAD_S: Mapping[Priority, float] = {"interactive": 30.0, "batch": 5.0}
-# Upper bound as a share of the model's target wait. Jobs in an engine count towards its scale-up, but a new replica
-# cannot take them over.
+# The same limit as a share of the model's target wait; the lower of the two applies. Work in the engines makes
+# autoscaling add replicas, but a new replica cannot take over jobs that are already in an engine.
 _AHEAD_SHARE = 0.5
-_JOBS_WITHOUT_PRICES = 4  # per replica
-_GRACE_S = 60.0  # seconds after which other processes drop the refusal if a probe hangs
+_JOBS_WITHOUT_PRICES = 4  # the most jobs per replica while its prices are not known
+_GRACE_S = 60.0  # a recorded refusal outlives the pause by this, in case the next probe is slow
 
 
 @dataclass(slots=True)
@@ -43,13 +43,13 @@ class _RunningJob:
     priority: Priority
     size: WorkSize
     done: float = 0.0  # share of the work, 0..1
-    is_working: bool = False  # an engine has started it
+    is_working: bool = False  # whether an engine has started the job
 
 
 class Capacity:
-    """Tracks the jobs of one runner and decides whether the engines have room for more. `key` identifies a job.
+    """Tracks the jobs of one runner and decides whether the engines have capacity for more. `key` identifies a job.
 
-    Each priority has its own budget, so that the engines have jobs of both priorities to choose from.
+    Each priority has its own limit, so that the engines always have jobs of both priorities to choose from.
     """
 
     def __init__(
@@ -79,12 +79,12 @@ class Capacity:
         return len(self._running)
 
     def set_replicas(self, replicas: Mapping[str, int]) -> None:
-        """Set the number of ready replicas. A model without replicas counts as one, because a request starts one."""
+        """Set the number of ready replicas by model. 0 counts as 1, because a request starts a replica."""
         for model in self._replicas:
             self._replicas[model] = max(1, replicas.get(model, 1))
 
     def open_models(self, priority: Priority) -> Collection[str] | None:
-        """Return the models whose jobs may be leased; None means all, including unknown ones."""
+        """Return the models whose jobs may be leased; None means all models, including unknown ones."""
         if sum(job.priority == priority for job in self._running.values()) >= self._max_running:
             return ()
         models = [model for model in self._replicas if self._has_room(model, priority)]
@@ -111,7 +111,7 @@ class Capacity:
     def predict_end_s(self, key: Hashable) -> float | None:
         """Return the predicted seconds until a running job is done, None without prices.
 
-        A job that waits in an engine ends after the jobs before it.
+        For a job that waits in an engine, this includes the jobs before it.
         """
         job = self._running[key]
         if job.is_working:
@@ -140,7 +140,7 @@ class Capacity:
 
 
 class StorageGate:
-    """Closes while the artifact store refuses files. Each runner has one, used on its event loop."""
+    """Stops a runner from starting jobs while the artifact store refuses files. Used on the runner's event loop."""
 
     def __init__(
         self,
@@ -155,7 +155,8 @@ class StorageGate:
     ) -> None:
         """`on_open` is called when the runner may start more jobs than before.
 
-        The first probe follows within `first_probe_s` seconds; the pause doubles with each refusal.
+        The first probe follows a refusal within `first_probe_s` seconds. Each further refusal doubles the pause, up to
+        `last_probe_s`.
         """
         self._artifacts = artifacts
         self._refusals = refusals
@@ -165,7 +166,7 @@ class StorageGate:
         self._first_probe_s = self._pause_s = first_probe_s
         self._last_probe_s = last_probe_s
         self._needed_bytes = 0
-        self._last_was_stored = True  # the last file was stored
+        self._last_was_stored = True  # whether the last file was stored
         self._probing: asyncio.Task[None] | None = None
 
     def admits(self, num_running: int) -> bool:
@@ -173,7 +174,7 @@ class StorageGate:
         return self._probing is None and (self._last_was_stored or num_running == 0)
 
     def note_refused(self, error: StorageError, *, num_bytes: int) -> None:
-        """Record that a file of `num_bytes` could not be stored, or with 0 that a stored file could not be read."""
+        """Record that a file of `num_bytes` could not be stored, or that a file could not be read (`num_bytes` 0)."""
         self._last_was_stored = False
         self._needed_bytes = max(self._needed_bytes, num_bytes)
         if self._probing is None:
@@ -187,7 +188,7 @@ class StorageGate:
             self._on_open()
 
     async def close(self) -> None:
-        """Stop probing, and withdraw the refusal that other processes read."""
+        """Stop probing, and delete the record of the refusal that other processes read."""
         if self._probing is not None:
             self._probing.cancel()
             await asyncio.gather(self._probing, return_exceptions=True)
@@ -205,7 +206,7 @@ class StorageGate:
         while refused is not None:
             pause_s = self._pause_s * random.uniform(0.5, 1.0)
             self._pause_s = min(2 * self._pause_s, self._last_probe_s)
-            with suppress(StorageError):  # the database may be full too; health checks find that out
+            with suppress(StorageError):  # the database may be full too, which health checks report
                 health = health_of(refused)
                 await asyncio.to_thread(self._refusals.record, self._owner, health, for_s=pause_s + _GRACE_S)
             await asyncio.sleep(pause_s)

@@ -29,12 +29,12 @@ from stable_audio_serve.jobs.job import Job, JobResult, JobSpec, JobUpload
 from stable_audio_serve.jobs.runner.capacity import StorageGate
 from stable_audio_serve.jobs.store.runner_jobs import Report
 
-_GENERATED = 0.95  # progress when the audio is generated and the file is not yet made
+_GENERATED = 0.95  # progress of a job when its audio is generated and its file is not written yet
 _LEAST_START_S = 0.001
 
 
 class JobExecutor:
-    """Runs jobs on the backend. Owns the audio workers, and bounds the memory of decoded uploads."""
+    """Runs jobs on the backend. Owns the audio workers, and limits the memory of decoded uploads."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class JobExecutor:
         gate: StorageGate,
         clock: Clock | None = None,
     ) -> None:
-        """`gate` is notified of every stored file, and of every file that could not be stored or read."""
+        """`gate` learns of every file that was stored, and of every file that could not be stored or read."""
         self._backend = backend
         self._artifacts = artifacts
         self._gate = gate
@@ -62,7 +62,7 @@ class JobExecutor:
         spec = job.spec
 
         def on_progress(progress: Progress) -> None:
-            if progress.stage != "done":  # the file is not yet made
+            if progress.stage != "done":  # the engine is done, but the file is not written yet
                 fraction = progress.fraction * _GENERATED
                 report(Report(job, progress.stage, fraction, engine_position=progress.queue_position))
 
@@ -115,8 +115,9 @@ class JobExecutor:
         return replace(stored, clips=finished.clips, made_on=result.made_on)
 
     def _limited(self, request: GenerationRequest, job: Job) -> GenerationRequest:
-        """Return the request with its time limits. `start_within_s` also bounds a first attempt's wait in the engine's
-        queue.
+        """Return the request with its time limits.
+
+        In the first attempt, `start_within_s` also limits the wait in the engine's queue.
         """
         start_within_s = None
         if job.spec.start_within_s is not None and job.attempts <= 1:
@@ -154,17 +155,17 @@ def _write(file: IO[bytes], chunk: bytes) -> None:
 
 
 class ByteBudget:
-    """A budget of bytes. A single holder may exceed it. Use from one event loop."""
+    """Limits the bytes that tasks hold at a time. A task that holds alone may exceed the limit. For one event loop."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._used = 0
-        self._turn = asyncio.Lock()  # first come, first served: many small requests do not starve a large one
+        self._turn = asyncio.Lock()  # serves in order of arrival, so that small requests do not starve a large one
         self._released = asyncio.Event()
 
     @asynccontextmanager
     async def hold(self, num_bytes: int) -> AsyncIterator[None]:
-        """Hold `num_bytes` inside the context; waits until there is room."""
+        """Hold `num_bytes` within the context. Waits until there is room."""
         async with self._turn:
             while self._used and self._used + num_bytes > self._limit:
                 self._released.clear()

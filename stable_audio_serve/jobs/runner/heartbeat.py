@@ -35,7 +35,7 @@ def lease_id(job: Job) -> LeaseId:
 
 
 class LeaseHeartbeat:
-    """Renews the leases of `owner` in one query; makes no query without leases."""
+    """Renews all leases of `owner` in one query. Makes no query if there are none."""
 
     def __init__(
         self,
@@ -46,8 +46,8 @@ class LeaseHeartbeat:
         held: Callable[[], Collection[LeaseId]],
         on_change: Callable[[Collection[LeaseId], Collection[LeaseId]], None],
     ) -> None:
-        """`held` is called on other threads. `on_change(lost, to_cancel)` is called on the event loop of `start` if
-        either is not empty.
+        """`held` returns the current leases and is called on other threads. If leases were lost or jobs are to be
+        cancelled, `on_change(lost, to_cancel)` is called on the event loop of `start`.
         """
         self._store = store
         self._owner = owner
@@ -68,7 +68,7 @@ class LeaseHeartbeat:
         return self._thread.is_alive()
 
     def beat(self) -> None:
-        """Renew the leases now and report the changed ones. Blocking. Raises StorageError."""
+        """Renew the leases now and call `on_change` if necessary. Blocking. Raises StorageError."""
         held = self._held()
         if not held:
             return
@@ -81,7 +81,7 @@ class LeaseHeartbeat:
                 self._loop.call_soon_threadsafe(self._on_change, lost, to_cancel)
 
     def close(self) -> None:
-        """Stop the thread after a short wait for a renewal in progress. Blocking."""
+        """Stop the thread and wait briefly for a renewal in progress. Blocking."""
         self._closed.set()
         if self._thread.is_alive():
             self._thread.join(timeout=_CLOSE_TIMEOUT_S)

@@ -1,6 +1,6 @@
 """The job runner. Any number of runners can share a store.
 
-Leases jobs while there is capacity, renews the leases, makes an attempt at each job, and reclaims the jobs of dead
+It leases jobs while there is capacity, renews the leases, makes an attempt at each job, and reclaims the jobs of dead
 runners. Uses no SQL, no models and no HTTP.
 """
 
@@ -41,13 +41,14 @@ from stable_audio_serve.jobs.webhooks.notifier import Notifier
 log = structlog.get_logger("stable_audio_serve.jobs")
 
 _SUM_EVERY_S = 1.0  # seconds between two sums of the waiting work
-_SUM_REST = 20.0  # pause after a sum, as a multiple of its duration: 1.8 ms for 10,000 jobs, 0.3 s for a million
+# Pause after a sum, in multiples of its duration, which is 1.8 ms for 10,000 jobs and 0.3 s for a million.
+_SUM_REST = 20.0
 _REPLICAS_S = 2.0  # seconds between polls of the number of replicas
 _COUNT_S = 15.0  # seconds between counts of jobs by state
 _SWEEP_S = 600.0  # seconds between sweeps: retention is counted in days, and a sweep lists the whole store
 _SWEEPS_PER_AGE = 6  # with a short `orphan_after_s`, so that files do not stay much longer than that
-_SWEEP_SPREAD = 0.5  # random share of the interval, so that runners started together sweep at different times
-_CLOSE_TIMEOUT_S = 3.0  # seconds to put jobs back at shutdown; leases of the remaining jobs expire
+_SWEEP_SPREAD = 0.5  # intervals vary by up to this share, so that runners do not sweep at the same time
+_CLOSE_TIMEOUT_S = 3.0  # time to requeue jobs at shutdown; the leases of jobs that are not requeued expire
 
 
 class JobRunner:
@@ -66,9 +67,7 @@ class JobRunner:
         pauses: RunnerPauses = RunnerPauses(),
         prices: Callable[[str], Prices | None] = lambda model: None,
     ) -> None:
-        """Without a notifier no webhooks are sent. `prices` returns the prices that a model's engines last
-        published.
-        """
+        """Without a notifier no webhooks are sent. `prices` returns the prices last published by a model's engines."""
         clock = clock or SystemClock()
         self._store = store
         self._backend = backend
@@ -123,7 +122,7 @@ class JobRunner:
 
     async def start(self) -> None:
         """Reclaim the jobs of dead runners, then run jobs until `close`."""
-        with suppress(StorageError):  # the loop tries again
+        with suppress(StorageError):  # the loop will try again
             await self._reclaim()
         self._heartbeat.start()
         if self._notifier is not None:
@@ -140,13 +139,13 @@ class JobRunner:
         self._background = [asyncio.create_task(work) for work in background]
 
     def wake(self) -> None:
-        """Look for work now. Call it on the runner's event loop."""
+        """Look for work now. Must be called on the runner's event loop."""
         self._woken.set()
 
     def waiting_work(self) -> Mapping[str, Waiting] | None:
-        """Return the waiting work of each model that has any, in the whole store; None while it is unknown.
+        """Return the waiting work in the store, of each model that has any; None while it is unknown.
 
-        Empty while the artifact store refuses files, because then no replica is needed.
+        Returns an empty mapping while the artifact store refuses files, because then no replica is needed.
         """
         return self._waiting if self._gate.admits(0) else {}
 
@@ -159,7 +158,7 @@ class JobRunner:
 
     @property
     def num_held(self) -> int:
-        """The number of leased jobs, including one that is being leased."""
+        """The number of leased jobs, including a job that is being leased."""
         return len(self._attempts) + int(self._is_leasing)
 
     def hold(self) -> None:
@@ -213,7 +212,7 @@ class JobRunner:
                     await self._woken.wait()
 
     async def _turn(self, outlook: Outlook) -> int:
-        """Do all work that is due. Returns how many things were done."""
+        """Do all work that is due. Returns the number of changed jobs, 0 if there was nothing to do."""
         self._metrics.gauge("job_queue_age_s", max(0.0, -(outlook.lease_in_s or 0.0)))
         num_done = 0
         if outlook.num_stops:
@@ -233,7 +232,7 @@ class JobRunner:
 
     async def _reclaim(self) -> int:
         """Requeue the jobs of dead runners. Returns how many there were."""
-        # first, or this runner would reclaim its own jobs after a store outage
+        # Renew first: after an outage of the store, this runner would otherwise reclaim its own jobs.
         await asyncio.to_thread(self._heartbeat.beat)
         max_attempts = self._settings.max_attempts
         reclaimed = await asyncio.to_thread(self._store.runners.reclaim, max_attempts=max_attempts)
@@ -244,7 +243,7 @@ class JobRunner:
         return len(reclaimed)
 
     async def _lease(self, priority: Priority, num_queued: int) -> int:
-        """Lease up to `num_queued` waiting jobs while there is room. Returns the number leased."""
+        """Lease up to `num_queued` waiting jobs while there is capacity. Returns the number of leased jobs."""
         store, lease_s = self._store.runners, self._settings.lease_s
         num_leased = 0
         while num_leased < num_queued and not (self._is_closing or self.is_holding):
@@ -296,7 +295,7 @@ class JobRunner:
             self._stop_changed([lease_id(job) for job in lost], ())
 
     async def _count(self) -> None:
-        """Update the gauges of jobs by state. Every runner reports the same figures."""
+        """Update the gauges of jobs by state. All runners report the same figures."""
         counts = await asyncio.to_thread(self._store.operators.counts)
         for state in get_args(State):
             self._metrics.gauge("jobs_by_state", counts.get(state, 0), state=state)
@@ -307,7 +306,7 @@ class JobRunner:
             self._capacity.set_replicas({name: model.num_replicas for name, model in status.items()})
 
     async def _sum_waiting(self) -> None:
-        """Sum the waiting work. Skips the query for an empty queue, and pauses longer after a long query."""
+        """Sum the waiting work. Makes no query if the queue is empty, and pauses longer after a long query."""
         if self._outlook is None or not self._outlook.num_queued:
             self._waiting = None if self._outlook is None else {}
             return
@@ -322,7 +321,7 @@ class JobRunner:
 async def _repeat(
     action: Callable[[], Awaitable[object]], *, pause_s: float, first_in_s: float = 0.0, spread: float = 0.0
 ) -> None:
-    """Run `action` repeatedly and log its errors. StorageErrors are not logged, because the loop logs them.
+    """Run `action` repeatedly and log its errors, except for StorageError, which the runner's loop logs.
 
     Pauses vary at random by up to the share `spread`.
     """
@@ -350,6 +349,6 @@ def _is_due(in_s: float | None) -> bool:
 
 
 def _wait_s(outlook: Outlook, poll_s: float) -> float:
-    """Return the seconds until the next poll, or until the next item falls due if that is sooner."""
+    """Return the seconds until the next poll, or until work can begin if that is sooner."""
     times = (outlook.lease_in_s, outlook.reclaim_in_s, outlook.late_in_s, outlook.webhook_in_s)
     return min([poll_s, *(seconds for seconds in times if seconds is not None and seconds > 0)])

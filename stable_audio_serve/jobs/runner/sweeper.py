@@ -22,7 +22,7 @@ from stable_audio_serve.jobs.store.job_store import JobStore
 log = structlog.get_logger("stable_audio_serve.jobs")
 
 _BATCH = 100  # jobs deleted per transaction
-_PAUSE_S = 0.1  # between batches, so that requests come first
+_PAUSE_S = 0.1  # between batches, so that requests are not delayed
 _AT_ONCE = 8  # files deleted concurrently
 
 
@@ -38,7 +38,7 @@ class Sweeper:
         metrics: Metrics | None = None,
         clock: Clock | None = None,
     ) -> None:
-        """`clock` is compared with the modification times of files."""
+        """`clock` gives the current time, from which the ages of files are computed."""
         self._store = store
         self._artifacts = artifacts
         self._settings = settings
@@ -46,10 +46,10 @@ class Sweeper:
         self._clock = clock or SystemClock()
 
     async def sweep(self) -> dict[str, int]:
-        """Delete all three kinds. Returns the number of files per kind: `old` of jobs and publications past their
-        retention, `orphans` without a job, and `unfinished` from interrupted writers.
+        """Delete files of three kinds and return the number of each: `old` files of jobs and publications past their
+        retention, `orphans` that no job refers to, and `unfinished` files of interrupted writers.
 
-        Errors are logged; a later sweep tries again.
+        Errors are logged, and a later sweep tries again.
         """
         started_at = self._clock.monotonic()
         swept = {
@@ -64,7 +64,7 @@ class Sweeper:
     async def _count_removed(self, kind: str, remove: Callable[[], Awaitable[int]]) -> int:
         try:
             num_removed = await remove()
-        except Exception as error:  # the other kinds may succeed
+        except Exception as error:  # the other kinds are still swept
             log.warning("a sweep failed", kind=kind, error=str(error), exc_info=not isinstance(error, StorageError))
             return 0
         return num_removed
@@ -101,7 +101,7 @@ class Sweeper:
         return await asyncio.to_thread(self._artifacts.sweep_unfinished, before=before)
 
     async def _delete(self, keys: Sequence[ArtifactKey]) -> int:
-        """Delete files, a few at a time, and return the number deleted. A later sweep finds the rest as orphans."""
+        """Delete files, a few at a time, and return how many. If some cannot be deleted, a later sweep finds them."""
         num_deleted = 0
         for start in range(0, len(keys), _AT_ONCE):
             deletions = (self._artifacts.delete(key) for key in keys[start : start + _AT_ONCE])

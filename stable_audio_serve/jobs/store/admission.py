@@ -1,4 +1,4 @@
-"""Checks before a job is added: whether the queue has room, and whether the request is a repeat."""
+"""Checks before a job is added: whether the queue has room, and whether the request repeats an earlier one."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from stable_audio_serve.jobs.store.rows import is_job
 from stable_audio_serve.jobs.store.tables import JOBS, count, in_state
 
 _FULL_RETRY_S = 10.0
-_MOST_OVER = 2  # a full queue may grow to this multiple of `max_queued` for clients below their fair share
+_MOST_OVER = 2  # with clients below their fair share, a full queue may grow to this multiple of `max_queued`
 
 _jobs = JOBS.c
 _QUEUED = in_state("queued")
 
-# Built once: building a statement costs more than running it.
+# Built once, because building a statement takes longer than running it.
 _WAITING = sa.select(count(_QUEUED).label("all"), sa.literal(0).label("own"))
 _WAITING_AND_OWN = sa.select(
     count(_QUEUED).label("all"), count(_QUEUED, _jobs.client == sa.bindparam("client")).label("own")
@@ -29,10 +29,10 @@ _CLIENTS = sa.select(sa.func.count()).select_from(
 
 
 def find_no_room(connection: sa.Connection, spec: JobSpec, *, limits: JobSettings) -> OverloadedError | None:
-    """Return the reason why the queue has no room for a job, else None. Jobs without a client skip the limit per
-    client.
+    """Return the error if the queue has no room for a job, else None. Jobs without a client have no limit per client.
 
-    A full queue accepts jobs of clients below their fair share of it, until it is twice as long as configured.
+    A full queue still accepts jobs of clients that have less than their fair share of it, until it is twice as long as
+    configured.
     """
     query = _WAITING_AND_OWN if spec.client else _WAITING
     waiting = connection.execute(query, {"client": spec.client}).one()
@@ -48,7 +48,10 @@ def find_no_room(connection: sa.Connection, spec: JobSpec, *, limits: JobSetting
 
 
 def find_same(connection: sa.Connection, spec: JobSpec) -> sa.Row[Any] | None:
-    """Return the job that the same request added before. Raises ConflictError if another request used its key or id."""
+    """Return the job that the same request added before, if any.
+
+    Raises ConflictError if a different request used the same idempotency key or job id.
+    """
     by_key = sa.and_(
         _jobs.contract == spec.contract,
         _jobs.client == spec.client,

@@ -24,7 +24,7 @@ from stable_audio_serve.jobs.store.turns import Turns
 
 CancelOutcome = Literal["removed", "requested", "already_over", "unknown"]
 
-_ADDING = 0x53415502  # number of an advisory lock, unique in the database
+_ADD_LOCK = 0x53415502  # number of PostgreSQL's advisory lock, unique in the database
 _MAX_ID = 2**63 - 1
 
 _jobs = JOBS.c
@@ -47,7 +47,7 @@ class Page:
 
 
 class ClientJobs:
-    """The clients' view of one job database."""
+    """The operations of clients on one job database."""
 
     def __init__(self, database: Database, limits: JobSettings, *, catalog: ModelCatalog | None = None) -> None:
         self._database = database
@@ -58,10 +58,10 @@ class ClientJobs:
         self._insert_job = _insert_job(database)
 
     def add(self, spec: JobSpec) -> Added:
-        """Add a job, or return the one that the same request added before.
+        """Add a job. If the same request was sent before, return the job that it added then.
 
-        Raises ConflictError (`field` is "Idempotency-Key" or "id") if another request used the key or id, QuotaError
-        and OverloadedError if too many jobs are waiting.
+        Raises ConflictError on "Idempotency-Key" or "id" if a different request used the same value, and QuotaError or
+        OverloadedError if too many jobs are waiting.
         """
         (outcome,) = self.add_all([spec])
         if isinstance(outcome, StableAudioError):
@@ -69,8 +69,8 @@ class ClientJobs:
         return outcome
 
     def add_all(self, specs: Sequence[JobSpec]) -> list[Added | StableAudioError]:
-        """Add several jobs in one transaction. Returns for each what `add` would return or raise."""
-        with self._database.writing_alone(_ADDING) as connection:  # serialises concurrent adds, so that limits hold
+        """Add several jobs in one transaction. Returns for each job what `add` would return or raise."""
+        with self._database.writing_alone(_ADD_LOCK) as connection:  # two adds at once could exceed a limit
             return [self._add(connection, spec) for spec in specs]
 
     def get(self, ref: JobRef) -> Job | None:
@@ -90,7 +90,7 @@ class ClientJobs:
         cursor: str | None = None,
         limit: int = 20,
     ) -> Page:
-        """Return a client's jobs, newest first. Raises InvalidRequestError for a cursor this client never received."""
+        """Return a client's jobs, newest first. Raises InvalidRequestError for a cursor that is not this client's."""
         conditions = [_jobs.contract == contract, _jobs.client == client]
         if state is not None:
             conditions.append(_jobs.state == state)
@@ -108,7 +108,7 @@ class ClientJobs:
         return Page(jobs, jobs[-1].spec.id if len(rows) > limit else None)
 
     def events(self, ref: JobRef, *, after: int = 0) -> tuple[JobEvent, ...]:
-        """Return the job's events in order, starting after the event with the id `after`."""
+        """Return the job's events after the event with the id `after`, in order."""
         query = sa.select(EVENTS).join(JOBS, _jobs.seq == EVENTS.c.job).where(is_job(ref)).order_by(EVENTS.c.id)
         num_known = min(max(after, 0), _MAX_ID)
         with self._database.reading() as connection:
@@ -116,13 +116,13 @@ class ClientJobs:
         return tuple(to_event(row, number) for number, row in enumerate(rows, start=num_known + 1))
 
     def position(self, job: Job) -> int:
-        """Return how many waiting jobs of its model and priority start before this one."""
+        """Return how many waiting jobs of the same model and priority start before this one."""
         is_it = is_job(job.spec.ref)
         with self._database.reading() as connection:
             return self._turns.position(connection, job.spec, is_job=is_it)
 
     def cancel(self, ref: JobRef) -> tuple[CancelOutcome, Job | None]:
-        """End a waiting job, or ask the owner of a running one to stop. Returns the outcome and the job afterwards."""
+        """End a waiting job, or ask the runner of a running job to stop. Returns the outcome and the job afterwards."""
         is_it = is_job(ref)
         with self._database.writing() as connection:
             row = connection.execute(sa.select(JOBS).where(is_it).with_for_update()).first()
@@ -155,7 +155,7 @@ class ClientJobs:
             return error
         if earlier is not None:
             return Added(to_job(earlier), is_new=False)
-        # the repeated job was purged in between
+        # The insert found an earlier job, which was deleted before it could be read.
         return refusal or StorageError(
             "the job of an earlier request was just deleted; send the request again", retry_after_s=0
         )
@@ -188,7 +188,7 @@ def _size_of(spec: JobSpec, catalog: ModelCatalog | None) -> WorkSize:
 
 
 def _insert_job(database: Database) -> sa.Executable:
-    """Build the INSERT once: building a statement costs more than running it."""
+    """Return the INSERT statement. It is built once, because building a statement takes longer than running it."""
     now, start_within_s = database.now, sa.bindparam("start_within_s", type_=sa.Double)
     insert = database.insert(JOBS).values(
         state="queued", created_at=now, not_before=now, start_before=now + start_within_s

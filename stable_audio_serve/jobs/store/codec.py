@@ -18,7 +18,7 @@ from stable_audio_serve.jobs.store.tables import storable
 
 
 def _model_of(kind: type, *, without: frozenset[str] = frozenset(), **replaced: Any) -> type[BaseModel]:
-    """Return a Pydantic model with the fields of a dataclass, which converts and checks every value when reading."""
+    """Return a Pydantic model with the fields of a dataclass. It converts and checks every value that is read."""
     hints = get_type_hints(kind) | replaced
     definitions: dict[str, Any] = {}
     for item in fields(kind):

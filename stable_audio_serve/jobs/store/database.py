@@ -29,11 +29,11 @@ _POOL_TIMEOUT_S = 10.0
 _RETRY_S = 5.0
 _LEAST_ROOM_BYTES = 1_048_576
 _CHECK_FILE_EVERY_S = 1.0
-# longest checkpoint on a busy machine, and the pause between two reads, seconds
+# The longest checkpoint on a busy machine, and the pause between two attempts to read during one, in seconds.
 _CHECKPOINT_S, _CHECKPOINT_PAUSE_S = 3.0, 0.02
 
-# Options of psycopg unless the URL sets them, in seconds, the last in milliseconds. They detect a server that vanishes
-# without closing the connection.
+# Options of psycopg for which the URL has no value. They detect a server that vanishes without closing the connection.
+# In seconds, except for the last, which is in milliseconds.
 _CONNECT = {
     "connect_timeout": 5,
     "keepalives_idle": 10,
@@ -42,12 +42,12 @@ _CONNECT = {
     "tcp_user_timeout": 20_000,
 }
 _SESSION = {
-    # In milliseconds. The third releases the locks of a process that froze inside a transaction.
+    # In milliseconds. The third timeout releases the locks of a process that froze within a transaction.
     "statement_timeout": 30_000,
     "lock_timeout": 15_000,
     "idle_in_transaction_session_timeout": 10_000,
-    # A queue can grow faster than the planner's statistics are updated, so plans are never reused. Every query has an
-    # index in its order, so the planner is told to avoid sorts.
+    # A queue can grow faster than the query planner's statistics, so plans are never reused. Every query has an index
+    # in the order of its result, so sorting is never needed.
     "plan_cache_mode": "force_custom_plan",
     "enable_sort": "off",
     "jit": "off",
@@ -56,8 +56,9 @@ _NO_WAIT_FOR_DISK = sa.select(sa.func.set_config("synchronous_commit", "off", Tr
 
 
 def database_url(url: str | None, folder: Path) -> sa.URL:
-    """Return the URL of the configured database, by default SQLite in `folder`. Raises ConfigError if it is
-    unsupported.
+    """Return the URL of the configured database; without `url`, a SQLite file in `folder`.
+
+    Raises ConfigError if the database is not supported.
     """
     if url is None:
         return sa.URL.create("sqlite", database=str(folder / "jobs.db"))
@@ -76,16 +77,16 @@ def database_url(url: str | None, folder: Path) -> sa.URL:
 class Database:
     """Opens transactions on the tables. The first transaction creates or upgrades the tables.
 
-    `now` is an SQL expression for the time in Unix seconds. PostgreSQL uses the server's clock, because the clocks of
-    machines differ.
+    `now` is an SQL expression for the time in Unix seconds. PostgreSQL uses the server's clock, because the machines'
+    clocks differ.
     """
 
     def __init__(self, url: sa.URL, *, identity: str | None = None, now: Callable[[], float] | None = None) -> None:
         """Does not connect yet.
 
-        `now` returns Unix seconds; by default the server's clock, or this machine's for SQLite. With an `identity`
-        (`JobStore.identity`) any other database is refused, and none is created or upgraded. Raises ConfigError if a
-        required package is not installed.
+        `now` returns Unix seconds; the default is the server's clock, or this machine's for SQLite. With an `identity`
+        (from `JobStore.identity`), a database with another identity is refused, and none is created or upgraded. Raises
+        ConfigError if a required package is not installed.
         """
         self.url = url
         self.is_sqlite = url.get_backend_name() == "sqlite"
@@ -123,8 +124,8 @@ class Database:
     def writing(self, *, is_durable: bool = True) -> Iterator[sa.Connection]:
         """Open a transaction. On SQLite it excludes all other writers. Raises StorageError.
 
-        Without `is_durable` the commit does not wait for the disk: a power failure may undo it, but never a durable
-        commit.
+        Without `is_durable` the commit does not wait for the disk, so a power failure may undo it. It never undoes a
+        durable commit.
         """
         with at_work():
             self._make_ready()
@@ -156,8 +157,8 @@ class Database:
     def require_same(self) -> None:
         """Raise StoreMovedError if the database was replaced since the start.
 
-        For SQLite this reads the file without its log, which still holds the former identity. Raises StorageError if
-        the tables were upgraded to a revision that this version must not use.
+        For SQLite, only the database file is read, because the write-ahead log still holds the former identity. Raises
+        StorageError if the tables were upgraded to a revision that this version must not use.
         """
         with at_work():
             self._make_ready()
@@ -165,9 +166,9 @@ class Database:
             self._require_same_file()
 
     def require_room(self) -> None:
-        """Raise StorageFullError if SQLite's disk is nearly full: the log may still accept small changes.
+        """Raise StorageFullError if SQLite's disk is nearly full, even if small changes still fit into the log.
 
-        PostgreSQL reports a full disk at the next write.
+        Does nothing for PostgreSQL, which reports a full disk at the next write.
         """
         if not self.is_sqlite:
             return
@@ -186,7 +187,7 @@ class Database:
             self._make_ready()
 
     def check_writable(self) -> None:
-        """Raise ConfigError with the reason if the database is read-only: a standby, or a user without write access."""
+        """Raise ConfigError with the reason if the database is read-only, or if this user may not write."""
         with at_start(self), self.engine.begin() as connection:
             connection.execute(sa.delete(JOBS).where(sa.false()))
 
@@ -194,18 +195,19 @@ class Database:
         self.engine.dispose()
 
     def _check_file(self) -> None:
-        """Check the identity in SQLite's file once a second. An overwritten file accepts no changes, although its log
-        would.
+        """Check the identity in SQLite's file once a second.
+
+        A change to an overwritten file would be lost, although the log would still accept it.
         """
         if self.is_sqlite and time.monotonic() - self._file_checked_at > _CHECK_FILE_EVERY_S:
             self._require_same_file()
             self._file_checked_at = time.monotonic()
 
     def _require_same_file(self) -> None:
-        """Read the identity, retrying for up to `_CHECKPOINT_S`: SQLite's file is read without locks, so a checkpoint
-        may be half done.
+        """Read and check the identity.
 
-        After a lasting fault, later calls raise at once.
+        SQLite's file is read without locks, perhaps in the middle of a checkpoint, so errors are retried for up to
+        `_CHECKPOINT_S`. If an error lasted that long, later calls raise at once.
         """
         give_up_at = time.monotonic() + (_CHECKPOINT_S if self.is_sqlite and not self._is_faulty else 0.0)
         while True:
@@ -238,7 +240,7 @@ class Database:
                     with self.engine.begin() as connection:  # other processes may start at the same time
                         self._prepare(connection)
                 except BaseException:
-                    self.engine.dispose()  # it may be the wrong database
+                    self.engine.dispose()  # closes connections to what may be the wrong database
                     raise
                 self._adopt()
                 if self.is_sqlite:  # move the identity from the log into the file

@@ -1,7 +1,7 @@
-"""Dead letters: jobs that used up their attempts without being at fault. Operators list, retry and delete them.
+"""Dead letters: jobs that failed in all attempts through no fault of their own. Operators list, retry and delete them.
 
-Each has a number, its position in order of arrival, because ids are unique only per client and contract. Blocking: call
-from worker threads. Every method raises StorageError. The caller deletes files.
+Each dead letter has a number, its position in order of arrival, because ids are unique only per client and contract.
+Blocking: call from worker threads. Every method raises StorageError. The caller deletes files.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class DeadLetters:
             return connection.execute(query).scalar_one()
 
     def page(self, *, before: int | None = None, model: str | None = None, limit: int = 100) -> Sequence[DeadLetter]:
-        """Return up to `limit` dead letters, newest first, with numbers below `before`, of one model or all."""
+        """Return up to `limit` dead letters, newest first, of `model` (None: any) and numbered below `before`."""
         query = sa.select(JOBS).where(IS_DEAD).order_by(_jobs.seq.desc()).limit(limit)
         if before is not None:
             query = query.where(_jobs.seq < before)
@@ -67,7 +67,7 @@ class DeadLetters:
         return DeadLetter(row.seq, to_job(row)), [to_event(event, at) for at, event in enumerate(rows, start=1)]
 
     def retry(self, numbers: Collection[int]) -> Sequence[int]:
-        """Requeue dead letters with their attempts reset. Returns the numbers of the requeued ones."""
+        """Requeue dead letters, with their attempts reset to 0. Returns the numbers of the requeued dead letters."""
         with self._database.writing() as connection:
             found = self._lock(connection, numbers)
             if not found:
@@ -83,7 +83,9 @@ class DeadLetters:
             return self._transitions.change(connection, *conditions, message=_RETRIED, **self._requeued())
 
     def delete(self, numbers: Collection[int]) -> tuple[Sequence[int], Sequence[ArtifactKey]]:
-        """Delete dead letters. Returns the numbers of the deleted ones, and keys of files that are now unreferenced."""
+        """Delete dead letters. Returns the numbers of the deleted dead letters, and the keys of their unreferenced
+        files.
+        """
         with self._database.writing() as connection:
             found = self._lock(connection, numbers)
             delete = sa.delete(JOBS).where(_jobs.seq.in_(found)).returning(_jobs.upload_key)

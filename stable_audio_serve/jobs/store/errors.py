@@ -1,5 +1,5 @@
-"""Translates database errors: to a one-sentence ConfigError at startup, later to a StorageError that clients
-may retry.
+"""Converts database errors: at startup to a ConfigError of one sentence, later to a StorageError, which clients may
+retry.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _is_full(error: Exception) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Return one line without the statement, which may contain clients' data."""
+    """Return the reason in one line, without the SQL statement, which may contain clients' data."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error

@@ -24,8 +24,9 @@ class PublishedFiles:
         return None if text is None else codec.load_file(text)
 
     def publish(self, file: StoredFile, *, file_id: str | None = None) -> str:
-        """Publish a file under `file_id`, by default a random one. Returns the id. Raises StorageError, also for a used
-        id.
+        """Publish a file under `file_id`, by default a random id. Returns the id.
+
+        Raises StorageError, also if the id is in use.
         """
         file_id = file_id or secrets.token_hex(16)
         with self._database.writing() as connection:

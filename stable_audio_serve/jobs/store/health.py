@@ -1,4 +1,4 @@
-"""Health of the stores. Runners that cannot store files record it in the job database, where every process reads it."""
+"""Health of the stores. A runner that cannot store files records this in the job database, for all processes."""
 
 from __future__ import annotations
 
@@ -26,20 +26,23 @@ class StoreHealth:
 
 
 def health_of(error: StorageError) -> StoreHealth:
-    """Return the health for a store's error."""
+    """Return the health that a store's error implies."""
     kinds: tuple[tuple[type[StorageError], StoreState], ...] = ((StorageFullError, "full"), (StoreMovedError, "moved"))
     state: StoreState = next((state for kind, state in kinds if isinstance(error, kind)), "unavailable")
     return StoreHealth(state, error.message)
 
 
 class Refusals:
-    """Reasons why runners start no jobs. Blocking: call from worker threads. Every method raises StorageError."""
+    """Records of runners that start no jobs, with the reasons. Blocking: call from worker threads.
+
+    Every method raises StorageError.
+    """
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def record(self, owner: str, health: StoreHealth, *, for_s: float) -> None:
-        """Record that a store refuses this runner. The record expires after `for_s` unless repeated."""
+        """Record that a store refuses this runner's files. The record expires after `for_s` unless repeated."""
         values = {"state": health.state, "reason": health.reason, "until": self._database.now + for_s}
         insert = self._database.insert(REFUSALS).values(owner=owner, **values)
         with self._database.writing() as connection:
@@ -51,8 +54,9 @@ class Refusals:
             connection.execute(sa.delete(REFUSALS).where(_refusals.owner == owner))
 
     def current(self) -> Sequence[StoreHealth]:
-        """Return the current records. Also reads and writes other tables, so that it raises if the database refuses
-        reads or writes.
+        """Return the records that have not expired.
+
+        Also reads and writes other tables, so that it raises StorageError if the database refuses either.
         """
         query = sa.select(_refusals.state, _refusals.reason).order_by(_refusals.until.desc())
         with self._database.writing() as connection:

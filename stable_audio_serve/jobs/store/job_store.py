@@ -1,4 +1,4 @@
-"""The job store: one part per kind of user, over a shared database.
+"""The job store: operations on one database, grouped by kind of user.
 
 Every part is blocking (call it from worker threads) and raises StorageError while the database is unavailable. Runs on
 SQLite and PostgreSQL.
@@ -35,7 +35,7 @@ class JobStore:
         storage: StorageSettings | None = None,
         catalog: ModelCatalog | None = None,
     ) -> None:
-        """Makes no connection yet. `catalog` provides model defaults, which count in the size of a job."""
+        """Make no connection yet. `catalog` has the models' defaults, from which the work of a job is computed."""
         limits, storage = limits or JobSettings(), storage or StorageSettings()
         self.database = database
         self.clients = ClientJobs(database, limits, catalog=catalog)
@@ -48,11 +48,11 @@ class JobStore:
         self.waiting = WaitingWork(database)
 
     def identity(self) -> str:
-        """Return the random name that this database got at its first use."""
+        """Return the random identity that this database was given at its first use."""
         return self._find_own(IDENTITY.c.id)
 
     def secret(self) -> str:
-        """Return this database's secret: 256 random bits with which its servers sign. Keep it private."""
+        """Return this database's secret: 256 random bits that its servers use as signing key. Keep it private."""
         return self._find_own(IDENTITY.c.secret)
 
     def _find_own(self, column: sa.Column[Any]) -> str:

@@ -17,8 +17,8 @@ from stable_audio_serve.core.keys import KeyLimits
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.tables import KEY_USES
 
-WINDOW_S = 60.0  # how long a request's audio counts
-LEASE_S = 15.0  # a place that is not renewed expires after this, because its process has died
+WINDOW_S = 60.0  # the audio of a request counts for this long
+LEASE_S = 15.0  # a place that is not renewed for this long expires: its process must have died
 
 _ROUNDING_S = 1e-6  # tolerance for sums of floats
 
@@ -29,8 +29,9 @@ Used = tuple[float, float, int]  # time, seconds of audio, number of places
 
 @dataclass(slots=True, kw_only=True)
 class Use:
-    """A request of a client with limits. `has_place` requires a limit of `concurrency`; `busy_retry_s` is the
-    Retry-After if no place is free.
+    """A request of a client with limits. `has_place`: the request takes one of the client's `concurrency` places.
+
+    `busy_retry_s` is the Retry-After if no place is free.
     """
 
     id: str
@@ -42,7 +43,7 @@ class Use:
 
 
 def find_full(use: Use, before: Sequence[Used], *, now: float) -> QuotaError | None:
-    """Return the reason to refuse `use` after the earlier uses `before`, oldest first. None admits it."""
+    """Return the error if `use` exceeds a limit after the earlier uses `before` (oldest first), else None."""
     concurrency, rate = use.limits.concurrency, use.limits.audio_seconds_per_minute
     if use.has_place and concurrency is not None and sum(places for _, _, places in before) >= concurrency:
         message = f"this key already runs as many requests as it may (concurrency={concurrency})"
@@ -64,12 +65,12 @@ def find_full(use: Use, before: Sequence[Used], *, now: float) -> QuotaError | N
 
 
 class KeyUses:
-    """The uses in one database. If two processes request the rest of a limit at once, one gets it."""
+    """The uses in one database. If two processes request the rest of a limit at once, only one gets it."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
         now = database.now
-        # Times too far in the future were written before the clock was set back. They do not count.
+        # Times too far in the future do not count: they were written before the clock was set back.
         has_audio = sa.and_(_uses.at > now - WINDOW_S, _uses.at < now + WINDOW_S)
         has_place = sa.and_(_uses.place_until > now, _uses.place_until < now + 2 * LEASE_S)
         is_of_client = _uses.client == sa.bindparam("of_client")
@@ -78,7 +79,7 @@ class KeyUses:
         self._find = (
             sa.select(now.label("now"), last_at, audio_s, sa.func.count().filter(has_place))
             .where(is_of_client)
-            .group_by(sa.cast(_uses.at, sa.BigInteger))  # few rows, however many requests a client sends
+            .group_by(sa.cast(_uses.at, sa.BigInteger))  # one row per second, however many requests a client sends
             .order_by(last_at)
         )
         self._forget = sa.delete(KEY_USES).where(is_of_client, sa.not_(has_audio), sa.not_(has_place))
@@ -88,7 +89,7 @@ class KeyUses:
         self._renew = sa.update(KEY_USES).where(is_any).values(place_until=now + LEASE_S)
 
     def admit(self, use: Use) -> QuotaError | None:
-        """Charge the audio and hold the place, or return the reason for the refusal."""
+        """Count the request's audio and concurrency place, or return the error if a limit is exceeded."""
         lock = zlib.crc32(f"uses of {use.client}".encode())
         with self._database.writing_alone(lock, is_durable=False) as connection:
             before, now = self._find_used(connection, use)
@@ -101,13 +102,13 @@ class KeyUses:
         return refusal
 
     def find_full(self, use: Use) -> QuotaError | None:
-        """Return the reason why `use` would be refused, else None. Changes nothing."""
+        """Return the error with which `admit` would refuse `use`, else None. Changes nothing."""
         with self._database.reading() as connection:
             before, now = self._find_used(connection, use)
         return find_full(use, before, now=now)
 
     def end(self, use: Use, *, counts: bool) -> None:
-        """Free the place. Refund the audio unless it counts."""
+        """Free the place. Unless `counts`, the request's audio no longer counts."""
         is_it = _uses.id == use.id
         is_kept = counts and use.limits.audio_seconds_per_minute is not None
         with self._database.writing(is_durable=False) as connection:

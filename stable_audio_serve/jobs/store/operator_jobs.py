@@ -18,7 +18,7 @@ _jobs = JOBS.c
 
 @dataclass(frozen=True, slots=True)
 class Unfinished:
-    """Counts of jobs. `waited_s` is the age of the oldest due job in the queue, seconds; None if the queue is empty."""
+    """Counts of jobs. `waited_s` is the age in seconds of the oldest due job in the queue; None if it is empty."""
 
     num_queued: int
     num_running: int
@@ -27,7 +27,7 @@ class Unfinished:
 
 
 class OperatorJobs:
-    """The operators' view of one job database."""
+    """The operations of operators on one job database."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -63,7 +63,7 @@ class OperatorJobs:
         return Unfinished(row.queued, row.running, row.dead, waited_s)
 
     def counts(self) -> Mapping[State, int]:
-        """Return the number of jobs in each state that has any."""
+        """Return the number of jobs by state, without states that have none."""
         query = sa.select(_jobs.state, sa.func.count()).group_by(_jobs.state)
         with self._database.reading() as connection:
             return {state: number for state, number in connection.execute(query)}  # noqa: C416

@@ -25,7 +25,7 @@ _settings = OPERATOR_SETTINGS.c
 
 @dataclass(frozen=True, slots=True)
 class OperatorSettings:
-    """Settings of one server. `is_drained`: it accepts no new work. `kept_models`: canonical names."""
+    """Settings of one server. With `is_drained` it accepts no new work. `kept_models` are canonical names."""
 
     is_drained: bool = False
     kept_models: frozenset[str] = frozenset()
@@ -35,14 +35,14 @@ class OperatorStore:
     """The settings of one server. Blocking except for `current` and `follow`: call from worker threads."""
 
     def __init__(self, database: Database, server: str) -> None:
-        """Makes no query yet. `server` is the server's name in the shared database."""
+        """Make no query yet. `server` is the server's name in the shared database."""
         self._database = database
         self._server = server
         self._current = OperatorSettings()
 
     @property
     def current(self) -> OperatorSettings:
-        """The settings last read; defaults before the first read."""
+        """The settings that were read last; defaults before the first read."""
         return self._current
 
     def read(self) -> OperatorSettings:

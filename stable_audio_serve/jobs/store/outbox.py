@@ -1,7 +1,7 @@
 """Webhook notices of ended jobs, stored in the jobs' table so that they survive restarts.
 
-A process claims a notice for a limited time before delivering it. So no two processes deliver it at once, and a process
-that dies only delays it.
+A process claims a notice for a limited time before delivering it. So two processes never deliver a notice at once, and
+if a process dies, its notices are only delayed.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ class Outbox:
         self._database = database
 
     def claim(self, *, for_s: float, except_hosts: Collection[str] = ()) -> Notice | None:
-        """Claim the notice that has been due longest, skipping `except_hosts`. Other processes cannot claim it for
-        `for_s` seconds.
+        """Claim the notice that has been due longest, except for notices to `except_hosts`.
+
+        Other processes cannot claim it for `for_s` seconds. Returns None if no notice is due.
         """
         now = self._database.now
         is_due = (_jobs.webhook_at <= now, _jobs.webhook_host.not_in(except_hosts))
@@ -56,8 +57,8 @@ class Outbox:
         notice_id = f"{row.id}-{row.retries}" if row.retries else row.id
         return Notice(notice_id, row.webhook_url, row.webhook_host, to_job(row), row.retries, row.webhook_attempts)
 
-    def settle(self, notice: Notice) -> None:
-        """Remove a notice that was delivered or given up."""
+    def remove(self, notice: Notice) -> None:
+        """Remove a notice, because it was delivered or given up."""
         self._update(notice, webhook_at=None)
 
     def postpone(self, notice: Notice, *, delay_s: float) -> None:
@@ -65,7 +66,7 @@ class Outbox:
         self._update(notice, webhook_at=self._database.now + delay_s)
 
     def _update(self, notice: Notice, *, webhook_at: sa.ColumnElement[float] | None) -> None:
-        """Set when the notice is next due; None removes it.
+        """Set the time at which the notice is due next; None removes it.
 
         Does nothing if another process has since claimed the notice, or if the job was retried.
         """

@@ -1,4 +1,4 @@
-"""Database part of the sweeper: deletes old jobs and published files, and finds unreferenced files."""
+"""The sweeper's operations on the database: deletes old jobs and published files, and finds unreferenced files."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ class Retention:
         self._database = database
 
     def purge(self, *, age_s: float, limit: int = 100) -> list[ArtifactKey]:
-        """Delete ended jobs and published files older than `age_s`. Returns the keys of files that are now
-        unreferenced.
+        """Delete ended jobs and published files older than `age_s`. Returns the keys of their unreferenced files.
 
-        Each transaction deletes up to `limit` jobs and `limit` published files. An empty result means nothing is left
-        to delete.
+        Each transaction deletes up to `limit` jobs and `limit` published files. An empty result means that nothing is
+        left to delete.
         """
         while True:
             with self._database.writing() as connection:
@@ -46,7 +45,7 @@ def _delete_some(
     """Return the number of deleted jobs and published files, and the keys that are now unreferenced."""
     old_jobs = sa.select(_jobs.seq).where(_jobs.completed_at <= before).order_by(_jobs.completed_at)
     old_files = sa.select(FILES.c.id).where(FILES.c.created_at <= before).order_by(FILES.c.created_at)
-    # Locked first, because an operator may be retrying one of them.
+    # Lock the jobs first, because an operator may be retrying one of them.
     jobs = connection.execute(old_jobs.limit(limit).with_for_update(skip_locked=True)).scalars().all()
     delete_jobs = sa.delete(JOBS).where(_jobs.seq.in_(jobs)).returning(_jobs.upload_key, _jobs.result_key)
     keys = [key for row in connection.execute(delete_jobs) for key in row if key is not None]

@@ -19,19 +19,20 @@ _jobs = JOBS.c
 
 
 def is_job(ref: JobRef) -> sa.ColumnElement[bool]:
-    """SQL condition: the row is this job's."""
+    """Return the SQL condition that a row is of this job."""
     return sa.and_(_jobs.contract == ref.contract, _jobs.client == ref.client, _jobs.id == ref.id)
 
 
 def is_held(job: Job) -> sa.ColumnElement[bool]:
-    """SQL condition: the row is this job's, and the job still runs under the same lease."""
+    """Return the SQL condition that a row is of this job, and that the job still runs under the same lease."""
     lease = job.lease or Lease("", -1)
     return sa.and_(is_job(job.spec.ref), in_state("running"), _jobs.owner == lease.owner, _jobs.fence == lease.fence)
 
 
 def to_job(row: sa.Row[Any]) -> Job:
-    """Return the job in a row. An unreadable specification must not block other jobs, so it is replaced by an
-    outline.
+    """Return the job in a row.
+
+    A specification that cannot be read must not block other jobs, so the columns of the row replace it.
     """
     spec = _read(codec.load_spec, row.spec)
     return Job(
@@ -55,7 +56,7 @@ def to_job(row: sa.Row[Any]) -> Job:
 
 
 def _read(load: Callable[[str], T], text: str | None) -> T | None:
-    """Return None for NULL, or for text of another version that cannot be parsed."""
+    """Return the parsed text; None for NULL, and for another version's text that cannot be parsed."""
     try:
         return None if text is None else load(text)
     except ValueError:
@@ -63,7 +64,7 @@ def _read(load: Callable[[str], T], text: str | None) -> T | None:
 
 
 def _outline(row: sa.Row[Any]) -> JobSpec:
-    """Build a specification from the columns of a job whose own cannot be read."""
+    """Return a specification from the columns of a job whose stored specification cannot be read."""
     return JobSpec(
         id=row.id,
         contract=row.contract,
@@ -79,8 +80,9 @@ def _outline(row: sa.Row[Any]) -> JobSpec:
 
 
 def to_event(row: sa.Row[Any], number: int) -> JobEvent:
-    """Return the event in a row, numbered within its job. The row's own id counts the events of all jobs and stays
-    private.
+    """Return the event in a row. Its id is `number`, which counts the events of the job.
+
+    The row's own id stays private, because it counts the events of all jobs.
     """
     at = datetime.fromtimestamp(row.at, UTC)
     return JobEvent(number, at, row.stage, row.fraction, row.eta_s, row.message)

@@ -24,7 +24,7 @@ from stable_audio_serve.jobs.store.turns import Turns
 
 _LATE = JobError("start_timeout", "the job could not be started in the time its client allowed")
 _EXHAUSTED = JobError("unavailable", "the server was interrupted too often during this job")
-_LEASING = 0x53415503  # number of an advisory lock, unique in the database
+_LEASE_LOCK = 0x53415503  # number of PostgreSQL's advisory lock, unique in the database
 _BATCH = 500  # rows per statement
 
 _jobs = JOBS.c
@@ -42,7 +42,7 @@ class RenewedLease:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The progress of a running job. `eta_s` is the predicted time left, seconds."""
+    """The progress of a running job. `eta_s` is the predicted time left in seconds."""
 
     job: Job
     stage: str
@@ -53,7 +53,10 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """Pending work of a runner: counts, and seconds until the next item falls due (0 or less: now; None: never)."""
+    """Pending work of a runner: counts, and for each kind of work the seconds until it can begin.
+
+    Seconds of 0 or less mean now, None means that there is no such work.
+    """
 
     queued: Mapping[Priority, int]
     num_stops: int
@@ -68,7 +71,7 @@ class Outlook:
 
 
 class RunnerJobs:
-    """The runners' view of one job database."""
+    """The operations of runners on one job database."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -77,7 +80,7 @@ class RunnerJobs:
         self._files = PublishedFiles(database)
 
     def outlook(self, owner: str) -> Outlook:
-        """Return the pending work in one query, the only one an idle runner makes."""
+        """Return the pending work. Takes one query, and an idle runner makes no other queries."""
         now = self._database.now
         query = sa.select(
             *(count(_QUEUED, _jobs.priority == priority).label(priority) for priority in get_args(Priority)),
@@ -100,23 +103,23 @@ class RunnerJobs:
         models: Collection[str] | None = None,
         priority: Priority = "interactive",
     ) -> Job | None:
-        """Lease the next waiting job of these models, or of any model if None, for `lease_s` seconds.
+        """Lease the next waiting job of these models (None: of any model) for `lease_s` seconds.
 
         Returns None if no job is due.
         """
         is_next = _jobs.seq == self._turns.next_job(priority, models)
         values = self._transitions.started(owner, lease_s=lease_s)
-        with self._database.writing_alone(_LEASING) as connection:  # a concurrent lease would pick the same turn
+        with self._database.writing_alone(_LEASE_LOCK) as connection:  # two leases at once would pick the same client
             job = self._transitions.change(connection, is_next, message="started", **values)
             if job is not None:
                 self._turns.served(connection, job.spec)
         return job
 
     def renew(self, owner: str, *, lease_s: float, refs: Collection[JobRef]) -> list[RenewedLease]:
-        """Extend this owner's leases of these jobs to `lease_s` from now. Returns the jobs it still held.
+        """Extend this owner's leases of the jobs `refs` to `lease_s` seconds from now. Returns those renewed.
 
-        `refs` excludes leases that the runner does not know of, because the answer to `lease` was lost. Such a job is
-        not being run, so its lease must expire.
+        `refs` are the jobs in progress. If the answer of `lease` was lost, the runner holds a lease of a job that it
+        does not run. That lease must expire, so it is not renewed.
         """
         is_one = sa.tuple_(_jobs.contract, _jobs.client, _jobs.id).in_(refs)
         change = sa.update(JOBS).where(_jobs.owner == owner, _RUNNING, is_one)
@@ -157,9 +160,9 @@ class RunnerJobs:
         return self._change_held(job, message="cancelled", **self._transitions.ended("cancelled", CANCELLED))
 
     def requeue(self, job: Job, *, delay_s: float, attempts: int, message: str) -> Job | None:
-        """Requeue a job for at least `delay_s` seconds, with its attempts set to `attempts`.
+        """Requeue a job with its attempts set to `attempts`. It does not start again for `delay_s` seconds.
 
-        A job with a requested cancellation is cancelled instead. Returns None if the lease was lost.
+        If its cancellation was requested, the job is cancelled instead. Returns None if the lease was lost.
         """
         start_within_s = None if attempts else job.spec.start_within_s
         start_before = None if start_within_s is None else job.created_at.timestamp() + start_within_s
@@ -172,9 +175,9 @@ class RunnerJobs:
             return self._transitions.change(connection, is_held(job), message=message, **values)
 
     def reclaim(self, *, max_attempts: int) -> list[Job]:
-        """Take every running job with an expired lease from its owner. Returns the jobs afterwards.
+        """Requeue all running jobs whose lease has expired. Returns the changed jobs.
 
-        A job is requeued, cancelled if that was requested, or made a dead letter after `max_attempts`.
+        If its cancellation was requested, a job is cancelled instead. After `max_attempts` it becomes a dead letter.
         """
         is_cancelled, is_last = _jobs.cancel_requested, _jobs.attempts >= max_attempts
         dead = self._transitions.ended("failed", _EXHAUSTED) | {"is_dead_letter": True}
@@ -189,7 +192,7 @@ class RunnerJobs:
         return reclaimed
 
     def expire(self) -> list[Job]:
-        """End and return the waiting jobs that could not be started in time."""
+        """End the waiting jobs that were not started in time. Returns them."""
         is_late = (_QUEUED, _jobs.start_before <= self._database.now)
         return self._change_all(*is_late, message=_LATE.message, **self._transitions.ended("failed", _LATE))
 

@@ -1,8 +1,8 @@
 """SQLite as the job database: one file and its write-ahead log, shared by the processes of one machine.
 
-A process can keep using an open file after it was moved or deleted. Its changes would be lost at the next start, and a
-new connection would open or create another database. So a transaction is refused unless the paths still lead to the
-open files.
+A process can keep using an open file after the file was moved or deleted. Its changes would be lost at the next start,
+and a new connection would open or create another database. So a transaction is refused unless the paths still lead to
+the open files.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from stable_audio_serve.jobs.store.errors import config_error
 log = structlog.get_logger("stable_audio_serve.jobs")
 
 _POOL_SIZE = 8
-_OLDEST_SQLITE = (3, 35)  # the first with RETURNING
+_OLDEST_SQLITE = (3, 35)  # the first version with RETURNING
 _BUSY_TIMEOUT_S = 15.0
 _BUSY_PAUSE_S = 0.001
-_WAL_PAGES = 4000  # 16 MiB between checkpoints; each makes one writer wait
+_WAL_PAGES = 4000  # pages (16 MiB) between checkpoints; each checkpoint makes one writer wait
 _RETRY_S = 5.0
-_IS_COUNTED = "is_counted"  # key in the pool's record of a connection
+_IS_COUNTED = "is_counted"  # key in the connection pool's record of a connection
 
 _Identity = tuple[int, int] | None  # device and inode
 
 
 class DatabaseFile:
-    """The open files. The log must stay in place while a connection is open, the database file always."""
+    """The open files: the database file, which must always stay in place, and its log while a connection is open."""
 
     def __init__(self, path: str, *, may_create: bool) -> None:
-        """With `may_create` the first connection creates a missing file, until `adopt` is called."""
+        """With `may_create`, a missing file is created when connecting, until `adopt` is called."""
         self._path = os.path.abspath(path)
         self._may_create = may_create
         self._real = self._path
@@ -66,7 +66,7 @@ class DatabaseFile:
         return f"file:{quote(self._path)}?mode=rw"
 
     def uri_without_log(self) -> str:
-        """Return a URI that reads only the database file: without locks, as of the last checkpoint."""
+        """Return a URI with which only the database file is read, without locks and as of the last checkpoint."""
         self.require()
         return f"file:{quote(self._path)}?mode=ro&immutable=1"
 
@@ -75,15 +75,15 @@ class DatabaseFile:
         with self._lock:
             self._num_open += 1
             if self._num_open == 1:
-                self._real = os.path.realpath(self._path)  # SQLite keeps the log beside this path
+                self._real = os.path.realpath(self._path)  # SQLite keeps its log in the same folder as this file
                 self._opened = self._identify_files()
 
     def adopt(self) -> None:
-        """Accept the open file: from now on no other is opened, and none is created."""
+        """Accept the open file as the database. From now on no other file is opened or created."""
         self._first = _locate(self._real)
 
     def closed(self) -> None:
-        """Count a closed connection. SQLite removes the log with the last connection of all processes."""
+        """Count a closed connection. When the last connection of all processes closes, SQLite removes the log."""
         with self._lock:
             self._num_open -= 1
 
@@ -92,9 +92,9 @@ class DatabaseFile:
         self._require_in_place(self._identify_files() == self._opened)
 
     def _identify_files(self) -> tuple[_Identity, ...]:
-        """Return the files that the paths lead to, ten times as fast as resolving the paths.
+        """Return the identities of the files at the paths. This is ten times as fast as resolving the paths.
 
-        The real path must not become a link, because SQLite would then look for the log elsewhere.
+        The resolved path of the file must not become a link, because SQLite would then look for the log elsewhere.
         """
         real = self._real
         file = _identify(real, look=os.lstat, may_be_empty=False)
@@ -113,7 +113,7 @@ class DatabaseFile:
 
 
 def _locate(path: str) -> tuple[_Identity, _Identity, str]:
-    """Return the file, and the folder and name from which SQLite derives the path of its log."""
+    """Return the identity of the file, and the folder and name from which SQLite derives the path of its log."""
     folder, name = os.path.split(os.path.realpath(path))
     return _identify(path, may_be_empty=False), _identify(folder), name
 
@@ -173,7 +173,7 @@ def create_engine(url: sa.URL, *, may_create: bool) -> tuple[sa.Engine, Database
 
 
 def _begin_writing(connection: sqlite3.Connection, *, is_durable: bool) -> None:
-    """Begin a transaction, retrying at a constant pace. SQLite's own retries slow down, so other writers overtake."""
+    """Begin a transaction, retrying at constant intervals. SQLite's own intervals grow, so newer writers overtake."""
     connection.execute(f"PRAGMA synchronous = {'FULL' if is_durable else 'NORMAL'}")
     connection.execute("PRAGMA busy_timeout = 0")
     try:
@@ -183,7 +183,7 @@ def _begin_writing(connection: sqlite3.Connection, *, is_durable: bool) -> None:
 
 
 def _write_ahead(connection: sqlite3.Connection) -> None:
-    """Switch to write-ahead logging. The first connection needs exclusive access, and SQLite does not wait for it."""
+    """Switch to write-ahead logging, with retries: the first switch needs exclusive access and SQLite does not wait."""
     _retry_while_busy(connection, "PRAGMA journal_mode = WAL")
 
 

@@ -2,7 +2,7 @@
 
 Every change here also needs a revision in `migrations/versions`, which upgrades existing databases.
 
-Indexes for waiting or running jobs are partial, so that ended jobs cost them nothing.
+Indexes of waiting or running jobs are partial, so that ended jobs take no space in them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ METADATA = sa.MetaData()
 
 
 class _Text(sa.TypeDecorator[str]):
-    """Text that every database accepts: PostgreSQL cannot store U+0000, and UTF-8 cannot encode lone surrogates."""
+    """Text without the characters that some database refuses.
+
+    PostgreSQL cannot store U+0000, and UTF-8 cannot encode lone surrogates.
+    """
 
     impl = sa.Text
     cache_ok = True
@@ -35,7 +38,7 @@ def storable(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "\ufffd")
 
 
-# Columns of a `core.pricing.WorkSize`; 0 in jobs from before the columns existed.
+# Columns of a `core.pricing.WorkSize`, which are 0 in jobs that are older than the columns.
 WORK = {f"work_{field.name}": field.name for field in fields(WorkSize)}
 
 _Number = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite increments only this type
@@ -56,8 +59,8 @@ JOBS = sa.Table(
     sa.Column("started_at", sa.Double),
     sa.Column("completed_at", sa.Double),
     sa.Column("not_before", sa.Double, nullable=False),
-    sa.Column("start_before", sa.Double),  # of waiting jobs
-    sa.Column("owner", _Text),  # of running jobs
+    sa.Column("start_before", sa.Double),  # waiting jobs only
+    sa.Column("owner", _Text),  # running jobs only
     sa.Column("fence", sa.Integer, nullable=False, server_default="0"),
     sa.Column("lease_until", sa.Double),
     sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
@@ -75,16 +78,16 @@ JOBS = sa.Table(
     sa.Column("result_key", _Text),
     sa.Column("webhook_url", _Text),
     sa.Column("webhook_host", _Text),
-    sa.Column("webhook_at", sa.Double),  # time of the next try; NULL = nothing to deliver
+    sa.Column("webhook_at", sa.Double),  # time of the next delivery; NULL = nothing to deliver
     sa.Column("webhook_attempts", sa.Integer, nullable=False, server_default="0"),
     sa.Column("retries", sa.Integer, nullable=False, server_default="0"),  # retries of a dead letter by operators
     *(sa.Column(name, sa.Double, nullable=False, server_default="0") for name in WORK),
-    sa.UniqueConstraint("id", "contract", "client"),  # in this order, because operators search by id
+    sa.UniqueConstraint("id", "contract", "client"),  # id first, because operators search by id
     sqlite_autoincrement=True,
 )
 _jobs = JOBS.c
 
-IS_DEAD = _jobs.is_dead_letter == sa.true()  # exactly as in its index, or SQLite does not use the index
+IS_DEAD = _jobs.is_dead_letter == sa.true()  # SQLite uses the index only for this exact text
 
 EVENTS = sa.Table(
     "events",
@@ -100,7 +103,7 @@ EVENTS = sa.Table(
     sqlite_autoincrement=True,
 )
 
-# `served` is the number of a client's last start among all starts of its priority; 0 = none yet.
+# `served` is the number of the client's last start, counted over all starts of its priority; 0 = none yet.
 TURNS = sa.Table(
     "turns",
     METADATA,
@@ -113,7 +116,7 @@ TURNS = sa.Table(
     sa.Index("turns_in_order", "priority", "served", "seq"),
 )
 
-# Files that can be downloaded by link without a key: finished audio, and files that clients of a dialect store.
+# Files that anyone with the link can download: finished audio, and files that clients of a dialect store.
 FILES = sa.Table(
     "files",
     METADATA,
@@ -143,7 +146,7 @@ IDENTITY = sa.Table(
     "identity",
     METADATA,
     sa.Column("seq", _Number, primary_key=True),  # always 1
-    sa.Column("id", _Text, nullable=False),  # also stored beside the artifacts, where others may read it
+    sa.Column("id", _Text, nullable=False),  # not secret: it is also stored with the artifacts
     sa.Column("secret", _Text, nullable=False),
 )
 
@@ -154,7 +157,7 @@ REFUSALS = sa.Table(
     sa.Column("owner", _Text, primary_key=True),
     sa.Column("state", _Text, nullable=False),
     sa.Column("reason", _Text),
-    sa.Column("until", sa.Double, nullable=False),  # expires then unless the runner repeats it
+    sa.Column("until", sa.Double, nullable=False),  # the record expires at this time, unless the runner repeats it
 )
 
 # Settings that operators change while a server runs, for each server that shares the database.
@@ -174,18 +177,21 @@ KEY_USES = sa.Table(
     sa.Column("client", _Text, nullable=False),
     sa.Column("at", sa.Double, nullable=False),
     sa.Column("audio_s", sa.Double, nullable=False),
-    sa.Column("place_until", sa.Double, nullable=False),  # in the past: no place is held
+    sa.Column("place_until", sa.Double, nullable=False),  # if in the past, no place is held
     sa.Index("key_uses_of_client", "client"),
 )
 
 
 def in_state(state: Literal["queued", "running"]) -> sa.ColumnElement[bool]:
-    """SQL condition: the job is in this state. A literal, because a bound parameter does not match a partial index."""
+    """Return the SQL condition that the job is in this state.
+
+    The state is a literal, because a condition with a bound parameter does not match a partial index.
+    """
     return _jobs.state == sa.literal_column(f"'{state}'")
 
 
 def count(*conditions: sa.ColumnElement[bool]) -> sa.ScalarSelect[int]:
-    """SQL: the number of jobs that meet all conditions."""
+    """Return the SQL for the number of jobs that meet all conditions."""
     return sa.select(sa.func.count()).select_from(JOBS).where(*conditions).scalar_subquery()
 
 

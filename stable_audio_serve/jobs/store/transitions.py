@@ -1,6 +1,6 @@
-"""State transitions of jobs: compare-and-set in SQL, each with its event, in the caller's transaction.
+"""State transitions of jobs. Each is a compare-and-set in SQL and adds an event, in the caller's transaction.
 
-A transition names the state and lease it starts from, so only one of two concurrent transitions succeeds.
+A transition names the state and lease that it starts from, so only one of two concurrent transitions succeeds.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Transitions:
     def change(
         self, connection: sa.Connection, *conditions: sa.ColumnElement[bool], message: str | None, **values: Any
     ) -> Job | None:
-        """Apply `values` to the job that meets all `conditions`. Returns the job afterwards, None if no job does."""
+        """Apply `values` to the job that meets all `conditions`. Returns the changed job, None if none meets them."""
         row = connection.execute(sa.update(JOBS).where(*conditions).values(values).returning(JOBS)).first()
         if row is None:
             return None

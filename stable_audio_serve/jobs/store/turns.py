@@ -1,8 +1,8 @@
 """The order in which waiting jobs start.
 
 Clients take turns, one job each, separately for every model and priority. A client's own jobs start in order of
-arrival. The client whose last start is longest ago is next. So a client that had no waiting jobs is next at once, and a
-client waits for at most one job of each other client.
+arrival. Next is the client whose last start was longest ago. So a client that had no waiting jobs is next, and a client
+waits for at most one job of each other client.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from stable_audio_serve.jobs.store.tables import JOBS, TURNS, in_state, storable
 
 _jobs, _turns = JOBS.c, TURNS.c
 _QUEUED = in_state("queued")
-_IS_IN_LINE = sa.and_(
+_IS_WAITING = sa.and_(
     _QUEUED, _jobs.priority == _turns.priority, _jobs.model == _turns.model, _jobs.client == _turns.client
 )
 _ORDER = (_turns.served, _turns.seq)
@@ -33,16 +33,19 @@ class Turns:
 
     def join(self, connection: sa.Connection, spec: JobSpec) -> None:
         """Add the client of a new job to the turns."""
-        line = {"priority": spec.request.priority, "model": spec.model, "client": spec.client}
-        connection.execute(self._join, line)
+        values = {"priority": spec.request.priority, "model": spec.model, "client": spec.client}
+        connection.execute(self._join, values)
 
     def next_job(self, priority: Priority, models: Collection[str] | None) -> sa.ScalarSelect[int]:
-        """SQL: `seq` of the next job of these models, locked; NULL if no job is due or all are locked."""
+        """Return the SQL for `seq` of the next job of these models, which it locks.
+
+        NULL if no job is due or if all are locked.
+        """
         is_due = (_jobs.not_before <= self._now, sa.or_(_jobs.start_before.is_(None), _jobs.start_before > self._now))
-        first = sa.select(_jobs.seq).where(_IS_IN_LINE, *is_due).order_by(_jobs.seq).limit(1)
+        first = sa.select(_jobs.seq).where(_IS_WAITING, *is_due).order_by(_jobs.seq).limit(1)
         first = first.with_for_update(skip_locked=True).correlate(TURNS)
-        # The database goes through the clients in order and stops at the first with a job. The offset keeps it from
-        # running the subquery twice, for the condition and for the result.
+        # The database goes through the clients in order and stops at the first client with a job. Without the offset it
+        # would run the subquery twice, for the condition and for the result.
         heads = sa.select(first.scalar_subquery().label("seq")).where(_turns.priority == priority)
         if models is not None:
             heads = heads.where(_turns.model.in_(models))
@@ -50,7 +53,7 @@ class Turns:
         return sa.select(in_turn.c.seq).where(in_turn.c.seq.is_not(None)).limit(1).scalar_subquery()
 
     def served(self, connection: sa.Connection, spec: JobSpec) -> None:
-        """Record that a job of this client started, which puts the client behind all other waiting clients."""
+        """Record that a job of this client started. All other waiting clients are next before this client."""
         priority = spec.request.priority
         others = TURNS.alias()
         latest = sa.select(sa.func.max(others.c.served)).where(others.c.priority == priority).scalar_subquery()
@@ -58,9 +61,9 @@ class Turns:
         connection.execute(sa.update(TURNS).where(*is_it).values(served=latest + 1))
 
     def position(self, connection: sa.Connection, spec: JobSpec, *, is_job: sa.ColumnElement[bool]) -> int:
-        """Return how many waiting jobs of its model and priority start before this one.
+        """Return how many waiting jobs of the same model and priority start before this one.
 
-        Counts the client's own earlier jobs, and for every other client the turns it has until then.
+        These are the client's own earlier jobs, and for every other client one job per turn that it has before then.
         """
         of_line = (_jobs.priority == spec.request.priority, _jobs.model == spec.model)
         own = sa.select(_jobs.seq).where(is_job).correlate(None).scalar_subquery()

@@ -1,4 +1,4 @@
-"""Counts the stored bytes of each client, so that no client fills the storage. `artifacts` stores the bytes.
+"""Counts the bytes that each client stores, so that no client fills the storage. `artifacts` stores the bytes.
 
 Blocking: call from worker threads. Every method raises StorageError.
 """
@@ -14,16 +14,16 @@ from stable_audio_serve.core.errors import UploadQuotaError
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.tables import UPLOADS
 
-MAX_TICKET_BYTES = 1_073_741_824  # for all parts of one announced upload
+MAX_TICKET_BYTES = 1_073_741_824  # limit for all parts of one announced upload together
 
 _uploads = UPLOADS.c
 
 
 class Uploads:
-    """Sizes of uploaded files and parts, by names that the caller chooses."""
+    """The sizes of uploaded files and parts of files, by name. The caller chooses the names."""
 
     def __init__(self, database: Database, *, max_bytes: int, life_s: float) -> None:
-        """`max_bytes` limits one client. A file counts for `life_s` seconds, or until it is forgotten."""
+        """`max_bytes` is the limit of each client. A file counts for `life_s` seconds, or until `forget` is called."""
         self._database = database
         self._max_bytes = max_bytes
         self._life_s = life_s
@@ -34,7 +34,7 @@ class Uploads:
 
         Raises UploadQuotaError, without any change, if the client or this upload would exceed its limit.
         """
-        # serialises adds of one client, so that two processes cannot use the same room
+        # Two adds of one client never run at once, because together they could exceed its limit.
         lock = zlib.crc32(client.encode())
         with self._database.writing_alone(lock) as connection:
             connection.execute(sa.delete(UPLOADS).where(_uploads.expires_at <= self._database.now))

@@ -19,7 +19,7 @@ _QUERY = (
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """Number and total size of one model's jobs that no runner has started."""
+    """The number and total work of one model's jobs that no runner has started."""
 
     num_jobs: int = 0
     size: WorkSize = field(default_factory=WorkSize)
@@ -32,6 +32,6 @@ class WaitingWork:
         self._database = database
 
     def by_model(self) -> Mapping[str, Waiting]:
-        """Return the waiting work of each model that has any. Reads only an index, one entry per waiting job."""
+        """Return the waiting work of each model that has any. Reads only an index with one entry per waiting job."""
         with self._database.reading() as connection:
             return {model: Waiting(number, WorkSize(*sizes)) for model, number, *sizes in connection.execute(_QUERY)}

@@ -1,1 +1,1 @@
-"""Webhooks: calls to URLs that clients choose."""
+"""Webhooks: HTTP calls to clients' URLs when a job ends."""

@@ -1,7 +1,7 @@
 """POSTs to URLs that clients choose, without giving clients access to the private network.
 
-The host is resolved once, every address is checked, and the connection goes to a checked address. There are no
-redirects and no proxies, the total time is limited, and the response's body is not read.
+The host is resolved once, every address is checked, and the connection goes to a checked address. Redirects and proxies
+are not followed, the total time is limited, and the body of the response is not read.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _NOT_PUBLIC = tuple(
     for network in ("192.0.0.0/24", "192.88.99.0/24", "64:ff9b:1::/48", "fec0::/10", "168.63.129.16/32")
 )
 
-# Clients choose the name servers, which may be slow. A separate thread pool limits the delay to other webhooks.
+# A client's name server may be slow, so names are resolved in a separate thread pool. Then only webhooks are delayed.
 _RESOLVERS = ThreadPoolExecutor(32, thread_name_prefix="webhook-resolver")
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -51,9 +51,9 @@ class _ForbiddenTargetError(DeliveryError):
 async def check_webhook_url(
     url: str, *, field: str, allow_hosts: Collection[str] = (), resolve_timeout_s: float = RESOLVE_TIMEOUT_S
 ) -> None:
-    """Raise InvalidRequestError naming `field` unless `url` is an http(s) URL on a public address.
+    """Raise InvalidRequestError on `field` unless `url` is an http(s) URL of a public address.
 
-    A host in `allow_hosts` may have any address. A host that cannot be resolved now is checked at delivery.
+    A host in `allow_hosts` may have any address. A host that cannot be resolved now is only checked at delivery.
     """
     try:
         target = _parse(url)
@@ -144,7 +144,7 @@ def _require_public_name(host: str) -> None:
 
 
 def _require_public(addresses: Iterable[_Address]) -> None:
-    """Raise _ForbiddenTargetError if any address is private, because any of them may be called."""
+    """Raise _ForbiddenTargetError if any of the addresses is private, because the connection may go to any of them."""
     if not all(_is_public(address) for address in addresses):
         raise _ForbiddenTargetError("leads to an address that is not public")
 
@@ -159,7 +159,7 @@ def _is_public(address: _Address) -> bool:
 
 
 def _embedded(address: _Address) -> ipaddress.IPv4Address | None:
-    """Return the IPv4 address that an IPv6 address tunnels to, None for others."""
+    """Return the IPv4 address that an IPv6 address contains and tunnels to; None for other addresses."""
     if isinstance(address, ipaddress.IPv4Address):
         return None
     if address in _NAT64:
@@ -169,8 +169,8 @@ def _embedded(address: _Address) -> ipaddress.IPv4Address | None:
 
 
 class _CheckedNetwork(httpcore.AsyncNetworkBackend):
-    """Resolves and checks a name, then connects to the checked address, because the name may resolve
-    differently later.
+    """Resolves a name, checks its addresses and connects to one of them. The name is not resolved again, because it may
+    then have other addresses.
     """
 
     def __init__(self, allow_hosts: Collection[str]) -> None:

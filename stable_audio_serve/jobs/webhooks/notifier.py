@@ -1,7 +1,7 @@
-"""Delivers the webhooks of ended jobs: claims notices from the outbox and retries with growing pauses.
+"""Delivers the webhooks of ended jobs: claims notices from the outbox, and retries them with growing pauses.
 
-Notices have the headers of Standard Webhooks (standardwebhooks.com): an id that is the same for all tries, the time of
-the try and, if a secret is configured, a signature over both and the body. Independent of runners and dialects.
+Notices have the headers of Standard Webhooks (standardwebhooks.com): an id that is the same for all attempts, the time
+of the attempt and, if a secret is configured, a signature of id, time and body. Independent of runners and dialects.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from stable_audio_serve.jobs.webhooks.delivery import DELIVERY_TIMEOUT_S, Delive
 
 log = structlog.get_logger("stable_audio_serve.jobs")
 
-# Returns a dialect's body for an ended job. Called again for each retry, and must return the same body.
+# Returns the body of a dialect's webhook for an ended job. Must return the same body for each retry.
 WebhookBody = Callable[[Job], Mapping[str, Any]]
 
 RETRY_DELAYS_S = (5.0, 30.0, 120.0, 600.0, 1800.0, 7200.0, 18_000.0)
 _JITTER = 0.2  # delays vary by up to this share, so that notices that failed together are not retried together
 _CLAIM_S = 2 * DELIVERY_TIMEOUT_S
 _MAX_AT_ONCE = 32
-_MAX_PER_HOST = 4  # eight slow hosts can use all deliveries, fewer cannot
+_MAX_PER_HOST = 4  # deliveries at a time, so that fewer than eight slow hosts cannot block all others
 
 
 class Notifier:
-    """Delivers webhooks in the background, so that a slow receiver delays neither jobs nor other clients."""
+    """Delivers webhooks in the background, so that a slow receiver does not delay jobs or other clients."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Notifier:
         metrics: Metrics | None = None,
         clock: Clock | None = None,
     ) -> None:
-        """Gives up after the last of `retry_delays_s`. Call `start` to begin."""
+        """A notice is given up once the retry after the last of `retry_delays_s` fails. Call `start` to begin."""
         self._outbox = outbox
         self._body = body
         self._allow_hosts = settings.webhook_allow_hosts
@@ -122,18 +122,18 @@ class Notifier:
                 await post_json(notice.url, body, headers=headers, allow_hosts=self._allow_hosts)
             except DeliveryError as error:
                 reason = str(error)
-            except Exception:  # a faulty body must not delay the others
+            except Exception:  # an error in one notice's body must not delay other notices
                 log.exception("webhook failed")
                 reason = "its body could not be built"
             else:
                 reason = ""
             try:
-                await self._settle(notice, failure=reason)
+                await self._record_outcome(notice, failure=reason)
             except StorageError:
                 log.warning("webhook may be delivered twice: its outcome could not be stored")
 
-    async def _settle(self, notice: Notice, *, failure: str) -> None:
-        """Record the outcome of a try in the outbox. `failure` is the reason, '' if delivered."""
+    async def _record_outcome(self, notice: Notice, *, failure: str) -> None:
+        """Record the outcome of an attempt in the outbox. `failure` is the reason, '' if the notice was delivered."""
         is_last = notice.attempt > len(self._retry_delays_s)
         outcome = "delivered" if not failure else "given_up" if is_last else "failed"
         self._metrics.increment("webhooks", outcome=outcome)
@@ -144,7 +144,7 @@ class Notifier:
             self._on_postponed()
             return
         log.info("webhook ended", outcome=outcome, reason=failure)
-        await asyncio.to_thread(self._outbox.settle, notice)
+        await asyncio.to_thread(self._outbox.remove, notice)
 
     def _headers(self, notice_id: str, body: bytes) -> Mapping[str, str]:
         now = datetime.fromtimestamp(self._clock.time(), UTC)

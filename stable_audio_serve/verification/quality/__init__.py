@@ -1,1 +1,1 @@
-"""The quality gate: run golden requests on a loaded model and compare their audio with stored quality reports."""
+"""The quality gate: runs golden requests on a loaded model and compares their audio with stored quality reports."""

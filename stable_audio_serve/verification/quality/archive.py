@@ -1,6 +1,7 @@
-"""Stores quality reports, and the weights that last passed, in the artifact store.
+"""Stores quality reports, and records of the weights that last passed, in the artifact store.
 
-Every call has a timeout. Raises StorageError if the store does not answer, QualityReportError for an unusable file.
+Every call has a timeout. Methods raise StorageError if the store does not answer, and QualityReportError for a file
+that cannot be used.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class ReportArchive:
         self._wait_s = wait_s
 
     async def report(self, report_id: str) -> Report | None:
-        """Returns the report with this id, or None. Raises StorageError, QualityReportError."""
+        """Return the report with this id, or None. Raises StorageError, QualityReportError."""
         text, name = await self._fetch(report_id), f"quality report {report_id}"
         if text is None:
             return None
@@ -47,7 +48,10 @@ class ReportArchive:
         return report
 
     async def last_good(self, model: str) -> LastGood | None:
-        """Returns the weights with which a model last passed, or None. Raises StorageError, QualityReportError."""
+        """Return the record of the weights with which a model last passed, or None.
+
+        Raises StorageError, QualityReportError.
+        """
         name = last_good_id(model)
         text = await self._fetch(name)
         if text is None:
@@ -70,7 +74,7 @@ class ReportArchive:
         await self._bounded(self._store.delete(_key(report_id)))
 
     async def names(self) -> list[str]:
-        """Returns the names of all reports and records. Raises StorageError."""
+        """Return the names of all reports and records. Raises StorageError."""
         names: list[str] = []
         cursor = None
         while True:

@@ -1,7 +1,8 @@
-"""The quality gate: runs the golden requests on a new replica's model, compares them, and saves a report if they pass.
+"""The quality gate: runs the golden requests on the model of a new replica, compares the audio with a stored report,
+and saves a new report if the model passes.
 
-Independent of Ray and of the source of the weights. If the report store does not answer, a model passes with any valid
-audio that is not silent, so that an outage of the store does not stop the models.
+Independent of Ray and of where the weights come from. If the artifact store does not answer, a model passes with any
+valid audio that is not silent, so that an outage of the store does not stop the models.
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ from stable_audio_serve.verification.quality.sound import Clip, describe, differ
 
 logger = logging.getLogger(__name__)
 
-_BUDGET_S = 20.0  # no golden request except the first begins later than this
+_BUDGET_S = 20.0  # golden requests that have not begun after this time are skipped, except for the first
 
 Generate = Callable[[GenerationRequest], Awaitable[GenerationResult]]
-# What the audio was compared with: a pinned report, a report of the same weights, or a report of other weights.
-# Why nothing was compared: there is no report yet (new), or the report cannot be read (unchecked).
+# What the audio was compared with: a pinned report, a report of the same weights, or a report of other weights. Or why
+# nothing was compared: there is no report yet ("new"), or the report cannot be read ("unchecked").
 Basis = Literal["pinned", "same", "other", "new", "unchecked"]
 
 
 @dataclass(frozen=True, slots=True)
 class Passed:
-    """How a model passed. `report` is the id of this setup's report. `problem` is the reason for "unchecked"."""
+    """How a model passed. `report` is the id of this setup's report. `problem` is the reason for basis "unchecked"."""
 
     basis: Basis
     report: str
@@ -55,7 +56,7 @@ class _Reference:
 
 
 class QualityGate:
-    """Judges loaded models and saves their reports."""
+    """Decides whether loaded models pass, and saves reports of models that pass."""
 
     def __init__(self, archive: ReportArchive, *, clock: Clock = SystemClock()) -> None:
         self._archive = archive
@@ -64,10 +65,10 @@ class QualityGate:
     async def judge(
         self, card: ModelCard, generate: Generate, *, setup: Setup, source: Source, pinned: str | None = None
     ) -> Passed:
-        """Returns how the model passed.
+        """Return how the model passed.
 
-        Raises QualityError that names the failed request and the fault. Raises QualityReportError if the pinned report
-        does not exist or cannot be used.
+        If it does not pass, raises QualityError with the failed request and the reason. Raises QualityReportError if
+        the pinned report does not exist or cannot be used.
         """
         clips = await self._run(card, generate)
         reference = await self._find_reference(setup, source, pinned=pinned)
@@ -115,9 +116,9 @@ class QualityGate:
         return _Reference("pinned", report)
 
     async def _find_other(self, setup: Setup, source: Source) -> _Reference:
-        """Returns the report of the model's last good weights for the same device and precision.
+        """Return the report of the model's last good weights, for the same device and precision.
 
-        Raises QualityError if the same commit of the same repository has other weights than last time.
+        Raises QualityError if the files of the same commit of a repository have changed since the model last passed.
         """
         good = await self._archive.last_good(setup.model)
         if good is None or good.weights == setup.weights:
@@ -128,7 +129,10 @@ class QualityGate:
         return _Reference("new") if report is None else _Reference("other", report)
 
     async def _save(self, report: Report) -> None:
-        """Record these weights as last good. Keep their first report, because replacing it would allow slow drift."""
+        """Record these weights as last good, and save their report unless they have one.
+
+        The first report is kept, because replacing it each time would allow slow drift.
+        """
         setup = report.setup
         try:
             if await self._archive.report(setup.report_id) is None:
@@ -139,7 +143,7 @@ class QualityGate:
 
 
 def _describe(result: GenerationResult, request: GenerationRequest, *, card: ModelCard, name: str) -> Clip:
-    """Returns the clip of a result. Raises QualityError for a wrong shape, values that are not finite, or silence."""
+    """Return the description of a result. Raises QualityError for a wrong shape, non-finite values, or silence."""
     (audio,) = result.audio
     num_samples = request.duration_s * result.sample_rate_hz
     if audio.ndim != 2 or audio.shape[0] != card.channels or abs(audio.shape[1] - num_samples) > 1:
@@ -154,7 +158,10 @@ def _describe(result: GenerationResult, request: GenerationRequest, *, card: Mod
 
 
 def _compare(clips: Mapping[str, Clip], reference: _Reference) -> None:
-    """Raise QualityError for the first clip that differs too much, QualityReportError if no clip is in both."""
+    """Raise QualityError for the first clip that differs too much from the reference.
+
+    Raises QualityReportError if the reference has none of the clips.
+    """
     report = reference.report
     if report is None:
         return

@@ -1,6 +1,6 @@
-"""Quality reports and records of last good weights: values, JSON form, ids.
+"""Quality reports and records of last good weights: their values, JSON form and ids.
 
-Files from the store are untrusted: every field is validated.
+Files from the store are not trusted, so every field is validated.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from stable_audio_serve.core.errors import QualityReportError
 from stable_audio_serve.verification.quality.requests import VERSION
 from stable_audio_serve.verification.quality.sound import Clip
 
-MAX_BYTES = 4 * 2**20  # largest report that is read; a real report has about 130 kB
+MAX_BYTES = 4 * 2**20  # larger reports are not read; a valid report has about 130 kB
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The source of weights: a folder, or a repository with a commit."""
+    """Where weights come from: a folder, or a commit of a repository."""
 
     folder: str | None = None
     repo_id: str | None = None
@@ -37,7 +37,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """Everything except the machine that determines the audio of a golden request. Each setup has a report.
+    """Everything that determines the audio of a golden request, except for the machine. Each setup has its own report.
 
     `weights` is the hash from `models.weight_hash`, `device` is cuda, cpu or mps, `dtype` is the denoiser's precision.
     """
@@ -50,13 +50,13 @@ class Setup:
 
     @property
     def report_id(self) -> str:
-        """The report's name in the store and in the setting that pins a report, 32 hexadecimal digits."""
+        """The name of the setup's report, in the store and in the setting that pins a report: 32 hexadecimal digits."""
         return _digest({"version": VERSION, **asdict(self)})
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Descriptions of the golden requests' clips, by request name, from a model that passed with this setup."""
+    """The descriptions of golden clips, by name of the request, from a model that passed with this setup."""
 
     setup: Setup
     source: Source
@@ -74,12 +74,12 @@ class LastGood:
 
 
 def last_good_id(model: str) -> str:
-    """Returns the name of a model's `LastGood` in the store, 32 hexadecimal digits."""
+    """Return the name of a model's `LastGood` in the store, 32 hexadecimal digits."""
     return _digest({"last_good": model})
 
 
 def dump_report(report: Report) -> bytes:
-    """Returns a report as JSON."""
+    """Return a report as JSON."""
     clips = {name: _dump_clip(clip) for name, clip in report.clips.items()}
     return json.dumps(
         {
@@ -94,14 +94,14 @@ def dump_report(report: Report) -> bytes:
 
 
 def parse_report(text: bytes, *, name: str) -> Report:
-    """Returns the report in `text`. Raises QualityReportError that mentions `name` if `text` is not a valid report."""
+    """Return the report in `text`. Raises QualityReportError that mentions `name` if `text` is not a valid report."""
     wire = _parse(_WireReport, text, name=name)
     clips = {key: _parse_clip(clip, name=f"{name}: clip {key[:40]!r}") for key, clip in wire.clips.items()}
     return Report(Setup(**wire.setup.model_dump()), Source(**wire.source.model_dump()), wire.made_at, clips)
 
 
 def dump_last_good(good: LastGood) -> bytes:
-    """Returns a record of last good weights as JSON."""
+    """Return a record of last good weights as JSON."""
     return json.dumps({"kind": "last good", "version": VERSION, **asdict(good)}).encode()
 
 

@@ -1,6 +1,7 @@
 """The golden requests of a model: few, short, with fixed seeds.
 
-Increment VERSION after any change here. It is part of a report's id, and only reports of equal requests are comparable.
+Increment VERSION after any change here. It is part of a report's id, because only reports of equal requests can be
+compared.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _NOISE_SHARE = 0.6
 
 
 def golden_requests(card: ModelCard) -> Mapping[str, GenerationRequest]:
-    """Returns the requests by name: two from text only, then a variation of source audio."""
+    """Return the requests by name: two with text only, and one with source audio."""
     music = GenerationRequest(
         "warm analogue synth arpeggio, 120 BPM, C major",
         seed=20_240_601,
@@ -46,7 +47,7 @@ def golden_requests(card: ModelCard) -> Mapping[str, GenerationRequest]:
 
 
 def _source(card: ModelCard) -> SourceAudio:
-    """Returns one second of decaying harmonics, different in each channel."""
+    """Return one second of decaying harmonics, different in each channel."""
     times = np.arange(card.sample_rate_hz) / card.sample_rate_hz
     tones = [np.sin(2 * np.pi * hertz * times) for hertz in (55.0, 110.0, 165.0, 220.0)]
     channels = [sum(np.roll(tones, shift, axis=0)[k] / (k + 1) for k in range(4)) for shift in range(card.channels)]

@@ -13,7 +13,7 @@ LEVEL_DB = 0.1  # largest level difference between two clips from the same weigh
 OTHER_LEVEL_DB = 6.0  # largest level difference between two clips from different weights
 SILENCE_DB = -70.0  # dBFS; a clip below this level is silent
 
-_WINDOW_S = 0.046  # rounded to a power of two samples: 2048 at 44.1 kHz
+_WINDOW_S = 0.046  # rounded so that a window has a power of two of samples: 2048 at 44.1 kHz
 _BANDS = 128
 _FLOOR = 1e-10  # lowest mean square: -100 dB
 
@@ -22,9 +22,9 @@ _FLOOR = 1e-10  # lowest mean square: -100 dB
 class Clip:
     """The description of one golden clip: number of samples, level in dBFS, spectrum (C, T, 128) float16.
 
-    The spectrum has a magnitude per channel, window and band, scaled to a norm of 1. Windows last about 46 ms and
-    overlap by half. Bands have equal width; low sample rates have fewer of them. The mean of each channel is removed
-    first, so that a constant signal is silent.
+    The spectrum has one magnitude per channel, window and band, and a norm of 1. Windows last about 46 ms and overlap
+    by half. Bands have equal width; at low sample rates there are fewer. The mean of each channel is removed first, so
+    that a constant signal is silent.
     """
 
     num_samples: int
@@ -38,7 +38,7 @@ class Clip:
 
 
 def describe(audio: npt.NDArray[np.float32], sample_rate_hz: int) -> Clip:
-    """Returns the clip of `audio` (C, S) float32. Samples must be finite and may exceed -1..1."""
+    """Return the clip of `audio` (C, S) float32. Samples must be finite and may exceed -1..1."""
     centred = audio.astype(np.float64)
     centred -= centred.mean(axis=1, keepdims=True)
     level_db = 10 * math.log10(max(float(np.mean(centred**2)), _FLOOR))
@@ -46,7 +46,7 @@ def describe(audio: npt.NDArray[np.float32], sample_rate_hz: int) -> Clip:
 
 
 def cosine(one: Clip, other: Clip) -> float:
-    """Returns the cosine between two spectra: 1 if equal, 0 if the shapes differ or a spectrum is all zeros."""
+    """Return the cosine between two spectra: 1 if equal, 0 if the shapes differ or a spectrum is all zeros."""
     if one.spectrum.shape != other.spectrum.shape:
         return 0.0
     first, second = (clip.spectrum.astype(np.float64).ravel() for clip in (one, other))
@@ -55,7 +55,7 @@ def cosine(one: Clip, other: Clip) -> float:
 
 
 def difference_from_same(clip: Clip, reference: Clip) -> str | None:
-    """Returns how a clip differs from an earlier clip of the same weights, or None if within the bounds."""
+    """Return how a clip differs from an earlier clip of the same weights, or None if it is within the limits."""
     if clip.num_samples != reference.num_samples:
         return f"{clip.num_samples} samples, {reference.num_samples} before"
     likeness, louder_db = cosine(clip, reference), clip.level_db - reference.level_db
@@ -67,7 +67,7 @@ def difference_from_same(clip: Clip, reference: Clip) -> str | None:
 
 
 def difference_from_other(clip: Clip, reference: Clip) -> str | None:
-    """Returns how far a clip's level is from a clip of other weights, or None if within the bound."""
+    """Return how a clip's level differs from that of other weights' clip, or None if it is within the limit."""
     louder_db = clip.level_db - reference.level_db
     if not abs(louder_db) <= OTHER_LEVEL_DB:
         return f"{louder_db:+.2f} dB beside the last good weights, must be within {OTHER_LEVEL_DB:g} dB"
@@ -79,7 +79,7 @@ def _window(sample_rate_hz: int) -> int:
 
 
 def _spectrum(audio: npt.NDArray[np.float64], *, window: int) -> npt.NDArray[np.float16]:
-    """Returns band magnitudes (C, T, 128) of `audio` (C, S): the square root of each band's power, with norm 1."""
+    """Return band magnitudes (C, T, 128) of `audio` (C, S): the square root of each band's power, with norm 1."""
     padded = np.pad(audio, ((0, 0), (0, max(0, window - audio.shape[1]))))
     frames = np.lib.stride_tricks.sliding_window_view(padded, window, axis=1)[:, :: window // 2]
     power = np.abs(np.fft.rfft(frames * np.hanning(window), axis=2)[..., 1:]) ** 2

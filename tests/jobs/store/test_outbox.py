@@ -50,7 +50,7 @@ class TestOutbox:
         wall.now += 7
         notice = claim(outbox)
         assert notice.attempt == 2
-        outbox.settle(notice)
+        outbox.remove(notice)
         wall.now += 1000
         assert outbox.claim(for_s=60) is None
         assert store.runners.outlook("me").webhook_in_s is None
@@ -112,7 +112,7 @@ class TestOutbox:
             assert store.dead_letters.retry_job(dead.spec.ref) is not None
             end(lease(store))
             notices.append(claim(outbox))
-            outbox.settle(notices[-2])  # the older notice is settled late
+            outbox.remove(notices[-2])  # the older notice is removed late
             outbox.postpone(notices[-1], delay_s=0)
             assert claim(outbox).id == notices[-1].id
         assert notices[0].id == dead.spec.id
@@ -125,7 +125,7 @@ class TestOutbox:
         notice = claim(outbox)
         outbox.postpone(notice, delay_s=0)
         claim(outbox)
-        outbox.settle(notice)
+        outbox.remove(notice)
         outbox.postpone(notice, delay_s=1)
         assert store.runners.outlook("me").webhook_in_s == pytest.approx(60)
 

@@ -437,7 +437,7 @@ class StoreMachine(RuleBasedStateMachine):
         delivered = []
         while notice := outbox.claim(for_s=10):
             delivered.append(notice.job.spec.id)
-            outbox.settle(notice)
+            outbox.remove(notice)
         assert sorted(delivered) == sorted(job.spec.id for job in due)
         for job in due:
             job.is_notified = True

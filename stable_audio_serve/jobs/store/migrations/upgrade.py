@@ -1,8 +1,8 @@
-"""Creates and upgrades the job tables with Alembic revisions. Several processes may do so at once.
+"""Creates and upgrades the job tables with Alembic revisions. Several processes may do this at once.
 
-Revisions only add things: tables, columns with defaults, indexes that are not unique. So two servers of successive
-revisions can share a database while one replaces the other, and this version accepts tables of the next revision. It
-refuses later ones, which may rely on columns that it does not fill.
+Revisions only add tables, columns with defaults, and indexes that are not unique. So servers of two successive
+revisions can share a database while one replaces the other. This version therefore accepts tables of the next revision.
+It refuses later revisions, which may rely on columns that it does not fill.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from stable_audio_serve.jobs.store.errors import config_error
 from stable_audio_serve.jobs.store.tables import JOBS
 
-_LOCK = 0x53415501  # number of an advisory lock, unique in the database
+_LOCK = 0x53415501  # number of PostgreSQL's advisory lock, unique in the database
 _FOLDER = Path(__file__).parent
 
 
@@ -42,12 +42,12 @@ def upgrade(connection: sa.Connection, *, folder: Path = _FOLDER) -> None:
 
 
 def newest_revision(folder: Path = _FOLDER) -> str:
-    """Return the revision of this version: four digits, counting up by one."""
+    """Return the newest revision in `folder`. Revisions are numbers of four digits and count up by one."""
     return max(path.name[:4] for path in (folder / "versions").glob("[0-9]*_*.py"))
 
 
 def require_known(connection: sa.Connection, *, folder: Path = _FOLDER) -> str | None:
-    """Return the revision of the tables, None without tables.
+    """Return the revision of the tables, None if there are no tables.
 
     Raises ConfigError unless it is a revision in `folder` or the next one.
     """

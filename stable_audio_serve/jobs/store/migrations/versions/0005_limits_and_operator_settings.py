@@ -10,7 +10,7 @@ down_revision = "0004"
 
 
 def upgrade() -> None:
-    """Create the tables. Older servers, which miss the accounts, apply the limits only to their own requests."""
+    """Create the tables. Older servers, which no longer find accounts, apply the limits only to their own requests."""
     op.create_table(
         "key_uses",
         sa.Column("id", sa.Text, primary_key=True),

@@ -1,4 +1,4 @@
-"""Describes how an engine makes audio, for a clip's recipe: everything besides the request that can change its bits."""
+"""Describes the provenance of an engine's audio for a clip's recipe: all that its bytes depend on but the request."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stable_audio_serve.models.sa3.planning import DEFAULT_APG_SCALE
 
 
 def name_processor(device: torch.device) -> str:
-    """Returns a CPU's instruction sets, such as `AVX512 AMX`, or a GPU's name."""
+    """Return a CPU's instruction sets, such as `AVX512 AMX`, or a GPU's name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
@@ -32,9 +32,9 @@ def name_processor(device: torch.device) -> str:
 def describe_engine(
     spec: ModelSpec, options: EngineOptions, *, device: torch.device, mode: Mode, loaded: Loaded
 ) -> Provenance:
-    """Returns the part of the description that all of an engine's audio shares."""
+    """Return the provenance that is common to all requests of an engine."""
     is_cpu, is_fast = device.type == "cpu", mode == "fast"
-    # MKL, used where oneDNN is not, and AMX split large products by the thread count.
+    # Without oneDNN, torch uses MKL. MKL and AMX split large matrix products by the thread count.
     depends_on_threads = is_cpu and (is_fast or not is_amd())
     return Provenance(
         version=__version__,
@@ -49,15 +49,17 @@ def describe_engine(
     )
 
 
-def settle(making: Provenance, request: GenerationRequest, *, spec: ModelSpec, prompts: Prompts | None) -> Provenance:
-    """Complete the description with one request's defaults and the number of prompt characters read."""
+def complete_provenance(
+    provenance: Provenance, request: GenerationRequest, *, spec: ModelSpec, prompts: Prompts | None
+) -> Provenance:
+    """Add one request's parameters, defaults filled in, and the number of prompt characters that the model reads."""
     card = spec.card
     edits_by_time = request.init_audio is not None and card.objective != "v"
     is_sa3 = card.family == SA3_FAMILY
     padding_s = card.default_duration_padding_s if is_sa3 else None
     apg_scale = DEFAULT_APG_SCALE if is_sa3 else None
     return replace(
-        making,
+        provenance,
         steps=card.default_steps if request.steps is None else request.steps,
         cfg_scale=card.default_cfg_scale if request.cfg_scale is None else request.cfg_scale,
         sampler=request.sampler or spec.default_sampler,
@@ -70,7 +72,7 @@ def settle(making: Provenance, request: GenerationRequest, *, spec: ModelSpec, p
 
 
 def require_checkpoint(request: GenerationRequest, *, spec: ModelSpec, loaded: Loaded) -> None:
-    """Raises InvalidRequestError if a request names other weights than the loaded ones."""
+    """Raise InvalidRequestError if a request names other weights than the loaded ones."""
     if request.checkpoint is None or loaded.checkpoint in (None, request.checkpoint):
         return
     message = f"checkpoint: the model {spec.card.name} has the weights {loaded.checkpoint}, not {request.checkpoint}"

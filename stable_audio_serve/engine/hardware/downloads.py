@@ -1,8 +1,8 @@
-"""A fixed block of pinned memory for everything copied back from a device: copies arrive there and are then moved to
-ordinary memory. Independent of queues and device kinds.
+"""Copies from a device to the host go through a fixed block of pinned memory, from which they are copied to ordinary
+memory. Independent of queues and device kinds.
 
-Allocating pinned memory per result would happen while the device waits, and torch would keep it forever, rounded up to
-powers of two. It would also stay in use until the response is sent.
+If each result had its own pinned memory, the device would wait for the allocation, and the memory would be in use until
+the response is sent. Torch would never free it, and would round its size up to a power of two.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-_PIECES = 4  # at least, per ring: one piece is moved while others still arrive
+_PIECES = 4  # the ring holds at least this many pieces, so that one is collected while others arrive
 _ALIGNMENT = 64
 
 
@@ -27,7 +27,7 @@ class Point(Protocol):
 
 
 @dataclass(slots=True)
-class _Landing:
+class _Download:
     start: int
     staged: Tensor
     target: Tensor
@@ -35,7 +35,7 @@ class _Landing:
     is_done: bool = False
 
 
-class LandingRing:
+class DownloadRing:
     """A ring of pinned bytes. Used by one thread."""
 
     def __init__(self, make: Callable[[int], Tensor], *, mark: Callable[[], Point], num_bytes: int) -> None:
@@ -44,11 +44,11 @@ class LandingRing:
         self._mark = mark
         self._num_bytes = num_bytes
         self._memory: Tensor | None = None
-        self._landings: deque[_Landing] = deque()
+        self._pending: deque[_Download] = deque()
         self._next = 0
 
-    def land(self, source: Tensor, target: Tensor) -> None:
-        """Queue a copy to contiguous host memory; `collect` moves the values there once they arrive.
+    def add(self, source: Tensor, target: Tensor) -> None:
+        """Queue a copy to contiguous host memory; `collect` writes the values there once they arrive.
 
         Waits for earlier copies if the ring is full.
         """
@@ -61,30 +61,30 @@ class LandingRing:
             start = self._place(piece.nbytes)
             staged = self._memory[start : start + piece.nbytes].view(piece.dtype)
             staged.copy_(piece, non_blocking=True)
-            self._landings.append(_Landing(start, staged, into[begin : begin + longest], self._mark()))
+            self._pending.append(_Download(start, staged, into[begin : begin + longest], self._mark()))
             self._next = start + -(-piece.nbytes // _ALIGNMENT) * _ALIGNMENT
 
     def collect(self) -> None:
-        """Move the values of finished copies to their targets."""
-        for landing in self._landings:
-            if not landing.is_done and landing.arrived.is_reached():
-                landing.target.copy_(landing.staged)
-                landing.is_done = True
-        while self._landings and self._landings[0].is_done:
-            self._landings.popleft()
+        """Write the values of finished copies to their targets."""
+        for download in self._pending:
+            if not download.is_done and download.arrived.is_reached():
+                download.target.copy_(download.staged)
+                download.is_done = True
+        while self._pending and self._pending[0].is_done:
+            self._pending.popleft()
 
     def _place(self, num_bytes: int) -> int:
-        """Returns the start of this many free bytes, after waiting for them if necessary."""
+        """Return the offset of this many free bytes. Waits for earlier copies until there are enough."""
         while True:
-            if not self._landings:
+            if not self._pending:
                 return 0
-            taken = self._landings[0].start
-            if self._next <= taken:  # the used part wraps around the end
+            taken = self._pending[0].start
+            if self._next <= taken:  # the used part wraps around the end of the ring
                 if num_bytes <= taken - self._next:
                     return self._next
             elif num_bytes <= self._num_bytes - self._next:
                 return self._next
             elif num_bytes <= taken:
                 return 0
-            self._landings[0].arrived.wait()
+            self._pending[0].arrived.wait()
             self.collect()

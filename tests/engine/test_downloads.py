@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stable_audio_serve.engine.hardware.landing import LandingRing
+from stable_audio_serve.engine.hardware.downloads import DownloadRing
 
 
 class SlowCopies:
@@ -58,8 +58,8 @@ class Postponed(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def make_ring(copies: SlowCopies, *, num_bytes: int) -> LandingRing:
-    return LandingRing(lambda count: torch.zeros(count, dtype=torch.uint8), mark=copies.point, num_bytes=num_bytes)
+def make_ring(copies: SlowCopies, *, num_bytes: int) -> DownloadRing:
+    return DownloadRing(lambda count: torch.zeros(count, dtype=torch.uint8), mark=copies.point, num_bytes=num_bytes)
 
 
 @given(
@@ -74,7 +74,7 @@ def test_copies_of_any_size_and_delay_arrive(sizes: list[int], num_bytes: int, e
     targets = [torch.zeros(size) for size in sizes]
     for index, (source, target) in enumerate(zip(sources, targets, strict=True)):
         with Postponed(copies):
-            ring.land(source, target)
+            ring.add(source, target)
         if index % every == 0:
             copies.work_up_to(copies.num_done + min(1, len(copies.pending)))
             ring.collect()
@@ -90,7 +90,7 @@ def test_a_full_ring_waits_for_its_oldest_copy(count: int, num_waits: int) -> No
     ring = make_ring(copies, num_bytes=1024)
     with Postponed(copies):
         for _ in range(count):
-            ring.land(torch.rand(64), torch.zeros(64))  # each takes a quarter of the ring
+            ring.add(torch.rand(64), torch.zeros(64))  # each takes a quarter of the ring
     assert copies.num_waits == num_waits
 
 
@@ -99,7 +99,7 @@ def test_collect_moves_only_finished_copies() -> None:
     ring = make_ring(copies, num_bytes=1024)
     target = torch.zeros(4)
     with Postponed(copies):
-        ring.land(torch.ones(4), target)
+        ring.add(torch.ones(4), target)
     ring.collect()
     assert target.tolist() == [0.0] * 4
     copies.work_up_to(1)
