@@ -28,7 +28,6 @@ BOUNDS: dict[str, float] = {
     "denoiser padding": 2e-5,
     "autoencoder": 2e-5,
     "decoder halo": 2e-5,
-    "end-to-end steps": 1e-4,  # relative to the largest |x|
     "end-to-end latents": 1e-4,
     "end-to-end audio": 1e-4,
     "Brownian paths": 1e-5,
@@ -89,7 +88,6 @@ class Comparison:
 
     @property
     def missed(self) -> bool:
-        """Whether the difference is above the bound."""
         return self.difference > self.bound
 
 

@@ -14,8 +14,6 @@ import torch
 
 from stable_audio_serve.models.protocol import BranchConditioning
 from stable_audio_serve.models.sao import conditioners, denoiser, model, planning, receptive_field
-from stable_audio_serve.verification.end_to_end import objective_of
-from stable_audio_serve.verification.goldens import Goldens
 from stable_audio_serve.verification.runs import RowNoise
 from tests.goldens import OPEN_GOLDENS, load_open_goldens
 from tests.parameters import slow
@@ -33,12 +31,10 @@ COMPARED = (
     "denoiser time features",
     "denoiser",
     "denoiser guidance",
-    "denoiser padding",
     "autoencoder",
     "decoder halo",
     "schedules",
     "lengths",
-    "end-to-end steps",
     "end-to-end latents",
     "end-to-end audio",
 )
@@ -153,7 +149,7 @@ def edits_without_a_mask(patch: pytest.MonkeyPatch) -> None:
     ("mutate", "component"),
     [
         (edits_without_a_mask, "end-to-end latents"),
-        (negative_without_seconds, "end-to-end steps"),
+        (negative_without_seconds, "end-to-end latents"),
         slow(cosines_first, "number"),
         slow(other_norm_eps, "denoiser"),
         slow(every_window_takes_the_first_frames_noise, "decoder halo"),
@@ -214,21 +210,12 @@ def test_a_run_with_an_unknown_argument_is_skipped_by_name(quick: Path, tmp_path
     assert [("reverb" in line, "bpm" in line) for line in reasons] == [(True, False), (False, True)]
 
 
-@pytest.mark.parametrize(
-    "key", [slow("gen/card/trace_denoised"), slow("gen/init_8.0/global_cond"), slow("gen/negative/latents")]
-)
-def test_one_changed_number_is_a_mismatch(quick: Path, tmp_path: Path, key: str) -> None:
-    folder = Path(shutil.copytree(quick, tmp_path / "folder"))
+@pytest.mark.slow
+def test_one_changed_number_is_a_mismatch(quick: Path, tmp_path: Path) -> None:
+    folder, key = Path(shutil.copytree(quick, tmp_path / "folder")), "gen/negative/latents"
     edit_tensors(folder / "golden.safetensors", add_to_first(key, 0.2))
     answer = run_verify(folder)
     assert {entry["key"].split("[")[0] for entry in answer.report["comparisons"] if entry["missed"]} == {key}
-
-
-@pytest.mark.parametrize("stated", [["gen/rf_euler"], "gen/rf_* ran with another objective"])
-def test_runs_with_another_objective_are_listed_or_described(stated: object) -> None:
-    goldens = Goldens({"rectified_flow_cases": stated}, {})
-    assert objective_of("gen/rf_euler", goldens, trained="v") == "rectified_flow"
-    assert objective_of("gen/card", goldens, trained="v") == "v"
 
 
 @pytest.mark.slow
