@@ -42,8 +42,8 @@ class Check:
 
     `component` selects the error bound. `over` selects the items: stored tensors or cases whose whole name matches the
     regular expression `pattern`, or one call. `make` is called for each item. It returns the computed tensor, or any
-    number of findings. A text among the findings is the reason why a comparison is skipped. The check applies to
-    models of the class `family`.
+    number of findings. A text among the findings is the reason why a comparison is skipped. The check runs only if the
+    model is of the class `family`; the default includes folders without a model.
     """
 
     component: str
@@ -63,9 +63,11 @@ def run_checks(report: Report, subject: Subject, *, checks: Sequence[Check]) -> 
                     for found in _findings(check, subject, match=match):
                         if isinstance(found, str):
                             skipped[found] += 1
-                        else:
-                            component, (key, actual, expected, only, _) = found.component or check.component, found
-                            report.compare(component, key, actual=actual, expected=expected, only=only)
+                            continue
+                        component = found.component or check.component
+                        report.compare(
+                            component, found.key, actual=found.actual, expected=found.expected, only=found.only
+                        )
         for reason, count in skipped.items():
             report.skip(check.component, f"{count} {reason}" if count > 1 else reason)
 

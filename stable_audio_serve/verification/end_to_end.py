@@ -24,7 +24,7 @@ from stable_audio_serve.verification.runs import Case, RowNoise, RowResult
 
 
 def _run(it: Subject, match: re.Match[str]) -> Iterator[Finding | str]:
-    """Compare a run of all rows."""
+    """Repeat a case with all its rows; compare its lengths, noise levels, draws, latents and audio."""
     goldens, name, facts = it.goldens, match[0], it.goldens.section("cases", match[0])
     goldens.matching(re.escape(name) + "/.*")
     model, texts, is_open = it.model, {}, isinstance(it.model, SaoModel)

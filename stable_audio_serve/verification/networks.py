@@ -1,4 +1,4 @@
-"""Checks of the conditioners, the denoiser and the autoencoder: stored outputs of the networks and of their modules.
+"""Checks of the conditioners, the denoiser and the autoencoder: stored outputs of the networks.
 
 Stored runs of the autoencoder are with or without noise, in one piece or in windows. A further check compares long
 audio coded in windows with the same audio coded in one piece.
@@ -60,7 +60,7 @@ def _numbers(it: Subject, match: re.Match[str]) -> Tensor:
 
 
 class _Pass:
-    """The stored inputs of one forward pass of all rows: x (B, D, F), t (B,), local conditioning, valid frames."""
+    """One forward pass of all rows on the stored inputs x (B, D, F), t (B,) and local conditioning, None if absent."""
 
     def __init__(self, it: Subject) -> None:
         self.net, self._goldens = it.model.denoiser, it.goldens
@@ -159,10 +159,7 @@ def _code(it: Subject, match: re.Match[str]) -> Tensor:
 
 
 def _clip(it: Subject, match: re.Match[str]) -> Tensor:
-    """Returns a clip (1, C, S) with the model's channels, zero-padded at the end to whole latents.
-
-    Returns the clip's encoding unless "preprocessed" was asked for.
-    """
+    """Prepare a clip: the model's channels, zero-padded at the end to whole latents. Returns it or its encoding."""
     net, samples = it.model.autoencoder, torch.atleast_2d(it.goldens[f"ae/{match[1]}_audio"])
     rate_hz, num_samples = it.model.spec.card.sample_rate_hz, -(-samples.shape[-1] // net.hop) * net.hop
     source = SourceAudio(samples.numpy(), rate_hz)

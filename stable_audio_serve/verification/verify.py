@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from stable_audio_serve.core.errors import StableAudioError
-from stable_audio_serve.models.config_reader import CONFIG_FILE
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.models.registry import resolve_entry
@@ -50,7 +49,7 @@ def verify(folder: Path, say: Callable[[str], None]) -> Report:
     report, goldens, model = Report(say), None, None
     with report.guard("goldens"):
         goldens = Goldens.load(folder)
-    needs_model = goldens is None or FORMULAS_KEY not in goldens.facts or (folder / CONFIG_FILE).exists()
+    needs_model = goldens is None or FORMULAS_KEY not in goldens.facts
     if needs_model:
         model = _load_model(report, folder)
     if goldens is not None and (model is not None or not needs_model):
