@@ -16,11 +16,14 @@ from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 from stable_audio_serve.models.protocol import RowPlan, TextEmbedding
 from stable_audio_serve.models.sao.build import build_spec
 from stable_audio_serve.models.sao.model import SaoComponents, SaoModel
-from stable_audio_serve.sampling import SeededNoise
+from stable_audio_serve.sampling import GuidanceBatch, ReplayPath, SeededNoise, guide
 from stable_audio_serve.verification import runs, samplers
 from stable_audio_serve.verification.checks import Check, Finding, Subject, same
 from stable_audio_serve.verification.goldens import Goldens
+from stable_audio_serve.verification.networks import calls_of
 from stable_audio_serve.verification.runs import Case, RowNoise, RowResult
+
+_SILENT = "_ae_noise_off"
 
 
 def _run(it: Subject, match: re.Match[str]) -> Iterator[Finding | str]:
@@ -40,10 +43,68 @@ def _run(it: Subject, match: re.Match[str]) -> Iterator[Finding | str]:
     plans, script, sampler = runs.plan_case(model, case), runs.draw_script(model, case), case.requests[0].sampler or ""
     if is_open:
         texts = _stored_texts(goldens, name, case=case, model=model)
+        yield from _compare_inputs(model, plans, goldens=goldens, prefix=f"{name}/")
     yield from samplers.compare_script(name, script, facts=facts, sampler=sampler)
     yield from _compare_plans(goldens, name, plans=plans)
     results = runs.run_case(model, case, noise=runs.replay_rows(case, script), texts=texts)
+    if sigmas := facts.get("trace_sigma"):
+        plan, calls, latents = plans[0].sampler, _guided_calls(results[0]), results[0].latents[None]
+        steps = samplers.compare_steps(
+            f"{name}/trace_", plan, calls=calls, result=latents, sampler=sampler, sigmas=sigmas, it=it
+        )
+        yield from (step._replace(component="end-to-end steps") for step in steps)
     yield from _compare_rows(goldens, name, results=results, clips=not is_open)
+    if goldens.matching(re.escape(name) + "/.*" + _SILENT):
+        silent = [draw for draw in script if isinstance(draw, ReplayPath) or "/" not in draw.stage]
+        noise = [RowNoise(row) for row in runs.replay_rows(case, silent)]
+        with calls_of(model.denoiser.get_submodule("transformer.layers.0.to_local_embed")) as embedded:
+            results = runs.run_case(model, case, noise=noise)
+        yield from _compare_rows(goldens, name, suffix=_SILENT, results=results, clips=not is_open)
+        if (local := goldens.find(key := f"{name}/local_add_cond{_SILENT}")) is not None:
+            yield Finding(key, embedded[0][0].mT.cpu(), local, component="autoencoder")
+
+
+def _guided_calls(row: RowResult) -> samplers.Calls:
+    """Returns the network's inputs and guided outputs of a row that ran alone."""
+    calls, rows = [], GuidanceBatch.of([row.plan.guidance])
+    for evaluation, (x, output) in zip(row.plan.sampler.evaluations, row.calls, strict=True):
+        x, plain, t = x[:1], output[:1], torch.tensor([evaluation.t])
+        if evaluation.guided:
+            plain = guide(x, t, conditional=plain, unconditional=output[1:], valid=None, rows=rows)
+        calls.append((x, plain))
+    return calls
+
+
+def _compare_inputs(model: SaoModel, plans: Sequence[RowPlan], *, goldens: Goldens, prefix: str) -> Iterator[Finding]:
+    """Compare each row's network inputs that are stored: context, negative context and global vector."""
+    for row, plan in enumerate(plans):
+        prompt, negative = model.encode_text([plan.prompt, plan.negative_prompt or ""])
+        away = None if plan.negative_prompt is None else negative
+        entries = calls_of(model.denoiser.to_cond_embed), calls_of(model.denoiser.to_global_embed)
+        with entries[0] as contexts, entries[1] as vectors:
+            model.condition(plan, prompt=prompt, negative=away, inpaint_latents=None)
+        found = zip(("cross_attn_cond", "negative_cross_attn_cond"), contexts, strict=False)
+        for name, (value, _) in (*found, ("global_cond", vectors[0])):
+            if (stored := goldens.find(prefix + name)) is not None:
+                component = "number" if name == "global_cond" else "text in float16"
+                yield Finding(f"{prefix}{name}[{row}]", value, stored[row : row + 1], component=component)
+
+
+def _inputs(it: Subject, _: object) -> Iterator[Finding]:
+    """Compare the network inputs for the conditions in the facts, and the tokens of the negative prompt."""
+    model, goldens, key = it.model, it.goldens, "dit/negative_cross_attn_cond"
+    args = {"conditioning": goldens.facts["cond_inputs_batch"], "sample_size": model.spec.hop, "steps": 2, "seed": 0}
+    case = runs.parse_open_case({"args": args}, goldens=goldens, card=model.spec.card)
+    yield from _compare_inputs(model, runs.plan_case(model, case), goldens=goldens, prefix="cond/inputs_")
+    tokens = model.encode_text([goldens.facts["dit"]["negative_prompt"]])[0].tokens
+    stored = goldens[key][:, _prompt_part(model)]
+    yield Finding(key, tokens.expand_as(stored), stored)
+
+
+def _prompt_part(model: SaoModel) -> slice:
+    """Returns the prompt's tokens in a context."""
+    before = model.config.context_ids.index(model.config.prompt.id)
+    return slice(before, before + model.config.prompt.max_length)
 
 
 def _compare_plans(goldens: Goldens, name: str, *, plans: Sequence[RowPlan]) -> Iterator[Finding]:
@@ -54,32 +115,32 @@ def _compare_plans(goldens: Goldens, name: str, *, plans: Sequence[RowPlan]) -> 
     if (latents := goldens.find(f"{name}/latents")) is not None:
         yield same(f"{name}/latents", latents.shape[-1], found=plans[0].frames, component="lengths")
     levels = torch.stack([samplers.step_levels(plan.sampler) for plan in plans])
-    if stated := facts.get("sigmas"):
-        found, expected = torch.nn.functional.pad(levels, (0, 1)), torch.tensor(stated, dtype=torch.float32)
-        yield Finding(f"{name}/sigmas", found, expected.expand_as(found), component="schedules")
-    if stated := facts.get("trace_sigma"):
-        expected = torch.tensor(stated)
-        size = expected.clamp(min=1.0)  # levels reach 500
-        yield Finding(f"{name}/trace_sigma", levels[0] / size, expected / size, component="schedules")
+    for key in facts.keys() & {"sigmas", "trace_sigma"}:
+        expected = torch.tensor(facts[key], dtype=torch.float32)
+        size = expected.clamp(min=1.0)  # levels over sigma reach 500
+        found = torch.nn.functional.pad(levels, (0, expected.shape[-1] - levels.shape[1]))  # some end with 0
+        yield Finding(f"{name}/{key}", found / size, (expected / size).expand_as(found), component="schedules")
 
 
-def _compare_rows(goldens: Goldens, name: str, *, results: Sequence[RowResult], clips: bool) -> Iterator[Finding | str]:
+def _compare_rows(
+    goldens: Goldens, name: str, *, suffix: str = "", results: Sequence[RowResult], clips: bool
+) -> Iterator[Finding | str]:
     """Compare the latents in each row's valid frames, and the audio up to the row's length.
 
     Prefers outputs computed with key-masked padding. Other outputs are comparable only for rows without padding. Stored
     audio is as long as the longest row of the batch.
     """
-    one_length = len({plan.output_samples for plan, *_ in results}) == 1
+    one_length = len({result.plan.output_samples for result in results}) == 1
     for output in ("latents", "audio"):
-        key = f"{name}/{output}_keymask"
-        stored, zeroed = goldens.find(key), goldens.find(f"{name}/{output}")
+        key = f"{name}/{output}_keymask{suffix}"
+        stored, zeroed = goldens.find(key), goldens.find(f"{name}/{output}{suffix}")
         is_masked = stored is not None
         if is_masked and zeroed is not None:
             yield "value-zeroed numbers: their key-masked twins are compared"
         elif zeroed is not None:
-            stored, key = zeroed, f"{name}/{output}"
+            stored, key = zeroed, f"{name}/{output}{suffix}"
         rows = [] if stored is None else list(zip(stored, results, strict=True))
-        for row, (expected, (plan, latents, audio)) in enumerate(rows):
+        for row, (expected, (plan, latents, audio, _)) in enumerate(rows):
             if not is_masked and plan.valid_frames < plan.frames:
                 yield "padded rows of value-zeroed numbers: no key-masked twin"
             elif output == "latents":
@@ -101,9 +162,7 @@ def _with_objective(model: SaoModel, objective: str) -> SaoModel:
 
 def _stored_texts(goldens: Goldens, name: str, *, case: Case, model: SaoModel) -> dict[str, TextEmbedding]:
     """Returns the prompts' embeddings from the stored contexts. Tokens with only zeros are padding."""
-    before = model.config.context_ids.index(model.config.prompt.id)
-    part = slice(before, before + model.config.prompt.max_length)
-    contexts = goldens[f"{name}/cross_attn_cond"]
+    contexts, part = goldens[f"{name}/cross_attn_cond"], _prompt_part(model)
     tokens = {request.prompt: contexts[row, part] for row, request in enumerate(case.requests)}
     if (away := goldens.find(f"{name}/negative_cross_attn_cond")) is not None:
         tokens |= {request.negative_prompt or "": away[row, part] for row, request in enumerate(case.requests)}
@@ -144,5 +203,6 @@ def _edit(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
 
 RUNS = (
     Check("end-to-end", "gen/.*", _run, over="cases"),
+    Check("text in float16", "inputs", _inputs, over="once", family=SaoModel),
     Check("end-to-end latents", r"ae/encode_seed(\d+)", _edit, family=SaoModel),
 )

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stable_audio_serve.audio.prepare import prepare_source
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
@@ -29,6 +30,14 @@ from stable_audio_serve.verification.runs import CallOrderNoise, RowNoise
 
 _Code = Callable[[Tensor, int], Tensor]  # encode or decode: part of the input, index of its first frame -> output
 _OPEN_PHI = 0.7  # for keys with `_phi` and no digits, as in the Stable Audio Open family
+
+
+@contextmanager
+def calls_of(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Yields a list that receives the first input and the output of each call of `module` inside the block."""
+    calls: list[tuple[Tensor, Tensor]] = []
+    with module.register_forward_hook(lambda _, given, made: calls.append((given[0].clone(), made.clone()))):
+        yield calls
 
 
 def _prompts(it: Subject) -> Any:
@@ -85,10 +94,9 @@ class _Pass:
 
     def output_of(self, path: str) -> Tensor:
         """Returns the output of the submodule `path` in a pass without guidance."""
-        outputs: list[Tensor] = []
-        with self.net.get_submodule(path).register_forward_hook(lambda *call: outputs.append(call[2].clone())):
+        with calls_of(self.net.get_submodule(path)) as calls:
             self.run()
-        return outputs[-1]
+        return calls[-1][1]
 
 
 def _output(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
@@ -118,6 +126,15 @@ def _output(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
 def _number(digits: str) -> float:
     """Parse the digits of a number in a key: "7" is 7; a leading 0 means decimals, so that "05" is 0.5."""
     return float(f"0.{digits[1:]}") if digits.startswith("0") and len(digits) > 1 else float(digits)
+
+
+def _beside_padding(it: Subject, _: object) -> Iterator[Finding]:
+    """Compare the output for valid frames with and without padded frames after them."""
+    inputs = _Pass(it)
+    plain, frames = inputs.run(), inputs.x.shape[-1]
+    inputs.x = torch.cat([inputs.x, torch.full_like(inputs.x, 5.0)], dim=-1)
+    valid = (torch.arange(2 * frames) < frames).expand(len(inputs.x), -1)
+    yield Finding("dit/out padded", inputs.run(valid=valid)[..., :frames], plain)
 
 
 def _hidden(it: Subject, _: object) -> Tensor:
@@ -281,6 +298,7 @@ NETWORKS = (
     *(_module_check(key, path) for key, path in _MODULES.items()),
     Check("denoiser", "dit/hidden", _hidden),
     Check("denoiser", _OUTPUT, _output),
+    Check("denoiser padding", "dit/out padded", _beside_padding, over="once", family=SaoModel),
     Check("denoiser padding", "dit/.*_pad_vzero", lambda *_: ["value-zeroed outputs: padding is key-masked here"]),
     Check("autoencoder", "ae/([a-z0-9]+)_(encode_quiet|preprocessed)", _clip),
     Check("autoencoder", _CODED, _code, family=Sa3Model),

@@ -28,6 +28,7 @@ BOUNDS: dict[str, float] = {
     "denoiser padding": 2e-5,
     "autoencoder": 2e-5,
     "decoder halo": 2e-5,
+    "end-to-end steps": 1e-4,  # relative to the largest |x|
     "end-to-end latents": 1e-4,
     "end-to-end audio": 1e-4,
     "Brownian paths": 1e-5,

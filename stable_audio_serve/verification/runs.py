@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stable_audio_serve.core.catalog import ModelCard
+from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, SourceAudio
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.models.forwarding import ForwardingModel
@@ -24,6 +25,7 @@ from stable_audio_serve.models.protocol import (
     EncodeWindow,
     ModelSpec,
     RowPlan,
+    StepBatch,
     TextEmbedding,
 )
 from stable_audio_serve.models.sa3.lengths import plan_length
@@ -32,7 +34,7 @@ from stable_audio_serve.models.windows import whole_window
 from stable_audio_serve.sampling import NoiseSource, ReplayDraw, ReplayNoise, SeededNoise
 from stable_audio_serve.sampling.samplers import DATA_DEPENDENT
 from stable_audio_serve.verification.goldens import Goldens
-from stable_audio_serve.verification.samplers import Script, sampler_script
+from stable_audio_serve.verification.samplers import Calls, Script, sampler_script
 
 # The draw for encoding a source in the Stable Audio Open family, where the reference encodes a source in one piece.
 SOURCE_DRAW = "init/bottleneck"
@@ -85,7 +87,7 @@ def skip_reason(args: Mapping[str, Any]) -> str | None:
 def parse_case(facts: Mapping[str, Any], *, goldens: Goldens, chunked: bool) -> Case:
     """Returns a case of Stable Audio 3, with defaults from the goldens and the model's default for chunked decoding.
 
-    Raises ValueError if a list has another number of values than the batch has rows.
+    Raises CheckpointError if a list has another number of values than the batch has rows.
     """
     args: dict[str, Any] = {"prompt": "", "batch_size": 1, "chunked_decode": chunked}
     for stated in (goldens.section("generate_defaults"), facts["args"]):
@@ -93,7 +95,7 @@ def parse_case(facts: Mapping[str, Any], *, goldens: Goldens, chunked: bool) -> 
     columns = [_as_list(args[key], int(args["batch_size"])) for key in _LISTED if key in args]
     fields = [field for key, field in _LISTED.items() if key in args]
     rows = [dict(zip(fields, row, strict=True)) for row in zip(*columns, strict=True)]
-    starts, ends = (_as_list(args.get(edge, []), 1) for edge in _REGIONS)
+    starts, ends = (value if isinstance(value := args.get(edge, []), list) else [value] for edge in _REGIONS)
     requests = _build_requests(
         args,
         rows,
@@ -138,7 +140,10 @@ def _renamed(args: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any
 
 
 def _as_list(value: Any, length: int) -> list[Any]:
-    return value if isinstance(value, list) else [value] * length
+    found = value if isinstance(value, list) else [value] * length
+    if len(found) != length:
+        raise CheckpointError(f"golden.json: a list of {len(found)} values for a batch of {length}")
+    return found
 
 
 def _source(found: Mapping[str, Any] | None, goldens: Goldens) -> SourceAudio | None:
@@ -182,15 +187,19 @@ class RowNoise:
 
 
 class RowResult(NamedTuple):
-    """One row of a run: its plan, final latents (D, F), and audio (C, S) cut to the row's length."""
+    """One row of a run: its plan, final latents (D, F), and audio (C, S) cut to the row's length.
+
+    `calls` holds the network's input and output of each call of the run. A guided row is in it twice, unguided second.
+    """
 
     plan: RowPlan
     latents: Tensor
     audio: Tensor
+    calls: Calls
 
 
 class ObservedModel(ForwardingModel):
-    """Wraps a model to record the final latents of each row. Decodes the whole row, headroom included.
+    """Wraps a model to record its calls and the final latents of each row. Decodes the whole row, headroom included.
 
     `noise` has one source per row. If `texts` has entries, they replace the text encoder.
     """
@@ -201,6 +210,7 @@ class ObservedModel(ForwardingModel):
         super().__init__(model)
         self._noise, self._texts = noise, texts
         self.latents: list[dict[int, Tensor]] = [{} for _ in noise]  # per row: frame -> latent (D,)
+        self.calls: list[tuple[Tensor, Tensor]] = []
 
     @property
     def spec(self) -> ModelSpec:
@@ -212,6 +222,10 @@ class ObservedModel(ForwardingModel):
 
     def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
         return [self._texts[prompt] for prompt in prompts] if self._texts else super().encode_text(prompts)
+
+    def denoise(self, batch: StepBatch) -> Tensor:
+        self.calls.append((batch.x, super().denoise(batch)))
+        return self.calls[-1][1]
 
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
         for window in windows:
@@ -239,7 +253,8 @@ def run_case(
     results = []
     for plan, result, latents in zip(plans, asyncio.run(generate()), observed.latents, strict=True):
         made = torch.stack([latents[frame] for frame in range(plan.frames)], dim=1)
-        results.append(RowResult(plan, made, torch.from_numpy(result.audio[0])[:, : plan.output_samples]))
+        audio = torch.from_numpy(result.audio[0])[:, : plan.output_samples]
+        results.append(RowResult(plan, made, audio, observed.calls))
     return results
 
 

@@ -25,10 +25,12 @@ from stable_audio_serve.sampling.brownian import MAX_ENTROPY, BrownianTree, brow
 from stable_audio_serve.sampling.karras import polyexponential_sigmas
 from stable_audio_serve.sampling.samplers import DATA_DEPENDENT
 from stable_audio_serve.sampling.v_network import sigma_to_time
+from stable_audio_serve.sampling.v_samplers import OVER_TIME
 from stable_audio_serve.verification.checks import Check, Finding, Subject, same
 
 # x (B, D, F), float32 time of all rows -> guided output (B, D, F)
 Network = Callable[[Tensor, float], Tensor]
+Calls = Sequence[tuple[Tensor, Tensor]]  # input and guided output (B, D, F) of each network call of a plan
 Script = Sequence[ReplayDraw | ReplayPath]
 
 FORMULAS_KEY = "analytic"
@@ -137,15 +139,18 @@ def _channel_means(x: Tensor) -> Tensor:
 
 def _run_plan(
     plan: SamplerPlan, replay: ReplayNoise, *, noise: Tensor, source: Tensor | None, network: Network
-) -> Tensor:
-    """Run `plan` from `noise` (B, D, F) and, for an edit, `source` (B, D, F). Returns the result (B, D, F)."""
+) -> tuple[Tensor, Calls]:
+    """Run `plan` from `noise` (B, D, F) and, for an edit, `source` (B, D, F). Returns the result and the calls."""
+    calls: list[tuple[Tensor, Tensor]] = []
     rows = [replay.row(row) for row in range(len(noise))]
     sources = [None] * len(rows) if source is None else list(source)
     starts = zip(noise, sources, strict=True)
     state = torch.stack([sampling.start_state(plan, own, source=given) for own, given in starts])
     for call in plan.evaluations:
         terms = sampling.StepTerms.of([call] * len(rows))
-        made = network(sampling.network_input(state, terms), call.t)
+        seen = sampling.network_input(state, terms)
+        made = network(seen, call.t)
+        calls.append((seen, made))
         state = sampling.advance(
             state,
             terms,
@@ -153,7 +158,41 @@ def _run_plan(
             unconditional=_UNGUIDED_SHARE * made if any(call.b_uncond) else None,
             noise=torch.stack([row.step(tuple(noise.shape[1:])) for row in rows]) if call.draws_noise else None,
         )
-    return state[:, plan.result_register]
+    return state[:, plan.result_register], calls
+
+
+def compare_steps(
+    prefix: str, plan: SamplerPlan, *, calls: Calls, result: Tensor, sampler: str, sigmas: Sequence[float], it: Subject
+) -> Iterator[Finding]:
+    """Compare x and the clean estimate of the steps at the noise levels `sigmas`. Stored keys begin with `prefix`.
+
+    `result` (B, D, F) is x after the last step. The reference's callback reports them for the first network call of a
+    step, for RK4 for the last. Its x is from before the step. For Euler and RK4, and for DDIM except in its last step,
+    it is from after the step.
+    """
+    firsts, stored = (0, *plan.step_ends[:-1]), (it.goldens[f"{prefix}x"], it.goldens[f"{prefix}denoised"])
+    starts = [calls[first][0] / plan.evaluations[first].input_scale for first in firsts]
+    steps = zip(firsts, plan.step_ends, starts, (*starts[1:], result), strict=True)
+    chosen = [
+        step
+        for step in steps
+        if any(math.isclose(plan.evaluations[step[0]].sigma, sigma, rel_tol=2e-6) for sigma in sigmas)
+    ]
+    for index, ((first, stop, x, after), *expected) in enumerate(zip(chosen, *stored, strict=True)):
+        call, output = plan.evaluations[first], calls[first][1]
+        variance, angle = call.sigma**2 + 1, call.t * math.pi / 2
+        clean = x / variance - output * (call.sigma / math.sqrt(variance))
+        if sampler == "rk4":
+            clean = after - plan.evaluations[stop - 1].t * calls[stop - 1][1]
+        elif sampler in sampling.SAMPLERS:
+            clean = x - call.t * output
+        elif sampler in OVER_TIME:
+            clean = x * math.cos(angle) - output * math.sin(angle)
+        is_after = sampler in ("euler", "rk4") or (sampler in OVER_TIME and stop < len(calls))
+        # At sigma = 500, |x| reaches 1000 and the clean estimate depends on the last bits of x.
+        size = max(1.0, float(expected[0].abs().max()))
+        yield Finding(f"{prefix}x[{index}]", (after if is_after else x) / size, expected[0] / size)
+        yield Finding(f"{prefix}denoised[{index}]", clean / size, expected[1] / size)
 
 
 def step_levels(plan: SamplerPlan) -> Tensor:
@@ -181,7 +220,7 @@ def compare_script(name: str, script: Script, *, facts: Mapping[str, Any], sampl
 
 
 def _run_sampler(it: Subject, match: re.Match[str]) -> Iterator[Finding | str]:
-    """Run a sampler. Compare the shapes of its draws and its result."""
+    """Run a sampler. Compare the shapes of its draws, its steps and its result."""
     name, goldens, facts = match[0], it.goldens, it.goldens.section("cases", match[0])
     goldens.matching(re.escape(name) + "/.*")
     noise, sampler = goldens["sampler/noise"], facts["args"]["sampler_type"]
@@ -194,7 +233,11 @@ def _run_sampler(it: Subject, match: re.Match[str]) -> Iterator[Finding | str]:
     yield from compare_script(name, script, facts=facts, sampler=sampler)
     replay = ReplayNoise(int(facts["manual_seed"]), script, num_rows=len(noise))
 
-    made, expected = _run_plan(plan, replay, noise=noise, source=source, network=network), goldens[f"{name}/out"]
+    (made, calls), expected = (
+        _run_plan(plan, replay, noise=noise, source=source, network=network),
+        goldens[f"{name}/out"],
+    )
+    yield from compare_steps(f"{name}/", plan, calls=calls, result=made, sampler=sampler, sigmas=facts["sigma"], it=it)
     size = max(1.0, float(goldens[f"{name}/x"][-1].abs().max()))
     yield Finding(f"{name}/out", made / size, expected / size)
 

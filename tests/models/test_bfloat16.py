@@ -37,6 +37,7 @@ LEAST_DB: dict[str, float] = {
     "denoiser": 34.0,
     "denoiser padding": 36.0,
     "denoiser guidance": 28.0,
+    "end-to-end steps": 28.0,
     "end-to-end latents": 24.0,
     "end-to-end audio": 17.0,
 }

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.verification.goldens import Goldens
 from stable_audio_serve.verification.runs import parse_case, skip_reason
 
@@ -33,7 +34,7 @@ def test_a_list_has_one_value_per_row() -> None:
     assert [request.negative_prompt for request in case.requests] == ["a", "b"]
     assert [request.duration_s for request in case.requests] == [2.5, 1.0]
     assert [request.seed for request in case.requests] == [0, 1]
-    with pytest.raises(ValueError, match="longer"):
+    with pytest.raises(CheckpointError, match="batch of 2"):
         parse({"batch_size": 2, "prompt": ["rain"]})
 
 

@@ -38,18 +38,22 @@ def missed(answer: Answer) -> set[str]:
     return {entry["key"].split("[")[0] for entry in answer.report["comparisons"] if entry["missed"]}
 
 
-def test_the_command_accepts_the_folder_and_compares_every_result() -> None:
+def test_the_command_accepts_the_folder_and_compares_every_number() -> None:
     answer = verify_stored()
     assert answer.exit_code == 0, "\n".join(answer.lines)
     for component in REQUIRED_WITHOUT_MODEL:
         assert "largest difference" in answer.line(component, "ok")
     compared = {entry["key"].split("[")[0] for entry in answer.report["comparisons"]}
-    left_out = {
-        key
-        for key in load_open_goldens("common").tensors
-        if "k-dpm-adaptive" in key or (key.startswith("sampler/") and key.endswith(("/x", "/denoised")))
-    }
+    left_out = {key for key in load_open_goldens("common").tensors if "k-dpm-adaptive" in key}
     assert set(load_open_goldens("common").tensors) - compared == INPUTS | left_out | {"brownian/sampler_f16"}
+
+
+def test_every_step_of_every_sampler_is_compared() -> None:
+    keys = [entry["key"] for entry in verify_stored().report["comparisons"]]
+    for name, facts in load_open_goldens("common").facts["cases"].items():
+        if name.startswith("sampler/") and "adaptive" not in name:
+            for part in ("x", "denoised"):
+                assert sum(key.startswith(f"{name}/{part}[") for key in keys) == len(facts["sigma"])
 
 
 def other_time_of_a_sigma(patch: pytest.MonkeyPatch) -> None:
@@ -98,7 +102,7 @@ def test_a_deliberate_bug_exceeds_the_error_bound(
     [
         "brownian/tree_3",
         slow("sampler/dpmpp-3m-sde/out"),
-        slow("sampler/rf-rk4/out"),
+        slow("sampler/rf-rk4/denoised"),
         slow("schedule/dist_shift_sine_9999"),
         slow("prepare/up_441"),
     ],

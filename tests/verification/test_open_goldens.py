@@ -31,10 +31,12 @@ COMPARED = (
     "denoiser time features",
     "denoiser",
     "denoiser guidance",
+    "denoiser padding",
     "autoencoder",
     "decoder halo",
     "schedules",
     "lengths",
+    "end-to-end steps",
     "end-to-end latents",
     "end-to-end audio",
 )
@@ -51,7 +53,8 @@ def test_the_command_accepts_the_folder_and_compares_every_output(name: str) -> 
     compared = {entry["key"].split("[")[0] for entry in answer.report["comparisons"]}
     for case, facts in load_open_goldens(name).facts["cases"].items():
         if facts["args"].get("sampler_type") != "k-dpm-adaptive":
-            assert f"{case}/latents" in compared
+            assert {f"{case}/{part}" for part in ("latents", "cross_attn_cond", "global_cond")} <= compared
+    assert {"cond/inputs_cross_attn_cond", "cond/inputs_global_cond", "dit/negative_cross_attn_cond"} <= compared
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +152,7 @@ def edits_without_a_mask(patch: pytest.MonkeyPatch) -> None:
     ("mutate", "component"),
     [
         (edits_without_a_mask, "end-to-end latents"),
-        (negative_without_seconds, "end-to-end latents"),
+        (negative_without_seconds, "end-to-end steps"),
         slow(cosines_first, "number"),
         slow(other_norm_eps, "denoiser"),
         slow(every_window_takes_the_first_frames_noise, "decoder halo"),
@@ -210,9 +213,11 @@ def test_a_run_with_an_unknown_argument_is_skipped_by_name(quick: Path, tmp_path
     assert [("reverb" in line, "bpm" in line) for line in reasons] == [(True, False), (False, True)]
 
 
-@pytest.mark.slow
-def test_one_changed_number_is_a_mismatch(quick: Path, tmp_path: Path) -> None:
-    folder, key = Path(shutil.copytree(quick, tmp_path / "folder")), "gen/negative/latents"
+@pytest.mark.parametrize(
+    "key", [slow("gen/card/trace_denoised"), slow("gen/init_8.0/global_cond"), slow("gen/negative/latents")]
+)
+def test_one_changed_number_is_a_mismatch(quick: Path, tmp_path: Path, key: str) -> None:
+    folder = Path(shutil.copytree(quick, tmp_path / "folder"))
     edit_tensors(folder / "golden.safetensors", add_to_first(key, 0.2))
     answer = run_verify(folder)
     assert {entry["key"].split("[")[0] for entry in answer.report["comparisons"] if entry["missed"]} == {key}

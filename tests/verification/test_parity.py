@@ -14,7 +14,7 @@ from tests.verification.folders import verify_stored
 
 pytestmark = pytest.mark.server
 
-ELSEWHERE = {"lengths", "schedules", "text in float16", *REQUIRED_WITHOUT_MODEL} - {"draws"}
+ELSEWHERE = {"lengths", "schedules", "text in float16", "end-to-end steps", *REQUIRED_WITHOUT_MODEL} - {"draws"}
 # Outputs inside a component; `tests/models` compares them.
 INTERMEDIATE = re.compile(r"text/last_hidden_state|ae/(patched|.*_out_quiet|.*_draw_\d)")
 COMPONENTS = [component for component in BOUNDS if component not in ELSEWHERE]
@@ -57,8 +57,8 @@ def test_every_stored_output_is_compared_or_reported_as_skipped(name: str) -> No
     for key in load_goldens(name).tensors:
         group, rest = key.split("/", 1)
         is_input = rest.startswith(("latents", "audio", "negative_")) or rest.endswith("_audio") or rest in inputs
-        has_twin = "gen/" in key and "keymask" not in key and "/draw" not in key
-        is_left_out = rest.endswith(("_pad_vzero", "_ae_noise_off")) or INTERMEDIATE.fullmatch(key)
+        has_twin = "gen/" in key and "keymask" not in key and "/draw" not in key and "local_add" not in key
+        is_left_out = rest.endswith("_pad_vzero") or INTERMEDIATE.fullmatch(key)
         if not (group in ("dit", "ae") and is_input) and not has_twin and not is_left_out:
             assert key in compared
     assert "value-zeroed" in answer.line("denoiser padding", "skipped")
