@@ -64,10 +64,8 @@ def run_checks(report: Report, subject: Subject, *, checks: Sequence[Check]) -> 
                         if isinstance(found, str):
                             skipped[found] += 1
                             continue
-                        component = found.component or check.component
-                        report.compare(
-                            component, found.key, actual=found.actual, expected=found.expected, only=found.only
-                        )
+                        key, actual, expected, only, component = found
+                        report.compare(component or check.component, key, actual=actual, expected=expected, only=only)
         for reason, count in skipped.items():
             report.skip(check.component, f"{count} {reason}" if count > 1 else reason)
 

@@ -179,23 +179,20 @@ def _edit(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
     rate_hz, num_samples = spec.card.sample_rate_hz, waves.shape[-1]
     fifth_s = num_samples // spec.hop // 5 * spec.hop / rate_hz
     draws = torch.randn(stored.shape, generator=torch.Generator().manual_seed(int(match[1])))
-    edits = [
-        GenerationRequest(
-            prompt="",
-            duration_s=num_samples / rate_hz,
-            seed=row,
-            steps=3,
-            init_noise_level=spec.card.noise_level(0.5, sampler=None),
-            inpaint_audio=SourceAudio(wave.numpy(), rate_hz),
-            inpaint_regions_s=((2 * fifth_s, 3 * fifth_s),),
-        )
-        for row, wave in enumerate(waves)
-    ]
+    edit = GenerationRequest(
+        prompt="",
+        duration_s=num_samples / rate_hz,
+        seed=0,
+        steps=3,
+        init_noise_level=spec.card.noise_level(0.5, sampler=None),
+        inpaint_regions_s=((2 * fifth_s, 3 * fifth_s),),
+    )
+    sources = [SourceAudio(wave.numpy(), rate_hz) for wave in waves]
+    edits = [replace(edit, seed=row, inpaint_audio=source) for row, source in enumerate(sources)]
     variations = [replace(edit, init_audio=edit.inpaint_audio) for edit in edits]
-    for name, requests in (("an edit", edits), ("a variation", variations)):
+    for name, rows in (("an edit", edits), ("a variation", variations)):
         noise = [RowNoise(SeededNoise(row), draw) for row, draw in enumerate(draws)]
-        case = Case(tuple(requests), 0, num_samples)
-        for row, result in enumerate(runs.run_case(it.model, case, noise=noise)):
+        for row, result in enumerate(runs.run_case(it.model, Case(tuple(rows), 0, num_samples), noise=noise)):
             if (kept := result.plan.keep_mask) is None:
                 raise ValueError("no mask was planned")
             yield Finding(f"{match[0]} kept by {name}[{row}]", result.latents, stored[row], kept.bool())

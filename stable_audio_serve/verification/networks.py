@@ -83,11 +83,6 @@ class _Pass:
         local = {"local": self.local} if self._group == "dit/" else {}
         return self.net.condition(context, self._goldens[f"{self._group}global_cond"], **local)
 
-    def negative(self) -> Any:
-        """Returns the conditioning of the negative branch: padded tokens are zeros, not the learned padding."""
-        mask = self._goldens["dit/negative_cross_attn_mask"].bool()[..., None]
-        return self.condition(torch.where(mask, self._goldens["dit/negative_cross_attn_cond"], 0.0))
-
     def run(self, conditioning: Any = None, *, valid: Tensor | None = None) -> Tensor:
         """Returns the output (B, D, F) for the stored conditioning or another."""
         return self.net(self.x, self.t, conditioning=conditioning or self.condition(), valid=valid)
@@ -116,7 +111,11 @@ def _output(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
         cfg, apg, norm, phi = (_number(match[part] or "0") for part in ("cfg", "apg", "norm", "phi"))
         phi = _OPEN_PHI if match["phi"] == "" else phi
         if cfg != 1.0 and match["interval"] != "off":
-            other = inputs.run(inputs.negative() if match["negative"] else wanted.without_context(), valid=valid)
+            away = wanted.without_context()
+            if match["negative"]:  # padded tokens are zeros, not the learned padding
+                mask = it.goldens["dit/negative_cross_attn_mask"].bool()[..., None]
+                away = inputs.condition(torch.where(mask, it.goldens["dit/negative_cross_attn_cond"], 0.0))
+            other = inputs.run(away, valid=valid)
             rows = GuidanceBatch.of([Guidance(cfg, apg_scale=apg, norm_threshold=norm, rescale=phi)] * len(inputs.x))
             found = guide(inputs.x, inputs.t, conditional=found, unconditional=other, valid=valid, rows=rows)
     found = found.flip(0) if match["interval"] == "swapped" else found
@@ -154,9 +153,7 @@ def _cut(value: Tensor, span: WindowSpan, *, unit: int) -> Tensor:
 
 def _windows_of(frames: int, match: re.Match[str]) -> Sequence[WindowSpan]:
     """Returns the windows that a key states by size and overlap, or one window over all frames."""
-    if match["size"] is None:
-        return whole_window(frames)
-    return chunked_windows(frames, size=int(match["size"]), overlap=int(match["overlap"]))
+    return chunked_windows(frames, size=int(match["size"] or frames), overlap=int(match["overlap"] or 0))
 
 
 def _code(it: Subject, match: re.Match[str]) -> Tensor:

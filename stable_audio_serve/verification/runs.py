@@ -61,15 +61,11 @@ _KNOWN = {*_FIELDS, *_LISTED, *_REGIONS, *_READ}
 
 
 class Case(NamedTuple):
-    """One run of a reference.
+    """One run of a reference."""
 
-    `seed` is the seed of the run; the seed of each request is its row index. `sample_size` (audio samples) caps the
-    latent length.
-    """
-
-    requests: tuple[GenerationRequest, ...]
-    seed: int
-    sample_size: int
+    requests: tuple[GenerationRequest, ...]  # one per row; the seed of each is its row index
+    seed: int  # of the run
+    sample_size: int  # number of audio samples that caps the latent length
 
 
 def skip_reason(args: Mapping[str, Any]) -> str | None:
@@ -187,15 +183,12 @@ class RowNoise:
 
 
 class RowResult(NamedTuple):
-    """One row of a run: its plan, final latents (D, F), and audio (C, S) cut to the row's length.
-
-    `calls` holds the network's input and output of each call of the run. A guided row is in it twice, unguided second.
-    """
+    """One row of a run: its plan, final latents (D, F), and audio (C, S) cut to the row's length."""
 
     plan: RowPlan
     latents: Tensor
     audio: Tensor
-    calls: Calls
+    calls: Calls  # the network's input and output of each call of the run; a guided row is in it twice, unguided second
 
 
 class ObservedModel(ForwardingModel):
@@ -236,11 +229,7 @@ class ObservedModel(ForwardingModel):
 
 
 def run_case(
-    model: DiffusionModel,
-    case: Case,
-    *,
-    noise: Sequence[NoiseSource],
-    texts: Mapping[str, TextEmbedding] | None = None,
+    model: DiffusionModel, case: Case, *, noise: Sequence[NoiseSource], texts: Mapping[str, TextEmbedding] | None = None
 ) -> list[RowResult]:
     """Run all rows of a case in one batch. `noise` has one source per row; `texts` replace the text encoder."""
     plans, observed = plan_case(model, case), ObservedModel(model, noise=noise, texts=texts or {})

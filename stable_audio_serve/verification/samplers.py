@@ -143,14 +143,12 @@ def _run_plan(
     """Run `plan` from `noise` (B, D, F) and, for an edit, `source` (B, D, F). Returns the result and the calls."""
     calls: list[tuple[Tensor, Tensor]] = []
     rows = [replay.row(row) for row in range(len(noise))]
-    sources = [None] * len(rows) if source is None else list(source)
-    starts = zip(noise, sources, strict=True)
+    starts = zip(noise, [None] * len(rows) if source is None else source, strict=True)
     state = torch.stack([sampling.start_state(plan, own, source=given) for own, given in starts])
     for call in plan.evaluations:
         terms = sampling.StepTerms.of([call] * len(rows))
         seen = sampling.network_input(state, terms)
-        made = network(seen, call.t)
-        calls.append((seen, made))
+        calls.append((seen, made := network(seen, call.t)))
         state = sampling.advance(
             state,
             terms,
@@ -166,33 +164,24 @@ def compare_steps(
 ) -> Iterator[Finding]:
     """Compare x and the clean estimate of the steps at the noise levels `sigmas`. Stored keys begin with `prefix`.
 
-    `result` (B, D, F) is x after the last step. The reference's callback reports them for the first network call of a
-    step, for RK4 for the last. Its x is from before the step. For Euler and RK4, and for DDIM except in its last step,
-    it is from after the step.
+    `result` (B, D, F) is x after the last step. The reference's callback reports x before a step; after it for Euler,
+    RK4 and DDIM, except in DDIM's last step. The estimate is from a step's first network call, for RK4 from its last.
     """
-    firsts, stored = (0, *plan.step_ends[:-1]), (it.goldens[f"{prefix}x"], it.goldens[f"{prefix}denoised"])
+    firsts, near = (0, *plan.step_ends[:-1]), step_levels(plan)[:, None].isclose(torch.tensor(sigmas), rtol=2e-6)
     starts = [calls[first][0] / plan.evaluations[first].input_scale for first in firsts]
     steps = zip(firsts, plan.step_ends, starts, (*starts[1:], result), strict=True)
-    chosen = [
-        step
-        for step in steps
-        if any(math.isclose(plan.evaluations[step[0]].sigma, sigma, rel_tol=2e-6) for sigma in sigmas)
-    ]
-    for index, ((first, stop, x, after), *expected) in enumerate(zip(chosen, *stored, strict=True)):
-        call, output = plan.evaluations[first], calls[first][1]
-        variance, angle = call.sigma**2 + 1, call.t * math.pi / 2
-        clean = x / variance - output * (call.sigma / math.sqrt(variance))
+    chosen = [step for step, found in zip(steps, near.any(dim=1), strict=True) if found]
+    stored = zip(it.goldens[f"{prefix}x"], it.goldens[f"{prefix}denoised"], strict=True)
+    for index, ((first, stop, x, after), (wanted, denoised)) in enumerate(zip(chosen, stored, strict=True)):
+        call, (seen, output) = plan.evaluations[first], calls[first]
         if sampler == "rk4":
-            clean = after - plan.evaluations[stop - 1].t * calls[stop - 1][1]
-        elif sampler in sampling.SAMPLERS:
-            clean = x - call.t * output
-        elif sampler in OVER_TIME:
-            clean = x * math.cos(angle) - output * math.sin(angle)
+            call, seen, output = plan.evaluations[stop - 1], after, calls[stop - 1][1]
+        angle = call.t * math.pi / 2
+        clean, noise = (1.0, call.t) if sampler in sampling.SAMPLERS else (math.cos(angle), math.sin(angle))
         is_after = sampler in ("euler", "rk4") or (sampler in OVER_TIME and stop < len(calls))
-        # At sigma = 500, |x| reaches 1000 and the clean estimate depends on the last bits of x.
-        size = max(1.0, float(expected[0].abs().max()))
-        yield Finding(f"{prefix}x[{index}]", (after if is_after else x) / size, expected[0] / size)
-        yield Finding(f"{prefix}denoised[{index}]", clean / size, expected[1] / size)
+        size = max(1.0, float(wanted.abs().max()))  # at sigma = 500, |x| reaches 1000 and rounding moves the estimate
+        yield Finding(f"{prefix}x[{index}]", (after if is_after else x) / size, wanted / size)
+        yield Finding(f"{prefix}denoised[{index}]", (clean * seen - noise * output) / size, denoised / size)
 
 
 def step_levels(plan: SamplerPlan) -> Tensor:
