@@ -1,4 +1,4 @@
-"""Checks of whole runs through the engine: lengths, schedules, draws, latents and audio.
+"""Checks of whole runs through the engine: lengths, schedules, draws, network inputs, steps, latents and audio.
 
 Runs of the Stable Audio Open family use the stored text embeddings. The reference's text encoder computes in float16,
 whose last bits differ between machines. The encoder has separate checks.
@@ -27,7 +27,7 @@ _SILENT = "_ae_noise_off"
 
 
 def _run(it: Subject, match: re.Match[str]) -> Iterator[Finding | str]:
-    """Repeat a case with all its rows; compare its lengths, noise levels, draws, latents and audio."""
+    """Repeat a case with all its rows. A second run has no noise in the autoencoder, if its outputs are stored."""
     goldens, name, facts = it.goldens, match[0], it.goldens.section("cases", match[0])
     goldens.matching(re.escape(name) + "/.*")
     model, texts, is_open = it.model, {}, isinstance(it.model, SaoModel)
