@@ -78,7 +78,7 @@ def build_router(service: Service) -> APIRouter:
         def describe_all() -> list[JobStatus]:
             return [describe(job, jobs.artifacts, base=base, position=position) for job in found]
 
-        if any(job.result is not None for job in found):  # signing a link may block, waiting for credentials
+        if any(job.result is not None for job in found):  # signing download links may block to get credentials
             return await asyncio.to_thread(describe_all)
         return describe_all()
 
@@ -146,7 +146,7 @@ def build_router(service: Service) -> APIRouter:
 
 
 def _build_links(service: Service) -> APIRouter:
-    """Return the routes whose links need no key."""
+    """Return the download route. Links to it work without an API key."""
     jobs = service.jobs
     links = APIRouter(route_class=public_route_class(render_error, scopes=("jobs",)))
 

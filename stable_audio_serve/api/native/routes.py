@@ -110,7 +110,7 @@ def convert(
 ) -> tuple[ModelCard, GenerationRequest]:
     """Return the model and the request for `fields`, without source audio. Raises RequestValidationError.
 
-    The response will name the fields that have no effect.
+    Records the fields that have no effect. The response names them.
     """
     card, generation = to_request(
         fields,
