@@ -66,7 +66,7 @@ def create_app(
 ) -> FastAPI:
     """Return the application. `backend` may run models with or without Ray.
 
-    Without `jobs`, the application opens the job database of the settings and only adds jobs; another process runs
+    Without `jobs`, the application opens the job queue of the settings. It adds jobs, and another process runs
     them. Without `operations`, the operator routes describe this process only. `address_header` is the header in which
     a proxy sends the client's address. The proxy must overwrite a value that the client sent.
     """

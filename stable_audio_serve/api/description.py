@@ -36,7 +36,7 @@ _SECURITY_SCHEMES = {
 def error_responses(model: type[BaseModel], *statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the `responses` of a FastAPI route for these error statuses, and for 403, which all routes can return.
 
-    `model` is the dialect's model of an error body.
+    `model` is the Pydantic model of the dialect's error responses.
     """
     return {status: {"model": model, "description": _ERRORS[status]} for status in sorted({403, *statuses})}
 

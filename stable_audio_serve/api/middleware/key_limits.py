@@ -1,7 +1,7 @@
 """Limits of API keys: seconds of audio per minute, and concurrent requests.
 
-The limits apply to all servers together that share a job database. If the key of a request has limits, one transaction
-admits the request. A second transaction follows when the request ends, if it was counted as a concurrent request (it
+Servers that share a job database apply the limits together. If the key of a request has limits, one transaction admits
+the request. A second transaction follows when the request ends, if it was counted as a concurrent request (it
 had a "place") or if its audio shall not count. While the database is unavailable, each process applies the limits to
 its own requests only.
 """
@@ -40,8 +40,8 @@ T = TypeVar("T")
 log = structlog.get_logger("stable_audio_serve.api")
 
 _RENEW_S = LEASE_S / 3
-# Time limit of a transaction. After it, this process applies the limits alone. The time is long, because processes that
-# apply the limits alone together admit more requests than allowed.
+# Time limit of a transaction. If a transaction takes longer, this process applies the limits alone. The time limit is
+# long, because several processes that apply the limits alone admit more requests in total than allowed.
 _PATIENCE_S = 10.0
 # The end of a response is delayed up to this time until the database no longer counts the request as concurrent.
 # Otherwise the client's next request could be refused.
@@ -49,7 +49,7 @@ _LEAVING_S = 2.0
 _CLOSING_S = 1.0
 _LONGEST_RETRY_S = 60.0
 _LEAST_AUDIO_S = 0.01  # `require_room` checks the limits for this much audio, which is less than any request generates
-_MOST_NAMED = 200  # the first keys have their own label in metrics; later keys share the label "other"
+_MOST_NAMED = 200  # so many keys have their own label in metrics; all other keys share the label "other"
 
 
 @dataclass(slots=True)

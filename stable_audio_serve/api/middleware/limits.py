@@ -32,7 +32,8 @@ _MAX_DRAIN_IDLE_S = 1.0
 class ClientTimes:
     """How fast a client must send its request and read its response.
 
-    A process receives at most `max_slow` slow bodies at once. A body is slow after `grace_s` (+- 50 %) of waiting.
+    A process receives at most `max_slow` slow bodies at once. A body is slow if the server
+    has waited for its data for more than `grace_s` in total (randomly changed by up to 50 %).
     """
 
     rate_bytes_s: float = 4096.0  # the lowest speed of a body, averaged over `window_s`

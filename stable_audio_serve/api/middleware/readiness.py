@@ -16,7 +16,7 @@ _ANSWERING = frozenset({"ready", "idle", "waking"})
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether the server is ready. `status` is ok, loading, failed or the cause of a `block`.
+    """Whether the server is ready. `status` is ok, loading, failed or a cause given to `Readiness.block`.
 
     `reasons` are sentences that explain why the server is not ready.
     """

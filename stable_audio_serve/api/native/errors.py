@@ -1,7 +1,4 @@
-"""Error responses of the native API. Invalid fields give a 422 with a list like FastAPI's.
-
-Other errors have one sentence.
-"""
+"""Error responses of the native API. Invalid fields: status 422 and a list like FastAPI's. Others: one sentence."""
 
 from __future__ import annotations
 

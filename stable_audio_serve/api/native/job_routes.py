@@ -157,7 +157,7 @@ def _build_links(service: Service) -> APIRouter:
     async def download(request: Request, job_id: str) -> Response:
         """Download a job's audio. No key is needed, except for a job whose id the client chose.
 
-        Works for files in a bucket too, because not every client can reach the bucket that `download_url` leads to.
+        This also works for audio in a bucket, for clients that cannot reach the bucket (`download_url` leads there).
         """
         check_names(request, (), limits=service.settings.api)
         job = None if request.state.client is None else await jobs.get(_ref(request, job_id))

@@ -1,8 +1,7 @@
-"""Recreate clips from recipes. A recipe has all values that determine a file's bytes, except its source audio.
+"""Recreate clips from recipes. A recipe has all values that determine an audio file's bytes.
 
-Clients send the recipe, or an audio file in which it is embedded, and the source audio if there was any.
-
-A replay runs like any other request. The recipe is untrusted input.
+Clients send a recipe, or an audio file in which a recipe is embedded. They also send the source audio that the recipe
+names. A replay runs like any other request. The recipe is untrusted input.
 """
 
 from __future__ import annotations

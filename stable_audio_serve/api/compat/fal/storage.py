@@ -1,7 +1,7 @@
 """fal's storage: clients upload files, whole or in parts, and download them from links that need no key.
 
-A client first announces an upload and then sends it to a URL that needs no key. The URL contains a signed ticket, so
-the upload may go to another ingress replica than the announcement.
+A client first announces an upload, and then sends the file to a URL that needs no key. The URL contains a signed
+ticket, so any replica of the HTTP server can receive the file, also one that did not handle the announcement.
 """
 
 from __future__ import annotations
