@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _MAX_VALUES = 80_000_000  # largest samples x channels after mixing to stereo: 320 MB of float32, or 416 s at 96 kHz
 _START_TIMEOUT_S = 30.0
 _START_RETRY_S = 5.0
-_ATTEMPTS = 2  # two, because the process may die for a reason other than the file, such as short memory
+_ATTEMPTS = 2  # tries per file, because the process may die for other reasons, such as too little memory
 
 
 class AudioDecoder:

@@ -3,8 +3,8 @@
 It imports little and limits its own memory. If it crashes, its parent starts another one.
 
 The parent sends a file descriptor and, as JSON, the arguments of `read`, or null to call `read_text`. The response is a
-line of JSON with `num_bytes`, followed by that many bytes: float32 samples (S, C), or the text in UTF-8. For a file
-that cannot be used, the line has the reason as `refused`, and no bytes follow.
+line of JSON with `num_bytes`, followed by that many bytes: float32 (samples, channels), or the text in UTF-8. If the
+file cannot be used, the line has the reason as `refused`, and no bytes follow.
 """
 
 from __future__ import annotations

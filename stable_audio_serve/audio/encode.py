@@ -98,7 +98,7 @@ def to_pcm16(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:
             stop = min(start + _BLOCK, samples)
             x, q = scaled[: stop - start], fixed[: stop - start]
             np.multiply(audio[channel, start:stop], np.float32(2**31), out=x)
-            # 2**31 - 128 is the largest float32 below 2**31.
+            # Clip to the range of int32. 2**31 - 128 is the largest float32 below 2**31.
             np.clip(x, np.float32(-(2**31)), np.float32(2**31 - 128), out=x)
             np.copyto(q, np.rint(x, out=x), casting="unsafe")
             out[start:stop, channel] = q.view(np.int16)[high_half]
@@ -121,8 +121,8 @@ def encode_audio(
     """Encode `audio` (C, S) float32 in -1..1 as a file. WAV and FLAC files have 16-bit samples.
 
     MP3 and Opus support only some sample rates. Audio at another rate is resampled to the next higher rate, or else to
-    the highest. `text` is embedded in the file (`embedded_text.extract` reads it). It must not
-    be empty, and for Opus not longer than `MOST_OPUS_TEXT_CHARS`.
+    the highest. `text` is embedded in the file (`embedded_text.extract` reads it). The text must not be empty, and for
+    Opus not longer than `MOST_OPUS_TEXT_CHARS`.
     """
     if file_format is AudioFormat.WAV:
         return encode_wav(to_pcm16(audio), sample_rate_hz, text=text)

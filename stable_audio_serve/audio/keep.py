@@ -92,7 +92,7 @@ def keep_source(
 ) -> tuple[GeneratedSpan, ...]:
     """Replace `audio` (C, S) float32 by `source` in place, except in `spans`. Returns the generated audio in `spans`.
 
-    `source` has the same channels, and at least S samples: a shorter source must be padded with silence.
+    `source` must have the same channels and at least S samples. Pad a shorter source with silence.
     """
     generated = []
     for span in spans:

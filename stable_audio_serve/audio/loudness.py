@@ -26,7 +26,7 @@ _STEP_S = 0.1
 _STEPS_PER_BLOCK = 4  # blocks of 0.4 s; the loudness of a shorter clip is undefined
 _OFFSET_LUFS = -0.691
 _ABSOLUTE_GATE_LUFS = -70.0
-_RELATIVE_GATE = 10 ** (-10 / 10)  # 10 LU below the mean
+_RELATIVE_GATE = 10 ** (-10 / 10)  # blocks more than 10 LU below the mean do not count
 _NEGLIGIBLE = 1e-9
 # Sizes chosen by measuring: half or twice each size is slower. Larger matrix products would start BLAS threads, which
 # wait for each other on a busy machine. A chunk fits the cache.
@@ -47,7 +47,7 @@ def measure_loudness(audio: npt.NDArray[np.float32], sample_rate_hz: int) -> flo
     """Return the integrated loudness (ITU-R BS.1770-4) of mono or stereo `audio` (C, S) in LUFS, None if undefined."""
     if sample_rate_hz < _LEAST_RATE_HZ or audio.shape[1] < _STEP_S * _STEPS_PER_BLOCK * sample_rate_hz:
         return None
-    with np.errstate(over="ignore", invalid="ignore"):  # the squares of infinite or very large samples
+    with np.errstate(over="ignore", invalid="ignore"):  # squares of infinite or very large samples overflow
         weighted = _apply(_make_k_weighting(sample_rate_hz), audio)
         steps = _step_powers(weighted, round(_STEP_S * sample_rate_hz))
     powers = np.convolve(steps, np.full(_STEPS_PER_BLOCK, 1 / _STEPS_PER_BLOCK), mode="valid")

@@ -80,8 +80,8 @@ def limit_spans(
 ) -> npt.NDArray[np.float32]:
     """Return `audio` (C, S) with each span limited separately, and all other samples clipped to -1..1.
 
-    The limiter sees a span as it was before the crossfades with the source. The gain change is then faded like the
-    span.
+    The limiter gets each span as it was before its crossfades with the source. The limiter's change is then added with
+    the same crossfades.
     """
     if find_peak(audio) <= CEILING:
         return audio

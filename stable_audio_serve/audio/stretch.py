@@ -43,4 +43,4 @@ def _stretch_once(audio: npt.NDArray[np.float32], sample_rate_hz: int, *, speed:
     block = math.ceil(_BLOCK_S * sample_rate_hz)
     stretch.configure(audio.shape[0], block, max(1, block // _BLOCKS_OVERLAPPING))
     stretch.setTimeFactor(speed)
-    return np.asarray(stretch.process(np.ascontiguousarray(audio)), np.float32)  # without the latency
+    return np.asarray(stretch.process(np.ascontiguousarray(audio)), np.float32)  # `process` removes the latency
