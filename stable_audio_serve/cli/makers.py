@@ -70,7 +70,7 @@ def make_by_server(request: SoundRequest, client: Client, *, on_progress: OnProg
         job = submit(request, client, key=key)
         return client.jobs.fetch(client.jobs.wait(job.id, on_progress=on_progress))
     except KeyboardInterrupt:
-        # The id of the job may not have arrived. Submitting again with the same key returns the same job.
+        # Submit again with the same key, which returns the same job, because the first response may not have arrived.
         job = submit(request, client, key=key)
         with suppress(ConflictError):  # the job has already ended
             client.jobs.cancel(job.id)
@@ -78,7 +78,7 @@ def make_by_server(request: SoundRequest, client: Client, *, on_progress: OnProg
 
 
 def submit(request: SoundRequest, client: Client, *, key: str | None) -> Job:
-    """Submit a request as a job, unless its kind is "loop" or "replay". Calls with the same `key` return the same job.
+    """Submit a request of the kind generate, vary or inpaint as a job. Calls with the same `key` return the same job.
 
     Raises errors of `core.errors`.
     """

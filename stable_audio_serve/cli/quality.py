@@ -94,7 +94,7 @@ async def _check(settings: Settings, name: str) -> None:
         raise ConfigError(f"no model is called {name[:80]!r}; configured: {names}", field="models")
 
     async def others_answer() -> bool:
-        return True  # makes a failed check an error; with False, the trial would load older weights instead
+        return True  # makes a failed check an error; with False, older weights would be loaded instead
 
     artifacts = open_artifacts(settings)
     load = partial(load_engine, settings, model)
