@@ -194,7 +194,7 @@ class Operations:
     async def wait(
         self, job_id: str, *, on_progress: Callable[[JobProgress], None] | None, timeout_s: float | None
     ) -> Job:
-        """Wait until the job ends, and return it. Raises DeadlineExceededError if that takes longer than `timeout_s`."""
+        """Wait until the job ends, and return it. Raises DeadlineExceededError if this takes more than `timeout_s`."""
         ends_at = None if timeout_s is None else time.monotonic() + timeout_s
         async with aclosing(self.follow(job_id)) as following:
             async for update in following:
@@ -228,7 +228,7 @@ class Operations:
         return await self._with_audio(job, read)
 
     async def _with_audio(self, job: Job | str, use: Callable[[httpx.Response, Job], Awaitable[T]]) -> T:
-        """Open the download of a job's audio, call `use` with the response and the job, and return what it returns.
+        """Open the download of a job's audio, and return the result of `use`, called with the response and the job.
 
         After a temporary failure of the download or of `use`, both are repeated.
         """
