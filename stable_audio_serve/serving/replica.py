@@ -157,7 +157,7 @@ class ModelReplica:
         )
 
     def record_routing_stats(self) -> dict[str, Any]:
-        """Return the statistics for the request routers of this model, which also record them for the status endpoint.
+        """Return the statistics for the request routers of this model. The routers also record them for the status.
 
         Called by Ray Serve every second.
         """
@@ -191,7 +191,7 @@ class ModelReplica:
         self._waiting_s, self._is_kept, self._reported_at = seconds, is_kept, time.monotonic()
 
     async def check_health(self) -> None:
-        """Raise ModelUnavailableError if the engine has failed. Called by Ray Serve, which then replaces this replica."""
+        """Raise ModelUnavailableError if the engine failed. Called by Ray Serve, which then replaces this replica."""
         self._engine.check_health()
 
     async def __del__(self) -> None:
