@@ -273,7 +273,7 @@ def place_file(response: httpx.Response, path: Path) -> Path:
 
 @contextmanager
 def _parsing(what: str) -> Iterator[None]:
-    """Raise GenerationError in place of the errors that parsing raises. Its message begins with `what`."""
+    """In this context, raise GenerationError in place of errors from parsing. The message begins with `what`."""
     try:
         yield
     except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
@@ -305,7 +305,7 @@ def _values(header: str) -> list[Any]:
 def _file_name(disposition: str) -> str:
     """Return the file name in a Content-Disposition header.
 
-    Folders in the name are removed. Otherwise a name such as `../name` would lead out of the caller's folder.
+    Folders in the name are removed. Otherwise a name such as `../name` would lead out of the folder for the download.
     """
     message = Message()
     message["content-disposition"] = disposition

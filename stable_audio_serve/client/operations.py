@@ -44,7 +44,7 @@ _MOST_BROKEN = 3
 
 
 class BlockingNetwork:
-    """Sends requests and sleeps for `Client`."""
+    """Sends requests, reads responses and sleeps for `Client`. Every method blocks until it has finished."""
 
     def __init__(self, http: httpx.Client) -> None:
         self._http = http
@@ -73,7 +73,7 @@ class BlockingNetwork:
 
 
 class AsyncNetwork:
-    """Sends requests and sleeps for `AsyncClient`."""
+    """Sends requests, reads responses and sleeps for `AsyncClient`, with asyncio."""
 
     def __init__(self, http: httpx.AsyncClient) -> None:
         self._http = http
