@@ -64,7 +64,8 @@ class ModelCard:
         """The schedule of a flow model's edits: `edit_schedule`, or if that is None, the default of the model's family.
 
         For Stable Audio Open the default is "reference": the original code's schedule is evenly spaced and never
-        exceeds the noise level. The original schedule of Stable Audio 3 has neither property, so the default is "even".
+        exceeds the noise level. For other models the original schedule does not have these properties, so the default
+        is "even".
         """
         return self.edit_schedule or ("reference" if self.family == OPEN_FAMILY else "even")
 

@@ -51,7 +51,7 @@ def activate(text: str) -> None:
 
 
 def failpoint(name: Failpoint) -> None:
-    """Kill or freeze this process if the failpoint `name` has an action. Call this at the point in the code."""
+    """Kill or freeze this process if the failpoint `name` has an action. Call this function where the failpoint is."""
     action = _actions.get(name)
     if action is not None and _is_first(action.marker):
         os.kill(os.getpid(), action.signal)

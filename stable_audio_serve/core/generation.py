@@ -18,7 +18,7 @@ EditSchedule = Literal["even", "scaled", "reference"]
 # When regions of source audio are regenerated: whether the samples outside the regions are the source's or the model's.
 Keep = Literal["source", "model"]
 Role = Literal["init", "inpaint"]  # what source audio is used for: init = a variation, inpaint = regenerating regions
-Priority = Literal["interactive", "batch"]  # batch work yields to interactive work but keeps a minimum share
+Priority = Literal["interactive", "batch"]  # interactive requests run first; batch requests keep a minimum share
 
 
 @dataclass(frozen=True, slots=True)

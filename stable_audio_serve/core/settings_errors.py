@@ -37,7 +37,7 @@ def faults(error: ValidationError, *, is_secret: Callable[[Path], bool] = lambda
 def unknown_keys(value: object, model: type[BaseModel], *, path: Path = ()) -> Iterator[tuple[Path, str]]:
     """Yield the path of each key in `value` that is not a field of `model`, with an error message.
 
-    This includes models that allow extra keys. Keys inside a field that is a plain mapping are not checked.
+    A model's extra keys are yielded even if the model allows them. Keys inside a field that is a plain mapping are not.
     """
     if isinstance(value, list | tuple):
         for index, item in enumerate(value):
