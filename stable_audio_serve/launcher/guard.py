@@ -33,7 +33,7 @@ def guarded(directory: Path) -> Iterator[None]:
 
 
 def processes_using(directory: Path) -> list[int]:
-    """Return the ids of the processes that have a file open in `directory`. On systems without /proc, returns none."""
+    """Return the ids of the processes that have a file open in `directory`: an empty list on systems without /proc."""
     prefix = f"{directory}/"
     found = set()
     for process in Path("/proc").glob("[0-9]*"):
