@@ -130,7 +130,7 @@ class Ingress:
         self._draining.leave()
 
     async def __del__(self) -> None:  # Ray Serve calls this when it stops the replica
-        for task in getattr(self, "_tasks", ()):  # without `_tasks` if the start failed
+        for task in getattr(self, "_tasks", ()):  # `_tasks` is missing if the start failed
             task.cancel()
 
 

@@ -79,7 +79,7 @@ def finish(text: str, options: ProxyOptions) -> str:
 
 
 def _close_admin_socket(text: str, options: ProxyOptions) -> str:
-    """Allow only this user to open HAProxy's admin socket. With it, any other user could redirect clients."""
+    """Allow only this user to open HAProxy's admin socket. Other users could redirect clients through the socket."""
     return _replace(text, r"^( *stats socket \S+ mode) 666( level admin)", replacement=r"\1 600\2")
 
 

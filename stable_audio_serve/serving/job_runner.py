@@ -133,7 +133,7 @@ class JobRunnerReplica:
         self._runner.check_health()
 
     async def __del__(self) -> None:  # Ray Serve calls this when it stops the replica
-        if hasattr(self, "_tasks"):  # without `_tasks` if the start failed
+        if hasattr(self, "_tasks"):  # `_tasks` is missing if the start failed
             for task in (*self._tasks, *self._reports.values()):
                 task.cancel()
             await self._runner.close()

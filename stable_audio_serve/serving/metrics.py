@@ -102,7 +102,7 @@ class RecentSum:
         self._seconds: deque[tuple[int, float]] = deque(maxlen=window_s + 1)  # (second, sum of the values in it)
 
     def add(self, value: float = 1.0) -> None:
-        """Add `value` in the current second."""
+        """Add `value` to the sum of the current second."""
         with self._lock:
             second, before = int(self._clock.monotonic()), 0.0
             if self._seconds and self._seconds[-1][0] == second:

@@ -299,7 +299,7 @@ def _refused_update(deployment: DeploymentStatusOverview) -> str | None:
 
 
 def _states(deployment: DeploymentStatusOverview) -> Mapping[str, int]:
-    # Ray's keys are sometimes text and sometimes members of `ReplicaState`.
+    # The keys of Ray's `replica_states` are sometimes text and sometimes members of `ReplicaState`.
     counts = deployment.replica_states.items()
     return {ReplicaState(state).value.lower(): int(number) for state, number in counts if number}
 

@@ -69,8 +69,8 @@ def fetch_configs(plan: Plan, models: Iterable[ModelSettings], *, print_error: C
 def check_proxy(settings: Settings, environ: Mapping[str, str], *, print_error: Callable[[str], None]) -> None:
     """Warn if HAProxy may end requests too early: if its hard stop is shorter than the longest possible request.
 
-    The hard stop is a variable in the environment of `ray start`. It limits how long an old HAProxy process runs after
-    a change of replicas.
+    The hard stop limits how long an old HAProxy process runs after a change of replicas. A variable in the environment
+    of `ray start` sets it.
     """
     if environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1":
         return

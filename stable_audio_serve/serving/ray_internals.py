@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 TESTED = ("2.60",)
 
-_NEEDED = {  # names that must exist, by module; `Class.method` means the attribute of a name
+_NEEDED = {  # names that must exist, by module; a name with a dot is an attribute of another name
     "ray.serve.context": ("_get_global_client",),
     "ray.serve._private.client": (
         "ServeControllerClient.deploy_apps",

@@ -34,8 +34,11 @@ logger = logging.getLogger(__name__)
 
 _MINUTE_S = 60
 _MIN_INTERVAL_S = 0.1
-_WAITING_TTL_S = 5.0  # if no runner reports for so long, the replica assumes that no jobs wait
-_KEPT_TTL_S = 60.0  # and then, that no operator keeps the model loaded; long enough to replace a dead runner
+# Without a report from a job runner for this long, the replica assumes that no jobs wait for its model.
+_WAITING_TTL_S = 5.0
+# Without a report from a job runner for this long, the replica assumes that no operator keeps the model loaded. Ray
+# Serve can replace a dead runner in this time.
+_KEPT_TTL_S = 60.0
 # Seconds between two progress reports. Sending one takes half a millisecond in both the sender and the receiver.
 _PROGRESS_INTERVAL_S = 0.25
 
