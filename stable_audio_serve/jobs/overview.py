@@ -32,9 +32,9 @@ class JobsOverview:
 
 
 class JobsWatch:
-    """Returns cached numbers of jobs, and queries the database when they are old. Use it on one event loop only.
+    """Caches the numbers of jobs, and queries the database again when the cached numbers are old.
 
-    Of each kind of query, only one runs at a time.
+    Of each kind of query, only one runs at a time. Use the object on one event loop only.
     """
 
     def __init__(

@@ -19,7 +19,10 @@ _SILENCE = StoreHealth("unavailable", "the job database does not answer")
 
 
 class StoreWatch:
-    """Returns the cached health of the stores, and checks them when it is old. Use it on one event loop only."""
+    """Caches the health of the stores, and checks the stores again when the cached health is old.
+
+    Use it on one event loop only.
+    """
 
     def __init__(
         self,

@@ -71,9 +71,9 @@ class DeadLetters:
         return DeadLetter(row.seq, to_job(row)), [to_event(event, at) for at, event in enumerate(rows, start=1)]
 
     def retry(self, numbers: Collection[int]) -> Sequence[int]:
-        """Requeue the dead letters with these numbers. Their attempts count from 0 again.
+        """Requeue the dead letters with these numbers, if they exist. Their attempts count from 0 again.
 
-        Returns the numbers that exist, whose dead letters were requeued.
+        Returns the numbers of the requeued dead letters.
         """
         with self._database.writing() as connection:
             found = self._lock(connection, numbers)
@@ -90,9 +90,10 @@ class DeadLetters:
             return self._transitions.change(connection, *conditions, message=_RETRIED, **self._requeued())
 
     def delete(self, numbers: Collection[int]) -> tuple[Sequence[int], Sequence[ArtifactKey]]:
-        """Delete the dead letters with these numbers. Returns the numbers that exist, whose dead letters were deleted.
+        """Delete the dead letters with these numbers, if they exist.
 
-        Also returns the keys of their uploads that no other job refers to. The caller should delete these files.
+        Returns the numbers of the deleted dead letters, and the keys of their uploads that no other job refers to. The
+        caller should delete these files.
         """
         with self._database.writing() as connection:
             found = self._lock(connection, numbers)

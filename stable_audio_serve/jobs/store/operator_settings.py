@@ -17,7 +17,7 @@ from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.tables import OPERATOR_SETTINGS
 
 _READ_EVERY_S = 0.5  # seconds between two reads of the settings
-_RETRY_S = 3.0  # the same while the database is unavailable; longer, because each failure is logged
+_RETRY_S = 3.0  # seconds between two reads while the database is unavailable; longer, because each failure is logged
 _DRAINED, _KEPT = "drained", "kept"
 
 _settings = OPERATOR_SETTINGS.c

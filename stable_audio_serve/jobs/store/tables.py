@@ -18,7 +18,7 @@ METADATA = sa.MetaData()
 
 
 class _Text(sa.TypeDecorator[str]):
-    """A text column. Characters that one of the databases refuses are replaced before they are stored.
+    """The type of a text column. Characters that SQLite or PostgreSQL cannot store are replaced by U+FFFD.
 
     PostgreSQL cannot store U+0000, and UTF-8 cannot encode lone surrogates.
     """
@@ -32,7 +32,7 @@ class _Text(sa.TypeDecorator[str]):
 
 
 def storable(text: str) -> str:
-    """Return `text` with U+FFFD in place of characters that one of the databases refuses."""
+    """Return `text` with U+FFFD in place of characters that SQLite or PostgreSQL cannot store."""
     if text.isascii() and "\0" not in text:
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "\ufffd")
@@ -181,7 +181,7 @@ KEY_USES = sa.Table(
     sa.Column("client", _Text, nullable=False),
     sa.Column("at", sa.Double, nullable=False),
     sa.Column("audio_s", sa.Double, nullable=False),
-    sa.Column("place_until", sa.Double, nullable=False),  # until when the request takes a place
+    sa.Column("place_until", sa.Double, nullable=False),  # until then, the request counts as running
     sa.Index("key_uses_of_client", "client"),
 )
 
