@@ -105,7 +105,7 @@ class IngressSettings(Section):
 class ProxySettings(Section):
     """The HAProxy that `stable-audio-serve serve` starts in front of the HTTP deployment.
 
-    In a cluster, Ray starts HAProxy on each node. There, set the environment variables of these settings instead.
+    On a cluster, these settings have no effect: set the environment variables of docs/deploy.md for each Ray process.
     """
 
     kind: ProxyKind = Field("auto", description="Proxy that accepts connections; auto = HAProxy where it runs.")
