@@ -24,7 +24,7 @@ class Notice:
     """A webhook to deliver. `attempt` is 1 for the first attempt to deliver it.
 
     `id` is the job's id. If an operator retried the job after it had failed, and the job has ended again, the notice
-    gets another id, because the receiver ignores ids that it knows. `retries` is the number of such retries.
+    gets another id, because receivers may ignore an id that they know. `retries` is the number of such retries.
     """
 
     id: str

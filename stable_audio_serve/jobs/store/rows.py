@@ -86,7 +86,7 @@ def _outline(row: sa.Row[Any]) -> JobSpec:
 def to_event(row: sa.Row[Any], number: int) -> JobEvent:
     """Return the event in a row, with the id `number`: 1 for the first event of the job.
 
-    The row's own id is not used, because it counts the events of all jobs, which is not the client's business.
+    The row's own id is not used, because it counts the events of all jobs, and clients must not know their number.
     """
     at = datetime.fromtimestamp(row.at, UTC)
     return JobEvent(number, at, row.stage, row.fraction, row.eta_s, row.message)
