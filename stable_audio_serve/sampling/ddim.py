@@ -19,7 +19,7 @@ _X = register(0)
 
 
 def ddim(steps: int, level: float, *, guidance: Guidance, has_source: bool) -> SamplerPlan:
-    """Return the plan of DDIM from time `level` (at most 1) to 0. The noise is predicted from the guided output."""
+    """Return the plan of DDIM from time `level` (at most 1) to 0. The noise is computed from the guided output."""
     return _plan(steps, level, guidance=guidance, has_source=has_source, renoise=VELOCITY)
 
 

@@ -174,7 +174,7 @@ def _pairs(times: Tensor) -> list[tuple[float, float]]:
 
 
 def guided_times(guidance: Guidance) -> _Guided:
-    """Return a function from a time to whether a flow model's evaluation at that time is guided.
+    """Return a function that, given a time, returns whether a flow model's evaluation at that time is guided.
 
     The time and the interval of `guidance` are compared in float32, as in the reference implementations.
     """

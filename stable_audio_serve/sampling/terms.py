@@ -91,7 +91,7 @@ class PlanWriter:
         )
 
     def end_step(self) -> None:
-        """Mark the end of a sampler step as users count steps; later evaluations belong to the next one."""
+        """Mark the end of a sampler step, which can have several evaluations. Later ones belong to the next step."""
         self._step_ends.append(len(self._evaluations))
 
     def plan(self, *, source_scale: float, noise_scale: float) -> SamplerPlan:

@@ -25,7 +25,7 @@ def sigma_to_time(sigmas: Tensor) -> Tensor:
 
 
 class VNetwork:
-    """Adds network calls at noise levels to a plan. The updates after a call are formulas of `denoised` and `slope`."""
+    """Adds network calls at noise levels to a plan. `denoised` and `slope` return formulas for updates after a call."""
 
     def __init__(self, writer: PlanWriter, guidance: Guidance) -> None:
         self._writer = writer
@@ -61,7 +61,7 @@ class VNetwork:
         )
 
     def end_step(self) -> None:
-        """Mark the end of a sampler step as users count steps; later evaluations belong to the next one."""
+        """Mark the end of a sampler step, which can have several evaluations. Later ones belong to the next step."""
         self._writer.end_step()
 
 
