@@ -1,4 +1,4 @@
-"""Async access to jobs and their files, for the HTTP APIs. Every method works in every HTTP replica."""
+"""Async access to jobs and their files, for the HTTP APIs. Every method works in every ingress replica."""
 
 from __future__ import annotations
 

@@ -27,11 +27,11 @@ from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.serving import haproxy
 
-# The ports of HAProxy and the HTTP replicas are in this range. It is below the kernel's ephemeral ports, so no outgoing
+# The ports of HAProxy and the ingress replicas are in this range, below the kernel's ephemeral ports, so no outgoing
 # connection takes a port after it was found free. It is above the ports of workers of `ray start` (10002-19999).
 _FIRST_PORT = 20000
 _LAST_PORT = 32000
-# Number of ports that a server reserves: the first five as in `PortBlock`, the others for HTTP replicas. Replicas need
+# Number of ports that a server reserves: the first five as in `PortBlock`, the others for ingress replicas. These need
 # many ports, because the port of a stopped replica is used again only after `api.max_deadline_s` (an hour by default).
 _BLOCK = 128
 _ATTEMPTS = 50
@@ -64,7 +64,7 @@ class PortBlock:
 
     @property
     def fallback_http(self) -> int:
-        """The port of Ray Serve's Python proxy, to which HAProxy sends requests while no HTTP replica answers."""
+        """The port of Ray Serve's Python proxy, to which HAProxy sends requests while no ingress replica answers."""
         return self.claim + 3
 
     @property
@@ -74,7 +74,7 @@ class PortBlock:
 
     @property
     def replicas(self) -> tuple[int, int]:
-        """The ports of the HTTP replicas: the first port, and the one after the last."""
+        """The ports of the ingress replicas: the first port, and the one after the last."""
         return self.claim + 5, self.claim + _BLOCK
 
 

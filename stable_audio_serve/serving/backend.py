@@ -1,4 +1,4 @@
-"""Implements `core.backend.Backend` with calls to model deployments, in HTTP replicas and job runners.
+"""Implements `core.backend.Backend` with calls to model deployments, in ingress replicas and job runners.
 
 A call applies the request's deadline, retries once if a replica dies, and raises errors of `core.errors` in place of
 Ray's exceptions. Whether a request is refused is decided by the replica's engine.

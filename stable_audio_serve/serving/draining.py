@@ -116,7 +116,7 @@ def _num_in_haproxy(host: str) -> int:
 def _python_proxies() -> Sequence[ActorHandle]:
     """Return Ray Serve's Python proxies.
 
-    With HAProxy, there is only the fallback proxy, which answers while no HTTP replica runs. HAProxy is not returned:
+    With HAProxy, this is only the fallback proxy, which answers while no ingress replica runs. HAProxy is left out:
     its `update_draining` would also wait for idle connections.
     """
     controller = ray_internals.find_controller()

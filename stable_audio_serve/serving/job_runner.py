@@ -1,4 +1,4 @@
-"""The Ray Serve deployment of job runners (`jobs.runner`), and `RunnerWaker`, with which an HTTP replica wakes them."""
+"""The Ray Serve deployment of job runners (`jobs.runner`), and `RunnerWaker`, with which ingress replicas wake them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _PAUSE_S = 0.1
 
 
 class JobRunnerReplica:
-    """A replica with one job runner. It calls the same model deployments as the HTTP replicas."""
+    """A replica with one job runner. It calls the same model deployments as the ingress replicas."""
 
     # Ray Serve awaits `__init__`.
     async def __init__(self, plan: Plan, handles: Mapping[str, DeploymentHandle]) -> None:  # type: ignore[misc]
@@ -142,7 +142,7 @@ class JobRunnerReplica:
 
 
 class RunnerWaker:
-    """Wakes the job runners when an HTTP replica has stored a job.
+    """Wakes the job runners when an ingress replica has stored a job.
 
     If the call to a runner is lost, the runner finds the job when it next polls the queue.
     """

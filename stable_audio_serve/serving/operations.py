@@ -1,7 +1,7 @@
-"""Implements `core.operations.Operations` in HTTP replicas on Ray Serve.
+"""Implements `core.operations.Operations` in ingress replicas on Ray Serve.
 
 The states of models come from `model_states`. While clients poll the status, the job database is queried once a second.
-While the server drains, the HTTP replicas and job runners are asked once a second how much work they have left.
+While the server drains, the ingress replicas and job runners are asked once a second how much work they have left.
 Operators' settings are stored by `jobs.store.operator_settings`.
 """
 
@@ -61,7 +61,7 @@ def open_operator_store(database: Database, application: str) -> OperatorStore:
 
 
 class RayOperations:
-    """Carries out operators' requests in one HTTP replica. Use it on the replica's event loop only."""
+    """Carries out operators' requests in one ingress replica. Use it on the replica's event loop only."""
 
     def __init__(
         self,

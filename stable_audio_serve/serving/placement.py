@@ -25,7 +25,7 @@ INGRESS_NAME = "Ingress"
 RUNNER_NAME = "job-runner"
 
 _MOST_REQUESTS = 512  # Ray Serve's limit for a model's replica; an engine itself accepts far fewer requests
-# Ray Serve's limit of requests for an HTTP replica, higher than the number of connections that a process can have.
+# Ray Serve's limit of requests for an ingress replica, higher than the number of connections that a process can have.
 # Above the limit, Ray Serve would queue all requests, even /health, and would answer in plain text when the queue is
 # full. The application has its own limits.
 _NO_LIMIT = 100_000
