@@ -53,7 +53,7 @@ class LinearDevice:
 
     @property
     def prices(self) -> Prices:
-        """The prices of work on this device, from which the router predicts. Steps with guidance are slightly too high."""
+        """The prices of work on this device, from which the router predicts. Guided steps cost slightly too much."""
         frames_per_s = _RATE_HZ / _HOP
         return Prices(
             row_ms=self.text_ms + self.decode_ms,
