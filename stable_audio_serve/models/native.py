@@ -14,7 +14,7 @@ from stable_audio_serve.sampling.transfer import to_device
 
 
 class NativeModel:
-    """The text encoding of a model, its spec and its device. Public methods run without gradients."""
+    """Base class of a model: implements text encoding, `spec` and `device`. Public methods run without gradients."""
 
     def __init__(
         self, text: TextEncoder, prompt: nn.Module, *, text_width: int, spec: ModelSpec, device: torch.device

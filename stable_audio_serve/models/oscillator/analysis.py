@@ -42,7 +42,7 @@ def analyse(audio: Tensor) -> Tensor:
     sharpening = _sharpening(audio, num_frames)
     low = _Peaks(long, low_hz=0.0, high_hz=_SPLIT_HZ)
     high = _Peaks(middle, low_hz=_SPLIT_HZ, high_hz=float(OSCILLATOR_HZ[-1]) * 1.01)
-    tones = torch.maximum(low.on_oscillators(), high.on_oscillators())  # (F, oscillators)
+    tones = torch.maximum(low.on_oscillators(), high.on_oscillators())  # (frames, oscillators)
     bands, noise_sides = _bands(middle)
     tones = tones * _by_region(sharpening, torch.from_numpy(OSCILLATOR_HZ))
     centres = torch.from_numpy((BAND_EDGES_HZ[:-1] + BAND_EDGES_HZ[1:]) / 2)

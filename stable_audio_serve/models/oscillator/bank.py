@@ -86,8 +86,8 @@ class OscillatorBank:
         amplitude, omega, offset, waves = self._sounding(amplitude)
         at = torch.arange(start_frame, start_frame + num_frames, dtype=torch.float64)
         phase = torch.remainder(torch.outer(at * FRAME_SAMPLES, omega) + offset, 2.0 * math.pi)
-        carrier = torch.cat([phase.sin(), phase.cos()], dim=1).to(waves)  # (F, 2 * oscillators)
-        stereo = pan[:, :, None] * amplitude.T[None]  # (2, F, oscillators)
+        carrier = torch.cat([phase.sin(), phase.cos()], dim=1).to(waves)  # (frames, 2 * oscillators)
+        stereo = pan[:, :, None] * amplitude.T[None]  # (2 channels, frames, oscillators)
         before = torch.nn.functional.pad(stereo, (0, 0, 1, 0))[:, :-1]
         change = stereo - before
         audio = _sum_waves(before, carrier, waves=waves)
@@ -109,11 +109,11 @@ class OscillatorBank:
 
     def _noise(self, bands: Tensor, pan: Tensor, *, noise: Tensor) -> Tensor:
         num_frames = bands.shape[1]
-        stereo = pan[:, :, None] * bands.T[None]  # (2, F, bands)
+        stereo = pan[:, :, None] * bands.T[None]  # (2 channels, frames, bands)
         before = torch.nn.functional.pad(stereo, (0, 0, 1, 0))[:, :-1]
         between = torch.minimum(before, stereo)  # level of a block across two frames: an onset must not sound too early
         gain = torch.stack([between, stereo], dim=2).reshape(2, 2 * num_frames, NUM_BANDS)
-        gain = torch.nn.functional.pad(gain, (0, 0, 0, 1)) @ self._band_gain  # (2, blocks, bins)
+        gain = torch.nn.functional.pad(gain, (0, 0, 0, 1)) @ self._band_gain  # (2 channels, blocks, bins)
         padded = torch.nn.functional.pad(noise, (_NOISE_HOP, _NOISE_HOP))
         blocks = padded.unfold(1, _NOISE_BLOCK, _NOISE_HOP) * self._window
         shaped = torch.fft.irfft(torch.fft.rfft(blocks) * gain, n=_NOISE_BLOCK) * self._window

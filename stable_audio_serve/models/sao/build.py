@@ -23,7 +23,7 @@ from stable_audio_serve.models.text_encoder import TextEncoder
 from stable_audio_serve.models.weights import load_weights, require_exact_float32
 
 DENOISER_KEYS = "model.model."
-_TEXT_DTYPE = torch.float16  # on every device, as in the reference implementation
+_TEXT_DTYPE = torch.float16  # dtype of the text encoder on every device, as in the reference
 
 
 def load_sao(

@@ -11,9 +11,9 @@ import math
 from stable_audio_serve.models.sao.network_config import DILATIONS, OobleckConfig
 
 # How many inputs on each side convolutions read: (kernel size - 1) / 2, times the dilation.
-_UNIT_REACH = 3 * sum(DILATIONS)  # the three residual units of one resolution, kernel size 7
-_ENDS_REACH = 3  # the convolution on the audio side, and the decoder's first convolution, kernel size 7
-_CODE_REACH = 1  # the encoder's last convolution, kernel size 3
+_UNIT_REACH = 3 * sum(DILATIONS)  # reach of the three residual units of one resolution together (kernel size 7)
+_ENDS_REACH = 3  # reach of the convolution on the audio side, and of the decoder's first one (kernel size 7)
+_CODE_REACH = 1  # reach of the encoder's last convolution (kernel size 3)
 
 
 def decoder_halo(config: OobleckConfig) -> int:

@@ -28,7 +28,7 @@ from stable_audio_serve.models.weights import (
     skipping_random_weights,
 )
 
-_TEXT_DTYPE = torch.float16  # on every device, as in the package
+_TEXT_DTYPE = torch.float16  # dtype of the text encoder on every device, as in the package
 
 
 def load_with_package(
