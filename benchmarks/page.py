@@ -83,7 +83,7 @@ def fill(text: str, folder: Path = _SUMMARIZED) -> str:
 
 
 def main() -> None:
-    """Write both files."""
+    """Write benchmarks/results/README.md, and the tables of docs/performance.md."""
     PAGE.write_text(render())
     SUMMARY.write_text(fill(SUMMARY.read_text()))
 

@@ -1,8 +1,8 @@
 """The compared servers (sides) without HTTP: `await side.generate(request)`.
 
 `lock` serves one request at a time, first come, first served. `static` serves batches of similar requests. `ours` is
-the engine. Where the engine uses CUDA graphs, the other sides do, too, except `eager-lock`, which is `lock` without
-them.
+the engine. On a device where the engine uses CUDA graphs, the other sides use them, too. Only `eager-lock` does not; it
+is otherwise the same as `lock`.
 """
 
 from __future__ import annotations
