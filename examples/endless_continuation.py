@@ -71,7 +71,7 @@ class GrowingWav:
         return self.file.tell() / self.file.getframerate() + FADE_S
 
     def add(self, piece: Samples, *, context_s: float) -> None:
-        """Append a continuation, `piece`, which must begin with the audio of `end`. This part is not repeated.
+        """Append a continuation, `piece`, which must begin with the audio of `end`. The file gets that audio once.
 
         `context_s` is the length of the next `end` in seconds.
         """

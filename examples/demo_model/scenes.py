@@ -128,7 +128,7 @@ def _draw_sweep(rng: np.random.Generator) -> Scene:
     return Scene("sweep", voice=voice, pitch=start, target=end, direction=direction)
 
 
-DEFAULT_SWEEP = (55, 135)  # 202 Hz to 2.03 kHz: what a prompt means that names no frequencies
+DEFAULT_SWEEP = (55, 135)  # 202 Hz to 2.03 kHz: the sweep of a prompt without frequencies
 
 
 def _draw_modifiers(rng: np.random.Generator, scene: Scene) -> Scene:
@@ -143,7 +143,7 @@ def _draw_modifiers(rng: np.random.Generator, scene: Scene) -> Scene:
 
 
 def _root(rng: np.random.Generator) -> int:
-    """Draw the root of a chord. Most roots are in octave 4, which prompts without an octave mean."""
+    """Draw the root of a chord. Most roots are in octave 4, the octave of prompts that name none."""
     return 64 + 2 * int(rng.integers(12)) if rng.random() < 0.65 else 40 + 2 * int(rng.integers(36))
 
 
