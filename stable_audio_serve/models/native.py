@@ -1,4 +1,4 @@
-"""What the native models of both families share: how prompts become embeddings."""
+"""The base class of this project's own models of both families: converts prompts to embeddings."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from stable_audio_serve.sampling.transfer import to_device
 
 
 class NativeModel:
-    """The text side of a model, its spec and its device. Public methods run without gradients."""
+    """Base class of a model: implements text encoding, `spec` and `device`. Public methods run without gradients."""
 
     def __init__(
         self, text: TextEncoder, prompt: nn.Module, *, text_width: int, spec: ModelSpec, device: torch.device
     ) -> None:
-        """`prompt` turns the encoder's output into embeddings with `text_width` channels, and fills padding."""
+        """`prompt` converts the encoder's output to embeddings with `text_width` channels, and fills in the padding."""
         self.text = text
         self.prompt = prompt
         self._text_width = text_width
@@ -36,19 +36,20 @@ class NativeModel:
 
     @property
     def text_size(self) -> tuple[int, int]:
-        """The number of tokens per prompt, padding included, and the width of their embeddings."""
+        """Returns the number of tokens per prompt, padding included, and the width of a token's embedding."""
         return self.text.max_length, self._text_width
 
     def tokenize(self, prompts: Sequence[str]) -> PromptTokens:
-        """Returns the prompts' tokens, truncated or padded to T."""
+        """Returns the prompts' tokens, truncated or padded to the encoder's fixed number of tokens."""
         return self.text.tokenize(prompts)
 
     @torch.inference_mode()
     @exact
     def embed_tokens(self, ids_and_mask: Tensor) -> Tensor:
-        """Returns embeddings (B, T, width) float32 of ids and mask (B, 2, T) on the device.
+        """Returns embeddings (prompts, tokens, width) float32 of token ids and their mask (prompts, 2, tokens).
 
-        Padding has the learned vector (Stable Audio 3) or zeros (Stable Audio Open).
+        Both are on the device. A padding token's embedding is a learned vector (Stable Audio 3) or zero (Stable Audio
+        Open).
         """
         ids, mask = ids_and_mask.unbind(1)
         embeddings: Tensor = self.prompt(self.text.encode(ids, mask), mask.bool())
@@ -56,7 +57,7 @@ class NativeModel:
 
     @torch.inference_mode()
     def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
-        """Returns embeddings (T, width) float32 as of `embed_tokens`, and the mask of real tokens."""
+        """Returns each prompt's embedding (tokens, width), computed by `embed_tokens`, and its mask of real tokens."""
         tokens = self.tokenize(prompts)
         ids_and_mask = to_device(tokens.ids_and_mask, self._device)
         return TextEmbedding.each(
