@@ -276,8 +276,7 @@ def make_audio(duration_s: float = 0.3, *, sample_rate_hz: int = 800, channels: 
 def make_request(
     prompt: str = "a bell", *, duration_s: float = 0.4, seed: int = 1, **fields: object
 ) -> GenerationRequest:
-    """Returns a request. By default `keep` is "model", because pasting the source's samples would hide the model's faults.
-    """
+    """Returns a request. `keep` is "model" by default, because pasted samples of the source would hide faults."""
     request = GenerationRequest(prompt=prompt, duration_s=duration_s, seed=seed, keep="model")
     return replace(request, **fields)  # type: ignore[arg-type]
 

@@ -61,7 +61,7 @@ class Customer:
             self.ledger.write("wrong", order.number, why=str(error))
 
     async def fetch(self, order: Order, job: str) -> bytes | None:
-        """Wait until the job ends, then download its audio twice and check it. Returns the audio, or None if the job failed.
+        """Wait until the job ends, then download and check its audio. Returns the audio, or None if the job failed.
 
         Raises WrongError.
         """

@@ -1,4 +1,4 @@
-"""Hand-made frames of the oscillator bank, and their audio."""
+"""Make latent frames by hand for the oscillator bank, the demo model's decoder, and render their audio."""
 
 from __future__ import annotations
 
