@@ -78,7 +78,7 @@ def _(query: Tensor, *_args: object, **_kwargs: object) -> Tensor:
 
 
 def make_segments(frames: Sequence[int], valid_frames: Sequence[int], *, num_prefix: int) -> Segments:
-    """Returns the `Segments` of rows with these lengths, with spare rows and tokens, as a graph of a fixed shape has."""
+    """Returns the `Segments` of rows with these lengths, with spare rows and tokens, as in a CUDA graph."""
     return Segments.of(
         torch.tensor([*frames, *[0] * SPARE_ROWS], dtype=torch.int32),
         torch.tensor([*valid_frames, *[0] * SPARE_ROWS], dtype=torch.int32),

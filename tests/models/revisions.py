@@ -54,7 +54,10 @@ def copy_checkpoint(source: str | Path, folder: Path) -> Path:
 
 
 def fill_revisions(cache: Path, repo_id: str, folders: Mapping[str, Path], *, main: str) -> None:
-    """Write a hub cache that has a repository with a snapshot for each commit in `folders`; `main` is its main commit."""
+    """Write a hub cache of a repository, with a snapshot for each commit in `folders`.
+
+    Its `main` is the commit `main`.
+    """
     place = cache / f"models--{repo_id.replace('/', '--')}"
     (place / "refs").mkdir(parents=True)
     (place / "blobs").mkdir()

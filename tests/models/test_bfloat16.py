@@ -120,7 +120,7 @@ def test_norms_compute_statistics_in_float32() -> None:
 
 
 def test_attention_computes_softmax_in_float32() -> None:
-    """The relative error is 1.7e-3 if only inputs and result are rounded to bfloat16, and 9e-3 if the softmax is, too."""
+    """The relative error is 1.7e-3 if only inputs and result are rounded to bfloat16, 9e-3 with the softmax, too."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 16, 256, 64, generator=generator).bfloat16() for _ in range(3))
     exact = nn.functional.scaled_dot_product_attention(4 * q.double(), k.double(), v.double())

@@ -332,7 +332,7 @@ def test_the_spec_contains_the_entrys_facts(folder: Path) -> None:
 
 
 def test_a_downloaded_model_has_its_objectives_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
-    base = load_goldens("sharp-l").folder  # rectified flow
+    base = load_goldens("sharp-l").folder  # its training objective is rectified flow
     monkeypatch.setattr(families, "download_entry", lambda entry, token: base)
     card = load_model(resolve_entry("mine", repo_id="lab/base")).spec.card
     assert card == load_model(resolve_entry("mine", path=str(base))).spec.card

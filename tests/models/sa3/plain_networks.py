@@ -56,8 +56,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
 def self_attention(
     w: Weights, x: Tensor, inv_freq: Tensor, seen: Tensor, *, heads: int, differential: bool, norm: str
 ) -> Tensor:
-    """Returns the self-attention of x (tokens, width). `seen` (queries, keys) is True where a query may attend to a key.
-    """
+    """Returns the self-attention of x (tokens, width). `seen` (queries, keys) is True where a query may see a key."""
     parts = linear(w, "to_qkv", x).chunk(5 if differential else 3, dim=-1)
     outs = []
     for h in range(heads):

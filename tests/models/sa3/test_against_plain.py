@@ -26,7 +26,7 @@ from tests.models.sa3.plain_generation import PlainModel, PlainRun
 from tests.models.sa3.plain_networks import below, decode, denoise, encode
 
 SIZES: dict[str, dict[str, Any]] = {
-    # Mono, odd stride. Attention in unshifted chunks of three latents, differential, with wide heads and no memory tokens.
+    # Mono, odd stride. Attention in unshifted chunks of three latents, differential, wide heads, no memory tokens.
     "mono": {
         "rate": 2205, "channels": 1, "latents": 5, "patch": 3, "stride": 5, "max_frames": 150, "text": 33,
         "encoder": {"chunk_size": 15, "transformer_depths": [1], "channels": 12, "dim_heads": 12, "c_mults": [2]},
@@ -48,7 +48,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "attention": {"qk_norm": "dyt", "differential": False},
         "diffusion": {"use_effective_length_for_schedule": False, "diffusion_objective": "rectified_flow"},
     },
-    # Sliding-window attention with wide windows, a sine activation in one decoder layer, and a config without padding mask.
+    # Sliding-window attention with wide windows, a sine activation in one layer, and a config without padding mask.
     "sliding": {
         "rate": 800, "channels": 2, "latents": 12, "patch": 1, "stride": 16, "max_frames": 170, "text": 16,
         "encoder": {"sliding_window": [1, 1], "transformer_depths": [2], "ff_mult": 2.5},
