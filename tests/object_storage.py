@@ -106,7 +106,7 @@ class FaultyProxy:
         self._server.server_close()
 
     def draw(self, request: str) -> str:
-        """Record a request and decide what happens to it. Returns `pass`, an item of `fates`, or an error or cut by chance.
+        """Record a request and decide what happens to it. Returns `pass`, an item of `fates`, or a random error or cut.
         """
         faults = self.faults
         with self._lock:

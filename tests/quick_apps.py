@@ -22,7 +22,7 @@ _made: dict[tuple[Any, str], Any] = {}
 
 
 def _create_once(name: str, type_: Any, *, mode: str = "validation", **others: Any) -> Any:
-    """Replaces FastAPI's `create_model_field`: creates a field only once for a type and mode, and returns named copies."""
+    """Replaces FastAPI's `create_model_field`: creates a field once for a type and mode, and returns named copies."""
     if others:
         return _create(name=name, type_=type_, mode=mode, **others)
     if (key := (type_, mode)) not in _made:
@@ -38,7 +38,7 @@ _adapters: dict[tuple[Any, str, str], TypeAdapter[Any]] = {}
 def _adapt_once(annotated: Any, *, config: ConfigDict | None = None) -> TypeAdapter[Any]:
     """Replaces pydantic's `TypeAdapter`: creates an adapter only once for a type with its annotations.
 
-    A cached adapter keeps functions in the annotations alive, so that their addresses, which are in the key, stay unique.
+    A cached adapter keeps functions in the annotations alive. Their addresses are in the key, so they must stay unique.
     """
     key = (annotated.__origin__, repr(annotated.__metadata__), repr(config))
     if key not in _adapters:

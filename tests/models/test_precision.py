@@ -106,7 +106,7 @@ def switches() -> list[object]:
 
 @contextmanager
 def watching(modules: dict[str, nn.Module], seen: dict[str, list[object]]) -> Iterator[None]:
-    """Within this context, record torch's TF32 settings in `seen` whenever one of the modules is called, by its name."""
+    """Within this context, record torch's TF32 settings in `seen` by module name, whenever a module is called."""
 
     def note(name: str, *_: object) -> None:
         seen[name] = switches()

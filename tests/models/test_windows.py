@@ -1,4 +1,4 @@
-"""Decode windows: they cover each audible latent frame, with extra frames on both sides, and decode few frames twice."""
+"""Decode windows cover each audible latent frame, have extra frames on both sides, and decode few frames twice."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ class Page:
         return self.run("return document.documentElement.dataset.shown ?? null")
 
     def make_clip(self, button: str = "generate") -> dict[str, Any]:
-        """Press a button that generates audio, and wait for the clip. Returns the clip as stored in the browser, without audio.
+        """Press a button that generates audio, and wait for the clip. Returns the clip as the browser stores it, no audio.
         """
         before = self.shown
         self.click(button)

@@ -162,7 +162,10 @@ def test_a_blend_without_a_source_is_an_error() -> None:
 
 
 def make_pairs(z: Tensor, noise: Tensor) -> Kept:
-    """Returns a `Kept` for clips of two frames: the first is kept, with the source `z` and `noise`, both (channels,)."""
+    """Returns a `Kept` for clips of two frames.
+
+    The first is kept, with the source `z` and `noise`, both (channels,).
+    """
     return Kept(mask=torch.tensor([True, False]), source=z[:, None].repeat(1, 2), noise=noise[:, None].repeat(1, 2))
 
 

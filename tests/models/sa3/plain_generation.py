@@ -94,7 +94,10 @@ def make_schedule(options: dict[str, Any] | None, steps: int, length: float, sig
 
 
 def make_even_schedule(steps: int, level: float) -> list[float]:
-    """Returns noise levels, from `level` to `level` / (1 + e^2), whose odds (x / (1 - x)) are a geometric series; then 0."""
+    """Returns noise levels whose odds (x / (1 - x)) form a geometric series, from `level` down to `level` / (1 + e^2).
+
+    The last level is 0.
+    """
     odds, last = level / (1 - level), 1 / ((1 + math.exp(2)) / level - 1)
     row = [odds * (last / odds) ** (i / steps) for i in range(1, steps)]
     return [level, *(x / (1 + x) for x in row), 0.0]
