@@ -106,8 +106,7 @@ class FaultyProxy:
         self._server.server_close()
 
     def draw(self, request: str) -> str:
-        """Record a request and decide what happens to it. Returns `pass`, an item of `fates`, or a random error or cut.
-        """
+        """Record a request and decide what happens to it: `pass`, an item of `fates`, or a random error or cut."""
         faults = self.faults
         with self._lock:
             self.num_requests += 1

@@ -36,7 +36,6 @@ def _make_catalog() -> ModelCatalog:
 
 @dataclass
 class LowRateBackend(ToneBackend):
-
     catalog: ModelCatalog = field(default_factory=_make_catalog)
 
     async def generate(

@@ -190,8 +190,6 @@ def good(route: Route, changes: dict[str, Any] | None = None, *, upload: Any = (
     return {"data": route.good | (changes or {}), "files": {route.file: upload}}
 
 
-
-
 def json_bodies(*bodies: bytes) -> Callable[[Route], Iterator[Sent]]:
     def requests(route: Route) -> Iterator[Sent]:
         if route.file is None:
@@ -347,8 +345,6 @@ OTHER_BOUNDARIES = (
 )
 PART_HEADERS = (b"X-A: b\r\n" * 100_000, b"X-A: " + LONG + b"\r\n", b"No-Colon\r\n")
 BOMBS = (b"a&" * 500_000, b"a=" + b"x" * 1_000_000, b"%" * 1_000_000, b"&" * 1_000_000, b"a=b;" * 200_000)
-
-
 
 
 def refused(route: Route, _: str, reply: httpx.Response) -> None:

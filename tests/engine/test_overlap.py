@@ -24,6 +24,7 @@ from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.server
 
+FAST_TOLERANCE = 1e-5
 PATIENCES = (None, 1)
 
 

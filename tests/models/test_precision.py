@@ -192,9 +192,7 @@ NUM_FACTORS = {F.linear: 2, F.conv1d: 2, F.conv_transpose1d: 2, F.scaled_dot_pro
 class RoundedFactors(TorchFunctionMode):
     """Emulates TF32: the inputs of matrix products, convolutions and attention are rounded to 10 mantissa bits."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         count = NUM_FACTORS.get(F.linear if func is linear else func, 0)
         return func(*map(round_to_tf32, args[:count]), *args[count:], **(kwargs or {}))
 

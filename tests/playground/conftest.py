@@ -138,8 +138,7 @@ class Page:
         return self.run("return document.documentElement.dataset.shown ?? null")
 
     def make_clip(self, button: str = "generate") -> dict[str, Any]:
-        """Press a button that generates audio, and wait for the clip. Returns the clip as the browser stores it, no audio.
-        """
+        """Press a button that generates audio, and wait. Returns what the browser stores of the clip, without audio."""
         before = self.shown
         self.click(button)
         self.until(lambda: self.shown not in (None, before))

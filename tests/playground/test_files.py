@@ -53,8 +53,7 @@ def copy(page: Page, kind: str) -> str:
 
 
 def run_copied(page: Page, folder: Path) -> list[bytes]:
-    """Copy the curl and the Python command of the shown clip, and run both in the folder. Returns the files they write.
-    """
+    """Copy the curl and the Python command of the shown clip, and run both in the folder. Returns the written files."""
     made = []
     for command in (["bash", "-c", copy(page, "curl")], [sys.executable, "-c", copy(page, "python")]):
         path = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT.parents[2])}

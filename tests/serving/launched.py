@@ -52,7 +52,9 @@ def command(config: Path, *options: str) -> list[str]:
 
 
 class LaunchedServer:
-    """A server process, which the constructor starts. Call `wait_until_ready` before use, and `stop` or `kill` at the end.
+    """A server process.
+
+    The constructor starts it; call `wait_until_ready` before use, and `stop` or `kill` at the end.
     """
 
     def __init__(

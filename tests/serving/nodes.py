@@ -1,8 +1,8 @@
 """A program that runs several Ray nodes with simulated GPUs on this machine, and a server on them.
 
-Only the first node has CPUs, so the HTTP processes and HAProxy run there, configured as by `stable-audio-serve serve`. The
-models run on the other nodes. Each line of input is a JSON list with the name and the arguments of a method of
-`Nodes`. The program answers each with a line of JSON.
+Only the first node has CPUs, so the HTTP processes and HAProxy run there, configured as by `stable-audio-serve serve`.
+The models run on the other nodes. Each line of standard input is a JSON list: the name of a method of `Nodes` and its
+arguments. The program answers with a line of JSON.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def decide(context: Context, *, target_wait_s: float = 1.0) -> int:
 
 @pytest.mark.parametrize(("target_wait_s", "replicas"), [(1.0, 4), (2.0, 2), (10.0, 1)])
 def test_replicas_can_finish_all_work_within_the_target_wait(target_wait_s: float, replicas: int) -> None:
-    context = publish([stats(9.0), stats(1.2)], [stats(1.9)])  # only the last report counts
+    context = publish([stats(9.0), stats(1.2)], [stats(1.9)])  # the 9.0 is outdated
     assert decide(context, target_wait_s=target_wait_s) == replicas
 
 

@@ -64,7 +64,7 @@ def test_submission_wakes_the_runner(server: LaunchedServer) -> None:
 
 
 def test_new_processes_refuse_moved_stores(server: LaunchedServer, config: Path) -> None:
-    """The new processes must not create an empty database at the old path, which half of the requests would then use."""
+    """The new processes must not create an empty database at the old path, which some requests would then use."""
     outputs, away = config.parent / "outputs", config.parent / "away"
     done = wait(server, submit(server, make_body()))
     outputs.rename(away)

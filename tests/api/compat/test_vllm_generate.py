@@ -203,8 +203,6 @@ async def test_lengths_are_limited_by_the_model_only(backend: ToneBackend) -> No
         assert refused.status_code == 400
 
 
-
-
 @pytest.mark.parametrize("speed", [0.25, 0.9, 1, 1.3, 4])
 async def test_speed_changes_the_length_and_keeps_the_pitch(client: httpx.AsyncClient, speed: float) -> None:
     audio = read_wav((await generate(client, audio_length=2, seed=300, speed=speed)).content)
@@ -215,8 +213,6 @@ async def test_speed_changes_the_length_and_keeps_the_pitch(client: httpx.AsyncC
 async def test_speed_applies_to_the_span_in_every_format(client: httpx.AsyncClient) -> None:
     pcm = await generate(client, audio_length=1, audio_start=1, speed=2, response_format="pcm")
     assert len(pcm.content) == 4 * round(RATE_HZ / 2)
-
-
 
 
 @pytest.mark.parametrize(

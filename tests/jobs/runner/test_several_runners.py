@@ -1,5 +1,4 @@
-"""Several job runners share the jobs of one store. They take over the jobs of a runner that is silent, dead or late.
-"""
+"""Several job runners share the jobs of one store. They take over the jobs of a runner that is silent, dead or late."""
 
 from __future__ import annotations
 

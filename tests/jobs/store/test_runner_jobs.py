@@ -1,5 +1,4 @@
-"""What the job store does for job runners, with every kind of database. Only the holder of a job's lease may change it.
-"""
+"""What the job store does for job runners: only the holder of a job's lease may change it. Every kind of database."""
 
 from __future__ import annotations
 
@@ -305,7 +304,6 @@ class TestEnding:
 
 
 class TestRequeueing:
-
     def test_requeued_job_waits_its_delay_and_keeps_its_place(self, store: JobStore, wall: Wall) -> None:
         first, second = add(store), add(store)
         job = lease(store)

@@ -1,5 +1,4 @@
-"""Before a client's first job, at most one job of each other client starts, however many wait. Every kind of database.
-"""
+"""Before a client's first job, at most one job of each other client starts, however many jobs are waiting."""
 
 from __future__ import annotations
 

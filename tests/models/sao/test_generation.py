@@ -99,8 +99,7 @@ def encode_source(name: str, facts: dict[str, Any], noise: ReplayNoise) -> Tenso
 def guided_networks(
     net: Denoiser, wanted: DenoiserConditioning, other: DenoiserConditioning, *, scale: float, phi: float
 ) -> tuple[Network, Network]:
-    """Returns two functions of (x, t): the network with guidance by the reference's formula, and the unconditional one.
-    """
+    """Returns two functions of (x, t): the network with guidance by the reference's formula, and without a prompt."""
 
     def unguided(x: Tensor, t: float) -> Tensor:
         return net(x, torch.tensor([t]), conditioning=other)

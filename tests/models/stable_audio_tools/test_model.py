@@ -1,5 +1,4 @@
-"""The engine with networks of stable-audio-tools reproduces reference runs, and runs configs that ours do not support.
-"""
+"""The engine with networks of stable-audio-tools reproduces reference runs and runs configs that ours do not."""
 
 from __future__ import annotations
 
