@@ -84,8 +84,7 @@ class PostgresServer:
 
 @contextmanager
 def running_postgres() -> Iterator[PostgresServer]:
-    """Run a server in a temporary folder. At the end, even if this process is killed, the server is stopped and the
-    folder removed.
+    """Run a server in a temporary folder. The server and the folder are removed even if this process is killed.
 
     Raises UnavailableError.
     """

@@ -114,7 +114,7 @@ async def test_body_that_does_not_arrive_is_408(times: ClientTimes, reason: str)
     async with serve(ToneBackend(), times=times) as port:
         reader, writer = await open_connection(port, b'{"prom', length=1000)
         async with asyncio.timeout(PATIENCE_S):
-            reply = await reader.read()  # until the server closes the connection
+            reply = await reader.read()  # returns when the server closes the connection
         writer.close()
     assert reply.startswith(b"HTTP/1.1 408 ")
     assert json.dumps({"detail": reason}, separators=(",", ":")).encode() in reply

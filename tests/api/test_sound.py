@@ -142,7 +142,7 @@ async def test_open_small_normalizes_to_full_scale(client: httpx.AsyncClient, ba
         body = {"prompt": "x", "seconds_total": 1, "seed": 305, "peaks": "limit"}
         reply = await client.post("/saos/generate", json=body)
         assert facts(reply)["peak"] == [1.0]
-        assert clipped(reply.content) < 2000  # only the crests of the sine, of 88,200 samples in all
+        assert clipped(reply.content) < 2000  # few of the 88,200 samples: only the crests of the sine
         assert peak(reply.content) == pytest.approx(1.0, abs=2 * LAST_BIT)
 
 

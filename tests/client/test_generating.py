@@ -63,7 +63,7 @@ async def test_fields_without_effect_are_reported(served: Served, connect: Calla
     job = await call("jobs.submit", "x" * 10_400, duration=0.5)
     fetched: Result = await call("jobs.fetch", await call("jobs.wait", job.id))
     assert take.warnings == fetched.warnings == ("prompt: the model reads the first 1012 characters only",)
-    assert take.clips[0].recipe is None  # the prompt is too long for a recipe in a header
+    assert take.clips[0].recipe is None  # the header has no room for a recipe with this prompt
     assert (await call("generate", "rain", duration=0.5)).warnings == ()
 
 

@@ -1,4 +1,4 @@
-"""CPU devices whose simulated CUDA graphs call the captured function again, and metrics that count graphs."""
+"""CPU devices that simulate CUDA graphs by calling the captured function again, and metrics that count graphs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class LateRecordingDevice(_Capturing, LateDevice):
 
 
 class GraphCounts(NullMetrics):
-    """Counts captured graphs, and engine calls without a graph, by kind of call."""
+    """Metrics that count the captured graphs, and the engine calls without a graph, by kind of call."""
 
     def __init__(self) -> None:
         self.graphs: Counter[str] = Counter()

@@ -51,7 +51,7 @@ _FAMILY_SAMPLERS: dict[Family, tuple[str, ...]] = {"sa3": tuple(SAMPLERS), "open
 KINDS: dict[Family, tuple[str, ...]] = {
     family: (*REQUESTS, *(f"sampler {name}" for name in samplers)) for family, samplers in _FAMILY_SAMPLERS.items()
 }
-# Kinds of engine calls, and the method that makes each. If one calls another, the work of the other is not its own.
+# Kinds of engine calls, and the method that makes each. Work in an inner call does not count for the outer call.
 _CALLS = (
     ("text", Stages, "start"),
     ("begin", Stages, "_begin"),

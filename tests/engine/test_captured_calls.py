@@ -99,7 +99,7 @@ def test_replayed_decode_call_is_bit_identical_for_other_latents(model: Any) -> 
     graphs = Graphs(device, clock=SystemClock(), metrics=GraphCounts())
     calls = DecodeCalls(model, device=device, graphs=graphs)
     with torch.inference_mode():
-        for _ in range(3):  # the first call of a new length does not count as a use of the shape
+        for _ in range(3):  # the first call of a new length only finds out which noise the decoder draws
             expected = calls.decode(windows_of(model, 1, 2, 3))
         assert graphs.capture_next(is_idle=True)
         before = addresses(graphs)

@@ -27,8 +27,8 @@ def test_a_row_alone_decodes_a_whole_turn() -> None:
         (30.0, 1, 256),  # 30 ms are enough for 280 frames
         (30.0, 3, 64),  # 30 ms are enough for three rows of 93 frames
         (22.0, 3, 64),  # 22 ms are enough for three rows of 66 frames in one call
-        (30.0, 100, 32),  # never fewer frames
-        (1000.0, 1, 512),  # never more than `turn_frames`
+        (30.0, 100, 32),  # the smallest window, although it takes too long
+        (1000.0, 1, 512),  # the largest window: `turn_frames`
     ],
 )
 def test_windows_take_at_most_a_step_while_other_rows_wait(step_ms: float, num_rows: int, frames: int) -> None:

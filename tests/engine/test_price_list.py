@@ -1,4 +1,4 @@
-"""Prices, which predict a request's time without a model, agree with the cost model and with values by hand."""
+"""Prices, by which processes without an engine predict a request's time, agree with the engine's cost model."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def make_engine(device: SharedDevice, on_call: Callable[..., None] = lambda name
 
 
 def device_for(rows_bytes: int, *, share: float) -> SharedDevice:
-    """Returns a device of such a size that, in a share of it, `rows_bytes` are left for running rows."""
+    """Returns a device so large that an engine with this share of its memory has `rows_bytes` for running rows."""
     total = int((rows_bytes / 0.85 + CONTEXT_BYTES) / share) + 2
     return SharedDevice(total, share=share)
 

@@ -194,7 +194,7 @@ async def test_ctrl_c_ends_a_program_without_a_traceback(name: str, tmp_path: Pa
         async with asyncio.timeout(PATIENCE_S):
             await connected.wait()
         os.killpg(process.pid, signal.SIGINT)  # what a terminal does on Ctrl-C
-        # Scripts die of the signal; in a shell that is 130, too.
+        # Python programs exit with 130. Shell scripts are ended by the signal itself.
         killed = -signal.SIGINT if name.endswith(".sh") else 130
         await finish(process, {"endless_continuation.py": 0}.get(name, killed))
     assert programs.seconds() == {}

@@ -187,10 +187,7 @@ def test_burst_of_10_000_calls_is_balanced_by_work(ledger: Ledger) -> None:
 
 @pytest.mark.server
 def test_routers_import_neither_torch_nor_settings() -> None:
-    """Ray Serve's controller and the HTTP processes import the router, so it must load fast.
-
-    Checked in a new process.
-    """
+    """The HTTP processes and Ray Serve's controller import the router, so it must load fast."""
     check = "import sys, stable_audio_serve.serving.routing; print({'torch', 'numpy', 'scipy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert "torch" not in done.stdout

@@ -1,4 +1,4 @@
-"""A program that prints Ray Serve's settings of each deployment and then, repeatedly, a model's replica's status.
+"""A program that prints Ray Serve's settings of each deployment and then, repeatedly, the status of a model's replicas.
 
 It prints JSON lines. It is a separate process, because Ray reads the secret token of a cluster when it is imported.
 """

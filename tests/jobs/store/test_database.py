@@ -129,7 +129,7 @@ class TestAddresses:
 
 
 class TestStart:
-    """A start creates or upgrades the tables, or fails with a reason in one sentence."""
+    """When a server starts, it creates or upgrades the tables, or fails with a reason in one sentence."""
 
     def test_creates_every_table_once(self, empty_url: str) -> None:
         for _ in range(2):

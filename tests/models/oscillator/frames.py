@@ -1,4 +1,4 @@
-"""Make latent frames by hand for the oscillator bank, the demo model's decoder, and render their audio."""
+"""Make frames of oscillator levels by hand, and render them with the oscillator bank, the demo model's last stage."""
 
 from __future__ import annotations
 

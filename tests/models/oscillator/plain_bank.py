@@ -1,4 +1,4 @@
-"""A slow, simple implementation of the oscillator bank, the demo model's decoder, to compare the fast one with."""
+"""A slow, simple implementation of the oscillator bank, the last stage of the demo model's decoder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BLOCK, _HOP = 512, 256
 
 
 def render_plainly(frames: Tensor, noise: Tensor, *, start: int) -> Tensor:
-    """Returns the audio (2, 512 * F) of F latent frames (222, F), which begin at frame `start` of their clip.
+    """Returns the audio (2, 512 * F) of F frames of oscillator levels (222, F), which begin at frame `start` of a clip.
 
     `noise` (2, 512 * F) are the random samples from which the bands of noise are made.
     """

@@ -110,7 +110,7 @@ def denoise(
     """Returns the network's velocity for one clip, at x (channels, frames) and time t.
 
     Conditioning: `context` (tokens, width), `glob` (width,), and `local` (channels, frames).
-    `config` is `model.diffusion.config`, `w` the keys below `model.model.`.
+    `config` is the checkpoint's `model.diffusion.config`, and `w` are its weights below `model.model.`.
     """
     heads, norm = config.get("num_heads", 8), config.get("attn_kwargs", {}).get("qk_norm", "none")
     options = {
