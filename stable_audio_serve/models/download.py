@@ -106,6 +106,18 @@ def find_cached(entry: ModelEntry, *, cache_dir: Path | None = None) -> Path | N
     return folder
 
 
+def find_local(entry: ModelEntry, *, cache_dir: Path | None = None) -> tuple[Path, Path] | None:
+    """Returns the folders of an entry's checkpoint and text encoder if both are on this machine. Sends no request."""
+    folder = Path(entry.folder) if entry.folder is not None else find_cached(entry, cache_dir=cache_dir)
+    if folder is None:
+        return None
+    encoder = find_text_encoder(folder)
+    if encoder is None:
+        other = text_encoder_entry(text_encoder_repository(read_config(folder)))
+        encoder = _cached_text_encoder(other, cache_dir=cache_dir)
+    return None if encoder is None else (folder, encoder)
+
+
 def check_access(entry: ModelEntry, *, token: str | None = None, cache_dir: Path | None = None) -> None:
     """Raise CheckpointError unless the entry's files are available or downloadable. Downloads at most the config.
 

@@ -196,6 +196,13 @@ class Database:
         with at_start(self), self.engine.begin() as connection:
             connection.execute(sa.delete(JOBS).where(sa.false()))
 
+    def rehearse(self) -> None:
+        """Do as `prepare` and `check_writable`, then undo all changes. A missing SQLite file would be created."""
+        with at_start(self), self.engine.connect() as connection, connection.begin() as transaction:
+            self._prepare(connection)
+            connection.execute(sa.delete(JOBS).where(sa.false()))
+            transaction.rollback()
+
     def close(self) -> None:
         self.engine.dispose()
 

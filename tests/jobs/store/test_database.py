@@ -68,6 +68,18 @@ def refusal_of(url: str) -> str:
     return caught.value.message
 
 
+def test_a_rehearsal_leaves_no_table(empty_url: str) -> None:
+    database = open_database(empty_url)
+    database.rehearse()
+    assert sa.inspect(database.engine).get_table_names() == []
+    database.prepare()
+    store = JobStore(database)
+    job = add(store)
+    database.rehearse()
+    assert find(store, job) == job
+    database.close()
+
+
 def prepare(url: str, job_id: str) -> None:
     """Create or upgrade the tables. Called in another process."""
     database = open_database(url)
