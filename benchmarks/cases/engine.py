@@ -84,7 +84,10 @@ async def _time(engine: Engine, requests: Sequence[GenerationRequest], *, num_in
 
 
 def _ratios(rounds: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
-    """Returns the figures of requests at once, divided by those of requests one after another, in the worst round."""
+    """Returns the figures of requests sent together divided by those of requests sent one after another.
+
+    Each ratio is from its worst round.
+    """
 
     def ratios(figure: str) -> list[float]:
         return [sides["together"][figure] / sides["one_after_another"][figure] for sides in rounds]

@@ -48,7 +48,7 @@ def record_of(arrival: Arrival, ended_ms: float) -> Record:
 
 @dataclass(slots=True)
 class _QueuedCall:
-    """A call in the GPU's second queue. When the call ends, the audio of the requests `arrivals` is ready."""
+    """A call in the GPU's second queue. Its end completes the audio of the requests in `arrivals`."""
 
     number: int
     left_ms: float

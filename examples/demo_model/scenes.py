@@ -37,9 +37,9 @@ class Scene:
     direction: str = ""  # of a sweep: up or down
     tempo_bpm: float = DEFAULT_TEMPO_BPM
     pan: str = ""  # left, right, left to right, right to left
-    level: str = ""  # quiet or loud
+    level: str = ""  # quiet, loud, or empty for the normal level
     fade: str = ""  # in or out
-    under: Scene | None = None  # a second scene at the same time and tempo
+    under: Scene | None = None  # a second scene, mixed with this one, at the same tempo
 
 
 SHARES: dict[str, float] = {

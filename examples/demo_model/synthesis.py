@@ -71,7 +71,10 @@ def num_sounding_frames(duration_s: float) -> int:
 
 
 def render_scene(scene: Scene, rng: np.random.Generator, *, duration_s: float, num_frames: int) -> Array:
-    """Returns frames (`num_frames`, 222) float32 of a scene. Frames after `duration_s` are silent."""
+    """Returns a scene as an array of `num_frames` frames with 222 float32 values each.
+
+    Frames after `duration_s` are silent.
+    """
     sounding = min(num_sounding_frames(duration_s), num_frames)
     part = _render_part(scene, rng, duration_s=duration_s, num_frames=sounding)
     tones, bands = part.tones, part.bands

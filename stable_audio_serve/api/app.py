@@ -66,9 +66,10 @@ def create_app(
 ) -> FastAPI:
     """Return the application. `backend` may run models with or without Ray.
 
-    Without `jobs`, the application opens the job queue of the settings. It adds jobs, and another process runs
-    them. Without `operations`, the operator routes describe this process only. `address_header` is the header in which
-    a proxy sends the client's address. The proxy must overwrite a value that the client sent.
+    Without `jobs`, the application opens the job queue that the settings name. The application only adds jobs to the
+    queue; another process runs them. Without `operations`, the operator routes describe this process only.
+    `address_header` is the header in which a proxy sends the client's address. The proxy must overwrite a value that
+    the client sent.
     """
     metrics = metrics or NullMetrics()
     service = Service(backend, settings, jobs=jobs, metrics=metrics, stream_limits=stream_limits)

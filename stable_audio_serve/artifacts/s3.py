@@ -50,7 +50,7 @@ _MULTIPART_ABOVE_BYTES = 16 * _CHUNK_BYTES
 _PART_BYTES = 8 * _CHUNK_BYTES
 _NOT_IMPLEMENTED = 501
 _LOST_RACE = (409, 412)  # HTTP conflict, precondition failed: another process wrote the object first
-_MAX_BREAKS = 5  # most consecutive connections of a download that may break before they deliver a byte
+_MAX_BREAKS = 5  # a download fails if its connection breaks more often than this without delivering a byte in between
 
 
 class S3Artifacts:
@@ -204,8 +204,8 @@ class S3Artifacts:
                     Config=self._transfer_config(),
                 )
             except s3_errors():
-                # The upload may have succeeded. If the response to completing it is lost, boto3 tries to complete it
-                # again, which fails because the upload no longer exists.
+                # The file may be stored despite the error. If the response to the call that completes a multipart
+                # upload is lost, boto3 repeats the call. The repeated call fails: the upload id no longer exists.
                 if not self._is_stored(file):
                     raise
         return file

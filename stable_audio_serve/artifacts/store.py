@@ -28,7 +28,7 @@ log = structlog.get_logger("stable_audio_serve.artifacts")
 
 T = TypeVar("T")
 
-_WIND_DOWN_S = 1.0  # a cancelled caller waits at most this long until its file is removed again
+_WIND_DOWN_S = 1.0  # a cancelled caller waits at most this long for the removal of the file that it was writing
 
 BackendName = Literal["local", "s3"]
 

@@ -216,7 +216,7 @@ class QuietMetrics:
             self._sink.increment(name, value, **labels)
 
     def gauge(self, name: str, value: float, **labels: str) -> None:
-        """Set the gauge `name` to `value`. Gauges are passed on even before `open` is called."""
+        """Set the gauge `name` to `value`. Unlike other metrics, gauges are passed on before `open` is called."""
         self._sink.gauge(name, value, **labels)
 
     def observe(self, name: str, value: float, **labels: str) -> None:

@@ -221,7 +221,8 @@ def _set(tree: dict[str, Any], path: tuple[str, ...], *, value: str) -> None:
 def _set_access_key(tree: dict[str, Any], environ: Mapping[str, str]) -> None:
     """Set the S3 access key, its secret and its session token in `tree` from environment variables.
 
-    All three come from the same pair of variables, because the parts of different access keys do not work together.
+    Either all variables begin with AWS_, or all begin with R2_ (then there is no session token). The two are not mixed,
+    because the parts of different access keys do not work together.
     """
     pair = next((pair for pair in _ACCESS_KEYS if all(_is_set(environ, name) for name in pair)), None)
     if pair is None:

@@ -175,7 +175,7 @@ def base_environment(settings: Settings) -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
-        # Otherwise, a thread of Ray Serve that calls Ray after its stop would start another Ray.
+        # Without this, a thread of Ray Serve that calls Ray after Ray was stopped would start a new Ray instance.
         "RAY_ENABLE_AUTO_CONNECT": "0",
         "RAY_DEDUP_LOGS": "0",
         "RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH": "stable_audio_serve.serving.logs.tidy_controller_log",

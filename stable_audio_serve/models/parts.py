@@ -49,7 +49,9 @@ class Pretransform(Protocol):
 
     samples_per_frame: int
     halo_frames: int  # number of frames on each side that can influence a frame's audio
-    is_placed: bool  # whether the result of `decode` depends on `start` in `noise` (an int, so no graph capture)
+    # Whether the result of `decode` depends on `start` of the windows in `noise`. If so, `decode` is not captured as a
+    # CUDA graph: the graph would use the `start` of the capture for every window, because it is an int, not a tensor.
+    is_placed: bool
 
     def encode(self, audio: Tensor) -> Tensor:
         """Audio (batch, channels, samples) -> frames (batch, frame channels, ceil(samples / samples_per_frame))."""

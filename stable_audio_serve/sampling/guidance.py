@@ -123,8 +123,8 @@ def guide(
     Projection and threshold need the clean estimate x - t v, so the output must be a velocity v.
 
     Norms and projections use only the frames where `valid` (B, F) bool is true; None means all frames. In other frames
-    the result is arbitrary. `add_up` computes the sum of each row; pass another one if rows are cut into pages. Parts
-    of guidance that no row uses are not computed, which changes no bit of the result.
+    the result is arbitrary. `add_up` computes the sum of each row. If rows are cut into pages, pass `PagedRows.sum`.
+    Parts of guidance that no row uses are not computed, which changes no bit of the result.
     """
     x, t = x.float(), times.float()[:, None, None]
     v_cond = conditional.float()
@@ -190,7 +190,7 @@ def _valid_only(values: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def _tree_sum(values: Tensor) -> Tensor:
-    """Return the sum over axis 1, which keeps length 1. Adds in pairs, so that zeros at the end do not change a bit."""
+    """Return the sum over axis 1, as with keepdim=True. Adds in pairs: zeros at the end leave the sum bit-identical."""
     while (count := values.shape[1]) > 1:
         paired = values[:, 0 : count - 1 : 2] + values[:, 1::2]
         values = torch.cat((paired, values[:, -1:]), dim=1) if count % 2 else paired

@@ -82,7 +82,7 @@ def _dpmpp(times: Tensor, guidance: Guidance) -> PlanWriter:
 
 
 def _rk4(times: Tensor, guidance: Guidance) -> PlanWriter:
-    """The classical Runge-Kutta method of order 4. The last network call of a step is at its end, even if that is 0.
+    """The classical Runge-Kutta method of order 4. A step's last network call is at the step's end time, even time 0.
 
     Registers: x, the network's next input, and x plus the weighted slopes of this step so far.
     """

@@ -200,9 +200,10 @@ class ModelWatch:
         return time.monotonic() - self._answered_at
 
     def note_answer(self, model: str) -> None:
-        """Mark a model as ready because a replica of it has answered a request. The next `status` asks the controller.
+        """Mark a model as ready because a replica of it has answered a request.
 
-        Thus the model is reported as ready even while the controller does not answer.
+        The next call of `status` still asks the controller. If the controller does not answer, `status` reports the
+        model as ready because of this mark.
         """
         models = self._snapshot.models
         if models[model].stage == "ready":

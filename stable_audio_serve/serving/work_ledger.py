@@ -195,9 +195,9 @@ class WorkLedger:
         return work.prices.of_request(call[0]) if work else 1.0
 
     def choose(self, *, replica: str, ms: float) -> None:
-        """Record that a replica was chosen for a call that takes `ms`. The call counts as the replica's work at once.
+        """Record that a replica was chosen for a call that takes `ms`. From now on, the call counts as its work.
 
-        This matters if many calls come at once: replicas are chosen for all of them before the first is accepted.
+        This matters if many calls arrive together: replicas are chosen for all of them before the first is accepted.
         """
         if ms > 0:
             self._replicas[replica].chosen.add(_Call(self._clock(), ms))

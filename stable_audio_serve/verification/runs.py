@@ -36,7 +36,8 @@ from stable_audio_serve.sampling.samplers import DATA_DEPENDENT
 from stable_audio_serve.verification.goldens import Goldens
 from stable_audio_serve.verification.samplers import Calls, Script, sampler_script
 
-# The draw for encoding a source in the Stable Audio Open family, where the reference encodes a source in one piece.
+# The name of the random draw with which the Stable Audio Open family encodes a source. There is only one, because the
+# reference encodes a source in one piece.
 SOURCE_DRAW = "init/bottleneck"
 
 # Arguments that the references' generate() adds to a case of the Stable Audio Open family, by objective.

@@ -41,7 +41,10 @@ _EDIT_LEVELS = (0.01, 0.02, 0.04, 0.3, 1.0)  # noise levels of an edit, from the
 
 
 def _draws(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
-    """Replay a case's draws in order from its seed; compare the stored tensors, first values and integers."""
+    """Repeat a case's random draws in order from its seed, and compare them with the stored ones.
+
+    Of a tensor, the first four values are stored, and in some cases also the whole tensor.
+    """
     case = it.goldens.section("cases", match[0])
     seed = case.get("manual_seed", case.get("args", {}).get("seed"))
     if seed is None or seed < 0:
@@ -117,7 +120,7 @@ def _prepare(it: Subject, match: re.Match[str]) -> Tensor:
 def v_output(x: Tensor, t: float) -> Tensor:
     """Returns v of x (B, D, F) at the float32 time `t`.
 
-    This is the exact v for normal data with mean 0.3 cos(channel) and variance 0.25, plus 0.2 sin(x).
+    The result is v0 + 0.2 sin(x), where v0 is the exact v for normal data with mean 0.3 cos(channel) and variance 0.25.
     """
     time = torch.tensor(t, dtype=torch.float32)
     alpha, beta, mean = torch.cos(math.pi * time / 2), torch.sin(math.pi * time / 2), _channel_means(x)
@@ -126,7 +129,10 @@ def v_output(x: Tensor, t: float) -> Tensor:
 
 
 def flow_output(x: Tensor, t: float) -> Tensor:
-    """Returns the flow velocity of x (B, D, F) at the float32 time `t`, for the data of `v_output`."""
+    """Returns u0 + 0.2 sin(x) for x (B, D, F) at the float32 time `t`.
+
+    u0 is the exact flow velocity for the normal data of `v_output`.
+    """
     time = torch.tensor(t, dtype=torch.float32)
     alpha, mean = 1 - time, _channel_means(x)
     pull = (time - _VARIANCE * alpha) * (x - alpha * mean) / (alpha**2 * _VARIANCE + time**2)

@@ -44,7 +44,8 @@ def verify(folder: Path, say: Callable[[str], None]) -> Report:
     """Compare the model in `folder` with the reference numbers in the same folder.
 
     Passes one line per component to `say`. Runs in float32 on the CPU, because the bounds are set for that. If the
-    facts define the networks as formulas, no model is loaded. An unusable file is reported as a miss, not raised.
+    reference data define the networks as formulas, no model is loaded. An unusable file raises no exception: the report
+    says that its component failed.
     """
     report, goldens, model = Report(say), None, None
     with report.guard("goldens"):

@@ -188,7 +188,7 @@ async def test_slow_handler_is_not_mistaken_for_a_slow_client() -> None:
 
 
 async def test_too_many_slow_bodies_are_refused_but_fast_ones_accepted() -> None:
-    # The long window ends no slow client in this test.
+    # `window_s` is so long that no connection is closed because its body is too slow.
     times = ClientTimes(grace_s=0.3, window_s=PATIENCE_S, max_slow=4)
     async with connect(ToneBackend(), times=times) as client:
         port = client.base_url.port

@@ -160,7 +160,7 @@ class Census:
     def take(self) -> Mapping[str, int] | None:
         """Return the number of running replicas of each deployment, counted after this call; None on timeout."""
         with self._has_new:
-            # Wait for two lines: the next one may be of a count that began before this call.
+            # Wait for two lines. The program may have begun the count of the next line before this call.
             newer = self._num_taken + 2
             is_newer = self._has_new.wait_for(lambda: self._num_taken >= newer, timeout=_ANSWER_S)
             return self._latest if is_newer else None

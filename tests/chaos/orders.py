@@ -22,8 +22,9 @@ _RATE_HZ = 8_000
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """One planned job. `key` is its idempotency key or the id that the client chose; retries then make no new job.
+    """One planned job. `key` is its idempotency key or the id that the client chose.
 
+    With a `key`, submitting the order again makes no new job.
     If `is_repeated`, the client submits the order again after it was accepted.
     """
 

@@ -45,7 +45,7 @@ def doctor(*options: str, models: list[dict[str, Any]], port: int | None = None,
 
 
 def findings(*options: str, **settings: Any) -> dict[str, dict[str, str]]:
-    """Returns the findings of `--json` by check; of several with the same name the last one."""
+    """Returns the findings that `doctor --json` prints, by check. If a check has several, the last one is returned."""
     result = doctor("--json", *options, **settings)
     printed = json.loads(result.stdout)
     assert printed.keys() == {"ok", "findings"}

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from stable_audio_serve.cli import app, remote
 from stable_audio_serve.cli.messages import OPTIONS, describe_os_error, in_options
 from stable_audio_serve.cli.sound_options import SoundOptions
+from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.launcher.launch import _ready_text
 
 CLOSED_URL = "http://127.0.0.1:9"  # no server listens on this port
@@ -140,6 +141,6 @@ def test_a_quiet_command_prints_its_error_only() -> None:
 
 
 def test_the_ready_line_names_the_page() -> None:
-    text = _ready_text("http://127.0.0.1:8000", SimpleNamespace(names=["demo"]))  # type: ignore[arg-type]
+    text = _ready_text("http://127.0.0.1:8000", SimpleNamespace(names=["demo"], settings=Settings()))  # type: ignore[arg-type]
     assert text.startswith("ready: http://127.0.0.1:8000 serves demo")
     assert "Open http://127.0.0.1:8000/ in a browser" in text

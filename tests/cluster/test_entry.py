@@ -1,4 +1,4 @@
-"""The Kubernetes documents Ingress and HTTPRoute, for clients, and PodMonitor, for the Prometheus operator."""
+"""Ingress, HTTPRoute and PodMonitor are valid Kubernetes documents and fit the server's settings and metrics."""
 
 from __future__ import annotations
 

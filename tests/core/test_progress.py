@@ -52,7 +52,7 @@ async def test_within_a_stage_only_the_latest_arrives_once_per_interval() -> Non
             await asyncio.sleep(0.02)
         assert tuple(received) == (0.1,)
         clock.now += 0.02
-        await has_received(0.1, 0.4)  # 0.4 arrives although no newer progress was put
+        await has_received(0.1, 0.4)  # the interval has ended, so the newest progress arrives
         feed.close()
         await receiving
     assert tuple(received) == (0.1, 0.4)

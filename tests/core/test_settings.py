@@ -248,7 +248,7 @@ def test_a_plain_key_where_a_hash_belongs_is_refused_but_not_shown(tmp_path: Pat
 @pytest.mark.parametrize(
     ("entries", "complaint"),
     [
-        ([f"{'a' * 16}:{hash_key('x')}"], "16 hexadecimal digits"),  # a key without a name gets such an id
+        ([f"{'a' * 16}:{hash_key('x')}"], "16 hexadecimal digits"),  # such a name is reserved for keys without a name
         *(
             ([f"{name}:{hash_key('x')}"], "64 letters")
             for name in ("", "a b", "a/b", "-a", "a" * 65, "ä", "a:b", "a\n")

@@ -1,4 +1,4 @@
-"""Every command, option, metric, alert, figure and file that the pages for operators name exists."""
+"""The commands, options, metrics, alerts, figures and files that the pages for operators name all exist."""
 
 from __future__ import annotations
 

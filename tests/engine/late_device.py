@@ -56,7 +56,7 @@ class LateDevice(WaitingDevice):
         moment.wait()
 
     def work_up_to(self, count: int) -> None:
-        """Do the work of the first `count` uses of `on_second_queue`, as far as it is not done."""
+        """Do the work of the first `count` uses of `on_second_queue`. Work that is done already is not repeated."""
         while self._num_done < count:
             self._pieces[self._num_done].redo()
             self._num_done += 1

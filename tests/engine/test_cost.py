@@ -39,7 +39,7 @@ curves = st.builds(
 
 
 def disturbed(truth_ms: float, rng: random.Random) -> float:
-    """Returns a simulated measurement: the fastest of three runs, two of which other programs often slow down."""
+    """Returns a simulated measurement: the fastest of three runs. Other programs often slow down two of the runs."""
     runs = [truth_ms * rng.uniform(1.0, 1.05) * rng.choice([1.0, rng.uniform(1.0, 20.0)]) for _ in range(2)]
     return min(*runs, truth_ms * rng.uniform(1.0, 1.05))
 

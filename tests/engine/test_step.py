@@ -61,10 +61,10 @@ def test_replayed_step_is_bit_identical_for_other_rows(name: str, kinds: tuple[s
 
 
 class AdaptedModel(ToyModel):
-    """A toy model that adds to its prediction the low-rank matrices (LoRA) of the adapter that a request names.
+    """A toy model with adapters: low-rank matrices (LoRA) whose output is added to the prediction.
 
-    The matrices of all adapters are padded to the same rank and stored as conditioning values of the request. A request
-    without an adapter has none.
+    A prompt that begins with "as " names an adapter. The conditioning of such a request has the adapter's matrices,
+    which have the same shape for all adapters. The conditioning of other requests has no matrices.
     """
 
     RANK = 3

@@ -40,7 +40,7 @@ def load(folder: Path, *, dtype: torch.dtype) -> None:
     card = ModelCard("measured", "stable-audio-3")
     model = build.load_sa3(card, folder, text_encoder=folder, device=CPU, dtype=dtype, decode_precision="float32")
     assert model.denoiser.dtype == dtype
-    for network in (model.denoiser, model.autoencoder):  # memory-mapped weights count only after they are read
+    for network in (model.denoiser, model.autoencoder):  # memory-mapped weights use memory once they are read
         sum(float(tensor.sum()) for tensor in network.state_dict().values())
 
 

@@ -129,7 +129,7 @@ def test_keeping_everything_returns_the_source(family: str, sampler: str) -> Non
 
 @pytest.mark.parametrize(("family", "sampler"), CASES)
 def test_kept_frames_of_registers_that_are_not_blended_do_not_matter(family: str, sampler: str) -> None:
-    """The sampler's state has several registers. Only in the network's next input must kept frames be right."""
+    """Before each network call, the kept frames must be right only in the register that the network reads."""
     kept = make_kept()
     plan = blend(make_plan(family, sampler, 7), family, sampler)
 
@@ -190,7 +190,7 @@ def pair_network(*, flow: bool) -> Callable[[Tensor, float], Tensor]:
 
 
 def next_to_kept(kept: Kept, start: Tensor, *, sigma: float, pull: float) -> Tensor:
-    """Returns the expected second frame without noise, if the first frame is kept at z + sigma eps' at every level.
+    """Returns the expected second frame at noise level 0. At each level sigma, the kept first frame is z + sigma eps'.
 
     The second frame x begins as sigma times `start`. Let r be the correlation, u = 1 + sigma^2 and w = u^2 - r^2. Then
     the derivative (x - D(x)) / sigma, where D is the exact denoiser, is x sigma u / w - r sigma (z + sigma eps') / w.

@@ -60,7 +60,7 @@ def test_sampler_matches_the_reference(name: str) -> None:
     noise, expected = COMMON.tensors["sampler/noise"], COMMON.tensors[f"{name}/out"]
     source = COMMON.tensors["sampler/init"] if name.endswith("_init") else None
     span = SigmaRange(arguments["sigma_min"], arguments["sigma_max"])
-    # For v-ddim-cfgpp, which needs an unconditional output: `unguided` returns 0.9 of the guided output.
+    # v-ddim-cfgpp needs guidance, because it uses the unconditional output. `unguided` computes that output.
     guidance = Guidance(cfg_scale=2.0) if sampler == "v-ddim-cfgpp" else Guidance()
     plan = build_v_plan(sampler, arguments["steps"], span=span, guidance=guidance, has_source=source is not None)
     bound = loosest(sampler) * max(1.0, float(COMMON.tensors[f"{name}/x"].abs().max()))

@@ -24,7 +24,7 @@ _TRY = """
 import os, socket, sys
 os.setgroups([])
 os.setgid(65534)
-os.setuid(65534)  # becomes the user `nobody` now, because only root can read this program
+os.setuid(65534)  # the user `nobody`, who may be unable to read the files of Python; Python has loaded them by now
 for path in sys.argv[1:]:
     try:
         if os.path.isdir(path):

@@ -178,7 +178,7 @@ async def test_overwritten_folder_has_no_fallback(starter: Starter, tmp_path: Pa
 async def test_changed_last_good_weights_do_not_serve(starter: Starter, tmp_path: Path) -> None:
     first, second = (copy_checkpoint(TINY, tmp_path / name) for name in ("first", "second"))
     await starter.start(path=str(first))
-    spoil(first, partial(scale, factor=1.2))  # a change so small that these weights would pass as new ones
+    spoil(first, partial(scale, factor=1.2))  # so small a change that the gate would accept it in new weights
     spoil(second, partial(scale, factor=0.0))
     with pytest.raises(QualityError, match=r"silence.*fail too: .* has changed since it passed"):
         await starter.start(path=str(second))

@@ -1,4 +1,4 @@
-"""End-to-end reference numbers with packed rows, which share network calls without padding."""
+"""Verification passes in fast mode, in which rows share network calls without padding (packed rows)."""
 
 from __future__ import annotations
 

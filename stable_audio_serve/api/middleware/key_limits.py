@@ -142,7 +142,7 @@ class KeyLimiter:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _make_use(self, key: ApiKey, *, audio_s: float, takes_place: bool) -> Use | None:
-        """Return how much of its key's limits a request uses, or None for a key without limits.
+        """Return how much of the limits of `key` a request uses, or None if the key has no limits.
 
         Raises ForbiddenError if the request needs more audio than the key may have in a minute.
         """

@@ -43,7 +43,7 @@ def build_router(service: Service) -> APIRouter:
 
     @router.get("", responses=_INVALID)
     async def list_dead_letters(
-        limit: Annotated[int, Query(ge=1, le=schemas.MOST_AT_ONCE, description="Most of one page.")] = 100,
+        limit: Annotated[int, Query(ge=1, le=schemas.MOST_AT_ONCE, description="Maximum number per page.")] = 100,
         cursor: Annotated[int | None, Query(ge=0, le=_LARGEST, description="`next_cursor` of the page before.")] = None,
         *,
         model: Annotated[str | None, Query(max_length=64, description="Only those of this model.")] = None,

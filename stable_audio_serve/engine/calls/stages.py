@@ -187,7 +187,7 @@ class Stages:
 
     @property
     def second_queue_has_room(self) -> bool:
-        """Whether more windows may be encoded or decoded during the next step: few such calls are unfinished."""
+        """Whether more windows may be encoded or decoded in the next step. True if few such calls are unfinished."""
         return self._times.second_queue_has_room
 
     def keep_pace(self) -> None:

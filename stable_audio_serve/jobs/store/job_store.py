@@ -24,7 +24,10 @@ from stable_audio_serve.jobs.store.waiting import WaitingWork
 
 
 class JobStore:
-    """The operations on one job database. Each attribute has the operations of one user: clients, runners and so on."""
+    """The operations on one job database.
+
+    Each attribute has the operations for one caller or task: clients, runners, retention and so on.
+    """
 
     def __init__(
         self,

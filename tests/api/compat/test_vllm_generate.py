@@ -162,7 +162,7 @@ async def test_route_exists_below_its_prefix(client: httpx.AsyncClient) -> None:
         ({"audio_length": 2, "audio_start": None}, 0, 2 * RATE_HZ),
         # Without `audio_length`, `audio_start` is ignored.
         *(({"audio_start": value}, 0, 1024 * 2048) for value in (20, -5)),
-        # The end, 121 s, is after the longest clip's.
+        # The clip would end at 121 s, but the longest clip ends at 120 s.
         ({"audio_length": 119, "audio_start": 2}, 2 * RATE_HZ, 120 * RATE_HZ),
         ({"audio_length": 120}, 0, 120 * RATE_HZ),
         ({"audio_length": 1e-9}, 0, 1),

@@ -1,5 +1,6 @@
-"""A slow, simple implementation of the Stable Audio 3 networks for one clip, to check sizes without stored values.
+"""A slow, simple implementation of the Stable Audio 3 networks for one clip.
 
+Tests compare the package with it for network sizes that have no stored reference values.
 It needs only a checkpoint's tensors and config, and uses no code of the package.
 """
 
