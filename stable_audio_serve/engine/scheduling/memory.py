@@ -199,10 +199,14 @@ def _request(spec: ModelSpec, share: float) -> GenerationRequest:
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """Return the most bytes that new tensors take at any time during `run`, which is called twice."""
-    run()  # the first call creates tensors that are kept for later calls and must not count
-    with _TensorBytes() as counted:
-        run()
+    """Return the most bytes that new tensors take at any time during `run`, which is called twice.
+
+    Compiled layers run uncompiled, because torch cannot compile while a dispatch mode counts tensors.
+    """
+    with torch.compiler.set_stance("force_eager"):
+        run()  # the first call creates tensors that are kept for later calls and must not count
+        with _TensorBytes() as counted:
+            run()
     return counted.peak
 
 
