@@ -48,8 +48,11 @@ def resolve_dtype(device: torch.device, dtype: str | torch.dtype | None, *, cpu_
 def require_exact_float32() -> None:
     """Disable, for the whole process, the CUDA libraries' rounding shortcuts for float32 and half precision.
 
-    Convolutions would otherwise round to the 10 bits of TF32, an error above the parity bounds.
+    Convolutions would otherwise round to the 10 bits of TF32, an error above the parity bounds. cuDNN's attention is
+    off as well, in every precision: torch prefers it on Hopper and newer GPUs, where each new shape costs a plan of 0.1
+    to 0.4 s and results can be wrong (pytorch issue 193893).
     """
+    torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
