@@ -82,6 +82,13 @@ _ENGINE = (
     Metric("engine_denoise_ms", "histogram", "One denoising step of all its rows, milliseconds.", ("model",)),
     Metric("engine_decode_ms", "histogram", "One audio decoder call for several windows, milliseconds.", ("model",)),
     Metric(
+        "engine_captures_off",
+        "counter",
+        "Failed captures of CUDA graphs; after the first, the process captures no more calls.",
+        ("model",),
+        is_rare=True,
+    ),
+    Metric(
         "engine_graphs",
         "gauge",
         "Captured CUDA graphs by kind of call: denoise, text or decode.",

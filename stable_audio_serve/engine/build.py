@@ -247,6 +247,7 @@ class _Builder:
             clock=self.clock,
             metrics=self.metrics,
             max_capture_bytes=self.bounds.captures,
+            captures_off_file=self.options.captures_off_file,
         )
         return Stages(
             self.model,

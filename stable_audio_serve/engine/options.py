@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.generation import Mode
@@ -30,6 +31,7 @@ class EngineOptions:
     planning_threads: int = 1  # threads that plan requests, per priority
     max_planning: int = 1024  # requests being planned at once, per priority
     torch_threads: int | None = None  # per call on a CPU; None: torch's default; strict results do not depend on it
+    captures_off_file: Path | None = None  # exists after a failed capture has ended the process; then none are made
     warmup_budget_s: float = 2.0  # for timed calls; the first, untimed call of each kind is extra; 0 skips the warm-up
 
     def __post_init__(self) -> None:

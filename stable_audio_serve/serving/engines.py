@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -24,6 +25,9 @@ from stable_audio_serve.serving.cores import choose_threads
 from stable_audio_serve.serving.placement import model_entry
 
 logger = logging.getLogger(__name__)
+
+# Torch's version is in the name: another version may not have the error.
+_CAPTURES_OFF = Path(f"~/.cache/stable-audio-serve/captures-off-torch-{torch.__version__}")
 
 
 def load_engine(
@@ -104,6 +108,7 @@ def engine_options(model: ModelSettings, *, threads: int | None) -> EngineOption
         torch_threads=threads,
         max_step_tokens=engine.max_step_tokens,
         slots=engine.slots,
+        captures_off_file=_CAPTURES_OFF.expanduser(),
         warmup_budget_s=engine.warmup_budget_s,
     )
 

@@ -23,10 +23,11 @@ from stable_audio_serve.engine.hardware.downloads import DownloadRing
 from stable_audio_serve.engine.hardware.share import WHOLE, DeviceMemory, allowed_bytes
 from stable_audio_serve.sampling.transfer import to_device
 
-# Errors after which the device is unusable. No row caused them, and the process must be replaced.
-DEVICE_LOST: tuple[type[Exception], ...] = (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
-
 _DOWNLOAD_BYTES = 64 * 2**20  # holds three of the longest windows of stereo audio
+
+
+class DeviceLostError(Exception):
+    """The device can no longer be used by this process, which must be replaced. No single row caused this."""
 
 
 class Moment(Protocol):
@@ -52,6 +53,7 @@ class Device(Protocol):
     default_mode: Mode
     frame_grid: int  # row lengths are best padded to a multiple of this many latent frames
     can_capture: bool
+    survives_failed_capture: bool  # if not, the process must be replaced after a capture has failed
     has_second_queue: bool  # if not, work queued within `on_second_queue` goes to the only queue
     prefers_packed: bool  # packing rows of different lengths is faster than padding them
     shares_calls: bool  # strict mode runs several rows in one call of fixed shape
@@ -98,6 +100,13 @@ class Device(Protocol):
         """
         ...
 
+    def require_usable(self, error: Exception) -> None:
+        """Raise DeviceLostError if `error` has made the device unusable. A failed launch alone has not.
+
+        Waits for all queued work if the error is one of the device's.
+        """
+        ...
+
     def use(self) -> DeviceUse:
         """Return the kind of device and, if known, how many bytes of its memory are in use."""
         ...
@@ -117,6 +126,7 @@ class WaitingDevice:
         self.frame_grid = 1 if is_cpu else 64
         self.shares_calls = not is_cpu
         self.can_capture = False
+        self.survives_failed_capture = True
         self.has_second_queue = False
         self.prefers_packed = is_cpu
         self._clock = clock
@@ -144,6 +154,9 @@ class WaitingDevice:
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         raise RuntimeError("this device captures nothing")
+
+    def require_usable(self, error: Exception) -> None:
+        _require_usable(self.torch_device, error)
 
     def use(self) -> DeviceUse:
         return DeviceUse(self.torch_device.type)
@@ -174,6 +187,9 @@ class CudaDevice:
     frame_grid = 64
     shares_calls = True
     can_capture = True
+    # Before torch 2.13 a failed capture leaves its memory pool in the allocator (pytorch issue 180395): later blocks
+    # leak, and calls of the two streams may share memory.
+    survives_failed_capture = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
     has_second_queue = True
     prefers_packed = False
 
@@ -226,8 +242,9 @@ class CudaDevice:
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         current = torch.cuda.current_stream(self.torch_device)
         if current not in self._captures:  # one pool per queue suffices: two graphs of a queue never run at once
+            # A graph's kernels run at the priority of the stream that recorded them.
             self._captures[current] = stream, pool = (
-                torch.cuda.Stream(self.torch_device),
+                torch.cuda.Stream(self.torch_device, priority=current.priority),
                 torch.cuda.graph_pool_handle(),
             )
             # Keep one graph forever: a pool cannot be used again after its last graph is dropped.
@@ -250,12 +267,13 @@ class CudaDevice:
                     run()
                 finally:
                     graph.capture_end()
-        except DEVICE_LOST as error:
-            torch.cuda.synchronize(self.torch_device)  # raises if the device is really lost
-            # Drop the pool: some versions of torch leave it marked as in capture, and refuse to use it again.
-            self._captures = {queue: own for queue, own in self._captures.items() if own[1] != pool}
+        except torch.AcceleratorError as error:
+            self.require_usable(error)
             raise RuntimeError(f"this work cannot be captured: {error}") from error
         return graph
+
+    def require_usable(self, error: Exception) -> None:
+        _require_usable(self.torch_device, error)
 
     def use(self) -> DeviceUse:
         device = self.torch_device
@@ -285,6 +303,15 @@ class _Event:
     def ms_since(self, earlier: Moment) -> float:
         assert isinstance(earlier, _Event)
         return float(earlier._event.elapsed_time(self._event))
+
+
+def _require_usable(device: torch.device, error: Exception) -> None:
+    if not isinstance(error, torch.AcceleratorError):
+        return
+    try:
+        torch.accelerator.synchronize(device)
+    except torch.AcceleratorError as again:  # the error of a lost device comes back with every call
+        raise DeviceLostError(f"the device {device} is lost: {error}") from again
 
 
 def open_device(device: torch.device, *, clock: Clock, share: float = WHOLE) -> Device:

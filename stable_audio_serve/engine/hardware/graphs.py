@@ -11,6 +11,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.metrics import Metrics
-from stable_audio_serve.engine.hardware.device import DEVICE_LOST, Device, Moment
+from stable_audio_serve.engine.hardware.device import Device, DeviceLostError, Moment
 
 log = logging.getLogger(__name__)
 
@@ -151,8 +152,20 @@ class Captured:
 class Graphs:
     """The captured calls of one engine, for its most used shapes. Used by the engine thread only."""
 
-    def __init__(self, device: Device, *, clock: Clock, metrics: Metrics, max_bytes: int | None = None) -> None:
-        """No further calls are captured once captures hold `max_bytes` of device memory."""
+    def __init__(
+        self,
+        device: Device,
+        *,
+        clock: Clock,
+        metrics: Metrics,
+        max_bytes: int | None = None,
+        off_file: Path | None = None,
+    ) -> None:
+        """No further calls are captured once captures hold `max_bytes` of device memory.
+
+        `off_file` outlives the process. It is written if a failed capture ends the process, and says why. As long as it
+        exists, nothing is captured, so that the process is replaced only once.
+        """
         self._device = device
         self._room = CaptureRoom(device, max_bytes=max_bytes)
         self._pace = CapturePace(clock)
@@ -163,7 +176,11 @@ class Graphs:
         self._misses: Counter[Shape] = Counter()
         self._uses: Counter[Shape] = Counter()
         self._num_uses = 0
-        self._failed: set[Shape] = set()
+        self.off_reason = ""  # why no more calls are captured; "": they are
+        self._off_file = off_file
+        if off_file and off_file.exists():
+            self.off_reason = f"{off_file.read_text()} (delete {off_file} to try again)"
+            log.warning("captured calls are off: %s", self.off_reason)
         self._inputs: dict[Kind, Tensor] = {}
         self._outputs: dict[Kind, Tensor] = {}
 
@@ -179,8 +196,9 @@ class Graphs:
         captured = self._captured.get(shape)
         if captured is None:
             self._metrics.increment("engine_graph_misses", kind=shape.kind)
-            self._misses[shape] += 1
-            self._candidates[shape] = run
+            if not self.off_reason:
+                self._misses[shape] += 1
+                self._candidates[shape] = run
         return captured
 
     def capture_next(self, *, is_idle: bool) -> bool:
@@ -188,7 +206,9 @@ class Graphs:
 
         Unless the device `is_idle`, only quick captures are made, and rarely.
         """
-        if not self._record_last_capture(wait=is_idle) or (self._pace.is_resting and not is_idle) or self._room.is_full:
+        if self.off_reason or self._room.is_full or not self._record_last_capture(wait=is_idle):
+            return False
+        if self._pace.is_resting and not is_idle:
             return False
         candidates = [
             shape
@@ -206,24 +226,37 @@ class Graphs:
         return True
 
     def _capture(self, shape: Shape) -> None:
+        """Capture a call. If that fails, capture no more calls in this process."""
         self._make_room()
         run = self._candidates.pop(shape)
         del self._misses[shape]
-        num_inputs, dtype = shape.inputs
-        memory = CallMemory(
-            self._fixed(self._inputs, shape.kind, num=num_inputs, dtype=dtype).zero_(),
-            self._fixed(self._outputs, shape.kind, num=shape.num_outputs, dtype=torch.float32),
-        )
         try:
+            num_inputs, dtype = shape.inputs
+            memory = CallMemory(
+                self._fixed(self._inputs, shape.kind, num=num_inputs, dtype=dtype).zero_(),
+                self._fixed(self._outputs, shape.kind, num=shape.num_outputs, dtype=torch.float32),
+            )
             replay = self._device.capture(lambda: run(shape, memory))
-        except DEVICE_LOST:
+        except DeviceLostError:
             raise
-        except Exception:
-            log.exception("a call cannot be captured: %s", shape)
-            self._failed.add(shape)
+        except Exception as error:  # noqa: BLE001 - the call can still run without a graph
+            self._device.require_usable(error)
+            self._stop_captures(f"{shape} cannot be captured: {error}")
             return
         self._captured[shape] = Captured(memory, replay)
         self._count(shape.kind)
+
+    def _stop_captures(self, reason: str) -> None:
+        """Make no more captures. Raises DeviceLostError if the device does not survive a failed capture."""
+        self.off_reason = reason
+        log.warning("captured calls are off from now on: %s", reason, exc_info=True)
+        self._metrics.increment("engine_captures_off")
+        self._candidates.clear()
+        if not self._device.survives_failed_capture:
+            if self._off_file:
+                self._off_file.parent.mkdir(parents=True, exist_ok=True)
+                self._off_file.write_text(reason)
+            raise DeviceLostError(f"a capture failed, which this torch does not survive: {reason}")
 
     def _record_last_capture(self, *, wait: bool) -> bool:
         """Record how long the last capture took. Returns False if it has not ended."""
@@ -247,7 +280,7 @@ class Graphs:
         return self._pace.allows(shape.kind, size=shape.size, misses=self._misses[shape])
 
     def _is_worth_capturing(self, shape: Shape) -> bool:
-        if self._misses[shape] < _MISSES_TO_CAPTURE or shape in self._failed:
+        if self._misses[shape] < _MISSES_TO_CAPTURE:
             return False
         if len(self._captured) < MOST_GRAPHS:
             return True
