@@ -129,9 +129,16 @@ class OverloadedError(StableAudioError):
     kind = "overloaded"
 
     def __init__(
-        self, message: str, *, retry_after_s: float | None = None, full_for_s: float = 0.0, work_s: float = 0.0
+        self,
+        message: str,
+        *,
+        field: str | None = None,
+        allowed: str | None = None,
+        retry_after_s: float | None = None,
+        full_for_s: float = 0.0,
+        work_s: float = 0.0,
     ) -> None:
-        super().__init__(message, retry_after_s=retry_after_s)
+        super().__init__(message, field=field, allowed=allowed, retry_after_s=retry_after_s)
         self.full_for_s = full_for_s
         self.work_s = work_s
 

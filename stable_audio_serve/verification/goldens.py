@@ -68,14 +68,6 @@ class Goldens:
                 raise CheckpointError(f"{FACTS_FILE}: {'.'.join(path)} must be an object")
         return found
 
-    def missing(self) -> list[str]:
-        """Returns the keys that are listed in the facts but absent from the tensor file.
-
-        Leaves out cases (`gen/`) and padding variants (`_pad_`), because both are optional in a folder.
-        """
-        listed = (key for key in self.section("tensors") if not key.startswith("gen/") and "_pad_" not in key)
-        return [key for key in listed if key not in self._tensors]
-
     def unused(self) -> dict[str, list[str]]:
         """Returns the keys of the tensors that were never read, by group."""
         groups: dict[str, list[str]] = {}

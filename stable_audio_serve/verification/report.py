@@ -89,7 +89,6 @@ class Comparison:
 
     @property
     def missed(self) -> bool:
-        """Whether the difference is above the bound."""
         return self.difference > self.bound
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import CheckpointError
-from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, ScheduleShift, SourceAudio
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, SourceAudio
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.models.forwarding import ForwardingModel
 from stable_audio_serve.models.protocol import (
@@ -25,6 +25,7 @@ from stable_audio_serve.models.protocol import (
     EncodeWindow,
     ModelSpec,
     RowPlan,
+    StepBatch,
     TextEmbedding,
 )
 from stable_audio_serve.models.sa3.lengths import plan_length
@@ -33,71 +34,38 @@ from stable_audio_serve.models.windows import whole_window
 from stable_audio_serve.sampling import NoiseSource, ReplayDraw, ReplayNoise, SeededNoise
 from stable_audio_serve.sampling.samplers import DATA_DEPENDENT
 from stable_audio_serve.verification.goldens import Goldens
-from stable_audio_serve.verification.samplers import Script, sampler_script
+from stable_audio_serve.verification.samplers import Calls, Script, sampler_script
 
 # The draw for encoding a source in the Stable Audio Open family, where the reference encodes a source in one piece.
 SOURCE_DRAW = "init/bottleneck"
 
-# Defaults of the references' generate(): Stable Audio 3, then Stable Audio Open by objective.
-DEFAULTS: Mapping[str, Any] = {
-    "prompt": "",
-    "duration": 120,
-    "steps": 8,
-    "cfg_scale": 1.0,
-    "batch_size": 1,
-    "sample_size": 5292032,
-    "seed": -1,
-    "duration_padding_sec": 6.0,
-    "apg_scale": 1.0,
-}
+# Arguments that the references' generate() adds to a case of the Stable Audio Open family, by objective.
 _V_DEFAULTS = {"cfg_scale": 6.0, "sampler_type": "dpmpp-2m-sde", "sigma_min": 0.01, "sigma_max": 100.0}
 _FLOW_DEFAULTS = {"cfg_scale": 6.0, "sampler_type": "euler"}
 
-# The reference's argument -> our field: for a run, for arguments with an optional list of one value per row, and for
+# The reference's argument -> our field: for all rows, for arguments with an optional list of one value per row, and for
 # the conditioning of a row.
 _FIELDS = {
-    "steps": "steps",
-    "cfg_scale": "cfg_scale",
-    "cfg_interval": "cfg_interval",
-    "cfg_norm_threshold": "cfg_norm_threshold",
+    **{name: name for name in ("steps", "cfg_scale", "cfg_interval", "cfg_norm_threshold", "apg_scale")},
+    **{name: name for name in ("sigma_min", "sigma_max", "init_noise_level", "chunked_decode")},
     "scale_phi": "cfg_rescale",
-    "apg_scale": "apg_scale",
     "sampler_type": "sampler",
-    "sigma_min": "sigma_min",
-    "sigma_max": "sigma_max",
-    "rho": "rho",
-    "init_noise_level": "init_noise_level",
     "duration_padding_sec": "duration_padding_s",
-    "chunked_decode": "chunked_decode",  # in the reference each window draws noise
 }
 _LISTED = {"prompt": "prompt", "negative_prompt": "negative_prompt", "duration": "duration_s"}
 _ROW = {"prompt": "prompt", "seconds_start": "start_s", "seconds_total": "conditioned_total_s"}
 _NEGATIVE = {"prompt": "negative_prompt", "seconds_start": "negative_start_s", "seconds_total": "negative_total_s"}
-# The reference takes the shift as an object. A stored case has its class name or a config type.
-_SHIFTS = ("dist_shift", "schedule_shift", "schedule", "sampling_dist_shift", "distribution_shift")
-_SHIFT_CLASSES = {
-    "logsnrshift": "logsnr",
-    "fluxdistributionshift": "flux",
-    "distributionshift": "full",
-    "identitydistributionshift": "none",
-}
 _REGIONS = ("inpaint_mask_start_seconds", "inpaint_mask_end_seconds")
 _READ = ("batch_size", "sample_size", "seed", "conditioning", "negative_conditioning", "init_audio", "inpaint_audio")
-_WITHOUT_EFFECT = ("truncate_output_to_duration", "return_latents", "rescale_cfg", "disable_tqdm", "callback")
-_KNOWN = {*_FIELDS, *_LISTED, *_SHIFTS, *_REGIONS, *_READ, *_WITHOUT_EFFECT}
+_KNOWN = {*_FIELDS, *_LISTED, *_REGIONS, *_READ}
 
 
 class Case(NamedTuple):
-    """One run of a reference.
+    """One run of a reference."""
 
-    `seed` is the seed of the run; the seed of each request is its row index. `sample_size` (audio samples) caps the
-    latent length.
-    """
-
-    name: str
-    requests: tuple[GenerationRequest, ...]
-    seed: int
-    sample_size: int
+    requests: tuple[GenerationRequest, ...]  # one per row; the seed of each is its row index
+    seed: int  # of the run
+    sample_size: int  # number of audio samples that caps the latent length
 
 
 def skip_reason(args: Mapping[str, Any]) -> str | None:
@@ -112,55 +80,53 @@ def skip_reason(args: Mapping[str, Any]) -> str | None:
     return "its seed is random" if int(args.get("seed", -1)) < 0 else None
 
 
-def parse_case(name: str, facts: Mapping[str, Any], *, goldens: Goldens, chunked: bool) -> Case:
-    """Returns the case `name`, with defaults from the goldens. `chunked` is the model's default for chunked decoding.
+def parse_case(facts: Mapping[str, Any], *, goldens: Goldens, chunked: bool) -> Case:
+    """Returns a case of Stable Audio 3, with defaults from the goldens and the model's default for chunked decoding.
 
-    Raises CheckpointError that names a malformed argument.
+    Raises CheckpointError if a list has another number of values than the batch has rows.
     """
-    args = {"chunked_decode": chunked, **DEFAULTS}
+    args: dict[str, Any] = {"prompt": "", "batch_size": 1, "chunked_decode": chunked}
     for stated in (goldens.section("generate_defaults"), facts["args"]):
         args |= {key: value for key, value in stated.items() if value is not None}
+    columns = [_as_list(args[key], int(args["batch_size"])) for key in _LISTED if key in args]
+    fields = [field for key, field in _LISTED.items() if key in args]
+    rows = [dict(zip(fields, row, strict=True)) for row in zip(*columns, strict=True)]
     starts, ends = (value if isinstance(value := args.get(edge, []), list) else [value] for edge in _REGIONS)
-    requests = [
-        GenerationRequest(
-            **_renamed(args, _FIELDS),
-            **_renamed({key: _of_row(args, key, row=row) for key in _LISTED}, _LISTED),
-            seed=row,
-            schedule_shift=_shift(args),
-            edit_schedule="reference",
-            init_audio=_source(args.get("init_audio"), goldens),
-            inpaint_audio=_source(args.get("inpaint_audio"), goldens),
-            inpaint_regions_s=tuple(zip(starts, ends, strict=True)),
-            keep="model",
-        )
-        for row in range(int(args["batch_size"]))
-    ]
-    return Case(name, tuple(requests), int(args["seed"]), int(args["sample_size"]))
+    requests = _build_requests(
+        args,
+        rows,
+        edit_schedule="reference",
+        init_audio=_source(args.get("init_audio"), goldens),
+        inpaint_audio=_source(args.get("inpaint_audio"), goldens),
+        inpaint_regions_s=tuple(zip(starts, ends, strict=True)),
+        keep="model",
+    )
+    return Case(requests, int(args["seed"]), int(args["sample_size"]))
 
 
-def parse_open_case(name: str, facts: Mapping[str, Any], *, goldens: Goldens, card: ModelCard) -> Case:
+def parse_open_case(facts: Mapping[str, Any], *, goldens: Goldens, card: ModelCard) -> Case:
     """Returns a case of the Stable Audio Open family. Raises ValueError unless each row has one condition."""
-    is_v, source = card.objective == "v", None
+    is_v, inputs = card.objective == "v", facts.get("inputs")
     args = {**(_V_DEFAULTS if is_v else _FLOW_DEFAULTS), **facts["args"]}
-    if not is_v:
-        args |= {"sigma_min": None, "rho": None}  # the reference's flow samplers ignore them
-    if inputs := facts.get("inputs"):
-        source = SourceAudio(goldens[inputs["init_audio"]].numpy(), int(inputs["init_rate"]))
-    rows, negatives = args["conditioning"], args.get("negative_conditioning") or [{}]
-    negatives = negatives * len(rows) if len(negatives) == 1 else negatives
-    requests = [
-        GenerationRequest(
-            **_renamed(args, _FIELDS),
-            **_renamed(row, _ROW),
-            **_renamed(negative, _NEGATIVE),
-            duration_s=int(args["sample_size"]) / card.sample_rate_hz,
-            seed=index,
-            init_audio=source,
-            edit_schedule=None if is_v else "reference",
-        )
-        for index, row, negative in zip(range(int(args.get("batch_size", 1))), rows, negatives, strict=True)
-    ]
-    return Case(name, tuple(requests), int(args["seed"]), int(args["sample_size"]))
+    negatives = args.get("negative_conditioning") or [{}]
+    negatives = negatives * len(args["conditioning"]) if len(negatives) == 1 else negatives
+    pairs = zip(args["conditioning"], negatives, strict=True)
+    requests = _build_requests(
+        args,
+        [_renamed(row, _ROW) | _renamed(negative, _NEGATIVE) for row, negative in pairs],
+        duration_s=int(args["sample_size"]) / card.sample_rate_hz,
+        init_audio=SourceAudio(goldens[inputs["init_audio"]].numpy(), int(inputs["init_rate"])) if inputs else None,
+        edit_schedule=None if is_v else "reference",
+    )
+    return Case(requests, int(args["seed"]), int(args["sample_size"]))
+
+
+def _build_requests(
+    args: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], **shared: Any
+) -> tuple[GenerationRequest, ...]:
+    """Returns one request per row, from the fields that all rows share and the fields of the row."""
+    shared |= _renamed(args, _FIELDS)
+    return tuple(GenerationRequest(**shared, **row, seed=index) for index, row in enumerate(rows))
 
 
 def _renamed(args: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
@@ -169,32 +135,26 @@ def _renamed(args: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any
     return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 
-def _of_row(args: Mapping[str, Any], key: str, *, row: int) -> Any:
-    """Returns the argument for one row: an element of a list, or a value for all rows.
-
-    Raises CheckpointError if the length of a list is not the batch size.
-    """
-    value, num_rows = args.get(key), int(args["batch_size"])
-    if not isinstance(value, list):
-        return value
-    if len(value) != num_rows:
-        raise CheckpointError(f"golden.json: a list of {len(value)} values for a batch of {num_rows}")
-    return value[row]
-
-
-def _shift(args: Mapping[str, Any]) -> ScheduleShift | None:
-    found = next((args[name] for name in _SHIFTS if name in args), None)
-    if found is None:
-        return None
-    stated: dict[str, Any] = {"type": found} if isinstance(found, str) else dict(found)
-    kind = str(stated.pop("type", "full")).lower()
-    return ScheduleShift(_SHIFT_CLASSES.get(kind, kind), tuple(stated.items()))
+def _as_list(value: Any, length: int) -> list[Any]:
+    found = value if isinstance(value, list) else [value] * length
+    if len(found) != length:
+        raise CheckpointError(f"golden.json: a list of {len(found)} values for a batch of {length}")
+    return found
 
 
 def _source(found: Mapping[str, Any] | None, goldens: Goldens) -> SourceAudio | None:
     if found is None:
         return None
     return SourceAudio(torch.atleast_2d(goldens[found["tensor"]]).numpy(), int(found["sample_rate"]))
+
+
+class CallOrderNoise(SeededNoise):
+    """Noise whose draws for windows follow the order of the calls, as in the reference."""
+
+    def window(
+        self, stage: str, start: int, *, shape: tuple[int, ...], frame_axis: int, device: torch.device
+    ) -> Tensor:
+        return self.step(shape).to(device)
 
 
 class RowNoise:
@@ -222,17 +182,17 @@ class RowNoise:
         return self._drawn.narrow(frame_axis, start, shape[frame_axis]).to(device)
 
 
-@dataclass(frozen=True, slots=True)
-class RowResult:
+class RowResult(NamedTuple):
     """One row of a run: its plan, final latents (D, F), and audio (C, S) cut to the row's length."""
 
     plan: RowPlan
     latents: Tensor
     audio: Tensor
+    calls: Calls  # the network's input and output of each call of the run; a guided row is in it twice, unguided second
 
 
 class ObservedModel(ForwardingModel):
-    """Wraps a model to record the final latents of each row. Decodes the whole row, headroom included.
+    """Wraps a model to record its calls and the final latents of each row. Decodes the whole row, headroom included.
 
     `noise` has one source per row. If `texts` has entries, they replace the text encoder.
     """
@@ -243,6 +203,7 @@ class ObservedModel(ForwardingModel):
         super().__init__(model)
         self._noise, self._texts = noise, texts
         self.latents: list[dict[int, Tensor]] = [{} for _ in noise]  # per row: frame -> latent (D,)
+        self.calls: list[tuple[Tensor, Tensor]] = []
 
     @property
     def spec(self) -> ModelSpec:
@@ -255,6 +216,10 @@ class ObservedModel(ForwardingModel):
     def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
         return [self._texts[prompt] for prompt in prompts] if self._texts else super().encode_text(prompts)
 
+    def denoise(self, batch: StepBatch) -> Tensor:
+        self.calls.append((batch.x, super().denoise(batch)))
+        return self.calls[-1][1]
+
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
         for window in windows:
             row = next((row for row, noise in enumerate(self._noise) if noise is window.noise), None)
@@ -264,11 +229,7 @@ class ObservedModel(ForwardingModel):
 
 
 def run_case(
-    model: DiffusionModel,
-    case: Case,
-    *,
-    noise: Sequence[NoiseSource],
-    texts: Mapping[str, TextEmbedding] | None = None,
+    model: DiffusionModel, case: Case, *, noise: Sequence[NoiseSource], texts: Mapping[str, TextEmbedding] | None = None
 ) -> list[RowResult]:
     """Run all rows of a case in one batch. `noise` has one source per row; `texts` replace the text encoder."""
     plans, observed = plan_case(model, case), ObservedModel(model, noise=noise, texts=texts or {})
@@ -281,7 +242,8 @@ def run_case(
     results = []
     for plan, result, latents in zip(plans, asyncio.run(generate()), observed.latents, strict=True):
         made = torch.stack([latents[frame] for frame in range(plan.frames)], dim=1)
-        results.append(RowResult(plan, made, torch.from_numpy(result.audio[0])[:, : plan.output_samples]))
+        audio = torch.from_numpy(result.audio[0])[:, : plan.output_samples]
+        results.append(RowResult(plan, made, audio, observed.calls))
     return results
 
 

@@ -1,7 +1,7 @@
-"""Checks of the Stable Audio Open family that need no checkpoint: samplers, schedules, Brownian paths, source audio.
+"""Checks that run no network of a model: draws, schedules, Brownian paths, samplers and source audio.
 
-A sampler's plan runs step by step outside the engine, and every step is compared with the stored one. Folders with
-these numbers have no model. Their networks are formulas, written in the facts under `FORMULAS_KEY`.
+Samplers run outside the engine on networks that are formulas. `v_output` and `flow_output` are the formulas that the
+facts of a folder without a model state under `FORMULAS_KEY`.
 """
 
 from __future__ import annotations
@@ -9,54 +9,109 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from stable_audio_serve import sampling
 from stable_audio_serve.audio.prepare import prepare_source
-from stable_audio_serve.core.errors import CheckpointError
-from stable_audio_serve.core.generation import SourceAudio
-from stable_audio_serve.sampling import (
-    SAMPLERS,
-    V_SAMPLERS,
-    Guidance,
-    ReplayDraw,
-    ReplayNoise,
-    ReplayPath,
-    SamplerPlan,
-    SigmaRange,
-    StepTerms,
-    advance,
-    build_open_flow_plan,
-    build_v_plan,
-    network_input,
-    open_flow_times,
-    shift_from_config,
-    start_state,
-)
-from stable_audio_serve.sampling.brownian import BrownianTree, brownian_steps
+from stable_audio_serve.core.generation import EditSchedule, GenerationRequest, SourceAudio
+from stable_audio_serve.models.sa3.model import Sa3Model
+from stable_audio_serve.sampling import ReplayDraw, ReplayNoise, ReplayPath, SamplerPlan, SigmaRange, shift_from_config
+from stable_audio_serve.sampling.brownian import MAX_ENTROPY, BrownianTree, brownian_steps
 from stable_audio_serve.sampling.karras import polyexponential_sigmas
 from stable_audio_serve.sampling.samplers import DATA_DEPENDENT
 from stable_audio_serve.sampling.v_network import sigma_to_time
 from stable_audio_serve.sampling.v_samplers import OVER_TIME
 from stable_audio_serve.verification.checks import Check, Finding, Subject, same
-from stable_audio_serve.verification.goldens import Goldens
 
-# x (B, D, F), float32 time of all rows -> output (B, D, F), either guided or of the unconditional branch.
+# x (B, D, F), float32 time of all rows -> guided output (B, D, F)
 Network = Callable[[Tensor, float], Tensor]
+Calls = Sequence[tuple[Tensor, Tensor]]  # input and guided output (B, D, F) of each network call of a plan
 Script = Sequence[ReplayDraw | ReplayPath]
 
 FORMULAS_KEY = "analytic"
-_FORMULAS = {
-    "v": "s=0.5; m_c=0.3*cos(c); a=cos(pi t/2); b=sin(pi t/2);"
-    " v = a*b*(1-s^2)*(x-a*m)/(a^2 s^2+b^2) - b*m + 0.2*sin(x)",
-    "rf": "s=0.5; m_c=0.3*cos(c); a=1-t; v = (t-s^2*a)*(x-a*m)/(a^2 s^2+t^2) - m + 0.2*sin(x)",
-}
 _VARIANCE = 0.25
 _UNGUIDED_SHARE = 0.9  # in the formulas, unconditional output = this share of the guided output
 _LAST_DRAWS_UNUSED = ("k-heun", "k-dpm-2", "k-dpm-fast")
+_EDIT_LEVELS = (0.01, 0.02, 0.04, 0.3, 1.0)  # noise levels of an edit, from the lowest that requests may use
+
+
+def _draws(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
+    """Replay a case's draws in order from its seed; compare the stored tensors, first values and integers."""
+    case = it.goldens.section("cases", match[0])
+    seed = case.get("manual_seed", case.get("args", {}).get("seed"))
+    if seed is None or seed < 0:
+        return
+    generator = torch.Generator().manual_seed(seed)
+    for index, draw in enumerate(case.get("draws") or []):
+        key = f"{match[0]}/draw_{index:02d}"
+        if draw["fn"] == "randint":
+            drawn = torch.randint(0, MAX_ENTROPY, [], generator=generator)
+            yield same(f"{key} integer", draw["value"], found=int(drawn))
+            continue
+        drawn = torch.randn(draw["shape"], generator=generator)
+        yield Finding(f"{key} first values", drawn.flatten()[:4], torch.tensor(draw["first4"]))
+        if (stored := it.goldens.find(key)) is not None:
+            yield Finding(key, drawn, stored)
+
+
+def _edit_levels(it: Subject, _: object) -> Iterator[Finding]:
+    """Check that an edit starts at the noise level of the request, as in the reference, even at the lowest level."""
+    hop, channels, rate_hz = it.model.spec.hop, it.model.spec.card.channels, it.model.spec.card.sample_rate_hz
+    silence = SourceAudio(np.zeros((channels, hop), np.float32), rate_hz)
+    request = GenerationRequest(prompt="", duration_s=2 * hop / rate_hz, seed=0, init_audio=silence)
+    for level in _EDIT_LEVELS:
+        for schedule in get_args(EditSchedule):
+            plan = it.model.plan(replace(request, init_noise_level=level, edit_schedule=schedule))[0].sampler
+            found = torch.tensor([plan.source_scale, plan.noise_scale, plan.evaluations[0].sigma])
+            yield Finding(f"edit at {level:g}, {schedule}", found, torch.tensor([1 - level, level, level]))
+
+
+def _levels(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
+    """Build a grid over sigma. Compare relative differences, because levels reach 1000."""
+    args, stored = it.goldens.section("schedules", match[0]), it.goldens[match[0]]
+    found = polyexponential_sigmas(args["steps"], SigmaRange(args["sigma_min"], args["sigma_max"], args["rho"]))
+    size = stored.clamp(min=1.0)
+    yield Finding(match[0], found / size, stored / size)
+
+
+def _flow_times(it: Subject, match: re.Match[str]) -> Tensor:
+    args, shift = it.goldens.section("schedules", match[0]), shift_from_config({"type": "none"})
+    return sampling.open_flow_times("euler", args["steps"], level=args["sigma_max"], shift=shift, length=1)
+
+
+def _shifted_times(it: Subject, match: re.Match[str]) -> Tensor:
+    shift = shift_from_config({"type": "full", "min_length": 256, "max_length": 4096, "use_sine": bool(match[1])})
+    return sampling.open_flow_times("rk4", len(it.goldens[match[0]]) - 1, level=1.0, shift=shift, length=int(match[2]))
+
+
+def _path_increment(it: Subject, match: re.Match[str]) -> Tensor:
+    tree = it.goldens.section("brownian", "tree")
+    start, end, low, high = torch.tensor([tree["t0"], tree["t1"], *tree["spans"][int(match[1])]]).tolist()  # float32
+    path = BrownianTree(int(tree["entropy"]), start=start, end=end, shape=tuple(tree["shape"]))
+    return path.increment(low, high)
+
+
+def _path_noise(it: Subject, match: re.Match[str]) -> Tensor:
+    """Returns a sampler's noise from Brownian paths: one path for all rows, or one path per row and seed."""
+    stated, shape = it.goldens.section("brownian", "sampler"), tuple(it.goldens[match[0]].shape[1:])
+    sigmas = it.goldens["brownian/sigmas"].tolist()
+    if match[1] != "seed_list":
+        return torch.stack(brownian_steps(stated["seed"], sigmas, shape=shape))
+    rows = [torch.stack(brownian_steps(seed, sigmas, shape=shape[1:])) for seed in stated["seed_list"]]
+    return torch.stack(rows, dim=1)
+
+
+def _prepare(it: Subject, match: re.Match[str]) -> Tensor:
+    """Convert source audio to a model's sample rate, channels and length."""
+    facts, channels = it.goldens.section("cases", match[0]), it.goldens[match[0]].shape[1]
+    source = SourceAudio(it.goldens["prepare/wave"][: facts["in_channels"]].numpy(), int(facts["in_rate"]))
+    length, rate_hz = int(facts["length"]), int(facts["rate"])
+    return prepare_source(source, sample_rate_hz=rate_hz, channels=channels, num_samples=length)[None]
 
 
 def v_output(x: Tensor, t: float) -> Tensor:
@@ -82,83 +137,51 @@ def _channel_means(x: Tensor) -> Tensor:
     return 0.3 * torch.cos(torch.arange(x.shape[-2], dtype=torch.float32))[:, None]
 
 
-@dataclass(frozen=True, slots=True)
-class StepPoint:
-    """One step: noise level, x (B, D, F) before it, time and output of each network call, x after it (`following`)."""
-
-    sigma: float
-    x: Tensor
-    calls: Sequence[tuple[float, Tensor]]
-    following: Tensor
-
-    def reported(self, sampler: str, *, is_last: bool) -> tuple[Tensor, Tensor]:
-        """Returns x and the clean estimate that the reference's callback reports for this step.
-
-        | Sampler | x | Network output |
-        |---|---|---|
-        | Euler of flow models | after the step | first call |
-        | RK4 of flow models | after the step | last call |
-        | DDIM | after the step; before it in the last step, which does not change x | first call |
-        | other | before the step | first call |
-        """
-        t, velocity = self.calls[0]
-        if sampler == "rk4":
-            t, velocity = self.calls[-1]
-            return self.following, self.following - t * velocity
-        if sampler in SAMPLERS:
-            return self.following if sampler == "euler" else self.x, self.x - t * velocity
-        if sampler in OVER_TIME:
-            angle = t * math.pi / 2
-            return self.x if is_last else self.following, self.x * math.cos(angle) - velocity * math.sin(angle)
-        variance = self.sigma**2 + 1
-        return self.x, self.x / variance - velocity * (self.sigma / math.sqrt(variance))
-
-
-def walk_plan(
-    plan: SamplerPlan, replay: ReplayNoise, *, noise: Tensor, source: Tensor | None, network: Network, unguided: Network
-) -> list[StepPoint]:
-    """Run `plan` from `noise` (B, D, F) and, for an edit, `source` (B, D, F). Returns its steps."""
+def _run_plan(
+    plan: SamplerPlan, replay: ReplayNoise, *, noise: Tensor, source: Tensor | None, network: Network
+) -> tuple[Tensor, Calls]:
+    """Run `plan` from `noise` (B, D, F) and, for an edit, `source` (B, D, F). Returns the result and the calls."""
+    calls: list[tuple[Tensor, Tensor]] = []
     rows = [replay.row(row) for row in range(len(noise))]
-    sources = [None] * len(rows) if source is None else list(source)
-    state = torch.stack([start_state(plan, own, source=start) for own, start in zip(noise, sources, strict=True)])
-    points = []
-    for first, stop in zip((0, *plan.step_ends[:-1]), plan.step_ends, strict=True):
-        x, made = state[:, plan.start_register], []
-        for call in plan.evaluations[first:stop]:
-            terms = StepTerms.of([call] * len(rows))
-            seen = network_input(state, terms)
-            made.append((call.t, network(seen, call.t)))
-            state = advance(
-                state,
-                terms,
-                velocity=made[-1][1],
-                unconditional=unguided(seen, call.t) if any(call.b_uncond) else None,
-                noise=torch.stack([row.step(tuple(noise.shape[1:])) for row in rows]) if call.draws_noise else None,
-            )
-        points.append(StepPoint(plan.evaluations[first].sigma, x, made, state[:, plan.result_register]))
-    return points
+    starts = zip(noise, [None] * len(rows) if source is None else source, strict=True)
+    state = torch.stack([sampling.start_state(plan, own, source=given) for own, given in starts])
+    for call in plan.evaluations:
+        terms = sampling.StepTerms.of([call] * len(rows))
+        seen = sampling.network_input(state, terms)
+        calls.append((seen, made := network(seen, call.t)))
+        state = sampling.advance(
+            state,
+            terms,
+            velocity=made,
+            unconditional=_UNGUIDED_SHARE * made if any(call.b_uncond) else None,
+            noise=torch.stack([row.step(tuple(noise.shape[1:])) for row in rows]) if call.draws_noise else None,
+        )
+    return state[:, plan.result_register], calls
 
 
 def compare_steps(
-    points: Sequence[StepPoint], prefix: str, *, sampler: str, sigmas: Sequence[float], goldens: Goldens
+    prefix: str, plan: SamplerPlan, *, calls: Calls, result: Tensor, sampler: str, sigmas: Sequence[float], it: Subject
 ) -> Iterator[Finding]:
-    """Yields x and the clean estimate at the noise levels `sigmas`, in falling order. Stored keys begin with `prefix`.
+    """Compare x and the clean estimate of the steps at the noise levels `sigmas`. Stored keys begin with `prefix`.
 
-    Raises ValueError if the run has no step at a level.
+    `result` (B, D, F) is x after the last step. The reference's callback reports x before a step; after it for Euler,
+    RK4 and DDIM, except in DDIM's last step. The estimate is from a step's first network call, for RK4 from its last.
     """
-    stored, left = {part: goldens[prefix + part] for part in ("x", "denoised")}, iter(points)
-    for step, sigma in enumerate(sigmas):
-        point = next((point for point in left if math.isclose(point.sigma, sigma, rel_tol=2e-6)), None)
-        if point is None:
-            raise ValueError(f"the run has no step at noise level {sigma:g}")
-        # At sigma = 500, |x| reaches 1000 and the clean estimate depends on the last bits of x.
-        size = _size(stored["x"][step])
-        for part, found in zip(stored, point.reported(sampler, is_last=point is points[-1]), strict=True):
-            yield Finding(f"{prefix}{part}[{step}]", found / size, stored[part][step] / size)
-
-
-def _size(x: Tensor) -> float:
-    return max(1.0, float(x.abs().max()))
+    firsts, near = (0, *plan.step_ends[:-1]), step_levels(plan)[:, None].isclose(torch.tensor(sigmas), rtol=2e-6)
+    starts = [calls[first][0] / plan.evaluations[first].input_scale for first in firsts]
+    steps = zip(firsts, plan.step_ends, starts, (*starts[1:], result), strict=True)
+    chosen = [step for step, found in zip(steps, near.any(dim=1), strict=True) if found]
+    stored = zip(it.goldens[f"{prefix}x"], it.goldens[f"{prefix}denoised"], strict=True)
+    for index, ((first, stop, x, after), (wanted, denoised)) in enumerate(zip(chosen, stored, strict=True)):
+        call, (seen, output) = plan.evaluations[first], calls[first]
+        if sampler == "rk4":
+            call, seen, output = plan.evaluations[stop - 1], after, calls[stop - 1][1]
+        angle = call.t * math.pi / 2
+        clean, noise = (1.0, call.t) if sampler in sampling.SAMPLERS else (math.cos(angle), math.sin(angle))
+        is_after = sampler in ("euler", "rk4") or (sampler in OVER_TIME and stop < len(calls))
+        size = max(1.0, float(wanted.abs().max()))  # at sigma = 500, |x| reaches 1000 and rounding moves the estimate
+        yield Finding(f"{prefix}x[{index}]", (after if is_after else x) / size, wanted / size)
+        yield Finding(f"{prefix}denoised[{index}]", (clean * seen - noise * output) / size, denoised / size)
 
 
 def step_levels(plan: SamplerPlan) -> Tensor:
@@ -185,48 +208,11 @@ def compare_script(name: str, script: Script, *, facts: Mapping[str, Any], sampl
         yield same(f"{name} number and shapes", stored, found=found, component="draws")
 
 
-def _levels(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
-    """Build a grid over sigma. Compare relative differences, because levels reach 1000."""
-    args, stored = it.goldens.section("schedules", match[0]), it.goldens[match[0]]
-    found = polyexponential_sigmas(args["steps"], SigmaRange(args["sigma_min"], args["sigma_max"], args["rho"]))
-    size = stored.clamp(min=1.0)
-    yield Finding(match[0], found / size, stored / size)
-
-
-def _flow_times(it: Subject, match: re.Match[str]) -> Tensor:
-    args, shift = it.goldens.section("schedules", match[0]), shift_from_config({"type": "none"})
-    return open_flow_times("euler", args["steps"], level=args["sigma_max"], shift=shift, length=1)
-
-
-def _shifted_times(it: Subject, match: re.Match[str]) -> Tensor:
-    shift = shift_from_config({"type": "full", "min_length": 256, "max_length": 4096, "use_sine": bool(match[1])})
-    return open_flow_times("rk4", len(it.goldens[match[0]]) - 1, level=1.0, shift=shift, length=int(match[2]))
-
-
-def _path_increment(it: Subject, match: re.Match[str]) -> Tensor:
-    tree = it.goldens.section("brownian", "tree")
-    start, end, low, high = torch.tensor([tree["t0"], tree["t1"], *tree["spans"][int(match[1])]]).tolist()  # float32
-    path = BrownianTree(int(tree["entropy"]), start=start, end=end, shape=tuple(tree["shape"]))
-    return path.increment(low, high)
-
-
-def _path_noise(it: Subject, match: re.Match[str]) -> Tensor:
-    """Returns a sampler's noise from Brownian paths: one path for all rows, or one path per row and seed."""
-    stated, shape = it.goldens.section("brownian", "sampler"), tuple(it.goldens[match[0]].shape[1:])
-    sigmas = it.goldens["brownian/sigmas"].tolist()
-    if match[1] != "seed_list":
-        return torch.stack(brownian_steps(stated["seed"], sigmas, shape=shape))
-    rows = [torch.stack(brownian_steps(seed, sigmas, shape=shape[1:])) for seed in stated["seed_list"]]
-    return torch.stack(rows, dim=1)
-
-
 def _run_sampler(it: Subject, match: re.Match[str]) -> Iterator[Finding | str]:
-    """Run a sampler. Compare its draws, x and the clean estimate at every step, and the result."""
+    """Run a sampler. Compare the shapes of its draws, its steps and its result."""
     name, goldens, facts = match[0], it.goldens, it.goldens.section("cases", match[0])
     goldens.matching(re.escape(name) + "/.*")
     noise, sampler = goldens["sampler/noise"], facts["args"]["sampler_type"]
-    if goldens.section(FORMULAS_KEY) != _FORMULAS:
-        raise CheckpointError(f"golden.json: {FORMULAS_KEY} states formulas nothing is known about")
     if sampler in DATA_DEPENDENT:
         yield f"{name}: {sampler} chooses its steps from the data"
         return
@@ -236,50 +222,46 @@ def _run_sampler(it: Subject, match: re.Match[str]) -> Iterator[Finding | str]:
     yield from compare_script(name, script, facts=facts, sampler=sampler)
     replay = ReplayNoise(int(facts["manual_seed"]), script, num_rows=len(noise))
 
-    def unguided(x: Tensor, t: float) -> Tensor:
-        return _UNGUIDED_SHARE * network(x, t)
-
-    points = walk_plan(plan, replay, noise=noise, source=source, network=network, unguided=unguided)
-    yield from compare_steps(points, f"{name}/", sampler=sampler, sigmas=facts["sigma"], goldens=goldens)
-    size = _size(goldens[f"{name}/x"][-1])
-    yield Finding(f"{name}/out", points[-1].following / size, goldens[f"{name}/out"] / size)
+    (made, calls), expected = (
+        _run_plan(plan, replay, noise=noise, source=source, network=network),
+        goldens[f"{name}/out"],
+    )
+    yield from compare_steps(f"{name}/", plan, calls=calls, result=made, sampler=sampler, sigmas=facts["sigma"], it=it)
+    size = max(1.0, float(goldens[f"{name}/x"][-1].abs().max()))
+    yield Finding(f"{name}/out", made / size, expected / size)
 
 
 def _plan(args: Mapping[str, Any], *, has_source: bool, frames: int) -> tuple[SamplerPlan, Network]:
     """Returns the plan of a case and the formula that replaces its network."""
     sampler, steps, stated = args["sampler_type"], int(args["steps"]), args.get("dist_shift")
-    if sampler in V_SAMPLERS:
+    if sampler in sampling.V_SAMPLERS:
         span = SigmaRange(args["sigma_min"], args["sigma_max"])
         # A scale other than 1 makes CFG++ request the unconditional branch. The formula already is the guided output.
-        guidance = Guidance(cfg_scale=2.0 if sampler == "v-ddim-cfgpp" else 1.0)
-        return build_v_plan(sampler, steps, span=span, guidance=guidance, has_source=has_source), v_output
+        guidance = sampling.Guidance(cfg_scale=2.0 if sampler == "v-ddim-cfgpp" else 1.0)
+        return sampling.build_v_plan(sampler, steps, span=span, guidance=guidance, has_source=has_source), v_output
     shift = shift_from_config({"type": "none"})
     if stated is not None:
         low, high = map(int, re.findall(r"\d+", stated))  # "min 256, max 4096"
         shift = shift_from_config({"type": "full", "min_length": low, "max_length": high})
-    times = open_flow_times(sampler, steps, level=args.get("sigma_max", 1.0), shift=shift, length=frames)
-    return build_open_flow_plan(sampler, times, guidance=Guidance(), has_source=has_source), flow_output
+    times = sampling.open_flow_times(sampler, steps, level=args.get("sigma_max", 1.0), shift=shift, length=frames)
+    return sampling.build_open_flow_plan(
+        sampler, times, guidance=sampling.Guidance(), has_source=has_source
+    ), flow_output
 
 
-def _prepare(it: Subject, match: re.Match[str]) -> Tensor:
-    """Convert source audio to a model's sample rate, channels and length."""
-    facts, channels = it.goldens.section("cases", match[0]), it.goldens[match[0]].shape[1]
-    source = SourceAudio(it.goldens["prepare/wave"][: facts["in_channels"]].numpy(), int(facts["in_rate"]))
-    length, rate_hz = int(facts["length"]), int(facts["rate"])
-    return prepare_source(source, sample_rate_hz=rate_hz, channels=channels, num_samples=length)[None]
-
-
-COMMON_CHECKS = (
-    Check("inputs", "sampler/(noise|init)|prepare/wave|brownian/sigmas|schedule/v_sigma", lambda *_: ()),
+SAMPLERS = (
+    Check("schedules", "edit levels", _edit_levels, over="once", family=Sa3Model),
     Check("schedules", "schedule/polyexp_.*", _levels),
     Check("schedules", "schedule/rf_.*", _flow_times),
     Check("schedules", r"schedule/dist_shift_(sine_)?(\d+)", _shifted_times),
     Check("schedules", "schedule/v_sigma_to_t", lambda it, _: sigma_to_time(it.goldens["schedule/v_sigma"])),
+    Check("inputs", "sampler/(noise|init)|prepare/wave|brownian/sigmas|schedule/v_sigma", lambda *_: ()),
+    Check("draws", ".*", _draws, over="cases"),
     Check("Brownian paths", r"brownian/tree_(\d+)", _path_increment),
     Check("Brownian paths", "brownian/sampler_(f32|one_row|seed_list)", _path_noise),
     Check("Brownian paths", "brownian/sampler_f16", lambda _, key: [f"{key[0]}: noise is drawn in float32 here"]),
+    Check("source preparation", "prepare/(?!wave).*", _prepare),
     Check("samplers over sigma", "sampler/(dpmpp|k-(?!heun)).*", _run_sampler, over="cases"),
     Check("Heun over sigma", "sampler/k-heun.*", _run_sampler, over="cases"),
     Check("samplers over time", "sampler/(rf|v-ddim).*", _run_sampler, over="cases"),
-    Check("source preparation", "prepare/(?!wave).*", _prepare),
 )

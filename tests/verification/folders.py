@@ -54,7 +54,6 @@ def make_quick_copy(target: Path, *, name: str = "sharp-s") -> Path:
     """Copy a folder with two cases only and without windowed autoencoder runs."""
     shutil.copytree(SA3_GOLDENS / name, target)
     edit_facts(target, lambda facts: facts.update(cases={key: facts["cases"][key] for key in QUICK_CASES}))
-    edit_facts(target, lambda facts: facts.pop("tensors"))
 
     def thin(tensors: dict[str, Tensor]) -> None:
         for key in list(tensors):

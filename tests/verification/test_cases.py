@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from stable_audio_serve.core.errors import CheckpointError
-from stable_audio_serve.core.generation import ScheduleShift
 from stable_audio_serve.verification.goldens import Goldens
 from stable_audio_serve.verification.runs import parse_case, skip_reason
 
@@ -14,13 +13,12 @@ CLIP = torch.randn(2, 50)
 
 
 def parse(args: dict[str, Any], *, chunked: bool = True, **facts: Any):
-    goldens = Goldens({"generate_defaults": {"steps": 5, "sample_size": 4096}}, {"gen/a/clip": CLIP})
-    return parse_case(
-        "gen/a", {"args": {"prompt": "rain", "seed": 3, **args}, **facts}, goldens=goldens, chunked=chunked
-    )
+    defaults = {"steps": 5, "sample_size": 4096, "duration": 120, "duration_padding_sec": 6.0, "cfg_scale": 1.0}
+    goldens = Goldens({"generate_defaults": defaults}, {"gen/a/clip": CLIP})
+    return parse_case({"args": {"prompt": "rain", "seed": 3, **args}, **facts}, goldens=goldens, chunked=chunked)
 
 
-def test_defaults_come_from_the_goldens_then_from_the_reference() -> None:
+def test_defaults_come_from_the_goldens() -> None:
     case = parse({})
     (request,) = case.requests
     assert (request.steps, case.sample_size, case.seed) == (5, 4096, 3)
@@ -44,7 +42,6 @@ def test_every_argument_maps_to_a_field() -> None:
     (request,) = parse(
         {
             "sampler_type": "dpmpp",
-            "dist_shift": {"type": "flux", "alpha_max": 4},
             "scale_phi": 0.4,
             "cfg_norm_threshold": 2,
             "cfg_interval": [0.3, 0.9],
@@ -55,7 +52,6 @@ def test_every_argument_maps_to_a_field() -> None:
             "inpaint_mask_end_seconds": [0.2, 0.6],
         }
     ).requests
-    assert request.schedule_shift == ScheduleShift("flux", (("alpha_max", 4),))
     assert (request.sampler, request.cfg_rescale, request.cfg_norm_threshold) == ("dpmpp", 0.4, 2.0)
     assert (request.cfg_interval, request.chunked_decode) == ((0.3, 0.9), False)
     assert request.init_audio is not None
@@ -71,25 +67,12 @@ def test_a_case_overrides_the_chunked_decoding_of_the_config(chunked: bool) -> N
 
 
 @pytest.mark.parametrize(
-    ("stated", "expected"),
-    [
-        (None, None),
-        ("none", ScheduleShift("none")),
-        ({"max_shift": 2}, ScheduleShift("full", (("max_shift", 2),))),
-        ({"type": "LogSNRShift", "rate": 1}, ScheduleShift("logsnr", (("rate", 1),))),
-    ],
-)
-def test_schedule_overrides_by_type_or_class(stated: Any, expected: ScheduleShift | None) -> None:
-    assert parse({"dist_shift": stated}).requests[0].schedule_shift == expected
-
-
-@pytest.mark.parametrize(
     ("args", "reason"),
     [
         ({"seed": 1, "lora_strength": 0.5}, "lora_strength"),
         ({"seed": -1}, "random"),
         ({}, "random"),
-        ({"seed": 1, "lora_strength": None, "return_latents": True}, None),
+        ({"seed": 1, "lora_strength": None}, None),
     ],
 )
 def test_the_skip_reason_is_reported(args: dict[str, Any], reason: str | None) -> None:

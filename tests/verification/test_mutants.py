@@ -69,7 +69,6 @@ def untouched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def keep_cases(facts: dict[str, Any]) -> None:
     facts["cases"] = {key: facts["cases"][key] for key in CASES}
-    facts.pop("tensors")
 
 
 @pytest.mark.slow

@@ -15,9 +15,9 @@ from stable_audio_serve.models.protocol import DecodeWindow, EncodeWindow
 from stable_audio_serve.models.registry import resolve_entry
 from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.sampling import ReplayNoise
-from stable_audio_serve.verification.autoencoder import CallOrderNoise
 from stable_audio_serve.verification.goldens import Goldens
 from stable_audio_serve.verification.runs import (
+    CallOrderNoise,
     Case,
     RowNoise,
     draw_script,
@@ -51,7 +51,9 @@ def model(folder: Path) -> Sa3Model:
 
 
 def make_case(model: Sa3Model, tensors: dict[str, Tensor], **args: Any) -> Case:
-    return parse_case("gen/long", {"args": args}, goldens=Goldens({}, tensors), chunked=model.config.chunked)
+    defaults = {"steps": 8, "cfg_scale": 1.0, "sample_size": 5292032, "duration_padding_sec": 6.0, "apg_scale": 1.0}
+    goldens = Goldens({"generate_defaults": defaults}, tensors)
+    return parse_case({"args": args}, goldens=goldens, chunked=model.config.chunked)
 
 
 def test_long_audio_is_encoded_and_decoded_in_one_piece(folder: Path, model: Sa3Model) -> None:
