@@ -1,4 +1,6 @@
-"""Batches rows into denoising steps on one device and runs them. Independent of Ray and HTTP."""
+"""Generates audio on one device. Clips of different requests are denoised together, in shared batches. Does not use Ray
+or HTTP.
+"""
 
 from stable_audio_serve.engine.engine import Engine
 from stable_audio_serve.engine.options import EngineOptions

@@ -1,11 +1,11 @@
-"""Limits the accepted work to `max_queue_s` seconds. A request beyond the limit is refused at once, with a retry time.
-Predicted device times are multiplied by the recent ratio of measured to predicted time, because other programs and
-sending responses slow the machine down.
+"""Limits the accepted, unfinished work to `max_queue_s` seconds of predicted device time. A request beyond the limit is
+refused at once, with a retry time. The predictions are multiplied by the recent ratio of measured to predicted time,
+because other programs and sending responses slow the machine down.
 
 For an interactive request, only interactive work counts towards the limit, so batch work never causes its refusal. For
 a batch request, all work counts. One client may hold at most three quarters of the limit. When the queue is full,
 clients with little work may still add up to a quarter of the limit, so a client with many or long requests cannot shut
-out the others. Thread-safe; independent of rows and tensors.
+out the others. Thread-safe.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from stable_audio_serve.core.generation import Priority
 
 _LEAST_RETRY_S = 0.1
 _CLIENT_SHARE = 0.75  # the largest share of the limit that one client may hold
-_RESERVE_SHARE = 0.25  # added to the limit for clients with less work than those that fill the queue
+_RESERVE_SHARE = 0.25  # when the queue is full, clients with little work may exceed the limit by this share of it
 _MOST_REFUSED_MS = 600_000.0
-_MOST_CLIENTS = 1000  # refused work is counted for at most this many clients
-_WINDOW_MS = 1000.0  # busy time between two updates of the pace
+_MOST_CLIENTS = 1000  # refused requests are remembered for at most this many clients
+_WINDOW_MS = 1000.0  # measured time between two updates of `Pace.value`
 _NEWEST_WEIGHT = 0.3
 _PACE_RANGE = (0.5, 4.0)
-_MANY = 4  # requests; with fewer, calls may have too few rows for a typical measurement
+_MANY = 4  # with fewer requests, device calls may be too small for a typical measurement of their speed
 
 
 class _Refused(NamedTuple):
-    """Refused work that a client is expected to send again after `at`."""
+    """Predicted work that was refused at time `at` and that the client is expected to send again."""
 
     work_ms: float
     at: float
 
     def left_ms(self, now: float) -> float:
-        """Return the work minus the time since `at`, in ms, at least 0."""
+        """Return `work_ms` minus the milliseconds since `at`, at least 0."""
         return max(0.0, self.work_ms - (now - self.at) * 1000.0)
 
 
@@ -46,7 +46,7 @@ _NOTHING_REFUSED = _Refused(0.0, 0.0)
 
 
 class Pace:
-    """The ratio of measured to predicted time, averaged over periods with a long queue."""
+    """The ratio of measured to predicted device time (`value`), averaged over periods with a long queue."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -55,10 +55,10 @@ class Pace:
         self.value = 1.0
 
     def record(self, *, done_ms: float, is_deep: bool) -> None:
-        """Record the predicted time of the work that was finished since the last call.
+        """Record `done_ms`, the predicted time of the work that was finished since the last `record`.
 
-        The time from this call to the next is measured only if `is_deep`: with a short queue the device may idle, or
-        run calls with few rows.
+        The time until the next `record` counts only if `is_deep` (the queue is long). With a short queue the device may
+        idle or run small batches, so its speed would be underestimated.
         """
         now = self._clock.monotonic()
         if self._measured_at is not None:
@@ -73,18 +73,18 @@ class Pace:
 
 
 class Admission:
-    """Tracks the predicted work of accepted requests. Admits a request if the work ahead of it is within the limit."""
+    """Tracks the predicted work of accepted requests, and refuses a request if too much work is ahead of it."""
 
     def __init__(self, max_queue_s: float, *, batch_share: float = 0.0, clock: Clock = SystemClock()) -> None:
-        """`batch_share` is the time given to batch work while interactive work runs, as a share of interactive time."""
+        """While interactive work runs, batch work gets `batch_share` times the interactive work's device time."""
         self._max_ms = max_queue_s * 1000.0
         self._clock = clock
         self._pace = Pace(clock)
-        self._refused: dict[str, _Refused] = {}  # by client
-        self._refused_once = _NOTHING_REFUSED  # counts one refused request of each client
+        self._refused: dict[str, _Refused] = {}  # key: the client
+        self._refused_once = _NOTHING_REFUSED  # the refused work of all clients, counting one request of each
         self._batch_share = batch_share
         self._work_ms: dict[Priority, dict[int, float]] = {"interactive": {}, "batch": {}}
-        self._clients: dict[int, str] = {}  # by request
+        self._clients: dict[int, str] = {}  # the client of each request id
         self._lock = threading.RLock()
 
     @property
@@ -94,14 +94,15 @@ class Admission:
             return sum(map(self._sum_ms, self._work_ms))
 
     def check(self, priority: Priority = "interactive", *, client: str = "") -> None:
-        """Raise OverloadedError if this client's next request would be refused, however short it is.
+        """Raise OverloadedError if even the shortest request of this client would be refused now.
 
-        The error carries the time until there is room. An empty `client` is anonymous and may fill the whole queue.
+        The error contains the time until a request may be accepted. An empty `client` means an anonymous client, which
+        may fill the whole queue.
         """
         self._require_room(priority, client, work_ms=0.0)
 
     def admit(self, request_id: int, work_ms: float, *, priority: Priority = "interactive", client: str = "") -> None:
-        """Add a request's work. Raises OverloadedError as `check` does."""
+        """Count a request's work as accepted. Raises OverloadedError if the work does not fit into the queue."""
         with self._lock:
             self._require_room(priority, client, work_ms=work_ms)
             self._work_ms[priority][request_id] = work_ms
@@ -109,7 +110,7 @@ class Admission:
             self._update_pace(done_ms=0.0)
 
     def _require_room(self, priority: Priority, client: str, *, work_ms: float) -> None:
-        """Raise OverloadedError if the work does not fit.
+        """Raise OverloadedError if the queue or this client's share of the queue has no room for the work.
 
         The limit per client does not apply to anonymous clients, nor to a client without accepted work.
         """
@@ -137,11 +138,11 @@ class Admission:
             )
 
     def _count_refused(self, client: str, work_ms: float) -> float:
-        """Count a refused request that the client is expected to retry. Returns the refused work ahead of it, in ms.
+        """Remember a refused request, which its client is expected to send again.
 
-        All of a client's refused work lengthens that client's own wait, but only one of its refused requests lengthens
-        the wait of the others. A client that ignores Retry-After therefore delays only itself. Counted work shrinks by
-        the time that passes.
+        Returns the work of earlier refused requests, in ms, by which this client's retry time becomes longer. All of a
+        client's refused requests lengthen that client's own retry time, but only one of them lengthens those of other
+        clients. A client that ignores Retry-After therefore delays only itself. Remembered work shrinks as time passes.
         """
         if not client:
             return 0.0
@@ -158,7 +159,10 @@ class Admission:
         return max(own_ms, all_ms)
 
     def _held_ms(self, priority: Priority) -> Mapping[str, float]:
-        """Return the accepted work that counts for this priority, by client, in ms at the current pace."""
+        """Return each client's accepted work in ms, corrected by the current ratio of measured to predicted time.
+
+        For an interactive request only interactive work counts.
+        """
         works = [self._work_ms["interactive"]]
         if priority == "batch":
             works.append(self._work_ms["batch"])
@@ -168,9 +172,9 @@ class Admission:
         return held
 
     def _ahead(self, priority: Priority) -> tuple[float, float]:
-        """Return the work that counts for this priority, in ms at the current pace, and how much batch work slows it.
+        """Return the accepted work ahead of a request of this priority, and the factor by which batch work slows it.
 
-        The second value is a factor of at least 1.
+        The work is in ms, corrected by the current ratio of measured to predicted time. The factor is at least 1.
         """
         ahead_ms = self._sum_ms("interactive")
         is_shared = priority == "interactive" and bool(self._work_ms["batch"])
@@ -188,7 +192,7 @@ class Admission:
                     self._update_pace(done_ms=done_ms)
 
     def release(self, request_id: int, *, is_done: bool = False) -> None:
-        """Remove a request that ended. With `is_done`, all its work counts as finished. A second call does nothing."""
+        """Remove a request that ended; does nothing if it was already removed. `is_done`: all its work was finished."""
         with self._lock:
             self._clients.pop(request_id, None)
             for works in self._work_ms.values():

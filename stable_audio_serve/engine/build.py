@@ -1,7 +1,8 @@
-"""Chooses an engine's mode and batch policy, and builds its thread with everything that runs on it.
+"""Chooses an engine's mode (strict or fast) and its batch policy, and builds the engine thread and everything that runs
+on that thread.
 
-Independent of requests and event loops. Nothing here holds a reference to the `Engine`, so that an engine without users
-is garbage-collected, which ends its thread.
+None of these objects holds a reference to the `Engine`. An `Engine` without users is therefore garbage-collected, which
+ends its thread.
 """
 
 from __future__ import annotations
@@ -81,11 +82,11 @@ def resolve_policy(
     packs_rows: bool = False,
     packed: PackedShapes | None = None,
 ) -> BatchPolicy:
-    """Return the policy that splits steps into device calls for this mode and device.
+    """Return the policy that splits each denoising step into device calls.
 
-    `pads_rows` and `packs_rows` are as in ModelSpec. `packed` lists the packed call shapes that graphs can be captured
-    for, if any. With an explicit `options.frame_grid`, fast mode never packs rows. On a device that does not share
-    calls, row counts are not rounded up to graph shapes.
+    `pads_rows` and `packs_rows` are as in ModelSpec. `packed` defines the shapes of packed calls (different lengths
+    concatenated without padding); None if packed calls cannot be captured as CUDA graphs. If `options.frame_grid` is
+    set, fast mode never packs. On a device with `shares_calls` False, batch sizes are not rounded up.
     """
     grid = (options.frame_grid or device.frame_grid) if pads_rows else 1
     if resolve_mode(options, device) == "strict":
@@ -108,8 +109,8 @@ def resolve_policy(
 
 @dataclass(frozen=True, slots=True)
 class EngineParts:
-    """The parts that an engine's methods use. The methods put requests into `inbox`, from which `thread` takes them.
-    `noise_pools` draw noise; the engine shuts them down when it closes.
+    """The parts that the methods of `Engine` use. The methods put requests into `inbox`, from which `thread` takes
+    them. `noise_pools` are the threads that draw random noise; `Engine.close` shuts them down.
     """
 
     thread: EngineThread
@@ -131,7 +132,7 @@ def build_parts(
     clock: Clock,
     metrics: Metrics,
 ) -> EngineParts:
-    """Return the parts of one engine, its thread not yet started. The arguments are as in `Engine`.
+    """Return the parts of one engine, whose thread is not started yet. The arguments are as in `Engine`.
 
     Raises ConfigError if the options ask for more memory than the device has.
     """
@@ -171,7 +172,7 @@ def build_scheduler(
     has_second_queue: bool,
     max_bytes: int | None = None,
 ) -> Scheduler:
-    """Returns the scheduler for these options and this policy; `max_bytes` bounds the memory of started rows."""
+    """Return the scheduler for these options. `max_bytes` limits the device memory of all clips in progress."""
     limits = SchedulerLimits(
         options.max_rows, _max_tokens(options, policy), batch_share=options.batch_share, max_bytes=max_bytes
     )
@@ -184,7 +185,7 @@ def build_scheduler(
 
 
 def _max_tokens(options: EngineOptions, policy: BatchPolicy) -> int:
-    """0 makes the scheduler pick one row at a time."""
+    """Return the scheduler's limit of latent frames per step; 0 makes it pick one row at a time."""
     return 0 if isinstance(policy, OneRowPerCall) else options.max_step_tokens
 
 
@@ -275,5 +276,5 @@ class _Builder:
 
     @property
     def _max_prompts(self) -> int:
-        """The most prompts in one call of the text encoder."""
+        """The largest number of prompts in one call of the text encoder."""
         return 1 if self.is_strict else self.options.slots

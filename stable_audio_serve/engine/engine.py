@@ -1,5 +1,6 @@
-"""The engine's public class: asyncio methods around one engine thread. It plans and admits requests, and starts and
-stops the thread. `engine.build` assembles everything that runs on the thread. Independent of Ray and HTTP.
+"""The public class `Engine`: asyncio methods around one engine thread, which does all device work. `Engine` plans
+requests, refuses them if too much work is waiting, and starts and stops the thread. `engine.build` creates everything
+that runs on the thread. Does not use Ray or HTTP.
 """
 
 from __future__ import annotations
@@ -41,16 +42,16 @@ from stable_audio_serve.engine.thread import EngineHeartbeat
 from stable_audio_serve.models.protocol import DiffusionModel, ModelSpec, RowPlan
 from stable_audio_serve.sampling.noise import NoiseSource, SeededNoise
 
-_STOP_TIMEOUT_S = 30.0  # the longest wait of `close` for the current step
+_STOP_TIMEOUT_S = 30.0  # how long `close` waits at most for the thread to finish its current denoising step
 _EXIT_TIMEOUT_S = 2.0
 
 
 class Engine:
-    """Generates audio with one model. Rows of different requests share denoising steps.
+    """Generates audio with one model. Clips of different requests share denoising steps.
 
-    `await Engine(model).generate(request)` starts the engine if needed. `async with Engine(model) as engine` also waits
-    for the warm-up and closes the engine at the end. Methods may be called from several event loops. All device work
-    runs on one thread of this process.
+    `await Engine(model).generate(request)` starts the engine thread if needed. `async with Engine(model) as engine`
+    also waits for the warm-up, and closes the engine at the end. Methods may be called from several event loops. All
+    device work runs on one thread of this process.
     """
 
     def __init__(
@@ -65,8 +66,8 @@ class Engine:
         device: Device | None = None,
         loaded: Loaded = Loaded(),
     ) -> None:
-        """`noise_factory` makes a row's noise source from its seed. The default `policy` is the batch policy for these
-        options and this device, and the default `device` is the model's. Results include `loaded`.
+        """`noise_factory` makes a clip's noise source from its seed. `policy` None means the batch policy that suits
+        the options and the device; `device` None means the model's device. `loaded` becomes part of each result.
         """
         self._model = model
         self._device = device or open_device(model.device, clock=clock)
@@ -112,8 +113,8 @@ class Engine:
     async def start(self) -> None:
         """Start the engine thread and wait for its warm-up.
 
-        Raises ModelUnavailableError if the warm-up fails or the engine is closed, and ConfigError if its memory cannot
-        hold the shortest request.
+        Raises ModelUnavailableError if the warm-up fails or the engine is closed, and ConfigError if the device memory
+        left to the engine is too small for even the shortest request.
         """
         self._ensure_started()
         if self._is_closing:
@@ -154,11 +155,12 @@ class Engine:
         *,
         frames: int | None = None,
     ) -> GenerationResult:
-        """Return the audio of one request, variations in order of their seeds.
+        """Generate the audio of one request. The variations are in order of their seeds.
 
-        `on_progress` is called on this event loop. `frames` overrides the latent length, to reproduce a row of a
-        reference batch. If the awaiting task is cancelled, the rows end at the next step boundary. Raises
-        InvalidRequestError, OverloadedError, DeadlineExceededError, GenerationError, ModelUnavailableError.
+        `on_progress` is called on this event loop. `frames` overrides the latent length, to reproduce one element of a
+        reference batch that was padded to this length. If the awaiting task is cancelled, the engine stops the work
+        after the current step. Raises InvalidRequestError, OverloadedError, DeadlineExceededError, GenerationError, or
+        ModelUnavailableError.
         """
         self._ensure_started()
         if self._is_closing:
@@ -195,7 +197,7 @@ class Engine:
 
     @property
     def dtype(self) -> str:
-        """Precision of the denoiser: float32, float16 or bfloat16."""
+        """The dtype of the denoiser's weights: float32, float16 or bfloat16."""
         return str(self.spec.dtype).removeprefix("torch.")
 
     def name_checkpoint(self, checkpoint: str) -> None:
@@ -208,9 +210,7 @@ class Engine:
         return self._admission.backlog_ms
 
     def prices(self) -> Prices:
-        """Return the current prices of this engine's work. Processes without the engine predict request times with
-        them.
-        """
+        """Return the coefficients from which processes without this engine predict how long a request takes."""
         return self._price_list.current()
 
     @property
@@ -219,11 +219,13 @@ class Engine:
         return self._thread.busy_s
 
     def heartbeat(self) -> EngineHeartbeat:
-        """Return whether the engine thread is alive, and the time since its last turn began."""
+        """Return whether the engine thread is alive, and how long ago the last turn of its loop began."""
         return self._thread.heartbeat()
 
     def check_health(self, *, max_silence_s: float = 300.0) -> None:
-        """Raise ModelUnavailableError if the thread was started and has ended, or began no turn for `max_silence_s`."""
+        """Raise ModelUnavailableError if the engine thread has ended, or if its loop has not begun a turn for
+        `max_silence_s` seconds. An engine that was never started passes.
+        """
         beat = self.heartbeat()
         if self._is_started and (not beat.is_alive or beat.age_s > max_silence_s):
             raise ModelUnavailableError(UNAVAILABLE)
@@ -231,7 +233,7 @@ class Engine:
     async def _accept(
         self, request: GenerationRequest, on_progress: ProgressCallback | None, *, frames: int | None
     ) -> RequestState:
-        """Plan and admit a request, then put it into the engine thread's inbox."""
+        """Plan a request, check that the queue has room for it, and hand it to the engine thread. Returns its state."""
         submitted_at = self._clock.monotonic()
         priority = request.priority
         self._admission.check(priority, client=request.client)
@@ -251,7 +253,8 @@ class Engine:
             submitted_at=submitted_at,
         )
         if any(work.encode_left for work in works):
-            state.clock.mark("source", self._clock.monotonic())  # most of the planning time was resampling the source
+            # With source audio, the planning time counts as source time, because most of it was resampling.
+            state.clock.mark("source", self._clock.monotonic())
         work_ms = sum(map(self._predictor.share_ms, works))
         self._admission.admit(state.id, work_ms, priority=priority, client=request.client)
         try:
@@ -269,7 +272,10 @@ class Engine:
 
 
 def _keep_source(result: GenerationResult, request: GenerationRequest, *, plan: RowPlan) -> GenerationResult:
-    """Copy the kept parts of the source into the result's audio, in place, and return the result."""
+    """Copy the parts of the source that the request keeps into the audio of `result`, in place. Returns the result.
+
+    Does nothing if the request does not ask for exact copies (`keep` is "model") or edits no regions.
+    """
     given, source = request.inpaint_audio, plan.inpaint_source
     if given is None or source is None or request.keep == "model" or not request.inpaint_regions_s:
         return result

@@ -1,5 +1,6 @@
-"""The engine's loop, run by the thread that uses the device. Each turn receives new requests, ends cancelled and
-expired ones, picks rows, runs one phase of each picked row and returns finished audio. Independent of the model.
+"""The loop of the engine thread, which is the only thread that uses the device. Each turn of the loop receives new
+requests, ends cancelled and expired ones, picks rows (clips) to work on, runs one phase of each picked row (encoding, a
+denoising step, or decoding) and returns finished audio.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class EngineLoop:
         self._queue_changed = False
 
     def turn(self) -> bool:
-        """Run one turn. Returns False if there was no work."""
+        """Run one turn of the loop. Returns False if there was nothing to do."""
         for request in self._inbox.take():
             self._receive(request)
         self._end_cancelled_and_late()
@@ -149,7 +150,7 @@ class EngineLoop:
         self._begin([row for row in stepping if isinstance(row.phase, Encoding)])
         self._fail(self._stages.start(new))
         others_wait = any(row.work.phase in (Phase.ENCODE, Phase.DENOISE) for row in self._rows.values())
-        # Work that runs in parallel with a step must be queued before the step.
+        # Encoding and decoding can run in parallel with the denoising step only if they are queued before it.
         for phase, run in (
             (Phase.ENCODE, self._stages.encode),
             (Phase.DECODE, partial(self._stages.decode, others_wait=others_wait)),
@@ -158,7 +159,7 @@ class EngineLoop:
             if rows:
                 self._fail(run(rows))
         self._unschedule_finished(picked)
-        self._deliver()  # audio that is already on the host need not wait for the step
+        self._deliver()  # before the step, so that audio that is already on the host does not wait for it
         self._begin(stepping, at_once=not any(isinstance(row.phase, Stepping) for row in stepping))
         rows = [row for row in stepping if isinstance(row.phase, Stepping)]
         if rows:
@@ -168,22 +169,27 @@ class EngineLoop:
         self._stages.capture(is_idle=False)
 
     def _unschedule_finished(self, rows: Sequence[Row]) -> None:
-        """Stop scheduling rows whose remaining work is all queued on the device."""
+        """Remove rows from the scheduler if all their remaining work is already queued on the device."""
         for row in rows:
             if row.id in self._scheduler and row.work.phase is Phase.DONE:
                 self._scheduler.remove(row.id)
                 self._stages.deliver(row)
 
     def _begin(self, rows: Sequence[Row], *, at_once: bool = True) -> None:
-        """Prepare encoded rows for their first step. Without `at_once`, rows whose inputs the device has not finished
-        are left for the next turn, so that they do not delay the others.
+        """Prepare rows for their first denoising step if their prompts and sources are encoded.
+
+        With `at_once` False, rows that the device is still encoding are left for a later turn, so that the step of the
+        other rows does not wait for them.
         """
         waiting = [row for row in rows if isinstance(row.phase, Encoding)]
         if waiting:
             self._fail(self._stages.begin(waiting, at_once=at_once))
 
     def _deliver(self, *, wait: bool = False) -> bool:
-        """Finish the rows whose audio has arrived on the host. Returns whether there were any."""
+        """Finish the rows whose audio has arrived on the host. Returns whether there were any.
+
+        With `wait`, first wait for the next audio to arrive, if any is being decoded.
+        """
         arrived, failures = self._stages.delivered(wait=wait)
         self._fail(failures)
         for row in arrived:
@@ -196,7 +202,7 @@ class EngineLoop:
         return bool(arrived)
 
     def _finish(self, row: Row) -> None:
-        """Store a row's finished audio. If it is the last row of its request, send the result."""
+        """Store a row's finished audio. If all other rows of the request are finished too, send the result."""
         request = row.request
         request.audio[row.index] = row.in_phase(Decoding).audio.audio()
         self._drop(row)
@@ -220,7 +226,7 @@ class EngineLoop:
         self._metrics.increment("engine_audio_seconds", samples / self._spec.card.sample_rate_hz)
 
     def _fail(self, failures: Failures) -> None:
-        """End the requests of failed rows; other requests are not affected."""
+        """End the request of each failed row with the row's error. Other requests are not affected."""
         for row, error in failures:
             request = row.request
             if request.id not in self._requests:
@@ -236,7 +242,7 @@ class EngineLoop:
             request.reply.fail(error)
 
     def _end(self, request: RequestState, *, outcome: str) -> None:
-        """Remove a request and all its rows. Every request ends through here."""
+        """Remove a request and all its rows. Every request ends with a call of this method."""
         del self._requests[request.id]
         for row in request.rows:
             if row.id in self._rows:
@@ -248,12 +254,12 @@ class EngineLoop:
 
     def _drop(self, row: Row) -> None:
         del self._rows[row.id]
-        if row.id in self._scheduler:  # a row whose work is all queued was already removed
+        if row.id in self._scheduler:  # not if all of the row's work was queued; see `_unschedule_finished`
             self._scheduler.remove(row.id)
         row.release()
 
     def _report(self, picked: Sequence[Row]) -> None:
-        """Update admission with the remaining work, and send progress to callers that want it."""
+        """Update the remaining work of the picked rows in `Admission`, and send progress to callers that want it."""
         for request in {row.request.id: row.request for row in picked}.values():
             if request.id in self._requests:
                 left_ms = sum(self._predictor.share_ms(row.work) for row in request.rows if row.id in self._rows)
@@ -263,7 +269,7 @@ class EngineLoop:
         self._metrics.gauge("engine_backlog_ms", self._admission.backlog_ms)
 
     def _report_positions(self) -> None:
-        """Report to waiting callers how many rows are ahead of theirs, if this number changed."""
+        """Report the queue position of requests that have not started to their callers, if the position changed."""
         if not self._queue_changed:
             return
         self._queue_changed = False

@@ -1,4 +1,4 @@
-"""The options of one engine: a frozen value, checked at construction. Independent of settings files and environment."""
+"""The options of one engine: an immutable object, whose values are checked when it is created."""
 
 from __future__ import annotations
 
@@ -11,33 +11,36 @@ from stable_audio_serve.core.generation import Mode
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """All options of one engine. `None` leaves the choice to the model's device.
+    """All options of one engine. For most options, None means that the value is chosen for the model's device.
 
-    In `mode` strict, the default on a CPU, a request's bytes never depend on other requests. In fast mode, the default
-    on CUDA, rows of different lengths share device calls, and results differ slightly: by at most 1.2e-5 on the
-    reference checkpoints, less than one unit of 16-bit audio (3e-5). Raises ConfigError for an invalid value.
+    In `mode` strict, the default on a CPU, the audio of a request is bit-identical whatever other requests run. In fast
+    mode, the default on CUDA, requests of different lengths share device calls, which changes the audio slightly: by at
+    most 1.2e-5 with the reference checkpoints, less than one unit of 16-bit audio (3e-5). Raises ConfigError for an
+    invalid value.
     """
 
     mode: Mode | None = None
-    max_rows: int = 64  # rows that hold device state, at most three quarters of them batch rows; others wait
-    max_queue_s: float = 120.0  # predicted work that may wait; above it new requests are refused, batch ones first
-    batch_share: float = 0.125  # time for batch rows while interactive ones run, as a share of interactive time
-    fixed_share: float = 0.15  # a step takes more rows until its fixed cost is at most this share of its time
-    max_step_tokens: int = 16_384  # latent frames of one step, all rows together
-    slots: int = 8  # rows of a strict call on CUDA, dummy rows included
-    frame_grid: int | None = None  # pad rows to a multiple of it; None: 64 on CUDA, 1 on a CPU (packed in fast mode)
-    max_memory_bytes: int | None = None  # for started rows; None: most of the free memory on CUDA, no limit on a CPU
+    max_rows: int = 64  # clips in progress at the same time; at most three quarters of them have batch priority
+    max_queue_s: float = 120.0  # accepted work in seconds of predicted device time; further requests are refused
+    batch_share: float = 0.125  # device time for batch requests, relative to the time for interactive ones
+    fixed_share: float = 0.15  # clips are added to a step until its fixed cost is at most this share of its time
+    max_step_tokens: int = 16_384  # the most latent frames of one step, all clips together
+    slots: int = 8  # the fixed batch size of a strict call on CUDA; dummy rows fill it up
+    # Clips are padded to a multiple of this many latent frames. None: 64 on CUDA; 1 on a CPU, where fast mode packs.
+    frame_grid: int | None = None
+    # Device memory for clips in progress. None: most of the free memory on CUDA, no limit on a CPU.
+    max_memory_bytes: int | None = None
     prompt_cache_bytes: int = 256 * 2**20
-    planning_threads: int = 1  # threads that plan requests, per priority
-    max_planning: int = 1024  # requests being planned at once, per priority
-    torch_threads: int | None = None  # per call on a CPU; None: torch's default; strict results do not depend on it
-    captures_off_file: Path | None = None  # exists after a failed capture has ended the process; then none are made
-    warmup_budget_s: float = 2.0  # for timed calls; the first, untimed call of each kind is extra; 0 skips the warm-up
+    planning_threads: int = 1  # for each priority, the number of threads that plan requests
+    max_planning: int = 1024  # for each priority, the most requests that wait for these threads or are being planned
+    torch_threads: int | None = None  # threads of an operation on a CPU; None: torch's default
+    captures_off_file: Path | None = None  # exists after a failed capture has ended a process; then none are made
+    warmup_budget_s: float = 2.0  # for the timed calls of the warm-up, not the first of each kind; 0: no warm-up
 
     def __post_init__(self) -> None:
         if self.mode not in (None, "strict", "fast"):
             raise ConfigError(f"engine mode {self.mode!r} is unknown", field="mode", allowed="strict, fast")
-        least = {"slots": 2, "max_rows": 2}  # a guided row takes two slots; each priority needs a row
+        least = {"slots": 2, "max_rows": 2}  # a guided clip takes two slots; each priority needs one clip in progress
         whole = ("max_rows", "max_step_tokens", "slots", "planning_threads", "max_planning")
         for name in (*whole, "frame_grid", "max_memory_bytes", "torch_threads"):
             value = getattr(self, name)

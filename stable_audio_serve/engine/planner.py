@@ -1,5 +1,5 @@
-"""Plans requests (lengths, schedules, resampling) on a bounded number of worker threads, off the event loop and the
-engine thread. Usable from several event loops. Independent of rows and devices.
+"""Plans requests (computes lengths and noise schedules, resamples source audio) on worker threads, so that neither the
+event loop nor the engine thread waits. Usable from several event loops.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ log = logging.getLogger(__name__)
 
 
 class Planner:
-    """Plans at most `max_pending` requests at once, queued ones included, on `num_threads` threads."""
+    """Plans requests on `num_threads` threads. At most `max_pending` requests can be waiting or being planned."""
 
     def __init__(self, model: DiffusionModel, *, num_threads: int, max_pending: int, clock: Clock) -> None:
         self._model = model
         self._clock = clock
         self._num_threads = num_threads
         self._max_pending = max_pending
-        # One torch thread each: the results of resampling must not depend on the number of cores.
+        # Each planning thread uses one torch thread, so that resampled audio does not depend on the number of cores.
         one_thread = partial(torch.set_num_threads, 1)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="planning", initializer=one_thread)
         self._lock = threading.Lock()
@@ -38,10 +38,10 @@ class Planner:
         self._usual_s = 0.01
 
     async def plan(self, request: GenerationRequest, *, frames: int | None) -> tuple[RowPlan, ...]:
-        """Return the model's plans, one per variation.
+        """Return the model's plans for a request, one per variation. `frames` overrides the latent length.
 
-        Raises OverloadedError if `max_pending` requests are being planned, ModelUnavailableError once closed, any
-        StableAudioError of the model, and GenerationError if the model fails in another way.
+        Raises OverloadedError if there are already `max_pending` requests, ModelUnavailableError if the planner is
+        closed, any StableAudioError of the model, and GenerationError if the model fails in another way.
         """
         with self._lock:
             if self._closed:
@@ -55,7 +55,7 @@ class Planner:
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
-        """Fail queued requests with ModelUnavailableError. Planning that has begun is finished."""
+        """Accept no more requests. Requests not begun fail with ModelUnavailableError; the others are still planned."""
         with self._lock:
             self._closed = True
         self._pool.shutdown(wait=False)

@@ -1,5 +1,5 @@
-"""Predicts from the cost model and the batch policy how long rows take, either alone or as part of full steps. Exports
-the predictions as prices, for processes that have no engine.
+"""Predicts how long the work of a clip (row) takes, either alone or in denoising steps shared with many other clips.
+Processes without an engine get the predictions as a few coefficients (`Prices`).
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from stable_audio_serve.engine.scheduling.windows import count_fitting
 from stable_audio_serve.engine.scheduling.work import Phase, RowWork
 from stable_audio_serve.models.protocol import DiffusionModel
 
-# Prices are fitted to clips of these fractions of the longest duration. The longest clip itself would be atypical,
-# because its latents have no padding.
+# Prices are computed from the predictions for clips of these two durations, as fractions of the longest duration. The
+# longest clip itself would be atypical, because its latents have no padding.
 _SHORT, _LONG = 0.125, 0.75
 _FEW_STEPS, _MANY_STEPS = 8, 16
 
 
 class PriceList:
-    """Computes prices from the engine's current predictions. Thread-safe."""
+    """Computes `Prices` from the engine's current predictions. Thread-safe."""
 
     def __init__(self, model: DiffusionModel, predictor: Predictor) -> None:
         card = model.spec.card
@@ -41,7 +41,7 @@ class PriceList:
         }
 
     def current(self) -> Prices:
-        """Return the prices of work that shares its calls with other work."""
+        """Return coefficients that predict a clip's device time if it shares its denoising steps with other clips."""
         ms = {shape: self._predictor.share_ms(work) for shape, work in self._works.items()}
         text_ms = self._predictor.text_ms(1)
         short_s, long_s = self._seconds
@@ -65,34 +65,36 @@ def _plan(model: DiffusionModel, *, seconds: float, steps: int) -> RowWork:
 
 
 def _line(x0: float, y0: float, x1: float, y1: float) -> tuple[float, float]:  # noqa: PLR0917 - two points
-    """Return the line through two points as (value at 0, slope), both clamped to at least 0."""
+    """Return the line through (x0, y0) and (x1, y1) as (value at x = 0, slope), both clamped to at least 0."""
     slope = max(0.0, (y1 - y0) / (x1 - x0))
     return max(0.0, y0 - slope * x0), slope
 
 
 class Predictor:
-    """Predicts the times of rows: alone, for scheduling, or in full steps, for admission and routing. Thread-safe."""
+    """Predicts the times of rows. Scheduling uses the time of a row alone; admission and routing use the time of a row
+    that shares full steps with others. Thread-safe.
+    """
 
     def __init__(self, cost: CostModel, policy: BatchPolicy, *, turn_frames: int = 1) -> None:
-        """Each turn encodes or decodes up to `turn_frames` latent frames of a row, at least one window."""
+        """In one turn of the engine, up to `turn_frames` latent frames of a row are encoded or decoded."""
         self._cost = cost
         self._policy = policy
         self._turn_frames = turn_frames
 
     def text_ms(self, num_prompts: int) -> float:
-        """Return the time to encode this many new prompts in one call."""
+        """Return the time in ms to encode this many prompts in one call."""
         return self._cost.call_ms("text", rows=num_prompts, frames=0)
 
     def alone_ms(self, work: RowWork) -> float:
-        """Return the row's remaining time on an otherwise idle engine, text encoding included."""
+        """Return the row's remaining time in ms on an otherwise idle engine, including text encoding."""
         return self.text_ms(1) + work.predict_ms(self._cost, self._alone_evaluation_ms)
 
     def share_ms(self, work: RowWork) -> float:
-        """Return the row's remaining device time if it shares its steps with others."""
+        """Return the row's part, in ms, of the device time of the remaining steps, which it shares with other rows."""
         return work.predict_ms(self._cost, self._shared_evaluation_ms)
 
     def step_ms(self, works: Sequence[RowWork], num_new: int) -> float:
-        """Return the time of one turn over these rows. Of them, `num_new` are new and need their text encoded."""
+        """Return the time in ms of one turn in which these rows run. `num_new` of them need their prompt encoded."""
         lanes = [work.lane for work in works if work.phase is Phase.DENOISE]
         total = self.text_ms(num_new) if num_new else 0.0
         total += sum(self._cost.groups_ms("denoise", call.groups) for call in self._policy.split(lanes))
@@ -101,7 +103,10 @@ class Predictor:
         return total
 
     def _coding_ms(self, kind: Work, lengths: Sequence[int]) -> float:
-        """Return the time of the windows that one row runs in the next turn."""
+        """Return the time in ms to encode or decode (`kind`) one row's next windows, those of one turn.
+
+        `lengths` are the latent frames of the row's remaining windows.
+        """
         return sum(
             self._cost.call_ms(kind, rows=1, frames=frames)
             for frames in lengths[: count_fitting(lengths, self._turn_frames)]

@@ -1,4 +1,6 @@
-"""Describes the provenance of an engine's audio for a clip's recipe: all that its bytes depend on but the request."""
+"""Describes the provenance of an engine's audio: besides the request itself, everything on which the bytes depend. It
+is saved in the recipe of each clip.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from stable_audio_serve.models.sa3.planning import DEFAULT_APG_SCALE
 
 
 def name_processor(device: torch.device) -> str:
-    """Return a CPU's instruction sets, such as `AVX512 AMX`, or a GPU's name."""
+    """Return the CPU features that torch uses, such as `AVX512 AMX`, or the name of a GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
@@ -34,11 +36,12 @@ def describe_engine(
 ) -> Provenance:
     """Return the provenance that is common to all requests of an engine."""
     is_cpu, is_fast = device.type == "cpu", mode == "fast"
-    # Without oneDNN, torch uses MKL. MKL and AMX split large matrix products by the thread count.
+    # With MKL, which torch uses without oneDNN, and with AMX instructions, the number of threads changes the results of
+    # large matrix multiplications.
     depends_on_threads = is_cpu and (is_fast or not is_amd())
     return Provenance(
         version=__version__,
-        torch=str(torch.__version__),  # a str subclass; unpickling it would import torch
+        torch=str(torch.__version__),  # without `str` it is a class of torch, which must be imported to unpickle it
         mode=mode,
         processor=name_processor(device),
         loaded=loaded,
@@ -52,7 +55,9 @@ def describe_engine(
 def complete_provenance(
     provenance: Provenance, request: GenerationRequest, *, spec: ModelSpec, prompts: Prompts | None
 ) -> Provenance:
-    """Add one request's parameters, defaults filled in, and the number of prompt characters that the model reads."""
+    """Add the parameters of one request, with the model's defaults for those not set, and the number of characters of
+    each prompt that the model reads. Returns the result.
+    """
     card = spec.card
     edits_by_time = request.init_audio is not None and card.objective != "v"
     is_sa3 = card.family == SA3_FAMILY
@@ -72,7 +77,7 @@ def complete_provenance(
 
 
 def require_checkpoint(request: GenerationRequest, *, spec: ModelSpec, loaded: Loaded) -> None:
-    """Raise InvalidRequestError if a request names other weights than the loaded ones."""
+    """Raise InvalidRequestError if a request asks for a checkpoint other than the loaded one."""
     if request.checkpoint is None or loaded.checkpoint in (None, request.checkpoint):
         return
     message = f"checkpoint: the model {spec.card.name} has the weights {loaded.checkpoint}, not {request.checkpoint}"

@@ -1,1 +1,1 @@
-"""Requests, their rows and the device calls that compute them. Runs on the engine thread."""
+"""The state of requests and clips on the engine thread, and the device calls that generate the clips."""

@@ -1,5 +1,5 @@
-"""Calls of the text encoder and the audio decoder. A call may replay a captured graph, whose inputs are fixed tensors.
-A decoder call takes several windows of equal length. Independent of rows.
+"""Calls of the text encoder and the audio decoder. A call may replay a captured CUDA graph, which reads its inputs from
+fixed addresses. One decoder call decodes several windows (excerpts of latents) of equal length.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from stable_audio_serve.sampling.noise import NoiseSource
 
 
 def captured_prompts(num_prompts: int) -> int:
-    """Return the batch size of the captured call for this many prompts; 0 if none can hold them."""
+    """Return the batch size of the CUDA graph for this many prompts; 0 if there are too many for a graph."""
     return GRAPH_ROWS[bisect_left(GRAPH_ROWS, num_prompts)] if num_prompts <= GRAPH_ROWS[-1] else 0
 
 
 @dataclass(frozen=True, slots=True)
 class TextShape:
-    """A call over `prompts` prompts of `tokens` tokens each; embeddings have `width` values per token."""
+    """The shape of a text encoder call: `prompts` prompts of `tokens` tokens, `width` embedding values per token."""
 
     prompts: int
     tokens: int
@@ -49,11 +49,11 @@ class TextShape:
         return self.size * self.width
 
     def ids_and_mask(self, inputs: Tensor) -> Tensor:
-        """Return token ids and mask (B, 2, T) as a view of the input memory."""
+        """Return token ids and mask as a view of the input memory: (prompts, 2, tokens)."""
         return inputs.view(self.prompts, 2, self.tokens)
 
     def embeddings(self, outputs: Tensor) -> Tensor:
-        """Return embeddings (B, T, width) float32 as a view of the output memory."""
+        """Return embeddings as a view of the output memory: (prompts, tokens, width) float32."""
         return outputs.view(self.prompts, self.tokens, self.width)
 
 
@@ -77,7 +77,7 @@ class TextCalls:
             if captured := self._graphs.find(shape, self._run):
                 buffer = self._device.host_buffer(shape.prompts, 2, shape.tokens, dtype=torch.int64)
                 buffer[: len(ids_and_mask)] = ids_and_mask
-                buffer[len(ids_and_mask) :] = 0  # padding prompts
+                buffer[len(ids_and_mask) :] = 0  # the batch is filled up with empty prompts
                 on_device = shape.ids_and_mask(captured.memory.inputs)
                 on_device.copy_(buffer, non_blocking=True)
                 captured.replay()
@@ -91,13 +91,16 @@ class TextCalls:
         shape.embeddings(memory.outputs).copy_(self._model.embed_tokens(shape.ids_and_mask(memory.inputs)))
 
 
-# The most latent frames of a captured call. A larger call takes the device so much longer than the host that a graph
-# saves no time, and its memory would stay allocated.
+# Decoder calls with more latent frames are not captured as CUDA graphs. Such a call keeps the device busy so much
+# longer than the host needs to launch it that a graph saves no time, and the graph's memory would stay allocated.
 _MOST_LATENTS = 512
 
 
 def captured_windows(num_windows: int, *, frames: int) -> int:
-    """Return the batch size of the captured call for this many windows of `frames` latents; 0: run without a graph."""
+    """Return the batch size of the CUDA graph that decodes this many windows of `frames` latent frames.
+
+    Returns 0 if the windows are to be decoded without a graph.
+    """
     if num_windows > GRAPH_ROWS[-1]:
         return 0
     padded = GRAPH_ROWS[bisect_left(GRAPH_ROWS, num_windows)]
@@ -106,7 +109,7 @@ def captured_windows(num_windows: int, *, frames: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """The arguments of one `NoiseSource.window` call of the decoder, which returns float32 noise of `shape`."""
+    """The arguments of one call that the decoder makes to `NoiseSource.window`. That call returns noise of `shape`."""
 
     stage: str
     shape: tuple[int, ...]
@@ -115,7 +118,9 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class DecodeShape:
-    """A call that decodes `windows` windows of `latents` (D, F) to `audio` (C, S) each, with the noise of `draws`."""
+    """The shape of a decoder call: how many windows, the shape of one window's `latents` (channels, frames) and `audio`
+    (channels, samples), and the noise that the decoder draws for each window.
+    """
 
     windows: int
     latents: tuple[int, int]
@@ -147,7 +152,10 @@ class DecodeShape:
         return [self.latents, *(draw.shape for draw in self.draws)]
 
     def read(self, inputs: Tensor) -> list[Tensor]:
-        """Return views of the input memory: the latents (B, D, F), then the noise (B, ...) of each draw."""
+        """Return views of the input memory: the latents of all windows, then one noise tensor for each of `draws`.
+
+        The first axis of every tensor is the window.
+        """
         return [part.view(self.windows, *s) for part, s in zip(inputs.split(self._sizes), self._shapes, strict=True)]
 
 
@@ -158,10 +166,10 @@ class DecodeCalls:
         self._model = model
         self._device = device
         self._graphs = graphs
-        self._draws: dict[int, tuple[Draw, ...]] = {}  # by the window's latent frames
+        self._draws: dict[int, tuple[Draw, ...]] = {}  # what the decoder draws for a window of this many latent frames
 
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
-        """Decode windows of equal length in one call. Returns their audio (C, S_window) float32."""
+        """Decode windows of equal length in one call. Returns each window's audio: (channels, samples) float32."""
         model, num_frames = self._model, windows[0].latents.shape[-1]
         count = captured_windows(len(windows), frames=num_frames)
         if not (count and self._device.can_capture and model.spec.captures_decode):
@@ -170,7 +178,8 @@ class DecodeCalls:
             recording = _RecordingNoise(windows[0].noise)
             audio = model.decode([replace(windows[0], noise=recording), *windows[1:]])
             self._draws[num_frames] = tuple(dict.fromkeys(recording.draws))
-            self._graphs.find(self._shape(count, num_frames), self._run)  # called only to count a miss
+            # There is no graph of this shape yet. The call only records that one would have been used.
+            self._graphs.find(self._shape(count, num_frames), self._run)
             return audio
         shape = self._shape(count, num_frames)
         captured = self._graphs.find(shape, self._run)
@@ -200,7 +209,7 @@ class DecodeCalls:
         )
 
     def _write_inputs(self, windows: Sequence[DecodeWindow], *, shape: DecodeShape, inputs: Tensor) -> None:
-        """Write the windows' latents and noise. Unused batch entries keep their old values."""
+        """Copy the windows' latents and noise to `inputs`. Unused batch entries keep their old values."""
         latents, *drawn = shape.read(inputs)
         torch.stack([window.latents for window in windows], out=latents[: len(windows)])
         for draw, targets in zip(shape.draws, drawn, strict=True):
@@ -212,7 +221,7 @@ class DecodeCalls:
 
 
 class _RecordingNoise:
-    """Wraps a row's noise and records each window draw in `draws`."""
+    """Passes calls on to another noise source and records the arguments of each `window` call in `draws`."""
 
     def __init__(self, noise: NoiseSource) -> None:
         self._noise = noise
@@ -232,7 +241,7 @@ class _RecordingNoise:
 
 
 class _StoredNoise:
-    """A noise source that returns stored noise, one tensor per stage."""
+    """A noise source whose `window` returns a given tensor for each stage name."""
 
     def __init__(self, drawn: Mapping[str, Tensor]) -> None:
         self._drawn = drawn

@@ -1,5 +1,5 @@
-"""Keeps the conditioning of rows on the device, where it stays constant over their steps. Rows that share a value share
-one copy, which calls address by number. Independent of rows and models.
+"""Stores conditioning (prompt embeddings and similar inputs of the network) on the device for all steps of a clip.
+Clips with the same value share one copy. Device calls find a value by the number of its place in memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from stable_audio_serve.models.protocol import BranchConditioning, RowConditioni
 
 @dataclass(frozen=True, slots=True)
 class HeldBranch:
-    """The slots and pages of one branch's values (conditional or unconditional), by name. Missing names are zeros."""
+    """Where the conditioning of one branch (conditional or unconditional) is stored: by name, the slot number of each
+    constant, and the memory pages of each value that has frames. A value whose name is missing is all zeros.
+    """
 
     slots: Mapping[str, int]
     pages: Mapping[str, Pages]
@@ -24,7 +26,7 @@ class HeldBranch:
 
 @dataclass(slots=True)
 class HeldConditioning:
-    """Conditioning in a `ConditioningArena`, with a count of users: `share` adds one, `free` removes one."""
+    """Conditioning in a `ConditioningArena`, with a reference count that `share` increments and `free` decrements."""
 
     conditional: HeldBranch
     unconditional: HeldBranch | None
@@ -32,12 +34,12 @@ class HeldConditioning:
     _num_users: int = 1
 
     def share(self) -> HeldConditioning:
-        """Add a user and return the same value."""
+        """Increment the reference count and return `self`."""
         self._num_users += 1
         return self
 
     def free(self) -> None:
-        """Remove a user. The last one frees the memory."""
+        """Decrement the reference count. At 0, the memory is freed."""
         self._num_users -= 1
         if self._num_users == 0:
             self._arena.free(self)
@@ -45,7 +47,9 @@ class HeldConditioning:
 
 @dataclass(slots=True)
 class ConditioningArena:
-    """All conditioning of one engine, in one arena per name, created on first use. Used by one thread."""
+    """The memory of all conditioning of one engine. Each name has its own memory, allocated on first use. Used by one
+    thread.
+    """
 
     device: Device
     slots: dict[str, SlotArena] = field(default_factory=dict)
@@ -53,12 +57,12 @@ class ConditioningArena:
 
     @property
     def num_moves(self) -> int:
-        """How often one of the arenas has grown, which moves its memory."""
+        """How often the memory of some name has grown, and so moved to a new address."""
         slots, frames = self.slots.values(), self.frames.values()
         return sum(arena.num_moves for arena in slots) + sum(arena.num_moves for arena in frames)
 
     def hold(self, conditioning: RowConditioning) -> HeldConditioning:
-        """Copy both branches to the device; a tensor that both share is copied once."""
+        """Copy the conditional and the unconditional values to the device. A tensor that is in both is copied once."""
         slots: dict[int, int] = {}
         pages: dict[int, Pages] = {}
 
@@ -84,7 +88,7 @@ class ConditioningArena:
         return HeldConditioning(keep(conditioning.conditional), None if other is None else keep(other), self)
 
     def free(self, held: HeldConditioning) -> None:
-        """Free the slots and pages of a value that has no users."""
+        """Free the memory of a value whose reference count is 0."""
         branches = [branch for branch in (held.conditional, held.unconditional) if branch is not None]
         for name, slot in {(name, slot) for branch in branches for name, slot in branch.slots.items()}:
             self.slots[name].free(slot)

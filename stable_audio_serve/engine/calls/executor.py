@@ -1,7 +1,8 @@
-"""Turns rows and windows into model calls. A call runs eagerly, packed (rows of different lengths are concatenated
-without padding) or as a captured graph. Callers see no difference.
+"""Runs the model for the engine thread: batches prompts, audio windows and clips (rows) into model calls. A denoising
+call can be padded or packed (rows of different lengths are concatenated), and can run eagerly or as a captured CUDA
+graph. Callers need not know which.
 
-If a call raises, its items run again one by one, so that only the faulty item fails.
+If a call raises an exception, its items run again one by one, so that only the faulty item fails.
 """
 
 from __future__ import annotations
@@ -39,21 +40,22 @@ from stable_audio_serve.models.protocol import (
 def denoise_packed(
     model: DiffusionModel, batch: StepBatch, *, frames: Sequence[int], valid_frames: Sequence[int]
 ) -> Tensor:
-    """Run a padded batch packed. Returns the network output (B, D, F) float32, 0 after each row's `frames`.
+    """Remove the padding of a batch (B, D, F), concatenate its rows, and run the network once on all of them.
 
-    Padding is never read. Requires a model whose spec sets `packs_rows`.
+    Returns the output as a padded batch (B, D, F) float32, with zeros after the row's own `frames`. Requires a model
+    whose spec sets `packs_rows`.
     """
     packed = replace(batch, x=pack(batch.x, frames), valid=None, frames=tuple(frames), valid_frames=tuple(valid_frames))
     return unpack(model.denoise(packed), frames, padded=batch.x.shape[-1])
 
 
 def pack(x: Tensor, frames: Sequence[int]) -> Tensor:
-    """Concatenate the first `frames` of each row of x (B, D, F) to (1, D, N)."""
+    """Concatenate the first `frames[i]` frames of each row i of x (B, D, F). Returns (1, D, sum of `frames`)."""
     return torch.cat([row[:, :count] for row, count in zip(x, frames, strict=True)], dim=1)[None]
 
 
 def unpack(x: Tensor, frames: Sequence[int], *, padded: int) -> Tensor:
-    """Split x (1, D, N) into rows and pad them with zeros: (B, D, padded)."""
+    """Split x (1, D, sum of `frames`) into rows and pad each with zeros. Returns (number of rows, D, padded)."""
     rows = x.new_zeros(len(frames), x.shape[1], padded)
     for target, row in zip(rows, x[0].split(list(frames), dim=1), strict=True):
         target[:, : row.shape[1]] = row
@@ -65,9 +67,9 @@ Result = TypeVar("Result")
 
 
 class Executor:
-    """Runs device work for the engine thread. Results are in the order of the inputs.
+    """Runs the model for the engine thread. Results are in the order of the inputs.
 
-    Up to `max_per_call` windows or prompts of equal shape share a call; 1 in strict mode.
+    Up to `max_per_call` audio windows or prompts of equal shape share a model call; 1 in strict mode.
     """
 
     def __init__(
@@ -96,7 +98,9 @@ class Executor:
 
     @cached_property
     def arena(self) -> FrameArena:
-        """The memory of all rows' registers. It is allocated at first use, which is on the engine thread."""
+        """The device memory of all rows' registers (latents between two steps). Allocated when first accessed, which
+        must be on the engine thread.
+        """
         return FrameArena(self._model.spec.card.latent_channels, device=self._model.device)
 
     def embed(self, prompts: Sequence[str]) -> list[TextEmbedding | Exception]:
@@ -106,11 +110,11 @@ class Executor:
         return outcomes
 
     def encode(self, windows: Sequence[EncodeWindow]) -> list[Tensor | Exception]:
-        """Return the latents (D, F_window) float32 of source windows."""
+        """Encode windows of source audio. Returns for each its latents (channels, frames) float32, or its exception."""
         return self._by_length(windows, length=lambda window: window.samples.shape[-1], run=self._model.encode_audio)
 
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor | Exception]:
-        """Return the audio (C, S_window) float32 of windows."""
+        """Decode windows of latents. Returns each window's audio (channels, samples) float32, or its exception."""
         return self._by_length(windows, length=lambda window: window.latents.shape[-1], run=self._decoder.decode)
 
     def calls(self, rows: Sequence[Row]) -> list[Call]:
@@ -118,7 +122,7 @@ class Executor:
         return self._policy.split([row.lane for row in rows])
 
     def hold(self, parts: Tensor) -> HeldFrames:
-        """Copy one row's parts (N, D, F) float32 to the device: its registers, then its blend inputs, if any."""
+        """Store one row's tensors on the device: `parts` (N, D, F) are its registers, then its blend inputs, if any."""
         num_parts, _, frames = parts.shape
         held = HeldFrames.take(self.arena, frames=frames, num_parts=num_parts)
         table = torch.tensor(held.parts, dtype=torch.int32)
@@ -126,16 +130,16 @@ class Executor:
         return held
 
     def release(self, held: HeldFrames, *, part: int) -> Tensor:
-        """Free a row's pages. Returns a copy of one part (D, F)."""
+        """Free a row's memory. Returns a copy of the tensor (D, F) that was stored at index `part`."""
         table = self._device.upload(torch.tensor(held.parts[part], dtype=torch.int32))
         latents = read(self.arena.memory, table, frames=held.frames)
         held.free()
         return latents
 
     def denoise(self, rows: Sequence[Row], calls: Sequence[Call]) -> list[tuple[Row, Exception]]:
-        """Run one evaluation of every row: network, guidance, update. Returns the rows that failed.
+        """Run one evaluation of every row: network, guidance, sampler update. Returns the rows that failed.
 
-        A row's registers, noise and `work` advance together or, if the row failed, not at all.
+        If a row fails, its registers, noise and `work` stay as they were before the evaluation.
         """
         failures: list[tuple[Row, Exception]] = []
         for call in calls:
@@ -185,7 +189,7 @@ class Executor:
         return outcomes
 
     def _evaluate(self, rows: Sequence[Row], *, call: Call) -> Sequence[Row]:
-        """Advance every row's registers by one evaluation in one network call. Returns the rows."""
+        """Run one evaluation of these rows in one network call and store their new latents. Returns `rows`."""
         step_rows = [_step_row(row) for row in rows]
         is_packed_by_host = bool(call.lengths) and call.room is None
         own = StepShape.of(
@@ -206,7 +210,7 @@ class Executor:
         return rows
 
     def _replay(self, shape: StepShape | PackedShape, rows: Sequence[StepRow]) -> bool:
-        """Replay the captured step of this shape. Returns False if there is none."""
+        """Replay the CUDA graph of this shape with the inputs of `rows`. Returns False if there is no such graph."""
         if self._moves != (moves := self.arena.num_moves + self.conditioning.num_moves):
             self._graphs.forget("denoise")
             self._moves = moves
@@ -218,9 +222,9 @@ class Executor:
         return True
 
     def capture_next(self, *, is_idle: bool) -> bool:
-        """Capture a graph of one more call shape. Returns whether there was one to capture.
+        """Capture a CUDA graph of one more call shape. Returns False if no shape is worth capturing now.
 
-        Unless the device `is_idle`, captures are quick and rare.
+        Unless the device `is_idle`, only captures that take little time are made, and only few of them.
         """
         return self._graphs.capture_next(is_idle=is_idle)
 
@@ -232,7 +236,7 @@ class Executor:
             run_step(denoise, StepInputs.read(inputs, shape), memories=memories, frames=shape.frames)
 
     def _run_on(self, shape: StepShape | PackedShape, memory: CallMemory) -> None:
-        """Run a step for capture. It writes its results to the arenas, not to `memory.outputs`."""
+        """Run a step during a graph capture. The step writes its results elsewhere, so `memory.outputs` is not used."""
         self._run(shape, memory.inputs)
 
     def _memories(self) -> Memories:

@@ -1,5 +1,5 @@
-"""Prepares the inputs of a row's first evaluation: noise, prompt embeddings and encoded sources. Rows that share a
-prompt or a source share its encoding. Independent of registers and later phases.
+"""Prepares what a clip (row) needs before its first denoising step: noise, prompt embeddings and encoded source audio.
+Clips with the same prompt or source share its encoding.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class PromptCache:
         self._embeddings: OrderedDict[str, TextEmbedding] = OrderedDict()
 
     def get(self, prompt: str) -> TextEmbedding | None:
-        """Return the embedding of this exact prompt, or None."""
+        """Return the cached embedding of exactly this prompt text; None if it is not in the cache."""
         embedding = self._embeddings.get(prompt)
         if embedding is not None:
             self._embeddings.move_to_end(prompt)
@@ -51,7 +51,7 @@ class PromptCache:
 
     @property
     def num_bytes(self) -> int:
-        """Memory held by the embeddings."""
+        """The size of all cached embeddings in bytes."""
         return self._num_bytes
 
     def __len__(self) -> int:
@@ -59,7 +59,9 @@ class PromptCache:
 
 
 class RowInputs:
-    """Starts rows and encodes their inputs. Methods return the rows that failed. Used by the engine thread only."""
+    """Starts rows: draws noise, and encodes prompts and source audio. Each public method returns the rows that failed,
+    with their exceptions. Used by the engine thread only.
+    """
 
     def __init__(
         self,
@@ -74,7 +76,7 @@ class RowInputs:
         clock: Clock,
         metrics: Metrics,
     ) -> None:
-        """`noise_pools` draw the noise of each priority; each must run one task at a time, in order."""
+        """`noise_pools` has one executor per priority to draw noise. Each must run one task at a time, in order."""
         self._model = model
         self._executor = executor
         self._device = device
@@ -84,12 +86,12 @@ class RowInputs:
         self._pace = pace
         self._clock = clock
         self._metrics = metrics
-        self._ready: Moment | None = None  # when the text and sources queued so far are encoded
+        self._ready: Moment | None = None  # the end of all text and source encoding that is queued on the device
 
     def start(self, rows: Sequence[Row]) -> Failures:
-        """Start drawing the rows' noise, set their prompt embeddings and prepare the encoding of their sources.
+        """Start drawing the rows' noise, encode their prompts, and prepare the encoding of their source audio.
 
-        Rows without sources are complete afterwards.
+        Rows without source audio need no call of `encode` afterwards. Returns the rows that failed.
         """
         noises: dict[int, RowNoise] = {}
         failures: Failures = []
@@ -109,7 +111,7 @@ class RowInputs:
         return failures
 
     def encode(self, rows: Sequence[Row]) -> Failures:
-        """Encode the next source windows of each row. A row is complete after its last window."""
+        """Encode the next few windows of each row's source audio. Returns the rows that failed."""
         sources = {row.id: row.in_phase(Encoding).sources for row in rows}
         pending = {id(source): source for own in sources.values() for source in own.values() if source.lengths_left}
         failed: dict[int, Exception] = {}
@@ -140,7 +142,10 @@ class RowInputs:
         return self._times.time("encode", calls, run=lambda: self._executor.encode(windows))
 
     def _embed(self, rows: Sequence[Row]) -> Failures:
-        """Set the rows' prompt embeddings. Prompts missing from the cache are encoded together."""
+        """Store the embeddings of the rows' prompts in their requests. Prompts that are not cached share encoder calls.
+
+        Returns the rows that failed.
+        """
         rows = [row for row in rows if row.request.shared.prompts is None]
         prompts = dict.fromkeys(prompt for row in rows for prompt in _prompts(row))
         known: dict[str, TextEmbedding | Exception] = {
@@ -179,7 +184,10 @@ class RowInputs:
         noises[row.id] = RowNoise(source, row.plan.sampler, shape=shape, noise_pool=noise_pool)
 
     def _open_sources(self, row: Row, encoding: Encoding) -> None:
-        """Set up the encodings of a row's sources. The rows of a request share them, unless the encoder draws noise."""
+        """Create a SourceEncoding for each source of the row, or use those of an earlier row of the same request.
+
+        If the encoder draws noise, each row needs its own.
+        """
         shared = {} if self._model.spec.noisy_source_encoder else row.request.shared.sources
         for stage, plan in (("init", row.plan.init_source), ("inpaint", row.plan.inpaint_source)):
             if plan is not None:
@@ -197,5 +205,5 @@ def _prompts(row: Row) -> list[str]:
 
 
 def _lengths_left(sources: Mapping[str, SourceEncoding]) -> tuple[int, ...]:
-    """Return the latent frames of each source window that is not encoded yet."""
+    """Return the lengths, in latent frames, of all source windows that are not encoded yet."""
     return tuple(frames for source in sources.values() for frames in source.lengths_left)

@@ -1,5 +1,5 @@
-"""Draws each row's latent noise on a worker thread, one step ahead, so that the device never waits for random numbers.
-The draws of a row stay in order. Independent of models.
+"""Draws the noise of each clip (row) on a worker thread, one step ahead, so that the device never waits for random
+numbers. The draws of one clip stay in order.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from stable_audio_serve.sampling.plan import SamplerPlan
 
 
 class RowNoise:
-    """The latent noise of one row, used by the engine thread. Encoding and decoding the row's windows use `source` too.
+    """The noise that the sampler uses for one row. Used by the engine thread. The encoder and the decoder draw their
+    noise from `source` directly.
 
-    `noise_pool` must run one task at a time, in order. Draws after the last one that an evaluation uses are skipped.
-    The noise of kept frames is from a separate stream, so that it does not change the other draws.
+    `noise_pool` must run one task at a time, in order. Nothing is drawn after the last evaluation that uses noise.
+    The noise of kept frames comes from a separate random generator, so that it does not change the other draws.
     """
 
     def __init__(self, source: NoiseSource, plan: SamplerPlan, *, shape: tuple[int, int], noise_pool: Executor) -> None:
-        """`shape` is the row's latent shape (D, F). The initial draw starts at once."""
+        """Start drawing the initial noise. `shape` is the row's latent shape (channels, frames)."""
         self.source = source
         self._shape = shape
         self._noise_pool = noise_pool
@@ -33,24 +34,27 @@ class RowNoise:
         self._draw_next()
 
     def initial(self) -> Tensor:
-        """Return the initial latent noise (D, F) float32 on the CPU."""
+        """Return the initial noise (channels, frames) float32 on the CPU; waits until it is drawn."""
         return self._initial.result()
 
     def kept(self) -> Tensor:
-        """Return the noise of kept frames (D, F) float32 on the CPU. Raises RuntimeError if the plan has no blend."""
+        """Return the noise for the frames of the source that an edit keeps: (channels, frames) float32 on the CPU.
+
+        Raises RuntimeError if the plan keeps no frames.
+        """
         if self._kept is None:
             raise RuntimeError("a row that keeps no frames asked for their noise")
         return self._kept.result()
 
     def current(self) -> Tensor | None:
-        """Return the current evaluation's draw (D, F) float32 on the CPU; None once no evaluation uses noise any more.
+        """Return the current evaluation's noise (channels, frames) float32 on the CPU; None if no more noise is used.
 
-        Returns the same tensor until `advance`, so that a failed step can run again.
+        Returns the same tensor until `advance` is called, so that a failed step can run again with it.
         """
         return self._next.result() if self._next else None
 
     def advance(self) -> None:
-        """Drop the current draw and start the next one."""
+        """Drop the current evaluation's noise and start drawing that of the next one."""
         self._draw_next()
 
     def cancel(self) -> None:

@@ -1,6 +1,8 @@
-"""One evaluation of packed rows. As in `step`, the host writes all inputs to one buffer, which is sent in one copy.
-Rows are not padded to the longest: registers are read and written page by page, and the network gets the rows' frames
-one after another. The rows' lengths are inputs, so a captured call serves any lengths. Independent of the queue.
+"""One denoising evaluation of rows of different lengths, packed: the network gets the rows' frames one after another,
+without padding. The latents between steps (registers) are stored in memory pages of 64 frames.
+
+As in `step`, the host writes all inputs to one buffer and sends it to the device in one copy. The lengths of the rows
+are among these inputs, so one CUDA graph serves any lengths.
 """
 
 from __future__ import annotations
@@ -28,11 +30,11 @@ _NUM_FLOAT_SECTIONS = 2  # sections of floats at the start of the buffer; sectio
 
 @dataclass(frozen=True, slots=True)
 class PackedShape:
-    """Everything that is fixed in a captured call of packed rows.
+    """Everything that is fixed in the CUDA graph of a call of packed rows.
 
-    `own` is the shape of the same rows in a padded call; all of it applies here except its buffer layout. The network
-    adds `num_prefix` tokens to each row. The numbers of rows (N), network rows (B) and pages of 64 frames (G) are
-    capacities: a call may use fewer.
+    `own` is the shape of the same rows in a padded call; all of `own` applies here except its buffer layout. The
+    network adds `num_prefix` tokens to each row. Three sizes are capacities, of which a call may use less: N rows, B
+    network rows (a guided row takes two), and G memory pages of 64 frames.
     """
 
     own: StepShape
@@ -40,7 +42,7 @@ class PackedShape:
     num_prefix: int
 
     def general(self) -> PackedShape:
-        """Return the shape to capture, which fits all rows that need no more memory than these."""
+        """Return the shape to capture as a CUDA graph. The graph also serves rows with other samplers or guidance."""
         return replace(self, own=self.own.general())
 
     @property
@@ -53,7 +55,7 @@ class PackedShape:
 
     @property
     def inputs(self) -> tuple[int, torch.dtype]:
-        """Size and dtype of the input buffer. A buffer of zeros describes a step without rows."""
+        """The number of values in the input buffer, and the dtype. A buffer of zeros describes a call without rows."""
         return sum(self.sizes), torch.float32
 
     @property
@@ -62,7 +64,7 @@ class PackedShape:
 
     @property
     def num_pages(self) -> int:
-        """The most pages that the rows of a call can have."""
+        """The largest number of memory pages that the rows of one call can have in total (per register)."""
         return self.room.tokens // PAGE_FRAMES + self.own.rows
 
     @property
@@ -84,7 +86,7 @@ class PackedShape:
         ]
 
     def write(self, rows: Sequence[StepRow], device: Device) -> Tensor:
-        """Return a host buffer with all inputs of these rows, ready for one copy to the device."""
+        """Return a host buffer that contains all inputs of these rows, in the layout that `PackedInputs.read` reads."""
         sizes = self.sizes
         buffer = device.host_buffer(sum(sizes), dtype=torch.float32)
         branches = [len(row.branches) for row in rows]
@@ -140,9 +142,10 @@ class PackedShape:
 
 
 def _by_page(rows: Sequence[Sequence[Pages]], counts: Sequence[int], *, num_parts: int) -> list[int]:
-    """Return the page numbers of the rows' parts: for each page of a row, one number per part.
+    """Return the numbers of the memory pages of all rows. `rows[i]` has the pages of each tensor (part) of row i.
 
-    `counts` are the pages per part of each row. The number of a missing part is `ZERO_PAGE`.
+    The order is by row, then by page within the row, then by part. Each part of row i has `counts[i]` pages. A row with
+    fewer than `num_parts` parts is filled up with `ZERO_PAGE`.
     """
     return [
         parts[part][page] if part < len(parts) else ZERO_PAGE
@@ -154,27 +157,30 @@ def _by_page(rows: Sequence[Sequence[Pages]], counts: Sequence[int], *, num_part
 
 @dataclass(frozen=True, slots=True)
 class PackedInputs:
-    """The step's inputs on the device; integers are int32. Unused entries are 0: rows of 0 frames, and page
-    `ZERO_PAGE`, which reads as zeros and is never written.
+    """The inputs of a packed step on the device. Integers are int32.
+
+    Shapes: N rows, B network rows (two for a guided row), G memory pages of 64 frames, R registers, P pages of one row,
+    D latent channels. Unused entries are 0. An unused row therefore has 0 frames, and an unused page is `ZERO_PAGE`,
+    which contains zeros and is never written.
     """
 
     values: Tensor  # (N, NUM_VALUES)
     guidance: Tensor  # (N, NUM_GUIDANCE)
     frames: Tensor  # (N,)
     valid_frames: Tensor  # (N,)
-    first_page: Tensor  # (N,) index into the G pages
-    conditional: Tensor  # (N,) network row of each row; equal to `unconditional` if the row is not guided
-    unconditional: Tensor
-    lanes: Tensor  # (B,) the row of each network row
+    first_page: Tensor  # (N,) the index, among the G pages, of the first page of each row
+    conditional: Tensor  # (N,) the index of each row's conditional network row
+    unconditional: Tensor  # (N,) the same for the unconditional one; equal to `conditional` if the row is not guided
+    lanes: Tensor  # (B,) the index of the row to which each network row belongs
     lane_frames: Tensor  # (B,)
     lane_valid_frames: Tensor  # (B,)
-    page_rows: Tensor  # (G,) the row of each page
-    page_starts: Tensor  # (G,) the frame of its row at which each page starts
-    registers: Tensor  # (G, R, 1) page numbers in the arena
-    kept: Tensor  # (G, 3, 1), or empty
-    slots: Tensor  # (names, B) slot numbers in the arena of each name
-    by_frame: Tensor  # (names, B, P) page numbers in the arena of each name
-    noise: Tensor  # (G, D, 64) float32, arbitrary for rows that use none; or empty
+    page_rows: Tensor  # (G,) the index of the row to which each page belongs
+    page_starts: Tensor  # (G,) which frame of the row is the first of the page
+    registers: Tensor  # (G, R, 1) numbers of the memory pages where the registers are stored
+    kept: Tensor  # (G, 3, 1) numbers of the memory pages of the mask, source and noise of kept frames; or empty
+    slots: Tensor  # (number of constants, B) where the conditioning constant is stored
+    by_frame: Tensor  # (number of names, B, P) numbers of the memory pages where the conditioning is stored
+    noise: Tensor  # (G, D, 64) float32, arbitrary for rows that use no noise; empty if no row uses noise
 
     @classmethod
     def read(cls, buffer: Tensor, shape: PackedShape) -> PackedInputs:
@@ -218,7 +224,7 @@ class PackedInputs:
 def run_packed_step(
     denoise: Callable[[StepBatch], Tensor], inputs: PackedInputs, *, memories: Memories, shape: PackedShape
 ) -> None:
-    """Advance the registers of N rows by one evaluation each. If the network fails, nothing is written."""
+    """Run one evaluation of the packed rows and write their new registers. If the network fails, nothing is written."""
     memory, own, rows = memories.registers, shape.own, inputs.page_rows
     frame = inputs.page_starts[:, None] + torch.arange(PAGE_FRAMES, device=memory.device, dtype=torch.int32)
     state = read(memory, inputs.registers, frames=PAGE_FRAMES)
@@ -245,13 +251,14 @@ def run_packed_step(
         kept = Kept(mask=mask[:, 0] != 0.0, source=source, noise=noise)
     drawn = inputs.noise if own.draws else None
     moved = advance(state, terms, velocity=velocity, unconditional=unconditional, noise=drawn, kept=kept)
-    # Write 0 after a row's frames: a longer call reads these values, and masking by 0 does not remove a NaN.
+    # After the last frame of a row, write zeros. A padded call reads the whole page and multiplies these values by 0,
+    # which would keep a NaN.
     is_own = frame < inputs.frames.index_select(0, rows)[:, None]
     write(memory, inputs.registers, values=torch.where(is_own[:, None, None], moved, 0.0))
 
 
 def _paged_rows(inputs: PackedInputs, shape: PackedShape) -> PagedRows:
-    """Return the pages of each row."""
+    """Return which of the G pages belong to which row."""
     place = torch.arange(pages_of(shape.room.longest), device=inputs.frames.device, dtype=torch.int32)
     counts = (inputs.frames + PAGE_FRAMES - 1) // PAGE_FRAMES
     pages = torch.where(place < counts[:, None], inputs.first_page[:, None] + place, shape.num_pages)
@@ -259,7 +266,9 @@ def _paged_rows(inputs: PackedInputs, shape: PackedShape) -> PagedRows:
 
 
 class _Tokens:
-    """The tokens of the packed network rows, and their mapping to pages."""
+    """The network's token sequence, in which all network rows follow one another. Converts between this sequence and
+    pages of 64 frames.
+    """
 
     def __init__(self, inputs: PackedInputs, shape: PackedShape) -> None:
         self._inputs = inputs
@@ -272,11 +281,11 @@ class _Tokens:
             longest_frames=shape.room.longest,
         )
         segments = self.segments
-        # (tokens,) each token's frame within its row; 0 for prefix tokens
+        # Shape (tokens,): the number of each token's frame within its row; 0 for prefix tokens, which have no frame.
         self._frames = torch.where(segments.is_frame, segments.positions - shape.num_prefix, 0)
 
     def batch(self, x: Tensor, *, times: Tensor, memories: Memories) -> StepBatch:
-        """Gather the network's inputs from latents x (G, D, 64) and times (N,)."""
+        """Return the network's inputs, given the latents x of all pages (G, D, 64) and the time of each row (N,)."""
         inputs, own, segments = self._inputs, self._shape.own, self.segments
         first = PAGE_FRAMES * inputs.first_page.index_select(0, inputs.lanes)
         places = first.index_select(0, segments.rows) + self._frames
@@ -295,14 +304,16 @@ class _Tokens:
         )
 
     def _read(self, memory: Tensor, table: Tensor) -> Tensor:
-        """Return each token's values (1, channels, tokens), gathered from the pages `table` (B, P) of `memory`."""
+        """Return the values of each token (1, channels, tokens). `table` (B, P) has the page numbers of each network
+        row in `memory`.
+        """
         rows, frames = self.segments.rows, self._frames
         pages = table.flatten().index_select(0, rows * table.shape[1] + frames // PAGE_FRAMES)
         values = memory[pages, :, frames % PAGE_FRAMES]
         return torch.where(self.segments.is_frame[:, None], values, 0.0).T[None]
 
     def pages(self, output: Tensor, branches: Tensor, *, frame: Tensor) -> Tensor:
-        """Return the output (D, tokens) of the network rows `branches` (N,) as pages (G, D, 64)."""
+        """Convert network output (D, tokens) to pages (G, D, 64). `branches` (N,) selects one network row per row."""
         first = self.segments.offsets.index_select(0, branches) + self._shape.num_prefix
         places = first.index_select(0, self._inputs.page_rows)[:, None] + frame
         taken = output.index_select(1, places.clamp(max=output.shape[1] - 1).flatten())

@@ -1,5 +1,5 @@
-"""The state of a request that the caller's event loop and the engine thread share: reply, cancellation and timings. The
-inbox passes requests to the engine thread.
+"""The state of one request that the caller's event loop and the engine thread share: the reply, cancellation and
+timings. `Inbox` passes requests from callers to the engine thread.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ UNAVAILABLE = "the model is shutting down or its engine stopped; retry"
 
 
 class Inbox:
-    """A queue of submitted requests. Once closed it accepts none, so no request can be left in it."""
+    """A queue of submitted requests, from callers to the engine thread. A closed inbox accepts no more requests, so
+    that none is added after the engine thread has stopped reading.
+    """
 
     def __init__(self) -> None:
         self._requests: deque[RequestState] = deque()
@@ -43,7 +45,7 @@ class Inbox:
         self._closed = False
 
     def put(self, request: RequestState) -> None:
-        """Add a request. Raises ModelUnavailableError once the inbox is closed."""
+        """Add a request. Raises ModelUnavailableError if the inbox is closed."""
         with self._lock:
             if self._closed:
                 raise ModelUnavailableError(UNAVAILABLE)
@@ -51,7 +53,7 @@ class Inbox:
         self._changed.set()
 
     def wake(self) -> None:
-        """Wake the engine thread after a cancellation, or to stop it."""
+        """Let a waiting `wait` return: used after a cancellation, and to stop the engine thread."""
         self._changed.set()
 
     def wait(self, timeout_s: float) -> None:
@@ -59,7 +61,7 @@ class Inbox:
         self._changed.wait(timeout_s)
 
     def take(self) -> list[RequestState]:
-        """Return the requests submitted since the last call."""
+        """Remove and return all requests in the queue."""
         self._changed.clear()
         with self._lock:
             taken = list(self._requests)
@@ -67,7 +69,7 @@ class Inbox:
         return taken
 
     def close(self) -> list[RequestState]:
-        """Accept no more requests. Returns those not taken yet."""
+        """Accept no more requests. Returns the requests that are still in the queue."""
         with self._lock:
             self._closed = True
         return self.take()
@@ -81,7 +83,7 @@ class Reply:
     """Sends results, errors and progress to the caller's event loop. Thread-safe."""
 
     def __init__(self, on_progress: ProgressCallback | None) -> None:
-        """Must be called on the caller's event loop."""
+        """Must be called within the event loop to which replies are sent."""
         self._loop = asyncio.get_running_loop()
         self._on_progress = on_progress
         self.future: asyncio.Future[GenerationResult] = self._loop.create_future()
@@ -96,11 +98,11 @@ class Reply:
         return self._on_progress is not None
 
     def resolve(self, result: GenerationResult) -> None:
-        """Deliver the result, unless the caller left."""
+        """Make the caller's `await` return the result. Does nothing if the caller no longer waits."""
         self._post(self.future.set_result, result)
 
     def fail(self, error: Exception) -> None:
-        """Raise `error` in the caller, unless the caller left."""
+        """Make the caller's `await` raise `error`. Does nothing if the caller no longer waits."""
         self._post(self.future.set_exception, error)
 
     def report(self, progress: Progress) -> None:
@@ -109,7 +111,7 @@ class Reply:
             self._post(self._on_progress, progress)
 
     def _post(self, action: Callable[[Message], object], message: Message) -> None:
-        with suppress(RuntimeError):  # the loop was closed
+        with suppress(RuntimeError):  # raised if the event loop is closed
             self._loop.call_soon_threadsafe(self._deliver, action, message)
 
     def _deliver(self, action: Callable[[Message], object], message: Message) -> None:
@@ -118,19 +120,19 @@ class Reply:
 
 
 class StageClock:
-    """Splits a request's wall time into stages without gaps."""
+    """Measures how much wall time a request spends in each stage. Every moment counts towards exactly one stage."""
 
     def __init__(self, started_at: float) -> None:
         self._started_at = self._last_at = started_at
         self._seconds: dict[TimedStage, float] = {}
 
     def mark(self, stage: TimedStage, now: float) -> None:
-        """Add the time since the previous mark to `stage`."""
+        """Count the time from the previous `mark` until `now` towards `stage`."""
         self._seconds[stage] = self._seconds.get(stage, 0.0) + now - self._last_at
         self._last_at = now
 
     def timings(self) -> StageTimings:
-        """Return the time of each stage up to the last mark."""
+        """Return the time spent in each stage until the last `mark`."""
         ms = {stage: seconds * 1000.0 for stage, seconds in self._seconds.items()}
         stalled_ms = ms.get("stalled", 0.0)
         return StageTimings(
@@ -165,14 +167,15 @@ class Prompts:
 
 @dataclass(slots=True)
 class SharedParts:
-    """Values that the rows of a request share. The first row that needs a value creates it; before that it is None."""
+    """Values that all variations (rows) of a request share. The first row that needs a value creates it."""
 
     prompts: Prompts | None = None
-    sources: dict[str, SourceEncoding] = field(default_factory=dict)  # by stage; not shared if the encoder draws noise
-    conditioning: HeldConditioning | None = None  # not shared if it depends on a row's own noise
+    # Key: init or inpaint. Empty if the encoder draws noise, because each row then has its own encoding.
+    sources: dict[str, SourceEncoding] = field(default_factory=dict)
+    conditioning: HeldConditioning | None = None  # None also if it depends on the noise of one row
 
     def release(self) -> None:
-        """Drop the conditioning that was kept for later rows."""
+        """Let go of the conditioning, which was kept for later rows of the request."""
         if self.conditioning is not None:
             self.conditioning.free()
             self.conditioning = None
@@ -187,7 +190,7 @@ class RequestRow(Protocol):
 
     @property
     def fraction(self) -> float:
-        """Completed share of the row, 0..1; never decreases."""
+        """How much of the row's work is done, 0..1; never decreases."""
         ...
 
     @property
@@ -202,7 +205,7 @@ class RequestRow(Protocol):
 
 
 class RequestState:
-    """One accepted request. Fields from `clock` on belong to the engine thread; any thread may call `cancel`."""
+    """One accepted request. Only the engine thread uses the fields from `clock` on. Any thread may call `cancel`."""
 
     def __init__(
         self,
@@ -240,7 +243,7 @@ class RequestState:
         return self._cancelled or self.reply.is_abandoned
 
     def progress(self, queue_position: int | None) -> Progress:
-        """Return the progress over all variations; stage and fraction never decrease."""
+        """Return the progress of all variations together. Between calls, its stage and fraction never go back."""
         rows = self.rows
         fraction = sum(row.fraction for row in rows) / len(rows)
         steps_total = sum(len(row.plan.sampler.step_ends) for row in rows)

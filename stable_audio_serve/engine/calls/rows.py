@@ -1,4 +1,4 @@
-"""The engine thread's state of one row: one variation of a request with its registers, noise and windows."""
+"""The engine thread's state of one row. A row is one variation of a request: one clip that is being generated."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from stable_audio_serve.sampling.noise import NoiseSource
 from stable_audio_serve.sampling.plan import Evaluation
 from stable_audio_serve.sampling.update import StepNumbers
 
-# Reported progress at the end of encoding and of denoising: rough values, fixed so that progress never decreases.
+# The progress that is reported when encoding ends and when denoising ends. The values are rough; since they are
+# constants, progress never decreases.
 _ENCODED, _DENOISED = 0.05, 0.9
 
 
@@ -34,17 +35,17 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """The row's noise is being drawn and its sources are being encoded. `sources` has the stages init and inpaint."""
+    """The row's noise is being drawn and its source audio encoded. `sources` has the keys init and inpaint, if used."""
 
     noise: RowNoise
     prompts: Prompts
-    ready: Moment  # on the second queue: the prompts and the windows queued so far are encoded
+    ready: Moment  # when the device has encoded the prompts and all windows that are queued so far
     sources: dict[str, SourceEncoding] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Stepping:
-    """The row is between two evaluations. `held` is its device memory: registers, then blend inputs, if any."""
+    """The row is being denoised. `held` is its device memory: registers (its latents), then blend inputs, if any."""
 
     noise: RowNoise
     conditioning: HeldConditioning
@@ -54,12 +55,14 @@ class Stepping:
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """The row is denoised: `latents` (D, F) float32 on the model's device. The decoder's windows draw from `noise`."""
+    """The row is denoised and its `latents` (channels, frames), float32 on the device, are being decoded. The decoder
+    draws from `noise`.
+    """
 
     noise: NoiseSource
     latents: Tensor
     audio: AudioAssembly
-    ready: Moment  # the latents are computed and the windows queued so far are decoded
+    ready: Moment  # when the device has computed `latents` and decoded all windows that are queued so far
 
 
 RowPhase = Waiting | Encoding | Stepping | Decoding
@@ -67,10 +70,10 @@ OnePhase = TypeVar("OnePhase", Waiting, Encoding, Stepping, Decoding)
 
 
 class Row:
-    """Mutable state of one row; tensors live on the model's device."""
+    """The mutable state of one row, that is, of one variation of a request. Its tensors are on the model's device."""
 
     def __init__(self, row_id: RowId, request: RequestState, *, index: int, plan: RowPlan, work: RowWork) -> None:
-        """`index` is the variation's position in the request."""
+        """`index` is the number of the variation within the request, from 0."""
         self.id = row_id
         self.request = request
         self.index = index
@@ -81,7 +84,7 @@ class Row:
         self._decode_total = sum(work.decode_left)
 
     def in_phase(self, kind: type[OnePhase]) -> OnePhase:
-        """Return the phase's value. Raises RuntimeError if the row is in another phase."""
+        """Return `self.phase`, which must be of type `kind`. Raises RuntimeError if it is not."""
         if not isinstance(self.phase, kind):
             raise RuntimeError(f"a row is {type(self.phase).__name__}, not {kind.__name__}")
         return self.phase
@@ -93,7 +96,7 @@ class Row:
 
     @property
     def lane(self) -> Lane:
-        """The size of the next evaluation in a device call."""
+        """The size of the row's next evaluation: its number of network rows and latent frames."""
         return self.work.lane
 
     @property
@@ -108,14 +111,14 @@ class Row:
 
     @property
     def fraction(self) -> float:
-        """Completed share of the row, 0..1; never decreases."""
+        """How much of the row's work is done, 0..1; never decreases."""
         encoded = _share_done(self._encode_total, sum(self.work.encode_left))
         denoised = self.work.num_done / max(len(self.work.branches), 1)
         decoded = _share_done(self._decode_total, sum(self.work.decode_left))
         return _ENCODED * encoded + (_DENOISED - _ENCODED) * denoised + (1.0 - _DENOISED) * decoded
 
     def release(self) -> None:
-        """Free the row's tensors and stop its noise."""
+        """Free the row's tensors and draw no more noise for it."""
         if isinstance(self.phase, Encoding | Stepping):
             self.phase.noise.cancel()
         if isinstance(self.phase, Stepping):
@@ -128,7 +131,10 @@ Failures = list[tuple[Row, Exception]]
 
 
 def run_alone(row: Row, action: Callable[[Row], None], *, device: Device) -> Failures:
-    """Run an action for one row. Returns the row and its error if the action raises. Raises DeviceLostError."""
+    """Call `action(row)`. Return the row with its exception if the action raises, else an empty list.
+
+    Raises DeviceLostError.
+    """
     try:
         action(row)
     except DeviceLostError:
@@ -140,7 +146,7 @@ def run_alone(row: Row, action: Callable[[Row], None], *, device: Device) -> Fai
 
 
 def row_work(plan: RowPlan, *, hop: int) -> RowWork:
-    """Return the work of a planned row; a guided evaluation takes two network rows."""
+    """Return all work of a row that has not started. A guided evaluation takes two rows of the network's batch."""
     sources = [source for source in (plan.init_source, plan.inpaint_source) if source is not None]
     end = min(plan.output_samples, plan.valid_frames * hop)
     return RowWork(
@@ -152,7 +158,7 @@ def row_work(plan: RowPlan, *, hop: int) -> RowWork:
 
 
 def make_assembly(plan: RowPlan, *, hop: int, channels: int, is_fixed: bool, device: Device) -> AudioAssembly:
-    """Return the audio of a planned row, with no window decoded yet. `is_fixed`: windows are decoded as planned."""
+    """Return the still empty audio of a row. With `is_fixed`, the audio is decoded in exactly the planned windows."""
     return AudioAssembly(
         plan.decode_windows,
         device=device,

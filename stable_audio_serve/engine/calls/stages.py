@@ -1,6 +1,6 @@
-"""Runs the phases of picked rows: encoding, denoising, decoding. On devices with a second queue, encoding and decoding
-run in parallel with denoising. The loop ends the requests of rows that failed. `calls.inputs` handles prompts and
-sources. Independent of the scheduler.
+"""Runs the phases of the rows (clips) that the scheduler picked: encoding, denoising, decoding. On CUDA, encoding and
+decoding run on a second stream, in parallel with denoising. `calls.inputs` encodes prompts and source audio. If a row
+fails, its request is ended by `engine.loop`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from stable_audio_serve.sampling.update import Kept, StepNumbers, start_state
 
 
 class Stages:
-    """Runs the phases of rows. Each phase returns the rows that failed. Used by the engine thread only."""
+    """Runs the phases of rows: one method per phase, which returns the rows that failed with their exceptions. Used by
+    the engine thread only.
+    """
 
     def __init__(
         self,
@@ -44,7 +46,7 @@ class Stages:
         clock: Clock,
         metrics: Metrics,
     ) -> None:
-        """`noise_pools` draw the noise of each priority; each must run one task at a time, in order."""
+        """`noise_pools` has one executor per priority to draw noise. Each must run one task at a time, in order."""
         self._model = model
         self._executor = executor
         self._device = device
@@ -67,17 +69,23 @@ class Stages:
         self._delivering: deque[tuple[Row, Moment]] = deque()
 
     def start(self, rows: Sequence[Row]) -> Failures:
-        """Start drawing noise and encoding prompts and sources. Rows without sources are then ready for `begin`."""
+        """Start drawing the rows' noise and encode their prompts. Rows without source audio are then ready for `begin`.
+
+        Returns the rows that failed.
+        """
         return self._inputs.start(rows)
 
     def encode(self, rows: Sequence[Row]) -> Failures:
-        """Encode the next source windows of each row. After its last window, a row is ready for `begin`."""
+        """Encode the next few windows of each row's source audio. After the last window, the row is ready for `begin`.
+
+        Returns the rows that failed.
+        """
         return self._inputs.encode(rows)
 
     def begin(self, rows: Sequence[Row], *, at_once: bool = True) -> Failures:
-        """Set the conditioning and registers of rows whose text and sources are encoded, so that they can step.
+        """Give rows whose encoding is all queued their conditioning and initial latents. Returns the rows that failed.
 
-        Without `at_once`, skip rows whose inputs the device has not finished.
+        With `at_once` False, skip rows whose prompts or sources the device is still encoding.
         """
         failures: Failures = []
         for row in rows:
@@ -88,7 +96,10 @@ class Stages:
         return failures
 
     def denoise(self, rows: Sequence[Row]) -> Failures:
-        """Run one evaluation of every row. After its last evaluation, a row is ready for `decode`."""
+        """Run one evaluation of every row. After its last evaluation, a row is ready for `decode`.
+
+        Returns the rows that failed.
+        """
         calls = self._executor.calls(rows)
         lanes = [row.lane for row in rows]
         tokens = sum(lane.branches * lane.frames for lane in lanes)
@@ -107,7 +118,10 @@ class Stages:
         return failures
 
     def decode(self, rows: Sequence[Row], *, others_wait: bool = False) -> Failures:
-        """Decode the next windows of each row, shorter ones if `others_wait`."""
+        """Decode the next few windows of each row. Returns the rows that failed.
+
+        If `others_wait`, the windows are shorter, so that they delay the other rows less.
+        """
         failpoint("before_decode")
         max_frames = self._pace.decode_frames(len(rows), others_wait=others_wait)
         decoding = {row.id: row.in_phase(Decoding) for row in rows}
@@ -140,16 +154,15 @@ class Stages:
         return list(failed.values())
 
     def deliver(self, row: Row) -> None:
-        """Add a row whose work is all queued. `delivered` returns it once its audio is on the host."""
+        """Register a row whose last window is queued for decoding. When its audio arrives, `delivered` returns it."""
         self._delivering.append((row, row.in_phase(Decoding).ready))
 
     def delivered(self, *, wait: bool = False) -> tuple[list[Row], Failures]:
-        """Return the rows whose audio has arrived on the host. Rows with non-finite audio are also returned as
-        failures.
+        """Return the rows whose audio has arrived on the host, and those of them with non-finite audio as failures.
 
-        With `wait`, block until the audio of at least one row arrives, if any is pending.
+        With `wait`, block until the audio of at least one registered row arrives.
         """
-        self._device.collect()  # on every turn, so that each call copies little
+        self._device.collect()  # copies what has arrived so far, so that little is left to copy when the row is done
         arrived: list[Row] = []
         failures: Failures = []
         while self._delivering:
@@ -162,14 +175,14 @@ class Stages:
             self._delivering.popleft()
             if not isinstance(row.phase, Decoding):
                 continue  # the row ended before its audio arrived
-            row.request.clock.mark("decode", self._clock.monotonic())  # adds the time since the last window was queued
+            row.request.clock.mark("decode", self._clock.monotonic())  # the wait for the device counts as decoding
             arrived.append(row)
             if not row.phase.audio.is_finite:
                 failures.append((row, GenerationError("the model made audio that is not a number")))
         return arrived, failures
 
     def capture(self, *, is_idle: bool) -> bool:
-        """Capture a graph of one more call shape; see `Executor.capture_next`."""
+        """Capture a CUDA graph of one more call shape; see `Executor.capture_next`."""
         return self._executor.capture_next(is_idle=is_idle)
 
     def require_usable(self, error: Exception) -> None:
@@ -178,11 +191,11 @@ class Stages:
 
     @property
     def second_queue_has_room(self) -> bool:
-        """Whether more windows may be encoded or decoded at the same time as the next step."""
+        """Whether more windows may be encoded or decoded during the next step: few such calls are unfinished."""
         return self._times.second_queue_has_room
 
     def keep_pace(self) -> None:
-        """Wait until the device is at most a few calls behind, and record how long its calls took."""
+        """Wait until the device has only a few unfinished calls, and record how long the finished calls took."""
         self._times.keep_pace()
 
     def _begin(self, row: Row) -> Failures:
@@ -207,7 +220,7 @@ class Stages:
         try:
             conditioning = self._condition(row, encoding)
         except Exception:
-            held.free()  # the row does not own these pages yet, so it would not free them
+            held.free()  # `row.release` would not free this memory, because `row.phase` does not contain it yet
             raise
         row.phase = Stepping(encoding.noise, conditioning, numbers, held)
 
@@ -228,7 +241,7 @@ class Stages:
         return held
 
     def _take_latents(self, row: Row) -> None:
-        """Move a row from stepping to decoding: copy its latents and free its registers."""
+        """Move a denoised row to the phase Decoding: copy its latents and free the memory of its registers."""
         stepping, spec = row.in_phase(Stepping), self._model.spec
         audio = make_assembly(
             row.plan, hop=spec.hop, channels=spec.card.channels, is_fixed=self._pace.is_fixed, device=self._device

@@ -1,7 +1,7 @@
-"""One evaluation of rows that share a device call. The host writes all inputs to one buffer, which is sent in one copy,
-and the device computes the evaluation from it.
+"""One denoising evaluation of a padded batch. The host writes all inputs to one buffer and sends it to the device in
+one copy.
 
-Each row has its own sampler, step, guidance and noise. Independent of the queue.
+Each row of the batch has its own sampler, step number, guidance and noise.
 """
 
 from __future__ import annotations
@@ -22,28 +22,31 @@ from stable_audio_serve.sampling.plan import Guidance
 from stable_audio_serve.sampling.update import NUM_VALUES, Kept, StepNumbers, StepTerms, TermUse, advance, network_input
 
 _NUM_FLOAT_SECTIONS = 2  # sections of floats at the start of the buffer; sections of integers follow
-KEPT_PARTS = 3  # blend inputs (mask, source, noise), stored after the registers of rows that keep frames
+KEPT_PARTS = 3  # mask, source and noise: the extra tensors of a row that keeps some frames of a source
 
 
 @dataclass(frozen=True, slots=True)
 class StepRow:
-    """The host's inputs for one row's evaluation. `noise` is (D, F_row) float32 on the host; None if not used."""
+    """The inputs of one row's evaluation, on the host. `noise` is (channels, frames of this row) float32, or None if
+    the evaluation uses no noise.
+    """
 
     numbers: StepNumbers
     guidance: Guidance
     guided: bool
     valid_frames: int
     num_registers: int
-    held: HeldFrames  # the registers, then the blend inputs
-    branches: Sequence[HeldBranch]  # conditional, then unconditional if the row is guided
+    held: HeldFrames  # where the registers, then the mask, source and noise of kept frames, are stored
+    branches: Sequence[HeldBranch]  # the conditioning: conditional, then unconditional if the row is guided
     noise: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """The shape of a call of N rows and B network rows: everything that is fixed in a captured graph.
+    """The shape of a padded call: everything that is fixed in its CUDA graph.
 
-    `guides` is None if no row is guided. A call may have fewer rows than `rows`; unused rows have no effect.
+    A guided row takes two of the network's `network_rows`. `guides` is None if no row is guided. A call may have fewer
+    rows than `rows`; unused rows have no effect.
     """
 
     rows: int
@@ -53,8 +56,8 @@ class StepShape:
     num_registers: int
     use: TermUse
     guides: GuidanceUse | None
-    draws: bool  # some row uses noise
-    constants: tuple[str, ...]  # names of conditioning constants that some branch has
+    draws: bool  # whether some row uses noise
+    constants: tuple[str, ...]  # the names of the conditioning constants that at least one row has
     by_frame: tuple[str, ...]
 
     @classmethod
@@ -76,7 +79,7 @@ class StepShape:
         )
 
     def general(self) -> StepShape:
-        """Return the shape to capture, which fits all rows that need no more memory than these."""
+        """Return the shape to capture as a CUDA graph. The graph also serves rows with other samplers or guidance."""
         return replace(
             self,
             rows=self.network_rows,
@@ -95,7 +98,7 @@ class StepShape:
 
     @property
     def inputs(self) -> tuple[int, torch.dtype]:
-        """Size and dtype of the input buffer. A buffer of zeros describes a step without rows."""
+        """The number of values in the input buffer, and the dtype. A buffer of zeros describes a call without rows."""
         return sum(self._sizes), torch.float32
 
     @property
@@ -122,14 +125,14 @@ class StepShape:
         ]
 
     def write(self, rows: Sequence[StepRow], device: Device) -> Tensor:
-        """Return a host buffer with all inputs of these rows, ready for one copy to the device."""
+        """Return a host buffer that contains all inputs of these rows, in the layout that `StepInputs.read` reads."""
         buffer = device.host_buffer(sum(self._sizes), dtype=torch.float32)
         branches = [2 if row.guided else 1 for row in rows]
         first = [sum(branches[:index]) for index in range(len(rows))]
         registers = [row.held.parts[: row.num_registers] for row in rows]
         kept = [row.held.parts[row.num_registers :] if self.use.blends else () for row in rows]
         own = [branch for row in rows for branch in row.branches]
-        spare = own[:1] or [HeldBranch({}, {})]  # unused network rows repeat the first
+        spare = own[:1] or [HeldBranch({}, {})]  # unused network rows get the conditioning of the first network row
         held = own + spare * (self.network_rows - len(own))
         pages = [[branch.pages.get(name, ()) for branch in held] for name in self.by_frame]
         sizes = self._sizes
@@ -177,24 +180,25 @@ def join_sections(sections: Sequence[Sequence[float]], *, sizes: Sequence[int]) 
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """The step's inputs on the device: N rows in a call of B network rows over F frames. Integers are int32.
+    """The inputs of a padded step on the device. Integers are int32.
 
-    `lanes` (B,) is the row of each network row; unused network rows repeat row 0. `conditional` and `unconditional`
-    (N,) are the network rows of each row, equal if the row is not guided.
+    Shapes: N rows, B network rows (two for a guided row), F frames, R registers, P memory pages of 64 frames, D latent
+    channels. `lanes` (B,) is the index of the row to which each network row belongs; unused network rows repeat row 0.
+    `conditional` and `unconditional` (N,) are the indices of each row's network rows, equal if the row is not guided.
     """
 
     terms: StepTerms
     guidance: GuidanceBatch | None
     valid_frames: Tensor  # (N, 1)
-    own_frames: Tensor  # (N, 1, 1, 1)
+    own_frames: Tensor  # (N, 1, 1, 1) the length of each row without the call's padding
     lanes: Tensor
     conditional: Tensor
     unconditional: Tensor
-    registers: Tensor  # (N, R, P) page numbers
-    kept: Tensor | None  # (N, 3, P) page numbers
-    constants: Mapping[str, Tensor]  # (B,) slot numbers
-    by_frame: Mapping[str, Tensor]  # (B, P) page numbers
-    noise: Tensor | None  # (N, D, F) float32, arbitrary for rows that use none
+    registers: Tensor  # (N, R, P) numbers of the memory pages where the registers are stored
+    kept: Tensor | None  # (N, 3, P) numbers of the memory pages of the mask, source and noise of kept frames
+    constants: Mapping[str, Tensor]  # (B,) where each conditioning constant is stored
+    by_frame: Mapping[str, Tensor]  # (B, P) numbers of the memory pages where the conditioning is stored
+    noise: Tensor | None  # (N, D, F) float32, arbitrary for rows that use no noise
 
     @classmethod
     def read(cls, buffer: Tensor, shape: StepShape) -> StepInputs:
@@ -225,7 +229,7 @@ class StepInputs:
 
 @dataclass(frozen=True, slots=True)
 class Memories:
-    """The engine's arenas: registers, and conditioning by name."""
+    """The device memory that steps read and write: registers (latents between steps), and conditioning by name."""
 
     registers: Tensor
     constants: Mapping[str, Tensor]
@@ -239,7 +243,7 @@ def run_step(
     memories: Memories,
     frames: int,
 ) -> None:
-    """Advance the registers of N rows by one evaluation each. If the network fails, nothing is written."""
+    """Run one evaluation of every row and write the new registers. If the network fails, nothing is written."""
     memory = memories.registers
     frame = torch.arange(frames, device=memory.device)
     valid = frame < inputs.valid_frames
@@ -263,5 +267,6 @@ def run_step(
         mask, source, noise = read(memory, inputs.kept, frames=frames).unbind(1)
         kept = Kept(mask=mask[:, 0] != 0.0, source=source, noise=noise)
     moved = advance(state, inputs.terms, velocity=velocity, unconditional=unconditional, noise=inputs.noise, kept=kept)
-    # Write 0 after a row's frames: a longer call reads these values, and masking by 0 does not remove a NaN.
+    # After the last frame of a row, write zeros. A call padded to more frames reads these values and multiplies them by
+    # 0, which would keep a NaN.
     write(memory, inputs.registers, values=torch.where(frame < inputs.own_frames, moved, 0.0))

@@ -1,5 +1,5 @@
-"""Times a newly loaded model on typical call shapes, so that the first prediction is already accurate. The runs also
-trigger lazy initialisation. Stops when its time budget is used up. Independent of callers' requests.
+"""Times a newly loaded model on typical call shapes, so that the time of the first request can already be predicted.
+The runs also trigger lazy initialisation. The warm-up stops when its time budget is used up.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from stable_audio_serve.models.protocol import (
 from stable_audio_serve.sampling.noise import NoiseSource
 
 _PROMPT = "warm-up"
-DURATION_SHARES = (1 / 64, 1 / 16, 1 / 4, 1.0)  # durations to time, as shares of the model's maximum
-_COUNTS = (1, 2, 4, 8, 32)  # numbers of rows in a step, and of prompts in a call, to time
-_NUM_RUNS = 3  # per probe; the shortest counts, because disturbances only make a run longer
+DURATION_SHARES = (1 / 64, 1 / 16, 1 / 4, 1.0)  # clip durations to time, as shares of the model's longest duration
+_COUNTS = (1, 2, 4, 8, 32)  # batch sizes to time, both of denoising steps and of text encoder calls
+_NUM_RUNS = 3  # runs of each shape; the shortest time counts, because other programs only make a run longer
 
 
 def step_shapes(policy: BatchPolicy, frames: int, *, max_tokens: int) -> set[tuple[int, int]]:
-    """Return the (rows, frames) of the denoiser calls to time for rows of this length: one row, one guided row, and
-    groups of rows up to `max_tokens`.
+    """Return the denoiser calls to time for clips of `frames` latent frames, as pairs (batch size, padded frames).
+
+    The calls have one clip, one guided clip, and several clips of at most `max_tokens` latent frames together.
     """
     groups = [[Lane(1, frames)], [Lane(2, frames)]]
     groups += [[Lane(1, frames)] * count for count in _COUNTS if count * policy.padded(frames) <= max_tokens]
@@ -53,7 +54,7 @@ class _Probe:
 
     @property
     def size(self) -> int:
-        """A measure of the call's shape. Without attention, a call's time grows at most in proportion to it."""
+        """The batch size times the frames. Apart from attention, a call's time grows at most linearly with this."""
         return self.rows * max(self.frames, 1)
 
 
@@ -72,7 +73,7 @@ class WarmUp:
         device: Device,
         budget_s: float,
     ) -> None:
-        """`max_tokens` limits the latent frames of a step, `max_prompts` the prompts of a text encoder call."""
+        """`max_tokens` limits the latent frames of a step, all rows together; `max_prompts` the prompts per call."""
         self._model = model
         self._cost = cost
         self._policy = policy
@@ -84,19 +85,24 @@ class WarmUp:
         self._measured: dict[Work, list[Measurement]] = {}
 
     def run(self) -> None:
-        """Time probes from the smallest to the largest. Skips probes predicted to exceed the budget."""
+        """Time the call shapes from the smallest to the largest, and fit the cost model to the times.
+
+        Shapes that are predicted to exceed the rest of the time budget are skipped.
+        """
         prompt = self._model.encode_text([_PROMPT])[0]
         if self._model.spec.is_compiled:
             self._compile(prompt)
         probes = {(probe.work, probe.rows, probe.frames): probe for probe in self._probes(prompt)}
-        last: dict[Work, tuple[float, int]] = {}  # time in ms and size of the last probe of each kind
+        last: dict[Work, tuple[float, int]] = {}  # for each kind of call: time in ms and size of the last one timed
         for probe in sorted(probes.values(), key=lambda probe: (probe.size, probe.rows)):
             if probe.work in last:
                 ms, size = last[probe.work]
                 if ms * probe.size / size > 1000.0 * self._left_s:
                     continue
             else:
-                self._run_once(probe)  # lazy initialisation must count neither as this shape's time nor in the budget
+                # The first run of each kind includes lazy initialisation, so it is neither measured nor taken from the
+                # budget.
+                self._run_once(probe)
             ms = self._best_ms(probe)
             last[probe.work] = ms, probe.size
             self._measured.setdefault(probe.work, []).append(Measurement(probe.rows, probe.frames, ms))
@@ -104,7 +110,9 @@ class WarmUp:
             self._cost.fit(work, measurements)
 
     def _compile(self, prompt: TextEmbedding) -> None:
-        """Run each kind of call that is compiled separately: one row and several, without and with a source."""
+        """Run each denoiser call that torch.compile compiles separately: batches of one and of two, each with and
+        without a source to inpaint.
+        """
         plan = self._plan(DURATION_SHARES[0])
         latents = torch.zeros(self._model.spec.card.latent_channels, plan.frames, device=self._model.device)
         inpainting = replace(plan, keep_mask=torch.ones(plan.frames))
@@ -114,7 +122,7 @@ class WarmUp:
                 self._denoise(plan, [conditioning] * rows, frames=self._policy.padded(plan.frames))
 
     def _plan(self, share: float) -> RowPlan:
-        """Return the plan of a row with this share of the maximum duration."""
+        """Return the plan of a clip whose duration is `share` times the model's longest duration."""
         duration_s = self._model.spec.card.max_duration_s * share
         request = GenerationRequest(prompt=_PROMPT, duration_s=duration_s, seed=0, duration_padding_s=0.0)
         return self._model.plan(request)[0]
@@ -152,7 +160,7 @@ class WarmUp:
         return self._model.denoise(batch)
 
     def _best_ms(self, probe: _Probe) -> float:
-        """Return the shortest of up to three runs. Skips runs predicted to exceed the budget."""
+        """Return the shortest time of up to three runs. After the first, runs that exceed the budget are skipped."""
         best_s = self._run_once(probe)
         self._left_s -= best_s
         for _ in range(_NUM_RUNS - 1):

@@ -1,1 +1,1 @@
-"""The device: its memory, arenas, captured graphs and threads. Independent of requests."""
+"""The device: how its memory is divided and addressed, captured CUDA graphs, copies, and CPU threads."""

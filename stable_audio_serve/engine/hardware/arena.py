@@ -1,5 +1,6 @@
-"""Device memory for the values that rows keep between steps, in numbered pages. Calls address pages by number, so the
-memory that a call reads stays at fixed addresses, whichever rows it has. Independent of rows and models.
+"""Device memory for values that are kept between denoising steps, divided into numbered pages. A device call gets the
+whole memory and the numbers of the pages to use. One CUDA graph, which needs fixed addresses, therefore works with any
+pages.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 PAGE_FRAMES = 64
-ZERO_PAGE, SCRATCH_PAGE = 0, 1  # page 0 reads as zeros and is never written; page 1 takes discarded writes
+ZERO_PAGE, SCRATCH_PAGE = 0, 1  # page 0 is all zeros and never written; values to be discarded are written to page 1
 
 Pages = tuple[int, ...]
 
@@ -23,9 +24,9 @@ def pages_of(frames: int) -> int:
 
 
 class FrameArena:
-    """Pages of 64 frames with `channels` values each. Used by one thread.
+    """A growing tensor `memory` of pages: (pages, channels, 64 frames). Used by one thread.
 
-    When the arena is full, it doubles and `memory` moves; `num_moves` counts the moves.
+    When no page is free, `memory` is replaced by a copy of twice the size; `num_moves` counts the replacements.
     """
 
     def __init__(
@@ -34,17 +35,17 @@ class FrameArena:
         self.memory = torch.empty(num_pages, channels, PAGE_FRAMES, device=device, dtype=dtype)
         self.memory[ZERO_PAGE] = 0.0
         self.num_moves = 0
-        self._free = list(range(SCRATCH_PAGE + 1, num_pages))  # a heap: lowest numbers first, to touch few pages
+        self._free = list(range(SCRATCH_PAGE + 1, num_pages))  # a heap, so that the lowest free number is taken first
 
     def take(self, frames: int) -> Pages:
-        """Return pages for this many frames, uninitialised."""
+        """Reserve pages for this many frames and return their numbers. Their contents are uninitialised."""
         count = pages_of(frames)
         while len(self._free) < count:
             self._grow()
         return tuple(heappop(self._free) for _ in range(count))
 
     def free(self, pages: Pages) -> None:
-        """Return pages to the arena."""
+        """Make these pages free for others."""
         for page in pages:
             heappush(self._free, page)
 
@@ -57,13 +58,14 @@ class FrameArena:
 
 
 class SlotArena:
-    """Memory for tensors of one shape, in numbered slots; slot 0 is all zeros. Used by one thread.
+    """A growing tensor `memory` with space for many tensors of one shape: (slots, *shape). Slot 0 is all zeros. Used by
+    one thread.
 
-    Grows like a FrameArena.
+    When no slot is free, `memory` is replaced by a copy of twice the size; `num_moves` counts the replacements.
     """
 
     def __init__(self, like: Tensor, *, num_slots: int = 8) -> None:
-        """`like` gives the shape, dtype and device of the values."""
+        """The values have the shape, dtype and device of `like`."""
         self.memory = like.new_empty(num_slots, *like.shape)
         self.memory[ZERO_PAGE] = torch.zeros_like(like)
         self.num_moves = 0
@@ -81,28 +83,32 @@ class SlotArena:
         return slot
 
     def free(self, slot: int) -> None:
-        """Return a slot to the arena."""
+        """Make this slot free for other values."""
         heappush(self._free, slot)
 
 
 def _doubled(memory: Tensor) -> Tensor:
-    """Return memory of twice the size that begins with the old contents. The rest is uninitialised."""
+    """Return a tensor of twice the length, whose first half is a copy of `memory`. The rest is uninitialised."""
     larger = memory.new_empty(2 * len(memory), *memory.shape[1:])
     larger[: len(memory)] = memory
     return larger
 
 
 def read(memory: Tensor, table: Tensor, *, frames: int) -> Tensor:
-    """Return the first `frames` frames (..., D, frames) of the pages in `table` (..., P) int32."""
+    """Concatenate pages of `memory` along the frames and cut them to `frames` frames. Returns (..., channels, frames).
+
+    `table` (..., P) int32 has the numbers of the P pages of each result.
+    """
     found = memory.index_select(0, table.flatten()).view(*table.shape, *memory.shape[1:])
     joined = found.movedim(-3, -2).flatten(-2)
     return joined[..., :frames].contiguous()
 
 
 def write(memory: Tensor, table: Tensor, *, values: Tensor) -> None:
-    """Write values (..., D, F) to the pages of `table` (..., P) int32, padded with zeros to whole pages.
+    """Write `values` (..., channels, frames) to pages of `memory`, padded with zeros to whole pages.
 
-    Values for page `ZERO_PAGE` are discarded.
+    `table` (..., P) int32 has the numbers of the P pages for each of the values. Where the number is `ZERO_PAGE`, the
+    values are discarded.
     """
     room = table.shape[-1] * PAGE_FRAMES
     padded = torch.nn.functional.pad(values, (0, room - values.shape[-1]))
@@ -112,7 +118,7 @@ def write(memory: Tensor, table: Tensor, *, values: Tensor) -> None:
 
 @dataclass(frozen=True, slots=True)
 class HeldFrames:
-    """The pages of one row in an arena: several parts (registers, blend inputs) of `frames` frames each."""
+    """The pages of one clip. It has several tensors (`parts`) of `frames` frames each, and each has its own pages."""
 
     arena: FrameArena
     frames: int
@@ -123,15 +129,16 @@ class HeldFrames:
         return cls(arena, frames, tuple(arena.take(frames) for _ in range(num_parts)))
 
     def free(self) -> None:
-        """Return all pages to the arena; do not use the value afterwards."""
+        """Free all pages. The value must not be used afterwards."""
         for pages in self.parts:
             self.arena.free(pages)
 
 
 def page_table(parts: Sequence[Sequence[Pages]], *, frames: int, num_parts: int) -> list[int]:
-    """Return the page numbers of each row's parts for a call over `frames` frames, flattened.
+    """Return the page numbers of all rows as one list: by row, then by tensor (part) of the row, then by page.
 
-    Each of the `num_parts` parts of a row has as many numbers as the call has pages, filled up with `ZERO_PAGE`.
+    Every tensor gets as many numbers as `frames` frames need, and every row gets `num_parts` tensors. `ZERO_PAGE` fills
+    up tensors with fewer pages and rows with fewer tensors.
     """
     width = pages_of(frames)
     table: list[int] = []

@@ -1,10 +1,10 @@
-"""Everything that depends on the kind of device: asynchronous copies, events, graph capture and preferences. The rest
-of the engine never checks the device kind. Independent of rows and models.
+"""Everything that differs between CPU and CUDA: asynchronous copies, events, graph capture, and which mode is faster.
+The rest of the engine never checks the kind of device.
 
-The host queues work, and the device runs it later. If the host waited for a result, the device would then idle until
-the host queues more work. Results are therefore copied to pinned memory and read once the `Moment` after the copy is
-reached. A device may have a second queue that runs in parallel with the first. This module ensures that neither queue
-reuses memory that the other still reads.
+The host queues work on the device, which runs it later. If the host waited for each result, the device would be idle
+until the host queues more work. Results are therefore copied to pinned memory in the background, and the host reads
+them when an event after the copy (a `Moment`) is reached. A device may have a second queue (on CUDA, a second stream)
+that runs in parallel with the first. This module ensures that no queue reuses memory that the other queue still reads.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from stable_audio_serve.engine.hardware.downloads import DownloadRing
 from stable_audio_serve.engine.hardware.share import WHOLE, DeviceMemory, allowed_bytes
 from stable_audio_serve.sampling.transfer import to_device
 
-_DOWNLOAD_BYTES = 64 * 2**20  # holds three of the longest windows of stereo audio
+_DOWNLOAD_BYTES = 64 * 2**20  # enough for three decoded windows of stereo audio of the greatest length
 
 
 class DeviceLostError(Exception):
@@ -34,32 +34,32 @@ class Moment(Protocol):
     """A point in a device's queue, such as a CUDA event."""
 
     def is_reached(self) -> bool:
-        """Whether the device has done all work queued before this point."""
+        """Whether the device has finished all work that was queued before this point."""
         ...
 
     def wait(self) -> None:
-        """Block until the point is reached."""
+        """Block until the device has finished all work that was queued before this point."""
         ...
 
     def ms_since(self, earlier: Moment) -> float:
-        """Return the device time in ms since `earlier`. Both points must be reached and of the same queue."""
+        """Return the device time in ms from `earlier` to this point. Both must be reached and of the same queue."""
         ...
 
 
 class Device(Protocol):
-    """The interface of a device to the engine thread."""
+    """What the engine thread uses of a device. There is one implementation for CUDA and one for CPUs."""
 
     torch_device: torch.device
     default_mode: Mode
-    frame_grid: int  # row lengths are best padded to a multiple of this many latent frames
+    frame_grid: int  # clips are best padded to a multiple of this many latent frames
     can_capture: bool
     survives_failed_capture: bool  # if not, the process must be replaced after a capture has failed
-    has_second_queue: bool  # if not, work queued within `on_second_queue` goes to the only queue
-    prefers_packed: bool  # packing rows of different lengths is faster than padding them
-    shares_calls: bool  # strict mode runs several rows in one call of fixed shape
+    has_second_queue: bool  # if False, work queued within `on_second_queue` goes to the only queue
+    prefers_packed: bool  # clips of different lengths run faster if concatenated than if padded to equal length
+    shares_calls: bool  # in strict mode, several clips share a call, whose batch size is fixed
 
     def upload(self, host: Tensor) -> Tensor:
-        """Return a copy of a host tensor on the device; does not wait."""
+        """Return a copy of a host tensor on the device. Does not wait for the copy to finish."""
         ...
 
     def host_buffer(self, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -67,36 +67,38 @@ class Device(Protocol):
         ...
 
     def download(self, source: Tensor, target: Tensor) -> None:
-        """Start copying a device tensor to contiguous host memory. A later `collect` writes the values to `target`."""
+        """Start copying a device tensor to the contiguous host tensor `target`, which a later `collect` fills."""
         ...
 
     def collect(self) -> None:
-        """Write the downloads that have finished to their targets."""
+        """Fill the `target` of every `download` that has finished."""
         ...
 
     def mark(self) -> Moment:
-        """Return the point after all work queued so far. Within `on_second_queue`, this includes both queues."""
+        """Return the point after all work queued so far. Within `on_second_queue`, it also follows the work that the
+        first queue had when the context was entered.
+        """
         ...
 
     def on_second_queue(self, *reads: Tensor) -> AbstractContextManager[None]:
-        """Return a context manager within which work goes to the second queue, if there is one.
+        """Return a context manager within which device work goes to the second queue, if there is one.
 
-        This work starts after all work queued before it, and runs in parallel with later work of the first queue. The
-        first queue may use its results only after `follow`. `reads` are the tensors of the first queue that this work
-        reads; their memory is not reused until the work has ended.
+        The second queue starts this work when all earlier work of both queues is done, and runs it in parallel with
+        later work of the first queue. The first queue may use the results only after `follow`. `reads` are tensors made
+        on the first queue that the second queue reads; their memory is not reused until the second queue is done.
         """
         ...
 
     def follow(self, moment: Moment) -> None:
-        """Delay all work queued from now on until the second queue reaches `moment`. Does not block the host."""
+        """Let all work queued from now on wait until `moment` of the second queue. Does not block the host."""
         ...
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        """Return a function that repeats `run`'s device work on the same memory in a single launch.
+        """Capture the device work of `run` as a CUDA graph. Returns a function that repeats it on the same memory.
 
-        `run` is called at least once and must only queue device work. Requires `can_capture`. Work captured within
-        `on_second_queue` must be replayed within it, because all captures of a queue share memory. Raises RuntimeError
-        if the work cannot be captured; the device stays usable.
+        `run` is called at least once and must only queue device work. Requires `can_capture`. A graph captured within
+        `on_second_queue` must also be replayed within `on_second_queue`, because all graphs of a queue share memory.
+        Raises RuntimeError if the work cannot be captured; the device stays usable.
         """
         ...
 
@@ -112,17 +114,17 @@ class Device(Protocol):
         ...
 
     def memory(self) -> DeviceMemory | None:
-        """Return how the device's memory is divided now; None if the device has no memory of its own."""
+        """Return how much of the device's memory is free and in use; None if the device shares the host's memory."""
         ...
 
 
 class WaitingDevice:
-    """A device that the host waits for: a CPU, or a device without an observable queue."""
+    """A device whose work is finished when the call returns: a CPU, or a device treated like one."""
 
     def __init__(self, device: torch.device, *, clock: Clock) -> None:
         is_cpu = device.type == "cpu"
         self.torch_device = device
-        self.default_mode: Mode = "strict" if is_cpu else "fast"  # batching gains little on a CPU
+        self.default_mode: Mode = "strict" if is_cpu else "fast"  # on a CPU, large batches save little time
         self.frame_grid = 1 if is_cpu else 64
         self.shares_calls = not is_cpu
         self.can_capture = False
@@ -181,7 +183,7 @@ class _Reached:
 
 
 class CudaDevice:
-    """A CUDA GPU: work is asynchronous, with a second stream and graph capture."""
+    """A CUDA GPU. Work is asynchronous. The second queue is a second stream. Calls can be captured as CUDA graphs."""
 
     default_mode: Mode = "fast"
     frame_grid = 64
@@ -194,21 +196,22 @@ class CudaDevice:
     prefers_packed = False
 
     def __init__(self, device: torch.device, *, share: float = WHOLE) -> None:
-        """`share`, 0..1, is the fraction of device memory for this process's tensors, captured calls included."""
+        """`share`, 0..1, is the fraction of device memory that this process may use, CUDA graphs included."""
         self.torch_device = device
         self._share = share
-        if share < WHOLE:  # the allocator also enforces the share, in case the engine predicts memory wrongly
+        if share < WHOLE:  # the engine plans for this limit; torch enforces it, in case a prediction was wrong
             total = torch.cuda.mem_get_info(device)[1]
             torch.cuda.set_per_process_memory_fraction(allowed_bytes(total, share=share) / total, device)
         pinned = partial(self.host_buffer, dtype=torch.uint8)
         self._downloads = DownloadRing(pinned, mark=self.mark, num_bytes=_DOWNLOAD_BYTES)
-        # The stream and the memory pool of captures, by the queue that replays them.
+        # Key: the stream that replays the graphs. Value: the stream on which they are captured, and their memory pool.
         self._captures: dict[torch.cuda.Stream, tuple[torch.cuda.Stream, Any]] = {}
         self._kept: list[torch.cuda.CUDAGraph] = []
 
     @cached_property
     def _second(self) -> torch.cuda.Stream:
-        # High priority: this queue's work is short, and rows that decode are almost finished. Steps use what remains.
+        # High priority, because work on this stream is short, and clips that are being decoded are almost finished.
+        # Denoising steps, on the other stream, use the rest of the GPU.
         return torch.cuda.Stream(self.torch_device, priority=-1)
 
     def upload(self, host: Tensor) -> Tensor:
@@ -228,7 +231,7 @@ class CudaDevice:
 
     @contextmanager
     def on_second_queue(self, *reads: Tensor) -> Iterator[None]:
-        # The wait also keeps the second queue from overwriting memory before the first queue has read it.
+        # Without this wait, the second stream could also overwrite memory that the first stream has yet to read.
         self._second.wait_stream(torch.cuda.current_stream(self.torch_device))
         for tensor in reads:
             tensor.record_stream(self._second)
@@ -241,26 +244,28 @@ class CudaDevice:
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         current = torch.cuda.current_stream(self.torch_device)
-        if current not in self._captures:  # one pool per queue suffices: two graphs of a queue never run at once
+        # The CUDA graphs of a stream share one memory pool, because they never run at the same time.
+        if current not in self._captures:
             # A graph's kernels run at the priority of the stream that recorded them.
             self._captures[current] = stream, pool = (
                 torch.cuda.Stream(self.torch_device, priority=current.priority),
                 torch.cuda.graph_pool_handle(),
             )
-            # Keep one graph forever: a pool cannot be used again after its last graph is dropped.
+            # Keep one small graph forever, because torch does not accept a memory pool again after its last graph is
+            # deleted.
             self._kept.append(self._record(lambda: torch.zeros(1, device=self.torch_device), stream=stream, pool=pool))
         stream, pool = self._captures[current]
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            run()  # one-time initialisation must not happen during the capture
+            run()  # so that one-time initialisation happens now, not during the capture
         current.wait_stream(stream)
         return self._record(run, stream=stream, pool=pool).replay
 
     def _record(self, run: Callable[[], object], *, stream: torch.cuda.Stream, pool: Any) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         try:
-            # `torch.cuda.graph` would wait for the device and free unused memory. In "thread_local" mode the work of
-            # other threads neither fails nor is captured.
+            # Not `torch.cuda.graph`, which waits for the device and frees unused memory first. In "thread_local" mode,
+            # other threads may use the device during the capture, and their work is not captured.
             with torch.cuda.stream(stream):
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:
@@ -297,7 +302,7 @@ class _Event:
         self._event.synchronize()
 
     def hold(self, stream: torch.cuda.Stream) -> None:
-        """Delay all work queued on the stream from now on until this point is reached."""
+        """Let all work queued on `stream` from now on wait until this point is reached."""
         stream.wait_event(self._event)
 
     def ms_since(self, earlier: Moment) -> float:
@@ -315,5 +320,5 @@ def _require_usable(device: torch.device, error: Exception) -> None:
 
 
 def open_device(device: torch.device, *, clock: Clock, share: float = WHOLE) -> Device:
-    """Return the engine's interface to a torch device. `share` limits this process's part of a GPU's memory."""
+    """Return the `Device` for a torch device. `share`, 0..1, is the fraction of a GPU's memory for this process."""
     return CudaDevice(device, share=share) if device.type == "cuda" else WaitingDevice(device, clock=clock)

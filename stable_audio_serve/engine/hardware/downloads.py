@@ -1,8 +1,8 @@
-"""Copies from a device to the host go through a fixed block of pinned memory, from which they are copied to ordinary
-memory. Independent of queues and device kinds.
+"""Copies tensors from a device to the host in the background: first to a fixed block of pinned memory, and from there
+to ordinary memory.
 
-If each result had its own pinned memory, the device would wait for the allocation, and the memory would be in use until
-the response is sent. Torch would never free it, and would round its size up to a power of two.
+If each result had its own pinned memory, the device would wait for each allocation, and the memory would be in use
+until the response is sent. Torch never frees pinned memory, and rounds its size up to a power of two.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-_PIECES = 4  # the ring holds at least this many pieces, so that one is collected while others arrive
+_PIECES = 4  # a copy is split into pieces of at most 1/4 of the ring, so that some arrive while others are collected
 _ALIGNMENT = 64
 
 
@@ -36,10 +36,10 @@ class _Download:
 
 
 class DownloadRing:
-    """A ring of pinned bytes. Used by one thread."""
+    """A ring buffer of pinned memory through which tensors are copied to the host. Used by one thread."""
 
     def __init__(self, make: Callable[[int], Tensor], *, mark: Callable[[], Point], num_bytes: int) -> None:
-        """`make(count)` allocates pinned bytes (uint8); called when the first copy needs them."""
+        """`make(count)` allocates `count` bytes of pinned memory (uint8). It is called once, by the first `add`."""
         self._make = make
         self._mark = mark
         self._num_bytes = num_bytes
@@ -48,7 +48,7 @@ class DownloadRing:
         self._next = 0
 
     def add(self, source: Tensor, target: Tensor) -> None:
-        """Queue a copy to contiguous host memory; `collect` writes the values there once they arrive.
+        """Start copying `source` to the contiguous host tensor `target`, which a later `collect` fills.
 
         Waits for earlier copies if the ring is full.
         """
@@ -65,7 +65,7 @@ class DownloadRing:
             self._next = start + -(-piece.nbytes // _ALIGNMENT) * _ALIGNMENT
 
     def collect(self) -> None:
-        """Write the values of finished copies to their targets."""
+        """Fill the `target` of every copy that has arrived in the ring."""
         for download in self._pending:
             if not download.is_done and download.arrived.is_reached():
                 download.target.copy_(download.staged)
@@ -74,7 +74,7 @@ class DownloadRing:
             self._pending.popleft()
 
     def _place(self, num_bytes: int) -> int:
-        """Return the offset of this many free bytes. Waits for earlier copies until there are enough."""
+        """Return the offset in the ring of `num_bytes` free bytes. If there are too few, waits for earlier copies."""
         while True:
             if not self._pending:
                 return 0

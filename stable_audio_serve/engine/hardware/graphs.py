@@ -1,6 +1,6 @@
-"""Captures calls as CUDA graphs, one per call shape: a captured call starts with a single launch. A call whose shape
-has no graph runs eagerly and is counted. Frequent shapes are captured later, one at a time, so that no request waits
-long. Limits the time and memory of captures. Independent of rows and models.
+"""Captures model calls as CUDA graphs, one per call shape, because a graph starts with a single launch. A call whose
+shape has no graph runs eagerly and is counted. Shapes that occur often are captured later, one at a time, so that no
+request waits long. The time and the memory of captures are limited.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from stable_audio_serve.engine.hardware.device import Device, DeviceLostError, M
 
 log = logging.getLogger(__name__)
 
-MOST_MS = 200.0  # captures predicted to take longer are not made while rows wait
-_SHARE = 0.1  # captures take at most this share of the time while rows wait
-_MISSES_TO_DELAY = 100  # a shape with this many misses is captured even while rows wait, however long it takes
-_NUM_KEPT = 8  # captures per kind that predictions use: only recent ones, because the first also initialise kernels
+MOST_MS = 200.0  # a capture predicted to take longer than this is not made while requests wait
+_SHARE = 0.1  # while requests wait, captures take at most this share of the time
+_MISSES_TO_DELAY = 100  # a shape that ran without a graph this often is captured even if the capture takes long
+_NUM_KEPT = 8  # predict from the last few captures of a kind, because the first captures also initialise kernels
 
 
 class CapturePace:
@@ -38,23 +38,23 @@ class CapturePace:
         self._rests_until = -math.inf
 
     def record(self, kind: Hashable, *, size: int, ms: float) -> None:
-        """Record that a capture ended after blocking the device for `ms`."""
+        """Record that a capture of a shape of this size blocked the device for `ms`."""
         self._taken[kind].append((size, ms))
         self._rests_until = self._clock.monotonic() + ms / 1000.0 * (1.0 / _SHARE - 1.0)
 
     @property
     def is_resting(self) -> bool:
-        """Whether captures have used up their share of the time for now."""
+        """Whether captures must pause, so that they take no more than their share of the time."""
         return self._clock.monotonic() < self._rests_until
 
     def allows(self, kind: Hashable, *, size: int, misses: int) -> bool:
-        """Whether a shape may be captured while rows wait."""
+        """Whether a shape may be captured while requests wait. It ran without a graph `misses` times."""
         return misses >= _MISSES_TO_DELAY or self._predicted_ms(kind, size) <= MOST_MS
 
     def _predicted_ms(self, kind: Hashable, size: int) -> float:
-        """Return the time of the fastest known capture of at least this size.
+        """Return the shortest time of recent captures that were at least this large.
 
-        If there is none, scale the times of smaller captures up in proportion to size; infinite without any.
+        If all recent captures were smaller, scale their times up in proportion to size. Infinite if there are none.
         """
         taken = self._taken[kind]
         larger = [ms for known, ms in taken if known >= size]
@@ -64,25 +64,25 @@ class CapturePace:
 
 
 class CaptureRoom:
-    """Counts the memory of captured calls: how much this process's device memory grew during captures.
+    """Counts the memory of CUDA graphs: how much this process's device memory grew while graphs were captured.
 
     Used by one thread.
     """
 
     def __init__(self, device: Device, *, max_bytes: int | None) -> None:
-        """With `max_bytes` None there is no limit, and memory is not counted."""
+        """If `max_bytes` is None, there is no limit, and memory is not counted."""
         self._device = device
         self._max_bytes = max_bytes
         self.num_bytes = 0
 
     @property
     def is_full(self) -> bool:
-        """Whether the limit is reached."""
+        """Whether the captured graphs use `max_bytes` or more."""
         return self._max_bytes is not None and self.num_bytes >= self._max_bytes
 
     @contextmanager
     def counted(self) -> Iterator[None]:
-        """Return a context manager for one capture. It counts the capture's memory even if the capture fails."""
+        """Return a context manager for one capture. The memory of the capture is counted even if the capture fails."""
         before = self._held()
         try:
             yield
@@ -102,20 +102,20 @@ log = logging.getLogger(__name__)
 Kind = Literal["denoise", "text", "decode"]
 
 MOST_GRAPHS = 192
-_MISSES_TO_CAPTURE = 2  # many shapes occur only once
-_CALLS_TO_HALVE = 20_000  # calls after which all counts are halved, so that recent use weighs more
-_REPLACEMENT_FACTOR = 2  # a shape must be used this many times more often than the one it replaces
+_MISSES_TO_CAPTURE = 2  # capture a shape when it has occurred twice, because many shapes occur only once
+_CALLS_TO_HALVE = 20_000  # after this many calls, all use counts are halved, so that recent calls weigh more
+_REPLACEMENT_FACTOR = 2  # a shape replaces a captured one only if it is used more than this many times as often
 
 
 class Shape(Protocol):
-    """Everything that is fixed in a captured call, as a hashable value."""
+    """Everything that is fixed in the CUDA graph of a call, as a hashable value."""
 
     @property
     def kind(self) -> Kind: ...
 
     @property
     def size(self) -> int:
-        """The number of latent frames or tokens, padding included; the call's time grows with it."""
+        """The number of latent frames or tokens of the call, padding included. A larger size takes longer."""
         ...
 
     @property
@@ -131,26 +131,30 @@ class Shape(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CallMemory:
-    """Input and output memory of captured calls. Shared by all calls of a kind, which never run at once."""
+    """The tensors from which a CUDA graph reads its inputs and to which it writes its outputs. All graphs of a kind
+    share them, because these graphs never run at the same time.
+    """
 
     inputs: Tensor
     outputs: Tensor
 
 
-# A function of a shape and its memory that queues the call.
+# `run(shape, memory)` queues the device work of a call of this shape, with inputs and outputs in `memory`.
 Run = Callable[[Any, CallMemory], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """A captured call. To run it, write its inputs, call `replay`, and copy the outputs before the next call."""
+    """The CUDA graph of a call. To run it, write `memory.inputs`, call `replay`, and copy `memory.outputs` before the
+    next call of the same kind.
+    """
 
     memory: CallMemory
     replay: Callable[[], None]
 
 
 class Graphs:
-    """The captured calls of one engine, for its most used shapes. Used by the engine thread only."""
+    """The CUDA graphs of one engine, for the call shapes that occur most often. Used by the engine thread only."""
 
     def __init__(
         self,
@@ -161,7 +165,7 @@ class Graphs:
         max_bytes: int | None = None,
         off_file: Path | None = None,
     ) -> None:
-        """No further calls are captured once captures hold `max_bytes` of device memory.
+        """Once the graphs use `max_bytes` of device memory, no more are captured. None: no limit.
 
         `off_file` outlives the process. It is written if a failed capture ends the process, and says why. As long as it
         exists, nothing is captured, so that the process is replaced only once.
@@ -169,7 +173,8 @@ class Graphs:
         self._device = device
         self._room = CaptureRoom(device, max_bytes=max_bytes)
         self._pace = CapturePace(clock)
-        self._measuring: tuple[Shape, Moment, Moment] | None = None  # the last capture, while its time is unknown
+        # The last capture, from begin to end, while its time is unknown because the device has not finished it.
+        self._measuring: tuple[Shape, Moment, Moment] | None = None
         self._metrics = metrics
         self._captured: dict[Shape, Captured] = {}
         self._candidates: dict[Shape, Run] = {}
@@ -185,9 +190,10 @@ class Graphs:
         self._outputs: dict[Kind, Tensor] = {}
 
     def find(self, shape: Shape, run: Run) -> Captured | None:
-        """Return the captured call of a shape. If there is none, return None: the caller then runs the call eagerly.
+        """Return the CUDA graph of a shape; None if there is none, so that the caller must run the call eagerly.
 
-        `run` may be captured later, with inputs of zeros. Its device work must depend only on the shape and the inputs.
+        If there is none, `run` may be captured later, with inputs of zeros. The device work of `run` must depend only
+        on the shape and the inputs.
         """
         self._uses[shape] += 1
         self._num_uses += 1
@@ -202,9 +208,9 @@ class Graphs:
         return captured
 
     def capture_next(self, *, is_idle: bool) -> bool:
-        """Capture the largest shape with enough misses. Returns whether there was one.
+        """Capture the largest shape that often ran without a graph. Returns False if no shape is worth capturing now.
 
-        Unless the device `is_idle`, only quick captures are made, and rarely.
+        Unless the device `is_idle`, only captures that take little time are made, and only few of them.
         """
         if self.off_reason or self._room.is_full or not self._record_last_capture(wait=is_idle):
             return False
@@ -259,7 +265,7 @@ class Graphs:
             raise DeviceLostError(f"a capture failed, which this torch does not survive: {reason}")
 
     def _record_last_capture(self, *, wait: bool) -> bool:
-        """Record how long the last capture took. Returns False if it has not ended."""
+        """Record how long the last capture took. Returns False if the device has not finished it and not `wait`."""
         if self._measuring is not None:
             shape, began, ended = self._measuring
             if wait:
@@ -271,7 +277,7 @@ class Graphs:
         return True
 
     def forget(self, kind: Kind) -> None:
-        """Drop all captured calls of a kind because memory that they use has moved."""
+        """Drop all graphs of a kind, because memory that they use has moved to another address."""
         for shape in [shape for shape in self._captured if shape.kind == kind]:
             del self._captured[shape]
         self._count(kind)
@@ -287,7 +293,7 @@ class Graphs:
         return self._uses[shape] > _REPLACEMENT_FACTOR * self._uses[self._least_used()]
 
     def _make_room(self) -> None:
-        """Drop the least used captured call if the limit is reached."""
+        """Drop the least used graph if there are already `MOST_GRAPHS`."""
         if len(self._captured) >= MOST_GRAPHS:
             dropped = self._least_used()
             del self._captured[dropped]
@@ -302,7 +308,10 @@ class Graphs:
             del self._candidates[shape], self._misses[shape]
 
     def _fixed(self, shared: dict[Kind, Tensor], kind: Kind, *, num: int, dtype: torch.dtype) -> Tensor:
-        """Return the memory that all calls of a kind share. Calls captured before it grew keep their smaller block."""
+        """Return the first `num` values of the memory that all graphs of a kind share. Grows that memory if necessary.
+
+        Graphs that were captured earlier keep the memory from before.
+        """
         if kind not in shared or len(shared[kind]) < num:
             shared[kind] = torch.zeros(num, dtype=dtype, device=self._device.torch_device)
         return shared[kind][:num]

@@ -1,6 +1,5 @@
-"""Divides a device's memory among its processes, and the part of one process among rows, captured calls and prompts.
-
-Arithmetic on bytes, independent of devices and allocators.
+"""Divides a device's memory among processes, and the part of one process among clips in progress, CUDA graphs and
+cached prompts. Only arithmetic; allocates nothing.
 """
 
 from __future__ import annotations
@@ -12,12 +11,16 @@ from stable_audio_serve.core.errors import ConfigError
 WHOLE = 1.0  # the share of a process that has the device to itself
 # Memory that a process on a shared GPU uses in addition to its tensors: the CUDA context, library code and workspaces.
 CONTEXT_BYTES = 512 * 2**20
-_ROWS = 0.85  # share for rows of the memory left by weights and prompts; the rest is for captures and fragmentation
+# Of the memory that weights and cached prompts leave, clips in progress get this share. CUDA graphs get the rest, which
+# must also allow for fragmentation.
+_ROWS = 0.85
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """A device's memory in bytes. `allowed` and `held` are of this process's tensors, `free` is of the whole device."""
+    """A device's memory in bytes. This process's tensors use `held` and may use `allowed`. `free` is what no process
+    uses.
+    """
 
     total: int
     allowed: int
@@ -32,7 +35,7 @@ class DeviceMemory:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Limits in bytes for started rows (`rows`) and for captured calls (`captures`); None means no limit.
+    """Limits in bytes for clips in progress (`rows`) and for CUDA graphs (`captures`); None means no limit.
 
     `setting` names the setting to change if `rows` is too low.
     """
@@ -48,10 +51,10 @@ def allowed_bytes(total: int, *, share: float) -> int:
 
 
 def plan_memory(memory: DeviceMemory | None, *, max_rows_bytes: int | None, prompt_cache_bytes: int) -> MemoryPlan:
-    """Return the limits of an engine whose weights are loaded. `memory` is None if the device has no memory of its own.
+    """Return the limits of an engine whose weights are loaded. `memory` is None if the device shares the host's memory.
 
-    `max_rows_bytes` is the operator's limit for started rows; None leaves them most of the remaining memory. Raises
-    ConfigError if the device can never have that much.
+    `max_rows_bytes` is the operator's limit for clips in progress. If it is None, the clips may use most of the
+    remaining memory. Raises ConfigError if `max_rows_bytes` is more than this process may allocate.
     """
     if memory is None:
         return MemoryPlan(rows=max_rows_bytes)
@@ -92,5 +95,5 @@ def require_share(memory: DeviceMemory, *, name: str, weights_bytes: int, share:
 def least_share(total: int, *, weights_bytes: int) -> float:
     """Return the smallest share that holds the weights, rounded up to hundredths; above 1 if none does."""
     if weights_bytes <= total < weights_bytes + CONTEXT_BYTES:
-        return WHOLE  # without a second process on the device, nothing is reserved for CUDA contexts
+        return WHOLE  # a process that has the device to itself reserves nothing for the CUDA context
     return -(-100 * (weights_bytes + CONTEXT_BYTES) // total) / 100

@@ -1,8 +1,8 @@
 """Runs a device call on several CPU threads with exactly the result of one thread.
 
-The thread count decides where vectorised loops end and in which order sums are taken, so it can change the last bits of
-a result. Operations run on several threads only if, for their kind and size, the result does not depend on the thread
-count. They are nearly all of the work. All other operations run on one thread.
+The number of threads decides where vectorised loops end and in which order values are added, so it can change the last
+bits of a result. An operation runs on several threads only if results of its kind and size do not depend on their
+number. Nearly all of the time is spent in such operations. All others run on one thread.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch.overrides import TorchFunctionMode
 from stable_audio_serve.models.onednn import linear, supports_onednn
 
 _STEADY = (torch.float32, torch.bfloat16)
-# Matrix products with fewer than `_LEAST_ROWS` rows, or with a width that is not a multiple of `_WIDTH`, are split
-# depending on the thread count, which changes their result.
+# A matrix multiplication is computed differently for each number of threads if the input has fewer than `_LEAST_ROWS`
+# rows, or if the number of outputs is not a multiple of `_WIDTH`.
 _LEAST_ROWS = 64
 _WIDTH = 32
-# Attention splits one buffer among the threads. With fewer queries than one block, the alignment of each thread's part
-# depends on the thread count.
+# The number of threads also changes the result of attention with fewer queries than this, the size of one block. Each
+# thread gets a part of one buffer, and the memory alignment of the parts then depends on the number of threads.
 _LEAST_QUERIES = 32
 
 
@@ -37,7 +37,7 @@ def plain_threads(num_threads: int | None) -> Iterator[None]:
 
 @contextmanager
 def steady_threads(num_threads: int | None) -> Iterator[None]:
-    """Run operations within this context on `num_threads` threads if that changes no bit, else on one."""
+    """Within this context, run an operation on `num_threads` threads if its result stays bit-identical, else on one."""
     num_threads = num_threads or torch.get_num_threads()
     torch.set_num_threads(1)
     if num_threads == 1:
@@ -59,10 +59,10 @@ class _SteadyThreads(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Run `func` on several threads if that is safe. Torch calls this in place of each of its functions."""
+        """Run `func` on several threads if that changes no bit of its result. Torch calls this instead of `func`."""
         if not _is_steady(func, args):
             return func(*args, **(kwargs or {}))
-        torch.set_num_threads(self._num_threads)  # takes 0.1 microseconds
+        torch.set_num_threads(self._num_threads)  # fast enough to do for each operation: 0.1 microseconds
         try:
             return func(*args, **(kwargs or {}))
         finally:

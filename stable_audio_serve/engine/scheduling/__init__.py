@@ -1,1 +1,1 @@
-"""Decides which rows step together, and predicts times and memory. Runs no model, except to measure its memory."""
+"""Decides which clips are denoised together, and predicts times and memory. Runs the model only to measure memory."""

@@ -1,5 +1,5 @@
-"""Splits picked rows into device calls and chooses each call's shape: its number of network rows and its padded length.
-The shapes are few, so that a graph can be captured for each. No tensors.
+"""Splits the clips of a denoising step into device calls and chooses the shape of each call: its batch size and padded
+length. There are few shapes, so that a CUDA graph can be captured for each.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from stable_audio_serve.engine.scheduling.cost import Groups
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """The size of a picked row: `branches` network rows (2 if guided) of `frames` latent frames each."""
+    """The size of a clip in a call: `branches` rows of the network's batch (2 if guided) of `frames` latent frames."""
 
     branches: int
     frames: int
@@ -33,10 +33,12 @@ class Lane:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One device call. `members` are indices of lanes. `rows` includes dummy rows, `frames` includes padding.
+    """One device call for the lanes (clips) with the indices `members`. Its batch size `rows` includes dummy rows, and
+    its length `frames` includes padding.
 
-    In a packed call no row is padded: `lengths` are the latent frames of each network row, and `frames` is the longest.
-    A packed call that replays a graph has a fixed `room`, of which `num_spare` tokens are unused.
+    A packed call concatenates its rows instead of padding them: `lengths` are the latent frames of each row of the
+    batch, and `frames` is the longest. If it runs as a CUDA graph, it has the fixed capacity `room`, of which
+    `num_spare` tokens are unused.
     """
 
     members: tuple[int, ...]
@@ -48,7 +50,9 @@ class Call:
 
     @property
     def groups(self) -> Groups:
-        """The (rows, frames) groups from which the call's time is predicted. Packed rows share the spare tokens."""
+        """The rows from which the call's time is predicted, as pairs (number of rows, frames of each). For this, the
+        unused tokens of a packed call are added to its rows in equal parts.
+        """
         if not self.lengths:
             return ((self.rows, self.frames),)
         longer = -(-self.num_spare // len(self.lengths))
@@ -56,21 +60,21 @@ class Call:
 
 
 class BatchPolicy(Protocol):
-    """Splits a step into calls. Each lane is in exactly one call, padded to at least the lane's frames."""
+    """Splits a denoising step into calls. Each lane (clip) is in exactly one call, which has at least its length."""
 
     def split(self, lanes: Sequence[Lane]) -> list[Call]: ...
 
     def padded(self, frames: int) -> int:
-        """Return the padded length of a call for a single row of `frames` latent frames."""
+        """Return the length, padding included, of a call for one row of `frames` latent frames."""
         ...
 
     def typical_rows(self, branches: int, frames: int) -> int:
-        """Return the typical number of network rows in a call with a row of this size, when many rows wait."""
+        """Return the batch size of a typical call with a clip of this size while many clips wait."""
         ...
 
 
 def _by_length(lanes: Sequence[Lane], padded: Callable[[int], int]) -> dict[int, list[int]]:
-    """Group the indices of the lanes by padded length, in the order given."""
+    """Return the indices of the lanes by padded length. The order of the lanes is kept."""
     groups: dict[int, list[int]] = {}
     for i, lane in enumerate(lanes):
         groups.setdefault(padded(lane.frames), []).append(i)
@@ -79,7 +83,7 @@ def _by_length(lanes: Sequence[Lane], padded: Callable[[int], int]) -> dict[int,
 
 @dataclass(frozen=True, slots=True)
 class OneRowPerCall:
-    """Strict mode on a CPU: a call's shape depends only on its row and the grid."""
+    """Strict mode on a CPU: each clip has its own calls, whose length is padded to a multiple of `grid`."""
 
     grid: int = 1
 
@@ -95,13 +99,13 @@ class OneRowPerCall:
 
 @dataclass(frozen=True, slots=True)
 class FixedSlots:
-    """Strict mode on CUDA: a call has `slots` network rows, all of one padded length; unused slots are dummies."""
+    """Strict mode on CUDA: each call has the batch size `slots` and one padded length; dummy rows fill the batch up."""
 
     slots: int = 8
     grid: int = 64
 
     def split(self, lanes: Sequence[Lane]) -> list[Call]:
-        """Fill the calls of each padded length in the order given."""
+        """Return calls in which only lanes of equal padded length share a call. The order of the lanes is kept."""
         calls: list[Call] = []
         for frames, members in _by_length(lanes, self.padded).items():
             group: list[int] = []
@@ -125,12 +129,16 @@ class FixedSlots:
 def _fill(
     shapes: CallShapes, call_ms: CallMs, *, lanes: Sequence[Lane], members: Sequence[int], frames: int
 ) -> list[Call]:
-    """Return calls for these members, padded to `frames`. Both network rows of a guided lane are in the same call."""
+    """Return calls, padded to `frames`, for the lanes with the indices `members`.
+
+    Both network rows of a guided lane are in the same call.
+    """
     _, rooms = cut(shapes, call_ms, rows=sum(lanes[i].branches for i in members), frames=frames)
     groups: list[list[int]] = [[] for _ in rooms]
-    for i in sorted(members, key=lambda i: -lanes[i].branches):  # guided rows first, so that unguided rows fill gaps
+    # Lanes with two network rows (guided) are placed first, so that those with one fill the remaining gaps.
+    for i in sorted(members, key=lambda i: -lanes[i].branches):
         place = next((place for place, room in enumerate(rooms) if room >= lanes[i].branches), len(rooms))
-        if place == len(rooms):  # calls of odd size leave gaps of one row, too small for a guided row
+        if place == len(rooms):  # no call has room: each call of odd size may have one row left, and two are needed
             rooms.append(max(most_rows(shapes, frames), lanes[i].branches))
             groups.append([])
         groups[place].append(i)
@@ -143,17 +151,17 @@ def _fill(
 
 
 def _rows_near_knee(shapes: CallShapes, *, branches: int, frames: int, knee_tokens: float) -> int:
-    """Return the number of network rows in a call of about `knee_tokens` latent frames in total."""
+    """Return the batch size, at least `branches`, of a call with about `knee_tokens` latent frames in all its rows."""
     rows = min(int(knee_tokens / frames), most_rows(shapes, frames))
     return max(shapes.most(rows), shapes.least(branches))
 
 
 @dataclass(frozen=True, slots=True)
 class MergedGrid:
-    """Fast mode: rows of different lengths share a padded call if that is predicted to be faster than separate calls.
+    """Fast mode: clips of different lengths share a padded call if that is predicted to be faster than separate calls.
 
-    `call_ms(rows, frames)` predicts a call's time. `knee_tokens(frames)` is the number of latent frames above which the
-    fixed cost is a small share of a call.
+    `call_ms(rows, frames)` predicts a call's time. `knee_tokens(frames)` is how many latent frames a call needs in
+    total for its fixed cost to be a small share of its time, if its rows have `frames` latent frames each.
     """
 
     call_ms: CallMs
@@ -161,12 +169,13 @@ class MergedGrid:
     shapes: CallShapes
 
     def split(self, lanes: Sequence[Lane]) -> list[Call]:
-        """Return the calls with the least predicted time in total. Lanes of equal padded length share calls."""
+        """Return the calls whose predicted times have the smallest sum."""
         by_length = _by_length(lanes, self.padded)
         lengths = sorted(by_length)
         rows = [sum(lanes[i].branches for i in by_length[length]) for length in lengths]
         call_ms = cache(self.call_ms)
-        # best[stop] = (least predicted ms for the first `stop` lengths, index of the first length in the last call)
+        # Dynamic programming. best[stop] is for the shortest `stop` lengths: their least predicted ms, and the index of
+        # the shortest length in their last group of calls.
         best: list[tuple[float, int]] = [(0.0, 0)]
         for stop in range(1, len(lengths) + 1):
             candidates = [
@@ -196,7 +205,7 @@ class MergedGrid:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Fast mode where a row costs only its own frames: all rows share one call, without padding.
+    """Fast mode for a CPU: all clips share one call, which concatenates them without padding.
 
     `knee_tokens` is as in MergedGrid.
     """
@@ -204,7 +213,7 @@ class Packed:
     knee_tokens: Callable[[int], float]
 
     def split(self, lanes: Sequence[Lane]) -> list[Call]:
-        """Return one call with the lanes sorted by length, so that equal lengths are adjacent."""
+        """Return one call for all lanes, sorted by length. Returns no call if there are no lanes."""
         if not lanes:
             return []
         members = sorted(range(len(lanes)), key=lambda i: lanes[i].frames)
@@ -220,8 +229,9 @@ class Packed:
 
 @dataclass(frozen=True, slots=True)
 class PackedOrGrid:
-    """Fast mode where packed calls can be captured as graphs: rows are packed unless padded calls are predicted to be
-    faster. A single row is never packed. `groups_ms` predicts the time of a call with several row lengths.
+    """Fast mode for devices where packed calls (clips concatenated without padding) can be captured as CUDA graphs.
+    Clips are packed unless padded calls are predicted to be faster. A single clip is never packed. `groups_ms` predicts
+    the time of a packed call.
     """
 
     grid: MergedGrid
@@ -236,7 +246,7 @@ class PackedOrGrid:
         return packed if self._ms(packed) < self._ms(padded) else padded
 
     def pack(self, lanes: Sequence[Lane]) -> list[Call]:
-        """Return packed calls of at most PACKED_ROWS network rows each. Needs at least one lane."""
+        """Return packed calls for all lanes, of at most PACKED_ROWS network rows each. Requires at least one lane."""
         calls: list[Call] = []
         members: list[int] = []
         lengths: list[int] = []
@@ -265,9 +275,9 @@ class PackedOrGrid:
 
 @dataclass(frozen=True, slots=True)
 class EqualLengths:
-    """Fast mode for a network without a frame mask: only rows of equal length share a call, without padding.
+    """Fast mode for a network that cannot mask padding: only clips of equal length share a call.
 
-    `call_ms` and `knee_tokens` are as in MergedGrid; only the row counts of `shapes` are used.
+    `call_ms` and `knee_tokens` are as in MergedGrid. Of `shapes`, only the batch sizes are used.
     """
 
     call_ms: CallMs

@@ -1,5 +1,5 @@
-"""The allowed shapes of denoiser calls: network rows and padded length, or the capacity of a packed call. `batching`
-assigns rows to calls. Independent of lanes and devices.
+"""The allowed shapes of denoiser calls: batch size and padded length, or the capacity of a packed call. `batching`
+decides which clips are in which call.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 CallMs = Callable[[int, int], float]
 
-# Network rows of a call. There are few choices, because each call shape needs a graph. Powers of two alone would waste
-# 15 % of the capacity on dummy rows.
+# The allowed batch sizes of the network. They are few, because each call shape needs a CUDA graph. With powers of two
+# alone, 15 % of all rows would be dummy rows, which fill up a batch.
 GRAPH_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-# (length, multiple), both in grid steps: rows up to this length are padded to this multiple, longer rows to a multiple
-# of `_COARSEST`. A multiple above 1 pads a row by at most an eighth.
+# Pairs (longest, multiple), both in units of the grid: the length of a row up to `longest` is padded to a multiple of
+# `multiple`. Longer rows are padded to a multiple of `_COARSEST`. Beyond the first pair, padding adds at most an
+# eighth.
 _GROWTH = ((16, 1), (32, 2))
 _COARSEST = 4
 
@@ -26,7 +27,10 @@ def round_up(value: int, multiple: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class AnyRows:
-    """Calls that need no graph: any number of rows within `max_tokens` latent frames, padded to `grid`."""
+    """The shapes of calls without CUDA graphs: any batch size, with lengths padded to a multiple of `grid`.
+
+    A call has at most `max_tokens` latent frames, all rows together.
+    """
 
     grid: int = 1
     max_tokens: int = 16_384
@@ -46,10 +50,10 @@ class AnyRows:
 
 @dataclass(frozen=True, slots=True)
 class GraphShapes:
-    """Calls that replay captured graphs: row counts from `rows` (ascending from 1), lengths on a grid that gets
-    coarser.
+    """The shapes of calls that run as CUDA graphs: the batch size is one of `rows` (ascending from 1). Lengths are
+    padded to a multiple of `grid`, and those of long rows to a larger multiple.
 
-    A call has at most `max_tokens` latent frames, dummies and padding included, unless it holds one row only.
+    A call has at most `max_tokens` latent frames, dummy rows and padding included, unless its batch size is 1.
     """
 
     grid: int = 64
@@ -76,20 +80,21 @@ class GraphShapes:
 CallShapes = AnyRows | GraphShapes
 
 
-# The time of a packed call hardly depends on unused rows, so one row count is enough. Its tokens are rounded up by at
-# most an eighth, a sixteenth on average. Small calls are rounded more coarsely, because their time is mostly reading
-# the weights.
+# The capacity of a packed call, in rows and tokens. Unused rows cost almost no time, so one capacity in rows is enough.
+# The capacity in tokens is the needed number rounded up, by at most an eighth and on average a sixteenth. Small numbers
+# are rounded up more, because a small call spends most of its time reading the weights.
 PACKED_ROWS = 64
 _LEAST_STEP, _STEPS_PER_OCTAVE = 256, 8
-_SHORT = 4  # if all rows are shorter than the longest length divided by this, the room's `longest` is reduced to that
-# Network rows of a padded call if calls can also be packed: then only single rows and rows of equal length are padded.
+_SHORT = 4  # clips up to 1/4 of the longest length get call shapes of their own, in which every row is that short
+# The allowed batch sizes of padded calls if calls can also be packed. Fewer are enough, because only single clips and
+# clips of equal length are then padded.
 GRAPH_ROWS_WITH_PACKED = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True, slots=True)
 class PackedRoom:
-    """The capacity of a captured packed call: `tokens` in total, at most `rows` rows, each of at most `longest` latent
-    frames.
+    """The capacity of a packed call that runs as a CUDA graph: `tokens` in total, in at most `rows` rows of at most
+    `longest` latent frames each.
     """
 
     tokens: int
@@ -99,13 +104,13 @@ class PackedRoom:
 
 @dataclass(frozen=True, slots=True)
 class PackedShapes:
-    """Chooses the rooms of packed calls. Each row has `prefix` tokens in addition to its latent frames."""
+    """Chooses the capacities of packed calls. The network adds `prefix` tokens to the latent frames of each row."""
 
     prefix: int
     longest: int  # latent frames of the longest possible row
 
     def room(self, lengths: Sequence[int]) -> PackedRoom:
-        """Return the smallest room for rows of these lengths in latent frames, at most PACKED_ROWS of them."""
+        """Return the smallest allowed capacity for rows of these lengths in latent frames; at most PACKED_ROWS rows."""
         tokens = sum(lengths) + self.prefix * len(lengths)
         short = -(-self.longest // _SHORT)
         return PackedRoom(
@@ -116,14 +121,15 @@ class PackedShapes:
 
 
 def most_rows(shapes: CallShapes, frames: int) -> int:
-    """Return the largest number of rows padded to `frames` in one call; at least one."""
+    """Return the largest allowed batch size of a call whose rows are padded to `frames` latent frames; at least 1."""
     return max(shapes.most(shapes.max_tokens // frames), 1)
 
 
 def cut(shapes: CallShapes, call_ms: CallMs, *, rows: int, frames: int) -> tuple[float, list[int]]:
-    """Split `rows` rows, padded to `frames`, into calls. Returns their predicted time in ms and their sizes.
+    """Split `rows` rows, padded to `frames`, into calls. Returns the total predicted time in ms and the batch sizes.
 
-    Full calls come first. The remainder is padded to one call or cut into several, whichever is predicted to be faster.
+    Calls of the largest batch size come first. For the remaining rows there is either one call with dummy rows or
+    several smaller calls, whichever is predicted to be faster.
     """
     full = most_rows(shapes, frames)
     num_full, left = divmod(rows, full)

@@ -1,5 +1,5 @@
-"""Predicts the time of device work from its rows and frames. Scheduling, admission, Retry-After, autoscaling and
-routing all use this model. Independent of tensors and clocks: callers pass in measured times.
+"""The cost model: predicts the time of a device call from its batch size and its latent frames. Scheduling, admission,
+Retry-After, autoscaling and routing all use this model. Callers pass in the measured times.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-_NOISE = 0.02  # relative error of any timing; a term that explains less is dropped
-_TERM_PRICE = 4.0  # Akaike's criterion uses 2; higher here, because a term that fits noise is wrong at large shapes
+_NOISE = 0.02  # relative error of measured times; a term of the formula that explains less is dropped
+_TERM_PRICE = 4.0  # 2 in Akaike's criterion; higher, because a term that fits noise is far off at large shapes
 _FIXED, _PER_ROW, _PER_FRAME, _PER_SQUARE = range(4)
 
 Array = npt.NDArray[np.float64]
@@ -22,7 +22,7 @@ Groups = tuple[tuple[int, int], ...]  # the rows of one call, as pairs (number o
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One timed device call over `rows` rows of `frames` latent frames each."""
+    """The measured time of a device call with batch size `rows` and `frames` latent frames per row."""
 
     rows: int
     frames: int
@@ -31,9 +31,10 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class CallCost:
-    """ms = max(floor, fixed + rows * (per_row + per_frame * frames + per_square * frames^2)), all at least 0.
+    """The coefficients, all at least 0, that predict the time of a call from its batch size `rows` and its `frames`:
+    ms = max(floor, fixed + rows * (per_row + per_frame * frames + per_square * frames^2)).
 
-    The floor is the least time that the host or the memory needs. Rows add no time until the sum exceeds it.
+    Even a small call takes the time `floor`, because the host must launch it and the device must read the weights.
     """
 
     fixed_ms: float = 1.0
@@ -43,28 +44,29 @@ class CallCost:
     floor_ms: float = 0.0
 
     def row_ms(self, frames: int) -> float:
-        """Return the time that one more row of `frames` latent frames adds above the floor."""
+        """Return the time in ms that one more row of `frames` latent frames adds to a call longer than the floor."""
         return self.per_row_ms + (self.per_frame_ms + self.per_square_ms * frames) * frames
 
     def call_ms(self, rows: int, frames: int) -> float:
-        """Return the time of a call over `rows` rows padded to `frames` latent frames."""
+        """Return the time in ms of a call over `rows` rows, each padded to `frames` latent frames."""
         return max(self.floor_ms, self.fixed_ms + rows * self.row_ms(frames))
 
     def groups_ms(self, groups: Groups) -> float:
-        """Return the time of a call over rows of several lengths, packed without padding."""
+        """Return the time in ms of a packed call, whose rows have different lengths and no padding."""
         return max(self.floor_ms, self.fixed_ms + sum(rows * self.row_ms(frames) for rows, frames in groups))
 
     def worthwhile_ms(self, overhead_share: float) -> float:
-        """Return the time in ms that a call's rows must take for its overhead to fall to this share of the call."""
+        """Return how many ms the rows of a call must take for its overhead to be only this share of the call's time."""
         return (1.0 - overhead_share) * max(self.fixed_ms / overhead_share, self.floor_ms)
 
 
 def fit_call_cost(measurements: Iterable[Measurement]) -> CallCost:
-    """Fit a cost by least squares on relative errors. No coefficient is negative, and the cost grows with the shape.
+    """Fit the coefficients to measured times by least squares of relative errors. A larger call never gets a smaller
+    prediction.
 
-    If a larger call measured faster than a smaller one, another program disturbed the smaller one's measurement, which
-    is then lowered to that of the larger one. A term is used only if it explains more than the noise. Raises ValueError
-    without measurements.
+    If a smaller call took longer than a larger one, another program must have slowed the smaller one down. Its time is
+    then replaced by that of the larger call. A term of the formula is used only if it explains more than the
+    measurement noise. Raises ValueError if there are no measurements.
     """
     points = _undisturbed(measurements)
     if not points:
@@ -75,10 +77,9 @@ def fit_call_cost(measurements: Iterable[Measurement]) -> CallCost:
 
 
 def _undisturbed(measurements: Iterable[Measurement]) -> list[Measurement]:
-    """Return one measurement per shape, shortest first.
+    """Return one measurement per call shape, in order of time.
 
-    Each time is the minimum over all calls with at least as many rows and frames, because a smaller call cannot be
-    slower.
+    A call cannot be slower than one with at least as many rows and frames, so its time is the least time of all these.
     """
     measured = [Measurement(m.rows, m.frames, max(m.ms, 1e-6)) for m in measurements]
     shapes = {(m.rows, m.frames) for m in measured}
@@ -90,7 +91,9 @@ def _undisturbed(measurements: Iterable[Measurement]) -> list[Measurement]:
 
 
 def _candidates(features: Array, ms: Array) -> Iterator[tuple[float, CallCost]]:
-    """Yield (score, cost) for each number of shortest calls taken to be at the floor. A lower score is better."""
+    """Yield possible fits as (score, cost); a lower score is better. They differ in how many of the shortest calls are
+    assumed to take the floor time, and in the terms that are used.
+    """
     growth = _PER_FRAME if features[:, _PER_FRAME].any() else _PER_ROW
     for num_flat in range(len(ms)):
         floor_ms = float(np.median(ms[:num_flat])) if num_flat else 0.0
@@ -102,7 +105,7 @@ def _candidates(features: Array, ms: Array) -> Iterator[tuple[float, CallCost]]:
             solution[terms] = coefficients
             score = _score(features @ solution, ms, floor_ms=floor_ms, num_terms=len(terms) + (num_flat > 0))
             yield score, _cost(solution, floor_ms=floor_ms)
-    # For times that do not grow with the shape: assume that they grow beyond the largest measured shape.
+    # One more fit, for measured times that are all about equal: the time grows only beyond the largest measured shape.
     flat_ms = float(np.median(ms))
     solution = np.zeros(4)
     solution[growth] = flat_ms / 2 / max(float(features[:, growth].max()), 1.0)
@@ -119,7 +122,7 @@ def _cost(coefficients: Array, *, floor_ms: float) -> CallCost:
 
 
 def _terms(num_points: int, *, growth: int) -> Iterator[list[int]]:
-    """Yield the sets of terms that this many points can determine. Each set includes the term `growth`."""
+    """Yield every set of terms that has at most `num_points` terms and includes the term `growth`."""
     others = [_FIXED] if growth == _PER_ROW else [_FIXED, _PER_ROW, _PER_SQUARE]
     for count in range(min(len(others), num_points - 1) + 1):
         for some in combinations(others, count):
@@ -135,33 +138,37 @@ def _solve(features: Array, ms: Array) -> Array | None:
     columns = columns / norms
     try:
         coefficients = np.linalg.solve(columns.T @ columns, columns.sum(axis=0)) / norms
-    except np.linalg.LinAlgError:  # the measured shapes do not determine all of these terms
+    except np.linalg.LinAlgError:  # there are too few different shapes to determine all of these terms
         return None
     return coefficients if (coefficients > 0).all() else None
 
 
 def _score(above_ms: Array, ms: Array, *, floor_ms: float, num_terms: int) -> float:
-    """Return Akaike's criterion with a higher price per term. `above_ms` is the formula without its floor."""
+    """Return Akaike's information criterion, with a higher price per term, of a fit to the measured times `ms`.
+
+    `above_ms` are the fitted times before the floor is applied.
+    """
     errors = np.log(np.maximum(above_ms, floor_ms) / ms)
     return float(len(ms) * np.log(np.mean(errors**2) + _NOISE**2) + _TERM_PRICE * num_terms)
 
 
-_MOST_TOKENS = 2.0**20  # the largest result of `CostModel.knee_tokens`, which it returns if rows cost nothing
-_FIT_WEIGHT = 4  # a fit counts as much as this many corrections
-_MAX_RATIO = 3.0  # largest factor by which one measurement may differ from its prediction
+_MOST_TOKENS = 2.0**20  # the largest result of `CostModel.knee_tokens`; also its result if rows take no time
+_FIT_WEIGHT = 4  # the fit at warm-up weighs as much as this many later measurements
+_MAX_RATIO = 3.0  # a measurement that differs from its prediction by a larger factor counts as one with this factor
 
 Work = Literal["text", "encode", "denoise", "decode"]
 
 
 class CostModel:
-    """One `CallCost` per kind of work, fitted at warm-up, and one scale per kind that follows measured times.
+    """Predicts the times of all kinds of work. Each kind has a `CallCost`, fitted at warm-up, and a factor (scale) that
+    later measurements adjust.
 
-    The rows of a text call are prompts, with `frames` 0. Only the engine thread writes. Other threads may read, and
-    each read sees coefficients that belong together.
+    For the text encoder, `rows` is the number of prompts and `frames` is 0. Only the engine thread may change the
+    model. Other threads may read predictions at any time.
     """
 
     def __init__(self, *, learning_rate: float = 0.05) -> None:
-        """`learning_rate` is the weight of a new measurement against all earlier ones. The first few weigh more."""
+        """`learning_rate` (0..1) is the weight of a new measurement against all earlier ones. The first weigh more."""
         self._learning_rate = learning_rate
         self._costs: dict[Work, CallCost] = {
             "text": CallCost(fixed_ms=0.0, per_row_ms=5.0, per_frame_ms=0.0),
@@ -173,16 +180,16 @@ class CostModel:
         self._num_corrections: dict[Work, int] = dict.fromkeys(self._costs, 0)
 
     def fit(self, work: Work, measurements: Iterable[Measurement]) -> None:
-        """Replace the coefficients of one kind of work."""
+        """Fit the coefficients of one kind of work to these measurements, and reset its scale to 1."""
         self._costs[work] = fit_call_cost(measurements)
         self._scales[work] = 1.0
         self._num_corrections[work] = _FIT_WEIGHT
 
     def correct(self, work: Work, calls: Iterable[Groups], *, measured_ms: float) -> None:
-        """Move the scale of `work` towards the total measured time of these calls.
+        """Adjust the scale of one kind of work to `measured_ms`, the total time of these calls.
 
-        The first measurement of a kind without a fit sets the scale. Later measurements change it by a limited factor,
-        because other programs may have disturbed them.
+        If the kind has neither a fit nor a measurement yet, the scale becomes exactly right for these calls. Otherwise
+        the scale changes by a limited factor, because another program may have slowed the calls down.
         """
         predicted_ms = sum(self._costs[work].groups_ms(groups) for groups in calls)
         if predicted_ms <= 0 or measured_ms <= 0:
@@ -194,17 +201,17 @@ class CostModel:
         self._scales[work] *= ratio ** max(self._learning_rate, 1.0 / self._num_corrections[work])
 
     def call_ms(self, work: Work, *, rows: int, frames: int) -> float:
-        """Return the predicted time of one call."""
+        """Return the predicted time in ms of a call with batch size `rows` and `frames` latent frames per row."""
         return self._scales[work] * self._costs[work].call_ms(rows, frames)
 
     def groups_ms(self, work: Work, groups: Groups) -> float:
-        """Return the predicted time of one packed call over rows of several lengths."""
+        """Return the predicted time in ms of a packed call, whose rows have different lengths."""
         return self._scales[work] * self._costs[work].groups_ms(groups)
 
     def knee_tokens(self, frames: int, fixed_share: float) -> float:
-        """Return how many latent frames, in rows of `frames`, make overhead fall to `fixed_share` of a denoiser call.
+        """Return how many latent frames a denoiser call needs for its overhead to be only `fixed_share` of its time.
 
-        Overhead is the fixed time, or the part of the floor that the rows do not use.
+        The frames are in rows of `frames` each. Overhead is the time of the call minus the time that its rows take.
         """
         cost = self._costs["denoise"]
         per_token_ms = cost.row_ms(frames) / max(frames, 1)

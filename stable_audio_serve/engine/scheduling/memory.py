@@ -1,8 +1,8 @@
-"""Predicts the device memory of rows, so that only rows that fit are started. Independent of the scheduler and the
-allocator.
+"""Predicts how much device memory each clip (row) needs, so that a clip starts only if it fits into memory.
 
-A row keeps its registers, a draw of noise, its latents and its branches' constants, plus the temporaries of its largest
-call. A model's memory use is measured once, by tracking every tensor of a few small calls.
+The prediction is the sum of the clip's registers (latents between steps), one tensor of noise, its final latents, its
+conditioning, and the temporary tensors of its largest device call. How much a model needs per latent frame is measured
+once, by tracking every tensor of a few small calls.
 """
 
 from __future__ import annotations
@@ -33,18 +33,21 @@ from stable_audio_serve.models.protocol import (
 from stable_audio_serve.models.windows import LONGEST_FRAMES
 from stable_audio_serve.sampling.noise import NoiseSource
 
-_DURATION_SHARES = (1 / 64, 1 / 16)  # durations to measure, as shares of the model's maximum
-_WINDOW = 32  # latent frames of the measured windows
+_DURATION_SHARES = (1 / 64, 1 / 16)  # measure clips of these durations, as shares of the model's longest duration
+_WINDOW = 32  # measure encoder and decoder calls of this many latent frames
 _REGISTER_BYTES = 4  # float32
-_EXTRA_PARTS = 2  # a draw of noise and the latents, each as large as a register
-# Values that rows keep between steps are in arenas. A full arena doubles, so it is at most twice as large as its
-# contents. During the copy, the old arena of half that size still exists, which makes three times the contents.
+_EXTRA_PARTS = 2  # the noise of one step and the final latents; each is as large as a register
+# Values that are kept between steps are in arenas, tensors that double in size when they are full. An arena is
+# therefore at most twice as large as its contents. While it is copied to a larger one, the old one, of half that size,
+# still exists. Together they are three times as large as the contents.
 _ARENA_GROWTH = 3
 
 
 @dataclass(frozen=True, slots=True)
 class RowShape:
-    """The sizes that determine a row's memory. Lengths are in latent frames; each window is the longest of its kind."""
+    """The sizes of a clip (row) that determine its memory. `encode_window` and `decode_window` are the latent frames of
+    its longest windows.
+    """
 
     frames: int
     num_registers: int
@@ -53,13 +56,13 @@ class RowShape:
     decode_window: int
 
     def cut(self, frames: int) -> RowShape:
-        """Return the shape of the same request with a clip of `frames` latent frames."""
+        """Return the sizes of the same clip if it had only `frames` latent frames."""
         windows = min(self.encode_window, frames), min(self.decode_window, frames)
         return replace(self, frames=frames, encode_window=windows[0], decode_window=windows[1])
 
 
 def row_shape(plan: RowPlan, *, is_fixed: bool) -> RowShape:
-    """Return the sizes of a planned row. `is_fixed`: windows are decoded exactly as planned."""
+    """Return the sizes of a planned row. With `is_fixed`, the audio is decoded in exactly the planned windows."""
     sources = [source for source in (plan.init_source, plan.inpaint_source) if source is not None]
     decoded = max(window_lengths(plan.decode_windows))
     if plan.decode_rule is not None and not is_fixed:
@@ -75,8 +78,8 @@ def row_shape(plan: RowPlan, *, is_fixed: bool) -> RowShape:
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """A model's memory use in bytes: conditioning per branch (`branch`) and per branch and latent frame
-    (`branch_frame`), and the temporaries of each kind of call per latent frame.
+    """A model's memory use in bytes. The conditioning of a branch (conditional or unconditional) takes `branch`, plus
+    `branch_frame` per latent frame. The other fields are the temporary tensors of a call, per latent frame.
     """
 
     branch: float = 0.0
@@ -86,7 +89,7 @@ class MemoryUse:
     decode_frame: float = 0.0
 
     def row_bytes(self, shape: RowShape, *, latent_channels: int) -> int:
-        """Return the most device memory that a row takes at any time."""
+        """Return the largest amount of device memory in bytes that a row of these sizes takes at any time."""
         paged = PAGE_FRAMES * pages_of(shape.frames)
         frame = _REGISTER_BYTES * latent_channels
         kept = frame * paged * shape.num_registers + shape.num_branches * (self.branch + self.branch_frame * paged)
@@ -100,15 +103,15 @@ class MemoryUse:
 
 
 class RowMemory:
-    """Predicts the memory of each row, and knows the limit for all started rows (`max_bytes`)."""
+    """Predicts the device memory of each row (clip). `max_bytes` is the limit for all clips in progress together."""
 
     def __init__(
         self, spec: ModelSpec, *, max_bytes: int | None, is_fixed: bool, setting: str = "max_memory_bytes"
     ) -> None:
         """If `max_bytes` is None, memory is neither limited nor measured.
 
-        If `is_fixed`, decoding uses exactly the planned windows. `setting` is the name of the operator's setting that
-        determines `max_bytes`, for error messages.
+        With `is_fixed`, the audio is decoded in exactly the planned windows. `setting` is the name of the operator's
+        setting that determines `max_bytes`; error messages contain it.
         """
         self._spec = spec
         self._is_fixed = is_fixed
@@ -119,7 +122,7 @@ class RowMemory:
     def measure(self, model: DiffusionModel, noise_factory: Callable[[int], NoiseSource]) -> None:
         """Measure the model's memory use. Must be called on the engine thread before the first request.
 
-        Raises ConfigError if even a short clip does not fit.
+        Raises ConfigError if even a short clip needs more than `max_bytes`.
         """
         if self.max_bytes is None:
             return
@@ -133,11 +136,11 @@ class RowMemory:
             )
 
     def row_bytes(self, plan: RowPlan) -> int:
-        """Return the device memory of a row in bytes; 0 if memory is not limited."""
+        """Return the predicted device memory of a row in bytes; 0 if memory is not limited."""
         return 0 if self.max_bytes is None else self._bytes(row_shape(plan, is_fixed=self._is_fixed))
 
     def check(self, plan: RowPlan, request: GenerationRequest) -> None:
-        """Raise InvalidRequestError, with the durations that fit, if the row can never fit."""
+        """Raise InvalidRequestError, with the allowed durations, if the row alone needs more than `max_bytes`."""
         if self.max_bytes is None or (needed := self.row_bytes(plan)) <= self.max_bytes:
             return
         allowed = f"0..{self._longest_s(plan, request):.4g}"
@@ -151,7 +154,7 @@ class RowMemory:
         return self.use.row_bytes(shape, latent_channels=self._spec.card.latent_channels)
 
     def _longest_s(self, plan: RowPlan, request: GenerationRequest) -> float:
-        """Return the longest duration in seconds at which this request would fit; 0 if it never fits."""
+        """Return the longest duration in seconds for which this request's clip would fit; 0 if none does."""
         shape, fits = row_shape(plan, is_fixed=self._is_fixed), 0
         step = 2 ** plan.frames.bit_length()
         while step := step // 2:
@@ -162,7 +165,7 @@ class RowMemory:
 
 
 def measure_use(model: DiffusionModel, noise: NoiseSource) -> MemoryUse:
-    """Measure a model's memory use: conditioning at two lengths, and one small call of each kind."""
+    """Measure a model's memory use, from the conditioning of clips of two lengths and one small call of each kind."""
     spec, device = model.spec, model.device
     prompt = model.encode_text(["memory"])[0]
     constants: list[tuple[int, int]] = []
@@ -193,25 +196,27 @@ def measure_use(model: DiffusionModel, noise: NoiseSource) -> MemoryUse:
 
 
 def _request(spec: ModelSpec, share: float) -> GenerationRequest:
-    """Return a request with this share of the maximum duration."""
+    """Return a request for a clip whose duration is `share` times the model's longest duration."""
     duration_s = spec.card.max_duration_s * share
     return GenerationRequest(prompt="memory", duration_s=duration_s, seed=0, duration_padding_s=0.0)
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """Return the most bytes that new tensors take at any time during `run`, which is called twice.
+    """Return the most bytes that the tensors created by `run` take together at any time. Calls `run` twice.
 
     Compiled layers run uncompiled, because torch cannot compile while a dispatch mode counts tensors.
     """
     with torch.compiler.set_stance("force_eager"):
-        run()  # the first call creates tensors that are kept for later calls and must not count
+        run()  # creates tensors that are kept for all later calls, which must not count
         with _TensorBytes() as counted:
             run()
     return counted.peak
 
 
 class _TensorBytes(TorchDispatchMode):
-    """Counts the bytes of storages from their creation by an operation until they are freed. Inputs do not count."""
+    """Counts the bytes of the tensors that operations create within this context, until they are freed (`peak` is the
+    most at any time). Tensors that existed before do not count.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

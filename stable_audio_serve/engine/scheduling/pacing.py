@@ -1,5 +1,6 @@
-"""Limits how far the host queues work ahead of the device: how much of a row is encoded or decoded per turn, and how
-many calls may be unfinished. Also corrects the cost model by the times of finished calls. Independent of rows.
+"""Limits how much work the host queues before the device has done the earlier work: how many latent frames of a clip
+are encoded or decoded in one turn of the engine, and how many calls may be unfinished. Also measures finished calls, to
+correct the cost model.
 """
 
 from __future__ import annotations
@@ -15,17 +16,22 @@ from stable_audio_serve.engine.scheduling.cost import CostModel, Groups, Work
 
 Result = TypeVar("Result")
 
-_CALLS_AHEAD = 2  # the most unfinished calls: enough to keep the device busy, few enough to react soon to new requests
-_LEAST_MS = 10.0  # the windows of a turn may always take this long: shorter ones would cost more than they help
-_LENGTHS = (32, 64, 96, 128, 192, 256, 320, 384, 448, 512)  # few, because calls of equal length share graphs
+_CALLS_AHEAD = 2  # unfinished calls: enough to keep the device busy, few enough that new requests start soon
+_LEAST_MS = 10.0  # decoding in one turn may always take this long, because very short windows are inefficient
+# The allowed lengths of decoded windows, in latent frames. They are few, because each length needs a CUDA graph.
+_LENGTHS = (32, 64, 96, 128, 192, 256, 320, 384, 448, 512)
 
 
 class WindowPace:
-    """Limits the windows of one turn. Used by the engine thread only."""
+    """Limits how much of a clip is decoded in one turn, so that denoising steps of other clips are not delayed much.
+    Used by the engine thread only.
+    """
 
     def __init__(self, cost: CostModel, *, is_fixed: bool, turn_frames: int = 512) -> None:
-        """`turn_frames` is the most latent frames of a row per turn. With `is_fixed`, windows are cut as planned, and a
-        row has one per turn: each window is its own call, so more per turn would save no time.
+        """In one turn, at most `turn_frames` latent frames of a clip are encoded or decoded.
+
+        With `is_fixed`, the windows are exactly the planned ones, and one window of a clip runs per turn. More would
+        save no time, because each window is a separate call.
         """
         self._cost = cost
         self.is_fixed = is_fixed
@@ -33,18 +39,18 @@ class WindowPace:
         self._step_ms = 0.0
 
     def record_step(self, ms: float) -> None:
-        """Record the predicted time of the last step.
+        """Record the predicted time of the last denoising step, which limits the time of decoding.
 
-        The measured time is not used, because it includes windows that ran in parallel. Longer windows would then raise
-        the limit of the next windows, which could grow from step to step.
+        The measured time of a step would be wrong here, because decoding in parallel makes a step slower. More decoding
+        would then raise its own limit, from step to step.
         """
         self._step_ms = ms
 
     def decode_frames(self, num_rows: int, *, others_wait: bool) -> int:
-        """Return the most latent frames to decode in this turn, of each of `num_rows` rows.
+        """Return how many latent frames to decode at most in this turn, for each of `num_rows` clips.
 
-        While other rows wait, decoding that many frames of every row is predicted to take no longer than one step, or
-        than `_LEAST_MS` if a step is shorter.
+        If other clips wait, the limit is low enough that decoding is predicted to take no longer than one denoising
+        step, or than `_LEAST_MS` if a step is shorter.
         """
         if self.is_fixed or not others_wait:
             return self.turn_frames
@@ -59,21 +65,21 @@ class WindowPace:
 
 @dataclass(slots=True)
 class _QueuedCall:
-    """Queued device work, whose time is compared with its prediction once it has ended."""
+    """Work that is queued on the device. When it has ended, its time is compared with the predicted time."""
 
     work: Work
     calls: Sequence[Groups]
     began: Moment
     ended: Moment
-    is_alone: bool  # no work of the other queue ran at the same time
+    is_alone: bool  # whether the device's other queue (CUDA stream) did nothing at the same time
 
 
 class CallTimes:
-    """Measures queued calls. Steps run on the first queue, all other work on the second. Used by the engine thread
-    only.
+    """Measures how long calls take on the device. Denoising steps run on the device's first queue (CUDA stream), all
+    other work on the second. Used by the engine thread only.
 
-    Calls that overlapped with work of the other queue do not correct the cost model. They took longer only because they
-    shared the device: both queues together take the sum of their separate times, which the model already predicts.
+    Calls that ran at the same time as work of the other queue are not used to correct the cost model. They are slower
+    only because two calls share the device. The model predicts the time of each call alone, and their sum is right.
     """
 
     def __init__(self, device: Device, *, cost: CostModel, metrics: Metrics) -> None:
@@ -84,12 +90,14 @@ class CallTimes:
         self._others: deque[_QueuedCall] = deque()
 
     def time(self, work: Work, calls: Sequence[Groups], *, run: Callable[[], Result]) -> Result:
-        """Call `run`, which queues the device work of these calls, and measure the work. Returns its result."""
+        """Call `run`, which must queue the device work of `calls`, and measure that work. Returns the result."""
         began = self._device.mark()
         result = run()
         queued = _QueuedCall(work, calls, began, self._device.mark(), is_alone=True)
         if work == "denoise":
-            for other in self._others:  # work that is queued on the second queue later starts after this step
+            # Unfinished work of the second queue runs at the same time as this step. Work that is queued there later
+            # starts after this step.
+            for other in self._others:
                 if not other.ended.is_reached():
                     other.is_alone = queued.is_alone = False
             self._steps.append(queued)
@@ -99,15 +107,16 @@ class CallTimes:
 
     @property
     def second_queue_has_room(self) -> bool:
-        """Whether the second queue may take more windows: it has at most `_CALLS_AHEAD` unfinished calls of windows."""
+        """Whether more windows may be encoded or decoded: at most `_CALLS_AHEAD` such calls are unfinished."""
         windows = [call for call in self._others if call.work != "text" and not call.ended.is_reached()]
         return len(windows) <= _CALLS_AHEAD
 
     def keep_pace(self) -> None:
-        """Wait until the device is at most a few calls behind, and record how long its calls took."""
+        """Wait until the device has only a few unfinished calls, and record how long the finished calls took."""
         self._settle(self._others, wait=False)
         self._settle(self._steps, wait=True)
-        if not self._steps:  # else the first queue might run empty while the host waits for the second
+        # Only if no step is queued. Otherwise, while the host waits here, the device might finish its last step.
+        if not self._steps:
             self._settle(self._others, wait=True)
 
     def _settle(self, calls: deque[_QueuedCall], *, wait: bool) -> None:

@@ -1,22 +1,24 @@
-"""Decides which rows the engine works on next. No tensors, no device.
+"""Decides which rows the engine works on next. A row is one clip in the queue or in progress. All picked rows together
+make a step, in which each row is encoded, denoised by one evaluation, or decoded.
 
-Deadlines. A row's deadline is its arrival time + slack x its predicted time alone, at most `max_slack_s` after arrival.
-It never changes. So short rows overtake long ones, but every row has the earliest deadline at some point. Round-robin
-would make all rows finish late.
+Deadlines. The deadline of a row is its arrival time plus `slack` times its predicted time on an idle engine, but at
+most `max_slack_s` after arrival. It never changes. Short rows therefore overtake long ones, but every row has the
+earliest deadline at some point. Round-robin would make all rows finish late.
 
-Filling a step. Rows join a step in order of deadline until it has enough latent frames to make its fixed cost small
-(`knee_tokens`), or a quarter of all waiting frames if that is more, because larger steps then finish the queue sooner.
-A step never has more than `max_tokens`. Started rows hold device memory, so their number is limited. If a row does not
-fit into memory, no later row starts. Otherwise small rows could keep a large one waiting forever.
+Filling a step. Rows join a step in order of deadline until it has so many latent frames that its fixed cost is small
+(`knee_tokens`). With a long queue, they join until it has a quarter of all waiting frames, because large steps finish
+the queue sooner. A step never has more than `max_tokens` frames. Started rows hold device memory, so their number is
+limited. If a row does not fit into memory, no later row starts. Otherwise small rows could keep a large one waiting
+forever.
 
-Lending to batch rows. Interactive rows go first, and each interactive step lends `batch_share` of its time to batch
-rows. A batch row joins the step if the lent time covers the time that it adds; if the step has no room, the row gets a
-step of its own once the lent time covers that. Lent time accumulates until then. So an interactive row takes at most
-this share longer, plus one step, and batch rows progress under any interactive load. Lent time is dropped when no batch
-row needs it.
+Lending to batch rows. Rows of interactive priority run first. Each of their steps lends device time, `batch_share` of
+its own time, to rows of batch priority. A batch row joins the step if the lent time covers the time that the row adds.
+If the step has no room, lent time accumulates until it covers a separate step for the batch row. An interactive row
+therefore takes at most this share longer, plus one step, and batch rows progress under any interactive load. Lent time
+is dropped when no batch row needs it.
 
-Second queue. On devices that have one, rows encode or decode on it during a step, and do not count towards the step's
-latent frames. Both queues share the device's time.
+Second queue. On CUDA, rows are encoded or decoded on a second stream (queue) while other rows are denoised. They do not
+count towards the latent frames of the step.
 """
 
 from __future__ import annotations
@@ -35,23 +37,25 @@ RowId = NewType("RowId", int)
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """Limits of one pick. With `max_tokens` 0, rows are picked one at a time."""
+    """How many rows may run. With `max_tokens` 0, rows are picked one at a time."""
 
-    max_started: int = 64  # at least 2; a quarter, at least one row, is only for interactive rows, one row for batch
+    # The most rows in progress, at least 2. A quarter of these places (at least one) is reserved for interactive rows,
+    # and one place for batch rows.
+    max_started: int = 64
     max_tokens: int = 16_384
     slack: float = 6.0
     max_slack_s: float = 120.0
     batch_share: float = 0.125
-    max_bytes: int | None = None  # device memory of all started rows; None: no limit
+    max_bytes: int | None = None  # the device memory of all rows in progress; None: no limit
 
 
 @dataclass(slots=True, order=True)
 class _Entry:
     deadline_at: float
-    row_id: RowId  # ids rise with arrival, so ties run in order of arrival
+    row_id: RowId  # ids increase, so that rows of equal deadline are ordered by arrival
     work: RowWork = field(compare=False)
     priority: Priority = field(compare=False)
-    tokens: int = field(compare=False)  # the row's part of the sum of waiting tokens
+    tokens: int = field(compare=False)  # how much of `Scheduler._waiting_tokens` is this row's
     num_bytes: int = field(compare=False)
     started: bool = field(default=False, compare=False)
 
@@ -62,10 +66,10 @@ class _Step:
     num_new: int = 0
     num_new_batch: int = 0
     new_bytes: int = 0
-    waits_for_memory: bool = False  # a row waits for memory, so no later row starts
+    waits_for_memory: bool = False  # a row does not fit into memory, so no later row may start
     tokens: float = 0.0
-    second_queue_frames: float = 0.0  # latent frames of the rows that encode or decode during the step
-    waits_for_second_queue: bool = False  # a row waits for room on the second queue
+    second_queue_frames: float = 0.0  # latent frames of the rows that are encoded or decoded during the step
+    waits_for_second_queue: bool = False  # a row would be encoded or decoded, but the second queue may not be used
 
     @property
     def works(self) -> list[RowWork]:
@@ -73,9 +77,9 @@ class _Step:
 
 
 class Scheduler:
-    """Holds all rows from admission to their end and picks rows for each turn. Used by one thread.
+    """Has all rows from their arrival to their end, and picks the rows to run in each turn. Used by one thread.
 
-    Between two picks, the `work` of rows that were not picked must not change. Unknown ids raise KeyError.
+    Between two calls of `pick`, only the `work` of the picked rows may change. Unknown ids raise KeyError.
     """
 
     def __init__(
@@ -86,9 +90,9 @@ class Scheduler:
         step_ms: Callable[[Sequence[RowWork], int], float],
         has_second_queue: bool = False,
     ) -> None:
-        """`knee_tokens(frames)` is the number of latent frames above which the fixed cost of a step of such rows is
-        small. `step_ms(works, num_new)` predicts the time of a step of rows, of which `num_new` were never picked
-        before. With `has_second_queue`, rows encode or decode on a second queue during a step.
+        """`knee_tokens(frames)` returns how many latent frames make the fixed cost of a step small, if its rows have
+        `frames` latent frames each. `step_ms(works, num_new)` predicts the time of a step with these rows, of which
+        `num_new` start with it. With `has_second_queue`, rows are encoded or decoded while other rows are denoised.
         """
         self._has_second_queue = has_second_queue
         self._limits = limits
@@ -100,7 +104,7 @@ class Scheduler:
         self._started_bytes = 0
         self._waiting_tokens: dict[Priority, int] = dict.fromkeys(self._orders, 0)
         self._picked: list[_Entry] = []
-        self._lent_ms = 0.0  # time lent by interactive steps and not used yet
+        self._lent_ms = 0.0  # device time that interactive steps lent to batch rows, and that is not used yet
 
     def add(
         self,
@@ -112,9 +116,10 @@ class Scheduler:
         priority: Priority = "interactive",
         num_bytes: int = 0,
     ) -> None:
-        """Add a row. `arrived_at` is on the engine's clock; `alone_s` is its predicted time on an idle engine.
+        """Add a row that arrived at time `arrived_at` (the engine's clock).
 
-        `num_bytes` is its device memory from its first pick to its removal.
+        `alone_s` is its predicted time on an idle engine. It needs `num_bytes` of device memory from when it is first
+        picked until it is removed.
         """
         if row_id in self._entries:
             raise ValueError(f"row {row_id} was already added")
@@ -125,7 +130,7 @@ class Scheduler:
         insort(self._orders[priority], entry)
 
     def remove(self, row_id: RowId) -> None:
-        """Remove a row that ended."""
+        """Remove a row, which need not have finished."""
         entry = self._entries.pop(row_id)
         order = self._orders[entry.priority]
         del order[bisect_left(order, entry)]
@@ -134,11 +139,12 @@ class Scheduler:
         self._waiting_tokens[entry.priority] -= entry.tokens
 
     def pick(self, *, use_second_queue: bool = True) -> list[RowId]:
-        """Return the rows to run now, earliest deadline first; empty only if no row is left.
+        """Return the rows to run now, by priority and then deadline. Empty only if there are no rows.
 
-        Without `use_second_queue`, only rows that denoise are picked, and the result may be empty while other rows wait
-        for the second queue. Picked rows count as started until removed. A row starts only if fewer than `max_started`
-        rows have started and it fits into memory. If it does not fit into memory, no later row starts before it.
+        With `use_second_queue` False, rows whose next work would run on the second queue (encoding, decoding) are not
+        picked, so the result may be empty although there are rows. A picked row counts as started until it is removed.
+        A row starts only if fewer than `max_started` rows are started and its memory is free. If its memory is not
+        free, no later row starts before it.
         """
         self._update_waiting_tokens()
         step = self._fill("interactive", use_second_queue=use_second_queue)
@@ -155,7 +161,7 @@ class Scheduler:
         return [entry.row_id for entry in step.entries]
 
     def _update_waiting_tokens(self) -> None:
-        """Update the sum of waiting tokens after the rows of the last pick have run."""
+        """Correct the number of waiting latent frames by what the rows of the last pick have done."""
         for entry in self._picked:
             if self._entries.get(entry.row_id) is entry:
                 tokens = self._tokens(entry.work)
@@ -166,19 +172,21 @@ class Scheduler:
         return self._has_second_queue and work.phase is not Phase.DENOISE
 
     def _tokens(self, work: RowWork) -> int:
-        """Return how many latent frames the row adds to a step; 0 if it runs on the second queue."""
+        """Return how many latent frames a row with this work adds to a step; 0 if the work is for the second queue."""
         return 0 if self._uses_second_queue(work) else work.tokens
 
     def _fill(self, priority: Priority, *, use_second_queue: bool, waits_for_memory: bool = False) -> _Step:
-        """Return a step of rows of one priority, as many as the budgets of the step and of the second queue allow."""
+        """Return a step with rows of one priority: as many as the limits for denoising, memory and the second queue
+        allow.
+        """
         step, budget, second_budget, is_full = _Step(waits_for_memory=waits_for_memory), 0.0, 0.0, False
-        num_left = self._num_started[priority]  # started rows not visited yet
+        num_left = self._num_started[priority]  # how many started rows are still to come in this loop
         for entry in self._orders[priority]:
             if is_full and not num_left:
-                break  # no later row has started, so none encodes or decodes
+                break  # none of the later rows has started, so none can be encoding or decoding
             if not self._may_run(entry, step=step):
                 if not num_left:
-                    break  # no later row is started, so none may run
+                    break  # none of the later rows has started, and none may start
                 continue
             num_left -= entry.started
             if self._uses_second_queue(entry.work):
@@ -187,7 +195,7 @@ class Scheduler:
                 if use_second_queue and (not step.second_queue_frames or step.second_queue_frames < second_budget):
                     _take_on_second_queue(step, entry)
                 else:
-                    _reserve(step, entry)  # counts the row as started, so that no later row starts in its place
+                    _reserve(step, entry)  # keeps a place and memory for this row, so that no later row takes them
             elif is_full:
                 continue
             elif not step.tokens:
@@ -202,7 +210,10 @@ class Scheduler:
         return step
 
     def _lend(self, step: _Step, *, use_second_queue: bool) -> _Step:
-        """Add the batch rows that lent time covers to the interactive step, or return a step of one batch row."""
+        """Add batch rows to an interactive step, as far as lent time covers the device time that they add.
+
+        Returns the step, or instead a step of one batch row if that row had no room in the interactive step.
+        """
         if not self._orders["batch"]:
             self._lent_ms = 0.0
             return step
@@ -218,7 +229,7 @@ class Scheduler:
             new = int(not entry.started)
             joins = is_second or step.tokens + entry.tokens <= self._limits.max_tokens
             if not joins and len(step.entries) > num_interactive:
-                break  # the step has no room left, and other batch rows joined it, so a separate step must wait
+                break  # this row needs a separate step, but other batch rows have already joined the interactive one
             works = [*step.works, entry.work] if joins else [entry.work]
             costs_ms = self._step_ms(works, step.num_new + new) - ms if joins else self._step_ms(works, new)
             if costs_ms > self._lent_ms + (share_ms if joins else 0.0):
@@ -229,11 +240,11 @@ class Scheduler:
                 return _take(_Step(), entry)
             ms += costs_ms
             (_take_on_second_queue if is_second else _take)(step, entry)
-        self._lent_ms = 0.0  # no batch row is waiting for lent time
+        self._lent_ms = 0.0  # no batch row waits for more lent time, so what is left is dropped
         return step
 
     def _may_run(self, entry: _Entry, *, step: _Step) -> bool:
-        """Return whether the row has started, or there is room and memory to start it."""
+        """Return whether a row has already started or may start now: a place and its memory must be free."""
         if entry.started:
             return True
         if self._limits.max_bytes is not None:
@@ -250,25 +261,25 @@ class Scheduler:
         return num_started < most - reserves_batch_slot
 
     def _budget(self, priority: Priority, frames: int) -> float:
-        """Return max(knee, a quarter of the waiting tokens), capped at `max_tokens`."""
+        """Return how many latent frames to put into a step of this priority, whose first row has `frames`."""
         cap = self._limits.max_tokens
         if cap == 0:
             return 0.0
         return min(max(self._knee_tokens(frames), self._waiting_tokens[priority] / 4), cap)
 
     def position(self, row_id: RowId) -> int:
-        """Return how many rows have an earlier deadline; for a batch row, interactive rows count too."""
+        """Return how many rows are ahead of this row in the queue. All interactive rows are ahead of a batch row."""
         entry = self._entries[row_id]
         ahead = len(self._orders["interactive"]) if entry.priority == "batch" else 0
         return ahead + bisect_left(self._orders[entry.priority], entry)
 
     def is_started(self, row_id: RowId) -> bool:
-        """Return whether the row was ever picked."""
+        """Return whether `pick` has ever returned this row."""
         return self._entries[row_id].started
 
     @property
     def num_started(self) -> int:
-        """The number of rows that hold device state."""
+        """The number of started rows, which hold device memory."""
         return sum(self._num_started.values())
 
     def __len__(self) -> int:

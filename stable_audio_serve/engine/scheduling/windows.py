@@ -1,4 +1,4 @@
-"""Splits latents and audio into autoencoder windows and joins the results. Independent of the queue and the model."""
+"""Splits audio and latents into windows, short excerpts that overlap, for the autoencoder, and joins the results."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from stable_audio_serve.sampling.noise import NoiseSource
 
 
 def count_fitting(lengths: Sequence[int], max_frames: int) -> int:
-    """Return how many leading windows fit into `max_frames` latent frames; at least one if there is any."""
+    """Return how many of the first windows have at most `max_frames` latent frames together, but at least 1 if any."""
     return max(bisect_right(list(accumulate(lengths)), max_frames), min(1, len(lengths)))
 
 
 def take_spans(spans: Sequence[WindowSpan], max_frames: int) -> Sequence[WindowSpan]:
-    """Return the leading spans that fit into `max_frames` latent frames; at least one."""
+    """Return the first windows, as many as have at most `max_frames` latent frames in total; at least one."""
     return spans[: count_fitting(window_lengths(spans), max_frames)]
 
 
 def audible_spans(spans: Sequence[WindowSpan], *, hop: int, end: int) -> list[WindowSpan]:
-    """Return the windows that overlap the result, which ends at sample `end`. The padding after it is not decoded."""
+    """Return the windows that contain some of the clip, which ends at sample `end`. Later ones contain only padding."""
     return [span for span in spans if span.keep_start * hop < end]
 
 
 def window_lengths(spans: Sequence[WindowSpan]) -> tuple[int, ...]:
-    """Return the latent frames of each window."""
+    """Return the length of each window in latent frames."""
     return tuple(span.stop - span.start for span in spans)
 
 
 class SourceEncoding:
-    """The encoding of one source: its remaining windows and the latents so far."""
+    """The encoding of one source audio, window by window: which windows remain, and the latents of the others."""
 
     def __init__(self, source: SourcePlan, *, stage: str, noise: NoiseSource, hop: int) -> None:
         """`stage` is init or inpaint; `hop` is the number of audio samples per latent frame."""
@@ -51,11 +51,11 @@ class SourceEncoding:
 
     @property
     def lengths_left(self) -> tuple[int, ...]:
-        """Latent frames of each window that is not encoded yet."""
+        """The length in latent frames of each window that is not encoded yet."""
         return window_lengths(self._source.windows[self._num_done :])
 
     def pending(self, max_frames: int) -> list[EncodeWindow]:
-        """Return the next windows, of at most `max_frames` latent frames in total, but at least one if any is left."""
+        """Return the next windows to encode: at most `max_frames` latent frames in total, but at least one window."""
         spans = take_spans(self._source.windows[self._num_done :], max_frames)
         return [
             EncodeWindow(
@@ -68,7 +68,7 @@ class SourceEncoding:
         ]
 
     def put(self, latents: Tensor) -> None:
-        """Add the latents (D, F_window) float32 of the next window. Must be called in the order of the windows."""
+        """Add the latents (channels, frames) float32 of the next window. Must be called in the order of the windows."""
         span = self._source.windows[self._num_done]
         if self._latents is None:
             frames = max(s.keep_stop for s in self._source.windows)
@@ -78,17 +78,18 @@ class SourceEncoding:
         self._num_done += 1
 
     def latents(self) -> Tensor:
-        """Return all latents (D, F) float32. Raises RuntimeError before the last window."""
+        """Return all latents of the source (channels, frames) float32. Raises RuntimeError if some are missing."""
         if self._latents is None or self.lengths_left:
             raise RuntimeError("a source was read before all its windows were encoded")
         return self._latents
 
 
 class AudioAssembly:
-    """One row's audio while its windows are decoded. It has the exact length and is silent after the valid frames.
+    """The audio of one clip, into which the decoded windows are copied. It has the exact length of the clip, and zeros
+    where nothing was generated.
 
-    The audio on the host and `is_finite` are valid once the device has finished the work of the last `put` and the
-    downloads are collected.
+    `audio` and `is_finite` may be read once the device has finished the work of the last `put` and `Device.collect` was
+    called.
     """
 
     def __init__(
@@ -102,7 +103,9 @@ class AudioAssembly:
         output_samples: int,
         rule: WindowRule | None = None,
     ) -> None:
-        """With a `rule`, each call of `pending` cuts the remaining frames into new windows."""
+        """`spans` are the planned windows. With a `rule`, each call of `pending` divides the remaining frames into new
+        windows according to this rule.
+        """
         self._device = device
         self._hop = hop
         self._end = min(output_samples, valid_frames * hop)
@@ -110,18 +113,21 @@ class AudioAssembly:
         self._rule = rule
         self._left = audible_spans(spans, hop=hop, end=self._end)
         self._audio = torch.zeros(channels, output_samples)
-        # Two flags, on the device and on the host: whether the checked latents (0) and the samples so far (1) are
-        # finite.
+        # Two flags, computed on the device and copied to the host. At 0: whether the checked latents are finite. At 1:
+        # whether all samples so far are finite.
         self._finite_on_device: dict[int, Tensor] = {}
         self._finite = torch.ones(2, dtype=torch.bool)
 
     @property
     def lengths_left(self) -> tuple[int, ...]:
-        """Latent frames of each window that is not decoded yet."""
+        """The length in latent frames of each window that is not decoded yet."""
         return window_lengths(self._left)
 
     def pending(self, latents: Tensor, noise: NoiseSource, *, max_frames: int) -> Iterator[DecodeWindow]:
-        """Yield the next windows of `latents` (D, F), at most `max_frames` in total, at least one if any is left."""
+        """Yield the next windows of `latents` (channels, frames) to decode.
+
+        They have at most `max_frames` frames in total, but at least one window is yielded if any is left.
+        """
         if self._rule is not None and self._left:
             longest, first = min(max_frames, LONGEST_FRAMES), self._left[0].keep_start
             cut = cut_windows(first, frames=self._frames, rule=self._rule, longest=longest)
@@ -130,13 +136,15 @@ class AudioAssembly:
             yield DecodeWindow(latents=latents[:, span.start : span.stop].contiguous(), start=span.start, noise=noise)
 
     def check(self, latents: Tensor) -> None:
-        """Record whether these latents are finite. Non-finite latents can decode to finite but wrong audio."""
+        """Record whether the latents are finite. Checking the audio is not enough, because NaN or infinite latents can
+        be decoded to finite but wrong samples.
+        """
         self._note_finite(0, latents)
 
     def put(self, audio: Tensor) -> None:
-        """Add the audio (C, >= hop * F_window) float32 of the next window, which is on the device.
+        """Add the decoded audio (channels, samples) float32 of the next window. The tensor is on the device.
 
-        Must be called in the order of the windows.
+        Must be called in the order of the windows. Samples after the window's end are ignored.
         """
         span = self._left.pop(0)
         start = span.keep_start * self._hop
@@ -156,9 +164,9 @@ class AudioAssembly:
 
     @property
     def is_finite(self) -> bool:
-        """Whether all checked latents and all samples so far are finite."""
+        """Whether all latents that were checked, and all samples so far, are finite."""
         return bool(self._finite.all())
 
     def audio(self) -> npt.NDArray[np.float32]:
-        """Return the finished audio (C, S) float32; peaks may exceed -1..1."""
+        """Return the finished audio (channels, samples) float32. Samples may exceed -1..1."""
         return self._audio.numpy()

@@ -1,5 +1,5 @@
-"""The remaining work of one row: latent frames to encode, evaluations to run, latent frames to decode. The loop updates
-it; the scheduler and admission read it. Independent of tensors.
+"""The remaining work of one clip (row): latent frames to encode, evaluations of the network to run, and latent frames
+to decode. The engine's loop updates this state; the scheduler and admission read it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class Phase(Enum):
 
 
 class RowWork:
-    """The remaining work of one row of `frames` latent frames.
+    """The remaining work of one row (clip) of `frames` latent frames.
 
-    `encode_left` and `decode_left` are the lengths of the remaining windows; the loop updates them.
-    `branches` is the number of network rows of each evaluation: 2 if guided, else 1.
+    `encode_left` and `decode_left` are the lengths of the windows that remain to be encoded and decoded. `branches` has
+    one number per evaluation, the rows that it takes in the network's batch: 2 if guided, else 1.
     """
 
     __slots__ = ("_guided_left", "branches", "decode_left", "encode_left", "frames", "num_done")
@@ -50,12 +50,12 @@ class RowWork:
 
     @property
     def lane(self) -> Lane:
-        """The size of the next evaluation in a device call."""
+        """The size of the next evaluation: its number of network rows and latent frames."""
         return Lane(self.branches[self.num_done], self.frames)
 
     @property
     def tokens(self) -> int:
-        """Latent frames that the row adds to a step if picked now."""
+        """How many latent frames the row adds to a step if it is picked now."""
         if self.phase is Phase.DENOISE:
             return self.frames * self.branches[self.num_done]
         return self.frames
