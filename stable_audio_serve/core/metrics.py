@@ -91,14 +91,14 @@ _ENGINE = (
     Metric(
         "engine_graphs",
         "gauge",
-        "Captured CUDA graphs by kind of call: denoise, text or decode.",
+        "Captured CUDA graphs by kind of call: denoise or decode.",
         ("kind", "model"),
         is_rare=True,
     ),
     Metric(
         "engine_graph_misses",
         "counter",
-        "GPU calls that ran without a captured CUDA graph: denoise, text or decode.",
+        "GPU calls that ran without a captured CUDA graph: denoise or decode.",
         ("kind", "model"),
         is_rare=True,
     ),

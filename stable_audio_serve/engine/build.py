@@ -245,6 +245,7 @@ class _Builder:
             self.policy,
             device=self.device,
             max_per_call=self._max_prompts,
+            is_strict=self.is_strict,
             clock=self.clock,
             metrics=self.metrics,
             max_capture_bytes=self.bounds.captures,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -295,22 +295,4 @@ class DiffusionModel(Protocol):
 
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
         """Returns audio (C, hop * F_window) float32 of windows of equal length, not clamped; row-independent."""
-        ...
-
-
-@runtime_checkable
-class TokenModel(Protocol):
-    """A model whose `encode_text` splits into host work, `tokenize`, and device work, `embed_tokens`."""
-
-    @property
-    def text_size(self) -> tuple[int, int]:
-        """The number of tokens T per prompt, padding included, and the width of their embeddings."""
-        ...
-
-    def tokenize(self, prompts: Sequence[str]) -> PromptTokens:
-        """Returns the prompts' tokens, truncated or padded to T."""
-        ...
-
-    def embed_tokens(self, ids_and_mask: Tensor) -> Tensor:
-        """Returns embeddings (B, T, width) float32 of ids and mask (B, 2, T) on the device; row-independent."""
         ...

@@ -113,14 +113,14 @@ def test_captures_take_a_tenth_of_the_time_while_rows_wait() -> None:
 def test_capture_times_are_kept_per_kind() -> None:
     bench = Bench()
     bench.ask(100, times=2)
-    bench.ask(100, times=3, kind="text")
+    bench.ask(100, times=3, kind="decode")
     assert bench.capture_all() == [100]
-    bench.graphs.forget("text")
+    bench.graphs.forget("decode")
     assert bench.ask(100) == [True]
-    assert bench.ask(100, kind="text") == [False]
+    assert bench.ask(100, kind="decode") == [False]
     assert (bench.metrics.graphs, bench.metrics.misses) == (
-        {"denoise": 1, "text": 0},
-        {"denoise": 2, "text": 4},
+        {"denoise": 1, "decode": 0},
+        {"denoise": 2, "decode": 4},
     )
 
 

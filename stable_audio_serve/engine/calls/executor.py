@@ -19,14 +19,14 @@ from torch import Tensor
 
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
-from stable_audio_serve.engine.calls.coding_calls import DecodeCalls, TextCalls
+from stable_audio_serve.engine.calls.coding_calls import DecodeCalls
 from stable_audio_serve.engine.calls.conditioning import ConditioningArena
 from stable_audio_serve.engine.calls.packed_step import PackedInputs, PackedShape, run_packed_step
 from stable_audio_serve.engine.calls.rows import Row, Stepping
 from stable_audio_serve.engine.calls.step import Memories, StepInputs, StepRow, StepShape, run_step
 from stable_audio_serve.engine.hardware.arena import FrameArena, HeldFrames, read, write
 from stable_audio_serve.engine.hardware.device import Device, DeviceLostError
-from stable_audio_serve.engine.hardware.graphs import CallMemory, Graphs
+from stable_audio_serve.engine.hardware.graphs import CallMemory, Captured, Graphs
 from stable_audio_serve.engine.scheduling.batching import BatchPolicy, Call
 from stable_audio_serve.models.protocol import (
     DecodeWindow,
@@ -79,6 +79,7 @@ class Executor:
         *,
         device: Device,
         max_per_call: int,
+        is_strict: bool = False,
         clock: Clock = SystemClock(),
         metrics: Metrics = NullMetrics(),
         max_capture_bytes: int | None = None,
@@ -90,9 +91,13 @@ class Executor:
         self._max_per_call = max_per_call
         self.conditioning = ConditioningArena(device)
         self._graphs = Graphs(
-            device, clock=clock, metrics=metrics, max_bytes=max_capture_bytes, off_file=captures_off_file
+            device,
+            clock=clock,
+            metrics=metrics,
+            max_bytes=max_capture_bytes,
+            off_file=captures_off_file,
+            is_exact=is_strict,
         )
-        self._text = TextCalls(model, device=device, graphs=self._graphs)
         self._decoder = DecodeCalls(model, device=device, graphs=self._graphs)
         self._moves = 0
 
@@ -106,7 +111,7 @@ class Executor:
     def embed(self, prompts: Sequence[str]) -> list[TextEmbedding | Exception]:
         outcomes: list[TextEmbedding | Exception] = []
         for start in range(0, len(prompts), self._max_per_call):
-            outcomes += self._isolated(prompts[start : start + self._max_per_call], self._text.embed)
+            outcomes += self._isolated(prompts[start : start + self._max_per_call], self._model.encode_text)
         return outcomes
 
     def encode(self, windows: Sequence[EncodeWindow]) -> list[Tensor | Exception]:
@@ -218,8 +223,23 @@ class Executor:
         if captured is None:
             return False
         captured.memory.inputs.copy_(shape.write(rows, self._device), non_blocking=True)
-        captured.replay()
+        if captured.is_confirmed:
+            captured.replay()
+        else:
+            self._confirm(captured, shape=shape, rows=rows)
         return True
+
+    def _confirm(self, captured: Captured, *, shape: StepShape | PackedShape, rows: Sequence[StepRow]) -> None:
+        """Replay a captured step for the first time, then run it again eagerly. Keeps the eager results."""
+        pages = [page for row in rows for part in row.held.parts[: row.num_registers] for page in part]
+        places = self._device.upload(torch.tensor(pages, dtype=torch.int32))
+        registers = self.arena.memory
+        before = registers.index_select(0, places)
+        captured.replay()
+        replayed = registers.index_select(0, places)
+        registers.index_copy_(0, places.long(), before)
+        self._run(shape, captured.memory.inputs)
+        self._graphs.confirm(captured, replayed, expected=registers.index_select(0, places))
 
     def capture_next(self, *, is_idle: bool) -> bool:
         """Capture a CUDA graph of one more call shape. Returns False if no shape is worth capturing now.

@@ -85,7 +85,7 @@ class Sa3Model(NativeModel):
             num_prefix=net.num_memory_tokens,
             dtype=self.denoiser.dtype,
         )
-        super().__init__(components.text, components.prompt, text_width=config.prompt.width, spec=spec, device=device)
+        super().__init__(components.text, components.prompt, spec=spec, device=device)
         self._products = decoder_products(decode_precision, device)
         self._decode_rule = WindowRule(self.autoencoder.decoder_halo_latents, self.autoencoder.latent_multiple)
         self._shift = shift_from_config(config.shift, key=f"model.diffusion.{CONFIG_KEY}")

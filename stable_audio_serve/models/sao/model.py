@@ -84,7 +84,7 @@ class SaoModel(NativeModel):
         }
         packs_segments = has_varlen(device, self.denoiser.dtype, **heads)
         spec = replace(spec, packs_segments=packs_segments, num_prefix=NUM_PREFIX, dtype=self.denoiser.dtype)
-        super().__init__(components.text, components.prompt, text_width=config.prompt.width, spec=spec, device=device)
+        super().__init__(components.text, components.prompt, spec=spec, device=device)
         self._products = decoder_products(decode_precision, device)
         self._shift = read_shift(config.shift)
         self._halos = Halos(decoder_halo(config.autoencoder), encoder_halo(config.autoencoder))
