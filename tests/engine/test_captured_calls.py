@@ -175,7 +175,7 @@ class _Spoiling(TorchFunctionMode):
         if name == self._name == "index_copy_":
             args[3][(0,) * args[3].dim()] += 0.5
         result = func(*args, **(kwargs or {}))
-        if name == self._name == "stack":
+        if name == self._name == "stack" and "out" in (kwargs or {}):
             result[(0,) * result.dim()] += 0.5
         return result
 
