@@ -234,10 +234,10 @@ class Executor:
         pages = [page for row in rows for part in row.held.parts[: row.num_registers] for page in part]
         places = self._device.upload(torch.tensor(pages, dtype=torch.int32))
         registers = self.arena.memory
-        before = registers.index_select(0, places)
+        before = registers.index_select(0, places).double()
         captured.replay()
         replayed = registers.index_select(0, places)
-        registers.index_copy_(0, places.long(), before)
+        registers.index_copy_(0, places.long(), before.float())
         self._run(shape, captured.memory.inputs)
         expected = registers.index_select(0, places)
         self._graphs.confirm(captured, replayed - before, expected=expected - before)  # early steps change little
