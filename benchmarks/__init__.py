@@ -1,1 +1,1 @@
-"""Reproducible measurements: ratios between two sides of one run, with the environment they came from."""
+"""Benchmarks that compare servers or code paths in one run, and store the results with a description of the machine."""

@@ -1,7 +1,7 @@
-"""`python -m benchmarks CASE --out DIR`: run one case, write its JSON file, print its table.
+"""`python -m benchmarks CASE --out DIR`: runs one benchmark case, writes its JSON file and prints its table.
 
-The case `run` compares our server with what people would run instead. `bench` measures the short form of every goal and
-prints a line per goal.
+The case `run` compares our server with alternatives. `bench` runs the short form of all cases that have goals, and
+prints one line for each goal.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from stable_audio_serve.core.errors import StableAudioError
 Rows = list[dict[str, object]]
 
 MODES = ("strict", "fast")
-_DIALECTS = ("sa3", "saos", "vllm", "aiml", "fal")  # of `dialects`, which needs more packages
+_DIALECTS = ("sa3", "saos", "vllm", "aiml", "fal")  # not imported from `dialects`, which needs more packages
 # Errors that are printed without a traceback, because their message is sufficient.
 _EXPECTED = (VoidError, OutOfTimeError, OtherRunError, SideFailedError, StableAudioError, ValueError, OSError)
 _INTERRUPTED = 130
@@ -41,10 +41,11 @@ _INTERRUPTED = 130
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A case of `benchmarks.cases.MODULE`, which defines `async run_MODULE(settings)`, returning the results, and
-    `rows(results)`, returning their table.
+    """A benchmark case, implemented by a module in `benchmarks.cases`.
 
-    `options` are the settings that the case uses. `by_mode`: measure both modes unless `--mode` is given.
+    The module NAME defines `async run_NAME(settings)`, which returns results, and `rows(results)`, which returns them
+    as a table. `options` are the settings that the case uses. `by_mode`: unless `--mode` is given, the case is run in
+    both modes of the engine.
     """
 
     module: str
@@ -85,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = CaseSettings(
         **{field.name: given.pop(field.name) for field in fields(CaseSettings) if field.name in given}
     )
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # stops the servers too
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # like Ctrl-C: stops servers
     try:
         out.mkdir(parents=True, exist_ok=True)
         if case == "bench":
@@ -101,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measure_case(name: str, settings: CaseSettings, *, out: Path) -> Rows:
-    """Run a case, write a JSON file per mode, return its table."""
+    """Run a case and write a JSON file for each engine mode. Returns the case's table."""
     case = CASES[name]
     module = importlib.import_module(f"benchmarks.cases.{case.module}")
     table: Rows = []
@@ -114,7 +115,7 @@ def measure_case(name: str, settings: CaseSettings, *, out: Path) -> Rows:
 
 
 def measure_comparison(settings: CaseSettings, request: RunRequest, *, out: Path) -> Rows:
-    """Run the case `run`: JSON, the lists of arrivals and every request's record."""
+    """Run the case `run`. Writes its results, lists of arrivals and a record of every request; returns its table."""
     name = f"run-{request.mix}"
     results = asyncio.run(run.run_comparison(settings, request, folder=out / name))
     write_report(out, name, settings=asdict(settings), results=results)
@@ -124,7 +125,7 @@ def measure_comparison(settings: CaseSettings, request: RunRequest, *, out: Path
 def run_bench(settings: CaseSettings, *, out: Path) -> int:
     """Measure every goal that this machine can measure. If a case fails, the others still run.
 
-    Returns the exit status: 1 if a goal's whole interval misses, if a measurement is void, or if a case failed.
+    Returns the exit status: 1 if a goal is missed in all rounds, if a measurement is void, or if a case failed.
     """
     runs, rounds = (_FULL_RUNS, (3, 3)) if settings.full else (_SHORT_RUNS, (2, 1))
     steps: dict[str, Callable[[], Rows]] = {}
@@ -150,7 +151,10 @@ def run_bench(settings: CaseSettings, *, out: Path) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Returns the parser. Each case accepts the options that it uses; the result has only options that were given."""
+    """Returns the parser of the command line, with a subcommand for each case.
+
+    The parsed namespace has only options that were given.
+    """
     command = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     cases = command.add_subparsers(dest="case", required=True)
     cases.add_parser("gpu", help="what a CUDA device does: python -m benchmarks gpu --help", add_help=False)

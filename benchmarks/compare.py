@@ -1,6 +1,7 @@
-"""Runs one comparison: audio, capacity, latency at one rate, and goodput by bisection.
+"""Runs one comparison of servers (sides): their audio, capacity, latency at one rate, and goodput.
 
-Sides take turns. Each round has a new list of requests, the same for all sides.
+Sides take turns. Each round has a new list of requests, the same for all sides. Goodput is the highest rate at which
+nearly all requests are in time; a bisection finds it.
 """
 
 from __future__ import annotations
@@ -19,28 +20,31 @@ from benchmarks.pieces import Pieces
 from benchmarks.quiet import Watch, in_quiet
 from benchmarks.workload import Arrival, draw_arrivals
 
-# Root mean square of the difference between two clips, divided by that of the reference. Allowed: shared calls in
-# float32 (at most 1e-5) and the rounding of quiet clips to 16 bits (1e-4). Not allowed: a decoder in TF32 (8e-4), a
-# denoiser in float16 (above 1e-3), one step fewer (above 3e-2).
+# Largest allowed root mean square of the difference between two clips, divided by that of the reference clip. Batching
+# in float32 (at most 1e-5) and rounding quiet clips to 16 bits (1e-4) are below it. A decoder in TF32 (8e-4), a
+# denoiser in float16 (above 1e-3) and one step fewer (above 3e-2) are above it.
 LARGEST_DIFFERENCE = 5e-4
 LARGEST_HALF_DIFFERENCE = 5e-2  # the same bound if the denoiser runs in half precision
 
 _PROBES_PER_CLASS = 3
-_LEAST_DRAWN = 60  # requests from which probes are chosen; fewer might not include every number of steps
-_GOODPUT_RANGE = (0.2, 1.2)  # share of the side's own capacity
+_LEAST_DRAWN = 60  # smallest list from which probes are chosen: shorter ones might lack some number of steps
+_GOODPUT_RANGE = (0.2, 1.2)  # rates between which goodput is searched, as shares of the side's own capacity
 
 
 class VoidError(RuntimeError):
-    """A side did different work from the side that it is compared with."""
+    """The audio of two compared sides differs, so they did different work, and the comparison is void."""
 
 
 class SideFailedError(RuntimeError):
-    """A side did not return audio. Finished pieces are kept."""
+    """A side did not return audio. Finished measurements are kept."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """`count` requests in each list, a list per round. The first side is the reference; its capacity sets the rate."""
+    """The options of a comparison. Each round sends a new list of `count` requests.
+
+    The first side is the reference. Latencies are measured at `load_share` of its capacity.
+    """
 
     mix: str
     sides: tuple[str, ...]
@@ -51,15 +55,15 @@ class RunOptions:
     goodput_trials: int = 6
     goodput_of: tuple[str, ...] | None = None  # sides whose goodput is measured; None: all
     largest_difference: float | None = LARGEST_DIFFERENCE  # bound on the audio's difference; None: do not compare
-    warms_up: bool = False  # send every side one list that is not measured first
+    warms_up: bool = False  # first send every side one list that is not measured
 
 
 @dataclass
 class Run:
-    """Measures piece by piece; finished pieces are not measured again.
+    """One comparison. Finished measurements are stored in `pieces` and are not repeated by a later run.
 
-    `is_watched`: all sides run on this machine as descendants of this process, so the load of other programs can be
-    detected. A round that they disturb is repeated.
+    `is_watched`: all sides are descendants of this process, so the load of other programs can be detected. A round that
+    other programs disturb is repeated.
     """
 
     askers: Mapping[str, Asker]
@@ -69,7 +73,7 @@ class Run:
     _is_warm: bool = False
 
     async def measure(self) -> dict[str, Any]:
-        """Returns figures and ratios. Raises VoidError, SideFailedError or OutOfTimeError."""
+        """Returns all figures and ratios. Raises VoidError, SideFailedError or OutOfTimeError."""
         options = self.options
         reference = options.sides[0]
         alone = await self.pieces.take("alone", self._probe)
@@ -99,7 +103,10 @@ class Run:
         }
 
     async def _probe(self) -> dict[str, Any]:
-        """Request the same few clips from every side, one at a time, to compare the audio. Also times the reference."""
+        """Request the same few clips from every side, one at a time, and compare their audio with the reference's.
+
+        Also measures how long the idle reference takes for these clips.
+        """
         arrivals, (reference, *others) = self._choose_probes(), self.options.sides
         clips: dict[str, list[Audio]] = {}
         for name, asker in self.askers.items():
@@ -114,7 +121,7 @@ class Run:
         return {"outputs": outputs, "records": [asdict(record) for record in records]}
 
     def _choose_probes(self) -> list[Arrival]:
-        """Returns a few arrivals for each number of steps, with different durations, all due at once."""
+        """Returns a few requests of different durations for each number of steps, all due at once."""
         arrivals = self._draw(0, rate_hz=None, count=max(self.options.count, _LEAST_DRAWN))
         chosen = []
         for steps in sorted({arrival.steps for arrival in arrivals}):
@@ -124,8 +131,9 @@ class Run:
         return chosen
 
     async def _round(self, kind: str, *, number: int, rate_hz: float | None) -> dict[str, Any]:
-        """Send one list to every side in turn. If other programs disturb the round, repeat it; if all repeats are
-        disturbed, it is void.
+        """Send one list of requests to every side, one side after another. Returns the records of all sides.
+
+        A round that other programs disturb is repeated. If all repetitions are disturbed, the round is void.
         """
         arrivals = self._draw(number, rate_hz=rate_hz)
         path = self.pieces.folder / f"{kind}-{number + 1}-arrivals.json"
@@ -145,7 +153,10 @@ class Run:
         return {**piece, "records": records}
 
     async def _bisect(self, name: str, *, own_rps: float, probes: Sequence[Record]) -> Bracket:
-        """Find the highest rate at which nearly all requests finish in time, as a share of the side's own capacity."""
+        """Find the highest rate at which nearly all requests of a side finish in time.
+
+        `own_rps` is the side's capacity. `probes` have the times of clips on the idle reference.
+        """
         good_rps, bad_rps = (share * own_rps for share in _GOODPUT_RANGE)
         alone_ms = fit_alone_ms(probes)
         for trial in range(self.options.goodput_trials):
@@ -197,7 +208,10 @@ def _require_answers(name: str, records: list[Record]) -> list[Record]:
 def compare(
     reference: Sequence[Audio], others: Mapping[str, Sequence[Audio]], *, bound: float = LARGEST_DIFFERENCE
 ) -> dict[str, dict[str, float]]:
-    """Returns how each side's clips differ from the reference's. Raises VoidError naming the side that differs."""
+    """Returns how much the clips of each side in `others` differ from the reference's.
+
+    Raises VoidError naming a side with a larger difference than `bound`.
+    """
     results: dict[str, dict[str, float]] = {}
     for name, clips in others.items():
         differences = [difference(mine, theirs) for mine, theirs in zip(clips, reference, strict=True)]
@@ -215,9 +229,9 @@ def compare(
 
 
 def difference(clip: Audio, reference: Audio) -> float:
-    """Returns the level of the difference divided by the level of the reference.
+    """Returns the root mean square of `clip - reference`, divided by the root mean square of `reference`.
 
-    Infinite if the shapes differ, if a value is not finite, or if only the reference is silent.
+    The result is infinite if the shapes differ, if a value is not finite, or if only the reference is silent.
     """
     if clip.shape != reference.shape or not np.isfinite(clip).all():
         return float("inf")

@@ -1,4 +1,4 @@
-"""Clients of the five systems, reduced to what a benchmark needs: request one clip and read it to its last byte."""
+"""Clients of the five supported APIs (dialects), for benchmarks: each requests one clip and reads its last byte."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ Fetch = Callable[[httpx.AsyncClient, Arrival, str | None], Awaitable[httpx.Respo
 
 _TIMING = re.compile(r"(\w+);dur=([0-9.]+)")
 _POLL_S = 0.1
-_TIMEOUT_S = 600.0  # time limit of one call, and of a job
-_POOLS = 8  # HTTP clients; in one client, finding a free connection takes longer the more are in use
+_TIMEOUT_S = 600.0  # time limit of one HTTP request, and of one job
+_POOLS = 8  # number of HTTP clients: a single client would slowly search through all its open connections
 _REFUSALS = (429, 503)
-_FIELDS = ("prompt", "duration_s", "steps", "cfg_scale", "seed")  # of an arrival
+_FIELDS = ("prompt", "duration_s", "steps", "cfg_scale", "seed")  # the fields of an Arrival that are sent
 
 
 class OverHttp:
-    """A model of a running server, called in one of the dialects."""
+    """A client of one model of a running server, over one of the supported APIs (`dialect`)."""
 
     def __init__(self, clients: list[httpx.AsyncClient], dialect: str = "sa3", *, model: str | None = None) -> None:
-        """If `model` is None, the server uses its default."""
+        """If `model` is None, requests name no model, and the server uses its default."""
         self._clients = itertools.cycle(clients)
         self._fetch = DIALECTS[dialect]
         self._model = model
@@ -46,12 +46,12 @@ class OverHttp:
         return Answer(stages_ms, _count_samples(content), lambda: read_audio(content))
 
     async def settle(self) -> None:
-        """Returns at once: a remote server does not report its pending captures."""
+        """Return at once: a remote server does not report whether it is still optimising."""
 
 
 @asynccontextmanager
 async def open_clients(url: str, *, key: str | None = None) -> AsyncIterator[list[httpx.AsyncClient]]:
-    """Yield clients without a limit on requests in flight; `key` is sent as a bearer token."""
+    """Yield HTTP clients without a limit on requests in flight. `key` is sent as a bearer token."""
     async with AsyncExitStack() as stack:
         yield [
             await stack.enter_async_context(
@@ -68,7 +68,10 @@ async def open_clients(url: str, *, key: str | None = None) -> AsyncIterator[lis
 
 
 def _route(path: str, *names: str) -> Fetch:
-    """Returns a call of a route that answers with the file; `names` are its fields for those of `_FIELDS`."""
+    """Returns a function that requests a clip from a route whose response is the audio file.
+
+    `names` are the names that the route gives to the fields in `_FIELDS`.
+    """
 
     async def fetch(http: httpx.AsyncClient, arrival: Arrival, model: str | None) -> httpx.Response:  # noqa: PLR0917
         body = {name: getattr(arrival, field) for name, field in zip(names, _FIELDS, strict=True)}
@@ -78,13 +81,16 @@ def _route(path: str, *names: str) -> Fetch:
 
 
 async def _fetch_saos(http: httpx.AsyncClient, arrival: Arrival, model: str | None) -> httpx.Response:  # noqa: PLR0917
-    """Ask the Stable Audio Open Small loop API: whole seconds, its one model."""
+    """Request a clip from the Stable Audio Open Small loop API. Durations are whole seconds; `model` is not used."""
     body = _whole_seconds(arrival) | {"cfg_scale": arrival.cfg_scale, "seed": arrival.seed, "return_format": "file"}
     return await _call(http, "/generate", json=body)
 
 
 async def _fetch_aiml(http: httpx.AsyncClient, arrival: Arrival, model: str | None) -> httpx.Response:  # noqa: PLR0917
-    """Ask AIML API: a job that is polled until it is done, then its file. No seed and no guidance."""
+    """Request a clip as in AIML API: create a job, poll it until it is done, then get its file.
+
+    The API has no seed and no guidance scale.
+    """
     path, body = "/v2/generate/audio", _whole_seconds(arrival) | {"model": model or "stable-audio"}
     ticket = (await _call(http, path, json=body)).json()
     async with asyncio.timeout(_TIMEOUT_S):
@@ -100,7 +106,10 @@ async def _fetch_aiml(http: httpx.AsyncClient, arrival: Arrival, model: str | No
 
 
 async def _fetch_fal(http: httpx.AsyncClient, arrival: Arrival, model: str | None) -> httpx.Response:  # noqa: PLR0917
-    """Ask fal's synchronous route, then for the file it names. No seed and no guidance."""
+    """Request a clip from fal's synchronous route, then get the file at the URL in its response.
+
+    The API has no seed and no guidance scale.
+    """
     reply = await _call(http, f"/{model or 'fal-ai/stable-audio'}", json=_whole_seconds(arrival))
     return await _call(http, reply.json()["audio_file"]["url"], method="GET")
 
@@ -115,7 +124,7 @@ DIALECTS: Mapping[str, Fetch] = {
 
 
 def read_audio(content: bytes) -> Audio:
-    """Returns (C, S) float32. Raises RuntimeError if `content` is no audio file."""
+    """Returns the audio in a file's bytes, (channels, samples) float32. Raises RuntimeError for other content."""
     try:
         samples, _ = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
@@ -138,7 +147,7 @@ def _whole_seconds(arrival: Arrival) -> dict[str, object]:
 
 
 def _count_samples(content: bytes) -> int:
-    """Returns the samples per channel of an audio file as far as it has arrived, 0 for anything else."""
+    """Returns the number of samples per channel of an audio file, which may be truncated; 0 for other content."""
     try:
         return soundfile.info(io.BytesIO(content)).frames
     except soundfile.LibsndfileError:

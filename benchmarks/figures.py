@@ -1,4 +1,4 @@
-"""Computes figures and ratios with their intervals from records. Latencies are in milliseconds."""
+"""Computes figures of servers, and ratios with intervals, from records of requests. Latencies are in milliseconds."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import numpy as np
 
 from benchmarks.load import Record
 
-_MOST_LATE_SHARE = 0.05  # share of requests that may be late for the rate to count as good
-_LONGEST_ALONE = 5.0  # a request is late after this many times its solo time, or ...
-_LEAST_BOUND_MS = 1000.0  # ... after this time, whichever is longer
-_HEAD, _TAIL = 0.15, 0.05  # shares of a list, by arrival, that are left out of the steady part
+_MOST_LATE_SHARE = 0.05  # largest share of late requests for which a rate counts as good
+_LONGEST_ALONE = 5.0  # a request is late after this many times its time on an idle server,
+_LEAST_BOUND_MS = 1000.0  # but not before this time
+_HEAD, _TAIL = 0.15, 0.05  # shares of a list, at its start and end, whose latencies are not counted
 
 Records = Mapping[str, Sequence[Record]]  # records of one round, by side
 
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """Our figure divided by theirs, with its interval."""
+    """A figure of one side divided by that of another, with the interval of the ratio."""
 
     value: float
     low: float
@@ -30,14 +30,17 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True)
 class Bracket:
-    """The highest rate that was good and the lowest that was not, in requests per second."""
+    """The highest rate at which nearly all requests were in time, and the lowest at which they were not.
+
+    Both are in requests per second.
+    """
 
     good_rps: float
     bad_rps: float
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Returns the percentile by linear interpolation, 0 without values."""
+    """Returns a percentile with linear interpolation; 0 if there are no values."""
     return float(np.percentile(values, percent)) if values else 0.0
 
 
@@ -48,23 +51,24 @@ def summarize(latencies_ms: Sequence[float]) -> dict[str, float]:
 
 
 def worst(name: str, rounds: Sequence[float], *, larger_is_better: bool = False) -> dict[str, Any]:
-    """Returns the figure of the worst round under `name`, and those of all rounds under `name_rounds`."""
+    """Returns a dict with the worst value of all rounds under `name`, and all values under `name` + "_rounds"."""
     return {name: min(rounds) if larger_is_better else max(rounds), f"{name}_rounds": list(rounds)}
 
 
 def span_s(records: Sequence[Record]) -> float:
-    """Returns the time from the first scheduled arrival to the last byte."""
+    """Returns the time from the first scheduled arrival to the last byte of the last response."""
     return max(1e-9, max(record.ended_at for record in records) - min(record.due_at for record in records))
 
 
 def capacity_rps(records: Sequence[Record]) -> float:
-    """Returns finished requests per second. Refused requests take time but do not count as work."""
+    """Returns the number of finished requests per second. Refused requests do not count."""
     return sum(record.is_finished for record in records) / span_s(records)
 
 
 def steady_latencies_ms(records: Sequence[Record], *, steps: int | None = None) -> list[float]:
-    """Returns latencies of requests that finished in the steady part of a list, optionally only those with `steps`
-    steps.
+    """Returns the latencies of finished requests, without those at the start and end of the list.
+
+    If `steps` is given, only requests with this number of steps count.
     """
     ordered = sorted(records, key=lambda record: record.due_at)
     kept = ordered[int(_HEAD * len(ordered)) : len(ordered) - int(_TAIL * len(ordered))] or ordered
@@ -72,15 +76,15 @@ def steady_latencies_ms(records: Sequence[Record], *, steps: int | None = None) 
 
 
 def ratio_of_medians(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
-    """Returns the median of the rounds' ratios, and their range."""
+    """Returns the median of the rounds' ratios. The interval is their range."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     return Ratio(median(ratios), min(ratios), max(ratios))
 
 
 def ratio_of_pooled_p95(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Ratio | None:
-    """Returns the ratio of the p95s over all rounds' latencies. The interval covers it and every round's own ratio.
+    """Returns the ratio of the 95th percentiles of two sides' latencies in all rounds together.
 
-    None if a round has no such request.
+    The interval covers this ratio and the ratio of each round. Returns None if a round has no latency.
     """
     if not all(ours) or not all(theirs):
         return None
@@ -92,25 +96,26 @@ def ratio_of_pooled_p95(ours: Sequence[Sequence[float]], theirs: Sequence[Sequen
 
 
 def ratio_of_brackets(ours: Bracket, theirs: Bracket) -> Ratio:
-    """Returns our good rate divided by theirs. The interval has all ratios that are possible within the brackets."""
+    """Returns our good rate divided by theirs. The interval has all ratios that are possible in the two brackets."""
     good, low, high = (ours.good_rps / theirs.good_rps, ours.good_rps / theirs.bad_rps, ours.bad_rps / theirs.good_rps)
     return Ratio(good, low, high)
 
 
 def is_good(records: Sequence[Record], *, alone_ms: Callable[[Record], float]) -> bool:
-    """Whether at least 95 % were in time."""
+    """Whether at least 95 % of the requests were in time (`is_in_time`)."""
     late = sum(not is_in_time(record, alone_ms=alone_ms(record)) for record in records)
     return late <= _MOST_LATE_SHARE * len(records)
 
 
 def is_in_time(record: Record, *, alone_ms: float) -> bool:
-    """Whether it finished within five times its solo time or one second, whichever is longer."""
+    """Whether a request finished within five times its time on an idle server, or one second, whichever is longer."""
     return record.is_finished and record.latency_ms <= max(_LONGEST_ALONE * alone_ms, _LEAST_BOUND_MS)
 
 
 def fit_alone_ms(probes: Sequence[Record]) -> Callable[[Record], float]:
-    """Returns a function that predicts a request's time on an idle server. It interpolates by duration between probes
-    with the same number of steps.
+    """Returns a function that predicts the time of a request on an idle server.
+
+    The function interpolates, by duration, between probes with the same number of steps.
     """
     by_steps: dict[int, list[tuple[float, float]]] = {}
     for probe in probes:
@@ -124,7 +129,7 @@ def fit_alone_ms(probes: Sequence[Record]) -> Callable[[Record], float]:
 
 
 def mean_stages_ms(records: Sequence[Record]) -> dict[str, float]:
-    """Returns the mean time of each stage that the side reported."""
+    """Returns the mean time of each stage, such as decoding, that the server reported with its responses."""
     names = dict.fromkeys(name for record in records for name in record.stages_ms)
     return {name: mean(record.stages_ms.get(name, 0.0) for record in records) for name in names}
 
@@ -132,7 +137,10 @@ def mean_stages_ms(records: Sequence[Record]) -> dict[str, float]:
 def summarize_sides(
     sides: Sequence[str], *, bursts: Sequence[Records], replays: Sequence[Records], brackets: Mapping[str, Bracket]
 ) -> dict[str, Any]:
-    """Returns `sides` and `ratios`; `ratios[a][b]` are a's figures over b's."""
+    """Returns a dict with `sides`, the figures of each side, and `ratios`.
+
+    `ratios[a][b]` are the figures of side a divided by those of side b.
+    """
     steps = sorted({record.steps for records in replays for own in records.values() for record in own})
 
     def describe(name: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""The goals as data, and one line per goal with its status: `P4 demo-wide p95 0.66 (0.62-0.71) <= 0.7 ok`.
+"""The performance goals, and a status line for each from result files: `P4 demo-wide p95 0.66 (0.62-0.71) <= 0.7 ok`.
 
-Reads result files only. `ok`: the value meets the bound. `close`: the value misses the bound, but its interval reaches
-it. `MISS`: the whole interval misses it. `not measured`: no file has the figure.
+`ok`: the value meets the bound. `close`: the value misses the bound, but its interval reaches the bound. `MISS`: the
+whole interval misses the bound. `not measured`: no result file has the figure.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ Verdict = Literal["ok", "close", "MISS", "void", "not measured"]
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """A bound on one figure. `path` are the keys that lead to the figure in the results of a case's file.
+    """A bound on one figure of a result file. `path` has the keys that lead to the figure in the file's results.
 
-    The figure is a ratio with its interval, or a number. A number may have a sibling whose name ends in `_rounds`,
-    with the figure of each round.
+    The figure is a ratio with its interval, or a number. The values of a number in each round may be next to it, under
+    its name with `_rounds` appended.
     """
 
     id: str
@@ -34,7 +34,7 @@ class Goal:
 
     @property
     def sign(self) -> str:
-        """The comparison with the bound that the figure must satisfy."""
+        """`<=` or `>=`: how the figure must compare with the bound."""
         return ">=" if self.larger_is_better else "<="
 
 
@@ -50,7 +50,7 @@ class Standing:
 
     @property
     def verdict(self) -> Verdict:
-        """Whether the goal is met."""
+        """The status of the goal, such as `ok` or `MISS`."""
         if self.value is None or self.low is None or self.high is None:
             return "not measured"
         if self.is_void:
@@ -101,7 +101,7 @@ def _find(results: Any, path: Sequence[str]) -> Any:
     return results
 
 
-# Id; description; file; dotted path; bound.
+# One goal per line: id; description; result file; keys of the figure, separated by dots; bound.
 _TABLE = """
 P1; demo-wide fast capacity; run-demo-wide; ratios.ours-fast.lock.capacity; >= 1.4
 P1; demo-fast fast capacity; run-demo-fast; ratios.ours-fast.lock.capacity; >= 1.2

@@ -1,6 +1,6 @@
-"""Sends every request at its scheduled time, even if earlier ones are late, and records the outcome.
+"""Sends requests to a server at their scheduled times, even if earlier requests are late, and records the outcomes.
 
-A side runs in this process or behind HTTP. Latencies include delays of this client.
+The server runs in this process or behind HTTP. Latencies include delays of this client.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from benchmarks.workload import Arrival, to_request
 from stable_audio_serve.core.errors import OverloadedError, StableAudioError
 
 if TYPE_CHECKING:
-    from benchmarks.sides.servers import Side  # imports torch, which a client over HTTP does not need
+    from benchmarks.sides.servers import Side  # imports torch, which HTTP clients do not need
 
 Audio = npt.NDArray[np.float32]
 Item = TypeVar("Item")
@@ -29,8 +29,9 @@ _DEFAULT_RETRY_S = 1.0  # pause after a refusal without Retry-After
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer: samples per channel (0: unknown), the times of the stages that the server reported, and `read`, which
-    decodes the audio (C, S) float32.
+    """A server's response: the times of stages that the server reported, and the number of samples (0: unknown).
+
+    `read` decodes the audio, (channels, samples) float32.
     """
 
     stages_ms: Mapping[str, float]
@@ -39,7 +40,7 @@ class Answer:
 
 
 class RefusedError(Exception):
-    """A server had no room (429 or 503); `retry_after_s` is its Retry-After."""
+    """A server refused a request because it was full (429 or 503). `retry_after_s` is the header Retry-After."""
 
     def __init__(self, message: str, *, retry_after_s: float | None) -> None:
         super().__init__(message)
@@ -47,21 +48,22 @@ class RefusedError(Exception):
 
 
 class Asker(Protocol):
-    """A client of one side, in this process or over HTTP."""
+    """A client of one compared server (side), in this process or over HTTP."""
 
     async def ask(self, arrival: Arrival) -> Answer:
-        """Send a request and return after the last byte of the answer. Raises RefusedError, or RuntimeError if the
-        answer is not audio.
+        """Send a request and return the response after its last byte.
+
+        Raises RefusedError, or RuntimeError if the response is not audio.
         """
         ...
 
     async def settle(self) -> None:
-        """Return once an idle side has finished its optimisations, such as capturing calls."""
+        """Wait until the idle side has finished its optimisations, such as capturing CUDA graphs."""
         ...
 
 
 class InProcess:
-    """A side in this process."""
+    """A client of a side in this process."""
 
     def __init__(self, side: Side) -> None:
         self._side = side
@@ -83,7 +85,7 @@ class InProcess:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One request of a list. Times are seconds from the list's start. `error` is the text of a failure."""
+    """The outcome of one request. Times are seconds from the start of its list. `error` is the message of a failure."""
 
     index: int
     due_at: float
@@ -98,26 +100,26 @@ class Record:
 
     @property
     def latency_ms(self) -> float:
-        """Time from the scheduled arrival to the last byte."""
+        """The time from the scheduled arrival to the last byte of the response."""
         return (self.ended_at - self.due_at) * 1000.0
 
     @property
     def is_finished(self) -> bool:
-        """Whether audio came back."""
+        """Whether the response was audio."""
         return self.outcome == "finished"
 
 
 async def play(asker: Asker, arrivals: Iterable[Arrival]) -> list[Record]:
-    """Send each request at its own time (open loop). Returns the records in the list's order."""
+    """Send each request at its scheduled time (open loop). Returns the records in the order of `arrivals`."""
     return [attempts[0] for attempts in await play_until_served(asker, arrivals, most_attempts=1)]
 
 
 async def play_until_served(
     asker: Asker, arrivals: Iterable[Arrival], *, most_attempts: int = _MOST_ATTEMPTS
 ) -> list[list[Record]]:
-    """Send each request at its own time; after a refusal, wait for its Retry-After and send it again.
+    """Send each request at its scheduled time. After a refusal, wait as long as its Retry-After says and send it again.
 
-    Returns all attempts of each request.
+    Returns the records of all attempts, for each request.
     """
     started_at = time.perf_counter()
 
@@ -137,16 +139,16 @@ async def play_until_served(
 
 
 async def play_alone(asker: Asker, arrivals: Iterable[Arrival]) -> list[Record]:
-    """Send one request after another. Each is due when it is sent, and its times are relative to that."""
+    """Send one request after another. The times in a request's record are relative to its sending."""
     return [(await play(asker, [replace(arrival, at_s=0.0)]))[0] for arrival in arrivals]
 
 
 async def send_in_flight(
     send: Callable[[Item], Awaitable[object]], items: Sequence[Item], *, num_in_flight: int
 ) -> list[float]:
-    """Keep `num_in_flight` items in flight (closed loop).
+    """Call `send` with each item, keeping `num_in_flight` calls in progress (closed loop).
 
-    Returns when each ended, in seconds from the start, in order of completion.
+    Returns the time at which each call ended, in seconds from the start, in order of completion.
     """
     started_at = time.perf_counter()
     waiting, ended_at = iter(items), []
@@ -163,7 +165,7 @@ async def send_in_flight(
 
 
 async def play_clips(asker: Asker, arrivals: Iterable[Arrival], *, sample_rate_hz: int) -> list[Record]:
-    """Like `play`. Raises RuntimeError unless every answer is audio of the length asked for."""
+    """Like `play`, but raises RuntimeError unless every response is audio of the requested length."""
     records = await play(asker, arrivals)
     for record in records:
         if not record.is_finished or record.num_samples != int(record.audio_s * sample_rate_hz):

@@ -1,6 +1,6 @@
-"""`python -m benchmarks.page`: writes the committed results to a page beside them and to docs/performance.md.
+"""`python -m benchmarks.page`: writes the results in benchmarks/results to its README.md and to docs/performance.md.
 
-The page has every figure and goal, docs/performance.md the most important figures.
+README.md has all figures and goals, docs/performance.md the most important figures.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _RUN_SAID = {
 
 
 def render(results: Path = RESULTS) -> str:
-    """Returns the page for every machine that has a folder of results."""
+    """Returns the text of README.md, with a section for every machine that has a folder of results."""
     parts = [_HEAD]
     folders = sorted(path for path in results.iterdir() if path.is_dir())
     for folder in folders:
@@ -72,7 +72,7 @@ def render(results: Path = RESULTS) -> str:
 
 
 def fill(text: str, folder: Path = _SUMMARIZED) -> str:
-    """Returns the text of docs/performance.md with its tables made from the results in a folder."""
+    """Returns the text of docs/performance.md with tables from the results in a folder."""
     results = {path.stem: json.loads(path.read_text())["results"] for path in folder.glob("*.json")}
     tables = {"servers": _servers(results), "figures": _figures(results), "edits": _edits(results["edits"])}
     for name, rows in tables.items():
@@ -83,7 +83,7 @@ def fill(text: str, folder: Path = _SUMMARIZED) -> str:
 
 
 def main() -> None:
-    """Write the page and the tables."""
+    """Write benchmarks/results/README.md, and the tables of docs/performance.md."""
     PAGE.write_text(render())
     SUMMARY.write_text(fill(SUMMARY.read_text()))
 
@@ -172,7 +172,7 @@ def _section(
 
 
 def _command(case: str, settings: Mapping[str, Any], *, followed: Iterable[str]) -> str:
-    """Returns the command that measures a case, without options that have their default value."""
+    """Returns the command line that measures a case with these settings, without options at their default."""
     given = {name: settings[name] for name in followed if name in settings and settings[name] != _DEFAULTS[name]}
     flags = [f"--{name}" if value is True else f"--{name} {value}" for name, value in given.items()]
     return " ".join(["python -m benchmarks", case, *flags])

@@ -1,4 +1,4 @@
-"""Stores finished measurements as files, so that an interrupted run continues where it stopped."""
+"""Stores each finished measurement of a run as a file, so that an interrupted run can continue where it stopped."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from typing import Any
 
 
 class OtherRunError(RuntimeError):
-    """A folder holds pieces of a run with other options."""
+    """The folder has measurements of a run with other options."""
 
 
 class OutOfTimeError(RuntimeError):
-    """The time budget ended before the run did; finished pieces are kept."""
+    """The time budget ended before the run did. Finished measurements are kept."""
 
 
 class Pieces:
-    """A folder of JSON files, one per measurement. `about` describes the run that all of them belong to."""
+    """The folder of a run, with a JSON file for each finished measurement. `about` has the options of the run."""
 
     def __init__(self, folder: Path, about: Mapping[str, object], *, ends_at: float = float("inf")) -> None:
-        """After `ends_at` on the monotonic clock no new measurement begins. Raises OtherRunError if the folder holds
-        pieces of a run with other options."""
+        """`ends_at` is a time on the monotonic clock after which no new measurement begins.
+
+        Raises OtherRunError if the folder has measurements of a run with other options.
+        """
         self.folder = folder
         self.ends_at = ends_at
         folder.mkdir(parents=True, exist_ok=True)
@@ -35,11 +37,14 @@ class Pieces:
                 f"{folder} holds a run with other options ({', '.join(other)}): remove it, or choose another --out"
             )
         self.about = wanted
-        self.left: list[str] = []  # the names that `attempt` had no time for
+        self.left: list[str] = []  # names of measurements for which `attempt` had no time
         self.failed: dict[str, str] = {}
 
     async def attempt(self, name: str, measure: Callable[[], Awaitable[Any]]) -> Any:
-        """Returns the result of `take`. If there is no time or `measure` fails, returns None, so that others run."""
+        """Return the result of `take`, or None if there is no time or `measure` fails.
+
+        The name is then added to `left` or `failed`, and the run can continue with other measurements.
+        """
         try:
             return await self.take(name, measure)
         except OutOfTimeError:
@@ -50,9 +55,9 @@ class Pieces:
         return None
 
     async def take(self, name: str, measure: Callable[[], Awaitable[Any]]) -> Any:
-        """Returns the content of the file of this name. If it is missing, measures and writes it first.
+        """Return the measurement `name` from its file. If there is no file, call `measure` and write the file first.
 
-        Raises OutOfTimeError if the measurement cannot begin in time.
+        Raises OutOfTimeError if `measure` cannot begin before `ends_at`.
         """
         path = self.folder / f"{name}.json"
         if path.exists():
@@ -64,6 +69,6 @@ class Pieces:
         (self.folder / "about.json").write_text(json.dumps(self.about, indent=2) + "\n")
         draft = path.with_suffix(".part")
         draft.write_text(json.dumps(value) + "\n")
-        draft.rename(path)  # so that an interrupted run leaves no incomplete file
+        draft.rename(path)  # renamed, so that an interruption leaves no incomplete file
         print(f"{name}: measured in {time.monotonic() - started_at:.1f} s", file=sys.stderr, flush=True)
         return value

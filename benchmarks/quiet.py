@@ -1,7 +1,7 @@
-"""Records the processor time of other programs during a measurement. If they used too much, the measurement is void and
-is repeated a few times.
+"""Records the processor time of other programs during a measurement. If other programs used too much, the measurement
+is void and is repeated a few times.
 
-A process counts as ours if it is this one or descends from it.
+All processes except this one and its descendants are other programs.
 """
 
 from __future__ import annotations
@@ -13,29 +13,36 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    import psutil  # which a machine for engine benchmarks may lack
+    import psutil  # not installed on every machine, so imported only where needed
 
 LARGEST_FOREIGN_CORES = 0.1
-_MOST_REPEATS = 3  # of a void measurement
+_MOST_REPEATS = 3  # how often a void measurement is repeated
 
 Measured = TypeVar("Measured")
 
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """`own_s` is our processor time in seconds; `foreign_cores` the mean number of cores that other programs used."""
+    """The processor use during a measurement.
+
+    `own_s` is the processor time of this process and its descendants, in seconds. `foreign_cores` is the mean number of
+    cores that other programs used; None: not measured.
+    """
 
     own_s: float = 0.0
     foreign_cores: float | None = None
 
     @property
     def is_quiet(self) -> bool:
-        """Whether the measurement counts."""
+        """Whether other programs used so little that the measurement is valid."""
         return self.foreign_cores is None or self.foreign_cores <= LARGEST_FOREIGN_CORES
 
 
 async def in_quiet(measure: Callable[[], Awaitable[Measured]]) -> tuple[Measured, Watch]:
-    """Measure, and repeat while other programs disturb it. Returns the last measurement and its watch."""
+    """Call `measure`, and repeat the call a few times if other programs disturb it.
+
+    Returns the last result and the processor use meanwhile.
+    """
     for _ in range(1 + _MOST_REPEATS):
         before, machine_s, started_at = _own_s(), _machine_s(), time.perf_counter()
         measured = await measure()
@@ -48,7 +55,7 @@ async def in_quiet(measure: Callable[[], Awaitable[Measured]]) -> tuple[Measured
 
 
 def describe_quiet(watches: Sequence[Watch]) -> dict[str, Any]:
-    """Returns whether any measurement is void, and the load of other programs during each."""
+    """Returns a dict that says whether any measurement is void, and how many cores other programs used in each."""
     return {
         "is_void": not all(watch.is_quiet for watch in watches),
         "foreign_cores": [watch.foreign_cores for watch in watches],
@@ -63,7 +70,7 @@ def _machine_s() -> float:
 
 
 def _own_s() -> dict[int, float]:
-    """Returns the processor seconds of this process and its descendants, by process."""
+    """Returns the processor time of this process and its descendants in seconds, by process id."""
     import psutil
 
     used: dict[int, float] = {}
@@ -75,7 +82,7 @@ def _own_s() -> dict[int, float]:
 
 
 def family(pid: int | None = None) -> list[psutil.Process]:
-    """Returns a process, by default this one, and its descendants; nothing if it has ended."""
+    """Returns a process (default: this one) and its descendants; an empty list if the process has ended."""
     import psutil
 
     try:

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-_LEAST_EXPONENT = -4  # power of ten below which a cell uses scientific notation
+_LEAST_EXPONENT = -4  # numbers below this power of ten are printed in scientific notation
 
 
 def describe_environment(settings: Mapping[str, object]) -> dict[str, Any]:
-    """Returns commit, machine, library versions and the settings of this run."""
+    """Returns a description of a run: commit, machine, versions of libraries and the given settings."""
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     return {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -41,7 +41,7 @@ def describe_environment(settings: Mapping[str, object]) -> dict[str, Any]:
 
 
 def hash_sources() -> str:
-    """Returns a hash of the code, which also changes with uncommitted edits."""
+    """Returns a hash of the source files. Unlike the commit, it also changes with uncommitted edits."""
     digest = hashlib.sha256()
     root = Path(__file__).parents[1]
     for folder in ("stable_audio_serve", "benchmarks"):
@@ -60,7 +60,7 @@ def write_report(folder: Path, case: str, *, settings: Mapping[str, object], res
 
 
 def format_table(rows: Sequence[Mapping[str, object]]) -> str:
-    """Returns rows with the same keys as a table with aligned columns."""
+    """Returns rows as the text of a table with aligned columns. All rows must have the same keys."""
     if not rows:
         return ""
     lines = [list(rows[0])] + [[format_cell(value) for value in row.values()] for row in rows]
@@ -69,7 +69,7 @@ def format_table(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def format_cell(value: object) -> str:
-    """Returns a table cell; fractions have at least three significant digits and all digits of their whole part."""
+    """Returns the text of a table cell. Fractions have three significant digits, or all digits of their whole part."""
     if not isinstance(value, float) or not math.isfinite(value):
         return str(value)
     if value.is_integer() or abs(value) >= 100:
@@ -79,7 +79,7 @@ def format_cell(value: object) -> str:
 
 
 def _output(*command: str) -> str | None:
-    """Returns a program's output, None if it cannot be run."""
+    """Returns the output of a command; None if the command cannot be run."""
     try:
         ran = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):

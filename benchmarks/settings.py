@@ -1,4 +1,4 @@
-"""The settings that every case takes."""
+"""The settings of all benchmark cases."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class CaseSettings:
-    """`model` is a registered name or a checkpoint folder; None selects the demo model, or a tiny one if it is
-    missing.
+    """What every case measures, and how much.
 
-    `threads` is the model's number of CPU threads. `mode` is strict, fast or None for the device's default. `full`
-    measures with as many requests as published figures need, instead of a short form of minutes.
+    `model` is a registered name or a checkpoint folder; None selects the demo model, or a tiny test model if the demo
+    is missing. `threads` is the model's number of CPU threads. `mode` is the engine's mode (strict or fast; None: the
+    device's default). `full` sends as many requests as published figures need; otherwise, a case takes only minutes.
     """
 
     model: str | None = None

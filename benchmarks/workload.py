@@ -1,6 +1,6 @@
-"""Named mixes of requests, and lists of arrivals.
+"""Named mixes of requests, and random lists of requests with arrival times.
 
-A list depends only on (mix, rate, count, seed), so every side and every later run gets the same list.
+A list depends only on (mix, rate, count, seed), so every compared server and every later run gets the same list.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ _SOUNDS = (
 )  # fmt: skip
 PROMPTS = tuple(f"a {adjective} {sound}" for adjective, sound in itertools.product(_ADJECTIVES, _SOUNDS))
 
-_NOISE_SHARE = 0.6  # noise level of variations
-_ZIPF_EXPONENT = 1.1  # of the frequencies of prompts
-_CFG_SCALE = 4.0  # guidance of guided requests
+_NOISE_SHARE = 0.6  # noise level of requests that vary source audio
+_ZIPF_EXPONENT = 1.1  # exponent of the Zipf distribution of prompts
+_CFG_SCALE = 4.0  # guidance scale of requests with guidance
 _GUIDED_FROM = 50  # steps
 
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """Durations in seconds and step counts, with their weights. Arrivals are Poisson.
+    """A mix of requests: durations in seconds and numbers of steps, each with its weight. Arrivals are Poisson.
 
-    Durations vary by the share `spread`, so that few requests have equal lengths.
+    Each duration is varied randomly by the share `spread`, so that few requests have equal lengths.
     """
 
     name: str
@@ -67,7 +67,7 @@ MIXES = {
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request, due `at_s` seconds after the start, with fields that every dialect supports."""
+    """One request that is sent `at_s` seconds after the start of its list. Has only fields that all APIs support."""
 
     at_s: float
     prompt: str
@@ -78,17 +78,17 @@ class Arrival:
 
     @property
     def is_guided(self) -> bool:
-        """Whether a step takes two network rows."""
+        """Whether the request uses guidance, so that a step needs two rows of the network."""
         return self.cfg_scale != 1.0
 
 
 def draw_arrivals(
     mix: Mix | str, *, rate_hz: float | None, count: int, seed: int, max_duration_s: float
 ) -> tuple[Arrival, ...]:
-    """Returns `count` requests of a mix in order of arrival, durations cut to `max_duration_s`.
+    """Returns `count` requests of a mix in order of arrival. Longer durations are cut to `max_duration_s`.
 
-    If `rate_hz` is None, all arrive at once. The requests depend only on (mix, count, seed); the rate changes only
-    their arrival times.
+    `rate_hz` is the rate of arrivals; if it is None, all requests arrive at once. The rate changes only the arrival
+    times: the requests depend only on (mix, count, seed).
     """
     mix = MIXES[mix] if isinstance(mix, str) else mix
     rng = random.Random(f"{mix.name}/{count}/{seed}")
@@ -106,7 +106,7 @@ def _draw_request(mix: Mix, rng: random.Random, *, seed: int, max_duration_s: fl
     steps = _choose(rng, mix.steps)
     duration_s = _choose(rng, mix.durations_s) * rng.uniform(1 - mix.spread, 1 + mix.spread)
     prompt = rng.choices(PROMPTS, [1.0 / rank**_ZIPF_EXPONENT for rank in range(1, len(PROMPTS) + 1)])[0]
-    rng.random(), rng.random()  # unused draws of earlier versions; they keep the lists unchanged
+    rng.random(), rng.random()  # not used, but needed to get the same lists as earlier versions
     return Arrival(
         at_s=0.0,
         prompt=prompt,
@@ -122,7 +122,7 @@ def _choose(rng: random.Random, weighted: Sequence[tuple[Value, float]]) -> Valu
 
 
 def to_request(arrival: Arrival) -> GenerationRequest:
-    """Returns the request for an engine."""
+    """Returns the request in the form that an engine accepts."""
     return GenerationRequest(
         prompt=arrival.prompt,
         duration_s=arrival.duration_s,
@@ -149,7 +149,7 @@ def eight_mixed_requests(card: ModelCard) -> list[GenerationRequest]:
             "duration_s": longest_s / 4,
             "inpaint_audio": clip,
             "inpaint_regions_s": ((longest_s / 16, longest_s / 8),),
-            "keep": "model",  # the only method that all compared sides support
+            "keep": "model",  # other methods are not supported by all compared servers
         },
         {"duration_s": longest_s, "steps": 6},
         {"duration_s": longest_s / 8, "cfg_scale": 5.0, "steps": 12, "sampler": first},

@@ -1,7 +1,7 @@
 """Sphinx configuration of the website (`make site`).
 
-MyST reads the Markdown pages as they are. Sphinx warns of broken links and anchors and of pages that are in no menu.
-The theme furo loads nothing from other hosts.
+MyST reads the Markdown pages of docs/. Sphinx warns of broken links and anchors, and of pages that are in no menu. The
+theme furo loads nothing from other hosts.
 """
 
 from __future__ import annotations
@@ -36,6 +36,6 @@ def _leave_folders_unlinked(app: Sphinx, document: nodes.document) -> None:
 
 
 def setup(app: Sphinx) -> None:
-    """Called by Sphinx."""
+    """Sphinx calls this function to let the configuration register handlers and lexers."""
     app.connect("doctree-read", _leave_folders_unlinked)
-    app.add_lexer("caddy", TextLexer)  # Pygments has none
+    app.add_lexer("caddy", TextLexer)  # Pygments has no lexer for Caddy

@@ -1,4 +1,4 @@
-"""Generate the pages openapi.json, openapi.md and metrics.md from the code (`make docs`)."""
+"""Generates openapi.json, openapi.md and metrics.md in docs/ from the code (`make docs`)."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def describe_api() -> dict[str, Any]:
 
 
 def draw_routes(document: dict[str, Any]) -> str:
-    """Returns the page in Markdown for an OpenAPI document."""
+    """Returns the Markdown text of openapi.md for an OpenAPI document."""
     head = _ROUTES_HEAD.format(description=document["info"]["description"])
     return head + "".join(_draw_routes_group(tag, document["paths"]) for tag in document["tags"])
 
@@ -62,7 +62,7 @@ def _draw_routes_group(tag: dict[str, str], paths: dict[str, dict[str, Any]]) ->
 
 
 def _rows(operations: dict[str, Any], tag: str) -> list[tuple[str, str]]:
-    """Rows of methods and their descriptions; methods with the same description share a row."""
+    """Returns (methods, description) for each row of a route's table. Methods with the same description share a row."""
     methods: dict[str, list[str]] = {}
     for method, operation in operations.items():
         if tag in operation["tags"]:
@@ -77,7 +77,7 @@ def _first_sentence(operation: dict[str, Any]) -> str:
 
 
 def draw_metrics() -> str:
-    """Returns the page in Markdown."""
+    """Returns the Markdown text of metrics.md."""
     return _METRICS_HEAD + "".join(_draw_metrics_group(title, metrics) for title, metrics in GROUPS.items())
 
 

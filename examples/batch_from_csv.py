@@ -26,7 +26,7 @@ from stable_audio_serve.core.errors import CancelledRequestError, GenerationErro
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the CSV. `name` is the base name of its file and of its job's idempotency key."""
+    """A row of the CSV. `name` identifies its content, and is used for the file name and the job's idempotency key."""
 
     name: str
     prompt: str
@@ -34,7 +34,7 @@ class Row:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Yields the rows. Raises ValueError for a row without a prompt."""
+    """Yields the rows of a CSV file. Raises ValueError for a row without a prompt."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         for number, line in enumerate(csv.DictReader(file), start=1):
             prompt = line.get("prompt")
@@ -49,7 +49,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 class Batch:
-    """The rows without a file, and the numbers of rows done and failed."""
+    """Generates the rows whose file does not exist, and counts rows that are done and rows that failed."""
 
     def __init__(self, client: AsyncClient, rows: list[Row], *, folder: Path, attempt: int) -> None:
         self.client, self.folder, self.attempt = client, folder, attempt
@@ -62,11 +62,11 @@ class Batch:
         return self.folder / f"{row.name}.wav"
 
     async def work(self) -> None:
-        """Process pending rows one by one. Several workers share the rows."""
+        """Generate pending rows one by one. Several workers run this method at the same time and share the rows."""
         for row in self.pending:
             try:
                 await self.make(row)
-            except (InvalidRequestError, GenerationError, CancelledRequestError) as error:  # other rows may succeed
+            except (InvalidRequestError, GenerationError, CancelledRequestError) as error:  # the next rows may succeed
                 self.num_failed += 1
                 print(f"row {row.name}: {error.message}", file=sys.stderr)
 
@@ -79,7 +79,7 @@ class Batch:
 
 
 async def make_all(rows: list[Row], arguments: argparse.Namespace) -> Batch:
-    """Generate the missing files. Returns the batch with its counts."""
+    """Generate the missing files. Returns the finished batch, which has the counts."""
     arguments.out.mkdir(parents=True, exist_ok=True)
     async with AsyncClient() as client:
         batch = Batch(client, rows, folder=arguments.out, attempt=arguments.attempt)
@@ -88,7 +88,7 @@ async def make_all(rows: list[Row], arguments: argparse.Namespace) -> Batch:
 
 
 def main() -> None:
-    """Exit with code 1 if a row failed."""
+    """Run the program. The exit code is 1 if a row failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("csv", type=Path)
     parser.add_argument("--out", type=Path, default=Path("sounds"), help="output folder")

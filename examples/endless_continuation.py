@@ -1,4 +1,4 @@
-"""Extend a clip repeatedly into one growing WAV file, until Ctrl-C. The file can be played at any time.
+"""Extend a clip repeatedly in one growing WAV file, until Ctrl-C. The file can be played at any time.
 
     python endless_continuation.py "slow rain on a tin roof" --out rain.wav
     python endless_continuation.py "more of this" --clip start.wav --out long.wav
@@ -23,7 +23,7 @@ from stable_audio_serve.core.errors import StableAudioError
 FADE_S = 0.05
 LONGEST_S = 6 * 3600.0  # a WAV file is at most 4 GB
 
-Samples: TypeAlias = "array[int]"  # 16 bit, interleaved channels
+Samples: TypeAlias = "array[int]"  # 16-bit samples with interleaved channels
 
 
 def read(content: bytes) -> tuple[Samples, wave._wave_params]:
@@ -52,13 +52,16 @@ def crossfade(old: Samples, new: Samples) -> Samples:
 
 
 class GrowingWav:
-    """A WAV file that is valid after each piece. The last `FADE_S` seconds are withheld for the next crossfade."""
+    """A WAV file to which pieces are added; it is always valid.
+
+    The last `FADE_S` seconds are not written yet, because they are crossfaded with the next piece.
+    """
 
     def __init__(self, path: Path, params: wave._wave_params) -> None:
         self.path = path
         self.file = wave.open(str(path), "wb")  # noqa: SIM115  `close` does
         self.file.setparams(params)
-        self.end: Samples = array("h")  # the source of the next piece
+        self.end: Samples = array("h")  # end of the audio, the source of the next continuation
 
     def count(self, seconds: float) -> int:
         return round(seconds * self.file.getframerate()) * self.file.getnchannels()
@@ -68,7 +71,10 @@ class GrowingWav:
         return self.file.tell() / self.file.getframerate() + FADE_S
 
     def add(self, piece: Samples, *, context_s: float) -> None:
-        """Append the part of `piece` after `end`. The piece must begin with the audio of `end`."""
+        """Append a continuation, `piece`, which must begin with the audio of `end`. The file gets that audio once.
+
+        `context_s` is the length of the next `end` in seconds.
+        """
         fade = self.count(FADE_S)
         start = max(0, len(self.end) - fade)
         old = self.end[start:]
@@ -83,7 +89,7 @@ class GrowingWav:
 
 
 def grow(client: Client, arguments: argparse.Namespace) -> None:
-    """Write the clip, then append pieces until the file is `--until` seconds long."""
+    """Write the first clip, then append continuations until the file is `--until` seconds long."""
     prompt, more_s = arguments.prompt, arguments.more
     clip = arguments.clip.read_bytes() if arguments.clip else client.generate(prompt, duration=more_s).content
     samples, params = read(clip)
@@ -102,7 +108,7 @@ def grow(client: Client, arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Exit with code 0 after Ctrl-C, which is the usual end."""
+    """Run the program. Ctrl-C is its usual end, so the exit code is then 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt")
     parser.add_argument("--clip", type=Path, help="WAV file to extend; without it, generate a clip first")

@@ -17,7 +17,7 @@ from stable_audio_serve.core.errors import StableAudioError
 
 
 def generate(prompt: str, duration: float, seed: float, source: str | None, strength: float) -> tuple[str, int]:
-    """Returns the path of the clip and its seed."""
+    """Generate a clip, or a variation of `source` if given. Returns the path of the audio file and the seed."""
     try:
         if source is None:
             clip = client.generate(prompt, duration=duration, seed=int(seed))

@@ -16,7 +16,7 @@ from stable_audio_serve.core.errors import StableAudioError
 
 
 def climb(client: Client, arguments: argparse.Namespace) -> None:
-    """Write the clip, then one file per strength."""
+    """Write the first clip, then one variation for each strength."""
     result = client.generate(arguments.prompt, duration=arguments.duration, seed=arguments.seed)
     print(result.save(arguments.out / "0.00.wav"), flush=True)
     for number in range(1, arguments.rungs + 1):
@@ -32,7 +32,7 @@ def climb(client: Client, arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Exit with code 0 if all files were written."""
+    """Run the program. The exit code is 0 if all files were written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt")
     parser.add_argument("--to", help="prompt of the variations; default: the same prompt")

@@ -35,7 +35,7 @@ def store(event: dict[str, Any], client: Client, *, folder: Path) -> None:
 
 
 class Receiver(BaseHTTPRequestHandler):
-    """Answers 204 for a webhook that was handled. The server retries after any other status."""
+    """Handles webhooks. The response is 204 if a webhook was handled; after any other status, the server retries."""
 
     signer: Webhook
     client: Client
@@ -48,7 +48,7 @@ class Receiver(BaseHTTPRequestHandler):
         self.end_headers()
 
     def handle_event(self) -> int:
-        """Verify and store one webhook. Returns the HTTP status of the answer."""
+        """Verify one webhook and store its audio. Returns the HTTP status of the response."""
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal() or int(length) > MOST_BYTES:
             return 413
@@ -67,7 +67,7 @@ class Receiver(BaseHTTPRequestHandler):
 
 
 def main() -> None:
-    """Serve until Ctrl-C."""
+    """Run the program: receive webhooks until Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=9000)

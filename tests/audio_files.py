@@ -10,7 +10,7 @@ import soundfile
 
 
 def pcm_of(wav: bytes) -> bytes:
-    """Returns the samples of a WAV file without the chunks before and after them."""
+    """Returns the bytes of the WAV file's `data` chunk, which has the samples."""
     with wave.open(io.BytesIO(wav)) as reader:
         return reader.readframes(reader.getnframes())
 

@@ -1,4 +1,4 @@
-"""A small Backend for HTTP tests: deterministic tones, errors on demand, and recorded cancellations."""
+"""A small `Backend` for HTTP tests. It generates deterministic tones, raises chosen errors and records its calls."""
 
 from __future__ import annotations
 
@@ -46,18 +46,21 @@ def open_event() -> asyncio.Event:
 
 @dataclass
 class ToneBackend:
-    """Generates a sine of `level` whose pitch depends on the seed. Records requests and counts cancelled ones."""
+    """Generates sines with the peak `level`, whose pitch depends on the seed.
+
+    Records requests, counts cancelled ones.
+    """
 
     catalog: ModelCatalog = field(default_factory=make_catalog)
     statuses: dict[str, ModelStatus] = field(default_factory=lambda: {"small-sfx": ModelStatus("ready", 1, "cpu")})
     delay_s: float = 0.0
-    released: asyncio.Event = field(default_factory=open_event)  # requests wait until it is set
-    queue_s: float = 0.0  # time from arrival to start
+    released: asyncio.Event = field(default_factory=open_event)  # while it is not set, requests wait
+    queue_s: float = 0.0  # how long each request waits before it starts
     error: Exception | None = None
     status_delay_s: float = 0.0
     device: DeviceUse = field(default_factory=DeviceUse)
     level: float = 0.5
-    prompt_chars: int | None = None  # number of characters that the model reads of a prompt
+    prompt_chars: int | None = None  # the model ignores a prompt's characters after this number
     requests: list[tuple[str, GenerationRequest]] = field(default_factory=list)
     num_running: int = 0
     num_cancelled: int = 0

@@ -1,7 +1,7 @@
 """Settings and fixtures of all tests.
 
-Each process computes with one thread, because several threads on shared cores are slower and vary. Hypothesis has no
-time limit per example, because a busy machine is not a fault.
+Each test process computes with one thread: with several, processes that share the cores are slower, and results vary.
+Hypothesis has no time limit for an example, because on a busy machine any example may be slow.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from tests.databases import postgres, postgres_url
 __all__ = ["postgres", "postgres_url"]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-_SHARING = ("/served", "/one_ray", "/playground")  # the files of each folder share a server, a Ray or a browser
+_SHARING = ("/served", "/one_ray", "/playground")  # all tests of such a folder share a server, a Ray or a browser
 settings.register_profile("default", deadline=None, max_examples=20, derandomize=True)
 settings.register_profile("long", deadline=None, max_examples=500)  # for `make test-all`
 settings.load_profile("default")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the longest tests first: tests with the shared server, then other tests that start programs."""
+    """Run the longest tests first: those of tests/served, then others that start a program."""
     items.sort(key=lambda item: (not item.nodeid.startswith("tests/served/"), not item.get_closest_marker("server")))
 
 
 def pytest_collection_finish() -> None:
-    """Collect garbage less often and skip loaded modules. Collection took a fifth of the time of the API tests."""
+    """Make Python collect garbage less often, and never in the loaded modules. The API tests take a fifth less time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(5000, 10, 30)
@@ -47,7 +47,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Distribute tests as `--dist loadfile` does, but send all files of the folders in `_SHARING` to one process."""
+    """Distribute tests like `--dist loadfile`, but run all files of a folder in `_SHARING` in one process."""
     if config.getoption("dist") != "loadfile":
         return None
     from xdist.scheduler import LoadFileScheduling
@@ -58,8 +58,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return folder if folder.endswith(_SHARING) else super()._split_scope(nodeid)
 
         def _reschedule(self, node: Any) -> None:
-            # Give a process its next file when it has one test left. xdist would do so at two tests, too early if
-            # a test takes minutes.
+            # Give a process its next file when it has only one test left. xdist would do so when it has two left,
+            # which is too early if they take minutes, because another process may be idle sooner.
             if self._pending_of(self.assigned_work[node]) <= 1:
                 super()._reschedule(node)
 
@@ -68,7 +68,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def _restored_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Restore logging, which commands and replicas configure. Loggers are not cached, or they would keep it."""
+    """After each test, restore the logging configuration, which commands and replicas change.
+
+    Loggers must not be cached, because a cached logger would keep the changed configuration.
+    """
     configure = structlog.configure
 
     def configure_uncached(*processors: Any, **options: Any) -> None:
@@ -85,7 +88,7 @@ def _restored_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def _object_storage() -> Iterator[ObjectStorage]:
-    from tests.object_storage import running_object_storage  # moto is slow to load, and few tests need it
+    from tests.object_storage import running_object_storage  # imported here: moto loads slowly, and few tests need it
 
     with running_object_storage() as storage:
         yield storage
@@ -93,7 +96,10 @@ def _object_storage() -> Iterator[ObjectStorage]:
 
 @pytest.fixture
 def object_storage(_object_storage: ObjectStorage) -> Iterator[ObjectStorage]:
-    """Yields an S3 service behind a proxy. The proxy passes on all requests unless a test sets its `faults`."""
+    """Yields an S3 service behind a proxy.
+
+    The proxy passes on all requests, unless a test sets the proxy's `faults`.
+    """
     yield _object_storage
     _object_storage.proxy.reset()
 

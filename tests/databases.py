@@ -1,6 +1,6 @@
-"""A real PostgreSQL server for each test process, and a new empty database for each test.
+"""A real PostgreSQL server for each test process, with a new empty database for each test.
 
-The server comes from this machine's packages. If it cannot run, tests are skipped with a message, or fail if CI=true.
+The machine's package of PostgreSQL is used. Without it, the tests are skipped with a message, or fail if CI=true.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import pytest
 from tests.patience import PATIENCE_S
 
 _PACKAGES = Path("/usr/lib/postgresql")  # Debian and Ubuntu install each version in a folder here, outside of PATH
-_SYSTEM_USER = "postgres"  # the server refuses to run as root
+_SYSTEM_USER = "postgres"  # runs the server if the tests run as root, because PostgreSQL refuses to run as root
 _START_ATTEMPTS = 3  # another process may take the free port before the server does
 
 __all__ = ["PostgresServer", "postgres", "postgres_url", "running_postgres"]
@@ -35,7 +35,7 @@ class UnavailableError(Exception):
 
 @dataclass(frozen=True)
 class PostgresServer:
-    """A running server with TCP and password access, as in production.
+    """A running PostgreSQL server with access by TCP and password, as in production.
 
     Committed data survives a crash of the server but not a crash of the machine.
     """
@@ -61,16 +61,16 @@ class PostgresServer:
         self.execute(f"DROP DATABASE IF EXISTS {url.rpartition('/')[2]} WITH (FORCE)")
 
     def execute(self, statement: str) -> None:
-        """Run one statement as the superuser, outside of the test databases."""
+        """Run one SQL statement as the superuser, connected to none of the test databases."""
         with psycopg.connect(self.url(), autocommit=True) as connection:
             connection.execute(statement.encode())
 
     def stop(self, mode: Literal["fast", "immediate"] = "fast") -> None:
-        """Close all connections and stop. `immediate` simulates a crash, from which the next start recovers."""
+        """Close all connections and stop. "immediate" simulates a crash, from which the next `start` recovers."""
         self._control("stop", "--mode", mode)
 
     def start(self) -> None:
-        """Start again after `stop`, on the same port with the committed data."""
+        """Start again after `stop`, on the same port. Committed data is still there."""
         self._control("start", "--log", str(self.folder / "log"), "--options", f"-p {self.port}")
 
     def restart(self, mode: Literal["fast", "immediate"] = "fast") -> None:
@@ -84,7 +84,7 @@ class PostgresServer:
 
 @contextmanager
 def running_postgres() -> Iterator[PostgresServer]:
-    """Run a server in a temporary folder. Both are removed afterwards, even if this process is killed.
+    """Run a server in a temporary folder. The server and the folder are removed even if this process is killed.
 
     Raises UnavailableError.
     """
@@ -99,7 +99,7 @@ def running_postgres() -> Iterator[PostgresServer]:
     with _cleaned_up(programs, folder):
         user, password = "tester", secrets.token_hex(8)
         (folder / "password").write_text(password)
-        (folder / "password").chmod(0o644)  # readable by the server's user; the folder itself is private
+        (folder / "password").chmod(0o644)  # the server's user must read the file; others cannot open the folder
         access = ("--username", user, "--pwfile", "password", "--auth-local", "trust", "--auth-host", "scram-sha-256")
         encoding = ("--encoding", "UTF8", "--locale", "C")
         _run(folder, programs / "initdb", "--no-sync", "--pgdata", "data", *access, *encoding)
@@ -156,7 +156,9 @@ def _start(programs: Path, folder: Path, *, user: str, password: str) -> Postgre
 
 @contextmanager
 def _cleaned_up(programs: Path, folder: Path) -> Iterator[None]:
-    """Start a process that stops the server and removes the folder once this process exits or the context ends."""
+    """Start a shell that waits until this process exits or the context ends. Then it stops the server in `folder` and
+    removes the folder.
+    """
     stop = f"'{programs}/pg_ctl' stop --pgdata data --mode immediate --wait"
     script = f"cat >/dev/null; if [ -e data/postmaster.pid ]; then {stop}; fi; rm -rf '{folder}'"
     keeper = subprocess.Popen(
@@ -171,13 +173,13 @@ def _cleaned_up(programs: Path, folder: Path) -> Iterator[None]:
         yield
     finally:
         keeper.communicate()
-        # The process may not be allowed to remove the folder itself from /tmp.
+        # The shell runs as another user, who may not be allowed to remove the folder itself from /tmp.
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _run(folder: Path, *command: str | Path) -> None:
-    """Run a PostgreSQL program. Raises UnavailableError with its output."""
-    with (folder / "output").open("w+b") as output:  # a pipe would stay open as long as the server runs
+    """Run a PostgreSQL program in `folder`. If it fails, raises UnavailableError with its output."""
+    with (folder / "output").open("w+b") as output:  # not a pipe: the server would hold it open as long as it runs
         try:
             done = subprocess.run(
                 command,

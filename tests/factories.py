@@ -1,7 +1,7 @@
-"""A tiny model with real tensor operations, and factories of requests, which engine tests use instead of a checkpoint.
+"""A tiny model with real tensor operations, for engine tests that need no checkpoint, and functions to make requests.
 
-The model exposes values that leak from other rows, padding or window edges: its attention uses a key mask over frames,
-its decoder reads adjacent frames, and its encoder and decoder can draw noise.
+If values leak from other rows, from padding or over window edges, the model's output changes: it has attention over
+frames with a mask, its decoder reads adjacent frames, and its encoder and decoder can draw noise.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ _WINDOW, _OVERLAP, _HALO = 32, 8, 2
 
 
 class ToyModel:
-    """A DiffusionModel. `on_call(name, items)` runs before each device method and may raise.
+    """A `DiffusionModel`. `on_call(name, items)` is called before each method that runs on the device, and may raise.
 
-    Edits condition the network on the keep mask. If the model `blends`, the engine blends kept frames instead.
+    Inpainting gives the network a mask of the kept frames. If `blends`, the engine restores the kept frames instead.
     """
 
     def __init__(
@@ -217,7 +217,7 @@ class ToyModel:
         extra = batch.by_frame["local"].transpose(1, 2) + batch.constants["context"][:, None]
         mixed = self._attend(hidden + extra, batch.valid)
         velocity = (torch.tanh(hidden + mixed) @ self._out.T).transpose(1, 2) + 0.5 * batch.x
-        # The large value makes a test fail if code reads an invalid frame.
+        # Padding frames get a large value, so that a test fails if code reads them.
         return torch.where(batch.valid[:, None], velocity, torch.full_like(velocity, 1e4))
 
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
@@ -235,7 +235,7 @@ class ToyModel:
 
     def _attend(self, hidden: Tensor, valid: Tensor) -> Tensor:
         query, key, value = (hidden @ self._qkv.T).chunk(3, dim=-1)
-        # Invalid frames are not keys. Their own results are overwritten.
+        # Padding frames are masked as keys. As queries they need no mask, because their results are overwritten.
         mask = valid[:, None, :].expand(-1, hidden.shape[1], -1)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
@@ -249,7 +249,7 @@ class ToyModel:
 
 
 def make_windows(frames: int, *, window: int = _WINDOW, overlap: int = _OVERLAP) -> tuple[WindowSpan, ...]:
-    """Returns windows that are cut in the middle of each overlap. The last window ends with the clip."""
+    """Returns overlapping windows over `frames` frames. Each is kept up to the middle of its overlap with the next."""
     if frames <= window:
         return (WindowSpan(0, frames, 0, frames),)
     starts = list(range(0, frames - window + 1, window - overlap))
@@ -268,7 +268,7 @@ def make_windows(frames: int, *, window: int = _WINDOW, overlap: int = _OVERLAP)
 
 
 def make_audio(duration_s: float = 0.3, *, sample_rate_hz: int = 800, channels: int = 2, seed: int = 1) -> SourceAudio:
-    """Returns noise at half of full scale."""
+    """Returns a source clip of random noise at half of full scale."""
     samples = np.random.default_rng(seed).uniform(-0.5, 0.5, (channels, int(duration_s * sample_rate_hz)))
     return SourceAudio(samples.astype(np.float32), sample_rate_hz)
 
@@ -276,7 +276,7 @@ def make_audio(duration_s: float = 0.3, *, sample_rate_hz: int = 800, channels: 
 def make_request(
     prompt: str = "a bell", *, duration_s: float = 0.4, seed: int = 1, **fields: object
 ) -> GenerationRequest:
-    """Returns a request. `keep` is model unless given, because kept source samples would hide faults."""
+    """Returns a request. `keep` is "model" by default, because pasted samples of the source would hide faults."""
     request = GenerationRequest(prompt=prompt, duration_s=duration_s, seed=seed, keep="model")
     return replace(request, **fields)  # type: ignore[arg-type]
 
@@ -297,11 +297,11 @@ def make_varied_requests() -> list[GenerationRequest]:
 
 
 class FakeClock:
-    """A clock that advances only when a test sets it."""
+    """A clock that stands still until a test changes `now`."""
 
     def __init__(self) -> None:
         self.now = 1000.0
-        self.started_at = 1_790_000_000.0  # Unix time
+        self.started_at = 1_790_000_000.0  # Unix time at which `now` is 0
 
     def monotonic(self) -> float:
         return self.now

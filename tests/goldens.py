@@ -1,4 +1,4 @@
-"""Readers of the stored reference values. Each folder is loaded at most once."""
+"""Load the stored reference values that tests compare with. Each folder is loaded at most once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TINY = ("tiny-s", "tiny-l")
 
 @dataclass(frozen=True, slots=True)
 class Goldens:
-    """One folder of reference values: `facts` from the JSON file, and `tensors` by `<component>/<name>`."""
+    """The reference values in a folder: `facts` from its JSON file, and `tensors` with names `<component>/<name>`."""
 
     folder: Path
     facts: dict[str, Any]
@@ -39,7 +39,7 @@ def load_open_goldens(name: str) -> Goldens:
 
 
 def _load(folder: Path, *, stem: str) -> Goldens:
-    from safetensors.torch import load_file  # imports torch, which takes seconds; most tests need only a folder's path
+    from safetensors.torch import load_file  # imported here: it imports torch, which takes seconds
 
     facts = json.loads((folder / f"{stem}.json").read_text())
     return Goldens(folder=folder, facts=facts, tensors=load_file(folder / f"{stem}.safetensors"))

@@ -1,4 +1,4 @@
-"""An S3 service over HTTP, which is moto's server behind a proxy that injects errors, delays and downtime.
+"""An S3 service over HTTP for tests: moto's server, behind a proxy that injects errors, delays and outages.
 
 All servers in a process share moto's state, so each test creates its own bucket.
 """
@@ -33,7 +33,7 @@ from stable_audio_serve.core.settings import StorageSettings
 
 ACCESS_KEY_ID, SECRET_ACCESS_KEY = "test-key", "test-secret"
 
-# Clients share a loader, because otherwise each client parses the description of S3 again.
+# Let all boto3 clients share a loader. Otherwise each client parses botocore's description of S3 again.
 botocore.session.create_loader = functools.cache(botocore.loaders.create_loader)
 
 _ANSWERS = ((500, "InternalError"), (503, "SlowDown"))
@@ -44,13 +44,13 @@ _UPSTREAM_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """Injected faults. `errors` and `cuts` are shares of all requests, and one of them may apply to a request."""
+    """Faults that the proxy injects. `errors` and `cuts` are the shares of requests that it hits at random."""
 
-    errors: float = 0.0  # 500 InternalError or 503 SlowDown, in half of the cases after the request was executed
-    cuts: float = 0.0  # connection resets, during the request or during the response to an executed request
-    delay_s: float = 0.0  # delay before a request is executed
-    answer: tuple[int, str] | None = None  # status and S3 error code of every response
-    only: str = ""  # text in `METHOD /path?query` of affected requests
+    errors: float = 0.0  # answers 500 InternalError or 503 SlowDown; half of these requests are executed all the same
+    cuts: float = 0.0  # resets the connection; half of these requests are executed, and only the response is cut
+    delay_s: float = 0.0  # waits so long before it forwards a request
+    answer: tuple[int, str] | None = None  # answers every request with this status and S3 error code
+    only: str = ""  # faults hit only requests with this text in `METHOD /path?query`
     is_down: bool = False  # every connection is reset
     is_silent: bool = False  # requests are accepted but never answered
 
@@ -65,20 +65,21 @@ class _Server(ThreadingHTTPServer):
 
 
 class FaultyProxy:
-    """A proxy in front of one HTTP server. `faults` may be replaced at any time and apply to the next request.
+    """A proxy in front of one HTTP server that injects `faults`. A test may replace them at any time.
 
-    Each item of `fates` applies to the first request with its key in `METHOD /path?query`: `error`, `error-after`,
-    `cut`, `cut-answer`, `deny` (403) or `lost` (executed, but answered with NoSuchUpload like a repeated request).
+    An item of `fates` decides what happens to the next request whose `METHOD /path?query` contains its key: `error`,
+    `error-after` (executed), `cut`, `cut-answer`, `deny` (403), or `lost` (executed, but answered with NoSuchUpload as
+    if it had been sent before).
     """
 
     def __init__(self, port: int, *, seed: int = 0) -> None:
-        """`port` is the server's port on this machine."""
+        """`port` is the port of the server behind the proxy, on this machine."""
         self.faults = Faults()
         self.fates: dict[str, str] = {}
         self.num_requests = 0
         self.num_errors = 0
         self.num_cuts = 0
-        self.requests: list[str] = []  # `METHOD /path?query` of each request
+        self.requests: list[str] = []  # `METHOD /path?query` of each request since `reset`
         self._upstream_port = port
         self._uploads: dict[bytes, datetime] = {}
         self._random = random.Random(seed)
@@ -87,7 +88,7 @@ class FaultyProxy:
         self._thread = threading.Thread(target=self._server.serve_forever, args=(_POLL_S,), daemon=True)
 
     def reset(self) -> None:
-        """Remove all faults and clear the recorded requests."""
+        """Remove all faults and fates, and forget the recorded requests."""
         self.faults = Faults()
         self.fates.clear()
         self.requests.clear()
@@ -105,7 +106,7 @@ class FaultyProxy:
         self._server.server_close()
 
     def draw(self, request: str) -> str:
-        """Record a request. Returns its fate: `pass`, one of `fates`, or a random `error` or `cut`."""
+        """Record a request and decide what happens to it: `pass`, an item of `fates`, or a random error or cut."""
         faults = self.faults
         with self._lock:
             self.num_requests += 1
@@ -123,7 +124,7 @@ class FaultyProxy:
             return "cut-answer" if is_after else "cut"
 
     def pick_answer(self) -> tuple[int, str]:
-        """Returns status and code of a random error."""
+        """Returns status and S3 code of an error that is chosen at random."""
         with self._lock:
             return self._random.choice(_ANSWERS)
 
@@ -143,7 +144,10 @@ class FaultyProxy:
             connection.close()
 
     def _dated(self, answer: bytes) -> bytes:
-        """Replace moto's constant date of 2010 with the time at which each multipart upload began."""
+        """Correct the dates in a list of multipart uploads, which moto always sets to 2010.
+
+        Returns the corrected list.
+        """
         upload_ids = re.findall(rb"<UploadId>([^<]+)</UploadId>", answer[:1_000_000])
         for upload_id in upload_ids:
             begun_at = self._uploads.setdefault(upload_id, datetime.now(UTC))
@@ -205,7 +209,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
-        if is_cut:  # close without a reset, so that the first part of the response arrives
+        if is_cut:  # closed without a reset, so that the client receives the first part of the response
             self.close_connection = True
 
     def _answer_error(self, status: int, code: str) -> None:
@@ -214,7 +218,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))], body, False)
 
     def _cut(self) -> None:
-        """Reset the connection, so that the client's reads and writes fail at once."""
+        """Reset the TCP connection, so that the client's reads and writes fail at once."""
         self.close_connection = True
         self.wfile.flush()
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -223,11 +227,11 @@ class _Handler(BaseHTTPRequestHandler):
 
 @dataclass
 class ObjectStorage:
-    """The service. Stores use it through `proxy`, and tests inspect it with `client`."""
+    """The S3 service. The code under test reaches it through `proxy`; tests look at it directly with `client`."""
 
     proxy: FaultyProxy
     server_url: str
-    client: Any = field(init=False)  # a boto3 client without the proxy
+    client: Any = field(init=False)  # a boto3 client that does not use the proxy
 
     def __post_init__(self) -> None:
         self.client = self._connect("s3")
@@ -256,7 +260,10 @@ class ObjectStorage:
 
     @contextmanager
     def requiring_keys(self, *actions: str) -> Iterator[tuple[str, str]]:
-        """Make the service check signatures and permissions. Yields an access key for `actions`, and its secret."""
+        """Within this context, the service checks signatures and permissions.
+
+        Yields the id and the secret of an access key that permits these S3 actions.
+        """
         iam = self._connect("iam")
         user = f"user-{next(_NUMBERS)}"
         iam.create_user(UserName=user)
@@ -297,7 +304,7 @@ class ObjectStorage:
 
 @contextmanager
 def running_object_storage(*, seed: int = 0) -> Iterator[ObjectStorage]:
-    """Run the service on free local ports within this context."""
+    """Run the S3 service and its proxy on free local ports until the context ends."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     try:

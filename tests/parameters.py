@@ -12,12 +12,18 @@ slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 def some(values: Iterable[Any], always: Collection[Any]) -> list[Any]:
-    """Mark all values except those in `always` as slow. A tuple has one value for each argument of the test."""
+    """Return test parameters: `values`, of which all except those in `always` are marked slow.
+
+    A tuple is the values of several arguments.
+    """
     return [value if value in always else slow(*_arguments(value)) for value in values]
 
 
 def few(values: Iterable[Any], *, number: int = 2) -> list[Any]:
-    """Mark all except the first `number` values as slow. A tuple has one value for each argument of the test."""
+    """Return test parameters: `values`, of which all except the first `number` are marked slow.
+
+    A tuple is the values of several arguments.
+    """
     return [value if index < number else slow(*_arguments(value)) for index, value in enumerate(values)]
 
 

@@ -1,6 +1,6 @@
 """The longest time that a test waits for an event that must happen, such as the end of a job.
 
-Tests of the product's own time limits do not depend on it.
+Tests of time limits that the server itself enforces do not use it.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-# The longest waits take about 30 s on an idle machine, and five times as long on slow, shared cores. The limit is twice
-# that, so only an event that never happens reaches it. Pytest's limit per test is several times higher.
+# The longest waits of the tests take about 30 s on an idle machine, and five times as long on slow, shared cores. This
+# limit is twice as long, so a test reaches it only if the event never happens. Pytest's own limit is longer.
 PATIENCE_S = 300.0
 
 _Found = TypeVar("_Found")
 
 
 def wait_until(condition: Callable[[], _Found], *, every_s: float = 0.05) -> _Found:
-    """Poll the condition until it is true. Returns its result."""
+    """Call the condition repeatedly until its result is true. Returns the result. Fails after PATIENCE_S."""
     deadline = time.monotonic() + PATIENCE_S
     while not (found := condition()):
         assert time.monotonic() < deadline, f"still {found!r} after {PATIENCE_S:g} s"
@@ -27,7 +27,7 @@ def wait_until(condition: Callable[[], _Found], *, every_s: float = 0.05) -> _Fo
 
 
 async def until(condition: Callable[[], _Found], *, every_s: float = 0.005) -> _Found:
-    """Like `wait_until`, without blocking the event loop."""
+    """Like `wait_until`, but does not block the event loop."""
     async with asyncio.timeout(PATIENCE_S):
         while not (found := condition()):  # noqa: ASYNC110  there is no event to wait for
             await asyncio.sleep(every_s)

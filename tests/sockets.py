@@ -1,4 +1,4 @@
-"""Run applications behind a real local socket."""
+"""Run ASGI applications so that clients can reach them over a real socket of this machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.patience import until
 
 @asynccontextmanager
 async def listening(app: ASGIApp, **options: Any) -> AsyncIterator[int]:
-    """Run a uvicorn server with `options` on a free port. Yields the port."""
+    """Serve the application with uvicorn, with these options, on a free port. Yields the port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1, **options)
         server = uvicorn.Server(config)

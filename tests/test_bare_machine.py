@@ -1,4 +1,4 @@
-"""The engine runs on a GPU machine without the server's packages."""
+"""The engine can be used on a machine that has torch but not the packages of the server, such as Ray and FastAPI."""
 
 from __future__ import annotations
 

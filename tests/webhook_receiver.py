@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass
 class Receiver:
-    """Gives the same response to every request."""
+    """An HTTP server that records its requests and gives the same response to each."""
 
     answer: bytes = b"HTTP/1.1 204 No Content\r\n\r\n"
     delay_s: float = 0.0

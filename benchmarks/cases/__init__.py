@@ -1,1 +1,1 @@
-"""One module per case. None of them writes files or reads the command line."""
+"""The benchmark cases, one module each. `benchmarks.cli` reads the command line and writes the result files."""

@@ -1,5 +1,5 @@
-"""Measures the time from the command to the first audio, relative to Ray's own start plus loading the model in a bare
-process.
+"""Measures the time from the server's start command to its first audio. The time is compared with a lower bound: the
+start of Ray, plus the time in which a Python process without a server loads the model and generates the same clip.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.figures import worst
 from benchmarks.servers.process import running_server, write_config
 from benchmarks.settings import CaseSettings
 
-# A lower bound for every server: import, load and generate in a fresh interpreter.
+# Program of the Python process without a server. Its run time is a lower bound for the start of every server.
 _BARE = """
 import asyncio, sys
 from pathlib import Path
@@ -34,9 +34,7 @@ asyncio.run(Engine(model, EngineOptions(torch_threads=1, warmup_budget_s=0.0)).g
 
 
 async def run_cold_start(settings: CaseSettings) -> dict[str, Any]:
-    """Each round runs a bare process and then starts the server twice. Each of the three is timed up to its first
-    audio.
-    """
+    """Measure `settings.rounds` rounds: the time to the first audio of a bare process, then of two server starts."""
     entry = resolve_model(settings.model)
     rounds: list[dict[str, Any]] = []
     for _ in range(settings.rounds):
@@ -46,7 +44,7 @@ async def run_cold_start(settings: CaseSettings) -> dict[str, Any]:
             starts = [_start_once(config, model=entry.card.name) for _ in range(2)]
         rounds.append({"bare_s": bare_s, "starts": starts})
     slowest = max((start for r in rounds for start in r["starts"]), key=lambda start: start["first_audio_s"])
-    # The slowest start of a round over the time that no server can avoid: Ray's start and the bare load.
+    # For each round: the slower start, divided by the time that no server can avoid (Ray's start + the bare process).
     ratios = [
         max(start["first_audio_s"] / (start["stages_s"].get("ray", 0.0) + r["bare_s"]) for start in r["starts"])
         for r in rounds
@@ -76,7 +74,7 @@ def _start_once(config: Path, *, model: str) -> dict[str, Any]:
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
-    """Returns one row: the slowest start."""
+    """Returns a table with one row, the slowest start of all rounds."""
     return [
         {
             "ready (s)": results["ready_s"],

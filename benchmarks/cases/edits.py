@@ -1,6 +1,7 @@
-"""Measures how many variations of held tones keep their pitch, by edit schedule and noise level.
+"""Measures how many variations of sustained tones keep the pitch, for each edit schedule and noise level.
 
-The demo model plays twelve notes and varies them without a prompt, so that only the source determines the note.
+The demo model generates twelve notes and then variations of them. Variations have no prompt, so that only the source
+audio determines the note.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _SEEDS_PER_ROUND = 1000
 
 
 async def run_edits(settings: CaseSettings) -> dict[str, Any]:
-    """Vary every tone once per round, with new seeds in each round. All schedules start from the same noise."""
+    """Generate one variation of every tone in each round. Rounds have different seeds, schedules the same ones."""
     model = load_model(resolve_entry("demo"), device=settings.device)
     options = EngineOptions(mode="strict", torch_threads=settings.threads, max_queue_s=math.inf)
     rate_hz = model.spec.card.sample_rate_hz
@@ -75,7 +76,10 @@ async def _play(engine: Engine, requests: Sequence[GenerationRequest]) -> list[A
 
 
 def _judge(clips: Sequence[Audio], pitches_hz: Sequence[float]) -> dict[str, float]:
-    """Returns the number of clips and how many of them have the pitch of their tone. All rounds have the same tones."""
+    """Returns the number of clips, and how many of them have the pitch of the tone that they vary.
+
+    `clips` has all rounds, one after another; each round varies the tones with the pitches `pitches_hz`.
+    """
     wanted = [pitches_hz[number % len(pitches_hz)] for number in range(len(clips))]
     found = map(strongest_hz, clips)
     cents = [abs(1200.0 * math.log2(hz / own)) if hz > 0 else math.inf for hz, own in zip(found, wanted, strict=True)]
@@ -83,7 +87,7 @@ def _judge(clips: Sequence[Audio], pitches_hz: Sequence[float]) -> dict[str, flo
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
-    """One schedule and level per row."""
+    """Returns a table with one row for each edit schedule and noise level."""
     return [
         {
             "schedule": name.split()[0],

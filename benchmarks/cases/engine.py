@@ -1,5 +1,5 @@
-"""Measures the engine alone, in one process: eight different requests at once against the same eight one after
-another.
+"""Measures the engine without a server, in one process: eight different requests at once, compared with the same eight
+requests one after another.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.models.registry import BUILT_IN, ModelEntry, resolve_entry
 
-_LARGEST_DIFFERENCE = {"strict": 0.0, "fast": 1e-2}  # of the reference's level
+# For each engine mode: the largest allowed difference between two clips of a request, divided by the clip's level.
+_LARGEST_DIFFERENCE = {"strict": 0.0, "fast": 1e-2}
 _FALLBACK = Path(__file__).parents[2] / "tests" / "data" / "goldens" / "sa3" / "sharp-s"
-_SIDES = {"one_after_another": 1, "together": 8}  # requests in flight
+_SIDES = {"one_after_another": 1, "together": 8}  # number of requests in flight
 
 
 def load(settings: CaseSettings) -> DiffusionModel:
@@ -34,7 +35,10 @@ def load(settings: CaseSettings) -> DiffusionModel:
 
 
 def resolve_model(name: str | None) -> ModelEntry:
-    """Returns the entry to measure; without a name the demo model if it is packaged, else the tiny test checkpoint."""
+    """Returns the registry entry of a model name or checkpoint folder.
+
+    Without a name, this is the demo model if it is packaged, else a tiny test checkpoint.
+    """
     if name is not None:
         return resolve_entry(Path(name).name, path=name) if Path(name).is_dir() else resolve_entry(name)
     demo = Path(BUILT_IN["demo"].folder or "")
@@ -42,7 +46,10 @@ def resolve_model(name: str | None) -> ModelEntry:
 
 
 async def run_engine(settings: CaseSettings) -> dict[str, Any]:
-    """Sides in the order A B A B; the worse round counts. Raises VoidError if the audio differs."""
+    """Measure requests one after another (A) and at once (B), in the order A B A B in each round.
+
+    The worst round counts. Raises VoidError if the audio of A and B differs.
+    """
     model = load(settings)
     options = EngineOptions(mode=settings.mode, torch_threads=settings.threads)  # type: ignore[arg-type]
     async with Engine(model, options) as engine:
@@ -66,7 +73,7 @@ async def run_engine(settings: CaseSettings) -> dict[str, Any]:
 
 
 async def _time(engine: Engine, requests: Sequence[GenerationRequest], *, num_in_flight: int) -> dict[str, float]:
-    """Returns throughput, latencies from the common start, and processor time, which other programs hardly change."""
+    """Returns throughput, processor time, and latencies. All latencies are measured from the common start."""
     used_s = time.process_time()
     ended_at = await send_in_flight(engine.generate, requests, num_in_flight=num_in_flight)
     return {
@@ -77,7 +84,7 @@ async def _time(engine: Engine, requests: Sequence[GenerationRequest], *, num_in
 
 
 def _ratios(rounds: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
-    """Returns the figures of all at once over those of one after another; the worse round counts."""
+    """Returns the figures of requests at once, divided by those of requests one after another, in the worst round."""
 
     def ratios(figure: str) -> list[float]:
         return [sides["together"][figure] / sides["one_after_another"][figure] for sides in rounds]
@@ -92,13 +99,16 @@ def _ratios(rounds: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
 def compare_audio(
     left: Sequence[GenerationResult], right: Sequence[GenerationResult], *, mode: Mode
 ) -> dict[str, float]:
-    """Returns how the first clips of the results differ. Raises VoidError if they differ by more than `mode` allows."""
+    """Returns the difference between the clips of two lists of results, in which results correspond.
+
+    Compares the first clip of each result. Raises VoidError for a larger difference than the engine's `mode` allows.
+    """
     clips = [[result.audio[0] for result in results] for results in (left, right)]
     return compare(clips[0], {"engine": clips[1]}, bound=_LARGEST_DIFFERENCE[mode])["engine"]
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
-    """Returns one row for the mode."""
+    """Returns a table with one row for the engine's mode."""
     return [
         {
             "mode": results["mode"],

@@ -1,4 +1,6 @@
-"""Measures one 10 s clip in three ways, taking turns: the bare pipeline, the engine, and the server over HTTP."""
+"""Measures the time for one 10 s clip in three ways, in alternation: the model alone, the engine around it, and the
+whole server over HTTP.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,10 @@ from benchmarks.workload import Arrival, to_request
 from stable_audio_serve.engine import Engine, EngineOptions
 
 _CLIP_S = 10.0
-_FULL_CALLS, _SHORT_CALLS = 67, 10  # calls of each way per round; three rounds make 200
+_FULL_CALLS, _SHORT_CALLS = 67, 10  # clips of each way per round; three full rounds are about 200
 
-Allowance = tuple[float, float]  # times the bare pipeline, milliseconds more
-Round = dict[str, list[float]]  # milliseconds of each call, by way; `encode` is a part of `http`
+Allowance = tuple[float, float]  # allowed time: (a multiple of the bare pipeline's, milliseconds more than it)
+Round = dict[str, list[float]]  # milliseconds of each clip, by way; `encode`: the part of `http` that encodes audio
 _ALLOWED: Mapping[str, Mapping[str, Allowance]] = {
     "cpu": {"engine": (1.10, 25.0), "http": (1.10, 25.0)},
     "cuda": {"engine": (1.03, 1.0), "http": (1.10, 8.0)},
@@ -29,13 +31,16 @@ _ALLOWED: Mapping[str, Mapping[str, Allowance]] = {
 
 
 async def run_http(settings: CaseSettings) -> dict[str, Any]:
-    """Alternating calls; the worse round counts. Raises VoidError if the engine's audio is not the pipeline's."""
+    """Measure all ways in alternation, in `settings.rounds` rounds; the worst round counts.
+
+    Raises VoidError if the engine's audio differs from the bare pipeline's.
+    """
     entry, model = resolve_model(settings.model), load(settings)
     duration_s = min(_CLIP_S, model.spec.card.max_duration_s)
     arrival = Arrival(0.0, "a low drone", duration_s, seed=1, steps=8)
     request = to_request(arrival)
     options = EngineOptions(torch_threads=settings.threads)
-    bare = open_side("lock", model, options=options)  # its lock is always free
+    bare = open_side("lock", model, options=options)  # with one request at a time, its lock costs no time
     num_calls = _FULL_CALLS if settings.full else _SHORT_CALLS
     async with Engine(model, options) as engine:
         compare_audio([await bare.generate(request)], [await engine.generate(request)], mode=engine.mode)
@@ -44,7 +49,7 @@ async def run_http(settings: CaseSettings) -> dict[str, Any]:
         ) as sides:
 
             async def measure() -> Round:
-                for _ in range(9):  # opens every connection
+                for _ in range(9):  # warm-up: opens all connections
                     await play(sides["served"], [arrival])
                 calls: Round = {"bare": [], "engine": [], "http": [], "encode": []}
                 for _ in range(num_calls):
@@ -66,10 +71,10 @@ async def run_http(settings: CaseSettings) -> dict[str, Any]:
 
 
 def compare_ways(rounds: Sequence[Round], *, allowed: Mapping[str, Allowance]) -> dict[str, Any]:
-    """Returns ratios and differences of the rounds' medians, and percentiles over all calls.
+    """Returns percentiles of each way over all rounds, and its ratio and difference to the bare pipeline.
 
-    `allowed`: a way may take this many times as long as the bare pipeline, or this many milliseconds longer, whichever
-    allows more.
+    Ratios and differences use the medians of each round. `allowed` says how much slower than the bare pipeline a way
+    may be: the larger one of a multiple of its time, and its time plus milliseconds.
     """
     medians_ms = [{way: median(taken) for way, taken in calls.items()} for calls in rounds]
     figures: dict[str, Any] = {}
@@ -93,7 +98,7 @@ async def _time_ms(generate: Callable[[], Awaitable[object]]) -> float:
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
-    """Returns the cost of each layer around the engine, one per row."""
+    """Returns a table with the cost of each layer around the pipeline, one per row."""
     return [
         {
             "clip (s)": results["clip_s"],

@@ -1,4 +1,4 @@
-"""Measures whether the engine holds more memory after many requests, in a fresh process."""
+"""Measures whether the engine's memory grows while it serves many requests, in a new process."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from benchmarks.workload import draw_arrivals, to_request
 from stable_audio_serve.engine import Engine, EngineOptions
 
 _IN_FLIGHT = 8
-# Requests of the list, and the first and last time it is played that memory is read: short, full.
+# (requests in the list, repetitions of the list before the first reading, all repetitions), for the short and the full
+# form.
 _SIZES = ((20, 3, 15), (40, 5, 25))
 
 
 async def run_memory(settings: CaseSettings) -> dict[str, Any]:
-    """Measure in a fresh process."""
+    """Run `_measure` in a new process, whose memory no other benchmark has used."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return await asyncio.get_running_loop().run_in_executor(pool, _run, settings)
 
@@ -35,9 +36,9 @@ def _run(settings: CaseSettings) -> dict[str, Any]:
 
 
 async def _measure(settings: CaseSettings) -> dict[str, Any]:
-    """Send requests of the mix `demo-fast`, eight in flight, and read the memory when none is in flight.
+    """Send a list of requests of the mix `demo-fast` many times, and read the memory after each time.
 
-    The same list is sent every time, because the memory of a process also depends on its last few clips.
+    The list is always the same, because the memory of a process also depends on its last few clips.
     """
     count, settled, times = _SIZES[settings.full]
     model = load(settings)
@@ -60,10 +61,9 @@ async def _measure(settings: CaseSettings) -> dict[str, Any]:
 
 
 def growth_share(held: Sequence[int]) -> float:
-    """Returns the growth from the minimum of the first half to the minimum of the second half, as a share.
+    """Returns the relative growth from the minimum of the first half of the readings to that of the second half.
 
-    Single readings vary by up to 7 %, depending on the last requests. A leak raises the minimum too: a steady leak
-    raises it by half of its total growth.
+    Minimums are used because single readings vary by up to 7 %. A steady leak shows with half of its total growth.
     """
     middle = len(held) // 2
     return min(held[middle:]) / min(held[:middle]) - 1.0
@@ -71,13 +71,13 @@ def growth_share(held: Sequence[int]) -> float:
 
 def resident_bytes() -> int:
     """Returns the physical memory of this process, after its allocator has returned free memory; Linux only."""
-    with suppress(OSError, AttributeError):  # another C library
+    with suppress(OSError, AttributeError):  # `malloc_trim` exists only in glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
-    """Returns the memory after each number of requests."""
+    """Returns a table with the memory after some numbers of requests."""
     first, last = results["memory_requests"]
     return [{"from request": first, "to request": last, "growth": results["memory_rss_growth_share"]}]

@@ -1,8 +1,9 @@
 """Measures a server that gets three times as many requests as it can serve.
 
-Measured are goodput, the time to a refusal, the time until the server is back to normal, and whether clients that obey
-Retry-After are served within four tries. The server has the same model twice: one with a long queue, which shows the
-best throughput, and one with a queue so short that every accepted request should be in time.
+Measured are goodput (work that finishes in time), the time to a refusal, the time until the server is back to normal,
+and whether clients that obey Retry-After are served within four tries. The server has the same model twice. One has a
+long queue, which shows the best throughput. The other has a queue so short that every accepted request should be in
+time.
 """
 
 from __future__ import annotations
@@ -24,23 +25,27 @@ from stable_audio_serve.core.catalog import ModelCard
 
 _MIX = "demo-fast"
 _NORMAL_RATIO, _NORMAL_IN_A_ROW, _PATIENCE_S = 1.5, 3, 60.0
-_ALONE_S = (0.5, 4.0, 13.0)  # clip lengths (seconds) with a measured solo time; others are interpolated
-_SHOWS_S = 4.0  # the clip that shows whether the server is back to normal
+_ALONE_S = (0.5, 4.0, 13.0)  # clip lengths (seconds) whose time on the idle server is measured, not interpolated
+_SHOWS_S = 4.0  # length of the clip whose latency shows whether the server is back to normal
 _ALONE_CALLS, _WARM_UP_CALLS = 5, 10
 _FEW_TRIES = 4
 _FACTOR, _RETURNING_FACTOR = 3.0, 1.5
 _LARGER_IS_BETTER = ("goodput_over_peak_ratio", "finished_over_peak_ratio", "served_within_four_tries_share")
 _SMALLER_IS_BETTER = ("refusal_p50_ms", "refusal_p99_ms", "normal_after_s")
-_MAX_QUEUE_S = 0.5  # seconds of predicted work that the bounded model accepts
+_MAX_QUEUE_S = 0.5  # seconds of predicted work in the short queue
 
 
-# Seconds of the overload and of the returning clients, requests of a burst: short, full.
+# For the short and the full form: seconds of overload, seconds of arrivals of clients that obey Retry-After, and
+# requests in a burst.
 _LOADS = ({"seconds": 20, "returning_s": 10, "burst": 50}, {"seconds": 60, "returning_s": 30, "burst": 150})
 
 
 async def run_overload(settings: CaseSettings) -> dict[str, Any]:
-    """`settings.rounds` rounds, the worse counts. Capacity is that of two bursts, one before and one after, because a
-    shared machine's pace changes. Raises RuntimeError for a wrong answer in a burst."""
+    """Measure `settings.rounds` rounds; the worst one counts.
+
+    The capacity is measured with a burst of requests before and one after the overload, because the speed of a shared
+    machine changes. Raises RuntimeError for a wrong response in a burst.
+    """
     load = _LOADS[settings.full]
     entry = resolve_model(settings.model)
     names = {"peak": {}, "bounded": {"max_queue_s": _MAX_QUEUE_S}}
@@ -104,10 +109,11 @@ def _typical(records: Sequence[Record]) -> Record:
 def summarize_overload(
     records: Sequence[Record], *, work_ms: Sequence[float], peak_work_ms_per_s: float
 ) -> dict[str, Any]:
-    """Returns the figures of one overload.
+    """Returns the figures of one overload: shares of the peak work rate, times to a refusal, and wrong responses.
 
-    Work is counted in solo times, because the requests that a short run accepts may happen to be short ones. Work that
-    ends after the last arrival does not count. A refusal is timed from the scheduled arrival.
+    The work of a request is its time on an idle server (`work_ms`), because accepted requests may be shorter than
+    others. Requests that end after the last arrival do not count. The time to a refusal begins at the scheduled
+    arrival.
     """
     refused = [record for record in records if record.outcome == "refused"]
     failed = [record for record in records if record.outcome == "failed"]
@@ -127,7 +133,7 @@ def summarize_overload(
 
 
 def summarize_returns(clients: Sequence[Sequence[Record]]) -> dict[str, Any]:
-    """Returns how the clients that obey Retry-After fared, from all attempts of each."""
+    """Returns how many clients that obey Retry-After were served. `clients` has all attempts of each client."""
     served = [attempts for attempts in clients if attempts[-1].is_finished]
     return {
         "returning_clients": len(clients),
@@ -138,10 +144,9 @@ def summarize_returns(clients: Sequence[Sequence[Record]]) -> dict[str, Any]:
 
 
 async def _wait_until_normal(bounded: OverHttp, lone: Arrival, *, limit_ms: float, since: float) -> float:
-    """Returns the seconds from `since` until the server is back to normal, or the patience if it never is.
+    """Returns the seconds from `since` until the server is back to normal, at most _PATIENCE_S.
 
-    It is back to normal when the first of three successive requests is sent, none of which takes longer than
-    `limit_ms`.
+    The server counts as normal from the first of three successive requests that each take at most `limit_ms`.
     """
     normal: list[float] = []
     while time.perf_counter() - since < _PATIENCE_S:
@@ -154,7 +159,7 @@ async def _wait_until_normal(bounded: OverHttp, lone: Arrival, *, limit_ms: floa
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
-    """Returns one row."""
+    """Returns a table with one row, the worst round."""
     figures = results["model"]
     return [
         {

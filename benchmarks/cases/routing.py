@@ -1,7 +1,8 @@
-"""Compares our router (least predicted work) with Ray Serve's (the shorter of two random queues) on `small-mixed`.
+"""Compares our router with Ray Serve's, for requests of the mix `small-mixed`. Ours selects the replica with the least
+predicted work, Ray Serve's the shorter queue of two random replicas.
 
-One server runs two models, one per router, with four simulated replicas each. Clips are a tenth as long as in the mix
-and a frame takes ten times as long, so that the server sends little audio.
+One server has two models, one for each router, with four simulated replicas each. Clips are a tenth as long as in the
+mix, but a latent frame takes ten times as long, so that the server does the same work and sends less audio.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ _QUEUE_S = 1e6
 _WARM_UP = 16
 _REPLICAS = 4
 _REQUESTS = (200, 600)  # requests per round: short, full
-_LOAD_SHARE = 0.8  # of the replicas' capacity
+_LOAD_SHARE = 0.8  # rate of requests, as a share of the replicas' capacity
 
 
 async def run_routing(settings: CaseSettings) -> dict[str, Any]:
-    """Runs `settings.rounds` rounds with different requests; the worse round counts. Raises RuntimeError for a wrong
-    answer.
+    """Measure `settings.rounds` rounds with different requests; the worst round counts.
+
+    Raises RuntimeError for a wrong response.
     """
     rounds: list[dict[str, dict[str, float]]] = []
     watches: list[Watch] = []
@@ -49,7 +51,7 @@ async def run_routing(settings: CaseSettings) -> dict[str, Any]:
         import_path="benchmarks.servers.timed:build_shortening",
         deployments=[{"name": _SERVES, "request_router_config": {}}],
     ) as sides:
-        for side in sides.values():  # opens the connections to all replicas
+        for side in sides.values():  # warm-up: opens the connections to all replicas
             await _play(side, _draw(card, count=_WARM_UP, seed=0), card=card)
         for seed in range(1, settings.rounds + 1):
             arrivals = _draw(card, count=num_requests, seed=seed)
@@ -72,7 +74,7 @@ def _draw(card: ModelCard, *, count: int, seed: int) -> tuple[Arrival, ...]:
     def draw(rate_hz: float) -> tuple[Arrival, ...]:
         return draw_arrivals(_MIX, rate_hz=rate_hz, count=count, seed=seed, max_duration_s=card.max_duration_s)
 
-    asked = draw(1.0)  # the requests do not depend on the rate
+    asked = draw(1.0)  # any rate: it changes only the arrival times, which are not used here
     work_s = sum(SHORTENING_DEVICE.stages(to_request(arrival)).total_ms for arrival in asked) / 1000.0
     return draw(_LOAD_SHARE * _REPLICAS * count / work_s)
 
@@ -83,7 +85,7 @@ async def _play(side: OverHttp, arrivals: Sequence[Arrival], *, card: ModelCard)
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
-    """One round per row."""
+    """Returns a table with one row for each round."""
     return [
         {
             "round": number,

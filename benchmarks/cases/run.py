@@ -1,7 +1,7 @@
-"""Compares our server with the alternatives that people would run instead, on the same arrivals of requests.
+"""Compares our server with alternatives (sides), such as a lock around the model, for the same arrivals of requests.
 
-By default all sides are models of one server of ours, which the run starts. With `engine_only` they run in this
-process, without Ray and HTTP. With `url` a running server of one of the five systems is a side, alone or together with
+By default the run starts one server, in which each side is a model. With `engine_only` all sides run in this process,
+without Ray and HTTP. With `url`, a running server with one of the five supported APIs is a side, alone or together with
 the sides in `against`.
 """
 
@@ -36,8 +36,10 @@ _FULL, _SHORT = (300, 6), (60, 0)  # requests per round, trials per bisection
 
 @dataclass(frozen=True, slots=True)
 class RunRequest:
-    """The sides and the amount of work. If a number is None, `CaseSettings.full` determines it. No new piece begins
-    after `budget_s` seconds."""
+    """What to compare, and how many requests to send. If a number is None, `CaseSettings.full` determines it.
+
+    No new measurement begins after `budget_s` seconds.
+    """
 
     mix: str = "demo-wide"
     against: tuple[str, ...] | None = None
@@ -52,7 +54,7 @@ class RunRequest:
     budget_s: float = float("inf")
 
     def __post_init__(self) -> None:
-        """Raises ValueError for an unknown name or address."""
+        """Raise ValueError for an unknown mix or side, a bad URL, or fewer than two sides."""
         if self.mix not in MIXES:
             raise ValueError(f"no mix is called {self.mix!r}; there are {', '.join(MIXES)}")
         if unknown := [side for side in self.here if side not in SIDES]:
@@ -64,21 +66,21 @@ class RunRequest:
 
     @property
     def here(self) -> tuple[str, ...]:
-        """The sides on this machine."""
+        """The sides that the run starts on this machine."""
         if self.against is None:
             return () if self.url else ("lock", "static", "ours")
         return self.against
 
     @property
     def sides(self) -> tuple[str, ...]:
-        """All sides, the reference first."""
+        """All sides. The first one is the reference of all ratios."""
         return (*self.here, _URL_SIDE) if self.url else self.here
 
 
 async def run_comparison(settings: CaseSettings, request: RunRequest, *, folder: Path) -> dict[str, Any]:
-    """Run the comparison. `folder` keeps the lists of arrivals and every finished piece.
+    """Run the comparison and return its results. Lists of arrivals and finished measurements are kept in `folder`.
 
-    Raises VoidError, OutOfTimeError, OtherRunError, SideFailedError.
+    Raises VoidError, OutOfTimeError, OtherRunError or SideFailedError.
     """
     entry = resolve_model(settings.model)
     count, goodput_trials = _FULL if settings.full else _SHORT
@@ -108,7 +110,7 @@ async def run_comparison(settings: CaseSettings, request: RunRequest, *, folder:
 async def _opened(
     settings: CaseSettings, request: RunRequest, *, entry: ModelEntry
 ) -> AsyncIterator[Mapping[str, Asker]]:
-    """Yields every side, ready for requests."""
+    """Open all sides. Yields a client for each of them, by name."""
     async with contextlib.AsyncExitStack() as stack:
         askers: dict[str, Asker] = {}
         if request.here:
@@ -126,7 +128,7 @@ async def _opened(
 async def _in_process(
     settings: CaseSettings, sides: tuple[str, ...], *, entry: ModelEntry
 ) -> AsyncIterator[Mapping[str, Asker]]:
-    """Opens all sides on one loaded model; only one of them gets requests at a time."""
+    """Open all sides around one loaded model, so only one of them may get requests at a time. Yields their clients."""
     model = load_model(entry, device=settings.device)
     options = EngineOptions(mode=settings.mode, torch_threads=settings.threads)  # type: ignore[arg-type]
     opened = {name: open_side(name, model, options=options) for name in sides}
@@ -141,9 +143,9 @@ async def _in_process(
 async def _on_one_server(
     settings: CaseSettings, sides: tuple[str, ...], *, entry: ModelEntry
 ) -> AsyncIterator[Mapping[str, Asker]]:
-    """Opens all sides as models of one server: they share proxy, ingress and encoders.
+    """Start one server with each side as a model; the sides share its HTTP proxy, ingress and audio encoders.
 
-    Raises ValueError for a model without a folder.
+    Yields their clients. Raises ValueError for a model without a folder.
     """
     from benchmarks.servers.process import serving
 
@@ -162,7 +164,7 @@ async def _on_one_server(
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
-    """Returns one side per row; ratios to the reference are in brackets, with the range of the rounds."""
+    """Returns a table with one side per row. Ratios to the reference are in brackets, with the range of the rounds."""
     reference = results["reference"]
     steps = [name for name in results["sides"][reference]["latency"] if name != "all"]
     table = []

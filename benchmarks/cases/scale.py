@@ -1,7 +1,7 @@
-"""Sends the same burst of requests over HTTP to 1, 2, 4 ... replicas.
+"""Measures the capacity of 1, 2, 4 ... replicas with bursts of requests over HTTP.
 
-The replicas are simulated (their device is only a clock), so that many fit on two cores, or run the real model. All
-are models of one server, each with a fixed number of replicas.
+Replicas run the real model, or are simulated (their device is only a clock), so that many fit on two cores. One server
+has a model for each number of replicas.
 """
 
 from __future__ import annotations
@@ -18,17 +18,21 @@ from benchmarks.settings import CaseSettings
 from benchmarks.workload import MIXES, Mix, draw_arrivals
 
 _STAND_IN, _MODEL = "benchmarks.servers.timed:build", "stable_audio_serve.serving.app:build"
-# Equal clips of 270 ms: two cores can serve sixteen devices, and every replica gets an equal share of the work.
+# Clips for simulated replicas. All are equal, so that every replica gets an equal share of the work. Each takes 270 ms,
+# so that two cores can serve the HTTP requests of sixteen replicas.
 _CLIPS = Mix("stand-in", durations_s=((1.0, 1.0),), steps=((24, 1.0),), spread=0.0)
 _MODEL_MIX = MIXES["demo-wide"]
 _WARM_UP_PER_REPLICA = 4
-# Replica counts and how many requests each gets: short, full.
+# {number of replicas: number of requests}, for the short and the full form.
 _STAND_IN_BURSTS = ({1: 60, 2: 60, 4: 60}, {1: 320, 2: 320, 4: 320, 8: 640, 16: 1280})
 _MODEL_BURSTS = ({1: 60, 2: 60}, {1: 300, 2: 300})
 
 
 async def run_scale(settings: CaseSettings) -> dict[str, Any]:
-    """`settings.rounds` rounds over all counts; the worse round counts. Raises RuntimeError for any wrong answer."""
+    """Measure all numbers of replicas in each of `settings.rounds` rounds; the worst round counts.
+
+    Raises RuntimeError for any wrong response.
+    """
     stand_in = await _measure(settings, _CLIPS, _STAND_IN_BURSTS[settings.full], _STAND_IN)
     model = await _measure(settings, _MODEL_MIX, _MODEL_BURSTS[settings.full], _MODEL)
     return {"is_void": stand_in["is_void"] or model["is_void"], "stand_in": stand_in, "model": model}
@@ -37,7 +41,10 @@ async def run_scale(settings: CaseSettings) -> dict[str, Any]:
 async def _measure(  # noqa: PLR0917
     settings: CaseSettings, mix: Mix, requests: Mapping[int, int], import_path: str
 ) -> dict[str, Any]:
-    """Send each count of requests to its number of replicas, in turn, `settings.rounds` times."""
+    """Measure `settings.rounds` rounds; in each, a burst to every number of replicas, one after another.
+
+    `requests` has the size of the burst for each number of replicas.
+    """
     entry = resolve_model(settings.model)
     card, names = entry.card, {count: f"replicas-{count}" for count in requests}
     models = {name: {"replicas": {"min_replicas": n, "max_replicas": n}} for n, name in names.items()}
@@ -51,16 +58,16 @@ async def _measure(  # noqa: PLR0917
             records, watch = await in_quiet(lambda: send(count, requests[count]))
             return {
                 "capacity_rps": capacity_rps(records),
-                "cpu_ms_per_request": 1000.0 * watch.own_s / len(records),  # of server and client
+                "cpu_ms_per_request": 1000.0 * watch.own_s / len(records),  # of server and client together
                 "foreign_cores": watch.foreign_cores,
             }
 
-        for count in requests:  # opens the connections to all of them
+        for count in requests:  # warm-up: opens the connections to all replicas
             await send(count, count * _WARM_UP_PER_REPLICA)
         bursts = [{count: await measure(count) for count in requests} for _ in range(settings.rounds)]
     return {
         "requests": requests,
-        "worst_capacity_over_one": {  # over that of one replica in the same round
+        "worst_capacity_over_one": {  # capacity over the capacity of one replica in the same round
             count: min(one[count]["capacity_rps"] / one[1]["capacity_rps"] for one in bursts)
             for count in requests
             if count > 1
@@ -74,7 +81,7 @@ async def _measure(  # noqa: PLR0917
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
-    """One number of replicas per row."""
+    """Returns a table with one row for each number of replicas."""
     return [
         {
             "side": side.replace("_", "-"),

@@ -1,7 +1,7 @@
-"""Compares the engine's scheduling with a lock server, both on a simulated H200.
+"""Compares the engine's scheduling with a lock server (one request at a time), both on a simulated H200 GPU.
 
-Measured are the capacity when all requests arrive at once, and p95 at 0.8 of the lock server's capacity. The figures
-are computed, not measured on a device.
+The case computes the capacity when all requests arrive at once, and the p95 latency at 0.8 of the lock server's
+capacity. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from benchmarks.simulate.device import MEDIUM, SMALL, Gpu, Network
 from benchmarks.simulate.engine import SimulatedEngine, record_of, work_of
 from benchmarks.workload import Arrival, draw_arrivals
 
-_LOAD_SHARE = 0.8  # of the lock server's capacity
-_REQUESTS = {"small-mixed": (400, 2000), "medium-mixed": (200, 400)}  # requests per list: short, full
-_SEEDS = (1, 2, 3)  # one list per seed
+_LOAD_SHARE = 0.8  # rate of requests for latencies, as a share of the lock server's capacity
+_REQUESTS = {"small-mixed": (400, 2000), "medium-mixed": (200, 400)}  # requests per list in the short and full form
+_SEEDS = (1, 2, 3)  # each seed gives another list of requests
 _NETWORKS = {"small-mixed": SMALL, "medium-mixed": MEDIUM}
 
 
 async def run_simulate(settings: CaseSettings) -> dict[str, Any]:
-    """Returns the ratios of each mix; the worst seed counts: the lowest capacity, the highest latency."""
+    """Returns the ratios of each mix: the lowest capacity and the highest latency of all seeds."""
     mixes: dict[str, Any] = {}
     for mix, network in _NETWORKS.items():
         count = _REQUESTS[mix][settings.full]
@@ -55,7 +55,7 @@ def _compare(mix: str, network: Network, *, count: int, seed: int) -> dict[str, 
 
 
 def run_lock(arrivals: Iterable[Arrival], gpu: Gpu) -> list[Record]:
-    """Serve one request at a time, first come first served."""
+    """Simulate a server that serves one request at a time, first come, first served. Returns its records."""
     now_ms = 0.0
     records: list[Record] = []
     known: set[str] = set()
@@ -71,7 +71,7 @@ def run_lock(arrivals: Iterable[Arrival], gpu: Gpu) -> list[Record]:
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
-    """One row per mix."""
+    """Returns a table with one row for each mix."""
     return [
         {
             "mix": mix,

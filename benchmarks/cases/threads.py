@@ -1,6 +1,7 @@
-"""Compares a model on one CPU thread and on several: the official size with random weights, one clip at a time.
+"""Compares the speed of a model on one CPU thread and on several threads, one clip at a time. The model has an official
+size and random weights.
 
-The bytes must be the same, or the comparison is void.
+The audio must have the same bytes with any number of threads; otherwise, the comparison fails.
 """
 
 from __future__ import annotations
@@ -25,10 +26,9 @@ _REQUEST = GenerationRequest(prompt="warm analog pad, slow attack", duration_s=1
 
 
 async def run_threads(settings: CaseSettings) -> dict[str, Any]:
-    """Alternate clips on one thread and on two, `rounds` clips each. The best time counts, because other programs can
-    only add time.
+    """Generate clips with each number of threads in alternation, `settings.rounds` clips each.
 
-    Raises RuntimeError if the audio differs.
+    The best time counts, because other programs can only add time. Raises RuntimeError if the audio differs.
     """
     model = build_random_model(settings.model or _MODEL, device="cpu", dtype=torch.float32)
     seconds: dict[int, list[float]] = {count: [] for count in _COUNTS}
@@ -54,7 +54,7 @@ async def run_threads(settings: CaseSettings) -> dict[str, Any]:
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
-    """One number of threads per row."""
+    """Returns a table with one row for each number of threads."""
     return [
         {"threads": count, "work per second of audio (s)": value, "speedup": results["speedup"][count]}
         for count, value in results["work_s_per_audio_s"].items()

@@ -1,5 +1,5 @@
-"""`python -m benchmarks gpu --part N --out DIR`: measure one part, or all, on the first CUDA device. Run it again to
-continue. STABLE_AUDIO_TEST_DEVICE=cpu runs everything on tiny checkpoints.
+"""`python -m benchmarks gpu --part N --out DIR`: measures one part, or all, on the first CUDA device. To continue an
+interrupted measurement, run the command again. With STABLE_AUDIO_TEST_DEVICE=cpu everything runs on tiny checkpoints.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ PARTS: Mapping[int, tuple[str, _Measure]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 1 if a measurement failed, 2 if the files are from another commit or device, else 0.
+    """Measure, and return the exit status.
 
-    It is also 0 if the time was not sufficient for all measurements.
+    1: a measurement failed. 2: existing files are from another commit or device. 0: otherwise, even if the time was not
+    sufficient for all measurements.
     """
     options = _parser().parse_args(arguments)
     torch.set_num_threads(1 if options.device.type == "cpu" else torch.get_num_threads())
@@ -61,7 +62,7 @@ async def _run(number: int, options: argparse.Namespace) -> bool:
     same = about | {key: environment[key] for key in ("gpu", "cpu", "versions")}
     pieces = Pieces(options.out / name, same, ends_at=time.monotonic() + options.budget_s)
     print(f"part {number}, {part}", flush=True)
-    await trace(options.device, partial(asyncio.sleep, 0.0))  # loads the profiler
+    await trace(options.device, partial(asyncio.sleep, 0.0))  # load the profiler now, because that takes time
     try:
         results = await measure(bench, pieces)
     finally:

@@ -1,6 +1,5 @@
-"""Loads models of the published shapes with random weights, opens sides on them, and measures time and memory.
-
-One model is in memory at a time. On a CPU tiny checkpoints replace the models.
+"""Loads models of the published sizes with random weights, opens the compared servers (sides) around them, and measures
+time and memory. One model is in memory at a time. On a CPU, tiny checkpoints replace the models.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _GOLDENS = Path(__file__).parents[2] / "tests" / "data" / "goldens"
 _TINY = {"small": "sa3/sharp-s", "medium": "sa3/sharp-s", "open": "sao/tiny-small"}
 _SA3 = {"small": "small-music", "medium": "medium"}
 _OPEN = "stable-audio-open-1.0"
-_QUEUE_S = 36_000.0  # long enough that no request is refused on any device
+_QUEUE_S = 36_000.0  # length of the engine's queue, so long that no request is refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,22 +37,22 @@ class Sizes:
     """How much is measured: numbers of requests and repetitions, and times in seconds."""
 
     models: tuple[str, ...] = ("small", "medium", "open")
-    most_s: float = 1000.0  # longest clip
+    most_s: float = 1000.0  # duration of the longest clip
     most_steps: int = 1000
-    before: int = 3  # repetitions before a measurement, because only repeated calls are captured
-    repeats: int = 20  # most repetitions of a measurement; no more begin after `repeat_s`, except for the first three
+    before: int = 3  # warm-up repetitions: only repeated calls are captured as CUDA graphs
+    repeats: int = 20  # largest number of repetitions; after `repeat_s` no more begin, but at least three are made
     repeat_s: float = 2.0
     crowd: int = 16  # clips that are requested at once
     active: int = 48  # requests in flight while a busy device is profiled
-    busy_before_s: float = 12.0  # time before profiling, in which the engine captures about one shape a second
+    busy_before_s: float = 12.0  # warm-up before profiling: the engine captures about one CUDA graph a second
     traced_s: float = 2.0
     requests: tuple[int, int] = (200, 1000)  # memory must not grow between these numbers of requests
     few_rows: tuple[int, int] = (1, 8)
     full_rows: int = 64
-    list_s: float = 4.0  # time that a lock should need for one list of a mix
-    lists: tuple[int, int] = (12, 1000)  # least and most requests of a list
+    list_s: float = 4.0  # lists of requests are so long that the side `lock` needs about this time for one
+    lists: tuple[int, int] = (12, 1000)  # smallest and largest number of requests in a list
     rounds: int = 3
-    trials: int = 4  # rates that a search for goodput tries
+    trials: int = 4  # number of rates that the search for goodput tries
 
 
 _TINY_SIZES = Sizes(
@@ -78,16 +77,19 @@ class Bench:
 
     @property
     def sizes(self) -> Sizes:
-        """Full on CUDA, tiny elsewhere."""
+        """The amount of work: full on CUDA, tiny elsewhere."""
         return _TINY_SIZES if self.is_tiny else Sizes()
 
     @property
     def clips(self) -> list[ClipRow]:
-        """The published rows to measure, model by model."""
+        """The published clips to measure, sorted by model."""
         return [row for row in CLIPS if row.model in self.sizes.models]
 
     async def model(self, name: str, dtype: torch.dtype = torch.float16) -> DiffusionModel:
-        """Load small, medium or open (Stable Audio Open 1.0), with its denoiser in `dtype`. Drops the previous one."""
+        """Return the model small, medium or open (Stable Audio Open 1.0) with its denoiser in `dtype`.
+
+        If another model is loaded, unload it first.
+        """
         key = name, dtype
         if self._loaded is None or self._loaded[0] != key:
             await self.drop()
@@ -95,7 +97,7 @@ class Bench:
         return self._loaded[1]
 
     async def side(self, model: str, side: str) -> Side:
-        """Returns a side over a model; it stays open until another model is loaded."""
+        """Return the compared server `side` around a model. It stays open until another model is loaded."""
         loaded = await self.model(model)
         if side not in self._sides:
             threads = 1 if self.is_tiny else None
@@ -106,7 +108,10 @@ class Bench:
         return self._sides[side]
 
     async def clip(self, row: ClipRow, *, seed: int = 0) -> GenerationRequest:
-        """Returns the request for a published row: without headroom, with its model's default steps and guidance."""
+        """Return the request for a published clip, with its model's default steps and guidance.
+
+        No padding is generated after the clip.
+        """
         card = (await self.model(row.model)).spec.card
         return GenerationRequest(
             prompt=PROMPTS[seed % len(PROMPTS)],
@@ -118,7 +123,7 @@ class Bench:
         )
 
     async def settle(self) -> None:
-        """Wait until no side uses the device. An idle side may capture calls, which would disturb a measurement."""
+        """Wait until no side uses the device. (An idle side may still capture CUDA graphs.)"""
         for side in self._sides.values():
             await side.settle()
 
@@ -133,9 +138,7 @@ class Bench:
             torch.cuda.empty_cache()
 
     async def times_ms(self, *runs: Callable[[], Awaitable[object]]) -> list[float]:
-        """Returns the median milliseconds of each of several calls, which take turns on the idle device after a
-        warm-up.
-        """
+        """Return the median milliseconds of each function in `runs`. After a warm-up, they are called in turn."""
         for _ in range(self.sizes.before):
             for run in runs:
                 await run()
@@ -150,19 +153,19 @@ class Bench:
         return [median(own) for own in taken_ms]
 
     def forget_peak(self) -> None:
-        """Reset the peak to the memory in use. Has no effect on a CPU."""
+        """Begin a new measurement of peak memory (`peak_bytes`). Has no effect on a CPU."""
         gc.collect()
         if not self.is_tiny:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak_bytes(self) -> int:
-        """Returns the most memory that tensors held since `forget_peak`; on a CPU the process's peak."""
+        """Return the peak memory of tensors since `forget_peak`; on a CPU, the peak memory of the process."""
         if self.is_tiny:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return torch.cuda.max_memory_allocated(self.device)
 
     def held_bytes(self) -> int:
-        """Returns the memory that tensors hold now; on a CPU the process's peak."""
+        """Return the memory of all current tensors; on a CPU, the peak memory of the process."""
         gc.collect()
         return self.peak_bytes() if self.is_tiny else torch.cuda.memory_allocated(self.device)
 

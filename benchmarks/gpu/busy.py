@@ -1,5 +1,5 @@
-"""Part 2: a busy engine. Measures steps per second, idle time and kernels of the device, the speed of equal clips that
-arrive together relative to the ideal, and the memory of a full engine and its growth.
+"""Part 2 of the GPU benchmarks: a busy engine. Measures steps per second, idle time and kernels of the device, the
+speed of equal clips that arrive together relative to the ideal speed, and the engine's memory and its growth.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ async def measure(bench: Bench, pieces: Pieces) -> dict[str, Any]:
 
 
 async def _profile(bench: Bench, row: ClipRow) -> dict[str, Any]:
-    """Trace an engine with many requests in flight for a while."""
+    """Keep many requests in flight, trace the device for a while, and return figures from the trace."""
     side, seeds = await bench.side(row.model, "ours"), count()
 
     async def repeat() -> None:
@@ -55,7 +55,7 @@ async def _profile(bench: Bench, row: ClipRow) -> dict[str, Any]:
     async def wait(seconds: float) -> None:
         done, _ = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
-            task.result()  # raises the task's error
+            task.result()  # raises an error of a request
 
     tasks = [asyncio.create_task(repeat()) for _ in range(bench.sizes.active)]
     try:
@@ -82,7 +82,7 @@ async def _profile(bench: Bench, row: ClipRow) -> dict[str, Any]:
 
 
 async def _measure_crowd(bench: Bench, row: ClipRow) -> dict[str, Any]:
-    """Measure clips that arrive together. Compares the mean time per clip with the ideal time."""
+    """Measure the rate of clips that are requested together, absolute and as a share of the ideal rate."""
     side = await bench.side(row.model, "ours")
     requests = [await bench.clip(row, seed=seed) for seed in range(bench.sizes.crowd)]
     (taken_ms,) = await bench.times_ms(lambda: asyncio.gather(*map(side.generate, requests)))
@@ -92,7 +92,7 @@ async def _measure_crowd(bench: Bench, row: ClipRow) -> dict[str, Any]:
 
 
 async def _measure_full(bench: Bench, row: ClipRow) -> dict[str, Any]:
-    """Compare the peak memory of a full engine with a linear extrapolation from few rows."""
+    """Compare the engine's peak memory with many rows in flight with a linear extrapolation from few rows."""
     side, (few, more), full = await bench.side(row.model, "ours"), bench.sizes.few_rows, bench.sizes.full_rows
     peaks: dict[int, int] = {}
     for rows in (few, more, full):
@@ -109,7 +109,10 @@ async def _measure_full(bench: Bench, row: ClipRow) -> dict[str, Any]:
 
 
 async def _measure_growth(bench: Bench, row: ClipRow) -> dict[str, Any]:
-    """Compare the memory after many requests with that after some requests, both with no request in flight."""
+    """Measure how much the engine's memory grows between a first part and all of many requests.
+
+    Memory is read while no request is in flight.
+    """
     side, (settled, all_of_them) = await bench.side(row.model, "ours"), bench.sizes.requests
     held: list[int] = []
     for seeds in (range(settled), range(settled, all_of_them)):

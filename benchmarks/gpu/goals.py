@@ -1,4 +1,4 @@
-"""The goals for one H200, as data. The parts measure them."""
+"""The performance goals for one H200 GPU. The parts of the GPU benchmarks measure them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.gpu.published import CLIPS
 _LONE, _BUSY, _SMALL, _MEDIUM = "gpu-1-lone", "gpu-2-busy", "gpu-3-small", "gpu-4-medium"
 _OF_SMALL = ("equal-5s", "small-8", "small-mixed")
 
-# (goal, figure, side that is compared with) -> bound of each mix.
+# (goal, figure, side with which `ours` is compared) -> the bound for each mix of requests.
 _MIXES: Mapping[tuple[str, str, str], Mapping[str, float]] = {
     ("P1", "capacity", "lock"): {
         "equal-5s": 4.0, "small-8": 2.0, "small-mixed": 1.4, "medium-8": 1.1, "sao-100": 1.0,

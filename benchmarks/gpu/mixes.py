@@ -1,5 +1,5 @@
-"""Parts 3 and 4: compare our engine with a lock and with static batches, in one process, as the case `run` does. Also
-compare its capacity with that of a lock without CUDA graphs.
+"""Parts 3 and 4 of the GPU benchmarks compare our engine with a lock and with static batches, in one process, like the
+benchmark case `run`. They also compare the engine's capacity with that of a lock without CUDA graphs.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from benchmarks.workload import Arrival, draw_arrivals
 
 _SIDES = ("lock", "static", "ours")
 _EAGER = "eager-lock"
-_PILOTS = 6  # requests whose solo times determine the length of the lists
-_EAGER_REQUESTS = 24  # at most
+_PILOTS = 6  # number of requests that are timed alone to choose the length of the lists
+_EAGER_REQUESTS = 24  # largest number of requests for the lock without CUDA graphs
 _MODELS = {
     "equal-5s": "small",
     "small-8": "small",

@@ -1,6 +1,6 @@
-"""Part 5: the error of one step and one decode window in each precision, relative to float64.
+"""Part 5 of the GPU benchmarks: the error of one step and one decoded window in each precision, relative to float64.
 
-The weights are random: real ones may have larger activations.
+The models have random weights. Models with real weights may have larger activations.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ async def measure(bench: Bench, pieces: Pieces) -> dict[str, Any]:
 
 
 async def _compare(bench: Bench, row: ClipRow) -> dict[str, Any]:
-    """Compare one step and one window with float64. Each precision rounds the same float32 weights."""
+    """Measure the errors of one step and one decoded window. Each precision rounds the same float32 weights."""
     model = await bench.model(row.model, torch.float32)
     assert isinstance(model, Sa3Model | SaoModel)
     request = await bench.clip(row)
@@ -71,7 +71,10 @@ async def _compare(bench: Bench, row: ClipRow) -> dict[str, Any]:
 
 
 def _record_step(model: Sa3Model | SaoModel, request: GenerationRequest, *, latents: Tensor) -> Network:
-    """Returns a function that calls a given copy of the denoiser with the conditioning of `request`."""
+    """Returns a function that runs one step with a copy of the denoiser, its argument.
+
+    The step has the given latents and the conditioning of `request`.
+    """
     net, taken = model.denoiser, []
     project = net.condition
 
@@ -112,14 +115,15 @@ def _against_float64(net: nn.Module, run: Network) -> dict[str, dict[str, float 
 
 
 def _resolve_kernels(net: nn.Module) -> None:
-    if isinstance(net, AudioAutoencoder | OobleckAutoencoder):  # it caches kernels computed from the weights
+    if isinstance(net, AudioAutoencoder | OobleckAutoencoder):  # autoencoders cache kernels computed from weights
         net.resolve()
 
 
 def measure_error(actual: Tensor, expected: Tensor) -> dict[str, float | None]:
-    """Returns signal over error in decibels, the cosine of both, and the largest difference over the peak.
+    """Returns the error of `actual` relative to `expected` in three figures.
 
-    All are None if `actual` is not finite; the decibels are also None if there is no error.
+    `db` is the signal-to-error ratio in decibels (None if there is no error), `cosine` the cosine similarity,
+    `largest_share` the largest difference divided by the peak. All are None if `actual` is not finite.
     """
     if not bool(actual.isfinite().all()):
         return dict.fromkeys(("db", "cosine", "largest_share"))
@@ -133,9 +137,9 @@ def measure_error(actual: Tensor, expected: Tensor) -> dict[str, float | None]:
 
 
 class _Float64(TorchFunctionMode):
-    """Within this context, conversions to float32 inside the networks keep float64."""
+    """While active, networks compute in float64: their conversions of float64 tensors to float32 have no effect."""
 
-    def __torch_function__(  # noqa: PLR0917  # as torch calls it
+    def __torch_function__(  # noqa: PLR0917  # torch's signature
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if func is Tensor.float and args[0].dtype == torch.float64:
@@ -146,6 +150,6 @@ class _Float64(TorchFunctionMode):
 
 
 def _noise(model: DiffusionModel, frames: int) -> Tensor:
-    """Returns (1, D, F) float32, the same on every device."""
+    """Returns normal noise (1, latent channels, frames) float32, with the same values on every device."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(1, model.spec.card.latent_channels, frames, generator=generator).to(model.device)

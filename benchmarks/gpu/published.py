@@ -1,20 +1,21 @@
-"""Stability AI's published figures for one H200, and the work of each clip, computed from the networks' shapes.
+"""Stability AI's published times and memory for one H200 GPU, and the operations that each clip needs.
 
-The ideal time is the longer of two: work at 790 TFLOP/s, or weights and activations at 4.3 TB/s.
+Operations are computed from the networks' dimensions. The ideal time of a clip is the longer one of computing at 790
+TFLOP/s, and reading and writing weights and activations at 4.3 TB/s.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-FLOPS = 790e12  # operations per second, sustained, in half precision
+FLOPS = 790e12  # operations per second that an H200 sustains in half precision
 
 
 @dataclass(frozen=True, slots=True)
 class ClipRow:
-    """One clip of one model: its work, the published TensorRT time and peak memory, and our goals.
+    """One clip of one model: its operations, its published TensorRT time and peak memory, and our goals.
 
-    `alone_share` and `crowd_share` are the goals as a share of the ideal speed, for one clip and for eight or more at
+    The goals are shares of the ideal speed: `alone_share` for one clip at a time, `crowd_share` for eight or more at
     once. None: not published, or no goal.
     """
 
@@ -30,7 +31,7 @@ class ClipRow:
 
     @property
     def name(self) -> str:
-        """Model and duration."""
+        """The model's name and the duration, such as `small 5 s`."""
         return f"{self.model} {self.duration_s:g} s"
 
 

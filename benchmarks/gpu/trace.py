@@ -1,5 +1,5 @@
-"""Records the work of a GPU during a call with torch's profiler: kernels, copies, launches, waits, and the share of
-time in which it was busy. On a CPU it records nothing.
+"""Records a GPU's work with torch's profiler: kernels, copies, launches, waits, and the share of time in which the GPU
+was busy. On a CPU nothing is recorded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NAME_LENGTH, _MOST_KERNELS = 120, 20
 
 
 async def trace(device: torch.device, run: Callable[[], Awaitable[object]]) -> dict[str, Any]:
-    """Run `run` and return the figures of the device work that all threads launched meanwhile."""
+    """Call `run` and return figures of the device work that all threads launched during the call."""
     is_cuda = device.type == "cuda"
     profiler = profile(activities=[ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU])
     profiler.start()
@@ -38,7 +38,7 @@ async def trace(device: torch.device, run: Callable[[], Awaitable[object]]) -> d
 
 
 def summarize_trace(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the figures of a Chrome trace. `host_launches` counts a CUDA graph once, `kernels` all its kernels."""
+    """Returns figures of a Chrome trace. `host_launches` counts a CUDA graph once; `kernels` counts its kernels."""
     whole = [event for event in events if event.get("ph") == "X"]
     work = sorted((event for event in whole if event.get("cat") in _DEVICE_WORK), key=lambda event: event["ts"])
     host = [event["name"] for event in whole if event.get("cat") in {"cuda_runtime", "cuda_driver"}]

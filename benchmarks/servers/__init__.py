@@ -1,1 +1,1 @@
-"""The servers that are measured, as child processes, and their replicas."""
+"""Starts the servers that benchmarks measure, as child processes, and defines special replicas for them."""

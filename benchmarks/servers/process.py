@@ -1,4 +1,4 @@
-"""Runs a server of ours as a child process: started with one command, called over HTTP, stopped with Ctrl-C."""
+"""Runs this project's server as a child process: starts it with its command, and stops it with Ctrl-C."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from stable_audio_serve.models.registry import ModelEntry
 
 _READY_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 30.0
-_IN_PROGRESS = 10_000  # limits on requests in progress, so high that no burst is refused
-_COLD_START = "cold start:"  # the log line that the server writes when it is ready
+_IN_PROGRESS = 10_000  # value of all limits on requests in progress, so high that no burst is refused
+_COLD_START = "cold start:"  # beginning of the log line that a ready server writes
 _STAGE = re.compile(r"(\w+) ([0-9.]+) s")
 
 
 @dataclass(slots=True)
 class Server:
-    """A running server; `ready_s` is the time from the start of the process to its first healthy answer.
+    """A running server. `ready_s` is the time from the start of its process to its first healthy response.
 
-    All its processes are in the session of the first one, `pid`.
+    All processes of the server are in the session of its first process, `pid`.
     """
 
     url: str
@@ -46,10 +46,10 @@ class Server:
 
     @property
     def stages_s(self) -> dict[str, float]:
-        """The times that the server logged for its cold start, in seconds by stage."""
+        """The durations of the stages of its cold start that the server logged, in seconds."""
         found = [line.removeprefix(_COLD_START) for line in self.lines if line.startswith(_COLD_START)]
         stages: dict[str, float] = {}
-        for part in "".join(found[:1]).split(";"):  # stages of the server, then of each model
+        for part in "".join(found[:1]).split(";"):  # the server's stages, then each model's
             model, _, laps = part.strip().rpartition(": ")
             for name, seconds in _STAGE.findall(laps):
                 stages[f"{model} {name}".strip()] = float(seconds)
@@ -65,9 +65,10 @@ def write_config(
     deployments: Sequence[Mapping[str, object]] = (),
     **args: object,
 ) -> Path:
-    """Write a serve config with one model in one replica; `args` adds or replaces arguments of the application.
+    """Write a Ray Serve config file for one model with one replica. Returns the path of the file.
 
-    `deployments` override the application's own options of its deployments, as Ray Serve specifies.
+    `args` adds or replaces arguments of the application. `deployments` has the same meaning as in Ray Serve: it
+    overrides options of the application's deployments.
     """
     model = {"name": entry.card.name, "threads": threads, "replicas": {"max_replicas": 1}}
     if not entry.card.is_demo:
@@ -92,9 +93,10 @@ def _source(entry: ModelEntry) -> dict[str, object]:
 async def serving(
     entry: ModelEntry, names: Mapping[str, Mapping[str, object]], *, threads: int, **args: Any
 ) -> AsyncIterator[Mapping[str, OverHttp]]:
-    """Serve one model under several names, each with additional fields of its entry; `args` as for `write_config`.
+    """Run a server that has one model under several names. `names` has additional settings for each name.
 
-    Yields a client for each name, once all replicas are up. Only the models themselves refuse requests.
+    `args` has the same meaning as for `write_config`. Yields a client for each name when all replicas are ready. The
+    server's other limits are so high that only the models' queues refuse requests.
     """
     one = {**_source(entry), "threads": threads, "replicas": {"min_replicas": 1, "max_replicas": 1}}
     models: list[dict[str, Any]] = [{"name": name, **one, **own} for name, own in names.items()]
@@ -109,9 +111,9 @@ async def serving(
 
 @contextmanager
 def running_server(config: Path) -> Iterator[Server]:
-    """Start a server, wait until it is ready, and stop it with Ctrl-C at the end.
+    """Start a server, wait until it is ready, and stop it with Ctrl-C at the end of the context.
 
-    Raises RuntimeError with its output if it does not become ready.
+    Raises RuntimeError with the server's output if the server does not become ready.
     """
     port = _free_port()
     command = ("-m", "stable_audio_serve.cli", "serve", "--config", str(config), "--port", str(port))
@@ -149,7 +151,7 @@ def running_server(config: Path) -> Iterator[Server]:
 
 
 def _wait_for_replicas(server: Server, counts: Mapping[str, int]) -> None:
-    """Wait until every model has its number of replicas. Raises RuntimeError if that takes too long."""
+    """Wait until every model has the number of replicas in `counts`. Raises RuntimeError if that takes too long."""
     ends_at = time.monotonic() + _READY_TIMEOUT_S
     while True:
         models = httpx.get(f"{server.url}/health", trust_env=False).raise_for_status().json()["models"]
@@ -162,7 +164,7 @@ def _wait_for_replicas(server: Server, counts: Mapping[str, int]) -> None:
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
-    """Stop the server as Ctrl-C does, then kill the processes that are left."""
+    """Stop the server as Ctrl-C does, and then kill its remaining processes."""
     processes = family(process.pid)
     process.send_signal(signal.SIGINT)
     try:

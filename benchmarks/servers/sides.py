@@ -1,6 +1,7 @@
-"""One server of ours whose models are the sides; `build` is its import path.
+"""An application of this project's server in which each model is one of the compared sides, such as `lock` or `ours`.
 
-The sides share weights, ingress, encoders and proxy. Each name has a different class of replica.
+The sides have the same weights and share HTTP proxy, ingress and audio encoders. `build` is the function that Ray Serve
+imports.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _OTHERS = ("lock", "eager-lock", "static")
 
 
 class SideReplica(StandInReplica):
-    """Answers requests with the side that has the model's name."""
+    """A replica that generates audio with the side that has the name of the model."""
 
     def __init__(self, settings: Settings, model: ModelSettings) -> None:
         loaded = load_model(
@@ -52,5 +53,5 @@ class SideReplica(StandInReplica):
 
 
 def build(args: Settings | Mapping[str, Any]) -> serve.Application:
-    """Builds the application of `serving.app` with a different replica class for each side."""
+    """Build the application of `serving.app`, with SideReplica as the class of replicas."""
     return assemble(args, replica=ModelReplica, by_name=dict.fromkeys(_OTHERS, SideReplica))

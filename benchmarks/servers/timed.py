@@ -1,7 +1,7 @@
-"""The whole server with simulated devices: each waits for a computed time and returns a prepared clip.
+"""The whole server with simulated devices, to measure routing, Ray and HTTP with more replicas than the machine has
+cores. A simulated device serves one request at a time: it waits for a computed time and returns a prepared clip.
 
-A device serves one request at a time. Routing, Ray and HTTP can thus be measured with more replicas than this machine
-has cores. This module must not import torch or transformers, so that the replicas start fast.
+This module must not import torch or transformers, so that the replicas start fast.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _DEFAULT_STEPS = 8
 
 @dataclass(frozen=True, slots=True)
 class LinearDevice:
-    """Every call takes a fixed time plus a time per row and latent frame, in milliseconds."""
+    """A simulated device. A call takes a fixed time, plus a time for each row and latent frame, in milliseconds."""
 
     text_ms: float = 4.0
     step_ms: float = 10.0
@@ -39,9 +39,9 @@ class LinearDevice:
     decode_per_frame_ms: float = 0.2
 
     def stages(self, request: GenerationRequest) -> StageTimings:
-        """Returns the time of a request on an idle device: text, then steps and decoding for each variation.
+        """Returns the times of a request's stages on an idle device: text, then steps and decoding of each variation.
 
-        A guided step has two rows. Latent frames are Stable Audio 3's.
+        A step with guidance has two rows. A latent frame is as long as in Stable Audio 3.
         """
         rows = 1 if request.cfg_scale in (None, 1.0) else 2
         frames = math.ceil(request.duration_s * _RATE_HZ / _HOP)
@@ -53,7 +53,7 @@ class LinearDevice:
 
     @property
     def prices(self) -> Prices:
-        """The costs of work on this device. The cost of a guided step is slightly too high."""
+        """The prices of work on this device, from which the router predicts. Guided steps cost slightly too much."""
         frames_per_s = _RATE_HZ / _HOP
         return Prices(
             row_ms=self.text_ms + self.decode_ms,
@@ -65,8 +65,8 @@ class LinearDevice:
 
 
 DEVICE = LinearDevice()
-# A device for clips of a tenth of the length, eight times as fast. The same load takes an eighth of the time, and the
-# server sends less audio.
+# A device for a benchmark with clips of a tenth of the length, so that the server sends less audio. A frame takes ten
+# times as long as on the usual device, and everything is eight times as fast, so that the benchmark is shorter.
 SHORTENED = 10.0
 SHORTENING_DEVICE = LinearDevice(
     text_ms=DEVICE.text_ms / 8,
@@ -78,24 +78,24 @@ SHORTENING_DEVICE = LinearDevice(
 
 
 class StandInReplica:
-    """The methods of `serving.replica.ModelReplica` that every simulated replica answers in the same way."""
+    """The methods of `serving.replica.ModelReplica` that are the same in all replicas of the benchmarks."""
 
     device = "timed"
     backlog_s = 0.0
 
     async def generate(self, request: GenerationRequest) -> GenerationResult | StableAudioError:
-        """Returns the audio, or one of our errors, as the real replica does."""
+        """Returns the audio, or (not raised) a StableAudioError, as the real replica does."""
         raise NotImplementedError
 
     async def generate_reporting(
         self, request: GenerationRequest
     ) -> AsyncIterator[Progress | GenerationResult | StableAudioError]:
-        """Like `generate`, for a streaming handle."""
+        """Yields the result of `generate`. The real replica yields progress before it."""
         yield Progress("denoising", 0.0)
         yield await self.generate(request)
 
     async def status(self) -> object:
-        """Always ready, without counts."""
+        """Returns the status of a ready replica, without counts of requests."""
         from stable_audio_serve.serving.model_states import ReplicaStatus
 
         counts = dict.fromkeys(("in_flight", "finished", "cancelled", "expired", "failed"), 0)
@@ -103,10 +103,10 @@ class StandInReplica:
 
 
 class TimedReplica(StandInReplica):
-    """Answers a request when its simulated device has finished it.
+    """A replica with a simulated device, which serves requests one after another in order of arrival.
 
-    The device serves requests one after another in order of arrival. Finish times are computed, so a late wake-up of
-    this process does not leave the device idle. A cancelled request still takes its time.
+    The end of each request is computed from the end of the previous one, so a late wake-up of this process does not
+    leave the device idle. A cancelled request still takes its time on the device.
     """
 
     times: ClassVar[LinearDevice] = DEVICE
@@ -114,18 +114,18 @@ class TimedReplica(StandInReplica):
     def __init__(self, settings: Settings, model: ModelSettings) -> None:
         self._model = model.name
         self._max_queue_s = model.max_queue_s
-        self._accepted_s = 0.0  # device time of all requests accepted so far
+        self._accepted_s = 0.0  # sum of the device times of all accepted requests
         self._free_at = time.monotonic()
         self._measured_at = time.monotonic(), 0.0
         self._waiting = 0.0, float("-inf")
 
     @property
     def backlog_s(self) -> float:  # type: ignore[override]
-        """Device time of accepted work that has not finished yet."""
+        """The device time of accepted requests that the device has not finished."""
         return max(0.0, self._free_at - time.monotonic())
 
     async def generate(self, request: GenerationRequest) -> GenerationResult | StableAudioError:
-        """Returns a clip of the requested length, or an error if too much work is waiting."""
+        """Returns a clip of the requested length, or (not raised) an error if too much work is waiting."""
         waiting_s = self.backlog_s
         if waiting_s > self._max_queue_s:
             retry_s = max(waiting_s - self._max_queue_s, _LEAST_RETRY_S)
@@ -139,11 +139,11 @@ class TimedReplica(StandInReplica):
         return replace(make_result(self._model, request), timings=timings)
 
     def record_routing_stats(self) -> dict[str, Any]:
-        """Called by Serve."""
+        """Called by Ray Serve. Returns what our router reads."""
         return ReplicaWork.now(1000.0 * self.backlog_s, self.times.prices).to_dict()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Called by Serve."""
+        """Called by Ray Serve. Returns what our autoscaling policy reads."""
         now, busy_s = time.monotonic(), self._accepted_s - self.backlog_s
         before, busy_before_s = self._measured_at
         self._measured_at = now, busy_s
@@ -155,18 +155,18 @@ class TimedReplica(StandInReplica):
         )
 
     async def note_waiting(self, seconds: float, is_kept: bool = False) -> None:
-        """Called by job runners."""
+        """Called by job runners. Stores how many seconds of work wait in queued jobs, for autoscaling."""
         self._waiting = seconds, time.monotonic()
 
 
 class ShorteningReplica(TimedReplica):
-    """A replica whose device serves clips of a tenth of the length."""
+    """A TimedReplica with the device SHORTENING_DEVICE, for clips of a tenth of the length."""
 
     times = SHORTENING_DEVICE
 
 
 def make_result(model: str, request: GenerationRequest) -> GenerationResult:
-    """Returns a clip of the requested length, stereo at 44.1 kHz."""
+    """Returns a result with a prepared clip of the requested length, stereo at 44.1 kHz."""
     clip = _clip(int(request.duration_s * _RATE_HZ))
     seeds = tuple(request.seed + index for index in range(request.batch_size))
     return GenerationResult((clip,) * request.batch_size, _RATE_HZ, model, seeds)
@@ -174,21 +174,21 @@ def make_result(model: str, request: GenerationRequest) -> GenerationResult:
 
 @lru_cache(maxsize=4)
 def _clip(samples: int) -> Any:
-    """Returns (2, samples) float32: a chord under a little noise."""
+    """Returns a clip (2, samples) float32: a chord with some noise."""
     chord = sum(np.sin(2 * np.pi * hz * np.arange(samples) / _RATE_HZ) for hz in (110, 277, 659))
     noise = np.random.default_rng(0).normal(0.0, 0.02, (2, samples))
     return np.ascontiguousarray(0.2 * chord + noise, dtype=np.float32)
 
 
 def build(args: Settings) -> Any:
-    """Builds the application of `serving.app` with timed replicas."""
+    """Build the application of `serving.app` with TimedReplica as the class of replicas."""
     from stable_audio_serve.serving.app import assemble
 
     return assemble(args, replica=TimedReplica)
 
 
 def build_shortening(args: Settings) -> Any:
-    """Builds the same application with the device for short clips."""
+    """Build the application of `serving.app` with ShorteningReplica as the class of replicas."""
     from stable_audio_serve.serving.app import assemble
 
     return assemble(args, replica=ShorteningReplica)

@@ -1,7 +1,7 @@
-"""The whole pipeline without a scheduler, for rows with the same number of steps: text, source, all steps, decode.
+"""Generation without a scheduler: a batch of requests with the same number of steps runs through all stages at once.
 
-It runs the stages of the engine, and captures CUDA graphs when the engine would. So the sides differ only in the order
-of work.
+The stages (text, source audio, steps, decoding) are those of the engine, and CUDA graphs are captured when the engine
+would capture them. So the compared servers differ only in the order of work.
 """
 
 from __future__ import annotations
@@ -36,22 +36,25 @@ from stable_audio_serve.engine.scheduling.work import Phase
 from stable_audio_serve.models.protocol import DiffusionModel, RowPlan
 from stable_audio_serve.sampling.noise import SeededNoise
 
-_SETTLED_S = 1.0  # after this long without a capture, an idle engine has nothing left to capture
-_ALL_WINDOWS = 2**30  # frames to decode at once: all, because no other work waits between windows
+_SETTLED_S = 1.0  # an idle engine that has captured no CUDA graph for this time has nothing left to capture
+_ALL_WINDOWS = 2**30  # limit on the frames to decode at once: none, because no other work waits for the device
 
 
 class Captures(NullMetrics):
-    """Receives one side's metrics and counts captures. `changed_at` is on the monotonic clock, in seconds."""
+    """Receives the engine metrics of one side, and counts its captured CUDA graphs.
+
+    `changed_at` is the time of the last change, on the monotonic clock.
+    """
 
     def __init__(self) -> None:
-        self._captured: Counter[str] = Counter()  # by kind of call
+        self._captured: Counter[str] = Counter()  # number of graphs for each kind of call
         self.num_misses = 0
         self.num_steps = 0
         self.changed_at = float("-inf")
 
     @property
     def num_captured(self) -> int:
-        """Number of captures of all kinds of calls."""
+        """The number of captured CUDA graphs of all kinds of calls."""
         return self._captured.total()
 
     def gauge(self, name: str, value: float, **labels: str) -> None:
@@ -67,14 +70,15 @@ class Captures(NullMetrics):
 
 
 async def wait_for_captures(captures: Captures) -> None:
-    """Return once an idle engine has no calls left to capture."""
+    """Wait until an idle engine has captured all CUDA graphs that it will capture."""
     while time.monotonic() < captures.changed_at + _SETTLED_S:  # noqa: ASYNC110 - another thread captures
         await asyncio.sleep(0.05)
 
 
 class Pipeline:
-    """One model on one thread. `await run(requests)` generates all of them together; calls run first come, first
-    served.
+    """Generates batches of requests on one thread, without a scheduler.
+
+    `await run(requests)` generates a batch. Batches run one after another, in the order of their calls of `run`.
     """
 
     def __init__(
@@ -86,9 +90,10 @@ class Pipeline:
         together: int,
         captures_calls: bool = True,
     ) -> None:
-        """`policy` splits a step into device calls; up to `together` windows or prompts of equal shape share one.
+        """`policy` returns, for a device, the policy that splits a step into device calls.
 
-        `captures_calls`: whether to capture calls, if the device can.
+        Up to `together` windows or prompts of equal shape share a call. `captures_calls`: whether to capture calls as
+        CUDA graphs, if the device can.
         """
         self._model = model
         self._threads = options.torch_threads
@@ -117,7 +122,10 @@ class Pipeline:
         self._settling: asyncio.Task[None] | None = None
 
     async def run(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
-        """Returns the results in order. Rows must take the same number of evaluations. Raises what the model raises."""
+        """Returns the results in the order of `requests`, which must need the same number of denoiser evaluations.
+
+        Raises the errors of the model.
+        """
         submitted_at = time.monotonic()
         self._num_asked += 1
         try:
@@ -129,13 +137,13 @@ class Pipeline:
                 self._settling = asyncio.create_task(self.settle())
 
     async def settle(self) -> None:
-        """Capture frequent calls until the next request arrives, as an idle engine does."""
+        """Capture CUDA graphs of frequent calls, as an idle engine does, until the next request arrives."""
         loop = asyncio.get_running_loop()
         while not self._num_asked and await loop.run_in_executor(self._thread, self._capture):
             pass
 
     async def close(self) -> None:
-        """Wait for the call in progress."""
+        """Wait for the batch in progress, and stop the thread."""
         if self._settling is not None:
             self._settling.cancel()
         await asyncio.to_thread(self._thread.shutdown)

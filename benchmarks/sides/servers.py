@@ -1,7 +1,8 @@
-"""The sides in one process: `await side.generate(request)`.
+"""The compared servers (sides) without HTTP: `await side.generate(request)`.
 
-`lock` serves one request at a time, first come, first served; `static` serves batches of similar requests; `ours` is
-the engine. If the engine uses CUDA graphs on a device, the other sides do too, except `eager-lock`.
+`lock` serves one request at a time, first come, first served. `static` serves batches of similar requests. `ours` is
+the engine. On a device where the engine uses CUDA graphs, the other sides use them, too. Only `eager-lock` does not; it
+is otherwise the same as `lock`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from stable_audio_serve.models.protocol import DiffusionModel
 
 MAX_BATCH = 32
 BATCH_WAIT_S = 0.01
-_BUCKET_FRAMES = {"cpu": 16, "cuda": 64}  # latent frames; narrower on a CPU, where padding costs as much as sound
+# Width of a length bucket in latent frames, by device. Narrower on a CPU, where padding is as expensive as audio.
+_BUCKET_FRAMES = {"cpu": 16, "cuda": 64}
 
 BatchKey = tuple[object, ...]
 Batched = Callable[[GenerationRequest], Awaitable[GenerationResult]]
@@ -38,17 +40,17 @@ class Side(Protocol):
         ...
 
     async def settle(self) -> None:
-        """Return once the idle side has finished work that makes later requests faster, such as capturing graphs."""
+        """Wait until the idle side has finished its optimisations, such as capturing CUDA graphs."""
         ...
 
     async def close(self) -> None:
-        """Stop. No request may be in flight."""
+        """Stop the side. No request may be in flight."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class OneCall:
-    """All rows of a batch share one device call, padded to the longest row, or to one of `shapes` if it `pads`."""
+    """A batch policy: all rows share one device call, padded to the longest row; if it `pads`, to one of `shapes`."""
 
     shapes: CallShapes
     pads: bool = True
@@ -65,9 +67,9 @@ class OneCall:
 
 
 def one_call(model: DiffusionModel) -> Callable[[Device], BatchPolicy]:
-    """Returns a function that returns the policy for a device.
+    """Returns a function that creates the policy OneCall for a device.
 
-    Only repeated calls can be captured, so calls have the engine's shapes, with up to as many rows as a batch may have.
+    Calls have the engine's shapes if the device captures CUDA graphs, because a graph needs calls of the same shape.
     """
 
     def choose(device: Device) -> BatchPolicy:
@@ -80,7 +82,7 @@ def one_call(model: DiffusionModel) -> Callable[[Device], BatchPolicy]:
 
 
 class LockServer(Pipeline):
-    """The pipeline behind a mutex, as in a simple request handler around a model."""
+    """The side `lock`: one request at a time, as in a simple request handler around a model."""
 
     def __init__(self, model: DiffusionModel, options: EngineOptions, *, captures_calls: bool = True) -> None:
         captured = one_call(model)
@@ -97,12 +99,12 @@ class LockServer(Pipeline):
 
 
 class StaticServer(Pipeline):
-    """Batches of requests with identical length bucket, steps and guidance, one batch at a time on the device."""
+    """The side `static`: batches of requests with the same length bucket, steps and guidance, one batch at a time."""
 
     def __init__(
         self, model: DiffusionModel, options: EngineOptions, *, collect: Callable[[RunBatch], Batched]
     ) -> None:
-        """`collect` converts a function of a batch to a function of one request: `@serve.batch`, or `Batcher`."""
+        """`collect` makes a function of one request from a function of a batch: `@serve.batch` or `Batcher`."""
         super().__init__(model, replace(options, mode="fast"), policy=one_call(model), together=MAX_BATCH)
         self._collect = collect
         self._queues: dict[BatchKey, Batched] = {}
@@ -115,7 +117,7 @@ class StaticServer(Pipeline):
 
 
 def batch_key(model: DiffusionModel, request: GenerationRequest) -> BatchKey:
-    """Returns the values that all requests of a batch share: length bucket and everything that shapes the steps."""
+    """Returns the values that requests of a batch must share: length bucket and everything that affects the steps."""
     spec = model.spec
     padding_s = (
         spec.card.default_duration_padding_s if request.duration_padding_s is None else request.duration_padding_s
@@ -129,8 +131,8 @@ def batch_key(model: DiffusionModel, request: GenerationRequest) -> BatchKey:
 class Batcher:
     """Collects calls into batches as `@serve.batch` does, for machines without Ray.
 
-    After its first call, a batch waits a short time for more calls. While a batch runs, the next one collects calls. An
-    error of a batch is raised in each of its calls.
+    A batch waits a short time after its first call for more calls. While a batch runs, new calls are collected for the
+    next one. An error of a batch is raised in each of its calls.
     """
 
     def __init__(self, run: RunBatch) -> None:
@@ -139,7 +141,7 @@ class Batcher:
         self._worker: asyncio.Task[None] | None = None
 
     async def __call__(self, request: GenerationRequest) -> GenerationResult:
-        """Returns this request's result."""
+        """Returns the result of this request, after the batch with it has run."""
         future: asyncio.Future[GenerationResult] = asyncio.get_running_loop().create_future()
         self._waiting.put_nowait((request, future))
         if self._worker is None or self._worker.done():
@@ -168,7 +170,7 @@ class Batcher:
 
 
 class OurServer:
-    """The engine."""
+    """The sides `ours`, `ours-strict` and `ours-fast`: the engine."""
 
     def __init__(self, model: DiffusionModel, options: EngineOptions) -> None:
         self.captures = Captures()
@@ -190,12 +192,15 @@ SIDES = ("lock", "eager-lock", "static", "ours", "ours-strict", "ours-fast")
 def open_side(
     name: str, model: DiffusionModel, *, options: EngineOptions, collect: Callable[[RunBatch], Batched] = Batcher
 ) -> Side:
-    """Returns the side of this name over a loaded model. Raises ValueError for another name."""
+    """Returns the side `name` around a loaded model. Raises ValueError for an unknown name.
+
+    `collect` is the batching function of the side `static`.
+    """
     if name in {"lock", "eager-lock"}:
         return LockServer(model, options, captures_calls=name == "lock")
     if name == "static":
         return StaticServer(model, options, collect=collect)
     if name in SIDES:
         mode = name.removeprefix("ours").removeprefix("-") or options.mode
-        return OurServer(model, replace(options, mode=mode))  # type: ignore[arg-type]  # strict or fast
+        return OurServer(model, replace(options, mode=mode))  # type: ignore[arg-type]  # the mode is strict or fast
     raise ValueError(f"no side is called {name!r}; there are {', '.join(SIDES)}")

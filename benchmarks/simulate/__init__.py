@@ -1,1 +1,1 @@
-"""The engine's own scheduling on a virtual clock, with a formula instead of a GPU."""
+"""Simulates the engine's scheduling on a virtual clock, with a formula for the times of a GPU."""

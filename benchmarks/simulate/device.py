@@ -1,9 +1,9 @@
-"""An H200 as a formula: the operations and bytes of Stable Audio 3's networks, and how fast the GPU does them.
+"""Formulas for the time that an H200 GPU needs for Stable Audio 3's networks.
 
-A step of rows with L frames takes `fixed + max(F(L) / flops, (W + A(L)) / bandwidth) / efficiency`, with F operations
-and A activation bytes of all rows and W weight bytes; a decode takes `fixed + D(L) / flops / efficiency`. A
-multiply-add counts as two operations. The constants fit Stability AI's published H200 times within 10 % (medium at
-5 s: 37 % too high). Dimensions are from the published configs.
+A denoiser call takes `fixed + max(F / flops, (W + A) / bandwidth) / efficiency`. F is the number of operations and A
+the bytes of activations of all rows; W is the bytes of the weights. Decoding takes `fixed + D / flops / efficiency`
+with D operations. A multiply-add counts as two operations. The constants fit Stability AI's published H200 times within
+10 % (medium at 5 s: 37 % too high). The networks' dimensions are from the published configs.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ _LATENT_CHANNELS = 256
 _LOCAL_WIDTH = 257  # width of the local conditioning that is added to each frame
 _TEXT_WIDTH, _CONTEXT_TOKENS = 768, 257
 _TIME_FEATURES = 256
-_BYTES = 2  # half precision
-_ACTIVATIONS = 40  # width-sized reads and writes per token and block with fused attention and norms
-_TOKENS_PER_FRAME = 17  # of the decoder
+_BYTES = 2  # bytes per value in half precision
+_ACTIVATIONS = 40  # vectors of the layer's width that a layer reads or writes for each token
+_TOKENS_PER_FRAME = 17  # the decoder's tokens for each latent frame
 
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """One model's denoiser and decoder. `differential` attention computes two softmaxes from a five-way projection."""
+    """The dimensions of a model's denoiser and decoder.
+
+    With `differential` attention, a layer projects to five vectors (q, k, v, q', k') and computes two softmaxes.
+    """
 
     name: str
     width: int
@@ -32,44 +35,44 @@ class Network:
     differential: bool
     decoder_width: int
     decoder_blocks: int
-    decoder_keys: int  # keys per query in the decoder
+    decoder_keys: int  # number of keys that a query sees in the decoder
     decoder_kernel: int  # kernel size of the decoder's last convolution
-    halo_frames: int  # frames on each side of a decode window that it does not keep
+    halo_frames: int  # frames on each side of a decoded window whose audio is not used
     longest_s: float
     prefix_tokens: int = 64
 
     def frames(self, duration_s: float) -> int:
-        """Returns the latent frames of a clip without headroom, an even number."""
+        """Returns the number of latent frames of a clip, rounded up to an even number."""
         return 2 * math.ceil(duration_s * _RATE_HZ / _HOP / 2)
 
     @property
     def num_weights(self) -> float:
-        """Parameters of the denoiser."""
+        """The number of parameters of the denoiser."""
         e = self.width
         block = (5 if self.differential else 3) * e**2 + e**2  # self-attention
         block += (self._softmaxes + 1) * e**2  # cross-attention: queries and output
-        block += (self._softmaxes + 1) * e**2  # its keys and values
-        block += 12 * e**2  # gated feed-forward, four times the width
+        block += (self._softmaxes + 1) * e**2  # cross-attention: keys and values
+        block += 12 * e**2  # gated feed-forward network with an inner width of four times the width
         block += _LOCAL_WIDTH * e + e**2
         head = 2 * _LATENT_CHANNELS * e + _TEXT_WIDTH * e + e**2 + 2 * (_TIME_FEATURES * e + e**2)
         return self.depth * block + head + 7 * e**2
 
     def step_operations(self, frames: int) -> float:
-        """Returns the operations of one step of a row. Keys and values of the context are not computed again."""
+        """Returns the number of operations of one step of a row, without those that are done once per request."""
         e, tokens = self.width, frames + self.prefix_tokens
         layer = 2 * self._products * tokens + 4 * self._softmaxes * e * tokens * (tokens + _CONTEXT_TOKENS)
         return self.depth * layer + 4 * _LATENT_CHANNELS * e * frames
 
     def spare_operations(self, tokens: int) -> float:
-        """Returns the operations of unused tokens, which belong to no row and attend to nothing."""
+        """Returns the number of operations for padding tokens of a packed batch, which have no attention."""
         return (2 * self._products * self.depth + 4 * _LATENT_CHANNELS * self.width) * tokens
 
     def step_bytes(self, frames: int) -> float:
-        """Returns the activation bytes of one row's step."""
+        """Returns the bytes of activations that one step of a row reads and writes."""
         return _ACTIVATIONS * self.width * (frames + self.prefix_tokens) * self.depth * _BYTES
 
     def decode_operations(self, frames: int) -> float:
-        """Returns the operations of decoding one window."""
+        """Returns the number of operations for decoding one window."""
         width, tokens = self.decoder_width, _TOKENS_PER_FRAME * frames
         blocks = self.decoder_blocks * (2 * 15 * width**2 + 8 * self.decoder_keys * width) * tokens
         return blocks + 2 * _LATENT_CHANNELS * width * frames + 2 * width * 512 * 16 * frames * self.decoder_kernel
@@ -80,7 +83,7 @@ class Network:
 
     @property
     def _products(self) -> float:
-        """Returns the number of weights of a layer that multiply every token in every step."""
+        """Returns the number of a layer's weights by which every token is multiplied in every step."""
         return float(((5 if self.differential else 3) + 1 + self._softmaxes + 1 + 12) * self.width**2)
 
 
@@ -113,7 +116,7 @@ MEDIUM = replace(
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One H200 in half precision with captured steps, running one network. Times are in milliseconds."""
+    """An H200 GPU that runs one network in half precision with CUDA graphs. Times are in milliseconds."""
 
     network: Network
     flops: float = 790e12  # sustained
@@ -123,7 +126,10 @@ class Gpu:
     prompt_ms: float = 1.0
 
     def step_ms(self, lengths: Sequence[int], *, num_spare: int = 0) -> float:
-        """Returns the time of one call over rows of these latent frames, with `num_spare` unused tokens."""
+        """Returns the time of one denoiser call for rows with these numbers of latent frames.
+
+        `num_spare` is the number of padding tokens in the call.
+        """
         net = self.network
         operations = sum(map(net.step_operations, lengths)) + net.spare_operations(num_spare)
         moved = net.num_weights * _BYTES + sum(map(net.step_bytes, lengths))
@@ -132,6 +138,6 @@ class Gpu:
         return self.fixed_ms + device_ms
 
     def decode_ms(self, windows: int, frames: int) -> float:
-        """Returns the time of decoding windows of one length together."""
+        """Returns the time of one call that decodes several windows of `frames` latent frames."""
         operations = windows * self.network.decode_operations(frames)
         return self.fixed_ms + operations / self.flops / self.efficiency * 1000.0

@@ -1,7 +1,7 @@
-"""The engine on a virtual clock, with its own scheduler, batching, predictions and cost model. The GPU is a formula.
+"""The engine on a virtual clock: the real scheduler, batching, predictions and cost model, with a formula for the GPU.
 
-A turn does the same as in `engine.loop.EngineLoop`: one denoising step and, in the GPU's second queue, the text of new
-rows and the next decode windows.
+A turn of the loop does the same as in `engine.loop.EngineLoop`: one denoising step and, on the GPU's second CUDA stream
+(here: queue), the text encoding of new rows and the next windows to decode.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from stable_audio_serve.models.protocol import WindowRule
 from stable_audio_serve.models.windows import LONGEST_FRAMES, audible_windows, cut_windows
 
 _PROBE_WINDOW = 128  # frames
-_CALLS_AHEAD = 2  # calls that the host may queue ahead, as in `engine.pacing`
+_CALLS_AHEAD = 2  # number of calls that the host may enqueue before the GPU begins them, as in `engine.pacing`
 
 
 def work_of(arrival: Arrival, network: Network) -> RowWork:
-    """Returns a request's device work. A guided step takes two network rows; decoding uses the engine's windows."""
+    """Returns the device work of a request, with decoding in the engine's windows. Guidance takes two rows per step."""
     frames = network.frames(arrival.duration_s)
     windows = audible_windows(frames, num_audible=frames, rule=WindowRule(network.halo_frames))
     branches = [2 if arrival.is_guided else 1] * arrival.steps
@@ -42,13 +42,13 @@ def work_of(arrival: Arrival, network: Network) -> RowWork:
 
 
 def record_of(arrival: Arrival, ended_ms: float) -> Record:
-    """Returns the record of a request that ended at this time."""
+    """Returns the record of a request that finished at this time."""
     return Record(0, arrival.at_s, ended_ms / 1000.0, arrival.duration_s, arrival.steps)
 
 
 @dataclass(slots=True)
 class _QueuedCall:
-    """A call in the GPU's second queue. When it ends, the audio of `arrivals` is ready."""
+    """A call in the GPU's second queue. When the call ends, the audio of the requests `arrivals` is ready."""
 
     number: int
     left_ms: float
@@ -56,32 +56,35 @@ class _QueuedCall:
 
 
 class _Queues:
-    """The GPU's two queues. The second queue has priority; the first one gets the rest of the GPU's time."""
+    """The two queues (CUDA streams) of a simulated GPU.
+
+    Calls of the second queue have priority; the first queue gets the rest of the GPU's time.
+    """
 
     def __init__(self) -> None:
         self.now_ms = 0.0
-        self.num_enqueued = 0  # calls of the second queue
+        self.num_enqueued = 0  # calls added to the second queue so far
         self.records: list[Record] = []
         self._second: deque[_QueuedCall] = deque()
 
     def run(self, ms: float) -> None:
-        """Run a call of the first queue to its end."""
+        """Let the GPU finish all calls of the second queue, and then a call of the first queue that takes `ms`."""
         self.wait(self.num_enqueued)
         self.now_ms += ms
 
     def enqueue(self, ms: float, *arrivals: Arrival) -> int:
-        """Add a call to the second queue. Returns its number."""
+        """Add a call that takes `ms` to the second queue. Returns the call's number, for `wait`."""
         self.num_enqueued += 1
         self._second.append(_QueuedCall(self.num_enqueued, ms, arrivals))
         return self.num_enqueued
 
     def wait(self, number: int) -> None:
-        """Let the first queue wait until call `number` of the second ends."""
+        """Advance the clock until call `number` of the second queue has ended."""
         while not self.has_ended(number):
             self.rest(self.now_ms + self._second[0].left_ms)
 
     def rest(self, until_ms: float) -> None:
-        """Leave the first queue empty until this time."""
+        """Advance the clock to `until_ms` while the GPU works only on the second queue."""
         while self._second and self.now_ms + self._second[0].left_ms <= until_ms:
             call = self._second.popleft()
             self.now_ms += call.left_ms
@@ -100,12 +103,12 @@ class _Row:
     arrival: Arrival
     work: RowWork
     has_started: bool = False
-    text: int | None = None  # number of the second queue's call that the row's first step waits for
+    text: int | None = None  # the row's first step must wait for this call of the second queue
     frames_decoded: int = 0
 
 
 class SimulatedEngine:
-    """One engine on one GPU. An instance runs once."""
+    """A simulation of one engine on one GPU. Call `run` only once."""
 
     def __init__(self, gpu: Gpu) -> None:
         network, options = gpu.network, EngineOptions(mode="fast")
@@ -115,7 +118,7 @@ class SimulatedEngine:
         self._cost = CostModel()
         self._policy = resolve_policy(
             options,
-            CudaDevice,  # type: ignore[arg-type]  # the class has all attributes that the policy reads
+            CudaDevice,  # type: ignore[arg-type]  # the class object has all attributes that the policy reads
             cost=self._cost,
             packs_rows=True,
             packed=PackedShapes(network.prefix_tokens, longest_frames),
@@ -128,10 +131,10 @@ class SimulatedEngine:
         self._rows: dict[RowId, _Row] = {}
         self._prompts: set[str] = set()
         self._last_text = 0
-        self._windows: list[int] = []  # the second queue's calls
+        self._windows: list[int] = []  # numbers of decode calls in the second queue
 
     def run(self, arrivals: Iterable[Arrival]) -> list[Record]:
-        """Returns a record of each arrival, in order of completion. Arrivals must be sorted by time."""
+        """Simulate all requests. Returns their records in order of completion. `arrivals` must be sorted by time."""
         queues, coming = self._queues, list(arrivals)
         num_taken = 0
         while num_taken < len(coming) or self._rows:
@@ -145,7 +148,7 @@ class SimulatedEngine:
         return queues.records
 
     def _fit_cost(self, longest_frames: int, *, max_tokens: int) -> None:
-        """Fit the cost model to the shapes that the engine's warm-up measures."""
+        """Fit the cost model to the times of those call shapes that the engine's warm-up would measure."""
         lengths = {max(int(longest_frames * share), 1) for share in DURATION_SHARES}
         shapes = {shape for frames in lengths for shape in step_shapes(self._policy, frames, max_tokens=max_tokens)}
         windows = {min(frames, _PROBE_WINDOW) for frames in lengths}
@@ -186,7 +189,7 @@ class SimulatedEngine:
         return len(self._windows) <= _CALLS_AHEAD
 
     def _begin(self, rows: Sequence[_Row]) -> None:
-        """Let the next step wait for the text of these rows, if the second queue computes it."""
+        """Before a step of these rows, wait until the second queue has encoded their text."""
         for row in rows:
             if row.has_started and row.text is not None:
                 self._queues.wait(row.text)
@@ -215,7 +218,7 @@ class SimulatedEngine:
         return self._gpu.step_ms(call.lengths or [call.frames] * call.rows, num_spare=call.num_spare)
 
     def _decode(self, rows: Sequence[_Row]) -> None:
-        """Decode each row's next windows; windows of one length share a call, as in `engine.executor`."""
+        """Enqueue calls that decode the next windows of each row. Windows of equal length share a call."""
         lengths: list[int] = []
         others_wait = any(row.work.phase is not Phase.DECODE for row in self._rows.values())
         most = self._pace.decode_frames(len(rows), others_wait=others_wait)
@@ -234,7 +237,10 @@ class SimulatedEngine:
         self._windows.append(self._queues.enqueue(ms, *ended))
 
     def _cut(self, row: _Row, *, longest: int) -> None:
-        """Cut the rest of the row's clip again, as `engine.windows.AudioAssembly` does. The first window is next."""
+        """Cut the frames of the row that are not decoded into windows, as `engine.windows.AudioAssembly` does.
+
+        The first of these windows then counts as decoded.
+        """
         rule = WindowRule(self._gpu.network.halo_frames)
         spans = cut_windows(row.frames_decoded, frames=row.work.frames, rule=rule, longest=longest)
         row.work.decode_left = window_lengths(spans)

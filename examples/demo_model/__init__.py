@@ -1,1 +1,1 @@
-"""The demo model: procedural training sounds, training and evaluation. The package contains the checkpoint."""
+"""Trains and evaluates the demo model on synthesised sounds. The trained checkpoint is in stable_audio_serve/demo."""

@@ -1,4 +1,4 @@
-"""The demo model's dimensions, written as the checkpoint's `model_config.json`, and the networks built from them."""
+"""The dimensions of the demo model, in the form of its checkpoint's `model_config.json`, and its text encoder."""
 
 from __future__ import annotations
 
@@ -25,14 +25,16 @@ PATCH_FRAMES = 8
 LATENT_DIM = 64
 COND_DIM = 128
 MAX_SECONDS = 48.0
-LONGEST_TRAINED_S = 12.0  # longer clips have the same duration embedding; the timeline input distinguishes them
+# The longest training clip. The duration embedding is the same for all longer clips; the denoiser distinguishes them by
+# the timeline features of each frame.
+LONGEST_TRAINED_S = 12.0
 HEADROOM_S = 0.4
 TEXT_FOLDER = "t5gemma"
 FRAME_S = HOP / SAMPLE_RATE_HZ
 
 
 def model_config() -> dict[str, Any]:
-    """Returns the whole `model_config.json`."""
+    """Returns the content of the checkpoint's `model_config.json`."""
     patch = {"patch_frames": PATCH_FRAMES, "width": 384}
     return {
         "model_type": "diffusion_cond_inpaint",
@@ -107,7 +109,7 @@ def _conditioners() -> list[dict[str, Any]]:
 
 
 def build_text_encoder() -> nn.Module:
-    """Build a tiny T5Gemma encoder whose pitch embeddings start as smooth functions of pitch."""
+    """Build a tiny, untrained T5Gemma encoder. The embeddings of its pitch tokens are smooth functions of pitch."""
     half = {
         "vocab_size": len(vocabulary()),
         "hidden_size": COND_DIM,
@@ -146,7 +148,7 @@ def _initial_embeddings() -> torch.Tensor:
     angle = 2.0 * torch.pi * index / periods
     waves = 1.4 * torch.cat([angle.cos(), angle.sin()], dim=1)
     first = 4 + len(WORDS)
-    for role in range(2):  # a sound's pitch, a sweep's target
+    for role in range(2):  # tokens for pitches, then for the target of a sweep
         rows = slice(first + role * len(index), first + (role + 1) * len(index))
         mark = torch.randn(COND_DIM)
         table[rows] = mark

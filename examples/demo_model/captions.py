@@ -1,4 +1,4 @@
-"""Captions of scenes: several phrasings of each, as people would type them."""
+"""Writes captions of scenes (training sounds), in the various phrasings that people would type."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _FADE_WORDS = {"in": ("fading in", "fade in", "with a fade in"), "out": ("fading
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Returns a random prompt for a scene. Sometimes omits defaults, such as a sine or 120 bpm."""
+    """Returns a random prompt for a scene. Properties with their default value, such as 120 bpm, may be omitted."""
     if scene.kind == "hush":
         return ""
     words = [_subject(scene, rng)]
@@ -52,7 +52,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def pitch_name(index: int, rng: np.random.Generator) -> str:
-    """Returns a spelling of an oscillator's pitch: a note name if the pitch is a note, or whole hertz."""
+    """Returns a random spelling of an oscillator's pitch: a note name (if the pitch is a note) or whole hertz."""
     if index % 2 == 0 and rng.random() < 0.5:
         octave, step = divmod(69 + (index - 82) // 2 - 12, 12)
         letter = _note_letter(step, rng)
@@ -61,7 +61,7 @@ def pitch_name(index: int, rng: np.random.Generator) -> str:
 
 
 def hertz_name(index: int, rng: np.random.Generator) -> str:
-    """Returns a frequency in whole hertz, at most a quarter of a semitone from an oscillator."""
+    """Returns a random frequency in whole hertz, at most a quarter of a semitone from an oscillator's pitch."""
     exact = float(OSCILLATOR_HZ[index])
     candidates = [
         value for value in range(int(exact * 0.985), int(exact * 1.016) + 1) if nearest_oscillator(value) == index

@@ -1,4 +1,4 @@
-"""The evaluation's requests: random prompts of every kind, clips to edit, loops and long clips."""
+"""Draws the requests of the demo model's evaluation: prompts of every kind of sound, edits, loops and long clips."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _LONG_S = (14.0, 47.0)
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One request and the scene it describes.
+    """One request of the evaluation, and the scene (sound) that its prompt describes.
 
-    With the task `edit`, the result is also extended, varied and inpainted. With the task `loop`, it must also keep its
-    tempo when it is played twice in a row.
+    With the task `edit`, the generated clip is also extended, varied and inpainted. With the task `loop`, the clip must
+    also keep its tempo when it is played twice in a row.
     """
 
     scene: Scene
@@ -38,9 +38,9 @@ class Case:
 
 
 def draw_cases(*, per_kind: int, seeds: int, seed: int, kinds: list[str] | None = None) -> list[Case]:
-    """Draw `per_kind` prompts of every kind (twice as many for beats and tones), each with `seeds` seeds.
+    """Draw `per_kind` prompts of every kind of scene (twice as many for beats and tones), each with `seeds` seeds.
 
-    Adds `per_kind` / 2 loops of whole beats, and `per_kind` / 10 long tones and long beats.
+    The result also has `per_kind` / 2 loops of whole beats, `per_kind` / 10 long tones and `per_kind` / 10 long beats.
     """
     rng = np.random.default_rng((seed, 99))
     cases = []
@@ -67,7 +67,7 @@ def draw_cases(*, per_kind: int, seeds: int, seed: int, kinds: list[str] | None 
 
 
 def _steady(rng: np.random.Generator, kind: str) -> Scene:
-    """Draw a scene that sounds the same throughout: without a fade and, if it is a tone, held."""
+    """Draw a scene that sounds the same from start to end: without a fade; tones do not decay."""
     scene = replace(draw_scene(rng, shares={kind: 1.0}), fade="")
     held = scene.voice in ("sine", "square", "saw", "triangle", "organ")
     return scene if held or kind != "tone" else replace(scene, voice="sine")

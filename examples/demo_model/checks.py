@@ -1,4 +1,4 @@
-"""Check by spectra and onsets whether a clip matches its scene. Independent of models and training.
+"""Checks with spectra and onsets whether a clip sounds like the scene that its prompt describes.
 
 The thresholds define correct sounds. They are not tuned to a checkpoint.
 """
@@ -21,7 +21,7 @@ _TRIADS = {"major": (0, 4, 7), "minor": (0, 3, 7)}
 
 
 def check_scene(audio: Audio, scene: Scene) -> dict[str, bool]:
-    """Run each check that applies to the scene on `audio` (2, S). Returns whether it passed, by name of the check."""
+    """Run all checks that apply to the scene on stereo audio. Returns, by name of a check, whether it passed."""
     results = {}
     if scene.kind in _CHECKS:
         results[_check_name(scene)] = _CHECKS[scene.kind](audio, scene)
@@ -46,9 +46,9 @@ def _check_name(scene: Scene) -> str:
 
 
 def strongest_hz(audio: Audio) -> float:
-    """Returns the frequency of the strongest spectral peak in the loudest 65,536 samples.
+    """Returns the frequency of the strongest spectral peak in the loudest 65,536 samples; 0 if there is no peak.
 
-    Interpolates between bins with a parabola. Returns 0 if there is no peak.
+    The frequency is interpolated between spectral bins with a parabola.
     """
     mono = _louder_channel(audio)
     size = min(len(mono), 65536)
@@ -65,13 +65,16 @@ def strongest_hz(audio: Audio) -> float:
 
 
 def has_pitch(audio: Audio, wanted_hz: float, *, cents: float = 50.0) -> bool:
-    """Whether the strongest peak is within `cents` of a frequency."""
+    """Whether the frequency of the strongest spectral peak is within `cents` of `wanted_hz`."""
     found = strongest_hz(audio)
     return found > 0 and abs(1200 * math.log2(found / wanted_hz)) <= cents
 
 
 def harmonic_levels_db(audio: Audio, fundamental_hz: float, *, numbers: tuple[int, ...] = (2, 3)) -> list[float]:
-    """Returns the levels of harmonics relative to the fundamental, in dB. Searches 0.6 semitones around each."""
+    """Returns the levels of harmonics (`numbers`) relative to the fundamental, in dB.
+
+    The level of a harmonic is its highest peak within 0.6 semitones.
+    """
     mono = _louder_channel(audio)
     magnitude = np.abs(np.fft.rfft(mono * np.hanning(len(mono))))
     step = SAMPLE_RATE_HZ / len(mono)
@@ -85,9 +88,9 @@ def harmonic_levels_db(audio: Audio, fundamental_hz: float, *, numbers: tuple[in
 
 
 def has_timbre(audio: Audio, voice: str, *, fundamental_hz: float) -> bool:
-    """Whether the levels of the second and third harmonic match the waveform.
+    """Whether the levels of the second and third harmonic match the waveform `voice`.
 
-    | Wave | Harmonics relative to the fundamental |
+    | Waveform | Amplitude of harmonics relative to the fundamental |
     |---|---|
     | sine | none |
     | square | third 1/3 |
@@ -107,7 +110,7 @@ def has_timbre(audio: Audio, voice: str, *, fundamental_hz: float) -> bool:
 
 
 def chroma(audio: Audio) -> npt.NDArray[np.float64]:
-    """Returns the strength (12,) of each pitch class, C first: summed spectral peaks between 60 Hz and 2.2 kHz."""
+    """Returns the strength (12,) of each pitch class (C, C sharp, ...) in the spectral peaks from 60 Hz to 2.2 kHz."""
     mono = _louder_channel(audio)
     mono = mono[: len(mono) // 8 * 7]
     magnitude = np.abs(np.fft.rfft(mono * np.hanning(len(mono)), n=max(len(mono), 32768)))
@@ -120,21 +123,21 @@ def chroma(audio: Audio) -> npt.NDArray[np.float64]:
 
 
 def has_chord(audio: Audio, root: int, *, quality: str) -> bool:
-    """Whether the three strongest pitch classes are exactly those of the triad."""
+    """Whether the three strongest pitch classes are those of the triad with this root and quality."""
     first = (69 + (root - 82) // 2) % 12
     wanted = {(first + step) % 12 for step in _TRIADS[quality]}
     return set(np.argsort(chroma(audio))[-3:].tolist()) == wanted
 
 
 def chord_mode(audio: Audio, root: int) -> str:
-    """Returns major or minor, by which third over `root` is stronger."""
+    """Returns major or minor: the stronger third over `root` decides."""
     first = (69 + (root - 82) // 2) % 12
     strength = chroma(audio)
     return "major" if strength[(first + 4) % 12] > strength[(first + 3) % 12] else "minor"
 
 
 def onset_strength(audio: Audio) -> npt.NDArray[np.float64]:
-    """Returns the rise of the log level per hop of 128 samples, summed over four frequency ranges."""
+    """Returns how much the log level rises in each step of 128 samples, summed over four frequency ranges."""
     mono = _louder_channel(audio)
     blocks = np.lib.stride_tricks.sliding_window_view(np.pad(mono, (512, 512)), 1024)[::_ONSET_HOP]
     power = np.abs(np.fft.rfft(blocks * np.hanning(1024), axis=1)) ** 2
@@ -159,7 +162,7 @@ def onset_times_s(audio: Audio) -> npt.NDArray[np.float64]:
 
 
 def has_strict_tempo(audio: Audio, tempo_bpm: float, *, tolerance: float = 0.04) -> bool:
-    """Whether there is one onset per beat: checks the median distance of onsets and their number."""
+    """Whether there is one onset per beat, judged by the median time between onsets and by their number."""
     times = onset_times_s(audio)
     if len(times) < 2:
         return False
@@ -175,16 +178,16 @@ def has_loose_tempo(audio: Audio, tempo_bpm: float, *, tolerance: float = 0.04) 
 
 
 def onset_rate_bpm(audio: Audio) -> float:
-    """Returns the fastest repetition rate of the onsets, 28 to 400 per minute, or 0 if there is none.
+    """Returns the fastest rate at which onsets repeat, from 28 to 400 per minute; 0 if they do not repeat.
 
-    Takes the shortest lag whose autocorrelation peak is within 20 % of the highest peak.
+    The rate is that of the shortest lag whose autocorrelation peak is within 20 % of the highest peak.
     """
-    spread = np.exp(-0.5 * (np.arange(-24, 25) / 7.0) ** 2)  # 20 ms tolerance for the position of an onset
+    spread = np.exp(-0.5 * (np.arange(-24, 25) / 7.0) ** 2)  # blurs onsets by 20 ms
     strength = np.convolve(onset_strength(audio), spread, mode="same")
     strength = strength - strength.mean()
     size = 1 << (2 * len(strength)).bit_length()
     correlation = np.fft.irfft(np.abs(np.fft.rfft(strength, size)) ** 2)[: len(strength)]
-    correlation /= np.arange(len(strength), 0, -1)  # divide by the number of products at each lag
+    correlation /= np.arange(len(strength), 0, -1)  # mean instead of sum at each lag
     rate = SAMPLE_RATE_HZ / _ONSET_HOP
     low, high = int(rate * 60 / 400), min(int(rate * 60 / 28), len(strength) * 3 // 5)
     if high <= low + 2:
@@ -211,7 +214,7 @@ def is_noise(audio: Audio, colour: str) -> bool:
     def density(low: float, high: float) -> float:
         return 10 * math.log10(power[(hertz >= low) & (hertz < high)].mean() + 1e-12)
 
-    fall = density(200, 400) - density(3200, 6400)  # 4 octaves
+    fall = density(200, 400) - density(3200, 6400)  # dB in 4 octaves
     treble = density(400, 1500) - density(5000, 15000)
     limits = {"white": (-6, 6), "pink": (7, 18), "brown": (18, 60), "wind": (15, 90), "ocean": (-6, 25)}
     if colour == "rain":
@@ -240,14 +243,14 @@ def is_panned(audio: Audio, side: str, *, by_db: float = 10.0) -> bool:
 
 
 def is_faded(audio: Audio, fade: str, *, by_db: float = 8.0) -> bool:
-    """Whether the last quarter is at least `by_db` louder (in) or quieter (out) than the first."""
+    """Whether the last quarter is at least `by_db` louder (`fade` "in") or quieter ("out") than the first quarter."""
     quarter = audio.shape[1] // 4
     change = _db(_rms(audio[:, -quarter:])) - _db(_rms(audio[:, :quarter]))
     return change >= by_db if fade == "in" else change <= -by_db
 
 
 def has_swept(audio: Audio, scene: Scene) -> bool:
-    """Whether the strongest frequency moves towards the target by at least half the interval, in octaves."""
+    """Whether the strongest frequency moves at least half of the way, in octaves, to the sweep's target."""
     part = max(audio.shape[1] // 6, 2048)
     first, last = strongest_hz(audio[:, :part]), strongest_hz(audio[:, -part:])
     if first <= 0 or last <= 0:
@@ -274,9 +277,9 @@ _CHECKS: dict[str, Callable[[Audio, Scene], bool]] = {
 
 
 def _audible(audio: Audio, scene: Scene) -> Audio:
-    """Returns the louder 60 % of a faded clip, and any other clip unchanged.
+    """Returns the louder 60 % of a clip with a fade, and any other clip unchanged.
 
-    The quietest beats of a faded clip are 40 dB down. Onset detection misses them even in the ground truth.
+    The quietest beats of a fade are at -40 dB. Onset detection misses such beats even in perfect audio.
     """
     part = audio.shape[1] * 3 // 5
     return {"in": audio[:, -part:], "out": audio[:, :part]}.get(scene.fade, audio)

@@ -1,4 +1,4 @@
-"""Training batches for stage 2: captions, latents, timelines and edit masks of random scenes."""
+"""Draws batches for training the denoiser (stage 2): captions, latents, timelines and edit masks of random scenes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from stable_audio_serve.models.oscillator.timeline import timeline_features
 
 HEADROOM_LATENTS = int(HEADROOM_S * SAMPLE_RATE_HZ / architecture.HOP)
 
-# One second of a held tone is enough to learn its pitch, so many batches are short clips of pitched sounds.
+# Many batches are short clips of pitched sounds, because one second is enough to learn a pitch.
 BRIEF_S = 1.4
 _BRIEF_SHARES = {
     "tone": 0.56,
@@ -40,7 +40,7 @@ _BRIEF_SHARES = {
 
 @dataclass(frozen=True, slots=True)
 class ClipConfig:
-    """Clip lengths and batch sizes."""
+    """The lengths of clips and the sizes of batches."""
 
     batch_latents: int = 1100
     shortest_s: float = 0.5
@@ -50,10 +50,12 @@ class ClipConfig:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Clips for a step: latents (B, D, F), valid (B, F), tokens and mask (B, T), seconds (B,), local (B, C, F).
+    """The clips of a training step: B clips of F latent frames.
 
-    `latents` encode `frames` (B, 222, 8 F). `unnamed` (B,) marks clips without a caption and without kept latents.
-    Their only input is the noised latents, so training does not use them at the highest noise levels.
+    `latents` (B, channels, F) encode `frames` (B, 222, 8 F); `valid` (B, F) is false for padding. `tokens` and `mask`
+    (B, tokens) are the captions, `seconds` (B,) the durations, `local` (B, features, F) the per-frame conditioning.
+    `unnamed` (B,) marks clips without a caption and without kept latents. Nothing but the noised latents tells the
+    denoiser what these clips are, so training does not use them at the highest noise levels.
     """
 
     latents: Tensor
@@ -66,7 +68,7 @@ class Batch:
     frames: Tensor
 
     def to(self, device: str) -> Batch:
-        """Returns the batch on another device."""
+        """Returns a copy of the batch on `device`."""
         tensors = {name: getattr(self, name).to(device) for name in Batch.__slots__}
         return Batch(**tensors)
 
@@ -81,7 +83,7 @@ class ClipSource:
         self._tokenizer = padded_tokenizer()
 
     def draw(self) -> Batch:
-        """Draw one batch on the CPU; the autoencoder standardises the latents."""
+        """Draw one batch, on the CPU. Its latents have mean 0 and deviation 1, because the autoencoder scales them."""
         rng, config = self._rng, self._config
         brief = rng.random() < config.brief_share
         if brief:
@@ -129,7 +131,7 @@ class ClipSource:
         return torch.cat([keep, keep * latents, torch.stack(lines)], dim=1)
 
     def _keep_mask(self, frames: int, sounding: int) -> Tensor:
-        """Draw the latents that an edit keeps: a prefix, a suffix, or all except one or two regions."""
+        """Draw a mask of the latents that an edit keeps: a prefix, a suffix, or all except one or two regions."""
         keep = torch.zeros(frames)
         first, second, third, fourth = sorted(self._rng.integers(1, max(sounding, 2), size=4))
         kind = self._rng.random()
@@ -165,7 +167,7 @@ def prefetched(source: ClipSource, stop: threading.Event, *, depth: int = 3) -> 
 
 
 def padded_tokenizer() -> Tokenizer:
-    """Returns the tokenizer, which truncates and pads to the model's prompt length."""
+    """Returns the demo model's tokenizer, set to truncate and pad every prompt to the model's prompt length."""
     tokenizer = build_tokenizer()
     tokenizer.enable_truncation(MAX_TOKENS)
     tokenizer.enable_padding(length=MAX_TOKENS, pad_id=0, pad_token="<pad>")

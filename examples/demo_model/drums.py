@@ -1,4 +1,4 @@
-"""Single drum hits as parameter frames, and their positions in a bar of four beats."""
+"""Drum hits as frames of the oscillator bank, and patterns of hits in a bar of four beats."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stable_audio_serve.models.oscillator.bank import (
 Array = npt.NDArray[np.float32]
 FRAME_S = FRAME_SAMPLES / SAMPLE_RATE_HZ
 
-# voice -> (hit, subdivisions per beat, indices of the subdivisions with a hit in a four-beat bar)
+# For each voice: (kind of hit, subdivisions per beat, indices of the subdivisions of a four-beat bar with this hit).
 BAR_PATTERNS: dict[str, list[tuple[str, int, tuple[int, ...]]]] = {
     "metronome": [("click", 1, (0, 1, 2, 3))],
     "kick": [("kick", 1, (0, 1, 2, 3))],
@@ -40,7 +40,7 @@ def _hit(
     length_s: float,
     *,
     tones: list[tuple[float, float, float]] = [],  # noqa: B006 - read only: (hertz, amplitude, tau_s)
-    bands: tuple[int, int, float, float] | None = None,  # first band, last band, RMS of each, tau_s
+    bands: tuple[int, int, float, float] | None = None,  # (first noise band, last band, RMS of each, decay in s)
 ) -> tuple[Array, Array]:
     num_frames = max(1, round(length_s / FRAME_S))
     tonal = np.zeros((num_frames, NUM_OSCILLATORS), np.float32)
@@ -55,7 +55,7 @@ def _hit(
 
 
 def _falling(length_s: float, start: float, *, end: float, amplitude: float, tau_s: float) -> tuple[Array, Array]:
-    """Returns a decaying tone that falls from oscillator `start` to `end`."""
+    """Returns, by frame, oscillators and amplitudes of a decaying tone that falls from oscillator `start` to `end`."""
     tonal, noise = _hit(length_s)
     progress = np.linspace(0, 1, len(tonal))
     pitches = np.rint(start + (end - start) * np.sqrt(progress)).astype(int)
@@ -64,7 +64,7 @@ def _falling(length_s: float, start: float, *, end: float, amplitude: float, tau
 
 
 def _kick() -> tuple[Array, Array]:
-    """Returns a low tone that falls to its pitch within 30 ms, with a noise burst for the beater."""
+    """Returns the frames of a kick drum: a low tone that falls to its pitch within 30 ms, and a noise burst."""
     tonal, noise = _hit(0.22)
     time_s = np.arange(len(tonal)) * FRAME_S
     pitches = np.rint(12 + 16 * np.exp(-time_s / 0.012)).astype(int)

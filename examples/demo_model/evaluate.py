@@ -1,7 +1,7 @@
-"""Evaluate a demo checkpoint, or the demo model of a server, on random prompts.
+"""Evaluates a checkpoint of the demo model, or the demo model of a running server, with random prompts.
 
-`python -m examples.demo_model.evaluate [FOLDER | URL]` reports a pass rate per check. The checks use the audio only,
-never weights or latents.
+`python -m examples.demo_model.evaluate [FOLDER | URL]` prints for each check how many clips passed. The checks use only
+the audio, not weights or latents.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 from stable_audio_serve.models.oscillator.bank import OSCILLATOR_HZ, SAMPLE_RATE_HZ
 from stable_audio_serve.models.registry import BUILT_IN
 
-# Check -> (required percentage, desired percentage).
+# For each check: the percentage of clips that must pass, and the percentage that should.
 THRESHOLDS: dict[str, tuple[float, float]] = {
     "pitch": (90, 97),
     "timbre": (80, 92),
@@ -62,7 +62,7 @@ async def judge(
     sampler: str | None = None,
     cfg_scale: float | None = None,
 ) -> dict[str, Any]:
-    """Generate every case and run its checks. Returns the report."""
+    """Generate the clips of all cases with `player` and run their checks. Returns the report."""
     counts: dict[str, list[bool]] = defaultdict(list)
     failures = []
     began = time.perf_counter()
@@ -142,14 +142,14 @@ def _summary(name: str, passed: list[bool]) -> dict[str, Any]:
 async def _run(options: argparse.Namespace) -> dict[str, Any]:
     target = str(options.target)
     over_http = target.startswith(("http://", "https://"))
-    kinds = [kind for kind in KINDS if not (over_http and kind == "hush")]  # the routes refuse an empty prompt
+    kinds = [kind for kind in KINDS if not (over_http and kind == "hush")]  # servers refuse the empty prompt of a hush
     cases = draw_cases(per_kind=options.per_kind, seeds=options.seeds, seed=options.seed, kinds=kinds)
     async with HttpPlayer(target) if over_http else EnginePlayer(Path(target), dtype=options.dtype) as player:
         return await judge(player, cases, steps=options.steps, sampler=options.sampler, cfg_scale=options.cfg_scale)
 
 
 def main() -> None:
-    """Evaluate, print a table and write the report."""
+    """Run the evaluation, print a table and write the report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("target", nargs="?", default=BUILT_IN["demo"].folder, help="checkpoint folder or server URL")
     parser.add_argument("--json", type=Path, help="where to write the report")

@@ -1,4 +1,4 @@
-"""The optimiser of both training stages: Muon for matrices, AdamW for other parameters, one learning-rate schedule."""
+"""The optimiser for training autoencoder and denoiser: Muon for matrices, AdamW for all other parameters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 class MixedOptimizer:
-    """Muon for matrices and AdamW for other parameters, with linear warm-up and linear decay to 0."""
+    """Muon for matrices and AdamW for other parameters. Learning rates have linear warm-up and linear decay to 0."""
 
     def __init__(
         self,
@@ -23,9 +23,9 @@ class MixedOptimizer:
         warmup_steps: int = 40,
         decay_share: float = 0.6,
     ) -> None:
-        """Matrices with a name that contains one of `adam_only` are trained by AdamW.
+        """`adam_only` are parts of the names of matrices that AdamW trains instead of Muon.
 
-        The learning rates decay over the last `decay_share` of the steps.
+        The learning rates decay during the last `decay_share` of all steps.
         """
         matrices: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
@@ -40,7 +40,7 @@ class MixedOptimizer:
         self._total, self._warmup, self._decay_share = total_steps, warmup_steps, decay_share
 
     def rate(self, step: int) -> float:
-        """Returns the learning-rate factor at `step`, 0 to 1."""
+        """Returns the factor (0 to 1) by which the learning rates are multiplied at `step`."""
         decay = (self._total - step) / max(1.0, self._decay_share * self._total)
         return max(0.0, min(1.0, (step + 1) / self._warmup, decay))
 

@@ -1,4 +1,4 @@
-"""Write trained networks to a checkpoint folder in the Stable Audio 3 format, in half precision."""
+"""Writes trained networks to a checkpoint folder in the Stable Audio 3 format, in half precision."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _TOKENIZER_CONFIG = {
 
 
 def write_checkpoint(trainer: Trainer, autoencoder: Autoencoder, *, folder: Path) -> None:
-    """Write the averaged weights to `folder`. Replaces files of the same name and keeps all others."""
+    """Write the checkpoint with the averaged weights to `folder`. Other files in the folder are kept."""
     network = Network()
     network.load_state_dict(trainer.average)
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def write_checkpoint(trainer: Trainer, autoencoder: Autoencoder, *, folder: Path
 
 
 def _weights(network: Network, autoencoder: Autoencoder) -> dict[str, Tensor]:
-    """Returns the tensors of `model.safetensors` by key, without the text encoder, which has separate files."""
+    """Returns the tensors of `model.safetensors` by key. The text encoder is not among them; it has its own files."""
     linear = cast("nn.Linear", network.seconds[1])
     prefix = "conditioner.conditioners"
     weights: dict[str, Tensor] = {

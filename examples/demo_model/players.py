@@ -1,4 +1,4 @@
-"""Two ways to run the requests of an evaluation: an engine in this process, or a server over HTTP."""
+"""Two ways to generate the clips of an evaluation: with an engine in this process, or with a server over HTTP."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Audio = npt.NDArray[np.float32]
 
 
 class Player(Protocol):
-    """Turns a request into audio (2, S) float32."""
+    """Generates stereo audio (2, samples) float32 for requests."""
 
     async def play(self, request: GenerationRequest) -> Audio:
         """Returns the audio of one request."""
@@ -28,10 +28,10 @@ class Player(Protocol):
 
 
 class EnginePlayer:
-    """Runs requests on a checkpoint folder with the package's loader and engine, on the CPU. Use with `async with`."""
+    """Generates audio with an engine that runs a checkpoint folder on the CPU. Use with `async with`."""
 
     def __init__(self, folder: Path, *, dtype: str | None = None) -> None:
-        """`dtype` is the denoiser's precision, see `resolve_dtype`."""
+        """`dtype` is the denoiser's precision (None: float32)."""
         self._engine = Engine(load_model(replace(BUILT_IN["demo"], folder=str(folder)), dtype=dtype))
 
     async def __aenter__(self) -> EnginePlayer:
@@ -47,7 +47,7 @@ class EnginePlayer:
 
 
 class HttpPlayer:
-    """Runs requests on the demo model of a server, through its native routes. Use with `async with`."""
+    """Generates audio with the demo model of a running server, through its native API. Use with `async with`."""
 
     def __init__(self, url: str) -> None:
         self._client = httpx.AsyncClient(base_url=url, timeout=120)
@@ -59,7 +59,7 @@ class HttpPlayer:
         await self._client.aclose()
 
     async def play(self, request: GenerationRequest) -> Audio:
-        """Returns the audio of one request. Raises httpx.HTTPStatusError when the server refuses it."""
+        """Returns the audio of one request. Raises httpx.HTTPStatusError if the server refuses the request."""
         import soundfile
 
         fields: dict[str, Any] = {"model": "demo", "prompt": request.prompt, "duration": request.duration_s}

@@ -1,6 +1,7 @@
-"""Render the two riffs in the package with the demo model's synthesiser. The riffs are CC0.
+"""Renders the two example riffs that the server's package contains, with the demo model's synthesiser.
 
-`python -m examples.demo_model.riffs FOLDER` writes them. A test compares them with the packaged files.
+`python -m examples.demo_model.riffs FOLDER` writes them. A test compares them with the packaged files. The riffs have
+the licence CC0.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ from examples.demo_model.scenes import Scene
 from examples.demo_model.synthesis import FRAME_S, render_scene
 from stable_audio_serve.models.oscillator.bank import FRAME_SAMPLES, SAMPLE_RATE_HZ, OscillatorBank
 
-RATE_HZ = 22_050  # enough for partials below 5 kHz; keeps the package small
+RATE_HZ = 22_050  # sufficient for these riffs, whose partials are below 5 kHz; keeps the package small
 _BEATS_PER_BAR = 4
 
 
 @dataclass(frozen=True, slots=True)
 class RiffPlan:
-    """A riff with one bar per chord. A chord is (oscillator index of the root, quality)."""
+    """A riff with one bar per chord. A chord is (oscillator index of its root, major or minor)."""
 
     tempo_bpm: int
     voice: str
     chords: tuple[tuple[int, str], ...]
 
 
-# i VI III VII in G sharp minor, and I vi ii V in F. The numbers are quarter tones; 82 is 440 Hz.
+# Chord progressions: i VI III VII in G sharp minor, and I vi ii V in F. Roots are in quarter tones; 82 is 440 Hz.
 RIFFS = {
     "gsharp_80bpm_4.wav": RiffPlan(80, "pluck", ((56, "minor"), (48, "major"), (62, "major"), (52, "major"))),
     "f_110bpm_3.wav": RiffPlan(110, "piano", ((50, "major"), (44, "minor"), (54, "minor"), (64, "major"))),
@@ -38,10 +39,10 @@ RIFFS = {
 
 
 def render_riff(plan: RiffPlan) -> npt.NDArray[np.float32]:
-    """Returns the riff (S,) float32 at `RATE_HZ`."""
+    """Returns the audio of a riff, mono float32 at `RATE_HZ`."""
     import soxr
 
-    rng = np.random.default_rng(0)  # required by render_scene; these scenes draw no random numbers
+    rng = np.random.default_rng(0)  # an argument of render_scene, which does not use it for these scenes
     bar_s = _BEATS_PER_BAR * 60 / plan.tempo_bpm
     edges = [round(bar * bar_s / FRAME_S) for bar in range(len(plan.chords) + 1)]
     frames = np.concatenate(
@@ -62,7 +63,7 @@ def render_riff(plan: RiffPlan) -> npt.NDArray[np.float32]:
 
 
 def write_riffs(folder: Path) -> None:
-    """Write the riffs to `folder` as 16-bit WAV files."""
+    """Write all riffs to `folder` as 16-bit WAV files."""
     import soundfile
 
     folder.mkdir(parents=True, exist_ok=True)

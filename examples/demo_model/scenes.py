@@ -1,6 +1,6 @@
-"""Scenes: the sounds that the demo model is trained on, as value objects, and random draws of them.
+"""Defines scenes, which describe the sounds on which the demo model is trained, and draws random ones.
 
-`captions.py` describes scenes in words, `synthesis.py` renders them.
+`captions.py` writes captions of scenes. `synthesis.py` renders scenes.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ PATTERNS = ("metronome", "kick", "drums", "house", "hat", "clap", "snare", "tom"
 HITS = ("kick", "snare", "hat", "clap", "tom", "cowbell", "click", "cymbal", "laser")
 NOISES = ("white", "pink", "brown", "wind", "rain", "ocean")
 
-LOWEST_PITCH = 16  # C2 on the quarter-tone scale of the oscillator bank
-HIGHEST_PITCH = 135  # just above 2000 Hz
+LOWEST_PITCH = 16  # C2, as an index of the oscillator bank (quarter tones)
+HIGHEST_PITCH = 135  # slightly above 2000 Hz
 DEFAULT_TEMPO_BPM = 120.0
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One sound. `pitch` and `target` are oscillator indices: quarter tones, 440 Hz is 82. Unused fields are empty.
+    """The description of one sound. Fields that its kind does not use are empty.
 
-    `kind` is tone, chord, arpeggio, sweep, beat, hit, noise, siren, silence or hush. An empty prompt means
-    hush, which is near silence.
+    `kind` is tone, chord, arpeggio, sweep, beat, hit, noise, siren, silence or hush. A hush is near silence and has an
+    empty prompt. `pitch` and `target` (the end of a sweep) are indices of oscillators: quarter tones, 440 Hz is 82.
     """
 
     kind: str
     voice: str = ""
     pitch: int = 0
     target: int = 0
-    quality: str = ""  # major or minor
-    direction: str = ""  # up or down
+    quality: str = ""  # of a chord or arpeggio: major or minor
+    direction: str = ""  # of a sweep: up or down
     tempo_bpm: float = DEFAULT_TEMPO_BPM
     pan: str = ""  # left, right, left to right, right to left
     level: str = ""  # quiet or loud
     fade: str = ""  # in or out
-    under: Scene | None = None  # a second scene, simultaneous and at the same tempo
+    under: Scene | None = None  # a second scene at the same time and tempo
 
 
 SHARES: dict[str, float] = {
@@ -58,7 +58,7 @@ SHARES: dict[str, float] = {
 
 
 def draw_scene(rng: np.random.Generator, *, shares: dict[str, float] | None = None) -> Scene:
-    """Draw a random scene. `shares` overrides the relative frequencies of the kinds; they need not sum to 1."""
+    """Draw a random scene. `shares` are the relative frequencies of the kinds of scenes; they need not sum to 1."""
     table = shares or SHARES
     weights = np.array(list(table.values()))
     kind = str(rng.choice(list(table), p=weights / weights.sum()))
@@ -112,7 +112,7 @@ def _draw_tone(rng: np.random.Generator) -> Scene:
 
 
 def default_pitch(voice: str) -> int:
-    """Returns the pitch of a voice for a prompt without a pitch: E2 for the bass, 440 Hz for other voices."""
+    """Returns the pitch that a prompt without a pitch means: E2 for the bass, 440 Hz for other voices."""
     return 24 if voice == "bass" else 82
 
 
@@ -128,7 +128,7 @@ def _draw_sweep(rng: np.random.Generator) -> Scene:
     return Scene("sweep", voice=voice, pitch=start, target=end, direction=direction)
 
 
-DEFAULT_SWEEP = (55, 135)  # 202 Hz to 2.03 kHz, when the prompt names no frequencies
+DEFAULT_SWEEP = (55, 135)  # 202 Hz to 2.03 kHz: the sweep of a prompt without frequencies
 
 
 def _draw_modifiers(rng: np.random.Generator, scene: Scene) -> Scene:
@@ -143,7 +143,7 @@ def _draw_modifiers(rng: np.random.Generator, scene: Scene) -> Scene:
 
 
 def _root(rng: np.random.Generator) -> int:
-    """Draw the root of a chord, mostly in octave 4, the default octave of a prompt."""
+    """Draw the root of a chord. Most roots are in octave 4, the octave of prompts that name none."""
     return 64 + 2 * int(rng.integers(12)) if rng.random() < 0.65 else 40 + 2 * int(rng.integers(36))
 
 

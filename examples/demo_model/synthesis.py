@@ -1,6 +1,6 @@
-"""Render scenes as parameter frames of the oscillator bank, in plain NumPy, without audio in between.
+"""Renders scenes (descriptions of sounds) as frames of the oscillator bank, in NumPy, without audio as a detour.
 
-The output of `render_scene` is the ground truth for the autoencoder and the denoiser.
+The frames from `render_scene` are the training data of the autoencoder and the denoiser.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TONE_RMS = 0.16
 _LEVELS = {"": 1.0, "quiet": 0.2, "loud": 2.0}
 _FADE_DB = 48.0
 
-# (harmonic number, amplitude) of each voice
+# The harmonics of each voice: (harmonic number, amplitude).
 _HARMONICS: dict[str, list[tuple[float, float]]] = {
     "sine": [(1, 1.0)],
     "square": [(h, 1 / h) for h in range(1, 16, 2)],
@@ -44,13 +44,13 @@ _HARMONICS: dict[str, list[tuple[float, float]]] = {
     "bell": [(1, 1.0), (2.76, 0.45), (5.4, 0.2)],
     "bass": [(h, 1 / h**1.3) for h in range(1, 9)],
 }
-_DECAY_S = {"pluck": 0.35, "piano": 0.9, "bell": 1.3}  # other voices hold their level
+_DECAY_S = {"pluck": 0.35, "piano": 0.9, "bell": 1.3}  # decay times of voices; other voices do not decay
 _ATTACK_S = {"pad": 0.35, "flute": 0.08}
-_TRIADS = {"major": (0, 8, 14), "minor": (0, 6, 14)}  # quarter tones
+_TRIADS = {"major": (0, 8, 14), "minor": (0, 6, 14)}  # the notes of a chord in quarter tones above its root
 
 
 class _Canvas:
-    """Linear amplitudes of one part: tones (F, oscillators) and noise bands (F, bands)."""
+    """The linear amplitudes of a sound: tones (frames, oscillators) and noise bands (frames, bands)."""
 
     def __init__(self, num_frames: int) -> None:
         self.tones = np.zeros((num_frames, NUM_OSCILLATORS), np.float32)
@@ -66,7 +66,7 @@ class _Canvas:
 
 
 def num_sounding_frames(duration_s: float) -> int:
-    """Returns the number of parameter frames that cover `duration_s`. Later frames are silent."""
+    """Returns the number of frames that cover a clip of `duration_s`. Later frames are silent."""
     return math.ceil(int(duration_s * SAMPLE_RATE_HZ) / FRAME_SAMPLES)
 
 
@@ -144,7 +144,10 @@ def _render_part(scene: Scene, rng: np.random.Generator, *, duration_s: float, n
 
 
 def _partials(voice: str, pitch: int) -> tuple[npt.NDArray[np.int64], Array]:
-    """Returns oscillators and amplitudes of one note, scaled to `TONE_RMS`. Drops harmonics above the bank's range."""
+    """Returns the oscillators and amplitudes of the harmonics of one note, scaled to an RMS of `TONE_RMS`.
+
+    Harmonics above the highest oscillator are dropped.
+    """
     harmonics = _HARMONICS[voice]
     index = np.array([pitch + round(24 * math.log2(number)) for number, _ in harmonics])
     amplitude = np.array([amplitude for _, amplitude in harmonics], np.float32)
@@ -189,14 +192,14 @@ def _draw_siren(canvas: _Canvas, scene: Scene) -> None:
 
 
 def onset_frames(tempo_bpm: float, num_frames: int, *, per_beat: int = 1) -> list[int]:
-    """Returns the frames at which beats, or `per_beat` equal parts of them, begin. The first is frame 0."""
+    """Returns the frames at which beats begin, from frame 0; with `per_beat`, equal parts of beats."""
     step_s = 60.0 / tempo_bpm / per_beat
     count = math.ceil(num_frames * FRAME_S / step_s)
     return [round(number * step_s / FRAME_S) for number in range(count)]
 
 
 def _draw_arpeggio(canvas: _Canvas, scene: Scene) -> None:
-    """Draw root, third, fifth, third, with one note per half beat."""
+    """Add an arpeggio to the canvas: root, third, fifth, third, with one note per half beat."""
     low, middle, high = _TRIADS[scene.quality]
     steps = (low, middle, high, middle)
     onsets = onset_frames(scene.tempo_bpm, len(canvas.tones), per_beat=2)
@@ -219,7 +222,10 @@ def _draw_beat(canvas: _Canvas, scene: Scene) -> None:
 
 
 def _noise_bands(colour: str, rng: np.random.Generator, *, num_frames: int) -> Array:
-    """Returns band RMS (F, bands). Power density at frequency f: constant for white, 1/f for pink, 1/f^2 for brown."""
+    """Returns the RMS of coloured noise in each noise band, (frames, bands).
+
+    The power density at frequency f is constant for white noise, 1/f for pink and 1/f^2 for brown noise.
+    """
     width = np.diff(BAND_EDGES_HZ)
     centre = np.sqrt(np.maximum(BAND_EDGES_HZ[:-1], 40.0) * BAND_EDGES_HZ[1:])
     time_s = np.arange(num_frames) * FRAME_S

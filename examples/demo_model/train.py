@@ -1,7 +1,8 @@
-"""Train the demo model from scratch: `python -m examples.demo_model.train --out FOLDER`. Run it again to resume.
+"""Trains the demo model from scratch: `python -m examples.demo_model.train --out FOLDER`.
 
-Trains in three stages: autoencoder, denoiser with text encoder, decoder. Then writes `FOLDER/checkpoint` in the Stable
-Audio 3 format. Runs on a CPU or a GPU.
+If the training is interrupted, run the command again to resume. The three stages train the autoencoder, the denoiser
+with the text encoder, and the decoder. The result is `FOLDER/checkpoint` in the Stable Audio 3 format. Runs on a CPU or
+a GPU.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Stage 1: train the patch autoencoder on the parameter frames of random scenes."""
+"""Stage 1 of training the demo model: trains the autoencoder on oscillator-bank frames of random scenes."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ PATCH_FRAMES = 8
 LATENT_DIM = 64
 LATENT_S = 4096 / 44100
 
-# Sweeps, arpeggios and beats have the patches that are hardest to reconstruct.
+# Relative frequencies of kinds of scenes. Sweeps, arpeggios and beats are frequent: they are hard to reconstruct.
 _SHARES = SHARES | {"sweep": 0.26, "arpeggio": 0.10, "chord": 0.14, "beat": 0.18, "tone": 0.28, "hush": 0.01}
 
 
 @dataclass(frozen=True, slots=True)
 class AutoencoderConfig:
-    """Sizes and training schedule of stage 1."""
+    """The sizes of the autoencoder, and its training schedule."""
 
     width: int = 384
     encoder_depth: int = 1
@@ -41,7 +41,7 @@ class AutoencoderConfig:
 
 
 class Autoencoder(nn.Module):
-    """Encoder and decoder of patches. `standardise` scales the latents after training."""
+    """An encoder and a decoder of patches (8 consecutive frames). `standardise` scales the latents after training."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Autoencoder(nn.Module):
 
 
 def _smooth_over_pitch(layer: nn.Linear) -> None:
-    """Blur the first layer's weights over the oscillators, so that the initial features change slowly with pitch."""
+    """Blur the initial weights of the first layer over the oscillators, so that features change slowly with pitch."""
     with torch.no_grad():
         weight = layer.weight.view(len(layer.weight), PATCH_FRAMES, NUM_CHANNELS)
         tones = weight[:, :, :NUM_OSCILLATORS]
@@ -75,7 +75,7 @@ def _smooth_over_pitch(layer: nn.Linear) -> None:
 
 
 class PatchPool:
-    """A pool of patches (8, 222) of random clips. Each draw replaces some of them."""
+    """A pool of patches (8 frames of 222 values) from random clips. Each draw replaces some of the patches."""
 
     def __init__(self, size: int, rng: np.random.Generator) -> None:
         self._rng = rng
@@ -86,7 +86,7 @@ class PatchPool:
             filled += self._add_clip()
 
     def draw(self, count: int, *, fresh_clips: int = 16) -> Tensor:
-        """Add `fresh_clips` new clips to the pool, then draw `count` patches (count, 222, 8) float32."""
+        """Add patches of `fresh_clips` new clips to the pool. Returns random patches (count, 222, 8) float32."""
         for _ in range(fresh_clips):
             self._add_clip()
         chosen = self._patches[self._rng.integers(len(self._patches), size=count)]
@@ -101,7 +101,7 @@ class PatchPool:
 
 
 def draw_patches(rng: np.random.Generator, *, count: int = 8) -> npt.NDArray[np.float32]:
-    """Draw up to `count` patches of one random clip, preferring its first two latents and its end."""
+    """Draw up to `count` patches of one random clip. Its first two patches and its end are drawn more often."""
     if rng.random() < 0.08:
         return _draw_spectra(rng, count)
     duration_s = float(np.exp(rng.uniform(np.log(0.5), np.log(8.0))))
@@ -117,7 +117,7 @@ def draw_patches(rng: np.random.Generator, *, count: int = 8) -> npt.NDArray[np.
 
 
 def _draw_spectra(rng: np.random.Generator, count: int) -> npt.NDArray[np.float32]:
-    """Draw patches of random partials over coloured noise, so that the autoencoder handles audio outside the scenes."""
+    """Draw patches of random partials and coloured noise, so that the autoencoder also learns sounds beyond scenes."""
     frames = np.zeros((count, PATCH_FRAMES, NUM_CHANNELS), np.float32)
     slope = np.linspace(0.0, 1.0, PATCH_FRAMES, dtype=np.float32)
     for patch in frames:
@@ -133,10 +133,10 @@ def _draw_spectra(rng: np.random.Generator, count: int) -> npt.NDArray[np.float3
 
 
 def reconstruction_loss(decoded: Tensor, target: Tensor) -> Tensor:
-    """Returns the mean loss over patches: errors of levels, of levels blurred over oscillators, and of balances.
+    """Returns the mean loss over patches: of levels, of levels blurred over the oscillators, and of stereo balances.
 
-    Loss of levels: (5 L1 + 50 L2) / sqrt(mean square + 0.003). The blur makes a small error in pitch cost less than a
-    large one. Where the target is silent, negative levels cost nothing, because they are rendered as silence.
+    The loss of levels is (5 L1 + 50 L2) / sqrt(mean square + 0.003). The blurred levels make a small error in pitch
+    cost less than a large one. Where the target is silent, negative levels cost nothing, because they sound silent.
     """
     levels, wanted = decoded[:, :-2], target[:, :-2]
     error = torch.where(wanted > 0, levels - wanted, levels.clamp(min=0.0))
@@ -152,7 +152,7 @@ def reconstruction_loss(decoded: Tensor, target: Tensor) -> Tensor:
 
 
 class AutoencoderTrainer:
-    """Trains the network of stage 1, and saves and loads the state of training."""
+    """Trains the autoencoder, and saves and loads the state of the training."""
 
     def __init__(self, config: AutoencoderConfig, *, device: str = "cpu") -> None:
         torch.manual_seed(config.seed)
@@ -163,7 +163,7 @@ class AutoencoderTrainer:
         self.step = 0
 
     def train_step(self, target: Tensor) -> float:
-        """Make one update on patches (B, 222, 8). Returns the reconstruction loss."""
+        """Make one update with the patches `target` (patches, 222, 8). Returns the reconstruction loss."""
         target = target.to(self.device)
         with torch.autocast(self.device, dtype=torch.bfloat16):
             latents = self.model.encoder(target)
@@ -178,11 +178,11 @@ class AutoencoderTrainer:
         return float(loss.detach())
 
     def _roughness(self, target: Tensor, latents: Tensor) -> Tensor:
-        """Returns the mean squared change of the latents if every tone moves by one oscillator.
+        """Returns the mean squared change of the latents when every tone is moved by one oscillator.
 
-        As a penalty, this makes latents change smoothly with pitch.
+        Added to the loss, it makes latents change smoothly with pitch.
         """
-        count = len(target) // 3  # a sample is enough and costs a third
+        count = len(target) // 3  # a third of the patches is enough, and faster
         moved = target[:count].clone()
         moved[:, :NUM_OSCILLATORS] = moved[:, :NUM_OSCILLATORS].roll(1 if self.step % 2 else -1, dims=1)
         with torch.autocast(self.device, dtype=torch.bfloat16):
@@ -190,13 +190,13 @@ class AutoencoderTrainer:
         return distance.float().square().mean()
 
     def save(self, path: Path) -> None:
-        """Write the state of training atomically."""
+        """Write the state of the training to a file, atomically."""
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
         torch.save(state, path.with_suffix(".new"))
         path.with_suffix(".new").replace(path)
 
     def load(self, path: Path) -> None:
-        """Read the state that `save` wrote."""
+        """Read the state of the training that `save` wrote."""
         state = torch.load(path, weights_only=True, map_location=self.device)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -204,7 +204,7 @@ class AutoencoderTrainer:
 
 
 def train_autoencoder(config: AutoencoderConfig, folder: Path, *, device: str = "cpu") -> Autoencoder:
-    """Train, or resume from `folder/autoencoder.pt` if it exists. Returns the network with standardised latents."""
+    """Train the autoencoder, or resume from `folder/autoencoder.pt`. Returns it with standardised latents."""
     trainer = AutoencoderTrainer(config, device=device)
     path = folder / "autoencoder.pt"
     if path.exists():
@@ -235,7 +235,8 @@ def _run(trainer: AutoencoderTrainer, path: Path) -> None:
 def standardise(model: Autoencoder, *, seed: int, num_clips: int = 400) -> None:
     """Scale every latent channel to mean 0 and standard deviation 1 over random clips.
 
-    Changes the encoder's last and the decoder's first layer in place. Reconstructions do not change.
+    Changes the weights of the encoder's last layer and, inversely, of the decoder's first layer. Decoded frames stay
+    the same.
     """
     rng = np.random.default_rng((seed, 3))
     latents = []
@@ -254,9 +255,9 @@ def standardise(model: Autoencoder, *, seed: int, num_clips: int = 400) -> None:
 
 
 def describe(model: Autoencoder, *, seed: int) -> str:
-    """Returns a text with two figures per kind of scene: share of frames with the right pitch, and L1 error.
+    """Returns a text with two figures for each kind of scene: share of frames with the right pitch, and L1 error.
 
-    The pitch of a frame is right if its strongest oscillator moves by at most one step.
+    The pitch of a decoded frame is right if its strongest oscillator is at most one step from the original's.
     """
     rng = np.random.default_rng(seed)
     device = next(model.parameters()).device

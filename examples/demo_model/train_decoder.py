@@ -1,6 +1,5 @@
-"""Stage 3: train the decoder on the denoiser's latents, which differ slightly from the encoder's.
-
-Encoder and denoiser do not change, so the latents of an audio input stay the same.
+"""Stage 3 of training the demo model: trains the decoder on the denoiser's latents, which differ slightly from the
+encoder's. Encoder and denoiser are not changed, so encoded audio still has the same latents.
 """
 
 from __future__ import annotations
@@ -22,11 +21,12 @@ from examples.demo_model.train_denoiser import HIGHEST_UNNAMED_T, Network, Train
 
 @dataclass(frozen=True, slots=True)
 class DecoderTrainingConfig:
-    """Training schedule of stage 3."""
+    """The schedule for training the decoder."""
 
     steps: int = 600
     clips: ClipConfig = field(default_factory=ClipConfig)
-    clean_share: float = 0.3  # share of clips with noised latents of the encoder, so that edits reproduce their source
+    # Share of clips with latents of the encoder plus noise, so that the decoder still reproduces the source of an edit.
+    clean_share: float = 0.3
     noise: float = 0.2
     seed: int = 0
 
@@ -34,7 +34,7 @@ class DecoderTrainingConfig:
 def train_decoder(
     config: DecoderTrainingConfig, trainer: Trainer, *, autoencoder: Autoencoder, device: str = "cpu"
 ) -> None:
-    """Train `autoencoder.decoder` in place on clean latents that the averaged denoiser predicts from noised latents."""
+    """Train `autoencoder.decoder` in place, on latents that the trained denoiser predicts from noised latents."""
     network = Network().to(device).eval().requires_grad_(False)
     network.load_state_dict(trainer.average)
     source = ClipSource(autoencoder, config.clips, rng=np.random.default_rng((config.seed, 5)))
@@ -68,9 +68,9 @@ def train_decoder(
 
 @torch.no_grad()
 def _denoised(network: Network, batch: Batch) -> Tensor:
-    """Returns the clean latents (B, D, F) that the denoiser predicts from noised latents.
+    """Returns the clean latents (clips, channels, frames) that the denoiser predicts from noised latents.
 
-    Draws times as stage 2 does, but none below 0.25 and more at exactly 1.
+    Diffusion times are drawn as for training the denoiser, but none are below 0.25, and more are exactly 1.
     """
     t = draw_times(len(batch.latents)).to(batch.latents.device).clamp(min=0.25)
     t = torch.where(torch.rand_like(t) < 0.35, torch.ones_like(t), t)
@@ -86,6 +86,6 @@ def _denoised(network: Network, batch: Batch) -> Tensor:
 
 
 def _patches(frames: Tensor, valid: Tensor) -> Tensor:
-    """Cut frames (B, 222, 8 F) into patches (N, 222, 8). Returns the patches of valid latents."""
+    """Cut frames (clips, 222, 8 * latents) into patches (patches, 222, 8), without the patches of padding."""
     patches = frames.unflatten(2, (-1, PATCH_FRAMES)).permute(0, 2, 1, 3)
     return patches[valid]

@@ -1,6 +1,5 @@
-"""Stage 2: train the denoiser and the text encoder together to turn captions into latents of the trained autoencoder.
-
-Uses the network classes of the server, with the same key masking.
+"""Stage 2 of training the demo model: trains the denoiser and the text encoder together, on captions and latents of the
+trained autoencoder. The network classes are the server's.
 """
 
 from __future__ import annotations
@@ -24,12 +23,14 @@ from stable_audio_serve.models.config_reader import ConfigReader
 from stable_audio_serve.models.sa3.config import parse_denoiser
 from stable_audio_serve.models.sa3.denoiser import Denoiser
 
-HIGHEST_UNNAMED_T = 0.8  # above it, noise hides the clip, and an empty prompt alone must give near silence
+# Highest diffusion time for clips without a caption. At higher times, noise hides the clip, and the empty prompt has to
+# mean near silence.
+HIGHEST_UNNAMED_T = 0.8
 
 
 @dataclass(frozen=True, slots=True)
 class DenoiserTrainingConfig:
-    """Training schedule of stage 2."""
+    """The schedule for training the denoiser and the text encoder."""
 
     steps: int = 6600
     clips: ClipConfig = field(default_factory=ClipConfig)
@@ -42,7 +43,7 @@ class DenoiserTrainingConfig:
 
 
 class Network(nn.Module):
-    """The networks that stage 2 trains: text encoder, padding embedding, duration embedding, denoiser."""
+    """The networks that are trained together: text encoder, padding embedding, duration embedding and denoiser."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +55,7 @@ class Network(nn.Module):
         self._start_near_identity()
 
     def _start_near_identity(self) -> None:
-        """Scale residual branches down and set outer convolutions to zero."""
+        """Initialise residual branches with small weights and the outer convolutions with zeros."""
         with torch.no_grad():
             for name, parameter in self.denoiser.named_parameters():
                 if name.endswith(("to_out.weight", "ff.ff.2.weight", "to_local_embed.2.weight")):
@@ -66,10 +67,10 @@ class Network(nn.Module):
     def context(
         self, tokens: Tensor, mask: Tensor, *, seconds: Tensor, bare: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Returns cross-attention tokens (B, T + 1, C) and the global vector (B, C).
+        """Returns the context (clips, tokens + 1, channels) and the global vector (clips, channels) for the denoiser.
 
-        Inputs are token ids (B, T), mask (B, T) and seconds (B,). Rows marked in `bare` (B,) have zeros at padded
-        positions, like a negative prompt.
+        `tokens` and `mask` (clips, tokens) are captions, and `seconds` (clips,) the durations. Clips marked in `bare`
+        (clips,) have zeros at padded positions, like a negative prompt.
         """
         padding: Tensor = self.padding_embedding
         if bare is not None:
@@ -81,7 +82,7 @@ class Network(nn.Module):
 
 
 def draw_times(count: int) -> Tensor:
-    """Draw training times (B,): half uniform, half from the sampler's schedule, some exactly 1."""
+    """Draw diffusion times (count,) for training: half uniform, half from the sampler's schedule, some exactly 1."""
     uniform = torch.rand(count)
     along = torch.sigmoid(8.2 * torch.rand(count) - 2.0)
     times = torch.where(torch.rand(count) < 0.5, uniform, along)
@@ -89,7 +90,7 @@ def draw_times(count: int) -> Tensor:
 
 
 def flow_loss(network: Network, batch: Batch) -> Tensor:
-    """Returns the rectified-flow loss: mean squared error of v = noise - data over valid latents."""
+    """Returns the rectified-flow loss: the mean squared error of the velocity noise - data, without padding."""
     bare = torch.rand(len(batch.tokens), device=batch.tokens.device) < 0.06
     context, duration = network.context(batch.tokens, batch.mask, seconds=batch.seconds, bare=bare)
     dropped = torch.rand(len(context), 1, 1, device=context.device) < 0.1
@@ -107,7 +108,7 @@ def flow_loss(network: Network, batch: Batch) -> Tensor:
 
 
 class Trainer:
-    """Trains the networks of stage 2, averages their weights, and saves and loads the state of training."""
+    """Trains a Network, averages its weights, and saves and loads the state of the training."""
 
     def __init__(self, config: DenoiserTrainingConfig, *, device: str = "cpu") -> None:
         torch.manual_seed(config.seed)
@@ -127,7 +128,7 @@ class Trainer:
         self.step = 0
 
     def train_step(self, batch: Batch) -> float:
-        """Make one update. Returns the loss."""
+        """Make one update with a batch. Returns the loss."""
         batch = batch.to(self.device)
         with torch.autocast(self.device, dtype=torch.bfloat16):
             loss = flow_loss(self.network, batch)
@@ -143,7 +144,7 @@ class Trainer:
         return float(loss.detach())
 
     def save(self, path: Path) -> None:
-        """Write the state of training atomically."""
+        """Write the state of the training to a file, atomically."""
         state = {
             "network": self.network.state_dict(),
             "average": self.average,
@@ -154,7 +155,7 @@ class Trainer:
         path.with_suffix(".new").replace(path)
 
     def load(self, path: Path) -> None:
-        """Read the state that `save` wrote."""
+        """Read the state of the training that `save` wrote."""
         state = torch.load(path, weights_only=True, map_location=self.device)
         self.network.load_state_dict(state["network"])
         self.average = state["average"]
@@ -165,7 +166,7 @@ class Trainer:
 def train_denoiser(
     config: DenoiserTrainingConfig, autoencoder: Autoencoder, *, folder: Path, device: str = "cpu"
 ) -> Trainer:
-    """Train, or resume from `folder/denoiser.pt` if it exists."""
+    """Train the denoiser and the text encoder, or resume from `folder/denoiser.pt`. Returns the trainer."""
     trainer = Trainer(config, device=device)
     path = folder / "denoiser.pt"
     if path.exists():

@@ -1,8 +1,8 @@
-"""The demo model's tokenizer: turns any spelling of a prompt into known words and pitches.
+"""The demo model's tokenizer: converts a prompt in any spelling to known words and pitches.
 
-Writes a standard `tokenizer.json` (normaliser, split, word level), so that the official loader reads it. A frequency or
-note name becomes the nearest quarter tone. Words outside the vocabulary are dropped. A number conditioner reads the
-tempo from the prompt (`TEMPO_PATTERN`); the tokenizer keeps only the word for a tempo.
+It is a standard `tokenizer.json` (normaliser, split, word level), which transformers can load. A frequency or note name
+becomes the nearest quarter tone. Words outside the vocabulary are dropped. For a tempo, the tokenizer keeps only a word
+that there is one; a conditioner reads its value from the prompt (`TEMPO_PATTERN`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-FIRST_PITCH, LAST_PITCH = 8, 160  # quarter tones that can be named: 51.9 Hz to 4.19 kHz
+FIRST_PITCH, LAST_PITCH = 8, 160  # range of the pitches in the vocabulary, in quarter tones: 51.9 Hz to 4.19 kHz
 MAX_TOKENS = 16
 
 TEMPO_PATTERN = (
@@ -28,9 +28,9 @@ _TEXTURES = ("loop", "bpm", "noise", "white", "pink", "brown", "wind", "rain", "
 _MODIFIERS = ("left", "right", "lefttoright", "righttoleft", "quiet", "loud", "fadein", "fadeout")
 WORDS = _VOICES + _PITCHED + _DRUMS + _TEXTURES + _MODIFIERS
 
-_SPACED = r"(?<![^\s]){}(?![^\s])"  # whole words between spaces
+_SPACED = r"(?<![^\s]){}(?![^\s])"  # matches {} only as whole words between spaces
 
-# (regular expression, known words), applied in order to whole words of lower-case text with single spaces.
+# (regular expression, replacement), applied in this order to whole words of lower-case text with single spaces.
 _SYNONYMS: tuple[tuple[str, str], ...] = (
     (r"(?:4|four) (?:on|to) (?:the )?floor", "kick loop"),
     (r"middle c", "c4"),
@@ -103,7 +103,7 @@ _SYNONYMS: tuple[tuple[str, str], ...] = (
 )
 
 
-# Words that a prompt implies are inserted at its beginning.
+# (regular expression, word that it implies). The implied word is inserted at the beginning of the prompt.
 _DRUMMED = "kick|snare|hat|clap|tom|cowbell|click|metronome|drums|house|arpeggio|pitch|chord|noise|alarm|siren|sweep"
 _IMPLIED: tuple[tuple[str, str], ...] = (
     (r"^(?!.*(?:chord|arpeggio))(?=.*(?:major|minor))", "chord "),
@@ -113,9 +113,9 @@ _IMPLIED: tuple[tuple[str, str], ...] = (
 
 
 def build_tokenizer() -> Tokenizer:
-    """Build the tokenizer. Ids: `<pad>` 0, `<eos>` 1, `<bos>` 2, `<unk>` 3, then words and pitches.
+    """Build the tokenizer. The ids are `<pad>` 0, `<eos>` 1, `<bos>` 2, `<unk>` 3, then words and pitches.
 
-    Encoding adds no special tokens.
+    Encoding a prompt adds no special tokens.
     """
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(vocabulary())}, unk_token="<unk>"))
     steps = [normalizers.NFKC(), normalizers.Lowercase(), normalizers.NFD(), normalizers.StripAccents()]
@@ -134,22 +134,22 @@ def vocabulary() -> list[str]:
 
 
 def pitch_token(index: int) -> str:
-    """Returns the word for a pitch, an oscillator index."""
+    """Returns the token for the pitch of an oscillator (its index)."""
     return f"pitch{index}"
 
 
 def target_token(index: int) -> str:
-    """Returns the word for the pitch at which a sweep ends."""
+    """Returns the token for the pitch of an oscillator (its index) as the end of a sweep."""
     return f"target{index}"
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Write `tokenizer.json`. `package.py` writes `tokenizer_config.json`."""
+    """Write the tokenizer to `tokenizer.json` in `folder`."""
     build_tokenizer().save(str(folder / "tokenizer.json"))
 
 
 def rewrites() -> list[tuple[str, str]]:
-    """Returns (regular expression, replacement) pairs, to apply in order to lower-case text."""
+    """Returns all (regular expression, replacement) pairs, to be applied in order to a lower-case prompt."""
     number = r"\d+(?:\.\d+)?"
     steps = [
         ("♯", "#"),
@@ -184,7 +184,10 @@ def rewrites() -> list[tuple[str, str]]:
 
 
 def _pitch_rewrites(index: int) -> list[tuple[str, str]]:
-    """Returns the rewrites for a pitch. After "to" it is a sweep's target, elsewhere a sound's pitch or start."""
+    """Returns (regular expression, replacement) pairs for the spellings of a pitch.
+
+    After "to" the pitch is the end of a sweep, elsewhere the pitch or start of a sound.
+    """
     named = _pitch_pattern(index)
     return [(rf"(?<= to ){named}", f" {target_token(index)} "), (named, f" {pitch_token(index)} ")]
 
@@ -227,9 +230,9 @@ _SIGNS = {"": 0, r"(?:#| sharp|sharp)": 1, r"(?:b| flat|flat)": -1}
 
 
 def _note_forms(index: int) -> list[str]:
-    """Returns spellings of the note at an oscillator index.
+    """Returns regular expressions for the spellings of the note at an oscillator index; none if it is not a note.
 
-    In octave 4 the octave number is optional if the context shows that the letter is a note.
+    The octave number 4 may be omitted if the context shows that the letter is a note.
     """
     midi = 69 + (index - 82) // 2
     with_octave, without = [], []

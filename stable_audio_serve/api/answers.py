@@ -51,7 +51,7 @@ RECIPE_HEADER: dict[str, Any] = {
     }
 }
 _MOST_RECIPE_BYTES = 4096
-# Headers that pages of other origins may read.
+# Response headers that web pages of other origins may read (Access-Control-Expose-Headers).
 EXPOSED_HEADERS = (
     "Content-Disposition",
     "Idempotent-Replayed",
@@ -71,7 +71,7 @@ _STREAM_ABOVE_BYTES = 1_048_576
 _BYTES = "application/octet-stream"
 _AUDIO = re.compile(
     r"audio/[a-z0-9.-]{1,60}(; ?[A-Za-z0-9=.+-]{1,60})?"
-)  # without "+", because browsers render types that end in +xml
+)  # a type with "+" does not match, because browsers render types that end in +xml
 
 
 def encoded_answer(file: EncodedFile, headers: Mapping[str, str]) -> Response:
@@ -83,9 +83,10 @@ def encoded_answer(file: EncodedFile, headers: Mapping[str, str]) -> Response:
 
 
 async def file_answer(file: StoredFile, jobs: JobQueue, *, is_head: bool, recipes: Sequence[Recipe] = ()) -> Response:
-    """Return a response that downloads a stored file, or only its headers for HEAD. `recipes` are those of its clips.
+    """Return a response that downloads a stored file, or only its headers for HEAD.
 
-    Raises HTTPException 404 when the file no longer exists.
+    `recipes` has the recipe of each clip in the file, for a header. Raises HTTPException 404 when the file no longer
+    exists.
     """
     chunks = jobs.read(file)
     try:
@@ -123,7 +124,7 @@ def _recipe_header(recipes: Sequence[Recipe]) -> dict[str, str]:
     if not recipes:
         return {}
     text = ""
-    # Check the prompts first, because a recipe that is too long may have 600 kB of JSON.
+    # Add up the prompt lengths before creating JSON: the JSON of a long recipe can have 600 kB.
     if sum(recipe.num_prompt_chars for recipe in recipes) <= _MOST_RECIPE_BYTES:
         text = ", ".join(recipe.to_json() for recipe in recipes)
     if not 0 < len(text) <= _MOST_RECIPE_BYTES:
@@ -134,8 +135,8 @@ def _recipe_header(recipes: Sequence[Recipe]) -> dict[str, str]:
 def sound_headers(clips: Sequence[ClipFacts], made_on: MadeOn | None) -> dict[str, str]:
     """Return the headers that describe a file's audio and the device that made it.
 
-    Values are JSON, separated by commas for several variations. Unknown values are left out. `X-Seed` is the seed of
-    the first variation. `X-Seeds` is sent only for several variations.
+    A header has one JSON value per variation, separated by commas. Unknown values are left out. `X-Seed` is the seed of
+    the first variation. `X-Seeds` is sent only if the file has several variations.
     """
     device_headers = {"X-Device": made_on.device, "X-Dtype": made_on.dtype} if made_on else {}
     if not clips:

@@ -37,7 +37,7 @@ from stable_audio_serve.core.operations import Operations
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.jobs.queue import JobQueue
 
-# One per dialect, in the order of the API page.
+# OpenAPI tags, in the order in which the API page lists them.
 TAGS = [
     {"name": native.TAG, "description": "The native API: the contract of the Stable Audio 3 server."},
     {"name": native_jobs.TAG, "description": "The same requests as background jobs."},
@@ -66,9 +66,9 @@ def create_app(
 ) -> FastAPI:
     """Return the application. `backend` may run models with or without Ray.
 
-    Without `jobs` the application opens the job queue that the settings name; another process runs the jobs. Without
-    `operations` the operator routes describe this process only. `address_header` is the header in which a proxy sends
-    the client's address. The proxy must overwrite a value that the client sent.
+    Without `jobs`, the application opens the job queue of the settings. It adds jobs, and another process runs
+    them. Without `operations`, the operator routes describe this process only. `address_header` is the header in which
+    a proxy sends the client's address. The proxy must overwrite a value that the client sent.
     """
     metrics = metrics or NullMetrics()
     service = Service(backend, settings, jobs=jobs, metrics=metrics, stream_limits=stream_limits)
@@ -135,7 +135,10 @@ def create_app(
 
 
 def _render_unrouted(request: Request, error: HTTPException) -> Response:
-    """Respond to an unknown path or method. Errors for a known path have the form of its dialect."""
+    """Return the response to an unknown path, or to a method that a known path does not support.
+
+    For a known path the error has the format of the dialect (API) that the path belongs to.
+    """
     if error.status_code == 405:  # Starlette's Allow header has the methods of the path's first route only
         error = HTTPException(405, error.detail, headers={"Allow": ", ".join(allowed_methods(request))})
     render = getattr(request.scope.get("route"), "render_error", render_error)

@@ -1,7 +1,7 @@
 """Correct the OpenAPI description that FastAPI generates from the routes.
 
-FastAPI adds its own 422 response to every operation with a parameter, marks parameters and form fields as nullable, and
-does not describe API keys.
+FastAPI's description is wrong in three ways: every operation with a parameter has FastAPI's own 422 response, optional
+parameters and form fields are nullable, and API keys are missing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ERRORS = {
     507: "No storage space is left.",
 }
 _SECURITY_SCHEMES = {
-    # Only one scheme, because the page shows a field for each, and users would fill in the wrong field.
+    # Only one scheme: Swagger UI shows an input field for each scheme, and users would fill in the wrong field.
     "Bearer": {
         "type": "http",
         "scheme": "bearer",
@@ -34,7 +34,10 @@ _SECURITY_SCHEMES = {
 
 
 def error_responses(model: type[BaseModel], *statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return FastAPI's `responses` for these error statuses and 403. `model` is the error body of the dialect."""
+    """Return the `responses` of a FastAPI route for these error statuses, and for 403, which all routes can return.
+
+    `model` is the Pydantic model of the dialect's error responses.
+    """
     return {status: {"model": model, "description": _ERRORS[status]} for status in sorted({403, *statuses})}
 
 
@@ -73,7 +76,7 @@ def _resolve(schema: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
 
 
 def _drop_null(field: dict[str, Any]) -> None:
-    """Remove null from the types of a parameter or form field. Clients can only leave it out, not send null."""
+    """Remove null from the types of a parameter or form field. Clients can omit the field, but cannot send null."""
     choices = [choice for choice in field.get("anyOf", ()) if choice != {"type": "null"}]
     if len(choices) == 1:
         del field["anyOf"]

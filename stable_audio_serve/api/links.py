@@ -28,17 +28,17 @@ def base_url(request: Request, limits: ApiSettings) -> str:
 
 
 def file_url(base: str, result: JobResult) -> str:
-    """Return the link to a finished job's file. It needs no key."""
+    """Return the link to a finished job's file. The link works without an API key."""
     return published_url(base, result.file_id, file_name=result.file.file_name)
 
 
 def published_url(base: str, file_id: str, *, file_name: str) -> str:
-    """Return the link to a file published with this id (`JobQueue.publish`). It needs no key."""
+    """Return the link to a file published with this id (`JobQueue.publish`). The link works without an API key."""
     return f"{base}/files/{file_id}/{quote(file_name, safe='')}"
 
 
 def _first(request: Request, header: str) -> str:
-    """Return the first value of a forwarded header. The proxy nearest to the client has set it."""
+    """Return the first of a header's comma-separated values. The proxy nearest to the client set the first value."""
     return request.headers.get(header, "").split(",")[0].strip()
 
 

@@ -10,7 +10,7 @@ from stable_audio_serve.core.generation import GenerationRequest, GenerationResu
 
 
 class OfflineBackend:
-    """A backend with one model that cannot run."""
+    """A backend with one model. Generating with it fails."""
 
     def __init__(self) -> None:
         self.catalog = ModelCatalog([ModelCard("none", "none")])

@@ -32,7 +32,10 @@ _STORAGE_RETRY_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Refusal(Generic[Row]):
-    """An error of `core.errors` and its row in the dialect's table. `message` is safe to show to the client."""
+    """An error of `core.errors`, and the row for this kind of error in the dialect's table.
+
+    `message` is safe to show to the client.
+    """
 
     error: StableAudioError
     row: Row
@@ -94,7 +97,7 @@ class Refusals(Generic[Row, Fault, Answer]):
 
 
 def _retry_after(error: StableAudioError) -> dict[str, str]:
-    """Return the `Retry-After` header in whole seconds, at least one, or no header if the time is unknown."""
+    """Return the `Retry-After` header (whole seconds, at least 1), or {} if it is unknown when to retry."""
     seconds = error.retry_after_s
     if seconds is None and error.kind == StorageError.kind:  # the store cannot predict when it recovers
         seconds = _STORAGE_RETRY_S

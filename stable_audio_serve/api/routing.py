@@ -1,4 +1,4 @@
-"""Route classes of all dialects. They limit body parsing, check requests, and render errors in the dialect's form."""
+"""FastAPI route classes. They limit the parsing of bodies, check requests, and render errors in the dialect's form."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from stable_audio_serve.core.errors import QuotaError, UnauthorizedError
 from stable_audio_serve.core.keys import Scope
 
 ErrorRenderer = Callable[[Request, ExpectedError], Response]
-# The scopes of a route. A key needs one of them; if there are none, any key will do.
+# The scopes of a route. An API key needs one of them. If there are none, any API key is accepted.
 Scopes = tuple[Scope, ...] | Callable[[Request], tuple[Scope, ...]]
 
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
@@ -38,13 +38,16 @@ _MAX_FIELD_BYTES = 512 * 1024  # the longest prompt has 100,000 characters of up
 
 
 class HexIdConvertor(StringConvertor):
-    """`{name:hex_id}` in routes matches an id in the server's format, and no other words."""
+    """`{name:hex_id}` in routes matches an id in the server's format: 32 hexadecimal digits."""
 
     regex = "[0-9a-f]{32}"
 
 
 class JobIdConvertor(StringConvertor):
-    """`{name:job_id}` in routes matches any text, so that an invalid job id gets an error message of its own."""
+    """`{name:job_id}` in routes matches any text except the route names `variations` and `inpaint`.
+
+    Invalid job ids match too, so that the response can explain what is wrong with them.
+    """
 
     regex = "(?!(?:variations|inpaint)$)[^/]+"
 
@@ -83,9 +86,9 @@ def route_class(
 ) -> type[APIRoute]:
     """Return a route class that checks requests and renders expected errors in one dialect's form.
 
-    If keys are configured, a request needs a key with one of `scopes`. This is checked before its body is read. So are
-    the limits of the key if the request has an upload. `enter` is called before these checks. The class sets
-    `request.state.caller`, and `request.state.client` to the key's client.
+    If keys are configured, a request needs a key with one of `scopes`. The key is checked before the body is read. If
+    the request uploads a file, the limits of its key are checked before the body is read too. `enter` is called before
+    these checks. The class sets `request.state.caller`, and `request.state.client` to the key's client.
     """
 
     async def admit(request: Request) -> None:
@@ -112,14 +115,14 @@ def _has_form(request: Request) -> bool:
 
 
 def operator_route_class(render: ErrorRenderer, *, scopes: Scopes) -> type[APIRoute]:
-    """Return a route class for operators. Its routes also answer while the server drains or stops."""
+    """Return a route class for operators. Its routes respond even while the server drains or stops."""
     return route_class(render, scopes=scopes, enter=_admit_operator)
 
 
 def public_route_class(render: ErrorRenderer, *, scopes: tuple[Scope, ...] = ()) -> type[APIRoute]:
     """Return a route class for links that need no key.
 
-    `request.state.client` is the client of the request's key, or None without a valid key with one of `scopes`.
+    If the request has a valid key with one of `scopes`, `request.state.client` is the key's client, otherwise None.
     """
 
     async def admit(request: Request) -> None:
@@ -133,12 +136,12 @@ def public_route_class(render: ErrorRenderer, *, scopes: tuple[Scope, ...] = ())
 
 
 def probe_route_class(render: ErrorRenderer) -> type[APIRoute]:
-    """Return a route class for probes. They need no key, and its routes also answer while the server stops."""
+    """Return a route class for health probes. Its routes need no key, and respond even while the server stops."""
     return _dialect_route(render, _admit_always)
 
 
 def allowed_methods(request: Request) -> list[str]:
-    """Return the methods of the request's path, from all routes that share it."""
+    """Return the HTTP methods that any route supports for the path of the request."""
     scopes = {method: {**request.scope, "method": method} for method in _METHODS}
     routes = request.app.routes
     return [name for name, scope in scopes.items() if any(route.matches(scope)[0] is Match.FULL for route in routes)]
@@ -182,7 +185,10 @@ def _admit_client(request: Request) -> None:
 
 
 def _admit_operator(request: Request) -> None:
-    """Raise an error if an operator's request has a foreign origin. A drain does not wait for such requests."""
+    """Raise an error if an operator's request has a foreign origin.
+
+    The request does not count as in flight, so draining the server does not wait for it.
+    """
     _admit_origin(request)
     draining: Draining = request.app.state.draining
     draining.end(request.scope.get("in_flight_token"))

@@ -1,6 +1,7 @@
 """Operations shared by the handlers of all dialects: decode uploads, run generations within limits, encode files.
 
-The wire formats are not known here. Work that needs much CPU time runs on worker threads, never on the event loop.
+Nothing here depends on the HTTP format of a dialect. Work that needs much CPU time runs on worker threads, never on the
+event loop.
 """
 
 from __future__ import annotations
@@ -55,16 +56,16 @@ log = structlog.get_logger("stable_audio_serve.api")
 
 _STATUS_TIMEOUT_S = 1.0
 _BUSY_RETRY_S = 5.0
-_BUDGET_S = 900.0  # of a request without a deadline: three times the queue that a model accepts (`max_queue_s`)
+_BUDGET_S = 900.0  # time limit of a request without a deadline: three times the default of `max_queue_s`
 _SOURCE_MARGIN_S = 1.0
 _UPLOAD_CHUNK_BYTES = 1_048_576
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """The content of a response: the file, the measurements of its clips, the generation, and the encoding time.
+    """The content of a response: the file, the measurements of its clips, the generation result, and the encoding time.
 
-    `recipes` has the recipe of each variation. It is empty if the response may not contain recipes.
+    `recipes` has the recipe of each variation, or is empty if the response shall have no recipes.
     """
 
     file: EncodedFile
@@ -75,7 +76,7 @@ class Output:
 
 
 class Service:
-    """The operations of one application. It owns the audio workers."""
+    """The operations of one application. Owns the worker threads and processes for audio."""
 
     def __init__(
         self,
@@ -87,7 +88,7 @@ class Service:
         clock: Clock | None = None,
         stream_limits: StreamLimits | None = None,
     ) -> None:
-        """Without `jobs`, open the job queue of the settings; another process runs the jobs. Raises ConfigError."""
+        """Without `jobs`, open the job queue of the settings. Another process runs its jobs. Raises ConfigError."""
         self.backend = backend
         self.settings = settings
         self.jobs = jobs or open_queue(settings)
@@ -112,7 +113,7 @@ class Service:
     async def decode(
         self, upload: UploadFile, card: ModelCard, *, padding_s: float | None, field: str = "audio"
     ) -> SourceAudio:
-        """Decode the usable part of an uploaded file. Raises InvalidUploadError, UploadTooLargeError."""
+        """Decode as much of an uploaded file as the model can use. Raises InvalidUploadError, UploadTooLargeError."""
         self._check_size(upload, field=field)
         max_s = _usable_s(card, padding_s)
         with self._measured("upload_decode_ms"):
@@ -132,7 +133,7 @@ class Service:
             raise UploadTooLargeError(message, field=field)
 
     async def decode_path(self, path: Path, *, max_s: float) -> SourceAudio:
-        """Decode the first `max_s` seconds of a file of the operator. Raises GenerationError."""
+        """Decode the first `max_s` seconds of a file that the operator provides. Raises GenerationError."""
         try:
             return await self._audio.decode_path(path, max_s=max_s)
         except (OSError, InvalidUploadError) as error:
@@ -157,16 +158,17 @@ class Service:
     async def generate(
         self, card: ModelCard, request: GenerationRequest, *, caller: Caller, started_at: float
     ) -> GenerationResult:
-        """Run one request that arrived at `started_at`, within the limits of its key. Raises errors of
-        `core.errors`.
+        """Run one request within the limits of its API key. Raises errors of `core.errors`.
+
+        `started_at` is the time when the HTTP request arrived.
         """
         async with self.limiter.admitted(caller.key, audio_s=_audio_s(request), takes_place=True):
             return await self._generate(card, replace(request, client=caller.name), started_at=started_at)
 
     async def add_job(self, spec: JobSpec, caller: Caller) -> Added:
-        """Add a job within the limits of its key. Its seconds of audio count when it is added, not when it runs.
+        """Add a job within the limits of its API key. Its seconds of audio count when it is added, not when it runs.
 
-        A repeated request does not count again.
+        If the request was sent before, the audio does not count again.
         """
         try:
             audio_s = _audio_s(spec.request)
@@ -190,9 +192,9 @@ class Service:
 
     @contextmanager
     def _admitted(self, request: GenerationRequest) -> Iterator[None]:
-        """Count a request in progress and its decoded source audio. Raises OverloadedError above a limit.
+        """Count a request and its decoded source audio while the block runs. Raises OverloadedError at a limit.
 
-        Source audio above the limit is accepted if no other request has any.
+        Source audio above the limit is accepted if no other request in progress has source audio.
         """
         sources = (source.samples.nbytes for source in (request.init_audio, request.inpaint_audio) if source)
         num_bytes = sum(sources)
@@ -233,7 +235,7 @@ class Service:
         self.metrics.observe(metric, (self.clock.monotonic() - started_at) * 1000)
 
     async def status(self) -> Mapping[str, ModelStatus]:
-        """Return the status of each model. If the backend takes more than a second, this is the last known status."""
+        """Return the status of each model, or the previous status if the backend does not answer within a second."""
         try:
             async with asyncio.timeout(_STATUS_TIMEOUT_S):
                 self._last_status = await self.backend.status()
@@ -248,7 +250,7 @@ def _audio_s(request: GenerationRequest) -> float:
 
 
 def _usable_s(card: ModelCard, padding_s: float | None) -> float:
-    """Return the seconds of source audio that a model can use, and a margin, because resampling needs later samples."""
+    """Return how many seconds of source audio to decode: what the model can use, plus a margin for resampling."""
     return (
         card.max_duration_s + (card.default_duration_padding_s if padding_s is None else padding_s) + _SOURCE_MARGIN_S
     )

@@ -1,6 +1,6 @@
 """Stream a job's progress as server-sent events.
 
-A stream polls the job store until the job ends, because the job may run in any process. The number of streams per
+Each stream polls the job database until the job ends, because the job may run in any process. The number of streams per
 process is limited.
 """
 
@@ -31,7 +31,7 @@ T = TypeVar("T")
 log = structlog.get_logger("stable_audio_serve.api")
 
 _BUSY_RETRY_S = 10.0
-_RECONNECT_MS = 2000  # clients reconnect after this time, in which a rolling update has replaced this process
+_RECONNECT_MS = 2000  # clients reconnect after this time; by then a rolling update has replaced this process
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,16 +39,16 @@ class StreamLimits:
     """Limits and poll intervals of the event streams of one process."""
 
     max_open: int = 128
-    max_open_per_client: int = 16  # a client is a key, or without keys an address
-    first_poll_s: float = 0.5  # the interval after a change; it grows to `last_poll_s` while nothing changes
+    max_open_per_client: int = 16  # a client is identified by its API key, or without keys by its address
+    first_poll_s: float = 0.5  # poll interval after a change; grows to `last_poll_s` while nothing changes
     last_poll_s: float = 2.0
-    comment_s: float = 10.0  # proxies and clients drop a silent connection after 15 s or more
-    max_polls_away: int = 30  # attempts to reach an unavailable store, every `last_poll_s`
+    comment_s: float = 10.0  # interval of comments, because proxies drop silent connections after 15 s or more
+    max_polls_away: int = 30  # retries while the database is unavailable, every `last_poll_s`
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A changed job and its new events. `position` is the number of jobs before it in the queue."""
+    """A job after a change, and its new events. `position` is the number of jobs before it in the queue, if known."""
 
     job: Job
     events: tuple[JobEvent, ...]
@@ -56,7 +56,7 @@ class Change:
 
 
 async def _end_quietly(events: AsyncIterator[ServerSentEvent], draining: Draining) -> AsyncIterator[ServerSentEvent]:
-    """Yield `events`, and end without an error if the store fails. The client then reconnects and gets the error."""
+    """Yield `events`, and end without an error if the database fails. The client reconnects and then gets the error."""
     try:
         async for event in events:
             yield event
@@ -78,8 +78,8 @@ class EventStreams:
     async def follow(self, jobs: JobQueue, job: Job, *, after: int = 0) -> AsyncIterator[Change]:
         """Yield the current state of a job, then every change until the job ends or is deleted.
 
-        Changes include the events with ids above `after`. The iterator ends early when this process stops. If the store
-        is unavailable for more than a minute, it raises StorageError.
+        Changes include the events with ids above `after`. The iterator ends early when this process stops or drains.
+        Raises StorageError if the job database is unavailable for more than a minute.
         """
         current: Job | None = job
         sent: object = None

@@ -1,4 +1,4 @@
-"""Operators' requests to a server without Ray: one process whose models cannot be loaded or unloaded on demand."""
+"""Operator requests to a server without Ray. It is one process, whose models cannot be loaded or unloaded on demand."""
 
 from __future__ import annotations
 

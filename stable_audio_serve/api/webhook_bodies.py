@@ -1,4 +1,7 @@
-"""Build the webhook body of an ended job in the form of its dialect. So the job runner does not depend on dialects."""
+"""Build the webhook body of an ended job in the form of its dialect.
+
+The webhook code in `jobs` gets `webhook_bodies` as an argument, so that it does not depend on dialects.
+"""
 
 from __future__ import annotations
 

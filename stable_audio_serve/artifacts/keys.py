@@ -1,4 +1,4 @@
-"""Create the keys of stored files, and tell them apart from the keys of other programs."""
+"""Create the keys (names) of stored files, and recognize keys that other programs created."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from stable_audio_serve.core.ids import ArtifactKey, JobId
 # clients get links to in "files".
 FOLDERS = ("", "uploads", "files")
 
-# The folder of quality reports. Sweeps remove partly written files from it, and nothing else.
+# The folder of quality reports. The sweeper removes only partly written files from it.
 QUALITY_FOLDER = "quality"
 
-# The file in a store that names its owner.
+# The file that contains the name of the store's owner (see `ArtifactStore.claim`).
 OWNER_KEY = ArtifactKey(".owner")
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
@@ -28,8 +28,8 @@ _OURS = re.compile(
 def artifact_key(job_id: JobId, file_name: str, *, fence: int, id_is_chosen: bool = False) -> ArtifactKey:
     """Return the key of an output file. Each attempt has its own key, because an earlier attempt may still be writing.
 
-    `fence` is the number of the attempt. With `id_is_chosen` a client chose the job id, and another client may choose
-    the same one. The key then has random digits.
+    `fence` is the number of the attempt. With `id_is_chosen`, the key contains random digits, because the client chose
+    the job id and another client may choose the same id.
     """
     attempt = f"{secrets.token_hex(16)}-" if id_is_chosen else f"{fence}-" if fence > 1 else ""
     return ArtifactKey(f"{_UNSAFE.sub('-', job_id)}-{attempt}{_UNSAFE.sub('-', file_name)}")

@@ -55,7 +55,7 @@ class Folder:
     """Detects that the folder at a path has been moved or replaced."""
 
     def __init__(self, path: Path, *, may_make: bool) -> None:
-        """Do no I/O. With `may_make` the first `make` creates a missing folder."""
+        """Do no I/O. If the folder is missing and `may_make` is true, the first call of `make` creates it."""
         self.path = path
         self._may_make = may_make
         self._known: tuple[int, int] | None = None  # device and inode
@@ -69,7 +69,7 @@ class Folder:
             self._require()
 
     def make(self) -> None:
-        """Create the folder if it was never seen and may be created, then do as `require`. Raises OSError."""
+        """Create the folder if it may be created and has never been seen, then call `require`. Raises OSError."""
         with self._lock:
             if self._known is None and self._may_make:
                 make_private_folder(self.path)
@@ -81,8 +81,8 @@ class Folder:
             self._known, self._owner = found, self._read_owner()
         is_in_place = found == self._known if self._known else self._may_make
         if not is_in_place and found and self._owner and self._read_owner() == self._owner:
-            self._known, is_in_place = found, True  # the same owner: mounted again, or copied back
-        if is_in_place == self._is_missed:  # log each change once
+            self._known, is_in_place = found, True  # the owner file is the same: mounted again or copied
+        if is_in_place == self._is_missed:  # log only changes, not every call
             self._is_missed = not is_in_place
             if is_in_place:
                 log.warning("the files folder is back", folder=str(self.path))
@@ -106,10 +106,10 @@ class Folder:
 
 
 class LocalArtifacts:
-    """An `ArtifactStore` in one folder, which must not move. The protocol documents the methods."""
+    """An `ArtifactStore` in one folder, which must not be moved. `ArtifactStore` documents the methods."""
 
     def __init__(self, folder: Path, *, may_make: bool = True, metrics: Metrics | None = None) -> None:
-        """Do no I/O. With `may_make` the first file creates a missing folder."""
+        """Do no I/O. If the folder is missing and `may_make` is true, storing the first file creates it."""
         self._folder = Folder(folder, may_make=may_make)
         self._metrics = metrics or NullMetrics()
         self._threads = StoreThreads(_NUM_THREADS, name="local-files")
@@ -176,7 +176,7 @@ class LocalArtifacts:
         try:
             if not path.exists():
                 self._write(draft, lambda: [owner.encode()], stop=threading.Event())
-                with suppress(FileExistsError):  # another process claimed it first
+                with suppress(FileExistsError):  # another process claimed the store first
                     os.link(draft, path)
                 draft.unlink()
             return path.stat().st_mtime if path.read_text() == owner else None
@@ -212,7 +212,7 @@ class LocalArtifacts:
             for folder in (*FOLDERS, QUALITY_FOLDER):
                 for name in filter(_PARTIAL.fullmatch, self._names(folder)):
                     path = self._folder.path / folder / name
-                    with suppress(FileNotFoundError):  # finished, or swept by another process
+                    with suppress(FileNotFoundError):  # its writer finished, or another process removed it
                         if path.stat().st_mtime <= before:
                             path.unlink()
                             num_removed += 1
@@ -247,12 +247,12 @@ class LocalArtifacts:
     def _path(self, key: ArtifactKey) -> Path:
         parts = key.split("/")
         if len(parts) > _MAX_PARTS or not all(_PART.fullmatch(part) for part in parts):
-            # Clients never choose keys, so this is a bug, not a bad request.
+            # Not an error of the client, because clients never choose keys.
             raise ValueError(f"not an artifact key: {key!r}")
         return self._folder.path.joinpath(*parts)
 
     def _names(self, folder: str) -> Iterator[str]:
-        """Yield the names of the files in a folder, none if the folder does not exist."""
+        """Yield the names of the files in a folder. Yields nothing if the folder does not exist."""
         with suppress(FileNotFoundError), os.scandir(self._folder.path / folder) as entries:
             yield from (entry.name for entry in entries if entry.is_file(follow_symlinks=False))
 
@@ -317,7 +317,7 @@ def _remove(path: Path) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Flush the folder's list of names. Without this a power failure may lose the name of a new file."""
+    """Flush the folder's list of file names to disk. Otherwise a power failure may lose the name of a new file."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

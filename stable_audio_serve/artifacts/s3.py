@@ -49,12 +49,12 @@ _CHUNK_BYTES = 1_048_576
 _MULTIPART_ABOVE_BYTES = 16 * _CHUNK_BYTES
 _PART_BYTES = 8 * _CHUNK_BYTES
 _NOT_IMPLEMENTED = 501
-_LOST_RACE = (409, 412)  # conflict, precondition failed: another process wrote the object first
-_MAX_BREAKS = 5  # a download fails after more connections in a row than this broke before the first byte
+_LOST_RACE = (409, 412)  # HTTP conflict, precondition failed: another process wrote the object first
+_MAX_BREAKS = 5  # most consecutive connections of a download that may break before they deliver a byte
 
 
 class S3Artifacts:
-    """An `ArtifactStore` in one existing bucket. The protocol documents the methods."""
+    """An `ArtifactStore` in one existing bucket. `ArtifactStore` documents the methods."""
 
     def __init__(self, settings: StorageSettings, *, metrics: Metrics | None = None) -> None:
         """Do no I/O. `settings` must name a bucket."""
@@ -94,13 +94,13 @@ class S3Artifacts:
         check_bucket(self._settings, prefix=self._prefix)
 
     def require_place(self) -> None:
-        """Do nothing, because a bucket does not move."""
+        """Do nothing: this check is for local folders, which may be unmounted or replaced."""
 
     def url(self, file: StoredFile) -> str | None:
-        """Return a link below the configured public URL, or a presigned link without one.
+        """Return a link to the object: below the public URL of the settings, or presigned if they have no public URL.
 
-        Returns None when the settings request links to this server. Raises StorageError when the credentials for
-        signing are missing.
+        Returns None if the settings demand links to this server instead. Raises StorageError if there are no
+        credentials for signing.
         """
         if self._settings.links == "server":
             return None
@@ -183,7 +183,10 @@ class S3Artifacts:
     def _put(
         self, key: ArtifactKey, chunks: Chunks, *, stop: threading.Event, media_type: str, file_name: str
     ) -> StoredFile:
-        """Read the chunks once to measure the file and once to upload it. Raises StorageError, StoppedError."""
+        """Upload a file. The chunks are read twice: for the size and SHA-256, and for the upload.
+
+        Raises StorageError, StoppedError.
+        """
         num_bytes, sha256 = _measure(until_stopped(chunks(), stop))
         file = StoredFile(key, media_type, file_name, num_bytes, sha256)
         options = {
@@ -201,8 +204,8 @@ class S3Artifacts:
                     Config=self._transfer_config(),
                 )
             except s3_errors():
-                # If the response to a completed upload is lost, the client tries to complete it again. That fails,
-                # because the upload no longer exists, although the object is complete.
+                # The upload may have succeeded. If the response to completing it is lost, boto3 tries to complete it
+                # again, which fails because the upload no longer exists.
                 if not self._is_stored(file):
                     raise
         return file
@@ -210,7 +213,7 @@ class S3Artifacts:
     def _transfer_config(self) -> Any:
         """Return settings that upload the parts of a large file one by one, on the caller's thread.
 
-        More threads are not needed, because many callers run in parallel.
+        boto3's own threads are not needed, because the callers run in parallel.
         """
         from boto3.s3.transfer import TransferConfig
 
@@ -248,7 +251,7 @@ class S3Artifacts:
             self._client.delete_object(**self._at(key))
 
     def _read(self, file: StoredFile) -> Generator[bytes]:
-        """Yield the object's bytes. After a broken connection, continue where it broke.
+        """Yield the object's bytes. If the connection breaks, open another one and continue from the same byte.
 
         Raises FileNotFoundError, StorageError.
         """
@@ -282,7 +285,7 @@ class S3Artifacts:
 
 
 class _Reader(io.RawIOBase):
-    """Presents chunks as a raw file that can be read once. Raises StorageError at its end if the SHA-256 differs."""
+    """A file object that reads `chunks` once. Raises StorageError at the end if their SHA-256 is not `sha256`."""
 
     def __init__(self, chunks: Iterable[bytes], *, sha256: str) -> None:
         self._chunks = iter(chunks)

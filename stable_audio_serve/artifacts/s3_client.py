@@ -27,8 +27,8 @@ _MAX_CONNECTIONS = 32
 _RETRY_S = 5.0
 _INSUFFICIENT_STORAGE = 507  # HTTP status
 
-_CHECK_TIMEOUT_S = 3.0  # for connecting, and again for reading the response
-_CHECK_BUDGET_S = 4.0  # no attempt starts later than this, so the check ends within ten seconds
+_CHECK_TIMEOUT_S = 3.0  # time limit for connecting, and also for reading a response
+_CHECK_BUDGET_S = 4.0  # no attempt starts later than this after the start, so the check takes at most 10 s
 _CHECK_PAUSE_S = 0.2
 
 _BUCKET = "storage.bucket (STABLE_AUDIO_STORAGE_BUCKET, AWS_S3_BUCKET, R2_BUCKET or R2_BUCKET_NAME)"
@@ -74,13 +74,13 @@ def make_client(
     from botocore.config import Config
 
     config = Config(
-        signature_version="s3v4",  # by default the SDK signs links for us-east-1 with version 2
+        signature_version="s3v4",  # boto3 would sign links for us-east-1 with version 2, which not all services accept
         connect_timeout=connect_timeout_s,
         read_timeout=read_timeout_s,
         retries={"mode": "standard", "total_max_attempts": max_attempts},
         max_pool_connections=_MAX_CONNECTIONS,
-        # The signature covers the body, so the service rejects a corrupted upload. The SDK's newer checksums would do
-        # the same, but not every service supports them.
+        # The signature covers the body, so the service rejects a corrupted upload. boto3's newer checksums would also
+        # detect corruption, but not every service supports these checksums.
         s3={"addressing_style": _addressing(settings), "payload_signing_enabled": True},
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
@@ -140,7 +140,7 @@ def _answer(error: BaseException) -> Mapping[str, Any]:
 
 
 def _addressing(settings: StorageSettings) -> str:
-    """Return the style of bucket URLs. AWS prefers one host name per bucket, many other services only have paths."""
+    """Return the style of bucket URLs: with the bucket in the host name, as AWS prefers, or in the path."""
     if settings.addressing == "auto":
         return "path" if settings.endpoint_url else "virtual"
     return settings.addressing
@@ -153,9 +153,10 @@ def _secret(value: Any) -> str | None:
 def check_bucket(
     settings: StorageSettings, *, prefix: str, budget_s: float = _CHECK_BUDGET_S, clock: Clock = SystemClock()
 ) -> None:
-    """Write, read, list and delete a small object. No attempt starts after `budget_s`.
+    """Check the bucket: write, read, list and delete a small object.
 
-    Raises ConfigError with one sentence that names the settings to change.
+    Failed attempts are repeated for up to `budget_s` seconds. Raises ConfigError with one sentence that names the
+    settings to change.
     """
     try:
         client = make_client(
@@ -187,7 +188,7 @@ def check_bucket(
 
 
 def _attempt(call: Callable[[], Any], *, deadline: float, clock: Clock) -> None:
-    """Make a call. While the service is unreachable or returns server errors, repeat it until the deadline."""
+    """Run `call`. Run it again until the deadline while the service is unreachable or returns server errors."""
     while True:
         try:
             call()

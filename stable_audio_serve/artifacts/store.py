@@ -28,7 +28,7 @@ log = structlog.get_logger("stable_audio_serve.artifacts")
 
 T = TypeVar("T")
 
-_WIND_DOWN_S = 1.0  # a cancelled caller waits this long for the undo, which then continues in the background
+_WIND_DOWN_S = 1.0  # a cancelled caller waits at most this long until its file is removed again
 
 BackendName = Literal["local", "s3"]
 
@@ -46,8 +46,8 @@ Chunks = Callable[[], Iterable[bytes]]
 class StoredFile:
     """A stored file. It does not change after it was written.
 
-    `sha256` is hexadecimal. `clips` has the measurements of its clips, and `made_on` describes the device that
-    generated them. They are empty and None if unknown.
+    `sha256` is hexadecimal. `clips` has the measurements of the audio clips in the file, or is empty if unknown.
+    `made_on` describes the device that generated the clips, or is None if unknown.
     """
 
     key: ArtifactKey
@@ -61,7 +61,7 @@ class StoredFile:
 
 @dataclass(frozen=True, slots=True)
 class StoredObject:
-    """A file found under a key; `modified_at` is Unix time in seconds."""
+    """An entry of a store's list of files. `modified_at` is Unix time in seconds."""
 
     key: ArtifactKey
     num_bytes: int
@@ -70,7 +70,7 @@ class StoredObject:
 
 @dataclass(frozen=True, slots=True)
 class ObjectPage:
-    """Some objects of a folder. Pass `next_cursor` to get the next page; it is None on the last page."""
+    """Some files of a folder. Pass `next_cursor` as `cursor` to get the next page. It is None on the last page."""
 
     objects: tuple[StoredObject, ...]
     next_cursor: str | None
@@ -92,10 +92,10 @@ class ArtifactStore(Protocol):
         ...
 
     def read(self, file: StoredFile) -> AsyncGenerator[bytes]:
-        """Yield the file in chunks. The last chunk follows only if the whole file matches its digest.
+        """Yield the file in chunks. The last chunk is yielded only after the SHA-256 of the whole file was checked.
 
-        Raises FileNotFoundError before the first chunk when the file does not exist. Raises DamagedFileError instead of
-        the last chunk when the digest differs. Raises StorageError.
+        Raises FileNotFoundError before the first chunk if the file does not exist. Raises DamagedFileError instead of
+        the last chunk if the SHA-256 is wrong. Raises StorageError.
         """
         ...
 
@@ -116,7 +116,10 @@ class ArtifactStore(Protocol):
         ...
 
     def url(self, file: StoredFile) -> str | None:
-        """Return a link that bypasses this server, or None if there is none. Blocking. Raises StorageError."""
+        """Return a link to the file that bypasses this server, or None if the store has no such links.
+
+        Blocking. Raises StorageError.
+        """
         ...
 
     def bucket_key(self, file: StoredFile) -> str | None:
@@ -124,19 +127,19 @@ class ArtifactStore(Protocol):
         ...
 
     def require_place(self) -> None:
-        """Raise StoreMovedError when this process can see that the store was moved or replaced. Blocking."""
+        """Raise StoreMovedError if the folder of a local store was moved or replaced. Blocking."""
         ...
 
     def claim(self, owner: str) -> float | None:
         """Make `owner` the owner of the store if it has none. Blocking. Raises StorageError.
 
-        Returns the Unix time in seconds since when `owner` owns the store; older files are not its own. Returns None
-        when the store has another owner.
+        Returns the Unix time in seconds at which `owner` became the owner. Older files do not belong to `owner`.
+        Returns None if the store has another owner.
         """
         ...
 
     def fetch(self, key: ArtifactKey, *, max_bytes: int) -> bytes | None:
-        """Return a small file without checking a digest, or None if it does not exist. Blocking.
+        """Return the content of a small file without checking its SHA-256, or None if there is no such file. Blocking.
 
         Raises StorageError, and DamagedFileError for a file above `max_bytes`.
         """
@@ -150,7 +153,7 @@ class ArtifactStore(Protocol):
         ...
 
     def sweep_unfinished(self, *, before: float) -> int:
-        """Remove the incomplete files that were begun before this Unix time. Returns their number. Blocking.
+        """Remove the incomplete files that are older than the Unix time `before`. Returns their number. Blocking.
 
         Raises StorageError.
         """
@@ -178,7 +181,8 @@ class StoreThreads:
     async def run(self, work: Callable[[threading.Event], T], *, undo: Callable[[], None]) -> T:
         """Run `work` on a thread and return its result.
 
-        If the caller is cancelled, the event that `work` received is set. If `work` succeeds anyway, `undo` runs.
+        If the caller is cancelled, the event that `work` received is set, so that `work` stops. If `work` completes
+        anyway, `undo` runs.
         """
         stop = threading.Event()
         future = self._pool.submit(work, stop)
@@ -196,7 +200,7 @@ class StoreThreads:
         return await asyncio.wrap_future(self._pool.submit(work))
 
     async def stream(self, chunks: Generator[bytes]) -> AsyncGenerator[bytes]:
-        """Yield `chunks`, each produced on a thread. Closes the generator in every case."""
+        """Yield the items of `chunks`, which runs on a thread. Closes `chunks` even after errors and cancellations."""
         future: Future[bytes | None] | None = None
         try:
             while True:
@@ -206,7 +210,7 @@ class StoreThreads:
                     return
                 yield chunk
         finally:
-            if future is not None:  # a thread may still be inside the generator
+            if future is not None:  # wait for the thread that may still run `chunks`
                 future.add_done_callback(lambda _: chunks.close())
 
     def close(self) -> None:
@@ -223,9 +227,9 @@ def _undo(future: Future[T], undo: Callable[[], None]) -> None:
 
 
 def verified(file: StoredFile, chunks: Generator[bytes], *, metrics: Metrics) -> Generator[bytes]:
-    """Yield `chunks`, the last one only if the whole file matches the size and SHA-256 of `file`.
+    """Yield `chunks`. The last chunk is yielded only if all chunks together have the size and SHA-256 of `file`.
 
-    Otherwise raises DamagedFileError. The reader notices the damage, because it gets fewer bytes than announced.
+    Otherwise raises DamagedFileError. A client that downloads the file notices that the last bytes are missing.
     """
     digest = hashlib.sha256()
     num_bytes = 0

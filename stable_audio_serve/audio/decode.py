@@ -25,10 +25,10 @@ from stable_audio_serve.core.generation import SourceAudio
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-_MAX_VALUES = 80_000_000  # samples x channels after mixing to stereo: 320 MB, or 416 s of stereo at 96 kHz
+_MAX_VALUES = 80_000_000  # largest samples x channels after mixing to stereo: 320 MB of float32, or 416 s at 96 kHz
 _START_TIMEOUT_S = 30.0
 _START_RETRY_S = 5.0
-_ATTEMPTS = 2  # the process may die for a reason other than the file, for example when memory is short
+_ATTEMPTS = 2  # tries per file, because the process may die for other reasons, such as too little memory
 
 
 class AudioDecoder:
@@ -43,8 +43,8 @@ class AudioDecoder:
     ) -> None:
         """Start no process yet.
 
-        `timeout_s` bounds the decoding of one file, in seconds. `own_rates_hz` are accepted in addition to 8-192 kHz.
-        Tests replace `start_process`.
+        `timeout_s` is the time limit for decoding one file. `own_rates_hz` are sample rates that are accepted in
+        addition to 8-192 kHz. Tests replace `start_process`.
         """
         self._start_process = start_process or DecodeProcess.start
         self._limits = {"max_values": _MAX_VALUES, "own_rates_hz": sorted(own_rates_hz)}
@@ -53,7 +53,7 @@ class AudioDecoder:
         self._idle.put(None)
 
     def decode(self, file: IO[bytes], *, max_s: float, field: str = "audio") -> SourceAudio:
-        """Return the first `max_s` seconds of `file` at the file's own rate, mono or stereo. `file` needs a `fileno`.
+        """Return the first `max_s` seconds of `file`, mono or stereo, not resampled. `file` needs a file descriptor.
 
         Raises InvalidUploadError that names `field`. Raises OverloadedError if no decoding process can be started.
         """
@@ -98,7 +98,7 @@ class AudioDecoder:
             self._idle.put(worker)
 
     def close(self) -> None:
-        """Stop the process if it is idle. A later call starts a new one."""
+        """Stop the child process if it is idle. A later call of `decode` or `read_text` starts another one."""
         workers = [self._idle.get_nowait() for _ in range(self._idle.qsize())]
         for worker in workers:
             if worker is not None:
@@ -137,7 +137,7 @@ class DecodeProcess:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
-                    start_new_session=True,  # Ctrl-C goes to the server only, which then stops this process
+                    start_new_session=True,  # Ctrl-C then reaches only the server, which stops this process
                 )
             worker = cls(process, ours)
             worker._read_line(time.monotonic() + _START_TIMEOUT_S)
@@ -162,7 +162,7 @@ class DecodeProcess:
         """Send a file to `audio.decode_worker`. Returns its response and the bytes that follow the response.
 
         Without `limits` the worker reads the embedded text instead of the samples. Raises _FileRefusedError for a file
-        that cannot be used. Raises TimeoutError or, if the process died, _WorkerLostError; then stop this process.
+        that cannot be used. Raises TimeoutError, or _WorkerLostError if the process died. After these two, call `stop`.
         """
         deadline_at = time.monotonic() + timeout_s
         task = json.dumps(limits).encode()

@@ -3,8 +3,8 @@
 It imports little and limits its own memory. If it crashes, its parent starts another one.
 
 The parent sends a file descriptor and, as JSON, the arguments of `read`, or null to call `read_text`. The response is a
-line of JSON with `num_bytes`, followed by that many bytes: float32 samples (S, C), or the text in UTF-8. For a file
-that cannot be used, the line has the reason as `refused`, and no bytes follow.
+line of JSON with `num_bytes`, followed by that many bytes: float32 (samples, channels), or the text in UTF-8. If the
+file cannot be used, the line has the reason as `refused`, and no bytes follow.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ _BLOCK_VALUES = 1 << 18
 _MEMORY_BYTES = 2 << 30
 _NICENESS = 5  # a lower priority than the processes that serve requests on the same cores
 _RATES_HZ = (8_000, 192_000)
-_MAX_LEVEL = 1_000.0  # relative to full scale
-_MAX_FILE_VALUES = 1 << 31  # largest samples x channels in a file's header: three hours of stereo at 96 kHz
+_MAX_LEVEL = 1_000.0  # largest accepted sample, as a multiple of full scale
+_MAX_FILE_VALUES = 1 << 31  # largest samples x channels of a file by its header: 3 h of stereo at 96 kHz
 _FORMATS = "WAV, FLAC, MP3, Ogg (Vorbis, Opus, FLAC), AIFF, CAF, AU, W64 or RF64"
 _CONTAINERS = frozenset({"WAV", "WAVEX", "RF64", "W64", "AIFF", "CAF", "AU", "FLAC", "OGG", "MP3"})
 _MAGIC = (b"fLaC", b"OggS", b".snd", b"caff", b"ID3", b"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb")
 _RIFF_FORMS = frozenset({(b"RIFF", b"WAVE"), (b"RF64", b"WAVE"), (b"FORM", b"AIFF"), (b"FORM", b"AIFC")})
 
-# The side of each channel for 3 to 8 channels, in the order of WAV files: left, right or centre. "-" is the
-# low-frequency channel, which is left out of the mix.
+# For each number of channels from 3 to 8, the side of each channel in the order of WAV files: l is left, r right and c
+# centre. "-" is the low-frequency channel, which is left out of the mix.
 _SPEAKERS = {3: "lrc", 4: "lrlr", 5: "lrclr", 6: "lrc-lr", 7: "lrc-clr", 8: "lrc-lrlr"}
-_SURROUND_GAIN = 0.5**0.5  # for all channels except front left and right, ITU-R BS.775
+_SURROUND_GAIN = 0.5**0.5  # gain of all channels except front left and right, from ITU-R BS.775
 
 
 class Refused(Exception):
@@ -58,9 +58,10 @@ def sniff(head: bytes) -> None:
 def read(
     descriptor: int, *, max_s: float, max_values: int, own_rates_hz: Collection[int]
 ) -> tuple[npt.NDArray[np.float32], int]:
-    """Return the first `max_s` seconds as (S, C) float32, at most stereo, and the rate in Hz. Raises Refused.
+    """Return the first `max_s` seconds as (samples, channels) float32, mono or stereo, and the rate in Hz.
 
-    `own_rates_hz` are the served models' rates, so that every generated file is accepted as input.
+    `own_rates_hz` are the served models' sample rates. They are always accepted, so that every generated file can be
+    used as input. Raises Refused.
     """
     import soundfile
 
@@ -107,14 +108,17 @@ def check_header(container: str, *, channels: int, frames: int) -> None:
 
 
 def mix_down(block: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Mix (S, C), 1 to 8 channels in the order of WAV files, to (S, 1) or (S, 2) without raising the peak."""
+    """Mix `block` (samples, channels) of up to 8 channels in the order of WAV files to mono or stereo.
+
+    The peak of the result is not higher than that of `block`.
+    """
     if block.shape[1] <= 2:
         return block
     return block @ _mix_matrix(block.shape[1])
 
 
 def _mix_matrix(channels: int) -> npt.NDArray[np.float32]:
-    """Return the gains (C, 2) of C channels in the left and right output. Each column sums to one."""
+    """Return the gain of each channel in the left and right output, (channels, 2). Each column sums to 1."""
     gains = np.array([[side in "lc", side in "rc"] for side in _SPEAKERS[channels]], dtype=np.float32)
     gains[2:] *= _SURROUND_GAIN
     normal: npt.NDArray[np.float32] = gains / gains.sum(axis=0)
@@ -122,7 +126,7 @@ def _mix_matrix(channels: int) -> npt.NDArray[np.float32]:
 
 
 def _read_blocks(file: Any, limit: int) -> npt.NDArray[np.float32]:
-    """Read up to `limit` frames as (S, C) float32, mono or stereo. Raises Refused."""
+    """Read up to `limit` frames (samples per channel) as (frames, channels) float32, mono or stereo. Raises Refused."""
     blocks: list[npt.NDArray[np.float32]] = []
     left = limit
     while left > 0:
@@ -141,7 +145,7 @@ def _read_blocks(file: Any, limit: int) -> npt.NDArray[np.float32]:
 
 
 def _answer(descriptor: int, limits: dict[str, Any] | None) -> tuple[dict[str, Any], bytes | memoryview]:
-    """Return the response to a message and the bytes that follow it. Raises Refused."""
+    """Return the response to a message of the parent, and the bytes to send after the response. Raises Refused."""
     if limits is None:
         text = read_text(descriptor)
         return {"has_text": text is not None}, (text or "").encode()

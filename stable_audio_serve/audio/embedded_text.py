@@ -22,7 +22,7 @@ _FRAME = re.compile(rb"TXXX([\x00-\x7f]{4}).." + _UTF8 + _NAME + rb"\0", re.DOTA
 
 
 def make_wav_chunk(text: str) -> bytes:
-    """Return the chunk with the text, to append to a WAV file at an even offset."""
+    """Return a RIFF chunk that contains `text`. Append it to a WAV file at an even offset."""
     content = _UTF8 + _NAME + b"\0" + text.encode()
     frame = b"TXXX" + _to_syncsafe(len(content)) + bytes(2) + content
     tag = b"ID3\x04\0\0" + _to_syncsafe(len(frame)) + frame
@@ -32,7 +32,7 @@ def make_wav_chunk(text: str) -> bytes:
 def extract(file: BinaryIO) -> str | None:
     """Return the text in an audio file, or None if there is no text that begins with "{".
 
-    Another program may have written the text. This function calls libsndfile, so read untrusted files with
+    The text may come from another program. This function calls libsndfile, so read untrusted files with
     `AudioDecoder.read_text` instead. Raises ValueError if the file is not audio or the text exceeds 1 MiB.
     """
     import soundfile

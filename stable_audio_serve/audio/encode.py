@@ -23,13 +23,14 @@ from stable_audio_serve.audio.embedded_text import make_wav_chunk
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-_BLOCK = 16_384  # samples converted or written at once: fits the cache, and libsndfile crashes on longer Vorbis writes
+_BLOCK = 16_384  # samples converted or written at once: fits the cache; libsndfile crashes on longer Vorbis writes
 _CHUNK_BYTES = 1_048_576
 _MP3_RATES_HZ = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 _OPUS_RATE_HZ = 48_000
-# libsndfile ends an Opus file with a click. So this many silent samples are encoded after the clip and trimmed again.
+# libsndfile ends an Opus file with a click. So this many samples of silence are encoded after the clip, and trimmed
+# from the finished file.
 _OPUS_TAIL = 960
-MOST_OPUS_TEXT_CHARS = 40_000  # with more than about 51,000, libsndfile 1.2.2 writes unreadable files
+MOST_OPUS_TEXT_CHARS = 40_000  # libsndfile 1.2.2 writes unreadable files if the text is longer than about 51,000
 _OGG_SERIAL = 1
 _OGG_HEADER_BYTES = 27
 _REVERSED_BITS = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
@@ -51,9 +52,9 @@ class AudioFormat(StrEnum):
 
 @cache
 def name_codecs() -> str:
-    """Return the names and versions of the libraries that decode and encode audio, which affect the output bytes.
+    """Return the names and versions of the libraries that decode and encode audio. They affect the bytes of files.
 
-    WAV files are written without them.
+    WAV files are written without these libraries.
     """
     import soundfile
     import soxr
@@ -63,7 +64,7 @@ def name_codecs() -> str:
 
 @dataclass(frozen=True, slots=True)
 class EncodedFile:
-    """An encoded file, as a sequence of buffers."""
+    """An encoded file, whose content is divided into several buffers."""
 
     media_type: str
     buffers: tuple[bytes | memoryview, ...]
@@ -73,13 +74,13 @@ class EncodedFile:
         return sum(len(buffer) for buffer in self.buffers)
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield the file in pieces of at most 1 MiB."""
+        """Yield the content of the file in chunks of at most 1 MiB."""
         for buffer in self.buffers:
             for start in range(0, len(buffer), _CHUNK_BYTES):
                 yield bytes(buffer[start : start + _CHUNK_BYTES])
 
     def to_bytes(self) -> bytes:
-        """Return the file in one piece."""
+        """Return the whole content of the file."""
         return b"".join(self.buffers)
 
 
@@ -97,7 +98,8 @@ def to_pcm16(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:
             stop = min(start + _BLOCK, samples)
             x, q = scaled[: stop - start], fixed[: stop - start]
             np.multiply(audio[channel, start:stop], np.float32(2**31), out=x)
-            np.clip(x, np.float32(-(2**31)), np.float32(2**31 - 128), out=x)  # the largest float32 below 2**31
+            # Clip to the range of int32. 2**31 - 128 is the largest float32 below 2**31.
+            np.clip(x, np.float32(-(2**31)), np.float32(2**31 - 128), out=x)
             np.copyto(q, np.rint(x, out=x), casting="unsafe")
             out[start:stop, channel] = q.view(np.int16)[high_half]
     return out
@@ -119,8 +121,8 @@ def encode_audio(
     """Encode `audio` (C, S) float32 in -1..1 as a file. WAV and FLAC files have 16-bit samples.
 
     MP3 and Opus support only some sample rates. Audio at another rate is resampled to the next higher rate, or else to
-    the highest. `text` is embedded in the file (`embedded_text.extract` reads it). It must not be empty, and for Opus
-    have at most `MOST_OPUS_TEXT_CHARS`.
+    the highest. `text` is embedded in the file (`embedded_text.extract` reads it). The text must not be empty, and for
+    Opus not longer than `MOST_OPUS_TEXT_CHARS`.
     """
     if file_format is AudioFormat.WAV:
         return encode_wav(to_pcm16(audio), sample_rate_hz, text=text)
@@ -141,11 +143,11 @@ def encode_pcm(audio: npt.NDArray[np.float32]) -> EncodedFile:
 
 
 def make_zip(files: Iterable[tuple[str, EncodedFile]]) -> EncodedFile:
-    """Return a compressed ZIP archive of named files. Equal files give equal bytes."""
+    """Return a compressed ZIP archive of (name, file) pairs. Equal names and files give an archive with equal bytes."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, file in files:
-            entry = zipfile.ZipInfo(name)  # dated 1980, so that the bytes depend only on the content
+            entry = zipfile.ZipInfo(name)  # has the date 1980, so that the archive does not depend on the time
             entry.compress_type = zipfile.ZIP_DEFLATED
             entry.file_size = file.num_bytes
             with archive.open(entry, "w") as member:
@@ -211,10 +213,10 @@ def _encode_with_libsndfile(
 
 
 def _rewrite_ogg(data: bytearray, *, trim_samples: int) -> None:
-    """Set a fixed serial number in every page of an Ogg file, and trim `trim_samples` from its end.
+    """Set a fixed serial number in every page of the Ogg file in `data`, and trim `trim_samples` from its end.
 
-    libsndfile writes a random serial number, but equal audio must give equal bytes. RFC 3533 defines the page layout
-    and the checksum, and RFC 7845, section 4.4, how the end of an Opus file is trimmed.
+    libsndfile writes a random serial number, but equal audio must give equal bytes. RFC 3533 defines the layout of Ogg
+    pages and their checksum. RFC 7845, section 4.4, defines how the end of an Opus file is trimmed.
     """
     start = 0
     while start < len(data):
@@ -230,7 +232,7 @@ def _rewrite_ogg(data: bytearray, *, trim_samples: int) -> None:
 
 
 def _ogg_checksum(page: bytearray) -> bytes:
-    # Ogg's CRC differs from zlib's in two ways: bits are reversed in every byte and in the result, and the CRC is not
-    # inverted at the start and at the end.
+    # Ogg's CRC-32 differs from zlib's in two ways: the bits of every byte and of the result are in reverse order, and
+    # the CRC is not inverted at the start and at the end.
     value = zlib.crc32(page.translate(_REVERSED_BITS), 0xFFFFFFFF) ^ 0xFFFFFFFF
     return value.to_bytes(4, "big").translate(_REVERSED_BITS)

@@ -1,4 +1,4 @@
-"""Turn a model's audio into the client's file: treat peaks, measure each clip, and encode a file or a ZIP archive.
+"""Turn a model's audio into the client's file: bring peaks into -1..1, measure each clip, and encode the file or ZIP.
 
 The functions need much CPU time: call them from worker threads.
 """
@@ -36,7 +36,7 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True, slots=True)
 class FileOrder:
-    """The properties of the file that a client requested. Without `origin` the file has no recipe."""
+    """The properties of the file that a client requested. If `origin` is None, no recipe is embedded in the file."""
 
     peaks: Peaks
     file_format: AudioFormat = AudioFormat.WAV
@@ -47,14 +47,14 @@ class FileOrder:
 
 @dataclass(frozen=True, slots=True)
 class ClipOrigin:
-    """A request and the hashes of its source files. Recipes are written from them, without the source audio."""
+    """What a recipe is written from: a request, and the hashes of its source files instead of their audio."""
 
     request: GenerationRequest
     sources: Mapping[Role, RecipeSource]
 
     @classmethod
     def of(cls, request: GenerationRequest) -> ClipOrigin | None:
-        """Return the origin of a request, or None if a source was not decoded from a single file."""
+        """Return the origin of a request, or None if its source audio has no file hash."""
         sources = sources_of(request)
         return None if sources is None else cls(request, sources)
 
@@ -76,9 +76,9 @@ def finish_clip(
     peaks: Peaks,
     generated: Sequence[GeneratedSpan] | None = None,
 ) -> tuple[npt.NDArray[np.float32], ClipFacts]:
-    """Treat a clip's peaks and measure it. Returns the clip (C, S) float32 in -1..1, and its measurements.
+    """Bring a clip's peaks into -1..1 and measure the clip. Returns the clip (C, S) float32, and its measurements.
 
-    `generated` are the spans that the model made; None means the whole clip.
+    `generated` are the parts of the clip that the model generated. None means the whole clip.
     """
     finished = treat_peaks(audio, sample_rate_hz, peaks=peaks, generated=generated)
     return finished, describe_clip(finished, sample_rate_hz, seed=seed)
@@ -120,7 +120,7 @@ def _text_of(recipe: Recipe | None, *, file_format: AudioFormat) -> str | None:
 
 
 def _recipes_of(result: GenerationResult, order: FileOrder) -> tuple[Recipe, ...]:
-    """Return the recipe of each variation, or an empty tuple if the order has no origin."""
+    """Return the recipe of each variation, or an empty tuple if `order.origin` is None."""
     if order.origin is None:
         return ()
     return write_recipes(
@@ -137,7 +137,7 @@ def _recipes_of(result: GenerationResult, order: FileOrder) -> tuple[Recipe, ...
 def finish_window(result: GenerationResult, *, num_samples: int | None, origin: ClipOrigin | None) -> FinishedFile:
     """Return a WAV file like that of the Stable Audio Open Small server.
 
-    The whole generation is scaled to full scale and then cut to its first `num_samples`.
+    The audio is scaled so that its peak is at full scale, and then cut to its first `num_samples` samples.
     """
     pcm = to_full_scale_pcm16(result.audio[0])[:num_samples]
     audio = np.divide(pcm.T, np.float32(32767), dtype=np.float32, order="C")  # (C, S), as `describe_clip` expects

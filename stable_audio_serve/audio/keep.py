@@ -1,7 +1,8 @@
 """Restore the source's samples outside the regions that an edit regenerated.
 
-A linear crossfade joins generated audio and source. It is inside the region and lasts 30 ms, or less if the region is
-too short. A region that extends the source past its end is different: it fades in over the last 30 ms of the source.
+A linear crossfade joins generated audio and source. The crossfade is inside the region and lasts 30 ms, or less if the
+region is too short. A region that extends the source past its end is an exception: it fades in over the last 30 ms of
+the source.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ FADE_S = 0.03
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """The samples [start, stop) come from the model. The first `fade_in` and the last `fade_out` are crossfades."""
+    """A part of a clip: the samples [start, stop) come from the model.
+
+    The first `fade_in` samples and the last `fade_out` samples of the part are crossfades with the source.
+    """
 
     start: int
     stop: int
@@ -35,8 +39,8 @@ def plan_spans(
 ) -> tuple[Span, ...]:
     """Return the spans of an edit that come from the model, in order.
 
-    They are the regions, [start, end) in seconds, and everything after the end of the source. The edit has
-    `num_samples` samples, and the source `num_source`.
+    These are the regions `regions_s`, [start, end) in seconds, and everything after the end of the source. The edit has
+    `num_samples` samples, and the source has `num_source` samples.
     """
     fade, source_end = round(FADE_S * sample_rate_hz), min(num_source, num_samples)
     starts = [int(start_s * sample_rate_hz) for start_s, _ in regions_s]
@@ -61,7 +65,7 @@ def plan_spans(
 def is_continuation(start: int, stop: int, *, source_end: int, sample_rate_hz: int) -> bool:
     """Whether the region [start, stop), in samples, extends a source past its end.
 
-    The region may begin up to 30 ms after the end, because clients round times.
+    The region may begin up to 30 ms after the end of the source, because clients round times.
     """
     return start < source_end + round(FADE_S * sample_rate_hz) and stop > source_end
 
@@ -86,9 +90,9 @@ def _fade_inside(start: int, stop: int, *, fade: int, source_end: int) -> Span:
 def keep_source(
     audio: npt.NDArray[np.float32], source: npt.NDArray[np.float32], *, spans: Sequence[Span]
 ) -> tuple[GeneratedSpan, ...]:
-    """Replace `audio` (C, S) float32 by `source` in place, except for `spans`. Returns the generated spans.
+    """Replace `audio` (C, S) float32 by `source` in place, except in `spans`. Returns the generated audio in `spans`.
 
-    `source` (C, >= S) must be padded with silence.
+    `source` must have the same channels and at least S samples. Pad a shorter source with silence.
     """
     generated = []
     for span in spans:
@@ -104,5 +108,5 @@ def keep_source(
 
 
 def fade_ramp(num_samples: int) -> npt.NDArray[np.float32]:
-    """Return the model's share of each sample of a fade-in (num_samples,), rising between 0 and 1."""
+    """Return the gain of the generated audio for each sample of a fade-in (num_samples,), rising from 0 to 1."""
     return (np.arange(num_samples, dtype=np.float32) + np.float32(0.5)) / np.float32(max(num_samples, 1))

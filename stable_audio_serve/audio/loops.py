@@ -8,8 +8,8 @@ from dataclasses import dataclass
 BEATS_PER_BAR = 4
 BAR_COUNTS = (1, 2, 4, 8)
 
-_OVERHANG_S = 1.0  # a requested number of bars is halved if it exceeds the window by more than this
-# The pattern matches only at the start of a run of digits and never backtracks, so malicious text takes linear time.
+_OVERHANG_S = 1.0  # if the requested bars exceed the window by more than this, half as many are used
+# The pattern starts only at the first digit of a number and never backtracks, so the search takes linear time.
 _TEMPO = re.compile(r"(?<!\d)(\d{1,18}+)\s*+bpm", re.IGNORECASE)
 
 
@@ -31,12 +31,12 @@ class Loop:
         return self.bars * BEATS_PER_BAR * 60 / self.tempo_bpm
 
     def num_samples(self, sample_rate_hz: int) -> int:
-        """Return the length in samples, rounded down. Floating-point arithmetic could be one sample short."""
+        """Return the length in samples, rounded down. Integers are used, because floats could give one less."""
         return self.bars * BEATS_PER_BAR * 60 * sample_rate_hz // self.tempo_bpm
 
 
 def read_tempo(prompt: str) -> int | None:
-    """Return the beats per minute that a prompt names as "<digits>bpm", in any case; None without a tempo above 0."""
+    """Return the tempo that a prompt contains as "<digits>bpm", ignoring case. None if there is no tempo above 0."""
     found = _TEMPO.search(prompt)
     return int(found[1]) or None if found else None
 
@@ -44,9 +44,9 @@ def read_tempo(prompt: str) -> int | None:
 def plan_loop(tempo_bpm: int, *, bars: int | None, window_s: float) -> Loop:
     """Return the loop to cut from a window of `window_s` seconds.
 
-    Without `bars` the loop has the largest of 8, 4, 2 and 1 bars that fits, or 1 if none fits. If the requested `bars`
-    exceed the window by more than a second, they are halved once, to at least 1. The loop may still be longer than the
-    window.
+    Without `bars` the loop has the largest of 8, 4, 2 and 1 bars that fits into the window, or 1 bar if none fits. If
+    the requested `bars` are more than a second longer than the window, the loop has half as many, but at least 1. The
+    loop may still be longer than the window.
     """
     if bars is None:
         fitting = (count for count in reversed(BAR_COUNTS) if Loop(tempo_bpm, count).duration_s <= window_s)

@@ -1,6 +1,6 @@
 """Measure a finished clip: its peak, its integrated loudness, and whether it is silent.
 
-The loudness is not computed by a library, because every client waits for it: a filter that processes samples one by one
+No library computes the loudness, because every client waits for the result. Libraries filter samples one by one, which
 takes longer than all other work on a WAV file. The tests compare the result with pyloudnorm.
 """
 
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 
     _Section = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 
-_SILENCE = 10 ** (-70 / 20)  # -70 dBFS
-_LEAST_RATE_HZ = 8000  # the standard's filters are not valid at lower rates
+_SILENCE = 10 ** (-70 / 20)  # -70 dBFS; a clip with a lower peak counts as silent
+_LEAST_RATE_HZ = 8000  # the filters of ITU-R BS.1770 are not valid at lower rates
 _STEP_S = 0.1
-_STEPS_PER_BLOCK = 4  # loudness is not defined for a clip shorter than a block
+_STEPS_PER_BLOCK = 4  # blocks of 0.4 s; the loudness of a shorter clip is undefined
 _OFFSET_LUFS = -0.691
 _ABSOLUTE_GATE_LUFS = -70.0
-_RELATIVE_GATE = 10 ** (-10 / 10)  # -10 LU
+_RELATIVE_GATE = 10 ** (-10 / 10)  # blocks more than 10 LU below the mean do not count
 _NEGLIGIBLE = 1e-9
-# Half or twice each of these sizes is slower. Larger matrix products would start BLAS threads, which wait for each
-# other on a busy machine. Chunks fit the cache.
+# Sizes chosen by measuring: half or twice each size is slower. Larger matrix products would start BLAS threads, which
+# wait for each other on a busy machine. A chunk fits the cache.
 _FRAME = 32  # samples filtered by one row of a matrix product
-_GROUP = 128  # rows of one product
-_CHUNK = 16 * _GROUP * _FRAME  # samples filtered at a time
+_GROUP = 128  # rows of one matrix product
+_CHUNK = 16 * _GROUP * _FRAME  # samples that are filtered together
 
 
 def describe_clip(audio: npt.NDArray[np.float32], sample_rate_hz: int, *, seed: int) -> ClipFacts:
@@ -47,7 +47,7 @@ def measure_loudness(audio: npt.NDArray[np.float32], sample_rate_hz: int) -> flo
     """Return the integrated loudness (ITU-R BS.1770-4) of mono or stereo `audio` (C, S) in LUFS, None if undefined."""
     if sample_rate_hz < _LEAST_RATE_HZ or audio.shape[1] < _STEP_S * _STEPS_PER_BLOCK * sample_rate_hz:
         return None
-    with np.errstate(over="ignore", invalid="ignore"):  # samples that are not finite or overflow when squared
+    with np.errstate(over="ignore", invalid="ignore"):  # squares of infinite or very large samples overflow
         weighted = _apply(_make_k_weighting(sample_rate_hz), audio)
         steps = _step_powers(weighted, round(_STEP_S * sample_rate_hz))
     powers = np.convolve(steps, np.full(_STEPS_PER_BLOCK, 1 / _STEPS_PER_BLOCK), mode="valid")
@@ -74,9 +74,9 @@ def _step_powers(weighted: npt.NDArray[np.float32], step: int) -> npt.NDArray[np
 class _FrameFilter(NamedTuple):
     """A linear filter that processes frames of `_FRAME` samples, with a state of N numbers between frames.
 
-    `response` (_FRAME + N, _FRAME) float32 maps the samples of a frame and the state before it to the filtered frame.
-    `update` (_FRAME, N) float32 maps the samples of a frame to what they add to the state. `decays` are matrices (N, N)
-    float64 that map a state to what is left of it after 1, 2, 4, ... frames, until this is negligible.
+    `response` (_FRAME + N, _FRAME) float32 maps a frame, followed by the state before the frame, to the filtered frame.
+    `update` (_FRAME, N) float32 maps a frame to what the frame adds to the state. `decays` are matrices (N, N) float64:
+    they map a state to what is left of the state after 1, 2, 4, ... frames, until the rest is negligible.
     """
 
     response: npt.NDArray[np.float32]
@@ -85,12 +85,12 @@ class _FrameFilter(NamedTuple):
 
 
 def _apply(frame_filter: _FrameFilter, audio: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Filter `audio` (C, S), starting from the filter's state after silence."""
+    """Return `audio` (C, S) filtered, with silence before its first sample."""
     channels, num_samples = audio.shape
     filtered = np.empty_like(audio)
     frames = np.empty((channels, _CHUNK // _FRAME, len(frame_filter.response)), np.float32)
     groups = frames.reshape(channels, -1, _GROUP, len(frame_filter.response))
-    states = np.zeros((channels, frames.shape[1] + 1, len(frame_filter.decays[0])))  # before each frame, and at the end
+    states = np.zeros((channels, frames.shape[1] + 1, len(frame_filter.decays[0])))  # before each frame, and the last
     for start in range(0, num_samples, _CHUNK):
         chunk = audio[:, start : start + _CHUNK]
         length = chunk.shape[1]
@@ -99,7 +99,7 @@ def _apply(frame_filter: _FrameFilter, audio: npt.NDArray[np.float32]) -> npt.ND
         frames[:, :, :_FRAME] = chunk.reshape(channels, -1, _FRAME)
         states[:, 0] = states[:, -1]
         states[:, 1:] = (groups[..., :_FRAME] @ frame_filter.update).reshape(channels, -1, states.shape[2])
-        # Each pass doubles the number of frames that a state covers.
+        # Each pass doubles the number of previous frames that are included in a state.
         for doubling, decay in enumerate(frame_filter.decays):
             distance = 2**doubling
             states[:, distance:] += states[:, :-distance] @ decay
@@ -110,9 +110,9 @@ def _apply(frame_filter: _FrameFilter, audio: npt.NDArray[np.float32]) -> npt.ND
 
 @cache
 def _make_k_weighting(sample_rate_hz: int) -> _FrameFilter:
-    """Return the standard's high shelf and high pass as one filter.
+    """Return the high shelf and the high pass of ITU-R BS.1770 (K-weighting) as one filter.
 
-    Its matrices are the responses of the two sections to unit samples and unit states.
+    The matrices of the filter are computed by filtering unit samples and unit states sample by sample.
     """
     signals = np.eye(_FRAME + 4, _FRAME)
     states = np.eye(_FRAME + 4, 4, k=-_FRAME)

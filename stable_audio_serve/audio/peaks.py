@@ -1,8 +1,9 @@
 """Bring clips that exceed full scale into -1..1: with a look-ahead limiter, by scaling, or by clipping.
 
 The limiter follows Hämäläinen, "Smoothing of the control signal without clipped output in digital peak limiters"
-(DAFx-02). It takes the running maximum of the needed reduction, lets it decay exponentially, and averages it. The
-average is not longer than the look-ahead of the maximum, so the gain never reduces less than needed.
+(DAFx-02). It takes the running maximum of the needed gain reduction, lets this maximum decay exponentially, and then
+smooths it with a moving average. The average is not longer than the look-ahead of the maximum, so the reduction is
+never smaller than needed.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from stable_audio_serve.core.sound import Peaks
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-# The largest sample of a limited clip. Stability AI's decoders use this value too. It leaves 0.2 dB for lossy encoders.
+# The largest sample of a limited clip, also in Stability AI's decoders. It leaves 0.2 dB below full scale, because
+# lossy encoders raise peaks.
 CEILING = np.float32(0.977)
 
 _BLOCK = 16  # samples between two points of the piecewise linear gain curve
 _ATTACK_S = 0.005
-_HOLD_S = 0.012  # half a period of 42 Hz: the gain does not follow the waveform of a tone above this frequency
-_RELEASE_S = 0.1  # time constant of the exponential decay
+_HOLD_S = 0.012  # half a period of 42 Hz, so that the gain does not follow the waveform of higher tones
+_RELEASE_S = 0.1  # time in which the reduction decays by a factor e
 _LEAST_REDUCTION = 1e-4  # smaller reductions are set to 0, so that samples far from any peak stay unchanged
 
 
@@ -36,9 +38,10 @@ def treat_peaks(
     peaks: Peaks,
     generated: Sequence[GeneratedSpan] | None = None,
 ) -> npt.NDArray[np.float32]:
-    """Return `audio` (C, S) float32 of any level with its peaks brought into -1..1. Does not change `audio`.
+    """Return `audio` (C, S) float32 with its peaks brought into -1..1. `audio` may have any level and is not changed.
 
-    If `generated` spans are given, the limiter changes only these. Elsewhere, samples beyond -1..1 are clipped.
+    If `generated` parts of the clip are given, the limiter changes only these parts. Elsewhere, samples beyond -1..1
+    are clipped.
     """
     if peaks == "limit" and generated is not None:
         return limit_spans(audio, sample_rate_hz, spans=generated)
@@ -75,7 +78,11 @@ def limit(audio: npt.NDArray[np.float32], sample_rate_hz: int) -> npt.NDArray[np
 def limit_spans(
     audio: npt.NDArray[np.float32], sample_rate_hz: int, *, spans: Sequence[GeneratedSpan]
 ) -> npt.NDArray[np.float32]:
-    """Return `audio` (C, S) in -1..1. Each span is limited separately, as if before its crossfade with the source."""
+    """Return `audio` (C, S) with each span limited separately, and all other samples clipped to -1..1.
+
+    The limiter gets each span as it was before its crossfades with the source. The limiter's change is then added with
+    the same crossfades.
+    """
     if find_peak(audio) <= CEILING:
         return audio
     finished = audio.copy()
@@ -96,14 +103,14 @@ def find_peak(audio: npt.NDArray[np.float32]) -> float:
 
 
 def _needed_reduction(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """Return the reduction (1 - gain) that each block of samples needs, 0 where none is needed."""
+    """Return the reduction (1 - gain) that each block of samples needs to stay below CEILING, 0 if none."""
     loudest = np.abs(audio).max(axis=0)
     blocks = np.pad(loudest, (0, -len(loudest) % _BLOCK)).reshape(-1, _BLOCK).max(axis=1).astype(np.float64)
     return 1.0 - float(CEILING) / np.maximum(blocks, float(CEILING))
 
 
 def _smooth_reduction(needed: npt.NDArray[np.float64], *, points_per_s: float) -> npt.NDArray[np.float32]:
-    """Return a smooth reduction at all block edges. It is never below what the blocks on both sides need."""
+    """Return a smooth reduction at each edge between blocks, never smaller than the blocks on both sides need."""
     attack, hold = (max(2, round(seconds * points_per_s)) for seconds in (_ATTACK_S, _HOLD_S))
     padded = np.pad(needed, (hold + attack - 1, attack + 1))
     peaks = np.lib.stride_tricks.sliding_window_view(padded, hold + attack + 1).max(axis=1)
@@ -111,7 +118,7 @@ def _smooth_reduction(needed: npt.NDArray[np.float64], *, points_per_s: float) -
 
 
 def _decay(levels: npt.NDArray[np.float64], *, points_per_s: float) -> npt.NDArray[np.float64]:
-    """Return for each level the maximum of this level and the earlier ones, which decay by a factor e in _RELEASE_S."""
+    """Return for each level the maximum of itself and all earlier levels, which decay by a factor e in _RELEASE_S."""
     elapsed = np.arange(len(levels)) / (points_per_s * _RELEASE_S)
     with np.errstate(divide="ignore"):
         decayed = np.exp(np.maximum.accumulate(np.log(levels) + elapsed) - elapsed)

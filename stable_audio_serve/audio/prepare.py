@@ -1,7 +1,7 @@
 """Convert source audio to the rate, length and channels that a model's encoder needs.
 
-Resampling gives the samples of torchaudio's default windowed sinc, which the reference implementations use. Another
-resampler would differ by up to 0.02 per sample and by one sample in length, and so change the model's output.
+Resampling gives the same samples as torchaudio's default resampler, which the reference implementations use. The
+samples of other resamplers differ by up to 0.02, and their length by one sample, which would change the model's output.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from stable_audio_serve.core.generation import SourceAudio
 
 _ZERO_CROSSINGS = 6
 _ROLLOFF = 0.99
-# Phases that are convolved together. All phases at once would take a gigabyte of mostly zero taps for two rates that
-# are almost coprime.
+# Phases (output samples within a period) that are computed by one convolution. If two sample rates are almost coprime,
+# one convolution for all phases would need a gigabyte of filter weights, mostly zeros.
 _TILE_PHASES = 64
 
 
 def prepare_source(audio: SourceAudio, *, sample_rate_hz: int, channels: int, num_samples: int) -> Tensor:
     """Return `audio` as (channels, num_samples) float32 on the CPU, resampled, then cropped or padded with zeros."""
-    # torch warns about read-only arrays, which arrays from another process are.
+    # Copy read-only arrays, about which torch would warn. Arrays that come from another process are read-only.
     samples = torch.from_numpy(np.require(audio.samples, np.float32, ["C", "W"]))
     samples = fix_channels(samples, channels)
     samples = resample(samples, audio.sample_rate_hz, to_hz=sample_rate_hz, max_samples=num_samples)
@@ -35,8 +35,9 @@ def prepare_source(audio: SourceAudio, *, sample_rate_hz: int, channels: int, nu
 def fix_channels(samples: Tensor, channels: int) -> Tensor:
     """Convert samples (C, S) to (channels, S).
 
-    A mono source is copied to all channels. A mono output is the mean of all channels. Otherwise the first channels are
-    kept. Raises InvalidUploadError if the source has several channels, but fewer than `channels`.
+    A mono source is copied to all channels. If `channels` is 1, the result is the mean of the source's channels.
+    Otherwise the first channels are kept. Raises InvalidUploadError if the source has several channels, but fewer than
+    `channels`.
     """
     found = samples.shape[0]
     if found == channels:
@@ -51,7 +52,7 @@ def fix_channels(samples: Tensor, channels: int) -> Tensor:
 
 
 def resampled_length(num_samples: int, from_hz: int, *, to_hz: int) -> int:
-    """Return the length of `num_samples` after `resample`, in samples."""
+    """Return the number of samples that `resample` makes from `num_samples`."""
     return -(-num_samples * to_hz // from_hz)
 
 
@@ -59,8 +60,8 @@ def resample(samples: Tensor, from_hz: int, *, to_hz: int, max_samples: int | No
     """Resample `samples` (C, S) float32 to (C, ceil(S * to_hz / from_hz)), or to the first `max_samples` of that.
 
     The filter is a sinc with a Hann window, 6 zero crossings and a roll-off of 0.99. Let o and n be `from_hz` and
-    `to_hz` divided by their greatest common divisor, and c = 0.99 min(o, n). Output sample j is the sum over k of
-    x[k] (c/o) sinc(t) cos^2(pi t / 12) with t = clamp((k/o - j/n) c, -6, 6).
+    `to_hz` divided by their greatest common divisor, and c = 0.99 min(o, n). Output sample j is the sum over all input
+    samples x[k] of x[k] (c/o) sinc(t) cos^2(pi t / 12), where t = clamp((k/o - j/n) c, -6, 6).
     """
     divisor = math.gcd(from_hz, to_hz)
     source_step, num_phases = from_hz // divisor, to_hz // divisor
@@ -91,7 +92,7 @@ def resample(samples: Tensor, from_hz: int, *, to_hz: int, max_samples: int | No
 def _kernel(phases: Tensor, taps: Tensor, *, source_step: int, num_phases: int, cutoff: float) -> Tensor:
     """Return the filter weights (phases, taps) float32, computed in float64.
 
-    `phases` are output positions and `taps` input positions, both counted from the start of a period.
+    `phases` are positions of output samples and `taps` positions of input samples, from the start of a period.
     """
     distance = taps.double()[None] / source_step - phases.double()[:, None] / num_phases
     t = (distance * cutoff).clamp(-_ZERO_CROSSINGS, _ZERO_CROSSINGS)

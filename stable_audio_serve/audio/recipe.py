@@ -24,13 +24,13 @@ from stable_audio_serve.core.generation import (
 )
 from stable_audio_serve.core.sound import Peaks
 
-MOST_BYTES = 1_048_576  # longest recipe as text
+MOST_BYTES = 1_048_576  # size of the longest recipe as text
 MOST_REGIONS = 100
 _LONG = ("prompt", "negative_prompt", "inpaint_regions")
 
 
 def _to_int(value: object) -> object:
-    """Convert 8.0 to 8, because JSON does not distinguish the two."""
+    """Convert a whole number like 8.0 to an int, because JSON does not distinguish 8.0 and 8."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -39,7 +39,7 @@ _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _ShortText = Annotated[str, Field(min_length=1, max_length=200)]
 _Seconds = Annotated[float, Field(ge=0, le=1e6)]  # seconds
 _Region = tuple[_Seconds, _Seconds]  # start, end
-_Start = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # seconds; models clamp it to their range
+_Start = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # seconds; models clamp it to their own range
 FileFormat = Literal["wav", "flac", "mp3", "ogg", "opus"]  # the values of `audio.encode.AudioFormat`
 
 
@@ -49,7 +49,7 @@ def _unset(description: str | None = None) -> Any:
 
 
 class _Part(BaseModel):
-    """Base of the models in a recipe. Refuses unknown keys, values of another type and non-finite numbers."""
+    """Base of the Pydantic models in a recipe. Refuses unknown keys, values of another type and non-finite numbers."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=(), title=None
@@ -64,7 +64,7 @@ class RecipeSource(_Part):
 
 
 class RecipeMaker(_Part):
-    """The software and hardware that made the clip. They affect its last bits. Unknown values are left out."""
+    """The software and hardware that made the clip. They affect its exact samples. Unknown values are left out."""
 
     version: _ShortText | None = _unset("Version of stable-audio-serve.")
     torch: _ShortText | None = _unset("Version of PyTorch.")
@@ -148,13 +148,13 @@ class Recipe(_Part):
 
     @property
     def num_prompt_chars(self) -> int:
-        """The number of characters in both prompts. Each takes one to six bytes in JSON."""
+        """The number of characters in the prompt and the negative prompt. JSON needs 1 to 12 bytes per character."""
         return len(self.prompt) + len(self.negative_prompt or "")
 
     def to_request(self, *, sources: Mapping[str, SourceAudio], request_id: str) -> GenerationRequest:
         """Return the request that recreates the clip. `sources` maps SHA-256 hashes to source audio.
 
-        Replicas with weights other than the recipe's refuse the request.
+        Replicas whose weights are not those of the recipe refuse the request.
         """
         return GenerationRequest(
             prompt=self.prompt,
@@ -189,14 +189,14 @@ class Recipe(_Part):
         return _to_text(self.model_dump())
 
     def to_short_json(self) -> str:
-        """Return the recipe as JSON without its long fields; `left_out` lists them. It cannot be replayed."""
+        """Return the recipe as JSON without its long fields; `left_out` lists them. This JSON cannot be replayed."""
         left_out = [name for name in _LONG if getattr(self, name) is not None]
         return _to_text({**self.model_dump(exclude={*left_out}), "left_out": left_out})
 
 
 def _to_text(recipe: Mapping[str, Any]) -> str:
     text = json.dumps(recipe, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return text.replace("\x7f", "\\u007f")  # the only control character that JSON does not escape
+    return text.replace("\x7f", "\\u007f")  # the only control character that `json` does not escape
 
 
 def write_recipes(
@@ -210,7 +210,7 @@ def write_recipes(
     peaks: Peaks | Literal["full"],
     samples: int | None = None,
 ) -> tuple[Recipe, ...]:
-    """Return the recipe of each variation of a request. They differ only in the seed."""
+    """Return the recipe of each variation of a request. The recipes differ only in the seed."""
     provenance = made_on.provenance
     init, inpaint = sources.get("init"), sources.get("inpaint")
     first = Recipe.model_construct(
@@ -251,7 +251,7 @@ def write_recipes(
 
 
 def sources_of(request: GenerationRequest) -> dict[Role, RecipeSource] | None:
-    """Return the hashes of a request's source files, or None if a source was not decoded from a single file."""
+    """Return the hashes of a request's source files, or None if any source audio has no file hash."""
     given: dict[Role, SourceAudio | None] = {"init": request.init_audio, "inpaint": request.inpaint_audio}
     found = {role: source for role, source in given.items() if source is not None}
     if not all(source.sha256 for source in found.values()):
@@ -260,7 +260,7 @@ def sources_of(request: GenerationRequest) -> dict[Role, RecipeSource] | None:
 
 
 def write_maker(made_on: MadeOn, *, codecs: str | None) -> RecipeMaker:
-    """Return the recipe's description of the engine. `codecs` names the audio libraries, if any were used."""
+    """Return a recipe's description of software and hardware. `codecs` names the audio libraries, if any were used."""
     provenance = made_on.provenance
     if provenance is None:
         return RecipeMaker(device=made_on.device, dtype=made_on.dtype)
@@ -284,15 +284,15 @@ def write_maker(made_on: MadeOn, *, codecs: str | None) -> RecipeMaker:
 def _codecs_of(file_format: FileFormat, sources: Collection[str]) -> str | None:
     if not sources and file_format == "wav":
         return None
-    from stable_audio_serve.audio.encode import name_codecs  # imports NumPy, which not every user of recipes needs
+    from stable_audio_serve.audio.encode import name_codecs  # imported late, because NumPy is not needed otherwise
 
     return name_codecs()
 
 
 def is_exact(recipe: Recipe, made_on: MadeOn) -> bool:
-    """Whether a replay that ran on `made_on` has the same bytes as the original.
+    """Whether a replay that ran on `made_on` certainly has the same bytes as the original.
 
-    True only if both ran in strict mode with the same weights, kind of device, processor, versions and precisions.
+    This is so if both ran in strict mode with the same weights, kind of device, processor, versions and precisions.
     """
     now = made_on.provenance
     codecs = _codecs_of(recipe.response_format, recipe.hashes)
@@ -306,5 +306,5 @@ def is_exact(recipe: Recipe, made_on: MadeOn) -> bool:
 
 
 def _to_float(value: float | None) -> float | None:
-    """Convert to float, because 2 and 2.0 are equal but differ in JSON."""
+    """Convert a number to float, because 2 and 2.0 are equal in Python but differ as JSON text."""
     return None if value is None else float(value)

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 _BLOCK_S = 0.1
 _BLOCKS_OVERLAPPING = 6
-_MARGIN_S = 0.25  # silence added around the clip, so that the library's fades do not affect the clip
-_MAX_FACTOR = 2.0  # per pass, because the library smears attacks at larger factors
+_MARGIN_S = 0.25  # silence added before and after the clip, because the library fades both ends
+_MAX_FACTOR = 2.0  # largest factor of one pass, because larger factors blur the attacks of sounds
 
 
 def time_stretch(audio: npt.NDArray[np.float32], sample_rate_hz: int, *, speed: float) -> npt.NDArray[np.float32]:
@@ -39,7 +39,7 @@ def time_stretch(audio: npt.NDArray[np.float32], sample_rate_hz: int, *, speed: 
 def _stretch_once(audio: npt.NDArray[np.float32], sample_rate_hz: int, *, speed: float) -> npt.NDArray[np.float32]:
     from python_stretch.Signalsmith import Stretch
 
-    stretch = Stretch(0)  # the seed
+    stretch = Stretch(0)  # a fixed random seed
     block = math.ceil(_BLOCK_S * sample_rate_hz)
     stretch.configure(audio.shape[0], block, max(1, block // _BLOCKS_OVERLAPPING))
     stretch.setTimeFactor(speed)

@@ -24,7 +24,7 @@ _NICENESS = 5
 
 
 class AudioWorkers:
-    """Decodes one upload and encodes two clips at a time. Further calls wait."""
+    """Worker threads and processes. One upload is decoded and two files are encoded at a time; further calls wait."""
 
     def __init__(self, *, own_rates_hz: Collection[int]) -> None:
         """Start no process yet. `AudioDecoder` explains `own_rates_hz`."""
@@ -54,11 +54,11 @@ class AudioWorkers:
         return replace(audio, sha256=hash_file(file))
 
     async def run_decoding(self, function: Callable[[], T]) -> T:
-        """Return the result of `function`, which reads or writes uploads, on the decoding thread."""
+        """Run `function`, which reads or writes uploads, on the decoding thread, and return its result."""
         return await asyncio.get_running_loop().run_in_executor(self._decode_threads, function)
 
     async def run_encoding(self, function: Callable[[], T]) -> T:
-        """Return the result of `function`, which encodes a file, on an encoding thread."""
+        """Run `function`, which encodes a file, on an encoding thread, and return its result."""
         return await asyncio.get_running_loop().run_in_executor(self._encode_threads, function)
 
     async def close(self) -> None:
@@ -69,16 +69,16 @@ class AudioWorkers:
 
 
 def hash_file(file: IO[bytes]) -> str:
-    """Return the SHA-256 of an open file in hexadecimal. Recipes identify source files by it."""
+    """Return the SHA-256 of an open file in hexadecimal. Recipes identify source files by this hash."""
     file.seek(0)
-    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # works with any binary file
+    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # accepts any binary file
 
 
 def _yield_to_others() -> None:
-    """Lower this thread's priority below the event loop and the models, on systems with priorities per thread.
+    """Lower this thread's priority below that of the event loop and the models. Linux only.
 
-    Measured with MP3 encoding for all requests on two cores: the engine steps 1.08 times as fast, and the event loop
-    waits 0.6 times as long for a core. At twice that load, encoding is the bottleneck.
+    Measured on two cores, with MP3 encoding for all requests: the engine's denoising steps are 1.08 times as fast, and
+    the event loop waits 0.6 times as long for a core.
     """
     if sys.platform == "linux":
         thread = threading.get_native_id()

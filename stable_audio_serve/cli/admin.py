@@ -1,6 +1,6 @@
 """`stable-audio-serve admin`: commands for operators. They need a running server and a key with the scope `admin`.
 
-`admin jobs` needs only the job store. Large modules are imported only when a command runs.
+`admin jobs` needs no server, only the job database. Large modules are imported only when a command runs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _Wait = Annotated[float, typer.Option("--wait", min=0, max=86_400, help="Longest
 def load(model: _Model, wait: _Wait = 0.0, *, url: UrlOption = None, key_file: KeyFileOption = None) -> None:
     """Keep one replica of a model loaded until `unload`.
 
-    The replica stays even without requests. With --wait the command ends when it is ready.
+    The replica stays loaded even without requests. With --wait the command ends when the replica is ready.
     """
     with connected(url, key_file) as client:
         kept = ask(client, f"POST {_PREFIX}/models/{quote(model, safe='')}/load")
@@ -54,9 +54,9 @@ def load(model: _Model, wait: _Wait = 0.0, *, url: UrlOption = None, key_file: K
 
 @app.command()
 def unload(model: _Model, *, url: UrlOption = None, key_file: KeyFileOption = None) -> None:
-    """Allow an idle model to have no replica again.
+    """Undo `load`: allow an idle model to have no replica.
 
-    Its last replica stops after `downscale_delay_s` without work.
+    The model's last replica stops after `downscale_delay_s` without work.
     """
     with connected(url, key_file) as client:
         kept = ask(client, f"POST {_PREFIX}/models/{quote(model, safe='')}/unload")
@@ -67,9 +67,9 @@ def unload(model: _Model, *, url: UrlOption = None, key_file: KeyFileOption = No
 def drain(wait: _Wait = 3600.0, *, url: UrlOption = None, key_file: KeyFileOption = None) -> None:
     """Drain the server: finish current work, accept no more.
 
-    /ready answers 503, and waiting jobs are left to other servers. The command ends when the work is finished.
-    Afterwards stop the server, or let it accept work with `resume`. Exit code 6: the server was still draining after
-    --wait.
+    While the server drains, /ready answers 503 and waiting jobs are left to other servers. The command ends when the
+    work is finished. Afterwards stop the server, or let it accept work again with `resume`. Exit code 6: the work was
+    not finished after --wait seconds.
     """
     with connected(url, key_file) as client:
         state = ask(client, f"POST {_PREFIX}/drain")
@@ -146,7 +146,10 @@ def _show(client: Client, numbers: Sequence[int] | None, *, model: str | None, l
 def _choose(
     client: Client, numbers: Sequence[int] | None, *, everything: bool, model: str | None
 ) -> Iterator[Sequence[int]]:
-    """Return the numbers of the chosen dead letters, in pages. Dead letters that are added later are not included."""
+    """Return the numbers of the dead letters that the user chose, in lists of limited length.
+
+    Dead letters that are added later are not included.
+    """
     if bool(numbers) == (everything or model is not None):
         raise fail("choose dead letters by NUMBER, or with --all or --model")
     if numbers:

@@ -1,4 +1,6 @@
-"""Find the configuration of a command: `--config`, else `serve_config.yaml` in this folder, else the packaged file."""
+"""Find the configuration of a command: `--config`, else `serve_config.yaml` in the current folder, else the
+packaged file.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ ConfigOption = Annotated[
 
 
 def read_configuration(asked: Path | None) -> ServeFile:
-    """Return the configuration, and print its name to standard error. Raises ConfigError."""
+    """Return the configuration, and print the path of its file to standard error. Raises ConfigError."""
     from stable_audio_serve.serving.serve_file import PACKAGED_FILE, find_serve_file, read_serve_file
 
     path = find_serve_file(asked)
@@ -36,7 +38,7 @@ def load_configured(asked: Path | None) -> Settings:
 
     file = read_configuration(asked)
     settings = load_settings(file.args)
-    if file.path != PACKAGED_FILE:  # importing Ray's schema takes a second
+    if file.path != PACKAGED_FILE:  # skip the check of the packaged file: it imports Ray, which takes 1 s
         require_known_keys(file)
     return settings
 

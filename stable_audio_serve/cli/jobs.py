@@ -109,7 +109,7 @@ def show(
 ) -> None:
     """Show a job as JSON.
 
-    Exit code with --watch: 0 if it succeeded, 1 if it failed, 130 if it was cancelled.
+    Exit code with --watch: 0 if the job succeeded, 1 if it failed, 130 if it was cancelled.
     """
     from stable_audio_serve.cli.tables import progress_line
 

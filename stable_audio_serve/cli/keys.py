@@ -1,4 +1,7 @@
-"""`stable-audio-serve keys`: create API keys, and check a file of keys before a server reads it. Changes no file."""
+"""`stable-audio-serve keys`: create API keys, and check a file of keys before a server reads it.
+
+The commands change no file.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ def new(
     Prints a line for the server's configuration to standard output, and the key for the client to standard error.
 
     Add the line to the file that `api.key_file` (STABLE_AUDIO_API_KEY_FILE) names. A key without scopes and limits can
-    also go to `api.key_hashes` (STABLE_AUDIO_API_KEY_HASHES): add the first word of the line.
+    also be put into `api.key_hashes` (STABLE_AUDIO_API_KEY_HASHES): add only the first word of the line there.
     """
     made = make_key()
     entry = f"{name}:{hash_key(made)}" if name is not None else hash_key(made)
@@ -61,7 +64,7 @@ def new(
 def check(file: Annotated[Path, typer.Argument(help="File of keys.")]) -> None:
     """Check a file of keys.
 
-    Prints client, scopes and limits of each key. Exit code 2: a line is invalid; the message names it.
+    Prints client, scopes and limits of each key. Exit code 2: a line is invalid; the error message names the line.
     """
     from stable_audio_serve.core.key_file import load_key_file
 

@@ -9,11 +9,12 @@ import typer
 
 from stable_audio_serve import __version__
 from stable_audio_serve.cli import admin, jobs, keys, serving, sound
+from stable_audio_serve.cli.doctor import doctor
 from stable_audio_serve.cli.quality import quality
 from stable_audio_serve.cli.status import status
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-for _command in (serving.serve, serving.init, serving.config, status):
+for _command in (serving.serve, serving.init, serving.config, doctor, status):
     app.command()(_command)
 app.add_typer(sound.app)
 app.add_typer(jobs.app, name="jobs")

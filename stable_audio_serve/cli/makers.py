@@ -25,14 +25,15 @@ OnProgress = Callable[[JobProgress], None]
 
 @dataclass(frozen=True, slots=True)
 class SoundRequest:
-    """The audio that a command asks for. `controls` has the optional fields that are set, by their names in the API."""
+    """The audio that a command shall generate. `controls` has optional fields, by their names in the API."""
 
     kind: Literal["generate", "vary", "inpaint", "loop", "replay"]
     prompt: str = ""
     audio: bytes | None = None
     regions: Sequence[tuple[float, float]] = ()
     controls: Mapping[str, Any] = field(default_factory=dict)
-    recipe: Mapping[str, Any] = field(default_factory=dict)  # only for "replay", as are the sources
+    # The recipe and its source files, only for "replay".
+    recipe: Mapping[str, Any] = field(default_factory=dict)
     sources: Sequence[bytes] = ()
 
     def model(self, catalog: ModelCatalog, *, dialects: DialectSettings) -> str:
@@ -55,9 +56,9 @@ class SoundRequest:
 
 
 def make_by_server(request: SoundRequest, client: Client, *, on_progress: OnProgress) -> Result:
-    """Generate the audio as a job on a server, which Ctrl-C cancels. Loops and replays are sent as single requests.
+    """Generate the audio as a job on a server. Ctrl-C cancels the job.
 
-    Raises errors of `core.errors`.
+    Loops and replays are not jobs but synchronous requests. Raises errors of `core.errors`.
     """
     arguments, more = request.arguments()
     if request.kind == "loop":
@@ -69,14 +70,15 @@ def make_by_server(request: SoundRequest, client: Client, *, on_progress: OnProg
         job = submit(request, client, key=key)
         return client.jobs.fetch(client.jobs.wait(job.id, on_progress=on_progress))
     except KeyboardInterrupt:
-        job = submit(request, client, key=key)  # the same key returns the same job: its id may not have arrived
-        with suppress(ConflictError):  # the job has ended
+        # Submit again with the same key, which returns the same job, because the first response may not have arrived.
+        job = submit(request, client, key=key)
+        with suppress(ConflictError):  # the job has already ended
             client.jobs.cancel(job.id)
         raise
 
 
 def submit(request: SoundRequest, client: Client, *, key: str | None) -> Job:
-    """Submit a request other than a loop or a replay as a job. Calls with the same `key` return the same job.
+    """Submit a request of the kind generate, vary or inpaint as a job. Calls with the same `key` return the same job.
 
     Raises errors of `core.errors`.
     """
@@ -114,11 +116,11 @@ async def _make_here(request: SoundRequest, settings: Settings, *, on_progress: 
     from stable_audio_serve.serving.logs import configure_logging
     from stable_audio_serve.serving.placement import plan_deployments
 
-    configure_logging("warning")  # on standard error: standard output may be a file or JSON
+    configure_logging("warning")  # log to standard error, because standard output may be the audio or JSON
     plan = plan_deployments(settings)
     name = request.model(plan.catalog, dialects=settings.dialects)
     (model,) = (model for model in plan.settings.models if plan.catalog.resolve(model.name).name == name)
-    # Skip the measurement of the model's speed. It would not pay for a single request.
+    # Without this, loading the model would also measure its speed, which takes longer than it saves for one request.
     model = model.model_copy(update={"engine": model.engine.model_copy(update={"warmup_budget_s": 0.0})})
     on_progress(JobProgress("loading", 0.0, None, None))
     engine = load_named_engine(plan.settings, model)
@@ -135,7 +137,7 @@ async def _make_here(request: SoundRequest, settings: Settings, *, on_progress: 
 
 @dataclass(frozen=True, slots=True)
 class _Reporting:
-    """Wraps a backend and also reports progress to `report`."""
+    """A backend that runs requests on `backend` and also passes their progress to `report`."""
 
     backend: Backend
     report: OnProgress

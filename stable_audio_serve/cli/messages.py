@@ -25,7 +25,7 @@ class ExitCode(IntEnum):
     INTERRUPTED = 130
 
 
-# Errors whose messages name fields of the API.
+# Errors whose messages contain names of API fields.
 _REQUEST_ERRORS = (errors.InvalidRequestError, errors.InvalidUploadError, errors.UploadTooLargeError)
 _EXIT_CODES: tuple[tuple[tuple[type[errors.StableAudioError], ...], ExitCode], ...] = (
     ((*_REQUEST_ERRORS, errors.NotFoundError, errors.ConflictError, errors.ConfigError), ExitCode.REFUSED),
@@ -64,7 +64,7 @@ _PHRASES = (
     ("String should have at least 1 character", "must not be empty"),
     ("String should have", "must have"),
 )
-# The name of an API field in a message: the first word of a sentence, or any word with an underscore.
+# Matches names of API fields in a message: the first word of a sentence, or any word with an underscore.
 _NAME = re.compile(
     r"(?:(?<=^)|(?<=; )|(?<=: ))[a-z_.]+(?=:| must | is )|(?<![\w.])[a-z]+(?:_[a-z]+)+(?:\.[a-z_]+)?(?!\w)"
 )
@@ -72,10 +72,10 @@ _NAME = re.compile(
 
 @contextmanager
 def plain_errors(names: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Turn an expected error into a message and an exit code, and end the command.
+    """If the block raises an expected error, print its message and end the command with an exit code.
 
-    Messages name options instead of API fields. `names` maps fields to the options of this command where they differ
-    from `OPTIONS`.
+    Names of API fields in the message are replaced by options of the command. `OPTIONS` maps fields to options. `names`
+    has the fields for which this command has other options.
     """
     try:
         yield
@@ -93,7 +93,7 @@ def plain_errors(names: Mapping[str, str] | None = None) -> Iterator[None]:
 
 
 def fail(message: str, code: ExitCode = ExitCode.REFUSED) -> typer.Exit:
-    """Print an error message, and return the exception that ends the command."""
+    """Print an error message. Returns an exception; raise it to end the command."""
     typer.echo(f"error: {plain(message)}", err=True)
     return typer.Exit(code)
 
@@ -105,7 +105,7 @@ def plain(text: str, *, limit: int | None = None) -> str:
 
 
 def in_options(message: str, names: Mapping[str, str] | None = None) -> str:
-    """Return a message of the API with its field names replaced by options. `names` takes precedence over `OPTIONS`."""
+    """Return a message of the API with field names replaced by options, from `names` or else from `OPTIONS`."""
     for phrase, ours in _PHRASES:
         message = message.replace(phrase, ours)
     known = {**OPTIONS, **(names or {})}
@@ -115,6 +115,6 @@ def in_options(message: str, names: Mapping[str, str] | None = None) -> str:
 
 
 def describe_os_error(error: OSError) -> str:
-    """Return a message with the file, if known, and the reason."""
+    """Return the reason of the error as text, after the name of the file if it is known."""
     reason = "file not found" if isinstance(error, FileNotFoundError) else (error.strerror or str(error)).lower()
     return reason if error.filename is None else f"{error.filename}: {reason}"

@@ -1,6 +1,6 @@
 """`stable-audio-serve quality`: list, create and remove the reports that new replicas are compared with.
 
-The command needs no running server. Large modules are imported only when it runs.
+The command needs no running server. Large modules are imported only when the command runs.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def quality(
 
     Without MODEL, list the reports that new replicas are compared with, and the last good weights of each model.
 
-    With MODEL, load the model here and check it like a new replica. If it passes, use its report in the setting
-    `quality_report`. If it fails, the exit code is 1.
+    With MODEL, load the model here and check it like a new replica. If the check passes, the printed report can be used
+    for the setting `quality_report`. If the check fails, the exit code is 1.
     """
     import asyncio
 
@@ -94,7 +94,7 @@ async def _check(settings: Settings, name: str) -> None:
         raise ConfigError(f"no model is called {name[:80]!r}; configured: {names}", field="models")
 
     async def others_answer() -> bool:
-        return True  # then a failure is reported; otherwise the trial would fall back to older weights
+        return True  # makes a failed check an error; with False, older weights would be loaded instead
 
     artifacts = open_artifacts(settings)
     load = partial(load_engine, settings, model)

@@ -32,7 +32,7 @@ KeyFileOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
 
 _TIMEOUT_S = 10.0
-_MOST_REFUSED = 2  # retries after a refused connection: a server that restarts listens again within seconds
+_MOST_REFUSED = 2  # retries after a refused connection, because a restarting server listens again within seconds
 _SILENT_S = 1.5
 
 
@@ -44,7 +44,7 @@ class WaitMessages:
         self._timer: threading.Timer | None = None
 
     def begin(self, request: httpx.Request) -> None:
-        """Start the timer of the message. Called with each request."""
+        """Start the timer that prints "waiting for the server". httpx calls this before each request."""
         self.end()
         server = request.url.copy_with(path="/", query=None)
         self._timer = threading.Timer(_SILENT_S, self._print, [f"waiting for the server {server}"])
@@ -52,12 +52,12 @@ class WaitMessages:
         self._timer.start()
 
     def end(self, _: httpx.Response | None = None) -> None:
-        """Stop the timer. Called when the headers of an answer arrive, and at the end."""
+        """Stop the timer. httpx calls this when a response begins; also called when the client closes."""
         if self._timer is not None:
             self._timer.cancel()
 
     def retry(self, failure: StableAudioError, pause_s: float) -> None:
-        """Print why and when a request is repeated. Called before the pause."""
+        """Print why a request failed and when it is sent again. The client calls this before each pause."""
         self.end()
         self._print(f"{failure.message}; trying again in {pause_s:.1f} s")
 
@@ -68,7 +68,7 @@ class WaitMessages:
 
 @contextmanager
 def connected(url: str | None, key_file: Path | None) -> Iterator[Client]:
-    """Open a client that sends each request once, for operators' commands. Expected errors end the command."""
+    """Open a client without retries, for operators' commands. Expected errors in the block end the command."""
     with plain_errors(), open_client(url, key_file, most_retries=0, timeout_s=_TIMEOUT_S) as client:
         yield client
 
@@ -82,7 +82,7 @@ def open_client(
     most_retries: int | None = None,
     timeout_s: float | None = None,
 ) -> Iterator[Client]:
-    """Open a client that prints waiting times and retries to standard error unless `quiet`."""
+    """Open a client. Unless `quiet`, it reports on standard error that it waits, or sends a request again."""
     import httpx
 
     from stable_audio_serve.client import Client, Retries

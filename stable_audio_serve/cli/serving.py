@@ -37,7 +37,7 @@ def init(
 ) -> None:
     """Write a configuration to start from.
 
-    It serves the demo model and shows in comments how to serve others.
+    The configuration serves the demo model. Its comments show how to serve other models.
     """
     from stable_audio_serve.serving.serve_file import PACKAGED_FILE
 
@@ -93,7 +93,7 @@ def serve_as_stable_audio_3(
 ) -> None:
     """Serve serve_config.yaml if it is here, else the models of the Stable Audio 3 server, until Ctrl-C.
 
-    A `.env` and the environment variables of that server keep their meaning.
+    Environment variables and a `.env` that were written for the Stable Audio 3 server keep their meaning.
     """
     from stable_audio_serve.serving.serve_file import PACKAGED_FILE, find_serve_file, official_models
 
@@ -116,7 +116,7 @@ def _run_server(
     metrics_port: int | None = None,
     proxy: ProxyKind | None = None,
 ) -> None:
-    """Serve until Ctrl-C. Exit code 2: the server cannot start; `launch.serve` has printed the reason."""
+    """Serve until Ctrl-C. Ends with exit code 2 if the server cannot start. `launch.serve` prints the reason."""
     from stable_audio_serve.core.errors import StableAudioError
     from stable_audio_serve.launcher import launch
 

@@ -56,7 +56,8 @@ def variation(
 def inpaint(audio: Source, prompt: Prompt, *, regions: _Regions, keep: Keep = None, options: SoundOptions) -> None:
     """Regenerate parts of a clip.
 
-    Samples outside the regions stay unchanged. A crossfade of 30 ms inside each region joins it to the source.
+    Samples outside the regions stay unchanged. Crossfades of 30 ms inside each region join the new audio to
+    the source.
     """
     from stable_audio_serve.cli.sound_files import parse_region
 
@@ -185,7 +186,7 @@ def _make(
 
 
 def _carry_out(request: SoundRequest, *, options: SoundOptions, names: Mapping[str, str] | None = None) -> None:
-    """Generate the audio of a request and write its files. `plain_errors` explains `names`."""
+    """Generate the audio of a request and write its files. `names` is passed to `plain_errors`."""
     from stable_audio_serve.cli.makers import make_by_server, make_here
     from stable_audio_serve.cli.sound_files import check_outputs, report, save
     from stable_audio_serve.cli.tables import progress_line

@@ -14,7 +14,7 @@ import typer
 
 from stable_audio_serve.client import Clip, Result
 
-STDIN = "-"  # standard input, or standard output where a file is written
+STDIN = "-"  # stands for standard input, or for standard output as the name of an output file
 _LONGEST_NAME = 60
 
 
@@ -31,7 +31,7 @@ def check_outputs(out: str, *, as_json: bool) -> None:
 
 
 def read_audio(audio: str) -> bytes:
-    """Return the content of a file, or standard input for "-". Raises OSError."""
+    """Return the content of the file `audio`, or of standard input if `audio` is "-". Raises OSError."""
     return sys.stdin.buffer.read() if audio == STDIN else Path(audio).read_bytes()
 
 
@@ -85,9 +85,9 @@ def parse_region(text: str) -> tuple[float, float]:
 def save(result: Result, out: str, *, prompt: str) -> list[Path]:
     """Write a result to `out`: a folder, a file, or - for standard output. Returns the written files.
 
-    `out` is a folder if it exists as one or ends with a slash. Files in it are named after the prompt and the seed, and
-    never replace existing files. A file `clip.wav` becomes `clip-<seed>.wav` if there are several variations. Raises
-    OSError, ValueError.
+    `out` is a folder if such a folder exists or `out` ends with a slash. Files in a folder are named after the prompt
+    and the seed, and never replace existing files. If `out` is a file `clip.wav` and there are several variations, the
+    files are named `clip-<seed>.wav`. Raises OSError, ValueError.
     """
     if out == STDIN:
         if len(result.clips) > 1:
@@ -105,7 +105,7 @@ def save(result: Result, out: str, *, prompt: str) -> list[Path]:
 
 
 def report(result: Result, files: list[Path], *, as_json: bool) -> None:
-    """Print the paths of the files to standard output, and warnings about the request to standard error."""
+    """Print the paths of the files, or a JSON object, to standard output. Print warnings to standard error."""
     for warning in result.warnings:
         typer.echo(f"warning: {warning}", err=True)
     if not as_json:
@@ -131,7 +131,7 @@ def report(result: Result, files: list[Path], *, as_json: bool) -> None:
 
 
 def slug(prompt: str) -> str:
-    """Return a prompt as part of a file name: lower-case words of letters and digits, joined by hyphens."""
+    """Convert a prompt to a part of a file name: lower-case words of letters and digits, joined by hyphens."""
     words = re.findall(r"[^\W_]+", prompt.lower())
     return "-".join(words)[:_LONGEST_NAME].rstrip("-") or "audio"
 

@@ -1,4 +1,4 @@
-"""The options shared by all commands that generate audio. This module does not import the code that generates it."""
+"""The options shared by all commands that generate audio. Imports no code that generates audio."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STRENGTH_HELP = "Strength, 0 to 1; low keeps more of the source."
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SoundOptions:
-    """The shared options. None selects the default of the server or the model."""
+    """The shared options. For an option that is None, the server or the model has a default."""
 
     model: Annotated[str | None, typer.Option("--model", "-m", help="Name of a served model.")] = None
     duration: Annotated[float | None, typer.Option("--duration", "-d", help="Length, seconds.")] = None
@@ -78,7 +78,10 @@ class SoundOptions:
 
 
 def with_options(*, without: Sequence[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add the shared options except `without` to a command. The command receives them as its argument `options`."""
+    """Return a decorator that adds the shared options to a command, except those named in `without`.
+
+    The command receives the options as its argument `options`.
+    """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         shared = [field for field in fields(SoundOptions) if field.name not in without]

@@ -1,4 +1,4 @@
-"""`stable-audio-serve status`: show the state of a running server. The tables are imported only when it runs."""
+"""`stable-audio-serve status`: show the state of a running server. Large modules are imported only when it runs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def status(
 
 
 def _watch(client: Client, *, every_s: float, as_json: bool) -> None:
-    """Show the status until Ctrl-C. Continues while the server does not answer."""
+    """Show the status every `every_s` seconds until Ctrl-C, even if the server does not answer for a while."""
     from stable_audio_serve.cli import tables
 
     try:

@@ -82,7 +82,8 @@ def cancel(names: _Names, client: _Client = None, *, file: ConfigOption = None) 
     from stable_audio_serve.jobs.queue import JobQueue
 
     with _opened(file) as (store, settings):
-        queue = JobQueue(store, open_artifacts(settings))  # cancelling also deletes the upload of a job not yet begun
+        # A queue and not only the store, because `queue.cancel` also deletes the uploaded file of a waiting job.
+        queue = JobQueue(store, open_artifacts(settings))
 
         def cancel_one(job: Job) -> str:
             outcome, now = asyncio.run(queue.cancel(job.spec.ref))
@@ -107,11 +108,11 @@ def retry(names: _Names, client: _Client = None, *, file: ConfigOption = None) -
 
 
 class _RefusalError(Exception):
-    """The reason why a command cannot change a job."""
+    """A command cannot find or change a job. The message is the reason."""
 
 
 def _do_each(store: JobStore, names: Sequence[str], *, client: str | None, act: Callable[[Job], str]) -> None:
-    """Call `act` with each job and print its result. Ends with exit code 2 if it was refused for some jobs."""
+    """Call `act` with each named job and print the result. Ends with exit code 2 if `act` was refused for any job."""
     num_refused = 0
     for name in names:
         try:
@@ -124,7 +125,10 @@ def _do_each(store: JobStore, names: Sequence[str], *, client: str | None, act: 
 
 
 def _find(store: JobStore, name: str, *, client: str | None) -> Job:
-    """Return the job with an id. The contract (as in `sa3/ID`) and `client` are optional. Raises _RefusalError."""
+    """Return the job that `name` and `client` identify. `name` is a job id, or API and id, such as `sa3/ID`.
+
+    Raises _RefusalError if no job or several jobs match.
+    """
     from typing import get_args
 
     from stable_audio_serve.core.ids import JobId
@@ -147,7 +151,7 @@ def _find(store: JobStore, name: str, *, client: str | None) -> Job:
 
 @contextmanager
 def _opened(file: Path | None) -> Iterator[tuple[JobStore, Settings]]:
-    """Open the configured store. Expected errors end the command."""
+    """Open the configured job store. Expected errors in the block end the command."""
     from stable_audio_serve.core.errors import ConfigError
     from stable_audio_serve.jobs.open import open_store
 
@@ -168,7 +172,7 @@ def _opened(file: Path | None) -> Iterator[tuple[JobStore, Settings]]:
 
 
 def _silence_logs() -> None:
-    """Turn off log lines, which would appear between the lines of a table."""
+    """Turn off logging, whose lines would appear between the lines of a table."""
     import logging
 
     import structlog

@@ -22,9 +22,9 @@ from stable_audio_serve.cli.messages import plain
 if TYPE_CHECKING:
     from stable_audio_serve.client import Job, JobProgress, Model
 
-_WIDEST = 2000  # characters per line of a table; a narrower terminal breaks the line
-_PIPE_WIDTH = 200  # characters per line of the status when the output is not a terminal
-_CELL = 60  # characters of a client's text in a table; the rest is cut off
+_WIDEST = 2000  # characters per line of a table; a narrower terminal wraps the lines
+_PIPE_WIDTH = 200  # characters per line of the server status if the output is not a terminal
+_CELL = 60  # most characters of a table's cell; the rest is cut off
 _JOB_STYLES = {
     "queued": "cyan",
     "running": "yellow",
@@ -72,7 +72,7 @@ def print_jobs(jobs: Sequence[Row], counts: Mapping[Any, int]) -> None:
 
 
 def print_dead_letters(letters: Sequence[Row]) -> None:
-    """Print dead letters, with their numbers if the rows have them."""
+    """Print dead letters, with their numbers if `letters` contains numbers."""
     number = ["Number"] if any("number" in letter for letter in letters) else []
     table = new_table(*number, "Job", "Client", "Model", "Failed", "Attempts", "Error", "Prompt")
     for letter in letters:
@@ -101,13 +101,13 @@ def print_details(job: Row) -> None:
 
 
 def print_status(found: Mapping[str, Any]) -> None:
-    """Print an answer of `/v1/status`. Parts may be missing if the server has another version."""
+    """Print a response of `/v1/status`. Parts of the response may be missing if the server has another version."""
     print_wide(_draw_status(found))
 
 
 @contextmanager
 def live_status() -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Yield a function that shows an answer. On a terminal it replaces the previous answer."""
+    """Yield a function that shows a response of `/v1/status`. On a terminal it replaces the previous response."""
     console = _console()
     if not console.is_terminal:
         yield lambda found: console.print(_draw_status(found))
@@ -220,7 +220,7 @@ def _mean(value: float | None) -> str:
 
 @contextmanager
 def progress_line(*, quiet: bool) -> Iterator[Callable[[JobProgress], None]]:
-    """Yield a function that shows progress on standard error. It prints nothing if that is not a terminal."""
+    """Yield a function that shows progress on standard error, or does nothing if standard error is not a terminal."""
     console = Console(stderr=True)
     columns = (
         SpinnerColumn(),
@@ -249,7 +249,7 @@ def new_table(*columns: str) -> Table:
 
 
 def print_wide(what: RenderableType) -> None:
-    """Print a table or a line without fitting it to the terminal's width."""
+    """Print a table or a line in its full width, even if the terminal is narrower."""
     Console(highlight=False, markup=False, emoji=False, width=_WIDEST).print(what)
 
 

@@ -1,4 +1,7 @@
-"""The server's answers as value objects, and their parsers. Parsers ignore unknown keys. Times have a time zone."""
+"""Value objects for the server's responses, and the functions that parse them.
+
+The parsers ignore unknown keys. All datetimes are aware (they have a time zone).
+"""
 
 from __future__ import annotations
 
@@ -20,15 +23,17 @@ import httpx_sse
 from stable_audio_serve.core.errors import CancelledRequestError, ConflictError, GenerationError
 
 _MANIFEST = "manifest.json"
-_WARNING = re.compile(r'299 \S+ "((?:[^"\\]|\\.)*)"')  # in the Warning header: 299 - "sentence", 299 - "sentence"
+# One entry of the Warning header, for example: 299 - "a sentence". Commas separate several entries.
+_WARNING = re.compile(r'299 \S+ "((?:[^"\\]|\\.)*)"')
 
 
 @dataclass(frozen=True, slots=True)
 class Clip:
     """One variation: an audio file with its seed and measurements.
 
-    `peak` is the largest absolute sample, 1 = full scale. `loudness_lufs` is None under 0.4 s and for silence. Pass
-    `recipe` to `replay` to recreate the clip. It is None if the server did not send it; the file may still contain it.
+    `peak` is the largest absolute sample, 1 = full scale. `loudness_lufs` is None for silence and for audio shorter
+    than 0.4 s. `recipe` describes how the clip was made: pass it to `Client.replay` to recreate the clip. It is None if
+    the response had no recipe; the audio file may contain one all the same.
     """
 
     file_name: str
@@ -40,7 +45,7 @@ class Clip:
     recipe: Mapping[str, Any] | None = field(default=None, repr=False)
 
     def save(self, path: str | Path) -> Path:
-        """Write the file. Returns its path. Raises OSError."""
+        """Write the audio file to `path`, and return `path`. Raises OSError."""
         path = Path(path)
         path.write_bytes(self.content)
         return path
@@ -50,10 +55,10 @@ class Clip:
 class Result:
     """The audio of one request or job: one clip per variation.
 
-    `timings_ms` has the milliseconds of each stage. `timings_ms` and `request_id` are empty for a job. `replay` is None
-    except for a replay: "exact" means the original bytes, "close" means that the original was made on another device or
-    version. `warnings` are sentences about parts of the request that had no effect, such as the end of a prompt that is
-    longer than the model reads.
+    `timings_ms` is the time that the server spent in each stage, in milliseconds. A job's result has no `timings_ms`
+    and no `request_id`. `replay` is None unless a clip was recreated from a recipe: "exact" means that the bytes equal
+    the original, "close" that the original was made on another device or with another version. `warnings` are sentences
+    about parts of the request that had no effect, such as the end of a prompt that is too long for the model.
     """
 
     clips: tuple[Clip, ...]
@@ -76,13 +81,16 @@ class Result:
         return self.clips[0].seed
 
     def save(self, path: str | Path) -> Path:
-        """Write the file of the first variation. Returns its path. Raises OSError."""
+        """Write the audio file of the first variation to `path`, and return `path`. Raises OSError."""
         return self.clips[0].save(path)
 
 
 @dataclass(frozen=True, slots=True)
 class JobProgress:
-    """The progress of a job: `fraction` is between 0 and 1. Progress from the event stream has a `message` to log."""
+    """The progress of a job: `fraction` is between 0 and 1.
+
+    `message` describes the progress in words. Only progress from the event stream has one.
+    """
 
     stage: str
     fraction: float
@@ -93,7 +101,7 @@ class JobProgress:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A job as the server described it. `sent` is the whole JSON object."""
+    """A job's state in one response of the server. `sent` is the JSON object that was parsed."""
 
     id: str
     status: str
@@ -118,7 +126,7 @@ class Job:
 
     @property
     def bucket_url(self) -> str | None:
-        """The link to the audio in a bucket, or None when the server itself sends the audio."""
+        """The link to the audio in an S3 bucket, or None if the audio must be downloaded from the server."""
         url = self.download_url
         if self.sent.get("storage_backend") != "s3" or url is None or url.endswith(f"/jobs/{self.id}/audio"):
             return None
@@ -127,7 +135,10 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class JobPage:
-    """A page of the caller's jobs, newest first. Pass `next_cursor` to get the next page; it is None on the last."""
+    """One page of the list of the caller's jobs, newest first.
+
+    To get the next page, pass `next_cursor` to `Client.jobs.list` as `cursor`. The last page has None.
+    """
 
     jobs: tuple[Job, ...]
     next_cursor: str | None
@@ -135,7 +146,7 @@ class JobPage:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A served model. `sent` is the server's whole description as a JSON object."""
+    """A served model. `sent` is the JSON object that was parsed; it may have more keys than this class has fields."""
 
     name: str
     aliases: tuple[str, ...]
@@ -150,11 +161,11 @@ class Model:
 
 
 def read_result(response: httpx.Response) -> Result:
-    """Return the result in a successful answer. Raises GenerationError if it is not an answer of this API."""
+    """Parse the successful response to a generation or a replay. Raises GenerationError if it has another format."""
     headers = response.headers
     with _parsing("the server's answer"):
         seeds = _values(headers.get("x-seeds") or headers["x-seed"])
-        # A recipe that lacks a long prompt cannot be replayed.
+        # A recipe with `left_out` lacks the fields that are too long for a header, so it cannot be replayed.
         recipes = [None if "left_out" in recipe else recipe for recipe in _values(headers.get("x-recipe", ""))]
         measured = [_values(headers[f"x-audio-{name}"]) for name in ("peak", "loudness", "silent")]
         facts = zip(seeds, *measured, recipes or [None] * len(seeds), strict=True)
@@ -173,7 +184,10 @@ def read_result(response: httpx.Response) -> Result:
 
 
 def read_job_result(job: Job, content: bytes, *, disposition: str) -> Result:
-    """Return the result in a job's file. Raises GenerationError if the file does not match the job."""
+    """Return the result of a job whose downloaded file is `content`. Raises GenerationError if the two do not match.
+
+    `disposition` is the Content-Disposition header of the download, which has the file's name.
+    """
     with _parsing("the job's file"):
         sent = job.sent["clips"]
         facts = [
@@ -186,7 +200,7 @@ def read_job_result(job: Job, content: bytes, *, disposition: str) -> Result:
 
 
 def read_job(sent: Mapping[str, Any]) -> Job:
-    """Return the job that a JSON object describes."""
+    """Parse a job's JSON object from a response."""
     return Job(
         id=sent["id"],
         status=sent["status"],
@@ -207,9 +221,9 @@ def read_job(sent: Mapping[str, Any]) -> Job:
 
 
 def read_event(event: httpx_sse.ServerSentEvent) -> JobProgress | Job | None:
-    """Return the progress in an event, or the ended job in the last event. Raises GenerationError.
+    """Parse one server-sent event of a job. Raises GenerationError.
 
-    Returns None for events of another type.
+    Returns progress for an event of type "progress", the ended job for type "end", and None for any other type.
     """
     with _parsing("an event of the job"):
         if event.event == "progress":
@@ -220,13 +234,13 @@ def read_event(event: httpx_sse.ServerSentEvent) -> JobProgress | Job | None:
 
 
 def read_page(sent: Mapping[str, Any]) -> JobPage:
-    """Return the page that a JSON object describes."""
+    """Parse the response of GET /jobs: one page of the list of jobs."""
     return JobPage(tuple(read_job(job) for job in sent["jobs"]), sent["next_cursor"])
 
 
 def read_models(sent: Mapping[str, Any]) -> tuple[Model, ...]:
-    """Return the models of the list in a JSON object."""
-    same = {each.name for each in fields(Model)} - {"name", "aliases", "sent"}  # fields with the same name in the API
+    """Parse the response of GET /v1/models: return the served models."""
+    same = {each.name for each in fields(Model)} - {"name", "aliases", "sent"}  # these have the same name in the JSON
     return tuple(
         Model(name=model["id"], aliases=tuple(model["aliases"]), sent=model, **{name: model[name] for name in same})
         for model in sent["data"]
@@ -247,7 +261,10 @@ def require_success(job: Job) -> None:
 
 
 def place_file(response: httpx.Response, path: Path) -> Path:
-    """Return where to save a download: `path`, or if that is a folder, a file in it with the name from the server."""
+    """Return the file that the download in `response` is saved to.
+
+    If `path` is a folder, the file is in that folder and the server chooses its name. Otherwise the file is `path`.
+    """
     if not path.is_dir():
         return path
     disposition = response.headers.get("content-disposition")
@@ -256,7 +273,7 @@ def place_file(response: httpx.Response, path: Path) -> Path:
 
 @contextmanager
 def _parsing(what: str) -> Iterator[None]:
-    """Turn errors from parsing `what` into GenerationError."""
+    """In this context, raise GenerationError in place of errors from parsing. The message begins with `what`."""
     try:
         yield
     except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
@@ -266,9 +283,10 @@ def _parsing(what: str) -> Iterator[None]:
 def _read_clips(
     content: bytes, disposition: str, *, facts: Sequence[tuple[Any, ...]]
 ) -> tuple[tuple[Clip, ...], Mapping[str, Any] | None]:
-    """Return the clips and the manifest in a downloaded file: one audio file, or a ZIP file of several variations.
+    """Return the clips in a downloaded file, and the manifest if the file contains one.
 
-    `facts` has for each variation: seed, peak, loudness, whether it is silent, recipe.
+    The file is an audio file, or for several variations a ZIP file of audio files. `facts` has an entry for each
+    variation: seed, peak, loudness, whether the audio is silent, recipe.
     """
     files, manifest = {_file_name(disposition): content}, None
     if len(facts) > 1:
@@ -285,7 +303,10 @@ def _values(header: str) -> list[Any]:
 
 
 def _file_name(disposition: str) -> str:
-    """Return the file name in a Content-Disposition header, without folders, so that it cannot lead to another one."""
+    """Return the file name in a Content-Disposition header.
+
+    Folders in the name are removed. Otherwise a name such as `../name` would lead out of the folder for the download.
+    """
     message = Message()
     message["content-disposition"] = disposition
     return Path(message.get_filename("audio")).name

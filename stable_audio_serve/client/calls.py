@@ -1,4 +1,7 @@
-"""HTTP requests as values (`Call`), and the server that receives them (`Connection`). This module sends nothing."""
+"""Build HTTP requests. A `Call` describes one request; a `Connection` adds the server's address and the API key.
+
+This module sends nothing: `operations` does.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,8 @@ from stable_audio_serve.client.answers import Clip, Job, JobPage, Model, Result
 
 # Source audio: a file's path, its content, an opened file, or a clip from an earlier result.
 Audio = bytes | str | Path | BinaryIO | Clip
-Recipe = Mapping[str, Any]  # a clip's recipe, as the server sends it
-Regions = Sequence[tuple[float, float]]  # [start, end) in seconds
+Recipe = Mapping[str, Any]  # how a clip was made: a JSON object that the server sends with the clip
+Regions = Sequence[tuple[float, float]]  # start and end of each region to regenerate, in seconds
 T = TypeVar("T")
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -37,15 +40,16 @@ _JOBS = {"generate": "/jobs", "vary": "/jobs/variations", "inpaint": "/jobs/inpa
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[T]):
-    """One HTTP request, and the function that parses a successful answer.
+    """One HTTP request, and `read`, the function that parses a successful response.
 
-    A call may be sent again. Submissions have an idempotency key, so the server creates only one job.
+    The same call may be sent several times. Calls that submit a job contain an idempotency key, so the server creates
+    only one job.
     """
 
     method: str
     path: str
     read: Callable[[httpx.Response], T]
-    options: Mapping[str, Any] = field(default_factory=dict)  # more arguments of httpx's `request`
+    options: Mapping[str, Any] = field(default_factory=dict)  # further keyword arguments of `httpx.request`
 
 
 def make(
@@ -75,8 +79,11 @@ def submit(
     audio: Audio | None = None,
     regions: Regions | None = None,
 ) -> Call[str]:
-    """Return the call that submits a job. The call's result is the job's id. Raises OSError as `make`."""
-    headers = {"Idempotency-Key": key or uuid.uuid4().hex}  # a repeated submission returns the first job
+    """Return the call that submits a job. `key` is its idempotency key; None = a random one.
+
+    The call's `read` returns the job's id. Raises OSError if the source audio cannot be read.
+    """
+    headers = {"Idempotency-Key": key or uuid.uuid4().hex}
     body = _body(prompt, controls=controls, regions=regions, audio=audio)
     return Call("POST", _JOBS[kind], lambda answer: str(answer.json()["id"]), {**body, "headers": headers})
 
@@ -84,13 +91,13 @@ def submit(
 def replay(recipe: Audio | Recipe, *, sources: Sequence[Audio]) -> Call[Result]:
     """Return the call that recreates a clip from its recipe, or from an audio file that contains the recipe.
 
-    Raises OSError if a file cannot be read.
+    `sources` are the source files that the clip was made from. Raises OSError if a file cannot be read.
     """
     files = [("audio", _read(source)) for source in sources]
     body: dict[str, Any]
     if not isinstance(recipe, Mapping):
         body = {"files": [("file", _read(recipe)), *files]}
-    elif files:  # send the recipe as a file too, because form fields have at most 512 KiB
+    elif files:  # the recipe is sent as a file too, because the server limits form fields to 512 KiB
         body = {"files": [("recipe", ("recipe.json", json.dumps(recipe).encode())), *files]}
     else:
         body = {"json": recipe}
@@ -120,7 +127,7 @@ def models() -> Call[tuple[Model, ...]]:
 
 
 def job_path(job_id: str, *below: str) -> str:
-    """Return the path of a job, with the parts `below` appended. Raises ValueError for a malformed id."""
+    """Return the URL path `/jobs/{job_id}`, followed by the segments `below`. Raises ValueError for a malformed id."""
     return "/".join(("/jobs", uuid.UUID(hex=job_id).hex, *below))
 
 
@@ -133,7 +140,10 @@ class Connection:
 
     @classmethod
     def choose(cls, base_url: str | None, api_key: str | None) -> Connection:
-        """Return the connection from the arguments, or without them from the environment. Raises ValueError."""
+        """Return the connection to `base_url` with `api_key`. Raises ValueError if either is malformed.
+
+        If an argument is missing, the environment variable STABLE_AUDIO_URL or STABLE_AUDIO_API_KEY is used.
+        """
         text = base_url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
         try:
             url = httpx.URL(text)
@@ -151,16 +161,16 @@ class Connection:
         return cls(url, key)
 
     def request(self, call: Call[Any]) -> dict[str, Any]:
-        """Return the arguments of httpx's `request` for a call."""
+        """Return the keyword arguments of `httpx.request` that send `call` to this server."""
         headers = self.headers(call.options.get("headers"))
         return {"method": call.method, "url": self.url(call.path), **call.options, "headers": headers}
 
     def url(self, path: str) -> httpx.URL:
-        """Return the URL of a path of the API. The server's base URL may have a path too."""
+        """Return the URL of the API's path `path`, such as "/jobs". It is appended to the path of the base URL."""
         return self.base_url.join(path.lstrip("/"))
 
     def headers(self, more: Mapping[str, str] | None = None) -> dict[str, str]:
-        """Return the headers of a request to this server."""
+        """Return the headers that each request to this server has, and the headers in `more`."""
         key = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         return {"User-Agent": _USER_AGENT, **key, **(more or {})}
 
@@ -168,7 +178,10 @@ class Connection:
 def _body(
     prompt: str, *, controls: Mapping[str, Any], regions: Regions | None, audio: Audio | None, part: str = "audio"
 ) -> dict[str, Any]:
-    """Return the body as arguments of httpx: JSON, or with audio a multipart form in which `part` names the audio."""
+    """Return the keyword arguments of `httpx.request` for the request body.
+
+    The body is JSON, or if there is source audio, a multipart form. `part` is the name of the form field for the audio.
+    """
     fields: dict[str, Any] = {"prompt": prompt}
     fields |= {name: value for name, value in controls.items() if value is not None}
     if regions is not None:

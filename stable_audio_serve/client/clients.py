@@ -36,8 +36,8 @@ class Client:
     """A connection to a server. Use it as a context manager or call `close`. Threads may share it.
 
     `base_url` defaults to the environment variable STABLE_AUDIO_URL, else to http://127.0.0.1:8000. `api_key` defaults
-    to STABLE_AUDIO_API_KEY. Requests that fail for a temporary reason are repeated; `retries` sets the limits. When the
-    last attempt fails, methods raise its error, one of `stable_audio_serve.core.errors`.
+    to the variable STABLE_AUDIO_API_KEY. A request that fails for a temporary reason is sent again; `retries` sets how
+    often. If the last attempt fails, the method raises its error, a class of `stable_audio_serve.core.errors`.
     """
 
     def __init__(
@@ -75,10 +75,11 @@ class Client:
 
     @accepts(InpaintControls)
     def inpaint(self, audio: Audio, prompt: str, *, regions: Regions, **controls: Unpack[InpaintControls]) -> Result:
-        """Regenerate `regions`, [start, end) in seconds, and keep the source's samples outside them. Raises OSError.
+        """Regenerate the regions of `audio` that `regions` names, each as start and end in seconds.
 
-        A crossfade of 30 ms inside each region joins it to the source. With `keep="model"` the samples outside the
-        regions come from the model too.
+        Samples outside the regions stay unchanged. At each end of a region, a crossfade of 30 ms inside the region
+        joins new and old audio. With `keep="model"`, the samples outside the regions come from the model too. Raises
+        OSError if the source file cannot be read.
         """
         return self.send(calls.make("inpaint", prompt, controls=controls, audio=audio, regions=regions))
 
@@ -86,26 +87,29 @@ class Client:
     def extend(
         self, audio: Audio, prompt: str, *, source_s: float, until_s: float, **controls: Unpack[InpaintControls]
     ) -> Result:
-        """Extend audio past its end, from its length `source_s` to the length `until_s`, in seconds. Raises OSError.
+        """Extend audio past its end, from its length `source_s` to the length `until_s`, both in seconds.
 
-        The source's samples stay unchanged, except for the last 30 ms, which fade into the new audio.
+        The source's samples stay unchanged, except for its last 30 ms, which fade into the new audio. Raises OSError if
+        the source file cannot be read.
         """
         fields, regions = {**controls, "duration": until_s}, [(source_s, until_s)]
         return self.send(calls.make("inpaint", prompt, controls=fields, audio=audio, regions=regions))
 
     @accepts(LoopControls)
     def loop(self, prompt: str, *, audio: Audio | None = None, **controls: Unpack[LoopControls]) -> Result:
-        """Make a loop of whole bars. The prompt must name the tempo, such as 120bpm. Raises OSError.
+        """Make a loop of whole bars. The prompt must name the tempo, for example 120bpm.
 
-        With `audio`, the loop is a variation of it in the style of the prompt.
+        With `audio`, the loop is a variation of that audio in the style of the prompt. Raises OSError if the source
+        file cannot be read.
         """
         return self.send(calls.make("loop", prompt, controls=controls, audio=audio))
 
     def replay(self, recipe: Audio | Recipe, *, sources: Sequence[Audio] = ()) -> Result:
-        """Recreate a clip from its recipe, or from its audio file, which contains the recipe. Raises OSError.
+        """Recreate a clip from its recipe, or from its audio file if that contains the recipe.
 
-        `replay` of the result is "exact" if the bytes equal the original. `sources` are the source files of the clip.
-        If one is missing, InvalidRequestError names its SHA-256.
+        `sources` are the source files that the clip was made from. If one is missing, the method raises
+        InvalidRequestError with the SHA-256 of the missing file. The result's `replay` is "exact" if the bytes equal
+        the original. Raises OSError if a file cannot be read.
         """
         return self.send(calls.replay(recipe, sources=sources))
 
@@ -114,12 +118,12 @@ class Client:
         return self.send(calls.models())
 
     def send(self, call: Call[T]) -> T:
-        """Send a call, and repeat it after temporary failures. Returns its parsed answer."""
+        """Send a call, and send it again after temporary failures. Returns the parsed response."""
         return run(self._operations.send(call))
 
 
 class Jobs:
-    """The jobs of the caller, as `client.jobs`. The server runs a job after it has answered the submission."""
+    """Operations on jobs, available as `client.jobs`. A job runs on the server after its submission was answered."""
 
     def __init__(self, operations: Operations) -> None:
         self._operations = operations
@@ -149,7 +153,10 @@ class Jobs:
         idempotency_key: str | None = None,
         **controls: Unpack[JobInpaintControls],
     ) -> Job:
-        """Submit a job that regenerates `regions`, [start, end) in seconds. Raises OSError."""
+        """Submit a job that regenerates regions of `audio`. Raises OSError if the source file cannot be read.
+
+        `regions` has the start and end of each region in seconds.
+        """
         return self._submit(
             calls.submit("inpaint", prompt, controls=controls, audio=audio, regions=regions, key=idempotency_key)
         )
@@ -163,35 +170,37 @@ class Jobs:
         return run(self._operations.send(calls.list_jobs(status=status, limit=limit, cursor=cursor)))
 
     def cancel(self, job_id: str) -> Job:
-        """Cancel a job. A waiting job ends at once, a running one within one denoising step.
+        """Cancel a job. A queued job ends at once, a running job within one denoising step.
 
-        Raises ConflictError if the job was over already.
+        Returns the job. Raises ConflictError if the job had already ended.
         """
         return run(self._operations.cancel(job_id))
 
     def follow(self, job_id: str) -> Generator[JobProgress | Job]:
-        """Yield the job's progress, and finally the ended job. Reconnects after a lost connection."""
+        """Yield the job's progress until the job ends, then the ended job. Reconnects if the connection is lost."""
         return iterate(self._operations.follow(job_id))
 
     def wait(
         self, job_id: str, *, on_progress: Callable[[JobProgress], None] | None = None, timeout_s: float | None = None
     ) -> Job:
-        """Wait until a job is over and return it, also if it failed. Raises DeadlineExceededError.
+        """Wait until a job ends, and return it. A job that failed is returned too.
 
-        `timeout_s` is checked only when an update of the job arrives, so the wait may last up to 30 s longer.
+        Raises DeadlineExceededError if the job does not end within `timeout_s`. The time is checked only when news of
+        the job arrives, so the wait may last up to 30 s longer.
         """
         return run(self._operations.wait(job_id, on_progress=on_progress, timeout_s=timeout_s))
 
     def download(self, job: Job | str, path: str | Path) -> Path:
-        """Write a finished job's audio to a file as it arrives. Returns the file's path. Raises OSError.
+        """Download a finished job's audio to a file, without holding it in memory. Returns the file's path.
 
         If `path` is an existing folder, the server chooses the file name, which begins with the job's id. Raises
-        GenerationError if the job failed, CancelledRequestError if it was cancelled, ConflictError if it is not over.
+        GenerationError if the job failed, CancelledRequestError if it was cancelled, ConflictError if it has not ended
+        yet, and OSError if the file cannot be written.
         """
         return run(self._operations.download(job, Path(path)))
 
     def fetch(self, job: Job | str) -> Result:
-        """Return a finished job's audio, in memory. Raises the errors of `download`."""
+        """Download a finished job's audio and return it. Raises the same errors as `download`, except OSError."""
         return run(self._operations.fetch(job))
 
     def _submit(self, call: Call[str]) -> Job:
@@ -202,8 +211,8 @@ class AsyncClient:
     """A connection to a server. Use it as an async context manager or call `close`. Tasks may share it.
 
     `base_url` defaults to the environment variable STABLE_AUDIO_URL, else to http://127.0.0.1:8000. `api_key` defaults
-    to STABLE_AUDIO_API_KEY. Requests that fail for a temporary reason are repeated; `retries` sets the limits. When the
-    last attempt fails, methods raise its error, one of `stable_audio_serve.core.errors`.
+    to the variable STABLE_AUDIO_API_KEY. A request that fails for a temporary reason is sent again; `retries` sets how
+    often. If the last attempt fails, the method raises its error, a class of `stable_audio_serve.core.errors`.
     """
 
     def __init__(
@@ -266,7 +275,7 @@ class AsyncClient:
 
 
 class AsyncJobs:
-    """The jobs of the caller, as `client.jobs`. The server runs a job after it has answered the submission."""
+    """Operations on jobs, available as `client.jobs`. A job runs on the server after its submission was answered."""
 
     def __init__(self, operations: Operations) -> None:
         self._operations = operations

@@ -1,4 +1,7 @@
-"""The optional fields of requests, named as in the HTTP API, and a decorator that makes them keyword parameters."""
+"""The optional fields of requests, with the names of the HTTP API.
+
+The decorator `accepts` makes them keyword parameters of the clients' methods.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ _HEAD = "Optional fields; None selects the default of the server or the model:"
 
 
 class Controls(TypedDict, total=False):
-    """Fields of every request."""
+    """Optional fields of every request, except requests for loops."""
 
     model: Annotated[str | None, "Name or alias of a served model."]
     negative_prompt: Annotated[str | None, "What to avoid; takes effect with cfg_scale above 1."]
@@ -37,7 +40,7 @@ class Controls(TypedDict, total=False):
 
 
 class EditControls(Controls, total=False):
-    """Fields of a variation."""
+    """Optional fields of a request for a variation of source audio."""
 
     init_noise_level: Annotated[float | None, "Strength, 0 to 1: low keeps more of the source."]
     edit_schedule: Annotated[
@@ -47,7 +50,7 @@ class EditControls(Controls, total=False):
 
 
 class InpaintControls(Controls, total=False):
-    """Fields of a request that regenerates regions."""
+    """Optional fields of a request that regenerates regions of source audio."""
 
     keep: Annotated[
         Literal["source", "model"] | None,
@@ -56,7 +59,7 @@ class InpaintControls(Controls, total=False):
 
 
 class LoopControls(TypedDict, total=False):
-    """Fields of a loop."""
+    """Optional fields of a request for a loop."""
 
     bars: Annotated[Literal[1, 2, 4, 8] | None, "Length in bars; by default the largest of 8, 4, 2 and 1 that fits."]
     loop_type: Annotated[Literal["auto", "drums", "instruments"] | None, "Content of the loop."]
@@ -69,24 +72,24 @@ class LoopControls(TypedDict, total=False):
 
 
 class JobControls(Controls, total=False):
-    """Fields of a job."""
+    """Optional fields of a job that generates audio from a prompt."""
 
     webhook_url: Annotated[str | None, "URL called when the job ends."]
 
 
 class JobEditControls(JobControls, EditControls, total=False):
-    """Fields of a job that makes a variation."""
+    """Optional fields of a job that makes a variation of source audio."""
 
 
 class JobInpaintControls(JobControls, InpaintControls, total=False):
-    """Fields of a job that regenerates regions."""
+    """Optional fields of a job that regenerates regions of source audio."""
 
 
 def accepts(controls: type, *, without: Collection[str] = ()) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Add the fields of `controls` to a method's signature and docstring as keyword parameters.
+    """Return a decorator that adds the fields of `controls`, except `without`, to a method's signature and docstring.
 
-    Python does not check the names in `**controls: Unpack[...]`. The decorated method does: it raises TypeError for an
-    unknown name.
+    Python itself accepts any name as `**controls: Unpack[...]`. The decorated method raises TypeError for a name that
+    is not a field.
     """
 
     def decorate(method: Callable[P, R]) -> Callable[P, R]:

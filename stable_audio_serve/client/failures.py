@@ -1,4 +1,4 @@
-"""Convert failed answers and connections to errors of `core.errors`, and decide whether a failed call is repeated."""
+"""Convert error responses and lost connections to errors of `core.errors`, and decide whether to send a call again."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def _all_below(base: type[StableAudioError]) -> Iterator[type[StableAudioError]]
         yield from _all_below(error)
 
 
-# Several classes may share a kind. The first one is the most general. `reversed` makes it win, because the dictionary
-# keeps the last entry of a key.
+# The error class for each `kind`. If several classes have the same kind, the dictionary should have the first of them,
+# because that one is the most general. A dictionary keeps the last value of a key, hence `reversed`.
 _BY_KIND = {error.kind: error for error in reversed(list(_all_below(StableAudioError)))}
 
 
 def read_failure(response: httpx.Response) -> StableAudioError:
-    """Return the error in an unsuccessful answer. Its content must already be read."""
+    """Return the error that an unsuccessful response describes. The response's body must have been read."""
     kind = _BY_KIND.get(response.headers.get("x-error-kind", ""))
     kind = kind or _BY_STATUS.get(response.status_code, StableAudioError)
     try:
@@ -66,9 +66,9 @@ def read_failure(response: httpx.Response) -> StableAudioError:
 
 
 def read_lost_connection(error: httpx.HTTPError) -> StableAudioError:
-    """Return the error for a call without an answer.
+    """Return the error for a call that got no response.
 
-    Its message names the server, but not the whole URL, because that may be a presigned link.
+    The message names the server's host only. The whole URL may be a presigned link, which is secret.
     """
     make: Callable[[str], StableAudioError] = errors.UnreachableError
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
@@ -77,7 +77,7 @@ def read_lost_connection(error: httpx.HTTPError) -> StableAudioError:
         make = errors.DeadlineExceededError
     try:
         server = f"the server {error.request.url.scheme}://{error.request.url.netloc.decode()}"
-    except RuntimeError:  # the error has no request
+    except RuntimeError:  # `error.request` raises this if it is not set
         server = "the server"
     reason = re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
     return make(f"{server} did not answer: {reason}")
@@ -85,13 +85,13 @@ def read_lost_connection(error: httpx.HTTPError) -> StableAudioError:
 
 @dataclass(frozen=True, slots=True)
 class Retries:
-    """How often and after which pauses a failed call is repeated.
+    """How often a failed call is sent again, and how long the pauses are.
 
-    At most `most` times, or `most_refused` times if the server refuses connections. All pauses of a call last at most
-    `most_wait_s` seconds. A pause is the server's Retry-After plus a random time, so that clients refused at the same
-    time do not return at the same time. Without Retry-After, the first pause is at most `first_pause_s` seconds, and
-    this limit doubles with each attempt. `on_pause` is called before each pause with the failure and the pause in
-    seconds.
+    A call is sent again at most `most` times, or `most_refused` times if no connection to the server can be made. Its
+    pauses together last at most `most_wait_s` seconds. A pause is the response's Retry-After plus a random time, so
+    that clients that failed at the same time do not retry at the same time. Without Retry-After, the first pause is at
+    most `first_pause_s` seconds, and this limit doubles with each attempt. `on_pause` is called before each pause with
+    the error and the pause in seconds.
     """
 
     most: int = 5
@@ -112,11 +112,14 @@ class Attempts:
 
     @property
     def has_retried(self) -> bool:
-        """Whether more than one attempt failed. The server may have carried out an earlier attempt all the same."""
+        """Whether more than one attempt failed. The server may have executed the request in a failed attempt."""
         return self._num_failed > 1
 
     def pause_s(self, failure: StableAudioError) -> float:
-        """Return the seconds to wait before the next attempt. Raises `failure` if there is no next attempt."""
+        """Count the attempt that failed with `failure`. Return the seconds to wait before the next attempt.
+
+        Raises `failure` if there must be no next attempt.
+        """
         doubling_s = self._retries.first_pause_s * 2.0**self._num_failed
         asked_s = failure.retry_after_s if failure.retry_after_s is not None else doubling_s / 2.0
         pause_s = asked_s + doubling_s / 2.0 * self._jitter()
@@ -137,8 +140,8 @@ class Attempts:
 
 
 def _read_detail(detail: Any) -> tuple[str, str | None]:
-    """Return the message in an error body, and the invalid field if the body names one."""
-    if isinstance(detail, dict):  # the format of the routes that are shared with vLLM-Omni
+    """Return the message in the `detail` of an error body, and the name of the invalid field if there is one."""
+    if isinstance(detail, dict):  # the format of the routes that follow vLLM-Omni's API
         return str(detail.get("message", "")), detail.get("param")
     if not isinstance(detail, list):
         return str(detail or ""), None

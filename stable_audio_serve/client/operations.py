@@ -1,7 +1,8 @@
-"""Operations that need several requests: retries, following a job, downloads. Both clients share this code.
+"""Operations that need several requests: retries, following a job, downloads.
 
-The operations are coroutines that call a network object. `AsyncNetwork` awaits. `BlockingNetwork` blocks and never
-suspends the coroutine, so `run` and `iterate` can run it without an event loop.
+The blocking client and the asyncio client share this code. The operations are coroutines that send requests through a
+network object. `AsyncNetwork` awaits. `BlockingNetwork` blocks and never suspends the coroutine, so `run` and `iterate`
+can run the coroutine without an event loop.
 """
 
 from __future__ import annotations
@@ -32,16 +33,18 @@ from stable_audio_serve.core.errors import ConflictError, DeadlineExceededError,
 
 T = TypeVar("T")
 
-# The answer to a generation arrives only when the audio is complete, which the server's deadline bounds.
+# The response to a generation arrives only when the audio is complete, so the client waits long. The server limits that
+# time by the request's deadline.
 TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 # The server sends a comment on the event stream every ten seconds, so 30 s without data mean a lost connection.
 _STREAM_TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 _POLL_S = 1.0
-_MOST_BROKEN = 3  # after this many streams in a row without an event, assume that a proxy buffers the events
+# After this many event streams in a row without an event, assume that a proxy buffers the events, and poll instead.
+_MOST_BROKEN = 3
 
 
 class BlockingNetwork:
-    """Sends requests and sleeps for `Client`."""
+    """Sends requests, reads responses and sleeps for `Client`. Every method blocks until it has finished."""
 
     def __init__(self, http: httpx.Client) -> None:
         self._http = http
@@ -70,7 +73,7 @@ class BlockingNetwork:
 
 
 class AsyncNetwork:
-    """Sends requests and sleeps for `AsyncClient`."""
+    """Sends requests, reads responses and sleeps for `AsyncClient`, with asyncio."""
 
     def __init__(self, http: httpx.AsyncClient) -> None:
         self._http = http
@@ -104,7 +107,7 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
 
 
 def iterate(items: AsyncGenerator[T]) -> Generator[T]:
-    """Yield the items of a generator that uses a `BlockingNetwork`, then close it."""
+    """Yield the items of an async generator that uses a `BlockingNetwork`. Closes the generator at the end."""
     try:
         while True:
             yield run(items.__anext__())
@@ -115,7 +118,7 @@ def iterate(items: AsyncGenerator[T]) -> Generator[T]:
 
 
 class Operations:
-    """The operations on one server."""
+    """Carries out the clients' operations on one server."""
 
     def __init__(
         self, network: BlockingNetwork | AsyncNetwork, connection: Connection, *, retries: Retries | None
@@ -125,7 +128,7 @@ class Operations:
         self._retries = retries or Retries()
 
     async def send(self, call: Call[T], attempts: Attempts | None = None) -> T:
-        """Send a call, and repeat it after temporary failures. Returns its parsed answer."""
+        """Send a call, and send it again after temporary failures. Returns the parsed response."""
         attempts = attempts or Attempts(self._retries)
         while True:
             try:
@@ -142,9 +145,10 @@ class Operations:
         return await self.send(calls.show_job(await self.send(call)))
 
     async def cancel(self, job_id: str) -> Job:
-        """Cancel a job. Raises ConflictError if it was over already.
+        """Cancel a job and return it. Raises ConflictError if the job had already ended.
 
-        If the answer to a first attempt was lost, that attempt may have cancelled the job. This is not an error.
+        If the response to the first attempt is lost, that attempt may have cancelled the job. Then the second attempt
+        finds a cancelled job, and that is not an error.
         """
         attempts = Attempts(self._retries)
         try:
@@ -158,9 +162,9 @@ class Operations:
             return job
 
     async def follow(self, job_id: str) -> AsyncGenerator[JobProgress | Job]:
-        """Yield progress, and finally the ended job.
+        """Yield the job's progress until the job ends, then the ended job.
 
-        Reads the event stream. If no events arrive, polls the job's status instead.
+        Reads the job's event stream. If several streams bring no event, polls the job's status instead.
         """
         headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
         num_broken, pause_s = 0, 0.5
@@ -169,7 +173,7 @@ class Operations:
             stream = self._open(job_id, "events", headers=headers, timeout=_STREAM_TIMEOUT)
             with suppress(httpx.TransportError, httpx_sse.SSEError, OverloadedError):
                 async with stream as response, aclosing(self._network.events(response)) as events:
-                    if response.status_code == httpx.codes.NO_CONTENT:  # after the last event
+                    if response.status_code == httpx.codes.NO_CONTENT:  # there are no more events
                         break
                     async for event in events:
                         num_broken = 0
@@ -190,7 +194,7 @@ class Operations:
     async def wait(
         self, job_id: str, *, on_progress: Callable[[JobProgress], None] | None, timeout_s: float | None
     ) -> Job:
-        """Return the job when it is over. Raises DeadlineExceededError."""
+        """Wait until the job ends, and return it. Raises DeadlineExceededError if this takes more than `timeout_s`."""
         ends_at = None if timeout_s is None else time.monotonic() + timeout_s
         async with aclosing(self.follow(job_id)) as following:
             async for update in following:
@@ -203,7 +207,7 @@ class Operations:
         raise AssertionError("a job is followed to its end")
 
     async def download(self, job: Job | str, path: Path) -> Path:
-        """Write a job's audio to a file as it arrives, and return the file's path. `path` may be a folder."""
+        """Download a job's audio to a file, and return the file's path. `path` may be a folder."""
 
         async def write(response: httpx.Response, _: Job) -> Path:
             place = answers.place_file(response, path)
@@ -215,7 +219,7 @@ class Operations:
         return await self._with_audio(job, write)
 
     async def fetch(self, job: Job | str) -> Result:
-        """Return a job's audio."""
+        """Download a job's audio, and return the result."""
 
         async def read(response: httpx.Response, job: Job) -> Result:
             content = await self._network.read(response)
@@ -224,7 +228,10 @@ class Operations:
         return await self._with_audio(job, read)
 
     async def _with_audio(self, job: Job | str, use: Callable[[httpx.Response, Job], Awaitable[T]]) -> T:
-        """Open the download of a job's audio and return the result of `use`. Repeats both after temporary failures."""
+        """Open the download of a job's audio, and return the result of `use`, called with the response and the job.
+
+        After a temporary failure of the download or of `use`, both are repeated.
+        """
         job = await self.send(calls.show_job(job)) if isinstance(job, str) else job
         answers.require_success(job)
         attempts = Attempts(self._retries)
@@ -242,12 +249,13 @@ class Operations:
     async def _audio(self, job: Job) -> AsyncIterator[httpx.Response]:
         """Open the download of a job's audio.
 
-        Uses the link to the bucket if there is one, and the server if there is none or the bucket does not answer.
+        Downloads from the bucket if the job has a link to it, and otherwise, or if that fails, from the server.
         """
         async with AsyncExitStack() as opened:
             response = None
             if url := job.bucket_url:
-                with suppress(httpx.TransportError):  # the bucket is another host, so this request has no API key
+                # The bucket is on another host. Therefore this request does not contain the API key.
+                with suppress(httpx.TransportError):
                     response = await opened.enter_async_context(self._network.stream(method="GET", url=url))
             if response is None or not response.is_success:
                 response = await opened.enter_async_context(self._open(job.id, "audio"))
@@ -257,7 +265,7 @@ class Operations:
     async def _open(
         self, job_id: str, below: str, *, headers: Mapping[str, str] | None = None, **options: Any
     ) -> AsyncIterator[httpx.Response]:
-        """Open a response to GET of `/jobs/{job_id}/{below}`. Raises errors of httpx and of `core.errors`."""
+        """Send GET `/jobs/{job_id}/{below}` and open the response. Raises errors of httpx and of `core.errors`."""
         url = self._connection.url(calls.job_path(job_id, below))
         headers = self._connection.headers(headers)
         async with self._network.stream(method="GET", url=url, headers=headers, **options) as response:
@@ -269,14 +277,14 @@ class Operations:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file for writing, and rename it to `path` when the block ends without an error.
+    """Open a temporary file for writing, and rename it to `path` when the `with` block ends.
 
-    Raises OSError.
+    If the block raises an error, the temporary file is deleted. Raises OSError.
     """
     temporary = path.parent / f".{path.name[:40]}.{secrets.token_hex(8)}"
     try:
-        # Not `tempfile`: its files are readable by their owner only. Giving them normal permissions needs the umask,
-        # which can be read only by setting it for all threads.
+        # `tempfile` is not used, because its files are readable by their owner only. To give them normal permissions,
+        # one needs the process's umask, and reading the umask means changing it for a moment, in all threads.
         with temporary.open("xb") as file:
             yield file
         temporary.replace(path)

@@ -10,7 +10,7 @@ from stable_audio_serve.core.generation import GenerationRequest, GenerationResu
 
 
 class Backend(Protocol):
-    """Runs generations. Models are identified by their canonical names."""
+    """Runs generation requests on the served models. Models are identified by their canonical names, not aliases."""
 
     @property
     def catalog(self) -> ModelCatalog: ...
@@ -27,5 +27,5 @@ class Backend(Protocol):
         ...
 
     async def status(self) -> Mapping[str, ModelStatus]:
-        """Return the status of each model by canonical name, without loading a model or waiting for one."""
+        """Return the status of each model by canonical name. Loads no model, and does not wait until one is loaded."""
         ...

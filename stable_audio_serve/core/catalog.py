@@ -1,4 +1,4 @@
-"""Names, limits and defaults of the served models. They are known before any weights are loaded."""
+"""Names, limits and defaults of the served models, which are known before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ OPEN_FAMILY = "stable-audio-open"
 # The package whose networks a model uses: this one, or stable-audio-tools, which only runs Stable Audio Open models.
 NetworkBackend = Literal["native", "stable_audio_tools"]
 
-# Precision of the decoder's matrix products. split = three half-precision products, which come close to float32.
+# Precision of the decoder's matrix multiplications. split = each one is the sum of three half-precision
+# multiplications, which comes close to float32.
 DecodePrecision = Literal["float32", "split", "tf32", "half"]
 
-# The API refuses an unknown sampler when a job is submitted. The names are listed here, because the API does not import
-# torch.
+# Names of the samplers, for models with a flow objective (FLOW_SAMPLERS) and with the v objective (V_SAMPLERS). They
+# are not taken from `sampling`, which imports torch: the HTTP layer checks the names, and it must not import torch.
 FLOW_SAMPLERS = ("euler", "rk4", "dpmpp", "pingpong")
-V_TIME_SAMPLERS = ("v-ddim", "v-ddim-cfgpp")  # the other samplers of models with the v objective run over sigma
+V_TIME_SAMPLERS = ("v-ddim", "v-ddim-cfgpp")  # these step over the network's time, the other V_SAMPLERS over sigma
 V_SAMPLERS = (
     "dpmpp-3m-sde",
     "dpmpp-2m-sde",
@@ -34,12 +35,12 @@ V_SAMPLERS = (
     "k-dpm-fast",
     *V_TIME_SAMPLERS,
 )
-_LOWEST_SIGMA, _HIGHEST_SIGMA = 0.01, 500.0  # bounds of an edit's noise level
+_LOWEST_SIGMA, _HIGHEST_SIGMA = 0.01, 500.0  # bounds of the sigma that `noise_level` returns
 
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """Public properties of one served model. Durations in seconds, rates in hertz."""
+    """Public properties of one served model, which do not depend on its replicas."""
 
     name: str
     family: str
@@ -48,30 +49,31 @@ class ModelCard:
     sample_rate_hz: int = 44100
     channels: int = 2
     latent_channels: int = 256
-    objective: str = "rf_denoiser"  # its training objective: rf_denoiser, rectified_flow or v
+    objective: str = "rf_denoiser"  # the training objective: rf_denoiser, rectified_flow or v
     default_steps: int = 8
     default_cfg_scale: float = 1.0
     default_duration_padding_s: float = 6.0
-    edit_schedule: EditSchedule | None = None  # None = the family's default
-    samplers: tuple[str, ...] = FLOW_SAMPLERS  # allowed values of GenerationRequest.sampler
-    conditions_on_start: bool = False  # whether the model uses GenerationRequest.start_s
+    edit_schedule: EditSchedule | None = None  # None = the default of the model's family
+    samplers: tuple[str, ...] = FLOW_SAMPLERS  # the values that `GenerationRequest.sampler` may have
+    conditions_on_start: bool = False  # whether the model uses `GenerationRequest.start_s`
     is_demo: bool = False
     description: str = ""
 
     @property
     def default_edit_schedule(self) -> EditSchedule:
-        """The time steps of a flow model's edits: `edit_schedule`, else the family's default.
+        """The schedule of a flow model's edits: `edit_schedule`, or if that is None, the default of the model's family.
 
-        The default of Stable Audio Open is its reference schedule, which is evenly spaced and never exceeds the noise
-        level. That of Stable Audio 3 has neither property, so its default is "even" (`sampling/schedules.py`).
+        For Stable Audio Open the default is "reference": the original code's schedule is evenly spaced and never
+        exceeds the noise level. For other models the original schedule does not have these properties, so the default
+        is "even".
         """
         return self.edit_schedule or ("reference" if self.family == OPEN_FAMILY else "even")
 
     def noise_level(self, share: float, *, sampler: str | None) -> float:
-        """Convert a share of noise to `GenerationRequest.init_noise_level`.
+        """Convert a share of noise to the value of `GenerationRequest.init_noise_level`.
 
-        `share` is in 0..1; with 1 the source has no influence. For samplers that run over sigma the result is the sigma
-        with share = 2/pi atan(sigma), for others it is `share`.
+        `share` is in 0..1; with 1 the source audio has no influence. If the sampler steps over sigma, the result is the
+        sigma for which share = 2/pi atan(sigma). For other samplers the result is `share`.
         """
         if self.objective != "v" or sampler in V_TIME_SAMPLERS:
             return share
@@ -114,9 +116,9 @@ class ModelCatalog:
         return self._cards[canonical]
 
     def choose(self, name: str | None, *, family: str) -> ModelCard:
-        """Return the card for `name`, without a name the first card of `family`, and without one the default.
+        """Return the card of the model `name`. Raises UnknownModelError if there is no such model.
 
-        Raises UnknownModelError.
+        If `name` is None, returns the first card of `family`, or the default if no model is of this family.
         """
         if name is not None:
             return self.resolve(name)
@@ -129,8 +131,9 @@ class ModelCatalog:
         return len(self._cards)
 
 
-# Result of the quality gate for a replica. passed: its audio matches the quality report. unchecked: no report could be
-# read. fallback: the configured weights failed, so the replica serves the last good ones. off: the gate is disabled.
+# Result of the quality gate, which compares a new replica's audio with the model's quality report. passed: the audio
+# matches. unchecked: no report could be read. fallback: the configured weights failed, so the replica serves the last
+# weights that passed. off: the gate is disabled.
 GateOutcome = Literal["passed", "unchecked", "fallback", "off"]
 
 
@@ -138,8 +141,9 @@ GateOutcome = Literal["passed", "unchecked", "fallback", "off"]
 class ModelQuality:
     """The weights of a replica, and its result at the quality gate.
 
-    `weights` is the hash of the weights. `revision` is their commit, None for weights from a folder. `report` is the id
-    of their quality report. `problem` is a sentence for clients that contains no path of this machine.
+    `weights` is the hash of the weights. `revision` is the repository commit that they come from, None if they come
+    from a local folder. `report` is the id of their quality report. `problem` explains a bad result. Clients may see
+    the text, so it contains no path of this machine.
     """
 
     gate: GateOutcome
@@ -154,9 +158,9 @@ class ModelStatus:
     """State of one model's replicas.
 
     `stage` is loading, ready, failed, idle (no replica) or waking (the first replica starts, and requests wait for it).
-    `quality` is that of the replica with the most serious result. `refused_update` is set while the replicas of the
-    last deployment do not start and older replicas serve instead; it gives the reason. `states` counts the replicas in
-    each of Ray Serve's states.
+    `quality` describes the replica with the worst result at the quality gate. If the replicas of the last deployment
+    do not start and older replicas serve instead, `refused_update` is the reason. `states` is the number of replicas
+    in each of Ray Serve's replica states.
     """
 
     stage: str

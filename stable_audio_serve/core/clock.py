@@ -10,11 +10,11 @@ class Clock(Protocol):
     """A source of the current time."""
 
     def monotonic(self) -> float:
-        """Return seconds since an arbitrary fixed point; never decreases."""
+        """Return the seconds since an arbitrary fixed point. The value never decreases."""
         ...
 
     def time(self) -> float:
-        """Return Unix time in seconds. Do not measure durations with it, because the operator may adjust it."""
+        """Return Unix time in seconds. Do not measure durations with it: it jumps when the system's clock is set."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Every error that this project raises on purpose. Each HTTP dialect maps the kinds to its own responses.
+"""Every error that this project raises on purpose. Each HTTP dialect maps the errors' kinds to its own responses.
 
 The columns are class, `kind` and meaning. "retry" means that the same request may succeed later.
 
@@ -12,13 +12,13 @@ StableAudioError
 ├── NotFoundError              not_found          this caller has no such job or file
 ├── ConflictError              conflict           the request contradicts stored state, for example a reused key
 ├── OverloadedError            overloaded         no capacity now; retry in a few seconds
-│   └── QuotaError             quota              this caller has reached its limit of waiting work
+│   └── QuotaError             quota              this caller has reached its limit of waiting requests or jobs
 ├── DeadlineExceededError      deadline_exceeded  the request's time budget ran out
 │   └── StartTimeoutError      start_timeout      the request did not start in time
 ├── CancelledRequestError      cancelled          the caller cancelled the request
 ├── ModelUnavailableError      unavailable        the model is not loaded or its replica died; retry
 ├── StoppingError              unavailable        the server is stopping and accepts nothing new; retry
-├── KeysUnavailableError       unavailable        the key file could not be read since the start; retry
+├── KeysUnavailableError       unavailable        the file of API keys was never readable since the start; retry
 ├── GenerationError            generation_failed  the model produced unusable audio
 ├── UnreachableError           unreachable        a client got no response from its server; retry
 │   └── NotConnectedError      unreachable        the connection failed: no server listens, or the host is unknown
@@ -27,8 +27,8 @@ StableAudioError
 │   │   └── UploadQuotaError   storage_full       this client has reached its limit of uploaded bytes
 │   ├── StoreMovedError        storage            files or jobs were moved or replaced since the start
 │   └── DamagedFileError       storage            a stored file has changed or lost bytes
-├── CheckpointError            checkpoint         model files are missing, corrupt, gated or have wrong keys
-├── QualityError               quality            a loaded model fails the quality gate; the replica does not start
+├── CheckpointError            checkpoint         model files are missing, corrupt, gated or have wrong tensors
+├── QualityError               quality            a model's audio differs from its quality report; it is not served
 ├── QualityReportError         quality_report     a stored quality report is missing or cannot be used
 ├── StartError                 start              a part of the server, for example Ray or HAProxy, did not start
 └── ConfigError                config             invalid settings; the server does not start
@@ -122,8 +122,9 @@ class ConflictError(StableAudioError):
 class OverloadedError(StableAudioError):
     """There is no capacity for this work now. `retry_after_s` is the expected wait in seconds.
 
-    A full engine also sets `full_for_s`, the seconds until it accepts requests again, and `work_s`, the seconds that
-    the refused request would take. `retry_after_s` is longer: it leaves time for clients that were refused before.
+    An engine that is full also sets `full_for_s`, the seconds until it accepts requests again, and `work_s`, the
+    seconds of device time that the refused request would take. `retry_after_s` is longer than `full_for_s`, because
+    clients that were refused earlier should get the free capacity first.
     """
 
     kind = "overloaded"
@@ -144,7 +145,7 @@ class OverloadedError(StableAudioError):
 
 
 class QuotaError(OverloadedError):
-    """This caller has reached its limit of waiting work."""
+    """This caller has reached its limit of waiting requests or jobs."""
 
     kind = "quota"
 
@@ -156,7 +157,7 @@ class DeadlineExceededError(StableAudioError):
 
 
 class StartTimeoutError(DeadlineExceededError):
-    """The request did not start within `start_within_s`."""
+    """The request did not start within `GenerationRequest.start_within_s`."""
 
     kind = "start_timeout"
 
@@ -180,7 +181,7 @@ class StoppingError(StableAudioError):
 
 
 class KeysUnavailableError(StableAudioError):
-    """The key file could not be read since the start, so no key can be checked."""
+    """The file of API keys was never readable since the server started, so no key can be checked."""
 
     kind = "unavailable"
 
@@ -232,13 +233,13 @@ class CheckpointError(StableAudioError):
 
 
 class QualityError(StableAudioError):
-    """A loaded model fails the quality gate, so the replica must not serve."""
+    """A loaded model's audio differs too much from its quality report, so the replica must not serve requests."""
 
     kind = "quality"
 
 
 class QualityReportError(StableAudioError):
-    """A stored quality report is missing or cannot be used; the message names it."""
+    """A stored quality report is missing or cannot be used. The message names the report."""
 
     kind = "quality_report"
 
@@ -250,6 +251,6 @@ class StartError(StableAudioError):
 
 
 class ConfigError(StableAudioError):
-    """The settings are invalid; the message names the key."""
+    """The settings are invalid. The message names the key or the environment variable."""
 
     kind = "config"

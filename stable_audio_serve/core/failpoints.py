@@ -1,8 +1,9 @@
 """Named points in the code where tests kill or freeze this process, to prove that no work is lost or done twice.
 
-The environment variable STABLE_AUDIO_FAILPOINTS has comma-separated entries: `name=kill` or `name=stop`. If several
-processes reach `name=kill@<file>`, only the first one acts, and it creates the file. The variable is read when this
-module is imported. Without it a failpoint costs one look-up in an empty mapping.
+The environment variable STABLE_AUDIO_FAILPOINTS has comma-separated entries: `name=kill` or `name=stop` (freeze). With
+`name=kill@<file>`, only the first process that reaches the point is killed, and it creates the file so that the others
+continue. The variable is read when this module is imported. Without it, a failpoint costs one look-up in an empty
+mapping.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class _Action:
 
 
 def _parse(text: str) -> Mapping[str, _Action]:
-    """Return the action of each failpoint. Raises ValueError for an invalid entry."""
+    """Parse the value of the variable: return the action of each failpoint. Raises ValueError for an invalid entry."""
     actions: dict[str, _Action] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, _, action = item.partition("=")
@@ -44,13 +45,13 @@ _actions = _parse(os.environ.get(VARIABLE, ""))
 
 
 def activate(text: str) -> None:
-    """Replace the actions with those in `text`, in the format of the variable. Raises ValueError."""
+    """Replace the actions with those in `text`, which has the format of STABLE_AUDIO_FAILPOINTS. Raises ValueError."""
     global _actions
     _actions = _parse(text)
 
 
 def failpoint(name: Failpoint) -> None:
-    """Kill or freeze this process if `name` has an action."""
+    """Kill or freeze this process if the failpoint `name` has an action. Call this function where the failpoint is."""
     action = _actions.get(name)
     if action is not None and _is_first(action.marker):
         os.kill(os.getpid(), action.signal)

@@ -12,21 +12,21 @@ if TYPE_CHECKING:
 
 
 SEED_LIMIT = 2**63  # seeds are in 0..SEED_LIMIT - 1
-# Time steps of a flow model's edit. even: evenly spaced. scaled: the steps of a full run, scaled by the noise level.
-# reference: as in the original implementation.
+# The denoising times when a flow model edits source audio. even: evenly spaced in log-SNR. scaled: the times of a run
+# from pure noise, multiplied by the noise level. reference: as in the model's original code.
 EditSchedule = Literal["even", "scaled", "reference"]
-# Where the samples of an edit outside its regions come from: the source or the model.
+# When regions of source audio are regenerated: whether the samples outside the regions are the source's or the model's.
 Keep = Literal["source", "model"]
-Role = Literal["init", "inpaint"]  # use of the source audio: init = a variation, inpaint = regenerating regions
-Priority = Literal["interactive", "batch"]  # batch work yields to interactive work but keeps a minimum share
+Role = Literal["init", "inpaint"]  # what source audio is used for: init = a variation, inpaint = regenerating regions
+Priority = Literal["interactive", "batch"]  # interactive requests run first; batch requests keep a minimum share
 
 
 @dataclass(frozen=True, slots=True)
 class SourceAudio:
-    """Input audio: `samples` (C, S) float32, nominally in -1..1, at `sample_rate_hz`.
+    """Input audio: `samples` (channels, samples) float32, nominally in -1..1, at `sample_rate_hz`.
 
-    `sha256` is the hexadecimal digest of the file that the samples were decoded from. It is empty without a file, or if
-    the samples were changed after decoding. Mixing to mono (`is_mixed`) does not count as a change.
+    `sha256` is the hexadecimal digest of the file that the samples were decoded from. It is empty if there is no file,
+    or if the samples were changed after decoding. Mixing to mono, which sets `is_mixed`, does not count as a change.
     """
 
     samples: npt.NDArray[np.float32]
@@ -41,7 +41,10 @@ class SourceAudio:
 
 @dataclass(frozen=True, slots=True)
 class ScheduleShift:
-    """Replaces the model's own shift of time steps. `kind` is logsnr, flux, full or none; `options` parameterize it."""
+    """How a flow model's denoising times are shifted, in place of the model's own shift.
+
+    `kind` is logsnr, flux, full or none. `options` are the parameters of this kind, as names and values.
+    """
 
     kind: str
     options: tuple[tuple[str, float], ...] = ()
@@ -51,19 +54,19 @@ class ScheduleShift:
 class GenerationRequest:
     """A request for `batch_size` variations that differ only in their seed (`seed`, `seed + 1`, ...).
 
-    None selects the model's default, except in three fields. `conditioned_total_s` defaults to the end of the clip,
-    `start_s + duration_s`. `negative_start_s` and `negative_total_s` default to the values of the prompt. `seed` is
-    never "random": the API has drawn it already.
+    A field that is None has the model's default, except three fields. `conditioned_total_s` defaults to the end of the
+    clip, `start_s + duration_s`. `negative_start_s` and `negative_total_s` default to `start_s` and
+    `conditioned_total_s`. If the client wants a random seed, the API draws one and sets `seed`.
 
-    `init_noise_level` is a share of noise in 0..1; with 1 the source has no influence. For samplers that run over sigma
-    it is a sigma instead, and replaces `sigma_max`.
+    `init_noise_level` is the share of noise that is mixed into `init_audio`, in 0..1; with 1 the audio has no
+    influence. For samplers that step over sigma, it is a sigma instead, and replaces `sigma_max`.
     """
 
     prompt: str
     duration_s: float
     seed: int
-    start_s: float = 0.0  # start of the clip in a longer piece, seconds; only for models with this conditioner
-    conditioned_total_s: float | None = None  # length of the longer piece, seconds
+    start_s: float = 0.0  # if the clip is part of a longer recording: its start there, seconds; not used by all models
+    conditioned_total_s: float | None = None  # length of the longer recording, seconds
     negative_prompt: str | None = None
     negative_start_s: float | None = None
     negative_total_s: float | None = None
@@ -74,29 +77,29 @@ class GenerationRequest:
     schedule_shift: ScheduleShift | None = None
     sigma_min: float | None = None
     sigma_max: float | None = None
-    rho: float | None = None  # spacing of the sigmas: 1 = even in ln sigma
+    rho: float | None = None  # spacing of the sampler's sigmas; 1 = evenly spaced in ln sigma
     apg_scale: float | None = None
-    cfg_rescale: float = 0.0  # scale_phi in the reference code, 0..1
+    cfg_rescale: float = 0.0  # in 0..1; called scale_phi in the original code
     cfg_norm_threshold: float = 0.0  # 0 = off
-    cfg_interval: tuple[float, float] = (0.0, 1.0)  # lowest and highest sigma with guidance, inclusive
-    duration_padding_s: float | None = None  # audio generated past the end of the clip and cut off, seconds
+    cfg_interval: tuple[float, float] = (0.0, 1.0)  # guidance applies while sigma is between these two, inclusive
+    duration_padding_s: float | None = None  # seconds of audio that are generated after the clip and cut off
     init_audio: SourceAudio | None = None
     init_noise_level: float = 1.0
     edit_schedule: EditSchedule | None = None  # only for flow models
     inpaint_audio: SourceAudio | None = None
-    inpaint_regions_s: tuple[tuple[float, float], ...] = ()  # [start, end) of each regenerated region, seconds
+    inpaint_regions_s: tuple[tuple[float, float], ...] = ()  # start and end of each region to regenerate, seconds
     keep: Keep = "source"
     chunked_decode: bool | None = None
-    deadline_s: float | None = None  # time budget from submission to audio, seconds
+    deadline_s: float | None = None  # longest time from submission to the finished audio, seconds
     priority: Priority = "interactive"
-    start_within_s: float | None = None  # longest time from submission to the first step, seconds
-    checkpoint: str | None = None  # required hash of the weights (`models.weight_hash`); None = any
+    start_within_s: float | None = None  # longest time from submission to the first denoising step, seconds
+    checkpoint: str | None = None  # hash that the model's weights must have (`models.weight_hash`); None = any
     request_id: str = ""
-    client: str = ""  # the client that sent the request, for fair queues; "" = unknown
+    client: str = ""  # the client that sent the request, so that clients share the queue fairly; "" = unknown
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """The seed of each variation. A request for one variation with this seed gives the same audio."""
+        """The seed of each variation. A request for a single variation with one of these seeds gives the same audio."""
         return tuple((self.seed + index) % SEED_LIMIT for index in range(self.batch_size))
 
 
@@ -105,7 +108,7 @@ Stage = Literal["queued", "encoding", "denoising", "decoding", "done"]
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Progress of a request over all its variations. `fraction` is in 0..1."""
+    """Progress of a request, summed over its variations. `fraction` is in 0..1."""
 
     stage: Stage
     fraction: float
@@ -121,7 +124,8 @@ ProgressCallback = Callable[[Progress], None]
 class StageTimings:
     """Wall time of each stage of one request, in milliseconds; the stages sum to `total_ms` within 2 %.
 
-    `denoise_ms` includes `stalled_ms`, the time in which the request waited for steps of other requests.
+    `denoise_ms` includes `stalled_ms`, the time in which the request waited between its own denoising steps because the
+    device ran steps of other requests.
     """
 
     queue_ms: float = 0.0
@@ -133,15 +137,15 @@ class StageTimings:
     total_ms: float = 0.0
 
 
-Mode = Literal["strict", "fast"]  # strict: a request's bytes do not depend on the other requests in its batch
+Mode = Literal["strict", "fast"]  # strict: the audio's bytes do not depend on the other requests in the same batch
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """Properties of a loaded engine that affect its audio.
 
-    `checkpoint` is the hash from `models.weight_hash`, None if it was not computed. `networks` is a
-    `catalog.NetworkBackend`.
+    `checkpoint` is the hash of the weights from `models.weight_hash`, None if it was not computed. `networks` is a
+    value of `catalog.NetworkBackend`.
     """
 
     checkpoint: str | None = None
@@ -151,12 +155,12 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Software, processor and parameters of a generation. Its exact bytes depend on these and on the request.
+    """Software, processor and parameters of a generation: what the exact bytes depend on, apart from the request.
 
-    `processor` names the CPU's instruction sets or the GPU. `threads` (CPU threads) and `slots` (rows per call) are
-    None if the bytes do not depend on them. `steps` to `edit_schedule` are the request's values, or the model's
-    defaults for unset fields. The model reads the first `prompt_chars` and `negative_prompt_chars` characters of the
-    prompts; None means all.
+    `processor` names the CPU's instruction sets or the GPU. `threads` is the number of CPU threads, `slots` the fixed
+    batch size of the network calls; each is None if the bytes do not depend on it. The fields from `steps` to
+    `edit_schedule` are the request's values, or the model's defaults for values that the request leaves unset.
+    `prompt_chars` and `negative_prompt_chars` are how many characters of the prompts the model reads; None means all.
     """
 
     version: str  # version of this package
@@ -207,10 +211,11 @@ class DeviceUse:
 
 @dataclass(frozen=True, slots=True)
 class GeneratedSpan:
-    """The samples [start, stop) of an edit, which the model made. Samples outside all spans come from the source.
+    """A part of an edited clip that the model generated: the samples from `start` up to, but not including, `stop`.
 
-    The span fades in and out where it meets the source. `head` and `tail` (C, n) float32 are the model's samples there,
-    without the source. They are empty if there is no fade.
+    Samples outside all spans come from the source audio. Where the span meets source audio, the two are crossfaded.
+    `head` and `tail`, (channels, samples) float32, are the model's samples in the crossfades at the start and the end,
+    before they are mixed with the source. They are empty if there is no crossfade.
     """
 
     start: int
@@ -221,10 +226,10 @@ class GeneratedSpan:
 
 @dataclass(frozen=True, slots=True)
 class GenerationResult:
-    """Generated audio before encoding: one (C, S) float32 array per variation.
+    """Generated audio before it is encoded to a file: one (channels, samples) float32 array per variation.
 
     Full scale is -1..1. Loud clips exceed it, and `audio.peaks` brings them into range when a file is written.
-    `generated` lists the spans that the model made, for each variation. None means that it made all samples.
+    `generated` has the spans of each variation that the model generated. None means that it generated every sample.
     """
 
     audio: tuple[npt.NDArray[np.float32], ...]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import NewType
 
-# The id of a job, unique within its client and contract. The server creates it, or the client chooses it
-# (`JobSpec.id_is_chosen`).
+# The id of a job. It is unique only among the jobs of one client in one contract (the API that the job was submitted
+# with). The server creates the id, or the client chooses it (`JobSpec.id_is_chosen`).
 JobId = NewType("JobId", str)
 
-# The client that an API key belongs to. It owns the jobs submitted with the key. Empty when no keys are configured.
+# The name of the client that an API key belongs to. Jobs belong to the client whose key they were submitted with. The
+# name is empty (NO_CLIENT) if no keys are configured.
 ClientId = NewType("ClientId", str)
 NO_CLIENT = ClientId("")
 

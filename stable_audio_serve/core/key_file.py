@@ -1,7 +1,7 @@
-"""Read and check the API key file: one key per line (`core.keys`), empty lines and `#` comments.
+"""Read and check the file of API keys. It has one key per line in the format of `core.keys.parse_key`.
 
-`api.middleware.key_ring` decides when to read the file again. Error messages never quote a line, because it may contain
-a plain key by mistake.
+Empty lines and `#` comments are allowed. `api.middleware.key_ring` decides when to read the file again. Error messages
+never quote a line of the file, because the line may contain a key in plain text by mistake.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ _MAX_BYTES = 16_777_216
 
 
 def load_key_file(path: str) -> tuple[bytes, tuple[ApiKey, ...]]:
-    """Return the file's content and its keys in order. Raises OSError, and ValueError if the content is invalid."""
+    """Return the content of the key file, and the keys in it, in the order of their lines.
+
+    Raises OSError if the file cannot be read, and ValueError if its content is invalid.
+    """
     data = read_key_file(path)
     return data, parse_key_file(data)
 
 
 def read_key_file(path: str) -> bytes:
-    """Return the file's content. Raises OSError, and ValueError if it is not a regular file or is too large."""
-    # O_NONBLOCK, because otherwise opening a pipe would wait for a writer.
+    """Return the content of the key file. Raises OSError, and ValueError if it is no regular file or is too large."""
+    # O_NONBLOCK: if the path is a named pipe, opening it would otherwise block until another process writes to it.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise ValueError("it is not a regular file")
@@ -36,8 +39,8 @@ def read_key_file(path: str) -> bytes:
 def parse_key_file(data: bytes) -> tuple[ApiKey, ...]:
     """Return the keys in the content of a key file. Raises ValueError that names the invalid line.
 
-    An empty file is invalid, because most likely another program is writing it. A file with only a comment is valid and
-    contains no key.
+    An empty file is invalid, because most likely another program has just opened it to write it. A file that has only
+    a comment is valid and contains no key.
     """
     if not data:
         raise ValueError("it is empty")
@@ -66,10 +69,10 @@ def parse_key_file(data: bytes) -> tuple[ApiKey, ...]:
 
 
 def merge_keys(configured: Sequence[ApiKey], listed: Sequence[ApiKey]) -> dict[str, ApiKey]:
-    """Return the keys of the settings (`configured`) and of the file (`listed`) by digest.
+    """Return the API keys of the settings (`configured`) and of the key file (`listed`), by the keys' digests.
 
-    If both contain a key, the entry of the file is used. Limits in the file also apply to keys of the settings with the
-    same client name.
+    A key that both contain is taken from the file. A client's limits in the file also apply to the client's keys in the
+    settings.
     """
     limits = {key.client: key.limits for key in listed}
     own = [ApiKey(key.client, key.digest, key.scopes, limits.get(key.client, key.limits)) for key in configured]

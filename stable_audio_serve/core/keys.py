@@ -1,6 +1,6 @@
-"""Create API keys, and read and write the lines that describe them: hash, client, scopes and limits.
+"""Create API keys, and read and write the text lines that describe them in settings and key files.
 
-A line contains the SHA-256 of a key, never the key itself.
+A line contains a key's SHA-256 (never the key itself), client, scopes and limits.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MAX_CONCURRENCY = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class KeyLimits:
-    """The limits of one client; None means no limit. All keys with the same client name share them."""
+    """The limits of one client. None means no limit. All keys of the client together are held to these limits."""
 
     audio_seconds_per_minute: float | None = None
     concurrency: int | None = None
@@ -49,7 +49,7 @@ class ApiKey:
 
     @property
     def label(self) -> str:
-        """The client's name in logs and metrics, "unnamed" for a key without a name."""
+        """The client's name in logs and metrics, or "unnamed" if the key was configured without a name."""
         return "unnamed" if _UNNAMED.fullmatch(self.client) else self.client
 
     def may(self, scopes: Iterable[Scope]) -> bool:
@@ -57,16 +57,17 @@ class ApiKey:
         return not self.scopes.isdisjoint(scopes)
 
 
-# Stands for the key of every request if no keys are configured. It does not have the scope admin.
+# If no keys are configured, every request is treated as if it had this key, which does not have the scope admin.
 ANYBODY = ApiKey(NO_CLIENT, "")
 
 
 def parse_key(text: str) -> ApiKey:
-    """Parse a line: `digest` or `name:digest`, then any of `scope=`, `audio-seconds-per-minute=` and `concurrency=`.
+    """Parse a line of the key file: `digest` or `name:digest`, then options.
 
-    The options may be in any order and are separated by spaces. Without a name, the first digits of the digest are the
-    client's name. Raises ValueError for any other text, and for a name that looks like such digits. Its message does
-    not quote the text, because that may be a plain key by mistake.
+    The options are `scope=`, `audio-seconds-per-minute=` and `concurrency=`, in any order, separated by spaces. Without
+    a name, the client's name is the first 16 digits of the digest. Therefore a name must not consist of 16 hexadecimal
+    digits. Raises ValueError for an invalid line. Its message does not quote the line, because the line may contain a
+    key in plain text by mistake.
     """
     entry, *words = text.split()
     options: dict[str, str] = {}
@@ -87,13 +88,13 @@ def parse_key(text: str) -> ApiKey:
 
 
 def parse_key_hash(text: str) -> ApiKey:
-    """Parse `digest` or `name:digest` from the settings, without options. Raises ValueError like `parse_key`."""
+    """Parse an entry of the setting `api.key_hashes`: `digest` or `name:digest`. Raises ValueError like `parse_key`."""
     client, digest = _parse_entry(text)
     return ApiKey(client, digest)
 
 
 def parse_scopes(words: Iterable[str]) -> frozenset[Scope]:
-    """Return the scopes with these names. Raises ValueError for an unknown name, and without any name."""
+    """Return the scopes with these names. Raises ValueError for an unknown name, and if there are no names."""
     found = {word.strip() for word in words}
     if not found or not found <= set(SCOPES):
         raise ValueError(f"scope must be one or several of {', '.join(SCOPES)}, separated by commas")
@@ -101,7 +102,10 @@ def parse_scopes(words: Iterable[str]) -> frozenset[Scope]:
 
 
 def format_key(key: ApiKey, *, is_named: bool = True) -> str:
-    """Return the line that `parse_key` reads. Values that equal the defaults are left out."""
+    """Return the line from which `parse_key` reads this key. Values that equal the defaults are left out.
+
+    If `is_named` is false, the line has no client name.
+    """
     words = [f"{key.client}:{key.digest}" if is_named else key.digest]
     if key.scopes != DEFAULT_SCOPES:
         words.append(f"scope={','.join(scope for scope in SCOPES if scope in key.scopes)}")
@@ -113,7 +117,10 @@ def format_key(key: ApiKey, *, is_named: bool = True) -> str:
 
 
 def make_key() -> str:
-    """Return a new key of 256 random bits. So many cannot be guessed from the SHA-256, and no slower hash is needed."""
+    """Return a new key of 256 random bits.
+
+    So many bits cannot be found by trial from the key's SHA-256. Therefore a slow password hash is not needed.
+    """
     return _PREFIX + secrets.token_urlsafe(32)
 
 

@@ -1,6 +1,7 @@
-"""Declarations of all metrics, and the interface of metric sinks. A sink in `serving` exports them as Ray's metrics.
+"""Declarations of all metrics, and the interface of metric sinks, the objects that receive the metrics' values.
 
-docs/metrics.md is generated from these declarations. Sinks raise an error for an undeclared name.
+The sink in `serving` exports the values as Ray metrics. Sinks raise an error for a name that is not declared here.
+docs/metrics.md is generated from the declarations.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ Kind = Literal["counter", "gauge", "histogram"]
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One metric. `labels` are the names of its labels. A healthy server may never export a metric with `is_rare`.
+    """One metric. `labels` are the names of its labels. `is_rare` means that a healthy server may never export it.
 
-    Code in the engine does not set the label `model`, because the engine's sink adds it.
+    Code in the engine does not set the label `model`, because the engine's sink adds that label.
     """
 
     name: str
@@ -159,7 +160,10 @@ METRICS = {metric.name: metric for group in GROUPS.values() for metric in group}
 
 
 def declared(name: str, kind: Kind, *, labels: Iterable[str]) -> Metric:
-    """Return the declaration of a metric. Raises ValueError when the name, the kind or a label does not match it."""
+    """Return the declaration of the metric `name`.
+
+    Raises ValueError if there is none, or if the declaration has another kind or lacks one of `labels`.
+    """
     metric = METRICS.get(name)
     if metric is None:
         raise ValueError(f"the metric {name} is not declared")
@@ -171,14 +175,14 @@ def declared(name: str, kind: Kind, *, labels: Iterable[str]) -> Metric:
 
 
 class Metrics(Protocol):
-    """A sink for the counters, gauges and histograms that are declared above."""
+    """A sink: receives the values of the counters, gauges and histograms that this module declares."""
 
     def increment(self, name: str, value: float = 1.0, **labels: str) -> None:
         """Add `value` (>= 0) to the counter `name`."""
         ...
 
     def gauge(self, name: str, value: float, **labels: str) -> None:
-        """Set the gauge `name`."""
+        """Set the gauge `name` to `value`."""
         ...
 
     def observe(self, name: str, value: float, **labels: str) -> None:
@@ -187,7 +191,7 @@ class Metrics(Protocol):
 
 
 class NullMetrics:
-    """The default sink. It checks names and labels, and drops the values."""
+    """The default sink. It checks names, kinds and labels, and drops the values."""
 
     def increment(self, name: str, value: float = 1.0, **labels: str) -> None:
         declared(name, "counter", labels=labels)
@@ -200,14 +204,17 @@ class NullMetrics:
 
 
 class QuietMetrics:
-    """Drops counters and histograms until `open` is called, so that warm-up runs do not count as requests."""
+    """A sink that passes values to another sink, but drops those of counters and histograms until `open` is called.
+
+    Before that, warm-up runs would count as requests.
+    """
 
     def __init__(self, sink: Metrics) -> None:
         self._sink = sink
         self._is_open = False
 
     def open(self) -> None:
-        """Pass all later values to the wrapped sink."""
+        """Pass all values to the wrapped sink from now on."""
         self._is_open = True
 
     def increment(self, name: str, value: float = 1.0, **labels: str) -> None:
@@ -216,7 +223,7 @@ class QuietMetrics:
             self._sink.increment(name, value, **labels)
 
     def gauge(self, name: str, value: float, **labels: str) -> None:
-        """Set the gauge `name`."""
+        """Set the gauge `name` to `value`. Gauges are passed on even before `open` is called."""
         self._sink.gauge(name, value, **labels)
 
     def observe(self, name: str, value: float, **labels: str) -> None:
@@ -226,7 +233,7 @@ class QuietMetrics:
 
 
 class Level:
-    """A gauge that starts at zero and counts up and down, such as the number of open streams. Not thread-safe."""
+    """A gauge that counts up and down from zero, such as the number of open streams. Not thread-safe."""
 
     def __init__(self, metrics: Metrics, name: str) -> None:
         self._metrics = metrics

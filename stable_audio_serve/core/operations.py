@@ -13,10 +13,11 @@ DrainState = Literal["no", "draining", "drained"]
 
 @dataclass(frozen=True, slots=True)
 class ReplicaReport:
-    """The last report of one replica, `age_s` seconds old. Values that it did not report are None.
+    """The last report of one replica, `age_s` seconds old. Values that the replica did not report are None.
 
-    `backlog_s` is the predicted device time of unfinished work. `rows_per_step` is the mean of the last ten seconds.
-    `finished_per_minute` is the number of requests that finished in the minute before the report.
+    `in_flight` is the number of unfinished requests, and `backlog_s` their predicted device time. `rows_per_step` is
+    the mean number of variations in a denoising step over the last ten seconds. `finished_per_minute` is the number of
+    requests that finished in the minute before the report.
     """
 
     id: str
@@ -31,7 +32,7 @@ class ReplicaReport:
 
 @dataclass(frozen=True, slots=True)
 class ModelReport:
-    """The replicas of one model. `is_kept` is true if an operator keeps the model loaded.
+    """The replicas of one model, and its waiting jobs. `is_kept` is true if an operator keeps the model loaded.
 
     `waiting_jobs_s` is the predicted device time of the model's waiting jobs in the job database; None = unknown.
     """
@@ -44,7 +45,10 @@ class ModelReport:
 
 @dataclass(frozen=True, slots=True)
 class DrainReport:
-    """Whether the server drains, and the numbers of its unfinished requests and leased jobs; None = unknown."""
+    """Whether the server is draining, which means that it finishes its work and accepts no more.
+
+    `num_requests` is the number of unfinished requests, `num_jobs` the number of running jobs; None = unknown.
+    """
 
     state: DrainState = "no"
     num_requests: int | None = 0
@@ -53,7 +57,10 @@ class DrainReport:
 
 @dataclass(frozen=True, slots=True)
 class ServerReport:
-    """The models by canonical name, as they were `age_s` seconds ago. `reason` explains an old or incomplete report."""
+    """The state of the server `age_s` seconds ago. `models` is by canonical name.
+
+    If the report is old or incomplete, `reason` says why.
+    """
 
     models: Mapping[str, ModelReport]
     drain: DrainReport = field(default_factory=DrainReport)
@@ -62,10 +69,10 @@ class ServerReport:
 
 
 class Operations(Protocol):
-    """What operators can request of a server. Every method returns within a few seconds."""
+    """The requests that operators can send to a server. Every method returns within a few seconds."""
 
     async def report(self) -> ServerReport:
-        """Return the state of the server, about a second old. Calls within a second share one query."""
+        """Return the state of the server. It may be a second old, because calls within a second share one query."""
         ...
 
     async def keep(self, model: str) -> None:

@@ -1,7 +1,7 @@
 """Predict the device time of a request, for code that has no engine: the router and the job queue.
 
-Engines measure and publish the prices. An engine's own predictions are more precise, because they include its queue and
-its batches.
+The prediction uses prices, which engines measure and publish. An engine's own predictions are more precise, because
+they take its queue and its batches into account.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from typing import Protocol
 
 from stable_audio_serve.core.generation import GenerationRequest
 
-# Network evaluations per step of each sampler. The last step may need fewer. Samplers not listed here need one.
+# Network evaluations per denoising step of each sampler. The last step may need fewer. Samplers that are not listed
+# need one evaluation per step.
 EVALUATIONS_PER_STEP: Mapping[str, int] = {"rk4": 4, "k-heun": 2, "k-dpm-2": 2, "k-dpmpp-2s-ancestral": 2}
 
 
 class Defaults(Protocol):
-    """A model's default steps and guidance. `ModelCard` and `Prices` have them."""
+    """A model's default steps and guidance scale. `ModelCard` and `Prices` implement this protocol."""
 
     @property
     def default_steps(self) -> int: ...
@@ -27,11 +28,11 @@ class Defaults(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class WorkSize:
-    """The quantities that device time depends on. The size of several requests is the sum of their sizes.
+    """The quantities that a request's device time depends on. The size of several requests is the sum of their sizes.
 
     `rows` is the number of variations. `evaluations` is the number of network evaluations: rows x steps x the sampler's
-    evaluations per step, and twice as many with guidance. `evaluated_s` is evaluations x seconds of audio. `audio_s` is
-    the seconds of decoded audio.
+    evaluations per step, and twice as many with guidance. `evaluated_s` is evaluations x the clip's length in seconds.
+    `audio_s` is rows x the clip's length in seconds.
     """
 
     rows: float = 0.0
@@ -52,9 +53,9 @@ class WorkSize:
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """Milliseconds of device time per unit of work, on an engine with full batches.
+    """The prices of one model: milliseconds of device time per unit of each quantity in `WorkSize`, with full batches.
 
-    Requests without steps or guidance use the model's `default_steps` and `default_cfg_scale`.
+    `default_steps` and `default_cfg_scale` are the model's values for requests that leave them unset.
     """
 
     row_ms: float
@@ -65,7 +66,7 @@ class Prices:
     default_cfg_scale: float = 1.0
 
     def of(self, size: WorkSize) -> float:
-        """Return the predicted device time of work of this size, milliseconds."""
+        """Return the predicted device time of work of this size, in milliseconds."""
         return (
             self.row_ms * size.rows
             + self.evaluation_ms * size.evaluations
@@ -74,7 +75,7 @@ class Prices:
         )
 
     def of_request(self, request: GenerationRequest) -> float:
-        """Return the predicted device time of one request, milliseconds."""
+        """Return the predicted device time of one request, in milliseconds."""
         return self.of(WorkSize.of(request, model=self))
 
     def to_dict(self) -> dict[str, float]:
@@ -83,5 +84,5 @@ class Prices:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, float]) -> Prices:
-        """Return the object whose `to_dict` is `values`. Ignores unknown names. Raises KeyError for a missing name."""
+        """Return the prices whose `to_dict` is `values`. Ignores unknown names. Raises KeyError for missing names."""
         return cls(**{field.name: values[field.name] for field in fields(cls)})  # type: ignore[arg-type]

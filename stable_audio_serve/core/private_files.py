@@ -1,6 +1,7 @@
 """Create folders and files that only their owner can use, whatever the process's umask is.
 
-Files have their mode from the start. If it were changed after their creation, other users could open them in between.
+A file is created with its final permissions. If the permissions were changed after the creation, other users could open
+the file in between.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 
 
 def make_private_folder(folder: Path) -> None:
-    """Create the folder and its missing parents. Existing folders stay unchanged. Raises OSError."""
+    """Create a folder and its missing parents for their owner only. Existing folders stay unchanged. Raises OSError."""
     if folder.is_dir():
         return
     make_private_folder(folder.parent)
@@ -19,7 +20,10 @@ def make_private_folder(folder: Path) -> None:
 
 
 def open_private(path: str | os.PathLike[str], flags: int) -> int:
-    """Open a file that is private if it is created. Pass this function to `open` as `opener`. Raises OSError."""
+    """Open a file. If it does not exist and `flags` create it, only its owner can read and write it. Raises OSError.
+
+    Pass this function to the built-in `open` as `opener`.
+    """
     return os.open(path, flags, 0o600)
 
 
@@ -30,5 +34,6 @@ def require_own_folder(folder: Path) -> None:
         raise PermissionError(f"{folder} belongs to or can be changed by another user")
     for parent in folder.resolve().parents:
         mode = parent.stat().st_mode
-        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:  # without the sticky bit any user can replace the folder
+        # In a parent folder that everyone can write to, everyone can rename its entries, unless the sticky bit is set.
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
             raise PermissionError(f"every user can write to {parent}")

@@ -1,4 +1,4 @@
-"""Detect features of this machine's CPU from Linux's `/proc/cpuinfo`. The functions return False on other systems."""
+"""Detect features of this machine's CPU from Linux's `/proc/cpuinfo`. On other systems the functions return False."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def has_native_bfloat16(facts: Path = CPU_FACTS) -> bool:
 
 
 def has_matrix_bfloat16(facts: Path = CPU_FACTS) -> bool:
-    """Whether the CPU has AMX instructions, with which bfloat16 is many times as fast as float32."""
+    """Whether the CPU has AMX instructions. With them, bfloat16 matrix products are many times as fast as float32."""
     return _MATRIX_FLAG in _read_flags(facts)
 
 
@@ -30,7 +30,7 @@ def _read_flags(facts: Path) -> list[str]:
 
 
 def _read(facts: Path, name: str) -> list[str]:
-    """Return the words of an entry for the first CPU, none if the file or the entry does not exist."""
+    """Return the words of the entry `name` for the first CPU, or an empty list if the file or the entry is missing."""
     try:
         lines = facts.read_text().splitlines()
     except OSError:

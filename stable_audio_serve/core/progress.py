@@ -1,4 +1,4 @@
-"""Reduce the number of progress reports for slow receivers: another process, or a database."""
+"""Limit how often progress is reported to slow receivers, such as another process or a database."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ Report = TypeVar("Report", bound=_Staged)
 
 
 class ProgressFeed(Generic[Report]):
-    """Yields the first report of each stage immediately, and after that the latest report every `interval_s` seconds.
+    """An async iterator over the progress reports that are added with `put`. It leaves out some of them.
 
-    Use a feed on one event loop only.
+    Yields the first report of each stage immediately, and after that the latest report every `interval_s` seconds. Use
+    a feed on one event loop only.
     """
 
     def __init__(self, interval_s: float, *, clock: Clock = SystemClock()) -> None:
         self._interval_s = interval_s
         self._clock = clock
-        self._pending: deque[Report] = deque()  # at most one report per stage: the latest
+        self._pending: deque[Report] = deque()  # the reports to yield; of each stage only the latest report
         self._changed = asyncio.Event()
         self._is_closed = False
 
@@ -60,7 +61,10 @@ class ProgressFeed(Generic[Report]):
                     await self._changed.wait()
 
     def _wait_s(self, stage: str, due_at: float) -> float | None:
-        """Return the seconds until the next report may be yielded, or None if none is pending."""
+        """Return the seconds until the next report may be yielded, or None if no report is pending.
+
+        `stage` is the stage of the last report. The next one of the same stage may be yielded at `due_at`.
+        """
         if not self._pending:
             return None
         if self._is_closed or len(self._pending) > 1 or self._pending[0].stage != stage:

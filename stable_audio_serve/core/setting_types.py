@@ -1,4 +1,4 @@
-"""Types of single settings: their format, bounds and parsing, and which parts are hidden when settings are shown."""
+"""Types of single settings: how their values are parsed and checked, and which parts are hidden when they are shown."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Delay = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 def _form(pattern: str, words: str) -> AfterValidator:
-    """Return a validator for text that matches all of `pattern`. Its error says "must be" and `words`."""
+    """Return a validator that accepts text if all of it matches `pattern`. Its error is "must be", then `words`."""
 
     def check(text: str) -> str:
         if re.fullmatch(pattern, text) is None:
@@ -58,7 +58,7 @@ FileName = Annotated[str, _form(r"[^\x00]+", "a file's path")]
 
 
 def _without_secrets(url: str | None) -> str | None:
-    """Return a URL without user, password and query. A query may contain passwords too."""
+    """Return a URL without its user, password and query. The query is removed because it may contain a password too."""
     if url is None:
         return None
     scheme, separator, rest = url.partition("://")
@@ -75,7 +75,7 @@ def split_commas(value: object) -> object:
 
 
 def trim_prefix(prefix: str) -> str:
-    """Remove leading and trailing slashes from a key prefix. Raises ValueError if it cannot be part of a link."""
+    """Remove leading and trailing slashes from a prefix of S3 keys. Raises ValueError for parts named `.` or `..`."""
     trimmed = prefix.strip("/")
     if {".", ".."} & set(trimmed.split("/")):
         raise ValueError("must not have . or .. between slashes, because clients remove these from links")
@@ -83,7 +83,7 @@ def trim_prefix(prefix: str) -> str:
 
 
 def check_key_hashes(texts: tuple[str, ...]) -> tuple[str, ...]:
-    """Return `texts`. Raises ValueError for an entry that is not a key hash or that appears twice."""
+    """Return `texts` unchanged. Raises ValueError if an entry is not the hash of an API key, or appears twice."""
     digests = [parse_key_hash(text).digest for text in texts]
     for number, digest in enumerate(digests, start=1):
         if (first := digests.index(digest) + 1) < number:
@@ -92,7 +92,7 @@ def check_key_hashes(texts: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def check_signing_secret(secret: SecretStr) -> SecretStr:
-    """Return `secret`. Raises ValueError unless it is a Standard Webhooks secret."""
+    """Return `secret` unchanged. Raises ValueError unless it has the format of a Standard Webhooks signing secret."""
     try:
         key = base64.b64decode(secret.get_secret_value().removeprefix("whsec_"), validate=True)
     except binascii.Error:

@@ -42,7 +42,7 @@ __all__ = [
 
 
 class Settings(Section):
-    """All settings. The application `args:` in serve_config.yaml have this shape."""
+    """All settings. The `args:` of the application in serve_config.yaml have the same structure."""
 
     models: tuple[ModelSettings, ...] = Field(
         (ModelSettings(name="small-sfx"), ModelSettings(name="small-music"), ModelSettings(name="medium")),
@@ -76,7 +76,7 @@ class Settings(Section):
 
     @property
     def hub_token(self) -> str | None:
-        """Return `hf_token` in plain text, for downloads."""
+        """`hf_token` in plain text, for downloads from Hugging Face. None if it is not set."""
         return self.hf_token.get_secret_value() if self.hf_token else None
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Settings of HTTP requests: limits, ingress, proxy, metrics, dialects and processing of finished clips."""
+"""Settings of the HTTP server: request limits, ingress, proxy, metrics, dialects and processing of finished clips."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from stable_audio_serve.core.setting_types import (
 from stable_audio_serve.core.settings_section import Section
 from stable_audio_serve.core.sound import Peaks
 
-_MOST_STEPS = 50  # the limit of the servers whose API the native API follows
+_MOST_STEPS = 50  # default of `max_steps`, as in the servers whose API the native API follows
 
 
 class ApiSettings(Section):
@@ -75,7 +75,7 @@ class ApiSettings(Section):
     )
 
     def most_steps(self, default_steps: int) -> int:
-        """Return the step limit of the native API for a model with this default."""
+        """Return the largest number of steps that the native API accepts for a model with this default."""
         return max(_MOST_STEPS, default_steps) if self.max_steps is None else self.max_steps
 
     @property
@@ -95,7 +95,7 @@ class AudioSettings(Section):
 
 
 class IngressSettings(Section):
-    """The HTTP deployment: number of processes and concurrency."""
+    """The Ray Serve deployment that answers HTTP requests: number of processes and concurrency."""
 
     replicas: int = Field(1, ge=1, description="Ingress processes; use two or more in production.")
     num_cpus: float = Field(0.0, ge=0, allow_inf_nan=False, description="CPU cores Ray reserves per process.")
@@ -103,7 +103,10 @@ class IngressSettings(Section):
 
 
 class ProxySettings(Section):
-    """HAProxy in front of the ingress, started by `stable-audio-serve serve`. Clusters set its variables instead."""
+    """The HAProxy that `stable-audio-serve serve` starts in front of the HTTP deployment.
+
+    On a cluster, these settings have no effect: set the environment variables of docs/deploy.md for each Ray process.
+    """
 
     kind: ProxyKind = Field("auto", description="Proxy that accepts connections; auto = HAProxy where it runs.")
     header_timeout_s: Seconds = Field(
@@ -127,7 +130,7 @@ class MetricsSettings(Section):
 
 
 class DialectSettings(Section):
-    """The foreign dialects."""
+    """The foreign dialects: HTTP APIs of other servers that this server offers too."""
 
     model: ModelName | None = Field(
         None,

@@ -1,4 +1,7 @@
-"""Error messages for invalid settings: Pydantic's message for a value, and the valid keys for an unknown key."""
+"""Error messages for invalid settings.
+
+For an invalid value the message is Pydantic's. For an unknown key it suggests a similar key or lists the valid keys.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,16 @@ Path = tuple[str, ...]
 
 
 def faults(error: ValidationError, *, is_secret: Callable[[Path], bool] = lambda path: False) -> dict[Path, str]:
-    """Return Pydantic's messages by path, except those for unknown keys. Messages for secret paths show no value."""
+    """Return Pydantic's error messages by the path of the setting, except those about unknown keys.
+
+    A message shows the invalid value, unless `is_secret` returns True for the path.
+    """
     items = error.errors(include_url=False)
     parents = {item["loc"][:end] for item in items for end in range(len(item["loc"]))}
     found: dict[Path, str] = {}
     for item in items:
-        # Pydantic drops invalid entries of a list and may then report that the list is too short. Skip such errors.
+        # Also skip errors of a list that has an invalid entry. Pydantic drops the entry, and may then report that the
+        # list is too short.
         if item["type"] == "extra_forbidden" or item["loc"] in parents:
             continue
         path, message = tuple(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")
@@ -30,7 +37,7 @@ def faults(error: ValidationError, *, is_secret: Callable[[Path], bool] = lambda
 def unknown_keys(value: object, model: type[BaseModel], *, path: Path = ()) -> Iterator[tuple[Path, str]]:
     """Yield the path of each key in `value` that is not a field of `model`, with an error message.
 
-    Also checks models that allow extra keys. A field that is a plain mapping may have any keys.
+    A model's extra keys are yielded even if the model allows them. Keys inside a field that is a plain mapping are not.
     """
     if isinstance(value, list | tuple):
         for index, item in enumerate(value):

@@ -1,4 +1,4 @@
-"""Settings of durable jobs: the queue and the storage of their files."""
+"""Settings of durable jobs: the job queue, and the storage of the jobs' files."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from stable_audio_serve.core.settings_section import Section
 
 
 class ReplicaSettings(Section):
-    """Number of a model's replicas and when it changes (docs/operations.md)."""
+    """How many replicas a model has, and when replicas are added and removed (docs/operations.md)."""
 
     min_replicas: int | None = Field(
         None, ge=0, description="Fewest replicas; unset = 1 for preloaded models, 0 for others."
@@ -43,13 +43,13 @@ class ReplicaSettings(Section):
 
 
 class QualityGateSettings(Section):
-    """The quality check of new replicas (docs/operations.md)."""
+    """The quality gate: the check of a new replica's audio before it serves requests (docs/operations.md)."""
 
     enabled: bool = Field(True, description="Whether new replicas must pass the gate.")
 
 
 class EngineSettings(Section):
-    """How one replica shares its device among requests; the defaults suit most."""
+    """How one replica shares its device among requests. The defaults suit most servers."""
 
     max_step_tokens: int = Field(
         16_384, ge=64, le=1_048_576, description="Most latent frames per denoising step, summed over its rows."

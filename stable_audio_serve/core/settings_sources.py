@@ -1,6 +1,7 @@
-"""Build the settings from the defaults, the config file, `.env` and the environment. Later sources win.
+"""Build the settings from the defaults, the config file, `.env` and the environment.
 
-Every failure is a ConfigError that names the key or the variable.
+A value in a later source of this list overrides the value in an earlier one. Every failure is a ConfigError that names
+the key or the environment variable.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from stable_audio_serve.core.keys import hash_key, parse_key_hash
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.core.settings_errors import faults, nearest, unknown_keys
 
-# The variables of each setting. If several variables of a setting are set, the first one is used.
+# The environment variables of each setting. If several variables of the same setting are set, the first one is used.
 VARIABLES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("default_model",): ("STABLE_AUDIO_DEFAULT_MODEL", "STABLE_AUDIO_MODEL"),
     ("preload_models",): ("STABLE_AUDIO_PRELOAD_MODELS",),
@@ -54,11 +55,12 @@ VARIABLES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("storage", "presigned_url_expires_s"): ("STABLE_AUDIO_PRESIGNED_URL_EXPIRES",),
 }
 
-# Pairs of access key and secret. The first complete pair is used. A session token belongs to the AWS pair.
+# Variables for the S3 access key and its secret. The first pair of which both are set is used. The session token is
+# used only with the AWS pair.
 _ACCESS_KEYS = (("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), ("R2_ACCESS_KEY_ID", "R2_SECRET_ACCESS_KEY"))
 _SESSION_TOKEN = "AWS_SESSION_TOKEN"
 
-# Users of vLLM set an API key in plain text in this variable. The settings keep only its hash.
+# vLLM's variable for an API key in plain text, accepted here too. The settings keep only the key's hash.
 _PLAIN_KEY = "VLLM_API_KEY"
 
 _SECRET = (
@@ -72,11 +74,12 @@ _SECRET = (
     ("storage", "endpoint_url"),
 )
 
-# Variables with our prefix that other code reads. All others with the prefix are refused, except variables that
-# Docker and Kubernetes set for a service called "stable-audio" (`_SERVICE_LINK`).
+# Variables with our prefix that are not settings, but that other code of this project reads. Any further variable with
+# the prefix is an error, except those that Docker and Kubernetes set for a service called "stable-audio"
+# (`_SERVICE_LINK`).
 _PREFIX = "STABLE_AUDIO_"
 _OTHER_VARIABLES = (
-    "STABLE_AUDIO_URL",  # for clients, as is the next
+    "STABLE_AUDIO_URL",
     "STABLE_AUDIO_API_KEY",
     "STABLE_AUDIO_PROXY_HOST",
     "STABLE_AUDIO_PROXY_BINARY",
@@ -84,7 +87,7 @@ _OTHER_VARIABLES = (
 )
 _SERVICE_LINK = re.compile(r"_SERVICE_HOST|_SERVICE_PORT(_\w+)?|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?")
 
-# These variables may be empty: that is a value. All other variables count as unset if they are empty.
+# For these variables, empty text is a value. Any other variable counts as unset if it is empty.
 _EMPTY_MEANS_SOMETHING = frozenset({"STABLE_AUDIO_PRELOAD_MODELS", "STABLE_AUDIO_STORAGE_PREFIX"})
 
 
@@ -96,8 +99,8 @@ def load_settings(
 ) -> Settings:
     """Return the effective settings. Raises ConfigError.
 
-    `args` are the application's `args` in the config file. The search for `.env` starts in `directory` (default: the
-    working directory). Variables of `.env` are added to `environ`, because libraries read them there.
+    `args` are the application's `args` in the config file. The file `.env` is searched in `directory` (default: the
+    working directory) and the folders above. Its variables are added to `environ`, where libraries read them.
     """
     load_environment(environ, directory=directory)
     _refuse_unknown_variables(environ)
@@ -116,9 +119,9 @@ def load_settings(
 
 
 def load_environment(environ: MutableMapping[str, str], *, directory: Path | None = None) -> None:
-    """Add the variables of the nearest `.env`, in `directory` or above, to `environ`. Existing variables stay.
+    """Add the variables of the nearest `.env` file, in `directory` or above, to `environ`. Existing variables stay.
 
-    Also copies HUGGING_FACE_HUB_TOKEN to HF_TOKEN if that is not set. Raises ConfigError.
+    Also copies HUGGING_FACE_HUB_TOKEN to HF_TOKEN if HF_TOKEN is not set. Raises ConfigError if `.env` is unreadable.
     """
     start = (directory or Path.cwd()).absolute()
     path = next((folder / ".env" for folder in (start, *start.parents) if (folder / ".env").is_file()), None)
@@ -163,7 +166,7 @@ def check_model_names(settings: Settings, catalog: ModelCatalog) -> None:
 
 
 def explain_default(settings: Settings, catalog: ModelCatalog, *, environ: Mapping[str, str] = os.environ) -> str:
-    """Return the reason why the default model is the default: the setting that names it, or its place in `models`."""
+    """Return text on why the default model is the default: the setting that names it, or its place in `models`."""
     variable = _first_set(environ, VARIABLES[("default_model",)])
     if variable is not None:
         return f"named by {variable}"
@@ -175,14 +178,14 @@ def explain_default(settings: Settings, catalog: ModelCatalog, *, environ: Mappi
 
 
 def preloaded_names(settings: Settings, catalog: ModelCatalog) -> tuple[str, ...]:
-    """Return the canonical names of the models to keep loaded: `preload_models`, else the default model."""
+    """Return the canonical names of the models to keep loaded: `preload_models`, or if unset, the default model."""
     if settings.preload_models is None:
         return (catalog.default.name,)
     return tuple(dict.fromkeys(catalog.resolve(name).name for name in settings.preload_models))
 
 
 def least_replicas(name: str, settings: Settings, *, catalog: ModelCatalog) -> int:
-    """Return a model's minimum number of replicas: `min_replicas`, else 1 if the model is preloaded, else 0."""
+    """Return a model's minimum number of replicas: `min_replicas`; if unset, 1 if the model is preloaded, else 0."""
     configured = next((model.replicas.min_replicas for model in settings.models if model.name == name), None)
     return int(name in preloaded_names(settings, catalog)) if configured is None else configured
 
@@ -211,12 +214,15 @@ def _set(tree: dict[str, Any], path: tuple[str, ...], *, value: str) -> None:
     for key in path[:-1]:
         node = node.setdefault(key, {})
         if not isinstance(node, dict):
-            return  # validation reports the error
+            return  # the section is not a mapping, which the validation of the settings will report
     node[path[-1]] = value.strip()
 
 
 def _set_access_key(tree: dict[str, Any], environ: Mapping[str, str]) -> None:
-    """Set access key, secret and session token from the same source, because parts of two keys do not work together."""
+    """Set the S3 access key, its secret and its session token in `tree` from environment variables.
+
+    All three come from the same pair of variables, because the parts of different access keys do not work together.
+    """
     pair = next((pair for pair in _ACCESS_KEYS if all(_is_set(environ, name) for name in pair)), None)
     if pair is None:
         return

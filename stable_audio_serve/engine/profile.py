@@ -82,7 +82,11 @@ def battery(spec: ModelSpec) -> list[GenerationRequest]:
     source = SourceAudio(_tone(longest_s, spec), spec.card.sample_rate_hz)
     first, guided, edited, last = (
         GenerationRequest(
-            prompt=f"self-check {number}", duration_s=share * longest_s, seed=number, steps=_STEPS, duration_padding_s=0.0
+            prompt=f"self-check {number}",
+            duration_s=share * longest_s,
+            seed=number,
+            steps=_STEPS,
+            duration_padding_s=0.0,
         )
         for number, share in enumerate(_LENGTHS)
     )

@@ -1,1 +1,1 @@
-"""Background jobs: their values, store, runners and webhooks. Independent of GPUs and HTTP."""
+"""Background jobs: their data classes, database, runners and webhooks. Independent of GPUs and of the HTTP API."""

@@ -1,4 +1,4 @@
-"""The values of a job, as frozen dataclasses, and its states. Independent of stores."""
+"""The data of a job as frozen dataclasses, and the names of its states. Independent of how jobs are stored."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ Mode = Literal["text-to-audio", "audio-to-audio", "inpainting"]
 
 
 class JobRef(NamedTuple):
-    """Identifies a job. An id alone does not, because clients may choose ids, and each contract has its own ids."""
+    """Identifies a job. The id alone is not unique.
+
+    Clients may choose ids, and each contract (the HTTP API that a job was submitted with) has its own ids.
+    """
 
     contract: Contract
     client: ClientId
@@ -29,44 +32,45 @@ class JobRef(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class JobUpload:
-    """The client's source audio, stored as it was sent. The runner decodes it again."""
+    """The client's source audio, stored as the client sent it. The runner decodes it when it runs the job."""
 
     file: StoredFile
     role: Role
-    max_s: float  # only this many seconds are decoded, as many as the model can use
-    decoded_bytes: int = 0  # memory of the decoded samples
+    max_s: float  # how many seconds are decoded: no more than the model can use
+    decoded_bytes: int = 0  # how much memory the decoded samples take
 
 
 @dataclass(frozen=True, slots=True)
 class JobSpec:
-    """An accepted job. Its source audio is in `upload`, not in `request`.
+    """What an accepted job should do. Its source audio is in `upload`, not in `request`.
 
-    Ids are unique per client and contract. Ids that the client did not choose are unguessable.
+    The id is unique among the jobs of one client in one contract (the HTTP API that the job was submitted with). An id
+    that the server chose cannot be guessed.
     """
 
     id: JobId
     contract: Contract
-    model: str  # canonical name
+    model: str  # the model's canonical name
     mode: Mode
     request: GenerationRequest
-    file_format: str = "wav"  # an `audio.encode.AudioFormat`
-    file_stem: str = "audio"  # several variations become `<stem>-01.<format>`, ... in `<stem>-batch.zip`
+    file_format: str = "wav"  # a value of `audio.encode.AudioFormat`
+    file_stem: str = "audio"  # file name without suffix; several variations are `<stem>-01.wav`, ... in a ZIP file
     peaks: Peaks = "limit"
-    with_manifest: bool = False  # add a manifest to the ZIP
-    with_recipe: bool = False  # add a recipe to the files
-    file_prefix: str = ""  # prefix of the stem in the name offered for download
+    with_manifest: bool = False  # whether the ZIP file contains a manifest
+    with_recipe: bool = False  # whether the audio files contain a recipe
+    file_prefix: str = ""  # is put before the file name that a download suggests
     upload: JobUpload | None = None
-    start_within_s: float | None = None  # if not started by then, the job fails with code `start_timeout`
+    start_within_s: float | None = None  # if the job has not started after this time, it fails with `start_timeout`
     webhook_url: str | None = None
-    client: ClientId = NO_CLIENT  # the owner
-    id_is_chosen: bool = False  # the client chose the id
-    idempotency_key: str | None = None  # unique per client and contract
-    fingerprint: str = ""  # SHA-256 of the request; the same id or key with another fingerprint is a conflict
-    wire: Mapping[str, Any] = field(default_factory=dict)  # fields that the dialect needs for its answers; plain JSON
+    client: ClientId = NO_CLIENT  # the client that the job belongs to
+    id_is_chosen: bool = False  # whether the client chose the id
+    idempotency_key: str | None = None  # unique among the jobs of one client in one contract
+    fingerprint: str = ""  # SHA-256 of the request, to detect another request with the same id or idempotency key
+    wire: Mapping[str, Any] = field(default_factory=dict)  # JSON that only the job's HTTP API needs, for its responses
 
     @property
     def sources(self) -> dict[Role, RecipeSource]:
-        """The upload's checksum by its role, empty without an upload."""
+        """The checksum of the source audio under its role, for the recipe. Empty if there is no source audio."""
         return {self.upload.role: RecipeSource(sha256=self.upload.file.sha256)} if self.upload else {}
 
     @property
@@ -76,7 +80,7 @@ class JobSpec:
 
 @dataclass(frozen=True, slots=True)
 class JobError:
-    """Why a job failed. `message` is safe to show. `code` is a kind from `core.errors`, or `start_timeout`."""
+    """Why a job failed. Clients may see `message`. `code` is a kind from `core.errors`, or `start_timeout`."""
 
     code: str
     message: str
@@ -85,7 +89,7 @@ class JobError:
 
 @dataclass(frozen=True, slots=True)
 class JobResult:
-    """The output of a job. `file_id` is an unguessable name for links that need no key."""
+    """The output of a job. `file_id` is a random id for links with which the file can be downloaded without a key."""
 
     file: StoredFile
     file_id: str
@@ -96,7 +100,10 @@ class JobResult:
 
 @dataclass(frozen=True, slots=True)
 class JobEvent:
-    """An event of a job. `id` counts the job's events. Events with a `message` form the log that the client reads."""
+    """An event of a job. A job's events have the ids 1, 2, ...
+
+    The messages of the events are the job's log, which the client can read.
+    """
 
     id: int
     at: datetime
@@ -108,7 +115,11 @@ class JobEvent:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The lease of a job by a runner. `fence` counts the job's leases; the store refuses writes with an older fence."""
+    """The lease of a job: the runner `owner` may run it until the lease expires.
+
+    `fence` is the number of the job's leases so far (a fencing token). The store refuses writes with an older number,
+    so a runner that has lost its lease cannot change the job.
+    """
 
     owner: str
     fence: int
@@ -116,7 +127,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A snapshot of a job. Times are in UTC and carry the time zone."""
+    """A job as it was stored at one moment. Times are aware datetimes in UTC."""
 
     spec: JobSpec
     state: State
@@ -127,13 +138,14 @@ class Job:
     cancel_requested: bool = False
     stage: str = "queued"
     fraction: float = 0.0
-    eta_s: float | None = None  # predicted time left, seconds, at the last report
-    engine_position: int | None = None  # number of requests before this one, while a running job waits in an engine
-    lease: Lease | None = None  # set while the job runs
-    is_dead_letter: bool = False  # failed through no fault of its own; an operator may retry it
+    eta_s: float | None = None  # predicted seconds until the end, at the time of the last progress report
+    engine_position: int | None = None  # while a running job waits in an engine: number of requests before it
+    lease: Lease | None = None  # is set while the job runs
+    is_dead_letter: bool = False  # whether the job failed because of the server, so that an operator may retry it
     result: JobResult | None = None
     error: JobError | None = None
-    is_readable: bool = True  # False if this version cannot parse the stored spec: `spec` then has only column values
+    # False if this version of the package cannot parse the stored spec. Then `spec` has only values of table columns.
+    is_readable: bool = True
 
     @property
     def is_over(self) -> bool:
@@ -141,7 +153,7 @@ class Job:
 
 
 def host_of(url: str) -> str:
-    """Return the host of a webhook URL in lower case, for the limit per host. Returns '' if it cannot be parsed."""
+    """Return the host of a webhook URL in lower case, to count webhooks by host. Returns '' for an invalid URL."""
     try:
         return (urlsplit(url).hostname or "").rstrip(".")
     except ValueError:

@@ -1,4 +1,7 @@
-"""Opens the stores and the job queue that the settings describe. No other module chooses between implementations."""
+"""Open the job database, the artifact store and the job queue as the settings describe.
+
+Only this module chooses between local files and an S3 bucket, and between SQLite and PostgreSQL.
+"""
 
 from __future__ import annotations
 
@@ -19,36 +22,40 @@ from stable_audio_serve.jobs.store.job_store import JobStore
 
 @dataclass(frozen=True, slots=True)
 class PreparedStores:
-    """The identity of the job database, and a one-line description of where jobs and files are stored."""
+    """The identity of the job database, and a sentence on where jobs and files are stored."""
 
     identity: str
     description: str
 
 
 def check_stores(settings: Settings) -> None:
-    """Raise ConfigError if the stores of these settings cannot be opened. Makes no connection and creates nothing."""
+    """Raise ConfigError if the settings of the job database or of the artifact store are invalid.
+
+    Makes no connection and creates nothing.
+    """
     open_store(settings)
     open_artifacts(settings)
 
 
 def uses_sqlite(settings: Settings) -> bool:
-    """Return True if jobs are in a SQLite file, which only one machine can use. Raises ConfigError."""
+    """Return True if the job database is a SQLite file, which only one machine can use. Raises ConfigError."""
     return open_store(settings).database.is_sqlite
 
 
 def open_store(settings: Settings, *, identity: str | None = None, catalog: ModelCatalog | None = None) -> JobStore:
-    """Return the job store of these settings, not yet connected. Raises ConfigError.
+    """Return the job store of these settings. It connects when it is first used. Raises ConfigError.
 
-    With an `identity` (`PreparedStores.identity`), the store refuses any other database and creates none.
+    If `identity` (`PreparedStores.identity`) is given, the store refuses to use a database with another identity, and
+    creates no database.
     """
     url = database_url(settings.jobs.database_url, Path(settings.output_dir).absolute())
     return JobStore(Database(url, identity=identity), settings.jobs, storage=settings.storage, catalog=catalog)
 
 
 def open_artifacts(settings: Settings, *, is_prepared: bool = False, metrics: Metrics | None = None) -> ArtifactStore:
-    """Return the artifact store of these settings, not yet connected.
+    """Return the artifact store (for audio files) of these settings. It connects when it is first used.
 
-    With `is_prepared` the store does not create a missing folder.
+    If `is_prepared` is true, a missing local folder is an error: the store does not create the folder.
     """
     if settings.storage.bucket is not None:
         return S3Artifacts(settings.storage, metrics=metrics)
@@ -64,7 +71,8 @@ def prepare_stores(settings: Settings) -> PreparedStores:
         store.database.prepare()
         store.database.check_writable()
         identity = store.identity()
-        artifacts.claim(identity)  # claim now: the sweeper spares files older than the claim
+        # Claimed at the start, because the sweeper never deletes files that are older than the claim.
+        artifacts.claim(identity)
     finally:
         store.database.close()
     return PreparedStores(identity, f"jobs are kept in {store.database}, their files in {artifacts}")
@@ -78,6 +86,6 @@ def open_queue(
     wake: Callable[[], None] = lambda: None,
     metrics: Metrics | None = None,
 ) -> JobQueue:
-    """Return the job queue of these settings, not yet connected; see `open_store`. Raises ConfigError."""
+    """Return the job queue of these settings. It connects when first used, see `open_store`. Raises ConfigError."""
     artifacts = open_artifacts(settings, is_prepared=identity is not None, metrics=metrics)
     return JobQueue(open_store(settings, identity=identity, catalog=catalog), artifacts, wake=wake)

@@ -14,14 +14,15 @@ from stable_audio_serve.jobs.store.operator_jobs import OperatorJobs, Unfinished
 
 T = TypeVar("T")
 
-_TIMEOUT_S = 0.8  # seconds to wait for the database before the cached answer is returned
+_TIMEOUT_S = 0.8  # how long a caller waits for the database before it gets the cached answer
 
 
 @dataclass(frozen=True, slots=True)
 class JobsOverview:
-    """Job counts of `age_s` seconds ago; None if unknown. `counts` covers all states and may be older.
+    """Numbers of jobs; None = unknown.
 
-    `reason` says why there are no newer counts.
+    `unfinished` is `age_s` seconds old. `counts` has the number of jobs in each state, and may be older. If there are
+    no newer numbers because the database failed, `reason` is the error.
     """
 
     unfinished: Unfinished | None = None
@@ -31,7 +32,10 @@ class JobsOverview:
 
 
 class JobsWatch:
-    """Counts jobs on demand when the cached counts are old, one query at a time. Use from one event loop."""
+    """Caches the numbers of jobs, and queries the database again when the cached numbers are old.
+
+    Of each kind of query, only one runs at a time. Use the object on one event loop only.
+    """
 
     def __init__(
         self,
@@ -41,27 +45,28 @@ class JobsWatch:
         counts_fresh_s: float = 15.0,
         clock: Clock | None = None,
     ) -> None:
-        """Make no query yet. A result is cached for `fresh_s` seconds, the counts of all states for `counts_fresh_s`.
+        """The numbers of unfinished jobs are cached for `fresh_s` seconds, those by state for `counts_fresh_s` seconds.
 
-        `counts_fresh_s` is longer, because counting all states reads every job.
+        `counts_fresh_s` is longer, because the query for the numbers by state reads every job. The constructor makes no
+        query.
         """
         clock = clock or SystemClock()
         self._unfinished = _CachedQuery(jobs.unfinished, fresh_s=fresh_s, clock=clock)
         self._counts = _CachedQuery(jobs.counts, fresh_s=counts_fresh_s, clock=clock)
 
     async def overview(self) -> JobsOverview:
-        """Return job counts within a second. If the database is slow, they are cached ones."""
+        """Return the numbers of jobs within a second. If the database is slow, they are the cached numbers."""
         await asyncio.gather(self._unfinished.refresh(), self._counts.refresh())
         unfinished, counts = self._unfinished, self._counts
         return JobsOverview(unfinished.answer, counts.answer, unfinished.age_s, unfinished.reason or counts.reason)
 
     async def close(self) -> None:
-        """Wait briefly for a query in progress."""
+        """Wait at most `_TIMEOUT_S` for queries in progress."""
         await asyncio.gather(self._unfinished.wait(), self._counts.wait())
 
 
 class _CachedQuery(Generic[T]):
-    """A blocking database query with its cached answer."""
+    """A blocking database query, and its last answer."""
 
     def __init__(self, query: Callable[[], T], *, fresh_s: float, clock: Clock) -> None:
         self._query = query
@@ -84,7 +89,7 @@ class _CachedQuery(Generic[T]):
             self.reason = "the job database does not answer"
 
     async def wait(self) -> bool:
-        """Wait briefly for a query in progress. Returns False if it is still in progress afterwards."""
+        """Wait at most `_TIMEOUT_S` for a query in progress. Returns False if it is still in progress afterwards."""
         if self._refreshing is None:
             return True
         done, _ = await asyncio.wait({self._refreshing}, timeout=_TIMEOUT_S)

@@ -1,4 +1,4 @@
-"""Async access to jobs and their files for the dialects. Every ingress replica may call every method."""
+"""Async access to jobs and their files, for the HTTP APIs. Every method works in every ingress replica."""
 
 from __future__ import annotations
 
@@ -21,13 +21,17 @@ from stable_audio_serve.jobs.store.job_store import JobStore
 from stable_audio_serve.jobs.watch import StoreWatch
 
 _MOST_DELETIONS_AT_ONCE = 8
-_MOST_PER_TRANSACTION = 32  # one transaction of this size takes about 20 ms
+_MOST_PER_TRANSACTION = 32  # jobs added in one transaction; 32 take about 20 ms
 
 __all__ = ["CancelOutcome", "JobQueue"]
 
 
 class JobQueue:
-    """Jobs for clients. `wake` makes runners look for work; if it fails, they find the job at their next poll."""
+    """Adds, finds and cancels the jobs of clients.
+
+    `wake` is called when there is work for the runners. If the runners are not reached, they find the work at their
+    next poll.
+    """
 
     def __init__(
         self,
@@ -46,18 +50,19 @@ class JobQueue:
         self._submitted: list[tuple[JobSpec, asyncio.Future[Added]]] = []
 
     async def submit(self, spec: JobSpec) -> Job:
-        """Add a job without id or idempotency key of the client, so that it cannot be a repeat. Returns the job."""
+        """Add a job for which the client chose no id and no idempotency key, and return it."""
         return (await self.add(spec)).job
 
     async def add(self, spec: JobSpec) -> Added:
-        """Add a job. Once this returns, the job survives the death of any process.
+        """Add a job. When this method returns, the job is stored, and the death of any process does not lose it.
 
-        A repeated request returns the job that it added first. The upload of a job that is not added is deleted. Raises
-        ConflictError, OverloadedError, QuotaError and StorageError.
+        If the client has sent the same request before (with the same id or idempotency key), returns the job that was
+        added then. The upload of a job that is not added is deleted. Raises ConflictError, OverloadedError, QuotaError
+        and StorageError.
         """
         try:
             added = await self._add(spec)
-        except StorageError:  # the job may have been added, and only the answer was lost
+        except StorageError:  # the job may have been added although the database did not answer: keep its upload
             raise
         except StableAudioError:
             await self.drop(spec)
@@ -69,7 +74,7 @@ class JobQueue:
         return added
 
     async def _add(self, spec: JobSpec) -> Added:
-        """Add the job. One transaction adds all jobs that were submitted during the previous transaction."""
+        """Add the job in a transaction with other jobs: those submitted while the previous transaction ran."""
         future = asyncio.get_running_loop().create_future()
         self._submitted.append((spec, future))
         if self._submitting is None or self._submitting.done():
@@ -85,10 +90,10 @@ class JobQueue:
             outcomes: Sequence[Added | Exception]
             try:
                 outcomes = await asyncio.to_thread(self.store.clients.add_all, [spec for spec, _ in submitted])
-            except Exception as error:  # noqa: BLE001  # raised in every caller
+            except Exception as error:  # noqa: BLE001  # each caller of `_add` raises the error
                 outcomes = [error] * len(submitted)
             for (_, future), outcome in zip(submitted, outcomes, strict=True):
-                if future.done():  # the caller was cancelled
+                if future.done():  # the task that submitted this job was cancelled
                     continue
                 if isinstance(outcome, Exception):
                     future.set_exception(outcome)
@@ -98,12 +103,15 @@ class JobQueue:
     async def list_own(
         self, contract: Contract, client: ClientId, *, state: State | None, cursor: str | None, limit: int
     ) -> Page:
-        """Return a client's jobs, newest first. Raises InvalidRequestError for a cursor that is not this client's."""
+        """Return a page of a client's jobs, newest first.
+
+        Raises InvalidRequestError if `cursor` is not from a page of this client's jobs.
+        """
         find = partial(self.store.clients.list_own, contract, client, state=state, cursor=cursor, limit=limit)
         return await asyncio.to_thread(find)
 
     async def events(self, ref: JobRef, *, after: int = 0) -> tuple[JobEvent, ...]:
-        """Return the job's events after the one with the id `after`."""
+        """Return the job's events with an id above `after`."""
         return await asyncio.to_thread(partial(self.store.clients.events, ref, after=after))
 
     async def get(self, ref: JobRef) -> Job | None:
@@ -111,17 +119,21 @@ class JobQueue:
         return await asyncio.to_thread(self.store.clients.get, ref)
 
     async def find_unguessable(self, contract: Contract, job_id: JobId) -> Job | None:
-        """Return any client's job with this id, unless the client chose the id. For links that need no key."""
+        """Return the job with this id, whichever client it belongs to. For links that need no key.
+
+        Returns None if the job's client chose the id, because others could guess it.
+        """
         return await asyncio.to_thread(self.store.clients.find_unguessable, contract, job_id)
 
     async def position(self, job: Job) -> int:
-        """Return how many jobs of the same model start before this queued job; 0 means that it is next."""
+        """Return how many jobs of the same model will start before this queued job. 0 means that this job is next."""
         return await asyncio.to_thread(self.store.clients.position, job)
 
     async def cancel(self, ref: JobRef) -> tuple[CancelOutcome, Job | None]:
-        """End a waiting job (outcome "removed"), or ask the runner of a running job to stop it (outcome "requested").
+        """Cancel a job. Returns the outcome, and the job as it is afterwards.
 
-        Returns the outcome and the job afterwards.
+        A queued job ends at once (outcome "removed"). For a running job, its runner is asked to stop it (outcome
+        "requested").
         """
         outcome, job = await asyncio.to_thread(self.store.clients.cancel, ref)
         if outcome == "removed" and job is not None:
@@ -131,21 +143,25 @@ class JobQueue:
         return outcome, job
 
     async def forget_dead_letters(self, numbers: Collection[int]) -> Sequence[int]:
-        """Delete dead letters and their uploads. Returns the numbers of the deleted dead letters."""
+        """Delete dead letters (failed jobs that are kept for a retry) and their uploads.
+
+        Dead letters are identified by number. Returns the numbers of the deleted ones.
+        """
         forgotten, keys = await asyncio.to_thread(self.store.dead_letters.delete, numbers)
         for start in range(0, len(keys), _MOST_DELETIONS_AT_ONCE):
             deletions = map(self.artifacts.delete, keys[start : start + _MOST_DELETIONS_AT_ONCE])
-            await asyncio.gather(*deletions, return_exceptions=True)  # the sweeper deletes what remains
+            # If a deletion fails, the sweeper deletes the file later.
+            await asyncio.gather(*deletions, return_exceptions=True)
         return forgotten
 
     async def drop(self, spec: JobSpec) -> None:
-        """Delete the upload of a job that is not added."""
+        """Delete the upload of a job that will not run."""
         if spec.upload is not None:
-            with suppress(StorageError):  # the sweeper deletes it later
+            with suppress(StorageError):  # then the sweeper deletes the file later
                 await self.artifacts.delete(spec.upload.file.key)
 
     async def put_upload(self, chunks: Chunks, *, media_type: str, file_name: str) -> StoredFile:
-        """Store a client's file for a job that will be submitted. Raises StorageError."""
+        """Store source audio that a client sent for a job, before the job is added. Raises StorageError."""
         return await self.artifacts.put(upload_key(), chunks, media_type=media_type, file_name=file_name)
 
     async def publish(
@@ -160,20 +176,20 @@ class JobQueue:
     ) -> tuple[str, StoredFile]:
         """Store a file that anyone with the link can download. Raises StorageError.
 
-        Returns the id in the link, which is `file_id` or else random, and the file.
+        Returns the id that the link contains, and the stored file. The id is `file_id`, or random if that is None.
         """
         file = await self.artifacts.put(file_key(), chunks, media_type=media_type, file_name=file_name)
         file = replace(file, clips=clips, made_on=made_on)
-        # Do not delete the file after an error: it may be published, and only the answer was lost. If it is not, the
-        # sweeper deletes it.
+        # The file is not deleted if `publish` fails, because it may have been published although the database did not
+        # answer. If it was not published, the sweeper deletes it.
         return await asyncio.to_thread(lambda: self.store.files.publish(file, file_id=file_id)), file
 
     async def find_file(self, file_id: str) -> StoredFile | None:
-        """Return a published file, or the finished audio of a job (`JobResult.file_id`)."""
+        """Return the published file, or the audio of a finished job, that has this id; None if there is none."""
         return await asyncio.to_thread(self.store.files.find, file_id)
 
     def read(self, file: StoredFile) -> AsyncGenerator[bytes]:
-        """Return the file in chunks, see `ArtifactStore.read`."""
+        """Return the content of a file in chunks, see `ArtifactStore.read`."""
         return self.artifacts.read(file)
 
     async def close(self) -> None:

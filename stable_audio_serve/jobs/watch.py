@@ -1,4 +1,7 @@
-"""Health of the stores for health checks, cached so that frequent checks do not load the stores."""
+"""The health of the job database and the artifact store, for health checks.
+
+It is cached, so that frequent health checks do not load the stores.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,16 @@ from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.health import Refusals, StoreHealth, health_of
 
-_TIMEOUT_S = 0.8  # seconds to wait for the stores before the cached answer is returned
+_TIMEOUT_S = 0.8  # how long a caller waits for the stores before it gets the cached answer
 _SILENT_AFTER_S = 10.0
 _SILENCE = StoreHealth("unavailable", "the job database does not answer")
 
 
 class StoreWatch:
-    """Checks the stores on demand when the cached answer is old. Use from one event loop."""
+    """Caches the health of the stores, and checks the stores again when the cached health is old.
+
+    Use it on one event loop only.
+    """
 
     def __init__(
         self,
@@ -27,7 +33,10 @@ class StoreWatch:
         fresh_if_bad_s: float = 1.0,
         clock: Clock | None = None,
     ) -> None:
-        """Make no check yet. A result is cached for `fresh_s` seconds, or `fresh_if_bad_s` if a store is down."""
+        """A result is cached for `fresh_s` seconds, or for `fresh_if_bad_s` seconds if a store is down.
+
+        The constructor makes no check.
+        """
         self._database = database
         self._refusals = Refusals(database)
         self._artifacts = artifacts
@@ -40,7 +49,7 @@ class StoreWatch:
         self._checking: asyncio.Task[None] | None = None
 
     async def health(self) -> StoreHealth:
-        """Return the health of the stores within a second. If the stores are slow, it is the cached one."""
+        """Return the health of the stores within a second. If the stores are slow, this is the cached health."""
         fresh_s = self._fresh_s if self._latest.state == "ok" else self._fresh_if_bad_s
         if self._checking is None and self._clock.monotonic() - self._checked_at < fresh_s:
             return self._latest
@@ -69,6 +78,6 @@ class StoreWatch:
         return refusals[0] if refusals else StoreHealth()
 
     async def close(self) -> None:
-        """Wait briefly for a check in progress."""
+        """Wait at most `_TIMEOUT_S` for a check in progress."""
         if self._checking is not None:
             await asyncio.wait({self._checking}, timeout=_TIMEOUT_S)

@@ -1,6 +1,7 @@
 """Start and stop a private Ray cluster on this machine, isolated from any other Ray.
 
-Ray reads its environment variables at import, so each function imports it only when it runs.
+Ray reads environment variables when it is imported. Therefore this module does not import Ray at the top: the functions
+import it when they run, after the variables were set.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ logger = logging.getLogger(__name__)
 
 _MIB = 1024 * 1024
 _REASON_CHARS = 300
-# The longest clip has 134 MiB of float32 samples. The object store holds several such clips, but takes at most half of
-# the free shared memory.
+# Size of Ray's object store, through which replicas send audio. The longest clip has 134 MiB of float32 samples, and
+# the store should hold several. It takes at most half of the free shared memory.
 _OBJECT_STORE_BYTES = 1024 * _MIB
 _OBJECT_STORE_FLOOR_BYTES = 128 * _MIB
-_SERVE_TIMEOUT_S = 3.0  # time for Serve to stop its processes
-_STOP_TIMEOUT_S = 6.5  # time for the whole stop; processes that still run afterwards are killed
+_SERVE_TIMEOUT_S = 3.0  # how long Ray Serve may take to stop its processes
+_STOP_TIMEOUT_S = 6.5  # how long the stop of Ray Serve and Ray may take; processes that still run then are killed
 # Variables that would connect this process to another Ray cluster.
 _FOREIGN_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_NAMESPACE", "RAY_TMPDIR")
 
@@ -38,8 +39,9 @@ _FOREIGN_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN_P
 def private_directory() -> Iterator[Path]:
     """Create a folder that only this user can enter, and remove it when the context ends.
 
-    The name is short, because Ray creates Unix sockets in the folder and their paths are limited to 107 bytes. If this
-    process dies, the guard process kills all processes with an open file in the folder and removes the folder.
+    The folder's name is short, because Ray creates Unix sockets in the folder, and the path of a socket has at most 107
+    bytes. If this process dies, a second process (`guard`) kills all processes that have a file open in the folder, and
+    removes the folder.
     """
     parent = "/tmp" if os.access("/tmp", os.W_OK) else None
     directory = Path(tempfile.mkdtemp(prefix="sas-", dir=parent)).resolve()
@@ -48,9 +50,9 @@ def private_directory() -> Iterator[Path]:
 
 
 def apply_environment(variables: Mapping[str, str], *, defaults: Mapping[str, str]) -> None:
-    """Set Ray's environment variables and remove those that point to another Ray. Call this before importing Ray.
+    """Set `variables` in the environment, and remove Ray's variables that point to another cluster.
 
-    `defaults` apply only where the operator has not set the variable.
+    A variable of `defaults` is set only if it is not set yet. Call this before importing Ray.
     """
     for name in _FOREIGN_VARIABLES:
         os.environ.pop(name, None)
@@ -63,8 +65,9 @@ def embedded_ray(
 ) -> Iterator[int]:
     """Run Ray with its files in `directory` until the context ends. Ray's internal ports require an access token.
 
-    `num_cpus` is the number of cores that Ray schedules with. Yields the port of Ray's metrics: `metrics_port`, or a
-    free port without it. Leaving the context stops Ray Serve and Ray within `_STOP_TIMEOUT_S` seconds.
+    `num_cpus` is the number of CPU cores that Ray may give to its processes. Yields the port of Ray's metrics page:
+    `metrics_port`, or a free port if that is None. At the end of the context, Ray Serve and Ray are stopped within
+    `_STOP_TIMEOUT_S` seconds.
     """
     late_exit_code = 2
     try:
@@ -77,10 +80,11 @@ def embedded_ray(
                 include_dashboard=False,
                 object_store_memory=_object_store_bytes(),
                 logging_level=logging.WARNING,
-                _temp_dir=str(directory / "ray"),  # Ray makes this folder readable for all users
+                # Not `directory` itself: Ray makes this folder readable for all users.
+                _temp_dir=str(directory / "ray"),
                 _metrics_export_port=metrics_port,
             )
-        signals.listen()  # ray.init installs its own SIGTERM handler
+        signals.listen()  # again, because ray.init has replaced the handler of SIGTERM
         (node,) = ray.nodes()
         yield int(node["MetricsExportPort"])
         late_exit_code = 0
@@ -91,19 +95,23 @@ def embedded_ray(
 
 @contextmanager
 def start_errors(what: str) -> Iterator[None]:
-    """Turn any error of Ray into a StartError whose message gives the reason why `what` did not start, and advice."""
+    """Raise StartError in place of any error from Ray. The message says why `what` did not start, and gives advice."""
     try:
         yield
     except StableAudioError:
         raise
-    except Exception as error:  # Ray raises many types, with texts of up to a hundred lines
+    except Exception as error:  # Ray raises many types of error, with messages of up to a hundred lines
         logger.debug("%s did not start", what, exc_info=True)
         reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__).rstrip(".")
         raise StartError(f"{what} did not start: {reason[:_REASON_CHARS]}; {start_advice(load_per_core())}") from error
 
 
 def _stop(late_exit_code: int) -> None:
-    """Stop Ray Serve, then Ray. After `_STOP_TIMEOUT_S`, exit; the guard then kills their processes."""
+    """Stop Ray Serve, then Ray.
+
+    If that takes longer than `_STOP_TIMEOUT_S`, this process exits with `late_exit_code`. The guard process (`guard`)
+    then kills the processes of Ray.
+    """
     watchdog = threading.Timer(_STOP_TIMEOUT_S, os._exit, args=(late_exit_code,))
     watchdog.daemon = True
     watchdog.start()
@@ -111,20 +119,22 @@ def _stop(late_exit_code: int) -> None:
 
     if ray.is_initialized():
         _stop_serve()
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # a thread of Serve may still call the stopped Ray
+        # A thread of Ray Serve may still call Ray after its stop, and would log an error.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         ray.shutdown()
     watchdog.cancel()
 
 
 def _stop_serve() -> None:
-    """Ask Serve's controller to stop all its processes, and wait up to `_SERVE_TIMEOUT_S`."""
+    """Ask Ray Serve's controller to stop all processes of Ray Serve, and wait up to `_SERVE_TIMEOUT_S`."""
     import ray
 
     controller = find_controller()
     if controller is None:
-        return  # stopped before Serve started
+        return  # Ray Serve was not started yet
     with suppress(ray.exceptions.RayError, TimeoutError):
-        # The controller exits when it has finished, so this call always fails. Without retries Ray prints no warning.
+        # The controller process exits at the end of this call, so the call always fails with an error. With retries,
+        # Ray would print a warning about that.
         ray.get(controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=_SERVE_TIMEOUT_S)
 
 

@@ -1,6 +1,6 @@
-"""Environment variables of an embedded Ray: ports, file locations, proxy kind, authentication.
+"""Environment variables of an embedded Ray: ports, file locations, kind of proxy, authentication.
 
-Ray Serve reads its environment at import, so these functions run before that. This module must not import Ray.
+Ray Serve reads environment variables when it is imported, so they must be set before. This module must not import Ray.
 """
 
 from __future__ import annotations
@@ -27,59 +27,63 @@ from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.settings import Settings
 from stable_audio_serve.serving import haproxy
 
-# The range is below the kernel's ephemeral ports, so that no outgoing connection takes a port after we found it free.
-# It is above the worker ports of `ray start` (10002-19999).
+# The ports of HAProxy and the ingress replicas are in this range, below the kernel's ephemeral ports, so no outgoing
+# connection takes a port after it was found free. It is above the ports of workers of `ray start` (10002-19999).
 _FIRST_PORT = 20000
 _LAST_PORT = 32000
-# Ports per server: one each for the claim, statistics, metrics and two fallback proxies, the rest for ingress replicas.
-# Replicas need many, because a port is used again only after `api.max_deadline_s` (an hour by default).
+# Number of ports that a server reserves: the first five as in `PortBlock`, the others for ingress replicas. These need
+# many ports, because the port of a stopped replica is used again only after `api.max_deadline_s` (an hour by default).
 _BLOCK = 128
 _ATTEMPTS = 50
 _QUARANTINE_MARGIN_S = 30
 LOOPBACK = "127.0.0.1"
 _LOCAL_NAMES = "localhost,127.0.0.1,::1"
 _ALL_IPV4 = "0.0.0.0"
-_MOST_FILES = 65_536  # some programs allocate a table with one entry per allowed file
+_MOST_FILES = 65_536  # not more, because some programs allocate a table with an entry for each file they may open
 _BINARY_CHECK_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class PortBlock:
-    """Consecutive free ports of one server. The launcher keeps `claim` bound to mark the block as taken."""
+    """The numbers of consecutive free ports that one server uses.
+
+    `claim` is the first. The launcher listens on this port, so that other servers see that the block is in use.
+    """
 
     claim: int
 
     @property
     def haproxy_stats(self) -> int:
-        """HAProxy's statistics page."""
+        """The port of HAProxy's statistics page."""
         return self.claim + 1
 
     @property
     def haproxy_metrics(self) -> int:
-        """HAProxy's Prometheus page. HAProxy needs this port even when its metrics are disabled."""
+        """The port of HAProxy's Prometheus page. HAProxy needs a port for the page even if its metrics are disabled."""
         return self.claim + 2
 
     @property
     def fallback_http(self) -> int:
-        """The Python proxy behind HAProxy, used while no ingress replica answers."""
+        """The port of Ray Serve's Python proxy, to which HAProxy sends requests while no ingress replica answers."""
         return self.claim + 3
 
     @property
     def fallback_grpc(self) -> int:
-        """The gRPC server of that Python proxy."""
+        """The port of the gRPC server of Ray Serve's Python proxy."""
         return self.claim + 4
 
     @property
     def replicas(self) -> tuple[int, int]:
-        """Ports of the ingress replicas' HTTP servers: the first, and one past the last."""
+        """The ports of the ingress replicas: the first port, and the one after the last."""
         return self.claim + 5, self.claim + _BLOCK
 
 
 @contextmanager
 def claim_ports(host: str) -> Iterator[PortBlock]:
-    """Reserve a block of free ports until the context ends. Raises OSError when none is found.
+    """Reserve a block of free ports until the context ends. Raises OSError if no block is free.
 
-    `host` is the address of HAProxy's statistics and metrics pages. The other ports are used on loopback.
+    The ports must be free on `host`, where HAProxy serves its statistics and metrics pages. The block's other ports are
+    used on the loopback address.
     """
     host = _ALL_IPV4 if ":" in host else host
     for _ in range(_ATTEMPTS):
@@ -88,7 +92,7 @@ def claim_ports(host: str) -> Iterator[PortBlock]:
         with claim:
             try:
                 claim.bind((host, first))
-                claim.listen(1)  # otherwise another socket with SO_REUSEADDR could bind to this port too
+                claim.listen(1)  # without `listen`, another socket with SO_REUSEADDR could bind to this port too
             except OSError:
                 continue
             if all(is_port_free(host, port) for port in range(first + 1, first + _BLOCK)):
@@ -107,7 +111,7 @@ def is_port_free(host: str, port: int) -> bool:
 
 
 def require_free_port(host: str, port: int, *, option: str = "--port (PORT=) or --host", field: str = "port") -> None:
-    """Raise ConfigError, naming the option to change, when the server cannot listen on this address."""
+    """Raise ConfigError if the server cannot listen on this address. The message advises to change `option`."""
     try:
         _try_to_bind(host, port)
     except OSError as error:
@@ -121,7 +125,8 @@ def require_free_port(host: str, port: int, *, option: str = "--port (PORT=) or 
 def _try_to_bind(host: str, port: int) -> None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free
+        # A port whose last connection is in the TCP state TIME_WAIT counts as free, because a server can listen on it.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind((host, port))
 
 
@@ -148,7 +153,10 @@ def haproxy_problem() -> str | None:
 
 
 def raise_file_limit() -> None:
-    """Raise the limit of open files, and so of connections, up to the hard limit or `_MOST_FILES`."""
+    """Raise the soft limit of open files to the hard limit, but at most to `_MOST_FILES`.
+
+    Each connection needs an open file.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -156,42 +164,48 @@ def raise_file_limit() -> None:
 
 
 def base_environment(settings: Settings) -> dict[str, str]:
-    """Return the variables for every embedded Ray: its own token, no usage statistics, fast health checks and stop."""
+    """Return the environment variables that every embedded Ray needs, with or without HAProxy.
+
+    They set an access token, turn off usage statistics, and make health checks and the stop fast.
+    """
     return {
-        # Ray's own ports listen on loopback with 0 and on all interfaces with 1, on Linux too, despite the name.
+        # With 0, Ray's internal ports listen on loopback; with 1, on all interfaces. Despite its name, the variable has
+        # this effect on Linux too.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0" if is_loopback(settings.metrics.host) else "1",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_AUTO_CONNECT": "0",  # a late call from a thread of Serve would start another Ray
+        # Otherwise, a thread of Ray Serve that calls Ray after its stop would start another Ray.
+        "RAY_ENABLE_AUTO_CONNECT": "0",
         "RAY_DEDUP_LOGS": "0",
         "RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH": "stable_audio_serve.serving.logs.tidy_controller_log",
-        "RAY_memory_monitor_refresh_ms": "0",  # memory use of other programs must not kill replicas
-        # Otherwise gRPC would send Ray's local metrics traffic through the outgoing proxy.
+        # Ray's memory monitor is off: it would kill replicas if other programs used too much memory.
+        "RAY_memory_monitor_refresh_ms": "0",
+        # Otherwise gRPC would send Ray's local metrics traffic through the proxy for outgoing connections.
         "no_proxy": ",".join(filter(None, (os.environ.get("no_proxy", os.environ.get("NO_PROXY")), _LOCAL_NAMES))),
         # Kill a replica that fails its health check immediately, without a grace period.
         "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
-        "RAY_worker_niceness": "0",  # by default Ray gives its workers, and so our replicas, a low priority
+        "RAY_worker_niceness": "0",  # normal priority; by default, Ray gives its worker processes a low priority
         "RAY_SERVE_ENABLE_HA_PROXY": "0",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.1",
-        # Serve replaces a proxy after three failed checks in a row. A check of a dead proxy fails immediately, a check
-        # of a slow one after the timeout.
+        # Ray Serve replaces a proxy after three failed health checks in a row. The check of a dead proxy fails at once,
+        # so a short period helps. The check of a slow proxy fails after the timeout, which is long.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.3",
         "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
     }
 
 
 def color_environment() -> dict[str, str]:
-    """Return the variable that turns off Ray's colour codes, or nothing when the output goes to a terminal."""
+    """Return the variable that turns off Ray's colour codes, or no variable if the output goes to a terminal."""
     return {} if sys.stdout.isatty() and sys.stderr.isatty() else {"RAY_COLOR_PREFIX": "0"}
 
 
 def haproxy_environment(ports: PortBlock, directory: Path, *, host: str, settings: Settings) -> dict[str, str]:
-    """Return the variables of HAProxy mode on one machine, with this server's own ports and files.
+    """Return the environment variables with which Ray Serve uses HAProxy as its proxy.
 
-    HAProxy listens on `host`. Ray listens on loopback, so that clients cannot bypass HAProxy. Raises OSError when
-    HAProxy is not installed or cannot run.
+    HAProxy uses the ports in `ports` and writes its files to `directory`. It listens on `host`. Ray Serve listens on
+    loopback, so that clients cannot bypass HAProxy. Raises OSError if HAProxy is not installed or cannot run.
     """
     first_replica, last_replica = ports.replicas
     longest_s = math.ceil(settings.api.max_deadline_s)
@@ -203,8 +217,9 @@ def haproxy_environment(ports: PortBlock, directory: Path, *, host: str, setting
         haproxy.HEADER_TIMEOUT_S: str(settings.proxy.header_timeout_s),
         haproxy.IDLE_TIMEOUT_S: str(settings.proxy.idle_timeout_s),
         haproxy.METRICS_HOST: settings.metrics.host,
-        # After a reload, the old HAProxy process finishes its requests. It may still forward to a port of a stopped
-        # replica, so no new replica gets that port before the old process has ended.
+        # When the set of replicas changes, HAProxy is reloaded: a new process starts, and the old one finishes its
+        # requests. Until then, the old process may forward requests to the port of a stopped replica. Therefore no new
+        # replica gets that port before the old process has ended.
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(longest_s),
         "RAY_SERVE_PORT_QUARANTINE_S": str(longest_s + _QUARANTINE_MARGIN_S),
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
@@ -223,10 +238,10 @@ def haproxy_environment(ports: PortBlock, directory: Path, *, host: str, setting
 
 
 def _program(directory: Path) -> str:
-    """Write the script that Ray runs as HAProxy, and return its path. It skips site packages, so it starts quickly.
+    """Write a script to `directory` that runs `serving.haproxy`, and return its path. Ray runs the script as HAProxy.
 
-    Returns the path of `stable-audio-haproxy` when programs cannot run in `directory`. Raises OSError when that is not
-    installed.
+    The script starts Python without site packages, which is faster. If programs cannot run in `directory`, returns the
+    path of the installed program `stable-audio-haproxy` instead. Raises OSError if that is not installed either.
     """
     path = directory / "haproxy"
     words = (sys.executable, "-I", "-S", haproxy.__file__)

@@ -1,9 +1,9 @@
 """The guard: a small process that outlives the launcher and cleans up after it, however the launcher ends.
 
-Its standard input is a pipe from the launcher. The pipe closes when the launcher ends. The guard then kills every
-process with an open file in the server's private folder and removes the folder. This finds all processes of Ray and
-HAProxy, because each has a log file open there. The guard runs without site packages, so it imports only the standard
-library.
+The guard's standard input is a pipe from the launcher, which closes when the launcher ends. Then the guard kills every
+process that has a file open in the server's private folder, and removes the folder. All processes of Ray and HAProxy
+are found in this way, because each has a log file open there. The guard runs without site packages, so this module
+imports only the standard library.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ _KILL_TIMEOUT_S = 3.0
 
 @contextmanager
 def guarded(directory: Path) -> Iterator[None]:
-    """Kill the processes that use `directory` and remove it when the context or this process ends."""
+    """Start a guard for `directory`. When the context or this process ends, the guard cleans up.
+
+    It kills the processes that have a file open in `directory`, and removes `directory`.
+    """
     command = [sys.executable, "-S", __file__, str(directory)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True):
         yield
 
 
 def processes_using(directory: Path) -> list[int]:
-    """Return the ids of processes with an open file in `directory`; empty on a system without /proc."""
+    """Return the ids of the processes that have a file open in `directory`: an empty list on systems without /proc."""
     prefix = f"{directory}/"
     found = set()
     for process in Path("/proc").glob("[0-9]*"):

@@ -1,7 +1,7 @@
 """`stable-audio-serve serve`: start the server from a config file and stop it on Ctrl-C.
 
-This module defines the steps of the start, prints progress for the operator and handles signals. The module `embedded`
-starts and stops Ray.
+This module carries out the steps of the start and prints progress for the operator. The module `embedded` starts and
+stops Ray, and `signals` handles signals.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ _OUR_ERROR = re.compile(r"stable_audio_serve\.core\.errors\.\w+: (.+)")
 
 @dataclass
 class Stopwatch:
-    """Names and durations, in seconds, of the stages of a cold start."""
+    """Measures the stages of a cold start: `laps` has the name and the duration of each, in seconds."""
 
     laps: list[tuple[str, float]] = field(default_factory=list)
     _last: float = field(default_factory=time.monotonic)
 
     def lap(self, name: str) -> None:
-        """End the current stage and call it `name`."""
+        """End the current stage, and record its duration under `name`."""
         now = time.monotonic()
         self.laps.append((name, now - self._last))
         self._last = now
@@ -72,10 +72,10 @@ def serve(
     report: Report,
     print_error: Report,
 ) -> None:
-    """Serve until SIGINT, SIGTERM or SIGHUP.
+    """Start the server, run it until this process receives SIGINT, SIGTERM or SIGHUP, and stop it.
 
-    When the server cannot start, prints one sentence with the reason through `print_error` and raises an error of
-    `core.errors`.
+    If the server cannot start, passes one sentence with the reason to `print_error` and raises an error of
+    `core.errors`. Progress is passed to `report`.
     """
     watch = Stopwatch()
     with ExitStack() as stack:
@@ -93,18 +93,18 @@ def serve(
             proxied = _proxy_environment(stack, directory, host=host, settings=plan.settings, proxy=kind, report=report)
             defaults = start_timeouts(load_per_core()) | environment.color_environment()
             apply_environment(variables | proxied, defaults=defaults)
-            # Behind HAProxy, Ray's own proxy must listen on loopback only. `deploy_schema` also validates the file.
-            # It runs before the first message about models, because with a misspelled key `args` that message would
-            # name a default model instead of the configured one.
+            # With HAProxy, Ray's own proxy must listen on loopback only. `deploy_schema` also finds misspelled keys in
+            # the config file. It must run before the next line: if `args` was misspelled, the default model would be
+            # reported, and not the configured one.
             schema = deploy_schema(file, host=environment.LOOPBACK if proxied else host, port=port)
             report(f"default model: {plan.catalog.default.name} ({explain_default(plan.settings, plan.catalog)})")
-            # The weights of models that start later are checked when they load.
+            # Models that start later are not checked here: their weights are checked when they load.
             started = [model for model in plan.settings.models if model.name in plan.started]
             require_weights(plan, started, print_error=print_error)
             report(prepare_stores(plan.settings).description)
 
-        # A thread of Ray prints log lines and writes each newline separately. An error may come in between, so it
-        # starts on a new line.
+        # A thread of Ray prints log lines, and writes the text of a line and its newline separately. An error that is
+        # printed in between must begin with a newline, so that it does not continue Ray's line.
         def print_error_on_new_line(sentence: str) -> None:
             print_error(f"\n{sentence}")
 
@@ -133,7 +133,7 @@ def serve(
 
 @contextmanager
 def _printing_errors(print_error: Report) -> Iterator[None]:
-    """Print an error immediately, because the stop that follows may take seconds or be cut short."""
+    """Print an error when it is raised, before the server is stopped: the stop may take seconds or be cut short."""
     try:
         yield
     except StableAudioError as error:
@@ -142,7 +142,10 @@ def _printing_errors(print_error: Report) -> Iterator[None]:
 
 
 def _choose_metrics_port(port: int | None, settings: Settings) -> int | None:
-    """Return `port`, else the port from the settings; None lets Ray choose. Raises ConfigError if it is in use."""
+    """Return `port`, or the port in the settings if `port` is None. Raises ConfigError if that port is in use.
+
+    If both are None, returns None, and Ray chooses a port.
+    """
     port = port or settings.metrics.port
     if port is not None:
         option = "--metrics-port (STABLE_AUDIO_METRICS_PORT)"
@@ -153,9 +156,10 @@ def _choose_metrics_port(port: int | None, settings: Settings) -> int | None:
 def _proxy_environment(
     stack: ExitStack, directory: Path, *, host: str, settings: Settings, proxy: ProxyKind, report: Report
 ) -> dict[str, str]:
-    """Return HAProxy's environment variables, or none when the Python proxy is used. `stack` reserves HAProxy's ports.
+    """Return the environment variables for HAProxy, or no variables if the Python proxy is used.
 
-    Raises ConfigError when `proxy` is "haproxy" and HAProxy cannot run.
+    HAProxy's ports stay reserved until `stack` is closed. Raises ConfigError if `proxy` is "haproxy" and HAProxy cannot
+    run.
     """
     reason = "selected" if proxy == "python" else environment.haproxy_problem()
     if reason is None:
@@ -193,7 +197,7 @@ def _deploy(schema: ServeDeploySchema, watch: Stopwatch) -> None:
 
 
 def _wait_until_ready(file: ServeFile, url: str, *, plan: Plan, report: Report) -> Mapping[str, Any]:
-    """Wait until every preloaded replica runs and /health lists its model. Returns the body of /health."""
+    """Wait until the preloaded models' replicas run and /health lists these models. Returns the body of /health."""
     from stable_audio_serve.serving.model_states import read_application
 
     next_report_at = time.monotonic() + _STILL_LOADING_EVERY_S
@@ -218,9 +222,9 @@ def _raise_if_failed(application: ApplicationStatusOverview) -> None:
 
 
 def _health(url: str, plan: Plan) -> Mapping[str, Any]:
-    """Return the body of /health, or an empty mapping until it lists every preloaded model as loaded."""
+    """Return the body of /health. Returns an empty mapping if not every preloaded model is loaded yet."""
     try:
-        # Without `trust_env` httpx ignores the variables of an outgoing proxy.
+        # With `trust_env=False`, httpx ignores environment variables that name a proxy for outgoing requests.
         answer = httpx.get(f"{url}/health", timeout=_HEALTH_TIMEOUT_S, trust_env=False)
         health: dict[str, Any] = answer.raise_for_status().json()
     except (httpx.HTTPError, ValueError):
@@ -229,7 +233,7 @@ def _health(url: str, plan: Plan) -> Mapping[str, Any]:
 
 
 def _drain(application: str, settings: Settings, *, report: Report) -> None:
-    """Wait up to `drain_s` for the requests in progress."""
+    """Refuse new requests, and wait up to `settings.drain_s` for the requests in progress."""
     from stable_audio_serve.serving.draining import drain
 
     if settings.drain_s:
@@ -238,7 +242,7 @@ def _drain(application: str, settings: Settings, *, report: Report) -> None:
 
 
 def _load_stages(health: Mapping[str, Any], plan: Plan) -> str:
-    """Describe how long each stage of loading took, for every preloaded model."""
+    """Return text on how long each stage of loading took, for every preloaded model."""
     details = {name: health["models"][name]["detail"] for name in plan.preloaded}
     return "".join(
         f"; {name}: " + ", ".join(f"{stage} {seconds} s" for stage, seconds in detail.items())

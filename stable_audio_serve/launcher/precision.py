@@ -1,4 +1,4 @@
-"""Recommend bfloat16 after a start on a CPU that supports it. Reads settings and CPU flags, not weights."""
+"""Recommend bfloat16 after the start of a server whose CPU supports bfloat16."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stable_audio_serve.serving.placement import Plan
 def bfloat16_hint(plan: Plan, devices: Mapping[str, str | None], *, cpu_facts: Path = CPU_FACTS) -> str | None:
     """Return a message that names the loaded models that would run faster in bfloat16, or None if there are none.
 
-    `devices` maps the names of loaded models to their devices. Demo models gain little and are left out.
+    `devices` has the device of each loaded model by the model's name. Demo models gain little and are left out.
     """
     configured = {model.name: model.dtype for model in plan.settings.models}
     names = [

@@ -1,4 +1,4 @@
-"""Handle the launcher's signals: the first starts an orderly stop, a later one exits immediately."""
+"""Handle stop signals in the launcher: the first signal starts an orderly stop, a later one exits immediately."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ import time
 from types import FrameType
 
 _NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# `timeout` and `make` forward a signal that the whole process group has already received. A second signal within this
-# time is such a duplicate and is ignored.
+# When Ctrl-C sends a signal to the whole process group, the programs `timeout` and `make` forward it to this process
+# once more. Therefore a second signal within this time is ignored.
 _DUPLICATE_S = 1.0
 
 
 class StopSignals:
-    """Handles SIGINT, SIGTERM and SIGHUP."""
+    """Handles SIGINT, SIGTERM and SIGHUP: the first raises KeyboardInterrupt, a later one exits this process."""
 
     def __init__(self) -> None:
         self._stopping_at: float | None = None
         self._late_exit_code = 0
 
     def listen(self) -> None:
-        """Install the handlers, replacing the previous ones."""
+        """Install the signal handlers, in place of any other handlers."""
         for number in _NUMBERS:
             signal.signal(number, self._handle)
 
     def begin_stop(self, *, exit_code: int) -> None:
-        """Make a later signal exit this process with `exit_code`. The guard then kills its child processes."""
+        """From now on, let a signal exit this process with `exit_code`. The guard then kills the processes of Ray."""
         self._late_exit_code = exit_code
         if self._stopping_at is None:
             self._stopping_at = time.monotonic()

@@ -1,6 +1,7 @@
-"""Time limits for the start of Ray. They are longer on a machine with more runnable programs than cores.
+"""Time limits for the start of Ray, as environment variables. They grow with the load of the machine.
 
-Ray's default limits suit an idle machine. Ray reads them at import, so this module must not import Ray.
+Ray's default limits suit an idle machine. Ray reads the variables when it is imported, so this module must not import
+Ray.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 _LOADAVG = Path("/proc/loadavg")
-_MIN_FACTOR = 2.0  # an idle machine may be busy a second later
+_MIN_FACTOR = 2.0  # not 1, because an idle machine may be busy a second later
 _MAX_FACTOR = 30.0
-_BUSY = 4.0  # runnable programs per core; from here on `start_advice` mentions the load
+_BUSY = 4.0  # runnable programs per core; at this load or above, `start_advice` mentions the load
 
-# The raylet exits when its helper processes do not start within 15 s. This limit is fixed, so a longer wait for the
-# raylet would only delay the error message.
+# How long to wait for the raylet, Ray's process on each node. The raylet exits if its helper processes do not start
+# within 15 s, a limit that cannot be changed. A longer wait for the raylet would only delay the error message.
 _RAYLET_S = 60
-# Ray's other start limits in seconds. One is a number of retries, each of which takes about a second.
+# Ray's other time limits, in seconds. RAY_NUM_REDIS_GET_RETRIES is a number of retries, each of about a second.
 _LIMITS: Mapping[str, float] = {
     "RAY_gcs_server_port_wait_time_s": 30,
     "RAY_gcs_server_request_timeout_seconds": 60,
@@ -32,7 +33,10 @@ _LIMITS: Mapping[str, float] = {
 
 
 def load_per_core() -> float:
-    """Return the runnable programs per core: the higher of now and the average of the last minute; 0 if unknown."""
+    """Return the number of runnable programs per core, or 0 if it is unknown.
+
+    This is the current number or the average of the last minute, whichever is higher.
+    """
     try:
         minute, _, _, now, _ = _LOADAVG.read_text().split()
     except (OSError, ValueError):
@@ -42,14 +46,14 @@ def load_per_core() -> float:
 
 
 def start_timeouts(load: float) -> dict[str, str]:
-    """Return Ray's time limits as environment variables. `load` is the number of runnable programs per core."""
+    """Return the environment variables for Ray's time limits. `load` is the number of runnable programs per core."""
     factor = min(max(load, _MIN_FACTOR), _MAX_FACTOR)
     limits = {name: str(math.ceil(limit * factor)) for name, limit in _LIMITS.items()}
     return {"RAY_raylet_start_wait_time_s": str(_RAYLET_S), **limits}
 
 
 def start_advice(load: float) -> str:
-    """Return advice for a failed start. `load` is the number of runnable programs per core."""
+    """Return a sentence on what to try after a failed start. `load` is the number of runnable programs per core."""
     if load < _BUSY:
         return "try again, and check the free memory and disk space of this machine"
     runnable, cores = round(load * (os.cpu_count() or 1)), os.cpu_count()

@@ -1,4 +1,4 @@
-"""Chooses how the rows of a step batch are laid out as tokens of the denoiser, for every model family."""
+"""Chooses the token layout of a denoiser call (padded or packed) from its batch, for every model family."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from stable_audio_serve.models.blocks import Layout, Packed, PackedSegments
 from stable_audio_serve.models.blocks.varlen import find_varlen
 from stable_audio_serve.models.protocol import StepBatch
 
-CONTEXT = "context"  # name of the branch constant that holds every layer's cross-attention keys and values
+CONTEXT = "context"  # key in StepBatch.constants: the cross-attention keys and values of every layer
 
 
 def packed_layout(batch: StepBatch, *, num_prefix: int) -> Layout | None:
-    """Returns the layout of a packed batch with `num_prefix` tokens before each row's frames; None for a padded batch.
+    """Returns the layout of a packed batch, in which each row has `num_prefix` tokens before its frames.
 
-    Raises RuntimeError if the batch has segments and the installed torch has no attention kernel for them.
+    Returns None for a padded batch. Raises RuntimeError if the batch has `segments`, but the installed torch has no
+    attention kernel for sequences of different lengths.
     """
     if batch.segments is not None:
         varlen = find_varlen()

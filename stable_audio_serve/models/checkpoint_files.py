@@ -16,11 +16,11 @@ from stable_audio_serve.models.config_reader import ConfigReader, read_config
 WEIGHTS_FILE = "model.safetensors"
 _USUAL_WEIGHTS = (WEIGHTS_FILE, "model.ckpt")
 _WEIGHT_TYPES = (".safetensors", ".ckpt")
-_NO_WEIGHTS = ("golden.safetensors",)  # reference values for verifying a checkpoint, in the same folder
+_NO_WEIGHTS = ("golden.safetensors",)  # not weights: reference values for verifying a checkpoint
 _MOST_NAMED = 5
 TEXT_ENCODER_FOLDER = "t5gemma-b-b-ul2"
 _SHARD_INDEX = "model.safetensors.index.json"
-# By conditioner type: the config keys that name the encoder, and the default folder.
+# For each type of prompt conditioner: the config keys that can name the text encoder's folder, and the default folder.
 _ENCODER_KEYS = {
     "t5gemma": (("model_path", "subfolder", "model_name"), TEXT_ENCODER_FOLDER),
     "t5": (("t5_model_name",), "t5"),
@@ -30,9 +30,9 @@ _ENCODER_FILES = ((WEIGHTS_FILE, _SHARD_INDEX), ("tokenizer.json", "tokenizer.mo
 
 @dataclass(frozen=True, slots=True)
 class FileList:
-    """The files of a checkpoint's folder or repository. `place` is its name in error messages.
+    """The files of a checkpoint's folder or repository. `place` names the folder or repository in error messages.
 
-    `has` returns whether a relative path is a file. `names` are the files at the top level.
+    `has(path)` returns whether a relative path is a file. `names` are the names of the files at the top level.
     """
 
     place: Path | str
@@ -40,14 +40,14 @@ class FileList:
     names: frozenset[str]
 
     def require(self, *alternatives: str, folder: str | None = None) -> None:
-        """Raise CheckpointError unless at least one of these files exists in the folder."""
+        """Raise CheckpointError unless one of the files `alternatives` exists in `folder` (None: the top level)."""
         if not any(self.has(f"{folder}/{name}" if folder else name) for name in alternatives):
             place = f"{self.place}/{folder}" if folder else self.place
             raise CheckpointError(f"{place} holds no {' or '.join(alternatives)}")
 
 
 def list_folder(folder: Path) -> FileList:
-    """Returns the files of a folder; an empty list if it does not exist."""
+    """Returns the files of a folder; an empty list if the folder does not exist."""
     paths = folder.iterdir() if folder.is_dir() else ()
     return FileList(
         folder, lambda name: (folder / name).is_file(), frozenset(path.name for path in paths if path.is_file())
@@ -55,19 +55,20 @@ def list_folder(folder: Path) -> FileList:
 
 
 def list_repository(repo_id: str, paths: Collection[str]) -> FileList:
-    """Returns the file list of a repository that has these paths."""
+    """Returns the file list of the repository `repo_id`, whose files are `paths`."""
     return FileList(repo_id, frozenset(paths).__contains__, frozenset(path for path in paths if "/" not in path))
 
 
 def find_weights(folder: Path) -> Path:
-    """Returns a folder's weight file. Raises CheckpointError if there is none or the choice is ambiguous."""
+    """Returns a folder's weight file. Raises CheckpointError if none or more than one could be the weight file."""
     return folder / choose_weights(list_folder(folder))
 
 
 def choose_weights(files: FileList) -> str:
-    """Returns the name of the weight file: a usual name, else the only candidate; safetensors before pickles.
+    """Returns the name of the weight file: a usual name if present, else the only file with a weight file's suffix.
 
-    Fine-tunes use arbitrary names. Raises CheckpointError if there is none or the choice is ambiguous.
+    (Fine-tunes use arbitrary names.) Safetensors files are preferred to pickles. Raises CheckpointError if there is no
+    candidate or more than one.
     """
     for name in _USUAL_WEIGHTS:
         if name in files.names:
@@ -88,14 +89,14 @@ def choose_weights(files: FileList) -> str:
 def find_text_encoder(folder: Path) -> Path | None:
     """Returns the text encoder's folder inside a checkpoint folder; None if the encoder has a separate repository.
 
-    Raises CheckpointError naming the folders that were searched.
+    Raises CheckpointError naming the searched folders if the encoder should be there but is not.
     """
     encoder = _encoder_folder(read_config(folder), list_folder(folder))
     return None if encoder is None else folder / encoder
 
 
 def text_encoder_repository(config: ConfigReader) -> str:
-    """Returns the repository of a text encoder that the config names and the checkpoint does not contain."""
+    """Returns the repository of the text encoder, for a checkpoint that does not contain its text encoder."""
     conditioner = _text_conditioner(config)
     name = conditioner.section("config", optional=True).text("t5_model_name", default="t5-base")
     return name if "/" in name else f"google-t5/{name}"
@@ -161,7 +162,7 @@ def _text_conditioner(config: ConfigReader) -> ConfigReader:
 
 
 def _encoder_names(conditioner: ConfigReader) -> tuple[str, ...]:
-    """Returns the possible folders of the text encoder, relative to the checkpoint, best first."""
+    """Returns the folders where the text encoder may be, relative to the checkpoint, in order of preference."""
     keys, usual = _ENCODER_KEYS[conditioner.text("type")]
     config = conditioner.section("config", optional=True)
     names = [config.text(key) for key in keys if key in config]
@@ -169,7 +170,10 @@ def _encoder_names(conditioner: ConfigReader) -> tuple[str, ...]:
 
 
 def encoder_weights(folder: Path) -> Iterator[Path]:
-    """Yield the encoder's weight file, or all files of its index. Raises CheckpointError if one is missing."""
+    """Yield the text encoder's weight file, or all files that its index lists.
+
+    Raises CheckpointError if one of these files is missing.
+    """
     if (folder / WEIGHTS_FILE).is_file():
         yield folder / WEIGHTS_FILE
         return
@@ -187,7 +191,7 @@ def _check_header(path: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="numpy"):  # compares the file size with the header
+        with safe_open(path, framework="numpy"):  # raises an error if the file is shorter than its header says
             pass
     except SafetensorError as error:
         raise damaged(path, error) from error

@@ -17,8 +17,10 @@ from stable_audio_serve.models.protocol import DiffusionModel, ModelSpec
 from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.models.sao.model import SaoModel
 
-KERNELS = Path("~/.cache/stable-audio-serve/compiled")  # compiled kernels, reused by later processes
-_MOST_VARIANTS = 64  # compilations per layer (one row or several, with or without text, ...); torch allows 8 by default
+KERNELS = Path("~/.cache/stable-audio-serve/compiled")  # folder of compiled kernels, for reuse by later processes
+# Largest number of compilations per layer. Torch's default of 8 is too small: one row or several rows, with or without
+# text and other differences are separate variants.
+_MOST_VARIANTS = 64
 
 
 class CompiledModel(ForwardingModel):
@@ -26,8 +28,10 @@ class CompiledModel(ForwardingModel):
 
     @property
     def spec(self) -> ModelSpec:
-        """The model's spec, with packing turned off. On a CPU, packed rows would need one compilation for each
-        combination of lengths. On CUDA, segments are untested with compiled layers.
+        """The model's spec, with less packing (batches of rows without padding) than the model supports.
+
+        On a CPU no rows are packed, because each combination of row lengths would need its own compilation. On CUDA,
+        `packs_segments` is off, because it is untested with compiled layers.
         """
         spec = self._model.spec
         return replace(
@@ -36,10 +40,11 @@ class CompiledModel(ForwardingModel):
 
 
 def compile_layers(model: DiffusionModel, *, folder: Path = KERNELS, backend: str = "inductor") -> CompiledModel:
-    """Returns the model with compiled layers. One compilation serves all row counts and frame counts.
+    """Returns the model with compiled layers. They are compiled for dynamic numbers of rows and frames.
 
     Compiled kernels are cached in `folder` for later processes. Raises ConfigError, naming `compile`, if the machine
-    cannot compile, or if other users can write to the folder, because this process executes its files.
+    cannot compile. The same error is raised if other users can write to the folder, because this process executes the
+    files in it.
     """
     if not isinstance(model, Sa3Model | SaoModel):
         raise ConfigError("compile needs the networks of `backend: native`", field="compile")
@@ -53,7 +58,7 @@ def compile_layers(model: DiffusionModel, *, folder: Path = KERNELS, backend: st
 
 
 def _keep_kernels(folder: Path) -> None:
-    """Set torch's kernel cache folder. Torch's default is in /tmp, where another user may have created it first."""
+    """Make torch cache kernels in `folder`. Its default folder is in /tmp, where another user may have created it."""
     folder = folder.expanduser().absolute()
     try:
         make_private_folder(folder)
@@ -65,7 +70,10 @@ def _keep_kernels(folder: Path) -> None:
 
 
 def _require_compiler(device: torch.device, backend: str) -> None:
-    """Compile a small function. No other check reliably finds a compiler, its headers and, on CUDA, Triton."""
+    """Raise ConfigError unless a small function can be compiled.
+
+    This is the only reliable check for a compiler, its headers and, on CUDA, Triton.
+    """
     probe = torch.compile(_probe, fullgraph=True, dynamic=False, backend=backend)
     try:
         with torch.inference_mode():

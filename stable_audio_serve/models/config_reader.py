@@ -11,17 +11,18 @@ from typing import Any
 from stable_audio_serve.core.errors import CheckpointError
 
 CONFIG_FILE = "model_config.json"
-# Limits that keep a damaged file from building a network that exhausts memory before its weights are checked.
+# Upper limits of config values. Without them, a damaged file could make the process build a network that exhausts
+# memory before the weights are checked.
 MAX_SIZE = 2**16
 MAX_DEPTH = 2**10
 MAX_SAMPLES = 2**40
 
 
 class ConfigReader:
-    """A JSON object and its path in the file. Every getter raises CheckpointError naming the key.
+    """Reads typed values from one JSON object of a file. Getters raise CheckpointError that names an unusable key.
 
     A getter without `default` requires the key; an explicit null counts as absent. All readers of a file share one
-    record of the keys that were read. `refuse_unread` uses it.
+    record of the keys that were read, so that `refuse_unread` can find the others.
     """
 
     def __init__(self, values: Mapping[str, Any], *, path: str = "", seen: set[str] | None = None) -> None:
@@ -33,21 +34,21 @@ class ConfigReader:
         return self._values.get(key) is not None
 
     def section(self, key: str, *, optional: bool = False) -> ConfigReader:
-        """Returns the object under `key`; an empty one when it is absent and `optional`."""
+        """Returns a reader of the object under `key`; a reader of {} if the key is absent and `optional`."""
         value = self._get(key, {} if optional else None)
         if not isinstance(value, Mapping):
             raise self.unusable(key, "an object")
         return ConfigReader(value, path=self.name(key), seen=self._seen)
 
     def sections(self, key: str) -> list[ConfigReader]:
-        """Returns the objects in the list under `key`."""
+        """Returns one reader for each object in the list under `key`."""
         value = self._get(key, None)
         if not isinstance(value, Sequence) or not all(isinstance(item, Mapping) for item in value):
             raise self.unusable(key, "a list of objects")
         return [ConfigReader(item, path=f"{self.name(key)}[{i}]", seen=self._seen) for i, item in enumerate(value)]
 
     def integer(self, key: str, *, default: int | None = None, at_least: int = 1, at_most: int = MAX_SIZE) -> int:
-        """Returns a whole number from `at_least` to `at_most`."""
+        """Returns the value of `key`, a whole number from `at_least` to `at_most`."""
         value = self.number(key, default=default, at_least=at_least)
         if value != int(value):
             raise self.unusable(key, "a whole number")
@@ -56,7 +57,7 @@ class ConfigReader:
         return int(value)
 
     def number(self, key: str, *, default: float | None = None, at_least: float = -math.inf) -> float:
-        """Returns a finite number of at least `at_least`."""
+        """Returns the value of `key`, a finite number of at least `at_least`."""
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise self.unusable(key, "a number")
@@ -89,7 +90,7 @@ class ConfigReader:
         return tuple(value)
 
     def integers(self, key: str, *, at_least: int = 1, at_most: int = MAX_SIZE) -> tuple[int, ...]:
-        """Returns a list of whole numbers from `at_least` to `at_most`."""
+        """Returns the value of `key`, a list of whole numbers from `at_least` to `at_most`."""
         value = self._get(key, None)
         whole = isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
         if not whole or not all(at_least <= v <= at_most for v in value):
@@ -97,12 +98,12 @@ class ConfigReader:
         return tuple(value)
 
     def plain(self, key: str) -> Mapping[str, Any] | None:
-        """Returns the raw object under `key`, or None."""
+        """Returns the object under `key` as a plain mapping; None if the key is absent."""
         self._seen |= {self.name(key), self.name(key) + ".*"}
         return self.section(key)._values if key in self else None
 
     def require(self, **supported: Any) -> None:
-        """Raise CheckpointError if a key differs from its only supported value; an absent key passes."""
+        """Raise CheckpointError unless each key has the given value, the only supported one, or is absent."""
         for key, value in supported.items():
             self._seen.add(self.name(key))
             if key in self and self._values[key] != value:
@@ -110,9 +111,9 @@ class ConfigReader:
                 raise CheckpointError(f"{CONFIG_FILE}: {self.name(key)} = {found} is not supported; only {only} is")
 
     def refuse_unread(self, *, inert: Collection[str]) -> None:
-        """Raise CheckpointError for the first key, here or nested, that no getter has read.
+        """Raise CheckpointError for the first key of this object or of an object inside it that no getter has read.
 
-        `inert` lists keys, at any depth, that have no effect on inference.
+        Keys in `inert` have no effect on inference. They are allowed, at any depth.
         """
         for key, value in self._values.items():
             if value is None or key in inert:
@@ -125,7 +126,7 @@ class ConfigReader:
                 reader.refuse_unread(inert=inert)
 
     def _within(self, key: str) -> list[ConfigReader]:
-        """Returns readers of the objects under `key`, except for objects read by `plain`."""
+        """Returns readers of the object or list of objects under `key`; none if `plain` has returned the value."""
         value = self._values[key]
         if self.name(key) + ".*" in self._seen:
             return []
@@ -141,7 +142,7 @@ class ConfigReader:
             raise CheckpointError(f"{CONFIG_FILE}: {self.name(unknown[0])} is not known to this model family")
 
     def unusable(self, key: str, expected: str) -> CheckpointError:
-        """Returns the error for `key`, with the expected and the found value."""
+        """Returns the error that says which value of `key` was expected and which was found."""
         found = json.dumps(self._values[key], default=str)[:80] if key in self else "nothing"
         return CheckpointError(f"{CONFIG_FILE}: {self.name(key)} must be {expected}, found {found}")
 

@@ -1,7 +1,8 @@
-"""Downloads a registry entry's files with huggingface_hub. Every failure becomes one sentence that says what to do.
+"""Downloads the files of a model registry entry with huggingface_hub. Every failure is raised as a CheckpointError with
+one sentence that says what to do.
 
-The library reads token, cache folder, endpoint and offline mode from its environment variables (HF_TOKEN, HF_HOME,
-HF_ENDPOINT, HF_HUB_OFFLINE). Independent of the files' contents.
+huggingface_hub reads its token, cache folder, endpoint and offline mode from environment variables (HF_TOKEN, HF_HOME,
+HF_ENDPOINT, HF_HUB_OFFLINE).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,  # requests' or httpx's class, depending on the installed huggingface_hub
+    HTTPError,  # the class of requests or of httpx, whichever the installed huggingface_hub uses
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -48,15 +49,16 @@ from stable_audio_serve.models.checkpoint_files import (
 from stable_audio_serve.models.config_reader import CONFIG_FILE, read_config
 from stable_audio_serve.models.registry import ModelEntry, text_encoder_entry
 
-# ValueError: a token with invalid characters, or a response that is not from a hub.
+# All errors of huggingface_hub. It raises ValueError for a token with invalid characters, and for a response that does
+# not come from a model hub.
 _ERRORS = (HTTPError, OSError, HFValidationError, getattr(errors, "XetDownloadError", OSError), ValueError)
-_REQUEST_TIMEOUT_S = 4.0  # timeout of one hub request, except downloads
+_REQUEST_TIMEOUT_S = 4.0  # timeout of a request to the hub that is not a download
 
 
 def download_entry(entry: ModelEntry, *, token: str | None = None, cache_dir: Path | None = None) -> Path:
-    """Returns the folder with all of the entry's files. Sends no request if they are cached.
+    """Returns the folder with all of the entry's files. Downloads missing files; sends no request if all are cached.
 
-    Without `token` the library's own applies. Raises CheckpointError if the files cannot be downloaded.
+    If `token` is None, huggingface_hub uses its own token. Raises CheckpointError if the files cannot be downloaded.
     """
     repo_id = _repository(entry)
     cached = find_cached(entry, cache_dir=cache_dir)
@@ -74,7 +76,7 @@ def download_entry(entry: ModelEntry, *, token: str | None = None, cache_dir: Pa
 def download_text_encoder(folder: Path, *, token: str | None = None, cache_dir: Path | None = None) -> Path:
     """Returns the folder of a checkpoint's text encoder: inside the checkpoint, else a download of its repository.
 
-    Raises CheckpointError if it cannot be downloaded.
+    Raises CheckpointError if the text encoder cannot be downloaded.
     """
     within = find_text_encoder(folder)
     if within is not None:
@@ -99,15 +101,27 @@ def find_cached(entry: ModelEntry, *, cache_dir: Path | None = None) -> Path | N
     try:
         check_layout(read_config(folder), list_folder(folder))
     except CheckpointError:
-        return None  # an interrupted download
+        return None  # files are missing: a download was interrupted
     check_folder(folder)
     return folder
+
+
+def find_local(entry: ModelEntry, *, cache_dir: Path | None = None) -> tuple[Path, Path] | None:
+    """Returns the folders of an entry's checkpoint and text encoder if both are on this machine. Sends no request."""
+    folder = Path(entry.folder) if entry.folder is not None else find_cached(entry, cache_dir=cache_dir)
+    if folder is None:
+        return None
+    encoder = find_text_encoder(folder)
+    if encoder is None:
+        other = text_encoder_entry(text_encoder_repository(read_config(folder)))
+        encoder = _cached_text_encoder(other, cache_dir=cache_dir)
+    return None if encoder is None else (folder, encoder)
 
 
 def check_access(entry: ModelEntry, *, token: str | None = None, cache_dir: Path | None = None) -> None:
     """Raise CheckpointError unless the entry's files are available or downloadable. Downloads at most the config.
 
-    Sends a few short requests without retries, so that a server learns within seconds which files it cannot access.
+    Sends a few short requests without retries, so that a starting server reports inaccessible files within seconds.
     """
     if entry.folder is not None:
         check_folder(Path(entry.folder))
@@ -125,7 +139,10 @@ def check_access(entry: ModelEntry, *, token: str | None = None, cache_dir: Path
 
 
 def _check_repository(entry: ModelEntry, *, token: str | None, cache_dir: Path | None) -> tuple[Path, str | None]:
-    """Returns the folder with the config, and the text encoder's folder if the same repository contains it."""
+    """Download the config of an entry and check that the entry's files can be downloaded.
+
+    Returns the folder with the config, and the text encoder's folder (None if it is not in the same repository).
+    """
     repo_id = _repository(entry)
     if constants.is_offline_mode():
         raise CheckpointError(describe_incomplete_cache(entry, cache_dir=cache_dir))
@@ -142,7 +159,7 @@ def _check_repository(entry: ModelEntry, *, token: str | None, cache_dir: Path |
             token=token,
             cache_dir=cache_dir,
             etag_timeout=_REQUEST_TIMEOUT_S,
-        )  # with the entry's own revision, because later cache lookups use it
+        )  # not at `info.sha`: later cache lookups use the revision of the entry
         folder = Path(config_file).parent
         encoder = check_layout(read_config(folder), listed)
         if encoder is not None:
@@ -167,7 +184,7 @@ def _check_text_encoder(entry: ModelEntry, *, token: str | None, cache_dir: Path
 
 
 def _find_in_repository(entry: ModelEntry, *, token: str | None, cache_dir: Path | None) -> str:
-    """Returns the name of a repository's weight file."""
+    """Returns the name of the weight file in the entry's repository on the hub."""
     try:
         info = _fetch_info(entry, token)
     except _ERRORS as error:
@@ -185,7 +202,7 @@ def _with_weights(entry: ModelEntry, weights: str) -> ModelEntry:
 
 
 def _fetch_info(entry: ModelEntry, token: str | None) -> ModelInfo:
-    """Returns the hub's information about a repository and its files. Raises the library's errors."""
+    """Returns the hub's information about a repository and its files. Raises the errors of huggingface_hub."""
     revision = entry.revision or constants.DEFAULT_REVISION
     return HfApi(token=token).model_info(
         _repository(entry), revision=revision, timeout=_REQUEST_TIMEOUT_S, files_metadata=True
@@ -270,7 +287,7 @@ def _require_space(entry: ModelEntry, info: ModelInfo, *, cache_dir: Path | None
 
 def _explain(error: Exception, entry: ModelEntry, *, cache_dir: Path | None) -> str:
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
-        error = error.__cause__  # the hub's answer is the cause, not the empty cache
+        error = error.__cause__  # report the hub's response instead of the missing cache entry that followed
     repo_id, place = entry.repo_id, cache_dir or Path(constants.HF_HUB_CACHE)
     page = f"{constants.ENDPOINT}/{repo_id}"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
@@ -300,7 +317,7 @@ def _explain(error: Exception, entry: ModelEntry, *, cache_dir: Path | None) -> 
 
 
 def describe_incomplete_cache(entry: ModelEntry, *, cache_dir: Path | None = None) -> str:
-    """Returns the message for an incomplete cache in offline mode or without a connection."""
+    """Returns the error message for files that are not all cached and cannot be downloaded (offline or no network)."""
     lacking = f"{entry.repo_id} is not complete in {cache_dir or constants.HF_HUB_CACHE} and"
     if constants.is_offline_mode():
         return f"{lacking} offline mode is on: unset HF_HUB_OFFLINE to fetch it"

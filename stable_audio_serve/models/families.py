@@ -1,5 +1,5 @@
-"""Loads a registry entry: finds or downloads its files and calls the family's loader. Importing this module registers
-the types of parts that checkpoints may name.
+"""Loads a model registry entry: finds or downloads its files and calls the loader of its model family. Importing this
+module also registers the types of autoencoder parts and conditioners that checkpoints may name.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Load(Protocol):
 
 
 _LOADERS: Mapping[str, _Load] = {SA3_FAMILY: load_sa3, OPEN_FAMILY: load_sao}
-_REGISTERED = (oscillator_parts, timeline)  # imported to register the types that checkpoints may name
+_REGISTERED = (oscillator_parts, timeline)  # these modules are imported only because they register types
 
 
 def load_model(
@@ -57,9 +57,9 @@ def load_model(
 ) -> DiffusionModel:
     """Load `entry` onto `device`.
 
-    `dtype` is the denoiser's precision (see `resolve_dtype`), `decode_precision` the precision of the decoder's
-    products (default tf32 on CUDA, else float32). `compile` compiles the denoiser's layers. `check_size` receives the
-    size of the weights in bytes before they are loaded, and may raise.
+    `dtype` is the denoiser's precision (see `resolve_dtype`). `decode_precision` is the precision of matrix products
+    and convolutions in the decoder (default tf32 on CUDA, else float32). `compile` compiles the denoiser's layers.
+    `check_size` is called with the size of the weights in bytes before they are loaded; it may raise an error.
 
     Takes seconds to minutes; downloads missing files. Raises CheckpointError with one sentence that says what to do,
     and ConfigError for a device or precision that cannot be used.
@@ -88,7 +88,7 @@ def find_files(entry: ModelEntry, *, token: str | None = None) -> tuple[Path, Pa
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """Returns the device in torch's normal form. Raises ConfigError if this machine cannot use it."""
+    """Returns `device` as a torch.device. Raises ConfigError if this machine cannot use the device."""
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:

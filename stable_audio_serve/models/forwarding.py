@@ -1,4 +1,4 @@
-"""The base class of wrappers that change or observe some calls of a model and forward the others."""
+"""The base class of wrappers around a model that change or observe some method calls and forward the others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from stable_audio_serve.models.protocol import (
 
 
 class ForwardingModel:
-    """Implements DiffusionModel by forwarding to another model; subclasses override what they change."""
+    """Implements DiffusionModel by forwarding every call to another model. Subclasses override what they change."""
 
     def __init__(self, model: DiffusionModel) -> None:
         self._model = model

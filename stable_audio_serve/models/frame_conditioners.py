@@ -1,7 +1,7 @@
-"""Conditioners without weights that compute features of every latent frame, built from a config by their `type`.
+"""A registry of conditioners without weights that compute features of every latent frame.
 
-A family with local conditioning builds them through this registry. A module registers its type when it is imported;
-`models/families.py` imports them all.
+A checkpoint's config names a conditioner by its `type`. Model families with local (per-frame) conditioning build their
+conditioners here. A module registers its type when it is imported; `models/families.py` imports all these modules.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from stable_audio_serve.models.config_reader import ConfigReader
 
 
 class FrameConditioner(Protocol):
-    """Converts numbers of a request into features of its frames."""
+    """Computes features of a clip's latent frames from numbers such as its duration and tempo."""
 
     num_features: int
 
     def read_numbers(self, prompt: str) -> Mapping[str, float]:
-        """Returns numbers read from a prompt, by name."""
+        """Returns numbers that the prompt contains, such as a tempo, by name."""
         ...
 
     def features(self, num_frames: int, *, frame_s: float, numbers: Mapping[str, float]) -> Tensor:
-        """Returns features (num_features, F) float32 on the CPU of frames that start at multiples of `frame_s`."""
+        """Returns features (number of features, num_frames) float32, on the CPU. Frame i starts at i * `frame_s`."""
         ...
 
 
@@ -34,7 +34,10 @@ _BUILDERS: dict[str, FrameConditionerBuilder] = {}
 
 
 def register_frame_conditioner(type_: str) -> Callable[[FrameConditionerBuilder], FrameConditionerBuilder]:
-    """Register the decorated function as builder of `type_`; it receives the conditioner's `config` section."""
+    """Register the decorated function as the builder of the type `type_`.
+
+    The function is called with the conditioner's `config` section.
+    """
 
     def register(builder: FrameConditionerBuilder) -> FrameConditionerBuilder:
         _BUILDERS[type_] = builder
@@ -49,5 +52,8 @@ def frame_conditioner_types() -> tuple[str, ...]:
 
 
 def build_frame_conditioner(item: ConfigReader) -> FrameConditioner:
-    """Build `{type, config}` of a registered type. Raises CheckpointError naming a key that cannot be used."""
+    """Build the conditioner described by `item`, a section with the keys `type` (a registered type) and `config`.
+
+    Raises CheckpointError naming a key that cannot be used.
+    """
     return _BUILDERS[item.choice("type", frame_conditioner_types())](item.section("config"))

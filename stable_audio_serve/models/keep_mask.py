@@ -1,4 +1,4 @@
-"""Computes which latent frames of a source an edit keeps, for every family. Independent of models and samplers."""
+"""Computes which latent frames of the source audio an edit keeps, for every model family."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from stable_audio_serve.core.generation import GenerationRequest
 
 
 def plan_keep_mask(request: GenerationRequest, *, frames: int, hop: int, sample_rate_hz: int) -> Tensor | None:
-    """Returns (frames,) float32, 1 where the source's latent is kept: the frame's first sample is outside every region.
+    """Returns a mask (frames,) float32: 1 where the source's latent is kept, 0 where a latent is generated.
 
-    Everything after the clip's end is generated. Without regions nothing is kept, as in the references. Returns None
-    without a source. `hop` is the number of samples per frame. Raises InvalidRequestError naming the field.
+    A frame is kept if its first sample is outside every inpainting region and before the clip's end. Without regions
+    nothing is kept, as in the references. Returns None for a request without source audio to inpaint. `hop` is the
+    number of samples per frame. Raises InvalidRequestError naming the field.
 
-    With `keep="source"`, a region that continues the source begins at the frame in which the source ends. That frame's
-    latent also encodes the silence after the source; if kept, it would add up to a frame of silence to the clip.
+    With `keep="source"`, a region that continues the source begins at the frame in which the source ends. The latent of
+    that frame also encodes the silence after the source. A kept latent would add up to a frame of silence to the clip.
     """
     field = "inpaint_start_seconds"
     if request.inpaint_audio is None:

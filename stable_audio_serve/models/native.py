@@ -1,4 +1,4 @@
-"""What the native models of both families share: how prompts become embeddings."""
+"""The base class of this project's own models of both families: converts prompts to embeddings."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from stable_audio_serve.sampling.transfer import to_device
 
 
 class NativeModel:
-    """The text side of a model, its spec and its device. Public methods run without gradients."""
+    """Base class of a model: implements text encoding, `spec` and `device`. Public methods run without gradients."""
 
     def __init__(self, text: TextEncoder, prompt: nn.Module, *, spec: ModelSpec, device: torch.device) -> None:
-        """`prompt` turns the encoder's output into embeddings and fills padding."""
+        """`prompt` converts the encoder's output to embeddings and fills in the padding."""
         self.text = text
         self.prompt = prompt
         self._spec = spec
@@ -34,9 +34,9 @@ class NativeModel:
     @torch.inference_mode()
     @exact
     def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
-        """Returns embeddings (T, width) float32 and the mask of real tokens, for T tokens, truncated or padded.
+        """Returns each prompt's embedding (tokens, width) float32 and its mask of real tokens.
 
-        Padding has the learned vector (Stable Audio 3) or zeros (Stable Audio Open).
+        A padding token's embedding is a learned vector (Stable Audio 3) or zero (Stable Audio Open).
         """
         tokens = self.text.tokenize(prompts)
         ids_and_mask = to_device(tokens.ids_and_mask, self._device)

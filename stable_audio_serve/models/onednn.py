@@ -13,12 +13,14 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from stable_audio_serve.core.processor import is_amd
 
-_LEAST_PRODUCTS = 2**21  # multiplications; each oneDNN call has 11 us of overhead
+# Smallest number of multiplications for which a layer uses oneDNN. Each oneDNN call has 11 us of overhead.
+_LEAST_PRODUCTS = 2**21
 
 
 class OneDnnLinear(nn.Linear):
-    """A linear layer that uses oneDNN for CPU inference. With gradients, when compiled, and for small products it
-    behaves as `nn.Linear`.
+    """A linear layer that uses oneDNN for CPU inference.
+
+    With gradients, under `torch.compile` and for small matrices it computes like `nn.Linear`.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -28,10 +30,10 @@ class OneDnnLinear(nn.Linear):
 
 
 def use_onednn(network: nn.Module) -> None:
-    """Use oneDNN in the linear layers of a network on a CPU, in place, where it is faster.
+    """Make the linear layers of a network on a CPU use oneDNN where oneDNN is faster. Changes the layers in place.
 
-    Weights, keys and hooks are unchanged. The choice depends only on shapes and processor, so that all replicas on a
-    machine produce the same bytes.
+    Weights, state-dict keys and hooks are unchanged. The choice between oneDNN and torch's default depends only on
+    shapes and processor, so that all replicas on a machine produce the same bytes.
     """
     if not _is_faster():
         return
@@ -41,7 +43,7 @@ def use_onednn(network: nn.Module) -> None:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: PLR0917  # torch's signature
-    """Returns `x @ weight.T + bias` like `F.linear`, without gradients. Torch-function modes can intercept the call."""
+    """Returns `x @ weight.T + bias`, like `F.linear` but without gradients. A TorchFunctionMode can intercept it."""
     if has_torch_function_unary(x):
         return handle_torch_function(linear, (x,), x, weight, bias)
     if not supports_onednn(x, weight):
@@ -50,12 +52,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # 
 
 
 def supports_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN can multiply these two: float32 on a CPU, without autocast."""
+    """Whether oneDNN can compute `x @ weight.T`: both are float32 on a CPU, and autocast is off."""
     is_exact = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     return is_exact and x.device.type == "cpu"
 
 
 def _is_faster() -> bool:
-    """Whether oneDNN was measured to be faster on this kind of processor, and this torch exposes its product."""
+    """Whether this torch has oneDNN's linear layer and the processor is of the kind on which it was measured faster."""
     has_product = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return has_product and torch.backends.cpu.get_cpu_capability() == "AVX512" and is_amd()

@@ -1,7 +1,7 @@
-"""The four kinds of parts of an audio autoencoder, each built from its config by its `type`.
+"""The interfaces of the four parts of an audio autoencoder, and a registry of functions that build them.
 
-To add a type, decorate a function from config to module with `register_part(kind, type)`, and import its module in
-`stable_audio_serve/models/families.py`, so that it is registered before any checkpoint is built.
+To add a type of part, decorate its build function (config -> nn.Module) with `register_part(kind, type)`. Import its
+module in `stable_audio_serve/models/families.py`, so that the type is registered before any checkpoint is built.
 Shapes: B windows, C channels, S samples, P frame channels (the pretransform's), N frames, D latent channels, F latent
 frames.
 """
@@ -24,69 +24,84 @@ PartBuilder = Callable[[ConfigReader], nn.Module]
 
 @dataclass(frozen=True, slots=True)
 class WindowNoise:
-    """The noise of one window of one row. `stage` is decode, init or inpaint; `start` is its first latent frame."""
+    """The noise of one window of a clip. `start` is the window's first latent frame.
+
+    `stage` is decode, init or inpaint; each stage has different noise.
+    """
 
     source: NoiseSource
     stage: str
     start: int
 
     def draw(self, name: str, shape: tuple[int, ...], *, frame_axis: int, device: torch.device) -> Tensor:
-        """Returns unit normal float32 on `device`; `shape[frame_axis]` counts latent frames from the window's start."""
+        """Returns standard normal values of `shape` on `device`, float32.
+
+        Axis `frame_axis` counts latent frames from the window's start.
+        """
         return self.source.window(f"{self.stage}/{name}", self.start, shape=shape, frame_axis=frame_axis, device=device)
 
 
-Noises = Sequence[WindowNoise] | None  # one per window of a batch; None: no noise
+Noises = Sequence[WindowNoise] | None  # the noise of each window in a batch; None: no noise
 
 
 class Pretransform(Protocol):
-    """Converts audio to frames and back."""
+    """The outermost part of an autoencoder: converts audio to frames and back."""
 
     samples_per_frame: int
-    halo_frames: int  # frames on each side that can influence a frame's audio
-    is_placed: bool  # `decode` depends on the window's start, which it reads on the host from the noise
+    halo_frames: int  # number of frames on each side that can influence a frame's audio
+    is_placed: bool  # whether the result of `decode` depends on `start` in `noise` (an int, so no graph capture)
 
     def encode(self, audio: Tensor) -> Tensor:
-        """Audio (B, C, S) -> frames (B, P, ceil(S / samples_per_frame))."""
+        """Audio (batch, channels, samples) -> frames (batch, frame channels, ceil(samples / samples_per_frame))."""
         ...
 
     def decode(self, frames: Tensor, noise: Noises) -> Tensor:
-        """Frames (B, P, N) -> audio (B, C, N * samples_per_frame). `noise` starts at a latent frame boundary."""
+        """Frames (batch, frame channels, N) -> audio (batch, channels, N * samples_per_frame).
+
+        The first frame must be the first frame of a latent, because `noise` is drawn for whole latents.
+        """
         ...
 
 
 class Encoder(Protocol):
-    """Encodes frames to raw latents."""
+    """Encodes frames to raw latents, the input of the bottleneck."""
 
     frames_per_latent: int
     latent_multiple: int  # windows start and end at multiples of this many latents
-    noisy: bool  # uses noise if given
+    noisy: bool  # whether the encoder adds noise (if `noise` is not None)
 
     def __call__(self, frames: Tensor, noise: Noises) -> Tensor:
-        """(B, P, N) -> (B, D, F); N is padded at the end to whole latents."""
+        """Frames (batch, frame channels, frames) -> raw latents (batch, latent channels, latent frames).
+
+        Frames are padded at the end to whole latents.
+        """
         ...
 
 
 class Decoder(Protocol):
-    """Decodes latents from the bottleneck to frames."""
+    """Decodes latents, the output of the bottleneck, to frames."""
 
     frames_per_latent: int
     latent_multiple: int
-    halo_latents: int  # latents on each side that can influence a latent's frames
+    halo_latents: int  # number of latents on each side that can influence a latent's frames
 
     def __call__(self, latents: Tensor, noise: Noises) -> Tensor:
-        """(B, D, F) -> (B, P, N); F is padded at the end to a multiple of `latent_multiple`."""
+        """Latents (batch, latent channels, latent frames) -> frames (batch, frame channels, frames).
+
+        Latents are padded at the end to a multiple of `latent_multiple`.
+        """
         ...
 
 
 class Bottleneck(Protocol):
-    """Converts raw latents to the denoiser's latents and back."""
+    """Converts the encoder's raw latents to the denoiser's latents (the same shape) and back."""
 
     def encode(self, raw: Tensor) -> Tensor:
-        """(B, D, F) -> (B, D, F)."""
+        """Raw latents (batch, latent channels, latent frames) -> the denoiser's latents."""
         ...
 
     def decode(self, latents: Tensor, noise: Noises) -> Tensor:
-        """(B, D, F) -> (B, D, F)."""
+        """The denoiser's latents (batch, latent channels, latent frames) -> the decoder's input."""
         ...
 
 
@@ -94,7 +109,10 @@ _BUILDERS: dict[tuple[PartKind, str], PartBuilder] = {}
 
 
 def register_part(kind: PartKind, *types: str) -> Callable[[PartBuilder], PartBuilder]:
-    """Register the decorated function as builder of `types`; it receives the part's `config` section."""
+    """Register the decorated function as the builder of parts of these types.
+
+    The function is called with the part's `config` section.
+    """
 
     def register(builder: PartBuilder) -> PartBuilder:
         for type_ in types:
@@ -105,7 +123,7 @@ def register_part(kind: PartKind, *types: str) -> Callable[[PartBuilder], PartBu
 
 
 def build_part(kind: PartKind, config: ConfigReader) -> nn.Module:
-    """Build the part that `config` describes with its entries `type` and `config`.
+    """Build the part described by the keys `type` and `config` of the section `config`.
 
     Raises CheckpointError naming an unknown type.
     """
@@ -117,5 +135,5 @@ def build_part(kind: PartKind, config: ConfigReader) -> nn.Module:
 def stack_draws(
     noise: Sequence[WindowNoise], name: str, *, shape: tuple[int, ...], frame_axis: int, device: torch.device
 ) -> Tensor:
-    """Returns one draw of `shape` per window, stacked: (B, *shape) float32."""
+    """Returns standard normal noise of `shape` for each window, stacked: (windows, *shape) float32."""
     return torch.stack([window.draw(name, shape, frame_axis=frame_axis, device=device) for window in noise])

@@ -1,7 +1,4 @@
-"""The precision of matrix products and convolutions in a decoder. All other computation keeps full float32 precision.
-
-Depends on devices and torch's layers, not on families or requests.
-"""
+"""The precision of matrix products and convolutions in an autoencoder's decoder. Everything else stays in float32."""
 
 from __future__ import annotations
 
@@ -27,22 +24,22 @@ from stable_audio_serve.models.switches import (
     tf32_products,
 )
 
-Products = Callable[[], AbstractContextManager[None]]  # creates the context for a decoder's products
-Product = Callable[..., Tensor]  # (layer, x, weight, **options) -> the product without bias, float32
+Products = Callable[[], AbstractContextManager[None]]  # creates a context that sets the precision of matrix products
+Product = Callable[..., Tensor]  # (layer, x, weight, **options) -> output of the layer without bias, float32
 
 _FACTORS = ("input", "weight", "bias")
-_ARGUMENTS: Mapping[Any, tuple[str, ...]] = {  # the parameters of the split layers, in order
+_ARGUMENTS: Mapping[Any, tuple[str, ...]] = {  # the parameters, in order, of the functions that SplitProducts replaces
     F.linear: _FACTORS,
     F.conv1d: (*_FACTORS, "stride", "padding", "dilation", "groups"),
     F.conv_transpose1d: (*_FACTORS, "stride", "padding", "output_padding", "groups", "dilation"),
 }
-_FIRST_WITH_TF32 = 8  # CUDA compute capability, major
+_FIRST_WITH_TF32 = 8  # first major version of CUDA's compute capability with TF32
 
 
 def resolve_decode_precision(device: torch.device, precision: str | None) -> DecodePrecision:
-    """Returns `precision`; the default is tf32 on a CUDA device that supports it, else float32.
+    """Returns `precision`, or for None the default: tf32 on a CUDA device that supports TF32, else float32.
 
-    Raises ConfigError for a precision that the device does not support or that is no faster than float32.
+    Raises ConfigError for a precision that the device does not support, or that is not faster than float32 on it.
     """
     supported = _supported(device)
     if precision is None:
@@ -61,7 +58,7 @@ def _supported(device: torch.device) -> tuple[DecodePrecision, ...]:
         has_tf32 = torch.cuda.get_device_capability(device)[0] >= _FIRST_WITH_TF32
         return ("float32", "split", "tf32", "half") if has_tf32 else ("float32", "half")
     if device.type == "cpu" and has_native_bfloat16():
-        # Without AMX, the three products of "split" take 1.9 times as long as one float32 product.
+        # "split" needs AMX. Without it, its three bfloat16 products take 1.9 times as long as one float32 product.
         return ("float32", "split", "half") if has_matrix_bfloat16() else ("float32", "half")
     return ("float32",)
 
@@ -73,7 +70,7 @@ def _name(device: torch.device) -> str:
 
 
 def decoder_products(precision: DecodePrecision, device: torch.device) -> Products:
-    """Returns the function that creates the context for a decoder's products with `precision` on `device`."""
+    """Returns a function that creates a context in which matrix products and convolutions have this precision."""
     match precision:
         case "tf32":
             return _tf32
@@ -93,7 +90,7 @@ def _tf32() -> Iterator[None]:
 
 @contextmanager
 def _half(device: torch.device) -> Iterator[None]:
-    """Compute products and attention in half precision, but sums, norms, softmax and angles in float32."""
+    """Compute linear layers, convolutions and attention in half precision, but sums, norms and softmax in float32."""
     with SWITCH_LOCK.shared(), torch.autocast(device.type, dtype=_half_dtype(device), cache_enabled=False):
         yield
 
@@ -109,10 +106,10 @@ def _half_dtype(device: torch.device) -> torch.dtype:
 
 
 def stored_dtypes(decoder: nn.Module, device: torch.device) -> dict[str, torch.dtype]:
-    """Returns the half-precision dtype of each layer, by name, whose weights `decode_precision: half` stores in it.
+    """Returns the dtype, by layer name, of the layers that `decode_precision: half` stores in half precision.
 
-    Storing them avoids a cast in every call. These are the layers whose parameter `weight` is a matrix or a convolution
-    kernel. Norms, learned tokens and the factors of computed kernels stay in float32.
+    These are the layers whose parameter `weight` is a matrix or a convolution kernel. Storing the weights in half
+    precision avoids a cast in every call. All other parameters stay in float32.
     """
     half = _half_dtype(device)
     weights = {name: getattr(part, "weight", None) for name, part in decoder.named_modules()}
@@ -120,21 +117,21 @@ def stored_dtypes(decoder: nn.Module, device: torch.device) -> dict[str, torch.d
 
 
 def store_half(decoder: nn.Module, device: torch.device) -> None:
-    """Convert a decoder's layers to half precision, in place."""
+    """Convert the decoder's layers that `stored_dtypes` names to half precision, in place."""
     for name, dtype in stored_dtypes(decoder, device).items():
         for parameter in decoder.get_submodule(name).parameters(recurse=False):
             parameter.data = parameter.data.to(dtype)
 
 
 class SplitProducts(TorchFunctionMode):
-    """Computes each float32 linear layer and convolution as three products of bfloat16 parts, added in float32.
+    """Computes each float32 linear layer and convolution as the float32 sum of three cheaper bfloat16 products.
 
-    Each factor is split into its value rounded to bfloat16 and the remainder; together they hold 16 bits. The product
-    of the two remainders is omitted.
+    Input and weight are each split into the value rounded to bfloat16 and the remainder. Together the two parts have
+    16 significant bits. The product of the two remainders is omitted.
     """
 
     def __init__(self, product: Product) -> None:
-        """`product` may round its factors to bfloat16."""
+        """`product` computes each of the three products. It may round input and weight to bfloat16."""
         super().__init__()
         self._product = product
 
@@ -157,19 +154,19 @@ class SplitProducts(TorchFunctionMode):
 
 
 def _parts(factor: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns two float32 parts that sum to the factor; the first is a bfloat16 number."""
+    """Returns `factor` rounded to bfloat16, and the remainder, both as float32."""
     rounded = factor.bfloat16().float()
     return rounded, factor - rounded
 
 
 def _bfloat16_product(layer: Callable[..., Tensor], x: Tensor, weight: Tensor, **options: Any) -> Tensor:  # noqa: PLR0917
-    """Returns the product with factors rounded to bfloat16, on a CPU."""
+    """Compute a layer on a CPU with input and weight rounded to bfloat16. Returns float32."""
     with switched(bfloat16_processor_products()):
         return layer(x, weight, **options)
 
 
 def _cuda_product(layer: Callable[..., Tensor], x: Tensor, weight: Tensor, **options: Any) -> Tensor:  # noqa: PLR0917
-    """Returns the product on CUDA: linear layers in bfloat16, convolutions in TF32.
+    """Compute a layer on CUDA: linear layers in bfloat16, convolutions in TF32. Returns float32.
 
     Convolutions of bfloat16 tensors would also round their output to bfloat16, which is too coarse.
     """

@@ -1,6 +1,6 @@
-"""The protocol between the engine and a model, and the values that they exchange. Independent of families and queues.
+"""The interface of a model towards the engine, and the values that they exchange. The same for all model families.
 
-Alphabet: B batch rows, C channels, S audio samples, F latent frames, D latent channels, T text tokens.
+Shapes: B batch rows, C channels, S audio samples, F latent frames, D latent channels, T text tokens.
 """
 
 from __future__ import annotations
@@ -22,30 +22,28 @@ from stable_audio_serve.sampling.plan import Guidance, SamplerPlan
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """Facts about a loaded model: its card, completed from the checkpoint's config, and values that only the engine
-    needs.
-    """
+    """Properties of a loaded model: its public description (`card`), and values that only the engine needs."""
 
     card: ModelCard
     hop: int  # audio samples per latent frame
-    max_frames: int  # latent frames of the longest window, headroom included
+    max_frames: int  # largest number of latent frames that the network accepts
     default_sampler: str
-    noisy_source_encoder: bool  # encoding a source draws noise, so each row needs its own encoding
-    tail_samples: int = 0  # samples after the longest window's last whole frame; a source's last latents depend on them
-    pads_rows: bool = True  # the network masks invalid frames; if False, only rows of equal length share a call
-    packs_rows: bool = False  # the network accepts packed batches
-    packs_segments: bool = False  # the network accepts segments (row lengths on the device) and is fast with them
-    num_prefix: int = 0  # tokens that the network puts before each row's frames
-    is_compiled: bool = False  # the first call of a kind takes seconds, and results may depend on the call's shape
+    noisy_source_encoder: bool  # encoding source audio draws noise, so each row needs its own encoding
+    tail_samples: int = 0  # samples of the longest window after its last whole frame, which the encoder also reads
+    pads_rows: bool = True  # the network masks padding; if False, a batch needs rows of equal length
+    packs_rows: bool = False  # the network accepts packed batches: rows of different lengths without padding
+    packs_segments: bool = False  # the network accepts, and is fast with, packed batches with row lengths on the device
+    num_prefix: int = 0  # number of tokens that the network puts before each row's frames
+    is_compiled: bool = False  # uses torch.compile: a new shape can take seconds, and results may depend on the shape
     dtype: torch.dtype = torch.float32  # the denoiser's precision
-    captures_decode: bool = False  # decoding is device work only and does not depend on the window's start
+    captures_decode: bool = False  # `decode` can be captured as a CUDA graph for any window
 
 
 @dataclass(frozen=True, slots=True)
 class PromptTokens:
-    """Prompts as tokens. `ids_and_mask` is (B, 2, T) int64 on the host; the mask is 1 for real tokens.
+    """Prompts as tokens. `ids_and_mask` is (prompts, 2, tokens) int64 on the host; the mask is 1 for real tokens.
 
-    `chars_read` is the number of leading characters of each prompt that the tokens cover; None: all.
+    `chars_read` has, for each prompt, the number of its leading characters that the tokens cover; None: all characters.
     """
 
     ids_and_mask: Tensor
@@ -54,9 +52,10 @@ class PromptTokens:
 
 @dataclass(frozen=True, slots=True)
 class TextEmbedding:
-    """One encoded prompt: `tokens` (T, width) on the model's device; `mask` (T,) bool, true for real tokens.
+    """One encoded prompt: embeddings `tokens` (number of tokens, width) on the model's device, and their `mask`.
 
-    `chars_read` is the number of leading characters of the prompt that the tokens cover; None: all.
+    `mask` is true for real tokens and false for padding. `chars_read` is the number of leading characters of the prompt
+    that the tokens cover; None: all characters.
     """
 
     prompt: str
@@ -68,9 +67,12 @@ class TextEmbedding:
     def each(
         cls, prompts: Sequence[str], tokens: Tensor, *, mask: Tensor, chars_read: Sequence[int | None]
     ) -> list[TextEmbedding]:
-        """Split tokens (B, T, width) and mask (B, T) by prompt; B may exceed the number of prompts."""
+        """Split tokens (rows, tokens, width) and mask (rows, tokens) into one embedding per prompt.
+
+        Rows after the last prompt are ignored.
+        """
         real = mask.bool()
-        # Clone, so that a cached prompt does not keep the whole batch in memory.
+        # Clone: a view would keep the tensor of the whole batch in memory while one of its prompts is cached.
         return [
             cls(prompt, tokens[i].clone(), real[i].clone(), chars)
             for i, (prompt, chars) in enumerate(zip(prompts, chars_read, strict=True))
@@ -78,13 +80,13 @@ class TextEmbedding:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the tensors in bytes."""
+        """The memory of `tokens` and `mask` in bytes."""
         return self.tokens.nbytes + self.mask.nbytes
 
 
 @dataclass(frozen=True, slots=True)
 class WindowSpan:
-    """A window over latent frames [start, stop), of which only [keep_start, keep_stop) is written to the output."""
+    """A window: latent frames [start, stop) are processed, and the result of [keep_start, keep_stop) is used."""
 
     start: int
     stop: int
@@ -94,10 +96,10 @@ class WindowSpan:
 
 @dataclass(frozen=True, slots=True)
 class WindowRule:
-    """Constraints on windows over latents, so that their joined results equal the result of the whole.
+    """How a clip may be cut into windows that are decoded separately and give the same audio as the whole clip.
 
-    A window has `halo` frames on each side of the frames that it keeps. Its first frame and `halo` are multiples of
-    `multiple`. It may have any length.
+    A window has `halo` additional frames on each side of the frames whose result is used. The window's first frame and
+    `halo` are multiples of `multiple`. A window may have any length.
     """
 
     halo: int
@@ -106,29 +108,32 @@ class WindowRule:
 
 @dataclass(frozen=True, slots=True)
 class SourcePlan:
-    """Source audio prepared for the encoder: `samples` (C, S) float32 on the CPU at the model's rate, padded or cropped
-    to the row's frames and the window's tail. `windows` are in latent frames.
+    """Source audio prepared for the encoder: `samples` (channels, samples) float32 on the CPU, at the model's rate.
+
+    The audio is padded or cropped to the row's length. It is encoded in `windows`, which are in latent frames.
     """
 
     samples: Tensor
     windows: tuple[WindowSpan, ...]
 
     def cut(self, span: WindowSpan, *, hop: int) -> Tensor:
-        """Returns one window's samples (C, S_window). The last window includes the tail after its last whole frame."""
+        """Returns the samples of one window, (channels, samples). The last window includes all remaining samples."""
         stop = None if span is self.windows[-1] else span.stop * hop
         return self.samples[:, span.start * hop : stop]
 
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:
-    """Everything about one variation that is decided before it reaches the device.
+    """Everything about one variation of a request that is decided before it reaches the device.
 
-    `frames` is the row's latent length with headroom; the first `valid_frames` take part in attention.
-    `output_samples` is the exact length of the result. `negative_prompt` is None if no evaluation is guided by one. If
-    `negative_numbers` is None, the prompt's numbers apply. `keep_mask` (F,) float32 is 1 to keep the source's latent,
-    0 to generate; None without inpainting. A model with a mask input gets the mask in `condition`. For other models
-    the `sampler` blends the source into every step (`sampling/blend.py`), and the engine restores the kept frames at
-    the end. With a `decode_rule` the engine may replace `decode_windows` by other windows over the same frames.
+    `frames` is the number of generated latent frames, which can be longer than the clip. The first `valid_frames` of
+    them take part in attention. `output_samples` is the exact length of the result. `negative_prompt` is None if no
+    step uses one. If `negative_numbers` is None, the negative prompt gets the prompt's `numbers`.
+
+    `keep_mask` (frames,) float32 is 1 to keep the source's latent and 0 to generate; None without inpainting. A model
+    with a mask input gets the mask in `condition`. For other models the `sampler` blends the source into every step
+    (`sampling/blend.py`), and the engine restores the kept frames at the end. If `decode_rule` is not None, the engine
+    may replace `decode_windows` by other windows over the same frames.
     """
 
     seed: int
@@ -150,7 +155,10 @@ class RowPlan:
 
 @dataclass(frozen=True, slots=True)
 class EncodeWindow:
-    """One window of source audio: `samples` (C, S) float32, first latent frame `start`, `stage` init or inpaint."""
+    """One window of source audio: `samples` (channels, samples) float32, beginning at latent frame `start`.
+
+    `stage` says what the source is for: init or inpaint.
+    """
 
     samples: Tensor
     start: int
@@ -160,7 +168,10 @@ class EncodeWindow:
 
 @dataclass(frozen=True, slots=True)
 class DecodeWindow:
-    """One window of finished latents: `latents` (D, F) float32 on the model's device, first frame `start`."""
+    """One window of finished latents, beginning at latent frame `start` of the clip.
+
+    `latents` is (latent channels, frames) float32 on the model's device.
+    """
 
     latents: Tensor
     start: int
@@ -169,10 +180,10 @@ class DecodeWindow:
 
 @dataclass(frozen=True, slots=True)
 class BranchConditioning:
-    """Per-request constants of one denoiser input, by name. Only the model interprets the names.
+    """The conditioning of one branch (conditional or unconditional) of a request, by name, constant over all steps.
 
-    `constants` have the same shape for every request; `by_frame` are (channels, F) with the row's F. A missing name
-    means zeros; a name missing in all branches of a call takes no memory.
+    Only the model interprets the names. A value in `constants` has the same shape for every request. A value in
+    `by_frame` is (channels, the row's frames). A value whose name is missing is all zeros.
     """
 
     constants: Mapping[str, Tensor]
@@ -180,15 +191,16 @@ class BranchConditioning:
 
     @property
     def num_bytes(self) -> int:
-        """Device memory of all values in bytes."""
+        """The device memory of all values in bytes."""
         return sum(value.nbytes for value in (*self.constants.values(), *self.by_frame.values()))
 
 
 @dataclass(frozen=True, slots=True)
 class RowConditioning:
-    """The conditional branch and, if some evaluation is guided, the unconditional or negative branch.
+    """The conditioning of a row: its conditional branch, and the branch that classifier-free guidance needs besides it.
 
-    A tensor shared by both branches is stored once.
+    `unconditional` has the negative prompt, if there is one; None if no step uses guidance. The branches may share
+    tensors.
     """
 
     conditional: BranchConditioning
@@ -197,20 +209,22 @@ class RowConditioning:
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """Rows that step together; a guided row appears twice, once per branch.
+    """The input of one denoiser call: B rows. A request with guidance has two rows, one for each branch.
 
-    Padded: `x` (B, D, F) float32 (already scaled), `t` (B,) float32, `valid` (B, F) bool. Invalid frames are neither
-    queries nor keys, and their output is unspecified. F is at least every row's frames.
+    A batch has one of three forms. D is the number of latent channels.
 
-    Packed, for a model with `packs_rows`: `x` (1, D, N) holds the rows' `frames` one after another; each row's first
-    `valid_frames` are valid, and `valid` is None. Adjacent rows of equal length are faster.
+    Padded: `x` (B, D, F) float32 (already scaled), `t` (B,) float32, `valid` (B, F) bool. F is at least the number of
+    frames of every row. Invalid frames are padding: they are not keys, and their output is unspecified.
 
-    In both cases `constants` (B, ...) and `by_frame` (B, channels, F) hold the branches' values by name. A name that no
-    branch has is absent.
+    Packed, for a model with `packs_rows`: `x` (1, D, N) has the `frames` of all rows one after another, N in total. The
+    first `valid_frames` of each row are valid, and `valid` is None. Adjacent rows of equal length are faster.
 
-    With `segments`, for a model with `packs_segments`: `x` (1, D, N) and `by_frame` (1, channels, N) are indexed by
-    token, with zeros at prefix tokens. `constants` (S, ...) hold the values of S slots. `slots` (B,) int32, by name,
-    give each row's slot.
+    In these two forms, `constants` (B, ...) and `by_frame` (B, channels, F) have the conditioning of all rows, by name.
+    A name that no row has is absent.
+
+    With `segments`, for a model with `packs_segments`: `x` (1, D, N) and `by_frame` (1, channels, N) have the N tokens
+    of all rows, with zeros at prefix tokens. Each value in `constants` is a tensor with many entries (slots) on its
+    first axis; `slots` has, under the same name, the index of each row's entry: (B,) int32.
     """
 
     x: Tensor
@@ -225,7 +239,7 @@ class StepBatch:
 
     @classmethod
     def of(cls, x: Tensor, *, t: Tensor, valid: Tensor, branches: Sequence[BranchConditioning]) -> StepBatch:
-        """Build a padded batch from each row's conditioning, for callers that keep no conditioning in device memory."""
+        """Build a padded batch from the conditioning of each row (`branches`)."""
         constants = {name: _stack([branch.constants.get(name) for branch in branches]) for name in _names(branches)}
         padded = [
             {name: F.pad(value, (0, x.shape[-1] - value.shape[-1])) for name, value in branch.by_frame.items()}
@@ -248,7 +262,7 @@ def _stack(values: Sequence[Tensor | None]) -> Tensor:
 
 
 class DiffusionModel(Protocol):
-    """A loaded model. All calls except `plan` run on the engine's thread; `plan` is pure and runs on any thread."""
+    """A loaded model. `plan` is a pure function for any thread; the engine's thread calls all other methods."""
 
     @property
     def spec(self) -> ModelSpec: ...
@@ -259,18 +273,22 @@ class DiffusionModel(Protocol):
         ...
 
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
-        """Returns one plan per variation. `frames` overrides the latent length (for a row of a reference batch).
+        """Returns one plan for each variation of the request.
 
-        Raises InvalidRequestError naming the field for a request that the model cannot serve.
+        `frames` overrides the number of latent frames, to compare a row with a reference that pads it to a batch's
+        length. Raises InvalidRequestError naming the field for a request that the model cannot serve.
         """
         ...
 
     def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
-        """Embed prompts; row-independent."""
+        """Returns the embedding of each prompt. It does not depend on the other prompts."""
         ...
 
     def encode_audio(self, windows: Sequence[EncodeWindow]) -> list[Tensor]:
-        """Returns latents (D, F_window) float32 of windows of equal length; row-independent."""
+        """Returns the latents (latent channels, frames) float32 of each window. All windows must have the same length.
+
+        The result for a window does not depend on the other windows.
+        """
         ...
 
     def condition(
@@ -281,18 +299,23 @@ class DiffusionModel(Protocol):
         negative: TextEmbedding | None,
         inpaint_latents: Tensor | None,
     ) -> RowConditioning:
-        """Returns a row's per-request constants. `inpaint_latents` is (D, frames); None without inpainting or if the
-        sampler blends.
+        """Returns a row's conditioning, which is constant over all steps.
+
+        `inpaint_latents` (latent channels, frames) are the source's latents. None without inpainting, or if the sampler
+        blends the source into every step.
         """
         ...
 
     def denoise(self, batch: StepBatch) -> Tensor:
-        """Returns the network output (B, D, F) float32, velocity or v as the plan's sampler expects; row-independent.
+        """Returns the network output float32, in the shape of `batch.x`: velocity or v, as the plan's sampler expects.
 
-        For a packed batch it is (1, D, N).
+        The output of a row does not depend on the other rows.
         """
         ...
 
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
-        """Returns audio (C, hop * F_window) float32 of windows of equal length, not clamped; row-independent."""
+        """Returns the audio (channels, hop * frames) float32 of each window, not clamped to -1..1.
+
+        All windows must have the same length. The result for a window does not depend on the other windows.
+        """
         ...

@@ -1,7 +1,7 @@
 """The known models: the official ones by name, the packaged demo, and those that an operator adds.
 
-Describes models and their files; loads no weights. Importing this module imports no torch, so that an ingress can use
-it.
+Describes models and their files; loads no weights. Importing this module does not import torch, so that processes
+without models can use it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OFFICIAL_FILES = (CONFIG_FILE, WEIGHTS_FILE, f"{TEXT_ENCODER_FOLDER}/*")
 OPERATOR_FILES = (CONFIG_FILE, WEIGHTS_FILE, "*/*.json", "*/*.safetensors", "*/*.model")
 TEXT_ENCODER_FILES = ("config.json", "model*.safetensors*", "tokenizer*", "spiece.model", "special_tokens*")
 
-# Default steps and guidance by objective: few steps for distilled models, guidance for base models.
+# Default (steps, guidance scale) by training objective: distilled models (rf_denoiser) need few steps and no guidance.
 OBJECTIVE_DEFAULTS: Mapping[str, tuple[int, float]] = {
     "rf_denoiser": (8, 1.0),
     "rectified_flow": (50, 7.0),
@@ -38,10 +38,11 @@ OBJECTIVE_DEFAULTS: Mapping[str, tuple[int, float]] = {
 
 @dataclass(frozen=True, slots=True)
 class ModelEntry:
-    """One model that can be loaded, and its card. Files come from `folder` if set, else from `repo_id` at `revision`.
+    """One model that can be loaded, and its public description (`card`).
 
-    `files` are the patterns to download. `cap_s` limits the duration below the checkpoint's own limit; None: no cap.
-    `backend` selects the network implementation.
+    The model's files are in `folder` if set, else in the hub's repository `repo_id` at `revision`. `files` are patterns
+    of the files to download. `cap_s` limits the duration in seconds, in addition to the checkpoint's own limit; None:
+    no additional limit. `backend` selects the network implementation.
     """
 
     card: ModelCard
@@ -121,7 +122,7 @@ BUILT_IN: Mapping[str, ModelEntry] = {
 
 
 def text_encoder_entry(repo_id: str) -> ModelEntry:
-    """Returns the download entry of a text encoder with a separate repository."""
+    """Returns the entry for downloading a text encoder from its own repository."""
     return ModelEntry(ModelCard(repo_id, "text-encoder"), repo_id=repo_id, files=TEXT_ENCODER_FILES)
 
 
@@ -140,8 +141,8 @@ def resolve_entry(
     """Returns the entry that an operator configured: a built-in name, a local folder (`path`) or a repository
     (`repo_id`).
 
-    A built-in name with a folder or repository loads those files and keeps its built-in description. Reads no file;
-    see `describe_entry`. Raises ConfigError for an unknown name without a folder or repository.
+    If a folder or repository is given with a built-in name, the entry has those files and the built-in description.
+    Reads no file (`describe_entry` does). Raises ConfigError for an unknown name without a folder or repository.
     """
     base = BUILT_IN.get(name)
     if base is None and path is None and repo_id is None:
@@ -172,11 +173,11 @@ def resolve_entry(
 
 
 def describe_entry(entry: ModelEntry) -> ModelEntry:
-    """Returns the entry with family, rate, channels, length and objective from its config, if available locally.
+    """Returns the entry with family, sample rate, channels, longest duration and objective from the config.
 
-    The config is read from the entry's folder or the hub's cache, never from the hub. A built-in entry keeps its own
-    steps and guidance, and a cap below the config's length stays. Raises CheckpointError for a folder without a usable
-    config.
+    The config is read from the entry's folder or from the local cache of the hub. If neither has one, returns the entry
+    unchanged. A built-in entry keeps its own default steps and guidance. `cap_s` stays an upper limit of the duration.
+    Raises CheckpointError for a folder without a usable config.
     """
     folder = _config_folder(entry)
     if folder is None:
@@ -199,7 +200,7 @@ def _config_folder(entry: ModelEntry) -> Path | None:
 
     try:
         found = try_to_load_from_cache(entry.repo_id, CONFIG_FILE, revision=entry.revision)
-    except (OSError, ValueError):  # an invalid name; the download reports it
+    except (OSError, ValueError):  # an invalid repository name: the later download raises the error for it
         return None
     return Path(found).parent if isinstance(found, str) else None
 
@@ -220,14 +221,14 @@ def _sa3_card(card: ModelCard, config: ConfigReader, *, cap_s: float | None) -> 
 
 
 def open_card(card: ModelCard, config: ConfigReader, *, cap_s: float | None) -> ModelCard:
-    """Returns the card, completed from the config of a Stable Audio Open checkpoint. `cap_s` limits the duration.
+    """Returns the card, completed from the config of a Stable Audio Open checkpoint.
 
-    Raises CheckpointError naming the key that cannot be used.
+    `cap_s` is an upper limit of the duration. Raises CheckpointError naming the key that cannot be used.
     """
     rate = config.integer("sample_rate", at_most=MAX_SAMPLES)
     model = config.section("model")
     hop = model.section("pretransform").section("config").integer("downsampling_ratio")
-    longest_s = config.integer("sample_size", at_most=MAX_SAMPLES) // hop * hop / rate  # whole frames only
+    longest_s = config.integer("sample_size", at_most=MAX_SAMPLES) // hop * hop / rate  # without a partial last frame
     objective = model.section("diffusion").choice("diffusion_objective", tuple(OBJECTIVE_DEFAULTS), default="v")
     ids = [item.text("id") for item in model.section("conditioning").sections("configs")]
     return replace(
@@ -238,7 +239,7 @@ def open_card(card: ModelCard, config: ConfigReader, *, cap_s: float | None) -> 
         latent_channels=model.integer("io_channels"),
         objective=objective,
         max_duration_s=min(cap_s or longest_s, longest_s),
-        default_duration_padding_s=0.0,  # the whole window is always generated
+        default_duration_padding_s=0.0,  # not needed: these models always generate the whole window
         samplers=V_SAMPLERS if objective == "v" else FLOW_SAMPLERS,
         conditions_on_start="seconds_start" in ids,
     )

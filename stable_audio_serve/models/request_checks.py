@@ -12,7 +12,7 @@ def check_request(request: GenerationRequest) -> None:
     """Raise InvalidRequestError naming a field whose value no model can use."""
     for field, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")):
         try:
-            text.encode()  # rejects lone surrogates, which JSON escapes can contain and tokenizers cannot read
+            text.encode()  # raises an error for lone surrogates: JSON can contain them, but tokenizers cannot read them
         except UnicodeEncodeError:
             raise InvalidRequestError(f"{field} is not valid Unicode text", field=field) from None
     if request.batch_size < 1:

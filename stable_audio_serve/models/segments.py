@@ -1,5 +1,5 @@
-"""The positions of a packed batch's rows among its tokens, as device tensors, so that a captured CUDA graph can be
-replayed for other rows. Independent of networks.
+"""The places of rows in a packed batch (one sequence of tokens without padding), as device tensors. A captured CUDA
+graph can therefore be replayed for rows of other lengths.
 """
 
 from __future__ import annotations
@@ -13,26 +13,27 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """B rows among N tokens, one after another. All integers are int32.
+    """The places of B rows in a sequence of N tokens. All integer tensors are int32.
 
-    A row's tokens are `num_prefix` prefix tokens and then its latent frames; an unused row has none.
-    Tokens after the last row belong to no row: they have no effect, and their results are unspecified.
+    Each row has a few prefix tokens, then its latent frames; an unused row has no tokens. Tokens after the last row
+    belong to no row: they have no effect, and their results are unspecified.
     """
 
-    offsets: Tensor  # (B + 1,): the start of each row's tokens, and the end of the last row
-    num_keys: Tensor  # (B,): the number of each row's leading tokens that are keys
-    rows: Tensor  # (N,): each token's row; arbitrary for tokens of no row
-    positions: Tensor  # (N,): each token's position in its row
-    is_frame: Tensor  # (N,) bool: whether the token is a latent frame
-    longest: int  # upper bound on the tokens of a row
+    offsets: Tensor  # (rows + 1,): the index of each row's first token, and the end of the last row
+    num_keys: Tensor  # (rows,): how many tokens of each row, from its start, are keys in attention
+    rows: Tensor  # (tokens,): the row of each token; arbitrary for tokens that belong to no row
+    positions: Tensor  # (tokens,): the position of each token in its row
+    is_frame: Tensor  # (tokens,) bool: whether the token is a latent frame, not a prefix token
+    longest: int  # upper bound on the number of tokens of a row
 
     @classmethod
     def of(
         cls, frames: Tensor, valid_frames: Tensor, *, num_prefix: int, num_tokens: int, longest_frames: int
     ) -> Segments:
-        """Lay out rows of `frames` (B,) latent frames, of which the first `valid_frames` (B,) are keys.
+        """Compute the places of rows with `frames` (rows,) latent frames each, one row after another.
 
-        Rows of 0 frames are unused. The rows must fit into `num_tokens` tokens.
+        The first `valid_frames` (rows,) of each row are keys in attention. Rows of 0 frames are unused. All rows must
+        fit into `num_tokens` tokens.
         """
         is_used = frames > 0
         offsets = F.pad((frames + num_prefix * is_used).cumsum(0, dtype=torch.int32), (1, 0))

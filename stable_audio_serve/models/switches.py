@@ -1,4 +1,4 @@
-"""Torch's process-wide switches for rounded float32 products, changed by one thread at a time."""
+"""Torch's process-wide switches that let matrix products round float32 inputs, and a lock for changing them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ import torch
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
-Switch = tuple[Any, str, object]  # torch's object, the attribute, the value that rounds
+Switch = tuple[Any, str, object]  # (an object of torch, its attribute, the attribute's value that allows rounding)
 
 
 class SwitchLock:
-    """A readers-writer lock for the switches of a process. Changing a switch needs exclusive access, computing shared
-    access.
+    """A readers-writer lock for the switches of a process: computing takes shared access, changing a switch exclusive.
 
-    While a thread waits for exclusive access, no other thread gets access. It therefore waits only for the calls that
-    are already in progress.
+    While a thread waits for exclusive access, no other thread gets access. The thread therefore waits only for the
+    computations that are already in progress.
     """
 
     def __init__(self) -> None:
@@ -30,7 +29,7 @@ class SwitchLock:
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """Returns a context in which no other thread changes a switch."""
+        """Returns a context with shared access, in which no other thread changes a switch."""
         with self._turn, self._left:
             self._num_inside += 1
         try:
@@ -42,7 +41,7 @@ class SwitchLock:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Returns a context in which no other thread computes."""
+        """Returns a context with exclusive access, in which no other thread computes or changes a switch."""
         with self._turn:
             with self._left:
                 while self._num_inside:
@@ -54,9 +53,9 @@ SWITCH_LOCK = SwitchLock()
 
 
 def exact(method: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Decorate a model's method so that its float32 products keep full precision (no TF32).
+    """Decorate a model's method so that its float32 matrix products keep full precision (no TF32).
 
-    This holds even if another model in the process switches TF32 on.
+    Meanwhile no other thread in the process can switch TF32 on.
     """
 
     @functools.wraps(method)
@@ -69,7 +68,7 @@ def exact(method: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
 
 @contextmanager
 def switched(switches: Sequence[Switch]) -> Iterator[None]:
-    """Returns a context in which the switches are set. The caller must have exclusive access."""
+    """Returns a context in which the switches are set. The caller must have exclusive access (`SwitchLock.alone`)."""
     before = [getattr(owner, name) for owner, name, _ in switches]
     try:
         for owner, name, value in switches:
@@ -81,20 +80,23 @@ def switched(switches: Sequence[Switch]) -> Iterator[None]:
 
 
 def tf32_convolutions() -> list[Switch]:
-    """Returns the switch of cuDNN's convolutions."""
+    """Returns the switch that lets cuDNN's convolutions use TF32."""
     return [(torch.backends.cudnn, "allow_tf32", True)]
 
 
 def tf32_products() -> list[Switch]:
-    """Returns the switches of convolutions and of cuBLAS's products, which fused attention also reads.
+    """Returns the switches that let convolutions, cuBLAS's matrix products and fused attention use TF32.
 
-    These old names also set `fp32_precision`, the new name in torch 2.9. If only the new name is set, torch raises an
-    error when the old names are read.
+    Uses the attribute `allow_tf32`, which also sets its successor `fp32_precision` (torch 2.9). If only the successor
+    is set, torch raises an error when `allow_tf32` is read.
     """
     return [(torch.backends.cuda.matmul, "allow_tf32", True), *tf32_convolutions()]
 
 
 def bfloat16_processor_products() -> list[Switch]:
-    """Returns the switches that make oneDNN round factors to bfloat16 and add in float32 (torch 2.9 and later)."""
+    """Returns the switches that make oneDNN's matrix products and convolutions round their inputs to bfloat16.
+
+    Sums stay in float32. Needs torch 2.9 or later.
+    """
     mkldnn: Any = torch.backends.mkldnn
     return [(part, "fp32_precision", "bf16") for part in (mkldnn.matmul, mkldnn.conv)]

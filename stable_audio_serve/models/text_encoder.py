@@ -1,6 +1,6 @@
-"""Text encoders of checkpoints: a tokenizer and a network from a separate repository, loaded from a folder.
+"""Loads and runs the text encoder of a checkpoint: a tokenizer and a pretrained network, in one folder.
 
-Each family chooses its network and interprets the output.
+Each model family chooses the network and interprets its output.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.protocol import PromptTokens
 
-# (folder) -> the network and transformers' loading report (`output_loading_info`)
+# Called with a folder. Returns the network and the loading report of transformers (`output_loading_info`).
 NetworkLoader = Callable[[Path], tuple[nn.Module, Mapping[str, Any]]]
 
 
 class TextEncoder:
-    """A tokenizer and an encoder with hidden states of size `width`; not part of the checkpoint's weights."""
+    """A tokenizer and an encoder with hidden states of size `width`. Not part of the checkpoint's own weights."""
 
     def __init__(self, tokenizer: Any, encoder: nn.Module, *, width: int, max_length: int) -> None:
         self.tokenizer = tokenizer
@@ -29,9 +29,9 @@ class TextEncoder:
         self.max_length = max_length
 
     def tokenize(self, prompts: Sequence[str]) -> PromptTokens:
-        """Returns tokens with T = `max_length`, truncated or padded on the right.
+        """Returns `max_length` tokens for each prompt, truncated or padded on the right.
 
-        With T5Gemma an empty prompt has no real token. With T5 it has one, which marks the end of the text.
+        An empty prompt has no real token with T5Gemma, and one with T5: the end of the text.
         """
         encoded = self.tokenizer(
             list(prompts), truncation=True, max_length=self.max_length, padding="max_length", return_tensors="pt"
@@ -40,13 +40,14 @@ class TextEncoder:
         return PromptTokens(ids_and_mask, chars_read(encoded, num_prompts=len(prompts)))
 
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Returns hidden states (B, T, width) float32. Padding is never a key, and its values are arbitrary.
+        """Returns the encoder's hidden states (prompts, tokens, width) float32.
 
-        Device work only; the host does not wait.
+        Attention ignores padding; the hidden states of padding are arbitrary. The host does not wait for the device.
         """
         dtype = next(self.encoder.parameters()).dtype
-        # A 4D mask, because with a 2D mask transformers checks for padding on the host, which waits for the device.
-        # Hidden tokens get the least finite number: minus infinity would turn a prompt without real tokens into NaN.
+        # The mask has 4 axes. With a mask of 2 axes, transformers would check on the host whether there is padding, and
+        # wait for the device. Padding gets the smallest finite number instead of minus infinity: for a prompt without
+        # real tokens, minus infinity would give NaN.
         added = torch.zeros(len(mask), 1, 1, mask.shape[1], device=mask.device, dtype=dtype)
         added.masked_fill_(mask[:, None, None, :] == 0, torch.finfo(dtype).min)
         hidden: Tensor = self.encoder(input_ids=ids, attention_mask=added).last_hidden_state
@@ -54,9 +55,9 @@ class TextEncoder:
 
 
 def chars_read(encoded: Any, *, num_prompts: int) -> tuple[int | None, ...]:
-    """Returns how many leading characters of each prompt the tokens cover; None: all.
+    """Returns how many leading characters of each prompt the tokens cover; None: all, or unknown.
 
-    None also for tokenizers outside the `tokenizers` package, which do not report it.
+    Only tokenizers of the package `tokenizers` report this number.
     """
     if not encoded.is_fast:
         return (None,) * num_prompts
@@ -64,9 +65,10 @@ def chars_read(encoded: Any, *, num_prompts: int) -> tuple[int | None, ...]:
 
 
 def load_tokenizer_and_network(folder: Path, load_network: NetworkLoader) -> tuple[Any, nn.Module]:
-    """Returns the tokenizer and network of a folder, ready for inference.
+    """Returns the tokenizer and the network of a folder, ready for inference.
 
-    Raises CheckpointError if anything is missing: transformers would fill a missing weight with random numbers.
+    Raises CheckpointError if a file or weight is missing. (transformers alone would use random numbers for missing
+    weights.)
     """
     from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging

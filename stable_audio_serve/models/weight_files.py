@@ -1,6 +1,6 @@
 """Reads weight files (safetensors, and pickles of tensors) without holding a whole file in memory.
 
-Files are memory-mapped: a tensor's values are read on first use. Independent of networks and devices.
+Files are memory-mapped: a tensor's values are read from disk on first use.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.checkpoint_files import damaged
 
 TRAINING_PREFIXES = ("diffusion.", "diffusion_ema.")
-MAPPED_BYTES = 128 * 2**20  # read pages of a mapped file count as this process's memory until it is unmapped
+# A mapped file is unmapped after this many bytes were read, because they count as memory of the process until then.
+MAPPED_BYTES = 128 * 2**20
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -37,16 +38,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def drain_weights(
     path: Path, weights: dict[str, Tensor], *, kept: Collection[str] = ()
 ) -> Iterator[tuple[str, Tensor]]:
-    """Remove each key from `weights`, the result of `read_weights(path)`, and yield it with its tensor.
+    """Remove each key from `weights`, the result of `read_weights(path)`, and yield the key with its tensor.
 
-    Keys in `kept` come first; the caller keeps these tensors mapped and does not read them yet. The other keys follow
-    in the order of the file. The file is mapped again after every `MAPPED_BYTES`, which bounds the memory. Raises
-    CheckpointError if the file changes.
+    Keys in `kept` come first: the caller keeps these tensors memory-mapped and must not read their values yet. The
+    other keys follow in the order of the file. To limit memory, the file is unmapped and mapped again after every
+    `MAPPED_BYTES`. Raises CheckpointError if the file changes meanwhile.
     """
     identity = _identity(path)
     for key in kept:
         yield key, weights.pop(key)
-    read_bytes = MAPPED_BYTES if kept else 0  # map again at once, because read pages of the kept mapping stay in memory
+    # If tensors were kept, map the file again at once: the kept mapping cannot be unmapped to free memory.
+    read_bytes = MAPPED_BYTES if kept else 0
     for key in sorted(weights, key=lambda key: weights[key].data_ptr()):
         if read_bytes >= MAPPED_BYTES and _is_mapped(path):
             left = set(weights)
@@ -70,7 +72,7 @@ def _identity(path: Path) -> tuple[int, ...]:
 
 
 def _is_mapped(path: Path) -> bool:
-    """Whether a file can be mapped. Pickles from before torch 1.6 are not zip archives and are read completely."""
+    """Whether a file can be memory-mapped. Pickles from before torch 1.6 cannot: they are not zip archives."""
     return path.suffix != ".ckpt" or zipfile.is_zipfile(path)
 
 

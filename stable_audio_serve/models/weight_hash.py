@@ -1,8 +1,7 @@
-"""Identifies a checkpoint's weights: one hash over every byte that affects its sound. Reads files, builds nothing.
+"""Computes a hash that identifies a checkpoint: SHA-256 over every byte of the files that affect its sound.
 
-Every byte is read. File sizes, dates or samples of the bytes would not reveal that a tensor was replaced by another one
-of the same shape. Hashing runs at the speed of SHA-256 (0.5 to 2 GB/s per core), mostly while the same bytes are loaded
-from disk.
+File sizes, dates or samples of the bytes would not show that a tensor was replaced by another one of the same shape.
+Hashing runs at the speed of SHA-256 (0.5 to 2 GB/s per core).
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 def hash_weights(folder: Path, text_encoder: Path) -> str:
     """Returns 64 hexadecimal digits: SHA-256 of the names and digests of config, weights and text encoder.
 
-    The hub's cache names large files by their SHA-256. Raises CheckpointError if a file's content does not match its
-    name, or if a file cannot be read.
+    Large files in the hub's cache have their SHA-256 as name. Raises CheckpointError if the content of such a file does
+    not match its name, or if a file cannot be read.
     """
     whole = hashlib.sha256()
     for name, path in _files(folder, text_encoder):
@@ -33,7 +32,7 @@ def hash_weights(folder: Path, text_encoder: Path) -> str:
 
 
 def _files(folder: Path, text_encoder: Path) -> Iterator[tuple[str, Path]]:
-    """Yield every file with a name for the hash that does not depend on its folder."""
+    """Yield (name, path) of every file to hash. The name does not depend on where the checkpoint is stored."""
     yield "config", folder / CONFIG_FILE
     yield "weights", find_weights(folder)
     for path in sorted(text_encoder.iterdir()):

@@ -10,13 +10,13 @@ from stable_audio_serve.models.checkpoint_files import encoder_weights, find_wei
 from stable_audio_serve.models.config_reader import read_config
 from stable_audio_serve.models.weight_files import read_weights
 
-_DENOISER_KEYS = "model.model."  # in both families
-_UNUSED = ("decoder.", "lm_head.")  # in text encoder files that contain a whole language model
-_OPEN_TEXT_BYTES = 2  # bytes per weight: loaded as float16, whatever the file's dtype
+_DENOISER_KEYS = "model.model."  # prefix of the denoiser's keys, the same in both model families
+_UNUSED = ("decoder.", "lm_head.")  # prefixes of keys, in a whole language model's file, that are not its encoder
+_OPEN_TEXT_BYTES = 2  # bytes per weight of a T5: loaded as float16, whatever the file's dtype
 
 
 def weight_bytes(folder: Path, *, text_encoder: Path, dtype: torch.dtype) -> int:
-    """Returns the bytes of a checkpoint's networks and its text encoder, with the denoiser in `dtype`.
+    """Returns the memory in bytes of a checkpoint's networks and its text encoder, with the denoiser in `dtype`.
 
     Raises CheckpointError for damaged files.
     """

@@ -1,6 +1,6 @@
-"""Fills modules from weight files, strictly: a key that does not fit the network is an error that names it.
+"""Fills modules with the tensors of a weight file. A key's prefix selects the module.
 
-A key's prefix selects the module. Independent of families.
+Every key must fit the network; otherwise, an error names the key.
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def resolve_dtype(device: torch.device, dtype: str | torch.dtype | None, *, cpu_facts: Path = CPU_FACTS) -> torch.dtype:
-    """Returns the denoiser's precision; the default is float16 on CUDA and float32 elsewhere.
+    """Returns `dtype` as the denoiser's dtype; for None, the default: float16 on CUDA and float32 elsewhere.
 
-    Autoencoder and conditioners stay in float32; the text encoder keeps the dtype of its files. Raises ConfigError for
-    a precision that the device does not support or that is not faster there. A CPU supports bfloat16 only with native
-    instructions, and never float16.
+    Raises ConfigError for a dtype that the device does not support, or that is not faster on it than float32. A CPU
+    supports float32, and bfloat16 if it has native instructions for it, but not float16.
     """
     if dtype is None:
         return torch.float16 if device.type == "cuda" else torch.float32
@@ -46,11 +45,11 @@ def resolve_dtype(device: torch.device, dtype: str | torch.dtype | None, *, cpu_
 
 
 def require_exact_float32() -> None:
-    """Disable, for the whole process, the CUDA libraries' rounding shortcuts for float32 and half precision.
+    """Turn off, for the whole process, TF32 and half-precision sums in CUDA's convolutions and matrix products.
 
-    Convolutions would otherwise round to the 10 bits of TF32, an error above the parity bounds. cuDNN's attention is
-    off as well, in every precision: torch prefers it on Hopper and newer GPUs, where each new shape costs a plan of 0.1
-    to 0.4 s and results can be wrong (pytorch issue 193893).
+    TF32 has 10 bits of precision, too few for the bounds of this project's parity checks. cuDNN's attention is off as
+    well, in every precision: torch prefers it on Hopper and newer GPUs, where each new shape costs a plan of 0.1 to
+    0.4 s on the host and results can be wrong (pytorch issue 193893).
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cudnn.allow_tf32 = False
@@ -61,7 +60,7 @@ def require_exact_float32() -> None:
 
 @contextmanager
 def skipping_random_weights() -> Iterator[None]:
-    """Returns a context in which new modules get uninitialised instead of random weights. Fill them before use."""
+    """Returns a context in which new modules get uninitialised weights instead of random ones, which saves time."""
     with _SkipDraws():
         yield
 
@@ -82,11 +81,12 @@ def load_weights(
     device: torch.device,
     dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
 ) -> None:
-    """Fill `modules` (by key prefix), which may be on the meta device, from a weight file, one tensor at a time.
+    """Fill `modules`, given by the prefix of their keys, from a weight file, one tensor at a time.
 
-    Every parameter and stored buffer is copied to `device` and becomes float32. Parameters whose key begins with one of
-    `dtypes` get that dtype, as with `cast_network`. On a CPU a tensor that needs no cast stays memory-mapped. Raises
-    CheckpointError with the first key that is unknown, missing or of another shape, and the number of such keys.
+    The modules may be on the meta device. Every parameter and stored buffer is copied to `device` as float32, except
+    for parameters whose key begins with a key of `dtypes`: they get its dtype. On a CPU, a tensor that needs no cast
+    stays memory-mapped. Raises CheckpointError with the first key that is unknown, missing or of another shape, and the
+    number of such keys.
     """
     weights = read_weights(path)
     _check(modules, weights, source=path)
@@ -96,7 +96,7 @@ def load_weights(
 
 
 def _casts(modules: Mapping[str, nn.Module], dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
-    """Returns the target dtype of every key."""
+    """Returns the dtype, by key, in which each tensor is loaded."""
     casts = {prefix + key: torch.float32 for prefix, module in modules.items() for key in module.state_dict()}
     parameters = [prefix + key for prefix, module in modules.items() for key, _ in module.named_parameters()]
     return casts | {key: dtype for prefix, dtype in dtypes.items() for key in parameters if key.startswith(prefix)}
@@ -154,6 +154,6 @@ def _empty(module: nn.Module) -> list[str]:
 
 
 def cast_network(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast a network's parameters to `dtype`, in place. Buffers stay in float32, which rotary angles need."""
+    """Cast a network's parameters to `dtype`, in place. Buffers stay in float32: rotary frequencies need it."""
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)

@@ -1,4 +1,4 @@
-"""Windows over latent frames, for encoding and decoding long clips in parts. Pure arithmetic, no tensors."""
+"""Computes windows over latent frames, for encoding and decoding long clips in parts. Arithmetic without tensors."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from dataclasses import replace
 
 from stable_audio_serve.models.protocol import WindowRule, WindowSpan
 
-WINDOW_FRAMES, OVERLAP_FRAMES = 128, 32  # windows of the references' chunked encoding and decoding
-LONGEST_FRAMES = 512  # longest window that a rule may cut
-_REDUNDANT_SHARE = 0.05  # frames that a planned window decodes but does not keep, at most, as a share of the kept ones
-WINDOW_GRID = 16  # lengths are rounded to it, so that windows of different clips have equal lengths and share calls
+WINDOW_FRAMES, OVERLAP_FRAMES = 128, 32  # as in the reference implementations' chunked encoding and decoding
+LONGEST_FRAMES = 512  # longest window for decoding with a WindowRule
+_REDUNDANT_SHARE = 0.05  # halo frames (decoded, but not used) per used frame in a window, at most
+WINDOW_GRID = 16  # window lengths are rounded to multiples, so that windows of different clips can share a batch
 
 
 def whole_window(frames: int) -> tuple[WindowSpan, ...]:
-    """Returns a single window over all frames."""
+    """Returns one window over all frames."""
     return (WindowSpan(0, frames, 0, frames),)
 
 
 def chunked_windows(frames: int, *, size: int = WINDOW_FRAMES, overlap: int = OVERLAP_FRAMES) -> tuple[WindowSpan, ...]:
-    """Returns windows of `size` frames every `size - overlap`; the last one is aligned to the end.
+    """Returns windows of `size` frames that start every `size - overlap` frames; the last one ends at the clip's end.
 
-    Each window keeps its frames from half an overlap after its start to the place where the next window's kept frames
-    begin, so the kept frames cover the clip exactly once. A clip of at most `size` frames has one window.
+    The frames of a window that are kept begin half an overlap after its start, and end where those of the next window
+    begin. Kept frames cover the clip exactly once. A clip of at most `size` frames has one window.
     """
     if frames <= size:
         return whole_window(frames)
@@ -32,10 +32,11 @@ def chunked_windows(frames: int, *, size: int = WINDOW_FRAMES, overlap: int = OV
 
 
 def halo_windows(frames: int, *, halo: int, kept: int = WINDOW_FRAMES, multiple: int = 1) -> tuple[WindowSpan, ...]:
-    """Returns windows of equal length that overlap by `2 * halo` frames; each keeps the frames outside its halos.
+    """Returns windows of equal length that overlap by at least `2 * halo` frames.
 
-    The length is a multiple of `multiple`. Uses the fewest windows that keep at most `kept` frames each (the outermost
-    ones `halo` more), as short as possible. Exact if a frame's result depends on at most `halo` frames on each side.
+    The joined results are exact if a frame's result depends on at most `halo` frames on each side. Uses the smallest
+    number of windows that keep at most about `kept` frames each, and makes them as short as possible. The windows'
+    length is a multiple of `multiple`.
     """
     overlap = 2 * halo
     num_windows = max(math.ceil((frames - overlap) / kept), 1)
@@ -44,11 +45,10 @@ def halo_windows(frames: int, *, halo: int, kept: int = WINDOW_FRAMES, multiple:
 
 
 def audible_windows(frames: int, *, num_audible: int, rule: WindowRule) -> tuple[WindowSpan, ...]:
-    """Returns windows over the first `num_audible` of `frames` frames plus a halo. Later frames are not audible.
+    """Returns windows of equal length over the first `num_audible` of `frames` frames. Later frames are not audible.
 
-    The windows depend only on these lengths. Larger halos give longer windows, so that few frames are decoded twice.
-    All windows of a clip have one length. Lengths of long windows are multiples of half of WINDOW_GRID, so that clips
-    of similar length use the same CUDA graphs.
+    A large halo gives longer windows, so that few frames are decoded twice. Lengths of such long windows are multiples
+    of half of WINDOW_GRID, so that clips of similar length use the same CUDA graphs.
     """
     num_decoded = min(frames, _round_up(num_audible + rule.halo, multiple=WINDOW_GRID))
     kept = _round_up(math.ceil(2 * rule.halo / _REDUNDANT_SHARE), multiple=rule.multiple)
@@ -59,10 +59,10 @@ def audible_windows(frames: int, *, num_audible: int, rule: WindowRule) -> tuple
 
 
 def cut_windows(first: int, *, frames: int, rule: WindowRule, longest: int) -> list[WindowSpan]:
-    """Returns windows that keep the frames [first, frames). `first` is a multiple of `rule.multiple`.
+    """Returns windows for decoding the frames [first, frames) of a clip. `first` is a multiple of `rule.multiple`.
 
-    All windows but the last have `longest` frames. The last one may start earlier than necessary, so that its length is
-    a multiple of WINDOW_GRID and few different lengths occur.
+    All windows but the last have about `longest` frames. The last one may start earlier than necessary: its length is
+    then a multiple of WINDOW_GRID, so that few different lengths occur.
     """
     longest = max(shortest_window(rule), longest // rule.multiple * rule.multiple)
     spans: list[WindowSpan] = []
@@ -78,7 +78,7 @@ def cut_windows(first: int, *, frames: int, rule: WindowRule, longest: int) -> l
 
 
 def shortest_window(rule: WindowRule) -> int:
-    """Returns the shortest window length for cutting, which keeps at least half of its frames."""
+    """Returns the smallest useful window length: at least half of its frames are kept, the others are its halos."""
     return _round_up(max(4 * rule.halo, WINDOW_GRID), multiple=rule.multiple)
 
 

@@ -1,4 +1,4 @@
-"""Schedules, samplers as plans, guidance and noise. Each row's result is independent of the other rows in its batch."""
+"""Noise schedules, samplers, guidance and random noise. A clip's result does not depend on the rest of its batch."""
 
 from stable_audio_serve.sampling.blend import NoisePath, angle_path, blend_plan, flow_path, sigma_path
 from stable_audio_serve.sampling.brownian import ReplayPath

@@ -3,16 +3,18 @@
 The network always sees the kept frames as the source at its current noise level:
 `x = m x + (1 - m)(alpha z + beta eps')`, with m = 1 in the generated frames, z the source's latents and eps' unit
 normal noise. This is the replacement method of "Score-Based Generative Modeling through Stochastic Differential
-Equations" (arXiv 2011.13456, appendix I.2). Independent of networks and requests.
+Equations" (arXiv 2011.13456, appendix I.2).
 
-Only the register that the network reads next is blended, at the noise level of that evaluation. The other registers
-(earlier clean estimates or slopes, intermediate points) need no blend: updates are element-wise, so their kept frames
-affect only kept frames of later registers, which are replaced before the network reads them.
+A sampler keeps several latents per clip, its registers. Only the register that the network reads next is blended, at
+the noise level of the next evaluation. The other registers (earlier clean estimates or slopes, intermediate points)
+need no blend. Updates are element-wise, so the kept frames of these registers affect only kept frames of other
+registers, and those are replaced before the network reads them.
 
-eps' is drawn once per row. The kept frames then change smoothly from step to step, which suits samplers that
-extrapolate, and steps need no extra draws or copies. New draws at each step are not better. On normally distributed
-data, for which the exact answer is known, the means of both methods agree to 3 %. With new draws, the spread is smaller
-by 0 to 25 %, which is closer to the exact answer for some samplers and farther from it for others.
+eps' is drawn once per clip. The kept frames then change smoothly from step to step, which suits samplers that
+extrapolate, and steps need no extra random numbers or copies. Drawing a new eps' in each step is not better. On
+normally distributed data, for which the exact result is known, the means of both methods agree to 3 %. With new draws,
+the standard deviation is smaller by 0 to 25 %. For some samplers this is closer to the exact result, for others farther
+from it.
 """
 
 from __future__ import annotations
@@ -28,22 +30,25 @@ NoisePath = Callable[[Evaluation], tuple[float, float]]
 
 
 def sigma_path(evaluation: Evaluation) -> tuple[float, float]:
-    """Return the weights of z + sigma eps', for samplers over noise levels sigma (arXiv 2206.00364)."""
+    """Return the weights (1, sigma) of source z and noise eps' for samplers over sigma (arXiv 2206.00364)."""
     return 1.0, evaluation.sigma
 
 
 def angle_path(evaluation: Evaluation) -> tuple[float, float]:
-    """Return the weights of cos(pi t/2) z + sin(pi t/2) eps', for DDIM over the time of a network trained for v."""
+    """Return the weights (cos(pi t/2), sin(pi t/2)) of source z and noise eps' for DDIM over the network's time t."""
     return math.cos(math.pi * evaluation.t / 2), math.sin(math.pi * evaluation.t / 2)
 
 
 def flow_path(evaluation: Evaluation) -> tuple[float, float]:
-    """Return the weights of (1 - t) z + t eps', for rectified flow."""
+    """Return the weights (1 - t, t) of source z and noise eps' for rectified flow."""
     return 1.0 - evaluation.t, evaluation.t
 
 
 def blend_plan(plan: SamplerPlan, path: NoisePath) -> SamplerPlan:
-    """Return `plan` with a blend at the start and after each evaluation. After the last blend, kept frames equal z."""
+    """Return `plan` with a blend added at the start and after each evaluation.
+
+    After the last blend, the kept frames are exactly the source.
+    """
     first, *others = plan.evaluations
     blends = [Blend(evaluation.input_register, *path(evaluation)) for evaluation in others]
     blends.append(Blend(plan.result_register, 1.0, 0.0))

@@ -1,7 +1,8 @@
-"""A Brownian path over noise levels, drawn as in the reference implementations, to replay their runs for verification.
+"""Brownian motion over noise levels, with the same random numbers as in the reference implementations, to repeat their
+runs for verification.
 
-Generation does not need it: the steps of a sampler do not overlap, so the path's increments over the steps are
-independent, and one normal draw per step has the same distribution. Independent of samplers.
+Generation does not need this module. The steps of a sampler do not overlap, so the increments of a Brownian path over
+the steps are independent, and one normal draw per step has the same distribution.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_DECIMALS = 6  # levels are rounded to 1e-6
+_DECIMALS = 6  # noise levels are rounded to 6 decimals
 _POOL_SIZE = 24
-MAX_ENTROPY = 2**63 - 1  # the random integer of a path is below this
+MAX_ENTROPY = 2**63 - 1  # the random integer that determines a path is below this
 
 
 class BrownianTree:
-    """A path W on `start`..`end`, computed by bisection as a pure function of `entropy`.
+    """A path W of Brownian motion over the noise levels `start`..`end`, determined by the integer `entropy`.
 
-    An increment depends only on its two levels, not on earlier calls. Uses Levy's construction of Brownian motion with
-    the seeds of torchsde's tree ("Efficient and Accurate Gradients for Neural SDEs", arXiv 2105.13493).
+    W is computed by bisection (Levy's construction), so an increment depends only on its two levels, not on earlier
+    calls. The random seeds are those of torchsde's Brownian tree ("Efficient and Accurate Gradients for Neural SDEs",
+    arXiv 2105.13493).
     """
 
     def __init__(self, entropy: int, *, start: float, end: float, shape: tuple[int, ...]) -> None:
@@ -66,9 +68,10 @@ class BrownianTree:
 
 
 def brownian_steps(entropy: int, sigmas: Sequence[float], *, shape: tuple[int, ...]) -> list[Tensor]:
-    """Return the path's unit-variance noise for each pair of adjacent positive levels of the descending `sigmas`.
+    """Return the noise of each step between two positive, adjacent levels of the descending `sigmas`.
 
-    For the step from s to n it is `-(W(s) - W(n)) / sqrt(s - n)`, of shape `shape`, float32 on the CPU.
+    For the step from level s to level n the noise is `-(W(s) - W(n)) / sqrt(s - n)`, where W is the Brownian path. Its
+    variance is 1, and it has shape `shape`, float32 on the CPU.
     """
     levels = [sigma for sigma in sigmas if sigma > 0.0]
     tree = BrownianTree(entropy, start=min(levels), end=max(levels), shape=shape)
@@ -77,16 +80,17 @@ def brownian_steps(entropy: int, sigmas: Sequence[float], *, shape: tuple[int, .
 
 @dataclass(frozen=True, slots=True)
 class ReplayPath:
-    """The Brownian path of a reference run over `sigmas`, for a whole batch of shape `shape`.
+    """The Brownian path of a run of the reference implementation over `sigmas`. `shape` is that of the whole batch.
 
-    Provides the sampler's draws with stage "step" and index 0, 1, ..., one per step between two positive levels.
+    The path provides the sampler's noise: one draw for each step between two positive levels, with the stage "step" and
+    the indices 0, 1, ...
     """
 
     sigmas: tuple[float, ...]
     shape: tuple[int, ...]
 
     def make(self, generator: torch.Generator) -> dict[tuple[str, int], Tensor]:
-        """Return the draws by stage and index. Takes one random integer from the generator."""
+        """Return the draws; the keys are (stage, index). Takes one random integer from the generator."""
         entropy = int(torch.randint(0, MAX_ENTROPY, [], generator=generator))
         steps = brownian_steps(entropy, self.sigmas, shape=self.shape)
         return {("step", index): noise for index, noise in enumerate(steps)}

@@ -1,6 +1,7 @@
-"""DDIM for networks trained for v, over the network's time: v = alpha eps - beta x0, alpha = cos(pi t/2), beta = sin.
+"""DDIM for networks that predict v = alpha eps - beta x0 at time t, where alpha = cos(pi t/2) and beta = sin(pi t/2).
 
-"Denoising Diffusion Implicit Models" (arXiv 2010.02502) without noise, in the v form of arXiv 2202.00512.
+The sampler is from "Denoising Diffusion Implicit Models" (arXiv 2010.02502), without added noise. Its formulas in terms
+of v follow arXiv 2202.00512.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _X = register(0)
 
 
 def ddim(steps: int, level: float, *, guidance: Guidance, has_source: bool) -> SamplerPlan:
-    """Return the plan of DDIM from time `level` (at most 1) to 0. The noise is predicted from the guided output."""
+    """Return the plan of DDIM from time `level` (at most 1) to 0. The noise is computed from the guided output."""
     return _plan(steps, level, guidance=guidance, has_source=has_source, renoise=VELOCITY)
 
 
@@ -31,7 +32,10 @@ def ddim_cfgpp(steps: int, level: float, *, guidance: Guidance, has_source: bool
 
 
 def _plan(steps: int, level: float, *, guidance: Guidance, has_source: bool, renoise: Terms) -> SamplerPlan:
-    """Return a plan with one register. Its result is the last clean estimate. Times and weights are float32 values."""
+    """Return the plan of DDIM. In guided steps, the noise is predicted from the network output `renoise`.
+
+    The result is the clean estimate of the last step. Times and weights are computed in float32.
+    """
     check_steps(steps)
     times = torch.linspace(min(level, 1.0), 0, steps + 1, dtype=torch.float32)[:-1]
     alphas: list[float] = torch.cos(times * math.pi / 2).tolist()

@@ -1,8 +1,9 @@
-"""Guidance between network and sampler: classifier-free, adaptive projected (APG), norm threshold, rescale.
+"""Guidance, computed from the network's outputs before the sampler uses them: classifier-free (CFG), adaptive projected
+(APG), norm threshold, and rescale.
 
-Row-independent to the last bit: every row has separate parameters. Sums are trees whose shape depends only on the
-model's channels and on the frame index, so neither neighbours nor padding change the order in which a row's values are
-added. Independent of networks.
+Each row of a batch has its own parameters, and its result is bit-identical whatever the other rows are. Values are
+added in pairs, then these sums in pairs, and so on. Which values form a pair depends only on the channel and the frame,
+so padding does not change the result either.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from stable_audio_serve.sampling.plan import Guidance
 
 NUM_GUIDANCE = 4
 
-# Returns the sum of each row: (B, D, F) -> (B, 1, 1).
+# Returns the sum of each row of a batch: (batch, channels, frames) -> (batch, 1, 1).
 RowSum = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class GuidanceUse:
-    """The optional parts of guidance that at least one row uses, as known on the host. Other parts are skipped."""
+    """Which optional parts of guidance at least one row of the batch uses. The other parts are not computed."""
 
     apg: bool = True
     norm_threshold: bool = True
@@ -41,63 +42,65 @@ class GuidanceUse:
 
 @dataclass(frozen=True, slots=True)
 class GuidanceBatch:
-    """The parameters of B guided rows: `values` (B, NUM_GUIDANCE) float32 on their device."""
+    """The guidance parameters of a batch: `values` (batch, NUM_GUIDANCE) float32, on the device of the latents."""
 
     values: Tensor
     use: GuidanceUse
 
     @classmethod
     def of(cls, rows: Sequence[Guidance], *, device: torch.device | None = None) -> GuidanceBatch:
-        """Return the rows' parameters on `device`, copied in one transfer."""
+        """Return the parameters of these rows, as tensors on `device`."""
         values = torch.tensor([guidance_values(row) for row in rows], dtype=torch.float32)
         return cls(values.to(device), GuidanceUse.of(rows))
 
     @property
     def cfg_scale(self) -> Tensor:
-        """The CFG scale of each row, (B, 1, 1)."""
+        """The CFG scale of each row, as a tensor (batch, 1, 1)."""
         return self.values[:, 0, None, None]
 
     @property
     def apg_scale(self) -> Tensor:
-        """The APG scale of each row, (B, 1, 1)."""
+        """The APG scale of each row, as a tensor (batch, 1, 1)."""
         return self.values[:, 1, None, None]
 
     @property
     def norm_threshold(self) -> Tensor:
-        """The norm threshold of each row, (B, 1, 1)."""
+        """The norm threshold of each row, as a tensor (batch, 1, 1)."""
         return self.values[:, 2, None, None]
 
     @property
     def rescale(self) -> Tensor:
-        """The rescale factor of each row, (B, 1, 1)."""
+        """The rescale factor of each row, as a tensor (batch, 1, 1)."""
         return self.values[:, 3, None, None]
 
 
 def guidance_values(row: Guidance) -> tuple[float, float, float, float]:
-    """Return a row's numbers in the order in which `GuidanceBatch` reads them."""
+    """Return the guidance parameters of one row in the order of the columns of `GuidanceBatch.values`."""
     return row.cfg_scale, row.apg_scale, row.norm_threshold, row.rescale
 
 
 @dataclass(frozen=True, slots=True)
 class PagedRows:
-    """N rows cut into B pages.
+    """N rows of different lengths, cut into B pages (pieces) of equal length. Each row has at most P pages.
 
-    All pages have the same length, a power of two, so summing page by page equals summing the whole row.
+    The length of a page is a power of two. Adding the sums of a row's pages in pairs is therefore the same computation
+    as adding all values of the row in pairs.
     """
 
-    pages: Tensor  # (N, P): the indices of each row's pages, in order, then B for missing pages
-    rows: Tensor  # (B,): the row of each page
+    pages: Tensor  # (N, P): the indices of each row's pages, in order; B where a row has fewer pages
+    rows: Tensor  # (B,): the index of the row to which each page belongs
 
     def sum(self, values: Tensor) -> Tensor:
-        """Return for each page the sum (B, 1, 1) of its row's `values` (B, D, F), bit-identical to that of an uncut
-        row.
+        """Return for each page the sum (B, 1, 1) of all `values` (B, channels, frames) of the row to which it belongs.
+
+        The sum is bit-identical to that of a row that is not cut into pages.
         """
         own = torch.nn.functional.pad(row_sum(values).flatten(), (0, 1))
         return _tree_sum(own[self.pages][..., None]).index_select(0, self.rows)
 
 
 def row_sum(values: Tensor) -> Tensor:
-    """Return the sum (B, 1, 1) of each row of `values` (B, D, F)."""
+    """Return the sum (batch, 1, 1) of each row of `values` (batch, channels, frames)."""
     return _tree_sum(_tree_sum(values).transpose(1, 2))
 
 
@@ -111,17 +114,17 @@ def guide(
     rows: GuidanceBatch,
     add_up: RowSum = row_sum,
 ) -> Tensor:
-    """Return the guided output (B, D, F) float32 of rows at `x` (B, D, F), `times` (B,).
+    """Return the guided network output (B, D, F) float32 for latents `x` (B, D, F) at `times` (B,).
 
-    `conditional` and `unconditional` (B, D, F) are the network's outputs in any float type. The result is v_c - (s - 1)
-    d, where s is the CFG scale, v_c the conditional output, and d the difference of unconditional and conditional
-    output after projection and threshold. It never divides by a time, so it is exact down to t = 0. Plain guidance and
-    rescale are valid for any output that is linear in the clean estimate. Projection and threshold are defined on the
-    clean estimate x - t v, so they require velocities.
+    B is the batch, D the channels, F the frames. `conditional` and `unconditional` (B, D, F) are the network's outputs
+    in any float type. The result is v_c - (s - 1) d. Here s is the CFG scale and v_c the conditional output. d is the
+    unconditional minus the conditional output, after projection (APG) and norm threshold. No formula divides by t, so
+    the result is exact down to t = 0. CFG and rescale are valid for any output that is linear in the clean estimate.
+    Projection and threshold need the clean estimate x - t v, so the output must be a velocity v.
 
-    Statistics use only frames where `valid` (B, F) bool is true, or all frames if it is None. In other frames the
-    result is unspecified. `add_up` sums rows; it differs for rows that are cut into pages. Parts that no row uses are
-    skipped, which changes no bit of the result.
+    Norms and projections use only the frames where `valid` (B, F) bool is true; None means all frames. In other frames
+    the result is arbitrary. `add_up` computes the sum of each row; pass another one if rows are cut into pages. Parts
+    of guidance that no row uses are not computed, which changes no bit of the result.
     """
     x, t = x.float(), times.float()[:, None, None]
     v_cond = conditional.float()
@@ -141,9 +144,10 @@ def guide(
 def _limit_norm(
     difference: Tensor, valid: Tensor | None, *, times: Tensor, threshold: Tensor, add_up: RowSum
 ) -> Tensor:
-    """Limit the L2 norm of the difference of clean estimates to `threshold` by scaling the difference of velocities.
+    """Scale `difference` (of two velocities) down so that the clean estimates differ by an L2 norm of at most
+    `threshold`. Returns the scaled difference.
 
-    The clean estimates differ by t times the difference of velocities. A threshold of 0 means no limit.
+    The difference of the clean estimates is the time t times that of the velocities. A threshold of 0 means no limit.
     """
     norm = times * add_up(_valid_only(difference * difference, valid)).sqrt()
     limited = difference * (threshold / norm).clamp(max=1.0)
@@ -151,37 +155,42 @@ def _limit_norm(
 
 
 def _orthogonal_part(difference: Tensor, clean: Tensor, *, valid: Tensor | None, add_up: RowSum) -> Tensor:
-    """Return `difference` without its projection on `clean`. The result is 0 in invalid frames.
+    """Return the part of `difference` that is orthogonal to `clean`; 0 in frames that are not valid.
 
-    Reference: "Eliminating Oversaturation and Artifacts of High Guidance Scales" (arXiv 2410.02416), without momentum.
+    This is the projection of "Eliminating Oversaturation and Artifacts of High Guidance Scales" (arXiv 2410.02416),
+    without that paper's momentum.
     """
     clean = _valid_only(clean, valid)
-    floor = 1e-12 if valid is None else 1e-8  # the references use one value without a mask, another with a mask
+    # To avoid a division by 0. The values are those of the reference implementations without and with a mask.
+    floor = 1e-12 if valid is None else 1e-8
     direction = clean / add_up(clean * clean).sqrt().clamp(min=floor)
     along = add_up(_valid_only(difference * direction, valid))
     return _valid_only(difference - along * direction, valid)
 
 
 def _rescale(velocity: Tensor, v_cond: Tensor, *, amount: Tensor) -> Tensor:
-    """Scale each frame of the velocity towards the standard deviation over channels of the conditional velocity."""
+    """Scale each frame of `velocity` so that its standard deviation over the channels moves towards that of `v_cond`.
+
+    With `amount` 1 it becomes equal, with 0 nothing changes.
+    """
     matched = velocity * _channel_std(v_cond) / _channel_std(velocity)
     return torch.where(amount == 0.0, velocity, amount * matched + (1.0 - amount) * velocity)
 
 
 def _channel_std(values: Tensor) -> Tensor:
-    """Return the unbiased standard deviation (B, 1, F) over the channels of `values` (B, D, F)."""
+    """Return the unbiased standard deviation over the channels: (batch, channels, frames) -> (batch, 1, frames)."""
     count = values.shape[1]
     centred = values - _tree_sum(values) / count
     return (_tree_sum(centred * centred) / (count - 1)).sqrt()
 
 
 def _valid_only(values: Tensor, valid: Tensor | None) -> Tensor:
-    """Set invalid frames to 0, even if they are NaN."""
+    """Return `values` with zeros in the frames where `valid` is false, even if the values there are NaN."""
     return values if valid is None else torch.where(valid[:, None, :], values, 0.0)
 
 
 def _tree_sum(values: Tensor) -> Tensor:
-    """Return the sum over axis 1, keeping the axis. Adds pairwise, so that appended zeros do not change the result."""
+    """Return the sum over axis 1, which keeps length 1. Adds in pairs, so that zeros at the end do not change a bit."""
     while (count := values.shape[1]) > 1:
         paired = values[:, 0 : count - 1 : 2] + values[:, 1::2]
         values = torch.cat((paired, values[:, -1:]), dim=1) if count % 2 else paired

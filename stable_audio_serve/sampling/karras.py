@@ -1,7 +1,7 @@
-"""Noise levels for models sampled over sigma: a range of sigma, and the polyexponential grid over it.
+"""Noise levels sigma for samplers over sigma: a range of levels, and the polyexponential schedule over this range.
 
-All arithmetic is float32 in the references' order of operations, because the network's time features amplify the last
-bit of a level. Independent of samplers and of the conversion from level to time.
+All arithmetic is float32 and in the same order as in the reference implementations, because even the last bit of a
+level makes a difference in the network's time features.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ MAX_RHO = 100.0
 
 @dataclass(frozen=True, slots=True)
 class SigmaRange:
-    """A row's highest and lowest noise level, and the spacing of the levels between (`rho` 1: even in ln sigma).
+    """The highest and the lowest noise level, and the spacing of the levels between them (`rho` 1: even in ln sigma).
 
-    Raises InvalidRequestError on `sigma_min`, on `sigma_max` if it is not larger than `sigma_min`, and on `rho`.
+    Raises InvalidRequestError if `sigma_min` or `rho` is invalid, or if `sigma_max` is not larger than `sigma_min`.
     """
 
     sigma_min: float
@@ -44,9 +44,10 @@ class SigmaRange:
 
 
 def polyexponential_sigmas(steps: int, span: SigmaRange) -> Tensor:
-    """Return exp(r (ln max - ln min) + ln min) with r = linspace(1, 0)**rho, then 0; (steps + 1,) float32.
+    """Return the noise levels of a run of `steps` steps: (steps + 1,) float32, descending to 0.
 
-    This is the grid of Stable Audio Open. Raises InvalidRequestError on `steps`, and on `rho` if two levels coincide.
+    The levels before the 0 are exp(r (ln max - ln min) + ln min), where r = linspace(1, 0)**rho. This is the schedule
+    of Stable Audio Open. Raises InvalidRequestError if `steps` is out of range, or if `rho` makes two levels equal.
     """
     check_steps(steps)
     ramp = torch.linspace(1, 0, steps, dtype=torch.float32) ** span.rho
@@ -55,7 +56,7 @@ def polyexponential_sigmas(steps: int, span: SigmaRange) -> Tensor:
 
 
 def _append_zero(levels: Tensor) -> Tensor:
-    """Append a final 0. Raises InvalidRequestError if two levels are equal, because a step needs a nonzero length."""
+    """Append a 0 to the levels. Raises InvalidRequestError if two levels are equal, as a step cannot have length 0."""
     if not (levels[:-1] > levels[1:]).all():
         message = f"these sigma_min, sigma_max and rho leave two equal noise levels in {len(levels)} steps"
         raise InvalidRequestError(message, field="rho")

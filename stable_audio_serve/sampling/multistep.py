@@ -1,7 +1,8 @@
-"""Samplers over sigma that call the network once per step and keep earlier results in a row's registers.
+"""Samplers over noise levels sigma that call the network once per step and reuse results of earlier steps, which they
+keep in registers.
 
-In the formulas s is the step's noise level, n the next level, d the clean estimate D(x, s) and h = ln s - ln n. Each
-function writes the steps for all `sigmas`, which are float32 values that descend to 0.
+In the formulas a step goes from level s to level n; d is the clean estimate D(x, s), and h = ln s - ln n. Each function
+adds the steps between all adjacent `sigmas`, which descend to 0, to a plan. Levels are float32 values.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ _X = register(0)
 
 
 def dpmpp_2m(network: VNetwork, sigmas: Sequence[float]) -> None:
-    """DPM-Solver++(2M), arXiv 2211.01095: x = (n/s) x + (1 - e^-h) d', where d' extrapolates from the previous d to d.
+    """DPM-Solver++(2M), arXiv 2211.01095. A step from sigma s to n sets x to (n/s) x + (1 - e^-h) d', h = ln s - ln n.
 
-    Registers: x, the previous d.
+    d' is extrapolated from the clean estimates of the previous and this step. Registers: x, the previous estimate.
     """
     earlier: float | None = None
     for s, n in itertools.pairwise(sigmas):
@@ -37,9 +38,10 @@ def dpmpp_2m(network: VNetwork, sigmas: Sequence[float]) -> None:
 
 
 def dpmpp_2m_sde(network: VNetwork, sigmas: Sequence[float]) -> None:
-    """The stochastic form of DPM-Solver++(2M) (arXiv 2211.01095, midpoint variant): each step adds fresh noise.
+    """The stochastic form of DPM-Solver++(2M) (arXiv 2211.01095, midpoint variant): each step adds fresh noise, except
+    the last.
 
-    Registers: x, the previous d. Draws at every step except the last.
+    Registers: x, the clean estimate of the previous step.
     """
     earlier: float | None = None
     for s, n in itertools.pairwise(sigmas):
@@ -58,11 +60,12 @@ def dpmpp_2m_sde(network: VNetwork, sigmas: Sequence[float]) -> None:
 
 
 def dpmpp_3m_sde(network: VNetwork, sigmas: Sequence[float]) -> None:
-    """The stochastic form of DPM-Solver++(3M), as in k-diffusion, of third order with the two previous clean estimates.
+    """The stochastic form of DPM-Solver++(3M), as in k-diffusion: each step adds fresh noise, except the last. It has
+    order 3, because it uses the clean estimates of the two previous steps.
 
-    Registers: x, d of the previous step, d of the step before it. Draws at every step except the last.
+    Registers: x, the clean estimates of the previous step and of the step before it.
     """
-    earlier: list[float] = []  # h of the previous steps, the latest first
+    earlier: list[float] = []  # h = ln s - ln n of the previous steps, the latest first
     for s, n in itertools.pairwise(sigmas):
         d = network.denoised(s)
         if n == 0.0:
@@ -77,7 +80,9 @@ def dpmpp_3m_sde(network: VNetwork, sigmas: Sequence[float]) -> None:
 
 
 def _third_order(d: Terms, h: float, *, earlier: Sequence[float]) -> Terms:
-    """Return the terms that earlier clean estimates contribute to a step of `dpmpp_3m_sde`."""
+    """Return the correction of a `dpmpp_3m_sde` step by earlier clean estimates. `d` is the current clean estimate, `h`
+    is the step's length in ln sigma, and `earlier` the lengths of the previous steps.
+    """
     if not earlier:
         return Terms({})
     phi_2 = math.expm1(-2.0 * h) / (2.0 * h) + 1.0
@@ -93,9 +98,9 @@ def _third_order(d: Terms, h: float, *, earlier: Sequence[float]) -> Terms:
 
 
 def lms(network: VNetwork, sigmas: Sequence[float]) -> None:
-    """Adams-Bashforth of order up to 4 for dx/dsigma on an uneven grid (Katherine Crowson's k-lms).
+    """Katherine Crowson's k-lms: the Adams-Bashforth method of order up to 4, for levels with uneven distances.
 
-    Registers: x, then the slopes of the three previous steps, the latest first.
+    Registers: x, then the slopes dx/dsigma of the three previous steps, the latest first.
     """
     earlier = [register(index) for index in range(1, LMS_ORDER)]
     for step, (s, n) in enumerate(itertools.pairwise(sigmas)):
@@ -109,7 +114,7 @@ def lms(network: VNetwork, sigmas: Sequence[float]) -> None:
 def _adams_weights(nodes: Sequence[float], end: float) -> list[float]:
     """Return the integrals from `nodes[0]` to `end` of the Lagrange basis polynomials of `nodes`.
 
-    Quadrature with two Gauss points is exact, because at most four nodes give polynomials of degree at most 3.
+    Gauss quadrature with two points is exact here: with at most four nodes, the polynomials have degree 3 at most.
     """
     middle, half = (nodes[0] + end) / 2.0, (end - nodes[0]) / 2.0
     points = [middle - half / math.sqrt(3.0), middle + half / math.sqrt(3.0)]

@@ -1,6 +1,7 @@
-"""Sources of randomness, one per row, so that neighbours, windows and devices cannot change a row's draws.
+"""Sources of random noise. Each clip (row) has its own, so that its noise does not depend on other clips in the batch.
 
-`SeededNoise` serves generation. `ReplayNoise` repeats a reference run's draws for verification. Independent of models.
+`SeededNoise` is for generation. `ReplayNoise` is for verification: it returns the same random numbers as a run of the
+reference implementation.
 """
 
 from __future__ import annotations
@@ -22,37 +23,40 @@ _CPU = torch.device("cpu")
 
 
 class NoiseSource(Protocol):
-    """All random draws of one row. They do not depend on other rows or on how the row is cut into windows."""
+    """All random numbers of one clip. They do not depend on other clips, nor on how the clip is cut into windows."""
 
     def initial(self, shape: tuple[int, ...]) -> Tensor:
-        """Return the initial latent noise, `shape` (D, F), float32 on the CPU, unit normal. Called once, first."""
+        """Return the initial latents: standard normal noise of `shape` (channels, frames), float32 on the CPU.
+
+        Must be called once, before `step`.
+        """
         ...
 
     def step(self, shape: tuple[int, ...]) -> Tensor:
-        """Return the noise of the next evaluation that draws noise, `shape` (D, F), float32 on the CPU."""
+        """Return the noise for the next sampler step that uses any: `shape` (channels, frames), float32 on the CPU."""
         ...
 
     def window(
         self, stage: str, start: int, *, shape: tuple[int, ...], frame_axis: int, device: torch.device
     ) -> Tensor:
-        """Return noise for latent frames `start ... start + shape[frame_axis] - 1` of an encode or decode window.
+        """Return noise for a window of latent frames, `start ... start + shape[frame_axis] - 1`, of the autoencoder.
 
-        The noise has shape `shape`, float32 on `device`. `stage` names the draw, such as "decode/bottleneck" or
-        "init/tokens". The noise of a frame depends only on (seed, stage, frame), never on the window.
+        The noise has shape `shape`, float32 on `device`. `stage` is the name of the use, such as "decode/bottleneck" or
+        "init/tokens". The noise of a frame depends only on the seed, `stage` and the frame, not on the window.
         """
         ...
 
 
 class SeededNoise:
-    """The noise of a row, determined by its seed.
+    """The noise of a clip, determined by its seed.
 
-    Latent noise is drawn from one CPU generator, in the order and shape of a reference run with one row and that seed.
-    The noise of windows is drawn on the model's device in blocks of 32 latent frames, each from a generator that is
-    seeded from (seed, stage, block).
+    `initial` and `step` draw from one CPU generator. The numbers are those of the reference implementation for this
+    seed and a batch of one. `window` draws on the model's device, in blocks of 32 latent frames. Each block has a new
+    generator, whose seed is computed from the clip's seed, the stage and the block's number.
     """
 
     def __init__(self, seed: int) -> None:
-        """`seed` is any integer; seeds equal modulo 2**64 give the same noise."""
+        """`seed` can be any integer. Only its value modulo 2**64 matters."""
         self._seed = seed % 2**64
         self._generator = torch.Generator(device=_CPU).manual_seed(self._seed)
 
@@ -82,9 +86,10 @@ class SeededNoise:
 
 @dataclass(frozen=True, slots=True)
 class ReplayDraw:
-    """One draw of a reference run. `shape` is that of the whole batch.
+    """One draw of random numbers in a run of the reference implementation. `shape` is that of the whole batch.
 
-    `stage` is "initial", "step" or a window's stage; `index` is the step's number or the window's first latent frame.
+    `stage` is "initial", "step", or the name of a use of noise in the autoencoder. `index` is the number of the step,
+    or the first latent frame of the autoencoder's window.
     """
 
     stage: str
@@ -92,16 +97,17 @@ class ReplayDraw:
     shape: tuple[int, ...]
 
     def make(self, generator: torch.Generator) -> dict[tuple[str, int], Tensor]:
-        """Return the draw, with its stage and index as key."""
+        """Draw the random numbers from `generator`. The key of the result is (stage, index)."""
         return {(self.stage, self.index): torch.randn(self.shape, generator=generator, dtype=torch.float32)}
 
 
 class ReplayNoise:
-    """The draws of a reference run over `num_rows` rows, from one CPU generator. `script` lists them in order.
+    """The random numbers of a run of the reference implementation with a batch of `num_rows`. `script` lists the draws
+    in the order in which that run took them from one CPU generator.
 
-    The result does not depend on the order of calls or on their threads: before a draw is returned, all earlier draws
-    of the script are made, each once. A draw of the batch's size is split between the rows. A draw of one row's size is
-    shared by all rows, because the reference encodes source audio once per run.
+    The draws do not depend on the order or the threads of calls: before a draw is returned, all earlier ones in the
+    script are made, each once. A draw for the whole batch is split between the rows. A draw for one row is shared by
+    all rows, because the reference implementation encodes source audio once for the batch.
     """
 
     def __init__(self, seed: int, script: Sequence[ReplayDraw | ReplayPath], *, num_rows: int) -> None:
@@ -116,7 +122,7 @@ class ReplayNoise:
         return _ReplayRow(self, index)
 
     def draw(self, stage: str, index: int) -> Tensor:
-        """Return the whole batch's draw, float32 on the CPU. Raises GenerationError if the script has none."""
+        """Return a draw for the whole batch, float32 on the CPU. Raises GenerationError if it is not in the script."""
         with self._lock:
             while (stage, index) not in self._made:
                 if not self._pending:
@@ -125,7 +131,10 @@ class ReplayNoise:
             return self._made[stage, index]
 
     def share(self, stage: str, index: int, *, row: int, shape: tuple[int, ...]) -> Tensor:
-        """Return row `row`'s part of a draw, in `shape`. Raises GenerationError if the sizes do not match."""
+        """Return the part of a draw that belongs to the row with index `row`. It has shape `shape`.
+
+        Raises GenerationError if the draw does not have the right number of values.
+        """
         drawn = self.draw(stage, index)
         size = torch.Size(shape).numel()
         if drawn.numel() == size:

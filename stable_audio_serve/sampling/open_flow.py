@@ -1,7 +1,7 @@
-"""The flow samplers of the Stable Audio Open family where they differ from those of Stable Audio 3.
+"""The flow samplers of the Stable Audio Open models, as far as they differ from those of Stable Audio 3.
 
-Euler and ping-pong differ only in their times. DPM-Solver++ does not limit the log-SNR, so from pure noise its second
-step cannot extrapolate. RK4 uses evenly spaced times down to 0. Independent of networks and requests.
+Euler and ping-pong differ only in their times. DPM-Solver++ here does not limit the log-SNR, which is infinite for pure
+noise, so its second step cannot extrapolate. RK4 here uses evenly spaced times down to 0.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _X, _PREVIOUS, _TOTAL = register(0), register(1), register(2)
 
 
 def open_flow_times(sampler: str, steps: int, *, level: float, shift: TimestepShift, length: float) -> Tensor:
-    """Return the times of `sampler` from `level` to 0, (steps + 1,) float32, for a row of `length` latent frames.
+    """Return the times of `sampler` from `level` to 0, (steps + 1,) float32, for a clip of `length` latent frames.
 
-    RK4's times are evenly spaced, then warped by `shift`. The times of other samplers are evenly spaced in log-SNR. If
-    `level` is below about 0.12, their inner times exceed it, as in the references. Raises InvalidRequestError on
-    `steps` and `init_noise_level`.
+    The times of RK4 are evenly spaced, then warped by `shift`. Those of other samplers are evenly spaced in log-SNR. If
+    `level` is below about 0.12, the times after the first exceed `level`, as in the reference implementation. Raises
+    InvalidRequestError if `steps` or `level` is out of range.
     """
     check_steps(steps)
     check_level(level)
@@ -43,11 +43,11 @@ def open_flow_times(sampler: str, steps: int, *, level: float, shift: TimestepSh
 def build_open_flow_plan(
     sampler: str, times: Tensor, *, guidance: Guidance, has_source: bool, level: float | None = None
 ) -> SamplerPlan:
-    """Return the plan of `sampler` on one row's `times` (steps + 1,) float32, ending at 0.
+    """Return the plan of `sampler` for one clip. `times` (steps + 1,) float32 end at 0.
 
-    With a source, the initial latent is (1 - level) source + level noise, otherwise it is the noise. `level` defaults
-    to the first time. For RK4 the two can differ, because the shift changes the times but not `level`. Raises
-    InvalidRequestError on `sampler_type`.
+    The initial latents are noise, or with a source (1 - level) source + level noise. `level` None means the first of
+    `times`. For RK4 the first time can differ from `level`, because the shift warps only the times. Raises
+    InvalidRequestError if the name `sampler` is unknown.
     """
     if sampler in ("euler", "pingpong"):
         return build_plan(sampler, times, guidance=guidance, has_source=has_source)
@@ -59,10 +59,11 @@ def build_open_flow_plan(
 
 
 def _dpmpp(times: Tensor, guidance: Guidance) -> PlanWriter:
-    """DPM-Solver++(2M) (arXiv 2211.01095) with lambda = ln((1 - t) / t): x = (t'/t) x + (1 - t')(1 - e^-h) d'.
+    """DPM-Solver++(2M) (arXiv 2211.01095) for rectified flow. A step from time t to time n sets x to
+    (n/t) x + (1 - n)(1 - e^-h) d', where h = lambda(n) - lambda(t) and lambda(t) = ln((1 - t) / t).
 
-    Registers: x, the previous clean estimate d = x - t v. d' extrapolates from the previous d to d, except in the last
-    step. In the step after t = 1, where lambda is -inf, the extrapolation has weight 0.
+    d' is extrapolated from the clean estimates x - t v of the previous and this step, except in the last step. In the
+    step after t = 1, where lambda is -inf, the extrapolation has weight 0. Registers: x, the previous clean estimate.
     """
     writer, guided = PlanWriter(2), guided_times(guidance)
     values: list[float] = times.tolist()
@@ -81,9 +82,9 @@ def _dpmpp(times: Tensor, guidance: Guidance) -> PlanWriter:
 
 
 def _rk4(times: Tensor, guidance: Guidance) -> PlanWriter:
-    """The classical Runge-Kutta method of order 4. The last network call of a step is at t', which may be 0.
+    """The classical Runge-Kutta method of order 4. The last network call of a step is at its end, even if that is 0.
 
-    Registers: x, the network's next input, x plus the weighted slopes so far.
+    Registers: x, the network's next input, and x plus the weighted slopes of this step so far.
     """
     writer, guided = PlanWriter(3), guided_times(guidance)
     for current, following in itertools.pairwise(times):
@@ -111,7 +112,7 @@ _WRITERS = {"dpmpp": _dpmpp, "rk4": _rk4}
 
 
 def _log_snr(time: float) -> float:
-    """Return ln((1 - t) / t), infinite at both ends."""
+    """Return the log-SNR ln((1 - t) / t) of a time t in 0..1. It is infinite at 0 and 1."""
     if time <= 0.0:
         return math.inf
     return math.log((1.0 - time) / time) if time < 1.0 else -math.inf

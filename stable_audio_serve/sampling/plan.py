@@ -1,7 +1,6 @@
-"""A sampler as data. A plan lists, for each evaluation, the network's input and the update of the row's registers. So
-rows with different samplers and at different steps can share one fused update.
-
-Independent of networks, devices and requests.
+"""A sampler as data. A sampler keeps several latents per clip, its registers. A plan lists, for each network call,
+which register is the input and how the registers are updated afterwards. All updates have the same form, so clips with
+different samplers and at different steps can be updated in one batch.
 """
 
 from __future__ import annotations
@@ -11,7 +10,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Blend:
-    """Sets register `register` to `source z + noise eps'` in the kept frames (see `sampling/blend.py`)."""
+    """In the frames that an edit keeps, register `register` is set to `source` * z + `noise` * eps', where z are the
+    source's latents and eps' is noise (see `sampling/blend.py`).
+    """
 
     register: int
     source: float
@@ -22,10 +23,10 @@ class Blend:
 class Evaluation:
     """One call of the network and the update that follows it.
 
-    With registers r_0..r_{R-1}, guided output v, unguided output v_u and fresh noise eps:
-    `r'_i = sum_j a[i][j] r_j + b[i] v + b_uncond[i] v_u + c[i] eps`. A zero coefficient skips its term.
-    `t` and `sigma` are float32 values in Python floats. With `draws_noise`, a noise tensor is drawn even if every c is
-    0 (as the references do in ping-pong's last step). `blend` is applied after the update.
+    With registers r_0..r_{R-1}, guided output v, unguided output v_u and fresh noise eps, register i is set to
+    `sum_j a[i][j] r_j + b[i] v + b_uncond[i] v_u + c[i] eps`. A term whose coefficient is 0 is left out, even if its
+    tensor has NaN. Then `blend` is applied. `t` and `sigma` are float32 values in Python floats. With `draws_noise`,
+    eps is drawn even if every c is 0, as the reference implementations do in the last step of ping-pong.
     """
 
     t: float
@@ -43,12 +44,12 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class SamplerPlan:
-    """A sampler with the schedule of one row: at most 5 registers, all zero at the start except `start_register`.
+    """A sampler with the schedule of one clip. It has at most 5 registers, which start with zeros, except one.
 
-    `start_register` starts with the initial latent, `source_scale * source + noise_scale * noise`. After the last
-    evaluation, the result is in `result_register`. `step_ends` has, for each requested step, the number of evaluations
-    after which it is complete. `start_blend` applies to the initial latent; it is set if and only if the evaluations
-    have blends.
+    `start_register` starts with the initial latents, `source_scale * source + noise_scale * noise`. After the last
+    evaluation, the result is in `result_register`. `step_ends[i]` is the number of evaluations after which the
+    requested step i is complete. `start_blend` is applied to the initial latents. Either it and all evaluations have a
+    blend, or none has.
     """
 
     num_registers: int
@@ -63,7 +64,9 @@ class SamplerPlan:
 
 @dataclass(frozen=True, slots=True)
 class Guidance:
-    """The guidance parameters of a row, as used in `sampling/guidance.py`. `apg_scale` 0 is plain CFG."""
+    """The guidance parameters of a clip, as used in `sampling/guidance.py`. With `apg_scale` 0, guidance is plain CFG.
+    Steps are guided only while the noise level is within `interval`.
+    """
 
     cfg_scale: float = 1.0
     apg_scale: float = 1.0

@@ -1,7 +1,7 @@
-"""The flow samplers. Each turns one row's schedule into a plan of network calls and linear register updates.
+"""The samplers of flow models. Each turns the schedule of one clip into a plan of network calls and updates.
 
-Coefficients are float64, computed from float32 sigmas. In the formulas v is the network's velocity at (x, t), the clean
-estimate is D = x - t v, and t' is the next time. Independent of networks, lengths and requests.
+Coefficients are float64, computed from float32 times. In the formulas a step goes from time t to time t', v is the
+network's velocity at (x, t), and D = x - t v is the clean estimate.
 """
 
 from __future__ import annotations
@@ -16,22 +16,24 @@ from torch import Tensor
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.sampling.plan import Evaluation, Guidance, SamplerPlan
 
-# Names of other programs' samplers that choose step sizes from the data, so that no plan can be made in advance.
+# Samplers of other programs that choose their step sizes while they run. They are refused, because a plan is made in
+# advance.
 DATA_DEPENDENT = ("k-dpm-adaptive", "dpm-adaptive")
 
-_TINY = 1e-10  # the references' lower bound of 1 - t' and of t
+_TINY = 1e-10  # denominators t and 1 - t' are at least this, as in the reference implementations
 _LAST_RK4_TIME = 1e-5  # RK4 calls the network at this time instead of t = 0
 
 _Guided = Callable[[float], bool]
-_Plan = tuple[int, Sequence[Evaluation], Sequence[int]]  # registers, evaluations, evaluations done after each step
+# The number of registers, the evaluations, and for each step the number of evaluations after which it is complete.
+_Plan = tuple[int, Sequence[Evaluation], Sequence[int]]
 
 
 def build_plan(sampler: str, sigmas: Tensor, *, guidance: Guidance, has_source: bool) -> SamplerPlan:
-    """Return the plan of `sampler` on one row's schedule `sigmas` (steps + 1,) float32, ending at 0.
+    """Return the plan of `sampler` for one clip with the schedule `sigmas` (steps + 1,) float32, which ends at 0.
 
-    With a source, the initial latent is (1 - sigma_0) source + sigma_0 noise, otherwise it is the noise. An evaluation
-    is guided if `cfg_scale` is not 1 and its time is in the guidance interval, compared in float32 as in the
-    references. Raises InvalidRequestError on `sampler_type`.
+    The initial latents are noise, or with a source (1 - sigmas[0]) source + sigmas[0] noise. An evaluation is guided if
+    `cfg_scale` is not 1 and its time is within the interval of `guidance`. The comparison is in float32, as in the
+    reference implementations. Raises InvalidRequestError if the name `sampler` is unknown.
     """
     times = sigmas.to(torch.float32)
     num_registers, evaluations, step_ends = resolve_sampler(sampler)(times, guided_times(guidance))
@@ -48,7 +50,10 @@ def build_plan(sampler: str, sigmas: Tensor, *, guidance: Guidance, has_source: 
 
 
 def resolve_sampler(name: str) -> Callable[[Tensor, _Guided], _Plan]:
-    """Return the function that plans sampler `name`. Raises InvalidRequestError listing the valid samplers."""
+    """Return the function that makes plans of the sampler `name`.
+
+    Raises InvalidRequestError, with the names of all samplers, if there is no such sampler.
+    """
     builder = _BUILDERS.get(name)
     if builder is not None:
         return builder
@@ -56,7 +61,7 @@ def resolve_sampler(name: str) -> Callable[[Tensor, _Guided], _Plan]:
 
 
 def refused_sampler(name: str, samplers: Sequence[str]) -> InvalidRequestError:
-    """Return the error for a name that is not in `samplers`. Data-dependent samplers get their own message."""
+    """Return the error for a sampler name that is not in `samplers`. Names in DATA_DEPENDENT get another message."""
     valid = ", ".join(samplers)
     if name in DATA_DEPENDENT:
         message = f"sampler_type {name!r} chooses its steps from the data and is not offered; valid: {valid}"
@@ -66,13 +71,15 @@ def refused_sampler(name: str, samplers: Sequence[str]) -> InvalidRequestError:
 
 
 def _euler(times: Tensor, guided: _Guided) -> _Plan:
-    """Euler's method: x' = x + (t' - t) v."""
+    """Euler's method: a step from t to t' sets x to x + (t' - t) v, where v is the velocity."""
     evaluations = [_evaluation(t, guided, a=((1.0,),), b=(following - t,)) for t, following in _pairs(times)]
     return 1, evaluations, range(1, len(evaluations) + 1)
 
 
 def _pingpong(times: Tensor, guided: _Guided) -> _Plan:
-    """Ping-pong: x' = (1 - t') D + t' eps with fresh noise eps in each step, even in the last one, with weight 0."""
+    """Ping-pong: a step to time t' sets x to (1 - t') D + t' eps, where D is the clean estimate and eps fresh noise.
+    The last step draws noise too, although its weight is 0.
+    """
     evaluations = [
         _evaluation(t, guided, a=((1.0 - following,),), b=(-(1.0 - following) * t,), c=(following,), draws_noise=True)
         for t, following in _pairs(times)
@@ -81,10 +88,11 @@ def _pingpong(times: Tensor, guided: _Guided) -> _Plan:
 
 
 def _dpmpp(times: Tensor, guided: _Guided) -> _Plan:
-    """DPM-Solver++ of second order in its flow form. Registers: x, the previous D.
+    """DPM-Solver++ of order 2 for flow models. Registers: x, the clean estimate of the previous step.
 
-    x' = (t'/t) x - (1 - t') c D~ with c = (t' - t) / ((1 - t') t). D~ extrapolates from the previous D to D. In the
-    first step, in the last step, and where two earlier times coincide, D~ is D.
+    A step from t to t' sets x to (t'/t) x - (1 - t') c D', where c = (t' - t) / ((1 - t') t). D' is extrapolated from
+    the clean estimates of the previous and this step. In the first step, in the last step, and where two earlier times
+    are equal, D' is the clean estimate of this step.
     """
     evaluations: list[Evaluation] = []
     previous: float | None = None
@@ -108,7 +116,10 @@ def _dpmpp(times: Tensor, guided: _Guided) -> _Plan:
 
 
 def _rk4(times: Tensor, guided: _Guided) -> _Plan:
-    """The classical Runge-Kutta method. Registers: x, the network's next input, x plus the weighted slopes so far."""
+    """The classical Runge-Kutta method of order 4.
+
+    Registers: x, the network's next input, and x plus the weighted slopes of this step so far.
+    """
     evaluations: list[Evaluation] = []
     for current, following in itertools.pairwise(times):
         step = following - current
@@ -163,9 +174,9 @@ def _pairs(times: Tensor) -> list[tuple[float, float]]:
 
 
 def guided_times(guidance: Guidance) -> _Guided:
-    """Return a function that says whether a flow model's evaluation at a time is guided.
+    """Return a function that, given a time, returns whether a flow model's evaluation at that time is guided.
 
-    The time and the interval are compared in float32, as in the references.
+    The time and the interval of `guidance` are compared in float32, as in the reference implementations.
     """
     low, high = torch.tensor(guidance.interval, dtype=torch.float32).tolist()
     return lambda time: guidance.cfg_scale != 1.0 and low <= time <= high

@@ -1,7 +1,8 @@
-"""Timestep schedules of the flow models: a uniform grid warped towards noisy times, per row and per length.
+"""Timestep schedules of the flow models: evenly spaced times, warped so that more of them are near 1 (noise). The warp
+can depend on the clip's length.
 
-All arithmetic is float32 in the references' order of operations. The network's time features amplify the last bit of a
-time by 1e5, so a more exact schedule would give different audio. Independent of samplers.
+All arithmetic is float32 and in the same order as in the reference implementations. The network's time features amplify
+the last bit of a time by 1e5, so even a more exact schedule would give different audio.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from stable_audio_serve.core.errors import CheckpointError, InvalidRequestError
 from stable_audio_serve.core.generation import EditSchedule, ScheduleShift
 
 MAX_STEPS = 1000
-MIN_NOISE_LEVEL = 0.01  # of edits; with a lower level, the first step would divide by a time near 0
-_LAST_TIME = 1 / (1 + math.exp(2.0))  # log-SNR 2, the references' last time before 0
+MIN_NOISE_LEVEL = 0.01  # the lowest noise level of an edit; with a lower one, a step would divide by a time near 0
+_LAST_TIME = 1 / (1 + math.exp(2.0))  # the last time before 0 in the reference implementations, where the log-SNR is 2
 CONFIG_KEY = "sampling_distribution_shift_options"
 
 
 class _BadOption(ValueError):
-    """A shift option is invalid. Callers convert this to their own error."""
+    """An option of a `TimestepShift` is invalid. Callers raise a CheckpointError or InvalidRequestError instead."""
 
 
 def _require(condition: bool, name: str, *, allowed: str) -> None:
@@ -33,10 +34,13 @@ def _require(condition: bool, name: str, *, allowed: str) -> None:
 
 
 class TimestepShift(Protocol):
-    """A monotone function of times in 0..1, which may depend on the row's length."""
+    """A monotone function from times to times, both in 0..1. It may depend on the clip's length."""
 
     def warp(self, times: Tensor, length: Tensor) -> Tensor:
-        """Return `times` (N,) float32, warped for a row of `length` latent frames (0-dim float32, at least 1)."""
+        """Return the warped times for a clip of `length` latent frames (at least 1).
+
+        `times` has shape (N,); `length` is a 0-dim tensor. Both are float32.
+        """
         ...
 
 
@@ -52,7 +56,9 @@ class NoShift:
 
 @dataclass(frozen=True, slots=True)
 class LogSnrShift:
-    """Evenly spaced log-SNR, from `anchor_logsnr` (minus `rate` per doubling of the length) to `logsnr_end`."""
+    """Evenly spaced times become evenly spaced in log-SNR, from a start value to `logsnr_end`. The start value is
+    `anchor_logsnr` for clips of `anchor_length` latent frames, and `rate` lower for each doubling of the length.
+    """
 
     kind: ClassVar[str] = "logsnr"
     anchor_length: float = 2000.0
@@ -64,7 +70,7 @@ class LogSnrShift:
         _require(self.anchor_length > 0, "anchor_length", allowed="above 0")
 
     def warp(self, times: Tensor, length: Tensor) -> Tensor:
-        """Return sigmoid(-logsnr), but exactly 0 for times <= 0 and exactly 1 for times >= 1."""
+        """Return the time sigmoid(-logsnr) for each time, but exactly 0 for times <= 0 and exactly 1 for times >= 1."""
         start = self.anchor_logsnr - self.rate * torch.log2(length / self.anchor_length)
         logsnr = self.logsnr_end - times * (self.logsnr_end - start)
         warped = torch.sigmoid(-logsnr)
@@ -74,7 +80,7 @@ class LogSnrShift:
 
 @dataclass(frozen=True, slots=True)
 class FluxShift:
-    """The warp alpha t / (1 + (alpha - 1) t), where ln alpha is linear in the logarithm of the length."""
+    """Warps t to alpha t / (1 + (alpha - 1) t), where ln alpha is a linear function of the logarithm of the length."""
 
     kind: ClassVar[str] = "flux"
     min_length: float = 256.0
@@ -91,7 +97,7 @@ class FluxShift:
     def warp(self, times: Tensor, length: Tensor) -> Tensor:
         """Return the warped times. The length is clamped to `min_length`..`max_length`."""
         low, high = math.log(self.min_length), math.log(self.max_length)
-        span = (high - low) or 1e-8  # as in the references, to avoid a division by 0 if alpha is constant
+        span = (high - low) or 1e-8  # a divisor; 1e-8 in the reference implementations too if the lengths are equal
         fraction = (torch.log(length.clamp(self.min_length, self.max_length)) - low) / span
         log_low, log_high = math.log(self.alpha_min), math.log(self.alpha_max)
         alpha = torch.exp(log_low + fraction * (log_high - log_low))
@@ -100,7 +106,9 @@ class FluxShift:
 
 @dataclass(frozen=True, slots=True)
 class FullShift:
-    """The warp u = 1 - e^mu / (e^mu + t / (1 - t)), where mu is linear in the length; sin(pi u / 2) with `use_sine`."""
+    """Warps t to u = 1 - e^mu / (e^mu + t / (1 - t)), where mu is a linear function of the length. With `use_sine`, the
+    result is sin(pi u / 2) instead of u.
+    """
 
     kind: ClassVar[str] = "full"
     base_shift: float = 0.5
@@ -131,9 +139,10 @@ SHIFT_KINDS = tuple(_KINDS)
 
 
 def shift_from_config(options: Mapping[str, object] | None, *, key: str = CONFIG_KEY) -> TimestepShift:
-    """Return the shift of a checkpoint's config. `options` has the `type` (default "full") and its parameters.
+    """Return the shift that a checkpoint's config defines. `options` has its `type` (default "full") and parameters.
 
-    Without `options`, returns the default shift. Raises CheckpointError that mentions `key`.
+    Returns the default shift if `options` is None. Raises CheckpointError, whose message contains `key`, if an option
+    is invalid.
     """
     if options is None:
         return DEFAULT_SHIFT
@@ -147,7 +156,7 @@ def shift_from_config(options: Mapping[str, object] | None, *, key: str = CONFIG
 
 
 def shift_from_override(shift: ScheduleShift) -> TimestepShift:
-    """Return the shift of a request, which replaces the model's. Raises InvalidRequestError on `schedule_shift`."""
+    """Return the shift that a request asks for instead of the model's. Raises InvalidRequestError if it is invalid."""
     try:
         return _build(shift.kind, dict(shift.options))
     except _BadOption as error:
@@ -156,11 +165,11 @@ def shift_from_override(shift: ScheduleShift) -> TimestepShift:
 
 
 def build_sigmas(steps: int, shift: TimestepShift, *, length: float, sigma_max: float = 1.0) -> Tensor:
-    """Return noise levels (steps + 1,) float32 from `sigma_max` to 0 for a row of `length` latent frames.
+    """Return noise levels (steps + 1,) float32 from `sigma_max` to 0 for a clip of `length` latent frames.
 
-    The grid linspace(sigma_max, 0) is warped by `shift`, then element 0 is set to `sigma_max`. So if `sigma_max` is
-    below about 0.7, inner levels may exceed it, as in the references. Raises InvalidRequestError on `steps` outside
-    1..1000, and on `init_noise_level` if `sigma_max` is outside 0.01..1.
+    Evenly spaced levels from `sigma_max` to 0 are warped by `shift`, and then the first is set to `sigma_max` again. If
+    `sigma_max` is below about 0.7, later levels may therefore exceed it, as in the reference implementations. Raises
+    InvalidRequestError if `steps` is outside 1..1000 or `sigma_max` (the request's `init_noise_level`) outside 0.01..1.
     """
     check_steps(steps)
     check_level(sigma_max)
@@ -173,15 +182,17 @@ def build_sigmas(steps: int, shift: TimestepShift, *, length: float, sigma_max: 
 
 
 def edit_times(build: Callable[[float], Tensor], level: float, *, schedule: EditSchedule) -> Tensor:
-    """Return the times of an edit, from `level` to 0. `build(level)` returns the references' schedule from a level.
+    """Return the times of an edit, which starts at noise level `level` and ends at 0.
 
-    - "even" spaces the times evenly in log-SNR.
-    - "scaled" multiplies the times of a run from pure noise by `level`. Half of them are then within 5 % of `level`.
-    - "reference" is `build(level)`. For Stable Audio 3, its inner times exceed the level.
+    `build(level)` returns the schedule of the reference implementation. The value of `schedule` means:
 
-    Of 144 variations of held tones without a prompt, 130, 112 and 96 kept their pitch at level 0.25 with these
-    schedules, and 116, 91 and 49 at level 0.4 (docs/performance.md). At level 1 all three are equal. Raises
-    InvalidRequestError on `init_noise_level` outside 0.01..1.
+    - "even": the times are evenly spaced in log-SNR.
+    - "scaled": `build(1)`, the times of a run from pure noise, multiplied by `level`. Half of them are almost `level`.
+    - "reference": `build(level)`. For Stable Audio 3, times after the first then exceed `level`.
+
+    In a test with 144 variations of held tones, without a prompt, 130 kept their pitch with "even", 112 with "scaled"
+    and 96 with "reference" at level 0.25. At level 0.4, the numbers are 116, 91 and 49 (docs/performance.md). If
+    `level` is 1, the three schedules are equal. Raises InvalidRequestError if `level` is outside 0.01..1.
     """
     check_level(level)
     if schedule == "reference" or level == 1.0:
@@ -191,9 +202,9 @@ def edit_times(build: Callable[[float], Tensor], level: float, *, schedule: Edit
 
 
 def _even_times(steps: int, *, level: float) -> Tensor:
-    """Return times (steps + 1,) float32 from `level` to 0, evenly spaced in log-SNR.
+    """Return times (steps + 1,) float32 from `level` to 0, evenly spaced in log-SNR, whatever the model's shift is.
 
-    The last time before 0 is `level` times that of a run from pure noise. The model's shift does not apply.
+    The last time before 0 is `level` times the last time before 0 of a run from pure noise.
     """
     first, last = (math.log((1 - time) / time) for time in (level, level * _LAST_TIME))
     times = torch.sigmoid(-torch.linspace(first, last, steps + 1, dtype=torch.float32))
@@ -202,7 +213,7 @@ def _even_times(steps: int, *, level: float) -> Tensor:
 
 
 def check_level(level: float) -> None:
-    """Raise InvalidRequestError on `init_noise_level` outside 0.01..1. Lower levels lead to a division by about 0."""
+    """Raise InvalidRequestError if the noise level of an edit is outside 0.01..1."""
     if not MIN_NOISE_LEVEL <= level <= 1.0:
         allowed = f"{MIN_NOISE_LEVEL:g}..1"
         message = f"init_noise_level must be in {allowed}, got {level:g}"
@@ -210,7 +221,7 @@ def check_level(level: float) -> None:
 
 
 def check_steps(steps: int) -> None:
-    """Raise InvalidRequestError on `steps` outside 1..1000."""
+    """Raise InvalidRequestError if `steps` is outside 1..1000."""
     if not 1 <= steps <= MAX_STEPS:
         allowed = f"1..{MAX_STEPS}"
         raise InvalidRequestError(f"steps must be in {allowed}, got {steps}", field="steps", allowed=allowed)

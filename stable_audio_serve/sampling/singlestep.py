@@ -1,8 +1,9 @@
-"""Samplers over sigma with several network calls per step. They keep no earlier results between steps.
+"""Samplers over noise levels sigma with several network calls per step. Unlike those in `multistep`, they use no
+results of earlier steps.
 
-In the formulas s is the step's noise level, n the next level, d the clean estimate D(x, s), and k = (x - d) / s the
-slope dx/dsigma. Each function writes all steps of its sampler. Levels are float32 values; intermediate levels are
-computed in float32 in the references' order of operations.
+In the code a step goes from level s to level n, d is the clean estimate D(x, s), and k = (x - d) / s is the slope
+dx/dsigma. Each function adds all steps of its sampler to a plan. Levels are float32 values, and intermediate levels are
+computed in the same order of operations as in the reference implementations.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ _X, _AHEAD, _FIRST_SLOPE = register(0), register(1), register(2)
 
 
 def heun(network: VNetwork, sigmas: Sequence[float]) -> None:
-    """Heun's method (arXiv 2206.00364, algorithm 1 without churn), which uses the mean of the slopes at s and n.
+    """Heun's method (arXiv 2206.00364, algorithm 1 without churn): a step uses the mean of the slopes at both ends.
 
-    Registers: x after half a step with the slope at s, and x after an Euler step to n. The last step, to 0, is an Euler
+    Registers: x after half a step with the first slope, and x after an Euler step. The last step, to 0, is an Euler
     step.
     """
     for s, n in itertools.pairwise(sigmas):
@@ -39,9 +40,9 @@ def heun(network: VNetwork, sigmas: Sequence[float]) -> None:
 
 
 def dpm_2(network: VNetwork, sigmas: Sequence[float]) -> None:
-    """DPM-Solver-2 as in k-diffusion (arXiv 2206.00927), which uses the slope at the geometric mean of s and n.
+    """DPM-Solver-2 as in k-diffusion (arXiv 2206.00927): a step uses the slope at the geometric mean of its two levels.
 
-    Registers: x, the point at the mean. The last step, to 0, is an Euler step.
+    Registers: x at the first level, x at the mean. The last step, to 0, is an Euler step.
     """
     for s, n in itertools.pairwise(sigmas):
         if n == 0.0:
@@ -55,9 +56,10 @@ def dpm_2(network: VNetwork, sigmas: Sequence[float]) -> None:
 
 
 def dpmpp_2s_ancestral(network: VNetwork, sigmas: Sequence[float]) -> None:
-    """Ancestral DPM-Solver++(2S) (arXiv 2211.01095): a step to a level below n, then fresh noise that raises it to n.
+    """Ancestral DPM-Solver++(2S) (arXiv 2211.01095): each step goes to a level below the next of `sigmas`, and fresh
+    noise raises it to that level.
 
-    Registers: x, the point at the geometric mean. Draws at every step except the last, which is an Euler step.
+    Registers: x, and x at an intermediate level. The last step, to 0, is an Euler step without noise.
     """
     for s, n in itertools.pairwise(sigmas):
         down, up = _ancestral_levels(s, n)
@@ -75,9 +77,11 @@ def dpmpp_2s_ancestral(network: VNetwork, sigmas: Sequence[float]) -> None:
 
 
 def _ancestral_levels(s: float, n: float) -> tuple[float, float]:
-    """Return the level below n to which a step from s descends, and the level of the noise that raises it to n.
+    """Return two levels for an ancestral step from level s to level n: the level below n that the step reaches, and the
+    level of the noise that is then added to reach n.
 
-    Computed in float32, in which the first level is 0 for a long step, because n**2 / s is much smaller than n.
+    Both are computed in float32. For a long step the first level is then exactly 0, because n**2 / s is much smaller
+    than n.
     """
     start, end = torch.tensor([s, n], dtype=torch.float32)
     up = torch.minimum(end, (end**2 * (start**2 - end**2) / start**2) ** 0.5)
@@ -85,11 +89,12 @@ def _ancestral_levels(s: float, n: float) -> tuple[float, float]:
 
 
 def dpm_fast(network: VNetwork, steps: int, *, span: SigmaRange) -> None:
-    """DPM-Solver-fast (arXiv 2206.00927): solver steps of third order in -ln sigma, with `steps` network calls in
-    total.
+    """DPM-Solver-fast (arXiv 2206.00927) with `steps` network calls in total. Most of its solver steps have order 3,
+    and each of these makes three calls.
 
-    The last solver steps have a lower order, so that there are exactly `steps` calls. The end is at `span.sigma_min`,
-    not at 0. Registers: x, the next point, the slope at the start of the solver step.
+    The last solver steps have a lower order, so that there are exactly `steps` calls. They end at the level
+    `span.sigma_min`, not at 0. Registers: x, x at the next intermediate level, the slope at the start of the solver
+    step.
     """
     check_steps(steps)
     ends = torch.tensor([span.sigma_max, span.sigma_min], dtype=torch.float32).log().neg()
@@ -102,14 +107,14 @@ def dpm_fast(network: VNetwork, steps: int, *, span: SigmaRange) -> None:
 
 
 def _first_order(network: VNetwork, start: Tensor, *, end: Tensor) -> None:
-    """Write a solver step of order 1 between two values of -ln sigma (0-dim float32)."""
+    """Add a solver step of order 1. `start` and `end` are values of -ln sigma (0-dim float32)."""
     s, n = float(_levels(start)), float(_levels(end))
     network.evaluate(s, _X - network.slope(s) * (n * math.expm1(float(end - start))))
     network.end_step()
 
 
 def _second_order(network: VNetwork, start: Tensor, *, end: Tensor) -> None:
-    """Write a solver step of order 2. It extrapolates the slopes at the start and at the middle to the end."""
+    """Add a solver step of order 2, with evaluations at its start and its middle. `start` and `end` are -ln sigma."""
     h = float(end - start)
     s, middle, n = (float(_levels(time)) for time in (start, start + 0.5 * (end - start), end))
     first = network.slope(s)
@@ -122,7 +127,10 @@ def _second_order(network: VNetwork, start: Tensor, *, end: Tensor) -> None:
 
 
 def _third_order(network: VNetwork, start: Tensor, *, end: Tensor) -> None:
-    """Write a solver step of order 3, with evaluations at the start, at one third and at two thirds of the step."""
+    """Add a solver step of order 3, with evaluations at its start, one third and two thirds.
+
+    `start` and `end` are values of -ln sigma.
+    """
     h = float(end - start)
     times = (start, start + (end - start) * (1 / 3), start + (end - start) * (2 / 3), end)
     s, third, two_thirds, n = (float(_levels(time)) for time in times)
@@ -143,5 +151,5 @@ _DPM_PIECES = {1: _first_order, 2: _second_order, 3: _third_order}
 
 
 def _levels(times: Tensor) -> Tensor:
-    """Return the noise levels of `times`, which are -ln sigma."""
+    """Return the noise levels sigma = e^-time. The `times` of this solver are -ln sigma."""
     return times.neg().exp()

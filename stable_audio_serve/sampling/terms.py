@@ -1,8 +1,8 @@
-"""Turns sampler formulas, written as in papers, into the coefficients of a plan.
+"""Turns sampler formulas, written in Python as in papers, into the coefficients of a `SamplerPlan`.
 
-A `Terms` is a weighted sum of a row's registers, the network's outputs and fresh noise. A `PlanWriter` collects, for
-each evaluation, the `Terms` that each register is set to. Coefficients are float64. Independent of schedules and
-samplers.
+A `Terms` is a weighted sum of a clip's registers (the latents that a sampler keeps), the network's outputs and fresh
+noise. A `PlanWriter` collects, for each network call, the `Terms` to which each register is set afterwards.
+Coefficients are float64.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _VELOCITY, _UNCONDITIONAL, _NOISE = -1, -2, -3
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """A linear combination. `weights` has register numbers as keys, or negative keys for network outputs and noise."""
+    """A weighted sum of tensors. The keys of `weights` are register numbers; negative keys are outputs and noise."""
 
     weights: dict[int, float]
 
@@ -38,18 +38,18 @@ class Terms:
         return Terms({key: weight / divisor for key, weight in self.weights.items()})
 
     def of(self, key: int) -> float:
-        """Return the weight of one term, 0 if it is absent."""
+        """Return the weight for this key of `weights`; 0 if there is none."""
         return self.weights.get(key, 0.0)
 
 
 def register(index: int) -> Terms:
-    """Return the term of a row's register `index`."""
+    """Return register `index` as a sum of one term with weight 1."""
     return Terms({index: 1.0})
 
 
 VELOCITY = Terms({_VELOCITY: 1.0})  # the network's guided output
-UNCONDITIONAL = Terms({_UNCONDITIONAL: 1.0})  # the unconditional branch's output, if guidance is on
-NOISE = Terms({_NOISE: 1.0})  # fresh unit normal noise
+UNCONDITIONAL = Terms({_UNCONDITIONAL: 1.0})  # the network's output without the prompt; only in guided evaluations
+NOISE = Terms({_NOISE: 1.0})  # fresh standard normal noise
 
 
 class PlanWriter:
@@ -69,9 +69,9 @@ class PlanWriter:
         input_register: int = 0,
         input_scale: float = 1.0,
     ) -> None:
-        """Add one network call, after which register i is set to `targets[i]`, and the remaining registers to 0.
+        """Add one network call to the plan. Afterwards register i is set to `targets[i]`, and further registers to 0.
 
-        Noise is drawn if a target has a NOISE term, even with weight 0.
+        Noise is drawn if one of `targets` has a NOISE term, even with weight 0.
         """
         indices = range(self._num_registers)
         rows = [*targets, *[Terms({})] * (self._num_registers - len(targets))]
@@ -91,11 +91,14 @@ class PlanWriter:
         )
 
     def end_step(self) -> None:
-        """End the current requested step; later evaluations belong to the next one."""
+        """Mark the end of a sampler step, which can have several evaluations. Later ones belong to the next step."""
         self._step_ends.append(len(self._evaluations))
 
     def plan(self, *, source_scale: float, noise_scale: float) -> SamplerPlan:
-        """Return the plan. Register 0 has the initial latent at the start and the result at the end."""
+        """Return the plan. Register 0 has the initial latents at the start and the result at the end.
+
+        The initial latents are `source_scale` * source + `noise_scale` * noise.
+        """
         return SamplerPlan(
             num_registers=self._num_registers,
             start_register=0,
@@ -108,7 +111,7 @@ class PlanWriter:
 
 
 def combine(weights: Sequence[float], parts: Sequence[Terms]) -> Terms:
-    """Return the weighted sum of `parts`."""
+    """Return the sum of `weights[i] * parts[i]`."""
     total = Terms({})
     for weight, part in zip(weights, parts, strict=True):
         total = total + weight * part

@@ -7,9 +7,10 @@ from torch import Tensor
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
-    """Return a host tensor on `device`: the tensor itself on a CPU, otherwise a copy through pinned memory.
+    """Return the values of a host tensor on `device`: the same tensor if `device` is a CPU, else a copy.
 
-    A copy from unpinned memory would block the host until the device has done all earlier work.
+    The copy goes through pinned memory. A copy from other memory would make the host wait until the device has done all
+    earlier work.
     """
     if device.type in ("cpu", "mps"):
         return host.to(device)

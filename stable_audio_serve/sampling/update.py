@@ -1,8 +1,8 @@
-"""The fused register update: one call advances a batch of rows, each with its own sampler, step and coefficients. Rows
-may keep frames of a source.
+"""The update of a sampler's registers (the latents that it keeps for a clip) after a network call. One call updates a
+batch of rows (clips), each with its own sampler, step and coefficients.
 
-Row-independent to the last bit: terms are multiplied and added element by element in a fixed order, never by a matrix
-product. A term with coefficient 0 is skipped, because 0 x NaN is NaN. Independent of networks and schedules.
+The result of a row is bit-identical whatever the other rows are: terms are multiplied and added element by element in a
+fixed order, not by a matrix multiplication. A term whose coefficient is 0 is skipped, because 0 x NaN is NaN.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from stable_audio_serve.sampling.plan import Evaluation, SamplerPlan
 
 MAX_REGISTERS = 5
-_NUM_TERMS = MAX_REGISTERS + 3  # the registers, v, v_uncond, noise
+_NUM_TERMS = MAX_REGISTERS + 3  # an update adds up the registers, the two network outputs (guided, unguided) and noise
 _UNCONDITIONAL = MAX_REGISTERS + 1
 _UPDATE = MAX_REGISTERS * _NUM_TERMS
 _T, _INPUT_REGISTER, _INPUT_SCALE, _BLENDED, _BLEND_SOURCE, _BLEND_NOISE, _GUIDED = range(_UPDATE, _UPDATE + 7)
@@ -25,9 +25,10 @@ NUM_VALUES = _UPDATE + 7
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """The inputs of a row's blends. In frames where `mask` (F,) bool is true, the row keeps `source` (D, F) float32.
+    """What a row keeps of a source: in the frames where `mask` (frames,) bool is true, the latents `source` are kept.
 
-    `noise` (D, F) float32 is eps' in `sampling/blend.py`. For B rows, every tensor has a leading axis B.
+    `noise` is added to them before the network sees them; it is eps' in `sampling/blend.py`. `source` and `noise` are
+    (channels, frames) float32. For a batch of rows, each of the three tensors has a leading batch axis.
     """
 
     mask: Tensor
@@ -37,9 +38,9 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class StepNumbers:
-    """All numbers of one evaluation, in the order in which `StepTerms` reads them.
+    """All numbers of one `Evaluation`, in the order in which `StepTerms` reads them.
 
-    `used` has the positions of the nonzero weights among them.
+    `used` has the positions in `values` of the coefficients that are not 0.
     """
 
     values: tuple[float, ...]
@@ -61,9 +62,10 @@ class StepNumbers:
 
 @dataclass(frozen=True, slots=True)
 class TermUse:
-    """The terms that the rows of a step use, as known on the host. Unused terms are skipped.
+    """Which terms of the update the rows of a batch use. The others are not computed.
 
-    `somewhere` and `everywhere` are the positions of weights that are nonzero in at least one row, and in every row.
+    `somewhere` has the positions of the coefficients that are nonzero in at least one row, `everywhere` of those that
+    are nonzero in all rows.
     """
 
     somewhere: frozenset[int]
@@ -73,7 +75,7 @@ class TermUse:
 
     @classmethod
     def of(cls, rows: Sequence[StepNumbers]) -> TermUse:
-        """Return the terms that these rows use. Needs at least one row."""
+        """Return the terms that these rows use. There must be at least one row."""
         users = [row.used for row in rows]
         return cls(
             somewhere=users[0].union(*users),
@@ -84,7 +86,10 @@ class TermUse:
 
     @classmethod
     def of_any(cls, num_registers: int, *, guides: bool, blends: bool) -> TermUse:
-        """Return all terms that rows with this many registers can use. Without `guides`, no row is guided."""
+        """Return all terms that any rows with this many registers can use.
+
+        With `guides` False, no row is guided; with `blends` False, no row keeps frames of a source.
+        """
         outputs = [term for term in range(MAX_REGISTERS, _NUM_TERMS) if guides or term != _UNCONDITIONAL]
         terms = [*range(num_registers), *outputs]
         places = frozenset(target * _NUM_TERMS + term for target in range(num_registers) for term in terms)
@@ -93,34 +98,39 @@ class TermUse:
 
 @dataclass(frozen=True, slots=True)
 class StepTerms:
-    """One evaluation of each of B rows: `values` (B, NUM_VALUES) float32 on the rows' device."""
+    """The numbers of one evaluation for each row of a batch: `values` (batch, NUM_VALUES) float32, on the device of the
+    latents. The order of the columns is that of `StepNumbers.values`.
+    """
 
     values: Tensor
     use: TermUse
 
     @classmethod
     def of(cls, evaluations: Sequence[Evaluation]) -> StepTerms:
-        """Return the terms on the host."""
+        """Return the numbers of these evaluations as a tensor on the CPU, one row for each."""
         rows = [StepNumbers.of(evaluation) for evaluation in evaluations]
         return cls(torch.tensor([row.values for row in rows], dtype=torch.float32), TermUse.of(rows))
 
     @property
     def t(self) -> Tensor:
-        """The times (B,)."""
+        """The network's time of each row, as a tensor (batch,)."""
         return self.values[:, _T]
 
     @property
     def guided(self) -> Tensor:
-        """Which rows are guided, (B, 1, 1) bool."""
+        """Whether each row is guided, as a bool tensor (batch, 1, 1)."""
         return self.weight(_GUIDED) != 0.0
 
     def weight(self, place: int) -> Tensor:
-        """Return the value at position `place` of each row, (B, 1, 1)."""
+        """Return column `place` of `values`, as a tensor (batch, 1, 1)."""
         return self.values[:, place, None, None]
 
 
 def start_state(plan: SamplerPlan, noise: Tensor, *, source: Tensor | None = None, kept: Kept | None = None) -> Tensor:
-    """Return a row's registers (R, D, F) float32 before its first evaluation, from `noise` and `source` (D, F)."""
+    """Return a row's registers before its first evaluation: (registers, channels, frames) float32.
+
+    `noise` and `source` are (channels, frames). `kept` is needed if the plan has blends.
+    """
     latent = plan.noise_scale * noise.float()
     if source is not None:
         latent = plan.source_scale * source.float() + latent
@@ -138,7 +148,10 @@ def start_state(plan: SamplerPlan, noise: Tensor, *, source: Tensor | None = Non
 
 
 def network_input(state: Tensor, terms: StepTerms) -> Tensor:
-    """Return the network's input (B, D, F) float32: each row's scaled input register in `state` (B, R, D, F)."""
+    """Return the network's input (batch, channels, frames) float32: the input register of each row times its scale.
+
+    `state` (batch, registers, channels, frames) has the registers of all rows.
+    """
     chosen = terms.weight(_INPUT_REGISTER)
     x = state[:, 0]
     for register in range(1, state.shape[1]):
@@ -155,12 +168,12 @@ def advance(
     noise: Tensor | None = None,
     kept: Kept | None = None,
 ) -> Tensor:
-    """Return the new registers of B rows after one evaluation each.
+    """Return the new registers of a batch of B rows after one evaluation of each.
 
-    `state` is (B, R, D, F) float32, where R is at least the number of registers of each row; unused registers stay 0.
-    `velocity` (B, D, F) is the guided network output. `unconditional` is the output of the unconditional branch, needed
-    if a `b_uncond` is not 0. `noise` is unit normal, needed if a `c` is not 0. `kept` has the inputs of the blends. A
-    row that does not use a term may have any values in it, even NaN.
+    `state` (B, R, D, F) float32 has R registers per row, of D channels and F frames; registers that a row does not use
+    stay 0. `velocity` (B, D, F) is the guided network output, and `unconditional` the output without the prompt, needed
+    if some `b_uncond` is not 0. `noise` is standard normal, needed if some `c` is not 0. `kept` is needed if some row
+    has a blend. If a row's coefficient for an input is 0, the row's values in that input are ignored, even NaN.
     """
     num_registers = state.shape[1]
     missing = [None] * (MAX_REGISTERS - num_registers)
@@ -181,9 +194,9 @@ def advance(
 
 
 def _add_weighted(total: Tensor, part: Tensor, *, weight: Tensor, in_every_row: bool = False) -> None:
-    """Add `part` (B, D, F) times each row's `weight` (B, 1, 1) to `total` in place. Rows with weight 0 are skipped.
+    """Add `part` (batch, channels, frames) times `weight` (batch, 1, 1) to `total`, in place.
 
-    Skipped rows add +0, which changes no bit, because `total` starts as +0.
+    For rows whose weight is 0, +0 is added instead. This changes no bit, because `total` starts as +0.
     """
     product = part.float() * weight
     if not in_every_row:
@@ -192,7 +205,10 @@ def _add_weighted(total: Tensor, part: Tensor, *, weight: Tensor, in_every_row: 
 
 
 def _blend(registers: Tensor, terms: StepTerms, *, kept: Kept) -> None:
-    """Blend the kept frames of one register of each row, in place in `registers` (B, R, D, F)."""
+    """Replace the kept frames in one register of each row by the source with noise. Changes `registers` in place.
+
+    `registers` is (batch, registers, channels, frames).
+    """
     noised = torch.zeros_like(kept.source)
     _add_weighted(noised, kept.source, weight=terms.weight(_BLEND_SOURCE))
     _add_weighted(noised, kept.noise, weight=terms.weight(_BLEND_NOISE))

@@ -1,8 +1,9 @@
-"""Use of a network trained for v over noise levels sigma: its time, input and clean estimate at a level.
+"""Lets samplers over noise levels sigma use a network that was trained to predict v at a time t.
 
-With F the network, `D(x, sigma) = x / (sigma**2 + 1) - F(x / sqrt(sigma**2 + 1), 2/pi atan sigma) sigma / sqrt(sigma**2
-+ 1)`: "Progressive Distillation for Fast Sampling of Diffusion Models" (arXiv 2202.00512) in the terms of "Elucidating
-the Design Space of Diffusion-Based Generative Models" (arXiv 2206.00364). Independent of samplers.
+The time of a level is t = 2/pi atan sigma. The clean estimate D at a level, with the network F, is
+`D(x, sigma) = x / (sigma**2 + 1) - F(x / sqrt(sigma**2 + 1), t) sigma / sqrt(sigma**2 + 1)`. This combines "Progressive
+Distillation for Fast Sampling of Diffusion Models" (arXiv 2202.00512), which defines v, with the notation of
+"Elucidating the Design Space of Diffusion-Based Generative Models" (arXiv 2206.00364).
 """
 
 from __future__ import annotations
@@ -17,30 +18,35 @@ from stable_audio_serve.sampling.terms import VELOCITY, PlanWriter, Terms, regis
 
 
 def sigma_to_time(sigmas: Tensor) -> Tensor:
-    """Return the time 2/pi atan sigma of each level, in the references' order of operations. Float32, any shape."""
+    """Return the time 2/pi atan sigma of each noise level, computed in the same order as in the reference
+    implementations. Float32, any shape.
+    """
     return sigmas.atan() / math.pi * 2
 
 
 class VNetwork:
-    """Writes evaluations at noise levels. `denoised` and `slope` return terms for the next evaluation."""
+    """Adds network calls at noise levels to a plan. `denoised` and `slope` return formulas for updates after a call."""
 
     def __init__(self, writer: PlanWriter, guidance: Guidance) -> None:
         self._writer = writer
         self._guidance = guidance
 
     def denoised(self, sigma: float, *, input_register: int = 0) -> Terms:
-        """Return D(x, sigma), with x in `input_register`."""
+        """Return the formula of the clean estimate D(x, sigma), where x is `input_register`."""
         variance = sigma * sigma + 1.0
         return register(input_register) / variance - VELOCITY * (sigma / math.sqrt(variance))
 
     def slope(self, sigma: float, *, input_register: int = 0) -> Terms:
-        """Return (x - D(x, sigma)) / sigma: dx/dsigma, which equals the predicted noise; x is in `input_register`."""
+        """Return the formula of the slope dx/dsigma = (x - D(x, sigma)) / sigma, where x is `input_register`.
+
+        The slope equals the predicted noise.
+        """
         return (register(input_register) - self.denoised(sigma, input_register=input_register)) / sigma
 
     def evaluate(self, sigma: float, *targets: Terms, input_register: int = 0) -> None:
-        """Add one network call on `input_register`, after which the registers become `targets`.
+        """Add one network call, whose input is `input_register`. Afterwards the registers are set to `targets`.
 
-        `sigma` is a float32 value; the network's time is computed in float32 as in the references.
+        `sigma` is a float32 value. The network's time is computed in float32, as in the reference implementations.
         """
         level = torch.tensor(sigma, dtype=torch.float32)
         time = float(sigma_to_time(level))
@@ -55,14 +61,15 @@ class VNetwork:
         )
 
     def end_step(self) -> None:
-        """End the current requested step; later evaluations belong to the next one."""
+        """Mark the end of a sampler step, which can have several evaluations. Later ones belong to the next step."""
         self._writer.end_step()
 
 
 def is_v_guided(guidance: Guidance, time: float) -> bool:
-    """Return whether the evaluation at `time` is guided: `cfg_scale` is not 1 and sin(pi t / 2) is in the interval.
+    """Return whether the evaluation at time t is guided: `cfg_scale` is not 1, and sin(pi t / 2) is within the interval
+    of `guidance`.
 
-    The comparison is in float32, as in the references.
+    The comparison is in float32, as in the reference implementations.
     """
     low, high = torch.tensor(guidance.interval, dtype=torch.float32).tolist()
     noise_share = float(torch.sin(torch.tensor(time, dtype=torch.float32) * math.pi / 2))

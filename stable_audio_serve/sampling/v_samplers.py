@@ -1,6 +1,7 @@
-"""Builds plans for models trained for v, from the name of the sampler, the noise levels and the number of steps.
+"""Builds sampler plans for models that predict v, from the name of the sampler, the noise levels and the number of
+steps.
 
-The names are from stable-audio-tools; the formulas are in `multistep`, `singlestep` and `ddim`.
+The names of the samplers are those of stable-audio-tools. Their formulas are in `multistep`, `singlestep` and `ddim`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from stable_audio_serve.sampling.samplers import refused_sampler
 from stable_audio_serve.sampling.terms import PlanWriter
 from stable_audio_serve.sampling.v_network import VNetwork
 
-# The number of registers and the function that writes the steps, by name, for samplers over sigma.
+# For each sampler over sigma: its number of registers and the function that adds its steps to a plan.
 _OVER_SIGMA: dict[str, tuple[int, Callable[[VNetwork, Sequence[float]], None]]] = {
     "dpmpp-3m-sde": (3, multistep.dpmpp_3m_sde),
     "dpmpp-2m-sde": (2, multistep.dpmpp_2m_sde),
@@ -31,16 +32,16 @@ V_SAMPLERS = (*_OVER_SIGMA, _FAST, *OVER_TIME)
 
 
 def v_path(sampler: str) -> NoisePath:
-    """Return the noise path of `sampler`'s plans, for `blend_plan`."""
+    """Return the function that `blend_plan` needs for plans of this sampler: the weights of source and noise."""
     return angle_path if sampler in OVER_TIME else sigma_path
 
 
 def build_v_plan(sampler: str, steps: int, *, span: SigmaRange, guidance: Guidance, has_source: bool) -> SamplerPlan:
-    """Return the plan of `sampler` with `steps` steps over `span`.
+    """Return the plan of `sampler` with `steps` steps over the noise levels of `span`.
 
     The samplers over sigma start from the source, if any, plus `sigma_max` times noise, so `sigma_max` is the noise
     level of an edit. `v-ddim` and `v-ddim-cfgpp` use `sigma_max` as a time (at most 1) and ignore the rest of `span`.
-    Raises InvalidRequestError on `sampler_type`, `steps` and `rho`.
+    Raises InvalidRequestError if the sampler is unknown, or if `steps` or `rho` is invalid.
     """
     if sampler in OVER_TIME:
         return OVER_TIME[sampler](steps, span.sigma_max, guidance=guidance, has_source=has_source)

@@ -1,1 +1,1 @@
-"""The Ray Serve application: the deployments, their placement, and the API's backend, which calls model deployments."""
+"""The Ray Serve application: its deployments, their placement, and the backend through which the API calls models."""

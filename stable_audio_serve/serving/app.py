@@ -1,5 +1,6 @@
-"""The Ray Serve application: an ingress, job runners and one deployment per model. `build` is the `import_path` of
-serve_config.yaml.
+"""The Ray Serve application: the HTTP deployment (ingress), the job runners and one deployment per model.
+
+The `import_path` in serve_config.yaml names the function `build`.
 """
 
 from __future__ import annotations
@@ -54,12 +55,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_POLL_S = 0.5  # seconds between checks whether this replica is being stopped, which closes its event streams
+# Seconds between checks whether Ray Serve is stopping this replica. If it is, the replica closes its event streams.
+_POLL_S = 0.5
 
 
 @serve.ingress()
 class Ingress:
-    """The HTTP deployment. Each replica builds its own ASGI application, which holds the model handles."""
+    """The HTTP deployment. Each replica builds its own ASGI application, which calls the models through `handles`."""
 
     def __init__(  # noqa: PLR0917 - Ray passes the bound arguments in this order
         self,
@@ -73,8 +75,8 @@ class Ingress:
         self._settings = plan.settings
         self._metrics = RayMetrics()
         self._backend = RayBackend(plan.catalog, handles, application=application, metrics=self._metrics)
-        # Serve cannot pass a deployment's own handle as a bound argument. Skip the existence check, which would block
-        # on Serve's controller, because this deployment does not exist yet.
+        # The handle of this deployment itself, which Ray Serve cannot pass as an argument. The check that the
+        # deployment exists is skipped: it would block, because the deployment does not exist yet.
         ingress = serve.get_deployment_handle(INGRESS_NAME, application, _check_exists=False)
         self._jobs = open_queue(
             plan.settings,
@@ -89,7 +91,7 @@ class Ingress:
             self._backend, jobs=store, settings=self._operator_store, ingress=ingress, runner=runner
         )
 
-    def __serve_build_asgi_app__(self) -> Any:  # the name Ray Serve looks for
+    def __serve_build_asgi_app__(self) -> Any:  # Ray Serve calls a method of this name
         app = create_app(
             self._backend,
             self._settings,
@@ -100,7 +102,8 @@ class Ingress:
         )
         app.add_middleware(_LeaveRequestIdToServe)
         self._draining: Draining = app.state.draining
-        with suppress(StorageError):  # once the database answers, `follow` reads the settings
+        # If the database does not answer now, `follow` below reads the settings later.
+        with suppress(StorageError):
             self._follow_operators(self._operator_store.read())
         loop = asyncio.get_running_loop()
         work = (self._leave_when_replaced(), self._operator_store.follow(self._follow_operators))
@@ -108,12 +111,12 @@ class Ingress:
         return app
 
     async def drain(self) -> int:
-        """Refuse new requests because the server is stopping. Returns the number of requests in flight."""
+        """Refuse new requests from now on, because the server is stopping. Returns the number of requests in flight."""
         self._draining.stop()
         return self._draining.num_in_flight
 
     async def drain_progress(self) -> DrainProgress:
-        """Return the number of requests that this replica still has to finish while the server is drained."""
+        """Return whether this replica is draining, and how many requests it still has to finish."""
         return DrainProgress(self._draining.is_draining, self._draining.num_left)
 
     def _follow_operators(self, settings: OperatorSettings) -> None:
@@ -126,13 +129,13 @@ class Ingress:
         await replaced(poll_every_s=_POLL_S)
         self._draining.leave()
 
-    async def __del__(self) -> None:  # Serve calls this when it stops the replica
-        for task in getattr(self, "_tasks", ()):  # absent if the start failed
+    async def __del__(self) -> None:  # Ray Serve calls this when it stops the replica
+        for task in getattr(self, "_tasks", ()):  # `_tasks` is missing if the start failed
             task.cancel()
 
 
 class _LeaveRequestIdToServe:
-    """Removes our request id header from responses. Ray Serve adds the same header itself."""
+    """ASGI middleware that removes the header X-Request-Id from responses, because Ray Serve adds it once more."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -147,9 +150,10 @@ class _LeaveRequestIdToServe:
 
 
 def build(args: Settings | Mapping[str, Any]) -> serve.Application:
-    """Build the application from `args`, which `.env` and the environment override.
+    """Build the application from the settings in `args`. Values in `.env` and the environment override them.
 
-    Raises RayServeException with a message of one sentence, because Serve prints a traceback for any other exception.
+    Every error is raised as RayServeException with a message of one sentence. For other exceptions, Ray Serve would
+    print a traceback.
     """
     try:
         return assemble(args, replica=ModelReplica)
@@ -160,7 +164,7 @@ def build(args: Settings | Mapping[str, Any]) -> serve.Application:
 def assemble(
     args: Settings | Mapping[str, Any], *, replica: type, by_name: Mapping[str, type] = MappingProxyType({})
 ) -> serve.Application:
-    """Build the application with `replica` as the model class; `by_name` overrides it for single models.
+    """Build the application. `replica` is the class of the models' replicas, except models that `by_name` contains.
 
     Raises ConfigError, CheckpointError.
     """
@@ -170,8 +174,8 @@ def assemble(
     num_nodes = sum(node["Alive"] for node in ray.nodes())
     require_shared_database(plan.settings, num_nodes=num_nodes)
     check_proxy(plan.settings, os.environ, print_error=logger.warning)
-    # On a cluster, check only models with a folder: all nodes have the same folders, but their download caches and
-    # their access to the hub can differ.
+    # On a cluster, check here only models whose weights are in a configured folder: all nodes have the same folders.
+    # The nodes' download caches and their access to the Hugging Face hub can differ.
     checked = [model for model in plan.settings.models if model.path is not None or num_nodes == 1]
     require_weights(plan, checked, print_error=logger.warning)
     others = [model for model in plan.settings.models if model not in checked]

@@ -1,16 +1,16 @@
-"""Autoscaling of models: the statistics that replicas publish each second, and the policy that Ray Serve's controller
-runs.
+"""Autoscaling of models: the statistics that replicas publish, and the policy that Ray Serve's controller runs.
 
-The number of replicas is the larger of two figures:
+The target number of replicas is the larger of two numbers, rounded up:
 
-- backlog: predicted seconds of accepted work and of jobs that no runner has started, divided by the target wait
-- load: the sum of the replicas' busy shares, divided by 0.8. At a higher load, requests that arrive at random wait
-  long. Without this figure, a busy deployment without a backlog would scale down.
+- backlog: the predicted seconds of accepted requests and of jobs that no runner has started, over `target_wait_s`
+- load: the sum over the replicas of the share of time in which the device was busy, divided by 0.8. At a higher load,
+  requests that arrive at random wait long. Without this number, a busy deployment without backlog would lose replicas.
 
-Serve changes the number of replicas once the figure has held for `upscale_delay_s` or `downscale_delay_s`.
+Ray Serve changes the number of replicas when the target has stayed higher for `upscale_delay_s`, or lower for
+`downscale_delay_s`.
 
-Serve pickles this module by value into its controller, which calls the policy ten times a second. So nothing here may
-block, and objects with a thread or a lock must be in other modules.
+Ray Serve pickles this module by value into its controller, which calls the policy ten times a second. So nothing here
+may block, and objects with a thread or a lock must be in other modules.
 """
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ if TYPE_CHECKING:
     from ray.serve.config import AutoscalingContext
 
 _USED_SHARE = 0.8
-_SHOW_S = 2.0  # seconds between two updates of the gauge of wanted replicas
-_EPSILON = 1e-6  # tolerance for rounding
+_SHOW_S = 2.0  # seconds between two updates of the metric `replicas_wanted`
+_EPSILON = 1e-6  # a sum that exceeds a whole number by less is not rounded up
 _WORK, _BUSY, _WAITING, _KEPT = "work_s", "busy_share", "waiting_s", "is_kept"
 
 
 def autoscaling_stats(*, work_s: float, busy_share: float, waiting_s: float, is_kept: bool = False) -> dict[str, float]:
-    """Return a replica's `record_autoscaling_stats`.
+    """Return the statistics that a replica publishes for `WorkPolicy`, in the form that Ray Serve requires.
 
-    `work_s` is the predicted device time of its accepted requests, `busy_share` the share of the last second in which
-    its device worked, and `waiting_s` the predicted device time of jobs that wait for its model. `is_kept` is true
-    while an operator keeps the model loaded.
+    `work_s` is the predicted device time of the replica's accepted requests. `busy_share` is the share of the last
+    second in which the replica's device worked. `waiting_s` is the predicted device time of jobs that wait for the
+    replica's model. `is_kept` is true while an operator keeps the model loaded.
     """
     return {_WORK: work_s, _BUSY: busy_share, _WAITING: waiting_s, _KEPT: float(is_kept)}
 
 
 class WorkPolicy:
-    """Computes the number of replicas of one model from its work. Each deployment has one instance."""
+    """Computes the target number of replicas of one model from the model's work. Each deployment has one instance."""
 
     def __init__(self, *, target_wait_s: float) -> None:
-        """Called by Serve with keyword arguments from JSON."""
+        """Called by Ray Serve with the `policy_kwargs` of the deployment, which it passes through JSON."""
         self._target_wait_s = target_wait_s
         self._metrics: RayMetrics | None = None  # created at first use
         self._shown_at = float("-inf")
         self._has_failed = False
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-        """Return the target number of replicas.
+        """Return the target number of replicas, and the state that Ray Serve passes to the next call.
 
-        After an error, return the current target, because an exception would stop the autoscaling of every model.
+        After an error, the target stays as it is. An exception would stop the autoscaling of every model.
         """
         state = dict(context.policy_state or {})
         try:
@@ -68,8 +68,8 @@ class WorkPolicy:
     def _decide(self, context: AutoscalingContext) -> int:
         """Return the target number of replicas.
 
-        Serve keeps published figures for `look_back_period_s`. The highest busy share of each replica in that time
-        counts.
+        `context` has the statistics that the replicas published in the last `look_back_period_s`. Of the busy shares,
+        the highest one of each replica counts. Of the other statistics, the last one of each replica counts.
         """
         published = context.raw_metrics or {}
         work = {str(replica): series[-1].value for replica, series in published.get(_WORK, {}).items() if series}
@@ -77,10 +77,12 @@ class WorkPolicy:
         busy = sum(max(point.value for point in series) for series in _series(published, _BUSY))
         wanted = max(_ceil((sum(work.values()) + waiting_s) / self._target_wait_s), _ceil(busy / _USED_SHARE))
         is_kept = any(series[-1].value for series in _series(published, _KEPT))
-        if is_kept or context.total_num_requests > 0:  # includes a request that waits for a first replica
+        # `total_num_requests` includes requests that wait until the model's first replica starts.
+        if is_kept or context.total_num_requests > 0:
             wanted = max(wanted, 1)
         self._show(context, wanted)
-        if any(str(replica) not in work for replica in context.running_replicas):  # a replica has not published yet
+        # The load of a replica that has not published statistics yet is unknown, so the target must not fall.
+        if any(str(replica) not in work for replica in context.running_replicas):
             wanted = max(wanted, context.target_num_replicas)
         return wanted
 

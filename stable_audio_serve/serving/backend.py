@@ -1,7 +1,7 @@
-"""The API's `Backend`, which calls model deployments: applies deadlines, retries once, and replaces Ray's exceptions.
+"""Implements `core.backend.Backend` with calls to model deployments, in ingress replicas and job runners.
 
-Runs in ingress replicas and job runners. `model_states` holds the state of models. The engine decides which requests
-are refused.
+A call applies the request's deadline, retries once if a replica dies, and raises errors of `core.errors` in place of
+Ray's exceptions. Whether a request is refused is decided by the replica's engine.
 """
 
 from __future__ import annotations
@@ -33,46 +33,51 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ATTEMPTS = 2  # a request can be repeated if its replica dies, because its seed is fixed
-_DEADLINE_GRACE_S = 2.0  # time after the deadline in which the engine itself ends the request, unless it hangs
+_ATTEMPTS = 2  # if a replica dies, its request can be repeated with the same result, because the seed is fixed
+_DEADLINE_GRACE_S = 2.0  # the engine ends a request at its deadline; if it hangs, the call ends this much later
 _RETRY_AFTER_S = 5.0
-_JITTER = 0.25  # largest random share added to a retry time
-_MAX_REPEAT_S = 1.0  # longest time for which a refusal is repeated
+_JITTER = 0.25  # up to this share of the retry time is added to it at random
+_MAX_REPEAT_S = 1.0  # longest time for which requests are refused without a call to a replica
 _MAX_REFUSALS = 1000
-_LOAD_CHECK_S = 1.0  # seconds between checks whether the model of a waiting request has failed to load
+_LOAD_CHECK_S = 1.0  # while a request waits: seconds between checks whether its model has failed to load
 
 
 @dataclass(slots=True)
 class _Refusal:
-    """A full model's last refusal of one client. Times are those of the event loop, in seconds."""
+    """The last refusal that a client got from a full model. Times are those of the event loop, in seconds."""
 
     error: OverloadedError
     full_until: float
-    retry_at: float  # for the request that was refused last
+    retry_at: float  # when the request that was refused last may be sent again
 
     def repeat(self, now: float) -> OverloadedError:
-        """Return the refusal of a further request. It may return after all that were refused before it."""
+        """Return the error for one more refused request. Its retry time is later than that of all earlier refusals."""
         self.retry_at += self.error.work_s
         return OverloadedError(self.error.message, retry_after_s=self.retry_at - now)
 
 
 class _Refusals:
-    """The last refusal by client, model and priority. While the model is full, it is repeated here: a call to a busy
-    replica would cost more than the refusal itself.
+    """The last refusal for each caller: client, model and priority.
+
+    While a model is full, further requests are refused here, without a call to a replica. Such a call would take longer
+    than the refusal itself.
     """
 
     def __init__(self) -> None:
         self._refusals: dict[tuple[str, str, str], _Refusal] = {}
 
     def check(self, caller: tuple[str, str, str]) -> None:
-        """Raises OverloadedError while the model is known to be full for this caller."""
+        """Raise OverloadedError while the model is known to be full for this caller."""
         now = asyncio.get_running_loop().time()
         refusal = self._refusals.get(caller)
         if refusal and now < refusal.full_until:
             raise refusal.repeat(now)
 
     def record(self, caller: tuple[str, str, str], error: OverloadedError) -> OverloadedError:
-        """Keep a replica's refusal. Return it with a later retry time if further requests were refused meanwhile."""
+        """Record `error`, with which a replica refused a request. Return the error for the caller.
+
+        Its retry time is later than that of all earlier refusals of this caller.
+        """
         if not error.full_for_s:
             return error
         now = asyncio.get_running_loop().time()
@@ -87,7 +92,7 @@ class _Refusals:
 
 
 class RayBackend:
-    """Runs generations on the model's deployment."""
+    """Runs each generation request on a replica of the model's deployment."""
 
     def __init__(
         self,
@@ -112,7 +117,7 @@ class RayBackend:
     ) -> GenerationResult:
         """Run one request on any replica of the model, see `Backend.generate`.
 
-        If the request is refused, its retry time is lengthened at random, so that clients do not all retry at once.
+        If the request is refused, a random time is added to the retry time, so that clients do not all retry at once.
         """
         caller = request.client, model, request.priority
         try:
@@ -133,7 +138,7 @@ class RayBackend:
             remaining_s = None if deadline_at is None else deadline_at - loop.time()
             try:
                 return await self._attempt(model, replace(request, deadline_s=remaining_s), on_progress=on_progress)
-            except RayError as error:  # the replica died, or its result was lost with the node
+            except RayError as error:  # the replica died, or the node that held the result
                 logger.warning("a replica was lost: model=%s request_id=%s error=%s", model, request.request_id, error)
                 if not attempts_left:
                     raise ModelUnavailableError(
@@ -145,7 +150,7 @@ class RayBackend:
     async def _attempt(
         self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None
     ) -> GenerationResult:
-        """Call one replica once. Raises RayError if the replica or its result is lost, StableAudioError otherwise."""
+        """Call a replica once. Raises RayError if the replica or the result is lost, otherwise StableAudioError."""
         if request.deadline_s is not None and request.deadline_s <= 0:
             raise DeadlineExceededError("the time budget of this request ran out")
         bound_s = None if request.deadline_s is None else request.deadline_s + _DEADLINE_GRACE_S
@@ -155,7 +160,7 @@ class RayBackend:
             async with asyncio.timeout(bound_s):
                 result = await _receive(response, on_progress)
         except TimeoutError as error:
-            response.cancel()  # after a timeout here, the replica would continue
+            response.cancel()  # otherwise the replica would continue
             raise DeadlineExceededError("the time budget of this request ran out") from error
         except asyncio.CancelledError:
             response.cancel()
@@ -164,7 +169,7 @@ class RayBackend:
             raise OverloadedError("too many requests are waiting", retry_after_s=_RETRY_AFTER_S) from error
         except (DeploymentUnavailableError, RequestCancelledError) as error:
             raise _unloadable(model) from error
-        except RayTaskError as error:  # an unexpected error, whose text clients must not see
+        except RayTaskError as error:  # an unexpected error in the replica; clients must not see its text
             logger.error("a replica failed: %s", error)
             raise GenerationError("the generation failed") from error
         finally:
@@ -185,7 +190,10 @@ class RayBackend:
     async def _cancel_if_unloadable(
         self, model: str, response: DeploymentResponse | DeploymentResponseGenerator
     ) -> None:
-        """Cancel a waiting request once its model has failed to load. Serve would let it wait forever."""
+        """Check every second whether the model has failed to load. If it has, cancel the call and return.
+
+        Ray Serve would let the call wait forever.
+        """
         while True:
             await asyncio.sleep(_LOAD_CHECK_S)
             if (await self.status())[model].stage == "failed":
@@ -205,7 +213,7 @@ class RayBackend:
 async def _receive(
     response: DeploymentResponse | DeploymentResponseGenerator, on_progress: ProgressCallback | None
 ) -> GenerationResult | StableAudioError:
-    """Return the result of a call, with or without progress. Calls `on_progress` in the meantime, if it is given."""
+    """Wait for the result of a call and return it. Each progress report is passed to `on_progress`, if it is given."""
     if on_progress is None:
         return await response
     async for item in response:
@@ -216,5 +224,8 @@ async def _receive(
 
 
 def _unloadable(model: str) -> ModelUnavailableError:
-    """Return an error without Retry-After, because a deployment that failed starts only when it is deployed again."""
+    """Return the error for a model that failed to load.
+
+    The error has no retry time, because a failed deployment does not start before someone deploys it again.
+    """
     return ModelUnavailableError(f"model {model} failed to load; the server's log says why")

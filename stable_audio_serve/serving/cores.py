@@ -1,6 +1,6 @@
-"""Divides the CPU cores of this machine: the number of threads per model, and a lower priority for other processes.
+"""Divides the CPU cores of this machine among models: number of threads, and lower priority for other processes.
 
-The number of threads depends only on settings and core counts, not on measured times.
+The number of threads depends only on the settings and the number of cores, not on measured times.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from stable_audio_serve.serving.placement import model_entry
 from stable_audio_serve.serving.reservations import may_use_gpu
 
 _NICENESS = 5
-_SPARE_FROM = 4  # on machines with at least this many cores, one core stays free
+_SPARE_FROM = 4  # if there are at least this many cores, one core stays free for other processes
 
 
 def choose_threads(settings: Settings, model: ModelSettings, *, device: str, cluster_gpus: float) -> int:
-    """Return the configured number of threads, else an equal share of the usable cores.
+    """Return the number of CPU threads of a model's replica: the configured number, or an equal share of the cores.
 
-    The share assumes that all replicas on CPUs run on this machine. The demo gets one thread. A model on a GPU also
-    gets one, because its thread only launches kernels.
+    The share assumes that all replicas that compute on CPUs run on this machine. The demo model gets one thread. A
+    model on a GPU also gets one thread, which only launches kernels.
     """
     if model.threads is not None:
         return model.threads
@@ -35,7 +35,10 @@ def choose_threads(settings: Settings, model: ModelSettings, *, device: str, clu
 
 
 def share_cores(num_cores: int, *, num_replicas: int) -> int:
-    """Return the number of threads of each replica, at least one. Of four or more cores, one stays free."""
+    """Return the number of threads of each replica if `num_replicas` share the cores equally: at least one.
+
+    If there are four or more cores, one stays free.
+    """
     spare = 1 if num_cores >= _SPARE_FROM else 0
     return max(1, (num_cores - spare) // max(1, num_replicas))
 
@@ -51,11 +54,11 @@ def _is_demo(model: ModelSettings) -> bool:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """Yield the quotas, in cores, of this process's cgroups (v1 or v2) and of their parents."""
+    """Yield the CPU quotas, in cores, of this process's cgroups (v1 or v2) and of their parent groups."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
-        return  # not Linux
+        return  # the system is not Linux
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
@@ -71,26 +74,27 @@ def _quotas(root: Path) -> Iterator[float]:
 
 
 def _read_quota(folder: Path) -> float | None:
-    """Return the quota of one cgroup in cores, None if it has none."""
+    """Return the CPU quota of one cgroup in cores, or None if the cgroup has no quota."""
     try:
         if (folder / "cpu.max").is_file():
             quota, period = (folder / "cpu.max").read_text().split()
         else:
             quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         return int(quota) / int(period) if int(quota) > 0 else None
-    except (OSError, ValueError):  # no such file, or the value is `max`
+    except (OSError, ValueError):  # there is no such file, or the quota is the text `max`
         return None
 
 
 def yield_to_engines() -> None:
     """Lower the priority of all threads of this process, so that models on the same cores go first. Linux only.
 
-    Otherwise many short responses keep interrupting a long computation. With 150 responses a second on two cores, a
-    generation took 1.2 times as long as without them. With the lower priority, it took 1.1 times as long.
+    At normal priority, many short HTTP responses keep interrupting a long computation. While two cores sent 150
+    responses a second, a generation took 1.2 times as long as without responses. With the lower priority, it took 1.1
+    times as long.
     """
     if sys.platform != "linux":
         return
-    for thread in map(int, os.listdir("/proc/self/task")):  # includes threads that Ray has started
+    for thread in map(int, os.listdir("/proc/self/task")):  # also the threads that Ray has started
         with suppress(ProcessLookupError):  # the thread has ended
             niceness = os.getpriority(os.PRIO_PROCESS, thread)
             os.setpriority(os.PRIO_PROCESS, thread, min(niceness + _NICENESS, 19))

@@ -1,8 +1,7 @@
-"""Shuts a served application down without losing work: new requests are refused, jobs go back into the queue, and
-requests in flight are finished.
+"""Finish the work of a served application before it is stopped.
 
-The launcher calls `drain` before it stops Ray. A replica awaits `replaced`, which returns when Ray Serve stops the
-replica. Ray Serve stops the processes.
+New requests are refused, jobs go back into the queue, and requests in flight are finished. The launcher calls `drain`
+before it stops Ray. In a replica, `replaced` waits until Ray Serve stops the replica, for example in an update.
 """
 
 from __future__ import annotations
@@ -45,9 +44,9 @@ def drain(application: str, *, within_s: float, statistics_host: str, report: Ca
 
 @contextmanager
 def _handle(name: str, application: str) -> Iterator[DeploymentHandle]:
-    """Yield a deployment's handle, and shut down its router afterwards.
+    """Yield a deployment's handle, and shut the handle down afterwards.
 
-    Otherwise the router would keep calling the controller, even after Ray has stopped.
+    Otherwise the handle's router would keep calling Ray Serve's controller, even after Ray has stopped.
     """
     handle = serve.get_deployment_handle(name, application)
     try:
@@ -66,7 +65,8 @@ def _drain(
 ) -> None:
     deadline_at = time.monotonic() + within_s
     proxies = _python_proxies()
-    for proxy in proxies:  # from now on `is_drained` covers the requests that were sent before
+    # A proxy's `is_drained` is about the requests that it received before this call.
+    for proxy in proxies:
         proxy.update_draining.remote(True)
     has_reported = False
     while True:
@@ -84,9 +84,9 @@ def _drain(
 
 
 def _broadcast(handle: DeploymentHandle) -> Sequence[int]:
-    """Call `drain` on every replica and return how many requests or jobs each still has.
+    """Call `drain` on every replica, and return how many requests or jobs each of them still has.
 
-    A dead replica counts as 0. A replica that does not answer in time counts as 1.
+    The number is 0 for a dead replica, and 1 for a replica that does not answer in time.
     """
     try:
         answers = handle.broadcast("drain").results(timeout_s=_CALL_TIMEOUT_S, return_exceptions=True)
@@ -97,9 +97,9 @@ def _broadcast(handle: DeploymentHandle) -> Sequence[int]:
 
 
 def _num_in_haproxy(host: str) -> int:
-    """Return how many responses HAProxy is still sending, because it buffers them for slow clients.
+    """Return how many responses HAProxy is still sending, as its statistics page shows.
 
-    Reads HAProxy's statistics page.
+    A replica may have finished its response long before, because HAProxy buffers responses for slow clients.
     """
     if not ray_internals.has_haproxy():
         return 0
@@ -114,10 +114,10 @@ def _num_in_haproxy(host: str) -> int:
 
 
 def _python_proxies() -> Sequence[ActorHandle]:
-    """Return Ray Serve's Python proxies. With HAProxy there is only the fallback proxy, which answers while no ingress
-    runs.
+    """Return Ray Serve's Python proxies.
 
-    HAProxy itself is not included, because after `update_draining` it would also wait for idle connections.
+    With HAProxy, this is only the fallback proxy, which answers while no ingress replica runs. HAProxy is left out:
+    its `update_draining` would also wait for idle connections.
     """
     controller = ray_internals.find_controller()
     if controller is None:
@@ -131,7 +131,7 @@ def _python_proxies() -> Sequence[ActorHandle]:
 
 
 def _are_drained(proxies: Sequence[ActorHandle]) -> bool:
-    """Return True if the proxies have sent everything. A dead proxy has nothing to send."""
+    """Return True if the proxies have sent all responses. A dead proxy counts as having sent them."""
     try:
         return all(ray.get([proxy.is_drained.remote() for proxy in proxies], timeout=_CALL_TIMEOUT_S))
     except TimeoutError:
@@ -142,6 +142,6 @@ def _are_drained(proxies: Sequence[ActorHandle]) -> bool:
 
 
 async def replaced(*, poll_every_s: float) -> None:
-    """Return once Ray Serve begins to stop this replica."""
-    while not ray_internals.is_replica_stopping():  # noqa: ASYNC110  # Serve offers no event for this
+    """Return when Ray Serve begins to stop this replica."""
+    while not ray_internals.is_replica_stopping():  # noqa: ASYNC110  # Ray Serve has no event to wait for
         await asyncio.sleep(poll_every_s)

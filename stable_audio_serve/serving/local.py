@@ -1,4 +1,7 @@
-"""The API's `Backend` with engines in this process, without Ray. Used by `--local`, tests and benchmarks."""
+"""Implements `core.backend.Backend` with engines in this process, without Ray.
+
+Used by the command line's option `--local`, by tests and by benchmarks.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from stable_audio_serve.engine import Engine
 
 
 class LocalBackend:
-    """Runs generations on the engine of the named model. `async with` starts and closes the engines."""
+    """Runs each generation request on the engine of its model. `async with` starts and closes the engines."""
 
     def __init__(self, catalog: ModelCatalog, engines: Mapping[str, Engine]) -> None:
         self._catalog = catalog
@@ -29,7 +32,7 @@ class LocalBackend:
         return await self._engines[model].generate(request, on_progress=on_progress)
 
     async def status(self) -> Mapping[str, ModelStatus]:
-        """Report every model as ready, with one replica."""
+        """Return the status of each model: ready, with one replica."""
         return {
             name: ModelStatus(stage="ready", num_replicas=1, device=str(engine.device))
             for name, engine in self._engines.items()

@@ -1,5 +1,6 @@
-"""Logging of this package's processes: key=value lines on standard error, which Ray collects per process. Also shortens
-what Ray Serve's controller logs about a dead replica.
+"""Set up logging: key=value lines on standard error, which Ray writes to a file for each process.
+
+Also shortens the log messages of Ray Serve's controller about a dead replica.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import re
 import structlog
 
 _ROOT = "stable_audio_serve"
-_ACTOR_NAME = re.compile(r"\bname: (\S+)")  # finds the actor's name in the message of Ray's error
+_ACTOR_NAME = re.compile(r"\bname: (\S+)")  # finds an actor's name in the message of `ActorDiedError`
 
 
 def configure_logging(level: str) -> None:
-    """Log this package's events from `level` up, from structlog and from the standard library."""
+    """Write this package's log events of `level` and above to standard error, from structlog and from `logging`."""
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
@@ -32,18 +33,19 @@ def configure_logging(level: str) -> None:
     root.handlers = [handler]
     root.propagate = False
     root.setLevel(level.upper())
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it logs every malformed form as a warning
+    # At a lower level, this library would log every malformed form that a client sends.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 
 def tidy_controller_log() -> None:
-    """Make this process, Ray Serve's controller, log a dead replica or proxy in one line.
+    """Shorten log messages in this process, which is Ray Serve's controller: one line for a dead replica or proxy.
 
-    Otherwise the controller logs two tracebacks each time that it cannot poll a replica's load. It polls once a second,
-    for up to ten seconds, until its health check finds that the replica is dead.
+    The controller asks each replica for its load once a second. Until a health check finds that a replica is dead, for
+    up to ten seconds, every failed call would be logged with two tracebacks.
 
-    Other tracebacks stay, but lose the colour codes of Ray's errors, because the log is a file.
+    Other tracebacks stay, but without the colour codes of Ray's errors, because the log is a file.
     """
-    from ray.exceptions import colorama  # Ray's own copy
+    from ray.exceptions import colorama  # the copy of colorama that Ray contains
 
     colorama.Fore.CYAN = colorama.Fore.RESET = ""
     logging.getLogger("ray.serve").addFilter(_Deaths())

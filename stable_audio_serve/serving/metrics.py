@@ -1,7 +1,6 @@
-"""Implements `core.metrics.Metrics` with Ray's metrics. Every node exports them to Prometheus as
-`ray_stable_audio_<name>`.
+"""Implements `core.metrics.Metrics` with Ray's metrics, which Prometheus reads as `ray_stable_audio_<name>`.
 
-`RecentSum` and `StepMeter` count over the last seconds of a replica, for `/v1/status`.
+Also contains `RecentSum` and `StepMeter`, with which a replica counts over the last seconds for `/v1/status`.
 """
 
 from __future__ import annotations
@@ -19,16 +18,17 @@ from stable_audio_serve.core.metrics import Kind, Metrics, declared
 PREFIX = "stable_audio_"
 _ROWS = "engine_rows_per_step"
 _WINDOW_S = 10
-_REFRESH_S = 2.0  # seconds after which gauges are set again; Ray drops a gauge after 20 s
+_REFRESH_S = 2.0  # seconds after which all gauges are set again; Ray drops a gauge that is not set for 20 s
 _MS_BOUNDARIES = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 30_000, 60_000, 300_000]
 _COUNT_BOUNDARIES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
 
 
 class RayMetrics:
-    """Creates each metric at first use. `labels` are added to all metrics that declare them. Thread-safe.
+    """Exports metrics with Ray. Each Ray metric is created when it is first used. Thread-safe.
 
-    Ray drops a gauge that is not set for 20 s, so a thread sets all gauges again and again. All methods raise
-    ValueError for an undeclared metric and for missing labels.
+    The constructor's `labels` are added to all metrics that declare labels of these names. Ray drops a gauge that is
+    not set for 20 s, so a thread sets all gauges again every two seconds. All methods raise ValueError if the metric is
+    not declared in `core.metrics`, or if a label is missing.
     """
 
     def __init__(self, **labels: str) -> None:
@@ -41,11 +41,11 @@ class RayMetrics:
     def increment(self, name: str, value: float = 1.0, **labels: str) -> None:
         """Add `value` (>= 0) to the counter `name`."""
         metric, labels = self._find(name, "counter", labels=labels)
-        if value > 0:  # Ray rejects an increment of 0
+        if value > 0:  # Ray raises an error for an increment of 0
             metric.inc(value, tags=labels)
 
     def gauge(self, name: str, value: float, **labels: str) -> None:
-        """Set the gauge `name`."""
+        """Set the gauge `name` to `value`. It keeps the value until it is set again."""
         metric, labels = self._find(name, "gauge", labels=labels)
         self._levels[name, tuple(labels.items())] = value
         metric.set(value, tags=labels)
@@ -54,12 +54,15 @@ class RayMetrics:
             self._refresher.start()
 
     def observe(self, name: str, value: float, **labels: str) -> None:
-        """Add one sample to the histogram `name`. Names ending in `_ms` get time buckets, others count buckets."""
+        """Add one sample to the histogram `name`.
+
+        If the name ends in `_ms`, the histogram has buckets for milliseconds, otherwise for counts.
+        """
         metric, labels = self._find(name, "histogram", labels=labels)
         metric.observe(value, tags=labels)
 
     def show(self, name: str, value: float, **labels: str) -> None:
-        """Set the gauge `name` without repeating it: it disappears after 20 s unless set again."""
+        """Set the gauge `name` to `value` for 20 s. Then Ray drops the gauge, unless it is set again."""
         metric, labels = self._find(name, "gauge", labels=labels)
         metric.set(value, tags=labels)
 
@@ -90,16 +93,16 @@ def _make(name: str, kind: Kind, *, description: str, labels: tuple[str, ...]) -
 
 
 class RecentSum:
-    """Sum of the values added in the current second and the `window_s` before it. Thread-safe."""
+    """The sum of the values that were added in the current second and in the `window_s` seconds before. Thread-safe."""
 
     def __init__(self, window_s: int, *, clock: Clock | None = None) -> None:
         self._window_s = window_s
         self._clock = clock or SystemClock()
         self._lock = threading.Lock()
-        self._seconds: deque[tuple[int, float]] = deque(maxlen=window_s + 1)  # (second, sum of its values)
+        self._seconds: deque[tuple[int, float]] = deque(maxlen=window_s + 1)  # (second, sum of the values in it)
 
     def add(self, value: float = 1.0) -> None:
-        """Add to the current second."""
+        """Add `value` to the sum of the current second."""
         with self._lock:
             second, before = int(self._clock.monotonic()), 0.0
             if self._seconds and self._seconds[-1][0] == second:
@@ -108,14 +111,17 @@ class RecentSum:
 
     @property
     def total(self) -> float:
-        """The sum over the window, 0 if it is empty."""
+        """The sum of the values. It is 0 if none was added in the window."""
         since = self._clock.monotonic() - self._window_s
         with self._lock:
             return sum(value for second, value in self._seconds if second >= since)
 
 
 class StepMeter:
-    """Forwards metrics, and counts the rows and steps of the last ten seconds. Thread-safe."""
+    """A metrics sink that forwards all values, and counts the denoising steps of the last ten seconds and their rows.
+
+    A row is one variation in a step. Thread-safe.
+    """
 
     def __init__(self, metrics: Metrics, *, clock: Clock | None = None) -> None:
         self._metrics = metrics
@@ -136,6 +142,6 @@ class StepMeter:
 
     @property
     def rows_per_step(self) -> float | None:
-        """Mean rows per step over the last ten seconds, None if there was no step."""
+        """The mean number of rows in a denoising step over the last ten seconds, None if there was no step."""
         steps = self._steps.total
         return self._rows.total / steps if steps else None

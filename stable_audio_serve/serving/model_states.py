@@ -1,8 +1,8 @@
 """The state of each model as known in this process. Used by the status, health checks, routing and job runners.
 
-There are two sources. Replicas publish statistics once a second, which reach this process with Serve's router updates.
-Ray Serve's controller reports the stage of each deployment. It is polled at most twice a second, and while it does not
-answer, its last answer is used. Reading the state never starts a replica.
+There are two sources. Replicas publish statistics once a second, which reach this process through Ray Serve's request
+routers. Ray Serve's controller reports the stage of each deployment. The controller is polled at most twice a second;
+while it does not answer, its last answer is used. Reading the state never starts a replica.
 """
 
 from __future__ import annotations
@@ -32,17 +32,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_TTL_S = 0.5  # a status older than this is refreshed in the background, while callers still get the old one
-_STALE_S = 2.0  # callers do not get a status older than this, but wait for the refresh
-_REPLICA_TTL_S = 5.0  # maximum age of the replicas' `ReplicaStatus`
+_TTL_S = 0.5  # if the status is older, it is fetched again in the background; callers still get the old status
+_STALE_S = 2.0  # if the status is older, callers wait for the new status
+_REPLICA_TTL_S = 5.0  # replicas are asked for their `ReplicaStatus` when the last one is older than this
 _TIMEOUT_S = 0.8
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaStatus:
-    """A replica's device, the duration in seconds of each stage of its start, and counts of its requests.
+    """A replica's device, the duration of each stage of its start in seconds, and the numbers of its requests.
 
-    `expired` counts requests that exceeded their deadline. `backlog_ms` is the predicted device time of accepted work.
+    `expired` is the number of requests that exceeded their deadline. `backlog_ms` is the predicted device time of the
+    unfinished requests.
     """
 
     device: str
@@ -58,7 +59,7 @@ class ReplicaStatus:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaStats:
-    """Statistics that a replica publishes for operators, in addition to its work."""
+    """Statistics that a replica publishes for operators. It publishes them together with its `ReplicaWork`."""
 
     device: str
     dtype: str
@@ -67,7 +68,7 @@ class ReplicaStats:
     finished_per_minute: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the dictionary that Serve's controller passes on."""
+        """Return the fields by name, in which form Ray Serve's controller sends them to the routers."""
         return {name: getattr(self, name) for name in self.__slots__}
 
 
@@ -83,7 +84,10 @@ _lock = threading.Lock()
 
 
 def record_stats(model: str, stats: Mapping[str, Mapping[str, Any]]) -> None:
-    """Record the latest statistics of all replicas of a model. Replicas that are missing in `stats` are dropped."""
+    """Record the latest statistics of all replicas of a model, by the replica's name.
+
+    Earlier statistics of replicas that are missing in `stats` are dropped.
+    """
     now = time.monotonic()
     works = map(ReplicaWork.from_dict, stats.values())
     work = next(filter(None, works), None)
@@ -98,7 +102,10 @@ def record_stats(model: str, stats: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def last_prices(model: str) -> Prices | None:
-    """Return the last prices that any replica of a model published, even if it has ended. None before the first."""
+    """Return the last prices that a replica of the model published, even if that replica has ended since.
+
+    Returns None if no replica has published prices yet.
+    """
     return _prices.get(model)
 
 
@@ -111,7 +118,7 @@ def reports(model: str) -> tuple[ReplicaReport, ...]:
 
 
 def _report(name: str, stats: Mapping[str, Any], *, age_s: float) -> ReplicaReport:
-    """Return a replica's report. Fields that the replica does not publish, because of another version, are None."""
+    """Return a replica's report. Fields that the replica's version of this package does not publish are None."""
     backlog_ms, rows = stats.get("backlog_ms"), stats.get("rows_per_step")
     return ReplicaReport(
         name,
@@ -126,10 +133,10 @@ def _report(name: str, stats: Mapping[str, Any], *, age_s: float) -> ReplicaRepo
 
 
 def read_application(name: str) -> ApplicationStatusOverview | None:
-    """Return the status of an application and its deployments, None if Serve or the application is not running.
+    """Return the status of an application and its deployments, or None if Ray Serve or the application does not run.
 
     This is twenty times as fast as `serve.status`, which imports and pickles each deployment's request router.
-    Blocking. Raises RayError if the controller does not answer.
+    Blocking. Raises RayError if Ray Serve's controller does not answer.
     """
     details = application_details(name)
     if details is None:
@@ -160,7 +167,7 @@ class ModelWatch:
     def __init__(
         self, names: Iterable[str], handles: Mapping[str, DeploymentHandle], *, application: str, metrics: Metrics
     ) -> None:
-        """`names` are the models, which are also the names of their deployments in `application`."""
+        """`names` are the names of the models, and also of their deployments in `application`."""
         self._names = tuple(names)
         self._handles = handles
         self._application = application
@@ -173,10 +180,10 @@ class ModelWatch:
         self._answered_at = float("-inf")
 
     async def status(self) -> Mapping[str, ModelStatus]:
-        """Return the status of each model as reported by the controller, at most `_STALE_S` old.
+        """Return the status of each model as Ray Serve's controller reported it, at most `_STALE_S` ago.
 
-        If the controller does not answer within `_TIMEOUT_S`, for example because Ray's head restarts, return the last
-        status, whatever its age.
+        If the controller does not answer within `_TIMEOUT_S`, for example because Ray's head node restarts, return the
+        last status, however old it is.
         """
         now = time.monotonic()
         age_s = now - self._snapshot.taken_at
@@ -189,13 +196,13 @@ class ModelWatch:
 
     @property
     def age_s(self) -> float:
-        """Seconds since the controller last answered, infinite before its first answer."""
+        """Seconds since Ray Serve's controller last answered. Infinite if it has not answered yet."""
         return time.monotonic() - self._answered_at
 
     def note_answer(self, model: str) -> None:
-        """Mark a model as ready because a replica has answered, and refresh the status at the next call.
+        """Mark a model as ready because a replica of it has answered a request. The next `status` asks the controller.
 
-        Works while the controller does not answer.
+        Thus the model is reported as ready even while the controller does not answer.
         """
         models = self._snapshot.models
         if models[model].stage == "ready":
@@ -222,9 +229,10 @@ class ModelWatch:
             self._metrics.gauge("model_update_refused", float(status.refused_update is not None), model=name)
 
     async def _poll_replicas(self, name: str) -> None:
-        """Fetch the `ReplicaStatus` of the running replicas if the last one is older than `_REPLICA_TTL_S`.
+        """Fetch the `ReplicaStatus` of the model's running replicas, at most once in `_REPLICA_TTL_S`.
 
-        The first call also opens the connection to one replica, before the first request needs it.
+        The first call for a model also opens the connection to one replica, so that the first request need not wait for
+        the connection.
         """
         now = time.monotonic()
         if now - self._polled_at.get(name, float("-inf")) < _REPLICA_TTL_S:
@@ -270,20 +278,20 @@ def _stage(application: ApplicationStatusOverview, name: str) -> str:
         return "failed"
     if deployment.status == "UPSCALING":
         return "waking"
-    # An unhealthy deployment has lost its replicas and will start new ones.
+    # In an unhealthy deployment, all replicas have died, and Ray Serve will start new ones.
     return "loading" if is_starting or deployment.status in ("UPDATING", "UNHEALTHY") else "idle"
 
 
 def _worst_quality(qualities: Iterable[ModelQuality | None]) -> ModelQuality | None:
-    """Return the most serious quality state, None if none is known."""
+    """Return the quality with the worst result at the quality gate, or None if `qualities` has none."""
     order = ("fallback", "unchecked", "off", "passed")
     return min(filter(None, qualities), key=lambda quality: order.index(quality.gate), default=None)
 
 
 def _refused_update(deployment: DeploymentStatusOverview) -> str | None:
-    """Return a message if the new replicas of an update failed to start and older replicas still answer.
+    """Return a message if the new replicas of an update failed to start and older replicas still answer requests.
 
-    The message refers to the log for the reason.
+    Otherwise return None.
     """
     if deployment.status != "DEPLOY_FAILED" or not _count(deployment, ReplicaState.RUNNING):
         return None
@@ -291,7 +299,7 @@ def _refused_update(deployment: DeploymentStatusOverview) -> str | None:
 
 
 def _states(deployment: DeploymentStatusOverview) -> Mapping[str, int]:
-    # Ray reports states either as text or as members of an enumeration.
+    # The keys of Ray's `replica_states` are sometimes text and sometimes members of `ReplicaState`.
     counts = deployment.replica_states.items()
     return {ReplicaState(state).value.lower(): int(number) for state, number in counts if number}
 

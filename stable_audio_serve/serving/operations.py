@@ -1,8 +1,8 @@
-"""Implements `core.operations.Operations` for ingress replicas on Ray Serve.
+"""Implements `core.operations.Operations` in ingress replicas on Ray Serve.
 
-The states of models are those that replicas publish. While clients poll the status, the job database is queried once a
-second. While the server drains, ingress replicas and job runners are queried as often. Operators' settings are stored
-by `jobs.store.operator_settings`.
+The states of models come from `model_states`. While clients poll the status, the job database is queried once a second.
+While the server drains, the ingress replicas and job runners are asked once a second how much work they have left.
+Operators' settings are stored by `jobs.store.operator_settings`.
 """
 
 from __future__ import annotations
@@ -37,28 +37,31 @@ T = TypeVar("T")
 _OLD_S = 5.0
 _QUERY_TIMEOUT_S = 2.0
 _QUERY_EVERY_S = 1.0
-_TIMEOUT_S = 1.0  # seconds to wait for a fresh answer before the cached one is returned
+_TIMEOUT_S = 1.0  # how long a caller waits for a new answer before it gets the cached answer
 
 
 @dataclass(frozen=True, slots=True)
 class DrainProgress:
-    """How many requests or jobs one process still has to finish. With `has_begun`, the process accepts no new work."""
+    """How many requests or jobs one process still has to finish while the server drains.
+
+    `has_begun` is true if the process accepts no new work.
+    """
 
     has_begun: bool
     num_left: int
 
 
 def open_operator_store(database: Database, application: str) -> OperatorStore:
-    """Return the store of the operators' settings for the application in this Ray cluster.
+    """Return the store of the operators' settings for an application in this Ray cluster.
 
-    The settings belong to a running server: after a stop and a new start they are the defaults. They survive a restart
-    of Ray's head if Ray uses Redis.
+    The settings belong to one Ray session: after a stop and a new start of the server, they have the defaults again.
+    If Ray uses Redis, its session and therefore the settings survive a restart of Ray's head node.
     """
     return OperatorStore(database, f"{ray.get_runtime_context().get_session_name()}/{application}")
 
 
 class RayOperations:
-    """The operations of one ingress replica. Used on its event loop."""
+    """Carries out operators' requests in one ingress replica. Use it on the replica's event loop only."""
 
     def __init__(
         self,
@@ -108,7 +111,7 @@ class RayOperations:
         await asyncio.to_thread(self._settings.release, model)
 
     async def drain(self) -> None:
-        """See `Operations.drain`. Every process reads the setting within half a second."""
+        """See `Operations.drain`. Every process reads the stored setting within half a second."""
         await asyncio.to_thread(self._settings.drain)
         self._drain.invalidate()
 
@@ -134,7 +137,10 @@ class RayOperations:
 
 
 def predicted_s(model: str, jobs: Waiting) -> float | None:
-    """Return the predicted device time of a model's waiting jobs, None before a replica has published prices."""
+    """Return the predicted device time of a model's waiting jobs, in seconds.
+
+    Returns None if there are jobs, but no replica has published prices yet.
+    """
     if not jobs.num_jobs:
         return 0.0
     prices = last_prices(model)
@@ -142,7 +148,7 @@ def predicted_s(model: str, jobs: Waiting) -> float | None:
 
 
 async def _progress_of(deployment: DeploymentHandle) -> Sequence[DrainProgress | None]:
-    """Return the progress of each replica of a deployment, None for a replica that does not answer."""
+    """Return the drain progress of each replica of a deployment, None for a replica that does not answer."""
     try:
         answers = await deployment.broadcast("drain_progress").results_async(
             timeout_s=_QUERY_TIMEOUT_S, return_exceptions=True
@@ -154,16 +160,16 @@ async def _progress_of(deployment: DeploymentHandle) -> Sequence[DrainProgress |
 
 
 def _sum(progress: Sequence[DrainProgress | None]) -> int | None:
-    """Return the total that is left to finish; None if a process does not answer or has not begun to drain."""
+    """Return the sum of `num_left`, or None if a process does not answer or has not begun to drain."""
     known = [one.num_left for one in progress if one is not None and one.has_begun]
     return sum(known) if len(known) == len(progress) else None
 
 
 class CachedQuery(Generic[T]):
-    """Caches the result of a query. Use from one event loop."""
+    """Caches the result of an async query. Use it on one event loop only."""
 
     def __init__(self, query: Callable[[], Awaitable[T]], *, first: T, clock: Clock = SystemClock()) -> None:
-        """`query` must not raise. `first` is returned before there is a result, and if the last result is too old."""
+        """`query` must not raise. `first` is the answer before there is a result, and while the last one is too old."""
         self._query = query
         self._clock = clock
         self._first = self._answer = first
@@ -171,7 +177,7 @@ class CachedQuery(Generic[T]):
         self._refreshing: asyncio.Task[None] | None = None
 
     async def answer(self) -> T:
-        """Return a result that is about a second old, or up to five seconds if the query is slow."""
+        """Return the query's result, at most about a second old, or five seconds if the query is slow."""
         if self._refreshing is None or self._refreshing.done():
             if self._age_s < _QUERY_EVERY_S:
                 return self._answer

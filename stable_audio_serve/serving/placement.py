@@ -1,5 +1,6 @@
-"""Plans deployments and their options from the settings. `reservations` computes what each replica reserves. Imports no
-torch and needs no running Ray.
+"""Plan the Ray Serve deployments and their options from the settings.
+
+Imports no torch and needs no running Ray. `reservations` computes the CPUs and GPUs that each replica reserves.
 """
 
 from __future__ import annotations
@@ -23,26 +24,28 @@ from stable_audio_serve.serving.reservations import (
 INGRESS_NAME = "Ingress"
 RUNNER_NAME = "job-runner"
 
-_MOST_REQUESTS = 512  # per replica; an engine admits far fewer
-# More requests than a process can have connections, because the application has its own limits. Above a limit, Serve
-# would queue requests, even /health and its own probes, and would answer in plain text when the queue is full.
+_MOST_REQUESTS = 512  # Ray Serve's limit for a model's replica; an engine itself accepts far fewer requests
+# Ray Serve's limit of requests for an ingress replica, higher than the number of connections that a process can have.
+# Above the limit, Ray Serve would queue all requests, even /health, and would answer in plain text when the queue is
+# full. The application has its own limits.
 _NO_LIMIT = 100_000
 _ROUTER = "stable_audio_serve.serving.routing:LeastWorkRouter"
-_ROUTING_STATS_PERIOD_S = 1.0  # seconds between publications of a replica's work
+_ROUTING_STATS_PERIOD_S = 1.0  # seconds between two reports of a replica's statistics to the routers
 _POLICY = "stable_audio_serve.serving.autoscaling:WorkPolicy"
-# The autoscaling policy receives metrics each second (Serve's environment variables for this have no effect in 2.60),
-# which are kept for ten seconds, and the maximum of concurrent requests instead of the mean.
+# Ray Serve passes the autoscaling policy the statistics of the last ten seconds, with one value per second, and the
+# maximum of the number of concurrent requests. In Ray 2.60, the environment variables for these options have no effect.
 _OBSERVATION = {"metrics_interval_s": 1.0, "look_back_period_s": 10.0, "aggregation_function": "max"}
-_CONSTRUCTOR_ATTEMPTS = 2  # a checkpoint that fails to load twice will not load at a third attempt
-_ONE_REPLICA = 1  # percentage of extra replicas during an update, which Serve rounds up to one replica
-_DRAIN_POLL_S = 0.1  # seconds between checks whether a stopping replica has finished its requests
+_CONSTRUCTOR_ATTEMPTS = 2  # if a replica fails to start twice, a third attempt would most likely fail too
+_ONE_REPLICA = 1  # extra replicas during an update, in percent; Ray Serve rounds 1 % up to one replica
+_DRAIN_POLL_S = 0.1  # seconds between Ray Serve's checks whether a stopping replica has finished its requests
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The planned deployments: settings, model cards, and the canonical names of models to keep loaded.
+    """The planned deployments: the settings, the model cards, and the canonical names of the models to keep loaded.
 
-    With a `store_identity` (from `jobs.open.PreparedStores`), processes refuse any other job database.
+    `store_identity` identifies the job database (`jobs.open.PreparedStores`). If it is set, processes refuse to work
+    with any other job database.
     """
 
     settings: Settings
@@ -52,18 +55,18 @@ class Plan:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Canonical model names in configuration order."""
+        """The canonical names of the models, in the order of the configuration."""
         return tuple(card.name for card in self.catalog)
 
     @property
     def started(self) -> frozenset[str]:
-        """Names of the models that have a replica from the start."""
+        """The names of the models that have a replica from the start of the server."""
         kept = {model.name for model in self.settings.models if model.replicas.min_replicas}
         return frozenset(kept.union(self.preloaded))
 
     @property
     def num_cpus(self) -> int:
-        """The number of CPUs that an embedded Ray must declare so that every replica fits on this machine."""
+        """The number of CPUs with which to start an embedded Ray, so that all replicas fit on this machine."""
         wanted = sum(
             reserved_cpus(model, num_gpus=0) * (model.replicas.max_replicas + bool(model.replicas.surge))
             for model in self.settings.models
@@ -73,10 +76,10 @@ class Plan:
 
 
 def plan_deployments(settings: Settings) -> Plan:
-    """Resolve and check names, paths and stores. Reads no files but checkpoint configs. Raises ConfigError.
+    """Return the plan for these settings. Raises ConfigError for invalid model names, folders or storage settings.
 
-    A model whose config cannot be read gets the same card as a model that is not downloaded yet. `preflight` reports
-    the reason.
+    Of the models' files, only the configs are read. A model whose config cannot be read gets the same card as a model
+    that is not downloaded yet. `preflight` reports the reason later.
     """
     catalog = _catalog(settings)
     check_model_names(settings, catalog)
@@ -86,7 +89,7 @@ def plan_deployments(settings: Settings) -> Plan:
 
 
 def _with_absolute_paths(settings: Settings) -> Settings:
-    """Make paths absolute, because the processes of replicas have another working directory."""
+    """Return the settings with absolute paths, because the replicas' processes have another working directory."""
     changes: dict[str, Any] = {"output_dir": os.path.abspath(settings.output_dir)}
     if settings.api.key_file is not None:
         changes["api"] = settings.api.model_copy(update={"key_file": os.path.abspath(settings.api.key_file)})
@@ -94,14 +97,14 @@ def _with_absolute_paths(settings: Settings) -> Settings:
 
 
 def describe_models(plan: Plan) -> Plan:
-    """Return the plan with model cards from the configs on disk, including those fetched since it was made."""
+    """Return the plan with new model cards, made from the configs that are on disk now."""
     return replace(plan, catalog=_catalog(plan.settings))
 
 
 def require_shared_database(settings: Settings, *, num_nodes: int) -> None:
-    """Raise ConfigError for a SQLite job database on several nodes.
+    """Raise ConfigError if the job database is SQLite and the cluster has several nodes.
 
-    Each node would have its own database, or the nodes would corrupt a shared file.
+    Each node would have its own database file, or the nodes would damage a shared file.
     """
     if num_nodes > 1 and uses_sqlite(settings):
         raise ConfigError(
@@ -145,19 +148,19 @@ def ingress_options(settings: Settings) -> dict[str, Any]:
         "name": INGRESS_NAME,
         "num_replicas": ingress.replicas,
         "max_ongoing_requests": _NO_LIMIT,
-        "health_check_period_s": 1.0,  # HAProxy sends requests to a dead replica until a health check finds it
+        "health_check_period_s": 1.0,  # short, because HAProxy sends requests to a dead replica until the next check
         **_drain_options(settings),
         "ray_actor_options": {"num_cpus": ingress.num_cpus},
     }
 
 
 def runner_options(settings: Settings) -> dict[str, Any]:
-    """Return the deployment options of the job runners, which wait for models and reserve no CPU."""
+    """Return the deployment options of the job runners. They reserve no CPU, because they mostly wait for models."""
     return {
         "name": RUNNER_NAME,
         "num_replicas": settings.jobs.runners,
-        "max_ongoing_requests": 1000,  # high, because runners only receive short calls, such as `wake`
-        "health_check_period_s": 2.0,  # the jobs of a dead runner continue once a health check finds it
+        "max_ongoing_requests": 1000,  # high, because a runner only receives short calls, such as `wake`
+        "health_check_period_s": 2.0,  # short, because the jobs of a dead runner wait until the next check
         "graceful_shutdown_timeout_s": 10.0,
         "graceful_shutdown_wait_loop_s": _DRAIN_POLL_S,
         "ray_actor_options": {"num_cpus": 0},
@@ -190,7 +193,7 @@ def model_options(plan: Plan, model: ModelSettings, *, cluster_gpus: float) -> d
 
 
 def _engine_options(settings: Settings, *, name: str) -> dict[str, Any]:
-    """Return the deployment options that all deployments with an engine have in common."""
+    """Return the deployment options that do not depend on the model's settings, except its name."""
     return {
         "name": name,
         "max_ongoing_requests": _MOST_REQUESTS,
@@ -206,7 +209,7 @@ def _engine_options(settings: Settings, *, name: str) -> dict[str, Any]:
 
 
 def _drain_options(settings: Settings) -> dict[str, Any]:
-    """Return the deployment options with which a stopping replica may finish the longest possible request."""
+    """Return the deployment options that give a stopping replica time to finish the longest possible request."""
     return {
         "graceful_shutdown_timeout_s": settings.api.max_deadline_s,
         "graceful_shutdown_wait_loop_s": _DRAIN_POLL_S,

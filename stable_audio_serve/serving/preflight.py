@@ -1,4 +1,7 @@
-"""Checks before the server starts that the models' files and packages are present or can be downloaded."""
+"""Checks before the start of the server: whether the models' files are present or can be downloaded, and packages.
+
+Also checks a time limit of HAProxy.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +20,18 @@ from stable_audio_serve.serving.placement import Plan, model_entry
 
 _Check = Callable[
     [ModelEntry, str | None], None
-]  # receives a model's entry and the hub's token; raises CheckpointError
+]  # is called with a model's registry entry and the Hugging Face token; raises CheckpointError
 
 _HARD_STOP, _RAYS_HARD_STOP_S = "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S", 120.0
-_LONGEST_S = 10.0  # for all models together; HTTP timeouts do not limit the lookup of a host name
+# Time limit for the checks of all models together. HTTP timeouts do not suffice: they do not limit the lookup of a host
+# name.
+_LONGEST_S = 10.0
 
 
 def require_weights(plan: Plan, models: Iterable[ModelSettings], *, print_error: Callable[[str], None]) -> None:
-    """Check that the files of `models` are present or can be downloaded, and that required packages are installed.
+    """Check that the files of `models` are present or can be downloaded, and that the packages they need are installed.
 
-    Raises CheckpointError if a model that loads at the start fails the check. For other models, prints a warning with
+    Raises CheckpointError if the check fails for a model that loads at the start. For other models, passes a warning to
     `print_error`. Takes at most about ten seconds.
     """
     deadline = time.monotonic() + _LONGEST_S
@@ -41,9 +46,10 @@ def require_weights(plan: Plan, models: Iterable[ModelSettings], *, print_error:
 
 
 def fetch_configs(plan: Plan, models: Iterable[ModelSettings], *, print_error: Callable[[str], None]) -> None:
-    """Fetch the configs of `models`, which only other nodes load, so that this node can describe them to clients.
+    """Download the configs of `models`, so that this node can describe the models to clients.
 
-    Prints a warning with `print_error` for each config that cannot be fetched. Takes at most about ten seconds.
+    The models may load on other nodes only. For each config that cannot be downloaded, passes a warning to
+    `print_error`. Takes at most about ten seconds.
     """
     deadline = time.monotonic() + _LONGEST_S
     others = [model for model in models if model.name not in BUILT_IN]
@@ -61,7 +67,11 @@ def fetch_configs(plan: Plan, models: Iterable[ModelSettings], *, print_error: C
 
 
 def check_proxy(settings: Settings, environ: Mapping[str, str], *, print_error: Callable[[str], None]) -> None:
-    """Warn if HAProxy's hard stop, set in the environment of `ray start`, is shorter than the longest request."""
+    """Warn if HAProxy may end requests too early: if its hard stop is shorter than the longest possible request.
+
+    The hard stop limits how long an old HAProxy process runs after a change of replicas. A variable in the environment
+    of `ray start` sets it.
+    """
     if environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1":
         return
     hard_stop_s = float(environ.get(_HARD_STOP, _RAYS_HARD_STOP_S))
@@ -80,13 +90,16 @@ def _is_described(entry: ModelEntry) -> bool:
 
 
 def _begin(settings: Settings, model: ModelSettings, *, check: _Check) -> tuple[ModelEntry, Future[None]]:
-    """Start the check in a daemon thread, so that it can be abandoned. Returns the entry and the check's future."""
+    """Start `check` for one model in a daemon thread. Returns the model's registry entry and the check's future.
+
+    A daemon thread does not keep the process from ending if the check hangs.
+    """
     entry, done = model_entry(model), Future[None]()
 
     def run() -> None:
         try:
             check(entry, settings.hub_token)
-        except Exception as error:  # noqa: BLE001  # raised again by `_wait`
+        except Exception as error:  # noqa: BLE001  # `_wait` raises the error again
             done.set_exception(error)
         else:
             done.set_result(None)
@@ -96,13 +109,14 @@ def _begin(settings: Settings, model: ModelSettings, *, check: _Check) -> tuple[
 
 
 def _check_all(entry: ModelEntry, token: str | None) -> None:
-    """Check a model that this node loads: its files and, if it needs one, the package that implements its networks."""
+    """Check the files of a model, and if the model needs the package stable-audio-tools, check that too."""
     if entry.backend == "stable_audio_tools":
         require_package()
         if entry.folder is not None or entry.card.name in BUILT_IN:
             require_open_family(describe_entry(entry).card.family)
     _check_files(entry, token)
-    if entry.backend == "stable_audio_tools":  # the checks above fetched the config, which says the model's family
+    # Only now has the config been downloaded, which says the model's family.
+    if entry.backend == "stable_audio_tools":
         require_open_family(describe_entry(entry).card.family)
 
 
@@ -112,7 +126,7 @@ def _check_files(entry: ModelEntry, token: str | None) -> None:
         check_folder(folder)
         if find_text_encoder(folder) is not None:
             return
-    from stable_audio_serve.models.download import check_access  # the hub's library is slow to import
+    from stable_audio_serve.models.download import check_access  # here, because huggingface_hub is slow to import
 
     check_access(entry, token=token)
 

@@ -1,6 +1,6 @@
-"""The parts of Ray outside its public API that this package uses. Tested with the versions in `TESTED`.
+"""The parts of Ray outside its public API that this package uses. Tested with the Ray versions in `TESTED`.
 
-The server calls `require` at the start, which fails if the installed Ray lacks one of these parts.
+At the start, the server calls `require`, which raises an error if the installed Ray lacks one of these parts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 TESTED = ("2.60",)
 
-_NEEDED = {  # names by module; a dot in a name leads to an attribute
+_NEEDED = {  # names that must exist, by module; a name with a dot is an attribute of another name
     "ray.serve.context": ("_get_global_client",),
     "ray.serve._private.client": (
         "ServeControllerClient.deploy_apps",
@@ -44,14 +44,17 @@ def require() -> None:
 
 
 def deploy(schema: ServeDeploySchema) -> None:
-    """Deploy as `serve deploy` does, from the process that started Serve."""
+    """Deploy the applications of a config file, as the command `serve deploy` does.
+
+    Works only in the process that started Ray Serve.
+    """
     from ray.serve.context import _get_global_client
 
     _get_global_client().deploy_apps(schema)
 
 
 def application_details(name: str) -> Mapping[str, Any] | None:
-    """Return the controller's details of an application, None if Serve or the application is not running.
+    """Return the details that Ray Serve's controller has of an application, or None if the application does not run.
 
     Blocking. Raises RayError if the controller does not answer.
     """
@@ -62,7 +65,7 @@ def application_details(name: str) -> Mapping[str, Any] | None:
 
 
 def find_controller() -> ActorHandle | None:
-    """Return Serve's controller, None if it is not running."""
+    """Return the handle of Ray Serve's controller, or None if the controller does not run."""
     import ray
     from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
@@ -73,7 +76,7 @@ def find_controller() -> ActorHandle | None:
 
 
 def is_replica_stopping() -> bool:
-    """Return True once Serve has begun to stop the replica in this process. Serve has no hook for this."""
+    """Return True if Ray Serve has begun to stop the replica in this process."""
     import ray
 
     worker = ray._private.worker.global_worker
@@ -81,7 +84,7 @@ def is_replica_stopping() -> bool:
 
 
 def has_haproxy() -> bool:
-    """Return True if Serve runs HAProxy."""
+    """Return True if Ray Serve uses HAProxy as its proxy."""
     return os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
 
 

@@ -1,4 +1,4 @@
-"""A Serve replica of a model: loads the model, warms it up, generates audio and publishes statistics."""
+"""A Ray Serve replica of a model: loads the model, warms it up, generates audio and publishes statistics."""
 
 from __future__ import annotations
 
@@ -34,29 +34,34 @@ logger = logging.getLogger(__name__)
 
 _MINUTE_S = 60
 _MIN_INTERVAL_S = 0.1
-_WAITING_TTL_S = 5.0  # seconds after which a report of waiting jobs expires
-_KEPT_TTL_S = 60.0  # seconds after which a report of kept models expires; long enough to replace a runner
-_PROGRESS_INTERVAL_S = 0.25  # sending one progress takes both processes about half a millisecond
+# Without a report from a job runner for this long, the replica assumes that no jobs wait for its model.
+_WAITING_TTL_S = 5.0
+# Without a report from a job runner for this long, the replica assumes that no operator keeps the model loaded. Ray
+# Serve can replace a dead runner in this time.
+_KEPT_TTL_S = 60.0
+# Seconds between two progress reports. Sending one takes half a millisecond in both the sender and the receiver.
+_PROGRESS_INTERVAL_S = 0.25
 
 
 class ModelReplica:
-    """A Serve replica with one engine. It is ready once the model is loaded and warm."""
+    """A Ray Serve replica with one engine. Its construction ends when the model is loaded and warmed up."""
 
-    async def __init__(  # type: ignore[misc]  # Serve awaits it
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits this
         self, settings: Settings, model: ModelSettings
     ) -> None:
         configure_logging(settings.log_level)
         self._outcomes = dict.fromkeys(("in_flight", "finished", "cancelled", "expired", "failed"), 0)
         self._finished = RecentSum(_MINUTE_S)
         self._start_s: dict[str, float] = {}
-        self._measured_at = time.monotonic(), 0.0  # (time, engine busy seconds) at the last autoscaling report
-        # The last report of a job runner and the time at which it arrived.
+        # When the last autoscaling statistics were made, and for how many seconds the device had worked until then.
+        self._measured_at = time.monotonic(), 0.0
+        # The values of the last `note_waiting` and its time.
         self._waiting_s, self._is_kept, self._reported_at = 0.0, False, float("-inf")
         try:
             self._engine, self._quality = await self._start(settings, model)
         except StableAudioError as error:
-            # Serve prints the cause of an exception first. A cause with the same message makes the message appear
-            # first.
+            # Ray Serve prints the cause of an exception before the exception. With a cause that has the same message,
+            # the message is at the top.
             raise ModelUnavailableError(error.message) from type(error)(error.message)
         stages = " ".join(f"{name}_s={seconds:.2f}" for name, seconds in self._start_s.items())
         logger.info("model ready: model=%s device=%s %s", model.name, self._engine.device, stages)
@@ -105,14 +110,14 @@ class ModelReplica:
     async def generate(self, request: GenerationRequest) -> GenerationResult | StableAudioError:
         """Run one request, whose `deadline_s` counts from now.
 
-        Returns a StableAudioError instead of raising it: Serve logs raised exceptions with a traceback.
+        A StableAudioError is returned, not raised, because Ray Serve logs raised exceptions with a traceback.
         """
         return await self._generate(request)
 
     async def generate_reporting(
         self, request: GenerationRequest
     ) -> AsyncIterator[Progress | GenerationResult | StableAudioError]:
-        """Run one request through a streaming handle: yields progress, then the result of `generate`."""
+        """Run one request: yield progress reports, and finally what `generate` returns."""
         feed = ProgressFeed[Progress](_PROGRESS_INTERVAL_S)
         working = asyncio.create_task(self._generate(request, on_progress=feed.put))
         working.add_done_callback(lambda _: feed.close())
@@ -121,7 +126,7 @@ class ModelReplica:
                 yield progress
             yield await working
         finally:
-            working.cancel()  # the caller may have disconnected; has no effect on finished work
+            working.cancel()  # if the caller has disconnected; has no effect if the work is finished
 
     async def _generate(
         self, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
@@ -145,7 +150,7 @@ class ModelReplica:
             self._outcomes[outcome] += 1
 
     async def status(self) -> ReplicaStatus:
-        """Return this replica's device and the outcomes of its requests."""
+        """Return this replica's device, the durations of its start, its quality, and the numbers of its requests."""
         return ReplicaStatus(
             device=str(self._engine.device),
             start_s=self._start_s,
@@ -155,9 +160,9 @@ class ModelReplica:
         )
 
     def record_routing_stats(self) -> dict[str, Any]:
-        """Return the statistics for the routers of this model, which also pass them to the status.
+        """Return the statistics for the request routers of this model. The routers also record them for the status.
 
-        Called by Serve every second.
+        Called by Ray Serve every second.
         """
         stats = ReplicaStats(
             device=str(self._engine.device),
@@ -169,7 +174,7 @@ class ModelReplica:
         return ReplicaWork.now(self._engine.backlog_ms, self._engine.prices()).to_dict() | stats.to_dict()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Return the statistics for this model's autoscaling policy. Called by Serve every second."""
+        """Return the statistics for this model's autoscaling policy. Called by Ray Serve every second."""
         now, busy_s = time.monotonic(), self._engine.busy_s
         before, busy_before_s = self._measured_at
         self._measured_at = now, busy_s
@@ -184,16 +189,17 @@ class ModelReplica:
     async def note_waiting(self, seconds: float, is_kept: bool = False) -> None:
         """Record the predicted seconds of the jobs that wait for this model, and whether an operator keeps it loaded.
 
-        Job runners call this every second.
+        Job runners call this every second if there are such jobs or the model is kept loaded.
         """
         self._waiting_s, self._is_kept, self._reported_at = seconds, is_kept, time.monotonic()
 
     async def check_health(self) -> None:
-        """Called by Serve, which replaces this replica after an exception. Raises ModelUnavailableError."""
+        """Raise ModelUnavailableError if the engine failed. Called by Ray Serve, which then replaces this replica."""
         self._engine.check_health()
 
     async def __del__(self) -> None:
-        # Serve awaits this after a failed start, or once the requests in flight have ended or run out of time.
+        # Ray Serve awaits this after a failed start. When it stops the replica, it awaits this after the requests in
+        # flight have ended or run out of time.
         if hasattr(self, "_engine"):
             await self._engine.close()
 
@@ -205,10 +211,11 @@ class ModelReplica:
 
 
 async def _others_answer(*, surge: bool) -> bool:
-    """Return True if older replicas keep answering while this one fails.
+    """Return True if older replicas of this model keep answering requests even if this replica fails to start.
 
-    With surge, an update stops older replicas only after new ones have started. Without surge, it stops older replicas
-    one after another even if new ones fail. Then a new replica must serve, if necessary with the last good weights.
+    With the setting `surge`, an update stops an older replica only after a new one has started. Without it, the update
+    stops older replicas one after another, even if new ones fail. Then a new replica must start, if necessary with the
+    last good weights.
     """
     if not surge:
         return False

@@ -1,7 +1,8 @@
-"""Computes the CPUs and GPUs that each replica reserves. Also checks that the replicas on one GPU fit into its memory,
-and decides which models may start an extra replica during updates. Imports no torch and needs no running Ray.
+"""Compute the CPUs and GPUs that each replica reserves. Imports no torch and needs no running Ray.
 
-Ray counts GPUs in steps of 1/10,000, and places replicas on a GPU while their shares fit. It does not count memory.
+Also checks that the replicas on one GPU fit into its memory, and decides which models may start an extra replica during
+updates. Ray places replicas on a GPU as long as the sum of their GPU shares is at most 1, and does not count memory.
+The shares are multiples of 1/10,000.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from typing import Any
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.settings import ModelSettings, Settings
 
-_GPU_PRECISION = 10_000  # Ray's resolution: steps per GPU
+_GPU_PRECISION = 10_000  # Ray counts GPUs in multiples of 1/10,000
 _WHOLE = 1 + 1e-9
-_TOLERANCE = 1e-6  # tolerance for sums of fractions
+_TOLERANCE = 1e-6  # a sum of fractions may exceed its limit by this, because of rounding
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """The resources that one replica reserves on a node."""
+    """The numbers of GPUs and CPUs that one replica reserves, or that a node has."""
 
     gpus: float
     cpus: float
@@ -30,7 +31,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class GpuReplicas:
-    """Up to `count` replicas of a model; `gpu` and `memory` are shares (0..1) of a GPU and of its memory."""
+    """Up to `count` replicas of a model. Each takes a share (0..1) of a GPU and of the GPU's memory."""
 
     model: str
     gpu: float
@@ -39,13 +40,13 @@ class GpuReplicas:
 
 
 def replica_slot(settings: Settings, model: ModelSettings, *, cluster_gpus: float) -> Slot:
-    """Return the reservation of a model's replica on a cluster with `cluster_gpus` GPUs. Raises ConfigError."""
+    """Return what a model's replica reserves on a cluster with `cluster_gpus` GPUs. Raises ConfigError."""
     gpus = reserved_gpus(settings, model, cluster_gpus=cluster_gpus)
     return Slot(gpus, reserved_cpus(model, num_gpus=gpus))
 
 
 def check_gpu_shares(settings: Settings, *, cluster_gpus: float) -> None:
-    """Raise ConfigError if replicas that Ray may place on one GPU would exceed its memory."""
+    """Raise ConfigError if Ray might place replicas on one GPU that together need more than the GPU's memory."""
     gpus = {model.name: reserved_gpus(settings, model, cluster_gpus=cluster_gpus) for model in settings.models}
     check_shares(
         GpuReplicas(
@@ -60,9 +61,10 @@ def check_gpu_shares(settings: Settings, *, cluster_gpus: float) -> None:
 
 
 def decide_surge(settings: Settings, nodes: Sequence[Slot], *, cluster_gpus: float) -> Settings:
-    """Return the settings with `replicas.surge` decided for every model. Raises ConfigError.
+    """Return the settings with a value for `replicas.surge` of every model: whether updates start an extra replica.
 
-    Surge is on if `nodes` have room for one more replica of the model when every model has its most replicas.
+    If the setting is unset, the value is true if the nodes have room for one more replica of the model when every model
+    has its largest number of replicas. `nodes` has the resources of each node. Raises ConfigError.
     """
     slots = {model.name: replica_slot(settings, model, cluster_gpus=cluster_gpus) for model in settings.models}
     taken = [slots[model.name] for model in settings.models for _ in range(model.replicas.max_replicas)]
@@ -81,9 +83,10 @@ def decide_surge(settings: Settings, nodes: Sequence[Slot], *, cluster_gpus: flo
 
 
 def reserved_cpus(model: ModelSettings, *, num_gpus: float) -> float:
-    """Return the configured `num_cpus`, else the configured threads.
+    """Return the number of CPUs that a replica reserves: the setting `num_cpus` if it is set.
 
-    The default number of threads cannot be used, because it depends on the machine.
+    Otherwise it is 1 for a replica with a GPU, and the setting `threads` (1 if unset) for a replica without. The number
+    of threads that a replica uses by default depends on its machine, which is unknown here.
     """
     if model.num_cpus is not None:
         return model.num_cpus
@@ -91,7 +94,11 @@ def reserved_cpus(model: ModelSettings, *, num_gpus: float) -> float:
 
 
 def reserved_gpus(settings: Settings, model: ModelSettings, *, cluster_gpus: float) -> float:
-    """Return the configured `num_gpus`, else a whole GPU, or an equal share if there are fewer GPUs than models."""
+    """Return the number of GPUs that a replica reserves: the setting `num_gpus` if it is set.
+
+    Otherwise it is one GPU, or an equal share if there are not enough GPUs for all models, and 0 for a model that does
+    not run on a GPU. Raises ConfigError if the model's device is a GPU but the cluster has none.
+    """
     if model.num_gpus is not None:
         return model.num_gpus
     if not may_use_gpu(settings, model):
@@ -113,13 +120,13 @@ def reserved_gpus(settings: Settings, model: ModelSettings, *, cluster_gpus: flo
 
 
 def may_use_gpu(settings: Settings, model: ModelSettings) -> bool:
-    """Return True if a model runs on a GPU when there is one."""
+    """Return True if the model would run on a GPU if there is one."""
     device = model.device or settings.device
     return device is None or device.startswith("cuda")
 
 
 def check_shares(models: Iterable[GpuReplicas]) -> None:
-    """Raise ConfigError if replicas could share a GPU by their `gpu` shares, but their `memory` shares exceed 1."""
+    """Raise ConfigError if there are replicas whose `gpu` shares fit on one GPU, but whose `memory` shares exceed 1."""
     models = [model for model in models if model.gpu > 0]
     if all(model.memory <= model.gpu * _WHOLE for model in models):
         return
@@ -140,11 +147,15 @@ def check_shares(models: Iterable[GpuReplicas]) -> None:
 
 
 def _fullest(models: list[GpuReplicas]) -> Counter[str]:
-    """Return the set of replicas that takes the most memory of all sets that fit on one GPU, as counts by model."""
+    """Of all sets of replicas whose `gpu` shares fit on one GPU, return the one that needs the most memory.
+
+    The result is the number of replicas of each model. This is a knapsack problem, solved by dynamic programming.
+    """
     sizes = [max(1, round(model.gpu * _GPU_PRECISION)) for model in models]
     unit = math.gcd(_GPU_PRECISION, *sizes)
     room = _GPU_PRECISION // unit
-    # best[n] = (the most memory, the replicas that take it) of all sets that use at most n units of a GPU
+    # Of the sets of replicas that take at most n units of a GPU, best[n] describes the one that needs the most memory:
+    # (the memory, the replicas).
     best: list[tuple[float, tuple[tuple[str, int], ...]]] = [(0.0, ())] * (room + 1)
     for model, size in zip(models, sizes, strict=True):
         for count in _bundles(min(model.count, _GPU_PRECISION // size)):
@@ -160,7 +171,7 @@ def _fullest(models: list[GpuReplicas]) -> Counter[str]:
 
 
 def _bundles(count: int) -> Iterator[int]:
-    """Yield 1, 2, 4, ... and a remainder, of which some sum equals any given number up to `count`."""
+    """Yield 1, 2, 4, ... and a remainder, so that any number up to `count` is the sum of some of them."""
     size = 1
     while count > 0:
         yield min(size, count)
@@ -169,14 +180,17 @@ def _bundles(count: int) -> Iterator[int]:
 
 
 def has_room(nodes: Sequence[Slot], taken: Iterable[Slot], *, extra: Slot) -> bool:
-    """Return True if `extra` fits on one of `nodes` after placing `taken`, largest first."""
+    """Return True if `extra` fits on one of `nodes` after `taken` was placed on them, the largest first."""
     free = [[node.gpus, node.cpus] for node in nodes]
     largest_first = sorted(taken, key=lambda slot: (slot.gpus, slot.cpus), reverse=True)
     return all(_place(free, slot) for slot in (*largest_first, extra))
 
 
 def _place(free: list[list[float]], slot: Slot) -> bool:
-    """Place a slot on the fullest node that has room for it, as Ray does. Returns False if no node has room."""
+    """Subtract a slot from the fullest node that has room for it, as Ray does. Returns False if no node has room.
+
+    `free` has the free GPUs and CPUs of each node.
+    """
     fitting = [node for node in free if node[0] + _TOLERANCE >= slot.gpus and node[1] + _TOLERANCE >= slot.cpus]
     if not fitting:
         return False
@@ -187,6 +201,6 @@ def _place(free: list[list[float]], slot: Slot) -> bool:
 
 
 def node_slots(nodes: Iterable[Mapping[str, Any]]) -> list[Slot]:
-    """Return the resources of the nodes in `ray.nodes()` that are alive."""
+    """Return the GPUs and CPUs of each node that is alive. `nodes` is the result of `ray.nodes()`."""
     alive = (node["Resources"] for node in nodes if node["Alive"])
     return [Slot(resources.get("GPU", 0.0), resources.get("CPU", 0.0)) for resources in alive]

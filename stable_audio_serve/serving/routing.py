@@ -1,5 +1,6 @@
-"""Routes each call to the replica of a model that is predicted to finish it first. Runs in every process that calls a
-model. Does not import torch or settings.
+"""Send each call of a model to the replica that is predicted to finish the call first.
+
+The router runs in every process that calls models. This module imports neither torch nor the settings.
 """
 
 from __future__ import annotations
@@ -15,24 +16,29 @@ from stable_audio_serve.serving.work_ledger import OLD_S, WorkLedger
 
 
 class LeastWorkRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray has no types
-    """Chooses the replica with the least predicted work, the new call included, which a `WorkLedger` tracks.
+    """Chooses the replica with the least predicted work, including the new call. A `WorkLedger` tracks the work.
 
-    One replica is picked at random. If its last report is too old, the choice is Serve's own: the shorter queue of two
-    random replicas. So replicas without reports get their proportional share of the calls.
+    First, one replica is picked at random. If that replica's last report is too old, Ray Serve chooses as it does by
+    default: of two random replicas, the one with the shorter queue. Thus replicas without reports get their share of
+    the calls.
 
-    Serve sends calls in order, so a call may get the replica that was chosen for another call, which then gets another
-    replica.
+    Ray Serve sends waiting calls in their order of arrival. Therefore, a call may go to a replica that was chosen for a
+    later call, and the later call goes to the other replica.
     """
 
     def initialize_state(self, *, model: str, old_after_s: float = OLD_S) -> None:
-        """Set the router's fields. Called by Serve with `request_router_kwargs`."""
+        """Initialize the router. Called by Ray Serve with the deployment's `request_router_kwargs`."""
         self._model = model
         self._ledger = WorkLedger(old_after_s=old_after_s)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Return one replica per rank, least work first, or a single rank of two replicas for Serve to choose from."""
+        """Return the replicas in ranks, as Ray Serve requires: it tries a rank when all replicas before it are full.
+
+        Each rank is one replica, the one with the least work first. If Ray Serve should choose itself, there is a
+        single rank of two replicas.
+        """
         replicas = random.sample(candidate_replicas, len(candidate_replicas))
         if not replicas:
             return []
@@ -45,24 +51,28 @@ class LeastWorkRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray ha
         return [[replica] for replica in replicas]
 
     def _rank(self, replica: str, call: Sequence[object]) -> tuple[bool, float]:
-        """Return the sort key of a replica. It includes the call, which can take longer on one replica than another."""
+        """Return the sort key of a replica: its remaining work plus the call, in milliseconds.
+
+        The call is included because it can take longer on one replica than on another. Replicas with old reports are
+        last.
+        """
         return self._ledger.is_old(replica), self._ledger.left_ms(replica) + self._ledger.price_ms(replica, call)
 
     def on_request_routed(  # noqa: PLR0917 - as Serve calls it
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
     ) -> None:
-        """Called by Serve when a replica has accepted a request."""
+        """Called by Ray Serve when a replica has accepted a request."""
         super().on_request_routed(pending_request, replica_id, result)
         replica = _name(replica_id)
         ms = self._ledger.price_ms(replica, pending_request.args)
         self._ledger.arrive(replica=replica, request_id=pending_request.metadata.internal_request_id, ms=ms)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        """Called by Serve once for each request that was sent to a replica, however it ended."""
+        """Called by Ray Serve when a request that was sent to a replica ends, with a result or an error."""
         self._ledger.end(internal_request_id, replica=_name(replica_id))
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        """Called by Serve when replicas start, stop or publish statistics."""
+        """Called by Ray Serve when replicas start, stop or publish statistics."""
         stats = {_name(replica.replica_id): replica.routing_stats for replica in replicas}
         self._ledger.update(stats)
         record_stats(self._model, stats)

@@ -1,4 +1,4 @@
-"""Reads serve_config.yaml. It has the format of Ray Serve's config files, except that unknown keys are errors."""
+"""Read serve_config.yaml. It has the format of Ray Serve's config files, except that unknown keys are errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stable_audio_serve.core.settings_errors import faults, unknown_keys
 if typing.TYPE_CHECKING:
     from ray.serve.schema import ServeDeploySchema
 
-# Serve's access log would repeat what this package already logs for each request.
+# Default of the file's `logging_config`. Ray Serve's access log is off, because this package logs each request itself.
 _QUIET = {"log_level": "ERROR", "enable_access_log": False}
 _DEFAULT_PORT = 8000
 _DEFAULT_HOST = "127.0.0.1"
@@ -26,7 +26,7 @@ _FILE_NAME = "serve_config.yaml"
 def _packaged_file() -> Path:
     package = Path(__file__).parents[1]
     installed = package / _FILE_NAME
-    # In a checkout of the repository, the file is in the folder that contains the package.
+    # An installed package contains the file. In a checkout of the repository, the file is next to the package.
     return installed if installed.is_file() else package.parent / _FILE_NAME
 
 
@@ -35,7 +35,7 @@ PACKAGED_FILE = _packaged_file()
 
 @dataclass(frozen=True, slots=True)
 class ServeFile:
-    """A config file with one application: `tree` is the whole file, `args` the application's arguments."""
+    """A parsed config file with one application. `tree` is the whole file, `args` the settings of the application."""
 
     path: Path
     tree: dict[str, Any]
@@ -43,12 +43,12 @@ class ServeFile:
 
     @property
     def host(self) -> str:
-        """The file's host, else 127.0.0.1."""
+        """The host in the file, or 127.0.0.1 if the file has none."""
         return str(self._http_options.get("host") or _DEFAULT_HOST)
 
     @property
     def port(self) -> int:
-        """The file's port, else 8000. Raises ConfigError."""
+        """The port in the file, or 8000 if the file has none. Raises ConfigError if it is not a port number."""
         port = self._http_options.get("port", _DEFAULT_PORT)
         if not isinstance(port, int) or not 0 < port < 65536:
             raise ConfigError(f"{self.path}: http_options.port: not a port number: {port!r}", field="http_options.port")
@@ -72,20 +72,23 @@ class ServeFile:
 
 
 def find_serve_file(chosen: Path | None) -> Path:
-    """Return `chosen`, else serve_config.yaml in the working directory, else the packaged configuration."""
+    """Return the path of the config file: `chosen` if it is given.
+
+    Otherwise it is serve_config.yaml in the working directory, or if there is none, the packaged file.
+    """
     here = Path(_FILE_NAME)
     return chosen or (here if here.is_file() else PACKAGED_FILE)
 
 
 def official_models() -> ServeFile:
-    """Return the packaged configuration, but with the default models instead of the demo model."""
+    """Return the packaged config file without its `args`, so that the default models are served and not the demo."""
     packaged = read_serve_file(PACKAGED_FILE)
     application = {key: value for key, value in packaged.tree["applications"][0].items() if key != "args"}
     return ServeFile(packaged.path, packaged.tree | {"applications": [application]}, {})
 
 
 def read_serve_file(path: Path) -> ServeFile:
-    """Parse the file. Raises ConfigError naming the file and the fault."""
+    """Parse a config file. Raises ConfigError that names the file and the fault."""
     tree = _read_yaml(path)
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must be a mapping with an `applications` list", field="applications")
@@ -99,7 +102,7 @@ def read_serve_file(path: Path) -> ServeFile:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that appears twice in a mapping. PyYAML's loader would ignore the first one."""
+    """Raises an error if a key appears twice in a mapping. PyYAML's own loader would ignore the first of the two."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -112,7 +115,7 @@ class _Loader(yaml.SafeLoader):
 
 def _read_yaml(path: Path) -> Any:
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a subclass of SafeLoader
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # safe: derived from SafeLoader
     except FileNotFoundError as error:
         message = f"{path} does not exist; `stable-audio-serve init` writes a configuration to start from"
         raise ConfigError(message, field=str(path)) from error
@@ -127,7 +130,7 @@ def _read_yaml(path: Path) -> Any:
 
 
 def require_known_keys(file: ServeFile) -> None:
-    """Raise ConfigError naming the keys outside `args` that Ray Serve does not know. Imports Ray."""
+    """Raise ConfigError if the file has keys outside `args` that Ray Serve does not know. Imports Ray."""
     from ray.serve.schema import ServeDeploySchema
 
     if found := dict(unknown_keys(file.tree, ServeDeploySchema)):
@@ -135,7 +138,10 @@ def require_known_keys(file: ServeFile) -> None:
 
 
 def deploy_schema(file: ServeFile, *, host: str, port: int) -> ServeDeploySchema:
-    """Return the file as Ray Serve's schema, with this `host` and `port`. Imports Ray. Raises ConfigError on a key."""
+    """Return the config file as Ray Serve's schema object, with this `host` and `port`. Imports Ray.
+
+    Raises ConfigError that names each unknown key and each invalid value outside `args`.
+    """
     from ray.serve.schema import ServeDeploySchema
 
     require_known_keys(file)

@@ -1,7 +1,7 @@
-"""Starts a replica's engine: loads the model, warms it up and runs the quality gate. If this fails, falls back to the
-last good weights.
+"""Start a replica's engine: load the model, warm it up, and compare its audio with the quality report (quality gate).
 
-Independent of Ray Serve: a callback reports whether other replicas answer requests.
+If the configured weights fail, the last good weights are used, which are those that last passed the gate. This module
+does not depend on Ray Serve: a callback returns whether other replicas of the model answer requests.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ from stable_audio_serve.verification.quality.report import LastGood, Setup, Sour
 logger = logging.getLogger(__name__)
 
 Load = Callable[[ModelEntry], Engine]  # returns an engine that is not started; blocking
-Stage = Callable[[str], AbstractContextManager[None]]  # measures the duration of a named stage
+Stage = Callable[[str], AbstractContextManager[None]]  # measures how long the context takes, under the given name
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
-# Errors after which other weights may work. ConfigError is not one of them, because a setting affects all weights.
+# Errors that other weights may not have. ConfigError is not included, because an invalid setting affects all weights.
 _FAULTS = (CheckpointError, ModelUnavailableError, QualityError, QualityReportError)
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A started engine and the outcome of its quality gate."""
+    """A started engine, and the result of its quality gate."""
 
     engine: Engine
     quality: ModelQuality
 
 
 class Trial:
-    """Starts the engine of one replica, with a fallback to the last good weights."""
+    """Starts the engine of one replica with the configured weights, or if they fail, with the last good weights."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Trial:
         stage: Stage,
         metrics: Metrics,
     ) -> None:
-        """`others_answer` returns whether other replicas of this model keep answering if this one does not start."""
+        """`others_answer` returns whether other replicas of this model keep answering if this one fails to start."""
         self._settings = settings
         self._model = model
         self._archive = ReportArchive(artifacts)
@@ -84,10 +84,10 @@ class Trial:
         self._tried: Source | None = None
 
     async def run(self) -> Started:
-        """Return an engine with the configured weights. If they fail and no other replica answers, return one with the
-        last good weights.
+        """Return an engine with the configured weights, or if they fail, with the last good weights.
 
-        If both fail, raises an error of the type that the configured weights raised.
+        The last good weights are used only if no other replica answers requests. Otherwise, and if they fail too, the
+        method raises an error of the type that the configured weights raised.
         """
         self._metrics.gauge("quality_fallback", 0)
         entry = model_entry(self._model)
@@ -96,7 +96,7 @@ class Trial:
             self._metrics.increment("quality_gates", outcome=started.quality.gate)
             return started
         except _FAULTS as error:
-            # Keep a copy of the error, because the frames of the error's traceback still refer to the model.
+            # A copy without the traceback, whose frames would keep the failed model in memory.
             fault: StableAudioError = type(error)(error.message)
         self._metrics.increment("quality_gates", outcome="failed")
         logger.error("new replica failed: model=%s kind=%s %s", self._model.name, fault.kind, fault.message)
@@ -117,12 +117,12 @@ class Trial:
         return replace(started, quality=replace(started.quality, gate="fallback", problem=_for_clients(fault)))
 
     async def _find_last_good(self, entry: ModelEntry, fault: StableAudioError) -> LastGood:
-        """Return the weights to fall back to. If there are none, raise the fault, with the reason added."""
+        """Return the last good weights. If there are none, raise an error like `fault` that also gives the reason."""
         try:
             good = await self._archive.last_good(self._model.name)
         except (StorageError, QualityReportError) as error:
             raise _without_fallback(fault, error.message) from None
-        if good is None:  # no replica of the model has passed the gate with this storage
+        if good is None:  # no replica of this model has ever passed the gate
             raise fault
         if good.source == self._tried:
             raise _without_fallback(fault, f"{good.source} is where they were, and there is no copy")
@@ -131,9 +131,11 @@ class Trial:
         return good
 
     async def _try(self, entry: ModelEntry, *, pinned: str | None = None, expected: str | None = None) -> Started:
-        """Return a started engine that has passed the quality gate. Closes the engine after an error.
+        """Load the model described by `entry`, start its engine, and run the quality gate.
 
-        `expected` is the required hash of the weights. Raises one of `_FAULTS` or ConfigError.
+        `pinned` is the id of the quality report that the model must match; None = the report of these weights.
+        `expected` is the hash that the weights must have; None = any. Closes the engine after an error. Raises one of
+        `_FAULTS` or ConfigError.
         """
         with self._stage("load"):
             self._tried = None
@@ -172,7 +174,10 @@ class Trial:
 
 
 def _source(entry: ModelEntry, folder: Path) -> Source:
-    """Return the source of the files. In the hub's cache, the folder of a snapshot is named after its commit."""
+    """Return where the model's files in `folder` come from: a repository's commit, or the folder itself.
+
+    In the cache of the Hugging Face hub, the folder of downloaded files has the commit as its name.
+    """
     if entry.folder is not None or not _COMMIT.fullmatch(folder.name):
         return Source(folder=str(folder.absolute()))
     return Source(repo_id=entry.repo_id, commit=folder.name)
@@ -189,7 +194,7 @@ def _without_fallback(fault: StableAudioError, reason: str) -> StableAudioError:
 
 
 def _for_clients(fault: StableAudioError) -> str:
-    """Return a message for clients. Messages about files are replaced, because they contain paths of this machine."""
+    """Return the message that clients see. It quotes no errors about files, which contain paths of this machine."""
     why = fault.message if isinstance(fault, QualityError) else "they cannot be loaded"
     return f"the configured weights failed ({why}); the last good ones are in use"
 

@@ -1,6 +1,6 @@
-"""Tracks the work of a model's replicas in a process that calls them: their last reports, and the calls sent since.
+"""Track the work of a model's replicas in a process that calls them: their last reports, and the calls sent since.
 
-Does not import Ray or torch. Every operation takes as long with 10,000 calls in flight as with one.
+This module does not import Ray or torch. The time of every operation does not depend on the number of calls in flight.
 """
 
 from __future__ import annotations
@@ -15,14 +15,20 @@ from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.core.pricing import Prices
 
 OLD_S = 5.0
-_CHOSEN_S = 1.0  # after this time a choice does not count: the caller left, or the replica was full
-# Upper bound on the age of a report when it arrives. A larger age is due to machines whose clocks differ.
+# A replica that was chosen for a call normally accepts the call soon. If it does not within this time, the call no
+# longer counts as its work: the caller has disconnected, or the replica was full.
+_CHOSEN_S = 1.0
+# A report that seems older than this when it arrives is treated as if it were this old, because then the clocks of the
+# two machines differ.
 _MOST_AGE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaWork:
-    """A replica's report: the device time of all accepted work at `said_at` (Unix time in seconds), and its prices."""
+    """A replica's report of its work at the time `said_at` (Unix time in seconds).
+
+    `backlog_ms` is the predicted device time of all accepted, unfinished requests. `prices` predict the time of others.
+    """
 
     said_at: float
     backlog_ms: float
@@ -34,12 +40,15 @@ class ReplicaWork:
         return cls(time.time(), backlog_ms, prices)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the dictionary that Serve's controller passes on."""
+        """Return the fields by name, in which form Ray Serve's controller sends them to the routers."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ReplicaWork | None:
-        """Parse the result of `to_dict`. Returns None for anything else, such as the report of another version."""
+        """Return the report that `to_dict` converted to `values`.
+
+        Returns None for other values, such as the report of a replica with another version of this package.
+        """
         try:
             return cls(float(values["said_at"]), float(values["backlog_ms"]), Prices.from_dict(values["prices"]))
         except (KeyError, TypeError, ValueError):
@@ -48,7 +57,7 @@ class ReplicaWork:
 
 @dataclass(slots=True)
 class _Call:
-    """A call to a replica. `ms` is its predicted device time, which is set to 0 once the call no longer counts."""
+    """A call to a replica, made at the time `at`. `ms` is its predicted device time, or 0 if it no longer counts."""
 
     at: float
     ms: float
@@ -56,7 +65,7 @@ class _Call:
 
 
 class _Calls:
-    """Calls, oldest first, and the sum of their predicted device time."""
+    """A queue of calls, the oldest first, and the sum of their predicted device time."""
 
     def __init__(self) -> None:
         self._calls: deque[_Call] = deque()
@@ -64,7 +73,7 @@ class _Calls:
 
     @property
     def oldest(self) -> _Call | None:
-        """The oldest call that still counts."""
+        """The oldest call that still counts, None if there is none."""
         return self._calls[0] if self._calls else None
 
     def add(self, call: _Call) -> None:
@@ -72,28 +81,28 @@ class _Calls:
         self.total_ms += call.ms
 
     def drop(self, call: _Call) -> None:
-        """Stop counting this call."""
+        """Remove the call's time from the sum. The call itself stays in the queue until all older calls are dropped."""
         self.total_ms -= call.ms
         call.ms = 0.0
         while self._calls and self._calls[0].ms == 0.0:
             self._calls.popleft()
         if not self._calls:
-            self.total_ms = 0.0  # floating-point sums do not return to exactly 0
+            self.total_ms = 0.0  # after rounding errors, the sum may differ from 0
 
     def drop_before(self, at: float) -> Iterator[_Call]:
-        """Stop counting the calls made before `at`, and yield them."""
+        """Drop the calls that were made before `at`, and yield them."""
         while self._calls and self._calls[0].at < at:
             yield self._calls[0]
             self.drop(self._calls[0])
 
 
 class _Replica:
-    """The last report of one replica, and the calls that it does not include."""
+    """The last report of one replica, and the calls to the replica that the report does not include."""
 
     def __init__(self, now: float) -> None:
         self.work: ReplicaWork | None = None
         self.reported_at = now
-        self._published_at = now  # by the clock of this process
+        self._published_at = now  # when the report was made, by the clock of this process
         self.chosen = _Calls()
         self._sent = _Calls()
         self._by_id: defaultdict[str, deque[_Call]] = defaultdict(deque)  # several calls may have the same id
@@ -121,7 +130,7 @@ class _Replica:
             self._sent.drop(self._forget(request_id))
 
     def _forget(self, request_id: str) -> _Call:
-        """Remove and return the oldest call with this id."""
+        """Remove the oldest call with this id from `_by_id`, and return it."""
         calls = self._by_id[request_id]
         call = calls.popleft()
         if not calls:
@@ -130,7 +139,7 @@ class _Replica:
 
 
 class WorkLedger:
-    """The work of each replica of one model, by the replica's name. Not thread-safe."""
+    """Predicts the remaining work of each replica of one model. Replicas are identified by name. Not thread-safe."""
 
     def __init__(
         self,
@@ -139,8 +148,10 @@ class WorkLedger:
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        """A report older than `old_after_s` is not used. `clock` and `wall` return seconds. `wall` returns Unix time,
-        like `ReplicaWork.said_at`.
+        """A replica's report is old after `old_after_s` seconds (`is_old`).
+
+        `clock` returns the seconds since any fixed point. `wall` returns Unix time in seconds, like
+        `ReplicaWork.said_at`.
         """
         self._old_after_s = old_after_s
         self._clock = clock
@@ -148,9 +159,9 @@ class WorkLedger:
         self._replicas: dict[str, _Replica] = {}
 
     def update(self, reports: Mapping[str, Mapping[str, Any]]) -> None:
-        """Record the latest report of every replica, which is empty if it has not reported yet.
+        """Record the latest report of every replica, by the replica's name.
 
-        Replicas that are missing in `reports` are dropped.
+        The report of a replica that has not reported yet is empty. Replicas that are missing in `reports` are dropped.
         """
         now, wall = self._clock(), self._wall()
         self._replicas = {name: self._replicas.get(name) or _Replica(now) for name in reports}
@@ -161,21 +172,21 @@ class WorkLedger:
     def is_old(self, replica: str) -> bool:
         """Return True if the replica's last report arrived more than `old_after_s` ago.
 
-        If it has not reported yet, the time since it was added counts.
+        For a replica that has not reported yet, the time since `update` first contained it counts.
         """
         return self._clock() - self._replicas[replica].reported_at > self._old_after_s
 
     def left_ms(self, replica: str) -> float:
-        """Return the replica's predicted remaining work in ms.
+        """Return the predicted device time of the replica's remaining work, in milliseconds.
 
-        This is the work in its last report, minus the time since then, plus the calls since then.
+        This is the work in its last report, minus the time since the report, plus the calls since the report.
         """
         return self._replicas[replica].left_ms(self._clock())
 
     def price_ms(self, replica: str, call: Sequence[object]) -> float:
-        """Return the predicted device time in ms of a call with these arguments, 0 if it is not a generation.
+        """Return the predicted device time of a call with these arguments on this replica, in milliseconds.
 
-        Until prices are known, every generation counts as 1 ms.
+        It is 0 for a call that does not generate audio, and 1 for a generation if no replica has reported prices yet.
         """
         if not call or not isinstance(call[0], GenerationRequest):
             return 0.0
@@ -184,17 +195,18 @@ class WorkLedger:
         return work.prices.of_request(call[0]) if work else 1.0
 
     def choose(self, *, replica: str, ms: float) -> None:
-        """Record that a replica was chosen for a call.
+        """Record that a replica was chosen for a call that takes `ms`. The call counts as the replica's work at once.
 
-        In a burst, replicas are chosen for all calls before the first call is accepted.
+        This matters if many calls come at once: replicas are chosen for all of them before the first is accepted.
         """
         if ms > 0:
             self._replicas[replica].chosen.add(_Call(self._clock(), ms))
 
     def arrive(self, *, replica: str, request_id: str, ms: float) -> None:
-        """Record that a replica has accepted a call.
+        """Record that a replica has accepted a call that takes `ms`.
 
-        In return, one recorded choice no longer counts: the oldest of this replica, or of all replicas if it has none.
+        In return, the oldest choice of this replica no longer counts. If this replica was not chosen for any call, the
+        oldest choice of all replicas no longer counts.
         """
         known = self._replicas.get(replica)
         if known is None or ms <= 0:

@@ -31,7 +31,7 @@ def _plain_logs(_restored_logging: None) -> None:
 
 @pytest.fixture(scope="session")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """Returns the shared application's settings: the defaults with a temporary folder for jobs."""
+    """Returns the settings of the application that the tests share: the defaults, with a temporary folder for jobs."""
     jobs = JobSettings(webhook_allow_hosts=("127.0.0.1", "localhost"))
     api = ApiSettings(allowed_hosts=("audio.example.com", "a.example", "example.org", "fal.run"))
     return Settings(output_dir=str(tmp_path_factory.mktemp("outputs")), jobs=jobs, api=api)
@@ -39,7 +39,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 @pytest.fixture(scope="session")
 def jobs(settings: Settings) -> JobQueue:
-    """Returns the shared application's job queue. Jobs stay queued unless a test uses `runner`."""
+    """Returns the job queue of the shared application. Jobs stay queued in tests without the fixture `runner`."""
     return open_queue(settings)
 
 
@@ -59,7 +59,7 @@ async def runner(jobs: JobQueue, backend: ToneBackend, settings: Settings) -> As
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Returns a list that grows by one job id whenever the state or position of a job is read."""
+    """Returns a list to which a job's id is added each time the job's state or queue position is read."""
     ids: list[str] = []
     get, position = JobQueue.get, JobQueue.position
 

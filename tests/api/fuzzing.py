@@ -1,4 +1,4 @@
-"""A server for generated requests: the application behind a socket, with a job runner, in a thread."""
+"""A server for fuzz tests, in a thread of the test process, and changes that make generated requests meaningful."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend, make_catalog
 from tests.patience import PATIENCE_S
 
-RATE_HZ = 8000  # keeps files small, because clips have the requested length
+RATE_HZ = 8000  # a low rate keeps the files of long clips small
 MAX_DURATION_S = 48.0
 
 
@@ -36,8 +36,6 @@ def _make_catalog() -> ModelCatalog:
 
 @dataclass
 class LowRateBackend(ToneBackend):
-    """ToneBackend with a low sample rate."""
-
     catalog: ModelCatalog = field(default_factory=_make_catalog)
 
     async def generate(
@@ -53,7 +51,7 @@ class LowRateBackend(ToneBackend):
 
 @contextmanager
 def run_server(riff_dir: Path) -> Iterator[str]:
-    """Yield the base URL of the server, which has one riff."""
+    """Run a server with one riff file in `riff_dir`. Yields its base URL."""
     (riff_dir / "gsharp_120bpm_4.wav").write_bytes(make_audio_file(duration_s=8, rate_hz=RATE_HZ))
     settings = {"jobs": {"max_queued": 1_000_000}, "dialects": {"riff_dir": str(riff_dir)}}
     started: queue.Queue[tuple[int, Callable[[], object]]] = queue.Queue()
@@ -77,13 +75,13 @@ def run_server(riff_dir: Path) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Known:
-    """Ids of existing objects, keyed by the name of the path or query parameter."""
+    """Ids of existing jobs and uploads. Keys are the names of the path and query parameters that take such an id."""
 
     ids: dict[str, str]
 
     @classmethod
     def make(cls, url: str) -> Known:
-        """Create one object of each kind and return their ids."""
+        """Create a job of each API, and an upload, on the server. Returns their ids."""
         fal = _post(f"{url}/queue/fal-ai/stable-audio", {"prompt": "rain", "seconds_total": 1})
         aiml = _post(f"{url}/v2/generate/audio", {"model": "stable-audio", "prompt": "rain", "seconds_total": 1})
         job = _post(f"{url}/jobs", {"prompt": "rain", "duration": 1})
@@ -141,7 +139,7 @@ def make_meaningful(case: schemathesis.Case, known: Known) -> None:
 
 
 def _wants_other_ids(case: schemathesis.Case) -> bool:
-    """Whether the case needs a new id: an ended job cannot be cancelled, and a used id cannot be chosen."""
+    """Whether an existing id would be refused: ended jobs cannot be cancelled, and used ids cannot be chosen again."""
     return case.path.endswith("/cancel") or (case.path.startswith("/jobs/") and case.method in ("DELETE", "PUT"))
 
 
@@ -184,7 +182,7 @@ _DROPPED = {
     "sampler_type",  # depends on the model
     "inpaint_mask_start_seconds",
     "inpaint_mask_end_seconds",  # aliases
-    "webhook_url",  # needs a public address
+    "webhook_url",  # only public addresses are accepted
 }
 _AT_MOST = {"duration": 40, "steps": 50, "batch_size": 2, "audio_length": 40}
 

@@ -27,7 +27,7 @@ LETTERS = "/v1/admin/dead-letters"
 
 
 class RecordingOperations:
-    """Operations that record their calls, or raise `error`."""
+    """The server's admin operations: each records its call, or raises `error` if that is set."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, ...]] = []
@@ -58,7 +58,10 @@ class RecordingOperations:
 async def make_admin(
     backend: ToneBackend | None = None, **options: Any
 ) -> AsyncIterator[tuple[httpx.AsyncClient, FastAPI]]:
-    """Yield a client that sends a key with the scope `admin` by default. PLAIN has a key without scopes."""
+    """Yield a client that sends a key with the scope `admin`, and its application.
+
+    The headers PLAIN have another key.
+    """
     with tempfile.TemporaryDirectory() as folder:
         keys = Path(folder) / "keys"
         keys.write_text(f"root:{hash_key('admin')} scope=admin\nstudio:{hash_key('plain')}\n")
@@ -137,7 +140,7 @@ async def test_drained_server_finishes_its_requests_and_can_resume() -> None:
         read = await client.get(f"/jobs/{job['id']}", headers=PLAIN)
         assert read.json()["status"] == "queued"
         following = await asyncio.wait_for(client.get(f"/jobs/{job['id']}/events", headers=PLAIN), PATIENCE_S)
-        assert "retry: " in following.text  # asks the client to reconnect, which another process then serves
+        assert "retry: " in following.text  # asks the client to reconnect, so another server process can continue
         assert (await client.get("/v1/status")).json()["draining"]["requests"] == 1
         backend.released.set()
         assert (await busy).status_code == 200

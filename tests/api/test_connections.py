@@ -22,7 +22,7 @@ from tests.backends import ToneBackend
 from tests.patience import PATIENCE_S, until
 from tests.sockets import listening
 
-pytestmark = pytest.mark.server  # opens sockets and waits for slow clients
+pytestmark = pytest.mark.server  # tests that run a server are marked, because they are slow
 
 URL = "/v1/audio/generations"
 _JSON = "Content-Type: application/json\r\n"
@@ -114,7 +114,7 @@ async def test_body_that_does_not_arrive_is_408(times: ClientTimes, reason: str)
     async with serve(ToneBackend(), times=times) as port:
         reader, writer = await open_connection(port, b'{"prom', length=1000)
         async with asyncio.timeout(PATIENCE_S):
-            reply = await reader.read()  # until the server closes the connection
+            reply = await reader.read()  # returns when the server closes the connection
         writer.close()
     assert reply.startswith(b"HTTP/1.1 408 ")
     assert json.dumps({"detail": reason}, separators=(",", ":")).encode() in reply
@@ -145,7 +145,7 @@ async def test_slow_body_without_pauses_is_ended() -> None:
 async def test_fast_start_does_not_pay_for_a_slow_rest() -> None:
     async with serve(ToneBackend(), times=FAST) as port:
         reader, writer = await open_connection(port, bytes(500_000), length=1_000_000)
-        async with asyncio.timeout(60):  # half a megabyte at the minimum rate takes 100 s
+        async with asyncio.timeout(60):  # the 500 kB count as 100 s at the minimum rate
             assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 408 ")
         writer.close()
 
@@ -172,7 +172,7 @@ async def test_slow_handler_is_not_mistaken_for_a_slow_client() -> None:
         while more:
             message = await receive()
             num_bytes, more = num_bytes + len(message["body"]), message["more_body"]
-            await asyncio.sleep(0.6)  # longer than the window
+            await asyncio.sleep(0.6)  # longer than `window_s`
         await parts.put(num_bytes)
         await Response("done")(scope, receive, send)
 
@@ -188,7 +188,8 @@ async def test_slow_handler_is_not_mistaken_for_a_slow_client() -> None:
 
 
 async def test_too_many_slow_bodies_are_refused_but_fast_ones_accepted() -> None:
-    times = ClientTimes(grace_s=0.3, window_s=PATIENCE_S, max_slow=4)  # slow clients are not ended during the test
+    # The long window ends no slow client in this test.
+    times = ClientTimes(grace_s=0.3, window_s=PATIENCE_S, max_slow=4)
     async with connect(ToneBackend(), times=times) as client:
         port = client.base_url.port
         assert port is not None
@@ -208,9 +209,9 @@ async def test_too_many_slow_bodies_are_refused_but_fast_ones_accepted() -> None
         await asyncio.gather(*first_lines, return_exceptions=True)
         status = b"503"
         async with asyncio.timeout(PATIENCE_S):
-            while status == b"503":  # until the ended requests release their slots
+            while status == b"503":  # until the server has noticed that the slow clients are gone
                 reader, writer = await open_connection(port, b'{"prompt": "x", ', length=37)
-                await asyncio.sleep(0.4)  # longer than the grace period
+                await asyncio.sleep(0.4)  # longer than `grace_s`, so the client counts as slow
                 writer.write(b'"duration": 0.1     }')
                 _, status, _ = (await reader.readuntil(b"\r\n")).split(b" ", 2)
                 writer.close()
@@ -236,7 +237,7 @@ async def test_early_response_closes_the_connection() -> None:
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)
                 writer.write(f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n{length}\r\n\r\n".encode())
                 async with asyncio.timeout(PATIENCE_S):
-                    answer = await reader.read()  # until the server closes, with an incomplete body
+                    answer = await reader.read()  # the server closes although the body is incomplete
                 assert answer.startswith(b"HTTP/1.1 " + status), (method, path, length)
                 assert b"\r\nconnection: close\r\n" in answer.lower(), (method, path, length)
                 writer.close()
@@ -320,7 +321,7 @@ async def test_too_much_decoded_audio_is_refused_until_some_is_done(monkeypatch:
     backend = ToneBackend()
     backend.released.clear()
     form = {"prompt": "a", "duration": "0.1"}
-    files = {"audio": make_audio_file(duration_s=1.0)}  # 353 kB when decoded
+    files = {"audio": make_audio_file(duration_s=1.0)}  # takes 353 kB of memory when decoded
     async with connect(backend) as client:
         first = asyncio.create_task(client.post("/v1/audio/variations", data=form, files=files))
         await until(lambda: backend.num_running == 1)

@@ -19,7 +19,7 @@ from tests.patience import PATIENCE_S, until
 GENERATE = "/v1/audio/generations"
 BODY = {"prompt": "a bell", "duration": 1}
 
-# One request per dialect and kind, and the path to the message in its error body.
+# One request of each kind of each dialect, with the keys and indices that lead to the message in its error body.
 NEW = [
     ("POST", GENERATE, BODY, ["detail"]),
     ("POST", "/jobs", BODY, ["detail"]),
@@ -61,7 +61,7 @@ async def test_new_requests_are_refused_and_running_ones_finish() -> None:
         assert (await client.get("/ready")).status_code == 503
         for path in ("/health", "/saos/health"):
             assert (await client.get(path)).status_code == 200
-        assert draining.num_in_flight == 1  # refused requests and probes do not count
+        assert draining.num_in_flight == 1  # refused requests and health checks do not count
         backend.released.set()
         answer = await busy
         assert (answer.status_code, answer.headers["connection"]) == (200, "close")
@@ -80,7 +80,7 @@ async def test_event_streams_of_a_replaced_process_ask_for_a_reconnect(dialect: 
         following = asyncio.create_task(client.get(path))
         await until(lambda: draining_of(app).num_in_flight == 1)
         await asyncio.sleep(0.1)
-        assert not following.done()  # the stream stays open, because its job stays queued
+        assert not following.done()  # the event stream stays open, because its job is still queued
         draining_of(app).leave()
         stream = await asyncio.wait_for(following, timeout=PATIENCE_S)
         *events, farewell = stream.text.removesuffix("\n\n").split("\n\n")

@@ -1,4 +1,4 @@
-"""The error table of the contract, row by row, and the fields that all error bodies share."""
+"""Each row of the error table of the native API's documentation, and the fields that all error bodies share."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WAV = make_audio_file(duration_s=0.5)
 
 
 def expect_fields(reply: httpx.Response, *fields: str) -> None:
-    """Assert a 422 response in list form with exactly these fields."""
+    """Assert a 422 response whose `detail` is a list of errors about exactly these fields."""
     assert reply.status_code == 422, reply.text
     items = reply.json()["detail"]
     assert [item["loc"][-1] for item in items] == list(fields)

@@ -26,11 +26,11 @@ from tests.patience import PATIENCE_S, until
 pytestmark = pytest.mark.server
 
 NUM_JOBS = 12
-_AT_ONCE = 4  # concurrent jobs of a model per runner
+_AT_ONCE = 4  # a job runner computes at most so many jobs of a model at once
 
 
 def fill(disk: Path) -> Callable[[], None]:
-    """Fill a disk. The returned function frees the space."""
+    """Fill the disk with one file. Returns a function that deletes the file."""
     filler = disk / "filler"
     with filler.open("wb", buffering=0) as file, suppress(OSError):
         while True:
@@ -59,7 +59,7 @@ async def show_all(client: httpx.AsyncClient, tickets: Collection[dict[str, Any]
 async def expect_jobs_wait_for_space(
     client: httpx.AsyncClient, backend: ToneBackend, *, make_full: Callable[[], object], make_room: Callable[[], object]
 ) -> None:
-    """Assert that jobs wait for free space: few are computed, none fails, and all finish once there is space."""
+    """Assert that, on a full disk, few jobs are computed and none fails, and that all finish when there is space."""
     make_full()
     tickets = [await submit(client, duration=0.2) for _ in range(NUM_JOBS)]
     async with asyncio.timeout(PATIENCE_S):
@@ -114,7 +114,7 @@ async def test_queue_survives_a_full_bucket(object_storage: ObjectStorage) -> No
 async def test_too_large_result_becomes_a_dead_letter(tiny_disk: Path, tmp_path: Path) -> None:
     jobs = {"database_url": f"sqlite:///{tmp_path / 'jobs.db'}", "max_attempts": 2}
     async with make_hasty_client(output_dir=str(tiny_disk), jobs=jobs) as (client, _):
-        failed = await wait(client, await submit(client, duration=10.0))  # 1.76 MB
+        failed = await wait(client, await submit(client, duration=10.0))  # a file of 1.76 MB, larger than the disk
         assert (failed["status"], failed["attempts"], failed["error"]) == ("failed", 2, "the disk is full")
         source = make_audio_file(duration_s=10.0)
         form = {"prompt": "rain", "duration": "1"}
@@ -135,7 +135,7 @@ async def test_job_database_on_a_full_disk_loses_nothing(small_disk: Path) -> No
         await wait(client, to_cancel, "running")
         waiting = [await submit(client, seed=seed) for seed in range(8, 14)]
         give_back = fill(small_disk)
-        for _ in range(1000):  # the first jobs may still fit into the database's log
+        for _ in range(1000):  # SQLite's write-ahead log may have space for a few more jobs
             reply = await client.post("/jobs", json=BODY)
             if reply.status_code != 202:
                 break
@@ -146,7 +146,7 @@ async def test_job_database_on_a_full_disk_loses_nothing(small_disk: Path) -> No
         cancelled = (await client.delete(f"/jobs/{to_cancel['id']}")).status_code
         assert cancelled in (202, 507)
         backend.released.set()
-        await until(lambda: backend.num_running == 0)  # the jobs are computed
+        await until(lambda: backend.num_running == 0)  # all jobs are computed, but not stored
         with closing(sqlite3.connect(f"file:{small_disk / 'jobs.db'}?mode=ro", uri=True)) as database:
             await until(lambda: last_lease_until(database) < time.time())
         give_back()

@@ -20,14 +20,15 @@ from stable_audio_serve.core.settings import Settings
 from tests.api.fuzzing import Known, is_lenient, make_meaningful, run_server
 from tests.patience import PATIENCE_S
 
-pytestmark = pytest.mark.server  # a whole server and many requests
+pytestmark = pytest.mark.server  # tests that run a server are marked, because they are slow
 
 IS_LONG = "FUZZ_EXAMPLES" in os.environ
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "3"))
-EDGE_CASES = 100_000 if IS_LONG else 10  # requests per operation with a field at or just beyond a bound
+# Largest number of requests for each operation that have a field at or just beyond its bound.
+EDGE_CASES = 100_000 if IS_LONG else 10
 _sent: list[str] = []
 
-# Allowed statuses for invalid requests: Schemathesis' list, 412 of fal's proxy path, and 413.
+# Statuses with which an invalid request may be refused: Schemathesis' own list, 412 (fal's proxy path) and 413.
 _REFUSALS = [400, 401, 403, 404, 405, 406, 409, 412, 413, 415, 422, 428, 429]
 _CONFIG = schemathesis.Config.from_dict({"checks": {"negative_data_rejection": {"expected-statuses": _REFUSALS}}})
 schema = schemathesis.openapi.from_dict(create_app(OfflineBackend(), Settings()).openapi(), config=_CONFIG)
@@ -45,13 +46,13 @@ def known(url: str) -> Known:
 
 
 def edge_cases(operation: schemathesis.schemas.APIOperation) -> list[schemathesis.Case]:
-    """Returns cases at the bounds of fields: all that Schemathesis derives, or an even selection of `EDGE_CASES`."""
+    """Returns about `EDGE_CASES` of the requests at the bounds of fields that Schemathesis makes, evenly selected."""
     config = schema.config.generation_for(operation=operation, phase="coverage")
     cases = list(schema.iter_coverage_cases(operation, generation_modes=list(GenerationMode), generation_config=config))
     return cases[:: -(-len(cases) // EDGE_CASES)]
 
 
-# One plain test per operation, because Schemathesis' own tests share one name, which pytest-xdist treats as one test.
+# One plain test per operation. Schemathesis' own tests all have one name, and pytest-xdist takes them for one test.
 @pytest.mark.parametrize(
     "operation", [found.ok() for found in schema.get_all_operations()], ids=lambda found: found.label
 )

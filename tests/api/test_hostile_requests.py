@@ -30,7 +30,7 @@ JSON = {"content-type": "application/json"}
 MULTIPART = {"content-type": "multipart/form-data; boundary=B"}
 URLENCODED = {"content-type": "application/x-www-form-urlencoded"}
 WAV = make_audio_file(duration_s=0.2)
-MARK = "zyxwv"  # must not appear in any log line, header or path
+MARK = "zyxwv"  # part of every prompt; must not appear in any log line, header or path
 HANG_S = 60.0  # limit for each response
 
 
@@ -73,7 +73,7 @@ def check_fal(body: Any) -> None:
 
 @dataclass(frozen=True)
 class Route:
-    """A route with a valid request and the form of its refusals."""
+    """A route with a valid request (`good`) and a check for the body of its error responses."""
 
     path: str
     check_error: Callable[[Any], None]
@@ -82,8 +82,8 @@ class Route:
     numbers: tuple[str, ...] = ("duration", "steps", "seed", "cfg_scale")
     file: str | None = None  # form field of the upload; None for JSON routes
     queued: bool = False  # the route only queues the generation
-    prompt_end: str = ""  # text that every prompt needs
-    may_be_blank: frozenset[str] = frozenset()  # numbers that count as unset if they are empty
+    prompt_end: str = ""  # text without which the route refuses a prompt
+    may_be_blank: frozenset[str] = frozenset()  # number fields for which an empty value means unset
     refused: frozenset[int] = field(default=frozenset({400, 413, 422}))
 
     def json(self, **changes: Any) -> bytes:
@@ -180,7 +180,7 @@ ROUTES = [
 ]
 
 Request = dict[str, Any]  # arguments of httpx's `post` without the path
-Sent = tuple[str, Request]  # the name of a request, and its arguments
+Sent = tuple[str, Request]  # a label for the failure message, and the request
 
 
 def good(route: Route, changes: dict[str, Any] | None = None, *, upload: Any = ("a.wav", WAV)) -> Request:
@@ -188,9 +188,6 @@ def good(route: Route, changes: dict[str, Any] | None = None, *, upload: Any = (
     if route.file is None:
         return {"content": route.json(**(changes or {})), "headers": JSON}
     return {"data": route.good | (changes or {}), "files": {route.file: upload}}
-
-
-# Requests of each case.
 
 
 def json_bodies(*bodies: bytes) -> Callable[[Route], Iterator[Sent]]:
@@ -206,7 +203,10 @@ def prompts(*literals: bytes) -> Callable[[Route], Iterator[Sent]]:
 
 
 def numbers(*literals: bytes, most: int | None = None) -> Callable[[Route], Iterator[Sent]]:
-    """Returns a function that yields requests with these literals in place of a route's first `most` numbers."""
+    """Returns a function that yields requests in which one of these literals replaces one of the route's number fields.
+
+    Only the first `most` number fields are replaced. None: all.
+    """
 
     def requests(route: Route) -> Iterator[Sent]:
         for name in route.numbers[:most]:
@@ -214,7 +214,7 @@ def numbers(*literals: bytes, most: int | None = None) -> Callable[[Route], Iter
                 label = f"{name}={literal[:20]!r}"
                 if route.file is None:
                     yield label, {"content": route.raw(name, literal), "headers": JSON}
-                elif literal != b'""':  # an empty form field means unset
+                elif literal != b'""':  # in a form, an empty field is valid and means unset
                     yield label, good(route, {name: literal.decode().strip('"')})
 
     return requests
@@ -345,9 +345,6 @@ OTHER_BOUNDARIES = (
 )
 PART_HEADERS = (b"X-A: b\r\n" * 100_000, b"X-A: " + LONG + b"\r\n", b"No-Colon\r\n")
 BOMBS = (b"a&" * 500_000, b"a=" + b"x" * 1_000_000, b"%" * 1_000_000, b"&" * 1_000_000, b"a=b;" * 200_000)
-
-
-# Expected responses.
 
 
 def refused(route: Route, _: str, reply: httpx.Response) -> None:
@@ -489,7 +486,7 @@ HOSTILE_PROMPTS = [
 
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], str]]:
-    """Returns a function that returns everything logged at info or above, by structlog and the standard library."""
+    """Returns a function that returns all log text so far at level info or above, of structlog and of `logging`."""
     caplog.set_level(logging.INFO)
     with structlog.testing.capture_logs() as lines:
         yield lambda: str([line for line in lines if line["log_level"] != "debug"]) + caplog.text
@@ -521,7 +518,7 @@ async def test_prompt_is_never_logged_or_sent_in_a_header(
     assert MARK not in log()
 
 
-# Over a socket: requests that no HTTP client would send.
+# Requests that no HTTP client would send. They are written to a socket.
 
 NO_HTTP = [b"", b"\r\n", b"\x16\x03\x01" * 100, b"GET / HTTP/9.9\r\n\r\n", b"A" * 70_000, b"\x00"]
 HEAD = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -554,7 +551,10 @@ ODD_HEADERS = {
 
 
 async def send(port: int, request: bytes, *, is_all: bool = False) -> bytes:
-    """Send a request, and the end of the stream if `is_all`. Returns the response, or the start of an event stream."""
+    """Send a request over a new connection. Returns the response, or only its start if it is an event stream.
+
+    If `is_all`, the sending half of the connection is closed after the request.
+    """
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         writer.write(request)

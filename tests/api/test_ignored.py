@@ -1,4 +1,4 @@
-"""The native API names the parts of a request that have no effect, or refuses them."""
+"""Request fields that have no effect: the native API lists them in its response, or refuses the request."""
 
 from __future__ import annotations
 

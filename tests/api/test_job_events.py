@@ -1,4 +1,4 @@
-"""The event stream of a job, parsed strictly as the HTML standard specifies."""
+"""A job's server-sent events. The tests parse them strictly as the HTML standard specifies."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PROGRESS = {"stage", "fraction", "eta_seconds", "queue_position", "message", "at
 
 
 def parse(text: str) -> list[dict[str, Any]]:
-    """Returns the events of a complete stream: event, id (None if it has none) and data."""
+    """Parse the text of a complete event stream. Returns for each event its `event`, `id` (or None) and `data`."""
     assert text.endswith("\n\n")
     events = []
     for block in text.removesuffix("\n\n").split("\n\n"):
@@ -43,13 +43,16 @@ def parse(text: str) -> list[dict[str, Any]]:
 
 
 async def wait_for_polls(reads: list[str]) -> None:
-    """Wait until the stream has polled its job several times. Nothing else may read jobs at that time."""
+    """Wait until the open event stream has polled its job several times.
+
+    No other request may read jobs in that time.
+    """
     enough = len(reads) + 5
     await until(lambda: len(reads) >= enough)
 
 
 async def read(client: httpx.AsyncClient, ticket: dict[str, Any], *, after: str | None = None) -> list[dict[str, Any]]:
-    """Returns all events of a job's stream, after the event id `after` if given."""
+    """Read a job's event stream to its end. Returns the events, or only those after the event with the id `after`."""
     headers = {} if after is None else {"Last-Event-ID": after}
     reply = await client.get(f"/jobs/{ticket['id']}/events", headers=headers, timeout=PATIENCE_S)
     assert reply.status_code == 200, reply.text
@@ -223,7 +226,7 @@ async def test_disconnected_stream_stops_polling(reads: list[str]) -> None:
             seen = -1
             while seen != len(reads):
                 seen = len(reads)
-                await asyncio.sleep(0.3)  # many times the pause between two wait_for_polls
+                await asyncio.sleep(0.3)  # much longer than the pause between two polls
 
 
 async def test_stream_needs_a_key_if_keys_are_configured() -> None:
@@ -236,7 +239,8 @@ async def test_stream_needs_a_key_if_keys_are_configured() -> None:
 async def test_stream_survives_a_database_restart(
     postgres: PostgresServer, postgres_url: str, reads: list[str]
 ) -> None:
-    pauses = StreamLimits(first_poll_s=0.05, last_poll_s=0.2, max_polls_away=10_000)  # longer than a restart
+    # Keep the stream open while the store restarts.
+    pauses = StreamLimits(first_poll_s=0.05, last_poll_s=0.2, max_polls_away=10_000)
     async with make_client(run_jobs=False, jobs={"database_url": postgres_url}, stream_limits=pauses) as (client, _):
         ticket = await submit(client)
         following = asyncio.create_task(read(client, ticket))

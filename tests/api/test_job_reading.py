@@ -23,14 +23,14 @@ from tests.webhook_receiver import receiving
 
 @pytest.fixture
 def alone(client: httpx.AsyncClient, jobs: JobQueue) -> httpx.AsyncClient:
-    """Returns a client of the shared application after deleting all jobs."""
+    """Delete all jobs of the shared application. Returns a client of the application."""
     with jobs.store.database.writing() as connection:
         connection.execute(JOBS.delete())
     return client
 
 
 async def read_pages(client: httpx.AsyncClient, **query: Any) -> list[list[str]]:
-    """Returns the job ids of every page."""
+    """Read the list of jobs page by page. Returns the job ids of each page."""
     pages: list[list[str]] = []
     while True:
         reply = await client.get("/jobs", params=query)

@@ -1,4 +1,4 @@
-"""Repeated submissions: idempotency keys and chosen ids, sequential and concurrent."""
+"""Jobs that are submitted again, with an idempotency key or an id that the client chose, in sequence or at once."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WAV = make_audio_file(duration_s=0.2)
 async def post(
     client: httpx.AsyncClient, path: str, *, key: str | None, audio: bytes = WAV, **fields: Any
 ) -> httpx.Response:
-    """Submit `BODY` and `fields` as JSON, or as a form with an upload if the path needs one."""
+    """Submit a job with `BODY` and `fields`: as a form with an upload if the path needs one, otherwise as JSON."""
     headers = {} if key is None else {"Idempotency-Key": key}
     if path == "/jobs":
         return await client.post(path, json=BODY | fields, headers=headers)
@@ -92,7 +92,7 @@ async def test_equivalent_spelling_is_the_same_request(client: httpx.AsyncClient
         ("/jobs", {"prompt": "hail"}),
         ("/jobs", {"duration": 1.6}),
         ("/jobs", {"seed": -1}),
-        ("/jobs", {"steps": 8}),  # the model's default, but stated explicitly
+        ("/jobs", {"steps": 8}),  # the default number of steps, but given explicitly
         ("/jobs", {"priority": "batch"}),
         ("/jobs", {"webhook_url": "http://localhost/hook"}),
         ("/jobs/variations", {"init_noise_level": 0.5}),
@@ -161,7 +161,7 @@ async def test_repeat_succeeds_even_if_the_queue_is_full() -> None:
 
 
 async def test_accepted_job_keeps_its_upload_if_the_commits_result_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The database stores the job, but the connection is cut, so the client gets an error and retries."""
+    """The database stores the job and then the connection is cut, so the client gets an error and retries."""
     add_all = ClientJobs.add_all
 
     def add_and_lose_the_answer(jobs: ClientJobs, specs: Sequence[JobSpec]) -> NoReturn:

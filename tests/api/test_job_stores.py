@@ -106,7 +106,10 @@ async def test_odd_ids_are_unknown(store_url: str) -> None:
 
 
 def submissions(client: httpx.AsyncClient) -> dict[str, Any]:
-    """Returns functions that send a request which needs the job store, by dialect and kind of request."""
+    """Returns functions that each send one request. Each request needs the job store.
+
+    Keys: dialect and kind of request.
+    """
     return {
         "native": lambda: client.post("/jobs", json=BODY),
         "native with a file": lambda: post(client, "/jobs/variations", key=None),
@@ -163,7 +166,7 @@ async def test_full_disk_is_507_in_every_dialect_with_files(monkeypatch: pytest.
 
 @pytest.mark.parametrize("path", PATHS)
 async def test_retries_with_one_key_give_one_job_after_an_outage(tmp_path: Path, path: str) -> None:
-    """A client that retries a refused request until it is accepted gets one job."""
+    """A client that repeats a refused request until it is accepted has submitted only one job."""
     folder = tmp_path / "jobs"
     folder.write_text("in the way")
     async with make_client(run_jobs=False, jobs={"database_url": f"sqlite:///{folder}/jobs.db"}) as (client, _):

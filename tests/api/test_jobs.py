@@ -57,7 +57,7 @@ ENDS = ("succeeded", "failed", "cancelled")
 
 
 async def submit(client: httpx.AsyncClient, path: str = "/jobs", **fields: Any) -> dict[str, Any]:
-    """Submit a job of `BODY` and `fields`, and an upload if the path needs one. Returns the ticket."""
+    """Submit a job with `BODY` and `fields`, and with an upload if the path needs one. Returns the response's JSON."""
     if path.endswith("/jobs"):
         reply = await client.post(path, json=BODY | fields)
     else:
@@ -265,7 +265,7 @@ async def test_upload_is_stored_unchanged_until_its_job_ends(path: str) -> None:
 
 
 def _folder(client: httpx.AsyncClient) -> Path:
-    """Returns the folder with the application's files."""
+    """Returns the folder where the application stores audio files."""
     transport: Any = client._transport
     folder: str = transport.app.state.output_dir
     return Path(folder)

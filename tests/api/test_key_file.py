@@ -1,4 +1,4 @@
-"""The key file is read again when it changes. A faulty file leaves the keys as they are."""
+"""The file with the API keys is read again when it changes. If the new file is faulty, the old keys stay valid."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Site:
         self.app.state.keys.ring = self.ring = KeyRing(settings.api, clock=self.clock)
 
     def write(self, text: str) -> None:
-        """Replace the file atomically, as an operator should."""
+        """Replace the key file atomically, as operators are advised to do."""
         (new := self.file.with_suffix(".new")).write_text(text)
         os.replace(new, self.file)
 
@@ -50,7 +50,7 @@ class Site:
             return await client.get(path)
 
     async def statuses(self, *keys: str) -> list[int]:
-        """Advance the clock by two seconds. Returns the status of a request with each key."""
+        """Advance the clock by two seconds, then send a request with each key. Returns the status codes."""
         self.clock.now += 2
         return [(await self.ask(key)).status_code for key in keys]
 
@@ -72,7 +72,7 @@ async def test_updated_kubernetes_secret_is_read(tmp_path: Path) -> None:
     for number, names in enumerate((["alice"], ["carol"])):
         (folder := tmp_path / f"..{number}").mkdir()
         (folder / "keys").write_text(lines(*names))
-        os.utime(folder / "keys", (1, 1))  # both files have the same size and date
+        os.utime(folder / "keys", (1, 1))  # the old and the new file have the same size and date
     (tmp_path / "..data").symlink_to("..0")
     (tmp_path / "keys").symlink_to("..data/keys")
     site = Site(tmp_path, None)
@@ -141,12 +141,12 @@ async def test_hanging_disk_does_not_block_requests(tmp_path: Path, monkeypatch:
     answers = threading.Event()
     monkeypatch.setattr(key_ring, "read_key_file", lambda _: answers.wait(PATIENCE_S) and b"x")
     try:
-        assert await site.statuses("alice") == [200]  # with the known keys, after waiting half a second
+        assert await site.statuses("alice") == [200]  # waits half a second for the file, then uses the keys read before
         site.clock.now += 20
         assert site.ring.health == KeyFileHealth("broken", "the file does not answer")
         before = asyncio.get_running_loop().time()
         assert {reply.status_code for reply in await asyncio.gather(*(site.ask("alice") for _ in range(50)))} == {200}
-        assert asyncio.get_running_loop().time() - before < 20  # fifty waits of 0.5 s would take 25 s
+        assert asyncio.get_running_loop().time() - before < 20  # if each of fifty requests waited 0.5 s: 25 s
     finally:
         answers.set()
 

@@ -1,4 +1,7 @@
-"""Limits of keys over several processes with one database. Each process is a `KeyLimiter` with its own connections."""
+"""Limits of API keys that several server processes enforce together through one database.
+
+A `KeyLimiter` with its own database connections stands for each process.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ def make_key(words: str, name: str = "alice") -> ApiKey:
 
 @pytest.fixture
 async def pair(store_url: str) -> AsyncIterator[tuple[KeyLimiter, KeyLimiter]]:
-    """Yield the limiters of two server processes."""
+    """Yield two limiters with one database, as two server processes have."""
     open_database(store_url).prepare()
     pair = KeyLimiter(open_database(store_url)), KeyLimiter(open_database(store_url))
     yield pair
@@ -47,7 +50,7 @@ async def pair(store_url: str) -> AsyncIterator[tuple[KeyLimiter, KeyLimiter]]:
 
 
 async def admit(limiter: KeyLimiter, key: ApiKey, audio_s: float = 1.0) -> float | None:
-    """Start and end a request. Returns None if it was admitted, or the Retry-After of the refusal."""
+    """Start and end a request for `audio_s` seconds. Returns None if it is admitted, or the refusal's Retry-After."""
     try:
         async with limiter.admitted(key, audio_s=audio_s, takes_place=True):
             return None
@@ -92,7 +95,7 @@ async def test_concurrency_limit_holds_over_two_processes(pair: tuple[KeyLimiter
 
     counts = await asyncio.gather(*(repeat(one) for one in pair * 4))
     assert most == 3
-    assert sum(counts) >= 30  # ended requests free their places
+    assert sum(counts) >= 30  # more than may run at once, because ended requests no longer count
 
 
 async def test_sequential_requests_of_a_client_are_never_refused(pair: tuple[KeyLimiter, KeyLimiter]) -> None:
@@ -129,7 +132,7 @@ async def test_cancelled_request_frees_its_place_and_is_charged(pair: tuple[KeyL
     assert await admit(pair[1], key) is not None
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    await pair[0].close()  # waits until the request's place is free
+    await pair[0].close()  # returns when the database no longer counts the request as running
     assert await admit(pair[1], key, 6) is None
     assert await admit(pair[1], key, 1) is not None
 
@@ -171,8 +174,8 @@ async def test_each_process_keeps_the_limits_during_a_database_outage(
         async with asyncio.timeout(PATIENCE_S):
             while sink.values["key_limits_alone"]:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
-        assert await admit(limiter, other) is not None  # the database still has the request's place
-    assert await admit(limiter, key, 20) is None  # requests admitted during the outage are not charged
+        assert await admit(limiter, other) is not None  # the database still counts the ended request as running
+    assert await admit(limiter, key, 20) is None  # requests admitted during the outage do not count
     await limiter.close()
     postgres.drop_database(url)
 
@@ -224,7 +227,7 @@ async def test_a_database_that_hangs_delays_requests_once(store_url: str, monkey
     async with asyncio.timeout(PATIENCE_S):
         while sink.values["key_limits_alone"]:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
-    assert await admit(limiter, key, 19) is None  # one request was charged after the hang
+    assert await admit(limiter, key, 19) is None  # one request of 1 s was counted after the hang
     assert await admit(limiter, key, 1) is not None
     await limiter.close()
 

@@ -1,4 +1,4 @@
-"""Limits of keys over HTTP, in every dialect, with two servers on one database."""
+"""Limits of API keys, over HTTP, in every dialect, with two servers that share a database."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ bob:{hash_key("bob")} concurrency=1
 carol:{hash_key("carol")}
 """
 
-# Path, body and seconds of audio of a synchronous request and a job of each dialect.
+# For each dialect, a synchronous request and a job: path, body and the seconds of audio that the limit counts.
 REQUESTS: dict[str, tuple[str, dict[str, Any], float]] = {
     "sa3": ("/v1/audio/generations", {"prompt": "x", "duration": 2, "batch_size": 2}, 4),
     "merged": ("/generate", {"prompt": "x", "duration": 3}, 3),
@@ -51,7 +51,7 @@ def tones() -> ToneBackend:
 
 @pytest.fixture
 async def pair(store_url: str, tones: ToneBackend, tmp_path: Path) -> AsyncIterator[Pair]:
-    """Yield clients of two servers with one database."""
+    """Yield clients of two servers that share a database."""
     (tmp_path / "keys").write_text(KEYS)
     tree = {
         "api": {"key_file": str(tmp_path / "keys")},
@@ -121,7 +121,8 @@ async def test_open_small_requests_are_charged(pair: Pair) -> None:
         for n in range(40)
     ]
     num_admitted = [reply.status_code for reply in replies].count(200)
-    assert num_admitted in (5, 30)  # 60 s hold 5 windows of 11.9 s or 30 clips of 2 s
+    # The limit is 60 s. A request may count as the model's window of 11.9 s (5 requests) or as its 2 s (30 requests).
+    assert num_admitted in (5, 30)
     assert {reply.status_code for reply in replies[num_admitted:]} == {429}
     assert "audio-seconds-per-minute" in replies[-1].json()["error"]
 
@@ -161,4 +162,4 @@ async def test_synchronous_requests_work_without_the_database(pair: Pair, monkey
 
     monkeypatch.setattr(Database, "_make_ready", fail)
     statuses = [(await ask(pair[0], "sa3")).status_code for _ in range(20)]
-    assert statuses == [200] * 15 + [429] * 5  # the only ingress process has the whole limit of 60 s
+    assert statuses == [200] * 15 + [429] * 5  # there is one HTTP process, so its share of the limit is all 60 s

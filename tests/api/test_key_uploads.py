@@ -1,4 +1,4 @@
-"""Uploads with a key that has used up its limits are refused before the body arrives. Uses real sockets."""
+"""An upload with an API key that has used up its limits is refused before the body arrives. Uses real sockets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.backends import ToneBackend
 from tests.patience import PATIENCE_S, until
 from tests.sockets import listening
 
-pytestmark = pytest.mark.server  # starts two servers with decoders
+pytestmark = pytest.mark.server
 
 KEYS = f"""
 alice:{hash_key("alice")} audio-seconds-per-minute=10
@@ -30,7 +30,7 @@ HUGE_BYTES = 50_000_000
 
 @asynccontextmanager
 async def two_servers(folder: Path, backend: ToneBackend) -> AsyncIterator[tuple[int, int]]:
-    """Yield the ports of two servers with one job database."""
+    """Run two servers that share a job database. Yields their ports."""
     (folder / "keys").write_text(KEYS)
     tree = {"api": {"key_file": str(folder / "keys")}, "output_dir": str(folder / "outputs")}
     apps = [create_app(backend, Settings.model_validate(tree)) for _ in range(2)]
@@ -39,7 +39,7 @@ async def two_servers(folder: Path, backend: ToneBackend) -> AsyncIterator[tuple
 
 
 async def send_head(port: int, path: str, key: str) -> bytes:
-    """Send only the beginning of a huge upload. Returns the whole response."""
+    """Send only the headers and the first bytes of a huge upload. Returns the whole response."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     head = (
         f"POST {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {key}\r\n"

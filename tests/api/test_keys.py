@@ -29,7 +29,7 @@ PUBLIC = {
 
 @pytest.fixture(scope="module")
 def locked(tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
-    """Returns an application with keys."""
+    """Returns an application that requires an API key."""
     hashes = [hash_key(key) for key in KEYS]
     tree = {"api": {"key_hashes": hashes}, "output_dir": str(tmp_path_factory.mktemp("outputs"))}
     return create_app(ToneBackend(), Settings.model_validate(tree))
@@ -60,7 +60,7 @@ async def test_every_route_except_public_ones_needs_a_key(locked: FastAPI, heade
                 reply = await client.request(method, prefix + path)
                 if (method, path) in public:
                     assert reply.status_code != 401, path
-                elif not (prefix and reply.status_code in (404, 405)):  # not a path of this dialect
+                elif not (prefix and reply.status_code in (404, 405)):  # 404, 405: the dialect has no such path
                     assert reply.status_code == 401, (method, prefix + path)
                     assert reply.headers["www-authenticate"] == "Bearer"
                     assert reply.headers["content-type"] == "application/json"

@@ -1,4 +1,4 @@
-"""A refusal names the source of the limit: the setting or the model."""
+"""An error about a limit names what sets the limit: a setting of the server, or the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every response with audio names the device that generated it. Bodies of other dialects do not change."""
+"""Every response with audio names the device that generated the audio. The other APIs' JSON has no new field."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`POST /generate` belongs to two dialects: how a request selects one, and errors in both formats."""
+"""Two dialects share `POST /generate`: how a request selects its dialect, and errors that fit both dialects."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ async def test_both_dialects_support_base64(client: httpx.AsyncClient, backend: 
     reply = await client.post(URL, json=body)
     pcm, metadata = expect_base64(reply)
     assert len(pcm) == 2 * 44_100
-    assert abs(int(pcm.max()) - 16_384) < 10  # the level of the backend, not normalized
+    assert abs(int(pcm.max()) - 16_384) < 10  # the backend's peak of 0.5, not normalized
     assert set(metadata) == CLIP_KEYS
     fields = {"prompt": "x 90bpm", "steps": 8, "cfg_scale": 1.0, "seed": 5, "duration_seconds": 2.0, "detected_bpm": 90}
     assert fields.items() <= metadata.items()
@@ -97,7 +97,7 @@ async def test_prefix_selects_one_dialect(client: httpx.AsyncClient, prefix: str
 
 
 def expect_both(reply: httpx.Response, status: int, *fields: str) -> str:
-    """Assert an error in both formats that names these fields. Returns its sentence."""
+    """Assert that one error body has both dialects' formats and names these fields. Returns the error message."""
     assert reply.status_code == status, reply.text
     body = reply.json()
     assert set(body) == {"error", "detail"}

@@ -54,15 +54,18 @@ def snapshot(place: Path) -> dict[str, bytes]:
 
 
 async def state_of(client: httpx.AsyncClient) -> tuple[str, str]:
-    """Returns the job store's state and reason, which /health and /ready must agree on."""
+    """Returns the job store's state and reason. Checks that /health and /ready report the same."""
     health, ready = [(await client.get(path)).json() for path in ("/health", "/ready")]
     assert health["job_store"] == ready["job_store"]
-    assert ready["ready"] is True  # routes without a job store work
+    assert ready["ready"] is True  # the routes that need no job store still work
     return health["job_store"]["state"], health["job_store"]["reason"]
 
 
 async def expect_refusals(client: httpx.AsyncClient, *, at_once: int = 1, may_read: bool = False) -> None:
-    """Assert that every dialect refuses `at_once` concurrent requests, which may open new database connections."""
+    """Assert that every dialect refuses its requests for jobs. Each is sent `at_once` times concurrently.
+
+    Concurrent requests make the server open new database connections.
+    """
     for name, ask in submissions(client).items():
         if may_read and name.endswith((" list", " status", " events")):
             continue
@@ -89,7 +92,7 @@ async def test_moved_database_is_refused_until_it_is_back(place: Path, tmp_path:
         assert (await state_of(client))[0] == "moved"
         held.set()
         await until(lambda: backend.num_running == 0)
-        await asyncio.sleep(0.2)  # time for the runner to try to store the result
+        await asyncio.sleep(0.2)  # in this time the job runner tries to store the result
         assert snapshot(place) == before
         move(tmp_path / "away", place, names)
         assert (await wait(client, running))["attempts"] == 1
@@ -126,13 +129,14 @@ async def test_deleted_store_is_detected_and_a_restart_creates_a_new_one(place: 
         assert (await state_of(client))[0] == "moved"
     async with make_hasty_client(**settings_of(place)) as (client, _):
         found = (await client.get(f"/jobs/{ticket['id']}")).status_code
-        assert found == (404 if name == "jobs.db" else 200)  # closing merged the log into this file
+        # SQLite merged its write-ahead log into the database file when it closed the database.
+        assert found == (404 if name == "jobs.db" else 200)
         await wait(client, await submit(client))
 
 
 @pytest.mark.parametrize("is_replaced", [False, True])
 async def test_later_process_refuses_the_replaced_database_too(place: Path, tmp_path: Path, is_replaced: bool) -> None:
-    """A replica that starts while the database file is missing or replaced refuses requests for jobs."""
+    """A server process that starts while the database file is missing or replaced refuses requests for jobs."""
     settings = Settings(output_dir=str(tmp_path / "outputs"), jobs=JobSettings(**settings_of(place)["jobs"]))
     identity = prepare_stores(settings).identity
     first = open_queue(settings)
@@ -179,7 +183,7 @@ async def test_moved_files_folder_is_not_recreated(place: Path, tmp_path: Path) 
         waiting = await wait(client, running, "queued")
         assert "moved" in (await state_of(client))[1]
         more = await submit(client)
-        await asyncio.sleep(0.2)  # time for the runner to check again whether files can be stored
+        await asyncio.sleep(0.2)  # in this time the job runner checks again whether files can be stored
         assert not folder.exists()
         assert (await wait(client, more, "queued"))["attempts"] == 0
         back()
@@ -190,7 +194,7 @@ async def test_moved_files_folder_is_not_recreated(place: Path, tmp_path: Path) 
 
 
 def linked(place: Path, away: Path) -> None:
-    """Move the database file and link the old path to it. The log stays in the old folder."""
+    """Move the database file and make its old path a link to it. The write-ahead log stays in the old folder."""
     away.mkdir()
     (place / "jobs.db").rename(away / "jobs.db")
     (place / "jobs.db").symlink_to(away / "jobs.db")
@@ -217,7 +221,7 @@ async def test_link_to_the_moved_file_does_not_start_a_second_log(place: Path, t
 
 @pytest.mark.parametrize("is_hard", [False, True])
 async def test_path_through_a_link_must_not_change_its_target(place: Path, tmp_path: Path, is_hard: bool) -> None:
-    """The path to the database may contain a link, as long as the link's target stays the same."""
+    """The database's path may contain a link. If the link's target changes, jobs are refused."""
     away, link = tmp_path / "away", tmp_path / "link"
     away.mkdir()
     link.symlink_to(place)
@@ -228,7 +232,8 @@ async def test_path_through_a_link_must_not_change_its_target(place: Path, tmp_p
         (place / "jobs.db").hardlink_to(away / "jobs.db")
     link.unlink()
     link.symlink_to(away)
-    held = queue.store.database.engine.connect() if is_hard else None  # makes the queue open another
+    # Take the pooled connection, so that the queue must open a new one.
+    held = queue.store.database.engine.connect() if is_hard else None
     with pytest.raises(StorageError):
         await queue.submit(make_spec())
     assert [path.name for path in away.iterdir()] == ["jobs.db"]
@@ -313,7 +318,7 @@ def _another(path: Path, other: Path) -> None:
 async def test_overwritten_database_accepts_no_jobs(
     place: Path, tmp_path: Path, overwrite: Callable[[Path, Path], None]
 ) -> None:
-    """Only the file's content shows the fault: open connections still work, and the log could store new jobs."""
+    """Jobs are refused, although open connections still work and SQLite's write-ahead log could store new jobs."""
     other = tmp_path / "other"
     prepare_stores(Settings(output_dir=str(other)))
     async with make_hasty_client(**settings_of(place)) as (client, _):

@@ -123,7 +123,7 @@ async def test_requests_refusals_and_audio_are_counted() -> None:
 async def test_disconnect_after_the_whole_response_is_not_499(
     sent: bytes, status: int, *, is_cancelled_by_the_server: bool, lines: list[dict[str, Any]]
 ) -> None:
-    """A client may disconnect as soon as it has the response, before the handler returns."""
+    """A client may disconnect when it has the whole response, even if the request's handler has not returned yet."""
     has_sent, is_gone = asyncio.Event(), asyncio.Event()
     requests: list[Message] = [{"type": "http.request"}]
 

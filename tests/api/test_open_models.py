@@ -1,4 +1,4 @@
-"""Native routes with v-objective models: noise shares become sigmas, and options of flow models are refused."""
+"""Native routes with models that predict v: noise levels become sigmas, and options of flow models are refused."""
 
 from __future__ import annotations
 

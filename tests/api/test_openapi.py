@@ -15,7 +15,7 @@ from stable_audio_serve.core.settings import Settings
 PREFIXES = ("/sa3", "/saos", "/vllm", "/aiml", "/fal")
 FAL = "/fal-ai/stable-audio"
 
-# Aliases and the path that describes them.
+# Paths that the description omits -> the equivalent path that it contains.
 ALIASES = {
     f"{FAL}/{{endpoint}}": FAL,
     **{f"{host}{FAL}/{{endpoint}}": f"{host}{FAL}" for host in ("/queue", "/run")},
@@ -87,7 +87,8 @@ def test_audio_comes_first_and_operators_last(app: Any) -> None:
 
 def test_key_is_entered_once_for_all_operations(app: Any) -> None:
     document = app.openapi()
-    (name,) = document["components"]["securitySchemes"]  # with two schemes in the form, users fill in the wrong one
+    # The API page has a field for each scheme. With two fields, users fill in the wrong one.
+    (name,) = document["components"]["securitySchemes"]
     assert document["components"]["securitySchemes"][name]["scheme"] == "bearer"
     for path, operations in document["paths"].items():
         for operation in operations.values():

@@ -1,4 +1,4 @@
-"""Which web pages may use a server on this machine, by their origin and by the host name they use."""
+"""Which web pages may call a server on the user's machine, by the headers Origin and Host."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ OTHER_NAMES = [
     "::1",
     "127.0.0.1:x",
     "\xff",
-    # Browsers never send these, because they normalize addresses.
+    # Other spellings of IP addresses. Browsers never send them, because they normalize addresses.
     "2130706433",
     "0x7f.0.0.1",
     "127.1",
@@ -124,7 +124,7 @@ OTHER_NAMES = [
 
 @asynccontextmanager
 async def visit(**api: Any) -> AsyncIterator[tuple[httpx.AsyncClient, ToneBackend]]:
-    """Yield a client of a server with these settings. The client is on the server's machine."""
+    """Yield a client of a server with these API settings. The client's address is the server's machine."""
     async with make_app(run_jobs=False, api=api) as (app, backend), connect(app) as client:
         yield client, backend
 
@@ -145,9 +145,9 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 
 
 async def is_allowed(client: httpx.AsyncClient, **headers: str) -> bool:
-    """Returns whether a POST request passes the check of its origin and host. Otherwise asserts a 403."""
+    """Returns whether a POST request with these headers passes the check of Origin and Host; asserts a 403 if not."""
     reply = await client.post("/v2/generate/audio", headers={k: v.encode("latin-1") for k, v in headers.items()})
-    if reply.status_code == 400:  # the request passed the check and failed because it has no body
+    if reply.status_code == 400:  # the request passed the check of its headers, and failed because it has no body
         return True
     assert reply.status_code == 403, reply.text
     return False
@@ -167,7 +167,7 @@ async def test_every_route_except_probes_checks_host_and_origin(client: httpx.As
             reply = await client.request(**request, headers=headers)
             is_closed = (
                 route.path.startswith("/v1/admin/") and "no keys are configured" in reply.text
-            )  # refused for any origin
+            )  # admin routes without keys refuse all requests
             is_refused = reply.status_code == 403 and "upload" not in reply.text and not is_closed
             is_named = route.method == "HEAD" or (
                 next(iter(headers), "") in reply.text
@@ -214,7 +214,8 @@ async def test_refused_request_has_no_effect() -> None:
         for headers in ({"Origin": EVIL}, {"Origin": "null"}, {"Host": "evil.example"}):
             for path in (URL, "/jobs"):
                 assert (await client.post(path, json=BODY, headers=headers)).status_code == 403
-        form = {"Origin": EVIL, "Content-Type": "text/plain"}  # pages can send this without a preflight
+        # Browsers send such a request without asking the server first.
+        form = {"Origin": EVIL, "Content-Type": "text/plain"}
         assert (await client.post("/jobs", content=b'{"prompt": "x", "duration": 1}', headers=form)).status_code == 403
         assert backend.requests == []
         assert (await client.get("/jobs")).json()["jobs"] == []
@@ -316,7 +317,7 @@ async def test_further_hosts_and_origins_can_be_allowed() -> None:
         for host in ("audio:8000", "inner.example", "queue.inner.example:80", "localhost"):
             assert await is_allowed(client, Host=host)
         assert not await is_allowed(client, Host="x.inner.example")
-        for origin in (EVIL, "null", "http://localhost:8000"):  # the last one is the server's own
+        for origin in (EVIL, "null", "http://localhost:8000"):  # the last origin is the server's own
             assert await is_allowed(client, Origin=origin)
         assert not await is_allowed(client, Origin="http://localhost:3000")  # only listed origins are allowed
         assert (await preflight(client, EVIL)).headers["access-control-allow-origin"] == EVIL

@@ -1,6 +1,6 @@
-"""Ownership of jobs: every route without a key, with an invalid key, another client's key and the owner's key.
+"""Ownership of jobs. Each route is called without a key and with three keys: invalid, another client's, the owner's.
 
-The routes are read from the application, so every new route must be classified here.
+The routes are read from the application. The tests fail for a new route until its path parameters are listed here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.backends import ToneBackend
 
 pytestmark = pytest.mark.server
 
-# Routes without a key: the start page and its files, the API description, probes, and published links.
+# Routes that need no key: the start page and its files, the API description, health checks, and download links.
 OPEN = {
     *(("GET", path) for path in ("/", "/health", "/ready", "/files/{file_id}/{file_name}")),
     *(("HEAD", path) for path in ("/", "/health", "/ready", "/files/{file_id}/{file_name}")),
@@ -43,7 +43,7 @@ OPEN = {
 # This route needs a key only if the client chose the job's id.
 AUDIO = "/jobs/{job_id}/audio"
 
-# Path parameters with a job id and the contract of that job, and the values of other path parameters.
+# Path parameters that are a job id -> the API whose jobs have such ids. Then: values for all other path parameters.
 JOB_NAMES = {"job_id": "sa3", "request_id": "fal", "generation_id": "aiml"}
 OTHER_NAMES = {"file_id": "0" * 32, "file_name": "a.wav", "ticket": "a.b", "number": "1", "endpoint": "x"}
 OTHER_NAMES |= {"model": "small-sfx", "report_id": "0" * 32, "path": "main.js"}
@@ -56,7 +56,7 @@ MISSING = {"sa3": "e" * 32, **dict.fromkeys(("fal", "aiml"), "00000000-0000-4000
 
 @dataclass(frozen=True)
 class Route:
-    """A route with a request. `contract` is the contract of the job in its path, if any."""
+    """A route and how to call it. `contract` is the API of the job that the request names; None: it names no job."""
 
     method: str
     path: str
@@ -87,7 +87,7 @@ def _without_prefix(path: str) -> str:
 
 
 def routes_of(app: FastAPI) -> Iterator[Route]:
-    """Returns every route with every method. Fails for an unclassified route."""
+    """Yield every route with every method. Fails if a path parameter is in neither JOB_NAMES nor OTHER_NAMES."""
     for found in iter_route_contexts(app.routes):
         path = re.sub(r"{(\w+):\w+}", r"{\1}", found.path or "")
         in_path = re.findall(r"{(\w+)}", path)
@@ -104,7 +104,7 @@ OWNED = [route for route in ROUTES if route.contract]
 
 @dataclass
 class Site:
-    """An application with keys whose jobs stay queued."""
+    """An application with API keys. It runs no jobs, so they stay queued."""
 
     client: httpx.AsyncClient
     jobs: JobQueue
@@ -116,7 +116,7 @@ class Site:
         return await self.client.request(**route.request(job_id), headers=headers)
 
     async def submit(self, contract: str | None, key: str = ALICE) -> str:
-        """Submit a job with this key. Stable Audio 3 jobs get an id that the client chooses."""
+        """Submit a job of an API (`contract`; None: the native API) with this key. Returns the job's id."""
         self.num_jobs += 1
         headers = {"Authorization": f"Bearer {key}"}
         if contract == "fal":
@@ -159,7 +159,7 @@ async def site(app_and_jobs: tuple[FastAPI, JobQueue]) -> AsyncIterator[Site]:
 
 
 def observable(reply: httpx.Response, job_id: str) -> tuple[object, ...]:
-    """Returns what a client can observe of a response, without values that differ between any two requests."""
+    """Returns what a client can see of a response, except values that differ even between equal requests."""
     headers = {name: value for name, value in reply.headers.items() if name not in ("x-request-id", "date")}
     return reply.status_code, str(headers).replace(job_id, "ID"), reply.text.replace(job_id, "ID")
 
@@ -175,7 +175,7 @@ Check = Callable[[Site, Route], Awaitable[None]]
 
 
 async def failures_at(site: Site, routes: Iterable[Route], check: Check) -> list[str]:
-    """Returns the faults of each route."""
+    """Run the check for each route. Returns a message for each failure."""
     failures = []
     for route in routes:
         try:
@@ -205,7 +205,7 @@ async def test_job_of_another_client_looks_missing(site: Site) -> None:
         statements, site.statements[:] = tuple(site.statements), ()
         unknown = await site.ask(route, BOB, missing)
         assert observable(reply, job_id) == observable(unknown, missing)
-        assert statements == tuple(site.statements)  # both send the same statements, so timing reveals nothing
+        assert statements == tuple(site.statements)  # the same SQL, so timing does not show whether the job exists
         after = await asyncio.to_thread(lambda: site.jobs.store.operators.find_all(job_id))
         assert [job for job in after if job.spec.client == "alice"] == before
         site.forget_jobs()
@@ -217,7 +217,7 @@ async def test_job_is_found_by_each_key_of_its_client(site: Site) -> None:
     async def check(site: Site, route: Route) -> None:
         for key in (ALICE, "alice-2"):
             job_id, missing = await site.submit(route.contract), MISSING[route.contract or "sa3"]
-            if route.path.endswith(("/events", "/stream")):  # the stream ends with its job
+            if route.path.endswith(("/events", "/stream")):  # end the job, because the stream lasts until then
                 (job,) = site.jobs.store.operators.find_all(job_id)
                 await site.jobs.cancel(job.spec.ref)
             reply = await site.ask(route, key, job_id)
@@ -286,7 +286,7 @@ async def test_audio_with_an_unguessable_id_can_be_downloaded_without_a_key(pref
         audio = await client.get(status["download_url"])
         assert audio.status_code == 200
         client.headers["Authorization"] = f"Bearer {BOB}"
-        await client.put(f"/jobs/{ticket['id']}", json=BODY)  # a chosen id does not hide the posted job's link
+        await client.put(f"/jobs/{ticket['id']}", json=BODY)  # another client chooses the same id
         del client.headers["Authorization"]
         assert (await client.get(status["download_url"])).content == audio.content
 

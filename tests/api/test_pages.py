@@ -23,7 +23,7 @@ PLAYGROUND = Path(__file__).parents[2] / "stable_audio_serve" / "api" / "playgro
 
 
 class Page(HTMLParser):
-    """Parses the resources, links, inline scripts and styles of a page."""
+    """The resources, links, inline scripts and inline styles of an HTML page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -102,8 +102,8 @@ async def test_root_page_runs_only_its_own_scripts_and_styles(client: httpx.Asyn
     assert policy_of(second)["script-src"] != policy["script-src"]
     page = Page(first.text)
     (script,) = re.findall(r"<script [^>]*nonce=\"([^\"]+)\"[^>]*src=\"playground/main.js\"", first.text)
-    assert policy["script-src"] == [f"'nonce-{script}'"]  # not 'self', because files of clients have the same origin
-    assert script != nonce  # CSS selectors could read a shared nonce
+    assert policy["script-src"] == [f"'nonce-{script}'"]  # 'self' would allow scripts in files that clients uploaded
+    assert script != nonce  # CSS selectors can read the nonce of styles
     assert (page.inline["script"], page.inline["style"]) == ([], [])
     assert not re.search(r"\s(on[a-z]+|style)=", first.text)
 

@@ -14,14 +14,14 @@ from tests.backends import ToneBackend
 
 PREFIXES = ("", "/sa3", "/saos", "/vllm", "/aiml", "/fal")
 
-# Stage of the default model, status code of /ready, and the fields `status` and `healthy` of /health.
+# State of the default model, then the expected responses: the status of /ready, `status` and `healthy` of /health.
 STAGES = [
     (None, 503, "loading", False),
     ("loading", 503, "loading", False),
     ("failed", 503, "failed", False),
     ("ready", 200, "ok", True),
-    ("idle", 200, "ok", True),  # scaled to zero: the first request is held and wakes the model
-    ("waking", 200, "ok", True),  # further requests are held too
+    ("idle", 200, "ok", True),  # no replica: the first request starts one and waits
+    ("waking", 200, "ok", True),  # requests wait until the model is loaded
 ]
 
 
@@ -82,14 +82,14 @@ async def test_probes_work_on_all_prefixes_and_with_head(
 
 @pytest.mark.server
 async def test_probes_respond_while_the_backend_hangs(client: httpx.AsyncClient, backend: ToneBackend) -> None:
-    """Probes respond at once, whatever the number of running requests."""
+    """/health and /ready respond at once, however many requests wait for the backend."""
     body = {"prompt": "x", "duration": 1}
     paths = ("/health", "/ready")
     expected = [(200, (await client.get(path)).json()) for path in paths]
     backend.delay_s = backend.status_delay_s = 600
     busy = [asyncio.create_task(client.post("/v1/audio/generations", json=body)) for _ in range(270)]
     try:
-        while backend.num_running < 256:  # `ingress.max_ongoing_requests`; further requests are refused
+        while backend.num_running < 256:  # `ingress.max_ongoing_requests`: as many as run at once
             await asyncio.wait(busy, timeout=0.05)
         async with asyncio.timeout(60):  # the backend responds after 600 s
             replies = await asyncio.gather(*(client.get(path) for path in paths))

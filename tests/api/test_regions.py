@@ -1,4 +1,4 @@
-"""Inpaint times as text are either regions inside the clip or an error that names a field."""
+"""Inpaint times in text form. The result is either regions inside the clip, or an error that names the field."""
 
 from __future__ import annotations
 

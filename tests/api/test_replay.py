@@ -47,7 +47,7 @@ Form = dict[str, Any]
 
 @asynccontextmanager
 async def serve_model(name: str, path: str, *, output_dir: Path) -> AsyncIterator[httpx.AsyncClient]:
-    """Yield a client of a server with one real model. All dialects return recipes."""
+    """Yield a client of a server with one real model. The server returns recipes in all dialects."""
     settings = Settings.model_validate(
         {
             "models": [{"name": name, "path": path, "threads": 1}],  # several threads are slower on a busy machine
@@ -74,7 +74,7 @@ async def real(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[httpx.
         yield client
 
 
-in_module_loop = pytest.mark.asyncio(loop_scope="module")  # the `real` fixture uses this event loop
+in_module_loop = pytest.mark.asyncio(loop_scope="module")  # for tests with the fixture `real`, which uses this loop
 
 
 def recipes_of(reply: httpx.Response) -> list[dict[str, Any]]:
@@ -95,7 +95,7 @@ async def test_text_to_audio_is_recreated_exactly(real: httpx.AsyncClient) -> No
 
 @in_module_loop
 async def test_recipe_contains_the_models_defaults(real: httpx.AsyncClient) -> None:
-    """A later version with other defaults must recreate the same clip."""
+    """The recipe must recreate the clip even in a later version that has other defaults."""
     body = {"prompt": "wind", "duration": 1, "seed": 7, "negative_prompt": "hiss"}
     (recipe,) = recipes_of(original := await real.post("/v1/audio/generations", json=body))
     left = {name: recipe[name] for name in ("steps", "cfg_scale", "apg_scale", "duration_padding_sec")}
@@ -139,7 +139,7 @@ KINDS = ("text", "variation", "inpaint", "continue", "loop", "styled loop", "sma
 
 
 def draw_request(random: Random, kind: str) -> tuple[str, Form, dict[str, bytes] | None]:
-    """Returns path, fields and upload of a random request of this kind."""
+    """Returns a random request of this kind: path, fields, and the uploaded file or None."""
     if kind in {"loop", "styled loop", "small"}:
         tempo, bars = random.choice([90, 120, 140]), random.choice([1, 2])
         form: Form = {"prompt": f"beat {tempo}bpm", "steps": random.randint(1, 3), "cfg_scale": random.choice([1, 6])}
@@ -200,7 +200,7 @@ async def test_clips_of_all_kinds_are_recreated_exactly(real: httpx.AsyncClient,
 
 
 def open_requests(sampler: str, **levels: float) -> list[tuple[str, Form]]:
-    """Returns path and fields of one request of each kind for a Stable Audio Open model."""
+    """Returns a request (path and fields) of each kind for a Stable Audio Open model."""
     chosen: Form = {"sampler_kwargs": {"sampler_type": sampler} | levels}
     text = {"prompt": "a bell", "duration": 2, "steps": 2}
     return [
@@ -425,7 +425,7 @@ async def test_hosted_dialects_have_recipes_if_configured(is_configured: bool) -
 
 
 async def test_list_of_jobs_has_no_long_recipes(client: httpx.AsyncClient, runner: JobRunner) -> None:
-    """Otherwise a list of 100 jobs could contain 1 MB of prompt per job."""
+    """With the recipes, each job of the list could add 1 MB of prompt."""
     for prompt, is_there in (("x" * 2048, True), ("x" * 2049, False)):
         job = await wait(client, await submit(client, prompt=prompt, batch_size=2))
         (listed, *_) = (await client.get("/jobs")).json()["jobs"]

@@ -20,9 +20,9 @@ from tests.backends import ToneBackend
 
 pytestmark = pytest.mark.server
 
-# Operations for every key, and operations without a key. A test below checks the scopes of all others.
+# ANY: operations that every key may call. OPEN: operations that need no key. All others need a scope.
 ANY = {"/v1/models", "/riffs/available", "/model/info"}
-ANY |= {"/v1/status", "/api/fal/proxy"}  # the proxy's target checks the scope
+ANY |= {"/v1/status", "/api/fal/proxy"}  # the route to which the proxy forwards a request checks the scope
 OPEN = {"/", "/health", "/ready", "/saos/health", "/files/{file_id}/{file_name}", "/jobs/{job_id}/audio"}
 OPEN |= {"/favicon.ico", "/playground/{path}", "/openapi.json", "/docs", "/redoc", "/docs/assets/{file_name}"}
 OPEN |= {f"/storage/upload/{{ticket}}{rest}" for rest in ("", "/{number}", "/complete")}
@@ -35,7 +35,7 @@ GENERATE |= {"/fal-ai/stable-audio", "/run/fal-ai/stable-audio"}
 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
-    """Returns an application with one key per scope, named after it, and one key with all scopes."""
+    """Returns an application with a key for each scope, whose text is the scope's name, and a key with all scopes."""
     folder = tmp_path_factory.mktemp("scopes")
     lines = [f"{scope}:{hash_key(scope)} scope={scope}" for scope in SCOPES]
     lines += [f"all:{hash_key('all')} scope={','.join(SCOPES)}", f"plain:{hash_key('plain')}"]
@@ -65,7 +65,7 @@ def operations(app: FastAPI) -> Iterator[tuple[str, str, str]]:
 
 
 def may_use(path: str, key: str) -> bool:
-    """Whether a key may call the operation: `generate` allows generating audio, `jobs` allows jobs."""
+    """Whether the key named `key`, which has the scope of that name, may call the operation at `path`."""
     if path in ANY | OPEN:
         return True
     if path in STORAGE:

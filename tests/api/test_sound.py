@@ -1,4 +1,4 @@
-"""Peak treatment and loudness of clips in all dialects, and the manifest of several variations."""
+"""Peak limiting and loudness of clips in all dialects, and the manifest of a response with several clips."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ async def test_setting_applies_to_requests_without_peaks() -> None:
 
 
 async def test_loudness_is_reported_where_defined(client: httpx.AsyncClient, backend: ToneBackend) -> None:
-    # By definition, a 997 Hz sine at full scale on one channel has -3.01 LUFS.
+    # By definition, a 997 Hz sine at full scale on one channel has -3.01 LUFS. The clip has it on two, at half scale.
     reply = await client.post(URL, json=BODY | {"seed": 897})
     assert facts(reply)["loudness"][0] == pytest.approx(-3.01 - 6.02 + 3.01, abs=0.1)
     short = await client.post(URL, json=BODY | {"duration": 0.39})
@@ -136,13 +136,13 @@ async def test_other_dialects_limit_and_describe_clips_too(
 
 
 async def test_open_small_normalizes_to_full_scale(client: httpx.AsyncClient, backend: ToneBackend) -> None:
-    """Clips are divided by their peak, so they do not clip. Fields of other dialects have no effect."""
+    """Each clip is divided by its peak. `peaks`, a field of another dialect, has no effect."""
     for level in (0.2, 1.5):
         backend.level = level
         body = {"prompt": "x", "seconds_total": 1, "seed": 305, "peaks": "limit"}
         reply = await client.post("/saos/generate", json=body)
         assert facts(reply)["peak"] == [1.0]
-        assert clipped(reply.content) < 2000  # of 88,200 samples: only the crests of the sine
+        assert clipped(reply.content) < 2000  # few of the 88,200 samples: only the crests of the sine
         assert peak(reply.content) == pytest.approx(1.0, abs=2 * LAST_BIT)
 
 

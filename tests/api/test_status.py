@@ -1,4 +1,4 @@
-"""`GET /v1/status` reports models, replicas and jobs, even if one of its sources is unavailable."""
+"""`GET /v1/status` reports models, replicas and jobs, even if the job store or a replica does not respond."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.server
 
 
 class FixedOperations:
-    """Operations with a fixed report."""
+    """Admin operations of a server whose report is always the same."""
 
     def __init__(self, report: ServerReport) -> None:
         self.server_report = report
@@ -43,7 +43,7 @@ class FixedOperations:
 
 
 async def poll_until(client: httpx.AsyncClient, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    """Poll until the jobs in the status meet the condition. Returns the status."""
+    """Read the status until its field `jobs` meets the condition. Returns the status."""
     async with asyncio.timeout(PATIENCE_S):
         while not condition((status := (await client.get("/v1/status")).json())["jobs"]):  # noqa: ASYNC110
             await asyncio.sleep(0.1)
@@ -54,7 +54,7 @@ async def test_status_has_models_replicas_and_jobs() -> None:
     replicas = (
         ReplicaReport("a1", 0.4, "cuda:0", "bfloat16", 3, backlog_s=1.5, rows_per_step=6.0, finished_per_minute=70),
         ReplicaReport("b2", 9.0, "cuda:1", "bfloat16", 1, backlog_s=0.5, rows_per_step=2.0, finished_per_minute=5),
-        ReplicaReport("c3", 0.1),  # a replica of another version, which reports nothing else
+        ReplicaReport("c3", 0.1),  # a replica with an older program may report nothing else
     )
     ready = ModelStatus("ready", 3, "cuda:0", states={"running": 3, "starting": 1})
     models = {"medium": ModelReport(ready, is_kept=True, replicas=replicas, waiting_jobs_s=7.5)}
@@ -123,14 +123,14 @@ async def test_status_gives_the_reason_if_jobs_are_unknown(tmp_path: Path) -> No
         shutil.rmtree(folder)
         jobs = (await poll_until(client, lambda jobs: jobs["reason"] is not None))["jobs"]
     assert jobs["store"]["state"] == "moved"
-    assert jobs["queued"] == 0  # the last known count
+    assert jobs["queued"] == 0  # counted before the folder was deleted
     assert jobs["age_s"] > 0
 
 
 async def test_concurrent_status_requests_succeed_and_start_no_generation() -> None:
     backend = ToneBackend()
     async with make_client(backend, run_jobs=False) as (client, _):
-        # Read the counts once. A busy machine may return these, because newer counts are late.
+        # Let the server count the jobs once. If it is too busy for a new count, it returns the last count.
         await poll_until(client, lambda jobs: jobs["queued"] is not None)
         replies = await asyncio.gather(*(client.get("/v1/status") for _ in range(200)))
         ages = [reply.json()["jobs"]["age_s"] for reply in replies]

@@ -1,4 +1,4 @@
-"""Uploads over a socket with killed or hanging decoders, many at once, and from clients that disconnect."""
+"""Uploads over a socket: decoder processes that are killed or hang, many uploads at once, lost connections."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.audio_files import make_audio_file
 from tests.backends import ToneBackend
 from tests.patience import PATIENCE_S, until
 
-pytestmark = pytest.mark.server  # kills decoders
+pytestmark = pytest.mark.server
 
 VARIATIONS = "/v1/audio/variations"
 FORM = {"prompt": "x", "duration": "0.1"}
@@ -26,7 +26,7 @@ WAV = make_audio_file(duration_s=10.0)
 
 
 def decoder_pids() -> set[int]:
-    """Returns the decoding processes of this process."""
+    """Returns the ids of this process's child processes that decode audio."""
     found = set()
     for entry in Path("/proc").iterdir():
         try:
@@ -39,7 +39,7 @@ def decoder_pids() -> set[int]:
 
 
 def spooled_files(folder: Path) -> list[str]:
-    """Returns the open files of this process in `folder`, deleted or not."""
+    """Returns the files in `folder` that this process has open, including deleted files."""
     links = []
     for entry in Path("/proc/self/fd").iterdir():
         try:
@@ -75,7 +75,7 @@ async def test_hanging_decoder_is_a_400_and_blocks_no_other_upload(monkeypatch: 
         assert (await upload(client)).status_code == 200
         (pid,) = decoder_pids() - before
         os.kill(pid, signal.SIGSTOP)
-        async with asyncio.timeout(PATIENCE_S):  # the limit is four seconds
+        async with asyncio.timeout(PATIENCE_S):
             stuck = asyncio.create_task(upload(client))
             await asyncio.sleep(0.2)
             for _ in range(5):
@@ -144,7 +144,8 @@ async def test_too_many_body_bytes_are_refused_until_others_are_done() -> None:
     backend = ToneBackend()
     backend.released.clear()
     async with connect(backend, max_bodies_bytes=2 * len(WAV)) as client:
-        first = asyncio.create_task(upload(client, make_audio_file(duration_s=30.0)))  # the only body so far
+        # A single body may exceed `max_bodies_bytes`.
+        first = asyncio.create_task(upload(client, make_audio_file(duration_s=30.0)))
         await until(lambda: backend.num_running == 1)
         second = await upload(client)
         assert (second.status_code, second.headers["retry-after"]) == (503, "5")
@@ -154,6 +155,6 @@ async def test_too_many_body_bytes_are_refused_until_others_are_done() -> None:
         assert (await client.get("/health")).status_code == 200
         backend.released.set()
         assert (await first).status_code == 200
-        async with asyncio.timeout(PATIENCE_S):  # the server closes the files only after the response
+        async with asyncio.timeout(PATIENCE_S):  # the first body is counted until shortly after its response
             while (await upload(client)).status_code != 200:  # noqa: ASYNC110  there is no event to wait for
                 await asyncio.sleep(0.05)

@@ -6,7 +6,7 @@ from stable_audio_serve.core.metrics import NullMetrics
 
 
 class CountingMetrics(NullMetrics):
-    """Records the counters and the last value of every gauge."""
+    """Metrics that keep the sum of every counter and the last value of every gauge, for assertions."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()

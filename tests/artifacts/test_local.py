@@ -1,4 +1,4 @@
-"""Faults that only a local folder can have. `test_stores` has the tests of all stores."""
+"""Faults that only a local folder can have. The tests that run for every kind of file store are in `test_stores`."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ async def test_full_disk_is_reported_and_leaves_nothing(
 
 
 async def test_a_file_above_the_process_limit_leaves_nothing(artifacts: LocalArtifacts, folder: Path) -> None:
-    """The kernel refuses the write after its first part, as on a full disk."""
+    """The kernel stops the write at the process's file size limit, after part of the file, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
@@ -203,7 +203,7 @@ def test_unwritable_folder_error_names_the_setting(tmp_path: Path, place: str) -
 
 @pytest.fixture
 async def claimed(tmp_path: Path) -> LocalArtifacts:
-    """Returns a store in `tmp_path / "files"` that a database has claimed."""
+    """Returns a file store in `tmp_path / "files"` that is marked as belonging to one job database."""
     LocalArtifacts(tmp_path / "files").claim("owner")
     return LocalArtifacts(tmp_path / "files", may_make=False)
 
@@ -226,7 +226,7 @@ async def test_moved_folder_is_an_error_and_not_recreated(
     assert folder.exists() == is_replaced
     if is_replaced:
         shutil.rmtree(folder)
-    shutil.copytree(away, folder)  # the copy has other inodes but names the same owner
+    shutil.copytree(away, folder)  # the copy is accepted, because its mark names the same database
     assert await read(claimed, file) == b"audio"
 
 
@@ -246,5 +246,5 @@ async def test_probe_leaves_nothing_and_checks_free_space(tiny_disk: Path) -> No
     with pytest.raises(StorageFullError):
         await artifacts.probe(500_000)
     await artifacts.delete(KEY)
-    await artifacts.probe(1 << 40)  # larger than the disk
+    await artifacts.probe(1 << 40)  # more than the disk holds
     assert names(tiny_disk) == []

@@ -1,4 +1,4 @@
-"""Faults that only a bucket can have. `test_stores` has the tests of all stores."""
+"""Faults that only a bucket can have. The tests that run for every kind of file store are in `test_stores`."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ async def test_file_that_changes_during_upload_is_refused(
 async def test_a_put_cancelled_between_two_parts_leaves_nothing(
     object_storage: ObjectStorage, store: S3Artifacts, bucket: str
 ) -> None:
-    """The parts of the file that the service has received are removed."""
+    """The store aborts the multipart upload, so the service deletes the parts that it has received."""
     num_taken, resumed = 0, threading.Event()
 
     def chunks() -> Iterator[bytes]:
@@ -272,7 +272,7 @@ def test_links_to_aws_name_the_bucket_in_the_host() -> None:
 
 
 def signature(url: str, *, secret: str) -> str:
-    """Returns the version 4 signature of a presigned GET, following AWS's documentation."""
+    """Returns the signature (AWS version 4) of a presigned GET URL, computed as AWS documents."""
     parts = urlsplit(url)
     query = "&".join(sorted(item for item in parts.query.split("&") if not item.startswith("X-Amz-Signature=")))
     values = {name: values[0] for name, values in parse_qs(parts.query).items()}
@@ -306,16 +306,16 @@ async def test_a_public_base_needs_no_signature(object_storage: ObjectStorage, b
 
 
 def check(storage: ObjectStorage, bucket: str, **overrides: Any) -> str:
-    """Returns the error message of the start check for these settings."""
+    """Run the check that a starting server runs on its bucket settings. Returns the error message."""
     started_at = time.monotonic()
     with pytest.raises(ConfigError) as caught:
         S3Artifacts(storage.settings(bucket, **overrides)).check()
-    assert time.monotonic() - started_at < 60  # boto3 retries for two minutes by default
+    assert time.monotonic() - started_at < 60  # with its default settings, boto3 would retry for two minutes
     return plain(caught.value)
 
 
 def check_soon(storage: ObjectStorage, bucket: str, **overrides: Any) -> str:
-    """Returns the error message of a check with a shorter time budget."""
+    """Like `check`, but with a shorter time limit."""
     with pytest.raises(ConfigError) as caught:
         check_bucket(storage.settings(bucket, **overrides), prefix="", budget_s=1.0)
     return plain(caught.value)
@@ -375,7 +375,7 @@ def test_missing_key_is_detected_at_startup(
 
 @pytest.fixture
 def closed_port() -> Iterator[int]:
-    with socket.socket() as listener:  # bound but not listening, so connections are refused
+    with socket.socket() as listener:  # the port is taken but nothing listens, so connections are refused
         listener.bind(("127.0.0.1", 0))
         yield listener.getsockname()[1]
 

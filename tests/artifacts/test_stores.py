@@ -1,4 +1,4 @@
-"""The contract of every artifact store, tested with a local folder and with a bucket behind HTTP."""
+"""What every artifact store must do. Each test runs with a local folder and with a bucket behind HTTP."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ KEY = artifact_key("0" * 32, "a.wav", fence=1)
 
 @dataclass
 class Place:
-    """A store, with direct access to its folder or bucket."""
+    """An artifact store, and functions that access its folder or bucket directly."""
 
     store: ArtifactStore
     metrics: CountingMetrics
     names: Callable[[], list[str]]  # names of all files, including hidden and unfinished ones
-    write: Callable[[str, bytes], None]  # writes a file without the store
+    write: Callable[[str, bytes], None]  # writes a file (key, content), bypassing the store
 
 
 def local_place(folder: Path) -> Place:
@@ -147,11 +147,11 @@ async def test_a_cancelled_put_leaves_nothing(place: Place, size: int) -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert place.names() == []
-    assert num_taken == 0  # the cancelled put reads nothing further
+    assert num_taken == 0  # after the cancellation, `put` takes no further chunk
 
 
 async def test_a_put_cancelled_at_any_time_leaves_nothing(place: Place) -> None:
-    """Includes cancellations after the file is complete but before the caller has the result."""
+    """Also if `put` is cancelled when the file is already complete."""
     for turns in range(0, 60, 3):
         task = asyncio.create_task(put(place, b"x" * 100))
         for _ in range(turns):
@@ -167,7 +167,7 @@ async def test_a_put_cancelled_at_any_time_leaves_nothing(place: Place) -> None:
 @pytest.mark.parametrize("num_bytes", [1, MIB, 2 * MIB + 5])
 @pytest.mark.parametrize("damage", ["flipped", "cut", "longer", "empty"])
 async def test_damaged_file_is_never_returned_complete(place: Place, num_bytes: int, damage: str) -> None:
-    """Reading a damaged file raises before its last byte, and before its first byte if it is one chunk."""
+    """Reading a damaged file raises before the last byte is returned. A file of one chunk returns no byte at all."""
     data = os.urandom(num_bytes)
     file = await put(place, data)
     damaged = {

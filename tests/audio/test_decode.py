@@ -78,7 +78,7 @@ def test_up_to_eight_channels_are_mixed_down_to_two(decoder: AudioDecoder, chann
     source = decoder.decode(as_file(make_audio_file(channels=channels)), max_s=60)
     mono = decoder.decode(as_file(make_audio_file(channels=1)), max_s=60)
     assert source.samples.shape == (kept, 44100)
-    # All channels are equal, so the mix has the same level.
+    # The channels are all equal, so each channel of the mix must equal the mono file.
     np.testing.assert_allclose(source.samples, np.tile(mono.samples, (kept, 1)), atol=1e-6)
 
 
@@ -89,7 +89,7 @@ def test_up_to_eight_channels_are_mixed_down_to_two(decoder: AudioDecoder, chann
 def test_each_surround_speaker_keeps_its_side(loud: int, left: float, right: float) -> None:
     block = np.zeros((10, 6), dtype=np.float32)
     block[:, loud] = 1.0
-    weight = 1.0 + 2 * 0.5**0.5  # sum of the front, centre and back weights of one side
+    weight = 1.0 + 2 * 0.5**0.5  # one side's sum of weights: front 1, centre and back 0.5**0.5 each
     np.testing.assert_allclose(mix_down(block), np.tile(np.array([left, right]) / weight, (10, 1)), atol=1e-6)
 
 
@@ -108,7 +108,7 @@ def test_each_surround_speaker_keeps_its_side(loud: int, left: float, right: flo
     ],
 )
 def test_a_bad_header_is_refused(decoder: AudioDecoder, upload: bytes, words: str) -> None:
-    with pytest.raises(InvalidUploadError, match=words):  # not the message of a timeout
+    with pytest.raises(InvalidUploadError, match=words):
         decoder.decode(as_file(upload), max_s=60)
 
 
@@ -171,7 +171,7 @@ def test_a_long_mp3_is_read_only_to_the_limit(decoder: AudioDecoder) -> None:
     file = as_file(minute * 60)
     source = decoder.decode(file, max_s=10)
     assert source.samples.shape == (1, 80_001)
-    assert os.lseek(file.fileno(), 0, os.SEEK_CUR) < len(minute)  # the rest was not read
+    assert os.lseek(file.fileno(), 0, os.SEEK_CUR) < len(minute)  # less than one of the sixty minutes was read
 
 
 @pytest.mark.parametrize("data", [b"", b"x", b"not audio at all", b"RIFF", make_audio_file()[:44]])
@@ -183,10 +183,10 @@ def test_files_that_are_not_audio_are_refused_by_field(decoder: AudioDecoder, da
 
 
 def decoders_of(parent: int) -> set[int]:
-    """Returns the ids of the decoding processes that a process has started."""
+    """Returns the ids of the decoder processes that the process `parent` has started."""
     pids = set()
     for children in Path(f"/proc/{parent}/task").glob("*/children"):
-        with suppress(OSError):  # the thread or process may have just ended
+        with suppress(OSError):  # the thread or process may have ended since it was listed
             pids |= {p for p in map(int, children.read_text().split()) if b"decode_worker" in read_command_line(p)}
     return pids
 
@@ -197,7 +197,7 @@ def read_command_line(pid: int) -> bytes:
 
 @pytest.fixture
 def own_pids() -> Callable[[], list[int]]:
-    """Returns a function that returns the decoding processes that this test has started."""
+    """Returns a function that returns the ids of the decoder processes that this test has started."""
     others = decoders_of(os.getpid())
     return lambda: sorted(decoders_of(os.getpid()) - others)
 
@@ -260,7 +260,7 @@ def test_a_file_that_takes_too_long_is_refused(own_pids: Callable[[], list[int]]
     began_at = time.monotonic()
     with closing(AudioDecoder(timeout_s=PATIENCE_S)) as first:
         first.decode(as_file(make_audio_file()), max_s=10)
-    # Allow five times as long as starting a process and decoding a file took.
+    # The time limit is five times as long as it took to start a decoder process and decode a file.
     decoder = AudioDecoder(timeout_s=5 * (time.monotonic() - began_at))
     decoder.decode(as_file(make_audio_file()), max_s=10)
     (pid,) = own_pids()

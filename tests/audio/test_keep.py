@@ -1,4 +1,4 @@
-"""An edit's audio equals the source outside the regions, and cross-fades with it inside them."""
+"""Edits of a source file: the result equals the source outside the regenerated regions and cross-fades inside them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_fades_are_inside_regions_and_meet_in_short_ones(regions_s: Regions, spa
     ("regions_s", "spans"),
     [
         ([(3.0, 5.0)], [Span(2970, 5000, FADE)]),
-        ([(3.002, 5.0)], [Span(2970, 5000, FADE)]),  # the source ends slightly before the region
+        ([(3.002, 5.0)], [Span(2970, 5000, FADE)]),  # the source ends at 3 s, slightly before the region
         ([(2.99, 5.0)], [Span(2970, 5000, FADE)]),
         ([(2.97, 5.0)], [Span(2970, 5000, FADE)]),
         ([(2.9, 5.0)], [Span(2900, 5000, FADE)]),

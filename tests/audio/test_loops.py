@@ -1,4 +1,4 @@
-"""Tempo, bars and lengths, compared with a second implementation that uses fractions and simple string methods."""
+"""Tempo, bars and lengths of loops, compared with a second, simpler implementation: fractions and string methods."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_hostile_prompts_are_scanned_quickly(prompt: str) -> None:
 
 
 def scan_tempo(prompt: str) -> int | None:
-    """Returns the digits before the first "bpm" that has any, ignoring white space between them."""
+    """Returns the number before the first "bpm" that follows a number, or None. Spaces may stand between the two."""
     lowered = prompt.lower()
     at = lowered.find("bpm")
     while at >= 0:
@@ -76,7 +76,7 @@ def test_tempo_agrees_with_a_plain_scan(parts: list[str]) -> None:
 
 
 def plan_exactly(tempo: int, bars: int | None, window_s: float) -> tuple[int, Fraction]:
-    """Returns the number of bars and the exact seconds."""
+    """Returns the loop's number of bars and its exact length in seconds."""
     window = Fraction(window_s)
     if bars is None:
         bars = max((count for count in (1, 2, 4, 8) if Fraction(240 * count, tempo) <= window), default=1)
@@ -121,12 +121,12 @@ def test_the_usual_tempos(tempo: int, bars: int, samples: int) -> None:
     ("tempo", "bars", "expected"),
     [
         (170, 8, 8),  # fits
-        (150, 8, 8),  # 12.8 s: within the tolerance of 1 s
-        (148, 8, 4),  # 12.97 s: beyond the tolerance
-        (60, 8, 4),  # halved only once: 16 s
+        (150, 8, 8),  # 12.8 s: less than 1 s longer than the window
+        (148, 8, 4),  # 12.97 s: more than 1 s longer than the window
+        (60, 8, 4),  # 32 s: halved only once, although 16 s are still too long
         (60, 4, 2),
         (20, 2, 1),
-        (10, 1, 1),  # 24 s: one bar cannot be halved
+        (10, 1, 1),  # 24 s: too long, but one bar cannot be halved
     ],
 )
 def test_explicit_bars_are_halved_once(tempo: int, bars: int, expected: int) -> None:

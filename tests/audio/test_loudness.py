@@ -14,7 +14,7 @@ from tests.parameters import some
 
 
 def make_tones(rate_hz: int, *parts: tuple[float, float]) -> npt.NDArray[np.float32]:
-    """Returns a stereo sine of 1 kHz. Each part is (peak level in dBFS, seconds)."""
+    """Returns a stereo sine of 1 kHz that consists of these parts in sequence: (peak level in dBFS, seconds)."""
     levels = np.concatenate([np.full(round(seconds * rate_hz), 10 ** (level / 20)) for level, seconds in parts])
     tone = np.sin(2 * np.pi * 1000 * np.arange(len(levels)) / rate_hz)
     return np.tile(levels * tone, (2, 1)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Peak treatment of loud clips, measured by the distortion of sines and compared with the reference formulas."""
+"""Peaks of loud clips: how much the limiter distorts sines, and the results of clipping and scaling."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_clip_below_the_ceiling_is_unchanged(level: float) -> None:
 
 @pytest.mark.parametrize("hertz", [40, 100, 440, 1000, 5000])
 def test_a_steady_tone_stays_a_pure_tone(hertz: float) -> None:
-    """The tone peaks 3 dB over full scale. Clipping it would cause -20 dB of distortion."""
+    """Limiting a tone that peaks 3 dB over full scale distorts it hardly. Clipping would cause about -20 dB."""
     audio = make_sine(hertz, level=10 ** (3 / 20))
     middle = limit(audio, RATE_HZ)[0, RATE_HZ // 2 : -RATE_HZ // 2]
     assert distortion_db(np.clip(audio[0], -1, 1)) > -30
@@ -67,14 +67,14 @@ def test_a_steady_tone_stays_a_pure_tone(hertz: float) -> None:
 
 
 def test_the_gain_is_smooth_and_recovers() -> None:
-    """Around a single peak in a quiet tone, the gain falls and then recovers slowly."""
+    """At a single peak in a quiet tone, the limiter's gain falls within 5 ms and then recovers slowly."""
     audio = make_sine(997, level=0.4)
     audio[0, RATE_HZ // 2] = 3.0
     with np.errstate(invalid="ignore"):
         gain = limit(audio, RATE_HZ)[1].astype(np.float64) / audio[1]
-    gain = gain[np.abs(audio[1]) > 0.2]  # keep samples that are loud enough to measure the gain
+    gain = gain[np.abs(audio[1]) > 0.2]  # the gain cannot be measured where the tone is near zero
     assert gain.min() == pytest.approx(CEILING / 3, abs=0.01)
-    assert np.abs(np.diff(gain)).max() < 0.1  # the gain changes over 5 ms, five half-waves of the tone
+    assert np.abs(np.diff(gain)).max() < 0.1  # no sudden change between two samples
     np.testing.assert_array_equal(limit(audio, RATE_HZ)[:, : RATE_HZ // 2 - 300], audio[:, : RATE_HZ // 2 - 300])
     np.testing.assert_array_equal(limit(audio, RATE_HZ)[:, -RATE_HZ // 4 :], audio[:, -RATE_HZ // 4 :])
 

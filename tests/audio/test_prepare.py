@@ -56,6 +56,6 @@ def test_a_source_of_any_rate_gets_the_exact_length(
     prepared = prepare_source(source, sample_rate_hz=model_rate_hz, channels=2, num_samples=wanted)
     assert prepared.shape == (2, wanted)
     assert prepared.isfinite().all()
-    length = -(-num_samples * model_rate_hz // rate_hz)  # rounded up; the rest is silence
+    length = -(-num_samples * model_rate_hz // rate_hz)  # the source's resampled length, rounded up
     assert not prepared[:, length:].any()
     assert prepared[:, : min(length, wanted)].any()

@@ -1,4 +1,4 @@
-"""In a benchmark, both sides of a comparison do the same work. Otherwise the result is void."""
+"""A benchmark that compares two programs is void unless both do the same work."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_different_clips_are_detected() -> None:
 
 
 class OneStepFewer:
-    """A side of a comparison that runs one step fewer than requested."""
+    """A compared program that cheats: it runs one sampling step fewer than requested."""
 
     def __init__(self, asker: Asker) -> None:
         self._asker = asker

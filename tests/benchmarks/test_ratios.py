@@ -1,4 +1,4 @@
-"""Ratios of the two sides of a comparison, checked against values computed by hand."""
+"""The figures and ratios of a benchmark that compares programs, checked against values computed by hand."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def record(due_at: float, latency_s: float, *, steps: int = 8, audio_s: float = 
 
 
 class CallbackSide:
-    """A side of a comparison that runs the test's function for each request."""
+    """A compared program that calls the test's function for each request."""
 
     def __init__(self, ask: Callable[[Arrival], Awaitable[None]]) -> None:
         self._ask = ask
@@ -69,7 +69,7 @@ async def test_open_loop_arrivals_do_not_wait_for_answers() -> None:
         records = await play(CallbackSide(answer_after_the_last_arrival), arrivals)
     assert seeds == [0, 1, 2]
     assert [one.due_at for one in records] == [0.0, 0.02, 0.04]
-    assert records[0].latency_ms >= 40.0  # the first answer came after the last arrival, 40 ms later
+    assert records[0].latency_ms >= 40.0  # answered only after the last arrival, at 40 ms
 
 
 async def test_clients_retry_after_the_requested_time() -> None:
@@ -107,7 +107,8 @@ def test_figures_by_hand() -> None:
     assert capacity_rps([record(0.0, 1.0), record(0.0, 2.0), record(0.0, 4.0)]) == 0.75
     listed = [record(float(i), 0.1 * (i + 1), steps=8 if i % 2 else 50) for i in range(20)]
     kept = steady_latencies_ms(listed)
-    assert kept == pytest.approx([100.0 * (i + 1) for i in range(3, 19)])  # excludes the first 15 % and the last 5 %
+    # The first 15 % and the last 5 % are left out.
+    assert kept == pytest.approx([100.0 * (i + 1) for i in range(3, 19)])
     assert steady_latencies_ms(listed, steps=50) == pytest.approx([100.0 * (i + 1) for i in range(4, 19, 2)])
     assert steady_latencies_ms(listed[:1]) == pytest.approx([100.0])
     capacity = ratio_of_medians([3.0, 4.0, 9.0], [2.0, 2.0, 3.0])
@@ -132,14 +133,15 @@ def test_refused_requests_count_neither_as_work_nor_as_latency() -> None:
 def test_a_rate_is_good_if_19_of_20_requests_end_in_time() -> None:
     alone_ms = fit_alone_ms([record(0, 0.1, audio_s=1.0), record(0, 0.5, audio_s=5.0)])
     assert alone_ms(record(0, 9.0, audio_s=3.0)) == pytest.approx(300.0)
-    in_time = [record(0, 0.9, audio_s=1.0)] * 18 + [record(0, 1.4, audio_s=3.0)]  # bounds: 1 s and 5 x 0.3 s
+    # A request is in time if it takes at most 1 s, or at most five times as long as it takes alone (here 5 x 0.3 s).
+    in_time = [record(0, 0.9, audio_s=1.0)] * 18 + [record(0, 1.4, audio_s=3.0)]
     assert is_good([*in_time, record(0, 1.1, audio_s=1.0)], alone_ms=alone_ms)
     assert is_good([*in_time, record(0, 0.0, refused=True)], alone_ms=alone_ms)
     assert not is_good([*in_time, record(0, 1.1, audio_s=1.0), record(0, 0.0, refused=True)], alone_ms=alone_ms)
 
 
 def test_goodput_counts_on_time_requests_until_the_last_arrival() -> None:
-    # Due at 0, 1, 2 and 3 s: on time, late, refused, finished after the last arrival.
+    # Four requests, which arrive at 0, 1, 2 and 3 s: on time, late, refused, and finished after the last arrival.
     records = [record(0.0, 0.5), record(1.0, 1.6), record(2.0, 0.01, refused=True), record(3.0, 0.5)]
     figures = summarize_overload(records, work_ms=[100.0] * 4, peak_work_ms_per_s=100.0)
     assert figures["goodput_over_peak_ratio"] == pytest.approx(1 / 3)
@@ -161,7 +163,7 @@ def test_a_trace_is_busy_while_anything_runs() -> None:
     figures = summarize_trace(
         [
             event("gemm", 0.0, 40.0),
-            event("norm", 20.0, 30.0),  # overlaps the gemm
+            event("norm", 20.0, 30.0),  # overlaps "gemm", so the overlap must count once
             event("Memcpy HtoD", 80.0, 20.0, kind="gpu_memcpy"),
             event("cudaLaunchKernel", 0.0, 1.0, kind="cuda_runtime"),
             event("cudaMemcpyAsync", 0.0, 1.0, kind="cuda_runtime"),

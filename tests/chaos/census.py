@@ -1,4 +1,4 @@
-"""A program that prints the number of running replicas of each deployment of a server, as JSON lines.
+"""A program that repeatedly prints one JSON line: the number of running replicas of each deployment of a server.
 
 It connects to the server's Ray and asks Serve's controller. It prints nothing while there is no controller.
 """

@@ -1,7 +1,7 @@
-"""The client of a chaos run. It retries requests without an answer, records accepted jobs, and checks their audio.
+"""The client of a chaos run, which submits jobs to the server and checks their audio. A planned job is an `Order`.
 
-A retry repeats the same request, including the idempotency key. The client polls each job until it ends. An answer of
-the API must be JSON.
+The client repeats a request that gets no answer, with the same idempotency key. It polls each job until the job ends,
+and records each step in a ledger.
 """
 
 from __future__ import annotations
@@ -29,16 +29,19 @@ _FAILING = (*_TRANSIENT, 500, 502, 504)
 
 
 class WrongError(Exception):
-    """The server gave a wrong answer."""
+    """The server gave an answer that is a fault: an unexpected status, or wrong audio."""
 
 
 class NoAnswerError(Exception):
-    """No answer, or an error that a retry may avoid. The server may have carried out the request anyway."""
+    """A request got no answer, or an error that a retry may avoid.
+
+    The server may have carried out the request anyway.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Customer:
-    """Sends orders to a server through `http`. The webhook of an order goes to its own path below `webhooks_url`."""
+    """Submits planned jobs (orders) through `http`. Each order has its own webhook path below `webhooks_url`."""
 
     http: httpx.AsyncClient
     ledger: Ledger
@@ -58,7 +61,10 @@ class Customer:
             self.ledger.write("wrong", order.number, why=str(error))
 
     async def fetch(self, order: Order, job: str) -> bytes | None:
-        """Wait for a job's end and download its audio twice. Returns None if the job failed. Raises WrongError."""
+        """Wait until the job ends, then download and check its audio. Returns the audio, or None if the job failed.
+
+        Raises WrongError.
+        """
         look = await self._end(order, job)
         if look.state == "failed":
             self.ledger.write("failed", order.number, job=job, error=look.error)
@@ -71,7 +77,7 @@ class Customer:
         return files[0]
 
     async def expected_audio(self, order: Order) -> bytes:
-        """Return the audio of the synchronous route for an order of the native API. Raises WrongError."""
+        """Generate an order's audio through the native API's synchronous route. Returns the file. Raises WrongError."""
         route = "variations" if order.kind == "variation" else "generations"
         sending = dialects.submission(order, webhook_url="") | {"url": f"/v1/audio/{route}", "headers": {}}
         return (await self._send_until_answered(**sending | {"method": "POST"})).content
@@ -94,7 +100,7 @@ class Customer:
                 raise WrongError(f"accepted without an id: {reply.status_code} {reply.text[:300]}") from error
 
     async def _end(self, order: Order, job: str) -> dialects.Look:
-        """Wait for the job's end and return its state and the file's URL."""
+        """Poll the job until it ends. Returns its state, with the file's URL or the error."""
         while True:
             reply = await self._send_until_answered(method="GET", url=dialects.status_path(order, job))
             look = dialects.read_status(order, reply.json())
@@ -106,14 +112,17 @@ class Customer:
             await asyncio.sleep(_POLL_S)
 
     async def _send_until_answered(self, **request: Any) -> httpx.Response:
-        """Send a repeatable request until it is answered. Raises WrongError."""
+        """Send the request again and again until it is answered. Raises WrongError."""
         while True:
             with suppress(NoAnswerError):
                 return await self._send(**request)
             await asyncio.sleep(_POLL_S)
 
     async def _send(self, **request: Any) -> httpx.Response:
-        """Send once and return a 2xx answer. Raises NoAnswerError if a retry may succeed, else WrongError."""
+        """Send the request once. Returns an answer with status 2xx.
+
+        Otherwise raises NoAnswerError if a retry may succeed, and WrongError if not.
+        """
         try:
             reply = await self.http.request(**request)
         except httpx.TransportError as error:
@@ -125,14 +134,14 @@ class Customer:
         raise WrongError(f"{request['method']} {request['url']} answered {reply.status_code}: {reply.text[:300]}")
 
     def _may_pass(self, reply: httpx.Response) -> bool:
-        """Return whether a retry may succeed: after a 429 or 503 with Retry-After, or an error of the object store."""
+        """Return whether a retry may succeed: the server sent Retry-After, or the error is the object store's."""
         if str(reply.url).startswith(str(self.http.base_url)):
             return reply.status_code in _TRANSIENT and "retry-after" in reply.headers
         return reply.status_code in _FAILING
 
 
 def _check_audio(file: bytes, order: Order) -> None:
-    """Raise WrongError unless the file is the WAV that was ordered."""
+    """Raise WrongError unless the file is stereo WAV audio of the requested length and not silent."""
     try:
         audio, rate_hz = soundfile.read(io.BytesIO(file), always_2d=True)
     except soundfile.LibsndfileError as error:

@@ -1,4 +1,4 @@
-"""The requests that submit, poll and fetch an order in each dialect, and the parsing of answers."""
+"""For each dialect: the requests that submit a planned job (order), poll it and fetch its audio; parsed answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ State = Literal["waiting", "succeeded", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """The result of a poll, with the file's URL after success or the reason of a failure."""
+    """What a poll of a job's status found: its state, and the file's URL if it succeeded or the error if it failed."""
 
     state: State
     file_url: str = ""
@@ -21,7 +21,7 @@ class Look:
 
 
 def submission(order: Order, *, webhook_url: str) -> dict[str, Any]:
-    """Return the arguments of the HTTP client's `request` that submit an order."""
+    """Return the arguments of httpx's `request` that submit a planned job."""
     hook = {"webhook_url": webhook_url} if order.has_webhook else {}
     headers = {} if order.key is None else {"Idempotency-Key": order.key}
     if order.kind == "variation":
@@ -52,12 +52,12 @@ def status_path(order: Order, job: str) -> str:
 
 
 def result_path(job: str) -> str:
-    """Return the path of a completed request's output in the fal dialect."""
+    """Return the path where the fal dialect has the output of a completed job."""
     return f"/queue/fal-ai/stable-audio/requests/{job}"
 
 
 def read_status(order: Order, reply: Any) -> Look:
-    """Parse an answer from `status_path`. In the fal dialect it lacks the file's URL. Raises KeyError, TypeError."""
+    """Parse the JSON from `status_path`. For a fal job the result has no `file_url`. Raises KeyError, TypeError."""
     status = reply["status"]
     if status in ("queued", "running", "generating", "IN_QUEUE", "IN_PROGRESS"):
         return Look("waiting")

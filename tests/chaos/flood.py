@@ -20,19 +20,19 @@ from dataclasses import asdict, dataclass
 _DRIP_EVERY_S = 2.0
 _RENEW_AFTER_S = 0.1
 _CONNECT_TIMEOUT_S = 10.0
-_AT_ONCE = 200  # concurrent attempts to connect
+_AT_ONCE = 200  # the attacker opens at most so many connections at the same time
 _UPLOAD = (
     b"POST /v1/audio/variations HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=B\r\n"
     b"Content-Length: 1000000\r\n\r\n-"
 )
 
 
-_NICENESS = 10  # so that the attacker's own CPU use does not slow the server down
+_NICENESS = 10  # low CPU priority: only the connections shall slow the server down, not the attacker's computing
 
 
 @dataclass(frozen=True, slots=True)
 class FloodPlan:
-    """The ports to attack, the number of connections, and the duration."""
+    """The port to attack, the numbers of connections of each kind, and the duration."""
 
     host: str
     port: int
@@ -50,7 +50,7 @@ class _Held:
 
 @contextmanager
 def flooding(plan: FloodPlan) -> Iterator[subprocess.Popen[str]]:
-    """Run the attacker. Once a second it prints the number of connections it holds, as JSON."""
+    """Run the attacker as a process. Once a second it prints, as JSON, how many connections it holds."""
     command = [sys.executable, "-m", "tests.chaos.flood", json.dumps(asdict(plan))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -75,7 +75,7 @@ async def _attack(plan: FloodPlan) -> None:
 
 
 async def _hold_half_open(plan: FloodPlan, held: _Held, gate: asyncio.Semaphore) -> None:
-    """Send one byte of a request, then nothing."""
+    """Hold a connection on which only one byte of a request is sent. Open a new one when the server closes it."""
     while True:
         with suppress(OSError, TimeoutError):
             reader, writer = await _connect(plan, gate)
@@ -91,7 +91,7 @@ async def _hold_half_open(plan: FloodPlan, held: _Held, gate: asyncio.Semaphore)
 
 
 async def _hold_upload(plan: FloodPlan, held: _Held, gate: asyncio.Semaphore) -> None:
-    """Send a large body, one byte at a time, until the server answers or closes the connection."""
+    """Hold a connection that uploads a large body one byte at a time. Open a new one when the server ends it."""
     while True:
         with suppress(OSError, TimeoutError):
             reader, writer = await _connect(plan, gate)

@@ -1,6 +1,6 @@
-"""Kills processes of one server, one after another, in an order determined by a seed.
+"""Kill processes of one server, one after another, in an order that a seed determines.
 
-It kills no other processes.
+Processes that do not belong to the server are never killed.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ Target = Literal["engine", "runner", "ingress", "controller", "proxy", "database
 
 @dataclass(frozen=True, slots=True)
 class ProcessKind:
-    """A kind of process: text in its command line, expected number of processes, and name of its deployment."""
+    """A kind of process: text in its command line, number of processes in a whole server, name of its deployment."""
 
     title: str
     number: int
     deployment: str | None = None
 
 
-# Processes of the server in `scene`. The database is not one of them.
+# The processes of the server that `scene` starts. The database is missing, because it is another server.
 KINDS: Mapping[Target, ProcessKind] = {
     "engine": ProcessKind("ray::ServeReplica:audio:tiny", 2, "tiny"),
     "runner": ProcessKind("ray::ServeReplica:audio:job-runner", 2, "job-runner"),
@@ -50,7 +50,7 @@ _BACK_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class PlannedKill:
-    """A planned kill, `at_s` seconds after the start."""
+    """A kill that is planned for `at_s` seconds after the start of the run."""
 
     at_s: float
     target: Target
@@ -65,7 +65,7 @@ class Kill:
 
 
 def plan_kills(*, rounds: int, every_s: float, seed: int) -> list[PlannedKill]:
-    """Plan to kill one process of every kind per round, in random order and at random times.
+    """Return planned kills: in each round one process of every kind, in random order and at random times.
 
     The plan also restarts the database once.
     """
@@ -114,7 +114,7 @@ async def carry_out(
 
 
 async def _kill(server: LaunchedServer, kind: ProcessKind, rng: random.Random) -> tuple[float, int]:
-    """Kill one process of a kind. Returns the Unix time and the process id."""
+    """Kill one process of this kind. Returns when (Unix time) and its process id."""
     while True:
         pids = await asyncio.to_thread(server.pids, kind.title)
         if pids:
@@ -148,7 +148,7 @@ def _is_back(server: LaunchedServer, kind: ProcessKind, killed: int, census: Cen
 
 
 class Census:
-    """Reads the output of `census.py`."""
+    """The latest line that the program `census.py` has printed."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
@@ -158,9 +158,10 @@ class Census:
         threading.Thread(target=self._read, daemon=True).start()
 
     def take(self) -> Mapping[str, int] | None:
-        """Return the running replicas per deployment, counted after this call, or None on timeout."""
+        """Return the number of running replicas of each deployment, counted after this call; None on timeout."""
         with self._has_new:
-            newer = self._num_taken + 2  # the next census may have started before this call
+            # Wait for two lines: the next one may be of a count that began before this call.
+            newer = self._num_taken + 2
             is_newer = self._has_new.wait_for(lambda: self._num_taken >= newer, timeout=_ANSWER_S)
             return self._latest if is_newer else None
 
@@ -175,7 +176,7 @@ class Census:
 
 @contextmanager
 def running_census(server: LaunchedServer) -> Iterator[Census]:
-    """Run the census program inside the context."""
+    """Run the program `census.py` until the context ends."""
     process = server.look_inside("tests.chaos.census")
     try:
         yield Census(process)

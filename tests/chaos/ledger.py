@@ -1,4 +1,4 @@
-"""The client's record of accepted orders and their results. Each entry is on disk before the client proceeds."""
+"""The test client's record of its jobs and their results. Each entry is on disk before the client proceeds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ class Ledger:
         self._file = path.open("a")
 
     def write(self, what: str, order: int, **facts: Any) -> None:
-        """Append an entry. `what` is accepted, unanswered (may have been accepted), fetched, failed or wrong."""
+        """Append an entry about the planned job number `order`.
+
+        `what` is "accepted", "unanswered" (it may have been accepted), "fetched", "failed" or "wrong".
+        """
         self._file.write(json.dumps({"at": time.time(), "what": what, "order": order, **facts}) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())

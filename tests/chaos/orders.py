@@ -1,4 +1,4 @@
-"""Orders of a chaos run: a random mix over the dialects, determined by a seed. Contains no HTTP."""
+"""Orders, which are the planned jobs of a chaos run: a mix of dialects and options, determined by a seed."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from typing import Any, Literal
 
 from tests.audio_files import make_audio_file
 
-# `keyed` sends an Idempotency-Key, `chosen` an id that the client chooses, and `variation` an upload.
+# plain, keyed, chosen and variation are jobs of the native API: without a key, with an Idempotency-Key, with an id
+# that the client chooses, and with an upload.
 Kind = Literal["plain", "keyed", "chosen", "variation", "aiml", "fal"]
 
 _WEIGHTS: Mapping[Kind, int] = {"plain": 2, "keyed": 3, "chosen": 2, "variation": 3, "aiml": 1, "fal": 2}
-_NOTIFYING = ("plain", "keyed", "chosen", "variation", "fal")  # kinds whose dialect supports webhooks
-_STEPS = ((4, 5), (60, 3), (400, 2))  # (steps, weight); 400 steps take about a second, long enough to be killed midway
+_NOTIFYING = ("plain", "keyed", "chosen", "variation", "fal")  # kinds of jobs that can have a webhook
+# (steps, weight in the random choice). 400 steps take about a second, so kills can interrupt them.
+_STEPS = ((4, 5), (60, 3), (400, 2))
 _RATE_HZ = 8_000
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """One planned job. `key` is its idempotency key or chosen id, which must prevent a second job.
+    """One planned job. `key` is its idempotency key or the id that the client chose; retries then make no new job.
 
-    If `is_repeated`, the client sends it again after the answer.
+    If `is_repeated`, the client submits the order again after it was accepted.
     """
 
     number: int
@@ -36,12 +38,12 @@ class Order:
 
     @property
     def contract(self) -> str:
-        """The contract of the job in the store."""
+        """The API of the job, as the job store names it."""
         return self.kind if self.kind in ("aiml", "fal") else "sa3"
 
     @property
     def controls(self) -> dict[str, Any]:
-        """The request fields in the native API."""
+        """The request fields that the native API takes for this job."""
         return {
             "prompt": f"order {self.number}",
             "duration": self.duration_s,
@@ -51,12 +53,15 @@ class Order:
 
     @property
     def clip(self) -> bytes:
-        """The source file of a variation."""
+        """The audio file that is uploaded if the order is a variation."""
         return make_audio_file(duration_s=0.5, rate_hz=_RATE_HZ, hz=200.0 + self.number)
 
 
 def make_orders(count: int, *, seed: int) -> list[Order]:
-    """Return one order of every kind, then random kinds by weight, determined by `seed`."""
+    """Return `count` orders: first one of every kind, then kinds drawn at random by weight.
+
+    `seed` determines the draw.
+    """
     rng = random.Random(f"orders/{seed}")
     kinds = [*_WEIGHTS, *rng.choices(list(_WEIGHTS), list(_WEIGHTS.values()), k=max(0, count - len(_WEIGHTS)))]
     rng.shuffle(kinds)
@@ -78,6 +83,6 @@ def _make_order(number: int, kind: Kind, rng: random.Random) -> Order:
 
 
 def arrival_times(count: int, *, span_s: float, seed: int) -> Sequence[float]:
-    """Return the arrival time of each order, in seconds from the start, sorted and random over `span_s`."""
+    """Return `count` sorted random times between 0 and `span_s` seconds, when the orders are submitted."""
     rng = random.Random(f"arrivals/{seed}")
     return sorted(rng.uniform(0.0, span_s) for _ in range(count))

@@ -1,4 +1,4 @@
-"""A chaos run: a client sends orders while processes are killed, and then all results are checked."""
+"""A chaos run: a client submits jobs while processes of the server are killed. Then all results are checked."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from tests.chaos.verdict import Verdict, judge
 from tests.chaos.webhooks import Inbox, receiving
 
 _REPORT_EVERY_S = 10.0
-_NOTICES_S = 60.0  # the last webhooks must arrive within this time after the last job
-_SWEEP_S = 30.0  # the sweeper must delete an old enough orphan within this time
+_NOTICES_S = 60.0  # all webhooks must arrive within this time after the last job ends
+_SWEEP_S = 30.0  # the server must delete a file without a job within this time after the file is old enough
 _AGAIN_AT_ONCE = 8
 _ANSWER_S = 15.0
 
 
 @dataclass(frozen=True, slots=True)
 class ChaosPlan:
-    """The load and the kills of a run. The same seed gives the same orders and kills."""
+    """What a chaos run submits and kills. The same seed gives the same jobs and kills."""
 
     num_orders: int
     rounds: int  # each round kills one process of every kind
     every_s: float  # mean time between kills
-    late_after_s: float  # longest time of an order after its acceptance and the last kill
-    give_up_s: float  # the client gives up an order after this time
-    num_compared: int  # number of jobs whose audio is compared bit by bit with the synchronous route's
-    is_swept: bool = False  # wait at the end until orphaned files are deleted
+    late_after_s: float  # a job is late if it ends this long after its acceptance and after the last kill
+    give_up_s: float  # the client stops waiting for a job after this time
+    num_compared: int  # number of jobs whose audio must equal the synchronous route's bit by bit
+    is_swept: bool = False  # at the end, wait until the server has deleted files without a job
     seed: int = 0
 
     @property
@@ -49,9 +49,9 @@ class ChaosPlan:
 
 
 async def run_chaos(scene: Scene, plan: ChaosPlan, ledger: Ledger) -> Verdict:
-    """Carry out `plan` and print its progress. Returns the verdict."""
+    """Carry out `plan`, print its progress, and check the results. Returns the verdict."""
     orders, planned_kills = plan.orders, plan.planned_kills
-    limits = httpx.Limits(max_connections=None)  # a limited pool of httpx loses connections after timeouts
+    limits = httpx.Limits(max_connections=None)  # in a limited pool, httpx never frees some connections after timeouts
     with receiving(WEBHOOK_SECRET) as inbox:
         async with httpx.AsyncClient(
             base_url=scene.server.url, timeout=_ANSWER_S, limits=limits, follow_redirects=True
@@ -84,7 +84,7 @@ async def run_chaos(scene: Scene, plan: ChaosPlan, ledger: Ledger) -> Verdict:
 async def _attack(
     scene: Scene, plan: ChaosPlan, customer: Customer, *, orders: Sequence[Order], planned_kills: Sequence[PlannedKill]
 ) -> list[Kill]:
-    """Submit orders while the kills are carried out. Returns the kills."""
+    """Submit the planned jobs while the kills are carried out. Returns the kills."""
     arrivals = arrival_times(len(orders), span_s=planned_kills[-1].at_s, seed=plan.seed)
 
     async def arrive(order: Order, at_s: float) -> None:
@@ -105,10 +105,11 @@ async def _attack(
 
 
 async def _check_results(customer: Customer, orders: Sequence[Order], plan: ChaosPlan) -> None:
-    """Check that the audio of finished jobs is unchanged, and compare some of it with the synchronous route's."""
+    """Download the audio of all finished jobs again, and compare some of it with the synchronous route's."""
     numbered = {order.number: order for order in orders}
     jobs = {(entry["order"], entry["job"]) for entry in customer.ledger.entries() if entry["what"] == "fetched"}
-    comparable = sorted(pair for pair in jobs if numbered[pair[0]].contract == "sa3")  # other dialects use random seeds
+    # Only the native API takes a seed.
+    comparable = sorted(pair for pair in jobs if numbered[pair[0]].contract == "sa3")
     compared = set(random.Random(plan.seed).sample(comparable, min(plan.num_compared, len(comparable))))
     gate = asyncio.Semaphore(_AGAIN_AT_ONCE)
 
@@ -133,7 +134,7 @@ async def _wait_for_notices(inbox: Inbox, orders: Sequence[Order]) -> None:
 
 
 async def _orphans(scene: Scene) -> set[str]:
-    """Wait until the sweeper has deleted orphans. Returns the files that still have no job."""
+    """Wait until the server has deleted files without a job. Returns those that remain after a time limit."""
     deadline = time.monotonic() + ORPHAN_AFTER_S + _SWEEP_S
     while True:
         orphans = scene.stored() - set(scene.visible())

@@ -1,4 +1,4 @@
-"""The server under attack, with two replicas of each deployment, and its database and object store."""
+"""The server of a chaos run, with two replicas of each deployment, and its database and object store."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.object_storage import Faults, ObjectStorage, running_object_storage
 from tests.serving.conftest import TINY
 from tests.serving.launched import LaunchedServer, write_config
 
-# Longer than the time between the storing of a file and the commit that makes it visible.
+# A file without a job is deleted at this age. A finished job needs less time from storing its file to its commit.
 ORPHAN_AFTER_S = 30.0
 
 _MODEL = {
@@ -32,7 +32,7 @@ _MODEL = {
 _JOBS = {
     "runners": 2,
     "lease_s": 2.5,
-    "max_attempts": 50,  # each kill may cost an attempt; the verdict checks their number
+    "max_attempts": 50,  # each kill may cost a job an attempt; the verdict checks the number of attempts
     "max_running": 8,
     "orphan_after_s": ORPHAN_AFTER_S,
     "webhook_allow_hosts": ["127.0.0.1"],
@@ -44,7 +44,7 @@ _FAULTS = Faults(errors=0.05, cuts=0.02)
 
 @dataclass(frozen=True)
 class Scene:
-    """A ready server, its job database and its bucket."""
+    """A running server that accepts requests, its job database and its bucket."""
 
     server: LaunchedServer
     postgres: PostgresServer
@@ -53,7 +53,6 @@ class Scene:
     bucket: str
 
     def crash_database(self) -> None:
-        """Kill the database and restart it."""
         self.postgres.restart("immediate")
 
     def rows(self) -> list[JobRow]:
@@ -61,11 +60,11 @@ class Scene:
         return [_to_row(row) for row in self._select("jobs")]
 
     def visible(self) -> list[str]:
-        """Return the keys of all published files."""
+        """Return the keys of all files that the database lists."""
         return [row["key"] for row in self._select("files")]
 
     def stored(self) -> set[str]:
-        """Return the keys of all job files in the bucket, published or not, but no claim or quality reports."""
+        """Return the keys of all job files in the bucket, even if the database does not list them."""
         keys = {key.removeprefix(f"{_PREFIX}/") for key in self.storage.keys(self.bucket)}
         return {key for key in keys if key != OWNER_KEY and not key.startswith(f"{QUALITY_FOLDER}/")}
 
@@ -80,7 +79,7 @@ class Scene:
 
 @contextmanager
 def running_scene(folder: Path, postgres: PostgresServer) -> Iterator[Scene]:
-    """Run the server inside the context."""
+    """Run the server, its database and its object store until the context ends."""
     config = write_config(folder, {"models": [_MODEL], "jobs": _JOBS, "ingress": {"replicas": 2}})
     database_url = postgres.create_database()
     with running_object_storage() as storage:

@@ -1,4 +1,4 @@
-"""Killing processes of any kind neither loses nor duplicates an accepted job."""
+"""However processes are killed, no accepted job is lost or done twice."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def run(plan: ChaosPlan, folder: Path, postgres: PostgresServer) -> None:
 
 
 def describe(verdict: Verdict, ledger: Ledger, scene: Scene) -> str:
-    """Return details for a failed run: the ledger, the server's last output, and the store's rows."""
+    """Return details of a failed run: verdict, client's ledger, the server's last output, and the jobs in the store."""
     book = (str(dict(entry)) for entry in ledger.entries() if not verdict.orders or entry["order"] in verdict.orders)
     output = [line for line in scene.server.output.splitlines() if not _ROUTINE.search(line)]
     parts = {

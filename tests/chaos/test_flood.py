@@ -23,8 +23,8 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 
 _HALF_OPEN, _DRIPPING = 4200, 1000
 _ATTACK_S = 60.0
-_RECOVERY_S = 15.0  # this long after the start of the attack, every request must be answered again
-_SHORT_ATTACK_S = 6.0  # for each of about 25 ports
+_RECOVERY_S = 15.0  # from this time after the start of the attack on, every request must be answered
+_SHORT_ATTACK_S = 6.0  # short, because about 25 ports are attacked one after another
 _SHORT_RECOVERY_S = 2.0
 _NUM_QUIET = 20
 _PUBLIC = "127.0.0.2"
@@ -33,7 +33,7 @@ _CLIP = {"prompt": "a door closes", "duration": 1, "seed": 5, "steps": 2}
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A request of another client: when it was sent, in seconds since the attack began, and how long it took."""
+    """A request of a well-behaved client: when it was sent (seconds since the attack began), and how it ended."""
 
     what: str
     sent_s: float
@@ -57,7 +57,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]
 
 
 def ask(url: str, began_at: float, what: str) -> Probe:
-    """Send one request on a new connection."""
+    """Send one request of the kind `what` ("health" or "clip") on a new connection."""
     sent_at = time.monotonic()
     try:
         with httpx.Client(base_url=url, timeout=10, trust_env=False) as client:
@@ -70,7 +70,7 @@ def ask(url: str, began_at: float, what: str) -> Probe:
 
 
 def probe_for(url: str, seconds: float) -> list[Probe]:
-    """Send both kinds of request repeatedly and concurrently."""
+    """Send health checks and clip requests, each one after another, in two threads."""
     began_at = time.monotonic()
     probes: list[Probe] = []
 
@@ -93,7 +93,7 @@ def p95(values: Sequence[float]) -> float:
 
 @pytest.fixture(scope="module")
 def bounds(server: LaunchedServer) -> dict[str, float]:
-    """Return the longest allowed response time under attack, by kind of request."""
+    """Return the longest allowed response time under attack for each kind of request, from times without an attack."""
     quiet = [ask(server.url, time.monotonic(), what) for _ in range(_NUM_QUIET) for what in ("health", "clip")]
     assert not [probe for probe in quiet if probe.problem]
     quiet_p95 = {what: p95([probe.took_s for probe in quiet if probe.what == what]) for what in ("health", "clip")}
@@ -104,7 +104,7 @@ def bounds(server: LaunchedServer) -> dict[str, float]:
 def attack(
     server: LaunchedServer, plan: FloodPlan, bounds: dict[str, float], *, recovery_s: float
 ) -> tuple[list[Probe], list[dict[str, Any]]]:
-    """Attack the server. Returns the late or failed probes after `recovery_s`, and the attacker's reports."""
+    """Attack the server. Returns the attacker's reports and, from `recovery_s` on, the late or failed requests."""
     with flooding(plan) as attacker:
         probes = probe_for(server.url, plan.seconds - 2)
         assert attacker.stdout is not None

@@ -1,4 +1,4 @@
-"""Requests in flight while one process of a server is killed succeed, or get a Retry-After."""
+"""Requests that are running while a process of the server is killed: they succeed, or get a Retry-After."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.serving.load import Load
 
 pytestmark = pytest.mark.chaos
 
-_IN_FLIGHT = 4  # concurrent callers
+_IN_FLIGHT = 4  # number of requests that the load keeps running at once
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def server(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def kill_one(server: LaunchedServer, target: Target) -> float:
-    """Kill one process and return the seconds until it is replaced."""
+    """Kill one process of this kind. Returns the seconds until its kind is complete again."""
     kind = KINDS[target]
     victim, *_ = server.pids(kind.title)
     os.kill(victim, signal.SIGKILL)
@@ -48,7 +48,7 @@ def kill_one(server: LaunchedServer, target: Target) -> float:
 
 
 def loaded_while_killing(server: LaunchedServer, target: Target) -> Load:
-    """Run a load while one process is killed, and check that no job is lost."""
+    """Send requests and jobs while one process of this kind is killed. Returns the load."""
     with Load(server.client) as load:
         load.wait_for_progress()
         back_s = kill_one(server, target)
@@ -71,6 +71,10 @@ def test_requests_at_a_killed_ingress_get_a_retry_time(server: LaunchedServer) -
 
 
 def test_killed_haproxy_closes_connections_and_restarts_soon(server: LaunchedServer) -> None:
-    """Requests at that time fail with a connection error. Only a load balancer in front of HAProxy can avoid them."""
+    """The running requests fail with a connection error.
+
+    Only a load balancer in front of HAProxy could prevent that.
+    """
     load = loaded_while_killing(server, "proxy")
-    assert all("Error" in failure for failure in load.failures), load.failures  # connection errors, not status codes
+    # All are connection errors, none is a status code.
+    assert all("Error" in failure for failure in load.failures), load.failures

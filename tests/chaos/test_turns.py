@@ -1,4 +1,4 @@
-"""Clients that submit many batch jobs hardly delay another client."""
+"""A client that submits many batch jobs hardly delays other clients."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_thirty_batch_jobs_hardly_delay_a_request(tmp_path: Path) -> None:
             ratios.append(generate_s() / alone_s)
             wait_until(lambda: not any(map(has_jobs, ("queued", "running", "queued"))))
     print(ratios)
-    # One step of 10 to 20 ms may come first. The rest of the bound allows for other load on the machine.
+    # A request waits for at most one sampling step of the batch jobs, 10 to 20 ms. The rest of the bound is for noise.
     assert max(ratios) <= 1.5
 
 

@@ -1,7 +1,7 @@
-"""Finds the faults of a chaos run from the ledger, the webhooks, the store's rows and the kills.
+"""Find the faults of a chaos run from the client's ledger, the webhooks, the jobs in the database, and the kills.
 
 An accepted job is lost if it has no valid audio at the end. It is late if it takes too long after its acceptance and
-the last kill. Two jobs for one key, or two different artifacts or webhooks of one job, are duplicates.
+the last kill. Two jobs for one idempotency key are duplicates, and so are two different files or webhooks of one job.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from tests.chaos.ledger import Entry
 from tests.chaos.orders import Order
 from tests.chaos.webhooks import Notice
 
-# Kills that can end an attempt of a job. A kill of the controller ends no other process.
+# Targets whose kill can end an attempt of a running job.
 _COSTLY = ("engine", "runner", "database")
-_SPARE_ATTEMPTS = 1  # for an error of the object store, or a lease that expires on a busy machine
+_SPARE_ATTEMPTS = 1  # allowed besides: an object store error, or a runner too busy to renew its lease, costs one
 
 
 @dataclass(frozen=True, slots=True)
 class JobRow:
-    """A job in the store; times are Unix seconds."""
+    """A job as read from the database. Times are Unix seconds."""
 
     contract: str
     id: str
@@ -38,7 +38,7 @@ class JobRow:
 
 @dataclass
 class Verdict:
-    """Faults by kind, each with a sentence and the numbers of its orders."""
+    """The result of a chaos run: a sentence for each fault, by kind, and the numbers of the orders with a fault."""
 
     num_orders: int
     num_accepted: int = 0
@@ -76,13 +76,13 @@ def judge(
     kills: Sequence[Kill],
     late_after_s: float,
 ) -> Verdict:
-    """Compare the accepted orders with their results. `visible` has the keys of all published files."""
+    """Compare what the client was promised with the results. `visible` has the keys of all files in the database."""
     verdict = Verdict(num_orders=len(orders))
     book: dict[int, list[Entry]] = defaultdict(list)
     for entry in entries:
         book[entry["order"]].append(entry)
     quiet_at = max((kill.at for kill in kills), default=0.0)
-    jobs: dict[str, Order] = {}  # every accepted job
+    jobs: dict[str, Order] = {}  # id of every accepted job -> its order
     for order in orders:
         promised = _judge_order(verdict, order, book[order.number], quiet_at=quiet_at, late_after_s=late_after_s)
         jobs |= dict.fromkeys(promised, order)
@@ -100,7 +100,7 @@ def judge(
 def _judge_order(
     verdict: Verdict, order: Order, entries: Sequence[Entry], *, quiet_at: float, late_after_s: float
 ) -> set[str]:
-    """Check one order from the client's entries. Returns the accepted job ids."""
+    """Check one planned job by its ledger entries. Adds its faults to the verdict. Returns the accepted job ids."""
     what = {kind: [entry for entry in entries if entry["what"] == kind] for kind in _WHATS}
     name = f"order {order.number} ({order.kind})"
     for entry in what["wrong"]:
@@ -176,7 +176,7 @@ def _judge_rows(verdict: Verdict, jobs: dict[str, Order], rows: Sequence[JobRow]
 
 
 def _judge_artifacts(verdict: Verdict, rows: Sequence[JobRow], visible: Sequence[str]) -> None:
-    """Check that exactly the artifacts of succeeded jobs are published, each once."""
+    """Check that exactly the files of succeeded jobs are listed in the database, each once."""
     due = Counter(row.artifact for row in rows if row.state == "succeeded")
     for artifact in sorted(map(str, due.keys() | set(visible))):
         num_due, num_visible = due[artifact], visible.count(artifact)

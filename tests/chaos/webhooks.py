@@ -1,4 +1,4 @@
-"""Receives the webhooks of a chaos run. Answers some first deliveries with 503, so that the server retries them."""
+"""Receive the webhooks of a chaos run. Some are refused with 503 at first, so that the server delivers them again."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _REFUSE_EVERY = 5  # refuse the first webhook of every fifth order
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """A received webhook. `webhook_id` is the header, or None if the dialect sends none."""
+    """A received webhook. `webhook_id` is its header `webhook-id`, or None if there is none."""
 
     order: int
     job: str
     webhook_id: str | None
-    outcome: str  # the job's outcome
+    outcome: str  # how the job ended, in the dialect's words
     was_refused: bool
-    is_genuine: bool = True  # False if the dialect signs webhooks and this signature is wrong
+    is_genuine: bool = True  # False if the native API's signature is wrong; fal's is not checked
 
 
 class Inbox:
@@ -38,11 +38,11 @@ class Inbox:
         self._lock = threading.Lock()
 
     def notified(self) -> set[int]:
-        """Return the numbers of the orders with an accepted webhook."""
+        """Return the numbers of the orders whose webhook has arrived and was not refused."""
         return {notice.order for notice in self.notices if not notice.was_refused}
 
     def take(self, path: str, headers: Mapping[str, str], content: bytes) -> int:
-        """Record a delivery. Returns the status code of the answer."""
+        """Record a webhook that was delivered. Returns the status code to answer with."""
         order, body = int(path.strip("/")), json.loads(content)
         headers = {name.lower(): value for name, value in headers.items()}
         is_fal = "request_id" in body
@@ -64,7 +64,7 @@ class Inbox:
 
 @contextmanager
 def receiving(secret: str) -> Iterator[Inbox]:
-    """Receive webhooks on a free port inside the context."""
+    """Receive webhooks on a free port until the context ends."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:

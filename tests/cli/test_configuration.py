@@ -1,4 +1,4 @@
-"""All commands find the configuration in the same way and print its path. `init` writes one."""
+"""All commands look for the configuration file in the same places and print its path. `init` writes such a file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COMMANDS = [["config"], ["admin", "jobs", "list"], ["serve"]]
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Returns a function that runs a command in an empty directory."""
+    """Change to an empty directory. Returns a function that runs a command there."""
     for name in [name for name in os.environ if name.startswith("STABLE_AUDIO_")]:
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
@@ -39,7 +39,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def write_faulty(path: Path) -> None:
-    """Write a configuration that every command refuses, so that no server starts."""
+    """Write a configuration with a misspelled key. Every command refuses it, so no server starts."""
     path.write_text("applications: [{import_path: 'a:b', args: {modles: []}}]\n")
 
 
@@ -66,9 +66,9 @@ def test_a_mistyped_key_beside_args_is_named(run: Run, tmp_path: Path, command: 
 
 @pytest.mark.server
 def test_a_mistyped_key_is_named_before_the_default_models(run: Run, tmp_path: Path) -> None:
-    """A server without `args` would load the default models, whose weights are missing here.
+    """The error must be about the misspelled key, not about the default models, whose weights are missing here.
 
-    Runs in a new process, because Ray reads the environment when it is imported.
+    The command runs in a new process, because Ray reads the environment when it is imported.
     """
     (tmp_path / "serve_config.yaml").write_text(_MISTYPED)
     done = subprocess.run(
@@ -99,7 +99,7 @@ def test_config_refuses_the_same_model_names_as_serve(run: Run, tmp_path: Path, 
     result = run("config")
     assert (result.exit_code, result.stdout) == (2, "")
     assert f"error: {expected}" in result.stderr
-    assert os.listdir(tmp_path) == ["serve_config.yaml"]  # no store was created
+    assert os.listdir(tmp_path) == ["serve_config.yaml"]  # the command created no job store
 
 
 @pytest.mark.parametrize("command", COMMANDS[:2])
@@ -180,7 +180,10 @@ def test_the_proxy_can_be_set_in_the_env_file(run: Run, tmp_path: Path) -> None:
 @pytest.mark.server
 @pytest.mark.slow
 def test_stable_audio_api_serves_the_stable_audio_3_models(run: Run, tmp_path: Path) -> None:
-    """`.env` does not choose the models. With no weights on disk and the hub offline, startup fails at the first."""
+    """The command serves all Stable Audio 3 models, whatever `.env` names.
+
+    No weights are on disk and the hub is offline, so startup fails at the first model.
+    """
     (tmp_path / ".env").write_text(
         "HF_HUB_OFFLINE=1\nSTABLE_AUDIO_DEFAULT_MODEL=small-music\nSTABLE_AUDIO_PRELOAD_MODELS=small-sfx\n"
     )
@@ -192,7 +195,7 @@ def test_stable_audio_api_serves_the_stable_audio_3_models(run: Run, tmp_path: P
             "--host",
             "127.0.0.1",
             "--port",
-            str(free_port()),  # not in the range of ports for outgoing connections
+            str(free_port()),
         ],
         env=os.environ | {"HF_HOME": str(tmp_path / "hub")},
         capture_output=True,

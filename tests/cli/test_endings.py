@@ -1,4 +1,4 @@
-"""All commands use the same exit codes."""
+"""The commands' exit codes for the same faults are equal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`serve` names a faulty value of the configuration and does not start."""
+"""If the configuration has a faulty value, `serve` names the value and does not start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands that generate audio with a test server, called in this process and as separate processes."""
+"""The commands that generate audio. They run in this process or as separate processes, with a server of the test."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ ROOT = Path(__file__).parents[2]
 
 
 def _enable_ctrl_c() -> None:
-    """Restore the handling of SIGINT. A process inherits it as ignored if a shell runs the tests in the background."""
+    """Make Ctrl-C work in a child process. If a shell runs the tests in the background, children ignore SIGINT."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass
 class Shell:
-    """Runs commands in a temporary folder, with the server's address in their environment."""
+    """Runs commands in a temporary folder. The environment variable STABLE_AUDIO_URL has the server's address."""
 
     folder: Path
     url: str
@@ -60,7 +60,10 @@ class Shell:
         )
 
     async def run(self, *arguments: str, stdin: bytes = b"", code: int = 0, **environment: str) -> bytes:
-        """Returns the standard output, or the standard error if `code` is not 0. Fails on another exit code."""
+        """Run a command that must exit with `code`.
+
+        Returns its standard output, or standard error if `code` is not 0.
+        """
         ended = await asyncio.to_thread(
             CliRunner().invoke,
             app,
@@ -145,7 +148,7 @@ async def test_a_file_is_recreated_from_its_recipe(shell: Shell) -> None:
     recipe = extract(io.BytesIO(rain))
     assert recipe is not None
     assert await shell.run("replay", "-", "-o", "-", stdin=recipe.encode()) == rain
-    # The recipe is too long for a header.
+    # With this prompt, the recipe is too long for a response header, and must come from the file.
     await shell.run("generate", "rain " * 1000, "-d", "0.5", "-s", "8", "-o", "long.wav")
     assert (await shell.run("replay", "long.wav")).startswith(b"rain-rain-")
     await shell.run("variation", "rain.wav", "hail", "-d", "0.5", "-o", "hail.flac", "--format", "flac")
@@ -257,9 +260,8 @@ async def test_jobs_are_cancelled_and_found_by_idempotency_key(shell: Shell) -> 
     assert "--region" in (await shell.run("jobs", "submit", "rain", "--keep", "model", code=2)).decode()
 
 
-@pytest.mark.server  # loads a model
+@pytest.mark.server
 async def test_local_generates_and_replays_without_a_server(shell: Shell) -> None:
-    """`--local` runs the demo model in the command's process."""
     await shell.run("generate", "a kick drum", "--local", "-d", "0.5", "-s", "3", "--steps", "4", "-o", "one.wav")
     assert frames(await shell.read("one.wav")) == RATE_HZ // 2
     assert json.loads(await shell.run("replay", "one.wav", "--local", "-o", "three.wav", "--json"))["replay"] == "exact"
@@ -267,9 +269,9 @@ async def test_local_generates_and_replays_without_a_server(shell: Shell) -> Non
     assert not shell.backend.requests
 
 
-@pytest.mark.server  # loads a model
+@pytest.mark.server
 async def test_local_uses_the_server_configuration(shell: Shell) -> None:
-    """`--local` uses the configured loop model and writes recipes as configured. It needs no API key."""
+    """The configuration sets the model for loops and turns recipes on. Its API keys do not apply to `--local`."""
     demo = str(BUILT_IN["demo"].folder)
     args = {
         "models": [{"name": "demo"}, {"name": "loops", "path": demo}],

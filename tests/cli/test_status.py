@@ -1,4 +1,4 @@
-"""The state of a server as text, for complete and partial answers."""
+"""The text that `status` prints about a server, from complete and from partial answers of the server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operator's commands on job stores in SQLite and PostgreSQL that a server has open."""
+"""`stable-audio-serve admin jobs` on a job store in SQLite or PostgreSQL, while a server has the store open."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def store(store_url: str) -> Iterator[JobStore]:
 
 @pytest.fixture
 def run(store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Returns a function that runs `stable-audio-serve admin jobs` while a server has `store` open."""
+    """Returns a function that runs `stable-audio-serve admin jobs` on the job store at `store_url`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("STABLE_AUDIO_DATABASE_URL", store_url)
     monkeypatch.setenv("STABLE_AUDIO_OUTPUT_DIR", str(tmp_path / "jobs"))
@@ -49,14 +49,14 @@ def run(store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def errors(text: str) -> list[str]:
-    """Returns the lines of standard error without the first, which names the configuration."""
+    """Returns the lines of standard error. Checks and leaves out the first line, which names the configuration."""
     first, *others = text.splitlines()
     assert first.startswith("configuration: ")
     return others
 
 
 def expect(result: Result, *words: str, code: int = 0) -> str:
-    """Assert the exit code and words, and that there are no traceback and control characters. Returns the output."""
+    """Check the exit code, and that the output has these words and no traceback or control characters. Returns it."""
     assert result.exit_code == code, result.output
     messages = errors(result.stderr)
     assert all(line.startswith("error: ") for line in messages)
@@ -74,7 +74,7 @@ def load(result: Result) -> Any:
 
 
 def add_one_of_each(store: JobStore) -> dict[str, Job]:
-    """Add a job in each state and a dead letter."""
+    """Add a job in each state, and a failed job that is a dead letter. Returns them by name."""
     jobs = {"succeeded": add(store), "failed": add(store), "dead": add(store), "running": add(store)}
     for _ in jobs:
         lease(store)

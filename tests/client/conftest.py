@@ -48,7 +48,7 @@ async def _server() -> AsyncIterator[tuple[FastAPI, Served]]:
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def served(_server: tuple[FastAPI, Served]) -> Served:
-    """Returns the module's server after resetting its backend and deleting its jobs."""
+    """Reset the backend of the server that the module's tests share, and delete its jobs. Returns the server."""
     app, served = _server
     with app.state.jobs.store.database.writing() as connection:
         connection.execute(JOBS.delete())
@@ -57,13 +57,16 @@ async def served(_server: tuple[FastAPI, Served]) -> Served:
 
 
 class Caller:
-    """Calls the synchronous or the asynchronous client, so that one test covers both."""
+    """Calls methods of a synchronous or an asynchronous client in the same way, so that one test covers both."""
 
     def __init__(self, client: Client | AsyncClient) -> None:
         self.client = client
 
     async def __call__(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Call a method by name, such as `jobs.get`. Returns its result, or the list of an iterator."""
+        """Call a method of the client by name, such as `jobs.get`.
+
+        Returns its result; an iterator's items as a list.
+        """
         target: Any = self.client
         for part in name.split("."):
             target = getattr(target, part)

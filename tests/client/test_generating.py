@@ -47,7 +47,7 @@ async def test_clips_are_recreated_from_recipes_and_files(served: Served, connec
             assert again.clips[0].recipe == clip.recipe
         with pytest.raises(errors.InvalidRequestError, match=clip.recipe["init_audio"]["sha256"]):
             await call("replay", clip)
-    long = {**take.clips[0].recipe, "prompt": "雨" * 100_000}  # 600 kB in ASCII
+    long = {**take.clips[0].recipe, "prompt": "雨" * 100_000}  # 600 kB in JSON, which escapes each character
     assert (await call("replay", long, sources=[source])).seed == take.seed
     text = await call("generate", "rain", duration=0.5)
     assert (await call("replay", text.clips[0].recipe)).content == text.content
@@ -63,7 +63,7 @@ async def test_fields_without_effect_are_reported(served: Served, connect: Calla
     job = await call("jobs.submit", "x" * 10_400, duration=0.5)
     fetched: Result = await call("jobs.fetch", await call("jobs.wait", job.id))
     assert take.warnings == fetched.warnings == ("prompt: the model reads the first 1012 characters only",)
-    assert take.clips[0].recipe is None  # a recipe without its prompt cannot be replayed
+    assert take.clips[0].recipe is None  # the header has no room for a recipe with this prompt
     assert (await call("generate", "rain", duration=0.5)).warnings == ()
 
 

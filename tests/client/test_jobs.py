@@ -148,7 +148,7 @@ async def test_an_interrupted_download_is_retried(
     async def bucket(scope: Scope, receive: Receive, send: Send) -> None:
         nonlocal num_seen
         num_seen += 1
-        length = b"5" if num_seen % 2 else b"10"  # every other answer is shorter than its Content-Length
+        length = b"5" if num_seen % 2 else b"10"  # the body has 5 bytes, so every other answer ends too early
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
         await send({"type": "http.response.body", "body": b"sound"})
 
@@ -206,7 +206,7 @@ async def test_without_event_streams_the_client_polls_the_status(connect: Callab
         async with other.stream("GET", f"{served.url}/jobs/{job.id}/events"):
             waiting = asyncio.create_task(call("jobs.follow", job.id))
             await until(lambda: refusals[503])
-            await asyncio.sleep(0.3)  # time for a status request
+            await asyncio.sleep(0.3)  # in this time the client asks for the job's status
             served.backend.released.set()
             events = await waiting
     assert isinstance(events[-1], Job)
@@ -214,7 +214,7 @@ async def test_without_event_streams_the_client_polls_the_status(connect: Callab
 
 
 async def test_an_interrupted_stream_resumes_at_the_last_event(served: Served, connect: Callable[..., Caller]) -> None:
-    """Simulates a proxy that ends each stream after its first bytes."""
+    """The proxy of this test ends each event stream after the first bytes."""
     last_ids = []
     async with httpx.AsyncClient(base_url=served.url, timeout=PATIENCE_S) as upstream:
 
@@ -247,7 +247,7 @@ async def test_an_interrupted_stream_resumes_at_the_last_event(served: Served, c
 async def test_after_three_empty_streams_the_client_polls(
     served: Served, connect: Callable[..., Caller], *, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Simulates a proxy that passes on no events."""
+    """The proxy of this test answers each event stream with an empty one."""
     num_streams = 0
     monkeypatch.setattr(operations, "_POLL_S", 0.01)
     async with httpx.AsyncClient(base_url=served.url, timeout=PATIENCE_S) as upstream:
@@ -275,7 +275,7 @@ async def test_after_three_empty_streams_the_client_polls(
 
 
 async def test_no_key_is_sent_to_an_upload_link(served: Served, tmp_path: Path, connect: Callable[..., Caller]) -> None:
-    """An upload link points to another host, which must not get the API key."""
+    """The upload link leads to another host. The client must not send its API key there."""
     paths = []
 
     async def bucket(scope: Scope, receive: Receive, send: Send) -> None:

@@ -123,7 +123,7 @@ class Events(httpx.SyncByteStream):
 
 
 async def test_the_client_works_inside_an_event_loop() -> None:
-    """A notebook runs inside an event loop. Leaving an iteration early closes the stream."""
+    """As in a notebook. A second check: ending an iteration early closes the event stream."""
     stream, headers = Events(), {"content-type": "text/event-stream"}
     transport = httpx.MockTransport(lambda request: httpx.Response(200, headers=headers, stream=stream))
     with Client("http://a", http=httpx.Client(transport=transport)) as client:

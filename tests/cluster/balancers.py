@@ -1,4 +1,4 @@
-"""Copy the configurations in `cluster/load_balancer/` and run the load balancers."""
+"""Run NGINX and HAProxy with copies of the configurations in `cluster/load_balancer/`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ FILES = {"nginx": "nginx.conf", "haproxy": "haproxy.cfg"}
 
 
 def configured(name: str, folder: Path, *, ports: tuple[int, int], port: int, slow_s: float | None = None) -> Path:
-    """Copy a shipped configuration with this test's addresses. `slow_s` replaces the timeouts of 15 s."""
+    """Copy the load balancer's shipped configuration to `folder`, with other addresses. Returns the file.
+
+    `ports` are the servers' ports, and `port` is the balancer's own. `slow_s` replaces the timeouts of 15 s.
+    """
     text = (CLUSTER / "load_balancer" / FILES[name]).read_text()
     for number, server_port in enumerate(ports, start=1):
         text = text.replace(f"server-{number}:8000", f"127.0.0.1:{server_port}")
@@ -24,12 +27,12 @@ def configured(name: str, folder: Path, *, ports: tuple[int, int], port: int, sl
 
 
 def check(name: str, path: Path) -> subprocess.CompletedProcess[str]:
-    """Run the load balancer's own check of a configuration file."""
+    """Let the program of this load balancer check a configuration file."""
     return run_program(name, "-t", "-c", path) if name == "nginx" else run_program(name, "-c", "-f", path)
 
 
 def start(name: str, path: Path) -> subprocess.Popen[bytes]:
-    """Start the load balancer. It logs to the file `log` beside its configuration."""
+    """Start the load balancer. Its output goes to the file `log` in the folder of the configuration."""
     options = ["-g", "daemon off;", "-c"] if name == "nginx" else ["-db", "-f"]
     with (path.parent / "log").open("w") as log:
         return subprocess.Popen([find_program(name), *options, str(path)], stdout=log, stderr=log)

@@ -1,4 +1,4 @@
-"""Parses a Dockerfile into stages with their base images and instructions."""
+"""Parse a Dockerfile into build stages with their base images and instructions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Instruction:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A stage, from one FROM to the next. `base` is an image or another stage."""
+    """A build stage: the instructions from one FROM to the next. `base` is an image or the name of another stage."""
 
     name: str
     base: str
@@ -24,7 +24,10 @@ class Stage:
 
 
 def parse(text: str) -> dict[str, Stage]:
-    """Returns the stages by name. Raises ValueError for an unnamed stage or an instruction before the first stage."""
+    """Returns the build stages by name.
+
+    Raises ValueError for an unnamed stage or an instruction before the first FROM.
+    """
     stages: dict[str, Stage] = {}
     stage: Stage | None = None
     lines = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
@@ -45,12 +48,12 @@ def parse(text: str) -> dict[str, Stage]:
 
 
 def inherited(stages: dict[str, Stage], name: str) -> list[Instruction]:
-    """Returns all instructions of a stage, preceded by those of its base stages."""
+    """Returns the instructions of the stage `name`, after those of the stages that it is based on."""
     stage = stages[name]
     return [*(inherited(stages, stage.base) if stage.base in stages else []), *stage.instructions]
 
 
 def root_image(stages: dict[str, Stage], name: str) -> str:
-    """Returns the external image at the base of a stage."""
+    """Returns the image that the stage `name` is finally based on, which is no stage of the Dockerfile."""
     base = stages[name].base
     return root_image(stages, base) if base in stages else base

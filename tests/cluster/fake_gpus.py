@@ -1,6 +1,6 @@
-"""Build applications on a Ray cluster with fake GPUs, in a separate process that reads one order per line.
+"""Build applications on a Ray cluster with fake GPUs, in a separate process. Each line of its input is one request.
 
-All tests share the process, because starting it takes as long as a build. Each order gets its own cluster.
+All tests share the process, because starting it takes as long as a build. Each build has its own cluster.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from tests.patience import PATIENCE_S
 
 _MARK = "options:"
 _ENVIRONMENT = {
-    "HF_ENDPOINT": "http://127.0.0.1:9",  # unreachable, because all weights are local
-    "RAY_prestart_worker_first_driver": "0",  # otherwise Ray starts one idle process per CPU
+    "HF_ENDPOINT": "http://127.0.0.1:9",  # unreachable, so that a download fails; all weights are local
+    "RAY_prestart_worker_first_driver": "0",  # with 1, Ray would start an idle process for each CPU
 }
 
 
 class Builder:
-    """Runs the process that builds applications, until the context ends."""
+    """Builds applications in a separate process, which runs until the context ends."""
 
     def __init__(self, log: Path) -> None:
-        """Start the process, which logs to the file `log`."""
+        """Start the process. Its standard error goes to the file `log`."""
         self._log = log
         with log.open("w") as errors:
             self._process = subprocess.Popen(
@@ -51,14 +51,15 @@ class Builder:
     def build(
         self, args: Mapping[str, Any], *, nodes: Sequence[Mapping[str, int]], folder: Path, environ: Mapping[str, str]
     ) -> dict[str, dict[str, float]]:
-        """Returns the resources of a replica and its `least` and `most` replicas, for each deployment.
+        """Build an application. Returns for each deployment the resources of a replica, and the `least` and `most`
+        number of replicas.
 
         `args` are the application's arguments. `nodes` has the resources of each node, the head node first. `folder` is
         the working directory of the build.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        assert self._process.poll() is None, self._log.read_text()  # it may have ended during an earlier order
+        assert self._process.poll() is None, self._log.read_text()  # the process may have ended during an earlier build
         order = {"args": args, "nodes": nodes, "folder": str(folder), "environ": environ}
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
@@ -69,7 +70,7 @@ class Builder:
 
 
 def main() -> None:
-    """Carry out orders until standard input ends."""
+    """Build an application for each line of standard input, and print its deployments."""
     from stable_audio_serve.serving.app import build
 
     for line in sys.stdin:
@@ -109,7 +110,7 @@ def _in_place(folder: Path, environ: Mapping[str, str]) -> Iterator[None]:
 
 
 def _deployments(value: Any) -> Iterator[Any]:
-    """Yield every deployment in `value`, once for each place where it is bound."""
+    """Yield every deployment in a nested value. One that occurs several times is yielded each time."""
     if hasattr(value, "_bound_deployment"):
         yield value._bound_deployment
         yield from _deployments(value._bound_deployment.init_args)

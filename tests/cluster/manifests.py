@@ -1,6 +1,6 @@
-"""Renders an overlay for Kubernetes, finds its pods, and reports operational faults.
+"""Render one of the Kubernetes overlays, find its pods, and report breaches of this project's operational rules.
 
-`problems` checks this project's rules. The tests validate the schemas of Kubernetes and KubeRay separately.
+`problems` checks these rules only. The tests validate the schemas of Kubernetes and KubeRay separately.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _SECRET = re.compile(r"PASSWORD|TOKEN|SECRET|ACCESS_KEY|HASHES|DATABASE_URL", re
 _PASSWORD_IN_URL = re.compile(r"\w+://[^\s/@:]+:[^\s/@]+@")
 _UNITS = {"": 1, "Mi": 2**20, "Gi": 2**30}
 _RAYLET = "http://127.0.0.1:52365/api/local_raylet_healthz "
-_SLOW_ANSWERS_S = 10  # a server may answer this slowly and stay in the Service
+_SLOW_ANSWERS_S = 10  # a server that answers health checks this slowly must still receive requests
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The head or one worker group of a RayService."""
+    """The head or a worker group of a RayService: its name and its part of the document."""
 
     name: str
     spec: dict[str, Any]
@@ -49,14 +49,13 @@ class Group:
 
 
 def render(overlay: str) -> list[dict[str, Any]]:
-    """Returns the documents that `kubectl kustomize` renders. Fails if it warns of deprecated fields."""
+    """Returns the documents that `kubectl kustomize` renders. Fails if kubectl prints a warning."""
     result = run_program("kubectl", "kustomize", CLUSTER / "kuberay" / "overlays" / overlay)
     assert (result.returncode, result.stderr) == (0, ""), result.stderr
     return list(yaml.safe_load_all(result.stdout))
 
 
 def of_kind(documents: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """Returns the documents of one kind."""
     return [each for each in documents if each["kind"] == kind]
 
 
@@ -69,13 +68,13 @@ def groups(documents: list[dict[str, Any]]) -> list[Group]:
 
 
 def serve_config(documents: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the parsed `serveConfigV2`."""
+    """Returns the configuration of Ray Serve in the only RayService, parsed."""
     (service,) = of_kind(documents, "RayService")
     return yaml.safe_load(service["spec"]["serveConfigV2"])
 
 
 def problems(documents: list[dict[str, Any]]) -> list[str]:
-    """Returns a description of each fault, with the name of its group."""
+    """Returns a description of each breach of our rules. It begins with the group's name if it is about one group."""
     found = [*_clear_secrets(documents, place=""), *_cluster_problems(documents)]
     for group in groups(documents):
         found += [f"{group.name}: {each}" for each in _group_problems(group, documents)]
@@ -155,7 +154,8 @@ def _probe_problems(group: Group, *, drain_s: float) -> Iterator[str]:
         yield "readinessProbe keeps a server that drains in the Service until drain_s is over"
     if "livenessProbe" not in group.container:
         yield "no livenessProbe"
-    for name in ("livenessProbe", "startupProbe"):  # these probes restart a pod
+    # If these probes fail, Kubernetes restarts the pod, so they must not depend on the application.
+    for name in ("livenessProbe", "startupProbe"):
         probe = group.container.get(name)
         if probe and _RAYLET not in " ".join(probe.get("exec", {}).get("command", [])):
             yield f"{name} checks the application instead of Ray in its pod"
@@ -212,6 +212,6 @@ def _confinement_problems(group: Group) -> Iterator[str]:
 
 
 def parse_bytes(text: str) -> int:
-    """Returns the bytes of a Kubernetes quantity in Mi or Gi."""
+    """Returns the number of bytes that a Kubernetes quantity such as 512Mi or 2Gi means."""
     number, unit = re.fullmatch(r"(\d+)(Mi|Gi|)", text).groups()  # type: ignore[union-attr]
     return int(number) * _UNITS[unit]

@@ -1,6 +1,6 @@
-"""A schema of KubeRay's RayService that refuses unknown keys, made from the list of fields in `tests/data/kuberay`.
+"""A JSON schema of KubeRay's RayService that refuses unknown keys, made from a list of fields in `tests/data/kuberay`.
 
-The schema accepts any pod, service or other Kubernetes object. Tests validate those with Kubernetes' own schemas.
+The schema accepts anything as a pod or another Kubernetes object. Tests validate them with Kubernetes' own schemas.
 `schema_of_crd` derives the same schema from an official definition.
 """
 
@@ -14,7 +14,7 @@ _ANY_KEY = "*"
 
 
 def own_schema() -> dict[str, Any]:
-    """Returns the schema of a whole RayService."""
+    """Returns the schema of a RayService, made from the list of fields."""
     root: dict[str, Any] = _object()
     for line in FIELDS.read_text().splitlines()[1:]:
         path, kind, required = [*line.split("\t"), ""][:3]
@@ -31,7 +31,7 @@ def own_schema() -> dict[str, Any]:
 
 
 def schema_of_crd(definition: dict[str, Any]) -> dict[str, Any]:
-    """Returns the schema of version v1 in a CustomResourceDefinition, changed to refuse unknown keys."""
+    """Returns the schema of version v1 in a CustomResourceDefinition. Unlike the original, it refuses unknown keys."""
     (schema,) = (
         version["schema"]["openAPIV3Schema"] for version in definition["spec"]["versions"] if version["name"] == "v1"
     )
@@ -66,7 +66,7 @@ def _schema(kind: str) -> dict[str, Any]:
 
 
 def _close(schema: dict[str, Any]) -> None:
-    """Make the schema refuse unknown keys, except in objects without declared keys, which Kubernetes defines."""
+    """Make the schema refuse unknown keys in every object that declares keys. The other objects are Kubernetes' own."""
     if schema.get("properties"):
         schema["additionalProperties"] = False
     for each in [*schema.get("properties", {}).values(), *([schema["items"]] if "items" in schema else [])]:

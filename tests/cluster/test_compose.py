@@ -1,4 +1,4 @@
-"""The Compose files are valid, and their services match each other, the monitoring and the server's settings."""
+"""The Compose files are valid. Addresses, files and settings in them match the monitoring files and the server."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def compose_with_gpu() -> dict[str, Any]:
 
 
 def merged(below: Any, above: Any) -> Any:
-    """Merge two files as Compose does. Mappings are merged by key, and other values are replaced."""
+    """Merge two parsed files as Compose does: mappings by key; other values of `above` replace those of `below`."""
     if isinstance(below, dict) and isinstance(above, dict):
         return below | {key: merged(below.get(key), value) for key, value in above.items()}
     assert below is None or not isinstance(above, list)
@@ -55,7 +55,7 @@ def gpu_problems(tree: dict[str, Any]) -> Iterator[str]:
 
 
 def settings_of(tree: dict[str, Any]) -> Settings:
-    """Returns the settings that the server reads from the environment that Compose gives it."""
+    """Returns the server's settings if it runs with the environment variables of this Compose file."""
     environ = {key: _FILLED_IN.sub("x", value) for key, value in tree["services"]["server"]["environment"].items()}
     environ["STABLE_AUDIO_API_KEY_HASHES"] = ""
     return load_settings(read_serve_file(PACKAGED_FILE).args, environ=environ, directory=Path("/"))

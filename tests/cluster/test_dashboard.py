@@ -1,4 +1,4 @@
-"""Every query of the dashboard and rules has a result, with a real Prometheus and a server under load."""
+"""Every query of the dashboard and of the rules has a result, with a real Prometheus and a server under load."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _VARIABLES = {"$__rate_interval": "30s", "$model": ".*"}
 
 
 def queries() -> Iterator[tuple[str, str]]:
-    """Yield title and expression of every query, with variables filled in."""
+    """Yield the panel's title and the expression of every query, with values in place of the dashboard's variables."""
     for panel in PANELS:
         for target in panel["targets"]:
             expression = target["expr"]
@@ -46,7 +46,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LaunchedS
     """Yield a server and the port of its metrics."""
     config = write_config(tmp_path_factory.mktemp("server"), {"models": [model("tiny")]})
     port = free_port()
-    # Ray drops a gauge that is not set for two intervals, and it sets some gauges only every few seconds.
+    # Ray stops exporting a gauge that is not set for two report intervals, and some are set only every few seconds.
     launched = LaunchedServer(
         config, "--metrics-port", str(port), environment={"RAY_metrics_report_interval_ms": "5000"}
     )
@@ -57,7 +57,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LaunchedS
 
 
 class Prometheus:
-    """A Prometheus with the shipped configuration, except for the server's address and intervals of 1 s."""
+    """A running Prometheus with the shipped configuration, but another server address and shorter intervals."""
 
     def __init__(self, folder: Path, *, target_port: int) -> None:
         text = (MONITORING / "prometheus.yaml").read_text()
@@ -81,7 +81,7 @@ class Prometheus:
         return self._client.get(path, params=parameters).raise_for_status().json()["data"]
 
     def values(self, expression: str) -> list[float]:
-        """Returns the current values of an expression, without NaN."""
+        """Returns the current values of an expression, leaving out NaN."""
         values = [float(sample["value"][1]) for sample in self.ask("/query", query=expression)["result"]]
         return [value for value in values if not math.isnan(value)]
 
@@ -150,8 +150,8 @@ def test_ray_metrics_in_the_rules_are_exported(prometheus: Prometheus) -> None:
 def test_healthy_server_fires_no_alert(prometheus: Prometheus) -> None:
     groups = prometheus.ask("/rules")["groups"]
     assert {rule["health"] for group in groups for rule in group["rules"]} == {"ok"}
-    wait_until(lambda: prometheus.ask("/alerts")["alerts"] == [])  # no alert is pending once all gauges exist
-    assert "level=warn" not in prometheus.log  # Prometheus warns of duplicate samples, for example
+    wait_until(lambda: prometheus.ask("/alerts")["alerts"] == [])  # at first, alerts are pending: gauges are missing
+    assert "level=warn" not in prometheus.log  # for example of duplicate samples
 
 
 def test_panels_have_a_place_a_unit_and_a_description() -> None:

@@ -1,4 +1,4 @@
-"""The Dockerfile passes hadolint, its RUN lines work in an empty environment, and containers are confined."""
+"""The Dockerfile passes hadolint, its RUN lines work in an empty environment, and containers have few privileges."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.cluster
 
 TEXT = (CLUSTER / "Dockerfile").read_text()
 TARGETS = ["cpu", "cuda"]
-_SYSTEM = ("apt-get ", "useradd ")  # tests skip these commands, which change the machine
+_SYSTEM = ("apt-get ", "useradd ")  # the tests do not run these commands, because they change the machine
 
 
 def last(text: str, target: str, *, name: str) -> str | None:
@@ -31,7 +31,7 @@ def shell(text: str, target: str) -> str:
 
 
 def problems(text: str, target: str) -> list[str]:
-    """Returns a description of each fault of an image."""
+    """Returns a description of each fault of the image `target` that the Dockerfile `text` builds."""
     found = []
     if root_image(parse(text), target) != "python:3.11-slim":
         found.append("another base image")
@@ -102,7 +102,7 @@ def test_copied_files_reach_the_build() -> None:
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run the RUN lines in a new Python environment. Returns its `bin` folder."""
+    """Run the Dockerfile's RUN lines in a new Python environment. Returns the environment's `bin` folder."""
     root = tmp_path_factory.mktemp("image")
     subprocess.run([sys.executable, "-m", "venv", root / "venv"], check=True)
     for stage in ("wheel", "base"):
@@ -114,7 +114,7 @@ def _run_stage(name: str, root: Path) -> None:
     folder = root
     environ = {key: value for key, value in os.environ.items() if not key.startswith("VIRTUAL_ENV")}
     environ |= {"PATH": f"{root / 'venv' / 'bin'}:{os.environ['PATH']}", "TORCH_INDEX_URL": ""}
-    environ |= {"PIP_COMPILE": "0"}  # saves the time to compile modules that are not used
+    environ |= {"PIP_COMPILE": "0"}  # compiling all installed modules would take long
     for each in parse(TEXT)[name].instructions:
         if each.name == "WORKDIR":
             folder = root / each.words.lstrip("/")
@@ -125,7 +125,7 @@ def _run_stage(name: str, root: Path) -> None:
                 _copy(ROOT / source, folder / source)
         elif each.name == "RUN" and not each.words.startswith(_SYSTEM):
             assert each.words.startswith("python "), f"neither known to change the machine nor Python's: {each.words}"
-            # without this option pip reuses downloads
+            # Without `--no-cache-dir`, pip reuses its downloads.
             words = each.words.replace("/wheels", str(root / "wheels")).replace("--no-cache-dir ", "")
             result = subprocess.run(
                 ["sh", "-ec", words], cwd=folder, env=environ, capture_output=True, text=True, timeout=280, check=False
@@ -149,6 +149,6 @@ def test_dockerfile_run_instructions_install_the_program(image: Path, tmp_path: 
         ["sh", "-ec", command], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert str(tmp_path) in result.stdout  # the program is the environment's
+    assert str(tmp_path) in result.stdout  # the program read STABLE_AUDIO_OUTPUT_DIR
     assert "HAProxy version" in result.stdout
     assert not (image / "pytest").exists()

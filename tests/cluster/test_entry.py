@@ -1,4 +1,4 @@
-"""Ingress and HTTPRoute for clients, and PodMonitors for the Prometheus operator."""
+"""The Kubernetes documents Ingress and HTTPRoute, for clients, and PodMonitor, for the Prometheus operator."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tests.cluster.tools import CLUSTER
 pytestmark = pytest.mark.cluster
 
 _MIB = 2**20
-_FIELDS_MIB = 1  # allowance for form fields besides the file
+_FIELDS_MIB = 1  # a form may have this much besides its file
 _NGINX = "nginx.ingress.kubernetes.io/"
-_SERVICE = "stable-audio-serve-svc"  # KubeRay's name for the RayService `stable-audio`
+_SERVICE = "stable-audio-serve-svc"  # the Service that KubeRay creates for the RayService `stable-audio`
 _JOB = re.compile(r'up\{job="([^"]+)"\}')
 
 Documents = list[dict[str, Any]]
@@ -34,7 +34,7 @@ def documents() -> Documents:
 
 
 def closed(required: str, **properties: Any) -> dict[str, Any]:
-    """Returns the schema of an object with these keys only. `required` has the mandatory keys, separated by spaces."""
+    """Returns the JSON schema of an object that may have these keys only. `required` lists the mandatory ones."""
     return {
         "type": "object",
         "properties": properties,
@@ -50,7 +50,7 @@ def many(items: dict[str, Any]) -> dict[str, Any]:
 TEXT: dict[str, Any] = {"type": "string"}
 TEXTS = {"type": "object", "additionalProperties": TEXT}
 DURATION = {"type": "string", "pattern": r"^([0-9]{1,5}(h|m|s|ms)){1,4}$"}
-# Schemas of the fields of gateway.networking.k8s.io/v1 and monitoring.coreos.com/v1 that our documents use.
+# Schemas of documents that are not part of Kubernetes itself, limited to the fields that our documents use.
 SPECS = {
     "HTTPRoute": closed(
         "parentRefs rules",

@@ -1,4 +1,4 @@
-"""The resources that the configs in `cluster/` request fit the nodes that the configs are for."""
+"""The configs in `cluster/` request no more CPUs and GPUs than their nodes have."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def builder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Builder]:
 
 @pytest.fixture
 def stores(postgres_url: str, object_storage: ObjectStorage) -> dict[str, str]:
-    """Returns the environment variables that several nodes need in order to share jobs and files."""
+    """Returns environment variables with a job database and a bucket, which servers on several nodes must share."""
     return object_storage.environ(object_storage.make_bucket(), STABLE_AUDIO_DATABASE_URL=postgres_url)
 
 
 def with_tiny_weights(args: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments with tiny local weights for every model."""
+    """Returns the application's arguments with the path of tiny local weights in place of every model's weights."""
     weights = str(SA3_GOLDENS / "tiny-s")
     return {**args, "models": [{**model, "path": weights} for model in args["models"]]}
 
@@ -57,7 +57,8 @@ def test_config_for_several_nodes_uses_no_cpu_of_gpu_nodes(
     assert resources(options, "num_cpus", replicas="most") == 2  # only the ingress uses CPUs
     assert resources(options, "num_gpus", replicas="least") == 2.5
     assert resources(options, "num_gpus", replicas="most") == 20
-    assert list(tmp_path.iterdir()) == []  # builds write nothing, because a container's root file system is read-only
+    # A build must write no files, because containers have a read-only file system.
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_small_overlays_fit_their_nodes(builder: Builder, tmp_path: Path, stores: Mapping[str, str]) -> None:

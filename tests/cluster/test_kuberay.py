@@ -1,4 +1,4 @@
-"""The KubeRay overlays match all schemas and our operational rules, and each rule detects a violation."""
+"""The KubeRay overlays match all schemas and our operational rules. Each rule is also tested with a breach of it."""
 
 from __future__ import annotations
 
@@ -36,12 +36,15 @@ def _rendered(overlay: str) -> Documents:
 
 
 def rendered(overlay: str) -> Documents:
-    """Returns a copy of an overlay's documents that a test can change."""
+    """Returns the documents of an overlay. Each call returns a new copy, which a test may change."""
     return copy.deepcopy(_rendered(overlay))
 
 
 def validate(documents: Documents) -> None:
-    """Validate documents with Kubernetes' schemas, our RayService schema, and the file in KUBERAY_CRD if it is set."""
+    """Validate documents with Kubernetes' schemas and our RayService schema.
+
+    If the environment variable KUBERAY_CRD names a file with KubeRay's own definition, validate with it too.
+    """
     schemas = [own_schema()]
     if path := os.environ.get("KUBERAY_CRD"):
         schemas.append(schema_of_crd(yaml.safe_load(Path(path).read_text())))
@@ -102,7 +105,7 @@ def test_groups_have_room_for_every_replica() -> None:
         wanted = sum(model["num_gpus"] * model["replicas"][f"{replicas}_replicas"] for model in args["models"])
         assert gpu.spec[f"{replicas}Replicas"] * int(gpu.spec["rayStartParams"]["num-gpus"]) >= wanted
     places = ingress.spec["minReplicas"] * int(ingress.spec["rayStartParams"]["num-cpus"])
-    assert places == args["ingress"]["replicas"] * args["ingress"]["num_cpus"]  # one ingress per pod
+    assert places == args["ingress"]["replicas"] * args["ingress"]["num_cpus"]
 
 
 def test_redis_stores_the_heads_state_if_workers_outlive_it() -> None:
@@ -113,7 +116,7 @@ def test_redis_stores_the_heads_state_if_workers_outlive_it() -> None:
 
 
 def test_only_gpu_pods_run_on_spot_nodes() -> None:
-    """GPU pods must run on the cheaper spot nodes. Pods that the cluster depends on must not."""
+    """Spot nodes are cheaper but may disappear, so the head and the ingress must not run there."""
     plain, spot = groups(rendered("multi-gpu")), groups(rendered("multi-gpu-spot"))
     assert [_choice_of_nodes(group) for group in spot] == ["NotIn", "NotIn", "In"]
     (taint,) = [each for each in spot[2].pod["tolerations"] if each not in plain[2].pod["tolerations"]]
@@ -249,7 +252,7 @@ def test_unknown_setting_in_the_config_is_refused(tmp_path: Path) -> None:
 
 
 def test_official_definition_refuses_unknown_keys() -> None:
-    """Uses a small definition in KubeRay's published format."""
+    """Uses a small CustomResourceDefinition in the format of KubeRay's."""
     spec = {
         "type": "object",
         "properties": {"serveConfigV2": {"type": "string"}, "size": {"x-kubernetes-int-or-string": True}},

@@ -1,4 +1,4 @@
-"""The load balancers of `cluster/load_balancer/` with two fake servers. Only the addresses differ from the files."""
+"""The load balancer configurations in `cluster/load_balancer/`, with other addresses, in front of two fake servers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _MIB = 1024 * 1024
 
 @dataclass
 class Server:
-    """A fake server that records its requests. Tests set whether it is ready and whether it is full."""
+    """A fake server that records its requests. A test can make the server unready or overloaded."""
 
     is_ready: bool = True
     refuses: bool = False
@@ -75,21 +75,21 @@ class Balanced:
         return [await self.client.post(path, json={"prompt": "rain"}) for _ in range(num)]
 
     async def send(self, text: str) -> bytes:
-        """Send `text` on a new connection. Returns everything received until the connection ends."""
+        """Send `text` on a new connection. Returns everything that is received until the connection ends."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         writer.write(text.encode())
         received = b""
-        with suppress(ConnectionError):  # a reset also ends the connection
+        with suppress(ConnectionError):  # the load balancer may reset the connection
             async with asyncio.timeout(_PATIENCE_S):
                 while part := await reader.read(65_536):
                     received += part
                     if b"413" in received:
-                        break  # the server may keep the connection open for the missing body
+                        break  # the connection may stay open, because the body is incomplete
         writer.close()
         return received
 
     async def until_only(self, server: Server, *, path: str = "/who") -> None:
-        """Send requests until three successive responses come from `server`."""
+        """Send requests until three in a row go to `server`."""
         for _ in range(200):
             before = len(server.requests)
             for _ in range(3):
@@ -228,8 +228,8 @@ async def test_requests_go_to_the_server_with_the_fewest_requests(name: str, tmp
         (busy,) = (server for server in balanced.servers if server.requests)
         for _ in range(12):
             await balanced.client.get("/who")
-            await asyncio.sleep(0.02)  # usually enough time to notice the closed connection
-        assert len(busy.requests) - 1 <= 3  # round robin would send six
+            await asyncio.sleep(0.02)  # usually long enough for the load balancer to notice that the request has ended
+        assert len(busy.requests) - 1 <= 3  # with round robin, six of the twelve requests would go to the busy server
         busy.heard.set()
 
 

@@ -1,4 +1,6 @@
-"""Prometheus accepts `cluster/monitoring/`. Every alert has a test case that fires it and one that does not."""
+"""Prometheus accepts the files in `cluster/monitoring/`. Each alert is tested with data that fire it and data that do
+not.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from tests.cluster.tools import CLUSTER, run_program
 pytestmark = pytest.mark.cluster
 
 MONITORING = CLUSTER / "monitoring"
-_SUFFIXES = ("_bucket", "_count", "_sum")  # suffixes of a histogram
+_SUFFIXES = ("_bucket", "_count", "_sum")  # Prometheus appends these to a histogram's name
 _OURS = re.compile(r"\bray_stable_audio_\w+")
 
 
@@ -27,7 +29,7 @@ def load(name: str) -> Any:
 
 
 def rules(kind: str) -> dict[str, str]:
-    """Returns the expressions of all `alert` or `record` rules, by name."""
+    """Returns the expressions of all rules of a kind, which is `alert` or `record`, by the rule's name."""
     return {
         rule[kind]: rule["expr"] for group in load("rules.yaml")["groups"] for rule in group["rules"] if kind in rule
     }

@@ -1,4 +1,4 @@
-"""NGINX and Prometheus accept their configurations and queries as shown in the docs."""
+"""NGINX accepts the configurations in the docs, and Prometheus accepts the queries in the docs."""
 
 from __future__ import annotations
 

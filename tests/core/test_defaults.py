@@ -1,4 +1,4 @@
-"""The choice of the default model, and its logged reason."""
+"""Which model is the default, and the log line that says why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys as text, key files, and the commands that create and check them."""
+"""API keys and the key file: their text form, and the commands that create and check them."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_comments_empty_lines_and_a_byte_order_mark_are_ignored() -> None:
 
 
 def test_a_path_that_is_not_a_key_file_is_refused_at_once(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")  # nothing writes to it, so reading would block
+    os.mkfifo(tmp_path / "pipe")  # reading the pipe would block forever, because nothing writes to it
     with pytest.raises(ValueError, match="not a regular file"):
         load_key_file(str(tmp_path / "pipe"))
     with pytest.raises(OSError, match="directory"):

@@ -1,4 +1,4 @@
-"""The code measures exactly the declared metrics, and the docs list them.
+"""The code measures exactly the metrics that are declared in METRICS, and the docs list the same metrics.
 
 `tests/served/test_jobs.py` checks the metrics that a running server exports.
 """
@@ -23,7 +23,7 @@ KINDS = {"increment": "counter", "gauge": "gauge", "observe": "histogram"}
 
 @functools.cache
 def trees() -> list[ast.Module]:
-    """Returns the syntax trees of the modules that name or measure metrics."""
+    """Returns the syntax trees of the modules that may name or measure a metric."""
     texts = (path.read_text() for path in PACKAGE.rglob("*.py") if path != PACKAGE / "core" / "metrics.py")
     return [ast.parse(text) for text in texts if any(word in text for word in (*KINDS, *METRICS))]
 
@@ -44,7 +44,7 @@ def test_every_sample_is_declared_with_its_kind_and_labels() -> None:
 
 def test_every_declared_metric_is_measured_somewhere() -> None:
     texts = {node.value for tree in trees() for node in ast.walk(tree) if isinstance(node, ast.Constant)}
-    # The code builds these names with f-strings.
+    # These names are not in `texts`, because the code builds them with f-strings.
     stages = {f"engine_{stage}_ms" for stage in ("text", "encode", "denoise", "decode")}
     assert set(METRICS) - texts - stages == set()
     assert stages <= set(METRICS)

@@ -1,4 +1,4 @@
-"""Size and price of requests, compared with values computed by hand."""
+"""The size of requests and their expected time, compared with values computed by hand."""
 
 from __future__ import annotations
 

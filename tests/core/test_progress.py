@@ -30,7 +30,6 @@ async def test_every_change_of_stage_arrives_at_once_and_in_order() -> None:
 
 
 async def test_within_a_stage_only_the_latest_arrives_once_per_interval() -> None:
-    """Of several updates within an interval, only the latest arrives."""
     clock = FakeClock()
     feed = ProgressFeed[Progress](0.01, clock=clock)
     received: dict[float, Progress] = {}
@@ -49,10 +48,11 @@ async def test_within_a_stage_only_the_latest_arrives_once_per_interval() -> Non
         await has_received(0.1)
         for fraction in (0.2, 0.3, 0.4):
             feed.put(make_progress(fraction))
-            await asyncio.sleep(0.02)  # time for several polls, while the fake clock stands still
+            # Several polls happen, but the fake clock stands still, so the interval does not end.
+            await asyncio.sleep(0.02)
         assert tuple(received) == (0.1,)
         clock.now += 0.02
-        await has_received(0.1, 0.4)  # arrives without any newer progress
+        await has_received(0.1, 0.4)  # 0.4 arrives although no newer progress was put
         feed.close()
         await receiving
     assert tuple(received) == (0.1, 0.4)

@@ -248,7 +248,7 @@ def test_a_plain_key_where_a_hash_belongs_is_refused_but_not_shown(tmp_path: Pat
 @pytest.mark.parametrize(
     ("entries", "complaint"),
     [
-        ([f"{'a' * 16}:{hash_key('x')}"], "16 hexadecimal digits"),  # looks like the id of a key without a name
+        ([f"{'a' * 16}:{hash_key('x')}"], "16 hexadecimal digits"),  # a key without a name gets such an id
         *(
             ([f"{name}:{hash_key('x')}"], "64 letters")
             for name in ("", "a b", "a/b", "-a", "a" * 65, "ä", "a:b", "a\n")
@@ -307,7 +307,7 @@ def test_keys_may_share_a_name_and_listed_plain_keys_keep_theirs(tmp_path: Path)
             | {"R2_ACCESS_KEY_ID": "c", "R2_SECRET_ACCESS_KEY": "d"},
             ("a", "b", "t"),
         ),
-        # An incomplete pair of keys is ignored. A session token is used only with AWS keys.
+        # A key id without its secret is ignored. AWS_SESSION_TOKEN is used only with the AWS keys.
         ({"AWS_ACCESS_KEY_ID": "a", "R2_ACCESS_KEY_ID": "c", "R2_SECRET_ACCESS_KEY": "d"}, ("c", "d", None)),
         ({"AWS_SESSION_TOKEN": "t", "R2_ACCESS_KEY_ID": "c", "R2_SECRET_ACCESS_KEY": "d"}, ("c", "d", None)),
         ({"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": " "}, (None, None, None)),

@@ -1,4 +1,4 @@
-"""Errors about settings name the path or variable and the allowed values."""
+"""An error about a setting has the setting's path or environment variable, and the allowed values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The packaged demo model reaches its required pass rates with new random prompts of every kind."""
+"""The packaged demo model reaches the required pass rate of each check, with new random prompts of every kind."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHECKPOINT = Path(BUILT_IN["demo"].folder or "")
 
 
 async def test_fresh_prompts_of_every_kind_meet_the_acceptance_table() -> None:
-    kinds = [kind for kind in KINDS if kind != "hush"]  # the routes refuse an empty prompt
+    kinds = [kind for kind in KINDS if kind != "hush"]  # "hush" is the empty prompt, which the routes refuse
     async with EnginePlayer(CHECKPOINT) as player:
         report = await judge(player, draw_cases(per_kind=6, seeds=1, seed=515, kinds=kinds))
     checks = report["checks"]
@@ -26,7 +26,7 @@ async def test_fresh_prompts_of_every_kind_meet_the_acceptance_table() -> None:
         checks
     )
     assert {"holes", "loop repeats", "long pitch", "long tempo", "chord", "panning"} <= set(checks)
-    # The classes are small, so the number of allowed failures is rounded up.
+    # Each check has few cases here, so the number of allowed failures is rounded up.
     missed = {name: row["count"] - row["passed"] for name, row in checks.items()}
     allowed = {name: math.ceil(row["count"] * (100 - row["must"]) / 100) for name, row in checks.items()}
     assert {name: count for name, count in missed.items() if count > allowed[name]} == {}, report["failures"]

@@ -1,4 +1,4 @@
-"""The packaged demo model, loaded and run as in the product, keeps what its report promises."""
+"""The packaged demo model, loaded and run as a server does, generates audio as its report describes."""
 
 from __future__ import annotations
 
@@ -124,15 +124,15 @@ async def test_a_continuation_keeps_its_source_and_its_pitch(engine: Engine) -> 
     ("prompt", "most_db"), [("white noise", 1), slow("pink noise", 1), slow("a 440 Hz sine wave", 2)]
 )
 async def test_kept_and_generated_audio_meet_at_their_level(engine: Engine, prompt: str, most_db: float) -> None:
-    """The level of 0.1 s around each seam is within `most_db` of the levels of 0.25 s before and after it.
+    """The level of the 0.1 s around a seam is within `most_db` of the levels of the 0.25 s before and the 0.25 s after.
 
-    The two tones may have any phases, so the linear crossfade of 30 ms lowers the level by up to 1 dB.
+    The tones on the two sides may have different phases, so the linear crossfade of 30 ms may lower the level by 1 dB.
     """
     source = await make_audio(engine, prompt)
     ends = source.shape[1]
     for regions, seams in (
         ([(1.0, 2.0)], [44100 + 661, 88200 - 661]),
-        ([(1.5, 3.0)], [66150 - 661]),  # the source ends shortly after a latent frame begins
+        ([(1.5, 3.0)], [66150 - 661]),  # the source is cut where the region begins, which extends it
         ([(0.3, 0.8), (1.5, 2.5)], [13230 + 661, 35280 - 661, 66150 + 661, 110250 - 661]),
     ):
         given = SourceAudio(source[:, : 66150 if len(seams) == 1 else ends], 44100)

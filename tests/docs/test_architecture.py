@@ -1,4 +1,4 @@
-"""The pages about the structure name only files that exist, and name every folder."""
+"""docs/architecture.md names only files that exist, and CONTRIBUTING.md lists every folder of the package."""
 
 from __future__ import annotations
 

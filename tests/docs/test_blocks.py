@@ -1,4 +1,4 @@
-"""The code blocks that no test of a single page covers are run, or parsed by the program that reads them."""
+"""Runs the code blocks of the docs that have no test of their own. Blocks that cannot be run are only parsed."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from tests.api.compat.serving import serve_app
 from tests.docs.blocks import DOCS, ROOT, Block, all_blocks, pages, text_of
 from tests.patience import PATIENCE_S
 
-# Languages of blocks, and the pages whose blocks other tests cover. `test_commands` runs `bash` blocks. `sh` blocks
-# need a machine, an account or a cluster that tests do not have, so the tests below only check them.
+# Language of a code block -> the pages that may have such blocks, because a test covers them. `bash` and `sh` blocks
+# may be anywhere: `test_commands` runs `bash` blocks, and the tests below check `sh` blocks without running them.
 PAGES = {
     "js": {"docs/dialects/fal.md", "docs/jobs.md"},  # tests/api/compat/test_fal_node_client.py, test_event_reader.py
     "json": {"docs/api.md", "docs/jobs.md"},
@@ -61,7 +61,7 @@ def commands_in(block: Block) -> list[list[str]]:
 
 @pytest.mark.parametrize("block", [block for block in all_blocks() if block.language == "sh"], ids=lambda b: b.page)
 def test_commands_that_are_not_run_exist(block: Block) -> None:
-    """Options of our own commands are checked in `test_operations`."""
+    """Only names of programs and modules are checked. `test_operations` checks the options of our own commands."""
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     for words in commands_in(block):
         words = [word for word in words if not re.match(r"[A-Z_]+=", word)]
@@ -98,7 +98,7 @@ def test_settings_are_valid(page: str) -> None:
 @pytest.mark.parametrize("page", ["deploy.md", "security.md"])
 def test_parts_of_pods_are_valid(page: str) -> None:
     parts: dict[str, Any] = yaml_of(page)
-    parts.pop("http", None)  # for Traefik, see below
+    parts.pop("http", None)  # configures Traefik, not a pod
     volumes = parts.pop("volumes", [])
     container = {"name": "server", "image": "example", **parts}
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "server"}}
@@ -116,7 +116,7 @@ def test_traefik_router_leads_to_the_server() -> None:
 
 
 def test_caddy_blocks_are_closed() -> None:
-    """Checks only the braces, because Caddy is not installed."""
+    """Only the braces are counted, because Caddy is not installed."""
     text = text_of(DOCS / "deploy.md", "caddy")
     depths = [text[: i + 1].count("{") - text[: i + 1].count("}") for i in range(len(text))]
     assert min(depths) == depths[-1] == 0
@@ -159,7 +159,7 @@ def test_documented_recipe_is_valid() -> None:
 
 
 async def run_python(page: Path, folder: Path) -> str:
-    """Run a page's program against a test server. Returns its output."""
+    """Run the Python blocks of a page as one program, with a test server. Returns the program's output."""
     async with serve_app() as (port, _):
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-c", text_of(page, "python").replace("localhost:8000", f"127.0.0.1:{port}")),

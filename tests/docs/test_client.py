@@ -1,4 +1,4 @@
-"""The Python blocks of the client page run in order as one program."""
+"""The Python blocks of docs/clients.md run as one program, in the page's order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every ```bash block of every page runs unchanged against a server. All blocks of a page form one program."""
+"""Every ```bash block of the docs runs unchanged, with a test server. The blocks of a page run as one script."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.patience import PATIENCE_S
 
 DIALECTS = DOCS / "dialects"
 
-# Pages with commands, and the dialects whose operations they must show.
+# Page -> the tags of the API operations that the commands on the page must call.
 TAGS: dict[str, set[str]] = {
     "clients.md": set(),
     "jobs.md": {native_jobs.TAG},
@@ -46,7 +46,7 @@ TAGS: dict[str, set[str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Results of a page's commands: `calls` are the METHOD and path of requests, `folder` has the written files."""
+    """What the commands of a page did: `calls` are their requests, as METHOD and path; `folder` has their files."""
 
     output: str
     calls: list[str]
@@ -54,16 +54,19 @@ class Run:
     folder: Path
 
     def has_called(self, operation: str) -> bool:
-        """Whether a command called this METHOD and path. `{name}` in the path matches any one segment."""
+        """Whether a command called an operation, given as METHOD and path. `{name}` in the path matches any segment."""
         pattern = re.sub(r"\\{[a-z_]+\\}", "[^/]+", re.escape(operation))
         return any(re.fullmatch(pattern, call) for call in self.calls)
 
     def named(self, pattern: str) -> list[str]:
-        """Returns the names of files that match a pattern. Names may contain a random seed."""
+        """Returns the names of written files that match a pattern. A pattern is needed for names with a random seed."""
         return [path.relative_to(self.folder).as_posix() for path in self.folder.glob(pattern)]
 
     def frames(self, name: str) -> int:
-        """Returns the samples per channel of a file, which must be 16-bit stereo at the model's rate, or Opus."""
+        """Returns the samples per channel of a written file.
+
+        Checks that it is Opus, or 16-bit stereo at the model's rate.
+        """
         info = soundfile.info(self.folder / name)
         if info.subtype != "OPUS":
             assert (info.subtype, info.samplerate, info.channels) == ("PCM_16", RATE_HZ, 2)
@@ -105,13 +108,13 @@ def operations() -> dict[str, set[str]]:
     for path, operations in create_app(OfflineBackend(), Settings()).openapi()["paths"].items():
         for method, operation in operations.items():
             if path == "/api/fal/proxy" and method not in ("get", "post", "put"):
-                continue  # the route accepts any method, and the page shows one
+                continue  # this route accepts every method, and the page needs to show only one
             found.setdefault(operation["tags"][0], set()).add(f"{method.upper()} {path}")
     return found
 
 
 def expect_complete(run: Run, page: str, operations: dict[str, set[str]]) -> None:
-    """Assert that the page has a command for each operation of its dialect."""
+    """Assert that the commands called each operation with the tags that TAGS has for the page."""
     wanted = set().union(*(operations[tag] for tag in TAGS[page]))
     assert not [operation for operation in wanted if not run.has_called(operation)]
 
@@ -146,7 +149,7 @@ async def test_commands_of_the_jobs_page_run(tmp_path: Path, operations: dict[st
 async def test_commands_of_the_stable_audio_open_small_page_run(
     tmp_path: Path, operations: dict[str, set[str]]
 ) -> None:
-    run = await run_page(DIALECTS / "stable-audio-open-small.md", tmp_path)  # uses the packaged riffs
+    run = await run_page(DIALECTS / "stable-audio-open-small.md", tmp_path)  # the commands use the packaged riff files
     expect_complete(run, "dialects/stable-audio-open-small.md", operations)
     assert "GET /saos/health" in run.calls
     lengths = {"clip.wav": 524_288, "drums.wav": 302_400, "break.wav": 352_800, "transfer.wav": 524_288}

@@ -1,4 +1,4 @@
-"""The event reader in docs/jobs.md runs unchanged in Node, with a server that has keys."""
+"""The JavaScript in docs/jobs.md that reads a job's events runs unchanged in Node, with a server that needs a key."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KEY = "secret"
 
 @asynccontextmanager
 async def cut_once(port: int) -> AsyncIterator[int]:
-    """Run a proxy that breaks its first connection after the first event. Yields the proxy's port."""
+    """Run a proxy for the server at `port` that cuts its first connection after one event. Yields the proxy's port."""
     num_connections = 0
 
     async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

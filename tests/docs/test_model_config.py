@@ -1,4 +1,4 @@
-"""docs/models.md names exactly the config keys that the loader knows: read, fixed or without effect."""
+"""docs/models.md lists exactly the keys of `model_config.json` that the loader knows."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ def keys_of(row: str) -> list[str]:
 
 @cache
 def documented() -> frozenset[str]:
-    """Returns the full paths of keys that are read or fixed. The decoder has the same keys as the encoder."""
+    """Returns the full paths of the documented keys, except those without effect.
+
+    The docs list the encoder's keys only, because the decoder has the same keys.
+    """
     found = set()
     for section in USED.split("\n### ")[1:]:
         place = re.match(r"`([^`]+)`", section)
@@ -43,7 +46,7 @@ def documented() -> frozenset[str]:
 
 
 def leaves(values: Any, place: str = "") -> Iterator[str]:
-    """Yield the full paths of all values other than objects. A path has the index of a list item in brackets."""
+    """Yield the full path of every key whose value is not an object. Items of a list have their index in brackets."""
     for key, value in values.items():
         path = f"{place}.{key}" if place else key
         if isinstance(value, dict):
@@ -65,7 +68,7 @@ def put(config: dict[str, Any], path: str, value: Any) -> None:
 
 
 def build(config: dict[str, Any], text: TextEncoder) -> str:
-    """Returns the error message of a model built from this config, before weights are read."""
+    """Build a model from this config, without weights. Returns the error message, or an empty text."""
     reader = ConfigReader(config)
     try:
         with torch.device("meta"):
@@ -92,7 +95,7 @@ def test_keys_without_effect_match_the_code() -> None:
 
 @pytest.mark.server
 def test_exactly_the_documented_keys_are_validated() -> None:
-    """The loader checks the value of every documented key and refuses any other key."""
+    """The loader notices a wrong value of every documented key, and refuses every other key."""
     config = json.loads((load_goldens("sharp-s").folder / "model_config.json").read_text())
     text = loaded("sharp-s").text
     assert build(copy.deepcopy(config), text) == ""

@@ -1,4 +1,4 @@
-"""The commands, options, metrics, alerts, figures and files that operator pages name exist."""
+"""Every command, option, metric, alert, figure and file that the pages for operators name exists."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ UsageError: Any = typer.BadParameter.__base__  # typer has its own copy of click
 
 
 def commands_of(page: str) -> Iterator[list[str]]:
-    """Yield the arguments of our commands on a page, in backticks or at the start of a line in a block."""
+    """Yield the arguments of each `stable-audio-serve` command on a page, in backticks or at the start of a line."""
     blocks = re.findall(r"```\w*\n(.*?)```", page, flags=re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     found = [line for line in lines if re.match(rf"(\.venv/bin/)?{PROGRAM} ", line)]
@@ -43,7 +43,7 @@ def commands_of(page: str) -> Iterator[list[str]]:
 
 
 def fault_of(arguments: list[str]) -> str | None:
-    """Returns the reason why a command is invalid: unknown name, options or arguments. None if it is valid."""
+    """Returns why a command is invalid (its name, options or arguments are unknown), or None if it is valid."""
     command: Any = typer.main.get_command(app)
     while isinstance(command, TyperGroup):
         if not arguments or arguments[0].startswith("--"):  # an option of the program itself, such as `--version`
@@ -52,7 +52,7 @@ def fault_of(arguments: list[str]) -> str | None:
         if name not in command.commands:
             return f"no command {name}"
         command = command.commands[name]
-    if not arguments:  # the page names the command only
+    if not arguments:  # the page mentions the command without arguments
         return None
     try:
         command.make_context(command.name, list(arguments))
@@ -82,7 +82,7 @@ def test_metrics_are_in_the_catalog(page: str) -> None:
 
 
 def incidents() -> list[list[str]]:
-    """Returns symptom, metrics and remedy of every row in the table of incidents."""
+    """Returns the rows of the page's table of incidents: symptom, metrics and remedy."""
     section = OPERATIONS.split("## When something is wrong")[1]
     rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| ")]
     return rows[1:]
@@ -96,7 +96,7 @@ def test_metrics_and_alerts_of_incidents_exist() -> None:
     for symptom, watched, _ in incidents():
         for name, labels in re.findall(r"`([a-z_]+_[a-z_]+)(?:\{([^}]*)\})?`", watched):
             if name.startswith(("ray_serve_", "ray_node_")):
-                continue  # the tests of the dashboard check Ray's metrics
+                continue  # these are Ray's metrics; the tests of the dashboard check them
             assert name in metrics, symptom
             assert {label.partition("=")[0] for label in labels.split(",") if label} <= set(metrics[name].labels), (
                 symptom

@@ -1,4 +1,4 @@
-"""docs/openapi.md is what `make docs` writes, and lists every route of the application."""
+"""docs/openapi.md is up to date with what `make docs` writes, and lists every route of the application."""
 
 from __future__ import annotations
 

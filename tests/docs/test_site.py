@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 PAGES = {path.relative_to(DOCS).with_suffix("").as_posix() for path in DOCS.rglob("*.md")}
 
-# Elements whose resources a browser loads by itself. Links that users follow may lead anywhere.
+# HTML element -> the attribute with an address that browsers load without a click.
 LOADS = {
     "script": "src",
     "img": "src",
@@ -45,7 +45,7 @@ def build(source: Path, target: Path) -> subprocess.CompletedProcess[str]:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A built site. For each page, it has the addresses of loaded resources, the links and the anchors."""
+    """The built website. For each page: addresses of resources that a browser loads, links, and anchors."""
 
     folder: Path
     loads: dict[Path, set[str]]
@@ -68,7 +68,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 
 def broken(site: Site, page: Path, addresses: set[str]) -> list[str]:
-    """Returns the addresses on a page that should lead into the site but lead nowhere."""
+    """Returns those of the addresses on a page that name a file or anchor of the site that does not exist."""
     found = []
     for address in addresses:
         parts = urlsplit(address)

@@ -1,4 +1,4 @@
-"""The changelog, the images and the example of a recipe have the package's version."""
+"""The changelog, the names of the container images, and the docs' example of a recipe have the package's version."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Devices that simulate graph captures by keeping the captured function, and metrics that count captures."""
+"""CPU devices that simulate CUDA graphs by calling the captured function again, and metrics that count graphs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stable_audio_serve.core.metrics import NullMetrics
 from stable_audio_serve.engine.hardware.device import WaitingDevice
 from tests.engine.late_device import LateDevice
 
-MOST_ROUNDS = 60  # times to repeat a load until its calls are captured
+MOST_ROUNDS = 60  # a test repeats its requests at most so many times until the engine has captured their calls
 
 
 class _Capturing:
@@ -32,7 +32,7 @@ class _Capturing:
 
 
 class RecordingDevice(_Capturing, WaitingDevice):
-    """A CPU device that can capture."""
+    """A CPU device that simulates CUDA graphs."""
 
     def __init__(self, clock: Clock = SystemClock()) -> None:
         super().__init__(torch.device("cpu"), clock=clock)
@@ -40,7 +40,7 @@ class RecordingDevice(_Capturing, WaitingDevice):
 
 
 class LateRecordingDevice(_Capturing, LateDevice):
-    """A `LateDevice` that can capture."""
+    """A `LateDevice` that simulates CUDA graphs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class LateRecordingDevice(_Capturing, LateDevice):
 
 
 class GraphCounts(NullMetrics):
-    """The number of graphs, and of calls without a graph, by kind of call."""
+    """Metrics that count the captured graphs, and the engine calls without a graph, by kind of call."""
 
     def __init__(self) -> None:
         self.graphs: Counter[str] = Counter()
@@ -57,10 +57,10 @@ class GraphCounts(NullMetrics):
         self._changed = Condition()
 
     async def are_captured(self, *kinds: str) -> bool:
-        """Give an idle engine time to capture. Returns whether there is a graph of each kind.
+        """Give an idle engine time to capture graphs. Returns whether there is a graph of each kind of call.
 
-        The speed of the machine determines which requests share a call, and therefore which shapes repeat. Repeat
-        the load until this returns True.
+        Graphs are captured for shapes that repeat, and the machine's speed determines which requests share a call.
+        So a test repeats its requests until this returns True.
         """
 
         def wait() -> bool:

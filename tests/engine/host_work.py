@@ -1,7 +1,7 @@
-"""Count the host's work in every kind of engine call, by kind of request.
+"""Count the host's work (copies, waits, kernel launches) in each kind of engine call, for each kind of request.
 
-The real engine runs small checkpoints on the stand-in device. Tests and benchmark goals define the limits. This must
-run in a separate process, which `run_apart` starts, for the reason given in `stand_in_device`.
+The real engine runs small checkpoints on the simulated device of `stand_in_device`. Tests and benchmark goals have the
+limits. Counting must run in a separate process (`run_apart`), because the simulated device cannot be removed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _FAMILY_SAMPLERS: dict[Family, tuple[str, ...]] = {"sa3": tuple(SAMPLERS), "open
 KINDS: dict[Family, tuple[str, ...]] = {
     family: (*REQUESTS, *(f"sampler {name}" for name in samplers)) for family, samplers in _FAMILY_SAMPLERS.items()
 }
-# Names of the engine calls, and the methods that make them. A call within another call counts separately.
+# Kinds of engine calls, and the method that makes each. Work in an inner call does not count for the outer call.
 _CALLS = (
     ("text", Stages, "start"),
     ("begin", Stages, "_begin"),
@@ -62,13 +62,13 @@ _CALLS = (
 )
 _COUNTED = ("copies_to_device", "copies_to_host", "asynchronous_copies", "waits", "mix_ups", "launches")
 _STEPS = 3
-_DURATIONS_S: dict[Family, float] = {"sa3": 2.0, "open": 0.4}  # `open` models decode 44,100 samples a second
+_DURATIONS_S: dict[Family, float] = {"sa3": 2.0, "open": 0.4}  # short for `open`, whose tiny model has a high rate
 _ROWS = 2  # rows per request, so that no step has a single row
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """The work to count: a kind of request (one of KINDS of its family), engine mode, precision and model family."""
+    """What to run and count: a kind of request from KINDS, and the engine's mode, dtype and model family."""
 
     kind: str
     mode: Mode = "fast"
@@ -77,15 +77,15 @@ class Setting:
 
 
 def run_apart(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """Call the function for each item, one after another in one separate process. Returns the results."""
+    """Start one separate process and call the function there for each item. Returns the results."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return list(process.map(function, items))
 
 
 def count(setting: Setting) -> dict[str, Any]:
-    """Returns the number of calls and the largest counts of any call, by kind of engine call.
+    """Returns for each kind of engine call: the number of calls, and the largest count of each kind of work in a call.
 
-    Every call runs once before, so that work which happens once per process does not count.
+    All requests run once before counting starts, so work that happens only once in a process does not count.
     """
     torch.set_num_threads(1)
     device = StandInDevice()
@@ -94,7 +94,7 @@ def count(setting: Setting) -> dict[str, Any]:
 
 
 def make_model(family: Family, *, dtype: str) -> Sa3Model | SaoModel:
-    """Returns a small checkpoint on the stand-in device, with its denoiser in `dtype` as on CUDA."""
+    """Returns a small model on the stand-in device. Its denoiser has the dtype `dtype`, as it can have on CUDA."""
     folder = CHECKPOINTS[family]
     model = load_model(resolve_entry(folder.name, path=str(folder)))
     assert isinstance(model, Sa3Model | SaoModel)
@@ -102,13 +102,13 @@ def make_model(family: Family, *, dtype: str) -> Sa3Model | SaoModel:
     for module in (model.text.encoder, model.prompt, *model.numbers.values(), model.denoiser, model.autoencoder):
         move(module)
     model._device = DEVICE
-    with torch.inference_mode(), StandInDevice():  # the model keeps tensors on its device that it derives from weights
+    with torch.inference_mode(), StandInDevice():  # `resolve` makes tensors from the weights, on the weights' device
         model.autoencoder.resolve()
     return model
 
 
 def make_requests(setting: Setting, *, sample_rate_hz: int, seed: int) -> list[GenerationRequest]:
-    """Returns requests whose rows step together. Raises ValueError for an unknown kind."""
+    """Returns requests of the setting's kind that can share sampling steps. Raises ValueError for an unknown kind."""
 
     duration_s = _DURATIONS_S[setting.family]
 
@@ -139,14 +139,14 @@ def make_requests(setting: Setting, *, sample_rate_hz: int, seed: int) -> list[G
         case "inpaint":
             return [request(**inpaint)]
         case "mixed":
-            other_sampler = _FAMILY_SAMPLERS[setting.family][-2]  # not the family's default
+            other_sampler = _FAMILY_SAMPLERS[setting.family][-2]  # a sampler that is not the family's default
             return [request(), request(**guided), request(**inpaint), request(sampler=other_sampler)]
     raise ValueError(f"unknown kind of request {setting.kind!r}")
 
 
 async def _run(model: DiffusionModel, setting: Setting, *, device: StandInDevice) -> list[tuple[str, HostWork]]:
-    """Send the requests twice, with different seeds. Returns the sections of the second run."""
-    # Without a warm-up no measured times decide which rows share a step, so all rows share it.
+    """Run the requests twice, with different seeds. Returns the counted engine calls of the second run."""
+    # Without a warm-up, the engine has no measured times by which it would split the rows into several steps.
     options = EngineOptions(mode=setting.mode, warmup_budget_s=0.0, fixed_share=0.001)
     num_before = 0
     with _sections(device):
@@ -160,20 +160,20 @@ async def _run(model: DiffusionModel, setting: Setting, *, device: StandInDevice
 
 
 class _StandInEngine(Engine):
-    """An engine on a stand-in device. Its thread begins once `num_rows` rows wait."""
+    """An engine on a stand-in device. It starts sampling when `num_rows` rows are waiting."""
 
     def __init__(self, model: DiffusionModel, options: EngineOptions, *, device: StandInDevice, num_rows: int) -> None:
         with patch.object(build, "Scheduler", partial(_Together, num_rows=num_rows)):
             super().__init__(model, options, device=_QueueingDevice(device))
-        # These costs make one call much faster than two, however many of its rows are dummies.
+        # With these measurements, one call for all rows is predicted to be much faster than two, even with dummy rows.
         self._predictor._cost.fit("denoise", [Measurement(rows, 64, 1000.0) for rows in (1, 32)])
         self._thread._sharing = device
 
 
 class _QueueingDevice(CudaDevice):
-    """Presents a stand-in device to the engine as a GPU that finishes each engine call during the next one."""
+    """A stand-in device as the engine's GPU. Each engine call counts as finished when the next call has begun."""
 
-    can_capture = False  # a replayed call would hide its work
+    can_capture = False  # replaying a CUDA graph would hide the work of the call
 
     def __init__(self, stand_in: StandInDevice) -> None:
         super().__init__(DEVICE)
@@ -190,7 +190,7 @@ class _QueueingDevice(CudaDevice):
         yield
 
     def follow(self, moment: Moment) -> None:
-        """Does nothing, because all work is done at once."""
+        """Do nothing, because the stand-in device does all work immediately."""
 
     def use(self) -> DeviceUse:
         return DeviceUse(DEVICE.type)
@@ -216,7 +216,7 @@ class _Point:
 
 
 class _Together(Scheduler):
-    """Holds rows back until `num_rows` wait, so that they share every step."""
+    """Picks no rows until `num_rows` rows are waiting, so that all rows share every step."""
 
     def __init__(self, *args: Any, num_rows: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -230,12 +230,12 @@ class _Together(Scheduler):
 
 @contextmanager
 def _sections(device: StandInDevice) -> Iterator[None]:
-    """Within this context, count every engine call as a section, and every wait for the device."""
+    """Within this context, count the work of every engine call in its own section of the device."""
 
     def within(name: str, method: Any) -> Any:
         @wraps(method)
         def run(owner: Stages | Executor, rows: Any, **options: Any) -> Any:
-            if not rows:  # the engine calls this every turn, even without new rows
+            if not rows:  # the engine calls some methods in each loop, even without rows
                 return method(owner, rows, **options)
             with device.section(name):
                 return method(owner, rows, **options)

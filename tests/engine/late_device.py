@@ -1,7 +1,7 @@
-"""A CPU device whose second queue does its work as late as possible.
+"""A CPU device that simulates a second CUDA stream whose work is done as late as possible.
 
-Work is done when the host or the first queue waits for it, or after a number of polls. Until then its results and
-changes to tensors are missing. This module does not depend on the engine.
+The work is done when the host or the first stream waits for it, or after a number of polls. Until then its results are
+invalid and the tensors that it changes have their old values.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from tests.engine.torch_operations import is_composite
 
 
 class LateDevice(WaitingDevice):
-    """A point in the second queue is reached after `patience` polls, or only by waiting for it if that is None."""
+    """Work on the second stream counts as done after `patience` polls, or when it is waited for. None: only then."""
 
     def __init__(self, *, patience: int | None = None, mode: Mode = "strict") -> None:
         super().__init__(torch.device("cpu"), clock=SystemClock())
         self.has_second_queue = True
         self.default_mode = mode
         self.patience = patience
-        self.num_late = 0  # polls that returned False
+        self.num_late = 0  # number of polls that found the work not done
         self._pieces: list[_Operations] = []
         self._num_done = 0
         self._is_on_second_queue = False
@@ -56,13 +56,13 @@ class LateDevice(WaitingDevice):
         moment.wait()
 
     def work_up_to(self, count: int) -> None:
-        """Do the first `count` pieces of the second queue's work."""
+        """Do the work of the first `count` uses of `on_second_queue`, as far as it is not done."""
         while self._num_done < count:
             self._pieces[self._num_done].redo()
             self._num_done += 1
 
     def is_done(self, count: int) -> bool:
-        """Whether the first `count` pieces are done."""
+        """Whether the work of the first `count` uses of `on_second_queue` is done."""
         return self._num_done >= count
 
 
@@ -100,16 +100,14 @@ class _Operation:
 
 @dataclass(eq=False)
 class _Operations(TorchDispatchMode):
-    """Runs operations to get the shapes of their results, and records them to undo and redo them."""
+    """Runs torch operations, to get the shapes of their results, and records them, to undo and redo them."""
 
     operations: list[_Operation] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
 
-    def __torch_dispatch__(  # has torch's signature
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if is_composite(func):
             with self:
@@ -139,7 +137,7 @@ class _Operations(TorchDispatchMode):
                 tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
 
     def redo(self) -> None:
-        """Run the operations again and keep their results."""
+        """Run the operations again, write their results into the tensors created before, and forget the operations."""
         for operation in self.operations:
             args, kwargs = tree_map(_open_generator, (operation.args, operation.kwargs))
             results = [leaf for leaf in tree_leaves(operation.run(*args, **kwargs)) if isinstance(leaf, Tensor)]
@@ -160,7 +158,7 @@ def _keep_generator(value: Any) -> Any:
 
 
 def _open_generator(value: Any) -> Any:
-    """Returns a generator in its recorded state, or any other value unchanged."""
+    """Returns a recorded generator after restoring its state. Any other value is returned unchanged."""
     if not isinstance(value, _GeneratorState):
         return value
     value.own.set_state(value.state)
@@ -168,7 +166,7 @@ def _open_generator(value: Any) -> Any:
 
 
 def _changed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """Returns the tensors that an operation writes to."""
+    """Returns the argument tensors that an operation changes in place, according to its schema."""
     arguments = func._schema.arguments
     values = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | dict(kwargs)
     written = [argument.name for argument in arguments if argument.alias_info and argument.alias_info.is_write]

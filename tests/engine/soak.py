@@ -1,7 +1,7 @@
-"""Send many different requests to one engine with the demo model, cancel some, and check results and memory.
+"""Send many different requests to one engine with the demo model, cancel some, and check the results and the memory.
 
-First each of a few cases runs alone. Then cases run in random order, eight at a time, directly or over HTTP in this
-process. Each result must have the same bytes as that of the case alone.
+First each request runs alone. Then the requests run repeatedly in random order, eight at a time, directly or over HTTP
+in this process. Each result must have the same bytes as when the request ran alone.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ CANCEL_SHARE = 0.05
 RATE_HZ = 44_100
 STEPS = (4, 8)
 
-# Sends a case and passes its progress, if any, to the function. Returns a digest of the result.
+# A function that sends a request and returns a digest of the result. Its argument is called with each progress report.
 Send = Callable[[Callable[[Progress], None]], Awaitable[str]]
 OnDone = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A request that may be sent repeatedly."""
+    """A request that the test sends many times."""
 
     kind: str
     send: Send
@@ -53,17 +53,17 @@ class Case:
 
 @dataclass
 class Outcome:
-    """The number of requests by outcome, and the memory of the process at times without any request."""
+    """How many requests ended in which way, by kind of request, and the memory of the process between requests."""
 
     answered: Counter[str] = field(default_factory=Counter)
     wrong: Counter[str] = field(default_factory=Counter)
     cancelled: Counter[str] = field(default_factory=Counter)
-    resident: list[tuple[int, int]] = field(default_factory=list)  # (requests so far, bytes)
-    kept: list[Counter[str]] = field(default_factory=list)  # tensors and engine objects, by class
+    resident: list[tuple[int, int]] = field(default_factory=list)  # (requests so far, bytes of resident memory)
+    kept: list[Counter[str]] = field(default_factory=list)  # number of tensors and engine objects that exist, by class
 
 
 async def soak(*, num_requests: int, seed: int, output_dir: Path, on_done: OnDone = lambda done: None) -> Outcome:
-    """Send `num_requests`. Read the memory at least every hundred requests, halfway and at the end."""
+    """Send `num_requests` requests. The memory is measured at least after every hundred, halfway, and at the end."""
     outcome, order = Outcome(), random.Random(seed)
     async with run_server(output_dir) as (engine, client):
         cases = draw_cases(engine, client, seed=seed)
@@ -83,7 +83,7 @@ async def soak(*, num_requests: int, seed: int, output_dir: Path, on_done: OnDon
 
 @asynccontextmanager
 async def run_server(output_dir: Path) -> AsyncIterator[tuple[Engine, httpx.AsyncClient]]:
-    """Yields a strict engine of the demo model and a client of the API in front of it."""
+    """Yields an engine in strict mode with the demo model, and a client of the HTTP API that uses this engine."""
     settings = Settings.model_validate(
         {
             "models": [{"name": "demo", "mode": "strict", "threads": 1, "engine": {"warmup_budget_s": 0}}],
@@ -93,7 +93,8 @@ async def run_server(output_dir: Path) -> AsyncIterator[tuple[Engine, httpx.Asyn
     engine = load_engine(settings, settings.models[0])
     async with LocalBackend(plan_deployments(settings).catalog, {"demo": engine}) as backend:
         app = create_app(backend, settings)
-        with patch.object(windowed_model, "WINDOW_S", 4.0):  # loops are cut from a clip of this length
+        # A shorter window, because loops are cut from a whole window.
+        with patch.object(windowed_model, "WINDOW_S", 4.0):
             transport = httpx.ASGITransport(app)
             async with (
                 app.router.lifespan_context(app),
@@ -103,7 +104,7 @@ async def run_server(output_dir: Path) -> AsyncIterator[tuple[Engine, httpx.Asyn
 
 
 def draw_cases(engine: Engine, client: httpx.AsyncClient, *, seed: int) -> tuple[Case, ...]:
-    """Returns 24 cases of 1 to 4 s: texts, variations, inpainting and loops. Six of them are sent over HTTP."""
+    """Returns 24 requests for 1 to 4 s: from text, variations, inpainting and loops. Six of them are sent over HTTP."""
     draw = random.Random(f"cases {seed}")
     noise = np.random.default_rng(seed)
 
@@ -153,7 +154,8 @@ async def _send_http(
 ) -> str:
     sending = asyncio.ensure_future(client.post(path, **body))  # type: ignore[arg-type]
     try:
-        for index in range(STEPS[0]):  # requests over HTTP report no progress, so their cancellation is triggered here
+        # A request over HTTP reports no progress, but a report may trigger its cancellation.
+        for index in range(STEPS[0]):
             await asyncio.sleep(0.001)
             on_progress(Progress("queued", 0.0, steps_done=index))
         response = await sending
@@ -168,14 +170,14 @@ def _digest(*parts: bytes) -> str:
 
 
 def _draw(cases: Sequence[Case], size: int, *, order: random.Random) -> list[Case]:
-    """Returns `size` cases in random order, each about equally often."""
+    """Returns `size` requests in random order. Each of `cases` occurs about equally often."""
     drawn = [case for _ in range(-(-size // len(cases))) for case in order.sample(cases, len(cases))][:size]
     order.shuffle(drawn)
     return drawn
 
 
 async def _send_all(cases: Sequence[Case], *, right: dict[Case, str], order: random.Random, outcome: Outcome) -> None:
-    """Send cases eight at a time. Cancel one in twenty during one of its first progress reports."""
+    """Send the requests, eight at a time. One in twenty is cancelled at one of its first progress reports."""
     num_cancels = max(1, round(CANCEL_SHARE * len(cases)))
     cancels = {index: order.randrange(STEPS[0]) for index in order.sample(range(len(cases)), num_cancels)}
     waiting = iter(enumerate(cases))
@@ -208,7 +210,7 @@ async def _send_one(case: Case, *, right: str, cancel_at: int | None, outcome: O
 
 
 def count_kept() -> Counter[str]:
-    """Returns the number of tensors and engine objects in this process, by class."""
+    """Returns how many tensors and engine objects exist in this process, by class."""
     gc.collect()
     kept: Counter[str] = Counter()
     for cls, count in Counter(map(type, gc.get_objects())).items():

@@ -1,11 +1,10 @@
-"""A simulated device that counts host work.
+"""A simulated device for PyTorch that counts host work: copies, kernel launches, and waits for the device.
 
-Its tensors are in host memory but report another device. The simulation counts copies between host and device, and
-everything that would make the host wait. The CPU computes the results. This module does not depend on the engine or
-a model.
+Its tensors are in host memory but report another device, and the CPU computes their operations. This module does not
+depend on the engine or a model.
 
-The reported device is torch's private one. Its registration cannot be undone, so a process with a stand-in device
-should do nothing else. Outside the context of the device, every operation on a stand-in tensor raises RuntimeError.
+The reported device is torch's `privateuseone`. Its registration cannot be undone, so a process with a stand-in device
+should do nothing else. Outside the context of a `StandInDevice`, every operation on its tensors raises RuntimeError.
 """
 
 from __future__ import annotations
@@ -35,16 +34,16 @@ _TORCH_FOLDER = str(Path(torch.__file__).parent)
 
 @dataclass(slots=True)
 class HostWork:
-    """The host's work in one section of a program. Each copy counts once, whatever its size.
+    """The host's work in one section of a program. A copy counts as one, whatever its size.
 
-    `origins` counts copies, waits and mix-ups by kind, operation and source line.
+    The keys of `origins` have a kind of work and the source line where it happened.
     """
 
-    copies_to_device: int = 0  # blocking
-    copies_to_host: int = 0  # blocking
-    asynchronous_copies: int = 0  # from or to pinned memory
+    copies_to_device: int = 0  # copies that block the host
+    copies_to_host: int = 0  # copies that block the host
+    asynchronous_copies: int = 0  # copies that do not block, because the host memory is pinned
     waits: int = 0  # times that the host waits for the device
-    mix_ups: int = 0  # operations on tensors of both devices, which fail on a real GPU
+    mix_ups: int = 0  # operations on a host tensor and a device tensor, which would fail on a GPU
     launches: int = 0
     origins: Counter[str] = field(default_factory=Counter)
 
@@ -55,14 +54,14 @@ class HostWork:
 
 
 class StandInTensor(torch.Tensor):
-    """A tensor that reports the stand-in device. `held` has its values on the CPU."""
+    """A tensor that reports the stand-in device. The CPU tensor `held` has its values."""
 
     held: Tensor
 
     @staticmethod
     def __new__(cls, real: Tensor) -> StandInTensor:
-        """Create a tensor with the shape, strides and dtype of `real`."""
-        with torch.inference_mode(False):  # Python code cannot index an inference tensor
+        """Create a stand-in tensor with the shape, strides, dtype and values of the CPU tensor `real`."""
+        with torch.inference_mode(False):  # a wrapper that is an inference tensor cannot be indexed
             made = torch.Tensor._make_wrapper_subclass(
                 cls,
                 real.size(),
@@ -89,13 +88,13 @@ class StandInTensor(torch.Tensor):
 
 
 class StandInDevice:
-    """A context in which the thread that entered it can use `DEVICE`. Not reusable."""
+    """A context in which the thread that entered it can use tensors on `DEVICE`. It can be entered only once."""
 
     def __init__(self) -> None:
         self.sections: list[tuple[str, HostWork]] = []  # in the order in which they began
         self.outside = HostWork()  # work outside all sections
         self._open = [self.outside]
-        self._pinned: dict[int, Tensor] = {}  # kept, so that no other tensor gets the same address
+        self._pinned: dict[int, Tensor] = {}  # by address; the tensors are kept so that no other gets the same address
         self._stack = ExitStack()
 
     def __enter__(self) -> StandInDevice:
@@ -110,7 +109,7 @@ class StandInDevice:
 
     @contextmanager
     def section(self, name: str) -> Iterator[HostWork]:
-        """Count the work within this context in a new section, and not in sections around it."""
+        """Count the work within this context in a new section. It does not count in an outer section."""
         work = HostWork()
         self.sections.append((name, work))
         self._open.append(work)
@@ -120,13 +119,13 @@ class StandInDevice:
             self._open.remove(work)
 
     def wait(self, reason: str) -> None:
-        """Count a wait that is not a tensor operation, such as a synchronisation."""
+        """Count a wait of the host that no tensor operation causes, such as a synchronization."""
         work = self._open[-1]
         work.waits += 1
         work.origins[f"wait {reason} {_origin()}"] += 1
 
     def run(self, operation: Any, *, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Run and count an operation that uses this device and is not composite. Returns its result."""
+        """Run an operation that uses this device, and count it. It must not consist of other operations (composite)."""
         name = operations.name_of(operation)
         tensors = [leaf for leaf in operations.leaves((args, *kwargs.values())) if isinstance(leaf, Tensor)]
         target = kwargs.get("device")
@@ -142,7 +141,10 @@ class StandInDevice:
         return _map(partial(_wrap, known=known, to_device=to_device), result)
 
     def _count_crossing(self, name: str, args: Sequence[Any], *, kwargs: Mapping[str, Any], to_device: bool) -> bool:
-        """Count a copy between host and device. Returns False if source and target are on the same side."""
+        """Count a copy between host and device.
+
+        Returns False, without counting, if both tensors are on the same side.
+        """
         source = args[1] if name == "copy_" else args[0]
         target_is_here = _is_here(args[0]) if name == "copy_" else to_device
         if _is_here(source) == target_is_here:
@@ -196,7 +198,7 @@ def move(module: nn.Module) -> None:
 
 
 class _Dispatch(TorchDispatchMode):
-    """Receives every operation of this thread below autograd."""
+    """Receives every torch operation of this thread, below autograd. Gives those on stand-in tensors to the device."""
 
     def __init__(self, device: StandInDevice) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -218,7 +220,7 @@ class _Dispatch(TorchDispatchMode):
 
 
 class _Construction(TorchFunctionMode):
-    """Creates tensors from Python values on the host first, as torch does, and then copies them visibly."""
+    """Makes hidden copies visible: a device tensor from Python values is created on the host and then copied."""
 
     def __torch_function__(self, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -228,7 +230,8 @@ class _Construction(TorchFunctionMode):
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
             args = (args[0], _without_lists(args[1]), *args[2:])
         if func is torch.Tensor.__setitem__ and isinstance(args[2], bool | int | float):
-            args = (*args[:2], torch.tensor(args[2], dtype=args[0].dtype))  # on CUDA the value stays on the host too
+            # A CPU scalar: on CUDA, too, this needs no copy.
+            args = (*args[:2], torch.tensor(args[2], dtype=args[0].dtype))
         return func(*args, **kwargs)
 
 
@@ -239,7 +242,7 @@ def _without_lists(index: Any) -> Any:
 
 
 class _Generator(torch.Generator):
-    """Creates a CPU generator where one of the stand-in device is requested."""
+    """A generator that is on the CPU if one on the stand-in device is requested."""
 
     def __new__(cls, device: Any = "cpu") -> _Generator:
         on_host = "cpu" if torch.device(device).type == DEVICE.type else device
@@ -248,7 +251,7 @@ class _Generator(torch.Generator):
 
 @cache
 def _register() -> None:
-    """Register the private device with torch. Cannot be undone."""
+    """Register torch's `privateuseone` device. This cannot be undone."""
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
     _setup_privateuseone_for_python_backend()
@@ -261,7 +264,7 @@ def _is_here(value: object) -> bool:
 
 
 def _map(function: Callable[[Any], Any], value: Any) -> Any:
-    """Apply the function to the values in nested lists and tuples. Returns the same structure of results."""
+    """Apply the function to each value in nested lists and tuples. Returns the results, nested in the same way."""
     if isinstance(value, list | tuple):
         return type(value)([_map(function, part) for part in value])
     return function(value)
@@ -272,7 +275,7 @@ def _unwrap(value: Any) -> Any:
 
 
 def _wrap(value: Any, *, known: Mapping[int, StandInTensor], to_device: bool) -> Any:
-    """Wrap a result, or return the known tensor if an in-place operation returns its argument."""
+    """Wrap an operation's result as a stand-in tensor. If the result is an argument (in place), return its wrapper."""
     if id(value) in known:
         return known[id(value)]
     return StandInTensor(value) if to_device and isinstance(value, Tensor) else value
@@ -287,7 +290,7 @@ def _on_host(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _origin() -> str:
-    """Returns end of path and number of the innermost source line outside torch and this folder."""
+    """Returns the innermost source line outside torch and this folder: the end of its file's path and its number."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith((_OWN_FOLDER, _TORCH_FOLDER, "<")):
         frame = frame.f_back

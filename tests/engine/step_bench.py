@@ -1,4 +1,4 @@
-"""The arenas and rows of a model without an engine, for tests of single steps."""
+"""Run single sampling steps of a model without an engine: the memory that a step uses, and rows in this memory."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ REQUESTS = {
 
 
 class Bench:
-    """The arenas of one model and rows in them, as in the engine."""
+    """The engine's memory for one model: registers (a row's latents) and conditioning values. Makes rows in it."""
 
     def __init__(self, model: DiffusionModel) -> None:
         self.model = model
@@ -105,5 +105,5 @@ class Bench:
 
 
 def tensors_of(memories: Memories) -> list[Tensor]:
-    """Returns all tensors of the memories, in a fixed order."""
+    """Returns all tensors of `memories`, always in the same order."""
     return [memories.registers, *memories.constants.values(), *memories.by_frame.values()]

@@ -1,4 +1,4 @@
-"""The bound on accepted work, and the retry times of refused clients."""
+"""How much work the engine accepts before it refuses requests, and the retry times of refused clients."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_one_client_leaves_room_for_clients_with_less_work() -> None:
     for number in range(3):
         admission.admit(number, 5_000.0, client="greedy")
     with pytest.raises(OverloadedError) as refusal:
-        admission.admit(3, 5_000.0, client="greedy")  # a client may use three quarters of the queue, 15 s
+        admission.admit(3, 5_000.0, client="greedy")  # one client may use 15 of the 20 s
     assert refusal.value.retry_after_s == pytest.approx(5.0)
     for number in range(10, 20):
         admission.admit(number, 1_000.0, client=f"other {number}")
@@ -51,7 +51,7 @@ def test_a_request_longer_than_the_queue_does_not_block_others() -> None:
 
 def test_many_equal_clients_cannot_exceed_the_queue() -> None:
     admission = Admission(max_queue_s=20.0)
-    for number in range(21):  # the last one has work up to the bound ahead
+    for number in range(21):  # the last request is accepted, because the 20 s ahead of it do not exceed the bound
         admission.admit(number, 1_000.0, client=f"client {number}")
     with pytest.raises(OverloadedError) as refusal:
         admission.admit(21, 1_000.0, client="client 21")
@@ -76,7 +76,7 @@ def test_jobs_and_requests_of_one_client_count_together_for_its_jobs() -> None:
         admission.admit(2, 5_000.0, priority="batch", client="greedy")
     assert refusal.value.message.startswith("this client's share")
     admission.admit(3, 5_000.0, priority="batch", client="other")
-    admission.admit(4, 1_000.0, client="greedy")  # batch work does not delay interactive work
+    admission.admit(4, 1_000.0, client="greedy")  # the client's batch work does not count
 
 
 def test_idle_engine_admits_work_of_any_size() -> None:
@@ -90,7 +90,7 @@ def test_idle_engine_admits_work_of_any_size() -> None:
 
 @pytest.mark.parametrize("pace", [0.7, 1.0, 1.4])
 def test_bound_and_retry_after_follow_the_measured_pace(pace: float) -> None:
-    """Requests with a predicted time of 100 ms run one after another for a minute. Then the queue is filled."""
+    """Requests take `pace` times the predicted 100 ms. After a minute, the queue must hold 2 s of real time."""
     clock = FakeClock()
     admission = Admission(max_queue_s=2.0, clock=clock)
     waiting: list[int] = []
@@ -139,7 +139,8 @@ def test_a_client_that_ignores_retry_after_delays_only_itself() -> None:
             with pytest.raises(OverloadedError) as refusal:
                 admission.admit(99, 1_000.0, client=client)
         waits[client] = refusal.value.retry_after_s or 0.0
-    assert waits["last"] == pytest.approx(waits["first"] + 2.0)  # each earlier client has one request of 1 s ahead
+    # Each of the two clients that were refused earlier has one request of 1 s ahead of "last".
+    assert waits["last"] == pytest.approx(waits["first"] + 2.0)
     assert waits["hammering"] > 400.0
 
 
@@ -159,7 +160,7 @@ def test_retry_times_of_different_clients_are_spaced() -> None:
 def test_a_few_requests_do_not_change_the_pace() -> None:
     clock = FakeClock()
     admission = Admission(max_queue_s=2.0, clock=clock)
-    for number in range(60):  # each takes far longer than predicted
+    for number in range(60):  # each request takes three times as long as predicted
         admission.admit(number, 1_900.0)
         clock.now += 6.0
         admission.release(number, is_done=True)

@@ -1,4 +1,4 @@
-"""Reads from the pages of an arena return exactly the written values, also for rows shorter than their call."""
+"""Rows keep values by frame in memory pages. Reading returns what was written, and zeros after a shorter row's end."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def test_pages_of_a_row_survive_neighbours_and_growth(
         longer, more = own.frames + 70, len(own.parts) + 1
         found = read(arena.memory, table_of(own, frames=longer, num_parts=more), frames=longer)[0]
         assert torch.equal(found[:-1, :, : own.frames], values[0])
-        assert not found[:-1, :, own.frames :].any()  # the frames after the row's own are 0
-        assert not found[-1].any()  # a part that the row does not have is 0
+        assert not found[:-1, :, own.frames :].any()  # zeros after the row's last frame
+        assert not found[-1].any()  # the table asks for one part more than the row has
     in_use = sum(pages_of(own.frames) * len(own.parts) for own, _ in held.values())
     assert len(arena._free) == len(arena.memory) - in_use - (SCRATCH_PAGE + 1)
 

@@ -15,7 +15,7 @@ from stable_audio_serve.engine.scheduling.batching import FixedSlots
 from tests.factories import ToyModel, make_audio, make_request, make_varied_requests
 from tests.patience import PATIENCE_S
 
-# Largest difference observed in fast mode with the toy model on a CPU: 3e-7. One unit of 16-bit audio is 3e-5.
+# For fast mode. The largest difference observed with the toy model on a CPU is 3e-7. A bit of 16-bit audio is 3e-5.
 FAST_TOLERANCE = 1e-5
 
 SUBJECTS = {
@@ -30,7 +30,7 @@ SUBJECTS = {
 def make_options(mode: str, **fields: object) -> EngineOptions:
     if mode == "packed":
         mode, fields = "fast", {"fixed_share": 0.001, **fields}
-    elif mode == "fast":  # so that all rows share every call
+    elif mode == "fast":  # with these fields, all rows share every call
         fields = {"frame_grid": 256, "fixed_share": 0.001, **fields}
     return EngineOptions(mode=mode, warmup_budget_s=0.0, torch_threads=1, **fields)  # type: ignore[arg-type]
 
@@ -47,7 +47,7 @@ async def run_alone(request: GenerationRequest, *, options: EngineOptions, mode:
 async def run_after_some_steps(
     engine: Engine, crowd: Sequence[GenerationRequest]
 ) -> list[asyncio.Task[GenerationResult]]:
-    """Start several requests. Returns their tasks once the engine has run a step."""
+    """Start the requests, and wait until the engine has run a sampling step. Returns the requests' tasks."""
     moving = asyncio.Event()
     tasks = [
         asyncio.create_task(engine.generate(r, lambda progress: moving.set() if progress.steps_done else None))
@@ -110,7 +110,7 @@ async def test_cancelled_neighbours_do_not_change_the_audio(mode: str) -> None:
 
 
 async def test_priority_does_not_change_the_audio(mode: str) -> None:
-    """With mixed priorities, rows join the steps of other rows, wait for them or run alone."""
+    """With mixed priorities, a request shares its steps with others, waits for others, or runs alone."""
     fields = {"max_rows": 4, "batch_share": 0.5}
     own = [replace(subject, priority="batch") for subject in SUBJECTS.values()]
     batch = [replace(request, priority="batch") for request in make_varied_requests()]
@@ -158,7 +158,7 @@ async def test_variations_equal_single_requests_with_their_seeds(noisy_source_en
 
 
 async def test_fixed_slots_change_no_byte() -> None:
-    """Dummies and neighbours of the same length do not matter to the fixed-slot policy on a CPU."""
+    """If each call has a fixed number of rows, the other rows in the call, even dummy rows, change no byte."""
     policy = FixedSlots(slots=4, grid=16)
     async with Engine(make_model(), make_options("strict"), policy=policy) as engine:
         alone = await engine.generate(SUBJECTS["guided"])

@@ -1,4 +1,4 @@
-"""How a step is split into device calls."""
+"""How the rows of a sampling step are split into calls of the network."""
 
 from __future__ import annotations
 
@@ -91,12 +91,12 @@ def test_calls_have_the_row_counts_of_graphs_and_stay_within_the_budget(
 @pytest.mark.parametrize(
     ("num_rows", "frames", "sizes"),
     [
-        (5, 64, [6]),  # one dummy is cheaper than a second call
+        (5, 64, [6]),  # one call with a dummy row is faster than two calls
         (5, 1000, [4, 1]),
         (13, 64, [16]),
         (13, 640, [12, 1]),
         (40, 64, [32, 8]),
-        (30, 1000, [16, 12, 2]),  # 17 rows would exceed the budget
+        (30, 1000, [16, 12, 2]),  # a call of more than 16 rows would exceed `max_tokens`
     ],
 )
 def test_rows_are_padded_or_split_whichever_is_faster(num_rows: int, frames: int, sizes: list[int]) -> None:

@@ -1,4 +1,4 @@
-"""Captured calls: with other values they give the result of an eager call, and a wrong one is never used."""
+"""Calls as CUDA graphs: a replay with new inputs equals an eager call, and a wrong graph is never used."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 
 class RecordedDevice(RecordingDevice):
-    """Records each operation with its memory, like a graph."""
+    """Simulates CUDA graphs: a capture records each operation with the memory that it reads and writes."""
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         recorded = make_fx(run)()
@@ -78,7 +78,7 @@ def test_replayed_decode_call_is_bit_identical_for_other_latents(model: Any) -> 
     graphs = Graphs(device, clock=SystemClock(), metrics=GraphCounts())
     calls = DecodeCalls(model, device=device, graphs=graphs)
     with torch.inference_mode():
-        for _ in range(3):  # the first call of a length records its random draws
+        for _ in range(3):  # the first call of a new length only finds out which noise the decoder draws
             expected = calls.decode(windows_of(model, 1, 2, 3))
         assert graphs.capture_next(is_idle=True)
         before = addresses(graphs)

@@ -1,4 +1,4 @@
-"""The cost model fits its measurements and follows changes."""
+"""The cost model, which predicts the time of calls: its fit to measurements, and its correction by later calls."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ curves = st.builds(
 
 
 def disturbed(truth_ms: float, rng: random.Random) -> float:
-    """Returns the best of three runs. Each is up to 5 % slower than `truth_ms`, and two are often disturbed."""
+    """Returns a simulated measurement: the fastest of three runs, two of which other programs often slow down."""
     runs = [truth_ms * rng.uniform(1.0, 1.05) * rng.choice([1.0, rng.uniform(1.0, 20.0)]) for _ in range(2)]
     return min(*runs, truth_ms * rng.uniform(1.0, 1.05))
 
@@ -48,7 +48,9 @@ def disturbed(truth_ms: float, rng: random.Random) -> float:
 def test_fit_on_a_disturbed_machine_is_near_the_true_cost(
     truth: CallCost, shapes: list[tuple[int, int]], seed: int
 ) -> None:
-    """The fit is within 25 % at every probe, and if costs grow within a factor of two at twice the rows or frames."""
+    """The fit is within 25 % at each measured shape. Where the cost grows with the work, it is within a factor of two
+    at twice the rows or frames.
+    """
     rng = random.Random(seed)
     fitted = fit_call_cost([Measurement(*shape, disturbed(truth.call_ms(*shape), rng)) for shape in shapes])
     for shape in shapes:
@@ -70,12 +72,12 @@ measured = st.lists(
 def test_more_work_never_costs_less_after_any_fit(measurements: list[Measurement]) -> None:
     fitted = fit_call_cost(measurements)
     assert min(fitted.fixed_ms, fitted.per_row_ms, fitted.per_square_ms, fitted.floor_ms) >= 0
-    assert fitted.per_frame_ms > 0  # otherwise all deadlines would be equal
+    assert fitted.per_frame_ms > 0  # with 0, short and long requests would get the same deadline
     for rows, frames in SHAPES:
         assert fitted.call_ms(rows, frames) <= fitted.call_ms(rows + 1, frames)
         assert fitted.call_ms(rows, frames) <= fitted.call_ms(rows, frames + 64)
     most_rows, largest = max(m.rows for m in measurements), max(m.rows * m.frames for m in measurements)
-    for rows, frames in SHAPES:  # the flat part ends at or soon after the largest measured shape
+    for rows, frames in SHAPES:  # the predicted cost is flat at most up to soon after the largest measured shape
         more_rows = rows + 16 * max(most_rows, largest // frames)
         assert fitted.call_ms(more_rows, frames) > fitted.call_ms(rows, frames)
 
@@ -127,9 +129,9 @@ def test_first_measurement_of_an_unfitted_kind_sets_the_scale() -> None:
 
 @given(st.lists(st.floats(0.1, 1000.0), min_size=1, max_size=20))
 def test_a_few_disturbed_calls_do_not_change_the_order_of_work(disturbances: list[float]) -> None:
-    """Another program slows down 20 calls by up to 1,000 times. The predictions change by a bounded factor.
+    """Up to 20 calls take up to 1,000 times as long. Each changes the prediction by less than a third.
 
-    As many undisturbed calls afterwards undo most of the change.
+    After 60 undisturbed calls, the prediction is near its old value again.
     """
     cost = CostModel()
     cost.fit("denoise", measure(CallCost(1.0, 0.0, 0.01)))

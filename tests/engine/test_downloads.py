@@ -1,4 +1,4 @@
-"""Copies from a device pass through a fixed ring of pinned memory and arrive complete."""
+"""Copies from the device to the host go through a ring buffer of pinned memory and arrive complete."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stable_audio_serve.engine.hardware.downloads import DownloadRing
 
 
 class SlowCopies:
-    """Copies that run, in order, when a test waits for them."""
+    """A queue of postponed copies. They are done, in order, when something waits for them."""
 
     def __init__(self) -> None:
         self.pending: deque[Callable[[], object]] = deque()
@@ -45,7 +45,7 @@ class SlowPoint:
 
 
 class Postponed(TorchDispatchMode):
-    """Postpones every asynchronous copy within its context."""
+    """Within this context, every asynchronous copy is put into `copies` and not done yet."""
 
     def __init__(self, copies: SlowCopies) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -90,7 +90,7 @@ def test_a_full_ring_waits_for_its_oldest_copy(count: int, num_waits: int) -> No
     ring = make_ring(copies, num_bytes=1024)
     with Postponed(copies):
         for _ in range(count):
-            ring.add(torch.rand(64), torch.zeros(64))  # each takes a quarter of the ring
+            ring.add(torch.rand(64), torch.zeros(64))  # each copy takes a quarter of the ring
     assert copies.num_waits == num_waits
 
 

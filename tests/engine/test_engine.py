@@ -51,7 +51,7 @@ async def make_engine(
 
 
 class Gate:
-    """Counts device calls by name, and holds the engine thread before denoiser call number `at` until it is opened."""
+    """Counts the model's calls by name. Stops the engine's thread before denoiser call number `at`, until `open`."""
 
     def __init__(self, at: int = 1) -> None:
         self.calls: Counter[str] = Counter()
@@ -66,7 +66,7 @@ class Gate:
             assert self._open.wait(PATIENCE_S)
 
     def arm(self) -> None:
-        """Hold the next denoiser call."""
+        """Stop the engine's thread again before the next denoiser call."""
         self.calls.clear()
         self._at = 1
 
@@ -78,7 +78,7 @@ class Gate:
 
 
 class SlowPlanner(ToyModel):
-    """A model that blocks planning until `released` is set. Sets `is_planning` when planning begins."""
+    """A model that plans a request only when `released` is set. `is_planning` is set when planning begins."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ async def submit(
 
 
 class PoisonedNoise(SeededNoise):
-    """Gives the row that should fail a recognisable noise, so that tests can find its windows."""
+    """The noise of the row that should fail. Tests recognise the row's decode windows by this class."""
 
 
 def make_noise(seed: int) -> SeededNoise:
@@ -110,7 +110,7 @@ def make_noise(seed: int) -> SeededNoise:
 
 @pytest.mark.server
 async def test_results_can_be_unpickled_without_importing_torch() -> None:
-    """Ingress and job runner unpickle results. Importing torch would take longer than most requests."""
+    """The HTTP and job processes unpickle results. If they had to import torch, it would take longer than requests."""
     progress: list[Progress] = []
     async with make_engine() as engine:
         result = await engine.generate(make_request(), progress.append)
@@ -171,7 +171,7 @@ async def test_source_is_encoded_once_for_all_variations() -> None:
     gate = Gate(at=0)
     async with make_engine(gate) as engine:
         await engine.generate(make_request(batch_size=3, init_audio=make_audio(), init_noise_level=0.5))
-    assert gate.calls["encode_audio"] == 2  # the source has two windows
+    assert gate.calls["encode_audio"] == 2  # the source is encoded in two windows
     assert gate.calls["condition"] == 1
 
 
@@ -304,7 +304,7 @@ async def test_invalid_request_raises_the_models_error() -> None:
 
 
 def break_on(prompt: str, stage: str) -> OnCall:
-    """Returns a callback that fails each call of `stage` that contains the poisoned prompt."""
+    """Returns a callback that raises in each call of `stage` that has a row with this prompt."""
     poisoned: list[object] = []
 
     def on_call(name: str, items: Sequence[object]) -> None:
@@ -378,7 +378,7 @@ async def test_row_that_turns_non_finite_fails_alone(mode: str, where: str) -> N
     class Unstable(ToyModel):
         def denoise(self, batch):  # type: ignore[no-untyped-def]
             velocity = super().denoise(batch)
-            rows = batch.valid.sum(-1) == 70  # the poisoned request's length
+            rows = batch.valid.sum(-1) == 70  # the length of the request that should fail
             if where == "denoise":
                 velocity[rows] = float("nan")
             return velocity
@@ -485,7 +485,7 @@ async def test_queue_position_counts_the_rows_ahead() -> None:
     gate, progress = Gate(), [list[Progress]() for _ in range(4)]
     async with make_engine(gate) as engine:
         tasks = [asyncio.create_task(engine.generate(make_request(steps=2)))]
-        await gate.reached()  # the engine receives no request until the gate opens
+        await gate.reached()  # the engine's thread stands still, so it takes no new request
         tasks += [await submit(engine, make_request(), on_progress=reports.append) for reports in progress]
         gate.open()
         await asyncio.gather(*tasks)

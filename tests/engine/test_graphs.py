@@ -1,4 +1,4 @@
-"""The order and the times of captures. Only captures and the tests advance the clock."""
+"""When CUDA graphs are captured, and in which order. The clock is fake: captures and tests advance it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stable_audio_serve.engine.hardware.graphs import CallMemory, Graphs, Kind
 from tests.engine.capturing import GraphCounts, RecordingDevice
 from tests.factories import FakeClock
 
-RATE_MS = 0.1  # milliseconds of a capture per latent frame
+RATE_MS = 0.1  # a capture takes this many milliseconds per latent frame
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class AnyShape:
 
 
 class Bench:
-    """The graphs of a fake device on which a capture takes time. `taken_ms` has the capture time of each size."""
+    """The graphs of a fake device whose captures take time. `taken_ms` has the time of each capture, by size."""
 
     def __init__(self, off_file: Path | None = None) -> None:
         self.clock, self.metrics = FakeClock(), GraphCounts()
@@ -46,12 +46,12 @@ class Bench:
         self.clock.now += self.taken_ms[shape.size] / 1000.0
 
     def ask(self, *sizes: int, times: int = 1, kind: Kind = "denoise") -> list[bool]:
-        """Call each shape. Returns whether it had a graph."""
+        """Ask `times` times for the graph of each shape. Returns for each request whether there was a graph."""
         shapes = [AnyShape(size, kind) for size in sizes]
         return [self.graphs.find(shape, self.run) is not None for _ in range(times) for shape in shapes]
 
     def capture_all(self) -> list[int]:
-        """Capture shapes as an idle engine does. Returns their sizes in order."""
+        """Capture graphs, as an idle engine does, until no shape is left. Returns the captured sizes in order."""
         before = len(self.taken_ms)
         while self.graphs.capture_next(is_idle=True):
             pass
@@ -77,18 +77,18 @@ def test_no_capture_during_traffic_before_capture_times_are_known() -> None:
     bench = Bench()
     bench.ask(100, times=99)
     assert not bench.graphs.capture_next(is_idle=False)
-    bench.ask(100)  # it has now been called often enough for a capture
+    bench.ask(100)  # with 100 calls, the shape is captured even while rows wait
     assert bench.graphs.capture_next(is_idle=False)
 
 
 def test_a_capture_during_traffic_delays_steps_by_at_most_200_ms() -> None:
     bench = Bench()
-    bench.ask(1000, times=2)  # a capture of 100 ms
+    bench.ask(1000, times=2)  # its capture will take 100 ms
     bench.capture_all()
-    bench.ask(500, 2100, 1900, times=2)  # captures of 50, 210 and 190 ms
+    bench.ask(500, 2100, 1900, times=2)  # their captures will take 50, 210 and 190 ms
     captured: list[int] = []
     began = bench.clock.now
-    for _ in range(400):  # turns of 10 ms
+    for _ in range(400):  # each of the engine's loops takes 10 ms
         bench.clock.now += 0.01
         bench.graphs.capture_next(is_idle=False)
         captured = list(bench.taken_ms)[1:]
@@ -101,7 +101,7 @@ def test_captures_take_a_tenth_of_the_time_while_rows_wait() -> None:
     bench = Bench()
     bench.ask(1000, times=2)
     bench.capture_all()
-    bench.ask(*range(500, 1000), times=2)  # captures of 50 to 100 ms
+    bench.ask(*range(500, 1000), times=2)  # their captures will take 50 to 100 ms
     before, began = len(bench.taken_ms), bench.clock.now
     for _ in range(1000):
         bench.clock.now += 0.01
@@ -200,7 +200,7 @@ def test_old_uses_of_a_shape_weigh_less(monkeypatch: pytest.MonkeyPatch) -> None
     bench = Bench()
     bench.ask(100, times=90)
     bench.capture_all()
-    # The weight of the first shape's uses falls to 45 after the 100th call and to 22 after the 200th.
+    # All counts are halved after every 100 calls, so the first shape's 90 uses count as 45 and later as 22.
     bench.ask(200, times=40)
     assert bench.capture_all() == []
     bench.ask(200, times=90)

@@ -1,6 +1,6 @@
-"""A step of the engine starts one copy and never waits for the device, counted on a stand-in device.
+"""A step of the engine starts one copy and never waits for the device. The work is counted on a simulated device.
 
-The bounds are today's counts. Lower them when a change needs less.
+The bounds on kernel launches are the present counts. Lower them when a change needs fewer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tests.engine.host_work import Setting, count, run_apart
 
 pytestmark = [pytest.mark.slow, pytest.mark.server]
 
-# Kernel launches of the slowest step, by kind of request, with the sampler pingpong.
+# Kind of request -> the most kernel launches of a step. The sampler is pingpong unless the kind names another.
 DENOISE = {
     "plain": 197,
     "guided": 245,
@@ -23,7 +23,7 @@ DENOISE = {
     "sampler euler": 195,
     "sampler dpmpp": 203,
 }
-OPEN = {"guided": 136, "inpaint": 153}  # the same for Stable Audio Open
+OPEN = {"guided": 136, "inpaint": 153}  # the same for models of the family Stable Audio Open
 OTHERS = {"text": 159, "begin": 77, "encode": 192, "finish": 7, "decode": 251}
 STRICT = {**OTHERS, "text": 302, "denoise": 262, "decode": 1230}
 STEPS = {Setting(kind): most for kind, most in DENOISE.items()} | {
@@ -36,7 +36,7 @@ Counted = dict[Setting, dict[str, Any]]
 
 @pytest.fixture(scope="module", params=["few", pytest.param("all", marks=pytest.mark.slow)])
 def counted(request: pytest.FixtureRequest) -> Counted:
-    """Returns the counts of the slowest call of each kind, counted in a separate process."""
+    """Returns for each setting the largest counts of each kind of call. They are counted in a separate process."""
     few = [FAST, IN_STRICT, Setting("guided", "fast", "float32", "open")]
     settings = few if request.param == "few" else [*STEPS, IN_STRICT]
     return dict(zip(settings, run_apart(count, settings), strict=True))

@@ -1,4 +1,4 @@
-"""Masked editing with a model that has no mask input. The engine keeps the source's frames."""
+"""Inpainting with a model that has no mask input: the engine restores the source's latent frames after each step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OPTIONS = EngineOptions(mode="strict", warmup_budget_s=0.0, torch_threads=1)
 
 
 class Watched(ToyModel):
-    """Records encoded and decoded windows by their first frame."""
+    """A toy model that records the first frame of each window that it encodes or decodes."""
 
     def __init__(self) -> None:
         super().__init__(noisy_source_encoder=True, blends=True)

@@ -1,4 +1,4 @@
-"""The memory of rows: compared with values by hand, measured on a model, and bounded by making rows wait."""
+"""The memory that rows need: compared with values computed by hand and measured. Rows wait if there is too little."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ MB = 1_000_000
 def test_row_memory_is_registers_branches_and_largest_call() -> None:
     use = MemoryUse(branch=1000.0, branch_frame=10.0, denoise_frame=50.0, encode_frame=7.0, decode_frame=200.0)
     shape = RowShape(frames=100, num_registers=2, num_branches=2, encode_window=100, decode_window=64)
-    # A row has two pages of 64 frames. While an arena doubles, it takes three times the memory of its contents.
-    registers = 3 * 4 * 8 * 128 * 2  # float32, 8 latent channels
+    # A row of 100 frames has two memory pages of 64 frames. While the memory is doubled, the old half still exists: 3.
+    registers = 3 * 4 * 8 * 128 * 2  # 4 bytes, 8 latent channels, 128 frames, 2 registers
     branches = 3 * 2 * (1000 + 10 * 128)
     noise_and_latents = 4 * 8 * 100 * 2
     kept = registers + branches + noise_and_latents
@@ -53,9 +53,9 @@ def test_simultaneous_temporaries_add_up() -> None:
         a = x + 1  # 4000 bytes
         b = a * 2  # 8000 bytes in total
         del a
-        view = b[:10]  # no new memory
+        view = b[:10]  # a view takes no memory
         view.add_(1)
-        c = torch.cat([b, b])  # 12000 bytes together with b
+        c = torch.cat([b, b])  # 8000 bytes and the 4000 of b
         return c.sum() + x.sum()
 
     assert 12_000 <= peak_bytes(run) <= 12_100
@@ -74,8 +74,8 @@ def test_memory_of_the_toy_model_matches_its_arithmetic() -> None:
     model = ToyModel(width=16, latent_channels=4, hop=8)
     with torch.inference_mode():
         use = measure_use(model, SeededNoise(0))
-    assert use.branch == pytest.approx(4 * 16)  # the context
-    assert use.branch_frame == pytest.approx(4 * 16)  # the local additions
+    assert use.branch == pytest.approx(4 * 16)  # the prompt's values: float32, width 16
+    assert use.branch_frame == pytest.approx(4 * 16)  # the conditioning added to each frame: float32, width 16
     assert use.decode_frame >= 4 * 2 * 8  # the audio: float32, two channels, eight samples
     assert use.denoise_frame >= 4 * 3 * 16  # queries, keys and values
 

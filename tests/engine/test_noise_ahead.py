@@ -1,4 +1,4 @@
-"""The noise of a row is drawn in order, on the side thread, and only if a step uses it."""
+"""The noise of a row is drawn ahead on another thread: in order, and only for steps that use noise."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_noise_is_drawn_in_order_and_only_where_it_is_used(sampler: str, num_dra
         torch.testing.assert_close(noise.initial(), reference.initial(shape), rtol=0, atol=0)
         for _ in range(num_draws):
             expected = reference.step(shape)
-            for _ in range(2):  # a step that fails reads its noise again
+            for _ in range(2):  # a step that is repeated after a failure must read the same noise
                 current = noise.current()
                 assert current is not None
                 torch.testing.assert_close(current, expected, rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""Text and decode calls in the second queue do not change the audio, however late they run."""
+"""Text and decode calls on a second CUDA stream do not change the audio, however late the stream does its work."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.server
 
-FAST_TOLERANCE = 1e-5  # the same as in `test_batch_independence`
+FAST_TOLERANCE = 1e-5
 PATIENCES = (None, 1)
 
 
@@ -33,13 +33,13 @@ def make_options(mode: str, **fields: object) -> EngineOptions:
         mode="strict" if mode == "strict" else "fast",
         warmup_budget_s=0.0,
         torch_threads=1,
-        fixed_share=0.001,  # all rows share every step
+        fixed_share=0.001,  # makes all rows share every step
         **fields,  # type: ignore[arg-type]
     )
 
 
 def make_crowd() -> list[GenerationRequest]:
-    """Returns varied requests twice, so that the prompts of the second half are cached."""
+    """Returns varied requests, edits, and the varied requests with other seeds, whose prompts are then cached."""
     crowd = make_varied_requests()
     again = [replace(request, seed=request.seed + 100) for request in crowd]
     edits = [
@@ -51,7 +51,7 @@ def make_crowd() -> list[GenerationRequest]:
 
 
 def make_model(mode: str) -> ToyModel:
-    """Returns a model that encodes a source once per row in fast mode, and once per request in strict mode."""
+    """Returns a toy model. In fast mode it encodes a source separately for each row, in strict mode once for all."""
     return ToyModel(noisy_source_encoder=mode == "fast")
 
 
@@ -83,7 +83,7 @@ async def test_a_late_second_queue_does_not_change_the_audio(mode: str, patience
 
 
 class PoisonedNoise(SeededNoise):
-    """Gives the row that should fail a recognisable noise, so that tests can find its windows."""
+    """The noise of the row that should fail. Tests recognise the row's decode windows by this class."""
 
 
 def make_noise(seed: int) -> SeededNoise:
@@ -152,7 +152,7 @@ _STEP_MS = 20.0
 
 
 def take_ms(name: str, items: Sequence[object]) -> float:
-    """Returns the time of a call. Decoding a clip of 2.4 s takes 60 ms, as long as three steps."""
+    """Returns the simulated time of a call. Decoding a clip of 2.4 s takes as long as three steps."""
     if name == "decode":
         return 1.0 + 0.25 * sum(item.latents.shape[-1] for item in items if isinstance(item, DecodeWindow))
     return {"denoise": _STEP_MS, "encode_text": 4.0, "condition": 0.0}.get(name, 1.0)
@@ -189,7 +189,7 @@ async def test_decoding_a_long_clip_delays_steps_by_at_most_one_window() -> None
     assert len(windows) >= 3
     assert longest_ms <= 1.1 * _STEP_MS
     assert max(steps_ms) <= _STEP_MS + longest_ms + 0.001
-    # The device is never idle and repeats no work, so the total time is the sum of both queues' work.
+    # The device is never idle and repeats no work: the total time is the sum of the work on both streams.
     total_ms = sum(take_ms(name, ()) for name, _, _ in calls if name != "decode")
     total_ms += sum(1000.0 * (ended_at - began_at) for began_at, ended_at in windows)
     first, last = min(began_at for _, began_at, _ in calls), max(ended_at for _, _, ended_at in calls)

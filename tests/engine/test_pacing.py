@@ -1,4 +1,4 @@
-"""The number of frames decoded per turn: many if no other row waits, otherwise at most a step's time."""
+"""How many latent frames are decoded at once: many if no row waits for a step, else what fits a step's time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from stable_audio_serve.engine.scheduling.pacing import WindowPace
 
 
 def make_pace(*, turn_frames: int = 512, is_fixed: bool = False) -> WindowPace:
-    """Returns a pace for a decoder that takes 2 ms plus 0.1 ms per latent frame."""
+    """Returns the `WindowPace` of a decoder whose calls take 2 ms plus 0.1 ms per latent frame."""
     cost = CostModel()
     cost.fit("decode", [Measurement(1, frames, 2.0 + frames / 10) for frames in (10, 100)])
     return WindowPace(cost, is_fixed=is_fixed, turn_frames=turn_frames)
@@ -22,13 +22,13 @@ def test_a_row_alone_decodes_a_whole_turn() -> None:
 @pytest.mark.parametrize(
     ("step_ms", "num_rows", "frames"),
     [
-        (0.0, 1, 64),  # 10 ms is enough for 80 frames
-        (12.0, 1, 96),  # 12 ms is enough for 100 frames
-        (30.0, 1, 256),  # 280
-        (30.0, 3, 64),  # 30 ms is enough for three rows of 93 frames
-        (22.0, 3, 64),  # 22 ms is enough for three rows of 66 frames in one call
-        (30.0, 100, 32),  # the minimum
-        (1000.0, 1, 512),  # the maximum
+        (0.0, 1, 64),  # at least 10 ms are allowed, which is enough for 80 frames
+        (12.0, 1, 96),  # 12 ms are enough for 100 frames
+        (30.0, 1, 256),  # 30 ms are enough for 280 frames
+        (30.0, 3, 64),  # 30 ms are enough for three rows of 93 frames
+        (22.0, 3, 64),  # 22 ms are enough for three rows of 66 frames in one call
+        (30.0, 100, 32),  # the smallest window, although it takes too long
+        (1000.0, 1, 512),  # the largest window: `turn_frames`
     ],
 )
 def test_windows_take_at_most_a_step_while_other_rows_wait(step_ms: float, num_rows: int, frames: int) -> None:

@@ -1,4 +1,4 @@
-"""A step of packed rows equals the padded step, and a captured step can be replayed for other rows."""
+"""A step whose rows are packed without padding equals the padded step. As a CUDA graph it serves other rows too."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.parameters import slow
 
 ROOM = PackedRoom(tokens=768, rows=16, longest=120)
 TOLERANCE = BOUNDS["denoiser"]
-FAST_TOLERANCE = 2e-4  # for a whole request
+FAST_TOLERANCE = 2e-4  # allowed difference of a request's audio
 
 
 @cache
@@ -94,7 +94,8 @@ def test_replayed_packed_step_is_bit_identical_for_other_rows(bench: Bench, kind
     with torch.inference_mode():
         first, second = (bench.rows(REQUESTS[kind], evaluation=evaluation) for evaluation, kind in enumerate(kinds))
         general = pack(bench, first).general()
-        bench.registers.memory.nan_to_num_()  # unused pages may contain any value
+        # A NaN at the end of the test must come from a step, not from unused memory.
+        bench.registers.memory.nan_to_num_()
         memories = bench.memories
         addresses = [memory.data_ptr() for memory in tensors_of(memories)]
 
@@ -113,7 +114,7 @@ def test_replayed_packed_step_is_bit_identical_for_other_rows(bench: Bench, kind
         expected, untouched = bench.results(second), bench.results(first)
 
         bench.registers.memory.copy_(before)
-        recorded(general.write(first, DEVICE), *tensors)  # values of earlier rows must not matter
+        recorded(general.write(first, DEVICE), *tensors)  # what earlier rows left in buffers must not matter
         bench.registers.memory.copy_(before)
         recorded(general.write(second, DEVICE), *tensors)
         assert bench.results(second) == expected
@@ -155,7 +156,7 @@ def test_kernel_check_accepts_the_reference_and_rejects_wrong_ones() -> None:
 
 
 class Packing:
-    """A batch policy that packs all rows into calls of a fixed shape."""
+    """A batch policy that packs the rows, without padding, into calls of a few fixed shapes."""
 
     def __init__(self, model: DiffusionModel) -> None:
         grid = MergedGrid(lambda rows, frames: 1.0, lambda frames: 1e9, GraphShapes())
@@ -193,7 +194,7 @@ async def generate(model: DiffusionModel, requests: Sequence[GenerationRequest],
     ["tiny-small", slow("sharp-s"), slow("tiny-1.0")],
 )
 async def test_packed_rows_equal_rows_alone_before_and_after_a_capture(name: str) -> None:
-    """The Open models share attention heads of the context, and edits blend kept frames into the registers."""
+    """Before the shapes repeat, steps run eagerly; later they are replayed as graphs."""
     model = loaded(name) if name.startswith("sharp") else load_open(name)
     alone = [(await generate(model, [request]))[0] for request in CROWD]
     device, metrics = RecordingDevice(), GraphCounts()

@@ -1,4 +1,4 @@
-"""Packing removes the padding of rows before the network, and unpacking adds zeros after it."""
+"""Packing removes the padding of rows before the network. Unpacking puts zeros in its place after the network."""
 
 from __future__ import annotations
 

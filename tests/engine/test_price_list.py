@@ -1,4 +1,4 @@
-"""Prices agree with the predictions of the cost model, and with values computed by hand."""
+"""Prices, by which processes without an engine predict a request's time, agree with the engine's cost model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CARD = MODEL.spec.card
 
 @pytest.fixture
 def cost() -> CostModel:
-    """Returns linear costs: a step of one row takes 3 ms plus 0.5 ms per latent frame, and 1 s has 100 frames."""
+    """Returns a cost model in which a step of one row takes 3 ms plus 0.5 ms per latent frame (100 frames a second)."""
     cost = CostModel()
     cost.fit("text", [Measurement(rows, 0, 2.0 + 5.0 * rows) for rows in (1, 2, 4)])
     for work, fixed_ms, frame_ms in (("denoise", 3.0, 0.5), ("decode", 0.5, 0.25)):
@@ -34,7 +34,7 @@ def predict_ms(cost: CostModel, request: GenerationRequest) -> float:
 
 def test_price_of_an_evaluation_includes_the_headroom(cost: CostModel) -> None:
     prices = PriceList(MODEL, Predictor(cost, OneRowPerCall())).current()
-    # The headroom is 0.1 s. Rounding up to even lengths adds at most two frames.
+    # The model generates 0.1 s more than requested, and rounding up to an even length adds at most two frames.
     assert 0.0 <= prices.evaluation_ms - (3.0 + 0.5 * 100 * 0.1) <= 2 * 0.5 * 1.25
     assert prices.evaluated_second_ms == pytest.approx(0.5 * 100, rel=0.02)
     assert (prices.default_steps, prices.default_cfg_scale) == (CARD.default_steps, CARD.default_cfg_scale)
@@ -43,7 +43,10 @@ def test_price_of_an_evaluation_includes_the_headroom(cost: CostModel) -> None:
 @pytest.mark.parametrize("duration_s", [0.1, 0.4, 1.3, 2.0, 2.56])
 @pytest.mark.parametrize("fields", [{}, {"steps": 1}, {"steps": 100}, {"cfg_scale": 4.0}, {"batch_size": 3}])
 def test_a_price_is_near_the_prediction(cost: CostModel, duration_s: float, fields: dict[str, object]) -> None:
-    """The price may exceed the prediction, because the two rows of a guided step share the call's fixed cost."""
+    """They may differ by 25 %.
+
+    For example, a guided step's two rows share a fixed cost, which the price counts twice.
+    """
     prices = PriceList(MODEL, Predictor(cost, OneRowPerCall())).current()
     request = make_request(duration_s=duration_s, **fields)
     assert prices.of_request(request) == pytest.approx(predict_ms(cost, request), rel=0.25)

@@ -1,4 +1,4 @@
-"""Batch work in an engine neither delays interactive requests much nor makes the engine refuse them."""
+"""Requests with the priority "batch" hardly delay interactive requests, and never make the engine refuse them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _CALL_S = 0.01
 
 
 class Device:
-    """A device on which a call takes 10 ms for one row and 5 ms for each further row.
+    """A simulated device: a call takes 10 ms for one row and 5 ms for each further row.
 
-    Between `hold` and `release`, it blocks the engine before the next denoiser call.
+    After `hold`, the engine's thread stops before the next denoiser call until `release`.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ def make_batch(seed: int, *, steps: int = _STEPS) -> GenerationRequest:
 
 
 async def hand_over(engine: Engine, requests: Sequence[GenerationRequest]) -> list[asyncio.Task[GenerationResult]]:
-    """Submit the requests one after another. Returns their tasks once all are accepted."""
+    """Submit the requests one after another, and wait until all are accepted. Returns their tasks."""
     tasks = []
     for request in requests:
         backlog_ms = engine.backlog_ms
@@ -79,7 +79,7 @@ async def test_thirty_batch_jobs_hardly_delay_an_interactive_request(mode: str) 
         alone = (await engine.generate(request)).timings
         device.hold()
         jobs = await hand_over(engine, [make_batch(seed) for seed in range(30)])
-        await device.reached()  # a batch step is running
+        await device.reached()  # a step of the batch requests is about to run
         (interactive,) = await hand_over(engine, [request])
         device.release()
         timings = (await interactive).timings

@@ -1,4 +1,4 @@
-"""The prompt cache stays within its memory by dropping the least recently used prompts."""
+"""The cache of encoded prompts stays within its memory limit by dropping the least recently used prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rows that the scheduler picks for a step: their order, the budget and the bounds."""
+"""Which rows the scheduler picks for a sampling step: their order, and the limits on rows, frames and memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def make_work(*, frames: int = 100, steps: int = 8, guided: int = 0) -> RowWork:
 
 
 def step_ms(works: Sequence[RowWork], num_new: int = 0) -> float:
-    """Returns the predicted time of a step, 0.1 ms per latent frame."""
+    """Returns the predicted time of a step of these rows: 0.1 ms for each latent frame."""
     return sum(work.tokens for work in works) / 10
 
 
@@ -51,7 +51,7 @@ def test_pick_is_empty_without_rows() -> None:
 
 
 def let_decode(work: RowWork, *, frames: int = 100) -> None:
-    """Finish all evaluations of a row, so that only windows of `frames` latent frames remain to decode."""
+    """Finish a row's sampling steps, so that only the decoding of `frames` latent frames remains."""
     while work.num_done < len(work.branches):
         work.finish_evaluation()
     work.decode_left = (frames,)
@@ -95,7 +95,7 @@ def test_batch_rows_pay_for_decoding_in_parallel_to_interactive_steps() -> None:
     let_decode(add(scheduler, 0, priority="batch"), frames=100)
     assert scheduler.pick() == [0]  # alone
     add(scheduler, 1, at=1.0, frames=200, steps=99)
-    # Each step of 20 ms earns 2.5 ms for batch work, so the fourth one pays for windows of 10 ms.
+    # Each interactive step of 20 ms allows 2.5 ms of batch work. After four steps, that is the 10 ms of decoding row 0.
     assert [scheduler.pick() for _ in range(4)] == [[1], [1], [1], [1, 0]]
 
 
@@ -152,10 +152,12 @@ def test_the_quarter_follows_the_remaining_work() -> None:
     scheduler = make_scheduler(knee=250)
     works = [add(scheduler, row_id, frames=100, guided=1) for row_id in range(40)]
     picked = scheduler.pick()
-    assert len(picked) == 10  # a quarter of 40 x 200 frames
+    assert len(picked) == 10  # a step takes a quarter of the waiting 40 x 200 frames
     for row_id in picked:
-        works[row_id].finish_evaluation()  # the row has 100 frames from here on
-    assert len(scheduler.pick()) == 14  # ten of 100 and four of 200 frames: a quarter of 10 x 100 + 30 x 200
+        # Guidance applied only to this evaluation, so the row's later ones have 100 frames.
+        works[row_id].finish_evaluation()
+    # Ten rows of 100 frames and four of 200 are a quarter of the waiting 10 x 100 + 30 x 200 frames, rounded up.
+    assert len(scheduler.pick()) == 14
     for row_id in range(14, 40):
         scheduler.remove(RowId(row_id))
     assert len(scheduler.pick()) == 5  # a quarter of 10 x 100 + 4 x 200
@@ -183,7 +185,7 @@ def test_no_row_starts_at_the_limit_of_started_rows() -> None:
     for row_id in (1, 2):
         add(scheduler, row_id, at=1.0)
     assert scheduler.pick() == [1, 2]
-    add(scheduler, 3, at=0.0, alone_s=0.01)  # has the earliest deadline, but there is no room
+    add(scheduler, 3, at=0.0, alone_s=0.01)  # its deadline is the earliest, but two rows have started already
     assert scheduler.pick() == [1, 2]
     scheduler.remove(RowId(1))
     assert scheduler.pick() == [3, 2]
@@ -250,7 +252,7 @@ def test_a_step_with_batch_rows_stays_within_its_tokens() -> None:
 def test_batch_rows_get_their_share_of_a_busy_engine_and_no_more(
     batch: list[tuple[int, int]], interactive: list[int], max_tokens: int, share: float
 ) -> None:
-    """Batch rows get at most their share of a busy engine, and the first of them waits no longer than that implies."""
+    """Batch rows get at most their share of a busy engine. The first one waits only until the share pays for it."""
     scheduler = make_scheduler(max_tokens=max_tokens, batch_share=share, knee=300)
     works = {}
     for row_id, (frames, steps) in enumerate(batch):
@@ -278,7 +280,7 @@ def test_batch_rows_get_their_share_of_a_busy_engine_and_no_more(
 
 
 class EngineSimulation(RuleBasedStateMachine):
-    """Rows arrive, step and are cancelled in random order on a fake clock."""
+    """A state machine test of the scheduler: rows arrive, take steps and are cancelled at random, on a fake clock."""
 
     limits = SchedulerLimits(max_started=4, max_tokens=1200, slack=5.0, max_slack_s=30.0)
 
@@ -330,14 +332,14 @@ class EngineSimulation(RuleBasedStateMachine):
         assert len(set(picked)) == len(picked)
         tokens = [self.works[row_id].tokens for row_id in picked]
         assert len(picked) <= 1 or sum(tokens) <= self.limits.max_tokens
-        # No row waits forever: of the rows of a priority that may run, the one with the earliest deadline runs first.
+        # No row waits forever: of the rows of each priority, the one with the earliest deadline that may run is picked.
         batch = {row_id for row_id in self.works if self.priorities[row_id] == "batch"}
         interactive = set(self.works) - batch
         room = self.limits.max_started - len(started)
         self.check_order(picked, interactive, interactive & started, room - (bool(batch) and not started & batch))
         places = min(room - len(set(picked) - batch - started), 3 - len(started & batch))
         if interactive - started and not interactive.intersection(picked):
-            # The step belongs to batch rows. Interactive rows that start in the next step may need the free places.
+            # The step has batch rows only. The free places may be reserved for interactive rows, which start next.
             places = 0 if started.intersection(picked) else places
         self.check_order(picked, batch, batch & started, places)
         self.clock.now += 0.01 * sum(tokens) / 100
@@ -350,9 +352,9 @@ class EngineSimulation(RuleBasedStateMachine):
         return self.deadlines[row_id], row_id
 
     def check_order(self, picked: list[RowId], line: set[int], started: set[int], places: int) -> None:
-        """Assert that the row with the earliest deadline in `line` is picked, if any row of it is picked.
+        """Assert that, if rows of `line` are picked, the row of `line` with the earliest deadline is among them.
 
-        Without free `places`, only `started` rows count.
+        If no more rows may start (`places` is not positive), only the `started` rows of `line` are considered.
         """
         if line.intersection(picked):
             assert min(line if places > 0 else started, key=self.order) in picked
@@ -369,7 +371,7 @@ class EngineSimulation(RuleBasedStateMachine):
         assert len(set(self.ended)) == len(self.ended)
 
     def teardown(self) -> None:
-        """Run until all remaining rows end, each once, in a bounded number of steps."""
+        """Assert that all remaining rows end, each once, within as many steps as they have left."""
         steps_left = sum(len(work.branches) - work.num_done for work in self.works.values())
         for _ in range(steps_left):
             self.step()

@@ -1,4 +1,4 @@
-"""A process stays within its share of a device's memory, by arithmetic and with an engine on a simulated device."""
+"""The limit on a process's share of a GPU's memory: its arithmetic, and an engine on a simulated device."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CARD = 80 * GB
 
 
 class SharedDevice(RecordingDevice):
-    """A CPU device with simulated memory. This process may use a share of it and has allocated `held` bytes."""
+    """A CPU device with simulated GPU memory, of which this process may use `share` and has allocated `held` bytes."""
 
     def __init__(self, total: int, *, share: float = 1.0, held: int = 0, free: int | None = None) -> None:
         super().__init__()
@@ -59,7 +59,8 @@ def test_four_quarter_shares_with_contexts_fill_one_gpu() -> None:
 
 def test_remaining_memory_is_bounded_by_share_and_gpu() -> None:
     assert DeviceMemory(80, allowed=20, held=5, free=60).left == 15
-    assert DeviceMemory(80, allowed=20, held=5, free=3).left == 3  # other processes use more than their share
+    # Only 3 are free, because other processes use too much.
+    assert DeviceMemory(80, allowed=20, held=5, free=3).left == 3
     assert DeviceMemory(80, allowed=20, held=25, free=60).left == 0
 
 
@@ -98,7 +99,7 @@ def test_a_too_small_share_is_refused_with_the_least_one() -> None:
     assert refusal.value.field == "memory_share"
     assert "models.sfx: memory_share 0.25 of the GPU's 10 GB" in refusal.value.message
     assert "weights take 3 GB" in refusal.value.message
-    assert "at least 0.36" in refusal.value.message  # 3.54 of 10 GB
+    assert "at least 0.36" in refusal.value.message
     assert allowed_bytes(10 * GB, share=0.36) >= 3 * GB > allowed_bytes(10 * GB, share=0.35)
 
 
@@ -115,13 +116,13 @@ def make_engine(device: SharedDevice, on_call: Callable[..., None] = lambda name
 
 
 def device_for(rows_bytes: int, *, share: float) -> SharedDevice:
-    """Returns a device whose share leaves `rows_bytes` for running rows."""
+    """Returns a device so large that an engine with this share of its memory has `rows_bytes` for running rows."""
     total = int((rows_bytes / 0.85 + CONTEXT_BYTES) / share) + 2
     return SharedDevice(total, share=share)
 
 
 async def test_an_engine_runs_the_rows_that_fit_its_share() -> None:
-    """The whole GPU has room for eight rows, and a quarter of it for two."""
+    """The whole GPU would have memory for eight rows. The engine's share, a quarter, has memory for two."""
     requests = [make_request(duration_s=1.5, seed=seed) for seed in range(6)]
     most = 0
 
@@ -165,12 +166,12 @@ def test_captures_stop_when_their_part_of_the_share_is_used() -> None:
             assert graphs.find(AnyShape(size), lambda shape, memory: None) is None
     while graphs.capture_next(is_idle=True):
         pass
-    assert metrics.graphs == {"denoise": 3}  # the third capture reaches 300 bytes
+    assert metrics.graphs == {"denoise": 3}  # each capture takes 100 bytes, and no other begins after the third
     assert device.held == 300
 
 
 def test_the_cuda_allocator_is_limited_to_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checks only the calls to torch, because the machine may have no GPU."""
+    """Only the calls to torch's functions are checked, because the machine may have no GPU."""
     fences: list[tuple[float, torch.device]] = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * GB, CARD))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5 * GB)

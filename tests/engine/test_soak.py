@@ -1,4 +1,4 @@
-"""An engine is unchanged after many mixed requests and cancellations. `make soak` sends 2,000 instead of 48."""
+"""Many mixed requests and cancellations leave nothing behind in an engine. `make soak` sends 2,000, this test 48."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from tests.patience import PATIENCE_S
 
 REQUESTS = int(os.environ.get("SOAK_REQUESTS", "48"))
 SEED = int(os.environ.get("SOAK_SEED", "0"))
-SETTLED = 200  # number of requests after which all caches are full
+SETTLED = 200  # after this many requests all caches are full, so the memory must not grow any more
 MOST_GROWTH = 0.02
-TENSORS_OF_A_ROW = 64  # upper bound; most are the keys and values of each layer
+TENSORS_OF_A_ROW = 64  # a row holds at most so many tensors; most are keys and values of the layers
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     logged = structlog.get_config()
-    # Omit the log line of each request.
+    # Without the log line of each request.
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     before = {thread.name for thread in threading.enumerate()}
     with Progress() as progress:
@@ -56,13 +56,13 @@ def test_every_result_equals_that_of_the_request_alone(outcome: Outcome) -> None
 
 
 def test_one_request_in_twenty_is_cancelled(outcome: Outcome) -> None:
-    """Hardly any of these requests finishes before its cancellation."""
+    """The number may be slightly smaller, because a request may finish before its cancellation."""
     drawn = round(CANCEL_SHARE * REQUESTS)
     assert drawn / 2 <= outcome.cancelled.total() <= drawn
 
 
 def test_the_engine_keeps_nothing_of_finished_requests(outcome: Outcome) -> None:
-    """Only the last request may remain, because the engine's thread may still refer to it."""
+    """Objects of the last request may remain, because the engine's thread may still refer to them."""
     first, *later = outcome.kept
     for kept in later:
         more = {name: count - first[name] for name, count in kept.items() if count > first[name]}

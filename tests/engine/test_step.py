@@ -1,4 +1,4 @@
-"""A captured step that is replayed for other rows equals a step captured for those rows."""
+"""A sampling step as a CUDA graph: a replay for other rows gives the same values as a step run for those rows."""
 
 from __future__ import annotations
 
@@ -61,9 +61,10 @@ def test_replayed_step_is_bit_identical_for_other_rows(name: str, kinds: tuple[s
 
 
 class AdaptedModel(ToyModel):
-    """A model that adds the low-rank terms of a request's adapter to its prediction.
+    """A toy model that adds to its prediction the low-rank matrices (LoRA) of the adapter that a request names.
 
-    The terms are padded to one rank, and are constants of the request's branches. Without an adapter they are missing.
+    The matrices of all adapters are padded to the same rank and stored as conditioning values of the request. A request
+    without an adapter has none.
     """
 
     RANK = 3
@@ -90,7 +91,7 @@ class AdaptedModel(ToyModel):
 
 
 def test_another_adapter_needs_no_new_capture() -> None:
-    """A captured step addresses an adapter's terms, which are branch constants, by slot number."""
+    """The graph reads an adapter's matrices from a numbered memory slot, so other matrices may be put there."""
     bench = Bench(AdaptedModel())
     first = (make_request("as a choir", duration_s=0.6, seed=1), make_request(duration_s=0.4, seed=2))
     second = (make_request(duration_s=0.5, seed=3), make_request("as a band", duration_s=0.8, seed=4, cfg_scale=3.0))
@@ -113,7 +114,7 @@ def test_another_adapter_needs_no_new_capture() -> None:
             assert bench.results(others) == expected
             bench.registers.memory.copy_(before)
             outcomes.append(expected)
-        assert outcomes[0][0] == outcomes[1][0]  # the row without an adapter is the same
+        assert outcomes[0][0] == outcomes[1][0]  # the row without an adapter does not change
         assert outcomes[0][1] != outcomes[1][1]
 
 
@@ -132,7 +133,8 @@ async def test_replayed_steps_give_the_same_audio_and_count_misses() -> None:
     async with Engine(ToyModel(), options, device=device, metrics=metrics) as engine:
         await asyncio.gather(*map(engine.generate, requests))
         num_graphs = -1
-        while num_graphs != metrics.graphs.total():  # an idle engine captures one shape at a time
+        # Wait until the idle engine has captured all shapes, one after another.
+        while num_graphs != metrics.graphs.total():
             num_graphs = metrics.graphs.total()
             await asyncio.sleep(0.3)
         before = device.num_replays, metrics.misses.total()

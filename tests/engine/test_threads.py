@@ -1,4 +1,4 @@
-"""The bytes of a strict engine do not depend on its number of threads, with tiny and with full-width layers."""
+"""In strict mode, the audio does not depend on the number of threads, with tiny and with full-width layers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PRECISIONS = (torch.float32, torch.bfloat16)
 
 
 def make_requests(sample_rate_hz: int) -> dict[str, GenerationRequest]:
-    """Returns requests by name: plain, with each kind of guidance, with a source, and with a region to regenerate."""
+    """Returns requests by name: plain, with each kind of guidance, with a source file, and with inpainting."""
     source = make_audio(1.0, sample_rate_hz=sample_rate_hz)
     region = {"inpaint_audio": source, "inpaint_regions_s": ((0.2, 0.6),)}
     fields: dict[str, dict[str, Any]] = {
@@ -62,7 +62,7 @@ async def generate(
 
 @cache
 def make_wide_model() -> Sa3Model:
-    """Returns small-music with one layer of each kind at its real width, random weights, and a tiny text encoder."""
+    """Returns a model with one layer of each kind, as wide as in small-music, and a tiny text encoder."""
     raw = official_config("small-music")
     networks = raw["model"]
     networks["diffusion"]["config"]["depth"] = 1
@@ -90,7 +90,7 @@ def make_wide_model() -> Sa3Model:
 async def test_the_number_of_threads_changes_no_byte(name: str) -> None:
     model = make_wide_model() if name.startswith("wide") else loaded(name)
     requests = make_requests(model.spec.card.sample_rate_hz)
-    if name.startswith("wide"):  # requests to the wide model are slow
+    if name.startswith("wide"):  # the wide model is slow, so it gets fewer and smaller requests
         names = ("inpainting",) if name == "wide" else ("plain", "guided")
         requests = {kind: replace(requests[kind], duration_padding_s=1.0, batch_size=1) for kind in names}
     await _check_threads(model, requests)
@@ -173,7 +173,7 @@ def test_thread_dependent_operations_run_on_one_thread(rows: int, function: Call
 
 
 async def test_large_products_run_on_several_threads() -> None:
-    """Checks torch's number of threads during each kind of layer of the denoiser."""
+    """Records torch's number of threads during each operation of a linear layer, an attention and an activation."""
     counts: dict[str, set[int]] = {}
 
     class Watch(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""The times that the warm-up measures or ignores, and the limit of its duration."""
+"""The engine's warm-up: which call times it uses, which it ignores as disturbed, and how long it may take."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from tests.factories import FakeClock, ToyModel
 
 
 class Timed:
-    """A toy model whose calls take time on a fake clock, depending on their rows and on disturbances."""
+    """A toy model whose calls advance a fake clock, by a time that depends on the number of rows."""
 
     def __init__(self, *, lazy_s: float = 0.0, disturbed: Sequence[int] = (), slower: float = 1.0) -> None:
-        """The first call of each kind takes `lazy_s` longer. Calls whose number is in `disturbed` take 1 s longer."""
+        """The first call of each kind takes `lazy_s` longer. The calls number `disturbed` take 1 s longer."""
         self.clock = FakeClock()
         self.calls: list[str] = []
         self._lazy_s, self._disturbed, self._slower = lazy_s, disturbed, slower
         self.model = ToyModel(on_call=self._take)
 
     def _take(self, name: str, items: Sequence[object]) -> None:
-        if name == "condition":  # runs on the host, before the probes
+        if name == "condition":  # this call runs on the host, before the measured calls
             return
         self.clock.now += 0.001 * self._slower * (2.0 + len(items))
         self.clock.now += self._lazy_s if name not in self.calls else 0.0
@@ -73,7 +73,7 @@ def test_the_budget_limits_runs_but_each_kind_is_measured_once() -> None:
     timed = Timed(slower=1000.0)
     cost = timed.warm_up(budget_s=5.0)
     assert set(timed.calls) == {"encode_text", "denoise", "decode", "encode_audio"}
-    assert timed.clock.now - 1000.0 < 2 * 4 * 4.0  # an untimed and a timed run of each kind, at most 4 s each
+    assert timed.clock.now - 1000.0 < 2 * 4 * 4.0  # four kinds, each run once untimed and once timed, at most 4 s
     assert cost.call_ms("denoise", rows=1, frames=64) > 1000.0
 
 
@@ -102,5 +102,5 @@ def test_warm_up_compiles_every_kind_of_call_before_timing_any() -> None:
     plain, timed.model.spec = len(numbers_of_rows), replace(timed.model.spec, is_compiled=True)
     numbers_of_rows.clear()
     timed.warm_up(budget_s=0.0)
-    assert numbers_of_rows[:4] == [1, 2, 1, 2]  # without and with a source
+    assert numbers_of_rows[:4] == [1, 2, 1, 2]  # for text only, then for requests with a source: one row, two rows
     assert len(numbers_of_rows) == plain + 4

@@ -1,4 +1,4 @@
-"""Windows of sources and audio are cut, joined, trimmed and checked."""
+"""Sources are cut into overlapping windows, and decoded windows are joined, trimmed and checked."""
 
 from __future__ import annotations
 

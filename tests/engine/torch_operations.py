@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 _MASKS = (torch.bool, torch.uint8)
-# Composite operations on other devices, but one kernel on CUDA.
+# Operations that are one kernel on CUDA, although torch decomposes them on other devices.
 _FUSED = ("scaled_dot_product_attention", "rms_norm")
 # Operations that start no kernel, although their schema does not mark them as views.
 _NO_KERNEL = (
@@ -30,10 +30,10 @@ _NO_KERNEL = (
     "unsqueeze_",
 )
 _MASK_STEP = 16  # values
-_UNFUSED_NORM = 8  # kernels of an RMS norm if its gain and its input have different dtypes
-_MOST_JOINED = 4  # `cat` joins tensors that are not contiguous in one kernel up to this number of dimensions
+_UNFUSED_NORM = 8  # number of kernels of an RMS norm whose gain and input have different dtypes
+_MOST_JOINED = 4  # `cat` of tensors that are not contiguous is one kernel if they have at most so many dimensions
 _ALLOCATING = ("empty", "new_empty")
-# The host waits for the result of these operations: a value or a number of elements.
+# The host waits for the device in these operations, because it needs a value or the size of the result.
 _WAITING = (
     "_local_scalar_dense",
     "bincount",
@@ -49,7 +49,7 @@ _INDEXING = ("index", "_unsafe_index", "index_put", "index_put_", "_index_put_im
 
 
 def leaves(values: Iterable[Any]) -> Iterator[Any]:
-    """Yield the values, including those in nested lists and tuples."""
+    """Yield every value in nested lists and tuples."""
     for value in values:
         if isinstance(value, list | tuple):
             yield from leaves(value)
@@ -59,13 +59,13 @@ def leaves(values: Iterable[Any]) -> Iterator[Any]:
 
 @cache
 def name_of(operation: OpOverload) -> str:
-    """Returns the name without namespace and overload: `aten::add.Tensor` -> `add`."""
+    """Returns the operation's name without namespace and overload: `aten::add.Tensor` -> `add`."""
     return str(operation._schema.name).split("::")[1]
 
 
 @cache
 def is_composite(operation: OpOverload) -> bool:
-    """Whether torch decomposes the operation into other operations, which are counted instead."""
+    """Whether torch decomposes the operation on CUDA into other operations. Then only the others are counted."""
     return name_of(operation) not in _FUSED and operation.has_kernel_for_dispatch_key(_COMPOSITE)
 
 
@@ -85,13 +85,14 @@ def count_launches(operation: OpOverload, args: Sequence[Any]) -> int:
 
 
 def _count_hidden(name: str, args: Sequence[Any]) -> int:
-    """Returns the number of kernels that an operation starts besides its own."""
+    """Returns how many kernels an operation starts in addition to one kernel."""
     match name:
         case "scaled_dot_product_attention":
             mask = args[3] if len(args) > 3 else None
             if not isinstance(mask, Tensor):
                 return 0
-            # Kernels read masks in steps of 16 values. Other masks are copied into padded memory, filled first.
+            # Attention kernels need masks whose rows begin at multiples of 16 values. For another mask, padded memory
+            # is filled and the mask is copied into it: two kernels.
             is_aligned = all(stride % _MASK_STEP == 0 for stride in mask.stride()[:-1])
             return (not mask.is_floating_point()) + 2 * (not is_aligned)
         case "rms_norm" | "native_layer_norm":
@@ -107,32 +108,32 @@ def _count_hidden(name: str, args: Sequence[Any]) -> int:
 
 
 def waits(operation: OpOverload, args: Sequence[Any]) -> bool:
-    """Whether the host waits until the device has finished all work before this operation."""
+    """Whether this operation makes the host wait until the device has finished all earlier work."""
     name = name_of(operation)
     if name in _WAITING:
         return True
     if name not in _INDEXING:
         return False
     by_mask = any(isinstance(index, Tensor) and index.dtype in _MASKS for index in args[1])
-    # Writing one value from the host under a mask does not need the number of masked elements.
+    # Writing a single value that is on the host where a mask is True needs no wait: the number of elements is unused.
     fills = "put" in name and args[2].numel() == 1 and args[2].device.type == "cpu"
     return by_mask and not fills
 
 
 def indices(operation: OpOverload, args: Sequence[Any]) -> tuple[Tensor, ...]:
-    """Returns the tensors that an operation uses as indices. They may be on the host although others are not."""
+    """Returns the tensors that an operation uses as indices. Only these may be on the host if the others are not."""
     if name_of(operation) not in _INDEXING:
         return ()
     return tuple(index for index in args[1] if isinstance(index, Tensor))
 
 
 def is_blocking(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a copy (`_to_copy` or `copy_`) is blocking by its arguments."""
+    """Whether a copy (`_to_copy` or `copy_`) is called without `non_blocking`."""
     return not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
 
 
 def _are_same_data(first: Tensor, second: Tensor) -> bool:
-    """Whether both tensors are the same view of the same memory, as when `x[i] += y` writes back."""
+    """Whether the two tensors are the same view of the same memory. `x[i] += y` copies such a tensor onto itself."""
     return (
         first.untyped_storage()._cdata == second.untyped_storage()._cdata
         and first.storage_offset() == second.storage_offset()

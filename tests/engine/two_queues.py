@@ -1,4 +1,4 @@
-"""A device with two queues on a virtual clock. This module does not depend on the engine."""
+"""A device with two simulated CUDA streams and a virtual clock. This module does not depend on the engine."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from tests.patience import PATIENCE_S
 
 
 class TwoQueues(WaitingDevice):
-    """Two queues on a virtual clock. A model reports the time of each call with `take`.
+    """Two simulated CUDA streams (queues). A model calls `take` with the time of each of its calls.
 
-    Work of the second queue begins after all earlier work of the first one, and then has precedence over it.
+    Work on the second stream begins after all earlier work on the first. While it runs, the first stream stands still.
     """
 
     def __init__(self, clock: FakeClock) -> None:
         super().__init__(torch.device("cpu"), clock=clock)
         self.has_second_queue = True
         self.default_mode = "fast"
-        self.calls: list[tuple[bool, float, float]] = []  # (is in the second queue, begin, end), in seconds
+        self.calls: list[tuple[bool, float, float]] = []  # (whether on the second stream, begin and end in seconds)
         self.gate = threading.Event()
         self.gate.set()
         self.has_work = threading.Event()
         self._time = clock
         self._first_free_at = self._second_free_at = 0.0
-        self._busy: list[tuple[float, float]] = []  # (begin, end) of the second queue's work, in seconds
+        self._busy: list[tuple[float, float]] = []  # begin and end of the work on the second stream, in seconds
         self._is_on_second_queue = False
 
     def take(self, took_s: float) -> None:
-        """Queue work of `took_s` seconds on the current queue, once the gate is open."""
+        """Wait until the gate is open, then add `took_s` seconds of work to the current stream."""
         self.has_work.set()
         assert self.gate.wait(PATIENCE_S)
         if self._is_on_second_queue:

@@ -1,4 +1,4 @@
-"""Run the examples as a shell does, in a separate folder."""
+"""Run the programs of `examples/` as a shell does, in a temporary folder."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ EXAMPLES = ROOT / "examples"
 
 
 def _enable_ctrl_c() -> None:
-    """Restore the handling of SIGINT. A process inherits it as ignored if a shell runs the tests in the background."""
+    """Make Ctrl-C work in a child process. If a shell runs the tests in the background, children ignore SIGINT."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True, slots=True)
 class Programs:
-    """Runs examples with a server. Environment variables make their clips short."""
+    """Runs examples in `folder` with the server at `url`. Environment variables make their clips short."""
 
     folder: Path
     url: str
@@ -50,12 +50,15 @@ class Programs:
         )
 
     async def run(self, name: str, *arguments: str, code: int = 0, **environment: str) -> str:
-        """Returns the standard output, or the standard error if `code` is not 0. Fails on another exit code."""
+        """Run an example that must exit with `code`.
+
+        Returns its standard output, or standard error if `code` is not 0.
+        """
         process = await self.start(name, *arguments, **environment)
         return await finish(process, code)
 
     def seconds(self) -> dict[str, float]:
-        """Returns the duration in seconds of each audio file in the folder."""
+        """Returns the durations in seconds of the audio files in the folder, by path."""
         return {
             str(path.relative_to(self.folder)): round(soundfile.info(path).duration, 2)
             for path in sorted(self.folder.rglob("*.*"))
@@ -73,7 +76,7 @@ async def finish(process: asyncio.subprocess.Process, code: int) -> str:
 
 
 async def wait_for(process: asyncio.subprocess.Process, text: str, *, end: bytes = b"\n") -> str:
-    """Wait for a line of standard output that contains `text`. Returns the line."""
+    """Wait until the process prints a line that contains `text`. Returns the line."""
     assert process.stdout is not None
     async with asyncio.timeout(PATIENCE_S):
         while text not in (line := (await process.stdout.readuntil(end)).decode()):
@@ -82,6 +85,6 @@ async def wait_for(process: asyncio.subprocess.Process, text: str, *, end: bytes
 
 
 def find_examples(suffixes: Sequence[str] = (".py", ".sh")) -> set[str]:
-    """Returns the paths of all programs below `examples/` except the demo model, which `tests/demo` covers."""
+    """Returns the paths of all programs below `examples/`, except the demo model's, which `tests/demo` covers."""
     paths = {path.relative_to(EXAMPLES) for path in EXAMPLES.rglob("*.*") if path.suffix in suffixes}
     return {str(path) for path in paths if path.parts[0] not in ("__init__.py", "demo_model")}

@@ -1,4 +1,4 @@
-"""Every program of `examples/` runs, as users run it, with a server of the demo model."""
+"""Every program of `examples/` runs as users run it, with a server that has the demo model."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tests.examples.programs import EXAMPLES, Programs, find_examples, finish, w
 from tests.patience import PATIENCE_S
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
-module_loop = pytest.mark.asyncio(loop_scope="module")  # the server runs in this event loop
+module_loop = pytest.mark.asyncio(loop_scope="module")  # for tests that use the server, which runs in this event loop
 
-# Clients of other systems, and the duration in seconds of each file that they write.
+# Examples with clients of other systems -> the files that they write, with their duration in seconds.
 CLIENTS: dict[str, dict[str, float]] = {
     "clients/aimlapi/generate.py": {"generated.wav": 1},
     "clients/aimlapi/generate.sh": {"generated.wav": 1},
@@ -37,7 +37,7 @@ CLIENTS: dict[str, dict[str, float]] = {
     "clients/vllm_omni/openai_client.py": {"waves.flac": 1},
 }
 ARGUMENTS = {"clients/vllm_omni/generate.py": ["--audio-length", "1", "--num-inference-steps", "4"]}
-# Examples that use our client. Each has its own test.
+# Examples that use our client. Each has a test function below.
 OWN = {
     "batch_from_csv.py",
     "endless_continuation.py",
@@ -171,7 +171,7 @@ ARGUMENTS_TO_START = {
     "endless_continuation.py": ["rain"],
     "variation_ladder.py": ["rain"],
 }
-# `make chaos` tests every program. Other runs test one program of each kind.
+# `make chaos` runs this test for every program, other runs only for these, one of each kind.
 FEW = [*ARGUMENTS_TO_START, "clients/aimlapi/generate.py", "clients/fal/queue.sh"]
 CALLING = [
     name if name in FEW else pytest.param(name, marks=pytest.mark.chaos) for name in [*ARGUMENTS_TO_START, *CLIENTS]
@@ -193,8 +193,9 @@ async def test_ctrl_c_ends_a_program_without_a_traceback(name: str, tmp_path: Pa
         process = await programs.start(name, *ARGUMENTS_TO_START.get(name, []))
         async with asyncio.timeout(PATIENCE_S):
             await connected.wait()
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        killed = -signal.SIGINT if name.endswith(".sh") else 130  # a shell reports -SIGINT as 130 too
+        os.killpg(process.pid, signal.SIGINT)  # what a terminal does on Ctrl-C
+        # Python programs exit with 130. Shell scripts are ended by the signal itself.
+        killed = -signal.SIGINT if name.endswith(".sh") else 130
         await finish(process, {"endless_continuation.py": 0}.get(name, killed))
     assert programs.seconds() == {}
 

@@ -1,4 +1,4 @@
-"""The Gradio page runs in an environment with its requirements, with a test server."""
+"""The example with a Gradio page runs in an environment with the example's requirements, with a test server."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 
 def skip_or_fail(reason: str) -> None:
-    """Skip the test. In CI, fail it instead."""
+    """Skip the test. In CI, where every test must run, fail instead."""
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
     pytest.skip(f"NOT TESTED, the Gradio page: {reason}")
@@ -55,12 +55,12 @@ def python() -> Path:
             if done.returncode:
                 shutil.rmtree(folder)
                 skip_or_fail(f"it could not be installed: {done.stderr[-500:]}")
-        Path(folder).rename(installed)  # atomic, so that no run sees an incomplete environment
+        Path(folder).rename(installed)  # renaming is atomic, so no other test run sees half an environment
     return installed / "bin" / "python"
 
 
 async def ask(http: httpx.AsyncClient, data: list[object]) -> tuple[str, object]:
-    """Call the page's function. Returns the kind and the data of its last event."""
+    """Call the Gradio page's function over HTTP. Returns the kind and the data of the last event."""
     call = (await http.post("/gradio_api/call/generate", json={"data": data})).json()["event_id"]
     events = (await http.get(f"/gradio_api/call/generate/{call}")).text.strip().split("\n\n")
     kind, _, content = events[-1].partition("\n")

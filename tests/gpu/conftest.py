@@ -1,4 +1,4 @@
-"""Select the device for this folder's tests: STABLE_AUDIO_TEST_DEVICE, such as `cpu`, or the first CUDA device.
+"""Choose the device of this folder's tests: STABLE_AUDIO_TEST_DEVICE, such as `cpu`, or else the first CUDA device.
 
 This folder is a separate test suite for machines that have torch, transformers and pytest, but not our other
 dependencies. It has its own pytest.ini and needs neither pytest-asyncio nor tests/conftest.py.

@@ -1,4 +1,4 @@
-"""Reference checkpoints on a device, with the denoiser in a given precision. Each is loaded at most once."""
+"""Load reference checkpoints to a device, with the denoiser in a given dtype. Each is loaded at most once."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ def load_on(device: torch.device, name: str, dtype: torch.dtype = torch.float32)
     model = load_model(entry, device=device, dtype=own, decode_precision="float32")
     assert isinstance(model, Sa3Model)
     if device.type != "cuda":
-        cast_network(model.denoiser, dtype)  # includes precisions that the product refuses on some devices
+        cast_network(model.denoiser, dtype)  # `load_model` would refuse some dtypes on this device
     return model

@@ -1,4 +1,4 @@
-"""Captured steps give the same bytes as eager steps, in any order and with any other rows."""
+"""Sampling steps replayed as CUDA graphs give the same bytes as eager steps, in any order and with any other rows."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_captured_steps_make_the_same_bytes(device: torch.device, name: str, dty
 
     async def run() -> list[list[GenerationResult]]:
         async with Engine(load_on(device, name, dtype), OPTIONS, metrics=captures) as engine:
-            for in_crowd in (True, False):  # other rows come first, because growing memory drops all captures
+            for in_crowd in (True, False):  # with other rows first: they make the memory grow, which drops all graphs
                 await play(engine, in_crowd=in_crowd)
                 await play(engine, in_crowd=in_crowd)
                 await asyncio.wait_for(wait_for_captures(captures), 90.0)

@@ -1,4 +1,4 @@
-"""Each decode precision of this device is close to exact float32, and the rest of the model stays exact."""
+"""The decoder in each precision that this device supports is close to float32. The rest of the model is unchanged."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def precision(request: pytest.FixtureRequest, device: torch.device) -> DecodePre
 
 @torch.inference_mode()
 def decode(device: torch.device, name: str, **products: Any) -> Tensor:
-    """Returns the audio of a checkpoint's stored latents (B, C, S), on the CPU."""
+    """Decode a checkpoint's stored latents on the device. Returns the audio (batch, channels, samples) on the CPU."""
     net = load_on(device, name).autoencoder
     return net.decode(load_goldens(name).tensors["ae/latents"].to(device), **products).cpu()
 

@@ -1,4 +1,4 @@
-"""The engine's assumptions about asynchronous work on a device: memory, order and captures."""
+"""What the engine assumes about asynchronous work on a device: use of memory, order of work, and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_host_memory_is_not_reused_before_its_copy_is_done(opened: Device) -> No
     there = torch.zeros(_TIMES, _NUMBERS, device=opened.torch_device)
     keep_busy(opened)
     uploaded = []
-    for turn in range(_TIMES):  # each buffer is freed at once, so the next one may reuse its memory
+    for turn in range(_TIMES):  # each host buffer is freed at once, so the next one may get the same memory
         uploaded.append(opened.upload(filled(opened, turn)))
         there[turn].copy_(filled(opened, -turn), non_blocking=True)
         there[turn, 1:].copy_(filled(opened, turn)[1:], non_blocking=True)
@@ -56,7 +56,7 @@ def test_unpinned_memory_is_copied_before_it_changes(opened: Device) -> None:
     for turn in range(_TIMES):
         host = torch.full((_NUMBERS,), float(turn))
         uploaded.append(opened.upload(host[1:] if turn % 2 else host))
-        if opened.torch_device.type == "cuda":  # other devices may share the host's memory
+        if opened.torch_device.type == "cuda":  # on a CPU, the uploaded tensor may be the host tensor itself
             host.zero_()
     assert [values.unique().tolist() for values in uploaded] == [[turn] for turn in range(_TIMES)]
 
@@ -96,7 +96,7 @@ def test_the_queues_follow_each_other(opened: Device) -> None:
             keep_busy(opened) if turn % 10 == 5 else None
             made = given * 2.0
             moment = opened.mark()
-        del given  # the first queue may reuse the memory only after the second queue has read it
+        del given  # its memory may be used again only after the second stream has read it
         others = [torch.full((_NUMBERS,), -1.0, device=device) for _ in range(4)]
         opened.follow(moment)
         assert (made + 1.0).unique().tolist() == [2.0 * turn + 1.0]
@@ -118,7 +118,7 @@ def test_captured_work_follows_its_inputs_in_order(capturing: Device) -> None:
         state.mul_(0.5).add_(inputs.sin())
 
     replay = capturing.capture(run)
-    again = capturing.capture(run)  # shares memory with the first capture
+    again = capturing.capture(run)  # a second graph, which shares memory with the first
     state.zero_()
     expected = torch.zeros_like(state)
     keep_busy(capturing)
@@ -138,7 +138,7 @@ def test_capturing_work_that_waits_for_the_device_is_refused(capturing: Device) 
     assert torch.cuda.current_stream(device) == current
     values.fill_(1.0)
     capturing.capture(lambda: values.mul_(2.0))()  # type: ignore[arg-type, return-value]
-    # The work runs once before the capture and once in the replay.
+    # `run` adds to the values twice: once before the capture, and once in the replay.
     assert values.tolist() == [4.0] * 8
 
 

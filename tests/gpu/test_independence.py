@@ -1,4 +1,7 @@
-"""Batches on CUDA give identical bytes in strict mode and close results in fast mode, with the CPU's noise."""
+"""On CUDA, a request in a batch gives the same audio as alone: exactly in strict mode, nearly in fast mode.
+
+The noise is drawn as on the CPU, so the audio is also near the CPU's.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +24,14 @@ from tests.gpu.loaded import load_on
 
 pytestmark = pytest.mark.gpu
 
-# Largest difference from the same request alone in fast mode. Strict mode is exact. The epsilon of float16 is 8000
-# times that of float32, whose largest difference with CPU kernels is 1.2e-5.
+# Allowed difference from the same request alone, in fast mode. The largest observed on a CPU in float32 is 1.2e-5. The
+# rounding error of float16 is 8000 times that of float32.
 FAST = {torch.float32: 1e-3, torch.float16: 0.1}
 ACROSS_DEVICES = 5e-3
 
 
 class LatentNoiseOnly(SeededNoise):
-    """Draws only the noise of latents, because the autoencoder's noise differs between kinds of device by design."""
+    """Noise for the latents, but zeros for the autoencoder, whose noise is meant to differ between kinds of device."""
 
     def window(
         self, stage: str, start: int, *, shape: tuple[int, ...], frame_axis: int, device: torch.device
@@ -41,7 +44,7 @@ async def generate_alone(engine: Engine) -> list[GenerationResult]:
 
 
 async def generate_crowded(engine: Engine) -> list[GenerationResult]:
-    """Generate after other requests have arrived, one of which is then cancelled."""
+    """Generate the subjects while other requests run, one of which is cancelled. Returns the subjects' results."""
     neighbours = [asyncio.create_task(engine.generate(request)) for request in make_neighbours()]
     leaving = asyncio.create_task(engine.generate(make_request("gone", duration_s=3.0, steps=100)))
     crowded = asyncio.gather(*map(engine.generate, SUBJECTS.values()))
@@ -56,7 +59,7 @@ Result = TypeVar("Result")
 
 
 def in_engine(engine: Engine, use: Callable[[Engine], Awaitable[Result]]) -> Result:
-    """Run `use` with the engine, then close the engine. Returns the result of `use`."""
+    """Start the engine, await `use(engine)`, and close the engine. Returns what `use` returned."""
 
     async def run() -> Result:
         async with engine:
@@ -95,7 +98,7 @@ def test_other_requests_do_not_change_the_audio(device: torch.device, name: str,
 @pytest.mark.parametrize("name", SHARP)
 def test_the_same_seed_gives_the_same_sound_on_every_device(device: torch.device, name: str) -> None:
     results = [
-        # The engine runs with a warm-up and in the default mode.
+        # Default options: with a warm-up, and in the device's default mode.
         in_engine(Engine(load_on(where, name), noise_factory=LatentNoiseOnly), generate_alone)
         for where in (device, torch.device("cpu"))
     ]

@@ -1,4 +1,4 @@
-"""Reference values of the Stable Audio Open family on CUDA, with wider bounds than on the CPU."""
+"""Stable Audio Open models on CUDA, compared with reference values from a CPU. Wider tolerances than on the CPU."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from tests.models.sao.tiny import TINY
 
 pytestmark = pytest.mark.gpu
 
-# Ten times the CPU's bounds, because other kernels add in another order.
+# Ten times the tolerances of the CPU tests, because CUDA kernels sum in another order.
 NETWORK, GUIDED, AUTOENCODER = 2e-4, 5e-4, 2e-4
-# T5 encodes the prompt in float16 on every device. With float32, whole runs would differ by 3.3e-2. A wrong formula
-# makes a difference of 0.1.
+# The text encoder computes in float16 on every device, so devices differ. To compare: computing it in float32 changes
+# the latents by 3.3e-2, and a wrong formula changes them by 0.1.
 WHOLE_RUN = 5e-2
-WHOLE = [(name, case) for name, case in CASES if not case.startswith("gen/rf_")]  # these cases need another config
-# Relative RMS error of one denoiser call. Observed with CPU kernels: 0.0017 for float16, 0.013 for bfloat16.
+# The cases gen/rf_ need another model config.
+WHOLE = [(name, case) for name, case in CASES if not case.startswith("gen/rf_")]
+# Allowed relative RMS error of one denoiser call. On a CPU it is 0.0017 with float16 and 0.013 with bfloat16.
 HALF = {torch.float16: 0.01, torch.bfloat16: 0.05}
 
 
@@ -37,7 +38,7 @@ def load_on(device: torch.device, name: str, dtype: torch.dtype = torch.float32)
     model = load_model(entry, device=device, dtype=own, decode_precision="float32")
     assert isinstance(model, SaoModel)
     if device.type != "cuda":
-        cast_network(model.denoiser, dtype)  # includes precisions that the product refuses on some devices
+        cast_network(model.denoiser, dtype)  # `load_model` would refuse some dtypes on this device
     return model
 
 

@@ -39,7 +39,7 @@ _NUMBERS = itertools.count()
 
 
 def make_spec(**overrides: Any) -> JobSpec:
-    """Return the spec of a new job for one second of audio."""
+    """Return the `JobSpec` of a new job for one second of audio, with `overrides` of its fields."""
     chosen = {name: overrides.pop(name) for name in ("duration_s", "priority") if name in overrides}
     request = GenerationRequest(**{"prompt": "rain", "duration_s": 1.0, "seed": 7, **chosen})
     fields: dict[str, Any] = {
@@ -53,7 +53,7 @@ def make_spec(**overrides: Any) -> JobSpec:
 
 
 class RecordedMetrics:
-    """Records metrics by name and tags."""
+    """Metrics whose values tests read, by name and tags."""
 
     def __init__(self) -> None:
         self.counters: Counter[tuple[Any, ...]] = Counter()
@@ -72,7 +72,7 @@ class RecordedMetrics:
 
 @dataclass
 class Workshop:
-    """A job queue and a backend in one folder, and the runners that a test starts."""
+    """A job queue in a folder, a test backend, and the job runners that the test has started."""
 
     settings: Settings
     queue: JobQueue
@@ -113,7 +113,7 @@ class Workshop:
 
 @dataclass
 class CountingBackend(ToneBackend):
-    """Records the highest number of concurrent requests."""
+    """A test backend that records the highest number of requests that ran at once."""
 
     most_running: int = 0
 
@@ -139,13 +139,13 @@ def processes() -> Iterator[ProcessPoolExecutor]:
 
 @pytest.fixture
 def job_settings() -> JobSettings:
-    """Return the job settings. Override this fixture in a module or class for other limits."""
+    """Return the job settings of the workshop. Modules and classes that need others override this fixture."""
     return JobSettings()
 
 
 @pytest.fixture
 def now() -> Callable[[], float] | None:
-    """Return the clock of the job database. Override this fixture in a module for another clock."""
+    """Return the clock of the job database; None: real time. Modules that need another override this fixture."""
     return None
 
 

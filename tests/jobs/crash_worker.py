@@ -1,6 +1,6 @@
-"""A job runner with a real engine in a child process, for tests that kill or freeze it.
+"""A child process that runs jobs with a real engine, for tests that kill or freeze the process.
 
-Workers are forked from a process that has imported everything and loaded the model, so they start quickly.
+Such workers are forked from a process that has imported everything and loaded the model, so they start quickly.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MODEL = "tiny-s"
 
 
 def make_context() -> ForkServerContext:
-    """Return a multiprocessing context that forks from a process with the model loaded."""
+    """Return a multiprocessing context whose processes are forked from a process that has loaded the model."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.jobs.crash_preload"])
     return context
@@ -76,7 +76,10 @@ async def _work(settings: Settings) -> None:
 
 
 def _freeze_between_transactions(database: Database) -> None:
-    """Delay a freeze until the process does not use SQLite, because a frozen writer blocks all other processes."""
+    """Make a worker that freezes itself (SIGSTOP) wait until it does not use the SQLite database.
+
+    A process that is frozen in a transaction would block all other processes.
+    """
     lock = threading.RLock()
     kill = os.kill
 

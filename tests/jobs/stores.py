@@ -1,4 +1,4 @@
-"""Job stores on both databases with a clock that tests can set, and helper functions for tests."""
+"""Fixtures with job stores in SQLite and PostgreSQL, a clock that tests advance, and helper functions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.jobs.conftest import make_spec
 __all__ = ["contract_store_url", "database", "postgres_with_tables", "store", "store_url", "wall"]
 
 KINDS = ("sqlite", pytest.param("postgresql", marks=[pytest.mark.server, pytest.mark.slow]))
-# the tests of the store's contract always run on both databases
+# Tests of what a job store must do run with both databases even when slow tests are left out.
 CONTRACT_KINDS = ("sqlite", pytest.param("postgresql", marks=pytest.mark.server))
 LEASE_S = 15.0
 FILE = StoredFile("k-a.wav", "audio/wav", "a.wav", 3, "0" * 64)
@@ -37,7 +37,7 @@ ERROR = JobError("invalid", "steps: too many", "steps")
 
 @dataclass
 class Wall:
-    """A clock that only tests advance."""
+    """A clock that stands still until a test changes `now`."""
 
     now: float = 1_790_000_000.0
 
@@ -59,7 +59,7 @@ def _make_tables(postgres: PostgresServer) -> str:
 
 @pytest.fixture(scope="session")
 def postgres_with_tables(postgres: PostgresServer) -> str:
-    """Return one database for all tests of this process, because emptying it is faster than creating another."""
+    """Return a database that all tests of this process share, because emptying one is faster than creating one."""
     return _make_tables(postgres)
 
 
@@ -79,7 +79,7 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture(params=CONTRACT_KINDS)
 def contract_store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Return the URL of an empty database for tests of the store's contract, which import this `as store_url`."""
+    """Return the URL of an empty job database. Modules that need both databases import this fixture `as store_url`."""
     return _url_of(request.param, request, tmp_path)
 
 
@@ -100,13 +100,13 @@ def open_database(url: str, wall: Wall | None = None) -> Database:
 
 
 def empty(url: str) -> None:
-    """Delete every job of a PostgreSQL database."""
+    """Delete everything that tests have added to a PostgreSQL database."""
     with psycopg.connect(url) as connection:
         connection.execute(f"TRUNCATE {', '.join(METADATA.tables)} RESTART IDENTITY CASCADE".encode())
 
 
 def add(store: JobStore, **overrides: Any) -> Job:
-    """Add a job with a spec from `make_spec`."""
+    """Add a job made by `make_spec` with these overrides, and return it."""
     return add_spec(store, make_spec(**overrides))
 
 
@@ -117,7 +117,7 @@ def add_spec(store: JobStore, spec: JobSpec) -> Job:
 
 
 def fill(store: JobStore, count: int, *, state: str, client: str = "") -> None:
-    """Add `count` jobs in one statement."""
+    """Add `count` jobs in this state to the database, in one SQL statement."""
     template = store.clients.add(make_spec(model="demo", client=client)).job.spec.id
     copied = [column for column in JOBS.c if column.name not in ("seq", "id", "state", "completed_at")]
     number = sa.select(sa.literal(1).label("n")).cte("numbers", recursive=True)
@@ -150,7 +150,7 @@ def lease(store: JobStore, owner: str = "me", **options: Any) -> Job:
 
 
 def report(store: JobStore, job: Job, **progress: Any) -> bool:
-    """Report progress. Returns whether the lease was still valid."""
+    """Report a job's progress as its runner. Returns whether the runner's lease was still valid."""
     return store.runners.report([Report(job, **progress)]) == []
 
 
@@ -159,14 +159,14 @@ def leased_ids(store: JobStore, number: int) -> list[str]:
 
 
 def result_of(job: Job) -> JobResult:
-    """Return a result with a new file, because each attempt stores its own file."""
+    """Return a result for this attempt of the job. Its file differs from that of any other attempt."""
     assert job.lease is not None
     key = f"{'-'.join(job.spec.ref)}-{job.lease.fence}.wav"
     return JobResult(StoredFile(key, "audio/wav", "a.wav", 3, "0" * 64), f"file-{key}", 44100, (7,), 1.5)
 
 
 def end_in_every_way(store: JobStore, job: Job) -> list[Job | None]:
-    """Call every operation with which a runner can end a leased job. Return the results."""
+    """Call each of the four operations with which a runner can end a job. Return their results: None if refused."""
     return [
         store.runners.succeed(job, RESULT),
         store.runners.fail(job, ERROR),

@@ -29,7 +29,7 @@ KINDS = ("sqlite", "postgresql")
 
 
 async def run_block(title: str, folder: Path, **environ: str) -> None:
-    """Run the only command block below this heading of the page."""
+    """Run the code block with commands below the heading `title` of docs/operations.md."""
     section = PAGE.read_text().split(f"### {title}\n")[1].split("\n#")[0]
     (commands,) = re.findall(r"```shell\n(.*?)```", section, flags=re.DOTALL)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -42,7 +42,10 @@ async def run_block(title: str, folder: Path, **environ: str) -> None:
 
 @pytest.fixture(params=KINDS)
 def urls(request: pytest.FixtureRequest) -> Iterator[tuple[str | None, str | None]]:
-    """Yield the URLs of a server's job database and of an empty one for the restore. None is the default file."""
+    """Yield two database URLs: of the server, and of an empty database to restore into.
+
+    None: the default SQLite file.
+    """
     if request.param == "sqlite":
         yield None, None
         return
@@ -54,7 +57,7 @@ def urls(request: pytest.FixtureRequest) -> Iterator[tuple[str | None, str | Non
 
 
 def private_backup(folder: Path) -> Path:
-    """Return the backup file, and check that only its owner can read it."""
+    """Check that only its owner can read the backup file in this folder. Return the file."""
     (backup,) = folder.glob("backup-*")
     assert not [path for path in (backup, *backup.iterdir()) if stat.S_IMODE(path.stat().st_mode) & 0o077]
     return backup
@@ -82,7 +85,7 @@ async def audio_of(client: httpx.AsyncClient, ticket: dict[str, Any]) -> bytes:
 async def test_backup_of_a_running_server_restores_its_jobs(
     urls: tuple[str | None, str | None], tmp_path: Path
 ) -> None:
-    """Finished jobs keep their audio, unfinished jobs run again, and jobs submitted after the backup are lost."""
+    """After the restore, finished jobs have their audio, unfinished ones run again, and later ones do not exist."""
     kind = "PostgreSQL" if urls[0] else "SQLite"
     live: dict[str, Any] = {"output_dir": str(tmp_path / "outputs"), "jobs": {"database_url": urls[0], "lease_s": 1}}
     backend = ToneBackend()

@@ -1,4 +1,4 @@
-"""Every job has one visible file and one webhook, although runners are killed or frozen at critical moments."""
+"""Job runners are killed or frozen at critical moments. Still, every job ends with exactly one file and one webhook."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def context() -> ForkServerContext:
 
 @dataclass
 class Site:
-    """A job queue, a webhook receiver, and the workers that a test starts."""
+    """A job queue, a webhook receiver, and the worker processes that a test has started."""
 
     settings: Settings
     context: ForkServerContext
@@ -65,7 +65,7 @@ class Site:
         return sorted(path.name for path in Path(self.settings.output_dir).glob("*.wav"))
 
     async def visible(self, job: Job) -> tuple[Job, bytes]:
-        """Check that a job has succeeded, with one file and one webhook. Return the job and its audio."""
+        """Check that the job has succeeded, with exactly one file and one webhook. Return the job and its audio."""
         ended = await self.queue.get(job.spec.ref)
         assert ended is not None
         assert ended.result is not None, (ended.state, ended.error)
@@ -91,7 +91,7 @@ async def site(request: pytest.FixtureRequest, tmp_path: Path, context: ForkServ
 
 @pytest.fixture(scope="module")
 def expected(context: ForkServerContext, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """Return the audio of a job without faults."""
+    """Run a job whose runner is not killed. Return its audio, which every other job must have, too."""
 
     async def run() -> bytes:
         settings = Settings(output_dir=str(tmp_path_factory.mktemp("undisturbed")))

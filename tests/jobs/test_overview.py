@@ -1,4 +1,4 @@
-"""Job counts are cached, so that there are few queries and the old counts remain during an outage."""
+"""Job counts are cached: there are few queries, and during a database outage the last counts stay available."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = ["database", "postgres_with_tables", "store", "store_url", "wall"]
 
 
 class Slow(OperatorJobs):
-    """A database that blocks until released, and counts its queries."""
+    """A fake job store for operators. Its queries are counted, and `unfinished` waits until `released` is set."""
 
     def __init__(self) -> None:
         self.queries: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""Servers of two versions share a job database while one replaces the other. Both run jobs, and none is lost."""
+"""While a new version of the server replaces an old one, both run jobs of one database, and no job is lost."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @contextmanager
 def runner(version: str, url: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """Start a job runner of `this` or the `next` version, and end it with the context."""
+    """Run a job runner of "this" or a simulated "next" version, as a process, until the context ends."""
     command = [sys.executable, "-m", "tests.jobs.versions", version, url, str(folder)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ)
     try:
@@ -62,7 +62,7 @@ def scalar(queue: JobQueue, query: str) -> int:
 
 
 class Customer:
-    """Submits jobs as a server of this version."""
+    """Submits jobs to the queue, as a server of this version does."""
 
     def __init__(self, queue: JobQueue) -> None:
         self._queue = queue
@@ -72,7 +72,7 @@ class Customer:
         self.jobs += [await self._queue.submit(make_spec()) for _ in range(number)]
 
     async def keep_both_busy(self) -> None:
-        """Submit jobs until both versions have run some."""
+        """Submit jobs until a runner of each version has finished at least three."""
         before = self._num_of_versions()
         async with asyncio.timeout(PATIENCE_S):
             while any(now < then + 3 for now, then in zip(self._num_of_versions(), before, strict=True)):
@@ -99,10 +99,10 @@ async def test_runners_of_two_versions_share_the_jobs_of_one_database(url: str, 
     with runner("this", url, tmp_path) as old:
         assert read_line(old) == "ready"
         await customer.submit(40)
-        with runner("next", url, tmp_path) as new:  # upgrades the tables while the older runner works
+        with runner("next", url, tmp_path) as new:  # this runner upgrades the tables while the older runner works
             assert read_line(new) == "ready"
             await customer.keep_both_busy()
-            with runner("this", url, tmp_path) as late:  # starts on tables newer than its own
+            with runner("this", url, tmp_path) as late:  # a runner of this version that starts with the newer tables
                 assert read_line(late) == "ready"
                 num_old = end(old)
                 await customer.keep_both_busy()
@@ -110,14 +110,15 @@ async def test_runners_of_two_versions_share_the_jobs_of_one_database(url: str, 
                 num_new, num_late = end(new), end(late)
     assert {(job.state, job.attempts) for job in jobs} == {("succeeded", 1)}
     assert min(num_old, num_new, num_late) > 0
-    # The difference is attempts at jobs that the old runner requeued when it stopped.
+    # The old runner put up to two jobs back into the queue when it stopped, and another runner began them again.
     assert num_old + num_new + num_late - len(jobs) in (0, 1, 2)
     assert scalar(queue, "SELECT count(*) FROM made_up") == num_new
     assert (
         scalar(queue, "SELECT count(*) FROM jobs WHERE made_up_work_s = 0 AND made_up_note IS NULL")
         == len(jobs) - num_new
     )
-    while queue.store.retention.purge(age_s=0.0):  # this version does not know the newer tables that refer to jobs
+    # Deletes the newer version's rows, too, although this version does not know their table.
+    while queue.store.retention.purge(age_s=0.0):
         pass
     assert scalar(queue, "SELECT count(*) FROM jobs") == scalar(queue, "SELECT count(*) FROM made_up") == 0
     await queue.close()

@@ -1,7 +1,7 @@
 """A program that runs a job runner of this version, or of a simulated next version with additional tables.
 
-It prints `ready`, or the reason why it cannot start. It works until its input closes, and then prints the number of
-attempts that it has begun.
+It prints `ready`, or the reason why it cannot start. It runs until its standard input is closed. Then it prints how
+many job attempts it has begun.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ def upgrade():
 
 
 def become_next(folder: Path) -> sa.Table:
-    """Make this process simulate the next version. Return its new table. Call this before importing the store."""
+    """Make this process act as the next version, which has a new table. Return the table.
+
+    Must be called before the job store is imported.
+    """
     shutil.copytree(Path(migrations.__file__).parent, folder)
     (folder / "versions" / f"{NEXT}_made_up.py").write_text(_REVISION)
     tables.JOBS.append_column(sa.Column("made_up_work_s", sa.Double, nullable=False, server_default="0"))
@@ -86,7 +89,7 @@ def print_line(line: object) -> None:
 
 
 def _lease_and_note(store: Any, made_up: sa.Table, owner: str, **options: Any) -> Any:
-    """Lease a job, and write to the new table and columns as the next version would."""
+    """Lease a job, and write to the next version's new table and columns, as that version would."""
     jobs = tables.JOBS
     job = type(store.runners).lease(store.runners, owner, **options)
     if job is not None:
@@ -100,6 +103,6 @@ def _lease_and_note(store: Any, made_up: sa.Table, owner: str, **options: Any) -
 
 if __name__ == "__main__":
     _version, _url, _outputs = sys.argv[1:]
-    with redirect_stdout(sys.stderr):  # standard output is only for the protocol
+    with redirect_stdout(sys.stderr):  # the test reads standard output, so logs must not appear there
         _made_up = become_next(Path(_outputs) / "revisions") if _version == "next" else None
         asyncio.run(work(_url, _outputs, _made_up))

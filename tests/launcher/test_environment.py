@@ -1,4 +1,4 @@
-"""The launcher chooses ports and the proxy before it imports Ray."""
+"""The launcher sets Ray's environment variables, for ports and the HTTP proxy, before it imports Ray."""
 
 from __future__ import annotations
 

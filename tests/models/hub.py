@@ -1,4 +1,4 @@
-"""A local HTTP server that imitates the model hub. Repositories are dictionaries of files."""
+"""A local HTTP server that imitates the Hugging Face Hub. The tests define the files of its repositories."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Repo:
-    """A repository with its files by path.
+    """A repository of the imitated hub: its files by path, and who may read them.
 
-    A `gated` repository lists its files to everyone, and serves them to requests with `token` only. Without `gated`, a
-    `token` hides the repository from other requests. `refused` files are listed, but a download gets status 403.
+    If `gated`, everyone may list the files, but only requests with `token` may download them. If not `gated` and there
+    is a `token`, the repository does not exist for other requests. `refused` files are listed, but their download
+    gets status 403.
     """
 
     files: Mapping[str, bytes]
@@ -34,12 +35,12 @@ class Repo:
     revisions: tuple[str, ...] = ("main",)
     status: int | None = None  # status of every response, if set
     refused: tuple[str, ...] = ()
-    sizes: Mapping[str, int] = field(default_factory=dict)  # wrong sizes to list for these files
+    sizes: Mapping[str, int] = field(default_factory=dict)  # wrong sizes that the list of files has, by path
 
 
 @dataclass
 class Hub:
-    """A running server. `fetched` has the served files, and `requests` is the number of requests."""
+    """A running imitated hub. `fetched` has the names of downloaded files; `requests` counts all requests."""
 
     url: str = ""
     fetched: list[str] = field(default_factory=list)
@@ -47,13 +48,13 @@ class Hub:
 
 
 def checkpoint_files(folder: Path) -> dict[str, bytes]:
-    """Returns the files of a checkpoint folder by path, for a `Repo`."""
+    """Returns the content of each file of a checkpoint folder, by path, for a `Repo`."""
     paths = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("golden")]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def hub_environment(endpoint: str, home: Path) -> dict[str, str]:
-    """Returns this process's environment with this hub and cache, without other settings of the hub's library."""
+    """Returns environment variables for a process that uses the hub at `endpoint` and the cache below `home`."""
     mine = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     variables = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home)}
     return mine | variables | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1"}
@@ -63,7 +64,7 @@ def hub_environment(endpoint: str, home: Path) -> dict[str, str]:
 def pointing_library_at(
     endpoint: str, home: Path, *, token: str | None = None, is_offline: bool = False
 ) -> Iterator[None]:
-    """Configure the hub's library in this process as if it had been imported with `hub_environment`."""
+    """Within this context, the library huggingface_hub in this process uses this hub and the cache below `home`."""
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("HF_")]:
             patch.delenv(name)
@@ -85,7 +86,7 @@ def pointing_library_at(
 
 
 def fill_cache(home: Path, repo_id: str, folder: Path) -> None:
-    """Download the checkpoint in `folder` as `repo_id` to the cache below `home`, from a hub that then stops."""
+    """Put the checkpoint in `folder` into the cache below `home`, as if `repo_id` had been downloaded from a hub."""
     with running_hub({repo_id: Repo(checkpoint_files(folder))}) as hub, pointing_library_at(hub.url, home):
         snapshot_download(repo_id)
 
@@ -99,7 +100,7 @@ def silent_hub() -> Iterator[str]:
 
 @contextmanager
 def running_hub(repos: Mapping[str, Repo]) -> Iterator[Hub]:
-    """Serve `repos` on a free local port until the block ends."""
+    """Serve `repos` on a free local port until the context ends."""
     hub = Hub()
 
     class Handler(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""The four small reference checkpoints as loaded models, each loaded at most once per test run."""
+"""The small reference checkpoints of Stable Audio 3 as loaded models. Each is loaded at most once in a process."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ FAMILY = [*SHARP, *map(slow, TINY)]
 
 @cache
 def loaded(name: str) -> Sa3Model:
-    """Returns a reference checkpoint on the CPU."""
+    """Returns the reference checkpoint `name`, loaded on the CPU."""
     model = load_model(resolve_entry(name, path=str(load_goldens(name).folder)))
     assert isinstance(model, Sa3Model)
     return model
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor, *, within: float) -> None:
-    """Assert equal shapes and an absolute difference of at most `within`."""
+    """Assert that the shapes are equal and that no value differs by more than `within`."""
     torch.testing.assert_close(actual, expected, atol=within, rtol=0)

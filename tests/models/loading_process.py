@@ -1,6 +1,6 @@
-"""A program that loads a checkpoint folder and prints the peak of the additional memory in bytes.
+"""A program that loads a checkpoint folder and prints how many bytes of memory this takes at its peak.
 
-It omits the text encoder, because importing that library takes longer than everything else.
+It does not load the text encoder, because importing its library takes longer than everything else.
 """
 
 from __future__ import annotations
@@ -21,28 +21,31 @@ CPU = torch.device("cpu")
 
 
 def measure(folder: Path, small: Path, *, dtype: torch.dtype) -> int:
-    """Load `small` first, so that libraries do not count, and then `folder`. Returns the bytes that `folder` added."""
+    """Load the checkpoint `small`, then `folder`. Returns the peak of the memory that `folder` added, in bytes.
+
+    Loading `small` first imports the libraries, so their memory does not count.
+    """
     weight_files.MAPPED_BYTES = 16 * 2**20
     build.load_text_encoder = lambda *_, **__: TextEncoder(None, nn.Identity(), width=768, max_length=8)
     load(small, dtype=dtype)
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's record of the peak
     before = read_status("VmRSS")
     load(folder, dtype=dtype)
     return read_status("VmHWM") - before
 
 
 def load(folder: Path, *, dtype: torch.dtype) -> None:
-    """Load a model with the denoiser in `dtype`, even if a server refuses that on this CPU. Reads every weight."""
+    """Load a model with its denoiser in `dtype`, even a dtype that a server refuses on this CPU. Reads every weight."""
     card = ModelCard("measured", "stable-audio-3")
     model = build.load_sa3(card, folder, text_encoder=folder, device=CPU, dtype=dtype, decode_precision="float32")
     assert model.denoiser.dtype == dtype
-    for network in (model.denoiser, model.autoencoder):  # mapped memory counts only after it is read
+    for network in (model.denoiser, model.autoencoder):  # memory-mapped weights count only after they are read
         sum(float(tensor.sum()) for tensor in network.state_dict().values())
 
 
 def read_status(name: str) -> int:
-    """Returns a memory size of this process in bytes."""
+    """Returns the field `name` of /proc/self/status, a size of this process's memory, in bytes."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
 

@@ -1,6 +1,6 @@
-"""Run rows of different lengths through a network as one packed sequence.
+"""Run rows of different lengths through a network as one packed sequence without padding.
 
-The layout is the CPU's, or CUDA's with a plain implementation of its kernel.
+The tokens are laid out as on a CPU, or as on CUDA, with a plain implementation of the CUDA attention kernel.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def attend_varlen(
     seqused_k: Tensor | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """A plain implementation of `torch.nn.attention.varlen.varlen_attn` for tensors (tokens, H, E) and int32 offsets.
+    """A plain implementation of `torch.nn.attention.varlen.varlen_attn` for tensors (tokens, heads, channels).
 
-    Tokens that belong to no row become NaN.
+    The result is NaN at tokens that belong to no row.
     """
     assert seqused_k is not None
     return torch.ops.tests.attend_varlen(
@@ -78,7 +78,7 @@ def _(query: Tensor, *_args: object, **_kwargs: object) -> Tensor:
 
 
 def make_segments(frames: Sequence[int], valid_frames: Sequence[int], *, num_prefix: int) -> Segments:
-    """Returns segments for the rows, with more space than they need."""
+    """Returns the `Segments` of rows with these lengths, with spare rows and tokens, as in a CUDA graph."""
     return Segments.of(
         torch.tensor([*frames, *[0] * SPARE_ROWS], dtype=torch.int32),
         torch.tensor([*valid_frames, *[0] * SPARE_ROWS], dtype=torch.int32),
@@ -89,7 +89,7 @@ def make_segments(frames: Sequence[int], valid_frames: Sequence[int], *, num_pre
 
 
 def to_tokens(rows: Sequence[Tensor], segments: Segments) -> Tensor:
-    """Join rows (..., channels, F) to one sequence (..., channels, N), with 0 at tokens that are not frames."""
+    """Join the rows (..., channels, frames) to one sequence (..., channels, tokens). Tokens that are no frame are 0."""
     joined = torch.cat(list(rows), dim=-1)
     tokens = joined.new_zeros(*joined.shape[:-1], len(segments.rows))
     tokens[..., segments.is_frame] = joined
@@ -105,7 +105,10 @@ def run_packed_with(
     way: str,
     slots: Tensor,
 ) -> list[Tensor]:
-    """Run `rows` (1, D, F) as one packed sequence through `run`. Returns each row's result."""
+    """Call `run` with all rows (1, channels, frames) as one packed sequence. Returns the result for each row.
+
+    `way` is "row by row", as on a CPU, or as on CUDA. `slots` has each row's number in the network's memory.
+    """
     frames = [row.shape[-1] for row in rows]
     seen = valid_frames or frames
     if way == "row by row":
@@ -127,12 +130,13 @@ def run_packed(
     valid_frames: Sequence[int] | None = None,
     way: str = "row by row",
 ) -> list[Tensor]:
-    """Run `rows` (1, D, F) as one sequence. Returns the network's output (1, D, F) of each."""
+    """Run the rows (1, channels, frames) through the denoiser as one packed sequence. Returns each row's output."""
     frames, num_prefix = [row.shape[-1] for row in rows], net.config.num_memory_tokens
     branches = [to_branch(condition) for condition in conditions]
     padded = torch.zeros(len(rows), 1, max(frames))
     batch = StepBatch.of(padded, t=times, valid=padded[:, 0] > 0, branches=branches)
-    memory = len(rows) - torch.arange(len(rows), dtype=torch.int32)  # slots in reverse order, after an unused slot
+    # The rows' memory slots: reversed; slot 0 is unused.
+    memory = len(rows) - torch.arange(len(rows), dtype=torch.int32)
     if way == "row by row":
         packed, t = replace(batch, frames=tuple(frames)), times
     else:

@@ -1,4 +1,4 @@
-"""Functions that damage weights, and write several revisions of a checkpoint to a cache of the hub's library."""
+"""Damage a checkpoint's weights, and write several revisions of a checkpoint to a cache of the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _LAST = "pretransform.model.decoder.layers.3.mapping."
 
 
 def scale(weights: dict[str, Tensor], *, factor: float) -> None:
-    """Scale the audio, by multiplying the gain and bias of the decoder's last layer."""
+    """Change the weights so that the decoded audio is multiplied by `factor`."""
     for name in ("weight_g", "bias"):
         weights[_LAST + name] = weights[_LAST + name] * factor
 
 
 def not_numbers(weights: dict[str, Tensor]) -> None:
-    """Set one value in the middle of the denoiser to NaN."""
+    """Set one weight in the middle of the denoiser to NaN."""
     name = next(name for name in weights if name.startswith("model.") and name.endswith("to_out.weight"))
     weights[name].view(-1)[0] = torch.nan
 
 
 def of_another_model(weights: dict[str, Tensor]) -> None:
-    """Replace weights with random ones of the same shapes and deviations, as if from another training."""
+    """Replace the weights by random ones with the same shapes and standard deviations, as another model could have."""
     generator = torch.Generator().manual_seed(1)
     for name, tensor in weights.items():
         if tensor.ndim > 1 and "denoiser" not in name and "rope" not in name:
@@ -41,20 +41,23 @@ def of_another_model(weights: dict[str, Tensor]) -> None:
 
 
 def spoil(folder: Path, change: Spoil) -> None:
-    """Rewrite the weights of a checkpoint's folder."""
+    """Apply `change` to the weights file in a checkpoint's folder."""
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors")
 
 
 def copy_checkpoint(source: str | Path, folder: Path) -> Path:
-    """Copy the checkpoint in `source` without its reference values to `folder`. Returns `folder`."""
+    """Copy the checkpoint in `source`, but not the reference values next to it, to `folder`. Returns `folder`."""
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("golden*"))
     return folder
 
 
 def fill_revisions(cache: Path, repo_id: str, folders: Mapping[str, Path], *, main: str) -> None:
-    """Write the cache of a repository: a snapshot per commit, and the commit of `main`."""
+    """Write a hub cache of a repository, with a snapshot for each commit in `folders`.
+
+    Its `main` is the commit `main`.
+    """
     place = cache / f"models--{repo_id.replace('/', '--')}"
     (place / "refs").mkdir(parents=True)
     (place / "blobs").mkdir()

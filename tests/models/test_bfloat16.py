@@ -1,7 +1,7 @@
-"""A bfloat16 denoiser is close to the stored values of both families.
+"""A denoiser in bfloat16 is close to the reference values, for Stable Audio 3 and Stable Audio Open.
 
-The tests run on any processor. Without native bfloat16 support it gives the same results but is slow, so the product
-refuses bfloat16 there.
+The tests run on any processor. A processor without bfloat16 instructions gives the same results but is slow, so a
+server refuses bfloat16 there.
 """
 
 from __future__ import annotations
@@ -32,9 +32,8 @@ from tests.factories import make_request
 from tests.goldens import OPEN_GOLDENS, SA3_GOLDENS, SHARP
 from tests.parameters import slow
 
-# Signal-to-error ratios in decibels, about 4 dB below the lowest observed values: 37.7 for a call of the network or a
-# part of it, 31.7 with guidance, which multiplies the error, and 28.4 for the latents and 20.9 for the audio of whole
-# runs. Most runs reach 40 for latents and 29 for audio.
+# The least allowed signal-to-error ratio in decibels, about 4 dB below the lowest measured value of each kind. Guidance
+# multiplies the error. Most whole runs reach 40 dB for latents and 29 dB for audio.
 LEAST_DB: dict[str, float] = {
     "denoiser": 34.0,
     "denoiser padding": 36.0,
@@ -46,7 +45,7 @@ LEAST_DB: dict[str, float] = {
 
 
 class Decibels(Report):
-    """Stores the signal-to-error ratio of each comparison instead of the largest difference."""
+    """A verification report that stores the signal-to-error ratio of each comparison, in decibels."""
 
     def __init__(self) -> None:
         super().__init__(say=lambda line: None)
@@ -110,7 +109,7 @@ def test_angles_and_times_stay_in_float32(folder: Path) -> None:
 
 
 def test_norms_compute_statistics_in_float32() -> None:
-    """A sum of a thousand squares of 300 has no precision in bfloat16."""
+    """A sum of 1024 squares of about 300 would have a large rounding error in bfloat16."""
     x = (300.0 + torch.randn(4, 1024, generator=torch.Generator().manual_seed(0))).bfloat16()
     for norm in (RMSNorm(1024), ScaledLayerNorm(1024)):
         exact = copy.deepcopy(norm).double()(x.double())
@@ -121,7 +120,7 @@ def test_norms_compute_statistics_in_float32() -> None:
 
 
 def test_attention_computes_softmax_in_float32() -> None:
-    """The error is 1.7e-3 if only operands and result are rounded, and 9e-3 with a softmax in bfloat16."""
+    """The relative error is 1.7e-3 if only inputs and result are rounded to bfloat16, 9e-3 with the softmax, too."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 16, 256, 64, generator=generator).bfloat16() for _ in range(3))
     exact = nn.functional.scaled_dot_product_attention(4 * q.double(), k.double(), v.double())

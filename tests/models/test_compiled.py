@@ -1,4 +1,4 @@
-"""Compiled layers equal plain layers, share their compilations, and are refused where they cannot work."""
+"""Models whose layers are compiled with `torch.compile`: equal results, few compilations, and where it is refused."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from stable_audio_serve.models.registry import resolve_entry
 from tests.goldens import load_goldens, load_open_goldens
 
 FOLDERS = {"sharp-s": load_goldens, "tiny-1.0": load_open_goldens}
-TRACED = "eager"  # this backend traces the layers and needs no compiler
+TRACED = "eager"  # a backend of torch.compile that traces the layers but compiles nothing
 
 
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
-        monkeypatch.setenv(name, "")  # so that monkeypatch restores both afterwards
+        monkeypatch.setenv(name, "")  # set before deleting, so that monkeypatch restores the variable in any case
         monkeypatch.delenv(name)
     yield
     torch._dynamo.reset()
@@ -42,7 +42,7 @@ def load(name: str) -> DiffusionModel:
 
 
 def branches(model: DiffusionModel, *, seconds: float) -> tuple[int, list[BranchConditioning]]:
-    """Returns the number of frames and three branches: with a prompt, without a prompt, and with a source."""
+    """Returns the number of frames and three conditionings of a clip: with a prompt, without, and for inpainting."""
     request = GenerationRequest(prompt="a bell", duration_s=seconds, seed=0, cfg_scale=2.0, steps=2)
     plan = model.plan(request)[0]
     prompt = model.encode_text(["a bell"])[0]
@@ -87,7 +87,7 @@ def test_layers_and_lengths_share_a_compilation(tmp_path: Path) -> None:
         frames, (with_prompt, *_) = branches(model, seconds=seconds)
         for num_rows in (1, 2, 3):
             run(model, [with_prompt] * num_rows, frames=frames)
-    assert len(counted) == 2  # one for single rows, and one for several rows
+    assert len(counted) == 2  # one compilation for a single row, and one for any number of rows
 
 
 @pytest.mark.server
@@ -159,7 +159,7 @@ def test_settings_that_exclude_each_other_are_refused(other: dict[str, Any]) -> 
 @pytest.mark.server
 def test_compiled_kernels_are_stored_on_this_machine(tmp_path: Path) -> None:
     try:
-        compile_layers(load("sharp-s"), folder=tmp_path)  # compiles a small function with the real compiler
+        compile_layers(load("sharp-s"), folder=tmp_path)  # without `backend`, it tests the real compiler
     except ConfigError as error:
         pytest.skip(str(error))
     assert any(tmp_path.rglob("*.so"))

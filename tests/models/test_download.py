@@ -1,4 +1,4 @@
-"""Downloads from a local hub by the hub's library."""
+"""Downloads of checkpoints by huggingface_hub, from a local server that imitates the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -44,7 +44,10 @@ def run(
     token: str | None = None,
     is_offline: bool = False,
 ) -> list[dict[str, str]]:
-    """Run actions in a separate process. Returns for each a `folder`, or the `message` of an error."""
+    """Run actions (checks or downloads) in a separate process.
+
+    Returns each one's `folder`, or its error's `message`.
+    """
     entry = ModelEntry(ModelCard("model", "stable-audio-3"), files=OPERATOR_FILES, repo_id=repo_id, revision=revision)
     results: list[dict[str, str]] = []
     with pointing_library_at(endpoint, home / "hub", token=token, is_offline=is_offline):
@@ -63,13 +66,13 @@ def download(tmp_path: Path, **settings: Any) -> dict[str, str]:
 
 
 def check(tmp_path: Path, **settings: Any) -> str | None:
-    """Returns the error of the access check, or None if it passes."""
+    """Check whether the model's files can be had, as a starting server does. Returns the error, or None if they can."""
     (result,) = run("check", tmp_path, **settings)
     return result.get("message")
 
 
 def refusal(tmp_path: Path, named: str, **settings: Any) -> str:
-    """Returns the error of the access check, and asserts that the download raises the same error."""
+    """Check that the access check and the download fail with the same error, which has `named`. Returns the error."""
     early, late = (result["message"] for result in run("check download", tmp_path, **settings))
     assert named in early
     assert named in late
@@ -99,7 +102,7 @@ def test_needed_files_are_fetched_once(tmp_path: Path) -> None:
 def test_cached_files_serve_without_a_network(tmp_path: Path) -> None:
     with running_hub({"lab/model": Repo(FILES)}) as hub:
         online = download(tmp_path, endpoint=hub.url)
-    assert download(tmp_path, endpoint=hub.url) == online  # the hub is stopped
+    assert download(tmp_path, endpoint=hub.url) == online  # the hub does not run any more
     assert download(tmp_path, endpoint=hub.url, is_offline=True) == online
     assert check(tmp_path, endpoint=hub.url, is_offline=True) is None
 
@@ -134,7 +137,7 @@ def test_an_incomplete_cache_is_not_used(tmp_path: Path, lost: str) -> None:
 def test_a_truncated_cached_file_is_named(tmp_path: Path) -> None:
     with running_hub({"lab/model": Repo(FILES)}) as hub:
         weights = Path(download(tmp_path, endpoint=hub.url)["folder"]) / "model.safetensors"
-        os.truncate(weights, 1000)  # the snapshot links to this file
+        os.truncate(weights, 1000)
         message = check(tmp_path, endpoint=hub.url)
     assert message is not None
     assert message.startswith(f"{weights} is corrupt or incomplete")
@@ -174,7 +177,7 @@ def test_missing_file(tmp_path: Path, name: str, named: str) -> None:
 
 
 def renamed(*names: str) -> dict[str, bytes]:
-    """Returns the checkpoint with its weights under other names, one copy per name, and no other weights."""
+    """Returns the checkpoint's files with a copy of the weights under each of `names` in place of the original."""
     files = {path: content for path, content in NEEDED.items() if path != "model.safetensors"}
     return files | dict.fromkeys(names, NEEDED["model.safetensors"])
 
@@ -265,7 +268,7 @@ def test_a_silent_hub_times_out_soon(tmp_path: Path, monkeypatch: pytest.MonkeyP
     started_at = time.monotonic()
     with silent_hub() as url:
         message = check(tmp_path, endpoint=url)
-    assert time.monotonic() - started_at < 8.0  # the hub's library would wait ten seconds per response
+    assert time.monotonic() - started_at < 8.0  # huggingface_hub would wait ten seconds for a response
     assert message is not None
     assert f"{url} cannot be reached" in message
 
@@ -289,7 +292,7 @@ T5_REPO = "google-t5/t5-base"
 
 
 def load_open(home: Path, endpoint: str, **fields: str) -> list[str]:
-    """Check the access and load the model. Returns a type or an error message for each."""
+    """Check the access to a model, then load the model. Returns the type of each result, or the error message."""
     entry = resolve_entry("open", **fields)
     actions: tuple[Callable[[ModelEntry], object], ...] = (check_access, load_model)
     results = []

@@ -1,4 +1,4 @@
-"""Unusable checkpoint folders are refused with one sentence that names the file or key."""
+"""Checkpoint folders that cannot be used are refused. The message is one sentence that names the file or key."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GAMMA = "model.model.transformer.layers.0.pre_norm.gamma"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Yields a checkpoint folder that tests may damage."""
+    """Yields a copy of a checkpoint's folder, which the test may damage."""
     copy = tmp_path / "checkpoint"
     copy.mkdir()
     source = load_goldens("sharp-s").folder
@@ -59,7 +59,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> 
 
 
 def configure(folder: Path, path: str, value: Any) -> None:
-    """Set the dotted `path` of model_config.json; `...` removes it."""
+    """Set the value at the dotted `path` in model_config.json. The value `...` (Ellipsis) removes it."""
     file = folder / "model_config.json"
     config = json.loads(file.read_text())
     *parents, key = path.split(".")
@@ -127,7 +127,7 @@ def test_pickles_of_tensors_load(folder: Path) -> None:
 
 
 class _Trap:
-    """Runs code when unpickled."""
+    """An object that runs code when it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Path.touch, (Path("trap-was-sprung"),))
@@ -182,7 +182,7 @@ def test_corrupt_text_encoder_files(folder: Path, spoilt: str) -> None:
 
 
 def test_text_encoder_inside_a_whole_encoder_decoder_model(folder: Path) -> None:
-    """The official folder has a whole encoder-decoder model, whose decoder is not used."""
+    """The official text encoder folder has a whole encoder-decoder model. Its decoder is not loaded."""
     from transformers import AutoConfig, T5GemmaForConditionalGeneration
 
     target = folder / "t5gemma"
@@ -334,7 +334,7 @@ def test_the_spec_contains_the_entrys_facts(folder: Path) -> None:
 
 
 def test_a_downloaded_model_has_its_objectives_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
-    base = load_goldens("sharp-l").folder  # rectified flow
+    base = load_goldens("sharp-l").folder  # its training objective is rectified flow
     monkeypatch.setattr(families, "download_entry", lambda entry, token: base)
     card = load_model(resolve_entry("mine", repo_id="lab/base")).spec.card
     assert card == load_model(resolve_entry("mine", path=str(base))).spec.card
@@ -384,7 +384,7 @@ def test_keys_of_unsupported_models_are_refused_by_name(folder: Path, path: str,
 
 
 def with_sections(folder: Path, path: str) -> Any:
-    """Returns the config with empty objects added along the path."""
+    """Returns the folder's config. Objects that are missing along `path` are added, empty."""
     config = json.loads((folder / "model_config.json").read_text())
     place = config
     for part in path.split(".")[:-1]:

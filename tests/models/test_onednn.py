@@ -1,4 +1,4 @@
-"""Linear layers with oneDNN give the same products for any number of threads and any other rows."""
+"""Linear layers with oneDNN: a row's result is identical for any number of threads and any other rows."""
 
 from __future__ import annotations
 

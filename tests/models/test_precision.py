@@ -1,4 +1,4 @@
-"""The precision of a decoder's products: the allowed values per device, and the distance from float32."""
+"""The precision of a decoder's matrix products: which are allowed on a device, and how close each is to float32."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_the_loader_uses_the_setting() -> None:
 
 
 def model_in(choice: Any, name: str = "tiny-s") -> Sa3Model:
-    """Returns a loaded checkpoint whose decoder uses this precision."""
+    """Returns the loaded checkpoint `name` with a decoder that uses the precision `choice`."""
     model = loaded(name)
     parts = Sa3Components(
         text=model.text,
@@ -96,7 +96,7 @@ def model_in(choice: Any, name: str = "tiny-s") -> Sa3Model:
 
 
 def switches() -> list[object]:
-    """Returns torch's switches for TF32 by their older names and, if they exist, by the names of torch 2.9."""
+    """Returns whether torch may use TF32, by the older settings and, if they exist, by those of torch 2.9."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     values: list[object] = [matmul.allow_tf32, cudnn.allow_tf32]
     if hasattr(cudnn, "conv"):
@@ -106,7 +106,7 @@ def switches() -> list[object]:
 
 @contextmanager
 def watching(modules: dict[str, nn.Module], seen: dict[str, list[object]]) -> Iterator[None]:
-    """Record the switches at the time of each module's call in `seen`."""
+    """Within this context, record torch's TF32 settings in `seen` by module name, whenever a module is called."""
 
     def note(name: str, *_: object) -> None:
         seen[name] = switches()
@@ -190,23 +190,21 @@ NUM_FACTORS = {F.linear: 2, F.conv1d: 2, F.conv_transpose1d: 2, F.scaled_dot_pro
 
 
 class RoundedFactors(TorchFunctionMode):
-    """Emulates TF32: the factors of every product keep 10 mantissa bits, and sums are float32."""
+    """Emulates TF32: the inputs of matrix products, convolutions and attention are rounded to 10 mantissa bits."""
 
-    def __torch_function__(  # has torch's signature
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         count = NUM_FACTORS.get(F.linear if func is linear else func, 0)
         return func(*map(round_to_tf32, args[:count]), *args[count:], **(kwargs or {}))
 
 
 def round_to_tf32(x: Tensor) -> Tensor:
-    """Round to nearest, ties to even, dropping 13 of float32's 23 mantissa bits."""
+    """Round each value to 10 mantissa bits (float32 has 23), to nearest, ties to even."""
     bits = x.contiguous().view(torch.int32)
     return ((bits + 0x0FFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
 
 
 def multiply_parts(layer: Callable[..., Tensor], x: Tensor, weight: Tensor, **options: Any) -> Tensor:
-    """Emulate bfloat16 hardware: exact products of the rounded parts, added in float32."""
+    """Emulate a bfloat16 matrix product on a GPU: inputs rounded to bfloat16, exact products, sums in float32."""
     return layer(x.bfloat16().float(), weight.bfloat16().float(), **options)
 
 
@@ -220,7 +218,7 @@ AROUND: dict[str, Around] = {
 
 @torch.inference_mode()
 def decoded_db(name: str, around: Around) -> float:
-    """Returns the signal-to-error ratio of a checkpoint's decoded audio relative to float32, in decibels."""
+    """Decode stored latents in a precision. Returns the signal-to-error ratio against float32, in decibels."""
     net, latents = loaded(name).autoencoder, load_goldens(name).tensors["ae/latents"]
     audio = net.decode(latents, products=around)
     assert audio.dtype == torch.float32
@@ -278,5 +276,5 @@ def test_half_stores_the_convolutions_of_an_open_decoder(monkeypatch: pytest.Mon
     assert {parameter.dtype for parameter in model.autoencoder.encoder.parameters()} == {torch.float32}
     latents = torch.randn(8, 9, generator=torch.Generator().manual_seed(1))
     (audio,) = model.decode([DecodeWindow(latents, 0, SeededNoise(0))])
-    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # no cache, so every call casts the kernels
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # without autocast's cache of weights
         assert torch.equal(audio, exact.autoencoder.decode(latents[None])[0].float())

@@ -1,4 +1,4 @@
-"""Names, aliases, limits and defaults of models are available without loading weights."""
+"""What is known of a model before its weights are loaded: names, aliases, limits and default values."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_local_copy_of_a_built_in_model_keeps_its_facts() -> None:
     entry = describe_entry(resolve_entry("medium", path=str(load_goldens("sharp-s").folder)))
     assert entry.repo_id is None
     assert "stable-audio-3-medium" in entry.card.aliases
-    assert entry.card.max_duration_s == 16.384  # the folder's limit is lower than that of the name
+    assert entry.card.max_duration_s == 16.384  # the limit of the checkpoint in the folder, which is not the real model
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def filled_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a cache of the hub's library with the revision `main` of lab/open. Its hub has stopped."""
+    """Returns a cache of huggingface_hub that has the repository lab/open. The hub itself does not run any more."""
     home = tmp_path_factory.mktemp("home")
     fill_cache(home, "lab/open", OPEN_GOLDENS / "tiny-1.0")
     return home / "hub"
@@ -101,7 +101,8 @@ def cache(filled_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_an_entry_is_completed_from_the_cached_config() -> None:
     entry = describe_entry(resolve_entry("mine", repo_id="lab/open", aliases=("my-loops",)))
     local = describe_entry(resolve_entry("mine", path=str(OPEN_GOLDENS / "tiny-1.0"), aliases=("my-loops",)))
-    assert (entry.folder, entry.repo_id) == (None, "lab/open")  # a replica downloads the files
+    # No folder: the process that loads it downloads the files.
+    assert (entry.folder, entry.repo_id) == (None, "lab/open")
     assert entry.card == local.card
     assert (entry.card.family, entry.card.samplers) == (OPEN_FAMILY, V_SAMPLERS)
     assert (entry.card.default_steps, entry.card.default_cfg_scale) == (100, 7.0)

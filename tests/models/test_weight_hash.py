@@ -1,4 +1,4 @@
-"""The hash of weights does not depend on their folder, and changes with every change of the weights or config."""
+"""The hash of a checkpoint: the same in any folder, different after any change of the weights or the config."""
 
 from __future__ import annotations
 

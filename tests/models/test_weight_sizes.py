@@ -1,4 +1,4 @@
-"""The predicted size of weights equals their size once loaded."""
+"""The predicted memory size of a model's weights equals their size after loading."""
 
 from __future__ import annotations
 

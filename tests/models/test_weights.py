@@ -1,4 +1,4 @@
-"""Weights are loaded one by one, with correct values and little memory."""
+"""Weights are read and cast one tensor after another: the values are correct, and little extra memory is needed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Net(nn.Module):
-    """A network with a layer and a norm, which are cast, and frequencies, which are not."""
+    """A network whose layer and norm are cast to another dtype, while its buffer of frequencies stays float32."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Net(nn.Module):
 
 
 def write(path: Path, *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Write a file for `Net` under the prefix `net.`. Returns its tensors."""
+    """Write a weights file for `Net`, whose keys start with `net.`. Returns the tensors by key."""
     torch.manual_seed(7)
     weights = {f"net.{key}": torch.randn(value.shape).to(dtype) for key, value in Net().state_dict().items()}
     if path.suffix == ".ckpt":
@@ -95,7 +95,7 @@ def test_kernels_are_computed_from_the_files_weights(name: str) -> None:
         norm = direction.flatten(1).square().sum(dim=1).sqrt()[:, None, None]
         assert conv.weight is not None
         torch.testing.assert_close(conv.weight.detach(), length * direction / norm, rtol=1e-5, atol=1e-6)
-        assert len(list(conv.parameters())) <= 2  # only kernel and bias, because the stored factors are released
+        assert len(list(conv.parameters())) <= 2  # kernel and bias; the stored norm and direction are freed
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
@@ -104,7 +104,7 @@ def test_kernels_are_computed_from_the_files_weights(name: str) -> None:
 def test_casting_one_by_one_equals_casting_the_whole_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, suffix: str, stored: torch.dtype, wanted: torch.dtype
 ) -> None:
-    monkeypatch.setattr(weight_files, "MAPPED_BYTES", 40)  # forces a new mapping of the file between tensors
+    monkeypatch.setattr(weight_files, "MAPPED_BYTES", 40)  # so little that tensors need separate mappings of the file
     path = tmp_path / f"weights{suffix}"
     weights = write(path, dtype=stored)
     net, expected = load(path, dtype=wanted), Net()
@@ -190,7 +190,10 @@ def test_shared_text_encoder_weights_stay_shared(tmp_path: Path) -> None:
 
 
 def make_large_checkpoint(folder: Path) -> int:
-    """Write a float32 checkpoint of 0.3 GB. Returns the bytes of its tensors with a half-precision denoiser."""
+    """Write a float32 checkpoint of 0.3 GB.
+
+    Returns the size in bytes that its tensors have if the denoiser is float16.
+    """
     config = official_config("small-music")
     config["model"]["diffusion"]["config"]["depth"] = 2
     for half in ("encoder", "decoder"):
@@ -209,7 +212,7 @@ def make_large_checkpoint(folder: Path) -> int:
 @pytest.mark.server
 @pytest.mark.slow
 def test_loading_needs_little_more_memory_than_the_tensors(tmp_path: Path) -> None:
-    """Reading the whole file before casting its tensors would take 2.1 times the memory."""
+    """If the whole file were read before its tensors are cast, loading would take 2.1 times the tensors' memory."""
     final_bytes = make_large_checkpoint(tmp_path)
     assert 150e6 < final_bytes < 250e6
     small = load_goldens("sharp-s").folder

@@ -1,4 +1,4 @@
-"""Decode windows cover the audible frames once, keep their halo, and decode few frames twice."""
+"""Decode windows cover each audible latent frame, have extra frames on both sides, and decode few frames twice."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_windows_cut_from_any_frame_tile_the_rest(rule: WindowRule, count: int, 
 
 
 def redundant(spans: Sequence[WindowSpan], audible: int) -> float:
-    """Returns the number of decoded latents per audible latent."""
+    """Returns the number of latent frames that the windows decode, divided by the number of audible ones."""
     return sum(span.stop - span.start for span in spans) / audible
 
 
@@ -63,7 +63,10 @@ def redundant(spans: Sequence[WindowSpan], audible: int) -> float:
     ],
 )
 def test_few_frames_are_decoded_twice(rule: WindowRule, seconds: int, before: float, after: float) -> None:
-    """Ratio of decoded to audible latents: `before` with windows of 128 that overlap by 32, `after` by the rule."""
+    """Decoded latent frames for each audible one: `after` with the model's rule for windows.
+
+    For comparison, `before` is with windows of 128 frames that overlap by 32.
+    """
     audible = math.ceil(seconds * 44_100 / 4096)
     row = min(math.ceil((seconds + 6) * 44_100 / 4096 / 2) * 2, 4096)
     chunked = [span for span in chunked_windows(row) if span.keep_start < audible]

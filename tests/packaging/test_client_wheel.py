@@ -1,4 +1,4 @@
-"""The client's wheel works in an empty virtual environment, with a test server."""
+"""The wheel of the Python client works in an otherwise empty virtual environment, with a test server."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ def build_wheel(folder: Path, *, project: str = ".") -> Path:
 
 
 def install_wheel(wheel: Path, folder: Path) -> Path:
-    """Install only the wheel into `folder`. Its dependencies come from the test environment."""
+    """Install the wheel without its dependencies into `folder`. The environment of the tests has the dependencies."""
     _pip("install", str(wheel), "--target", str(folder))
     return folder
 

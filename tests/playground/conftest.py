@@ -1,4 +1,4 @@
-"""The playground in Chromium, with a server of the demo model in this process."""
+"""Run the playground page in Chromium, with a server in this process that has the demo model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ async def _serve_demo(**settings: Any) -> Any:
 
 @contextmanager
 def in_a_thread(make: Callable[[], AbstractAsyncContextManager[str]]) -> Iterator[str]:
-    """Run an async context on an event loop in a thread, because the browser's commands block."""
+    """Enter an async context in another thread with its own event loop, because Selenium's calls block this thread.
+
+    Yields what the async context yields.
+    """
     url: list[str] = []
     is_up, is_over = threading.Event(), threading.Event()
 
@@ -95,7 +98,7 @@ def chromium() -> Iterator[webdriver.Chrome]:
 
 @dataclass
 class Page:
-    """The playground in the browser."""
+    """The playground page in the browser, with methods to use and read it."""
 
     browser: webdriver.Chrome
     url: str
@@ -135,7 +138,7 @@ class Page:
         return self.run("return document.documentElement.dataset.shown ?? null")
 
     def make_clip(self, button: str = "generate") -> dict[str, Any]:
-        """Press a button and wait for its clip. Returns the stored clip without its audio."""
+        """Press a button that generates audio, and wait. Returns what the browser stores of the clip, without audio."""
         before = self.shown
         self.click(button)
         self.until(lambda: self.shown not in (None, before))
@@ -144,7 +147,7 @@ class Page:
 
     @property
     def clips(self) -> list[dict[str, Any]]:
-        """Returns the stored clips, oldest first."""
+        """Returns the clips that the browser has stored, oldest first."""
         return self.browser.execute_async_script(
             """
             const [done] = arguments;
@@ -171,7 +174,7 @@ class Page:
         return self["said"].text
 
     def field_errors(self) -> dict[str, str]:
-        """Returns the shown error messages of fields, by field name."""
+        """Returns the error messages that the page shows, by the name of the form field."""
         notes = self.browser.find_elements(By.CSS_SELECTOR, "[data-field] .error")
         return {note.get_attribute("id").removeprefix("error-"): note.text for note in notes}
 
@@ -183,7 +186,7 @@ class Page:
         return (files("axe_core_python") / "axe.min.js").read_text()
 
     def accessibility_problems(self) -> list[str]:
-        """Returns the accessibility problems that axe rates serious or critical."""
+        """Returns the accessibility problems that the checker axe finds and rates serious or critical."""
         self.run(self._axe)
         found = self.browser.execute_async_script("axe.run().then(arguments[0])")["violations"]
         return [
@@ -196,7 +199,10 @@ class Page:
 
 @pytest.fixture
 def page(chromium: webdriver.Chrome, served: str) -> Iterator[Page]:
-    """Yields an open page with empty browser storage. Fails if the console has messages at the end."""
+    """Yields the opened page, with empty browser storage.
+
+    At the end, messages in the browser's console are a failure.
+    """
     page = Page(chromium, served)
     chromium.get(f"{served}/playground/icon.svg")
     page.run("indexedDB.deleteDatabase('stable-audio-serve'); sessionStorage.clear(); localStorage.clear()")

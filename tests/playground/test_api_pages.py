@@ -1,4 +1,4 @@
-"""The two pages of the API description in Chromium."""
+"""The two pages that show the API description, /docs and /redoc, in Chromium."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def click(page: Page, selector: str) -> None:
 
 
 def status_of_models(page: Page) -> str:
-    """Try out `GET /v1/models` on the page. Returns the shown status."""
+    """Use the page's form to send `GET /v1/models`. Returns the status that the page shows."""
     block = "#operations-Server-list_models_v1_models_get"
     click(page, f"{block} .opblock-summary-control")
     click(page, f"{block} .try-out__btn")

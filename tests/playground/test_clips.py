@@ -1,4 +1,4 @@
-"""Clips on the page: generated, played, compared, repeated, and stored by the browser."""
+"""Clips on the playground page: generate, play, compare and repeat them, and their storage in the browser."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_looped_playback_continues_until_stopped(page: Page) -> None:
 
 @pytest.mark.slow
 def test_repeated_play_calls_start_playback_once(page: Page) -> None:
-    page.browser.find_element(By.TAG_NAME, "h1").click()  # browsers play audio only after a click on the page
+    page.browser.find_element(By.TAG_NAME, "h1").click()  # without a click on the page, browsers do not play audio
     num_nodes, num_ticks = page.browser.execute_async_script(
         """
         const [done] = arguments;
@@ -155,7 +155,7 @@ def test_repeat_compares_with_the_original_clip(page: Page) -> None:
 
 @pytest.mark.slow
 def test_last_selected_clip_is_shown(page: Page) -> None:
-    """The last selected clip is shown even if the clip selected before it takes longer to decode."""
+    """The clip selected first takes longer to decode, so its audio is ready after that of the last selected clip."""
     page.fill(prompt="a snare", duration=0.5, steps=2).make_clip()
     page.fill(prompt="rain").make_clip()
     page.run(
@@ -184,7 +184,7 @@ def test_last_selected_clip_is_shown(page: Page) -> None:
 
 @pytest.mark.slow
 def test_settings_of_an_unserved_model_are_not_loaded(page: Page) -> None:
-    """Another server may run at this address than when the clip was stored."""
+    """A stored clip's model may be missing, because another server runs at the address now."""
     page.fill(prompt="a snare", duration=0.5, steps=2).make_clip()
     page.browser.execute_async_script(
         """

@@ -1,4 +1,4 @@
-"""Edits of clips (regions, extensions, variations of a source) and loops."""
+"""Edits of clips on the playground page (regions, extensions, variations of a file), and loops."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def test_clip_is_extended(start: float, end: float, *, length: float, region: li
 
 @pytest.mark.slow
 def test_dragging_past_an_end_extends_the_clip(page: Page) -> None:
-    """A region outside the clip is extended until it touches the clip."""
-    second = page["wave"].size["width"] / 4  # the waveform has a second of space on each side
+    """If the user drags a region outside the clip, it is enlarged until it touches the clip."""
+    second = page["wave"].size["width"] / 4  # the view shows 4 s: the clip of 2 s and a second on each side
 
     def drag(start_s: float, end_s: float) -> None:
         start = ActionChains(page.browser).move_to_element_with_offset(page["wave"], round((start_s - 1) * second), -60)
@@ -102,7 +102,7 @@ def test_dropped_file_is_the_source(page: Page, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_last_dropped_file_is_the_source(page: Page) -> None:
-    """The last dropped file is the source even if the file before it takes longer to decode."""
+    """The file dropped first takes longer to decode, so its audio is ready after that of the last dropped file."""
     page.run(
         """
         window.numDecoded = 0;

@@ -1,4 +1,4 @@
-"""Files of clips: downloads, and files that the copied commands write."""
+"""Files of clips: those that the playground page downloads, and those that its copied commands write."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_clip_is_downloaded_in_the_selected_format(page: Page, served: str, tmp_
 
 
 def copy(page: Page, kind: str) -> str:
-    """Press the copy button of this kind. Returns the copied text."""
+    """Press the copy button of this kind, such as "curl". Returns the text in the clipboard."""
     allowed = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"], "origin": page.url}
     page.browser.execute_cdp_cmd("Browser.grantPermissions", allowed)
     page.run("document.getElementById('said').textContent = ''")
@@ -53,7 +53,7 @@ def copy(page: Page, kind: str) -> str:
 
 
 def run_copied(page: Page, folder: Path) -> list[bytes]:
-    """Run the copied commands of the shown clip in the folder. Returns the files they write."""
+    """Copy the curl and the Python command of the shown clip, and run both in the folder. Returns the written files."""
     made = []
     for command in (["bash", "-c", copy(page, "curl")], [sys.executable, "-c", copy(page, "python")]):
         path = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT.parents[2])}
@@ -79,7 +79,10 @@ def test_copied_commands_give_the_same_file(page: Page, served: str, tmp_path: P
 @pytest.mark.slow
 def test_copied_commands_of_edits_and_loops_give_the_same_file(page: Page, tmp_path: Path) -> None:
     def expect_the_same() -> tuple[bytes, bytes]:
-        """Returns the clip's file and its source file."""
+        """Check that the commands of the shown clip write the clip's file.
+
+        Returns the clip's file and its source file.
+        """
         files = page.browser.execute_async_script(
             """
             const [id, done] = arguments;

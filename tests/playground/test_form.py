@@ -1,4 +1,4 @@
-"""The form: errors at their fields, ranges, long prompts, and the API key."""
+"""The form of the playground page: errors next to their fields, allowed ranges, long prompts, and the API key."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_error_is_shown_at_its_field(page: Page) -> None:
     assert page.run("return document.activeElement.id") == "duration"
     assert page.fill(steps=2, duration=0.5).make_clip()
     assert page.field_errors() == {}
-    page.messages()  # clear the messages, because browsers log each refused request
+    page.messages()  # clears the console, in which the browser has logged the refused requests
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Jobs on the page (progress, cancellation, reloads), and the server panel."""
+"""Jobs on the playground page (progress, cancellation, page reloads), and the panel about the server."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_jobs_survive_a_reload_and_can_be_cancelled(page: Page) -> None:
 
 @pytest.mark.slow
 def test_many_jobs_leave_connections_for_other_requests(page: Page) -> None:
-    """Browsers allow six connections per server, and each event stream holds one until its job ends."""
+    """A browser opens at most six connections to a server, and a job's event stream holds one until the job ends."""
     page.fill(prompt="rain", duration=20, steps=50, batch_size=4)
     for count in (4, 8):
         page.click("generate")
@@ -49,7 +49,7 @@ def test_many_jobs_leave_connections_for_other_requests(page: Page) -> None:
 
 @pytest.mark.slow
 def test_jobs_without_a_stream_are_polled_in_turn(page: Page) -> None:
-    """The rate of polls is limited, because thousands of jobs may remain from before a reload."""
+    """Only a few jobs are polled at once, because there may be thousands of them after a page reload."""
     asked_at_ms = page.browser.execute_async_script(
         """
         const [done] = arguments;

@@ -1,4 +1,4 @@
-"""The whole page: accessibility, keyboard, narrow screens and loaded files."""
+"""The playground page as a whole: accessibility, keyboard, narrow screens and the files that it loads."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_shortcuts_work_outside_text_fields(page: Page) -> None:
         ActionChains(page.browser).send_keys(key).perform()
 
     page.fill(prompt="rain", duration=2, steps=2).make_clip()
-    press(" ")  # no element has the focus
+    press(" ")  # goes to the page, because no element has the focus
     page.until(lambda: page["play"].text == "Pause")
     press(" ")
     page.until(lambda: page["play"].text == "Play")
@@ -93,7 +93,7 @@ def test_page_loads_only_small_local_files(page: Page, served: str) -> None:
 
 
 def test_vendored_files_match_the_published_package() -> None:
-    """The hashes are of the files of the npm package, whose own hash `make playground-assets` checks."""
+    """The hashes below are of the files as published on npm. `make playground-assets` downloads and checks them."""
     hashes = {path.name: sha256(path.read_bytes()).hexdigest() for path in (ROOT / "vendor").iterdir()}
     assert hashes == {
         "regions.esm.js": "f3b9a81f56d0301affbeb5693dc9c43527efd6e97e534f17329192a7ce7fc4d4",
@@ -109,7 +109,7 @@ def test_vendored_files_match_the_published_package() -> None:
 )
 @pytest.mark.slow
 def test_screenshots_for_the_documentation(name: str, scheme: str, *, width: int, page: Page, tmp_path: Path) -> None:
-    """With UPDATE_PICTURES=1, the screenshots are written to docs/images."""
+    """The screenshots are taken in every run, but written to docs/images only with UPDATE_PICTURES=1."""
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}

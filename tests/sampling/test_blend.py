@@ -61,7 +61,7 @@ def make_kept(mask: Tensor | None = None) -> Kept:
 
 
 def mixing_network(x: Tensor, t: float) -> Tensor:
-    """The output of this network at each frame depends on all frames."""
+    """A toy network whose output at each frame depends on all frames."""
     return 0.5 * x + 0.2 * torch.sin(x.mean(dim=-1, keepdim=True) + t)
 
 
@@ -72,7 +72,10 @@ def run(
     network: Callable[[Tensor, float], Tensor] = mixing_network,
     before: Callable[[Tensor, int], Tensor] = lambda state, index: state,
 ) -> Tensor:
-    """Run a row with fixed noise. Returns the result (D, F). `before` may change registers before an evaluation."""
+    """Run a plan for one row with fixed noise. Returns the result (channels, frames).
+
+    `before(state, index)` returns the state to use for evaluation `index`, so it may change the state.
+    """
     noise = SeededNoise(8)
     shape = (CHANNELS, FRAMES) if kept is None else tuple(kept.source.shape)
     source = torch.full(shape, 0.4)
@@ -126,7 +129,7 @@ def test_keeping_everything_returns_the_source(family: str, sampler: str) -> Non
 
 @pytest.mark.parametrize(("family", "sampler"), CASES)
 def test_kept_frames_of_registers_that_are_not_blended_do_not_matter(family: str, sampler: str) -> None:
-    """Only the next input of the network needs a blend, not earlier estimates or intermediate points."""
+    """The sampler's state has several registers. Only in the network's next input must kept frames be right."""
     kept = make_kept()
     plan = blend(make_plan(family, sampler, 7), family, sampler)
 
@@ -159,12 +162,18 @@ def test_a_blend_without_a_source_is_an_error() -> None:
 
 
 def make_pairs(z: Tensor, noise: Tensor) -> Kept:
-    """Returns pairs of frames (D, 2) in which the first frame is kept, with source `z` (D,) and `noise` (D,)."""
+    """Returns a `Kept` for clips of two frames.
+
+    The first is kept, with the source `z` and `noise`, both (channels,).
+    """
     return Kept(mask=torch.tensor([True, False]), source=z[:, None].repeat(1, 2), noise=noise[:, None].repeat(1, 2))
 
 
 def pair_velocity(x: Tensor, alpha: float, beta: float, *, flow: bool) -> Tensor:
-    """Returns the exact network output at x (B, D, 2) for pairs of correlated normal frames with unit variance."""
+    """Returns the exact network output at x (batch, channels, 2), if the data are two normal frames with correlation R.
+
+    Both frames have unit variance. `alpha` and `beta` are the shares of data and noise in x.
+    """
     covariance = torch.tensor([[1.0, CORRELATION], [CORRELATION, 1.0]], dtype=torch.float64)
     noisy = alpha**2 * covariance + beta**2 * torch.eye(2, dtype=torch.float64)
     clean = x.double() @ (alpha * covariance @ torch.linalg.inv(noisy))
@@ -181,11 +190,12 @@ def pair_network(*, flow: bool) -> Callable[[Tensor, float], Tensor]:
 
 
 def next_to_kept(kept: Kept, start: Tensor, *, sigma: float, pull: float) -> Tensor:
-    """Returns the expected second frame at level 0, from sigma times `start` (D,), if the first is z + sigma eps'.
+    """Returns the expected second frame without noise, if the first frame is kept at z + sigma eps' at every level.
 
-    Let u = 1 + sigma^2, w = u^2 - r^2, and r be the correlation. Then (x - D) / sigma is
-    x sigma u / w - r sigma (z + sigma eps') / w. Multiplied by `pull`, it has the homogeneous solution w^(pull / 4).
-    `pull` is 1 for the probability flow and 2 for the reverse diffusion, which also adds noise.
+    The second frame x begins as sigma times `start`. Let r be the correlation, u = 1 + sigma^2 and w = u^2 - r^2. Then
+    the derivative (x - D(x)) / sigma, where D is the exact denoiser, is x sigma u / w - r sigma (z + sigma eps') / w.
+    Multiplied by `pull`, the equation has the homogeneous solution w^(pull / 4). `pull` is 1 for the probability flow
+    and 2 for the reverse diffusion, which also adds noise.
     """
     levels = torch.logspace(-6, math.log10(sigma), 40_001, dtype=torch.float64)
     w = (1 + levels**2) ** 2 - CORRELATION**2
@@ -240,7 +250,7 @@ def test_stochastic_samplers_follow_the_exact_diffusion_next_to_kept(sampler: st
 
 
 def test_pingpong_generates_towards_the_kept_frames() -> None:
-    """Ping-pong draws new noise at every step, so it converges to the conditional mean, 0.8 of the kept frame."""
+    """The second frame's expected value, given the first, is 0.8 of the first. Ping-pong sampling converges to it."""
     plan = build_plan("pingpong", torch.linspace(1, 0, 101), guidance=Guidance(), has_source=False)
     kept = make_pairs(torch.full((5_000,), 1.5), torch.randn(5_000, generator=torch.Generator().manual_seed(6)))
     made = run(blend_plan(plan, flow_path), kept, network=pair_network(flow=True))[:, 1]

@@ -1,4 +1,4 @@
-"""Prices assume the number of network calls that the samplers' plans have."""
+"""The number of network calls that prices assume for each sampler equals the number in the sampler's plans."""
 
 from __future__ import annotations
 

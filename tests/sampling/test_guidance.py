@@ -26,7 +26,7 @@ def make_inputs(rows: int, *, channels: int = 5, frames: int = 9, seed: int = 0)
 
 
 def numpy_guide(x: np.ndarray, t: float, v_c: np.ndarray, v_u: np.ndarray, row: Guidance) -> np.ndarray:
-    """Returns the guided output of one row (D, F) of valid frames, in float64 and directly from the definitions."""
+    """Returns the guided output for one row x (channels, frames), computed from the definitions in float64."""
     clean = x - t * v_c
     delta = clean - (x - t * v_u)
     if row.norm_threshold > 0:

@@ -18,7 +18,7 @@ POLYEXPONENTIAL = sorted(name for name in COMMON.facts["schedules"] if name.star
 def test_polyexponential_levels_match_the_reference_bit_for_bit(name: str) -> None:
     case = COMMON.facts["schedules"][name]
     span = SigmaRange(case["sigma_min"], case["sigma_max"], case["rho"])
-    rtol = 0.0 if is_amd() else 2.5e-7  # the last bits of exp differ between processors
+    rtol = 0.0 if is_amd() else 2.5e-7  # the reference ran on AMD; the last bits of `exp` differ between processors
     torch.testing.assert_close(polyexponential_sigmas(case["steps"], span), COMMON.tensors[name], rtol=rtol, atol=0)
 
 

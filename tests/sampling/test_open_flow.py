@@ -126,7 +126,7 @@ def test_order_of_convergence_on_a_linear_equation(sampler: str, order: int, ste
     start = torch.tensor([[1.0, -0.4]])
 
     def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
-        """For normal data around 0 with standard deviation 0.5, the flow maps unit noise to half of the noise."""
+        """The exact velocity if the data are normal around 0 with standard deviation 0.5. Its flow halves the noise."""
         return (t - 0.25 * (1 - t)) / (0.25 * (1 - t) ** 2 + t**2) * x
 
     errors = []

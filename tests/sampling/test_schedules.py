@@ -101,7 +101,7 @@ def test_a_scaled_schedule_never_rises_above_the_level_of_its_edit(level: float,
     assert scaled[0] == torch.tensor(level)
     assert (scaled[1:] <= scaled[:-1]).all()
     assert torch.equal(edit_times(build, level, schedule="reference"), build(level))
-    if steps == 8 and level == 0.4:  # compare with the reference's schedule, which differs
+    if steps == 8 and level == 0.4:  # an example in which the reference's schedule differs
         assert build(level)[1:].max() > 1.5 * level
 
 
@@ -115,7 +115,7 @@ def test_an_even_schedule_has_equal_steps_of_log_snr(level: float, steps: int) -
     assert (times[0], times[-1]) == (torch.tensor(level), 0.0)
     assert (times[1:] < times[:-1]).all()
     log_snr = torch.log((1 - times[:-1].double()) / times[:-1].double())
-    end = math.log(1 / (level / (1 + math.exp(2.0))) - 1)  # `level` times sigmoid(-2)
+    end = math.log(1 / (level / (1 + math.exp(2.0))) - 1)  # the log-SNR of the noise level `level` * sigmoid(-2)
     expected = torch.linspace(math.log(1 / level - 1), end, steps + 1, dtype=torch.float64)[:-1]
     torch.testing.assert_close(log_snr, expected, rtol=1e-4, atol=1e-4)
 

@@ -57,7 +57,7 @@ def test_a_row_in_a_batch_equals_the_row_alone_bit_for_bit(rows, seed: int) -> N
     )
     for index, (plan, _) in enumerate(rows):
         if plan.start_blend is None:
-            kept.source[index] = float("nan")  # a row without a blend may have any values here
+            kept.source[index] = float("nan")  # no kept frames: these values must not matter
     evaluations = [plan.evaluations[at] for plan, at in rows]
     together = advance(
         state, StepTerms.of(evaluations), velocity=velocity, unconditional=unconditional, noise=noise, kept=kept
@@ -85,7 +85,7 @@ def test_nan_of_neighbours_and_unused_terms_does_not_spread() -> None:
     )
     assert result[0].isfinite().all()
     assert result[1].isnan().all()
-    assert result[2].isfinite().all()  # the last draw of ping-pong has weight 0
+    assert result[2].isfinite().all()  # in the last step of ping-pong, noise has the coefficient 0
 
 
 def test_a_missing_term_that_is_needed_is_an_error() -> None:

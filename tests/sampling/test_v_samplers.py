@@ -35,7 +35,7 @@ CASES = sorted(
 
 
 def loosest(sampler: str) -> float:
-    """Returns the stored error bound, relative to the largest value."""
+    """Returns the allowed error of the sampler, as a share of the largest value."""
     return 1e-6 if "ddim" in sampler else 1e-3 if sampler == "k-heun" else 1e-5
 
 
@@ -44,7 +44,10 @@ def unguided(x: torch.Tensor, t: float) -> torch.Tensor:
 
 
 def run_linear(sampler: str, steps: int, span: SigmaRange, x: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """Run from unit noise `x` (D, F), for normal data around 0 with standard deviation 0.5. Returns the result."""
+    """Run the sampler from unit noise x (channels, frames) with the exact network for normal data. Returns the result.
+
+    The data have mean 0 and standard deviation 0.5.
+    """
     plan = build_v_plan(sampler, steps, span=span, guidance=Guidance(), has_source=False)
     return run_plan(plan, start_state(plan, x), SeededNoise(seed), network=linear_v_velocity)
 
@@ -57,7 +60,7 @@ def test_sampler_matches_the_reference(name: str) -> None:
     noise, expected = COMMON.tensors["sampler/noise"], COMMON.tensors[f"{name}/out"]
     source = COMMON.tensors["sampler/init"] if name.endswith("_init") else None
     span = SigmaRange(arguments["sigma_min"], arguments["sigma_max"])
-    # The analytic model's unconditional output is 0.9 of the guided output.
+    # For v-ddim-cfgpp, which needs an unconditional output: `unguided` returns 0.9 of the guided output.
     guidance = Guidance(cfg_scale=2.0) if sampler == "v-ddim-cfgpp" else Guidance()
     plan = build_v_plan(sampler, arguments["steps"], span=span, guidance=guidance, has_source=source is not None)
     bound = loosest(sampler) * max(1.0, float(COMMON.tensors[f"{name}/x"].abs().max()))
@@ -91,7 +94,8 @@ def test_order_of_convergence_on_a_linear_equation(sampler: str, order: int) -> 
     span = SigmaRange(1e-3, 20.0)
     start = torch.tensor([[1.0, -0.4]])
     top = span.sigma_max if "ddim" not in sampler else math.inf
-    level = 1.0 if top == math.inf else 0.5 * top / math.sqrt(0.25 + top**2)  # the exact flow from unit noise to 0
+    # What the exact flow multiplies unit noise with.
+    level = 1.0 if top == math.inf else 0.5 * top / math.sqrt(0.25 + top**2)
     exact = start * (0.5 if top == math.inf else level)
     coarse, fine = (float((run_linear(sampler, steps, span, start) - exact).abs().max()) for steps in (24, 48))
     assert math.log2(coarse / fine) > order - 0.4

@@ -1,4 +1,4 @@
-"""Networks that are formulas, and a function that runs a plan for one row."""
+"""Toy networks, which are formulas, and a function that runs a sampler's plan for one row."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from stable_audio_serve.sampling import NoiseSource, SamplerPlan, StepTerms, adv
 
 
 def toy_velocity(x: Tensor, times: Tensor) -> Tensor:
-    """Returns the velocity at x (B, D, F) and times (B,), as in the stored runs of samplers."""
+    """The toy network of the stored sampler runs: velocity at x (batch, channels, frames) and times (batch,)."""
     t = times.reshape(-1, *[1] * (x.dim() - 1))
     return 0.7 * x + 0.3 * t * torch.tanh(x) + 0.1 * torch.cos(3 * t)
 
 
 def linear_v_velocity(x: Tensor, t: float, *, deviation: float = 0.5) -> Tensor:
-    """Returns the exact v at x (B, D, F) for normal data around 0, for which flow and diffusion have closed forms."""
+    """Returns the exact v at x, if the data are normal around 0.
+
+    For such data the samplers' exact results are known.
+    """
     alpha, beta = math.cos(math.pi * t / 2), math.sin(math.pi * t / 2)
     variance = deviation**2
     return alpha * beta * (1 - variance) / (alpha**2 * variance + beta**2) * x
@@ -32,7 +35,7 @@ def run_plan(
     network: Callable[[Tensor, float], Tensor] = lambda x, t: toy_velocity(x, torch.tensor([t])),
     unguided: Callable[[Tensor, float], Tensor] | None = None,
 ) -> Tensor:
-    """Run all evaluations of `plan`, starting with the registers `state` (R, D, F). Returns the result (D, F).
+    """Run all evaluations of `plan`, starting at `state` (registers, channels, frames). Returns (channels, frames).
 
     `network` returns the guided output for (x, t), and `unguided` that of the unconditional branch.
     """

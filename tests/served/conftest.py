@@ -1,4 +1,4 @@
-"""The server that all files of this folder share. One process runs these files and then stops the server."""
+"""The server that all tests of this folder share. One test process runs these tests and then stops the server."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def metrics_port() -> int:
 
 @pytest.fixture(scope="package")
 def server(tmp_path_factory: pytest.TempPathFactory, metrics_port: int) -> Iterator[LaunchedServer]:
-    """Run HAProxy, two ingress replicas, a job runner and the models `tiny` (the default) and `demo`, without keys."""
+    """Run a server without API keys:
+
+    HAProxy, two HTTP processes (ingress), a job runner, the models `tiny` and `demo`.
+    """
     folder = tmp_path_factory.mktemp("server")
     # The path is relative to the server's working directory.
     tiny = model(
@@ -47,7 +50,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, metrics_port: int) -> Itera
             "STABLE_AUDIO_MAX_STEPS": "1000",
             "STABLE_AUDIO_MAX_DURATION": "20",
             "RAY_metrics_report_interval_ms": "1000",
-            "http_proxy": "http://127.0.0.1:9",  # must have no effect on local connections
+            "http_proxy": "http://127.0.0.1:9",  # a proxy that does not exist: local connections must not use it
         },
     )
     try:
@@ -65,7 +68,10 @@ def watcher(server: LaunchedServer) -> Iterator[Watcher]:
 
 
 def probe_start(launched: LaunchedServer) -> list[tuple[httpx.Response, int]]:
-    """Poll `/health` until the server is ready. Returns each answer with the status of `/ready` right after it."""
+    """Poll `/health` and `/ready` until the server is ready.
+
+    Returns each answer of `/health` and status of `/ready`.
+    """
     answers: list[tuple[httpx.Response, int]] = []
     deadline = time.monotonic() + PATIENCE_S
     with httpx.Client(base_url=launched.url, timeout=30) as client:
@@ -75,7 +81,7 @@ def probe_start(launched: LaunchedServer) -> list[tuple[httpx.Response, int]]:
             time.sleep(0.05)
             with suppress(httpx.TransportError):  # the server does not listen yet
                 health, ready = client.get("/health"), client.get("/ready").status_code
-                if "loaded_models" in health.text:  # otherwise HAProxy answered, not an ingress
+                if "loaded_models" in health.text:  # otherwise HAProxy itself answered
                     answers.append((health, ready))
     return answers
 
@@ -85,7 +91,7 @@ def make_body(**overrides: Any) -> dict[str, Any]:
 
 
 def make_long_body(**overrides: Any) -> dict[str, Any]:
-    """Return a request that keeps the tiny model busy for minutes."""
+    """Return the body of a request that keeps the tiny model busy for minutes."""
     rk4 = {"sampler_type": "rk4"}
     return make_body(steps=1000, batch_size=4, cfg_scale=3, duration=16, sampler_kwargs=rk4) | overrides
 

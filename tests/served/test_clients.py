@@ -18,7 +18,7 @@ pytestmark = pytest.mark.server
 
 
 def _restore_sigint() -> None:
-    """Restore the handling of SIGINT. A process inherits it as ignored if a shell runs the tests in the background."""
+    """Make Ctrl-C work in a child process. If a shell runs the tests in the background, children ignore SIGINT."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -38,11 +38,11 @@ for path in sys.argv[1:]:
 """
 
 
-# For each Ray service, a method that runs code or returns data. Comments name the process that serves it.
+# For each gRPC service of Ray, a method that runs code or returns data. The comment names the process that serves it.
 _METHODS = (
-    "ray.rpc.NodeInfoGcsService/GetAllNodeInfo",  # the GCS
-    "ray.rpc.NodeManagerService/GetNodeStats",  # the raylet
-    "ray.rpc.ObjectManagerService/Pull",  # its object store
+    "ray.rpc.NodeInfoGcsService/GetAllNodeInfo",  # the control service of the cluster (GCS)
+    "ray.rpc.NodeManagerService/GetNodeStats",  # the process that manages a node (raylet)
+    "ray.rpc.ObjectManagerService/Pull",  # the object store of the raylet
     "ray.rpc.CoreWorkerService/PushTask",  # every Python process
     "ray.rpc.LogService/ListLogs",  # the node's agent
     "ray.serve.ASGIService/HandleRequest",  # calls between replicas
@@ -52,7 +52,7 @@ _OF_RAY = ("gcs_server", "raylet", "DashboardAgent", "RuntimeEnvAgent", "ServeCo
 
 @pytest.fixture(scope="module")
 def used(server: LaunchedServer) -> LaunchedServer:
-    """Return the server after it has stored a job, an upload and a file."""
+    """Make the server store a job, an upload and a file. Return the server."""
     job = server.client.post("/jobs", json=_BODY).json()
     with server.client.stream("GET", f"/jobs/{job['id']}/events") as events:
         events.read()
@@ -106,7 +106,10 @@ def test_other_machines_reach_only_calls_between_replicas(used: LaunchedServer) 
 
 
 def answer_without_token(listener: Listener) -> str:
-    """Classify the answer to a client without a token: `refused`, `open`, or `numbers` for a page of metrics."""
+    """Connect without Ray's secret token. Returns what the port does:
+
+    "refused", "open", or "numbers" (metrics only).
+    """
     host, port = listener.reachable_at
     try:
         reply = httpx.get(f"http://{host}:{port}/", timeout=PATIENCE_S)

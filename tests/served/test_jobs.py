@@ -1,4 +1,4 @@
-"""Durable jobs over HTTP: their files, progress, events, cancellation, webhooks and metrics."""
+"""Jobs of a real server: their files, progress, events, cancellation, webhooks and metrics."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_job_progress_comes_from_the_engine(server: LaunchedServer) -> None:
 
 
 def read_events(server: LaunchedServer, job_id: str, *, after: str = "0") -> Iterator[dict[str, Any]]:
-    """Yield the events of a job as they arrive: id, event and data."""
+    """Yield the server-sent events of a job as they arrive, each with its fields `id`, `event` and `data`."""
     event: dict[str, Any] = {}
     with server.client.stream("GET", f"/jobs/{job_id}/events", headers={"Last-Event-ID": after}) as reply:
         assert reply.status_code == 200
@@ -105,7 +105,7 @@ def read_events(server: LaunchedServer, job_id: str, *, after: str = "0") -> Ite
 def test_event_stream_resumes_after_an_operator_cancels(server: LaunchedServer, folder: Path) -> None:
     job_id = submit(server, make_long_body())
     received = []
-    for event in read_events(server, job_id):  # leaving this loop drops the connection
+    for event in read_events(server, job_id):  # `break` closes the connection
         received.append(event)
         if event["data"]["stage"] == "denoising":
             break
@@ -121,7 +121,10 @@ def test_event_stream_resumes_after_an_operator_cancels(server: LaunchedServer, 
 
 
 def scrape(port: int) -> dict[str, tuple[str, set[str]]]:
-    """Return type and labels of each of our metrics on Ray's page, without the labels that Ray adds."""
+    """Read the page of metrics.
+
+    Returns the type and the labels of each of our metrics, without labels that Ray adds.
+    """
     page = httpx.get(f"http://127.0.0.1:{port}/metrics").text
     types = dict(re.findall(r"^# TYPE (ray_stable_audio_\w+) (\w+)$", page, flags=re.MULTILINE))
     found = {}
@@ -137,7 +140,7 @@ def test_a_real_run_exports_the_declared_metrics(server: LaunchedServer, folder:
     with Receiver() as receiver:
         job = wait(server, submit(server, make_body(webhook_url=receiver.url)))
         server.client.get(f"/jobs/{job['id']}/events")
-        for _ in range(2):  # the second request finds its prompt in the cache
+        for _ in range(2):  # the prompt cache has the second request's prompt
             server.client.post("/generate", json=make_body(model="tiny"))
         server.client.post("/generate", json=make_body(model="nope"))
         form, upload = {"prompt": "x", "duration": "2", "steps": "2"}, make_audio_file(duration_s=1.0)

@@ -1,4 +1,4 @@
-"""The demo model follows handwritten prompts, which the grammar of its training data cannot generate."""
+"""The demo model follows prompts written by hand, which are unlike the generated prompts of its training data."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.serving.launched import LaunchedServer
 pytestmark = pytest.mark.server
 
 Check = Callable[[np.ndarray], bool]
-C4 = 64  # in quarter tones, as in the chord check, where A4 (440 Hz) is 82
+C4 = 64  # pitch in quarter tones, as in the check of chords, where A4 (440 Hz) is 82
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def sweep(sign: int) -> Check:
     return lambda audio: sign * math.log2(strongest_hz(audio[:, -11025:]) / strongest_hz(audio[:, :11025])) > 0.5
 
 
-# Handwritten prompts with their check and duration in seconds.
+# Prompts written by hand, by kind: prompt, a check of its audio, and duration in seconds.
 SPOKEN: dict[str, list[tuple[str, Check, float]]] = {
     "pitch": [
         ("Sine wave, 291 Hz", pitch(291), 0.7),

@@ -1,4 +1,4 @@
-"""A whole server over HTTP, behind HAProxy."""
+"""A whole server, with its own HAProxy, over HTTP."""
 
 from __future__ import annotations
 
@@ -46,8 +46,9 @@ def test_starting_server_is_alive_before_it_is_ready(server: LaunchedServer) -> 
         for health, ready in server.probes
     ]
     loading = (200, "loading", False, 503)
-    assert before[:2] == [loading, loading]  # the ingress starts faster than the models
-    assert set(before) <= {loading, (200, "ok", True, 503)}  # one of the two ingress replicas notices it later
+    assert before[:2] == [loading, loading]  # the HTTP processes start faster than the models
+    # One HTTP process knows already that the model is ready, the other does not.
+    assert set(before) <= {loading, (200, "ok", True, 503)}
     assert last[-1] == 200
     assert server.client.get("/health").json()["device"] in ("cpu", "cuda:0")
 
@@ -142,18 +143,18 @@ def test_late_request_ends_at_its_deadline(server: LaunchedServer) -> None:
     started_at = time.monotonic()
     response = server.client.post("/generate", json=make_long_body(deadline_s=1))
     assert response.status_code == 504
-    assert time.monotonic() - started_at < 15  # the generation alone takes longer
+    assert time.monotonic() - started_at < 15  # without the deadline, the generation would take longer
 
 
 def test_every_stage_of_the_start_is_printed(server: LaunchedServer) -> None:
     assert "cold start: ray" in server.output
     assert "tiny: import" in server.output
     assert f"ready: {server.url}" in server.output
-    assert "\x1b" not in server.output  # no colour codes, because the output is not a terminal
+    assert "\x1b" not in server.output  # no colour codes, because the output does not go to a terminal
 
 
 def test_a_hundred_instant_disconnects_stop_their_rows(server: LaunchedServer, watcher: Watcher) -> None:
-    deadline_s = 60.0  # ends requests whose disconnect Serve does not notice
+    deadline_s = 60.0  # ends requests if Ray Serve does not notice that the client has disconnected
     before = watcher.status()
     body = json.dumps(make_long_body(deadline_s=deadline_s)).encode()
     request = b"POST /generate HTTP/1.1\r\nHost: [::]\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
@@ -162,7 +163,7 @@ def test_a_hundred_instant_disconnects_stop_their_rows(server: LaunchedServer, w
             connection.sendall(request % (len(body), body))
             # Some clients disconnect before Serve has chosen a replica, and some during a step.
             time.sleep(index % 20 / 1000)
-    # A row stops at the end of its step.
+    # The engine stops a cancelled row when its current step ends.
     wait_until(lambda: not ((now := watcher.status())["in_flight"] or now["backlog_ms"]))
     after = watcher.status()
     assert after["cancelled"] > before["cancelled"]
@@ -175,7 +176,7 @@ def test_a_hundred_instant_disconnects_stop_their_rows(server: LaunchedServer, w
 def test_a_thousand_slow_uploads_delay_no_other_request(server: LaunchedServer) -> None:
     head = b"POST /v1/audio/variations HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=B\r\n"
     part = b'--B\r\nContent-Disposition: form-data; name="audio"; filename="a.wav"\r\n\r\n'
-    beginning = part + b"-" * 20_000  # more than HAProxy buffers
+    beginning = part + b"-" * 20_000  # more than HAProxy's buffer holds, so it forwards the upload
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(4096, hard)), hard))
     with ExitStack() as stack:
@@ -185,25 +186,25 @@ def test_a_thousand_slow_uploads_delay_no_other_request(server: LaunchedServer) 
         assert server.client.get("/health").status_code == 200
         read_wav(server.client.post("/generate", json=make_body(duration=1)))
         answers = []
-        for upload in uploads[-500:]:  # enough uploads came before these to occupy every slot
+        for upload in uploads[-500:]:  # the first 500 are more than the server receives at once
             upload.settimeout(PATIENCE_S)
             answers.append(upload.recv(4096).lower())
     assert {answer[:13] for answer in answers} <= {b"http/1.1 503 ", b"http/1.1 408 "}
     refused = [answer for answer in answers if answer.startswith(b"http/1.1 503 ")]
-    assert refused  # not all: on a slow machine, some uploads get slots that earlier uploads have released
+    assert refused  # not necessarily all: on a slow machine, earlier uploads may have ended and made room
     assert all(b"\r\nretry-after: 5\r\n" in answer for answer in refused)
 
 
 def test_other_processes_run_at_lower_priority_than_models(server: LaunchedServer) -> None:
     own = os.getpriority(os.PRIO_PROCESS, 0)
     (model,) = server.pids("ServeReplica:audio:tiny")
-    assert os.getpriority(os.PRIO_PROCESS, model) == own  # not the lowest priority, which is Ray's default
+    assert os.getpriority(os.PRIO_PROCESS, model) == own  # by default, Ray would give it the lowest priority
     for name in ("Ingress", "job-runner"):
         pids = server.pids(f"ServeReplica:audio:{name}")
         threads = [int(thread) for pid in pids for thread in os.listdir(f"/proc/{pid}/task")]
         niceness = {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads}
         assert min(niceness) == min(own + 5, 19)
-        # Encoding threads have a lower priority than the event loop.
+        # Threads that encode audio have a still lower priority than the event loop.
         assert niceness <= {min(own + 5, 19), min(own + 10, 19)}
 
 

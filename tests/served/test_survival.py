@@ -1,4 +1,4 @@
-"""Processes are killed under load. This must be the last file of this folder, because it damages the server."""
+"""Processes of the shared server are killed under load. This file must run last in its folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.server
 
 
 def kill(server: LaunchedServer, title: str) -> None:
-    """Kill the only process with this title and wait for its replacement."""
+    """Kill the only process of the server whose command line has `title`, and wait until Ray has replaced it."""
     (pid,) = server.pids(title)
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: len(pids := server.pids(title)) == 1 and pids != [pid])

@@ -1,4 +1,4 @@
-"""A server that runs as an operator runs it: `stable-audio-serve serve` in a child process."""
+"""Run a server as an operator does: `stable-audio-serve serve`, in a child process."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from stable_audio_serve.launcher.guard import processes_using
 from tests.patience import PATIENCE_S
 
 APPLICATION = "audio"
-ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # otherwise Ray replaces 127.0.0.1 with another address
-_FIRST_PORT, _LAST_PORT = 32_000, 32_768  # servers choose lower ports for their internal processes
+ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # without it, Ray replaces 127.0.0.1
+_FIRST_PORT, _LAST_PORT = 32_000, 32_768  # for the tests; the servers' internal processes use lower ports
 
 
 def free_port() -> int:
-    """Return a free port outside the range of outgoing connections, which starts at 32768."""
+    """Return a free port below 32768, where the ports that the kernel gives to outgoing connections start."""
     while not is_port_free("127.0.0.1", port := random.randrange(_FIRST_PORT, _LAST_PORT)):
         pass
     return port
@@ -52,7 +52,10 @@ def command(config: Path, *options: str) -> list[str]:
 
 
 class LaunchedServer:
-    """A server that starts at construction. Call `wait_until_ready` before use, and `stop` or `kill` at the end."""
+    """A server process.
+
+    The constructor starts it; call `wait_until_ready` before use, and `stop` or `kill` at the end.
+    """
 
     def __init__(
         self,
@@ -62,7 +65,10 @@ class LaunchedServer:
         environment: Mapping[str, str] | None = None,
         program: Sequence[str] | None = None,
     ) -> None:
-        """Start the server. `program` replaces the command that serves `config` and runs in the same folder."""
+        """Start the server.
+
+        `program` is a command to run in place of `stable-audio-serve serve`, in the same folder.
+        """
         self.port = free_port()
         self.url = f"http://{host}:{self.port}"
         self.lines: list[str] = []
@@ -94,14 +100,14 @@ class LaunchedServer:
         return self
 
     def stop(self, *, number: int = signal.SIGINT) -> float:
-        """Send a signal and return the seconds until the server has ended."""
+        """Send a signal and wait until the server has ended. Return the seconds that this took."""
         started_at = time.monotonic()
         self.signal(number)
         self.wait_until_stopped()
         return time.monotonic() - started_at
 
     def signal(self, number: int) -> None:
-        """Send Ctrl-C to the process group, or another signal to the process."""
+        """Send SIGINT to the whole process group, as Ctrl-C does, or another signal to the main process only."""
         if number == signal.SIGINT:
             os.killpg(self.process.pid, number)
         else:
@@ -112,23 +118,23 @@ class LaunchedServer:
         self._reader.join(timeout=PATIENCE_S)
 
     def wait_for_output(self, text: str) -> None:
-        """Wait for an output line with `text`. Ray delays the lines of its processes."""
+        """Wait until the server has printed a line with `text`. Ray prints lines of its processes with a delay."""
         deadline = time.monotonic() + PATIENCE_S
         while text not in self.output:
             assert time.monotonic() < deadline, self.output
             time.sleep(0.05)
 
     def leftovers(self) -> Sequence[int]:
-        """Return the processes that still use this server's folder."""
+        """Return the ids of processes that still use this server's folder. There should be none after its end."""
         return processes_using(self.directory)
 
     def pids(self, title: str) -> list[int]:
-        """Return the processes of this server whose command line contains `title`."""
+        """Return the ids of this server's processes whose command line contains `title`."""
         return [pid for pid in processes_using(self.directory) if title in _read_process(pid, "cmdline")]
 
     @contextmanager
     def suspended(self, title: str) -> Iterator[None]:
-        """Suspend the processes whose command line contains `title` inside the context."""
+        """Within this context, suspend (SIGSTOP) the processes whose command line contains `title`."""
         pids = self.pids(title)
         assert pids
         for pid in pids:
@@ -149,7 +155,10 @@ class LaunchedServer:
         return address[1], token[1]
 
     def look_inside(self, program: str, *arguments: str) -> subprocess.Popen[str]:
-        """Start a program with the address of this server's Ray, the application's name and `arguments`."""
+        """Start a Python module as a program that connects to this server's Ray.
+
+        Its arguments are Ray's address, the application's name and `arguments`.
+        """
         address, token = self.ray()
         return subprocess.Popen(
             [sys.executable, "-m", program, address, APPLICATION, *arguments],
@@ -174,7 +183,7 @@ class LaunchedServer:
 
 
 class Watcher:
-    """Runs `watch.py`. `settings` has Serve's settings of each deployment, `status` is that of a model's replica."""
+    """Runs the program `watch.py`. `settings` has Ray Serve's settings of each deployment."""
 
     def __init__(self, server: LaunchedServer, model: str) -> None:
         self._process = server.look_inside("tests.serving.watch", model)
@@ -185,7 +194,7 @@ class Watcher:
         self._thread.start()
 
     def status(self) -> dict[str, Any]:
-        """Return the first status that the replica reports after this call."""
+        """Return the first status that the model's replica reports after this call."""
         self._latest = Future()
         return self._latest.result(timeout=PATIENCE_S)
 

@@ -1,4 +1,4 @@
-"""The ports on which the processes of a server listen, read from the kernel."""
+"""Find the ports on which the processes of a server listen, as the kernel lists them in /proc."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Listener:
 
     @property
     def reachable_at(self) -> tuple[str, int]:
-        """Return an address and port at which this machine can connect to the listener."""
+        """Return an address and a port to which a client on this machine can connect."""
         return ("127.0.0.1" if ipaddress.ip_address(self.host).is_unspecified else self.host), self.port
 
 
@@ -36,7 +36,7 @@ def listeners_of(pids: Iterable[int]) -> list[Listener]:
     """Return every TCP socket that one of these processes listens on."""
     titles = {}
     for pid in pids:
-        with suppress(OSError):  # the process may have just ended
+        with suppress(OSError):  # the process may have ended since it was listed
             title = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
             for link in Path(f"/proc/{pid}/fd").iterdir():
                 with suppress(OSError):
@@ -53,7 +53,7 @@ def listeners_of(pids: Iterable[int]) -> list[Listener]:
 
 
 def _readable(address: str) -> str:
-    """Convert an address from /proc, which has 32-bit words in native byte order."""
+    """Return an IP address in its usual notation. In /proc it is 32-bit words in native byte order, in hexadecimal."""
     words = [int(address[i : i + 8], 16) for i in range(0, len(address), 8)]
     packed = struct.pack(f"={len(words)}I", *words)
     text = socket.inet_ntop(socket.AF_INET if len(words) == 1 else socket.AF_INET6, packed)

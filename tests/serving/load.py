@@ -1,4 +1,4 @@
-"""Clients that send requests and jobs while a test breaks something, and the outcomes."""
+"""A load on a server while a test breaks something: clients that send requests and jobs, and record the outcomes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ import httpx
 from tests.patience import wait_until
 
 _OVER = ("succeeded", "failed", "cancelled")
-_PAUSE_S = 0.1  # pause of a caller between two calls
-_PAUSE_OF_JOBS_S = 1.0  # short enough to build up a queue of jobs, long enough to finish them soon after the test
-_TIMES = 6  # number of answered requests and accepted jobs to wait for, before and after the fault
+_PAUSE_S = 0.1  # between two requests of a client
+# Between two jobs of a client. Jobs come faster than they are run, so a queue builds up, but not a long one.
+_PAUSE_OF_JOBS_S = 1.0
+_TIMES = 6  # how many more answered requests and accepted jobs `wait_for_progress` waits for
 _BODY = {"prompt": "rain", "duration": 1, "steps": 4}
 
 
 def finished(client: httpx.Client, job_id: str) -> dict[str, Any]:
-    """Wait until a job has ended, and return it. Fails unless it has succeeded."""
+    """Wait until the job has ended, and check that it has succeeded. Return the job."""
 
     def over() -> dict[str, Any]:
         job = client.get(f"/jobs/{job_id}").raise_for_status().json()
@@ -33,15 +34,15 @@ def finished(client: httpx.Client, job_id: str) -> dict[str, Any]:
 
 
 class Load:
-    """Two callers that submit jobs and retry after refusals, and two callers that generate audio."""
+    """Within its context, two clients submit jobs, retrying after refusals, and two clients generate audio."""
 
     def __init__(self, client: httpx.Client) -> None:
         self._client = client
         self._ended = threading.Event()
-        self.jobs: dict[str, str] = {}  # job id by idempotency key
-        self.times_s: list[float] = []  # seconds per answered request
+        self.jobs: dict[str, str] = {}  # idempotency key of each accepted job -> its id
+        self.times_s: list[float] = []  # how long each answered request took
         self.failures: list[str] = []
-        self.refusals: list[str] = []  # path and body of each refusal with a Retry-After
+        self.refusals: list[str] = []  # path and body of each response with Retry-After
 
     def __enter__(self) -> Load:
         self._pool = ThreadPoolExecutor(4)
@@ -65,7 +66,10 @@ class Load:
         wait_until(lambda: len(self.times_s) >= num_answers and len(self.jobs) >= num_jobs)
 
     def finished_jobs(self) -> list[dict[str, Any]]:
-        """Wait for all submitted jobs, check that they have succeeded and differ, and return them."""
+        """Wait until all accepted jobs have ended, and check that each has succeeded and has its own id.
+
+        Return them.
+        """
         jobs = [finished(self._client, job_id) for job_id in self.jobs.values()]
         assert len({job["id"] for job in jobs}) == len(self.jobs)
         return jobs

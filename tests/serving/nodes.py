@@ -1,8 +1,8 @@
 """A program that runs several Ray nodes with simulated GPUs on this machine, and a server on them.
 
-Only the first node has CPUs, so it has the ingress and HAProxy, configured as by `stable-audio-serve serve`. The
-models run on the other nodes. Each line of input is a JSON list with the name and the arguments of a method of
-`Nodes`. The program answers each with a line of JSON.
+Only the first node has CPUs, so the HTTP processes and HAProxy run there, configured as by `stable-audio-serve serve`.
+The models run on the other nodes. Each line of standard input is a JSON list: the name of a method of `Nodes` and its
+arguments. The program answers with a line of JSON.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ APPLICATION = "audio"
 
 
 class Nodes:
-    """The cluster operations that tests call. Arguments and results are JSON."""
+    """The operations on the cluster that tests call by name. Their arguments and results are JSON."""
 
     def __init__(self, directory: Path, *, port: int) -> None:
         from ray.cluster_utils import Cluster
@@ -38,7 +38,7 @@ class Nodes:
         self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "temp_dir": temporary})
 
     def add(self, number: int) -> None:
-        """Start more nodes, each with one GPU."""
+        """Start `number` more nodes, each with one simulated GPU."""
         for _ in range(number):
             self._cluster.add_node(num_cpus=0, num_gpus=1, wait=False)
         self._cluster.wait_for_nodes()
@@ -51,7 +51,7 @@ class Nodes:
         serve.start(proxy_location="HeadOnly", http_options={"host": environment.LOOPBACK, "port": self._port})
 
     def deploy(self, args: dict[str, Any]) -> None:
-        """Deploy the application as `serve deploy` does."""
+        """Deploy the application with these arguments, as `serve deploy` does."""
         from ray.serve.context import _get_global_client
         from ray.serve.schema import ServeDeploySchema
 
@@ -64,7 +64,7 @@ class Nodes:
         _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config), _blocking=False)
 
     def status(self) -> dict[str, Any]:
-        """Return the application's status, and the state, id, node and process of each replica, by deployment."""
+        """Return the application's status and, for each deployment, its replicas: state, id, node and process id."""
         from ray.serve.context import _get_global_client
 
         found = _get_global_client().get_serve_details()["applications"].get(APPLICATION)
@@ -80,7 +80,7 @@ class Nodes:
         return {"status": found["status"], "message": found["message"], "deployments": deployments}
 
     def kill_node(self, node_id: str) -> int:
-        """Kill a node's raylet and all its child processes at once. Returns their number."""
+        """Kill all Ray processes of a node at once. Returns the number of killed processes."""
         (node,) = (each for each in self._cluster.worker_nodes if each.node_id == node_id)
         started = [each.process.pid for group in node.all_processes.values() for each in group]
         victims = {pid: psutil.Process(pid) for pid in started if psutil.pid_exists(pid)}
@@ -93,7 +93,7 @@ class Nodes:
         return len(victims)
 
     def drain_node(self, node_id: str) -> None:
-        """Drain a node as a Kubernetes pod does before it stops, see `cluster/kuberay`."""
+        """Make Ray move work away from a node, as our Kubernetes pods do before they stop (see `cluster/kuberay`)."""
         arguments = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "the pod stops"]
         ray = [sys.executable, "-m", "ray.scripts.scripts", "drain-node"]
         subprocess.run([*ray, "--address", self._cluster.address, "--node-id", node_id, *arguments], check=True)
@@ -104,7 +104,7 @@ class Nodes:
         return any(node["Alive"] for node in ray.nodes() if node["NodeID"] == node_id)
 
     def kill_gcs(self) -> None:
-        """Kill the GCS with SIGKILL, to simulate a machine failure."""
+        """Kill Ray's control service (GCS) on the first node, as if its machine had failed."""
         self._cluster.head_node.kill_gcs_server()
 
     def start_gcs(self) -> None:
@@ -133,12 +133,12 @@ def main(port: int) -> None:
             name, *arguments = json.loads(line)
             try:
                 answer = getattr(nodes, name)(*arguments)
-            except Exception:  # noqa: BLE001  # print it now, because it may be lost together with Ray
+            except Exception:  # noqa: BLE001  # printed at once, because the process exits
                 traceback.print_exc()
-                os._exit(1)  # the guard of the folder ends the remaining processes
+                os._exit(1)  # the launcher's guard process ends Ray's processes
             print(json.dumps(answer), file=sys.__stdout__, flush=True)
 
 
 if __name__ == "__main__":
-    with redirect_stdout(sys.stderr):  # standard output is only for answers
+    with redirect_stdout(sys.stderr):  # the test reads answers from standard output, so logs must not appear there
         main(int(sys.argv[1]))

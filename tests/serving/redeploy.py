@@ -1,6 +1,7 @@
-"""A program that deploys a server's application again, with changed settings (JSON) of all its models.
+"""A program that deploys a running server's application again, after it has changed settings of all models.
 
-It connects to the server's Ray and works like `serve deploy` with a changed file.
+The settings are an argument, as JSON. The program connects to the server's Ray and acts like `serve deploy` with a
+changed file.
 """
 
 from __future__ import annotations

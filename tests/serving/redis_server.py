@@ -1,6 +1,6 @@
-"""A real Redis from this machine's packages, for the state of Ray's head.
+"""A real Redis server, from this machine's packages. In it, Ray's head node stores its state.
 
-If it is not installed, tests that need it are skipped with a warning, or fail if CI=true.
+If Redis is not installed, tests that need Redis are skipped with a warning, or fail if CI=true.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PATIENCE_S = 30.0
 
 @contextmanager
 def running_redis(folder: Path) -> Iterator[str]:
-    """Run a server that stores nothing on disk. Yields `host:port`."""
+    """Run a Redis server that stores nothing on disk. Yields its `host:port`."""
     if (program := shutil.which("redis-server")) is None:
         problem = "it is not installed (Debian and Ubuntu: apt-get install redis-server)"
         if os.environ.get("CI") == "true":

@@ -1,6 +1,6 @@
-"""A program that deploys a server's application again, with another number of replicas of one deployment.
+"""A program that deploys a running server's application again, with another number of replicas of one deployment.
 
-It connects to the server's Ray and works like `serve deploy` with a changed file.
+It connects to the server's Ray and acts like `serve deploy` with a changed file.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A program that runs two Ray nodes with simulated GPUs, models on fake devices, and a load that rises and falls.
+"""A program that tests autoscaling: two Ray nodes with simulated GPUs, simulated models, and a load that changes.
 
-It prints the sequence of replica counts, the outcomes of requests and jobs, and the errors for settings that such a
-cluster refuses.
+It prints, as JSON, how the number of replicas changed, the outcomes of requests and jobs, and the errors for settings
+that such a cluster refuses.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from tests.patience import PATIENCE_S, wait_until
 _APPLICATION = "audio"
 _REFUSED = "refused"
 _CLIENTS = 30
-_WORK_STEPS = 2500  # steps of all jobs together, half a minute of work
+_WORK_STEPS = 2500  # steps of all jobs together; they take half a minute
 _REPLICAS = {"max_replicas": 3, "target_wait_s": 1, "upscale_delay_s": 0.5, "downscale_delay_s": 2}
 
 
 @dataclass
 class ReplicaHistory:
-    """The sequence of a model's replica counts, without repeats, and the nodes that had replicas."""
+    """How the number of a model's replicas changed, and on which nodes its replicas were."""
 
     counts: list[int] = field(default_factory=list)
     nodes: set[str] = field(default_factory=set)
@@ -52,7 +52,7 @@ class ReplicaHistory:
 
 
 class Observer:
-    """Polls the replicas of all models in a thread."""
+    """A thread that polls the replicas of all models and records their history."""
 
     def __init__(self, *models: str) -> None:
         self.histories = {model: ReplicaHistory() for model in models}
@@ -72,7 +72,7 @@ class Observer:
 
 
 async def crowd(send: Callable[[int], object], is_over: Callable[[], bool]) -> list[str]:
-    """Run clients that send requests repeatedly until `is_over` returns True. Returns the outcomes."""
+    """Run clients that call `send` repeatedly until `is_over` returns True. Returns the outcome of each call."""
     outcomes: list[str] = []
 
     async def client(number: int) -> None:
@@ -80,7 +80,7 @@ async def crowd(send: Callable[[int], object], is_over: Callable[[], bool]) -> l
             try:
                 await send(number)  # type: ignore[misc]
                 outcomes.append("ok")
-            except Exception as error:  # noqa: BLE001  # counted as an outcome
+            except Exception as error:  # noqa: BLE001  # an error is an outcome, too
                 outcomes.append(repr(error))
 
     await asyncio.gather(*map(client, range(_CLIENTS)))
@@ -88,7 +88,10 @@ async def crowd(send: Callable[[int], object], is_over: Callable[[], bool]) -> l
 
 
 def load_comes_and_goes(backend: RayBackend, observer: Observer) -> list[str]:
-    """Load a model until it has three replicas, wait for zero, and send one request. Returns the outcomes."""
+    """Send requests until the model has three replicas, pause until it has none, and send one more request.
+
+    Returns the outcomes of the first requests.
+    """
 
     async def ask(seed: int) -> None:
         await backend.generate("lazy", GenerationRequest(prompt="", duration_s=1.0, steps=40, seed=seed))
@@ -105,7 +108,7 @@ def load_comes_and_goes(backend: RayBackend, observer: Observer) -> list[str]:
 
 
 def jobs_wait(settings: Settings, observer: Observer, number: int) -> dict[str, int]:
-    """Submit jobs but no requests. Returns the final number of jobs by state."""
+    """Submit `number` jobs and wait until all have succeeded. Returns the number of jobs in each state."""
     store = open_store(settings)
     observer.wait_for("busy", 1)
     request = GenerationRequest(prompt="", duration_s=1.0, steps=_WORK_STEPS // number, seed=0)
@@ -119,8 +122,8 @@ def jobs_wait(settings: Settings, observer: Observer, number: int) -> dict[str, 
 def load_is_steady(backend: RayBackend, observer: Observer) -> list[int]:
     """Keep two replicas busy for four fifths of the time, without a backlog.
 
-    Returns the replica count in each second of the last part, which is longer than the policy's look-back and two
-    downscale delays.
+    Returns the number of replicas in each of the last 15 s. This is longer than the time over which the autoscaling
+    averages, and than two of its delays before it removes a replica.
     """
     request = GenerationRequest(prompt="", duration_s=1.0, steps=40, seed=0)
     pause_s = DEVICE.stages(request).total_ms / 1000.0 / (0.8 * 2)
@@ -145,7 +148,7 @@ def load_is_steady(backend: RayBackend, observer: Observer) -> list[int]:
 
 
 def refused_databases(folder: str) -> list[str]:
-    """Return the errors for a SQLite database, which nodes cannot share, and for an unreachable database."""
+    """Return the errors of starts with two job databases: SQLite, which nodes cannot share, and an unreachable one."""
     messages = []
     for url in (None, "postgresql://somebody@nowhere.invalid/jobs"):
         settings = {"models": [{"name": "tiny", "path": folder}], "jobs": {"database_url": url}}
@@ -157,7 +160,7 @@ def refused_databases(folder: str) -> list[str]:
 
 
 def failed_deployments() -> list[str]:
-    """Return Serve's messages for a model without files and for an invalid setting."""
+    """Deploy a model without files, and one with an invalid setting. Return Ray Serve's messages."""
     messages = []
     for args in ({"models": [{"name": "lab", "repo_id": "lab/model"}]}, {"modles": []}):
         application = {"name": _REFUSED, "import_path": "stable_audio_serve.serving.app:build", "args": args}

@@ -1,4 +1,4 @@
-"""Checks of a server's shutdown, for any signal and both proxies."""
+"""Checks of a server's shutdown, for tests with different signals and with HAProxy or Ray's Python proxy."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from contextlib import closing
 from tests.patience import PATIENCE_S, wait_until
 from tests.serving.launched import LaunchedServer, Watcher
 
-DRAIN_S = PATIENCE_S  # drain time of servers that these tests stop; they finish long before
+DRAIN_S = PATIENCE_S  # how long stopping servers wait for running work; these tests' work ends long before
 _BODY = {"prompt": "a door closes", "duration": 2, "seed": 5, "steps": 3}
 _LONG_BODY = _BODY | {"steps": 1000, "batch_size": 4, "duration": 16}
 _SECONDS_OF_WORK = _LONG_BODY | {"steps": 150}
 
 
 def check_that_stopping_finishes_work(stopped: LaunchedServer, number: int) -> None:
-    """Send the signal while the model `tiny` generates a clip and a job. The server must have no other work."""
+    """Send the signal while the model `tiny` runs a request and a job. The request must end normally and the job wait.
+
+    The server must have no other work.
+    """
     num_lines = len(stopped.lines)
     job = stopped.client.post("/jobs", json=_LONG_BODY).json()
     watcher = Watcher(stopped, "tiny")
@@ -28,7 +31,7 @@ def check_that_stopping_finishes_work(stopped: LaunchedServer, number: int) -> N
         events = pool.submit(stopped.client.get, f"/jobs/{job['id']}/events")
         wait_until(lambda: stopped.client.get(job["status_url"]).json()["status"] == "running")
         busy = pool.submit(stopped.client.post, "/generate", json=_SECONDS_OF_WORK)
-        wait_until(lambda: watcher.status()["in_flight"] == 2)  # the model has the clip and the job
+        wait_until(lambda: watcher.status()["in_flight"] == 2)  # the model runs the request and the job
         watcher.close()
         with stopped.suspended("ray::ServeReplica:audio:tiny"):
             stopped.signal(number)
@@ -43,10 +46,10 @@ def check_that_stopping_finishes_work(stopped: LaunchedServer, number: int) -> N
         answered_at = time.monotonic()
         stopped.wait_until_stopped()
     assert stopped.start_s is not None
-    assert time.monotonic() - answered_at < stopped.start_s  # a limit that depends on this machine's current speed
+    assert time.monotonic() - answered_at < stopped.start_s  # stopping is faster than starting was
     assert "cutting off" not in stopped.output
     check_log(stopped, since=num_lines)
-    with closing(sqlite3.connect(_database_of(stopped))) as database:  # the job has no further attempt
+    with closing(sqlite3.connect(_database_of(stopped))) as database:  # the interrupted attempt does not count
         kept = database.execute("SELECT state, attempts FROM jobs WHERE id = ?", (job["id"],)).fetchall()
         assert kept == [("queued", 0)]
     assert stopped.process.returncode == 0, stopped.output
@@ -55,7 +58,7 @@ def check_that_stopping_finishes_work(stopped: LaunchedServer, number: int) -> N
 
 
 def check_log(launched: LaunchedServer, *, since: int) -> None:
-    """Check that the log has no traceback of Ray from line `since` on, and no colour codes."""
+    """Check that the server's output has no traceback from line `since` on, and no colour codes."""
     assert not [line for line in launched.lines[since:] if "Traceback" in line], launched.output
     assert "\x1b" not in launched.output
 

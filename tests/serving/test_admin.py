@@ -1,4 +1,4 @@
-"""Operator commands with a real server: load and unload models, show the status, retry dead letters, and drain."""
+"""Commands for operators with a real server: keep and release models, status, dead letters, and draining."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def operated(folder: Path) -> Iterator[LaunchedServer]:
-    """Run a server with keys that runs one job at a time.
+    """Run a server that requires API keys and runs one job at a time.
 
-    The model `tiny` is preloaded, `lazy` starts on demand and scales down soon, and `broken` cannot load.
+    The model `tiny` is preloaded, `lazy` is loaded by its first request and soon unloaded, and `broken` cannot load.
     """
     broken = folder / "broken"
     shutil.copytree(TINY, broken)
@@ -74,7 +74,7 @@ def operated(folder: Path) -> Iterator[LaunchedServer]:
     environment = {
         "STABLE_AUDIO_MAX_STEPS": "1000",
         "STABLE_AUDIO_MAX_DURATION": "20",
-        "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1",  # further attempts would fail too
+        "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1",  # `broken` can never start, so one attempt is enough
     }
     launched = LaunchedServer(config, environment=environment)
     try:
@@ -88,7 +88,7 @@ def operated(folder: Path) -> Iterator[LaunchedServer]:
 
 @pytest.fixture
 def run(operated: LaunchedServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Return a function that runs `stable-audio-serve` with an admin key, and returns the output."""
+    """Return a function that runs a command of `stable-audio-serve` with an admin's API key, and returns its output."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv("STABLE_AUDIO_URL", operated.url)
 
@@ -210,7 +210,7 @@ def test_drained_server_finishes_its_work_under_load(operated: LaunchedServer, r
 
 
 async def finish_elsewhere(folder: Path, is_done: Callable[[], bool]) -> None:
-    """Run jobs of the same database with another runner until `is_done`."""
+    """Run the jobs of the server's database with a job runner in this process, until `is_done` returns True."""
     settings = Settings.model_validate({"output_dir": str(folder / "outputs")})
     store = open_store(settings)
     tiny = replace(make_catalog().default, name="tiny", aliases=())
@@ -243,5 +243,5 @@ def test_missing_key_is_reported(operated: LaunchedServer, monkeypatch: pytest.M
 
 
 def test_ctrl_c_stops_the_server_after_its_work_is_done(operated: LaunchedServer) -> None:
-    """This server uses HAProxy. `test_lifecycle.py` tests the Python proxy."""
+    """This server uses HAProxy. `test_lifecycle.py` has the same test for Ray's Python proxy."""
     check_that_stopping_finishes_work(operated, signal.SIGINT)

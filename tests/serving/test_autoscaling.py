@@ -1,4 +1,4 @@
-"""The autoscaling policy, called without Ray but with contexts like those of Serve's controller."""
+"""The autoscaling policy, called without Ray, with the arguments that Ray Serve's controller would give it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Point:
 
 @dataclass
 class Context:
-    """The fields of Serve's `AutoscalingContext` that the policy reads."""
+    """Stands for Ray Serve's `AutoscalingContext`. It has only the fields that the policy reads."""
 
     target_num_replicas: int = 1
     total_num_requests: float = 0.0
@@ -40,7 +40,7 @@ def stats(
 
 
 def publish(*replicas: list[dict[str, float]]) -> Context:
-    """Return a context with the published statistics of each replica. The last ones are current."""
+    """Return a context with what each replica has published. The last item of each list is the current one."""
     names = [f"replica-{number}" for number in range(len(replicas))]
     metrics = {
         name: {
@@ -58,7 +58,7 @@ def decide(context: Context, *, target_wait_s: float = 1.0) -> int:
 
 @pytest.mark.parametrize(("target_wait_s", "replicas"), [(1.0, 4), (2.0, 2), (10.0, 1)])
 def test_replicas_can_finish_all_work_within_the_target_wait(target_wait_s: float, replicas: int) -> None:
-    context = publish([stats(9.0), stats(1.2)], [stats(1.9)])  # only the last report counts
+    context = publish([stats(9.0), stats(1.2)], [stats(1.9)])  # the 9.0 is outdated
     assert decide(context, target_wait_s=target_wait_s) == replicas
 
 
@@ -90,7 +90,7 @@ def test_replica_that_has_not_published_yet_stops_downscaling() -> None:
 def test_kept_model_has_at_least_one_replica() -> None:
     assert decide(publish([stats(is_kept=True)])) == 1
     assert decide(publish([stats(9.0, is_kept=True)])) == 9
-    assert decide(publish([stats(is_kept=True), stats(is_kept=False)])) == 0  # only the last report counts
+    assert decide(publish([stats(is_kept=True), stats(is_kept=False)])) == 0  # is_kept=True is outdated
 
 
 @pytest.mark.parametrize("broken", [{"work_s": {"a": ["no point"]}}, {"work_s": None}])
@@ -100,7 +100,7 @@ def test_faulty_statistics_leave_the_replicas_as_they_are(broken: Any, caplog: p
         for _ in range(3):
             context = Context(2, raw_metrics=broken, policy_state={"theirs": 1})
             assert policy(context) == (2, {"theirs": 1})  # type: ignore[arg-type]
-    assert len(caplog.records) == 1  # logged once, although the policy runs ten times a second
+    assert len(caplog.records) == 1  # logged once, although the policy was called several times
 
 
 @pytest.mark.server

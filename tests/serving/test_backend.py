@@ -1,4 +1,4 @@
-"""Outcomes of calls to model replicas, with fake handles that answer like those of Ray."""
+"""How `RayBackend` treats the outcomes of calls to model replicas. Fake handles stand for Ray's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _RESULT = GenerationResult((), 44100, "small-sfx", (7,))
 
 
 def backend(*answers: GenerationResult | StableAudioError | RayError) -> RayBackend:
-    """Return a backend whose replicas give these answers, one per call."""
+    """Return a backend whose calls are answered with these answers, one after another."""
     left = list(answers)
 
     async def generate(_: GenerationRequest) -> GenerationResult | StableAudioError:
@@ -51,11 +51,11 @@ async def test_retry_times_of_refused_clients_vary_by_a_quarter() -> None:
         waits.append(refusal.value.retry_after_s or 0.0)
     assert 8.0 <= min(waits) < 8.5
     assert 9.5 < max(waits) <= 10.0
-    assert await model.generate("small-sfx", _REQUEST) == _RESULT  # the earlier refusal has no effect
+    assert await model.generate("small-sfx", _REQUEST) == _RESULT  # the refusals did not stop this call
 
 
 async def test_a_refusal_is_repeated_while_the_model_is_full() -> None:
-    """Other clients and priorities ask the model themselves."""
+    """The backend itself refuses further requests of the same client and priority. Others still reach the model."""
     full = OverloadedError("the model's queue is full", retry_after_s=100.0, full_for_s=30.0, work_s=50.0)
     model = backend(full, full, _RESULT, _RESULT)
     batch = replace(_REQUEST, priority="batch")
@@ -66,11 +66,11 @@ async def test_a_refusal_is_repeated_while_the_model_is_full() -> None:
         return refusal.value.retry_after_s or 0.0
 
     assert await wait_s(_REQUEST) == pytest.approx(112.5, abs=13.5)
-    assert await wait_s(batch) == pytest.approx(112.5, abs=13.5)  # the replica's second answer
-    assert await wait_s(_REQUEST) == pytest.approx(168.75, abs=19.75)  # returns 50 s after the first
+    assert await wait_s(batch) == pytest.approx(112.5, abs=13.5)  # another priority: the second answer
+    assert await wait_s(_REQUEST) == pytest.approx(168.75, abs=19.75)  # each repetition adds `work_s`
     assert await wait_s(_REQUEST) == pytest.approx(225.0, abs=26.0)
     assert await model.generate("small-sfx", replace(_REQUEST, client="another")) == _RESULT
-    await asyncio.sleep(1.1)  # longer than any refusal is repeated
+    await asyncio.sleep(1.1)  # the backend repeats a refusal for at most a second
     assert await model.generate("small-sfx", _REQUEST) == _RESULT
 
 
@@ -84,7 +84,7 @@ async def test_a_repeated_refusal_ends_when_the_model_has_room() -> None:
 
 
 async def test_answer_marks_the_model_ready_while_the_controller_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Readiness checks must not report the model as loading while Ray's head is down."""
+    """While Ray's head is down, the model's state cannot be read. An answer of the model shows that it is ready."""
     head_is_back = threading.Event()
 
     def silent(application: str) -> None:

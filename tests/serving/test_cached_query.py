@@ -1,4 +1,4 @@
-"""`CachedQuery` shares and caches the results of a query. The tests use a fake clock."""
+"""`CachedQuery`: concurrent callers share a query, and its result is cached for a time. The clock is fake."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.factories import FakeClock
 
 
 class CountedQuery:
-    """A query that returns the number of calls so far, and blocks while `is_free` is not set."""
+    """A query whose result is the number of earlier calls. It waits until `is_free` is set."""
 
     def __init__(self) -> None:
         self.num_calls = 0
@@ -52,7 +52,7 @@ async def test_late_answer_is_awaited_briefly_then_the_cached_one_expires() -> N
     clock.now += 4.0
     assert await query.answer() == 1
     clock.now += 4.0
-    assert await query.answer() == 0  # the cached answer has expired
+    assert await query.answer() == 0
     counted.is_free.set()
     assert await query.answer() == 2
 

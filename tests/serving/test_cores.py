@@ -1,4 +1,4 @@
-"""The number of threads per model, and how models share the cores."""
+"""How many threads each model computes with, and how models share the machine's cores."""
 
 from __future__ import annotations
 

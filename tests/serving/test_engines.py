@@ -1,4 +1,4 @@
-"""The engine settings of a model reach its engine, and errors name invalid settings."""
+"""A model's `engine:` settings reach its engine. Errors name invalid settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stable_audio_serve.engine import EngineOptions
 from stable_audio_serve.serving.engines import engine_options
 from stable_audio_serve.serving.serve_file import read_serve_file
 
-# Every key of `engine:`, with a valid value other than the default, and values out of range.
+# Every key of `engine:` -> a valid value that is not the default, and values that are out of range.
 ENGINE_KEYS: dict[str, tuple[float, tuple[float, ...]]] = {
     "max_step_tokens": (4096, (0, 63, 2**21)),
     "slots": (4, (0, 1, 129)),
@@ -25,7 +25,7 @@ ENGINE_KEYS: dict[str, tuple[float, tuple[float, ...]]] = {
 
 
 def settings_of(folder: Path, model: dict[str, Any]) -> Settings:
-    """Return the settings of a file with one model that has these additional keys."""
+    """Write a configuration file with one model, which has these additional keys. Return the parsed settings."""
     application = {
         "import_path": "stable_audio_serve.serving.app:build",
         "args": {"models": [{"name": "demo", **model}]},

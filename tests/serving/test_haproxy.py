@@ -1,4 +1,4 @@
-"""HAProxy behind our wrapper program, started and reloaded by Ray's code: time limits, addresses and file modes."""
+"""HAProxy as Ray's code starts it through our wrapper program: time limits, addresses, file modes and reloads."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="HAProxy mode is for Linux"),
 ]
 
-_PUBLIC = "127.0.0.2"  # differs from the address in Ray's configuration
+_PUBLIC = "127.0.0.2"  # the address that our wrapper makes HAProxy listen on, in place of Ray's
 _HEADER_TIMEOUT_S = 1.0
 _IDLE_TIMEOUT_S = 1.5
 _LONG_S = 2.5 * _IDLE_TIMEOUT_S
-_END_S = 30.0  # longest time for anything that must end, on any machine
+_END_S = 30.0  # what must end must end within this time, even on a slow machine
 _EDITED = (
     "stats socket",
     "local0 info",
@@ -74,7 +74,7 @@ async def upload(request: Request) -> int:
 
 @app.post("/never")
 async def never() -> None:
-    """Record the call, without reading the body."""
+    """A route that must not be reached: records the call."""
     reached.append("/never")
 
 
@@ -108,7 +108,7 @@ async def events() -> StreamingResponse:
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """A running HAProxy, and Ray's object that controls it."""
+    """A running HAProxy, and `api`, Ray's object that controls it."""
 
     api: Any
     port: int
@@ -157,7 +157,10 @@ async def proxying(
 
 
 async def until_closed(host: str, port: int, *, first: bytes, drip: bytes = b"") -> float:
-    """Send `first` on a connection, and then `drip` repeatedly. Return the seconds until HAProxy closes it."""
+    """Open a connection, send `first`, then `drip` repeatedly.
+
+    Return the seconds until HAProxy closes the connection.
+    """
     reader, writer = await asyncio.open_connection(host, port)
     began_at = time.monotonic()
     writer.write(first)
@@ -172,7 +175,7 @@ async def until_closed(host: str, port: int, *, first: bytes, drip: bytes = b"")
         async with asyncio.timeout(_END_S):
             await reader.read()
     except ConnectionError:
-        pass  # HAProxy closed the connection while the test was sending
+        pass  # HAProxy has closed the connection
     finally:
         dripping.cancel()
         writer.close()
@@ -213,12 +216,12 @@ async def test_client_address_header_cannot_be_forged(tmp_path: Path, monkeypatc
     ):
         assert (await client.get("/address", headers=forged)).json() == ["127.0.0.3"]
     assert address_header(os.environ) == ADDRESS_HEADER
-    # Without our wrapper, HAProxy sets no address header.
+    # Only our wrapper makes HAProxy add a header with the client's address.
     assert address_header({"RAY_SERVE_ENABLE_HA_PROXY": "1"}) is None
 
 
 async def test_http_2_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An HTTP/2 connection could have a hundred unfinished requests, whose memory HAProxy never frees."""
+    """With HTTP/2, a single connection could hold a hundred unfinished requests in HAProxy's memory."""
     async with listening(app) as backend_port, proxying(backend_port, tmp_path, monkeypatch) as proxy:
         answers = [
             await exchange(port, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", host=host)
@@ -229,7 +232,7 @@ async def test_http_2_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.slow
 async def test_long_request_survives_twenty_reloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A replaced process of HAProxy ends after its last request."""
+    """After a reload, the replaced HAProxy process serves its running requests before it ends."""
     async with (
         listening(app) as backend_port,
         proxying(backend_port, tmp_path, monkeypatch) as proxy,
@@ -238,7 +241,7 @@ async def test_long_request_survives_twenty_reloads(tmp_path: Path, monkeypatch:
         waiting = asyncio.create_task(client.get("/wait"))
         await until(lambda: "/wait" in reached)
         for _ in range(20):
-            assert (await client.get("/docs")).status_code == 200  # opens a connection, which stays open
+            assert (await client.get("/docs")).status_code == 200  # the client keeps this connection open
             await proxy.api.reload()
         await until(lambda: num_old_processes(proxy) == 1)
         (old,) = proxy.api._old_procs
@@ -250,13 +253,16 @@ async def test_long_request_survives_twenty_reloads(tmp_path: Path, monkeypatch:
 
 
 def num_old_processes(proxy: Proxy) -> int:
-    """Return the number of replaced processes that still serve requests."""
+    """Return the number of HAProxy processes that were replaced by a reload and still serve requests."""
     proxy.api._prune_old_procs()
     return len(proxy.api._old_procs)
 
 
 async def exchange(port: int, *parts: bytes, wait_for: bytes = b"", host: str = _PUBLIC) -> bytes:
-    """Send the first part, wait for `wait_for`, and send the other parts. Returns everything that HAProxy answers."""
+    """Send the first part, wait until HAProxy has sent `wait_for`, and send the other parts.
+
+    Returns the whole answer.
+    """
     async with asyncio.timeout(PATIENCE_S):
         reader, writer = await asyncio.open_connection(host, port)
         writer.write(parts[0])
@@ -284,10 +290,10 @@ async def test_request_reaches_a_replica_after_its_first_bytes(tmp_path: Path, m
     assert sent.endswith(b"\r\n\r\n70000")
 
 
-# Status and content type of the answers of a replica, or of Ray Serve without a replica, by path. The connection of
-# "/cut" closes without an answer.
+# Path -> status and content type of the fake server's answer. JSON and HTML are as from a replica, plain text as from
+# Ray Serve if there is no replica. "/cut" gets no answer: the connection is closed.
 _ANSWERS = {
-    "/docs": (200, "text/html"),  # also the health check
+    "/docs": (200, "text/html"),  # HAProxy's health check uses this path, too
     "/text-404": (404, "text/plain; charset=utf-8"),
     "/text-500": (500, "text/plain"),
     "/text-503": (503, "text/plain"),
@@ -298,7 +304,7 @@ _ANSWERS = {
 
 
 async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Answer the requests of one connection until the client closes it."""
+    """Answer the requests that come on one connection, as `_ANSWERS` says, until the connection is closed."""
     with suppress(asyncio.IncompleteReadError):
         while path := (await reader.readuntil(b"\r\n\r\n")).split()[1].decode():
             if path not in _ANSWERS:
@@ -331,7 +337,7 @@ async def test_only_unanswered_requests_get_a_retry_time(tmp_path: Path, monkeyp
                 reply = await client.get(path)
                 assert (reply.status_code, reply.headers["content-type"], reply.text) == (*_ANSWERS[path], "{}")
             backend.close()
-            assert has_retry_time(await client.get("/json-404"))  # as after a kill of the replica
+            assert has_retry_time(await client.get("/json-404"))  # nothing listens, as after a replica was killed
             proxy.api.set_backend_configs({})
             await proxy.api.reload()
             assert has_retry_time(await client.get("/docs"))  # HAProxy knows no route, as after a restart
@@ -370,7 +376,7 @@ async def test_connection_limit_follows_the_file_limit(tmp_path: Path, monkeypat
     (most,) = re.findall(r"^Maxconn: (\d+)$", info, flags=re.MULTILINE)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     num_files = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
-    # A connection takes two files, and HAProxy needs further files for pipes.
+    # The limit of connections: each takes two open files, and HAProxy needs some files for other purposes.
     assert 0.35 * num_files < int(most) <= 0.5 * num_files
 
 

@@ -1,4 +1,4 @@
-"""The reports of a job runner to the models, with fake handles instead of Ray."""
+"""A job runner tells each model how much work is waiting for it. Fake handles stand for Ray's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.patience import until
 
 
 class Handle:
-    """The handle of a model that has no replica until a test sets `has_replica`."""
+    """A fake handle of a model. The model has no replica until the test sets `has_replica`."""
 
     def __init__(self) -> None:
         self.has_replica = asyncio.Event()
@@ -56,14 +56,14 @@ class Handle:
 
 
 class Replica(JobRunnerReplica):
-    """A job runner without a shutdown, because the tests do not start it."""
+    """A job runner that the tests do not start, so it needs no shutdown."""
 
     def __del__(self) -> None:  # type: ignore[override]
         pass
 
 
 class Server:
-    """The handle of one model, its waiting work, and the operators' settings."""
+    """A job runner with one model: the model's handle, its waiting work, and the operators' settings."""
 
     def __init__(self) -> None:
         self.tiny = Handle()
@@ -88,7 +88,7 @@ async def server(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Server]:
     reporting.cancel()
 
 
-@pytest.mark.parametrize("waiting", [{}, None])  # no waiting jobs, or no database
+@pytest.mark.parametrize("waiting", [{}, None])  # {}: no waiting jobs; None: the database cannot be read
 async def test_a_kept_model_is_started_and_reported_until_its_release(server: Server, waiting: Any) -> None:
     server.waiting, tiny = waiting, server.tiny
     await asyncio.sleep(0.1)
@@ -102,7 +102,7 @@ async def test_a_kept_model_is_started_and_reported_until_its_release(server: Se
     await until(lambda: tiny.reports[-1] == (0.0, False))
     num_reports = len(tiny.reports)
     await asyncio.sleep(0.1)
-    # A pending call would keep the replica from stopping.
+    # A call that is still pending would keep the model's replica from being stopped.
     assert (len(tiny.reports), tiny.num_pending) == (num_reports, 0)
 
 

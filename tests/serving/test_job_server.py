@@ -1,4 +1,4 @@
-"""Durable jobs on a server while it is killed, rescaled and restarted."""
+"""Jobs of a server that is killed, rescaled and restarted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 
 def make_long_body(**overrides: Any) -> dict[str, Any]:
-    """Return a request that takes the tiny model one to two seconds."""
+    """Return the body of a request that takes the tiny model one to two seconds."""
     return make_body(steps=150, duration=4) | overrides
 
 
@@ -37,7 +37,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "models": [model("tiny", max_queue_s=1e6)],
         "jobs": {"runners": 2, "max_running": 2, "lease_s": 3.0},
         "ingress": {"replicas": 2},
-        "drain_s": PATIENCE_S,  # so long that a test fails if a stop waits for it
+        "drain_s": PATIENCE_S,  # so long that a test would fail if stopping the server took this time
     }
     return write_config(folder, args)
 
@@ -56,15 +56,15 @@ def server(config: Path) -> Iterator[LaunchedServer]:
 
 
 def test_submission_wakes_the_runner(server: LaunchedServer) -> None:
-    """An idle runner polls every three seconds, but a submission makes it poll at once."""
-    time.sleep(5)  # time for the runner to reach its longest polling interval
+    """A runner without work polls every three seconds, but a submitted job makes it poll at once."""
+    time.sleep(5)  # after this time without work, the runner polls at its longest interval
     job = wait(server, submit(server, make_body()))
     waited = datetime.fromisoformat(job["started_at"]) - datetime.fromisoformat(job["created_at"])
     assert waited.total_seconds() < RunnerPauses().last_poll_s / 2
 
 
 def test_new_processes_refuse_moved_stores(server: LaunchedServer, config: Path) -> None:
-    """No process may create an empty database at the old path, or half of the requests would use it."""
+    """The new processes must not create an empty database at the old path, which some requests would then use."""
     outputs, away = config.parent / "outputs", config.parent / "away"
     done = wait(server, submit(server, make_body()))
     outputs.rename(away)
@@ -74,7 +74,7 @@ def test_new_processes_refuse_moved_stores(server: LaunchedServer, config: Path)
             os.kill(pid, signal.SIGKILL)
         wait_until(lambda: len(server.pids("job-runner")) == 2 and not killed & {*server.pids("ServeReplica")})
         deadline = time.monotonic() + 5.0
-        while time.monotonic() < deadline:  # long enough for answers of the new processes
+        while time.monotonic() < deadline:  # some of the requests reach the new processes
             for reply in (server.client.get(f"/jobs/{done['id']}"), server.client.post("/jobs", json=make_body())):
                 assert reply.status_code == 503, reply.text
                 assert int(reply.headers["retry-after"]) >= 1
@@ -90,7 +90,7 @@ def test_new_processes_refuse_moved_stores(server: LaunchedServer, config: Path)
 
 
 def test_replaced_ingress_closes_its_event_streams(server: LaunchedServer) -> None:
-    """Otherwise Serve would wait up to two minutes for open event streams of a stopping replica."""
+    """If a stopping replica left its event streams open, Ray Serve would wait up to two minutes for them."""
     minutes = make_long_body(steps=1000, duration=16, batch_size=4, cfg_scale=3, sampler_kwargs={"sampler_type": "rk4"})
     job_id = submit(server, minutes)
     assert len(server.pids("ServeReplica:audio:Ingress")) == 2
@@ -102,7 +102,7 @@ def test_replaced_ingress_closes_its_event_streams(server: LaunchedServer) -> No
                 opened.release()
                 return response.read().decode()
 
-        streams = [pool.submit(read_events) for _ in range(4)]  # HAProxy distributes them over the replicas
+        streams = [pool.submit(read_events) for _ in range(4)]  # some for each HTTP process
         assert all(opened.acquire(timeout=PATIENCE_S) for _ in streams)
         assert not any(stream.done() for stream in streams)
         with server.look_inside("tests.serving.rescale", "Ingress", "1") as rescaling:
@@ -117,7 +117,7 @@ def test_replaced_ingress_closes_its_event_streams(server: LaunchedServer) -> No
 
 
 def test_accepted_jobs_survive_the_death_of_all_processes(server: LaunchedServer, config: Path) -> None:
-    """Some jobs run, some wait, and one has an upload. A server that starts later in the folder finishes all."""
+    """When all processes are killed, some jobs run, some wait, and one has an upload. A new server finishes all."""
     finished = wait(server, submit(server, make_body()))
     bodies = [make_long_body(seed=seed) for seed in range(3)]
     job_ids = [submit(server, body) for body in bodies]
@@ -155,7 +155,7 @@ def check_that_a_second_signal_stops_at_once(server: LaunchedServer) -> None:
         time.sleep(1.5)  # signals in quick succession would count as one
         assert server.process.poll() is None
         assert server.start_s is not None
-        # The limit depends on this machine's current speed.
+        # The start took longer on a slow machine, too, so its time is the measure.
         assert server.stop(number=signal.SIGTERM) < server.start_s / 2
         assert isinstance(busy.exception(), httpx.TransportError)
     wait_until(lambda: not server.leftovers())

@@ -1,4 +1,4 @@
-"""Edits keep the exact samples of the source outside the regions, for every kind of source and model."""
+"""Edits keep the exact samples of the source file outside the edited regions, for every kind of file and model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.parameters import some
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 Audio = npt.NDArray[np.float32]
-Pcm = npt.NDArray[np.int16]  # (S, C)
+Pcm = npt.NDArray[np.int16]  # (samples, channels)
 Region = tuple[float, float]
 
 RATE_HZ, DURATION_S, FADE_S = 1000, 4.0, 0.03
@@ -43,7 +43,7 @@ REGIONS: dict[str, tuple[Region, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Audio (C, S), and the rate and sample format of its file."""
+    """A source clip: its audio (channels, samples), and the sample rate and sample format of its file."""
 
     samples: Audio
     rate_hz: int = RATE_HZ
@@ -130,7 +130,10 @@ def read(file: bytes) -> Pcm:
 
 
 def pcm_of(file: bytes, *, duration_s: float = DURATION_S) -> Pcm:
-    """Return the 16-bit samples of a file as the server decodes it."""
+    """Decode a file as the server decodes a source for an edit of `duration_s`.
+
+    Return the samples as 16-bit integers.
+    """
     samples, rate_hz = soundfile.read(io.BytesIO(file), dtype="float32", always_2d=True)
     source = SourceAudio(np.ascontiguousarray(samples.T), rate_hz)
     prepared = prepare_source(source, sample_rate_hz=RATE_HZ, channels=2, num_samples=int(duration_s * RATE_HZ))
@@ -138,7 +141,7 @@ def pcm_of(file: bytes, *, duration_s: float = DURATION_S) -> Pcm:
 
 
 def outside(*regions: Region, source_s: float = DURATION_S) -> npt.NDArray[np.bool_]:
-    """Return a mask of the source's samples that are outside all regions."""
+    """Return a mask of samples: True where a sample belongs to the source and is outside all regions (seconds)."""
     kept = np.zeros(int(DURATION_S * RATE_HZ), dtype=bool)
     kept[: int(source_s * RATE_HZ)] = True
     for start_s, end_s in regions:
@@ -166,7 +169,7 @@ async def test_two_successive_edits_keep_each_sample(client: httpx.AsyncClient, 
 
 @pytest.mark.parametrize("model", MODELS)
 async def test_continuation_keeps_all_but_the_last_30_ms(client: httpx.AsyncClient, model: str) -> None:
-    file, end = Source(make_noise(0.4, duration_s=2.048)).file, 2048  # a whole number of latent frames
+    file, end = Source(make_noise(0.4, duration_s=2.048)).file, 2048  # it ends where a latent frame ends
     longer, alone = [
         await edit(client, file, (2.048, DURATION_S), model=model, peaks="clip", keep=keep)
         for keep in ("source", "model")
@@ -225,7 +228,7 @@ async def test_recipe_records_what_was_kept(client: httpx.AsyncClient) -> None:
         assert recipe["keep"] == keep
         again = await replay(client, recipe, file)
         assert again.content == take.content
-    del recipe["keep"]  # older recipes do not have the field
+    del recipe["keep"]  # recipes of older versions do not have this field
     np.testing.assert_array_equal(read((await replay(client, recipe, file)).content), read(take.content))
 
 

@@ -1,4 +1,4 @@
-"""API keys on a real server with two ingress processes: shared limits, and a key file that changes."""
+"""API keys on a real server with two HTTP processes: limits that both share, and a key file that changes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def server(folder: Path) -> Iterator[LaunchedServer]:
 
 
 def ask(server: LaunchedServer, key: str) -> httpx.Response:
-    """Send a request on a new connection, so that any ingress process may get it."""
+    """Send a request with this key on a new connection, so that any of the HTTP processes may get it."""
     body = {"prompt": "rain", "duration": 1, "steps": 1}
     headers = {"Authorization": f"Bearer {key}"}
     return httpx.post(f"{server.url}/v1/audio/generations", json=body, headers=headers, timeout=PATIENCE_S)
@@ -79,6 +79,6 @@ def test_removed_key_fails_everywhere_and_broken_file_is_ignored(server: Launche
     wait_until(lambda: {reply.status_code for reply in ask_many(server, "alice", 16)} == {401})
     put(folder, "sas-a-plain-key-by-mistake\n")
     broken = wait_until(lambda: (file := server.client.get("/health").json()["key_file"])["state"] == "broken" and file)
-    assert broken["reason"].startswith("line 1: ")  # the next answer may come from the other process
-    assert ask(server, "bob").status_code == 200  # bob's key is now in the line of carol
+    assert broken["reason"].startswith("line 1: ")  # taken from the same answer: the other process may not know it yet
+    assert ask(server, "bob").status_code == 200  # bob's key stayed valid under the name "carol"
     assert not re.search("by-mistake|Bearer", server.output)

@@ -1,4 +1,4 @@
-"""Starting and stopping of servers: side by side, behind each proxy, with faults, and without leftover processes."""
+"""Starting and stopping servers: two on one machine, with HAProxy or Ray's Python proxy, with faults, no leftovers."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]
 
 @pytest.fixture(scope="module")
 def other(server: LaunchedServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]:
-    """Run a second server. Its environment has the address of the first server's Ray, which it must ignore.
+    """Run a second server. Its environment has the address of the first server's Ray, but it must start its own.
 
-    Its model is in a cache whose hub is offline. The server uses the Python proxy and the wheel of this checkout.
+    The second server is installed from the wheel, uses Ray's Python proxy, and has its model in a Hugging Face cache.
     """
     address, token = server.ray()
     folder = tmp_path_factory.mktemp("other")
@@ -79,10 +79,10 @@ def other(server: LaunchedServer, tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 def test_starting_server_is_alive_long_before_it_is_ready(server: LaunchedServer, other: LaunchedServer) -> None:
-    """The first server uses HAProxy, and the other one the Python proxy."""
+    """The first server uses HAProxy, and the other one Ray's Python proxy."""
     for launched in (server, other):
         *loading, last = launched.probes
-        assert len(loading) > 1  # the ingress answers before the model is ready
+        assert len(loading) > 1  # the HTTP process answers before the model is ready
         assert {ready for _, ready in loading} == {503}
         assert {(health.status_code, health.json()["status"], health.json()["healthy"]) for health, _ in loading} == {
             (200, "loading", False)
@@ -100,7 +100,7 @@ def test_servers_side_by_side_give_the_same_audio(server: LaunchedServer, other:
 
 def test_cached_model_is_described_like_one_in_a_folder(server: LaunchedServer, other: LaunchedServer) -> None:
     cards = [launched.client.get("/v1/models").json()["data"][0] for launched in (server, other)]
-    own = {"created", "max_steps"}  # these fields differ, because the other server's .env allows more steps
+    own = {"created", "max_steps"}  # may differ: the other server's .env allows more steps
     in_folder, in_cache = ({key: value for key, value in one.items() if key not in own} for one in cards)
     assert in_cache == in_folder
     assert in_cache["sample_rate_hz"] == 1000
@@ -141,13 +141,13 @@ def test_stopped_server_leaves_no_processes_and_spares_others(server: LaunchedSe
 
 
 def run_to_failure(config: Path, *options: str, **variables: str) -> str:
-    """Run a server that must not start. Return our error, which must be one sentence."""
+    """Run a server that must fail to start. Return the error message, which must be one sentence."""
     (error,) = (line for line in failed_start(config, *options, **variables).splitlines() if line.startswith("error: "))
     return error
 
 
 def failed_start(config: Path, *options: str, **variables: str) -> str:
-    """Run a server that must not start. Return its output."""
+    """Run a server that must fail to start. Return everything that it prints."""
     result = subprocess.run(
         command(config, *options),
         capture_output=True,
@@ -172,7 +172,7 @@ def test_failed_start_of_ray_is_one_sentence(tmp_path: Path) -> None:
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": os.getcwd()} | dict.fromkeys(limits, "2"),
     ) as launcher:
-        freeze_child(launcher, "gcs_server")  # a frozen process behaves like one that gets no CPU time
+        freeze_child(launcher, "gcs_server")  # Ray's first process is frozen, as if it got no CPU time
         output, _ = launcher.communicate(timeout=PATIENCE_S)
     assert launcher.returncode == 2
     assert "Traceback" not in output
@@ -182,7 +182,7 @@ def test_failed_start_of_ray_is_one_sentence(tmp_path: Path) -> None:
 
 
 def freeze_child(parent: subprocess.Popen[str], name: str) -> None:
-    """Suspend a child of a process as soon as it appears."""
+    """Wait until the process has a child of this name, and suspend the child."""
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
     while parent.poll() is None:
         for pid in children.read_text().split():
@@ -213,7 +213,7 @@ def test_killed_processes_and_ctrl_c_leave_no_traceback(server: LaunchedServer) 
 
 
 def test_config_fault_stops_startup_by_name(tmp_path: Path) -> None:
-    """The process finds these faults before it changes anything, see `tests/cli/test_serving.py`."""
+    """An example, with a real process. Other faults of the configuration are in `tests/cli/test_serving.py`."""
     config = write_config(tmp_path, make_args(), htpp_options={})
     assert "htpp_options" in run_to_failure(config, "--port", str(free_port()))
 
@@ -225,9 +225,9 @@ def test_weights_of_another_network_stop_the_start(tmp_path: Path) -> None:
     del weights[min(weights)]
     save_file(weights, folder / "model.safetensors")
     config = write_config(tmp_path, {"models": [{"name": "tiny", "path": str(folder)}]})
-    once = {"RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1"}  # Serve's retries take long and would fail too
+    once = {"RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1"}  # Ray Serve tries only once to start the model
     output = failed_start(config, "--port", str(free_port()), "--proxy", "python", **once)
-    # Ray prints lines of its processes at the same time, but our error always starts on a new line.
+    # Lines of Ray may come before and after our error, but the error always starts on a new line.
     _, error = output.split("\nerror: ")
     assert f"model.safetensors: {min(load_file(Path(TINY) / 'model.safetensors'))} is missing" in error.splitlines()[0]
 

@@ -1,4 +1,4 @@
-"""The API with engines in the same process, without Ray."""
+"""The HTTP API with engines in the same process (`LocalBackend`), without Ray."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How Ray Serve's controller logs a dead replica and other failures."""
+"""Our changes to the logs of Ray Serve's controller: what it logs about a dead replica and about other failures."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ logger = logging.getLogger("ray.serve")
 
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[logging.LogRecord]]:
-    """Yield the records of Serve's logger, which is configured as in the controller."""
+    """Configure Ray Serve's logger as in its controller. Yield a list to which its log records are added."""
     handler = BufferingHandler(100)
     for name in ("CYAN", "RESET"):
-        monkeypatch.setattr(colorama.Fore, name, getattr(colorama.Fore, name))  # so that monkeypatch restores it
+        monkeypatch.setattr(colorama.Fore, name, getattr(colorama.Fore, name))  # monkeypatch restores it later
     tidy_controller_log()
     logger.addHandler(handler)
     try:
@@ -32,7 +32,7 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[logging.LogRecord]]:
 
 
 def log_failure(error: Exception) -> None:
-    """Log a failed poll as the controller does, with the traceback in the message and in `exc_info`."""
+    """Log an error as Serve's controller does, with the traceback both in the message and in `exc_info`."""
     try:
         raise error
     except Exception:

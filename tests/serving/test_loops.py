@@ -1,4 +1,4 @@
-"""Loops of the packaged model over HTTP have the exact number of samples and keep their beat when repeated."""
+"""Loops of the packaged demo model have the exact number of samples and keep their beat when they are repeated."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def client(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[http
 
 
 async def get_audio(client: httpx.AsyncClient, url: str, **form: str) -> np.ndarray:
-    """Return samples (2, S) float32."""
+    """Send the form to the route. Return the audio of the response (2, samples) as float32."""
     reply = await client.post(url, data=form)
     assert reply.status_code == 200, reply.text
     return np.ascontiguousarray(soundfile.read(io.BytesIO(reply.content), dtype="float32")[0].T)
@@ -81,7 +81,7 @@ async def test_no_beat_is_lost_or_added_at_the_seam(client: httpx.AsyncClient) -
     repeated = np.tile(loop, ROUNDS)
     assert has_strict_tempo(repeated, 133)
     beats = np.diff(onset_times_s(repeated)) * 133 / 60
-    assert abs(beats - 1).max() < 0.15  # in beats, at every seam
+    assert abs(beats - 1).max() < 0.15  # the distance of two onsets is one beat, also across each seam
     assert len(beats) + 1 == pytest.approx(ROUNDS * 16, abs=1)
 
 
@@ -90,7 +90,7 @@ async def test_loop_from_a_riff_keeps_its_pitch(client: httpx.AsyncClient) -> No
     loop = await get_audio(client, "/generate/loop-with-riff", **form)
     assert loop.shape == (2, 352_800)
     spectrum = np.abs(np.fft.rfft(loop[0] * np.hanning(loop.shape[1])))
-    # The riff was stretched without a change of pitch.
+    # Stretching the riff to the tempo must not change its pitch.
     assert spectrum.argmax() * 44_100 / loop.shape[1] == pytest.approx(440, rel=0.01)
 
 

@@ -1,4 +1,4 @@
-"""A replica's share of a GPU's memory, from the settings to an engine on a fake device."""
+"""The setting `memory_share`, a model's share of a GPU's memory, and an engine that obeys it on a fake device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Counts and means over a replica's last seconds, with a fake clock."""
+"""Counts and means over the last seconds, which a replica reports. The clock is fake."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_sum_covers_a_minute() -> None:
         clock.now = 1000.0 + second
         for _ in range(50):
             requests.add()
-    assert requests.total == 50 * 61  # sixty whole seconds and the current second
+    assert requests.total == 50 * 61  # the last sixty seconds and the current one
     assert len(requests._seconds) == 61
     clock.now += 30
     assert requests.total == 50 * 31

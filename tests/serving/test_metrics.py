@@ -1,4 +1,4 @@
-"""Ray's metrics accept the declared samples. `tests/served/test_jobs.py` checks the metrics of a real server."""
+"""Our metrics through Ray's classes for metrics. `tests/served/test_jobs.py` checks what a real server exports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a process records the published statistics of replicas."""
+"""How a process records the statistics that model replicas publish, and what it reports about them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stable_audio_serve.serving.work_ledger import ReplicaWork
 
 @pytest.fixture(autouse=True)
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Return the time in seconds, in a list that a test can change."""
+    """Replace the clock. Return a list whose only item is the time in seconds; a test changes the item."""
     time = [50.0]
     monkeypatch.setattr(model_states.time, "monotonic", lambda: time[0])
     monkeypatch.setattr(model_states, "_received", {})
@@ -26,7 +26,7 @@ def test_reports_have_an_age_and_dead_replicas_are_dropped(now: list[float]) -> 
     stats["backlog_ms"] = 1500.0
     record_stats("m", {"b": stats, "a": {}})
     now[0] += 2
-    record_stats("m", {"b": stats, "a": {"said_at": 1.0}})  # b repeats its statistics, like a replica that hangs
+    record_stats("m", {"b": stats, "a": {"said_at": 1.0}})  # b hangs, so its statistics are the same as before
     now[0] += 1
     assert reports("m") == (
         ReplicaReport("a", 1.0),

@@ -1,4 +1,4 @@
-"""A real server with models that start at zero replicas, cannot load or are full."""
+"""A real server with models that have no replica at first, cannot be loaded, or are full."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]:
-    """Run a server: `tiny` is preloaded, `lazy` starts at zero and has a short queue, and `broken` cannot load."""
+    """Run a server: `tiny` is preloaded, `lazy` starts without replicas and has a short queue, `broken` cannot load."""
     folder = tmp_path_factory.mktemp("server")
     broken = tmp_path_factory.mktemp("models") / "broken"
     shutil.copytree(TINY, broken)
@@ -33,7 +33,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]
             model("broken", str(broken)),
         ]
     }
-    once = {"RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1"}  # further attempts would fail too
+    once = {"RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1"}  # `broken` can never start, so one attempt is enough
     launched = LaunchedServer(write_config(folder, args), environment={"STABLE_AUDIO_MAX_STEPS": "1000"} | once)
     try:
         yield launched.wait_until_ready()
@@ -50,7 +50,7 @@ def watcher(server: LaunchedServer) -> Iterator[Watcher]:
 
 def test_model_at_zero_replicas_answers_its_first_request(server: LaunchedServer) -> None:
     assert server.client.get("/health").json()["models"]["lazy"]["stage"] == "idle"
-    assert server.pids("ServeReplica:audio:lazy") == []  # polling the status has not started it
+    assert server.pids("ServeReplica:audio:lazy") == []  # asking for the status starts no replica
     with ThreadPoolExecutor(1) as pool:
         held = pool.submit(server.client.post, "/generate", json=make_body(model="lazy"))
         stages = set()
@@ -58,7 +58,7 @@ def test_model_at_zero_replicas_answers_its_first_request(server: LaunchedServer
             stages.add(server.client.get("/health").json()["models"]["lazy"]["stage"])
             time.sleep(0.1)
     assert "waking" in stages
-    assert stages <= {"idle", "waking", "ready"}  # never "loading", because the model accepts requests at any time
+    assert stages <= {"idle", "waking", "ready"}  # never "loading", which would mean that requests are refused
     assert held.result().status_code == 200
     assert "lazy" in server.client.get("/health").json()["loaded_models"]
 
@@ -68,7 +68,7 @@ def test_unloadable_model_is_refused_long_before_the_deadline(server: LaunchedSe
         response = server.client.post("/generate", json=make_body(model="broken"))
         assert response.status_code == 503
         assert "broken failed to load; the server's log says why" in response.json()["detail"]
-        assert "retry-after" not in response.headers  # a retry would fail too
+        assert "retry-after" not in response.headers  # retrying is useless
     health = server.client.get("/health").json()
     assert health["models"]["broken"]["stage"] == "failed"
     assert health["status"] == "ok"

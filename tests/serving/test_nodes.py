@@ -1,6 +1,6 @@
-"""No request fails while a cluster of Ray nodes, real except for their GPUs, loses nodes and processes.
+"""A cluster of Ray nodes, whose GPUs are simulated, loses nodes and processes. No request must fail.
 
-The tests run in order on one cluster, because its start takes as long as each test.
+The tests run in this order on one cluster, because starting a cluster takes as long as a test.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from tests.serving.redis_server import running_redis
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
-_AWAY_S = 5.0  # downtime of the head's GCS
+_AWAY_S = 5.0  # how long Ray's control service (GCS) does not run
 _LONG, _CROWD = {"prompt": "rain", "duration": 2, "steps": 50}, 32
 
 
 @dataclass
 class Cluster:
-    """Runs `nodes.py` in a child process. `do` sends it one command."""
+    """Runs the program `nodes.py` in a child process. `do` sends a command to it and returns its answer."""
 
     process: subprocess.Popen[str]
     client: httpx.Client
@@ -57,17 +57,17 @@ class Cluster:
         return json.loads(line)
 
     def deploy(self, **changed: Any) -> None:
-        """Deploy the application again with changed settings of its model."""
+        """Deploy the application again, with these settings of its model changed."""
         self.args["models"][0] |= changed
         self.do("deploy", self.args)
 
     def replicas(self, deployment: str) -> dict[str, str]:
-        """Return the node of each running replica, by replica id."""
+        """Return the running replicas of a deployment: replica id -> node id."""
         found = self.do("status")["deployments"].get(deployment, [])
         return {each["replica_id"]: each["node_id"] for each in found if each["state"] == "RUNNING"}
 
     def wait(self, condition: Callable[[], bool]) -> float:
-        """Wait until the condition is true. Return the seconds."""
+        """Wait until the condition is true. Return the seconds that this took."""
         began_at = time.monotonic()
         while not condition():
             assert time.monotonic() - began_at < PATIENCE_S, (self.do("status"), self.log.read_text()[-5000:])
@@ -78,7 +78,7 @@ class Cluster:
         return bool(self.do("status")["status"] == "RUNNING")
 
     def answers(self) -> bool:
-        """Return whether HAProxy routes requests to a ready ingress."""
+        """Return whether the server answers requests through HAProxy."""
         with suppress(httpx.TransportError):
             return self.client.get("/ready").status_code == 200
         return False
@@ -86,14 +86,17 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Run a head with the ingress, two nodes with one GPU and one replica each, and two job runners that Ray places."""
+    """Run three nodes: the head, with the HTTP processes, and two with a simulated GPU and a model replica each.
+
+    Ray chooses the nodes of the two job runners.
+    """
     folder, port = tmp_path_factory.mktemp("nodes"), free_port()
     tiny = model("tiny", device="cpu", num_gpus=1, num_cpus=0, threads=1)
     replicas = {"min_replicas": 2, "max_replicas": 2}
     args = {
         "models": [{**tiny, "max_queue_s": 1e6, "replicas": replicas}],
         "jobs": {"database_url": postgres.create_database(), "runners": 2, "lease_s": 5.0, "max_running": 2},
-        "ingress": {"replicas": 2, "num_cpus": 1},  # so that they are on the head, which no test kills
+        "ingress": {"replicas": 2, "num_cpus": 1},  # only the head has CPUs, and no test kills it
         "output_dir": str(folder / "outputs"),
     }
     with (
@@ -120,12 +123,12 @@ def cluster(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory) 
             yield cluster
             cluster.do("stop")
         finally:
-            os.killpg(process.pid, signal.SIGKILL)  # the guard of the folder ends the remaining processes
+            os.killpg(process.pid, signal.SIGKILL)  # the launcher's guard process ends Ray's processes
             process.wait()
 
 
 def check_load(load: Load, what: str) -> None:
-    """Check that no request has failed and no job is lost."""
+    """Check that no request of the load has failed and that every accepted job has succeeded. Print the load."""
     assert load.failures == load.refusals == []
     jobs = load.finished_jobs()
     assert len(load.times_s) > 10
@@ -135,7 +138,7 @@ def check_load(load: Load, what: str) -> None:
 
 @pytest.mark.chaos
 def test_update_under_load_fails_no_request(cluster: Cluster) -> None:
-    """The update replaces both replicas, on two nodes without room for a third replica."""
+    """The update must replace both replicas, although the two nodes have no room for a third one."""
     before = {name: cluster.replicas(name) for name in ("tiny", "Ingress", "job-runner")}
     with Load(cluster.client) as load:
         load.wait_for_progress()
@@ -156,7 +159,7 @@ def test_update_under_load_fails_no_request(cluster: Cluster) -> None:
 
 @pytest.mark.chaos
 def test_restarted_head_restores_its_state_from_redis(cluster: Cluster) -> None:
-    """Requests continue during the outage, and afterwards the cluster can scale up again."""
+    """While Ray's control service is down, requests are still answered. Afterwards Ray can start replicas again."""
     before = cluster.replicas("tiny")
     ready: Counter[int] = Counter()
     with Load(cluster.client) as load:
@@ -182,7 +185,7 @@ def test_restarted_head_restores_its_state_from_redis(cluster: Cluster) -> None:
 
 @pytest.mark.chaos
 def test_replicas_leave_a_drained_node_before_it_stops(cluster: Cluster) -> None:
-    """If another node has room, a new replica starts first, and the old one ends after its work."""
+    """Another node has room, so a new replica starts there first. The old one ends when its work is done."""
     cluster.do("add", 1)
     cluster.wait(lambda: cluster.is_running() and len(cluster.replicas("tiny")) >= 2)
     num_replicas = len(cluster.replicas("tiny"))
@@ -205,9 +208,9 @@ def test_replicas_leave_a_drained_node_before_it_stops(cluster: Cluster) -> None
 
 
 def test_killed_node_fails_no_request_and_is_replaced(cluster: Cluster) -> None:
-    """All processes of a node are killed at once, including a busy replica and perhaps a runner."""
+    """All processes of a node are killed at once: a replica with running requests, and perhaps a job runner."""
     cluster.deploy(replicas={"min_replicas": 2, "max_replicas": 2})
-    cluster.do("add", 1)  # room for the replacement
+    cluster.do("add", 1)  # a node for the replica that replaces the killed one
     cluster.wait(lambda: cluster.is_running() and len(cluster.replicas("tiny")) == 2)
     runners = set(cluster.replicas("job-runner").values())
     victim = max(cluster.replicas("tiny").values(), key=lambda node: node in runners)

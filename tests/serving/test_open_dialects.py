@@ -1,6 +1,6 @@
-"""The four dialects for Stable Audio Open, with small checkpoints of that family.
+"""The four dialects that were made for Stable Audio Open, with small checkpoints of that family.
 
-Requests without a model use that family, with the durations and cuts of the original servers.
+If a request names no model, it gets one of that family, and clips are as long and as cut as from the original servers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tests.goldens import load_open_goldens
 from tests.models.sao.tiny import TINY
 
 RATE_HZ = 1000
-# The window of tiny-small is 524288 samples at 44.1 kHz, less than its configured 11.904 s.
+# The longest clip of each model. That of tiny-small is 524288 samples at 44.1 kHz, although its config has 11.904 s.
 WINDOW_S = {"tiny-1.0": 47.552, "tiny-small": 11.888}
 PROMPT = "warm house synth loop 120 bpm"
 
@@ -41,14 +41,14 @@ pytestmark = [pytest.mark.server, pytest.mark.asyncio(loop_scope="module")]
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A server with the demo, which is its default model, and one Open checkpoint."""
+    """A server with the demo model, which is its default, and with a checkpoint of Stable Audio Open (`name`)."""
 
     name: str
     client: httpx.AsyncClient
     backend: LocalBackend
 
     async def make(self, **fields: Any) -> npt.NDArray[np.float32]:
-        """Return the engine's output (2, S) for a request."""
+        """Return the audio (2, samples) that the Stable Audio Open model's engine generates for a request."""
         request = GenerationRequest(**{"prompt": PROMPT, "seed": 5, "steps": 4, **fields})
         return (await self.backend.generate(self.name, request)).audio[0]
 
@@ -73,12 +73,12 @@ def read(data: bytes) -> npt.NDArray[np.float32]:
 
 
 def as_pcm(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:
-    """Convert as the Open Small server does: divide by the peak, multiply by 32767 and truncate."""
+    """Convert to 16 bits as the original Open Small server does: divide by the peak, multiply by 32767 and truncate."""
     return (np.clip(audio / np.abs(audio).max(), -1, 1) * 32767).astype(np.int16)
 
 
 def assert_same(actual: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> None:
-    """Check that clipped audio is equal up to one 16-bit step."""
+    """Check that two clips, clipped to -1..1, differ by at most one 16-bit step."""
     np.testing.assert_allclose(actual, np.clip(expected, -1, 1), rtol=0, atol=1.1 / 32768)
 
 

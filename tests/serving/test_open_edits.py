@@ -1,4 +1,4 @@
-"""Inpainting and continuation over HTTP with the Stable Audio Open family, which has no mask input."""
+"""Inpainting and continuation over HTTP with Stable Audio Open models, whose networks have no mask input."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def read(data: bytes) -> npt.NDArray[np.float32]:
 
 @cache
 def reconstruct_source(name: str) -> tuple[npt.NDArray[np.float32], float]:
-    """Encode and decode the uploaded audio. Return the result, and the audible seconds of a latent frame."""
+    """Encode and decode the source clip. Return the resulting audio, and how many seconds a latent frame influences."""
     model = load_model(resolve_entry(name, path=str(load_open_goldens(name).folder)))
     assert isinstance(model, SaoModel)
     frames, hop = model.config.window_frames, model.spec.hop

@@ -1,4 +1,4 @@
-"""Deployment options from settings, without Ray: replica counts, limits and resources."""
+"""The options of Ray Serve deployments that follow from the settings: replica counts, limits and resources."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_update_starts_the_new_replica_first_on_a_spare_gpu() -> None:
     assert surges([ONE_GPU, ONE_GPU], whole) == [True]
     assert surges([TWO_GPUS], whole | {"replicas": {"max_replicas": 2}}) == [False]
     assert surges([ONE_GPU], SFX | {"num_gpus": 0.5}) == [True]
-    assert surges([ONE_GPU], SFX) == [False]  # its replica takes the whole GPU
+    assert surges([ONE_GPU], SFX) == [False]  # on a single GPU, a replica gets all of it by default
 
 
 def test_two_half_gpus_do_not_make_a_whole() -> None:

@@ -1,4 +1,4 @@
-"""A start with unusable models ends within seconds with one sentence, before Ray starts."""
+"""If a model cannot be used, the server's start ends within seconds with one sentence, before Ray starts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HUB_MODEL = {"name": "lab", "repo_id": "lab/model"}
 
 
 def refusal(folder: Path, models: list[Mapping[str, Any]], **variables: str) -> str:
-    """Start a server that must fail. Return its output."""
+    """Start a server with these models, which must fail to start. Return what it prints."""
     result = subprocess.run(
         command(write_config(folder, {"models": models}), "--port", str(free_port())),
         capture_output=True,
@@ -152,7 +152,10 @@ print(*(card.family for card in (*plan.catalog, *describe_models(plan).catalog))
 
 
 def fetch_elsewhere(folder: Path, endpoint: str) -> list[str]:
-    """Start where other nodes load the model. Return its output: warnings, and its family before and after."""
+    """Read the model's config from the hub, as a head node that loads no model does. Return the printed lines.
+
+    They are warnings and, last, the model's family as assumed before and as known after reading the config.
+    """
     environment = hub_environment(endpoint, folder / "hub")
     done = subprocess.run(
         [sys.executable, "-c", FETCH], env=environment, capture_output=True, text=True, cwd=folder, check=False

@@ -1,6 +1,7 @@
-"""A poisoned checkpoint is deployed on a server under load, and every answer still comes from good weights.
+"""A checkpoint with bad audio is deployed on a server under load. Still, every answer comes from the good weights.
 
-With a spare slot, the old replica keeps serving. Without one, the server falls back to the last good weights.
+If there is room for both, the old replica stays until the new one has passed the quality gate. If not, the new replica
+falls back to the last good weights.
 """
 
 from __future__ import annotations
@@ -26,18 +27,19 @@ from tests.serving.launched import LaunchedServer, write_config
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 _BODY = {"prompt": "rain", "duration": 1.0, "seed": 5, "steps": 2}
-_PAUSE_S = 0.1  # pause between calls of a client, so that new replicas get CPU time to start
+_PAUSE_S = 0.1  # between two requests of a client, so that new replicas get CPU time to start
 
 
 @pytest.fixture(scope="module")
 def updated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]:
-    """Run a server with two models of one repository.
+    """Run a server with two models that have the same repository.
 
-    An update of `spare` starts the new replica before it stops the old one. `tight` has no room for that.
+    An update of the model `spare` starts the new replica before it stops the old one. An update of `tight` stops the
+    old one first.
     """
     folder = tmp_path_factory.mktemp("quality")
     good, bad = (copy_checkpoint(TINY, folder / name) for name in ("good", "bad"))
-    spoil(bad, partial(scale, factor=2.0))  # this model loads, warms up and generates, but its audio is too loud
+    spoil(bad, partial(scale, factor=2.0))  # this model works, but its audio is too loud
     fill_revisions(folder / "hub", "lab/tiny", {GOOD: good, BAD: bad}, main=GOOD)
     model = {
         "repo_id": "lab/tiny",
@@ -63,7 +65,7 @@ def updated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer
 
 
 class RepeatingClient:
-    """A client that requests the same clip from one model repeatedly, each time on a new connection."""
+    """A client that requests the same clip from a model again and again, each time on a new connection."""
 
     def __init__(self, server: LaunchedServer, model: str) -> None:
         self.answers: list[tuple[int, bytes]] = []
@@ -99,7 +101,7 @@ def clip_of(server: LaunchedServer, model: str) -> bytes:
 
 
 def samples_of(clip: bytes) -> bytes:
-    """Return the samples of a WAV file."""
+    """Return the bytes of the WAV file's `data` chunk."""
     with wave.open(io.BytesIO(clip)) as reader:
         return reader.readframes(reader.getnframes())
 
@@ -109,7 +111,10 @@ def health_of(server: LaunchedServer) -> dict[str, Any]:
 
 
 def wait_for(server: LaunchedServer, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    """Wait until the health of an ingress meets the condition, and return it. The other ingress may follow later."""
+    """Poll `/health` until its field `models` meets the condition, and return the field.
+
+    The answer is that of one HTTP process. The other may still answer differently.
+    """
     deadline = time.monotonic() + PATIENCE_S
     while not condition(models := health_of(server)):
         assert time.monotonic() < deadline
@@ -123,13 +128,13 @@ def deploy(server: LaunchedServer, revision: str) -> None:
 
 
 def poison_under_load(updated: LaunchedServer) -> None:
-    """Update both models under load. No request may fail or get another clip."""
+    """Update both models to the bad weights under load. Check that no request fails or gets another clip."""
     before = wait_for(
         updated, lambda now: all((model["quality"] or {}).get("gate") == "passed" for model in now.values())
     )
     assert {model["quality"]["revision"] for model in before.values()} == {GOOD}
     assert "quality_gate" in before["spare"]["detail"]
-    # Files differ by model, because recipes name the model.
+    # The files of the two models differ in the recipe, which names the model, but not in the samples.
     clips = {name: clip_of(updated, name) for name in ("spare", "tight")}
     assert samples_of(clips["spare"]) == samples_of(clips["tight"])
     customers = [RepeatingClient(updated, model) for model in ("spare", "tight") for _ in range(2)]
@@ -161,7 +166,7 @@ def test_poisoned_checkpoint_never_gets_traffic(updated: LaunchedServer) -> None
     poison_under_load(updated)
 
 
-@pytest.mark.chaos  # takes two more updates
+@pytest.mark.chaos  # slow: two more updates
 def test_redeploying_the_good_revision_clears_the_problem(updated: LaunchedServer) -> None:
     if health_of(updated)["spare"]["refused_update"] is None:
         poison_under_load(updated)

@@ -1,4 +1,4 @@
-"""A start refuses a version of Ray that lacks internals which this package uses."""
+"""A server does not start with a version of Ray that lacks private functions which this package uses."""
 
 from __future__ import annotations
 

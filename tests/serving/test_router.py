@@ -1,4 +1,4 @@
-"""The choices of the router from published reports, with fake replicas and without a cluster."""
+"""Which replica our router chooses, given what replicas have published. The replicas are fake, without a cluster."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CALL = SimpleNamespace(args=[GenerationRequest(prompt="x", duration_s=1.0, seed=
 
 
 class Router(LeastWorkRouter):  # type: ignore[misc]  # Ray has no types
-    """The router without Serve's constructor, which needs a cluster."""
+    """Our router without the constructor of Ray Serve's base class, which needs a cluster."""
 
     def __init__(self, reports: dict[str, ReplicaWork | None], *, old_after_s: float = 3600.0) -> None:
         self.initialize_state(model="demo", old_after_s=old_after_s)
@@ -48,7 +48,7 @@ async def test_expired_reports_are_ignored_and_two_replicas_are_drawn() -> None:
         (rank,) = await router.choose()
         assert len(rank) == 2
         drawn.update(rank)
-    assert all(150 < times < 250 for times in drawn.values())  # expected value 200, standard deviation 8
+    assert all(150 < times < 250 for times in drawn.values())  # the expected value is 200, the standard deviation 8
 
 
 async def test_silent_replica_gets_its_share_of_random_choices() -> None:
@@ -57,7 +57,7 @@ async def test_silent_replica_gets_its_share_of_random_choices() -> None:
     choices = [await router.choose() for _ in range(300)]
     by_work = [ranks for ranks in choices if len(ranks) == 3]
     assert {ranks[0][0] for ranks in by_work} == {"free"}
-    assert 50 < len(choices) - len(by_work) < 150  # expected value 100, standard deviation 8
+    assert 50 < len(choices) - len(by_work) < 150  # the expected value is 100, the standard deviation 8
 
 
 async def test_without_replicas_the_choice_is_empty() -> None:

@@ -1,6 +1,6 @@
 """Autoscaling on two Ray nodes: the number of replicas follows requests and waiting jobs.
 
-The server refuses settings that cannot work on two nodes. `make soak` runs a large batch of jobs.
+Also tested: the server refuses settings that cannot work on two nodes. With `make soak`, there are many more jobs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def test_load_scales_a_model_to_three_replicas_and_back(
 ) -> None:
     assert results["lazy"]["counts"][0] == 0
     assert max(results["lazy"]["counts"]) == 3
-    assert results["lazy"]["counts"][-2:] == [0, 1]  # down to zero, and up again for one more request
+    assert results["lazy"]["counts"][-2:] == [0, 1]  # none without load, then one for the last request
     assert results["lazy"]["nodes"] == 2
     assert list(results["outcomes"]) == ["ok"]
 
@@ -65,7 +65,7 @@ def test_sqlite_is_refused_on_two_nodes_but_postgresql_is_not(results: dict[str,
     in_file, elsewhere = results["refused"]
     assert "2 nodes" in in_file
     assert "jobs.database_url" in in_file
-    assert "nodes" not in elsewhere  # only the reachability of the database is reported
+    assert "nodes" not in elsewhere  # the error is only that this database cannot be reached
 
 
 def test_reason_of_a_failed_deployment_follows_the_line_of_ray(results: dict[str, Any]) -> None:

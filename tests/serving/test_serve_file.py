@@ -1,4 +1,4 @@
-"""Config files are read, and errors name every mistake."""
+"""Reading configuration files. An error names every mistake in the file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replicas that Ray may place on one GPU together never exceed its memory."""
+"""The check of memory shares: replicas that Ray may place on the same GPU must not need more than its memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def model(name: str, num_gpus: float, memory_share: float | None = None, max_rep
 
 def test_default_memory_shares_always_fit() -> None:
     check(model(SFX, 0.25, max_replicas=100), model(MUSIC, 0.3333, max_replicas=100), model("medium", 1))
-    check({"name": SFX}, {"name": MUSIC}, {"name": "medium"})  # the default shares, without `num_gpus`
+    check({"name": SFX}, {"name": MUSIC}, {"name": "medium"})  # with default shares
 
 
 def test_memory_shares_may_differ_from_gpu_shares() -> None:
@@ -75,7 +75,7 @@ def test_impossible_share_is_refused_by_name(keys: dict[str, Any], message: str)
 
 
 def test_fullest_combination_on_a_gpu_is_found() -> None:
-    """Compares the result with all combinations."""
+    """The result is compared with a search through all combinations."""
     draw = random.Random(3)
     for _ in range(60):
         models = [

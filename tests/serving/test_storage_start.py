@@ -1,4 +1,4 @@
-"""A server with unusable storage stops with one sentence, before Ray starts."""
+"""If its files cannot be stored, a server's start ends with one sentence, before Ray starts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 
 def refusal(folder: Path, **variables: str) -> str:
-    """Start a server that must fail. Return its output."""
+    """Start a server with these environment variables, which must fail to start. Return what it prints."""
     config = write_config(folder, {"models": [{"name": "tiny", "path": TINY}]})
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "R2_"))}
     result = subprocess.run(
@@ -37,7 +37,7 @@ def refusal(folder: Path, **variables: str) -> str:
 
 @pytest.fixture(scope="module")
 def program_s(tmp_path_factory: pytest.TempPathFactory) -> float:
-    """Return the seconds that a failing start takes without a network request."""
+    """Return how many seconds a failing start takes if it needs no network."""
     folder = tmp_path_factory.mktemp("quick")
     (folder / "file").touch()
     started_at = time.monotonic()
@@ -46,7 +46,7 @@ def program_s(tmp_path_factory: pytest.TempPathFactory) -> float:
 
 
 def soon(folder: Path, program_s: float, **variables: str) -> str:
-    """Start a server that must fail soon after its network request. Return its output."""
+    """Like `refusal`, and check that the start fails within 35 s plus twice `program_s`."""
     started_at = time.monotonic()
     line = refusal(folder, **variables)
     assert time.monotonic() - started_at < 35 + 2 * program_s

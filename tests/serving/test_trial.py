@@ -1,4 +1,7 @@
-"""The weights that a replica serves after its start, with two revisions of real checkpoints in a hub's cache."""
+"""Which weights a replica serves after its start: those configured, or the last good ones if the new ones are bad.
+
+The checkpoints are real, and two revisions of each are in a cache of the Hugging Face Hub.
+"""
 
 from __future__ import annotations
 
@@ -47,15 +50,15 @@ def swap_encoder(folder: Path) -> None:
     spoil(encoder, of_another_model)
 
 
-# Poisoned checkpoints with the same config. All except the truncated one have the same size.
+# Ways to damage a checkpoint that the start must detect. The config stays the same.
 POISONS: dict[str, Callable[[Path], None]] = {
     "a value that is no number": partial(spoil, change=not_numbers),
     "a truncated file": truncate,
     "zeros in the decoder": partial(spoil, change=partial(scale, factor=0.0)),
     "twice as loud": partial(spoil, change=partial(scale, factor=2.0)),
 }
-# These checkpoints are about as loud as the original, as after a new training. Only a pinned report detects them. The
-# tiny checkpoint is untrained, so its text encoder changes the audio too little for a report.
+# Other weights whose audio is about as loud, as a newly trained model's could be. Only a pinned quality report detects
+# them. The text encoder of the tiny checkpoint hardly changes the audio, so the demo model is used for that case.
 LOOKALIKES: dict[str, tuple[Path, Callable[[Path], None]]] = {
     "weights of another model": (TINY, partial(spoil, change=of_another_model)),
     "another text encoder": (DEMO, swap_encoder),
@@ -63,7 +66,7 @@ LOOKALIKES: dict[str, tuple[Path, Callable[[Path], None]]] = {
 
 
 class Starter:
-    """Starts replicas of one model, one after another, with a shared store of reports."""
+    """Starts replicas of a model one after another. They share the store with the quality reports."""
 
     def __init__(self, folder: Path) -> None:
         self.cache, self.outputs = folder / "hub", folder / "outputs"
@@ -121,7 +124,7 @@ async def test_poisoned_weights_fall_back_to_the_last_good_ones(starter: Starter
         assert (started.quality.gate, started.quality.revision) == ("fallback", GOOD)
         assert started.quality.weights == good.quality.weights
         assert started.quality.problem is not None
-        assert str(tmp_path) not in started.quality.problem  # /health is public and must not show paths
+        assert str(tmp_path) not in started.quality.problem  # everyone may read /health, so no path may appear there
     assert starter.metrics.levels["quality_fallback"] == 1
     assert (await starter.start(repo_id="lab/tiny", revision=GOOD)).quality.gate == "passed"
     assert starter.metrics.levels["quality_fallback"] == 0
@@ -148,7 +151,7 @@ async def test_pinned_report_detects_other_weights(starter: Starter, name: str, 
 
 
 async def test_changed_file_of_a_known_commit_is_detected(starter: Starter, tmp_path: Path) -> None:
-    """The cache is poisoned: a file of the same commit has the same size but different bytes."""
+    """In the hub cache, a file of a commit that passed before is replaced by another of the same size."""
     fill(starter, lambda _: None, tmp_path)
     await starter.start(repo_id="lab/tiny", revision=GOOD)
     weights = starter.cache / "models--lab--tiny" / "snapshots" / GOOD / "model.safetensors"
@@ -167,7 +170,7 @@ async def test_overwritten_folder_has_no_fallback(starter: Starter, tmp_path: Pa
     with pytest.raises(QualityError, match=r"\+6\.02 dB.*no copy"):
         await starter.start(path=str(folder))
     other = copy_checkpoint(TINY, tmp_path / "model-2")
-    assert (await starter.start(path=str(other))).quality.gate == "passed"  # the folder has the same weights
+    assert (await starter.start(path=str(other))).quality.gate == "passed"  # the same weights in another folder
     assert (await starter.start(path=str(folder))).quality.gate == "fallback"
 
 
@@ -175,7 +178,7 @@ async def test_overwritten_folder_has_no_fallback(starter: Starter, tmp_path: Pa
 async def test_changed_last_good_weights_do_not_serve(starter: Starter, tmp_path: Path) -> None:
     first, second = (copy_checkpoint(TINY, tmp_path / name) for name in ("first", "second"))
     await starter.start(path=str(first))
-    spoil(first, partial(scale, factor=1.2))  # similar enough to pass as a new training
+    spoil(first, partial(scale, factor=1.2))  # a change so small that these weights would pass as new ones
     spoil(second, partial(scale, factor=0.0))
     with pytest.raises(QualityError, match=r"silence.*fail too: .* has changed since it passed"):
         await starter.start(path=str(second))
@@ -188,7 +191,7 @@ async def test_poisoned_model_without_good_weights_does_not_start(starter: Start
 
 
 async def test_record_of_another_repository_is_ignored(starter: Starter, tmp_path: Path) -> None:
-    """Otherwise an attacker who can write to the store could choose the weights."""
+    """If it were used, an attacker who can write to the store of reports could choose the weights."""
     fill(starter, POISONS["zeros in the decoder"], tmp_path)
     await starter.start(repo_id="lab/tiny", revision=GOOD)
     for path in (starter.outputs / "quality").iterdir():

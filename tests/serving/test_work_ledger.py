@@ -1,4 +1,4 @@
-"""A router's estimate of the work of its replicas, with fake clocks."""
+"""The `WorkLedger`, with which a router estimates how much work each replica has left. The clocks are fake."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _EPOCH = 1.79e9
 
 
 class Ledger(WorkLedger):
-    """A ledger of three replicas. `ahead_s` is how far the clock of each replica is ahead."""
+    """A ledger of three replicas. `ahead_s`: by how many seconds the clock of a replica, given by name, is ahead."""
 
     def __init__(self, **ahead_s: float) -> None:
         self.now = 1000.0
@@ -28,7 +28,7 @@ class Ledger(WorkLedger):
         self.update(self.reports)
 
     def publish(self, replica: str, *, backlog_ms: float, delay_s: float = 0.0) -> None:
-        """Receive a report that the replica published `delay_s` ago."""
+        """Receive the replica's report of its remaining work, which it published `delay_s` ago."""
         said_at = _EPOCH + self.now - delay_s + self._ahead_s.get(replica, 0.0)
         self.reports[replica] = ReplicaWork(said_at, backlog_ms, PRICES).to_dict()
         self.update(self.reports)
@@ -49,7 +49,7 @@ def ledger() -> Ledger:
 def test_reported_work_shrinks_as_time_passes(ledger: Ledger) -> None:
     ledger.publish("a", backlog_ms=500.0)
     ledger.now += 0.2
-    ledger.update(ledger.reports)  # the same report arrives again if another replica publishes
+    ledger.update(ledger.reports)  # when another replica publishes, this replica's old report arrives again
     assert ledger.left_ms("a") == pytest.approx(300.0)
     ledger.now += 1.0
     assert ledger.left_ms("a") == 0.0
@@ -57,7 +57,7 @@ def test_reported_work_shrinks_as_time_passes(ledger: Ledger) -> None:
 
 @pytest.mark.parametrize(("ahead_s", "left_ms"), [(0.0, 4600.0), (0.2, 4800.0), (3600.0, 5000.0), (-3600.0, 0.0)])
 def test_the_age_of_a_report_counts_up_to_five_seconds(ahead_s: float, left_ms: float) -> None:
-    """A report does not expire if the clocks of two machines differ."""
+    """If the clocks of the machines differ, the age of a report is wrong, so it is limited to 0..5 s."""
     ledger = Ledger(a=ahead_s)
     ledger.publish("a", backlog_ms=5000.0, delay_s=0.4)
     assert ledger.left_ms("a") == pytest.approx(left_ms)
@@ -73,7 +73,7 @@ def test_sent_call_counts_until_it_ends_or_is_reported(ledger: Ledger) -> None:
     ledger.end("r2", replica="a")
     assert ledger.left_ms("a") == 80.0
     ledger.now += 0.5
-    ledger.publish("a", backlog_ms=0.0, delay_s=0.55)  # published before the request arrived at the replica
+    ledger.publish("a", backlog_ms=0.0, delay_s=0.55)  # published before r1 arrived there
     assert ledger.left_ms("a") == 80.0
     ledger.publish("a", backlog_ms=30.0, delay_s=0.01)
     assert ledger.left_ms("a") == pytest.approx(20.0)
@@ -86,14 +86,15 @@ def test_call_counts_once_from_its_choice(ledger: Ledger) -> None:
     assert ledger.left() == (50.0, 0.0, 0.0)
     ledger.arrive(replica="a", request_id="r", ms=50.0)
     assert ledger.left() == (50.0, 0.0, 0.0)
-    ledger.end("r", replica="b")  # the other replica has refused the request
+    ledger.end("r", replica="b")  # replica b had refused the call, so its end there changes nothing
     assert ledger.left() == (50.0, 0.0, 0.0)
     ledger.end("r", replica="a")
     assert ledger.left() == (0.0, 0.0, 0.0)
 
 
 def test_call_that_takes_another_choice_leaves_its_own(ledger: Ledger) -> None:
-    ledger.choose(replica="a", ms=10.0)  # a choice for the second call, made before that for the first
+    # Two calls of the same price: it does not matter which choice belongs to which call.
+    ledger.choose(replica="a", ms=10.0)
     ledger.choose(replica="b", ms=10.0)
     for replica in "ab":
         ledger.arrive(replica=replica, request_id=replica, ms=10.0)
@@ -102,7 +103,7 @@ def test_call_that_takes_another_choice_leaves_its_own(ledger: Ledger) -> None:
 
 def test_rejected_choice_moves_with_its_call(ledger: Ledger) -> None:
     ledger.choose(replica="a", ms=10.0)
-    ledger.arrive(replica="b", request_id="r", ms=10.0)  # the chosen replica was full
+    ledger.arrive(replica="b", request_id="r", ms=10.0)  # replica a was full, so the call went to b
     assert ledger.left() == (0.0, 10.0, 0.0)
 
 
@@ -162,14 +163,14 @@ def test_report_of_another_version_is_ignored(ledger: Ledger, stats: dict[str, o
 
 def test_calls_are_priced_by_their_request(ledger: Ledger) -> None:
     audio = GenerationRequest(prompt="x", duration_s=1.0, seed=1, steps=50)
-    assert ledger.price_ms("a", [audio]) == 1.0  # without prices, all requests count the same
+    assert ledger.price_ms("a", [audio]) == 1.0  # before a price is known, every request counts as 1 ms
     ledger.publish("b", backlog_ms=0.0)
     assert ledger.price_ms("a", [audio]) == ledger.price_ms("b", [audio]) == 500.0
     assert ledger.price_ms("b", []) == ledger.price_ms("b", ["status"]) == 0.0
 
 
 def test_burst_of_10_000_calls_is_balanced_by_work(ledger: Ledger) -> None:
-    """In any order of sizes, the work of two replicas differs by at most one request. No work remains at the end."""
+    """The work of two replicas never differs by more than one request. When all calls have ended, none is left."""
     rng = random.Random(3)
     sizes = [rng.choice([10.0, 60.0, 500.0]) for _ in range(10_000)]
     places = []
@@ -186,7 +187,7 @@ def test_burst_of_10_000_calls_is_balanced_by_work(ledger: Ledger) -> None:
 
 @pytest.mark.server
 def test_routers_import_neither_torch_nor_settings() -> None:
-    """The controller and the ingress import these modules. A separate process checks this."""
+    """The HTTP processes and Ray Serve's controller import the router, so it must load fast."""
     check = "import sys, stable_audio_serve.serving.routing; print({'torch', 'numpy', 'scipy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert "torch" not in done.stdout

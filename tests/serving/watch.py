@@ -1,6 +1,6 @@
-"""A program that prints Serve's settings of every deployment and then, repeatedly, the status of a model's replicas.
+"""A program that prints Ray Serve's settings of each deployment and then, repeatedly, the status of a model's replicas.
 
-It connects to the server's Ray and prints JSON lines. It is a separate process, because Ray reads its token at import.
+It prints JSON lines. It is a separate process, because Ray reads the secret token of a cluster when it is imported.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A receiver of webhooks that runs in a thread."""
+"""An HTTP server, in a thread, that receives webhooks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Receiver:
-    """Records the bodies of the webhooks it receives."""
+    """Receives webhooks at `url` and records their bodies."""
 
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []

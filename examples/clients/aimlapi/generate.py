@@ -24,7 +24,7 @@ def answer(response: requests.Response) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Writes generated.wav."""
+    """Generate a clip and write it to generated.wav."""
     order = {
         "model": "stable-audio",
         "prompt": "lo-fi pop hip-hop ambient music",

@@ -1,7 +1,7 @@
 """fal's model `fal-ai/stable-audio` with the package `fal-client`: a direct call, a queued request, a subscription.
 
-`fal-client` connects with TLS. If your server has TLS, set FAL_RUN_HOST and FAL_QUEUE_RUN_HOST to it and change nothing
-else. For plain HTTP, set the two URL formats as below.
+`fal-client` connects with TLS. If your server has TLS, you only need to set FAL_RUN_HOST and FAL_QUEUE_RUN_HOST to its
+host name. For plain HTTP, set the two URL formats as below.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ CLIP = {"seconds_total": int(os.environ.get("DURATION", "5")), "steps": int(os.e
 
 
 def save(output: dict[str, dict[str, str]], path: str) -> None:
-    """Download the audio file of an output."""
+    """Download the audio file that a result of `fal-client` names, and write it to `path`."""
     Path(path).write_bytes(httpx.get(output["audio_file"]["url"], timeout=600).raise_for_status().content)
     print(path, flush=True)
 
 
 def main() -> None:
-    """Writes run.wav, queue.wav and subscribe.wav."""
+    """Generate three clips and write them to run.wav, queue.wav and subscribe.wav."""
     save(fal_client.run(APP, CLIP | {"prompt": "a kick drum"}), "run.wav")
 
     handle = fal_client.submit(APP, CLIP | {"prompt": "rain on a tin roof"})

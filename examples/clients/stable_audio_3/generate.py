@@ -13,7 +13,7 @@ SECONDS = float(os.environ.get("DURATION", "5"))
 
 
 def call(path: str, **request: object) -> bytes:
-    """Returns the audio. Raises requests.HTTPError for an error status."""
+    """Send a request and return the audio. Raises requests.HTTPError for an error status."""
     response = requests.post(f"{BASE}{path}", timeout=600, **request)  # type: ignore[arg-type]
     if not response.ok:
         raise requests.HTTPError(f"{response.status_code}: {response.text}")
@@ -22,14 +22,14 @@ def call(path: str, **request: object) -> bytes:
 
 
 def main() -> None:
-    """Writes tone.wav, organ.wav and longer.wav."""
+    """Generate a clip, a variation and an extension, and write them to tone.wav, organ.wav and longer.wav."""
     tone = call("/v1/audio/generations", json={"prompt": "a 440 Hz sine tone", "duration": SECONDS, "seed": 7})
     Path("tone.wav").write_bytes(tone)
 
     fields = {"prompt": "an organ playing a 4", "duration": SECONDS, "init_noise_level": 0.7}
     Path("organ.wav").write_bytes(call("/v1/audio/variations", data=fields, files={"audio": tone}))
 
-    # A region that begins where the source ends continues it.
+    # To continue the source, inpaint a region that begins where the source ends.
     until = SECONDS + 2
     region = {"duration": until, "inpaint_start_seconds": SECONDS, "inpaint_end_seconds": until}
     fields = {"prompt": "a 440 Hz sine tone", **region}

@@ -24,7 +24,7 @@ def answer(response: requests.Response) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Writes kick.wav."""
+    """Generate a clip as a job and write it to kick.wav."""
     body = {"prompt": "a kick drum", "duration": SECONDS}
     job = answer(requests.post(f"{BASE}/jobs", json=body, timeout=60))
     status_url = job["status_url"]

@@ -13,7 +13,7 @@ BASE = os.environ.get("BASE", "http://localhost:8000")
 
 
 def call(path: str, form: dict[str, object], *, files: dict[str, bytes] | None = None) -> bytes:
-    """Returns the audio. Raises requests.HTTPError for an error status."""
+    """Send a form and return the audio. Raises requests.HTTPError for an error status."""
     response = requests.post(f"{BASE}{path}", data=form | {"return_format": "base64"}, files=files, timeout=600)
     if not response.ok:
         raise requests.HTTPError(f"{response.status_code}: {response.text}")
@@ -24,7 +24,7 @@ def call(path: str, form: dict[str, object], *, files: dict[str, bytes] | None =
 
 
 def main() -> None:
-    """Writes drums.wav, break.wav and riff.wav."""
+    """Generate three loops and write them to drums.wav, break.wav and riff.wav."""
     techno = {"prompt": "aggressive techno 140bpm", "loop_type": "drums", "bars": 4, "cfg_scale": 1.0, "seed": 7}
     drums = call("/generate/loop", techno)
     Path("drums.wav").write_bytes(drums)

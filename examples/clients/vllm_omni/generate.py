@@ -13,7 +13,7 @@ BASE = os.environ.get("BASE", "http://localhost:8000")
 
 
 def main() -> None:
-    """Writes one file."""
+    """Generate one clip and write it to a file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text", default="The sound of a hammer hitting a wooden surface")
     parser.add_argument("--audio-length", type=float, default=10.0)

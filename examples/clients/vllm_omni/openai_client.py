@@ -1,4 +1,7 @@
-"""vLLM-Omni with the `openai` package: list models, then POST to `/v1/audio/generate`, for which it has no method."""
+"""vLLM-Omni's API with the `openai` package: list models, then POST to `/v1/audio/generate`.
+
+The package has no method for this route, so the program uses the package's generic `post`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ SECONDS = float(os.environ.get("DURATION", "5"))
 
 
 def main() -> None:
-    """Writes waves.flac."""
+    """Generate a clip and write it to waves.flac."""
     client = openai.OpenAI(base_url=f"{BASE}/v1", api_key=os.environ.get("VLLM_API_KEY", "any"))
     model = next(iter(client.models.list())).id
     body = {"model": model, "input": "ocean waves", "audio_length": SECONDS, "response_format": "flac", "seed": 42}

@@ -1,1 +1,1 @@
-"""One module or package per foreign dialect. It converts requests and responses and has no generation logic."""
+"""One module or package per dialect, an HTTP API that another server defined. They convert requests and responses."""

@@ -62,7 +62,7 @@ def _is_none(value: object) -> bool:
 
 
 def _without_default(schema: dict[str, Any]) -> None:
-    del schema["default"]  # the default is not in the range that clients may send
+    del schema["default"]  # the default 0 is below the lowest value that clients may send
 
 
 class AimlInput(ClipInput):
@@ -218,7 +218,7 @@ def _parse_fault(_: Request, fault: Mapping[str, Any]) -> list[AimlFault]:
     part, *path = fault["loc"]
     if not path and fault["type"] == "missing":  # the body is missing: report its required fields
         return [AimlFault(path=[name], message=fault["msg"], code="missing") for name in ("model", "prompt")]
-    if fault["type"] == "json_invalid":  # for this error FastAPI's location is a character position
+    if fault["type"] == "json_invalid":  # here the last part of FastAPI's location is a character position, not a field
         path = []
     known_path = [printable(step) for step in path] or [part]
     return [AimlFault(path=known_path, message=printable(fault["msg"]), code=fault["type"])]

@@ -46,7 +46,7 @@ class ClipInput(BaseModel):
 def to_request(fields: ClipInput, card: ModelCard, *, request_id: str) -> GenerationRequest:
     """Return the request for `fields`. Raises RequestValidationError for a clip longer than the model allows.
 
-    Without a length, the clip has the default length, or the model's longest if that is shorter.
+    If `fields` has no length, the clip is 30 s long, or as long as the model allows if that is less.
     """
     longest_s = min(MAX_S, int(card.max_duration_s))
     duration_s = fields.seconds_total if "seconds_total" in fields.model_fields_set else min(DEFAULT_S, longest_s)

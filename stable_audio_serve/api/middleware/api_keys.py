@@ -23,10 +23,10 @@ class ApiKeys:
         self.ring = ring
 
     def admit(self, request: Request, scopes: tuple[Scope, ...]) -> ApiKey:
-        """Return the request's key, or `ANYBODY` if no keys are configured. Any key will do if `scopes` is empty.
+        """Return the request's key, or `ANYBODY` if no keys are configured. If `scopes` is empty, any key is accepted.
 
-        Raises UnauthorizedError without a valid key, and ForbiddenError if the key has none of the scopes. Raises
-        KeysUnavailableError as long as the key file could not be read.
+        Raises UnauthorizedError if the request has no valid key, and ForbiddenError if its key has none of `scopes`.
+        Raises KeysUnavailableError if the key file has never been read successfully.
         """
         key = self.find(request)
         if key is None and self.ring.health.state == "unread":
@@ -41,7 +41,7 @@ class ApiKeys:
         return key
 
     def find(self, request: Request) -> ApiKey | None:
-        """Return the request's key, or None without a valid key."""
+        """Return the request's key, or None if the request has no valid key."""
         if self.ring.is_open:
             return ANYBODY
         scheme, _, sent = request.headers.get("authorization", "").partition(" ")

@@ -23,9 +23,9 @@ _READING = frozenset({"GET", "HEAD"})
 
 
 class Draining:
-    """Whether this process drains, and its requests in flight.
+    """Tracks whether this process accepts new work, and which requests are in flight.
 
-    Each application has one, for use on its event loop. `leave` and `stop` cannot be undone.
+    Each application has one instance and uses it on its event loop only. `leave` and `stop` cannot be undone.
     """
 
     def __init__(self, readiness: Readiness) -> None:
@@ -58,7 +58,7 @@ class Draining:
 
     @property
     def refuses_some(self) -> bool:
-        """Whether new work is refused. Then a request counts as in flight only once it is admitted."""
+        """Whether new work is refused. If so, a new request counts as in flight only once `admit` accepts it."""
         return self._refusal is not None
 
     def leave(self) -> None:
@@ -90,15 +90,18 @@ class Draining:
                 self._leaving.clear()
 
     def admit(self, scope: Scope) -> None:
-        """Count a request as in flight. Raises StoppingError if it is refused. Health probes are not checked."""
+        """Count a request as in flight. Raises StoppingError to refuse it. Not called for health probes."""
         refusal = self._refusal
         if refusal == _STOPPING or (refusal is not None and scope["method"] not in _READING):
             raise StoppingError(refusal, retry_after_s=_RETRY_AFTER_S)
-        if "in_flight_token" in scope:  # adding a request that is counted already has no effect
+        if "in_flight_token" in scope:  # `begin` may have added the token already; then this has no effect
             self._in_flight.add(scope["in_flight_token"])
 
     def begin(self) -> object:
-        """Return a token for a new request. The request counts from now on, or once admitted if work is refused."""
+        """Return a token for a new request.
+
+        The request counts as in flight from now on. If new work is refused, it counts only once `admit` accepts it.
+        """
         token = object()
         if self._refusal is None:
             self._in_flight.add(token)

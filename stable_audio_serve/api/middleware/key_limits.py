@@ -1,8 +1,9 @@
 """Limits of API keys: seconds of audio per minute, and concurrent requests.
 
-The limits apply to all servers with the same job database together. Admitting a request of a key with limits takes one
-transaction. A second one follows at its end if it used one of the key's places for concurrent requests, or if its audio
-does not count. While the database is unavailable, each process applies the limits to its own requests.
+Servers that share a job database apply the limits together. If the key of a request has limits, one transaction admits
+the request. A second transaction follows when the request ends, if it was counted as a concurrent request (it
+had a "place") or if its audio shall not count. While the database is unavailable, each process applies the limits to
+its own requests only.
 """
 
 from __future__ import annotations
@@ -39,19 +40,21 @@ T = TypeVar("T")
 log = structlog.get_logger("stable_audio_serve.api")
 
 _RENEW_S = LEASE_S / 3
-# Time limit of a transaction. It is long, because processes that apply the limits alone admit more requests in total.
+# Time limit of a transaction. If a transaction takes longer, this process applies the limits alone. The time limit is
+# long, because several processes that apply the limits alone admit more requests in total than allowed.
 _PATIENCE_S = 10.0
-# A response is delayed up to this time until its place is free, so that the client's next request finds the place.
+# The end of a response is delayed up to this time until the database no longer counts the request as concurrent.
+# Otherwise the client's next request could be refused.
 _LEAVING_S = 2.0
 _CLOSING_S = 1.0
 _LONGEST_RETRY_S = 60.0
-_LEAST_AUDIO_S = 0.01  # less than the audio of any request
-_MOST_NAMED = 200  # largest number of clients with their own label in metrics
+_LEAST_AUDIO_S = 0.01  # `require_room` checks the limits for this much audio, which is less than any request generates
+_MOST_NAMED = 200  # so many keys have their own label in metrics; all other keys share the label "other"
 
 
 @dataclass(slots=True)
 class Admission:
-    """An admitted request. `counts` is true if its audio counts against the limit."""
+    """An admitted request. `counts` is true if the request's seconds of audio count against the key's limit."""
 
     counts: bool = False
 
@@ -61,7 +64,7 @@ class Admission:
 
 
 class KeyLimiter:
-    """Applies the limits in one application, on one event loop. Keys without limits need no database."""
+    """Applies the limits to one application's requests, on one event loop. Keys without limits need no database."""
 
     def __init__(
         self,
@@ -76,12 +79,13 @@ class KeyLimiter:
         self._metrics = metrics or NullMetrics()
         self._clock = clock or SystemClock()
         self._patience_s = patience_s
-        # One thread, so that the transaction at a request's end runs after the one that admits it.
+        # One thread, so that the transaction that ends a request runs after the transaction that admits the request.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="key-limits")
         self._turn = asyncio.Lock()
         self._is_away = False
-        self._places: set[str] = set()  # ids of the requests that have a place in the database
-        self._alone: defaultdict[ClientId, dict[str, Used]] = defaultdict(dict)  # requests admitted without it
+        self._places: set[str] = set()  # ids of requests that the database counts as concurrent
+        # Requests admitted while the database was unavailable.
+        self._alone: defaultdict[ClientId, dict[str, Used]] = defaultdict(dict)
         self._mean_s: defaultdict[ClientId, float] = defaultdict(lambda: 1.0)  # mean duration of a request
         self._ending: set[asyncio.Task[None]] = set()
         self._upkeep: asyncio.Task[None] | None = None
@@ -89,12 +93,12 @@ class KeyLimiter:
 
     @asynccontextmanager
     async def admitted(self, key: ApiKey, *, audio_s: float, takes_place: bool) -> AsyncIterator[Admission]:
-        """Count a request against the limits of the key's client, and run the block.
+        """Count a request against the limits of the key's client, then run the block.
 
-        Its `audio_s` seconds of audio count for a minute. With `takes_place` it is also a concurrent request until the
-        block ends.
-        If the block raises, the audio does not count, except when the request ran out of time or was cancelled. Raises
-        QuotaError at a limit, and ForbiddenError for more audio than the key may have in a whole minute.
+        The `audio_s` seconds of audio count for a minute. With `takes_place`, the request also counts as a concurrent
+        request until the block ends. If the block raises, the audio does not count, unless the request ran out of time
+        or was cancelled. Raises QuotaError if a limit is reached, and ForbiddenError if the request needs more audio
+        than the key may have in a whole minute.
         """
         admission = Admission()
         try:
@@ -130,7 +134,7 @@ class KeyLimiter:
             raise refusal
 
     async def close(self) -> None:
-        """Finish freeing the places of ended requests, within a second."""
+        """Wait up to a second for the transactions that end requests."""
         if self._ending:
             await asyncio.wait(self._ending, timeout=_CLOSING_S)
         if self._upkeep is not None:
@@ -138,9 +142,9 @@ class KeyLimiter:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _make_use(self, key: ApiKey, *, audio_s: float, takes_place: bool) -> Use | None:
-        """Return what a request would use of its key's limits, or None for a key without limits.
+        """Return how much of its key's limits a request uses, or None for a key without limits.
 
-        Raises ForbiddenError for more audio than the key may have in a minute.
+        Raises ForbiddenError if the request needs more audio than the key may have in a minute.
         """
         if key.limits == NO_LIMITS:
             return None
@@ -165,7 +169,7 @@ class KeyLimiter:
             if refusal is None and use.has_place:
                 self._places.add(use.id)
                 self._keep_up()
-        except asyncio.CancelledError:  # the client left; the transaction may still run, and `_end` undoes it
+        except asyncio.CancelledError:  # the client disconnected; if the transaction still succeeds, `_end` undoes it
             await self._end(use, counts=False)
             raise
         except StorageError:
@@ -182,7 +186,7 @@ class KeyLimiter:
         return find_full(use, list(before.values()), now=now)
 
     async def _end(self, use: Use, *, counts: bool) -> None:
-        """Free the place of a request. Unless `counts`, its audio no longer counts against the limit."""
+        """Stop counting a request as concurrent. If `counts` is false, its audio stops counting too."""
         self._places.discard(use.id)
         alone = self._alone[use.client]
         if use.id in alone:
@@ -195,7 +199,7 @@ class KeyLimiter:
             await asyncio.wait({ending}, timeout=_LEAVING_S)
 
     async def _try_end(self, use: Use, *, counts: bool) -> None:
-        # If this fails, the place is freed when its lease ends, and the audio counts.
+        # If this transaction fails, the request counts as concurrent until its lease expires, and its audio counts.
         with suppress(StorageError):
             await self._ask(partial(self._uses.end, use, counts=counts))
 
@@ -216,7 +220,10 @@ class KeyLimiter:
             self._upkeep = asyncio.create_task(self._renew())
 
     async def _renew(self) -> None:
-        """Renew the leases of used places. While the database is unavailable, check whether it is available again."""
+        """Repeatedly renew the leases of this process's concurrent requests in the database.
+
+        This also detects that an unavailable database is available again.
+        """
         while self._is_away or self._places:
             await asyncio.sleep(_RENEW_S)
             renew = partial(self._uses.renew, tuple(self._places))
@@ -232,7 +239,7 @@ class KeyLimiter:
             self._is_away = is_away
             self._metrics.gauge("key_limits_alone", float(is_away))
             log.warning("limits of keys", kept_by="each process alone" if is_away else "all processes together")
-        self._keep_up()  # this task also checks whether the database is available again
+        self._keep_up()  # `_renew` also checks whether an unavailable database is available again
 
     def _count(self, key: ApiKey, *, audio_s: float, counts: bool) -> None:
         """Count a request in the metrics of its key. Keys beyond the first `_MOST_NAMED` share the label "other"."""

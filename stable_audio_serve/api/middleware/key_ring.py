@@ -1,8 +1,8 @@
 """The valid API keys: those in the settings, and those in a file that is read again when it changes.
 
-A change is detected by content, not by date: Kubernetes swaps links to update a mounted secret, and two changes may
-have the same timestamp. If the file cannot be used, the previous keys stay valid, and the log, `/health` and a metric
-report the problem.
+A change is detected by the file's content, not by its date: Kubernetes replaces symbolic links to update a mounted
+secret, and two versions of the file may have the same date. If the file cannot be used, the previous keys stay valid,
+and the log, `/health` and a metric report the problem.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stable_audio_serve.core.settings import ApiSettings
 log = structlog.get_logger("stable_audio_serve.api")
 
 _LOOK_EVERY_S = 1.0
-_PATIENCE_S = 0.5  # a request waits this long for a check of the file; then the keys known so far decide
+_PATIENCE_S = 0.5  # a request waits this long for a check of the file, and then uses the keys of the last check
 _SILENT_AFTER_S = 10.0
 
 KeyFileState = Literal["unset", "ok", "broken", "unread"]
@@ -34,8 +34,8 @@ KeyFileState = Literal["unset", "ok", "broken", "unread"]
 class KeyFileHealth:
     """The state of the key file.
 
-    broken: the file cannot be used, and the previous keys stay valid. unread: it could never be read, so there are no
-    keys. `reason` is a sentence that does not quote the file.
+    `state` is broken if the file cannot be used now and the keys read before stay valid. It is unread if the file could
+    never be read, so that the file's keys are unknown. `reason` is a sentence that does not quote the file.
     """
 
     state: KeyFileState = "unset"
@@ -82,7 +82,10 @@ class KeyRing:
         return self._known
 
     async def refresh(self) -> None:
-        """Check the file for changes if the last check is a second old. Waits at most half a second for the check."""
+        """Check the file for changes if the last check was at least a second ago.
+
+        Waits at most half a second. A longer check continues in the background.
+        """
         if self._path is None:
             return
         now = self._clock.monotonic()
@@ -107,7 +110,7 @@ class KeyRing:
         return "unread" if self._data is None else "broken"
 
     def _look_once(self, path: str) -> None:
-        """Load the keys if the file has changed. An invalid file is parsed again at every check."""
+        """Read the file, and load its keys if it has changed. An invalid file is parsed at every check."""
         try:
             data = read_key_file(path)
             if data != self._data:
@@ -129,5 +132,5 @@ class KeyRing:
 
 
 def _sentence(error: OSError | ValueError) -> str:
-    """Return the problem as a sentence without the file's path, because `/health` is public."""
+    """Describe the error in one sentence, without the file's path, because the public route `/health` shows it."""
     return f"it cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)

@@ -1,7 +1,7 @@
 """ASGI middleware that limits what one client can cost: the size of its body, and the time to send and receive.
 
-It also cancels the work for a client that has disconnected. Ray Serve's proxies have no deadline for receiving a body,
-and not every ASGI server cancels a handler.
+It also cancels the handler of a request whose client has disconnected. The ASGI servers do not do all of this: Ray
+Serve's proxies have no deadline for receiving a body, and not every server cancels handlers.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stable_audio_serve.core.settings import ApiSettings
 
-# With these headers, clients could change Ray Serve's deadline or turn off the cancellation. They are removed.
+# Request headers that are removed. With them, clients could change Ray Serve's deadline or turn off its cancellation.
 _CONTROL_HEADERS = frozenset({b"x-request-timeout-seconds", b"x-request-disconnect-disabled"})
-MAX_FIELDS_BYTES = 1_048_576  # largest JSON body, and largest form without its upload
+MAX_FIELDS_BYTES = 1_048_576  # largest JSON body; also the largest total of a form's fields without its file
 _CLOSE = {"Connection": "close"}
 _BUSY = {"Connection": "close", "Retry-After": "5"}
 _MAX_DRAIN_S = 10.0
@@ -32,15 +32,16 @@ _MAX_DRAIN_IDLE_S = 1.0
 class ClientTimes:
     """How fast a client must send its request and read its response.
 
-    A body that takes longer than `grace_s` (+- 50 %) needs one of the receive slots.
+    A process receives at most `max_slow` slow bodies at once. A body is slow if the server
+    has waited for its data for more than `grace_s` in total (randomly changed by up to 50 %).
     """
 
-    rate_bytes_s: float = 4096.0  # averaged over `window_s`
+    rate_bytes_s: float = 4096.0  # the lowest speed of a body, averaged over `window_s`
     window_s: float = 10.0
-    total_s: float = 300.0  # longest time to send the whole body
+    total_s: float = 300.0  # the longest time in which a client may send the whole body
     grace_s: float = 4.0
-    max_slow: int = 256  # number of receive slots per process
-    send_idle_s: float = 60.0  # longest pause while the client reads the response
+    max_slow: int = 256  # the largest number of slow bodies per process; further slow requests get status 503
+    send_idle_s: float = 60.0  # the longest time in which a client may read nothing of the response
 
 
 class ClientGoneError(OSError):
@@ -85,19 +86,19 @@ class LimitsMiddleware:
 
 
 def accept_file_body(scope: Scope) -> None:
-    """Allow a body of the size of an upload. Call this before the first byte is read."""
+    """Raise the limit for this request's body to that of an uploaded file. Call this before the body is read."""
     scope["state"]["connection"].accept_file_body()
 
 
 def accept_form(scope: Scope) -> None:
-    """Allow a body of the size of a form with an upload. Call this before the first byte is read."""
+    """Raise the limit for this request's body to that of a form with an uploaded file. Call this before it is read."""
     scope["state"]["connection"].accept_form()
 
 
 async def drop_body(scope: Scope) -> None:
     """Read and drop part of the body of a refused request, because many clients read no response while they send.
 
-    Does nothing for a client that waits for permission to send (`Expect`).
+    Does nothing if the client waits for permission to send the body (header `Expect`).
     """
     if not any(name == b"expect" for name, _ in scope["headers"]):
         await scope["state"]["connection"].drop_body()
@@ -111,16 +112,16 @@ def is_answered(scope: Scope) -> bool:
 
 @dataclass(slots=True)
 class _BodiesInProgress:
-    """The bodies of all requests in progress: their total size, and the number of slow ones (used receive slots)."""
+    """The bodies of all requests in progress: their total size, and how many of them arrive slowly."""
 
     num_slow: int = 0
     num_bytes: int = 0
 
 
 class _Pace:
-    """Measures how fast a body arrives, in consecutive windows of time.
+    """Measures how fast a request body arrives, in consecutive windows of time.
 
-    Only the time spent waiting for the client counts, not the time that the handler takes between two parts.
+    Only the time spent waiting for the client counts, not the time that the handler takes between two chunks.
     """
 
     def __init__(self, times: ClientTimes) -> None:
@@ -131,11 +132,11 @@ class _Pace:
 
     @property
     def max_wait_s(self) -> float:
-        """The time in seconds to wait for the next part. After it, the speed in this window is too low."""
+        """How long to wait for the next chunk, in seconds. If none arrives by then, the body is too slow."""
         return self._times.window_s - self._window_s
 
     def add(self, num_bytes: int, *, waited_s: float) -> None:
-        """Count a part that arrived. A new window begins when as many bytes arrived as one window requires."""
+        """Count a chunk that arrived. A new window begins once this window has as many bytes as a window must have."""
         self.waited_s += waited_s
         self._window_bytes += num_bytes
         self._window_s += waited_s
@@ -181,7 +182,7 @@ class _Connection:
         self._body, self._held, self._limits, self._times = body, held, limits, times
         self._deadline_at = asyncio.get_running_loop().time() + times.total_s
         self._pace = _Pace(times)
-        # Randomized, so that a thousand clients that began together are not all refused at the same moment.
+        # Randomized, so that many clients that began together are not all refused at the same moment.
         self._grace_s = times.grace_s * random.uniform(0.5, 1.5)
         self._received_bytes = 0
         self._is_counted = False
@@ -208,7 +209,10 @@ class _Connection:
         await self._drain({"more_body": self._body.is_there}, max_bytes=_MAX_DROPPED_BYTES)
 
     async def receive(self) -> Message:
-        """Return the next part of the body, or after its end wait for a disconnect. Raises HTTPException."""
+        """Return the next part of the body. After the end of the body, wait until the client disconnects.
+
+        Raises HTTPException.
+        """
         if self._watcher is not None or self.is_gone:
             await self._gone.wait()
             return {"type": "http.disconnect"}
@@ -222,7 +226,7 @@ class _Connection:
         if max(self._received_bytes, self._body.declared_bytes) > self._body.max_bytes:
             await self._drain(message, max_bytes=2 * self._body.max_bytes)
             raise HTTPException(413, self._body.refusal, headers=_CLOSE)
-        # A single body is accepted.
+        # The limit on the total size applies only if other requests also have bodies.
         if self._received_bytes < self._held.num_bytes > self._limits.max_bodies_bytes:
             await self._drain(message, max_bytes=2 * self._body.max_bytes)
             reason = "body: too many bytes are being received; retry later (api.max_bodies_bytes)"
@@ -235,7 +239,8 @@ class _Connection:
     async def send(self, message: Message) -> None:
         """Send a part of the response. Raises ClientGoneError when the client reads too slowly.
 
-        If the response begins before the end of the body, the connection is closed, because the rest stays unread.
+        A response that begins before the whole request body was read closes the connection, because the rest of the
+        body stays unread.
         """
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
@@ -252,7 +257,7 @@ class _Connection:
             raise ClientGoneError("the client stopped reading the response") from error
 
     async def close(self) -> None:
-        """Stop the watcher, and no longer count the body as in progress."""
+        """Stop the watcher task, and stop counting the body as in progress."""
         self._held.num_bytes -= self._received_bytes
         self._count(False)
         if self._watcher is not None:
@@ -260,7 +265,7 @@ class _Connection:
             await asyncio.gather(self._watcher, return_exceptions=True)
 
     async def _receive_in_time(self) -> Message:
-        """Return the next part of the body. Raises HTTPException 408, and 503 when no receive slot is free."""
+        """Return the next part of the body. Raises HTTPException 408, and 503 if there are too many slow bodies."""
         left_s = self._deadline_at - asyncio.get_running_loop().time()
         max_wait_s = self._pace.max_wait_s
         grace_s = self._grace_s - self._pace.waited_s
@@ -298,7 +303,7 @@ class _Connection:
             self._pace.add(num_bytes, waited_s=clock() - began_at)
 
     def _count(self, is_receiving: bool) -> None:
-        """Take or release a receive slot."""
+        """Start or stop counting the body as slow."""
         if is_receiving is not self._is_counted:
             self._held.num_slow += 1 if is_receiving else -1
         self._is_counted = is_receiving
@@ -322,6 +327,6 @@ class _Connection:
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        if not self.is_answered:  # ASGI servers also report a disconnect after a complete response
+        if not self.is_answered:  # after a complete response, ASGI servers report a disconnect too
             self._gone.set()
             self._handler.cancel()

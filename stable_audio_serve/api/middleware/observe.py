@@ -1,6 +1,6 @@
 """ASGI middleware around every request: request id, one log line, metrics, and handling of unexpected exceptions.
 
-It never logs prompts or bodies. The response to an unexpected exception is a 500 without details, which are logged.
+It never logs prompts or bodies. An unexpected exception is logged, and the client gets a 500 without details.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ log = structlog.get_logger("stable_audio_serve.api")
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 _CLIENT_GONE_STATUS = 499  # as in nginx; used in logs and metrics only
-_POLLED = ("/health", "/ready", "/v1/status")  # probes and playgrounds request these every few seconds
+_POLLED = ("/health", "/ready", "/v1/status")  # requested every few seconds by probes and web pages
 
 
 class ObserveMiddleware:
@@ -68,7 +68,7 @@ class ObserveMiddleware:
                 status = status if is_answered(scope) else _CLIENT_GONE_STATUS
                 raise
             except Exception as error:
-                # The response has begun and is incomplete. The client notices that bytes are missing.
+                # A stored file could not be read to its end. The client notices that the response is too short.
                 if status and isinstance(error, StorageError):
                     note(scope, error=error.message)
                     return

@@ -1,8 +1,8 @@
 """Protect the server from foreign web pages: check the origin of pages and the host name of requests.
 
-If no keys are configured, any page that is open in a browser of this machine or network could use the server. It could
-send forms to the server, which the Origin header shows, or use a DNS name that points to the server, which the Host
-header shows.
+If no keys are configured, any page that is open in a browser of this machine or network could use the server. A page
+could send forms to the server; the Origin header of such a request names the page's origin. Or the page could be loaded
+from a DNS name that points to this server; the Host header then has this name.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Origins:
     def __init__(self, settings: ApiSettings) -> None:
         origins, hosts = settings.cors_origins, settings.allowed_hosts
         if origins is None and settings.has_keys:
-            origins = (ANY,)  # a foreign page has no key, and there are no cookies that a browser would send for it
+            origins = (ANY,)  # safe, because a foreign page has no key, and browsers have no cookies for this server
         public_url = settings.public_url
         self.allows_all = origins is not None and ANY in origins
         self._allows_loopback = origins is None
@@ -74,13 +74,13 @@ class Origins:
         return is_loopback or parsed in self._allowed
 
     def admit(self, request: Request) -> None:
-        """Raise ForbiddenError for a foreign host name, and for a foreign page's request other than reading.
+        """Raise ForbiddenError for a foreign host name, and for a foreign page's request that is not read-only.
 
         X-Forwarded-Host is ignored, because pages can set it.
         """
         hosts = request.headers.getlist("host")
         if self._checks_hosts:
-            for host in hosts:  # may be absent
+            for host in hosts:  # requests without a Host header are accepted
                 if host and not self._is_ours(host):
                     raise ForbiddenError(
                         f"Host: {_shown(host)} is not a known name of this server; add it to api.allowed_hosts"
@@ -150,7 +150,7 @@ def _without_path(url: str) -> str:
 
 
 def _is_same(origin: str, host: str) -> bool:
-    """Whether a page was loaded from the host that it calls.
+    """Whether the page with this origin was loaded from `host`, the host of its request.
 
     The scheme is ignored, because behind a proxy the server does not know its own scheme.
     """

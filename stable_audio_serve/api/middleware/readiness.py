@@ -1,6 +1,7 @@
 """Decide whether a load balancer should send requests to this server.
 
-The default model must be available, and no other code must have reported a reason to accept no work (`block`).
+The server is ready if the default model is available and no other code has reported a reason to accept no work
+(`Readiness.block`).
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from dataclasses import dataclass
 
 from stable_audio_serve.core.catalog import ModelStatus
 
-# A model without replicas counts as ready, because its first requests wait until it is loaded.
+# Stages in which a model accepts requests. "idle" and "waking" have no replica yet: requests wait until one is loaded.
 _ANSWERING = frozenset({"ready", "idle", "waking"})
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether the server is ready. `status` is ok, loading, failed or the cause of a `block`.
+    """Whether the server is ready. `status` is ok, loading, failed or a cause given to `Readiness.block`.
 
     `reasons` are sentences that explain why the server is not ready.
     """

@@ -24,7 +24,7 @@ def file_stem(model: str) -> str:
 def file_order(
     fields: Controls, card: ModelCard, *, generation: GenerationRequest, settings: AudioSettings
 ) -> FileOrder:
-    """Return the properties of the file that the fields of a request describe."""
+    """Return the properties of the file to create (format, name, peaks) from the fields of a request."""
     return FileOrder(
         fields.peaks or settings.peaks,
         file_format=fields.response_format,

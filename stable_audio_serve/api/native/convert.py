@@ -1,4 +1,4 @@
-"""Convert native request models to `GenerationRequest`, and check what depends on settings and on the model."""
+"""Convert native request models to `GenerationRequest`, and check limits that depend on the settings or the model."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from stable_audio_serve.core.errors import InvalidRequestError, UnknownModelErro
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.core.settings import ApiSettings
 
-# The numbers that `sampler_kwargs` may have for Stable Audio Open models (True) and other models (False): the field of
-# `GenerationRequest`, lowest and highest value. Stable Audio Open has no norm threshold, so only 0 is allowed.
+# The numbers that clients may send in `sampler_kwargs` for Stable Audio Open models (True) and other models (False), by
+# name: the field of `GenerationRequest`, the lowest value and the highest value. Stable Audio Open models do not
+# support a norm threshold, so only 0 is allowed.
 _RESCALE = {"scale_phi": ("cfg_rescale", 0.0, 1.0)}
 _OPTIONS: Mapping[bool, Mapping[str, tuple[str, float, float]]] = {
     False: {**_RESCALE, "cfg_norm_threshold": ("cfg_norm_threshold", 0.0, 1e6)},
@@ -54,7 +55,7 @@ def parse_sampler_kwargs(text: str) -> dict[str, Any]:
 def to_request(
     fields: Controls, sampler_kwargs: dict[str, Any], *, catalog: ModelCatalog, limits: ApiSettings, request_id: str
 ) -> tuple[ModelCard, GenerationRequest]:
-    """Return the model and the request for `fields`, without source audio. Raises RequestValidationError."""
+    """Return the model and the request for `fields`. The request has no source audio. Raises RequestValidationError."""
     given = fields.model_fields_set
     try:
         card = catalog.resolve(fields.model) if "model" in given else catalog.default
@@ -101,9 +102,10 @@ def to_request(
 
 
 def to_edit(generation: GenerationRequest, form: VariationForm, *, card: ModelCard) -> GenerationRequest:
-    """Add a variation's noise level and schedule to a request, without the source. Raises RequestValidationError.
+    """Return `generation` with the noise level and schedule of a variation. The source audio is not added.
 
-    For samplers that run over sigma, the share of noise is converted to a sigma.
+    Clients send the noise level as a share from 0 to 1. It is converted to a sigma for samplers that use sigmas. Raises
+    RequestValidationError.
     """
     if form.edit_schedule is not None and card.objective == "v":
         message = f"edit_schedule must be unset: the model {card.name} does not support it"
@@ -113,7 +115,7 @@ def to_edit(generation: GenerationRequest, form: VariationForm, *, card: ModelCa
 
 
 def _sampler_options(values: dict[str, Any], card: ModelCard, *, faults: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the fields of `GenerationRequest` that `sampler_kwargs` sets. Appends an error to `faults` if invalid."""
+    """Return the fields of `GenerationRequest` that `sampler_kwargs` sets. Appends errors to `faults`."""
     values = {key: value for key, value in values.items() if value is not None}
     chosen: dict[str, Any] = {}
     sampler = values.pop("sampler_type", None)

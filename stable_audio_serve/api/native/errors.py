@@ -1,4 +1,4 @@
-"""Error responses of the native API. Invalid fields are a 422 with FastAPI's list, other errors a sentence."""
+"""Error responses of the native API. Invalid fields: status 422 and a list like FastAPI's. Others: one sentence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stable_audio_serve.api.printable import printable_fault
 from stable_audio_serve.api.refusals import ExpectedError, Refusal, Refusals
 from stable_audio_serve.core.errors import ConflictError, InvalidRequestError, StableAudioError, UnknownModelError
 
-ERROR_KIND = "X-Error-Kind"  # the error's kind in `core.errors`, because several kinds have the same status
+ERROR_KIND = "X-Error-Kind"  # header with the error's kind in `core.errors`, because several kinds have the same status
 
 Description = tuple[int, dict[str, Any], Mapping[str, str] | None]  # status, body, headers
 
@@ -50,7 +50,7 @@ def _parse_fault(_: Request, fault: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _sentence(fault: Mapping[str, Any]) -> str:
-    """Return the message of an entry. For invalid JSON it includes the reason, which FastAPI puts into the context."""
+    """Return the message for an entry of FastAPI's list of errors. For invalid JSON it also contains the reason."""
     return f"{fault['msg']}: {fault['ctx']['error']}" if fault["type"] == "json_invalid" else fault["msg"]
 
 

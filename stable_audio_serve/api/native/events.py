@@ -15,7 +15,7 @@ from stable_audio_serve.api.streams import Change, EventStreams
 from stable_audio_serve.jobs.job import Job, JobEvent
 from stable_audio_serve.jobs.queue import JobQueue
 
-END = "end"  # type and id of the last event
+END = "end"  # type and id of the last event of a stream
 EXAMPLE = (
     'id: 17\nevent: progress\ndata: {"stage":"denoising","fraction":0.45,"eta_seconds":2.1,"queue_position":null,'
     '"message":null,"at":"2026-11-20T14:00:01.250000+00:00"}\n\n'
@@ -64,7 +64,7 @@ def _of_event(event: JobEvent) -> JobProgressEvent:
 
 
 def _of_now(change: Change) -> JobProgressEvent:
-    """Return the current progress as an event without an id. The queue position is not stored, so it has no id."""
+    """Return the current progress as an event that is sent without an id, because it is not a stored event."""
     progress = progress_of(change.job, position=change.position)
     return JobProgressEvent(**progress.model_dump(), message=None, at=None)
 

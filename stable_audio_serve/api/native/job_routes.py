@@ -78,7 +78,7 @@ def build_router(service: Service) -> APIRouter:
         def describe_all() -> list[JobStatus]:
             return [describe(job, jobs.artifacts, base=base, position=position) for job in found]
 
-        if any(job.result is not None for job in found):  # signing a link may block, waiting for credentials
+        if any(job.result is not None for job in found):  # signing download links may block to get credentials
             return await asyncio.to_thread(describe_all)
         return describe_all()
 
@@ -146,7 +146,7 @@ def build_router(service: Service) -> APIRouter:
 
 
 def _build_links(service: Service) -> APIRouter:
-    """Return the routes whose links need no key."""
+    """Return the download route. Links to it work without an API key."""
     jobs = service.jobs
     links = APIRouter(route_class=public_route_class(render_error, scopes=("jobs",)))
 
@@ -157,7 +157,7 @@ def _build_links(service: Service) -> APIRouter:
     async def download(request: Request, job_id: str) -> Response:
         """Download a job's audio. No key is needed, except for a job whose id the client chose.
 
-        Works for files in a bucket too, because not every client can reach the bucket that `download_url` leads to.
+        This also works for audio in a bucket, for clients that cannot reach the bucket (`download_url` leads there).
         """
         check_names(request, (), limits=service.settings.api)
         job = None if request.state.client is None else await jobs.get(_ref(request, job_id))

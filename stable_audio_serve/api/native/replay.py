@@ -1,6 +1,7 @@
-"""Recreate clips from recipes. A recipe, or a file with one, and its source audio give the same file again.
+"""Recreate clips from recipes. A recipe has all values that determine an audio file's bytes.
 
-A replay runs like any other request. The recipe is untrusted input.
+Clients send a recipe, or an audio file in which a recipe is embedded. They also send the source audio that the recipe
+names. A replay runs like any other request. The recipe is untrusted input.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from stable_audio_serve.core.generation import GenerationResult, SourceAudio
 
 _PATH = "/v1/audio/replay"
 _MULTIPART = "multipart/form-data"
-_MOST_STEPS = 1000  # the highest limit of all dialects
+_MOST_STEPS = 1000  # the highest limit of `steps` in any dialect
 _MOST_REPEATED_CHARS = 200
 _FIELDS = {*Recipe.model_fields, *RecipeMaker.model_fields, *RecipeSource.model_fields}
 
@@ -98,7 +99,7 @@ def build_router(service: Service) -> APIRouter:
 
     @router.post(_PATH, response_class=Response, responses=_RESPONSES, openapi_extra=_BODY)
     async def replay(request: Request) -> Response:
-        """Recreate a clip from its recipe. The bytes are the same if `X-Replay` is exact."""
+        """Recreate a clip from its recipe. The bytes are the same if the response header `X-Replay` is `exact`."""
         started_at = service.clock.monotonic()
         sent = await _read(service, request)
         check_names(request, sent.unknown, limits=service.settings.api)
@@ -167,7 +168,7 @@ def _parse(text: str | bytes) -> Recipe:
     if len(text) > MOST_BYTES:
         raise _fault("recipe", f"recipe: longer than {MOST_BYTES} bytes")
     if isinstance(text, bytes):
-        text = text.removeprefix(codecs.BOM_UTF8)  # some editors and shells write a byte order mark
+        text = text.removeprefix(codecs.BOM_UTF8)  # some editors and shells write a byte order mark first
     with suppress(ValueError):  # Pydantic reports invalid JSON below
         _refuse_many_entries(pydantic_core.from_json(text))
     try:
@@ -206,7 +207,7 @@ def _require_model(service: Service, recipe: Recipe) -> ModelCard:
         raise _fault("model", error.message) from error
     limits = service.settings.api
     longest_s, most_steps = min(limits.max_duration_s, card.max_duration_s), limits.most_steps(card.default_steps)
-    if service.settings.dialects.recipes:  # other dialects have higher limits than the native API
+    if service.settings.dialects.recipes:  # recipes may come from other dialects, which have higher limits
         longest_s, most_steps = card.max_duration_s, max(most_steps, _MOST_STEPS)
     for name, value, most in (("duration", recipe.duration, longest_s), ("steps", recipe.steps or 0, most_steps)):
         if value > most:

@@ -108,9 +108,9 @@ def build_router(service: Service) -> APIRouter:
 def convert(
     service: Service, request: Request, *, fields: Controls, sampler_kwargs: dict[str, Any]
 ) -> tuple[ModelCard, GenerationRequest]:
-    """Return the model and the request for `fields`, without source audio. Raises RequestValidationError.
+    """Return the model and the request for `fields`. The request has no source audio. Raises RequestValidationError.
 
-    The response will name the fields that have no effect.
+    Also records which fields have no effect, so that the response can name them.
     """
     card, generation = to_request(
         fields,

@@ -136,7 +136,7 @@ class VariationForm(UploadForm):
 
 
 class InpaintForm(UploadForm):
-    """Regenerate regions of the source and keep the rest. A region past its end extends it."""
+    """Regenerate regions of the source and keep the rest. A region past the source's end extends the source."""
 
     inpaint_start_seconds: str | None = Field(
         None,

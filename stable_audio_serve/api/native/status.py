@@ -142,7 +142,7 @@ class JobPage(BaseModel):
 
 
 def jobs_base(request: Request, *, limits: ApiSettings) -> str:
-    """Return the first part of links to jobs and files: the host and the prefix of the current request."""
+    """Return the beginning of links to jobs and files: the scheme, host and path prefix of the current request."""
     path: str = request.scope["path"]
     prefix = path.removeprefix(request.scope.get("root_path", "")).rpartition("/jobs")[0]
     return f"{base_url(request, limits)}{prefix}"
@@ -156,8 +156,8 @@ def job_url(base: str, job_id: str) -> str:
 def describe(job: Job, files: ArtifactStore, *, base: str, position: int | None = None) -> JobStatus:
     """Return the status of a job. `base` is the result of `jobs_base`. `position` is the queue position, if known.
 
-    The link to the audio leads to the bucket that stores it, or for a local file to this server. Blocking. Raises
-    StorageError.
+    The link to the audio leads to the bucket that stores the audio, or to this server if a local folder stores it. The
+    function blocks. Raises StorageError.
     """
     request, result = job.spec.request, job.result
     made_on = result.file.made_on if result else None
@@ -193,14 +193,14 @@ def describe(job: Job, files: ArtifactStore, *, base: str, position: int | None 
 def brief(status: JobStatus) -> JobStatus:
     """Return the status without long recipes, for lists and webhooks.
 
-    Each recipe repeats the prompt. A page of 100 jobs could otherwise have 100 x 100,000 characters per variation.
+    Each variation's recipe repeats the prompt, up to 100,000 characters. A list of 100 jobs could be too large.
     """
     is_long = sum(recipe.num_prompt_chars for recipe in status.recipes or ()) > _MOST_LISTED_CHARS
     return status.model_copy(update={"recipes": None}) if is_long else status
 
 
 def recipes_of(job: Job) -> tuple[Recipe, ...] | None:
-    """Return the recipe of each variation, or None if the job has no audio or its data is too old for recipes."""
+    """Return the recipe of each variation, or None if the job has no audio, or no data for recipes."""
     spec, result = job.spec, job.result
     made_on = result.file.made_on if result else None
     if result is None or made_on is None or not spec.with_recipe:
@@ -217,12 +217,15 @@ def recipes_of(job: Job) -> tuple[Recipe, ...] | None:
 
 
 def _audio_url(base: str, spec: JobSpec, *, result: JobResult) -> str:
-    """Return a link that needs no key. It must be hard to guess, so it does not contain an id that a client chose."""
+    """Return a download link that needs no key.
+
+    The link must be hard to guess, so it contains the file's random id if the client chose the job id.
+    """
     return file_url(base, result) if spec.id_is_chosen else f"{job_url(base, spec.id)}/audio"
 
 
 def progress_of(job: Job, *, position: int | None) -> JobProgress:
-    """Return the progress of a job. Without `position` it has the queue position that the engine reported."""
+    """Return the progress of a job. If `position` is None, the queue position is the one that the engine reported."""
     return JobProgress(
         stage=job.stage,
         fraction=job.fraction,

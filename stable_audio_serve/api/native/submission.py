@@ -1,6 +1,8 @@
-"""Job submission of the native API. Submissions have the fields of synchronous requests, and a ticket as response.
+"""Job submission of the native API. A submission has the fields of a synchronous request. The response is a ticket: the
+job's id and the URL of its status.
 
-A client that repeats a request with the same `Idempotency-Key`, or the same chosen job id, gets the first job.
+A client may send a request again with the same `Idempotency-Key`, or with the same job id if it chose the id. The
+response is then the ticket of the first job.
 """
 
 from __future__ import annotations
@@ -152,7 +154,7 @@ class _Submission:
         key: str | None = None,
         job_id: JobId | None = None,
     ) -> JobTicket:
-        """Store a job, or find the job of a repeated request. Returns its ticket.
+        """Store a new job, or find the job of a request that was sent before. Returns the job's ticket.
 
         Raises RequestValidationError, and the errors of the job store.
         """

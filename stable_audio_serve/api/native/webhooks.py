@@ -11,7 +11,10 @@ from stable_audio_serve.jobs.job import Job
 
 
 def webhook_body(job: Job, *, files: ArtifactStore) -> Mapping[str, Any]:
-    """Return the webhook body of an ended job. Links have the host of the submission. Blocking. Raises StorageError."""
+    """Return the webhook body of an ended job. The function blocks. Raises StorageError.
+
+    Links begin with the host name that the client used when it submitted the job.
+    """
     return {
         "type": f"job.{job.state}",
         "timestamp": iso(job.completed_at or job.created_at),

@@ -1,7 +1,7 @@
 """`GET /v1/status`: the state of the whole server, from recent reports.
 
-The route loads no model and waits for none. The response names what does not answer: a model, Ray Serve's controller or
-the job database.
+The route loads no model and waits for none. If a model, Ray Serve's controller or the job database does not answer, the
+response shows this.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def build_router(service: Service, operations: Operations) -> APIRouter:
 
     @router.get("/v1/status", responses=error_responses(ErrorBody, 401, 500, 503))
     async def show_server() -> schemas.ServerStatus:
-        """The state of the server: models, replicas, backlogs and jobs, about a second old. Also 200 while the server
-        loads, is busy or drains."""
+        """The state of the server: models, replicas, backlogs and jobs, about a second old. The status is 200
+        also while the server loads, is busy or drains."""
         report, store, jobs = await asyncio.gather(
             operations.report(), service.jobs.watch.health(), service.jobs.overview.overview()
         )
@@ -50,7 +50,7 @@ def build_router(service: Service, operations: Operations) -> APIRouter:
 
 
 def describe(service: Service, report: ServerReport, *, store: StoreHealth, jobs: JobsOverview) -> schemas.ServerStatus:
-    """Return the body of the response."""
+    """Return the body of the response to `GET /v1/status`."""
     verdict = describe_ready(service, {name: model.status for name, model in report.models.items()}, job_store=store)
     models = {
         card.name: _describe_model(service, card, report=report.models.get(card.name, _UNKNOWN))

@@ -19,7 +19,7 @@ _UNKNOWN = ModelStatus("loading")
 
 
 class QualityHealth(BaseModel):
-    """Weights of a replica and its result at the quality gate."""
+    """The weights that a replica uses, and the result of its quality check at startup."""
 
     gate: GateOutcome = Field(
         description="passed; unchecked: the model makes sound, but no quality report could be read; fallback: the "

@@ -1,7 +1,7 @@
 """`POST /generate`, a path of two dialects: Stable Audio 3 and Stable Audio Open Small.
 
-The fields of the request select the dialect, whose contract then applies. An error response has the status of this
-dialect and the fields of both.
+The fields of a request decide which of the two dialects handles the request. An error response has the status of that
+dialect, and the fields of both dialects.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def build_router(service: Service) -> APIRouter:
         openapi_extra={"requestBody": body},
     )
     async def generate(request: Request) -> Response:
-        """Generate audio from a text prompt. A field that only Stable Audio 3 has selects that API."""
+        """Generate audio from a text prompt. A request with any field that only Stable Audio 3 has uses that API."""
         values = await read_json(request)
         if not ONLY_SA3 & values.keys():
             return await make_text_clip(service, request, body=parse(GenerateBody, values))
@@ -92,7 +92,7 @@ def build_router(service: Service) -> APIRouter:
 
 
 def render_error(request: Request, error: ExpectedError) -> Response:
-    """Return the response to an expected error, with the fields of both dialects: `error` and `detail`."""
+    """Return the response to an expected error. It has `error` and `detail`, the error fields of the two dialects."""
     if getattr(request.state, "is_sa3", False):
         status, body, headers = describe_sa3_error(request, error)
         faults = body["detail"]

@@ -41,14 +41,15 @@ _ASSETS = {
     _REDOC: "text/javascript",
     "favicon.png": "image/png",
 }
-# 'self' would allow scripts that clients uploaded, because this origin also serves uploaded files. So scripts need a
-# nonce. wavesurfer.js inserts styles, and draws its spectrogram in a worker that it creates from a blob.
+# Scripts need a nonce, because 'self' would also allow scripts in uploaded files, which this server returns too.
+# wavesurfer.js inserts styles, and draws its spectrogram in a worker that it creates from a blob.
 _HOME_POLICY = (
     "default-src 'self'; script-src 'nonce-{script_nonce}'; style-src 'self' 'nonce-{style_nonce}'; "
     "media-src 'self' blob:; worker-src blob:; "
     "object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-# Both pages set styles by script. Swagger plays audio responses; ReDoc searches in a worker created from a blob.
+# The pages of Swagger UI and ReDoc set styles by script. Swagger UI plays audio responses. ReDoc searches in a worker
+# created from a blob.
 _API_POLICY = (
     "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "font-src 'self' data:; connect-src 'self'; media-src 'self' blob:; worker-src blob:; base-uri 'none'; "
@@ -114,7 +115,7 @@ class Card(BaseModel):
 
 
 def build_router(service: Service) -> APIRouter:
-    """Return the playground routes. They need no key, because they show less than /health."""
+    """Return the playground routes. They need no API key, because they reveal less than the public route /health."""
     router = APIRouter(route_class=public_route_class(render_error), tags=[TAG])
     playground = _read_playground()
     responses: dict[int | str, dict[str, Any]] = {
@@ -180,7 +181,7 @@ def build_api_router() -> APIRouter:
 
     @router.get("/openapi.json", summary="Describe the API", responses=error_responses(ErrorBody, 500))
     async def openapi(request: Request) -> dict[str, Any]:
-        """Return this document."""
+        """Return the OpenAPI description of this server."""
         document: dict[str, Any] = request.app.openapi()
         return document
 
@@ -221,7 +222,7 @@ def build_api_router() -> APIRouter:
         },
     )
     async def asset(file_name: str) -> Response:
-        """Return a file of the two pages."""
+        """Return a script, style or image of the pages /docs and /redoc."""
         if file_name not in _ASSETS:
             raise HTTPException(404, "file not found")
         path = Path(str(files("fastapi_offline") / "static" / file_name))

@@ -29,7 +29,10 @@ _RETRY_AFTER_S = "5"
 
 
 def build_router(service: Service, *, owner: str = NAME) -> APIRouter:
-    """Return the health and model routes. Dialects with a prefix have them too. `owner` is the models' `owned_by`."""
+    """Return the routes for health and models, which are also available below the path prefix of each dialect.
+
+    `owner` is the value of `owned_by` in the list of models.
+    """
     router = APIRouter(route_class=probe_route_class(render_error), tags=[TAG])
     created_at = int(service.clock.time())
 
@@ -42,7 +45,7 @@ def build_router(service: Service, *, owner: str = NAME) -> APIRouter:
     @router.head("/health", include_in_schema=False)
     @router.get("/health", summary="Show health")
     async def health() -> info.Health:
-        """Return the state of server and models, and limits. 200 while the process runs. Never loads a model."""
+        """Return the state of the server and its models. The status is 200 while the process runs."""
         status, job_store = await look()
         return info.describe_health(service, status, job_store=job_store)
 

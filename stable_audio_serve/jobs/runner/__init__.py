@@ -1,1 +1,1 @@
-"""The job runner: leases jobs, runs them, reports progress, sweeps old files."""
+"""The job runner: leases jobs, runs them, reports their progress, and deletes old files."""

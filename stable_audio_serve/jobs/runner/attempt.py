@@ -1,7 +1,7 @@
-"""One attempt at one job, under one lease: runs the job, writes its progress and outcome, and requeues it if a retry
-may help.
+"""One attempt at one job under one lease: run the job, store its outcome, or requeue the job if a retry may help.
 
-After the lease is lost, nothing is written, because the job belongs to another runner. Uses no SQL and no models.
+When the lease is lost, nothing is stored any more, because the job may belong to another runner. This module uses no
+SQL and no models.
 """
 
 from __future__ import annotations
@@ -44,19 +44,22 @@ StopReason = Literal["cancelled", "lost", "closing"]
 class RunnerPauses:
     """How long a runner pauses between polls and retries, in seconds. Tests use shorter times."""
 
-    first_poll_s: float = 0.25  # doubles while there is nothing to do
-    last_poll_s: float = 3.0  # the longest pause of polls, and so the longest delay of a job after a lost wake-up
-    report_s: float = 0.5  # between reports of progress; each is one transaction for all jobs
-    store_retry_s: float = 1.0  # before a job's outcome is written again after a store error
-    retry_s: float = 2.0  # upper bound of the first retry delay; doubles with each attempt
+    first_poll_s: float = 0.25  # pause before the next poll of the queue; doubles while there is nothing to do
+    last_poll_s: float = 3.0  # the longest pause between polls: how late a job may start if the wake-up call is lost
+    report_s: float = 0.5  # between two transactions that store the progress of all jobs
+    store_retry_s: float = 1.0  # before a job's outcome is stored again after an error of the database
+    retry_s: float = 2.0  # longest delay before the first retry of a job; doubles with each attempt
     last_retry_s: float = 60.0
-    probe_s: float = 1.0  # upper bound of the first probe of the artifact store; doubles with each refusal
+    probe_s: float = 1.0  # longest pause before the first probe of the artifact store; doubles with each refusal
     last_probe_s: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class AttemptContext:
-    """Objects that the attempts of one runner share. `reports` has the latest progress of each job, not yet written."""
+    """Objects that the attempts of one runner share.
+
+    `reports` has the latest progress of each job if it is not stored in the database yet.
+    """
 
     store: JobStore
     artifacts: ArtifactStore
@@ -69,10 +72,13 @@ class AttemptContext:
 
 
 class Attempt:
-    """Starts when constructed. `task` ends once the job's outcome is stored or the job is requeued."""
+    """One attempt at a job, which starts when the object is constructed.
+
+    `task` ends when the job's outcome is stored, or the job is requeued, or its lease is lost.
+    """
 
     def __init__(self, job: Job, context: AttemptContext) -> None:
-        """`job` must be leased and counted in `context.capacity` under its lease id."""
+        """`job` must be leased. `context.capacity` must already count it, under the id of its lease."""
         self.job = job
         self.lease = lease_id(job)
         self._context = context
@@ -81,7 +87,7 @@ class Attempt:
         self.task = asyncio.create_task(self._run())
 
     def stop(self, reason: StopReason) -> None:
-        """Cancel the work, which stops within one model step. Has no effect once the work is done."""
+        """Cancel the generation, which stops within one denoising step. Has no effect if the generation has ended."""
         if self._stop_reason is None and not self._work.done():
             self._stop_reason = reason
             self._work.cancel()
@@ -92,18 +98,18 @@ class Attempt:
             log.info("job started", model=spec.model, attempt=self.job.attempts, fence=self.lease.fence)
             try:
                 await asyncio.wait({self._work})
-                self._context.reports.pop(self.lease, None)  # the outcome replaces it
+                self._context.reports.pop(self.lease, None)  # the progress is obsolete, because the work has ended
                 now = await self._end()
             finally:
                 self._work.cancel()
             if now is None:
                 log.warning("lease lost", fence=self.lease.fence)
                 self._context.metrics.increment("job_leases_lost")
-            elif now.is_over:  # a requeued job may have been cancelled
+            elif now.is_over:  # also true if the client cancelled the job before it was requeued
                 await record_end(now, self._context)
 
     async def _end(self) -> Job | None:
-        """Write the outcome of the work. Returns the job afterwards, None if the lease is lost."""
+        """Store the outcome of the work, or requeue the job. Returns the changed job, or None if its lease is lost."""
         if self._work.cancelled():
             return await self._end_stopped()
         error = self._work.exception()
@@ -112,12 +118,14 @@ class Attempt:
         if isinstance(error, OverloadedError):
             return await self._requeue_refused(error)
         if isinstance(error, ModelUnavailableError | StorageError | UnknownModelError):
-            return await self._retry_or_give_up(error)  # a newer server may know the model
+            # UnknownModelError too: another server that shares the job database may know the model.
+            return await self._retry_or_give_up(error)
         if isinstance(error, StableAudioError):
             return await self._fail(JobError(error.kind, error.message, error.field))
         if isinstance(error, FileNotFoundError):
             return await self._fail(JobError("storage", "the job's upload is gone", "audio"))
-        log.error("job failed", exc_info=error)  # only in the log: clients must not see the text of any exception
+        # An unexpected error. Its text is only in the log, because clients must not see it.
+        log.error("job failed", exc_info=error)
         return await self._fail(JobError("generation_failed", f"generation failed; job id {self.job.spec.id}"))
 
     async def _end_stopped(self) -> Job | None:
@@ -138,11 +146,15 @@ class Attempt:
         return ended
 
     async def _find_own_success(self, result: JobResult) -> Job | None:
-        """Return the job if the store has this result and only its answer was lost. Otherwise delete the file."""
+        """After the store refused `result`, return the job if the store already has this very result.
+
+        This happens if an earlier write succeeded, but the database's answer was lost. Otherwise the lease is lost: the
+        method deletes the result's file and returns None.
+        """
         now = await self._repeat_until_available(self._context.store.clients.get, self.job.spec.ref)
         if now is not None and now.result is not None and now.result.file.key == result.file.key:
             return now
-        with suppress(StorageError):  # the sweeper deletes it later
+        with suppress(StorageError):  # then the sweeper deletes the file later
             await self._context.artifacts.delete(result.file.key)
         return None
 
@@ -152,9 +164,9 @@ class Attempt:
         )
 
     async def _retry_or_give_up(self, error: StableAudioError) -> Job | None:
-        """Requeue the job with a delay, or fail it after its last attempt.
+        """Requeue the job with a random delay. If this was its last attempt, let it fail with `error` instead.
 
-        If its model is unavailable, no job of the model is leased during the delay.
+        If the model is unavailable, this runner leases no job of the model during the delay.
         """
         pauses = self._context.pauses
         delay_s = random.uniform(0.0, min(pauses.retry_s * 2**self.job.attempts, pauses.last_retry_s))
@@ -166,7 +178,7 @@ class Attempt:
         return await self._requeue(error.message, delay_s=delay_s, attempts=self.job.attempts)
 
     async def _requeue_refused(self, error: OverloadedError) -> Job | None:
-        """Requeue a job that a full engine refused, without counting the attempt."""
+        """Requeue the job because a full engine refused it. The attempt does not count."""
         pauses = self._context.pauses
         delay_s = min(error.retry_after_s or pauses.retry_s, pauses.last_retry_s)
         self._context.capacity.close(self.job.spec.model, for_s=delay_s)
@@ -181,7 +193,10 @@ class Attempt:
         )
 
     async def _repeat_until_available(self, change: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
-        """Call `change`, and repeat it while the store is unavailable. If that takes too long, the lease expires."""
+        """Call `change` with these arguments, again and again until the database answers. Return the result.
+
+        If the database is down for too long, the job's lease has expired by then, and the change has no effect.
+        """
         while True:
             try:
                 return await asyncio.to_thread(change, *args, **options)
@@ -196,7 +211,7 @@ class Attempt:
 
 
 async def record_end(ended: Job, context: AttemptContext) -> None:
-    """Log and count a job that ended, and delete its upload."""
+    """Log a job that has ended, update the metrics, and delete the job's upload."""
     spec = ended.spec
     run_s = (ended.completed_at - ended.started_at).total_seconds() if ended.completed_at and ended.started_at else 0.0
     error = ended.error.code if ended.error else None
@@ -207,6 +222,6 @@ async def record_end(ended: Job, context: AttemptContext) -> None:
         metrics.observe("job_wait_ms", (ended.started_at - ended.created_at).total_seconds() * 1000, model=spec.model)
     if ended.is_dead_letter:
         metrics.increment("job_dead_letters", reason=error or "")
-    elif spec.upload is not None:  # a dead letter keeps its upload for a retry
+    elif spec.upload is not None:  # the upload of a dead letter is kept, because an operator may retry the job
         with suppress(StorageError):
             await context.artifacts.delete(spec.upload.file.key)

@@ -1,8 +1,8 @@
-"""Decides whether a runner may lease another job: the engines need capacity for it, and its file must be storable.
+"""Decide whether a runner may lease another job: the engines need capacity, and the artifact store must accept files.
 
-Capacity is measured in predicted seconds of work per replica, from the prices that the engines publish. If the artifact
-store refuses a file, computing more jobs would be useless. So the runner starts no job until a test file of the refused
-size can be written. Then it starts a single job, and others once the file of that job is stored.
+The capacity of engines is measured in predicted seconds of work per replica, from the prices that the engines publish.
+If the artifact store refuses a job's file, running more jobs would be useless. So the runner starts no job until a test
+file of the same size can be written. Then it starts a single job, and more jobs when the file of that job is stored.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from stable_audio_serve.jobs.store.health import Refusals, health_of
 
 log = structlog.get_logger("stable_audio_serve.jobs")
 
-# The most predicted work, in seconds per replica, that a runner has in the engines at a time. One job is always
-# allowed. Batch jobs need less, because interactive work overtakes them in the engine.
+# How much predicted work a runner may have in the engines of a model at a time, in seconds per replica. One job is
+# always allowed. The limit is lower for batch jobs, which interactive requests overtake in the engine.
 _AHEAD_S: Mapping[Priority, float] = {"interactive": 30.0, "batch": 5.0}
-# The same limit as a share of the model's target wait; the lower of the two applies. Work in the engines makes
-# autoscaling add replicas, but a new replica cannot take over jobs that are already in an engine.
+# A second limit: this share of the model's `target_wait_s`. The lower of the two limits applies. When work exceeds
+# `target_wait_s`, autoscaling adds replicas, but a new replica cannot take over jobs that are already in an engine.
 _AHEAD_SHARE = 0.5
-_JOBS_WITHOUT_PRICES = 4  # the most jobs per replica while its prices are not known
-_GRACE_S = 60.0  # a recorded refusal outlives the pause by this, in case the next probe is slow
+_JOBS_WITHOUT_PRICES = 4  # limit of jobs per replica while the model's prices are unknown
+_GRACE_S = 60.0  # a recorded refusal expires this long after the next probe should begin, because a probe may be slow
 
 
 @dataclass(slots=True)
@@ -42,14 +42,15 @@ class _RunningJob:
     model: str
     priority: Priority
     size: WorkSize
-    done: float = 0.0  # share of the work, 0..1
-    is_working: bool = False  # whether an engine has started the job
+    done: float = 0.0  # how much of the job is done, 0..1
+    is_working: bool = False  # whether an engine has begun to work on the job
 
 
 class Capacity:
-    """Tracks the jobs of one runner and decides whether the engines have capacity for more. `key` identifies a job.
+    """Tracks the running jobs of one runner, and decides whether the engines have capacity for more.
 
-    Each priority has its own limit, so that the engines always have jobs of both priorities to choose from.
+    Each priority has its own limit, so that the engines always have jobs of both priorities to choose from. In the
+    methods, `key` identifies a job.
     """
 
     def __init__(
@@ -61,9 +62,10 @@ class Capacity:
         target_wait_s: Mapping[str, float] = MappingProxyType({}),
         clock: Clock = SystemClock(),
     ) -> None:
-        """At most `max_running` jobs of each priority run. `target_wait_s` is the autoscaling target by model.
+        """At most `max_running` jobs of each priority run at a time.
 
-        `prices` returns the last prices of a model, None before a replica has published them.
+        `prices` returns the last prices of a model, or None if no replica has published prices yet. `target_wait_s` has
+        the setting `replicas.target_wait_s` of each model.
         """
         self._prices = prices
         self._target_wait_s = target_wait_s
@@ -75,43 +77,43 @@ class Capacity:
 
     @property
     def num_running(self) -> int:
-        """The number of jobs in progress, of all models and priorities."""
+        """The number of running jobs of all models and priorities."""
         return len(self._running)
 
     def set_replicas(self, replicas: Mapping[str, int]) -> None:
-        """Set the number of ready replicas by model. 0 counts as 1, because a request starts a replica."""
+        """Set the number of ready replicas of each model. 0 counts as 1, because a request starts a replica."""
         for model in self._replicas:
             self._replicas[model] = max(1, replicas.get(model, 1))
 
     def open_models(self, priority: Priority) -> Collection[str] | None:
-        """Return the models whose jobs may be leased; None means all models, including unknown ones."""
+        """Return the models of which a job may be leased. None means any model, even one that this server lacks."""
         if sum(job.priority == priority for job in self._running.values()) >= self._max_running:
             return ()
         models = [model for model in self._replicas if self._has_room(model, priority)]
         return None if len(models) == len(self._replicas) else models
 
     def close(self, model: str, *, for_s: float) -> None:
-        """Lease no jobs of a model for `for_s` seconds."""
+        """Allow no more jobs of a model for `for_s` seconds."""
         if model in self._closed_until:
             self._closed_until[model] = max(self._closed_until[model], self._clock.monotonic() + for_s)
 
     def begin(self, key: Hashable, *, model: str, priority: Priority, size: WorkSize) -> None:
-        """Count a leased job."""
+        """Count a job as running, from its lease on."""
         self._running[key] = _RunningJob(model, priority, size)
 
     def advance(self, key: Hashable, *, done: float) -> None:
-        """Record that an engine has done this share of the job, 0..1."""
+        """Record how much of a job an engine has done, 0..1."""
         job = self._running[key]
         job.done, job.is_working = done, True
 
     def end(self, key: Hashable) -> None:
-        """Stop counting a job."""
+        """Stop counting a job as running."""
         del self._running[key]
 
     def predict_end_s(self, key: Hashable) -> float | None:
-        """Return the predicted seconds until a running job is done, None without prices.
+        """Return the predicted seconds until a running job is done, or None if the model's prices are unknown.
 
-        For a job that waits in an engine, this includes the jobs before it.
+        If the job waits in an engine, the time includes the jobs that may run before it.
         """
         job = self._running[key]
         if job.is_working:
@@ -129,7 +131,7 @@ class Capacity:
         return not jobs or backlog_s < min(_AHEAD_S[priority], _AHEAD_SHARE * self._target_wait_s.get(model, inf))
 
     def _predict_s(self, model: str, jobs: Collection[_RunningJob], *, num_replicas: int) -> float | None:
-        """Return the predicted seconds until these jobs are done, None without prices."""
+        """Return the predicted seconds until `jobs` are done, or None if the model's prices are unknown."""
         prices = self._prices(model)
         if prices is None:
             return None
@@ -140,7 +142,7 @@ class Capacity:
 
 
 class StorageGate:
-    """Stops a runner from starting jobs while the artifact store refuses files. Used on the runner's event loop."""
+    """Decides whether a runner may start jobs: not while the artifact store refuses files. For one event loop."""
 
     def __init__(
         self,
@@ -155,8 +157,8 @@ class StorageGate:
     ) -> None:
         """`on_open` is called when the runner may start more jobs than before.
 
-        The first probe follows a refusal within `first_probe_s` seconds. Each further refusal doubles the pause, up to
-        `last_probe_s`.
+        The first probe of the artifact store begins at most `first_probe_s` seconds after the refusal of a file. If the
+        store refuses the probe too, the pause before the next probe is twice as long, up to `last_probe_s`.
         """
         self._artifacts = artifacts
         self._refusals = refusals
@@ -166,15 +168,15 @@ class StorageGate:
         self._first_probe_s = self._pause_s = first_probe_s
         self._last_probe_s = last_probe_s
         self._needed_bytes = 0
-        self._last_was_stored = True  # whether the last file was stored
+        self._last_was_stored = True  # False after a refusal, until a file is stored
         self._probing: asyncio.Task[None] | None = None
 
     def admits(self, num_running: int) -> bool:
-        """Return True if another job may start while `num_running` jobs run."""
+        """Return True if another job may start while `num_running` jobs are running."""
         return self._probing is None and (self._last_was_stored or num_running == 0)
 
     def note_refused(self, error: StorageError, *, num_bytes: int) -> None:
-        """Record that a file of `num_bytes` could not be stored, or that a file could not be read (`num_bytes` 0)."""
+        """Record that a file of `num_bytes` could not be stored. If a file could not be read, `num_bytes` is 0."""
         self._last_was_stored = False
         self._needed_bytes = max(self._needed_bytes, num_bytes)
         if self._probing is None:
@@ -188,14 +190,14 @@ class StorageGate:
             self._on_open()
 
     async def close(self) -> None:
-        """Stop probing, and delete the record of the refusal that other processes read."""
+        """Stop probing. Deletes the record of the refusal in the database, which health checks read."""
         if self._probing is not None:
             self._probing.cancel()
             await asyncio.gather(self._probing, return_exceptions=True)
             await self._withdraw()
 
     async def _probe_until_accepted(self, error: StorageError) -> None:
-        """Probe until a file as large as the refused ones can be written."""
+        """Write test files, with pauses, until a file as large as the refused ones can be written."""
         log.error(
             "job starts are paused: the artifact store refuses files",
             reason=error.message,
@@ -206,7 +208,7 @@ class StorageGate:
         while refused is not None:
             pause_s = self._pause_s * random.uniform(0.5, 1.0)
             self._pause_s = min(2 * self._pause_s, self._last_probe_s)
-            with suppress(StorageError):  # the database may be full too, which health checks report
+            with suppress(StorageError):  # the database may be full too; health checks find that themselves
                 health = health_of(refused)
                 await asyncio.to_thread(self._refusals.record, self._owner, health, for_s=pause_s + _GRACE_S)
             await asyncio.sleep(pause_s)
@@ -225,5 +227,5 @@ class StorageGate:
         return None
 
     async def _withdraw(self) -> None:
-        with suppress(StorageError):  # the refusal expires
+        with suppress(StorageError):  # then the record of the refusal expires later
             await asyncio.to_thread(self._refusals.withdraw, self._owner)

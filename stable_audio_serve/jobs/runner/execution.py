@@ -1,5 +1,6 @@
-"""Executes one job: decodes its upload, generates the audio, encodes and stores the file. Does not handle job
-states.
+"""Execute one job: decode its source audio, generate, encode the result and store the file.
+
+The state of the job is not changed here (see `attempt`).
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from stable_audio_serve.jobs.job import Job, JobResult, JobSpec, JobUpload
 from stable_audio_serve.jobs.runner.capacity import StorageGate
 from stable_audio_serve.jobs.store.runner_jobs import Report
 
-_GENERATED = 0.95  # progress of a job when its audio is generated and its file is not written yet
+_GENERATED = 0.95  # a job's progress when its audio is generated, but not stored yet
 _LEAST_START_S = 0.001
 
 
 class JobExecutor:
-    """Runs jobs on the backend. Owns the audio workers, and limits the memory of decoded uploads."""
+    """Executes the jobs of a runner. Limits the memory that decoded source audio takes in all jobs together."""
 
     def __init__(
         self,
@@ -45,7 +46,7 @@ class JobExecutor:
         gate: StorageGate,
         clock: Clock | None = None,
     ) -> None:
-        """`gate` learns of every file that was stored, and of every file that could not be stored or read."""
+        """`gate` is called for every file that was stored, and for every file that could not be stored or read."""
         self._backend = backend
         self._artifacts = artifacts
         self._gate = gate
@@ -55,26 +56,28 @@ class JobExecutor:
         self._audio = AudioWorkers(own_rates_hz={card.sample_rate_hz for card in backend.catalog})
 
     async def execute(self, job: Job, report: Callable[[Report], None]) -> JobResult:
-        """Return the job's result after storing its file. Stores nothing if cancelled or if it raises.
+        """Run the job, store its audio file, and return the result. Progress is passed to `report`.
 
-        Raises subclasses of StableAudioError.
+        If the call is cancelled or raises an error, no file is stored. Raises subclasses of StableAudioError.
         """
         spec = job.spec
 
         def on_progress(progress: Progress) -> None:
-            if progress.stage != "done":  # the engine is done, but the file is not written yet
+            # "done" only means that the engine has finished. The file is not stored yet.
+            if progress.stage != "done":
                 fraction = progress.fraction * _GENERATED
                 report(Report(job, progress.stage, fraction, engine_position=progress.queue_position))
 
         if not job.is_readable:
             raise StorageError("the job was written by another version of this server, which can run it")
-        self._backend.catalog.resolve(spec.model)  # another server may have accepted the job
+        # Raises UnknownModelError. This server may lack the model, if another server accepted the job.
+        self._backend.catalog.resolve(spec.model)
         async with self._source_bytes.hold(spec.upload.decoded_bytes if spec.upload else 0):
             request = self._limited(await self._with_source(spec), job)
             started_at = self._clock.monotonic()
             result = await self._backend.generate(spec.model, request, on_progress=on_progress)
             inference_s = self._clock.monotonic() - started_at
-            del request  # frees the source audio
+            del request  # frees the memory of the source audio
         report(Report(job, "storing", _GENERATED))
         stored = await self._store(job, result)
         failpoint("after_upload")
@@ -115,9 +118,9 @@ class JobExecutor:
         return replace(stored, clips=finished.clips, made_on=result.made_on)
 
     def _limited(self, request: GenerationRequest, job: Job) -> GenerationRequest:
-        """Return the request with its time limits.
+        """Return the request with the job's time limits.
 
-        In the first attempt, `start_within_s` also limits the wait in the engine's queue.
+        In the first attempt, the job's `start_within_s` also limits how long the request waits in the engine's queue.
         """
         start_within_s = None
         if job.spec.start_within_s is not None and job.attempts <= 1:
@@ -155,17 +158,22 @@ def _write(file: IO[bytes], chunk: bytes) -> None:
 
 
 class ByteBudget:
-    """Limits the bytes that tasks hold at a time. A task that holds alone may exceed the limit. For one event loop."""
+    """Limits how many bytes tasks hold together. If no other task holds bytes, a task may exceed the limit.
+
+    Use it on one event loop only.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._used = 0
-        self._turn = asyncio.Lock()  # serves in order of arrival, so that small requests do not starve a large one
+        # Only the first of the waiting tasks checks whether there is room. Otherwise, tasks that need few bytes could
+        # go first again and again, and a task that needs many would never run.
+        self._turn = asyncio.Lock()
         self._released = asyncio.Event()
 
     @asynccontextmanager
     async def hold(self, num_bytes: int) -> AsyncIterator[None]:
-        """Hold `num_bytes` within the context. Waits until there is room."""
+        """Wait until there is room for `num_bytes`, and hold them until the context ends."""
         async with self._turn:
             while self._used and self._used + num_bytes > self._limit:
                 self._released.clear()

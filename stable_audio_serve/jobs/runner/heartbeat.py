@@ -1,4 +1,4 @@
-"""Renews a runner's leases on a separate thread, so that a busy event loop does not lose them."""
+"""Renew a runner's leases in a separate thread, so that the leases do not expire while the event loop is busy."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ _CLOSE_TIMEOUT_S = 2.0
 
 
 class LeaseId(NamedTuple):
-    """Identifies one lease of one job."""
+    """Identifies one lease of one job. `fence` is the number of the job's leases so far (`Lease.fence`)."""
 
     ref: JobRef
     fence: int
 
 
 def lease_id(job: Job) -> LeaseId:
-    """Return the id of a running job's lease. Raises ValueError if the job has none."""
+    """Return the id of a job's lease. Raises ValueError if the job is not leased."""
     if job.lease is None:
         raise ValueError(f"job {job.spec.id} is not leased")
     return LeaseId(job.spec.ref, job.lease.fence)
 
 
 class LeaseHeartbeat:
-    """Renews all leases of `owner` in one query. Makes no query if there are none."""
+    """Renews all leases of one runner (`owner`) several times in `lease_s`, with one query each time."""
 
     def __init__(
         self,
@@ -46,8 +46,10 @@ class LeaseHeartbeat:
         held: Callable[[], Collection[LeaseId]],
         on_change: Callable[[Collection[LeaseId], Collection[LeaseId]], None],
     ) -> None:
-        """`held` returns the current leases and is called on other threads. If leases were lost or jobs are to be
-        cancelled, `on_change(lost, to_cancel)` is called on the event loop of `start`.
+        """`held` returns the runner's current leases. It is called in another thread.
+
+        If leases were lost, or clients have cancelled running jobs, `on_change(lost, to_cancel)` is called with their
+        leases, on the event loop on which `start` was called.
         """
         self._store = store
         self._owner = owner
@@ -59,7 +61,7 @@ class LeaseHeartbeat:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
-        """Start the thread. Call it on the event loop on which `on_change` should run."""
+        """Start the thread. Call this method on the event loop on which `on_change` should be called."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
@@ -68,7 +70,7 @@ class LeaseHeartbeat:
         return self._thread.is_alive()
 
     def beat(self) -> None:
-        """Renew the leases now and call `on_change` if necessary. Blocking. Raises StorageError."""
+        """Renew the leases now, and call `on_change` if necessary. Blocking. Raises StorageError."""
         held = self._held()
         if not held:
             return
@@ -81,7 +83,7 @@ class LeaseHeartbeat:
                 self._loop.call_soon_threadsafe(self._on_change, lost, to_cancel)
 
     def close(self) -> None:
-        """Stop the thread and wait briefly for a renewal in progress. Blocking."""
+        """Stop the thread. Waits at most `_CLOSE_TIMEOUT_S` for a renewal in progress. Blocking."""
         self._closed.set()
         if self._thread.is_alive():
             self._thread.join(timeout=_CLOSE_TIMEOUT_S)

@@ -1,7 +1,7 @@
-"""The job runner. Any number of runners can share a store.
+"""The job runner. Any number of runners can share a job database.
 
-It leases jobs while there is capacity, renews the leases, makes an attempt at each job, and reclaims the jobs of dead
-runners. Uses no SQL, no models and no HTTP.
+A runner leases jobs while there is capacity, renews the leases, makes an attempt at each job, and requeues the jobs of
+dead runners. This module uses no SQL, no models and no HTTP.
 """
 
 from __future__ import annotations
@@ -40,19 +40,20 @@ from stable_audio_serve.jobs.webhooks.notifier import Notifier
 
 log = structlog.get_logger("stable_audio_serve.jobs")
 
-_SUM_EVERY_S = 1.0  # seconds between two sums of the waiting work
-# Pause after a sum, in multiples of its duration, which is 1.8 ms for 10,000 jobs and 0.3 s for a million.
+_SUM_EVERY_S = 1.0  # seconds between two queries for the sum of the waiting work
+# After such a query, the runner also pauses for this multiple of the query's duration, which is 1.8 ms for 10,000 jobs
+# and 0.3 s for a million.
 _SUM_REST = 20.0
 _REPLICAS_S = 2.0  # seconds between polls of the number of replicas
-_COUNT_S = 15.0  # seconds between counts of jobs by state
-_SWEEP_S = 600.0  # seconds between sweeps: retention is counted in days, and a sweep lists the whole store
-_SWEEPS_PER_AGE = 6  # with a short `orphan_after_s`, so that files do not stay much longer than that
-_SWEEP_SPREAD = 0.5  # intervals vary by up to this share, so that runners do not sweep at the same time
-_CLOSE_TIMEOUT_S = 3.0  # time to requeue jobs at shutdown; the leases of jobs that are not requeued expire
+_COUNT_S = 15.0  # seconds between two queries for the number of jobs in each state
+_SWEEP_S = 600.0  # seconds between sweeps, which delete old files; a sweep lists all files in the artifact store
+_SWEEPS_PER_AGE = 6  # if `orphan_after_s` is short, sweeps are more frequent: so many in that time
+_SWEEP_SPREAD = 0.5  # the time between sweeps varies by up to this share, so that runners sweep at different times
+_CLOSE_TIMEOUT_S = 3.0  # how long requeueing jobs may take at the stop; for other jobs, the lease must expire first
 
 
 class JobRunner:
-    """One job runner. `owner` identifies its leases. Use on one event loop."""
+    """One job runner. Its leases have the name `owner`. Use it on one event loop only."""
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class JobRunner:
         pauses: RunnerPauses = RunnerPauses(),
         prices: Callable[[str], Prices | None] = lambda model: None,
     ) -> None:
-        """Without a notifier no webhooks are sent. `prices` returns the prices last published by a model's engines."""
+        """If `notifier` is None, no webhooks are sent. `prices` returns the last prices of a model's engines."""
         clock = clock or SystemClock()
         self._store = store
         self._backend = backend
@@ -106,7 +107,7 @@ class JobRunner:
             store,
             self.owner,
             lease_s=self._settings.lease_s,
-            held=lambda: tuple(self._attempts),  # a single operation, safe on any thread
+            held=lambda: tuple(self._attempts),  # thread-safe, because Python copies the keys in one operation
             on_change=self._stop_changed,
         )
         self._sweeper = Sweeper(store, artifacts, settings=self._settings, metrics=self._metrics, clock=clock)
@@ -114,15 +115,15 @@ class JobRunner:
         self._outlook: Outlook | None = None
         self._waiting: Mapping[str, Waiting] | None = None
         self._woken = asyncio.Event()
-        self.is_holding = False  # set while an operator drains the server: no jobs are leased
+        self.is_holding = False  # True while an operator drains the server: then no jobs are leased
         self._is_leasing = False
         self._is_closing = False
         self._loop_task: asyncio.Task[None] | None = None
         self._background: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Reclaim the jobs of dead runners, then run jobs until `close`."""
-        with suppress(StorageError):  # the loop will try again
+        """Requeue the jobs of dead runners, then run jobs until `close` is called."""
+        with suppress(StorageError):  # then the loop below tries again
             await self._reclaim()
         self._heartbeat.start()
         if self._notifier is not None:
@@ -139,18 +140,18 @@ class JobRunner:
         self._background = [asyncio.create_task(work) for work in background]
 
     def wake(self) -> None:
-        """Look for work now. Must be called on the runner's event loop."""
+        """Let the runner look for work now. Must be called on the runner's event loop."""
         self._woken.set()
 
     def waiting_work(self) -> Mapping[str, Waiting] | None:
-        """Return the waiting work in the store, of each model that has any; None while it is unknown.
+        """Return the waiting jobs of each model that has any, or None while they are unknown.
 
-        Returns an empty mapping while the artifact store refuses files, because then no replica is needed.
+        Returns an empty mapping while the artifact store refuses files, because then no replica is needed for them.
         """
         return self._waiting if self._gate.admits(0) else {}
 
     def check_health(self) -> None:
-        """Raise GenerationError if the loop or the heartbeat has ended unexpectedly."""
+        """Raise GenerationError if the runner's loop or the thread that renews leases has ended unexpectedly."""
         if self._loop_task is None:
             return
         if not self._heartbeat.is_alive or (self._loop_task.done() and not self._is_closing):
@@ -158,11 +159,11 @@ class JobRunner:
 
     @property
     def num_held(self) -> int:
-        """The number of leased jobs, including a job that is being leased."""
+        """The number of jobs that this runner has leased. A lease in progress counts too."""
         return len(self._attempts) + int(self._is_leasing)
 
     def hold(self) -> None:
-        """Lease no more jobs until `resume`. Jobs in progress continue."""
+        """Lease no more jobs until `resume` is called. Jobs in progress continue."""
         self.is_holding = True
 
     def resume(self) -> None:
@@ -171,7 +172,10 @@ class JobRunner:
         self.wake()
 
     def drain(self) -> int:
-        """Lease no more jobs and requeue those in progress without counting the attempt. Returns how many still run."""
+        """Lease no more jobs, and requeue the jobs in progress. Their attempts do not count.
+
+        Returns the number of jobs that are not requeued yet.
+        """
         self._is_closing = True
         self.wake()
         for attempt in self._attempts.values():
@@ -179,10 +183,10 @@ class JobRunner:
         return len(self._attempts)
 
     async def close(self) -> None:
-        """Stop. Jobs in progress are requeued without counting the attempt."""
+        """Stop the runner. Jobs in progress are requeued, and their attempts do not count."""
         self.drain()
         await _finish({self._loop_task} if self._loop_task else set())
-        self.drain()  # includes attempts begun in the last iteration of the loop
+        self.drain()  # again, for attempts that the loop began in the meantime
         await _finish({attempt.task for attempt in self._attempts.values()})
         for task in self._background:
             task.cancel()
@@ -200,7 +204,7 @@ class JobRunner:
             try:
                 self._outlook = outlook = await asyncio.to_thread(self._store.runners.outlook, self.owner)
                 num_done = await self._turn(outlook)
-            except Exception as error:  # the runner must survive any store error
+            except Exception as error:  # no error of the job database may end the runner
                 is_expected = isinstance(error, StorageError)
                 log.error("the job runner cannot use the job database", error=str(error), exc_info=not is_expected)
                 wait_s = self._pauses.last_poll_s
@@ -212,7 +216,7 @@ class JobRunner:
                     await self._woken.wait()
 
     async def _turn(self, outlook: Outlook) -> int:
-        """Do all work that is due. Returns the number of changed jobs, 0 if there was nothing to do."""
+        """Do all work that `outlook` shows as due now. Returns the number of jobs that were changed."""
         self._metrics.gauge("job_queue_age_s", max(0.0, -(outlook.lease_in_s or 0.0)))
         num_done = 0
         if outlook.num_stops:
@@ -231,8 +235,8 @@ class JobRunner:
         return num_done
 
     async def _reclaim(self) -> int:
-        """Requeue the jobs of dead runners. Returns how many there were."""
-        # Renew first: after an outage of the store, this runner would otherwise reclaim its own jobs.
+        """Requeue the jobs whose lease has expired because their runner died. Returns how many there were."""
+        # Renew this runner's leases first. They may have expired too if the database was down.
         await asyncio.to_thread(self._heartbeat.beat)
         max_attempts = self._settings.max_attempts
         reclaimed = await asyncio.to_thread(self._store.runners.reclaim, max_attempts=max_attempts)
@@ -243,7 +247,7 @@ class JobRunner:
         return len(reclaimed)
 
     async def _lease(self, priority: Priority, num_queued: int) -> int:
-        """Lease up to `num_queued` waiting jobs while there is capacity. Returns the number of leased jobs."""
+        """Lease and start queued jobs while there is capacity, at most `num_queued`. Returns how many were started."""
         store, lease_s = self._store.runners, self._settings.lease_s
         num_leased = 0
         while num_leased < num_queued and not (self._is_closing or self.is_holding):
@@ -268,7 +272,7 @@ class JobRunner:
         lease = lease_id(job)
         try:
             size = WorkSize.of(job.spec.request, model=self._backend.catalog.resolve(job.spec.model))
-        except UnknownModelError:  # the attempt will fail with this error
+        except UnknownModelError:  # then the attempt fails with the same error
             size = WorkSize()
         self._capacity.begin(lease, model=job.spec.model, priority=job.spec.request.priority, size=size)
         self._attempts[lease] = attempt = Attempt(job, self._context)
@@ -282,20 +286,20 @@ class JobRunner:
         self.wake()
 
     def _stop_changed(self, lost: Collection[LeaseId], to_cancel: Collection[LeaseId]) -> None:
-        """Stop jobs whose lease was lost or whose client cancelled them."""
+        """Stop the attempts at jobs whose lease was lost or whose client cancelled them."""
         for lease in (*lost, *to_cancel):
             if lease in self._attempts:
                 self._attempts[lease].stop("lost" if lease in lost else "cancelled")
 
     async def _write_reports(self) -> None:
-        """Write the latest progress of all jobs in one transaction."""
+        """Store the latest progress of all running jobs in one transaction."""
         if reports := list(self._context.reports.values()):
             self._context.reports.clear()
             lost = await asyncio.to_thread(self._store.runners.report, reports)
             self._stop_changed([lease_id(job) for job in lost], ())
 
     async def _count(self) -> None:
-        """Update the gauges of jobs by state. All runners report the same figures."""
+        """Update the metric of jobs by state. All runners export the same numbers."""
         counts = await asyncio.to_thread(self._store.operators.counts)
         for state in get_args(State):
             self._metrics.gauge("jobs_by_state", counts.get(state, 0), state=state)
@@ -306,7 +310,10 @@ class JobRunner:
             self._capacity.set_replicas({name: model.num_replicas for name, model in status.items()})
 
     async def _sum_waiting(self) -> None:
-        """Sum the waiting work. Makes no query if the queue is empty, and pauses longer after a long query."""
+        """Update `_waiting`, the sums of the waiting work. Pauses after a long query.
+
+        If the queue is empty, no query is made.
+        """
         if self._outlook is None or not self._outlook.num_queued:
             self._waiting = None if self._outlook is None else {}
             return
@@ -321,9 +328,9 @@ class JobRunner:
 async def _repeat(
     action: Callable[[], Awaitable[object]], *, pause_s: float, first_in_s: float = 0.0, spread: float = 0.0
 ) -> None:
-    """Run `action` repeatedly and log its errors, except for StorageError, which the runner's loop logs.
+    """Run `action` again and again, with pauses that vary at random by up to the share `spread`.
 
-    Pauses vary at random by up to the share `spread`.
+    Errors are logged, except StorageError, which the runner's loop logs.
     """
     await asyncio.sleep(first_in_s * random.uniform(1.0 - spread, 1.0 + spread))
     while True:
@@ -336,7 +343,7 @@ async def _repeat(
 
 
 async def _finish(tasks: Collection[asyncio.Task[None]]) -> None:
-    """Wait a few seconds for tasks to end, then cancel the rest."""
+    """Wait at most `_CLOSE_TIMEOUT_S` until the tasks end, then cancel the tasks that still run."""
     if tasks:
         await asyncio.wait(tasks, timeout=_CLOSE_TIMEOUT_S)
     for task in tasks:
@@ -349,6 +356,6 @@ def _is_due(in_s: float | None) -> bool:
 
 
 def _wait_s(outlook: Outlook, poll_s: float) -> float:
-    """Return the seconds until the next poll, or until work can begin if that is sooner."""
+    """Return the seconds until the next poll: `poll_s`, or less if `outlook` shows that work is due sooner."""
     times = (outlook.lease_in_s, outlook.reclaim_in_s, outlook.late_in_s, outlook.webhook_in_s)
     return min([poll_s, *(seconds for seconds in times if seconds is not None and seconds > 0)])

@@ -1,6 +1,7 @@
-"""Deletes old jobs with their files, orphaned files and unfinished files.
+"""Delete old jobs and their files, files that no job refers to (orphans), and unfinished files.
 
-Several sweepers may share a store. They delete only files that certainly belong to it.
+Several sweepers may work on the same database and artifact store. They delete only files that certainly belong to this
+database.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from stable_audio_serve.jobs.store.job_store import JobStore
 
 log = structlog.get_logger("stable_audio_serve.jobs")
 
-_BATCH = 100  # jobs deleted per transaction
-_PAUSE_S = 0.1  # between batches, so that requests are not delayed
-_AT_ONCE = 8  # files deleted concurrently
+_BATCH = 100  # how many jobs are deleted in one transaction
+_PAUSE_S = 0.1  # pause after each transaction, so that clients' requests are not delayed
+_AT_ONCE = 8  # how many files are deleted concurrently
 
 
 class Sweeper:
-    """Deletes expired data once per call of `sweep`."""
+    """Deletes old jobs and files. Each call of `sweep` makes one pass over the database and the artifact store."""
 
     def __init__(
         self,
@@ -38,7 +39,7 @@ class Sweeper:
         metrics: Metrics | None = None,
         clock: Clock | None = None,
     ) -> None:
-        """`clock` gives the current time, from which the ages of files are computed."""
+        """`clock` returns the current time, to compute the age of files."""
         self._store = store
         self._artifacts = artifacts
         self._settings = settings
@@ -46,8 +47,11 @@ class Sweeper:
         self._clock = clock or SystemClock()
 
     async def sweep(self) -> dict[str, int]:
-        """Delete files of three kinds and return the number of each: `old` files of jobs and publications past their
-        retention, `orphans` that no job refers to, and `unfinished` files of interrupted writers.
+        """Delete files of three kinds, and return the number of deleted files of each kind.
+
+        - `old`: files of ended jobs and published files that are older than `retention_s`
+        - `orphans`: files to which no row in the database refers
+        - `unfinished`: incomplete files whose writer was interrupted
 
         Errors are logged, and a later sweep tries again.
         """
@@ -64,7 +68,7 @@ class Sweeper:
     async def _count_removed(self, kind: str, remove: Callable[[], Awaitable[int]]) -> int:
         try:
             num_removed = await remove()
-        except Exception as error:  # the other kinds are still swept
+        except Exception as error:  # the sweep continues with the next kind
             log.warning("a sweep failed", kind=kind, error=str(error), exc_info=not isinstance(error, StorageError))
             return 0
         return num_removed
@@ -101,7 +105,7 @@ class Sweeper:
         return await asyncio.to_thread(self._artifacts.sweep_unfinished, before=before)
 
     async def _delete(self, keys: Sequence[ArtifactKey]) -> int:
-        """Delete files, a few at a time, and return how many. If some cannot be deleted, a later sweep finds them."""
+        """Delete files, a few at a time, and return how many were deleted. A later sweep finds the remaining files."""
         num_deleted = 0
         for start in range(0, len(keys), _AT_ONCE):
             deletions = (self._artifacts.delete(key) for key in keys[start : start + _AT_ONCE])

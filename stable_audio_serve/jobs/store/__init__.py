@@ -1,1 +1,1 @@
-"""The job database: its tables, its state transitions and all SQL statements."""
+"""The job database: its tables, the state transitions of jobs, and all SQL statements of this package."""

@@ -1,4 +1,4 @@
-"""Checks before a job is added: whether the queue has room, and whether the request repeats an earlier one."""
+"""Checks when a job is added: whether the queue has room, and whether the same request was sent before."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stable_audio_serve.jobs.store.rows import is_job
 from stable_audio_serve.jobs.store.tables import JOBS, count, in_state
 
 _FULL_RETRY_S = 10.0
-_MOST_OVER = 2  # with clients below their fair share, a full queue may grow to this multiple of `max_queued`
+_MOST_OVER = 2  # a full queue accepts jobs of clients below their fair share, up to this multiple of `max_queued`
 
 _jobs = JOBS.c
 _QUEUED = in_state("queued")
@@ -29,10 +29,10 @@ _CLIENTS = sa.select(sa.func.count()).select_from(
 
 
 def find_no_room(connection: sa.Connection, spec: JobSpec, *, limits: JobSettings) -> OverloadedError | None:
-    """Return the error if the queue has no room for a job, else None. Jobs without a client have no limit per client.
+    """Return the error with which to refuse a job if the queue has no room for it, or None if it has.
 
-    A full queue still accepts jobs of clients that have less than their fair share of it, until it is twice as long as
-    configured.
+    A full queue still accepts jobs of clients that have less than an equal share of its places, until it is twice as
+    long as `limits.max_queued`. If the job has no client, the limit per client does not apply.
     """
     query = _WAITING_AND_OWN if spec.client else _WAITING
     waiting = connection.execute(query, {"client": spec.client}).one()
@@ -48,9 +48,9 @@ def find_no_room(connection: sa.Connection, spec: JobSpec, *, limits: JobSetting
 
 
 def find_same(connection: sa.Connection, spec: JobSpec) -> sa.Row[Any] | None:
-    """Return the job that the same request added before, if any.
+    """Return the row of the job that was added when the same request was sent before, or None if there is none.
 
-    Raises ConflictError if a different request used the same idempotency key or job id.
+    Raises ConflictError if the idempotency key or the job id was used before, but for a different request.
     """
     by_key = sa.and_(
         _jobs.contract == spec.contract,

@@ -24,7 +24,7 @@ from stable_audio_serve.jobs.store.turns import Turns
 
 CancelOutcome = Literal["removed", "requested", "already_over", "unknown"]
 
-_ADD_LOCK = 0x53415502  # number of PostgreSQL's advisory lock, unique in the database
+_ADD_LOCK = 0x53415502  # number of a PostgreSQL advisory lock, which no other lock in the database has
 _MAX_ID = 2**63 - 1
 
 _jobs = JOBS.c
@@ -32,7 +32,7 @@ _jobs = JOBS.c
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """A stored job. `is_new` is False if the same request was submitted before."""
+    """The stored job of a submission. `is_new` is False if the job was added when the same request was sent before."""
 
     job: Job
     is_new: bool
@@ -40,7 +40,7 @@ class Added:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Jobs, newest first. `next_cursor` leads to older ones, if any."""
+    """One page of a list of jobs, newest first. `next_cursor` leads to the next page; None = there is none."""
 
     jobs: tuple[Job, ...]
     next_cursor: str | None
@@ -58,9 +58,9 @@ class ClientJobs:
         self._insert_job = _insert_job(database)
 
     def add(self, spec: JobSpec) -> Added:
-        """Add a job. If the same request was sent before, return the job that it added then.
+        """Add a job. If the same request was sent before, return the job that was added then.
 
-        Raises ConflictError on "Idempotency-Key" or "id" if a different request used the same value, and QuotaError or
+        Raises ConflictError if the idempotency key or the id was used for a different request. Raises QuotaError or
         OverloadedError if too many jobs are waiting.
         """
         (outcome,) = self.add_all([spec])
@@ -70,14 +70,18 @@ class ClientJobs:
 
     def add_all(self, specs: Sequence[JobSpec]) -> list[Added | StableAudioError]:
         """Add several jobs in one transaction. Returns for each job what `add` would return or raise."""
-        with self._database.writing_alone(_ADD_LOCK) as connection:  # two adds at once could exceed a limit
+        # Without the lock, two transactions at once could each see room for a job, and together exceed a limit.
+        with self._database.writing_alone(_ADD_LOCK) as connection:
             return [self._add(connection, spec) for spec in specs]
 
     def get(self, ref: JobRef) -> Job | None:
         return self._find(is_job(ref))
 
     def find_unguessable(self, contract: Contract, job_id: JobId) -> Job | None:
-        """Return any client's job with this id, unless the client chose the id. For links that need no key."""
+        """Return the job with this id, whichever client it belongs to. For links that need no key.
+
+        Returns None if the job's client chose the id, because others could guess it.
+        """
         is_ours = _jobs.id_is_chosen == sa.false()
         return self._find(sa.and_(_jobs.contract == contract, _jobs.id == job_id, is_ours))
 
@@ -90,12 +94,15 @@ class ClientJobs:
         cursor: str | None = None,
         limit: int = 20,
     ) -> Page:
-        """Return a client's jobs, newest first. Raises InvalidRequestError for a cursor that is not this client's."""
+        """Return a page of a client's jobs, newest first.
+
+        Raises InvalidRequestError if `cursor` is not from a page of this client's jobs, or its job was deleted.
+        """
         conditions = [_jobs.contract == contract, _jobs.client == client]
         if state is not None:
             conditions.append(_jobs.state == state)
         with self._database.reading() as connection:
-            if cursor is not None:  # the id of the previous page's last job
+            if cursor is not None:  # the cursor is the id of the last job on the previous page
                 last = is_job(JobRef(contract, client, JobId(cursor)))
                 seq = connection.execute(sa.select(_jobs.seq).where(last)).scalar()
                 if seq is None:
@@ -108,7 +115,7 @@ class ClientJobs:
         return Page(jobs, jobs[-1].spec.id if len(rows) > limit else None)
 
     def events(self, ref: JobRef, *, after: int = 0) -> tuple[JobEvent, ...]:
-        """Return the job's events after the event with the id `after`, in order."""
+        """Return the job's events with an id above `after`, in order."""
         query = sa.select(EVENTS).join(JOBS, _jobs.seq == EVENTS.c.job).where(is_job(ref)).order_by(EVENTS.c.id)
         num_known = min(max(after, 0), _MAX_ID)
         with self._database.reading() as connection:
@@ -116,13 +123,16 @@ class ClientJobs:
         return tuple(to_event(row, number) for number, row in enumerate(rows, start=num_known + 1))
 
     def position(self, job: Job) -> int:
-        """Return how many waiting jobs of the same model and priority start before this one."""
+        """Return how many queued jobs of the same model and priority will start before this job."""
         is_it = is_job(job.spec.ref)
         with self._database.reading() as connection:
             return self._turns.position(connection, job.spec, is_job=is_it)
 
     def cancel(self, ref: JobRef) -> tuple[CancelOutcome, Job | None]:
-        """End a waiting job, or ask the runner of a running job to stop. Returns the outcome and the job afterwards."""
+        """Cancel a job: end it if it is queued, or ask its runner to stop it if it is running.
+
+        Returns the outcome, and the job as it is afterwards.
+        """
         is_it = is_job(ref)
         with self._database.writing() as connection:
             row = connection.execute(sa.select(JOBS).where(is_it).with_for_update()).first()
@@ -155,13 +165,13 @@ class ClientJobs:
             return error
         if earlier is not None:
             return Added(to_job(earlier), is_new=False)
-        # The insert found an earlier job, which was deleted before it could be read.
+        # The insert found a job with the same id or idempotency key, but that job was deleted before it could be read.
         return refusal or StorageError(
             "the job of an earlier request was just deleted; send the request again", retry_after_s=0
         )
 
     def _insert(self, connection: sa.Connection, spec: JobSpec) -> sa.Row[Any] | None:
-        """Insert the job. Returns None if its id or idempotency key exists."""
+        """Insert the job and return its row. Returns None if the id or the idempotency key is in use."""
         values = {
             "contract": spec.contract,
             "id": spec.id,
@@ -188,7 +198,7 @@ def _size_of(spec: JobSpec, catalog: ModelCatalog | None) -> WorkSize:
 
 
 def _insert_job(database: Database) -> sa.Executable:
-    """Return the INSERT statement. It is built once, because building a statement takes longer than running it."""
+    """Return the INSERT statement for a job. It is built only once, because building takes longer than running it."""
     now, start_within_s = database.now, sa.bindparam("start_within_s", type_=sa.Double)
     insert = database.insert(JOBS).values(
         state="queued", created_at=now, not_before=now, start_before=now + start_within_s

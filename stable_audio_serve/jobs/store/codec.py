@@ -1,5 +1,7 @@
-"""Converts job values to JSON text and back. Reading ignores unknown keys and fills in defaults for missing ones,
-because older and newer versions of this package share a store.
+"""Convert the dataclasses of jobs to JSON text and back.
+
+Older and newer versions of this package may share a database. Therefore reading ignores unknown keys, and uses defaults
+for missing keys.
 """
 
 from __future__ import annotations
@@ -18,7 +20,10 @@ from stable_audio_serve.jobs.store.tables import storable
 
 
 def _model_of(kind: type, *, without: frozenset[str] = frozenset(), **replaced: Any) -> type[BaseModel]:
-    """Return a Pydantic model with the fields of a dataclass. It converts and checks every value that is read."""
+    """Return a Pydantic model with the fields of the dataclass `kind`, to check and convert JSON that is read.
+
+    Fields in `without` are left out. `replaced` has the types of fields whose type differs from the dataclass.
+    """
     hints = get_type_hints(kind) | replaced
     definitions: dict[str, Any] = {}
     for item in fields(kind):
@@ -28,7 +33,7 @@ def _model_of(kind: type, *, without: frozenset[str] = frozenset(), **replaced: 
     return create_model(f"Stored{kind.__name__}", **definitions)
 
 
-# Source audio is never stored in a job. The upload is a file, which the runner decodes again.
+# A job's source audio is not in this JSON: it is a file in the artifact store, which the runner decodes.
 _Request = _model_of(GenerationRequest, without=frozenset({"init_audio", "inpaint_audio"}))
 _Spec = _model_of(JobSpec, request=_Request)
 _RESULT = TypeAdapter(JobResult)
@@ -37,7 +42,7 @@ _FILE = TypeAdapter(StoredFile)
 
 
 def dump(value: JobSpec | JobResult | JobError | StoredFile) -> str:
-    """Return `value` as JSON text. Lone surrogates, which UTF-8 cannot encode, become U+FFFD."""
+    """Return `value` as JSON text. U+FFFD replaces lone surrogates, which UTF-8 cannot encode."""
     try:
         return pydantic_core.to_json(value).decode()
     except pydantic_core.PydanticSerializationError:
@@ -51,21 +56,21 @@ def _to_plain(value: Any) -> dict[str, Any]:
 
 
 def load_spec(text: str) -> JobSpec:
-    """Parse a specification written by `dump`. Raises ValueError."""
+    """Parse the JSON text of a job's specification. Raises ValueError."""
     spec = dict(_Spec.model_validate_json(text))
     return JobSpec(**spec | {"request": GenerationRequest(**dict(spec["request"]))})
 
 
 def load_result(text: str) -> JobResult:
-    """Parse a result written by `dump`. Raises ValueError."""
+    """Parse the JSON text of a job's result. Raises ValueError."""
     return _RESULT.validate_json(text)
 
 
 def load_error(text: str) -> JobError:
-    """Parse an error written by `dump`. Raises ValueError."""
+    """Parse the JSON text of a job's error. Raises ValueError."""
     return _ERROR.validate_json(text)
 
 
 def load_file(text: str) -> StoredFile:
-    """Parse a file written by `dump`. Raises ValueError."""
+    """Parse the JSON text that describes a stored file. Raises ValueError."""
     return _FILE.validate_json(text)

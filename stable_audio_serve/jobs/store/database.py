@@ -29,11 +29,12 @@ _POOL_TIMEOUT_S = 10.0
 _RETRY_S = 5.0
 _LEAST_ROOM_BYTES = 1_048_576
 _CHECK_FILE_EVERY_S = 1.0
-# The longest checkpoint on a busy machine, and the pause between two attempts to read during one, in seconds.
+# How long a checkpoint of SQLite's write-ahead log lasts at most on a busy machine, and the pause between two attempts
+# to read the file during a checkpoint. In seconds.
 _CHECKPOINT_S, _CHECKPOINT_PAUSE_S = 3.0, 0.02
 
-# Options of psycopg for which the URL has no value. They detect a server that vanishes without closing the connection.
-# In seconds, except for the last, which is in milliseconds.
+# Defaults of psycopg's connection options. They detect a database server that vanishes without closing the connection.
+# The times are in seconds, except `tcp_user_timeout`, which is in milliseconds.
 _CONNECT = {
     "connect_timeout": 5,
     "keepalives_idle": 10,
@@ -42,12 +43,12 @@ _CONNECT = {
     "tcp_user_timeout": 20_000,
 }
 _SESSION = {
-    # In milliseconds. The third timeout releases the locks of a process that froze within a transaction.
+    # The timeouts are in milliseconds. The third one ends a transaction whose process has frozen, to release its locks.
     "statement_timeout": 30_000,
     "lock_timeout": 15_000,
     "idle_in_transaction_session_timeout": 10_000,
-    # A queue can grow faster than the query planner's statistics, so plans are never reused. Every query has an index
-    # in the order of its result, so sorting is never needed.
+    # The queue can grow so fast that the query planner's statistics are old, so each query is planned again. Plans that
+    # sort are discouraged, because for every query there is an index with the order of the result.
     "plan_cache_mode": "force_custom_plan",
     "enable_sort": "off",
     "jit": "off",
@@ -56,9 +57,9 @@ _NO_WAIT_FOR_DISK = sa.select(sa.func.set_config("synchronous_commit", "off", Tr
 
 
 def database_url(url: str | None, folder: Path) -> sa.URL:
-    """Return the URL of the configured database; without `url`, a SQLite file in `folder`.
+    """Return SQLAlchemy's URL of the job database: `url`, or if that is None, the SQLite file jobs.db in `folder`.
 
-    Raises ConfigError if the database is not supported.
+    Raises ConfigError if `url` is malformed, or if the database is not supported.
     """
     if url is None:
         return sa.URL.create("sqlite", database=str(folder / "jobs.db"))
@@ -75,18 +76,17 @@ def database_url(url: str | None, folder: Path) -> sa.URL:
 
 
 class Database:
-    """Opens transactions on the tables. The first transaction creates or upgrades the tables.
+    """Opens transactions on the job tables. The first transaction creates or upgrades the tables.
 
-    `now` is an SQL expression for the time in Unix seconds. PostgreSQL uses the server's clock, because the machines'
-    clocks differ.
+    `now` is an SQL expression for the current time in Unix seconds. With PostgreSQL it is the time of the database
+    server, because the clocks of the machines that use the database differ.
     """
 
     def __init__(self, url: sa.URL, *, identity: str | None = None, now: Callable[[], float] | None = None) -> None:
-        """Does not connect yet.
+        """The constructor does not connect. It raises ConfigError if a required package is not installed.
 
-        `now` returns Unix seconds; the default is the server's clock, or this machine's for SQLite. With an `identity`
-        (from `JobStore.identity`), a database with another identity is refused, and none is created or upgraded. Raises
-        ConfigError if a required package is not installed.
+        `now` returns Unix seconds and replaces the clock. If `identity` (from `JobStore.identity`) is given, a database
+        with another identity is refused, and no database is created or upgraded.
         """
         self.url = url
         self.is_sqlite = url.get_backend_name() == "sqlite"
@@ -101,7 +101,7 @@ class Database:
             self.engine, without_log = _create_postgresql(url), None
         self._not_durable = self.engine.execution_options(is_durable=False)
         self._reader = self.engine.execution_options(reading=True)
-        if not self.is_sqlite:  # a single statement needs no BEGIN and ROLLBACK
+        if not self.is_sqlite:  # readers run single statements, which need no BEGIN and ROLLBACK
             self._reader = self._reader.execution_options(isolation_level="AUTOCOMMIT")
         self._identity_reader = without_log or self._reader
         self._has_identity = False
@@ -117,15 +117,15 @@ class Database:
         return f"PostgreSQL {self.url.host or ''}{f':{self.url.port}' if self.url.port else ''}/{self.url.database}"
 
     def insert(self, table: sa.Table) -> sqlite_dialect.Insert | postgresql.Insert:
-        """Return an INSERT that supports ON CONFLICT."""
+        """Return an INSERT statement for the table that supports ON CONFLICT."""
         return sqlite_dialect.insert(table) if self.is_sqlite else postgresql.insert(table)
 
     @contextmanager
     def writing(self, *, is_durable: bool = True) -> Iterator[sa.Connection]:
-        """Open a transaction. On SQLite it excludes all other writers. Raises StorageError.
+        """Open a transaction for writing. On SQLite, it excludes all other writers. Raises StorageError.
 
-        Without `is_durable` the commit does not wait for the disk, so a power failure may undo it. It never undoes a
-        durable commit.
+        If `is_durable` is false, the commit does not wait for the disk, so a power failure may undo this transaction.
+        Durable transactions are never undone.
         """
         with at_work():
             self._make_ready()
@@ -134,11 +134,14 @@ class Database:
                 if not (is_durable or self.is_sqlite):
                     connection.execute(_NO_WAIT_FOR_DISK)
                 yield connection
-            self._require_in_place()  # a change to a moved file would be lost
+            self._require_in_place()  # raises an error if SQLite's file was moved, because the change would be lost
 
     @contextmanager
     def writing_alone(self, lock: int, *, is_durable: bool = True) -> Iterator[sa.Connection]:
-        """Open a `writing` transaction that excludes others with the same lock number. Raises StorageError."""
+        """Open a transaction for writing. It waits until no other one with the same lock number runs.
+
+        Raises StorageError.
+        """
         with self.writing(is_durable=is_durable) as connection:
             if not self.is_sqlite:
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(lock)))
@@ -146,8 +149,9 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[sa.Connection]:
-        """Open a connection that never waits for writers. Each statement sees all earlier commits. Raises
-        StorageError.
+        """Open a connection for reading, which never waits for writers. Raises StorageError.
+
+        Each statement sees all transactions that were committed before it.
         """
         with at_work():
             self._make_ready()
@@ -155,10 +159,10 @@ class Database:
                 yield connection
 
     def require_same(self) -> None:
-        """Raise StoreMovedError if the database was replaced since the start.
+        """Raise StoreMovedError if the database was replaced by another one since the start.
 
-        For SQLite, only the database file is read, because the write-ahead log still holds the former identity. Raises
-        StorageError if the tables were upgraded to a revision that this version must not use.
+        Raises StorageError if the tables were upgraded to a revision that this version of the package must not use. Of
+        SQLite, only the database file is read, without its write-ahead log: the log still has the old identity.
         """
         with at_work():
             self._make_ready()
@@ -166,9 +170,10 @@ class Database:
             self._require_same_file()
 
     def require_room(self) -> None:
-        """Raise StorageFullError if SQLite's disk is nearly full, even if small changes still fit into the log.
+        """Raise StorageFullError if the disk of the SQLite file is nearly full.
 
-        Does nothing for PostgreSQL, which reports a full disk at the next write.
+        Small changes could still succeed then, because they fit into the write-ahead log. For PostgreSQL this method
+        does nothing: a full disk makes the next write fail.
         """
         if not self.is_sqlite:
             return
@@ -178,36 +183,43 @@ class Database:
             raise StorageFullError("the disk of the job database is full")
 
     def prepare(self) -> None:
-        """Create or upgrade the tables.
+        """Create or upgrade the tables, if that is necessary.
 
-        Raises ConfigError with the reason if the server is unreachable, denies access, or has tables of a newer
-        version.
+        Raises ConfigError with the reason if the database server is unreachable, denies access, or has tables of a
+        newer version.
         """
         with at_start(self):
             self._make_ready()
 
     def check_writable(self) -> None:
-        """Raise ConfigError with the reason if the database is read-only, or if this user may not write."""
+        """Raise ConfigError with the reason if the database is read-only, or if the database user may not write."""
         with at_start(self), self.engine.begin() as connection:
             connection.execute(sa.delete(JOBS).where(sa.false()))
+
+    def rehearse(self) -> None:
+        """Do as `prepare` and `check_writable`, then undo all changes. A missing SQLite file would be created."""
+        with at_start(self), self.engine.connect() as connection, connection.begin() as transaction:
+            self._prepare(connection)
+            connection.execute(sa.delete(JOBS).where(sa.false()))
+            transaction.rollback()
 
     def close(self) -> None:
         self.engine.dispose()
 
     def _check_file(self) -> None:
-        """Check the identity in SQLite's file once a second.
+        """Check at most once a second that SQLite's file still has the same identity.
 
-        A change to an overwritten file would be lost, although the log would still accept it.
+        If the file was overwritten, a change would be lost, although the write-ahead log would still accept it.
         """
         if self.is_sqlite and time.monotonic() - self._file_checked_at > _CHECK_FILE_EVERY_S:
             self._require_same_file()
             self._file_checked_at = time.monotonic()
 
     def _require_same_file(self) -> None:
-        """Read and check the identity.
+        """Read the database's identity and compare it with the expected one. Raises StoreMovedError if they differ.
 
-        SQLite's file is read without locks, perhaps in the middle of a checkpoint, so errors are retried for up to
-        `_CHECKPOINT_S`. If an error lasted that long, later calls raise at once.
+        SQLite's file is read without locks, perhaps in the middle of a checkpoint. Therefore a failed read is repeated
+        for up to `_CHECKPOINT_S`. If reading failed for that long, the next calls do not repeat it.
         """
         give_up_at = time.monotonic() + (_CHECKPOINT_S if self.is_sqlite and not self._is_faulty else 0.0)
         while True:
@@ -225,7 +237,8 @@ class Database:
     def _read_identity(self) -> None:
         with self._identity_reader.connect() as connection:
             found = find_identity(connection)
-        if found is None and not self._has_identity:  # before the first checkpoint
+        # Before the first checkpoint, the identity is only in SQLite's log, so the file does not have it.
+        if found is None and not self._has_identity:
             return
         self._has_identity = True
         self._identity = self._identity or found
@@ -237,13 +250,14 @@ class Database:
         with self._lock:
             if not self._is_ready:
                 try:
-                    with self.engine.begin() as connection:  # other processes may start at the same time
+                    # In one transaction, because other processes may prepare the database at the same time.
+                    with self.engine.begin() as connection:
                         self._prepare(connection)
                 except BaseException:
-                    self.engine.dispose()  # closes connections to what may be the wrong database
+                    self.engine.dispose()  # closes the connections, which may lead to a wrong database
                     raise
                 self._adopt()
-                if self.is_sqlite:  # move the identity from the log into the file
+                if self.is_sqlite:  # the checkpoint moves the identity from the write-ahead log into the file
                     with self._reader.connect() as connection:
                         connection.execute(sa.text("PRAGMA wal_checkpoint(PASSIVE)"))
                 self._is_ready = True
@@ -271,7 +285,7 @@ class Database:
 
 
 def find_identity(connection: sa.Connection) -> str | None:
-    """Return the random identity of this database, None before its tables or identity exist."""
+    """Return the random identity of this database, or None if its tables or its identity do not exist yet."""
     if not sa.inspect(connection).has_table(IDENTITY.name):
         return None
     found: str | None = connection.execute(sa.select(IDENTITY.c.id)).scalar()
@@ -283,7 +297,7 @@ def _server_time() -> sa.ColumnElement[float]:
 
 
 def _time_of(clock: Callable[[], float]) -> sa.ColumnElement[float]:
-    """Return SQL for the time of `clock`, read each time a statement runs."""
+    """Return an SQL expression for the time of `clock`. The clock is read each time a statement runs."""
     return sa.bindparam("now", callable_=clock, type_=sa.Double)
 
 
@@ -291,9 +305,9 @@ def _create_postgresql(url: sa.URL) -> sa.Engine:
     try:
         engine = sa.create_engine(
             url,
-            isolation_level="READ COMMITTED",  # `transitions` relies on this level for compare-and-set
+            isolation_level="READ COMMITTED",  # the compare-and-set statements of `transitions` rely on this level
             connect_args={name: value for name, value in _CONNECT.items() if name not in url.query},
-            pool_pre_ping=True,  # the server may have been restarted
+            pool_pre_ping=True,  # if the database server was restarted, replace the connection before its next use
             pool_size=_POOL_SIZE,
             max_overflow=_POOL_OVERFLOW,
             pool_timeout=_POOL_TIMEOUT_S,

@@ -1,7 +1,8 @@
-"""Dead letters: jobs that failed in all attempts through no fault of their own. Operators list, retry and delete them.
+"""Dead letters: jobs that failed in all attempts because of the server. Operators list, retry and delete them.
 
-Each dead letter has a number, its position in order of arrival, because ids are unique only per client and contract.
-Blocking: call from worker threads. Every method raises StorageError. The caller deletes files.
+A dead letter is identified by a number, its position in the order in which all jobs arrived. Job ids do not suffice:
+they are unique only among the jobs of one client in one contract. The methods block, so call them from worker threads.
+Every method raises StorageError.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _jobs = JOBS.c
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """A dead letter and its number."""
+    """A dead letter: the failed job, and the number that identifies it."""
 
     number: int
     job: Job
@@ -46,7 +47,10 @@ class DeadLetters:
             return connection.execute(query).scalar_one()
 
     def page(self, *, before: int | None = None, model: str | None = None, limit: int = 100) -> Sequence[DeadLetter]:
-        """Return up to `limit` dead letters, newest first, of `model` (None: any) and numbered below `before`."""
+        """Return up to `limit` dead letters, newest first.
+
+        If `model` is given, all returned jobs are of this model. If `before` is given, all returned numbers are lower.
+        """
         query = sa.select(JOBS).where(IS_DEAD).order_by(_jobs.seq.desc()).limit(limit)
         if before is not None:
             query = query.where(_jobs.seq < before)
@@ -56,7 +60,7 @@ class DeadLetters:
             return [DeadLetter(row.seq, to_job(row)) for row in connection.execute(query)]
 
     def find(self, number: int) -> tuple[DeadLetter, Sequence[JobEvent]] | None:
-        """Return a dead letter with its events, None if the number does not exist."""
+        """Return the dead letter with this number and the events of its job, or None if there is none."""
         query = sa.select(JOBS).where(IS_DEAD, _jobs.seq == number)
         events = sa.select(EVENTS).where(EVENTS.c.job == number).order_by(EVENTS.c.id)
         with self._database.reading() as connection:
@@ -67,7 +71,10 @@ class DeadLetters:
         return DeadLetter(row.seq, to_job(row)), [to_event(event, at) for at, event in enumerate(rows, start=1)]
 
     def retry(self, numbers: Collection[int]) -> Sequence[int]:
-        """Requeue dead letters, with their attempts reset to 0. Returns the numbers of the requeued dead letters."""
+        """Requeue the dead letters with these numbers, if they exist. Their attempts count from 0 again.
+
+        Returns the numbers of the requeued dead letters.
+        """
         with self._database.writing() as connection:
             found = self._lock(connection, numbers)
             if not found:
@@ -77,14 +84,16 @@ class DeadLetters:
             return found
 
     def retry_job(self, ref: JobRef) -> Job | None:
-        """Requeue the dead letter with this job id. Returns None if it does not exist."""
+        """Requeue the dead letter of this job, and return the job. Returns None if the job is no dead letter."""
         with self._database.writing() as connection:
             conditions = (is_job(ref), _jobs.is_dead_letter)
             return self._transitions.change(connection, *conditions, message=_RETRIED, **self._requeued())
 
     def delete(self, numbers: Collection[int]) -> tuple[Sequence[int], Sequence[ArtifactKey]]:
-        """Delete dead letters. Returns the numbers of the deleted dead letters, and the keys of their unreferenced
-        files.
+        """Delete the dead letters with these numbers, if they exist.
+
+        Returns the numbers of the deleted dead letters, and the keys of their uploads that no other job refers to. The
+        caller should delete these files.
         """
         with self._database.writing() as connection:
             found = self._lock(connection, numbers)
@@ -93,7 +102,7 @@ class DeadLetters:
             return found, unreferenced(connection, list(dict.fromkeys(keys)))
 
     def _lock(self, connection: sa.Connection, numbers: Collection[int]) -> Sequence[int]:
-        """Lock the dead letters among `numbers` against other transactions and return their numbers, sorted."""
+        """Lock the rows of the dead letters with these numbers. Returns the numbers that exist, sorted."""
         query = sa.select(_jobs.seq).where(IS_DEAD, _jobs.seq.in_(numbers)).order_by(_jobs.seq).with_for_update()
         return connection.execute(query).scalars().all()
 

@@ -1,5 +1,7 @@
-"""Converts database errors: at startup to a ConfigError of one sentence, later to a StorageError, which clients may
-retry.
+"""Convert errors of the job database to errors of `core.errors`.
+
+At the start of the server, the result is a ConfigError with the reason. Later it is a StorageError, after which clients
+may retry.
 """
 
 from __future__ import annotations
@@ -17,19 +19,19 @@ from stable_audio_serve.core.errors import ConfigError, StorageError, StorageFul
 log = structlog.get_logger("stable_audio_serve.jobs")
 
 _RETRY_S = 2.0
-# SQLite raises its own errors for statements outside SQLAlchemy, such as waiting for a lock.
+# `sqlite3.Error` is raised by statements that do not go through SQLAlchemy, for example BEGIN.
 _ERRORS = (SQLAlchemyError, sqlite3.Error, OSError)
-_FULL = ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE", "53100")  # SQLite error names and the PostgreSQL SQLSTATE
+_FULL = ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE", "53100")  # SQLite's error names, and PostgreSQL's SQLSTATE
 
 
 def config_error(message: str) -> ConfigError:
-    """Return the error for a configured database that cannot be used."""
+    """Return the error for a configured job database that cannot be used. `message` is the reason."""
     return ConfigError(f"jobs.database_url (STABLE_AUDIO_DATABASE_URL): {message}", field="jobs.database_url")
 
 
 @contextmanager
 def at_start(database: object) -> Iterator[None]:
-    """Convert any database error to ConfigError with the reason. `str(database)` names the database."""
+    """Raise ConfigError in place of a database error. Its message has the reason, and `database` as text."""
     try:
         yield
     except _ERRORS as error:
@@ -38,7 +40,7 @@ def at_start(database: object) -> Iterator[None]:
 
 @contextmanager
 def at_work() -> Iterator[None]:
-    """Convert any database error to StorageError. The reason goes only to the log."""
+    """Raise StorageError in place of a database error. The reason is only logged, because clients see the message."""
     try:
         yield
     except (*_ERRORS, ConfigError) as error:
@@ -56,7 +58,7 @@ def _is_full(error: Exception) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Return the reason in one line, without the SQL statement, which may contain clients' data."""
+    """Return the reason of an error in one line, without the SQL statement, which may contain clients' data."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error

@@ -1,4 +1,7 @@
-"""Published files, which anyone can download by their unguessable id without a key. `artifacts` stores the bytes."""
+"""Published files: with a file's random id, anyone can download the file without a key.
+
+This module stores only the ids and descriptions of files. `artifacts` stores the bytes.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ class PublishedFiles:
         return None if text is None else codec.load_file(text)
 
     def publish(self, file: StoredFile, *, file_id: str | None = None) -> str:
-        """Publish a file under `file_id`, by default a random id. Returns the id.
+        """Publish a file under the id `file_id`, or if that is None, under a random id. Returns the id.
 
         Raises StorageError, also if the id is in use.
         """
@@ -34,6 +37,6 @@ class PublishedFiles:
         return file_id
 
     def publish_in(self, connection: sa.Connection, file: StoredFile, *, file_id: str) -> None:
-        """Publish a file in the caller's transaction."""
+        """Publish a file under the id `file_id`, in the caller's transaction."""
         row = {"id": file_id, "key": file.key, "file": codec.dump(file), "created_at": self._database.now}
         connection.execute(sa.insert(FILES).values(row))

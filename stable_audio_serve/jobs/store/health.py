@@ -1,4 +1,7 @@
-"""Health of the stores. A runner that cannot store files records this in the job database, for all processes."""
+"""Health of the job database and the artifact store.
+
+A runner that cannot store files records this in the job database, so that all processes know it.
+"""
 
 from __future__ import annotations
 
@@ -19,44 +22,45 @@ _refusals = REFUSALS.c
 
 @dataclass(frozen=True, slots=True)
 class StoreHealth:
-    """Whether jobs can be stored and run. `reason` is safe to show to clients."""
+    """Whether jobs can be stored and run. If not, `reason` says why. Clients may see it."""
 
     state: StoreState = "ok"
     reason: str | None = None
 
 
 def health_of(error: StorageError) -> StoreHealth:
-    """Return the health that a store's error implies."""
+    """Return the health of the stores after this error."""
     kinds: tuple[tuple[type[StorageError], StoreState], ...] = ((StorageFullError, "full"), (StoreMovedError, "moved"))
     state: StoreState = next((state for kind, state in kinds if isinstance(error, kind)), "unavailable")
     return StoreHealth(state, error.message)
 
 
 class Refusals:
-    """Records of runners that start no jobs, with the reasons. Blocking: call from worker threads.
+    """Records of the runners that start no jobs because a store refuses their files.
 
-    Every method raises StorageError.
+    The methods block, so call them from worker threads. Every method raises StorageError.
     """
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def record(self, owner: str, health: StoreHealth, *, for_s: float) -> None:
-        """Record that a store refuses this runner's files. The record expires after `for_s` unless repeated."""
+        """Record that a store refuses the files of the runner `owner`. The record expires after `for_s` seconds."""
         values = {"state": health.state, "reason": health.reason, "until": self._database.now + for_s}
         insert = self._database.insert(REFUSALS).values(owner=owner, **values)
         with self._database.writing() as connection:
             connection.execute(insert.on_conflict_do_update(index_elements=[_refusals.owner], set_=values))
 
     def withdraw(self, owner: str) -> None:
-        """Delete this runner's record."""
+        """Delete the record of the runner `owner`."""
         with self._database.writing() as connection:
             connection.execute(sa.delete(REFUSALS).where(_refusals.owner == owner))
 
     def current(self) -> Sequence[StoreHealth]:
-        """Return the records that have not expired.
+        """Return the health that each record has, except expired records.
 
-        Also reads and writes other tables, so that it raises StorageError if the database refuses either.
+        To check the database, the method also reads the table of jobs and writes to a table. It raises StorageError if
+        one of them fails.
         """
         query = sa.select(_refusals.state, _refusals.reason).order_by(_refusals.until.desc())
         with self._database.writing() as connection:

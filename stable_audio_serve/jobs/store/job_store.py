@@ -1,7 +1,6 @@
-"""The job store: operations on one database, grouped by kind of user.
+"""The job store: all operations on one job database (SQLite or PostgreSQL), grouped by their users.
 
-Every part is blocking (call it from worker threads) and raises StorageError while the database is unavailable. Runs on
-SQLite and PostgreSQL.
+The operations block, so call them from worker threads. They raise StorageError while the database is unavailable.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from stable_audio_serve.jobs.store.waiting import WaitingWork
 
 
 class JobStore:
-    """The operations of clients, runners, operators and the sweeper on jobs and published files."""
+    """The operations on one job database. Each attribute has the operations of one user: clients, runners and so on."""
 
     def __init__(
         self,
@@ -35,7 +34,7 @@ class JobStore:
         storage: StorageSettings | None = None,
         catalog: ModelCatalog | None = None,
     ) -> None:
-        """Make no connection yet. `catalog` has the models' defaults, from which the work of a job is computed."""
+        """The constructor does not connect. `catalog` has the models' defaults, to compute how much work a job is."""
         limits, storage = limits or JobSettings(), storage or StorageSettings()
         self.database = database
         self.clients = ClientJobs(database, limits, catalog=catalog)
@@ -48,11 +47,14 @@ class JobStore:
         self.waiting = WaitingWork(database)
 
     def identity(self) -> str:
-        """Return the random identity that this database was given at its first use."""
+        """Return the random identity of this database, which was chosen when its tables were created."""
         return self._find_own(IDENTITY.c.id)
 
     def secret(self) -> str:
-        """Return this database's secret: 256 random bits that its servers use as signing key. Keep it private."""
+        """Return the secret of this database: 256 random bits, with which the servers that share it sign data.
+
+        Clients must not see it.
+        """
         return self._find_own(IDENTITY.c.secret)
 
     def _find_own(self, column: sa.Column[Any]) -> str:

@@ -1,6 +1,7 @@
-"""Usage of clients with limits: one row per admitted request, shared by all servers of a job database.
+"""Count how much clients with limits use: seconds of audio per minute, and concurrent requests.
 
-Blocking: call from worker threads. Every method of `KeyUses` raises StorageError.
+The job database has a row for each admitted request of such a client, so the limits hold for all servers that share the
+database. The methods of `KeyUses` block, so call them from worker threads. Every one raises StorageError.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.tables import KEY_USES
 
 WINDOW_S = 60.0  # the audio of a request counts for this long
-LEASE_S = 15.0  # a place that is not renewed for this long expires: its process must have died
+LEASE_S = 15.0  # if a request's `concurrency` place is not renewed for this long, its process has died: it becomes free
 
-_ROUNDING_S = 1e-6  # tolerance for sums of floats
+_ROUNDING_S = 1e-6  # a sum of floats may exceed the limit by this much
 
 _uses = KEY_USES.c
 
@@ -29,9 +30,10 @@ Used = tuple[float, float, int]  # time, seconds of audio, number of places
 
 @dataclass(slots=True, kw_only=True)
 class Use:
-    """A request of a client with limits. `has_place`: the request takes one of the client's `concurrency` places.
+    """A request of a client with limits.
 
-    `busy_retry_s` is the Retry-After if no place is free.
+    `has_place` means that the request takes one of the places that the client's limit `concurrency` allows. If no place
+    is free, `busy_retry_s` is the retry time of the error.
     """
 
     id: str
@@ -43,7 +45,10 @@ class Use:
 
 
 def find_full(use: Use, before: Sequence[Used], *, now: float) -> QuotaError | None:
-    """Return the error if `use` exceeds a limit after the earlier uses `before` (oldest first), else None."""
+    """Return the error with which to refuse the request `use` if it would exceed a limit, or None if it would not.
+
+    `before` has what the client has used already, oldest first.
+    """
     concurrency, rate = use.limits.concurrency, use.limits.audio_seconds_per_minute
     if use.has_place and concurrency is not None and sum(places for _, _, places in before) >= concurrency:
         message = f"this key already runs as many requests as it may (concurrency={concurrency})"
@@ -65,12 +70,12 @@ def find_full(use: Use, before: Sequence[Used], *, now: float) -> QuotaError | N
 
 
 class KeyUses:
-    """The uses in one database. If two processes request the rest of a limit at once, only one gets it."""
+    """The counted requests in one database. If two processes want the rest of a limit at once, only one gets it."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
         now = database.now
-        # Times too far in the future do not count: they were written before the clock was set back.
+        # Rows with times too far in the future do not count: they were written before the clock was set back.
         has_audio = sa.and_(_uses.at > now - WINDOW_S, _uses.at < now + WINDOW_S)
         has_place = sa.and_(_uses.place_until > now, _uses.place_until < now + 2 * LEASE_S)
         is_of_client = _uses.client == sa.bindparam("of_client")
@@ -79,7 +84,8 @@ class KeyUses:
         self._find = (
             sa.select(now.label("now"), last_at, audio_s, sa.func.count().filter(has_place))
             .where(is_of_client)
-            .group_by(sa.cast(_uses.at, sa.BigInteger))  # one row per second, however many requests a client sends
+            # One result row per second, so that the result is small even if a client sends many requests.
+            .group_by(sa.cast(_uses.at, sa.BigInteger))
             .order_by(last_at)
         )
         self._forget = sa.delete(KEY_USES).where(is_of_client, sa.not_(has_audio), sa.not_(has_place))
@@ -89,7 +95,7 @@ class KeyUses:
         self._renew = sa.update(KEY_USES).where(is_any).values(place_until=now + LEASE_S)
 
     def admit(self, use: Use) -> QuotaError | None:
-        """Count the request's audio and concurrency place, or return the error if a limit is exceeded."""
+        """Count a request, and return None. If it would exceed a limit, return the error and do not count it."""
         lock = zlib.crc32(f"uses of {use.client}".encode())
         with self._database.writing_alone(lock, is_durable=False) as connection:
             before, now = self._find_used(connection, use)
@@ -102,13 +108,13 @@ class KeyUses:
         return refusal
 
     def find_full(self, use: Use) -> QuotaError | None:
-        """Return the error with which `admit` would refuse `use`, else None. Changes nothing."""
+        """Return the error with which `admit` would refuse the request, or None. Changes nothing."""
         with self._database.reading() as connection:
             before, now = self._find_used(connection, use)
         return find_full(use, before, now=now)
 
     def end(self, use: Use, *, counts: bool) -> None:
-        """Free the place. Unless `counts`, the request's audio no longer counts."""
+        """Free the request's place. If `counts` is false, the request's audio no longer counts either."""
         is_it = _uses.id == use.id
         is_kept = counts and use.limits.audio_seconds_per_minute is not None
         with self._database.writing(is_durable=False) as connection:
@@ -116,11 +122,11 @@ class KeyUses:
             connection.execute(free if is_kept else sa.delete(KEY_USES).where(is_it))
 
     def renew(self, ids: Sequence[str]) -> None:
-        """Extend the places of these requests by `LEASE_S` seconds."""
+        """Keep the places of the requests with these ids for `LEASE_S` seconds from now."""
         with self._database.writing(is_durable=False) as connection:
             connection.execute(self._renew, {"ids": ids})
 
     def _find_used(self, connection: sa.Connection, use: Use) -> tuple[list[Used], float]:
-        """Return what the client has used, oldest first, and the current time."""
+        """Return what the client has used, oldest first, and the current time of the database."""
         rows = connection.execute(self._find, {"of_client": use.client}).all()
         return [(at, audio_s, places) for _, at, audio_s, places in rows], rows[0].now if rows else 0.0

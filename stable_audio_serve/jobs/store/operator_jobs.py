@@ -18,7 +18,11 @@ _jobs = JOBS.c
 
 @dataclass(frozen=True, slots=True)
 class Unfinished:
-    """Counts of jobs. `waited_s` is the age in seconds of the oldest due job in the queue; None if it is empty."""
+    """Numbers of queued jobs, running jobs and dead letters.
+
+    `waited_s` is how many seconds ago the first queued job became due. It is 0 if the queued jobs become due later, and
+    None if no job is queued.
+    """
 
     num_queued: int
     num_running: int
@@ -33,13 +37,13 @@ class OperatorJobs:
         self._database = database
 
     def find_all(self, job_id: JobId) -> Sequence[Job]:
-        """Return the jobs with this id, of all clients and contracts, in order of arrival."""
+        """Return the jobs with this id, of all clients and contracts (HTTP APIs), in order of arrival."""
         with self._database.reading() as connection:
             rows = connection.execute(sa.select(JOBS).where(_jobs.id == job_id)).all()
         return [to_job(row) for row in sorted(rows, key=lambda row: row.seq)]
 
     def list_all(self, *, state: State | None = None, dead_letters: bool = False, limit: int = 100) -> Sequence[Job]:
-        """Return the jobs of all clients, newest first."""
+        """Return up to `limit` jobs of all clients, newest first. `state` and `dead_letters` restrict the result."""
         query = sa.select(JOBS).order_by(_jobs.seq.desc()).limit(limit)
         if state is not None:
             query = query.where(_jobs.state == state)
@@ -49,7 +53,7 @@ class OperatorJobs:
             return [to_job(row) for row in connection.execute(query)]
 
     def unfinished(self) -> Unfinished:
-        """Count queued and running jobs and dead letters. Does not read finished jobs."""
+        """Count the queued jobs, running jobs and dead letters. The query does not read finished jobs."""
         due = sa.select(sa.func.min(_jobs.not_before)).where(in_state("queued")).scalar_subquery()
         query = sa.select(
             count(in_state("queued")).label("queued"),
@@ -63,7 +67,7 @@ class OperatorJobs:
         return Unfinished(row.queued, row.running, row.dead, waited_s)
 
     def counts(self) -> Mapping[State, int]:
-        """Return the number of jobs by state, without states that have none."""
+        """Return the number of jobs in each state. States without jobs are missing."""
         query = sa.select(_jobs.state, sa.func.count()).group_by(_jobs.state)
         with self._database.reading() as connection:
             return {state: number for state, number in connection.execute(query)}  # noqa: C416

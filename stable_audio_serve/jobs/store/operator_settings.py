@@ -1,7 +1,7 @@
 """Settings that operators change while a server runs: draining, and the models to keep loaded.
 
-The job database stores them per server. Every process of a server reads them twice a second, and uses the last values
-while the database is unavailable.
+The job database stores the settings of each server that uses it. Every process of a server reads its settings twice a
+second. While the database is unavailable, the process uses the values that it read last.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from stable_audio_serve.core.errors import StorageError
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.tables import OPERATOR_SETTINGS
 
-_READ_EVERY_S = 0.5  # seconds between two reads
-_RETRY_S = 3.0  # seconds between two reads while the database is unavailable; each failure is logged
+_READ_EVERY_S = 0.5  # seconds between two reads of the settings
+_RETRY_S = 3.0  # seconds between two reads while the database is unavailable; longer, because each failure is logged
 _DRAINED, _KEPT = "drained", "kept"
 
 _settings = OPERATOR_SETTINGS.c
@@ -25,28 +25,35 @@ _settings = OPERATOR_SETTINGS.c
 
 @dataclass(frozen=True, slots=True)
 class OperatorSettings:
-    """Settings of one server. With `is_drained` it accepts no new work. `kept_models` are canonical names."""
+    """What operators have set for one server.
+
+    If `is_drained` is true, the server accepts no new work. `kept_models` has the canonical names of the models to keep
+    loaded.
+    """
 
     is_drained: bool = False
     kept_models: frozenset[str] = frozenset()
 
 
 class OperatorStore:
-    """The settings of one server. Blocking except for `current` and `follow`: call from worker threads."""
+    """Reads and changes the operators' settings of one server.
+
+    The methods block, except `current` and `follow`, so call them from worker threads.
+    """
 
     def __init__(self, database: Database, server: str) -> None:
-        """Make no query yet. `server` is the server's name in the shared database."""
+        """The constructor makes no query. `server` is the name of the server in the job database."""
         self._database = database
         self._server = server
         self._current = OperatorSettings()
 
     @property
     def current(self) -> OperatorSettings:
-        """The settings that were read last; defaults before the first read."""
+        """The settings that were read last. Before the first read, the defaults."""
         return self._current
 
     def read(self) -> OperatorSettings:
-        """Read the settings. Raises StorageError."""
+        """Read the settings from the database and return them. Raises StorageError."""
         query = sa.select(_settings.setting, _settings.model).where(_settings.server == self._server)
         with self._database.reading() as connection:
             rows = connection.execute(query).all()
@@ -55,7 +62,7 @@ class OperatorStore:
         return self._current
 
     async def follow(self, apply: Callable[[OperatorSettings], None]) -> None:
-        """Read the settings twice a second and pass them to `apply`, until cancelled."""
+        """Read the settings twice a second and pass them to `apply`, until the task is cancelled."""
         while True:
             try:
                 apply(await asyncio.to_thread(self.read))
@@ -65,19 +72,19 @@ class OperatorStore:
                 await asyncio.sleep(_READ_EVERY_S)
 
     def drain(self) -> None:
-        """Accept no new work in any process of this server until `resume`. Raises StorageError."""
+        """Let the processes of this server accept no new work until `resume` is called. Raises StorageError."""
         self._set(_DRAINED)
 
     def resume(self) -> None:
-        """Accept new work again. Raises StorageError."""
+        """Let the processes of this server accept new work again. Raises StorageError."""
         self._unset(_DRAINED)
 
     def keep(self, model: str) -> None:
-        """Keep at least one replica of the model until `release`. Raises StorageError."""
+        """Keep at least one replica of the model until `release` is called. Raises StorageError."""
         self._set(_KEPT, model)
 
     def release(self, model: str) -> None:
-        """Let the model scale to zero again. Raises StorageError."""
+        """Let the model scale down to its configured minimum again. Raises StorageError."""
         self._unset(_KEPT, model)
 
     def _set(self, setting: str, model: str = "") -> None:

@@ -1,7 +1,7 @@
-"""Webhook notices of ended jobs, stored in the jobs' table so that they survive restarts.
+"""The outbox: webhooks to send for ended jobs (notices). They are stored with the jobs, so that they survive restarts.
 
-A process claims a notice for a limited time before delivering it. So two processes never deliver a notice at once, and
-if a process dies, its notices are only delayed.
+Before a process delivers a notice, it claims the notice for a limited time. So two processes never deliver the same
+notice at once. If a process dies, its notices are only delayed.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ _jobs = JOBS.c
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """A webhook to deliver. `attempt` counts from 1.
+    """A webhook to deliver. `attempt` is 1 for the first attempt to deliver it.
 
-    `id` is the job's id. A dead letter that was retried and ended again gets a new id.
+    `id` is the job's id. If an operator retried the job after it had failed, and the job has ended again, the notice
+    gets another id, because receivers may ignore an id that they know. `retries` is the number of such retries.
     """
 
     id: str
@@ -35,15 +36,15 @@ class Notice:
 
 
 class Outbox:
-    """The notices due for delivery. Blocking: call from worker threads."""
+    """The notices of one job database. The methods block, so call them from worker threads."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def claim(self, *, for_s: float, except_hosts: Collection[str] = ()) -> Notice | None:
-        """Claim the notice that has been due longest, except for notices to `except_hosts`.
+        """Claim the notice that has been due longest, and return it. Notices to `except_hosts` are left out.
 
-        Other processes cannot claim it for `for_s` seconds. Returns None if no notice is due.
+        Other processes cannot claim the same notice for `for_s` seconds. Returns None if no notice is due.
         """
         now = self._database.now
         is_due = (_jobs.webhook_at <= now, _jobs.webhook_host.not_in(except_hosts))
@@ -58,17 +59,17 @@ class Outbox:
         return Notice(notice_id, row.webhook_url, row.webhook_host, to_job(row), row.retries, row.webhook_attempts)
 
     def remove(self, notice: Notice) -> None:
-        """Remove a notice, because it was delivered or given up."""
+        """Remove a notice that was delivered, or that should not be delivered any more."""
         self._update(notice, webhook_at=None)
 
     def postpone(self, notice: Notice, *, delay_s: float) -> None:
-        """Make a notice due again in `delay_s` seconds."""
+        """Let a notice be delivered again in `delay_s` seconds."""
         self._update(notice, webhook_at=self._database.now + delay_s)
 
     def _update(self, notice: Notice, *, webhook_at: sa.ColumnElement[float] | None) -> None:
-        """Set the time at which the notice is due next; None removes it.
+        """Set the time of the next delivery of a notice. None removes the notice.
 
-        Does nothing if another process has since claimed the notice, or if the job was retried.
+        Does nothing if another process has claimed the notice in the meantime, or if the job was retried.
         """
         is_same = (_jobs.retries == notice.retries, _jobs.webhook_attempts == notice.attempt)
         change = sa.update(JOBS).where(is_job(notice.job.spec.ref), *is_same)

@@ -1,4 +1,4 @@
-"""The sweeper's operations on the database: deletes old jobs and published files, and finds unreferenced files."""
+"""The sweeper's operations on the database: delete old jobs and published files, and find files without a reference."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from stable_audio_serve.core.ids import ArtifactKey
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.tables import FILES, JOBS
 
-_BATCH = 500  # parameters per statement
+_BATCH = 500  # most parameters of one SQL statement
 
 _jobs = JOBS.c
 
 
 class Retention:
-    """Deletes expired rows. The caller deletes the files."""
+    """Deletes old rows from the database. The caller deletes the files that the rows referred to."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def purge(self, *, age_s: float, limit: int = 100) -> list[ArtifactKey]:
-        """Delete ended jobs and published files older than `age_s`. Returns the keys of their unreferenced files.
+        """Delete the rows of ended jobs and of published files that are older than `age_s` seconds, some at a time.
 
-        Each transaction deletes up to `limit` jobs and `limit` published files. An empty result means that nothing is
-        left to delete.
+        Returns the keys of the files that no row refers to any more; the caller should delete these files. Each
+        transaction deletes up to `limit` jobs and `limit` published files. An empty result means that nothing is left
+        to delete.
         """
         while True:
             with self._database.writing() as connection:
@@ -34,7 +35,7 @@ class Retention:
                 return keys
 
     def unreferenced(self, keys: Collection[ArtifactKey]) -> list[ArtifactKey]:
-        """Return the keys that no job and no published file refers to."""
+        """Return the elements of `keys` to which no job and no published file refers."""
         with self._database.reading() as connection:
             return unreferenced(connection, list(keys))
 
@@ -42,10 +43,13 @@ class Retention:
 def _delete_some(
     connection: sa.Connection, *, before: sa.ColumnElement[float], limit: int
 ) -> tuple[int, list[ArtifactKey]]:
-    """Return the number of deleted jobs and published files, and the keys that are now unreferenced."""
+    """Delete up to `limit` ended jobs and `limit` published files that are older than `before`.
+
+    Returns the number of deleted jobs and files, and the keys to which no row refers any more.
+    """
     old_jobs = sa.select(_jobs.seq).where(_jobs.completed_at <= before).order_by(_jobs.completed_at)
     old_files = sa.select(FILES.c.id).where(FILES.c.created_at <= before).order_by(FILES.c.created_at)
-    # Lock the jobs first, because an operator may be retrying one of them.
+    # The rows are locked before they are deleted, and locked rows are skipped: an operator may just retry one of them.
     jobs = connection.execute(old_jobs.limit(limit).with_for_update(skip_locked=True)).scalars().all()
     delete_jobs = sa.delete(JOBS).where(_jobs.seq.in_(jobs)).returning(_jobs.upload_key, _jobs.result_key)
     keys = [key for row in connection.execute(delete_jobs) for key in row if key is not None]
@@ -57,7 +61,10 @@ def _delete_some(
 
 
 def unreferenced(connection: sa.Connection, keys: list[ArtifactKey]) -> list[ArtifactKey]:
-    """Return the keys that no job and no published file refers to."""
+    """Return the elements of `keys` to which no job and no published file refers.
+
+    An ended job does not need its upload any more, except a dead letter, which an operator may retry.
+    """
     referenced: set[ArtifactKey] = set()
     for start in range(0, len(keys), _BATCH):
         some = keys[start : start + _BATCH]

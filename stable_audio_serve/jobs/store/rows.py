@@ -1,4 +1,4 @@
-"""Converts table rows to the values of `jobs.job`, and builds the conditions that select rows."""
+"""Convert table rows to the dataclasses of `jobs.job`, and build the SQL conditions that select rows."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _jobs = JOBS.c
 
 
 def is_job(ref: JobRef) -> sa.ColumnElement[bool]:
-    """Return the SQL condition that a row is of this job."""
+    """Return the SQL condition for the row of this job."""
     return sa.and_(_jobs.contract == ref.contract, _jobs.client == ref.client, _jobs.id == ref.id)
 
 
 def is_held(job: Job) -> sa.ColumnElement[bool]:
-    """Return the SQL condition that a row is of this job, and that the job still runs under the same lease."""
+    """Return the SQL condition for the row of this job if the job still runs under the lease in `job`."""
     lease = job.lease or Lease("", -1)
     return sa.and_(is_job(job.spec.ref), in_state("running"), _jobs.owner == lease.owner, _jobs.fence == lease.fence)
 
@@ -32,7 +32,8 @@ def is_held(job: Job) -> sa.ColumnElement[bool]:
 def to_job(row: sa.Row[Any]) -> Job:
     """Return the job in a row.
 
-    A specification that cannot be read must not block other jobs, so the columns of the row replace it.
+    If the stored specification cannot be parsed, this is no error, because other jobs would be blocked. Then a
+    specification made from the row's columns replaces it.
     """
     spec = _read(codec.load_spec, row.spec)
     return Job(
@@ -56,7 +57,10 @@ def to_job(row: sa.Row[Any]) -> Job:
 
 
 def _read(load: Callable[[str], T], text: str | None) -> T | None:
-    """Return the parsed text; None for NULL, and for another version's text that cannot be parsed."""
+    """Parse the text of a column. Returns None for NULL, and for text that cannot be parsed.
+
+    Another version of this package may have written such text.
+    """
     try:
         return None if text is None else load(text)
     except ValueError:
@@ -64,7 +68,7 @@ def _read(load: Callable[[str], T], text: str | None) -> T | None:
 
 
 def _outline(row: sa.Row[Any]) -> JobSpec:
-    """Return a specification from the columns of a job whose stored specification cannot be read."""
+    """Return a specification made from the columns of a row whose stored specification cannot be parsed."""
     return JobSpec(
         id=row.id,
         contract=row.contract,
@@ -80,9 +84,9 @@ def _outline(row: sa.Row[Any]) -> JobSpec:
 
 
 def to_event(row: sa.Row[Any], number: int) -> JobEvent:
-    """Return the event in a row. Its id is `number`, which counts the events of the job.
+    """Return the event in a row, with the id `number`: 1 for the first event of the job.
 
-    The row's own id stays private, because it counts the events of all jobs.
+    The row's own id is not used, because it counts the events of all jobs, and clients must not know their number.
     """
     at = datetime.fromtimestamp(row.at, UTC)
     return JobEvent(number, at, row.stage, row.fraction, row.eta_s, row.message)

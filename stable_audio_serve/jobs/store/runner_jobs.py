@@ -1,6 +1,6 @@
-"""Job operations for runners: lease, renew, report, end, requeue, and reclaim the jobs of dead runners.
+"""Job operations for runners: lease jobs, renew leases, report progress, end or requeue jobs, and requeue lost jobs.
 
-Each runner process has a random `owner` name. Only the holder of a lease may change its job.
+Each runner has a random name, `owner`. Only the runner that has a job's lease may change the job.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from stable_audio_serve.jobs.store.turns import Turns
 
 _LATE = JobError("start_timeout", "the job could not be started in the time its client allowed")
 _EXHAUSTED = JobError("unavailable", "the server was interrupted too often during this job")
-_LEASE_LOCK = 0x53415503  # number of PostgreSQL's advisory lock, unique in the database
-_BATCH = 500  # rows per statement
+_LEASE_LOCK = 0x53415503  # number of a PostgreSQL advisory lock, which no other lock in the database has
+_BATCH = 500  # most rows that one statement changes
 
 _jobs = JOBS.c
 _QUEUED, _RUNNING = in_state("queued"), in_state("running")
@@ -33,7 +33,7 @@ _QUEUED, _RUNNING = in_state("queued"), in_state("running")
 
 @dataclass(frozen=True, slots=True)
 class RenewedLease:
-    """A running job whose lease was renewed."""
+    """The lease of a running job after it was renewed. `cancel_requested` means that the client cancelled the job."""
 
     ref: JobRef
     fence: int
@@ -42,7 +42,7 @@ class RenewedLease:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The progress of a running job. `eta_s` is the predicted time left in seconds."""
+    """The progress of a running job. `eta_s` is the predicted number of seconds until the job ends."""
 
     job: Job
     stage: str
@@ -53,9 +53,11 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """Pending work of a runner: counts, and for each kind of work the seconds until it can begin.
+    """What a runner has to do: numbers of jobs, and for each kind of work, the seconds until it is due.
 
-    Seconds of 0 or less mean now, None means that there is no such work.
+    `queued` has the number of queued jobs by priority, `num_stops` is the number of this runner's jobs that were
+    cancelled. 0 or fewer seconds mean that the work is due now. None means that there is no such work. The kinds are
+    jobs to lease, expired leases, queued jobs that did not start in time, and webhooks.
     """
 
     queued: Mapping[Priority, int]
@@ -80,7 +82,7 @@ class RunnerJobs:
         self._files = PublishedFiles(database)
 
     def outlook(self, owner: str) -> Outlook:
-        """Return the pending work. Takes one query, and an idle runner makes no other queries."""
+        """Return the work that is pending for the runner `owner`. An idle runner makes only this one query."""
         now = self._database.now
         query = sa.select(
             *(count(_QUEUED, _jobs.priority == priority).label(priority) for priority in get_args(Priority)),
@@ -103,23 +105,25 @@ class RunnerJobs:
         models: Collection[str] | None = None,
         priority: Priority = "interactive",
     ) -> Job | None:
-        """Lease the next waiting job of these models (None: of any model) for `lease_s` seconds.
+        """Lease the next queued job of one of these models to the runner `owner`, for `lease_s` seconds.
 
-        Returns None if no job is due.
+        If `models` is None, any model will do. Returns the job, or None if no job is due.
         """
         is_next = _jobs.seq == self._turns.next_job(priority, models)
         values = self._transitions.started(owner, lease_s=lease_s)
-        with self._database.writing_alone(_LEASE_LOCK) as connection:  # two leases at once would pick the same client
+        # Without the lock, two transactions at once would both choose a job of the same client.
+        with self._database.writing_alone(_LEASE_LOCK) as connection:
             job = self._transitions.change(connection, is_next, message="started", **values)
             if job is not None:
                 self._turns.served(connection, job.spec)
         return job
 
     def renew(self, owner: str, *, lease_s: float, refs: Collection[JobRef]) -> list[RenewedLease]:
-        """Extend this owner's leases of the jobs `refs` to `lease_s` seconds from now. Returns those renewed.
+        """Let the leases that the runner `owner` has of the jobs `refs` expire in `lease_s` seconds from now.
 
-        `refs` are the jobs in progress. If the answer of `lease` was lost, the runner holds a lease of a job that it
-        does not run. That lease must expire, so it is not renewed.
+        Returns the leases that were renewed; the others are lost. `refs` are the jobs that the runner really runs. If
+        the database's answer to `lease` was lost, the runner has the lease of a job that it does not know. Such a lease
+        is not renewed, so that it expires.
         """
         is_one = sa.tuple_(_jobs.contract, _jobs.client, _jobs.id).in_(refs)
         change = sa.update(JOBS).where(_jobs.owner == owner, _RUNNING, is_one)
@@ -130,13 +134,16 @@ class RunnerJobs:
             return [RenewedLease(JobRef(*row[:3]), *row[3:]) for row in connection.execute(returning)]
 
     def report(self, reports: Collection[Report]) -> list[Job]:
-        """Save the progress of running jobs. Returns the jobs whose lease was lost."""
+        """Store the progress of running jobs. Returns the jobs whose lease is lost."""
         with self._database.writing() as connection:
             _lock(connection, {report.job.spec.id for report in reports})
             return [report.job for report in reports if self._note_progress(connection, report) is None]
 
     def succeed(self, job: Job, result: JobResult) -> Job | None:
-        """End a job with its result and publish the file, in one transaction. Returns None if the lease was lost."""
+        """End a job with its result, and publish its file, in one transaction.
+
+        Returns the ended job, or None if its lease is lost.
+        """
         values = self._transitions.ended("succeeded") | {
             "stage": "done",
             "fraction": 1.0,
@@ -151,18 +158,19 @@ class RunnerJobs:
         return ended
 
     def fail(self, job: Job, error: JobError, *, is_dead_letter: bool = False) -> Job | None:
-        """End a job with an error. Returns None if the lease was lost."""
+        """End a job with an error. Returns the ended job, or None if its lease is lost."""
         values = self._transitions.ended("failed", error) | {"is_dead_letter": is_dead_letter}
         return self._change_held(job, message=error.message, **values)
 
     def stop(self, job: Job) -> Job | None:
-        """End a job whose cancellation was requested. Returns None if the lease was lost."""
+        """End a job that its client has cancelled. Returns the ended job, or None if its lease is lost."""
         return self._change_held(job, message="cancelled", **self._transitions.ended("cancelled", CANCELLED))
 
     def requeue(self, job: Job, *, delay_s: float, attempts: int, message: str) -> Job | None:
-        """Requeue a job with its attempts set to `attempts`. It does not start again for `delay_s` seconds.
+        """Requeue a job, with `attempts` as its number of attempts. It starts again after `delay_s` seconds or later.
 
-        If its cancellation was requested, the job is cancelled instead. Returns None if the lease was lost.
+        If its client has cancelled the job, the job ends instead. Returns the changed job, or None if its lease is
+        lost.
         """
         start_within_s = None if attempts else job.spec.start_within_s
         start_before = None if start_within_s is None else job.created_at.timestamp() + start_within_s
@@ -177,7 +185,8 @@ class RunnerJobs:
     def reclaim(self, *, max_attempts: int) -> list[Job]:
         """Requeue all running jobs whose lease has expired. Returns the changed jobs.
 
-        If its cancellation was requested, a job is cancelled instead. After `max_attempts` it becomes a dead letter.
+        A job that its client has cancelled ends instead. A job that has had `max_attempts` attempts fails and becomes a
+        dead letter, which an operator may retry.
         """
         is_cancelled, is_last = _jobs.cancel_requested, _jobs.attempts >= max_attempts
         dead = self._transitions.ended("failed", _EXHAUSTED) | {"is_dead_letter": True}
@@ -192,7 +201,7 @@ class RunnerJobs:
         return reclaimed
 
     def expire(self) -> list[Job]:
-        """End the waiting jobs that were not started in time. Returns them."""
+        """End the queued jobs that did not start in the time that their client allowed. Returns these jobs."""
         is_late = (_QUEUED, _jobs.start_before <= self._database.now)
         return self._change_all(*is_late, message=_LATE.message, **self._transitions.ended("failed", _LATE))
 
@@ -206,7 +215,7 @@ class RunnerJobs:
             return self._transitions.change(connection, is_held(job), message=message, **values)
 
     def _change_all(self, *conditions: sa.ColumnElement[bool], message: str, **values: Any) -> list[Job]:
-        """Change every job that meets all `conditions`, in transactions of bounded size."""
+        """Change every job that meets all `conditions`, up to `_BATCH` jobs in a transaction. Returns these jobs."""
         changed: list[Job] = []
         while True:
             with self._database.writing() as connection:
@@ -217,9 +226,9 @@ class RunnerJobs:
 
 
 def _lock(connection: sa.Connection, job_ids: Collection[JobId]) -> None:
-    """Lock running jobs in a fixed order, so that two transactions that change several jobs never deadlock."""
+    """Lock the rows of running jobs in a fixed order, so that two transactions with several jobs never deadlock."""
     in_order = sa.select(_jobs.seq).where(_RUNNING, _jobs.id.in_(job_ids)).order_by(_jobs.seq).with_for_update()
-    if connection.dialect.name != "sqlite":  # SQLite has a single writer
+    if connection.dialect.name != "sqlite":  # SQLite needs no row locks, because it has a single writer
         connection.execute(in_order)
 
 

@@ -1,8 +1,8 @@
 """SQLite as the job database: one file and its write-ahead log, shared by the processes of one machine.
 
-A process can keep using an open file after the file was moved or deleted. Its changes would be lost at the next start,
-and a new connection would open or create another database. So a transaction is refused unless the paths still lead to
-the open files.
+A process can keep using an open file after the file was moved or deleted. The process's changes would be lost at the
+next start, and a new connection would open or create another database. Therefore a transaction is refused if the paths
+do not lead to the open files any more.
 """
 
 from __future__ import annotations
@@ -26,21 +26,24 @@ from stable_audio_serve.jobs.store.errors import config_error
 log = structlog.get_logger("stable_audio_serve.jobs")
 
 _POOL_SIZE = 8
-_OLDEST_SQLITE = (3, 35)  # the first version with RETURNING
+_OLDEST_SQLITE = (3, 35)  # the first version that supports RETURNING
 _BUSY_TIMEOUT_S = 15.0
 _BUSY_PAUSE_S = 0.001
-_WAL_PAGES = 4000  # pages (16 MiB) between checkpoints; each checkpoint makes one writer wait
+_WAL_PAGES = 4000  # database pages (16 MiB) in the log before a checkpoint, which makes one writer wait
 _RETRY_S = 5.0
-_IS_COUNTED = "is_counted"  # key in the connection pool's record of a connection
+_IS_COUNTED = "is_counted"  # key in `info` of SQLAlchemy's record of a connection
 
-_Identity = tuple[int, int] | None  # device and inode
+_Identity = tuple[int, int] | None  # a file's device and inode number; None if there is no file
 
 
 class DatabaseFile:
-    """The open files: the database file, which must always stay in place, and its log while a connection is open."""
+    """Checks that the files that SQLite has open are still in place.
+
+    These are the database file, which must always stay in place, and while a connection is open, its write-ahead log.
+    """
 
     def __init__(self, path: str, *, may_create: bool) -> None:
-        """With `may_create`, a missing file is created when connecting, until `adopt` is called."""
+        """If `may_create` is true, a missing file is created when a connection opens. After `adopt`, it is an error."""
         self._path = os.path.abspath(path)
         self._may_create = may_create
         self._real = self._path
@@ -51,11 +54,12 @@ class DatabaseFile:
         self._lock = threading.Lock()
 
     def uri(self) -> str:
-        """Return the URI for the next connection. Raises StoreMovedError."""
+        """Return the URI with which to open the next connection. Raises StoreMovedError if the file is not in place."""
         is_first = self._first is None
         if is_first and self._may_create:
             make_private_folder(Path(self._path).parent)
-            if not os.path.exists(self._path):  # SQLite gives its log files the same mode
+            # The file is private. SQLite gives its log files the same permissions.
+            if not os.path.exists(self._path):
                 os.close(open_private(self._path, os.O_WRONLY | os.O_CREAT))
         elif is_first:
             self._require_in_place(_identify(self._path, may_be_empty=False) is not None)
@@ -66,35 +70,39 @@ class DatabaseFile:
         return f"file:{quote(self._path)}?mode=rw"
 
     def uri_without_log(self) -> str:
-        """Return a URI with which only the database file is read, without locks and as of the last checkpoint."""
+        """Return a URI with which SQLite reads only the database file, without locks and without the log.
+
+        The content is that of the last checkpoint.
+        """
         self.require()
         return f"file:{quote(self._path)}?mode=ro&immutable=1"
 
     def opened(self) -> None:
-        """Count a connection that has read from the file, so that the log exists."""
+        """Count an open connection. It must have read from the file, because only then does the log exist."""
         with self._lock:
             self._num_open += 1
             if self._num_open == 1:
-                self._real = os.path.realpath(self._path)  # SQLite keeps its log in the same folder as this file
+                self._real = os.path.realpath(self._path)  # SQLite's log is in the folder of this resolved path
                 self._opened = self._identify_files()
 
     def adopt(self) -> None:
-        """Accept the open file as the database. From now on no other file is opened or created."""
+        """Accept the open file as the database. From now on, no other file is opened, and none is created."""
         self._first = _locate(self._real)
 
     def closed(self) -> None:
-        """Count a closed connection. When the last connection of all processes closes, SQLite removes the log."""
+        """Count a closed connection. SQLite removes the log when the last connection of all processes is closed."""
         with self._lock:
             self._num_open -= 1
 
     def require(self) -> None:
-        """Raise StoreMovedError unless the paths still lead to the open files."""
+        """Raise StoreMovedError if the paths do not lead to the open files any more."""
         self._require_in_place(self._identify_files() == self._opened)
 
     def _identify_files(self) -> tuple[_Identity, ...]:
-        """Return the identities of the files at the paths. This is ten times as fast as resolving the paths.
+        """Return the identities of the files that are now at the paths of the open files.
 
-        The resolved path of the file must not become a link, because SQLite would then look for the log elsewhere.
+        This is ten times as fast as resolving the configured path again. `lstat` finds out if the database file was
+        replaced by a link, because SQLite would then look for the log in another folder.
         """
         real = self._real
         file = _identify(real, look=os.lstat, may_be_empty=False)
@@ -102,7 +110,7 @@ class DatabaseFile:
         return found if real == self._path else (*found, _identify(self._path))
 
     def _require_in_place(self, is_in_place: bool) -> None:
-        if is_in_place == self._was_moved:  # log each change once
+        if is_in_place == self._was_moved:  # log only when this has changed since the last check
             self._was_moved = not is_in_place
             if is_in_place:
                 log.warning("the job database is back in its place", file=self._path)
@@ -113,7 +121,10 @@ class DatabaseFile:
 
 
 def _locate(path: str) -> tuple[_Identity, _Identity, str]:
-    """Return the identity of the file, and the folder and name from which SQLite derives the path of its log."""
+    """Return the identity of a file, the identity of its real folder, and its real name.
+
+    SQLite derives the path of its log from the real folder and name.
+    """
     folder, name = os.path.split(os.path.realpath(path))
     return _identify(path, may_be_empty=False), _identify(folder), name
 
@@ -127,14 +138,17 @@ def _identify(path: str, *, look: Callable[[str], os.stat_result] = os.stat, may
 
 
 def create_engine_without_log(file: DatabaseFile) -> sa.Engine:
-    """Return an engine that reads the database file without its log, with a new connection each time."""
+    """Return an SQLAlchemy engine that reads the database file without its log, each time with a new connection."""
     return sa.create_engine(
         "sqlite://", creator=lambda: sqlite3.connect(file.uri_without_log(), uri=True), poolclass=sa.NullPool
     )
 
 
 def create_engine(url: sa.URL, *, may_create: bool) -> tuple[sa.Engine, DatabaseFile]:
-    """Return an engine over the file of `url`; with `may_create`, the first use creates it. Raises ConfigError."""
+    """Return an SQLAlchemy engine for the file in `url`, and the object that checks the file. Raises ConfigError.
+
+    If `may_create` is true, the first connection creates a missing file.
+    """
     if sqlite3.sqlite_version_info < _OLDEST_SQLITE:
         raise config_error(
             f"SQLite {sqlite3.sqlite_version} is too old, {'.'.join(map(str, _OLDEST_SQLITE))} is needed"
@@ -148,7 +162,7 @@ def create_engine(url: sa.URL, *, may_create: bool) -> tuple[sa.Engine, Database
 
     @sa.event.listens_for(engine, "connect")
     def _configure(connection: sqlite3.Connection, record: Any) -> None:
-        connection.isolation_level = None  # transactions begin in `_begin`, not where the driver guesses
+        connection.isolation_level = None  # only `_begin` begins transactions, not the sqlite3 module
         _write_ahead(connection)
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute(f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}")
@@ -173,7 +187,10 @@ def create_engine(url: sa.URL, *, may_create: bool) -> tuple[sa.Engine, Database
 
 
 def _begin_writing(connection: sqlite3.Connection, *, is_durable: bool) -> None:
-    """Begin a transaction, retrying at constant intervals. SQLite's own intervals grow, so newer writers overtake."""
+    """Begin a transaction for writing, and wait for other writers by trying again at constant intervals.
+
+    SQLite can wait itself, but its intervals grow, so that a writer that began to wait later would often be first.
+    """
     connection.execute(f"PRAGMA synchronous = {'FULL' if is_durable else 'NORMAL'}")
     connection.execute("PRAGMA busy_timeout = 0")
     try:
@@ -183,12 +200,15 @@ def _begin_writing(connection: sqlite3.Connection, *, is_durable: bool) -> None:
 
 
 def _write_ahead(connection: sqlite3.Connection) -> None:
-    """Switch to write-ahead logging, with retries: the first switch needs exclusive access and SQLite does not wait."""
+    """Switch the database to write-ahead logging.
+
+    The first switch needs exclusive access, for which SQLite does not wait, so the statement is repeated.
+    """
     _retry_while_busy(connection, "PRAGMA journal_mode = WAL")
 
 
 def _retry_while_busy(connection: sqlite3.Connection, statement: str) -> None:
-    """Repeat a statement until the database is free. Raises sqlite3.OperationalError after `_BUSY_TIMEOUT_S`."""
+    """Repeat a statement while the database is busy. Raises sqlite3.OperationalError after `_BUSY_TIMEOUT_S`."""
     give_up_at = time.monotonic() + _BUSY_TIMEOUT_S
     while True:
         try:

@@ -1,8 +1,8 @@
-"""Tables of the job store, the same on SQLite and PostgreSQL. All times are Unix seconds.
+"""The tables of the job database, the same on SQLite and PostgreSQL. All times are Unix seconds.
 
 Every change here also needs a revision in `migrations/versions`, which upgrades existing databases.
 
-Indexes of waiting or running jobs are partial, so that ended jobs take no space in them.
+Most indexes of jobs are partial: for example, an index that is only used for queued jobs contains no other jobs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ METADATA = sa.MetaData()
 
 
 class _Text(sa.TypeDecorator[str]):
-    """Text without the characters that some database refuses.
+    """The type of a text column. Characters that SQLite or PostgreSQL cannot store are replaced by U+FFFD.
 
     PostgreSQL cannot store U+0000, and UTF-8 cannot encode lone surrogates.
     """
@@ -27,26 +27,27 @@ class _Text(sa.TypeDecorator[str]):
     cache_ok = True
 
     def process_bind_param(self, value: str | None, dialect: sa.Dialect) -> str | None:
-        """Return the value to send to the database."""
+        """Return the value that SQLAlchemy sends to the database."""
         return None if value is None else storable(value)
 
 
 def storable(text: str) -> str:
-    """Replace characters that not every database can store with U+FFFD."""
+    """Return `text` with U+FFFD in place of characters that SQLite or PostgreSQL cannot store."""
     if text.isascii() and "\0" not in text:
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "\ufffd")
 
 
-# Columns of a `core.pricing.WorkSize`, which are 0 in jobs that are older than the columns.
+# The columns that store a job's `core.pricing.WorkSize`, with the names of its fields. In jobs that were added before
+# the columns existed, the values are 0.
 WORK = {f"work_{field.name}": field.name for field in fields(WorkSize)}
 
-_Number = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite increments only this type
+_Number = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite's AUTOINCREMENT needs the type INTEGER
 
 JOBS = sa.Table(
     "jobs",
     METADATA,
-    sa.Column("seq", _Number, primary_key=True),  # order of arrival
+    sa.Column("seq", _Number, primary_key=True),  # counts the jobs in order of arrival
     sa.Column("contract", _Text, nullable=False),
     sa.Column("id", _Text, nullable=False),
     sa.Column("client", _Text, nullable=False),
@@ -59,8 +60,8 @@ JOBS = sa.Table(
     sa.Column("started_at", sa.Double),
     sa.Column("completed_at", sa.Double),
     sa.Column("not_before", sa.Double, nullable=False),
-    sa.Column("start_before", sa.Double),  # waiting jobs only
-    sa.Column("owner", _Text),  # running jobs only
+    sa.Column("start_before", sa.Double),  # NULL unless the job is queued
+    sa.Column("owner", _Text),  # the runner; NULL unless the job runs
     sa.Column("fence", sa.Integer, nullable=False, server_default="0"),
     sa.Column("lease_until", sa.Double),
     sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
@@ -78,16 +79,17 @@ JOBS = sa.Table(
     sa.Column("result_key", _Text),
     sa.Column("webhook_url", _Text),
     sa.Column("webhook_host", _Text),
-    sa.Column("webhook_at", sa.Double),  # time of the next delivery; NULL = nothing to deliver
+    sa.Column("webhook_at", sa.Double),  # when to send the webhook next; NULL = there is nothing to send
     sa.Column("webhook_attempts", sa.Integer, nullable=False, server_default="0"),
-    sa.Column("retries", sa.Integer, nullable=False, server_default="0"),  # retries of a dead letter by operators
+    sa.Column("retries", sa.Integer, nullable=False, server_default="0"),  # how often operators retried the failed job
     *(sa.Column(name, sa.Double, nullable=False, server_default="0") for name in WORK),
-    sa.UniqueConstraint("id", "contract", "client"),  # id first, because operators search by id
+    sa.UniqueConstraint("id", "contract", "client"),  # id first: operators search by id alone, with this index
     sqlite_autoincrement=True,
 )
 _jobs = JOBS.c
 
-IS_DEAD = _jobs.is_dead_letter == sa.true()  # SQLite uses the index only for this exact text
+# The condition for dead letters. SQLite uses the partial index `jobs_dead` only for a condition of exactly this text.
+IS_DEAD = _jobs.is_dead_letter == sa.true()
 
 EVENTS = sa.Table(
     "events",
@@ -103,11 +105,12 @@ EVENTS = sa.Table(
     sqlite_autoincrement=True,
 )
 
-# `served` is the number of the client's last start, counted over all starts of its priority; 0 = none yet.
+# When each client's last job started, by model and priority (see `turns`). All starts of jobs of a priority are
+# numbered. `served` is the number of the client's last start, 0 if there was none yet.
 TURNS = sa.Table(
     "turns",
     METADATA,
-    sa.Column("seq", _Number, primary_key=True),  # order of arrival
+    sa.Column("seq", _Number, primary_key=True),  # counts the rows in order of arrival
     sa.Column("priority", _Text, nullable=False),
     sa.Column("model", _Text, nullable=False),
     sa.Column("client", _Text, nullable=False),
@@ -116,7 +119,7 @@ TURNS = sa.Table(
     sa.Index("turns_in_order", "priority", "served", "seq"),
 )
 
-# Files that anyone with the link can download: finished audio, and files that clients of a dialect store.
+# Files that anyone with the link can download: the audio of finished jobs, and files that clients of an HTTP API store.
 FILES = sa.Table(
     "files",
     METADATA,
@@ -128,12 +131,12 @@ FILES = sa.Table(
     sa.Index("files_by_age", "created_at"),
 )
 
-# Uploaded files that are still stored, for the limit of bytes per client.
+# Uploaded files that are still stored. The sum of their sizes is limited for each client.
 UPLOADS = sa.Table(
     "uploads",
     METADATA,
     sa.Column("name", _Text, primary_key=True),
-    sa.Column("ticket", _Text, nullable=False),  # the announced upload that the file belongs to
+    sa.Column("ticket", _Text, nullable=False),  # the upload that the file belongs to, which the client announced
     sa.Column("client", _Text, nullable=False),
     sa.Column("num_bytes", sa.BigInteger, nullable=False),
     sa.Column("expires_at", sa.Double, nullable=False),
@@ -141,35 +144,36 @@ UPLOADS = sa.Table(
     sa.Index("uploads_by_age", "expires_at"),
 )
 
-# The identity of this database, and a secret shared by its servers: one row.
+# One row: the identity of this database, and a secret that the servers with this database share.
 IDENTITY = sa.Table(
     "identity",
     METADATA,
     sa.Column("seq", _Number, primary_key=True),  # always 1
-    sa.Column("id", _Text, nullable=False),  # not secret: it is also stored with the artifacts
+    sa.Column("id", _Text, nullable=False),  # not secret: also in the bucket or folder of the files
     sa.Column("secret", _Text, nullable=False),
 )
 
-# Runners that start no jobs because the artifact store refuses files.
+# The runners that start no jobs at present, because the artifact store refuses their files.
 REFUSALS = sa.Table(
     "refusals",
     METADATA,
     sa.Column("owner", _Text, primary_key=True),
     sa.Column("state", _Text, nullable=False),
     sa.Column("reason", _Text),
-    sa.Column("until", sa.Double, nullable=False),  # the record expires at this time, unless the runner repeats it
+    sa.Column("until", sa.Double, nullable=False),  # when the row expires, unless the runner writes it again
 )
 
-# Settings that operators change while a server runs, for each server that shares the database.
+# Settings that operators change while a server runs. Several servers may share the database.
 OPERATOR_SETTINGS = sa.Table(
     "operator_settings",
     METADATA,
     sa.Column("server", _Text, primary_key=True),
     sa.Column("setting", _Text, primary_key=True),
-    sa.Column("model", _Text, primary_key=True),  # empty for settings of the whole server
+    sa.Column("model", _Text, primary_key=True),  # "" for settings that concern the whole server
 )
 
-# Requests of clients with limits. Audio counts for a minute, a place until the request ends.
+# Requests of clients with limits. A request's audio counts for a minute. Its place among the client's concurrent
+# requests counts until the request ends.
 KEY_USES = sa.Table(
     "key_uses",
     METADATA,
@@ -177,21 +181,21 @@ KEY_USES = sa.Table(
     sa.Column("client", _Text, nullable=False),
     sa.Column("at", sa.Double, nullable=False),
     sa.Column("audio_s", sa.Double, nullable=False),
-    sa.Column("place_until", sa.Double, nullable=False),  # if in the past, no place is held
+    sa.Column("place_until", sa.Double, nullable=False),  # until then, the request counts as running
     sa.Index("key_uses_of_client", "client"),
 )
 
 
 def in_state(state: Literal["queued", "running"]) -> sa.ColumnElement[bool]:
-    """Return the SQL condition that the job is in this state.
+    """Return the SQL condition for jobs in this state.
 
-    The state is a literal, because a condition with a bound parameter does not match a partial index.
+    The state is a literal in the SQL text. With a bound parameter instead, partial indexes would not be used.
     """
     return _jobs.state == sa.literal_column(f"'{state}'")
 
 
 def count(*conditions: sa.ColumnElement[bool]) -> sa.ScalarSelect[int]:
-    """Return the SQL for the number of jobs that meet all conditions."""
+    """Return an SQL subquery for the number of jobs that meet all conditions."""
     return sa.select(sa.func.count()).select_from(JOBS).where(*conditions).scalar_subquery()
 
 

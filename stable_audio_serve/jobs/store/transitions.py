@@ -1,6 +1,7 @@
 """State transitions of jobs. Each is a compare-and-set in SQL and adds an event, in the caller's transaction.
 
-A transition names the state and lease that it starts from, so only one of two concurrent transitions succeeds.
+The condition of a transition contains the state and the lease that the job must have before. Therefore only one of two
+concurrent transitions succeeds.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _jobs = JOBS.c
 
 
 class Transitions:
-    """State transitions in one database."""
+    """Changes the states of jobs in one database."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
@@ -31,7 +32,10 @@ class Transitions:
     def change(
         self, connection: sa.Connection, *conditions: sa.ColumnElement[bool], message: str | None, **values: Any
     ) -> Job | None:
-        """Apply `values` to the job that meets all `conditions`. Returns the changed job, None if none meets them."""
+        """Set the columns `values` of the job that meets all `conditions`, and add an event with `message`.
+
+        Returns the changed job, or None if no job meets the conditions.
+        """
         row = connection.execute(sa.update(JOBS).where(*conditions).values(values).returning(JOBS)).first()
         if row is None:
             return None
@@ -46,7 +50,10 @@ class Transitions:
         message: str | None,
         **values: Any,
     ) -> list[Job]:
-        """Change up to `limit` jobs that no other transaction has locked. Returns them in order of arrival."""
+        """Change up to `limit` jobs that meet all `conditions`, like `change`. Returns them in order of arrival.
+
+        Jobs that another transaction has locked are left out.
+        """
         some = sa.select(_jobs.seq).where(*conditions).limit(limit).with_for_update(skip_locked=True)
         found = connection.execute(some).scalars().all()
         if not found:
@@ -57,7 +64,7 @@ class Transitions:
         return [to_job(row) for row in rows]
 
     def add_events(self, connection: sa.Connection, rows: Iterable[sa.Row[Any]], *, message: str | None) -> None:
-        """Add an event for each of these rows."""
+        """Add an event with `message` to the job in each of these rows."""
         events = [
             {"job": row.seq, "stage": row.stage, "fraction": row.fraction, "eta_s": row.eta_s, "message": message}
             for row in rows
@@ -65,7 +72,7 @@ class Transitions:
         connection.execute(self._insert_events, events)
 
     def started(self, owner: str, *, lease_s: float) -> dict[str, Any]:
-        """Return the column values of a job that is leased."""
+        """Return the columns to set when a job is leased to the runner `owner`."""
         now = self.database.now
         return {
             "state": "running",
@@ -82,7 +89,7 @@ class Transitions:
         }
 
     def ended(self, state: State, error: JobError | None = None) -> dict[str, Any]:
-        """Return the column values of a job that ends. Its webhook, if any, is due at once."""
+        """Return the columns to set when a job ends. If the job has a webhook, it is due at once."""
         now = self.database.now
         return {
             "state": state,
@@ -98,7 +105,7 @@ class Transitions:
 
 
 def requeued() -> dict[str, Any]:
-    """Return the column values of a job that is requeued. It keeps its place in the queue."""
+    """Return the columns to set when a job is requeued. The job keeps its place in the queue."""
     return {
         "state": "queued",
         "owner": None,

@@ -1,7 +1,7 @@
-"""The order in which waiting jobs start.
+"""The order in which queued jobs start.
 
-Clients take turns, one job each, separately for every model and priority. A client's own jobs start in order of
-arrival. Next is the client whose last start was longest ago. So a client that had no waiting jobs is next, and a client
+For each model and priority, the clients take turns, one job each: the next job is from the client whose last job
+started longest ago. A client's own jobs start in order of arrival. So a client without queued jobs that submits a job
 waits for at most one job of each other client.
 """
 
@@ -25,27 +25,27 @@ _ORDER = (_turns.served, _turns.seq)
 
 
 class Turns:
-    """The turns in one database. Every method is one statement in the caller's transaction."""
+    """The clients' turns in one database. Every method is one SQL statement in the caller's transaction."""
 
     def __init__(self, database: Database) -> None:
         self._now = database.now
         self._join = database.insert(TURNS).on_conflict_do_nothing()
 
     def join(self, connection: sa.Connection, spec: JobSpec) -> None:
-        """Add the client of a new job to the turns."""
+        """Add the client of a new job to the clients that take turns, unless it is among them already."""
         values = {"priority": spec.request.priority, "model": spec.model, "client": spec.client}
         connection.execute(self._join, values)
 
     def next_job(self, priority: Priority, models: Collection[str] | None) -> sa.ScalarSelect[int]:
-        """Return the SQL for `seq` of the next job of these models, which it locks.
+        """Return an SQL subquery for the column `seq` of the next job of these models. It locks the row of the job.
 
-        NULL if no job is due or if all are locked.
+        If `models` is None, any model will do. The result is NULL if no job is due, or all such jobs are locked.
         """
         is_due = (_jobs.not_before <= self._now, sa.or_(_jobs.start_before.is_(None), _jobs.start_before > self._now))
         first = sa.select(_jobs.seq).where(_IS_WAITING, *is_due).order_by(_jobs.seq).limit(1)
         first = first.with_for_update(skip_locked=True).correlate(TURNS)
-        # The database goes through the clients in order and stops at the first client with a job. Without the offset it
-        # would run the subquery twice, for the condition and for the result.
+        # The database goes through the clients in order, and stops at the first one with a job that is due. Without
+        # `offset(0)`, it would run the subquery `first` twice, for the condition and for the result.
         heads = sa.select(first.scalar_subquery().label("seq")).where(_turns.priority == priority)
         if models is not None:
             heads = heads.where(_turns.model.in_(models))
@@ -53,7 +53,7 @@ class Turns:
         return sa.select(in_turn.c.seq).where(in_turn.c.seq.is_not(None)).limit(1).scalar_subquery()
 
     def served(self, connection: sa.Connection, spec: JobSpec) -> None:
-        """Record that a job of this client started. All other waiting clients are next before this client."""
+        """Record that a job of this client has started. Now the other clients with queued jobs come before this one."""
         priority = spec.request.priority
         others = TURNS.alias()
         latest = sa.select(sa.func.max(others.c.served)).where(others.c.priority == priority).scalar_subquery()
@@ -61,9 +61,10 @@ class Turns:
         connection.execute(sa.update(TURNS).where(*is_it).values(served=latest + 1))
 
     def position(self, connection: sa.Connection, spec: JobSpec, *, is_job: sa.ColumnElement[bool]) -> int:
-        """Return how many waiting jobs of the same model and priority start before this one.
+        """Return how many queued jobs of the same model and priority will start before this job.
 
-        These are the client's own earlier jobs, and for every other client one job per turn that it has before then.
+        These are the client's own earlier jobs, and of every other client as many jobs as it has turns before this
+        job's turn. `is_job` is the SQL condition for the job.
         """
         of_line = (_jobs.priority == spec.request.priority, _jobs.model == spec.model)
         own = sa.select(_jobs.seq).where(is_job).correlate(None).scalar_subquery()

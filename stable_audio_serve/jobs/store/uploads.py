@@ -1,6 +1,7 @@
-"""Counts the bytes that each client stores, so that no client fills the storage. `artifacts` stores the bytes.
+"""Count the bytes of files that each client has uploaded, so that no client fills the storage.
 
-Blocking: call from worker threads. Every method raises StorageError.
+The files themselves are in the artifact store. The methods block, so call them from worker threads. Every method raises
+StorageError.
 """
 
 from __future__ import annotations
@@ -14,27 +15,30 @@ from stable_audio_serve.core.errors import UploadQuotaError
 from stable_audio_serve.jobs.store.database import Database
 from stable_audio_serve.jobs.store.tables import UPLOADS
 
-MAX_TICKET_BYTES = 1_073_741_824  # limit for all parts of one announced upload together
+MAX_TICKET_BYTES = 1_073_741_824  # limit for the parts of one announced upload (a "ticket") together
 
 _uploads = UPLOADS.c
 
 
 class Uploads:
-    """The sizes of uploaded files and parts of files, by name. The caller chooses the names."""
+    """Records the sizes of uploaded files and parts of files. The caller gives each a unique name."""
 
     def __init__(self, database: Database, *, max_bytes: int, life_s: float) -> None:
-        """`max_bytes` is the limit of each client. A file counts for `life_s` seconds, or until `forget` is called."""
+        """The files of a client may have up to `max_bytes` together.
+
+        A file counts for `life_s` seconds, or until `forget` is called.
+        """
         self._database = database
         self._max_bytes = max_bytes
         self._life_s = life_s
 
     def add(self, name: str, *, client: str, num_bytes: int, ticket: str, instead_of: Collection[str] = ()) -> None:
-        """Count a file of the announced upload `ticket`. It replaces the file of the same name and those in
-        `instead_of`.
+        """Count a file that belongs to the announced upload `ticket`.
 
-        Raises UploadQuotaError, without any change, if the client or this upload would exceed its limit.
+        If files with this name or with a name in `instead_of` were counted, this file replaces them. Raises
+        UploadQuotaError if the client or the announced upload would exceed its limit. Then nothing changes.
         """
-        # Two adds of one client never run at once, because together they could exceed its limit.
+        # The lock lets only one `add` of a client run at a time. Two at once could together exceed the limit.
         lock = zlib.crc32(client.encode())
         with self._database.writing_alone(lock) as connection:
             connection.execute(sa.delete(UPLOADS).where(_uploads.expires_at <= self._database.now))
@@ -45,7 +49,7 @@ class Uploads:
             self._require_room(connection, _uploads.ticket == ticket, most=MAX_TICKET_BYTES, limit=_TICKET_LIMIT)
 
     def forget(self, name: str) -> None:
-        """Stop counting a file that was not stored."""
+        """Stop counting the file with this name, because it was not stored."""
         with self._database.writing() as connection:
             connection.execute(sa.delete(UPLOADS).where(_uploads.name == name))
 

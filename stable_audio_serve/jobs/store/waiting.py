@@ -1,4 +1,4 @@
-"""The waiting work of each model, which autoscaling uses."""
+"""The predicted work of the queued jobs of each model, for autoscaling."""
 
 from __future__ import annotations
 
@@ -19,19 +19,22 @@ _QUERY = (
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """The number and total work of one model's jobs that no runner has started."""
+    """The number of one model's queued jobs, and the sum of their work. No runner has started these jobs."""
 
     num_jobs: int = 0
     size: WorkSize = field(default_factory=WorkSize)
 
 
 class WaitingWork:
-    """Waiting work in one database."""
+    """The work of the queued jobs in one database."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def by_model(self) -> Mapping[str, Waiting]:
-        """Return the waiting work of each model that has any. Reads only an index with one entry per waiting job."""
+        """Return the work of the queued jobs of each model that has any.
+
+        The query reads only an index, which has an entry for each queued job.
+        """
         with self._database.reading() as connection:
             return {model: Waiting(number, WorkSize(*sizes)) for model, number, *sizes in connection.execute(_QUERY)}

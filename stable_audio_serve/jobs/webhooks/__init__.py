@@ -1,1 +1,1 @@
-"""Webhooks: HTTP calls to clients' URLs when a job ends."""
+"""Webhooks: when a job ends, the server sends a request to a URL that the client has chosen."""

@@ -1,7 +1,7 @@
-"""POSTs to URLs that clients choose, without giving clients access to the private network.
+"""Send POST requests to URLs that clients choose, without giving clients access to the private network.
 
-The host is resolved once, every address is checked, and the connection goes to a checked address. Redirects and proxies
-are not followed, the total time is limited, and the body of the response is not read.
+The host name is resolved once, all its addresses are checked, and the connection goes to a checked address. Redirects
+and proxies are not used, the total time is limited, and the body of the response is not read.
 """
 
 from __future__ import annotations
@@ -28,32 +28,35 @@ _MAX_URL_CHARACTERS = 2048
 _HOST = re.compile(r"[A-Za-z0-9._-]{1,253}|[0-9A-Fa-f:.]{2,45}")
 _PRIVATE_NAMES = (".localhost", ".local", ".localdomain", ".internal", ".home.arpa")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-# Addresses that `is_global` accepts in some Python versions, and the public address of Azure's internal services.
+# Further addresses that are not allowed: some for which `is_global` is true in some Python versions, and the last, a
+# public address at which Azure offers internal services.
 _NOT_PUBLIC = tuple(
     ipaddress.ip_network(network)
     for network in ("192.0.0.0/24", "192.88.99.0/24", "64:ff9b:1::/48", "fec0::/10", "168.63.129.16/32")
 )
 
-# A client's name server may be slow, so names are resolved in a separate thread pool. Then only webhooks are delayed.
+# Host names are resolved in a separate thread pool, because a client's name server may be slow. Then only webhooks are
+# delayed, and not other work in threads.
 _RESOLVERS = ThreadPoolExecutor(32, thread_name_prefix="webhook-resolver")
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 class DeliveryError(Exception):
-    """A webhook was not delivered. The message is for the log."""
+    """A webhook was not delivered. The message has the reason, for the log."""
 
 
 class _ForbiddenTargetError(DeliveryError):
-    """The target is not allowed for webhooks."""
+    """The URL or its host is not allowed as the target of a webhook. The message has the reason."""
 
 
 async def check_webhook_url(
     url: str, *, field: str, allow_hosts: Collection[str] = (), resolve_timeout_s: float = RESOLVE_TIMEOUT_S
 ) -> None:
-    """Raise InvalidRequestError on `field` unless `url` is an http(s) URL of a public address.
+    """Raise InvalidRequestError unless `url` is an http or https URL whose host has only public addresses.
 
-    A host in `allow_hosts` may have any address. A host that cannot be resolved now is only checked at delivery.
+    The error names `field` as the invalid field. A host in `allow_hosts` may have any address. If the host cannot be
+    resolved now, no error is raised, because `post_json` checks the addresses again.
     """
     try:
         target = _parse(url)
@@ -75,7 +78,10 @@ async def post_json(
     allow_hosts: Collection[str] = (),
     timeout_s: float = DELIVERY_TIMEOUT_S,
 ) -> None:
-    """POST a JSON body. Raises DeliveryError unless a 2xx status arrives within `timeout_s` seconds."""
+    """Send a POST request with a JSON body.
+
+    Raises DeliveryError unless a response with a 2xx status arrives within `timeout_s` seconds.
+    """
     target = _parse(url)
     all_headers = {"Content-Type": "application/json", "User-Agent": "stable-audio-serve", **(headers or {})}
     network = _CheckedNetwork(allow_hosts)
@@ -124,7 +130,7 @@ def _is_allowed(host: str, allow_hosts: Collection[str]) -> bool:
 
 
 async def _resolve(host: str, port: int, *, timeout_s: float = RESOLVE_TIMEOUT_S) -> list[_Address]:
-    """Return every address of a host. Raises DeliveryError if there is none."""
+    """Return all addresses of a host. Raises DeliveryError if the host cannot be resolved."""
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(timeout_s):
@@ -132,19 +138,19 @@ async def _resolve(host: str, port: int, *, timeout_s: float = RESOLVE_TIMEOUT_S
             found = await loop.run_in_executor(_RESOLVERS, resolve)
     except (OSError, TimeoutError, UnicodeError) as error:
         raise DeliveryError(f"its host cannot be resolved: {error}") from error
-    # An IPv6 address may have a zone id after a percent sign.
+    # An IPv6 address may end in a percent sign and a zone id, which are removed.
     return [ipaddress.ip_address(str(address[0]).partition("%")[0]) for *_, address in found]
 
 
 def _require_public_name(host: str) -> None:
-    """Raise _ForbiddenTargetError for names that only resolve inside private networks."""
+    """Raise _ForbiddenTargetError for a host name that can only be resolved in a private network."""
     name = host.lower().rstrip(".")
     if ":" not in name and ("." not in name or name.endswith(_PRIVATE_NAMES)):
         raise _ForbiddenTargetError("leads to a name that is not public")
 
 
 def _require_public(addresses: Iterable[_Address]) -> None:
-    """Raise _ForbiddenTargetError if any of the addresses is private, because the connection may go to any of them."""
+    """Raise _ForbiddenTargetError if any of a host's addresses is not public: the connection may go to any of them."""
     if not all(_is_public(address) for address in addresses):
         raise _ForbiddenTargetError("leads to an address that is not public")
 
@@ -159,7 +165,7 @@ def _is_public(address: _Address) -> bool:
 
 
 def _embedded(address: _Address) -> ipaddress.IPv4Address | None:
-    """Return the IPv4 address that an IPv6 address contains and tunnels to; None for other addresses."""
+    """If packets to an IPv6 address are tunnelled to an IPv4 address in it, return the IPv4 address, otherwise None."""
     if isinstance(address, ipaddress.IPv4Address):
         return None
     if address in _NAT64:
@@ -169,8 +175,9 @@ def _embedded(address: _Address) -> ipaddress.IPv4Address | None:
 
 
 class _CheckedNetwork(httpcore.AsyncNetworkBackend):
-    """Resolves a name, checks its addresses and connects to one of them. The name is not resolved again, because it may
-    then have other addresses.
+    """Resolves a host name, checks all its addresses, and connects to one of them.
+
+    The name is not resolved a second time, because it might then have other addresses, which were not checked.
     """
 
     def __init__(self, allow_hosts: Collection[str]) -> None:
@@ -185,7 +192,10 @@ class _CheckedNetwork(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        """Return a connection to the first address that answers. Raises DeliveryError and httpcore's errors."""
+        """Return a connection to the first address of the host that answers.
+
+        Raises DeliveryError and httpcore's errors.
+        """
         is_allowed = _is_allowed(host, self._allow_hosts)
         if not is_allowed:
             _require_public_name(host)

@@ -1,7 +1,8 @@
-"""Delivers the webhooks of ended jobs: claims notices from the outbox, and retries them with growing pauses.
+"""Deliver the webhooks of ended jobs: claim notices from the outbox, send them, and retry with growing pauses.
 
-Notices have the headers of Standard Webhooks (standardwebhooks.com): an id that is the same for all attempts, the time
-of the attempt and, if a secret is configured, a signature of id, time and body. Independent of runners and dialects.
+A notice has the headers of Standard Webhooks (standardwebhooks.com): an id that is the same for all attempts, the time
+of the attempt, and if a secret is configured, a signature of id, time and body. This module does not depend on runners
+or on the HTTP API that a job was submitted with.
 """
 
 from __future__ import annotations
@@ -28,18 +29,19 @@ from stable_audio_serve.jobs.webhooks.delivery import DELIVERY_TIMEOUT_S, Delive
 
 log = structlog.get_logger("stable_audio_serve.jobs")
 
-# Returns the body of a dialect's webhook for an ended job. Must return the same body for each retry.
+# A function that returns the body of the webhook for an ended job. It must return the same body for each retry.
 WebhookBody = Callable[[Job], Mapping[str, Any]]
 
 RETRY_DELAYS_S = (5.0, 30.0, 120.0, 600.0, 1800.0, 7200.0, 18_000.0)
-_JITTER = 0.2  # delays vary by up to this share, so that notices that failed together are not retried together
+_JITTER = 0.2  # delays vary by up to this share, so that notices that failed at once are not retried at once
 _CLAIM_S = 2 * DELIVERY_TIMEOUT_S
 _MAX_AT_ONCE = 32
-_MAX_PER_HOST = 4  # deliveries at a time, so that fewer than eight slow hosts cannot block all others
+# Most deliveries to the same host at a time. It takes eight slow hosts to use up `_MAX_AT_ONCE` and block other hosts.
+_MAX_PER_HOST = 4
 
 
 class Notifier:
-    """Delivers webhooks in the background, so that a slow receiver does not delay jobs or other clients."""
+    """Delivers webhooks in background tasks, so that a slow receiver does not delay jobs or other webhooks."""
 
     def __init__(
         self,
@@ -51,7 +53,10 @@ class Notifier:
         metrics: Metrics | None = None,
         clock: Clock | None = None,
     ) -> None:
-        """A notice is given up once the retry after the last of `retry_delays_s` fails. Call `start` to begin."""
+        """`retry_delays_s` are the delays before the retries of a notice. After the last retry, the notice is removed.
+
+        Call `start` to begin.
+        """
         self._outbox = outbox
         self._body = body
         self._allow_hosts = settings.webhook_allow_hosts
@@ -60,23 +65,23 @@ class Notifier:
         self._retry_delays_s = tuple(retry_delays_s)
         self._metrics = metrics or NullMetrics()
         self._clock = clock or SystemClock()
-        self._hosts: Counter[str] = Counter()  # number of deliveries in progress per host
+        self._hosts: Counter[str] = Counter()  # number of deliveries in progress to each host
         self._deliveries: set[asyncio.Task[None]] = set()
         self._due = asyncio.Event()
         self._loop_task: asyncio.Task[None] | None = None
         self._on_postponed: Callable[[], None] = lambda: None
 
     def start(self, *, on_postponed: Callable[[], None] = lambda: None) -> None:
-        """Start delivering. `on_postponed` is called when a notice has a new due time."""
+        """Start the background task. `on_postponed` is called when a delivery has failed and a retry is scheduled."""
         self._on_postponed = on_postponed
         self._loop_task = asyncio.create_task(self._run_loop())
 
     def deliver_due(self) -> None:
-        """Deliver the notices that are due."""
+        """Let the background task deliver the notices that are due now."""
         self._due.set()
 
     async def close(self) -> None:
-        """Stop. Undelivered notices stay in the outbox."""
+        """Stop all deliveries. Notices that were not delivered stay in the outbox."""
         tasks = set(self._deliveries)
         if self._loop_task is not None:
             tasks.add(self._loop_task)
@@ -93,7 +98,7 @@ class Notifier:
                     self._begin(notice)
             except StorageError:
                 log.warning("webhooks are delayed: the job database cannot be used")
-            except Exception:  # the next call of `deliver_due` tries again
+            except Exception:  # the loop continues, and tries again at the next call of `deliver_due`
                 log.exception("webhooks cannot be delivered")
 
     async def _claim(self) -> Notice | None:
@@ -108,8 +113,8 @@ class Notifier:
         def end(_: asyncio.Task[None]) -> None:
             self._deliveries.discard(task)
             self._hosts[notice.host] -= 1
-            self._hosts += Counter()  # drops hosts without deliveries
-            self._due.set()  # another delivery can start
+            self._hosts += Counter()  # removes hosts whose count is 0
+            self._due.set()  # there is room for another delivery
 
         task.add_done_callback(end)
 
@@ -122,7 +127,7 @@ class Notifier:
                 await post_json(notice.url, body, headers=headers, allow_hosts=self._allow_hosts)
             except DeliveryError as error:
                 reason = str(error)
-            except Exception:  # an error in one notice's body must not delay other notices
+            except Exception:  # an error in `_body` must not delay other notices
                 log.exception("webhook failed")
                 reason = "its body could not be built"
             else:
@@ -133,7 +138,10 @@ class Notifier:
                 log.warning("webhook may be delivered twice: its outcome could not be stored")
 
     async def _record_outcome(self, notice: Notice, *, failure: str) -> None:
-        """Record the outcome of an attempt in the outbox. `failure` is the reason, '' if the notice was delivered."""
+        """Record the outcome of an attempt: remove the notice from the outbox, or schedule a retry.
+
+        `failure` is the reason why the attempt failed, or '' if the notice was delivered.
+        """
         is_last = notice.attempt > len(self._retry_delays_s)
         outcome = "delivered" if not failure else "given_up" if is_last else "failed"
         self._metrics.increment("webhooks", outcome=outcome)

@@ -1,7 +1,7 @@
-"""Multi-head attention: plain or differential, self or cross. The caller chooses the keys that each query sees.
+"""Multi-head self-attention and cross-attention, plain or differential. The caller chooses which keys each query sees.
 
-Differential attention is `softmax(q k) v - softmax(q' k') v`. Both halves share v and run as one call with twice the
-heads. Shapes: N tokens, T context tokens, H heads (2 H if differential), E head width.
+Differential attention is `softmax(q k) v - softmax(q' k') v`. Its two terms share v and are computed as one attention
+with twice the heads. Shapes: B batch, N tokens, T context tokens, H heads (2 H if differential), E head width.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from torch.nn import functional as F
 from stable_audio_serve.models.blocks.norms import build_head_norm
 from stable_audio_serve.models.blocks.rotary import RotaryTable, rotate, without_affine
 
-# queries, keys (B, H, N, E) and values (B, H, N, E) -> (B, H, N, E)
+# (queries, keys, values) -> output, each of shape (batch, heads, tokens, head width)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 _MASK_STEP = 16  # values
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:  # noqa: PLR0917
-    """Softmax attention with scale 1 / sqrt(E). `mask` is added to the scores, in their dtype, and broadcasts to
-    (B, H, N, T): 0 = visible, -inf = hidden.
+    """Returns softmax attention with scores scaled by 1 / sqrt(head width).
 
-    Inference uses the fused kernel. Training on a CPU uses the explicit softmax, because the backward pass of the
-    fused CPU kernel is twice as slow.
+    `mask` is added to the scores: 0 where a query sees a key, -inf where it does not. The mask has the dtype of the
+    scores and broadcasts to (batch, heads, queries, keys).
+
+    Inference uses the fused kernel. Training on a CPU computes the softmax explicitly, which is twice as fast as the
+    backward pass of the fused CPU kernel.
     """
     if q.device.type == "cpu" and q.requires_grad and torch.is_grad_enabled():
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
@@ -35,7 +37,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Te
 
 
 def key_mask(valid: Tensor, *, leading: int, dtype: torch.dtype) -> Tensor:
-    """Returns a mask for `attend` (B, 1, 1, leading + F) that hides the frames where `valid` (B, F) bool is false."""
+    """Returns a mask for `attend` that hides every frame whose entry in `valid` (B rows, F frames) is false.
+
+    The mask is (B, 1, 1, leading + F). The `leading` tokens before the frames are visible.
+    """
     num_keys = leading + valid.shape[1]
     mask = empty_mask((len(valid), 1, 1, num_keys), dtype=dtype, device=valid.device).zero_()
     mask[..., leading:].masked_fill_(~valid[:, None, None], float("-inf"))
@@ -43,14 +48,14 @@ def key_mask(valid: Tensor, *, leading: int, dtype: torch.dtype) -> Tensor:
 
 
 def empty_mask(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns an uninitialised mask with rows aligned in memory, so that fused kernels can read it without a copy."""
+    """Returns an uninitialised mask tensor. Its last axis is aligned in memory, so fused kernels need no copy of it."""
     return torch.empty(*shape[:-1], -(-shape[-1] // _MASK_STEP) * _MASK_STEP, dtype=dtype, device=device)[
         ..., : shape[-1]
     ]
 
 
 class SelfAttention(nn.Module):
-    """Self-attention with one fused projection. Its output is (q, k, v), or (q, k, v, q', k') if differential."""
+    """Self-attention. One linear layer computes (q, k, v), or (q, k, v, q', k') for differential attention."""
 
     def __init__(self, width: int, *, num_heads: int, differential: bool, head_norm: str) -> None:
         super().__init__()
@@ -63,13 +68,13 @@ class SelfAttention(nn.Module):
         self.k_norm = build_head_norm(head_norm, self.head_width)
 
     def forward(self, x: Tensor, *, rotary: RotaryTable, attend_fn: Attend) -> Tensor:
-        """(B, N, width) -> (B, N, width). `rotary` is this layer's table, with gain and bias of the head norms."""
+        """(batch, tokens, width) -> the same shape. `rotary` includes the gain and bias of the query and key norms."""
         parts = self.to_qkv(x).unflatten(-1, (-1, self.num_heads, self.head_width))
         if not self.differential:
             normed = without_affine(self.q_norm, parts[:, :, :2], rate=rotary.rate)
             q, k = rotate(normed, rotary, dtype=parts.dtype).unbind(2)
             return self.to_out(merge_heads(attend_fn(*map(heads_first, (q, k, parts[:, :, 2])))))
-        # From (q, k, v, q', k') select the pairs (q, k) and (q', k'), and order them as (q, q'), (k, k').
+        # Select the queries and keys of (q, k, v, q', k') and order them as (q, q'), (k, k').
         pairs = parts.unfold(2, 2, 3).permute(0, 1, 5, 2, 3, 4)
         normed = without_affine(self.q_norm, pairs, rate=rotary.rate).flatten(3, 4)
         q, k = rotate(normed, rotary, dtype=parts.dtype).unbind(2)
@@ -78,7 +83,10 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention to context tokens, which have no positions. Their keys and values can be projected once and reused."""
+    """Cross-attention to context tokens without positions.
+
+    `project_context` computes the context's keys and values once, for reuse in every `forward`.
+    """
 
     def __init__(self, width: int, *, context_width: int, num_heads: int, differential: bool, head_norm: str) -> None:
         super().__init__()
@@ -92,9 +100,10 @@ class CrossAttention(nn.Module):
         self.k_norm = build_head_norm(head_norm, self.head_width)
 
     def project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns normed keys and values (B, H or 2 H, T, E) of a context (B, T, context width).
+        """Returns the normalised keys and the values of a context (batch, context tokens, context width).
 
-        For differential attention the values are repeated, once for each half of the keys.
+        Both are (batch, heads, context tokens, head width). Differential attention has twice as many heads: two sets
+        of keys, and the values repeated for the second set.
         """
         parts = self.to_kv(context).unflatten(-1, (-1, self.num_heads, self.head_width))
         keys, values = parts[:, :, :-1].flatten(2, 3), parts[:, :, -1]
@@ -103,23 +112,26 @@ class CrossAttention(nn.Module):
         return heads_first(self.k_norm(keys)), heads_first(values)
 
     def forward(self, x: Tensor, *, key: Tensor, value: Tensor, attend_fn: Attend = attend) -> Tensor:
-        """(B, N, width) -> (B, N, width); every context token is visible. Zero keys and values give exactly zero."""
+        """(batch, tokens, width) -> the same shape. Every query sees every context token.
+
+        If keys and values are zero, the result is exactly zero.
+        """
         q = self.q_norm(self.to_q(x).unflatten(-1, (-1, self.head_width)))
         out = attend_fn(heads_first(q), key, value)
         return self.to_out(merge_heads(subtract(out) if self.differential else out))
 
 
 def heads_first(x: Tensor) -> Tensor:
-    """(B, N, H, E) -> (B, H, N, E)."""
+    """(batch, tokens, heads, head width) -> (batch, heads, tokens, head width)."""
     return x.transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:
-    """(B, H, N, E) -> (B, N, H * E)."""
+    """(batch, heads, tokens, head width) -> (batch, tokens, heads * head width)."""
     return x.transpose(1, 2).flatten(2)
 
 
 def subtract(out: Tensor) -> Tensor:
-    """(B, 2 H, N, E), the primed heads last -> (B, H, N, E)."""
+    """Returns the first half of the heads minus the second half: (batch, 2 H, tokens, width) -> (batch, H, ...)."""
     plain, primed = out.chunk(2, dim=1)
     return plain - primed

@@ -1,4 +1,7 @@
-"""Attention in which queries see only nearby keys. Memory use is linear in the number of tokens. For inference only."""
+"""Sliding-window attention: a query sees only nearby keys. Memory use is linear in the number of tokens.
+
+For inference only.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,12 @@ from stable_audio_serve.models.blocks.attention import attend, empty_mask
 
 
 class BandAttention:
-    """Attention in B sequences of N tokens: query i sees keys i - radius ... i + radius, clipped at both ends.
+    """Attention in `batch` sequences of `length` tokens: query i sees keys i - radius to i + radius.
 
-    Queries are cut into blocks. A block attends to its own keys and to `radius` more on each side, with a mask that
-    hides the keys outside each query's band. All sequences are stored in one buffer with zeros between them, and the
-    keys of a block are a view of this buffer. All layers of one call share an instance, its mask and its buffer.
+    Queries are cut into blocks of `block` tokens. A block attends to its own keys and to `radius` more on each side. A
+    mask hides the keys that are too far from a query. All sequences are stored in one buffer, with zeros between
+    them, so that the keys of a block are a view of the buffer. The mask and the buffer are made on the first call, so
+    the layers of a network should share one instance.
     """
 
     def __init__(self, batch: int, length: int, *, radius: int, block: int = 64) -> None:
@@ -22,8 +26,8 @@ class BandAttention:
         self._buffer: Tensor | None = None
         self._mask: Tensor | None = None
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: PLR0917 - as an Attend
-        """(B, H, N, E) each -> (B, H, N, E)."""
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: PLR0917  # the signature of `Attend`
+        """Queries, keys and values (batch, heads, tokens, head width) -> the same shape."""
         buffer = self._prepare(q)
         rows = buffer[self._radius : len(buffer) - self._radius].unflatten(0, (self._batch, -1))[:, : self._length]
         for part, values in enumerate((q, k, v)):
@@ -35,7 +39,10 @@ class BandAttention:
         return out.reshape(self._batch, -1, *out.shape[2:])[:, : self._length].transpose(1, 2)
 
     def _prepare(self, q: Tensor) -> Tensor:
-        """Returns the buffer (tokens, 3, H, E) for queries, keys and values, with zeros between sequences."""
+        """Returns the buffer (tokens, 3, heads, head width) for queries, keys and values. It is zero between sequences.
+
+        On the first call, creates the buffer and the mask.
+        """
         if self._buffer is None:
             tokens = self._batch * self._blocks_per_row * self._block + 2 * self._radius
             self._buffer = q.new_zeros(tokens, 3, q.shape[1], q.shape[3])
@@ -43,14 +50,17 @@ class BandAttention:
         return self._buffer
 
     def _make_mask(self, q: Tensor) -> Tensor:
-        """Returns a mask (B * blocks, 1, block, block + 2 radius) of keys inside the band and the sequence."""
+        """Returns the mask that hides the keys outside the sequence and those more than `radius` from the query.
+
+        Its shape is (number of blocks, 1, block, block + 2 radius).
+        """
         blocks, block, radius, device = self._blocks_per_row, self._block, self._radius, q.device
         query = torch.arange(blocks * block, device=device).view(blocks, 1, block, 1)
         first_key = torch.arange(blocks, device=device).view(blocks, 1, 1, 1) * block - radius
         key = first_key + torch.arange(block + 2 * radius, device=device)
         inside = (key >= 0) & (key < self._length)
-        # Queries after the end of the sequence see all keys of their band, because softmax over no key is NaN. Their
-        # output is dropped.
+        # Padding queries after the end of the sequence also see keys outside it: with no visible key, the softmax would
+        # be NaN. The output of these queries is dropped.
         hidden = ((key - query).abs() > radius) | ~(inside | (query >= self._length))
         mask = empty_mask((self._batch * blocks, *hidden.shape[1:]), dtype=q.dtype, device=device).zero_()
         mask.unflatten(0, (self._batch, blocks)).masked_fill_(hidden, float("-inf"))

@@ -1,4 +1,4 @@
-"""The gated feed-forward network: value times activated gate, projected back to the width."""
+"""The gated feed-forward network of a transformer layer: `W_out (value * activation(gate))`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def sine(x: Tensor) -> Tensor:
 
 
 class GatedLinear(nn.Module):
-    """Linear to twice the inner width, split into (value, gate): `value * activation(gate)`.
+    """Returns `value * activation(gate)`, where one linear layer computes value and gate.
 
-    The activation must return a new tensor, never its argument.
+    The activation must return a new tensor, because the product overwrites it.
     """
 
     def __init__(self, width: int, inner: int, *, activation: Callable[[Tensor], Tensor]) -> None:
@@ -34,7 +34,7 @@ class GatedLinear(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """A gated linear unit and a linear layer, both with bias. Module names match the checkpoints' keys."""
+    """A gated linear unit followed by a linear layer, both with bias. Module names match the checkpoints' keys."""
 
     def __init__(self, width: int, *, mult: float, activation: Callable[[Tensor], Tensor] = F.silu) -> None:
         super().__init__()
@@ -55,5 +55,5 @@ class FeedForward(nn.Module):
 
 
 def add_branch(h: Tensor, branch: Tensor) -> Tensor:
-    """Returns `h + branch`. Without gradients it adds in place, so the caller must own h."""
+    """Returns `h + branch`. Without gradients, h is overwritten, so no other code may use it afterwards."""
     return h + branch if torch.is_grad_enabled() else h.add_(branch)

@@ -1,6 +1,6 @@
-"""A layout defines how the rows of a call are stored in a tensor of tokens. It implements the operations that depend on
-this: attention, positions, per-row modulation and prefix tokens. This module has the padded layout; `packed` and
-`packed_segments` have layouts without padding. Independent of weights.
+"""A layout defines how the rows of a batch are stored in one tensor of tokens. The operations that depend on the layout
+are its methods: attention, positions, per-row modulation and prefix tokens. This module has the padded layout; the
+modules `packed` and `packed_segments` have layouts without padding. Layouts have no weights.
 
 Shapes: B rows of F frames, P prefix tokens before a row's frames, W width, H heads, E head width, T context tokens.
 """
@@ -16,51 +16,59 @@ from stable_audio_serve.models.blocks.attention import attend, key_mask
 
 
 class Layout(Protocol):
-    """Padded tokens are (B, P + F, W). Packed tokens are (1, N, W), where N counts the tokens of all rows."""
+    """How rows are stored: padded (rows, prefix + frames, width), or packed (1, tokens of all rows, width)."""
 
     shares_heads: bool  # `attend_context` accepts fewer key heads than query heads, as in grouped-query attention
 
     def join(self, prefix: Tensor, frames: Tensor) -> Tensor:
-        """Insert each row's `prefix` (P, W) or (B, P, W) before its `frames`."""
+        """Returns tokens: each row's `frames` after its `prefix`.
+
+        `prefix` is (prefix tokens, width) if all rows share it, else (rows, prefix tokens, width).
+        """
         ...
 
     def frames(self, tokens: Tensor) -> Tensor:
-        """Remove the prefixes."""
+        """Returns the tokens without the rows' prefixes."""
         ...
 
     def positions(self, device: torch.device) -> Tensor:
-        """Returns each token's position in its row, (P + F,) or (N,) float32."""
+        """Returns each token's position in its row, float32: (prefix + frames,) if padded, (all tokens,) if packed."""
         ...
 
     def modulate(self, x: Tensor, *, scale: Tensor, shift: Tensor) -> Tensor:
-        """Returns `x * scale + shift` with one scale and shift per row, (B, W)."""
+        """Returns `x * scale + shift`. `scale` and `shift` are (rows, width)."""
         ...
 
     def add_gated(self, h: Tensor, update: Tensor, *, gate: Tensor) -> Tensor:
-        """Returns `h + gate * update` with one gate per row, (B, W); `h` may be overwritten."""
+        """Returns `h + gate * update`. `gate` is (rows, width); `h` may be overwritten."""
         ...
 
     def add_local(self, h: Tensor, local: Tensor) -> None:
-        """Add `local` to the frames of h in place: (B, F or 1, W); packed (1, N, W), with zeros at prefix tokens."""
+        """Add the local conditioning `local` to the frames of h, in place.
+
+        Padded, `local` is (rows, frames or 1, width). Packed, it is (1, tokens, width) with zeros at prefix tokens.
+        """
         ...
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: PLR0917  # an `Attend`
-        """Self-attention within each row, (B, H, P + F, E) or (1, H, N, E); invalid frames are not keys."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: PLR0917  # the signature of `Attend`
+        """Self-attention within each row, over (batch, heads, tokens, head width). Invalid frames are not keys."""
         ...
 
-    def attend_context(self, q: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: PLR0917  # an `Attend`
-        """Attention of each row's tokens to the row's context; keys and values come from `context`."""
+    def attend_context(self, q: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: PLR0917  # the signature of `Attend`
+        """Cross-attention of each row's tokens to the row's context. `key` and `value` are results of `context`."""
         ...
 
     def context(self, held: Tensor, *, layer: int) -> tuple[Tensor, Tensor]:
-        """Returns one layer's keys and values (B, H, T, E) from those of all layers (B, layers, 2, H, T, E)."""
+        """Returns one layer's cross-attention keys and values, for `attend_context`.
+
+        `held` has the keys and values of all layers: (rows, layers, 2, heads, context tokens, head width).
+        """
         ...
 
 
 class Padded:
-    """Rows padded to one length. `valid` (B, F) bool marks the frames that are keys; None if all are keys.
-
-    `dtype` is the dtype of the queries.
+    """The layout of rows padded to one length. `valid` (rows, frames) bool marks the frames that attention may use as
+    keys; None: all frames. `dtype` is the dtype of the queries.
     """
 
     shares_heads = False
@@ -88,10 +96,10 @@ class Padded:
     def add_local(self, h: Tensor, local: Tensor) -> None:
         h[:, self._num_prefix :] += local
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: PLR0917  # an `Attend`
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: PLR0917  # the signature of `Attend`
         return attend(q, k, v, mask=self._mask)
 
-    def attend_context(self, q: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: PLR0917  # an `Attend`
+    def attend_context(self, q: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: PLR0917  # the signature of `Attend`
         return attend(q, key, value)
 
     def context(self, held: Tensor, *, layer: int) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,7 @@ from torch.nn import functional as F
 class RMSNorm(nn.Module):
     """`gamma * x / sqrt(mean(x^2) + eps)` over the last axis.
 
-    Statistics and product are computed in float32 for every input dtype and device. In half precision the mean of
-    squares of a wide residual stream would overflow.
+    Computed in float32 for every input dtype: in half precision the mean of squares could overflow.
     """
 
     def __init__(self, width: int, *, eps: float = 1e-5) -> None:
@@ -20,12 +19,12 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise (..., width); dtype kept."""
-        # CUDA uses its fused kernel only if gamma has the dtype of x.
+        """Returns the normalised x (..., width), in the dtype of x."""
+        # Cast gamma: torch uses its fused CUDA kernel only if gamma and x have the same dtype.
         return F.rms_norm(x, x.shape[-1:], self.gamma.to(x.dtype), self.eps)
 
     def without_gain(self, x: Tensor) -> Tensor:
-        """Normalise (..., width) without gamma, which the caller applies; dtype kept."""
+        """Returns the normalised x (..., width), not multiplied by gamma, in the dtype of x."""
         return F.rms_norm(x, x.shape[-1:], None, self.eps)
 
 
@@ -39,14 +38,17 @@ class DyT(nn.Module):
         self.beta: nn.Parameter | None = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the normalised x (..., width); dtype kept."""
+        """Returns the normalised x (..., width), in the dtype of x."""
         squashed = (self.alpha * x).tanh_()
         if self.gamma is None or self.beta is None:
             return squashed
         return torch.addcmul(self.beta, self.gamma, squashed)
 
     def fold_into(self, layer: nn.Linear) -> None:
-        """Move gamma and beta into `layer`. No other layer may read this norm's output. Inference only."""
+        """Multiply gamma and beta into the weight and bias of `layer`, the only layer that reads this norm's output.
+
+        For inference only.
+        """
         if self.gamma is None or self.beta is None:
             return
         weight = layer.weight.float()
@@ -64,7 +66,10 @@ HEAD_NORMS = ("none", "rms", "ln", "dyt")
 
 
 def build_head_norm(kind: str, width: int) -> nn.Module:
-    """Returns the norm of each head's queries or keys before rotation; `kind` is one of HEAD_NORMS."""
+    """Returns a norm for each head's queries or keys, applied before the rotary embedding.
+
+    `kind` is one of HEAD_NORMS; `width` is the head width.
+    """
     match kind:
         case "none":
             return nn.Identity()

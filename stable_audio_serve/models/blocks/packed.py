@@ -1,6 +1,6 @@
-"""Rows of different lengths as one sequence of tokens without padding. Linear layers and norms process all tokens at
-once; attention and per-row modulation stay within the row. The lengths are known on the host; in `packed_segments` they
-are tensors on the device. Inference only.
+"""The layout of rows of different lengths as one sequence of tokens without padding. Linear layers and norms process
+all tokens at once. Attention and per-row modulation process each row separately. The row lengths are Python integers;
+in the module `packed_segments` they are tensors on the device. Inference only.
 
 Shapes as in `layouts`; N is the number of tokens of all rows.
 """
@@ -19,8 +19,9 @@ from stable_audio_serve.models.blocks.attention import attend
 
 @dataclass(frozen=True, slots=True)
 class _Span:
-    """Adjacent rows of equal lengths: rows [row, row + count), tokens [start, start + count * length). Each row's first
-    `num_keys` tokens are keys.
+    """Adjacent rows of equal length: rows [row, row + count), stored in tokens [start, start + count * length).
+
+    The first `num_keys` tokens of each row are keys in attention.
     """
 
     row: int
@@ -30,24 +31,24 @@ class _Span:
     num_keys: int
 
     def tokens(self, x: Tensor) -> Tensor:
-        """A view (count, length, W) of x (1, N, W)."""
+        """Returns these rows' tokens (count, length, width) as a view of all tokens x (1, tokens, width)."""
         return x[0, self.start : self.start + self.count * self.length].unflatten(0, (self.count, self.length))
 
     def heads(self, x: Tensor) -> Tensor:
-        """A view (count, H, length, E) of x (1, H, N, E)."""
+        """Returns these rows' tokens (count, heads, length, width) as a view of x (1, heads, tokens, width)."""
         own = x[0, :, self.start : self.start + self.count * self.length]
         return own.unflatten(1, (self.count, self.length)).transpose(0, 1)
 
     def rows(self, values: Tensor) -> Tensor:
-        """A view (count, ...) of values (B, ...)."""
+        """Returns these rows' entries (count, ...) as a view of `values`, which has one entry per row of the batch."""
         return values[self.row : self.row + self.count]
 
 
 class Packed:
-    """A layout that processes one row after another, or adjacent rows of equal length together. It only takes views of
-    the tokens. This suits a CPU, where many small operations are cheap.
+    """A packed layout that processes one row after another, or adjacent rows of equal length together. This suits a
+    CPU, where many small operations are cheap.
 
-    Rows have `frames` latent frames each, of which the first `valid_frames` are keys.
+    `frames` has the number of latent frames of each row. The first `valid_frames` of them are keys in attention.
     """
 
     shares_heads = False
@@ -91,13 +92,13 @@ class Packed:
     def add_local(self, h: Tensor, local: Tensor) -> None:
         h += local
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: PLR0917  # an `Attend`
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: PLR0917  # the signature of `Attend`
         return _join_heads(
             attend(span.heads(q), span.heads(k)[:, :, : span.num_keys], span.heads(v)[:, :, : span.num_keys])
             for span in self._spans
         )
 
-    def attend_context(self, q: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: PLR0917  # an `Attend`
+    def attend_context(self, q: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: PLR0917  # the signature of `Attend`
         return _join_heads(attend(span.heads(q), span.rows(key), span.rows(value)) for span in self._spans)
 
     def context(self, held: Tensor, *, layer: int) -> tuple[Tensor, Tensor]:
@@ -105,9 +106,9 @@ class Packed:
 
 
 def join_local(rows: Sequence[Tensor], *, frames: Sequence[int], num_prefix: int) -> Tensor:
-    """Join the local conditioning of rows, (1, layers, F or 1, W) each, to that of packed tokens (1, layers, N, W).
+    """Join the local conditioning of separate rows into that of packed tokens (1, layers, tokens, width).
 
-    Prefix tokens get zeros.
+    Each row's conditioning is (1, layers, its frames or 1, width). The result is zero at prefix tokens.
     """
     layers, width = rows[0].shape[1], rows[0].shape[3]
     nothing = rows[0].new_zeros(layers, num_prefix, width)
@@ -129,5 +130,8 @@ def _joined(pieces: Sequence[Tensor]) -> Tensor:
 
 
 def _join_heads(spans: Iterable[Tensor]) -> Tensor:
-    """Join the results of spans, (count, H, length, E) each, to (1, H, N, E), with tokens before heads in memory."""
+    """Concatenate attention results of `_Span`s, (count, heads, length, head width), to (1, heads, tokens, head width).
+
+    In memory, the token axis comes before the head axis, so that merging the heads needs no copy.
+    """
     return _joined([out.transpose(1, 2).flatten(0, 1) for out in spans]).transpose(0, 1)[None]

@@ -1,6 +1,6 @@
-"""The layout of packed rows whose lengths are tensors on the device. Every operation processes all tokens at once with
-index tables, so that a captured CUDA graph can be replayed for rows of other lengths. Inference on one device. Shapes
-as in `packed`.
+"""The layout of packed rows (all rows in one sequence, without padding) whose lengths are tensors on the device. Every
+operation processes all tokens at once with index tensors, so that a captured CUDA graph can be replayed for rows of
+other lengths. Inference on one device. Shapes as in `packed`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from stable_audio_serve.models.segments import Segments
 
 
 class PackedSegments:
-    """Rows laid out by `segments`. Tokens that belong to no row are computed too, but affect no row.
+    """The layout of packed rows whose places among the tokens are given by `segments`.
 
-    `slots` (B,) are the rows' indices in a memory of contexts; None if no row has one.
+    Tokens that belong to no row are computed too, but affect no row. `slots` (rows,) gives the index of each row's
+    context in a tensor that holds many contexts; None if no row has a context.
     """
 
     shares_heads = True
@@ -29,7 +30,7 @@ class PackedSegments:
 
     def join(self, prefix: Tensor, frames: Tensor) -> Tensor:
         places = self._segments.positions.clamp(max=self._num_prefix - 1)
-        if prefix.dim() == 3:  # separate prefixes per row
+        if prefix.dim() == 3:  # (rows, prefix tokens, width): each row has its own prefix
             places = places + self._segments.rows * self._num_prefix
             prefix = prefix.flatten(0, 1)
         return torch.where(self._segments.is_frame[:, None], frames, prefix.index_select(0, places).to(frames.dtype))
@@ -47,16 +48,19 @@ class PackedSegments:
         return h.addcmul_(update, self._by_token(gate))
 
     def add_local(self, h: Tensor, local: Tensor) -> None:
-        """Add one value per row (B, 1, W), or one per token (1, N, W)."""
+        """Add `local` to the frames of h, in place: (rows, 1, width), or (1, tokens, width) with zeros at prefixes."""
         if local.shape[1] > 1:
             h += local
         else:
             h.addcmul_(self._by_token(local[:, 0]), self._segments.is_frame[:, None].to(h.dtype))
 
     def context(self, held: Tensor, *, layer: int) -> tuple[Tensor, Tensor]:
-        """`held` (S, layers, 2, G, T, E): a memory of S slots."""
+        """Returns one layer's cross-attention keys and values, for `attend_context`.
+
+        `held` has the contexts of many requests: (slots, layers, 2, key heads, context tokens, head width).
+        """
         return self._attention.context(held, layer=layer)
 
     def _by_token(self, values: Tensor) -> Tensor:
-        """(B, W) -> (N, W)."""
+        """Repeat each row's values for its tokens: (rows, width) -> (tokens, width)."""
         return values.index_select(0, self._segments.rows)

@@ -18,11 +18,12 @@ from stable_audio_serve.models.blocks.norms import DyT, RMSNorm
 
 
 class RotaryTable(NamedTuple):
-    """Factors of the rotation `u * cos + swapped(u) * sin + shift`, for one layer or each of L layers.
+    """The factors of the rotation `u * cos + swapped(u) * sin + shift`, for one layer or for several layers.
 
-    u are queries and keys, normalised without gain and bias; `swapped` exchanges the two rotated halves. Factors are
-    ([L,] positions, 2 or 1, 1, E) float32, queries first. `shift` is None for norms without bias. `rate` ([L,] 2, 1, 1)
-    is DyT's factor before its tanh, None for other norms.
+    u is a query or a key, normalised without the gain and bias of its norm. `swapped(u)` exchanges the two rotated
+    halves of u. Factors are float32 of shape ([layers,] positions, 2, 1, head width), where axis 2 has the queries'
+    factor and then the keys' (only one if they are equal). `shift` is None for norms without bias. `rate`
+    ([layers,] 2, 1, 1) is alpha in the tanh of the norm DyT; None for other norms.
     """
 
     cos: Tensor
@@ -32,14 +33,14 @@ class RotaryTable(NamedTuple):
     half: int  # channels in each rotated half
 
     def layer(self, index: int) -> RotaryTable:
-        """Returns the table of one of L layers."""
+        """Returns the table of one layer, from the table of several layers."""
         shift = None if self.shift is None else self.shift[index]
         rate = None if self.rate is None else self.rate[index]
         return RotaryTable(self.cos[index], self.sin[index], shift, rate, self.half)
 
 
 class RotaryEmbedding(nn.Module):
-    """Frequencies `base^(-2j / rotated)`, in a buffer that the checkpoints contain."""
+    """The rotary frequencies `base^(-2j / rotated)`, in a buffer that the checkpoints contain."""
 
     inv_freq: Tensor
 
@@ -50,13 +51,14 @@ class RotaryEmbedding(nn.Module):
 
     @property
     def half_width(self) -> int:
-        """Channels in each rotated half."""
+        """Returns the number of channels in each rotated half."""
         return len(self.inv_freq)
 
     def rates(self, width: int) -> Tensor:
-        """Returns radians per position (width,) float32 for the channels of a head of this width.
+        """Returns the rotation per position in radians, (width,) float32, for each channel of a head of this width.
 
-        They are negative in the first half, where `swapped` is subtracted, and zero in channels without rotation.
+        Values of the first half are negative, so that the sines there have the sign that the rotation needs. Channels
+        without rotation have 0.
         """
         rates = self.inv_freq.float()
         return torch.cat([-rates, rates, rates.new_zeros(width - 2 * len(rates))])
@@ -64,9 +66,11 @@ class RotaryEmbedding(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class HeadAffine:
-    """The gain and bias of the head norms of L layers (or one), in original order and with halves swapped.
+    """The gain and bias of the query and key norms of one or several layers.
 
-    ([L,] 1, 2, 1, E) float32, queries first; None for norms without them. `rate` as in RotaryTable.
+    Each is stored twice: in the original channel order, and with the two rotated halves swapped. Shapes are
+    ([layers,] 1, 2, 1, head width) float32, where axis 2 has queries, then keys. None if the norm has no gain or bias.
+    `rate` as in RotaryTable.
     """
 
     num_layers: int
@@ -78,17 +82,20 @@ class HeadAffine:
     half: int
 
     def layer(self, index: int) -> HeadAffine:
-        """Returns the values of one of L layers."""
+        """Returns the gain and bias of one layer, from those of several layers."""
         parts = self.gain, self.swapped_gain, self.bias, self.swapped_bias, self.rate
         gain, swapped_gain, bias, swapped_bias, rate = (None if part is None else part[index] for part in parts)
         return HeadAffine(1, gain, swapped_gain, bias, swapped_bias, rate, self.half)
 
     def table(self, positions: Tensor, *, rates: Tensor) -> RotaryTable:
-        """Returns the table for `positions` (N,) float32; `rates` is (E,), shared by all layers, or (L, E)."""
+        """Returns the rotary table for `positions` (tokens,) float32.
+
+        `rates` is (head width,) if all layers share it, else (layers, head width).
+        """
         return self.fold(*cosines(positions, rates))
 
     def fold(self, cos: Tensor, sin: Tensor) -> RotaryTable:
-        """Returns the table for the cosines and sines that `cosines` returned."""
+        """Returns the rotary table for results of `cosines`: multiplies gain and bias into the cosines and sines."""
         if self.gain is None or self.swapped_gain is None:
             shape = (self.num_layers, *cos.shape[-4:])
             return RotaryTable(cos.expand(shape), sin.expand(shape), None, None, self.half)
@@ -99,13 +106,19 @@ class HeadAffine:
 
 
 def cosines(positions: Tensor, rates: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns cosines and sines ([L,] N, 1, 1, E) of positions (N,) times rates ([L,] E), float32."""
+    """Returns the cosines and the sines of positions (tokens,) times rates ([layers,] head width).
+
+    Both are float32 of shape ([layers,] tokens, 1, 1, head width).
+    """
     angles = (positions[:, None] * rates[..., None, :])[..., None, None, :]
     return angles.cos(), angles.sin()
 
 
 def gather_affine(norms: Sequence[tuple[nn.Module, nn.Module]], *, half: int) -> HeadAffine:
-    """Gather the head norms of L layers, given as (query norm, key norm) per layer, all of one kind."""
+    """Returns the gain and bias of all layers' (query norm, key norm) pairs. All norms must be of one kind.
+
+    `half` is the number of channels in each rotated half.
+    """
     flat = [norm for pair in norms for norm in pair]
     gains, biases = _stack([_gain(norm) for norm in flat]), _stack([_bias(norm) for norm in flat])
     rates = torch.cat([norm.alpha for norm in flat if isinstance(norm, DyT)]) if isinstance(flat[0], DyT) else None
@@ -121,9 +134,9 @@ def gather_affine(norms: Sequence[tuple[nn.Module, nn.Module]], *, half: int) ->
 
 
 def without_affine(norm: nn.Module, x: Tensor, *, rate: Tensor | None) -> Tensor:
-    """Normalise queries and keys x (B, N, 2, heads..., E) like `norm`, but without its gain and bias.
+    """Returns queries and keys x (batch, tokens, 2, heads..., head width), normalised without the norm's gain and bias.
 
-    Keeps the dtype, except for DyT: its tanh is computed and returned in the dtype of `rate`.
+    The result has the dtype of x; for the norm DyT, it has the dtype of `rate`.
     """
     if isinstance(norm, RMSNorm):
         return norm.without_gain(x)
@@ -139,26 +152,26 @@ def without_affine(norm: nn.Module, x: Tensor, *, rate: Tensor | None) -> Tensor
 
 
 def rotate(x: Tensor, table: RotaryTable, *, dtype: torch.dtype) -> Tensor:
-    """Rotate queries and keys x (B, N, 2, H, E) in float32. Returns the same shape in `dtype`."""
+    """Returns queries and keys x (batch, tokens, 2, heads, head width), rotated in float32 and cast to `dtype`."""
     rotated_x = x * table.cos if table.shift is None else torch.addcmul(table.shift, x, table.cos)
     if rotated_x.dtype == dtype and not torch.is_grad_enabled():
         low, high = slice(table.half), slice(table.half, 2 * table.half)
         rotated_x[..., low].addcmul_(x[..., high], table.sin[..., low])
         rotated_x[..., high].addcmul_(x[..., low], table.sin[..., high])
         return rotated_x
-    swapped = swap_halves(x.flatten(2, 3), table.half).view(x.shape)  # the fast kernel of `cat` takes at most four axes
+    swapped = swap_halves(x.flatten(2, 3), table.half).view(x.shape)  # four axes: more disable `cat`'s fast kernel
     if torch.is_grad_enabled():
         return torch.addcmul(rotated_x, swapped, table.sin).to(dtype)
     return torch.addcmul(rotated_x, swapped, table.sin, out=torch.empty_like(x, dtype=dtype))
 
 
 def swap_halves(x: Tensor, half: int) -> Tensor:
-    """Exchange the first two halves of channels of x (..., E); other channels stay."""
+    """Returns x (..., channels) with channels [0, half) and [half, 2 half) exchanged; other channels stay."""
     return torch.cat([x[..., half : 2 * half], x[..., :half], x[..., 2 * half :]], dim=-1)
 
 
 def _stack(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """Stack 2 L vectors (E,) to (L, 1, 2, 1, E) float32."""
+    """Stack vectors (query, key, query, key, ...; one pair per layer) to (layers, 1, 2, 1, head width) float32."""
     given = [part for part in parts if part is not None]
     return torch.stack(given).float().unflatten(0, (-1, 1, 2, 1)) if given else None
 

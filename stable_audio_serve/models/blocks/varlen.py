@@ -1,6 +1,6 @@
-"""Attention of packed rows in one kernel, if the installed torch and the device support it. A check runs the kernel and
-compares its results, because torch's documentation does not cover all cases that this package needs. Independent of
-layers.
+"""Attention of packed rows (sequences of different lengths, without padding) in one kernel, if the installed torch and
+the device support it. `is_varlen_correct` compares the kernel's results with ordinary attention, because torch's
+documentation does not cover all cases that this package needs.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 VarlenAttention = Callable[..., Any]
 
 _HALF = (torch.float16, torch.bfloat16)
-_TOLERANCE = 0.02  # largest error of half-precision attention over normally distributed values
+_TOLERANCE = 0.02  # largest acceptable error of half-precision attention, for inputs drawn from N(0, 1)
 
 
 @lru_cache(maxsize=1)
 def find_varlen() -> VarlenAttention | None:
-    """Returns torch's function; None if the installed torch does not have it."""
+    """Returns torch's attention function for packed rows; None if the installed torch does not have it."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -38,9 +38,10 @@ def find_varlen() -> VarlenAttention | None:
 def has_varlen(
     device: torch.device, dtype: torch.dtype, *, num_heads: int, num_key_heads: int, head_width: int
 ) -> bool:
-    """Whether rows of a network with these heads can be packed on this device in this dtype. Runs the kernel once.
+    """Whether a network with these heads can process packed rows on this device in this dtype.
 
-    If False, rows have to be padded. Logs a warning if the device should support packing but does not.
+    Runs the kernel once to check its results. If False, rows have to be padded to one length. Logs a warning if torch
+    has the kernel, but it fails or its results are wrong.
     """
     varlen = find_varlen()
     if varlen is None or device.type != "cuda" or dtype not in _HALF:
@@ -54,7 +55,7 @@ def has_varlen(
             num_key_heads=num_key_heads,
             head_width=head_width,
         )
-    except (RuntimeError, TypeError, ValueError):  # an older torch, or no kernel for this head width
+    except (RuntimeError, TypeError, ValueError):  # an older torch with other parameters, or an unsupported head width
         log.warning("rows are padded: torch's attention for packed rows does not run here", exc_info=True)
         return False
 
@@ -69,8 +70,9 @@ def is_varlen_correct(
     num_key_heads: int,
     head_width: int,
 ) -> bool:
-    """Whether `varlen` gives correct results for SegmentAttention: with unused rows, with fewer keys than queries, and
-    with keys that are stored in a different order than the rows.
+    """Whether torch's function `varlen` is correct in the cases that SegmentAttention needs.
+
+    The cases are rows of length 0, rows with fewer keys than queries, and keys in a different order than the rows.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -97,7 +99,7 @@ def is_varlen_correct(
         expected_other = F.scaled_dot_product_attention(q[:, :, queries], shared[None, 0], shared[None, 1])
         for got, wanted in ((own, expected), (other, expected_other)):
             error = (got[:, :, queries] - wanted).abs().max()
-            if not error <= _TOLERANCE:  # NaN is wrong, too
+            if not error <= _TOLERANCE:  # unlike `error > _TOLERANCE`, also true if the error is NaN
                 log.warning("rows are padded: torch's attention for packed rows is off by %s", float(error))
                 return False
         start += length
@@ -105,18 +107,21 @@ def is_varlen_correct(
 
 
 class SegmentAttention:
-    """Attention of packed rows' tokens within their row, and to contexts stored in slots of a memory."""
+    """Self-attention within each packed row, and cross-attention to the row's context.
+
+    One tensor holds the contexts of all requests. Its first axis is indexed by slot.
+    """
 
     def __init__(self, varlen: VarlenAttention, segments: Segments, *, slots: Tensor | None) -> None:
-        """`slots` (B,) are the rows' indices in a memory of contexts; None if no row has a context."""
+        """`slots` (rows,) gives the index of each row's context in the tensor of contexts; None if no row has one."""
         self._varlen = varlen
         self._segments = segments
         self._slots = slots
         self._starts: Tensor | None = None
         self._num_context = 0
 
-    def within(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: PLR0917  # an `Attend`
-        """(1, H, N, E) each -> (1, H, N, E)."""
+    def within(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: PLR0917  # the signature of `Attend`
+        """Self-attention within each row. Arguments and result are (1, heads, tokens of all rows, head width)."""
         segments = self._segments
         out: Tensor = self._varlen(
             *(part[0].transpose(0, 1) for part in (q, k, v)),
@@ -129,9 +134,10 @@ class SegmentAttention:
         return out.transpose(0, 1)[None]
 
     def context(self, memory: Tensor, *, layer: int) -> tuple[Tensor, Tensor]:
-        """Returns one layer's keys and values from a memory (S, layers, 2, G, T, E) of S slots.
+        """Returns one layer's keys and values of all contexts, for `to_context`.
 
-        They are views of the whole memory as (tokens, G, E). A slot's tokens begin at its index times the slot stride.
+        `memory` is (slots, layers, 2, key heads, context tokens, head width). Keys and values are views of the whole
+        memory as (tokens, key heads, head width): the tokens of slot i begin at i times the slot size.
         """
         num_slots, num_layers, _, num_heads, num_tokens, width = memory.shape
         between = num_layers * 2 * num_heads * num_tokens
@@ -147,8 +153,11 @@ class SegmentAttention:
         )
         return key, value
 
-    def to_context(self, q: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: PLR0917  # an `Attend`
-        """Q (1, H, N, E) with keys and values from `context` -> (1, H, N, E)."""
+    def to_context(self, q: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: PLR0917  # the signature of `Attend`
+        """Cross-attention of each row to its context, with `key` and `value` from `context`.
+
+        `q` and the result are (1, heads, tokens of all rows, head width).
+        """
         segments, starts = self._segments, self._starts
         assert starts is not None
         out: Tensor = self._varlen(

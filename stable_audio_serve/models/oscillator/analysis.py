@@ -1,6 +1,6 @@
-"""Converts audio to the oscillator bank's frames: peak picking for tones, residual level per band for noise.
+"""Converts audio to frames of the oscillator bank (`bank.py`): spectral peaks become tones, the rest noise in bands.
 
-Lossy: keeps pitch, rhythm, level and spectrum, not the waveform. Row-independent; nothing here is learned.
+The conversion keeps pitch, rhythm, level and spectrum, but not the waveform. It has no learned parameters.
 """
 
 from __future__ import annotations
@@ -23,25 +23,26 @@ from stable_audio_serve.models.oscillator.bank import (
 )
 
 _PEAK_OVER_MEDIAN = 3.5
-_MEDIAN_BLOCK = 32  # spectral bins
+_MEDIAN_BLOCK = 32  # number of spectral bins over which a median is computed
 _LONG, _MIDDLE, _SHORT = 4096, 2048, 512
-_SPLIT_HZ = 1000.0  # lower peaks come from the long window (fine pitch), higher ones from the middle window (fine time)
+# Peaks below this frequency are taken from the long window (exact pitch), higher ones from the middle one (exact time).
+_SPLIT_HZ = 1000.0
 _REGION_EDGES_HZ = (0.0, 700.0, 4000.0, SAMPLE_RATE_HZ / 2 + 1)
 _MAX_SHARPENING = 3.0
-_LEAKAGE = 0.02  # share of a tone's level that the window spreads to bins up to 20 away
+_LEAKAGE = 0.02  # share of a tone's level that leaks into the 20 bins on each side, because of the window
 _HANN_NOISE_BINS = 1.5  # equivalent noise bandwidth of a Hann window
 _QUIETEST_BAND = 3e-4
 
 
 def analyse(audio: Tensor) -> Tensor:
-    """Returns frames (222, F) float32 of audio (2, S) float32, F = ceil(S / 512)."""
+    """Returns the frames (222, ceil(samples / 512)) float32 of stereo audio (2, samples) float32."""
     num_frames = -(-audio.shape[1] // FRAME_SAMPLES)
     audio = F.pad(audio, (0, num_frames * FRAME_SAMPLES - audio.shape[1]))
     long, middle = _spectrum(audio, _LONG, num_frames=num_frames), _spectrum(audio, _MIDDLE, num_frames=num_frames)
     sharpening = _sharpening(audio, num_frames)
     low = _Peaks(long, low_hz=0.0, high_hz=_SPLIT_HZ)
     high = _Peaks(middle, low_hz=_SPLIT_HZ, high_hz=float(OSCILLATOR_HZ[-1]) * 1.01)
-    tones = torch.maximum(low.on_oscillators(), high.on_oscillators())  # (F, oscillators)
+    tones = torch.maximum(low.on_oscillators(), high.on_oscillators())  # (frames, oscillators)
     bands, noise_sides = _bands(middle)
     tones = tones * _by_region(sharpening, torch.from_numpy(OSCILLATOR_HZ))
     centres = torch.from_numpy((BAND_EDGES_HZ[:-1] + BAND_EDGES_HZ[1:]) / 2)
@@ -51,7 +52,10 @@ def analyse(audio: Tensor) -> Tensor:
 
 
 def _spectrum(audio: Tensor, size: int, *, num_frames: int) -> Tensor:
-    """Returns magnitudes (2, F, bins) of windows centred on the frames; a sine of amplitude 1 peaks at 1."""
+    """Returns magnitude spectra (2 channels, frames, bins) of windows centred on the frames.
+
+    A sine of amplitude 1 has a peak of 1.
+    """
     margin = (size - FRAME_SAMPLES) // 2
     window = torch.hann_window(size, periodic=True, device=audio.device)
     blocks = F.pad(audio, (margin, margin)).unfold(1, size, FRAME_SAMPLES)[:, :num_frames]
@@ -59,10 +63,10 @@ def _spectrum(audio: Tensor, size: int, *, num_frames: int) -> Tensor:
 
 
 class _Peaks:
-    """Spectral peaks between two frequencies: frequency, level, and level in each channel."""
+    """The spectral peaks between two frequencies: their frequency, their level, and their level in each channel."""
 
     def __init__(self, spectrum: Tensor, *, low_hz: float, high_hz: float) -> None:
-        both = spectrum.square().mean(dim=0).sqrt()  # (F, bins)
+        both = spectrum.square().mean(dim=0).sqrt()  # level over both channels, (frames, bins)
         self._both, self._spectrum = both, spectrum
         size = 2 * (spectrum.shape[2] - 1)
         hertz = torch.arange(spectrum.shape[2], device=both.device) * (SAMPLE_RATE_HZ / size)
@@ -77,7 +81,7 @@ class _Peaks:
         self._level = (middle - 0.25 * (left - right) * offset).exp()
 
     def on_oscillators(self) -> Tensor:
-        """Returns amplitudes (F, oscillators): each oscillator takes the strongest of its nearest peaks."""
+        """Returns amplitudes (frames, oscillators): the level of the strongest peak among those nearest to it."""
         index = (A4_INDEX + 24.0 * (self._hertz.clamp(min=1.0) / 440.0).log2()).round().long()
         inside = self._is_peak & (index >= 0) & (index < NUM_OSCILLATORS)
         out = self._level.new_zeros(len(self._level), NUM_OSCILLATORS)
@@ -86,12 +90,12 @@ class _Peaks:
         )
 
     def sides(self) -> Tensor:
-        """Returns the peaks' power in each channel (2, F)."""
+        """Returns the power of all peaks of a frame, by channel: (2, frames)."""
         return (self._spectrum.square() * self._is_peak).sum(dim=2)
 
 
 def _local_median(spectrum: Tensor) -> Tensor:
-    """Returns the median (F, bins) of the block of bins around each bin."""
+    """Returns the median of the block of _MEDIAN_BLOCK bins that contains each bin, (frames, bins)."""
     num_bins = spectrum.shape[1]
     padded = F.pad(spectrum, (0, -num_bins % _MEDIAN_BLOCK))
     medians = padded.unflatten(1, (-1, _MEDIAN_BLOCK)).median(dim=2).values
@@ -99,10 +103,10 @@ def _local_median(spectrum: Tensor) -> Tensor:
 
 
 def _bands(spectrum: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the RMS (F, bands) of everything that is not a tone, and its power in each channel (2, F).
+    """Returns the RMS of everything that is not a tone, (frames, bands), and its power in each channel, (2, frames).
 
-    The level of a bin next to a tone is limited to about the median around it. A bin is ignored if its level can be
-    leakage of a tone.
+    The level of a bin next to a tone is limited to about the local median. Bins whose level can be explained by leakage
+    of a tone are ignored.
     """
     both = spectrum.square().mean(dim=0).sqrt()
     median = _local_median(both)
@@ -122,9 +126,9 @@ def _bands(spectrum: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sharpening(audio: Tensor, num_frames: int) -> Tensor:
-    """Returns a frame's level divided by the level of the long window around it (F, regions).
+    """Returns a gain (frames, frequency regions): the frame's level divided by the level of a longer window around it.
 
-    Multiplying by this gain keeps onsets in place.
+    Multiplying by the gain moves levels that a long window has spread in time back to the frames of the onsets.
     """
     power = _spectrum(audio, _SHORT, num_frames=num_frames).square().mean(dim=0)
     hertz = torch.arange(power.shape[1]) * (SAMPLE_RATE_HZ / _SHORT)
@@ -143,7 +147,10 @@ def _by_region(gain: Tensor, hertz: Tensor) -> Tensor:
 
 
 def _balance(sides: Tensor) -> Tensor:
-    """Returns the balance (F,), -1 (left) to 1 (right), of powers (2, F); 0 in silence."""
+    """Returns the stereo balance (frames,) of the channels' powers (2, frames): -1 is left, 1 is right.
+
+    In silence the balance is 0.
+    """
     left, right = sides.sqrt()
     balance = torch.atan2(right, left) * (4.0 / math.pi) - 1.0
     return torch.where(left + right < 1e-4, torch.zeros_like(balance), balance)

@@ -1,8 +1,8 @@
-"""A pretransform without weights: stereo audio <-> frames of oscillator levels, noise-band levels and two balances.
+"""A synthesizer without weights: renders frames of oscillator levels and noise levels as stereo audio.
 
-It replaces `patched` of other checkpoints. Decoding adds sines of fixed phase and shaped noise. Encoding
-(`analysis.py`) picks spectral peaks. Audio that is encoded and decoded therefore sounds vocoded. Independent of
-networks.
+The demo model's autoencoder uses it in place of the pretransform `patched` of other checkpoints. Decoding adds sines of
+fixed phase and filtered noise. Encoding (`analysis.py`) picks spectral peaks. Audio that is encoded and decoded
+therefore sounds vocoded.
 
 A frame describes 512 samples. It has the levels of `NUM_OSCILLATORS` quarter-tone oscillators from 41.2 Hz (440 Hz is
 index 82), the levels of `NUM_BANDS` noise bands, and the balances of tones and of noise, -1 (left) ... 1 (right).
@@ -38,7 +38,7 @@ def compress(amplitude: Tensor) -> Tensor:
 
 
 def expand(level: Tensor) -> Tensor:
-    """Returns the linear amplitude of a level, the inverse of `compress`; negative levels are silence."""
+    """Returns the linear amplitude of a level (the inverse of `compress`). Negative levels give 0."""
     return FLOOR * torch.expm1(level.clamp(0.0, 1.2) * math.log1p(1.0 / FLOOR))
 
 
@@ -49,11 +49,12 @@ def nearest_oscillator(frequency_hz: float) -> int:
 
 
 class OscillatorBank:
-    """Renders frames as audio. Row-independent. Also independent of windows, except within `halo_frames` of an inner
-    window edge.
+    """Renders frames as audio.
+
+    A window of a clip gives the same audio as the whole clip, except within `halo_frames` of an edge of the window.
     """
 
-    halo_frames = 1  # levels ramp from the previous frame, and a noise block extends half a block into both neighbours
+    halo_frames = 1  # levels fade from the previous frame's, and noise blocks overlap the frames on both sides
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         device = torch.device(device)
@@ -64,15 +65,16 @@ class OscillatorBank:
         self._phase = torch.from_numpy(2.0 * np.pi * np.modf(np.arange(NUM_OSCILLATORS) * 0.6180339887498949)[0])
         self._waves = torch.from_numpy(waves.astype(np.float32)).to(device)  # (2 * oscillators, samples)
         ramp = torch.arange(1, FRAME_SAMPLES + 1, dtype=torch.float32, device=device) / FRAME_SAMPLES
-        self._rise = (4.0 * ramp).clamp(max=1.0)  # 3 ms attack keeps onsets sharp
+        self._rise = (4.0 * ramp).clamp(max=1.0)  # rising levels take a quarter of a frame (3 ms): onsets stay sharp
         self._fall = ramp
         self._window = torch.hann_window(_NOISE_BLOCK, periodic=True, device=device).sqrt()
         self._band_gain = _band_gains().to(device)  # (bands, bins)
 
     def render(self, frames: Tensor, noise: Tensor, *, start_frame: int) -> Tensor:
-        """Returns audio (2, 512 F) float32 of `frames` (222, F) float32, which begin at the clip's frame `start_frame`.
+        """Returns audio (2, 512 F) float32 of F frames (222, F) float32.
 
-        `noise` (2, 512 F), unit normal float32, is shaped into the noise bands.
+        `start_frame` is the position of the first frame in the clip. `noise` (2, 512 F) is standard normal, float32. It
+        is filtered to produce the noise bands.
         """
         tonal = expand(frames[:NUM_OSCILLATORS])
         bands = expand(frames[NUM_OSCILLATORS : NUM_OSCILLATORS + NUM_BANDS])
@@ -84,8 +86,8 @@ class OscillatorBank:
         amplitude, omega, offset, waves = self._sounding(amplitude)
         at = torch.arange(start_frame, start_frame + num_frames, dtype=torch.float64)
         phase = torch.remainder(torch.outer(at * FRAME_SAMPLES, omega) + offset, 2.0 * math.pi)
-        carrier = torch.cat([phase.sin(), phase.cos()], dim=1).to(waves)  # (F, 2 * oscillators)
-        stereo = pan[:, :, None] * amplitude.T[None]  # (2, F, oscillators)
+        carrier = torch.cat([phase.sin(), phase.cos()], dim=1).to(waves)  # (frames, 2 * oscillators)
+        stereo = pan[:, :, None] * amplitude.T[None]  # (2 channels, frames, oscillators)
         before = torch.nn.functional.pad(stereo, (0, 0, 1, 0))[:, :-1]
         change = stereo - before
         audio = _sum_waves(before, carrier, waves=waves)
@@ -94,10 +96,10 @@ class OscillatorBank:
         return audio.reshape(2, num_frames * FRAME_SAMPLES)
 
     def _sounding(self, amplitude: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns amplitude, frequency, phase and waves without the oscillators that are silent in every frame.
+        """Returns amplitude, frequency, phase and waves of the oscillators that sound in at least one frame.
 
-        Silent oscillators add exact zeros, so without them only the order of summation can change. On a GPU all
-        oscillators stay, because the host would have to wait for the device to select them.
+        Silent oscillators would add exact zeros, so leaving them out changes only the order of summation. On a GPU this
+        returns all oscillators, because the host would have to wait for the device to know which are silent.
         """
         if amplitude.device.type != "cpu":
             return amplitude, self._omega, self._phase, self._waves
@@ -107,15 +109,15 @@ class OscillatorBank:
 
     def _noise(self, bands: Tensor, pan: Tensor, *, noise: Tensor) -> Tensor:
         num_frames = bands.shape[1]
-        stereo = pan[:, :, None] * bands.T[None]  # (2, F, bands)
+        stereo = pan[:, :, None] * bands.T[None]  # (2 channels, frames, bands)
         before = torch.nn.functional.pad(stereo, (0, 0, 1, 0))[:, :-1]
-        between = torch.minimum(before, stereo)  # a block across two frames must not sound before an onset
+        between = torch.minimum(before, stereo)  # level of a block across two frames: an onset must not sound too early
         gain = torch.stack([between, stereo], dim=2).reshape(2, 2 * num_frames, NUM_BANDS)
-        gain = torch.nn.functional.pad(gain, (0, 0, 0, 1)) @ self._band_gain  # (2, blocks, bins)
+        gain = torch.nn.functional.pad(gain, (0, 0, 0, 1)) @ self._band_gain  # (2 channels, blocks, bins)
         padded = torch.nn.functional.pad(noise, (_NOISE_HOP, _NOISE_HOP))
         blocks = padded.unfold(1, _NOISE_BLOCK, _NOISE_HOP) * self._window
         shaped = torch.fft.irfft(torch.fft.rfft(blocks) * gain, n=_NOISE_BLOCK) * self._window
-        summed = shaped[:, 1:, :_NOISE_HOP] + shaped[:, :-1, _NOISE_HOP:]  # blocks overlap by half
+        summed = shaped[:, 1:, :_NOISE_HOP] + shaped[:, :-1, _NOISE_HOP:]  # adjacent blocks overlap by half
         return summed.reshape(2, num_frames * FRAME_SAMPLES)
 
 
@@ -124,13 +126,16 @@ def _sum_waves(amplitude: Tensor, carrier: Tensor, *, waves: Tensor) -> Tensor:
 
 
 def _pan_gains(balance: Tensor) -> Tensor:
-    """Returns gains (2, F) of a balance (F,): equal power, 1 in the middle, one side silent at +-1."""
+    """Returns the gains (2 channels, frames) of a stereo balance (frames,), with constant power.
+
+    Both gains are 1 at balance 0. At -1 or 1 one channel is silent.
+    """
     angle = (balance.clamp(-1.0, 1.0) + 1.0) * (math.pi / 4.0)
     return torch.stack([angle.cos(), angle.sin()]) * math.sqrt(2.0)
 
 
 def _band_gains() -> Tensor:
-    """Returns gains (bands, bins) from unit white noise to bands of unit RMS; adjacent bands share an edge bin."""
+    """Returns gains (bands, bins) that filter unit white noise to bands of unit RMS; adjacent bands share a bin."""
     bins = np.arange(_NOISE_BLOCK // 2 + 1) * SAMPLE_RATE_HZ / _NOISE_BLOCK
     half = SAMPLE_RATE_HZ / _NOISE_BLOCK / 2.0
     low, high = BAND_EDGES_HZ[:-1, None], BAND_EDGES_HZ[1:, None]

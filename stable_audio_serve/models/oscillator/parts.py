@@ -1,6 +1,6 @@
-"""Autoencoder parts over an oscillator bank: `oscillator_bank` replaces `patched`, `patch_mlp` replaces SAME.
+"""Registers the demo model's autoencoder parts: pretransform `oscillator_bank`, encoder and decoder `patch_mlp`.
 
-Registers the types; `bank`, `analysis` and `patch_mlp` have the arithmetic. Independent of checkpoints.
+The modules `bank`, `analysis` and `patch_mlp` of this folder have the arithmetic.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from stable_audio_serve.models.parts import Noises, WindowNoise, register_part, 
 
 
 class OscillatorBankPretransform(nn.Module):
-    """Converts stereo audio to frames of the bank and back. Noise bands use the noise of each window.
+    """Converts stereo audio to frames of the oscillator bank and back.
 
-    Phases and noise depend on the absolute frame. Away from its edges, a window's audio therefore equals the same part
-    of the whole clip.
+    Phases and noise depend on a frame's position in the clip, not in the window. Away from a window's edges, its audio
+    therefore equals that part of the whole clip.
     """
 
     samples_per_frame = FRAME_SAMPLES
@@ -34,11 +34,14 @@ class OscillatorBankPretransform(nn.Module):
         self._banks: dict[torch.device, OscillatorBank] = {}
 
     def encode(self, audio: Tensor) -> Tensor:
-        """Analyse audio (B, 2, S). Returns frames (B, 222, ceil(S / 512))."""
+        """Returns the frames (batch, 222, ceil(samples / 512)) of audio (batch, 2, samples)."""
         return torch.stack([analyse(clip.float()) for clip in audio])
 
     def decode(self, frames: Tensor, noise: Noises) -> Tensor:
-        """Render frames (B, 222, N). Returns audio (B, 2, N * 512); without `noise` the noise bands are silent."""
+        """Returns audio (batch, 2, frames * 512) of frames (batch, 222, frames).
+
+        If `noise` is None, the noise bands are silent.
+        """
         bank = self._banks.get(frames.device) or self._banks.setdefault(frames.device, OscillatorBank(frames.device))
         batch, _, num_frames = frames.shape
         if noise is None:
@@ -51,7 +54,7 @@ class OscillatorBankPretransform(nn.Module):
         return torch.stack([bank.render(row, drawn, start_frame=start) for row, drawn, start in rows])
 
     def _draw(self, noise: Sequence[WindowNoise], num_frames: int, *, device: torch.device) -> Tensor:
-        """Returns noise (B, 2, N * 512): one draw per latent, in order of time."""
+        """Returns noise (batch, 2, num_frames * 512), drawn separately for each latent frame."""
         samples = self._frames_per_latent * FRAME_SAMPLES
         shape = (-(-num_frames // self._frames_per_latent), 2, samples)
         drawn = stack_draws(noise, "noise bands", shape=shape, frame_axis=0, device=device)
@@ -59,7 +62,7 @@ class OscillatorBankPretransform(nn.Module):
 
 
 class PatchMlpEncoder(PatchEncoder):
-    """`PatchEncoder` as an autoencoder's part."""
+    """`PatchEncoder` with the interface of an autoencoder's encoder (`parts.Encoder`)."""
 
     latent_multiple = 1
     noisy = False
@@ -69,12 +72,12 @@ class PatchMlpEncoder(PatchEncoder):
         return self.patch_frames
 
     def forward(self, frames: Tensor, noise: Noises = None) -> Tensor:
-        """(B, P, N) -> (B, D, F)."""
+        """Frames (batch, channels, frames) -> latents (batch, latent channels, latent frames). `noise` is not used."""
         return super().forward(frames)
 
 
 class PatchMlpDecoder(PatchDecoder):
-    """`PatchDecoder` as an autoencoder's part."""
+    """`PatchDecoder` with the interface of an autoencoder's decoder (`parts.Decoder`)."""
 
     latent_multiple = 1
     halo_latents = 0
@@ -84,13 +87,13 @@ class PatchMlpDecoder(PatchDecoder):
         return self.patch_frames
 
     def forward(self, latents: Tensor, noise: Noises = None) -> Tensor:
-        """(B, D, F) -> (B, P, N)."""
+        """Latents (batch, latent channels, latent frames) -> frames (batch, channels, frames). `noise` is not used."""
         return super().forward(latents)
 
 
 @register_part("pretransform", "oscillator_bank")
 def build_oscillator_bank(config: ConfigReader) -> OscillatorBankPretransform:
-    """Build from the innermost `pretransform.config` section."""
+    """Build the pretransform from the innermost `pretransform.config` section of a checkpoint's config."""
     if config.integer("channels", default=2) != 2:
         raise config.unusable("channels", "2")
     return OscillatorBankPretransform(frames_per_latent=config.integer("frames_per_latent"))
@@ -98,13 +101,13 @@ def build_oscillator_bank(config: ConfigReader) -> OscillatorBankPretransform:
 
 @register_part("encoder", "patch_mlp")
 def build_encoder(config: ConfigReader) -> PatchMlpEncoder:
-    """Build from the `encoder.config` section."""
+    """Build the encoder from the `encoder.config` section of a checkpoint's config."""
     return PatchMlpEncoder(in_channels=config.integer("in_channels"), **_sizes(config))
 
 
 @register_part("decoder", "patch_mlp")
 def build_decoder(config: ConfigReader) -> PatchMlpDecoder:
-    """Build from the `decoder.config` section."""
+    """Build the decoder from the `decoder.config` section of a checkpoint's config."""
     return PatchMlpDecoder(out_channels=config.integer("out_channels"), **_sizes(config))
 
 

@@ -1,6 +1,5 @@
-"""A small autoencoder over parameter frames: residual MLPs that map a patch of frames to one latent and back.
-
-Each latent depends on its own patch only, so there is no receptive field beyond the patch.
+"""A small autoencoder: residual MLPs that map a patch (several consecutive frames of the oscillator bank) to one latent
+and back. Each latent depends only on its own patch.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from torch.nn import functional as F
 
 
 class ResidualBlock(nn.Module):
-    """x + W2 silu(W1 norm(x)), where the RMS norm has a gain."""
+    """`x + W2 silu(W1 norm(x))`, where `norm` is an RMS norm with a learned gain."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -19,12 +18,12 @@ class ResidualBlock(nn.Module):
         self.down = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the shape of x, (..., width)."""
+        """(..., width) -> (..., width)."""
         return x + self.down(F.silu(self.up(self.norm(x))))
 
 
 class PatchEncoder(nn.Module):
-    """Frames (B, C, P F) -> latents (B, D, F): P frames of C channels become one latent."""
+    """Encodes every P frames as one latent: (batch, channels, P * F) -> (batch, latent channels, F)."""
 
     def __init__(self, *, in_channels: int, patch_frames: int, width: int, depth: int, latent_dim: int) -> None:
         super().__init__()
@@ -35,11 +34,15 @@ class PatchEncoder(nn.Module):
         self.project_out = nn.Linear(width, latent_dim)
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Returns latents (B, D, F) of frames (B, C, N), zero-padded to whole patches; row- and patch-independent."""
+        """Returns latents (batch, latent channels, patches) of frames (batch, channels, frames).
+
+        The frames are padded with zeros to whole patches.
+        """
         frames = F.pad(frames, (0, -frames.shape[2] % self.patch_frames))
         batch, channels, length = frames.shape
         patches = frames.reshape(batch, channels, length // self.patch_frames, self.patch_frames)
-        hidden = self.project_in(patches.permute(0, 2, 3, 1).flatten(2))  # frame-major inside a patch
+        # Values of a patch in the order of its frames; for each frame, all channels.
+        hidden = self.project_in(patches.permute(0, 2, 3, 1).flatten(2))
         for block in self.blocks:
             hidden = block(hidden)
         latents: Tensor = self.project_out(self.norm(hidden))
@@ -47,7 +50,7 @@ class PatchEncoder(nn.Module):
 
 
 class PatchDecoder(nn.Module):
-    """Latents (B, D, F) -> frames (B, C, P F)."""
+    """Decodes each latent to P frames: (batch, latent channels, F) -> (batch, channels, P * F)."""
 
     def __init__(self, *, out_channels: int, patch_frames: int, width: int, depth: int, latent_dim: int) -> None:
         super().__init__()
@@ -60,7 +63,7 @@ class PatchDecoder(nn.Module):
         nn.init.normal_(self.project_out.weight, std=0.1 * width**-0.5)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Returns frames (B, C, P F) of latents (B, D, F); row- and patch-independent."""
+        """Returns frames (batch, channels, F * frames per patch) of latents (batch, latent channels, F)."""
         hidden = self.project_in(latents.transpose(1, 2))
         for block in self.blocks:
             hidden = block(hidden)

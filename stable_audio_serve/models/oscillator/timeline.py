@@ -1,7 +1,7 @@
-"""Features of each latent's position in its clip and in the beat, for the denoiser's local conditioning.
+"""Features of each latent frame's position in its clip and in the beat, for the denoiser's per-frame conditioning.
 
-Rotary attention sees only distances between latents, but a tempo or a sweep depends on positions. Registers the type
-`timeline`, whose `config` defines how to read a tempo from a prompt. Independent of networks.
+The denoiser needs them because rotary attention sees only distances between frames, while beats and sweeps depend on
+absolute positions. Registers the conditioner type `timeline`; its `config` defines how to read a tempo from a prompt.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ _START_S = (0.1, 0.3, 1.0, 3.0)
 _END_S = (0.1, 0.3, 1.0)
 _BEAT_RATES = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)  # cycles per beat; 0.25 is a bar of four
 
-_LONG_S = 12.0  # the duration feature is constant for longer clips
+_LONG_S = 12.0  # all clips of at least this duration have the same duration feature
 
 NUM_TIMELINE_FEATURES = 1 + len(_PROGRESS_HARMONICS) + len(_START_S) + len(_END_S) + 1 + 1 + 2 * len(_BEAT_RATES) + 1
 
 
 @dataclass(frozen=True, slots=True)
 class TempoRule:
-    """Reads a tempo from a prompt: the first group of `pattern` that matches, clamped; else `default_bpm`."""
+    """Reads a tempo from a prompt: the first matching group of `pattern`, limited to the allowed range.
+
+    A prompt without a match has the tempo `default_bpm`.
+    """
 
     pattern: re.Pattern[str]
     default_bpm: float
@@ -45,10 +48,10 @@ class TempoRule:
 
 
 def timeline_features(num_frames: int, *, frame_s: float, seconds_total: float, tempo_bpm: float) -> Tensor:
-    """Returns features (NUM_TIMELINE_FEATURES, F) float32 on the CPU; latent frames start at multiples of `frame_s`.
+    """Returns features (NUM_TIMELINE_FEATURES, num_frames) float32, on the CPU. Latent frame i starts at i * `frame_s`.
 
     The features are progress through `seconds_total` and its cosines, closeness to start and end, the duration, phases
-    of the beat at `tempo_bpm` (first beat at 0), and the tempo.
+    of the beat at `tempo_bpm` (the first beat is at the clip's start), and the tempo.
     """
     start = torch.arange(num_frames, dtype=torch.float64) * frame_s
     seconds = max(seconds_total, 1e-3)
@@ -69,7 +72,7 @@ def timeline_features(num_frames: int, *, frame_s: float, seconds_total: float, 
 
 
 class Timeline:
-    """The frame conditioner of type `timeline`: progress through the clip and the beat at the prompt's tempo."""
+    """The conditioner of type `timeline`: progress through the clip, and the beat at the prompt's tempo."""
 
     num_features = NUM_TIMELINE_FEATURES
 
@@ -77,11 +80,11 @@ class Timeline:
         self._tempo = tempo
 
     def read_numbers(self, prompt: str) -> Mapping[str, float]:
-        """Returns the tempo, as `tempo_bpm`."""
+        """Returns the tempo of a prompt under the name `tempo_bpm`."""
         return {"tempo_bpm": self._tempo.read(prompt)}
 
     def features(self, num_frames: int, *, frame_s: float, numbers: Mapping[str, float]) -> Tensor:
-        """Returns `timeline_features`; needs `seconds_total` and `tempo_bpm`."""
+        """Returns `timeline_features`. `numbers` must contain `seconds_total` and `tempo_bpm`."""
         return timeline_features(
             num_frames, frame_s=frame_s, seconds_total=numbers["seconds_total"], tempo_bpm=numbers["tempo_bpm"]
         )
@@ -89,7 +92,10 @@ class Timeline:
 
 @register_frame_conditioner("timeline")
 def build_timeline(config: ConfigReader) -> Timeline:
-    """Build from `{tempo: {pattern, default, min_val, max_val}}`. Raises CheckpointError naming an unusable key."""
+    """Build a Timeline from the config section `{tempo: {pattern, default, min_val, max_val}}`.
+
+    Raises CheckpointError naming an unusable key.
+    """
     tempo = config.section("tempo")
     try:
         pattern = re.compile(tempo.text("pattern"))

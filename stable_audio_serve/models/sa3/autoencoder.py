@@ -1,7 +1,7 @@
-"""An audio autoencoder built from its parts: pretransform, encoder, bottleneck, decoder.
+"""An audio autoencoder built from four parts: pretransform, encoder, bottleneck, decoder.
 
-Works on windows of latents, which the caller cuts and joins. Draws no random numbers: callers pass in all noise. Module
-names are the checkpoint's keys below `pretransform.model.`.
+It processes windows of a clip; the caller cuts and joins them. It draws no random numbers: callers pass in all noise.
+Module names are the checkpoint's keys below `pretransform.model.`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from stable_audio_serve.models.parts import (
 from stable_audio_serve.models.precision import Products
 from stable_audio_serve.models.sa3 import same
 
-PART_MODULES = (same,)  # imported so that its types are registered
+PART_MODULES = (same,)  # this module is imported only because it registers types of parts
 REGULARIZATION = 1e-3
 
 
 class Patched(nn.Module):
-    """Cuts audio into patches: frame channel `c * patch + h` is sample h of channel c in the patch. No weights."""
+    """Reshapes audio to frames of `patch` samples: sample h of channel c becomes frame channel `c * patch + h`."""
 
     halo_frames = 0
     is_placed = False
@@ -43,21 +43,24 @@ class Patched(nn.Module):
         self.samples_per_frame = patch
 
     def encode(self, audio: Tensor) -> Tensor:
-        """Audio (B, C, S) -> frames (B, C * patch, ceil(S / patch)); the end is padded with zeros."""
+        """Audio (batch, channels, samples) -> frames (batch, channels * patch, ceil(samples / patch)).
+
+        The audio's end is padded with zeros.
+        """
         patch = self.samples_per_frame
         padded = F.pad(audio, (0, -audio.shape[-1] % patch))
         return padded.unflatten(-1, (-1, patch)).transpose(2, 3).flatten(1, 2)
 
     def decode(self, frames: Tensor, noise: Noises) -> Tensor:
-        """Frames (B, C * patch, N) -> audio (B, C, N * patch)."""
+        """Frames (batch, channels * patch, frames) -> audio (batch, channels, frames * patch)."""
         return frames.unflatten(1, (self.channels, self.samples_per_frame)).transpose(2, 3).flatten(2)
 
 
 class SoftNorm(nn.Module):
-    """Encoding scales and shifts each latent channel and divides by one deviation for all channels.
+    """A bottleneck. Encoding scales and shifts each latent channel and divides by one standard deviation.
 
-    Decoding multiplies by the deviation but does not invert scale and bias. If `regularized`, decoding first adds faint
-    noise, at inference too.
+    Decoding multiplies by the standard deviation but does not invert scale and shift. If `regularized`, decoding first
+    adds weak noise, also at inference.
     """
 
     def __init__(self, channels: int, *, regularized: bool) -> None:
@@ -66,14 +69,14 @@ class SoftNorm(nn.Module):
         self.scaling_factor = nn.Parameter(torch.ones(1, channels, 1))
         self.bias = nn.Parameter(torch.zeros(1, channels, 1))
         self.running_std = nn.Parameter(torch.ones(1))
-        self.noise_scaling_factor = nn.Parameter(torch.zeros(1, 0, 1))  # empty in the files
+        self.noise_scaling_factor = nn.Parameter(torch.zeros(1, 0, 1))  # unused, but a key of the checkpoints
 
     def encode(self, raw: Tensor) -> Tensor:
-        """(B, D, F) -> (B, D, F)."""
+        """Raw latents (batch, latent channels, latent frames) -> latents of the same shape."""
         return (raw * self.scaling_factor + self.bias) / self.running_std
 
     def decode(self, latents: Tensor, noise: Noises) -> Tensor:
-        """(B, D, F) -> (B, D, F)."""
+        """Latents (batch, latent channels, latent frames) -> the decoder's input, of the same shape."""
         if noise is not None and self.regularized:
             shape = (latents.shape[1], latents.shape[2])
             drawn = stack_draws(noise, "bottleneck", shape=shape, frame_axis=1, device=latents.device)
@@ -82,7 +85,10 @@ class SoftNorm(nn.Module):
 
 
 class AudioAutoencoder(nn.Module):
-    """Audio (B, C, S) to latents (B, D, F) and back; `hop` samples per latent frame."""
+    """Converts audio (batch, channels, samples) to latents (batch, latent channels, latent frames) and back.
+
+    A latent frame has `hop` samples.
+    """
 
     def __init__(self, config: ConfigReader) -> None:
         """`config` is the autoencoder's section. Raises CheckpointError naming the key that cannot be used."""
@@ -107,7 +113,7 @@ class AudioAutoencoder(nn.Module):
 
     @property
     def decoder_halo_latents(self) -> int:
-        """Latents on each side that can influence a latent's audio, rounded up to multiples of `latent_multiple`."""
+        """The number of latents on each side that can influence a latent's audio, a multiple of `latent_multiple`."""
         reach = self.decoder.halo_latents + -(-self.pretransform.halo_frames // self.decoder.frames_per_latent)
         return -(-reach // self.latent_multiple) * self.latent_multiple
 
@@ -126,13 +132,17 @@ class AudioAutoencoder(nn.Module):
                 module.resolve()
 
     def encode(self, audio: Tensor, noise: Noises = None) -> Tensor:
-        """Returns latents (B, D, F) of audio (B, C, S), F at least S / hop rounded up; row-independent."""
+        """Returns latents (batch, latent channels, latent frames) of audio (batch, channels, samples).
+
+        There are at least ceil(samples / hop) latent frames. Each batch row is encoded independently.
+        """
         return self.bottleneck.encode(self.encoder(self.pretransform.encode(audio), noise))
 
     def decode(self, latents: Tensor, noise: Noises = None, *, products: Products = nullcontext) -> Tensor:
-        """Returns audio (B, C, at least F * hop) of latents (B, D, F), not clamped; row-independent.
+        """Returns audio (batch, channels, at least frames * hop) of latents (batch, latent channels, frames).
 
-        Only the decoder runs within the context `products()`.
+        The audio is not clamped to -1..1. Each batch row is decoded independently. `products()` is a context that sets
+        the precision of matrix products; only the part `decoder` runs in it.
         """
         scaled = self.bottleneck.decode(latents, noise)
         with products():
@@ -142,14 +152,14 @@ class AudioAutoencoder(nn.Module):
 
 @register_part("pretransform", "patched")
 def build_patched(config: ConfigReader) -> Patched:
-    """Build from the innermost `pretransform.config` section."""
+    """Build the pretransform from the innermost `pretransform.config` section of a checkpoint's config."""
     config.require(oversampling=1)
     return Patched(config.integer("channels"), config.integer("patch_size"))
 
 
 @register_part("bottleneck", "softnorm")
 def build_softnorm(config: ConfigReader) -> SoftNorm:
-    """Build from the `bottleneck.config` section."""
+    """Build the bottleneck from the `bottleneck.config` section of a checkpoint's config."""
     if config.integer("noise_augment_dim", default=0, at_least=0):
         raise config.unusable("noise_augment_dim", "0")
     return SoftNorm(config.integer("dim"), regularized=config.flag("noise_regularize", default=False))

@@ -1,4 +1,4 @@
-"""Converts a row's denoiser conditioning to named values that the engine stores, and those of a batch back."""
+"""Converts a row's denoiser conditioning to named tensors, which the engine stores, and those of a batch back."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _GLOBAL, _LOCAL = "global", "local"
 
 
 def to_branch(row: DenoiserConditioning) -> BranchConditioning:
-    """Returns a single row's conditioning by name.
+    """Returns a single row's conditioning as named tensors.
 
-    Local embeddings are a constant if they are equal in all frames, else a value by frame. A missing name means zeros,
-    so `from_batch` can add the constant and the value by frame of every row.
+    Local embeddings are stored in `constants` if they are equal in all frames, else in `by_frame`. In a batch, missing
+    names become zeros, so `from_batch` adds both to get every row's local embeddings.
     """
     constants, by_frame = {_GLOBAL: row.global_embed[0]}, {}
     if row.context is not None:
         constants[CONTEXT] = row.context[0]
     if row.local is not None:
-        local = row.local[0]  # (layers, F or 1, W)
+        local = row.local[0]  # (layers, frames or 1, width)
         if local.shape[1] == 1:
             constants[_LOCAL] = local
         else:
@@ -41,15 +41,15 @@ def without_context(branch: BranchConditioning) -> BranchConditioning:
 
 
 def with_context(branch: BranchConditioning, other: DenoiserConditioning) -> BranchConditioning:
-    """Returns the branch with another row's context."""
+    """Returns `branch` with the cross-attention context of `other`."""
     context = to_branch(other).constants[CONTEXT]
     return replace(branch, constants={**branch.constants, CONTEXT: context})
 
 
 def from_batch(batch: StepBatch, *, num_prefix: int = 0) -> DenoiserConditioning:
-    """Returns the conditioning of a batch; packed rows have `num_prefix` tokens before their frames.
+    """Returns the denoiser's conditioning of a batch. Packed rows have `num_prefix` tokens before their frames.
 
-    With segments, `context` is the memory of all contexts.
+    If the batch has `segments`, `context` has the stored contexts of all requests instead of one per row.
     """
     if batch.segments is not None:
         return _from_segments(batch, batch.segments)
@@ -63,23 +63,23 @@ def from_batch(batch: StepBatch, *, num_prefix: int = 0) -> DenoiserConditioning
 
 
 def _from_segments(batch: StepBatch, segments: Segments) -> DenoiserConditioning:
-    """Returns the memory of all contexts as `context`, and local embeddings with one value per row or per token."""
+    """Returns the conditioning with all stored contexts as `context`, and local embeddings per row or per token."""
     own = {
         name: batch.constants[name].index_select(0, batch.slots[name])
         for name in (_GLOBAL, _LOCAL)
         if name in batch.constants
     }
-    local = own.get(_LOCAL)  # (B, layers, 1, W)
+    local = own.get(_LOCAL)  # (rows, layers, 1, width)
     if _LOCAL in batch.by_frame:
         frames = batch.by_frame[_LOCAL].unflatten(1, (-1, own[_GLOBAL].shape[-1])).transpose(2, 3)
         if local is not None:
             by_token = local[:, :, 0].index_select(0, segments.rows).transpose(0, 1)
             frames = torch.where(segments.is_frame[:, None], frames + by_token, 0.0)
-        local = frames.contiguous()  # (1, layers, N, W)
+        local = frames.contiguous()  # (1, layers, tokens, width)
     return DenoiserConditioning(own[_GLOBAL], batch.constants.get(CONTEXT), local)
 
 
 def _pack(local: Tensor, frames: Sequence[int], *, num_prefix: int) -> Tensor:
-    """Pack (B, layers, F or 1, W) to the embeddings of all tokens (1, layers, N, W)."""
+    """Convert local embeddings of rows (rows, layers, frames or 1, width) to (1, layers, tokens of all rows, width)."""
     rows = [row[None, :, :own] for row, own in zip(local, frames, strict=True)]
     return join_local(rows, frames=frames, num_prefix=num_prefix)

@@ -39,12 +39,12 @@ def load_sa3(
     dtype: torch.dtype,
     decode_precision: DecodePrecision,
 ) -> Sa3Model:
-    """Load the checkpoint and the text encoder: the denoiser in `dtype`, the text encoder in its files' dtype, the rest
-    in float32. Every key must match.
+    """Load the checkpoint and the text encoder.
 
-    With `decode_precision` half, the decoder's linear layers are stored in half precision.
+    The denoiser has the dtype `dtype`, the text encoder the dtype of its files, the rest float32. If `decode_precision`
+    is half, the decoder's linear layers are stored in half precision.
 
-    Raises CheckpointError naming the file or key that does not fit.
+    Every key of the weight files must match. Raises CheckpointError naming a file or key that does not.
     """
     require_exact_float32()
     reader = read_config(folder)
@@ -52,7 +52,7 @@ def load_sa3(
     weights_file = find_weights(folder)
     text = load_text_encoder(text_encoder, max_length=config.prompt.max_length, device=device)
     try:
-        with torch.device("meta"):  # weights come from the file
+        with torch.device("meta"):  # do not allocate weights: `load_weights` below does
             components = build_components(config, text)
     except (RuntimeError, MemoryError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE} describes a network that cannot be built: {error}") from error
@@ -97,7 +97,10 @@ def build_components(config: Sa3Config, text: TextEncoder) -> Sa3Components:
 
 @torch.inference_mode()
 def _check_autoencoder(net: AudioAutoencoder, products: Products, *, device: torch.device, source: Path) -> None:
-    """Encode and decode one latent to check that the parts fit each other, which their configs alone do not show."""
+    """Encode and decode one latent to check that the autoencoder's parts fit each other.
+
+    Raises CheckpointError naming `source` if they do not. Their configs alone do not show it.
+    """
     audio = torch.zeros(1, net.channels, net.hop, device=device)
     try:
         latents = net.encode(audio)[..., :1]
@@ -111,7 +114,7 @@ def _check_autoencoder(net: AudioAutoencoder, products: Products, *, device: tor
 
 
 def checkpoint_modules(components: Sa3Components, config: Sa3Config) -> dict[str, nn.Module]:
-    """Returns the module of each key prefix; also used for exporting."""
+    """Returns the networks by the prefix of their keys in the weight file. Also used for writing weight files."""
     modules: dict[str, nn.Module] = {f"conditioner.conditioners.{config.prompt.id}.": components.prompt}
     for id_, number in components.numbers.items():
         modules[f"conditioner.conditioners.{id_}."] = number
@@ -121,7 +124,10 @@ def checkpoint_modules(components: Sa3Components, config: Sa3Config) -> dict[str
 
 
 def build_spec(card: ModelCard, config: Sa3Config, *, components: Sa3Components) -> ModelSpec:
-    """Returns the model's spec. The card keeps its name, its defaults and, if it is lower, its longest duration."""
+    """Returns the model's spec. Its card has the values of the config, but keeps its name and default parameters.
+
+    The longest duration is the lower one of card and config.
+    """
     lengths = config.lengths
     longest_s = lengths.max_samples / lengths.sample_rate_hz
     return ModelSpec(

@@ -1,6 +1,6 @@
-"""Embeds prompts and numbers as vectors: prompt embeddings with learned padding, numbers as Fourier features.
+"""Embeds prompts and numbers as vectors: prompts with a text encoder and learned padding, numbers as Fourier features.
 
-Both run in float32 (the text encoder in its files' dtype) and are row-independent.
+Everything runs in float32, except the text encoder, which runs in the dtype of its files.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from stable_audio_serve.models.text_encoder import TextEncoder, load_tokenizer_a
 def load_text_encoder(folder: Path, *, max_length: int, device: torch.device) -> TextEncoder:
     """Load the encoder half of a T5Gemma in its files' dtype. Raises CheckpointError if anything is missing.
 
-    Attention uses the library's explicit form, because the fused kernels cannot soft-cap the logits.
+    Attention uses the eager implementation of transformers, because fused kernels cannot soft-cap the logits.
     """
     tokenizer, encoder = load_tokenizer_and_network(folder, _load_t5gemma)
     config: Any = encoder.config.encoder  # type: ignore[union-attr]
-    if max_length > config.sliding_window // 2:  # global and sliding layers have the same mask only up to this length
+    if max_length > config.sliding_window // 2:  # longer prompts would need another mask in sliding-window layers
         raise CheckpointError(f"prompts of {max_length} tokens are longer than the text encoder's windows in {folder}")
     return TextEncoder(tokenizer, encoder.to(device), width=int(config.hidden_size), max_length=max_length)
 
@@ -48,7 +48,10 @@ def _load_t5gemma(folder: Path) -> tuple[nn.Module, Mapping[str, Any]]:
 
 
 class PromptConditioner(nn.Module):
-    """Converts hidden states to conditioning tokens: projected if widths differ, with a learned vector for padding."""
+    """Converts a text encoder's hidden states to conditioning tokens, with a learned vector for padding.
+
+    A linear layer projects the hidden states if their width is not the tokens' width.
+    """
 
     def __init__(self, config: PromptConfig, *, encoder_width: int) -> None:
         super().__init__()
@@ -60,8 +63,11 @@ class PromptConditioner(nn.Module):
         )
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Returns tokens (B, T, width) float32 of hidden (B, T, encoder width) and mask (B, T) bool."""
-        # Select instead of multiplying: padding can contain any value, even NaN.
+        """Returns tokens (batch, tokens, width) float32.
+
+        `hidden` is (batch, tokens, encoder width). `mask` (batch, tokens) is true for real tokens.
+        """
+        # `where` instead of multiplication with the mask: the hidden states of padding can have any value, even NaN.
         return torch.where(mask[..., None], self.proj_out(hidden), self.padding_embedding)
 
 
@@ -72,7 +78,7 @@ class _NumberEmbedder(nn.Module):
 
 
 class NumberConditioner(nn.Module):
-    """Embeds a number, clamped to its range, as one vector. Module names match the checkpoint's keys."""
+    """Embeds a number as one vector, after clamping it to its range. Module names match the checkpoint's keys."""
 
     def __init__(self, config: NumberConfig) -> None:
         super().__init__()
@@ -80,6 +86,6 @@ class NumberConditioner(nn.Module):
         self.embedder = _NumberEmbedder(config)
 
     def forward(self, values: Tensor) -> Tensor:
-        """Returns (B, width) float32 of values (B,) float32 in the number's unit."""
+        """Returns embeddings (batch, width) float32 of numbers (batch,) float32."""
         low, high = self.config.minimum, self.config.maximum
         return self.embedder.embedding((values.clamp(low, high) - low) / (high - low))

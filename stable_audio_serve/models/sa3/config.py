@@ -1,7 +1,7 @@
-"""A checkpoint's `model_config.json` as frozen values: it defines every dimension of the networks.
+"""Parses a checkpoint's `model_config.json`, which defines every dimension of the networks, to frozen dataclasses.
 
-For a missing key, the default of the reference implementation applies. A value that requires a different network, or a
-key that is neither read nor in `INERT_KEYS`, raises an error that names the key.
+A missing key has the default of the reference implementation. Parsing raises an error that names the key for a value
+that requires a different network, and for a key that is neither read nor in `INERT_KEYS`.
 """
 
 from __future__ import annotations
@@ -19,38 +19,40 @@ from stable_audio_serve.models.frame_conditioners import (
 )
 from stable_audio_serve.models.sa3.lengths import LengthRule
 
-# Keys without effect on inference, at any depth.
+# Config keys that have no effect on inference, at any depth of the file.
 INERT_KEYS = frozenset(
     {
-        # training
+        # They affect only training.
         *("training", "dataset", "svd_bases_path", "distribution_shift_options", "pre_encoded_keys", "checkpointing"),
         *("requires_grad", "enable_grad", "freeze", "freeze_backbone", "zero_init_branch_outputs", "zero_init_output"),
         *("dropout", "attn_dropout", "ff_dropout", "enable_inner_layer_dropout", "cfg_dropout_prob", "dropout_prob"),
-        # how the reference computes; it ignores the keys of the second line, and its latent scale is always 1
+        # The first line does not change the reference's result (`scale` is always 1). It ignores the second line.
         *("iterate_batch", "use_flash", "force_fp32", "auto_scale", "scale", "abs_pos_emb_max_length"),
         *("use_snake", "mapping_style", "conv_bias", "use_dilated_conv"),
-        # the reference masks padding and uses the clip's length in schedules, whatever these keys say
+        # The reference does what both keys demand, even if their value is false.
         *("mask_padding_attention", "use_effective_length_for_schedule"),
-        # location of the text encoder (read by `checkpoint_files`)
+        # They locate the text encoder. `checkpoint_files` reads them.
         *("model_path", "model_name", "subfolder", "repo_id"),
     }
 )
 
 MODEL_TYPES = ("diffusion_cond_inpaint", "diffusion_cond")
-MIN_ROTATED = 32  # least number of channels with rotary positions in a denoiser head
-DEFAULT_CHUNK_FRAMES = 32  # for rounding lengths if the encoder has no `chunk_size`; the encoder itself then uses 128
+MIN_ROTATED = 32  # smallest number of channels with rotary positions in a denoiser head
+# Lengths are rounded to this value if the encoder's config has no `chunk_size`, as in the reference. The encoder itself
+# then uses chunks of 128.
+DEFAULT_CHUNK_FRAMES = 32
 
 # The default sampler of each training objective.
 OBJECTIVE_SAMPLERS = {"rf_denoiser": "pingpong", "rectified_flow": "euler"}
 
-# Numbers that a request can give; a conditioner with another id would have no value.
+# Ids of number conditioners for which a request has a value. Other ids are refused.
 NUMBER_IDS = ("seconds_start", "seconds_total")
 EDIT_IDS = ("inpaint_mask", "inpaint_masked_input")
 
 
 @dataclass(frozen=True, slots=True)
 class DenoiserConfig:
-    """Shape of the diffusion transformer. `local_width` 0 means no local conditioning."""
+    """The dimensions of the diffusion transformer. `local_width` 0 means no local (per-frame) conditioning."""
 
     latent_channels: int
     width: int
@@ -125,7 +127,7 @@ def parse_denoiser(config: ConfigReader) -> DenoiserConfig:
 
 @dataclass(frozen=True, slots=True)
 class PromptConfig:
-    """The text conditioner."""
+    """The configuration of the conditioner that embeds prompts."""
 
     id: str
     width: int
@@ -135,7 +137,7 @@ class PromptConfig:
 
 @dataclass(frozen=True, slots=True)
 class NumberConfig:
-    """A number conditioner: values are clamped to `minimum`..`maximum` and embedded in `width` channels."""
+    """The configuration of a number conditioner: clamps to `minimum`..`maximum` and embeds in `width` channels."""
 
     id: str
     width: int
@@ -146,11 +148,11 @@ class NumberConfig:
 
 @dataclass(frozen=True, slots=True)
 class Sa3Config:
-    """All values that the family reads from a checkpoint's config.
+    """All values that Stable Audio 3 models read from a checkpoint's config.
 
-    `context_ids` and `global_ids` name conditioners in the order of concatenation. `local_ids` names per-frame
-    conditioners from EDIT_IDS or `frame_conditioners`. `chunked`: the autoencoder uses windows. `shift` is the
-    schedule's warp as in the config; None: the default.
+    `context_ids` and `global_ids` name conditioners, in the order in which their outputs are concatenated. `local_ids`
+    names per-frame conditioners from EDIT_IDS or `frame_conditioners`. `chunked`: the reference encodes and decodes in
+    windows. `shift` is the config section about the timestep shift; None: the default shift.
     """
 
     default_sampler: str
@@ -170,7 +172,7 @@ class Sa3Config:
 
     @property
     def edits(self) -> bool:
-        """Whether the denoiser accepts latents to keep."""
+        """Whether the denoiser has inputs for the latents that an edit keeps, and for their mask."""
         return any(id_ in self.local_ids for id_ in EDIT_IDS)
 
 
@@ -235,7 +237,8 @@ def _parse_conditioners(
                 numbers.append(_parse_number(item, width))
             case _:
                 frame_conditioners[item.text("id")] = build_frame_conditioner(item)
-    # `default_keys` names substitutes for numbers that a request lacks. Our requests have all numbers of the config.
+    # `default_keys` names substitutes for numbers that a request may lack. Requests of this server lack no number, so
+    # an entry for one of the numbers would have no effect and is refused.
     for id_ in conditioning.plain("default_keys") or {}:
         if id_ in (number.id for number in numbers):
             raise conditioning.unusable("default_keys", f"without {id_!r}, which requests always say")
@@ -270,7 +273,7 @@ def _parse_number(item: ConfigReader, width: int) -> NumberConfig:
 
 
 def _check_widths(config: Sa3Config, diffusion: ConfigReader) -> None:
-    """Raise CheckpointError for parts whose widths do not fit, before torch would report a shape deep inside."""
+    """Raise CheckpointError if conditioner ids or widths do not fit, instead of a later error inside torch."""
     network = diffusion.section("config")
     number_ids = tuple(number.id for number in config.numbers)
     for key, ids, known in (

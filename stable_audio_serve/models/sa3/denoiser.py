@@ -33,12 +33,12 @@ from stable_audio_serve.models.sa3.config import MIN_ROTATED, DenoiserConfig
 
 @dataclass(frozen=True, slots=True)
 class DenoiserConditioning:
-    """The inputs of a forward pass besides latents and time, for B rows, with all layers' values in one tensor.
+    """The inputs of a forward pass besides latents and time. Each is one tensor for all rows and layers.
 
-    `global_embed` (B, W). `context` (B, layers, 2, H or 2 H, T, E): the cross-attention's normed keys, then its values;
-    None for rows without cross-attention (the unconditional branch, where keys and values would be zero). `local`
-    (B, layers, F, W), or (B, layers, 1, W) if all frames are equal, or None if the network has no local conditioning.
-    Local inputs of zero do not give a `local` of zero, because the embedder has biases.
+    `global_embed` is (rows, width). `context` (rows, layers, 2, heads, context tokens, head width) has the normalised
+    keys of the cross-attention, then its values; None for the unconditional branch, where both would be zero. `local`
+    (rows, layers, frames, width) is the local (per-frame) conditioning. Its third axis is 1 if all frames are equal;
+    None if the network has no local conditioning. `local` is not zero for an input of zero: the embedder has biases.
     """
 
     global_embed: Tensor
@@ -51,7 +51,10 @@ class DenoiserConditioning:
 
 
 class Modulation(NamedTuple):
-    """Scale, shift and gate, each (B, W), of a layer's attention and feed-forward; scales include the norm's gain."""
+    """Scale, shift and gate, each (rows, width), of a layer's self-attention and feed-forward network.
+
+    The scales include the gain of the norm before them.
+    """
 
     scale_attn: Tensor
     shift_attn: Tensor
@@ -62,8 +65,9 @@ class Modulation(NamedTuple):
 
 
 class TransformerLayer(nn.Module):
-    """Self-attention, cross-attention, local conditioning, feed-forward. Self-attention and feed-forward are modulated
-    and gated.
+    """Applies self-attention, cross-attention, local conditioning and the feed-forward network, in this order.
+
+    Self-attention and the feed-forward network are modulated and gated (adaptive norms).
     """
 
     def __init__(self, config: DenoiserConfig) -> None:
@@ -89,9 +93,10 @@ class TransformerLayer(nn.Module):
         context: tuple[Tensor, Tensor] | None,
         local: Tensor | None,
     ) -> Tensor:
-        """Returns h (B, M + F, W), packed (1, N, W), after this layer. `context` are keys and values.
+        """Returns the tokens after this layer; may overwrite `h`.
 
-        `context` and `local` have the form that `layout` expects. `local` is added to frames, not to memory tokens.
+        `layout` defines the shapes of `h` and `local`. `context` has keys and values as `layout.context` returns them.
+        `local` is added to frames, but not to memory tokens.
         """
         normed = self.pre_norm.without_gain(h)
         normed = layout.modulate(normed, scale=modulation.scale_attn, shift=modulation.shift_attn)
@@ -101,14 +106,17 @@ class TransformerLayer(nn.Module):
             (key, value), normed = context, self.cross_attend_norm(h)
             h = add_branch(h, self.cross_attn(normed, key=key, value=value, attend_fn=layout.attend_context))
         if local is not None:
-            layout.add_local(h, local)  # in place: this layer owns h
+            layout.add_local(h, local)  # in place: nothing else uses h
         normed = self.ff_norm.without_gain(h)
         normed = layout.modulate(normed, scale=modulation.scale_ff, shift=modulation.shift_ff)
         return layout.add_gated(h, self.ff(normed), gate=modulation.gate_ff)
 
 
 class Transformer(nn.Module):
-    """Memory tokens before the frames, rotary positions over all tokens, the layers, and the projections."""
+    """The transformer between an input and an output projection, with learned memory tokens before the frames.
+
+    Rotary positions count the memory tokens, too.
+    """
 
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
@@ -124,7 +132,10 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.depth))
 
     def forward(self, x: Tensor, global_embed: Tensor, *, conditioning: DenoiserConditioning, layout: Layout) -> Tensor:
-        """X (B, F, D), global_embed (B, W) with time added -> (B, F, D)."""
+        """Latents x (rows, frames, latent channels) -> the output, in the same shape.
+
+        `global_embed` (rows, width) includes the embedding of time.
+        """
         h = self.project_in(x)
         if self.num_memory_tokens:
             h = layout.join(self.memory_tokens, h)
@@ -147,17 +158,20 @@ class Transformer(nn.Module):
         return [layer for layer in self.layers if isinstance(layer, TransformerLayer)]
 
     def rotary_table(self, positions: Tensor) -> RotaryTable:
-        """Returns every layer's table for tokens at `positions` (N,) float32."""
+        """Returns the rotary table of all layers for tokens at `positions` (tokens,) float32."""
         norms = [(layer.self_attn.q_norm, layer.self_attn.k_norm) for layer in self.typed_layers]
         affine = gather_affine(norms, half=self.rotary_pos_emb.half_width)
         return affine.table(positions, rates=self.rotary_pos_emb.rates(self.head_width))
 
     def _modulate(self, modulation: Tensor) -> list[Modulation]:
-        """Returns every layer's modulation from the shared one (B, 6 W). Gates are `sigmoid(1 - gate)`."""
+        """Returns each layer's modulation: the shared `modulation` (rows, 6 * width) plus the layer's own offsets.
+
+        A gate g is applied as `sigmoid(1 - g)`.
+        """
         offsets = torch.stack([layer.to_scale_shift_gate for layer in self.typed_layers])
         norms = [norm for layer in self.typed_layers for norm in (layer.pre_norm, layer.ff_norm)]
         gains = torch.stack([norm.gamma for norm in norms]).to(offsets.dtype).unflatten(0, (-1, 1, 2))
-        scale, shift, gate = (offsets[:, None] + modulation).unflatten(-1, (2, 3, -1)).unbind(3)  # (layers, B, 2, W)
+        scale, shift, gate = (offsets[:, None] + modulation).unflatten(-1, (2, 3, -1)).unbind(3)
         parts = torch.addcmul(gains, gains, scale), shift, torch.sigmoid(1 - gate)
         return [
             Modulation(*(part[index, :, branch] for branch in (0, 1) for part in parts))
@@ -166,12 +180,13 @@ class Transformer(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """The whole network: the transformer between residual 1x1 convolutions, and embedders of context, global and time.
+    """The whole network: the transformer between residual 1x1 convolutions, and the embedders of its conditioning.
 
-    Row-independent: invalid frames are never keys, and their output is unspecified. Inputs are cast to the weights'
-    dtype and the result has that dtype. Only the Fourier features of time use the float32 value in every precision.
-    (The reference first rounds time to the model's dtype. Near t = 1, one float16 step turns the highest features by
-    tens of radians, so a half-precision model would see different times than the sampler.)
+    Rows do not affect each other: invalid frames are never keys, and their output is unspecified. Inputs are cast to
+    the weights' dtype, and the result has that dtype. Only the Fourier features of time are computed from the float32
+    value in every precision. (The reference first rounds time to the model's dtype. Near t = 1, the angles of the
+    highest features differ by tens of radians between adjacent float16 numbers, so a half-precision model would see
+    other times than the sampler.)
     """
 
     def __init__(self, config: DenoiserConfig) -> None:
@@ -192,8 +207,10 @@ class Denoiser(nn.Module):
         return self.preprocess_conv.weight.dtype
 
     def condition(self, context: Tensor | None, global_cond: Tensor, *, local: Tensor | None) -> DenoiserConditioning:
-        """Project a request's conditioning: context (B, T, context width), global_cond (B, global width), local
-        (B, local width, F or 1). Differentiable; reusable at every step.
+        """Returns the conditioning for `forward`, which does not depend on latents or time. Differentiable.
+
+        Inputs are context (rows, context tokens, context width), global_cond (rows, global width) and local
+        (rows, local width, frames or 1).
         """
         keys = None if context is None else self.project_context(context)
         embeds = None
@@ -203,13 +220,16 @@ class Denoiser(nn.Module):
         return DenoiserConditioning(self.to_global_embed(global_cond.to(self.dtype)), keys, embeds)
 
     def project_context(self, context: Tensor) -> Tensor:
-        """Returns every layer's keys and values of a context (B, T, context width), as in DenoiserConditioning."""
+        """Returns the cross-attention keys and values of all layers, in the shape of `DenoiserConditioning.context`.
+
+        `context` is (rows, context tokens, context width).
+        """
         tokens, layers = self.to_cond_embed(context.to(self.dtype)), self.transformer.typed_layers
         parts = [part for layer in layers for part in layer.cross_attn.project_context(tokens)]
         return torch.cat(parts, dim=1).unflatten(1, (len(layers), 2, -1))
 
     def embed_time(self, t: Tensor) -> Tensor:
-        """Time t (B,) in 0..1 -> (B, W)."""
+        """Times t (rows,) in 0..1 -> embeddings (rows, width)."""
         if self.config.time_logsnr:
             t = (5 - torch.log((1 - t) / t).clamp(-12, 5)) / 17
         return self.to_timestep_embed(self.timestep_features(t).to(self.dtype))
@@ -223,9 +243,10 @@ class Denoiser(nn.Module):
         valid: Tensor | None = None,
         packed: Layout | None = None,
     ) -> Tensor:
-        """Returns velocity (B, D, F) of latents x (B, D, F) at times t (B,) float32; `valid` (B, F) bool, None = all.
+        """Returns the velocity of latents `x` (rows, latent channels, frames) at times `t` (rows,) float32.
 
-        Packed rows: x and the result are (1, D, sum of F), and `conditioning` is for a packed batch.
+        `valid` (rows, frames) marks the frames that are not padding; None: all frames. If `packed` is given, x and the
+        result are (1, latent channels, frames of all rows), and `conditioning` is for a packed batch.
         """
         x = x.to(self.dtype)
         x = x + self.preprocess_conv(x)

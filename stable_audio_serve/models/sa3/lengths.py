@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class LengthRule:
-    """A checkpoint's length limits: the longest window has `max_samples`; F must be a multiple of `frame_multiple`."""
+    """A checkpoint's limits on lengths: at most `max_samples`, and a multiple of `frame_multiple` latent frames."""
 
     sample_rate_hz: int
     hop: int
@@ -16,15 +16,15 @@ class LengthRule:
 
     @property
     def max_frames(self) -> int:
-        """Latent frames of the longest window."""
+        """The largest number of latent frames."""
         return self.max_samples // self.hop
 
 
 @dataclass(frozen=True, slots=True)
 class RowLength:
-    """One row's lengths. `frames` are all latent frames, of which attention uses the first `valid_frames`.
+    """The lengths of one batch row. `frames` are all latent frames; attention uses the first `valid_frames` of them.
 
-    `effective_frames` are those of the clip without headroom, for length-dependent schedules.
+    `effective_frames` are the frames of the clip alone. Length-dependent schedules use them.
     """
 
     frames: int
@@ -34,11 +34,11 @@ class RowLength:
 
 
 def plan_length(duration_s: float, rule: LengthRule, *, padding_s: float, frames: int | None = None) -> RowLength:
-    """Returns the lengths of a row of `duration_s` > 0 with `padding_s` of headroom.
+    """Returns the lengths of a row for a clip of `duration_s` > 0 seconds and `padding_s` seconds generated after it.
 
-    `frames` covers the clip (at least one sample) and its headroom, rounded up to the multiple, then limited to the
-    longest window. `valid_frames` are the clip's frames, rounded up, and those of the headroom, rounded down. The
-    argument `frames` overrides the latent length, as for a row in the batch of a longer row.
+    In the result, `frames` covers clip and padding, rounded up to the multiple in `rule` and then limited to its
+    longest length. `valid_frames` are the clip's frames, rounded up, plus the padding's, rounded down. The argument
+    `frames` overrides the number of latent frames, for a row that is padded to the length of a longer row.
     """
     clip_samples = max(int(duration_s * rule.sample_rate_hz), 1)
     if frames is None:

@@ -1,6 +1,6 @@
-"""A loaded Stable Audio 3 model that implements the engine's protocol; its components are public attributes.
+"""A loaded Stable Audio 3 model that implements the engine's protocol. Its networks are public attributes.
 
-All methods are row-independent, and public methods run without gradients.
+Batch rows do not affect each other. Public methods run without gradients.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from stable_audio_serve.sampling.transfer import to_device
 
 @dataclass(frozen=True, slots=True)
 class Sa3Components:
-    """The networks of one checkpoint, loaded and on their device; `numbers` is by conditioner id."""
+    """The networks of one checkpoint, loaded and on their device. `numbers` has number conditioners by their id."""
 
     text: TextEncoder
     prompt: PromptConditioner
@@ -53,7 +53,7 @@ class Sa3Components:
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
-        """Every network, the text encoder included."""
+        """Returns all networks, including the text encoder."""
         return (self.text.encoder, self.prompt, *self.numbers.values(), self.denoiser, self.autoencoder)
 
 
@@ -91,7 +91,7 @@ class Sa3Model(NativeModel):
         self._shift = shift_from_config(config.shift, key=f"model.diffusion.{CONFIG_KEY}")
 
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
-        """Returns one plan per variation. Raises InvalidRequestError naming the field that the model cannot serve."""
+        """Returns one plan per variation. Raises InvalidRequestError naming a field that the model cannot serve."""
         return plan_rows(
             request,
             config=self.config,
@@ -104,7 +104,7 @@ class Sa3Model(NativeModel):
     @torch.inference_mode()
     @exact
     def encode_audio(self, windows: Sequence[EncodeWindow]) -> list[Tensor]:
-        """Returns latents (D, F_window) float32 of windows of equal length."""
+        """Returns the latents (latent channels, frames) float32 of each window. Windows must have equal lengths."""
         audio = to_device(torch.stack([window.samples for window in windows]).float(), self._device)
         noise = [WindowNoise(window.noise, window.stage, window.start) for window in windows]
         frames = -(-audio.shape[-1] // self._spec.hop)
@@ -120,10 +120,10 @@ class Sa3Model(NativeModel):
         negative: TextEmbedding | None,
         inpaint_latents: Tensor | None,
     ) -> RowConditioning:
-        """Returns a row's per-request constants; the unconditional branch only if some evaluation is guided.
+        """Returns a row's conditioning, which is constant over all steps. Without guidance it has no second branch.
 
-        Without a negative prompt, the unconditional branch has no context. With one, its padding is zero instead of the
-        learned vector, and its numbers are the row's.
+        Without a negative prompt, the unconditional branch has no context. With a negative prompt, the branch has that
+        prompt with zeros for padding instead of the learned vector, and the same numbers as the conditional branch.
         """
         numbers = {id_: self._embed_number(id_, plan.numbers[id_]) for id_ in self.numbers}
         global_cond = torch.cat([numbers[id_] for id_ in self.config.global_ids], dim=-1)
@@ -141,33 +141,40 @@ class Sa3Model(NativeModel):
     @torch.inference_mode()
     @exact
     def denoise(self, batch: StepBatch) -> Tensor:
-        """Returns velocity (B, D, F) float32; row-independent for valid frames."""
+        """Returns the velocity, float32, in the shape of `batch.x`. Rows do not affect each other's valid frames."""
         num_prefix = self.config.denoiser.num_memory_tokens
         conditioning, packed = from_batch(batch, num_prefix=num_prefix), packed_layout(batch, num_prefix=num_prefix)
         return self.denoiser(batch.x, batch.t, conditioning=conditioning, valid=batch.valid, packed=packed).float()
 
     @torch.inference_mode()
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
-        """Returns audio (C, hop * F_window) float32 of windows of equal length, not clamped."""
+        """Returns the audio (channels, hop * frames) float32 of each window, not clamped to -1..1.
+
+        Windows must have equal lengths.
+        """
         latents = torch.stack([window.latents for window in windows]).to(self._device, torch.float32)
         noise = [WindowNoise(window.noise, "decode", window.start) for window in windows]
         audio = self.autoencoder.decode(latents, noise, products=self._products)
         return list(audio[..., : latents.shape[-1] * self._spec.hop].float())
 
     def _embed_number(self, id_: str, value: float) -> Tensor:
-        """(1, width) float32."""
+        """Returns the embedding of a number (1, width) float32."""
         return self.numbers[id_](to_device(torch.tensor([value], dtype=torch.float32), self._device))
 
     def _context(self, tokens: Tensor, numbers: dict[str, Tensor]) -> Tensor:
-        """Join prompt tokens (T, width) and numbers, (1, width) each, in the config's order -> (1, T', width)."""
+        """Join prompt tokens (tokens, width) and embedded numbers, (1, width) each, to a context (1, tokens, width).
+
+        The order is that of the config.
+        """
         prompt_id = self.config.prompt.id
         parts = [tokens if id_ == prompt_id else numbers[id_] for id_ in self.config.context_ids]
         return torch.cat(parts)[None]
 
     def _local_conditioning(self, plan: RowPlan, latents: Tensor | None) -> Tensor | None:
-        """Returns (1, local width, F): the mask, the kept latents and the frame conditioners' features.
+        """Returns the local (per-frame) conditioning (1, local width, frames) of a row.
 
-        F is 1, with zeros, if the row has none of them. Returns None for a network without local conditioning.
+        It has the mask of kept frames, the kept latents and the features of frame conditioners. If the row has none of
+        these, returns zeros for one frame. Returns None for a network without local conditioning.
         """
         if not self.config.local_ids:
             return None

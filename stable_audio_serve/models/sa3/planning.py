@@ -1,4 +1,4 @@
-"""Plans a request: one RowPlan per variation with lengths, windows, schedule and masks. Pure; runs on the CPU."""
+"""Plans a request: computes lengths, windows, schedule and masks of each variation, on the CPU."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def plan_rows(
     shift: TimestepShift,
     frames: int | None,
 ) -> tuple[RowPlan, ...]:
-    """Returns one plan per variation; they differ only in their seed.
+    """Returns one plan per variation. The plans differ only in their seed.
 
-    Audio is decoded by `decode_rule`, unless the request or the config selects the reference's windows or a single
-    window. `shift` is the model's schedule warp. `frames` overrides the latent length and lifts the duration's cap; a
-    longer clip is cut. Raises InvalidRequestError naming the field.
+    `decode_rule` defines the windows for decoding, unless the request or the config selects the reference's windows or
+    a single window. `shift` is the model's timestep shift. `frames` overrides the number of latent frames; the duration
+    is then not limited, and a longer clip is cut. Raises InvalidRequestError naming the field.
     """
     check_request(request)
     for field, level in (("sigma_min", request.sigma_min), ("sigma_max", request.sigma_max), ("rho", request.rho)):
@@ -125,7 +125,7 @@ def _plan_sampler(
 
 
 def _plan_source(audio: SourceAudio, config: Sa3Config, *, length: RowLength) -> SourcePlan:
-    """Returns source audio at the model's rate and channels, cut or padded to the row's frames."""
+    """Returns source audio at the model's sample rate and channels, cut or padded to the row's length."""
     rule = config.lengths
     samples = prepare_source(
         audio,

@@ -1,6 +1,6 @@
-"""Models of the official sizes with random weights, for benchmarks and size checks, never for serving.
+"""Builds models of the official sizes with random weights, for benchmarks and size checks.
 
-Their output is noise, so no model name loads them.
+Their output is noise, so a server cannot load them by any model name.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ def build_random_model(
 ) -> Sa3Model:
     """Build the built-in model `name` at its real size on `device`, with random weights.
 
-    Precisions are as for real weights. The tokenizer maps every word to the unknown token.
+    `dtype` and `decode_precision` have the same effect as in `load_sa3`. The tokenizer maps every word to the unknown
+    token.
     """
     require_exact_float32()
     target = torch.device(device)

@@ -1,7 +1,7 @@
-"""The SAME encoder and decoder: one transformer that changes the time resolution by inserting learned tokens.
+"""The SAME encoder and decoder: transformers that change the time resolution by means of learned tokens.
 
-A group is one latent and its `stride` frames. The encoder appends one learned token to the frames of a group and keeps
-that token's output; the decoder appends learned tokens to a latent and keeps their outputs.
+A group is one latent and its `stride` frames. The encoder appends one learned token to the frames of a group; the
+token's output is the latent. The decoder appends `stride` learned tokens to a latent; their outputs are the frames.
 Module names are the checkpoint's keys below `encoder.` and `decoder.`.
 """
 
@@ -35,7 +35,7 @@ from stable_audio_serve.models.sa3.same_config import SameConfig, parse_same
 
 
 class WeightNormConv(nn.Module):
-    """1-D convolution with zero "same" padding and weight `g v / |v|`, with the norm per output channel."""
+    """A 1-D convolution with zero "same" padding and weight `g v / |v|`, where |v| is the norm per output channel."""
 
     def __init__(self, channels_in: int, channels_out: int, *, kernel: int) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class WeightNormConv(nn.Module):
         self._kernel: Tensor | None = None
 
     def resolve(self) -> None:
-        """Cache the kernel, which every call would otherwise compute."""
+        """Compute and keep the kernel, which every call would otherwise compute."""
         self._kernel = self.kernel()
 
     def kernel(self) -> Tensor:
@@ -53,13 +53,13 @@ class WeightNormConv(nn.Module):
         return self.weight_v * (self.weight_g / self.weight_v.norm(dim=(1, 2), keepdim=True))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels in, N) -> (B, channels out, N)."""
+        """(batch, channels in, length) -> (batch, channels out, length)."""
         kernel = self.kernel() if self._kernel is None else self._kernel
         return F.conv1d(x, kernel.to(x.dtype), self.bias, padding=kernel.shape[-1] // 2)
 
 
 class SameLayer(nn.Module):
-    """Self-attention and feed-forward, each after a DyT."""
+    """A transformer layer: self-attention and a feed-forward network, each after a DyT norm."""
 
     def __init__(self, config: SameConfig, *, uses_sine: bool) -> None:
         super().__init__()
@@ -72,18 +72,18 @@ class SameLayer(nn.Module):
         self.rope = RotaryEmbedding(config.head_width // 2)
 
     def fold_norms(self) -> None:
-        """Fold the norms' gain and bias into the next linear layers, which saves two kernels."""
+        """Multiply the norms' gain and bias into the linear layers after them, which saves two kernels per call."""
         self.pre_norm.fold_into(self.self_attn.to_qkv)
         self.ff_norm.fold_into(self.ff.first)
 
     def forward(self, x: Tensor, *, rotary: RotaryTable, attend_fn: Attend) -> Tensor:
-        """(B, N, width) -> (B, N, width); `rotary` is this layer's table."""
+        """(batch, tokens, width) -> (batch, tokens, width). `rotary` is this layer's rotary table."""
         x = x + self.self_attn(self.pre_norm(x), rotary=rotary, attend_fn=attend_fn)
         return add_branch(x, self.ff(self.ff_norm(x)))
 
 
 class ResamplingBlock(nn.Module):
-    """The mapping between frame channels and width, the learned tokens, and the transformer."""
+    """What encoder and decoder share: the convolution at the frames' side, the learned tokens and the transformer."""
 
     def __init__(self, config: SameConfig, *, mapping: WeightNormConv, num_tokens: int) -> None:
         super().__init__()
@@ -102,7 +102,8 @@ class ResamplingBlock(nn.Module):
     def resolve(self) -> None:
         """Cache values derived from the weights, which every call would otherwise compute."""
         self.mapping.resolve()
-        if self.new_tokens.device.type != "cpu":  # on a CPU, processes share unchanged weights through the mapped file
+        # On a CPU the weights stay unchanged, because processes share the memory of the mapped weight file.
+        if self.new_tokens.device.type != "cpu":
             for layer in self._typed_layers:
                 layer.fold_norms()
         self._rotary = self._gather_rotary()
@@ -110,7 +111,10 @@ class ResamplingBlock(nn.Module):
             self._chunk_table = self._rotary.all_layers(self._chunk_tokens)
 
     def learned_tokens(self, num_windows: int, num_latents: int, *, noise: Noises) -> Tensor:
-        """Returns tokens to insert, (B * F, num_tokens, width), with `noise` added to each, also at inference."""
+        """Returns the tokens to insert after each latent, (windows * latents, tokens per latent, width).
+
+        If the config demands it, `noise` is added to each token, also at inference.
+        """
         tokens = self.new_tokens.expand(num_windows * num_latents, self.num_tokens, -1)
         if noise is None or not self.config.mask_noise:
             return tokens
@@ -119,7 +123,10 @@ class ResamplingBlock(nn.Module):
         return torch.add(tokens, drawn.to(tokens.dtype), alpha=self.config.mask_noise)
 
     def transform(self, groups: Tensor, num_windows: int) -> Tensor:
-        """Run the layers over groups (B * F, stride + 1, width). Returns (B, F, stride + 1, width)."""
+        """Run the layers over groups (windows * latents, stride + 1, width).
+
+        Returns (windows, latents, stride + 1, width).
+        """
         x = groups.reshape(num_windows, -1, groups.shape[2])
         x = self._transform_chunks(x) if self.config.window_latents is None else self._transform_sliding(x)
         return x.unflatten(1, (-1, groups.shape[1]))
@@ -140,14 +147,15 @@ class ResamplingBlock(nn.Module):
         affine, rates = self._rotary or self._gather_rotary()
         cos, sin = cosines(positions, rates)
         for index, layer in enumerate(self.transformers):
-            # Build one layer's table at a time: the tables of all layers would be larger than a layer's working set.
+            # Build the rotary table of one layer at a time, because the tables of all layers need much memory.
             x = layer(x, rotary=affine.layer(index).fold(cos[index], sin[index]), attend_fn=band)
         return x
 
     def _transform_chunks(self, x: Tensor) -> Tensor:
-        """Attend within chunks of tokens; the second half of the layers uses chunks shifted by half a chunk.
+        """Run all layers with attention within chunks of tokens.
 
-        To fill the shifted chunks, copies of the first and last half chunk extend the sequence. They are dropped later.
+        If the config has `midpoint_shift`, the second half of the layers uses chunks shifted by half a chunk. For them
+        the sequence is extended by copies of its first and last half chunk, which are dropped from the result.
         """
         half = self._chunk_tokens // 2
         middle = len(self.transformers) // 2 if self.config.midpoint_shift else len(self.transformers)
@@ -173,7 +181,7 @@ class ResamplingBlock(nn.Module):
 
 
 class _Rotary(NamedTuple):
-    """The layers' head norms and stored frequencies; `rates` is (layers, head width)."""
+    """The gains and biases of all layers' query and key norms, and their rotary rates (layers, head width)."""
 
     affine: HeadAffine
     rates: Tensor
@@ -187,7 +195,7 @@ def _positions(count: int, device: torch.device) -> Tensor:
 
 
 class SameEncoder(nn.Module):
-    """Encodes frames (B, P, N) to raw latents (B, D, F)."""
+    """Encodes frames (batch, frame channels, frames) to raw latents (batch, latent channels, latent frames)."""
 
     def __init__(self, config: SameConfig) -> None:
         super().__init__()
@@ -199,7 +207,7 @@ class SameEncoder(nn.Module):
         self.layers = nn.ModuleDict({"0": block, "2": nn.Linear(config.width, config.latent_channels)})
 
     def forward(self, frames: Tensor, noise: Noises) -> Tensor:
-        """Returns raw latents. Frames are first padded with zeros to whole chunks, so F may exceed N / stride."""
+        """Returns raw latents, possibly more than frames / stride: frames are padded with zeros to whole chunks."""
         block, out = self.layers["0"], self.layers["2"]
         assert isinstance(block, ResamplingBlock)
         stride = self.frames_per_latent
@@ -211,7 +219,7 @@ class SameEncoder(nn.Module):
 
 
 class SameDecoder(nn.Module):
-    """Decodes latents (B, D, F) from the bottleneck to frames (B, P, N)."""
+    """Decodes latents (batch, latent channels, latent frames) to frames (batch, frame channels, frames)."""
 
     def __init__(self, config: SameConfig) -> None:
         super().__init__()
@@ -223,8 +231,9 @@ class SameDecoder(nn.Module):
         self.layers = nn.ModuleDict({"1": nn.Linear(config.latent_channels, config.width), "3": block})
 
     def forward(self, latents: Tensor, noise: Noises) -> Tensor:
-        """Returns frames. After the first projection, latents are padded with zeros to a multiple of `latent_multiple`,
-        so the result may be longer than the latents.
+        """Returns frames, possibly for more latents than given.
+
+        After the first linear layer, latents are padded with zeros to a multiple of `latent_multiple`.
         """
         first, block = self.layers["1"], self.layers["3"]
         assert isinstance(block, ResamplingBlock)
@@ -240,11 +249,11 @@ class SameDecoder(nn.Module):
 
 @register_part("encoder", "same", "taae_v2")
 def build_encoder(config: ConfigReader) -> SameEncoder:
-    """Build from the `encoder.config` section."""
+    """Build the encoder from the `encoder.config` section of a checkpoint's config."""
     return SameEncoder(parse_same(config, channels_key="in_channels"))
 
 
 @register_part("decoder", "same", "taae_v2")
 def build_decoder(config: ConfigReader) -> SameDecoder:
-    """Build from the `decoder.config` section."""
+    """Build the decoder from the `decoder.config` section of a checkpoint's config."""
     return SameDecoder(parse_same(config, channels_key="out_channels"))

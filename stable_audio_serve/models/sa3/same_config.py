@@ -1,4 +1,4 @@
-"""Reads the shape of one half of a SAME autoencoder from its config section. Independent of tensors."""
+"""Reads the dimensions of a SAME encoder or decoder from its config section."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from stable_audio_serve.models.config_reader import MAX_DEPTH, ConfigReader
 
 @dataclass(frozen=True, slots=True)
 class SameConfig:
-    """Shape of one half. Attention uses sliding windows if `window_latents` is set, else chunks of `chunk_frames`."""
+    """The dimensions of a SAME encoder or decoder.
+
+    Attention uses sliding windows if `window_latents` is not None, else chunks of `chunk_frames`.
+    """
 
     frame_channels: int
     latent_channels: int
@@ -29,15 +32,15 @@ class SameConfig:
 
     @property
     def latent_multiple(self) -> int:
-        """Latents are padded to a multiple of this: one chunk, or one latent with sliding windows."""
+        """Latents are padded to a multiple of this number: the latents of a chunk; 1 with sliding windows."""
         return 1 if self.window_latents is not None else self.chunk_frames // self.stride
 
     @property
     def halo_latents(self) -> int:
-        """Latents on each side that can influence a latent's frames, including the mapping convolution.
+        """The number of latents on each side that can influence a latent's frames.
 
-        Shifted chunks and the convolution extend into the adjacent chunk; sliding windows extend one window per layer.
-        With chunks the result is a multiple of `latent_multiple`, as window edges must be.
+        With chunks, shifted chunks and the convolution extend into the adjacent chunk. The result is then a multiple of
+        `latent_multiple`, as window edges must be. With sliding windows, each layer extends by one window.
         """
         convolves = self.mapping_kernel > 1
         if self.window_latents is None:
@@ -87,7 +90,10 @@ def parse_same(config: ConfigReader, *, channels_key: str) -> SameConfig:
 
 
 def _sine_layers(config: ConfigReader, depth: int) -> int:
-    """Returns how many of the last layers use the sine: one fewer than `sinusoidal_blocks`, as in the reference."""
+    """Returns how many of the last layers use a sine as activation: one fewer than `sinusoidal_blocks` says.
+
+    The reference does the same.
+    """
     if "sinusoidal_blocks" not in config:
         return 0
     blocks = config.integers("sinusoidal_blocks", at_least=0)

@@ -1,4 +1,4 @@
-"""Converts a row's denoiser conditioning to named values that the engine stores, and those of a batch back."""
+"""Converts a row's denoiser conditioning to named tensors, which the engine stores, and those of a batch back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _GLOBAL = "global"
 
 
 def to_branch(row: DenoiserConditioning) -> BranchConditioning:
-    """Returns a single row's conditioning by name."""
+    """Returns a single row's conditioning as named tensors."""
     constants = {_GLOBAL: row.global_embed[0]}
     if row.context is not None:
         constants[CONTEXT] = row.context[0]
@@ -25,12 +25,15 @@ def without_context(branch: BranchConditioning) -> BranchConditioning:
 
 
 def with_context(branch: BranchConditioning, other: DenoiserConditioning) -> BranchConditioning:
-    """Returns the branch with another row's context."""
+    """Returns `branch` with the cross-attention context of `other`."""
     return replace(branch, constants={**branch.constants, CONTEXT: to_branch(other).constants[CONTEXT]})
 
 
 def from_batch(batch: StepBatch) -> DenoiserConditioning:
-    """Returns the conditioning of a batch; with segments, `context` is the memory of all contexts."""
+    """Returns the denoiser's conditioning of a batch.
+
+    If the batch has `segments`, `context` has the stored contexts of all requests instead of one per row.
+    """
     embed = batch.constants[_GLOBAL]
     if batch.segments is not None:
         embed = embed.index_select(0, batch.slots[_GLOBAL])

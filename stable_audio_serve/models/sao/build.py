@@ -23,7 +23,7 @@ from stable_audio_serve.models.text_encoder import TextEncoder
 from stable_audio_serve.models.weights import load_weights, require_exact_float32
 
 DENOISER_KEYS = "model.model."
-_TEXT_DTYPE = torch.float16  # as in the reference, on every device
+_TEXT_DTYPE = torch.float16  # dtype of the text encoder on every device, as in the reference
 
 
 def load_sao(
@@ -35,12 +35,12 @@ def load_sao(
     dtype: torch.dtype,
     decode_precision: DecodePrecision,
 ) -> SaoModel:
-    """Load the checkpoint and the text encoder: the denoiser in `dtype`, the text encoder in float16, the rest in
-    float32. Every key must match.
+    """Load the checkpoint and the text encoder.
 
-    With `decode_precision` half, the decoder's convolutions are stored in half precision.
+    The denoiser has the dtype `dtype`, the text encoder float16, the rest float32. If `decode_precision` is half, the
+    decoder's convolutions are stored in half precision.
 
-    Raises CheckpointError naming the file or key that does not fit.
+    Every key of the weight files must match. Raises CheckpointError naming a file or key that does not.
     """
     require_exact_float32()
     config = parse_config(read_config(folder))
@@ -48,7 +48,7 @@ def load_sao(
     weights_file = find_weights(folder)
     text = load_text_encoder(text_encoder, max_length=config.prompt.max_length, device=device, dtype=_TEXT_DTYPE)
     try:
-        with torch.device("meta"):  # weights come from the file
+        with torch.device("meta"):  # do not allocate weights: `load_weights` below does
             components = build_components(config, text)
     except (RuntimeError, MemoryError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE} describes a network that cannot be built: {error}") from error
@@ -85,7 +85,7 @@ def build_components(config: SaoConfig, text: TextEncoder) -> SaoComponents:
 
 
 def checkpoint_modules(components: SaoComponents, config: SaoConfig) -> dict[str, nn.Module]:
-    """Returns the module of each key prefix."""
+    """Returns the networks by the prefix of their keys in the weight file."""
     return {
         f"conditioner.conditioners.{config.prompt.id}.": components.prompt,
         **{f"conditioner.conditioners.{id_}.": number for id_, number in components.numbers.items()},
@@ -95,7 +95,7 @@ def checkpoint_modules(components: SaoComponents, config: SaoConfig) -> dict[str
 
 
 def build_spec(card: ModelCard, config: SaoConfig) -> ModelSpec:
-    """Returns the model's spec: the card, which the registry completed from this config, and the engine's values."""
+    """Returns the model's spec. The registry must have completed `card` from this config."""
     return ModelSpec(
         card=card,
         hop=config.autoencoder.hop,

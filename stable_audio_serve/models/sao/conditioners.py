@@ -1,7 +1,4 @@
-"""Embeds prompts and numbers as vectors: a T5's hidden states, and learned Fourier features of numbers.
-
-All row-independent. The config's order of ids defines a row's context and global vector.
-"""
+"""Embeds prompts and numbers as vectors: prompts with a T5 encoder, numbers as learned Fourier features."""
 
 from __future__ import annotations
 
@@ -20,13 +17,13 @@ _NUM_FREQUENCIES = 128
 
 
 def load_text_encoder(folder: Path, *, max_length: int, device: torch.device, dtype: torch.dtype) -> TextEncoder:
-    """Load a T5's encoder. Raises CheckpointError if anything is missing.
+    """Load the encoder half of a T5. Raises CheckpointError if anything is missing.
 
-    The reference runs it in float16 on every device, which changes its output by up to 1e-2.
+    Checkpoints need `dtype` float16: the reference runs T5 in float16, which changes its output by up to 1e-2.
     """
     tokenizer, encoder = load_tokenizer_and_network(folder, _load_t5)
     width = int(encoder.config.d_model)  # type: ignore[union-attr, arg-type]
-    # Cast here: while loading, the library would keep some layers of a half-precision T5 in float32.
+    # Cast here, not while loading, because transformers would keep some layers of a half-precision T5 in float32.
     return TextEncoder(tokenizer, encoder.to(device=device, dtype=dtype), width=width, max_length=max_length)
 
 
@@ -40,7 +37,10 @@ def _load_t5(folder: Path) -> tuple[nn.Module, Mapping[str, Any]]:
 
 
 class PromptConditioner(nn.Module):
-    """Converts hidden states to conditioning tokens: projected if widths differ, with zeros for padding."""
+    """Converts a text encoder's hidden states to conditioning tokens, with zeros for padding.
+
+    A linear layer projects the hidden states if their width is not the tokens' width.
+    """
 
     def __init__(self, config: PromptConfig, *, encoder_width: int) -> None:
         super().__init__()
@@ -48,13 +48,16 @@ class PromptConditioner(nn.Module):
         self.proj_out = nn.Linear(encoder_width, config.width) if projects else nn.Identity()
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Returns tokens (B, T, width) float32 of hidden (B, T, encoder width) and mask (B, T) bool."""
-        # Select instead of multiplying: padding can contain any value, even NaN.
+        """Returns tokens (batch, tokens, width) float32.
+
+        `hidden` is (batch, tokens, encoder width). `mask` (batch, tokens) is true for real tokens.
+        """
+        # `where` instead of multiplication with the mask: the hidden states of padding can have any value, even NaN.
         return torch.where(mask[..., None], self.proj_out(hidden), 0.0)
 
 
 class _LearnedFrequencies(nn.Module):
-    """`[u, sin a, cos a]` with `a = u w 2 pi`: sines first, unlike the diffusion time's features."""
+    """Maps a number u to `[u, sin a, cos a]`, with `a = 2 pi u w` and learned frequencies w."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +75,7 @@ class _NumberEmbedder(nn.Module):
 
 
 class NumberConditioner(nn.Module):
-    """Embeds a number, clamped to its range, as one vector. Module names match the checkpoint's keys."""
+    """Embeds a number as one vector, after clamping it to its range. Module names match the checkpoint's keys."""
 
     def __init__(self, config: NumberConfig) -> None:
         super().__init__()
@@ -80,6 +83,6 @@ class NumberConditioner(nn.Module):
         self.embedder = _NumberEmbedder(config.width)
 
     def forward(self, values: Tensor) -> Tensor:
-        """Returns (B, width) float32 of values (B,) float32 in the number's unit."""
+        """Returns embeddings (batch, width) float32 of numbers (batch,) float32."""
         low, high = self.config.minimum, self.config.maximum
         return self.embedder.embedding((values.clamp(low, high) - low) / (high - low))

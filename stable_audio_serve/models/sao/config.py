@@ -1,7 +1,8 @@
-"""A `model_config.json` of the Stable Audio Open family as frozen values; `network_config` parses the networks' shapes.
+"""Parses a `model_config.json` of the Stable Audio Open family to frozen dataclasses. The module `network_config`
+parses the sections with the networks' dimensions.
 
-For a missing key, the default of the reference implementation applies. A value that requires a different network, or an
-unknown key, raises an error that names the key.
+A missing key has the default of the reference implementation. Parsing raises an error that names the key for a value
+that requires a different network, and for an unknown key.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from stable_audio_serve.models.sao.network_config import (
 # The default sampler of each training objective.
 OBJECTIVE_SAMPLERS = {"v": "dpmpp-3m-sde", "rectified_flow": "euler", "rf_denoiser": "pingpong"}
 
-# Numbers that a request can give; a conditioner with another id would have no value.
+# Ids of number conditioners for which a request has a value. Other ids are refused.
 NUMBER_IDS = ("seconds_start", "seconds_total")
 
 _TOP_KEYS = ("model_type", "sample_size", "sample_rate", "audio_channels", "model")
-_TOP_INERT = ("training", "dataset")  # without effect on inference
+_TOP_INERT = ("training", "dataset")  # top-level keys without effect on inference
 _NO_IDS: dict[str, list[str]] = {"prepend_cond_ids": [], "input_concat_ids": []}
 SHIFT_KEY = "distribution_shift_options"
 
 
 @dataclass(frozen=True, slots=True)
 class PromptConfig:
-    """The text conditioner; `encoder` names a T5 outside the checkpoint."""
+    """The configuration of the conditioner that embeds prompts. `encoder` names a T5 outside the checkpoint."""
 
     id: str
     width: int
@@ -43,7 +44,7 @@ class PromptConfig:
 
 @dataclass(frozen=True, slots=True)
 class NumberConfig:
-    """A number conditioner: values are clamped to `minimum`..`maximum` and embedded in `width` channels."""
+    """The configuration of a number conditioner: clamps to `minimum`..`maximum` and embeds in `width` channels."""
 
     id: str
     width: int
@@ -53,10 +54,10 @@ class NumberConfig:
 
 @dataclass(frozen=True, slots=True)
 class SaoConfig:
-    """All values that the family reads from a checkpoint's config.
+    """All values that Stable Audio Open models read from a checkpoint's config.
 
-    `context_ids` and `global_ids` name conditioners in the order of concatenation. `shift` is the warp of RK4's times
-    as in the config; None: no warp.
+    `context_ids` and `global_ids` name conditioners, in the order in which their outputs are concatenated. `shift` is
+    the config section about the timestep shift of the sampler RK4; None: no shift.
     """
 
     objective: str
@@ -72,7 +73,7 @@ class SaoConfig:
 
     @property
     def window_frames(self) -> int:
-        """Latent frames of the network's fixed window: the whole frames of `sample_size`."""
+        """The number of latent frames that the network always generates: the whole frames in `sample_size`."""
         return self.sample_size // self.autoencoder.hop
 
 
@@ -147,7 +148,7 @@ def _parse_number(item: ConfigReader, width: int) -> NumberConfig:
 
 
 def _check_parts(parsed: SaoConfig, *, config: ConfigReader, model: ConfigReader, diffusion: ConfigReader) -> None:
-    """Raise CheckpointError for parts that do not fit, before torch would report a shape deep inside."""
+    """Raise CheckpointError for networks that do not fit each other, instead of a later error inside torch."""
     number_ids = tuple(number.id for number in parsed.numbers)
     for key, ids, known in (
         ("cross_attention_cond_ids", parsed.context_ids, (parsed.prompt.id, *number_ids)),

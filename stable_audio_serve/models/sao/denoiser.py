@@ -1,4 +1,4 @@
-"""The diffusion transformer of the Stable Audio Open family: maps latents, a time and conditioning to v or a velocity.
+"""The diffusion transformer of Stable Audio Open models: predicts v or velocity from latents, time and conditioning.
 
 Module names are the checkpoint's keys below `model.model.`. Independent of samplers, guidance and requests. Values that
 depend on neither latents nor time are computed once per request (`condition`) and passed to every step.
@@ -32,7 +32,7 @@ from stable_audio_serve.models.blocks import (
 from stable_audio_serve.models.blocks.attention import heads_first, merge_heads
 from stable_audio_serve.models.sao.network_config import MIN_ROTATED, DenoiserConfig
 
-NUM_PREFIX = 1  # the global vector, as a token
+NUM_PREFIX = 1  # tokens before each row's frames: one, the global conditioning vector
 _NORM_EPS = 1e-5
 
 
@@ -40,9 +40,9 @@ _NORM_EPS = 1e-5
 class DenoiserConditioning:
     """The inputs of a forward pass besides latents and time, for B rows.
 
-    `global_embed` (B, W). `context` (B, layers, 2, G, T, E): every layer's normed cross-attention keys, then its
-    values; None for rows without cross-attention (the unconditional branch, where values would be zero; it keeps the
-    global vector).
+    `global_embed` is (rows, width). `context` (rows, layers, 2, key heads, context tokens, head width) has each layer's
+    normalised cross-attention keys, then its values. It is None for the unconditional branch, where the values would be
+    zero.
     """
 
     global_embed: Tensor
@@ -54,9 +54,9 @@ class DenoiserConditioning:
 
 
 class LearnedFourier(nn.Module):
-    """`[cos a, sin a]` with `a = (2 pi t) w`: the features of diffusion time, cosines first.
+    """The features `[cos a, sin a]` of the diffusion time t, with `a = (2 pi t) w` and learned frequencies w.
 
-    Computed in float32. The frequencies are a buffer, which a half-precision network keeps in float32.
+    Computed in float32. The frequencies are a buffer, because half-precision networks keep buffers in float32.
     """
 
     weight: Tensor
@@ -66,29 +66,29 @@ class LearnedFourier(nn.Module):
         self.register_buffer("weight", torch.randn(width // 2, 1))
 
     def forward(self, t: Tensor) -> Tensor:
-        """Returns features (B, width) float32 of t (B,)."""
+        """Returns features (rows, width) float32 of times t (rows,)."""
         angles = (2 * math.pi * t.float()[:, None]) @ self.weight.float().T
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 class ScaledLayerNorm(nn.Module):
-    """Layer norm with a learned scale. Its shift is stored but not learned, and is zero in the published files."""
+    """Layer norm with a learned scale. Checkpoints also contain its shift, which was not trained and is zero."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(width))
-        # A parameter instead of a buffer, because `cast_network` casts only parameters.
+        # A parameter instead of a buffer, so that `cast_network` casts it together with gamma.
         self.beta = nn.Parameter(torch.zeros(width), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise (..., width); dtype kept."""
+        """Returns the normalised x (..., width), in the dtype of x."""
         return F.layer_norm(x, x.shape[-1:], self.gamma, self.beta, _NORM_EPS)
 
 
 class GroupedCrossAttention(nn.Module):
-    """Attention to a context without positions, in which consecutive query heads may share keys and values.
+    """Cross-attention to a context without positions. Consecutive query heads may share a head of keys and values.
 
-    Every context token is visible, padding included: the references do not mask it, and its zero values dilute the
+    Padding tokens of the context are not masked, as in the references: they have values of zero, but a share of the
     softmax.
     """
 
@@ -103,18 +103,21 @@ class GroupedCrossAttention(nn.Module):
         self.k_norm = build_head_norm(config.head_norm, config.head_width)
 
     def project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns keys and values (B, G, T, E) of a context (B, T, key width)."""
+        """Returns keys and values, each (rows, key heads, context tokens, head width).
+
+        `context` is (rows, context tokens, key width).
+        """
         key, value = self.to_kv(context).unflatten(-1, (2, self.num_key_heads, -1)).unbind(2)
         return heads_first(self.k_norm(key)), heads_first(value)
 
     def forward(self, x: Tensor, *, key: Tensor, value: Tensor, attend_fn: Attend) -> Tensor:
-        """(B, N, W) -> (B, N, W). Zero values give exactly zero."""
+        """(rows, tokens, width) -> (rows, tokens, width). If `value` is zero, the result is exactly zero."""
         q = heads_first(self.q_norm(self.to_q(x).unflatten(-1, (self.num_heads, -1))))
         return self.to_out(merge_heads(attend_fn(q, key, value)))
 
 
 class TransformerLayer(nn.Module):
-    """Self-attention, cross-attention and feed-forward, each after a norm."""
+    """Applies self-attention, cross-attention and a feed-forward network, each after a norm."""
 
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
@@ -131,7 +134,10 @@ class TransformerLayer(nn.Module):
     def forward(
         self, h: Tensor, *, layout: Layout, rotary: RotaryTable, context: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        """Returns h (B, 1 + F, W), packed (1, N, W), after this layer. `context` are keys and values."""
+        """Returns the tokens after this layer. `layout` defines the shape of `h`.
+
+        `context` has keys and values as `layout.context` returns them.
+        """
         h = h + self.self_attn(self.pre_norm(h), rotary=rotary, attend_fn=layout.attend)
         if context is not None:
             (key, value), normed = context, self.cross_attend_norm(h)
@@ -140,7 +146,10 @@ class TransformerLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The global vector as a token before the frames, rotary positions over all tokens, the layers and projections."""
+    """The transformer between an input and an output projection, with the global vector as a token before the frames.
+
+    Rotary positions count this token, too.
+    """
 
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
@@ -159,7 +168,10 @@ class Transformer(nn.Module):
         context: Tensor | None,
         layout: Layout,
     ) -> Tensor:
-        """X (B, F, D), global_embed (B, W) with time added -> (B, F, D)."""
+        """Latents x (rows, frames, latent channels) -> the output, in the same shape.
+
+        `global_embed` (rows, width) includes the embedding of time.
+        """
         h = layout.join(global_embed[:, None], self.project_in(x))
         rotary = self.rotary_table(layout.positions(h.device))
         if context is not None and not layout.shares_heads:
@@ -170,7 +182,7 @@ class Transformer(nn.Module):
         return self.project_out(layout.frames(h))
 
     def rotary_table(self, positions: Tensor) -> RotaryTable:
-        """Returns every layer's table for tokens at `positions` (N,) float32."""
+        """Returns the rotary table of all layers for tokens at `positions` (tokens,) float32."""
         norms = [(layer.self_attn.q_norm, layer.self_attn.k_norm) for layer in self.typed_layers]
         affine = gather_affine(norms, half=self.rotary_pos_emb.half_width)
         return affine.table(positions, rates=self.rotary_pos_emb.rates(self.head_width))
@@ -181,10 +193,10 @@ class Transformer(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """The whole network: the transformer between residual 1x1 convolutions, and embedders of context, global and time.
+    """The whole network: the transformer between residual 1x1 convolutions, and the embedders of its conditioning.
 
-    Row-independent: invalid frames are never keys, and their output is unspecified. Inputs are cast to the weights'
-    dtype and the result has that dtype; the features of time use float32 in every precision.
+    Rows do not affect each other: invalid frames are never keys, and their output is unspecified. Inputs are cast to
+    the weights' dtype, and the result has that dtype. The Fourier features of time are always computed in float32.
     """
 
     def __init__(self, config: DenoiserConfig) -> None:
@@ -205,20 +217,24 @@ class Denoiser(nn.Module):
         return self.preprocess_conv.weight.dtype
 
     def condition(self, context: Tensor | None, global_cond: Tensor) -> DenoiserConditioning:
-        """Project a request's context (B, T, context width) and global vector (B, global width); reusable at every
-        step.
+        """Returns the conditioning for `forward`, which does not depend on latents or time.
+
+        Inputs are context (rows, context tokens, context width) and global_cond (rows, global width).
         """
         keys = None if context is None else self.project_context(context)
         return DenoiserConditioning(self.to_global_embed(global_cond.to(self.dtype)), keys)
 
     def project_context(self, context: Tensor) -> Tensor:
-        """Returns every layer's keys and values of a context (B, T, context width), as in DenoiserConditioning."""
+        """Returns the cross-attention keys and values of all layers, in the shape of `DenoiserConditioning.context`.
+
+        `context` is (rows, context tokens, context width).
+        """
         tokens, layers = self.to_cond_embed(context.to(self.dtype)), self.transformer.typed_layers
         parts = [part for layer in layers for part in layer.cross_attn.project_context(tokens)]
         return torch.cat(parts, dim=1).unflatten(1, (len(layers), 2, -1))
 
     def embed_time(self, t: Tensor) -> Tensor:
-        """Time t (B,) in 0..1 -> (B, W)."""
+        """Times t (rows,) in 0..1 -> embeddings (rows, width)."""
         return self.to_timestep_embed(self.timestep_features(t).to(self.dtype))
 
     def forward(
@@ -230,9 +246,10 @@ class Denoiser(nn.Module):
         valid: Tensor | None = None,
         packed: Layout | None = None,
     ) -> Tensor:
-        """Returns the output (B, D, F) for latents x (B, D, F) at t (B,) float32; `valid` (B, F) bool, None = all.
+        """Returns v or velocity for latents `x` (rows, latent channels, frames) at times `t` (rows,) float32.
 
-        Packed rows: x and the result are (1, D, sum of F).
+        `valid` (rows, frames) marks the frames that are not padding; None: all frames. If `packed` is given, x and the
+        result are (1, latent channels, frames of all rows).
         """
         x = x.to(self.dtype)
         x = x + self.preprocess_conv(x)
@@ -245,7 +262,7 @@ class Denoiser(nn.Module):
 
 
 def share_heads(context: Tensor, shared_by: int) -> Tensor:
-    """Repeat heads (B, layers, 2, G, T, E) -> (B, layers, 2, H, T, E), so that each query head has one."""
+    """Repeat each head of keys and values (axis 3) `shared_by` times, so that each query head has its own."""
     return context if shared_by == 1 else context.repeat_interleave(shared_by, dim=3)
 
 

@@ -1,6 +1,6 @@
-"""A loaded Stable Audio Open model that implements the engine's protocol; its components are public attributes.
+"""A loaded Stable Audio Open model that implements the engine's protocol. Its networks are public attributes.
 
-All methods are row-independent, and public methods run without gradients.
+Batch rows do not affect each other. Public methods run without gradients.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from stable_audio_serve.sampling.transfer import to_device
 
 @dataclass(frozen=True, slots=True)
 class SaoComponents:
-    """The networks of one checkpoint, loaded and on their device; `numbers` is by conditioner id."""
+    """The networks of one checkpoint, loaded and on their device. `numbers` has number conditioners by their id."""
 
     text: TextEncoder
     prompt: PromptConditioner
@@ -52,7 +52,7 @@ class SaoComponents:
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
-        """Every network, the text encoder included."""
+        """Returns all networks, including the text encoder."""
         return (self.text.encoder, self.prompt, *self.numbers.values(), self.denoiser, self.autoencoder)
 
 
@@ -90,13 +90,16 @@ class SaoModel(NativeModel):
         self._halos = Halos(decoder_halo(config.autoencoder), encoder_halo(config.autoencoder))
 
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
-        """Returns one plan per variation. Raises InvalidRequestError naming the field that the model cannot serve."""
+        """Returns one plan per variation. Raises InvalidRequestError naming a field that the model cannot serve."""
         return plan_rows(request, spec=self._spec, halos=self._halos, shift=self._shift, frames=frames)
 
     @torch.inference_mode()
     @exact
     def encode_audio(self, windows: Sequence[EncodeWindow]) -> list[Tensor]:
-        """Returns latents (D, F_window) float32 of windows of equal length; the bottleneck adds noise to each value."""
+        """Returns the latents (latent channels, frames) float32 of each window. Windows must have equal lengths.
+
+        The variational bottleneck adds noise to each latent.
+        """
         audio = to_device(torch.stack([window.samples for window in windows]).float(), self._device)
         shape = (self._spec.card.latent_channels, audio.shape[-1] // self._spec.hop)
         noises = [WindowNoise(window.noise, window.stage, window.start) for window in windows]
@@ -113,10 +116,10 @@ class SaoModel(NativeModel):
         negative: TextEmbedding | None,
         inpaint_latents: Tensor | None,
     ) -> RowConditioning:
-        """Returns a row's per-request constants; the unconditional branch only if some evaluation is guided.
+        """Returns a row's conditioning, which is constant over all steps. Without guidance it has no second branch.
 
-        Without a negative prompt, the unconditional branch has no context. With one, it has the negative prompt's
-        tokens and numbers. It always has the row's global vector.
+        Without a negative prompt, the unconditional branch has no context. With a negative prompt, its context has that
+        prompt's tokens and numbers. It always has the same global vector as the conditional branch.
         """
         numbers = self._embed_numbers(plan.numbers)
         global_cond = torch.cat([numbers[id_] for id_ in self.config.global_ids], dim=-1)
@@ -133,26 +136,35 @@ class SaoModel(NativeModel):
     @torch.inference_mode()
     @exact
     def denoise(self, batch: StepBatch) -> Tensor:
-        """Returns v or a velocity, by objective, (B, D, F) float32; row-independent for valid frames."""
+        """Returns v or velocity, depending on the training objective, float32, in the shape of `batch.x`.
+
+        Rows do not affect each other's valid frames.
+        """
         conditioning, packed = from_batch(batch), packed_layout(batch, num_prefix=NUM_PREFIX)
         return self.denoiser(batch.x, batch.t, conditioning=conditioning, valid=batch.valid, packed=packed).float()
 
     @torch.inference_mode()
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
-        """Returns audio (C, hop * F_window) float32 of windows of equal length, not clamped."""
+        """Returns the audio (channels, hop * frames) float32 of each window, not clamped to -1..1.
+
+        Windows must have equal lengths.
+        """
         latents = torch.stack([window.latents for window in windows]).to(self._device, torch.float32)
         with self._products():
             audio = self.autoencoder.decode(latents)
         return list(audio.float())
 
     def _embed_numbers(self, values: Mapping[str, float]) -> dict[str, Tensor]:
-        """Returns (1, width) float32 by conditioner id."""
+        """Returns the embedding of each number (1, width) float32, by conditioner id."""
         return {
             id_: number(to_device(torch.tensor([values[id_]], dtype=torch.float32), self._device))
             for id_, number in self.numbers.items()
         }
 
     def _context(self, tokens: Tensor, numbers: Mapping[str, Tensor]) -> Tensor:
-        """Join prompt tokens (T, width) and numbers, (1, width) each, in the config's order -> (1, T', width)."""
+        """Join prompt tokens (tokens, width) and embedded numbers, (1, width) each, to a context (1, tokens, width).
+
+        The order is that of the config.
+        """
         prompt_id = self.config.prompt.id
         return torch.cat([tokens if id_ == prompt_id else numbers[id_] for id_ in self.config.context_ids])[None]

@@ -1,7 +1,7 @@
-"""The dimensions of the transformer and the autoencoder from a checkpoint's `model_config.json`, as frozen values.
+"""Parses the dimensions of transformer and autoencoder in a checkpoint's `model_config.json` to frozen dataclasses.
 
-For a missing key, the default of the reference implementation applies. A value that requires a different network, or an
-unknown key, raises an error that names the key.
+A missing key has the default of the reference implementation. Parsing raises an error that names the key for a value
+that requires a different network, and for an unknown key.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from stable_audio_serve.models.config_reader import MAX_DEPTH, MAX_SIZE, ConfigReader
 
-MIN_ROTATED = 32  # least number of channels with rotary positions in a head
+MIN_ROTATED = 32  # smallest number of channels with rotary positions in a head
 HEAD_NORMS = ("none", "ln")
-DILATIONS = (1, 3, 9)  # dilations of the three residual units that belong to each stride
+DILATIONS = (1, 3, 9)  # dilations of the three residual units at each resolution of the autoencoder
 
-# Keys of the published files with their only supported value; absent keys pass.
+# Keys of the published configs with their only supported value. Absent keys are allowed.
 _FIXED = {
     "patch_size": 1,
     "transformer_type": "continuous_transformer",
@@ -49,7 +49,7 @@ _READ = (
     "ff_kwargs",
     "norm_kwargs",
 )
-# Initialisation, and the length of an unused table: without effect on inference.
+# Keys about weight initialisation and about an unused table, which have no effect on inference.
 _INERT = ("zero_init_branch_outputs", "abs_pos_emb_max_length")
 _FIXED_FEEDFORWARD = {"glu": True, "no_bias": False, "use_conv": False}
 
@@ -57,17 +57,17 @@ _SHAPE = ("channels", "c_mults", "strides", "latent_dim", "use_snake")
 _FIXED_CODER = {"antialias_activation": False}
 _FIXED_DECODER = {"use_nearest_upsample": False}
 _FIXED_PRETRANSFORM = {"model_half": False}
-# Batching of rows and windows, and training: without effect on inference.
+# Keys about batching, windows and training, which have no effect on inference.
 _INERT_PRETRANSFORM = ("iterate_batch", "chunked", "enable_grad")
 
 
 @dataclass(frozen=True, slots=True)
 class DenoiserConfig:
-    """Shape of the diffusion transformer.
+    """The dimensions of the diffusion transformer.
 
-    `key_width` is the width of cross-attention's keys and values. If it is less than `width`, there are fewer key heads
-    than `num_heads`, and each is shared by the same number of query heads. `projects_context`: the context is first
-    projected to the network's width.
+    `key_width` is the total width of cross-attention's keys and values. If it is less than `width`, there are fewer
+    heads of keys and values than query heads (`num_heads`); each is shared by the same number of query heads.
+    `projects_context`: the context is first projected to the network's width.
     """
 
     latent_channels: int
@@ -87,7 +87,7 @@ class DenoiserConfig:
 
     @property
     def key_width(self) -> int:
-        """Width of the context inside the network, and of keys and values."""
+        """The width of the context inside the network, and the total width of the cross-attention's keys and values."""
         return self.width if self.projects_context else self.context_width
 
 
@@ -132,9 +132,10 @@ def parse_denoiser(diffusion: ConfigReader) -> DenoiserConfig:
 
 @dataclass(frozen=True, slots=True)
 class OobleckConfig:
-    """Shape of the autoencoder.
+    """The dimensions of the autoencoder.
 
-    `widths` goes from the audio side to the latents and has one more entry than `strides`; `scale` divides latents.
+    `widths` goes from the audio side to the latents and has one more entry than `strides`. Encoding divides the latents
+    by `scale`.
     """
 
     channels: int
@@ -146,15 +147,15 @@ class OobleckConfig:
 
     @property
     def hop(self) -> int:
-        """Audio samples per latent frame."""
+        """The number of audio samples per latent frame."""
         return math.prod(self.strides)
 
 
 def parse_oobleck(model: ConfigReader) -> OobleckConfig:
     """Parse `model.pretransform`. Raises CheckpointError naming the key that cannot be used.
 
-    Encoder and decoder must mirror each other, the bottleneck must be variational, and the declared ratio and widths
-    must match the parts.
+    The decoder must mirror the encoder, and the bottleneck must be variational. The section's downsampling ratio and
+    channel counts must match encoder and decoder.
     """
     pretransform = model.section("pretransform")
     pretransform.refuse_unknown(("type", "config", "scale", *_FIXED_PRETRANSFORM, *_INERT_PRETRANSFORM))

@@ -1,9 +1,9 @@
 """The Oobleck autoencoder of the Stable Audio Open family: convolutions from stereo audio to latents and back.
 
-Module names are the checkpoint's keys below `pretransform.model.`. Weights are stored as direction and length,
-activation parameters as logarithms; `resolve` computes both after each load. Independent of windows and requests.
+Module names are the checkpoint's keys below `pretransform.model.`. Checkpoints contain each kernel as direction and
+length, and activation parameters as logarithms. `resolve` computes the actual values once after loading.
 
-Shapes: B rows, C channels, S audio samples, D latent width, F latent frames.
+Shapes: B batch, C channels, S audio samples, D latent channels, F latent frames.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ _BETA_FLOOR = 1e-9
 
 
 class SnakeBeta(nn.Module):
-    """`x + sin(e^alpha x)^2 / e^beta` per channel, a periodic activation (arXiv 2006.08195 with a free amplitude)."""
+    """The activation `x + sin(e^alpha x)^2 / e^beta`, with alpha and beta per channel.
+
+    It is Snake (arXiv 2006.08195) with a separate amplitude.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -30,11 +33,11 @@ class SnakeBeta(nn.Module):
         self._resolved: tuple[Tensor, Tensor] | None = None
 
     def resolve(self) -> None:
-        """Cache rate and amplitude, which every call would otherwise compute."""
+        """Compute and keep `e^alpha` and `1 / e^beta`, which every call would otherwise compute."""
         self._resolved = self._compute()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, S) -> (B, channels, S)."""
+        """(batch, channels, samples) -> the same shape."""
         rate, amplitude = self._compute() if self._resolved is None else self._resolved
         return torch.addcmul(x, amplitude, (x * rate).sin_().square_())
 
@@ -43,9 +46,9 @@ class SnakeBeta(nn.Module):
 
 
 class NormedConv(nn.Module):
-    """A convolution with kernel `weight_g * weight_v / |weight_v|`, with the norm over all axes except the first.
+    """A 1-D convolution with the kernel `weight_g * weight_v / |weight_v|` (weight normalisation).
 
-    The first axis is output channels; for a transposed convolution, input channels.
+    The norm is over all axes except the first, which is output channels; for a transposed convolution, input channels.
     """
 
     def __init__(
@@ -84,7 +87,7 @@ class NormedConv(nn.Module):
         return self.weight_g * self.weight_v / self.weight_v.norm(dim=(1, 2), keepdim=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels in, S) -> (B, channels out, S')."""
+        """(batch, channels in, samples) -> (batch, channels out, output samples)."""
         kernel = self.kernel()
         if self.transposed:
             return F.conv_transpose1d(x, kernel, self.bias, stride=self.stride, padding=self.padding)
@@ -92,7 +95,7 @@ class NormedConv(nn.Module):
 
 
 class _Sequence(nn.Module):
-    """A sequence of modules under the key `layers`."""
+    """A sequence of modules whose state-dict keys begin with `layers`."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
@@ -103,7 +106,7 @@ class _Sequence(nn.Module):
 
 
 class ResidualUnit(_Sequence):
-    """`x + conv1(act(conv7(act(x))))`, where the wider convolution is dilated."""
+    """`x + conv1(act(conv7(act(x))))`, where conv7 is dilated; 1 and 7 are kernel sizes."""
 
     def __init__(self, channels: int, dilation: int) -> None:
         super().__init__(
@@ -114,12 +117,15 @@ class ResidualUnit(_Sequence):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, S) -> (B, channels, S)."""
+        """(batch, channels, samples) -> the same shape."""
         return x + self.layers(x)
 
 
 class OobleckEncoder(_Sequence):
-    """Encodes audio (B, C, S) to (B, 2 D, F): mean and scale of each latent channel."""
+    """Encodes audio (batch, channels, samples) to the mean and then the scale of each latent channel.
+
+    The output is (batch, 2 * latent channels, latent frames).
+    """
 
     def __init__(self, config: OobleckConfig) -> None:
         widths = config.widths
@@ -140,7 +146,7 @@ class OobleckEncoder(_Sequence):
 
 
 class OobleckDecoder(_Sequence):
-    """Decodes latents (B, D, F) to audio (B, C, S)."""
+    """Decodes latents (batch, latent channels, latent frames) to audio (batch, channels, samples)."""
 
     def __init__(self, config: OobleckConfig) -> None:
         widths = config.widths[::-1]
@@ -163,13 +169,13 @@ class OobleckDecoder(_Sequence):
         self.final_tanh = config.final_tanh
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, D, F) -> (B, C, S)."""
+        """Latents (batch, latent channels, latent frames) -> audio (batch, channels, samples)."""
         audio = self.layers(x)
         return torch.tanh(audio) if self.final_tanh else audio
 
 
 class OobleckAutoencoder(nn.Module):
-    """Encoder and decoder around a variational bottleneck, float32. Row-independent."""
+    """The autoencoder: an encoder, a variational bottleneck and a decoder, all float32."""
 
     def __init__(self, config: OobleckConfig) -> None:
         super().__init__()
@@ -187,15 +193,16 @@ class OobleckAutoencoder(nn.Module):
                 module.resolve()
 
     def encode(self, audio: Tensor, noise: Tensor) -> Tensor:
-        """Returns latents (B, D, F) of audio (B, C, S), S at least F * hop; `noise` (B, D, F) is unit normal.
+        """Returns latents (batch, latent channels, frames) of audio (batch, channels, at least frames * hop samples).
 
-        The bottleneck adds noise at inference too: the latent is its mean plus deviation times noise.
+        `noise` has the shape of the latents and is standard normal. As in training, a latent is its mean plus its
+        standard deviation times the noise.
         """
         mean, scale = self.encoder(audio).chunk(2, dim=1)
         return (mean + (F.softplus(scale) + _MIN_DEVIATION) * noise) / self.config.scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Returns audio (B, C, F * hop) of latents (B, D, F)."""
+        """Returns audio (batch, channels, frames * hop) of latents (batch, latent channels, frames)."""
         return self.decoder(latents * self.config.scale)
 
 

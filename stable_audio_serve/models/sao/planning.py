@@ -1,7 +1,7 @@
-"""Plans a request for the Stable Audio Open family: one RowPlan per variation. Pure; runs on the CPU.
+"""Plans a request for a Stable Audio Open model: computes one RowPlan per variation, on the CPU.
 
-The network always generates its whole window, and the clip is the window's beginning. Another window length would
-change the noise and is outside the network's training.
+The network always generates its longest duration, and the clip is the beginning of the result. A shorter generation
+would have other noise, and the network was not trained for it.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from stable_audio_serve.sampling.schedules import (
 )
 from stable_audio_serve.sampling.v_samplers import OVER_TIME, build_v_plan, v_path
 
-# The reference's noise levels. A run's lowest level is at most half of its highest one.
+# The reference's lowest and highest noise level. By default, a run's lowest level is at most half of its highest one.
 SIGMA_MIN, SIGMA_MAX = 0.3, 500.0
 _MIN_SHARE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Halos:
-    """How many latent frames on each side can influence a frame's audio (`decoder`) and its latent (`encoder`)."""
+    """How many latent frames on each side of a frame influence its audio (`decoder`) and its latent (`encoder`)."""
 
     decoder: int
     encoder: int
 
 
 def read_shift(options: Mapping[str, Any] | None) -> TimestepShift:
-    """Returns the warp of RK4's times from a config; no warp without options.
+    """Returns the timestep shift that a config section describes; `NoShift` for None.
 
     Raises CheckpointError naming the key that cannot be used.
     """
@@ -58,10 +58,10 @@ def read_shift(options: Mapping[str, Any] | None) -> TimestepShift:
 def plan_rows(
     request: GenerationRequest, *, spec: ModelSpec, halos: Halos | None, shift: TimestepShift, frames: int | None
 ) -> tuple[RowPlan, ...]:
-    """Returns one plan per variation; they differ only in their seed.
+    """Returns one plan per variation. The plans differ only in their seed.
 
-    Without `halos`, audio is encoded and decoded as a single window. `shift` is the model's warp of RK4's times.
-    `frames` overrides the window's latent length and lifts the duration's cap. Raises InvalidRequestError naming the
+    If `halos` is None, audio is encoded and decoded as a single window. `shift` is the model's timestep shift. `frames`
+    overrides the number of latent frames; the duration is then not limited. Raises InvalidRequestError naming the
     field.
     """
     check_request(request)
@@ -114,7 +114,7 @@ def plan_rows(
 
 
 def _refuse_unsupported(request: GenerationRequest, spec: ModelSpec) -> None:
-    """Refuse parameters that only Stable Audio 3 supports, instead of ignoring them."""
+    """Raise InvalidRequestError for a parameter that only Stable Audio 3 supports, instead of ignoring it."""
     name = spec.card.name
     for field, asked in (
         ("apg_scale", request.apg_scale),
@@ -129,7 +129,7 @@ def _refuse_unsupported(request: GenerationRequest, spec: ModelSpec) -> None:
 
 
 def _output_samples(request: GenerationRequest, spec: ModelSpec, *, forced: bool) -> int:
-    """Returns the clip's samples, at least one."""
+    """Returns the clip's number of samples, at least one."""
     duration_s, cap_s = request.duration_s, spec.card.max_duration_s
     allowed = f"0..{cap_s:g}"
     if not math.isfinite(duration_s) or duration_s <= 0:
@@ -176,11 +176,14 @@ def _plan_sampler(
             times = build(_first_time(request.sigma_max))
         plan = build_open_flow_plan(sampler, times, guidance=guidance, has_source=has_source, level=level)
         path = flow_path
-    return plan if request.inpaint_audio is None else blend_plan(plan, path)  # the network has no mask input
+    return plan if request.inpaint_audio is None else blend_plan(plan, path)  # no mask input: blend
 
 
 def _sigma_range(request: GenerationRequest, *, over_time: bool) -> SigmaRange:
-    """Returns the lowest and highest noise level of a `v` model's run; an edit starts at its `init_noise_level`."""
+    """Returns the lowest and highest noise level for a model that predicts v.
+
+    The highest level of an edit is its `init_noise_level`. `over_time`: the sampler's levels are times in 0..1.
+    """
     highest = SIGMA_MAX if request.sigma_max is None else request.sigma_max
     if request.init_audio is not None:
         level = request.init_noise_level
@@ -196,13 +199,13 @@ def _sigma_range(request: GenerationRequest, *, over_time: bool) -> SigmaRange:
                 message = f"sigma_min must be below the level of the edit, {level:g}, got {request.sigma_min:g}"
                 raise InvalidRequestError(message, field="sigma_min", allowed=f"below {level:g}")
     lowest = request.sigma_min
-    if lowest is None or over_time:  # samplers over time ignore sigma_min
+    if lowest is None or over_time:  # these samplers ignore the request's sigma_min
         lowest = min(SIGMA_MIN, highest * _MIN_SHARE)
     return SigmaRange(lowest, highest, 1.0 if request.rho is None else request.rho)
 
 
 def _first_time(sigma_max: float | None) -> float:
-    """Returns the start time of a flow model's run from pure noise: `sigma_max`, at most 1, as in the reference."""
+    """Returns the time at which a flow model starts from pure noise: `sigma_max`, at most 1, as in the reference."""
     time = 1.0 if sigma_max is None else min(sigma_max, 1.0)
     if not time >= MIN_NOISE_LEVEL:
         allowed = f"at least {MIN_NOISE_LEVEL:g}"
@@ -217,9 +220,10 @@ def _require_share(level: float) -> float:
 
 
 def _plan_source(audio: SourceAudio, spec: ModelSpec, *, frames: int, halo: int | None) -> SourcePlan:
-    """Returns source audio at the model's rate and channels, cut or padded to the window.
+    """Returns source audio at the model's sample rate and channels, cut or padded to the generated length.
 
-    The model's window may end within a latent frame; the samples of that partial frame affect the latents before it.
+    The model's longest duration may end within a latent frame. The samples of this partial frame are included, because
+    they affect the latents before it.
     """
     tail = spec.tail_samples if frames == spec.max_frames else 0
     samples = prepare_source(

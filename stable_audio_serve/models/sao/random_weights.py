@@ -1,6 +1,6 @@
-"""Models of the published sizes with random weights, for benchmarks and size checks, never for serving.
+"""Builds models of the published sizes with random weights, for benchmarks and size checks.
 
-Their output is noise, so no model name loads them.
+Their output is noise, so a server cannot load them by any model name.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ OPEN_SMALL = _config(
 )
 
 
-# By built-in model name: the parts of its `model_config.json` that determine the networks.
+# For each built-in model: the parts of its `model_config.json` that determine the networks.
 OFFICIAL_CONFIGS: Mapping[str, dict[str, Any]] = {
     "stable-audio-open-1.0": OPEN_1_0,
     "stable-audio-open-small": OPEN_SMALL,
@@ -118,9 +118,10 @@ def build_random_model(
     decode_precision: DecodePrecision | None = None,
     seed: int = 0,
 ) -> SaoModel:
-    """Build the model of a config on `device` with random weights; precisions are as for real weights.
+    """Build the model that the config `values` describes on `device`, with random weights.
 
-    `card` gives its name and defaults. The tokenizer maps every word to the unknown token.
+    `card` has the model's name and default parameters. `dtype` and `decode_precision` have the same effect as in
+    `load_sao`. The tokenizer maps every word to the unknown token.
     """
     require_exact_float32()
     target = torch.device(device)

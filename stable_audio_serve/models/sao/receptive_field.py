@@ -1,7 +1,7 @@
-"""Computes how far the Oobleck autoencoder's convolutions reach, in latent frames: the halo that a window needs.
+"""Computes how far the Oobleck autoencoder's convolutions reach: the halo (extra latent frames) that a window needs.
 
-Pure arithmetic over a config, no tensors. An interval [low, high] of outputs is traced back to its inputs, one
-convolution after another.
+Arithmetic over a config, without tensors: an interval [low, high] of outputs is traced back to the inputs it depends
+on, one convolution after another.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import math
 
 from stable_audio_serve.models.sao.network_config import DILATIONS, OobleckConfig
 
-# Inputs on each side that a convolution of kernel k reads: (k - 1) / 2, times the dilation.
-_UNIT_REACH = 3 * sum(DILATIONS)  # all residual units of one stride, kernel 7
-_ENDS_REACH = 3  # the convolution on the audio side, and the decoder's first one, kernel 7
-_CODE_REACH = 1  # the encoder's last convolution, kernel 3
+# How many inputs on each side convolutions read: (kernel size - 1) / 2, times the dilation.
+_UNIT_REACH = 3 * sum(DILATIONS)  # reach of the three residual units of one resolution together (kernel size 7)
+_ENDS_REACH = 3  # reach of the convolution on the audio side, and of the decoder's first one (kernel size 7)
+_CODE_REACH = 1  # reach of the encoder's last convolution (kernel size 3)
 
 
 def decoder_halo(config: OobleckConfig) -> int:
-    """Returns how many latent frames on each side of a frame can influence its audio."""
+    """Returns how many latent frames on each side of a latent frame can influence the frame's audio."""
     low, high = -_ENDS_REACH, config.hop - 1 + _ENDS_REACH
     for stride in config.strides:
         low, high = low - _UNIT_REACH, high + _UNIT_REACH
@@ -28,7 +28,7 @@ def decoder_halo(config: OobleckConfig) -> int:
 
 
 def encoder_halo(config: OobleckConfig) -> int:
-    """Returns how many frames of audio on each side of a frame can influence its latent."""
+    """Returns how many latent frames of audio on each side of a latent frame can influence the frame's latent."""
     low, high = -_CODE_REACH, _CODE_REACH
     for stride in reversed(config.strides):
         padding = math.ceil(stride / 2)

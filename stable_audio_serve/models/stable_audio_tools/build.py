@@ -1,4 +1,4 @@
-"""Builds a model on the package stable-audio-tools from a checkpoint folder and a T5 folder."""
+"""Builds a model with the networks of the package stable-audio-tools from a checkpoint folder and a T5 folder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from stable_audio_serve.models.weights import (
     skipping_random_weights,
 )
 
-_TEXT_DTYPE = torch.float16  # as in the package, on every device
+_TEXT_DTYPE = torch.float16  # dtype of the text encoder on every device, as in the package
 
 
 def load_with_package(
@@ -40,10 +40,10 @@ def load_with_package(
     dtype: torch.dtype,
     decode_precision: DecodePrecision = "float32",
 ) -> PackageModel:
-    """Load the checkpoint and the text encoder: the network in `dtype`, the text encoder in float16, the rest in
-    float32. Every key must match.
+    """Load the checkpoint and the text encoder with the package's networks.
 
-    Raises CheckpointError naming the file or key that does not fit, or saying how to install the package.
+    The diffusion network has the dtype `dtype`, the text encoder float16, the rest float32. Every key of the weight
+    file must match. Raises CheckpointError naming a file or key that does not, or saying how to install the package.
     """
     import_package()
     require_exact_float32()
@@ -53,7 +53,7 @@ def load_with_package(
     text = load_text_encoder(text_encoder, max_length=inputs.prompt.max_length, device=device, dtype=_TEXT_DTYPE)
     wrapper = build_wrapper(config, inputs, text=text)
     load_weights({"": wrapper}, weights_file, device=device)
-    wrapper.to(device)  # also moves tensors that checkpoints do not contain
+    wrapper.to(device)  # loading moved the weights; this also moves tensors that checkpoints do not contain
     _cast(wrapper.model, dtype)
     spec = build_spec(card, config, wrapper=wrapper)
     return PackageModel(
@@ -105,13 +105,13 @@ def build_spec(card: ModelCard, config: ConfigReader, *, wrapper: Any) -> ModelS
         max_frames=frames,
         tail_samples=sample_size - frames * hop,
         default_sampler=OBJECTIVE_SAMPLERS[card.objective],
-        noisy_source_encoder=True,  # unknown, so assume it
+        noisy_source_encoder=True,  # the safe assumption: whether the package's encoder draws noise is unknown
         pads_rows=False,
     )
 
 
 def _cast(network: nn.Module, dtype: torch.dtype) -> None:
-    """Cast a network in place, except for its rotary frequencies: positions would multiply their rounding error."""
+    """Cast a network in place, except for its rotary frequencies, whose rounding errors positions would multiply."""
     kept = [(part, part.inv_freq) for part in network.modules() if isinstance(getattr(part, "inv_freq", None), Tensor)]
     network.to(dtype)
     for part, frequencies in kept:
@@ -119,7 +119,7 @@ def _cast(network: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _values(config: ConfigReader) -> dict[str, Any]:
-    """Returns a copy of the config for the package, which removes keys while it builds."""
+    """Returns a copy of the config, because the package removes keys from its argument."""
     return {
         "model_type": config.text("model_type"),
         "sample_size": config.integer("sample_size", at_most=MAX_SAMPLES),

@@ -1,7 +1,7 @@
-"""Parses the conditioners of a `model_config.json` for the package stable-audio-tools.
+"""Parses the conditioners in a `model_config.json` for the package stable-audio-tools.
 
-The package checks the sections named `config`, but ignores unknown keys outside them. This module raises an error for
-such keys.
+The package raises errors for unknown keys in sections named `config`, but ignores unknown keys elsewhere. This module
+raises an error for the latter.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class PromptInput:
-    """The prompt conditioner: its id, the longest prompt in tokens, and whether it always has a projection."""
+    """The conditioner that embeds prompts: its id, the longest prompt in tokens, and whether it always projects."""
 
     id: str
     max_length: int
@@ -41,14 +41,14 @@ class PromptInput:
 
 @dataclass(frozen=True, slots=True)
 class NumberInput:
-    """A number conditioner: its id, and the request's number (one of `NUMBER_IDS`) that it receives."""
+    """A number conditioner: its id, and which number of a request it embeds (one of `NUMBER_IDS`)."""
 
     id: str
     source: str
     is_whole: bool
 
     def value(self, numbers: Mapping[str, float]) -> float:
-        """Returns the request's number, truncated if the conditioner takes integers."""
+        """Returns the number that this conditioner embeds, truncated if the conditioner needs an integer."""
         value = numbers[self.source]
         return int(value) if self.is_whole else value
 
@@ -64,7 +64,7 @@ class Inputs:
 def parse_inputs(config: ConfigReader) -> Inputs:
     """Returns the conditioners of a config.
 
-    Raises CheckpointError naming a conditioner that no request can fill, or a key that the package ignores.
+    Raises CheckpointError naming a conditioner for which requests have no value, or a key that the package ignores.
     """
     _refuse_unknown(config)
     config.choice("model_type", ("diffusion_cond",))

@@ -1,7 +1,7 @@
-"""A model of the package stable-audio-tools that implements the engine's protocol: the package's network, conditioners
-and autoencoder with our samplers, guidance and noise.
+"""A model that implements the engine's protocol with the network, conditioners and autoencoder of the package
+stable-audio-tools. Samplers, guidance and noise are this project's.
 
-Row-independent: everything except the network's steps runs row by row. Public methods run without gradients.
+Everything except the network's steps runs one row at a time. Public methods run without gradients.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class PackageModel:
         device: torch.device,
         decode_precision: DecodePrecision = "float32",
     ) -> None:
-        # Any: the package's modules have attributes and methods that Module does not declare.
+        # Type Any, because the package's modules have attributes and methods that nn.Module does not declare.
         self.wrapper: Any = wrapper
         self.inputs = inputs
         self._spec = spec
@@ -66,19 +66,19 @@ class PackageModel:
         return self._device
 
     def plan(self, request: GenerationRequest, *, frames: int | None = None) -> tuple[RowPlan, ...]:
-        """Returns one plan per variation; audio is encoded and decoded as a single window, as in the package.
+        """Returns one plan per variation. Audio is encoded and decoded as a single window, as in the package.
 
-        Raises InvalidRequestError naming the field that the model cannot serve.
+        Raises InvalidRequestError naming a field that the model cannot serve.
         """
         return plan_rows(request, spec=self._spec, halos=None, shift=self._shift, frames=frames)
 
     @torch.inference_mode()
     @exact
     def encode_text(self, prompts: Sequence[str]) -> list[TextEmbedding]:
-        """Returns embeddings (T, width), zero at padding, and the mask of real tokens."""
+        """Returns each prompt's embedding (tokens, width), which is zero at padding, and its mask of real tokens."""
         text = self.wrapper.conditioner.conditioners[self.inputs.prompt.id]
         tokens, mask = text(list(prompts), self._device)
-        # Tokenize again for `chars_read`: the package does not return its tokens.
+        # Tokenize again to compute `chars_read`, because the package does not return its tokens.
         encoded = text.tokenizer(list(prompts), truncation=True, max_length=text.max_length)
         read = chars_read(encoded, num_prompts=len(prompts))
         return TextEmbedding.each(prompts, tokens, mask=mask, chars_read=read)
@@ -86,7 +86,10 @@ class PackageModel:
     @torch.inference_mode()
     @exact
     def encode_audio(self, windows: Sequence[EncodeWindow]) -> list[Tensor]:
-        """Returns latents (D, F_window) float32; the autoencoder draws from each window's noise."""
+        """Returns the latents (latent channels, frames) float32 of each window.
+
+        Random numbers that the package's autoencoder draws come from the window's noise.
+        """
         latents = []
         for window in windows:
             with _OwnNoise(WindowNoise(window.noise, window.stage, window.start)):
@@ -104,10 +107,10 @@ class PackageModel:
         negative: TextEmbedding | None,
         inpaint_latents: Tensor | None,
     ) -> RowConditioning:
-        """Returns a row's per-request constants; the unconditional branch only if some evaluation is guided.
+        """Returns a row's conditioning, which is constant over all steps. Without guidance it has no second branch.
 
-        That branch has no context, or the negative prompt's, and no prepended tokens. All other inputs are the row's,
-        as in the package.
+        The second branch has the context of the negative prompt, or none, and no prepended tokens. All its other inputs
+        are those of the conditional branch, as in the package.
         """
         own = self._arguments(prompt, plan.numbers)
         conditional = BranchConditioning(own)
@@ -122,15 +125,18 @@ class PackageModel:
     @torch.inference_mode()
     @exact
     def denoise(self, batch: StepBatch) -> Tensor:
-        """Returns v or a velocity, by objective, (B, D, F) float32; every frame must be valid."""
-        # Each row's value has a batch axis of 1, so a batch has two such axes.
+        """Returns v or velocity, depending on the training objective, float32, in the shape of `batch.x`.
+
+        All frames must be valid (no padding).
+        """
+        # The stored value of a row has a batch axis of length 1. Merge it with the batch axis of `constants`.
         arguments = {key: value.flatten(0, 1) for key, value in batch.constants.items()}
         output: Tensor = self.wrapper.model(batch.x, batch.t, **arguments, cfg_scale=1.0)
         return output.float()
 
     @torch.inference_mode()
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
-        """Returns audio (C, hop * F_window) float32, not clamped."""
+        """Returns the audio (channels, hop * frames) float32 of each window, not clamped to -1..1."""
         audio = []
         for window in windows:
             with self._products(), _OwnNoise(WindowNoise(window.noise, "decode", window.start)):
@@ -139,7 +145,7 @@ class PackageModel:
         return audio
 
     def _arguments(self, prompt: TextEmbedding, numbers: Mapping[str, float]) -> dict[str, Tensor]:
-        """Returns the network's arguments for one row besides latents and time."""
+        """Returns the network's arguments for one row, except latents and time."""
         conditioners = self.wrapper.conditioner.conditioners
         values = {
             number.id: conditioners[number.id]([number.value(numbers)], self._device) for number in self.inputs.numbers
@@ -150,7 +156,7 @@ class PackageModel:
 
 
 class _OwnNoise(TorchFunctionMode):
-    """Replaces `torch.randn_like` with draws from a window's noise, named by consecutive numbers."""
+    """While active, `torch.randn_like` returns values of a window's noise. Each draw has another name and values."""
 
     def __init__(self, noise: WindowNoise) -> None:
         super().__init__()

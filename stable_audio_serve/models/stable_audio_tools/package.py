@@ -1,5 +1,6 @@
-"""Finds and imports stable-audio-tools without the training packages that it and k-diffusion import. Independent of
-models; imports torch only in `import_package`.
+"""Finds and imports stable-audio-tools without the training packages that stable-audio-tools and k-diffusion import.
+
+Only `import_package` imports torch.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ _NEEDED = (
     "torchsde",
     "trampoline",
 )
-_FLASH = "flash_attn"  # if present, the package computes attention in float16 for all inputs; torch has a fast kernel
+# If flash_attn is importable, stable-audio-tools computes all attention in float16. It is hidden, because torch's own
+# attention is also fast.
+_FLASH = "flash_attn"
 _K_DIFFUSION = "k_diffusion"
 _USED_OF_K_DIFFUSION = ("utils", "sampling", "external")
 
@@ -98,14 +101,14 @@ def _import_k_diffusion() -> None:
 
 
 class _Resample:
-    """Replaces torchaudio's class. It is never called: sources are resampled before they reach a model."""
+    """Replaces torchaudio's class, which is never used: sources are resampled before they reach a model."""
 
     def __init__(self, *_: Any, **__: Any) -> NoReturn:
         raise NotImplementedError("torchaudio is not used here")
 
 
-# Stubs: by module, the names that the package imports. It uses torchaudio and torchvision only for training, or for
-# work that this server does elsewhere. The installed torchaudio often does not match the installed torch.
+# Stub modules, and the names in them that stable-audio-tools imports. It uses torchaudio and torchvision only for
+# training, or for work that this server does elsewhere. The real torchaudio often does not match the installed torch.
 _TORCHAUDIO: Mapping[str, Mapping[str, Any]] = {"torchaudio": {}, "torchaudio.transforms": {"Resample": _Resample}}
 _TORCHVISION: Mapping[str, Mapping[str, Any]] = {
     "torchvision": {},
@@ -119,7 +122,7 @@ def _without(name: str) -> Iterator[None]:
     """Make importing `name` fail within this context, unless it was imported before."""
     hides = name not in sys.modules
     if hides:
-        sys.modules[name] = None  # type: ignore[assignment]  # documented: None makes the import fail
+        sys.modules[name] = None  # type: ignore[assignment]  # None makes Python's import statement fail
     try:
         yield
     finally:
@@ -129,8 +132,9 @@ def _without(name: str) -> Iterator[None]:
 
 @contextmanager
 def _stub_modules(names: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
-    """Replace modules that are not imported yet by stubs. Only within this context, because other libraries need the
-    real modules later.
+    """Put stubs in place of those modules that are not imported yet. They have the given names and values.
+
+    The stubs are removed when the context ends, because other libraries need the real modules later.
     """
     stubs = {name: ModuleType(name) for name in names if name not in sys.modules}
     for name, module in stubs.items():

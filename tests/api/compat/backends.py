@@ -1,4 +1,4 @@
-"""A backend whose behaviour depends on the prompt, because clients in other processes cannot reach its objects."""
+"""A test backend that reads its behaviour from the prompt, because a client in another process can set nothing else."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ async def run_script(*command: str, environment: Mapping[str, str]) -> dict[str,
 
 
 def check_output(output: dict[str, Any], base: str) -> None:
-    """Assert that this is fal's output for one second of audio."""
+    """Assert that `output` is fal's JSON for one second of WAV audio, with a file URL that starts with `base`."""
     file = output["audio_file"]
     assert file["url"].startswith(f"{base}/files/")
     assert (file["content_type"], file["file_size"]) == ("audio/wav", ONE_SECOND)

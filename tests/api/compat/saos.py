@@ -56,14 +56,14 @@ LOOP_KEYS = RIFF_KEYS - {"key", "source"} | {
 
 
 def read_pcm(data: bytes) -> npt.NDArray[np.int16]:
-    """Returns the samples (S, 2) of a 16-bit stereo WAV at 44.1 kHz."""
+    """Returns the samples of a 16-bit stereo WAV file at 44.1 kHz, as an array (samples, 2)."""
     info = soundfile.info(io.BytesIO(data))
     assert (info.format, info.subtype, info.channels, info.samplerate) == ("WAV", "PCM_16", 2, 44_100)
     return np.asarray(soundfile.read(io.BytesIO(data), dtype="int16")[0])
 
 
 def expect_wav(reply: httpx.Response, *, name: str) -> npt.NDArray[np.int16]:
-    """Returns the samples of a file response whose file name matches `name`."""
+    """Check that the response is a WAV file whose name matches the pattern `name`. Returns its samples."""
     assert reply.status_code == 200, reply.text
     assert reply.headers["content-type"] == "audio/wav"
     assert int(reply.headers["content-length"]) == len(reply.content)
@@ -74,7 +74,7 @@ def expect_wav(reply: httpx.Response, *, name: str) -> npt.NDArray[np.int16]:
 
 
 def expect_base64(reply: httpx.Response) -> tuple[npt.NDArray[np.int16], dict[str, Any]]:
-    """Returns the samples and the metadata of a base64 response."""
+    """Check that the response has a WAV file as base64 in JSON. Returns its samples and metadata."""
     assert reply.status_code == 200, reply.text
     assert reply.headers["content-type"] == "application/json"
     body = reply.json()
@@ -84,7 +84,7 @@ def expect_base64(reply: httpx.Response) -> tuple[npt.NDArray[np.int16], dict[st
 
 
 def expect_refusal(reply: httpx.Response, sentence: str) -> None:
-    """Assert a 400 response with exactly this sentence."""
+    """Assert that the response is a 400 with exactly this error message."""
     assert reply.status_code == 400, reply.text
     assert reply.headers["content-type"] == "application/json"
     assert reply.json() == {"error": sentence}

@@ -1,4 +1,4 @@
-"""Build applications with custom settings and a job runner, in this process or behind a socket."""
+"""Build applications with custom settings and a job runner. Clients reach them in this process or over a socket."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ async def make_client(
 
 @contextmanager
 def keep_app(backend: ToneBackend | None = None, **settings: Any) -> Iterator[tuple[FastAPI, ToneBackend]]:
-    """Yield one application for all tests of a module, without a job runner. Each test calls `connect_anew`."""
+    """Yield an application, without a job runner, that all tests of a module share. Each test calls `connect_anew`."""
     backend = backend or ToneBackend()
     with tempfile.TemporaryDirectory() as folder:
         app = create_app(backend, Settings.model_validate({"output_dir": folder, **settings}))
@@ -100,7 +100,7 @@ def keep_app(backend: ToneBackend | None = None, **settings: Any) -> Iterator[tu
 
 @asynccontextmanager
 async def connect_anew(kept: tuple[FastAPI, ToneBackend]) -> AsyncIterator[tuple[httpx.AsyncClient, ToneBackend]]:
-    """Yield a client of a shared application with a reset backend."""
+    """Reset the backend of an application that several tests share, and yield a client of the application."""
     app, backend = kept
     vars(backend).update(vars(type(backend)(catalog=backend.catalog)))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
@@ -108,7 +108,7 @@ async def connect_anew(kept: tuple[FastAPI, ToneBackend]) -> AsyncIterator[tuple
 
 
 def make_hasty_client(**options: Any) -> AbstractAsyncContextManager[tuple[httpx.AsyncClient, ToneBackend]]:
-    """Like `make_client` with `hasty`, for tests with failing stores."""
+    """Yield an in-process client of an application that retries after short pauses, for tests with failing stores."""
     return make_client(hasty=True, **options)
 
 
@@ -120,7 +120,9 @@ async def serve_app(
     refusals: Counter[int] | None = None,
     **settings: Any,
 ) -> AsyncIterator[tuple[int, ToneBackend]]:
-    """Serve an application that `make_app` builds on a free port, over TLS if there is a `certificate` (chain, key).
+    """Serve an application that `make_app` builds. Yields its port and its backend.
+
+    `certificate` is the files of the certificate chain and its key; None: plain HTTP.
 
     `refusals` counts the responses with a status of 400 or above, by status.
     """

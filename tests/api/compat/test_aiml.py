@@ -1,4 +1,4 @@
-"""The AIML API's documentation, row by row, over HTTP."""
+"""The AIML API over HTTP, compared with each row of its documentation."""
 
 from __future__ import annotations
 

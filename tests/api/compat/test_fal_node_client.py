@@ -1,4 +1,4 @@
-"""The unmodified JavaScript client of fal, through the proxy path of a real server."""
+"""The unmodified JavaScript client of fal with a real server, which the client calls through fal's proxy path."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def skip_or_fail(reason: str) -> None:
 
 @pytest.fixture(scope="module")
 def node_path() -> Path:
-    """Returns the folder with the client in the user's cache. The first run installs the client there."""
+    """Returns the folder in the user's cache where fal's JavaScript client is installed. The first run installs it."""
     if not shutil.which("node") or not shutil.which("npm"):
         skip_or_fail("node and npm are not installed")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stable-audio-serve-tests"
@@ -52,7 +52,7 @@ def node_path() -> Path:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def results(node_path: Path) -> AsyncIterator[dict[str, Any]]:
-    """Returns the client's results."""
+    """Run the client once against a server. Returns everything that the client's script prints."""
     refusals: Counter[int] = Counter()
     async with serve_app(PromptBackend(), jobs={"max_running": 2}, refusals=refusals) as (port, _):
         base = f"http://localhost:{port}"
@@ -126,7 +126,7 @@ def test_other_errors_keep_their_status(results: dict[str, Any]) -> None:
 
 
 def test_client_does_not_retry_refusals(results: dict[str, Any]) -> None:
-    """The server sees each expected error once. 499 is excluded, because polling may repeat it."""
+    """The server sends each refusal once. Only 499 may occur more often, because the client polls."""
     assert {status: count for status, count in results["refusals"].items() if status != 499} == {
         400: 1,
         404: 1,

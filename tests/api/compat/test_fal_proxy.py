@@ -1,4 +1,4 @@
-"""fal's client proxy over HTTP: a header names the target URL, which this server serves itself."""
+"""fal's client proxy over HTTP: a header names a fal URL, and this server answers in place of fal."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ async def test_a_run_returns_audio(client: httpx.AsyncClient) -> None:
 
 async def test_a_queued_request_returns_its_result(client: httpx.AsyncClient, runner: JobRunner) -> None:
     reply = await call(client, "POST", f"https://queue.fal.run/{APP}?fal_webhook=", json=BODY)
-    assert reply.status_code == 422  # the target received the query, which is invalid
+    assert reply.status_code == 422  # the query is invalid, so the proxy forwards it
     ticket = (await call(client, "POST", f"https://queue.fal.run/{APP}", json=BODY)).json()
     requests = f"https://queue.fal.run/{APP}/requests/{ticket['request_id']}"
-    assert (await client.get(ticket["status_url"])).status_code in (200, 202)  # links lead to the real routes
+    assert (await client.get(ticket["status_url"])).status_code in (200, 202)  # the link is to the server, not to fal
     async with asyncio.timeout(PATIENCE_S):
         while (reply := await call(client, "GET", f"{requests}/status?logs=1")).status_code == 202:  # noqa: ASYNC110
             await asyncio.sleep(0.02)

@@ -1,4 +1,4 @@
-"""The unmodified Python client of fal with a real server, configured in each of the two possible ways."""
+"""The unmodified Python client of fal with a real server. The client is configured in two ways."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.server
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Returns the files of a self-signed certificate for localhost: certificate, key, and authority for the client."""
+    """Returns the files of a TLS certificate for localhost: chain, key, and the authority that clients must trust."""
     folder = tmp_path_factory.mktemp("certificate")
     authority = trustme.CA()
     issued = authority.issue_cert("localhost")
@@ -39,7 +39,10 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     scope="module", loop_scope="module", params=["environment", pytest.param("formats", marks=pytest.mark.slow)]
 )
 async def results(request: pytest.FixtureRequest, certificate: dict[str, Path]) -> AsyncIterator[dict[str, Any]]:
-    """Returns the client's results, over TLS configured by environment or over HTTP configured by URL formats."""
+    """Run the client once and return its results.
+
+    The client uses TLS and is configured by environment variables, or it uses HTTP and is configured by URL formats.
+    """
     is_tls = request.param == "environment"
     pair = (certificate["chain"], certificate["key"]) if is_tls else None
     refusals: Counter[int] = Counter()
@@ -121,7 +124,7 @@ def test_other_errors_keep_their_status(results: dict[str, Any]) -> None:
 
 
 def test_client_does_not_retry_refusals(results: dict[str, Any]) -> None:
-    """The server sees each expected error once. 499 is excluded, because polling may repeat it."""
+    """The server sends each refusal once. Only 499 may occur more often, because the client polls."""
     assert {status: count for status, count in results["refusals"].items() if status != 499} == {
         400: 1,
         404: 3,

@@ -112,7 +112,8 @@ async def test_low_priority_is_batch_work_with_its_own_queue() -> None:
     assert (reply.status_code, reply.json()["detail"][0]["loc"]) == (422, ["header", "x-fal-queue-priority"])
 
 
-LOGS = {None: False, "0": False, "false": False, "1": True, "true": True}  # parameter -> whether logs are included
+# Value of the query parameter `logs` -> whether the status includes the log lines.
+LOGS = {None: False, "0": False, "false": False, "1": True, "true": True}
 
 
 async def test_status_has_the_fields_that_clients_read(
@@ -248,7 +249,7 @@ async def test_running_request_is_cancelled(client: httpx.AsyncClient, backend: 
     backend.delay_s = 30
     ticket = await submit(client)
     await wait_for(client, ticket, "IN_PROGRESS")
-    await until(lambda: backend.num_running == 1)  # a job is in progress before the generation starts
+    await until(lambda: backend.num_running == 1)  # the status changes before the generation starts
     reply = await client.put(ticket["cancel_url"], headers={"content-type": "application/json"})
     assert (reply.status_code, reply.json()) == (202, {"status": "CANCELLATION_REQUESTED"})
     assert (await wait_for(client, ticket, "COMPLETED"))["error_type"] == "client_cancelled"

@@ -1,4 +1,4 @@
-"""fal's synchronous calls over HTTP: the model's input and output, and the choice between queue and run."""
+"""fal's synchronous calls over HTTP: the model's input and output, and the choice between queued and direct calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""fal's storage over HTTP: the uploads of both clients, their limits, and access control."""
+"""fal's storage over HTTP: uploads as fal's Python and JavaScript clients send them, limits, and access control."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ async def test_upload_above_the_limit_is_413_while_it_arrives() -> None:
 
 
 async def test_announced_urls_need_no_key(client: httpx.AsyncClient) -> None:
-    other = httpx.URL((await announce(client))["upload_url"]).path  # a ticket that the next server did not issue
+    other = httpx.URL((await announce(client))["upload_url"]).path  # signed by another server
     async with make_client(**KEYS) as (client, _):
         assert (await client.put(other, content=DATA)).status_code == 403
         for path in ("/storage/auth/token", "/storage/upload/initiate", "/files/upload", "/files/upload/multipart"):
@@ -220,7 +220,7 @@ BYTES = [
 
 
 async def upload_everywhere(client: httpx.AsyncClient, ticket: str) -> list[httpx.Response]:
-    """Send an upload to every route that accepts an announced one. Returns the responses."""
+    """Send an upload with this ticket to every upload route that takes a ticket. Returns the responses."""
     parts = {"parts": [{"partNumber": 1, "etag": f"{'a' * 64}-1"}]}
     replies = []
     for prefix in ("", "/fal"):
@@ -245,7 +245,7 @@ async def test_signed_text_that_is_not_a_ticket_is_refused(
     for text in [*(json.dumps(shape).encode() for shape in SHAPES), *BYTES]:
         ticket = signer.sign(base64.urlsafe_b64encode(text).rstrip(b"=")).decode()
         assert {reply.status_code for reply in await upload_everywhere(client, ticket)} == {403}, text[:80]
-        ticket = quote(signer.sign(text), safe="")  # not encoded as base64
+        ticket = quote(signer.sign(text), safe="")  # without base64
         assert {reply.status_code for reply in await upload_everywhere(client, ticket)} <= {403, 404}, text[:80]
 
 
@@ -258,7 +258,7 @@ async def test_too_long_url_is_refused_even_if_signed(
     assert len(ticket) < 1000
     assert (await client.put(place["upload_url"], content=DATA)).status_code == 200
     text = base64.urlsafe_b64decode(ticket.partition(".")[0] + "==")
-    for spaces, status in ((0, 200), (600, 403)):  # trailing spaces are valid JSON
+    for spaces, status in ((0, 200), (600, 403)):  # JSON stays valid with trailing spaces, but the URL becomes too long
         signed = signer.sign(base64.urlsafe_b64encode(text + b" " * spaces).rstrip(b"=")).decode()
         assert (await client.put(f"/storage/upload/{signed}", content=DATA)).status_code == status
 
@@ -305,7 +305,7 @@ async def test_removing_a_key_revokes_its_upload_urls(tmp_path: Path, is_in_file
         assert (await client.put(place["upload_url"], content=DATA)).status_code == 200
     async with make_client(**keep(lines[1:])) as (client, _):
         assert {reply.status_code for reply in await upload_everywhere(client, _ticket_of(place))} == {403}
-    async with make_client(output_dir=str(tmp_path / "out")) as (client, _):  # without keys
+    async with make_client(output_dir=str(tmp_path / "out")) as (client, _):  # this server has no API keys
         assert {reply.status_code for reply in await upload_everywhere(client, _ticket_of(place))} == {403}
 
 
@@ -322,7 +322,7 @@ async def test_client_cannot_exceed_its_storage_limit() -> None:
     async with make_client(**_room_for(2.5)) as (client, _):
         places = [await announce(client) for _ in range(3)]
         for place, status in zip(places, (200, 200, 507), strict=True):
-            for _ in range(2):  # a repeated upload does not count again
+            for _ in range(2):  # uploading the same file again uses no more quota
                 reply = await client.put(place["upload_url"], content=DATA)
                 assert reply.status_code == status
         assert "storage.max_bytes_per_key" in reply.json()["detail"]

@@ -1,4 +1,4 @@
-"""fal's status stream over HTTP: one event per change, new log lines only, and an end."""
+"""fal's status stream over HTTP: one event per change of the job, with the new log lines, until the job ends."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ async def submit(client: httpx.AsyncClient) -> dict[str, Any]:
 
 
 async def read_stream(client: httpx.AsyncClient, ticket: dict[str, Any], query: str = "?logs=1") -> list[Any]:
-    """Returns all events of a stream, parsed strictly as documented."""
+    """Read the job's status stream to its end. Returns the JSON of each event; any deviation from the format fails."""
     reply = await client.get(f"{ticket['status_url']}/stream{query}", timeout=PATIENCE_S)
     assert reply.status_code == 200
     assert reply.headers["content-type"].startswith("text/event-stream")
@@ -73,7 +73,7 @@ async def test_cancelled_request_ends_its_stream(reads: list[str]) -> None:
     async with make_client(ToneBackend(delay_s=30), stream_limits=QUICK) as (client, _):
         ticket = await submit(client)
         following = asyncio.create_task(read_stream(client, ticket))
-        await until(lambda: len(reads) >= 3)  # the route's own read, then the stream's
+        await until(lambda: len(reads) >= 3)  # the route reads the job first, then the stream polls it
         await client.put(ticket["cancel_url"])
         events = await following
     assert (events[-1]["status"], events[-1]["error_type"]) == ("COMPLETED", "client_cancelled")

@@ -1,4 +1,4 @@
-"""The error table of the Stable Audio Open Small dialect, row by row, and its deviations."""
+"""Each row of the error table of the Stable Audio Open Small dialect, and the documented deviations from the table."""
 
 from __future__ import annotations
 

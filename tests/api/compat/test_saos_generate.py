@@ -107,7 +107,7 @@ async def test_start_is_ignored_by_models_without_that_condition(
     [
         (1, 44_100),
         (11, 485_100),
-        (12, WINDOW_SAMPLES),  # cut to the window, not refused
+        (12, WINDOW_SAMPLES),  # cut to the model's longest clip, not refused
         (47, WINDOW_SAMPLES),
         (10**30, WINDOW_SAMPLES),
         (1e300, WINDOW_SAMPLES),

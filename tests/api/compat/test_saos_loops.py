@@ -136,9 +136,9 @@ async def test_unset_fields_have_the_documented_defaults(
     [
         *[(bars, 120, bars) for bars in (1, 2, 4)],
         (8, 170, 8),
-        (8, 120, 4),  # 16 s: halved
-        (8, 150, 8),  # 12.8 s: exceeds the window by less than a second, which is allowed
-        (8, 60, 4),  # halved only once: 16 s, cut to the window
+        (8, 120, 4),  # 8 bars last 16 s, so the number of bars is halved
+        (8, 150, 8),  # 12.8 s: allowed, because it exceeds the model's longest clip by less than a second
+        (8, 60, 4),  # halved only once: the 16 s that remain are cut to the model's longest clip
         *[(bars, 128, 4) for bars in ("", "auto", " AUTO ", None)],
         ("4", 140, 4),
     ],
@@ -261,7 +261,7 @@ async def test_empty_file_input_is_ignored(client: httpx.AsyncClient, backend: T
 
 @pytest.mark.parametrize(("bpm", "bars", "samples"), [(120, 2, 176_400), (40, 1, 220_500), (200, 4, 211_680)])
 async def test_shorter_window_holds_fewer_bars(bpm: int, bars: int, samples: int) -> None:
-    async with make_client(dialects={"model": "demo"}) as (client, backend):  # has a window of 5 s
+    async with make_client(dialects={"model": "demo"}) as (client, backend):  # demo's longest clip is 5 s
         reply = await client.post(URL, data={"prompt": f"x {bpm}bpm", "return_format": "base64"})
         pcm, metadata = expect_base64(reply)
     assert (metadata["bars"], len(pcm)) == (bars, samples)

@@ -49,7 +49,7 @@ SKIPPED = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a folder with three riffs in F and one in G sharp, with different channels and sample rates."""
+    """Returns a folder with three riff files in F and one in G sharp. Their channels and sample rates differ."""
     folder = tmp_path_factory.mktemp("riffs")
     for name, hz, duration_s, rate_hz, channels in (
         ("f_91bpm_1.wav", 300, 4.0, 44_100, 2),
@@ -98,7 +98,7 @@ def test_other_names_are_skipped_with_a_warning(tmp_path: Path, name: str) -> No
     (tmp_path / name).touch()
     with structlog.testing.capture_logs() as lines:
         assert RiffLibrary(tmp_path).describe() == {"available_keys": [], "total_keys": 0, "riff_details": {}}
-    if name != ".wav":  # a hidden file gives no warning
+    if name != ".wav":  # hidden files are skipped without a warning
         assert [(line["log_level"], line["file"]) for line in lines] == [("warning", name)]
 
 
@@ -153,7 +153,7 @@ async def test_loop_from_a_riff(served: tuple[httpx.AsyncClient, ToneBackend], k
     assert (request.steps, request.cfg_scale, request.seed) == (8, 1.0, 8)
     assert request.negative_prompt == "drums, percussion, kick, snare, hi-hat"
     assert request.init_audio is not None
-    assert request.init_audio.samples.shape == (1, 12 * 44_100)  # 20 s at 120 bpm last 17.1 s at 140 bpm
+    assert request.init_audio.samples.shape == (1, 12 * 44_100)  # the stretched riff is longer than 12 s, so it is cut
 
 
 async def test_metadata(served: tuple[httpx.AsyncClient, ToneBackend]) -> None:

@@ -31,7 +31,7 @@ async def locked_url() -> AsyncIterator[str]:
 
 
 def run_example_client(url: str, file: Path, **options: Any) -> str | None:
-    """Run the documented example. Returns None if it wrote a file, otherwise its output."""
+    """Run the documented example script. Returns None if the script wrote the audio file, otherwise what it printed."""
     payload = {"input": "The sound of a hammer", "audio_length": 10.0, "audio_start": 0.0, "response_format": "wav"}
     payload |= {key: value for key, value in options.items() if value}
     reply = requests.post(f"{url}/v1/audio/generate", json=payload, timeout=PATIENCE_S)

@@ -29,7 +29,7 @@ async def generate(client: httpx.AsyncClient, **fields: Any) -> httpx.Response:
 
 
 def read_wav(data: bytes) -> npt.NDArray[np.int16]:
-    """Returns the samples (S, C) of a 44.1 kHz stereo file with 16-bit samples."""
+    """Returns the samples (samples, channels) of a 44.1 kHz stereo WAV file with 16 bits per sample."""
     with wave.open(io.BytesIO(data)) as file:
         assert (file.getframerate(), file.getnchannels(), file.getsampwidth()) == (RATE_HZ, 2, 2)
         return np.frombuffer(file.readframes(file.getnframes()), "<i2").reshape(-1, 2)
@@ -150,7 +150,7 @@ async def test_route_exists_below_its_prefix(client: httpx.AsyncClient) -> None:
     assert (await client.post(f"/vllm{URL}", json={"input": "x", "audio_length": 0.1})).status_code == 200
 
 
-# Span: the clip has the samples from int(start * rate) to int(end * rate) of the generated audio.
+# The returned clip is the part of the generated audio from sample int(start * rate) to int(end * rate).
 
 
 @pytest.mark.parametrize(
@@ -160,8 +160,10 @@ async def test_route_exists_below_its_prefix(client: httpx.AsyncClient) -> None:
         ({"audio_length": 0.3333}, 0, int(0.3333 * RATE_HZ)),
         ({"audio_length": 2, "audio_start": 1.5}, int(1.5 * RATE_HZ), int(3.5 * RATE_HZ)),
         ({"audio_length": 2, "audio_start": None}, 0, 2 * RATE_HZ),
-        *(({"audio_start": value}, 0, 1024 * 2048) for value in (20, -5)),  # ignored without `audio_length`
-        ({"audio_length": 119, "audio_start": 2}, 2 * RATE_HZ, 120 * RATE_HZ),  # ends after the longest clip
+        # Without `audio_length`, `audio_start` is ignored.
+        *(({"audio_start": value}, 0, 1024 * 2048) for value in (20, -5)),
+        # The end, 121 s, is after the longest clip's.
+        ({"audio_length": 119, "audio_start": 2}, 2 * RATE_HZ, 120 * RATE_HZ),
         ({"audio_length": 120}, 0, 120 * RATE_HZ),
         ({"audio_length": 1e-9}, 0, 1),
     ],
@@ -201,9 +203,6 @@ async def test_lengths_are_limited_by_the_model_only(backend: ToneBackend) -> No
         assert refused.status_code == 400
 
 
-# Speed.
-
-
 @pytest.mark.parametrize("speed", [0.25, 0.9, 1, 1.3, 4])
 async def test_speed_changes_the_length_and_keeps_the_pitch(client: httpx.AsyncClient, speed: float) -> None:
     audio = read_wav((await generate(client, audio_length=2, seed=300, speed=speed)).content)
@@ -214,9 +213,6 @@ async def test_speed_changes_the_length_and_keeps_the_pitch(client: httpx.AsyncC
 async def test_speed_applies_to_the_span_in_every_format(client: httpx.AsyncClient) -> None:
     pcm = await generate(client, audio_length=1, audio_start=1, speed=2, response_format="pcm")
     assert len(pcm.content) == 4 * round(RATE_HZ / 2)
-
-
-# Formats.
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The outcomes of an attempt to run a job, and the errors after which it is retried."""
+"""How an attempt to run a job can end, and after which errors the job is tried again."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.server
 
 
 class FailingBackend(ToneBackend):
-    """Raises these errors one after another, then succeeds."""
+    """A test backend whose first requests fail with these errors, in this order. Later ones succeed."""
 
     def __init__(self, *errors: Exception) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ async def test_outcome_is_written_after_a_store_outage(workshop: Workshop, monke
 
 
 async def test_unknown_model_makes_a_dead_letter_after_retries(workshop: Workshop) -> None:
-    """The job is retried first, because during an update a runner may be older than the ingress that accepted it."""
+    """At first the job is retried: during an update, the runner may be older than the server that accepted the job."""
     await workshop.start_runner()
     job = await workshop.finished(await workshop.queue.submit(make_spec(model="retired")))
     assert job.error is not None

@@ -1,4 +1,4 @@
-"""A job cancelled at any step of a real engine ends within one step, and other rows of the batch are unaffected."""
+"""A job that is cancelled at any step of a real engine ends within a step. Other jobs in its batch do not change."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.patience import PATIENCE_S
 
 _NAME = "tiny-s"
 _STEPS = 6
-_VICTIM_S = 3.0  # longer than other jobs, so that the gate can identify it
+_VICTIM_S = 3.0  # the cancelled job is the longest, so `GatedModel` recognises it by its length
 NEIGHBOURS = (
     GenerationRequest(prompt="rain", duration_s=1.0, seed=1, steps=_STEPS),
     GenerationRequest(prompt="drums", duration_s=0.6, seed=2, steps=_STEPS + 3, cfg_scale=2.0, batch_size=2),
@@ -37,18 +37,18 @@ NEIGHBOURS = (
 
 
 class GatedModel:
-    """A real model that blocks the engine inside a chosen device call of the longest row."""
+    """A real model that stops the engine's thread in a chosen call for the longest row, until `opened` is set."""
 
     def __init__(self) -> None:
         self._model = loaded(_NAME)
         self._longest = max(plan.frames for plan in self._model.plan(make_victim()))
-        self.num_steps = 0  # steps of the longest row
+        self.num_steps = 0  # number of steps that the longest row has begun
         self._hold_at = ""
         self.reached = threading.Event()
         self.opened = threading.Event()
 
     def hold(self, call: str) -> None:
-        """Choose the call to block: `step 0` is the row's first step, `decode` is the decoding after its last step."""
+        """Choose the call to stop in: `step 0` is the longest row's first step, `decode` its decoding."""
         self.num_steps = 0
         self._hold_at = call
         self.reached.clear()
@@ -80,7 +80,7 @@ def make_victim() -> GenerationRequest:
 
 @asynccontextmanager
 async def running(folder: Path, model: Any) -> AsyncIterator[JobQueue]:
-    """Yield a queue and a runner with an engine in this process."""
+    """Run a job runner with an engine in this process. Yields the job queue."""
     settings = Settings(output_dir=str(folder))
     card = describe_entry(resolve_entry(_NAME, path=str(load_goldens(_NAME).folder))).card
     engine = Engine(model, EngineOptions(mode="strict", torch_threads=1, warmup_budget_s=0.0))
@@ -122,10 +122,10 @@ async def test_job_ends_within_a_step_and_neighbours_are_unaffected(tmp_path: Pa
             assert await asyncio.to_thread(model.reached.wait, PATIENCE_S), call
             outcome, _ = await queue.cancel(victim.spec.ref)
             assert outcome == "requested", call
-            victim = await finish(queue, victim)  # the engine has received the cancellation but is still in its step
+            victim = await finish(queue, victim)  # the job has ended although the engine still stands in its step
             num_before = model.num_steps
             model.opened.set()
             crowd = [await audio_of(queue, await finish(queue, other)) for other in others]
             assert (victim.state, victim.result) == ("cancelled", None)
-            assert model.num_steps == min(num_before + 1, _STEPS), call  # only the step in progress was completed
+            assert model.num_steps == min(num_before + 1, _STEPS), call  # only the current step was finished
             assert crowd == alone, call

@@ -19,12 +19,12 @@ def make_capacity(
 def begin(
     capacity: Capacity, key: object, *, work: float, model: str = "a", priority: Priority = "interactive"
 ) -> None:
-    """Begin a job of `work` evaluations of half a second each."""
+    """Begin a job that is predicted to take `work` times half a second."""
     capacity.begin(key, model=model, priority=priority, size=WorkSize(evaluations=work))
 
 
 def fill(capacity: Capacity, *, work: float, model: str = "a", priority: Priority = "interactive") -> int:
-    """Begin jobs until the capacity is full. Returns their number."""
+    """Begin such jobs until no more may begin. Returns how many began."""
     count = 0
     while (models := capacity.open_models(priority)) is None or model in models:
         begin(capacity, (model, capacity.num_running), work=work, model=model, priority=priority)
@@ -79,7 +79,7 @@ def test_jobs_never_exceed_the_limit(clock: FakeClock) -> None:
 
 def test_batch_work_takes_no_room_from_interactive_work(clock: FakeClock) -> None:
     capacity = make_capacity(clock, max_running=8)
-    assert fill(capacity, work=5.0, priority="batch") == 2  # two jobs are five seconds of work
+    assert fill(capacity, work=5.0, priority="batch") == 2  # two jobs of 2.5 s
     assert capacity.open_models("interactive") is None
     assert fill(capacity, work=1.0) == 8
 
@@ -116,7 +116,7 @@ def test_time_left_of_a_job_is_predicted(clock: FakeClock) -> None:
         begin(capacity, key, work=10.0)
     capacity.advance("x", done=0.5)
     assert capacity.predict_end_s("x") == pytest.approx(2.5)
-    assert capacity.predict_end_s("y") == pytest.approx(7.5)  # behind the other job
+    assert capacity.predict_end_s("y") == pytest.approx(7.5)  # the 5 s of its own work run after the other job's 2.5 s
     unpriced = make_capacity(clock, prices=None)
     begin(unpriced, "x", work=10.0)
     assert unpriced.predict_end_s("x") is None

@@ -1,4 +1,4 @@
-"""How a runner executes a job: the request to the model, and the stored file."""
+"""How a job runner executes a job: the request that it sends to the model, and the file that it stores."""
 
 from __future__ import annotations
 

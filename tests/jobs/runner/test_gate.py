@@ -1,4 +1,4 @@
-"""A runner while its store refuses files: its reports, the jobs that it starts, and its recovery."""
+"""A job runner while files cannot be stored: what it reports, which jobs it starts, and how it recovers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ REFUSED = ("job_files_refused",)
 
 @dataclass
 class WatchedBackend(ToneBackend):
-    """Records the number of requests in progress at each start."""
+    """A test backend that records, at the start of each request, how many requests are running."""
 
     at_work: list[int] = field(default_factory=list)
 
@@ -41,7 +41,7 @@ class WatchedBackend(ToneBackend):
 
 @pytest.fixture
 async def separate_folders(tmp_path: Path) -> AsyncIterator[Workshop]:
-    """Yield a workshop with separate folders for files and database."""
+    """Yield a workshop whose files and whose database are in different folders."""
     jobs = JobSettings(database_url=f"sqlite:///{tmp_path / 'jobs.db'}")
     settings = Settings(output_dir=str(tmp_path / "outputs"), jobs=jobs)
     workshop = Workshop(settings, open_queue(settings), WatchedBackend())
@@ -117,7 +117,7 @@ async def test_unreadable_uploads_cost_few_attempts(
     await until(lambda: len(probes) >= 3)
     waiting = list_all(state="queued")
     assert len(waiting) == len(jobs)
-    assert sum(job.attempts for job in waiting) <= 4  # a runner starts at most four jobs before the first one ends
+    assert sum(job.attempts for job in waiting) <= 4  # a runner starts four jobs before it notices
     object_storage.proxy.faults = Faults()
     assert {(await workshop.finished(job)).state for job in jobs} == {"succeeded"}
     await runner.close()

@@ -1,4 +1,4 @@
-"""Reports of a runner: the progress of its jobs, and the waiting work."""
+"""What a job runner reports: the progress of its jobs, and the work that is waiting."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.server
 
 
 class ReportingBackend(ToneBackend):
-    """Reports the progress that a test sets."""
+    """A test backend that reports whatever progress the test sets."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ def sizes(waiting_work: Callable[[], Any]) -> dict[str, int]:
 
 
 async def test_failed_background_work_is_repeated(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uses the sweep as an example. Its pauses vary, so that runners which start together do not sweep together."""
+    """Tested with the sweep (deletion of old files). Its pauses vary, so that runners do not all sweep at once."""
     pauses: list[float] = []
     sleep = asyncio.sleep
 
@@ -170,5 +170,5 @@ async def test_failed_background_work_is_repeated(workshop: Workshop, monkeypatc
     monkeypatch.setattr("stable_audio_serve.jobs.runner.runner.asyncio.sleep", skip)
     await workshop.start_runner()
     await until(lambda: num_swept >= 20)
-    assert 300 <= min(pauses) < max(pauses) <= 900  # every ten minutes
+    assert 300 <= min(pauses) < max(pauses) <= 900  # ten minutes on average
     assert len({round(pause_s) for pause_s in pauses}) > 3

@@ -1,4 +1,4 @@
-"""How a runner starts, stops and reclaims jobs, and how often an idle runner polls."""
+"""How a job runner starts, stops and takes over jobs, and how often it polls the database when idle."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def test_running_jobs_never_exceed_the_limit(workshop: Workshop) -> None:
 
 @pytest.mark.parametrize("job_settings", [JobSettings(max_running=1)])
 async def test_each_priority_has_its_own_queue_and_room(workshop: Workshop) -> None:
-    """The runner passes the priority on to the engine, which decides which job runs first."""
+    """With room for one job of each priority, one of each starts at once, and each queue runs in order."""
     jobs = [
         await workshop.queue.submit(make_spec(priority=priority))
         for priority in ("batch", "interactive", "batch", "interactive")
@@ -64,7 +64,7 @@ async def test_lost_wake_up_costs_one_polling_interval(workshop: Workshop) -> No
 
 
 def count_polls(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Return a list that records the times, in seconds, at which a runner polls its store."""
+    """Return a list to which the time, in seconds, of each poll of the job store is added."""
     polls: list[float] = []
     outlook = workshop.queue.store.runners.outlook
 
@@ -99,7 +99,7 @@ async def test_waiting_job_is_cancelled_before_it_starts(workshop: Workshop) -> 
 
 @pytest.mark.parametrize("job_settings", [JobSettings(lease_s=600.0)])
 async def test_running_job_is_stopped_at_once(workshop: Workshop) -> None:
-    """The job stops long before the next heartbeat or poll."""
+    """The cancellation itself wakes the runner: its next heartbeat or poll would be minutes later."""
     workshop.backend.released.clear()
     await workshop.start_runner(pauses=RunnerPauses(first_poll_s=600.0, last_poll_s=600.0))
     job = await workshop.queue.submit(make_spec(upload=await upload(workshop)))
@@ -238,7 +238,7 @@ async def test_draining_runner_requeues_its_jobs_and_stays_healthy(workshop: Wor
         assert (now.state, now.attempts) == ("queued", 0)
     runner.wake()
     await asyncio.sleep(0.1)
-    assert backend.num_running == 0  # no job is leased again
+    assert backend.num_running == 0  # the runner has started no other job
     runner.check_health()
 
 
@@ -253,7 +253,7 @@ async def test_holding_runner_finishes_its_jobs_and_leases_no_others(workshop: W
     workshop.backend.released.set()
     assert (await workshop.finished(first)).state == "succeeded"
     await until(lambda: runner.num_held == 0)
-    await asyncio.sleep(0.5)  # time for several polls
+    await asyncio.sleep(0.5)  # in this time the runner polls several times
     runner.check_health()
     queued = [await workshop.queue.get(job.spec.ref) for job in (second, third)]
     assert [(job.state, job.attempts) for job in queued if job] == [("queued", 0)] * 2

@@ -1,4 +1,4 @@
-"""Several runners of one store share its jobs, and take over jobs of a silent, dead or late runner."""
+"""Several job runners share the jobs of one store. They take over the jobs of a runner that is silent, dead or late."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.server
 
 __all__ = ["wall"]
 
-_LEASE_S = 0.3  # on a clock that only tests advance; leases are renewed every 0.1 s of real time
+_LEASE_S = 0.3  # leases expire by a clock that only tests advance; runners renew them every 0.1 s of real time
 
 
 @pytest.fixture
@@ -42,18 +42,18 @@ def job_settings() -> JobSettings:
 
 
 def make_job_settings(**limits: Any) -> JobSettings:
-    """Return settings with leases that are shorter than the allowed minimum."""
+    """Return job settings with very short leases. Users cannot set a lease so short."""
     return JobSettings(**limits).model_copy(update={"lease_s": _LEASE_S})
 
 
 def end_leases(workshop: Workshop) -> None:
-    """Let all leases expire."""
+    """Make all leases expire now."""
     with workshop.queue.store.database.writing() as connection:
         connection.execute(sa.update(JOBS).where(JOBS.c.state == "running").values(lease_until=0.0))
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, jobs: RunnerJobs, name: str) -> list[str]:
-    """Return a list that records the completed calls of a store method."""
+    """Return a list that grows by one item with each completed call of the store's method `name`."""
     calls: list[str] = []
     method = getattr(jobs, name)
 
@@ -68,9 +68,9 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, jobs: RunnerJobs, name: str) ->
 
 
 def outlive_leases(wall: Wall, renewals: list[str]) -> None:
-    """Advance the clock by several leases, with a renewal in each. Blocks the caller."""
+    """Advance the clock by more than three leases. In each lease, wait until the runner has renewed. Not async."""
     for _ in range(4):
-        enough = len(renewals) + 2  # the first renewal may have begun before the clock advanced
+        enough = len(renewals) + 2  # the next renewal may have begun before the clock advanced, so wait for two
         wait_until(lambda: len(renewals) >= enough, every_s=0.01)  # noqa: B023
         wall.now += 0.8 * _LEASE_S
 
@@ -111,7 +111,7 @@ async def test_busy_event_loop_loses_no_lease(workshop: Workshop, wall: Wall, mo
     await workshop.start_runner()
     job = await workshop.queue.submit(make_spec())
     await running(workshop)
-    outlive_leases(wall, renewals)  # blocks the event loop
+    outlive_leases(wall, renewals)  # this call blocks the event loop
     workshop.backend.released.set()
     assert workshop.queue.store.runners.reclaim(max_attempts=3) == []
     assert (await workshop.finished(job)).attempts == 1
@@ -135,10 +135,10 @@ async def test_runner_without_its_lease_stops_and_writes_nothing(workshop: Works
     assert (taken.state, workshop.files()) == ("queued", [])
 
 
-# With one job at a time, the runner cannot lease its own job again.
+# The runner may run only one job, so it cannot take its own job again after the lease has expired.
 @pytest.mark.parametrize("job_settings", [make_job_settings(max_running=1)])
 async def test_late_runner_deletes_its_own_file_only(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The runner freezes after it has stored its file, just before the commit."""
+    """The runner stops between storing its file and committing the result, until another runner has done the job."""
     store = JobStore(workshop.queue.store.database, workshop.settings.jobs)
     succeed, asleep, woken = store.runners.succeed, threading.Event(), threading.Event()
 
@@ -226,12 +226,12 @@ async def test_idle_runners_poll_less_than_once_a_second(workshop: Workshop, mon
     await until(lambda: len(polls) >= num_before + 10)
     num_queries = sum(not statement.startswith(("BEGIN", "COMMIT", "PRAGMA")) for statement in statements)
     num_polls = len(polls) - num_before
-    # One poll of each runner may have begun without a query yet.
+    # Each of the three runners may have begun a poll without having sent its query yet.
     assert num_polls - 3 <= num_queries < RunnerPauses().last_poll_s * num_polls
 
 
 class OneFullModel(ToneBackend):
-    """A backend in which one model refuses every job."""
+    """A test backend of several models, one of which refuses every job as overloaded."""
 
     async def generate(
         self, model: str, request: GenerationRequest, *, on_progress: ProgressCallback | None = None
@@ -302,7 +302,7 @@ async def test_metrics_show_queue_age_and_retries(workshop: Workshop, wall: Wall
     wall.now += 5.0
     await workshop.start_runner(metrics=metrics)
     await workshop.until(job, lambda job: job.state == "queued" and metrics.counters.total() > 0)
-    wall.now += 1.0  # longer than the pause before the second attempt
+    wall.now += 1.0  # the pause before the second attempt is over
     assert (await workshop.finished(job)).attempts == 2
     assert metrics.counters["job_retries", ("reason", "unavailable")] == 1
     assert metrics.age_s == pytest.approx(5.0)
@@ -311,7 +311,10 @@ async def test_metrics_show_queue_age_and_retries(workshop: Workshop, wall: Wall
 async def test_lease_with_a_lost_answer_is_not_renewed(
     workshop: Workshop, wall: Wall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No runner works on the job. It must not stay `running` while its owner has other jobs."""
+    """The runner does not know that it holds this lease.
+
+    The job must not stay "running" as long as the runner lives.
+    """
     workshop.backend.released.clear()
     renewals = count_calls(monkeypatch, workshop.queue.store.runners, "renew")
     await workshop.start_runner()
@@ -341,7 +344,7 @@ async def test_lease_with_a_lost_answer_is_not_renewed(
 async def test_store_outage_longer_than_a_lease_costs_no_attempt(
     workshop: Workshop, wall: Wall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """This also covers a clock that jumps forward: a live runner does not reclaim its own jobs."""
+    """A runner does not take over its own jobs, even if it could not renew their leases in time."""
     workshop.backend.released.clear()
     store = workshop.queue.store.runners
     reclaims, renew = count_calls(monkeypatch, store, "reclaim"), store.renew

@@ -1,4 +1,4 @@
-"""The files that the sweeper deletes or keeps, in a folder and in a bucket."""
+"""Which files the sweeper, which deletes old jobs and files without a job, deletes and keeps: in folder and bucket."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def swept(**numbers: int) -> dict[str, int]:
 
 @dataclass
 class Place:
-    """A job queue, its artifact store, and a clock for the queue and its sweepers that a test can advance."""
+    """A job queue with its artifact store. It is also the clock of the queue, which a test advances by `late_s`."""
 
     queue: JobQueue
     late_s: float = 0.0
@@ -51,11 +51,11 @@ class Place:
         raise NotImplementedError
 
     def write(self, key: str) -> None:
-        """Write a file as another program would."""
+        """Write a file without the artifact store, as another program would."""
         raise NotImplementedError
 
     def begin(self, key: str) -> None:
-        """Begin a file without finishing it."""
+        """Begin to write a file, and leave it incomplete."""
         raise NotImplementedError
 
     async def sweep(self, **limits: float) -> dict[str, int]:
@@ -67,7 +67,7 @@ class Place:
         return await self.queue.artifacts.put(key, lambda: [b"audio"], media_type="audio/wav", file_name="a.wav")
 
     async def make_job(self, **overrides: Any) -> Job:
-        """Return a running job with an upload."""
+        """Submit a job with an upload, and start it. Returns the job."""
         file = await self.queue.put_upload(lambda: [b"upload"], media_type="audio/wav", file_name="a.wav")
         await self.queue.submit(make_spec(upload=JobUpload(file, "init", 10.0), **overrides))
         job = self.queue.store.runners.lease("me", lease_s=15)
@@ -115,7 +115,7 @@ class Bucket(Place):
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.server)])
 async def unclaimed(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Place]:
-    """Yield an artifact store that no database has claimed."""
+    """Yield a place whose artifact store is not yet marked as belonging to a database."""
     made = make_folder(tmp_path) if request.param == "local" else make_bucket(request, tmp_path)
     yield made
     await made.queue.close()
@@ -176,7 +176,7 @@ async def test_old_jobs_and_publications_are_deleted_with_their_files(place: Pla
     later = await place.finish(await place.make_job())
     place.late_s = 7 * 24 * HOUR + 1
     found = await place.sweep(orphan_after_s=30 * 24 * HOUR)
-    assert found["old"] == 3  # an upload that is already deleted counts as removed
+    assert found["old"] == 3  # the upload counts, although its file was deleted before
     assert await place.queue.get(job.spec.ref) is None
     assert await place.queue.find_file(file_id) is None
     assert later.key in place.names()
@@ -190,7 +190,7 @@ async def test_orphans_are_deleted_after_a_day(place: Place) -> None:
     for key in orphans:
         await place.put(key)
     place.late_s = 25 * HOUR
-    assert await place.sweep() == swept(orphans=4)  # includes the upload of the ended job
+    assert await place.sweep() == swept(orphans=4)  # the three, and the upload of the job, which has ended
     assert place.names() == [artifact_key(job.spec.id, "a.wav", fence=1)]
     assert await place.sweep() == swept()
 
@@ -217,11 +217,14 @@ async def test_files_of_other_programs_stay(place: Place) -> None:
 
 
 async def test_files_older_than_the_claim_stay(unclaimed: Place) -> None:
-    """The original Stable Audio 3 server uses the same file names and, by default, the same folder."""
+    """Files that are older than the mark of our database belong to another program.
+
+    The original Stable Audio 3 server uses the same file names and, by default, the same folder.
+    """
     unclaimed.write(artifact_key("1" * 32, "stable-audio-3-medium.wav", fence=1))
     before = unclaimed.names()
     written_at = int(time.time())
-    await until(lambda: int(time.time()) > written_at)  # buckets round times to seconds
+    await until(lambda: int(time.time()) > written_at)  # buckets store times in whole seconds
     assert unclaimed.queue.artifacts.claim(unclaimed.queue.store.identity()) is not None
     orphan = await unclaimed.put(file_key())
     unclaimed.late_s = 400 * 24 * HOUR
@@ -256,7 +259,7 @@ async def test_failing_object_store_is_swept_later(bucket: Bucket) -> None:
     bucket.late_s = 8 * 24 * HOUR
     bucket.storage.proxy.faults = Faults(answer=(403, "AccessDenied"))
     assert await bucket.sweep() == swept()
-    assert bucket.queue.store.operators.list_all() == []  # the jobs were deleted first, so their files are orphans
+    assert bucket.queue.store.operators.list_all() == []  # their files remain, now without a job
     assert len(bucket.names()) == 3
     bucket.storage.proxy.faults = Faults()
     assert await bucket.sweep() == swept(orphans=3)

@@ -1,4 +1,4 @@
-"""Operations of the job store for clients, on every database."""
+"""What the job store does for clients (submit, list, read, cancel), with every kind of database."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_only_generated_ids_find_jobs_without_a_client(store: JobStore) -> None:
 
 
 class TestRepeatedRequests:
-    """An idempotency key, or an id that the client chose, creates at most one job."""
+    """However often a request with an idempotency key or a chosen id is repeated, it creates one job."""
 
     @pytest.mark.parametrize("by", ["id", "key"])
     def test_return_their_first_job_in_any_state(self, store: JobStore, by: str) -> None:
@@ -166,12 +166,12 @@ class TestRepeatedRequests:
     def test_with_the_key_and_id_of_two_jobs_are_conflicts(self, store: JobStore) -> None:
         add(store, id="1" * 32, idempotency_key="a", fingerprint="same")
         add(store, id="2" * 32, idempotency_key="b", fingerprint="same")
-        with pytest.raises(ConflictError):  # the key belongs to the first job, the id to the second
+        with pytest.raises(ConflictError):
             store.clients.add(make_spec(id="2" * 32, idempotency_key="a", fingerprint="same"))
 
 
 class TestRoom:
-    """Waiting jobs are limited, in total and per client."""
+    """The number of waiting jobs is limited, in total and for each client."""
 
     def test_jobs_above_the_limit_are_refused(self, database: Database) -> None:
         store = JobStore(database, JobSettings(max_queued=2))
@@ -207,7 +207,8 @@ class TestRoom:
             assert not isinstance(caught.value, QuotaError)
         for _ in range(2):
             add(store, client="four")
-        with pytest.raises(OverloadedError):  # the queue has twice `max_queued` jobs
+        # The queue is twice as long as `max_queued`, so even a new client is refused.
+        with pytest.raises(OverloadedError):
             add(store, client="five")
         for _ in range(13):
             lease(store)
@@ -235,7 +236,7 @@ class TestRoom:
 
 
 class TestListing:
-    """A client sees its own jobs, newest first, in pages."""
+    """A client lists only its own jobs, newest first, in pages."""
 
     def test_pages_show_every_own_job_once(self, store: JobStore, wall: Wall) -> None:
         jobs = []
@@ -246,7 +247,7 @@ class TestListing:
             wall.now += 1
         first = store.clients.list_own("sa3", "one", limit=2)
         second = store.clients.list_own("sa3", "one", cursor=first.next_cursor, limit=2)
-        add(store, client="one")  # newer than the jobs on the pages
+        add(store, client="one")  # a job added while the pages are read must not appear on them
         third = store.clients.list_own("sa3", "one", cursor=second.next_cursor, limit=2)
         assert [*first.jobs, *second.jobs, *third.jobs] == jobs[::-1]
         assert third.next_cursor is None
@@ -288,7 +289,7 @@ class TestListing:
 
 
 class TestEvents:
-    """A job's events can be read again from any point."""
+    """A job's events can be read repeatedly, from any event on."""
 
     def test_cover_a_job_from_start_to_end(self, store: JobStore, wall: Wall) -> None:
         add(store)
@@ -320,7 +321,7 @@ class TestEvents:
         leased = lease(store)
         for step in range(4):
             report(store, leased, stage="generating", fraction=step / 4)
-            add(store)  # events of another job do not count
+            add(store)  # the events of this other job must not appear
         events = store.clients.events(job.spec.ref)
         assert [event.id for event in events] == [1, 2, 3, 4, 5, 6]
         for index, event in enumerate(events):
@@ -341,7 +342,7 @@ class TestEvents:
 
 
 class TestCancelling:
-    """A waiting job ends at once; a running one is stopped by its runner."""
+    """A waiting job ends at once. A running job is only marked, and its runner stops it."""
 
     def test_waiting_job_ends_at_once(self, store: JobStore) -> None:
         job = add(store)

@@ -1,4 +1,4 @@
-"""With concurrent threads and processes, nothing is done twice, lost, or allowed above its limit."""
+"""The job store used by concurrent threads and processes: no job is lost or run twice, and all limits hold."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = ["postgres_with_tables", "store_url", "wall"]
 
 _MANY = JobSettings(max_queued=10_000)
 
-# On SQLite there is only one writer at a time.
+# These tests are mainly for PostgreSQL. SQLite has only one writer at a time, so there they run as slow tests.
 on_postgresql = pytest.mark.parametrize(
     "store_url",
     [pytest.param("sqlite", marks=pytest.mark.slow), pytest.param("postgresql", marks=pytest.mark.server)],
@@ -47,14 +47,14 @@ on_postgresql = pytest.mark.parametrize(
 
 @pytest.fixture
 def database(store_url: str) -> Iterator[Database]:
-    """Yield a database that uses its own clock."""
+    """Yield a job database that uses real time."""
     database = open_database(store_url)
     yield database
     database.close()
 
 
 def at_once(calls: list[Callable[[], Any]]) -> list[Any]:
-    """Start all calls at the same time and return their results or errors."""
+    """Start all calls at the same time, each in a thread. Return their results or errors."""
     barrier = threading.Barrier(len(calls))
 
     def run(call: Callable[[], Any]) -> Any:
@@ -69,7 +69,7 @@ def at_once(calls: list[Callable[[], Any]]) -> list[Any]:
 
 
 def lease_all(url: str, owner: str) -> list[str]:
-    """Lease all jobs of a queue in one process and return their ids."""
+    """Lease jobs until none is left, and return their ids. Called in several processes at once."""
     store = JobStore(open_database(url))
     ids = []
     while job := store.runners.lease(owner, lease_s=60):
@@ -79,7 +79,7 @@ def lease_all(url: str, owner: str) -> list[str]:
 
 
 def add_same(url: str, number: int) -> list[bool]:
-    """Add the same request repeatedly in one process. Returns which calls added a new job."""
+    """Add the same request ten times. Returns for each time whether it added a new job. Called in several processes."""
     store = JobStore(open_database(url), _MANY)
     specs = [make_spec(id=f"{number}-{turn}", idempotency_key="k", fingerprint="f") for turn in range(10)]
     added = [store.clients.add(spec).is_new for spec in specs]
@@ -235,7 +235,7 @@ def test_dead_letter_is_retried_or_deleted_but_never_both(database: Database) ->
 
 @on_postgresql
 def test_every_job_ends_once_with_faulty_runners(store_url: str, wall: Wall) -> None:
-    """Runners end each job twice, sometimes after their lease has expired and others have reclaimed the job."""
+    """Runners end each job twice, sometimes after the lease has expired and the job was put back into the queue."""
     num_jobs = 60
     database = open_database(store_url, wall)
     store = JobStore(database, _MANY)
@@ -249,7 +249,7 @@ def test_every_job_ends_once_with_faulty_runners(store_url: str, wall: Wall) -> 
             job = store.runners.lease(owner, lease_s=LEASE_S)
             if job is None:
                 continue
-            if chance.random() < 0.3:  # beyond the lease of this job and of others
+            if chance.random() < 0.3:  # let the leases of this job and of the others' jobs expire
                 wall.now += LEASE_S
                 lost.extend(store.runners.reclaim(max_attempts=1000))
             for _ in range(2):

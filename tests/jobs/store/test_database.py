@@ -33,7 +33,7 @@ def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def execute(url: str, statement: str) -> None:
-    """Execute a statement without the store."""
+    """Execute an SQL statement directly, without the job store."""
     if url.startswith("sqlite"):
         with sqlite3.connect(url.removeprefix("sqlite:///")) as connection:
             connection.execute(statement)
@@ -48,13 +48,16 @@ def test_only_transactions_without_durability_skip_the_disk(empty_url: str) -> N
         ("PRAGMA synchronous", 2, 1) if database.is_sqlite else ("SHOW synchronous_commit", "on", "off")
     )
     for is_durable, expected in ((True, waits), (False, hasty), (True, waits)):
-        with database.writing(is_durable=is_durable) as connection:  # the pool always returns the same connection
+        with database.writing(is_durable=is_durable) as connection:  # always the same pooled connection
             assert connection.execute(sa.text(setting)).scalar_one() == expected
     database.close()
 
 
 def refusal_of(url: str) -> str:
-    """Return the error of a start with this database. It must be one sentence without the password."""
+    """Start with this database, which must fail.
+
+    Return the message, which must be one sentence without the password.
+    """
     with pytest.raises(ConfigError) as caught:
         open_database(url).prepare()
     assert caught.value.field == "jobs.database_url"
@@ -65,8 +68,20 @@ def refusal_of(url: str) -> str:
     return caught.value.message
 
 
+def test_a_rehearsal_leaves_no_table(empty_url: str) -> None:
+    database = open_database(empty_url)
+    database.rehearse()
+    assert sa.inspect(database.engine).get_table_names() == []
+    database.prepare()
+    store = JobStore(database)
+    job = add(store)
+    database.rehearse()
+    assert find(store, job) == job
+    database.close()
+
+
 def prepare(url: str, job_id: str) -> None:
-    """Prepare the database in another process."""
+    """Create or upgrade the tables. Called in another process."""
     database = open_database(url)
     database.prepare()
     add(JobStore(database), id=job_id)
@@ -79,7 +94,7 @@ def fill(store: JobStore) -> None:
 
 
 class TestAddresses:
-    """Allowed database URLs."""
+    """Which database URLs are allowed."""
 
     def test_default_is_a_file_in_the_output_folder(self, tmp_path: Path) -> None:
         database = Database(database_url(None, tmp_path / "outputs"))
@@ -126,7 +141,7 @@ class TestAddresses:
 
 
 class TestStart:
-    """A start creates or upgrades the tables, or fails with a reason in one sentence."""
+    """When a server starts, it creates or upgrades the tables, or fails with a reason in one sentence."""
 
     def test_creates_every_table_once(self, empty_url: str) -> None:
         for _ in range(2):
@@ -160,11 +175,12 @@ class TestStart:
         execute(empty_url, f"UPDATE alembic_version SET version_num = '{beyond}'")
         for part in ("newer version", f"revision {beyond}", f"knows {ours}", "start that newer version"):
             assert part in refusal_of(empty_url)
-        # A running server fails after another server has upgraded the tables.
+        # A server that was running when the tables were upgraded refuses to continue.
         with pytest.raises(StorageError, match=f"revision {beyond}"):
             database.require_same()
         database.close()
-        late = Database(database_url(empty_url, Path("/nowhere")), identity=identity)  # a replica that starts later
+        # Another process of this server, which starts later.
+        late = Database(database_url(empty_url, Path("/nowhere")), identity=identity)
         with pytest.raises(StorageError):
             JobStore(late).operators.counts()
 
@@ -196,7 +212,7 @@ class TestStart:
     def test_unknown_host(self) -> None:
         assert "nowhere.invalid" in refusal_of("postgresql://user:secret@nowhere.invalid/jobs")
 
-    @pytest.mark.server  # takes the shortest timeout of libpq, two seconds
+    @pytest.mark.server  # slow: the shortest connection timeout of PostgreSQL's library is two seconds
     def test_server_that_never_answers(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
@@ -230,7 +246,7 @@ class TestStart:
 
 
 class TestFaults:
-    """Failures at runtime raise errors that clients can retry, and the database recovers."""
+    """Failures while the server runs raise errors after which clients may retry, and the database recovers."""
 
     @pytest.mark.server
     def test_restarted_server_is_used_again(self, postgres: PostgresServer, postgres_url: str) -> None:
@@ -296,7 +312,7 @@ class TestFaults:
         database = open_database(f"sqlite:///{tmp_path / 'jobs.db'}")
         store = JobStore(database)
         job = add(store)
-        # With this limit SQLite reports the same error as on a full disk. The pool keeps the connection.
+        # With this limit SQLite reports a full disk. It holds for the connection, which the pool uses again.
         with database.writing() as connection:
             pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
             connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")

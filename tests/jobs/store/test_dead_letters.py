@@ -1,4 +1,4 @@
-"""Operators list, retry and delete dead letters, on every database."""
+"""Dead letters (jobs that failed for good): operators list, retry and delete them, with every kind of database."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def upload(key: str) -> JobUpload:
 
 
 def make_dead(store: JobStore, number: int) -> None:
-    """Add a dead letter, and copies of it in one statement, `number` in total."""
+    """Add `number` dead letters quickly: one through the store, and copies of it in one SQL statement."""
     dead = dead_letter(store, model="copied")
     columns = [column for column in JOBS.c if column.name not in ("seq", "id")]
     numbers = sa.select(sa.literal(1).label("n")).cte("numbers", recursive=True)
@@ -74,7 +74,7 @@ class TestPages:
         page = store.dead_letters.page(limit=number // 20)
         while page:
             seen += [letter.number for letter in page]
-            dead_letter(store)  # it is newer, so it is not on a later page
+            dead_letter(store)  # newer than all others, so it must not appear on the pages that follow
             store.dead_letters.delete([page[0].number, page[-1].number])
             page = store.dead_letters.page(limit=number // 20, before=seen[-1])
         assert seen == sorted(set(seen), reverse=True)
@@ -103,7 +103,7 @@ class TestRetries:
         assert not retried.is_dead_letter
         assert store.clients.events(dead.spec.ref)[-1].message == "tried again by an operator"
         assert store.runners.expire() == []
-        assert Outbox(store.database).claim(for_s=60) is None  # the job waits again, so there is no notice
+        assert Outbox(store.database).claim(for_s=60) is None  # no webhook is sent, because the job waits again
         again = lease(store)
         assert (again.attempts, again.lease.fence if again.lease else 0) == (1, 2)
         assert store.runners.succeed(again, result_of(again)) is not None

@@ -1,4 +1,4 @@
-"""Published files, on every database."""
+"""Published files (audio with a public link) in the job store, with every kind of database."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["database", "postgres_with_tables", "store", "store_url", "wall"]
 
 
 class TestPublishedFiles:
-    """A file can be read by its id alone."""
+    """A published file is found by its id alone, without a client or a job."""
 
     def test_ids_cannot_be_guessed(self, store: JobStore) -> None:
         ids = {store.files.publish(FILE) for _ in range(3)}

@@ -1,4 +1,4 @@
-"""The identity and the secret of a job store, on every database."""
+"""A job store's identity, which marks its files, and its secret, which signs links: with every kind of database."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_database_keeps_its_secret(store: JobStore, database: Database) -> None:
 
 
 def test_checkpoint_in_progress_is_not_a_replaced_file(tmp_path: Path) -> None:
-    """The check reads the file without its log and without locks, so it may see an unfinished checkpoint."""
+    """The check for a replaced file reads SQLite's file without locks, so it may see a half-written checkpoint."""
     url = database_url(None, tmp_path)
     database = Database(url)
     database.prepare()

@@ -1,4 +1,4 @@
-"""The store counts uses of limited clients, and concurrent processes never exceed a limit."""
+"""The store counts what clients with limited keys use. Concurrent processes together never exceed a limit."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def make_use(
 
 
 def admit(uses: KeyUses, audio_s: float = 1.0, **options: Any) -> float | None:
-    """Return None if admitted, else the retry time in seconds."""
+    """Ask to use `audio_s` seconds. Return None if it is admitted, else the seconds after which to retry."""
     refusal = uses.admit(make_use(audio_s, **options))
     return None if refusal is None else refusal.retry_after_s
 
@@ -163,7 +163,7 @@ def test_expired_rows_of_a_client_are_deleted(database: Database, wall: Wall) ->
 
 
 def _hammer(url: str, times: int) -> int:
-    """Send requests without pause until `times` are refused. Runs in another process. Returns the number admitted."""
+    """Ask without pause until `times` requests are refused. Returns how many were admitted. Runs in another process."""
     uses = KeyUses(open_database(url))
     num_admitted = num_refused = 0
     while num_refused < times:

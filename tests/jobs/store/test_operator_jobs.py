@@ -1,4 +1,4 @@
-"""Operations of the job store for operators, on every database."""
+"""What the job store does for operators, with every kind of database."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["database", "postgres_with_tables", "store", "store_url", "wall"]
 
 
 class TestOperators:
-    """Operators see the jobs of all clients."""
+    """Operators read and count the jobs of all clients."""
 
     def test_see_all_jobs_newest_first(self, store: JobStore) -> None:
         jobs = [add(store, contract=contract, client=contract) for contract in ("sa3", "fal", "aiml")]

@@ -1,4 +1,4 @@
-"""Operators' settings are shared by the processes of one server, and kept during an outage of the database."""
+"""Settings that operators change at runtime: all processes of a server share them, also during a database outage."""
 
 from __future__ import annotations
 

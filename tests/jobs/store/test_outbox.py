@@ -1,4 +1,4 @@
-"""Webhook notices of ended jobs, on every database."""
+"""The outbox: notices of ended jobs, to be sent as webhooks, with every kind of database."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = ["database", "postgres_with_tables", "store", "store_url", "wall"]
 
 
 class TestOutbox:
-    """A notice is due until it is settled."""
+    """A notice stays in the outbox until it is delivered or given up."""
 
     def test_notice_is_due_until_it_is_settled(self, store: JobStore, database: Database, wall: Wall) -> None:
         outbox = Outbox(database)
@@ -73,7 +73,7 @@ class TestOutbox:
         with ThreadPoolExecutor(6) as threads:
             claimed = list(threads.map(lambda _: outbox.claim(for_s=60), range(12)))
         ids = [notice.job.spec.id for notice in claimed if notice is not None]
-        while notice := outbox.claim(for_s=60):  # PostgreSQL returns None for rows locked by others
+        while notice := outbox.claim(for_s=60):  # claims what is left: a claim may return None while others hold rows
             ids.append(notice.job.spec.id)
         assert len(ids) == len(set(ids)) == 12
 
@@ -112,7 +112,7 @@ class TestOutbox:
             assert store.dead_letters.retry_job(dead.spec.ref) is not None
             end(lease(store))
             notices.append(claim(outbox))
-            outbox.remove(notices[-2])  # the older notice is removed late
+            outbox.remove(notices[-2])  # removing the older notice must not remove the new one
             outbox.postpone(notices[-1], delay_s=0)
             assert claim(outbox).id == notices[-1].id
         assert notices[0].id == dead.spec.id

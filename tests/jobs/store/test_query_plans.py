@@ -45,7 +45,7 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def plans(database: Database, call: Callable[[], Any]) -> Iterator[tuple[str, str]]:
-    """Yield the SQL statements of `call` with their query plans."""
+    """Run `call`. Yield each SQL statement that it executes, with the statement's query plan."""
     statements: list[tuple[str, Any]] = []
 
     def record(_c: Any, _cursor: Any, statement: str, parameters: Any, _context: Any, many: bool) -> None:
@@ -65,7 +65,7 @@ def plans(database: Database, call: Callable[[], Any]) -> Iterator[tuple[str, st
 
 
 def faults(plan: str, *, is_sqlite: bool) -> list[str]:
-    """Return the parts of a plan that read or sort too much."""
+    """Return the parts of a query plan that scan a whole large table or sort many rows."""
     if is_sqlite:
         return re.findall(r"SCAN (?:jobs|events|files)(?! USING).*|USE TEMP B-TREE.*", plan)
     nodes = json.loads(plan)
@@ -74,7 +74,8 @@ def faults(plan: str, *, is_sqlite: bool) -> list[str]:
         node = nodes.pop()
         node = node.get("Plan", node)
         nodes += node.get("Plans", [])
-        if node["Node Type"] == "Seq Scan" and node["Relation Name"] == JOBS.name:  # other tables are small
+        # Scanning a smaller table is allowed.
+        if node["Node Type"] == "Seq Scan" and node["Relation Name"] == JOBS.name:
             found.append("Seq Scan")
         if node["Node Type"] == "Sort" and node["Plan Rows"] > 100:
             found.append(f"Sort of {node['Plan Rows']} rows")
@@ -129,7 +130,7 @@ def test_uses_indexes(store: JobStore, name: str) -> None:
 @pytest.mark.server
 @pytest.mark.parametrize("before", [{"queued": 30}, {"queued": 0, "succeeded": _NUM_JOBS}], ids=["short", "empty"])
 def test_queue_that_outgrows_its_statistics_is_not_sorted(postgres_url: str, before: dict[str, int]) -> None:
-    """PostgreSQL caches plans and updates its statistics once a minute, so a plan for few rows may meet many rows."""
+    """Until PostgreSQL updates its statistics, it may use a plan for few rows although the queue has grown."""
     store = JobStore(open_database(postgres_url), JobSettings(max_queued=10 * _NUM_JOBS))
 
     def num_rows_read() -> int:

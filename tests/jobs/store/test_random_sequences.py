@@ -1,4 +1,4 @@
-"""Random sequences of operations on the job store, compared with a model in plain Python.
+"""Random sequences of operations on the job store, compared with what a reference model in plain Python expects.
 
 Hypothesis draws the sequences and shrinks those that fail.
 """
@@ -43,15 +43,15 @@ _MAX_ATTEMPTS = 3
 _AGE_S = 50.0
 
 _OVER = ("succeeded", "failed", "cancelled")
-_Line = tuple[str, str, str]  # priority, model, client
+_Line = tuple[str, str, str]  # jobs with the same (priority, model, client) wait in one line
 
 
 @dataclass
 class Expected:
-    """The model's state of one job."""
+    """The state of one job that the reference model expects."""
 
     spec: JobSpec
-    number: int  # order of arrival
+    number: int  # counts the jobs in order of arrival
     created_at: float
     not_before: float
     start_before: float | None
@@ -84,7 +84,7 @@ class Expected:
 
 
 def view(job: Job) -> tuple[object, ...]:
-    """Return the same fields of a stored job."""
+    """Return those fields of a stored job that the reference model predicts. See `Expected.view`."""
     lease = None if job.lease is None else (job.lease.owner, job.lease.fence)
     flags = (job.cancel_requested, job.is_dead_letter)
     error = None if job.error is None else job.error.code
@@ -93,13 +93,13 @@ def view(job: Job) -> tuple[object, ...]:
 
 _owners = st.sampled_from("ab")
 _priorities = st.sampled_from(["interactive", "interactive", "batch"])
-_recent = st.sampled_from([0, 0, 0, 1, 1, 2, 3])  # the number of jobs to go back
+_recent = st.sampled_from([0, 0, 0, 1, 1, 2, 3])  # which job to pick: 0 is the newest, 1 the one before
 
 _ends = st.sampled_from(["succeed", "fail", "give up", "stop", "put back", "put back uncounted"])
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """Two stores on one database, like two processes."""
+    """The operations that Hypothesis combines. Two stores on one database act as two server processes."""
 
     def __init__(self, databases: tuple[Database, Database], wall: Wall) -> None:
         super().__init__()
@@ -111,11 +111,11 @@ class StoreMachine(RuleBasedStateMachine):
                     connection.execute(sa.delete(table))
         self.turn_of_store = 0
         self.jobs: dict[JobRef, Expected] = {}
-        self.ends: dict[JobRef, Job] = {}  # the first version seen of each ended job
-        self.files: dict[str, JobRef | None] = {}  # by file id, for each result whose commit was tried
+        self.ends: dict[JobRef, Job] = {}  # each ended job as first read after its end; it must not change
+        self.files: dict[str, JobRef | None] = {}  # id of every result's file -> its job; None if it must not exist
         self.num_jobs = 0
-        self.turns: dict[_Line, int] = {}  # number of each line's latest start, counted per priority
-        self.leases: list[Job] = []  # all leases, past and current
+        self.turns: dict[_Line, int] = {}  # line -> when it last started a job, as a number that grows in each priority
+        self.leases: list[Job] = []  # the job of every lease so far, with that lease
 
     @property
     def store(self) -> JobStore:
@@ -130,12 +130,12 @@ class StoreMachine(RuleBasedStateMachine):
         return list(self.jobs.values())[-1 - back % len(self.jobs)]
 
     def pick_lease(self, back: int) -> tuple[Job, Expected | None]:
-        """Return a lease, and the model of its job if the lease is current."""
+        """Return the job of a recent lease and, if the lease is still valid, the expected state of the job."""
         leased = self.leases[-1 - back % len(self.leases)]
         return leased, self.held(leased)
 
     def held(self, job: Job) -> Expected | None:
-        """Return the model of a leased job if the lease is current."""
+        """Return the expected state of a leased job if its lease is still valid, otherwise None."""
         expected = self.jobs.get(job.spec.ref)
         lease = job.lease
         if expected is None or expected.state != "running" or lease is None:
@@ -276,7 +276,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(owner=_owners, how=_ends)
     def lose(self, owner: str, how: str) -> None:
-        """A runner loses its lease to another runner, and then continues."""
+        """A runner's lease expires and another runner leases the job. Then the first runner tries to end the job."""
         self.lease(owner, None)
         self.reclaim(_LEASE_S)
         num_leases = len(self.leases)
@@ -337,7 +337,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.finish(back, how)
 
     def finish(self, back: int, how: str) -> None:
-        """End a job as its runner does. The runner may have lost the lease."""
+        """A runner ends a job in the way `how`. The attempt must fail if the runner's lease is not valid any more."""
         leased, job = self.pick_lease(back)
         is_held = job is not None
         assert report(self.store, leased, stage="generating", fraction=0.5, eta_s=1.0) == is_held
@@ -427,7 +427,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.ends.pop(key, None)
         for file_id, owner in self.files.items():
             if owner in old:
-                self.files[file_id] = None  # the next job with this id has another file
+                self.files[file_id] = None  # no file has this id until a new job makes one
 
     @rule()
     def deliver(self) -> None:
@@ -480,7 +480,7 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 def take_turn(due: list[Expected], turns: dict[_Line, int]) -> Expected:
-    """Return the first job of the client that started a job least recently, and record its start."""
+    """Return the oldest of the `due` jobs of that line which started a job least recently. Record the start."""
     lines = [line for line in turns if any(job.line == line for job in due)]
     line = min(lines, key=lambda line: turns[line])
     turns[line] = 1 + max(number for other, number in turns.items() if other[0] == line[0])

@@ -1,4 +1,4 @@
-"""Deletion of old jobs and files, on every database."""
+"""Deletion of old jobs and files from the job store, with every kind of database."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def upload(key: str) -> JobUpload:
 
 
 class TestRetention:
-    """The store deletes old jobs in batches and returns their files, which the caller deletes."""
+    """The store deletes old jobs in batches and returns the keys of their files. The caller deletes the files."""
 
     def test_old_jobs_are_deleted_and_their_files_returned(self, store: JobStore, wall: Wall) -> None:
         old, waiting = add(store, upload=upload("uploads/old")), add(store, upload=upload("uploads/waiting"))

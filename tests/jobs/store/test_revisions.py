@@ -1,7 +1,7 @@
-"""Released revisions of the job database never change, and later revisions only add.
+"""Schema revisions of the job database: released ones never change, and later ones only add to the tables.
 
-Servers of two successive revisions share a database while one replaces the other. The older server must work on the
-newer tables, so no column may be removed or changed, or require a value that the older server does not write.
+While a new server replaces an old one, both use the database. The old server must work with the new tables, so no
+column may be removed or changed, or need a value that the old server does not write.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from tests.jobs.stores import CONTRACT_KINDS, open_database
 VERSIONS = Path(migrations.__file__).parent / "versions"
 NAMES = sorted(path.stem for path in VERSIONS.glob("[0-9]*_*.py"))
 
-# SHA-256 of the statements of a revision, on SQLite and PostgreSQL. Entries never change. If a test reports a mismatch,
-# restore the revision and write a new one that only adds.
+# Revision -> the SHA-256 of its SQL on SQLite and on PostgreSQL. Entries never change. If a test reports a mismatch,
+# restore the revision, and write a new revision that only adds to the tables.
 RELEASED = {
     "0001_initial": (
         "e23c5c6f41fc07d554cc6bc43e3ac3ab5cd5d5effbecbda732164d0e1a6a341d",
@@ -53,7 +53,8 @@ RELEASED = {
     ),
 }
 
-# Without this table, an older server applies the limits of keys per process, as in a database outage.
+# A statement that removes something but breaks no older server: without this table, the older server enforces the
+# limits of keys in each process, as in a database outage.
 _SPARED = {"DROP TABLE accounts"}
 
 _ADDING = (
@@ -75,7 +76,7 @@ def load(name: str) -> ModuleType:
 
 
 def statements(name: str, dialect: str) -> list[str]:
-    """Return the SQL statements of a revision on an empty database, one per line."""
+    """Return the SQL statements of a revision in this SQL dialect, one in each line."""
     module = load(name)
     written = io.StringIO()
     context = MigrationContext.configure(
@@ -88,7 +89,7 @@ def statements(name: str, dialect: str) -> list[str]:
 
 
 def breaking_statements(lines: list[str]) -> list[str]:
-    """Return the statements that could break an older server."""
+    """Return those statements that could break an older server which uses the same tables."""
     made: set[str] = set()
     bad = []
     for line in (line for line in lines if line not in _SPARED):
@@ -153,7 +154,7 @@ def test_additions_are_accepted() -> None:
 
 
 def test_revisions_are_numbered_one_after_another() -> None:
-    """A server recognises by the number alone that the tables have the next revision."""
+    """A server knows only its own revision. By the number alone it recognises that the tables have the next one."""
     assert [name[:4] for name in NAMES] == [f"{number:04d}" for number in range(1, len(NAMES) + 1)]
     assert list(RELEASED) == NAMES
 
@@ -187,7 +188,7 @@ def described(index: Mapping[str, Any]) -> str:
 
 
 def tables_of(engine: sa.Engine) -> dict[str, dict[str, Any]]:
-    """Return the database's description of each table, without the order of columns."""
+    """Return a description of each table as the database reports it. The order of columns does not matter."""
     looked, found = sa.inspect(engine), {}
     for name in set(looked.get_table_names()) - {"alembic_version"}:
         columns = {column["name"]: repr(column) for column in looked.get_columns(name)}

@@ -1,4 +1,4 @@
-"""Jobs in the database that another version of this package has written, on every database."""
+"""Rows of the job database that another version of this package has written, with every kind of database."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["database", "postgres_with_tables", "store", "store_url", "wall"]
 
 
 class TestUnreadableJobs:
-    """An unreadable job of another version blocks no other job."""
+    """A job that this version cannot read, because another version wrote it, blocks no other job."""
 
     def spoil(self, store: JobStore, job: Job, **columns: str) -> None:
         with store.database.writing() as connection:

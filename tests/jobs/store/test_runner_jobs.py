@@ -1,4 +1,4 @@
-"""Operations of the job store for runners, on every database. Only the holder of a lease may change a job."""
+"""What the job store does for job runners: only the holder of a job's lease may change it. Every kind of database."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ __all__ = ["database", "postgres_with_tables", "store", "store_url", "wall"]
 
 
 class TestOrder:
-    """A client's jobs start in order of arrival, clients take turns, and each priority has its own queue."""
+    """The order in which jobs start: clients take turns, and each client's jobs start in order of arrival."""
 
     def test_first_come_first_served(self, store: JobStore) -> None:
-        jobs = [add(store) for _ in range(3)]  # all have the same creation time
+        jobs = [add(store) for _ in range(3)]  # all three have the same creation time
         assert [store.clients.position(job) for job in jobs] == [0, 1, 2]
         assert leased_ids(store, 3) == [job.spec.id for job in jobs]
         assert store.runners.lease("me", lease_s=15) is None
@@ -61,7 +61,7 @@ class TestOrder:
         few = add(store, client="few")
         assert store.clients.position(few) == 0
         assert lease(store).spec.id == few.spec.id
-        again = add(store, client="few")  # a client that adds one job at a time gets no more turns than others
+        again = add(store, client="few")  # "few" has just had its turn, so this job must wait
         assert store.clients.position(again) == 1
         assert leased_ids(store, 3) == [many[1].spec.id, again.spec.id, many[2].spec.id]
 
@@ -101,7 +101,7 @@ class TestOrder:
 
 
 class TestLeasing:
-    """A lease has an owner, a growing fence, and an end."""
+    """A lease has an owner, a number that grows with each lease of the job (fence), and an end."""
 
     def test_records_start_and_attempts(self, store: JobStore, wall: Wall) -> None:
         add(store)
@@ -167,7 +167,7 @@ class TestLeasing:
 
 
 class TestReclaiming:
-    """Jobs of a silent runner start again elsewhere, a limited number of times."""
+    """Jobs of a runner that no longer renews its leases are queued again, a limited number of times."""
 
     def test_lost_job_is_requeued_with_its_place_and_attempts(self, store: JobStore, wall: Wall) -> None:
         first, second = add(store), add(store)
@@ -188,7 +188,7 @@ class TestReclaiming:
         assert end_in_every_way(store, stale) == [None] * 4
         assert not report(store, stale, stage="x", fraction=0.9)
         assert find(store, stale) == waiting
-        for owner in ("new", "frozen"):  # the same owner may lease the job again, but its old lease stays invalid
+        for owner in ("new", "frozen"):  # even if its owner leases the job again, the old lease stays invalid
             current = lease(store, owner)
             assert end_in_every_way(store, stale) == [None] * 4
             assert not report(store, stale, stage="x", fraction=0.9)
@@ -231,7 +231,7 @@ class TestReclaiming:
 
 
 class TestProgress:
-    """Only the holder may report progress."""
+    """Only the holder of the job's lease may report progress."""
 
     def test_of_the_holder_is_stored(self, store: JobStore) -> None:
         add(store)
@@ -251,7 +251,7 @@ class TestProgress:
 
 
 class TestEnding:
-    """An outcome is final, and all its changes are in one commit."""
+    """How a job ends: the outcome is final, and all changes of the database are in one commit."""
 
     def test_success_keeps_the_result_and_publishes_its_file(self, store: JobStore, wall: Wall) -> None:
         add(store)
@@ -304,8 +304,6 @@ class TestEnding:
 
 
 class TestRequeueing:
-    """A job can be put back into the queue."""
-
     def test_requeued_job_waits_its_delay_and_keeps_its_place(self, store: JobStore, wall: Wall) -> None:
         first, second = add(store), add(store)
         job = lease(store)
@@ -331,7 +329,7 @@ class TestRequeueing:
 
 
 class TestStartDeadlines:
-    """A job may have a deadline for its start."""
+    """A job may have a deadline by which it must start."""
 
     def test_late_job_fails_instead_of_starting(self, store: JobStore, wall: Wall) -> None:
         late, patient = add(store, start_within_s=5.0), add(store, start_within_s=60.0)
@@ -370,7 +368,7 @@ class TestStartDeadlines:
 
 
 class TestOutlook:
-    """One query shows whether there is work."""
+    """A runner's poll: one query finds out whether there is work."""
 
     def test_idle(self, store: JobStore) -> None:
         outlook = store.runners.outlook("me")

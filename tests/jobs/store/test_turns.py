@@ -1,4 +1,4 @@
-"""A job starts after at most one job of each other client, however many jobs wait, on every database."""
+"""Before a client's first job, at most one job of each other client starts, however many jobs are waiting."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_new_client_starts_within_ten_jobs_behind_ten_thousand(database: Databas
         lease(store)
     fill(store, num_started, state="queued", client=_CLIENTS[0])
     assert sum(store.runners.outlook("").queued.values()) == 10_000
-    # The queue is full, but it accepts the job, because this client has no jobs.
+    # The queue is full, but a client without waiting jobs may still add one.
     job = add_spec(store, make_spec(model="demo", client="another"))
     position = store.clients.position(job)
     started = [lease(store).spec for _ in range(10)]

@@ -1,4 +1,4 @@
-"""The database computes the work of all waiting jobs, on every database."""
+"""The database adds up the work of all waiting jobs of each model. Tested with every kind of database."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def spec(model: str, duration_s: float, **fields: object) -> JobSpec:
 
 
 def test_sizes_of_jobs_add_up_by_model(store: JobStore) -> None:
-    add_spec(store, spec("flow", 4.0))  # 8 evaluations of 4 s of audio
-    add_spec(store, spec("flow", 10.0, batch_size=2, steps=20, cfg_scale=3.0))  # 2 x 20 x 2 evaluations of 10 s
-    add_spec(store, spec("guided", 1.0))  # 100 x 2 evaluations of 1 s
+    add_spec(store, spec("flow", 4.0))  # 8 steps, each of which evaluates 4 s of audio
+    add_spec(store, spec("flow", 10.0, batch_size=2, steps=20, cfg_scale=3.0))  # 2 clips x 20 steps x 2 (guidance)
+    add_spec(store, spec("guided", 1.0))  # 100 steps x 2 (guidance)
     assert store.waiting.by_model() == {
         "flow": Waiting(2, WorkSize(rows=3, evaluations=88, evaluated_s=832, audio_s=24)),
         "guided": Waiting(1, WorkSize(rows=1, evaluations=200, evaluated_s=200, audio_s=1)),

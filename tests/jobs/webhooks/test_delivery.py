@@ -202,7 +202,7 @@ async def test_name_that_became_private_is_not_called(monkeypatch: pytest.Monkey
 
 
 async def test_connection_goes_to_a_checked_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The name is resolved only once, because a second lookup may return another address."""
+    """The host name is looked up only once, because a second lookup could return an address that is not allowed."""
     resolve, lookups = socket.getaddrinfo, []
 
     async with receiving() as receiver:

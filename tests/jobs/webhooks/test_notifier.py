@@ -44,7 +44,7 @@ def make_notifier(workshop: Workshop, *, settings: Mapping[str, Any] | None = No
 
 
 class TickingClock(SystemClock):
-    """A clock that advances by a second at each reading."""
+    """A clock that advances by a second each time it is read."""
 
     def __init__(self) -> None:
         self._now = super().time()
@@ -159,7 +159,7 @@ async def test_several_runners_deliver_each_notice_once(workshop: Workshop, rece
 
 
 async def test_hanging_receiver_delays_no_job_and_no_other_receiver(workshop: Workshop, receiver: Receiver) -> None:
-    """A hundred notices for the hanging receiver are older than the only notice for the other receiver."""
+    """A hundred webhooks for a receiver that hangs are due before the one for the other receiver."""
     async with receiving(delay_s=PATIENCE_S) as hanging:
         for _ in range(100):
             job = await workshop.queue.submit(make_spec(webhook_url=hanging.url))
@@ -184,7 +184,7 @@ async def test_notice_claimed_by_a_dead_process_is_retried(workshop: Workshop, r
     await workshop.start_runner(notifier=make_notifier(workshop))
     await until(lambda: bool(receiver.requests))
     await until(lambda: not is_waiting(workshop))
-    outbox.postpone(dead, delay_s=0.0)  # the process was alive after all
+    outbox.postpone(dead, delay_s=0.0)  # the process that was thought dead must not bring the notice back
     assert outbox.claim(for_s=0.5) is None
 
 
@@ -212,5 +212,5 @@ async def test_faulty_body_blocks_no_other_notice(workshop: Workshop, receiver: 
 
 
 def is_waiting(workshop: Workshop) -> bool:
-    """Return True if any notice is still to be delivered."""
+    """Return whether a webhook is still to be delivered."""
     return workshop.queue.store.runners.outlook("").webhook_in_s is not None

@@ -8,13 +8,13 @@ from stable_audio_serve.models.blocks import BandAttention, attend
 
 
 def draw(batch: int, length: int) -> list[Tensor]:
-    """Returns queries, keys and values (B, 2, N, 8) that are not contiguous."""
+    """Returns random queries, keys and values (batch, 2 heads, length, 8) that are not contiguous in memory."""
     generator = torch.Generator().manual_seed(length)
     return [torch.randn(batch, length, 2, 8, generator=generator).transpose(1, 2) for _ in range(3)]
 
 
 def by_mask(parts: list[Tensor], radius: int) -> Tensor:
-    """Compute attention with a mask over all keys outside the band."""
+    """Compute ordinary attention with a mask that hides all keys farther than `radius` from the query."""
     positions = torch.arange(parts[0].shape[2])
     hidden = (positions[:, None] - positions).abs() > radius
     return attend(*parts, mask=torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf")))
@@ -29,7 +29,7 @@ def test_band_attention_equals_masked_attention(batch: int, length: int, radius:
     with torch.inference_mode():
         assert band(*parts).shape == parts[0].shape
         torch.testing.assert_close(band(*parts), by_mask(parts, radius), rtol=0, atol=2e-6)
-        others = [part * 0.5 for part in parts]  # inputs of the next layer
+        others = [part * 0.5 for part in parts]  # the object is used again for the next layer's inputs
         torch.testing.assert_close(band(*others), by_mask(others, radius), rtol=0, atol=2e-6)
 
 

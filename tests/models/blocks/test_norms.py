@@ -13,7 +13,7 @@ DEVICES = [
 
 
 def wide_stream(width: int, dtype: torch.dtype) -> Tensor:
-    """Returns values (3, width) whose squares overflow float16."""
+    """Returns random values (3, width) so large that their squares overflow float16."""
     scale = torch.tensor([[300.0], [3e4], [6e4]])
     return (scale * torch.randn(3, width, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)).to(dtype)
 
@@ -42,6 +42,6 @@ def test_statistics_of_a_wide_stream_do_not_overflow_in_half_precision(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_small_values_do_not_underflow(dtype: torch.dtype) -> None:
-    x = torch.full((1, 64), 2e-4, dtype=dtype)  # squares underflow to zero in float16
+    x = torch.full((1, 64), 2e-4, dtype=dtype)  # so small that the squares are zero in float16
     expected = by_hand(x, torch.ones(64), 1e-12)
     torch.testing.assert_close(RMSNorm(64, eps=1e-12).to(dtype)(x).double(), expected, rtol=1e-2, atol=0)

@@ -1,4 +1,4 @@
-"""Norming and rotating queries and keys together equals norming them separately and rotating each pair."""
+"""Queries and keys are normalized and rotated (rotary embedding) in one operation. It equals doing so one by one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ def make_norm(kind: str, width: int, seed: int) -> nn.Module:
 
 
 def turn_pair_by_pair(x: Tensor, rotated: int) -> Tensor:
-    """Rotate x (B, N, H, E). Channel j of the first half of `rotated` channels pairs with channel j of the second."""
+    """Apply the rotary embedding to x (batch, positions, heads, channels), one pair of channels after another.
+
+    Only the first `rotated` channels are rotated. Channel j of their first half and channel j of their second form a
+    pair.
+    """
     out, half = x.clone(), rotated // 2
     for position in range(x.shape[1]):
         for j in range(half):

@@ -1,4 +1,4 @@
-"""Hand-made frames of the oscillator bank, and their audio."""
+"""Make frames of oscillator levels by hand, and render them with the oscillator bank, the demo model's last stage."""
 
 from __future__ import annotations
 

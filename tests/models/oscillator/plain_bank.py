@@ -1,4 +1,4 @@
-"""A plain implementation of the oscillator bank that renders every oscillator and adds noise blocks one by one."""
+"""A slow, simple implementation of the oscillator bank, the last stage of the demo model's decoder."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ _BLOCK, _HOP = 512, 256
 
 
 def render_plainly(frames: Tensor, noise: Tensor, *, start: int) -> Tensor:
-    """Returns audio (2, 512 F) of frames (222, F), which begin at frame `start` of the clip, and noise (2, 512 F)."""
+    """Returns the audio (2, 512 * F) of F frames of oscillator levels (222, F), which begin at frame `start` of a clip.
+
+    `noise` (2, 512 * F) are the random samples from which the bands of noise are made.
+    """
     tones, bands = expand(frames[:NUM_OSCILLATORS]), expand(frames[NUM_OSCILLATORS : NUM_OSCILLATORS + NUM_BANDS])
     return _tones(_on_both_sides(tones, frames[-2]), start=start) + _noise(_on_both_sides(bands, frames[-1]), noise)
 
 
 def _on_both_sides(levels: Tensor, balance: Tensor) -> Tensor:
-    """Apply balance (F,) to levels (K, F). Returns left and right levels (2, F, K)."""
+    """Pan the levels (sources, frames) by each frame's balance. Returns left and right levels (2, frames, sources)."""
     angle = (balance.clamp(-1.0, 1.0) + 1.0) * (math.pi / 4.0)
     sides = torch.stack([angle.cos(), angle.sin()]) * math.sqrt(2.0)
     return sides[:, :, None] * levels.T[None]

@@ -33,7 +33,7 @@ def test_an_oscillator_sounds_at_its_frequency_and_level(index: int) -> None:
     audio = render(make_frames(96, tones={index: 0.25}))[0].numpy()[4096:]
     spectrum = np.abs(np.fft.rfft(audio * np.hanning(len(audio)))) * 4 / len(audio)
     assert abs(spectrum.argmax() * SAMPLE_RATE_HZ / len(audio) - OSCILLATOR_HZ[index]) < 1.2
-    assert spectrum.max() == pytest.approx(0.25, rel=0.16)  # a Hann window loses up to 1.4 dB between bins
+    assert spectrum.max() == pytest.approx(0.25, rel=0.16)  # between two bins, a Hann window loses up to 1.4 dB (16 %)
 
 
 def test_every_frequency_is_within_25_cents_of_an_oscillator() -> None:
@@ -85,11 +85,11 @@ def test_rendering_equals_the_plain_formulas(num_frames: int, sounding_share: fl
     sounding = torch.rand(NUM_OSCILLATORS, 1, generator=generator) < sounding_share
     frames = levels.clone()
     frames[:NUM_OSCILLATORS] = torch.where(sounding, levels[:NUM_OSCILLATORS], -1.0)  # negative levels are silent
-    # Some of the balances are out of range.
+    # The last two channels are the balances. Some values are outside the allowed -1..1.
     frames[-2:] = 3.0 * torch.rand(2, num_frames, generator=generator) - 1.5
     noise = torch.randn(2, num_frames * FRAME_SAMPLES, generator=generator)
-    within = 1e-6 if sounding_share else 0.0  # noise is bit-identical, but tones are summed in another order
-    for first in (0, num_frames // 3):  # the whole clip, and a window with a halo
+    within = 1e-6 if sounding_share else 0.0  # noise must be identical; tones are summed in another order
+    for first in (0, num_frames // 3):  # the whole clip, and a part of the clip
         last = num_frames - first // 2
         window, drawn = frames[:, first:last], noise[:, first * FRAME_SAMPLES : last * FRAME_SAMPLES]
         start = 5000 + first

@@ -1,6 +1,6 @@
-"""A plain implementation of a whole generation of one row, to check runs that have no stored values.
+"""A slow, simple implementation of a whole generation of one clip, to check runs without stored reference values.
 
-It shares only the type of requests with the package. The autoencoder adds no noise.
+It uses nothing of the package except the class of requests. The autoencoder adds no noise.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.models.sa3 import plain_networks as nets
 
 @dataclass(frozen=True)
 class PlainModel:
-    """A model for `PlainRun`. `prompts` maps a text to its padded tokens (T, width) and their mask (T,)."""
+    """A model for `PlainRun`. `prompts`: text -> its encoded tokens with padding (tokens, width), and their mask."""
 
     config: dict[str, Any]
     weights: nets.Weights
@@ -63,7 +63,7 @@ def measure(model: PlainModel, duration_s: float, padding_s: float) -> Lengths:
 
 
 def make_schedule(options: dict[str, Any] | None, steps: int, length: float, sigma_max: float) -> list[float]:
-    """Returns the noise levels, computed one at a time in float64."""
+    """Returns the noise levels of the steps, each computed by itself in float64."""
     options = {"type": "logsnr", "rate": 0.0} if options is None else {"type": "full", **options}
     low, high = options.get("min_length", 256), options.get("max_length", 4096)
     clamped = min(max(length, low), high)
@@ -94,14 +94,17 @@ def make_schedule(options: dict[str, Any] | None, steps: int, length: float, sig
 
 
 def make_even_schedule(steps: int, level: float) -> list[float]:
-    """Returns levels whose odds form a geometric series, from `level` to `level` / (1 + e^2)."""
+    """Returns noise levels whose odds (x / (1 - x)) form a geometric series, from `level` down to `level` / (1 + e^2).
+
+    The last level is 0.
+    """
     odds, last = level / (1 - level), 1 / ((1 + math.exp(2)) / level - 1)
     row = [odds * (last / odds) ** (i / steps) for i in range(1, steps)]
     return [level, *(x / (1 + x) for x in row), 0.0]
 
 
 class PlainRun:
-    """Runs one request with latent noise as in a single-row reference run, and without autoencoder noise."""
+    """Runs a request for one clip. The latent noise is drawn as in the reference; the autoencoder adds none."""
 
     def __init__(self, model: PlainModel, request: GenerationRequest, *, padding_s: float) -> None:
         self.model, self.request = model, request
@@ -140,7 +143,7 @@ class PlainRun:
         return torch.randn(self.channels, self.length.frames, generator=self.generator)
 
     def velocity(self, x: Tensor, t: float) -> Tensor:
-        """Returns the velocity of all frames. Invalid frames attend to valid frames but are not keys."""
+        """Returns the network's velocity at every frame. Padding frames are no keys of the attention."""
         request, valid = self.request, self.length.valid
         weights = nets.below(self.model.weights, "model.model.")
 
@@ -169,7 +172,7 @@ class PlainRun:
         return guided
 
     def sample(self) -> Tensor:
-        """Returns latents (D, F)."""
+        """Run the sampler. Returns the latents (channels, frames)."""
         request = self.request
         sigma_max = request.init_noise_level if request.init_audio is not None else 1.0
         options = self.model.diffusion.get("sampling_distribution_shift_options")
@@ -227,7 +230,7 @@ class PlainRun:
         return x
 
     def audio(self) -> np.ndarray:
-        """Returns audio (C, S) float32 in -1..1 of the request's length."""
+        """Returns the audio (channels, samples) as float32 in -1..1. It is as long as requested."""
         weights = nets.below(self.model.weights, "pretransform.model.")
         audio = nets.decode(weights, self.model.autoencoder, self.sample())
         valid = self.length.valid * self.model.autoencoder["downsampling_ratio"]

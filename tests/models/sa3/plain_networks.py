@@ -1,6 +1,6 @@
-"""A plain implementation of the Stable Audio 3 networks for one row, to check sizes that have no stored values.
+"""A slow, simple implementation of the Stable Audio 3 networks for one clip, to check sizes without stored values.
 
-It reads a checkpoint's tensors and config, and shares no code with the package.
+It needs only a checkpoint's tensors and config, and uses no code of the package.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
 def self_attention(
     w: Weights, x: Tensor, inv_freq: Tensor, seen: Tensor, *, heads: int, differential: bool, norm: str
 ) -> Tensor:
-    """Returns the self-attention of x (N, width). `seen` (N, N) is True where a query may attend to a key."""
+    """Returns the self-attention of x (tokens, width). `seen` (queries, keys) is True where a query may see a key."""
     parts = linear(w, "to_qkv", x).chunk(5 if differential else 3, dim=-1)
     outs = []
     for h in range(heads):
@@ -71,7 +71,7 @@ def self_attention(
 
 
 def cross_attention(w: Weights, x: Tensor, context: Tensor, *, heads: int, differential: bool, norm: str) -> Tensor:
-    """Returns the cross-attention of x (N, width) to context (T, width)."""
+    """Returns the cross-attention of x (tokens, width) to `context` (context tokens, width)."""
     queries = linear(w, "to_q", x).chunk(2 if differential else 1, dim=-1)
     *keys, values = linear(w, "to_kv", context).chunk(3 if differential else 2, dim=-1)
     everything = torch.ones(len(x), len(context), dtype=torch.bool)
@@ -107,8 +107,10 @@ def denoise(
     w: Weights, config: dict[str, Any], x: Tensor, t: float, *, context: Tensor | None, glob: Tensor,
     local: Tensor | None, num_valid: int,
 ) -> Tensor:  # fmt: skip
-    """Returns the velocity (D, F) of one row: x (D, F), context (T, width), glob (width,), local (channels, F).
-    `config` is `model.diffusion.config`, `w` the keys below `model.model.`.
+    """Returns the network's velocity for one clip, at x (channels, frames) and time t.
+
+    Conditioning: `context` (tokens, width), `glob` (width,), and `local` (channels, frames).
+    `config` is the checkpoint's `model.diffusion.config`, and `w` are its weights below `model.model.`.
     """
     heads, norm = config.get("num_heads", 8), config.get("attn_kwargs", {}).get("qk_norm", "none")
     options = {
@@ -147,7 +149,7 @@ def denoise(
 
 
 def resample_tokens(w: Weights, config: dict[str, Any], x: Tensor, *, decoding: bool) -> Tensor:
-    """Run the transformer of a resampling block over tokens x (N, width)."""
+    """Run the transformer of a resampling block on x (tokens, width)."""
     group = config["strides"][0] + 1
     depth = config["transformer_depths"][0]
     width = config["channels"] * config["c_mults"][0]
@@ -180,7 +182,7 @@ def resample_tokens(w: Weights, config: dict[str, Any], x: Tensor, *, decoding: 
 
 
 def map_frames(w: Weights, x: Tensor) -> Tensor:
-    """Apply the weight-normed convolution to (channels, N)."""
+    """Apply the convolution, whose weight is stored as direction and norm, to x (channels, frames)."""
     v = w["mapping.weight_v"]
     weight = w["mapping.weight_g"] * v / v.flatten(1).norm(dim=1)[:, None, None]
     return F.conv1d(x[None], weight, w["mapping.bias"], padding=v.shape[-1] // 2)[0]
@@ -191,7 +193,7 @@ def latent_multiple(config: dict[str, Any]) -> int:
 
 
 def encode(w: Weights, config: dict[str, Any], audio: Tensor) -> Tensor:
-    """Returns latents (D, F) of audio (C, S) without noise, from the autoencoder's config and weights."""
+    """Encode audio (channels, samples) without noise. Returns latents (channels, frames)."""
     patch, half = config["pretransform"]["config"]["patch_size"], config["encoder"]["config"]
     stride = half["strides"][0]
     audio = F.pad(audio, (0, -audio.shape[1] % patch))
@@ -207,7 +209,7 @@ def encode(w: Weights, config: dict[str, Any], audio: Tensor) -> Tensor:
 
 
 def decode(w: Weights, config: dict[str, Any], latents: Tensor) -> Tensor:
-    """Returns audio (C, S) of latents (D, F) without noise."""
+    """Decode latents (channels, frames) without noise. Returns audio (channels, samples)."""
     half, patch = config["decoder"]["config"], config["pretransform"]["config"]["patch_size"]
     stride = half["strides"][0]
     leading = linear(w, "decoder.layers.1", (latents * w["bottleneck.running_std"]).T)

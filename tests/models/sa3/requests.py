@@ -1,4 +1,4 @@
-"""Requests and clips that fit the small reference checkpoints."""
+"""Make requests and source clips with lengths and sample rates that fit the small reference checkpoints."""
 
 from __future__ import annotations
 

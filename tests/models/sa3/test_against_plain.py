@@ -1,4 +1,4 @@
-"""Networks and runs of sizes without stored values, compared with plain implementations of the formulas."""
+"""Networks and runs compared with slow, simple implementations, for sizes that have no stored reference values."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.models.sa3.plain_generation import PlainModel, PlainRun
 from tests.models.sa3.plain_networks import below, decode, denoise, encode
 
 SIZES: dict[str, dict[str, Any]] = {
-    # Unshifted chunks of three latents, odd stride, mono, no memory tokens, differential attention, a wide head.
+    # Mono, odd stride. Attention in unshifted chunks of three latents, differential, wide heads, no memory tokens.
     "mono": {
         "rate": 2205, "channels": 1, "latents": 5, "patch": 3, "stride": 5, "max_frames": 150, "text": 33,
         "encoder": {"chunk_size": 15, "transformer_depths": [1], "channels": 12, "dim_heads": 12, "c_mults": [2]},
@@ -34,9 +34,9 @@ SIZES: dict[str, dict[str, Any]] = {
         "network": {"embed_dim": 132, "num_heads": 2, "depth": 1, "num_memory_tokens": 0},
         "attention": {"qk_norm": "none", "differential": True},
         "diffusion": {"sampling_distribution_shift_options": {"type": "full", "min_length": 8, "max_length": 200}},
-        "pretransform": {"chunked": False},  # windows of 128 frames would end within a chunk
+        "pretransform": {"chunked": False},  # with windows of 128 frames, a window would end within a chunk of three
     },
-    # Chunks shifted by half, one layer and an odd number of layers, plain attention, schedule from the padded length.
+    # Chunks shifted by half a chunk, odd numbers of layers, ordinary attention, schedule for the padded length.
     "shifted": {
         "rate": 1000, "channels": 2, "latents": 8, "patch": 2, "stride": 4, "max_frames": 200, "text": 4,
         "encoder": {"chunk_size": 16, "chunk_midpoint_shift": True, "transformer_depths": [1], "dim_heads": 8},
@@ -48,7 +48,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "attention": {"qk_norm": "dyt", "differential": False},
         "diffusion": {"use_effective_length_for_schedule": False, "diffusion_objective": "rectified_flow"},
     },
-    # Wide sliding windows, sine activation in all layers except one, and masked padding against the config.
+    # Sliding-window attention with wide windows, a sine activation in one layer, and a config without padding mask.
     "sliding": {
         "rate": 800, "channels": 2, "latents": 12, "patch": 1, "stride": 16, "max_frames": 170, "text": 16,
         "encoder": {"sliding_window": [1, 1], "transformer_depths": [2], "ff_mult": 2.5},
@@ -93,7 +93,7 @@ def make_config(sizes: dict[str, Any]) -> dict[str, Any]:
 
 @cache
 def make_pair(name: str) -> tuple[Sa3Model, PlainModel]:
-    """Returns both implementations of the same random network."""
+    """Returns our implementation and the simple one of the same network with random weights."""
     stated = make_config(SIZES[name])
     config = parse_config(ConfigReader(stated))
     borrowed = loaded("sharp-s").text
@@ -125,7 +125,7 @@ SHIFTS = (
 
 
 class Quiet(SeededNoise):
-    """Noise sources that add no noise inside the autoencoder."""
+    """Latent noise as usual, but no noise inside the autoencoder."""
 
     def window(
         self, stage: str, start: int, *, shape: tuple[int, ...], frame_axis: int, device: torch.device
@@ -140,7 +140,7 @@ def make_clip(model: Sa3Model, frames: float, *, seed: int) -> SourceAudio:
 
 
 def make_requests(model: Sa3Model) -> list[GenerationRequest]:
-    """Returns requests with every sampler, schedule and input, with lengths from 1.5 frames to two windows."""
+    """Returns requests that together use every sampler, schedule and input. Lengths: 1.5 frames to two windows."""
     frame_s = model.spec.hop / model.spec.card.sample_rate_hz
     init = {"init_audio": make_clip(model, 20.3, seed=1), "init_noise_level": 0.5}
     regions = ((3.2 * frame_s, 8 * frame_s), (15 * frame_s, 99 * frame_s))

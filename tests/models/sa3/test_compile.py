@@ -1,4 +1,4 @@
-"""`torch.compile` traces a layer of the diffusion transformer as one graph. The tests do not compile the graph."""
+"""`torch.compile` can trace a layer of the diffusion transformer as one graph. The graph is not compiled here."""
 
 from __future__ import annotations
 

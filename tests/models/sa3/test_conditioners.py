@@ -1,4 +1,4 @@
-"""The prompt and number conditioners match the reference values."""
+"""The conditioners, which embed prompts and numbers for the network, match the reference values."""
 
 from __future__ import annotations
 

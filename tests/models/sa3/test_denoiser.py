@@ -1,4 +1,4 @@
-"""The diffusion transformer matches the reference values, and rows of a batch are independent."""
+"""The diffusion transformer matches the reference values. A row's result does not depend on its batch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def conditioning(name: str) -> DenoiserConditioning:
 
 
 def row_conditionings(name: str) -> list[DenoiserConditioning]:
-    """Returns the conditioning of each stored row, as in the engine."""
+    """Returns the conditioning of each row of the stored batch, computed row by row as the engine does."""
     parts = (golden(name)(key).split(1) for key in ("cross_attn_cond", "global_cond", "local_add_cond"))
     return [denoiser(name).condition(context, own, local=local) for context, own, local in zip(*parts, strict=True)]
 
@@ -141,13 +141,13 @@ UNLIKE_TIMES = torch.tensor([0.2, 0.55, 0.9, 0.9])
 
 
 def make_varied_rows(name: str) -> tuple[list[Tensor], list[DenoiserConditioning]]:
-    """Returns latents (1, D, F) and conditioning of rows that differ in everything."""
+    """Returns latents (1, channels, frames) and conditioning of rows that differ in length, prompt and edit."""
     g, net = golden(name), denoiser(name)
     generator = torch.Generator().manual_seed(3)
     rows = [torch.randn(1, net.config.latent_channels, frames, generator=generator) for frames in VARIED_LENGTHS]
 
     def condition(row: int) -> DenoiserConditioning:
-        local = g("local_add_cond")[:1, :, : VARIED_LENGTHS[row]] * (row != 3)  # the last row has no edit
+        local = g("local_add_cond")[:1, :, : VARIED_LENGTHS[row]] * (row != 3)  # the last row is not an inpainting
         local = local[..., :1] if row == 3 else local
         made = net.condition(g("cross_attn_cond")[row % 2 :][:1], g("global_cond")[row % 2 :][:1], local=local)
         return made.without_context() if row == 1 else made
@@ -176,7 +176,7 @@ def test_packed_rows_equal_rows_alone_even_next_to_nan_rows(name: str, way: str)
 def test_row_alone_equals_row_among_different_rows(name: str) -> None:
     net, lengths, padded = denoiser(name), VARIED_LENGTHS, 64
     rows, conditions = make_varied_rows(name)
-    x = torch.full((len(rows), net.config.latent_channels, padded), 7.0)  # values of the padding must not matter
+    x = torch.full((len(rows), net.config.latent_channels, padded), 7.0)  # the padding keeps the value 7
     valid = torch.zeros(len(rows), padded, dtype=torch.bool)
     for i, row in enumerate(rows):
         x[i, :, : lengths[i]] = row[0]

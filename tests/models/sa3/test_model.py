@@ -1,4 +1,4 @@
-"""The loaded model as a DiffusionModel: conditioning branches, guided rows, and different rows in one step."""
+"""A loaded model through the interface `DiffusionModel`: conditioning, guidance, and different rows in one step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plans of requests: lengths, random draws, masks, defaults and refused values."""
+"""How a model plans requests: lengths, random draws, masks, default values and refused values."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def one(name: str = "sharp-s", **fields: Any) -> RowPlan:
 
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_a_plan_makes_the_references_draws(name: str, case: str) -> None:
-    """The plan has the same random draws as the reference, in the same order."""
+    """The plan draws the same random numbers in the same order as the reference code."""
     model, facts = loaded(name), load_goldens(name).facts["cases"][case]
     args, tensors = facts["args"], load_goldens(name).tensors
 
@@ -128,7 +128,7 @@ def test_a_frame_is_kept_if_its_first_sample_is() -> None:
 
 @pytest.mark.parametrize("start_s", [0.61, 0.65, 0.655])
 def test_the_last_partial_frame_of_a_continued_source_is_generated(start_s: float) -> None:
-    source = SourceAudio(make_clip().samples[:, :650], 1000)  # ends inside the frame that starts at sample 640
+    source = SourceAudio(make_clip().samples[:, :650], 1000)  # the last 10 samples begin a new latent frame
     fields = {"duration_s": 1.0, "inpaint_audio": source, "inpaint_regions_s": ((start_s, 1.0),)}
     kept, alone = (one(keep=keep, **fields).keep_mask for keep in ("source", "model"))
     assert [int(mask[:16].sum()) for mask in (kept, alone)] == [10, 10 if start_s == 0.61 else 11]

@@ -1,4 +1,4 @@
-"""The networks at official sizes, on the meta device, have the published numbers of tensors and parameters."""
+"""The networks of the official models have the published numbers of tensors and parameters. No memory is used."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def test_official_shapes(name: str) -> None:
     conditioners = size(model.prompt, *model.numbers.values())
     assert size(model.denoiser) == denoiser
     with torch.device("meta"):
-        assert size(AudioAutoencoder(model.config.autoencoder)) == autoencoder  # before norms are folded
+        # As in the file, so before our changes to the weights.
+        assert size(AudioAutoencoder(model.config.autoencoder)) == autoencoder
     assert conditioners == (3, 198_144)
     assert denoiser[0] + autoencoder[0] + conditioners[0] == total
     assert size(model.text.encoder) == (134, 281_580_288)

@@ -1,4 +1,4 @@
-"""The networks have exactly the tensors of a checkpoint, by name and shape."""
+"""Our Stable Audio Open networks have exactly the tensors of a published checkpoint, by name and shape."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def shapes_of(parts: dict[str, nn.Module]) -> dict[str, tuple[int, ...]]:
 
 
 class Published(NamedTuple):
-    """The values in which published models differ. `keys` is the width of keys and values in cross-attention."""
+    """What differs between the published models. `keys` is the width of keys and values in cross-attention."""
 
     values: dict[str, Any]
     width: int
@@ -63,7 +63,7 @@ Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
 
 def published_shapes(model: Published) -> dict[str, tuple[int, ...]]:
-    """Returns every key of a published file and its shape, from the description of the format."""
+    """Returns the shape of each tensor in a published file, by key, as the file format is described."""
     return dict([*_denoiser(model), *_numbers(model), *_coder("encoder"), *_coder("decoder")])
 
 
@@ -109,7 +109,7 @@ def _numbers(model: Published) -> Shapes:
 
 
 def _coder(name: str) -> Shapes:
-    """Returns the shapes of one half of the autoencoder, in the order from input to output."""
+    """Returns keys and shapes of the autoencoder's half `name`, encoder or decoder, from its input to its output."""
     layers, encodes = f"{AUTOENCODER}{name}.layers.", name == "encoder"
     widths, strides = (128, 128, 256, 512, 1024, 2048), (2, 4, 4, 8, 8)
     if not encodes:

@@ -1,4 +1,4 @@
-"""Our samplers, transformer and autoencoder reproduce whole runs of the reference, from its random draws.
+"""Our samplers, transformer and autoencoder reproduce whole runs of the reference code, with its random numbers.
 
 The conditioning comes from the stored values.
 """
@@ -46,7 +46,7 @@ CASES = [
     for case, facts in load_open_goldens(name).facts["cases"].items()
     if facts["args"].get("sampler_type") != "k-dpm-adaptive"
 ]
-SHORT = CASES[::10]  # test_model.py runs every case through the engine
+SHORT = CASES[::10]  # the cases that are not slow tests; test_model.py runs all cases through the engine
 
 
 def make_plan(name: str, arguments: dict[str, Any], frames: int) -> SamplerPlan:
@@ -68,7 +68,7 @@ def sampler_of(name: str, arguments: dict[str, Any]) -> str:
 
 
 def make_noise(name: str, arguments: dict[str, Any], shape: tuple[int, int, int]) -> ReplayNoise:
-    """Returns the reference's draws in order: initial noise, the source encoder's noise, and the sampler's noise."""
+    """Returns a noise source that draws as the reference code did: for the start, the source encoder, the sampler."""
     steps, sampler, level = arguments["steps"], sampler_of(name, arguments), arguments.get("init_noise_level")
     script: list[ReplayDraw | ReplayPath] = [ReplayDraw("initial", 0, shape)]
     if level is not None:
@@ -82,7 +82,7 @@ def make_noise(name: str, arguments: dict[str, Any], shape: tuple[int, int, int]
 
 
 def encode_source(name: str, facts: dict[str, Any], noise: ReplayNoise) -> Tensor | None:
-    """Returns the source's latents (D, F)."""
+    """Encode the case's source clip. Returns its latents (channels, frames), or None if the case has no source."""
     inputs = facts.get("inputs")
     if not inputs:
         return None
@@ -99,7 +99,7 @@ def encode_source(name: str, facts: dict[str, Any], noise: ReplayNoise) -> Tenso
 def guided_networks(
     net: Denoiser, wanted: DenoiserConditioning, other: DenoiserConditioning, *, scale: float, phi: float
 ) -> tuple[Network, Network]:
-    """Returns the guided and the unconditional network as functions of (x, t), with the reference's formula."""
+    """Returns two functions of (x, t): the network with guidance by the reference's formula, and without a prompt."""
 
     def unguided(x: Tensor, t: float) -> Tensor:
         return net(x, torch.tensor([t]), conditioning=other)

@@ -1,4 +1,4 @@
-"""Loading of checkpoint folders of the Stable Audio Open family: official, fine-tuned, exported and damaged."""
+"""Loading checkpoint folders of the Stable Audio Open family: official, fine-tuned, exported and damaged ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ QKV = "model.model.transformer.layers.0.self_attn.to_qkv.weight"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Yields a checkpoint that tests may damage."""
+    """Yields a copy of a checkpoint, which the test may damage."""
     return Path(shutil.copytree(load_open_goldens("tiny-1.0").folder, tmp_path / "checkpoint"))
 
 

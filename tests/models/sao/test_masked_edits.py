@@ -1,4 +1,4 @@
-"""Region edits with Stable Audio Open. Its networks have no mask input, so the engine keeps the source's latents."""
+"""Inpainting with Stable Audio Open, whose networks have no mask input: the engine restores the kept latents."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLIP = np.random.default_rng(5).uniform(-0.8, 0.8, (2, FRAMES * HOP)).astype(np.
 
 
 class Watched(ForwardingModel):
-    """Records the encoded source, the network's input at each step, and the decoded latents."""
+    """A model that records the encoded source, the network's input at each step, and the decoded latents."""
 
     def __init__(self, name: str) -> None:
         super().__init__(loaded(name))
@@ -85,7 +85,7 @@ def test_frames_outside_the_region_equal_the_sources(name: str, sampler: str, st
 
 @pytest.mark.server
 def test_the_network_sees_the_source_at_the_current_noise_level() -> None:
-    """Outside the region, the input of each step is (1 - t) z + t eps with one eps. A whole run starts at t = 1."""
+    """Outside the region, each step's input is (1 - t) * source + t * noise, with the same noise in all steps."""
     model = edit("tiny-small", "euler", cfg_scale=1.0)
     kept = torch.ones(FRAMES, dtype=torch.bool)
     kept[REGION] = False

@@ -1,4 +1,4 @@
-"""An engine with a whole checkpoint reproduces the reference's runs, including prompts and seconds."""
+"""An engine with a whole checkpoint reproduces runs of the reference code, including the embedding of prompts."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ pytestmark = pytest.mark.server
 
 HOP = 64
 V_CASES = [case for case in CASES if case[0] == "tiny-1.0"]
-FLOW_CASES = [case for case in CASES if case not in V_CASES]  # `verify` runs these, see tests/verification
+FLOW_CASES = [case for case in CASES if case not in V_CASES]  # models with flow matching; used in tests/verification
 
 
 @cache
 def loaded(name: str) -> SaoModel:
-    """Returns a tiny checkpoint on the CPU."""
+    """Returns the tiny checkpoint `name`, loaded on the CPU."""
     model = load_model(resolve_entry(name, path=str(load_open_goldens(name).folder)))
     assert isinstance(model, SaoModel)
     return model
 
 
 def with_objective(folder: Path, objective: str, *, target: Path) -> Path:
-    """Returns a copy of a checkpoint with another objective."""
+    """Copy a checkpoint to `target` and change the diffusion objective in its config. Returns `target`."""
     shutil.copytree(folder, target)
     values = json.loads((target / "model_config.json").read_text())
     values["model"]["diffusion"]["diffusion_objective"] = objective
@@ -53,7 +53,7 @@ def with_objective(folder: Path, objective: str, *, target: Path) -> Path:
 
 
 def with_sample_size(folder: Path, sample_size: int, *, target: Path) -> Path:
-    """Returns a copy of a checkpoint with another window length."""
+    """Copy a checkpoint to `target` and change the `sample_size` in its config. Returns `target`."""
     shutil.copytree(folder, target)
     values = json.loads((target / "model_config.json").read_text()) | {"sample_size": sample_size}
     (target / "model_config.json").write_text(json.dumps(values))
@@ -80,7 +80,7 @@ def test_rk4_uses_even_times_if_the_config_has_no_shift(tmp_path: Path) -> None:
 
 
 def to_requests(name: str, facts: dict[str, Any]) -> list[GenerationRequest]:
-    """Returns a request for each row of a case. Its seed is the row number."""
+    """Returns a request for each row of a stored case. The seed of each is its row number."""
     arguments = facts["args"]
     negatives = arguments.get("negative_conditioning") or [{}]
     source = None

@@ -1,4 +1,4 @@
-"""The plans of requests: windows, the cut to the clip, defaults, number conditioning and refused values."""
+"""How a model plans requests: generated and returned length, default values, number conditioning, refused values."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_an_edit_of_a_flow_model_has_the_references_times(sampler: str) -> None:
     edit = {"sampler": sampler, "init_audio": CLIP, "init_noise_level": 0.4, "steps": 8}
     own, reference = one("tiny-small", **edit), one("tiny-small", **edit, edit_schedule="reference")
     assert own.sampler == reference.sampler
-    if sampler != "rk4":  # even steps of log-SNR, from that of the level to 2
+    if sampler != "rk4":  # expected: evenly spaced log-SNR, from the log-SNR of the level 0.4 to 2
         expected = torch.sigmoid(-torch.linspace(math.log(0.6 / 0.4), 2, 9)[1:-1])
         times = torch.tensor([evaluation.t for evaluation in own.sampler.evaluations[1:]])
         torch.testing.assert_close(times, expected, rtol=0, atol=1e-5)

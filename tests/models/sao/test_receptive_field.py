@@ -1,4 +1,4 @@
-"""The halo of an Oobleck autoencoder's windows is exactly the receptive field of its convolutions."""
+"""The extra frames (halo) on each side of an autoencoder's windows are exactly its receptive field."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MIDDLE, FRAMES = 40, 81
 
 
 def make_autoencoder(config: OobleckConfig) -> OobleckAutoencoder:
-    """Returns a float64 autoencoder whose weights make every input of a convolution matter."""
+    """Returns an autoencoder in float64 whose weights are positive, so that every input influences the output."""
     torch.manual_seed(0)
     net = OobleckAutoencoder(config).double()
     for name, parameter in net.named_parameters():
@@ -38,7 +38,7 @@ def make_autoencoder(config: OobleckConfig) -> OobleckAutoencoder:
 
 
 def reach(influence: torch.Tensor) -> int:
-    """Returns the largest distance in frames from the middle at which `influence` (FRAMES,) is not zero."""
+    """Returns the largest distance, in frames from the middle frame, at which `influence` is not zero."""
     (frames,) = influence.nonzero(as_tuple=True)
     return max(MIDDLE - int(frames.min()), int(frames.max()) - MIDDLE)
 

@@ -1,4 +1,4 @@
-"""The networks of the tiny Stable Audio Open checkpoints. Each network is loaded once."""
+"""Load the networks of the tiny Stable Audio Open checkpoints. Each network is loaded at most once."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ DENOISER, AUTOENCODER = "model.model.", "pretransform.model."
 
 
 def model_values(name: str) -> dict[str, Any]:
-    """Returns a copy of the config's `model` section."""
+    """Returns a copy of the section `model` of the checkpoint's config."""
     file = load_open_goldens(name).folder / "model_config.json"
     values: dict[str, Any] = json.loads(file.read_text())["model"]
     return values
 
 
 def weights_of(name: str, prefix: str) -> dict[str, Tensor]:
-    """Returns the checkpoint's tensors whose keys start with `prefix`, by full key."""
+    """Returns those tensors of the checkpoint whose keys start with `prefix`. The keys keep the prefix."""
     weights = read_weights(load_open_goldens(name).folder / "model.safetensors")
     return {key: value for key, value in weights.items() if key.startswith(prefix)}
 
 
 def assign(net: nn.Module, name: str, prefix: str) -> None:
-    """Give a network the checkpoint's tensors under `prefix`."""
+    """Load the checkpoint's tensors whose keys start with `prefix` into the network."""
     state = {key.removeprefix(prefix): value.float() for key, value in weights_of(name, prefix).items()}
     net.load_state_dict(state, assign=True)
     net.eval().requires_grad_(False)

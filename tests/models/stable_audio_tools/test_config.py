@@ -1,4 +1,4 @@
-"""The configs that the package gets, and the conditioners that a request can fill."""
+"""The config that stable-audio-tools is given, and which of its conditioning inputs a request can fill."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from stable_audio_serve.models.stable_audio_tools.config import Inputs, NumberIn
 
 
 def make_config(*conditioners: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """Returns a published config with more conditioners. `changes` are named by model sections, joined by `__`."""
+    """Returns a published config with more conditioners and with changed sections.
+
+    The name of a change is the path of the section in `model`, joined by `__`. Its value updates the section.
+    """
     values: dict[str, Any] = json.loads(json.dumps(OFFICIAL_CONFIGS["stable-audio-open-small"]))
     values["model"]["conditioning"]["configs"] += conditioners
     for path, change in changes.items():

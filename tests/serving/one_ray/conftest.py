@@ -1,4 +1,4 @@
-"""A Ray and a Serve without HTTP that all files of this folder share. One process runs these files."""
+"""A Ray cluster with Ray Serve, without HTTP, that all tests of this folder share. One test process runs them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import pytest
 import ray
 from ray import serve
 
-# After this time without requests, Serve polls the queues of replicas again, and the first requests of a burst may go
-# to other replicas than the router has chosen. Serve's default of 10 s would make the test slow.
+# After this time without requests, Ray Serve asks replicas for their queue lengths again, so the first requests of a
+# burst may go to other replicas than our router has chosen. The test must cover this, without waiting for the default
+# of 10 s.
 _QUEUE_CACHE_S = 0.1
-_QUEUE_TIMEOUT_S = 10.0  # Serve's default of 0.1 s is too short on a busy machine
+_QUEUE_TIMEOUT_S = 10.0  # how long Serve waits for such an answer; its default, 0.1 s, is too short on a busy machine
 
 
 @pytest.fixture(scope="package")
 def running_serve() -> Iterator[None]:
-    """Start Serve. Each test deploys an application with its own name."""
+    """Start Ray and Ray Serve. Each test deploys its own application, with its own name."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_SERVE_QUEUE_LENGTH_CACHE_TIMEOUT_S", str(_QUEUE_CACHE_S))
         for name in ("QUEUE_LENGTH_RESPONSE_DEADLINE_S", "MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S"):

@@ -1,4 +1,4 @@
-"""`read_application` returns the same status as Serve."""
+"""Our `read_application` returns the same status of an application as Ray Serve's own function."""
 
 from __future__ import annotations
 

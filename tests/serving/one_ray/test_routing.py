@@ -1,4 +1,4 @@
-"""Calls are balanced by work, also in bursts, over real replicas that publish their work."""
+"""Our router balances calls over real replicas by the work that they publish, also calls that come at once."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from stable_audio_serve.serving.work_ledger import ReplicaWork
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 REPLICAS = 2
 PRICES = Prices(row_ms=0.0, evaluation_ms=1.0, evaluated_second_ms=0.0, audio_second_ms=0.0)
-SHORT, MIDDLING, LONG = 10, 100, 600_000  # numbers of steps, which take a millisecond each
+SHORT, MIDDLING, LONG = 10, 100, 600_000  # steps of a request; a step takes a millisecond
 _PAUSE_S = 0.2
-_NEVER_S = 3600.0  # reports never expire, because replicas on a busy machine may publish late
+_NEVER_S = 3600.0  # published work never expires, because replicas on a busy machine may publish late
 
 
 class TimedReplica:
-    """A replica that runs one request at a time and takes a millisecond per step."""
+    """A replica that runs one request after another. A step takes a millisecond."""
 
     def __init__(self) -> None:
         self._device = asyncio.Lock()
         self._left_ms: dict[int, float] = {}
 
     async def generate(self, request: GenerationRequest) -> tuple[int, float]:
-        """Return this replica's process id and the request's price in milliseconds."""
+        """Run a request. Return this replica's process id and the request's time in milliseconds."""
         self._left_ms[request.seed] = ms = PRICES.of_request(request)
         try:
             async with self._device:
@@ -48,7 +48,7 @@ class TimedReplica:
 
 
 class Caller:
-    """A process with one handle, like an ingress."""
+    """A process that calls the replicas through one handle, as the server's HTTP process does."""
 
     def __init__(self, handle: object) -> None:
         self._handle = handle
@@ -59,19 +59,25 @@ class Caller:
         return self._handle.generate.remote(request)  # type: ignore[attr-defined]
 
     async def burst(self, steps: Sequence[int]) -> Counter[int]:
-        """Send requests at the same time. Return the work that each replica received, in milliseconds."""
+        """Send requests with these numbers of steps at once.
+
+        Return the milliseconds of work that each replica received.
+        """
         shares: Counter[int] = Counter()
         for place, ms in await asyncio.gather(*map(self._generate, steps)):
             shares[place] += round(ms)
         return shares
 
     async def avoid_a_busy_replica(self, number: int) -> list[Counter[int]]:
-        """Send short calls while one replica is busy. Return the replicas reached in sequence and in a burst."""
+        """Make one replica busy, then send short calls one after another, and then at once.
+
+        Return for both how many calls each replica received.
+        """
         busy = self._generate(LONG)
         try:
             one_by_one: Counter[int] = Counter()
             for _ in range(number):
-                await asyncio.sleep(_PAUSE_S)  # so that the replicas publish several times
+                await asyncio.sleep(_PAUSE_S)  # in this time the replicas publish their work
                 place, _ = await self._generate(SHORT)
                 one_by_one[place] += 1
             burst = await asyncio.gather(*(self._generate(SHORT) for _ in range(number)))
@@ -99,7 +105,7 @@ async def test_calls_go_to_the_replica_with_the_least_work(caller: Any) -> None:
     one_by_one, at_once = await caller.avoid_a_busy_replica.remote(20)
     assert list(one_by_one.values()) == list(at_once.values()) == [20]
     assert one_by_one.keys() == at_once.keys()
-    for _ in range(100):  # the replica of the cancelled long call publishes its work within two seconds
+    for _ in range(100):  # the replica whose long call was cancelled must receive calls again
         if len(await caller.burst.remote([SHORT] * 10)) == REPLICAS:
             return
     pytest.fail("a replica whose call was cancelled gets nothing any more")

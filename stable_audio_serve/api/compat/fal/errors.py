@@ -1,8 +1,8 @@
 """Error responses in fal's format: 422 with one entry per invalid field, otherwise a sentence with an error type.
 
-fal's clients retry the statuses 408, 409, 429 and 502 to 504. A temporary refusal has one of these. The result of a
-failed queued request has none of them, because a retry would get the same result. A start timeout is an exception; its
-headers stop the retry.
+fal's clients send a request again after the statuses 408, 409, 429 and 502 to 504. A temporary refusal has one of
+these statuses. The stored error of a failed queued request has none of them, because asking again would return the same
+error. Start timeouts do not follow this rule: their status is 504, but a header tells the client not to retry.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from stable_audio_serve.jobs.job import Job
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """The response to one kind of error. `stored_status` is the status if a queued request has failed with it."""
+    """The response to one kind of error.
+
+    If a queued request failed with this error, its result has the status `stored_status`, if set, instead of `status`.
+    """
 
     status: int
     error_type: str
@@ -62,7 +65,7 @@ class Failure:
 
 
 def failure_of(job: Job) -> Failure:
-    """Return the result of a failed or cancelled job. It is the same on every route and for every call."""
+    """Return the error to report for a failed or cancelled job, on the result route and in webhooks."""
     if job.state == "cancelled":
         return _failure(_KINDS["cancelled"], "Request was cancelled", is_stored=True)
     if job.error is None:

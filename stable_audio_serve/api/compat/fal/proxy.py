@@ -1,4 +1,5 @@
-"""The proxy route of fal's JavaScript client. The client sends every call to one URL, with fal's URL in a header.
+"""The proxy route of fal's JavaScript client. The client sends every call to one URL, and names
+the intended fal URL in a header.
 
 Nothing is sent to fal: this server's own routes answer the calls to fal's three hosts.
 """
@@ -17,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 TARGET_HEADER = "x-fal-target-url"
 
-# The prefix of the routes that answer calls to each of fal's hosts.
+# For each host of fal: the path prefix of this server's routes that answer calls to that host.
 _PREFIXES: Mapping[str, str] = {"fal.run": "/run", "queue.fal.run": "/queue", "rest.fal.ai": ""}
 
 # The description of the header in OpenAPI.
@@ -45,9 +46,9 @@ class Dispatched(Response):
 
 
 def dispatch(request: Request, app: ASGIApp) -> Response:
-    """Return the response of the route that answers the URL in the header.
+    """Return the response of this server's route for the fal URL in the request's header.
 
-    Raises HTTPException 400 without the header, and 412 for a host other than fal's.
+    Raises HTTPException 400 if the header is missing, and 412 for a host other than fal's.
     """
     target = request.headers.get(TARGET_HEADER)
     if target is None:

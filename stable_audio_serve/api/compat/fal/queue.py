@@ -29,7 +29,7 @@ CANCEL_REPLIES: dict[CancelOutcome, tuple[int, CancelReply]] = {
 
 
 def make_ticket(job: Job, links: Links, *, position: int) -> Ticket:
-    """Return the response to a submission."""
+    """Return the response to the submission of a queued request: its id, its URLs and its place in the queue."""
     return Ticket(**links.model_dump(), gateway_request_id=job.spec.id, queue_position=position)
 
 

@@ -1,7 +1,7 @@
 """fal's storage: clients upload files, whole or in parts, and download them from links that need no key.
 
-A client first announces an upload and then sends it to a URL that needs no key. The URL contains a signed ticket, so
-the upload may go to another ingress replica than the announcement.
+A client first announces an upload, and then sends the file to a URL that needs no key. The URL contains a signed
+ticket, so any replica of the HTTP server can receive the file, also one that did not handle the announcement.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """An announced upload: the file that it will create, and who announced it."""
+    """An announced upload: the properties of the file, and the client that announced the upload."""
 
     file_id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     file_name: str
     media_type: str
     client: str = ""  # the client whose storage limit the file counts against
-    key: str = ""  # first digits of the SHA-256 of the key that announced the file, "" without configured keys
+    key: str = ""  # first digits of the SHA-256 of the API key of the announcement; "" without configured keys
 
     def url(self, base: str) -> str:
         """Return the URL of the file after the upload."""
@@ -69,7 +69,7 @@ class Tickets:
     """Signs tickets for upload URLs, and verifies them.
 
     The signing key is derived from a secret in the job database, which only processes of this installation can read. A
-    ticket becomes invalid when the API key that announced it is removed.
+    ticket becomes invalid when the API key of the announcement is removed from the server's keys.
     """
 
     def __init__(self, jobs: JobQueue, ring: KeyRing) -> None:
@@ -91,7 +91,7 @@ class Tickets:
         """Verify the ticket in a URL and return it.
 
         Raises HTTPException 403 if the ticket is invalid or expired, or its API key was removed. Raises
-        KeysUnavailableError while keys cannot be checked, and StorageError.
+        KeysUnavailableError while API keys cannot be checked. Raises StorageError.
         """
         if len(text) > _MAX_TICKET:
             raise _unknown_ticket()
@@ -132,18 +132,21 @@ class Storage:
         self._max_bytes = max_bytes
 
     async def receive(self, request: Request, ticket: Ticket) -> StoredFile:
-        """Store the request's body as the whole file. Raises HTTPException 400 if another body is stored already."""
+        """Store the request's body as the whole file.
+
+        Raises HTTPException 400 if a different body was already stored for this ticket.
+        """
         async with _received(request) as body:
             existing = await self._jobs.find_file(ticket.file_id)
             if existing is not None:
                 if await asyncio.to_thread(_digest, body) != existing.sha256:
                     raise HTTPException(400, "upload: a different file was uploaded to this URL already")
-                return existing  # the client repeats an upload, because the response was lost
+                return existing  # the client lost the response and sends the same file again
             async with self._counted(ticket, ticket.file_id, num_bytes=_size(body)):
                 return await self._publish(ticket, body)
 
     async def receive_part(self, request: Request, ticket: Ticket, *, number: int) -> str:
-        """Store the request's body as one part of the file. Returns its ETag."""
+        """Store the request's body as one part of the file. Returns the ETag of the part."""
         key = part_key(ticket.file_id, number)
         async with (
             _received(request) as body,
@@ -177,7 +180,11 @@ class Storage:
     async def _counted(
         self, ticket: Ticket, name: str, *, num_bytes: int, instead_of: Collection[str] = ()
     ) -> AsyncIterator[None]:
-        """Count a file against the client's limit before storing it. Raises UploadQuotaError."""
+        """Count a file against the client's storage limit, then run the block, which stores the file.
+
+        The files `instead_of` no longer count. If the block raises StorageError, this file does not count either.
+        Raises UploadQuotaError.
+        """
         uploads = self._jobs.store.uploads
         add = partial(uploads.add, name, client=ticket.client, num_bytes=num_bytes, ticket=ticket.file_id)
         await asyncio.to_thread(partial(add, instead_of=instead_of))

@@ -144,7 +144,7 @@ def build_announcing_router(service: Service) -> APIRouter:
 
 
 def build_receiving_router(service: Service) -> APIRouter:
-    """Return the routes that need no key, only an announced URL."""
+    """Return the upload routes that need no API key. Their URLs contain the signed ticket of an announcement."""
     limits, tickets, storage = service.settings.api, *_parts_of(service)
     router = APIRouter(route_class=public_route_class(render_error), strict_content_type=False)
 

@@ -1,4 +1,4 @@
-"""The status of a queued request as server-sent events: one event per change. The last status is COMPLETED."""
+"""The status of a queued request as server-sent events: one event per change. The last event has status COMPLETED."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stable_audio_serve.jobs.queue import JobQueue
 async def stream_status(
     jobs: JobQueue, job: Job, *, links: Links, with_logs: bool, streams: EventStreams
 ) -> AsyncIterator[ServerSentEvent]:
-    """Yield an event for each change of the request's status until it ends, with the new log lines."""
+    """Yield an event for each change of a request's status, until the request ends. `with_logs` adds new log lines."""
     sent: tuple[State, int | None] | None = None
     unsent_logs: list[JobEvent] = []
     async for change in streams.follow(jobs, job):
@@ -35,7 +35,10 @@ async def stream_status(
 
 
 def _steps(change: Change, *, since: State | None) -> list[Job]:
-    """Return the states to report. A job that started and ended since the last report is reported as running first."""
+    """Return the job in each state to report, in order. `since` is the state that was reported last.
+
+    If a queued job has started and ended since then, it is reported as running before its final state.
+    """
     job = change.job
     if since == "queued" and job.is_over and job.started_at is not None:
         return [replace(job, state="running"), job]

@@ -24,7 +24,10 @@ register_url_convertor("fal_endpoint", EndpointConvertor())
 
 
 def means_queue(request: Request) -> bool:
-    """Whether a submission is for the queue. The path's prefix decides, or without a prefix the host name."""
+    """Whether a submission is for the queue, not synchronous.
+
+    The path prefix `/queue` or `/run` decides. Without such a prefix, submissions to a host `queue.*` are queued.
+    """
     prefix = _prefix(request)
     if prefix.endswith(("/queue", "/run")):
         return prefix.endswith("/queue")
@@ -33,7 +36,10 @@ def means_queue(request: Request) -> bool:
 
 
 def links_of(request: Request, request_id: str, *, limits: ApiSettings) -> Links:
-    """Return the three URLs of a queued request. They have the host and the prefix of the current request."""
+    """Return the three URLs of a queued request: for its status, its result and its cancellation.
+
+    They have the same host and path prefix as the current request, but without `/run`.
+    """
     prefix = _prefix(request).removesuffix("/run")
     url = f"{base_url(request, limits)}{prefix}/{APP}/requests/{request_id}"
     return Links(request_id=request_id, response_url=url, status_url=f"{url}/status", cancel_url=f"{url}/cancel")

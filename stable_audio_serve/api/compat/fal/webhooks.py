@@ -1,4 +1,4 @@
-"""The webhook body in fal's format when a queued request ends."""
+"""The webhook body that is sent, in fal's format, when a queued request ends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from stable_audio_serve.jobs.job import Job
 
 
 def webhook_body(job: Job) -> Mapping[str, Any]:
-    """Return the job's output, or the error of the result route. Links have the host of the submission."""
+    """Return the webhook body of an ended job: its output, or the same error as on the result route.
+
+    Links begin with the host name that the client used when it submitted the job.
+    """
     ids = {"request_id": job.spec.id, "gateway_request_id": job.spec.id}
     if job.result is None:
         failure = failure_of(job)

@@ -86,14 +86,14 @@ class Metrics(BaseModel):
 
 
 class Queued(Links):
-    """A queued request. Position 0 is next."""
+    """A queued request. `queue_position` is the number of requests before it."""
 
     status: Literal["IN_QUEUE"] = "IN_QUEUE"
     queue_position: int
 
 
 class InProgress(Links):
-    """A running request. fal's clients read `logs` even if they did not ask for logs."""
+    """A running request. `logs` is always present, because fal's clients read it in any case."""
 
     status: Literal["IN_PROGRESS"] = "IN_PROGRESS"
     logs: list[LogEntry] | None

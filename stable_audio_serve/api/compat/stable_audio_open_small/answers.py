@@ -20,9 +20,9 @@ from stable_audio_serve.core.generation import GenerationRequest, GenerationResu
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """A finished file. It has the first `num_samples` of `num_available` generated samples.
+    """A finished file. The model generated `num_available` samples, and the file has the first `num_samples` of them.
 
-    `generation_s` is the duration of the generation in seconds.
+    `generation_s` is the time that the generation took, in seconds.
     """
 
     output: Output
@@ -45,7 +45,7 @@ async def make_clip(
     started_at: float,
     num_samples: int | None = None,
 ) -> Clip:
-    """Run a generation and return the clip: its first `num_samples`, scaled to full scale.
+    """Run a generation and return its first `num_samples` samples, scaled so that the peak is at full scale.
 
     `started_at` is the time when the HTTP request arrived.
     """

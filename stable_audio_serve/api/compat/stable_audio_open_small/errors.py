@@ -82,7 +82,7 @@ def _answer_fields(_: Request, faults: Sequence[Mapping[str, Any]]) -> Descripti
 
 def _answer_http(_: Request, error: HTTPException) -> Description:
     sentence = str(error.detail)
-    if sentence.startswith("audio:"):  # the native API's name of the upload
+    if sentence.startswith("audio:"):  # "audio" is the native API's name of the field; here the field is `audio_file`
         sentence = f"audio_file:{sentence.removeprefix('audio:')}"
     return Description(error.status_code, sentence, headers=error.headers)
 

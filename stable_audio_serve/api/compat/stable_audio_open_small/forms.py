@@ -29,7 +29,7 @@ async def read_form(request: Request) -> dict[str, Any]:
 
 
 async def read_json_or_form(request: Request) -> dict[str, Any]:
-    """Return the fields of a body: a form or JSON, as its content type says. Raises the errors of both functions."""
+    """Return the fields of a form or JSON body. Raises the errors of `read_json` and `read_form`."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type.endswith(("/json", "+json")):
         return await read_json(request)
@@ -37,7 +37,7 @@ async def read_json_or_form(request: Request) -> dict[str, Any]:
 
 
 def _is_no_file(name: str, value: object) -> bool:
-    """Whether a file input is empty. Browsers send it without a file name, and some libraries as an empty text."""
+    """Whether a file input is empty: browsers send a file without a name, and some libraries send an empty text."""
     if isinstance(value, UploadFile):
         return not value.filename and not value.size
     return name == "audio_file" and not value

@@ -68,7 +68,7 @@ async def make_style_clip(service: Service, request: Request, *, form: StyleForm
         request_id=request.state.request_id,
     )
     clip = await make_clip(service, request, card=model.card, generation=generation, started_at=started_at)
-    window_s = round(model.window_s)  # the original server returns 12 for its window of 11.9 s
+    window_s = round(model.window_s)  # the original server also returns whole seconds: 12 for a clip of 11.9 s
     metadata = clip_metadata(generation, clip.result, duration_s=window_s, generation_s=clip.generation_s)
     num_samples = -(-source.samples.shape[1] * model.card.sample_rate_hz // source.sample_rate_hz)
     return await answer(
@@ -86,7 +86,9 @@ async def make_style_clip(service: Service, request: Request, *, form: StyleForm
 
 
 async def read_upload(service: Service, upload: UploadFile, *, model: WindowedModel) -> SourceAudio:
-    """Return the part of an upload that the model can use, mixed to mono. The model copies it to all its channels.
+    """Return the part of an upload that the model can use, mixed to mono.
+
+    Before encoding, the mono signal is copied to all channels of the model.
 
     Raises InvalidUploadError, UploadTooLargeError.
     """

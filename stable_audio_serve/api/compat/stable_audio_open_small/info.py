@@ -41,7 +41,7 @@ def describe_model(model: WindowedModel, status: ModelStatus) -> dict[str, Any]:
 
 
 def describe_health(model: WindowedModel, status: ModelStatus) -> tuple[int, dict[str, Any]]:
-    """Return the status code and the body of the dialect's `GET /health`. Only a failed model is unhealthy."""
+    """Return the status code and the body of the dialect's `GET /health`. A model that is still loading is healthy."""
     if status.stage == "failed":
         return 500, {"status": "error", "model_loaded": False, "error": "the model cannot be loaded"}
     return 200, {

@@ -1,4 +1,4 @@
-"""Loops from text, from an upload, or from a riff. Each is cut from a generated clip to the exact sample."""
+"""Loops from text, from an upload, or from a riff. A loop is the first whole bars of a generated clip."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ async def make_riff_loop(service: Service, request: Request, *, form: RiffForm, 
 
 
 def rewrite_prompt(prompt: str, loop_type: str) -> tuple[str, str]:
-    """Return the prompt and the negative prompt for a loop type: drums, instruments or auto."""
+    """Return `prompt` adapted to the loop type (drums, instruments or auto), and a matching negative prompt."""
     has_drum = "drum" in prompt.casefold()
     if loop_type == "drums":
         return prompt if has_drum else f"{prompt} drum loop", _NOT_DRUMS
@@ -95,7 +95,7 @@ def rewrite_prompt(prompt: str, loop_type: str) -> tuple[str, str]:
 
 def _plan(model: WindowedModel, form: LoopForm | RiffForm) -> Loop:
     tempo_bpm = read_tempo(form.prompt)
-    assert tempo_bpm is not None  # validated by the form
+    assert tempo_bpm is not None  # the form refuses prompts without a tempo
     loop = plan_loop(tempo_bpm, bars=form.bars, window_s=model.window_s)
     if not loop.num_samples(model.card.sample_rate_hz):
         message = f"prompt: {loop.bars} bars at {tempo_bpm}bpm are shorter than one sample"

@@ -20,7 +20,7 @@ log = structlog.get_logger("stable_audio_serve.api")
 _NAME = re.compile(r"([a-g](?:sharp)?)_([0-9]{1,6})_?bpm(?:_[0-9]+)?\.wav", re.IGNORECASE)
 _STARTER_FOLDER = Path(__file__).parent / "starter_riffs"  # created by `examples/demo_model/riffs.py`
 _USED_S = 12.0
-_MAX_STRETCH = 16.0  # at larger factors a riff is not recognizable
+_MAX_STRETCH = 16.0  # a riff that is stretched by a larger factor is not recognizable
 _MARGIN_S = 1.0
 
 
@@ -47,17 +47,20 @@ def find_folder(chosen: str | None) -> Path:
 
 
 class RiffLibrary:
-    """The riffs of one folder, read once at the start. Sorted by key, then tempo."""
+    """The riffs (short WAV files) in one folder, sorted by musical key, then tempo. The folder is listed only once."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the names in the folder. Files that are not named like gsharp_80bpm_4.wav are skipped with a warning."""
+        """List the folder. Files that are not named like gsharp_80bpm_4.wav are skipped with a warning."""
         riffs = sorted(_scan(folder), key=lambda riff: (riff.key, riff.tempo_bpm, riff.path.name))
         self._riffs: dict[str, list[Riff]] = {}
         for riff in riffs:
             self._riffs.setdefault(riff.key, []).append(riff)
 
     def choose(self, key: str, *, seed: int) -> Riff:
-        """Return a riff in a musical key, in any case. Successive seeds give successive riffs. Raises NoRiffsError."""
+        """Return a riff in a musical key; case does not matter. Successive seeds select successive riffs.
+
+        Raises NoRiffsError.
+        """
         riffs = self._riffs.get(key.lower())
         if not riffs:
             raise NoRiffsError(f"No riffs available for key '{key[:50]}'", available_keys=list(self._riffs))

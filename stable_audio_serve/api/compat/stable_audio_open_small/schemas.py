@@ -1,7 +1,7 @@
 """Request models of the dialect, and the error message for each invalid field.
 
-The JSON body of `/generate` is strictly typed. The other bodies are not, because they may be forms, whose values are
-text.
+The JSON body of `/generate` is strictly typed. The other bodies may be forms, in which every value is text, so their
+fields also accept numbers as text.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pydantic_core import PydanticCustomError
 from stable_audio_serve.api.fields import NOT_BLANK
 from stable_audio_serve.audio.loops import BAR_COUNTS, read_tempo
 
-_RULE = "rule"  # type of errors whose message is already that of this dialect
+_RULE = "rule"  # type of the errors raised in this file, whose messages are sent to clients unchanged
 _WHOLE_SECONDS = {
     "anyOf": [
         {"type": "number", "minimum": 1},
@@ -108,7 +108,7 @@ ModelType = Annotated[
 
 
 class Wire(BaseModel):
-    """Base of all request models. `rules` has the message of this dialect for each invalid field."""
+    """Base of all request models. `rules` has the message that this dialect sends if a field is invalid, by field."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
 
@@ -207,7 +207,7 @@ W = TypeVar("W", bound=Wire)
 
 
 def parse(form: type[W], values: Mapping[str, Any]) -> W:
-    """Return the form with these values. Raises RequestValidationError with this dialect's messages."""
+    """Return `values` as an instance of `form`. Raises RequestValidationError with this dialect's messages."""
     try:
         return form.model_validate(values)
     except ValidationError as error:

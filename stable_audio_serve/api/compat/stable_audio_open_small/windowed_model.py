@@ -1,4 +1,7 @@
-"""The model of a request in this dialect. Its window is the longest clip that it makes here."""
+"""The model that handles a request of the Stable Audio Open Small API, with its limits in this API.
+
+The model's window is the longest clip that this API generates with the model.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +24,22 @@ class WindowedModel:
 
     @property
     def window_s(self) -> float:
-        """Longest clip and default length, seconds."""
+        """The length of the longest clip in seconds. It is also the default length."""
         return self.card.max_duration_s
 
     @property
     def makes_window(self) -> bool:
-        """Whether the model always generates its whole window. Then peaks are scaled over the whole window."""
+        """Whether the model generates the whole window even for a shorter clip.
+
+        If so, the peak of the whole window determines the level of the clip.
+        """
         return self.card.family == OPEN_FAMILY
 
     @property
     def conditioned_s(self) -> float:
-        """The length that the model is conditioned on, in seconds: the window, rounded up.
+        """The length that the model is conditioned on: the length of the window, rounded up to whole seconds.
 
-        The original server does the same, because its network always generates the whole window.
+        It does not depend on the length of the clip, as in the original server.
         """
         return math.ceil(self.window_s)
 
@@ -43,7 +49,7 @@ class WindowedModel:
         return int(self.window_s * self.card.sample_rate_hz)
 
     def steps(self, requested: int | None, *, at_most: int) -> int:
-        """Return the requested number of steps. Without one, return the model's default or `at_most` if it is lower."""
+        """Return the number of denoising steps: `requested`, or else the model's default, limited to `at_most`."""
         return min(self.card.default_steps, at_most) if requested is None else requested
 
     def sampler(self, requested: str | None) -> str | None:
@@ -63,6 +69,7 @@ def default_model(service: Service) -> WindowedModel:
 def find_model(service: Service, fields: GenerateBody | LoopForm) -> WindowedModel:
     """Return the default model, or the fine-tuned model that a request names. Raises InvalidRequestError.
 
+    The request names a fine-tuned model by `finetune_repo` and optionally `finetune_checkpoint`. The text
     `<repo>` or `<repo>/<checkpoint>` must be the name or alias of a served model.
     """
     if fields.model_type == "standard":

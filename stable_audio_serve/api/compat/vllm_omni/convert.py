@@ -1,4 +1,4 @@
-"""Convert vLLM-Omni's requests and results. A request selects a span of a longer generation."""
+"""Convert vLLM-Omni's requests and results. The client gets a part (span) of what the model generates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stable_audio_serve.core.generation import SEED_LIMIT, GenerationRequest, Ge
 from stable_audio_serve.core.settings import AudioSettings
 
 _WINDOW_S = 1024 * 2048 / 44_100  # longest clip of Stable Audio Open 1.0, for which the original server was written
-_MAX_END_S = 512.0  # largest value of this model's start and total conditioners
+_MAX_END_S = 512.0  # the largest start and end, in seconds, that Stable Audio Open 1.0 can be conditioned on
 _DEFAULT_STEPS = 50
 _DEFAULT_GUIDANCE = 7.0
 
@@ -65,7 +65,7 @@ def to_request(body: AudioBody, card: ModelCard, *, span: Span, request_id: str)
         seed=resolve_seed(-1 if body.seed is None else body.seed % SEED_LIMIT),
         negative_prompt=body.negative_prompt or None,
         steps=_DEFAULT_STEPS if body.num_inference_steps is None else body.num_inference_steps,
-        cfg_scale=max(guidance, 1.0),  # the original disables guidance at 1 and below
+        cfg_scale=max(guidance, 1.0),  # the original server disables guidance if the value is 1 or less
         request_id=request_id,
     )
 

@@ -13,7 +13,7 @@ from stable_audio_serve.api.printable import printable
 from stable_audio_serve.api.refusals import ExpectedError, Refusal, Refusals
 from stable_audio_serve.core.errors import UnknownModelError
 
-_VALIDATION = "Bad Request"  # type of an invalid body's error; errors that are found later are `BadRequestError`
+_VALIDATION = "Bad Request"  # the error type of an invalid body; checks after body validation use "BadRequestError"
 _STATUS_AND_TYPE = {
     "invalid": (400, "BadRequestError"),
     "unauthorized": (401, "AuthenticationError"),
@@ -48,7 +48,7 @@ def unknown_model(name: str) -> UnknownModelError:
 
 
 def _parse_fault(_: Request, fault: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the field's name and the message."""
+    """Return the field name and the message of one entry of FastAPI's list of invalid fields."""
     names = [part for part in fault["loc"] if isinstance(part, str)]
     return [(str(printable(names[1] if len(names) > 1 else "body")), str(printable(fault["msg"])))]
 

@@ -27,7 +27,7 @@ def _check_seed(seed: int) -> int:
     return seed
 
 
-# A validator checks the range. As bounds in the schema, the limits would be rounded to floats outside the range.
+# The range is checked here, because as a bound in the schema 2**63 - 1 would be rounded to the float 2**63.
 Seed = Annotated[int, AfterValidator(_check_seed), WithJsonSchema({"type": "integer", "format": "int64"})]
 
 

@@ -1,4 +1,4 @@
-"""Alembic's entry point: runs revisions on the connection from `upgrade`, in its transaction."""
+"""The script that Alembic runs to upgrade the tables, in the transaction that `upgrade` opened."""
 
 from alembic import context
 

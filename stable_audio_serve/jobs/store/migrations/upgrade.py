@@ -1,8 +1,9 @@
-"""Creates and upgrades the job tables with Alembic revisions. Several processes may do this at once.
+"""Create and upgrade the job tables with Alembic revisions. Several processes may do this at once.
 
-Revisions only add tables, columns with defaults, and indexes that are not unique. So servers of two successive
-revisions can share a database while one replaces the other. This version therefore accepts tables of the next revision.
-It refuses later revisions, which may rely on columns that it does not fill.
+Servers of two successive revisions can share a database while one replaces the other. For this, a revision may add
+tables, columns with defaults, and indexes that are not unique, and may remove only what older servers can do without.
+Therefore this version of the package also accepts tables of the next revision after its own. It refuses later
+revisions, which may need columns that this version does not fill.
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ import sqlalchemy as sa
 from stable_audio_serve.jobs.store.errors import config_error
 from stable_audio_serve.jobs.store.tables import JOBS
 
-_LOCK = 0x53415501  # number of PostgreSQL's advisory lock, unique in the database
+_LOCK = 0x53415501  # number of a PostgreSQL advisory lock, which no other lock in the database has
 _FOLDER = Path(__file__).parent
 
 
 def upgrade(connection: sa.Connection, *, folder: Path = _FOLDER) -> None:
-    """Upgrade to the newest revision in `folder`, unless the tables have that revision or the next one.
+    """Upgrade the tables to the newest revision in `folder`, unless they have that revision or the next one.
 
-    Runs in this transaction. Raises ConfigError for tables of a later version, or of another program.
+    Runs in the transaction of `connection`. Raises ConfigError if the tables are of a later version or of another
+    program.
     """
-    if connection.dialect.name == "postgresql":  # SQLite has a single writer
+    if connection.dialect.name == "postgresql":  # SQLite needs no lock, because it has a single writer
         no_limit = (sa.func.set_config(name, "0", True) for name in ("statement_timeout", "lock_timeout"))
         connection.execute(sa.select(*no_limit))
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
@@ -42,14 +44,14 @@ def upgrade(connection: sa.Connection, *, folder: Path = _FOLDER) -> None:
 
 
 def newest_revision(folder: Path = _FOLDER) -> str:
-    """Return the newest revision in `folder`. Revisions are numbers of four digits and count up by one."""
+    """Return the newest revision in `folder`. Revisions are numbered 0001, 0002, ..."""
     return max(path.name[:4] for path in (folder / "versions").glob("[0-9]*_*.py"))
 
 
 def require_known(connection: sa.Connection, *, folder: Path = _FOLDER) -> str | None:
-    """Return the revision of the tables, None if there are no tables.
+    """Return the revision of the tables, or None if there are no tables.
 
-    Raises ConfigError unless it is a revision in `folder` or the next one.
+    Raises ConfigError unless the revision is in `folder` or is the next one after those.
     """
     if not sa.inspect(connection).has_table("alembic_version"):
         return None

@@ -80,7 +80,8 @@ def client_timeout() -> Any:
 
 
 def start_timeout() -> Any:
-    ahead = [fal_client.submit(APP, {"prompt": "slow"}) for _ in range(2)]  # occupies both places of `max_running`
+    # The server's test runs at most two jobs at once.
+    ahead = [fal_client.submit(APP, {"prompt": "slow"}) for _ in range(2)]
     late = failure(lambda: fal_client.subscribe(APP, CLIP, start_timeout=1.1))
     for handle in ahead:
         handle.cancel()
@@ -136,7 +137,7 @@ def stream_status() -> Any:
 
 
 def main(way: str, base: str) -> None:
-    internals.REST_URL = internals.CDN_URL = base  # no environment variable sets these two
+    internals.REST_URL = internals.CDN_URL = base  # no environment variable sets these URLs
     if way == "formats":
         internals.RUN_URL_FORMAT = f"{base}/"
         internals.QUEUE_URL_FORMAT = f"{base}/queue/"

@@ -1,4 +1,4 @@
-"""Tables of the first release. Never edit this revision; add a new one."""
+"""Revision 0001: the tables of the first release. Never edit this revision; to change tables, add a revision."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Usage of clients with limits, one row per client."""
+"""Revision 0002: a table of how much clients with limits have used, with one row per client."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,7 +8,7 @@ down_revision = "0001"
 
 
 def upgrade() -> None:
-    """Create the table."""
+    """Create the table `accounts`."""
     op.create_table(
         "accounts",
         sa.Column("client", sa.Text, primary_key=True),

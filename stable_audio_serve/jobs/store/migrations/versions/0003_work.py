@@ -1,4 +1,7 @@
-"""The size of each job, and an index that sums the waiting work without reading the table."""
+"""Revision 0003: columns for the predicted work of each job.
+
+With the index, the work of all queued jobs can be summed without reading the table.
+"""
 
 import sqlalchemy as sa
 from alembic import op
@@ -10,7 +13,7 @@ _WORK = ("work_rows", "work_evaluations", "work_evaluated_s", "work_audio_s")
 
 
 def upgrade() -> None:
-    """Add the columns and an index of waiting jobs."""
+    """Add the columns, and an index of queued jobs."""
     for name in _WORK:
         op.add_column("jobs", sa.Column(name, sa.Double, nullable=False, server_default="0"))
     queued = sa.text("state = 'queued'")

@@ -1,4 +1,4 @@
-"""Sizes of uploaded files that are still stored, per client."""
+"""Revision 0004: a table of uploaded files that are still stored, with client and size."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,7 +8,7 @@ down_revision = "0003"
 
 
 def upgrade() -> None:
-    """Create the table."""
+    """Create the table `uploads`."""
     op.create_table(
         "uploads",
         sa.Column("name", sa.Text, primary_key=True),

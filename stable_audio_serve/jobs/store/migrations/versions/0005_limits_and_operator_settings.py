@@ -1,5 +1,7 @@
-"""Usage of clients with limits, one row per request instead of one account per client, and what operators set while a
-server runs: draining, and models to keep loaded.
+"""Revision 0005: new tables for the usage of clients with limits, and for operators' settings.
+
+The usage has one row per request. Before, it had one row per client. Operators change their settings while a server
+runs: draining, and the models to keep loaded.
 """
 
 import sqlalchemy as sa
@@ -10,7 +12,11 @@ down_revision = "0004"
 
 
 def upgrade() -> None:
-    """Create the tables. Older servers, which no longer find accounts, apply the limits only to their own requests."""
+    """Create the tables `key_uses` and `operator_settings`, and drop the table `accounts`.
+
+    Servers of the previous revision that still run no longer find `accounts`. They apply the limits only to their own
+    requests.
+    """
     op.create_table(
         "key_uses",
         sa.Column("id", sa.Text, primary_key=True),

@@ -1,0 +1,181 @@
+"""Checks of one configured model: its files, the memory that it takes, its profile and its speed on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from stable_audio_serve.core.errors import ModelUnavailableError
+from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.core.settings import ModelSettings
+from stable_audio_serve.doctor.features import accelerated_features, chosen_profile
+from stable_audio_serve.doctor.findings import Finding, run_check
+from stable_audio_serve.doctor.machine import memory_bytes
+from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.engine.hardware.share import DeviceMemory, allowed_bytes, plan_memory, require_share
+from stable_audio_serve.models.download import find_local
+from stable_audio_serve.models.registry import BUILT_IN
+from stable_audio_serve.models.sa3 import random_weights as sa3
+from stable_audio_serve.models.sa3.model import Sa3Model
+from stable_audio_serve.models.sao import random_weights as sao
+from stable_audio_serve.models.sao.model import SaoModel
+from stable_audio_serve.models.weight_sizes import weight_bytes
+from stable_audio_serve.models.weights import DTYPES
+from stable_audio_serve.serving import engines
+from stable_audio_serve.serving.placement import Plan, model_entry
+from stable_audio_serve.serving.preflight import require_weights
+from stable_audio_serve.serving.reservations import reserved_gpus
+
+_LENGTHS_S = (10.0, 30.0)
+_TRIAL_STEPS = 2
+_REPEAT_BELOW_S = 2.0  # the first clip may include one-time work, which matters for short times only
+_CPU_SHARE = 0.8  # share of the machine's memory that weights may take; requests need the rest
+
+
+class ModelChecks:
+    """The checks of one model. `memory` and `speed` need the results of the checks before them."""
+
+    def __init__(self, plan: Plan, model: ModelSettings, *, num_gpus: int) -> None:
+        self.name = model.name
+        self._plan = plan
+        self._settings = plan.settings
+        self._model = model
+        self._num_gpus = num_gpus
+        self._entry = model_entry(model)
+        self._device = torch.device(model.device or plan.settings.device or engines.first_device())
+        self._folders: tuple[Path, Path] | None = None  # the checkpoint and its text encoder, if both are here
+        self._fits = False
+
+    @property
+    def _gpu_share(self) -> float:
+        return reserved_gpus(self._settings, self._model, cluster_gpus=self._num_gpus)
+
+    def files(self) -> Iterator[Finding]:
+        """Check that the files are here or can be downloaded, as a start does."""
+        warnings: list[str] = []
+        require_weights(self._plan, [self._model], print_error=warnings.append)
+        if warnings:  # a model that loads at its first request
+            yield Finding(f"{self.name}: files", "warning", warnings[0].removeprefix("warning: "))
+            return
+        self._folders = find_local(self._entry)
+        where = f"complete in {self._folders[0]}" if self._folders else "not here yet; the first start downloads them"
+        yield Finding(f"{self.name}: files", "ok", where)
+
+    def memory(self) -> Iterator[Finding]:
+        """Check that the weights and requests fit into the GPU's or the machine's memory, without loading them."""
+        weights = self._weights_bytes()
+        if weights is None:
+            yield Finding(f"{self.name}: memory", "ok", "the size is unknown until the files are downloaded")
+            return
+        message, self._fits = (self._fit_gpu if self._device.type == "cuda" else _fit_machine)(weights)
+        advice = None if self._fits else "stop other programs, serve a smaller model, or use a device with more memory"
+        message = f"weights take {weights / 1e9:.2f} GB of {message}"
+        yield Finding(f"{self.name}: memory", "ok" if self._fits else "failure", message, advice)
+
+    def profile(self) -> Iterator[Finding]:
+        """Name the profile of the model's replicas, and why."""
+        profile, reason = chosen_profile(self._settings, self._device)
+        yield Finding(f"{self.name}: profile", "ok", f"{profile} ({reason})")
+
+    def speed(self) -> Iterator[Finding]:
+        """Load the model, generate a short clip, and predict the times of longer ones."""
+        if self._folders is None or not self._fits:
+            return  # `doctor` downloads no weights; the lines above have the reason
+        yield Finding(f"{self.name}: speed", "ok", asyncio.run(self._measure()))
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # for the next model
+
+    def features(self) -> Iterator[Finding]:
+        """Try each accelerated feature alone."""
+        features = accelerated_features(self._settings, self._model, device=self._device)
+        for feature, try_alone in features or [("features", lambda: f"none to try on {self._device.type}")]:
+            name = f"{self.name}: {feature}"
+            yield from run_check(name, partial(_try_feature, name, try_alone))
+
+    def _weights_bytes(self) -> int | None:
+        """Return the size of the loaded weights: from the files' headers, else from known shapes; None if unknown."""
+        dtype = DTYPES[engines.precisions(self._settings, self._model, device=self._device)["dtype"]]
+        if self._folders is not None:
+            folder, text_encoder = self._folders
+            return weight_bytes(folder, text_encoder=text_encoder, dtype=dtype)
+        official = BUILT_IN.get(self.name)
+        if official is None or self._entry.repo_id != official.repo_id:
+            return None
+        return _official_bytes(self.name, dtype)
+
+    def _fit_gpu(self, weights: int) -> tuple[str, bool]:
+        """Return the GPU's memory in words, and whether weights and requests fit into its free part."""
+        prompts = EngineOptions().prompt_cache_bytes
+        share = engines.memory_share(self._model, gpu_share=self._gpu_share)
+        free, total = torch.cuda.mem_get_info(self._device)
+        memory = DeviceMemory(total, allowed_bytes(total, share=share), held=weights, free=max(free - weights, 0))
+        require_share(memory, name=self.name, weights_bytes=weights, share=share)
+        plan = plan_memory(memory, max_rows_bytes=self._model.max_memory_bytes, prompt_cache_bytes=prompts)
+        words = (
+            f"the GPU's {total / 1e9:.1f} GB ({free / 1e9:.1f} free), requests up to {(plan.rows or 0) / 1e9:.2f} GB"
+        )
+        return words, free > weights and memory.left > prompts
+
+    async def _measure(self) -> str:
+        began_at = time.monotonic()
+        gpu_share, num_gpus = self._gpu_share, self._num_gpus
+        engine = engines.load_engine(self._settings, self._model, gpu_share=gpu_share, cluster_gpus=num_gpus)
+        try:
+            await engine.start()
+            ready_s = time.monotonic() - began_at
+            longest_s = engine.spec.card.max_duration_s
+            short, long = (GenerationRequest("a tone", min(length, longest_s), seed=0) for length in _LENGTHS_S)
+            trial = replace(short, steps=_TRIAL_STEPS)
+            took_s = await _time(engine, trial)
+            if took_s < _REPEAT_BELOW_S:
+                took_s = min(took_s, await _time(engine, trial))
+            # Prices are of clips that share their steps with others. The trial shows how much longer one takes alone.
+            prices = engine.prices()
+            alone = took_s * 1000.0 / (prices.of_request(trial) or 1.0)
+            times_s = [alone * prices.of_request(clip) / 1000.0 for clip in (short, long)]
+            per_minute = 60_000.0 / (min(alone, 1.0) * prices.of_request(long))
+            count = round(per_minute, 1) if per_minute < 10 else round(per_minute)
+            return (
+                f"a clip of {short.duration_s:.3g} s takes about {times_s[0]:.2g} s, of {long.duration_s:.3g} s "
+                f"{times_s[1]:.2g} s; about {count} of the latter a minute "
+                f"({engine.device.type}, {engine.dtype}, {engine.mode} mode, ready after {ready_s:.1f} s)"
+            )
+        except ModelUnavailableError as error:
+            raise error.__cause__ or error from None  # the fault in the warm-up says more
+        finally:
+            await engine.close()
+
+
+def _fit_machine(weights: int) -> tuple[str, bool]:
+    total = memory_bytes()
+    return f"the machine's {total / 1e9:.1f} GB", weights < _CPU_SHARE * total
+
+
+def _try_feature(where: str, try_alone: Callable[[], str]) -> Iterator[Finding]:
+    yield Finding(where, "ok", try_alone())
+
+
+async def _time(engine: Engine, request: GenerationRequest) -> float:
+    began_at = time.monotonic()
+    await engine.generate(request)
+    return time.monotonic() - began_at
+
+
+def _official_bytes(name: str, dtype: torch.dtype) -> int:
+    """Return the size of an official model, built without memory for its weights."""
+    model: Sa3Model | SaoModel
+    if name in sao.OFFICIAL_CONFIGS:
+        card = BUILT_IN[name].card
+        model = sao.build_random_model(sao.OFFICIAL_CONFIGS[name], card, device="meta", dtype=dtype)
+    else:
+        model = sa3.build_random_model(name, device="meta", dtype=dtype)
+    networks = (model.text.encoder, model.prompt, *model.numbers.values(), model.denoiser, model.autoencoder)
+    return sum(tensor.nbytes for network in networks for tensor in network.state_dict().values())

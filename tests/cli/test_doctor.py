@@ -1,0 +1,217 @@
+"""`stable-audio-serve doctor`: each line has the state of a part and a remedy. Nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils import collect_env
+from typer.testing import CliRunner, Result
+
+from stable_audio_serve.artifacts import s3
+from stable_audio_serve.artifacts.s3_client import check_bucket
+from stable_audio_serve.cli import app
+from stable_audio_serve.doctor import machine, models
+from stable_audio_serve.doctor.features import Feature
+from stable_audio_serve.doctor.issue_report import redact
+from tests.models.hub import Repo, pointing_library_at, running_hub
+from tests.serving.launched import free_port, write_config
+
+CLOSED = "127.0.0.1:9"  # no server listens there
+ABSENT = {"name": "absent", "path": "/absent/model"}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Returns an empty folder, in which the commands run."""
+    for name in [name for name in os.environ if name.startswith(("STABLE_AUDIO_", "AWS_", "R2_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def doctor(*options: str, models: list[dict[str, Any]], port: int | None = None, **settings: Any) -> Result:
+    write_config(Path(), {"models": models, **settings}, http_options={"port": port or free_port()})
+    result = CliRunner().invoke(app, ["doctor", *options])
+    assert "Traceback" not in result.output
+    return result
+
+
+def findings(*options: str, **settings: Any) -> dict[str, dict[str, str]]:
+    """Returns the findings of `--json` by check; of several with the same name the last one."""
+    result = doctor("--json", *options, **settings)
+    printed = json.loads(result.stdout)
+    assert printed.keys() == {"ok", "findings"}
+    for finding in printed["findings"]:
+        assert finding.keys() == {"check", "state", "message", "advice"}
+    assert printed["ok"] == all(finding["state"] != "failure" for finding in printed["findings"])
+    assert result.exit_code == (0 if printed["ok"] else 1), result.output
+    return {finding["check"]: finding for finding in printed["findings"]}
+
+
+def test_the_demo_is_all_ok(folder: Path) -> None:
+    result = doctor("--features", models=[{"name": "demo", "device": "cpu", "engine": {"warmup_budget_s": 0.2}}])
+    assert result.exit_code == 0, result.output
+    *lines, summary = result.stdout.splitlines()
+    assert summary == "all ok"
+    assert [line for line in lines if not line.startswith("ok ")] == []
+    shown = "\n".join(lines)
+    for part in ("Python", "torch", "ports", "HAProxy", "job store", "demo: files", "plain (no GPU)", "a minute"):
+        assert part in shown
+    assert "demo: features" in shown
+    assert [path.name for path in folder.iterdir()] == ["serve_config.yaml"]
+
+
+@pytest.mark.server
+def test_a_missing_licence_fails_and_names_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"model_config.json": b"{}", "model.safetensors": b""}
+    with (
+        running_hub({"lab/model": Repo(files, gated=True, token="good")}) as hub,
+        pointing_library_at(hub.url, tmp_path / "hub"),
+    ):
+        monkeypatch.setenv("HF_TOKEN", "hf_of-another-account")
+        found = findings(models=[{"name": "lab", "repo_id": "lab/model"}])
+    assert found["lab: files"]["state"] == "failure"
+    assert f"lab/model is gated: accept its terms at {hub.url}/lab/model" in found["lab: files"]["message"]
+    assert "lab: speed" not in found
+
+
+@pytest.mark.parametrize(("gigabytes", "state"), [(4, "failure"), (24, "ok")])
+def test_a_too_small_gpu_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gigabytes: int, state: str) -> None:
+    facts = SimpleNamespace(name="Stand-in", major=9, minor=0)
+    for name, value in {
+        "is_available": True,
+        "device_count": 1,
+        "get_device_properties": facts,
+        "get_device_capability": (9, 0),
+        "mem_get_info": (gigabytes * 10**9, gigabytes * 10**9),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    with pointing_library_at(f"http://{CLOSED}", tmp_path / "hub", is_offline=True):
+        found = findings(models=[{"name": "medium"}])
+    assert found["GPU 0"]["state"] == "failure"  # the stand-in runs no kernel
+    memory = found["medium: memory"]
+    assert memory["state"] == state
+    if state == "ok":
+        assert memory["message"].startswith("weights take 6.88 GB of the GPU's 24.0 GB (24.0 free), requests up to 1")
+    else:
+        assert "its weights take 6.88 GB; it needs a larger GPU" in memory["message"]
+    assert found["medium: profile"]["message"].startswith("auto")
+    assert "medium: speed" not in found
+
+
+def test_a_model_that_exceeds_the_machine_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "memory_bytes", lambda: 10_000_000)
+    found = findings(models=[{"name": "demo", "device": "cpu"}])
+    assert found["demo: memory"]["state"] == "failure"
+    assert "demo: speed" not in found
+
+
+def test_a_taken_port_fails(folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        found = findings(models=[ABSENT], port=port)
+    assert found["ports"]["state"] == "failure"
+    assert f"cannot listen on port {port} of 127.0.0.1: it is already in use" in found["ports"]["message"]
+
+
+def test_unreachable_database_and_bucket_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "check_bucket", partial(check_bucket, budget_s=0.0))
+    storage = {
+        "bucket": "clips",
+        "endpoint_url": f"http://{CLOSED}",
+        "access_key_id": "key",
+        "secret_access_key": "bucket-secret",
+    }
+    found = findings(
+        models=[ABSENT], jobs={"database_url": f"postgresql://u:database-secret@{CLOSED}/x"}, storage=storage
+    )
+    assert {found[check]["state"] for check in ("job store", "files of jobs")} == {"failure"}
+    assert f"PostgreSQL {CLOSED}/x cannot be used: " in found["job store"]["message"]
+    assert "storage.endpoint_url" in found["files of jobs"]["message"]
+    assert "-secret" not in json.dumps(found)
+
+
+def test_an_existing_database_is_not_changed(folder: Path) -> None:
+    (folder / "outputs").mkdir()
+    (folder / "outputs" / "jobs.db").touch()
+    found = findings(models=[ABSENT])
+    assert {found[check]["state"] for check in ("job store", "files of jobs")} == {"ok"}
+    assert (folder / "outputs" / "jobs.db").read_bytes().count(b"CREATE TABLE") == 0
+
+
+def test_a_faulty_configuration_is_one_failure(folder: Path) -> None:
+    found = findings(models=[], modles=[])
+    assert list(found) == ["Python", "torch", "GPUs", "configuration"]
+    assert "modles: unknown; did you mean models?" in found["configuration"]["message"]
+
+
+def test_an_unexpected_exception_fails_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("of a check\nwith a second line")
+
+    monkeypatch.setattr(machine, "check_torch", fail)
+    monkeypatch.setattr(models.engines, "load_engine", fail)
+    found = findings(models=[{"name": "demo", "device": "cpu"}])
+    for check in ("torch", "demo: speed"):
+        assert (found[check]["state"], found[check]["message"]) == ("failure", "ZeroDivisionError: of a check")
+        assert found[check]["advice"]
+    assert found["demo: memory"]["state"] == "ok"
+
+
+def test_each_feature_is_tried_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def differ() -> str:
+        raise ValueError("31 dB")
+
+    features: list[Feature] = [("captures", lambda: "92 dB"), ("packing", differ)]
+    monkeypatch.setattr(models, "accelerated_features", lambda *_, **__: features)
+    monkeypatch.setattr(models, "memory_bytes", lambda: 0)  # loads no model
+    found = findings("--features", models=[{"name": "demo", "device": "cpu"}])
+    assert (found["demo: captures"]["state"], found["demo: captures"]["message"]) == ("ok", "92 dB")
+    assert (found["demo: packing"]["state"], found["demo: packing"]["message"]) == ("failure", "ValueError: 31 dB")
+
+
+def test_the_report_has_no_secret_and_no_foreign_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = folder / "home" / "alice"
+    secrets = ("hf_abcdefgh12", "database-secret", "bucket-secret", "whsec_" + "c2VjcmV0" * 4, "client-api-secret")
+    token, database, bucket, webhook, key = secrets
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("STABLE_AUDIO_API_KEY", key)
+
+    def fail() -> None:
+        raise RuntimeError(f"in {home}/private/x.py and /opt/other/lib/y.so: {' '.join(secrets)} postgresql://u:p@h/d")
+
+    monkeypatch.setattr(machine, "check_python", fail)
+    monkeypatch.setattr(collect_env, "get_pretty_env_info", lambda: f"PyTorch version: 2\nat {home}/env/bin/python")
+    monkeypatch.setattr(s3, "check_bucket", lambda *_, **__: None)
+    path = str(home / "models" / "mine")
+    doctor(
+        *("--report", "report.json"),
+        models=[{"name": "mine", "path": path}],
+        hf_token=token,
+        jobs={"database_url": f"postgresql://u:{database}@{CLOSED}/x", "webhook_secret": webhook},
+        storage={"bucket": "clips", "access_key_id": "key-id", "secret_access_key": bucket},
+    )
+    text = Path("report.json").read_text()
+    report = json.loads(text)
+    assert [
+        secret for secret in (*secrets, "u:p@", "key-id", str(home), "private", "/opt", "env/bin") if secret in text
+    ] == []
+    assert report["settings"]["models"][0]["path"] == "~/models/mine"  # the configuration's own path
+    assert report["findings"][0]["message"].startswith("RuntimeError: in .../x.py and .../y.so: ***")
+    assert report["settings"]["jobs"]["database_url"] == f"postgresql://**********@{CLOSED}/x"
+    assert "STABLE_AUDIO_API_KEY" in report["variables"]
+    assert report["machine"][:2] == ["PyTorch version: 2", "at .../python"]
+
+
+@pytest.mark.parametrize("home", ["/", "", "/h"])
+def test_redaction_keeps_text_that_is_no_path(home: str) -> None:
+    text = '"1/2, N/A, http://host:80/v1/audio, text/plain, /health, 8 GB/s, /h/x/y, and/or"'
+    assert redact(text, kept=["/h/x"], secrets=[], environ={"HOME": home}).replace("~", "/h") == text
