@@ -82,6 +82,7 @@ _ENGINE = (
     Metric("engine_encode_ms", "histogram", "One audio encoder call for source audio, milliseconds.", ("model",)),
     Metric("engine_denoise_ms", "histogram", "One denoising step of all its rows, milliseconds.", ("model",)),
     Metric("engine_decode_ms", "histogram", "One audio decoder call for several windows, milliseconds.", ("model",)),
+    Metric("engine_profile", "gauge", "1 for the engine's profile: plain or accelerated.", ("profile", "model")),
     Metric(
         "engine_captures_off",
         "counter",

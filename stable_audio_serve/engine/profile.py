@@ -12,14 +12,16 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from stable_audio_serve.core.audio import Audio
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Mode, SourceAudio
 from stable_audio_serve.engine.hardware.graphs import difference_db
 from stable_audio_serve.engine.options import PLAIN, Features
 from stable_audio_serve.models.protocol import ModelSpec
+
+Audio = npt.NDArray[np.float32]
 
 log = logging.getLogger(__name__)
 

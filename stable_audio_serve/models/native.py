@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from stable_audio_serve.core.catalog import DecodePrecision
+from stable_audio_serve.models.precision import decoder_products
 from stable_audio_serve.models.protocol import ModelSpec, TextEmbedding
 from stable_audio_serve.models.switches import exact
 from stable_audio_serve.models.text_encoder import TextEncoder
@@ -16,12 +18,30 @@ from stable_audio_serve.sampling.transfer import to_device
 class NativeModel:
     """Base class of a model: implements text encoding, `spec` and `device`. Public methods run without gradients."""
 
-    def __init__(self, text: TextEncoder, prompt: nn.Module, *, spec: ModelSpec, device: torch.device) -> None:
+    def __init__(
+        self,
+        text: TextEncoder,
+        prompt: nn.Module,
+        *,
+        spec: ModelSpec,
+        device: torch.device,
+        decode_precision: DecodePrecision,
+    ) -> None:
         """`prompt` converts the encoder's output to embeddings and fills in the padding."""
         self.text = text
         self.prompt = prompt
         self._spec = spec
         self._device = device
+        self._decode_precision: DecodePrecision = decode_precision
+        self._products = decoder_products(decode_precision, device)
+
+    def decode_exactly(self, is_exact: bool) -> None:
+        """Decode with float32 matrix products from now on, or again with the configured precision.
+
+        Has no effect on a decoder whose weights are stored in half precision.
+        """
+        if self._decode_precision != "half":
+            self._products = decoder_products("float32" if is_exact else self._decode_precision, self._device)
 
     @property
     def spec(self) -> ModelSpec:

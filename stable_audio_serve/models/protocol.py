@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -318,4 +318,13 @@ class DiffusionModel(Protocol):
 
         All windows must have the same length. The result for a window does not depend on the other windows.
         """
+        ...
+
+
+@runtime_checkable
+class SwitchableDecoder(Protocol):
+    """A model whose decoder can use float32 matrix products in place of the configured precision."""
+
+    def decode_exactly(self, is_exact: bool) -> None:
+        """Decode with float32 products from now on, or again with the configured precision."""
         ...

@@ -21,6 +21,7 @@ from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.generation import DeviceUse, Mode
 from stable_audio_serve.engine.hardware.downloads import DownloadRing
 from stable_audio_serve.engine.hardware.share import WHOLE, DeviceMemory, allowed_bytes
+from stable_audio_serve.engine.options import Features
 from stable_audio_serve.sampling.transfer import to_device
 
 _DOWNLOAD_BYTES = 64 * 2**20  # enough for three decoded windows of stereo audio of the greatest length
@@ -52,6 +53,7 @@ class Device(Protocol):
     torch_device: torch.device
     default_mode: Mode
     frame_grid: int  # clips are best padded to a multiple of this many latent frames
+    is_proved: bool  # True: it has no features that a check at start must prove right
     can_capture: bool
     survives_failed_capture: bool  # if not, the process must be replaced after a capture has failed
     has_second_queue: bool  # if False, work queued within `on_second_queue` goes to the only queue
@@ -109,6 +111,10 @@ class Device(Protocol):
         """
         ...
 
+    def restricted(self, features: Features) -> Device:
+        """Return another interface to this device, which uses only these of its features."""
+        ...
+
     def use(self) -> DeviceUse:
         """Return the kind of device and, if known, how many bytes of its memory are in use."""
         ...
@@ -127,6 +133,7 @@ class WaitingDevice:
         self.default_mode: Mode = "strict" if is_cpu else "fast"  # on a CPU, large batches save little time
         self.frame_grid = 1 if is_cpu else 64
         self.shares_calls = not is_cpu
+        self.is_proved = True
         self.can_capture = False
         self.survives_failed_capture = True
         self.has_second_queue = False
@@ -160,6 +167,9 @@ class WaitingDevice:
     def require_usable(self, error: Exception) -> None:
         _require_usable(self.torch_device, error)
 
+    def restricted(self, features: Features) -> Device:
+        return self
+
     def use(self) -> DeviceUse:
         return DeviceUse(self.torch_device.type)
 
@@ -188,16 +198,17 @@ class CudaDevice:
     default_mode: Mode = "fast"
     frame_grid = 64
     shares_calls = True
-    can_capture = True
+    is_proved = False
     # Before torch 2.13 a failed capture leaves its memory pool in the allocator (pytorch issue 180395): later blocks
     # leak, and calls of the two streams may share memory.
     survives_failed_capture = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
-    has_second_queue = True
     prefers_packed = False
 
-    def __init__(self, device: torch.device, *, share: float = WHOLE) -> None:
+    def __init__(self, device: torch.device, *, share: float = WHOLE, features: Features = Features()) -> None:
         """`share`, 0..1, is the fraction of device memory that this process may use, CUDA graphs included."""
         self.torch_device = device
+        self.can_capture = features.captures
+        self.has_second_queue = features.second_queue
         self._share = share
         if share < WHOLE:  # the engine plans for this limit; torch enforces it, in case a prediction was wrong
             total = torch.cuda.mem_get_info(device)[1]
@@ -231,6 +242,9 @@ class CudaDevice:
 
     @contextmanager
     def on_second_queue(self, *reads: Tensor) -> Iterator[None]:
+        if not self.has_second_queue:
+            yield
+            return
         # Without this wait, the second stream could also overwrite memory that the first stream has yet to read.
         self._second.wait_stream(torch.cuda.current_stream(self.torch_device))
         for tensor in reads:
@@ -279,6 +293,9 @@ class CudaDevice:
 
     def require_usable(self, error: Exception) -> None:
         _require_usable(self.torch_device, error)
+
+    def restricted(self, features: Features) -> Device:
+        return CudaDevice(self.torch_device, share=self._share, features=features)
 
     def use(self) -> DeviceUse:
         device = self.torch_device
