@@ -144,7 +144,8 @@ def make_requests(model: Sa3Model) -> list[GenerationRequest]:
     frame_s = model.spec.hop / model.spec.card.sample_rate_hz
     init = {"init_audio": make_clip(model, 20.3, seed=1), "init_noise_level": 0.5}
     regions = ((3.2 * frame_s, 8 * frame_s), (15 * frame_s, 99 * frame_s))
-    edit = {"inpaint_audio": make_clip(model, 30, seed=2), "inpaint_regions_s": regions}
+    # The plain implementation returns what the model made, also outside the regions.
+    edit = {"inpaint_audio": make_clip(model, 30, seed=2), "inpaint_regions_s": regions, "keep": "model"}
     strong = {"cfg_scale": 5.0, "negative_prompt": PROMPTS[2]}
     partly = {**strong, "cfg_interval": (0.3, 0.9)}
     fields: list[dict[str, Any]] = [
