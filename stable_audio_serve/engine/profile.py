@@ -54,6 +54,10 @@ class Profile:
         """`accelerated` if any feature is on, else `plain`."""
         return "plain" if self.features == PLAIN else "accelerated"
 
+    def __str__(self) -> str:
+        """The name, and the reason if there is one."""
+        return f"{self.name}: {self.reason}" if self.reason else self.name
+
 
 async def prove(
     make: Callable[[Features, Mode], Generator], features: Features, *, spec: ModelSpec, mode: Mode

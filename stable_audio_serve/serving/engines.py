@@ -16,6 +16,7 @@ from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.engine.hardware.device import Device, open_device
 from stable_audio_serve.engine.hardware.share import WHOLE, require_share
+from stable_audio_serve.engine.options import Features
 from stable_audio_serve.models.families import find_files, load_model, resolve_device
 from stable_audio_serve.models.precision import resolve_decode_precision
 from stable_audio_serve.models.registry import ModelEntry
@@ -109,6 +110,8 @@ def engine_options(model: ModelSettings, *, threads: int | None) -> EngineOption
         torch_threads=threads,
         max_step_tokens=engine.max_step_tokens,
         slots=engine.slots,
+        profile=engine.profile,
+        features=Features(**engine.features),
         captures_off_file=_CAPTURES_OFF.expanduser(),
         warmup_budget_s=engine.warmup_budget_s,
     )
