@@ -171,6 +171,7 @@ class Provenance:
     threads: int | None = None
     slots: int | None = None
     is_compiled: bool = False
+    profile: str | None = None  # of the engine's speed features on a GPU: plain or accelerated
     transformers: str | None = None
     steps: int | None = None
     cfg_scale: float | None = None

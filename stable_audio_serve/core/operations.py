@@ -15,15 +15,16 @@ DrainState = Literal["no", "draining", "drained"]
 class ReplicaReport:
     """The last report of one replica, `age_s` seconds old. Values that the replica did not report are None.
 
-    `in_flight` is the number of unfinished requests, and `backlog_s` their predicted device time. `rows_per_step` is
-    the mean number of variations in a denoising step over the last ten seconds. `finished_per_minute` is the number of
-    requests that finished in the minute before the report.
+    `profile` names the engine's profile, and why it is plain. `in_flight` is the number of unfinished requests, and
+    `backlog_s` their predicted device time. `rows_per_step` is the mean number of variations in a denoising step over
+    the last ten seconds. `finished_per_minute` is the number of requests that finished in the minute before the report.
     """
 
     id: str
     age_s: float
     device: str | None = None
     dtype: str | None = None
+    profile: str | None = None
     in_flight: int | None = None
     backlog_s: float | None = None
     rows_per_step: float | None = None

@@ -60,6 +60,13 @@ class EngineSettings(Section):
         le=128,
         description="Rows per call in strict mode on CUDA; guidance takes two rows. Unused rows cost time.",
     )
+    profile: Literal["auto", "plain", "accelerated"] = Field(
+        "auto",
+        description="Speed features on a GPU: plain = none, accelerated = all, auto = all if a check at start passes.",
+    )
+    features: dict[Literal["captures", "second_queue", "packing", "fast_decoding"], bool] = Field(
+        {}, description="Speed features to switch off on a GPU, such as {captures: off}; see the page on operation."
+    )
     warmup_budget_s: float = Field(
         2.0, ge=0, le=3600, description="Time for measuring speed before the first request, seconds; 0 = none."
     )

@@ -2,24 +2,52 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from functools import partial
 
 import torch
 
 from stable_audio_serve.core.settings import ModelSettings, Settings
+from stable_audio_serve.engine import Engine
+from stable_audio_serve.engine.options import PLAIN, Features
+from stable_audio_serve.serving.engines import load_engine
 
 # A feature's name, and a function that tries it alone on the device and returns the measured agreement with the plain
 # path. The function raises if the feature fails or differs.
 Feature = tuple[str, Callable[[], str]]
 
 
-def chosen_profile(settings: Settings, device: torch.device) -> tuple[str, str]:
-    """Return the profile of a replica on this device, and the reason."""
+def chosen_profile(model: ModelSettings, device: torch.device) -> tuple[str, str]:
+    """Return the profile of a replica of a model on this device, and the reason."""
     if device.type != "cuda":
         return "plain", "no GPU"
-    return "auto", "decided when the replica starts"
+    if model.engine.profile != "auto":
+        return model.engine.profile, "the setting engine.profile"
+    return "auto", "decided by the check when the replica starts; --features runs it now"
 
 
 def accelerated_features(settings: Settings, model: ModelSettings, *, device: torch.device) -> Sequence[Feature]:
     """Return the features that can be tried alone with this model; none on a device without CUDA."""
-    return ()
+    if device.type != "cuda":
+        return ()
+
+    def try_alone(feature: str) -> str:
+        only = replace(PLAIN, **{feature: True})
+        tried = model.engine.model_copy(
+            update={"profile": "auto", "features": {each.name: getattr(only, each.name) for each in fields(Features)}}
+        )
+        engine = load_engine(settings, model.model_copy(update={"engine": tried}))
+        asyncio.run(_start(engine))
+        if engine.profile.features != only:
+            raise ValueError(engine.profile.reason)
+        return "agrees with the plain path"
+
+    return [(each.name, partial(try_alone, each.name)) for each in fields(Features)]
+
+
+async def _start(engine: Engine) -> None:
+    """Start an engine, which checks its profile, and close it."""
+    async with engine:
+        pass

@@ -81,7 +81,7 @@ class ModelChecks:
 
     def profile(self) -> Iterator[Finding]:
         """Name the profile of the model's replicas, and why."""
-        profile, reason = chosen_profile(self._settings, self._device)
+        profile, reason = chosen_profile(self._model, self._device)
         yield Finding(f"{self.name}: profile", "ok", f"{profile} ({reason})")
 
     def speed(self) -> Iterator[Finding]:

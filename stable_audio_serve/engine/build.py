@@ -26,7 +26,7 @@ from stable_audio_serve.engine.hardware.device import Device
 from stable_audio_serve.engine.hardware.share import MemoryPlan, plan_memory
 from stable_audio_serve.engine.hardware.threads import plain_threads, steady_threads
 from stable_audio_serve.engine.loop import EngineLoop
-from stable_audio_serve.engine.options import EngineOptions
+from stable_audio_serve.engine.options import EngineOptions, Features
 from stable_audio_serve.engine.prediction import Predictor
 from stable_audio_serve.engine.scheduling.batching import (
     BatchPolicy,
@@ -125,6 +125,7 @@ def build_parts(
     options: EngineOptions,
     *,
     device: Device,
+    features: Features,
     mode: Mode,
     admission: Admission,
     noise_factory: Callable[[int], NoiseSource],
@@ -143,7 +144,7 @@ def build_parts(
         device=device,
         is_strict=mode == "strict",
         cost=cost,
-        policy=policy or _own_policy(model.spec, options, device=device, cost=cost),
+        policy=policy or _own_policy(model.spec, options, features=features, device=device, cost=cost),
         bounds=plan_memory(
             device.memory(), max_rows_bytes=options.max_memory_bytes, prompt_cache_bytes=options.prompt_cache_bytes
         ),
@@ -153,14 +154,16 @@ def build_parts(
     return builder.build(admission, noise_factory)
 
 
-def _own_policy(spec: ModelSpec, options: EngineOptions, *, device: Device, cost: CostModel) -> BatchPolicy:
+def _own_policy(
+    spec: ModelSpec, options: EngineOptions, *, features: Features, device: Device, cost: CostModel
+) -> BatchPolicy:
     return resolve_policy(
         options,
         device,
         cost=cost,
         pads_rows=spec.pads_rows,
         packs_rows=spec.packs_rows,
-        packed=PackedShapes(spec.num_prefix, spec.max_frames) if spec.packs_segments else None,
+        packed=PackedShapes(spec.num_prefix, spec.max_frames) if spec.packs_segments and features.packing else None,
     )
 
 
@@ -245,9 +248,11 @@ class _Builder:
             self.policy,
             device=self.device,
             max_per_call=self._max_prompts,
+            is_strict=self.is_strict,
             clock=self.clock,
             metrics=self.metrics,
             max_capture_bytes=self.bounds.captures,
+            captures_off_file=self.options.captures_off_file,
         )
         return Stages(
             self.model,

@@ -23,6 +23,7 @@ from stable_audio_serve.core.generation import (
     GenerationRequest,
     GenerationResult,
     Loaded,
+    Mode,
     Priority,
     ProgressCallback,
 )
@@ -33,13 +34,14 @@ from stable_audio_serve.engine.build import build_parts, resolve_mode
 from stable_audio_serve.engine.calls.request_state import UNAVAILABLE, Reply, RequestState, deadline_error
 from stable_audio_serve.engine.calls.rows import row_work
 from stable_audio_serve.engine.hardware.device import Device, open_device
-from stable_audio_serve.engine.options import EngineOptions
+from stable_audio_serve.engine.options import PLAIN, EngineOptions, Features
 from stable_audio_serve.engine.planner import Planner
 from stable_audio_serve.engine.prediction import PriceList
+from stable_audio_serve.engine.profile import Profile, prove
 from stable_audio_serve.engine.provenance import complete_provenance, describe_engine, require_checkpoint
 from stable_audio_serve.engine.scheduling.batching import BatchPolicy
 from stable_audio_serve.engine.thread import EngineHeartbeat
-from stable_audio_serve.models.protocol import DiffusionModel, ModelSpec, RowPlan
+from stable_audio_serve.models.protocol import DiffusionModel, ModelSpec, RowPlan, SwitchableDecoder
 from stable_audio_serve.sampling.noise import NoiseSource, SeededNoise
 
 _STOP_TIMEOUT_S = 30.0  # how long `close` waits at most for the thread to finish its current denoising step
@@ -70,33 +72,19 @@ class Engine:
         the options and the device; `device` None means the model's device. `loaded` becomes part of each result.
         """
         self._model = model
-        self._device = device or open_device(model.device, clock=clock)
+        self._options = options
+        self._whole_device = device or open_device(model.device, clock=clock)
         self._clock = clock
         self._metrics = metrics
         self._noise_factory = noise_factory
-        self.mode = resolve_mode(options, self._device)
+        self._policy = policy
+        self.mode = resolve_mode(options, self._whole_device)
         if self.mode == "strict" and model.spec.is_compiled:
             message = "compile cannot be used in strict mode, in which a row's bytes must not depend on a call's shape"
             raise ConfigError(message, field="compile", allowed="mode: fast")
-        self._provenance = describe_engine(model.spec, options, device=model.device, mode=self.mode, loaded=loaded)
+        self._loaded = loaded
         self._admission = Admission(options.max_queue_s, batch_share=options.batch_share, clock=clock)
-        parts = build_parts(
-            model,
-            options,
-            device=self._device,
-            mode=self.mode,
-            admission=self._admission,
-            noise_factory=noise_factory,
-            policy=policy,
-            clock=clock,
-            metrics=metrics,
-        )
-        self.memory = parts.memory
-        self._thread = parts.thread
-        self._inbox = parts.inbox
-        self._predictor = parts.predictor
-        self._noise_pools = parts.noise_pools
-        self._price_list = PriceList(model, self._predictor)
+        self._assemble(_configured_profile(options, self._whole_device))
         self._planners: dict[Priority, Planner] = {
             priority: Planner(
                 model, num_threads=options.planning_threads, max_pending=options.max_planning, clock=clock
@@ -105,10 +93,64 @@ class Engine:
         }
         self._start_lock = threading.Lock()
         self._is_started = False
+        self._is_proved = False
         self._is_closing = False
         self._num_in_flight = 0
         self._request_ids = count()
+        self._proving = asyncio.Lock()
+
+    def _assemble(self, profile: Profile) -> None:
+        """Build everything that runs on the engine thread. Must not be called once the thread has started."""
+        self.profile = profile
+        self._device = self._whole_device.restricted(profile.features)
+        self._provenance = describe_engine(
+            self._model.spec,
+            self._options,
+            device=self._model.device,
+            mode=self.mode,
+            loaded=self._loaded,
+            profile=profile.name,
+        )
+        parts = build_parts(
+            self._model,
+            self._options,
+            device=self._device,
+            features=profile.features,
+            mode=self.mode,
+            admission=self._admission,
+            noise_factory=self._noise_factory,
+            policy=self._policy,
+            clock=self._clock,
+            metrics=self._metrics,
+        )
+        self.memory = parts.memory
+        self._thread = parts.thread
+        self._inbox = parts.inbox
+        self._predictor = parts.predictor
+        self._noise_pools = parts.noise_pools
+        self._price_list = PriceList(self._model, self._predictor)
         weakref.finalize(self, self._thread.stop, timeout_s=_EXIT_TIMEOUT_S)
+
+    async def _prove(self) -> None:
+        """Check the profile once, before the engine thread starts. Other engines of this model run meanwhile."""
+        async with self._proving:
+            if self._is_started or self._is_proved:
+                return
+            if self._options.profile == "auto" and not self._whole_device.is_proved:
+                profile = await prove(self._sibling, self.profile.features, spec=self.spec, mode=self.mode)
+                if profile != self.profile:
+                    self._assemble(profile)
+            if isinstance(self._model, SwitchableDecoder):
+                self._model.decode_exactly(not self.profile.features.fast_decoding and not self._whole_device.is_proved)
+            self._metrics.gauge("engine_profile", 1.0, profile=self.profile.name)
+            self._is_proved = True
+
+    def _sibling(self, features: Features, mode: Mode) -> Engine:
+        """Return another engine of this model, which is not checked."""
+        options = replace(
+            self._options, mode=mode, profile="accelerated", features=features, warmup_budget_s=0.0, max_queue_s=1e6
+        )
+        return Engine(self._model, options, clock=self._clock, device=self._whole_device, loaded=self._loaded)
 
     async def start(self) -> None:
         """Start the engine thread and wait for its warm-up.
@@ -116,6 +158,7 @@ class Engine:
         Raises ModelUnavailableError if the warm-up fails or the engine is closed, and ConfigError if the device memory
         left to the engine is too small for even the shortest request.
         """
+        await self._prove()
         self._ensure_started()
         if self._is_closing:
             raise ModelUnavailableError(UNAVAILABLE)
@@ -162,6 +205,8 @@ class Engine:
         after the current step. Raises InvalidRequestError, OverloadedError, DeadlineExceededError, GenerationError, or
         ModelUnavailableError.
         """
+        if not self._is_proved:
+            await self._prove()
         self._ensure_started()
         if self._is_closing:
             raise ModelUnavailableError(UNAVAILABLE)
@@ -269,6 +314,14 @@ class Engine:
             if not self._is_started and not self._is_closing:
                 self._is_started = True
                 self._thread.start()
+
+
+def _configured_profile(options: EngineOptions, device: Device) -> Profile:
+    if device.is_proved:
+        return Profile(PLAIN, f"the device {device.torch_device.type} has no speed features")
+    if options.profile == "plain":
+        return Profile(PLAIN, "engine.profile is plain")
+    return Profile(options.features)
 
 
 def _keep_source(result: GenerationResult, request: GenerationRequest, *, plan: RowPlan) -> GenerationResult:

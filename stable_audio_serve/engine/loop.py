@@ -30,7 +30,7 @@ from stable_audio_serve.engine.calls.request_state import (
 )
 from stable_audio_serve.engine.calls.rows import Decoding, Encoding, Failures, Row, Stepping, Waiting
 from stable_audio_serve.engine.calls.stages import Stages
-from stable_audio_serve.engine.hardware.device import DEVICE_LOST
+from stable_audio_serve.engine.hardware.device import DeviceLostError
 from stable_audio_serve.engine.prediction import Predictor
 from stable_audio_serve.engine.scheduling.memory import RowMemory
 from stable_audio_serve.engine.scheduling.scheduler import RowId, Scheduler
@@ -78,16 +78,17 @@ class EngineLoop:
         self._report_positions()
         ids = self._scheduler.pick(use_second_queue=self._stages.second_queue_has_room) or self._scheduler.pick()
         picked = [self._rows[row_id] for row_id in ids]
-        if not picked:
-            return self._deliver(wait=True) or self._stages.capture(is_idle=True)
         try:
+            if not picked:
+                return self._deliver(wait=True) or self._stages.capture(is_idle=True)
             self._work(picked)
-        except DEVICE_LOST:
+            self._deliver()
+        except DeviceLostError:
             raise
         except Exception as error:
             log.exception("a turn of the engine failed")
-            self._fail([(row, error) for row in picked])
-        self._deliver()
+            self._stages.require_usable(error)
+            self._fail([(row, error) for row in picked or self._rows.values()])
         self._report(picked)
         return True
 

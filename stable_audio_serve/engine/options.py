@@ -3,9 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
 
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.generation import Mode
+
+ProfileChoice = Literal["auto", "plain", "accelerated"]
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """The speed features of an engine on a GPU. Each can be switched off by itself."""
+
+    captures: bool = True  # CUDA graphs
+    second_queue: bool = True  # text, sources and decoding in a second CUDA stream
+    packing: bool = True  # clips of different lengths in one call without padding, in fast mode
+    fast_decoding: bool = True  # the configured `decode_precision`; off: float32
+
+
+PLAIN = Features(captures=False, second_queue=False, packing=False, fast_decoding=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +36,9 @@ class EngineOptions:
     """
 
     mode: Mode | None = None
+    # On a GPU: plain uses none of `features`, accelerated uses them, auto uses them once they have proved right.
+    profile: ProfileChoice = "auto"
+    features: Features = Features()
     max_rows: int = 64  # clips in progress at the same time; at most three quarters of them have batch priority
     max_queue_s: float = 120.0  # accepted work in seconds of predicted device time; further requests are refused
     batch_share: float = 0.125  # device time for batch requests, relative to the time for interactive ones
@@ -33,11 +53,15 @@ class EngineOptions:
     planning_threads: int = 1  # for each priority, the number of threads that plan requests
     max_planning: int = 1024  # for each priority, the most requests that wait for these threads or are being planned
     torch_threads: int | None = None  # threads of an operation on a CPU; None: torch's default
+    captures_off_file: Path | None = None  # exists after a failed capture has ended a process; then none are made
     warmup_budget_s: float = 2.0  # for the timed calls of the warm-up, not the first of each kind; 0: no warm-up
 
     def __post_init__(self) -> None:
         if self.mode not in (None, "strict", "fast"):
             raise ConfigError(f"engine mode {self.mode!r} is unknown", field="mode", allowed="strict, fast")
+        if self.profile not in get_args(ProfileChoice):
+            allowed = ", ".join(get_args(ProfileChoice))
+            raise ConfigError(f"engine profile {self.profile!r} is unknown", field="profile", allowed=allowed)
         least = {"slots": 2, "max_rows": 2}  # a guided clip takes two slots; each priority needs one clip in progress
         whole = ("max_rows", "max_step_tokens", "slots", "planning_threads", "max_planning")
         for name in (*whole, "frame_grid", "max_memory_bytes", "torch_threads"):

@@ -32,7 +32,7 @@ def name_processor(device: torch.device) -> str:
 
 
 def describe_engine(
-    spec: ModelSpec, options: EngineOptions, *, device: torch.device, mode: Mode, loaded: Loaded
+    spec: ModelSpec, options: EngineOptions, *, device: torch.device, mode: Mode, loaded: Loaded, profile: str
 ) -> Provenance:
     """Return the provenance that is common to all requests of an engine."""
     is_cpu, is_fast = device.type == "cpu", mode == "fast"
@@ -48,6 +48,7 @@ def describe_engine(
         threads=(options.torch_threads or torch.get_num_threads()) if depends_on_threads else None,
         slots=None if is_cpu or is_fast else options.slots,
         is_compiled=spec.is_compiled,
+        profile=None if is_cpu else profile,
         transformers=version("transformers"),
     )
 

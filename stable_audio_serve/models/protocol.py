@@ -322,21 +322,9 @@ class DiffusionModel(Protocol):
 
 
 @runtime_checkable
-class TokenModel(Protocol):
-    """A model whose `encode_text` also exists in two parts: `tokenize` on the host, `embed_tokens` on the device."""
+class SwitchableDecoder(Protocol):
+    """A model whose decoder can use float32 matrix products in place of the configured precision."""
 
-    @property
-    def text_size(self) -> tuple[int, int]:
-        """Returns the number of tokens per prompt, padding included, and the width of a token's embedding."""
-        ...
-
-    def tokenize(self, prompts: Sequence[str]) -> PromptTokens:
-        """Returns the prompts' tokens, truncated or padded to the number in `text_size`."""
-        ...
-
-    def embed_tokens(self, ids_and_mask: Tensor) -> Tensor:
-        """Returns embeddings (prompts, tokens, width) float32 of token ids and their mask (prompts, 2, tokens).
-
-        Both are on the device. The embeddings of a prompt do not depend on the other prompts.
-        """
+    def decode_exactly(self, is_exact: bool) -> None:
+        """Decode with float32 products from now on, or again with the configured precision."""
         ...

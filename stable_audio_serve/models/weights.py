@@ -47,8 +47,11 @@ def resolve_dtype(device: torch.device, dtype: str | torch.dtype | None, *, cpu_
 def require_exact_float32() -> None:
     """Turn off, for the whole process, TF32 and half-precision sums in CUDA's convolutions and matrix products.
 
-    TF32 has 10 bits of precision, too few for the bounds of this project's parity checks.
+    TF32 has 10 bits of precision, too few for the bounds of this project's parity checks. cuDNN's attention is off as
+    well, in every precision: torch prefers it on Hopper and newer GPUs, where each new shape costs a plan of 0.1 to
+    0.4 s on the host and results can be wrong (pytorch issue 193893).
     """
+    torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False

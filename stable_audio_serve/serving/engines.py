@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -15,6 +16,7 @@ from stable_audio_serve.core.settings import ModelSettings, Settings
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.engine.hardware.device import Device, open_device
 from stable_audio_serve.engine.hardware.share import WHOLE, require_share
+from stable_audio_serve.engine.options import Features
 from stable_audio_serve.models.families import find_files, load_model, resolve_device
 from stable_audio_serve.models.precision import resolve_decode_precision
 from stable_audio_serve.models.registry import ModelEntry
@@ -24,6 +26,9 @@ from stable_audio_serve.serving.cores import choose_threads
 from stable_audio_serve.serving.placement import model_entry
 
 logger = logging.getLogger(__name__)
+
+# Torch's version is in the name: another version may not have the error.
+_CAPTURES_OFF = Path(f"~/.cache/stable-audio-serve/captures-off-torch-{torch.__version__}")
 
 
 def load_engine(
@@ -105,6 +110,9 @@ def engine_options(model: ModelSettings, *, threads: int | None) -> EngineOption
         torch_threads=threads,
         max_step_tokens=engine.max_step_tokens,
         slots=engine.slots,
+        profile=engine.profile,
+        features=Features(**engine.features),
+        captures_off_file=_CAPTURES_OFF.expanduser(),
         warmup_budget_s=engine.warmup_budget_s,
     )
 

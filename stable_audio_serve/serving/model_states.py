@@ -63,6 +63,7 @@ class ReplicaStats:
 
     device: str
     dtype: str
+    profile: str
     in_flight: int
     rows_per_step: float | None
     finished_per_minute: int
@@ -125,6 +126,7 @@ def _report(name: str, stats: Mapping[str, Any], *, age_s: float) -> ReplicaRepo
         age_s,
         device=stats.get("device"),
         dtype=stats.get("dtype"),
+        profile=stats.get("profile"),
         in_flight=stats.get("in_flight"),
         backlog_s=None if backlog_ms is None else float(backlog_ms) / 1000.0,
         rows_per_step=None if rows is None else float(rows),

@@ -64,7 +64,10 @@ class ModelReplica:
             # the message is at the top.
             raise ModelUnavailableError(error.message) from type(error)(error.message)
         stages = " ".join(f"{name}_s={seconds:.2f}" for name, seconds in self._start_s.items())
-        logger.info("model ready: model=%s device=%s %s", model.name, self._engine.device, stages)
+        profile = self._engine.profile
+        logger.info(
+            "model ready: model=%s device=%s profile=%s %s", model.name, self._engine.device, profile.name, stages
+        )
 
     async def _start(self, settings: Settings, model: ModelSettings) -> tuple[Engine, ModelQuality]:
         with self._stage("import"):
@@ -167,6 +170,7 @@ class ModelReplica:
         stats = ReplicaStats(
             device=str(self._engine.device),
             dtype=self._engine.dtype,
+            profile=str(self._engine.profile),
             in_flight=self._outcomes["in_flight"],
             rows_per_step=self._meter.rows_per_step,
             finished_per_minute=int(self._finished.total),

@@ -53,6 +53,7 @@ class GraphCounts(NullMetrics):
     def __init__(self) -> None:
         self.graphs: Counter[str] = Counter()
         self.misses: Counter[str] = Counter()
+        self.num_off = 0  # how often captures were switched off
         self._changed = Condition()
 
     async def are_captured(self, *kinds: str) -> bool:
@@ -77,5 +78,7 @@ class GraphCounts(NullMetrics):
 
     def increment(self, name: str, value: float = 1.0, **labels: str) -> None:
         super().increment(name, value, **labels)
+        if name == "engine_captures_off":
+            self.num_off += 1
         if name == "engine_graph_misses":
             self.misses[labels["kind"]] += int(value)

@@ -410,16 +410,27 @@ async def test_planning_failure_is_a_generation_error() -> None:
         await Engine(Broken(), EngineOptions(torch_threads=1, warmup_budget_s=0.0)).generate(make_request())
 
 
-@pytest.mark.skipif(not hasattr(torch, "AcceleratorError"), reason="this torch cannot tell a lost device")
-async def test_lost_device_fails_all_requests_and_the_health_check() -> None:
+@pytest.mark.parametrize("is_lost", [True, False])
+async def test_only_a_lost_device_ends_the_engine(monkeypatch: pytest.MonkeyPatch, is_lost: bool) -> None:
+    """After a failed launch the device still answers, and only the rows of that call fail."""
+
     def on_call(name: str, items: Sequence[object]) -> None:
         if name == "denoise":
-            raise torch.AcceleratorError("the device is gone")
+            raise torch.AcceleratorError("launch failed")
 
+    def synchronize(device: torch.device) -> None:
+        if is_lost:
+            raise torch.AcceleratorError("launch failed")
+
+    monkeypatch.setattr(torch.accelerator, "synchronize", synchronize)
     async with make_engine(on_call) as engine:
         engine.check_health()
         outcomes = await asyncio.gather(*map(engine.generate, make_varied_requests()), return_exceptions=True)
-        assert all(isinstance(outcome, ModelUnavailableError) for outcome in outcomes)
+        expected = ModelUnavailableError if is_lost else GenerationError
+        assert all(isinstance(outcome, expected) for outcome in outcomes)
+        if not is_lost:
+            engine.check_health()
+            return
         await until(lambda: not engine.heartbeat().is_alive)
         with pytest.raises(ModelUnavailableError):
             engine.check_health()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
 from stable_audio_serve.engine.hardware import graphs as graphs_module
+from stable_audio_serve.engine.hardware.device import DeviceLostError
 from stable_audio_serve.engine.hardware.graphs import CallMemory, Graphs, Kind
 from tests.engine.capturing import GraphCounts, RecordingDevice
 from tests.factories import FakeClock
@@ -33,10 +35,11 @@ class AnyShape:
 class Bench:
     """The graphs of a fake device whose captures take time. `taken_ms` has the time of each capture, by size."""
 
-    def __init__(self) -> None:
+    def __init__(self, off_file: Path | None = None) -> None:
         self.clock, self.metrics = FakeClock(), GraphCounts()
         self.taken_ms: dict[int, float] = {}
-        self.graphs = Graphs(_SlowDevice(self.clock), clock=self.clock, metrics=self.metrics)
+        self.device = _SlowDevice(self.clock)
+        self.graphs = Graphs(self.device, clock=self.clock, metrics=self.metrics, off_file=off_file)
 
     def run(self, shape: AnyShape, memory: CallMemory) -> None:
         self.taken_ms[shape.size] = RATE_MS * shape.size
@@ -110,14 +113,14 @@ def test_captures_take_a_tenth_of_the_time_while_rows_wait() -> None:
 def test_capture_times_are_kept_per_kind() -> None:
     bench = Bench()
     bench.ask(100, times=2)
-    bench.ask(100, times=3, kind="text")
+    bench.ask(100, times=3, kind="decode")
     assert bench.capture_all() == [100]
-    bench.graphs.forget("text")
+    bench.graphs.forget("decode")
     assert bench.ask(100) == [True]
-    assert bench.ask(100, kind="text") == [False]
+    assert bench.ask(100, kind="decode") == [False]
     assert (bench.metrics.graphs, bench.metrics.misses) == (
-        {"denoise": 1, "text": 0},
-        {"denoise": 2, "text": 4},
+        {"denoise": 1, "decode": 0},
+        {"denoise": 2, "decode": 4},
     )
 
 
@@ -146,17 +149,49 @@ def test_calls_of_a_kind_share_their_memory() -> None:
     assert small.memory.inputs.data_ptr() == large.memory.inputs.data_ptr()
 
 
-def test_a_failed_capture_is_not_repeated() -> None:
+def fail(shape: AnyShape, memory: CallMemory) -> None:
+    raise torch.OutOfMemoryError("no room for this capture")
+
+
+def test_after_a_failed_capture_no_call_is_captured() -> None:
     bench = Bench()
+    bench.ask(100, times=2)
+    bench.capture_all()
+    for _ in range(2):
+        bench.graphs.find(AnyShape(300), fail)
+    assert bench.graphs.capture_next(is_idle=True)
+    bench.ask(200, times=5)
+    assert bench.capture_all() == []
+    assert bench.ask(100) == [True]  # earlier captures are still used
+    assert "no room" in bench.graphs.off_reason
 
-    def fail(shape: AnyShape, memory: CallMemory) -> None:
-        bench.taken_ms[len(bench.taken_ms)] = 0.0
-        raise ValueError("not like this")
 
-    for _ in range(5):
-        bench.graphs.find(AnyShape(100), fail)
-        bench.graphs.capture_next(is_idle=True)
-    assert len(bench.taken_ms) == 1
+def test_no_memory_for_a_capture_is_a_failed_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*sizes: int, **options: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("the device is full")
+
+    bench = Bench()
+    bench.ask(100, times=2)
+    monkeypatch.setattr(torch, "zeros", refuse)
+    assert bench.graphs.capture_next(is_idle=True)
+    assert "the device is full" in bench.graphs.off_reason
+
+
+def test_a_torch_that_a_failed_capture_spoils_is_replaced_once(tmp_path: Path) -> None:
+    """The first process ends. The process that replaces it captures nothing."""
+    off_file = tmp_path / "cache" / "captures-off"
+
+    def process() -> Bench:
+        bench = Bench(off_file)
+        bench.device.survives_failed_capture = False
+        for _ in range(2):
+            bench.graphs.find(AnyShape(300), fail)
+        return bench
+
+    with pytest.raises(DeviceLostError, match="does not survive"):
+        process().graphs.capture_next(is_idle=True)
+    assert not process().graphs.capture_next(is_idle=True)
+    assert str(off_file) in process().graphs.off_reason
 
 
 def test_old_uses_of_a_shape_weigh_less(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,7 +120,9 @@ def test_a_recipe_names_the_threads_if_bytes_depend_on_them(
 ) -> None:
     monkeypatch.setattr(provenance, "is_amd", lambda: is_made_by_amd)
     model, options = loaded("tiny-s"), EngineOptions(mode="strict", torch_threads=3)
-    described = provenance.describe_engine(model.spec, options, device=model.device, mode="strict", loaded=Loaded())
+    described = provenance.describe_engine(
+        model.spec, options, device=model.device, mode="strict", loaded=Loaded(), profile="plain"
+    )
     assert described.threads == threads
 
 

@@ -102,7 +102,9 @@ def test_an_engine_serves_a_compiled_model_in_fast_mode(tmp_path: Path) -> None:
     model = compile_layers(load("sharp-s"), folder=tmp_path, backend=TRACED)
 
     async def generate(served: DiffusionModel) -> Tensor:
-        async with Engine(served, EngineOptions(mode="fast", warmup_budget_s=0.1)) as engine:
+        # With a memory limit, as on a GPU, the engine first measures the memory that the model's calls take.
+        options = EngineOptions(mode="fast", warmup_budget_s=0.1, max_memory_bytes=2 * 10**9)
+        async with Engine(served, options) as engine:
             request = GenerationRequest(prompt="a bell", duration_s=0.5, seed=3, batch_size=2)
             return torch.from_numpy((await engine.generate(request)).audio[1])
 

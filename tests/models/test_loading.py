@@ -261,9 +261,11 @@ def test_parts_that_do_not_fit_are_refused_when_loading(folder: Path) -> None:
     assert "model.pretransform.config describes parts that do not fit each other" in failure(folder)
 
 
-def test_loading_disables_rounded_float32(folder: Path) -> None:
+def test_loading_disables_rounded_float32_and_cudnn_attention(folder: Path) -> None:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cuda.enable_cudnn_sdp(True)
     load(folder)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32
 

@@ -13,11 +13,13 @@ from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.settings import EngineSettings, Settings
 from stable_audio_serve.core.settings_sources import load_settings
 from stable_audio_serve.engine import EngineOptions
+from stable_audio_serve.engine.options import Features
 from stable_audio_serve.serving.engines import engine_options
 from stable_audio_serve.serving.serve_file import read_serve_file
 
 # Every key of `engine:` -> a valid value that is not the default, and values that are out of range.
-ENGINE_KEYS: dict[str, tuple[float, tuple[float, ...]]] = {
+ENGINE_KEYS: dict[str, tuple[object, tuple[object, ...]]] = {
+    "profile": ("plain", ("fast", None)),
     "max_step_tokens": (4096, (0, 63, 2**21)),
     "slots": (4, (0, 1, 129)),
     "warmup_budget_s": (0.0, (-1, float("nan"))),
@@ -41,7 +43,15 @@ def options_of(folder: Path, model: dict[str, Any]) -> EngineOptions:
 
 
 def test_every_engine_key_is_tested() -> None:
-    assert ENGINE_KEYS.keys() == EngineSettings.model_fields.keys()
+    assert ENGINE_KEYS.keys() | {"features"} == EngineSettings.model_fields.keys()
+
+
+def test_features_are_switched_off_by_name(tmp_path: Path) -> None:
+    assert options_of(tmp_path, {}).features == Features()
+    switched_off = options_of(tmp_path, {"engine": {"features": {"captures": False, "packing": False}}})
+    assert switched_off.features == Features(captures=False, packing=False)
+    with pytest.raises(ConfigError, match=r"models\.0\.engine\.features\.speed"):
+        options_of(tmp_path, {"engine": {"features": {"speed": False}}})
 
 
 @pytest.mark.parametrize("knob", ENGINE_KEYS)
@@ -62,11 +72,11 @@ def test_model_keys_reach_the_engine(tmp_path: Path, key: str, value: object) ->
 
 def test_defaults_are_those_of_the_engine() -> None:
     settings, options = EngineSettings(), EngineOptions()
-    assert {name: getattr(options, name) for name in ENGINE_KEYS} == settings.model_dump()
+    assert {name: getattr(options, name) for name in ENGINE_KEYS} == settings.model_dump(exclude={"features"})
 
 
 @pytest.mark.parametrize(("knob", "value"), [(knob, value) for knob, (_, bad) in ENGINE_KEYS.items() for value in bad])
-def test_value_out_of_range_is_refused_by_name(tmp_path: Path, knob: str, value: float) -> None:
+def test_value_out_of_range_is_refused_by_name(tmp_path: Path, knob: str, value: object) -> None:
     with pytest.raises(ConfigError, match=rf"models\.0\.engine\.{knob}: Input should be "):
         settings_of(tmp_path, {"engine": {knob: value}})
 

@@ -36,6 +36,7 @@ class Replica(BaseModel):
     id: str
     device: str | None
     dtype: str | None = Field(description="Precision of the denoiser.")
+    profile: str | None = Field(description="Of the engine's speed features: accelerated, or plain and the reason.")
     requests: int | None = Field(description="In it now, waiting or at work.")
     backlog_s: float | None = Field(description="Predicted device time of what it has accepted, seconds.")
     rows_per_step: float | None = Field(

@@ -104,6 +104,7 @@ def _describe_replica(replica: ReplicaReport) -> schemas.Replica:
         id=replica.id,
         device=replica.device,
         dtype=replica.dtype,
+        profile=replica.profile,
         requests=replica.in_flight,
         backlog_s=replica.backlog_s,
         rows_per_step=replica.rows_per_step,

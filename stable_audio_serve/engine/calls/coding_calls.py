@@ -1,5 +1,5 @@
-"""Calls of the text encoder and the audio decoder. A call may replay a captured CUDA graph, which reads its inputs from
-fixed addresses. One decoder call decodes several windows (excerpts of latents) of equal length.
+"""Calls of the audio decoder, which decode several windows (excerpts of latents) of equal length. A call may replay a
+captured CUDA graph, which reads its inputs from fixed addresses.
 """
 
 from __future__ import annotations
@@ -15,81 +15,8 @@ from torch import Tensor
 from stable_audio_serve.engine.hardware.device import Device
 from stable_audio_serve.engine.hardware.graphs import CallMemory, Graphs, Kind
 from stable_audio_serve.engine.scheduling.call_shapes import GRAPH_ROWS
-from stable_audio_serve.models.protocol import DecodeWindow, DiffusionModel, TextEmbedding, TokenModel
+from stable_audio_serve.models.protocol import DecodeWindow, DiffusionModel
 from stable_audio_serve.sampling.noise import NoiseSource
-
-
-def captured_prompts(num_prompts: int) -> int:
-    """Return the batch size of the CUDA graph for this many prompts; 0 if there are too many for a graph."""
-    return GRAPH_ROWS[bisect_left(GRAPH_ROWS, num_prompts)] if num_prompts <= GRAPH_ROWS[-1] else 0
-
-
-@dataclass(frozen=True, slots=True)
-class TextShape:
-    """The shape of a text encoder call: `prompts` prompts of `tokens` tokens, `width` embedding values per token."""
-
-    prompts: int
-    tokens: int
-    width: int
-
-    @property
-    def kind(self) -> Kind:
-        return "text"
-
-    @property
-    def size(self) -> int:
-        return self.prompts * self.tokens
-
-    @property
-    def inputs(self) -> tuple[int, torch.dtype]:
-        return 2 * self.size, torch.int64
-
-    @property
-    def num_outputs(self) -> int:
-        return self.size * self.width
-
-    def ids_and_mask(self, inputs: Tensor) -> Tensor:
-        """Return token ids and mask as a view of the input memory: (prompts, 2, tokens)."""
-        return inputs.view(self.prompts, 2, self.tokens)
-
-    def embeddings(self, outputs: Tensor) -> Tensor:
-        """Return embeddings as a view of the output memory: (prompts, tokens, width) float32."""
-        return outputs.view(self.prompts, self.tokens, self.width)
-
-
-class TextCalls:
-    """Calls of one model's text encoder. Used by the engine thread only."""
-
-    def __init__(self, model: DiffusionModel, *, device: Device, graphs: Graphs) -> None:
-        self._model = model
-        self._device = device
-        self._graphs = graphs
-
-    def embed(self, prompts: Sequence[str]) -> list[TextEmbedding]:
-        """Embed the prompts in one call."""
-        model = self._model
-        if not isinstance(model, TokenModel):
-            return model.encode_text(prompts)
-        tokens = model.tokenize(prompts)
-        ids_and_mask, read = tokens.ids_and_mask, tokens.chars_read
-        if self._device.can_capture and (num_prompts := captured_prompts(len(prompts))):
-            shape = TextShape(num_prompts, *model.text_size)
-            if captured := self._graphs.find(shape, self._run):
-                buffer = self._device.host_buffer(shape.prompts, 2, shape.tokens, dtype=torch.int64)
-                buffer[: len(ids_and_mask)] = ids_and_mask
-                buffer[len(ids_and_mask) :] = 0  # the batch is filled up with empty prompts
-                on_device = shape.ids_and_mask(captured.memory.inputs)
-                on_device.copy_(buffer, non_blocking=True)
-                captured.replay()
-                embeddings = shape.embeddings(captured.memory.outputs)
-                return TextEmbedding.each(prompts, embeddings, mask=on_device[:, 1], chars_read=read)
-        on_device = self._device.upload(ids_and_mask)
-        return TextEmbedding.each(prompts, model.embed_tokens(on_device), mask=on_device[:, 1], chars_read=read)
-
-    def _run(self, shape: TextShape, memory: CallMemory) -> None:
-        assert isinstance(self._model, TokenModel)
-        shape.embeddings(memory.outputs).copy_(self._model.embed_tokens(shape.ids_and_mask(memory.inputs)))
-
 
 # Decoder calls with more latent frames are not captured as CUDA graphs. Such a call keeps the device busy so much
 # longer than the host needs to launch it that a graph saves no time, and the graph's memory would stay allocated.
@@ -187,7 +114,12 @@ class DecodeCalls:
             return model.decode(windows)
         self._write_inputs(windows, shape=shape, inputs=captured.memory.inputs)
         captured.replay()
-        return list(captured.memory.outputs.view(count, *shape.audio)[: len(windows)].clone())
+        replayed = captured.memory.outputs.view(count, *shape.audio)[: len(windows)].clone()
+        if captured.is_confirmed:
+            return list(replayed)
+        expected = model.decode(windows)
+        self._graphs.confirm(captured, replayed, expected=torch.stack(expected))
+        return expected
 
     def _run(self, shape: DecodeShape, memory: CallMemory) -> None:
         latents, *drawn = shape.read(memory.inputs)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import groupby
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -18,14 +19,14 @@ from torch import Tensor
 
 from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
-from stable_audio_serve.engine.calls.coding_calls import DecodeCalls, TextCalls
+from stable_audio_serve.engine.calls.coding_calls import DecodeCalls
 from stable_audio_serve.engine.calls.conditioning import ConditioningArena
 from stable_audio_serve.engine.calls.packed_step import PackedInputs, PackedShape, run_packed_step
 from stable_audio_serve.engine.calls.rows import Row, Stepping
 from stable_audio_serve.engine.calls.step import Memories, StepInputs, StepRow, StepShape, run_step
 from stable_audio_serve.engine.hardware.arena import FrameArena, HeldFrames, read, write
-from stable_audio_serve.engine.hardware.device import DEVICE_LOST, Device
-from stable_audio_serve.engine.hardware.graphs import CallMemory, Graphs
+from stable_audio_serve.engine.hardware.device import Device, DeviceLostError
+from stable_audio_serve.engine.hardware.graphs import CallMemory, Captured, Graphs
 from stable_audio_serve.engine.scheduling.batching import BatchPolicy, Call
 from stable_audio_serve.models.protocol import (
     DecodeWindow,
@@ -78,17 +79,25 @@ class Executor:
         *,
         device: Device,
         max_per_call: int,
+        is_strict: bool = False,
         clock: Clock = SystemClock(),
         metrics: Metrics = NullMetrics(),
         max_capture_bytes: int | None = None,
+        captures_off_file: Path | None = None,
     ) -> None:
         self._model = model
         self._device = device
         self._policy = policy
         self._max_per_call = max_per_call
         self.conditioning = ConditioningArena(device)
-        self._graphs = Graphs(device, clock=clock, metrics=metrics, max_bytes=max_capture_bytes)
-        self._text = TextCalls(model, device=device, graphs=self._graphs)
+        self._graphs = Graphs(
+            device,
+            clock=clock,
+            metrics=metrics,
+            max_bytes=max_capture_bytes,
+            off_file=captures_off_file,
+            is_exact=is_strict,
+        )
         self._decoder = DecodeCalls(model, device=device, graphs=self._graphs)
         self._moves = 0
 
@@ -102,7 +111,7 @@ class Executor:
     def embed(self, prompts: Sequence[str]) -> list[TextEmbedding | Exception]:
         outcomes: list[TextEmbedding | Exception] = []
         for start in range(0, len(prompts), self._max_per_call):
-            outcomes += run_isolated(prompts[start : start + self._max_per_call], self._text.embed)
+            outcomes += self._isolated(prompts[start : start + self._max_per_call], self._model.encode_text)
         return outcomes
 
     def encode(self, windows: Sequence[EncodeWindow]) -> list[Tensor | Exception]:
@@ -140,7 +149,7 @@ class Executor:
         failures: list[tuple[Row, Exception]] = []
         for call in calls:
             members = [rows[i] for i in call.members]
-            outcomes = run_isolated(members, partial(self._evaluate, call=call))
+            outcomes = self._isolated(members, partial(self._evaluate, call=call))
             for row, outcome in zip(members, outcomes, strict=True):
                 if isinstance(outcome, Exception):
                     failures.append((row, outcome))
@@ -161,8 +170,28 @@ class Executor:
             indices = list(group)
             for start in range(0, len(indices), self._max_per_call):
                 some = indices[start : start + self._max_per_call]
-                outcomes.update(zip(some, run_isolated([windows[i] for i in some], run), strict=True))
+                outcomes.update(zip(some, self._isolated([windows[i] for i in some], run), strict=True))
         return [outcomes[i] for i in range(len(windows))]
+
+    def _isolated(
+        self, items: Sequence[Item], run: Callable[[Sequence[Item]], Sequence[Result]]
+    ) -> list[Result | Exception]:
+        """Return the results of `run(items)`. If it raises, run each item alone and return its result or its exception.
+
+        `run` must have no effect when it raises. Raises DeviceLostError, which no single item caused.
+        """
+        try:
+            return list(run(items))
+        except DeviceLostError:
+            raise
+        except Exception as error:  # noqa: BLE001 - an error that one row causes must end that row only
+            self._device.require_usable(error)
+            if len(items) == 1:
+                return [error]
+        outcomes: list[Result | Exception] = []
+        for item in items:
+            outcomes += self._isolated([item], run)
+        return outcomes
 
     def _evaluate(self, rows: Sequence[Row], *, call: Call) -> Sequence[Row]:
         """Run one evaluation of these rows in one network call and store their new latents. Returns `rows`."""
@@ -194,8 +223,24 @@ class Executor:
         if captured is None:
             return False
         captured.memory.inputs.copy_(shape.write(rows, self._device), non_blocking=True)
-        captured.replay()
+        if captured.is_confirmed:
+            captured.replay()
+        else:
+            self._confirm(captured, shape=shape, rows=rows)
         return True
+
+    def _confirm(self, captured: Captured, *, shape: StepShape | PackedShape, rows: Sequence[StepRow]) -> None:
+        """Replay a captured step for the first time, then run it again eagerly. Keeps the eager results."""
+        pages = [page for row in rows for part in row.held.parts[: row.num_registers] for page in part]
+        places = self._device.upload(torch.tensor(pages, dtype=torch.int32))
+        registers = self.arena.memory
+        before = registers.index_select(0, places).double()
+        captured.replay()
+        replayed = registers.index_select(0, places)
+        registers.index_copy_(0, places.long(), before.float())
+        self._run(shape, captured.memory.inputs)
+        expected = registers.index_select(0, places)
+        self._graphs.confirm(captured, replayed - before, expected=expected - before)  # early steps change little
 
     def capture_next(self, *, is_idle: bool) -> bool:
         """Capture a CUDA graph of one more call shape. Returns False if no shape is worth capturing now.
@@ -221,25 +266,6 @@ class Executor:
             constants={name: arena.memory for name, arena in self.conditioning.slots.items()},
             by_frame={name: arena.memory for name, arena in self.conditioning.frames.items()},
         )
-
-
-def run_isolated(items: Sequence[Item], run: Callable[[Sequence[Item]], Sequence[Result]]) -> list[Result | Exception]:
-    """Return the results of `run(items)`. If it raises, run each item alone and return its result or its exception.
-
-    `run` must have no effect when it raises. Exceptions of the types in DEVICE_LOST are not caught, since no single
-    item caused them.
-    """
-    try:
-        return list(run(items))
-    except DEVICE_LOST:
-        raise
-    except Exception as error:  # noqa: BLE001 - an error that one row causes must end that row only
-        if len(items) == 1:
-            return [error]
-    outcomes: list[Result | Exception] = []
-    for item in items:
-        outcomes += run_isolated([item], run)
-    return outcomes
 
 
 def _step_row(row: Row) -> StepRow:

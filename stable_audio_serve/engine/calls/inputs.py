@@ -94,7 +94,9 @@ class RowInputs:
         Rows without source audio need no call of `encode` afterwards. Returns the rows that failed.
         """
         noises: dict[int, RowNoise] = {}
-        failures = [failure for row in rows for failure in run_alone(row, lambda row: self._open_noise(row, noises))]
+        failures: Failures = []
+        for row in rows:
+            failures += run_alone(row, lambda row: self._open_noise(row, noises), device=self._device)
         failures += self._embed([row for row in rows if row.id in noises])
         failed = {row.id for row, _ in failures}
         for row in rows:

@@ -13,7 +13,7 @@ from stable_audio_serve.engine.calls.conditioning import HeldConditioning
 from stable_audio_serve.engine.calls.noise_ahead import RowNoise
 from stable_audio_serve.engine.calls.request_state import Prompts, RequestState
 from stable_audio_serve.engine.hardware.arena import HeldFrames
-from stable_audio_serve.engine.hardware.device import DEVICE_LOST, Device, Moment
+from stable_audio_serve.engine.hardware.device import Device, DeviceLostError, Moment
 from stable_audio_serve.engine.scheduling.batching import Lane
 from stable_audio_serve.engine.scheduling.scheduler import RowId
 from stable_audio_serve.engine.scheduling.windows import AudioAssembly, SourceEncoding, audible_spans, window_lengths
@@ -130,13 +130,17 @@ class Row:
 Failures = list[tuple[Row, Exception]]
 
 
-def run_alone(row: Row, action: Callable[[Row], None]) -> Failures:
-    """Call `action(row)`. Returns the row with its exception if the action raises, else an empty list."""
+def run_alone(row: Row, action: Callable[[Row], None], *, device: Device) -> Failures:
+    """Call `action(row)`. Return the row with its exception if the action raises, else an empty list.
+
+    Raises DeviceLostError.
+    """
     try:
         action(row)
-    except DEVICE_LOST:
+    except DeviceLostError:
         raise
     except Exception as error:  # noqa: BLE001 - the engine's edge
+        device.require_usable(error)
         return [(row, error)]
     return []
 

@@ -185,6 +185,10 @@ class Stages:
         """Capture a CUDA graph of one more call shape; see `Executor.capture_next`."""
         return self._executor.capture_next(is_idle=is_idle)
 
+    def require_usable(self, error: Exception) -> None:
+        """Raise DeviceLostError if `error` has made the device unusable."""
+        self._device.require_usable(error)
+
     @property
     def second_queue_has_room(self) -> bool:
         """Whether more windows may be encoded or decoded in the next step. True if few such calls are unfinished."""
@@ -195,7 +199,7 @@ class Stages:
         self._times.keep_pace()
 
     def _begin(self, row: Row) -> Failures:
-        return run_alone(row, self._set_registers)
+        return run_alone(row, self._set_registers, device=self._device)
 
     def _set_registers(self, row: Row) -> None:
         encoding, plan = row.in_phase(Encoding), row.plan.sampler

@@ -21,12 +21,14 @@ from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.generation import DeviceUse, Mode
 from stable_audio_serve.engine.hardware.downloads import DownloadRing
 from stable_audio_serve.engine.hardware.share import WHOLE, DeviceMemory, allowed_bytes
+from stable_audio_serve.engine.options import Features
 from stable_audio_serve.sampling.transfer import to_device
 
-# Exceptions after which the device is unusable, so that the process must be replaced. No single clip causes them.
-DEVICE_LOST: tuple[type[Exception], ...] = (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
-
 _DOWNLOAD_BYTES = 64 * 2**20  # enough for three decoded windows of stereo audio of the greatest length
+
+
+class DeviceLostError(Exception):
+    """The device can no longer be used by this process, which must be replaced. No single row caused this."""
 
 
 class Moment(Protocol):
@@ -51,7 +53,9 @@ class Device(Protocol):
     torch_device: torch.device
     default_mode: Mode
     frame_grid: int  # clips are best padded to a multiple of this many latent frames
+    is_proved: bool  # True: it has no features that a check at start must prove right
     can_capture: bool
+    survives_failed_capture: bool  # if not, the process must be replaced after a capture has failed
     has_second_queue: bool  # if False, work queued within `on_second_queue` goes to the only queue
     prefers_packed: bool  # clips of different lengths run faster if concatenated than if padded to equal length
     shares_calls: bool  # in strict mode, several clips share a call, whose batch size is fixed
@@ -100,6 +104,17 @@ class Device(Protocol):
         """
         ...
 
+    def require_usable(self, error: Exception) -> None:
+        """Raise DeviceLostError if `error` has made the device unusable. A failed launch alone has not.
+
+        Waits for all queued work if the error is one of the device's.
+        """
+        ...
+
+    def restricted(self, features: Features) -> Device:
+        """Return another interface to this device, which uses only these of its features."""
+        ...
+
     def use(self) -> DeviceUse:
         """Return the kind of device and, if known, how many bytes of its memory are in use."""
         ...
@@ -118,7 +133,9 @@ class WaitingDevice:
         self.default_mode: Mode = "strict" if is_cpu else "fast"  # on a CPU, large batches save little time
         self.frame_grid = 1 if is_cpu else 64
         self.shares_calls = not is_cpu
+        self.is_proved = True
         self.can_capture = False
+        self.survives_failed_capture = True
         self.has_second_queue = False
         self.prefers_packed = is_cpu
         self._clock = clock
@@ -146,6 +163,12 @@ class WaitingDevice:
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         raise RuntimeError("this device captures nothing")
+
+    def require_usable(self, error: Exception) -> None:
+        _require_usable(self.torch_device, error)
+
+    def restricted(self, features: Features) -> Device:
+        return self
 
     def use(self) -> DeviceUse:
         return DeviceUse(self.torch_device.type)
@@ -175,13 +198,17 @@ class CudaDevice:
     default_mode: Mode = "fast"
     frame_grid = 64
     shares_calls = True
-    can_capture = True
-    has_second_queue = True
+    is_proved = False
+    # Before torch 2.13 a failed capture leaves its memory pool in the allocator (pytorch issue 180395): later blocks
+    # leak, and calls of the two streams may share memory.
+    survives_failed_capture = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
     prefers_packed = False
 
-    def __init__(self, device: torch.device, *, share: float = WHOLE) -> None:
+    def __init__(self, device: torch.device, *, share: float = WHOLE, features: Features = Features()) -> None:
         """`share`, 0..1, is the fraction of device memory that this process may use, CUDA graphs included."""
         self.torch_device = device
+        self.can_capture = features.captures
+        self.has_second_queue = features.second_queue
         self._share = share
         if share < WHOLE:  # the engine plans for this limit; torch enforces it, in case a prediction was wrong
             total = torch.cuda.mem_get_info(device)[1]
@@ -215,6 +242,9 @@ class CudaDevice:
 
     @contextmanager
     def on_second_queue(self, *reads: Tensor) -> Iterator[None]:
+        if not self.has_second_queue:
+            yield
+            return
         # Without this wait, the second stream could also overwrite memory that the first stream has yet to read.
         self._second.wait_stream(torch.cuda.current_stream(self.torch_device))
         for tensor in reads:
@@ -230,8 +260,9 @@ class CudaDevice:
         current = torch.cuda.current_stream(self.torch_device)
         # The CUDA graphs of a stream share one memory pool, because they never run at the same time.
         if current not in self._captures:
+            # A graph's kernels run at the priority of the stream that recorded them.
             self._captures[current] = stream, pool = (
-                torch.cuda.Stream(self.torch_device),
+                torch.cuda.Stream(self.torch_device, priority=current.priority),
                 torch.cuda.graph_pool_handle(),
             )
             # Keep one small graph forever, because torch does not accept a memory pool again after its last graph is
@@ -255,13 +286,16 @@ class CudaDevice:
                     run()
                 finally:
                     graph.capture_end()
-        except DEVICE_LOST as error:
-            torch.cuda.synchronize(self.torch_device)  # raises if the device is unusable; else only the capture failed
-            # Drop the memory pool: some versions of torch still consider it part of a running capture and would refuse
-            # the next capture.
-            self._captures = {queue: own for queue, own in self._captures.items() if own[1] != pool}
+        except torch.AcceleratorError as error:
+            self.require_usable(error)
             raise RuntimeError(f"this work cannot be captured: {error}") from error
         return graph
+
+    def require_usable(self, error: Exception) -> None:
+        _require_usable(self.torch_device, error)
+
+    def restricted(self, features: Features) -> Device:
+        return CudaDevice(self.torch_device, share=self._share, features=features)
 
     def use(self) -> DeviceUse:
         device = self.torch_device
@@ -291,6 +325,15 @@ class _Event:
     def ms_since(self, earlier: Moment) -> float:
         assert isinstance(earlier, _Event)
         return float(earlier._event.elapsed_time(self._event))
+
+
+def _require_usable(device: torch.device, error: Exception) -> None:
+    if not isinstance(error, torch.AcceleratorError):
+        return
+    try:
+        torch.accelerator.synchronize(device)
+    except torch.AcceleratorError as again:  # the error of a lost device comes back with every call
+        raise DeviceLostError(f"the device {device} is lost: {error}") from again
 
 
 def open_device(device: torch.device, *, clock: Clock, share: float = WHOLE) -> Device:

@@ -11,14 +11,15 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.metrics import Metrics
-from stable_audio_serve.engine.hardware.device import DEVICE_LOST, Device, Moment
+from stable_audio_serve.engine.hardware.device import Device, DeviceLostError, Moment
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,22 @@ MOST_MS = 200.0  # a capture predicted to take longer than this is not made whil
 _SHARE = 0.1  # while requests wait, captures take at most this share of the time
 _MISSES_TO_DELAY = 100  # a shape that ran without a graph this often is captured even if the capture takes long
 _NUM_KEPT = 8  # predict from the last few captures of a kind, because the first captures also initialise kernels
+
+
+AGREEMENT_DB = 50.0  # least level of results above their difference from the results of a plain call
+
+
+def difference_db(actual: Tensor, expected: Tensor) -> float:
+    """Return the level of the difference relative to `expected`, in dB: -inf for equal bits, inf for NaN in one only.
+
+    Waits for the device.
+    """
+    if torch.equal(actual.view(torch.int32), expected.view(torch.int32)):
+        return -math.inf
+    error, level = (float(x.double().square().sum()) for x in (actual - expected, expected))
+    if not math.isfinite(error) or level == 0.0:
+        return math.inf
+    return 10.0 * math.log10(error / level) if error else -math.inf
 
 
 class CapturePace:
@@ -98,7 +115,7 @@ class CaptureRoom:
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["denoise", "text", "decode"]
+Kind = Literal["denoise", "decode"]
 
 MOST_GRAPHS = 192
 _MISSES_TO_CAPTURE = 2  # capture a shape when it has occurred twice, because many shapes occur only once
@@ -142,21 +159,37 @@ class CallMemory:
 Run = Callable[[Any, CallMemory], None]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Captured:
-    """The CUDA graph of a call. To run it, write `memory.inputs`, call `replay`, and copy `memory.outputs` before the
-    next call of the same kind.
+    """A captured call. To run it, write its inputs, call `replay`, and copy the outputs before the next call.
+
+    Until `is_confirmed`, run the call eagerly as well, use the eager results and pass both to `Graphs.confirm`.
     """
 
     memory: CallMemory
     replay: Callable[[], None]
+    is_confirmed: bool = False
 
 
 class Graphs:
     """The CUDA graphs of one engine, for the call shapes that occur most often. Used by the engine thread only."""
 
-    def __init__(self, device: Device, *, clock: Clock, metrics: Metrics, max_bytes: int | None = None) -> None:
-        """Once the graphs use `max_bytes` of device memory, no more are captured. None: no limit."""
+    def __init__(
+        self,
+        device: Device,
+        *,
+        clock: Clock,
+        metrics: Metrics,
+        max_bytes: int | None = None,
+        off_file: Path | None = None,
+        is_exact: bool = False,
+    ) -> None:
+        """Once the graphs use `max_bytes` of device memory, no more are captured. None: no limit.
+
+        `off_file` outlives the process. It is written if a failed capture ends the process, and says why. As long as it
+        exists, nothing is captured, so that the process is replaced only once. If `is_exact`, a captured call must have
+        the bits of the eager one, else a difference 50 dB below its level is allowed.
+        """
         self._device = device
         self._room = CaptureRoom(device, max_bytes=max_bytes)
         self._pace = CapturePace(clock)
@@ -168,7 +201,12 @@ class Graphs:
         self._misses: Counter[Shape] = Counter()
         self._uses: Counter[Shape] = Counter()
         self._num_uses = 0
-        self._failed: set[Shape] = set()
+        self.off_reason = ""  # why no more calls are captured; "": they are
+        self._off_file = off_file
+        self._is_exact = is_exact
+        if off_file and off_file.exists():
+            self.off_reason = f"{off_file.read_text()} (delete {off_file} to try again)"
+            log.warning("captured calls are off: %s", self.off_reason)
         self._inputs: dict[Kind, Tensor] = {}
         self._outputs: dict[Kind, Tensor] = {}
 
@@ -185,8 +223,9 @@ class Graphs:
         captured = self._captured.get(shape)
         if captured is None:
             self._metrics.increment("engine_graph_misses", kind=shape.kind)
-            self._misses[shape] += 1
-            self._candidates[shape] = run
+            if not self.off_reason:
+                self._misses[shape] += 1
+                self._candidates[shape] = run
         return captured
 
     def capture_next(self, *, is_idle: bool) -> bool:
@@ -194,7 +233,9 @@ class Graphs:
 
         Unless the device `is_idle`, only captures that take little time are made, and only few of them.
         """
-        if not self._record_last_capture(wait=is_idle) or (self._pace.is_resting and not is_idle) or self._room.is_full:
+        if self.off_reason or self._room.is_full or not self._record_last_capture(wait=is_idle):
+            return False
+        if self._pace.is_resting and not is_idle:
             return False
         candidates = [
             shape
@@ -212,24 +253,55 @@ class Graphs:
         return True
 
     def _capture(self, shape: Shape) -> None:
+        """Capture a call. If that fails, capture no more calls in this process."""
         self._make_room()
         run = self._candidates.pop(shape)
         del self._misses[shape]
-        num_inputs, dtype = shape.inputs
-        memory = CallMemory(
-            self._fixed(self._inputs, shape.kind, num=num_inputs, dtype=dtype).zero_(),
-            self._fixed(self._outputs, shape.kind, num=shape.num_outputs, dtype=torch.float32),
-        )
         try:
+            num_inputs, dtype = shape.inputs
+            memory = CallMemory(
+                self._fixed(self._inputs, shape.kind, num=num_inputs, dtype=dtype).zero_(),
+                self._fixed(self._outputs, shape.kind, num=shape.num_outputs, dtype=torch.float32),
+            )
             replay = self._device.capture(lambda: run(shape, memory))
-        except DEVICE_LOST:
+        except DeviceLostError:
             raise
-        except Exception:
-            log.exception("a call cannot be captured: %s", shape)
-            self._failed.add(shape)
+        except Exception as error:  # noqa: BLE001 - the call can still run without a graph
+            self._device.require_usable(error)
+            reason = f"{shape} cannot be captured: {error}"
+            self._stop(reason)
+            self._end_after_failure(reason)
             return
         self._captured[shape] = Captured(memory, replay)
         self._count(shape.kind)
+
+    def confirm(self, captured: Captured, replayed: Tensor, *, expected: Tensor) -> None:
+        """Compare the first results of a captured call with those of the same call run eagerly.
+
+        If they differ, all captured calls are dropped, and no more are made in this process. Waits for the device.
+        """
+        difference = difference_db(replayed, expected)
+        captured.is_confirmed = difference <= (-math.inf if self._is_exact else -AGREEMENT_DB)
+        if not captured.is_confirmed:
+            allowed = "no difference" if self._is_exact else f"-{AGREEMENT_DB:g} dB"
+            self._stop(f"a captured call differs from the eager one by {difference:.1f} dB (allowed: {allowed})")
+            for kind in get_args(Kind):
+                self.forget(kind)
+
+    def _stop(self, reason: str) -> None:
+        """Make no more captures in this process."""
+        self.off_reason = reason
+        log.warning("captured calls are off from now on: %s", reason, exc_info=True)
+        self._metrics.increment("engine_captures_off")
+        self._candidates.clear()
+
+    def _end_after_failure(self, reason: str) -> None:
+        """Raise DeviceLostError if the device does not survive a failed capture."""
+        if not self._device.survives_failed_capture:
+            if self._off_file:
+                self._off_file.parent.mkdir(parents=True, exist_ok=True)
+                self._off_file.write_text(reason)
+            raise DeviceLostError(f"a capture failed, which this torch does not survive: {reason}")
 
     def _record_last_capture(self, *, wait: bool) -> bool:
         """Record how long the last capture took. Returns False if the device has not finished it and not `wait`."""
@@ -253,7 +325,7 @@ class Graphs:
         return self._pace.allows(shape.kind, size=shape.size, misses=self._misses[shape])
 
     def _is_worth_capturing(self, shape: Shape) -> bool:
-        if self._misses[shape] < _MISSES_TO_CAPTURE or shape in self._failed:
+        if self._misses[shape] < _MISSES_TO_CAPTURE:
             return False
         if len(self._captured) < MOST_GRAPHS:
             return True

@@ -202,10 +202,14 @@ def _request(spec: ModelSpec, share: float) -> GenerationRequest:
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """Return the most bytes that the tensors created by `run` take together at any time. Calls `run` twice."""
-    run()  # creates tensors that are kept for all later calls, which must not count
-    with _TensorBytes() as counted:
-        run()
+    """Return the most bytes that the tensors created by `run` take together at any time. Calls `run` twice.
+
+    Compiled layers run uncompiled, because torch cannot compile while a dispatch mode counts tensors.
+    """
+    with torch.compiler.set_stance("force_eager"):
+        run()  # creates tensors that are kept for all later calls, which must not count
+        with _TensorBytes() as counted:
+            run()
     return counted.peak
 
 

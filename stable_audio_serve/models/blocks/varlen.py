@@ -169,6 +169,6 @@ class SegmentAttention:
             segments.longest,
             self._num_context,
             seqused_k=torch.full_like(starts[1:], self._num_context),
-            enable_gqa=key.shape[1] != q.shape[1],
+            **({"enable_gqa": True} if key.shape[1] != q.shape[1] else {}),  # unknown to torch before April 2026
         )
         return out.transpose(0, 1)[None]

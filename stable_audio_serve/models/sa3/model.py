@@ -18,7 +18,6 @@ from stable_audio_serve.models.blocks.varlen import has_varlen
 from stable_audio_serve.models.native import NativeModel
 from stable_audio_serve.models.onednn import use_onednn
 from stable_audio_serve.models.parts import WindowNoise
-from stable_audio_serve.models.precision import decoder_products
 from stable_audio_serve.models.protocol import (
     DecodeWindow,
     EncodeWindow,
@@ -85,8 +84,9 @@ class Sa3Model(NativeModel):
             num_prefix=net.num_memory_tokens,
             dtype=self.denoiser.dtype,
         )
-        super().__init__(components.text, components.prompt, text_width=config.prompt.width, spec=spec, device=device)
-        self._products = decoder_products(decode_precision, device)
+        super().__init__(
+            components.text, components.prompt, spec=spec, device=device, decode_precision=decode_precision
+        )
         self._decode_rule = WindowRule(self.autoencoder.decoder_halo_latents, self.autoencoder.latent_multiple)
         self._shift = shift_from_config(config.shift, key=f"model.diffusion.{CONFIG_KEY}")
 

@@ -18,7 +18,6 @@ from stable_audio_serve.models.blocks.varlen import has_varlen
 from stable_audio_serve.models.native import NativeModel
 from stable_audio_serve.models.onednn import use_onednn
 from stable_audio_serve.models.parts import WindowNoise, stack_draws
-from stable_audio_serve.models.precision import decoder_products
 from stable_audio_serve.models.protocol import (
     DecodeWindow,
     EncodeWindow,
@@ -84,8 +83,9 @@ class SaoModel(NativeModel):
         }
         packs_segments = has_varlen(device, self.denoiser.dtype, **heads)
         spec = replace(spec, packs_segments=packs_segments, num_prefix=NUM_PREFIX, dtype=self.denoiser.dtype)
-        super().__init__(components.text, components.prompt, text_width=config.prompt.width, spec=spec, device=device)
-        self._products = decoder_products(decode_precision, device)
+        super().__init__(
+            components.text, components.prompt, spec=spec, device=device, decode_precision=decode_precision
+        )
         self._shift = read_shift(config.shift)
         self._halos = Halos(decoder_halo(config.autoencoder), encoder_halo(config.autoencoder))
 

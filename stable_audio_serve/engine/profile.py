@@ -1,0 +1,147 @@
+"""Proves at start that an engine's speed features are right on this machine: a small battery of requests must give the
+audio that the plain path gives. Independent of how engines work inside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from stable_audio_serve.core.errors import InvalidRequestError
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Mode, SourceAudio
+from stable_audio_serve.engine.hardware.graphs import difference_db
+from stable_audio_serve.engine.options import PLAIN, Features
+from stable_audio_serve.models.protocol import ModelSpec
+
+Audio = npt.NDArray[np.float32]
+
+log = logging.getLogger(__name__)
+
+_LEAST_DB = 50.0  # of the plain audio's level above the difference
+_LENGTHS = (1.0, 0.4, 0.7, 0.55)  # of the requests, as shares of the longest
+_LONGEST_S = 5.0
+_STEPS = 2
+_EXACT = Features(packing=False, fast_decoding=False)  # features that never change a bit in strict mode
+
+
+class Generator(Protocol):
+    """The part of `Engine` that the battery uses."""
+
+    async def start(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    async def generate(self, request: GenerationRequest) -> GenerationResult: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """The features in use. `reason` says why they are off: the operator's choice, or what the battery found."""
+
+    features: Features
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """`accelerated` if any feature is on, else `plain`."""
+        return "plain" if self.features == PLAIN else "accelerated"
+
+    def __str__(self) -> str:
+        """The name, and the reason if there is one."""
+        return f"{self.name}: {self.reason}" if self.reason else self.name
+
+
+async def prove(
+    make: Callable[[Features, Mode], Generator], features: Features, *, spec: ModelSpec, mode: Mode
+) -> Profile:
+    """Return `features` if the battery agrees with the plain path, else the plain profile with the reason.
+
+    `make` builds an engine, not started, with some features and a mode. The bits of strict mode must not depend on
+    CUDA graphs, the second stream and asynchronous copies. With all features the audio may differ by 50 dB below its
+    level. A wrong feature never reaches a client, because the engines of the battery are closed afterwards.
+    """
+    requests = battery(spec)
+    try:
+        if not spec.is_compiled:  # compiled networks have no strict mode
+            plain = await _run(make(PLAIN, "strict"), requests)
+            exact = replace(_EXACT, captures=features.captures, second_queue=features.second_queue)
+            _require(plain, await _run(make(exact, "strict"), requests), least_db=float("inf"))
+        plain = await _run(make(PLAIN, mode), requests)
+        _require(plain, await _run(make(features, mode), requests), least_db=_LEAST_DB)
+    except Exception as error:  # noqa: BLE001 - whatever a feature does, the plain path serves
+        log.warning("the speed features of this engine are off: %s", error or repr(error))
+        return Profile(PLAIN, f"{type(error).__name__}: {error}")
+    return Profile(features)
+
+
+def battery(spec: ModelSpec) -> list[GenerationRequest]:
+    """Return four unlike requests of two steps: one guided, one with a region of a source."""
+    longest_s = min(_LONGEST_S, spec.card.max_duration_s / 4)
+    source = SourceAudio(_tone(longest_s, spec), spec.card.sample_rate_hz)
+    first, guided, edited, last = (
+        GenerationRequest(
+            prompt=f"self-check {number}",
+            duration_s=share * longest_s,
+            seed=number,
+            steps=_STEPS,
+            duration_padding_s=0.0,
+        )
+        for number, share in enumerate(_LENGTHS)
+    )
+    third = edited.duration_s / 3
+    return [
+        first,
+        replace(guided, cfg_scale=3.0, negative_prompt="noise"),
+        replace(edited, inpaint_audio=source, inpaint_regions_s=((third, 2 * third),)),
+        last,
+    ]
+
+
+def _tone(seconds: float, spec: ModelSpec) -> Audio:
+    times = np.arange(round(seconds * spec.card.sample_rate_hz)) / spec.card.sample_rate_hz
+    return np.tile(0.3 * np.sin(2 * np.pi * 220.0 * times), (spec.card.channels, 1)).astype(np.float32)
+
+
+async def _run(engine: Generator, requests: Sequence[GenerationRequest]) -> list[Audio]:
+    """Return the audio of the requests, which run together, twice: in order and in reverse. Closes the engine.
+
+    The second time, calls whose shape was captured in between replay their CUDA graphs.
+    """
+    try:
+        await engine.start()
+        forward = await asyncio.gather(*(_generate(engine, request) for request in requests))
+        backward = await asyncio.gather(*(_generate(engine, request) for request in reversed(requests)))
+    finally:
+        await engine.close()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the memory plan of the next engine counts memory that the allocator keeps
+    return [*forward, *reversed(backward)]
+
+
+async def _generate(engine: Generator, request: GenerationRequest) -> Audio:
+    """Return the request's audio; empty if the model does not support such requests."""
+    try:
+        return (await engine.generate(request)).audio[0]
+    except InvalidRequestError:
+        return np.zeros((0, 0), np.float32)
+
+
+def _require(expected: Sequence[Audio], actual: Sequence[Audio], *, least_db: float) -> None:
+    """Raise ValueError if any clip differs by more than `least_db` below its level."""
+    for number, (plain, fast) in enumerate(zip(expected, actual, strict=True)):
+        difference = difference_db(torch.from_numpy(fast), torch.from_numpy(plain)) if plain.size else -least_db
+        if difference > -least_db:
+            allowed = "no difference" if least_db == float("inf") else f"-{least_db:g} dB"
+            raise ValueError(
+                f"request {number % len(_LENGTHS)} of the start-up check differs from the plain path by "
+                f"{difference:.1f} dB (allowed: {allowed})"
+            )

@@ -1,0 +1,101 @@
+"""The check of speed features at start, on devices that lie: the audio is right on all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.engine.hardware.device import Device
+from stable_audio_serve.engine.options import PLAIN, Features
+from tests.engine.capturing import GraphCounts, RecordingDevice
+from tests.factories import make_request
+from tests.models.loaded import loaded
+
+REQUEST = make_request("rain", duration_s=0.4, seed=3, steps=4)
+
+
+class GpuLike(RecordingDevice):
+    """A CPU device with features that must be proved. A faulty feature is faulty in each interface that has it."""
+
+    def __init__(self, features: Features = Features()) -> None:
+        super().__init__()
+        self.is_proved = False
+        self.can_capture, self.has_second_queue = features.captures, features.second_queue
+
+    def restricted(self, features: Features) -> Device:
+        return type(self)(features)
+
+
+class WrongSecondQueue(GpuLike):
+    """A copy from the device arrives before the second queue has finished."""
+
+    def download(self, source: Tensor, target: Tensor) -> None:
+        super().download(source * 1.001 if self.has_second_queue else source, target)
+
+
+class FailingCapture(GpuLike):
+    """The fifth capture fails."""
+
+    num_captures = 0
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        self.num_captures += 1
+        if self.num_captures == 5:
+            raise torch.AcceleratorError("this call cannot be captured")
+        return super().capture(run)
+
+
+class LostWithCaptures(GpuLike):
+    """A capture loses the device for this interface."""
+
+    survives_failed_capture = False
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        raise RuntimeError("capture failed")
+
+
+async def serve(device: Device, **fields: Any) -> tuple[Engine, np.ndarray]:
+    options = EngineOptions(warmup_budget_s=0.0, torch_threads=1, mode="strict", **fields)
+    async with Engine(loaded("sharp-s"), options, device=device, metrics=GraphCounts()) as engine:
+        return engine, (await engine.generate(REQUEST)).audio[0]
+
+
+@pytest.fixture
+async def expected() -> np.ndarray:
+    return (await serve(RecordingDevice()))[1]
+
+
+async def test_features_that_agree_with_the_plain_path_are_used(expected: np.ndarray) -> None:
+    engine, audio = await serve(GpuLike())
+    assert (engine.profile.name, engine.profile.features) == ("accelerated", Features())
+    np.testing.assert_array_equal(audio, expected)
+
+
+async def test_a_late_copy_means_the_plain_profile_by_name(expected: np.ndarray, caplog: Any) -> None:
+    engine, audio = await serve(WrongSecondQueue())
+    assert engine.profile.features == PLAIN
+    assert "differs from the plain path by -60.0 dB (allowed: no difference)" in engine.profile.reason
+    assert engine.profile.reason.partition(": ")[2] in caplog.text
+    np.testing.assert_array_equal(audio, expected)
+
+
+@pytest.mark.parametrize("make", [FailingCapture, LostWithCaptures])
+async def test_a_failing_capture_changes_no_audio(make: Callable[[], Device], expected: np.ndarray) -> None:
+    _, audio = await serve(make())
+    np.testing.assert_array_equal(audio, expected)
+
+
+async def test_the_operator_may_choose_the_profile(expected: np.ndarray) -> None:
+    engine, audio = await serve(WrongSecondQueue(), profile="plain")
+    assert (engine.profile.name, engine.profile.reason) == ("plain", "engine.profile is plain")
+    np.testing.assert_array_equal(audio, expected)
+    engine, _ = await serve(WrongSecondQueue(), features=Features(second_queue=False))
+    assert engine.profile.features == Features(second_queue=False)
+    engine, audio = await serve(WrongSecondQueue(), profile="accelerated")  # unchecked
+    assert not np.array_equal(audio, expected)
