@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,19 +34,6 @@ class Pieces:
                 f"{folder} holds a run with other options ({', '.join(other)}): remove it, or choose another --out"
             )
         self.about = wanted
-        self.left: list[str] = []  # the names that `attempt` had no time for
-        self.failed: dict[str, str] = {}
-
-    async def attempt(self, name: str, measure: Callable[[], Awaitable[Any]]) -> Any:
-        """Returns the result of `take`. If there is no time or `measure` fails, returns None, so that others run."""
-        try:
-            return await self.take(name, measure)
-        except OutOfTimeError:
-            self.left.append(name)
-        except Exception as error:  # noqa: BLE001 - as said above
-            traceback.print_exc()
-            self.failed[name] = f"{type(error).__name__}: {error}"[:500]
-        return None
 
     async def take(self, name: str, measure: Callable[[], Awaitable[Any]]) -> Any:
         """Returns the content of the file of this name. If it is missing, measures and writes it first.
