@@ -23,7 +23,6 @@ from benchmarks.workload import Arrival, draw_arrivals
 # float32 (at most 1e-5) and the rounding of quiet clips to 16 bits (1e-4). Not allowed: a decoder in TF32 (8e-4), a
 # denoiser in float16 (above 1e-3), one step fewer (above 3e-2).
 LARGEST_DIFFERENCE = 5e-4
-LARGEST_HALF_DIFFERENCE = 5e-2  # the same bound if the denoiser runs in half precision
 
 _PROBES_PER_CLASS = 3
 _LEAST_DRAWN = 60  # requests from which probes are chosen; fewer might not include every number of steps

@@ -6,25 +6,53 @@ The plain engine runs in strict mode, eager, padded and on one queue, with block
 from __future__ import annotations
 
 import traceback
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.gpu.engines import ALL, EXACT, PLAIN, Machine, OpenEngine
+from benchmarks.gpu.engines import ALL, EXACT, PLAIN, Machine
 from benchmarks.gpu.results import Results
 from benchmarks.load import Audio
-from stable_audio_serve.core.catalog import DecodePrecision, ModelCard
+from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.errors import ConfigError
 from stable_audio_serve.core.generation import GenerationRequest, Mode, SourceAudio
 from stable_audio_serve.models.protocol import DiffusionModel
 
-LEAST_DB, LEAST_HALF_DB = 50.0, 40.0
-_FINITE_DB = -900.0  # any finite audio of the right length: the precision of steps is reported, but has no bound
 _LONGEST_S = 5.0
-_PER_BIT_DB = 6.0
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """An engine to compare with the plain one: its features, and the precisions with which its model is loaded.
+
+    `least_db` is the bound on signal over error in decibels; None: the bytes must be equal.
+    """
+
+    name: str
+    features: frozenset[str] = PLAIN
+    mode: Mode = "strict"
+    least_db: float | None = None
+    precision: Mapping[str, Any] = field(default_factory=dict)
+
+
+# Captures come last, because a failed one may harm what the process does later.
+CASES = (
+    Case("plain"),
+    Case("async_copies", frozenset({"async_copies"})),
+    Case("second_queue", frozenset({"second_queue"})),
+    Case("shared_calls", mode="fast", least_db=50.0),
+    Case("packed_rows", frozenset({"packed_rows"}), mode="fast", least_db=50.0),
+    Case("tf32_decode", least_db=50.0, precision={"decode": "tf32"}),
+    Case("half_decode", least_db=40.0, precision={"decode": "half"}),
+    Case("float32_steps", least_db=-900.0, precision={"dtype": torch.float32}),  # any finite audio: has no bound
+    Case("captures", frozenset({"captures"})),
+    Case("all_exact", EXACT),
+    Case("accelerated", ALL, mode="fast", least_db=50.0, precision={"decode": None}),
+)
+_TINY_HALF_DB = 22.0  # bfloat16 on a CPU has three bits less than float16
 
 
 def battery(card: ModelCard, *, longest_s: float) -> list[GenerationRequest]:
@@ -44,83 +72,44 @@ def battery(card: ModelCard, *, longest_s: float) -> list[GenerationRequest]:
 
 
 async def measure(machine: Machine, results: Results, *, name: str) -> None:
-    """Store how close the clips of each feature are to the plain ones."""
-    model = machine.load(name)
-    results.record("dtype", str(model.spec.dtype))
-    results.record("can_pack_segments", model.spec.packs_segments)
-    own = _Battery(machine, results, battery(model.spec.card, longest_s=machine.sizes.longest_s))
-    plays = await own.play("plain", model, features=PLAIN, mode="strict")
-    if plays is None:
-        raise RuntimeError("the plain engine failed")
-    own.plain = plays[0]
-    results.compare("plain", plays[1:], plain=own.plain, least_db=None)
-    for feature in EXACT:
-        await own.compare(feature, model, features={feature}, mode="strict")
-    await own.compare("all_exact", model, features=EXACT, mode="strict")
-    for feature, features in {"shared_calls": PLAIN, "packed_rows": {"packed_rows"}, "accelerated": ALL}.items():
-        await own.compare(feature, model, features=features, least_db=LEAST_DB)
-    del model
-    half_db = LEAST_HALF_DB - (3 * _PER_BIT_DB if machine.is_tiny else 0.0)  # bfloat16 on a CPU has three bits less
-    bounds: dict[DecodePrecision, float] = {"tf32": LEAST_DB, "half": half_db}
-    for decode, least_db in bounds.items():
-        machine.free()
-        try:
-            model = machine.load(name, decode=decode)
-        except ConfigError as error:
-            results.record(f"features.{decode}_decode.absent", str(error))
-            continue
-        await own.compare(f"{decode}_decode", model, features=PLAIN, mode="strict", least_db=least_db)
-        del model
-    machine.free()
-    model = machine.load(name, dtype=torch.float32)
-    await own.compare("float32_steps", model, features=PLAIN, mode="strict", least_db=_FINITE_DB)
-
-
-@dataclass
-class _Battery:
-    machine: Machine
-    results: Results
-    requests: Sequence[GenerationRequest]
+    """Store how close the clips of each case are to the plain ones; an error is a difference, too."""
+    model: DiffusionModel | None = None
+    loaded: Mapping[str, Any] = {}
     plain: Sequence[Audio] = ()
-
-    async def compare(
-        self,
-        feature: str,
-        model: DiffusionModel,
-        *,
-        features: Collection[str],
-        mode: Mode = "fast",
-        least_db: float | None = None,
-    ) -> None:
-        """Compare every play of an engine with the plain clips."""
-        plays = await self.play(feature, model, features=features, mode=mode)
-        if plays is not None:
-            self.results.compare(feature, plays, plain=self.plain, least_db=least_db)
-
-    async def play(
-        self, feature: str, model: DiffusionModel, *, features: Collection[str], mode: Mode
-    ) -> list[list[Audio]] | None:
-        """Play the requests together, twice in each order; frequent calls are captured after the first two plays.
-
-        Returns the clips of each play in the order of the requests. An error is stored as a difference; then the result
-        is None.
-        """
+    for case in CASES:
         try:
-            async with self.machine.engine(model, features, mode=mode) as engine:
-                plays = [await self._generate(engine, step=step) for step in (1, -1)]
-                await engine.settle()
-                misses = engine.captures.num_misses
-                plays += [await self._generate(engine, step=step) for step in (1, -1)]
-                self.results.record(f"features.{feature}.captured", engine.captures.num_captured)
-                self.results.record(f"features.{feature}.misses", engine.captures.num_misses - misses)
-                if "captures" in features and engine.can_capture and not engine.captures.num_captured:
-                    self.results.differ(f"{feature}: nothing was captured")
-        except Exception as error:  # noqa: BLE001 - a feature that fails is a finding
-            self.results.record(f"features.{feature}.error", traceback.format_exc()[-2000:])
-            self.results.differ(f"{feature}: {type(error).__name__}: {error}"[:300])
-            return None
-        return plays
+            if model is None or case.precision != loaded:
+                model, loaded = None, case.precision
+                machine.free()
+                model = machine.load(name, **case.precision)
+            plays = await _play(machine, results, case, model)
+        except ConfigError as error:
+            results.record(f"features.{case.name}.absent", str(error))
+            continue
+        except Exception as error:  # noqa: BLE001 - the other features are worth knowing
+            results.record(f"features.{case.name}.error", traceback.format_exc()[-2000:])
+            results.differ(f"{case.name}: {type(error).__name__}: {error}"[:300])
+            continue
+        plain = plain or plays[0]
+        bound_db = _TINY_HALF_DB if machine.is_tiny and case.name == "half_decode" else case.least_db
+        results.compare(case.name, plays, plain=plain, least_db=bound_db)
 
-    async def _generate(self, engine: OpenEngine, *, step: int) -> list[Audio]:
-        """`step` -1 reverses the order of the requests."""
-        return (await engine.together(*self.requests[::step]))[::step]
+
+async def _play(  # noqa: PLR0917
+    machine: Machine, results: Results, case: Case, model: DiffusionModel
+) -> list[list[Audio]]:
+    """Play the requests together, twice in each order; frequent calls are captured after the first two plays.
+
+    Returns the clips of each play in the order of the requests.
+    """
+    requests = battery(model.spec.card, longest_s=machine.sizes.longest_s)
+    async with machine.engine(model, case.features, mode=case.mode) as engine:
+        plays = [(await engine.together(*requests[::step]))[::step] for step in (1, -1)]
+        await engine.settle()
+        misses = engine.captures.num_misses
+        plays += [(await engine.together(*requests[::step]))[::step] for step in (1, -1)]
+    figures = {"captured": engine.captures.num_captured, "misses": engine.captures.num_misses - misses}
+    results.record(f"features.{case.name}", figures | {"can_pack_segments": model.spec.packs_segments})
+    if engine.can_capture and not engine.captures.num_captured:
+        results.differ(f"{case.name}: nothing was captured")
+    return plays

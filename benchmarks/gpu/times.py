@@ -29,7 +29,7 @@ async def measure(machine: Machine, results: Results, *, name: str) -> None:
     """Store the times of each published clip of a model: alone, without CUDA graphs, and with others of its length."""
     model, repeats = machine.load(name, decode=None), machine.sizes.repeats
     rows = [row for row in CLIPS if row.model == name and row.duration_s <= _LONGEST_S]
-    for row in rows[: 1 if machine.is_tiny else None]:
+    for row in rows[:1] if machine.is_tiny else rows:
         request = _clip(machine, model, duration_s=row.duration_s)
         async with machine.engine(model) as engine:
             machine.memory_bytes()  # resets the peak
@@ -65,7 +65,7 @@ async def measure_rows(machine: Machine, results: Results) -> None:
     """Store the time of rows of different lengths, padded and packed, captured and eager, and the time of noise."""
     model, count = machine.load("small", decode=None), machine.sizes.together
     requests = [
-        _clip(machine, model, duration_s=_LONGEST_S * (index + 1) / count, seed=index) for index in range(count)
+        _clip(machine, model, duration_s=_LONGEST_S * share / count, seed=share) for share in range(1, count + 1)
     ]
     results.record("can_pack_segments", model.spec.packs_segments)
     for padded, eager in ((padded, eager) for padded in ((), ("packed_rows",)) for eager in ((), ("captures",))):
