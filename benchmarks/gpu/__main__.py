@@ -24,8 +24,7 @@ from benchmarks.gpu.parts import PARTS, measure
 from benchmarks.gpu.results import write_json
 from benchmarks.report import describe_environment, hash_sources
 
-NAME = "gpu-first"
-_LIMIT_S = 530.0
+_NAME, _LIMIT_S, _END_S = "gpu-first", 530.0, 10.0
 # The server process imports these once, before it starts the parts' processes. It does not use the device.
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(
@@ -40,20 +39,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.device.type == "cuda" and not torch.cuda.is_available():
         parser.error(f"there is no device {options.device}; --device cpu tries this out on tiny models")
     options.out.mkdir(parents=True, exist_ok=True)
-    about = {"device": str(options.device), "sources_sha256": hash_sources()}
-    report: dict[str, Any] = {
-        "case": NAME,
-        "environment": describe_environment(about),
-        "differences": [],
-        "results": {},
-    }
+    about = describe_environment({"device": str(options.device), "sources_sha256": hash_sources()})
+    report: dict[str, Any] = {"case": _NAME, "environment": about, "differences": [], "results": {}}
     ends_at = time.monotonic() + options.limit_s
     for name in options.parts:
         own_limit_s = PARTS[name][1] if options.device.type == "cuda" else float("inf")
         results = _run_part(name, options, limit_s=min(own_limit_s, ends_at - time.monotonic()))
         report["results"][name] = results
         report["differences"] += [f"{name}: {what}" for what in results["differences"]]
-        write_json(options.out / f"{NAME}.json", report)
+        write_json(options.out / f"{_NAME}.json", report)
         print(f"{name}: {results['state']}", *results["differences"], sep="\n  ", flush=True)
     if options.device.type == "cuda":
         print("\n".join(map(str, read_standings(options.out, GPU_GOALS))))
@@ -72,7 +66,7 @@ def _run_part(name: str, options: argparse.Namespace, *, limit_s: float) -> dict
         if process.exitcode is not None:
             state = "done" if process.exitcode == 0 else f"failed with status {process.exitcode}"
         process.kill()
-        process.join()
+        process.join(_END_S)
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"differences": []}
     path.unlink(missing_ok=True)
     is_fine = not log.exists() or (state == "done" and not results["differences"])

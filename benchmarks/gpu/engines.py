@@ -1,6 +1,6 @@
-"""Models of the published shapes with random weights, and engines in which single features are on or off.
+"""Models of the published shapes with random weights, or tiny ones on a CPU, and engines with single features on or off.
 
-This is the only module of this folder that uses the engine's own parts. On a CPU, tiny checkpoints replace the models.
+This is the only module of this folder that uses the engine's own parts.
 """
 
 from __future__ import annotations
@@ -132,9 +132,8 @@ class Machine:
         if self.device.type != "cuda":
             return host
         held, peak = torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
-        free, total = torch.cuda.mem_get_info(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        return {"held": held, "peak": peak, "used_on_device": total - free} | host
+        return {"held": held, "peak": peak, "reserved": torch.cuda.memory_reserved(self.device)} | host
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,8 +88,8 @@ class _Minute:
 
     def _report(self) -> None:
         figures = {name: self.counts[name] for name in ("compared", "identical", "different", "failed")}
-        self.results.record("load", figures | {"captured": self.engine.captures.num_captured})
-        self.results.record("worst_db", self.worst_db)
+        captured = self.engine.captures.num_captured
+        self.results.record("load", figures | {"captured": captured, "worst_db": self.worst_db})
 
 
 async def measure_leak(machine: Machine, results: Results) -> None:

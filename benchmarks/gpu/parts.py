@@ -37,9 +37,7 @@ def measure(name: str, options: argparse.Namespace, path: Path, log: Path) -> No
     """Measure one part in this process; an error ends it with status 1."""
     with log.open("w") as output:
         os.dup2(output.fileno(), 1), os.dup2(output.fileno(), 2)
-    machine = Machine(options.device)
-    if options.open_device:
-        machine = Machine(options.device, open=resolve_name(options.open_device))
-    if machine.is_tiny:
-        torch.set_num_threads(1)
+    own = {"open": resolve_name(options.open_device)} if options.open_device else {}
+    machine = Machine(options.device, **own)
+    torch.set_num_threads(1 if machine.is_tiny else torch.get_num_threads())
     asyncio.run(PARTS[name][0](machine, Results(path)))

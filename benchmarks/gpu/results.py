@@ -34,10 +34,7 @@ class Results:
     def compare(
         self, name: str, plays: Sequence[Sequence[Audio]], *, plain: Sequence[Audio], least_db: float | None
     ) -> None:
-        """Compare the clips of several plays with the plain ones, and store how close they are.
-
-        `least_db` None: the bytes must be equal. If any clip is too far, a difference is stored under `name`.
-        """
+        """Compare the clips of several plays with the plain ones; `least_db` None: the bytes must be equal."""
         by_play = [[clip_db(*pair) for pair in zip(clips, plain, strict=True)] for clips in plays]
         every = [db for play in by_play for db in play]
         far = [db for db in every if not is_close(db, least_db)]

@@ -52,11 +52,11 @@ async def measure(machine: Machine, results: Results, *, name: str) -> None:
             "decode_ms": timings.decode_ms,
             "memory_bytes": memory,
             "tensorrt_ms": row.tensorrt_ms,
-            "over_tensorrt_ratio": row.tensorrt_ms and alone_ms / row.tensorrt_ms,
+            "over_tensorrt_ratio": alone_ms / row.tensorrt_ms,
             "roofline_share_alone": row.ideal_ms / alone_ms,
             "roofline_share_crowd": row.clip_tflop * 1e15 / FLOPS / crowd_ms,
         }
-        if row.peak_gb and "peak" in memory:
+        if "peak" in memory:
             figures["peak_over_allowed_gb"] = memory["peak"] / 1e9 - (row.peak_gb * 1.1 + _GRAPHS_GB)
         results.record(f"clips.{row.name}", figures)
 
