@@ -1,4 +1,4 @@
-"""Models of the published shapes with random weights, or tiny ones on a CPU, and engines with single features on or off.
+"""Models of the published shapes with random weights, tiny ones on a CPU, and engines with single features on or off.
 
 This is the only module of this folder that uses the engine's own parts.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from benchmarks.gpu.parts import PARTS
 
 pytestmark = [pytest.mark.slow, pytest.mark.server]
 
+ROOT = Path(__file__).parents[2]
 BATTERY = {"async_copies", "second_queue", "captures", "packed_rows", "half_decode", "accelerated"}
 
 
@@ -22,7 +24,7 @@ def run_first(out: Path, *options: str, device: str) -> tuple[int, dict[str, Any
     """Returns the exit status and the report."""
     command = [sys.executable, "-m", "benchmarks.gpu", "first", "--device", "cpu", "--out", str(out)]
     command += ["--open-device", f"tests.gpu.stand_in:{device}", *options]
-    status = subprocess.run(command, check=False).returncode
+    status = subprocess.run(command, cwd=ROOT, check=False).returncode
     return status, json.loads((out / "gpu-first.json").read_text())
 
 
@@ -68,3 +70,10 @@ def test_parts_without_time_are_reported(tmp_path: Path) -> None:
     status, report = run_first(tmp_path, "--parts", "leak,rows", "--limit-s", "0", device="open_honest")
     assert status == 1
     assert {own["state"] for own in report["results"].values()} == {"out of time"}
+
+
+def test_the_tests_for_a_gpu_pass_on_a_stand_in() -> None:
+    command = [sys.executable, "-m", "pytest", "-c", "tests/gpu/pytest.ini", "--confcutdir", "tests/gpu", "tests/gpu"]
+    environment = os.environ | {"STABLE_AUDIO_TEST_DEVICE": "stand-in", "PYTEST_ADDOPTS": "-p no:cacheprovider"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
