@@ -97,8 +97,8 @@ type: install ## check types only
 bench: install ## run the short form of every benchmark that this machine supports, under 12 minutes (FULL=1: hours, for published results)
 	$(PY) -m benchmarks bench $(if $(FULL),--full) --out $(or $(RESULTS),bench-results)
 
-bench-gpu: $(if $(filter file,$(origin PY)),install) ## run the benchmarks of a CUDA device, JSON in OUT=gpu-results (PART=1 to 5 for one part; run again to resume)
-	$(PY) -m benchmarks.gpu $(if $(PART),--part $(PART)) --out $(GPU_OUT)
+bench-gpu: $(if $(filter file,$(origin PY)),install) ## compare each fast feature of a CUDA device with the plain path and measure it, under 9 minutes, JSON in OUT=gpu-results
+	$(PY) -m benchmarks.gpu first --out $(GPU_OUT) $(ARGS)
 
 docs: install ## write docs/openapi.json, docs/openapi.md and docs/metrics.md from the application, docs/performance.md from the results
 	$(PY) -m docs.reference

@@ -24,7 +24,6 @@ from benchmarks.workload import Arrival, draw_arrivals
 # in float32 (at most 1e-5) and rounding quiet clips to 16 bits (1e-4) are below it. A decoder in TF32 (8e-4), a
 # denoiser in float16 (above 1e-3) and one step fewer (above 3e-2) are above it.
 LARGEST_DIFFERENCE = 5e-4
-LARGEST_HALF_DIFFERENCE = 5e-2  # the same bound if the denoiser runs in half precision
 
 _PROBES_PER_CLASS = 3
 _LEAST_DRAWN = 60  # smallest list from which probes are chosen: shorter ones might lack some number of steps

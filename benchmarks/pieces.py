@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,22 +36,6 @@ class Pieces:
                 f"{folder} holds a run with other options ({', '.join(other)}): remove it, or choose another --out"
             )
         self.about = wanted
-        self.left: list[str] = []  # names of measurements for which `attempt` had no time
-        self.failed: dict[str, str] = {}
-
-    async def attempt(self, name: str, measure: Callable[[], Awaitable[Any]]) -> Any:
-        """Return the result of `take`, or None if there is no time or `measure` fails.
-
-        The name is then added to `left` or `failed`, and the run can continue with other measurements.
-        """
-        try:
-            return await self.take(name, measure)
-        except OutOfTimeError:
-            self.left.append(name)
-        except Exception as error:  # noqa: BLE001 - as said above
-            traceback.print_exc()
-            self.failed[name] = f"{type(error).__name__}: {error}"[:500]
-        return None
 
     async def take(self, name: str, measure: Callable[[], Awaitable[Any]]) -> Any:
         """Return the measurement `name` from its file. If there is no file, call `measure` and write the file first.

@@ -1,96 +1,86 @@
-"""`python -m benchmarks gpu --part N --out DIR`: measures one part, or all, on the first CUDA device. To continue an
-interrupted measurement, run the command again. With STABLE_AUDIO_TEST_DEVICE=cpu everything runs on tiny checkpoints.
+"""`python -m benchmarks.gpu first --out DIR`: try and measure every fast feature, in under 9 minutes.
+
+Each part runs in a process of its own with a time limit, so that one that hangs or crashes does not stop the others.
+`DIR/gpu-first.json` is written after each part. The exit status is 1 if a part failed or ran out of time, or if a
+feature differs from the plain path.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import os
+import json
+import multiprocessing
 import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.goals import read_standings
-from benchmarks.gpu import busy, lone, mixes, precision
-from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.goals import GPU_GOALS
-from benchmarks.gpu.trace import trace
-from benchmarks.pieces import OtherRunError, Pieces
-from benchmarks.report import describe_environment, hash_sources, write_report
+from benchmarks.gpu.parts import PARTS, measure
+from benchmarks.gpu.results import write_json
+from benchmarks.report import describe_environment, hash_sources
 
-_BUDGET_S = 450.0
-_Measure = Callable[[Bench, Pieces], Awaitable[dict[str, Any]]]
-PARTS: Mapping[int, tuple[str, _Measure]] = {
-    1: ("lone", lone.measure),
-    2: ("busy", busy.measure),
-    3: ("small", partial(mixes.measure, mixes=mixes.SMALL)),
-    4: ("medium", partial(mixes.measure, mixes=mixes.MEDIUM)),
-    5: ("precision", precision.measure),
-}
+_NAME, _LIMIT_S, _END_S = "gpu-first", 530.0, 10.0
+# The server process imports these once, before it starts the parts' processes. It does not use the device.
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(
+    ["benchmarks.gpu.parts", "transformers.models.t5gemma.modeling_t5gemma", "transformers.models.t5.modeling_t5"]
+)
+_LOG_LENGTH = 3000  # characters of a failed part's output
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, and return the exit status.
-
-    1: a measurement failed. 2: existing files are from another commit or device. 0: otherwise, even if the time was not
-    sufficient for all measurements.
-    """
-    options = _parser().parse_args(arguments)
-    torch.set_num_threads(1 if options.device.type == "cpu" else torch.get_num_threads())
-    try:
-        has_failed = [asyncio.run(_run(number, options)) for number in ([options.part] if options.part else PARTS)]
-    except OtherRunError as error:
-        print(error, file=sys.stderr)
-        return 2
+    """Returns the exit status."""
+    options = (parser := _parser()).parse_args(arguments)
+    if options.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"there is no device {options.device}; --device cpu tries this out on tiny models")
+    options.out.mkdir(parents=True, exist_ok=True)
+    about = describe_environment({"device": str(options.device), "sources_sha256": hash_sources()})
+    report: dict[str, Any] = {"case": _NAME, "environment": about, "differences": [], "results": {}}
+    ends_at = time.monotonic() + options.limit_s
+    for name in options.parts:
+        own_limit_s = PARTS[name][1] if options.device.type == "cuda" else float("inf")
+        results = _run_part(name, options, limit_s=min(own_limit_s, ends_at - time.monotonic()))
+        report["results"][name] = results
+        report["differences"] += [f"{name}: {what}" for what in results["differences"]]
+        write_json(options.out / f"{_NAME}.json", report)
+        print(f"{name}: {results['state']}", *results["differences"], sep="\n  ", flush=True)
     if options.device.type == "cuda":
         print("\n".join(map(str, read_standings(options.out, GPU_GOALS))))
-    return int(any(has_failed))
+    return int(any(own["state"] != "done" or own["differences"] for own in report["results"].values()))
 
 
-async def _run(number: int, options: argparse.Namespace) -> bool:
-    """Measure one part and write its file. Returns whether a measurement failed."""
-    bench, (part, measure) = Bench(options.device), PARTS[number]
-    name = f"gpu-{number}-{part}"
-    about = {"device": str(options.device), "models_are_tiny": bench.is_tiny, "sources_sha256": hash_sources()}
-    environment = describe_environment(about)
-    same = about | {key: environment[key] for key in ("gpu", "cpu", "versions")}
-    pieces = Pieces(options.out / name, same, ends_at=time.monotonic() + options.budget_s)
-    print(f"part {number}, {part}", flush=True)
-    await trace(options.device, partial(asyncio.sleep, 0.0))  # load the profiler now, because that takes time
-    try:
-        results = await measure(bench, pieces)
-    finally:
-        await bench.drop()
-    results |= {"left": pieces.left, "failed": pieces.failed}
-    write_report(options.out, name, settings=about, results=results)
-    if pieces.left:
-        print(f"part {number}: time is up; start it again for {', '.join(pieces.left)}")
-    return bool(pieces.failed)
-
-
-def _device(name: str) -> torch.device:
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError(f"there is no device {name}; STABLE_AUDIO_TEST_DEVICE=cpu tries this out")
-    return device
+def _run_part(name: str, options: argparse.Namespace, *, limit_s: float) -> dict[str, Any]:
+    """Run a part in a process of its own. Returns what it stored, also if it had to be stopped."""
+    path, log = options.out / f"{name}.json", options.out / f"{name}.log"
+    path.unlink(missing_ok=True)
+    state = "out of time"
+    if limit_s > 0:
+        process = _PROCESSES.Process(target=measure, args=(name, options, path, log))
+        process.start()
+        process.join(limit_s)
+        if process.exitcode is not None:
+            state = "done" if process.exitcode == 0 else f"failed with status {process.exitcode}"
+        process.kill()
+        process.join(_END_S)
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"differences": []}
+    path.unlink(missing_ok=True)
+    is_fine = not log.exists() or (state == "done" and not results["differences"])
+    return results | {"state": state, "log": "" if is_fine else log.read_text(errors="replace")[-_LOG_LENGTH:]}
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=__doc__)
-    parser.add_argument("--part", type=int, choices=PARTS, help="all of them without")
-    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder of the JSON files")
-    parser.add_argument(
-        "--device", type=_device, default=os.environ.get("STABLE_AUDIO_TEST_DEVICE", "cuda:0"), help="cuda:0, or cpu"
-    )
-    parser.add_argument(
-        "--budget-s", type=float, default=_BUDGET_S, help="seconds for a part, after which it stops with what it has"
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("run", choices=["first"], help="the first run on a machine")
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder of the JSON file")
+    parser.add_argument("--device", type=torch.device, default="cuda:0", help="cuda:0, or cpu with tiny models")
+    parser.add_argument("--open-device", default="", help="MODULE:FUNCTION that opens a stand-in for the device")
+    parser.add_argument("--parts", type=lambda text: text.split(","), default=[*PARTS], help=", ".join(PARTS))
+    parser.add_argument("--limit-s", type=float, default=_LIMIT_S, help="seconds for all parts together")
     return parser
 
 

@@ -1,5 +1,5 @@
-"""Records a GPU's work with torch's profiler: kernels, copies, launches, waits, and the share of time in which the GPU
-was busy. On a CPU nothing is recorded.
+"""Records the work of a GPU during a call with torch's profiler: kernels, copies, launches, waits, and the share of
+time in which it was busy. On a CPU it records only the operators of attention.
 """
 
 from __future__ import annotations
@@ -8,22 +8,58 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.gpu.battery import battery
+from benchmarks.gpu.engines import PLAIN, Machine
+from benchmarks.gpu.results import Results
+from stable_audio_serve.core.generation import GenerationRequest
 
 _DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 _ASKS = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cuGraphLaunch")
 _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+# Parts of the names of operators and kernels of attention, which also name its backend.
+_ATTENTION = ("scaled_dot_product", "flash", "fmha", "attention", "cudnn_attn", "varlen")
+_LENGTHS_S = (5.0, 30.0, 120.0)
 _NAME_LENGTH, _MOST_KERNELS = 120, 20
 
 
-async def trace(device: torch.device, run: Callable[[], Awaitable[object]]) -> dict[str, Any]:
-    """Call `run` and return figures of the device work that all threads launched during the call."""
+async def measure(machine: Machine, results: Results) -> None:
+    """Store the kernels and attention of each model, without CUDA graphs: of two steps and one decoding by the length
+    of a single clip, and of the battery with padded and with packed rows.
+    """
+    for name in ("small", "medium", "open"):
+        model = machine.load(name, decode=None)
+        longest_s = min(model.spec.card.max_duration_s, machine.sizes.longest_s)
+        shapes = {"battery": battery(model.spec.card, longest_s=longest_s)}
+        alone = GenerationRequest("rain", 1.0, 0, steps=2, duration_padding_s=0.0)
+        lengths_s = [length_s for length_s in _LENGTHS_S if length_s <= longest_s] or [longest_s]
+        clips = {f"{length_s:g} s": [replace(alone, duration_s=length_s)] for length_s in lengths_s}
+        for layout, features, groups in (("padded", PLAIN, shapes | clips), ("packed", {"packed_rows"}, shapes)):
+            async with machine.engine(model, features) as engine:
+                for what, requests in groups.items():
+                    await engine.together(*requests)  # initialises the kernels
+                    traced = await trace(machine.device, partial(engine.together, *requests), operators=True)
+                    results.record(f"{name}.{layout}.{what}", traced)
+
+
+async def trace(
+    device: torch.device, run: Callable[[], Awaitable[object]], *, operators: bool = False
+) -> dict[str, Any]:
+    """Run `run` and return the figures of the device work that all threads launched meanwhile.
+
+    `operators` also records torch's operators, which slows the host down.
+    """
     is_cuda = device.type == "cuda"
-    profiler = profile(activities=[ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU])
+    activities = [ProfilerActivity.CUDA] * is_cuda + [ProfilerActivity.CPU] * (operators or not is_cuda)
+    profiler = profile(activities=activities, experimental_config=_ExperimentalConfig(profile_all_threads=True))
     profiler.start()
     try:
         await run()
@@ -42,6 +78,7 @@ def summarize_trace(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
     whole = [event for event in events if event.get("ph") == "X"]
     work = sorted((event for event in whole if event.get("cat") in _DEVICE_WORK), key=lambda event: event["ts"])
     host = [event["name"] for event in whole if event.get("cat") in {"cuda_runtime", "cuda_driver"}]
+    named = Counter(event["name"][:_NAME_LENGTH] for event in whole if event.get("cat") in {"cpu_op", "kernel"})
     busy_us, reached_us = 0.0, float("-inf")
     taken_us: Counter[str] = Counter()
     for event in work:
@@ -57,6 +94,7 @@ def summarize_trace(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "kernels": sum(event["cat"] == "kernel" for event in work),
         "host_launches": sum(name.startswith(_ASKS) for name in host),
         "waits": sum(name.startswith(_WAITS) and "Async" not in name for name in host),
+        "attention": {name: count for name, count in named.items() if any(part in name.lower() for part in _ATTENTION)},
         "copies_to_device": sum(event["cat"] == "gpu_memcpy" and "HtoD" in event["name"] for event in work),
         "top_kernels": [
             {"name": name, "total_ms": us / 1000.0, "share": us / max(1.0, taken_us.total())}

@@ -25,7 +25,7 @@ from stable_audio_serve.serving.engines import first_device
 from stable_audio_serve.serving.placement import model_entry
 from stable_audio_serve.serving.replica import ModelReplica
 
-_OTHERS = ("lock", "eager-lock", "static")
+_OTHERS = ("lock", "static")
 
 
 class SideReplica(StandInReplica):

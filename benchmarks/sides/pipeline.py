@@ -88,18 +88,13 @@ class Pipeline:
         *,
         policy: Callable[[Device], BatchPolicy],
         together: int,
-        captures_calls: bool = True,
     ) -> None:
-        """`policy` returns, for a device, the policy that splits a step into device calls.
-
-        Up to `together` windows or prompts of equal shape share a call. `captures_calls`: whether to capture calls as
-        CUDA graphs, if the device can.
-        """
+        """`policy` splits a step into device calls; up to `together` windows or prompts of equal shape share one."""
         self._model = model
         self._threads = options.torch_threads
         self.captures = Captures()
         device = open_device(model.device, clock=SystemClock())
-        device.can_capture = self._captures_calls = captures_calls and device.can_capture
+        self._captures_calls = device.can_capture
         self._is_steady = resolve_mode(options, device) == "strict" and not device.shares_calls
         noise_pool = ThreadPoolExecutor(1, thread_name_prefix="noise")
         executor = Executor(model, policy(device), device=device, max_per_call=together, metrics=self.captures)

@@ -1,8 +1,7 @@
 """The compared servers (sides) without HTTP: `await side.generate(request)`.
 
-`lock` serves one request at a time, first come, first served. `static` serves batches of similar requests. `ours` is
-the engine. On a device where the engine uses CUDA graphs, the other sides use them, too. Only `eager-lock` does not; it
-is otherwise the same as `lock`.
+`lock` serves one request at a time, first come, first served; `static` serves batches of similar requests; `ours` is
+the engine. If the engine uses CUDA graphs on a device, the other sides do too.
 """
 
 from __future__ import annotations
@@ -84,14 +83,13 @@ def one_call(model: DiffusionModel) -> Callable[[Device], BatchPolicy]:
 class LockServer(Pipeline):
     """The side `lock`: one request at a time, as in a simple request handler around a model."""
 
-    def __init__(self, model: DiffusionModel, options: EngineOptions, *, captures_calls: bool = True) -> None:
+    def __init__(self, model: DiffusionModel, options: EngineOptions) -> None:
         captured = one_call(model)
         super().__init__(
             model,
             options,
             policy=lambda device: captured(device) if device.can_capture else OneRowPerCall(),
             together=1,
-            captures_calls=captures_calls,
         )
 
     async def generate(self, request: GenerationRequest) -> GenerationResult:
@@ -186,18 +184,15 @@ class OurServer:
         await self._engine.close()
 
 
-SIDES = ("lock", "eager-lock", "static", "ours", "ours-strict", "ours-fast")
+SIDES = ("lock", "static", "ours", "ours-strict", "ours-fast")
 
 
 def open_side(
     name: str, model: DiffusionModel, *, options: EngineOptions, collect: Callable[[RunBatch], Batched] = Batcher
 ) -> Side:
-    """Returns the side `name` around a loaded model. Raises ValueError for an unknown name.
-
-    `collect` is the batching function of the side `static`.
-    """
-    if name in {"lock", "eager-lock"}:
-        return LockServer(model, options, captures_calls=name == "lock")
+    """Returns the side of this name over a loaded model. Raises ValueError for another name."""
+    if name == "lock":
+        return LockServer(model, options)
     if name == "static":
         return StaticServer(model, options, collect=collect)
     if name in SIDES:

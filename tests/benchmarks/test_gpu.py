@@ -1,29 +1,79 @@
-"""The GPU benchmarks run on tiny checkpoints, and an interrupted run resumes where it stopped."""
+"""The first run on a GPU, on a stand-in for the device and tiny checkpoints, finds the features that differ."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.goals import GPU_GOALS
+from benchmarks.gpu.parts import PARTS
 
 pytestmark = [pytest.mark.slow, pytest.mark.server]
 
+ROOT = Path(__file__).parents[2]
+BATTERY = {"async_copies", "second_queue", "captures", "packed_rows", "half_decode", "accelerated"}
+
+
+def run_first(out: Path, *options: str, device: str) -> tuple[int, dict[str, Any]]:
+    """Returns the exit status and the report."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "first", "--device", "cpu", "--out", str(out)]
+    command += ["--open-device", f"tests.gpu.stand_in:{device}", *options]
+    status = subprocess.run(command, cwd=ROOT, check=False).returncode
+    return status, json.loads((out / "gpu-first.json").read_text())
+
+
+def test_every_part_is_done_and_nothing_differs(tmp_path: Path) -> None:
+    status, report = run_first(tmp_path, device="open_honest")
+    results = report["results"]
+    assert report["differences"] == []
+    assert {name: own["state"] for name, own in results.items()} == dict.fromkeys(PARTS, "done")
+    assert status == 0
+    for name in ("small", "medium", "open"):
+        features = results[f"battery-{name}"]["features"]
+        assert features.keys() >= BATTERY
+        assert features["captures"]["captured"] > 0
+        assert features["captures"]["identical"] == features["captures"]["clips"] == 16
+        assert results["kernels"][name]["padded"]["battery"]["attention"]
+    assert results["load-small"]["load"]["compared"] > 0
+    assert results["leak"]["growth_share"].keys() >= {"host_peak"}
+    assert results["rows"]["rows"].keys() == {
+        f"{layout}_{how}" for layout in ("padded", "packed") for how in ("captured", "eager")
+    }
+    clip = results["times-small"]["clips"]["small 5 s"]
+    assert clip.keys() >= {"step_ms", "decode_ms", "eager_over_captured_ratio", "over_tensorrt_ratio"}
+    assert {goal.path[0] for goal in GPU_GOALS} <= results.keys()
+
 
 @pytest.mark.parametrize(
-    ("part", "name", "figure"),
-    [(1, "lone", "eager_over_captured_ratio"), (2, "busy", "steps_per_s"), (5, "precision", "denoiser_db")],
+    ("device", "feature"),
+    [
+        ("open_wrong_captures", "captures"),
+        ("open_failing_captures", "captures"),
+        ("open_torn_copies", "async_copies"),
+        ("open_early_queue", "second_queue"),
+    ],
 )
-def test_each_part_reports_its_figures_and_resumes(part: int, name: str, figure: str, tmp_path: Path) -> None:
-    def run(budget_s: str) -> dict[str, object]:
-        assert main(["--device", "cpu", "--part", str(part), "--out", str(tmp_path), "--budget-s", budget_s]) == 0
-        results: dict[str, object] = json.loads((tmp_path / f"gpu-{part}-{name}.json").read_text())["results"]
-        return results
+def test_a_feature_that_differs_is_named(device: str, feature: str, tmp_path: Path) -> None:
+    status, report = run_first(tmp_path, "--parts", "battery-small", device=device)
+    assert status == 1
+    named = {difference.split(": ")[1] for difference in report["differences"]}
+    assert named == {feature, "all_exact", "accelerated"}
 
-    assert run("0")["left"], "there is no time for anything"
-    first = run("600")
-    assert first[figure]
-    assert not first["left"]
-    assert run("0") == first, "everything is there"
+
+def test_parts_without_time_are_reported(tmp_path: Path) -> None:
+    status, report = run_first(tmp_path, "--parts", "leak,rows", "--limit-s", "0", device="open_honest")
+    assert status == 1
+    assert {own["state"] for own in report["results"].values()} == {"out of time"}
+
+
+def test_the_tests_for_a_gpu_pass_on_a_stand_in() -> None:
+    command = [sys.executable, "-m", "pytest", "-c", "tests/gpu/pytest.ini", "--confcutdir", "tests/gpu", "tests/gpu"]
+    environment = os.environ | {"STABLE_AUDIO_TEST_DEVICE": "stand-in", "PYTEST_ADDOPTS": "-p no:cacheprovider"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]

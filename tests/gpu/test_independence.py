@@ -19,8 +19,7 @@ from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.sampling import SeededNoise
 from tests.engine.test_checkpoint_independence import SUBJECTS, make_neighbours
 from tests.factories import make_request
-from tests.goldens import SHARP
-from tests.gpu.loaded import load_on
+from tests.gpu.loaded import CHECKPOINTS, load_on, open_for
 
 pytestmark = pytest.mark.gpu
 
@@ -69,7 +68,7 @@ def in_engine(engine: Engine, use: Callable[[Engine], Awaitable[Result]]) -> Res
 
 
 def test_results_report_the_devices_memory(device: torch.device) -> None:
-    engine = Engine(load_on(device, SHARP[0], torch.float32), EngineOptions(warmup_budget_s=0.0))
+    engine = Engine(load_on(device, "sharp-s", torch.float32), EngineOptions(warmup_budget_s=0.0))
     use = in_engine(engine, lambda engine: engine.generate(make_request(duration_s=1.0, steps=1))).device
     assert use.kind == device.type
     if device.type != "cuda":
@@ -84,18 +83,20 @@ def largest_difference(left: list[GenerationResult], right: list[GenerationResul
     return max(float(np.abs(a.audio[0] - b.audio[0]).max()) for a, b in zip(left, right, strict=True))
 
 
-@pytest.mark.parametrize("name", SHARP)
+@pytest.mark.parametrize("name", CHECKPOINTS)
 @pytest.mark.parametrize("dtype", FAST, ids=str)
 @pytest.mark.parametrize("mode", ["strict", "fast"])
 def test_other_requests_do_not_change_the_audio(device: torch.device, name: str, dtype: torch.dtype, mode: str) -> None:
     model, options = load_on(device, name, dtype), EngineOptions(mode=mode, warmup_budget_s=0.0)  # type: ignore[arg-type]
-    alone = in_engine(Engine(model, options), generate_alone)
-    crowded = in_engine(Engine(model, options), generate_crowded)
+    alone, crowded = (
+        in_engine(Engine(model, options, device=open_for(device)), generate)
+        for generate in (generate_alone, generate_crowded)
+    )
     assert all(np.abs(result.audio[0]).max() > 0.01 for result in alone)
     assert largest_difference(crowded, alone) <= (0.0 if mode == "strict" else FAST[dtype])
 
 
-@pytest.mark.parametrize("name", SHARP)
+@pytest.mark.parametrize("name", CHECKPOINTS)
 def test_the_same_seed_gives_the_same_sound_on_every_device(device: torch.device, name: str) -> None:
     results = [
         # Default options: with a warm-up, and in the device's default mode.

@@ -14,6 +14,7 @@ from stable_audio_serve.models.registry import resolve_entry
 from stable_audio_serve.models.sao.model import SaoModel
 from stable_audio_serve.models.weights import cast_network
 from tests.goldens import load_open_goldens
+from tests.gpu.loaded import gpu_only
 from tests.models.loaded import assert_near
 from tests.models.sao.test_generation import CASES, make_noise
 from tests.models.sao.test_model import run, to_requests
@@ -84,6 +85,7 @@ def test_autoencoder_matches_the_reference(device: torch.device, name: str) -> N
     assert_near(decoded, tensors["ae/decode"], within=AUTOENCODER)
 
 
+@gpu_only
 @pytest.mark.parametrize(("name", "case"), WHOLE, ids=["-".join(case) for case in WHOLE])
 def test_runs_match_the_reference(device: torch.device, name: str, case: str) -> None:
     goldens, model = load_open_goldens(name), load_on(device, name)

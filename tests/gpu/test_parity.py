@@ -13,7 +13,7 @@ from stable_audio_serve.verification.goldens import Goldens
 from stable_audio_serve.verification.report import BOUNDS, Report
 from stable_audio_serve.verification.verify import compare
 from tests.goldens import SHARP, load_goldens
-from tests.gpu.loaded import load_on
+from tests.gpu.loaded import gpu_only, load_on
 from tests.models.loaded import assert_near
 
 pytestmark = pytest.mark.gpu
@@ -88,6 +88,7 @@ def test_autoencoder_matches_the_reference(device: torch.device, name: str) -> N
     assert_near(decoded, tensors["ae/decode_quiet"], within=WIDER * BOUNDS["autoencoder"])
 
 
+@gpu_only
 def test_runs_match_the_reference(device: torch.device, name: str) -> None:
     report = Report(say=lambda line: None, bounds={component: WIDER * bound for component, bound in BOUNDS.items()})
     model, goldens = load_on(device, name), Goldens.load(load_goldens(name).folder)

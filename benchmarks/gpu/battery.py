@@ -1,0 +1,115 @@
+"""Four unlike requests in engines with one feature each, compared with the same requests in a plain engine.
+
+The plain engine runs in strict mode, eager, padded and on one queue, with blocking copies and float32 decoding.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.gpu.engines import ALL, EXACT, PLAIN, Machine
+from benchmarks.gpu.results import Results
+from benchmarks.load import Audio
+from stable_audio_serve.core.catalog import ModelCard
+from stable_audio_serve.core.errors import ConfigError
+from stable_audio_serve.core.generation import GenerationRequest, Mode, SourceAudio
+from stable_audio_serve.models.protocol import DiffusionModel
+
+_LONGEST_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """An engine to compare with the plain one: its features, and the precisions with which its model is loaded.
+
+    `least_db` is the bound on signal over error in decibels; None: the bytes must be equal.
+    """
+
+    name: str
+    features: frozenset[str] = PLAIN
+    mode: Mode = "strict"
+    least_db: float | None = None
+    precision: Mapping[str, Any] = field(default_factory=dict)
+
+
+# Captures come last, because a failed one may harm what the process does later.
+CASES = (
+    Case("plain"),
+    Case("async_copies", frozenset({"async_copies"})),
+    Case("second_queue", frozenset({"second_queue"})),
+    Case("shared_calls", mode="fast", least_db=50.0),
+    Case("packed_rows", frozenset({"packed_rows"}), mode="fast", least_db=50.0),
+    Case("tf32_decode", least_db=50.0, precision={"decode": "tf32"}),
+    Case("half_decode", least_db=40.0, precision={"decode": "half"}),
+    Case("float32_steps", least_db=-900.0, precision={"dtype": torch.float32}),  # any finite audio: has no bound
+    Case("captures", frozenset({"captures"})),
+    Case("all_exact", EXACT),
+    Case("accelerated", ALL, mode="fast", least_db=50.0, precision={"decode": None}),
+)
+_TINY_HALF_DB = 22.0  # bfloat16 on a CPU has three bits less than float16
+
+
+def battery(card: ModelCard, *, longest_s: float) -> list[GenerationRequest]:
+    """Returns four requests of two steps with one prompt: two plain ones, one guided, one with a mask."""
+    longest_s = min(card.max_duration_s, longest_s, _LONGEST_S)
+    noise = np.random.default_rng(0).uniform(-0.3, 0.3, (card.channels, int(longest_s / 2 * card.sample_rate_hz)))
+    clip = SourceAudio(noise.astype(np.float32), card.sample_rate_hz)
+    mask = {"inpaint_audio": clip, "inpaint_regions_s": ((longest_s / 8, longest_s / 4),)}
+    fields: Sequence[dict[str, Any]] = (
+        {"duration_s": longest_s},
+        {"duration_s": longest_s * 0.6, "cfg_scale": 3.0},
+        {"duration_s": longest_s * 0.5, **mask},
+        {"duration_s": longest_s * 0.2},
+    )
+    plain = GenerationRequest("rain on a roof", 1.0, 0, steps=2, cfg_scale=1.0, duration_padding_s=0.0)
+    return [replace(plain, seed=seed, **field) for seed, field in enumerate(fields)]
+
+
+async def measure(machine: Machine, results: Results, *, name: str) -> None:
+    """Store how close the clips of each case are to the plain ones; an error is a difference, too."""
+    model: DiffusionModel | None = None
+    loaded: Mapping[str, Any] = {}
+    plain: Sequence[Audio] = ()
+    for case in CASES:
+        try:
+            if model is None or case.precision != loaded:
+                model, loaded = None, case.precision
+                machine.free()
+                model = machine.load(name, **case.precision)
+            plays = await _play(machine, results, case, model)
+        except ConfigError as error:
+            results.record(f"features.{case.name}.absent", str(error))
+            continue
+        except Exception as error:  # noqa: BLE001 - the other features are worth knowing
+            results.record(f"features.{case.name}.error", traceback.format_exc()[-2000:])
+            results.differ(f"{case.name}: {type(error).__name__}: {error}"[:300])
+            continue
+        plain = plain or plays[0]
+        bound_db = _TINY_HALF_DB if machine.is_tiny and case.name == "half_decode" else case.least_db
+        results.compare(case.name, plays, plain=plain, least_db=bound_db)
+
+
+async def _play(  # noqa: PLR0917
+    machine: Machine, results: Results, case: Case, model: DiffusionModel
+) -> list[list[Audio]]:
+    """Play the requests together, twice in each order; frequent calls are captured after the first two plays.
+
+    Returns the clips of each play in the order of the requests.
+    """
+    requests = battery(model.spec.card, longest_s=machine.sizes.longest_s)
+    async with machine.engine(model, case.features, mode=case.mode) as engine:
+        plays = [(await engine.together(*requests[::step]))[::step] for step in (1, -1)]
+        await engine.settle()
+        misses = engine.captures.num_misses
+        plays += [(await engine.together(*requests[::step]))[::step] for step in (1, -1)]
+    figures = {"captured": engine.captures.num_captured, "misses": engine.captures.num_misses - misses}
+    results.record(f"features.{case.name}", figures | {"can_pack_segments": model.spec.packs_segments})
+    if engine.can_capture and not engine.captures.num_captured:
+        results.differ(f"{case.name}: nothing was captured")
+    return plays

@@ -1,0 +1,188 @@
+"""Models of the published shapes with random weights, tiny ones on a CPU, and engines with single features on or off.
+
+This is the only module of this folder that uses the engine's own parts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import resource
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from benchmarks.load import Audio
+from benchmarks.sides.pipeline import Captures, wait_for_captures
+from stable_audio_serve.core.catalog import DecodePrecision
+from stable_audio_serve.core.clock import SystemClock
+from stable_audio_serve.core.generation import GenerationRequest, Mode
+from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.engine.hardware.device import Device, open_device
+from stable_audio_serve.models.families import load_model
+from stable_audio_serve.models.protocol import DiffusionModel
+from stable_audio_serve.models.registry import BUILT_IN, resolve_entry
+from stable_audio_serve.models.sa3 import random_weights as sa3
+from stable_audio_serve.models.sao import random_weights as sao
+
+_GOLDENS = Path(__file__).parents[2] / "tests" / "data" / "goldens"
+_TINY = {"small": "sa3/sharp-s", "medium": "sa3/sharp-l", "open": "sao/tiny-1.0"}
+_SA3 = {"small": "small-music", "medium": "medium"}
+_OPEN = "stable-audio-open-1.0"
+_BEFORE_CAPTURES = 3  # only repeated calls are captured
+_QUEUE_S = 36_000.0  # long enough that no request is refused on any device
+
+# With these features, an engine in strict mode must give the same bytes as without any.
+EXACT = frozenset({"async_copies", "second_queue", "captures"})
+ALL = EXACT | {"packed_rows"}
+PLAIN: frozenset[str] = frozenset()
+
+OpenDevice = Callable[[torch.device], Device]
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much is measured: numbers of clips and repetitions, and times in seconds."""
+
+    longest_s: float = 400.0
+    most_steps: int = 100
+    repeats: int = 12
+    together: int = 8  # clips of equal length that are requested at once
+    clips: int = 24  # different clips of the mixed load
+    load_s: float = 60.0
+    in_flight: int = 24
+    traced_s: float = 2.0
+    few: int = 50  # clips before the first and before the last measurement of memory
+    many: int = 500
+
+
+_TINY_SIZES = Sizes(
+    longest_s=1.0, most_steps=4, repeats=1, together=2, clips=3, load_s=1.0, in_flight=2, traced_s=0.2, few=2, many=4
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The measured device. `open` returns the engine's interface to it, a new one for each engine."""
+
+    device: torch.device
+    open: OpenDevice = lambda device: open_device(device, clock=SystemClock())
+
+    @property
+    def is_tiny(self) -> bool:
+        """Whether tiny checkpoints replace the models."""
+        return self.device.type != "cuda"
+
+    @property
+    def sizes(self) -> Sizes:
+        """Full on CUDA, tiny elsewhere."""
+        return _TINY_SIZES if self.is_tiny else Sizes()
+
+    def load(
+        self, name: str, *, dtype: torch.dtype = torch.float16, decode: DecodePrecision | None = "float32"
+    ) -> DiffusionModel:
+        """Returns small, medium or open (Stable Audio Open 1.0); the weights are the same each time.
+
+        `dtype` is the denoiser's precision on CUDA; None as `decode` selects the product's own choice for the decoder.
+        Raises ConfigError for a precision that the device does not have.
+        """
+        if self.is_tiny:
+            folder = _GOLDENS / _TINY[name]
+            return load_model(resolve_entry(folder.name, path=str(folder)), device=self.device, decode_precision=decode)
+        if name in _SA3:
+            return sa3.build_random_model(_SA3[name], device=self.device, dtype=dtype, decode_precision=decode)
+        config, card = sao.OFFICIAL_CONFIGS[_OPEN], BUILT_IN[_OPEN].card
+        return sao.build_random_model(config, card, device=self.device, dtype=dtype, decode_precision=decode)
+
+    @asynccontextmanager
+    async def engine(
+        self, model: DiffusionModel, features: Collection[str] = ALL, *, mode: Mode = "fast"
+    ) -> AsyncIterator[OpenEngine]:
+        """Start an engine with these features only, and close it at the end."""
+        device = cast("Device", _Switched(self.open(self.device), features))
+        options = EngineOptions(
+            mode=mode,
+            frame_grid=None if "packed_rows" in features else device.frame_grid,  # with a grid, rows are padded
+            max_queue_s=_QUEUE_S,
+            warmup_budget_s=2.0 if features == ALL and not self.is_tiny else 0.0,
+            torch_threads=1 if self.is_tiny else None,
+        )
+        captures = Captures()
+        try:
+            async with Engine(model, options, device=device, metrics=captures) as engine:
+                yield OpenEngine(engine, captures, can_capture=device.can_capture)
+        finally:
+            self.free()
+
+    def free(self) -> None:
+        """Give memory that nothing uses back to the device."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Returns the memory that tensors hold, its peak since the last call, and the host's peak."""
+        gc.collect()
+        host = {"host_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        if self.device.type != "cuda":
+            return host
+        held, peak = torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return {"held": held, "peak": peak, "reserved": torch.cuda.memory_reserved(self.device)} | host
+
+
+@dataclass(frozen=True, slots=True)
+class OpenEngine:
+    """A started engine and the counts of its captures."""
+
+    engine: Engine
+    captures: Captures
+    can_capture: bool
+
+    async def prepare(self, *requests: GenerationRequest) -> None:
+        """Send the requests together until their calls are captured."""
+        for _ in range(_BEFORE_CAPTURES):
+            await self.together(*requests)
+        await self.settle()
+
+    async def together(self, *requests: GenerationRequest) -> list[Audio]:
+        """Returns the first clip of each request; all are sent at once."""
+        return [result.audio[0] for result in await asyncio.gather(*map(self.engine.generate, requests))]
+
+    async def settle(self) -> None:
+        """Return once the idle engine has no calls left to capture."""
+        await wait_for_captures(self.captures)
+
+
+class _Switched:
+    """A device without the features that are not listed; everything else is the given device's."""
+
+    def __init__(self, device: Device, features: Collection[str]) -> None:
+        self._device = device
+        self._copies_late = "async_copies" in features
+        self.can_capture = device.can_capture and "captures" in features
+        self.has_second_queue = device.has_second_queue and "second_queue" in features
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._device, name)
+
+    def host_buffer(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        # The device copies unpinned memory before the call returns.
+        return self._device.host_buffer(*shape, dtype=dtype) if self._copies_late else torch.empty(shape, dtype=dtype)
+
+    def upload(self, host: Tensor) -> Tensor:
+        return self._device.upload(host) if self._copies_late else host.to(self._device.torch_device, copy=True)
+
+    def download(self, source: Tensor, target: Tensor) -> None:
+        if self._copies_late:
+            self._device.download(source, target)
+        else:
+            target.copy_(source)
+
+    def on_second_queue(self, *reads: Tensor) -> AbstractContextManager[None]:
+        return self._device.on_second_queue(*reads) if self.has_second_queue else nullcontext()

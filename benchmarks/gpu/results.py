@@ -1,0 +1,77 @@
+"""The growing result of one part, its differences, and the comparison of clips."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.compare import difference
+from benchmarks.load import Audio
+
+
+class Results:
+    """The figures of one part. The file is written after each figure, so that it is of use if the part is stopped."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._started_at = time.monotonic()
+        self.values: dict[str, Any] = {"differences": []}
+        self._write()
+
+    def record(self, name: str, value: Any) -> None:
+        """Store a figure under a name; dots in the name separate the keys that lead to it."""
+        *outer, last = name.split(".")
+        at = self.values
+        for key in outer:
+            at = at.setdefault(key, {})
+        at[last] = value
+        self._write()
+
+    def compare(
+        self, name: str, plays: Sequence[Sequence[Audio]], *, plain: Sequence[Audio], least_db: float | None
+    ) -> None:
+        """Compare the clips of several plays with the plain ones; `least_db` None: the bytes must be equal."""
+        by_play = [[clip_db(*pair) for pair in zip(clips, plain, strict=True)] for clips in plays]
+        every = [db for play in by_play for db in play]
+        far = [db for db in every if not is_close(db, least_db)]
+        worst_db = min((db for db in every if db is not None), default=None)
+        figures = {"clips": len(every), "identical": every.count(None), "worst_db": worst_db, "least_db": least_db}
+        self.record(f"features.{name}", self.values.get("features", {}).get(name, {}) | figures | {"by_play": by_play})
+        if far:
+            wanted = "equal bytes" if least_db is None else f"at least {least_db:g} dB"
+            self.differ(
+                f"{name}: {len(far)} of {len(every)} clips are not close, {worst_db:.1f} dB instead of {wanted}"
+            )
+
+    def differ(self, what: str) -> None:
+        """Store a difference from the plain path."""
+        self.values["differences"].append(what)
+        self._write()
+
+    def _write(self) -> None:
+        self.values["seconds"] = round(time.monotonic() - self._started_at, 1)
+        write_json(self._path, self.values)
+
+
+def clip_db(clip: Audio, plain: Audio) -> float | None:
+    """Returns signal over error in decibels: None if the clips are identical, -999 if the clip has another shape or is
+    not finite.
+    """
+    share = difference(clip, plain)
+    return None if share == 0 else -20 * math.log10(share) if math.isfinite(share) else -999.0
+
+
+def is_close(db: float | None, least_db: float | None) -> bool:
+    """Whether a compared clip meets the bound. None as bound: it must be identical."""
+    return db is None or (least_db is not None and db >= least_db)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Replace a file as a whole, so that a stopped run leaves no incomplete file."""
+    draft = path.with_suffix(".part")
+    draft.write_text(json.dumps(values, indent=1, default=str) + "\n")
+    draft.rename(path)

@@ -1,0 +1,109 @@
+"""Times: single clips with and without CUDA graphs against the published TensorRT pipeline, rows of different lengths
+packed and padded, and the drawing of noise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from statistics import median
+from typing import Any
+
+from benchmarks.gpu.engines import ALL, Machine
+from benchmarks.gpu.goals import CLIPS, FLOPS
+from benchmarks.gpu.results import Results
+from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.models.protocol import DiffusionModel
+from stable_audio_serve.sampling import SeededNoise
+
+_LONGEST_S = 120.0
+_GRAPHS_GB = 2.0  # memory allowed beyond the published peak
+_STEP_TOKENS, _ROWS = 16_384, 16  # the largest step, in rows of equal length
+_THREADS = (1, 4)
+
+
+async def measure(machine: Machine, results: Results, *, name: str) -> None:
+    """Store the times of each published clip of a model: alone, without CUDA graphs, and with others of its length."""
+    model, repeats = machine.load(name, decode=None), machine.sizes.repeats
+    rows = [row for row in CLIPS if row.model == name and row.duration_s <= _LONGEST_S]
+    for row in rows[:1] if machine.is_tiny else rows:
+        request = _clip(machine, model, duration_s=row.duration_s)
+        async with machine.engine(model) as engine:
+            machine.memory_bytes()  # resets the peak
+            await engine.prepare(request)
+            alone_ms = await _median_ms(partial(engine.together, request), repeats=repeats)
+            timings = (await engine.engine.generate(request)).timings
+            assert timings is not None
+            memory = machine.memory_bytes()
+            crowd = [replace(request, seed=seed) for seed in range(machine.sizes.together)]
+            await engine.prepare(*crowd)
+            crowd_ms = await _median_ms(partial(engine.together, *crowd), repeats=repeats) / len(crowd)
+        async with machine.engine(model, ALL - {"captures"}) as engine:
+            eager_ms = await _median_ms(partial(engine.together, request), repeats=repeats)
+        figures: dict[str, Any] = {
+            "alone_ms": alone_ms,
+            "eager_ms": eager_ms,
+            "eager_over_captured_ratio": eager_ms / alone_ms,
+            "text_ms": timings.text_ms,
+            "step_ms": timings.denoise_ms / (request.steps or 1),
+            "decode_ms": timings.decode_ms,
+            "memory_bytes": memory,
+            "tensorrt_ms": row.tensorrt_ms,
+            "over_tensorrt_ratio": alone_ms / row.tensorrt_ms,
+            "roofline_share_alone": row.ideal_ms / alone_ms,
+            "roofline_share_crowd": row.clip_tflop * 1e15 / FLOPS / crowd_ms,
+        }
+        if "peak" in memory:
+            figures["peak_over_allowed_gb"] = memory["peak"] / 1e9 - (row.peak_gb * 1.1 + _GRAPHS_GB)
+        results.record(f"clips.{row.name}", figures)
+
+
+async def measure_rows(machine: Machine, results: Results) -> None:
+    """Store the time of rows of different lengths, padded and packed, captured and eager, and the time of noise."""
+    model, count = machine.load("small", decode=None), machine.sizes.together
+    requests = [
+        _clip(machine, model, duration_s=_LONGEST_S * share / count, seed=share) for share in range(1, count + 1)
+    ]
+    results.record("can_pack_segments", model.spec.packs_segments)
+    for padded, eager in ((padded, eager) for padded in ((), ("packed_rows",)) for eager in ((), ("captures",))):
+        async with machine.engine(model, ALL.difference(padded, eager)) as engine:
+            await engine.prepare(*requests)
+            taken_ms = await _median_ms(partial(engine.together, *requests), repeats=machine.sizes.repeats)
+            layout = f"{'padded' if padded else 'packed'}_{'eager' if eager else 'captured'}"
+            results.record(f"rows.{layout}", {"ms": taken_ms, "captured": engine.captures.num_captured})
+    shape = model.spec.card.latent_channels, _STEP_TOKENS // _ROWS
+    sources = [SeededNoise(seed) for seed in range(_ROWS)]
+    for threads in _THREADS:
+        with ThreadPoolExecutor(threads) as pool:
+
+            async def draw(pool: ThreadPoolExecutor = pool) -> None:
+                list(pool.map(lambda source: source.step(shape), sources))
+
+            taken_ms = await _median_ms(draw, repeats=machine.sizes.repeats)
+        results.record(f"noise.ms_of_{_STEP_TOKENS}_tokens_on_{threads}_threads", taken_ms)
+
+
+def _clip(machine: Machine, model: DiffusionModel, *, duration_s: float, seed: int = 0) -> GenerationRequest:
+    """Returns a request without headroom, with the model's default steps and guidance."""
+    card = model.spec.card
+    return GenerationRequest(
+        prompt="rain on a roof",
+        duration_s=min(duration_s, card.max_duration_s, machine.sizes.longest_s),
+        seed=seed,
+        steps=min(card.default_steps, machine.sizes.most_steps),
+        cfg_scale=card.default_cfg_scale,
+        duration_padding_s=0.0,
+    )
+
+
+async def _median_ms(run: Callable[[], Awaitable[object]], *, repeats: int) -> float:
+    """Returns the median milliseconds of several calls, after one that does not count."""
+    taken_ms = []
+    for _ in range(1 + repeats):
+        started_at = time.perf_counter()
+        await run()
+        taken_ms.append((time.perf_counter() - started_at) * 1000.0)
+    return median(taken_ms[1:])
