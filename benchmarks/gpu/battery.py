@@ -110,6 +110,8 @@ async def _play(  # noqa: PLR0917
         plays += [(await engine.together(*requests[::step]))[::step] for step in (1, -1)]
     figures = {"captured": engine.captures.num_captured, "misses": engine.captures.num_misses - misses}
     results.record(f"features.{case.name}", figures | {"can_pack_segments": model.spec.packs_segments})
-    if engine.can_capture and not engine.captures.num_captured:
+    if engine.captures.num_off:
+        results.differ(f"{case.name}: a captured call failed or differed, so the engine switched captures off")
+    elif engine.can_capture and not engine.captures.num_captured:
         results.differ(f"{case.name}: nothing was captured")
     return plays

@@ -24,6 +24,7 @@ from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.core.generation import GenerationRequest, Mode
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.engine.hardware.device import Device, open_device
+from stable_audio_serve.engine.options import Features
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.models.registry import BUILT_IN, resolve_entry
@@ -108,6 +109,7 @@ class Machine:
         options = EngineOptions(
             mode=mode,
             frame_grid=None if "packed_rows" in features else device.frame_grid,  # with a grid, rows are padded
+            profile="accelerated",  # unchecked, because the check is what is measured here
             max_queue_s=_QUEUE_S,
             warmup_budget_s=2.0 if features == ALL and not self.is_tiny else 0.0,
             torch_threads=1 if self.is_tiny else None,
@@ -170,6 +172,10 @@ class _Switched:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._device, name)
+
+    def restricted(self, _: Features) -> Device:
+        """Keep the features that were chosen for this device."""
+        return cast("Device", self)
 
     def host_buffer(self, *shape: int, dtype: torch.dtype) -> Tensor:
         # The device copies unpinned memory before the call returns.

@@ -284,9 +284,23 @@ class Graphs:
         captured.is_confirmed = difference <= (-math.inf if self._is_exact else -AGREEMENT_DB)
         if not captured.is_confirmed:
             allowed = "no difference" if self._is_exact else f"-{AGREEMENT_DB:g} dB"
-            self._stop(f"a captured call differs from the eager one by {difference:.1f} dB (allowed: {allowed})")
-            for kind in get_args(Kind):
-                self.forget(kind)
+            self._drop_all(f"a captured call differs from the eager one by {difference:.1f} dB (allowed: {allowed})")
+
+    def replay(self, captured: Captured) -> bool:
+        """Replay a captured call. If the replay raises, drop all graphs and return False; nothing was computed."""
+        try:
+            captured.replay()
+        except Exception as error:  # noqa: BLE001 - the call can still run without a graph
+            self._device.require_usable(error)
+            self._drop_all(f"a captured call cannot be replayed: {error}")
+            return False
+        return True
+
+    def _drop_all(self, reason: str) -> None:
+        """Drop all graphs, and capture no more in this process."""
+        self._stop(reason)
+        for kind in get_args(Kind):
+            self.forget(kind)
 
     def _stop(self, reason: str) -> None:
         """Make no more captures in this process."""
