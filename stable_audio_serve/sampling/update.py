@@ -18,6 +18,7 @@ from stable_audio_serve.sampling.plan import Evaluation, SamplerPlan
 MAX_REGISTERS = 5
 _NUM_TERMS = MAX_REGISTERS + 3  # an update adds up the registers, the two network outputs (guided, unguided) and noise
 _UNCONDITIONAL = MAX_REGISTERS + 1
+_NOISE = MAX_REGISTERS + 2
 _UPDATE = MAX_REGISTERS * _NUM_TERMS
 _T, _INPUT_REGISTER, _INPUT_SCALE, _BLENDED, _BLEND_SOURCE, _BLEND_NOISE, _GUIDED = range(_UPDATE, _UPDATE + 7)
 NUM_VALUES = _UPDATE + 7
@@ -85,12 +86,14 @@ class TermUse:
         )
 
     @classmethod
-    def of_any(cls, num_registers: int, *, guides: bool, blends: bool) -> TermUse:
+    def of_any(cls, num_registers: int, *, guides: bool, blends: bool, draws: bool) -> TermUse:
         """Return all terms that any rows with this many registers can use.
 
-        With `guides` False, no row is guided; with `blends` False, no row keeps frames of a source.
+        With `guides` False, no row is guided; with `blends` False, no row keeps frames of a source; with `draws`
+        False, no row uses noise.
         """
-        outputs = [term for term in range(MAX_REGISTERS, _NUM_TERMS) if guides or term != _UNCONDITIONAL]
+        unused = {term for term, is_used in ((_UNCONDITIONAL, guides), (_NOISE, draws)) if not is_used}
+        outputs = [term for term in range(MAX_REGISTERS, _NUM_TERMS) if term not in unused]
         terms = [*range(num_registers), *outputs]
         places = frozenset(target * _NUM_TERMS + term for target in range(num_registers) for term in terms)
         return cls(places, frozenset(), scales_input=True, blends=blends)

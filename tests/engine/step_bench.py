@@ -101,6 +101,7 @@ class Bench:
             held=held,
             branches=branches,
             noise=torch.randn(channels, plan.frames, generator=self._generator) if any(now.c) else None,
+            draws=any(each.draws_noise for each in plan.sampler.evaluations),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -18,12 +19,21 @@ def make_plan(sampler: str, steps: int = 4) -> SamplerPlan:
     return build_plan(sampler, torch.linspace(1, 0, steps + 1), guidance=Guidance(), has_source=False)
 
 
+class SlowFirst(SeededNoise):
+    """A source whose first draw takes longer than the next one."""
+
+    def initial(self, shape: tuple[int, ...]) -> torch.Tensor:
+        time.sleep(0.05)
+        return super().initial(shape)
+
+
+@pytest.mark.parametrize("num_threads", [1, 4])
 @pytest.mark.parametrize(("sampler", "num_draws"), [("euler", 0), ("pingpong", 3)])
-def test_noise_is_drawn_in_order_and_only_where_it_is_used(sampler: str, num_draws: int) -> None:
+def test_noise_is_drawn_in_order_and_only_where_it_is_used(sampler: str, num_draws: int, num_threads: int) -> None:
     shape = (3, 5)
     reference = SeededNoise(9)
-    with ThreadPoolExecutor(1) as noise_pool:
-        noise = RowNoise(SeededNoise(9), make_plan(sampler), shape=shape, noise_pool=noise_pool)
+    with ThreadPoolExecutor(num_threads) as noise_pool:
+        noise = RowNoise(SlowFirst(9), make_plan(sampler), shape=shape, noise_pool=noise_pool)
         torch.testing.assert_close(noise.initial(), reference.initial(shape), rtol=0, atol=0)
         for _ in range(num_draws):
             expected = reference.step(shape)

@@ -21,16 +21,24 @@ from tests.factories import FakeClock, ToyModel
 class Timed:
     """A toy model whose calls advance a fake clock, by a time that depends on the number of rows."""
 
-    def __init__(self, *, lazy_s: float = 0.0, disturbed: Sequence[int] = (), slower: float = 1.0) -> None:
-        """The first call of each kind takes `lazy_s` longer. The calls number `disturbed` take 1 s longer."""
+    def __init__(
+        self, *, lazy_s: float = 0.0, disturbed: Sequence[int] = (), slower: float = 1.0, most_rows: int = 1000
+    ) -> None:
+        """The first call of each kind takes `lazy_s` longer. The calls number `disturbed` take 1 s longer.
+
+        There is no memory for more than `most_rows` rows or prompts.
+        """
         self.clock = FakeClock()
         self.calls: list[str] = []
         self._lazy_s, self._disturbed, self._slower = lazy_s, disturbed, slower
+        self._most_rows = most_rows
         self.model = ToyModel(on_call=self._take)
 
     def _take(self, name: str, items: Sequence[object]) -> None:
         if name == "condition":  # this call runs on the host, before the measured calls
             return
+        if len(items) > self._most_rows:
+            raise torch.OutOfMemoryError("too many rows for this device")
         self.clock.now += 0.001 * self._slower * (2.0 + len(items))
         self.clock.now += self._lazy_s if name not in self.calls else 0.0
         self.clock.now += 1.0 if len(self.calls) in self._disturbed else 0.0
@@ -59,6 +67,11 @@ def test_lazy_initialisation_counts_neither_as_cost_nor_as_budget() -> None:
     for work in ("text", "denoise", "decode", "encode"):
         first, second = (cost.call_ms(work, rows=1, frames=64) for cost in costs)  # type: ignore[arg-type]
         assert first == pytest.approx(second)
+
+
+def test_calls_that_need_too_much_memory_are_not_timed() -> None:
+    costs = [Timed(most_rows=most).warm_up(budget_s=1000.0) for most in (2, 1000)]
+    assert [cost.call_ms("text", rows=1, frames=0) for cost in costs] == pytest.approx([3.0, 3.0])
 
 
 def test_the_fastest_of_three_runs_counts() -> None:

@@ -286,6 +286,7 @@ def _step_row(row: Row) -> StepRow:
         held=stepping.held,
         branches=branches,
         noise=noise,
+        draws=any(each.draws_noise for each in row.plan.sampler.evaluations),
     )
 
 

@@ -76,7 +76,7 @@ class RowInputs:
         clock: Clock,
         metrics: Metrics,
     ) -> None:
-        """`noise_pools` has one executor per priority to draw noise. Each must run one task at a time, in order."""
+        """`noise_pools` has one executor per priority to draw noise. Each must start its tasks in order."""
         self._model = model
         self._executor = executor
         self._device = device

@@ -17,8 +17,9 @@ class RowNoise:
     """The noise that the sampler uses for one row. Used by the engine thread. The encoder and the decoder draw their
     noise from `source` directly.
 
-    `noise_pool` must run one task at a time, in order. Nothing is drawn after the last evaluation that uses noise.
-    The noise of kept frames comes from a separate random generator, so that it does not change the other draws.
+    `noise_pool` must start its tasks in order, but may run several at a time. Nothing is drawn after the last
+    evaluation that uses noise. The noise of kept frames comes from a separate random generator, so that it does not
+    change the other draws.
     """
 
     def __init__(self, source: NoiseSource, plan: SamplerPlan, *, shape: tuple[int, int], noise_pool: Executor) -> None:
@@ -73,4 +74,5 @@ class RowNoise:
         return self.source.window("kept", 0, shape=self._shape, frame_axis=1, device=torch.device("cpu"))
 
     def _source_step(self) -> Tensor:
+        self._initial.result()  # the generator's first draw; its task has started before this one
         return self.source.step(self._shape)

@@ -39,6 +39,7 @@ class StepRow:
     held: HeldFrames  # where the registers, then the mask, source and noise of kept frames, are stored
     branches: Sequence[HeldBranch]  # the conditioning: conditional, then unconditional if the row is guided
     noise: Tensor | None
+    draws: bool  # whether any evaluation of this row uses noise, so that all of them have one shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ class StepShape:
             num_registers=max(row.num_registers for row in rows),
             use=TermUse.of([row.numbers for row in rows]),
             guides=GuidanceUse.of(guided) if guided else None,
-            draws=any(row.noise is not None for row in rows),
+            draws=any(row.draws for row in rows),
             constants=tuple(sorted({name for branch in branches for name in branch.slots})),
             by_frame=tuple(sorted({name for branch in branches for name in branch.pages})),
         )
@@ -83,9 +84,10 @@ class StepShape:
         return replace(
             self,
             rows=self.network_rows,
-            use=TermUse.of_any(self.num_registers, guides=self.guides is not None, blends=self.use.blends),
+            use=TermUse.of_any(
+                self.num_registers, guides=self.guides is not None, blends=self.use.blends, draws=self.draws
+            ),
             guides=GuidanceUse() if self.guides else None,
-            draws=True,
         )
 
     @property

@@ -4,6 +4,7 @@ The runs also trigger lazy initialisation. The warm-up stops when its time budge
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +26,8 @@ from stable_audio_serve.models.protocol import (
     TextEmbedding,
 )
 from stable_audio_serve.sampling.noise import NoiseSource
+
+log = logging.getLogger(__name__)
 
 _PROMPT = "warm-up"
 DURATION_SHARES = (1 / 64, 1 / 16, 1 / 4, 1.0)  # clip durations to time, as shares of the model's longest duration
@@ -103,7 +106,12 @@ class WarmUp:
                 # The first run of each kind includes lazy initialisation, so it is neither measured nor taken from the
                 # budget.
                 self._run_once(probe)
-            ms = self._best_ms(probe)
+            try:
+                ms = self._best_ms(probe)
+            except torch.OutOfMemoryError:  # the scheduler does not start rows for such a call either
+                log.info("warm-up: no memory for %d rows of %d frames", probe.rows, probe.frames)
+                torch.cuda.empty_cache()
+                continue
             last[probe.work] = ms, probe.size
             self._measured.setdefault(probe.work, []).append(Measurement(probe.rows, probe.frames, ms))
         for work, measurements in self._measured.items():
