@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import importlib
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -76,12 +75,7 @@ _BENCH_CASES = ("simulate", "memory", "http", "scale", "routing", "overload", "c
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the arguments and run the case."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] == ["gpu"]:
-        from benchmarks.gpu.__main__ import main as run_gpu
-
-        raise SystemExit(run_gpu(words[1:]))
-    given = vars(parser().parse_args(words))
+    given = vars(parser().parse_args(arguments))
     case, out = given.pop("case"), given.pop("out")
     settings = CaseSettings(
         **{field.name: given.pop(field.name) for field in fields(CaseSettings) if field.name in given}
@@ -157,7 +151,6 @@ def parser() -> argparse.ArgumentParser:
     """
     command = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     cases = command.add_subparsers(dest="case", required=True)
-    cases.add_parser("gpu", help="what a CUDA device does: python -m benchmarks gpu --help", add_help=False)
     _add(cases, "bench", options="model threads full")
     for name, case in CASES.items():
         _add(cases, name, options=case.options)

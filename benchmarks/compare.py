@@ -130,10 +130,7 @@ class Run:
         return chosen
 
     async def _round(self, kind: str, *, number: int, rate_hz: float | None) -> dict[str, Any]:
-        """Send one list of requests to every side, one side after another. Returns the records of all sides.
-
-        A round that other programs disturb is repeated. If all repetitions are disturbed, the round is void.
-        """
+        """Send one list of requests to every side, one side after another. Returns the records of all sides."""
         arrivals = self._draw(number, rate_hz=rate_hz)
         path = self.pieces.folder / f"{kind}-{number + 1}-arrivals.json"
         path.write_text(json.dumps([asdict(arrival) for arrival in arrivals]) + "\n")

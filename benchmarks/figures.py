@@ -128,12 +128,6 @@ def fit_alone_ms(probes: Sequence[Record]) -> Callable[[Record], float]:
     return alone_ms
 
 
-def mean_stages_ms(records: Sequence[Record]) -> dict[str, float]:
-    """Returns the mean time of each stage, such as decoding, that the server reported with its responses."""
-    names = dict.fromkeys(name for record in records for name in record.stages_ms)
-    return {name: mean(record.stages_ms.get(name, 0.0) for record in records) for name in names}
-
-
 def summarize_sides(
     sides: Sequence[str], *, bursts: Sequence[Records], replays: Sequence[Records], brackets: Mapping[str, Bracket]
 ) -> dict[str, Any]:
@@ -155,7 +149,6 @@ def summarize_sides(
             "num_requests": len(latencies_ms["all"]),
             "refused": sum(not record.is_finished for own in rounds for record in own),
             "latency": {key: summarize(values) for key, values in latencies_ms.items() if values},
-            "stages_ms": mean_stages_ms([record for own in rounds for record in own if record.is_finished]),
             "goodput": asdict(brackets[name]) if name in brackets else None,
         }
 

@@ -1,8 +1,4 @@
-"""The performance goals, and a status line for each from result files: `P4 demo-wide p95 0.66 (0.62-0.71) <= 0.7 ok`.
-
-`ok`: the value meets the bound. `close`: the value misses the bound, but its interval reaches the bound. `MISS`: the
-whole interval misses the bound. `not measured`: no result file has the figure.
-"""
+"""The performance goals, and a status line for each from results: `P4 demo-wide p95 0.66 (0.62-0.71) <= 0.7 ok`."""
 
 from __future__ import annotations
 
@@ -34,7 +30,6 @@ class Goal:
 
     @property
     def sign(self) -> str:
-        """`<=` or `>=`: how the figure must compare with the bound."""
         return ">=" if self.larger_is_better else "<="
 
 
@@ -50,7 +45,6 @@ class Standing:
 
     @property
     def verdict(self) -> Verdict:
-        """The status of the goal, such as `ok` or `MISS`."""
         if self.value is None or self.low is None or self.high is None:
             return "not measured"
         if self.is_void:

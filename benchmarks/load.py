@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -55,11 +55,9 @@ class Asker(Protocol):
 
         Raises RefusedError, or RuntimeError if the response is not audio.
         """
-        ...
 
     async def settle(self) -> None:
         """Wait until the idle side has finished its optimisations, such as capturing CUDA graphs."""
-        ...
 
 
 class InProcess:
@@ -75,9 +73,7 @@ class InProcess:
             raise RefusedError(error.message, retry_after_s=error.retry_after_s) from error
         except StableAudioError as error:
             raise RuntimeError(str(error)) from error
-        timings = asdict(result.timings) if result.timings else {}
-        stages_ms = {name.removesuffix("_ms"): ms for name, ms in timings.items() if isinstance(ms, float)}
-        return Answer(stages_ms, result.audio[0].shape[-1], lambda: result.audio[0])
+        return Answer({}, result.audio[0].shape[-1], lambda: result.audio[0])
 
     async def settle(self) -> None:
         await self._side.settle()
@@ -105,7 +101,6 @@ class Record:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the response was audio."""
         return self.outcome == "finished"
 
 

@@ -22,10 +22,7 @@ class Pieces:
     """The folder of a run, with a JSON file for each finished measurement. `about` has the options of the run."""
 
     def __init__(self, folder: Path, about: Mapping[str, object], *, ends_at: float = float("inf")) -> None:
-        """`ends_at` is a time on the monotonic clock after which no new measurement begins.
-
-        Raises OtherRunError if the folder has measurements of a run with other options.
-        """
+        """`ends_at` is a time on the monotonic clock after which no new measurement begins."""
         self.folder = folder
         self.ends_at = ends_at
         folder.mkdir(parents=True, exist_ok=True)
@@ -38,10 +35,7 @@ class Pieces:
         self.about = wanted
 
     async def take(self, name: str, measure: Callable[[], Awaitable[Any]]) -> Any:
-        """Return the measurement `name` from its file. If there is no file, call `measure` and write the file first.
-
-        Raises OutOfTimeError if `measure` cannot begin before `ends_at`.
-        """
+        """Return the measurement `name` from its file. If there is no file, call `measure` and write the file first."""
         path = self.folder / f"{name}.json"
         if path.exists():
             return json.loads(path.read_text())

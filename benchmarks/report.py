@@ -21,20 +21,15 @@ _LEAST_EXPONENT = -4  # numbers below this power of ten are printed in scientifi
 
 def describe_environment(settings: Mapping[str, object]) -> dict[str, Any]:
     """Returns a description of a run: commit, machine, versions of libraries and the given settings."""
-    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     return {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=12"),
         "python": platform.python_version(),
-        "platform": platform.platform(),
         "cpu": _cpu_name(),
         "cpu_count": os.cpu_count(),
-        "load_average": os.getloadavg(),
-        "gpu": gpu.name if gpu else None,
-        "gpu_memory_bytes": gpu.total_memory if gpu else None,
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "cuda": torch.version.cuda,
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
-        "torch_threads": torch.get_num_threads(),
         "versions": {name: _version(name) for name in ("torch", "transformers", "numpy", "ray", "fastapi")},
         "settings": dict(settings),
     }
@@ -50,19 +45,15 @@ def hash_sources() -> str:
     return digest.hexdigest()
 
 
-def write_report(folder: Path, case: str, *, settings: Mapping[str, object], results: Mapping[str, Any]) -> Path:
+def write_report(folder: Path, case: str, *, settings: Mapping[str, object], results: Mapping[str, Any]) -> None:
     """Write `<case>.json` into `folder`, which is created if missing."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{case}.json"
     report = {"case": case, "environment": describe_environment(settings), "results": results}
-    path.write_text(json.dumps(report, indent=2, default=str) + "\n")
-    return path
+    (folder / f"{case}.json").write_text(json.dumps(report, indent=2, default=str) + "\n")
 
 
 def format_table(rows: Sequence[Mapping[str, object]]) -> str:
     """Returns rows as the text of a table with aligned columns. All rows must have the same keys."""
-    if not rows:
-        return ""
     lines = [list(rows[0])] + [[format_cell(value) for value in row.values()] for row in rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 class CaseSettings:
     """What every case measures, and how much.
 
-    `model` is a registered name or a checkpoint folder; None selects the demo model, or a tiny test model if the demo
-    is missing. `threads` is the model's number of CPU threads. `mode` is the engine's mode (strict or fast; None: the
-    device's default). `full` sends as many requests as published figures need; otherwise, a case takes only minutes.
+    `model` is a registered name or a checkpoint folder; None selects the demo model. `threads` is the model's number of
+    CPU threads. `mode` is the engine's mode (strict or fast; None: the device's default). `full` sends as many requests
+    as published figures need; otherwise, a case takes only minutes.
     """
 
     model: str | None = None

@@ -10,7 +10,6 @@ import asyncio
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from statistics import median
 from typing import Any, get_args
 
 import numpy as np
@@ -61,13 +60,7 @@ async def run_edits(settings: CaseSettings) -> dict[str, Any]:
                     for request, source in zip(requests, sources, strict=True)
                 ]
                 found[f"{schedule} {level:g}"] = _judge(await _play(engine, edits), pitches_hz)
-    return {
-        "tones": len(requests),
-        "steps": model.spec.card.default_steps,
-        "sampler": model.spec.default_sampler,
-        "cents": _CENTS,
-        "by_schedule": found,
-    }
+    return {"by_schedule": found}
 
 
 async def _play(engine: Engine, requests: Sequence[GenerationRequest]) -> list[Audio]:
@@ -75,7 +68,7 @@ async def _play(engine: Engine, requests: Sequence[GenerationRequest]) -> list[A
     return [result.audio[0] for result in results]
 
 
-def _judge(clips: Sequence[Audio], pitches_hz: Sequence[float]) -> dict[str, float]:
+def _judge(clips: Sequence[Audio], pitches_hz: Sequence[float]) -> dict[str, int]:
     """Returns the number of clips, and how many of them have the pitch of the tone that they vary.
 
     `clips` has all rounds, one after another; each round varies the tones with the pitches `pitches_hz`.
@@ -83,7 +76,7 @@ def _judge(clips: Sequence[Audio], pitches_hz: Sequence[float]) -> dict[str, flo
     wanted = [pitches_hz[number % len(pitches_hz)] for number in range(len(clips))]
     found = map(strongest_hz, clips)
     cents = [abs(1200.0 * math.log2(hz / own)) if hz > 0 else math.inf for hz, own in zip(found, wanted, strict=True)]
-    return {"clips": len(clips), "kept": sum(one <= _CENTS for one in cents), "median_cents": median(cents)}
+    return {"clips": len(clips), "kept": sum(one <= _CENTS for one in cents)}
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -21,11 +20,10 @@ from stable_audio_serve.core.generation import GenerationRequest, GenerationResu
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.protocol import DiffusionModel
-from stable_audio_serve.models.registry import BUILT_IN, ModelEntry, resolve_entry
+from stable_audio_serve.models.registry import ModelEntry, resolve_entry
 
 # For each engine mode: the largest allowed difference between two clips of a request, divided by the clip's level.
 _LARGEST_DIFFERENCE = {"strict": 0.0, "fast": 1e-2}
-_FALLBACK = Path(__file__).parents[2] / "tests" / "data" / "goldens" / "sa3" / "sharp-s"
 _SIDES = {"one_after_another": 1, "together": 8}  # number of requests in flight
 
 
@@ -35,14 +33,9 @@ def load(settings: CaseSettings) -> DiffusionModel:
 
 
 def resolve_model(name: str | None) -> ModelEntry:
-    """Returns the registry entry of a model name or checkpoint folder.
-
-    Without a name, this is the demo model if it is packaged, else a tiny test checkpoint.
-    """
-    if name is not None:
-        return resolve_entry(Path(name).name, path=name) if Path(name).is_dir() else resolve_entry(name)
-    demo = Path(BUILT_IN["demo"].folder or "")
-    return resolve_entry("demo") if demo.is_dir() else resolve_entry("tiny", path=str(_FALLBACK))
+    """Returns the registry entry of a model name or checkpoint folder; None: the demo model."""
+    name = name or "demo"
+    return resolve_entry(Path(name).name, path=name) if Path(name).is_dir() else resolve_entry(name)
 
 
 async def run_engine(settings: CaseSettings) -> dict[str, Any]:
@@ -64,7 +57,6 @@ async def run_engine(settings: CaseSettings) -> dict[str, Any]:
                 runs[name].append(await _time(engine, requests, num_in_flight=_SIDES[name]))
             rounds.append({name: {key: mean(run[key] for run in own) for key in own[0]} for name, own in runs.items()})
         return {
-            "model": {"device": str(model.device), **asdict(model.spec)},
             "mode": engine.mode,
             **outputs,
             "rounds": rounds,
@@ -84,10 +76,7 @@ async def _time(engine: Engine, requests: Sequence[GenerationRequest], *, num_in
 
 
 def _ratios(rounds: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
-    """Returns the figures of requests sent together divided by those of requests sent one after another.
-
-    Each ratio is from its worst round.
-    """
+    """Returns the figures of requests sent together divided by those of requests sent one after another."""
 
     def ratios(figure: str) -> list[float]:
         return [sides["together"][figure] / sides["one_after_another"][figure] for sides in rounds]

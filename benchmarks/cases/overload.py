@@ -90,7 +90,6 @@ async def _round(peak: OverHttp, bounded: OverHttp, *, load: Mapping[str, int], 
     burst_work_ms = sum(map(alone_ms, bursts[0]))
     return {
         "peak_rps": [capacity_rps(records) for records in bursts],
-        "alone_p50_ms": {seconds: probe.latency_ms for seconds, probe in probes.items()},
         "normal_after_s": normal_after_s,
         **summarize_overload(
             over,
@@ -102,7 +101,6 @@ async def _round(peak: OverHttp, bounded: OverHttp, *, load: Mapping[str, int], 
 
 
 def _typical(records: Sequence[Record]) -> Record:
-    """Returns the record with the median latency."""
     return sorted(records, key=lambda record: record.latency_ms)[len(records) // 2]
 
 
@@ -136,7 +134,6 @@ def summarize_returns(clients: Sequence[Sequence[Record]]) -> dict[str, Any]:
     """Returns how many clients that obey Retry-After were served. `clients` has all attempts of each client."""
     served = [attempts for attempts in clients if attempts[-1].is_finished]
     return {
-        "returning_clients": len(clients),
         "never_served": len(clients) - len(served),
         "most_attempts": max(len(attempts) for attempts in clients),
         "served_within_four_tries_share": sum(len(attempts) <= _FEW_TRIES for attempts in served) / len(clients),

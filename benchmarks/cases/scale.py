@@ -29,10 +29,7 @@ _MODEL_BURSTS = ({1: 60, 2: 60}, {1: 300, 2: 300})
 
 
 async def run_scale(settings: CaseSettings) -> dict[str, Any]:
-    """Measure all numbers of replicas in each of `settings.rounds` rounds; the worst round counts.
-
-    Raises RuntimeError for any wrong response.
-    """
+    """Measure all numbers of replicas in each of `settings.rounds` rounds; the worst round counts."""
     stand_in = await _measure(settings, _CLIPS, _STAND_IN_BURSTS[settings.full], _STAND_IN)
     model = await _measure(settings, _MODEL_MIX, _MODEL_BURSTS[settings.full], _MODEL)
     return {"is_void": stand_in["is_void"] or model["is_void"], "stand_in": stand_in, "model": model}

@@ -122,7 +122,6 @@ class Machine:
             self.free()
 
     def free(self) -> None:
-        """Give memory that nothing uses back to the device."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -157,7 +156,6 @@ class OpenEngine:
         return [result.audio[0] for result in await asyncio.gather(*map(self.engine.generate, requests))]
 
     async def settle(self) -> None:
-        """Return once the idle engine has no calls left to capture."""
         await wait_for_captures(self.captures)
 
 
@@ -174,7 +172,6 @@ class _Switched:
         return getattr(self._device, name)
 
     def restricted(self, _: Features) -> Device:
-        """Keep the features that were chosen for this device."""
         return cast("Device", self)
 
     def host_buffer(self, *shape: int, dtype: torch.dtype) -> Tensor:

@@ -30,7 +30,6 @@ class ClipRow:
 
     @property
     def name(self) -> str:
-        """Model and duration."""
         return f"{self.model} {self.duration_s:g} s"
 
 

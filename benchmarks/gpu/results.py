@@ -48,7 +48,6 @@ class Results:
             )
 
     def differ(self, what: str) -> None:
-        """Store a difference from the plain path."""
         self.values["differences"].append(what)
         self._write()
 

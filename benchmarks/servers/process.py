@@ -29,31 +29,22 @@ _READY_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 30.0
 _IN_PROGRESS = 10_000  # value of all limits on requests in progress, so high that no burst is refused
 _COLD_START = "cold start:"  # beginning of the log line that a ready server writes
-_STAGE = re.compile(r"(\w+) ([0-9.]+) s")
+_RAY = re.compile(r"\bray ([0-9.]+) s")
 
 
 @dataclass(slots=True)
 class Server:
-    """A running server. `ready_s` is the time from the start of its process to its first healthy response.
-
-    All processes of the server are in the session of its first process, `pid`.
-    """
+    """A running server. `ready_s` is the time from the start of its process to its first healthy response."""
 
     url: str
-    pid: int = 0
     ready_s: float = 0.0
     lines: list[str] = field(default_factory=list)
 
     @property
-    def stages_s(self) -> dict[str, float]:
-        """The durations of the stages of its cold start that the server logged, in seconds."""
-        found = [line.removeprefix(_COLD_START) for line in self.lines if line.startswith(_COLD_START)]
-        stages: dict[str, float] = {}
-        for part in "".join(found[:1]).split(";"):  # the server's stages, then each model's
-            model, _, laps = part.strip().rpartition(": ")
-            for name, seconds in _STAGE.findall(laps):
-                stages[f"{model} {name}".strip()] = float(seconds)
-        return stages
+    def ray_s(self) -> float:
+        """The time in which Ray started, from the server's log; 0 if it is not there."""
+        found = next((_RAY.search(line) for line in self.lines if line.startswith(_COLD_START)), None)
+        return float(found[1]) if found else 0.0
 
 
 def write_config(
@@ -127,7 +118,7 @@ def running_server(config: Path) -> Iterator[Server]:
         start_new_session=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path},
     )
-    server = Server(f"http://127.0.0.1:{port}", process.pid)
+    server = Server(f"http://127.0.0.1:{port}")
     ready = threading.Event()
 
     def read() -> None:

@@ -25,8 +25,6 @@ from stable_audio_serve.serving.engines import first_device
 from stable_audio_serve.serving.placement import model_entry
 from stable_audio_serve.serving.replica import ModelReplica
 
-_OTHERS = ("lock", "static")
-
 
 class SideReplica(StandInReplica):
     """A replica that generates audio with the side that has the name of the model."""
@@ -54,4 +52,4 @@ class SideReplica(StandInReplica):
 
 def build(args: Settings | Mapping[str, Any]) -> serve.Application:
     """Build the application of `serving.app`, with SideReplica as the class of replicas."""
-    return assemble(args, replica=ModelReplica, by_name=dict.fromkeys(_OTHERS, SideReplica))
+    return assemble(args, replica=ModelReplica, by_name=dict.fromkeys(("lock", "static"), SideReplica))

@@ -125,7 +125,6 @@ class TimedReplica(StandInReplica):
         return max(0.0, self._free_at - time.monotonic())
 
     async def generate(self, request: GenerationRequest) -> GenerationResult | StableAudioError:
-        """Returns a clip of the requested length, or (not raised) an error if too much work is waiting."""
         waiting_s = self.backlog_s
         if waiting_s > self._max_queue_s:
             retry_s = max(waiting_s - self._max_queue_s, _LEAST_RETRY_S)

@@ -33,7 +33,7 @@ from stable_audio_serve.engine.scheduling.cost import CostModel
 from stable_audio_serve.engine.scheduling.pacing import WindowPace
 from stable_audio_serve.engine.scheduling.scheduler import RowId
 from stable_audio_serve.engine.scheduling.work import Phase
-from stable_audio_serve.models.protocol import DiffusionModel, RowPlan
+from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.sampling.noise import SeededNoise
 
 _SETTLED_S = 1.0  # an idle engine that has captured no CUDA graph for this time has nothing left to capture
@@ -55,7 +55,6 @@ class Captures(NullMetrics):
 
     @property
     def num_captured(self) -> int:
-        """The number of captured CUDA graphs of all kinds of calls."""
         return self._captured.total()
 
     def gauge(self, name: str, value: float, **labels: str) -> None:
@@ -147,7 +146,7 @@ class Pipeline:
 
     async def _run_now(self, requests: Sequence[GenerationRequest], submitted_at: float) -> list[GenerationResult]:
         loop = asyncio.get_running_loop()
-        plans = await loop.run_in_executor(self._thread, self._plan, requests)
+        plans = await loop.run_in_executor(self._thread, lambda: list(map(self._model.plan, requests)))
         states = [
             RequestState(
                 next(self._ids),
@@ -164,9 +163,6 @@ class Pipeline:
     def _capture(self) -> bool:
         with torch.inference_mode():
             return self._captures_calls and self._stages.capture(is_idle=True)
-
-    def _plan(self, requests: Sequence[GenerationRequest]) -> list[tuple[RowPlan, ...]]:
-        return [self._model.plan(request) for request in requests]
 
     def _run(self, states: Sequence[RequestState]) -> list[GenerationResult]:
         sharing = (steady_threads if self._is_steady else plain_threads)(self._threads)

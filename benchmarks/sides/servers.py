@@ -30,21 +30,15 @@ RunBatch = Callable[[Sequence[GenerationRequest]], Awaitable[Sequence[Generation
 
 
 class Side(Protocol):
-    """One of the compared servers."""
+    """One of the compared servers. `settle` is that of `load.Asker`; `close` is called with no request in flight."""
 
     captures: Captures
 
-    async def generate(self, request: GenerationRequest) -> GenerationResult:
-        """Returns the audio of one request."""
-        ...
+    async def generate(self, request: GenerationRequest) -> GenerationResult: ...
 
-    async def settle(self) -> None:
-        """Wait until the idle side has finished its optimisations, such as capturing CUDA graphs."""
-        ...
+    async def settle(self) -> None: ...
 
-    async def close(self) -> None:
-        """Stop the side. No request may be in flight."""
-        ...
+    async def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,21 +161,15 @@ class Batcher:
                     future.set_result(result)
 
 
-class OurServer:
+class OurServer(Engine):
     """The sides `ours`, `ours-strict` and `ours-fast`: the engine."""
 
     def __init__(self, model: DiffusionModel, options: EngineOptions) -> None:
         self.captures = Captures()
-        self._engine = Engine(model, options, metrics=self.captures)
-
-    async def generate(self, request: GenerationRequest) -> GenerationResult:
-        return await self._engine.generate(request)
+        super().__init__(model, options, metrics=self.captures)
 
     async def settle(self) -> None:
         await wait_for_captures(self.captures)
-
-    async def close(self) -> None:
-        await self._engine.close()
 
 
 SIDES = ("lock", "static", "ours", "ours-strict", "ours-fast")

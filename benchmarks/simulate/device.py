@@ -29,7 +29,6 @@ class Network:
     With `differential` attention, a layer projects to five vectors (q, k, v, q', k') and computes two softmaxes.
     """
 
-    name: str
     width: int
     depth: int
     differential: bool
@@ -47,12 +46,8 @@ class Network:
 
     @property
     def num_weights(self) -> float:
-        """The number of parameters of the denoiser."""
         e = self.width
-        block = (5 if self.differential else 3) * e**2 + e**2  # self-attention
-        block += (self._softmaxes + 1) * e**2  # cross-attention: queries and output
-        block += (self._softmaxes + 1) * e**2  # cross-attention: keys and values
-        block += 12 * e**2  # gated feed-forward network with an inner width of four times the width
+        block = self._products + (self._softmaxes + 1) * e**2  # keys and values of cross-attention
         block += _LOCAL_WIDTH * e + e**2
         head = 2 * _LATENT_CHANNELS * e + _TEXT_WIDTH * e + e**2 + 2 * (_TIME_FEATURES * e + e**2)
         return self.depth * block + head + 7 * e**2
@@ -68,11 +63,9 @@ class Network:
         return (2 * self._products * self.depth + 4 * _LATENT_CHANNELS * self.width) * tokens
 
     def step_bytes(self, frames: int) -> float:
-        """Returns the bytes of activations that one step of a row reads and writes."""
         return _ACTIVATIONS * self.width * (frames + self.prefix_tokens) * self.depth * _BYTES
 
     def decode_operations(self, frames: int) -> float:
-        """Returns the number of operations for decoding one window."""
         width, tokens = self.decoder_width, _TOKENS_PER_FRAME * frames
         blocks = self.decoder_blocks * (2 * 15 * width**2 + 8 * self.decoder_keys * width) * tokens
         return blocks + 2 * _LATENT_CHANNELS * width * frames + 2 * width * 512 * 16 * frames * self.decoder_kernel
@@ -83,12 +76,14 @@ class Network:
 
     @property
     def _products(self) -> float:
-        """Returns the number of a layer's weights by which every token is multiplied in every step."""
+        """Returns the number of a layer's weights by which every token is multiplied in every step.
+
+        Addends: self-attention and its output, cross-attention's queries and output, gated feed-forward network.
+        """
         return float(((5 if self.differential else 3) + 1 + self._softmaxes + 1 + 12) * self.width**2)
 
 
 SMALL = Network(
-    "small",
     width=1024,
     depth=20,
     differential=False,
@@ -101,7 +96,6 @@ SMALL = Network(
 )
 MEDIUM = replace(
     SMALL,
-    name="medium",
     width=1536,
     depth=24,
     differential=True,
@@ -138,6 +132,5 @@ class Gpu:
         return self.fixed_ms + device_ms
 
     def decode_ms(self, windows: int, frames: int) -> float:
-        """Returns the time of one call that decodes several windows of `frames` latent frames."""
         operations = windows * self.network.decode_operations(frames)
         return self.fixed_ms + operations / self.flops / self.efficiency * 1000.0

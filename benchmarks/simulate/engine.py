@@ -94,7 +94,6 @@ class _Queues:
         self.now_ms = max(self.now_ms, until_ms)
 
     def has_ended(self, number: int) -> bool:
-        """Whether call `number` of the second queue has ended."""
         return not self._second or self._second[0].number > number
 
 
