@@ -52,8 +52,28 @@ async def poll_until(client: httpx.AsyncClient, condition: Callable[[dict[str, A
 
 async def test_status_has_models_replicas_and_jobs() -> None:
     replicas = (
-        ReplicaReport("a1", 0.4, "cuda:0", "bfloat16", 3, backlog_s=1.5, rows_per_step=6.0, finished_per_minute=70),
-        ReplicaReport("b2", 9.0, "cuda:1", "bfloat16", 1, backlog_s=0.5, rows_per_step=2.0, finished_per_minute=5),
+        ReplicaReport(
+            "a1",
+            0.4,
+            "cuda:0",
+            "bfloat16",
+            "accelerated",
+            in_flight=3,
+            backlog_s=1.5,
+            rows_per_step=6.0,
+            finished_per_minute=70,
+        ),
+        ReplicaReport(
+            "b2",
+            9.0,
+            "cuda:1",
+            "bfloat16",
+            "plain: by choice",
+            in_flight=1,
+            backlog_s=0.5,
+            rows_per_step=2.0,
+            finished_per_minute=5,
+        ),
         ReplicaReport("c3", 0.1),  # a replica with an older program may report nothing else
     )
     ready = ModelStatus("ready", 3, "cuda:0", states={"running": 3, "starting": 1})
@@ -70,6 +90,7 @@ async def test_status_has_models_replicas_and_jobs() -> None:
         "id": "a1",
         "device": "cuda:0",
         "dtype": "bfloat16",
+        "profile": "accelerated",
         "requests": 3,
         "backlog_s": 1.5,
         "rows_per_step": 6.0,
