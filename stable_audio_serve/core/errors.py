@@ -36,7 +36,7 @@ StableAudioError
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class StableAudioError(Exception):
@@ -129,17 +129,8 @@ class OverloadedError(StableAudioError):
 
     kind = "overloaded"
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        field: str | None = None,
-        allowed: str | None = None,
-        retry_after_s: float | None = None,
-        full_for_s: float = 0.0,
-        work_s: float = 0.0,
-    ) -> None:
-        super().__init__(message, field=field, allowed=allowed, retry_after_s=retry_after_s)
+    def __init__(self, message: str, *, full_for_s: float = 0.0, work_s: float = 0.0, **fields: Any) -> None:
+        super().__init__(message, **fields)
         self.full_for_s = full_for_s
         self.work_s = work_s
 

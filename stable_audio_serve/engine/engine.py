@@ -136,7 +136,7 @@ class Engine:
         async with self._proving:
             if self._is_started or self._is_proved:
                 return
-            if self._options.profile == "auto" and not self._whole_device.is_proved:
+            if self._options.profile == "auto" and not self._whole_device.is_proved and self.profile.features != PLAIN:
                 profile = await prove(self._sibling, self.profile.features, spec=self.spec, mode=self.mode)
                 if profile != self.profile:
                     self._assemble(profile)
@@ -247,7 +247,8 @@ class Engine:
 
     def name_checkpoint(self, checkpoint: str) -> None:
         """Record the hash of the loaded weights. From then on, requests that name other weights are refused."""
-        self._provenance = replace(self._provenance, loaded=replace(self._provenance.loaded, checkpoint=checkpoint))
+        self._loaded = replace(self._loaded, checkpoint=checkpoint)
+        self._provenance = replace(self._provenance, loaded=self._loaded)
 
     @property
     def backlog_ms(self) -> float:

@@ -91,6 +91,17 @@ async def test_a_failing_capture_changes_no_audio(make: Callable[[], Device], ex
     np.testing.assert_array_equal(audio, expected)
 
 
+async def test_the_plain_profile_keeps_the_name_of_the_weights() -> None:
+    options = EngineOptions(warmup_budget_s=0.0, torch_threads=1, mode="strict")
+    engine = Engine(loaded("sharp-s"), options, device=WrongSecondQueue())
+    engine.name_checkpoint("ab12")  # before the check at start, as outside Ray
+    async with engine:
+        provenance = (await engine.generate(REQUEST)).provenance
+    assert engine.profile.name == "plain"
+    assert provenance is not None
+    assert provenance.loaded.checkpoint == "ab12"
+
+
 async def test_the_operator_may_choose_the_profile(expected: np.ndarray) -> None:
     engine, audio = await serve(WrongSecondQueue(), profile="plain")
     assert (engine.profile.name, engine.profile.reason) == ("plain", "engine.profile is plain")

@@ -113,8 +113,6 @@ class CaptureRoom:
         return 0 if memory is None else memory.held
 
 
-log = logging.getLogger(__name__)
-
 Kind = Literal["denoise", "decode"]
 
 MOST_GRAPHS = 192
@@ -312,9 +310,12 @@ class Graphs:
     def _end_after_failure(self, reason: str) -> None:
         """Raise DeviceLostError if the device does not survive a failed capture."""
         if not self._device.survives_failed_capture:
-            if self._off_file:
-                self._off_file.parent.mkdir(parents=True, exist_ok=True)
-                self._off_file.write_text(reason)
+            try:
+                if self._off_file:
+                    self._off_file.parent.mkdir(parents=True, exist_ok=True)
+                    self._off_file.write_text(reason)
+            except OSError as error:
+                log.warning("the next process may try captures again: %s", error)
             raise DeviceLostError(f"a capture failed, which this torch does not survive: {reason}")
 
     def _record_last_capture(self, *, wait: bool) -> bool:
