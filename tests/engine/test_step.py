@@ -16,11 +16,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.engine.calls import executor
-from stable_audio_serve.engine.calls.step import Memories, StepInputs, run_step
+from stable_audio_serve.engine.calls.step import Memories, run_step
 from stable_audio_serve.engine.hardware.arena import FrameArena
 from stable_audio_serve.models.protocol import RowConditioning, RowPlan, StepBatch
 from tests.engine.capturing import MOST_ROUNDS, GraphCounts, RecordingDevice
-from tests.engine.step_bench import DEVICE, NETWORK_ROWS, PADDED, REQUESTS, Bench, tensors_of
+from tests.engine.step_bench import DEVICE, NETWORK_ROWS, REQUESTS, Bench, tensors_of
 from tests.factories import ToyModel, make_request, make_varied_requests
 from tests.models.loaded import loaded
 from tests.parameters import slow
@@ -41,9 +41,8 @@ def test_replayed_step_is_bit_identical_for_other_rows(name: str, kinds: tuple[s
         addresses = [memory.data_ptr() for memory in tensors_of(bench.memories)]
 
         def step(buffer: Tensor, registers: Tensor, constants: dict[str, Tensor], by_frame: dict[str, Tensor]) -> None:
-            inputs = StepInputs.read(buffer, general)
             memories = Memories(registers, constants, by_frame)
-            run_step(bench.model.denoise, inputs, memories=memories, frames=PADDED)
+            run_step(bench.model.denoise, buffer, memories=memories, shape=general)
 
         before = bench.registers.memory.clone()
         memories = bench.memories

@@ -21,9 +21,9 @@ from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.engine.calls.coding_calls import DecodeCalls
 from stable_audio_serve.engine.calls.conditioning import ConditioningArena
-from stable_audio_serve.engine.calls.packed_step import PackedInputs, PackedShape, run_packed_step
+from stable_audio_serve.engine.calls.packed_step import PackedShape, run_packed_step
 from stable_audio_serve.engine.calls.rows import Row, Stepping
-from stable_audio_serve.engine.calls.step import Memories, StepInputs, StepRow, StepShape, run_step
+from stable_audio_serve.engine.calls.step import Memories, StepRow, StepShape, run_step
 from stable_audio_serve.engine.hardware.arena import FrameArena, HeldFrames, read, write
 from stable_audio_serve.engine.hardware.device import Device, DeviceLostError
 from stable_audio_serve.engine.hardware.graphs import CallMemory, Captured, Graphs
@@ -203,13 +203,13 @@ class Executor:
             frames=call.frames,
             latent_channels=self._model.spec.card.latent_channels,
         )
-        shape = own if call.room is None else PackedShape(own, call.room, self._model.spec.num_prefix)
+        shape = own if call.room is None else PackedShape(own, call.room.tokens, self._model.spec.num_prefix)
         if is_packed_by_host:
             plans = [row.plan for row, step_row in zip(rows, step_rows, strict=True) for _ in step_row.branches]
             frames, seen = [plan.frames for plan in plans], [plan.valid_frames for plan in plans]
-            inputs = StepInputs.read(self._device.upload(own.write(step_rows, self._device)), own)
+            buffer = self._device.upload(own.write(step_rows, self._device))
             denoise = partial(denoise_packed, self._model, frames=frames, valid_frames=seen)
-            run_step(denoise, inputs, memories=self._memories(), frames=own.frames)
+            run_step(denoise, buffer, memories=self._memories(), shape=own)
         elif not self._device.can_capture or not self._replay(shape.general(), step_rows):
             self._run(shape, self._device.upload(shape.write(step_rows, self._device)))
         return rows
@@ -252,9 +252,9 @@ class Executor:
     def _run(self, shape: StepShape | PackedShape, inputs: Tensor) -> None:
         denoise, memories = self._model.denoise, self._memories()
         if isinstance(shape, PackedShape):
-            run_packed_step(denoise, PackedInputs.read(inputs, shape), memories=memories, shape=shape)
+            run_packed_step(denoise, inputs, memories=memories, shape=shape)
         else:
-            run_step(denoise, StepInputs.read(inputs, shape), memories=memories, frames=shape.frames)
+            run_step(denoise, inputs, memories=memories, shape=shape)
 
     def _run_on(self, shape: StepShape | PackedShape, memory: CallMemory) -> None:
         """Run a step during a graph capture. The step writes its results elsewhere, so `memory.outputs` is not used."""
