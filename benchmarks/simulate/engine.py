@@ -19,8 +19,7 @@ from stable_audio_serve.engine.build import build_scheduler, resolve_policy
 from stable_audio_serve.engine.calls.warmup import DURATION_SHARES, step_shapes
 from stable_audio_serve.engine.hardware.device import CudaDevice
 from stable_audio_serve.engine.prediction import Predictor
-from stable_audio_serve.engine.scheduling.batching import Call
-from stable_audio_serve.engine.scheduling.call_shapes import PackedShapes
+from stable_audio_serve.engine.scheduling.batching import Call, PackedShapes
 from stable_audio_serve.engine.scheduling.cost import CostModel, Measurement
 from stable_audio_serve.engine.scheduling.pacing import WindowPace
 from stable_audio_serve.engine.scheduling.scheduler import RowId

@@ -29,18 +29,16 @@ from stable_audio_serve.engine.loop import EngineLoop
 from stable_audio_serve.engine.options import EngineOptions, Features
 from stable_audio_serve.engine.prediction import Predictor
 from stable_audio_serve.engine.scheduling.batching import (
+    GRAPH_ROWS_WITH_PACKED,
+    AnyRows,
     BatchPolicy,
     EqualLengths,
     FixedSlots,
+    GraphShapes,
     MergedGrid,
     OneRowPerCall,
     Packed,
     PackedOrGrid,
-)
-from stable_audio_serve.engine.scheduling.call_shapes import (
-    GRAPH_ROWS_WITH_PACKED,
-    AnyRows,
-    GraphShapes,
     PackedShapes,
 )
 from stable_audio_serve.engine.scheduling.cost import CostModel

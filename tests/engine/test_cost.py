@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stable_audio_serve.engine.prediction import Predictor
-from stable_audio_serve.engine.scheduling.batching import MergedGrid, OneRowPerCall
-from stable_audio_serve.engine.scheduling.call_shapes import AnyRows, GraphShapes
+from stable_audio_serve.engine.scheduling.batching import AnyRows, GraphShapes, MergedGrid, OneRowPerCall
 from stable_audio_serve.engine.scheduling.cost import CallCost, CostModel, Measurement, fit_call_cost
 from stable_audio_serve.engine.scheduling.work import RowWork
 

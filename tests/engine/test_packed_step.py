@@ -18,8 +18,14 @@ from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.engine.calls.packed_step import PackedShape, run_packed_step
 from stable_audio_serve.engine.calls.step import Memories, StepRow
 from stable_audio_serve.engine.hardware.arena import SCRATCH_PAGE
-from stable_audio_serve.engine.scheduling.batching import Call, Lane, MergedGrid, PackedOrGrid
-from stable_audio_serve.engine.scheduling.call_shapes import GraphShapes, PackedShapes
+from stable_audio_serve.engine.scheduling.batching import (
+    Call,
+    GraphShapes,
+    Lane,
+    MergedGrid,
+    PackedOrGrid,
+    PackedShapes,
+)
 from stable_audio_serve.models.blocks.varlen import is_varlen_correct
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.protocol import DiffusionModel

@@ -8,7 +8,6 @@ If a call raises an exception, its items run again one by one, so that only the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
@@ -21,7 +20,7 @@ from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.engine.calls.coding_calls import DecodeCalls
 from stable_audio_serve.engine.calls.conditioning import ConditioningArena
-from stable_audio_serve.engine.calls.packed_step import PackedShape, run_packed_step
+from stable_audio_serve.engine.calls.packed_step import PackedShape, denoise_joined, run_packed_step
 from stable_audio_serve.engine.calls.rows import Row, Stepping
 from stable_audio_serve.engine.calls.step import Memories, StepRow, StepShape, run_step
 from stable_audio_serve.engine.hardware.arena import FrameArena, HeldFrames, read, write
@@ -32,35 +31,8 @@ from stable_audio_serve.models.protocol import (
     DecodeWindow,
     DiffusionModel,
     EncodeWindow,
-    StepBatch,
     TextEmbedding,
 )
-
-
-def denoise_packed(
-    model: DiffusionModel, batch: StepBatch, *, frames: Sequence[int], valid_frames: Sequence[int]
-) -> Tensor:
-    """Remove the padding of a batch (B, D, F), concatenate its rows, and run the network once on all of them.
-
-    Returns the output as a padded batch (B, D, F) float32, with zeros after the row's own `frames`. Requires a model
-    whose spec sets `packs_rows`.
-    """
-    packed = replace(batch, x=pack(batch.x, frames), valid=None, frames=tuple(frames), valid_frames=tuple(valid_frames))
-    return unpack(model.denoise(packed), frames, padded=batch.x.shape[-1])
-
-
-def pack(x: Tensor, frames: Sequence[int]) -> Tensor:
-    """Concatenate the first `frames[i]` frames of each row i of x (B, D, F). Returns (1, D, sum of `frames`)."""
-    return torch.cat([row[:, :count] for row, count in zip(x, frames, strict=True)], dim=1)[None]
-
-
-def unpack(x: Tensor, frames: Sequence[int], *, padded: int) -> Tensor:
-    """Split x (1, D, sum of `frames`) into rows and pad each with zeros. Returns (number of rows, D, padded)."""
-    rows = x.new_zeros(len(frames), x.shape[1], padded)
-    for target, row in zip(rows, x[0].split(list(frames), dim=1), strict=True):
-        target[:, : row.shape[1]] = row
-    return rows
-
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -196,19 +168,19 @@ class Executor:
     def _evaluate(self, rows: Sequence[Row], *, call: Call) -> Sequence[Row]:
         """Run one evaluation of these rows in one network call and store their new latents. Returns `rows`."""
         step_rows = [_step_row(row) for row in rows]
-        is_packed_by_host = bool(call.lengths) and call.room is None
+        is_packed_by_host = bool(call.lengths) and not call.tokens
         own = StepShape.of(
             step_rows,
             network_rows=sum(len(row.branches) for row in step_rows) if is_packed_by_host else call.rows,
             frames=call.frames,
             latent_channels=self._model.spec.card.latent_channels,
         )
-        shape = own if call.room is None else PackedShape(own, call.room.tokens, self._model.spec.num_prefix)
+        shape = PackedShape(own, call.tokens, self._model.spec.num_prefix) if call.tokens else own
         if is_packed_by_host:
             plans = [row.plan for row, step_row in zip(rows, step_rows, strict=True) for _ in step_row.branches]
             frames, seen = [plan.frames for plan in plans], [plan.valid_frames for plan in plans]
             buffer = self._device.upload(own.write(step_rows, self._device))
-            denoise = partial(denoise_packed, self._model, frames=frames, valid_frames=seen)
+            denoise = partial(denoise_joined, self._model.denoise, frames=frames, valid_frames=seen)
             run_step(denoise, buffer, memories=self._memories(), shape=own)
         elif not self._device.can_capture or not self._replay(shape.general(), step_rows):
             self._run(shape, self._device.upload(shape.write(step_rows, self._device)))

@@ -2,7 +2,7 @@
 without padding. The latents between steps (registers) are stored in memory pages of 64 frames.
 
 As in `step`, the host writes all inputs to one buffer and sends it to the device in one copy. The lengths of the rows
-are among these inputs, so one CUDA graph serves any lengths.
+are among these inputs, so one CUDA graph serves any lengths. On a CPU, `denoise_joined` packs a padded step instead.
 """
 
 from __future__ import annotations
@@ -207,3 +207,19 @@ class _Tokens:
         places = first.index_select(0, self._inputs["page_rows"])[:, None] + frame
         taken = output.index_select(1, places.clamp(max=output.shape[1] - 1).flatten())
         return taken.unflatten(1, frame.shape).transpose(0, 1)
+
+
+def denoise_joined(
+    denoise: Callable[[StepBatch], Tensor], batch: StepBatch, *, frames: Sequence[int], valid_frames: Sequence[int]
+) -> Tensor:
+    """Remove the padding of a batch (B, D, F), concatenate its rows, and run the network once on all of them.
+
+    Returns the output as a padded batch (B, D, F) float32, with zeros after the row's own `frames`. Requires a model
+    whose spec sets `packs_rows`. Used without CUDA graphs, so that the host knows the lengths.
+    """
+    joined = torch.cat([row[:, :count] for row, count in zip(batch.x, frames, strict=True)], dim=1)[None]
+    output = denoise(replace(batch, x=joined, valid=None, frames=tuple(frames), valid_frames=tuple(valid_frames)))
+    padded = output.new_zeros(len(frames), output.shape[1], batch.x.shape[-1])
+    for target, row in zip(padded, output[0].split(list(frames), dim=1), strict=True):
+        target[:, : row.shape[1]] = row
+    return padded
