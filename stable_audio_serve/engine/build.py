@@ -43,7 +43,6 @@ from stable_audio_serve.engine.scheduling.batching import (
 )
 from stable_audio_serve.engine.scheduling.cost import CostModel
 from stable_audio_serve.engine.scheduling.memory import RowMemory
-from stable_audio_serve.engine.scheduling.pacing import WindowPace
 from stable_audio_serve.engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from stable_audio_serve.engine.thread import EngineThread
 from stable_audio_serve.models.protocol import DiffusionModel, ModelSpec
@@ -211,8 +210,7 @@ class _Builder:
             priority: ThreadPoolExecutor(num_threads, thread_name_prefix="noise") for priority in get_args(Priority)
         }
         inbox = Inbox()
-        pace = WindowPace(self.cost, is_fixed=self.is_strict)
-        predictor = Predictor(self.cost, self.policy, turn_frames=pace.turn_frames)
+        predictor = Predictor(self.cost, self.policy)
         memory = RowMemory(
             self.model.spec, max_bytes=self.bounds.rows, is_fixed=self.is_strict, setting=self.bounds.setting
         )
@@ -225,7 +223,7 @@ class _Builder:
                 has_second_queue=self.device.has_second_queue,
                 max_bytes=self.bounds.rows,
             ),
-            stages=self._stages(pace, noise_pools),
+            stages=self._stages(noise_pools),
             predictor=predictor,
             memory=memory,
             admission=admission,
@@ -245,7 +243,7 @@ class _Builder:
         thread = EngineThread(loop, inbox, sharing=sharing, prepare=prepare, clock=self.clock)
         return EngineParts(thread, inbox, self.bounds, predictor, noise_pools)
 
-    def _stages(self, pace: WindowPace, noise_pools: Mapping[Priority, ThreadPoolExecutor]) -> Stages:
+    def _stages(self, noise_pools: Mapping[Priority, ThreadPoolExecutor]) -> Stages:
         executor = Executor(
             self.model,
             self.policy,
@@ -264,7 +262,7 @@ class _Builder:
             cost=self.cost,
             cache=PromptCache(self.options.prompt_cache_bytes),
             noise_pools=noise_pools,
-            pace=pace,
+            is_fixed=self.is_strict,
             clock=self.clock,
             metrics=self.metrics,
         )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import partial
 from itertools import count
 
 from stable_audio_serve.core.clock import Clock
@@ -149,12 +148,8 @@ class EngineLoop:
         stepping = [row for row in picked if phases[row.id] is Phase.DENOISE]
         self._begin([row for row in stepping if isinstance(row.phase, Encoding)])
         self._fail(self._stages.start(new))
-        others_wait = any(row.work.phase in (Phase.ENCODE, Phase.DENOISE) for row in self._rows.values())
         # Encoding and decoding can run in parallel with the denoising step only if they are queued before it.
-        for phase, run in (
-            (Phase.ENCODE, self._stages.encode),
-            (Phase.DECODE, partial(self._stages.decode, others_wait=others_wait)),
-        ):
+        for phase, run in ((Phase.ENCODE, self._stages.encode), (Phase.DECODE, self._stages.decode)):
             rows = [row for row in picked if phases[row.id] is phase and row.id in self._rows]
             if rows:
                 self._fail(run(rows))

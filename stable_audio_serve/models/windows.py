@@ -58,14 +58,15 @@ def audible_windows(frames: int, *, num_audible: int, rule: WindowRule) -> tuple
     return tuple(_aligned(span, rule) for span in spans)
 
 
-def cut_windows(first: int, *, frames: int, rule: WindowRule, longest: int) -> list[WindowSpan]:
-    """Returns windows for decoding the frames [first, frames) of a clip. `first` is a multiple of `rule.multiple`.
+def cut_windows(frames: int, *, rule: WindowRule, longest: int = LONGEST_FRAMES) -> list[WindowSpan]:
+    """Returns windows for decoding a clip of this many frames.
 
     All windows but the last have about `longest` frames. The last one may start earlier than necessary: its length is
     then a multiple of WINDOW_GRID, so that few different lengths occur.
     """
     longest = max(shortest_window(rule), longest // rule.multiple * rule.multiple)
     spans: list[WindowSpan] = []
+    first = 0
     while first < frames:
         start = max(first - rule.halo, 0)
         stop, keep_stop = start + longest, start + longest - rule.halo

@@ -19,6 +19,7 @@ from stable_audio_serve.engine.scheduling.scheduler import RowId
 from stable_audio_serve.engine.scheduling.windows import AudioAssembly, SourceEncoding, audible_spans, window_lengths
 from stable_audio_serve.engine.scheduling.work import RowWork
 from stable_audio_serve.models.protocol import RowPlan
+from stable_audio_serve.models.windows import cut_windows
 from stable_audio_serve.sampling.noise import NoiseSource
 from stable_audio_serve.sampling.plan import Evaluation
 from stable_audio_serve.sampling.update import StepNumbers
@@ -158,15 +159,19 @@ def row_work(plan: RowPlan, *, hop: int) -> RowWork:
 
 
 def make_assembly(plan: RowPlan, *, hop: int, channels: int, is_fixed: bool, device: Device) -> AudioAssembly:
-    """Return the still empty audio of a row. With `is_fixed`, the audio is decoded in exactly the planned windows."""
+    """Return the still empty audio of a row. It is decoded in as few windows as possible; with `is_fixed`, in exactly
+    the planned ones.
+    """
+    spans = plan.decode_windows
+    if plan.decode_rule is not None and not is_fixed:
+        spans = tuple(cut_windows(spans[-1].stop, rule=plan.decode_rule))
     return AudioAssembly(
-        plan.decode_windows,
+        spans,
         device=device,
         channels=channels,
         hop=hop,
         valid_frames=plan.valid_frames,
         output_samples=plan.output_samples,
-        rule=None if is_fixed else plan.decode_rule,
     )
 
 
