@@ -217,7 +217,7 @@ class Executor:
     def capture_next(self, *, is_idle: bool) -> bool:
         """Capture a CUDA graph of one more call shape. Returns False if no shape is worth capturing now.
 
-        Unless the device `is_idle`, only captures that take little time are made, and only few of them.
+        Unless the device `is_idle`, captures take at most a tenth of the time.
         """
         return self._graphs.capture_next(is_idle=is_idle)
 

@@ -15,7 +15,9 @@ from stable_audio_serve.engine.scheduling.cost import CostModel, Groups, Work
 
 Result = TypeVar("Result")
 
-_CALLS_AHEAD = 2  # unfinished calls: enough to keep the device busy, few enough that new requests start soon
+# Unfinished calls: enough to keep the device busy, few enough that new requests start soon. Simulated latencies are the
+# same for 0, 2 and any number of windows; the simulator has no time of the host.
+_CALLS_AHEAD = 2
 
 
 @dataclass(slots=True)
