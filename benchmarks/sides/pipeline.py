@@ -30,8 +30,7 @@ from stable_audio_serve.engine.hardware.device import Device, open_device
 from stable_audio_serve.engine.hardware.threads import plain_threads, steady_threads
 from stable_audio_serve.engine.scheduling.batching import BatchPolicy
 from stable_audio_serve.engine.scheduling.cost import CostModel
-from stable_audio_serve.engine.scheduling.scheduler import RowId
-from stable_audio_serve.engine.scheduling.work import Phase
+from stable_audio_serve.engine.scheduling.scheduler import Phase, RowId
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.sampling.noise import SeededNoise
 

@@ -21,9 +21,8 @@ from stable_audio_serve.engine.hardware.device import CudaDevice
 from stable_audio_serve.engine.prediction import Predictor
 from stable_audio_serve.engine.scheduling.batching import Call, PackedShapes
 from stable_audio_serve.engine.scheduling.cost import CostModel, Measurement
-from stable_audio_serve.engine.scheduling.scheduler import RowId
+from stable_audio_serve.engine.scheduling.scheduler import Phase, RowId, RowWork
 from stable_audio_serve.engine.scheduling.windows import num_in_turn, window_lengths
-from stable_audio_serve.engine.scheduling.work import Phase, RowWork
 from stable_audio_serve.models.protocol import WindowRule
 from stable_audio_serve.models.windows import cut_windows
 

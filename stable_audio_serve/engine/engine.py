@@ -34,13 +34,13 @@ from stable_audio_serve.engine.build import build_parts, resolve_mode
 from stable_audio_serve.engine.calls.request_state import UNAVAILABLE, Reply, RequestState, deadline_error
 from stable_audio_serve.engine.calls.rows import row_work
 from stable_audio_serve.engine.hardware.device import Device, open_device
+from stable_audio_serve.engine.loop import EngineHeartbeat
 from stable_audio_serve.engine.options import PLAIN, EngineOptions, Features
 from stable_audio_serve.engine.planner import Planner
 from stable_audio_serve.engine.prediction import PriceList
 from stable_audio_serve.engine.profile import Profile, prove
 from stable_audio_serve.engine.provenance import complete_provenance, describe_engine, require_checkpoint
 from stable_audio_serve.engine.scheduling.batching import BatchPolicy
-from stable_audio_serve.engine.thread import EngineHeartbeat
 from stable_audio_serve.models.protocol import DiffusionModel, ModelSpec, RowPlan, SwitchableDecoder
 from stable_audio_serve.sampling.noise import NoiseSource, SeededNoise
 

@@ -12,8 +12,8 @@ from stable_audio_serve.core.pricing import Prices
 from stable_audio_serve.engine.calls.rows import row_work
 from stable_audio_serve.engine.scheduling.batching import BatchPolicy, Lane
 from stable_audio_serve.engine.scheduling.cost import CostModel, Work
+from stable_audio_serve.engine.scheduling.scheduler import Phase, RowWork
 from stable_audio_serve.engine.scheduling.windows import num_in_turn
-from stable_audio_serve.engine.scheduling.work import Phase, RowWork
 from stable_audio_serve.models.protocol import DiffusionModel
 
 # Prices are computed from the predictions for clips of these two durations, as fractions of the longest duration. The

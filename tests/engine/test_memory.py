@@ -23,8 +23,7 @@ from stable_audio_serve.engine.scheduling.memory import (
     peak_bytes,
     row_shape,
 )
-from stable_audio_serve.engine.scheduling.scheduler import RowId, Scheduler, SchedulerLimits
-from stable_audio_serve.engine.scheduling.work import RowWork
+from stable_audio_serve.engine.scheduling.scheduler import RowId, RowWork, Scheduler, SchedulerLimits
 from stable_audio_serve.models.protocol import DecodeWindow
 from stable_audio_serve.sampling.noise import SeededNoise
 from tests.factories import ToyModel, make_request

@@ -15,9 +15,8 @@ from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.generation import Priority
 from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.engine.calls.executor import Executor
-from stable_audio_serve.engine.calls.noise_ahead import RowNoise
 from stable_audio_serve.engine.calls.request_state import Prompts
-from stable_audio_serve.engine.calls.rows import Encoding, Failures, Row, run_alone
+from stable_audio_serve.engine.calls.rows import Encoding, Failures, Row, RowNoise, run_alone
 from stable_audio_serve.engine.hardware.device import Device, Moment
 from stable_audio_serve.engine.scheduling.pacing import CallTimes
 from stable_audio_serve.engine.scheduling.windows import SourceEncoding

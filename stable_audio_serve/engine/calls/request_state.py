@@ -24,9 +24,8 @@ from stable_audio_serve.core.generation import (
     StageTimings,
 )
 from stable_audio_serve.engine.calls.conditioning import HeldConditioning
-from stable_audio_serve.engine.scheduling.scheduler import RowId
+from stable_audio_serve.engine.scheduling.scheduler import RowId, RowWork
 from stable_audio_serve.engine.scheduling.windows import SourceEncoding
-from stable_audio_serve.engine.scheduling.work import RowWork
 from stable_audio_serve.models.protocol import RowPlan, TextEmbedding
 from stable_audio_serve.sampling.noise import NoiseSource
 
