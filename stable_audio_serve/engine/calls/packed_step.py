@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stable_audio_serve.engine.calls.step import KEPT_PARTS, Memories, StepRow, StepShape, join_sections
+from stable_audio_serve.engine.calls.step import Memories, StepRow, StepShape, join_sections
 from stable_audio_serve.engine.hardware.arena import PAGE_FRAMES, ZERO_PAGE, Pages, page_table, pages_of, read, write
 from stable_audio_serve.engine.hardware.device import Device
 from stable_audio_serve.engine.hardware.graphs import Kind
@@ -23,7 +23,7 @@ from stable_audio_serve.engine.scheduling.call_shapes import PackedRoom
 from stable_audio_serve.models.protocol import StepBatch
 from stable_audio_serve.models.segments import Segments
 from stable_audio_serve.sampling.guidance import NUM_GUIDANCE, GuidanceBatch, PagedRows, guidance_values, guide
-from stable_audio_serve.sampling.update import NUM_VALUES, Kept, StepTerms, advance, network_input
+from stable_audio_serve.sampling.update import KEPT_PARTS, NUM_VALUES, Kept, StepTerms, advance, network_input
 
 _NUM_FLOAT_SECTIONS = 2  # sections of floats at the start of the buffer; sections of integers follow
 

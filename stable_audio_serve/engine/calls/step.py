@@ -19,10 +19,18 @@ from stable_audio_serve.engine.hardware.graphs import Kind
 from stable_audio_serve.models.protocol import StepBatch
 from stable_audio_serve.sampling.guidance import NUM_GUIDANCE, GuidanceBatch, GuidanceUse, guidance_values, guide
 from stable_audio_serve.sampling.plan import Guidance
-from stable_audio_serve.sampling.update import NUM_VALUES, Kept, StepNumbers, StepTerms, TermUse, advance, network_input
+from stable_audio_serve.sampling.update import (
+    KEPT_PARTS,
+    NUM_VALUES,
+    Kept,
+    StepNumbers,
+    StepTerms,
+    TermUse,
+    advance,
+    network_input,
+)
 
 _NUM_FLOAT_SECTIONS = 2  # sections of floats at the start of the buffer; sections of integers follow
-KEPT_PARTS = 3  # mask, source and noise: the extra tensors of a row that keeps some frames of a source
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,40 +79,6 @@ class CapturePace:
         return max((ms * size / known for known, ms in taken), default=math.inf)
 
 
-class CaptureRoom:
-    """Counts the memory of CUDA graphs: how much this process's device memory grew while graphs were captured.
-
-    Used by one thread.
-    """
-
-    def __init__(self, device: Device, *, max_bytes: int | None) -> None:
-        """If `max_bytes` is None, there is no limit, and memory is not counted."""
-        self._device = device
-        self._max_bytes = max_bytes
-        self.num_bytes = 0
-
-    @property
-    def is_full(self) -> bool:
-        """Whether the captured graphs use `max_bytes` or more."""
-        return self._max_bytes is not None and self.num_bytes >= self._max_bytes
-
-    @contextmanager
-    def counted(self) -> Iterator[None]:
-        """Return a context manager for one capture. The memory of the capture is counted even if the capture fails."""
-        before = self._held()
-        try:
-            yield
-        finally:
-            self.num_bytes += max(0, self._held() - before)
-            if self.is_full:
-                held_gb = self.num_bytes / 1e9
-                log.warning("captured calls hold %.3g GB: calls of other shapes run without (memory_share)", held_gb)
-
-    def _held(self) -> int:
-        memory = None if self._max_bytes is None else self._device.memory()
-        return 0 if memory is None else memory.held
-
-
 Kind = Literal["denoise", "decode"]
 
 MOST_GRAPHS = 192
@@ -153,6 +119,45 @@ class CallMemory:
     outputs: Tensor
 
 
+class CaptureRoom:
+    """Limits the memory of CUDA graphs. All graphs of a kind share one pool, which is as large as their largest call;
+    each graph takes some more in the driver. Used by one thread.
+    """
+
+    def __init__(self, device: Device, *, max_bytes: int | None) -> None:
+        """If `max_bytes` is None, there is no limit, and memory is not counted."""
+        self._device = device
+        self._max_bytes = max_bytes
+        self._largest: dict[Kind, int] = {}
+        self._call_bytes: dict[Kind, float] = {}
+        self.num_bytes = 0
+
+    def expect(self, kind: Kind, *, call_bytes: float) -> None:
+        """Set the temporary tensors of calls of a kind, in bytes per latent frame or token."""
+        self._call_bytes[kind] = call_bytes
+
+    def has_room(self, shape: Shape) -> bool:
+        """Whether a graph of this shape is expected to fit. The pool grows only by what larger calls need more."""
+        if self._max_bytes is None:
+            return True
+        longer = max(0, shape.size - self._largest.get(shape.kind, 0))
+        return self.num_bytes + longer * self._call_bytes.get(shape.kind, 0.0) < self._max_bytes
+
+    @contextmanager
+    def counted(self, shape: Shape) -> Iterator[None]:
+        """Return a context manager for one capture. Its memory is counted even if the capture fails."""
+        before = self._used()
+        try:
+            yield
+        finally:
+            self.num_bytes += max(0, self._used() - before)
+            self._largest[shape.kind] = max(shape.size, self._largest.get(shape.kind, 0))
+
+    def _used(self) -> int:
+        memory = None if self._max_bytes is None else self._device.memory()
+        return 0 if memory is None else memory.used
+
+
 # `run(shape, memory)` queues the device work of a call of this shape, with inputs and outputs in `memory`.
 Run = Callable[[Any, CallMemory], None]
 
@@ -189,7 +194,7 @@ class Graphs:
         the bits of the eager one, else a difference 50 dB below its level is allowed.
         """
         self._device = device
-        self._room = CaptureRoom(device, max_bytes=max_bytes)
+        self.room = CaptureRoom(device, max_bytes=max_bytes)
         self._pace = CapturePace(clock)
         # The last capture, from begin to end, while its time is unknown because the device has not finished it.
         self._measuring: tuple[Shape, Moment, Moment] | None = None
@@ -231,21 +236,21 @@ class Graphs:
 
         Unless the device `is_idle`, only captures that take little time are made, and only few of them.
         """
-        if self.off_reason or self._room.is_full or not self._record_last_capture(wait=is_idle):
+        if self.off_reason or not self._record_last_capture(wait=is_idle):
             return False
         if self._pace.is_resting and not is_idle:
             return False
         candidates = [
             shape
             for shape in self._candidates
-            if self._is_worth_capturing(shape) and (is_idle or self._is_quick(shape))
+            if self._is_worth_capturing(shape) and self.room.has_room(shape) and (is_idle or self._is_quick(shape))
         ]
         if not candidates:
             return False
         shape = max(candidates, key=lambda shape: shape.size)
         with nullcontext() if shape.kind == "denoise" else self._device.on_second_queue():
             began = self._device.mark()
-            with self._room.counted():
+            with self.room.counted(shape):
                 self._capture(shape)
             self._measuring = shape, began, self._device.mark()
         return True
@@ -297,8 +302,9 @@ class Graphs:
     def _drop_all(self, reason: str) -> None:
         """Drop all graphs, and capture no more in this process."""
         self._stop(reason)
+        self._captured.clear()
         for kind in get_args(Kind):
-            self.forget(kind)
+            self._count(kind)
 
     def _stop(self, reason: str) -> None:
         """Make no more captures in this process."""
@@ -329,12 +335,6 @@ class Graphs:
             self._pace.record(shape.kind, size=shape.size, ms=ended.ms_since(began))
             self._measuring = None
         return True
-
-    def forget(self, kind: Kind) -> None:
-        """Drop all graphs of a kind, because memory that they use has moved to another address."""
-        for shape in [shape for shape in self._captured if shape.kind == kind]:
-            del self._captured[shape]
-        self._count(kind)
 
     def _is_quick(self, shape: Shape) -> bool:
         return self._pace.allows(shape.kind, size=shape.size, misses=self._misses[shape])
