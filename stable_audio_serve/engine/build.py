@@ -113,7 +113,8 @@ class EngineParts:
 
     thread: EngineThread
     inbox: Inbox
-    memory: MemoryPlan
+    memory: RowMemory
+    stages: Stages
     predictor: Predictor
     noise_pools: Mapping[Priority, ThreadPoolExecutor]
 
@@ -143,8 +144,11 @@ def build_parts(
         is_strict=mode == "strict",
         cost=cost,
         policy=policy or _own_policy(model.spec, options, features=features, device=device, cost=cost),
-        bounds=plan_memory(
-            device.memory(), max_rows_bytes=options.max_memory_bytes, prompt_cache_bytes=options.prompt_cache_bytes
+        plan=plan_memory(
+            device.memory(),
+            max_rows_bytes=options.max_memory_bytes,
+            prompt_cache_bytes=options.prompt_cache_bytes,
+            captures=device.can_capture,
         ),
         clock=clock,
         metrics=metrics,
@@ -199,7 +203,7 @@ class _Builder:
     is_strict: bool
     cost: CostModel
     policy: BatchPolicy
-    bounds: MemoryPlan
+    plan: MemoryPlan
     clock: Clock
     metrics: Metrics
 
@@ -211,8 +215,13 @@ class _Builder:
         inbox = Inbox()
         predictor = Predictor(self.cost, self.policy)
         memory = RowMemory(
-            self.model.spec, max_bytes=self.bounds.rows, is_fixed=self.is_strict, setting=self.bounds.setting
+            self.model.spec,
+            self.plan,
+            max_rows=self.options.max_rows,
+            is_fixed=self.is_strict,
+            has_second_queue=self.device.has_second_queue,
         )
+        stages = self._stages(noise_pools)
         loop = EngineLoop(
             self.model.spec,
             scheduler=build_scheduler(
@@ -220,9 +229,9 @@ class _Builder:
                 self.policy,
                 predictor=predictor,
                 has_second_queue=self.device.has_second_queue,
-                max_bytes=self.bounds.rows,
+                max_bytes=self.plan.rows,
             ),
-            stages=self._stages(noise_pools),
+            stages=stages,
             predictor=predictor,
             memory=memory,
             admission=admission,
@@ -233,14 +242,15 @@ class _Builder:
         warm_up = self._warm_up(noise_factory)
 
         def prepare() -> None:
-            memory.measure(self.model, noise_factory)
+            if self.plan.rows is not None or self.device.can_capture:
+                stages.fix_memory(memory.measure(self.model, noise_factory))
             if self.options.warmup_budget_s > 0:
                 warm_up.run()
 
         use_threads = steady_threads if self.is_strict and not self.device.shares_calls else plain_threads
         sharing = use_threads(self.options.torch_threads)
         thread = EngineThread(loop, inbox, sharing=sharing, prepare=prepare, clock=self.clock)
-        return EngineParts(thread, inbox, self.bounds, predictor, noise_pools)
+        return EngineParts(thread, inbox, memory, stages, predictor, noise_pools)
 
     def _stages(self, noise_pools: Mapping[Priority, ThreadPoolExecutor]) -> Stages:
         executor = Executor(
@@ -251,7 +261,7 @@ class _Builder:
             is_strict=self.is_strict,
             clock=self.clock,
             metrics=self.metrics,
-            max_capture_bytes=self.bounds.captures,
+            max_graph_bytes=self.plan.graphs,
             captures_off_file=self.options.captures_off_file,
         )
         return Stages(

@@ -34,6 +34,7 @@ from stable_audio_serve.engine.build import build_parts, resolve_mode
 from stable_audio_serve.engine.calls.request_state import UNAVAILABLE, Reply, RequestState, deadline_error
 from stable_audio_serve.engine.calls.rows import row_work
 from stable_audio_serve.engine.hardware.device import Device, open_device
+from stable_audio_serve.engine.hardware.share import MemoryPlan
 from stable_audio_serve.engine.loop import EngineHeartbeat
 from stable_audio_serve.engine.options import PLAIN, EngineOptions, Features
 from stable_audio_serve.engine.planner import Planner
@@ -123,7 +124,8 @@ class Engine:
             clock=self._clock,
             metrics=self._metrics,
         )
-        self.memory = parts.memory
+        self._memory = parts.memory
+        self._stages = parts.stages
         self._thread = parts.thread
         self._inbox = parts.inbox
         self._predictor = parts.predictor
@@ -235,6 +237,20 @@ class Engine:
     @property
     def spec(self) -> ModelSpec:
         return self._model.spec
+
+    def describe_profile(self) -> str:
+        """Return the profile, why it is plain, and the features that were switched on but are off, with the reason."""
+        own = [str(self.profile)]
+        if self.profile.features.packing and self.mode == "fast" and not self.spec.packs_segments:
+            own.append("packing off: this torch or precision has no attention for packed rows")
+        if reason := self._stages.captures_off_reason:
+            own.append(f"captures off: {reason}")
+        return "; ".join(own)
+
+    @property
+    def memory(self) -> MemoryPlan:
+        """How the device's memory is divided. Complete once the engine has started."""
+        return self._memory.plan
 
     @property
     def device(self) -> torch.device:

@@ -27,6 +27,7 @@ from stable_audio_serve.engine.hardware.arena import FrameArena, HeldFrames, rea
 from stable_audio_serve.engine.hardware.device import Device, DeviceLostError
 from stable_audio_serve.engine.hardware.graphs import CallMemory, Captured, Graphs
 from stable_audio_serve.engine.scheduling.batching import BatchPolicy, Call
+from stable_audio_serve.engine.scheduling.memory import FixedMemory
 from stable_audio_serve.models.protocol import (
     DecodeWindow,
     DiffusionModel,
@@ -54,7 +55,7 @@ class Executor:
         is_strict: bool = False,
         clock: Clock = SystemClock(),
         metrics: Metrics = NullMetrics(),
-        max_capture_bytes: int | None = None,
+        max_graph_bytes: int | None = None,
         captures_off_file: Path | None = None,
     ) -> None:
         self._model = model
@@ -66,19 +67,36 @@ class Executor:
             device,
             clock=clock,
             metrics=metrics,
-            max_bytes=max_capture_bytes,
+            max_bytes=max_graph_bytes,
             off_file=captures_off_file,
             is_exact=is_strict,
         )
         self._decoder = DecodeCalls(model, device=device, graphs=self._graphs)
-        self._moves = 0
+        self._fixed: FixedMemory | None = None
+
+    def fix_memory(self, fixed: FixedMemory) -> None:
+        """Allocate all arenas with fixed sizes. Must be called on the engine thread before the first row.
+
+        Otherwise the arenas grow with their use, which only a device without CUDA graphs allows.
+        """
+        self._fixed = fixed
+        self._graphs.room.expect("denoise", call_bytes=fixed.step_frame)
+        self._graphs.room.expect("decode", call_bytes=fixed.decode_frame)
+        self.conditioning = ConditioningArena(self._device, fixed)
+        _ = self.arena
 
     @cached_property
     def arena(self) -> FrameArena:
         """The device memory of all rows' registers (latents between two steps). Allocated when first accessed, which
         must be on the engine thread.
         """
-        return FrameArena(self._model.spec.card.latent_channels, device=self._model.device)
+        num_pages = self._fixed.pages if self._fixed else None
+        return FrameArena(self._model.spec.card.latent_channels, device=self._model.device, num_pages=num_pages)
+
+    @property
+    def captures_off_reason(self) -> str:
+        """Why no more calls are captured; empty if they are, or if the device captures nothing."""
+        return self._graphs.off_reason if self._device.can_capture else ""
 
     def embed(self, prompts: Sequence[str]) -> list[TextEmbedding | Exception]:
         outcomes: list[TextEmbedding | Exception] = []
@@ -188,9 +206,6 @@ class Executor:
 
     def _replay(self, shape: StepShape | PackedShape, rows: Sequence[StepRow]) -> bool:
         """Replay the CUDA graph of this shape with the inputs of `rows`. Returns False if there is no such graph."""
-        if self._moves != (moves := self.arena.num_moves + self.conditioning.num_moves):
-            self._graphs.forget("denoise")
-            self._moves = moves
         captured = self._graphs.find(shape, self._run_on)
         if captured is None:
             return False

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stable_audio_serve.engine.calls.step import KEPT_PARTS, Memories, Section, Sections, StepRow, StepShape, evaluate
+from stable_audio_serve.engine.calls.step import Memories, Section, Sections, StepRow, StepShape, evaluate
 from stable_audio_serve.engine.hardware.arena import PAGE_FRAMES, ZERO_PAGE, Pages, pages_of
 from stable_audio_serve.engine.hardware.device import Device
 from stable_audio_serve.engine.hardware.graphs import Kind
 from stable_audio_serve.models.protocol import StepBatch
 from stable_audio_serve.models.segments import Segments
 from stable_audio_serve.sampling.guidance import PagedRows, row_sum
-from stable_audio_serve.sampling.update import StepTerms
+from stable_audio_serve.sampling.update import KEPT_PARTS, StepTerms
 
 
 @dataclass(frozen=True, slots=True)

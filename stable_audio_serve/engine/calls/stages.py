@@ -23,6 +23,7 @@ from stable_audio_serve.engine.calls.inputs import PromptCache, RowInputs
 from stable_audio_serve.engine.calls.rows import Decoding, Encoding, Failures, Row, Stepping, make_assembly, run_alone
 from stable_audio_serve.engine.hardware.device import Device, Moment
 from stable_audio_serve.engine.scheduling.cost import CostModel
+from stable_audio_serve.engine.scheduling.memory import FixedMemory
 from stable_audio_serve.engine.scheduling.pacing import CallTimes
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.sampling.update import Kept, StepNumbers, start_state
@@ -69,6 +70,10 @@ class Stages:
             metrics=metrics,
         )
         self._delivering: deque[tuple[Row, Moment]] = deque()
+
+    def fix_memory(self, fixed: FixedMemory) -> None:
+        """Allocate all memory that is kept between calls. Must be called on the engine thread before the first row."""
+        self._executor.fix_memory(fixed)
 
     def start(self, rows: Sequence[Row]) -> Failures:
         """Start drawing the rows' noise and encode their prompts. Rows without source audio are then ready for `begin`.
@@ -180,6 +185,11 @@ class Stages:
         """Capture a CUDA graph of one more call shape; see `Executor.capture_next`."""
         return self._executor.capture_next(is_idle=is_idle)
 
+    @property
+    def captures_off_reason(self) -> str:
+        """Why no more calls are captured; empty if they are, or if the device captures nothing."""
+        return self._executor.captures_off_reason
+
     def require_usable(self, error: Exception) -> None:
         """Raise DeviceLostError if `error` has made the device unusable."""
         self._device.require_usable(error)
@@ -221,7 +231,7 @@ class Stages:
 
     def _condition(self, row: Row, encoding: Encoding) -> HeldConditioning:
         shared = row.request.shared
-        if shared.conditioning is not None:
+        if shared.conditioning is not None and not shared.conditioning.is_freed:
             return shared.conditioning.share()
         inpaint = None if row.plan.sampler.start_blend else encoding.sources.get("inpaint")
         conditioning = self._model.condition(
@@ -232,7 +242,9 @@ class Stages:
         )
         held = self._executor.conditioning.hold(conditioning)
         if inpaint is None or not self._model.spec.noisy_source_encoder:
-            shared.conditioning = held.share()
+            # The memory plan counts rows in progress, so a request without any keeps nothing in memory of a fixed size.
+            shared.keeps_conditioning = self._executor.conditioning.fixed is None
+            shared.conditioning = held.share() if shared.keeps_conditioning else held
         return held
 
     def _take_latents(self, row: Row) -> None:

@@ -31,9 +31,16 @@ from stable_audio_serve.sampling.guidance import (
     row_sum,
 )
 from stable_audio_serve.sampling.plan import Guidance
-from stable_audio_serve.sampling.update import NUM_VALUES, Kept, StepNumbers, StepTerms, TermUse, advance, network_input
-
-KEPT_PARTS = 3  # mask, source and noise: the extra tensors of a row that keeps some frames of a source
+from stable_audio_serve.sampling.update import (
+    KEPT_PARTS,
+    NUM_VALUES,
+    Kept,
+    StepNumbers,
+    StepTerms,
+    TermUse,
+    advance,
+    network_input,
+)
 
 
 class Section(NamedTuple):

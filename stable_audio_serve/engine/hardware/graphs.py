@@ -40,40 +40,6 @@ def difference_db(actual: Tensor, expected: Tensor) -> float:
     return 10.0 * math.log10(error / level) if error else -math.inf
 
 
-class CaptureRoom:
-    """Counts the memory of CUDA graphs: how much this process's device memory grew while graphs were captured.
-
-    Used by one thread.
-    """
-
-    def __init__(self, device: Device, *, max_bytes: int | None) -> None:
-        """If `max_bytes` is None, there is no limit, and memory is not counted."""
-        self._device = device
-        self._max_bytes = max_bytes
-        self.num_bytes = 0
-
-    @property
-    def is_full(self) -> bool:
-        """Whether the captured graphs use `max_bytes` or more."""
-        return self._max_bytes is not None and self.num_bytes >= self._max_bytes
-
-    @contextmanager
-    def counted(self) -> Iterator[None]:
-        """Return a context manager for one capture. The memory of the capture is counted even if the capture fails."""
-        before = self._held()
-        try:
-            yield
-        finally:
-            self.num_bytes += max(0, self._held() - before)
-            if self.is_full:
-                held_gb = self.num_bytes / 1e9
-                log.warning("captured calls hold %.3g GB: calls of other shapes run without (memory_share)", held_gb)
-
-    def _held(self) -> int:
-        memory = None if self._max_bytes is None else self._device.memory()
-        return 0 if memory is None else memory.held
-
-
 Kind = Literal["denoise", "decode"]
 
 MOST_GRAPHS = 192
@@ -112,6 +78,45 @@ class CallMemory:
     outputs: Tensor
 
 
+class CaptureRoom:
+    """Limits the memory of CUDA graphs. All graphs of a kind share one pool, which is as large as their largest call;
+    each graph takes some more in the driver. Used by one thread.
+    """
+
+    def __init__(self, device: Device, *, max_bytes: int | None) -> None:
+        """If `max_bytes` is None, there is no limit, and memory is not counted."""
+        self._device = device
+        self._max_bytes = max_bytes
+        self._largest: dict[Kind, int] = {}
+        self._call_bytes: dict[Kind, float] = {}
+        self.num_bytes = 0
+
+    def expect(self, kind: Kind, *, call_bytes: float) -> None:
+        """Set the temporary tensors of calls of a kind, in bytes per latent frame or token."""
+        self._call_bytes[kind] = call_bytes
+
+    def has_room(self, shape: Shape) -> bool:
+        """Whether a graph of this shape is expected to fit. The pool grows only by what larger calls need more."""
+        if self._max_bytes is None:
+            return True
+        longer = max(0, shape.size - self._largest.get(shape.kind, 0))
+        return self.num_bytes + longer * self._call_bytes.get(shape.kind, 0.0) < self._max_bytes
+
+    @contextmanager
+    def counted(self, shape: Shape) -> Iterator[None]:
+        """Return a context manager for one capture. Its memory is counted even if the capture fails."""
+        before = self._used()
+        try:
+            yield
+        finally:
+            self.num_bytes += max(0, self._used() - before)
+            self._largest[shape.kind] = max(shape.size, self._largest.get(shape.kind, 0))
+
+    def _used(self) -> int:
+        memory = None if self._max_bytes is None else self._device.memory()
+        return 0 if memory is None else memory.used
+
+
 # `run(shape, memory)` queues the device work of a call of this shape, with inputs and outputs in `memory`.
 Run = Callable[[Any, CallMemory], None]
 
@@ -148,7 +153,7 @@ class Graphs:
         the bits of the eager one, else a difference 50 dB below its level is allowed.
         """
         self._device = device
-        self._room = CaptureRoom(device, max_bytes=max_bytes)
+        self.room = CaptureRoom(device, max_bytes=max_bytes)
         self._clock = clock
         self._rests_until = -math.inf
         # The last capture, from begin to end, while its time is unknown because the device has not finished it.
@@ -190,17 +195,21 @@ class Graphs:
         simulated mixed traffic, 81 instead of 38 % of all calls are then replayed (small), and 46 instead of 9 %
         (medium).
         """
-        if self.off_reason or self._room.is_full or not self._record_last_capture(wait=is_idle):
+        if self.off_reason or not self._record_last_capture(wait=is_idle):
             return False
         if self._clock.monotonic() < self._rests_until and not is_idle:
             return False
-        candidates = [shape for shape in self._candidates if self._misses[shape] >= _MISSES_TO_CAPTURE]
+        candidates = [
+            shape
+            for shape in self._candidates
+            if self._misses[shape] >= _MISSES_TO_CAPTURE and self.room.has_room(shape)
+        ]
         if not candidates:
             return False
         shape = max(candidates, key=lambda shape: (0 if is_idle else self._misses[shape], shape.size))
         with nullcontext() if shape.kind == "denoise" else self._device.on_second_queue():
             began = self._device.mark()
-            with self._room.counted():
+            with self.room.counted(shape):
                 self._capture(shape)
             self._measuring = began, self._device.mark()
         return True
@@ -252,8 +261,9 @@ class Graphs:
     def _drop_all(self, reason: str) -> None:
         """Drop all graphs, and capture no more in this process."""
         self._stop(reason)
+        self._captured.clear()
         for kind in get_args(Kind):
-            self.forget(kind)
+            self._count(kind)
 
     def _stop(self, reason: str) -> None:
         """Make no more captures in this process."""
@@ -284,12 +294,6 @@ class Graphs:
             self._rests_until = self._clock.monotonic() + ended.ms_since(began) / 1000.0 * (1.0 / _SHARE - 1.0)
             self._measuring = None
         return True
-
-    def forget(self, kind: Kind) -> None:
-        """Drop all graphs of a kind, because memory that they use has moved to another address."""
-        for shape in [shape for shape in self._captured if shape.kind == kind]:
-            del self._captured[shape]
-        self._count(kind)
 
     def _make_room(self) -> None:
         """Drop the graph that was not used for the longest time if there are already `MOST_GRAPHS`."""
