@@ -22,9 +22,9 @@ from stable_audio_serve.engine.prediction import Predictor
 from stable_audio_serve.engine.scheduling.batching import Call, PackedShapes
 from stable_audio_serve.engine.scheduling.cost import CostModel, Measurement
 from stable_audio_serve.engine.scheduling.scheduler import Phase, RowId, RowWork
-from stable_audio_serve.engine.scheduling.windows import num_in_turn, window_lengths
+from stable_audio_serve.engine.scheduling.windows import num_in_turn
 from stable_audio_serve.models.protocol import WindowRule
-from stable_audio_serve.models.windows import cut_windows
+from stable_audio_serve.models.windows import cut_windows, window_lengths
 
 _PROBE_WINDOW = 128  # frames
 _CALLS_AHEAD = 2  # number of calls that the host may enqueue before the GPU begins them, as in `engine.pacing`

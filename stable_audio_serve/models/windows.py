@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from stable_audio_serve.models.protocol import WindowRule, WindowSpan
@@ -11,6 +12,11 @@ WINDOW_FRAMES, OVERLAP_FRAMES = 128, 32  # as in the reference implementations' 
 LONGEST_FRAMES = 512  # longest window for decoding with a WindowRule
 _REDUNDANT_SHARE = 0.05  # halo frames (decoded, but not used) per used frame in a window, at most
 WINDOW_GRID = 16  # window lengths are rounded to multiples, so that windows of different clips can share a batch
+
+
+def window_lengths(spans: Sequence[WindowSpan]) -> tuple[int, ...]:
+    """Returns the length of each window in latent frames."""
+    return tuple(span.stop - span.start for span in spans)
 
 
 def whole_window(frames: int) -> tuple[WindowSpan, ...]:

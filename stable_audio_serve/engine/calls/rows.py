@@ -17,9 +17,9 @@ from stable_audio_serve.engine.hardware.arena import HeldFrames
 from stable_audio_serve.engine.hardware.device import Device, DeviceLostError, Moment
 from stable_audio_serve.engine.scheduling.batching import Lane
 from stable_audio_serve.engine.scheduling.scheduler import RowId, RowWork
-from stable_audio_serve.engine.scheduling.windows import AudioAssembly, SourceEncoding, audible_spans, window_lengths
+from stable_audio_serve.engine.scheduling.windows import AudioAssembly, SourceEncoding, audible_spans
 from stable_audio_serve.models.protocol import RowPlan
-from stable_audio_serve.models.windows import cut_windows
+from stable_audio_serve.models.windows import cut_windows, window_lengths
 from stable_audio_serve.sampling.noise import NoiseSource
 from stable_audio_serve.sampling.plan import Evaluation, SamplerPlan
 from stable_audio_serve.sampling.update import StepNumbers

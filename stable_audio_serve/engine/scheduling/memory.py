@@ -23,7 +23,6 @@ from stable_audio_serve.core.errors import ConfigError, InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.engine.hardware.arena import PAGE_FRAMES, pages_of
 from stable_audio_serve.engine.hardware.share import MemoryPlan
-from stable_audio_serve.engine.scheduling.windows import window_lengths
 from stable_audio_serve.models.protocol import (
     BranchConditioning,
     DecodeWindow,
@@ -33,7 +32,7 @@ from stable_audio_serve.models.protocol import (
     RowPlan,
     StepBatch,
 )
-from stable_audio_serve.models.windows import LONGEST_FRAMES
+from stable_audio_serve.models.windows import LONGEST_FRAMES, window_lengths
 from stable_audio_serve.sampling.noise import NoiseSource
 from stable_audio_serve.sampling.update import KEPT_PARTS, MAX_REGISTERS
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stable_audio_serve.engine.hardware.device import Device
 from stable_audio_serve.models.protocol import DecodeWindow, EncodeWindow, SourcePlan, WindowSpan
-from stable_audio_serve.models.windows import LONGEST_FRAMES
+from stable_audio_serve.models.windows import LONGEST_FRAMES, window_lengths
 from stable_audio_serve.sampling.noise import NoiseSource
 
 
@@ -31,11 +31,6 @@ def num_in_turn(lengths: Sequence[int]) -> int:
 def audible_spans(spans: Sequence[WindowSpan], *, hop: int, end: int) -> list[WindowSpan]:
     """Return the windows that contain some of the clip, which ends at sample `end`. Later ones contain only padding."""
     return [span for span in spans if span.keep_start * hop < end]
-
-
-def window_lengths(spans: Sequence[WindowSpan]) -> tuple[int, ...]:
-    """Return the length of each window in latent frames."""
-    return tuple(span.stop - span.start for span in spans)
 
 
 class SourceEncoding:
