@@ -104,6 +104,8 @@ class Engine:
         """Build everything that runs on the engine thread. Must not be called once the thread has started."""
         self.profile = profile
         self._device = self._whole_device.restricted(profile.features)
+        if self._decodes_exactly:
+            self._loaded = replace(self._loaded, decode_precision="float32")
         self._provenance = describe_engine(
             self._model.spec,
             self._options,
@@ -133,6 +135,11 @@ class Engine:
         self._price_list = PriceList(self._model, self._predictor)
         weakref.finalize(self, self._thread.stop, timeout_s=_EXIT_TIMEOUT_S)
 
+    @property
+    def _decodes_exactly(self) -> bool:
+        """Whether the profile replaces the configured `decode_precision` by float32."""
+        return not self.profile.features.fast_decoding and not self._whole_device.is_proved
+
     async def _prove(self) -> None:
         """Check the profile once, before the engine thread starts. Other engines of this model run meanwhile."""
         async with self._proving:
@@ -143,7 +150,7 @@ class Engine:
                 if profile != self.profile:
                     self._assemble(profile)
             if isinstance(self._model, SwitchableDecoder):
-                self._model.decode_exactly(not self.profile.features.fast_decoding and not self._whole_device.is_proved)
+                self._model.decode_exactly(self._decodes_exactly)
             self._metrics.gauge("engine_profile", 1.0, profile=self.profile.name)
             self._is_proved = True
 
