@@ -23,7 +23,7 @@ def num_in_turn(lengths: Sequence[int]) -> int:
 
     This bounds the device memory of a turn and the time until the engine sees new and cancelled requests. Shorter turns
     do not help clips that wait for their denoising steps: with 128 frames a turn, simulated p95 latencies on an H200
-    are 9 to 21 % longer, and on a CPU they are the same within 2 %.
+    are 9 to 18 % longer, and on a CPU they are the same within 2 %.
     """
     return max(bisect_right(list(accumulate(lengths)), LONGEST_FRAMES), min(1, len(lengths)))
 
