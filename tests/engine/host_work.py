@@ -172,7 +172,10 @@ class _StandInEngine(Engine):
 
 
 class _QueueingDevice(CudaDevice):
-    """A stand-in device as the engine's GPU. Each engine call counts as finished when the next call has begun."""
+    """Replaces the engine's GPU by a stand-in device.
+
+    As on a GPU with queued work, a call finishes later: when the next call has begun.
+    """
 
     def __init__(self, stand_in: StandInDevice) -> None:
         super().__init__(DEVICE, features=Features(captures=False))  # a replayed graph would hide the work of the call
