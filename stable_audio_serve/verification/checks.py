@@ -1,19 +1,19 @@
-"""The `Check` type, and the runner that goes through a table of checks. Independent of model families."""
+"""The rows of the tables of checks, and what a check receives and returns. Independent of model families."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import UnionType
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 from stable_audio_serve.verification.goldens import Goldens
-from stable_audio_serve.verification.report import Report
 
 
 class Subject(NamedTuple):
@@ -21,6 +21,12 @@ class Subject(NamedTuple):
 
     goldens: Goldens
     model: Any = None
+
+    def request(self, audio: Tensor) -> GenerationRequest:
+        """Returns a request whose source is `audio` (C, S) at the model's rate. The result is as long as the source."""
+        source = SourceAudio(audio.numpy(), self.model.spec.card.sample_rate_hz)
+        duration_s = audio.shape[-1] / source.sample_rate_hz
+        return GenerationRequest(prompt="", duration_s=duration_s, seed=0, init_audio=source)
 
 
 class Finding(NamedTuple):
@@ -38,7 +44,7 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One row of the table: which stored numbers to compare, and how to compute them.
+    """One row of a table: which stored numbers to compare, and how to compute them.
 
     `component` selects the error bound. `over` selects the items: stored tensors or cases whose whole name matches the
     regular expression `pattern`, or one call. `make` is called for each item. It returns the computed tensor, or any
@@ -52,38 +58,27 @@ class Check:
     over: Literal["tensors", "cases", "once"] = "tensors"
     family: type | UnionType = object
 
+    def items(self, goldens: Goldens) -> list[re.Match[str]]:
+        """Returns a match of the pattern for each item."""
+        if self.over == "tensors":
+            return goldens.matching(self.pattern)
+        names = goldens.section("cases") if self.over == "cases" else [self.pattern]
+        return [match for name in names if (match := re.fullmatch(self.pattern, name))]
 
-def run_checks(report: Report, subject: Subject, *, checks: Sequence[Check]) -> None:
-    """Run every check and compare its findings. An error counts as a miss of its component; the other checks run."""
-    for check in checks:
-        skipped: Counter[str] = Counter()
-        with report.guard(check.component), torch.no_grad():
-            for match in _items(check, subject):
-                with report.guard(check.component, match[0]):
-                    for found in _findings(check, subject, match=match):
-                        if isinstance(found, str):
-                            skipped[found] += 1
-                            continue
-                        key, actual, expected, only, component = found
-                        report.compare(component or check.component, key, actual=actual, expected=expected, only=only)
-        for reason, count in skipped.items():
-            report.skip(check.component, f"{count} {reason}" if count > 1 else reason)
-
-
-def _items(check: Check, subject: Subject) -> list[re.Match[str]]:
-    if not isinstance(subject.model, check.family):
-        return []
-    if check.over == "tensors":
-        return subject.goldens.matching(check.pattern)
-    names = subject.goldens.section("cases") if check.over == "cases" else [check.pattern]
-    return [match for name in names if (match := re.fullmatch(check.pattern, name))]
-
-
-def _findings(check: Check, subject: Subject, *, match: re.Match[str]) -> Iterable[Finding | str]:
-    made = check.make(subject, match)
-    return [Finding(match[0], made, subject.goldens[match[0]])] if isinstance(made, Tensor) else made
+    def findings(self, it: Subject, match: re.Match[str]) -> Iterable[Finding | str]:
+        """Returns the findings for one item. A computed tensor must match the stored tensor of the item's name."""
+        made = self.make(it, match)
+        return [Finding(match[0], made, it.goldens[match[0]])] if isinstance(made, Tensor) else made
 
 
 def same(key: str, stated: object, *, found: object, component: str | None = None) -> Finding:
     """Returns a finding that misses unless `found` equals the `stated` value."""
     return Finding(key, torch.tensor(found == stated), torch.tensor(True), component=component)
+
+
+@contextmanager
+def calls_of(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Yields a list that receives the first input and the output of each call of `module` inside the block."""
+    calls: list[tuple[Tensor, Tensor]] = []
+    with module.register_forward_hook(lambda _, given, made: calls.append((given[0].clone(), made.clone()))):
+        yield calls

@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from stable_audio_serve.core.errors import StableAudioError
 from stable_audio_serve.core.processor import is_amd
+from stable_audio_serve.verification.checks import Finding
 
 # Largest absolute difference from the reference, float32 on a CPU. 0 means equal. The report keeps this order.
 BOUNDS: dict[str, float] = {
@@ -60,16 +59,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
 }
 
 # Exceptions that torch and the networks raise for wrong shapes, types or values in the files.
-DATA_ERRORS = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    AttributeError,
-    AssertionError,
-    OSError,
-)
+DATA_ERRORS = RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError, OSError
 
 
 def describe_error(error: BaseException) -> str:
@@ -113,13 +103,13 @@ class Report:
         """Whether every comparison was within its bound."""
         return not self.failed
 
-    def compare(
-        self, component: str, key: str, *, actual: Tensor, expected: Tensor, only: Tensor | None = None
-    ) -> None:
-        """Record max|actual - expected| over the elements where `only` (broadcastable bool) is true.
+    def compare(self, component: str, found: Finding) -> None:
+        """Record max|actual - expected| over the elements that `only` marks, for the finding's component or this one.
 
-        NaN and differing shapes miss every bound. If `only` selects no element, nothing is recorded.
+        NaN and differing shapes miss every bound. If `only` marks no element, nothing is recorded.
         """
+        key, actual, expected, only, own = found
+        component = own or component
         stated = self.rounding.get(key.split("[")[0])  # rows of a batch share their key
         bound = self.bounds[component] if stated is None else TIMES_ROUNDING * stated
         largest = math.inf
@@ -161,7 +151,10 @@ class Report:
         """Print a line per component and the overall result."""
         for component in dict.fromkeys((*BOUNDS, *self.failures)):
             if found := [one for one in self.comparisons if one.component == component]:
-                self.say(_summary(component, found))
+                worst, num_missed = max(found, key=lambda one: one.difference), sum(one.missed for one in found)
+                counts = f"{len(found)} compared" + (f", {num_missed} missed" if num_missed else "")
+                size = f"largest difference {worst.difference:.2e}  bound {worst.bound:.0e}"
+                self.say(f"{component:<23} {'MISSED' if num_missed else 'ok':<8} {size}  ({counts}; worst {worst.key})")
             if reasons := self.failures.get(component):
                 others = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
                 self.say(f"{component:<23} MISSED   {reasons[0]}{others}")
@@ -173,11 +166,3 @@ class Report:
         for one in comparisons:
             one["difference"] = one["difference"] if math.isfinite(one["difference"]) else None
         return {"passed": self.passed, "failed": self.failed, "failures": self.failures, "comparisons": comparisons}
-
-
-def _summary(component: str, found: list[Comparison]) -> str:
-    worst = max(found, key=lambda comparison: comparison.difference)
-    num_missed = sum(comparison.missed for comparison in found)
-    counts = f"{len(found)} compared" + (f", {num_missed} missed" if num_missed else "")
-    figures = f"largest difference {worst.difference:.2e}  bound {worst.bound:.0e}  ({counts}; worst {worst.key})"
-    return f"{component:<23} {'MISSED' if num_missed else 'ok':<8} {figures}"

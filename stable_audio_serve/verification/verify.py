@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections import Counter
 from collections.abc import Callable, Collection
 from pathlib import Path
+
+import torch
 
 from stable_audio_serve.core.errors import StableAudioError
 from stable_audio_serve.models.families import load_model
@@ -12,14 +16,12 @@ from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.models.registry import resolve_entry
 from stable_audio_serve.models.sao.model import SaoModel
 from stable_audio_serve.verification import report as reports
-from stable_audio_serve.verification.checks import Check, Subject, run_checks
-from stable_audio_serve.verification.end_to_end import RUNS
+from stable_audio_serve.verification.checks import Subject
 from stable_audio_serve.verification.goldens import Goldens
 from stable_audio_serve.verification.networks import NETWORKS
 from stable_audio_serve.verification.report import Report
+from stable_audio_serve.verification.runs import RUNS
 from stable_audio_serve.verification.samplers import FORMULAS_KEY, SAMPLERS
-
-CHECKS: tuple[Check, ...] = (*SAMPLERS, *NETWORKS, *RUNS)
 
 # Verification without a model fails if one of these components had no comparison.
 REQUIRED_WITHOUT_MODEL = {
@@ -28,15 +30,12 @@ REQUIRED_WITHOUT_MODEL = {
     if check.family is object and check.component in reports.BOUNDS
 }
 
-# Text in a load error -> the component it belongs to. The first match applies.
+# Component -> text in a load error that belongs to it. The first match applies.
 _OWNERS = {
-    "pretransform.": "autoencoder",
-    "model.model.": "denoiser",
-    "text encoder": "text",
-    "conditioners.prompt": "text",
-    "conditioner.": "number",
-    "model.diffusion": "denoiser",
-    "model.pretransform": "autoencoder",
+    "autoencoder": r"pretransform",
+    "denoiser": r"model\.(model\.|diffusion)",
+    "text": r"text encoder|conditioners\.prompt",
+    "number": r"conditioner\.",
 }
 
 
@@ -52,14 +51,21 @@ def verify(folder: Path, say: Callable[[str], None]) -> Report:
         goldens = Goldens.load(folder)
     needs_model = goldens is None or FORMULAS_KEY not in goldens.facts
     if needs_model:
-        model = _load_model(report, folder)
+        try:
+            model = load_model(resolve_entry("verified", path=str(folder)), device="cpu")
+        except (StableAudioError, *reports.DATA_ERRORS) as error:
+            message = reports.describe_error(error)
+            owners = (component for component, text in _OWNERS.items() if re.search(text, message))
+            report.fail(next(owners, "checkpoint"), message)
     if goldens is not None and (model is not None or not needs_model):
         logging.disable(logging.CRITICAL)  # the report names failures; the engine would log their stack traces too
         try:
             with report.guard("goldens"):
                 _set_bounds(report, goldens, model=model)
                 compare(report, goldens, model=model)
-                _report_unknown(report, goldens)
+                for group, keys in goldens.unused().items():
+                    names = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+                    report.skip(group, f"{len(keys)} tensors nothing is known about: {names}")
         finally:
             logging.disable(logging.NOTSET)
         report.require_groups(reports.REQUIRED if needs_model else REQUIRED_WITHOUT_MODEL)
@@ -70,18 +76,25 @@ def verify(folder: Path, say: Callable[[str], None]) -> Report:
 def compare(
     report: Report, goldens: Goldens, *, model: DiffusionModel | None, only: Collection[str] | None = None
 ) -> None:
-    """Run the checks that apply to the model, or only the checks of the components in `only`."""
-    chosen = [check for check in CHECKS if only is None or check.component in only]
-    run_checks(report, Subject(goldens, model), checks=chosen)
+    """Run the checks that apply to the model, or only the checks of the components in `only`.
 
-
-def _load_model(report: Report, folder: Path) -> DiffusionModel | None:
-    try:
-        return load_model(resolve_entry("verified", path=str(folder)), device="cpu")
-    except (StableAudioError, *reports.DATA_ERRORS) as error:
-        message = reports.describe_error(error)
-        report.fail(next((owner for text, owner in _OWNERS.items() if text in message), "checkpoint"), message)
-    return None
+    An error counts as a miss of its component; the other checks run.
+    """
+    it = Subject(goldens, model)
+    for check in (*SAMPLERS, *NETWORKS, *RUNS):
+        if not isinstance(model, check.family) or (only is not None and check.component not in only):
+            continue
+        skipped: Counter[str] = Counter()
+        with report.guard(check.component), torch.no_grad():
+            for match in check.items(goldens):
+                with report.guard(check.component, match[0]):
+                    for found in check.findings(it, match):
+                        if isinstance(found, str):
+                            skipped[found] += 1
+                        else:
+                            report.compare(check.component, found)
+        for reason, count in skipped.items():
+            report.skip(check.component, f"{count} {reason}" if count > 1 else reason)
 
 
 def _set_bounds(report: Report, goldens: Goldens, *, model: DiffusionModel | None) -> None:
@@ -90,10 +103,3 @@ def _set_bounds(report: Report, goldens: Goldens, *, model: DiffusionModel | Non
     if goldens.section("components", "rounding"):
         report.bounds["autoencoder"] = reports.AUTOENCODER_BOUND_WITH_ROUNDING
     report.rounding = goldens.section("components", "rounding", "max_abs") or goldens.section("rounding", "worst_cases")
-
-
-def _report_unknown(report: Report, goldens: Goldens) -> None:
-    """Report the tensors that no check has read as skipped."""
-    for group, keys in goldens.unused().items():
-        names = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
-        report.skip(group, f"{len(keys)} tensors nothing is known about: {names}")
