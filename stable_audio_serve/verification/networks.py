@@ -1,8 +1,4 @@
-"""Checks of the conditioners, the denoiser and the autoencoder: stored outputs of the networks.
-
-Stored runs of the autoencoder are with or without noise, in one piece or in windows. A further check compares long
-audio coded in windows with the same audio coded in one piece.
-"""
+"""Checks of the conditioners, the denoiser and the autoencoder, which codes audio in one piece and in windows."""
 
 from __future__ import annotations
 
@@ -28,7 +24,10 @@ from stable_audio_serve.sampling import Guidance, GuidanceBatch, SeededNoise, gu
 from stable_audio_serve.verification.checks import Check, Finding, Subject, calls_of
 from stable_audio_serve.verification.runs import CallOrderNoise, RowNoise
 
+_OPEN_PHI = "07"  # for keys with `_phi` and no digits, as in the Stable Audio Open family
 _Code = Callable[[Tensor, int], Tensor]  # encode or decode: part of the input, index of its first frame -> output
+_Spans = Sequence[WindowSpan]
+_Units = tuple[int, int]  # values per frame of input and output
 
 
 def _prompts(it: Subject) -> Any:
@@ -96,8 +95,8 @@ def _output(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
     found = _denoise(it, conditioning=wanted, valid=valid)
     if match["cfg"]:
         component = "denoiser guidance"
-        cfg, apg, norm = (_number(match[part] or "0") for part in ("cfg", "apg", "norm"))
-        phi = 0.7 if match["phi"] == "" else _number(match["phi"] or "0")  # 0.7 in the Stable Audio Open family
+        amounts = [match["cfg"], match["apg"], match["norm"], match["phi"] if match["phi"] != "" else _OPEN_PHI]
+        cfg, apg, norm, phi = (float(re.sub("^0", "0.", digits or "0")) for digits in amounts)  # "05" is 0.5
         if cfg != 1.0 and match["interval"] != "off":
             away = wanted.without_context()
             if match["negative"]:  # padded tokens are zeros, not the learned padding
@@ -108,11 +107,6 @@ def _output(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
             found = guide(x, t, conditional=found, unconditional=other, valid=valid, rows=rows)
     found = found.flip(0) if match["interval"] == "swapped" else found
     yield Finding(match[0], found, it.goldens[match[0]], None if valid is None else valid[:, None], component)
-
-
-def _number(digits: str) -> float:
-    """Parse the digits of a number in a key: "7" is 7; a leading 0 means decimals, so that "05" is 0.5."""
-    return float(f"0.{digits[1:]}") if digits.startswith("0") and len(digits) > 1 else float(digits)
 
 
 def _beside_padding(it: Subject, _: object) -> Iterator[Finding]:
@@ -128,8 +122,8 @@ def _hidden(it: Subject, match: re.Match[str]) -> Tensor:
     return torch.stack([_output_of(it, match, path=f"transformer.layers.{layer}") for layer in layers])
 
 
-def _code_windows(code: _Code, value: Tensor, *, spans: Sequence[WindowSpan], units: tuple[int, int]) -> Tensor:
-    """Returns the results of windows of `value`, joined. `units` are the values per frame of input and output."""
+def _code_windows(code: _Code, value: Tensor, *, spans: _Spans, units: _Units) -> Tensor:
+    """Returns the results of windows of `value`, joined."""
     parts = []
     for span in spans:
         made = code(value[..., span.start * units[0] : span.stop * units[0]], span.start)
@@ -194,13 +188,8 @@ def _windows(it: Subject, _: object) -> Iterator[Finding]:
         yield from _compare_windows(encode, audio, spans=spans, units=(hop, 1), is_exact=is_exact)
 
 
-def _compare_windows(
-    code: _Code, value: Tensor, *, spans: Sequence[WindowSpan], units: tuple[int, int], is_exact: bool
-) -> Iterator[Finding]:
-    """Compare joined windows with one piece, with the arguments of `_code_windows`.
-
-    Exact windows need no value outside them: their kept part stays finite if everything outside is NaN.
-    """
+def _compare_windows(code: _Code, value: Tensor, *, spans: _Spans, units: _Units, is_exact: bool) -> Iterator[Finding]:
+    """Compare joined windows with one piece. The kept part of exact windows is finite if everything outside is NaN."""
     if len(spans) < 2:
         raise ValueError("long audio is one window")
 

@@ -1,4 +1,4 @@
-"""Repeats runs of the reference in the engine, with the reference's random draws, and compares the results.
+"""Checks of whole runs: repeats runs of the reference in the engine, with the reference's random draws.
 
 The reference's arguments become one request per row of its batch. A run with an unknown argument is skipped, because
 without that argument it would be a different run. Runs of the Stable Audio Open family use the stored text embeddings:
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -38,12 +39,9 @@ from stable_audio_serve.models.windows import whole_window
 from stable_audio_serve.sampling import GuidanceBatch, NoiseSource, ReplayDraw, ReplayNoise, SeededNoise, guide
 from stable_audio_serve.sampling.samplers import DATA_DEPENDENT
 from stable_audio_serve.verification import samplers
-from stable_audio_serve.verification.checks import Check, Finding, Subject, calls_of, same
-from stable_audio_serve.verification.goldens import Goldens
+from stable_audio_serve.verification.checks import Check, Finding, Goldens, Subject, calls_of, same
 
-# The name of the random draw with which the Stable Audio Open family encodes a source. There is only one, because the
-# reference encodes a source in one piece.
-SOURCE_DRAW = "init/bottleneck"
+SOURCE_DRAW = "init/bottleneck"  # the one draw with which the reference of Stable Audio Open encodes a source
 
 # Arguments that the references' generate() adds to a case of the Stable Audio Open family, by objective.
 _V_DEFAULTS = {"cfg_scale": 6.0, "sampler_type": "dpmpp-2m-sde", "sigma_min": 0.01, "sigma_max": 100.0}
@@ -51,13 +49,9 @@ _FLOW_DEFAULTS = {"cfg_scale": 6.0, "sampler_type": "euler"}
 
 # The reference's argument -> our field: for all rows, for arguments with an optional list of one value per row, and for
 # the conditioning of a row.
-_FIELDS = {
-    **{name: name for name in ("steps", "cfg_scale", "cfg_interval", "cfg_norm_threshold", "apg_scale")},
-    **{name: name for name in ("sigma_min", "sigma_max", "init_noise_level", "chunked_decode")},
-    "scale_phi": "cfg_rescale",
-    "sampler_type": "sampler",
-    "duration_padding_sec": "duration_padding_s",
-}
+_FIELDS = {"scale_phi": "cfg_rescale", "sampler_type": "sampler", "duration_padding_sec": "duration_padding_s"}
+_FIELDS |= {name: name for name in ("steps", "cfg_scale", "cfg_interval", "cfg_norm_threshold", "apg_scale")}
+_FIELDS |= {name: name for name in ("sigma_min", "sigma_max", "init_noise_level", "chunked_decode")}
 _LISTED = {"prompt": "prompt", "negative_prompt": "negative_prompt", "duration": "duration_s"}
 _ROW = {"prompt": "prompt", "seconds_start": "start_s", "seconds_total": "conditioned_total_s"}
 _NEGATIVE = {"prompt": "negative_prompt", "seconds_start": "negative_start_s", "seconds_total": "negative_total_s"}
@@ -95,22 +89,20 @@ def parse_case(facts: Mapping[str, Any], *, goldens: Goldens, chunked: bool) -> 
     args: dict[str, Any] = {"prompt": "", "batch_size": 1, "chunked_decode": chunked}
     for stated in (goldens.section("generate_defaults"), facts["args"]):
         args |= {key: value for key, value in stated.items() if value is not None}
-    columns = {field: _as_list(args[key], int(args["batch_size"])) for key, field in _LISTED.items() if key in args}
+    columns, size = {}, int(args["batch_size"])
+    for key in [key for key in _LISTED if key in args]:
+        columns[_LISTED[key]] = values = args[key] if isinstance(args[key], list) else [args[key]] * size
+        if len(values) != size:
+            raise CheckpointError(f"golden.json: a list of {len(values)} values for a batch of {size}")
     starts, ends = (value if isinstance(value := args.get(edge, []), list) else [value] for edge in _REGIONS)
     sources = {
         name: SourceAudio(torch.atleast_2d(goldens[args[name]["tensor"]]).numpy(), int(args[name]["sample_rate"]))
         for name in ("init_audio", "inpaint_audio")
         if name in args
     }
-    requests = _build_requests(
-        args,
-        [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
-        edit_schedule="reference",
-        inpaint_regions_s=tuple(zip(starts, ends, strict=True)),
-        keep="model",
-        **sources,
-    )
-    return Case(requests, int(args["seed"]), int(args["sample_size"]))
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    regions_s = tuple(zip(starts, ends, strict=True))
+    return _build_case(args, rows, edit_schedule="reference", inpaint_regions_s=regions_s, keep="model", **sources)
 
 
 def parse_open_case(facts: Mapping[str, Any], *, goldens: Goldens, card: ModelCard) -> Case:
@@ -120,35 +112,23 @@ def parse_open_case(facts: Mapping[str, Any], *, goldens: Goldens, card: ModelCa
     negatives = args.get("negative_conditioning") or [{}]
     negatives = negatives * len(args["conditioning"]) if len(negatives) == 1 else negatives
     pairs = zip(args["conditioning"], negatives, strict=True)
-    requests = _build_requests(
-        args,
-        [_renamed(row, _ROW) | _renamed(negative, _NEGATIVE) for row, negative in pairs],
-        duration_s=int(args["sample_size"]) / card.sample_rate_hz,
-        init_audio=SourceAudio(goldens[inputs["init_audio"]].numpy(), int(inputs["init_rate"])) if inputs else None,
-        edit_schedule=None if is_v else "reference",
-    )
-    return Case(requests, int(args["seed"]), int(args["sample_size"]))
+    rows = [_renamed(row, _ROW) | _renamed(negative, _NEGATIVE) for row, negative in pairs]
+    source = SourceAudio(goldens[inputs["init_audio"]].numpy(), int(inputs["init_rate"])) if inputs else None
+    duration_s, schedule = int(args["sample_size"]) / card.sample_rate_hz, None if is_v else "reference"
+    return _build_case(args, rows, duration_s=duration_s, init_audio=source, edit_schedule=schedule)
 
 
-def _build_requests(
-    args: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], **shared: Any
-) -> tuple[GenerationRequest, ...]:
-    """Returns one request per row, from the fields that all rows share and the fields of the row."""
+def _build_case(args: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], **shared: Any) -> Case:
+    """Returns a case from its arguments, the fields of each row, and the fields that all rows share."""
     shared |= _renamed(args, _FIELDS)
-    return tuple(GenerationRequest(**shared, **row, seed=index) for index, row in enumerate(rows))
+    requests = tuple(GenerationRequest(**shared, **row, seed=index) for index, row in enumerate(rows))
+    return Case(requests, int(args["seed"]), int(args["sample_size"]))
 
 
 def _renamed(args: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """Returns the arguments that are present and not None, under our names."""
     found = {ours: args[theirs] for theirs, ours in names.items() if args.get(theirs) is not None}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
-
-
-def _as_list(value: Any, length: int) -> list[Any]:
-    found = value if isinstance(value, list) else [value] * length
-    if len(found) != length:
-        raise CheckpointError(f"golden.json: a list of {len(found)} values for a batch of {length}")
-    return found
 
 
 class CallOrderNoise(SeededNoise):
@@ -192,17 +172,12 @@ class RowResult(NamedTuple):
 
 
 class ObservedModel(ForwardingModel):
-    """Wraps a model to record its calls and the final latents of each row. Decodes the whole row, headroom included.
+    """Records a model's calls and each row's final latents, headroom included. `texts`, if any, replace its encoder."""
 
-    `noise` has one source per row. If `texts` has entries, they replace the text encoder.
-    """
-
-    def __init__(
-        self, model: DiffusionModel, *, noise: Sequence[NoiseSource], texts: Mapping[str, TextEmbedding]
-    ) -> None:
+    def __init__(self, model: DiffusionModel, texts: Mapping[str, TextEmbedding]) -> None:
         super().__init__(model)
-        self._noise, self._texts = noise, texts
-        self.latents: list[dict[int, Tensor]] = [{} for _ in noise]  # per row: frame -> latent (D,)
+        self._texts = texts
+        self.latents: dict[NoiseSource, dict[int, Tensor]] = defaultdict(dict)  # row's noise -> frame -> latent (D,)
         self.calls: list[tuple[Tensor, Tensor]] = []
 
     @property
@@ -222,9 +197,7 @@ class ObservedModel(ForwardingModel):
 
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
         for window in windows:
-            row = next((row for row, noise in enumerate(self._noise) if noise is window.noise), None)
-            if row is not None:
-                self.latents[row] |= dict(enumerate(window.latents.cpu().unbind(1), window.start))
+            self.latents[window.noise] |= dict(enumerate(window.latents.cpu().unbind(1), window.start))
         return super().decode(windows)
 
 
@@ -232,7 +205,7 @@ def run_case(
     model: DiffusionModel, case: Case, *, noise: Sequence[NoiseSource], texts: Mapping[str, TextEmbedding] | None = None
 ) -> list[RowResult]:
     """Run all rows of a case in one batch. `noise` has one source per row; `texts` replace the text encoder."""
-    plans, observed = plan_case(model, case), ObservedModel(model, noise=noise, texts=texts or {})
+    plans, observed = plan_case(model, case), ObservedModel(model, texts or {})
 
     async def generate() -> list[GenerationResult]:
         options = EngineOptions(warmup_budget_s=0.0, max_queue_s=1e9)
@@ -240,8 +213,8 @@ def run_case(
             return await asyncio.gather(*(engine.generate(row, frames=plans[0].frames) for row in case.requests))
 
     results = []
-    for plan, result, latents in zip(plans, asyncio.run(generate()), observed.latents, strict=True):
-        made = torch.stack([latents[frame] for frame in range(plan.frames)], dim=1)
+    for plan, result, own in zip(plans, asyncio.run(generate()), noise, strict=True):
+        made = torch.stack([observed.latents[own][frame] for frame in range(plan.frames)], dim=1)
         audio = torch.from_numpy(result.audio[0])[:, : plan.output_samples]
         results.append(RowResult(plan, made, audio, observed.calls))
     return results
@@ -291,10 +264,7 @@ def replay_rows(case: Case, script: samplers.Script) -> list[NoiseSource]:
 
 
 def _run(it: Subject, match: re.Match[str]) -> Iterator[Finding | str]:
-    """Repeat a case with all its rows. A second run has no noise in the autoencoder, if its outputs are stored.
-
-    Compares lengths, schedules, draws, network inputs, steps, latents and audio.
-    """
+    """Repeat a case with all its rows. A second run has no noise in the autoencoder, if its outputs are stored."""
     goldens, name, facts = it.goldens, match[0], it.goldens.section("cases", match[0])
     goldens.matching(re.escape(name) + "/.*")
     model, texts, is_open = it.model, {}, isinstance(it.model, SaoModel)
@@ -315,11 +285,9 @@ def _run(it: Subject, match: re.Match[str]) -> Iterator[Finding | str]:
     yield from _compare_plans(goldens, name, plans=plans)
     results = run_case(model, case, noise=replay_rows(case, script), texts=texts)
     if sigmas := facts.get("trace_sigma"):
-        plan, calls, latents = plans[0].sampler, _guided_calls(results[0]), results[0].latents[None]
-        steps = samplers.compare_steps(
-            f"{name}/trace_", plan, calls=calls, result=latents, sampler=sampler, sigmas=sigmas, it=it
-        )
-        yield from (step._replace(component="end-to-end steps") for step in steps)
+        trace = {"calls": _guided_calls(results[0]), "result": results[0].latents[None], "sigmas": sigmas}
+        for step in samplers.compare_steps(f"{name}/trace_", plans[0].sampler, sampler=sampler, it=it, **trace):
+            yield step._replace(component="end-to-end steps")
     yield from _compare_rows(goldens, name, results=results, clips=not is_open)
     if goldens.matching(re.escape(name) + "/.*" + _SILENT):
         silent = [draw for draw in script if not (isinstance(draw, ReplayDraw) and "/" in draw.stage)]
@@ -394,8 +362,7 @@ def _compare_rows(
 ) -> Iterator[Finding | str]:
     """Compare the latents in each row's valid frames, and the audio up to the row's length.
 
-    Prefers outputs computed with key-masked padding. Other outputs are comparable only for rows without padding. Stored
-    audio is as long as the longest row of the batch.
+    Outputs that were computed without key-masked padding are comparable only for rows without padding.
     """
     one_length = len({result.plan.output_samples for result in results}) == 1
     for output in ("latents", "audio"):
@@ -412,7 +379,7 @@ def _compare_rows(
                 yield Finding(f"{key}[{row}]", latents, expected, valid, "end-to-end latents")
             else:
                 clipped = audio.clip(-1.0, 1.0) if clips else audio
-                trimmed = expected if one_length else expected[:, : plan.output_samples]
+                trimmed = expected if one_length else expected[:, : plan.output_samples]  # stored: the longest row's
                 yield Finding(f"{key}[{row}]", clipped, trimmed, component="end-to-end audio")
 
 
@@ -436,18 +403,14 @@ def _stored_texts(goldens: Goldens, name: str, *, case: Case, model: SaoModel) -
 def _edit(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
     """Edit the middle fifth of sources with stored encodings, as an inpainting and as a variation.
 
-    The reference cannot edit regions with these models. The check needs no reference run: after an edit, frames outside
-    the regions equal the source's latents.
+    The reference cannot do this with these models. Frames outside the edited region must equal the source's latents.
     """
     waves, stored, spec = it.goldens["ae/wave"], it.goldens[match[0]], it.model.spec
-    fifth_s = waves.shape[-1] // spec.hop // 5 * spec.hop / spec.card.sample_rate_hz
     draws = torch.randn(stored.shape, generator=torch.Generator().manual_seed(int(match[1])))
-    fields = {
-        "steps": 3,
-        "init_noise_level": spec.card.noise_level(0.5, sampler=None),
-        "inpaint_regions_s": ((2 * fifth_s, 3 * fifth_s),),
-    }
-    requests = [replace(it.request(wave), seed=row, **fields) for row, wave in enumerate(waves)]
+    fifth_s = waves.shape[-1] // spec.hop // 5 * spec.hop / spec.card.sample_rate_hz
+    level, regions_s = spec.card.noise_level(0.5, sampler=None), ((2 * fifth_s, 3 * fifth_s),)
+    requests = [replace(it.request(wave), seed=row, steps=3) for row, wave in enumerate(waves)]
+    requests = [replace(request, init_noise_level=level, inpaint_regions_s=regions_s) for request in requests]
     variations = [replace(request, inpaint_audio=request.init_audio) for request in requests]
     edits = [replace(request, init_audio=None) for request in variations]
     for name, rows in (("an edit", edits), ("a variation", variations)):

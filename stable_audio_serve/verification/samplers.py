@@ -1,8 +1,4 @@
-"""Checks that run no network of a model: draws, schedules, Brownian paths, samplers and source audio.
-
-Samplers run outside the engine on networks that are formulas. `v_output` and `flow_output` are the formulas that the
-facts of a folder without a model state under `FORMULAS_KEY`.
-"""
+"""Checks that run no network of a model: draws, schedules, Brownian paths, samplers on formulas, and source audio."""
 
 from __future__ import annotations
 
@@ -30,7 +26,7 @@ from stable_audio_serve.verification.checks import Check, Finding, Subject, same
 Calls = Sequence[tuple[Tensor, Tensor]]  # input and guided output (B, D, F) of each network call of a plan
 Script = Sequence[ReplayDraw | ReplayPath]
 
-FORMULAS_KEY = "analytic"
+FORMULAS_KEY = "analytic"  # the fact of a folder without a model that states `v_output` and `flow_output`
 _VARIANCE = 0.25
 _UNGUIDED_SHARE = 0.9  # in the formulas, unconditional output = this share of the guided output
 _LAST_DRAWS_UNUSED = ("k-heun", "k-dpm-2", "k-dpm-fast")
@@ -39,10 +35,7 @@ _NO_SHIFT = shift_from_config({"type": "none"})
 
 
 def _draws(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
-    """Repeat a case's random draws in order from its seed, and compare them with the stored ones.
-
-    Of a tensor, the first four values are stored, and in some cases also the whole tensor.
-    """
+    """Repeat a case's random draws in order from its seed. The first four values of each are stored, of some all."""
     case = it.goldens.section("cases", match[0])
     seed = case.get("manual_seed", case.get("args", {}).get("seed"))
     if seed is None or seed < 0:
@@ -194,14 +187,10 @@ def sampler_script(sampler: str, plan: SamplerPlan, *, shape: tuple[int, ...]) -
 
 
 def compare_script(name: str, script: Script, *, facts: Mapping[str, Any], sampler: str) -> Iterator[Finding]:
-    """Compare number, kind and shape of the draws with the reference.
-
-    Ignores extra draws at the end of the reference's list for samplers that do not use them.
-    """
+    """Compare number, kind and shape of the draws with the reference, except last draws that a sampler does not use."""
     if (draws := facts.get("draws")) is not None:
         found = [() if isinstance(entry, ReplayPath) else entry.shape for entry in script]
-        stored = [tuple(draw["shape"]) for draw in draws]
-        stored = stored[: len(found)] if sampler in _LAST_DRAWS_UNUSED else stored
+        stored = [tuple(draw["shape"]) for draw in draws[: len(found) if sampler in _LAST_DRAWS_UNUSED else None]]
         yield same(f"{name} number and shapes", stored, found=found, component="draws")
 
 

@@ -25,10 +25,8 @@ from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.models.sao.denoiser import ScaledLayerNorm
 from stable_audio_serve.models.sao.model import SaoModel
 from stable_audio_serve.models.weights import cast_network
-from stable_audio_serve.verification.checks import Finding
-from stable_audio_serve.verification.goldens import Goldens
-from stable_audio_serve.verification.report import Report
-from stable_audio_serve.verification.verify import compare
+from stable_audio_serve.verification.checks import Finding, Goldens
+from stable_audio_serve.verification.verify import Report, compare
 from tests.factories import make_request
 from tests.goldens import OPEN_GOLDENS, SA3_GOLDENS, SHARP
 from tests.parameters import slow
