@@ -1,8 +1,4 @@
-"""The reference numbers of a folder, and the rows of the tables that compare them. Independent of model families.
-
-golden.json has facts; golden.safetensors has tensors by `<group>/<name>`. CheckpointError is raised if a file, key or
-value is missing or malformed.
-"""
+"""The reference numbers of a folder, and the rows of the tables that compare them. Independent of model families."""
 
 from __future__ import annotations
 
@@ -29,7 +25,10 @@ _WHERE = "Reference numbers are in tests/data/goldens of a source checkout; the 
 
 
 class Goldens:
-    """The reference numbers of one folder. Records which tensors were read, so that unread ones can be reported."""
+    """The reference numbers of one folder: facts, and tensors by `<group>/<name>`. Records which tensors were read.
+
+    Raises CheckpointError if a file, key or value is missing or malformed.
+    """
 
     def __init__(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.facts = facts
@@ -38,7 +37,7 @@ class Goldens:
 
     @classmethod
     def load(cls, folder: Path) -> Goldens:
-        """Read both files. Raises CheckpointError that names the unusable file."""
+        """Read both files. The error names the unusable one."""
         path = folder / FACTS_FILE
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))

@@ -141,22 +141,18 @@ class CallOrderNoise(SeededNoise):
 
 
 class RowNoise:
-    """A row's noise from `source`, except inside the autoencoder: there it is part of `drawn` (D, F), or zeros.
-
-    `requested` lists the draws inside the autoencoder, in their shapes for a batch of `num_rows`: stacked along axis 0
-    if that counts frames, else along a new axis 0.
-    """
+    """A row's noise from `source`, except inside the autoencoder: there it is part of `drawn` (D, F), or zeros."""
 
     def __init__(self, source: NoiseSource, drawn: Tensor | None = None, *, num_rows: int = 1) -> None:
         self.initial, self.step = source.initial, source.step
         self._drawn, self._num_rows = drawn, num_rows
-        self.requested: list[ReplayDraw] = []
+        self.requested: list[ReplayDraw] = []  # draws inside the autoencoder, in their shapes for a batch of `num_rows`
 
     def window(
         self, stage: str, start: int, *, shape: tuple[int, ...], frame_axis: int, device: torch.device
     ) -> Tensor:
-        row = (self._num_rows * shape[0], *shape[1:]) if frame_axis == 0 else (self._num_rows, *shape)
-        self.requested.append(ReplayDraw(stage, start, row))
+        batch = (self._num_rows * shape[0], *shape[1:]) if frame_axis == 0 else (self._num_rows, *shape)
+        self.requested.append(ReplayDraw(stage, start, batch))
         if self._drawn is None:
             return torch.zeros(shape, device=device)
         return self._drawn.narrow(frame_axis, start, shape[frame_axis]).to(device)
@@ -221,11 +217,8 @@ def run_case(
 
 
 def plan_case(model: DiffusionModel, case: Case) -> list[RowPlan]:
-    """Returns one plan per row. All have the latent length of the longest row, headroom included.
-
-    In the Stable Audio Open family the latent length depends on the sample size only, not on the duration.
-    """
-    frames = case.sample_size // model.spec.hop
+    """Returns one plan per row. All have the latent length of the longest row, headroom included."""
+    frames = case.sample_size // model.spec.hop  # whatever the duration is, in the Stable Audio Open family
     if isinstance(model, Sa3Model):
         rule = replace(model.config.lengths, max_samples=case.sample_size)
         longest_s = max(request.duration_s for request in case.requests)
@@ -291,9 +284,8 @@ def _run(it: Subject, match: re.Match[str]) -> Iterator[Finding | str]:
     yield from _compare_rows(goldens, name, results=results, clips=not is_open)
     if goldens.matching(re.escape(name) + "/.*" + _SILENT):
         silent = [draw for draw in script if not (isinstance(draw, ReplayDraw) and "/" in draw.stage)]
-        noise = [RowNoise(row) for row in replay_rows(case, silent)]
         with calls_of(model.denoiser.get_submodule("transformer.layers.0.to_local_embed")) as embedded:
-            results = run_case(model, case, noise=noise)
+            results = run_case(model, case, noise=[RowNoise(row) for row in replay_rows(case, silent)])
         yield from _compare_rows(goldens, name, suffix=_SILENT, results=results, clips=not is_open)
         if (local := goldens.find(key := f"{name}/local_add_cond{_SILENT}")) is not None:
             yield Finding(key, embedded[0][0].mT.cpu(), local, component="autoencoder")
@@ -315,8 +307,7 @@ def _compare_inputs(goldens: Goldens, prefix: str, *, plans: Sequence[RowPlan], 
     for row, plan in enumerate(plans):
         prompt, negative = model.encode_text([plan.prompt, plan.negative_prompt or ""])
         away = None if plan.negative_prompt is None else negative
-        net = model.denoiser
-        with calls_of(net.to_cond_embed) as contexts, calls_of(net.to_global_embed) as vectors:
+        with calls_of(model.denoiser.to_cond_embed) as contexts, calls_of(model.denoiser.to_global_embed) as vectors:
             model.condition(plan, prompt=prompt, negative=away, inpaint_latents=None)
         found = zip(("cross_attn_cond", "negative_cross_attn_cond"), contexts, strict=False)
         for name, (value, _) in (*found, ("global_cond", vectors[0])):
@@ -332,14 +323,13 @@ def _inputs(it: Subject, _: object) -> Iterator[Finding]:
     case = parse_open_case({"args": args}, goldens=goldens, card=model.spec.card)
     yield from _compare_inputs(goldens, "cond/inputs_", plans=plan_case(model, case), model=model)
     tokens = model.encode_text([goldens.facts["dit"]["negative_prompt"]])[0].tokens
-    stored = goldens[key][:, _prompt_part(model)]
+    stored = _prompt_part(goldens[key], model)
     yield Finding(key, tokens.expand_as(stored), stored)
 
 
-def _prompt_part(model: SaoModel) -> slice:
-    """Returns the prompt's tokens in a context."""
-    before = model.config.context_ids.index(model.config.prompt.id)
-    return slice(before, before + model.config.prompt.max_length)
+def _prompt_part(contexts: Tensor, model: SaoModel) -> Tensor:
+    """Returns the prompt's tokens in contexts (B, T, width)."""
+    return contexts[:, model.config.context_ids.index(model.config.prompt.id) :][:, : model.config.prompt.max_length]
 
 
 def _compare_plans(goldens: Goldens, name: str, *, plans: Sequence[RowPlan]) -> Iterator[Finding]:
@@ -393,10 +383,11 @@ def _with_objective(model: SaoModel, objective: str) -> SaoModel:
 
 def _stored_texts(goldens: Goldens, name: str, *, case: Case, model: SaoModel) -> dict[str, TextEmbedding]:
     """Returns the prompts' embeddings from the stored contexts. Tokens with only zeros are padding."""
-    contexts, part = goldens[f"{name}/cross_attn_cond"], _prompt_part(model)
-    tokens = {request.prompt: contexts[row, part] for row, request in enumerate(case.requests)}
+    prompts, contexts = [request.prompt for request in case.requests], goldens[f"{name}/cross_attn_cond"]
     if (away := goldens.find(f"{name}/negative_cross_attn_cond")) is not None:
-        tokens |= {request.negative_prompt or "": away[row, part] for row, request in enumerate(case.requests)}
+        prompts += [request.negative_prompt or "" for request in case.requests]
+        contexts = torch.cat([contexts, away])
+    tokens = dict(zip(prompts, _prompt_part(contexts, model), strict=True))
     return {prompt: TextEmbedding(prompt, stored, (stored != 0).any(dim=-1)) for prompt, stored in tokens.items()}
 
 
@@ -409,10 +400,9 @@ def _edit(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
     draws = torch.randn(stored.shape, generator=torch.Generator().manual_seed(int(match[1])))
     fifth_s = waves.shape[-1] // spec.hop // 5 * spec.hop / spec.card.sample_rate_hz
     level, regions_s = spec.card.noise_level(0.5, sampler=None), ((2 * fifth_s, 3 * fifth_s),)
-    requests = [replace(it.request(wave), seed=row, steps=3) for row, wave in enumerate(waves)]
-    requests = [replace(request, init_noise_level=level, inpaint_regions_s=regions_s) for request in requests]
-    variations = [replace(request, inpaint_audio=request.init_audio) for request in requests]
-    edits = [replace(request, init_audio=None) for request in variations]
+    requests = [replace(it.request(wave), seed=row, steps=3, init_noise_level=level) for row, wave in enumerate(waves)]
+    variations = [replace(one, inpaint_audio=one.init_audio, inpaint_regions_s=regions_s) for one in requests]
+    edits = [replace(one, init_audio=None) for one in variations]
     for name, rows in (("an edit", edits), ("a variation", variations)):
         noise = [RowNoise(SeededNoise(row), draw) for row, draw in enumerate(draws)]
         for row, result in enumerate(run_case(it.model, Case(tuple(rows), 0, waves.shape[-1]), noise=noise)):

@@ -117,10 +117,7 @@ def v_output(x: Tensor, t: float) -> Tensor:
 
 
 def flow_output(x: Tensor, t: float) -> Tensor:
-    """Returns u0 + 0.2 sin(x) for x (B, D, F) at the float32 time `t`.
-
-    u0 is the exact flow velocity for the normal data of `v_output`.
-    """
+    """Returns u0 + 0.2 sin(x), where u0 is the exact flow velocity, for the arguments and data of `v_output`."""
     time = torch.tensor(t, dtype=torch.float32)
     return _formula(x, 1 - time, beta=time, pull=time - _VARIANCE * (1 - time), lean=1.0)
 
