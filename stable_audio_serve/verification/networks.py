@@ -27,7 +27,7 @@ from stable_audio_serve.verification.runs import CallOrderNoise, RowNoise
 _OPEN_PHI = "07"  # for keys with `_phi` and no digits, as in the Stable Audio Open family
 _Code = Callable[[Tensor, int], Tensor]  # encode or decode: part of the input, index of its first frame -> output
 _Spans = Sequence[WindowSpan]
-_Units = tuple[int, int]  # values per frame of input and output
+_Units = tuple[int, int]  # number of values per frame, last axis, of the input and of the output
 
 
 def _prompts(it: Subject) -> Any:
@@ -65,11 +65,11 @@ def _condition(it: Subject, context: Tensor | None = None, *, local: Tensor | No
     return it.model.denoiser.condition(context, it.goldens[f"{group}global_cond"], **frames)
 
 
-def _denoise(it: Subject, **changes: Any) -> Tensor:
+def _denoise(it: Subject, *, conditioning: Any = None, **changes: Any) -> Tensor:
     """Returns the output (B, D, F) for the stored inputs, some of them changed, in one pass without guidance."""
-    stored = {"x": it.goldens["dit/x"], "t": it.goldens["dit/t"]}
-    conditioning = _condition(it, local=it.goldens.find("dit/local_add_cond"))
-    return it.model.denoiser(**{**stored, "conditioning": conditioning, **changes})
+    inputs = {"x": it.goldens["dit/x"], "t": it.goldens["dit/t"], **changes}
+    conditioning = conditioning or _condition(it, local=it.goldens.find("dit/local_add_cond"))
+    return it.model.denoiser(**inputs, conditioning=conditioning)
 
 
 def _output_of(it: Subject, match: re.Match[str], *, path: str) -> Tensor:

@@ -42,11 +42,10 @@ from stable_audio_serve.verification import samplers
 from stable_audio_serve.verification.checks import Check, Finding, Goldens, Subject, calls_of, same
 
 SOURCE_DRAW = "init/bottleneck"  # the one draw with which the reference of Stable Audio Open encodes a source
-
+_SILENT = "_ae_noise_off"  # suffix of outputs of a run without noise in the autoencoder
 # Arguments that the references' generate() adds to a case of the Stable Audio Open family, by objective.
 _V_DEFAULTS = {"cfg_scale": 6.0, "sampler_type": "dpmpp-2m-sde", "sigma_min": 0.01, "sigma_max": 100.0}
 _FLOW_DEFAULTS = {"cfg_scale": 6.0, "sampler_type": "euler"}
-
 # The reference's argument -> our field: for all rows, for arguments with an optional list of one value per row, and for
 # the conditioning of a row.
 _FIELDS = {"scale_phi": "cfg_rescale", "sampler_type": "sampler", "duration_padding_sec": "duration_padding_s"}
@@ -55,7 +54,6 @@ _FIELDS |= {name: name for name in ("sigma_min", "sigma_max", "init_noise_level"
 _LISTED = {"prompt": "prompt", "negative_prompt": "negative_prompt", "duration": "duration_s"}
 _ROW = {"prompt": "prompt", "seconds_start": "start_s", "seconds_total": "conditioned_total_s"}
 _NEGATIVE = {"prompt": "negative_prompt", "seconds_start": "negative_start_s", "seconds_total": "negative_total_s"}
-_SILENT = "_ae_noise_off"  # suffix of outputs of a run without noise in the autoencoder
 _REGIONS = ("inpaint_mask_start_seconds", "inpaint_mask_end_seconds")
 _READ = ("batch_size", "sample_size", "seed", "conditioning", "negative_conditioning", "init_audio", "inpaint_audio")
 _KNOWN = {*_FIELDS, *_LISTED, *_REGIONS, *_READ}

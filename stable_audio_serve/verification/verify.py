@@ -57,8 +57,7 @@ BOUNDS: dict[str, float] = {
 if not is_amd():
     BOUNDS |= {"text": 3e-5, "text in float16": 4e-3, "denoiser time features": 2.5e-4, "denoiser": 3e-5}
 
-# A folder may state how far float32 rounding of the weights alone moves a stored tensor. The bound of that tensor is
-# this factor times the stated distance.
+# If a folder states how far float32 rounding of the weights alone moves a tensor, its bound is this times the distance.
 TIMES_ROUNDING = 10.0
 
 # Verification fails if one of these parts had no comparison: first for a folder with a model, then without one.
@@ -74,9 +73,9 @@ REQUIRED_WITHOUT_MODEL = {row.component: (row.component,) for row in SAMPLERS if
 # Component -> text in a load error that belongs to it. The first match applies.
 _OWNERS = {
     "autoencoder": r"pretransform",
-    "denoiser": r"model\.(model\.|diffusion)",
     "text": r"text encoder|conditioners\.prompt",
     "number": r"conditioner\.",
+    "denoiser": r"model\.(model\.|diffusion)",
 }
 
 # Exceptions that torch and the networks raise for wrong shapes, types or values in the files.
@@ -202,7 +201,7 @@ def verify(folder: Path, say: Callable[[str], None]) -> Report:
                 if isinstance(model, SaoModel):
                     report.bounds["number"] = 1e-5  # the family scales numbers to 0..1
                 if rounding := goldens.section("components", "rounding"):
-                    report.bounds["autoencoder"] = 1e-4  # in such a folder, rounding moves all its outputs
+                    report.bounds["autoencoder"] = 1e-4  # in such a folder, rounding moves other outputs too
                 report.rounding = rounding.get("max_abs") or goldens.section("rounding", "worst_cases")
                 compare(report, goldens, model=model)
                 for group, unused in groupby(goldens.unused(), lambda key: key.split("/")[0]):
