@@ -56,5 +56,5 @@ def verify(
     report = verify_folder(folder, typer.echo)
     if json_file is not None:
         json_file.write(json.dumps(report.as_dict(), indent=1) + "\n")
-    if not report.passed:
+    if report.failed:
         raise typer.Exit(1)

@@ -1,19 +1,82 @@
-"""The `Check` type, and the runner that goes through a table of checks. Independent of model families."""
+"""The reference numbers of a folder, and the rows of the tables that compare them. Independent of model families."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from stable_audio_serve.verification.goldens import Goldens
-from stable_audio_serve.verification.report import Report
+from stable_audio_serve.core.errors import CheckpointError
+from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
+
+FACTS_FILE = "golden.json"
+TENSORS_FILE = "golden.safetensors"
+_WHERE = "Reference numbers are in tests/data/goldens of a source checkout; the installed package has none."
+
+
+class Goldens:
+    """The reference numbers of one folder: facts, and tensors by `<group>/<name>`. Records which tensors were read.
+
+    Raises CheckpointError if a file, key or value is missing or malformed.
+    """
+
+    def __init__(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self.facts = facts
+        self._tensors = tensors
+        self._used: set[str] = set()
+
+    @classmethod
+    def load(cls, folder: Path) -> Goldens:
+        """Read both files. The error names the unusable one."""
+        path = folder / FACTS_FILE
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            path = folder / TENSORS_FILE
+            return cls(dict(facts), load_file(path))
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path}: file not found. {_WHERE}") from error
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+    def __getitem__(self, key: str) -> Tensor:
+        """Returns the tensor `key`. Floating-point tensors become float32; other types stay."""
+        if key not in self._tensors:
+            raise CheckpointError(f"{TENSORS_FILE} has no {key}")
+        self._used.add(key)
+        tensor = self._tensors[key]
+        return tensor.float() if tensor.is_floating_point() else tensor
+
+    def find(self, key: str) -> Tensor | None:
+        return self[key] if key in self._tensors else None
+
+    def matching(self, pattern: str) -> list[re.Match[str]]:
+        """Returns a match per key that the regular expression `pattern` matches in full, sorted. Marks them as read."""
+        matches = [match for key in sorted(self._tensors) if (match := re.fullmatch(pattern, key))]
+        self._used |= {match[0] for match in matches}
+        return matches
+
+    def section(self, *path: str) -> dict[str, Any]:
+        """Returns the object at `path` in the facts, empty if absent."""
+        found = self.facts
+        for part in path:
+            found = found.get(part, {})
+            if not isinstance(found, dict):
+                raise CheckpointError(f"{FACTS_FILE}: {'.'.join(path)} must be an object")
+        return found
+
+    def unused(self) -> list[str]:
+        """Returns the keys of the tensors that were never read, sorted."""
+        return sorted(self._tensors.keys() - self._used)
 
 
 class Subject(NamedTuple):
@@ -21,6 +84,12 @@ class Subject(NamedTuple):
 
     goldens: Goldens
     model: Any = None
+
+    def request(self, audio: Tensor) -> GenerationRequest:
+        """Returns a request whose source is `audio` (C, S) at the model's rate. The result is as long as the source."""
+        source = SourceAudio(audio.numpy(), self.model.spec.card.sample_rate_hz)
+        duration_s = audio.shape[-1] / source.sample_rate_hz
+        return GenerationRequest(prompt="", duration_s=duration_s, seed=0, init_audio=source)
 
 
 class Finding(NamedTuple):
@@ -38,7 +107,7 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One row of the table: which stored numbers to compare, and how to compute them.
+    """One row of a table: which stored numbers to compare, and how to compute them.
 
     `component` selects the error bound. `over` selects the items: stored tensors or cases whose whole name matches the
     regular expression `pattern`, or one call. `make` is called for each item. It returns the computed tensor, or any
@@ -52,38 +121,22 @@ class Check:
     over: Literal["tensors", "cases", "once"] = "tensors"
     family: type | UnionType = object
 
-
-def run_checks(report: Report, subject: Subject, *, checks: Sequence[Check]) -> None:
-    """Run every check and compare its findings. An error counts as a miss of its component; the other checks run."""
-    for check in checks:
-        skipped: Counter[str] = Counter()
-        with report.guard(check.component), torch.no_grad():
-            for match in _items(check, subject):
-                with report.guard(check.component, match[0]):
-                    for found in _findings(check, subject, match=match):
-                        if isinstance(found, str):
-                            skipped[found] += 1
-                            continue
-                        key, actual, expected, only, component = found
-                        report.compare(component or check.component, key, actual=actual, expected=expected, only=only)
-        for reason, count in skipped.items():
-            report.skip(check.component, f"{count} {reason}" if count > 1 else reason)
-
-
-def _items(check: Check, subject: Subject) -> list[re.Match[str]]:
-    if not isinstance(subject.model, check.family):
-        return []
-    if check.over == "tensors":
-        return subject.goldens.matching(check.pattern)
-    names = subject.goldens.section("cases") if check.over == "cases" else [check.pattern]
-    return [match for name in names if (match := re.fullmatch(check.pattern, name))]
-
-
-def _findings(check: Check, subject: Subject, *, match: re.Match[str]) -> Iterable[Finding | str]:
-    made = check.make(subject, match)
-    return [Finding(match[0], made, subject.goldens[match[0]])] if isinstance(made, Tensor) else made
+    def items(self, goldens: Goldens) -> list[re.Match[str]]:
+        """Returns a match of the pattern for each item."""
+        if self.over == "tensors":
+            return goldens.matching(self.pattern)
+        names = goldens.section("cases") if self.over == "cases" else [self.pattern]
+        return [match for name in names if (match := re.fullmatch(self.pattern, name))]
 
 
 def same(key: str, stated: object, *, found: object, component: str | None = None) -> Finding:
     """Returns a finding that misses unless `found` equals the `stated` value."""
     return Finding(key, torch.tensor(found == stated), torch.tensor(True), component=component)
+
+
+@contextmanager
+def calls_of(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Yields a list that receives the first input and the output of each call of `module` inside the block."""
+    calls: list[tuple[Tensor, Tensor]] = []
+    with module.register_forward_hook(lambda _, given, made: calls.append((given[0].clone(), made.clone()))):
+        yield calls

@@ -1,43 +1,33 @@
-"""Checks of the conditioners, the denoiser and the autoencoder: stored outputs of the networks.
-
-Stored runs of the autoencoder are with or without noise, in one piece or in windows. A further check compares long
-audio coded in windows with the same audio coded in one piece.
-"""
+"""Checks of the conditioners, the denoiser and the autoencoder, which codes audio in one piece and in windows."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stable_audio_serve.audio.prepare import prepare_source
-from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
+from stable_audio_serve.core.generation import SourceAudio
 from stable_audio_serve.models.parts import WindowNoise
 from stable_audio_serve.models.protocol import DecodeWindow, EncodeWindow, WindowSpan
 from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.models.sao.conditioners import load_text_encoder
 from stable_audio_serve.models.sao.model import SaoModel
-from stable_audio_serve.models.windows import WINDOW_FRAMES, chunked_windows, cut_windows, whole_window
+from stable_audio_serve.models.windows import WINDOW_FRAMES, chunked_windows, cut_windows
 from stable_audio_serve.sampling import Guidance, GuidanceBatch, SeededNoise, guide
-from stable_audio_serve.verification.checks import Check, Finding, Subject
+from stable_audio_serve.verification.checks import Check, Finding, Subject, calls_of
 from stable_audio_serve.verification.runs import CallOrderNoise, RowNoise
 
+_OPEN_PHI = "07"  # for keys with `_phi` and no digits, as in the Stable Audio Open family
 _Code = Callable[[Tensor, int], Tensor]  # encode or decode: part of the input, index of its first frame -> output
-_OPEN_PHI = 0.7  # for keys with `_phi` and no digits, as in the Stable Audio Open family
-
-
-@contextmanager
-def calls_of(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Yields a list that receives the first input and the output of each call of `module` inside the block."""
-    calls: list[tuple[Tensor, Tensor]] = []
-    with module.register_forward_hook(lambda _, given, made: calls.append((given[0].clone(), made.clone()))):
-        yield calls
+_Spans = Sequence[WindowSpan]
+_Units = tuple[int, int]  # number of values per frame, last axis, of the input and of the output
 
 
 def _prompts(it: Subject) -> Any:
@@ -68,30 +58,25 @@ def _numbers(it: Subject, match: re.Match[str]) -> Tensor:
     return it.model.numbers[match[1] or "seconds_total"](values)[:, None]
 
 
-class _Pass:
-    """One forward pass of all rows on the stored inputs x (B, D, F), t (B,) and local conditioning, None if absent."""
+def _condition(it: Subject, context: Tensor | None = None, *, local: Tensor | None) -> Any:
+    """Returns the denoiser's conditioning of the stored context or another (B, T, width)."""
+    group, frames = ("dit/", {"local": local}) if isinstance(it.model, Sa3Model) else ("cond/inputs_", {})
+    context = it.goldens[f"{group}cross_attn_cond"] if context is None else context
+    return it.model.denoiser.condition(context, it.goldens[f"{group}global_cond"], **frames)
 
-    def __init__(self, it: Subject) -> None:
-        self.net, self._goldens = it.model.denoiser, it.goldens
-        self._group = "dit/" if isinstance(it.model, Sa3Model) else "cond/inputs_"
-        self.x, self.t = it.goldens["dit/x"], it.goldens["dit/t"]
-        self.local = it.goldens.find("dit/local_add_cond")
 
-    def condition(self, context: Tensor | None = None) -> Any:
-        """Returns the conditioning of the stored context or of another (B, T, width)."""
-        context = self._goldens[f"{self._group}cross_attn_cond"] if context is None else context
-        local = {"local": self.local} if self._group == "dit/" else {}
-        return self.net.condition(context, self._goldens[f"{self._group}global_cond"], **local)
+def _denoise(it: Subject, *, conditioning: Any = None, **changes: Any) -> Tensor:
+    """Returns the output (B, D, F) for the stored inputs, some of them changed, in one pass without guidance."""
+    inputs = {"x": it.goldens["dit/x"], "t": it.goldens["dit/t"], **changes}
+    conditioning = conditioning or _condition(it, local=it.goldens.find("dit/local_add_cond"))
+    return it.model.denoiser(**inputs, conditioning=conditioning)
 
-    def run(self, conditioning: Any = None, *, valid: Tensor | None = None) -> Tensor:
-        """Returns the output (B, D, F) for the stored conditioning or another."""
-        return self.net(self.x, self.t, conditioning=conditioning or self.condition(), valid=valid)
 
-    def output_of(self, path: str) -> Tensor:
-        """Returns the output of the submodule `path` in a pass without guidance."""
-        with calls_of(self.net.get_submodule(path)) as calls:
-            self.run()
-        return calls[-1][1]
+def _output_of(it: Subject, match: re.Match[str], *, path: str) -> Tensor:
+    """Returns the output of a submodule of the denoiser for the stored inputs. `path` is a template for its path."""
+    with calls_of(it.model.denoiser.get_submodule(match.expand(path))) as calls:
+        _denoise(it)
+    return calls[-1][1]
 
 
 def _output(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
@@ -100,76 +85,70 @@ def _output(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
     The reference applies guidance to all rows if t of row 0 is inside the guidance interval. In runs with
     `_interval_off` it is outside. In runs with `_interval_swapped` it is inside, after the two rows were swapped.
     """
-    inputs, component = _Pass(it), "denoiser padding" if match["padding"] else "denoiser"
+    component = "denoiser padding" if match["padding"] else "denoiser"
     valid = it.goldens["dit/padding_mask"].bool() if match["padding"] else None
+    local = it.goldens.find("dit/local_add_cond")
     if match["local"]:
-        inputs.local = torch.zeros_like(it.goldens["dit/local_add_cond"]) if match["local"] == "zero" else None
-    wanted = inputs.condition()
-    found = inputs.run(wanted, valid=valid)
+        local = torch.zeros_like(it.goldens["dit/local_add_cond"]) if match["local"] == "zero" else None
+    wanted = _condition(it, local=local)
+    found = _denoise(it, conditioning=wanted, valid=valid)
     if match["cfg"]:
         component = "denoiser guidance"
-        cfg, apg, norm, phi = (_number(match[part] or "0") for part in ("cfg", "apg", "norm", "phi"))
-        phi = _OPEN_PHI if match["phi"] == "" else phi
+        amounts = [match["cfg"], match["apg"], match["norm"], match["phi"] if match["phi"] != "" else _OPEN_PHI]
+        cfg, apg, norm, phi = (float(re.sub("^0", "0.", digits or "0")) for digits in amounts)  # "05" is 0.5
         if cfg != 1.0 and match["interval"] != "off":
             away = wanted.without_context()
             if match["negative"]:  # padded tokens are zeros, not the learned padding
                 mask = it.goldens["dit/negative_cross_attn_mask"].bool()[..., None]
-                away = inputs.condition(torch.where(mask, it.goldens["dit/negative_cross_attn_cond"], 0.0))
-            other = inputs.run(away, valid=valid)
-            rows = GuidanceBatch.of([Guidance(cfg, apg_scale=apg, norm_threshold=norm, rescale=phi)] * len(inputs.x))
-            found = guide(inputs.x, inputs.t, conditional=found, unconditional=other, valid=valid, rows=rows)
+                away = _condition(it, torch.where(mask, it.goldens["dit/negative_cross_attn_cond"], 0.0), local=local)
+            other, x, t = _denoise(it, conditioning=away, valid=valid), it.goldens["dit/x"], it.goldens["dit/t"]
+            rows = GuidanceBatch.of([Guidance(cfg, apg_scale=apg, norm_threshold=norm, rescale=phi)] * len(x))
+            found = guide(x, t, conditional=found, unconditional=other, valid=valid, rows=rows)
     found = found.flip(0) if match["interval"] == "swapped" else found
     yield Finding(match[0], found, it.goldens[match[0]], None if valid is None else valid[:, None], component)
 
 
-def _number(digits: str) -> float:
-    """Parse the digits of a number in a key: "7" is 7; a leading 0 means decimals, so that "05" is 0.5."""
-    return float(f"0.{digits[1:]}") if digits.startswith("0") and len(digits) > 1 else float(digits)
-
-
 def _beside_padding(it: Subject, _: object) -> Iterator[Finding]:
     """Compare the output for valid frames with and without padded frames after them."""
-    inputs = _Pass(it)
-    plain, frames = inputs.run(), inputs.x.shape[-1]
-    inputs.x = torch.cat([inputs.x, torch.full_like(inputs.x, 5.0)], dim=-1)
-    valid = (torch.arange(2 * frames) < frames).expand(len(inputs.x), -1)
-    yield Finding("dit/out padded", inputs.run(valid=valid)[..., :frames], plain)
+    x, frames = it.goldens["dit/x"], it.goldens["dit/x"].shape[-1]
+    valid = (torch.arange(2 * frames) < frames).expand(len(x), -1)
+    padded = _denoise(it, x=torch.cat([x, torch.full_like(x, 5.0)], dim=-1), valid=valid)
+    yield Finding("dit/out padded", padded[..., :frames], _denoise(it))
 
 
-def _hidden(it: Subject, _: object) -> Tensor:
+def _hidden(it: Subject, match: re.Match[str]) -> Tensor:
     layers = range(len(it.model.denoiser.transformer.layers))
-    return torch.stack([_Pass(it).output_of(f"transformer.layers.{layer}") for layer in layers])
+    return torch.stack([_output_of(it, match, path=f"transformer.layers.{layer}") for layer in layers])
 
 
-def join_windows(spans: Sequence[WindowSpan], run: Callable[[WindowSpan], Tensor], *, unit: int) -> Tensor:
-    """Returns the kept parts of the windows' results, joined. `unit` is the number of values per frame, last axis."""
-    kept = [slice((span.keep_start - span.start) * unit, (span.keep_stop - span.start) * unit) for span in spans]
-    return torch.cat([run(span)[..., part] for span, part in zip(spans, kept, strict=True)], dim=-1)
+def _code_windows(code: _Code, value: Tensor, *, spans: _Spans, units: _Units) -> Tensor:
+    """Returns the results of windows of `value`, joined."""
+    parts = []
+    for span in spans:
+        made = code(value[..., span.start * units[0] : span.stop * units[0]], span.start)
+        parts.append(made[..., (span.keep_start - span.start) * units[1] : (span.keep_stop - span.start) * units[1]])
+    return torch.cat(parts, dim=-1)
 
 
-def _cut(value: Tensor, span: WindowSpan, *, unit: int) -> Tensor:
-    return value[..., span.start * unit : span.stop * unit]
+def _coded(it: Subject, match: re.Match[str], *, given: str) -> Tensor:
+    """Encode or decode a stored input as its key describes. `given` is a template for the key of the input."""
+    net, hop, is_open = it.model.autoencoder, it.model.spec.hop, isinstance(it.model, SaoModel)
+    value, stated, decodes = it.goldens[match.expand(given)], match.groupdict(), "decode" in match[0]
+    noise, units = CallOrderNoise(int(stated.get("seed") or 0)), (1, hop) if decodes else (hop, 1)
 
+    def code(part: Tensor, start: int) -> Tensor:
+        if is_open and decodes:
+            return net.decode(part)
+        if is_open:
+            return net.encode(part, noise.step((len(part), net.config.latent_channels, part.shape[-1] // hop)))
+        drawn = [WindowNoise(noise, "", start)] if stated["seed"] else None
+        return (net.decode if decodes else net.encode)(part, drawn)
 
-def _windows_of(frames: int, match: re.Match[str]) -> Sequence[WindowSpan]:
-    """Returns the windows that a key states by size and overlap, or one window over all frames."""
-    return chunked_windows(frames, size=int(match["size"] or frames), overlap=int(match["overlap"] or 0))
-
-
-def _code(it: Subject, match: re.Match[str]) -> Tensor:
-    """Encode or decode a stored input as its key describes."""
-    net, decodes = it.model.autoencoder, match["way"] == "decode"
-    value = it.goldens["_".join(("ae/latents" if decodes else "ae/audio", *filter(None, [match["input"]])))]
-    noise, (unit_in, unit_out) = CallOrderNoise(int(match["seed"] or 0)), (1, net.hop) if decodes else (net.hop, 1)
-
-    def run(span: WindowSpan) -> Tensor:
-        drawn = [WindowNoise(noise, match["way"], span.start)] if match["seed"] else None
-        return (net.decode if decodes else net.encode)(_cut(value, span, unit=unit_in), drawn)
-
-    frames = -(-value.shape[-1] // unit_in)
-    if match["size"] is None:
-        return run(whole_window(frames)[0])  # may be longer than the input
-    return join_windows(_windows_of(frames, match), run, unit=unit_out)
+    if stated.get("size") is None:
+        return code(value, 0)  # may be longer than the input
+    frames = -(-value.shape[-1] // units[0])
+    spans = chunked_windows(frames, size=int(stated["size"]), overlap=int(stated["overlap"]))
+    return _code_windows(code, value, spans=spans, units=units)
 
 
 def _clip(it: Subject, match: re.Match[str]) -> Tensor:
@@ -181,31 +160,17 @@ def _clip(it: Subject, match: re.Match[str]) -> Tensor:
     return clip if match[2] == "preprocessed" else net.encode(clip)
 
 
-def _open_decode(it: Subject, match: re.Match[str]) -> Tensor:
-    net, latents = it.model.autoencoder, it.goldens[f"ae/{match[1] or ''}z"]
-    spans = _windows_of(latents.shape[-1], match)
-    return join_windows(spans, lambda span: net.decode(_cut(latents, span, unit=1)), unit=net.config.hop)
-
-
-def _open_encode(it: Subject, match: re.Match[str]) -> Tensor:
-    net, wave = it.model.autoencoder, it.goldens["ae/wave"]
-    shape = (len(wave), net.config.latent_channels, wave.shape[-1] // net.config.hop)
-    return net.encode(wave, torch.randn(shape, generator=torch.Generator().manual_seed(int(match[1]))))
-
-
 def _windows(it: Subject, _: object) -> Iterator[Finding]:
     """Compare long audio coded in windows with the same audio coded in one piece.
 
     The windows are the ones that the engine uses while other requests wait. Encoding is compared only for Stable Audio
     Open, where windows are exact. Each window takes its part of one noise draw over all frames.
     """
-    model, hop, rate_hz = it.model, it.model.spec.hop, it.model.spec.card.sample_rate_hz
+    model, hop, is_exact = it.model, it.model.spec.hop, isinstance(it.model, SaoModel)
     generator, frames = torch.Generator().manual_seed(0), 3 * WINDOW_FRAMES
     latents = torch.randn(model.spec.card.latent_channels, frames, generator=generator)
     audio = 0.3 * torch.randn(model.spec.card.channels, frames * hop, generator=generator)
-    source = SourceAudio(audio.numpy(), rate_hz)
-    request = GenerationRequest(prompt="", duration_s=frames * hop / rate_hz, seed=0, init_audio=source)
-    plan, is_exact = model.plan(request, frames=frames)[0], isinstance(model, SaoModel)
+    plan = model.plan(it.request(audio), frames=frames)[0]
     noise = RowNoise(SeededNoise(0), torch.randn(latents.shape, generator=generator) if is_exact else None)
 
     def decode(cut: Tensor, start: int) -> Tensor:
@@ -218,30 +183,23 @@ def _windows(it: Subject, _: object) -> Iterator[Finding]:
         spans = cut_windows(frames, rule=plan.decode_rule, longest=WINDOW_FRAMES)
         yield from _compare_windows(decode, latents, spans=spans, units=(1, hop), is_exact=is_exact)
     if is_exact:
-        spans = plan.init_source.windows
-        yield from _compare_windows(encode, audio, spans=spans, units=(hop, 1), is_exact=is_exact)
+        yield from _compare_windows(encode, audio, spans=plan.init_source.windows, units=(hop, 1), is_exact=True)
 
 
-def _compare_windows(
-    code: _Code, value: Tensor, *, spans: Sequence[WindowSpan], units: tuple[int, int], is_exact: bool
-) -> Iterator[Finding]:
-    """Compare joined windows with one piece. `units` are the values per frame of input and output.
-
-    Exact windows need no value outside them: their kept part stays finite if everything outside is NaN.
-    """
+def _compare_windows(code: _Code, value: Tensor, *, spans: _Spans, units: _Units, is_exact: bool) -> Iterator[Finding]:
+    """Compare joined windows with one piece. The kept part of exact windows is finite if everything outside is NaN."""
     if len(spans) < 2:
         raise ValueError("long audio is one window")
-    unit_in, unit_out = units
 
-    def run_among_nan(span: WindowSpan) -> Tensor:
+    def code_among_nan(part: Tensor, start: int) -> Tensor:
         spoilt = torch.full_like(value, math.nan)
-        _cut(spoilt, span, unit=unit_in)[:] = _cut(value, span, unit=unit_in)
-        return _cut(code(spoilt, 0), span, unit=unit_out)
+        spoilt[..., start * units[0] :][..., : part.shape[-1]] = part
+        return code(spoilt, 0)[..., start * units[1] :]
 
-    made = join_windows(spans, lambda span: code(_cut(value, span, unit=unit_in), span.start), unit=unit_out)
+    made = _code_windows(code, value, spans=spans, units=units)
     yield Finding(f"{code.__name__} in {len(spans)} windows", made, code(value, 0))
     if is_exact:
-        finite = join_windows(spans, run_among_nan, unit=unit_out).isfinite().all()
+        finite = _code_windows(code_among_nan, value, spans=spans, units=units).isfinite().all()
         yield Finding(f"{code.__name__} beyond {len(spans)} windows", finite, torch.tensor(True))
 
 
@@ -250,11 +208,6 @@ _OUTPUT = (
     r"(?:_apg(?P<apg>\d+))?(?:_norm(?P<norm>\d+))?(?:_phi(?P<phi>\d*))?(?:_interval_(?P<interval>\w+))?"
     r"(?P<padding>_?pad_keymask)?"
 )
-_CODED = (
-    r"ae/(?P<way>encode|decode)(?:_(?P<input>[a-z0-9]+))??(?:_full|_c(?P<size>\d+)_o(?P<overlap>\d+))?"
-    r"_(?:quiet|seed(?P<seed>\d+))"
-)
-_OPEN_DECODED = r"ae/(long_)?decode(?:_chunked_(?P<size>\d+)_(?P<overlap>\d+))?"
 # Key of a stored value -> the denoiser's module whose output it is.
 _MODULES = {
     "dit/(?:mid/)?timestep_embed": "to_timestep_embed",
@@ -266,40 +219,38 @@ _MODULES = {
     r"dit/mid/layer(\d+)_(self_attn|cross_attn|ff)_out": r"transformer.layers.\1.\2",
     r"dit/mid/layer(\d+)_local_embed": r"transformer.layers.\1.to_local_embed",
 }
-_INPUTS = (
-    "cond/inputs_.*",
+# Key of a coded value -> the key of its input. The coded value's key states windows and the seed of the noise.
+_STATED = r"(?:_full|_c(?P<size>\d+)_o(?P<overlap>\d+))?_(?:quiet|seed(?P<seed>\d+))"
+_CODED = {f"ae/decode(_[a-z0-9]+)??{_STATED}": r"ae/latents\1", f"ae/encode(_[a-z0-9]+)??{_STATED}": r"ae/audio\1"}
+_OPEN_CODED = {
+    r"ae/(long_)?decode(?:_chunked_(?P<size>\d+)_(?P<overlap>\d+))?": r"ae/\1z",
+    r"ae/encode_seed(?P<seed>\d+)": "ae/wave",
+}
+# Inputs, and outputs inside a network: if one of these is wrong, the network's output is wrong too.
+_NOT_COMPARED = (
+    "(cond/inputs_|init/).*",
     "dit/(x|t|(negative_)?cross_attn_(cond|mask)|global_cond|local_add_cond|padding_mask)",
     "ae/((audio|latents)(_[a-z0-9]+)?|[a-z0-9]+_audio|wave|z|long_z)",
-    "init/.*",
-)
-# Outputs inside a network. If one is wrong, the network's output is wrong too.
-_INTERMEDIATE = (
     "text/last_hidden_state",
     "ae/(patched|(en|de)coder_(block_)?out(_quiet)?|encoder_stage.*|resolved_.*|.*_draw_.*)",
 )
 
-
-def _module_check(pattern: str, path: str, *, component: str = "denoiser") -> Check:
-    return Check(component, pattern, lambda it, match: _Pass(it).output_of(match.expand(path)))
-
-
 NETWORKS = (
-    Check("inputs", "|".join((*_INPUTS, *_INTERMEDIATE)), lambda *_: ()),
+    Check("inputs", "|".join(_NOT_COMPARED), lambda *_: ()),
     Check("text tokens", "(text|cond)/input_ids", lambda it, _: _ids_and_mask(it)[0]),
     Check("text tokens", "(text/attention|cond/attention|cond/t5)_mask", lambda it, _: _ids_and_mask(it)[1]),
     Check("text", "text/embeddings", _text),
     Check("text", "cond/t5_fp32", _exact_text),
     Check("text in float16", "cond/t5", _text),
     Check("number", r"number/embeddings|cond/(seconds_\w+)", _numbers),
-    _module_check("dit/(mid/)?timestep_features", "timestep_features", component="denoiser time features"),
-    *(_module_check(key, path) for key, path in _MODULES.items()),
+    Check("denoiser time features", "dit/(mid/)?timestep_features", partial(_output_of, path="timestep_features")),
+    *(Check("denoiser", key, partial(_output_of, path=path)) for key, path in _MODULES.items()),
     Check("denoiser", "dit/hidden", _hidden),
     Check("denoiser", _OUTPUT, _output),
     Check("denoiser padding", "dit/out padded", _beside_padding, over="once", family=SaoModel),
     Check("denoiser padding", "dit/.*_pad_vzero", lambda *_: ["value-zeroed outputs: padding is key-masked here"]),
     Check("autoencoder", "ae/([a-z0-9]+)_(encode_quiet|preprocessed)", _clip),
-    Check("autoencoder", _CODED, _code, family=Sa3Model),
-    Check("autoencoder", _OPEN_DECODED, _open_decode),
-    Check("autoencoder", r"ae/encode_seed(\d+)", _open_encode, family=SaoModel),
+    *(Check("autoencoder", key, partial(_coded, given=given), family=Sa3Model) for key, given in _CODED.items()),
+    *(Check("autoencoder", key, partial(_coded, given=given), family=SaoModel) for key, given in _OPEN_CODED.items()),
     Check("decoder halo", "windows", _windows, over="once", family=Sa3Model | SaoModel),
 )

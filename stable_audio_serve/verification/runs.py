@@ -1,13 +1,16 @@
-"""Repeats a run of the reference in the engine, with the reference's random draws. Returns its latents and audio.
+"""Checks of whole runs: repeats runs of the reference in the engine, with the reference's random draws.
 
 The reference's arguments become one request per row of its batch. A run with an unknown argument is skipped, because
-without that argument it would be a different run.
+without that argument it would be a different run. Runs of the Stable Audio Open family use the stored text embeddings:
+the reference's text encoder computes in float16, whose last bits differ between machines, and has separate checks.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -30,29 +33,24 @@ from stable_audio_serve.models.protocol import (
 )
 from stable_audio_serve.models.sa3.lengths import plan_length
 from stable_audio_serve.models.sa3.model import Sa3Model
+from stable_audio_serve.models.sao.build import build_spec
+from stable_audio_serve.models.sao.model import SaoComponents, SaoModel
 from stable_audio_serve.models.windows import whole_window
-from stable_audio_serve.sampling import NoiseSource, ReplayDraw, ReplayNoise, SeededNoise
+from stable_audio_serve.sampling import GuidanceBatch, NoiseSource, ReplayDraw, ReplayNoise, SeededNoise, guide
 from stable_audio_serve.sampling.samplers import DATA_DEPENDENT
-from stable_audio_serve.verification.goldens import Goldens
-from stable_audio_serve.verification.samplers import Calls, Script, sampler_script
+from stable_audio_serve.verification import samplers
+from stable_audio_serve.verification.checks import Check, Finding, Goldens, Subject, calls_of, same
 
-# The name of the random draw with which the Stable Audio Open family encodes a source. There is only one, because the
-# reference encodes a source in one piece.
-SOURCE_DRAW = "init/bottleneck"
-
+SOURCE_DRAW = "init/bottleneck"  # the one draw with which the reference of Stable Audio Open encodes a source
+_SILENT = "_ae_noise_off"  # suffix of outputs of a run without noise in the autoencoder
 # Arguments that the references' generate() adds to a case of the Stable Audio Open family, by objective.
 _V_DEFAULTS = {"cfg_scale": 6.0, "sampler_type": "dpmpp-2m-sde", "sigma_min": 0.01, "sigma_max": 100.0}
 _FLOW_DEFAULTS = {"cfg_scale": 6.0, "sampler_type": "euler"}
-
 # The reference's argument -> our field: for all rows, for arguments with an optional list of one value per row, and for
 # the conditioning of a row.
-_FIELDS = {
-    **{name: name for name in ("steps", "cfg_scale", "cfg_interval", "cfg_norm_threshold", "apg_scale")},
-    **{name: name for name in ("sigma_min", "sigma_max", "init_noise_level", "chunked_decode")},
-    "scale_phi": "cfg_rescale",
-    "sampler_type": "sampler",
-    "duration_padding_sec": "duration_padding_s",
-}
+_FIELDS = {"scale_phi": "cfg_rescale", "sampler_type": "sampler", "duration_padding_sec": "duration_padding_s"}
+_FIELDS |= {name: name for name in ("steps", "cfg_scale", "cfg_interval", "cfg_norm_threshold", "apg_scale")}
+_FIELDS |= {name: name for name in ("sigma_min", "sigma_max", "init_noise_level", "chunked_decode")}
 _LISTED = {"prompt": "prompt", "negative_prompt": "negative_prompt", "duration": "duration_s"}
 _ROW = {"prompt": "prompt", "seconds_start": "start_s", "seconds_total": "conditioned_total_s"}
 _NEGATIVE = {"prompt": "negative_prompt", "seconds_start": "negative_start_s", "seconds_total": "negative_total_s"}
@@ -89,20 +87,20 @@ def parse_case(facts: Mapping[str, Any], *, goldens: Goldens, chunked: bool) -> 
     args: dict[str, Any] = {"prompt": "", "batch_size": 1, "chunked_decode": chunked}
     for stated in (goldens.section("generate_defaults"), facts["args"]):
         args |= {key: value for key, value in stated.items() if value is not None}
-    columns = [_as_list(args[key], int(args["batch_size"])) for key in _LISTED if key in args]
-    fields = [field for key, field in _LISTED.items() if key in args]
-    rows = [dict(zip(fields, row, strict=True)) for row in zip(*columns, strict=True)]
+    columns, size = {}, int(args["batch_size"])
+    for key in [key for key in _LISTED if key in args]:
+        columns[_LISTED[key]] = values = args[key] if isinstance(args[key], list) else [args[key]] * size
+        if len(values) != size:
+            raise CheckpointError(f"golden.json: a list of {len(values)} values for a batch of {size}")
     starts, ends = (value if isinstance(value := args.get(edge, []), list) else [value] for edge in _REGIONS)
-    requests = _build_requests(
-        args,
-        rows,
-        edit_schedule="reference",
-        init_audio=_source(args.get("init_audio"), goldens),
-        inpaint_audio=_source(args.get("inpaint_audio"), goldens),
-        inpaint_regions_s=tuple(zip(starts, ends, strict=True)),
-        keep="model",
-    )
-    return Case(requests, int(args["seed"]), int(args["sample_size"]))
+    sources = {
+        name: SourceAudio(torch.atleast_2d(goldens[args[name]["tensor"]]).numpy(), int(args[name]["sample_rate"]))
+        for name in ("init_audio", "inpaint_audio")
+        if name in args
+    }
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    regions_s = tuple(zip(starts, ends, strict=True))
+    return _build_case(args, rows, edit_schedule="reference", inpaint_regions_s=regions_s, keep="model", **sources)
 
 
 def parse_open_case(facts: Mapping[str, Any], *, goldens: Goldens, card: ModelCard) -> Case:
@@ -112,41 +110,23 @@ def parse_open_case(facts: Mapping[str, Any], *, goldens: Goldens, card: ModelCa
     negatives = args.get("negative_conditioning") or [{}]
     negatives = negatives * len(args["conditioning"]) if len(negatives) == 1 else negatives
     pairs = zip(args["conditioning"], negatives, strict=True)
-    requests = _build_requests(
-        args,
-        [_renamed(row, _ROW) | _renamed(negative, _NEGATIVE) for row, negative in pairs],
-        duration_s=int(args["sample_size"]) / card.sample_rate_hz,
-        init_audio=SourceAudio(goldens[inputs["init_audio"]].numpy(), int(inputs["init_rate"])) if inputs else None,
-        edit_schedule=None if is_v else "reference",
-    )
-    return Case(requests, int(args["seed"]), int(args["sample_size"]))
+    rows = [_renamed(row, _ROW) | _renamed(negative, _NEGATIVE) for row, negative in pairs]
+    source = SourceAudio(goldens[inputs["init_audio"]].numpy(), int(inputs["init_rate"])) if inputs else None
+    duration_s, schedule = int(args["sample_size"]) / card.sample_rate_hz, None if is_v else "reference"
+    return _build_case(args, rows, duration_s=duration_s, init_audio=source, edit_schedule=schedule)
 
 
-def _build_requests(
-    args: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], **shared: Any
-) -> tuple[GenerationRequest, ...]:
-    """Returns one request per row, from the fields that all rows share and the fields of the row."""
+def _build_case(args: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], **shared: Any) -> Case:
+    """Returns a case from its arguments, the fields of each row, and the fields that all rows share."""
     shared |= _renamed(args, _FIELDS)
-    return tuple(GenerationRequest(**shared, **row, seed=index) for index, row in enumerate(rows))
+    requests = tuple(GenerationRequest(**shared, **row, seed=index) for index, row in enumerate(rows))
+    return Case(requests, int(args["seed"]), int(args["sample_size"]))
 
 
 def _renamed(args: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """Returns the arguments that are present and not None, under our names."""
     found = {ours: args[theirs] for theirs, ours in names.items() if args.get(theirs) is not None}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
-
-
-def _as_list(value: Any, length: int) -> list[Any]:
-    found = value if isinstance(value, list) else [value] * length
-    if len(found) != length:
-        raise CheckpointError(f"golden.json: a list of {len(found)} values for a batch of {length}")
-    return found
-
-
-def _source(found: Mapping[str, Any] | None, goldens: Goldens) -> SourceAudio | None:
-    if found is None:
-        return None
-    return SourceAudio(torch.atleast_2d(goldens[found["tensor"]]).numpy(), int(found["sample_rate"]))
 
 
 class CallOrderNoise(SeededNoise):
@@ -159,25 +139,18 @@ class CallOrderNoise(SeededNoise):
 
 
 class RowNoise:
-    """A row's noise from `source`, except inside the autoencoder: there it is part of `drawn` (D, F), or zeros.
+    """A row's noise from `source`, except inside the autoencoder: there it is part of `drawn` (D, F), or zeros."""
 
-    `requested` lists the draws inside the autoencoder and the frame axis of each.
-    """
-
-    def __init__(self, source: NoiseSource, drawn: Tensor | None = None) -> None:
-        self._source, self._drawn = source, drawn
-        self.requested: list[tuple[ReplayDraw, int]] = []
-
-    def initial(self, shape: tuple[int, ...]) -> Tensor:
-        return self._source.initial(shape)
-
-    def step(self, shape: tuple[int, ...]) -> Tensor:
-        return self._source.step(shape)
+    def __init__(self, source: NoiseSource, drawn: Tensor | None = None, *, num_rows: int = 1) -> None:
+        self.initial, self.step = source.initial, source.step
+        self._drawn, self._num_rows = drawn, num_rows
+        self.requested: list[ReplayDraw] = []  # draws inside the autoencoder, in their shapes for a batch of `num_rows`
 
     def window(
         self, stage: str, start: int, *, shape: tuple[int, ...], frame_axis: int, device: torch.device
     ) -> Tensor:
-        self.requested.append((ReplayDraw(stage, start, shape), frame_axis))
+        batch = (self._num_rows * shape[0], *shape[1:]) if frame_axis == 0 else (self._num_rows, *shape)
+        self.requested.append(ReplayDraw(stage, start, batch))
         if self._drawn is None:
             return torch.zeros(shape, device=device)
         return self._drawn.narrow(frame_axis, start, shape[frame_axis]).to(device)
@@ -189,21 +162,16 @@ class RowResult(NamedTuple):
     plan: RowPlan
     latents: Tensor
     audio: Tensor
-    calls: Calls  # the network's input and output of each call of the run; a guided row is in it twice, unguided second
+    calls: samplers.Calls  # the network's input and output of each call; a guided row is in it twice, unguided second
 
 
 class ObservedModel(ForwardingModel):
-    """Wraps a model to record its calls and the final latents of each row. Decodes the whole row, headroom included.
+    """Records a model's calls and each row's final latents, headroom included. `texts`, if any, replace its encoder."""
 
-    `noise` has one source per row. If `texts` has entries, they replace the text encoder.
-    """
-
-    def __init__(
-        self, model: DiffusionModel, *, noise: Sequence[NoiseSource], texts: Mapping[str, TextEmbedding]
-    ) -> None:
+    def __init__(self, model: DiffusionModel, texts: Mapping[str, TextEmbedding]) -> None:
         super().__init__(model)
-        self._noise, self._texts = noise, texts
-        self.latents: list[dict[int, Tensor]] = [{} for _ in noise]  # per row: frame -> latent (D,)
+        self._texts = texts
+        self.latents: dict[NoiseSource, dict[int, Tensor]] = defaultdict(dict)  # row's noise -> frame -> latent (D,)
         self.calls: list[tuple[Tensor, Tensor]] = []
 
     @property
@@ -223,9 +191,7 @@ class ObservedModel(ForwardingModel):
 
     def decode(self, windows: Sequence[DecodeWindow]) -> list[Tensor]:
         for window in windows:
-            row = next((row for row, noise in enumerate(self._noise) if noise is window.noise), None)
-            if row is not None:
-                self.latents[row] |= dict(enumerate(window.latents.cpu().unbind(1), window.start))
+            self.latents[window.noise] |= dict(enumerate(window.latents.cpu().unbind(1), window.start))
         return super().decode(windows)
 
 
@@ -233,7 +199,7 @@ def run_case(
     model: DiffusionModel, case: Case, *, noise: Sequence[NoiseSource], texts: Mapping[str, TextEmbedding] | None = None
 ) -> list[RowResult]:
     """Run all rows of a case in one batch. `noise` has one source per row; `texts` replace the text encoder."""
-    plans, observed = plan_case(model, case), ObservedModel(model, noise=noise, texts=texts or {})
+    plans, observed = plan_case(model, case), ObservedModel(model, texts or {})
 
     async def generate() -> list[GenerationResult]:
         options = EngineOptions(warmup_budget_s=0.0, max_queue_s=1e9)
@@ -241,19 +207,16 @@ def run_case(
             return await asyncio.gather(*(engine.generate(row, frames=plans[0].frames) for row in case.requests))
 
     results = []
-    for plan, result, latents in zip(plans, asyncio.run(generate()), observed.latents, strict=True):
-        made = torch.stack([latents[frame] for frame in range(plan.frames)], dim=1)
+    for plan, result, own in zip(plans, asyncio.run(generate()), noise, strict=True):
+        made = torch.stack([observed.latents[own][frame] for frame in range(plan.frames)], dim=1)
         audio = torch.from_numpy(result.audio[0])[:, : plan.output_samples]
         results.append(RowResult(plan, made, audio, observed.calls))
     return results
 
 
 def plan_case(model: DiffusionModel, case: Case) -> list[RowPlan]:
-    """Returns one plan per row. All have the latent length of the longest row, headroom included.
-
-    In the Stable Audio Open family the latent length depends on the sample size only, not on the duration.
-    """
-    frames = case.sample_size // model.spec.hop
+    """Returns one plan per row. All have the latent length of the longest row, headroom included."""
+    frames = case.sample_size // model.spec.hop  # whatever the duration is, in the Stable Audio Open family
     if isinstance(model, Sa3Model):
         rule = replace(model.config.lengths, max_samples=case.sample_size)
         longest_s = max(request.duration_s for request in case.requests)
@@ -261,7 +224,7 @@ def plan_case(model: DiffusionModel, case: Case) -> list[RowPlan]:
     return [model.plan(request, frames=frames)[0] for request in case.requests]
 
 
-def draw_script(model: DiffusionModel, case: Case) -> Script:
+def draw_script(model: DiffusionModel, case: Case) -> samplers.Script:
     """Returns the reference's draws in order: start noise, source windows, sampler steps, decode windows.
 
     Runs encoder and decoder on silence to record which draws each window requests. The reference encodes a source once
@@ -269,7 +232,7 @@ def draw_script(model: DiffusionModel, case: Case) -> Script:
     """
     plan, hop, num_rows = plan_case(model, case)[0], model.spec.hop, len(case.requests)
     latent = (num_rows, model.spec.card.latent_channels, plan.frames)
-    encoding, decoding = RowNoise(SeededNoise(0)), RowNoise(SeededNoise(0))
+    encoding, decoding = RowNoise(SeededNoise(0)), RowNoise(SeededNoise(0), num_rows=num_rows)
     for stage, source in (("init", plan.init_source), ("inpaint", plan.inpaint_source)):
         if source is not None:
             for span in source.windows if isinstance(model, Sa3Model) else whole_window(plan.frames):
@@ -278,24 +241,176 @@ def draw_script(model: DiffusionModel, case: Case) -> Script:
     for span in plan.decode_windows:
         zeros = torch.zeros(latent[1], span.stop - span.start, device=model.device)
         model.decode([DecodeWindow(zeros, span.start, decoding)])
-    return [
-        ReplayDraw("initial", 0, latent),
-        *(_over_batch(*requested, num_rows=1) for requested in encoding.requested),
-        *sampler_script(case.requests[0].sampler or "", plan.sampler, shape=latent),
-        *(_over_batch(*requested, num_rows=num_rows) for requested in decoding.requested),
-    ]
+    steps = samplers.sampler_script(case.requests[0].sampler or "", plan.sampler, shape=latent)
+    return [ReplayDraw("initial", 0, latent), *encoding.requested, *steps, *decoding.requested]
 
 
-def _over_batch(draw: ReplayDraw, frame_axis: int, *, num_rows: int) -> ReplayDraw:
-    """Returns the draw for a batch: stacked along axis 0 if that is the frame axis, else along a new axis 0."""
-    first, *rest = draw.shape
-    return replace(draw, shape=(num_rows * first, *rest) if frame_axis == 0 else (num_rows, first, *rest))
-
-
-def replay_rows(case: Case, script: Script) -> list[NoiseSource]:
+def replay_rows(case: Case, script: samplers.Script) -> list[NoiseSource]:
     """Returns one noise source per row that replays the draws of `script`."""
     replay = ReplayNoise(case.seed, script, num_rows=len(case.requests))
     rows = [replay.row(row) for row in range(len(case.requests))]
     if not any(isinstance(draw, ReplayDraw) and draw.stage == SOURCE_DRAW for draw in script):
         return rows
     return [RowNoise(row, replay.draw(SOURCE_DRAW, 0)[0]) for row in rows]
+
+
+def _run(it: Subject, match: re.Match[str]) -> Iterator[Finding | str]:
+    """Repeat a case with all its rows. A second run has no noise in the autoencoder, if its outputs are stored."""
+    goldens, name, facts = it.goldens, match[0], it.goldens.section("cases", match[0])
+    goldens.matching(re.escape(name) + "/.*")
+    model, texts, is_open = it.model, {}, isinstance(it.model, SaoModel)
+    if is_open:
+        if name.startswith("gen/rf_") and "rectified_flow_cases" in goldens.facts:
+            model = _with_objective(model, "rectified_flow")
+        case = parse_open_case(facts, goldens=goldens, card=model.spec.card)
+    else:
+        case = parse_case(facts, goldens=goldens, chunked=model.config.chunked)
+    if reason := skip_reason(facts["args"]):
+        yield f"{name}: {reason}"
+        return
+    plans, script, sampler = plan_case(model, case), draw_script(model, case), case.requests[0].sampler or ""
+    if is_open:
+        texts = _stored_texts(goldens, name, case=case, model=model)
+        yield from _compare_inputs(goldens, f"{name}/", plans=plans, model=model)
+    yield from samplers.compare_script(name, script, facts=facts, sampler=sampler)
+    yield from _compare_plans(goldens, name, plans=plans)
+    results = run_case(model, case, noise=replay_rows(case, script), texts=texts)
+    if sigmas := facts.get("trace_sigma"):
+        trace = {"calls": _guided_calls(results[0]), "result": results[0].latents[None], "sigmas": sigmas}
+        for step in samplers.compare_steps(f"{name}/trace_", plans[0].sampler, sampler=sampler, it=it, **trace):
+            yield step._replace(component="end-to-end steps")
+    yield from _compare_rows(goldens, name, results=results, clips=not is_open)
+    if goldens.matching(re.escape(name) + "/.*" + _SILENT):
+        silent = [draw for draw in script if not (isinstance(draw, ReplayDraw) and "/" in draw.stage)]
+        with calls_of(model.denoiser.get_submodule("transformer.layers.0.to_local_embed")) as embedded:
+            results = run_case(model, case, noise=[RowNoise(row) for row in replay_rows(case, silent)])
+        yield from _compare_rows(goldens, name, suffix=_SILENT, results=results, clips=not is_open)
+        if (local := goldens.find(key := f"{name}/local_add_cond{_SILENT}")) is not None:
+            yield Finding(key, embedded[0][0].mT.cpu(), local, component="autoencoder")
+
+
+def _guided_calls(row: RowResult) -> samplers.Calls:
+    """Returns the network's inputs and guided outputs of a row that ran alone."""
+    calls, rows = [], GuidanceBatch.of([row.plan.guidance])
+    for evaluation, (x, output) in zip(row.plan.sampler.evaluations, row.calls, strict=True):
+        x, plain, t = x[:1], output[:1], torch.tensor([evaluation.t])
+        if evaluation.guided:
+            plain = guide(x, t, conditional=plain, unconditional=output[1:], valid=None, rows=rows)
+        calls.append((x, plain))
+    return calls
+
+
+def _compare_inputs(goldens: Goldens, prefix: str, *, plans: Sequence[RowPlan], model: SaoModel) -> Iterator[Finding]:
+    """Compare each row's network inputs that are stored: context, negative context and global vector."""
+    for row, plan in enumerate(plans):
+        prompt, negative = model.encode_text([plan.prompt, plan.negative_prompt or ""])
+        away = None if plan.negative_prompt is None else negative
+        with calls_of(model.denoiser.to_cond_embed) as contexts, calls_of(model.denoiser.to_global_embed) as vectors:
+            model.condition(plan, prompt=prompt, negative=away, inpaint_latents=None)
+        found = zip(("cross_attn_cond", "negative_cross_attn_cond"), contexts, strict=False)
+        for name, (value, _) in (*found, ("global_cond", vectors[0])):
+            if (stored := goldens.find(prefix + name)) is not None:
+                component = "number" if name == "global_cond" else "text in float16"
+                yield Finding(f"{prefix}{name}[{row}]", value, stored[row : row + 1], component=component)
+
+
+def _inputs(it: Subject, _: object) -> Iterator[Finding]:
+    """Compare the network inputs for the conditions in the facts, and the tokens of the negative prompt."""
+    model, goldens, key = it.model, it.goldens, "dit/negative_cross_attn_cond"
+    args = {"conditioning": goldens.facts["cond_inputs_batch"], "sample_size": model.spec.hop, "steps": 2, "seed": 0}
+    case = parse_open_case({"args": args}, goldens=goldens, card=model.spec.card)
+    yield from _compare_inputs(goldens, "cond/inputs_", plans=plan_case(model, case), model=model)
+    tokens = model.encode_text([goldens.facts["dit"]["negative_prompt"]])[0].tokens
+    stored = _prompt_part(goldens[key], model)
+    yield Finding(key, tokens.expand_as(stored), stored)
+
+
+def _prompt_part(contexts: Tensor, model: SaoModel) -> Tensor:
+    """Returns the prompt's tokens in contexts (B, T, width)."""
+    return contexts[:, model.config.context_ids.index(model.config.prompt.id) :][:, : model.config.prompt.max_length]
+
+
+def _compare_plans(goldens: Goldens, name: str, *, plans: Sequence[RowPlan]) -> Iterator[Finding]:
+    """Compare the latent lengths and noise levels of a case."""
+    facts = goldens.section("cases", name)
+    for plan, valid in zip(plans, facts.get("valid_latents", ()), strict=False):
+        yield same(f"{name}/valid_latents", int(valid), found=plan.valid_frames, component="lengths")
+    if (latents := goldens.find(f"{name}/latents")) is not None:
+        yield same(f"{name}/latents", latents.shape[-1], found=plans[0].frames, component="lengths")
+    levels = torch.stack([samplers.step_levels(plan.sampler) for plan in plans])
+    for key in facts.keys() & {"sigmas", "trace_sigma"}:
+        expected = torch.tensor(facts[key], dtype=torch.float32)
+        size = expected.clamp(min=1.0)  # levels over sigma reach 500
+        found = torch.nn.functional.pad(levels, (0, int(key == "sigmas")))  # `sigmas` ends with the final 0
+        yield Finding(f"{name}/{key}", found / size, (expected / size).expand_as(found), component="schedules")
+
+
+def _compare_rows(
+    goldens: Goldens, name: str, *, suffix: str = "", results: Sequence[RowResult], clips: bool
+) -> Iterator[Finding | str]:
+    """Compare the latents in each row's valid frames, and the audio up to the row's length.
+
+    Outputs that were computed without key-masked padding are comparable only for rows without padding.
+    """
+    one_length = len({result.plan.output_samples for result in results}) == 1
+    for output in ("latents", "audio"):
+        keys = [f"{name}/{output}{kind}{suffix}" for kind in ("_keymask", "")]
+        key, *twins = [key for key in keys if goldens.find(key) is not None] or [""]
+        if twins:
+            yield "value-zeroed numbers: their key-masked twins are compared"
+        rows = zip(goldens[key], results, strict=True) if key else ()
+        for row, (expected, (plan, latents, audio, _)) in enumerate(rows):
+            if "_keymask" not in key and plan.valid_frames < plan.frames:
+                yield "padded rows of value-zeroed numbers: no key-masked twin"
+            elif output == "latents":
+                valid = torch.arange(plan.frames) < plan.valid_frames
+                yield Finding(f"{key}[{row}]", latents, expected, valid, "end-to-end latents")
+            else:
+                clipped = audio.clip(-1.0, 1.0) if clips else audio
+                trimmed = expected if one_length else expected[:, : plan.output_samples]  # stored: the longest row's
+                yield Finding(f"{key}[{row}]", clipped, trimmed, component="end-to-end audio")
+
+
+def _with_objective(model: SaoModel, objective: str) -> SaoModel:
+    """Returns a model with the same networks, sampled as if trained for `objective`."""
+    config = replace(model.config, objective=objective)
+    spec = build_spec(replace(model.spec.card, objective=objective), config)
+    parts = SaoComponents(model.text, model.prompt, model.numbers, model.denoiser, model.autoencoder)
+    return SaoModel(parts, config=config, spec=spec, device=model.device)
+
+
+def _stored_texts(goldens: Goldens, name: str, *, case: Case, model: SaoModel) -> dict[str, TextEmbedding]:
+    """Returns the prompts' embeddings from the stored contexts. Tokens with only zeros are padding."""
+    prompts, contexts = [request.prompt for request in case.requests], goldens[f"{name}/cross_attn_cond"]
+    if (away := goldens.find(f"{name}/negative_cross_attn_cond")) is not None:
+        prompts += [request.negative_prompt or "" for request in case.requests]
+        contexts = torch.cat([contexts, away])
+    tokens = dict(zip(prompts, _prompt_part(contexts, model), strict=True))
+    return {prompt: TextEmbedding(prompt, stored, (stored != 0).any(dim=-1)) for prompt, stored in tokens.items()}
+
+
+def _edit(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
+    """Edit the middle fifth of sources with stored encodings, as an inpainting and as a variation.
+
+    The reference cannot do this with these models. Frames outside the edited region must equal the source's latents.
+    """
+    waves, stored, spec = it.goldens["ae/wave"], it.goldens[match[0]], it.model.spec
+    draws = torch.randn(stored.shape, generator=torch.Generator().manual_seed(int(match[1])))
+    fifth_s = waves.shape[-1] // spec.hop // 5 * spec.hop / spec.card.sample_rate_hz
+    level, regions_s = spec.card.noise_level(0.5, sampler=None), ((2 * fifth_s, 3 * fifth_s),)
+    requests = [replace(it.request(wave), seed=row, steps=3, init_noise_level=level) for row, wave in enumerate(waves)]
+    variations = [replace(one, inpaint_audio=one.init_audio, inpaint_regions_s=regions_s) for one in requests]
+    edits = [replace(one, init_audio=None) for one in variations]
+    for name, rows in (("an edit", edits), ("a variation", variations)):
+        noise = [RowNoise(SeededNoise(row), draw) for row, draw in enumerate(draws)]
+        for row, result in enumerate(run_case(it.model, Case(tuple(rows), 0, waves.shape[-1]), noise=noise)):
+            kept = result.plan.keep_mask  # if there is none, the comparison of all frames misses
+            only = None if kept is None else kept.bool()
+            yield Finding(f"{match[0]} kept by {name}[{row}]", result.latents, stored[row], only)
+
+
+RUNS = (
+    Check("end-to-end", "gen/.*", _run, over="cases"),
+    Check("text in float16", "inputs", _inputs, over="once", family=SaoModel),
+    Check("end-to-end latents", r"ae/encode_seed(\d+)", _edit, family=SaoModel),
+)

@@ -1,8 +1,4 @@
-"""Checks that run no network of a model: draws, schedules, Brownian paths, samplers and source audio.
-
-Samplers run outside the engine on networks that are formulas. `v_output` and `flow_output` are the formulas that the
-facts of a folder without a model state under `FORMULAS_KEY`.
-"""
+"""Checks that run no network of a model: draws, schedules, Brownian paths, samplers on formulas, and source audio."""
 
 from __future__ import annotations
 
@@ -12,13 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from stable_audio_serve import sampling
 from stable_audio_serve.audio.prepare import prepare_source
-from stable_audio_serve.core.generation import EditSchedule, GenerationRequest, SourceAudio
+from stable_audio_serve.core.generation import EditSchedule, SourceAudio
 from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.sampling import ReplayDraw, ReplayNoise, ReplayPath, SamplerPlan, SigmaRange, shift_from_config
 from stable_audio_serve.sampling.brownian import MAX_ENTROPY, BrownianTree, brownian_steps
@@ -28,23 +23,19 @@ from stable_audio_serve.sampling.v_network import sigma_to_time
 from stable_audio_serve.sampling.v_samplers import OVER_TIME
 from stable_audio_serve.verification.checks import Check, Finding, Subject, same
 
-# x (B, D, F), float32 time of all rows -> guided output (B, D, F)
-Network = Callable[[Tensor, float], Tensor]
 Calls = Sequence[tuple[Tensor, Tensor]]  # input and guided output (B, D, F) of each network call of a plan
 Script = Sequence[ReplayDraw | ReplayPath]
 
-FORMULAS_KEY = "analytic"
+FORMULAS_KEY = "analytic"  # the fact of a folder without a model that states `v_output` and `flow_output`
 _VARIANCE = 0.25
 _UNGUIDED_SHARE = 0.9  # in the formulas, unconditional output = this share of the guided output
 _LAST_DRAWS_UNUSED = ("k-heun", "k-dpm-2", "k-dpm-fast")
 _EDIT_LEVELS = (0.01, 0.02, 0.04, 0.3, 1.0)  # noise levels of an edit, from the lowest that requests may use
+_NO_SHIFT = shift_from_config({"type": "none"})
 
 
 def _draws(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
-    """Repeat a case's random draws in order from its seed, and compare them with the stored ones.
-
-    Of a tensor, the first four values are stored, and in some cases also the whole tensor.
-    """
+    """Repeat a case's random draws in order from its seed. The first four values of each are stored, of some all."""
     case = it.goldens.section("cases", match[0])
     seed = case.get("manual_seed", case.get("args", {}).get("seed"))
     if seed is None or seed < 0:
@@ -64,9 +55,7 @@ def _draws(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
 
 def _edit_levels(it: Subject, _: object) -> Iterator[Finding]:
     """Check that an edit starts at the noise level of the request, as in the reference, even at the lowest level."""
-    hop, channels, rate_hz = it.model.spec.hop, it.model.spec.card.channels, it.model.spec.card.sample_rate_hz
-    silence = SourceAudio(np.zeros((channels, hop), np.float32), rate_hz)
-    request = GenerationRequest(prompt="", duration_s=2 * hop / rate_hz, seed=0, init_audio=silence)
+    request = it.request(torch.zeros(it.model.spec.card.channels, 2 * it.model.spec.hop))
     for level in _EDIT_LEVELS:
         for schedule in get_args(EditSchedule):
             plan = it.model.plan(replace(request, init_noise_level=level, edit_schedule=schedule))[0].sampler
@@ -83,8 +72,8 @@ def _levels(it: Subject, match: re.Match[str]) -> Iterator[Finding]:
 
 
 def _flow_times(it: Subject, match: re.Match[str]) -> Tensor:
-    args, shift = it.goldens.section("schedules", match[0]), shift_from_config({"type": "none"})
-    return sampling.open_flow_times("euler", args["steps"], level=args["sigma_max"], shift=shift, length=1)
+    args = it.goldens.section("schedules", match[0])
+    return sampling.open_flow_times("euler", args["steps"], level=args["sigma_max"], shift=_NO_SHIFT, length=1)
 
 
 def _shifted_times(it: Subject, match: re.Match[str]) -> Tensor:
@@ -118,33 +107,29 @@ def _prepare(it: Subject, match: re.Match[str]) -> Tensor:
 
 
 def v_output(x: Tensor, t: float) -> Tensor:
-    """Returns v of x (B, D, F) at the float32 time `t`.
+    """Returns v0 + 0.2 sin(x) for x (B, D, F) at the float32 time `t`.
 
-    The result is v0 + 0.2 sin(x), where v0 is the exact v for normal data with mean 0.3 cos(channel) and variance 0.25.
+    v0 is the exact v for normal data with mean 0.3 cos(channel) and variance 0.25.
     """
     time = torch.tensor(t, dtype=torch.float32)
-    alpha, beta, mean = torch.cos(math.pi * time / 2), torch.sin(math.pi * time / 2), _channel_means(x)
-    pull = alpha * beta * (1 - _VARIANCE) * (x - alpha * mean) / (alpha**2 * _VARIANCE + beta**2)
-    return pull - beta * mean + 0.2 * torch.sin(x)
+    alpha, beta = torch.cos(math.pi * time / 2), torch.sin(math.pi * time / 2)
+    return _formula(x, alpha, beta=beta, pull=alpha * beta * (1 - _VARIANCE), lean=beta)
 
 
 def flow_output(x: Tensor, t: float) -> Tensor:
-    """Returns u0 + 0.2 sin(x) for x (B, D, F) at the float32 time `t`.
-
-    u0 is the exact flow velocity for the normal data of `v_output`.
-    """
+    """Returns u0 + 0.2 sin(x), where u0 is the exact flow velocity, for the arguments and data of `v_output`."""
     time = torch.tensor(t, dtype=torch.float32)
-    alpha, mean = 1 - time, _channel_means(x)
-    pull = (time - _VARIANCE * alpha) * (x - alpha * mean) / (alpha**2 * _VARIANCE + time**2)
-    return pull - mean + 0.2 * torch.sin(x)
+    return _formula(x, 1 - time, beta=time, pull=time - _VARIANCE * (1 - time), lean=1.0)
 
 
-def _channel_means(x: Tensor) -> Tensor:
-    return 0.3 * torch.cos(torch.arange(x.shape[-2], dtype=torch.float32))[:, None]
+def _formula(x: Tensor, alpha: Tensor, *, beta: Tensor, pull: Tensor, lean: Tensor | float) -> Tensor:
+    mean = 0.3 * torch.cos(torch.arange(x.shape[-2], dtype=torch.float32))[:, None]
+    pulled = pull * (x - alpha * mean) / (alpha**2 * _VARIANCE + beta**2)
+    return pulled - lean * mean + 0.2 * torch.sin(x)
 
 
 def _run_plan(
-    plan: SamplerPlan, replay: ReplayNoise, *, noise: Tensor, source: Tensor | None, network: Network
+    plan: SamplerPlan, replay: ReplayNoise, *, noise: Tensor, source: Tensor | None, network: Callable[..., Tensor]
 ) -> tuple[Tensor, Calls]:
     """Run `plan` from `noise` (B, D, F) and, for an edit, `source` (B, D, F). Returns the result and the calls."""
     calls: list[tuple[Tensor, Tensor]] = []
@@ -155,13 +140,9 @@ def _run_plan(
         terms = sampling.StepTerms.of([call] * len(rows))
         seen = sampling.network_input(state, terms)
         calls.append((seen, made := network(seen, call.t)))
-        state = sampling.advance(
-            state,
-            terms,
-            velocity=made,
-            unconditional=_UNGUIDED_SHARE * made if any(call.b_uncond) else None,
-            noise=torch.stack([row.step(tuple(noise.shape[1:])) for row in rows]) if call.draws_noise else None,
-        )
+        unguided = _UNGUIDED_SHARE * made if any(call.b_uncond) else None
+        drawn = torch.stack([row.step(tuple(noise.shape[1:])) for row in rows]) if call.draws_noise else None
+        state = sampling.advance(state, terms, velocity=made, unconditional=unguided, noise=drawn)
     return state[:, plan.result_register], calls
 
 
@@ -203,14 +184,10 @@ def sampler_script(sampler: str, plan: SamplerPlan, *, shape: tuple[int, ...]) -
 
 
 def compare_script(name: str, script: Script, *, facts: Mapping[str, Any], sampler: str) -> Iterator[Finding]:
-    """Compare number, kind and shape of the draws with the reference.
-
-    Ignores extra draws at the end of the reference's list for samplers that do not use them.
-    """
+    """Compare number, kind and shape of the draws with the reference, except last draws that a sampler does not use."""
     if (draws := facts.get("draws")) is not None:
         found = [() if isinstance(entry, ReplayPath) else entry.shape for entry in script]
-        stored = [tuple(draw["shape"]) for draw in draws]
-        stored = stored[: len(found)] if sampler in _LAST_DRAWS_UNUSED else stored
+        stored = [tuple(draw["shape"]) for draw in draws[: len(found) if sampler in _LAST_DRAWS_UNUSED else None]]
         yield same(f"{name} number and shapes", stored, found=found, component="draws")
 
 
@@ -223,36 +200,29 @@ def _run_sampler(it: Subject, match: re.Match[str]) -> Iterator[Finding | str]:
         yield f"{name}: {sampler} chooses its steps from the data"
         return
     source = goldens["sampler/init"] if name.endswith("_init") else None
-    plan, network = _plan(facts["args"], has_source=source is not None, frames=noise.shape[-1])
+    plan = _plan(facts["args"], has_source=source is not None, frames=noise.shape[-1])
     script = sampler_script(sampler, plan, shape=tuple(noise.shape))
     yield from compare_script(name, script, facts=facts, sampler=sampler)
     replay = ReplayNoise(int(facts["manual_seed"]), script, num_rows=len(noise))
-
-    (made, calls), expected = (
-        _run_plan(plan, replay, noise=noise, source=source, network=network),
-        goldens[f"{name}/out"],
-    )
+    network = v_output if sampler in sampling.V_SAMPLERS else flow_output
+    made, calls = _run_plan(plan, replay, noise=noise, source=source, network=network)
     yield from compare_steps(f"{name}/", plan, calls=calls, result=made, sampler=sampler, sigmas=facts["sigma"], it=it)
     size = max(1.0, float(goldens[f"{name}/x"][-1].abs().max()))
-    yield Finding(f"{name}/out", made / size, expected / size)
+    yield Finding(f"{name}/out", made / size, goldens[f"{name}/out"] / size)
 
 
-def _plan(args: Mapping[str, Any], *, has_source: bool, frames: int) -> tuple[SamplerPlan, Network]:
-    """Returns the plan of a case and the formula that replaces its network."""
-    sampler, steps, stated = args["sampler_type"], int(args["steps"]), args.get("dist_shift")
+def _plan(args: Mapping[str, Any], *, has_source: bool, frames: int) -> SamplerPlan:
+    sampler, steps, shift = args["sampler_type"], int(args["steps"]), _NO_SHIFT
     if sampler in sampling.V_SAMPLERS:
         span = SigmaRange(args["sigma_min"], args["sigma_max"])
         # A scale other than 1 makes CFG++ request the unconditional branch. The formula already is the guided output.
         guidance = sampling.Guidance(cfg_scale=2.0 if sampler == "v-ddim-cfgpp" else 1.0)
-        return sampling.build_v_plan(sampler, steps, span=span, guidance=guidance, has_source=has_source), v_output
-    shift = shift_from_config({"type": "none"})
-    if stated is not None:
+        return sampling.build_v_plan(sampler, steps, span=span, guidance=guidance, has_source=has_source)
+    if stated := args.get("dist_shift"):
         low, high = map(int, re.findall(r"\d+", stated))  # "min 256, max 4096"
         shift = shift_from_config({"type": "full", "min_length": low, "max_length": high})
     times = sampling.open_flow_times(sampler, steps, level=args.get("sigma_max", 1.0), shift=shift, length=frames)
-    return sampling.build_open_flow_plan(
-        sampler, times, guidance=sampling.Guidance(), has_source=has_source
-    ), flow_output
+    return sampling.build_open_flow_plan(sampler, times, guidance=sampling.Guidance(), has_source=has_source)
 
 
 SAMPLERS = (

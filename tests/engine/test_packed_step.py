@@ -30,7 +30,7 @@ from stable_audio_serve.models.blocks.varlen import is_varlen_correct
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.models.registry import resolve_entry
-from stable_audio_serve.verification.report import BOUNDS
+from stable_audio_serve.verification.verify import BOUNDS
 from tests.engine.capturing import MOST_ROUNDS, GraphCounts, RecordingDevice
 from tests.engine.step_bench import DEVICE, REQUESTS, Bench, tensors_of
 from tests.factories import make_audio, make_request

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from stable_audio_serve.sampling import Guidance, GuidanceBatch, guide
-from stable_audio_serve.verification.goldens import Goldens
-from stable_audio_serve.verification.report import BOUNDS, Report
-from stable_audio_serve.verification.verify import compare
+from stable_audio_serve.verification.checks import Goldens
+from stable_audio_serve.verification.verify import BOUNDS, Report, compare
 from tests.goldens import SHARP, load_goldens
 from tests.gpu.loaded import gpu_only, load_on
 from tests.models.loaded import assert_near

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.models.blocks import RMSNorm
@@ -25,9 +25,8 @@ from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.models.sao.denoiser import ScaledLayerNorm
 from stable_audio_serve.models.sao.model import SaoModel
 from stable_audio_serve.models.weights import cast_network
-from stable_audio_serve.verification.goldens import Goldens
-from stable_audio_serve.verification.report import Report
-from stable_audio_serve.verification.verify import compare
+from stable_audio_serve.verification.checks import Finding, Goldens
+from stable_audio_serve.verification.verify import Report, compare
 from tests.factories import make_request
 from tests.goldens import OPEN_GOLDENS, SA3_GOLDENS, SHARP
 from tests.parameters import slow
@@ -51,14 +50,13 @@ class Decibels(Report):
         super().__init__(say=lambda line: None)
         self.found: dict[str, list[tuple[float, str]]] = defaultdict(list)
 
-    def compare(
-        self, component: str, key: str, *, actual: Tensor, expected: Tensor, only: Tensor | None = None
-    ) -> None:
+    def compare(self, component: str, found: Finding) -> None:
+        key, actual, expected, only, own = found
         kept = torch.ones_like(expected, dtype=torch.bool) if only is None else only.expand_as(expected)
         signal = expected[kept].double()
         error = actual[kept].double() - signal
         if len(signal) and error.any():
-            self.found[component].append((20.0 * math.log10(signal.norm() / error.norm()), key))
+            self.found[own or component].append((20.0 * math.log10(signal.norm() / error.norm()), key))
 
 
 def load_in_bfloat16(folder: Path) -> Sa3Model | SaoModel:

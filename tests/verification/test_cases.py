@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stable_audio_serve.core.errors import CheckpointError
-from stable_audio_serve.verification.goldens import Goldens
+from stable_audio_serve.verification.checks import Goldens
 from stable_audio_serve.verification.runs import parse_case, skip_reason
 
 CLIP = torch.randn(2, 50)

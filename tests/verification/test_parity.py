@@ -6,8 +6,7 @@ import re
 
 import pytest
 
-from stable_audio_serve.verification.report import BOUNDS
-from stable_audio_serve.verification.verify import REQUIRED_WITHOUT_MODEL
+from stable_audio_serve.verification.verify import BOUNDS, REQUIRED_WITHOUT_MODEL
 from tests.goldens import SHARP, TINY, load_goldens
 from tests.parameters import slow
 from tests.verification.folders import verify_stored

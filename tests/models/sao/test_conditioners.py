@@ -17,7 +17,7 @@ from stable_audio_serve.models.sao.conditioners import (
 )
 from stable_audio_serve.models.sao.config import PromptConfig, SaoConfig, parse_config
 from stable_audio_serve.models.text_encoder import TextEncoder
-from stable_audio_serve.verification.report import BOUNDS
+from stable_audio_serve.verification.verify import BOUNDS
 from tests.goldens import load_open_goldens
 from tests.models.sao.tiny import TINY, assign
 
