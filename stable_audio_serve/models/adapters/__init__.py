@@ -1,7 +1,20 @@
-"""Adapters (LoRA and its relatives): reading files."""
+"""Adapters (LoRA and its relatives): reading files, fitting them to a network, and folding chains."""
 
 from __future__ import annotations
 
 from stable_audio_serve.models.adapters.adapter import Adapter, AdapterType, read_adapter
+from stable_audio_serve.models.adapters.base import Base, FittedAdapter
+from stable_audio_serve.models.adapters.fold import LayerSlot, Slot, Stacking, check_strength, fold
 
-__all__ = ["Adapter", "AdapterType", "read_adapter"]
+__all__ = [
+    "Adapter",
+    "AdapterType",
+    "Base",
+    "FittedAdapter",
+    "LayerSlot",
+    "Slot",
+    "Stacking",
+    "check_strength",
+    "fold",
+    "read_adapter",
+]
