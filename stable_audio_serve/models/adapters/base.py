@@ -1,0 +1,213 @@
+"""The linear layers of a network that adapters can change, and adapters fitted to them.
+
+Everything here depends on the base weights and on one adapter, but not on strengths or on other adapters, and is
+computed once. The tensors of a fitted adapter are on the device of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stable_audio_serve.core.errors import InvalidRequestError
+from stable_audio_serve.models.adapters.adapter import Adapter, AdapterType, refuse_adapter
+
+_ROWS_AT_ONCE = 64  # rows of a weight converted to float64 at once: more would not stay in the processor's cache
+_NORM_TOLERANCE = 0.05  # relative difference from a file's row norms that shows that it was made for another model
+_CLOSE_VALUES = 1e-4  # relative difference of singular values below which their vectors are ambiguous
+
+
+@dataclass(frozen=True, slots=True)
+class FittedLayer:
+    """An adapter's update B A of one layer's weight, without strength and scaling.
+
+    `a` (rank, in) has the dtype of the weight; `b` (out, rank) and `magnitude` (out,) are float32. `magnitude` is None
+    for types without. `along` and `squares` (out,) float64 are the scalar products of each row of B A with the same
+    row of the weight and with itself.
+    """
+
+    a: Tensor
+    b: Tensor
+    magnitude: Tensor | None
+    along: Tensor
+    squares: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class FittedAdapter:
+    """An adapter whose layers fit a base. `scaling` is alpha / rank. `warnings` are sentences for the log."""
+
+    name: str
+    type: AdapterType
+    rank: int
+    scaling: float
+    layers: Mapping[str, FittedLayer]
+    sha256: str
+    warnings: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """The memory of all tensors."""
+        parts = ((one.a, one.b, one.magnitude, one.along, one.squares) for one in self.layers.values())
+        return sum(tensor.nbytes for layer in parts for tensor in layer if tensor is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class SingularBasis:
+    """The first singular vectors of a weight: `u` (out, rank) and `v` (in, rank), float32 on the CPU.
+
+    In each column of `u`, the entry of the largest magnitude is positive. `is_ambiguous` means that the last singular
+    value hardly differs from the first that was left out.
+    """
+
+    u: Tensor
+    v: Tensor
+    is_ambiguous: bool
+
+
+class Base:
+    """The layers of a network that adapters can change, by their names in adapter files.
+
+    Caches values that adapters share: the row norms of weights, and their singular vectors.
+    """
+
+    def __init__(self, name: str, modules: Mapping[str, nn.Module]) -> None:
+        """`modules` are the adaptable networks by the prefix of their layers' names in adapter files."""
+        self.name = name
+        self.layers = {
+            prefix + path: module
+            for prefix, network in modules.items()
+            for path, module in network.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv1d)
+        }
+        self._squared_norms: dict[str, Tensor] = {}
+        self._bases: dict[tuple[str, int], SingularBasis] = {}
+
+    def weight(self, layer: str) -> Tensor:
+        """Returns a layer's weight as a matrix (out, in)."""
+        return self.layers[layer].weight.detach().flatten(1)
+
+    def bias(self, layer: str) -> Tensor | None:
+        """Returns a layer's bias (out,)."""
+        bias = self.layers[layer].bias
+        return None if bias is None else bias.detach()
+
+    def squared_norms(self, layer: str) -> Tensor:
+        """Returns the squared norms (out,) float64 of the rows of a layer's weight."""
+        if layer not in self._squared_norms:
+            weight = self.weight(layer)
+            self._products(layer, weight.new_empty(0, weight.shape[1]))
+        return self._squared_norms[layer]
+
+    def singular_basis(self, layer: str, rank: int) -> SingularBasis:
+        """Returns the first `rank` singular vectors of a layer's weight, computed once."""
+        key = layer, rank
+        if key not in self._bases:
+            self._bases[key] = singular_basis(self.weight(layer), rank)
+        return self._bases[key]
+
+    def fit(self, adapter: Adapter) -> FittedAdapter:
+        """Returns the adapter, ready to be folded. Raises InvalidRequestError if it was made for another network."""
+        for layer, parts in adapter.layers.items():
+            self._check_shapes(adapter, layer, parts=parts)
+        layers: dict[str, FittedLayer] = {}
+        ambiguous, foreign = [], []
+        for layer, parts in adapter.layers.items():
+            layers[layer] = fitted = self._fit_layer(layer, parts, rank=adapter.rank)
+            if "M_xs" in parts and "U" not in parts and self.singular_basis(layer, adapter.rank).is_ambiguous:
+                ambiguous.append(layer)
+            if "baked_vnorm_row" in parts and not self._has_norms(layer, fitted, adapter=adapter):
+                foreign.append(layer)
+        warnings = list(adapter.warnings)
+        if ambiguous:
+            warnings.append(
+                f"adapter {adapter.name!r}: the last singular value used of {_join(ambiguous)} is almost equal to the"
+                " next, so that the adapter may have been trained with other singular vectors"
+            )
+        if foreign:
+            made_for = f" ({adapter.norm_base})" if adapter.norm_base else ""
+            warnings.append(
+                f"adapter {adapter.name!r} was made for another model{made_for} than {self.name!r}: it states row norms"
+                f" of {_join(foreign)} that differ by more than {_NORM_TOLERANCE:.0%}"
+            )
+        return FittedAdapter(
+            adapter.name, adapter.type, adapter.rank, adapter.scaling, layers, adapter.sha256, tuple(warnings)
+        )
+
+    def _check_shapes(self, adapter: Adapter, layer: str, *, parts: Mapping[str, Tensor]) -> None:
+        if layer not in self.layers:
+            raise _other_model(adapter, f"{self.name!r} has no layer {layer[:200]}")
+        out, width = self.weight(layer).shape
+        sizes = {"lora_A": width, "V": width}
+        for part, tensor in parts.items():
+            found, size = tensor.shape[1 if part == "lora_A" else 0], sizes.get(part, out)
+            if part != "M_xs" and found != size:
+                raise _other_model(adapter, f"{layer}.{part} is for {found} features, {self.name!r} has {size}")
+        if "M_xs" in parts and "U" not in parts and adapter.rank > min(out, width):
+            raise _other_model(adapter, f"{layer} has fewer singular vectors than rank {adapter.rank}")
+
+    def _fit_layer(self, layer: str, parts: Mapping[str, Tensor], *, rank: int) -> FittedLayer:
+        weight = self.weight(layer)
+        if "M_xs" not in parts:
+            a, b = parts["lora_A"], parts["lora_B"].float()
+        else:
+            basis = self.singular_basis(layer, rank) if "U" not in parts else None
+            u, v = (basis.u, basis.v) if basis else (parts["U"].float(), parts["V"].float())
+            a, b = v.T.contiguous(), u @ parts["M_xs"].float()
+        a, b = a.to(weight), b.to(weight.device)
+        exact_a, exact_b = a.double(), b.double()
+        along = (self._products(layer, a) * exact_b).sum(1)
+        squares = ((exact_b @ (exact_a @ exact_a.T)) * exact_b).sum(1)
+        magnitude = parts["magnitude"].to(weight.device, torch.float32) if "magnitude" in parts else None
+        return FittedLayer(a, b, magnitude, along, squares)
+
+    def _products(self, layer: str, a: Tensor) -> Tensor:
+        """Returns W A^T (out, rank) float64 for `a` (rank, in). Also stores the weight's norms if they are missing."""
+        weight, exact = self.weight(layer), a.double().T.contiguous()
+        buffer = weight.new_empty(min(len(weight), _ROWS_AT_ONCE), weight.shape[1], dtype=torch.float64)
+        products, squares = [], []
+        for rows in weight.split(_ROWS_AT_ONCE):
+            exact_rows = buffer[: len(rows)].copy_(rows)
+            products.append(exact_rows @ exact)
+            if layer not in self._squared_norms:
+                squares.append(torch.linalg.vector_norm(exact_rows, dim=1).square())
+        if squares:
+            self._squared_norms[layer] = torch.cat(squares)
+        return torch.cat(products)
+
+    def _has_norms(self, layer: str, fitted: FittedLayer, *, adapter: Adapter) -> bool:
+        """Whether the row norms at strength 1 are close to those that the file states."""
+        stated = adapter.layers[layer]["baked_vnorm_row"].to(fitted.along)
+        squares = self.squared_norms(layer) + adapter.scaling * (2 * fitted.along + adapter.scaling * fitted.squares)
+        return bool(((squares.clamp(min=0).sqrt() - stated).abs() <= _NORM_TOLERANCE * stated.abs()).all())
+
+
+def singular_basis(weight: Tensor, rank: int) -> SingularBasis:
+    """Returns the first `rank` singular vectors of `weight` (out, in).
+
+    They are eigenvectors of the weight's product with its own transpose. In float64 this is more exact than a singular
+    value decomposition in float32, and takes a quarter of the time.
+    """
+    exact = weight.double().cpu()
+    is_wide = exact.shape[1] > exact.shape[0]
+    wide = exact if is_wide else exact.T
+    squares, vectors = torch.linalg.eigh(wide @ wide.T)
+    values, near = squares.flip(0).clamp(min=0).sqrt(), vectors.flip(1)[:, :rank]
+    # A singular value of zero has no unique vector on the other side; a vector of zeros leaves its part out.
+    far = (wide.T @ near) / values[:rank].clamp(min=max(1e-12 * float(values[0]), 1e-30))
+    u, v = (near, far) if is_wide else (far, near)
+    signs = torch.where(u.gather(0, u.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)
+    cut = values[rank - 1 : rank + 1].tolist()
+    is_ambiguous = len(cut) == 2 and cut[0] - cut[1] <= _CLOSE_VALUES * cut[0]
+    return SingularBasis((u * signs).float(), (v * signs).float(), is_ambiguous)
+
+
+def _other_model(adapter: Adapter, reason: str) -> InvalidRequestError:
+    return refuse_adapter(adapter.name, f"was made for another model: {reason}")
+
+
+def _join(layers: list[str]) -> str:
+    return layers[0] if len(layers) == 1 else f"{layers[0]} and {len(layers) - 1} other layers"
