@@ -46,8 +46,8 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, rotated: int, *, base: float = 10000.0) -> None:
         super().__init__()
-        exponents = torch.arange(0, rotated, 2).float() / rotated
-        self.register_buffer("inv_freq", 1.0 / base**exponents)
+        # A list, because arithmetic on the meta device would import torch's compiler, which takes a second.
+        self.register_buffer("inv_freq", torch.tensor([base ** (-2 * j / rotated) for j in range((rotated + 1) // 2)]))
 
     @property
     def half_width(self) -> int:
