@@ -31,7 +31,6 @@ from stable_audio_serve.core.errors import StableAudioError
 
 Rows = list[dict[str, object]]
 
-MODES = ("strict", "fast")
 _DIALECTS = ("sa3", "saos", "vllm", "aiml", "fal")  # not imported from `dialects`, which needs more packages
 # Errors that are printed without a traceback, because their message is sufficient.
 _EXPECTED = (VoidError, OutOfTimeError, OtherRunError, SideFailedError, StableAudioError, ValueError, OSError)
@@ -43,24 +42,21 @@ class Case:
     """A benchmark case, implemented by a module in `benchmarks.cases`.
 
     The module NAME defines `async run_NAME(settings)`, which returns results, and `rows(results)`, which returns them
-    as a table. `options` are the settings that the case uses. `by_mode`: unless `--mode` is given, the case is run in
-    both modes of the engine.
+    as a table. `options` are the settings that the case uses.
     """
 
     module: str
     options: str
-    by_mode: bool = False
 
 
 CASES: Mapping[str, Case] = {
-    "engine": Case("engine", "model device mode threads rounds", by_mode=True),
     "http": Case("http", "model device threads rounds full"),
     "overload": Case("overload", "model threads rounds full"),
     "scale": Case("scale", "model threads rounds full"),
     "routing": Case("routing", "model threads rounds full"),
     "cold-start": Case("cold_start", "model device threads rounds"),
     "memory": Case("memory", "model device mode threads full"),
-    "threads": Case("threads", "model rounds"),
+    "ggml": Case("ggml", "model threads rounds binary weights"),
     "edits": Case("edits", "device threads rounds"),
     "simulate": Case("simulate", "full"),
 }
@@ -96,16 +92,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measure_case(name: str, settings: CaseSettings, *, out: Path) -> Rows:
-    """Run a case and write a JSON file for each engine mode. Returns the case's table."""
+    """Run a case and write its JSON file. Returns the case's table."""
     case = CASES[name]
     module = importlib.import_module(f"benchmarks.cases.{case.module}")
-    table: Rows = []
-    for mode in MODES if case.by_mode and settings.mode is None else (settings.mode,):
-        own = replace(settings, mode=mode)
-        results = asyncio.run(getattr(module, f"run_{case.module}")(own))
-        write_report(out, f"{name}-{mode}" if case.by_mode else name, settings=asdict(own), results=results)
-        table += module.rows(results)
-    return table
+    results = asyncio.run(getattr(module, f"run_{case.module}")(settings))
+    write_report(out, name, settings=asdict(settings), results=results)
+    rows: Rows = module.rows(results)
+    return rows
 
 
 def measure_comparison(settings: CaseSettings, request: RunRequest, *, out: Path) -> Rows:
@@ -174,10 +167,12 @@ def _add(cases: Any, name: str, *, options: str) -> argparse.ArgumentParser:
     known: dict[str, dict[str, Any]] = {
         "model": {"help": "registered name or checkpoint folder; default: the demo model"},
         "device": {"help": "default: cpu"},
-        "mode": {"choices": MODES, "help": "default: both, or the device's own"},
+        "mode": {"choices": ("strict", "fast"), "help": "default: the device's own"},
         "threads": {"type": int, "help": "model threads; default: 1"},
         "rounds": {"type": int, "help": "default: 3"},
         "full": {"action": "store_true", "help": "as many requests as published figures need"},
+        "binary": {"help": "sa3.cpp's program sa3-generate; default: measure only this engine"},
+        "weights": {"help": "checkpoint folder, with sa3.cpp's GGUF files of the same weights"},
     }
     for option in options.split():
         case.add_argument(f"--{option}", **known[option])

@@ -130,7 +130,6 @@ P22; small-mixed p95 of 100 steps, simulated; simulate; mixes.small-mixed.packed
 P22; medium-mixed p95, simulated; simulate; mixes.medium-mixed.packed.p95_over_lock_ratio; <= 0.45
 P22; medium-mixed p95 of 8 steps, simulated; simulate; mixes.medium-mixed.packed.p95_8_over_lock_ratio; <= 0.1
 P22; medium-mixed p95 of 100 steps, simulated; simulate; mixes.medium-mixed.packed.p95_100_over_lock_ratio; <= 1.5
-P23; two threads over one: throughput; threads; speedup.2; >= 1.67
 P25; small-mixed p95 by predicted work over Serve's router; routing; p95_over_serve_ratio; <= 0.8
 """
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.cases import run
-from benchmarks.cli import CASES, MODES
+from benchmarks.cases import ggml, run
+from benchmarks.cli import CASES
 from benchmarks.goals import GOALS, Standing, read_standings
 from benchmarks.gpu.goals import GPU_GOALS
 from benchmarks.report import format_cell
@@ -25,6 +25,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = RESULTS / "README.md"
 SUMMARY = ROOT / "docs" / "performance.md"
 _SUMMARIZED = RESULTS / "cpu-2-cores"
+_GGML = RESULTS / "cpu-xeon-2-cores" / "ggml.json"
 _DEFAULTS = asdict(CaseSettings())
 _RUN_FOLLOWS = ("model", "mode", "threads", "rounds")
 
@@ -74,7 +75,12 @@ def render(results: Path = RESULTS) -> str:
 def fill(text: str, folder: Path = _SUMMARIZED) -> str:
     """Returns the text of docs/performance.md with tables from the results in a folder."""
     results = {path.stem: json.loads(path.read_text())["results"] for path in folder.glob("*.json")}
-    tables = {"servers": _servers(results), "figures": _figures(results), "edits": _edits(results["edits"])}
+    tables: dict[str, Iterable[Mapping[str, object]]] = {
+        "servers": _servers(results),
+        "figures": _figures(results),
+        "edits": _edits(results["edits"]),
+        "ggml": ggml.rows(json.loads(_GGML.read_text())["results"]),
+    }
     for name, rows in tables.items():
         table = f"<!-- {name} -->\n\n{_table(list(rows))}\n<!-- end -->"
         before, rest = text.split(f"<!-- {name} -->")
@@ -102,7 +108,7 @@ def _servers(results: Mapping[str, Any]) -> Iterator[Mapping[str, object]]:
 
 
 def _figures(results: Mapping[str, Any]) -> Iterator[Mapping[str, object]]:
-    http, overload, threads = results["http"], results["overload"]["model"], results["threads"]
+    http, overload = results["http"], results["overload"]["model"]
     for what, value in {
         "time from the command `serve` until the demo model is ready": f"{results['cold-start']['ready_s']:.0f} s",
         "latency of a 10 s clip of the demo model over HTTP": f"{http['http']['p50_ms']:.0f} ms",
@@ -114,10 +120,6 @@ def _figures(results: Mapping[str, Any]) -> Iterator[Mapping[str, object]]:
         "p95 latency with routing by predicted work, divided by that with Ray Serve's router": (
             f"{results['routing']['p95_over_serve_ratio']:.2f}"
         ),
-        "compute time per second of audio, one thread (small-music, 10 s, random weights)": (
-            f"{threads['work_s_per_audio_s']['1']:.2f} s"
-        ),
-        "compute time per second of audio, two threads": f"{threads['work_s_per_audio_s']['2']:.2f} s",
     }.items():
         yield {"What": what, "Value": value}
 
@@ -134,19 +136,18 @@ def _machine(folder: Path) -> Iterator[str]:
     reports = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     yield f"## {folder.name}\n"
     yield "".join(f"- {line}\n" for line in sorted({_environment(report) for report in reports.values()}))
-    yield f"### Goals\n\n{_GOALS_SAID}"
-    yield _goals(read_standings(folder, GPU_GOALS if folder.name.startswith("gpu") else GOALS))
+    goals = GPU_GOALS if folder.name.startswith("gpu") else [goal for goal in GOALS if goal.case in reports]
+    if goals:
+        yield f"### Goals\n\n{_GOALS_SAID}"
+        yield _goals(read_standings(folder, goals))
     for name in (name for name in reports if name.startswith("run-")):
         yield _comparison(name, reports[name])
     for name, case in CASES.items():
-        stems = [stem for stem in ([f"{name}-{mode}" for mode in MODES] if case.by_mode else [name]) if stem in reports]
-        if not stems:
+        if name not in reports:
             continue
-        module = importlib.import_module(f"benchmarks.cases.{case.module}")
-        report = reports[stems[0]]
-        settings = report["environment"]["settings"] | ({"mode": None} if case.by_mode else {})
-        command = _command(name, settings, followed=case.options.split())
-        rows = [row for stem in stems for row in module.rows(reports[stem]["results"])]
+        module, report = importlib.import_module(f"benchmarks.cases.{case.module}"), reports[name]
+        command = _command(name, report["environment"]["settings"], followed=case.options.split())
+        rows = module.rows(report["results"])
         yield _section(name, report, command=command, said=(module.__doc__ or "").strip(), rows=rows)
 
 

@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases.engine import load
 from benchmarks.load import send_in_flight
+from benchmarks.models import load
 from benchmarks.settings import CaseSettings
 from benchmarks.workload import draw_arrivals, to_request
 from stable_audio_serve.engine import Engine, EngineOptions

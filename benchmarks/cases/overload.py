@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from benchmarks.cases.engine import resolve_model
 from benchmarks.dialects import OverHttp
 from benchmarks.figures import capacity_rps, fit_alone_ms, is_in_time, percentile, span_s
 from benchmarks.load import Record, play, play_alone, play_clips, play_until_served
+from benchmarks.models import resolve_model
 from benchmarks.quiet import describe_quiet, in_quiet
 from benchmarks.servers.process import serving
 from benchmarks.settings import CaseSettings

@@ -16,9 +16,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.cases.engine import resolve_model
 from benchmarks.compare import LARGEST_DIFFERENCE, Run, RunOptions
 from benchmarks.load import Asker, InProcess
+from benchmarks.models import resolve_model
 from benchmarks.pieces import Pieces
 from benchmarks.report import hash_sources
 from benchmarks.settings import CaseSettings
