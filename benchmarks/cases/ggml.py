@@ -48,8 +48,8 @@ async def run_ggml(settings: CaseSettings) -> dict[str, Any]:
                 own.append(_run_theirs(settings, model=model))
             else:
                 command = (sys.executable, "-m", __name__, settings.weights, model, side, threads)
-                text, memory_mb = _run(command, KEEP_FREED_MEMORY)
-                own.append(json.loads(text.splitlines()[-1]) | {"peak memory (MB)": memory_mb})
+                text, memory_gb = _run(command, KEEP_FREED_MEMORY)
+                own.append(json.loads(text.splitlines()[-1]) | {"peak memory (GB)": memory_gb})
     best = {side: {name: min(run[name] for run in own) for name in own[0]} for side, own in runs.items()}
     return {"model": model, "steps": _STEPS, "sides": best, "rounds": runs}
 
@@ -61,7 +61,8 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
     return [
         {"figure": name}
         | {
-            side: f"{own[name]:.3g}" + (f" ({own[name] / theirs[name]:.2f}x)" if theirs and own is not theirs else "")
+            (side if own is theirs else f"ours, {side}"): f"{own[name]:.3g}"
+            + (f" ({own[name] / theirs[name]:.2f}x)" if theirs and own is not theirs else "")
             for side, own in sides.items()
         }
         for name in sorted(next(iter(sides.values())))
@@ -75,13 +76,13 @@ def _run_theirs(settings: CaseSettings, *, model: str) -> Figures:
     for clip_s in _CLIPS_S:
         with tempfile.NamedTemporaryFile(suffix=".wav") as out:
             command = [*program, "--duration", str(clip_s), "--out", out.name]
-            text, memory_mb = _run(command, {"SA3_PROFILE": "1"})
+            text, memory_gb = _run(command, {"SA3_PROFILE": "1"})
         ms = {name: float(value) for name, value in re.findall(r"\[sa3-profile\] (\w+) +([\d.]+) ms", text)}
         parts = ("conditioning", "dit_total", "dec_total", "write_wav")
         if missing := {"total", *parts} - ms.keys():
             raise ValueError(f"{settings.binary} printed no times of {', '.join(sorted(missing))}: {text[-500:]}")
         found |= _figures(clip_s, steps_ms=ms["dit_total"], decode_ms=ms["dec_total"])
-        found |= {"load (s)": (ms["total"] - sum(ms[part] for part in parts)) / 1000, "peak memory (MB)": memory_mb}
+        found |= {"load (s)": (ms["total"] - sum(ms[part] for part in parts)) / 1000, "peak memory (GB)": memory_gb}
     return found
 
 
@@ -90,7 +91,7 @@ def _figures(clip_s: int, *, steps_ms: float, decode_ms: float) -> Figures:
 
 
 def _run(command: Sequence[str], variables: Mapping[str, str]) -> tuple[str, float]:
-    """Run a program. Returns its output and its largest resident memory in MB. Raises ValueError if it fails."""
+    """Run a program. Returns its output and its largest resident memory in GB. Raises ValueError if it fails."""
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, env=os.environ | variables, stdout=output, stderr=subprocess.STDOUT)
         _, status, used = os.wait4(process.pid, 0)
@@ -99,7 +100,7 @@ def _run(command: Sequence[str], variables: Mapping[str, str]) -> tuple[str, flo
         text = output.read()
     if process.returncode:
         raise ValueError(f"{command[0]} failed with status {process.returncode}: {text[-500:]}")
-    return text, used.ru_maxrss * 1024 / 1e6
+    return text, used.ru_maxrss * 1024 / 1e9
 
 
 async def _measure_ours(weights: str, model: str, *, dtype: str, threads: int) -> Figures:
