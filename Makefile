@@ -11,6 +11,8 @@ GPU_OUT := $(if $(filter file,$(origin OUT)),gpu-results,$(OUT))
 # Three test processes on two cores, because many tests wait for another process. All tests of a file run in one process,
 # and so do the folders whose files share a server (tests/conftest.py).
 PYTEST := $(PY) -m pytest --dist loadfile --no-loadscope-reorder --numprocesses
+OLDEST_TORCH := $(shell sed -n 's/.*"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+OLDEST := .venv-torch-$(OLDEST_TORCH)
 ELSEWHERE := not gpu and not chaos and not cluster
 
 # Longest files of tests/cluster first, so that both test processes end at the same time.
@@ -25,7 +27,7 @@ WAVESURFER_SHA512 := 8743a74564954ea2182d2c37fc856b06db2e9ffc70f4be6ee050376e37d
 VENDOR := stable_audio_serve/api/playground/vendor
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-stable-audio-tools serve wheels test test-fast test-all test-all-1 test-all-2 test-all-3 test-all-4 test-gpu chaos fuzz soak lint fmt type bench bench-gpu docs site site-serve playground-assets clean demo-model demo-eval check-cluster
+.PHONY: help install install-stable-audio-tools serve wheels test test-fast test-all test-all-1 test-all-2 test-all-3 test-all-4 test-gpu test-oldest-torch chaos fuzz soak lint fmt type bench bench-gpu docs site site-serve playground-assets clean demo-model demo-eval check-cluster
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-28s%s\n", $$1, $$2}'
@@ -63,11 +65,17 @@ test-all-2: install
 	$(PYTEST) 3 --hypothesis-profile long -m "(slow or hypothesis) and not server and $(ELSEWHERE)"
 test-all-3: install
 	$(PYTEST) 2 -m "slow and server and $(ELSEWHERE)"
-test-all-4: check-cluster
+test-all-4: check-cluster test-oldest-torch
 
 # Set PY=python3 on a machine that has torch, transformers and pytest but no network, to install nothing.
 test-gpu: $(if $(filter file,$(origin PY)),install) ## tests that need a CUDA device, JUnit XML in OUT=gpu-results (PY=python3 installs nothing)
 	$(PY) -m pytest -c tests/gpu/pytest.ini --confcutdir tests/gpu --junitxml $(GPU_OUT)/tests.xml $(ARGS) tests/gpu
+
+test-oldest-torch: ## the engine alone, with the oldest torch that pyproject.toml allows, in a venv of its own (5 GB)
+	$(PYTHON) -m venv $(OLDEST)
+	grep -v '^torch\|^triton\|^nvidia' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install -q -c $(OLDEST)/constraints.txt torch~=$(OLDEST_TORCH).0 numpy transformers safetensors huggingface_hub pytest
+	STABLE_AUDIO_TEST_DEVICE=stand-in $(OLDEST)/bin/python -m pytest -c tests/gpu/pytest.ini --confcutdir tests/gpu tests/gpu tests/test_bare_machine.py
 
 check-cluster: install ## check each file of cluster/ with the program that reads it, under 3 minutes; fails if a program is missing
 	$(PYTEST) 2 -m cluster $(ARGS) $(CLUSTER_FILES)

@@ -30,14 +30,11 @@ from stable_audio_serve.engine.hardware.device import Device, open_device
 from stable_audio_serve.engine.hardware.threads import plain_threads, steady_threads
 from stable_audio_serve.engine.scheduling.batching import BatchPolicy
 from stable_audio_serve.engine.scheduling.cost import CostModel
-from stable_audio_serve.engine.scheduling.pacing import WindowPace
-from stable_audio_serve.engine.scheduling.scheduler import RowId
-from stable_audio_serve.engine.scheduling.work import Phase
+from stable_audio_serve.engine.scheduling.scheduler import Phase, RowId
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.sampling.noise import SeededNoise
 
 _SETTLED_S = 1.0  # an idle engine that has captured no CUDA graph for this time has nothing left to capture
-_ALL_WINDOWS = 2**30  # limit on the frames to decode at once: none, because no other work waits for the device
 
 
 class Captures(NullMetrics):
@@ -107,7 +104,7 @@ class Pipeline:
             cost=cost,
             cache=PromptCache(options.prompt_cache_bytes),
             noise_pools=dict.fromkeys(get_args(Priority), noise_pool),
-            pace=WindowPace(cost, turn_frames=_ALL_WINDOWS, is_fixed=self._is_steady),
+            is_fixed=self._is_steady,
             clock=SystemClock(),
             metrics=self.captures,
         )

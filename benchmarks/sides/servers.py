@@ -15,8 +15,16 @@ from benchmarks.sides.pipeline import Captures, Pipeline, wait_for_captures
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.engine.hardware.device import Device
-from stable_audio_serve.engine.scheduling.batching import BatchPolicy, Call, Lane, OneRowPerCall
-from stable_audio_serve.engine.scheduling.call_shapes import GRAPH_ROWS, AnyRows, CallShapes, GraphShapes, round_up
+from stable_audio_serve.engine.scheduling.batching import (
+    GRAPH_ROWS,
+    AnyRows,
+    BatchPolicy,
+    Call,
+    GraphShapes,
+    Lane,
+    OneRowPerCall,
+    round_up,
+)
 from stable_audio_serve.models.protocol import DiffusionModel
 
 MAX_BATCH = 32
@@ -45,7 +53,7 @@ class Side(Protocol):
 class OneCall:
     """A batch policy: all rows share one device call, padded to the longest row; if it `pads`, to one of `shapes`."""
 
-    shapes: CallShapes
+    shapes: AnyRows
     pads: bool = True
 
     def split(self, lanes: Sequence[Lane]) -> list[Call]:

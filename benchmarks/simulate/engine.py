@@ -19,15 +19,12 @@ from stable_audio_serve.engine.build import build_scheduler, resolve_policy
 from stable_audio_serve.engine.calls.warmup import DURATION_SHARES, step_shapes
 from stable_audio_serve.engine.hardware.device import CudaDevice
 from stable_audio_serve.engine.prediction import Predictor
-from stable_audio_serve.engine.scheduling.batching import Call
-from stable_audio_serve.engine.scheduling.call_shapes import PackedShapes
+from stable_audio_serve.engine.scheduling.batching import Call, PackedShapes
 from stable_audio_serve.engine.scheduling.cost import CostModel, Measurement
-from stable_audio_serve.engine.scheduling.pacing import WindowPace
-from stable_audio_serve.engine.scheduling.scheduler import RowId
-from stable_audio_serve.engine.scheduling.windows import count_fitting, window_lengths
-from stable_audio_serve.engine.scheduling.work import Phase, RowWork
+from stable_audio_serve.engine.scheduling.scheduler import Phase, RowId, RowWork
+from stable_audio_serve.engine.scheduling.windows import num_in_turn
 from stable_audio_serve.models.protocol import WindowRule
-from stable_audio_serve.models.windows import LONGEST_FRAMES, audible_windows, cut_windows
+from stable_audio_serve.models.windows import cut_windows, window_lengths
 
 _PROBE_WINDOW = 128  # frames
 _CALLS_AHEAD = 2  # number of calls that the host may enqueue before the GPU begins them, as in `engine.pacing`
@@ -36,7 +33,7 @@ _CALLS_AHEAD = 2  # number of calls that the host may enqueue before the GPU beg
 def work_of(arrival: Arrival, network: Network) -> RowWork:
     """Returns the device work of a request, with decoding in the engine's windows. Guidance takes two rows per step."""
     frames = network.frames(arrival.duration_s)
-    windows = audible_windows(frames, num_audible=frames, rule=WindowRule(network.halo_frames))
+    windows = cut_windows(frames, rule=WindowRule(network.halo_frames))
     branches = [2 if arrival.is_guided else 1] * arrival.steps
     return RowWork(frames, branches=branches, decode_left=window_lengths(windows))
 
@@ -103,7 +100,6 @@ class _Row:
     work: RowWork
     has_started: bool = False
     text: int | None = None  # the row's first step must wait for this call of the second queue
-    frames_decoded: int = 0
 
 
 class SimulatedEngine:
@@ -122,9 +118,8 @@ class SimulatedEngine:
             packs_rows=True,
             packed=PackedShapes(network.prefix_tokens, longest_frames),
         )
-        self._pace = WindowPace(self._cost, is_fixed=False)
         self._fit_cost(longest_frames, max_tokens=options.max_step_tokens)
-        self._predictor = Predictor(self._cost, self._policy, turn_frames=self._pace.turn_frames)
+        self._predictor = Predictor(self._cost, self._policy)
         self._scheduler = build_scheduler(options, self._policy, predictor=self._predictor, has_second_queue=True)
         self._queues = _Queues()
         self._rows: dict[RowId, _Row] = {}
@@ -206,9 +201,7 @@ class SimulatedEngine:
     def _denoise(self, rows: Sequence[_Row]) -> None:
         calls = self._policy.split([row.work.lane for row in rows])
         ms = sum(map(self._call_ms, calls))
-        groups = [call.groups for call in calls]
-        self._cost.correct("denoise", groups, measured_ms=ms)
-        self._pace.record_step(sum(self._cost.groups_ms("denoise", own) for own in groups))
+        self._cost.correct("denoise", [call.groups for call in calls], measured_ms=ms)
         self._queues.run(ms)
         for row in rows:
             row.work.finish_evaluation()
@@ -219,12 +212,9 @@ class SimulatedEngine:
     def _decode(self, rows: Sequence[_Row]) -> None:
         """Enqueue calls that decode the next windows of each row. Windows of equal length share a call."""
         lengths: list[int] = []
-        others_wait = any(row.work.phase is not Phase.DECODE for row in self._rows.values())
-        most = self._pace.decode_frames(len(rows), others_wait=others_wait)
         for row in rows:
-            self._cut(row, longest=min(most, LONGEST_FRAMES))
             left = row.work.decode_left
-            num = count_fitting(left, most)
+            num = num_in_turn(left)
             lengths += left[:num]
             row.work.decode_left = left[num:]
         ms = 0.0
@@ -234,13 +224,3 @@ class SimulatedEngine:
                 ms += self._gpu.decode_ms(min(windows - start, self._together), frames)
         ended = [row.arrival for row in rows if row.work.phase is Phase.DONE]
         self._windows.append(self._queues.enqueue(ms, *ended))
-
-    def _cut(self, row: _Row, *, longest: int) -> None:
-        """Cut the frames of the row that are not decoded into windows, as `engine.windows.AudioAssembly` does.
-
-        The first of these windows then counts as decoded.
-        """
-        rule = WindowRule(self._gpu.network.halo_frames)
-        spans = cut_windows(row.frames_decoded, frames=row.work.frames, rule=rule, longest=longest)
-        row.work.decode_left = window_lengths(spans)
-        row.frames_decoded = spans[0].keep_stop

@@ -81,6 +81,7 @@ class RecipeMaker(_Part):
     slots: Annotated[int, Field(ge=1, le=4096), _WHOLE] | None = _unset("Rows of a call; only in strict mode on a GPU.")
     is_compiled: bool | None = _unset("Whether the networks were compiled with torch.compile.")
     profile: _ShortText | None = _unset("Speed features of the engine, only on a GPU: plain or accelerated.")
+    attention: _ShortText | None = _unset("Kernels of attention, only on a GPU: without and with a mask.")
     codecs: _ShortText | None = _unset(
         "Libraries that read the sources and wrote the file; unset for WAV without sources."
     )
@@ -279,6 +280,7 @@ def write_maker(made_on: MadeOn, *, codecs: str | None) -> RecipeMaker:
         slots=provenance.slots,
         is_compiled=provenance.is_compiled,
         profile=provenance.profile,
+        attention=provenance.attention,
         codecs=codecs,
     )
 

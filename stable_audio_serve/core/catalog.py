@@ -17,7 +17,7 @@ OPEN_FAMILY = "stable-audio-open"
 NetworkBackend = Literal["native", "stable_audio_tools"]
 
 # Precision of the decoder's matrix multiplications. split = each one is the sum of three half-precision
-# multiplications, which comes close to float32.
+# multiplications, which comes close to float32. It needs a CPU with AMX.
 DecodePrecision = Literal["float32", "split", "tf32", "half"]
 
 # Names of the samplers, for models with a flow objective (FLOW_SAMPLERS) and with the v objective (V_SAMPLERS). They

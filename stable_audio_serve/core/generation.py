@@ -172,6 +172,7 @@ class Provenance:
     slots: int | None = None
     is_compiled: bool = False
     profile: str | None = None  # of the engine's speed features on a GPU: plain or accelerated
+    attention: str | None = None  # the kernels of attention on a GPU
     transformers: str | None = None
     steps: int | None = None
     cfg_scale: float | None = None

@@ -15,7 +15,8 @@ DrainState = Literal["no", "draining", "drained"]
 class ReplicaReport:
     """The last report of one replica, `age_s` seconds old. Values that the replica did not report are None.
 
-    `profile` names the engine's profile, and why it is plain. `in_flight` is the number of unfinished requests, and
+    `profile` names the engine's profile, why it is plain, and features that are off. `memory_bytes` is the plan of a
+    GPU's memory, by purpose. `in_flight` is the number of unfinished requests, and
     `backlog_s` their predicted device time. `rows_per_step` is the mean number of variations in a denoising step over
     the last ten seconds. `finished_per_minute` is the number of requests that finished in the minute before the report.
     """
@@ -25,6 +26,7 @@ class ReplicaReport:
     device: str | None = None
     dtype: str | None = None
     profile: str | None = None
+    memory_bytes: Mapping[str, int] | None = None
     in_flight: int | None = None
     backlog_s: float | None = None
     rows_per_step: float | None = None

@@ -3,7 +3,7 @@ or HTTP.
 """
 
 from stable_audio_serve.engine.engine import Engine
+from stable_audio_serve.engine.loop import EngineHeartbeat
 from stable_audio_serve.engine.options import EngineOptions
-from stable_audio_serve.engine.thread import EngineHeartbeat
 
 __all__ = ["Engine", "EngineHeartbeat", "EngineOptions"]

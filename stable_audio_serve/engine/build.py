@@ -25,29 +25,25 @@ from stable_audio_serve.engine.calls.warmup import WarmUp
 from stable_audio_serve.engine.hardware.device import Device
 from stable_audio_serve.engine.hardware.share import MemoryPlan, plan_memory
 from stable_audio_serve.engine.hardware.threads import plain_threads, steady_threads
-from stable_audio_serve.engine.loop import EngineLoop
+from stable_audio_serve.engine.loop import EngineLoop, EngineThread
 from stable_audio_serve.engine.options import EngineOptions, Features
 from stable_audio_serve.engine.prediction import Predictor
 from stable_audio_serve.engine.scheduling.batching import (
+    GRAPH_ROWS_WITH_PACKED,
+    AnyRows,
     BatchPolicy,
     EqualLengths,
     FixedSlots,
+    GraphShapes,
     MergedGrid,
     OneRowPerCall,
     Packed,
     PackedOrGrid,
-)
-from stable_audio_serve.engine.scheduling.call_shapes import (
-    GRAPH_ROWS_WITH_PACKED,
-    AnyRows,
-    GraphShapes,
     PackedShapes,
 )
 from stable_audio_serve.engine.scheduling.cost import CostModel
 from stable_audio_serve.engine.scheduling.memory import RowMemory
-from stable_audio_serve.engine.scheduling.pacing import WindowPace
 from stable_audio_serve.engine.scheduling.scheduler import Scheduler, SchedulerLimits
-from stable_audio_serve.engine.thread import EngineThread
 from stable_audio_serve.models.protocol import DiffusionModel, ModelSpec
 from stable_audio_serve.sampling.noise import NoiseSource
 
@@ -117,7 +113,8 @@ class EngineParts:
 
     thread: EngineThread
     inbox: Inbox
-    memory: MemoryPlan
+    memory: RowMemory
+    stages: Stages
     predictor: Predictor
     noise_pools: Mapping[Priority, ThreadPoolExecutor]
 
@@ -147,8 +144,11 @@ def build_parts(
         is_strict=mode == "strict",
         cost=cost,
         policy=policy or _own_policy(model.spec, options, features=features, device=device, cost=cost),
-        bounds=plan_memory(
-            device.memory(), max_rows_bytes=options.max_memory_bytes, prompt_cache_bytes=options.prompt_cache_bytes
+        plan=plan_memory(
+            device.memory(),
+            max_rows_bytes=options.max_memory_bytes,
+            prompt_cache_bytes=options.prompt_cache_bytes,
+            captures=device.can_capture,
         ),
         clock=clock,
         metrics=metrics,
@@ -203,7 +203,7 @@ class _Builder:
     is_strict: bool
     cost: CostModel
     policy: BatchPolicy
-    bounds: MemoryPlan
+    plan: MemoryPlan
     clock: Clock
     metrics: Metrics
 
@@ -213,11 +213,15 @@ class _Builder:
             priority: ThreadPoolExecutor(num_threads, thread_name_prefix="noise") for priority in get_args(Priority)
         }
         inbox = Inbox()
-        pace = WindowPace(self.cost, is_fixed=self.is_strict)
-        predictor = Predictor(self.cost, self.policy, turn_frames=pace.turn_frames)
+        predictor = Predictor(self.cost, self.policy)
         memory = RowMemory(
-            self.model.spec, max_bytes=self.bounds.rows, is_fixed=self.is_strict, setting=self.bounds.setting
+            self.model.spec,
+            self.plan,
+            max_rows=self.options.max_rows,
+            is_fixed=self.is_strict,
+            has_second_queue=self.device.has_second_queue,
         )
+        stages = self._stages(noise_pools)
         loop = EngineLoop(
             self.model.spec,
             scheduler=build_scheduler(
@@ -225,9 +229,9 @@ class _Builder:
                 self.policy,
                 predictor=predictor,
                 has_second_queue=self.device.has_second_queue,
-                max_bytes=self.bounds.rows,
+                max_bytes=self.plan.rows,
             ),
-            stages=self._stages(pace, noise_pools),
+            stages=stages,
             predictor=predictor,
             memory=memory,
             admission=admission,
@@ -238,16 +242,17 @@ class _Builder:
         warm_up = self._warm_up(noise_factory)
 
         def prepare() -> None:
-            memory.measure(self.model, noise_factory)
+            if self.plan.rows is not None or self.device.can_capture:
+                stages.fix_memory(memory.measure(self.model, noise_factory))
             if self.options.warmup_budget_s > 0:
                 warm_up.run()
 
         use_threads = steady_threads if self.is_strict and not self.device.shares_calls else plain_threads
         sharing = use_threads(self.options.torch_threads)
         thread = EngineThread(loop, inbox, sharing=sharing, prepare=prepare, clock=self.clock)
-        return EngineParts(thread, inbox, self.bounds, predictor, noise_pools)
+        return EngineParts(thread, inbox, memory, stages, predictor, noise_pools)
 
-    def _stages(self, pace: WindowPace, noise_pools: Mapping[Priority, ThreadPoolExecutor]) -> Stages:
+    def _stages(self, noise_pools: Mapping[Priority, ThreadPoolExecutor]) -> Stages:
         executor = Executor(
             self.model,
             self.policy,
@@ -256,7 +261,7 @@ class _Builder:
             is_strict=self.is_strict,
             clock=self.clock,
             metrics=self.metrics,
-            max_capture_bytes=self.bounds.captures,
+            max_graph_bytes=self.plan.graphs,
             captures_off_file=self.options.captures_off_file,
         )
         return Stages(
@@ -266,7 +271,7 @@ class _Builder:
             cost=self.cost,
             cache=PromptCache(self.options.prompt_cache_bytes),
             noise_pools=noise_pools,
-            pace=pace,
+            is_fixed=self.is_strict,
             clock=self.clock,
             metrics=self.metrics,
         )

@@ -34,13 +34,14 @@ from stable_audio_serve.engine.build import build_parts, resolve_mode
 from stable_audio_serve.engine.calls.request_state import UNAVAILABLE, Reply, RequestState, deadline_error
 from stable_audio_serve.engine.calls.rows import row_work
 from stable_audio_serve.engine.hardware.device import Device, open_device
+from stable_audio_serve.engine.hardware.share import MemoryPlan
+from stable_audio_serve.engine.loop import EngineHeartbeat
 from stable_audio_serve.engine.options import PLAIN, EngineOptions, Features
 from stable_audio_serve.engine.planner import Planner
 from stable_audio_serve.engine.prediction import PriceList
 from stable_audio_serve.engine.profile import Profile, prove
 from stable_audio_serve.engine.provenance import complete_provenance, describe_engine, require_checkpoint
 from stable_audio_serve.engine.scheduling.batching import BatchPolicy
-from stable_audio_serve.engine.thread import EngineHeartbeat
 from stable_audio_serve.models.protocol import DiffusionModel, ModelSpec, RowPlan, SwitchableDecoder
 from stable_audio_serve.sampling.noise import NoiseSource, SeededNoise
 
@@ -103,6 +104,8 @@ class Engine:
         """Build everything that runs on the engine thread. Must not be called once the thread has started."""
         self.profile = profile
         self._device = self._whole_device.restricted(profile.features)
+        if self._decodes_exactly:
+            self._loaded = replace(self._loaded, decode_precision="float32")
         self._provenance = describe_engine(
             self._model.spec,
             self._options,
@@ -123,13 +126,19 @@ class Engine:
             clock=self._clock,
             metrics=self._metrics,
         )
-        self.memory = parts.memory
+        self._memory = parts.memory
+        self._stages = parts.stages
         self._thread = parts.thread
         self._inbox = parts.inbox
         self._predictor = parts.predictor
         self._noise_pools = parts.noise_pools
         self._price_list = PriceList(self._model, self._predictor)
         weakref.finalize(self, self._thread.stop, timeout_s=_EXIT_TIMEOUT_S)
+
+    @property
+    def _decodes_exactly(self) -> bool:
+        """Whether the profile replaces the configured `decode_precision` by float32."""
+        return not self.profile.features.fast_decoding and not self._whole_device.is_proved
 
     async def _prove(self) -> None:
         """Check the profile once, before the engine thread starts. Other engines of this model run meanwhile."""
@@ -141,7 +150,7 @@ class Engine:
                 if profile != self.profile:
                     self._assemble(profile)
             if isinstance(self._model, SwitchableDecoder):
-                self._model.decode_exactly(not self.profile.features.fast_decoding and not self._whole_device.is_proved)
+                self._model.decode_exactly(self._decodes_exactly)
             self._metrics.gauge("engine_profile", 1.0, profile=self.profile.name)
             self._is_proved = True
 
@@ -235,6 +244,20 @@ class Engine:
     @property
     def spec(self) -> ModelSpec:
         return self._model.spec
+
+    def describe_profile(self) -> str:
+        """Return the profile, why it is plain, and the features that were switched on but are off, with the reason."""
+        own = [str(self.profile)]
+        if self.profile.features.packing and self.mode == "fast" and not self.spec.packs_segments:
+            own.append("packing off: this torch or precision has no attention for packed rows")
+        if reason := self._stages.captures_off_reason:
+            own.append(f"captures off: {reason}")
+        return "; ".join(own)
+
+    @property
+    def memory(self) -> MemoryPlan:
+        """How the device's memory is divided. Complete once the engine has started."""
+        return self._memory.plan
 
     @property
     def device(self) -> torch.device:

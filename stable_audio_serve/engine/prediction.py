@@ -12,8 +12,8 @@ from stable_audio_serve.core.pricing import Prices
 from stable_audio_serve.engine.calls.rows import row_work
 from stable_audio_serve.engine.scheduling.batching import BatchPolicy, Lane
 from stable_audio_serve.engine.scheduling.cost import CostModel, Work
-from stable_audio_serve.engine.scheduling.windows import count_fitting
-from stable_audio_serve.engine.scheduling.work import Phase, RowWork
+from stable_audio_serve.engine.scheduling.scheduler import Phase, RowWork
+from stable_audio_serve.engine.scheduling.windows import num_in_turn
 from stable_audio_serve.models.protocol import DiffusionModel
 
 # Prices are computed from the predictions for clips of these two durations, as fractions of the longest duration. The
@@ -75,11 +75,9 @@ class Predictor:
     that shares full steps with others. Thread-safe.
     """
 
-    def __init__(self, cost: CostModel, policy: BatchPolicy, *, turn_frames: int = 1) -> None:
-        """In one turn of the engine, up to `turn_frames` latent frames of a row are encoded or decoded."""
+    def __init__(self, cost: CostModel, policy: BatchPolicy) -> None:
         self._cost = cost
         self._policy = policy
-        self._turn_frames = turn_frames
 
     def text_ms(self, num_prompts: int) -> float:
         """Return the time in ms to encode this many prompts in one call."""
@@ -107,10 +105,7 @@ class Predictor:
 
         `lengths` are the latent frames of the row's remaining windows.
         """
-        return sum(
-            self._cost.call_ms(kind, rows=1, frames=frames)
-            for frames in lengths[: count_fitting(lengths, self._turn_frames)]
-        )
+        return sum(self._cost.call_ms(kind, rows=1, frames=frames) for frames in lengths[: num_in_turn(lengths)])
 
     def _alone_evaluation_ms(self, branches: int, frames: int) -> float:
         call = self._policy.split([Lane(branches, frames)])[0]

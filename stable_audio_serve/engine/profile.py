@@ -113,7 +113,8 @@ def _tone(seconds: float, spec: ModelSpec) -> Audio:
 async def _run(engine: Generator, requests: Sequence[GenerationRequest]) -> list[Audio]:
     """Return the audio of the requests, which run together, twice: in order and in reverse. Closes the engine.
 
-    The second time, calls whose shape was captured in between replay their CUDA graphs.
+    The second time, calls that were captured in between replay their CUDA graphs. Few are; each graph is compared with
+    the eager call when it is first used (`Graphs.confirm`).
     """
     try:
         await engine.start()

@@ -49,6 +49,7 @@ def describe_engine(
         slots=None if is_cpu or is_fast else options.slots,
         is_compiled=spec.is_compiled,
         profile=None if is_cpu else profile,
+        attention=spec.attention or None,
         transformers=version("transformers"),
     )
 

@@ -20,7 +20,6 @@ from stable_audio_serve.models.switches import (
     SWITCH_LOCK,
     bfloat16_processor_products,
     switched,
-    tf32_convolutions,
     tf32_products,
 )
 
@@ -56,7 +55,7 @@ def resolve_decode_precision(device: torch.device, precision: str | None) -> Dec
 def _supported(device: torch.device) -> tuple[DecodePrecision, ...]:
     if device.type == "cuda":
         has_tf32 = torch.cuda.get_device_capability(device)[0] >= _FIRST_WITH_TF32
-        return ("float32", "split", "tf32", "half") if has_tf32 else ("float32", "half")
+        return ("float32", "tf32", "half") if has_tf32 else ("float32", "half")
     if device.type == "cpu" and has_native_bfloat16():
         # "split" needs AMX. Without it, its three bfloat16 products take 1.9 times as long as one float32 product.
         return ("float32", "split", "half") if has_matrix_bfloat16() else ("float32", "half")
@@ -75,7 +74,7 @@ def decoder_products(precision: DecodePrecision, device: torch.device) -> Produc
         case "tf32":
             return _tf32
         case "split":
-            return functools.partial(_split, _bfloat16_product if device.type == "cpu" else _cuda_product)
+            return _split
         case "half":
             return functools.partial(_half, device)
         case _:
@@ -96,8 +95,8 @@ def _half(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _split(product: Product) -> Iterator[None]:
-    with SWITCH_LOCK.alone(), SplitProducts(product):
+def _split() -> Iterator[None]:
+    with SWITCH_LOCK.alone(), SplitProducts(_bfloat16_product):
         yield
 
 
@@ -163,15 +162,3 @@ def _bfloat16_product(layer: Callable[..., Tensor], x: Tensor, weight: Tensor, *
     """Compute a layer on a CPU with input and weight rounded to bfloat16. Returns float32."""
     with switched(bfloat16_processor_products()):
         return layer(x, weight, **options)
-
-
-def _cuda_product(layer: Callable[..., Tensor], x: Tensor, weight: Tensor, **options: Any) -> Tensor:  # noqa: PLR0917
-    """Compute a layer on CUDA: linear layers in bfloat16, convolutions in TF32. Returns float32.
-
-    Convolutions of bfloat16 tensors would also round their output to bfloat16, which is too coarse.
-    """
-    if layer is not F.linear:
-        with switched(tf32_convolutions()):
-            return layer(x, weight, **options)
-    flat = torch.mm(x.flatten(0, -2).bfloat16(), weight.bfloat16().T, out_dtype=torch.float32)
-    return flat.unflatten(0, x.shape[:-1])

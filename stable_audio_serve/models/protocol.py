@@ -37,6 +37,7 @@ class ModelSpec:
     is_compiled: bool = False  # uses torch.compile: a new shape can take seconds, and results may depend on the shape
     dtype: torch.dtype = torch.float32  # the denoiser's precision
     captures_decode: bool = False  # `decode` can be captured as a CUDA graph for any window
+    attention: str = ""  # on a GPU, the kernels of attention, without and with a mask
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Checks that every family makes before planning a request: valid text, finite numbers, at least one variation."""
+"""Validates a request for any family, before it is planned: valid text, finite numbers, at least one variation."""
 
 from __future__ import annotations
 

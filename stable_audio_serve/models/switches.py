@@ -79,18 +79,13 @@ def switched(switches: Sequence[Switch]) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def tf32_convolutions() -> list[Switch]:
-    """Returns the switch that lets cuDNN's convolutions use TF32."""
-    return [(torch.backends.cudnn, "allow_tf32", True)]
-
-
 def tf32_products() -> list[Switch]:
     """Returns the switches that let convolutions, cuBLAS's matrix products and fused attention use TF32.
 
     Uses the attribute `allow_tf32`, which also sets its successor `fp32_precision` (torch 2.9). If only the successor
     is set, torch raises an error when `allow_tf32` is read.
     """
-    return [(torch.backends.cuda.matmul, "allow_tf32", True), *tf32_convolutions()]
+    return [(torch.backends.cuda.matmul, "allow_tf32", True), (torch.backends.cudnn, "allow_tf32", True)]
 
 
 def bfloat16_processor_products() -> list[Switch]:

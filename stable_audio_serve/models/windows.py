@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from stable_audio_serve.models.protocol import WindowRule, WindowSpan
@@ -11,6 +12,11 @@ WINDOW_FRAMES, OVERLAP_FRAMES = 128, 32  # as in the reference implementations' 
 LONGEST_FRAMES = 512  # longest window for decoding with a WindowRule
 _REDUNDANT_SHARE = 0.05  # halo frames (decoded, but not used) per used frame in a window, at most
 WINDOW_GRID = 16  # window lengths are rounded to multiples, so that windows of different clips can share a batch
+
+
+def window_lengths(spans: Sequence[WindowSpan]) -> tuple[int, ...]:
+    """Returns the length of each window in latent frames."""
+    return tuple(span.stop - span.start for span in spans)
 
 
 def whole_window(frames: int) -> tuple[WindowSpan, ...]:
@@ -58,14 +64,15 @@ def audible_windows(frames: int, *, num_audible: int, rule: WindowRule) -> tuple
     return tuple(_aligned(span, rule) for span in spans)
 
 
-def cut_windows(first: int, *, frames: int, rule: WindowRule, longest: int) -> list[WindowSpan]:
-    """Returns windows for decoding the frames [first, frames) of a clip. `first` is a multiple of `rule.multiple`.
+def cut_windows(frames: int, *, rule: WindowRule, longest: int = LONGEST_FRAMES) -> list[WindowSpan]:
+    """Returns windows for decoding a clip of this many frames.
 
     All windows but the last have about `longest` frames. The last one may start earlier than necessary: its length is
     then a multiple of WINDOW_GRID, so that few different lengths occur.
     """
     longest = max(shortest_window(rule), longest // rule.multiple * rule.multiple)
     spans: list[WindowSpan] = []
+    first = 0
     while first < frames:
         start = max(first - rule.halo, 0)
         stop, keep_stop = start + longest, start + longest - rule.halo

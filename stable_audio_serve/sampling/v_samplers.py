@@ -39,8 +39,9 @@ def v_path(sampler: str) -> NoisePath:
 def build_v_plan(sampler: str, steps: int, *, span: SigmaRange, guidance: Guidance, has_source: bool) -> SamplerPlan:
     """Return the plan of `sampler` with `steps` steps over the noise levels of `span`.
 
-    The samplers over sigma start from the source, if any, plus `sigma_max` times noise, so `sigma_max` is the noise
-    level of an edit. `v-ddim` and `v-ddim-cfgpp` use `sigma_max` as a time (at most 1) and ignore the rest of `span`.
+    A plan starts from noise times `sigma_max`. With a source, that noise is added to the source, so `sigma_max` says
+    how far the result may differ from it. The exceptions are `v-ddim` and `v-ddim-cfgpp`: they use `sigma_max` as a
+    time (at most 1) and ignore the rest of `span`.
     Raises InvalidRequestError if the sampler is unknown, or if `steps` or `rho` is invalid.
     """
     if sampler in OVER_TIME:

@@ -61,7 +61,7 @@ def load_engine(
         check_size=partial(_require_room, model.name, device, share) if device.memory() else None,
     )
     threads = choose_threads(settings, model, device=loaded.device.type, cluster_gpus=cluster_gpus)
-    engine = Engine(
+    return Engine(
         loaded,
         engine_options(model, threads=threads),
         metrics=metrics,
@@ -70,9 +70,6 @@ def load_engine(
             decode_precision=resolve_decode_precision(loaded.device, model.decode_precision), networks=model.backend
         ),
     )
-    if engine.memory.rows is not None:
-        logger.info("memory: model=%s share=%g rows_bytes=%d", model.name, share, engine.memory.rows)
-    return engine
 
 
 def load_named_engine(settings: Settings, model: ModelSettings) -> Engine:

@@ -79,7 +79,7 @@ class JobRunnerReplica:
         return self._runner.drain()
 
     async def _report_waiting_work(self) -> None:
-        """Once a second, send each model's replicas the work that waits for the model, for the autoscaling policy.
+        """Once a second, report to each model's replicas how many seconds of jobs wait for it.
 
         A report also says whether an operator keeps the model loaded. Models get a report only if they have waiting
         jobs, or are kept loaded, or have just been released by the operator.

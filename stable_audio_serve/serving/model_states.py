@@ -64,6 +64,7 @@ class ReplicaStats:
     device: str
     dtype: str
     profile: str
+    memory_bytes: Mapping[str, int]
     in_flight: int
     rows_per_step: float | None
     finished_per_minute: int
@@ -127,6 +128,7 @@ def _report(name: str, stats: Mapping[str, Any], *, age_s: float) -> ReplicaRepo
         device=stats.get("device"),
         dtype=stats.get("dtype"),
         profile=stats.get("profile"),
+        memory_bytes=stats.get("memory_bytes"),
         in_flight=stats.get("in_flight"),
         backlog_s=None if backlog_ms is None else float(backlog_ms) / 1000.0,
         rows_per_step=None if rows is None else float(rows),

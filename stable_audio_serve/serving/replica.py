@@ -64,10 +64,14 @@ class ModelReplica:
             # the message is at the top.
             raise ModelUnavailableError(error.message) from type(error)(error.message)
         stages = " ".join(f"{name}_s={seconds:.2f}" for name, seconds in self._start_s.items())
-        profile = self._engine.profile
+        engine = self._engine
         logger.info(
-            "model ready: model=%s device=%s profile=%s %s", model.name, self._engine.device, profile.name, stages
+            "model ready: model=%s device=%s profile=%s %s", model.name, engine.device, engine.profile.name, stages
         )
+        if engine.spec.attention:
+            logger.info("attention: model=%s kernels=%s", model.name, engine.spec.attention)
+        if engine.memory.parts():
+            logger.info("memory: model=%s %s", model.name, engine.memory)
 
     async def _start(self, settings: Settings, model: ModelSettings) -> tuple[Engine, ModelQuality]:
         with self._stage("import"):
@@ -170,7 +174,8 @@ class ModelReplica:
         stats = ReplicaStats(
             device=str(self._engine.device),
             dtype=self._engine.dtype,
-            profile=str(self._engine.profile),
+            profile=self._engine.describe_profile(),
+            memory_bytes=self._engine.memory.parts(),
             in_flight=self._outcomes["in_flight"],
             rows_per_step=self._meter.rows_per_step,
             finished_per_minute=int(self._finished.total),

@@ -215,7 +215,7 @@ def _windows(it: Subject, _: object) -> Iterator[Finding]:
         return model.encode_audio([EncodeWindow(cut, start, "init", noise)])[0]
 
     if plan.decode_rule is not None or is_exact:  # a config may ask for decoding in one piece
-        spans = cut_windows(0, frames=frames, rule=plan.decode_rule, longest=WINDOW_FRAMES)
+        spans = cut_windows(frames, rule=plan.decode_rule, longest=WINDOW_FRAMES)
         yield from _compare_windows(decode, latents, spans=spans, units=(1, hop), is_exact=is_exact)
     if is_exact:
         spans = plan.init_source.windows

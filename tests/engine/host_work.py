@@ -26,8 +26,9 @@ from stable_audio_serve.core.generation import DeviceUse, GenerationRequest, Mod
 from stable_audio_serve.engine import Engine, EngineOptions, build
 from stable_audio_serve.engine.calls.executor import Executor
 from stable_audio_serve.engine.calls.stages import Stages
-from stable_audio_serve.engine.hardware.device import CudaDevice, Moment
+from stable_audio_serve.engine.hardware.device import CudaDevice, Device, Moment
 from stable_audio_serve.engine.hardware.share import DeviceMemory
+from stable_audio_serve.engine.options import Features
 from stable_audio_serve.engine.scheduling.cost import Measurement
 from stable_audio_serve.engine.scheduling.scheduler import RowId, Scheduler
 from stable_audio_serve.models.families import load_model
@@ -147,7 +148,7 @@ def make_requests(setting: Setting, *, sample_rate_hz: int, seed: int) -> list[G
 async def _run(model: DiffusionModel, setting: Setting, *, device: StandInDevice) -> list[tuple[str, HostWork]]:
     """Run the requests twice, with different seeds. Returns the counted engine calls of the second run."""
     # Without a warm-up, the engine has no measured times by which it would split the rows into several steps.
-    options = EngineOptions(mode=setting.mode, warmup_budget_s=0.0, fixed_share=0.001)
+    options = EngineOptions(mode=setting.mode, profile="accelerated", warmup_budget_s=0.0, fixed_share=0.001)
     num_before = 0
     with _sections(device):
         requests = [make_requests(setting, sample_rate_hz=model.spec.card.sample_rate_hz, seed=seed) for seed in (0, 1)]
@@ -171,12 +172,13 @@ class _StandInEngine(Engine):
 
 
 class _QueueingDevice(CudaDevice):
-    """A stand-in device as the engine's GPU. Each engine call counts as finished when the next call has begun."""
+    """Replaces the engine's GPU by a stand-in device.
 
-    can_capture = False  # replaying a CUDA graph would hide the work of the call
+    As on a GPU with queued work, a call finishes later: when the next call has begun.
+    """
 
     def __init__(self, stand_in: StandInDevice) -> None:
-        super().__init__(DEVICE)
+        super().__init__(DEVICE, features=Features(captures=False))  # a replayed graph would hide the work of the call
         self._stand_in = stand_in
 
     def host_buffer(self, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -191,6 +193,9 @@ class _QueueingDevice(CudaDevice):
 
     def follow(self, moment: Moment) -> None:
         """Do nothing, because the stand-in device does all work immediately."""
+
+    def restricted(self, features: Features) -> Device:
+        return self
 
     def use(self) -> DeviceUse:
         return DeviceUse(DEVICE.type)

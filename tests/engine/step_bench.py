@@ -10,7 +10,7 @@ from torch import Tensor
 from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.engine.calls.conditioning import ConditioningArena
-from stable_audio_serve.engine.calls.step import Memories, StepInputs, StepRow, StepShape, run_step
+from stable_audio_serve.engine.calls.step import Memories, StepRow, StepShape, run_step
 from stable_audio_serve.engine.hardware.arena import FrameArena, HeldFrames
 from stable_audio_serve.engine.hardware.device import WaitingDevice
 from stable_audio_serve.models.protocol import DiffusionModel
@@ -63,7 +63,7 @@ class Bench:
         return StepShape.of(rows, network_rows=NETWORK_ROWS, frames=PADDED, latent_channels=channels)
 
     def step(self, shape: StepShape, buffer: Tensor) -> None:
-        run_step(self.model.denoise, StepInputs.read(buffer, shape), memories=self.memories, frames=PADDED)
+        run_step(self.model.denoise, buffer, memories=self.memories, shape=shape)
 
     def results(self, rows: Sequence[StepRow]) -> list[bytes]:
         pages = [[page for part in row.held.parts for page in part] for row in rows]

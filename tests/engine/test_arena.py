@@ -13,6 +13,7 @@ from stable_audio_serve.engine.hardware.arena import (
     SCRATCH_PAGE,
     FrameArena,
     HeldFrames,
+    SlotArena,
     page_table,
     pages_of,
     read,
@@ -36,7 +37,7 @@ def test_pages_of_a_row_survive_neighbours_and_growth(
     rows: list[tuple[int, int]], dropped: set[int], seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    arena = FrameArena(CHANNELS, device=torch.device("cpu"), num_pages=4)
+    arena = FrameArena(CHANNELS, device=torch.device("cpu"))
     held: dict[int, tuple[HeldFrames, Tensor]] = {}
 
     def keep(index: int, frames: int, num_parts: int) -> None:
@@ -67,17 +68,29 @@ def test_writes_without_a_page_are_dropped() -> None:
     assert not read(arena.memory, nowhere, frames=2 * PAGE_FRAMES).any()
 
 
-def test_memory_moves_only_when_the_arena_grows() -> None:
-    arena = FrameArena(CHANNELS, device=torch.device("cpu"), num_pages=4)
+def test_memory_of_a_fixed_size_never_moves() -> None:
+    arena = FrameArena(CHANNELS, device=torch.device("cpu"), num_pages=2)
     place = arena.memory.data_ptr()
-    first = HeldFrames.take(arena, frames=2 * PAGE_FRAMES, num_parts=1)
-    first.free()
-    second = HeldFrames.take(arena, frames=PAGE_FRAMES, num_parts=2)
+    HeldFrames.take(arena, frames=2 * PAGE_FRAMES, num_parts=1).free()
+    held = HeldFrames.take(arena, frames=PAGE_FRAMES, num_parts=2)
+    assert set(held.parts[0]).isdisjoint(held.parts[1])
+    with pytest.raises(RuntimeError, match="taken"):
+        arena.take(1)
+    held.free()
+    assert len(arena.take(2 * PAGE_FRAMES)) == 2
     assert arena.memory.data_ptr() == place
-    assert arena.num_moves == 0
-    arena.take(1)
-    assert arena.num_moves == 1
-    assert set(second.parts[0]).isdisjoint(second.parts[1])
+
+
+def test_slots_of_a_fixed_size_never_move() -> None:
+    arena = SlotArena(torch.zeros(3), num_slots=2)
+    place = arena.memory.data_ptr()
+    first, second = (arena.put(torch.full((3,), value)) for value in (1.0, 2.0))
+    with pytest.raises(RuntimeError, match="taken"):
+        arena.put(torch.zeros(3))
+    arena.free(first)
+    assert arena.put(torch.full((3,), 4.0)) == first
+    assert arena.memory[[0, first, second], 0].tolist() == [0.0, 4.0, 2.0]
+    assert arena.memory.data_ptr() == place
 
 
 @pytest.mark.parametrize(("frames", "pages"), [(1, 1), (64, 1), (65, 2), (128, 2)])

@@ -15,15 +15,17 @@ from stable_audio_serve.engine.build import resolve_policy
 from stable_audio_serve.engine.hardware.device import Device, open_device
 from stable_audio_serve.engine.options import EngineOptions
 from stable_audio_serve.engine.scheduling.batching import (
+    GRAPH_ROWS,
+    AnyRows,
     BatchPolicy,
     EqualLengths,
     FixedSlots,
+    GraphShapes,
     Lane,
     MergedGrid,
     OneRowPerCall,
     Packed,
 )
-from stable_audio_serve.engine.scheduling.call_shapes import GRAPH_ROWS, AnyRows, GraphShapes
 from stable_audio_serve.engine.scheduling.cost import CostModel
 
 

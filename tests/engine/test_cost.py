@@ -10,10 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stable_audio_serve.engine.prediction import Predictor
-from stable_audio_serve.engine.scheduling.batching import MergedGrid, OneRowPerCall
-from stable_audio_serve.engine.scheduling.call_shapes import AnyRows, GraphShapes
+from stable_audio_serve.engine.scheduling.batching import AnyRows, GraphShapes, MergedGrid, OneRowPerCall
 from stable_audio_serve.engine.scheduling.cost import CallCost, CostModel, Measurement, fit_call_cost
-from stable_audio_serve.engine.scheduling.work import RowWork
+from stable_audio_serve.engine.scheduling.scheduler import RowWork
 
 SHAPES = [(1, 64), (2, 64), (1, 256), (4, 256), (1, 1024), (2, 1024), (4, 1024)]
 

@@ -15,11 +15,17 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.engine import Engine, EngineOptions
-from stable_audio_serve.engine.calls.packed_step import PackedInputs, PackedShape, run_packed_step
+from stable_audio_serve.engine.calls.packed_step import PackedShape, run_packed_step
 from stable_audio_serve.engine.calls.step import Memories, StepRow
 from stable_audio_serve.engine.hardware.arena import SCRATCH_PAGE
-from stable_audio_serve.engine.scheduling.batching import Call, Lane, MergedGrid, PackedOrGrid
-from stable_audio_serve.engine.scheduling.call_shapes import GraphShapes, PackedRoom, PackedShapes
+from stable_audio_serve.engine.scheduling.batching import (
+    Call,
+    GraphShapes,
+    Lane,
+    MergedGrid,
+    PackedOrGrid,
+    PackedShapes,
+)
 from stable_audio_serve.models.blocks.varlen import is_varlen_correct
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.protocol import DiffusionModel
@@ -33,7 +39,7 @@ from tests.models.loaded import loaded
 from tests.models.packing import attend_varlen
 from tests.parameters import slow
 
-ROOM = PackedRoom(tokens=768, rows=16, longest=120)
+TOKENS = 768  # the capacity of packed calls
 TOLERANCE = BOUNDS["denoiser"]
 FAST_TOLERANCE = 2e-4  # allowed difference of a request's audio
 
@@ -54,11 +60,11 @@ def bench(request: pytest.FixtureRequest) -> Bench:
 
 
 def pack(bench: Bench, rows: Sequence[StepRow]) -> PackedShape:
-    return PackedShape(bench.shape(rows), ROOM, bench.model.spec.num_prefix)
+    return PackedShape(bench.shape(rows), TOKENS, bench.model.spec.num_prefix)
 
 
 def step(bench: Bench, shape: PackedShape, buffer: Tensor) -> None:
-    run_packed_step(bench.model.denoise, PackedInputs.read(buffer, shape), memories=bench.memories, shape=shape)
+    run_packed_step(bench.model.denoise, buffer, memories=bench.memories, shape=shape)
 
 
 def registers(bench: Bench, rows: Sequence[StepRow]) -> Tensor:
@@ -103,10 +109,8 @@ def test_replayed_packed_step_is_bit_identical_for_other_rows(bench: Bench, kind
         addresses = [memory.data_ptr() for memory in tensors_of(memories)]
 
         def run(buffer: Tensor, registers: Tensor, constants: dict[str, Tensor], by_frame: dict[str, Tensor]) -> None:
-            inputs = PackedInputs.read(buffer, general)
-            run_packed_step(
-                bench.model.denoise, inputs, memories=Memories(registers, constants, by_frame), shape=general
-            )
+            memories = Memories(registers, constants, by_frame)
+            run_packed_step(bench.model.denoise, buffer, memories=memories, shape=general)
 
         before = bench.registers.memory.clone()
         tensors = memories.registers, dict(memories.constants), dict(memories.by_frame)

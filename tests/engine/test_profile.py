@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from stable_audio_serve.core.generation import Loaded
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.engine.hardware.device import Device
 from stable_audio_serve.engine.options import PLAIN, Features
 from tests.engine.capturing import GraphCounts, RecordingDevice
 from tests.factories import make_request
 from tests.models.loaded import loaded
+from tests.patience import until
 
 REQUEST = make_request("rain", duration_s=0.4, seed=3, steps=4)
 
@@ -85,21 +87,38 @@ async def test_a_late_copy_means_the_plain_profile_by_name(expected: np.ndarray,
     np.testing.assert_array_equal(audio, expected)
 
 
+async def test_features_that_are_off_are_named_with_the_profile() -> None:
+    class FullDevice(GpuLike):
+        def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+            raise RuntimeError("no room")
+
+    options = EngineOptions(mode="fast", profile="accelerated", warmup_budget_s=0.0, torch_threads=1)
+    async with Engine(loaded("sharp-s"), options, device=FullDevice()) as engine:
+        assert engine.describe_profile() == (
+            "accelerated; packing off: this torch or precision has no attention for packed rows"
+        )
+        for _ in range(3):
+            await engine.generate(REQUEST)
+        await until(lambda: "captures off" in engine.describe_profile())
+        assert "no room" in engine.describe_profile()
+
+
 @pytest.mark.parametrize("make", [FailingCapture, LostWithCaptures])
 async def test_a_failing_capture_changes_no_audio(make: Callable[[], Device], expected: np.ndarray) -> None:
     _, audio = await serve(make())
     np.testing.assert_array_equal(audio, expected)
 
 
-async def test_the_plain_profile_keeps_the_name_of_the_weights() -> None:
+async def test_the_plain_profile_names_its_weights_and_precision() -> None:
     options = EngineOptions(warmup_budget_s=0.0, torch_threads=1, mode="strict")
-    engine = Engine(loaded("sharp-s"), options, device=WrongSecondQueue())
+    half = Loaded(decode_precision="half")
+    engine = Engine(loaded("sharp-s"), options, device=WrongSecondQueue(), loaded=half)
     engine.name_checkpoint("ab12")  # before the check at start, as outside Ray
     async with engine:
         provenance = (await engine.generate(REQUEST)).provenance
     assert engine.profile.name == "plain"
     assert provenance is not None
-    assert provenance.loaded.checkpoint == "ab12"
+    assert provenance.loaded == Loaded("ab12", decode_precision="float32")
 
 
 async def test_the_operator_may_choose_the_profile(expected: np.ndarray) -> None:

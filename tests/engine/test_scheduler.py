@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from stable_audio_serve.core.generation import Priority
-from stable_audio_serve.engine.scheduling.scheduler import RowId, Scheduler, SchedulerLimits
-from stable_audio_serve.engine.scheduling.work import Phase, RowWork
+from stable_audio_serve.engine.scheduling.scheduler import Phase, RowId, RowWork, Scheduler, SchedulerLimits
 from tests.factories import FakeClock
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -64,19 +65,22 @@ def test_remaining_memory_is_bounded_by_share_and_gpu() -> None:
     assert DeviceMemory(80, allowed=20, held=25, free=60).left == 0
 
 
-def test_share_is_split_into_weights_prompts_rows_and_captures() -> None:
+def test_the_parts_of_a_plan_add_up_to_the_share() -> None:
     memory = DeviceMemory(CARD, allowed=20 * GB, held=4 * GB, free=70 * GB)
     plan = plan_memory(memory, max_rows_bytes=None, prompt_cache_bytes=1 * GB)
-    assert plan.rows == pytest.approx(0.85 * 15 * GB, abs=1)
-    assert plan.captures is not None
-    assert plan.rows + plan.captures == 15 * GB
-    assert plan.setting == "memory_share"
+    assert (plan.weights, plan.prompts, plan.reserve, plan.setting) == (4 * GB, 1 * GB, 1 * GB, "memory_share")
+    assert (plan.rows, plan.graphs) == (int(0.85 * 14 * GB), int(0.15 * 14 * GB))
+    assert str(replace(plan, context=2 * GB, decode=1 * GB)) == (
+        "weights_gb=4.00 prompts_gb=1.00 context_gb=2.00 rows_gb=8.90 decode_gb=1.00 graphs_gb=2.10 reserve_gb=1.00"
+    )
+    without = plan_memory(memory, max_rows_bytes=None, prompt_cache_bytes=1 * GB, captures=False)
+    assert (without.rows, without.graphs) == (14 * GB, 0)
 
 
 def test_the_operators_bound_applies_if_it_fits() -> None:
     memory = DeviceMemory(CARD, allowed=20 * GB, held=4 * GB, free=70 * GB)
     plan = plan_memory(memory, max_rows_bytes=15 * GB, prompt_cache_bytes=1 * GB)
-    assert (plan.rows, plan.captures, plan.setting) == (15 * GB, 0, "max_memory_bytes")
+    assert (plan.rows, plan.graphs, plan.setting) == (15 * GB, 0, "max_memory_bytes")
     with pytest.raises(
         ConfigError, match=r"max_memory_bytes is 15 GB, but .* may take 20 GB, its weights 4 GB"
     ) as caught:
@@ -117,7 +121,7 @@ def make_engine(device: SharedDevice, on_call: Callable[..., None] = lambda name
 
 def device_for(rows_bytes: int, *, share: float) -> SharedDevice:
     """Returns a device so large that an engine with this share of its memory has `rows_bytes` for running rows."""
-    total = int((rows_bytes / 0.85 + CONTEXT_BYTES) / share) + 2
+    total = int((rows_bytes / 0.85 / 0.95 + CONTEXT_BYTES) / share) + 2
     return SharedDevice(total, share=share)
 
 
@@ -131,7 +135,7 @@ async def test_an_engine_runs_the_rows_that_fit_its_share() -> None:
         if name == "denoise":
             most = max(most, len(items))  # type: ignore[arg-type]
 
-    device = device_for(2 * bytes_of(requests[0]) + 100, share=0.25)
+    device = device_for(int(2.5 * bytes_of(requests[0])), share=0.25)
     assert device.total > 8 * bytes_of(requests[0])
     async with make_engine(device, on_call) as engine:
         results = await asyncio.gather(*map(engine.generate, requests))
@@ -143,7 +147,7 @@ async def test_an_engine_runs_the_rows_that_fit_its_share() -> None:
 
 
 async def test_a_clip_that_never_fits_the_share_names_the_setting() -> None:
-    async with make_engine(device_for(bytes_of(make_request(duration_s=1.0)) + 9, share=0.5)) as engine:
+    async with make_engine(device_for(int(1.1 * bytes_of(make_request(duration_s=1.0))), share=0.5)) as engine:
         with pytest.raises(InvalidRequestError, match="memory_share leaves") as refusal:
             await engine.generate(make_request(duration_s=2.0))
         assert refusal.value.field == "duration"
@@ -152,22 +156,34 @@ async def test_a_clip_that_never_fits_the_share_names_the_setting() -> None:
 
 async def test_start_fails_if_the_share_holds_no_request() -> None:
     engine = make_engine(device_for(1000, share=0.5))
-    with pytest.raises(ConfigError, match=r"memory_share leaves 1e-06 GB .* \d+ bytes are missing"):
+    with pytest.raises(ConfigError, match=r"memory_share leaves 1e-06 GB .* takes .* GB"):
         await engine.start()
     await engine.close()
 
 
-def test_captures_stop_when_their_part_of_the_share_is_used() -> None:
+def capture(sizes: Sequence[int], *, max_bytes: int, graph_bytes: int) -> tuple[SharedDevice, GraphCounts]:
+    """Captures calls whose temporary tensors are expected to take 10 bytes per frame; each graph takes more memory."""
     device, metrics = SharedDevice(CARD, share=0.25), GraphCounts()
-    device.capture_bytes = 100
-    graphs = Graphs(device, clock=FakeClock(), metrics=metrics, max_bytes=250)
-    for size in range(10, 60, 10):
+    device.capture_bytes = graph_bytes
+    graphs = Graphs(device, clock=FakeClock(), metrics=metrics, max_bytes=max_bytes)
+    graphs.room.expect("denoise", call_bytes=10.0)
+    for size in sizes:
         for _ in range(2):
             assert graphs.find(AnyShape(size), lambda shape, memory: None) is None
     while graphs.capture_next(is_idle=True):
         pass
+    return device, metrics
+
+
+def test_captures_stop_when_their_part_of_the_share_is_used() -> None:
+    device, metrics = capture([1, 2, 3, 4, 5], max_bytes=250, graph_bytes=100)
     assert metrics.graphs == {"denoise": 3}  # each capture takes 100 bytes, and no other begins after the third
     assert device.held == 300
+
+
+def test_a_call_too_large_to_capture_leaves_room_for_others() -> None:
+    _, metrics = capture([10, 20, 1000], max_bytes=250, graph_bytes=1)
+    assert metrics.graphs == {"denoise": 2}  # the largest would take 10,000 bytes
 
 
 def test_the_cuda_allocator_is_limited_to_the_share(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,12 +15,10 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from stable_audio_serve.engine import Engine, EngineOptions
-from stable_audio_serve.engine.calls import executor
-from stable_audio_serve.engine.calls.step import Memories, StepInputs, run_step
-from stable_audio_serve.engine.hardware.arena import FrameArena
+from stable_audio_serve.engine.calls.step import Memories, run_step
 from stable_audio_serve.models.protocol import RowConditioning, RowPlan, StepBatch
-from tests.engine.capturing import MOST_ROUNDS, GraphCounts, RecordingDevice
-from tests.engine.step_bench import DEVICE, NETWORK_ROWS, PADDED, REQUESTS, Bench, tensors_of
+from tests.engine.capturing import GraphCounts, RecordingDevice
+from tests.engine.step_bench import DEVICE, NETWORK_ROWS, REQUESTS, Bench, tensors_of
 from tests.factories import ToyModel, make_request, make_varied_requests
 from tests.models.loaded import loaded
 from tests.parameters import slow
@@ -41,9 +39,8 @@ def test_replayed_step_is_bit_identical_for_other_rows(name: str, kinds: tuple[s
         addresses = [memory.data_ptr() for memory in tensors_of(bench.memories)]
 
         def step(buffer: Tensor, registers: Tensor, constants: dict[str, Tensor], by_frame: dict[str, Tensor]) -> None:
-            inputs = StepInputs.read(buffer, general)
             memories = Memories(registers, constants, by_frame)
-            run_step(bench.model.denoise, inputs, memories=memories, frames=PADDED)
+            run_step(bench.model.denoise, buffer, memories=memories, shape=general)
 
         before = bench.registers.memory.clone()
         memories = bench.memories
@@ -145,30 +142,3 @@ async def test_replayed_steps_give_the_same_audio_and_count_misses() -> None:
     for result, alone in zip(results, expected, strict=True):
         for left, right in zip(result.audio, alone.audio, strict=True):
             np.testing.assert_array_equal(left, right)
-
-
-async def test_captures_are_dropped_when_memory_moves(monkeypatch: pytest.MonkeyPatch) -> None:
-    arenas: list[FrameArena] = []
-
-    class NotedArena(FrameArena):
-        def __init__(self, channels: int, **options: Any) -> None:
-            super().__init__(channels, **options)
-            arenas.append(self)
-
-    monkeypatch.setattr(executor, "FrameArena", NotedArena)
-    options = EngineOptions(mode="strict", warmup_budget_s=0.0, torch_threads=1)
-    request = make_request(duration_s=0.5, steps=4)
-    device, metrics = RecordingDevice(), GraphCounts()
-    async with Engine(ToyModel(), options, device=device, metrics=metrics) as engine:
-        for _ in range(MOST_ROUNDS):
-            expected = await engine.generate(request)
-            if await metrics.are_captured("denoise"):
-                break
-        replays, misses = device.num_replays, metrics.misses["denoise"]
-        await engine.generate(request)
-        assert (device.num_replays, metrics.misses["denoise"]) == (replays + 4, misses)
-        (arena,) = arenas
-        arena._grow()
-        result = await engine.generate(request)
-    assert metrics.misses["denoise"] > misses
-    np.testing.assert_array_equal(result.audio[0], expected.audio[0])

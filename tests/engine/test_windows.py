@@ -11,28 +11,29 @@ from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.engine.hardware.device import open_device
 from stable_audio_serve.engine.scheduling.windows import AudioAssembly, SourceEncoding
 from stable_audio_serve.models.protocol import SourcePlan
+from stable_audio_serve.models.windows import LONGEST_FRAMES
 from stable_audio_serve.sampling.noise import SeededNoise
 from tests.factories import make_windows
 
 DEVICE = open_device(torch.device("cpu"), clock=SystemClock())
 
 
-@given(frames=st.integers(1, 200), chunk=st.integers(1, 100))
-def test_source_windows_join_without_seams(frames: int, chunk: int) -> None:
+@given(frames=st.integers(1, 1200))
+def test_source_windows_join_without_seams(frames: int) -> None:
     samples = torch.arange(frames * 4.0).repeat(2, 1)
     noise = SeededNoise(0)
     encoding = SourceEncoding(SourcePlan(samples, make_windows(frames)), stage="init", noise=noise, hop=4)
     while encoding.lengths_left:
-        for window in encoding.pending(chunk):
+        windows = encoding.pending()
+        assert len(windows) == 1 or sum(window.samples.shape[1] // 4 for window in windows) <= LONGEST_FRAMES
+        for window in windows:
             encoding.put(window.samples[:1, ::4])
     torch.testing.assert_close(encoding.latents(), samples[:1, ::4], rtol=0, atol=0)
 
 
-@given(
-    frames=st.integers(1, 200), valid_share=st.floats(0, 1), length_share=st.floats(0.01, 1), chunk=st.integers(1, 100)
-)
+@given(frames=st.integers(1, 1200), valid_share=st.floats(0, 1), length_share=st.floats(0.01, 1))
 def test_audio_windows_are_joined_trimmed_and_padded_with_silence(
-    frames: int, valid_share: float, length_share: float, chunk: int
+    frames: int, valid_share: float, length_share: float
 ) -> None:
     hop, valid = 4, int(frames * valid_share)
     samples = max(1, int(frames * hop * length_share))
@@ -41,7 +42,7 @@ def test_audio_windows_are_joined_trimmed_and_padded_with_silence(
         make_windows(frames), device=DEVICE, channels=2, hop=hop, valid_frames=valid, output_samples=samples
     )
     while audio.lengths_left:
-        for window in list(audio.pending(latents, SeededNoise(0), max_frames=chunk)):
+        for window in audio.pending(latents, SeededNoise(0)):
             audio.put(window.latents.repeat_interleave(hop, dim=1))
     expected = latents.repeat_interleave(hop, dim=1).numpy()
     expected[:, valid * hop :] = 0

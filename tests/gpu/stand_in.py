@@ -1,6 +1,6 @@
-"""Stand-ins for a GPU on the CPU: one that keeps what it promises, and others that each break one promise.
+"""Simulated GPUs on the CPU: one that works, and others that each have one fault.
 
-`python -m benchmarks.gpu first --device cpu --open-device tests.gpu.stand_in:open_honest` uses them.
+`python -m benchmarks.gpu first --device cpu --open-device tests.gpu.stand_in:open_honest` uses the one that works.
 """
 
 from __future__ import annotations

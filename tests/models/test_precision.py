@@ -49,7 +49,7 @@ def test_each_device_has_a_default_and_refuses_other_precisions(monkeypatch: pyt
     assert resolve_decode_precision(CUDA, "half") == "half"
     with pytest.raises(ConfigError, match="decode_precision 'tf32' cannot be used on this processor"):
         resolve_decode_precision(CPU, "tf32")
-    with pytest.raises(ConfigError, match=r"'float8' is unknown; on cuda:0; allowed: float32, split, tf32, half"):
+    with pytest.raises(ConfigError, match=r"'float8' is unknown; on cuda:0; allowed: float32, tf32, half"):
         resolve_decode_precision(CUDA, "float8")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))
     assert resolve_decode_precision(CUDA, None) == "float32"
@@ -204,7 +204,7 @@ def round_to_tf32(x: Tensor) -> Tensor:
 
 
 def multiply_parts(layer: Callable[..., Tensor], x: Tensor, weight: Tensor, **options: Any) -> Tensor:
-    """Emulate a bfloat16 matrix product on a GPU: inputs rounded to bfloat16, exact products, sums in float32."""
+    """Emulate a processor's bfloat16 matrix product: inputs rounded to bfloat16, exact products, sums in float32."""
     return layer(x.bfloat16().float(), weight.bfloat16().float(), **options)
 
 

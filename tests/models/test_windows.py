@@ -16,8 +16,8 @@ SMALL, MEDIUM, OPEN = WindowRule(2, 2), WindowRule(12), WindowRule(10)
 RULES = st.sampled_from([SMALL, MEDIUM, OPEN, WindowRule(0), WindowRule(1), WindowRule(6, 3)])
 
 
-def assert_tiles(spans: Sequence[WindowSpan], *, first: int, end: int, frames: int, rule: WindowRule) -> None:
-    assert [span.keep_start for span in spans] == [first, *(span.keep_stop for span in spans[:-1])]
+def assert_tiles(spans: Sequence[WindowSpan], *, end: int, frames: int, rule: WindowRule) -> None:
+    assert [span.keep_start for span in spans] == [0, *(span.keep_stop for span in spans[:-1])]
     assert spans[-1].keep_stop >= end
     for span in spans:
         assert 0 <= span.start <= span.keep_start < span.keep_stop <= span.stop <= frames
@@ -32,17 +32,16 @@ def test_planned_windows_tile_the_audible_frames(rule: WindowRule, count: int, s
     audible = max(1, int(share * frames))
     spans = audible_windows(frames, num_audible=audible, rule=rule)
     covered = spans[-1].stop
-    assert_tiles(spans, first=0, end=audible, frames=covered, rule=rule)
+    assert_tiles(spans, end=audible, frames=covered, rule=rule)
     assert covered == frames or covered >= audible + rule.halo
     assert max(span.stop - span.start for span in spans) <= LONGEST_FRAMES
 
 
-@given(rule=RULES, count=st.integers(1, 700), begun=st.floats(0, 0.99), longest=st.integers(1, 600))
-def test_windows_cut_from_any_frame_tile_the_rest(rule: WindowRule, count: int, begun: float, longest: int) -> None:
+@given(rule=RULES, count=st.integers(1, 700), longest=st.integers(1, 600))
+def test_windows_of_any_length_tile_the_clip(rule: WindowRule, count: int, longest: int) -> None:
     frames = count * rule.multiple
-    first = int(begun * count) * rule.multiple
-    spans = cut_windows(first, frames=frames, rule=rule, longest=longest)
-    assert_tiles(spans, first=first, end=frames, frames=frames, rule=rule)
+    spans = cut_windows(frames, rule=rule, longest=longest)
+    assert_tiles(spans, end=frames, frames=frames, rule=rule)
     assert max(span.stop - span.start for span in spans) <= max(longest, 4 * rule.halo, 16) + 16 + rule.multiple
 
 

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import traceback
 from contextlib import ExitStack, redirect_stdout, suppress
 from pathlib import Path
@@ -34,6 +35,8 @@ class Nodes:
         from ray.cluster_utils import Cluster
 
         self._port = port
+        # Ray's Cluster writes the address of the head there, whatever `temp_dir` is, and does not create the folder.
+        Path(tempfile.gettempdir(), "ray").mkdir(exist_ok=True)
         temporary = str(directory / "ray")
         self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "temp_dir": temporary})
 

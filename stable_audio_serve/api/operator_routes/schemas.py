@@ -36,7 +36,10 @@ class Replica(BaseModel):
     id: str
     device: str | None
     dtype: str | None = Field(description="Precision of the denoiser.")
-    profile: str | None = Field(description="Of the engine's speed features: accelerated, or plain and the reason.")
+    profile: str | None = Field(
+        description="Of the engine's speed features: accelerated, or plain and the reason; then features that are off."
+    )
+    memory_bytes: dict[str, int] | None = Field(description="Plan of the GPU's memory by purpose; empty on a CPU.")
     requests: int | None = Field(description="In it now, waiting or at work.")
     backlog_s: float | None = Field(description="Predicted device time of what it has accepted, seconds.")
     rows_per_step: float | None = Field(

@@ -105,6 +105,7 @@ def _describe_replica(replica: ReplicaReport) -> schemas.Replica:
         device=replica.device,
         dtype=replica.dtype,
         profile=replica.profile,
+        memory_bytes=None if replica.memory_bytes is None else dict(replica.memory_bytes),
         requests=replica.in_flight,
         backlog_s=replica.backlog_s,
         rows_per_step=replica.rows_per_step,

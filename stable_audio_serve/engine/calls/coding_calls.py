@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stable_audio_serve.engine.hardware.device import Device
 from stable_audio_serve.engine.hardware.graphs import CallMemory, Graphs, Kind
-from stable_audio_serve.engine.scheduling.call_shapes import GRAPH_ROWS
+from stable_audio_serve.engine.scheduling.batching import GRAPH_ROWS
 from stable_audio_serve.models.protocol import DecodeWindow, DiffusionModel
 from stable_audio_serve.sampling.noise import NoiseSource
 

@@ -5,12 +5,13 @@ Clips with the same value share one copy. Device calls find a value by the numbe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from stable_audio_serve.engine.hardware.arena import FrameArena, Pages, SlotArena, write
 from stable_audio_serve.engine.hardware.device import Device
+from stable_audio_serve.engine.scheduling.memory import FixedMemory
 from stable_audio_serve.models.protocol import BranchConditioning, RowConditioning
 
 
@@ -33,6 +34,11 @@ class HeldConditioning:
     _arena: ConditioningArena
     _num_users: int = 1
 
+    @property
+    def is_freed(self) -> bool:
+        """Whether the memory was freed, so that the value must not be used any more."""
+        return self._num_users == 0
+
     def share(self) -> HeldConditioning:
         """Increment the reference count and return `self`."""
         self._num_users += 1
@@ -47,19 +53,19 @@ class HeldConditioning:
 
 @dataclass(slots=True)
 class ConditioningArena:
-    """The memory of all conditioning of one engine. Each name has its own memory, allocated on first use. Used by one
-    thread.
+    """The memory of all conditioning of one engine. Each name has its own memory, allocated on first use. With `fixed`,
+    all of it is allocated now and never moves. Used by one thread.
     """
 
     device: Device
+    fixed: FixedMemory | None = None
     slots: dict[str, SlotArena] = field(default_factory=dict)
     frames: dict[str, FrameArena] = field(default_factory=dict)
 
-    @property
-    def num_moves(self) -> int:
-        """How often the memory of some name has grown, and so moved to a new address."""
-        slots, frames = self.slots.values(), self.frames.values()
-        return sum(arena.num_moves for arena in slots) + sum(arena.num_moves for arena in frames)
+    def __post_init__(self) -> None:
+        for example in self.fixed.examples if self.fixed else ():
+            first = {name: value[:, :1] for name, value in example.by_frame.items()}
+            self.hold(RowConditioning(replace(example, by_frame=first), None)).free()
 
     def hold(self, conditioning: RowConditioning) -> HeldConditioning:
         """Copy the conditional and the unconditional values to the device. A tensor that is in both is copied once."""
@@ -70,12 +76,15 @@ class ConditioningArena:
             for name, value in branch.constants.items():
                 if id(value) not in slots:
                     if name not in self.slots:
-                        self.slots[name] = SlotArena(value)
+                        self.slots[name] = SlotArena(value, num_slots=self.fixed.slots if self.fixed else None)
                     slots[id(value)] = self.slots[name].put(value)
             for name, value in branch.by_frame.items():
                 if id(value) not in pages:
                     if name not in self.frames:
-                        self.frames[name] = FrameArena(len(value), device=value.device, dtype=value.dtype)
+                        num_pages = self.fixed.frame_pages[name] if self.fixed else None
+                        self.frames[name] = FrameArena(
+                            len(value), device=value.device, dtype=value.dtype, num_pages=num_pages
+                        )
                     pages[id(value)] = own = self.frames[name].take(value.shape[-1])
                     table = self.device.upload(torch.tensor(own, dtype=torch.int32))
                     write(self.frames[name].memory, table, values=value)

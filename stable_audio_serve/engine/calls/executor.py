@@ -8,7 +8,6 @@ If a call raises an exception, its items run again one by one, so that only the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
@@ -21,46 +20,20 @@ from stable_audio_serve.core.clock import Clock, SystemClock
 from stable_audio_serve.core.metrics import Metrics, NullMetrics
 from stable_audio_serve.engine.calls.coding_calls import DecodeCalls
 from stable_audio_serve.engine.calls.conditioning import ConditioningArena
-from stable_audio_serve.engine.calls.packed_step import PackedInputs, PackedShape, run_packed_step
+from stable_audio_serve.engine.calls.packed_step import PackedShape, denoise_joined, run_packed_step
 from stable_audio_serve.engine.calls.rows import Row, Stepping
-from stable_audio_serve.engine.calls.step import Memories, StepInputs, StepRow, StepShape, run_step
+from stable_audio_serve.engine.calls.step import Memories, StepRow, StepShape, run_step
 from stable_audio_serve.engine.hardware.arena import FrameArena, HeldFrames, read, write
 from stable_audio_serve.engine.hardware.device import Device, DeviceLostError
 from stable_audio_serve.engine.hardware.graphs import CallMemory, Captured, Graphs
 from stable_audio_serve.engine.scheduling.batching import BatchPolicy, Call
+from stable_audio_serve.engine.scheduling.memory import FixedMemory
 from stable_audio_serve.models.protocol import (
     DecodeWindow,
     DiffusionModel,
     EncodeWindow,
-    StepBatch,
     TextEmbedding,
 )
-
-
-def denoise_packed(
-    model: DiffusionModel, batch: StepBatch, *, frames: Sequence[int], valid_frames: Sequence[int]
-) -> Tensor:
-    """Remove the padding of a batch (B, D, F), concatenate its rows, and run the network once on all of them.
-
-    Returns the output as a padded batch (B, D, F) float32, with zeros after the row's own `frames`. Requires a model
-    whose spec sets `packs_rows`.
-    """
-    packed = replace(batch, x=pack(batch.x, frames), valid=None, frames=tuple(frames), valid_frames=tuple(valid_frames))
-    return unpack(model.denoise(packed), frames, padded=batch.x.shape[-1])
-
-
-def pack(x: Tensor, frames: Sequence[int]) -> Tensor:
-    """Concatenate the first `frames[i]` frames of each row i of x (B, D, F). Returns (1, D, sum of `frames`)."""
-    return torch.cat([row[:, :count] for row, count in zip(x, frames, strict=True)], dim=1)[None]
-
-
-def unpack(x: Tensor, frames: Sequence[int], *, padded: int) -> Tensor:
-    """Split x (1, D, sum of `frames`) into rows and pad each with zeros. Returns (number of rows, D, padded)."""
-    rows = x.new_zeros(len(frames), x.shape[1], padded)
-    for target, row in zip(rows, x[0].split(list(frames), dim=1), strict=True):
-        target[:, : row.shape[1]] = row
-    return rows
-
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -82,7 +55,7 @@ class Executor:
         is_strict: bool = False,
         clock: Clock = SystemClock(),
         metrics: Metrics = NullMetrics(),
-        max_capture_bytes: int | None = None,
+        max_graph_bytes: int | None = None,
         captures_off_file: Path | None = None,
     ) -> None:
         self._model = model
@@ -94,19 +67,36 @@ class Executor:
             device,
             clock=clock,
             metrics=metrics,
-            max_bytes=max_capture_bytes,
+            max_bytes=max_graph_bytes,
             off_file=captures_off_file,
             is_exact=is_strict,
         )
         self._decoder = DecodeCalls(model, device=device, graphs=self._graphs)
-        self._moves = 0
+        self._fixed: FixedMemory | None = None
+
+    def fix_memory(self, fixed: FixedMemory) -> None:
+        """Allocate all arenas with fixed sizes. Must be called on the engine thread before the first row.
+
+        Otherwise the arenas grow with their use, which only a device without CUDA graphs allows.
+        """
+        self._fixed = fixed
+        self._graphs.room.expect("denoise", call_bytes=fixed.step_frame)
+        self._graphs.room.expect("decode", call_bytes=fixed.decode_frame)
+        self.conditioning = ConditioningArena(self._device, fixed)
+        _ = self.arena
 
     @cached_property
     def arena(self) -> FrameArena:
         """The device memory of all rows' registers (latents between two steps). Allocated when first accessed, which
         must be on the engine thread.
         """
-        return FrameArena(self._model.spec.card.latent_channels, device=self._model.device)
+        num_pages = self._fixed.pages if self._fixed else None
+        return FrameArena(self._model.spec.card.latent_channels, device=self._model.device, num_pages=num_pages)
+
+    @property
+    def captures_off_reason(self) -> str:
+        """Why no more calls are captured; empty if they are, or if the device captures nothing."""
+        return self._graphs.off_reason if self._device.can_capture else ""
 
     def embed(self, prompts: Sequence[str]) -> list[TextEmbedding | Exception]:
         outcomes: list[TextEmbedding | Exception] = []
@@ -196,29 +186,26 @@ class Executor:
     def _evaluate(self, rows: Sequence[Row], *, call: Call) -> Sequence[Row]:
         """Run one evaluation of these rows in one network call and store their new latents. Returns `rows`."""
         step_rows = [_step_row(row) for row in rows]
-        is_packed_by_host = bool(call.lengths) and call.room is None
+        is_packed_by_host = bool(call.lengths) and not call.tokens
         own = StepShape.of(
             step_rows,
             network_rows=sum(len(row.branches) for row in step_rows) if is_packed_by_host else call.rows,
             frames=call.frames,
             latent_channels=self._model.spec.card.latent_channels,
         )
-        shape = own if call.room is None else PackedShape(own, call.room, self._model.spec.num_prefix)
+        shape = PackedShape(own, call.tokens, self._model.spec.num_prefix) if call.tokens else own
         if is_packed_by_host:
             plans = [row.plan for row, step_row in zip(rows, step_rows, strict=True) for _ in step_row.branches]
             frames, seen = [plan.frames for plan in plans], [plan.valid_frames for plan in plans]
-            inputs = StepInputs.read(self._device.upload(own.write(step_rows, self._device)), own)
-            denoise = partial(denoise_packed, self._model, frames=frames, valid_frames=seen)
-            run_step(denoise, inputs, memories=self._memories(), frames=own.frames)
+            buffer = self._device.upload(own.write(step_rows, self._device))
+            denoise = partial(denoise_joined, self._model.denoise, frames=frames, valid_frames=seen)
+            run_step(denoise, buffer, memories=self._memories(), shape=own)
         elif not self._device.can_capture or not self._replay(shape.general(), step_rows):
             self._run(shape, self._device.upload(shape.write(step_rows, self._device)))
         return rows
 
     def _replay(self, shape: StepShape | PackedShape, rows: Sequence[StepRow]) -> bool:
         """Replay the CUDA graph of this shape with the inputs of `rows`. Returns False if there is no such graph."""
-        if self._moves != (moves := self.arena.num_moves + self.conditioning.num_moves):
-            self._graphs.forget("denoise")
-            self._moves = moves
         captured = self._graphs.find(shape, self._run_on)
         if captured is None:
             return False
@@ -245,16 +232,16 @@ class Executor:
     def capture_next(self, *, is_idle: bool) -> bool:
         """Capture a CUDA graph of one more call shape. Returns False if no shape is worth capturing now.
 
-        Unless the device `is_idle`, only captures that take little time are made, and only few of them.
+        Unless the device `is_idle`, captures take at most a tenth of the time.
         """
         return self._graphs.capture_next(is_idle=is_idle)
 
     def _run(self, shape: StepShape | PackedShape, inputs: Tensor) -> None:
         denoise, memories = self._model.denoise, self._memories()
         if isinstance(shape, PackedShape):
-            run_packed_step(denoise, PackedInputs.read(inputs, shape), memories=memories, shape=shape)
+            run_packed_step(denoise, inputs, memories=memories, shape=shape)
         else:
-            run_step(denoise, StepInputs.read(inputs, shape), memories=memories, frames=shape.frames)
+            run_step(denoise, inputs, memories=memories, shape=shape)
 
     def _run_on(self, shape: StepShape | PackedShape, memory: CallMemory) -> None:
         """Run a step during a graph capture. The step writes its results elsewhere, so `memory.outputs` is not used."""

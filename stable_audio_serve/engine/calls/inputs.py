@@ -15,11 +15,10 @@ from stable_audio_serve.core.clock import Clock
 from stable_audio_serve.core.generation import Priority
 from stable_audio_serve.core.metrics import Metrics
 from stable_audio_serve.engine.calls.executor import Executor
-from stable_audio_serve.engine.calls.noise_ahead import RowNoise
 from stable_audio_serve.engine.calls.request_state import Prompts
-from stable_audio_serve.engine.calls.rows import Encoding, Failures, Row, run_alone
+from stable_audio_serve.engine.calls.rows import Encoding, Failures, Row, RowNoise, run_alone
 from stable_audio_serve.engine.hardware.device import Device, Moment
-from stable_audio_serve.engine.scheduling.pacing import CallTimes, WindowPace
+from stable_audio_serve.engine.scheduling.pacing import CallTimes
 from stable_audio_serve.engine.scheduling.windows import SourceEncoding
 from stable_audio_serve.models.protocol import DiffusionModel, EncodeWindow, TextEmbedding
 
@@ -72,7 +71,6 @@ class RowInputs:
         times: CallTimes,
         cache: PromptCache,
         noise_pools: Mapping[Priority, futures.Executor],
-        pace: WindowPace,
         clock: Clock,
         metrics: Metrics,
     ) -> None:
@@ -83,7 +81,6 @@ class RowInputs:
         self._times = times
         self._cache = cache
         self._noise_pools = noise_pools
-        self._pace = pace
         self._clock = clock
         self._metrics = metrics
         self._ready: Moment | None = None  # the end of all text and source encoding that is queued on the device
@@ -115,7 +112,7 @@ class RowInputs:
         sources = {row.id: row.in_phase(Encoding).sources for row in rows}
         pending = {id(source): source for own in sources.values() for source in own.values() if source.lengths_left}
         failed: dict[int, Exception] = {}
-        windows = [(source, window) for source in pending.values() for window in source.pending(self._pace.turn_frames)]
+        windows = [(source, window) for source in pending.values() for window in source.pending()]
         with self._device.on_second_queue():
             for (source, _), outcome in zip(windows, self._encode([window for _, window in windows]), strict=True):
                 if isinstance(outcome, Exception):

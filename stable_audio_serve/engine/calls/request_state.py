@@ -24,9 +24,8 @@ from stable_audio_serve.core.generation import (
     StageTimings,
 )
 from stable_audio_serve.engine.calls.conditioning import HeldConditioning
-from stable_audio_serve.engine.scheduling.scheduler import RowId
+from stable_audio_serve.engine.scheduling.scheduler import RowId, RowWork
 from stable_audio_serve.engine.scheduling.windows import SourceEncoding
-from stable_audio_serve.engine.scheduling.work import RowWork
 from stable_audio_serve.models.protocol import RowPlan, TextEmbedding
 from stable_audio_serve.sampling.noise import NoiseSource
 
@@ -173,12 +172,13 @@ class SharedParts:
     # Key: init or inpaint. Empty if the encoder draws noise, because each row then has its own encoding.
     sources: dict[str, SourceEncoding] = field(default_factory=dict)
     conditioning: HeldConditioning | None = None  # None also if it depends on the noise of one row
+    keeps_conditioning: bool = False  # if not, the conditioning is freed when none of the rows in progress needs it
 
     def release(self) -> None:
-        """Let go of the conditioning, which was kept for later rows of the request."""
-        if self.conditioning is not None:
+        """Let go of the conditioning, if it was kept for later rows of the request."""
+        if self.conditioning is not None and self.keeps_conditioning:
             self.conditioning.free()
-            self.conditioning = None
+        self.conditioning = None
 
 
 class RequestRow(Protocol):

@@ -23,7 +23,8 @@ from stable_audio_serve.engine.calls.inputs import PromptCache, RowInputs
 from stable_audio_serve.engine.calls.rows import Decoding, Encoding, Failures, Row, Stepping, make_assembly, run_alone
 from stable_audio_serve.engine.hardware.device import Device, Moment
 from stable_audio_serve.engine.scheduling.cost import CostModel
-from stable_audio_serve.engine.scheduling.pacing import CallTimes, WindowPace
+from stable_audio_serve.engine.scheduling.memory import FixedMemory
+from stable_audio_serve.engine.scheduling.pacing import CallTimes
 from stable_audio_serve.models.protocol import DiffusionModel
 from stable_audio_serve.sampling.update import Kept, StepNumbers, start_state
 
@@ -42,17 +43,20 @@ class Stages:
         cost: CostModel,
         cache: PromptCache,
         noise_pools: Mapping[Priority, futures.Executor],
-        pace: WindowPace,
+        is_fixed: bool,
         clock: Clock,
         metrics: Metrics,
     ) -> None:
-        """`noise_pools` has one executor per priority to draw noise. Each must start its tasks in order."""
+        """`noise_pools` has one executor per priority to draw noise. Each must start its tasks in order.
+
+        With `is_fixed`, the audio is decoded in exactly the planned windows.
+        """
         self._model = model
         self._executor = executor
         self._device = device
         self._cost = cost
         self._times = CallTimes(device, cost=cost, metrics=metrics)
-        self._pace = pace
+        self._is_fixed = is_fixed
         self._clock = clock
         self._metrics = metrics
         self._inputs = RowInputs(
@@ -62,11 +66,14 @@ class Stages:
             times=self._times,
             cache=cache,
             noise_pools=noise_pools,
-            pace=pace,
             clock=clock,
             metrics=metrics,
         )
         self._delivering: deque[tuple[Row, Moment]] = deque()
+
+    def fix_memory(self, fixed: FixedMemory) -> None:
+        """Allocate all memory that is kept between calls. Must be called on the engine thread before the first row."""
+        self._executor.fix_memory(fixed)
 
     def start(self, rows: Sequence[Row]) -> Failures:
         """Start drawing the rows' noise and encode their prompts. Rows without source audio are then ready for `begin`.
@@ -104,7 +111,6 @@ class Stages:
         lanes = [row.lane for row in rows]
         tokens = sum(lane.branches * lane.frames for lane in lanes)
         groups = [call.groups for call in calls]
-        self._pace.record_step(sum(self._cost.groups_ms("denoise", own) for own in groups))
         failures = self._times.time("denoise", groups, run=lambda: self._executor.denoise(rows, calls))
         failpoint("between_steps")
         self._metrics.observe("engine_rows_per_step", len(rows))
@@ -117,22 +123,16 @@ class Stages:
                 self._take_latents(row)
         return failures
 
-    def decode(self, rows: Sequence[Row], *, others_wait: bool = False) -> Failures:
-        """Decode the next few windows of each row. Returns the rows that failed.
-
-        If `others_wait`, the windows are shorter, so that they delay the other rows less.
-        """
+    def decode(self, rows: Sequence[Row]) -> Failures:
+        """Decode the next few windows of each row. Returns the rows that failed."""
         failpoint("before_decode")
-        max_frames = self._pace.decode_frames(len(rows), others_wait=others_wait)
         decoding = {row.id: row.in_phase(Decoding) for row in rows}
         failed: dict[int, tuple[Row, Exception]] = {}
         with self._device.on_second_queue(*(own.latents for own in decoding.values())):
             windows = [
                 (row, window)
                 for row in rows
-                for window in decoding[row.id].audio.pending(
-                    decoding[row.id].latents, decoding[row.id].noise, max_frames=max_frames
-                )
+                for window in decoding[row.id].audio.pending(decoding[row.id].latents, decoding[row.id].noise)
             ]
             calls = [((1, window.latents.shape[-1]),) for _, window in windows]
             outcomes = self._times.time(
@@ -185,6 +185,11 @@ class Stages:
         """Capture a CUDA graph of one more call shape; see `Executor.capture_next`."""
         return self._executor.capture_next(is_idle=is_idle)
 
+    @property
+    def captures_off_reason(self) -> str:
+        """Why no more calls are captured; empty if they are, or if the device captures nothing."""
+        return self._executor.captures_off_reason
+
     def require_usable(self, error: Exception) -> None:
         """Raise DeviceLostError if `error` has made the device unusable."""
         self._device.require_usable(error)
@@ -226,7 +231,7 @@ class Stages:
 
     def _condition(self, row: Row, encoding: Encoding) -> HeldConditioning:
         shared = row.request.shared
-        if shared.conditioning is not None:
+        if shared.conditioning is not None and not shared.conditioning.is_freed:
             return shared.conditioning.share()
         inpaint = None if row.plan.sampler.start_blend else encoding.sources.get("inpaint")
         conditioning = self._model.condition(
@@ -237,16 +242,19 @@ class Stages:
         )
         held = self._executor.conditioning.hold(conditioning)
         if inpaint is None or not self._model.spec.noisy_source_encoder:
-            shared.conditioning = held.share()
+            # The memory plan counts rows in progress, so a request without any keeps nothing in memory of a fixed size.
+            shared.keeps_conditioning = self._executor.conditioning.fixed is None
+            shared.conditioning = held.share() if shared.keeps_conditioning else held
         return held
 
     def _take_latents(self, row: Row) -> None:
         """Move a denoised row to the phase Decoding: copy its latents and free the memory of its registers."""
         stepping, spec = row.in_phase(Stepping), self._model.spec
         audio = make_assembly(
-            row.plan, hop=spec.hop, channels=spec.card.channels, is_fixed=self._pace.is_fixed, device=self._device
+            row.plan, hop=spec.hop, channels=spec.card.channels, is_fixed=self._is_fixed, device=self._device
         )
         latents = self._executor.release(stepping.held, part=row.plan.sampler.result_register)
         stepping.conditioning.free()
         audio.check(latents[:, : row.plan.valid_frames])
+        row.work.decode_left = audio.lengths_left
         row.phase = Decoding(stepping.noise.source, latents, audio, self._device.mark())

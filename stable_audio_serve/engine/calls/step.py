@@ -6,8 +6,12 @@ Each row of the batch has its own sampler, step number, guidance and noise.
 
 from __future__ import annotations
 
+import math
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,12 +21,67 @@ from stable_audio_serve.engine.hardware.arena import ZERO_PAGE, HeldFrames, page
 from stable_audio_serve.engine.hardware.device import Device
 from stable_audio_serve.engine.hardware.graphs import Kind
 from stable_audio_serve.models.protocol import StepBatch
-from stable_audio_serve.sampling.guidance import NUM_GUIDANCE, GuidanceBatch, GuidanceUse, guidance_values, guide
+from stable_audio_serve.sampling.guidance import (
+    NUM_GUIDANCE,
+    GuidanceBatch,
+    GuidanceUse,
+    RowSum,
+    guidance_values,
+    guide,
+    row_sum,
+)
 from stable_audio_serve.sampling.plan import Guidance
-from stable_audio_serve.sampling.update import NUM_VALUES, Kept, StepNumbers, StepTerms, TermUse, advance, network_input
+from stable_audio_serve.sampling.update import (
+    KEPT_PARTS,
+    NUM_VALUES,
+    Kept,
+    StepNumbers,
+    StepTerms,
+    TermUse,
+    advance,
+    network_input,
+)
 
-_NUM_FLOAT_SECTIONS = 2  # sections of floats at the start of the buffer; sections of integers follow
-KEPT_PARTS = 3  # mask, source and noise: the extra tensors of a row that keeps some frames of a source
+
+class Section(NamedTuple):
+    """One tensor in a buffer: its name, shape and dtype (int32 or float32)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.int32
+
+    @property
+    def size(self) -> int:
+        """The number of values."""
+        return math.prod(self.shape)
+
+
+class Sections(tuple[Section, ...]):
+    """The sections of a float32 buffer, in the order in which they follow one another."""
+
+    @property
+    def size(self) -> int:
+        """The number of values in all sections."""
+        return sum(section.size for section in self)
+
+    def write(self, values: Mapping[str, Sequence[float]], *, device: Device) -> Tensor:
+        """Return a host buffer with these values, each section filled up with zeros.
+
+        Sections without values must be the last ones, and are uninitialised.
+        """
+        written = bytearray()
+        for section in self[: len(values)]:
+            code = "f" if section.dtype == torch.float32 else "i"
+            written += array(code, values[section.name]).tobytes().ljust(4 * section.size, b"\0")
+        buffer = device.host_buffer(self.size, dtype=torch.float32)
+        num_values = sum(section.size for section in self[: len(values)])
+        buffer[:num_values] = torch.frombuffer(written, dtype=torch.float32)
+        return buffer
+
+    def read(self, buffer: Tensor) -> dict[str, Tensor]:
+        """Return a view of each section of the buffer."""
+        parts = buffer.split([section.size for section in self])
+        return {own.name: part.view(own.dtype).view(own.shape) for own, part in zip(self, parts, strict=True)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,67 +160,54 @@ class StepShape:
     @property
     def inputs(self) -> tuple[int, torch.dtype]:
         """The number of values in the input buffer, and the dtype. A buffer of zeros describes a call without rows."""
-        return sum(self._sizes), torch.float32
+        return self.sections.size, torch.float32
 
     @property
     def num_outputs(self) -> int:
         return 0
 
     @property
-    def _sizes(self) -> list[int]:
-        """The number of 4-byte values in each section of the buffer, in the order of `StepInputs.read`."""
-        num, pages = self.rows, self.rows * pages_of(self.frames)
+    def sections(self) -> Sections:
+        """The inputs of a padded call."""
+        rows, pages = self.rows, pages_of(self.frames)
+        return Sections(
+            [
+                *self.shared_sections,
+                Section("registers", (rows, self.num_registers, pages)),  # numbers of memory pages, as is `kept`
+                Section("kept", (rows * self.use.blends, KEPT_PARTS, pages)),
+                Section("noise", (rows * self.draws, self.latent_channels, self.frames), torch.float32),
+            ]
+        )
+
+    @property
+    def shared_sections(self) -> list[Section]:
+        """The inputs that padded and packed calls share. Unused network rows belong to row 0."""
+        rows, network_rows, pages = self.rows, self.network_rows, pages_of(self.frames)
         return [
-            num * NUM_VALUES,
-            num * NUM_GUIDANCE,
-            num,
-            num,
-            self.network_rows,
-            num,
-            num,
-            pages * self.num_registers,
-            pages * KEPT_PARTS * self.use.blends,
-            self.network_rows * len(self.constants),
-            self.network_rows * pages_of(self.frames) * len(self.by_frame),
-            num * self.latent_channels * self.frames * self.draws,
+            Section("values", (rows, NUM_VALUES), torch.float32),  # in the order of `StepNumbers.values`
+            Section("guidance", (rows, NUM_GUIDANCE), torch.float32),
+            Section("frames", (rows,)),  # the length of each row without the call's padding
+            Section("valid_frames", (rows,)),
+            Section("conditional", (rows,)),  # the index of each row's conditional network row
+            Section("unconditional", (rows,)),  # the same; equal to `conditional` if the row is not guided
+            Section("lanes", (network_rows,)),  # the index of the row to which each network row belongs
+            Section("constants", (len(self.constants), network_rows)),  # numbers of memory slots
+            Section("by_frame", (len(self.by_frame), network_rows, pages)),  # numbers of memory pages
         ]
 
     def write(self, rows: Sequence[StepRow], device: Device) -> Tensor:
-        """Return a host buffer that contains all inputs of these rows, in the layout that `StepInputs.read` reads."""
-        buffer = device.host_buffer(sum(self._sizes), dtype=torch.float32)
-        branches = [2 if row.guided else 1 for row in rows]
-        first = [sum(branches[:index]) for index in range(len(rows))]
+        """Return a host buffer that contains all inputs of these rows."""
         registers = [row.held.parts[: row.num_registers] for row in rows]
-        kept = [row.held.parts[row.num_registers :] if self.use.blends else () for row in rows]
-        own = [branch for row in rows for branch in row.branches]
-        spare = own[:1] or [HeldBranch({}, {})]  # unused network rows get the conditioning of the first network row
-        held = own + spare * (self.network_rows - len(own))
-        pages = [[branch.pages.get(name, ()) for branch in held] for name in self.by_frame]
-        sizes = self._sizes
-        values = join_sections(
-            [
-                [value for row in rows for value in row.numbers.values],
-                [value for row in rows for value in guidance_values(row.guidance)],
-            ],
-            sizes=sizes[:_NUM_FLOAT_SECTIONS],
-        )
-        sections = [
-            [row.valid_frames for row in rows],
-            [row.held.frames for row in rows],
-            [index for index, count in enumerate(branches) for _ in range(count)],
-            first,
-            [place + count - 1 for place, count in zip(first, branches, strict=True)],
-            page_table(registers, frames=self.frames, num_parts=self.num_registers),
-            page_table(kept, frames=self.frames, num_parts=KEPT_PARTS * self.use.blends),
-            [branch.slots.get(name, ZERO_PAGE) for name in self.constants for branch in held],
-            page_table(pages, frames=self.frames, num_parts=self.network_rows),
-        ]
-        numbers = join_sections(sections, sizes=sizes[_NUM_FLOAT_SECTIONS:-1])
-        end = len(values) + len(numbers)
-        buffer[: len(values)] = torch.tensor(values, dtype=torch.float32)
-        buffer[len(values) : end].view(torch.int32)[:] = torch.tensor(numbers, dtype=torch.int32)
+        kept = [row.held.parts[row.num_registers :] for row in rows if self.use.blends]
+        values = {
+            **self.shared_values(rows),
+            "registers": page_table(registers, frames=self.frames, num_parts=self.num_registers),
+            "kept": page_table(kept, frames=self.frames, num_parts=KEPT_PARTS),
+        }
+        sections = self.sections
+        buffer = sections.write(values, device=device)
         if self.draws:
-            noise = buffer[end:].view(-1, self.latent_channels, self.frames)
+            noise = sections.read(buffer)["noise"]
             for target, row in zip(noise, rows, strict=False):
                 length = 0 if row.noise is None else row.noise.shape[1]
                 if row.noise is not None:
@@ -170,63 +216,27 @@ class StepShape:
             noise[len(rows) :] = 0.0
         return buffer
 
-
-def join_sections(sections: Sequence[Sequence[float]], *, sizes: Sequence[int]) -> list[float]:
-    """Concatenate the sections, each padded with zeros to its size."""
-    joined: list[float] = []
-    for section, size in zip(sections, sizes, strict=True):
-        joined += section
-        joined += [0] * (size - len(section))
-    return joined
-
-
-@dataclass(frozen=True, slots=True)
-class StepInputs:
-    """The inputs of a padded step on the device. Integers are int32.
-
-    Shapes: N rows, B network rows (two for a guided row), F frames, R registers, P memory pages of 64 frames, D latent
-    channels. `lanes` (B,) is the index of the row to which each network row belongs; unused network rows repeat row 0.
-    `conditional` and `unconditional` (N,) are the indices of each row's network rows, equal if the row is not guided.
-    """
-
-    terms: StepTerms
-    guidance: GuidanceBatch | None
-    valid_frames: Tensor  # (N, 1)
-    own_frames: Tensor  # (N, 1, 1, 1) the length of each row without the call's padding
-    lanes: Tensor
-    conditional: Tensor
-    unconditional: Tensor
-    registers: Tensor  # (N, R, P) numbers of the memory pages where the registers are stored
-    kept: Tensor | None  # (N, 3, P) numbers of the memory pages of the mask, source and noise of kept frames
-    constants: Mapping[str, Tensor]  # (B,) where each conditioning constant is stored
-    by_frame: Mapping[str, Tensor]  # (B, P) numbers of the memory pages where the conditioning is stored
-    noise: Tensor | None  # (N, D, F) float32, arbitrary for rows that use no noise
-
-    @classmethod
-    def read(cls, buffer: Tensor, shape: StepShape) -> StepInputs:
-        """Return views of a buffer written by `shape.write`."""
-        num = shape.rows
-        values, guidance, *others, noise = buffer.split(shape._sizes)
-        valid, own, lanes, conditional, unconditional, registers, kept, constants, by_frame = (
-            section.view(torch.int32) for section in others
-        )
-        return cls(
-            terms=StepTerms(values.view(num, NUM_VALUES), shape.use),
-            guidance=GuidanceBatch(guidance.view(num, NUM_GUIDANCE), shape.guides) if shape.guides else None,
-            valid_frames=valid.view(num, 1),
-            own_frames=own.view(num, 1, 1, 1),
-            lanes=lanes,
-            conditional=conditional,
-            unconditional=unconditional,
-            registers=registers.view(num, shape.num_registers, -1),
-            kept=kept.view(num, KEPT_PARTS, -1) if shape.use.blends else None,
-            constants=dict(zip(shape.constants, constants.view(-1, shape.network_rows), strict=True)),
-            by_frame={
-                name: pages.view(shape.network_rows, -1)
-                for name, pages in zip(shape.by_frame, by_frame.chunk(len(shape.by_frame) or 1), strict=False)
-            },
-            noise=noise.view(num, shape.latent_channels, shape.frames) if shape.draws else None,
-        )
+    def shared_values(self, rows: Sequence[StepRow]) -> dict[str, Sequence[float]]:
+        """Return the values of `shared_sections`."""
+        first = list(accumulate((len(row.branches) for row in rows), initial=0))
+        own = [branch for row in rows for branch in row.branches]
+        spare = own[:1] or [HeldBranch({}, {})]  # unused network rows get the conditioning of the first network row
+        held = own + spare * (self.network_rows - len(own))
+        return {
+            "values": [value for row in rows for value in row.numbers.values],
+            "guidance": [value for row in rows for value in guidance_values(row.guidance)],
+            "frames": [row.held.frames for row in rows],
+            "valid_frames": [row.valid_frames for row in rows],
+            "conditional": first[:-1],
+            "unconditional": [stop - 1 for stop in first[1:]],
+            "lanes": [index for index, row in enumerate(rows) for _ in row.branches],
+            "constants": [branch.slots.get(name, ZERO_PAGE) for name in self.constants for branch in held],
+            "by_frame": page_table(
+                [[branch.pages.get(name, ()) for branch in held] for name in self.by_frame],
+                frames=self.frames,
+                num_parts=self.network_rows,
+            ),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,37 +248,77 @@ class Memories:
     by_frame: Mapping[str, Tensor]
 
 
-def run_step(
-    denoise: Callable[[StepBatch], Tensor],
-    inputs: StepInputs,
+# Runs the network on latents (B, D, F). Returns its outputs as a function: given the index of one network row for each
+# row, it returns their outputs (B, D, F) float32.
+Network = Callable[[Tensor], Callable[[Tensor], Tensor]]
+
+
+def run_step(denoise: Callable[[StepBatch], Tensor], buffer: Tensor, *, memories: Memories, shape: StepShape) -> None:
+    """Run one evaluation of every row and write the new registers. If the network fails, nothing is written.
+
+    `buffer` is a copy, on the device, of what `shape.write` returned.
+    """
+    inputs = shape.sections.read(buffer)
+    frame = torch.arange(shape.frames, device=buffer.device)
+
+    def network(x: Tensor) -> Callable[[Tensor], Tensor]:
+        lanes = inputs["lanes"]
+        valid = frame < inputs["valid_frames"][:, None]
+        batch = StepBatch(
+            x=x.index_select(0, lanes),
+            t=StepTerms(inputs["values"], shape.use).t.index_select(0, lanes),
+            valid=valid.index_select(0, lanes),
+            constants={
+                name: memories.constants[name].index_select(0, slots)
+                for name, slots in zip(shape.constants, inputs["constants"], strict=True)
+            },
+            by_frame={
+                name: read(memories.by_frame[name], pages, frames=shape.frames)
+                for name, pages in zip(shape.by_frame, inputs["by_frame"], strict=True)
+            },
+        )
+        output = denoise(batch).float()
+        return lambda network_rows: output.index_select(0, network_rows)
+
+    evaluate(network, inputs, memory=memories.registers, shape=shape, frame=frame)
+
+
+def evaluate(
+    network: Network,
+    inputs: Mapping[str, Tensor],
     *,
-    memories: Memories,
-    frames: int,
+    memory: Tensor,
+    shape: StepShape,
+    frame: Tensor,
+    add_up: RowSum = row_sum,
 ) -> None:
-    """Run one evaluation of every row and write the new registers. If the network fails, nothing is written."""
-    memory = memories.registers
-    frame = torch.arange(frames, device=memory.device)
-    valid = frame < inputs.valid_frames
-    state = read(memory, inputs.registers, frames=frames)
-    x, times = network_input(state, inputs.terms), inputs.terms.t
-    batch = StepBatch(
-        x=x.index_select(0, inputs.lanes),
-        t=times.index_select(0, inputs.lanes),
-        valid=valid.index_select(0, inputs.lanes),
-        constants={name: memories.constants[name].index_select(0, slots) for name, slots in inputs.constants.items()},
-        by_frame={name: read(memories.by_frame[name], pages, frames=frames) for name, pages in inputs.by_frame.items()},
-    )
-    output = denoise(batch).float()
-    velocity, unconditional = output.index_select(0, inputs.conditional), None
-    if inputs.guidance is not None:
-        unconditional = output.index_select(0, inputs.unconditional)
-        guided = guide(x, times, conditional=velocity, unconditional=unconditional, valid=valid, rows=inputs.guidance)
-        velocity = torch.where(inputs.terms.guided, guided, velocity)
-    kept = None
-    if inputs.kept is not None:
-        mask, source, noise = read(memory, inputs.kept, frames=frames).unbind(1)
+    """Run the network, guidance and the sampler's update on the registers in `memory`, and write the new registers.
+
+    `inputs` has B rows of F frames, or B pages of 64 frames if rows are packed. `frame`, (F,) or (B, F), is the number
+    of each frame in its row. `add_up` adds up the values of a row.
+    """
+    state, terms = read(memory, inputs["registers"], frames=frame.shape[-1]), StepTerms(inputs["values"], shape.use)
+    x = network_input(state, terms)
+    output = network(x)
+    velocity, unconditional, kept = output(inputs["conditional"]), None, None
+    if shape.guides is not None:
+        unconditional = output(inputs["unconditional"])
+        guided = guide(
+            x,
+            terms.t,
+            conditional=velocity,
+            unconditional=unconditional,
+            valid=frame < inputs["valid_frames"][:, None],
+            rows=GuidanceBatch(inputs["guidance"], shape.guides),
+            add_up=add_up,
+        )
+        velocity = torch.where(terms.guided, guided, velocity)
+    if shape.use.blends:
+        mask, source, noise = read(memory, inputs["kept"], frames=frame.shape[-1]).unbind(1)
         kept = Kept(mask=mask[:, 0] != 0.0, source=source, noise=noise)
-    moved = advance(state, inputs.terms, velocity=velocity, unconditional=unconditional, noise=inputs.noise, kept=kept)
-    # After the last frame of a row, write zeros. A call padded to more frames reads these values and multiplies them by
-    # 0, which would keep a NaN.
-    write(memory, inputs.registers, values=torch.where(frame < inputs.own_frames, moved, 0.0))
+    drawn = inputs["noise"] if shape.draws else None
+    moved = advance(state, terms, velocity=velocity, unconditional=unconditional, noise=drawn, kept=kept)
+    # After the last frame of a row, write zeros. A call with more padding reads these values and multiplies them by 0,
+    # which would keep a NaN.
+    is_own = (frame < inputs["frames"][:, None])[:, None, None]
+    write(memory, inputs["registers"], values=torch.where(is_own, moved, 0.0))

@@ -15,7 +15,6 @@ from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.engine.hardware.device import Device
 from stable_audio_serve.engine.scheduling.batching import BatchPolicy, Lane
 from stable_audio_serve.engine.scheduling.cost import CostModel, Measurement, Work
-from stable_audio_serve.engine.scheduling.windows import window_lengths
 from stable_audio_serve.models.protocol import (
     DecodeWindow,
     DiffusionModel,
@@ -25,6 +24,7 @@ from stable_audio_serve.models.protocol import (
     StepBatch,
     TextEmbedding,
 )
+from stable_audio_serve.models.windows import window_lengths
 from stable_audio_serve.sampling.noise import NoiseSource
 
 log = logging.getLogger(__name__)

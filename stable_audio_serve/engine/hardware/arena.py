@@ -1,6 +1,6 @@
 """Device memory for values that are kept between denoising steps, divided into numbered pages. A device call gets the
 whole memory and the numbers of the pages to use. One CUDA graph, which needs fixed addresses, therefore works with any
-pages.
+pages. On a device with CUDA graphs or limited memory, the arenas have a fixed size.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 PAGE_FRAMES = 64
+_FIRST_PAGES, _FIRST_SLOTS = 62, 7  # of an arena that grows
 ZERO_PAGE, SCRATCH_PAGE = 0, 1  # page 0 is all zeros and never written; values to be discarded are written to page 1
 
 Pages = tuple[int, ...]
@@ -24,21 +25,31 @@ def pages_of(frames: int) -> int:
 
 
 class FrameArena:
-    """A growing tensor `memory` of pages: (pages, channels, 64 frames). Used by one thread.
+    """A tensor `memory` of pages: (pages, channels, 64 frames). Used by one thread.
 
-    When no page is free, `memory` is replaced by a copy of twice the size; `num_moves` counts the replacements.
+    When no page is free, `memory` is replaced by a copy of twice the size, unless the size is fixed.
     """
 
     def __init__(
-        self, channels: int, *, device: torch.device, dtype: torch.dtype = torch.float32, num_pages: int = 64
+        self,
+        channels: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        num_pages: int | None = None,
     ) -> None:
-        self.memory = torch.empty(num_pages, channels, PAGE_FRAMES, device=device, dtype=dtype)
+        """With `num_pages`, the size is fixed: so many pages can be taken at the same time."""
+        self._is_fixed = num_pages is not None
+        total = SCRATCH_PAGE + 1 + (_FIRST_PAGES if num_pages is None else num_pages)
+        self.memory = torch.empty(total, channels, PAGE_FRAMES, device=device, dtype=dtype)
         self.memory[ZERO_PAGE] = 0.0
-        self.num_moves = 0
-        self._free = list(range(SCRATCH_PAGE + 1, num_pages))  # a heap, so that the lowest free number is taken first
+        self._free = list(range(SCRATCH_PAGE + 1, total))  # a heap, so that the lowest free number is taken first
 
     def take(self, frames: int) -> Pages:
-        """Reserve pages for this many frames and return their numbers. Their contents are uninitialised."""
+        """Reserve pages for this many frames and return their numbers. Their contents are uninitialised.
+
+        Raises RuntimeError if the size is fixed and too few pages are free.
+        """
         count = pages_of(frames)
         while len(self._free) < count:
             self._grow()
@@ -51,32 +62,34 @@ class FrameArena:
 
     def _grow(self) -> None:
         old = len(self.memory)
-        self.memory = _doubled(self.memory)
-        self.num_moves += 1
+        self.memory = _doubled(self.memory, is_fixed=self._is_fixed)
         for page in range(old, 2 * old):
             heappush(self._free, page)
 
 
 class SlotArena:
-    """A growing tensor `memory` with space for many tensors of one shape: (slots, *shape). Slot 0 is all zeros. Used by
-    one thread.
+    """A tensor `memory` with space for many tensors of one shape: (slots, *shape). Slot 0 is all zeros. Used by one
+    thread.
 
-    When no slot is free, `memory` is replaced by a copy of twice the size; `num_moves` counts the replacements.
+    When no slot is free, `memory` is replaced by a copy of twice the size, unless the size is fixed.
     """
 
-    def __init__(self, like: Tensor, *, num_slots: int = 8) -> None:
-        """The values have the shape, dtype and device of `like`."""
-        self.memory = like.new_empty(num_slots, *like.shape)
+    def __init__(self, like: Tensor, *, num_slots: int | None = None) -> None:
+        """The values have the shape, dtype and device of `like`. With `num_slots`, the size is fixed."""
+        self._is_fixed = num_slots is not None
+        total = ZERO_PAGE + 1 + (_FIRST_SLOTS if num_slots is None else num_slots)
+        self.memory = like.new_empty(total, *like.shape)
         self.memory[ZERO_PAGE] = torch.zeros_like(like)
-        self.num_moves = 0
-        self._free = list(range(ZERO_PAGE + 1, num_slots))
+        self._free = list(range(ZERO_PAGE + 1, total))
 
     def put(self, value: Tensor) -> int:
-        """Copy a value into a free slot and return the slot's number."""
+        """Copy a value into a free slot and return the slot's number.
+
+        Raises RuntimeError if the size is fixed and no slot is free.
+        """
         if not self._free:
             old = len(self.memory)
-            self.memory = _doubled(self.memory)
-            self.num_moves += 1
+            self.memory = _doubled(self.memory, is_fixed=self._is_fixed)
             self._free = list(range(old, 2 * old))
         slot = heappop(self._free)
         self.memory[slot] = value
@@ -87,8 +100,10 @@ class SlotArena:
         heappush(self._free, slot)
 
 
-def _doubled(memory: Tensor) -> Tensor:
+def _doubled(memory: Tensor, *, is_fixed: bool) -> Tensor:
     """Return a tensor of twice the length, whose first half is a copy of `memory`. The rest is uninitialised."""
+    if is_fixed:
+        raise RuntimeError(f"all {len(memory)} places of this memory are taken")
     larger = memory.new_empty(2 * len(memory), *memory.shape[1:])
     larger[: len(memory)] = memory
     return larger

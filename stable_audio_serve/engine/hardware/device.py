@@ -265,14 +265,16 @@ class CudaDevice:
                 torch.cuda.Stream(self.torch_device, priority=current.priority),
                 torch.cuda.graph_pool_handle(),
             )
+            with torch.cuda.stream(stream):  # cuBLAS allocates a workspace for each stream, once
+                torch.mm(*torch.zeros(2, 8, 8, device=self.torch_device))
             # Keep one small graph forever, because torch does not accept a memory pool again after its last graph is
             # deleted.
             self._kept.append(self._record(lambda: torch.zeros(1, device=self.torch_device), stream=stream, pool=pool))
         stream, pool = self._captures[current]
+        # So that one-time initialisation happens now, not during the capture. On the current stream, because temporary
+        # tensors of another one would take their memory once more.
+        run()
         stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            run()  # so that one-time initialisation happens now, not during the capture
-        current.wait_stream(stream)
         return self._record(run, stream=stream, pool=pool).replay
 
     def _record(self, run: Callable[[], object], *, stream: torch.cuda.Stream, pool: Any) -> torch.cuda.CUDAGraph:

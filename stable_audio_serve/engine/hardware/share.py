@@ -1,5 +1,5 @@
-"""Divides a device's memory among processes, and the part of one process among clips in progress, CUDA graphs and
-cached prompts. Only arithmetic; allocates nothing.
+"""Divides a device's memory among processes, and the part of one process among weights, cached prompts, clips in
+progress, CUDA graphs and a reserve. Only arithmetic; allocates nothing.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from stable_audio_serve.core.errors import ConfigError
 WHOLE = 1.0  # the share of a process that has the device to itself
 # Memory that a process on a shared GPU uses in addition to its tensors: the CUDA context, library code and workspaces.
 CONTEXT_BYTES = 512 * 2**20
-# Of the memory that weights and cached prompts leave, clips in progress get this share. CUDA graphs get the rest, which
-# must also allow for fragmentation.
-_ROWS = 0.85
+# Of the memory that a process may use, this share stays unused, for fragmentation and for what libraries and, on a GPU
+# with several replicas, the driver allocate later.
+_RESERVE = 0.05
+_GRAPHS = 0.15  # of the memory that weights, cached prompts and the reserve leave
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,11 @@ class DeviceMemory:
     free: int
 
     @property
+    def used(self) -> int:
+        """Bytes in use. If the process has the device to itself, they include what the driver and libraries use."""
+        return self.total - self.free if self.allowed == self.total else self.held
+
+    @property
     def left(self) -> int:
         """Bytes that this process can still allocate."""
         return max(0, min(self.free, self.allowed - self.held))
@@ -35,14 +41,39 @@ class DeviceMemory:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Limits in bytes for clips in progress (`rows`) and for CUDA graphs (`captures`); None means no limit.
+    """How the memory of an engine is divided, in bytes. `rows` and `graphs` are None if they are not limited.
 
-    `setting` names the setting to change if `rows` is too low.
+    `rows` is for all clips in progress. It includes `context`, their stored conditioning, and `decode`, the temporary
+    tensors of decoding while other clips are denoised; both are 0 until the engine has measured the model. `setting`
+    names the setting to change if `rows` is too low.
     """
 
+    weights: int = 0
+    prompts: int = 0
     rows: int | None = None
-    captures: int | None = None
+    context: int = 0
+    decode: int = 0
+    graphs: int | None = None
+    reserve: int = 0
     setting: str = "max_memory_bytes"
+
+    def parts(self) -> dict[str, int]:
+        """Return the bytes of each part, which add up to what is divided; empty if memory is not limited."""
+        if self.rows is None:
+            return {}
+        return {
+            "weights": self.weights,
+            "prompts": self.prompts,
+            "context": self.context,
+            "rows": self.rows - self.context - self.decode,
+            "decode": self.decode,
+            "graphs": self.graphs or 0,
+            "reserve": self.reserve,
+        }
+
+    def __str__(self) -> str:
+        """The parts in GB, for logs; empty if memory is not limited."""
+        return " ".join(f"{name}_gb={num_bytes / 1e9:.2f}" for name, num_bytes in self.parts().items())
 
 
 def allowed_bytes(total: int, *, share: float) -> int:
@@ -50,11 +81,14 @@ def allowed_bytes(total: int, *, share: float) -> int:
     return max(0, int(share * total) - (CONTEXT_BYTES if share < WHOLE else 0))
 
 
-def plan_memory(memory: DeviceMemory | None, *, max_rows_bytes: int | None, prompt_cache_bytes: int) -> MemoryPlan:
-    """Return the limits of an engine whose weights are loaded. `memory` is None if the device shares the host's memory.
+def plan_memory(
+    memory: DeviceMemory | None, *, max_rows_bytes: int | None, prompt_cache_bytes: int, captures: bool = True
+) -> MemoryPlan:
+    """Return the plan of an engine whose weights are loaded. `memory` is None if the device shares the host's memory.
 
     `max_rows_bytes` is the operator's limit for clips in progress. If it is None, the clips may use most of the
-    remaining memory. Raises ConfigError if `max_rows_bytes` is more than this process may allocate.
+    remaining memory. With `captures`, a part is for CUDA graphs. Raises ConfigError if `max_rows_bytes` is more than
+    this process may allocate.
     """
     if memory is None:
         return MemoryPlan(rows=max_rows_bytes)
@@ -69,10 +103,13 @@ def plan_memory(memory: DeviceMemory | None, *, max_rows_bytes: int | None, prom
             allowed=f"1..{max(own, 0)}",
         )
     left = max(memory.left - prompt_cache_bytes, 0)
+    reserve = min(int(_RESERVE * memory.allowed), left)
+    graphs = int(_GRAPHS * (left - reserve)) if captures else 0
+    rows, setting = max(left - reserve - graphs, 1), "memory_share"
     if max_rows_bytes is not None:
-        return MemoryPlan(max_rows_bytes, max(left - max_rows_bytes, 0))
-    rows = int(_ROWS * left)
-    return MemoryPlan(max(rows, 1), left - rows, "memory_share")
+        rows, setting = max_rows_bytes, "max_memory_bytes"
+        graphs = min(graphs, max(left - rows, 0))
+    return MemoryPlan(memory.held, prompt_cache_bytes, rows, graphs=graphs, reserve=reserve, setting=setting)
 
 
 def require_share(memory: DeviceMemory, *, name: str, weights_bytes: int, share: float) -> None:

@@ -1,26 +1,42 @@
-"""Splits the clips of a denoising step into device calls and chooses the shape of each call: its batch size and padded
-length. There are few shapes, so that a CUDA graph can be captured for each.
+"""Decides which clips share a device call in a denoising step, and which shape each call has: its batch size and padded
+length, or the capacity of a packed call. There are few shapes, so that a CUDA graph can be captured for each.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
 
-from stable_audio_serve.engine.scheduling.call_shapes import (
-    PACKED_ROWS,
-    CallMs,
-    CallShapes,
-    PackedRoom,
-    PackedShapes,
-    cut,
-    most_rows,
-    round_up,
-)
 from stable_audio_serve.engine.scheduling.cost import Groups
+
+CallMs = Callable[[int, int], float]  # predicts the time of a call, from its batch size and its padded length
+
+# The allowed batch sizes of the network. They are few, because each call shape needs a CUDA graph. With powers of two
+# alone, 15 % of all rows would be dummy rows, which fill up a batch.
+GRAPH_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+# Pairs (longest, multiple), both in units of the grid: the length of a row up to `longest` is padded to a multiple of
+# `multiple`. Longer rows are padded to a multiple of `_COARSEST`. Beyond the first pair, padding adds at most an
+# eighth.
+_GROWTH = ((16, 1), (32, 2))
+_COARSEST = 4
+# The capacity of a packed call, in rows and tokens. Unused rows cost almost no time, so one capacity in rows is enough.
+# The capacity in tokens is the needed number rounded up, by at most an eighth and on average a sixteenth. Small numbers
+# are rounded up more, because a small call spends most of its time reading the weights.
+PACKED_ROWS = 64
+_LEAST_STEP, _STEPS_PER_OCTAVE = 256, 8
+_SHORT = 4  # clips up to 1/4 of the longest length get call shapes of their own, in which every row is that short
+# The allowed batch sizes of padded calls if calls can also be packed. Fewer are enough, because only single clips and
+# clips of equal length are then padded.
+GRAPH_ROWS_WITH_PACKED = (1, 2, 4, 8, 16, 32)
+
+
+def round_up(value: int, multiple: int) -> int:
+    """Return the smallest multiple of `multiple` that is at least `value`."""
+    return -(-value // multiple) * multiple
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +53,15 @@ class Call:
     its length `frames` includes padding.
 
     A packed call concatenates its rows instead of padding them: `lengths` are the latent frames of each row of the
-    batch, and `frames` is the longest. If it runs as a CUDA graph, it has the fixed capacity `room`, of which
-    `num_spare` tokens are unused.
+    batch, and `frames` is the longest. If it runs as a CUDA graph, `rows`, `frames` and `tokens` are its capacity, of
+    which `num_spare` tokens are unused.
     """
 
     members: tuple[int, ...]
     rows: int
     frames: int
     lengths: tuple[int, ...] = ()
-    room: PackedRoom | None = None
+    tokens: int = 0
     num_spare: int = 0
 
     @property
@@ -126,47 +142,133 @@ class FixedSlots:
         return round_up(frames, self.grid)
 
 
-def _fill(
-    shapes: CallShapes, call_ms: CallMs, *, lanes: Sequence[Lane], members: Sequence[int], frames: int
-) -> list[Call]:
-    """Return calls, padded to `frames`, for the lanes with the indices `members`.
+@dataclass(frozen=True, slots=True)
+class AnyRows:
+    """The shapes of calls without CUDA graphs: any batch size, with lengths padded to a multiple of `grid`.
 
-    Both network rows of a guided lane are in the same call.
+    A call has at most `max_tokens` latent frames, all rows together.
     """
-    _, rooms = cut(shapes, call_ms, rows=sum(lanes[i].branches for i in members), frames=frames)
-    groups: list[list[int]] = [[] for _ in rooms]
-    # Lanes with two network rows (guided) are placed first, so that those with one fill the remaining gaps.
-    for i in sorted(members, key=lambda i: -lanes[i].branches):
-        place = next((place for place, room in enumerate(rooms) if room >= lanes[i].branches), len(rooms))
-        if place == len(rooms):  # no call has room: each call of odd size may have one row left, and two are needed
-            rooms.append(max(most_rows(shapes, frames), lanes[i].branches))
-            groups.append([])
-        groups[place].append(i)
-        rooms[place] -= lanes[i].branches
-    return [
-        Call(tuple(sorted(group)), shapes.least(sum(lanes[i].branches for i in group)), frames)
-        for group in groups
-        if group
-    ]
 
+    grid: int = 1
+    max_tokens: int = 16_384
 
-def _rows_near_knee(shapes: CallShapes, *, branches: int, frames: int, knee_tokens: float) -> int:
-    """Return the batch size, at least `branches`, of a call with about `knee_tokens` latent frames in all its rows."""
-    rows = min(int(knee_tokens / frames), most_rows(shapes, frames))
-    return max(shapes.most(rows), shapes.least(branches))
+    def padded(self, frames: int) -> int:
+        """Return the padded length of a row of `frames` latent frames."""
+        return round_up(frames, self.grid)
+
+    def least(self, rows: int) -> int:
+        """Return the number of rows, dummies included, of the smallest call for this many rows."""
+        return rows
+
+    def most(self, rows: int) -> int:
+        """Return the number of rows of the largest call that this many rows fill completely; 0 if there is none."""
+        return rows
+
+    def most_rows(self, frames: int) -> int:
+        """Return the largest allowed batch size, at least 1, of a call with rows padded to `frames` latent frames."""
+        return max(self.most(self.max_tokens // frames), 1)
+
+    def cut(self, rows: int, frames: int, *, call_ms: CallMs) -> tuple[float, list[int]]:
+        """Split `rows` rows, padded to `frames`, into calls. Returns the total predicted ms and the batch sizes.
+
+        Calls of the largest batch size come first. For the remaining rows there is either one call with dummy rows or
+        several smaller calls, whichever is predicted to be faster.
+        """
+        full = self.most_rows(frames)
+        num_full, left = divmod(rows, full)
+        ms, sizes = (num_full * call_ms(full, frames) if num_full else 0.0), [full] * num_full
+        if left:
+            left_ms, left_sizes = self._cut_rest(left, frames, call_ms=call_ms)
+            ms, sizes = ms + left_ms, sizes + left_sizes
+        return ms, sizes
+
+    def _cut_rest(self, rows: int, frames: int, *, call_ms: CallMs) -> tuple[float, list[int]]:
+        padded = self.least(rows)
+        padded_ms = call_ms(padded, frames)
+        if padded == rows:
+            return padded_ms, [padded]
+        first = self.most(rows)
+        rest_ms, rest = self._cut_rest(rows - first, frames, call_ms=call_ms)
+        cut_ms = call_ms(first, frames) + rest_ms
+        return (cut_ms, [first, *rest]) if cut_ms < padded_ms else (padded_ms, [padded])
 
 
 @dataclass(frozen=True, slots=True)
-class MergedGrid:
-    """Fast mode: clips of different lengths share a padded call if that is predicted to be faster than separate calls.
+class GraphShapes(AnyRows):
+    """The shapes of calls that run as CUDA graphs: the batch size is one of `rows` (ascending from 1). Lengths are
+    padded to a multiple of `grid`, and those of long rows to a larger multiple.
+
+    A call has at most `max_tokens` latent frames, dummy rows and padding included, unless its batch size is 1.
+    """
+
+    grid: int = 64
+    rows: tuple[int, ...] = GRAPH_ROWS
+
+    def padded(self, frames: int) -> int:
+        for num_steps, factor in _GROWTH:
+            if frames <= num_steps * self.grid:
+                return round_up(frames, factor * self.grid)
+        return round_up(frames, _COARSEST * self.grid)
+
+    def least(self, rows: int) -> int:
+        return self.rows[bisect_left(self.rows, rows)]
+
+    def most(self, rows: int) -> int:
+        index = bisect_right(self.rows, rows)
+        return self.rows[index - 1] if index else 0
+
+
+@dataclass(frozen=True, slots=True)
+class EqualLengths:
+    """Fast mode for a network that cannot mask padding: only clips of equal length share a call.
 
     `call_ms(rows, frames)` predicts a call's time. `knee_tokens(frames)` is how many latent frames a call needs in
-    total for its fixed cost to be a small share of its time, if its rows have `frames` latent frames each.
+    total for its fixed cost to be a small share of its time, if its rows have `frames` latent frames each. Of `shapes`,
+    only the batch sizes are used.
     """
 
     call_ms: CallMs
     knee_tokens: Callable[[int], float]
-    shapes: CallShapes
+    shapes: AnyRows
+
+    def split(self, lanes: Sequence[Lane]) -> list[Call]:
+        groups = _by_length(lanes, self.padded)
+        return [call for frames, members in groups.items() for call in self._fill(lanes, members, frames=frames)]
+
+    def typical_rows(self, branches: int, frames: int) -> int:
+        rows = min(int(self.knee_tokens(frames) / frames), self.shapes.most_rows(frames))
+        return max(self.shapes.most(rows), self.shapes.least(branches))
+
+    def padded(self, frames: int) -> int:
+        return frames
+
+    def _fill(self, lanes: Sequence[Lane], members: Sequence[int], *, frames: int) -> list[Call]:
+        """Return calls, padded to `frames`, for the lanes with the indices `members`.
+
+        Both network rows of a guided lane are in the same call.
+        """
+        _, rooms = self.shapes.cut(sum(lanes[i].branches for i in members), frames, call_ms=self.call_ms)
+        groups: list[list[int]] = [[] for _ in rooms]
+        # Lanes with two network rows (guided) are placed first, so that those with one fill the remaining gaps.
+        for i in sorted(members, key=lambda i: -lanes[i].branches):
+            place = next((place for place, room in enumerate(rooms) if room >= lanes[i].branches), len(rooms))
+            if place == len(rooms):  # each call of odd size may have one row left, and two are needed
+                rooms.append(max(self.shapes.most_rows(frames), lanes[i].branches))
+                groups.append([])
+            groups[place].append(i)
+            rooms[place] -= lanes[i].branches
+        return [
+            Call(tuple(sorted(group)), self.shapes.least(sum(lanes[i].branches for i in group)), frames)
+            for group in groups
+            if group
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class MergedGrid(EqualLengths):
+    """Fast mode: as EqualLengths, but lengths are padded as in `shapes`, and clips of different lengths share a padded
+    call if that is predicted to be faster than separate calls.
+    """
 
     def split(self, lanes: Sequence[Lane]) -> list[Call]:
         """Return the calls whose predicted times have the smallest sum."""
@@ -177,9 +279,9 @@ class MergedGrid:
         # Dynamic programming. best[stop] is for the shortest `stop` lengths: their least predicted ms, and the index of
         # the shortest length in their last group of calls.
         best: list[tuple[float, int]] = [(0.0, 0)]
-        for stop in range(1, len(lengths) + 1):
+        for stop, frames in enumerate(lengths, start=1):
             candidates = [
-                (best[start][0] + self._cut_ms(call_ms, rows=sum(rows[start:stop]), frames=lengths[stop - 1]), start)
+                (best[start][0] + self.shapes.cut(sum(rows[start:stop]), frames, call_ms=call_ms)[0], start)
                 for start in range(stop)
             ]
             best.append(min(candidates))
@@ -188,16 +290,9 @@ class MergedGrid:
         while stop > 0:
             start = best[stop][1]
             members = [i for length in lengths[start:stop] for i in by_length[length]]
-            frames = lengths[stop - 1]
-            calls = _fill(self.shapes, call_ms, lanes=lanes, members=members, frames=frames) + calls
+            calls = self._fill(lanes, members, frames=lengths[stop - 1]) + calls
             stop = start
         return calls
-
-    def _cut_ms(self, call_ms: CallMs, *, rows: int, frames: int) -> float:
-        return cut(self.shapes, call_ms, rows=rows, frames=frames)[0]
-
-    def typical_rows(self, branches: int, frames: int) -> int:
-        return _rows_near_knee(self.shapes, branches=branches, frames=frames, knee_tokens=self.knee_tokens(frames))
 
     def padded(self, frames: int) -> int:
         return self.shapes.padded(frames)
@@ -207,7 +302,7 @@ class MergedGrid:
 class Packed:
     """Fast mode for a CPU: all clips share one call, which concatenates them without padding.
 
-    `knee_tokens` is as in MergedGrid.
+    `knee_tokens` is as in EqualLengths.
     """
 
     knee_tokens: Callable[[int], float]
@@ -225,6 +320,22 @@ class Packed:
 
     def padded(self, frames: int) -> int:
         return frames
+
+
+@dataclass(frozen=True, slots=True)
+class PackedShapes:
+    """Chooses the capacities of packed calls. The network adds `prefix` tokens to the latent frames of each row."""
+
+    prefix: int
+    longest: int  # latent frames of the longest possible row
+
+    def call(self, members: Sequence[int], lengths: Sequence[int]) -> Call:
+        """Return the call of the smallest allowed capacity for rows of these lengths; at most PACKED_ROWS rows."""
+        needed = sum(lengths) + self.prefix * len(lengths)
+        tokens = round_up(needed, max(2 ** (needed.bit_length() - 1) // _STEPS_PER_OCTAVE, _LEAST_STEP))
+        short = -(-self.longest // _SHORT)
+        longest = short if max(lengths) <= short else self.longest
+        return Call(tuple(members), PACKED_ROWS, longest, tuple(lengths), tokens, tokens - needed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,16 +363,11 @@ class PackedOrGrid:
         lengths: list[int] = []
         for i in sorted(range(len(lanes)), key=lambda i: lanes[i].frames):
             if len(lengths) + lanes[i].branches > PACKED_ROWS:
-                calls.append(self._call(members, lengths))
+                calls.append(self.shapes.call(members, lengths))
                 members, lengths = [], []
             members.append(i)
             lengths += [lanes[i].frames] * lanes[i].branches
-        return [*calls, self._call(members, lengths)]
-
-    def _call(self, members: Sequence[int], lengths: Sequence[int]) -> Call:
-        room = self.shapes.room(lengths)
-        num_spare = room.tokens - sum(lengths) - self.shapes.prefix * len(lengths)
-        return Call(tuple(members), room.rows, room.longest, tuple(lengths), room, num_spare)
+        return [*calls, self.shapes.call(members, lengths)]
 
     def _ms(self, calls: Sequence[Call]) -> float:
         return sum(self.groups_ms(call.groups) for call in calls)
@@ -271,28 +377,3 @@ class PackedOrGrid:
 
     def padded(self, frames: int) -> int:
         return self.grid.padded(frames)
-
-
-@dataclass(frozen=True, slots=True)
-class EqualLengths:
-    """Fast mode for a network that cannot mask padding: only clips of equal length share a call.
-
-    `call_ms` and `knee_tokens` are as in MergedGrid. Of `shapes`, only the batch sizes are used.
-    """
-
-    call_ms: CallMs
-    knee_tokens: Callable[[int], float]
-    shapes: CallShapes
-
-    def split(self, lanes: Sequence[Lane]) -> list[Call]:
-        return [
-            call
-            for frames, members in _by_length(lanes, self.padded).items()
-            for call in _fill(self.shapes, self.call_ms, lanes=lanes, members=members, frames=frames)
-        ]
-
-    def typical_rows(self, branches: int, frames: int) -> int:
-        return _rows_near_knee(self.shapes, branches=branches, frames=frames, knee_tokens=self.knee_tokens(frames))
-
-    def padded(self, frames: int) -> int:
-        return frames

@@ -168,7 +168,9 @@ class CostModel:
     """
 
     def __init__(self, *, learning_rate: float = 0.05) -> None:
-        """`learning_rate` (0..1) is the weight of a new measurement against all earlier ones. The first weigh more."""
+        """`learning_rate` (0..1) is the weight of a new measurement against all earlier ones. While there are few
+        measurements, all have the same weight.
+        """
         self._learning_rate = learning_rate
         self._costs: dict[Work, CallCost] = {
             "text": CallCost(fixed_ms=0.0, per_row_ms=5.0, per_frame_ms=0.0),

@@ -1,16 +1,17 @@
-"""Predicts how much device memory each clip (row) needs, so that a clip starts only if it fits into memory.
+"""Divides the device memory of clips in progress (rows), and predicts what each row needs, so that a row starts only if
+it fits.
 
-The prediction is the sum of the clip's registers (latents between steps), one tensor of noise, its final latents, its
-conditioning, and the temporary tensors of its largest device call. How much a model needs per latent frame is measured
-once, by tracking every tensor of a few small calls.
+A row keeps its registers (latents between steps) and its conditioning in arenas, tensors that are allocated at start
+and never move, because CUDA graphs contain their addresses. The rest of the memory is for temporary tensors. What a
+model needs per latent frame is measured once, by tracking every tensor of a few small calls.
 """
 
 from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from torch.utils._pytree import tree_leaves
 from stable_audio_serve.core.errors import ConfigError, InvalidRequestError
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.engine.hardware.arena import PAGE_FRAMES, pages_of
-from stable_audio_serve.engine.scheduling.windows import window_lengths
+from stable_audio_serve.engine.hardware.share import MemoryPlan
 from stable_audio_serve.models.protocol import (
+    BranchConditioning,
     DecodeWindow,
     DiffusionModel,
     EncodeWindow,
@@ -30,30 +32,37 @@ from stable_audio_serve.models.protocol import (
     RowPlan,
     StepBatch,
 )
-from stable_audio_serve.models.windows import LONGEST_FRAMES
+from stable_audio_serve.models.windows import LONGEST_FRAMES, window_lengths
 from stable_audio_serve.sampling.noise import NoiseSource
+from stable_audio_serve.sampling.update import KEPT_PARTS, MAX_REGISTERS
 
-_DURATION_SHARES = (1 / 64, 1 / 16)  # measure clips of these durations, as shares of the model's longest duration
+# Durations as shares of the model's longest: of the clip that is measured, and of the shortest clip that must fit.
+_MEASURED, _SHORTEST = 1 / 16, 1 / 64
 _WINDOW = 32  # measure encoder and decoder calls of this many latent frames
-_REGISTER_BYTES = 4  # float32
-_EXTRA_PARTS = 2  # the noise of one step and the final latents; each is as large as a register
-# Values that are kept between steps are in arenas, tensors that double in size when they are full. An arena is
-# therefore at most twice as large as its contents. While it is copied to a larger one, the old one, of half that size,
-# still exists. Together they are three times as large as the contents.
-_ARENA_GROWTH = 3
+_FLOAT_BYTES = 4  # of registers and of a step's own tensors: float32
+# Tensors as large as a register, besides two for each register: noise, network input and output, and final latents.
+_STEP_TENSORS = 6
+_FRAME_COPIES = 2  # a step reads values from pages and then joins the pages
+# The share of rows in progress that may edit a source. Their conditioning by frame takes much more than that of others.
+_EDITED_SHARE = 0.25
+_MOST_CONTEXT = 0.25  # of the memory for rows, conditioning beyond that of the longest rows takes at most this share,
+_FEW_ROWS = 2  # if there is memory for at least this many of the longest rows
+_MOST_DECODE = 0.25  # of the memory for rows, at most this share is set aside for the second queue
 
 
 @dataclass(frozen=True, slots=True)
 class RowShape:
-    """The sizes of a clip (row) that determine its memory. `encode_window` and `decode_window` are the latent frames of
-    its longest windows.
+    """The sizes of a clip (row) that determine its memory. `num_parts` tensors of `frames` latent frames are kept
+    between steps. `encode_window` and `decode_window` are the latent frames of its longest windows. With `is_edited`,
+    the kept parts of a source are conditioning.
     """
 
     frames: int
-    num_registers: int
+    num_parts: int
     num_branches: int
     encode_window: int
     decode_window: int
+    is_edited: bool = False
 
     def cut(self, frames: int) -> RowShape:
         """Return the sizes of the same clip if it had only `frames` latent frames."""
@@ -67,129 +76,268 @@ def row_shape(plan: RowPlan, *, is_fixed: bool) -> RowShape:
     decoded = max(window_lengths(plan.decode_windows))
     if plan.decode_rule is not None and not is_fixed:
         decoded = max(decoded, min(plan.decode_windows[-1].stop, LONGEST_FRAMES))
+    blends = plan.sampler.start_blend is not None
     return RowShape(
         frames=plan.frames,
-        num_registers=plan.sampler.num_registers,
+        num_parts=plan.sampler.num_registers + KEPT_PARTS * blends,
         num_branches=2 if any(evaluation.guided for evaluation in plan.sampler.evaluations) else 1,
         encode_window=max((max(window_lengths(source.windows)) for source in sources), default=0),
         decode_window=decoded,
+        is_edited=plan.keep_mask is not None and not blends,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class RowNeeds:
+    """What a row takes while it is in progress: pages and slots of the arenas, and bytes of temporary tensors."""
+
+    pages: int = 0
+    slots: int = 0
+    frame_pages: int = 0
+    edit_pages: int = 0
+    call_bytes: float = 0.0
+
+    def share_of(self, room: RowNeeds) -> float:
+        """Return the largest share that this row takes of any part of `room`.
+
+        Rows whose shares add up to at most 1 fit in every part.
+        """
+        return max(own / max(total, 1e-9) for own, total in zip(astuple(self), astuple(room), strict=True))
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
     """A model's memory use in bytes. The conditioning of a branch (conditional or unconditional) takes `branch`, plus
-    `branch_frame` per latent frame. The other fields are the temporary tensors of a call, per latent frame.
+    `branch_frame` per latent frame, plus `edit_frame` per latent frame if the row edits a source. The other fields are
+    the temporary tensors of a call, per latent frame.
     """
 
     branch: float = 0.0
     branch_frame: float = 0.0
+    edit_frame: float = 0.0
     denoise_frame: float = 0.0
     encode_frame: float = 0.0
     decode_frame: float = 0.0
 
-    def row_bytes(self, shape: RowShape, *, latent_channels: int) -> int:
-        """Return the largest amount of device memory in bytes that a row of these sizes takes at any time."""
-        paged = PAGE_FRAMES * pages_of(shape.frames)
-        frame = _REGISTER_BYTES * latent_channels
-        kept = frame * paged * shape.num_registers + shape.num_branches * (self.branch + self.branch_frame * paged)
-        extra = frame * shape.frames * _EXTRA_PARTS
-        largest_call = max(
-            shape.num_branches * shape.frames * self.denoise_frame,
-            shape.encode_window * self.encode_frame,
-            shape.decode_window * self.decode_frame,
+    @property
+    def step_frame(self) -> float:
+        """The temporary tensors of a step per latent frame: those of the network and copies of the conditioning."""
+        return self.denoise_frame + _FRAME_COPIES * (self.branch_frame + self.edit_frame)
+
+    def needs(self, shape: RowShape, *, latent_channels: int) -> RowNeeds:
+        """Return what a row of these sizes takes at most at any time.
+
+        A step copies the conditioning of all its rows. If one of them edits a source, it does so for every row.
+        """
+        pages, branches = pages_of(shape.frames), shape.num_branches
+        frame = _FLOAT_BYTES * latent_channels
+        return RowNeeds(
+            pages=pages * shape.num_parts,
+            slots=branches,
+            frame_pages=pages * branches if self.branch_frame else 0,
+            edit_pages=pages * branches if self.edit_frame and shape.is_edited else 0,
+            call_bytes=frame * shape.frames * (2 * shape.num_parts + _STEP_TENSORS)
+            + max(
+                branches * (self.branch + shape.frames * self.step_frame),
+                shape.encode_window * self.encode_frame,
+                shape.decode_window * self.decode_frame,
+            ),
         )
-        return math.ceil(_ARENA_GROWTH * kept + extra + largest_call)
+
+    def context_bytes(self, needs: RowNeeds) -> float:
+        """Return the bytes of stored conditioning."""
+        by_frame = self.branch_frame * needs.frame_pages + self.edit_frame * needs.edit_pages
+        return self.branch * needs.slots + PAGE_FRAMES * by_frame
+
+    def num_bytes(self, needs: RowNeeds, *, latent_channels: int) -> float:
+        """Return the bytes of everything that `needs` counts."""
+        registers = _FLOAT_BYTES * latent_channels * PAGE_FRAMES * needs.pages
+        return registers + self.context_bytes(needs) + needs.call_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class FixedMemory:
+    """The fixed sizes of an engine's arenas: pages of registers, and slots and pages of conditioning.
+
+    `frame_pages` has the number of pages by name. `examples` is conditioning with all names. `step_frame` and
+    `decode_frame` are the temporary tensors of calls, in bytes per latent frame.
+    """
+
+    pages: int
+    slots: int
+    frame_pages: Mapping[str, int]
+    examples: tuple[BranchConditioning, ...]
+    step_frame: float
+    decode_frame: float
 
 
 class RowMemory:
-    """Predicts the device memory of each row (clip). `max_bytes` is the limit for all clips in progress together."""
+    """Divides the memory that a `MemoryPlan` has for rows in progress, and predicts the share of each row."""
 
     def __init__(
-        self, spec: ModelSpec, *, max_bytes: int | None, is_fixed: bool, setting: str = "max_memory_bytes"
+        self, spec: ModelSpec, plan: MemoryPlan, *, max_rows: int, is_fixed: bool, has_second_queue: bool = False
     ) -> None:
-        """If `max_bytes` is None, memory is neither limited nor measured.
+        """If `plan.rows` is None, memory is not limited, and the arenas have room for `max_rows` of the longest rows.
 
-        With `is_fixed`, the audio is decoded in exactly the planned windows. `setting` is the name of the operator's
-        setting that determines `max_bytes`; error messages contain it.
+        With `is_fixed`, the audio is decoded in exactly the planned windows.
         """
         self._spec = spec
+        self._max_rows = max_rows
         self._is_fixed = is_fixed
-        self._setting = setting
-        self.max_bytes = max_bytes
+        self._has_second_queue = has_second_queue
         self.use = MemoryUse()
+        self._room = RowNeeds()
+        self.plan = plan
 
-    def measure(self, model: DiffusionModel, noise_factory: Callable[[int], NoiseSource]) -> None:
-        """Measure the model's memory use. Must be called on the engine thread before the first request.
+    def measure(self, model: DiffusionModel, noise_factory: Callable[[int], NoiseSource]) -> FixedMemory:
+        """Measure the model's memory use and divide the memory for rows. Returns the sizes of the arenas.
 
-        Raises ConfigError if even a short clip needs more than `max_bytes`.
+        Must be called on the engine thread before the first request. Raises ConfigError if even a short clip does not
+        fit.
         """
-        if self.max_bytes is None:
-            return
-        self.use = measure_use(model, noise_factory(0))
-        shortest = model.plan(_request(self._spec, _DURATION_SHARES[0]))[0]
-        if (needed := self.row_bytes(shortest)) > self.max_bytes:
+        examples = example_conditioning(model)
+        self.use = measure_use(model, examples, noise=noise_factory(0))
+        self._divide(self._longest(model))
+        shortest = row_shape(model.plan(_request(self._spec, _SHORTEST))[0], is_fixed=self._is_fixed)
+        if self.plan.rows is not None and self._share(shortest) > 1.0:
+            needed = self.use.num_bytes(self._needs(shortest), latent_channels=self._channels)
             raise ConfigError(
-                f"{self._setting} leaves {self.max_bytes / 1e9:.3g} GB of the device's memory for variations in "
-                f"progress, and the shortest takes {needed / 1e9:.3g} GB: {needed - self.max_bytes} bytes are missing",
-                field=self._setting,
+                f"{self.plan.setting} leaves {self.plan.rows / 1e9:.3g} GB of the device's memory for variations in "
+                f"progress, and the shortest takes {needed / 1e9:.3g} GB",
+                field=self.plan.setting,
             )
+        room = self._room
+        plain, edited = examples
+        frame_pages = dict.fromkeys(edited.by_frame, room.edit_pages)
+        frame_pages |= dict.fromkeys(plain.by_frame, room.frame_pages)
+        return FixedMemory(
+            room.pages,
+            room.slots,
+            frame_pages,
+            examples,
+            step_frame=self.use.step_frame,
+            decode_frame=self.use.decode_frame,
+        )
 
     def row_bytes(self, plan: RowPlan) -> int:
-        """Return the predicted device memory of a row in bytes; 0 if memory is not limited."""
-        return 0 if self.max_bytes is None else self._bytes(row_shape(plan, is_fixed=self._is_fixed))
+        """Return the row's share of `plan.rows` in bytes; 0 if memory is not limited."""
+        if self.plan.rows is None:
+            return 0
+        return int(self._share(row_shape(plan, is_fixed=self._is_fixed)) * self.plan.rows)
 
     def check(self, plan: RowPlan, request: GenerationRequest) -> None:
-        """Raise InvalidRequestError, with the allowed durations, if the row alone needs more than `max_bytes`."""
-        if self.max_bytes is None or (needed := self.row_bytes(plan)) <= self.max_bytes:
+        """Raise InvalidRequestError, with the allowed durations, if the row does not even fit alone."""
+        if self.plan.rows is None or (needed := self.row_bytes(plan)) <= self.plan.rows:
             return
         allowed = f"0..{self._longest_s(plan, request):.4g}"
         message = (
             f"a clip of {request.duration_s:g} s takes {needed / 1e9:.3g} GB of the device's memory, "
-            f"of which {self._setting} leaves {self.max_bytes / 1e9:.3g} GB; allowed: {allowed} s"
+            f"of which {self.plan.setting} leaves {self.plan.rows / 1e9:.3g} GB; allowed: {allowed} s"
         )
         raise InvalidRequestError(message, field="duration", allowed=allowed)
 
-    def _bytes(self, shape: RowShape) -> int:
-        return self.use.row_bytes(shape, latent_channels=self._spec.card.latent_channels)
+    @property
+    def _channels(self) -> int:
+        return self._spec.card.latent_channels
+
+    def _needs(self, shape: RowShape) -> RowNeeds:
+        return self.use.needs(shape, latent_channels=self._channels)
+
+    def _share(self, shape: RowShape) -> float:
+        return self._needs(shape).share_of(self._room)
+
+    def _longest(self, model: DiffusionModel) -> RowShape:
+        """Return the sizes of the largest row: the longest clip, guided, with an edited source."""
+        request = GenerationRequest(prompt="memory", duration_s=self._spec.card.max_duration_s, seed=0)
+        shape = row_shape(model.plan(request)[0], is_fixed=self._is_fixed)
+        return replace(
+            shape,
+            num_parts=MAX_REGISTERS + KEPT_PARTS,
+            num_branches=2,
+            encode_window=shape.decode_window,
+            is_edited=self.use.edit_frame > 0,
+        )
+
+    def _divide(self, longest: RowShape) -> None:
+        """Divide the memory for rows among arenas and temporary tensors, in the proportions that `longest` needs."""
+        one, use, total = self._needs(longest), self.use, self.plan.rows
+        edits = PAGE_FRAMES * use.edit_frame * one.edit_pages
+        cost = use.num_bytes(one, latent_channels=self._channels) - (1.0 - _EDITED_SHARE) * edits
+        decode = 0.0
+        if total is None:
+            count = float(self._max_rows)
+        else:
+            if self._has_second_queue:  # memory that torch keeps for one stream does not serve the other
+                decode = min(longest.decode_window * use.decode_frame, _MOST_DECODE * total)
+            count = min(self._max_rows, (total - decode) / cost)
+        room = RowNeeds(
+            pages=math.ceil(count * one.pages),
+            slots=self._num_slots(count, total),
+            frame_pages=math.ceil(count * one.frame_pages),
+            edit_pages=math.ceil(max(_EDITED_SHARE * count, min(count, 1.0)) * one.edit_pages),
+        )
+        if total is None:
+            self._room = replace(room, call_bytes=math.inf)
+            return
+        context = use.context_bytes(room)
+        kept = use.num_bytes(room, latent_channels=self._channels)
+        self._room = replace(room, call_bytes=max(total - decode - kept, 0.0))
+        self.plan = replace(self.plan, context=int(context), decode=int(decode))
+
+    def _num_slots(self, count: float, total: int | None) -> int:
+        """Return the slots of conditioning for `count` of the longest rows, and more for short ones if they fit."""
+        least = math.ceil(2 * max(count, 1.0))
+        if total is None or not self.use.branch or count < _FEW_ROWS:
+            return least
+        return max(least, min(2 * self._max_rows, int(_MOST_CONTEXT * total / self.use.branch)))
 
     def _longest_s(self, plan: RowPlan, request: GenerationRequest) -> float:
         """Return the longest duration in seconds for which this request's clip would fit; 0 if none does."""
         shape, fits = row_shape(plan, is_fixed=self._is_fixed), 0
         step = 2 ** plan.frames.bit_length()
         while step := step // 2:
-            if fits + step < plan.frames and self._bytes(shape.cut(fits + step)) <= (self.max_bytes or 0):
+            if fits + step < plan.frames and self._share(shape.cut(fits + step)) <= 1.0:
                 fits += step
         frame_s = self._spec.hop / self._spec.card.sample_rate_hz
         return max(request.duration_s - (plan.frames - fits) * frame_s, 0.0)
 
 
-def measure_use(model: DiffusionModel, noise: NoiseSource) -> MemoryUse:
-    """Measure a model's memory use, from the conditioning of clips of two lengths and one small call of each kind."""
-    spec, device = model.spec, model.device
+def example_conditioning(model: DiffusionModel) -> tuple[BranchConditioning, BranchConditioning]:
+    """Return the conditioning of a short clip, and that of the same clip with an edited source."""
+    plan = model.plan(_request(model.spec, _MEASURED))[0]
     prompt = model.encode_text(["memory"])[0]
-    constants: list[tuple[int, int]] = []
-    for share in _DURATION_SHARES:
-        plan = model.plan(_request(spec, share))[0]
-        branch = model.condition(plan, prompt=prompt, negative=None, inpaint_latents=None).conditional
-        constants.append((plan.frames, branch.num_bytes))
-    (frames, few), (more_frames, many) = constants
-    per_frame = max(many - few, 0) / max(more_frames - frames, 1)
+    source = torch.zeros(model.spec.card.latent_channels, plan.frames, device=model.device)
+    editing = replace(plan, keep_mask=torch.ones(plan.frames))
+    plain, edited = (
+        model.condition(own, prompt=prompt, negative=None, inpaint_latents=latents).conditional
+        for own, latents in ((plan, None), (editing, source))
+    )
+    return plain, edited
+
+
+def measure_use(
+    model: DiffusionModel, examples: tuple[BranchConditioning, BranchConditioning], *, noise: NoiseSource
+) -> MemoryUse:
+    """Measure a model's memory use from example conditioning and one small call of each kind."""
+    spec, device = model.spec, model.device
+    plain, edited = examples
+    frames = model.plan(_request(spec, _MEASURED))[0].frames
     channels = spec.card.latent_channels
     batch = StepBatch.of(
-        torch.zeros(1, channels, more_frames, device=device),
+        torch.zeros(1, channels, frames, device=device),
         t=torch.full((1,), 0.5, device=device),
-        valid=torch.ones(1, more_frames, dtype=torch.bool, device=device),
-        branches=[branch],
+        valid=torch.ones(1, frames, dtype=torch.bool, device=device),
+        branches=[edited],
     )
     latents, samples = (
         torch.zeros(channels, _WINDOW, device=device),
         torch.zeros(spec.card.channels, _WINDOW * spec.hop),
     )
     return MemoryUse(
-        branch=max(few - per_frame * frames, 0.0),
-        branch_frame=per_frame,
-        denoise_frame=peak_bytes(lambda: model.denoise(batch)) / more_frames,
+        branch=sum(value.nbytes for value in plain.constants.values()),
+        branch_frame=sum(value.nbytes for value in plain.by_frame.values()) / frames,
+        edit_frame=sum(value.nbytes for name, value in edited.by_frame.items() if name not in plain.by_frame) / frames,
+        denoise_frame=peak_bytes(lambda: model.denoise(batch)) / frames,
         encode_frame=peak_bytes(lambda: model.encode_audio([EncodeWindow(samples, 0, "init", noise)])) / _WINDOW,
         decode_frame=peak_bytes(lambda: model.decode([DecodeWindow(latents, 0, noise)])) / _WINDOW,
     )

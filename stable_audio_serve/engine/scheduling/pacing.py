@@ -1,5 +1,4 @@
-"""Limits how much work the host queues before the device has done the earlier work: how many latent frames of a clip
-are encoded or decoded in one turn of the engine, and how many calls may be unfinished. Also measures finished calls, to
+"""Limits how many calls the host queues before the device has done the earlier ones, and measures finished calls, to
 correct the cost model.
 """
 
@@ -16,51 +15,9 @@ from stable_audio_serve.engine.scheduling.cost import CostModel, Groups, Work
 
 Result = TypeVar("Result")
 
-_CALLS_AHEAD = 2  # unfinished calls: enough to keep the device busy, few enough that new requests start soon
-_LEAST_MS = 10.0  # decoding in one turn may always take this long, because very short windows are inefficient
-# The allowed lengths of decoded windows, in latent frames. They are few, because each length needs a CUDA graph.
-_LENGTHS = (32, 64, 96, 128, 192, 256, 320, 384, 448, 512)
-
-
-class WindowPace:
-    """Limits how much of a clip is decoded in one turn, so that denoising steps of other clips are not delayed much.
-    Used by the engine thread only.
-    """
-
-    def __init__(self, cost: CostModel, *, is_fixed: bool, turn_frames: int = 512) -> None:
-        """In one turn, at most `turn_frames` latent frames of a clip are encoded or decoded.
-
-        With `is_fixed`, the windows are exactly the planned ones, and one window of a clip runs per turn. More would
-        save no time, because each window is a separate call.
-        """
-        self._cost = cost
-        self.is_fixed = is_fixed
-        self.turn_frames = 1 if is_fixed else turn_frames
-        self._step_ms = 0.0
-
-    def record_step(self, ms: float) -> None:
-        """Record the predicted time of the last denoising step, which limits the time of decoding.
-
-        The measured time of a step would be wrong here, because decoding in parallel makes a step slower. More decoding
-        would then raise its own limit, from step to step.
-        """
-        self._step_ms = ms
-
-    def decode_frames(self, num_rows: int, *, others_wait: bool) -> int:
-        """Return how many latent frames to decode at most in this turn, for each of `num_rows` clips.
-
-        If other clips wait, the limit is low enough that decoding is predicted to take no longer than one denoising
-        step, or than `_LEAST_MS` if a step is shorter.
-        """
-        if self.is_fixed or not others_wait:
-            return self.turn_frames
-        most_ms = max(self._step_ms, _LEAST_MS)
-        fitting = [
-            frames
-            for frames in _LENGTHS
-            if frames <= self.turn_frames and self._cost.call_ms("decode", rows=num_rows, frames=frames) <= most_ms
-        ]
-        return fitting[-1] if fitting else min(_LENGTHS[0], self.turn_frames)
+# Unfinished calls: enough to keep the device busy, few enough that new requests start soon. Simulated latencies are the
+# same for 0, 2 and any number of windows; the simulator has no time of the host.
+_CALLS_AHEAD = 2
 
 
 @dataclass(slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -12,29 +12,25 @@ import torch
 from torch import Tensor
 
 from stable_audio_serve.engine.hardware.device import Device
-from stable_audio_serve.models.protocol import DecodeWindow, EncodeWindow, SourcePlan, WindowRule, WindowSpan
-from stable_audio_serve.models.windows import LONGEST_FRAMES, cut_windows
+from stable_audio_serve.models.protocol import DecodeWindow, EncodeWindow, SourcePlan, WindowSpan
+from stable_audio_serve.models.windows import LONGEST_FRAMES, window_lengths
 from stable_audio_serve.sampling.noise import NoiseSource
 
 
-def count_fitting(lengths: Sequence[int], max_frames: int) -> int:
-    """Return how many of the first windows have at most `max_frames` latent frames together, but at least 1 if any."""
-    return max(bisect_right(list(accumulate(lengths)), max_frames), min(1, len(lengths)))
+def num_in_turn(lengths: Sequence[int]) -> int:
+    """Return how many of a clip's next windows are encoded or decoded in one turn of the engine: as many as have at
+    most LONGEST_FRAMES latent frames in total, but at least one, if any is left.
 
-
-def take_spans(spans: Sequence[WindowSpan], max_frames: int) -> Sequence[WindowSpan]:
-    """Return the first windows, as many as have at most `max_frames` latent frames in total; at least one."""
-    return spans[: count_fitting(window_lengths(spans), max_frames)]
+    This bounds the device memory of a turn and the time until the engine sees new and cancelled requests. Shorter turns
+    do not help clips that wait for their denoising steps: with 128 frames a turn, simulated p95 latencies on an H200
+    are 9 to 18 % longer, and on a CPU they are the same within 2 %.
+    """
+    return max(bisect_right(list(accumulate(lengths)), LONGEST_FRAMES), min(1, len(lengths)))
 
 
 def audible_spans(spans: Sequence[WindowSpan], *, hop: int, end: int) -> list[WindowSpan]:
     """Return the windows that contain some of the clip, which ends at sample `end`. Later ones contain only padding."""
     return [span for span in spans if span.keep_start * hop < end]
-
-
-def window_lengths(spans: Sequence[WindowSpan]) -> tuple[int, ...]:
-    """Return the length of each window in latent frames."""
-    return tuple(span.stop - span.start for span in spans)
 
 
 class SourceEncoding:
@@ -54,9 +50,9 @@ class SourceEncoding:
         """The length in latent frames of each window that is not encoded yet."""
         return window_lengths(self._source.windows[self._num_done :])
 
-    def pending(self, max_frames: int) -> list[EncodeWindow]:
-        """Return the next windows to encode: at most `max_frames` latent frames in total, but at least one window."""
-        spans = take_spans(self._source.windows[self._num_done :], max_frames)
+    def pending(self) -> list[EncodeWindow]:
+        """Return the windows to encode in the next turn."""
+        spans = self._source.windows[self._num_done :]
         return [
             EncodeWindow(
                 samples=self._source.cut(span, hop=self._hop).contiguous(),
@@ -64,7 +60,7 @@ class SourceEncoding:
                 stage=self._stage,
                 noise=self._noise,
             )
-            for span in spans
+            for span in spans[: num_in_turn(self.lengths_left)]
         ]
 
     def put(self, latents: Tensor) -> None:
@@ -101,16 +97,11 @@ class AudioAssembly:
         hop: int,
         valid_frames: int,
         output_samples: int,
-        rule: WindowRule | None = None,
     ) -> None:
-        """`spans` are the planned windows. With a `rule`, each call of `pending` divides the remaining frames into new
-        windows according to this rule.
-        """
+        """`spans` are the windows of the clip's latents."""
         self._device = device
         self._hop = hop
         self._end = min(output_samples, valid_frames * hop)
-        self._frames = spans[-1].stop
-        self._rule = rule
         self._left = audible_spans(spans, hop=hop, end=self._end)
         self._audio = torch.zeros(channels, output_samples)
         # Two flags, computed on the device and copied to the host. At 0: whether the checked latents are finite. At 1:
@@ -123,17 +114,12 @@ class AudioAssembly:
         """The length in latent frames of each window that is not decoded yet."""
         return window_lengths(self._left)
 
-    def pending(self, latents: Tensor, noise: NoiseSource, *, max_frames: int) -> Iterator[DecodeWindow]:
-        """Yield the next windows of `latents` (channels, frames) to decode.
-
-        They have at most `max_frames` frames in total, but at least one window is yielded if any is left.
-        """
-        if self._rule is not None and self._left:
-            longest, first = min(max_frames, LONGEST_FRAMES), self._left[0].keep_start
-            cut = cut_windows(first, frames=self._frames, rule=self._rule, longest=longest)
-            self._left = audible_spans(cut, hop=self._hop, end=self._end)
-        for span in take_spans(self._left, max_frames):
-            yield DecodeWindow(latents=latents[:, span.start : span.stop].contiguous(), start=span.start, noise=noise)
+    def pending(self, latents: Tensor, noise: NoiseSource) -> list[DecodeWindow]:
+        """Return the windows of `latents` (channels, frames) to decode in the next turn."""
+        return [
+            DecodeWindow(latents=latents[:, span.start : span.stop].contiguous(), start=span.start, noise=noise)
+            for span in self._left[: num_in_turn(self.lengths_left)]
+        ]
 
     def check(self, latents: Tensor) -> None:
         """Record whether the latents are finite. Checking the audio is not enough, because NaN or infinite latents can

@@ -36,6 +36,28 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Te
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+def name_kernels(device: torch.device, dtype: torch.dtype, *, num_heads: int, head_width: int) -> str:
+    """Return the kernels that torch chooses on a GPU for `attend`, without and with a mask; empty on other devices."""
+    if device.type != "cuda":
+        return ""
+    q = torch.empty(1, num_heads, _MASK_STEP, head_width, device=device, dtype=dtype)
+    mask = empty_mask((1, 1, _MASK_STEP, _MASK_STEP), dtype=dtype, device=device).zero_()
+    return f"{_name_kernel(q, None)}, masked {_name_kernel(q, mask)}"
+
+
+def _name_kernel(q: Tensor, mask: Tensor | None) -> str:
+    """Return the first kernel that is switched on and that can run, in the order in which torch tries them."""
+    backends = torch.backends.cuda
+    parameters = backends.SDPAParams(q, q, q, mask, 0.0, False, False)  # dropout, causal, grouped heads
+    if backends.cudnn_sdp_enabled() and backends.can_use_cudnn_attention(parameters):
+        return "cudnn"
+    if backends.flash_sdp_enabled() and backends.can_use_flash_attention(parameters):
+        return "flash"
+    if backends.mem_efficient_sdp_enabled() and backends.can_use_efficient_attention(parameters):
+        return "efficient"
+    return "math"
+
+
 def key_mask(valid: Tensor, *, leading: int, dtype: torch.dtype) -> Tensor:
     """Returns a mask for `attend` that hides every frame whose entry in `valid` (B rows, F frames) is false.
 

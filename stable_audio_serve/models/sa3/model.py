@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from stable_audio_serve.core.catalog import DecodePrecision
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.models.batch_layout import packed_layout
+from stable_audio_serve.models.blocks.attention import name_kernels
 from stable_audio_serve.models.blocks.varlen import has_varlen
 from stable_audio_serve.models.native import NativeModel
 from stable_audio_serve.models.onednn import use_onednn
@@ -81,6 +82,9 @@ class Sa3Model(NativeModel):
         spec = replace(
             spec,
             packs_segments=has_varlen(device, self.denoiser.dtype, **heads),
+            attention=name_kernels(
+                device, self.denoiser.dtype, num_heads=net.num_heads, head_width=heads["head_width"]
+            ),
             num_prefix=net.num_memory_tokens,
             dtype=self.denoiser.dtype,
         )

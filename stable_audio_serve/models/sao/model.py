@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from stable_audio_serve.core.catalog import DecodePrecision
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.models.batch_layout import packed_layout
+from stable_audio_serve.models.blocks.attention import name_kernels
 from stable_audio_serve.models.blocks.varlen import has_varlen
 from stable_audio_serve.models.native import NativeModel
 from stable_audio_serve.models.onednn import use_onednn
@@ -81,8 +82,14 @@ class SaoModel(NativeModel):
             "num_key_heads": net.key_width // net.head_width,
             "head_width": net.head_width,
         }
-        packs_segments = has_varlen(device, self.denoiser.dtype, **heads)
-        spec = replace(spec, packs_segments=packs_segments, num_prefix=NUM_PREFIX, dtype=self.denoiser.dtype)
+        dtype = self.denoiser.dtype
+        spec = replace(
+            spec,
+            packs_segments=has_varlen(device, dtype, **heads),
+            attention=name_kernels(device, dtype, num_heads=net.num_heads, head_width=net.head_width),
+            num_prefix=NUM_PREFIX,
+            dtype=dtype,
+        )
         super().__init__(
             components.text, components.prompt, spec=spec, device=device, decode_precision=decode_precision
         )

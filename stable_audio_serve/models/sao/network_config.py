@@ -1,7 +1,7 @@
 """Parses the dimensions of transformer and autoencoder in a checkpoint's `model_config.json` to frozen dataclasses.
 
-A missing key has the default of the reference implementation. Parsing raises an error that names the key for a value
-that requires a different network, and for an unknown key.
+A missing key has the default of the reference implementation. An unknown key, or a value that requires a different
+network, raises an error that names the key.
 """
 
 from __future__ import annotations

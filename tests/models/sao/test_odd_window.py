@@ -46,7 +46,7 @@ def test_the_last_window_encodes_the_rest_of_a_frame(stage: str, tmp_path: Path)
     assert len(source.windows) > 1
     encoding = SourceEncoding(source, stage=stage, noise=noise, hop=HOP)
     while encoding.lengths_left:
-        for window in encoding.pending(200):
+        for window in encoding.pending():
             encoding.put(model.encode_audio([window])[0])
     draw = partial(stack_draws, shape=(model.spec.card.latent_channels, FRAMES), frame_axis=1, device=model.device)
     whole = model.autoencoder.encode(source.samples[None], draw([WindowNoise(noise, stage, 0)], "bottleneck"))[0]
