@@ -5,7 +5,6 @@ README.md has all figures and goals, docs/performance.md the most important figu
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -14,8 +13,8 @@ from statistics import median
 from typing import Any
 
 from benchmarks.cases import ggml, run
-from benchmarks.cli import CASES
-from benchmarks.goals import GOALS, Standing, read_standings
+from benchmarks.cli import CASES, MODES, import_case
+from benchmarks.goals import GOALS, read_standings
 from benchmarks.gpu.goals import GPU_GOALS
 from benchmarks.report import format_cell
 from benchmarks.settings import CaseSettings
@@ -108,7 +107,7 @@ def _servers(results: Mapping[str, Any]) -> Iterator[Mapping[str, object]]:
 
 
 def _figures(results: Mapping[str, Any]) -> Iterator[Mapping[str, object]]:
-    http, overload = results["http"], results["overload"]["model"]
+    http, overload, threads = results["http"], results["overload"]["model"], results["threads"]
     for what, value in {
         "time from the command `serve` until the demo model is ready": f"{results['cold-start']['ready_s']:.0f} s",
         "latency of a 10 s clip of the demo model over HTTP": f"{http['http']['p50_ms']:.0f} ms",
@@ -120,6 +119,10 @@ def _figures(results: Mapping[str, Any]) -> Iterator[Mapping[str, object]]:
         "p95 latency with routing by predicted work, divided by that with Ray Serve's router": (
             f"{results['routing']['p95_over_serve_ratio']:.2f}"
         ),
+        "compute time per second of audio, one thread (small-music, 10 s, random weights)": (
+            f"{threads['work_s_per_audio_s']['1']:.2f} s"
+        ),
+        "compute time per second of audio, two threads": f"{threads['work_s_per_audio_s']['2']:.2f} s",
     }.items():
         yield {"What": what, "Value": value}
 
@@ -139,16 +142,28 @@ def _machine(folder: Path) -> Iterator[str]:
     goals = GPU_GOALS if folder.name.startswith("gpu") else [goal for goal in GOALS if goal.case in reports]
     if goals:
         yield f"### Goals\n\n{_GOALS_SAID}"
-        yield _goals(read_standings(folder, goals))
+        yield _table(
+            [
+                {
+                    "goal": standing.goal.id,
+                    "what": standing.goal.what,
+                    "value": "" if standing.value is None else standing.value,
+                    "bound": f"{standing.goal.sign} {standing.goal.bound:g}",
+                    "state": standing.verdict,
+                }
+                for standing in read_standings(folder, goals)
+            ]
+        )
     for name in (name for name in reports if name.startswith("run-")):
         yield _comparison(name, reports[name])
-    for name, case in CASES.items():
-        if name not in reports:
+    for name, options in CASES.items():
+        found = [reports[stem] for stem in (name, *(f"{name}-{mode}" for mode in MODES)) if stem in reports]
+        if not found:
             continue
-        module, report = importlib.import_module(f"benchmarks.cases.{case.module}"), reports[name]
-        command = _command(name, report["environment"]["settings"], followed=case.options.split())
-        rows = module.rows(report["results"])
-        yield _section(name, report, command=command, said=(module.__doc__ or "").strip(), rows=rows)
+        module, settings = import_case(name), found[0]["environment"]["settings"]
+        command = _command(name, settings | ({"mode": None} if len(found) > 1 else {}), followed=options.split())
+        rows = [row for report in found for row in module.rows(report["results"])]
+        yield _section(name, found[0], command=command, said=(module.__doc__ or "").strip(), rows=rows)
 
 
 def _comparison(name: str, report: Mapping[str, Any]) -> str:
@@ -169,7 +184,8 @@ def _section(
 ) -> str:
     about = report["environment"]
     measured = f"`{command}`, {about['at'][:10]}, commit {about['commit']}"
-    return f"### {name}\n\n{said}\n\n{measured}\n\n{_table(rows)}"
+    note = f". {about['note']}" if "note" in about else ""
+    return f"### {name}\n\n{said}\n\n{measured}{note}\n\n{_table(rows)}"
 
 
 def _command(case: str, settings: Mapping[str, Any], *, followed: Iterable[str]) -> str:
@@ -184,21 +200,6 @@ def _environment(report: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items() if version)
     machine = about["gpu"] or f"{about['cpu_count']} cores of {about['cpu']}"
     return f"{machine}; Python {about['python']}, {versions}"
-
-
-def _goals(standings: Sequence[Standing]) -> str:
-    return _table(
-        [
-            {
-                "goal": standing.goal.id,
-                "what": standing.goal.what,
-                "value": "" if standing.value is None else standing.value,
-                "bound": f"{standing.goal.sign} {standing.goal.bound:g}",
-                "state": standing.verdict,
-            }
-            for standing in standings
-        ]
-    )
 
 
 def _table(rows: Sequence[Mapping[str, object]]) -> str:

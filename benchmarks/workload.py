@@ -8,12 +8,12 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import asdict, dataclass, replace
 
-from stable_audio_serve.core.generation import GenerationRequest
+import numpy as np
 
-Value = TypeVar("Value")
+from stable_audio_serve.core.catalog import ModelCard
+from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
 
 _ADJECTIVES = ("low", "bright", "soft", "distant", "rough", "slow", "sharp", "warm", "short", "long")
 _SOUNDS = (
@@ -22,6 +22,7 @@ _SOUNDS = (
 )  # fmt: skip
 PROMPTS = tuple(f"a {adjective} {sound}" for adjective, sound in itertools.product(_ADJECTIVES, _SOUNDS))
 
+_NOISE_SHARE = 0.6  # noise level of requests that vary source audio
 _ZIPF_EXPONENT = 1.1  # exponent of the Zipf distribution of prompts
 _CFG_SCALE = 4.0  # guidance scale of requests with guidance
 _GUIDED_FROM = 50  # steps
@@ -99,8 +100,9 @@ def draw_arrivals(
 
 
 def _draw_request(mix: Mix, rng: random.Random, *, seed: int, max_duration_s: float) -> Arrival:
-    steps = _choose(rng, mix.steps)
-    duration_s = _choose(rng, mix.durations_s) * rng.uniform(1 - mix.spread, 1 + mix.spread)
+    (steps,) = rng.choices(*zip(*mix.steps, strict=True))  # (values, weights)
+    (duration_s,) = rng.choices(*zip(*mix.durations_s, strict=True))
+    duration_s *= rng.uniform(1 - mix.spread, 1 + mix.spread)
     prompt = rng.choices(PROMPTS, [1.0 / rank**_ZIPF_EXPONENT for rank in range(1, len(PROMPTS) + 1)])[0]
     rng.random(), rng.random()  # not used, but needed to get the same lists as earlier versions
     return Arrival(
@@ -113,16 +115,34 @@ def _draw_request(mix: Mix, rng: random.Random, *, seed: int, max_duration_s: fl
     )
 
 
-def _choose(rng: random.Random, weighted: Sequence[tuple[Value, float]]) -> Value:
-    return rng.choices([value for value, _ in weighted], [weight for _, weight in weighted])[0]
-
-
 def to_request(arrival: Arrival) -> GenerationRequest:
     """Returns the request in the form that an engine accepts."""
-    return GenerationRequest(
-        prompt=arrival.prompt,
-        duration_s=arrival.duration_s,
-        seed=arrival.seed,
-        steps=arrival.steps,
-        cfg_scale=arrival.cfg_scale,
+    return GenerationRequest(**{name: value for name, value in asdict(arrival).items() if name != "at_s"})
+
+
+def eight_mixed_requests(card: ModelCard) -> list[GenerationRequest]:
+    """Returns requests that differ in length, steps, sampler, guidance, source and mask, scaled to the model."""
+    first, second = ("euler", "dpmpp") if "euler" in card.samplers else ("k-heun", "dpmpp-2m-sde")
+    level = card.noise_level(_NOISE_SHARE, sampler=None)
+    longest_s = min(card.max_duration_s, 30.0)
+    noise = np.random.default_rng(0).uniform(-0.3, 0.3, (card.channels, int(longest_s / 4 * card.sample_rate_hz)))
+    clip = SourceAudio(noise.astype(np.float32), card.sample_rate_hz)
+    fields: Sequence[dict[str, object]] = (
+        {"duration_s": longest_s / 16},
+        {"duration_s": longest_s / 2, "sampler": first, "steps": 10},
+        {"duration_s": longest_s / 4, "cfg_scale": 3.0, "negative_prompt": "noise"},
+        {"duration_s": longest_s / 8, "sampler": second, "steps": 16},
+        {"duration_s": longest_s / 4, "init_audio": clip, "init_noise_level": level},
+        {
+            "duration_s": longest_s / 4,
+            "inpaint_audio": clip,
+            "inpaint_regions_s": ((longest_s / 16, longest_s / 8),),
+            "keep": "model",  # other methods are not supported by all compared servers
+        },
+        {"duration_s": longest_s, "steps": 6},
+        {"duration_s": longest_s / 8, "cfg_scale": 5.0, "steps": 12, "sampler": first},
     )
+    return [
+        GenerationRequest(prompt=PROMPTS[7 * index], seed=index, **{"steps": 8, **field})  # type: ignore[arg-type]
+        for index, field in enumerate(fields)
+    ]

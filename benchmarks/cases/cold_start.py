@@ -22,7 +22,6 @@ from benchmarks.settings import CaseSettings
 # Program of the Python process without a server. Its run time is a lower bound for the start of every server.
 _BARE = """
 import asyncio, sys
-from pathlib import Path
 from benchmarks.models import load
 from benchmarks.settings import CaseSettings
 from stable_audio_serve.core.generation import GenerationRequest

@@ -1,9 +1,9 @@
 """Compares this engine with sa3.cpp (ggml) on a CPU, one clip at a time.
 
 Both sides have the same weights and run in alternation, each run in a new process. The best figure of all rounds
-counts, because other programs can only add to it. Times are wall time; loading includes the text encoder. `--weights`
-is a checkpoint folder that also has the GGUF files that sa3.cpp's tools made from it. Without `--binary`, only this
-engine is measured.
+counts, because other programs can only add to it; no round is repeated because of them. Times are wall time; loading
+includes the text encoder. `--weights` is a checkpoint folder that also has the GGUF files that sa3.cpp's tools made
+from it. Without `--binary`, only this engine is measured.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +16,8 @@ from benchmarks.dialects import DIALECTS, OverHttp, open_clients
 from benchmarks.load import Answer, Asker, InProcess
 from benchmarks.pieces import OtherRunError, OutOfTimeError, Pieces
 from benchmarks.sides.servers import batch_key, open_side
-from benchmarks.workload import PROMPTS, Arrival, draw_arrivals
-from stable_audio_serve.core.catalog import ModelCard
-from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, SourceAudio
+from benchmarks.workload import Arrival, draw_arrivals, eight_mixed_requests
+from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
 from stable_audio_serve.engine import EngineOptions
 from tests.api.compat.serving import serve_app
 from tests.factories import ToyModel, make_request
@@ -26,34 +25,6 @@ from tests.factories import ToyModel, make_request
 pytestmark = pytest.mark.server
 
 STRICT = EngineOptions(mode="strict", torch_threads=1, warmup_budget_s=0.0)
-
-
-def eight_mixed_requests(card: ModelCard) -> list[GenerationRequest]:
-    """Returns requests that differ in length, steps, sampler, guidance, source and mask, scaled to the model."""
-    first, second = ("euler", "dpmpp") if "euler" in card.samplers else ("k-heun", "dpmpp-2m-sde")
-    level = card.noise_level(0.6, sampler=None)
-    longest_s = min(card.max_duration_s, 30.0)
-    noise = np.random.default_rng(0).uniform(-0.3, 0.3, (card.channels, int(longest_s / 4 * card.sample_rate_hz)))
-    clip = SourceAudio(noise.astype(np.float32), card.sample_rate_hz)
-    fields: Sequence[dict[str, object]] = (
-        {"duration_s": longest_s / 16},
-        {"duration_s": longest_s / 2, "sampler": first, "steps": 10},
-        {"duration_s": longest_s / 4, "cfg_scale": 3.0, "negative_prompt": "noise"},
-        {"duration_s": longest_s / 8, "sampler": second, "steps": 16},
-        {"duration_s": longest_s / 4, "init_audio": clip, "init_noise_level": level},
-        {
-            "duration_s": longest_s / 4,
-            "inpaint_audio": clip,
-            "inpaint_regions_s": ((longest_s / 16, longest_s / 8),),
-            "keep": "model",  # other methods are not supported by all compared servers
-        },
-        {"duration_s": longest_s, "steps": 6},
-        {"duration_s": longest_s / 8, "cfg_scale": 5.0, "steps": 12, "sampler": first},
-    )
-    return [
-        GenerationRequest(prompt=PROMPTS[7 * index], seed=index, **{"steps": 8, **field})  # type: ignore[arg-type]
-        for index, field in enumerate(fields)
-    ]
 
 
 async def generate(name: str, requests: list[GenerationRequest]) -> list[GenerationResult]:

@@ -1,0 +1,76 @@
+"""Measures the engine without a server, in one process: eight different requests at once, compared with the same eight
+requests one after another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from statistics import mean
+from typing import Any
+
+from benchmarks.figures import summarize, worst
+from benchmarks.load import send_in_flight
+from benchmarks.models import compare_audio, load
+from benchmarks.settings import CaseSettings
+from benchmarks.workload import eight_mixed_requests
+from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.engine import Engine, EngineOptions
+
+_SIDES = {"one_after_another": 1, "together": 8}  # number of requests in flight
+
+
+async def run_engine(settings: CaseSettings) -> dict[str, Any]:
+    """Measure requests one after another (A) and at once (B), in the order A B A B in each round.
+
+    The worst round counts. Raises VoidError if the audio of A and B differs.
+    """
+    model = load(settings)
+    options = EngineOptions(mode=settings.mode, torch_threads=settings.threads)  # type: ignore[arg-type]
+    async with Engine(model, options) as engine:
+        requests = eight_mixed_requests(model.spec.card)
+        alone = [await engine.generate(request) for request in requests]
+        together = await asyncio.gather(*map(engine.generate, requests))
+        outputs = compare_audio(alone, together, mode=engine.mode)
+        rounds = []
+        for _ in range(settings.rounds):
+            runs: dict[str, list[dict[str, float]]] = {name: [] for name in _SIDES}
+            for name in (*_SIDES, *_SIDES):
+                runs[name].append(await _time(engine, requests, num_in_flight=_SIDES[name]))
+            rounds.append({name: {key: mean(run[key] for run in own) for key in own[0]} for name, own in runs.items()})
+
+    def ratios(figure: str) -> list[float]:
+        return [sides["together"][figure] / sides["one_after_another"][figure] for sides in rounds]
+
+    return {
+        "mode": engine.mode,
+        **outputs,
+        "rounds": rounds,
+        **worst("throughput_ratio", ratios("throughput_rps"), larger_is_better=True),
+        **worst("cpu_time_ratio", ratios("cpu_s")),
+        **worst("mean_latency_ratio", ratios("mean_ms")),
+    }
+
+
+async def _time(engine: Engine, requests: Sequence[GenerationRequest], *, num_in_flight: int) -> dict[str, float]:
+    """Returns throughput, processor time, and latencies. All latencies are measured from the common start."""
+    used_s = time.process_time()
+    ended_at = await send_in_flight(engine.generate, requests, num_in_flight=num_in_flight)
+    return {
+        "throughput_rps": len(requests) / ended_at[-1],
+        "cpu_s": time.process_time() - used_s,
+        **summarize([1000.0 * ended for ended in ended_at]),
+    }
+
+
+def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
+    """Returns a table with one row for the engine's mode."""
+    return [
+        {
+            "mode": results["mode"],
+            "throughput": results["throughput_ratio"],
+            "processor time": results["cpu_time_ratio"],
+            "mean latency": results["mean_latency_ratio"],
+        }
+    ]

@@ -1,0 +1,61 @@
+"""Compares the speed of a model on one CPU thread and on several threads, one clip at a time. The model has an official
+size and random weights.
+
+The audio must have the same bytes with any number of threads; otherwise, the comparison fails.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.load import Audio
+from benchmarks.settings import CaseSettings
+from stable_audio_serve.core.generation import GenerationRequest
+from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.models.sa3.random_weights import build_random_model
+
+_MODEL = "small-music"
+_COUNTS = (1, 2)
+_REQUEST = GenerationRequest(prompt="warm analog pad, slow attack", duration_s=10.0, seed=7)
+
+
+async def run_threads(settings: CaseSettings) -> dict[str, Any]:
+    """Generate clips with each number of threads in alternation, `settings.rounds` clips each.
+
+    The best time counts, because other programs can only add time. Raises RuntimeError if the audio differs.
+    """
+    model = build_random_model(settings.model or _MODEL, device="cpu", dtype=torch.float32)
+    seconds: dict[int, list[float]] = {count: [] for count in _COUNTS}
+    audio: list[Audio] = []
+    for _ in range(settings.rounds):
+        for count in _COUNTS:
+            options = EngineOptions(mode="strict", torch_threads=count, warmup_budget_s=0.0)
+            async with Engine(model, options) as engine:
+                started_at = time.perf_counter()
+                audio.append((await engine.generate(_REQUEST)).audio[0])
+                seconds[count].append(time.perf_counter() - started_at)
+    if not all(np.array_equal(audio[0], other) for other in audio[1:]):
+        raise RuntimeError("the audio differs between the numbers of threads: the comparison is void")
+    work_s = {count: min(taken) / _REQUEST.duration_s for count, taken in seconds.items()}
+    return {
+        "model": {"device": "cpu", "weights": "random", **asdict(model.spec)},
+        "clip_s": _REQUEST.duration_s,
+        "steps": model.spec.card.default_steps,
+        "seconds": {str(count): taken for count, taken in seconds.items()},
+        "work_s_per_audio_s": {str(count): value for count, value in work_s.items()},
+        "speedup": {str(count): work_s[1] / value for count, value in work_s.items()},
+    }
+
+
+def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
+    """Returns a table with one row for each number of threads."""
+    return [
+        {"threads": count, "work per second of audio (s)": value, "speedup": results["speedup"][count]}
+        for count, value in results["work_s_per_audio_s"].items()
+    ]
