@@ -13,15 +13,16 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from benchmarks.cases import run
 from benchmarks.cases.run import RunRequest
 from benchmarks.compare import SideFailedError, VoidError
-from benchmarks.goals import GOALS, has_missed, read_standings
+from benchmarks.goals import GOALS, read_standings
 from benchmarks.pieces import OtherRunError, OutOfTimeError
 from benchmarks.report import format_table, write_report
 from benchmarks.settings import CaseSettings
@@ -38,32 +39,22 @@ _EXPECTED = (VoidError, OutOfTimeError, OtherRunError, SideFailedError, StableAu
 _INTERRUPTED = 130
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """A benchmark case, implemented by a module in `benchmarks.cases`.
-
-    The module NAME defines `async run_NAME(settings)`, which returns results, and `rows(results)`, which returns them
-    as a table. `options` are the settings that the case uses. `by_mode`: unless `--mode` is given, the case is run in
-    both modes of the engine.
-    """
-
-    module: str
-    options: str
-    by_mode: bool = False
-
-
-CASES: Mapping[str, Case] = {
-    "engine": Case("engine", "model device mode threads rounds", by_mode=True),
-    "http": Case("http", "model device threads rounds full"),
-    "overload": Case("overload", "model threads rounds full"),
-    "scale": Case("scale", "model threads rounds full"),
-    "routing": Case("routing", "model threads rounds full"),
-    "cold-start": Case("cold_start", "model device threads rounds"),
-    "memory": Case("memory", "model device mode threads full"),
-    "threads": Case("threads", "model rounds"),
-    "edits": Case("edits", "device threads rounds"),
-    "simulate": Case("simulate", "full"),
+# The settings that each case uses. The case NAME is the module `benchmarks.cases.NAME`, which defines
+# `async run_NAME(settings)`, which returns results, and `rows(results)`, which returns them as a table.
+CASES: Mapping[str, str] = {
+    "engine": "model device mode threads rounds",
+    "http": "model device threads rounds full",
+    "overload": "model threads rounds full",
+    "scale": "model threads rounds full",
+    "routing": "model threads rounds full",
+    "cold-start": "model device threads rounds",
+    "memory": "model device mode threads full",
+    "threads": "model rounds",
+    "ggml": "model threads rounds binary weights",
+    "edits": "device threads rounds",
+    "simulate": "full",
 }
+_BY_MODE = ("engine",)  # cases with a result file for each mode of the engine; without `--mode`, both are measured
 _SIDES = ("lock", "static", "ours-strict", "ours-fast")
 _SHORT_RUNS = (
     RunRequest("demo-wide", _SIDES, count=30, goodput_trials=3, goodput_of=("lock", "ours-fast")),
@@ -95,15 +86,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(_INTERRUPTED) from None
 
 
+def import_case(name: str) -> ModuleType:
+    """Returns the module of a case."""
+    return importlib.import_module(f"benchmarks.cases.{name.replace('-', '_')}")
+
+
 def measure_case(name: str, settings: CaseSettings, *, out: Path) -> Rows:
     """Run a case and write a JSON file for each engine mode. Returns the case's table."""
-    case = CASES[name]
-    module = importlib.import_module(f"benchmarks.cases.{case.module}")
+    module = import_case(name)
     table: Rows = []
-    for mode in MODES if case.by_mode and settings.mode is None else (settings.mode,):
+    for mode in MODES if name in _BY_MODE and settings.mode is None else (settings.mode,):
         own = replace(settings, mode=mode)
-        results = asyncio.run(getattr(module, f"run_{case.module}")(own))
-        write_report(out, f"{name}-{mode}" if case.by_mode else name, settings=asdict(own), results=results)
+        results = asyncio.run(getattr(module, f"run_{name.replace('-', '_')}")(own))
+        write_report(out, f"{name}-{mode}" if name in _BY_MODE else name, settings=asdict(own), results=results)
         table += module.rows(results)
     return table
 
@@ -141,7 +136,7 @@ def run_bench(settings: CaseSettings, *, out: Path) -> int:
     lines = "\n".join(map(str, standings))
     (out / "goals.txt").write_text(lines + "\n")
     print("\n".join(["", lines, *(f"{name} failed" for name in failed)]))
-    return 1 if failed or has_missed(standings) else 0
+    return int(bool(failed) or any(standing.verdict in ("MISS", "void") for standing in standings))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -152,11 +147,12 @@ def parser() -> argparse.ArgumentParser:
     command = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     cases = command.add_subparsers(dest="case", required=True)
     _add(cases, "bench", options="model threads full")
-    for name, case in CASES.items():
-        _add(cases, name, options=case.options)
+    for name, options in CASES.items():
+        _add(cases, name, options=options)
     own = _add(cases, "run", options="model device mode threads rounds full")
     own.add_argument("--mix", choices=tuple(MIXES), help="default: demo-wide")
-    own.add_argument("--against", type=_parse_sides, help=f"sides, the reference first: {','.join(SIDES)}")
+    sides = f"sides, the reference first: {','.join(SIDES)}"
+    own.add_argument("--against", type=lambda text: tuple(filter(None, text.split(","))), help=sides)
     own.add_argument("--engine-only", action="store_true", help="the sides in this process, without Ray and HTTP")
     own.add_argument("--url", help="a running server, as a further side or alone")
     own.add_argument("--dialect", choices=_DIALECTS, help="how that server is asked; default: sa3")
@@ -178,11 +174,9 @@ def _add(cases: Any, name: str, *, options: str) -> argparse.ArgumentParser:
         "threads": {"type": int, "help": "model threads; default: 1"},
         "rounds": {"type": int, "help": "default: 3"},
         "full": {"action": "store_true", "help": "as many requests as published figures need"},
+        "binary": {"help": "sa3.cpp's program sa3-generate; default: measure only this engine"},
+        "weights": {"help": "checkpoint folder, with sa3.cpp's GGUF files of the same weights"},
     }
     for option in options.split():
         case.add_argument(f"--{option}", **known[option])
     return case
-
-
-def _parse_sides(text: str) -> tuple[str, ...]:
-    return tuple(filter(None, text.split(",")))

@@ -6,9 +6,9 @@ nearly all requests are in time; a bisection finds it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.figures import Bracket, capacity_rps, fit_alone_ms, is_good, summarize_sides
 from benchmarks.load import Asker, Audio, Record, play, play_alone
-from benchmarks.pieces import Pieces
+from benchmarks.pieces import Pieces, write_json
 from benchmarks.quiet import Watch, in_quiet
 from benchmarks.workload import Arrival, draw_arrivals
 
@@ -117,7 +117,7 @@ class Run:
         bound = self.options.largest_difference
         outputs = {} if bound is None else compare(clips[reference], {o: clips[o] for o in others}, bound=bound)
         records = _require_answers(reference, await play_alone(self.askers[reference], arrivals))
-        return {"outputs": outputs, "records": [asdict(record) for record in records]}
+        return {"outputs": outputs, "records": list(map(asdict, records))}
 
     def _choose_probes(self) -> list[Arrival]:
         """Returns a few requests of different durations for each number of steps, all due at once."""
@@ -132,13 +132,11 @@ class Run:
     async def _round(self, kind: str, *, number: int, rate_hz: float | None) -> dict[str, Any]:
         """Send one list of requests to every side, one side after another. Returns the records of all sides."""
         arrivals = self._draw(number, rate_hz=rate_hz)
-        path = self.pieces.folder / f"{kind}-{number + 1}-arrivals.json"
-        path.write_text(json.dumps([asdict(arrival) for arrival in arrivals]) + "\n")
+        write_json(self.pieces.folder / f"{kind}-{number + 1}-arrivals.json", list(map(asdict, arrivals)))
 
         async def play_all() -> dict[str, list[dict[str, Any]]]:
-            await self._warm_up()
             names = list(self.askers) if number % 2 == 0 else list(self.askers)[::-1]
-            return {name: [asdict(record) for record in await self._play(name, arrivals)] for name in names}
+            return {name: await self._play(name, arrivals) for name in names}
 
         async def play_in_quiet() -> dict[str, Any]:
             records, watch = await in_quiet(play_all) if self.is_watched else (await play_all(), Watch())
@@ -158,11 +156,7 @@ class Run:
         for trial in range(self.options.goodput_trials):
             rate_hz = (good_rps + bad_rps) / 2
             arrivals = self._draw(trial, rate_hz=rate_hz)
-
-            async def play_one(arrivals: tuple[Arrival, ...] = arrivals) -> list[dict[str, Any]]:
-                await self._warm_up()
-                return [asdict(record) for record in await self._play(name, arrivals)]
-
+            play_one = partial(self._play, name, arrivals)
             records = [Record(**one) for one in await self.pieces.take(f"goodput-{name}-{trial + 1}", play_one)]
             if is_good(records, alone_ms=alone_ms):
                 good_rps = rate_hz
@@ -170,16 +164,15 @@ class Run:
                 bad_rps = rate_hz
         return Bracket(good_rps, bad_rps)
 
-    async def _warm_up(self) -> None:
+    async def _play(self, name: str, arrivals: tuple[Arrival, ...]) -> list[dict[str, Any]]:
+        """Returns the records of one side as dicts. The first call also warms up all sides."""
         if self.options.warms_up and not self._is_warm:
             self._is_warm = True
-            for name in self.askers:
-                await self._play(name, self._draw(99, rate_hz=None))
-
-    async def _play(self, name: str, arrivals: tuple[Arrival, ...]) -> list[Record]:
+            for side in self.askers:
+                await self._play(side, self._draw(99, rate_hz=None))
         records = _require_answers(name, await play(self.askers[name], arrivals))
         await self.askers[name].settle()
-        return records
+        return list(map(asdict, records))
 
     def _draw(self, number: int, *, rate_hz: float | None, count: int | None = None) -> tuple[Arrival, ...]:
         options = self.options

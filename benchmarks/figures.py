@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from statistics import mean, median
 from typing import Any
 
@@ -88,9 +89,7 @@ def ratio_of_pooled_p95(ours: Sequence[Sequence[float]], theirs: Sequence[Sequen
     """
     if not all(ours) or not all(theirs):
         return None
-    pooled = percentile([ms for some in ours for ms in some], 95) / percentile(
-        [ms for some in theirs for ms in some], 95
-    )
+    pooled = percentile([*chain(*ours)], 95) / percentile([*chain(*theirs)], 95)
     rounds = [percentile(a, 95) / percentile(b, 95) for a, b in zip(ours, theirs, strict=True)]
     return Ratio(pooled, min(pooled, *rounds), max(pooled, *rounds))
 
@@ -137,30 +136,26 @@ def summarize_sides(
     """
     steps = sorted({record.steps for records in replays for own in records.values() for record in own})
 
+    capacities = {name: [capacity_rps(records[name]) for records in bursts] for name in sides}
+
+    def latencies(name: str, steps: int | None = None) -> list[list[float]]:
+        return [steady_latencies_ms(records[name], steps=steps) for records in replays]
+
     def describe(name: str) -> dict[str, Any]:
-        rounds = [records[name] for records in replays]
-        latencies_ms = {
-            "all": [ms for own in rounds for ms in steady_latencies_ms(own)],
-            **{str(n): [ms for own in rounds for ms in steady_latencies_ms(own, steps=n)] for n in steps},
-        }
+        latencies_ms = {"all" if n is None else str(n): [*chain(*latencies(name, n))] for n in (None, *steps)}
         return {
-            "capacity_rps": [capacity_rps(records[name]) for records in bursts],
-            "refused_at_once": [sum(not r.is_finished for r in records[name]) for records in bursts],
+            "capacity_rps": capacities[name],
+            "refused_at_once": [sum(not record.is_finished for record in records[name]) for records in bursts],
             "num_requests": len(latencies_ms["all"]),
-            "refused": sum(not record.is_finished for own in rounds for record in own),
+            "refused": sum(not record.is_finished for records in replays for record in records[name]),
             "latency": {key: summarize(values) for key, values in latencies_ms.items() if values},
             "goodput": asdict(brackets[name]) if name in brackets else None,
         }
 
     def ratios(ours: str, theirs: str) -> dict[str, Any]:
-        def latencies(name: str, steps: int | None = None) -> list[list[float]]:
-            return [steady_latencies_ms(records[name], steps=steps) for records in replays]
-
-        capacities = [[capacity_rps(records[name]) for records in bursts] for name in (ours, theirs)]
-        medians = [[median(some) for some in latencies(name)] for name in (ours, theirs)]
         found: dict[str, Ratio | None] = {
-            "capacity": ratio_of_medians(*capacities),
-            "p50": ratio_of_medians(*medians),
+            "capacity": ratio_of_medians(capacities[ours], capacities[theirs]),
+            "p50": ratio_of_medians(*([median(some) for some in latencies(name)] for name in (ours, theirs))),
             "p95": ratio_of_pooled_p95(latencies(ours), latencies(theirs)),
             **{f"p95_{n}": ratio_of_pooled_p95(latencies(ours, n), latencies(theirs, n)) for n in steps},
         }

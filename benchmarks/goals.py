@@ -64,15 +64,10 @@ class Standing:
         return value >= self.goal.bound if self.goal.larger_is_better else value <= self.goal.bound
 
 
-def read_standings(folder: Path, goals: Iterable[Goal] | None = None) -> list[Standing]:
+def read_standings(folder: Path, goals: Iterable[Goal]) -> list[Standing]:
     """Returns each goal with its value from the result files in a folder."""
     results = {path.stem: json.loads(path.read_text())["results"] for path in folder.glob("*.json")}
-    return [_stand(goal, results.get(goal.case)) for goal in (GOALS if goals is None else goals)]
-
-
-def has_missed(standings: Sequence[Standing]) -> bool:
-    """Whether any goal's whole interval misses its bound, or any measurement behind a goal is void."""
-    return any(standing.verdict in ("MISS", "void") for standing in standings)
+    return [_stand(goal, results.get(goal.case)) for goal in goals]
 
 
 def _stand(goal: Goal, results: Mapping[str, Any] | None) -> Standing:

@@ -5,7 +5,6 @@ README.md has all figures and goals, docs/performance.md the most important figu
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -13,9 +12,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.cases import run
-from benchmarks.cli import CASES, MODES
-from benchmarks.goals import GOALS, Standing, read_standings
+from benchmarks.cases import ggml, run
+from benchmarks.cli import CASES, MODES, import_case
+from benchmarks.goals import GOALS, read_standings
 from benchmarks.gpu.goals import GPU_GOALS
 from benchmarks.report import format_cell
 from benchmarks.settings import CaseSettings
@@ -25,6 +24,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = RESULTS / "README.md"
 SUMMARY = ROOT / "docs" / "performance.md"
 _SUMMARIZED = RESULTS / "cpu-2-cores"
+_GGML = RESULTS / "cpu-xeon-2-cores" / "ggml.json"
 _DEFAULTS = asdict(CaseSettings())
 _RUN_FOLLOWS = ("model", "mode", "threads", "rounds")
 
@@ -74,7 +74,12 @@ def render(results: Path = RESULTS) -> str:
 def fill(text: str, folder: Path = _SUMMARIZED) -> str:
     """Returns the text of docs/performance.md with tables from the results in a folder."""
     results = {path.stem: json.loads(path.read_text())["results"] for path in folder.glob("*.json")}
-    tables = {"servers": _servers(results), "figures": _figures(results), "edits": _edits(results["edits"])}
+    tables: dict[str, Iterable[Mapping[str, object]]] = {
+        "servers": _servers(results),
+        "figures": _figures(results),
+        "edits": _edits(results["edits"]),
+        "ggml": ggml.rows(json.loads(_GGML.read_text())["results"]),
+    }
     for name, rows in tables.items():
         table = f"<!-- {name} -->\n\n{_table(list(rows))}\n<!-- end -->"
         before, rest = text.split(f"<!-- {name} -->")
@@ -134,20 +139,31 @@ def _machine(folder: Path) -> Iterator[str]:
     reports = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     yield f"## {folder.name}\n"
     yield "".join(f"- {line}\n" for line in sorted({_environment(report) for report in reports.values()}))
-    yield f"### Goals\n\n{_GOALS_SAID}"
-    yield _goals(read_standings(folder, GPU_GOALS if folder.name.startswith("gpu") else GOALS))
+    goals = GPU_GOALS if folder.name.startswith("gpu") else [goal for goal in GOALS if goal.case in reports]
+    if goals:
+        yield f"### Goals\n\n{_GOALS_SAID}"
+        yield _table(
+            [
+                {
+                    "goal": standing.goal.id,
+                    "what": standing.goal.what,
+                    "value": "" if standing.value is None else standing.value,
+                    "bound": f"{standing.goal.sign} {standing.goal.bound:g}",
+                    "state": standing.verdict,
+                }
+                for standing in read_standings(folder, goals)
+            ]
+        )
     for name in (name for name in reports if name.startswith("run-")):
         yield _comparison(name, reports[name])
-    for name, case in CASES.items():
-        stems = [stem for stem in ([f"{name}-{mode}" for mode in MODES] if case.by_mode else [name]) if stem in reports]
-        if not stems:
+    for name, options in CASES.items():
+        found = [reports[stem] for stem in (name, *(f"{name}-{mode}" for mode in MODES)) if stem in reports]
+        if not found:
             continue
-        module = importlib.import_module(f"benchmarks.cases.{case.module}")
-        report = reports[stems[0]]
-        settings = report["environment"]["settings"] | ({"mode": None} if case.by_mode else {})
-        command = _command(name, settings, followed=case.options.split())
-        rows = [row for stem in stems for row in module.rows(reports[stem]["results"])]
-        yield _section(name, report, command=command, said=(module.__doc__ or "").strip(), rows=rows)
+        module, settings = import_case(name), found[0]["environment"]["settings"]
+        command = _command(name, settings | ({"mode": None} if len(found) > 1 else {}), followed=options.split())
+        rows = [row for report in found for row in module.rows(report["results"])]
+        yield _section(name, found[0], command=command, said=(module.__doc__ or "").strip(), rows=rows)
 
 
 def _comparison(name: str, report: Mapping[str, Any]) -> str:
@@ -168,7 +184,8 @@ def _section(
 ) -> str:
     about = report["environment"]
     measured = f"`{command}`, {about['at'][:10]}, commit {about['commit']}"
-    return f"### {name}\n\n{said}\n\n{measured}\n\n{_table(rows)}"
+    note = f". {about['note']}" if "note" in about else ""
+    return f"### {name}\n\n{said}\n\n{measured}{note}\n\n{_table(rows)}"
 
 
 def _command(case: str, settings: Mapping[str, Any], *, followed: Iterable[str]) -> str:
@@ -183,21 +200,6 @@ def _environment(report: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items() if version)
     machine = about["gpu"] or f"{about['cpu_count']} cores of {about['cpu']}"
     return f"{machine}; Python {about['python']}, {versions}"
-
-
-def _goals(standings: Sequence[Standing]) -> str:
-    return _table(
-        [
-            {
-                "goal": standing.goal.id,
-                "what": standing.goal.what,
-                "value": "" if standing.value is None else standing.value,
-                "bound": f"{standing.goal.sign} {standing.goal.bound:g}",
-                "state": standing.verdict,
-            }
-            for standing in standings
-        ]
-    )
 
 
 def _table(rows: Sequence[Mapping[str, object]]) -> str:

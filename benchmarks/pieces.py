@@ -43,9 +43,14 @@ class Pieces:
         if started_at >= self.ends_at:
             raise OutOfTimeError(f"out of time before {name}: the same command goes on from here")
         value = json.loads(json.dumps(await measure()))
-        (self.folder / "about.json").write_text(json.dumps(self.about, indent=2) + "\n")
-        draft = path.with_suffix(".part")
-        draft.write_text(json.dumps(value) + "\n")
-        draft.rename(path)  # renamed, so that an interruption leaves no incomplete file
+        write_json(self.folder / "about.json", self.about)
+        write_json(path, value)
         print(f"{name}: measured in {time.monotonic() - started_at:.1f} s", file=sys.stderr, flush=True)
         return value
+
+
+def write_json(path: Path, value: object) -> None:
+    """Replace a file as a whole, so that an interruption leaves no incomplete file."""
+    draft = path.with_suffix(".part")
+    draft.write_text(json.dumps(value, indent=1, default=str) + "\n")
+    draft.rename(path)

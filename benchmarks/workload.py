@@ -8,15 +8,12 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
 from stable_audio_serve.core.catalog import ModelCard
 from stable_audio_serve.core.generation import GenerationRequest, SourceAudio
-
-Value = TypeVar("Value")
 
 _ADJECTIVES = ("low", "bright", "soft", "distant", "rough", "slow", "sharp", "warm", "short", "long")
 _SOUNDS = (
@@ -103,8 +100,9 @@ def draw_arrivals(
 
 
 def _draw_request(mix: Mix, rng: random.Random, *, seed: int, max_duration_s: float) -> Arrival:
-    steps = _choose(rng, mix.steps)
-    duration_s = _choose(rng, mix.durations_s) * rng.uniform(1 - mix.spread, 1 + mix.spread)
+    (steps,) = rng.choices(*zip(*mix.steps, strict=True))  # (values, weights)
+    (duration_s,) = rng.choices(*zip(*mix.durations_s, strict=True))
+    duration_s *= rng.uniform(1 - mix.spread, 1 + mix.spread)
     prompt = rng.choices(PROMPTS, [1.0 / rank**_ZIPF_EXPONENT for rank in range(1, len(PROMPTS) + 1)])[0]
     rng.random(), rng.random()  # not used, but needed to get the same lists as earlier versions
     return Arrival(
@@ -117,19 +115,9 @@ def _draw_request(mix: Mix, rng: random.Random, *, seed: int, max_duration_s: fl
     )
 
 
-def _choose(rng: random.Random, weighted: Sequence[tuple[Value, float]]) -> Value:
-    return rng.choices([value for value, _ in weighted], [weight for _, weight in weighted])[0]
-
-
 def to_request(arrival: Arrival) -> GenerationRequest:
     """Returns the request in the form that an engine accepts."""
-    return GenerationRequest(
-        prompt=arrival.prompt,
-        duration_s=arrival.duration_s,
-        seed=arrival.seed,
-        steps=arrival.steps,
-        cfg_scale=arrival.cfg_scale,
-    )
+    return GenerationRequest(**{name: value for name, value in asdict(arrival).items() if name != "at_s"})
 
 
 def eight_mixed_requests(card: ModelCard) -> list[GenerationRequest]:

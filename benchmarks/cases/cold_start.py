@@ -14,16 +14,15 @@ from typing import Any
 
 import httpx
 
-from benchmarks.cases.engine import resolve_model
 from benchmarks.figures import worst
+from benchmarks.models import resolve_model
 from benchmarks.servers.process import running_server, write_config
 from benchmarks.settings import CaseSettings
 
 # Program of the Python process without a server. Its run time is a lower bound for the start of every server.
 _BARE = """
 import asyncio, sys
-from pathlib import Path
-from benchmarks.cases.engine import load
+from benchmarks.models import load
 from benchmarks.settings import CaseSettings
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.engine import Engine, EngineOptions

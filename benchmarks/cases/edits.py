@@ -12,17 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
-import numpy as np
-import numpy.typing as npt
-
+from benchmarks.load import Audio
 from benchmarks.settings import CaseSettings
 from examples.demo_model.checks import strongest_hz
 from stable_audio_serve.core.generation import EditSchedule, GenerationRequest, SourceAudio
 from stable_audio_serve.engine import Engine, EngineOptions
 from stable_audio_serve.models.families import load_model
 from stable_audio_serve.models.registry import resolve_entry
-
-Audio = npt.NDArray[np.float32]
 
 _NOTES = ("c3", "c sharp 4", "d5", "d sharp 3", "e4", "f5", "f sharp 3", "g4", "g sharp 5", "a3", "a sharp 4", "b5")
 _VOICES = ("sine", "organ", "square", "saw")

@@ -7,35 +7,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.compare import compare
 from benchmarks.figures import summarize, worst
 from benchmarks.load import send_in_flight
+from benchmarks.models import compare_audio, load
 from benchmarks.settings import CaseSettings
 from benchmarks.workload import eight_mixed_requests
-from stable_audio_serve.core.generation import GenerationRequest, GenerationResult, Mode
+from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.engine import Engine, EngineOptions
-from stable_audio_serve.models.families import load_model
-from stable_audio_serve.models.protocol import DiffusionModel
-from stable_audio_serve.models.registry import ModelEntry, resolve_entry
 
-# For each engine mode: the largest allowed difference between two clips of a request, divided by the clip's level.
-_LARGEST_DIFFERENCE = {"strict": 0.0, "fast": 1e-2}
 _SIDES = {"one_after_another": 1, "together": 8}  # number of requests in flight
-
-
-def load(settings: CaseSettings) -> DiffusionModel:
-    """Returns the model to measure, on its device."""
-    return load_model(resolve_model(settings.model), device=settings.device)
-
-
-def resolve_model(name: str | None) -> ModelEntry:
-    """Returns the registry entry of a model name or checkpoint folder; None: the demo model."""
-    name = name or "demo"
-    return resolve_entry(Path(name).name, path=name) if Path(name).is_dir() else resolve_entry(name)
 
 
 async def run_engine(settings: CaseSettings) -> dict[str, Any]:
@@ -56,12 +39,18 @@ async def run_engine(settings: CaseSettings) -> dict[str, Any]:
             for name in (*_SIDES, *_SIDES):
                 runs[name].append(await _time(engine, requests, num_in_flight=_SIDES[name]))
             rounds.append({name: {key: mean(run[key] for run in own) for key in own[0]} for name, own in runs.items()})
-        return {
-            "mode": engine.mode,
-            **outputs,
-            "rounds": rounds,
-            **_ratios(rounds),
-        }
+
+    def ratios(figure: str) -> list[float]:
+        return [sides["together"][figure] / sides["one_after_another"][figure] for sides in rounds]
+
+    return {
+        "mode": engine.mode,
+        **outputs,
+        "rounds": rounds,
+        **worst("throughput_ratio", ratios("throughput_rps"), larger_is_better=True),
+        **worst("cpu_time_ratio", ratios("cpu_s")),
+        **worst("mean_latency_ratio", ratios("mean_ms")),
+    }
 
 
 async def _time(engine: Engine, requests: Sequence[GenerationRequest], *, num_in_flight: int) -> dict[str, float]:
@@ -73,30 +62,6 @@ async def _time(engine: Engine, requests: Sequence[GenerationRequest], *, num_in
         "cpu_s": time.process_time() - used_s,
         **summarize([1000.0 * ended for ended in ended_at]),
     }
-
-
-def _ratios(rounds: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
-    """Returns the figures of requests sent together divided by those of requests sent one after another."""
-
-    def ratios(figure: str) -> list[float]:
-        return [sides["together"][figure] / sides["one_after_another"][figure] for sides in rounds]
-
-    return {
-        **worst("throughput_ratio", ratios("throughput_rps"), larger_is_better=True),
-        **worst("cpu_time_ratio", ratios("cpu_s")),
-        **worst("mean_latency_ratio", ratios("mean_ms")),
-    }
-
-
-def compare_audio(
-    left: Sequence[GenerationResult], right: Sequence[GenerationResult], *, mode: Mode
-) -> dict[str, float]:
-    """Returns the difference between the clips of two lists of results, in which results correspond.
-
-    Compares the first clip of each result. Raises VoidError for a larger difference than the engine's `mode` allows.
-    """
-    clips = [[result.audio[0] for result in results] for results in (left, right)]
-    return compare(clips[0], {"engine": clips[1]}, bound=_LARGEST_DIFFERENCE[mode])["engine"]
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:

@@ -13,15 +13,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases.engine import load
 from benchmarks.load import send_in_flight
+from benchmarks.models import load
 from benchmarks.settings import CaseSettings
 from benchmarks.workload import draw_arrivals, to_request
 from stable_audio_serve.engine import Engine, EngineOptions
 
 _IN_FLIGHT = 8
-# (requests in the list, repetitions of the list before the first reading, all repetitions), for the short and the full
-# form.
+# For the short and the full form: requests in the list, repetitions before the first reading, all repetitions.
 _SIZES = ((20, 3, 15), (40, 5, 25))
 
 

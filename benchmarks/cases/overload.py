@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from benchmarks.cases.engine import resolve_model
 from benchmarks.dialects import OverHttp
 from benchmarks.figures import capacity_rps, fit_alone_ms, is_in_time, percentile, span_s
 from benchmarks.load import Record, play, play_alone, play_clips, play_until_served
+from benchmarks.models import resolve_model
 from benchmarks.quiet import describe_quiet, in_quiet
 from benchmarks.servers.process import serving
 from benchmarks.settings import CaseSettings
@@ -33,8 +33,6 @@ _FACTOR, _RETURNING_FACTOR = 3.0, 1.5
 _LARGER_IS_BETTER = ("goodput_over_peak_ratio", "finished_over_peak_ratio", "served_within_four_tries_share")
 _SMALLER_IS_BETTER = ("refusal_p50_ms", "refusal_p99_ms", "normal_after_s")
 _MAX_QUEUE_S = 0.5  # seconds of predicted work in the short queue
-
-
 # For the short and the full form: seconds of overload, seconds of arrivals of clients that obey Retry-After, and
 # requests in a burst.
 _LOADS = ({"seconds": 20, "returning_s": 10, "burst": 50}, {"seconds": 60, "returning_s": 30, "burst": 150})
@@ -76,7 +74,10 @@ async def _round(peak: OverHttp, bounded: OverHttp, *, load: Mapping[str, int], 
     await play(peak, burst[:_WARM_UP_CALLS])
     bursts = [await play_burst()]
     lone = {seconds: Arrival(0.0, "a low drone", seconds, seed=1, steps=burst[0].steps) for seconds in _ALONE_S}
-    probes = {seconds: _typical(await play_alone(bounded, [clip] * _ALONE_CALLS)) for seconds, clip in lone.items()}
+    probes = {}
+    for seconds, clip in lone.items():
+        alone = await play_alone(bounded, [clip] * _ALONE_CALLS)
+        probes[seconds] = sorted(alone, key=lambda record: record.latency_ms)[_ALONE_CALLS // 2]
     alone_ms = fit_alone_ms(list(probes.values()))
     peak_hz = capacity_rps(bursts[0])
     offered = draw(round(_FACTOR * peak_hz * load["seconds"]), _FACTOR * peak_hz)
@@ -98,10 +99,6 @@ async def _round(peak: OverHttp, bounded: OverHttp, *, load: Mapping[str, int], 
         ),
         **summarize_returns(returning),
     }
-
-
-def _typical(records: Sequence[Record]) -> Record:
-    return sorted(records, key=lambda record: record.latency_ms)[len(records) // 2]
 
 
 def summarize_overload(

@@ -12,10 +12,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from benchmarks.cases.engine import resolve_model
 from benchmarks.dialects import OverHttp
 from benchmarks.figures import summarize, worst
 from benchmarks.load import play_clips
+from benchmarks.models import resolve_model
 from benchmarks.quiet import Watch, describe_quiet, in_quiet
 from benchmarks.servers.process import serving
 from benchmarks.servers.timed import SHORTENED, SHORTENING_DEVICE

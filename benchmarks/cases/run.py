@@ -16,9 +16,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.cases.engine import resolve_model
 from benchmarks.compare import LARGEST_DIFFERENCE, Run, RunOptions
 from benchmarks.load import Asker, InProcess
+from benchmarks.models import resolve_model
 from benchmarks.pieces import Pieces
 from benchmarks.report import hash_sources
 from benchmarks.settings import CaseSettings
@@ -166,25 +166,24 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, object]]:
     table = []
     for name, side in results["sides"].items():
         ratios = results["ratios"][name].get(reference, {})
-
-        def cell(value: float, key: str, *, ratios: Mapping[str, Any] = ratios) -> str:
-            ratio = ratios.get(key)
-            text = f"{value:.2f}" if value < 100 else f"{value:.0f}"
-            return f"{text} ({ratio['value']:.2f}x, {ratio['low']:.2f}-{ratio['high']:.2f})" if ratio else text
-
         latency, goodput = side["latency"], side["goodput"]
         table.append(
             {
                 "side": name,
-                "capacity (1/s)": cell(median(side["capacity_rps"]), "capacity"),
-                "p50 (ms)": cell(latency["all"]["p50_ms"], "p50"),
-                "p95 (ms)": cell(latency["all"]["p95_ms"], "p95"),
+                "capacity (1/s)": _cell(median(side["capacity_rps"]), ratios.get("capacity")),
+                "p50 (ms)": _cell(latency["all"]["p50_ms"], ratios.get("p50")),
+                "p95 (ms)": _cell(latency["all"]["p95_ms"], ratios.get("p95")),
                 **{
-                    f"p95, {n} steps (ms)": cell(latency[n]["p95_ms"], f"p95_{n}") if n in latency else ""
+                    f"p95, {n} steps (ms)": _cell(latency[n]["p95_ms"], ratios.get(f"p95_{n}")) if n in latency else ""
                     for n in (steps if len(steps) > 1 else ())
                 },
-                "goodput (1/s)": cell(goodput["good_rps"], "goodput") if goodput else "",
+                "goodput (1/s)": _cell(goodput["good_rps"], ratios.get("goodput")) if goodput else "",
                 "refused": sum(side["refused_at_once"]) + side["refused"],
             }
         )
     return table
+
+
+def _cell(value: float, ratio: Mapping[str, float] | None) -> str:
+    text = f"{value:.2f}" if value < 100 else f"{value:.0f}"
+    return f"{text} ({ratio['value']:.2f}x, {ratio['low']:.2f}-{ratio['high']:.2f})" if ratio else text

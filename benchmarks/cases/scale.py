@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.cases.engine import resolve_model
 from benchmarks.figures import capacity_rps
 from benchmarks.load import Record, play_clips
+from benchmarks.models import resolve_model
 from benchmarks.quiet import Watch, describe_quiet, in_quiet
 from benchmarks.servers.process import serving
 from benchmarks.settings import CaseSettings

@@ -44,14 +44,11 @@ def _compare(mix: str, network: Network, *, count: int, seed: int) -> dict[str, 
     lock_hz = capacity_rps(run_lock(burst, gpu))
     replay = draw(_LOAD_SHARE * lock_hz)
     lock, ours = run_lock(replay, gpu), SimulatedEngine(gpu).run(replay)
-    return {
-        "capacity_over_lock_ratio": capacity_rps(SimulatedEngine(gpu).run(burst)) / lock_hz,
-        "p95_over_lock_ratio": percentile(steady_latencies_ms(ours), 95) / percentile(steady_latencies_ms(lock), 95),
-    } | {
-        f"p95_{steps}_over_lock_ratio": percentile(steady_latencies_ms(ours, steps=steps), 95)
-        / percentile(steady_latencies_ms(lock, steps=steps), 95)
-        for steps in sorted({arrival.steps for arrival in replay})
-    }
+    ratios = {"capacity_over_lock_ratio": capacity_rps(SimulatedEngine(gpu).run(burst)) / lock_hz}
+    for steps in (None, *sorted({arrival.steps for arrival in replay})):
+        p95, lock_p95 = (percentile(steady_latencies_ms(records, steps=steps), 95) for records in (ours, lock))
+        ratios[f"p95_{steps}_over_lock_ratio" if steps else "p95_over_lock_ratio"] = p95 / lock_p95
+    return ratios
 
 
 def run_lock(arrivals: Iterable[Arrival], gpu: Gpu) -> list[Record]:

@@ -12,9 +12,9 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from benchmarks.load import Audio
 from benchmarks.settings import CaseSettings
 from stable_audio_serve.core.generation import GenerationRequest
 from stable_audio_serve.engine import Engine, EngineOptions
@@ -32,7 +32,7 @@ async def run_threads(settings: CaseSettings) -> dict[str, Any]:
     """
     model = build_random_model(settings.model or _MODEL, device="cpu", dtype=torch.float32)
     seconds: dict[int, list[float]] = {count: [] for count in _COUNTS}
-    audio: list[npt.NDArray[np.float32]] = []
+    audio: list[Audio] = []
     for _ in range(settings.rounds):
         for count in _COUNTS:
             options = EngineOptions(mode="strict", torch_threads=count, warmup_budget_s=0.0)

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.load import Audio
-from benchmarks.sides.pipeline import Captures, wait_for_captures
+from benchmarks.sides.servers import OurServer
 from stable_audio_serve.core.catalog import DecodePrecision
 from stable_audio_serve.core.clock import SystemClock
 from stable_audio_serve.core.generation import GenerationRequest, Mode
-from stable_audio_serve.engine import Engine, EngineOptions
+from stable_audio_serve.engine import EngineOptions
 from stable_audio_serve.engine.hardware.device import Device, open_device
 from stable_audio_serve.engine.options import Features
 from stable_audio_serve.models.families import load_model
@@ -114,10 +114,10 @@ class Machine:
             warmup_budget_s=2.0 if features == ALL and not self.is_tiny else 0.0,
             torch_threads=1 if self.is_tiny else None,
         )
-        captures = Captures()
+        engine = OpenEngine(model, options, device=device)
         try:
-            async with Engine(model, options, device=device, metrics=captures) as engine:
-                yield OpenEngine(engine, captures, can_capture=device.can_capture)
+            async with engine:
+                yield engine
         finally:
             self.free()
 
@@ -137,13 +137,12 @@ class Machine:
         return {"held": held, "peak": peak, "reserved": torch.cuda.memory_reserved(self.device)} | host
 
 
-@dataclass(frozen=True, slots=True)
-class OpenEngine:
-    """A started engine and the counts of its captures."""
+class OpenEngine(OurServer):
+    """A measured engine."""
 
-    engine: Engine
-    captures: Captures
-    can_capture: bool
+    def __init__(self, model: DiffusionModel, options: EngineOptions, *, device: Device) -> None:
+        super().__init__(model, options, device=device)
+        self.can_capture = device.can_capture
 
     async def prepare(self, *requests: GenerationRequest) -> None:
         """Send the requests together until their calls are captured."""
@@ -153,10 +152,7 @@ class OpenEngine:
 
     async def together(self, *requests: GenerationRequest) -> list[Audio]:
         """Returns the first clip of each request; all are sent at once."""
-        return [result.audio[0] for result in await asyncio.gather(*map(self.engine.generate, requests))]
-
-    async def settle(self) -> None:
-        await wait_for_captures(self.captures)
+        return [result.audio[0] for result in await asyncio.gather(*map(self.generate, requests))]
 
 
 class _Switched:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.compare import difference
 from benchmarks.load import Audio
+from benchmarks.pieces import write_json
 
 
 class Results:
@@ -67,10 +67,3 @@ def clip_db(clip: Audio, plain: Audio) -> float | None:
 def is_close(db: float | None, least_db: float | None) -> bool:
     """Whether a compared clip meets the bound. None as bound: it must be identical."""
     return db is None or (least_db is not None and db >= least_db)
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Replace a file as a whole, so that a stopped run leaves no incomplete file."""
-    draft = path.with_suffix(".part")
-    draft.write_text(json.dumps(values, indent=1, default=str) + "\n")
-    draft.rename(path)

@@ -35,7 +35,7 @@ async def measure(machine: Machine, results: Results, *, name: str) -> None:
             machine.memory_bytes()  # resets the peak
             await engine.prepare(request)
             alone_ms = await _median_ms(partial(engine.together, request), repeats=repeats)
-            timings = (await engine.engine.generate(request)).timings
+            timings = (await engine.generate(request)).timings
             assert timings is not None
             memory = machine.memory_bytes()
             crowd = [replace(request, seed=seed) for seed in range(machine.sizes.together)]

@@ -29,7 +29,6 @@ _READY_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 30.0
 _IN_PROGRESS = 10_000  # value of all limits on requests in progress, so high that no burst is refused
 _COLD_START = "cold start:"  # beginning of the log line that a ready server writes
-_RAY = re.compile(r"\bray ([0-9.]+) s")
 
 
 @dataclass(slots=True)
@@ -43,7 +42,7 @@ class Server:
     @property
     def ray_s(self) -> float:
         """The time in which Ray started, from the server's log; 0 if it is not there."""
-        found = next((_RAY.search(line) for line in self.lines if line.startswith(_COLD_START)), None)
+        found = re.search(rf"^{_COLD_START}.*\bray ([0-9.]+) s", "\n".join(self.lines), re.MULTILINE)
         return float(found[1]) if found else 0.0
 
 
@@ -159,9 +158,8 @@ def _stop(process: subprocess.Popen[str]) -> None:
     processes = family(process.pid)
     process.send_signal(signal.SIGINT)
     try:
-        process.wait(_STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        pass
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_TIMEOUT_S)
     finally:
         for left in (*processes, *family(process.pid)):
             with suppress(psutil.Error):

@@ -135,7 +135,9 @@ class TimedReplica(StandInReplica):
         await asyncio.sleep(max(0.0, ended_at - time.monotonic()))
         queue_ms = 1000.0 * waiting_s
         timings = replace(stages, queue_ms=queue_ms, total_ms=stages.total_ms + queue_ms)
-        return replace(make_result(self._model, request), timings=timings)
+        clip = _clip(int(request.duration_s * _RATE_HZ))
+        seeds = tuple(request.seed + index for index in range(request.batch_size))
+        return GenerationResult((clip,) * request.batch_size, _RATE_HZ, self._model, seeds, timings)
 
     def record_routing_stats(self) -> dict[str, Any]:
         """Called by Ray Serve. Returns what our router reads."""
@@ -164,16 +166,9 @@ class ShorteningReplica(TimedReplica):
     times = SHORTENING_DEVICE
 
 
-def make_result(model: str, request: GenerationRequest) -> GenerationResult:
-    """Returns a result with a prepared clip of the requested length, stereo at 44.1 kHz."""
-    clip = _clip(int(request.duration_s * _RATE_HZ))
-    seeds = tuple(request.seed + index for index in range(request.batch_size))
-    return GenerationResult((clip,) * request.batch_size, _RATE_HZ, model, seeds)
-
-
 @lru_cache(maxsize=4)
 def _clip(samples: int) -> Any:
-    """Returns a clip (2, samples) float32: a chord with some noise."""
+    """Returns a clip at 44.1 kHz, (2, samples) float32: a chord with some noise."""
     chord = sum(np.sin(2 * np.pi * hz * np.arange(samples) / _RATE_HZ) for hz in (110, 277, 659))
     noise = np.random.default_rng(0).normal(0.0, 0.02, (2, samples))
     return np.ascontiguousarray(0.2 * chord + noise, dtype=np.float32)

@@ -80,12 +80,7 @@ class Pipeline:
     """
 
     def __init__(
-        self,
-        model: DiffusionModel,
-        options: EngineOptions,
-        *,
-        policy: Callable[[Device], BatchPolicy],
-        together: int,
+        self, model: DiffusionModel, options: EngineOptions, *, policy: Callable[[Device], BatchPolicy], together: int
     ) -> None:
         """`policy` splits a step into device calls; up to `together` windows or prompts of equal shape share one."""
         self._model = model
@@ -96,12 +91,11 @@ class Pipeline:
         self._is_steady = resolve_mode(options, device) == "strict" and not device.shares_calls
         noise_pool = ThreadPoolExecutor(1, thread_name_prefix="noise")
         executor = Executor(model, policy(device), device=device, max_per_call=together, metrics=self.captures)
-        cost = CostModel()
         self._stages = Stages(
             model,
             executor,
             device=device,
-            cost=cost,
+            cost=CostModel(),
             cache=PromptCache(options.prompt_cache_bytes),
             noise_pools=dict.fromkeys(get_args(Priority), noise_pool),
             is_fixed=self._is_steady,

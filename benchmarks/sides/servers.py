@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Protocol
+from functools import partial
 
 from benchmarks.sides.pipeline import Captures, Pipeline, wait_for_captures
 from stable_audio_serve.core.generation import GenerationRequest, GenerationResult
@@ -37,18 +38,6 @@ Batched = Callable[[GenerationRequest], Awaitable[GenerationResult]]
 RunBatch = Callable[[Sequence[GenerationRequest]], Awaitable[Sequence[GenerationResult]]]
 
 
-class Side(Protocol):
-    """One of the compared servers. `settle` is that of `load.Asker`; `close` is called with no request in flight."""
-
-    captures: Captures
-
-    async def generate(self, request: GenerationRequest) -> GenerationResult: ...
-
-    async def settle(self) -> None: ...
-
-    async def close(self) -> None: ...
-
-
 @dataclass(frozen=True, slots=True)
 class OneCall:
     """A batch policy: all rows share one device call, padded to the longest row; if it `pads`, to one of `shapes`."""
@@ -67,30 +56,25 @@ class OneCall:
         return self.shapes.padded(frames) if self.pads else frames
 
 
-def one_call(model: DiffusionModel) -> Callable[[Device], BatchPolicy]:
-    """Returns a function that creates the policy OneCall for a device.
+def one_call(model: DiffusionModel, device: Device) -> BatchPolicy:
+    """Returns the policy OneCall for a device.
 
     Calls have the engine's shapes if the device captures CUDA graphs, because a graph needs calls of the same shape.
     """
-
-    def choose(device: Device) -> BatchPolicy:
-        if not device.can_capture:
-            return OneCall(AnyRows())
-        rows = *GRAPH_ROWS, 3 * MAX_BATCH // 2, 2 * MAX_BATCH
-        return OneCall(GraphShapes(device.frame_grid, rows=rows), pads=model.spec.pads_rows)
-
-    return choose
+    if not device.can_capture:
+        return OneCall(AnyRows())
+    rows = *GRAPH_ROWS, 3 * MAX_BATCH // 2, 2 * MAX_BATCH
+    return OneCall(GraphShapes(device.frame_grid, rows=rows), pads=model.spec.pads_rows)
 
 
 class LockServer(Pipeline):
     """The side `lock`: one request at a time, as in a simple request handler around a model."""
 
     def __init__(self, model: DiffusionModel, options: EngineOptions) -> None:
-        captured = one_call(model)
         super().__init__(
             model,
             options,
-            policy=lambda device: captured(device) if device.can_capture else OneRowPerCall(),
+            policy=lambda device: one_call(model, device) if device.can_capture else OneRowPerCall(),
             together=1,
         )
 
@@ -105,7 +89,7 @@ class StaticServer(Pipeline):
         self, model: DiffusionModel, options: EngineOptions, *, collect: Callable[[RunBatch], Batched]
     ) -> None:
         """`collect` makes a function of one request from a function of a batch: `@serve.batch` or `Batcher`."""
-        super().__init__(model, replace(options, mode="fast"), policy=one_call(model), together=MAX_BATCH)
+        super().__init__(model, replace(options, mode="fast"), policy=partial(one_call, model), together=MAX_BATCH)
         self._collect = collect
         self._queues: dict[BatchKey, Batched] = {}
 
@@ -151,12 +135,10 @@ class Batcher:
     async def _work(self) -> None:
         while not self._waiting.empty():
             batch = [self._waiting.get_nowait()]
-            try:
+            with suppress(TimeoutError):
                 async with asyncio.timeout(BATCH_WAIT_S):
                     while len(batch) < MAX_BATCH:
                         batch.append(await self._waiting.get())
-            except TimeoutError:
-                pass
             try:
                 results = await self._run([item for item, _ in batch])
             except Exception as error:  # noqa: BLE001 - belongs to the callers
@@ -172,14 +154,15 @@ class Batcher:
 class OurServer(Engine):
     """The sides `ours`, `ours-strict` and `ours-fast`: the engine."""
 
-    def __init__(self, model: DiffusionModel, options: EngineOptions) -> None:
+    def __init__(self, model: DiffusionModel, options: EngineOptions, *, device: Device | None = None) -> None:
         self.captures = Captures()
-        super().__init__(model, options, metrics=self.captures)
+        super().__init__(model, options, device=device, metrics=self.captures)
 
     async def settle(self) -> None:
         await wait_for_captures(self.captures)
 
 
+Side = LockServer | StaticServer | OurServer
 SIDES = ("lock", "static", "ours", "ours-strict", "ours-fast")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 _RATE_HZ, _HOP = 44_100, 4096
 _LATENT_CHANNELS = 256
@@ -24,20 +24,20 @@ _TOKENS_PER_FRAME = 17  # the decoder's tokens for each latent frame
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """The dimensions of a model's denoiser and decoder.
+    """The dimensions of a model's denoiser and decoder. The defaults are those of the small models.
 
     With `differential` attention, a layer projects to five vectors (q, k, v, q', k') and computes two softmaxes.
     """
 
-    width: int
-    depth: int
-    differential: bool
-    decoder_width: int
-    decoder_blocks: int
-    decoder_keys: int  # number of keys that a query sees in the decoder
-    decoder_kernel: int  # kernel size of the decoder's last convolution
-    halo_frames: int  # frames on each side of a decoded window whose audio is not used
-    longest_s: float
+    width: int = 1024
+    depth: int = 20
+    differential: bool = False
+    decoder_width: int = 768
+    decoder_blocks: int = 6
+    decoder_keys: int = 34  # number of keys that a query sees in the decoder
+    decoder_kernel: int = 3  # kernel size of the decoder's last convolution
+    halo_frames: int = 2  # frames on each side of a decoded window whose audio is not used
+    longest_s: float = 120.0
     prefix_tokens: int = 64
 
     def frames(self, duration_s: float) -> int:
@@ -83,19 +83,8 @@ class Network:
         return float(((5 if self.differential else 3) + 1 + self._softmaxes + 1 + 12) * self.width**2)
 
 
-SMALL = Network(
-    width=1024,
-    depth=20,
-    differential=False,
-    decoder_width=768,
-    decoder_blocks=6,
-    decoder_keys=34,
-    decoder_kernel=3,
-    halo_frames=2,
-    longest_s=120.0,
-)
-MEDIUM = replace(
-    SMALL,
+SMALL = Network()
+MEDIUM = Network(
     width=1536,
     depth=24,
     differential=True,

@@ -19,7 +19,7 @@ from stable_audio_serve.engine.build import build_scheduler, resolve_policy
 from stable_audio_serve.engine.calls.warmup import DURATION_SHARES, step_shapes
 from stable_audio_serve.engine.hardware.device import CudaDevice
 from stable_audio_serve.engine.prediction import Predictor
-from stable_audio_serve.engine.scheduling.batching import Call, PackedShapes
+from stable_audio_serve.engine.scheduling.batching import PackedShapes
 from stable_audio_serve.engine.scheduling.cost import CostModel, Measurement
 from stable_audio_serve.engine.scheduling.scheduler import Phase, RowId, RowWork
 from stable_audio_serve.engine.scheduling.windows import num_in_turn
@@ -200,14 +200,13 @@ class SimulatedEngine:
 
     def _denoise(self, rows: Sequence[_Row]) -> None:
         calls = self._policy.split([row.work.lane for row in rows])
-        ms = sum(map(self._call_ms, calls))
+        ms = sum(
+            self._gpu.step_ms(call.lengths or [call.frames] * call.rows, num_spare=call.num_spare) for call in calls
+        )
         self._cost.correct("denoise", [call.groups for call in calls], measured_ms=ms)
         self._queues.run(ms)
         for row in rows:
             row.work.finish_evaluation()
-
-    def _call_ms(self, call: Call) -> float:
-        return self._gpu.step_ms(call.lengths or [call.frames] * call.rows, num_spare=call.num_spare)
 
     def _decode(self, rows: Sequence[_Row]) -> None:
         """Enqueue calls that decode the next windows of each row. Windows of equal length share a call."""

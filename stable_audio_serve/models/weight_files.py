@@ -5,9 +5,12 @@ Files are memory-mapped: a tensor's values are read from disk on first use.
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import pickle
+import sys
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,6 @@ from stable_audio_serve.core.errors import CheckpointError
 from stable_audio_serve.models.checkpoint_files import damaged
 
 TRAINING_PREFIXES = ("diffusion.", "diffusion_ema.")
-# A mapped file is unmapped after this many bytes were read, because they count as memory of the process until then.
-MAPPED_BYTES = 128 * 2**20
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -35,40 +36,21 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def drain_weights(
-    path: Path, weights: dict[str, Tensor], *, kept: Collection[str] = ()
-) -> Iterator[tuple[str, Tensor]]:
-    """Remove each key from `weights`, the result of `read_weights(path)`, and yield the key with its tensor.
+def release_pages(path: Path, tensors: Iterable[Tensor]) -> None:
+    """Give back the memory in which tensors of `path` were read. They stay usable: the next use reads the file again.
 
-    Keys in `kept` come first: the caller keeps these tensors memory-mapped and must not read their values yet. The
-    other keys follow in the order of the file. To limit memory, the file is unmapped and mapped again after every
-    `MAPPED_BYTES`. Raises CheckpointError if the file changes meanwhile.
+    `tensors` must be results of `read_weights(path)`, not copies. Linux only; has no effect elsewhere, or if the file
+    cannot be memory-mapped.
     """
-    identity = _identity(path)
-    for key in kept:
-        yield key, weights.pop(key)
-    # If tensors were kept, map the file again at once: the kept mapping cannot be unmapped to free memory.
-    read_bytes = MAPPED_BYTES if kept else 0
-    for key in sorted(weights, key=lambda key: weights[key].data_ptr()):
-        if read_bytes >= MAPPED_BYTES and _is_mapped(path):
-            left = set(weights)
-            weights.clear()
-            weights.update((key, value) for key, value in read_weights(path).items() if key in left)
-            if _identity(path) != identity or weights.keys() != left:
-                raise CheckpointError(f"{path} was changed while it was loaded; load it again")
-            read_bytes = 0
-        tensor = weights.pop(key)
-        read_bytes += tensor.nbytes
-        yield key, tensor
-        del tensor
-
-
-def _identity(path: Path) -> tuple[int, ...]:
-    try:
-        found = path.stat()
-    except OSError as error:
-        raise damaged(path, error) from error
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    if sys.platform != "linux" or not _is_mapped(path):
+        return
+    libc = ctypes.CDLL(None)
+    for tensor in tensors:
+        # Only whole pages, because the first and the last page may hold other data.
+        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
+        if size > 0:
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
 
 
 def _is_mapped(path: Path) -> bool:

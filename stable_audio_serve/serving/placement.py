@@ -38,6 +38,14 @@ _OBSERVATION = {"metrics_interval_s": 1.0, "look_back_period_s": 10.0, "aggregat
 _CONSTRUCTOR_ATTEMPTS = 2  # if a replica fails to start twice, a third attempt would most likely fail too
 _ONE_REPLICA = 1  # extra replicas during an update, in percent; Ray Serve rounds 1 % up to one replica
 _DRAIN_POLL_S = 0.1  # seconds between Ray Serve's checks whether a stopping replica has finished its requests
+# The environment of a replica that computes on a CPU. By default, glibc returns large blocks to the kernel, so each
+# call of the model gets new pages, which takes up to a tenth of its time. With these settings, glibc keeps up to 1 GiB
+# of free memory. One arena is needed, because the other settings have no effect on large blocks in threads' own arenas.
+KEEP_FREED_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +196,11 @@ def model_options(plan: Plan, model: ModelSettings, *, cluster_gpus: float) -> d
                 "policy_kwargs": {"target_wait_s": replicas.target_wait_s},
             },
         },
-        "ray_actor_options": {"num_cpus": slot.cpus, "num_gpus": slot.gpus},
+        "ray_actor_options": {
+            "num_cpus": slot.cpus,
+            "num_gpus": slot.gpus,
+            "runtime_env": {} if slot.gpus else {"env_vars": KEEP_FREED_MEMORY},
+        },
     }
 
 

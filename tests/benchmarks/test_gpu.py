@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.gpu.cli import PARTS
 from benchmarks.gpu.goals import GPU_GOALS
-from benchmarks.gpu.parts import PARTS
 
 pytestmark = [pytest.mark.slow, pytest.mark.server]
 

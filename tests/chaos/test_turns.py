@@ -13,7 +13,7 @@ from statistics import median
 import httpx
 import pytest
 
-from benchmarks.cases.engine import resolve_model
+from benchmarks.models import resolve_model
 from benchmarks.servers.process import running_server, write_config
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]

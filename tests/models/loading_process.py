@@ -1,4 +1,4 @@
-"""A program that loads a checkpoint folder and prints how many bytes of memory this takes at its peak.
+"""A program that loads a checkpoint folder and prints, as JSON, the memory that this takes.
 
 It does not load the text encoder, because importing its library takes longer than everything else.
 """
@@ -6,6 +6,7 @@ It does not load the text encoder, because importing its library takes longer th
 from __future__ import annotations
 
 import gc
+import json
 import sys
 from pathlib import Path
 
@@ -13,35 +14,41 @@ import torch
 from torch import nn
 
 from stable_audio_serve.core.catalog import ModelCard
-from stable_audio_serve.models import weight_files
 from stable_audio_serve.models.sa3 import build
+from stable_audio_serve.models.sa3.model import Sa3Model
 from stable_audio_serve.models.text_encoder import TextEncoder
 
 CPU = torch.device("cpu")
 
 
-def measure(folder: Path, small: Path, *, dtype: torch.dtype) -> int:
-    """Load the checkpoint `small`, then `folder`. Returns the peak of the memory that `folder` added, in bytes.
+def measure(folder: Path, small: Path, *, dtype: torch.dtype) -> dict[str, int | bool]:
+    """Load the checkpoint `small`, then `folder`. Returns the memory in bytes that `folder` added.
 
-    Loading `small` first imports the libraries, so their memory does not count.
+    `loaded` is the memory after loading, `peak` the highest until all weights were read once. `has_compiler` is true if
+    torch's compiler was imported. Loading `small` first imports the libraries, so their memory does not count.
     """
-    weight_files.MAPPED_BYTES = 16 * 2**20
     build.load_text_encoder = lambda *_, **__: TextEncoder(None, nn.Identity(), width=768, max_length=8)
     load(small, dtype=dtype)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's record of the peak
     before = read_status("VmRSS")
-    load(folder, dtype=dtype)
-    return read_status("VmHWM") - before
+    model = load(folder, dtype=dtype)
+    loaded = read_status("VmRSS") - before
+    for network in (model.denoiser, model.autoencoder):  # memory-mapped weights use memory once they are read
+        sum(float(tensor.sum()) for tensor in network.state_dict().values())
+    return {
+        "loaded": loaded,
+        "peak": read_status("VmHWM") - before,
+        "has_compiler": "torch._dynamo" in sys.modules,
+    }
 
 
-def load(folder: Path, *, dtype: torch.dtype) -> None:
-    """Load a model with its denoiser in `dtype`, even a dtype that a server refuses on this CPU. Reads every weight."""
+def load(folder: Path, *, dtype: torch.dtype) -> Sa3Model:
+    """Load a model with its denoiser in `dtype`, even a dtype that a server refuses on this CPU."""
     card = ModelCard("measured", "stable-audio-3")
     model = build.load_sa3(card, folder, text_encoder=folder, device=CPU, dtype=dtype, decode_precision="float32")
     assert model.denoiser.dtype == dtype
-    for network in (model.denoiser, model.autoencoder):  # memory-mapped weights use memory once they are read
-        sum(float(tensor.sum()) for tensor in network.state_dict().values())
+    return model
 
 
 def read_status(name: str) -> int:
@@ -51,4 +58,4 @@ def read_status(name: str) -> int:
 
 
 if __name__ == "__main__":
-    print(measure(Path(sys.argv[1]), Path(sys.argv[2]), dtype=torch.bfloat16))
+    print(json.dumps(measure(Path(sys.argv[1]), Path(sys.argv[2]), dtype=getattr(torch, sys.argv[3]))))

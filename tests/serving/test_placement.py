@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +67,43 @@ def test_stopping_replica_may_finish_the_longest_request() -> None:
     (model,) = settings.models
     for options in (ingress_options(settings), model_options(plan, model, cluster_gpus=0)):
         assert options["graceful_shutdown_timeout_s"] == 777
+
+
+def environment(model: dict[str, Any], *, cluster_gpus: float) -> dict[str, str]:
+    (options,) = make_options(model, cluster_gpus=cluster_gpus).values()
+    found: dict[str, str] = options["ray_actor_options"]["runtime_env"].get("env_vars", {})
+    return found
+
+
+# Prints the page faults of the third time that a thread allocates and fills the same blocks of 8 to 72 MiB.
+_BLOCKS = """
+import resource, threading
+def use_blocks():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [bytearray(size << 20) for size in (8, 40, 72)]
+    blocks[1] = None
+    blocks.append(bytearray(24 << 20))
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+faults = []
+thread = threading.Thread(target=lambda: [use_blocks() for _ in range(3)])
+thread.start()
+thread.join()
+print(faults[2])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
+def test_a_replica_on_a_cpu_reuses_freed_memory() -> None:
+    def third_faults(variables: dict[str, str]) -> int:
+        command = [sys.executable, "-c", _BLOCKS]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True, env=variables).stdout)
+
+    assert third_faults({}) > 10_000
+    assert third_faults(environment(SFX, cluster_gpus=0)) < 1_000
+
+
+def test_a_replica_on_a_gpu_has_the_usual_environment() -> None:
+    assert environment(SFX, cluster_gpus=1) == {}
 
 
 def test_a_gpu_is_reserved_only_if_there_is_one() -> None:

@@ -46,8 +46,8 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, rotated: int, *, base: float = 10000.0) -> None:
         super().__init__()
-        exponents = torch.arange(0, rotated, 2).float() / rotated
-        self.register_buffer("inv_freq", 1.0 / base**exponents)
+        # A list, because arithmetic on the meta device would import torch's compiler, which takes a second.
+        self.register_buffer("inv_freq", torch.tensor([base ** (-2 * j / rotated) for j in range((rotated + 1) // 2)]))
 
     @property
     def half_width(self) -> int:
@@ -154,11 +154,12 @@ def without_affine(norm: nn.Module, x: Tensor, *, rate: Tensor | None) -> Tensor
 def rotate(x: Tensor, table: RotaryTable, *, dtype: torch.dtype) -> Tensor:
     """Returns queries and keys x (batch, tokens, 2, heads, head width), rotated in float32 and cast to `dtype`."""
     rotated_x = x * table.cos if table.shift is None else torch.addcmul(table.shift, x, table.cos)
-    if rotated_x.dtype == dtype and not torch.is_grad_enabled():
+    # On a GPU, a cast costs a kernel of its own. On a CPU, the branch below would need two more copies of x.
+    if not torch.is_grad_enabled() and (rotated_x.dtype == dtype or x.device.type == "cpu"):
         low, high = slice(table.half), slice(table.half, 2 * table.half)
         rotated_x[..., low].addcmul_(x[..., high], table.sin[..., low])
         rotated_x[..., high].addcmul_(x[..., low], table.sin[..., high])
-        return rotated_x
+        return rotated_x.to(dtype)
     swapped = swap_halves(x.flatten(2, 3), table.half).view(x.shape)  # four axes: more disable `cat`'s fast kernel
     if torch.is_grad_enabled():
         return torch.addcmul(rotated_x, swapped, table.sin).to(dtype)

@@ -27,7 +27,10 @@ _TOLERANCE = 0.02  # largest acceptable error of half-precision attention, for i
 
 @lru_cache(maxsize=1)
 def find_varlen() -> VarlenAttention | None:
-    """Returns torch's attention function for packed rows; None if the installed torch does not have it."""
+    """Returns torch's attention function for packed rows; None if the installed torch does not have it.
+
+    The import takes a second and 90 MB, because it also imports torch's compiler.
+    """
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -43,8 +46,10 @@ def has_varlen(
     Runs the kernel once to check its results. If False, rows have to be padded to one length. Logs a warning if torch
     has the kernel, but it fails or its results are wrong.
     """
+    if device.type != "cuda" or dtype not in _HALF:
+        return False
     varlen = find_varlen()
-    if varlen is None or device.type != "cuda" or dtype not in _HALF:
+    if varlen is None:
         return False
     try:
         return is_varlen_correct(

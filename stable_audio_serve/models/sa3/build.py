@@ -25,7 +25,8 @@ from stable_audio_serve.models.sa3.config import INERT_KEYS, Sa3Config, parse_co
 from stable_audio_serve.models.sa3.denoiser import Denoiser
 from stable_audio_serve.models.sa3.model import Sa3Components, Sa3Model
 from stable_audio_serve.models.text_encoder import TextEncoder
-from stable_audio_serve.models.weights import load_weights, require_exact_float32
+from stable_audio_serve.models.weight_files import release_pages
+from stable_audio_serve.models.weights import load_weights, require_exact_float32, skipping_random_weights
 
 DENOISER_KEYS, AUTOENCODER_KEYS = "model.model.", "pretransform.model."
 
@@ -52,7 +53,7 @@ def load_sa3(
     weights_file = find_weights(folder)
     text = load_text_encoder(text_encoder, max_length=config.prompt.max_length, device=device)
     try:
-        with torch.device("meta"):  # do not allocate weights: `load_weights` below does
+        with torch.device("meta"), skipping_random_weights():  # `load_weights` below allocates and fills the weights
             components = build_components(config, text)
     except (RuntimeError, MemoryError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE} describes a network that cannot be built: {error}") from error
@@ -62,9 +63,10 @@ def load_sa3(
     if decode_precision == "half":
         halves = stored_dtypes(cast("nn.Module", components.autoencoder.decoder), device)
         dtypes |= {f"{AUTOENCODER_KEYS}decoder.{name}.": half for name, half in halves.items()}
-    load_weights(modules, weights_file, device=device, dtypes=dtypes)
+    mapped = load_weights(modules, weights_file, device=device, dtypes=dtypes)
     products = decoder_products(decode_precision, device)
     _check_autoencoder(components.autoencoder, products, device=device, source=folder / CONFIG_FILE)
+    release_pages(weights_file, mapped)  # the check read all of the encoder, which only edits of audio use
     spec = build_spec(card, config, components=components)
     return assemble(components, config=config, spec=spec, device=device, decode_precision=decode_precision)
 

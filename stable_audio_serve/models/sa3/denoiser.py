@@ -73,7 +73,7 @@ class TransformerLayer(nn.Module):
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
         width, heads, kind, norm = config.width, config.num_heads, config.differential, config.head_norm
-        self.to_scale_shift_gate = nn.Parameter(torch.randn(6 * width) / width**0.5)
+        self.to_scale_shift_gate = nn.Parameter(torch.empty(6 * width).normal_(std=width**-0.5))
         self.pre_norm = RMSNorm(width, eps=config.norm_eps)
         self.self_attn = SelfAttention(width, num_heads=heads, differential=kind, head_norm=norm)
         self.cross_attend_norm = RMSNorm(width, eps=config.norm_eps)
@@ -124,7 +124,7 @@ class Transformer(nn.Module):
         self.num_memory_tokens = config.num_memory_tokens
         self.head_width = width // config.num_heads
         if config.num_memory_tokens:
-            self.memory_tokens = nn.Parameter(torch.randn(config.num_memory_tokens, width))
+            self.memory_tokens = nn.Parameter(torch.empty(config.num_memory_tokens, width).normal_())
         self.project_in = nn.Linear(config.latent_channels, width, bias=False)
         self.project_out = nn.Linear(width, config.latent_channels, bias=False)
         self.rotary_pos_emb = RotaryEmbedding(max(self.head_width // 2, MIN_ROTATED))

@@ -39,7 +39,8 @@ class WeightNormConv(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int, *, kernel: int) -> None:
         super().__init__()
-        self.weight_v = nn.Parameter(torch.randn(channels_out, channels_in, kernel) / (channels_in * kernel) ** 0.5)
+        std = (channels_in * kernel) ** -0.5
+        self.weight_v = nn.Parameter(torch.empty(channels_out, channels_in, kernel).normal_(std=std))
         self.weight_g = nn.Parameter(torch.ones(channels_out, 1, 1))
         self.bias = nn.Parameter(torch.zeros(channels_out))
         self._kernel: Tensor | None = None
@@ -90,7 +91,7 @@ class ResamplingBlock(nn.Module):
         self.config = config
         self.num_tokens = num_tokens
         stored = 1 if config.shared_token else num_tokens
-        self.new_tokens = nn.Parameter(torch.randn(1, stored, config.width) / config.width**0.5)
+        self.new_tokens = nn.Parameter(torch.empty(1, stored, config.width).normal_(std=config.width**-0.5))
         first_sine = config.depth - config.num_sine_layers
         self.transformers = nn.ModuleList(
             SameLayer(config, uses_sine=index >= first_sine) for index in range(config.depth)

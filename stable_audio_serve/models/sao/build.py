@@ -20,7 +20,8 @@ from stable_audio_serve.models.sao.model import SaoComponents, SaoModel
 from stable_audio_serve.models.sao.oobleck import OobleckAutoencoder
 from stable_audio_serve.models.sao.planning import read_shift
 from stable_audio_serve.models.text_encoder import TextEncoder
-from stable_audio_serve.models.weights import load_weights, require_exact_float32
+from stable_audio_serve.models.weight_files import release_pages
+from stable_audio_serve.models.weights import load_weights, require_exact_float32, skipping_random_weights
 
 DENOISER_KEYS = "model.model."
 _TEXT_DTYPE = torch.float16  # dtype of the text encoder on every device, as in the reference
@@ -48,14 +49,16 @@ def load_sao(
     weights_file = find_weights(folder)
     text = load_text_encoder(text_encoder, max_length=config.prompt.max_length, device=device, dtype=_TEXT_DTYPE)
     try:
-        with torch.device("meta"):  # do not allocate weights: `load_weights` below does
+        with torch.device("meta"), skipping_random_weights():  # `load_weights` below allocates and fills the weights
             components = build_components(config, text)
     except (RuntimeError, MemoryError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE} describes a network that cannot be built: {error}") from error
     modules = checkpoint_modules(components, config)
-    load_weights(modules, weights_file, device=device, dtypes={DENOISER_KEYS: dtype})
+    mapped = load_weights(modules, weights_file, device=device, dtypes={DENOISER_KEYS: dtype})
     spec = build_spec(card, config)
-    return assemble(components, config=config, spec=spec, device=device, decode_precision=decode_precision)
+    model = assemble(components, config=config, spec=spec, device=device, decode_precision=decode_precision)
+    release_pages(weights_file, mapped)  # the autoencoder now has kernels that were computed from these weights
+    return model
 
 
 def assemble(

@@ -61,7 +61,7 @@ class _LearnedFrequencies(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weights = nn.Parameter(torch.randn(_NUM_FREQUENCIES))
+        self.weights = nn.Parameter(torch.empty(_NUM_FREQUENCIES).normal_())
 
     def forward(self, u: Tensor) -> Tensor:
         angles = u[:, None] * self.weights * 2 * math.pi

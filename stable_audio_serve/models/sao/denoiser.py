@@ -63,7 +63,7 @@ class LearnedFourier(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.register_buffer("weight", torch.randn(width // 2, 1))
+        self.register_buffer("weight", torch.empty(width // 2, 1).normal_())
 
     def forward(self, t: Tensor) -> Tensor:
         """Returns features (rows, width) float32 of times t (rows,)."""

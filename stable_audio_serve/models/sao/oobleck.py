@@ -68,7 +68,7 @@ class NormedConv(nn.Module):
         self.stride, self.padding, self.dilation, self.transposed = stride, padding, dilation, transposed
         self.weight_g: nn.Parameter | None = nn.Parameter(torch.ones(first, 1, 1))
         self.weight_v: nn.Parameter | None = nn.Parameter(
-            torch.randn(first, second, kernel) / math.sqrt(second * kernel)
+            torch.empty(first, second, kernel).normal_(std=(second * kernel) ** -0.5)
         )
         self.bias = nn.Parameter(torch.zeros(channels_out)) if bias else None
         self.weight: nn.Parameter | None = None
