@@ -22,7 +22,8 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_reports_have_an_age_and_dead_replicas_are_dropped(now: list[float]) -> None:
-    stats = ReplicaStats("cuda:0", "float16", "plain", in_flight=2, rows_per_step=3.5, finished_per_minute=9).to_dict()
+    own = {"in_flight": 2, "rows_per_step": 3.5, "finished_per_minute": 9}
+    stats = ReplicaStats("cuda:0", "float16", "plain", {"weights": 7}, **own).to_dict()
     stats["backlog_ms"] = 1500.0
     record_stats("m", {"b": stats, "a": {}})
     now[0] += 2
@@ -30,9 +31,7 @@ def test_reports_have_an_age_and_dead_replicas_are_dropped(now: list[float]) -> 
     now[0] += 1
     assert reports("m") == (
         ReplicaReport("a", 1.0),
-        ReplicaReport(
-            "b", 3.0, "cuda:0", "float16", "plain", in_flight=2, backlog_s=1.5, rows_per_step=3.5, finished_per_minute=9
-        ),
+        ReplicaReport("b", 3.0, "cuda:0", "float16", "plain", {"weights": 7}, backlog_s=1.5, **own),
     )
     record_stats("m", {"a": {"said_at": 1.0}})
     assert [report.id for report in reports("m")] == ["a"]

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from stable_audio_serve.verification.report import BOUNDS
 from torch import Tensor, nn
 
 from stable_audio_serve.core.errors import InvalidRequestError
 from stable_audio_serve.models.adapters import Base, FittedAdapter, Slot, Stacking, adapt, fold, read_adapter
 from stable_audio_serve.models.sa3.denoiser import Denoiser
+from stable_audio_serve.verification.verify import BOUNDS
 from tests.goldens import load_goldens
 from tests.models.adapters.plain import dense_weight, fit_chain, make_change
 from tests.models.loaded import assert_near, loaded
